@@ -1,0 +1,1 @@
+"""The only place that imports ComfyUI: it meets `trainers` through the protocols there."""

@@ -1,0 +1,58 @@
+"""Which family and which parameterisation a loaded MODEL is, read from its own classes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+
+_FAMILIES = {
+    "SDXLRefiner": "SDXL refiner",
+    "SDXL": "SDXL",
+    "SD15": "SD1",
+    "SD20": "SD2",
+    "SD3": "SD3",
+    "Flux2": "general",
+    "Flux": "Flux",
+}
+
+# By the name of the class that defines `calculate_denoised`; LCM's network predicts the noise.
+_PARAMETERISATIONS = {
+    "EPS": "eps",
+    "V_PREDICTION": "v",
+    "EDM": "edm",
+    "X0": "x0",
+    "CONST": "flow",
+    "COSMOS_RFLOW": "flow",
+    "LCM": "eps",
+}
+
+
+def family_name(model: "ModelPatcher") -> str:
+    """Name of the family in `trainers.families`, "general" when it is not described."""
+    for kind in type(model.model.model_config).__mro__:
+        if kind.__name__ in _FAMILIES:
+            name = _FAMILIES[kind.__name__]
+            return "SD2 v" if name == "SD2" and parameterisation_name(model) == "v" else name
+    return "general"
+
+
+def parameterisation_name(model: "ModelPatcher") -> str:
+    """Name in `trainers.objective`, or that of the unknown class, which is refused there."""
+    sampling = model.get_model_object("model_sampling")
+    for kind in type(sampling).__mro__:
+        if "calculate_denoised" in vars(kind):
+            return _PARAMETERISATIONS.get(kind.__name__, kind.__name__)
+    return type(sampling).__name__
+
+
+def latent_step(model: "ModelPatcher") -> int:
+    """Multiple that a latent's width and height must have: its down-samplings, or its patch size."""
+    config = model.model.model_config.unet_config
+    if "channel_mult" in config:
+        return 2 ** (len(config["channel_mult"]) - 1)
+    patch = getattr(model.model.diffusion_model, "patch_size", 2)
+    if isinstance(patch, (tuple, list)):
+        patch = patch[-1]
+    return int(patch)

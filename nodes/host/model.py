@@ -1,0 +1,288 @@
+"""ComfyUI's MODEL as a denoiser for training: its own module, its own conditioning, exact gradients."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Iterator, Sequence
+
+import torch
+
+import comfy.ldm.modules.attention
+import comfy.model_management
+import comfy.patcher_extension
+import comfy.utils
+
+from ...trainers.autograd import own_weights, private_tree
+from ...trainers.errors import ModelError
+from ...trainers.families import family_of
+from ...trainers.protocols import Conditioning, Geometry, PreviewRequest
+from . import families, sampling
+from .adapters import unread_keys
+from .digest import patcher_digest
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+    from comfy.sd import CLIP, VAE
+    from PIL import Image
+
+log = logging.getLogger(__name__)
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class ComfyDenoiser:
+    """The graph's MODEL, trained on a private tree over its own weights; the graph's stays as it was.
+
+    Attributes:
+        module: the private tree; only within `training`.
+        compute_dtype: of activations; only within `training`.
+    """
+
+    def __init__(self, model: "ModelPatcher", clip: "CLIP", vae: "VAE"):
+        self._model = model.clone(disable_dynamic=True) if _is_dynamic(model) else model.clone()
+        self._fingerprint = patcher_digest(model)
+        self._clip = clip
+        self._vae = vae
+        self._sampling = self._model.get_model_object("model_sampling")
+        self.family = families.family_name(self._model)
+        self.parameterisation = families.parameterisation_name(self._model)
+        self.sigma_data = float(getattr(self._sampling, "sigma_data", 1.0))
+        self.noise_scale = float(getattr(self._sampling, "noise_scale", 1.0))
+        self.device = self._model.load_device
+        self.compute_dtype = torch.float32
+        self.module: torch.nn.Module | None = None
+        self._base = None
+        self._options: dict = {}
+        self._sampler: sampling.PreviewSampler | None = None
+
+    def geometry(self, resolution: int) -> Geometry:
+        """Buckets in multiples that VAE and network both divide."""
+        factor = int(self._vae.spacial_compression_encode())
+        return Geometry(resolution or family_of(self.family).resolution, factor * families.latent_step(self._model))
+
+    def sigmas(self) -> torch.Tensor:
+        """The noise levels of the model's own sampling object, ModelSampling nodes included."""
+        return self._sampling.sigmas.detach().to("cpu", torch.float32).clone()
+
+    def scale_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """By the model's own latent format."""
+        return self._model.model.process_latent_in(latents)
+
+    def add_noise(self, x0: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        """By the model's own sampling object."""
+        with torch.no_grad():
+            return self._sampling.noise_scaling(sigma.view(-1, *[1] * (x0.ndim - 1)), noise, x0)
+
+    def predict(self, x_t: torch.Tensor, sigma: torch.Tensor, conditioning: Sequence[Conditioning]) -> torch.Tensor:
+        """The raw output; examples whose conditionings the host would not join run one after the other."""
+        conds = [self._conds(x_t[index:index + 1], one) for index, one in enumerate(conditioning)]
+        groups = _joinable(conds)
+        if len(groups) == 1:
+            return self._forward(x_t, sigma, conds)
+        parts = {}
+        for group in groups:
+            rows = torch.tensor(group, device=x_t.device)
+            output = self._forward(x_t[rows], sigma[rows], [conds[index] for index in group])
+            parts.update(zip(group, output.split(1)))
+        return torch.cat([parts[index] for index in range(len(conds))])
+
+    def _conds(self, x_t: torch.Tensor, conditioning: Conditioning) -> dict:
+        """One example's inputs beside x_t and timestep, as the host's own sampler would make them."""
+        width, height = conditioning.original_size
+        target_width, target_height = conditioning.target_size
+        facts = {
+            "width": width,
+            "height": height,
+            "crop_w": conditioning.crop[0],
+            "crop_h": conditioning.crop[1],
+            "target_width": target_width,
+            "target_height": target_height,
+            "guidance": 1.0,
+            "noise": x_t,
+            "device": self.device,
+            "prompt_type": "positive",
+        }
+        tensors = {name: tensor.to(self.device) for name, tensor in conditioning.tensors.items()}
+        with torch.no_grad():
+            found = self._base.extra_conds(**{**facts, **tensors})
+            return {name: cond.process_cond(batch_size=1, area=None) for name, cond in found.items()}
+
+    def _forward(self, x_t: torch.Tensor, sigma: torch.Tensor, conds: list[dict]) -> torch.Tensor:
+        dtype = self.compute_dtype
+        with torch.no_grad():
+            joined = {name: conds[0][name].concat([other[name] for other in conds[1:]]) for name in conds[0]}
+            x = self._sampling.calculate_input(sigma, x_t)
+            concat = joined.pop("c_concat", None)
+            if concat is not None:
+                x = torch.cat([x, concat.to(x)], dim=1)
+            context = joined.pop("c_crossattn", None)
+            if context is not None:
+                context = context.to(self.device, dtype)
+            extra = {name: _cast(value, self.device, dtype) for name, value in joined.items()}
+            t = self._sampling.timestep(sigma).float()
+            t = self._base.process_timestep(t, x=x_t, **extra)
+        with self._autocast():
+            output = self.module(
+                x.to(dtype), t, context=context, control=None, transformer_options=self._step_options(sigma), **extra
+            )
+        if isinstance(output, (list, tuple)):
+            raise ModelError("The model answers with several latents at once.", "It cannot be trained yet.", "model")
+        return output.to(torch.promote_types(output.dtype, torch.float32))
+
+    def _autocast(self):
+        if self.compute_dtype not in (torch.bfloat16, torch.float16):
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.compute_dtype)
+
+    def _step_options(self, sigma: torch.Tensor) -> dict:
+        options = comfy.model_patcher.create_model_options_clone({"transformer_options": self._options})
+        options = options["transformer_options"]
+        options["cond_or_uncond"] = [0]
+        options["sigmas"] = sigma
+        return options
+
+    @contextmanager
+    def training(self, compute_dtype: str) -> Iterator[None]:
+        """Loads the model whole, builds the private tree, and forgets it afterwards in any case.
+
+        Args:
+            compute_dtype: "auto" for the dtype the model computes in, or "fp32", "bf16", "fp16".
+        """
+        with torch.inference_mode(False), torch.enable_grad():
+            comfy.model_management.load_models_gpu([self._model], memory_required=1e20, force_full_load=True)
+            base = self._model.model
+            own_weights(base.diffusion_model)
+            self.compute_dtype = _DTYPES.get(compute_dtype) or _inference_dtype(base)
+            self.module = private_tree(base.diffusion_model)
+            _cast_where_needed(self.module, self.compute_dtype)
+            self._base = _over(base, self.module)
+            self._options = _transformer_options(self._model)
+            self._sampler = sampling.PreviewSampler(self._model, self._base, self._clip, self._vae)
+            try:
+                with _in_training():
+                    yield
+            finally:
+                self._sampler = None
+                self._base = None
+                self.module = None
+                comfy.model_management.soft_empty_cache()
+
+    def preview(self, request: PreviewRequest) -> "list[Image.Image]":
+        """By the host's own sampler on the tree as trained so far."""
+        with _not_training():
+            pictures = self._sampler.draw(request)
+        # Drawing may have made the host move the tree to make room.
+        self.module.to(self.device)
+        return pictures
+
+    def adapter_name(self, path: str) -> str:
+        """kohya's name of a module: diffusers' module names where the family's files carry those."""
+        if family_of(self.family).diffusers_names:
+            name = self._diffusers_names().get(f"{path}.weight")
+            if name is not None:
+                return "lora_unet_" + name[: -len(".weight")].replace(".", "_")
+        return "lora_unet_" + path.replace(".", "_")
+
+    def _diffusers_names(self) -> dict[str, str]:
+        names = comfy.utils.unet_to_diffusers(self._model.model.model_config.unet_config)
+        return {ours: theirs for theirs, ours in names.items()}
+
+    def check_adapter(self, tensors: dict[str, torch.Tensor]) -> list[str]:
+        """Keys that the host's own LoRA loader would not use on this model."""
+        return unread_keys(self._model, None, tensors)
+
+    def fingerprint(self) -> str:
+        """Of the MODEL as it arrived."""
+        return self._fingerprint
+
+
+def _is_dynamic(model: "ModelPatcher") -> bool:
+    return hasattr(model, "is_dynamic") and model.is_dynamic()
+
+
+def _inference_dtype(base) -> torch.dtype:
+    return base.manual_cast_dtype or base.get_dtype()
+
+
+def _cast_where_needed(tree: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Lets the host's layers cast weights that are kept in another dtype; on the private tree only."""
+    for layer in tree.modules():
+        if not hasattr(layer, "comfy_cast_weights"):
+            continue
+        weight = getattr(layer, "weight", None)
+        if weight is not None and weight.dtype != dtype:
+            layer.comfy_cast_weights = True
+
+
+def _over(base, tree: torch.nn.Module):
+    """The host's BaseModel with the private tree in place of its own network; everything else shared."""
+    other = copy.copy(base)
+    other._modules = dict(base._modules)
+    other._modules["diffusion_model"] = tree
+    return other
+
+
+def _transformer_options(model: "ModelPatcher") -> dict:
+    """The options the MODEL carries, with attention by PyTorch, whose backward is exact and repeatable."""
+    options = dict(model.model_options.get("transformer_options", {}))
+    wrappers = {}
+    comfy.patcher_extension.merge_nested_dicts(wrappers, options.get("wrappers", {}), copy_dict1=False)
+    comfy.patcher_extension.merge_nested_dicts(wrappers, model.wrappers, copy_dict1=False)
+    options["wrappers"] = wrappers
+    options["optimized_attention_override"] = _pytorch_attention
+    return options
+
+
+def _pytorch_attention(function, *args, **kwargs):
+    return comfy.ldm.modules.attention.attention_pytorch(*args, **kwargs)
+
+
+def _cast(value, device, dtype):
+    if isinstance(value, list):
+        return [_cast(part, device, dtype) for part in value]
+    if torch.is_tensor(value):
+        return value.to(device, dtype) if value.is_floating_point() else value.to(device)
+    return value
+
+
+def _joinable(conds: list[dict]) -> list[list[int]]:
+    """Groups of examples that the host itself would run as one batch, by its own rule."""
+    groups: list[list[int]] = []
+    for index, cond in enumerate(conds):
+        for group in groups:
+            first = conds[group[0]]
+            if first.keys() == cond.keys() and all(first[name].can_concat(cond[name]) for name in cond):
+                group.append(index)
+                break
+        else:
+            groups.append([index])
+    return groups
+
+
+@contextmanager
+def _in_training() -> Iterator[None]:
+    """Tells newer hosts to stay away from kernels that have no backward."""
+    with _training_flag(True):
+        yield
+
+
+@contextmanager
+def _not_training() -> Iterator[None]:
+    with _training_flag(False):
+        yield
+
+
+@contextmanager
+def _training_flag(value: bool) -> Iterator[None]:
+    management = comfy.model_management
+    if not hasattr(management, "in_training"):
+        yield
+        return
+    before = management.in_training
+    management.in_training = value
+    try:
+        yield
+    finally:
+        management.in_training = before

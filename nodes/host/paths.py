@@ -1,0 +1,137 @@
+"""Where datasets may lie and where the pack writes: below ComfyUI's own folders."""
+
+from __future__ import annotations
+
+import os
+
+import folder_paths
+
+from ...trainers.errors import DatasetError, ModelError, SettingsError
+from ...trainers.session import Folders
+
+_EMBEDDINGS = "embeddings"
+
+
+def register() -> None:
+    """Makes output/embeddings a place the host looks for embeddings, from the moment the pack loads."""
+    folder_paths.add_model_folder_path(_EMBEDDINGS, os.path.join(folder_paths.get_output_directory(), _EMBEDDINGS))
+
+
+def folders() -> Folders:
+    """Where runs, caches and adapters go."""
+    output = folder_paths.get_output_directory()
+    graft = os.path.join(output, "graft")
+    return Folders(graft, os.path.join(graft, "cache"), os.path.join(output, "loras"))
+
+
+def _roots() -> dict[str, str]:
+    """Allowed roots of datasets by the name they are shown with; the input folder has none."""
+    roots = {"": folder_paths.get_input_directory()}
+    if "datasets" in folder_paths.folder_names_and_paths:
+        for path in folder_paths.get_folder_paths("datasets"):
+            roots.setdefault(os.path.basename(os.path.normpath(path)), path)
+    return roots
+
+
+def dataset_choices() -> list[str]:
+    """Folders below the roots, by relative name with forward slashes, sorted."""
+    found = []
+    for name, root in _roots().items():
+        for directory, folders_here, _ in os.walk(root):
+            folders_here[:] = sorted(folder for folder in folders_here if not folder.startswith("."))
+            for folder in folders_here:
+                relative = os.path.relpath(os.path.join(directory, folder), root).replace(os.sep, "/")
+                found.append(f"{name}/{relative}" if name else relative)
+    return sorted(found)
+
+
+def dataset_path(choice: str) -> str:
+    """The absolute path of a choice.
+
+    Raises:
+        DatasetError: it lies outside the roots, or is no folder.
+    """
+    wanted = choice.strip()
+    if not wanted:
+        raise DatasetError(
+            "No folder is chosen.", "Put a folder of pictures into ComfyUI's input folder and choose it.", "folder"
+        )
+    candidates = [os.path.join(root, wanted) for root in _roots().values()]
+    for name, root in _roots().items():
+        if name and (wanted == name or wanted.startswith(f"{name}/")):
+            candidates.append(os.path.join(root, wanted[len(name) + 1:]))
+    allowed = [path for path in candidates if _is_allowed(path)]
+    for path in allowed:
+        if os.path.isdir(path):
+            return os.path.realpath(path)
+    if not allowed:
+        raise DatasetError(
+            f"The folder '{choice}' lies outside the folders that datasets may come from.",
+            "Put it below ComfyUI's input folder, or add its parent as 'datasets' in extra_model_paths.yaml.",
+            "folder",
+        )
+    raise DatasetError(
+        f"There is no folder '{choice}' below ComfyUI's input folder ({folder_paths.get_input_directory()}).",
+        "Create it and put pictures into it, or choose another.",
+        "folder",
+    )
+
+
+def _is_allowed(path: str) -> bool:
+    real = os.path.realpath(path)
+    return any(_is_within(real, os.path.realpath(root)) for root in _roots().values())
+
+
+def _is_within(path: str, root: str) -> bool:
+    try:
+        return os.path.commonpath([path, root]) == root
+    except ValueError:
+        return False
+
+
+def adapter_choices() -> list[str]:
+    """The host's list of LoRA files."""
+    return folder_paths.get_filename_list("loras")
+
+
+def adapter_path(name: str) -> str:
+    """The absolute path of a LoRA file in the host's list.
+
+    Raises:
+        ModelError: there is none of that name.
+    """
+    path = folder_paths.get_full_path("loras", name)
+    if path is None:
+        raise ModelError(
+            f"There is no adapter '{name}' in ComfyUI's loras folders.",
+            "Choose one of the list; press R to refresh it.",
+            "adapter_name",
+        )
+    if not path.lower().endswith(".safetensors"):
+        raise ModelError(
+            f"The adapter '{name}' is no .safetensors file.", "Other formats can hide programs and are not read.",
+            "adapter_name",
+        )
+    return path
+
+
+def new_adapter_path(prefix: str) -> str:
+    """A free path below output/loras for a prefix, counted up as the host's own Save nodes do.
+
+    Raises:
+        SettingsError: the prefix leads out of that folder.
+    """
+    root = folders().adapters
+    try:
+        folder, filename, counter, _, _ = folder_paths.get_save_image_path(prefix.strip() or "adapter", root)
+    except Exception as error:
+        raise SettingsError(
+            f"The file name '{prefix}' cannot be used ({error}).",
+            "Use a name, or a subfolder and a name, below ComfyUI's output/loras.",
+            "filename_prefix",
+        ) from error
+    if not _is_within(os.path.realpath(folder), os.path.realpath(root)):
+        raise SettingsError(
+            f"The file name '{prefix}' leads out of {root}.", "Use a name without '..'.", "filename_prefix"
+        )
+    return os.path.join(folder, f"{filename}_{counter:05}_.safetensors")

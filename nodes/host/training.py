@@ -1,0 +1,135 @@
+"""From sockets and widgets to a training and back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Callable
+
+import torch
+
+from comfy_execution.graph_utils import ExecutionBlocker
+
+from ...trainers.errors import GraftError, ModelError
+from ...trainers.families import family_of
+from ...trainers.protocols import Geometry, Host
+from ...trainers.session import train_adapter
+from ...trainers.settings import Options, resolve
+from . import families, paths
+from .adapters import apply_adapter
+from .image import ComfyCodec
+from .model import ComfyDenoiser
+from .progress import Progress, tell
+from .text import ComfyText
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+    from comfy.sd import CLIP, VAE
+
+    from ...trainers.data.examples import Dataset
+    from ...trainers.formats.adapter import Adapter
+
+
+@dataclass(frozen=True)
+class Widgets:
+    """The values on a training node."""
+
+    method: str
+    steps: int
+    learning_rate: float
+    rank: int
+    batch_size: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training node hands on."""
+
+    model: "ModelPatcher"
+    clip: "CLIP"
+    adapter: "Adapter"
+    loss: dict[str, list[float]]
+    ui: dict[str, Any]
+
+
+def train(model: "ModelPatcher", clip: "CLIP", vae: "VAE", dataset: "Dataset", widgets: Widgets,
+          options: "Options | None", node: str) -> Trained:
+    """Trains, resumes or returns a finished run; the model that comes out has the adapter waiting on it.
+
+    Raises:
+        GraftError: with input and cure.
+        The host's interruption, after what was reached was saved.
+    """
+    _check_sockets(model, clip, vae)
+    with torch.inference_mode(False):
+        denoiser = ComfyDenoiser(model, clip, vae)
+        recipe = resolve(
+            options or Options(),
+            family_of(denoiser.family),
+            widgets.method,
+            widgets.steps,
+            widgets.learning_rate,
+            widgets.rank,
+            widgets.batch_size,
+            widgets.seed,
+            dataset.resolution,
+            dataset.trigger,
+        )
+        host = Host(denoiser, ComfyText(clip), ComfyCodec(vae), Progress(node, recipe.steps))
+        try:
+            result = train_adapter(recipe, dataset, host, paths.folders())
+        except GraftError as error:
+            tell(node, "failed", {"message": str(error)})
+            raise
+    trained_model, trained_clip = apply_adapter(model, clip, result.adapter, 1.0, 1.0)
+    cached = result.resumed_from == recipe.steps
+    tell(node, "done", {"run": result.run.name, "steps": recipe.steps, "cached": cached})
+    summary = _summary(result, recipe)
+    return Trained(trained_model, trained_clip, result.adapter, {"loss": result.losses}, {"text": (summary,)})
+
+
+def _summary(result, recipe) -> str:
+    tail = result.losses[-max(1, len(result.losses) // 10):]
+    how = "returned as it was" if result.resumed_from == recipe.steps else "trained"
+    return (
+        f"Run {result.run.name}: {recipe.steps} steps {how}; loss of the last tenth {sum(tail) / len(tail):.4f}; "
+        f"{recipe.optimizer}, lr {recipe.learning_rate:g}, rank {recipe.rank}, alpha {recipe.alpha:g}, "
+        f"resolution {recipe.resolution}."
+    )
+
+
+def _check_sockets(model, clip, vae) -> None:
+    """Refuses what cannot be trained before anything is read.
+
+    Raises:
+        ModelError: a checkpoint without text encoder or VAE, or a model whose weights cannot be trained through.
+    """
+    for name, value in (("model", model), ("clip", clip), ("vae", vae)):
+        if value is None:
+            raise ModelError(
+                f"The {name} that arrived is empty: the loaded file holds none.",
+                "Load it with a loader of its own and connect that.",
+                name,
+            )
+    if not hasattr(model, "get_model_object") or not hasattr(model.model, "diffusion_model"):
+        raise ModelError(f"A {type(model).__name__} is no model that can be trained.", "Load the original.", "model")
+
+
+def geometry(dataset: "Dataset", model: "ModelPatcher | None", vae: "VAE | None") -> Geometry:
+    """How a dataset's pictures will be cut for a model; without one, as for SD1."""
+    family = family_of(families.family_name(model) if model is not None else "SD1")
+    step = families.latent_step(model) if model is not None else 8
+    factor = int(vae.spacial_compression_encode()) if vae is not None else 8
+    resolution = dataset.resolution or family.resolution
+    step = step * factor if model is not None else min(64, max(8, resolution // 8))
+    return Geometry(resolution, step)
+
+
+def token_counter(clip: "CLIP | None") -> Callable[[str], int] | None:
+    """Counts a caption's tokens, None without a text encoder."""
+    return ComfyText(clip).count_tokens if clip is not None else None
+
+
+def nothing(reason: str) -> ExecutionBlocker:
+    """An output that stops whatever uses it, saying why."""
+    return ExecutionBlocker(reason)

@@ -1,0 +1,161 @@
+"""Option nodes: settings that most users never touch, chained in front of a trainer."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..trainers.optimisers import OPTIMISERS, SCHEDULES
+from ..trainers.settings import Options as Chosen
+from .host.sampling import SAMPLERS, SCHEDULERS
+from .schema import CATEGORY, Options, advanced, named, options_input
+
+_CATEGORY = f"{CATEGORY}/options"
+_MANY = 10_000_000
+
+
+def _auto(name: str, options: list[str], tooltip: str) -> io.Combo.Input:
+    return io.Combo.Input(name, options=["auto", *options], default="auto", tooltip=tooltip)
+
+
+def _count(name: str, tooltip: str, unset: int = 0, top: int = _MANY) -> io.Int.Input:
+    return io.Int.Input(name, default=unset, min=unset, max=top, tooltip=tooltip)
+
+
+def _number(name: str, tooltip: str, unset: float, top: float, step: float) -> io.Float.Input:
+    return io.Float.Input(name, default=unset, min=unset, max=top, step=step, round=False, tooltip=tooltip)
+
+
+class _OptionNode(io.ComfyNode):
+    """What the option nodes share: they add their set fields to those that arrive."""
+
+    kind = ""
+
+    @classmethod
+    def execute(cls, options=None, **values) -> io.NodeOutput:
+        with named(cls):
+            return io.NodeOutput((options or Chosen()).adding(cls.kind, values))
+
+
+def _schema(node_id: str, title: str, description: str, inputs: list) -> io.Schema:
+    return io.Schema(
+        node_id=node_id,
+        display_name=title,
+        category=_CATEGORY,
+        description=description,
+        inputs=[*inputs, options_input()],
+        outputs=[Options.Output("options_out", display_name="options")],
+        hidden=[io.Hidden.unique_id],
+    )
+
+
+class GraftRunOptions(_OptionNode):
+    """Name, saving and validation of a run."""
+
+    kind = "run"
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return _schema(
+            "GraftRunOptions",
+            "Graft Run Options",
+            "Names a run, and says how often it is saved and validated. Untouched fields change nothing.",
+            [
+                io.String.Input("name", default="", tooltip="Name of the run's folder. Empty: the dataset's name."),
+                _auto(
+                    "on_existing",
+                    ["resume", "start over", "new"],
+                    "What to do when this very run exists. auto: resume, or return it when finished.",
+                ),
+                _count("save_every", "Save state and adapter every so many steps. 0: 500."),
+                _count("keep_last", "How many of those are kept. 0: 2.", top=10_000),
+                _number("validation_fraction", "Share of the pictures held out to measure on. 0: none.", 0.0, 0.9, 0.01),
+                _count("validate_every", "Measure on them every so many steps. 0: 50."),
+                advanced(
+                    _auto(
+                        "gradient_check",
+                        ["on", "off"],
+                        "Compare the gradient with finite differences before step 1. "
+                        "auto: only for models the pack has no description for.",
+                    )
+                ),
+            ],
+        )
+
+
+class GraftPreviewOptions(_OptionNode):
+    """Sample pictures while training."""
+
+    kind = "preview"
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return _schema(
+            "GraftPreviewOptions",
+            "Graft Preview Options",
+            "Draws sample pictures while training, the first before step 1. Without prompts there are none.",
+            [
+                io.String.Input("prompts", default="", multiline=True, tooltip="One prompt a line."),
+                _count("every", "Draw every so many steps. 0: 100."),
+                _count("steps", "Sampling steps. 0: 20.", top=1000),
+                _number("cfg", "Guidance. 0: the family's own.", 0.0, 100.0, 0.1),
+                _auto("sampler_name", list(SAMPLERS), "auto: euler."),
+                _auto("scheduler", list(SCHEDULERS), "auto: the family's own."),
+                io.Int.Input(
+                    "seed",
+                    default=-1,
+                    min=-1,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=False,
+                    tooltip="Noise of the first picture. -1: 0.",
+                ),
+            ],
+        )
+
+
+class GraftOptimizerOptions(_OptionNode):
+    """How the weights are moved."""
+
+    kind = "optimizer"
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return _schema(
+            "GraftOptimizerOptions",
+            "Graft Optimizer Options",
+            "Optimiser, schedule, accumulation and clipping. Untouched fields change nothing.",
+            [
+                _auto("optimizer", list(OPTIMISERS), "auto: AdamW."),
+                _number("weight_decay", "-1: 0.01.", -1.0, 10.0, 0.001),
+                _auto("schedule", list(SCHEDULES), "How the learning rate goes over the steps. auto: constant."),
+                _count("warmup_steps", "Steps of rising learning rate at the start. -1: none.", unset=-1),
+                _count("accumulation", "Batches for one optimiser step. 0: 1.", top=4096),
+                _number("max_grad_norm", "Gradients are clipped to this norm; 0 never clips. -1: 1.", -1.0, 1e6, 0.1),
+                _number("ema_decay", "Moving average of the weights, such as 0.999; 0: none. -1: none.", -1.0, 0.99999, 0.001),
+            ],
+        )
+
+
+class GraftMemoryOptions(_OptionNode):
+    """What to do when memory is short."""
+
+    kind = "memory"
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return _schema(
+            "GraftMemoryOptions",
+            "Graft Memory Options",
+            "Trades time for memory; a run may go on with other values. Untouched fields change nothing.",
+            [
+                _auto(
+                    "checkpointing",
+                    ["on", "off"],
+                    "Forget activations and compute them again in the backward. auto: on for large models.",
+                ),
+                _auto("compute_dtype", ["fp32", "bf16", "fp16"], "auto: what the model computes in anyway."),
+                _count("micro_batch", "Pictures computed at once; the batch stays as it is. 0: the whole batch.", top=4096),
+            ],
+        )
+
+
+NODES = [GraftRunOptions, GraftPreviewOptions, GraftOptimizerOptions, GraftMemoryOptions]

@@ -1,0 +1,44 @@
+"""The pack's sockets, the small additions to ComfyUI's schema classes, and the way errors are shown."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import Iterator
+
+from comfy_api.latest import io
+
+from ..trainers.errors import GraftError
+
+CATEGORY = "graft"
+
+Dataset = io.Custom("GRAFT_DATASET")
+Embedding = io.Custom("GRAFT_EMBEDDING")
+Options = io.Custom("GRAFT_OPTIONS")
+Adapter = io.Custom("LORA_MODEL")
+LossMap = io.Custom("LOSS_MAP")
+
+
+def advanced(built):
+    """Marks an input as advanced; as an attribute, since older hosts do not know the argument."""
+    built.extra_dict = {**(built.extra_dict or {}), "advanced": True}
+    return built
+
+
+def options_input():
+    """The optional input that chains option nodes."""
+    return Options.Input("options", optional=True, tooltip="Settings from Graft option nodes; may be chained.")
+
+
+@contextmanager
+def named(node: type[io.ComfyNode]) -> Iterator[None]:
+    """Lets an error say which node and which input it comes from."""
+    try:
+        yield
+    except GraftError as error:
+        title = node.GET_SCHEMA().display_name
+        identity = node.hidden.unique_id if node.hidden is not None else None
+        where = f"{title} (node {identity})" if identity else title
+        if error.input:
+            where = f"{where}, input '{error.input}'"
+        message = f"{where}: {error.message}"
+        raise type(error)(message, error.cure, error.input) from error

@@ -1,0 +1,85 @@
+"""Nodes that train."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from .schema import CATEGORY, Adapter, Dataset, Embedding, LossMap, named, options_input
+
+_CATEGORY = f"{CATEGORY}/train"
+
+
+class GraftTrainLoRA(io.ComfyNode):
+    """A LoRA trained on the graph's own MODEL."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="GraftTrainLoRA",
+            display_name="Graft Train LoRA",
+            category=_CATEGORY,
+            description="Trains a LoRA on the pictures of a dataset and hands the model on with it applied. "
+            "The queue is busy while it runs. Queued again, it goes on where it was, or returns what is finished.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model to train on; LoRAs that wait on it count as part of it."),
+                io.Clip.Input("clip", tooltip="The model's text encoder."),
+                io.Vae.Input("vae", tooltip="The model's VAE."),
+                Dataset.Input("dataset", tooltip="Pictures and captions."),
+                io.Int.Input(
+                    "steps",
+                    default=1000,
+                    min=1,
+                    max=1_000_000,
+                    tooltip="Optimiser steps. More steps later go on with the same run.",
+                ),
+                io.Float.Input(
+                    "learning_rate",
+                    default=0.0,
+                    min=0.0,
+                    max=10.0,
+                    step=0.000001,
+                    round=False,
+                    tooltip="0: the default of the model's family (1e-4). Too high shows as burnt pictures.",
+                ),
+                io.Int.Input(
+                    "rank",
+                    default=16,
+                    min=1,
+                    max=1024,
+                    tooltip="Size of the LoRA; alpha equals it, so the effective scale is 1.",
+                ),
+                io.Int.Input("batch_size", default=1, min=1, max=1024, tooltip="Pictures in a step."),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=False,
+                    tooltip="Decides start, order and noise. Another seed is another run.",
+                ),
+                options_input(),
+            ],
+            outputs=[
+                io.Model.Output("trained_model", display_name="model"),
+                io.Clip.Output("trained_clip", display_name="clip"),
+                Adapter.Output("adapter", display_name="adapter"),
+                LossMap.Output("loss", display_name="loss"),
+                Embedding.Output("embedding", display_name="embedding"),
+            ],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, model, clip, vae, dataset, steps, learning_rate, rank, batch_size, seed,
+                options=None) -> io.NodeOutput:
+        from .host import training
+
+        with named(cls):
+            widgets = training.Widgets("LoRA", steps, learning_rate, rank, batch_size, seed)
+            done = training.train(model, clip, vae, dataset, widgets, options, cls.hidden.unique_id)
+            blocked = training.nothing("No embedding was trained: connect Graft Pivotal Options to train one.")
+            return io.NodeOutput(done.model, done.clip, done.adapter, done.loss, blocked, ui=done.ui)
+
+
+NODES = [GraftTrainLoRA]

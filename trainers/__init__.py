@@ -1,0 +1,1 @@
+"""What training is: data, objective, method, loop, run and formats; nothing here knows ComfyUI."""

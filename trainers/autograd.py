@@ -1,0 +1,145 @@
+"""Exact gradients through modules that were written for inference.
+
+Three things stand in the way and are put right here: weights made under inference mode, residuals added in
+place, and the wish to leave the graph's own module as it was.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_OUT_OF_PLACE = {}
+for _name in ("add", "sub", "mul", "div"):
+    _OUT_OF_PLACE[getattr(torch.Tensor, f"{_name}_")] = getattr(torch, _name)
+_OUT_OF_PLACE[torch.Tensor.__iadd__] = torch.add
+_OUT_OF_PLACE[torch.Tensor.__isub__] = torch.sub
+_OUT_OF_PLACE[torch.Tensor.__imul__] = torch.mul
+_OUT_OF_PLACE[torch.Tensor.__itruediv__] = torch.div
+
+
+class OutOfPlace(TorchFunctionMode):
+    """Answers `x += y` and its kin with a new tensor while gradients are recorded.
+
+    A tensor that is changed in place after autograd saved it makes the gradient fail, or, when the change is
+    repeated in a checkpoint's recomputation, silently wrong. Holds for statements that rebind their left side;
+    the gradient checks of the tests say for each architecture whether that is so.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        plain = _OUT_OF_PLACE.get(func)
+        if plain is not None and torch.is_grad_enabled():
+            return plain(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def own_weights(module: "nn.Module") -> None:
+    """Replaces parameters and buffers made under inference mode by ordinary ones of the same values.
+
+    One at a time, so that the weights are never held twice. Must be called outside inference mode.
+    """
+    done: dict[int, torch.Tensor] = {}
+    for owner in module.modules():
+        for slots, make in ((owner._parameters, _ordinary_parameter), (owner._buffers, _ordinary_buffer)):
+            for name, tensor in list(slots.items()):
+                if tensor is None or not tensor.is_inference():
+                    continue
+                if id(tensor) not in done:
+                    done[id(tensor)] = make(tensor)
+                slots[name] = done[id(tensor)]
+
+
+def _ordinary_parameter(tensor):
+    return torch.nn.Parameter(tensor.detach().clone(), requires_grad=tensor.requires_grad)
+
+
+def _ordinary_buffer(tensor):
+    return tensor.detach().clone()
+
+
+def private_tree(module: "nn.Module") -> "nn.Module":
+    """A copy of the module's structure over the same storages: no weight is copied, none can be reassigned in the original.
+
+    Args:
+        module: with ordinary weights (see `own_weights`).
+
+    Returns:
+        A tree of frozen parameters, to inject adapters into.
+    """
+    memo: dict[int, object] = {}
+    for tensor in module.parameters():
+        memo[id(tensor)] = torch.nn.Parameter(tensor.detach(), requires_grad=False)
+    for tensor in module.buffers():
+        memo[id(tensor)] = tensor.detach()
+    return copy.deepcopy(module, memo)
+
+
+def blocks_of(module: "nn.Module") -> "list[nn.Module]":
+    """The modules at which activations are worth forgetting: the members of the outermost lists of blocks.
+
+    A member that is a `Sequential` is taken apart, since some models iterate over it instead of calling it.
+    """
+    from torch import nn
+
+    found = []
+    for child in module.children():
+        if isinstance(child, (nn.ModuleList, nn.Sequential)):
+            for member in child.children():
+                found.extend(_callable_members(member))
+        elif isinstance(child, nn.ModuleDict):
+            found.extend(child.children())
+        elif any(isinstance(inner, nn.ModuleList) for inner in child.modules()):
+            found.extend(blocks_of(child))
+    return [block for block in found if any(True for _ in block.parameters())]
+
+
+def _callable_members(member: "nn.Module") -> "list[nn.Module]":
+    from torch import nn
+
+    if isinstance(member, (nn.ModuleList, nn.Sequential)):
+        return [inner for child in member.children() for inner in _callable_members(child)]
+    return [member]
+
+
+def checkpoint_blocks(blocks: "list[nn.Module]") -> None:
+    """Makes each block forget its activations and compute them again in the backward.
+
+    Source: Chen et al. 2016. Only on a private tree: the block's `forward` is set on the instance.
+
+    Args:
+        blocks: of a private tree, as `blocks_of` gives them.
+    """
+    for block in blocks:
+        if "forward" not in vars(block):
+            block.forward = _Checkpointed(block.forward)
+
+
+class _Checkpointed:
+    """A block's forward under checkpointing, with the out-of-place rule inside the recomputed part."""
+
+    def __init__(self, forward):
+        self.forward = forward
+
+    def __call__(self, *args, **kwargs):
+        if not torch.is_grad_enabled():
+            return self.forward(*args, **kwargs)
+        from torch.utils.checkpoint import checkpoint
+
+        # What a model notes in its option dicts on the way must be the same when the block is run again.
+        args = tuple(_snapshot(value) for value in args)
+        kwargs = {name: _snapshot(value) for name, value in kwargs.items()}
+        return checkpoint(self._run, *args, use_reentrant=False, **kwargs)
+
+    def _run(self, *args, **kwargs):
+        with OutOfPlace():
+            return self.forward(*args, **kwargs)
+
+
+def _snapshot(value):
+    return dict(value) if type(value) is dict else value

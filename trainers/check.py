@@ -1,0 +1,95 @@
+"""Whether the gradient that training would use is the right one: a directional derivative against finite differences."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Callable
+
+import torch
+
+from .errors import ModelError
+from .objective.noise import generator
+
+if TYPE_CHECKING:
+    from torch import nn
+
+log = logging.getLogger(__name__)
+
+TOLERANCE = 0.05
+
+
+def directional_error(loss: Callable[[], torch.Tensor], parameters: "list[nn.Parameter]", step: float = 1e-2,
+                      seed: int = 0) -> tuple[float, float]:
+    """Compares autograd with a Richardson-refined central difference along one direction.
+
+    The direction is half random, half the gradient's own: a random one alone has next to no slope among many
+    parameters, and the difference would drown in the rounding of the loss.
+
+    Args:
+        loss: gives the scalar loss; called once with and four times without gradients.
+        parameters: those that are varied, at the point of interest.
+        step: length of the longest difference; the refinement uses half of it too.
+
+    Returns:
+        (relative error, finite difference).
+    """
+    source = generator("direction", seed)
+    found = torch.autograd.grad(loss(), parameters, allow_unused=True)
+    gradients = [torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters)]
+    noise = [torch.randn(p.shape, generator=source, dtype=torch.float32).to(p) for p in parameters]
+    directions = [a + b for a, b in zip(_unit(noise), _unit(gradients))]
+    directions = _unit(directions)
+    exact = sum(float((g.double() * d.double()).sum()) for g, d in zip(gradients, directions))
+    coarse = _central(loss, parameters, directions, step)
+    fine = _central(loss, parameters, directions, step / 2)
+    reference = (4 * fine - coarse) / 3
+    return abs(exact - reference) / max(abs(reference), 1e-12), reference
+
+
+def _unit(tensors: list) -> list:
+    length = sum(float((tensor.double() ** 2).sum()) for tensor in tensors) ** 0.5
+    return [tensor / max(length, 1e-30) for tensor in tensors]
+
+
+def _central(loss: Callable, parameters: list, directions: list, step: float) -> float:
+    values = []
+    kept = [parameter.detach().clone() for parameter in parameters]
+    with torch.no_grad():
+        for sign in (1.0, -1.0):
+            for parameter, value, direction in zip(parameters, kept, directions):
+                parameter.copy_(value + sign * step * direction)
+            values.append(float(loss().double()))
+        for parameter, value in zip(parameters, kept):
+            parameter.copy_(value)
+    return (values[0] - values[1]) / (2 * step)
+
+
+def check_gradient(loss: Callable[[], torch.Tensor], trainables: "dict[str, nn.Parameter]") -> float:
+    """The self-check before step 1, at a small non-zero adapter; puts the trainables back.
+
+    Returns:
+        The relative error.
+
+    Raises:
+        ModelError: it is above 5 %.
+    """
+    parameters = list(trainables.values())
+    kept = [parameter.detach().clone() for parameter in parameters]
+    source = generator("check", 0)
+    try:
+        with torch.no_grad():
+            for parameter in parameters:
+                parameter.add_(torch.randn(parameter.shape, generator=source).to(parameter) * 0.02)
+        error, reference = directional_error(loss, parameters, step=0.1)
+    finally:
+        with torch.no_grad():
+            for parameter, value in zip(parameters, kept):
+                parameter.copy_(value)
+    log.info("Graft: gradient check, relative error %.2e at derivative %.3e", error, reference)
+    if not error <= TOLERANCE:
+        raise ModelError(
+            f"The gradient through this model is wrong: {error:.0%} off the finite difference.",
+            "Training it would not learn what the pictures show. Please report the model's name.",
+            "model",
+        )
+    return error

@@ -1,0 +1,53 @@
+"""Which examples make up which batch: a pure function of seed and position, so that resuming needs no state."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Iterator, Sequence
+
+import numpy as np
+
+
+def stream_seed(*parts) -> int:
+    """A 63-bit seed from any parts; independent streams for different parts."""
+    digest = hashlib.sha256(repr(parts).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def epoch_batches(buckets: Sequence, repeats: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """The batches of one epoch: every example as often as its repeats say, each batch from one bucket.
+
+    A bucket's last batch may be smaller than `batch_size`: no example is dropped.
+
+    Args:
+        buckets: the bucket of each example, anything hashable.
+        repeats: how often each example is shown.
+        seed, epoch: decide the order, the same on every machine.
+
+    Returns:
+        Lists of example indices.
+    """
+    rng = np.random.RandomState(stream_seed("order", seed, epoch) % (2**32))
+    groups: dict = {}
+    for index, bucket in enumerate(buckets):
+        groups.setdefault(bucket, []).extend([index] * repeats[index])
+    batches = []
+    for bucket in sorted(groups):
+        members = np.array(groups[bucket])
+        rng.shuffle(members)
+        for start in range(0, len(members), batch_size):
+            batches.append(members[start:start + batch_size].tolist())
+    rng.shuffle(batches)
+    return batches
+
+
+def batches_from(position: int, buckets: Sequence, repeats: Sequence[int], batch_size: int,
+                 seed: int) -> Iterator[tuple[int, list[int]]]:
+    """(epoch, batch) without end, starting after `position` batches."""
+    epoch = 0
+    while True:
+        batches = epoch_batches(buckets, repeats, batch_size, seed, epoch)
+        for batch in batches[position:]:
+            yield epoch, batch
+        position = max(0, position - len(batches))
+        epoch += 1

@@ -1,0 +1,37 @@
+"""The errors a user meets: each says what is wrong, with which input or file, and the cure."""
+
+
+class GraftError(ValueError):
+    """Something the user can put right.
+
+    Args:
+        message: what is wrong, naming the file where there is one.
+        cure: what to do about it, a full sentence.
+        input: name of the node input it concerns, empty when none.
+    """
+
+    def __init__(self, message: str, cure: str = "", input: str = ""):
+        self.message = message
+        self.cure = cure
+        self.input = input
+        super().__init__(f"{message} {cure}".strip())
+
+
+class DatasetError(GraftError):
+    """A folder, image or caption cannot be used."""
+
+
+class SettingsError(GraftError):
+    """Settings that are out of range or contradict each other."""
+
+
+class ModelError(GraftError):
+    """The connected model cannot be trained, or an adapter does not fit it."""
+
+
+class NumbersError(GraftError):
+    """A loss or a gradient is not finite."""
+
+
+class RunError(GraftError):
+    """A run folder cannot be read or written."""

@@ -1,0 +1,70 @@
+"""What is known of each model family that the model itself does not say: defaults, and which layers are attention."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Family:
+    """Defaults of a family.
+
+    Attributes:
+        name: as reports and metadata show it.
+        resolution: side of the square it was trained at, pixels.
+        lora_learning_rate: for alpha = rank.
+        attention: patterns a module path must match in part to be an attention projection; none: every Linear.
+        diffusers_names: whether its LoRA files carry diffusers' module names (SD1, SD2) or the model's own.
+        preview_cfg, preview_scheduler: for sample pictures.
+    """
+
+    name: str
+    resolution: int = 1024
+    lora_learning_rate: float = 1e-4
+    attention: tuple[str, ...] = ()
+    diffusers_names: bool = False
+    preview_cfg: float = 7.0
+    preview_scheduler: str = "normal"
+
+
+_UNET_ATTENTION = (r"\.attn[12]\.to_(q|k|v|out\.0)$",)
+
+GENERAL = Family("general")
+
+FAMILIES = {
+    family.name: family
+    for family in (
+        Family("SD1", 512, attention=_UNET_ATTENTION, diffusers_names=True),
+        Family("SD2", 512, attention=_UNET_ATTENTION, diffusers_names=True),
+        Family("SD2 v", 768, attention=_UNET_ATTENTION, diffusers_names=True),
+        Family("SDXL", 1024, attention=_UNET_ATTENTION),
+        Family("SDXL refiner", 1024, attention=_UNET_ATTENTION),
+        Family(
+            "Flux",
+            1024,
+            attention=(r"_attn\.(qkv|proj)$", r"single_blocks\.\d+\.linear[12]$"),
+            preview_cfg=1.0,
+            preview_scheduler="simple",
+        ),
+        Family(
+            "SD3",
+            1024,
+            attention=(r"\.attn2?\.(qkv|proj)$",),
+            preview_cfg=4.5,
+            preview_scheduler="simple",
+        ),
+    )
+}
+
+
+def family_of(name: str) -> Family:
+    """The family of a name, the general one when it is not described here."""
+    return FAMILIES.get(name, GENERAL)
+
+
+def is_attention(path: str, family: Family) -> bool:
+    """Whether a module path is an attention projection of the family."""
+    if not family.attention:
+        return True
+    return any(re.search(pattern, path) for pattern in family.attention)

@@ -1,0 +1,1 @@
+"""The files that are written and read: adapters, their metadata, anything in safetensors."""

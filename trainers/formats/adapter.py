@@ -1,0 +1,43 @@
+"""An adapter in memory: a dict of tensors in names the host reads, with metadata beside them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from . import files
+from ..errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Adapter(dict):
+    """Tensors by key, nothing else as items, so that the host's own nodes take it; `.metadata` has the rest."""
+
+    def __init__(self, tensors: "dict[str, torch.Tensor]", metadata: dict[str, str] | None = None):
+        super().__init__(tensors)
+        self.metadata = dict(metadata or {})
+
+
+def load_adapter(path: str) -> Adapter:
+    """The adapter of a safetensors file.
+
+    Raises:
+        ModelError: the file holds no tensors.
+        RunError: it cannot be read.
+    """
+    tensors, metadata = files.read_tensors(path)
+    if not tensors:
+        raise ModelError(f"The file '{path}' holds no tensors.", "Choose another adapter.", "adapter_name")
+    return Adapter(tensors, metadata)
+
+
+def save_adapter(path: str, adapter: "dict[str, torch.Tensor]", title: str) -> None:
+    """Writes an adapter in kohya's layout with `ss_*` and ModelSpec metadata.
+
+    Adapters that carry no metadata (made by another node) are written all the same.
+    """
+    from .metadata import stamped
+
+    metadata = stamped(getattr(adapter, "metadata", {}), dict(adapter), title)
+    files.write_tensors(path, dict(adapter), metadata)

@@ -1,0 +1,117 @@
+"""Safetensors and JSON files, written so that a reader never sees half of one."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import struct
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Iterator
+
+from ..errors import RunError
+
+if TYPE_CHECKING:
+    import torch
+
+_HEADER_LIMIT = 64 * 1024 * 1024
+
+
+@contextmanager
+def replacing(path: str) -> Iterator[str]:
+    """A temporary path in the same folder that takes the place of `path` when the block ends well.
+
+    Raises:
+        RunError: the folder cannot be written or the disk is full; `path` is then as it was.
+    """
+    folder = os.path.dirname(path)
+    temporary = os.path.join(folder, f".{os.path.basename(path)}.{secrets.token_hex(4)}.tmp")
+    try:
+        os.makedirs(folder, exist_ok=True)
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(folder)
+    except OSError as error:
+        raise RunError(
+            f"The file '{path}' cannot be written ({error}).",
+            "Free space on that disk, or make the folder writable.",
+        ) from error
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def _sync_folder(folder: str) -> None:
+    """Makes the renaming itself durable, where the system lets a folder be opened."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    except OSError:
+        return
+    finally:
+        os.close(handle)
+
+
+def write_tensors(path: str, tensors: "dict[str, torch.Tensor]", metadata: dict[str, str]) -> None:
+    """Writes a safetensors file atomically; tensors may be on any device and in any layout."""
+    from safetensors.torch import save_file
+
+    ready = {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in tensors.items()}
+    with replacing(path) as temporary:
+        save_file(ready, temporary, metadata=metadata)
+
+
+def read_tensors(path: str) -> "tuple[dict[str, torch.Tensor], dict[str, str]]":
+    """Tensors on the CPU and metadata of a safetensors file.
+
+    Raises:
+        RunError: naming the file, when it is missing or no sound safetensors file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            metadata = dict(file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (OSError, SafetensorError) as error:
+        raise RunError(
+            f"The file '{path}' cannot be read as safetensors ({error}).",
+            "It is missing, damaged, or of another format; restore it or choose another.",
+        ) from error
+    return tensors, metadata
+
+
+def read_metadata(path: str) -> dict[str, str]:
+    """Metadata of a safetensors file without reading its tensors; empty when it has none."""
+    with open(path, "rb") as file:
+        size = struct.unpack("<Q", file.read(8))[0]
+        if size > _HEADER_LIMIT:
+            raise RunError(f"The file '{path}' has a header of {size} bytes.", "It is no sound safetensors file.")
+        header = json.loads(file.read(size))
+    return dict(header.get("__metadata__", {}))
+
+
+def write_json(path: str, value) -> None:
+    """Writes readable JSON atomically."""
+    with replacing(path) as temporary:
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump(value, file, indent=1, sort_keys=True)
+            file.write("\n")
+
+
+def read_json(path: str):
+    """The value in a JSON file.
+
+    Raises:
+        RunError: naming the file, when it is not JSON.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except (OSError, ValueError) as error:
+        raise RunError(f"The file '{path}' cannot be read as JSON ({error}).", "Remove or restore it.") from error

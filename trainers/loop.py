@@ -1,0 +1,366 @@
+"""The training loop, to be read from top to bottom."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Callable, Iterator, Sequence
+
+import torch
+
+from .autograd import OutOfPlace
+from .data.order import batches_from
+from .errors import GraftError, NumbersError
+from .objective.loss import example_losses
+from .objective.noise import draw_noise, draw_sigmas, generator, spread_sigmas
+from .objective.parameterisations import parameterisation
+from .optimisers import OPTIMISERS, lr_factor
+from .protocols import Conditioning, PreviewRequest
+from .run import Run, State
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .protocols import Host
+    from .settings import Recipe
+
+log = logging.getLogger(__name__)
+
+_VALIDATION_LEVELS = 4
+
+
+@dataclass(frozen=True)
+class Item:
+    """One example, ready: everything but its latent and text, which are fetched when needed.
+
+    Attributes:
+        name: for errors.
+        bucket: (width, height) in pixels; items of one bucket can be batched.
+        latent: gives the scaled latent [1, C, ...].
+        conditioning: gives what it is conditioned on.
+        weight: None, or gives the loss weights [1, 1, ...] in latent positions.
+    """
+
+    name: str
+    bucket: tuple[int, int]
+    repeats: int
+    latent: Callable[[], torch.Tensor]
+    conditioning: Callable[[], Conditioning]
+    weight: Callable[[], torch.Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the loop works on.
+
+    Attributes:
+        trainables: by name, float32, already part of the denoiser's tree.
+        export: from the trainables' values to an adapter.
+    """
+
+    recipe: "Recipe"
+    train: Sequence[Item]
+    validation: Sequence[Item]
+    trainables: "dict[str, nn.Parameter]"
+    export: "Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]"
+
+
+def train(plan: Plan, run: Run, host: "Host", state: State) -> State:
+    """Trains from `state` to the recipe's last step; whatever interrupts it, what was reached is saved first.
+
+    Args:
+        state: where to go on from; step 0 for a new run.
+
+    Returns:
+        The final state, saved.
+
+    Raises:
+        NumbersError: a loss or gradient is not finite, naming the pictures of the batch.
+        Anything that `host.report` raises to interrupt.
+    """
+    recipe = plan.recipe
+    parameters = list(plan.trainables.values())
+    optimiser = OPTIMISERS[recipe.optimizer](parameters, recipe)
+    average = _average(parameters, recipe)
+    scaler = _loss_scaler(host)
+    _restore(state, plan, optimiser, average, scaler)
+    factor = lr_factor(recipe.schedule, recipe.warmup_steps, recipe.steps)
+    batches = batches_from(state.batches, _buckets(plan), _repeats(plan), recipe.batch_size, recipe.seed)
+    saved = state.step
+
+    def keep() -> None:
+        nonlocal saved
+        _capture(state, plan, optimiser, average, scaler)
+        path = run.save(state, plan.export(_result(state)), recipe.keep_last)
+        saved = state.step
+        host.report("saved", {"step": state.step, "path": path})
+
+    try:
+        if state.step == 0:
+            _preview(plan, run, host, state)
+        while state.step < recipe.steps:
+            started = time.perf_counter()
+            rate = recipe.learning_rate * factor(state.step)
+            for group in optimiser.param_groups:
+                group["lr"] = rate
+            window = [next(batches) for _ in range(recipe.accumulation)]
+            loss, names = _gradients(plan, host, window, state.step, scaler)
+            norm = _clip(parameters, recipe.max_grad_norm, optimiser, scaler)
+            _refuse_if_not_finite(loss, norm, names, state.step, scaler)
+            scaler.step(optimiser)
+            scaler.update()
+            optimiser.zero_grad(set_to_none=True)
+            if average is not None:
+                average.step(parameters)
+            state.step += 1
+            state.batches += len(window)
+            state.losses.append(loss)
+            event = {
+                "event": "step",
+                "step": state.step,
+                "steps": recipe.steps,
+                "epoch": window[-1][0],
+                "loss": loss,
+                "lr": rate,
+                "grad_norm": norm,
+                "seconds": time.perf_counter() - started,
+            }
+            run.log(event)
+            host.report("step", event)
+            if plan.validation and _due(state.step, recipe.validate_every, recipe.steps):
+                _validate(plan, run, host, state)
+            if _due(state.step, recipe.preview_every, recipe.steps):
+                with _averaged(average, parameters):
+                    _preview(plan, run, host, state)
+            if state.step % recipe.save_every == 0 and state.step < recipe.steps:
+                keep()
+        if saved != state.step or not run.states():
+            keep()
+    except BaseException:
+        # The host interrupts by an exception of its own, which on some versions is no Exception.
+        if state.step > saved:
+            _keep_before_leaving(keep)
+        raise
+    return state
+
+
+def _gradients(plan: Plan, host: "Host", window: list, step: int, scaler) -> tuple[float, list[str]]:
+    """Accumulates the gradient of the mean loss over all examples of a window; the mean and their names."""
+    total = sum(len(batch) for _, batch in window)
+    summed = 0.0
+    names = []
+    for number, (_, batch) in enumerate(window):
+        items = [plan.train[index] for index in batch]
+        names.extend(item.name for item in items)
+        for part in _parts(items, plan.recipe, step, number, host):
+            losses = _losses(host, *part)
+            scaler.scale(losses.sum() / total).backward()
+            summed += float(losses.detach().sum())
+    return summed / total, names
+
+
+def _parts(items: list[Item], recipe: "Recipe", step: int, number: int, host: "Host") -> Iterator[tuple]:
+    """Splits a batch into micro-batches; noise and levels are drawn for the whole batch, so the split changes nothing."""
+    latents = torch.cat([item.latent() for item in items])
+    source = generator("step", recipe.seed, step, number)
+    sigma = draw_sigmas(host.denoiser.sigmas(), len(items), source)
+    noise = draw_noise(tuple(latents.shape), source)
+    size = recipe.micro_batch or len(items)
+    for start in range(0, len(items), size):
+        stop = start + size
+        yield items[start:stop], latents[start:stop], noise[start:stop], sigma[start:stop]
+
+
+def _losses(host: "Host", items: list[Item], x0: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """The native loss of each example, [B] float32, with its graph."""
+    denoiser = host.denoiser
+    x0 = x0.to(denoiser.device)
+    noise = noise.to(denoiser.device)
+    sigma = sigma.to(denoiser.device)
+    x_t = denoiser.add_noise(x0, noise, sigma)
+    kind = parameterisation(denoiser.parameterisation, denoiser.sigma_data, denoiser.noise_scale)
+    target = kind.target(x0, noise, sigma.view(-1, *[1] * (x0.ndim - 1)))
+    conditioning = [item.conditioning() for item in items]
+    with OutOfPlace():
+        prediction = denoiser.predict(x_t, sigma, conditioning)
+    return example_losses(prediction, target, _weights(items, x0))
+
+
+def _weights(items: list[Item], x0: torch.Tensor) -> torch.Tensor | None:
+    if all(item.weight is None for item in items):
+        return None
+    ones = torch.ones_like(x0[:1, :1])
+    return torch.cat([ones if item.weight is None else item.weight().to(ones) for item in items])
+
+
+def batch_loss(plan: Plan, host: "Host") -> torch.Tensor:
+    """The mean loss of the run's first batch, with its graph; the same at every call."""
+    recipe = plan.recipe
+    _, batch = next(batches_from(0, _buckets(plan), _repeats(plan), recipe.batch_size, recipe.seed))
+    items = [plan.train[index] for index in batch]
+    parts = [_losses(host, *part) for part in _parts(items, recipe, 0, 0, host)]
+    return torch.cat(parts).mean()
+
+
+def fixed_losses(items: Sequence[Item], recipe: "Recipe", host: "Host") -> torch.Tensor:
+    """Losses of items at fixed noise and evenly spread noise levels, [items, levels] float32, without gradients."""
+    rows = []
+    with torch.no_grad():
+        for index, item in enumerate(items):
+            latent = item.latent()
+            sigma = spread_sigmas(host.denoiser.sigmas(), _VALIDATION_LEVELS)
+            noise = draw_noise((_VALIDATION_LEVELS, *latent.shape[1:]), generator("validation", recipe.seed, index))
+            x0 = latent.expand(_VALIDATION_LEVELS, *latent.shape[1:])
+            rows.append(_losses(host, [item] * _VALIDATION_LEVELS, x0, noise, sigma).cpu())
+    return torch.stack(rows)
+
+
+def _validate(plan: Plan, run: Run, host: "Host", state: State) -> None:
+    loss = float(fixed_losses(plan.validation, plan.recipe, host).mean())
+    state.validation.append((state.step, loss))
+    event = {"event": "validation", "step": state.step, "loss": loss}
+    run.log(event)
+    host.report("validation", event)
+
+
+def _preview(plan: Plan, run: Run, host: "Host", state: State) -> None:
+    recipe = plan.recipe
+    if not recipe.preview_prompts:
+        return
+    request = PreviewRequest(
+        prompts=recipe.preview_prompts,
+        size=_usual_bucket(plan),
+        steps=recipe.preview_steps,
+        cfg=recipe.preview_cfg,
+        sampler_name=recipe.preview_sampler,
+        scheduler=recipe.preview_scheduler,
+        seed=recipe.preview_seed,
+    )
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        pictures = host.denoiser.preview(request)
+    paths = run.save_samples(state.step, pictures)
+    run.log({"event": "sample", "step": state.step, "files": [path.rsplit("/", 1)[-1] for path in paths]})
+    host.report("sample", {"step": state.step, "paths": paths, "pictures": pictures})
+
+
+def _usual_bucket(plan: Plan) -> tuple[int, int]:
+    buckets = [item.bucket for item in plan.train]
+    return max(sorted(set(buckets)), key=buckets.count)
+
+
+def _clip(parameters: list, limit: float, optimiser, scaler) -> float:
+    """Clips the gradient to a norm (0: not at all), once per optimiser step; its norm before."""
+    scaler.unscale_(optimiser)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, limit if limit > 0 else math.inf)
+    return float(norm)
+
+
+def _refuse_if_not_finite(loss: float, norm: float, names: list[str], step: int, scaler) -> None:
+    # Under fp16 loss scaling an infinite gradient is ordinary: the scaler skips that step and lowers its factor.
+    if math.isfinite(loss) and (math.isfinite(norm) or scaler.is_enabled()):
+        return
+    what = "loss" if not math.isfinite(loss) else "gradient"
+    raise NumbersError(
+        f"The {what} of step {step + 1} is not finite (pictures: {', '.join(sorted(set(names)))}).",
+        "Nothing of that step was kept. Lower learning_rate, compute in fp32 or bf16 (Graft Memory Options), "
+        "or take those pictures out.",
+        "learning_rate",
+    )
+
+
+def _average(parameters: list, recipe: "Recipe"):
+    """diffusers' moving average of the trainables, None when off."""
+    if not recipe.ema_decay:
+        return None
+    from diffusers.training_utils import EMAModel
+
+    return EMAModel(parameters, decay=recipe.ema_decay, use_ema_warmup=False)
+
+
+class _averaged:
+    """Lends the moving average to the trainables for the block."""
+
+    def __init__(self, average, parameters: list):
+        self.average = average
+        self.parameters = parameters
+
+    def __enter__(self):
+        if self.average is not None:
+            self.average.store(self.parameters)
+            self.average.copy_to(self.parameters)
+
+    def __exit__(self, *error):
+        if self.average is not None:
+            self.average.restore(self.parameters)
+
+
+def _loss_scaler(host: "Host"):
+    """Dynamic loss scaling for fp16 compute (Micikevicius et al. 2018), idle otherwise."""
+    half = getattr(host.denoiser, "compute_dtype", None) is torch.float16
+    return torch.amp.GradScaler(host.denoiser.device.type, enabled=half)
+
+
+def _capture(state: State, plan: Plan, optimiser, average, scaler) -> None:
+    """Brings the live values into the state."""
+    state.trainables = {name: parameter.detach().clone() for name, parameter in plan.trainables.items()}
+    state.optimiser = optimiser.state_dict()["state"]
+    state.ema = {}
+    if average is not None:
+        state.ema = {name: value.clone() for name, value in zip(plan.trainables, average.shadow_params)}
+    state.scaler = dict(scaler.state_dict())
+
+
+def _restore(state: State, plan: Plan, optimiser, average, scaler) -> None:
+    """Brings the state into the live values; nothing to do for a new run.
+
+    Raises:
+        GraftError: the state's trainables are not this run's.
+    """
+    if state.step == 0:
+        return
+    shapes = {name: tuple(value.shape) for name, value in state.trainables.items()}
+    if shapes != {name: tuple(parameter.shape) for name, parameter in plan.trainables.items()}:
+        raise GraftError("The saved state has other layers than this model.", "Start the run over.")
+    with torch.no_grad():
+        for name, parameter in plan.trainables.items():
+            parameter.copy_(state.trainables[name])
+    groups = optimiser.state_dict()["param_groups"]
+    optimiser.load_state_dict({"state": state.optimiser, "param_groups": groups})
+    if average is not None and state.ema:
+        average.shadow_params = [state.ema[name].to(host_device(plan)) for name in plan.trainables]
+        average.optimization_step = state.step
+    if scaler.is_enabled() and state.scaler:
+        scaler.load_state_dict(state.scaler)
+
+
+def host_device(plan: Plan) -> torch.device:
+    """Where the trainables live."""
+    return next(iter(plan.trainables.values())).device
+
+
+def _result(state: State) -> dict[str, torch.Tensor]:
+    return state.ema or state.trainables
+
+
+def _keep_before_leaving(keep: Callable[[], None]) -> None:
+    """Saves; a failure of that is logged, so that the first error is the one that is shown."""
+    try:
+        keep()
+    except Exception:
+        log.exception("Graft: what was trained so far could not be saved.")
+
+
+def _due(step: int, every: int, last: int) -> bool:
+    return step % every == 0 or step == last
+
+
+def _buckets(plan: Plan) -> list[tuple[int, int]]:
+    return [item.bucket for item in plan.train]
+
+
+def _repeats(plan: Plan) -> list[int]:
+    return [item.repeats for item in plan.train]
+
+

@@ -1,0 +1,8 @@
+"""What is trainable: one file a method, registered here."""
+
+from __future__ import annotations
+
+from .base import Method
+from .lora import LoRA
+
+METHODS: dict[str, Method] = {method.name: method for method in (LoRA(),)}

@@ -1,0 +1,78 @@
+"""LoRA: a low-rank difference on each adapted layer (Hu et al. 2021), by peft."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Callable
+
+from ..data.order import stream_seed
+from ..errors import ModelError
+from ..families import is_attention
+from ..formats.kohya import lora_to_kohya
+from .base import Method
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from ..families import Family
+    from ..settings import Recipe
+
+_A = ".lora_A.default.weight"
+_B = ".lora_B.default.weight"
+
+
+class LoRA(Method):
+    """W + (alpha / rank) B A, with B zero at the start."""
+
+    name = "LoRA"
+
+    def targets(self, module: "nn.Module", family: "Family") -> list[str]:
+        """The attention projections among the tree's Linears.
+
+        Raises:
+            ModelError: there is none.
+        """
+        from torch import nn
+
+        paths = [
+            path
+            for path, layer in module.named_modules()
+            if isinstance(layer, nn.Linear) and layer.weight is not None and is_attention(path, family)
+        ]
+        if not paths:
+            raise ModelError(
+                f"No trainable attention layer was found in the model ({type(module).__name__}).",
+                "Quantised formats that hide their layers (GGUF, Nunchaku) cannot be trained; load the original.",
+                "model",
+            )
+        return sorted(paths)
+
+    def inject(self, module: "nn.Module", targets: list[str], recipe: "Recipe") -> "dict[str, nn.Parameter]":
+        """peft's LoRA layers at the targets; A is drawn from the recipe's seed."""
+        import torch
+        from peft import LoraConfig, inject_adapter_in_model
+
+        exactly = "|".join(re.escape(path) for path in targets)
+        config = LoraConfig(r=recipe.rank, lora_alpha=recipe.alpha, target_modules=f"(?:{exactly})")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(stream_seed("lora", recipe.seed))
+            inject_adapter_in_model(config, module)
+        trainables = {}
+        for name, parameter in module.named_parameters():
+            if name.endswith((_A, _B)):
+                parameter.data = parameter.data.float()
+                parameter.requires_grad_(True)
+                trainables[name] = parameter
+        return dict(sorted(trainables.items()))
+
+    def export(self, tensors: "dict[str, torch.Tensor]", recipe: "Recipe",
+               name_of: Callable[[str], str]) -> "dict[str, torch.Tensor]":
+        """kohya's tensors, with alpha in the file."""
+        layers = {}
+        for name, tensor in tensors.items():
+            if name.endswith(_A):
+                layers.setdefault(name[: -len(_A)], {})["down"] = tensor
+            elif name.endswith(_B):
+                layers.setdefault(name[: -len(_B)], {})["up"] = tensor
+        return lora_to_kohya(layers, recipe.alpha, name_of)

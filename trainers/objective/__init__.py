@@ -1,0 +1,1 @@
+"""What the model is asked for: its own parameterisation, noise levels and loss."""

@@ -1,0 +1,143 @@
+"""The three things training needs from a host: a denoiser, a text encoder and an image codec.
+
+ComfyUI's implementation is `nodes/host/`; the tests hold one over diffusers.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol, Sequence
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What one example is conditioned on.
+
+    Attributes:
+        tensors: the text encoder's output by the host's own names, each [1, ...].
+        original_size: (width, height) of the picture before scaling, pixels.
+        crop: (left, top) of the crop in the scaled picture, pixels.
+        target_size: (width, height) of the crop that is trained on, pixels.
+    """
+
+    tensors: dict[str, "torch.Tensor"]
+    original_size: tuple[int, int] = (0, 0)
+    crop: tuple[int, int] = (0, 0)
+    target_size: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a model wants its pictures cut.
+
+    Attributes:
+        resolution: side of the square whose area a picture is scaled to, pixels.
+        step: width and height of every bucket are multiples of this, pixels.
+    """
+
+    resolution: int
+    step: int
+
+
+@dataclass(frozen=True)
+class PreviewRequest:
+    """Pictures to be drawn by the host's own sampler.
+
+    Attributes:
+        prompts: one picture each.
+        negative: the negative prompt, shared.
+        size: (width, height) in pixels.
+        seed: noise seed of the first picture; picture i uses seed + i.
+    """
+
+    prompts: tuple[str, ...]
+    size: tuple[int, int]
+    steps: int
+    cfg: float
+    sampler_name: str
+    scheduler: str
+    seed: int
+    negative: str = ""
+
+
+class TextEncoder(Protocol):
+    """Turns captions, as literal text, into conditioning tensors."""
+
+    def encode(self, caption: str) -> dict[str, "torch.Tensor"]:
+        """The conditioning tensors of one caption, each [1, ...] on the CPU, ordinary tensors."""
+
+    def count_tokens(self, caption: str) -> int:
+        """Number of tokens of the caption without start, end and padding."""
+
+    def fingerprint(self) -> str:
+        """Hash that changes with weights, waiting patches and clip skip."""
+
+
+class ImageCodec(Protocol):
+    """Turns pictures into latents."""
+
+    def encode(self, pixels: "torch.Tensor") -> "torch.Tensor":
+        """[B, H, W, 3] float in 0..1 -> unscaled latents [B, C, (T,) h, w], float32 on the CPU."""
+
+    def fingerprint(self) -> str:
+        """Hash that changes with the weights."""
+
+
+class Denoiser(Protocol):
+    """A frozen pretrained denoiser whose module tree may be given adapters."""
+
+    module: "torch.nn.Module"
+    parameterisation: str
+    sigma_data: float
+    noise_scale: float
+    family: str
+    device: "torch.device"
+
+    def geometry(self, resolution: int) -> Geometry:
+        """Cut of the pictures for a wished resolution, 0 for the model's own."""
+
+    def sigmas(self) -> "torch.Tensor":
+        """The model's noise levels in rising order, [N] float32."""
+
+    def scale_latents(self, latents: "torch.Tensor") -> "torch.Tensor":
+        """VAE latents as the model wants them (scale and shift, exactly once)."""
+
+    def add_noise(self, x0: "torch.Tensor", noise: "torch.Tensor", sigma: "torch.Tensor") -> "torch.Tensor":
+        """x_t for x0 and noise [B, C, ...] at sigma [B]."""
+
+    def predict(self, x_t: "torch.Tensor", sigma: "torch.Tensor", conditioning: Sequence[Conditioning]) -> "torch.Tensor":
+        """The network's raw output for x_t [B, C, ...] at sigma [B], each example on its own conditioning."""
+
+    def preview(self, request: PreviewRequest) -> list["Image.Image"]:
+        """Pictures by the model as trained so far."""
+
+    def training(self, compute_dtype: str) -> AbstractContextManager:
+        """Places the weights and sets what the host needs for a backward; undoes it in any case."""
+
+    def adapter_name(self, path: str) -> str:
+        """Name of a module, by its path in `module`, in kohya's adapter files."""
+
+    def check_adapter(self, tensors: dict[str, "torch.Tensor"]) -> list[str]:
+        """Keys of an adapter file that the host would not use."""
+
+    def fingerprint(self) -> str:
+        """Hash of what makes this base: keys, shapes, dtypes, sampled weights, waiting patches."""
+
+
+@dataclass(frozen=True)
+class Host:
+    """The three parts together, and what the host wants to be asked while training runs.
+
+    Attributes:
+        report: called with (event name, payload) after each event; may raise to interrupt.
+    """
+
+    denoiser: Denoiser
+    text: TextEncoder
+    codec: ImageCodec
+    report: "callable" = field(default=lambda event, payload: None)

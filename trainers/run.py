@@ -1,0 +1,238 @@
+"""A run's folder: its recipe, its log, its states, its pictures."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from .errors import RunError
+from .formats import files
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+    from .settings import Recipe
+
+log = logging.getLogger(__name__)
+
+_VERSION = 1
+_STATE = re.compile(r"state-(\d{8})\.safetensors")
+_ADAPTER = re.compile(r"step-(\d{8})\.safetensors")
+
+
+@dataclass
+class State:
+    """A moment of training, complete: continuing from it gives the same bits as never having stopped.
+
+    Noise, order and timesteps are functions of seed and step and need no state of their own.
+
+    Attributes:
+        step: optimiser steps done.
+        batches: batches drawn so far.
+        losses: of each step.
+        trainables, ema: values by name; `ema` is empty without averaging.
+        optimiser: its `state_dict()["state"]`: {index: {name: tensor or number}}.
+        scaler: fp16 loss scaling, empty otherwise.
+    """
+
+    step: int = 0
+    batches: int = 0
+    losses: list[float] = field(default_factory=list)
+    validation: list[tuple[int, float]] = field(default_factory=list)
+    trainables: "dict[str, torch.Tensor]" = field(default_factory=dict)
+    ema: "dict[str, torch.Tensor]" = field(default_factory=dict)
+    optimiser: dict[int, dict[str, Any]] = field(default_factory=dict)
+    scaler: dict[str, float] = field(default_factory=dict)
+
+
+class Run:
+    """One run on disk.
+
+    Attributes:
+        folder: for recipe, log, states and pictures.
+        adapters: folder for adapter files that the host's loaders see.
+    """
+
+    def __init__(self, folder: str, adapters: str):
+        self.folder = folder
+        self.adapters = adapters
+        self.name = os.path.basename(folder)
+
+    @classmethod
+    def open(cls, runs: str, adapters: str, recipe: "Recipe", identity: str, label: str) -> "Run":
+        """The run of an identity, as the recipe's `on_existing` wants it.
+
+        Args:
+            runs: folder of all runs.
+            adapters: folder below which adapters are written.
+            label: name when the user gave none.
+        """
+        base = f"{safe_name(recipe.name or label)}-{identity[:8]}"
+        name = base
+        if recipe.on_existing == "new":
+            number = 2
+            while os.path.exists(os.path.join(runs, name)):
+                name = f"{base}-{number}"
+                number += 1
+        run = cls(os.path.join(runs, name), os.path.join(adapters, name))
+        if recipe.on_existing == "start over":
+            run.clear()
+        run.check_identity(identity)
+        return run
+
+    def check_identity(self, identity: str) -> None:
+        """Raises RunError when the folder belongs to something else (a hash of eight digits may collide)."""
+        path = os.path.join(self.folder, "recipe.json")
+        if os.path.exists(path) and files.read_json(path).get("identity") != identity:
+            raise RunError(f"The run folder '{self.folder}' belongs to another run.", "Give this run a name of its own.")
+
+    def clear(self) -> None:
+        """Removes what an earlier run of the same identity left."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        shutil.rmtree(self.adapters, ignore_errors=True)
+
+    def write_recipe(self, recipe: "Recipe", identity: str, facts: dict) -> None:
+        """Keeps what the run is made with."""
+        value = {"identity": identity, "recipe": recipe.as_json(), **facts}
+        files.write_json(os.path.join(self.folder, "recipe.json"), value)
+
+    def states(self) -> list[int]:
+        """Steps of which a state is kept, rising."""
+        return _numbers(self.folder, _STATE)
+
+    def save(self, state: State, adapter: "dict[str, torch.Tensor]", keep_last: int) -> str:
+        """Writes state and adapter, then removes those older than the last K; the adapter's path."""
+        from .formats.adapter import save_adapter
+
+        path = os.path.join(self.adapters, f"step-{state.step:08d}.safetensors")
+        save_adapter(path, adapter, f"{self.name}-{state.step}")
+        _write_state(self._state_path(state.step), state)
+        _prune(self.folder, _STATE, keep_last)
+        _prune(self.adapters, _ADAPTER, keep_last)
+        return path
+
+    def load(self, limit: int) -> State | None:
+        """The latest sound state of at most `limit` steps, None when there is none."""
+        for step in reversed(self.states()):
+            if step > limit:
+                continue
+            try:
+                return _read_state(self._state_path(step))
+            except RunError as error:
+                log.warning("Graft: %s Trying an earlier state.", error)
+        return None
+
+    def log(self, event: dict) -> None:
+        """Appends one line to metrics.jsonl."""
+        path = os.path.join(self.folder, "metrics.jsonl")
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(event) + "\n")
+
+    def forget_after(self, step: int) -> None:
+        """Drops the log's lines of steps that will be done again."""
+        path = os.path.join(self.folder, "metrics.jsonl")
+        if not os.path.exists(path):
+            return
+        with open(path, encoding="utf-8") as file:
+            lines = [line for line in file if _step_of(line) <= step]
+        with files.replacing(path) as temporary:
+            with open(temporary, "w", encoding="utf-8") as file:
+                file.writelines(lines)
+
+    def save_samples(self, step: int, pictures: "list[Image.Image]") -> list[str]:
+        """Writes sample pictures; their paths."""
+        paths = []
+        for index, picture in enumerate(pictures):
+            path = os.path.join(self.folder, "samples", f"step-{step:08d}-{index + 1}.png")
+            with files.replacing(path) as temporary:
+                picture.save(temporary, format="PNG")
+            paths.append(path)
+        return paths
+
+    def _state_path(self, step: int) -> str:
+        return os.path.join(self.folder, f"state-{step:08d}.safetensors")
+
+
+def safe_name(text: str) -> str:
+    """A folder name from any text."""
+    return re.sub(r"[^\w.-]+", "-", text).strip("-. ")[:60] or "run"
+
+
+def _numbers(folder: str, pattern: re.Pattern) -> list[int]:
+    if not os.path.isdir(folder):
+        return []
+    matches = (pattern.fullmatch(name) for name in os.listdir(folder))
+    return sorted(int(match.group(1)) for match in matches if match)
+
+
+def _prune(folder: str, pattern: re.Pattern, keep: int) -> None:
+    stem = pattern.pattern.split("-")[0]
+    for number in _numbers(folder, pattern)[:-keep]:
+        os.remove(os.path.join(folder, f"{stem}-{number:08d}.safetensors"))
+
+
+def _step_of(line: str) -> int:
+    try:
+        return int(json.loads(line).get("step", 0))
+    except (ValueError, AttributeError):
+        return 1 << 62
+
+
+def _write_state(path: str, state: State) -> None:
+    import torch
+
+    tensors = {}
+    for group in ("trainables", "ema"):
+        for name, tensor in getattr(state, group).items():
+            tensors[f"{group}/{name}"] = tensor
+    numbers: dict[str, dict[str, Any]] = {}
+    for index, slots in state.optimiser.items():
+        for name, value in slots.items():
+            if torch.is_tensor(value):
+                tensors[f"optimiser/{index}/{name}"] = value
+            else:
+                numbers.setdefault(str(index), {})[name] = value
+    plain = {
+        "version": _VERSION,
+        "step": state.step,
+        "batches": state.batches,
+        "losses": state.losses,
+        "validation": state.validation,
+        "optimiser": numbers,
+        "scaler": state.scaler,
+    }
+    files.write_tensors(path, tensors, {"state": json.dumps(plain)})
+
+
+def _read_state(path: str) -> State:
+    tensors, metadata = files.read_tensors(path)
+    try:
+        plain = json.loads(metadata["state"])
+        if plain["version"] != _VERSION:
+            raise RunError(f"The state '{path}' is of version {plain['version']}.", "Start the run over.")
+        state = State(
+            step=int(plain["step"]),
+            batches=int(plain["batches"]),
+            losses=[float(loss) for loss in plain["losses"]],
+            validation=[(int(step), float(loss)) for step, loss in plain["validation"]],
+            optimiser={int(index): dict(slots) for index, slots in plain["optimiser"].items()},
+            scaler=dict(plain["scaler"]),
+        )
+        for name, tensor in tensors.items():
+            group, _, rest = name.partition("/")
+            if group == "optimiser":
+                index, _, slot = rest.partition("/")
+                state.optimiser.setdefault(int(index), {})[slot] = tensor
+            elif group in ("trainables", "ema"):
+                getattr(state, group)[rest] = tensor
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, RunError):
+            raise
+        raise RunError(f"The state '{path}' is damaged ({error!r}).", "Remove it.") from error
+    return state

@@ -1,0 +1,263 @@
+"""One training from dataset to adapter: caches, run, adapter layers, loop, export."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .data.buckets import Crop, choose_crop
+from .data.cache import Cache, LatentCache, TextCache
+from .data.scan import check_captions
+from .errors import ModelError, SettingsError
+from .families import family_of
+from .formats.adapter import Adapter
+from .formats.metadata import describe_training
+from .methods import METHODS
+from .protocols import Conditioning
+from .run import Run, State
+
+if TYPE_CHECKING:
+    import torch
+
+    from .data.examples import Dataset, Example
+    from .loop import Item
+    from .protocols import Geometry, Host
+    from .settings import Recipe
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where things are written.
+
+    Attributes:
+        runs: one folder each run.
+        cache: latents and conditionings, shared by all runs.
+        adapters: where the host's loaders look for adapters.
+    """
+
+    runs: str
+    cache: str
+    adapters: str
+
+
+@dataclass(frozen=True)
+class Result:
+    """What training gives.
+
+    Attributes:
+        adapter: in the host's names.
+        losses: of each step.
+        run: its folder.
+        resumed_from: step it went on from; equal to the recipe's steps when it was already finished.
+    """
+
+    adapter: Adapter
+    losses: list[float]
+    run: Run
+    resumed_from: int
+
+
+def train_adapter(recipe: "Recipe", dataset: "Dataset", host: "Host", folders: Folders) -> Result:
+    """Trains an adapter, goes on with an unfinished run, or returns a finished one.
+
+    Must be called outside torch's inference mode.
+
+    Raises:
+        GraftError: with the input and the cure.
+        Anything that `host.report` raises to interrupt; what was reached is saved first.
+    """
+    check_captions(dataset)
+    method = METHODS[recipe.method]
+    identity = recipe.identity(dataset.fingerprint(), _base(host))
+    run = Run.open(folders.runs, folders.adapters, recipe, identity, dataset.name)
+    state = run.load(recipe.steps) or State()
+    export = _exporter(method, recipe, host, dataset)
+    host.report("run", {"name": run.name, "folder": run.folder, "step": state.step, "steps": recipe.steps})
+    if state.step == recipe.steps:
+        log.info("Graft: run %s is already finished at step %d.", run.name, state.step)
+        adapter = export(state.ema or state.trainables, len(state.losses))
+        return Result(adapter, state.losses, run, state.step)
+    log.info("Graft: run %s, from step %d to %d.", run.name, state.step, recipe.steps)
+    return _train(recipe, dataset, host, folders, method, identity, run, state, export)
+
+
+def _train(recipe, dataset, host, folders, method, identity, run, state, export) -> Result:
+    # Imported here: the loop imports torch, which the nodes that only describe datasets do not need.
+    from .loop import Plan, train
+
+    denoiser = host.denoiser
+    resumed_from = state.step
+    items = prepare_items(dataset, recipe, host, folders.cache)
+    training, validation = split(items, dataset, recipe)
+    with denoiser.training(recipe.compute_dtype):
+        targets = method.targets(denoiser.module, family_of(denoiser.family))
+        blocks = _checkpoint(denoiser.module, recipe)
+        trainables = method.inject(denoiser.module, targets, recipe)
+        facts = {"layers": len(targets), "checkpointed_blocks": blocks, "images": len(items)}
+        run.write_recipe(recipe, identity, facts)
+        run.forget_after(state.step)
+        plan = Plan(recipe, training, validation, trainables, lambda values: export(values, state.step))
+        if state.step == 0:
+            _check_gradient(plan, host)
+        _check_names(plan, host)
+        state = train(plan, run, host, state)
+    adapter = export(state.ema or state.trainables, state.step)
+    return Result(adapter, state.losses, run, resumed_from)
+
+
+def _base(host: "Host") -> str:
+    parts = [host.denoiser.fingerprint(), host.text.fingerprint(), host.codec.fingerprint()]
+    return hashlib.sha256("|".join(parts).encode()).hexdigest()
+
+
+def crops_of(dataset: "Dataset", geometry: "Geometry") -> list[Crop]:
+    """The cut of each example, in order."""
+    return [choose_crop(example.size, geometry, example.source.name) for example in dataset.examples]
+
+
+def prepare_items(dataset: "Dataset", recipe: "Recipe", host: "Host", cache_folder: str) -> "list[Item]":
+    """Encodes what is not yet cached and gives the examples as the loop wants them, in order."""
+    geometry = host.denoiser.geometry(recipe.resolution)
+    crops = crops_of(dataset, geometry)
+    done = 0
+    total = len(dataset.examples)
+
+    def tick(name: str) -> None:
+        nonlocal done
+        done += 1
+        host.report("cache", {"name": name, "done": done, "total": 2 * total})
+
+    latents = LatentCache(Cache(os.path.join(cache_folder, "latents")), host.codec)
+    keys = latents.fill(zip(dataset.examples, crops), tick)
+    texts = TextCache(Cache(os.path.join(cache_folder, "text")), host.text)
+    texts.fill((dataset.caption(example) for example in dataset.examples), tick)
+    rows = zip(dataset.examples, crops, keys)
+    return [_item(dataset, example, crop, key, latents, texts, host) for example, crop, key in rows]
+
+
+def _item(dataset: "Dataset", example: "Example", crop: Crop, key: str, latents: LatentCache, texts: TextCache,
+          host: "Host") -> "Item":
+    from .loop import Item
+
+    caption = dataset.caption(example)
+
+    def latent() -> "torch.Tensor":
+        return host.denoiser.scale_latents(latents.get(key))
+
+    def conditioning() -> Conditioning:
+        return Conditioning(texts.get(caption), example.size, crop.offset, crop.bucket)
+
+    weight = None
+    if example.mask is not None:
+        weight = lambda: mask_weights(example, crop, latent())  # noqa: E731
+    return Item(example.source.name, crop.bucket, example.repeats, latent, conditioning, weight)
+
+
+def mask_weights(example: "Example", crop: Crop, latent: "torch.Tensor") -> "torch.Tensor":
+    """Loss weights of an example's mask, cut like its picture: [1, 1, ...] over the latent's positions, 0..1."""
+    import numpy as np
+    import torch
+
+    from .data.pixels import cut
+
+    picture = cut(example.mask.open(), crop).convert("L")
+    weights = torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255.0)[None, None]
+    weights = torch.nn.functional.interpolate(weights, size=latent.shape[-2:], mode="area")
+    return weights.view(1, 1, *[1] * (latent.ndim - 4), *latent.shape[-2:])
+
+
+def split(items: "list[Item]", dataset: "Dataset", recipe: "Recipe") -> "tuple[list[Item], list[Item]]":
+    """Training and validation items; which are held out depends on their content and the seed alone.
+
+    Raises:
+        SettingsError: nothing would be left to train on.
+    """
+    count = round(recipe.validation_fraction * len(items))
+    if recipe.validation_fraction > 0:
+        count = max(1, count)
+    if count >= len(items):
+        raise SettingsError(
+            f"validation_fraction {recipe.validation_fraction} leaves none of {len(items)} pictures to train on.",
+            "Lower it, or add pictures.",
+            "validation_fraction",
+        )
+    def rank(index: int) -> str:
+        return hashlib.sha256(f"{recipe.seed}{dataset.examples[index].digest}".encode()).hexdigest()
+
+    held = set(sorted(range(len(items)), key=rank)[:count])
+    training = [item for index, item in enumerate(items) if index not in held]
+    return training, [items[index] for index in sorted(held)]
+
+
+def _checkpoint(module, recipe: "Recipe") -> int:
+    """Switches checkpointing on where the recipe or the model's size asks for it; the number of blocks."""
+    from .autograd import blocks_of, checkpoint_blocks
+
+    size = sum(parameter.numel() for parameter in module.parameters())
+    wanted = recipe.checkpointing == "on" or (recipe.checkpointing == "auto" and size > 1_500_000_000)
+    if not wanted:
+        return 0
+    blocks = blocks_of(module)
+    checkpoint_blocks(blocks)
+    return len(blocks)
+
+
+def _check_gradient(plan, host: "Host") -> None:
+    """The self-check where the user asked for it, or where the family is not described."""
+    from .check import check_gradient
+    from .loop import batch_loss
+
+    wanted = plan.recipe.gradient_check
+    if wanted == "off" or (wanted == "auto" and host.denoiser.family != "general"):
+        return
+    check_gradient(lambda: batch_loss(plan, host), plan.trainables)
+
+
+def _check_names(plan, host: "Host") -> None:
+    """Finds out before the first step that the host would not read the adapter, not after the last."""
+    values = {name: parameter.detach() for name, parameter in plan.trainables.items()}
+    unread = host.denoiser.check_adapter(plan.export(values))
+    if unread:
+        raise ModelError(
+            f"The host would not read {len(unread)} keys of this model's adapter, such as {unread[0]}.",
+            "This model cannot be trained yet. Please report its name.",
+            "model",
+        )
+
+
+def _exporter(method, recipe: "Recipe", host: "Host", dataset: "Dataset"):
+    """A function from the trainables' values and the step to an adapter with its metadata."""
+
+    def export(values: "dict[str, torch.Tensor]", step: int) -> Adapter:
+        facts = {
+            "family": host.denoiser.family,
+            "parameterisation": host.denoiser.parameterisation,
+            "recipe": recipe.as_json(),
+            "trigger": dataset.trigger,
+            "resolution": recipe.resolution,
+            "base_model_version": "sd_v1" if host.denoiser.family == "SD1" else host.denoiser.family,
+            "network_module": "networks.lora",
+            "network_dim": recipe.rank,
+            "network_alpha": recipe.alpha,
+            "learning_rate": recipe.learning_rate,
+            "unet_lr": recipe.learning_rate,
+            "optimizer": recipe.optimizer,
+            "lr_scheduler": recipe.schedule,
+            "lr_warmup_steps": recipe.warmup_steps,
+            "max_grad_norm": recipe.max_grad_norm,
+            "total_batch_size": recipe.batch_size,
+            "gradient_accumulation_steps": recipe.accumulation,
+            "num_train_images": sum(example.repeats for example in dataset.examples),
+            "steps": step,
+            "max_train_steps": recipe.steps,
+            "seed": recipe.seed,
+            "v2": host.denoiser.family.startswith("SD2"),
+        }
+        return Adapter(method.export(values, recipe, host.denoiser.adapter_name), describe_training(facts))
+
+    return export

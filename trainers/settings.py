@@ -1,0 +1,230 @@
+"""What a run is made with: the options as the user set them, and the recipe with every default filled in."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from .errors import SettingsError
+
+if TYPE_CHECKING:
+    from .families import Family
+
+# The value of a field that the user left alone: it is then decided by family, method and optimiser.
+UNSET: dict[str, dict[str, Any]] = {
+    "run": {
+        "name": "",
+        "on_existing": "auto",
+        "save_every": 0,
+        "keep_last": 0,
+        "validation_fraction": 0.0,
+        "validate_every": 0,
+        "gradient_check": "auto",
+    },
+    "preview": {
+        "prompts": "",
+        "every": 0,
+        "steps": 0,
+        "cfg": 0.0,
+        "sampler_name": "auto",
+        "scheduler": "auto",
+        "seed": -1,
+    },
+    "optimizer": {
+        "optimizer": "auto",
+        "weight_decay": -1.0,
+        "schedule": "auto",
+        "warmup_steps": -1,
+        "accumulation": 0,
+        "max_grad_norm": -1.0,
+        "ema_decay": -1.0,
+    },
+    "memory": {
+        "checkpointing": "auto",
+        "compute_dtype": "auto",
+        "micro_batch": 0,
+    },
+}
+
+
+class Options(dict):
+    """Set fields only, as {(kind, field): value}; option nodes chain them."""
+
+    def adding(self, kind: str, values: dict[str, Any]) -> "Options":
+        """These options with a node's set fields on top: the node nearest the trainer wins.
+
+        Raises:
+            SettingsError: a field the kind does not have.
+        """
+        merged = Options(self)
+        for name, value in values.items():
+            if name not in UNSET[kind]:
+                raise SettingsError(f"There is no {kind} option '{name}'.", f"Known are {', '.join(UNSET[kind])}.")
+            if value != UNSET[kind][name]:
+                merged[(kind, name)] = value
+        return merged
+
+    def value(self, kind: str, name: str, default: Any) -> Any:
+        """The field as set, else the default."""
+        return self.get((kind, name), default)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything a run is made with. Fields that decide its result make up `identity`; the rest may change."""
+
+    method: str
+    learning_rate: float
+    rank: int
+    alpha: float
+    batch_size: int
+    seed: int
+    resolution: int
+    optimizer: str
+    weight_decay: float
+    schedule: str
+    warmup_steps: int
+    accumulation: int
+    max_grad_norm: float
+    ema_decay: float
+    validation_fraction: float
+    family: str
+    trigger: str
+    # What follows does not decide the result.
+    steps: int
+    name: str
+    on_existing: str
+    save_every: int
+    keep_last: int
+    validate_every: int
+    gradient_check: str
+    preview_prompts: tuple[str, ...]
+    preview_every: int
+    preview_steps: int
+    preview_cfg: float
+    preview_sampler: str
+    preview_scheduler: str
+    preview_seed: int
+    checkpointing: str
+    compute_dtype: str
+    micro_batch: int
+
+    def deciding(self) -> dict[str, Any]:
+        """The fields that decide the result."""
+        names = [field.name for field in fields(self)]
+        return {name: getattr(self, name) for name in names[: names.index("steps")]}
+
+    def identity(self, dataset: str, base: str) -> str:
+        """Hash that names the run: recipe, dataset content and base."""
+        text = json.dumps([self.deciding(), dataset, base], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def as_json(self) -> dict[str, Any]:
+        """All fields, JSON-able."""
+        return asdict(self)
+
+
+def resolve(options: Options, family: "Family", method: str, steps: int, learning_rate: float, rank: int,
+            batch_size: int, seed: int, resolution: int, trigger: str) -> Recipe:
+    """The recipe of a node's widgets and its options.
+
+    Args:
+        learning_rate: 0 for the family's and method's default.
+        resolution: 0 for the family's own.
+
+    Raises:
+        SettingsError: a value out of range, or two that contradict each other.
+    """
+    get = options.value
+    recipe = Recipe(
+        method=method,
+        learning_rate=learning_rate or family.lora_learning_rate,
+        rank=rank,
+        alpha=float(rank),
+        batch_size=batch_size,
+        seed=seed,
+        resolution=resolution or family.resolution,
+        optimizer=get("optimizer", "optimizer", "AdamW"),
+        weight_decay=get("optimizer", "weight_decay", 0.01),
+        schedule=get("optimizer", "schedule", "constant"),
+        warmup_steps=get("optimizer", "warmup_steps", 0),
+        accumulation=get("optimizer", "accumulation", 1),
+        max_grad_norm=get("optimizer", "max_grad_norm", 1.0),
+        ema_decay=get("optimizer", "ema_decay", 0.0),
+        validation_fraction=get("run", "validation_fraction", 0.0),
+        family=family.name,
+        trigger=trigger,
+        steps=steps,
+        name=get("run", "name", "").strip(),
+        on_existing=get("run", "on_existing", "resume"),
+        save_every=get("run", "save_every", 500),
+        keep_last=get("run", "keep_last", 2),
+        validate_every=get("run", "validate_every", 50),
+        gradient_check=get("run", "gradient_check", "auto"),
+        preview_prompts=_lines(get("preview", "prompts", "")),
+        preview_every=get("preview", "every", 100),
+        preview_steps=get("preview", "steps", 20),
+        preview_cfg=get("preview", "cfg", family.preview_cfg),
+        preview_sampler=get("preview", "sampler_name", "euler"),
+        preview_scheduler=get("preview", "scheduler", family.preview_scheduler),
+        preview_seed=get("preview", "seed", 0),
+        checkpointing=get("memory", "checkpointing", "auto"),
+        compute_dtype=get("memory", "compute_dtype", "auto"),
+        micro_batch=get("memory", "micro_batch", 0),
+    )
+    _check(recipe)
+    return recipe
+
+
+def _lines(text: str) -> tuple[str, ...]:
+    return tuple(line.strip() for line in text.splitlines() if line.strip())
+
+
+def _check(recipe: Recipe) -> None:
+    from .methods import METHODS
+    from .optimisers import OPTIMISERS, SCHEDULES
+
+    for field, known in (("method", METHODS), ("optimizer", OPTIMISERS), ("schedule", SCHEDULES)):
+        if getattr(recipe, field) not in known:
+            raise SettingsError(
+                f"Unknown {field} '{getattr(recipe, field)}'.", f"Choose one of {', '.join(known)}.", field
+            )
+    ranges = {
+        "steps": (1, 10_000_000),
+        "rank": (1, 4096),
+        "batch_size": (1, 4096),
+        "accumulation": (1, 4096),
+        "learning_rate": (1e-12, 100.0),
+        "weight_decay": (0.0, 10.0),
+        "warmup_steps": (0, 10_000_000),
+        "max_grad_norm": (0.0, 1e6),
+        "ema_decay": (0.0, 0.99999),
+        "validation_fraction": (0.0, 0.9),
+        "save_every": (1, 10_000_000),
+        "keep_last": (1, 10_000),
+        "validate_every": (1, 10_000_000),
+        "preview_every": (1, 10_000_000),
+        "preview_steps": (1, 1000),
+        "resolution": (8, 16384),
+        "micro_batch": (0, 4096),
+    }
+    for field, (low, high) in ranges.items():
+        value = getattr(recipe, field)
+        if not low <= value <= high:
+            raise SettingsError(f"{field} is {value}.", f"It must lie between {low} and {high}.", field)
+    _check_name(recipe.name)
+
+
+def _check_name(name: str) -> None:
+    if not name:
+        return
+    import re
+
+    if not re.fullmatch(r"[\w][\w .-]{0,99}", name) or name.rstrip(". ") != name:
+        raise SettingsError(
+            f"The run name '{name}' cannot be a folder name.",
+            "Use letters, digits, spaces, points, dashes and underscores, and no point or space at the end.",
+            "name",
+        )
