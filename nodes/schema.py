@@ -35,7 +35,8 @@ def named(node: type[io.ComfyNode]) -> Iterator[None]:
     try:
         yield
     except GraftError as error:
-        title = node.GET_SCHEMA().display_name
+        # Asked anew: the class that executes is a locked copy, on which the host's own accessor cannot store it.
+        title = node.define_schema().display_name
         identity = node.hidden.unique_id if node.hidden is not None else None
         where = f"{title} (node {identity})" if identity else title
         if error.input:

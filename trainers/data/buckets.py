@@ -65,6 +65,7 @@ def choose_crop(size: tuple[int, int], geometry: Geometry, name: str) -> Crop:
         raise DatasetError(
             f"The picture '{name}' is {width}x{height}: too small, this model needs {geometry.step} pixels a side.",
             "Take a larger picture, or take it out of the dataset.",
+            "dataset",
         )
     aspect = width / height
     bucket = min(bucket_sizes(geometry), key=lambda b: (abs(_log_ratio(b) - _log(aspect)), -b[0] * b[1]))

@@ -89,14 +89,16 @@ class _reading:
         return self
 
     def __exit__(self, kind, error, trace):
-        from PIL import Image
+        from PIL import Image, UnidentifiedImageError
 
         expected = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
         if error is None or isinstance(error, DatasetError) or not isinstance(error, expected):
             return False
+        reason = "it is in no known picture format" if isinstance(error, UnidentifiedImageError) else error
         raise DatasetError(
-            f"The picture '{self.name}' cannot be read ({error}).",
+            f"The picture '{self.name}' cannot be read ({reason}).",
             "Save it again as PNG or JPEG, or take it out of the folder.",
+            "folder",
         ) from error
 
 
