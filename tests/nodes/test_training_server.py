@@ -1,0 +1,237 @@
+"""Training in the real server: resuming, extending, cancelling, and what a user is told."""
+
+import io
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file
+
+from tests.support import graphs
+from tests.support.server import PromptError, PromptInterrupted, PromptRefused
+from tests.toy import world
+
+
+@pytest.fixture
+def dataset(server, request):
+    """A fresh copy of the concept pictures below input/; its name is the test's own, so that runs do not meet."""
+    name = "".join(letter for letter in request.node.name if letter.isalnum())
+    folder = server.path("input", name)
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(world.CONCEPT_FOLDER / "toy", folder)
+    # Content decides a run's identity: a caption of its own makes the test's runs its own.
+    (folder / "00.txt").write_text(f"a large sks toy on a blue background, {name}")
+    return folder
+
+
+def runs_of(server, dataset):
+    """The run folders of a dataset."""
+    return sorted(server.path("output", "graft").glob(f"{dataset.name}-*"))
+
+
+def adapter_of(server, run, step):
+    """The tensors of an adapter that a run wrote."""
+    return load_file(server.path("output", "loras", run.name, f"step-{step:08d}.safetensors"))
+
+
+def steps_logged(run):
+    """Steps in a run's log, in order."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line["step"] for line in lines if line["event"] == "step"]
+
+
+def same(a, b):
+    """Whether two adapters are the same bits."""
+    return a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
+
+
+def option_nodes(server, *kinds, **fields):
+    """A chain of option nodes as they come from the menu, but for some fields of the last."""
+    chain = {}
+    before = None
+    for number, kind in enumerate(kinds):
+        extra = fields if number == len(kinds) - 1 else {}
+        identity = str(50 + number)
+        chain[identity] = graphs.options(kind, graphs.defaults_of(server.object_info(kind)[kind]), before, **extra)
+        before = identity
+    return chain
+
+
+ALL_OPTIONS = ("GraftRunOptions", "GraftPreviewOptions", "GraftOptimizerOptions", "GraftMemoryOptions")
+
+
+def test_queued_twice_trains_once(server, tiny_base, dataset):
+    prompt = graphs.training(dataset.name, 3)
+    server.run(prompt)
+    (run,) = runs_of(server, dataset)
+    log = (run / "metrics.jsonl").read_bytes()
+    entry = server.run(graphs.training(dataset.name, 3))
+    # Once more with another title in the graph, so that the host's cache cannot answer: the run itself must.
+    prompt["9"] = graphs.node("GraftSaveAdapter", adapter=["3", 2], filename_prefix="twice", format="kohya")
+    prompt["3"]["inputs"]["options"] = ["50", 0]
+    prompt.update(option_nodes(server, "GraftRunOptions"))
+    entry = server.run(prompt)
+    assert "returned as it was" in entry["outputs"]["3"]["text"][0]
+    assert runs_of(server, dataset) == [run]
+    assert (run / "metrics.jsonl").read_bytes() == log
+
+
+def test_edited_caption_trains_again(server, tiny_base, dataset):
+    server.run(graphs.training(dataset.name, 2))
+    (dataset / "01.txt").write_text("a large sks toy on a purple background")
+    server.run(graphs.training(dataset.name, 2))
+    assert len(runs_of(server, dataset)) == 2
+
+
+def test_untouched_options_change_nothing(server, tiny_base, dataset):
+    server.run(graphs.training(dataset.name, 2))
+    entry = server.run(graphs.training(dataset.name, 2, option_nodes=option_nodes(server, *ALL_OPTIONS)))
+    assert "returned as it was" in entry["outputs"]["3"]["text"][0]
+    assert len(runs_of(server, dataset)) == 1
+
+
+def test_previews_and_memory_do_not_restart(server, tiny_base, dataset):
+    server.run(graphs.training(dataset.name, 2))
+    previews = option_nodes(server, "GraftPreviewOptions", prompts="a large red circle", every=2, steps=2)
+    memory = option_nodes(server, "GraftMemoryOptions", checkpointing="on", micro_batch=1)
+    for chain in (previews, memory):
+        entry = server.run(graphs.training(dataset.name, 2, option_nodes=chain))
+        assert "returned as it was" in entry["outputs"]["3"]["text"][0]
+    entry = server.run(graphs.training(dataset.name, 4, option_nodes=previews))
+    (run,) = runs_of(server, dataset)
+    assert steps_logged(run) == [1, 2, 3, 4]
+    assert [path.name for path in sorted((run / "samples").iterdir())] == ["step-00000004-1.png"]
+
+
+def test_more_steps_extend_to_the_same_bits(server, tiny_base, dataset):
+    server.run(graphs.training(dataset.name, 3))
+    server.run(graphs.training(dataset.name, 6))
+    (run,) = runs_of(server, dataset)
+    assert steps_logged(run) == [1, 2, 3, 4, 5, 6]
+    extended = adapter_of(server, run, 6)
+    server.run(graphs.training(dataset.name, 6, option_nodes=option_nodes(server, "GraftRunOptions", on_existing="new")))
+    fresh = runs_of(server, dataset)[1]
+    assert steps_logged(fresh) == [1, 2, 3, 4, 5, 6]
+    assert same(extended, adapter_of(server, fresh, 6))
+
+
+@pytest.mark.parametrize("stop", [1, 4])
+def test_cancel_keeps_what_was_reached_and_goes_on(server, tiny_base, dataset, stop):
+    base = {"1": graphs.node("CheckpointLoaderSimple", ckpt_name=graphs.CHECKPOINT)}
+    picture = graphs.sampling(base, "a large red circle on a blue background", ["1", 0], ["1", 1], "base", steps=4)
+    before = server.download(server.run(base), picture)
+    prompt = graphs.training(dataset.name, 2000)
+    with server.listen() as events:
+        queued = server.queue(prompt, client_id=events.client_id)
+        while True:
+            event = events.wait_for("graft.progress", event="step")
+            if event.data["step"] >= stop:
+                break
+        server.interrupt()
+        with pytest.raises(PromptInterrupted):
+            server.wait(queued)
+    (run,) = runs_of(server, dataset)
+    reached = steps_logged(run)[-1]
+    assert reached >= stop
+    assert adapter_of(server, run, reached)
+    # The graph's MODEL, still in the host's cache, draws what it drew.
+    base[str(103)]["inputs"]["seed"] = 2
+    server.run(base)
+    base[str(103)]["inputs"]["seed"] = 1
+    assert _pixels(server.download(server.run(base), picture)) == _pixels(before)
+    server.run(graphs.training(dataset.name, reached + 3))
+    assert steps_logged(run) == list(range(1, reached + 4))
+    resumed = adapter_of(server, run, reached + 3)
+    fresh_options = option_nodes(server, "GraftRunOptions", on_existing="new")
+    server.run(graphs.training(dataset.name, reached + 3, option_nodes=fresh_options))
+    assert same(resumed, adapter_of(server, runs_of(server, dataset)[1], reached + 3))
+
+
+def _pixels(files):
+    return [np.asarray(Image.open(io.BytesIO(data))).tobytes() for data in files]
+
+
+def _empty(folder):
+    for path in folder.iterdir():
+        path.unlink()
+
+
+def _unreadable(folder):
+    (folder / "03.png").write_bytes(b"no picture")
+
+
+def _latin(folder):
+    (folder / "03.txt").write_bytes("grün".encode("latin-1"))
+
+
+def _bare(folder):
+    for path in folder.glob("*.txt"):
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    "spoil, widgets, words",
+    [
+        (_empty, {}, ["Graft Load Dataset", "'folder'", "holds no picture", "Put PNG"]),
+        (_unreadable, {}, ["Graft Load Dataset", "'folder'", "03.png", "take it out"]),
+        (_latin, {}, ["Graft Load Dataset", "'folder'", "03.txt", "UTF-8"]),
+        (_bare, {}, ["Graft Train LoRA", "'dataset'", "caption", "trigger"]),
+        (None, {"learning_rate": 9.9, "steps": 50}, ["Graft Train LoRA", "'learning_rate'", "not finite", ".png", "Lower"]),
+    ],
+)
+def test_errors_name_node_input_and_cure(server, tiny_base, dataset, spoil, widgets, words):
+    if spoil:
+        spoil(dataset)
+    prompt = graphs.training(dataset.name, 2)
+    prompt["3"]["inputs"].update(widgets)
+    with pytest.raises(PromptError) as caught:
+        server.run(prompt)
+    message = caught.value.error["exception_message"]
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    "folder, words",
+    [
+        ("nosuch", ["Graft Load Dataset", "'folder'", "no folder", "Create it"]),
+        ("../..", ["Graft Load Dataset", "'folder'", "outside", "input folder"]),
+        ("/etc", ["Graft Load Dataset", "'folder'", "outside", "input folder"]),
+        ("", ["Graft Load Dataset", "'folder'", "No folder", "choose it"]),
+    ],
+)
+def test_bad_folders_are_refused_before_anything_runs(server, tiny_base, folder, words):
+    with pytest.raises(PromptRefused) as caught:
+        server.queue(graphs.training(folder, 2))
+    details = caught.value.node_errors["2"]["errors"][0]["details"]
+    assert all(word in details for word in words), details
+
+
+def test_a_nan_run_keeps_its_last_good_state(server, tiny_base, dataset):
+    prompt = graphs.training(dataset.name, 50, learning_rate=9.9)
+    with pytest.raises(PromptError):
+        server.run(prompt)
+    (run,) = runs_of(server, dataset)
+    last = steps_logged(run)[-1]
+    assert all(np.isfinite(tensor).all() for tensor in adapter_of(server, run, last).values())
+
+
+def test_saved_file_is_read_by_the_hosts_own_loader(server, tiny_base, dataset):
+    prompt = graphs.training(dataset.name, 4, learning_rate=1e-2)
+    prompt["9"] = graphs.node("GraftSaveAdapter", adapter=["3", 2], filename_prefix=dataset.name, format="kohya")
+    text = "a large sks toy on a red background"
+    trained = graphs.sampling(prompt, text, ["3", 0], ["3", 1], "trained", steps=4)
+    entry = server.run(prompt)
+    path = entry["outputs"]["9"]["text"][0]
+    shown = _pixels(server.download(entry, trained))
+    name = path.split("/loras/")[1]
+    again = {"1": prompt["1"]}
+    again["2"] = graphs.node(
+        "LoraLoader", model=["1", 0], clip=["1", 1], lora_name=name, strength_model=1.0, strength_clip=1.0
+    )
+    loaded = graphs.sampling(again, text, ["2", 0], ["2", 1], "loaded", steps=4)
+    assert _pixels(server.download(server.run(again), loaded)) == shown
+    plain = {"1": prompt["1"]}
+    base = graphs.sampling(plain, text, ["1", 0], ["1", 1], "plain", steps=4)
+    assert _pixels(server.download(server.run(plain), base)) != shown
