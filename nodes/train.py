@@ -37,7 +37,7 @@ class GraftTrainLoRA(io.ComfyNode):
                     default=0.0,
                     min=0.0,
                     max=10.0,
-                    step=0.000001,
+                    step=0.0000001,
                     round=False,
                     tooltip="0: the default of the model's family (1e-4). Too high shows as burnt pictures.",
                 ),

@@ -1,0 +1,153 @@
+"""The floor plan holds: who may import whom, what is never used, and the frozen contract of the nodes."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.host import ROOT
+
+SHIPPED = [ROOT / "__init__.py", *sorted((ROOT / "nodes").rglob("*.py")), *sorted((ROOT / "trainers").rglob("*.py"))]
+HOST_MODULES = {"comfy", "comfy_extras", "comfy_execution", "folder_paths", "server", "nodes", "execution", "latent_preview"}
+FORBIDDEN_MODULES = {"subprocess", "pickle", "marshal", "shelve", "socket", "urllib", "requests", "http", "pip"}
+FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}
+SNAPSHOT = Path(__file__).with_name("contract.json")
+
+
+def imports_of(path):
+    """(level, module) of each import in a file."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield 0, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            yield node.level, node.module or ""
+
+
+def top_of(name):
+    return name.split(".")[0]
+
+
+def relative(path):
+    return path.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=relative)
+def test_arrows_point_one_way(path):
+    name = relative(path)
+    for level, module in imports_of(path):
+        if level == 0 and not name.startswith("nodes/host/"):
+            assert top_of(module) not in HOST_MODULES, f"{name} imports {module}"
+        if name.startswith("trainers/"):
+            assert level == 0 or not _leaves(path, level, "trainers"), f"{name} imports {module}"
+            assert level > 0 or top_of(module) != "comfy_api", f"{name} imports {module}"
+
+
+def _leaves(path, level, folder):
+    """Whether a relative import of that level climbs out of a top folder."""
+    return level > len(path.relative_to(ROOT / folder).parts)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=relative)
+def test_nothing_that_runs_or_reaches_out_is_used(path):
+    text = path.read_text()
+    assert text.isascii()
+    for level, module in imports_of(path):
+        assert level > 0 or top_of(module) not in FORBIDDEN_MODULES, f"{module} in {relative(path)}"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id not in FORBIDDEN_CALLS, f"{node.func.id} in {relative(path)}"
+        assert not (isinstance(node, ast.Call) and getattr(node.func, "attr", "") in {"cuda"}), relative(path)
+        assert not _calls_torch_load(node), relative(path)
+
+
+def _calls_torch_load(node):
+    if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+        return False
+    return node.func.attr == "load" and isinstance(node.func.value, ast.Name) and node.func.value.id == "torch"
+
+
+LAZY = {"diffusers", "peft", "matplotlib", "transformers"}
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=relative)
+def test_heavy_imports_are_inside_functions(path):
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+            assert not {top_of(name) for name in names} & LAZY
+
+
+def test_importing_the_trainers_needs_no_host_and_no_heavy_library():
+    code = (
+        "import sys, importlib.util\n"
+        f"spec = importlib.util.spec_from_file_location('p', {str(ROOT / '__init__.py')!r}, "
+        f"submodule_search_locations=[{str(ROOT)!r}])\n"
+        "m = importlib.util.module_from_spec(spec); sys.modules['p'] = m; spec.loader.exec_module(m)\n"
+        "import p.trainers.session, p.trainers.settings, p.trainers.data.sheet, p.trainers.formats.adapter\n"
+        "print(sorted(set(sys.modules) & {'comfy', 'torch', 'diffusers', 'peft', 'matplotlib', 'transformers'}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=os.sep, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def contract(info):
+    """What users' workflows hold of a node: id, inputs in order with their kind and choices, outputs in order."""
+    rows = {}
+    for group in ("required", "optional"):
+        for name in info["input_order"].get(group, []):
+            kind, *rest = info["input"][group][name]
+            rows[name] = [group, kind if isinstance(kind, str) else "COMBO", _choices(name, kind, rest)]
+    return {"inputs": rows, "order": list(rows), "outputs": info["output"], "names": info["output_name"]}
+
+
+def _choices(name, kind, rest):
+    """A combo's fixed strings; lists of files and of the host's samplers are not ours to freeze."""
+    if name in {"folder", "adapter_name", "sampler_name", "scheduler"}:
+        return None
+    if isinstance(kind, list):
+        return kind
+    return (rest[0] if rest else {}).get("options")
+
+
+def test_the_contract_is_frozen(server):
+    """New nodes, inputs and choices may come, the last in order; nothing that landed may change.
+
+    After a wanted addition, write the snapshot anew: GRAFT_WRITE_CONTRACT=1.
+    """
+    found = {name: contract(info) for name, info in server.object_info().items() if name.startswith("Graft")}
+    if os.environ.get("GRAFT_WRITE_CONTRACT"):
+        SNAPSHOT.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+    frozen = json.loads(SNAPSHOT.read_text())
+    for name, node in frozen.items():
+        now = found[name]
+        assert now["order"][: len(node["order"])] == node["order"]
+        assert now["outputs"][: len(node["outputs"])] == node["outputs"]
+        assert now["names"][: len(node["names"])] == node["names"]
+        for field, (group, kind, choices) in node["inputs"].items():
+            assert now["inputs"][field][:2] == [group, kind]
+            if choices:
+                assert now["inputs"][field][2][: len(choices)] == choices
+        added = now["order"][len(node["order"]):]
+        assert all(now["inputs"][field][0] == "optional" for field in added)
+
+
+def test_every_input_and_node_is_explained(server):
+    for name, info in server.object_info().items():
+        if not name.startswith("Graft"):
+            continue
+        assert info["description"], name
+        for group in ("required", "optional"):
+            for field, (_, *rest) in info["input"].get(group, {}).items():
+                assert rest and rest[0].get("tooltip"), f"{name}.{field}"
+
+
+def test_the_pack_adds_little_to_the_start(server):
+    """At most 0.3 s, by the host's own figures; medians of processes are in `make bench`."""
+    lines = [line for line in server.read_log().splitlines() if "seconds: " in line and "graft" in line.lower()]
+    assert lines
+    assert float(lines[-1].split("seconds")[0].strip().split()[-1]) <= 0.3
