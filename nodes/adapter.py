@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from ..trainers.formats.adapter import load_adapter, save_adapter
 from .host import paths
-from .schema import CATEGORY, Adapter, named
+from .schema import CATEGORY, Adapter, named, refusal
 
 _CATEGORY = f"{CATEGORY}/adapter"
 
@@ -29,7 +29,12 @@ class GraftApplyAdapter(io.ComfyNode):
                 io.Model.Input("model", tooltip="The model."),
                 Adapter.Input("adapter", tooltip="From a training or loading node."),
                 io.Float.Input(
-                    "strength_model", default=1.0, min=-100.0, max=100.0, step=0.01, tooltip="How strongly on the model."
+                    "strength_model",
+                    default=1.0,
+                    min=-100.0,
+                    max=100.0,
+                    step=0.01,
+                    tooltip="How strongly on the model.",
                 ),
                 io.Float.Input(
                     "strength_clip",
@@ -75,14 +80,7 @@ class GraftLoadAdapter(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, adapter_name) -> bool | str:
-        # Replaces the host's check against the list, so that a file saved a moment ago works at once.
-        if not isinstance(adapter_name, str):
-            return True
-        try:
-            paths.adapter_path(adapter_name)
-        except ValueError as error:
-            return f"Graft Load Adapter, input 'adapter_name': {error}"
-        return True
+        return refusal(cls, "adapter_name", adapter_name, paths.adapter_path)
 
     @classmethod
     def fingerprint_inputs(cls, adapter_name) -> str:

@@ -6,7 +6,7 @@ from comfy_api.latest import io, ui
 
 from ..trainers.data import examples, scan
 from .host import paths
-from .schema import CATEGORY, Dataset, named
+from .schema import CATEGORY, Dataset, named, refusal
 
 _CATEGORY = f"{CATEGORY}/dataset"
 
@@ -58,14 +58,7 @@ class GraftLoadDataset(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, folder) -> bool | str:
-        # Replaces the host's check against the list, so that a folder made after the page was loaded works at once.
-        if not isinstance(folder, str):
-            return True
-        try:
-            paths.dataset_path(folder)
-        except ValueError as error:
-            return f"Graft Load Dataset, input 'folder': {error}"
-        return True
+        return refusal(cls, "folder", folder, paths.dataset_path)
 
     @classmethod
     def fingerprint_inputs(cls, folder, trigger, resolution, repeats) -> str:

@@ -68,7 +68,9 @@ class GraftRunOptions(_OptionNode):
                 ),
                 _count("save_every", "Save state and adapter every so many steps. 0: 500."),
                 _count("keep_last", "How many of those are kept. 0: 2.", top=10_000),
-                _number("validation_fraction", "Share of the pictures held out to measure on. 0: none.", 0.0, 0.9, 0.01),
+                _number(
+                    "validation_fraction", "Share of the pictures held out to measure on. 0: none.", 0.0, 0.9, 0.01
+                ),
                 _count("validate_every", "Measure on them every so many steps. 0: 50."),
                 advanced(
                     _auto(
@@ -130,7 +132,13 @@ class GraftOptimizerOptions(_OptionNode):
                 _count("warmup_steps", "Steps of rising learning rate at the start. -1: none.", unset=-1),
                 _count("accumulation", "Batches for one optimiser step. 0: 1.", top=4096),
                 _number("max_grad_norm", "Gradients are clipped to this norm; 0 never clips. -1: 1.", -1.0, 1e6, 0.1),
-                _number("ema_decay", "Moving average of the weights, such as 0.999; 0: none. -1: none.", -1.0, 0.99999, 0.001),
+                _number(
+                    "ema_decay",
+                    "Moving average of the weights, such as 0.999; 0: none. -1: none.",
+                    -1.0,
+                    0.99999,
+                    0.001,
+                ),
             ],
         )
 
@@ -153,7 +161,9 @@ class GraftMemoryOptions(_OptionNode):
                     "Forget activations and compute them again in the backward. auto: on for large models.",
                 ),
                 _auto("compute_dtype", ["fp32", "bf16", "fp16"], "auto: what the model computes in anyway."),
-                _count("micro_batch", "Pictures computed at once; the batch stays as it is. 0: the whole batch.", top=4096),
+                _count(
+                    "micro_batch", "Pictures computed at once; the batch stays as it is. 0: the whole batch.", top=4096
+                ),
             ],
         )
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Iterator
 
 from comfy_api.latest import io
 
@@ -43,3 +43,18 @@ def named(node: type[io.ComfyNode]) -> Iterator[None]:
             where = f"{where}, input '{error.input}'"
         message = f"{where}: {error.message}"
         raise type(error)(message, error.cure, error.input) from error
+
+
+def refusal(node: type[io.ComfyNode], name: str, value: object, find: Callable[[str], str]) -> bool | str:
+    """A `validate_inputs` answer for a choice that is looked up: True, or why it cannot be used.
+
+    It replaces the host's check against its list, so that a folder or file made a moment ago works at once.
+    A value that comes over a wire is not known yet and passes.
+    """
+    if not isinstance(value, str):
+        return True
+    try:
+        find(value)
+    except GraftError as error:
+        return f"{node.define_schema().display_name}, input '{name}': {error}"
+    return True

@@ -71,8 +71,9 @@ class GraftTrainLoRA(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, clip, vae, dataset, steps, learning_rate, rank, batch_size, seed,
-                options=None) -> io.NodeOutput:
+    def execute(
+        cls, model, clip, vae, dataset, steps, learning_rate, rank, batch_size, seed, options=None
+    ) -> io.NodeOutput:
         from .host import training
 
         with named(cls):

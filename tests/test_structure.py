@@ -12,7 +12,16 @@ import pytest
 from tests.support.host import ROOT
 
 SHIPPED = [ROOT / "__init__.py", *sorted((ROOT / "nodes").rglob("*.py")), *sorted((ROOT / "trainers").rglob("*.py"))]
-HOST_MODULES = {"comfy", "comfy_extras", "comfy_execution", "folder_paths", "server", "nodes", "execution", "latent_preview"}
+HOST_MODULES = {
+    "comfy",
+    "comfy_extras",
+    "comfy_execution",
+    "folder_paths",
+    "server",
+    "nodes",
+    "execution",
+    "latent_preview",
+}
 FORBIDDEN_MODULES = {"subprocess", "pickle", "marshal", "shelve", "socket", "urllib", "requests", "http", "pip"}
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}
 SNAPSHOT = Path(__file__).with_name("contract.json")
@@ -132,7 +141,7 @@ def test_the_contract_is_frozen(server):
             assert now["inputs"][field][:2] == [group, kind]
             if choices:
                 assert now["inputs"][field][2][: len(choices)] == choices
-        added = now["order"][len(node["order"]):]
+        added = now["order"][len(node["order"]) :]
         assert all(now["inputs"][field][0] == "optional" for field in added)
 
 

@@ -39,7 +39,7 @@ class OutOfPlace(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def own_weights(module: "nn.Module") -> None:
+def own_weights(module: nn.Module) -> None:
     """Replaces parameters and buffers made under inference mode by ordinary ones of the same values.
 
     One at a time, so that the weights are never held twice. Must be called outside inference mode.
@@ -63,8 +63,8 @@ def _ordinary_buffer(tensor):
     return tensor.detach().clone()
 
 
-def private_tree(module: "nn.Module") -> "nn.Module":
-    """A copy of the module's structure over the same storages: no weight is copied, none can be reassigned in the original.
+def private_tree(module: nn.Module) -> nn.Module:
+    """A copy of a module's structure over the same storages; what is done to it does not reach the original.
 
     Args:
         module: with ordinary weights (see `own_weights`).
@@ -80,7 +80,7 @@ def private_tree(module: "nn.Module") -> "nn.Module":
     return copy.deepcopy(module, memo)
 
 
-def blocks_of(module: "nn.Module") -> "list[nn.Module]":
+def blocks_of(module: nn.Module) -> list[nn.Module]:
     """The modules at which activations are worth forgetting: the members of the outermost lists of blocks.
 
     A member that is a `Sequential` is taken apart, since some models iterate over it instead of calling it.
@@ -99,7 +99,7 @@ def blocks_of(module: "nn.Module") -> "list[nn.Module]":
     return [block for block in found if any(True for _ in block.parameters())]
 
 
-def _callable_members(member: "nn.Module") -> "list[nn.Module]":
+def _callable_members(member: nn.Module) -> list[nn.Module]:
     from torch import nn
 
     if isinstance(member, (nn.ModuleList, nn.Sequential)):
@@ -107,7 +107,7 @@ def _callable_members(member: "nn.Module") -> "list[nn.Module]":
     return [member]
 
 
-def checkpoint_blocks(blocks: "list[nn.Module]") -> None:
+def checkpoint_blocks(blocks: list[nn.Module]) -> None:
     """Makes each block forget its activations and compute them again in the backward.
 
     Source: Chen et al. 2016. Only on a private tree: the block's `forward` is set on the instance.

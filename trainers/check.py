@@ -1,9 +1,10 @@
-"""Whether the gradient that training would use is the right one: a directional derivative against finite differences."""
+"""Whether the gradient that training would use is right: a directional derivative against finite differences."""
 
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Callable
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,8 +19,9 @@ log = logging.getLogger(__name__)
 TOLERANCE = 0.05
 
 
-def directional_error(loss: Callable[[], torch.Tensor], parameters: "list[nn.Parameter]", step: float = 1e-2,
-                      seed: int = 0) -> tuple[float, float]:
+def directional_error(
+    loss: Callable[[], torch.Tensor], parameters: list[nn.Parameter], step: float = 1e-2, seed: int = 0
+) -> tuple[float, float]:
     """Compares autograd with a Richardson-refined central difference along one direction.
 
     The direction is half random, half the gradient's own: a random one alone has next to no slope among many
@@ -35,11 +37,11 @@ def directional_error(loss: Callable[[], torch.Tensor], parameters: "list[nn.Par
     """
     source = generator("direction", seed)
     found = torch.autograd.grad(loss(), parameters, allow_unused=True)
-    gradients = [torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters)]
+    gradients = [torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True)]
     noise = [torch.randn(p.shape, generator=source, dtype=torch.float32).to(p) for p in parameters]
-    directions = [a + b for a, b in zip(_unit(noise), _unit(gradients))]
+    directions = [a + b for a, b in zip(_unit(noise), _unit(gradients), strict=True)]
     directions = _unit(directions)
-    exact = sum(float((g.double() * d.double()).sum()) for g, d in zip(gradients, directions))
+    exact = sum(float((g.double() * d.double()).sum()) for g, d in zip(gradients, directions, strict=True))
     coarse = _central(loss, parameters, directions, step)
     fine = _central(loss, parameters, directions, step / 2)
     reference = (4 * fine - coarse) / 3
@@ -56,15 +58,15 @@ def _central(loss: Callable, parameters: list, directions: list, step: float) ->
     kept = [parameter.detach().clone() for parameter in parameters]
     with torch.no_grad():
         for sign in (1.0, -1.0):
-            for parameter, value, direction in zip(parameters, kept, directions):
+            for parameter, value, direction in zip(parameters, kept, directions, strict=True):
                 parameter.copy_(value + sign * step * direction)
             values.append(float(loss().double()))
-        for parameter, value in zip(parameters, kept):
+        for parameter, value in zip(parameters, kept, strict=True):
             parameter.copy_(value)
     return (values[0] - values[1]) / (2 * step)
 
 
-def check_gradient(loss: Callable[[], torch.Tensor], trainables: "dict[str, nn.Parameter]") -> float:
+def check_gradient(loss: Callable[[], torch.Tensor], trainables: dict[str, nn.Parameter]) -> float:
     """The self-check before step 1, at a small non-zero adapter; puts the trainables back.
 
     Returns:
@@ -83,7 +85,7 @@ def check_gradient(loss: Callable[[], torch.Tensor], trainables: "dict[str, nn.P
         error, reference = directional_error(loss, parameters, step=0.1)
     finally:
         with torch.no_grad():
-            for parameter, value in zip(parameters, kept):
+            for parameter, value in zip(parameters, kept, strict=True):
                 parameter.copy_(value)
     log.info("Graft: gradient check, relative error %.2e at derivative %.3e", error, reference)
     if not error <= TOLERANCE:

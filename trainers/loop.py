@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -60,14 +61,14 @@ class Plan:
         export: from the trainables' values to an adapter.
     """
 
-    recipe: "Recipe"
+    recipe: Recipe
     train: Sequence[Item]
     validation: Sequence[Item]
-    trainables: "dict[str, nn.Parameter]"
-    export: "Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]"
+    trainables: dict[str, nn.Parameter]
+    export: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 
 
-def train(plan: Plan, run: Run, host: "Host", state: State) -> State:
+def train(plan: Plan, run: Run, host: Host, state: State) -> State:
     """Trains from `state` to the recipe's last step; whatever interrupts it, what was reached is saved first.
 
     Args:
@@ -146,7 +147,7 @@ def train(plan: Plan, run: Run, host: "Host", state: State) -> State:
     return state
 
 
-def _gradients(plan: Plan, host: "Host", window: list, step: int, scaler) -> tuple[float, list[str]]:
+def _gradients(plan: Plan, host: Host, window: list, step: int, scaler) -> tuple[float, list[str]]:
     """Accumulates the gradient of the mean loss over all examples of a window; the mean and their names."""
     total = sum(len(batch) for _, batch in window)
     summed = 0.0
@@ -161,8 +162,8 @@ def _gradients(plan: Plan, host: "Host", window: list, step: int, scaler) -> tup
     return summed / total, names
 
 
-def _parts(items: list[Item], recipe: "Recipe", step: int, number: int, host: "Host") -> Iterator[tuple]:
-    """Splits a batch into micro-batches; noise and levels are drawn for the whole batch, so the split changes nothing."""
+def _parts(items: list[Item], recipe: Recipe, step: int, number: int, host: Host) -> Iterator[tuple]:
+    """Splits a batch into micro-batches; noise and levels are drawn for the whole batch, whatever the split."""
     latents = torch.cat([item.latent() for item in items])
     source = generator("step", recipe.seed, step, number)
     sigma = draw_sigmas(host.denoiser.sigmas(), len(items), source)
@@ -173,7 +174,7 @@ def _parts(items: list[Item], recipe: "Recipe", step: int, number: int, host: "H
         yield items[start:stop], latents[start:stop], noise[start:stop], sigma[start:stop]
 
 
-def _losses(host: "Host", items: list[Item], x0: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+def _losses(host: Host, items: list[Item], x0: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     """The native loss of each example, [B] float32, with its graph."""
     denoiser = host.denoiser
     x0 = x0.to(denoiser.device)
@@ -195,7 +196,7 @@ def _weights(items: list[Item], x0: torch.Tensor) -> torch.Tensor | None:
     return torch.cat([ones if item.weight is None else item.weight().to(ones) for item in items])
 
 
-def batch_loss(plan: Plan, host: "Host") -> torch.Tensor:
+def batch_loss(plan: Plan, host: Host) -> torch.Tensor:
     """The mean loss of the run's first batch, with its graph; the same at every call."""
     recipe = plan.recipe
     _, batch = next(batches_from(0, _buckets(plan), _repeats(plan), recipe.batch_size, recipe.seed))
@@ -204,7 +205,7 @@ def batch_loss(plan: Plan, host: "Host") -> torch.Tensor:
     return torch.cat(parts).mean()
 
 
-def fixed_losses(items: Sequence[Item], recipe: "Recipe", host: "Host") -> torch.Tensor:
+def fixed_losses(items: Sequence[Item], recipe: Recipe, host: Host) -> torch.Tensor:
     """Losses of items at fixed noise and evenly spread noise levels, [items, levels] float32, without gradients."""
     rows = []
     with torch.no_grad():
@@ -217,7 +218,7 @@ def fixed_losses(items: Sequence[Item], recipe: "Recipe", host: "Host") -> torch
     return torch.stack(rows)
 
 
-def _validate(plan: Plan, run: Run, host: "Host", state: State) -> None:
+def _validate(plan: Plan, run: Run, host: Host, state: State) -> None:
     loss = float(fixed_losses(plan.validation, plan.recipe, host).mean())
     state.validation.append((state.step, loss))
     event = {"event": "validation", "step": state.step, "loss": loss}
@@ -225,7 +226,7 @@ def _validate(plan: Plan, run: Run, host: "Host", state: State) -> None:
     host.report("validation", event)
 
 
-def _preview(plan: Plan, run: Run, host: "Host", state: State) -> None:
+def _preview(plan: Plan, run: Run, host: Host, state: State) -> None:
     recipe = plan.recipe
     if not recipe.preview_prompts:
         return
@@ -270,7 +271,7 @@ def _refuse_if_not_finite(loss: float, norm: float, names: list[str], step: int,
     )
 
 
-def _average(parameters: list, recipe: "Recipe"):
+def _average(parameters: list, recipe: Recipe):
     """diffusers' moving average of the trainables, None when off."""
     if not recipe.ema_decay:
         return None
@@ -296,7 +297,7 @@ class _averaged:
             self.average.restore(self.parameters)
 
 
-def _loss_scaler(host: "Host"):
+def _loss_scaler(host: Host):
     """Dynamic loss scaling for fp16 compute (Micikevicius et al. 2018), idle otherwise."""
     half = getattr(host.denoiser, "compute_dtype", None) is torch.float16
     return torch.amp.GradScaler(host.denoiser.device.type, enabled=half)
@@ -308,7 +309,7 @@ def _capture(state: State, plan: Plan, optimiser, average, scaler) -> None:
     state.optimiser = optimiser.state_dict()["state"]
     state.ema = {}
     if average is not None:
-        state.ema = {name: value.clone() for name, value in zip(plan.trainables, average.shadow_params)}
+        state.ema = {name: value.clone() for name, value in zip(plan.trainables, average.shadow_params, strict=True)}
     state.scaler = dict(scaler.state_dict())
 
 
@@ -362,5 +363,3 @@ def _buckets(plan: Plan) -> list[tuple[int, int]]:
 
 def _repeats(plan: Plan) -> list[int]:
     return [item.repeats for item in plan.train]
-
-

@@ -5,9 +5,10 @@ ComfyUI's implementation is `nodes/host/`; the tests hold one over diffusers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol, Sequence
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +26,7 @@ class Conditioning:
         target_size: (width, height) of the crop that is trained on, pixels.
     """
 
-    tensors: dict[str, "torch.Tensor"]
+    tensors: dict[str, torch.Tensor]
     original_size: tuple[int, int] = (0, 0)
     crop: tuple[int, int] = (0, 0)
     target_size: tuple[int, int] = (0, 0)
@@ -68,7 +69,7 @@ class PreviewRequest:
 class TextEncoder(Protocol):
     """Turns captions, as literal text, into conditioning tensors."""
 
-    def encode(self, caption: str) -> dict[str, "torch.Tensor"]:
+    def encode(self, caption: str) -> dict[str, torch.Tensor]:
         """The conditioning tensors of one caption, each [1, ...] on the CPU, ordinary tensors."""
 
     def count_tokens(self, caption: str) -> int:
@@ -81,7 +82,7 @@ class TextEncoder(Protocol):
 class ImageCodec(Protocol):
     """Turns pictures into latents."""
 
-    def encode(self, pixels: "torch.Tensor") -> "torch.Tensor":
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """[B, H, W, 3] float in 0..1 -> unscaled latents [B, C, (T,) h, w], float32 on the CPU."""
 
     def fingerprint(self) -> str:
@@ -91,29 +92,29 @@ class ImageCodec(Protocol):
 class Denoiser(Protocol):
     """A frozen pretrained denoiser whose module tree may be given adapters."""
 
-    module: "torch.nn.Module"
+    module: torch.nn.Module
     parameterisation: str
     sigma_data: float
     noise_scale: float
     family: str
-    device: "torch.device"
+    device: torch.device
 
     def geometry(self, resolution: int) -> Geometry:
         """Cut of the pictures for a wished resolution, 0 for the model's own."""
 
-    def sigmas(self) -> "torch.Tensor":
+    def sigmas(self) -> torch.Tensor:
         """The model's noise levels in rising order, [N] float32."""
 
-    def scale_latents(self, latents: "torch.Tensor") -> "torch.Tensor":
+    def scale_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """VAE latents as the model wants them (scale and shift, exactly once)."""
 
-    def add_noise(self, x0: "torch.Tensor", noise: "torch.Tensor", sigma: "torch.Tensor") -> "torch.Tensor":
+    def add_noise(self, x0: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         """x_t for x0 and noise [B, C, ...] at sigma [B]."""
 
-    def predict(self, x_t: "torch.Tensor", sigma: "torch.Tensor", conditioning: Sequence[Conditioning]) -> "torch.Tensor":
+    def predict(self, x_t: torch.Tensor, sigma: torch.Tensor, conditioning: Sequence[Conditioning]) -> torch.Tensor:
         """The network's raw output for x_t [B, C, ...] at sigma [B], each example on its own conditioning."""
 
-    def preview(self, request: PreviewRequest) -> list["Image.Image"]:
+    def preview(self, request: PreviewRequest) -> list[Image.Image]:
         """Pictures by the model as trained so far."""
 
     def training(self, compute_dtype: str) -> AbstractContextManager:
@@ -122,7 +123,7 @@ class Denoiser(Protocol):
     def adapter_name(self, path: str) -> str:
         """Name of a module, by its path in `module`, in kohya's adapter files."""
 
-    def check_adapter(self, tensors: dict[str, "torch.Tensor"]) -> list[str]:
+    def check_adapter(self, tensors: dict[str, torch.Tensor]) -> list[str]:
         """Keys of an adapter file that the host would not use."""
 
     def fingerprint(self) -> str:
@@ -140,4 +141,4 @@ class Host:
     denoiser: Denoiser
     text: TextEncoder
     codec: ImageCodec
-    report: "callable" = field(default=lambda event, payload: None)
+    report: callable = field(default=lambda event, payload: None)

@@ -45,8 +45,8 @@ class State:
     batches: int = 0
     losses: list[float] = field(default_factory=list)
     validation: list[tuple[int, float]] = field(default_factory=list)
-    trainables: "dict[str, torch.Tensor]" = field(default_factory=dict)
-    ema: "dict[str, torch.Tensor]" = field(default_factory=dict)
+    trainables: dict[str, torch.Tensor] = field(default_factory=dict)
+    ema: dict[str, torch.Tensor] = field(default_factory=dict)
     optimiser: dict[int, dict[str, Any]] = field(default_factory=dict)
     scaler: dict[str, float] = field(default_factory=dict)
 
@@ -65,7 +65,7 @@ class Run:
         self.name = os.path.basename(folder)
 
     @classmethod
-    def open(cls, runs: str, adapters: str, recipe: "Recipe", identity: str, label: str) -> "Run":
+    def open(cls, runs: str, adapters: str, recipe: Recipe, identity: str, label: str) -> Run:
         """The run of an identity, as the recipe's `on_existing` wants it.
 
         Args:
@@ -90,14 +90,16 @@ class Run:
         """Raises RunError when the folder belongs to something else (a hash of eight digits may collide)."""
         path = os.path.join(self.folder, "recipe.json")
         if os.path.exists(path) and files.read_json(path).get("identity") != identity:
-            raise RunError(f"The run folder '{self.folder}' belongs to another run.", "Give this run a name of its own.")
+            raise RunError(
+                f"The run folder '{self.folder}' belongs to another run.", "Give this run a name of its own."
+            )
 
     def clear(self) -> None:
         """Removes what an earlier run of the same identity left."""
         shutil.rmtree(self.folder, ignore_errors=True)
         shutil.rmtree(self.adapters, ignore_errors=True)
 
-    def write_recipe(self, recipe: "Recipe", identity: str, facts: dict) -> None:
+    def write_recipe(self, recipe: Recipe, identity: str, facts: dict) -> None:
         """Keeps what the run is made with."""
         value = {"identity": identity, "recipe": recipe.as_json(), **facts}
         files.write_json(os.path.join(self.folder, "recipe.json"), value)
@@ -106,7 +108,7 @@ class Run:
         """Steps of which a state is kept, rising."""
         return _numbers(self.folder, _STATE)
 
-    def save(self, state: State, adapter: "dict[str, torch.Tensor]", keep_last: int) -> str:
+    def save(self, state: State, adapter: dict[str, torch.Tensor], keep_last: int) -> str:
         """Writes state and adapter, then removes those older than the last K; the adapter's path."""
         from .formats.adapter import save_adapter
 
@@ -145,7 +147,7 @@ class Run:
             with open(temporary, "w", encoding="utf-8") as file:
                 file.writelines(lines)
 
-    def save_samples(self, step: int, pictures: "list[Image.Image]") -> list[str]:
+    def save_samples(self, step: int, pictures: list[Image.Image]) -> list[str]:
         """Writes sample pictures; their paths."""
         paths = []
         for index, picture in enumerate(pictures):

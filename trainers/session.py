@@ -62,7 +62,7 @@ class Result:
     resumed_from: int
 
 
-def train_adapter(recipe: "Recipe", dataset: "Dataset", host: "Host", folders: Folders) -> Result:
+def train_adapter(recipe: Recipe, dataset: Dataset, host: Host, folders: Folders) -> Result:
     """Trains an adapter, goes on with an unfinished run, or returns a finished one.
 
     Must be called outside torch's inference mode.
@@ -110,17 +110,17 @@ def _train(recipe, dataset, host, folders, method, identity, run, state, export)
     return Result(adapter, state.losses, run, resumed_from)
 
 
-def _base(host: "Host") -> str:
+def _base(host: Host) -> str:
     parts = [host.denoiser.fingerprint(), host.text.fingerprint(), host.codec.fingerprint()]
     return hashlib.sha256("|".join(parts).encode()).hexdigest()
 
 
-def crops_of(dataset: "Dataset", geometry: "Geometry") -> list[Crop]:
+def crops_of(dataset: Dataset, geometry: Geometry) -> list[Crop]:
     """The cut of each example, in order."""
     return [choose_crop(example.size, geometry, example.source.name) for example in dataset.examples]
 
 
-def prepare_items(dataset: "Dataset", recipe: "Recipe", host: "Host", cache_folder: str) -> "list[Item]":
+def prepare_items(dataset: Dataset, recipe: Recipe, host: Host, cache_folder: str) -> list[Item]:
     """Encodes what is not yet cached and gives the examples as the loop wants them, in order."""
     geometry = host.denoiser.geometry(recipe.resolution)
     crops = crops_of(dataset, geometry)
@@ -133,20 +133,21 @@ def prepare_items(dataset: "Dataset", recipe: "Recipe", host: "Host", cache_fold
         host.report("cache", {"name": name, "done": done, "total": 2 * total})
 
     latents = LatentCache(Cache(os.path.join(cache_folder, "latents")), host.codec)
-    keys = latents.fill(zip(dataset.examples, crops), tick)
+    keys = latents.fill(zip(dataset.examples, crops, strict=True), tick)
     texts = TextCache(Cache(os.path.join(cache_folder, "text")), host.text)
     texts.fill((dataset.caption(example) for example in dataset.examples), tick)
-    rows = zip(dataset.examples, crops, keys)
+    rows = zip(dataset.examples, crops, keys, strict=True)
     return [_item(dataset, example, crop, key, latents, texts, host) for example, crop, key in rows]
 
 
-def _item(dataset: "Dataset", example: "Example", crop: Crop, key: str, latents: LatentCache, texts: TextCache,
-          host: "Host") -> "Item":
+def _item(
+    dataset: Dataset, example: Example, crop: Crop, key: str, latents: LatentCache, texts: TextCache, host: Host
+) -> Item:
     from .loop import Item
 
     caption = dataset.caption(example)
 
-    def latent() -> "torch.Tensor":
+    def latent() -> torch.Tensor:
         return host.denoiser.scale_latents(latents.get(key))
 
     def conditioning() -> Conditioning:
@@ -158,7 +159,7 @@ def _item(dataset: "Dataset", example: "Example", crop: Crop, key: str, latents:
     return Item(example.source.name, crop.bucket, example.repeats, latent, conditioning, weight)
 
 
-def mask_weights(example: "Example", crop: Crop, latent: "torch.Tensor") -> "torch.Tensor":
+def mask_weights(example: Example, crop: Crop, latent: torch.Tensor) -> torch.Tensor:
     """Loss weights of an example's mask, cut like its picture: [1, 1, ...] over the latent's positions, 0..1."""
     import numpy as np
     import torch
@@ -171,7 +172,7 @@ def mask_weights(example: "Example", crop: Crop, latent: "torch.Tensor") -> "tor
     return weights.view(1, 1, *[1] * (latent.ndim - 4), *latent.shape[-2:])
 
 
-def split(items: "list[Item]", dataset: "Dataset", recipe: "Recipe") -> "tuple[list[Item], list[Item]]":
+def split(items: list[Item], dataset: Dataset, recipe: Recipe) -> tuple[list[Item], list[Item]]:
     """Training and validation items; which are held out depends on their content and the seed alone.
 
     Raises:
@@ -186,6 +187,7 @@ def split(items: "list[Item]", dataset: "Dataset", recipe: "Recipe") -> "tuple[l
             "Lower it, or add pictures.",
             "validation_fraction",
         )
+
     def rank(index: int) -> str:
         return hashlib.sha256(f"{recipe.seed}{dataset.examples[index].digest}".encode()).hexdigest()
 
@@ -194,7 +196,7 @@ def split(items: "list[Item]", dataset: "Dataset", recipe: "Recipe") -> "tuple[l
     return training, [items[index] for index in sorted(held)]
 
 
-def _checkpoint(module, recipe: "Recipe") -> int:
+def _checkpoint(module, recipe: Recipe) -> int:
     """Switches checkpointing on where the recipe or the model's size asks for it; the number of blocks."""
     from .autograd import blocks_of, checkpoint_blocks
 
@@ -207,7 +209,7 @@ def _checkpoint(module, recipe: "Recipe") -> int:
     return len(blocks)
 
 
-def _check_gradient(plan, host: "Host") -> None:
+def _check_gradient(plan, host: Host) -> None:
     """The self-check where the user asked for it, or where the family is not described."""
     from .check import check_gradient
     from .loop import batch_loss
@@ -218,7 +220,7 @@ def _check_gradient(plan, host: "Host") -> None:
     check_gradient(lambda: batch_loss(plan, host), plan.trainables)
 
 
-def _check_names(plan, host: "Host") -> None:
+def _check_names(plan, host: Host) -> None:
     """Finds out before the first step that the host would not read the adapter, not after the last."""
     values = {name: parameter.detach() for name, parameter in plan.trainables.items()}
     unread = host.denoiser.check_adapter(plan.export(values))
@@ -230,10 +232,10 @@ def _check_names(plan, host: "Host") -> None:
         )
 
 
-def _exporter(method, recipe: "Recipe", host: "Host", dataset: "Dataset"):
+def _exporter(method, recipe: Recipe, host: Host, dataset: Dataset):
     """A function from the trainables' values and the step to an adapter with its metadata."""
 
-    def export(values: "dict[str, torch.Tensor]", step: int) -> Adapter:
+    def export(values: dict[str, torch.Tensor], step: int) -> Adapter:
         facts = {
             "family": host.denoiser.family,
             "parameterisation": host.denoiser.parameterisation,

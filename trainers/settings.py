@@ -52,7 +52,7 @@ UNSET: dict[str, dict[str, Any]] = {
 class Options(dict):
     """Set fields only, as {(kind, field): value}; option nodes chain them."""
 
-    def adding(self, kind: str, values: dict[str, Any]) -> "Options":
+    def adding(self, kind: str, values: dict[str, Any]) -> Options:
         """These options with a node's set fields on top: the node nearest the trainer wins.
 
         Raises:
@@ -126,8 +126,18 @@ class Recipe:
         return asdict(self)
 
 
-def resolve(options: Options, family: "Family", method: str, steps: int, learning_rate: float, rank: int,
-            batch_size: int, seed: int, resolution: int, trigger: str) -> Recipe:
+def resolve(
+    options: Options,
+    family: Family,
+    method: str,
+    steps: int,
+    learning_rate: float,
+    rank: int,
+    batch_size: int,
+    seed: int,
+    resolution: int,
+    trigger: str,
+) -> Recipe:
     """The recipe of a node's widgets and its options.
 
     Args:

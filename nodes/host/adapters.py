@@ -20,8 +20,13 @@ log = logging.getLogger(__name__)
 _TEXT_PREFIXES = ("lora_te", "text_encoder", "lora_prior_te", "clip_")
 
 
-def apply_adapter(model: "ModelPatcher", clip: "CLIP | None", adapter: "dict[str, torch.Tensor]", strength_model: float,
-                  strength_clip: float) -> "tuple[ModelPatcher, CLIP | None]":
+def apply_adapter(
+    model: ModelPatcher,
+    clip: CLIP | None,
+    adapter: dict[str, torch.Tensor],
+    strength_model: float,
+    strength_clip: float,
+) -> tuple[ModelPatcher, CLIP | None]:
     """Clones of model and clip with the adapter waiting on them; strength 0 gives back what came in.
 
     Raises:
@@ -38,8 +43,8 @@ def apply_adapter(model: "ModelPatcher", clip: "CLIP | None", adapter: "dict[str
         used.update(out_clip.add_patches(patches, strength_clip))
     if not patches:
         raise ModelError(
-            f"The adapter fits no layer of the connected model ({type(model.model).__name__}): it was made for another.",
-            "Connect the model family it was trained on, or choose another adapter.",
+            f"The adapter fits no layer of the connected model ({type(model.model).__name__}).",
+            "It was made for another: connect the model family it was trained on, or choose another adapter.",
             "adapter",
         )
     if used:
@@ -49,13 +54,13 @@ def apply_adapter(model: "ModelPatcher", clip: "CLIP | None", adapter: "dict[str
     return out_model, out_clip
 
 
-def unread_keys(model: "ModelPatcher", clip: "CLIP | None", adapter: "dict[str, torch.Tensor]") -> list[str]:
+def unread_keys(model: ModelPatcher, clip: CLIP | None, adapter: dict[str, torch.Tensor]) -> list[str]:
     """Keys of an adapter that the host's own loader would leave aside."""
     _, read = _load(model, clip, adapter)
     return sorted(key for key in adapter if key not in read)
 
 
-def _load(model: "ModelPatcher", clip: "CLIP | None", adapter: "dict[str, torch.Tensor]") -> tuple[dict, set[str]]:
+def _load(model: ModelPatcher, clip: CLIP | None, adapter: dict[str, torch.Tensor]) -> tuple[dict, set[str]]:
     """The host's patches by weight key, and the adapter keys that went into them."""
     names = comfy.lora.model_lora_keys_unet(model.model, {})
     if clip is not None:

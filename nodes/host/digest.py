@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 _SAMPLES = 32
 
 
-def patcher_digest(patcher: "ModelPatcher") -> str:
+def patcher_digest(patcher: ModelPatcher) -> str:
     """Hash of a patcher's base and of all that waits on it: patches with strengths, object patches, options."""
     total = hashlib.sha256()
     for name, weight in _base_weights(patcher):
@@ -25,7 +25,7 @@ def patcher_digest(patcher: "ModelPatcher") -> str:
     return total.hexdigest()
 
 
-def module_digest(module: "torch.nn.Module") -> str:
+def module_digest(module: torch.nn.Module) -> str:
     """Hash of a module's keys, shapes, dtypes and sampled weights."""
     total = hashlib.sha256()
     for name, weight in sorted(module.state_dict().items()):
@@ -34,7 +34,7 @@ def module_digest(module: "torch.nn.Module") -> str:
     return total.hexdigest()
 
 
-def _base_weights(patcher: "ModelPatcher"):
+def _base_weights(patcher: ModelPatcher):
     """Name and value of each weight as it was loaded, also while patches are applied in place."""
     backup = patcher.backup
     for name, weight in sorted(patcher.model.state_dict().items()):
@@ -42,7 +42,7 @@ def _base_weights(patcher: "ModelPatcher"):
         yield name, (weight if kept is None else kept.weight)
 
 
-def _sample(tensor: "torch.Tensor") -> bytes:
+def _sample(tensor: torch.Tensor) -> bytes:
     import torch
 
     head = f"{tuple(tensor.shape)}|{tensor.dtype}|".encode()

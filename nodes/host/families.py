@@ -29,7 +29,7 @@ _PARAMETERISATIONS = {
 }
 
 
-def family_name(model: "ModelPatcher") -> str:
+def family_name(model: ModelPatcher) -> str:
     """Name of the family in `trainers.families`, "general" when it is not described."""
     for kind in type(model.model.model_config).__mro__:
         if kind.__name__ in _FAMILIES:
@@ -38,7 +38,7 @@ def family_name(model: "ModelPatcher") -> str:
     return "general"
 
 
-def parameterisation_name(model: "ModelPatcher") -> str:
+def parameterisation_name(model: ModelPatcher) -> str:
     """Name in `trainers.objective`, or that of the unknown class, which is refused there."""
     sampling = model.get_model_object("model_sampling")
     for kind in type(sampling).__mro__:
@@ -47,7 +47,7 @@ def parameterisation_name(model: "ModelPatcher") -> str:
     return type(sampling).__name__
 
 
-def latent_step(model: "ModelPatcher") -> int:
+def latent_step(model: ModelPatcher) -> int:
     """Multiple that a latent's width and height must have: its down-samplings, or its patch size."""
     config = model.model.model_config.unet_config
     if "channel_mult" in config:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 class ComfyCodec:
     """The graph's VAE, unchanged."""
 
-    def __init__(self, vae: "VAE"):
+    def __init__(self, vae: VAE):
         self._vae = vae
 
     @property
@@ -22,7 +22,7 @@ class ComfyCodec:
         """Pixels a side for one latent position."""
         return int(self._vae.spacial_compression_encode())
 
-    def encode(self, pixels: "torch.Tensor") -> "torch.Tensor":
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """[B, H, W, 3] in 0..1 -> the host's latents, float32 on the CPU, unscaled."""
         import torch
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Iterator, Sequence
-
-import torch
+from typing import TYPE_CHECKING
 
 import comfy.ldm.modules.attention
 import comfy.model_management
 import comfy.patcher_extension
 import comfy.utils
+import torch
 
 from ...trainers.autograd import own_weights, private_tree
 from ...trainers.errors import ModelError
@@ -40,7 +40,7 @@ class ComfyDenoiser:
         compute_dtype: of activations; only within `training`.
     """
 
-    def __init__(self, model: "ModelPatcher", clip: "CLIP", vae: "VAE"):
+    def __init__(self, model: ModelPatcher, clip: CLIP, vae: VAE):
         self._model = model.clone(disable_dynamic=True) if _is_dynamic(model) else model.clone()
         self._fingerprint = patcher_digest(model)
         self._clip = clip
@@ -77,7 +77,7 @@ class ComfyDenoiser:
 
     def predict(self, x_t: torch.Tensor, sigma: torch.Tensor, conditioning: Sequence[Conditioning]) -> torch.Tensor:
         """The raw output; examples whose conditionings the host would not join run one after the other."""
-        conds = [self._conds(x_t[index:index + 1], one) for index, one in enumerate(conditioning)]
+        conds = [self._conds(x_t[index : index + 1], one) for index, one in enumerate(conditioning)]
         groups = _joinable(conds)
         if len(groups) == 1:
             return self._forward(x_t, sigma, conds)
@@ -85,7 +85,7 @@ class ComfyDenoiser:
         for group in groups:
             rows = torch.tensor(group, device=x_t.device)
             output = self._forward(x_t[rows], sigma[rows], [conds[index] for index in group])
-            parts.update(zip(group, output.split(1)))
+            parts.update(zip(group, output.split(1), strict=True))
         return torch.cat([parts[index] for index in range(len(conds))])
 
     def _conds(self, x_t: torch.Tensor, conditioning: Conditioning) -> dict:
@@ -169,7 +169,7 @@ class ComfyDenoiser:
                 self.module = None
                 comfy.model_management.soft_empty_cache()
 
-    def preview(self, request: PreviewRequest) -> "list[Image.Image]":
+    def preview(self, request: PreviewRequest) -> list[Image.Image]:
         """By the host's own sampler on the tree as trained so far."""
         with _not_training():
             pictures = self._sampler.draw(request)
@@ -198,7 +198,7 @@ class ComfyDenoiser:
         return self._fingerprint
 
 
-def _is_dynamic(model: "ModelPatcher") -> bool:
+def _is_dynamic(model: ModelPatcher) -> bool:
     return hasattr(model, "is_dynamic") and model.is_dynamic()
 
 
@@ -224,7 +224,7 @@ def _over(base, tree: torch.nn.Module):
     return other
 
 
-def _transformer_options(model: "ModelPatcher") -> dict:
+def _transformer_options(model: ModelPatcher) -> dict:
     """The options the MODEL carries, with attention by PyTorch, whose backward is exact and repeatable."""
     options = dict(model.model_options.get("transformer_options", {}))
     wrappers = {}

@@ -59,7 +59,7 @@ def dataset_path(choice: str) -> str:
     candidates = [os.path.join(root, wanted) for root in _roots().values()]
     for name, root in _roots().items():
         if name and (wanted == name or wanted.startswith(f"{name}/")):
-            candidates.append(os.path.join(root, wanted[len(name) + 1:]))
+            candidates.append(os.path.join(root, wanted[len(name) + 1 :]))
     allowed = [path for path in candidates if _is_allowed(path)]
     for path in allowed:
         if os.path.isdir(path):
@@ -109,7 +109,8 @@ def adapter_path(name: str) -> str:
         )
     if not path.lower().endswith(".safetensors"):
         raise ModelError(
-            f"The adapter '{name}' is no .safetensors file.", "Other formats can hide programs and are not read.",
+            f"The adapter '{name}' is no .safetensors file.",
+            "Other formats can hide programs and are not read.",
             "adapter_name",
         )
     return path

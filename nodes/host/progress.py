@@ -6,11 +6,11 @@ import logging
 import time
 from typing import TYPE_CHECKING
 
-import comfy.utils
 import comfy.model_management
+import comfy.utils
 
 if TYPE_CHECKING:
-    from PIL import Image
+    pass
 
 log = logging.getLogger(__name__)
 

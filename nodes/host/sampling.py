@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
 import comfy.model_management
 import comfy.sample
 import comfy.samplers
+import torch
 
 from ...trainers.protocols import PreviewRequest
 
@@ -27,7 +26,7 @@ _BAKED = ("patches", "backup", "backup_buffers", "object_patches", "object_patch
 class PreviewSampler:
     """Draws with the private tree itself, so that no second copy of the weights is patched for it."""
 
-    def __init__(self, model: "ModelPatcher", base, clip: "CLIP", vae: "VAE"):
+    def __init__(self, model: ModelPatcher, base, clip: CLIP, vae: VAE):
         self._patcher = model.clone()
         self._patcher.model = base
         for name in _BAKED:
@@ -38,7 +37,7 @@ class PreviewSampler:
         self._vae = vae
         self._prompts: dict[str, list] = {}
 
-    def draw(self, request: PreviewRequest) -> "list[Image.Image]":
+    def draw(self, request: PreviewRequest) -> list[Image.Image]:
         """One picture for each prompt."""
         with torch.no_grad():
             negative = self._encode(request.negative)
@@ -85,7 +84,7 @@ class PreviewSampler:
                     entry.model_finalizer.detach()
 
 
-def _picture(pixels: torch.Tensor) -> "Image.Image":
+def _picture(pixels: torch.Tensor) -> Image.Image:
     """[1, (T,) H, W, 3] in 0..1 -> PIL."""
     from PIL import Image
 

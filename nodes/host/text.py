@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 class ComfyText:
     """The graph's CLIP, unchanged; captions are literal text."""
 
-    def __init__(self, clip: "CLIP"):
+    def __init__(self, clip: CLIP):
         self._clip = clip
 
-    def encode(self, caption: str) -> "dict[str, torch.Tensor]":
+    def encode(self, caption: str) -> dict[str, torch.Tensor]:
         """The host's own conditioning of a literal caption: `cross_attn`, `pooled_output` and what else it gives."""
         return conditioning_tensors(self._clip, _literal_tokens(self._clip, caption))
 
@@ -33,7 +33,7 @@ class ComfyText:
         return f"{patcher_digest(clip.patcher)}|{clip.layer_idx}|{sorted(clip.tokenizer_options.items())}"
 
 
-def _literal_tokens(clip: "CLIP", text: str, **options) -> dict:
+def _literal_tokens(clip: CLIP, text: str, **options) -> dict:
     try:
         return clip.tokenize(text, disable_weights=True, **options)
     except TypeError:
@@ -41,7 +41,7 @@ def _literal_tokens(clip: "CLIP", text: str, **options) -> dict:
         return clip.tokenize(text, **options)
 
 
-def conditioning_tensors(clip: "CLIP", tokens: dict) -> "dict[str, torch.Tensor]":
+def conditioning_tensors(clip: CLIP, tokens: dict) -> dict[str, torch.Tensor]:
     """What the host encodes from tokens, as ordinary tensors on the CPU."""
     import torch
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
-
 from comfy_execution.graph_utils import ExecutionBlocker
 
 from ...trainers.errors import GraftError, ModelError
@@ -45,15 +45,16 @@ class Widgets:
 class Trained:
     """What a training node hands on."""
 
-    model: "ModelPatcher"
-    clip: "CLIP"
-    adapter: "Adapter"
+    model: ModelPatcher
+    clip: CLIP
+    adapter: Adapter
     loss: dict[str, list[float]]
     ui: dict[str, Any]
 
 
-def train(model: "ModelPatcher", clip: "CLIP", vae: "VAE", dataset: "Dataset", widgets: Widgets,
-          options: "Options | None", node: str) -> Trained:
+def train(
+    model: ModelPatcher, clip: CLIP, vae: VAE, dataset: Dataset, widgets: Widgets, options: Options | None, node: str
+) -> Trained:
     """Trains, resumes or returns a finished run; the model that comes out has the adapter waiting on it.
 
     Raises:
@@ -89,7 +90,7 @@ def train(model: "ModelPatcher", clip: "CLIP", vae: "VAE", dataset: "Dataset", w
 
 
 def _summary(result, recipe) -> str:
-    tail = result.losses[-max(1, len(result.losses) // 10):]
+    tail = result.losses[-max(1, len(result.losses) // 10) :]
     how = "returned as it was" if result.resumed_from == recipe.steps else "trained"
     return (
         f"Run {result.run.name}: {recipe.steps} steps {how}; loss of the last tenth {sum(tail) / len(tail):.4f}; "
@@ -115,7 +116,7 @@ def _check_sockets(model, clip, vae) -> None:
         raise ModelError(f"A {type(model).__name__} is no model that can be trained.", "Load the original.", "model")
 
 
-def geometry(dataset: "Dataset", model: "ModelPatcher | None", vae: "VAE | None") -> Geometry:
+def geometry(dataset: Dataset, model: ModelPatcher | None, vae: VAE | None) -> Geometry:
     """How a dataset's pictures will be cut for a model; without one, as for SD1."""
     family = family_of(families.family_name(model) if model is not None else "SD1")
     step = families.latent_step(model) if model is not None else 8
@@ -125,7 +126,7 @@ def geometry(dataset: "Dataset", model: "ModelPatcher | None", vae: "VAE | None"
     return Geometry(resolution, step)
 
 
-def token_counter(clip: "CLIP | None") -> Callable[[str], int] | None:
+def token_counter(clip: CLIP | None) -> Callable[[str], int] | None:
     """Counts a caption's tokens, None without a text encoder."""
     return ComfyText(clip).count_tokens if clip is not None else None
 

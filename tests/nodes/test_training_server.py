@@ -111,7 +111,9 @@ def test_more_steps_extend_to_the_same_bits(server, tiny_base, dataset):
     (run,) = runs_of(server, dataset)
     assert steps_logged(run) == [1, 2, 3, 4, 5, 6]
     extended = adapter_of(server, run, 6)
-    server.run(graphs.training(dataset.name, 6, option_nodes=option_nodes(server, "GraftRunOptions", on_existing="new")))
+    server.run(
+        graphs.training(dataset.name, 6, option_nodes=option_nodes(server, "GraftRunOptions", on_existing="new"))
+    )
     fresh = runs_of(server, dataset)[1]
     assert steps_logged(fresh) == [1, 2, 3, 4, 5, 6]
     assert same(extended, adapter_of(server, fresh, 6))
@@ -178,7 +180,11 @@ def _bare(folder):
         (_unreadable, {}, ["Graft Load Dataset", "'folder'", "03.png", "take it out"]),
         (_latin, {}, ["Graft Load Dataset", "'folder'", "03.txt", "UTF-8"]),
         (_bare, {}, ["Graft Train LoRA", "'dataset'", "caption", "trigger"]),
-        (None, {"learning_rate": 9.9, "steps": 50}, ["Graft Train LoRA", "'learning_rate'", "not finite", ".png", "Lower"]),
+        (
+            None,
+            {"learning_rate": 9.9, "steps": 50},
+            ["Graft Train LoRA", "'learning_rate'", "not finite", ".png", "Lower"],
+        ),
     ],
 )
 def test_errors_name_node_input_and_cure(server, tiny_base, dataset, spoil, widgets, words):

@@ -32,8 +32,8 @@ class Crop:
 
 
 def bucket_sizes(geometry: Geometry) -> list[tuple[int, int]]:
-    """All (width, height) in multiples of the step, of at most the area, with sides from half to twice the resolution."""
-    area = geometry.resolution ** 2
+    """All (width, height) in multiples of the step, within the area, with sides from half to twice the resolution."""
+    area = geometry.resolution**2
     step = geometry.step
     low = max(step, geometry.resolution // 2 // step * step)
     high = max(low, geometry.resolution * 2 // step * step)

@@ -6,7 +6,8 @@ import hashlib
 import json
 import logging
 import os
-from typing import TYPE_CHECKING, Callable, Iterable
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 from ..errors import DatasetError, RunError
 from ..formats import files
@@ -28,7 +29,7 @@ class Cache:
     def __init__(self, folder: str):
         self.folder = folder
 
-    def get(self, key: str) -> "dict[str, torch.Tensor] | None":
+    def get(self, key: str) -> dict[str, torch.Tensor] | None:
         """The tensors of a key, None when absent or damaged."""
         path = self._path(key)
         if not os.path.isfile(path):
@@ -40,7 +41,7 @@ class Cache:
             return None
         return tensors if metadata.get("key") == key else None
 
-    def put(self, key: str, tensors: "dict[str, torch.Tensor]") -> None:
+    def put(self, key: str, tensors: dict[str, torch.Tensor]) -> None:
         """Keeps tensors under a key."""
         files.write_tensors(self._path(key), tensors, {"key": key})
 
@@ -56,16 +57,16 @@ def key_of(*parts) -> str:
 class LatentCache:
     """The latent of each example, [1, C, ...] float32, unscaled as the codec gives it."""
 
-    def __init__(self, cache: Cache, codec: "ImageCodec"):
+    def __init__(self, cache: Cache, codec: ImageCodec):
         self._cache = cache
         self._codec = codec
         self._base = codec.fingerprint()
 
-    def key(self, example: "Example", crop: "Crop") -> str:
+    def key(self, example: Example, crop: Crop) -> str:
         """What decides an example's latent: content, cut, codec."""
         return key_of("latent 1", self._base, example.digest, crop.scaled, crop.offset, crop.bucket)
 
-    def fill(self, pairs: "Iterable[tuple[Example, Crop]]", tick: Callable[[str], None]) -> list[str]:
+    def fill(self, pairs: Iterable[tuple[Example, Crop]], tick: Callable[[str], None]) -> list[str]:
         """Encodes what is missing; returns the key of each example, in order.
 
         Args:
@@ -83,14 +84,14 @@ class LatentCache:
                 self._cache.put(key, {"latent": self._encode(example, crop)})
         return keys
 
-    def get(self, key: str) -> "torch.Tensor":
+    def get(self, key: str) -> torch.Tensor:
         """The latent of a key that was filled."""
         tensors = self._cache.get(key)
         if tensors is None:
             raise RunError(f"The cached latent {key} is gone.", "Queue again; it will be made anew.")
         return tensors["latent"]
 
-    def _encode(self, example: "Example", crop: "Crop") -> "torch.Tensor":
+    def _encode(self, example: Example, crop: Crop) -> torch.Tensor:
         import torch
 
         pixels = torch.from_numpy(to_array(cut(example.source.open(), crop)))[None]
@@ -107,7 +108,7 @@ class LatentCache:
 class TextCache:
     """The conditioning tensors of each caption."""
 
-    def __init__(self, cache: Cache, encoder: "TextEncoder"):
+    def __init__(self, cache: Cache, encoder: TextEncoder):
         self._cache = cache
         self._encoder = encoder
         self._base = encoder.fingerprint()
@@ -134,7 +135,7 @@ class TextCache:
                 )
             self._cache.put(key, tensors)
 
-    def get(self, caption: str) -> "dict[str, torch.Tensor]":
+    def get(self, caption: str) -> dict[str, torch.Tensor]:
         """The tensors of a caption that was filled."""
         tensors = self._cache.get(self._key(caption))
         if tensors is None:

@@ -26,12 +26,12 @@ class Example:
         mask: None, or a source whose picture is the loss weight (white counts, black does not).
     """
 
-    source: "Source"
+    source: Source
     caption: str
     size: tuple[int, int]
     digest: str
     repeats: int = 1
-    mask: "Source | None" = None
+    mask: Source | None = None
 
 
 class Source:
@@ -39,7 +39,7 @@ class Source:
 
     name: str
 
-    def open(self) -> "Image.Image":
+    def open(self) -> Image.Image:
         """The picture, upright, RGB."""
         raise NotImplementedError
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -36,13 +36,14 @@ def epoch_batches(buckets: Sequence, repeats: Sequence[int], batch_size: int, se
         members = np.array(groups[bucket])
         rng.shuffle(members)
         for start in range(0, len(members), batch_size):
-            batches.append(members[start:start + batch_size].tolist())
+            batches.append(members[start : start + batch_size].tolist())
     rng.shuffle(batches)
     return batches
 
 
-def batches_from(position: int, buckets: Sequence, repeats: Sequence[int], batch_size: int,
-                 seed: int) -> Iterator[tuple[int, list[int]]]:
+def batches_from(
+    position: int, buckets: Sequence, repeats: Sequence[int], batch_size: int, seed: int
+) -> Iterator[tuple[int, list[int]]]:
     """(epoch, batch) without end, starting after `position` batches."""
     epoch = 0
     while True:

@@ -27,7 +27,7 @@ class FileSource(Source):
         self.path = path
         self.name = name
 
-    def open(self) -> "Image.Image":
+    def open(self) -> Image.Image:
         """Raises DatasetError naming the file when it is no picture."""
         with _reading(self.name):
             from PIL import Image
@@ -52,7 +52,7 @@ class ArraySource(Source):
         """Hash of the pixels as held."""
         return hashlib.sha256(self._png).hexdigest()
 
-    def open(self) -> "Image.Image":
+    def open(self) -> Image.Image:
         """The picture in RGB."""
         from PIL import Image
 
@@ -102,7 +102,7 @@ class _reading:
         ) from error
 
 
-def upright_rgb(image: "Image.Image") -> "Image.Image":
+def upright_rgb(image: Image.Image) -> Image.Image:
     """The picture as a viewer shows it: EXIF rotation applied, 16 bit scaled, transparency on white, RGB."""
     from PIL import Image, ImageOps
 
@@ -116,7 +116,7 @@ def upright_rgb(image: "Image.Image") -> "Image.Image":
     return image.convert("RGB")
 
 
-def _to_eight_bits(image: "Image.Image") -> "Image.Image":
+def _to_eight_bits(image: Image.Image) -> Image.Image:
     from PIL import Image
 
     values = np.asarray(image).astype(np.float64)
@@ -124,7 +124,7 @@ def _to_eight_bits(image: "Image.Image") -> "Image.Image":
     return Image.fromarray(np.clip(values / top * 255.0 + 0.5, 0, 255).astype(np.uint8))
 
 
-def cut(image: "Image.Image", crop: "Crop") -> "Image.Image":
+def cut(image: Image.Image, crop: Crop) -> Image.Image:
     """The picture scaled and cropped as `crop` says; Lanczos, as the field does."""
     from PIL import Image
 
@@ -135,7 +135,7 @@ def cut(image: "Image.Image", crop: "Crop") -> "Image.Image":
     return image.crop((left, top, left + width, top + height))
 
 
-def to_array(image: "Image.Image") -> np.ndarray:
+def to_array(image: Image.Image) -> np.ndarray:
     """[H, W, 3] float32 in 0..1."""
     return np.asarray(image.convert("RGB"), dtype=np.float32) / 255.0
 

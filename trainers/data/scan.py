@@ -69,8 +69,9 @@ def _read_example(path: str, folder: str, repeats: int) -> Example:
     return Example(FileSource(path, name), caption, size, digest, repeats)
 
 
-def from_arrays(images: "list[np.ndarray]", texts: list[str], trigger: str, resolution: int,
-                masks: "list[np.ndarray]" = ()) -> Dataset:
+def from_arrays(
+    images: list[np.ndarray], texts: list[str], trigger: str, resolution: int, masks: list[np.ndarray] = ()
+) -> Dataset:
     """The dataset of pictures that came over wires.
 
     Args:
@@ -108,9 +109,9 @@ def from_arrays(images: "list[np.ndarray]", texts: list[str], trigger: str, reso
     return Dataset(tuple(examples), trigger.strip(), resolution, "images")
 
 
-def _mask_source(mask: "np.ndarray", shape: tuple[int, int], index: int) -> ArraySource:
-    from PIL import Image
+def _mask_source(mask: np.ndarray, shape: tuple[int, int], index: int) -> ArraySource:
     import numpy as np
+    from PIL import Image
 
     picture = Image.fromarray(mask).resize((shape[1], shape[0]), Image.BILINEAR)
     array = np.asarray(picture.convert("RGB"))

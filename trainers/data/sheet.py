@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Callable
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -25,7 +26,7 @@ _INK = (235, 235, 235)
 _GREY = (40, 40, 44)
 
 
-def contact_sheet(dataset: "Dataset", geometry: "Geometry") -> np.ndarray:
+def contact_sheet(dataset: Dataset, geometry: Geometry) -> np.ndarray:
     """The first pictures of a dataset as they will be cropped, with bucket and caption: [H, W, 3] float32 in 0..1."""
     from PIL import Image
 
@@ -37,12 +38,15 @@ def contact_sheet(dataset: "Dataset", geometry: "Geometry") -> np.ndarray:
         crop = choose_crop(example.size, geometry, example.source.name)
         picture = cut(example.source.open(), crop)
         corner = (index % columns * _CELL, index // columns * (_CELL + _TEXT))
-        lines = [f"{crop.bucket[0]}x{crop.bucket[1]}  {example.source.name}", dataset.caption(example) or "(no caption)"]
+        lines = [
+            f"{crop.bucket[0]}x{crop.bucket[1]}  {example.source.name}",
+            dataset.caption(example) or "(no caption)",
+        ]
         _paste(sheet, picture, corner, lines)
     return np.asarray(sheet, dtype=np.float32) / 255.0
 
 
-def _paste(sheet: "Image.Image", picture: "Image.Image", corner: tuple[int, int], lines: list[str]) -> None:
+def _paste(sheet: Image.Image, picture: Image.Image, corner: tuple[int, int], lines: list[str]) -> None:
     from PIL import Image, ImageDraw
 
     factor = (_CELL - 4) / max(picture.size)
@@ -66,7 +70,7 @@ def _fitting(draw, line: str) -> str:
     return line + "..."
 
 
-def report(dataset: "Dataset", geometry: "Geometry", count_tokens: Callable[[str], int] | None) -> str:
+def report(dataset: Dataset, geometry: Geometry, count_tokens: Callable[[str], int] | None) -> str:
     """What a dataset holds, and what may go wrong with it, in plain lines.
 
     Args:
@@ -83,17 +87,25 @@ def report(dataset: "Dataset", geometry: "Geometry", count_tokens: Callable[[str
         lines.append(f"  bucket {bucket[0]}x{bucket[1]}: {number}")
     lines.append(f"Trigger: {dataset.trigger or 'none'}")
     lines += _named("without a caption file or text", [e for e in examples if not e.caption])
-    lines += _named("with neither caption nor trigger (training will refuse)", [e for e in examples if not dataset.caption(e)])
+    lines += _named(
+        "with neither caption nor trigger (training will refuse)", [e for e in examples if not dataset.caption(e)]
+    )
     lines += _named(
         "smaller than their bucket's usual size",
-        [e for e, crop in zip(examples, crops) if crop.bucket[0] * crop.bucket[1] < 0.6 * geometry.resolution ** 2],
+        [
+            e
+            for e, crop in zip(examples, crops, strict=True)
+            if crop.bucket[0] * crop.bucket[1] < 0.6 * geometry.resolution**2
+        ],
     )
-    lines += _named("cropped by more than a fifth", [e for e, crop in zip(examples, crops) if crop.kept < 0.8])
+    lines += _named(
+        "cropped by more than a fifth", [e for e, crop in zip(examples, crops, strict=True) if crop.kept < 0.8]
+    )
     lines += _token_lines(dataset, count_tokens)
     return "\n".join(lines)
 
 
-def _token_lines(dataset: "Dataset", count_tokens: Callable[[str], int] | None) -> list[str]:
+def _token_lines(dataset: Dataset, count_tokens: Callable[[str], int] | None) -> list[str]:
     if count_tokens is None:
         return ["Captions' tokens: connect clip to count them."]
     counts = {example: count_tokens(dataset.caption(example)) for example in dataset.examples}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from . import files
 from ..errors import ModelError
+from . import files
 
 if TYPE_CHECKING:
     import torch
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 class Adapter(dict):
     """Tensors by key, nothing else as items, so that the host's own nodes take it; `.metadata` has the rest."""
 
-    def __init__(self, tensors: "dict[str, torch.Tensor]", metadata: dict[str, str] | None = None):
+    def __init__(self, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None):
         super().__init__(tensors)
         self.metadata = dict(metadata or {})
 
@@ -32,7 +32,7 @@ def load_adapter(path: str) -> Adapter:
     return Adapter(tensors, metadata)
 
 
-def save_adapter(path: str, adapter: "dict[str, torch.Tensor]", title: str) -> None:
+def save_adapter(path: str, adapter: dict[str, torch.Tensor], title: str) -> None:
     """Writes an adapter in kohya's layout with `ss_*` and ModelSpec metadata.
 
     Adapters that carry no metadata (made by another node) are written all the same.

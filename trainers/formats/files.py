@@ -6,8 +6,9 @@ import json
 import os
 import secrets
 import struct
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Iterator
+from typing import TYPE_CHECKING
 
 from ..errors import RunError
 
@@ -57,7 +58,7 @@ def _sync_folder(folder: str) -> None:
         os.close(handle)
 
 
-def write_tensors(path: str, tensors: "dict[str, torch.Tensor]", metadata: dict[str, str]) -> None:
+def write_tensors(path: str, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
     """Writes a safetensors file atomically; tensors may be on any device and in any layout."""
     from safetensors.torch import save_file
 
@@ -66,7 +67,7 @@ def write_tensors(path: str, tensors: "dict[str, torch.Tensor]", metadata: dict[
         save_file(ready, temporary, metadata=metadata)
 
 
-def read_tensors(path: str) -> "tuple[dict[str, torch.Tensor], dict[str, str]]":
+def read_tensors(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Tensors on the CPU and metadata of a safetensors file.
 
     Raises:
@@ -77,7 +78,7 @@ def read_tensors(path: str) -> "tuple[dict[str, torch.Tensor], dict[str, str]]":
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except (OSError, SafetensorError) as error:
         raise RunError(
             f"The file '{path}' cannot be read as safetensors ({error}).",

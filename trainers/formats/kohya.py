@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Callable
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
 
 
-def lora_to_kohya(layers: "dict[str, dict[str, torch.Tensor]]", alpha: float,
-                  name_of: Callable[[str], str]) -> "dict[str, torch.Tensor]":
+def lora_to_kohya(
+    layers: dict[str, dict[str, torch.Tensor]], alpha: float, name_of: Callable[[str], str]
+) -> dict[str, torch.Tensor]:
     """The tensors of a LoRA file.
 
     Args:
@@ -31,7 +33,7 @@ def lora_to_kohya(layers: "dict[str, dict[str, torch.Tensor]]", alpha: float,
     return tensors
 
 
-def _own(tensor: "torch.Tensor") -> "torch.Tensor":
+def _own(tensor: torch.Tensor) -> torch.Tensor:
     import torch
 
     return tensor.detach().to("cpu", torch.float32).contiguous().clone()

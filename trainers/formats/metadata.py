@@ -47,7 +47,7 @@ def describe_training(facts: dict) -> dict[str, str]:
     return fields
 
 
-def stamped(metadata: dict[str, str], tensors: "dict[str, torch.Tensor]", title: str) -> dict[str, str]:
+def stamped(metadata: dict[str, str], tensors: dict[str, torch.Tensor], title: str) -> dict[str, str]:
     """The metadata of a file about to be written: with title, date and the hash of its tensors."""
     fields = dict(metadata)
     fields["modelspec.title"] = title
@@ -57,7 +57,7 @@ def stamped(metadata: dict[str, str], tensors: "dict[str, torch.Tensor]", title:
     return {name: value for name, value in fields.items() if isinstance(value, str)}
 
 
-def tensors_hash(tensors: "dict[str, torch.Tensor]") -> str:
+def tensors_hash(tensors: dict[str, torch.Tensor]) -> str:
     """Hash over names, dtypes, shapes and bytes of tensors."""
     import torch
 

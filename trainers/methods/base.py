@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Callable
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
@@ -17,15 +18,16 @@ class Method:
 
     name: str
 
-    def targets(self, module: "nn.Module", family: "Family") -> list[str]:
+    def targets(self, module: nn.Module, family: Family) -> list[str]:
         """Paths of the modules in a tree that are adapted, sorted."""
         raise NotImplementedError
 
-    def inject(self, module: "nn.Module", targets: list[str], recipe: "Recipe") -> "dict[str, nn.Parameter]":
+    def inject(self, module: nn.Module, targets: list[str], recipe: Recipe) -> dict[str, nn.Parameter]:
         """Adds the trainables to a private tree and returns them by name, float32, in a stable order."""
         raise NotImplementedError
 
-    def export(self, tensors: "dict[str, torch.Tensor]", recipe: "Recipe",
-               name_of: Callable[[str], str]) -> "dict[str, torch.Tensor]":
+    def export(
+        self, tensors: dict[str, torch.Tensor], recipe: Recipe, name_of: Callable[[str], str]
+    ) -> dict[str, torch.Tensor]:
         """The adapter file's tensors from the trainables' values (as `inject` names them)."""
         raise NotImplementedError

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Callable
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from ..data.order import stream_seed
 from ..errors import ModelError
@@ -27,7 +28,7 @@ class LoRA(Method):
 
     name = "LoRA"
 
-    def targets(self, module: "nn.Module", family: "Family") -> list[str]:
+    def targets(self, module: nn.Module, family: Family) -> list[str]:
         """The attention projections among the tree's Linears.
 
         Raises:
@@ -48,7 +49,7 @@ class LoRA(Method):
             )
         return sorted(paths)
 
-    def inject(self, module: "nn.Module", targets: list[str], recipe: "Recipe") -> "dict[str, nn.Parameter]":
+    def inject(self, module: nn.Module, targets: list[str], recipe: Recipe) -> dict[str, nn.Parameter]:
         """peft's LoRA layers at the targets; A is drawn from the recipe's seed."""
         import torch
         from peft import LoraConfig, inject_adapter_in_model
@@ -66,8 +67,9 @@ class LoRA(Method):
                 trainables[name] = parameter
         return dict(sorted(trainables.items()))
 
-    def export(self, tensors: "dict[str, torch.Tensor]", recipe: "Recipe",
-               name_of: Callable[[str], str]) -> "dict[str, torch.Tensor]":
+    def export(
+        self, tensors: dict[str, torch.Tensor], recipe: Recipe, name_of: Callable[[str], str]
+    ) -> dict[str, torch.Tensor]:
         """kohya's tensors, with alpha in the file."""
         layers = {}
         for name, tensor in tensors.items():

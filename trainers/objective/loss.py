@@ -8,8 +8,7 @@ if TYPE_CHECKING:
     import torch
 
 
-def example_losses(prediction: "torch.Tensor", target: "torch.Tensor",
-                   weight: "torch.Tensor | None" = None) -> "torch.Tensor":
+def example_losses(prediction: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
     """Mean squared error of each example, in float32 or better.
 
     Args:

@@ -10,14 +10,14 @@ if TYPE_CHECKING:
     import torch
 
 
-def generator(*parts) -> "torch.Generator":
+def generator(*parts) -> torch.Generator:
     """A CPU generator seeded by any parts; on the CPU so that every device sees the same noise."""
     import torch
 
     return torch.Generator().manual_seed(stream_seed(*parts))
 
 
-def draw_sigmas(levels: "torch.Tensor", count: int, source: "torch.Generator") -> "torch.Tensor":
+def draw_sigmas(levels: torch.Tensor, count: int, source: torch.Generator) -> torch.Tensor:
     """`count` noise levels, uniform over the model's own levels, [count] float32."""
     import torch
 
@@ -25,7 +25,7 @@ def draw_sigmas(levels: "torch.Tensor", count: int, source: "torch.Generator") -
     return levels[index]
 
 
-def spread_sigmas(levels: "torch.Tensor", count: int) -> "torch.Tensor":
+def spread_sigmas(levels: torch.Tensor, count: int) -> torch.Tensor:
     """`count` fixed noise levels at the middles of equal parts of the model's own levels, [count]."""
     import torch
 
@@ -33,7 +33,7 @@ def spread_sigmas(levels: "torch.Tensor", count: int) -> "torch.Tensor":
     return levels[(middles * len(levels)).long()]
 
 
-def draw_noise(shape: tuple[int, ...], source: "torch.Generator") -> "torch.Tensor":
+def draw_noise(shape: tuple[int, ...], source: torch.Generator) -> torch.Tensor:
     """Unit normal noise, float32 on the CPU."""
     import torch
 

@@ -29,7 +29,7 @@ class Parameterisation:
     sigma_data: float = 1.0
     noise_scale: float = 1.0
 
-    def target(self, x0: "torch.Tensor", noise: "torch.Tensor", sigma: "torch.Tensor") -> "torch.Tensor":
+    def target(self, x0: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         """What the raw output should be; x0 and noise [B, ...], sigma broadcastable to them."""
         raise NotImplementedError
 
@@ -45,7 +45,7 @@ class V(Parameterisation):
     """The velocity alpha n - s x0 with alpha = 1 / sqrt(s^2 + 1), for sigma_data 1."""
 
     def target(self, x0, noise, sigma):
-        norm = (sigma ** 2 + self.sigma_data ** 2) ** 0.5
+        norm = (sigma**2 + self.sigma_data**2) ** 0.5
         return (self.sigma_data * noise - (sigma / self.sigma_data) * x0) / norm
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Callable
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
@@ -10,7 +11,7 @@ if TYPE_CHECKING:
     from ..settings import Recipe
 
 
-def _adamw(parameters: "list[torch.nn.Parameter]", recipe: "Recipe") -> "torch.optim.Optimizer":
+def _adamw(parameters: list[torch.nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
     import torch
 
     return torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
@@ -38,6 +39,8 @@ def lr_factor(schedule: str, warmup_steps: int, steps: int) -> Callable[[int], f
     from diffusers.optimization import get_scheduler
 
     dummy = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    scheduler = get_scheduler(SCHEDULES[schedule], dummy, num_warmup_steps=warmup_steps, num_training_steps=max(1, steps))
+    scheduler = get_scheduler(
+        SCHEDULES[schedule], dummy, num_warmup_steps=warmup_steps, num_training_steps=max(1, steps)
+    )
     factor = scheduler.lr_lambdas[0]
     return lambda step: float(factor(min(step, max(0, steps - 1))))
