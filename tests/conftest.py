@@ -1,0 +1,80 @@
+"""The fixtures that all tests share. A test that needs none of them starts no server and no browser."""
+
+import pytest
+
+from tests.support import pack
+from tests.support.base import get_tiny_base
+from tests.support.collection import Collection
+from tests.support.server import ComfyServer, link
+
+pack.hide_root()
+pack.load_pack()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--soak", action="store_true", help="run the long trials at their full counts")
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(Collection())
+
+
+@pytest.fixture(scope="session")
+def trials(request):
+    """trials(quick, full): how many trials to run, few by default and all of them with --soak."""
+    soak = request.config.getoption("--soak")
+    return lambda quick, full: full if soak else quick
+
+
+@pytest.fixture(scope="session")
+def comfy():
+    """ComfyUI in this process, on the CPU: `comfy.path`, `comfy.version`, `comfy.base`; then import what you need."""
+    return pack.use_comfy()
+
+
+@pytest.fixture(scope="session")
+def tiny_base():
+    """The path of the tiny pretrained base, a checkpoint file in SD1.x layout."""
+    return get_tiny_base()
+
+
+@pytest.fixture(scope="session")
+def server(tiny_base, tmp_path_factory):
+    """The real server with the pack and the tiny base (`graft_tiny.safetensors`), shared by all tests."""
+    server = ComfyServer(tmp_path_factory.mktemp("server"))
+    link(tiny_base, server.path("models", "checkpoints", tiny_base.name))
+    with server:
+        yield server
+
+
+@pytest.fixture
+def make_server(tiny_base, tmp_path):
+    """make_server(name="server", **ComfyServer's arguments): a server of one's own, not yet started.
+
+    For tests that kill or restart. The same name gives the same base directory.
+    """
+    made = []
+
+    def make(name="server", **arguments):
+        made.append(ComfyServer(tmp_path / name, **arguments))
+        link(tiny_base, made[-1].path("models", "checkpoints", tiny_base.name))
+        return made[-1]
+
+    yield make
+    for server in made:
+        server.kill()
+
+
+@pytest.fixture(scope="session")
+def chromium(tmp_path_factory):
+    """The one Chromium that all browser tests share."""
+    from tests.support.browser import Browser
+
+    with Browser(tmp_path_factory.mktemp("chromium")) as browser:
+        yield browser
+
+
+@pytest.fixture
+def browser(chromium):
+    """The browser; `browser.open(server.url)` gives a page with a fresh profile."""
+    return chromium

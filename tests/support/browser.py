@@ -1,0 +1,276 @@
+"""A real headless Chromium, driven by its own driver, on the real ComfyUI frontend.
+
+browser = Browser(folder)
+page = browser.open(server.url)
+page.load(workflow)
+prompt_id = page.queue()
+"""
+
+import json
+import os
+import re
+import shutil
+import time
+from pathlib import Path
+
+from selenium import webdriver
+from selenium.common.exceptions import JavascriptException
+from selenium.webdriver.chrome.options import Options
+from selenium.webdriver.chrome.service import Service
+
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
+DRIVER = ("chromedriver",)
+
+# Set before the page is opened: no template browser and no release notes over the graph.
+SETTINGS = {
+    "Comfy.TutorialCompleted": True,
+    "Comfy.InstalledVersion": "99.0.0",
+    "Comfy.Notification.ShowVersionUpdates": False,
+    "Comfy.Workflow.ShowMissingModelsWarning": False,
+    "Comfy.Locale": "en",
+    "Comfy.VueNodes.Enabled": False,
+}
+
+# Banners of the frontend that were seen and closed.
+DISMISSED = ["vueNodesBannerDismissed", "comfy.vueNodesMigration.dismissed"]
+
+# What the unmodified frontends themselves complain about on a private, offline server.
+NOISE = [
+    r"favicon|user\.css|/api/userdata",
+    r"https://(api\.comfy\.org|huggingface\.co)/",
+    r"ComfyApp graph accessed before initialization",
+    r"reading 'id'\)\s+at onChange[\s\S]*GraphView",
+]
+
+# How a script runs in the page: as the body of an async function whose value comes back as JSON.
+SCRIPT = """
+    const done = arguments[arguments.length - 1];
+    const run = async (args, app, api) => {
+        BODY
+    };
+    run(Array.from(arguments).slice(0, -1), window.app, window.app?.api ?? window.comfyAPI?.api?.api).then(
+        value => done({value: JSON.stringify(value ?? null)}),
+        error => done({error: String(error?.stack ?? error)}));"""
+
+FLAGS = [
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+    "--disable-quic",
+    "--disable-sync",
+    "--disable-extensions",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--no-first-run",
+    "--no-default-browser-check",
+    "--mute-audio",
+    "--hide-scrollbars",
+    # The page sees the loopback interface and nothing else.
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1, EXCLUDE localhost",
+]
+
+
+class BrowserError(RuntimeError):
+    """There is no browser, or the page did not come to the state that was asked for."""
+
+
+class Browser:
+    """One Chromium with a private profile below folder; `open` gives a Page."""
+
+    def __init__(self, folder, width=1600, height=1000):
+        options = Options()
+        options.binary_location = find_program(CHROMIUM, "GRAFT_CHROMIUM", "chromium")
+        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+        for flag in [*FLAGS, f"--window-size={width},{height}", f"--user-data-dir={Path(folder).resolve()}"]:
+            options.add_argument(flag)
+        service = Service(find_program(DRIVER, "GRAFT_CHROMEDRIVER", "chromium-driver"))
+        self.driver = webdriver.Chrome(options=options, service=service)
+        self.driver.set_script_timeout(120)
+        self.driver.set_page_load_timeout(120)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def open(self, url, settings=None, timeout=120):
+        """Open ComfyUI's page with these settings and wait until its graph can be used."""
+        page = Page(self.driver, url)
+        page.prepare({**SETTINGS, **(settings or {})})
+        page.open(timeout)
+        return page
+
+    def close(self):
+        self.driver.quit()
+
+
+class Page:
+    """The frontend in the browser. Values cross as JSON; `js` may use `app`, `api` and `await`."""
+
+    def __init__(self, driver, url):
+        self.driver = driver
+        self.url = url
+        self.errors = []
+
+    def open(self, timeout=120):
+        """Load the page, or load it again, and wait until its graph has nodes that can be used."""
+        self.driver.get(self.url)
+        self.wait_for("""
+            return Boolean(window.app?.extensionManager?.workflow?.activeWorkflow && app.graph.nodes.length
+                           && window.LiteGraph?.registered_node_types?.KSampler);""", timeout)  # fmt: skip
+        return self
+
+    def prepare(self, settings):
+        """Forget what earlier pages said and kept in the browser, and store settings on the server."""
+        self.driver.get_log("browser")
+        self.driver.get(f"{self.url}/system_stats")
+        self.js("""
+            localStorage.clear();
+            sessionStorage.clear();
+            for (const key of args[1]) localStorage.setItem(key, 'true');
+            const body = JSON.stringify(args[0]);
+            const headers = {'Content-Type': 'application/json'};
+            const answer = await fetch('/api/settings', {method: 'POST', headers, body});
+            if (!answer.ok) throw new Error(`settings not stored: ${answer.status}`);""",
+            settings, DISMISSED)  # fmt: skip
+
+    # Scripts
+
+    def js(self, body, *args):
+        """Run the body of an async function with `app`, `api` and `args`; returns what it returns."""
+        script = SCRIPT.replace("BODY", body)
+        answer = self.driver.execute_async_script(script, *args)
+        if "error" in answer:
+            raise BrowserError(answer["error"])
+        return json.loads(answer["value"])
+
+    def wait_for(self, body, timeout=30):
+        """Run a script, as `js` does, until it returns something true; returns that."""
+        deadline = time.monotonic() + timeout
+        problem = None
+        while time.monotonic() < deadline:
+            try:
+                found = self.js(body)
+            except (JavascriptException, BrowserError) as error:
+                # The page may still be loading.
+                problem, found = error, None
+            if found:
+                return found
+            time.sleep(0.1)
+        raise BrowserError(f"not so after {timeout} s: {body}\n{problem or ''}\nconsole: {self.read_errors()}")
+
+    # The graph
+
+    def load(self, workflow):
+        """Load a UI-format workflow, as opening its file does."""
+        self.js("await app.loadGraphData(args[0]);", workflow)
+        self.wait_for("return app.graph.nodes.length > 0" if workflow.get("nodes") else "return true")
+        return self
+
+    def load_file(self, path):
+        return self.load(json.loads(Path(path).read_text(encoding="utf-8")))
+
+    def serialize(self):
+        """The graph in the UI format, as saving it does."""
+        return self.js("return app.graph.serialize();")
+
+    def to_prompt(self):
+        """The graph in the API format, as queueing it sends it."""
+        return self.js("return (await app.graphToPrompt()).output;")
+
+    def queue(self):
+        """Press Run; returns the id of the prompt that the server took."""
+        script = """
+            const original = api.queuePrompt;
+            let answer = null;
+            api.queuePrompt = async function (...given) {
+                answer = await original.apply(this, given);
+                return answer;
+            };
+            try { await app.queuePrompt(0, 1); } finally { api.queuePrompt = original; }
+            return {answer, refusal: app.lastNodeErrors};"""
+        result = self.js(script)
+        if not (result["answer"] or {}).get("prompt_id"):
+            raise BrowserError(f"the prompt was not queued: {result['refusal']}")
+        return result["answer"]["prompt_id"]
+
+    def list_nodes(self):
+        """[{id, type, title, mode, widgets: {name: value}, inputs, outputs}] of the graph, in its order."""
+        return self.js("""
+            return app.graph.nodes.map(node => ({
+                id: node.id, type: node.type, title: node.title, mode: node.mode,
+                widgets: Object.fromEntries((node.widgets ?? []).map(widget => [widget.name, widget.value ?? null])),
+                inputs: (node.inputs ?? []).map(input => ({name: input.name, type: input.type, link: input.link})),
+                outputs: (node.outputs ?? []).map(output => ({name: output.name, type: output.type})),
+            }));""")
+
+    def add_node(self, type, x=100, y=100):
+        """Add a node; returns its id."""
+        return self.js("""
+            const node = LiteGraph.createNode(args[0]);
+            if (!node) throw new Error(`no node type ${args[0]}`);
+            node.pos = [args[1], args[2]];
+            app.graph.add(node);
+            return node.id;""", type, x, y)  # fmt: skip
+
+    def connect(self, source, slot, target, name):
+        """Link an output, by its place, with an input, by its name."""
+        self.js("""
+            const [source, slot, target, name] = args;
+            const node = app.graph.getNodeById(target);
+            const place = node.inputs.findIndex(input => input.name === name);
+            if (place < 0) throw new Error(`node ${target} has no input ${name}`);
+            const link = app.graph.getNodeById(source).connect(slot, node, place);
+            if (!link) throw new Error(`node ${source} does not connect to ${name} of node ${target}`);""",
+            source, slot, target, name)  # fmt: skip
+
+    def set_widget(self, node, widget, value):
+        """Set a widget's value as a user does, with its callback."""
+        self.js("""
+            const node = app.graph.getNodeById(args[0]);
+            const widget = node?.widgets?.find(widget => widget.name === args[1]);
+            if (!widget) throw new Error(`node ${args[0]} has no widget ${args[1]}`);
+            widget.value = args[2];
+            widget.callback?.(args[2], app.canvas, node);""", node, widget, value)  # fmt: skip
+
+    def set_setting(self, name, value):
+        """Change a setting in the open page, such as Comfy.VueNodes.Enabled."""
+        self.js("await app.extensionManager.setting.set(args[0], args[1]);", name, value)
+
+    def get_setting(self, name):
+        return self.js("return app.extensionManager.setting.get(args[0]);", name)
+
+    def fit(self):
+        """Zoom so that the whole graph is seen."""
+        self.js("await app.extensionManager.command.execute('Comfy.Canvas.FitView');")
+        time.sleep(0.6)
+
+    # What it shows and says
+
+    def screenshot(self, path):
+        """Save a PNG of the page; returns its path."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(self.driver.get_screenshot_as_png())
+        return path
+
+    def read_text(self):
+        """The text that the page shows, toasts and dialogs included."""
+        return self.driver.execute_script("return document.body.innerText")
+
+    def read_errors(self, ignore=NOISE):
+        """Console errors and uncaught exceptions so far, without those that an ignored pattern matches."""
+        self.errors += [entry["message"] for entry in self.driver.get_log("browser") if entry["level"] == "SEVERE"]
+        return [message for message in self.errors if not any(re.search(pattern, message) for pattern in ignore)]
+
+
+def find_program(names, variable, package):
+    """The path of the first program there is, or of the one an environment variable names."""
+    named = os.environ.get(variable)
+    for name in [named] if named else names:
+        path = shutil.which(name)
+        if path:
+            return path
+    raise BrowserError(f"no {names[0]} found: install Debian's package {package} or set {variable} to the program")

@@ -1,0 +1,30 @@
+"""How pytest finds the tests: folders are folders, and a test module's name is `tests...`.
+
+Without this pytest would take the repo root, which has an `__init__.py`, for a package of tests, import
+ComfyUI's door to the pack under the name of the checkout's folder, and name every module below it.
+"""
+
+import importlib
+
+import pytest
+
+from .host import ROOT
+
+
+class NamedModule(pytest.Module):
+    """A test module that is imported as `tests.folder.test_x`."""
+
+    def _getobj(self):
+        return importlib.import_module(".".join(self.path.relative_to(ROOT).with_suffix("").parts))
+
+
+class Collection:
+    """A plugin rather than hooks in a conftest, because it concerns folders above the conftest too."""
+
+    @pytest.hookimpl
+    def pytest_collect_directory(self, path, parent):
+        return pytest.Dir.from_parent(parent, path=path)
+
+    @pytest.hookimpl
+    def pytest_pycollect_makemodule(self, module_path, parent):
+        return NamedModule.from_parent(parent, path=module_path)

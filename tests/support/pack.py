@@ -1,0 +1,82 @@
+"""The pack and ComfyUI in this process, loaded as ComfyUI loads them.
+
+The repo root holds a folder `nodes`, and so does ComfyUI a module `nodes`: the root must never be on
+sys.path ahead of it. `load_pack` makes the pack importable as `graft_pack`, in the way in which ComfyUI
+imports a folder below custom_nodes; `use_comfy` makes ComfyUI importable.
+"""
+
+import atexit
+import functools
+import importlib.util
+import os
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from .host import ROOT, find_comfyui, read_version
+
+PACK = "graft_pack"
+
+
+@dataclass(frozen=True)
+class Comfy:
+    """ComfyUI in this process: its folder, its version, and the base directory that it writes to."""
+
+    path: Path
+    version: tuple
+    base: Path
+
+
+def hide_root():
+    """Take the repo root off sys.path, where `python -m` puts it; `tests` stays importable."""
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
+
+
+def load_pack():
+    """The pack as the module `graft_pack`, with its submodules below it; needs no ComfyUI."""
+    if PACK in sys.modules:
+        return sys.modules[PACK]
+    door = ROOT / "__init__.py"
+    spec = importlib.util.spec_from_file_location(PACK, door, submodule_search_locations=[str(ROOT)])
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[PACK] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[PACK]
+        raise
+    return module
+
+
+@functools.cache
+def use_comfy():
+    """Make ComfyUI importable here, on the CPU, writing below a private base directory; returns a Comfy."""
+    hide_root()
+    path = find_comfyui()
+    sys.path.insert(0, str(path))
+    os.environ["COMFYUI_PATH"] = str(path)
+    base = make_base(Path(tempfile.mkdtemp(prefix="graft-comfy-")))
+    atexit.register(shutil.rmtree, base, ignore_errors=True)
+    set_arguments(base)
+    return Comfy(path, read_version(path), base)
+
+
+def set_arguments(base):
+    """What a server gets on its command line; read when comfy.model_management and folder_paths are imported."""
+    early = {"comfy.model_management", "folder_paths"} & set(sys.modules)
+    if early:
+        raise RuntimeError(f"{' and '.join(sorted(early))} imported before use_comfy()")
+    from comfy.cli_args import args
+
+    args.cpu = True
+    args.use_pytorch_cross_attention = True
+    args.base_directory = str(base)
+
+
+def make_base(folder):
+    """The folders that ComfyUI expects below --base-directory; returns the folder."""
+    for name in ("custom_nodes", "input", "output", "temp", "user", "models/checkpoints", "models/loras"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    return folder
