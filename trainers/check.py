@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-TOLERANCE = 0.05
+# Exact gradients miss the difference by 1e-4 at most in fp32 on a CPU; wrong ones on a tiny Flux were 0.3 % to
+# 1.8 % off, which 5 % let pass. Half precision rounds the difference itself.
+TOLERANCE = 5e-3
+TOLERANCE_HALF = 0.05
 
 
 def directional_error(
@@ -66,14 +69,16 @@ def _central(loss: Callable, parameters: list, directions: list, step: float) ->
     return (values[0] - values[1]) / (2 * step)
 
 
-def check_gradient(loss: Callable[[], torch.Tensor], trainables: dict[str, nn.Parameter]) -> float:
+def check_gradient(
+    loss: Callable[[], torch.Tensor], trainables: dict[str, nn.Parameter], tolerance: float = TOLERANCE
+) -> float:
     """The self-check before step 1, at a small non-zero adapter; puts the trainables back.
 
     Returns:
         The relative error.
 
     Raises:
-        ModelError: it is above 5 %.
+        ModelError: it is above the tolerance.
     """
     parameters = list(trainables.values())
     kept = [parameter.detach().clone() for parameter in parameters]
@@ -88,9 +93,9 @@ def check_gradient(loss: Callable[[], torch.Tensor], trainables: dict[str, nn.Pa
             for parameter, value in zip(parameters, kept, strict=True):
                 parameter.copy_(value)
     log.info("Graft: gradient check, relative error %.2e at derivative %.3e", error, reference)
-    if not error <= TOLERANCE:
+    if not error <= tolerance:
         raise ModelError(
-            f"The gradient through this model is wrong: {error:.0%} off the finite difference.",
+            f"The gradient through this model is wrong: {error:.1%} off the finite difference.",
             "Training it would not learn what the pictures show. Please report the model's name.",
             "model",
         )

@@ -98,6 +98,7 @@ class Denoiser(Protocol):
     noise_scale: float
     family: str
     device: torch.device
+    compute_dtype: torch.dtype
 
     def geometry(self, resolution: int) -> Geometry:
         """Cut of the pictures for a wished resolution, 0 for the model's own."""

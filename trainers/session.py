@@ -211,13 +211,14 @@ def _checkpoint(module, recipe: Recipe) -> int:
 
 def _check_gradient(plan, host: Host) -> None:
     """The self-check where the user asked for it, or where the family is not described."""
-    from .check import check_gradient
+    from .check import TOLERANCE, TOLERANCE_HALF, check_gradient
     from .loop import batch_loss
 
     wanted = plan.recipe.gradient_check
     if wanted == "off" or (wanted == "auto" and host.denoiser.family != "general"):
         return
-    check_gradient(lambda: batch_loss(plan, host), plan.trainables)
+    exact = host.denoiser.compute_dtype.itemsize >= 4
+    check_gradient(lambda: batch_loss(plan, host), plan.trainables, TOLERANCE if exact else TOLERANCE_HALF)
 
 
 def _check_names(plan, host: Host) -> None:
