@@ -17,7 +17,8 @@ _FAMILIES = {
     "Flux": "Flux",
 }
 
-# By the name of the class that defines `calculate_denoised`; LCM's network predicts the noise.
+# By the name of the class that defines what is noised, fed and made of the output; LCM's network predicts the noise.
+_OBJECTIVE = ("noise_scaling", "calculate_input", "calculate_denoised")
 _PARAMETERISATIONS = {
     "EPS": "eps",
     "V_PREDICTION": "v",
@@ -42,7 +43,7 @@ def parameterisation_name(model: ModelPatcher) -> str:
     """Name in `trainers.objective`, or that of the unknown class, which is refused there."""
     sampling = model.get_model_object("model_sampling")
     for kind in type(sampling).__mro__:
-        if "calculate_denoised" in vars(kind):
+        if any(name in vars(kind) for name in _OBJECTIVE):
             return _PARAMETERISATIONS.get(kind.__name__, kind.__name__)
     return type(sampling).__name__
 
