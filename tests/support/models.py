@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Callable
 
 
 @dataclass(frozen=True)
@@ -154,3 +155,145 @@ class SmallVae:
 
     def spacial_compression_encode(self) -> int:
         return 8
+
+
+@dataclass(frozen=True)
+class Training:
+    """A MODEL within `ComfyDenoiser.training`, with a LoRA injected.
+
+    Attributes:
+        host: the engine's Host around `denoiser`, without text encoder and VAE.
+        plan: as the loop takes it.
+    """
+
+    denoiser: Any
+    host: Any
+    plan: Any
+
+    def losses(self):
+        """The mean loss of the first batch, with its graph."""
+        from graft_pack.trainers.loop import batch_loss
+
+        return batch_loss(self.plan, self.host)
+
+    def gradients(self) -> list:
+        """Of that loss, in the order of the trainables."""
+        import torch
+
+        return list(torch.autograd.grad(self.losses(), list(self.plan.trainables.values())))
+
+
+def recipe(family: str, **fields):
+    """A recipe of a family's defaults, with some fields set; nothing is checked, so that odd values can be tried."""
+    from graft_pack.trainers.families import family_of
+    from graft_pack.trainers.settings import Options, resolve
+
+    made = resolve(Options(), family_of(family), "LoRA", 10, 0.0, 4, 2, 0, 64, "")
+    return replace(made, **fields)
+
+
+def item(name: str, seed: int, dtype=None):
+    """A loop Item with a random latent and a random conditioning, both decided by the seed."""
+    import torch
+    from graft_pack.trainers.loop import Item
+
+    def latent():
+        source = torch.Generator().manual_seed(seed)
+        return torch.randn(1, *FAMILIES[name].latent, generator=source).to(dtype or torch.float32)
+
+    return Item(f"picture {seed}", (64, 64), 1, latent, lambda: conditioning(name, seed))
+
+
+@contextmanager
+def in_training(model, name: str, checkpointing: bool = False, spread: float = 0.0, examples: int = 2, report=None,
+                **fields):
+    """A Training of a MODEL.
+
+    Args:
+        name: in FAMILIES.
+        spread: standard deviation of random trainables; 0 leaves them as they start.
+        fields: of the recipe.
+    """
+    from graft_pack.nodes.host.model import ComfyDenoiser
+    from graft_pack.trainers import autograd
+    from graft_pack.trainers.families import family_of
+    from graft_pack.trainers.loop import Plan
+    from graft_pack.trainers.methods import METHODS
+    from graft_pack.trainers.protocols import Host
+
+    denoiser = ComfyDenoiser(model, None, SmallVae())
+    settings = recipe(denoiser.family, **fields)
+    method = METHODS[settings.method]
+    with denoiser.training(settings.compute_dtype):
+        dtype = denoiser.compute_dtype
+        if checkpointing:
+            autograd.checkpoint_blocks(autograd.blocks_of(denoiser.module))
+        targets = method.targets(denoiser.module, family_of(denoiser.family))
+        trainables = method.inject(denoiser.module, targets, settings)
+        if spread:
+            scatter(trainables, spread, settings.seed, dtype)
+        items = [item(name, seed, dtype) for seed in range(examples)]
+        plan = Plan(settings, items, [], trainables, lambda v: method.export(v, settings, denoiser.adapter_name))
+        host = Host(denoiser, None, None, report or (lambda event, payload: None))
+        yield Training(denoiser, host, plan)
+
+
+def scatter(trainables: dict, spread: float, seed: int = 0, dtype=None) -> None:
+    """Random values for trainables, A and B alike, so that neither gradient vanishes."""
+    import torch
+
+    source = torch.Generator().manual_seed(seed)
+    for parameter in trainables.values():
+        value = torch.randn(parameter.shape, generator=source) * spread
+        parameter.data = value.to(dtype or parameter.dtype)
+
+
+def denoised(model, x, sigma: float, one):
+    """The host's own x0 for x [1, C, ...] at sigma on one Conditioning, as a sampler node in the graph gets it."""
+    import comfy.model_management
+    import comfy.sampler_helpers
+    import comfy.samplers
+    import torch
+
+    with torch.inference_mode():
+        comfy.model_management.load_models_gpu([model])
+        facts = {
+            "width": one.original_size[0],
+            "height": one.original_size[1],
+            "crop_w": one.crop[0],
+            "crop_h": one.crop[1],
+            "target_width": one.target_size[0],
+            "target_height": one.target_size[1],
+            "guidance": 1.0,
+        }
+        tensors = dict(one.tensors)
+        conds = comfy.sampler_helpers.convert_cond([[tensors.pop("cross_attn"), {**facts, **tensors}]])
+        conds = comfy.samplers.encode_model_conds(model.model.extra_conds, conds, x, x.device, "positive")
+        level = torch.full((1,), sigma)
+        model.pre_run()
+        found = comfy.samplers.calc_cond_batch(model.model, [conds], x, level, model.model_options)
+        model.cleanup()
+        return found[0].clone()
+
+
+def trained_denoised(training: Training, x, sigma: float, one):
+    """The same x0 by the model as it is within a Training."""
+    import torch
+
+    level = torch.full((1,), sigma)
+    with torch.no_grad():
+        raw = training.denoiser.predict(x, level, [one])
+        sampling = training.denoiser._sampling
+        return sampling.calculate_denoised(level, raw, x)
+
+
+def distance(a, b) -> float:
+    """|a - b| / |b|, in fp64."""
+    return float((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30))
+
+
+def joined(tensors) -> Any:
+    """Tensors of any shapes as one vector, fp64."""
+    import torch
+
+    return torch.cat([tensor.detach().double().flatten() for tensor in tensors])

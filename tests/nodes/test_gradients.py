@@ -1,0 +1,103 @@
+"""Gradients of the adapter through each architecture, held against finite differences."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from graft_pack.trainers import autograd, loop
+from graft_pack.trainers.check import check_gradient, directional_error
+from graft_pack.trainers.errors import ModelError
+from tests.support import models
+
+pytestmark = pytest.mark.usefixtures("comfy")
+
+# By dtype: the bar, and the step of the finite difference at which its two errors, of rounding and of
+# curvature, are both below it.
+BARS = {torch.float64: (1e-5, 0.02), torch.float32: (1e-3, 0.2)}
+
+
+def make_model(name, dtype, seed=0):
+    """As the graph has it: loaded under inference mode, so that its weights are inference tensors."""
+    with torch.inference_mode():
+        return models.patcher(name, dtype, seed)
+
+
+def error_of(training, part, step):
+    """Relative error of the derivative along one direction of all A or all B."""
+    parameters = [value for name, value in training.plan.trainables.items() if f"lora_{part}" in name]
+    error, _ = directional_error(training.losses, parameters, step=step)
+    return error
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize("dtype", BARS, ids=["fp64", "fp32"])
+@pytest.mark.parametrize("name", models.FAMILIES)
+def test_gradients_are_those_of_finite_differences(name, dtype, checkpointing):
+    bar, step = BARS[dtype]
+    with models.in_training(make_model(name, dtype), name, checkpointing, spread=0.1) as training:
+        assert error_of(training, "A", step) <= bar
+        assert error_of(training, "B", step) <= bar
+
+
+@pytest.mark.parametrize("name", models.FAMILIES)
+def test_checkpointing_changes_no_gradient(name):
+    found = []
+    for checkpointing in (False, True):
+        with models.in_training(make_model(name, torch.float32), name, checkpointing, spread=0.1) as training:
+            found.append(models.joined(training.gradients()))
+    assert models.distance(found[1], found[0]) <= 1e-6
+
+
+@pytest.mark.parametrize("name", models.FAMILIES)
+def test_checkpointing_forgets_activations(name):
+    """What is kept for the backward is less, or the switch does nothing."""
+    kept = []
+    for checkpointing in (False, True):
+        total = 0
+
+        def count(tensor):
+            nonlocal total
+            total += tensor.numel()
+            return tensor
+
+        with models.in_training(make_model(name, torch.float32), name, checkpointing, spread=0.1) as training:
+            with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+                training.losses()
+        kept.append(total)
+    assert kept[1] < 0.5 * kept[0]
+
+
+@pytest.fixture
+def no_cure(monkeypatch):
+    """The engine without its answer to in-place residuals."""
+    monkeypatch.setattr(loop, "OutOfPlace", nullcontext)
+    monkeypatch.setattr(autograd, "OutOfPlace", nullcontext)
+
+
+def test_without_the_cure_flux_raises(no_cure):
+    with models.in_training(make_model("Flux", torch.float32), "Flux", spread=0.1) as training:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            training.gradients()
+
+
+def test_without_the_cure_in_the_recomputation_flux_is_silently_wrong(monkeypatch):
+    """A mode around the forward is not enough: it has ended when a checkpointed block is run again."""
+    monkeypatch.setattr(autograd, "OutOfPlace", nullcontext)
+    with models.in_training(make_model("Flux", torch.float64), "Flux", True, spread=0.1) as training:
+        assert max(error_of(training, "A", 0.02), error_of(training, "B", 0.02)) > 1e-3
+
+
+def test_the_self_check_finds_a_wrong_gradient(monkeypatch):
+    """What stands between a user of an undescribed architecture and a training that learns nothing."""
+    monkeypatch.setattr(autograd, "OutOfPlace", nullcontext)
+    with models.in_training(make_model("Flux", torch.float32, 1), "Flux", True) as training:
+        with pytest.raises(ModelError, match="wrong"):
+            check_gradient(training.losses, training.plan.trainables)
+
+
+@pytest.mark.parametrize("name", models.FAMILIES)
+def test_the_self_check_passes_and_puts_the_trainables_back(name):
+    with models.in_training(make_model(name, torch.float32), name) as training:
+        before = models.joined(training.plan.trainables.values())
+        assert check_gradient(training.losses, training.plan.trainables) <= 0.01
+        assert torch.equal(models.joined(training.plan.trainables.values()), before)

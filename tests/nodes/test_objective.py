@@ -1,0 +1,240 @@
+"""The loss is the model's own: each of core's ModelSampling nodes upstream is obeyed, or refused."""
+
+import functools
+
+import pytest
+import torch
+from graft_pack.trainers.errors import ModelError
+from graft_pack.trainers.objective.noise import spread_sigmas
+from graft_pack.trainers.objective.parameterisations import parameterisation
+from tests.support import models
+
+pytestmark = pytest.mark.usefixtures("comfy")
+
+EDM = {"sigma_max": 120.0, "sigma_min": 0.002}
+
+# Core's node, its inputs, a family it makes sense on, and the objective it stands for.
+NODES = [
+    ("ModelSamplingDiscrete", {"sampling": "eps", "zsnr": False}, "SD1", "eps"),
+    ("ModelSamplingDiscrete", {"sampling": "eps", "zsnr": True}, "SD1", "eps"),
+    ("ModelSamplingDiscrete", {"sampling": "v_prediction", "zsnr": False}, "SD1", "v"),
+    ("ModelSamplingDiscrete", {"sampling": "v_prediction", "zsnr": True}, "SDXL", "v"),
+    ("ModelSamplingDiscrete", {"sampling": "x0", "zsnr": False}, "SD1", "x0"),
+    ("ModelSamplingDiscrete", {"sampling": "lcm", "zsnr": False}, "SD1", "eps"),
+    ("ModelSamplingContinuousEDM", {"sampling": "v_prediction", **EDM}, "SD1", "v"),
+    ("ModelSamplingContinuousEDM", {"sampling": "edm", **EDM}, "SD1", "edm"),
+    ("ModelSamplingContinuousEDM", {"sampling": "edm_playground_v2.5", **EDM}, "SDXL", "edm"),
+    ("ModelSamplingContinuousEDM", {"sampling": "eps", **EDM}, "SD1", "eps"),
+    ("ModelSamplingContinuousEDM", {"sampling": "cosmos_rflow", **EDM}, "SD1", "flow"),
+    ("ModelSamplingContinuousV", {"sampling": "v_prediction", "sigma_max": 500.0, "sigma_min": 0.03}, "SD1", "v"),
+    ("ModelSamplingStableCascade", {"shift": 2.0}, "SD1", "eps"),
+    ("ModelSamplingSD3", {"shift": 3.0}, "Flux", "flow"),
+    ("ModelSamplingAuraFlow", {"shift": 1.73}, "Flux", "flow"),
+    ("ModelSamplingFlux", {"max_shift": 1.15, "base_shift": 0.5, "width": 512, "height": 512}, "Flux", "flow"),
+    (None, {}, "SD1", "eps"),
+    (None, {}, "SDXL", "eps"),
+    (None, {}, "Flux", "flow"),
+]
+
+
+def name_of(case):
+    return "-".join(str(part) for part in case[:1] + case[2:3] + tuple(case[1].values()))
+
+
+@functools.cache
+def base_of(name):
+    """One MODEL of each family for all tests here: what they put on it, they put on clones."""
+    return models.patcher(name)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_bases():
+    yield
+    base_of.cache_clear()
+
+
+def made_by(case):
+    """The MODEL of a case of NODES."""
+    node, inputs, name, _ = case
+    return through(node, inputs, base_of(name))
+
+
+def through(node, inputs, model):
+    """A MODEL as core's node hands it on."""
+    from comfy_extras import nodes_model_advanced
+
+    if node is None:
+        return model
+    made = nodes_model_advanced.NODE_CLASS_MAPPINGS[node]()
+    return getattr(made, made.FUNCTION)(model, **inputs)[0]
+
+
+def kind_of(denoiser):
+    return parameterisation(denoiser.parameterisation, denoiser.sigma_data, denoiser.noise_scale)
+
+
+def test_every_such_node_of_core_is_tried_here(comfy):
+    from comfy_extras import nodes_model_advanced
+
+    known = {name for name in nodes_model_advanced.NODE_CLASS_MAPPINGS if name.startswith("ModelSampling")}
+    assert known == {node for node, *_ in NODES if node}
+
+
+@pytest.mark.parametrize("case", NODES, ids=name_of)
+def test_the_target_is_what_the_host_turns_into_the_latent(case):
+    """calculate_denoised of the native target gives back x0, at noise levels from one end to the other."""
+    from graft_pack.nodes.host.model import ComfyDenoiser
+
+    name, kind = case[2:]
+    denoiser = ComfyDenoiser(made_by(case), None, models.SmallVae())
+    assert denoiser.parameterisation == kind
+    sigma = spread_sigmas(denoiser.sigmas(), 7).double()
+    source = torch.Generator().manual_seed(0)
+    x0, noise = torch.randn(2, 7, *models.FAMILIES[name].latent, generator=source).double()
+    x_t = denoiser.add_noise(x0, noise, sigma)
+    target = kind_of(denoiser).target(x0, noise, sigma.view(-1, 1, 1, 1))
+    found = denoiser._sampling.calculate_denoised(sigma, target, x_t)
+    for row in range(7):
+        assert models.distance(found[row], x0[row]) <= 1e-5
+
+
+@pytest.mark.parametrize("case", NODES, ids=name_of)
+def test_the_prediction_is_the_one_that_the_host_samples_with(case):
+    """In training as in sampling: the same scaled input, timestep and conditioning reach the network."""
+    model, name = made_by(case), case[2]
+    with models.in_training(model, name) as training:
+        sigma = float(spread_sigmas(training.denoiser.sigmas(), 5)[2])
+        x = torch.randn(1, *models.FAMILIES[name].latent, generator=torch.Generator().manual_seed(3)) * (1 + sigma)
+        one = models.conditioning(name, 5)
+        ours = models.trained_denoised(training, x, sigma, one)
+    assert models.distance(ours, models.denoised(model, x, sigma, one)) <= 1e-5
+
+
+@pytest.mark.parametrize("case", NODES, ids=name_of)
+def test_the_loss_is_measured_against_that_target(case):
+    """The loop's loss, put together again from the parts that the tests above hold against the host."""
+    from graft_pack.trainers import loop
+
+    with models.in_training(made_by(case), case[2], spread=0.05) as training:
+        plan, denoiser = training.plan, training.denoiser
+        items = list(plan.train)
+        _, x0, noise, sigma = next(loop._parts(items, plan.recipe, 0, 0, training.host))
+        with torch.no_grad():
+            raw = denoiser.predict(denoiser.add_noise(x0, noise, sigma), sigma, [i.conditioning() for i in items])
+        target = kind_of(denoiser).target(x0, noise, sigma.view(-1, 1, 1, 1))
+        losses = loop._losses(training.host, items, x0, noise, sigma)
+        assert torch.allclose(losses, ((raw - target) ** 2).mean((1, 2, 3)), rtol=1e-5)
+        losses.sum().backward()
+        gradients = models.joined(p.grad for p in plan.trainables.values())
+    assert torch.isfinite(gradients).all()
+    assert gradients.norm() > 0
+
+
+def test_img_to_img_is_refused():
+    """Such a network takes the other picture itself as its input; noise put on it would be another task."""
+    model = through("ModelSamplingDiscrete", {"sampling": "img_to_img", "zsnr": False}, base_of("SD1"))
+    with models.in_training(model, "SD1") as training:
+        with pytest.raises(ModelError, match="IMG_TO_IMG.*no known training objective"):
+            training.losses()
+
+
+@pytest.mark.parametrize("method", ["calculate_denoised", "calculate_input", "noise_scaling"])
+def test_an_unknown_class_is_refused(method):
+    """One that changes any of the three is another objective, which would be a guess."""
+    import comfy.model_sampling
+
+    class Unheard(comfy.model_sampling.EPS):
+        pass
+
+    setattr(Unheard, method, lambda self, *args, **more: getattr(comfy.model_sampling.EPS, method)(self, *args, **more))
+
+    class Sampling(comfy.model_sampling.ModelSamplingDiscrete, Unheard):
+        pass
+
+    model = base_of("SD1").clone()
+    model.add_object_patch("model_sampling", Sampling(model.model.model_config))
+    with models.in_training(model, "SD1") as training:
+        with pytest.raises(ModelError, match="Unheard.*no known training objective"):
+            training.losses()
+
+
+def test_a_latent_format_from_upstream_scales_the_latents():
+    """Playground's node brings one: mean and deviation by channel."""
+    import comfy.latent_formats
+
+    node, inputs = "ModelSamplingContinuousEDM", {"sampling": "edm_playground_v2.5", **EDM}
+    latent = torch.randn(1, 4, 8, 8)
+    with models.in_training(through(node, inputs, base_of("SDXL")), "SDXL") as training:
+        scaled = training.denoiser.scale_latents(latent)
+    assert torch.equal(scaled, comfy.latent_formats.SDXL_Playground_2_5().process_in(latent))
+
+
+@pytest.mark.parametrize("name", models.FAMILIES)
+def test_latents_are_scaled_once_by_the_model(name):
+    model = base_of(name)
+    latent = torch.randn(1, *models.FAMILIES[name].latent)
+    with models.in_training(model, name) as training:
+        scaled = training.denoiser.scale_latents(latent)
+    latent_format = model.model.latent_format
+    shift = getattr(latent_format, "shift_factor", None) or 0.0
+    assert torch.allclose(scaled, (latent - shift) * latent_format.scale_factor)
+
+
+def random_lora(model, seed=7):
+    """A LoRA file's tensors on every attention layer of a MODEL."""
+    with models.in_training(model, "SD1", spread=0.2, seed=seed) as training:
+        return training.plan.export(training.plan.trainables)
+
+
+def with_lora(model, lora, strength):
+    import comfy.sd
+
+    return comfy.sd.load_lora_for_models(model, None, lora, strength, 0.0)[0]
+
+
+def test_a_lora_from_upstream_is_part_of_the_base():
+    base = base_of("SD1")
+    patched = with_lora(base, random_lora(base), 0.7)
+    x = torch.randn(1, *models.FAMILIES["SD1"].latent)
+    one = models.conditioning("SD1", 5)
+    with models.in_training(patched, "SD1") as training:
+        ours = models.trained_denoised(training, x, 2.0, one)
+    assert models.distance(ours, models.denoised(patched, x, 2.0, one)) <= 1e-6
+    assert models.distance(ours, models.denoised(base, x, 2.0, one)) >= 1e-2
+
+
+def test_the_fingerprint_tells_bases_apart():
+    from graft_pack.nodes.host.digest import patcher_digest
+
+    base = base_of("SD1")
+    lora = random_lora(base)
+    other = random_lora(base, seed=8)
+    v_prediction = {"sampling": "v_prediction", "zsnr": False}
+    bases = {
+        "plain": base,
+        "other weights": models.patcher("SD1", seed=1),
+        "patched": with_lora(base, lora, 0.7),
+        "stronger": with_lora(base, lora, 0.71),
+        "other patch": with_lora(base, other, 0.7),
+        "patched twice": with_lora(with_lora(base, lora, 0.35), lora, 0.35),
+        "v": through("ModelSamplingDiscrete", v_prediction, base),
+        "v, zero terminal": through("ModelSamplingDiscrete", {**v_prediction, "zsnr": True}, base),
+    }
+    digests = {patcher_digest(model) for model in bases.values()}
+    assert len(digests) == len(bases)
+
+
+def test_the_fingerprint_does_not_depend_on_what_is_loaded():
+    """The same MODEL, before and while the host holds it loaded with its patches applied to the weights."""
+    from graft_pack.nodes.host.digest import patcher_digest
+
+    base = base_of("SD1")
+    patched = with_lora(base, random_lora(base), 0.7)
+    before = patcher_digest(base), patcher_digest(patched)
+    one = models.conditioning("SD1")
+    x = torch.randn(1, *models.FAMILIES["SD1"].latent)
+    models.denoised(patched, x, 1.0, one)
+    loaded = patcher_digest(base), patcher_digest(patched)
+    models.denoised(base, x, 1.0, one)
+    after = patcher_digest(base), patcher_digest(patched)
+    assert before == loaded == after
