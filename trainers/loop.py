@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -242,7 +243,7 @@ def _preview(plan: Plan, run: Run, host: Host, state: State) -> None:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         pictures = host.denoiser.preview(request)
     paths = run.save_samples(state.step, pictures)
-    run.log({"event": "sample", "step": state.step, "files": [path.rsplit("/", 1)[-1] for path in paths]})
+    run.log({"event": "sample", "step": state.step, "files": [os.path.basename(path) for path in paths]})
     host.report("sample", {"step": state.step, "paths": paths, "pictures": pictures})
 
 

@@ -241,3 +241,63 @@ def test_saved_file_is_read_by_the_hosts_own_loader(server, tiny_base, dataset):
     plain = {"1": prompt["1"]}
     base = graphs.sampling(plain, text, ["1", 0], ["1", 1], "plain", steps=4)
     assert _pixels(server.download(server.run(plain), base)) != shown
+
+
+def test_cores_own_nodes_take_what_comes_out(server, tiny_base, dataset):
+    prompt = graphs.training(dataset.name, 3)
+    prompt["10"] = graphs.node("SaveLoRA", lora=["3", 2], prefix=f"loras/core-{dataset.name}")
+    prompt["11"] = graphs.node("LossGraphNode", loss=["3", 3], filename_prefix="loss")
+    loader = server.object_info("LoraModelLoader")["LoraModelLoader"]
+    widgets = {**graphs.defaults_of(loader), "model": ["1", 0], "lora": ["3", 2]}
+    prompt["12"] = graphs.node("LoraModelLoader", **widgets)
+    drawn = graphs.sampling(prompt, "a large sks toy", ["12", 0], ["1", 1], "core", steps=3)
+    ours = graphs.sampling(prompt, "a large sks toy", ["3", 0], ["1", 1], "ours", steps=3, start=200)
+    entry = server.run(prompt)
+    assert _pixels(server.download(entry, drawn)) == _pixels(server.download(entry, ours))
+    (saved,) = server.path("output", "loras").glob(f"core-{dataset.name}*")
+    (run,) = runs_of(server, dataset)
+    assert same(load_file(saved), adapter_of(server, run, 3))
+
+
+def test_pictures_of_the_graph_are_a_dataset(server, tiny_base):
+    prompt = graphs.training("toy", 2)
+    prompt["20"] = graphs.node("EmptyImage", width=64, height=80, batch_size=3, color=0xFF0000)
+    prompt["21"] = graphs.node("SolidMask", value=0.5, width=64, height=80)
+    prompt["2"] = graphs.node(
+        "GraftDatasetFromImages",
+        images=["20", 0],
+        captions="a red wall",
+        trigger="zzz",
+        resolution=64,
+        masks=["21", 0],
+    )
+    prompt["22"] = graphs.node("GraftInspectDataset", dataset=["2", 0], model=["1", 0], clip=["1", 1], vae=["1", 2])
+    entry = server.run(prompt)
+    report = entry["outputs"]["22"]["text"][0]
+    assert "3 pictures" in report
+    assert "bucket 56x64: 3" in report or "bucket 56x72: 3" in report or "bucket 48x72: 3" in report, report
+    assert "trained" in entry["outputs"]["3"]["text"][0]
+
+
+def test_killed_and_restarted_goes_on_to_the_same_bits(make_server, tiny_base):
+    server = make_server()
+    shutil.copytree(world.CONCEPT_FOLDER / "toy", server.path("input", "toy"))
+    folder = server.path("input", "toy")
+    with server:
+        chain = option_nodes(server, "GraftRunOptions", save_every=2)
+        with server.listen() as events:
+            server.queue(graphs.training("toy", 12, option_nodes=chain), client_id=events.client_id)
+            events.wait_for("graft.progress", timeout=120, event="saved", step=4)
+            server.kill()
+        server.start()
+        server.run(graphs.training("toy", 12, option_nodes=chain))
+        (run,) = runs_of(server, folder)
+        assert steps_logged(run) == list(range(1, 13))
+        resumed = adapter_of(server, run, 12)
+        fresh = option_nodes(server, "GraftRunOptions", on_existing="new")
+        server.run(graphs.training("toy", 12, option_nodes=fresh))
+        assert same(resumed, adapter_of(server, runs_of(server, folder)[1], 12))
+        server.stop()
+        server.start()
+        entry = server.run(graphs.training("toy", 12))
+        assert "returned as it was" in entry["outputs"]["3"]["text"][0]
