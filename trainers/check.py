@@ -44,15 +44,20 @@ def directional_error(
     noise = [torch.randn(p.shape, generator=source, dtype=torch.float32).to(p) for p in parameters]
     directions = [a + b for a, b in zip(_unit(noise), _unit(gradients), strict=True)]
     directions = _unit(directions)
-    exact = sum(float((g.double() * d.double()).sum()) for g, d in zip(gradients, directions, strict=True))
+    exact = sum(float((_exact(g) * _exact(d)).sum()) for g, d in zip(gradients, directions, strict=True))
     coarse = _central(loss, parameters, directions, step)
     fine = _central(loss, parameters, directions, step / 2)
     reference = (4 * fine - coarse) / 3
     return abs(exact - reference) / max(abs(reference), 1e-12), reference
 
 
+def _exact(tensor: torch.Tensor) -> torch.Tensor:
+    """In float64, on the CPU since not every device has it."""
+    return tensor.detach().to("cpu").double()
+
+
 def _unit(tensors: list) -> list:
-    length = sum(float((tensor.double() ** 2).sum()) for tensor in tensors) ** 0.5
+    length = sum(float((_exact(tensor) ** 2).sum()) for tensor in tensors) ** 0.5
     return [tensor / max(length, 1e-30) for tensor in tensors]
 
 
@@ -63,7 +68,7 @@ def _central(loss: Callable, parameters: list, directions: list, step: float) ->
         for sign in (1.0, -1.0):
             for parameter, value, direction in zip(parameters, kept, directions, strict=True):
                 parameter.copy_(value + sign * step * direction)
-            values.append(float(loss().double()))
+            values.append(float(_exact(loss())))
         for parameter, value in zip(parameters, kept, strict=True):
             parameter.copy_(value)
     return (values[0] - values[1]) / (2 * step)
