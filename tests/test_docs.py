@@ -1,0 +1,104 @@
+"""Every node is explained: a help page, tooltips, and texts for translators that agree with the node."""
+
+import json
+import re
+
+import pytest
+
+from tests.support import make_locales
+from tests.support.host import ROOT
+
+HELP = ROOT / "web" / "docs"
+README = ROOT / "README.md"
+
+# vue-i18n, which shows the locale files, reads these as syntax.
+SYNTAX = re.compile(r"[@|{}]")
+
+
+@pytest.fixture(scope="module")
+def schemas(comfy):
+    """{node id: schema} of the whole pack."""
+    return {schema.node_id: schema for schema in (node.define_schema() for node in make_locales.list_nodes())}
+
+
+def read_table(page, heading):
+    """The first table below a heading of a help page: a list of rows, each a list of cells."""
+    section = page.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("|")]
+    return rows[2:]
+
+
+def list_pages():
+    return {path.stem: path.read_text(encoding="utf-8") for path in HELP.glob("*.md")}
+
+
+def test_every_node_has_its_help_page_and_no_page_is_left_over(schemas):
+    assert sorted(list_pages()) == sorted(schemas)
+
+
+def test_help_pages_explain_exactly_the_inputs_there_are(schemas):
+    for node_id, page in list_pages().items():
+        explained = [re.fullmatch(r"`(\w+)`", row[0]).group(1) for row in read_table(page, "Inputs")]
+        assert explained == [given.id for given in schemas[node_id].inputs], node_id
+
+
+def test_help_pages_name_the_outputs_and_carry_the_title(schemas):
+    for node_id, page in list_pages().items():
+        assert page.startswith(f"# {schemas[node_id].display_name}\n"), node_id
+        outputs = re.split(r"\n## Outputs?\n", page)[1].split("\n## ")[0]
+        for made in schemas[node_id].outputs:
+            assert f"`{made.display_name or made.id}`" in outputs, (node_id, made.id)
+
+
+def test_choices_named_on_help_pages_exist(schemas):
+    """A page that lists an option's choices in its table lists ones that can be chosen."""
+    for node_id, page in list_pages().items():
+        described = {row[0].strip("`"): row[1] for row in read_table(page, "Inputs")}
+        for given in schemas[node_id].inputs:
+            choices = getattr(given, "options", None)
+            if not choices or given.id in ("folder", "adapter_name"):
+                continue
+            for named in re.findall(r"`([^`]+)`", described[given.id]):
+                assert named in choices, (node_id, given.id, named)
+
+
+def test_every_input_has_a_tooltip_and_every_node_a_description(schemas):
+    for schema in schemas.values():
+        assert schema.description, schema.node_id
+        for given in schema.inputs:
+            assert given.tooltip, (schema.node_id, given.id)
+
+
+def test_locales_are_those_of_the_nodes(schemas):
+    """No missing key, no stale key, no text that drifted; cure: python -m tests.support.make_locales."""
+    written = json.loads((make_locales.FOLDER / "nodeDefs.json").read_text(encoding="utf-8"))
+    assert written == make_locales.describe_nodes(make_locales.list_nodes())
+    assert json.loads((make_locales.FOLDER / "main.json").read_text(encoding="utf-8")) == make_locales.MAIN
+
+
+def test_locales_hold_nothing_that_the_frontend_reads_as_syntax():
+    def list_texts(value):
+        if isinstance(value, dict):
+            for inner in value.values():
+                yield from list_texts(inner)
+        else:
+            yield value
+
+    for path in make_locales.FOLDER.glob("*.json"):
+        for text in list_texts(json.loads(path.read_text(encoding="utf-8"))):
+            assert not SYNTAX.search(text), (path.name, text)
+
+
+def test_readme_lists_every_node(schemas):
+    table = README.read_text(encoding="utf-8").split("\n## Nodes\n")[1].split("\n## ")[0]
+    assert sorted(re.findall(r"^\| \*\*([^*]+)\*\*", table, re.M)) == sorted(s.display_name for s in schemas.values())
+
+
+@pytest.mark.parametrize("path", sorted([*ROOT.glob("*.md"), *HELP.glob("*.md")]), ids=lambda path: path.name)
+def test_links_lead_somewhere(path):
+    """Files that a document links to or shows are there; in help pages nothing outside is linked."""
+    for target in re.findall(r"\]\(([^)#\s]+)", path.read_text(encoding="utf-8")):
+        if target.startswith(("http:", "https:")):
+            assert path.parent != HELP, target
+            continue
+        assert (path.parent / target.replace("%20", " ")).exists(), target
