@@ -7,6 +7,7 @@ import torch
 from graft_pack.trainers import autograd, loop
 from graft_pack.trainers.check import check_gradient, directional_error
 from graft_pack.trainers.errors import ModelError
+
 from tests.support import models
 
 pytestmark = pytest.mark.usefixtures("comfy")

@@ -7,6 +7,7 @@ import torch
 from graft_pack.trainers.errors import ModelError
 from graft_pack.trainers.objective.noise import spread_sigmas
 from graft_pack.trainers.objective.parameterisations import parameterisation
+
 from tests.support import models
 
 pytestmark = pytest.mark.usefixtures("comfy")

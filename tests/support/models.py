@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Callable
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -205,8 +206,9 @@ def item(name: str, seed: int, dtype=None):
 
 
 @contextmanager
-def in_training(model, name: str, checkpointing: bool = False, spread: float = 0.0, examples: int = 2, report=None,
-                **fields):
+def in_training(
+    model, name: str, checkpointing: bool = False, spread: float = 0.0, examples: int = 2, report=None, **fields
+):
     """A Training of a MODEL.
 
     Args:
@@ -297,3 +299,18 @@ def joined(tensors) -> Any:
     import torch
 
     return torch.cat([tensor.detach().double().flatten() for tensor in tensors])
+
+
+def train(training: Training, folder, **fields):
+    """The loop run to its end in a folder; the final State.
+
+    Args:
+        fields: of the recipe, in place of the plan's.
+    """
+    from graft_pack.trainers import loop
+    from graft_pack.trainers.run import Run, State
+
+    plan = replace(training.plan, recipe=replace(training.plan.recipe, **fields))
+    run = Run(str(folder / "run"), str(folder / "adapters"))
+    run.write_recipe(plan.recipe, "test", {})
+    return loop.train(plan, run, training.host, State())

@@ -1,0 +1,222 @@
+"""What was trained is what is applied, and the graph's own MODEL stays as it was."""
+
+import logging
+
+import pytest
+import torch
+from graft_pack.trainers.formats.adapter import Adapter, load_adapter, save_adapter
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from tests.support import models
+
+pytestmark = pytest.mark.usefixtures("comfy")
+
+SIGMA = {"SD1": 2.0, "SDXL": 2.0, "Flux": 0.6}
+LARGE = {"steps": 6, "learning_rate": 2e-2, "batch_size": 2}
+
+
+class Stop(Exception):
+    """What a test interrupts training with."""
+
+
+def make_model(name):
+    with torch.inference_mode():
+        return models.patcher(name)
+
+
+def probe(name):
+    """x, sigma and conditioning of a prediction to compare."""
+    x = torch.randn(1, *models.FAMILIES[name].latent, generator=torch.Generator().manual_seed(9))
+    return x, SIGMA[name], models.conditioning(name, 9)
+
+
+def raw(denoised, point):
+    """The network's output behind an x0, for eps and flow alike."""
+    x, sigma, _ = point
+    return (x - denoised) / sigma
+
+
+def trained(model, name, folder, **fields):
+    """(adapter, raw output in training) after a few large steps."""
+    with models.in_training(model, name, **LARGE) as training:
+        state = models.train(training, folder, **fields)
+        output = raw(models.trained_denoised(training, *probe(name)), probe(name))
+        return Adapter(training.plan.export(state.trainables)), output
+
+
+def saved(comfy, adapter, name):
+    """The adapter's file name among ComfyUI's LoRAs, after a round through the file."""
+    path = comfy.base / "models" / "loras" / f"applied-{name}.safetensors"
+    save_adapter(str(path), adapter, name)
+    return path
+
+
+@pytest.mark.parametrize("name", models.FAMILIES)
+def test_core_applies_what_was_trained(name, comfy, tmp_path, caplog):
+    import nodes
+
+    model = make_model(name)
+    before = raw(models.denoised(model, *probe(name)), probe(name))
+    adapter, output = trained(model, name, tmp_path)
+    path = saved(comfy, adapter, name)
+    caplog.set_level(logging.WARNING)
+    applied_model, _ = nodes.LoraLoader().load_lora(model, None, path.name, 1.0, 1.0)
+    assert "not loaded" not in caplog.text.lower()
+    applied = raw(models.denoised(applied_model, *probe(name)), probe(name))
+    assert (applied - output).norm() <= 1e-3 * (output - before).norm()
+    assert (output - before).norm() >= 1e-2 * before.norm()
+
+
+@pytest.mark.parametrize("name", models.FAMILIES)
+def test_no_key_is_left_unread(name, tmp_path):
+    from graft_pack.nodes.host.adapters import unread_keys
+
+    model = make_model(name)
+    adapter, _ = trained(model, name, tmp_path, steps=1)
+    assert unread_keys(model, None, adapter) == []
+    assert unread_keys(model, None, {**adapter, "lora_unet_nowhere.lora_up.weight": torch.zeros(1)}) == [
+        "lora_unet_nowhere.lora_up.weight"
+    ]
+
+
+@pytest.mark.parametrize("alpha", [1.0, 4.0, 16.0])
+def test_alpha_is_in_the_file(alpha, tmp_path):
+    """A file without it, or with another one, would be applied at another strength."""
+    import comfy.sd
+
+    model = make_model("SD1")
+    with models.in_training(model, "SD1", spread=0.1, alpha=alpha) as training:
+        adapter = training.plan.export(training.plan.trainables)
+        output = models.trained_denoised(training, *probe("SD1"))
+    applied_model, _ = comfy.sd.load_lora_for_models(model, None, adapter, 1.0, 0.0)
+    assert models.distance(models.denoised(applied_model, *probe("SD1")), output) <= 1e-5
+
+
+def test_the_same_file_in_diffusers(comfy, tmp_path):
+    from diffusers import DDPMScheduler, StableDiffusionPipeline
+
+    from tests.support import diffusers_host
+
+    model = make_model("SD1")
+    adapter, output = trained(model, "SD1", tmp_path)
+    unet = diffusers_host.convert_sd1(model)
+    before = diffusers_host.raw_output(unet, *probe("SD1"))
+    assert models.distance(before, raw(models.denoised(model, *probe("SD1")), probe("SD1"))) <= 1e-5
+    pipe = StableDiffusionPipeline(None, None, None, unet, DDPMScheduler(), None, None, requires_safety_checker=False)
+    pipe.load_lora_weights(str(saved(comfy, adapter, "diffusers")))
+    applied = diffusers_host.raw_output(unet, *probe("SD1"))
+    assert (applied - output).norm() <= 1e-3 * (output - before).norm()
+
+
+@pytest.mark.parametrize("name", models.FAMILIES)
+def test_strength_zero_and_learning_rate_zero_change_nothing(name, tmp_path):
+    from graft_pack.nodes.host.adapters import apply_adapter
+
+    model = make_model(name)
+    before = models.denoised(model, *probe(name))
+    adapter, _ = trained(model, name, tmp_path / "large")
+    unmoved, _ = trained(model, name, tmp_path / "zero", learning_rate=0.0)
+    for values, strength in ((adapter, 0.0), (unmoved, 1.0)):
+        applied, _ = apply_adapter(model, None, values, strength, strength)
+        assert torch.equal(models.denoised(applied, *probe(name)), before)
+
+
+def test_learning_rate_zero_moves_no_trainable(tmp_path):
+    with models.in_training(make_model("SD1"), "SD1", spread=0.1, **LARGE) as training:
+        before = models.joined(training.plan.trainables.values())
+        models.train(training, tmp_path, learning_rate=0.0, weight_decay=0.1)
+        assert torch.equal(models.joined(training.plan.trainables.values()), before)
+
+
+def test_an_adapter_of_another_family_is_refused(tmp_path):
+    from graft_pack.nodes.host.adapters import apply_adapter
+    from graft_pack.trainers.errors import ModelError
+
+    adapter, _ = trained(make_model("Flux"), "Flux", tmp_path, steps=1)
+    with pytest.raises(ModelError, match="fits no layer"):
+        apply_adapter(make_model("SD1"), None, adapter, 1.0, 1.0)
+
+
+def test_a_saved_adapter_comes_back_bit_for_bit(tmp_path):
+    adapter, _ = trained(make_model("SD1"), "SD1", tmp_path, steps=1)
+    save_adapter(str(tmp_path / "a.safetensors"), adapter, "a")
+    back = load_adapter(str(tmp_path / "a.safetensors"))
+    assert back.keys() == adapter.keys()
+    assert all(torch.equal(back[key], adapter[key]) for key in adapter)
+    assert back.metadata["modelspec.title"] == "a"
+
+
+def snapshot(module):
+    """What an onlooker could see change in a module tree, but for the weights' identity."""
+    return {
+        "keys": list(module.state_dict()),
+        "classes": [type(part) for part in module.modules()],
+        "hooks": [len(part._forward_hooks) + len(part._forward_pre_hooks) for part in module.modules()],
+        "own": [sorted(set(vars(part)) - {"_forward_hooks"}) for part in module.modules()],
+        "gradients": [parameter.requires_grad for parameter in module.parameters()],
+    }
+
+
+def modes():
+    """The modes and switches of torch that could be left behind."""
+    stacks = len(_get_current_function_mode_stack()), len(_get_current_dispatch_mode_stack())
+    return *stacks, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize("interrupted", [False, True], ids=["finished", "interrupted"])
+@pytest.mark.parametrize("name", models.FAMILIES)
+def test_the_graphs_model_stays_as_it_was(name, interrupted, checkpointing, tmp_path):
+    """Called as a node is, under inference mode, on weights that were loaded under it."""
+    model = make_model(name)
+
+    def report(event, payload):
+        if interrupted and event == "step" and payload["step"] == 2:
+            raise Stop
+
+    with torch.inference_mode():
+        before = models.denoised(model, *probe(name))
+        seen = snapshot(model.model), dict(model.model_options), modes()
+        try:
+            with models.in_training(model, name, checkpointing, report=report, **LARGE) as training:
+                models.train(training, tmp_path, steps=3)
+                assert not interrupted
+        except Stop:
+            assert interrupted
+        assert (snapshot(model.model), dict(model.model_options), modes()) == seen
+        assert training.denoiser.module is None
+        assert torch.equal(models.denoised(model, *probe(name)), before)
+
+
+def storages(tensors):
+    return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+
+
+@pytest.mark.parametrize("name", models.FAMILIES)
+def test_no_weight_is_held_twice(name):
+    model = make_model(name)
+    with models.in_training(model, name) as training:
+        graphs = storages(model.model.diffusion_model.state_dict().values())
+        added = {id(parameter) for parameter in training.plan.trainables.values()}
+        tree = training.denoiser.module
+        private = storages([p for p in tree.parameters() if id(p) not in added] + list(tree.buffers()))
+        assert sum(size for place, size in private.items() if place not in graphs) == 0
+        assert len(private) == len(graphs)
+        graph_parameters = {id(parameter) for parameter in model.model.diffusion_model.parameters()}
+        assert not graph_parameters & {id(parameter) for parameter in tree.parameters()}
+
+
+def test_only_the_adapter_is_trained():
+    with models.in_training(make_model("SD1"), "SD1") as training:
+        wanted = {id(p) for p in training.denoiser.module.parameters() if p.requires_grad}
+        assert wanted == {id(p) for p in training.plan.trainables.values()}
+        assert all(p.dtype == torch.float32 for p in training.plan.trainables.values())
+
+
+def test_two_trainings_of_one_model_are_alike(tmp_path):
+    """Nothing of the first is left for the second to find."""
+    model = make_model("SD1")
+    first, _ = trained(model, "SD1", tmp_path / "first")
+    second, _ = trained(model, "SD1", tmp_path / "second")
+    assert all(torch.equal(first[key], second[key]) for key in first)

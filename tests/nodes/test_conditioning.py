@@ -1,0 +1,119 @@
+"""Each picture of a batch is conditioned on its own caption and its own sizes, and on nothing of the others."""
+
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+from graft_pack.trainers.autograd import OutOfPlace
+
+from tests.support import models
+
+pytestmark = pytest.mark.usefixtures("comfy")
+
+SIGMAS = {"SD1": [0.3, 1.0, 3.0, 9.0], "SDXL": [0.3, 1.0, 3.0, 9.0], "Flux": [0.1, 0.4, 0.7, 0.95]}
+
+
+def batch_of(name, count=4):
+    """x [count, C, h, w], sigma [count], conditionings."""
+    x = torch.randn(count, *models.FAMILIES[name].latent, generator=torch.Generator().manual_seed(2))
+    return x, torch.tensor(SIGMAS[name][:count]), [models.conditioning(name, seed) for seed in range(count)]
+
+
+@contextmanager
+def inputs_of(module):
+    """The (args, kwargs) of every call of a module within the block."""
+    calls = []
+    hook = module.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
+    yield calls
+    hook.remove()
+
+
+@pytest.mark.parametrize("name", models.FAMILIES)
+def test_each_row_gets_its_own_caption(name):
+    x, sigma, conditionings = batch_of(name)
+    with models.in_training(models.patcher(name), name) as training:
+        with inputs_of(training.denoiser.module) as calls:
+            training.denoiser.predict(x, sigma, conditionings)
+    assert len(calls) == 1, "one pass for the batch: its cost grows with the batch, not with its square"
+    context = calls[0][1]["context"]
+    assert context.shape[0] == 4
+    for row, one in enumerate(conditionings):
+        assert torch.equal(context[row], one.tensors["cross_attn"][0])
+
+
+@pytest.mark.parametrize("name", ["SDXL", "Flux"])
+def test_each_row_gets_its_own_pooled_vector(name):
+    x, sigma, conditionings = batch_of(name)
+    with models.in_training(models.patcher(name), name) as training:
+        with inputs_of(training.denoiser.module) as calls:
+            training.denoiser.predict(x, sigma, conditionings)
+    width = models.FAMILIES[name].pooled
+    for row, one in enumerate(conditionings):
+        assert torch.equal(calls[0][1]["y"][row, :width], one.tensors["pooled_output"][0])
+
+
+def test_sdxl_gets_six_sizes_of_each_picture():
+    """Height, width, top, left, target height, target width, each as the host embeds a timestep."""
+    from comfy.ldm.modules.diffusionmodules.openaimodel import Timestep
+
+    x, sigma, conditionings = batch_of("SDXL")
+    sizes = [((640, 480), (3, 5), (512, 448)), ((1000, 2000), (0, 7), (64, 128))]
+    for row, (original, crop, target) in enumerate(sizes):
+        conditionings[row] = replace(conditionings[row], original_size=original, crop=crop, target_size=target)
+    with models.in_training(models.patcher("SDXL"), "SDXL") as training:
+        with inputs_of(training.denoiser.module) as calls:
+            training.denoiser.predict(x, sigma, conditionings)
+    for row, (original, crop, target) in enumerate(sizes):
+        numbers = [original[1], original[0], crop[1], crop[0], target[1], target[0]]
+        expected = Timestep(256)(torch.tensor(numbers, dtype=torch.float32)).flatten()
+        assert torch.allclose(calls[0][1]["y"][row, 1280:], expected)
+
+
+@pytest.mark.parametrize("name", models.FAMILIES)
+def test_a_batch_predicts_what_its_members_do(name):
+    x, sigma, conditionings = batch_of(name)
+    with models.in_training(models.patcher(name), name, spread=0.1) as training, torch.no_grad():
+        whole = training.denoiser.predict(x, sigma, conditionings)
+        for row in range(4):
+            one = training.denoiser.predict(x[row : row + 1], sigma[row : row + 1], conditionings[row : row + 1])
+            assert models.distance(whole[row], one[0]) <= 1e-5
+
+
+@pytest.mark.parametrize("name", models.FAMILIES)
+def test_captions_of_different_length_share_a_batch(name):
+    """Where the host would not join them they run in groups, and come back in their order."""
+    x, sigma, conditionings = batch_of(name)
+    tokens, width = models.FAMILIES[name].context
+    for row, length in ((0, 2 * tokens), (2, tokens + 3)):
+        context = torch.randn(1, length, width, generator=torch.Generator().manual_seed(row))
+        conditionings[row] = replace(conditionings[row], tensors={**conditionings[row].tensors, "cross_attn": context})
+    with models.in_training(models.patcher(name), name, spread=0.1) as training, torch.no_grad():
+        whole = training.denoiser.predict(x, sigma, conditionings)
+        for row in range(4):
+            one = training.denoiser.predict(x[row : row + 1], sigma[row : row + 1], conditionings[row : row + 1])
+            assert models.distance(whole[row], one[0]) <= 1e-5
+
+
+@pytest.mark.parametrize("name", models.FAMILIES)
+def test_another_caption_changes_only_its_own_row(name):
+    """Prediction and gradient alike."""
+    changed = 1
+    found = []
+    for caption in (changed, 17):
+        x, sigma, conditionings = batch_of(name)
+        conditionings[changed] = models.conditioning(name, caption)
+        with models.in_training(models.patcher(name), name, spread=0.1) as training:
+            parameters = list(training.plan.trainables.values())
+            with OutOfPlace():
+                output = training.denoiser.predict(x, sigma, conditionings)
+            squares = output.square().flatten(1).mean(1)
+            rows = [torch.autograd.grad(square, parameters, retain_graph=True) for square in squares]
+            found.append((output.detach(), [models.joined(row) for row in rows]))
+    (before, gradients_before), (after, gradients_after) = found
+    for row in range(4):
+        moved = models.distance(after[row], before[row])
+        turned = models.distance(gradients_after[row], gradients_before[row])
+        assert (moved > 1e-3) == (row == changed), (row, moved)
+        assert (turned > 1e-3) == (row == changed), (row, turned)
+        assert row == changed or max(moved, turned) <= 1e-5

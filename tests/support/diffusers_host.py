@@ -1,0 +1,199 @@
+"""The engine's three protocols over diffusers: no ComfyUI anywhere, and a second opinion on the same weights."""
+
+from __future__ import annotations
+
+import hashlib
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from diffusers import AutoencoderTiny, DDPMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
+from graft_pack.trainers.protocols import Geometry, Host
+
+SCHEDULE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
+TOKENS, WIDTH = 16, 16
+
+
+class DiffusersDenoiser:
+    """A UNet2DConditionModel of the SD1 kind; the module itself is trained, not a private tree over it."""
+
+    noise_scale = 1.0
+    sigma_data = 1.0
+    family = "SD1"
+
+    def __init__(self, unet, prediction_type="epsilon"):
+        self._unet = unet.requires_grad_(False).eval()
+        self.scheduler = DDPMScheduler(prediction_type=prediction_type, **SCHEDULE)
+        self.parameterisation = {"epsilon": "eps", "v_prediction": "v"}[prediction_type]
+        self.device = torch.device("cpu")
+        self.compute_dtype = torch.float32
+        self.module = None
+        self.calls = 0
+
+    def geometry(self, resolution):
+        return Geometry(resolution or 64, 16)
+
+    def sigmas(self):
+        bar = self.scheduler.alphas_cumprod
+        return ((1 - bar) / bar).sqrt()
+
+    def scale_latents(self, latents):
+        return latents
+
+    def add_noise(self, x0, noise, sigma):
+        return x0 + sigma.view(-1, 1, 1, 1) * noise
+
+    def predict(self, x_t, sigma, conditioning):
+        self.calls += 1
+        scaled = x_t / (sigma.view(-1, 1, 1, 1) ** 2 + 1).sqrt()
+        context = torch.cat([one.tensors["cross_attn"] for one in conditioning])
+        return self._unet(scaled, self.timestep(sigma), context).sample
+
+    def timestep(self, sigma):
+        """Index of the nearest level, [B]."""
+        return (self.sigmas()[None] - sigma[:, None]).abs().argmin(1)
+
+    def preview(self, request):
+        scheduler = EulerDiscreteScheduler(prediction_type=self.scheduler.config.prediction_type, **SCHEDULE)
+        return [self._draw(request, scheduler, index) for index in range(len(request.prompts))]
+
+    def _draw(self, request, scheduler, index):
+        scheduler.set_timesteps(request.steps)
+        source = torch.Generator().manual_seed(request.seed + index)
+        x = torch.randn(1, 4, request.size[1] // 8, request.size[0] // 8, generator=source)
+        x = x * scheduler.init_noise_sigma
+        context = WordEncoder().encode(request.prompts[index])["cross_attn"]
+        for t in scheduler.timesteps:
+            x = scheduler.step(self._unet(scheduler.scale_model_input(x, t), t, context).sample, t, x).prev_sample
+        return picture(x[0, :3].permute(1, 2, 0))
+
+    @contextmanager
+    def training(self, compute_dtype):
+        self.module = self._unet
+        try:
+            yield
+        finally:
+            self.module = None
+
+    def adapter_name(self, path):
+        return "lora_unet_" + path.replace(".", "_")
+
+    def check_adapter(self, tensors):
+        names = {self.adapter_name(path.replace(".base_layer", "")) for path, _ in self._unet.named_modules()}
+        return [key for key in tensors if key.split(".")[0] not in names]
+
+    def fingerprint(self):
+        return digest(self._unet) + self.parameterisation
+
+
+class WordEncoder:
+    """A text encoder with a random vector for every word: captions differ, and nothing has to be downloaded."""
+
+    def encode(self, caption):
+        rows = [self._vector(word, place) for place, word in enumerate(caption.split()[:TOKENS])]
+        rows += [torch.zeros(WIDTH)] * (TOKENS - len(rows))
+        return {"cross_attn": torch.stack(rows)[None]}
+
+    def _vector(self, word, place):
+        seed = int.from_bytes(hashlib.sha256(f"{place} {word}".encode()).digest()[:4], "little")
+        return torch.randn(WIDTH, generator=torch.Generator().manual_seed(seed))
+
+    def count_tokens(self, caption):
+        return len(caption.split())
+
+    def fingerprint(self):
+        return "words"
+
+
+class TinyCodec:
+    """diffusers' AutoencoderTiny, random and small, eight pixels to a latent position."""
+
+    def __init__(self):
+        with seeded(5):
+            self._vae = AutoencoderTiny(
+                encoder_block_out_channels=(8, 8, 8, 8),
+                decoder_block_out_channels=(8, 8, 8, 8),
+                num_encoder_blocks=(1, 1, 1, 1),
+                num_decoder_blocks=(1, 1, 1, 1),
+            ).eval()
+        self.calls = 0
+
+    def encode(self, pixels):
+        self.calls += 1
+        with torch.no_grad():
+            return self._vae.encode(pixels.permute(0, 3, 1, 2) * 2 - 1).latents
+
+    def fingerprint(self):
+        return digest(self._vae)
+
+
+def make_unet():
+    """A UNet of the SD1 kind with random weights: two attention blocks, 0.2 M parameters."""
+    with seeded(3):
+        return UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(32,),
+            layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock2D",),
+            up_block_types=("CrossAttnUpBlock2D",),
+            mid_block_type=None,
+            cross_attention_dim=WIDTH,
+            attention_head_dim=2,
+            norm_num_groups=8,
+        )
+
+
+def make_host(report=None):
+    """A Host without ComfyUI; two of them are alike to the bit."""
+    return Host(DiffusersDenoiser(make_unet()), WordEncoder(), TinyCodec(), report or (lambda event, payload: None))
+
+
+def convert_sd1(model):
+    """The network of a tiny SD1 MODEL as diffusers' UNet, by diffusers' own conversion."""
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+
+    settings = model.model.model_config.unet_config
+    widths = tuple(settings["model_channels"] * factor for factor in settings["channel_mult"])
+    config = {
+        "sample_size": 8,
+        "block_out_channels": widths,
+        "layers_per_block": settings["num_res_blocks"][0],
+        "down_block_types": ("CrossAttnDownBlock2D",) * len(widths),
+        "up_block_types": ("CrossAttnUpBlock2D",) * len(widths),
+        "cross_attention_dim": settings["context_dim"],
+        "attention_head_dim": settings["num_heads"],
+    }
+    weights = model.model.diffusion_model.state_dict()
+    weights = {f"model.diffusion_model.{name}": value.detach().clone() for name, value in weights.items()}
+    unet = UNet2DConditionModel(**config)
+    unet.load_state_dict(convert_ldm_unet_checkpoint(weights, config))
+    return unet.requires_grad_(False).eval()
+
+
+def raw_output(unet, x, sigma, one):
+    """The network's output for x [1, C, h, w] at sigma on one Conditioning, without gradients."""
+    with torch.no_grad():
+        return DiffusersDenoiser(unet).predict(x, torch.tensor([sigma]), [one])
+
+
+def digest(module):
+    """Hash of all weights."""
+    total = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        total.update(name.encode() + value.detach().numpy().tobytes())
+    return total.hexdigest()
+
+
+def picture(values):
+    """[H, W, 3] of any range -> PIL."""
+    from PIL import Image
+
+    return Image.fromarray((values.clamp(0, 1) * 255).byte().numpy().astype(np.uint8))
+
+
+@contextmanager
+def seeded(seed):
+    """torch's own random numbers from a seed, for constructors that draw their weights; put back afterwards."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
