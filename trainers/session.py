@@ -82,7 +82,7 @@ def train_adapter(recipe: Recipe, dataset: Dataset, host: Host, folders: Folders
         log.info("Graft: run %s is already finished at step %d.", run.name, state.step)
         adapter = export(state.ema or state.trainables, len(state.losses))
         return Result(adapter, state.losses, run, state.step)
-    log.info("Graft: run %s, from step %d to %d.", run.name, state.step, recipe.steps)
+    log.info("Graft: run %s, from step %d to %d: %s", run.name, state.step, recipe.steps, recipe.summary())
     return _train(recipe, dataset, host, folders, method, identity, run, state, export)
 
 

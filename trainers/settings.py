@@ -121,6 +121,14 @@ class Recipe:
         text = json.dumps([self.deciding(), dataset, base], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
+    def summary(self) -> str:
+        """What was chosen or filled in, in one line."""
+        return (
+            f"{self.method} for {self.family}, {self.optimizer}, learning rate {self.learning_rate:g} {self.schedule}, "
+            f"rank {self.rank}, alpha {self.alpha:g} (effective scale {self.alpha / self.rank:g}), "
+            f"batch {self.batch_size} x {self.accumulation}, resolution {self.resolution}, seed {self.seed}"
+        )
+
     def as_json(self) -> dict[str, Any]:
         """All fields, JSON-able."""
         return asdict(self)

@@ -6,6 +6,7 @@ import os
 
 import folder_paths
 
+from ...trainers.data.pixels import is_picture
 from ...trainers.errors import DatasetError, ModelError, SettingsError
 from ...trainers.session import Folders
 
@@ -34,15 +35,18 @@ def _roots() -> dict[str, str]:
 
 
 def dataset_choices() -> list[str]:
-    """Folders below the roots, by relative name with forward slashes, sorted."""
-    found = []
+    """Folders below the roots that hold pictures, or a folder that does: relative names with forward slashes."""
+    found = set()
     for name, root in _roots().items():
-        for directory, folders_here, _ in os.walk(root):
-            folders_here[:] = sorted(folder for folder in folders_here if not folder.startswith("."))
-            for folder in folders_here:
-                relative = os.path.relpath(os.path.join(directory, folder), root).replace(os.sep, "/")
-                found.append(f"{name}/{relative}" if name else relative)
-    return sorted(found)
+        for directory, folders_here, files in os.walk(root):
+            folders_here[:] = [folder for folder in folders_here if not folder.startswith(".")]
+            if not any(is_picture(file) for file in files):
+                continue
+            parts = os.path.relpath(directory, root).split(os.sep)
+            for depth in range(1, len(parts) + 1):
+                relative = "/".join(parts[:depth])
+                found.add(f"{name}/{relative}" if name else relative)
+    return sorted(found - {"."})
 
 
 def dataset_path(choice: str) -> str:

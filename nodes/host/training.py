@@ -94,8 +94,7 @@ def _summary(result, recipe) -> str:
     how = "returned as it was" if result.resumed_from == recipe.steps else "trained"
     return (
         f"Run {result.run.name}: {recipe.steps} steps {how}; loss of the last tenth {sum(tail) / len(tail):.4f}; "
-        f"{recipe.optimizer}, lr {recipe.learning_rate:g}, rank {recipe.rank}, alpha {recipe.alpha:g}, "
-        f"resolution {recipe.resolution}."
+        f"{recipe.summary()}."
     )
 
 
