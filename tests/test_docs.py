@@ -1,4 +1,4 @@
-"""Every node is explained: a help page, tooltips, and texts for translators that agree with the node."""
+"""Every node is explained: a help page and texts for translators that agree with the node."""
 
 import json
 import re
@@ -60,13 +60,6 @@ def test_choices_named_on_help_pages_exist(schemas):
                 continue
             for named in re.findall(r"`([^`]+)`", described[given.id]):
                 assert named in choices, (node_id, given.id, named)
-
-
-def test_every_input_has_a_tooltip_and_every_node_a_description(schemas):
-    for schema in schemas.values():
-        assert schema.description, schema.node_id
-        for given in schema.inputs:
-            assert given.tooltip, (schema.node_id, given.id)
 
 
 def test_locales_are_those_of_the_nodes(schemas):

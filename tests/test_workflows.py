@@ -1,0 +1,127 @@
+"""The example workflows: drawn legibly, complete, and run by the real server as a user's Run would."""
+
+import copy
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.support.host import ROOT
+from tests.support.make_workflows import TINY
+from tests.support.workflow import NOTES, find_nodes, read_workflow, to_prompt
+from tests.toy import world
+
+EXAMPLES = sorted((ROOT / "example_workflows").glob("*.json"))
+LORA = ROOT / "example_workflows" / "Train a LoRA.json"
+
+# Height of a node's title, which the editor draws above its place.
+TITLE = 30
+
+each_example = pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+
+
+def box_of(node):
+    """(left, top, right, bottom) as drawn, title included."""
+    (left, top), (width, height) = node["pos"], node["size"]
+    return left, top - TITLE, left + width, top + height
+
+
+def overlap(a, b):
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def list_pairs(items):
+    return [(a, b) for place, a in enumerate(items) for b in items[place + 1 :]]
+
+
+@each_example
+def test_nodes_and_groups_do_not_overlap(path):
+    workflow = read_workflow(path)
+    for a, b in list_pairs(workflow["nodes"]):
+        assert not overlap(box_of(a), box_of(b)), (a["title"], b["title"])
+    frames = [(group["title"], group["bounding"]) for group in workflow["groups"]]
+    for (a, (x, y, w, h)), (b, (u, v, s, t)) in list_pairs(frames):
+        assert not overlap((x, y, x + w, y + h), (u, v, u + s, v + t)), (a, b)
+
+
+@each_example
+def test_nodes_have_titles_of_their_own_and_a_note_says_what_to_set(path):
+    nodes = read_workflow(path)["nodes"]
+    titles = [node.get("title") for node in nodes]
+    assert all(titles) and len(set(titles)) == len(titles)
+    assert any(node["type"] in NOTES for node in nodes)
+
+
+@each_example
+@pytest.mark.server
+def test_every_node_is_known_and_every_required_input_given(path, server):
+    """Links and widgets of the file fill each node's schema, with no widget too many."""
+    schemas = server.object_info()
+    prompt = to_prompt(read_workflow(path), schemas)
+    for entry in prompt.values():
+        given = schemas[entry["class_type"]]["input"]
+        assert set(given.get("required", {})) <= set(entry["inputs"]), entry
+        assert set(entry["inputs"]) <= {*given.get("required", {}), *given.get("optional", {})}, entry
+
+
+def test_values_are_for_a_real_user():
+    """The widgets say what README says: SD1.5 at 512 pixels, the family's learning rate, a seed that stays."""
+    workflow = read_workflow(LORA)
+    values = {node["title"]: node.get("widgets_values") for node in workflow["nodes"]}
+    assert values["Photos"] == ["my_photos", "ohwx dog", 512, 1]
+    assert values["Train"] == [1000, 0, 16, 1, 0]
+    assert values["Size and number"][:2] == [512, 512]
+    assert values["Sample before"] == values["Sample after"]
+    assert values["Sample before"][1] == "fixed"
+    assert "ohwx dog" in values["Prompt"][0]
+
+
+@pytest.mark.server
+def test_before_and_after_differ_in_nothing_but_the_training(server):
+    prompt = to_prompt(read_workflow(LORA), server.object_info())
+    by_title = {entry["_meta"]["title"]: (node, entry) for node, entry in prompt.items()}
+    checkpoint, trainer = by_title["Checkpoint"][0], by_title["Train"][0]
+
+    def trace(title):
+        """What a node is given, with the trainer's model and clip read as the checkpoint's."""
+        node, entry = by_title[title]
+        rows = {}
+        for name, value in entry["inputs"].items():
+            if isinstance(value, list):
+                origin, slot = value
+                source = prompt[origin]
+                made = checkpoint if origin in (checkpoint, trainer) else trace(source["_meta"]["title"])
+                value = [made, slot]
+            rows[name] = value
+        return entry["class_type"], rows
+
+    before, after = trace("Before"), trace("After")
+    assert before[1].pop("filename_prefix") != after[1].pop("filename_prefix")
+    assert before == after
+
+
+@pytest.mark.server
+def test_it_trains_draws_and_saves(server):
+    """The example on the tiny base, two steps only: all outputs are there, and the LoRA changed the picture."""
+    folder = server.path("input", "example_workflow")
+    shutil.copytree(world.CONCEPT_FOLDER / TINY["Photos"]["folder"], folder, dirs_exist_ok=True)
+    values = copy.deepcopy(TINY)
+    values["Photos"]["folder"] = folder.name
+    values["Train"]["steps"] = 2
+    for title in ("Sample before", "Sample after"):
+        values[title]["steps"] = 2
+    workflow = read_workflow(LORA)
+    prompt = to_prompt(workflow, server.object_info(), values)
+    entry = server.run(prompt)
+
+    def node(title):
+        return str(find_nodes(workflow, title)[0]["id"])
+
+    before, after = (server.download(entry, node(title)) for title in ("Before", "After"))
+    assert len(before) == len(after) == 2
+    assert before != after
+    path = entry["outputs"][node("Save the LoRA")]["text"][0]
+    assert path.endswith(".safetensors")
+    assert server.path("output", "loras") in Path(path).parents
+    assert "8 pictures" in entry["outputs"][node("Report")]["text"][0]
+    assert entry["outputs"][node("What training will see")]["images"]
