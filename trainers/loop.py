@@ -130,9 +130,10 @@ def train(plan: Plan, run: Run, host: Host, state: State) -> State:
                 "seconds": time.perf_counter() - started,
             }
             run.log(event)
-            host.report("step", event)
+            # Before the host is told, and may interrupt: what is resumed would not be validated at this step again.
             if plan.validation and _due(state.step, recipe.validate_every, recipe.steps):
                 _validate(plan, run, host, state)
+            host.report("step", event)
             if _due(state.step, recipe.preview_every, recipe.steps):
                 with _averaged(average, parameters):
                     _preview(plan, run, host, state)

@@ -115,8 +115,8 @@ class Run:
         path = os.path.join(self.adapters, f"step-{state.step:08d}.safetensors")
         save_adapter(path, adapter, f"{self.name}-{state.step}")
         _write_state(self._state_path(state.step), state)
-        _prune(self.folder, _STATE, keep_last)
-        _prune(self.adapters, _ADAPTER, keep_last)
+        _prune(self.folder, _STATE, keep_last, state.step)
+        _prune(self.adapters, _ADAPTER, keep_last, state.step)
         return path
 
     def load(self, limit: int) -> State | None:
@@ -173,9 +173,11 @@ def _numbers(folder: str, pattern: re.Pattern) -> list[int]:
     return sorted(int(match.group(1)) for match in matches if match)
 
 
-def _prune(folder: str, pattern: re.Pattern, keep: int) -> None:
+def _prune(folder: str, pattern: re.Pattern, keep: int, written: int) -> None:
+    """Leaves `keep` files: the one just written and the last others, which in a run cut shorter are beyond it."""
     stem = pattern.pattern.split("-")[0]
-    for number in _numbers(folder, pattern)[:-keep]:
+    others = [number for number in _numbers(folder, pattern) if number != written]
+    for number in others[: max(0, len(others) - keep + 1)]:
         os.remove(os.path.join(folder, f"{stem}-{number:08d}.safetensors"))
 
 
