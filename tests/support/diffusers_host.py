@@ -197,3 +197,54 @@ def seeded(seed):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
+
+
+COLOURS = ("red", "green", "blue", "white", "grey", "black")
+
+
+def make_dataset(count=6, resolution=64):
+    """Pictures of one colour each with some grain, in two shapes, each with a caption of its own."""
+    from graft_pack.trainers.data.scan import from_arrays
+
+    rng = np.random.RandomState(0)
+    arrays = []
+    for index in range(count):
+        shape = (64, 64, 3) if index % 3 else (48, 96, 3)
+        arrays.append((rng.rand(*shape) * 60 + 30 * index).astype(np.uint8))
+    captions = [f"a {COLOURS[index % 6]} picture {index}" for index in range(count)]
+    return from_arrays(arrays, captions, "sks", resolution)
+
+
+def run_session(folder, report=None, host=None, dataset=None, **fields):
+    """A whole training over diffusers, with its run, cache and adapters below a folder; the engine's Result.
+
+    Args:
+        fields: of the recipe.
+    """
+    from graft_pack.trainers.session import Folders, train_adapter
+
+    from tests.support import models
+
+    recipe = models.recipe("SD1", **{"steps": 4, "learning_rate": 1e-2, **fields})
+    folders = Folders(str(folder / "runs"), str(folder / "cache"), str(folder / "loras"))
+    return train_adapter(recipe, dataset or make_dataset(), host or make_host(report), folders)
+
+
+def state_of(result):
+    """The last state that a run kept, as read from its file."""
+    return result.run.load(10**9)
+
+
+def same_state(a, b):
+    """Whether two states are the same to the bit, optimiser and average included."""
+    plain = ("step", "batches", "losses", "validation", "scaler")
+    if any(getattr(a, name) != getattr(b, name) for name in plain):
+        return False
+    slots = [(a.trainables, b.trainables), (a.ema, b.ema)]
+    slots += [(a.optimiser[index], b.optimiser.get(index, {})) for index in a.optimiser]
+    return len(a.optimiser) == len(b.optimiser) and all(same_tensors(one, other) for one, other in slots)
+
+
+def same_tensors(a, b):
+    """Whether two dicts of tensors are the same to the bit."""
+    return a.keys() == b.keys() and all(torch.equal(torch.as_tensor(a[k]), torch.as_tensor(b[k])) for k in a)

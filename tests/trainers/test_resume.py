@@ -1,0 +1,205 @@
+"""Stopped anywhere and queued again: the same bits as if nothing had happened."""
+
+import os
+
+import pytest
+import torch
+from graft_pack.trainers import loop
+from graft_pack.trainers.errors import RunError
+
+from tests.support.diffusers_host import make_host, run_session, same_state, same_tensors, state_of
+
+# Everything that has state: schedule, accumulation, average, validation, previews, saving, a last batch that is smaller.
+FULL = {
+    "steps": 6,
+    "batch_size": 2,
+    "accumulation": 2,
+    "schedule": "cosine",
+    "warmup_steps": 2,
+    "ema_decay": 0.9,
+    "validation_fraction": 0.2,
+    "validate_every": 2,
+    "save_every": 2,
+    "preview_prompts": ("a red picture",),
+    "preview_every": 3,
+    "preview_steps": 2,
+}
+
+
+class Cancelled(BaseException):
+    """As newer hosts cancel: not an Exception."""
+
+
+class Stopper:
+    """A report that raises at the n-th of all events, and notes them."""
+
+    def __init__(self, number=-1, error=Cancelled):
+        self.number = number
+        self.error = error
+        self.events = []
+
+    def __call__(self, event, payload):
+        self.events.append((event, payload))
+        if len(self.events) - 1 == self.number:
+            raise self.error
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """(events, result) of a run that nothing interrupts."""
+    watcher = Stopper()
+    result = run_session(tmp_path_factory.mktemp("straight"), watcher, **FULL)
+    return [event for event, _ in watcher.events], result
+
+
+def places(events, count):
+    """Numbers of events to stop at: each kind's first and last, and others spread evenly, `count` in all or more."""
+    chosen = set()
+    for kind in dict.fromkeys(events):
+        numbers = [number for number, event in enumerate(events) if event == kind]
+        chosen |= {numbers[0], numbers[-1]}
+    every = max(1, len(events) // count)
+    return sorted(chosen | set(range(0, len(events), every)))
+
+
+def test_stopped_at_any_event(straight, tmp_path, trials):
+    events, expected = straight
+    for number in places(events, trials(3, len(events))):
+        folder = tmp_path / str(number)
+        with pytest.raises(Cancelled):
+            run_session(folder, Stopper(number), **FULL)
+        resumed = run_session(folder, **FULL)
+        assert same_state(state_of(resumed), state_of(expected)), f"stopped at event {number}, {events[number]}"
+        assert same_tensors(resumed.adapter, expected.adapter)
+        assert resumed.losses == expected.losses
+
+
+@pytest.mark.parametrize("step", [1, 2, 5])
+def test_killed_without_a_chance_to_save(step, straight, tmp_path, monkeypatch):
+    """As by a power cut: it goes on from the last state that was saved by itself."""
+    events, expected = straight
+    number = [place for place, event in enumerate(events) if event == "step"][step - 1]
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_keep_before_leaving", lambda keep: None)
+        with pytest.raises(Cancelled):
+            run_session(tmp_path, Stopper(number), **FULL)
+    resumed = run_session(tmp_path, **FULL)
+    assert resumed.resumed_from == (step - 1) // 2 * 2
+    assert same_state(state_of(resumed), state_of(expected))
+
+
+def test_a_damaged_state_is_passed_over(straight, tmp_path):
+    _, expected = straight
+    result = run_session(tmp_path, **{**FULL, "steps": 6})
+    newest = os.path.join(result.run.folder, "state-00000006.safetensors")
+    with open(newest, "r+b") as file:
+        file.truncate(1000)
+    resumed = run_session(tmp_path, **FULL)
+    assert resumed.resumed_from == 4
+    assert same_state(state_of(resumed), state_of(expected))
+
+
+def test_the_log_tells_each_step_once(straight, tmp_path, monkeypatch):
+    import json
+
+    events, expected = straight
+    number = [place for place, event in enumerate(events) if event == "step"][4]
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_keep_before_leaving", lambda keep: None)
+        with pytest.raises(Cancelled):
+            run_session(tmp_path, Stopper(number), **FULL)
+    resumed = run_session(tmp_path, **FULL)
+    with open(os.path.join(resumed.run.folder, "metrics.jsonl"), encoding="utf-8") as file:
+        lines = [json.loads(line) for line in file]
+    assert [line["step"] for line in lines if line["event"] == "step"] == [1, 2, 3, 4, 5, 6]
+    assert [line["loss"] for line in lines if line["event"] == "step"] == expected.losses
+
+
+def test_a_finished_run_is_returned_without_work(tmp_path):
+    first = run_session(tmp_path, **FULL)
+    host = make_host()
+    again = run_session(tmp_path, host=host, **FULL)
+    assert host.denoiser.calls == host.codec.calls == 0
+    assert again.resumed_from == 6
+    assert same_tensors(again.adapter, first.adapter)
+    assert again.losses == first.losses
+    assert again.adapter.metadata == first.adapter.metadata
+
+
+def test_more_steps_extend_a_run(tmp_path):
+    run_session(tmp_path / "parts", steps=2)
+    extended = run_session(tmp_path / "parts", steps=5)
+    straight = run_session(tmp_path / "whole", steps=5)
+    assert extended.resumed_from == 2
+    assert same_state(state_of(extended), state_of(straight))
+
+
+def test_fewer_steps_than_there_are_give_a_run_of_that_length(tmp_path):
+    """And it stays there: the second time it is returned, and the file that was named is there."""
+    watcher = Stopper()
+    run_session(tmp_path, steps=6, keep_last=2, save_every=1)
+    short = run_session(tmp_path, watcher, steps=2, keep_last=2, save_every=1)
+    expected = run_session(tmp_path / "straight", steps=2)
+    assert same_tensors(short.adapter, expected.adapter)
+    assert all(os.path.exists(payload["path"]) for event, payload in watcher.events[-1:] if event == "saved")
+    host = make_host()
+    again = run_session(tmp_path, host=host, steps=2, keep_last=2, save_every=1)
+    assert host.denoiser.calls == 0
+    assert same_tensors(again.adapter, expected.adapter)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"preview_prompts": ("a", "b"), "preview_every": 1, "preview_steps": 1},
+        {"save_every": 1, "keep_last": 1},
+        {"micro_batch": 1},
+        {"checkpointing": "on"},
+        {"gradient_check": "on"},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_what_does_not_decide_the_result_does_not_restart_it(fields, tmp_path):
+    run_session(tmp_path, steps=2)
+    resumed = run_session(tmp_path, steps=4, **fields)
+    assert resumed.resumed_from == 2
+    straight = run_session(tmp_path / "straight", steps=4)
+    assert resumed.losses == pytest.approx(straight.losses, rel=1e-5)
+
+
+@pytest.mark.parametrize("on_existing, from_step, runs", [("resume", 2, 1), ("start over", 0, 1), ("new", 0, 2)])
+def test_what_to_do_with_an_existing_run(on_existing, from_step, runs, tmp_path):
+    run_session(tmp_path, steps=2)
+    result = run_session(tmp_path, steps=4, on_existing=on_existing)
+    assert result.resumed_from == from_step
+    assert len(list((tmp_path / "runs").iterdir())) == runs
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path):
+    from graft_pack.trainers.formats import files
+
+    result = run_session(tmp_path, steps=1)
+    path = os.path.join(result.run.folder, "recipe.json")
+    files.write_json(path, {**files.read_json(path), "identity": "another"})
+    with pytest.raises(RunError, match="belongs to another run"):
+        run_session(tmp_path, steps=2)
+
+
+def test_only_the_last_states_and_adapters_are_kept(tmp_path):
+    result = run_session(tmp_path, steps=6, save_every=1, keep_last=3)
+    assert result.run.states() == [4, 5, 6]
+    assert sorted(os.listdir(result.run.adapters)) == [f"step-{step:08d}.safetensors" for step in (4, 5, 6)]
+
+
+def test_pictures_and_captions_are_encoded_once(tmp_path):
+    run_session(tmp_path, steps=1)
+    host = make_host()
+    run_session(tmp_path, host=host, steps=1, seed=1)
+    assert host.codec.calls == 0
+
+
+def test_the_global_random_state_is_not_touched(tmp_path):
+    torch.manual_seed(0)
+    before = torch.random.get_rng_state()
+    run_session(tmp_path, **FULL)
+    assert torch.equal(torch.random.get_rng_state(), before)
