@@ -1,0 +1,185 @@
+"""Graft in ComfyUI's own page: nodes mount whole, the example opens clean, values survive, Run trains once."""
+
+import copy
+import json
+import shutil
+
+import pytest
+
+from tests.support import make_locales
+from tests.support.host import ROOT
+from tests.support.make_workflows import TINY
+from tests.support.workflow import find_nodes, read_workflow
+from tests.toy import world
+
+pytestmark = [pytest.mark.browser, pytest.mark.server]
+
+EXAMPLES = sorted((ROOT / "example_workflows").glob("*.json"))
+LORA = ROOT / "example_workflows" / "Train a LoRA.json"
+EMPTY = {"version": 0.4, "nodes": [], "links": [], "last_node_id": 0, "last_link_id": 0}
+
+# Widgets that the frontend draws for these types; other types are sockets.
+WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
+
+
+@pytest.fixture(scope="module")
+def page(server, chromium):
+    return chromium.open(server.url)
+
+
+@pytest.fixture(scope="module")
+def schemas(server):
+    """{node id: schema} of Graft's nodes as the page gets them."""
+    return {name: info for name, info in server.object_info().items() if name.startswith("Graft")}
+
+
+@pytest.fixture
+def errors(page):
+    """The page's errors since this test began."""
+    known = len(page.read_errors())
+    return lambda: page.read_errors()[known:]
+
+
+def list_inputs(info):
+    """[(name, type)] in the schema's order, with COMBO for a list of choices."""
+    rows = []
+    for group in ("required", "optional"):
+        for name in info["input_order"].get(group, []):
+            kind = info["input"][group][name][0]
+            rows.append((name, "COMBO" if isinstance(kind, list) else kind))
+    return rows
+
+
+def add_every_node(page, schemas):
+    """One node of each kind in an empty graph; {node id: what list_nodes says}."""
+    page.load(EMPTY)
+    for place, name in enumerate(schemas):
+        page.add_node(name, 400 * (place % 4), 500 * (place // 4))
+    return {node["type"]: node for node in page.list_nodes()}
+
+
+def test_every_node_mounts_with_all_its_widgets_and_sockets(page, schemas, errors):
+    nodes = add_every_node(page, schemas)
+    for name, info in schemas.items():
+        inputs = list_inputs(info)
+        assert list(nodes[name]["widgets"]) == [given for given, kind in inputs if kind in WIDGETS]
+        sockets = {given["name"]: given["type"] for given in nodes[name]["inputs"]}
+        assert sockets == dict(inputs)
+        made = [(output["name"], output["type"]) for output in nodes[name]["outputs"]]
+        assert made == list(zip(info["output_name"], info["output"], strict=True))
+    assert errors() == []
+
+
+def test_widgets_start_at_their_defaults(page, schemas):
+    nodes = add_every_node(page, schemas)
+    for name, info in schemas.items():
+        for group in info["input"].values():
+            for given, (_, *rest) in group.items():
+                if rest and rest[0].get("default") is not None:
+                    assert nodes[name]["widgets"][given] == rest[0]["default"], (name, given)
+
+
+def test_every_node_has_its_help_page_where_the_browser_looks(page, schemas):
+    for name in schemas:
+        text = page.js("return await (await fetch(`/extensions/graft/docs/${args[0]}.md`)).text();", name)
+        assert text.startswith("# Graft"), name
+
+
+def test_texts_for_translators_arrive(page, schemas):
+    arrived = page.js("return (await (await fetch('/api/i18n')).json()).en;")
+    assert set(schemas) <= set(arrived["nodeDefs"])
+    assert make_locales.MAIN["dataTypes"].items() <= arrived["dataTypes"].items()
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("new_renderer", [False, True], ids=["canvas", "nodes2"])
+def test_examples_open_with_no_missing_node_and_no_error(page, errors, path, new_renderer):
+    page.set_setting("Comfy.VueNodes.Enabled", new_renderer)
+    try:
+        page.load_file(path)
+        page.fit()
+        workflow = read_workflow(path)
+        nodes = {node["id"]: node for node in page.list_nodes()}
+        assert {key: node["type"] for key, node in nodes.items()} == {n["id"]: n["type"] for n in workflow["nodes"]}
+        assert page.js("return app.graph.nodes.filter(node => node.has_errors || !node.constructor.nodeData).map("
+                       "node => node.type).filter(type => !type.endsWith('Note'));") == []  # fmt: skip
+        assert "missing" not in page.read_text().lower()
+        assert page.js("return [...app.graph.links.values()].length;") == len(workflow["links"])
+        assert errors() == []
+    finally:
+        page.set_setting("Comfy.VueNodes.Enabled", False)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_are_offered_as_templates(server, path):
+    assert path.stem in server.get("/api/workflow_templates")["graft"]
+    assert json.loads(server.request(f"/api/workflow_templates/graft/{path.name.replace(' ', '%20')}"))
+
+
+def change(value, options):
+    """Another value of a widget, where there is another to choose."""
+    if "options" in options:
+        others = [choice for choice in options["options"] if choice != value]
+        return others[-1] if others else value
+    return "something else" if isinstance(value, str) else value + options.get("step", 1)
+
+
+def test_saving_and_loading_keeps_what_was_set(page, schemas):
+    nodes = add_every_node(page, schemas)
+    wanted = {}
+    for name, info in schemas.items():
+        for given, (kind, *rest) in {**info["input"].get("required", {}), **info["input"].get("optional", {})}.items():
+            if given in nodes[name]["widgets"]:
+                options = {**(rest[0] if rest else {}), **({"options": kind} if isinstance(kind, list) else {})}
+                wanted[name, given] = change(nodes[name]["widgets"][given], options)
+                page.set_widget(nodes[name]["id"], given, wanted[name, given])
+    saved = page.serialize()
+    page.load(EMPTY)
+    page.load(saved)
+    loaded = {node["type"]: node["widgets"] for node in page.list_nodes()}
+    assert {(name, given): loaded[name][given] for name, given in wanted} == wanted
+    unchanged = {given for (name, given), value in wanted.items() if nodes[name]["widgets"][given] == value}
+    assert unchanged <= {"folder", "adapter_name", "format"}
+
+
+def open_tiny_example(page, server, folder, steps):
+    """The example in the page, with the tiny base's values typed in as a user types them."""
+    shutil.copytree(world.CONCEPT_FOLDER / TINY["Photos"]["folder"], server.path("input", folder), dirs_exist_ok=True)
+    values = copy.deepcopy(TINY)
+    values["Photos"]["folder"] = folder
+    values["Train"]["steps"] = steps
+    for title in ("Sample before", "Sample after"):
+        values[title]["steps"] = 1
+    workflow = read_workflow(LORA)
+    page.load(workflow)
+    for title, widgets in values.items():
+        for name, value in widgets.items():
+            page.set_widget(find_nodes(workflow, title)[0]["id"], name, value)
+
+
+def sent(entry):
+    """The prompt of a history entry; Preview Any sends back the text it showed, and nothing depends on that."""
+    return {node: value for node, value in entry["prompt"][2].items() if value["class_type"] != "PreviewAny"}
+
+
+def read_steps(run):
+    """Steps in a run's log, in order."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [line["step"] for line in lines if line["event"] == "step"]
+
+
+def test_run_pressed_twice_trains_once_and_more_steps_extend_it(page, server, errors):
+    open_tiny_example(page, server, "pressed_twice", steps=2)
+    first = server.wait(page.queue())
+    again = server.wait(page.queue())
+    # Not only does the log stay: the page sent the very same values, the seeds among them.
+    assert sent(first) == sent(again)
+    (run,) = server.path("output", "graft").glob("pressed_twice-*")
+    assert read_steps(run) == [1, 2]
+
+    train = find_nodes(read_workflow(LORA), "Train")[0]["id"]
+    page.set_widget(train, "steps", 3)
+    server.wait(page.queue())
+    assert list(server.path("output", "graft").glob("pressed_twice-*")) == [run]
+    assert read_steps(run) == [1, 2, 3]
+    assert errors() == []
