@@ -10,6 +10,7 @@ import collections
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -250,7 +251,9 @@ class ComfyServer:
 
     def _command(self):
         database = self.base / "user" / "comfyui.db"
-        command = [sys.executable, "main.py", *ARGUMENTS, "--listen", "127.0.0.1", "--port", str(self.port)]
+        # Where the system can do it, the server dies with this process, however that ends.
+        leash = ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
+        command = [*leash, sys.executable, "main.py", *ARGUMENTS, "--listen", "127.0.0.1", "--port", str(self.port)]
         command += ["--base-directory", str(self.base), "--database-url", f"sqlite:///{database}"]
         return command + self.arguments
 
