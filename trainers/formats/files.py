@@ -88,13 +88,23 @@ def read_tensors(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
 
 
 def read_metadata(path: str) -> dict[str, str]:
-    """Metadata of a safetensors file without reading its tensors; empty when it has none."""
-    with open(path, "rb") as file:
-        size = struct.unpack("<Q", file.read(8))[0]
-        if size > _HEADER_LIMIT:
-            raise RunError(f"The file '{path}' has a header of {size} bytes.", "It is no sound safetensors file.")
-        header = json.loads(file.read(size))
-    return dict(header.get("__metadata__", {}))
+    """Metadata of a safetensors file without reading its tensors; empty when it has none.
+
+    Raises:
+        RunError: naming the file, when it is missing or no sound safetensors file.
+    """
+    try:
+        with open(path, "rb") as file:
+            size = struct.unpack("<Q", file.read(8))[0]
+            if size > _HEADER_LIMIT:
+                raise ValueError(f"a header of {size} bytes")
+            header = json.loads(file.read(size))
+        return dict(header.get("__metadata__", {}))
+    except (OSError, struct.error, ValueError, AttributeError) as error:
+        raise RunError(
+            f"The file '{path}' cannot be read as safetensors ({error}).",
+            "It is missing, damaged, or of another format; restore it or choose another.",
+        ) from error
 
 
 def write_json(path: str, value) -> None:
