@@ -9,7 +9,7 @@ from graft_pack.trainers.errors import RunError
 
 from tests.support.diffusers_host import make_host, run_session, same_state, same_tensors, state_of
 
-# Everything that has state: schedule, accumulation, average, validation, previews, saving, a last batch that is smaller.
+# Everything that has state, and a last batch that is smaller than the others.
 FULL = {
     "steps": 6,
     "batch_size": 2,

@@ -1,0 +1,111 @@
+"""Files are whole or not there, whatever happens while they are written."""
+
+import os
+
+import pytest
+import torch
+from graft_pack.trainers.errors import RunError
+from graft_pack.trainers.formats import files
+from graft_pack.trainers.formats.adapter import Adapter, load_adapter, save_adapter
+from graft_pack.trainers.formats.kohya import lora_to_kohya
+from graft_pack.trainers.formats.metadata import tensors_hash
+
+
+class Crash(BaseException):
+    """As sudden as it gets within a process."""
+
+
+TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.zeros(0), "c": torch.tensor(1.5, dtype=torch.bfloat16)}
+
+
+def test_tensors_come_back_with_their_metadata(tmp_path):
+    path = str(tmp_path / "deep" / "er" / "x.safetensors")
+    files.write_tensors(path, TENSORS, {"k": "v"})
+    tensors, metadata = files.read_tensors(path)
+    assert metadata == {"k": "v"} == files.read_metadata(path)
+    assert tensors.keys() == TENSORS.keys()
+    assert all(torch.equal(tensors[key], TENSORS[key]) for key in TENSORS)
+
+
+def test_views_and_shared_tensors_are_written_as_their_values(tmp_path):
+    whole = torch.arange(12.0).view(3, 4)
+    path = str(tmp_path / "x.safetensors")
+    files.write_tensors(path, {"t": whole.t(), "part": whole[1:], "same": whole}, {})
+    tensors, _ = files.read_tensors(path)
+    assert torch.equal(tensors["t"], whole.t())
+    assert torch.equal(tensors["part"], whole[1:])
+
+
+@pytest.mark.parametrize("moment", ["fsync", "replace"])
+def test_a_crash_while_writing_leaves_the_old_file(moment, tmp_path, monkeypatch):
+    path = tmp_path / "x.json"
+    files.write_json(str(path), {"old": 1})
+
+    def crash(*args):
+        raise Crash
+
+    monkeypatch.setattr(files.os, moment, crash)
+    with pytest.raises(Crash):
+        files.write_json(str(path), {"new": 2})
+    monkeypatch.undo()
+    assert files.read_json(str(path)) == {"old": 1}
+    assert os.listdir(tmp_path) == ["x.json"]
+
+
+def test_a_block_that_fails_leaves_nothing(tmp_path):
+    path = str(tmp_path / "x.bin")
+    with pytest.raises(Crash):
+        with files.replacing(path) as temporary:
+            open(temporary, "wb").close()
+            raise Crash
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match=r"x\.json.*cannot be written"):
+        files.write_json(str(tmp_path / "file" / "x.json"), {})
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", b"\xff" * 40, b"{" * 5000])
+def test_what_is_no_safetensors_file_is_named(content, tmp_path):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(RunError, match=r"x\.safetensors"):
+        files.read_tensors(str(path))
+    with pytest.raises(RunError, match=r"x\.safetensors"):
+        files.read_metadata(str(path))
+
+
+@pytest.mark.parametrize("share", [0.2, 0.9, 0.999])
+def test_half_a_file_is_refused(share, tmp_path):
+    path = tmp_path / "x.safetensors"
+    files.write_tensors(str(path), {"a": torch.randn(100, 10)}, {})
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * share)])
+    with pytest.raises(RunError):
+        files.read_tensors(str(path))
+
+
+def test_an_adapter_carries_its_metadata_through_a_file(tmp_path):
+    layers = {"x.to_q": {"down": torch.randn(4, 8), "up": torch.randn(8, 4)}}
+    adapter = Adapter(lora_to_kohya(layers, 2.0, lambda path: "lora_unet_" + path.replace(".", "_")), {"ss_seed": "7"})
+    assert sorted(adapter) == [f"lora_unet_x_to_q.{end}" for end in ("alpha", "lora_down.weight", "lora_up.weight")]
+    assert float(adapter["lora_unet_x_to_q.alpha"]) == 2.0
+    path = str(tmp_path / "x.safetensors")
+    save_adapter(path, adapter, "My LoRA")
+    back = load_adapter(path)
+    assert back.metadata["ss_seed"] == "7"
+    assert back.metadata["modelspec.title"] == "My LoRA"
+    assert back.metadata["modelspec.hash_sha256"] == "0x" + tensors_hash(back)
+
+
+def test_the_hash_follows_names_shapes_and_values():
+    tensors = {"a": torch.zeros(2, 3)}
+    others = [
+        {"b": torch.zeros(2, 3)},
+        {"a": torch.zeros(3, 2)},
+        {"a": torch.ones(2, 3)},
+        {"a": torch.zeros(2, 3).half()},
+    ]
+    assert len({tensors_hash(one) for one in [tensors, *others]}) == 5

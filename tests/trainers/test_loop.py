@@ -1,0 +1,262 @@
+"""The loop's arithmetic: what one optimiser step sums up, clips, averages, measures and refuses."""
+
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+from graft_pack.trainers import loop
+from graft_pack.trainers.errors import NumbersError
+from graft_pack.trainers.families import family_of
+from graft_pack.trainers.methods import METHODS
+
+from tests.support import models
+from tests.support.diffusers_host import (
+    DiffusersDenoiser,
+    make_host,
+    make_unet,
+    run_session,
+    same_tensors,
+    state_of,
+)
+from tests.support.diffusers_host import WordEncoder as Words
+
+
+def make_item(index, weight=None):
+    """An example with a latent and a caption of its own."""
+    from graft_pack.trainers.protocols import Conditioning
+
+    latent = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(index))
+    conditioning = Conditioning(Words().encode(f"picture {index}"))
+    return loop.Item(f"picture {index}", (64, 64), 1, lambda: latent, lambda: conditioning, weight)
+
+
+@contextmanager
+def planned(count=6, **fields):
+    """(plan, host) on random trainables."""
+    recipe = models.recipe("SD1", **fields)
+    host = make_host()
+    with host.denoiser.training("auto"):
+        module = host.denoiser.module
+        method = METHODS["LoRA"]
+        trainables = method.inject(module, method.targets(module, family_of("SD1")), recipe)
+        models.scatter(trainables, 0.1)
+        yield loop.Plan(recipe, [make_item(index) for index in range(count)], [], trainables, dict), host
+
+
+def gradient_of(plan, host, window, step=0):
+    """(loss, gradient) of a window of batches, as one vector."""
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    for parameter in plan.trainables.values():
+        parameter.grad = None
+    loss, names = loop._gradients(plan, host, window, step, scaler)
+    return loss, models.joined(p.grad for p in plan.trainables.values()), names
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 3, 4, 9])
+def test_micro_batches_change_neither_loss_nor_gradient(micro_batch):
+    found = []
+    for size in (0, micro_batch):
+        with planned(micro_batch=size) as (plan, host):
+            found.append(gradient_of(plan, host, [(0, [0, 1, 2, 3])]))
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-6)
+    assert models.distance(found[1][1], found[0][1]) <= 1e-5
+
+
+def test_accumulated_batches_give_the_mean_over_their_pictures():
+    """Not the mean over batches: a last batch that is smaller counts for its pictures only."""
+    with planned() as (plan, host):
+        first = gradient_of(plan, host, [(0, [0, 1, 2, 3])])
+        whole = gradient_of(plan, host, [(0, [0, 1, 2, 3]), (0, [4, 5])])
+        second = mean_over(plan, host, second_part(plan, host))
+    assert whole[2] == [f"picture {index}" for index in range(6)]
+    assert whole[0] == pytest.approx((4 * first[0] + 2 * second[0]) / 6, rel=1e-6)
+    assert models.distance(whole[1], (4 * first[1] + 2 * second[1]) / 6) <= 1e-5
+
+
+def second_part(plan, host):
+    """Items, latents, noise and levels of the second batch of a window."""
+    items = [plan.train[4], plan.train[5]]
+    return next(loop._parts(items, plan.recipe, 0, 1, host))
+
+
+def mean_over(plan, host, part):
+    """(loss, gradient) of the mean over one part."""
+    losses = loop._losses(host, *part)
+    gradient = torch.autograd.grad(losses.mean(), list(plan.trainables.values()))
+    return float(losses.detach().mean()), models.joined(gradient)
+
+
+def test_each_step_and_each_batch_of_it_draws_other_noise():
+    with planned() as (plan, host):
+        drawn = []
+        for step, number in ((0, 0), (0, 1), (1, 0)):
+            _, _, noise, sigma = next(loop._parts(list(plan.train[:2]), plan.recipe, step, number, host))
+            again = next(loop._parts(list(plan.train[:2]), plan.recipe, step, number, host))
+            assert torch.equal(noise, again[2])
+            assert torch.equal(sigma, again[3])
+            drawn += [noise[0], noise[1]]
+    for index, one in enumerate(drawn):
+        assert not any(torch.equal(one, other) for other in drawn[:index])
+
+
+def test_clipping_happens_once_for_an_optimiser_step(tmp_path, monkeypatch):
+    """On the whole accumulated gradient, to the norm that was asked for."""
+    norms = []
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def watched(parameters, limit, *args, **more):
+        before = clip(parameters, limit, *args, **more)
+        after = models.joined(p.grad for p in parameters).norm()
+        norms.append((float(before), float(after)))
+        return before
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", watched)
+    events = []
+    run_session(
+        tmp_path, lambda event, payload: events.append((event, payload)), steps=3, accumulation=3, max_grad_norm=0.01
+    )
+    assert len(norms) == 3
+    for (before, after), payload in zip(norms, [p for e, p in events if e == "step"], strict=True):
+        assert before > 0.01
+        assert after == pytest.approx(0.01, rel=1e-3)
+        assert payload["grad_norm"] == before
+
+
+def test_without_a_limit_nothing_is_clipped(tmp_path):
+    free = run_session(tmp_path / "free", steps=2, max_grad_norm=0.0)
+    wide = run_session(tmp_path / "wide", steps=2, max_grad_norm=1e6)
+    assert same_tensors(free.adapter, wide.adapter)
+
+
+def test_the_average_is_the_one_of_diffusers_formula(tmp_path):
+    """And the adapter that is handed on is the average."""
+    result = run_session(tmp_path, steps=6, ema_decay=0.6, save_every=1, keep_last=100)
+    states = {step: result.run.load(step) for step in result.run.states()}
+    assert sorted(states) == [1, 2, 3, 4, 5, 6]
+    average = states[1].trainables
+    for step in range(2, 7):
+        decay = min(0.6, step / (9 + step))
+        average = {k: decay * average[k] + (1 - decay) * states[step].trainables[k] for k in average}
+        for name, value in average.items():
+            assert torch.allclose(states[step].ema[name], value, rtol=1e-4, atol=1e-7), (step, name)
+    exported = {key for key in result.adapter if not key.endswith("alpha")}
+    assert len(exported) == len(states[6].ema)
+    values = models.joined(value for _, value in sorted(result.adapter.items()) if value.ndim)
+    assert models.distance(values.sort()[0], models.joined(states[6].ema.values()).sort()[0]) == 0
+
+
+def test_validation_is_repeatable_and_on_pictures_that_are_held_out(tmp_path):
+    with planned() as (plan, host):
+        items = plan.train[:2]
+        first = loop.fixed_losses(items, plan.recipe, host)
+        torch.randn(7)
+        again = loop.fixed_losses(items, plan.recipe, host)
+        other = loop.fixed_losses(items, replace(plan.recipe, seed=1), host)
+    assert first.shape == (2, 4)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert not first.requires_grad
+
+
+def test_validation_does_not_change_the_training(tmp_path):
+    """The same pictures held out, measured often or once."""
+    often = run_session(tmp_path / "often", validation_fraction=0.3, validate_every=1)
+    once = run_session(tmp_path / "once", validation_fraction=0.3, validate_every=100)
+    assert same_tensors(often.adapter, once.adapter)
+    assert [step for step, _ in state_of(often).validation] == [1, 2, 3, 4]
+    assert state_of(often).validation[-1:] == state_of(once).validation
+
+
+def test_what_is_held_out_is_not_trained_on(tmp_path, monkeypatch):
+    seen = []
+    losses = loop._losses
+
+    def watched(host, items, *rest):
+        seen.append((torch.is_grad_enabled(), {item.name for item in items}))
+        return losses(host, items, *rest)
+
+    monkeypatch.setattr(loop, "_losses", watched)
+    run_session(tmp_path, steps=12, validation_fraction=0.3)
+    trained = set().union(*(names for with_grad, names in seen if with_grad))
+    measured = set().union(*(names for with_grad, names in seen if not with_grad))
+    assert len(trained) == 4
+    assert len(measured) == 2
+    assert not trained & measured
+
+
+class Sick(DiffusersDenoiser):
+    """Answers with something that is not a number at its n-th call."""
+
+    def __init__(self, number, in_gradient):
+        super().__init__(make_unet())
+        self.number = number
+        self.in_gradient = in_gradient
+
+    def predict(self, x_t, sigma, conditioning):
+        output = super().predict(x_t, sigma, conditioning)
+        if self.calls != self.number:
+            return output
+        # The square root's slope at 0 is infinite: a sound loss with a gradient that is none.
+        return output + (output.sum() * 0).sqrt() if self.in_gradient else output * float("nan")
+
+
+@pytest.mark.parametrize("in_gradient", [False, True], ids=["loss", "gradient"])
+def test_numbers_that_are_none_stop_it_and_leave_the_last_good_state(in_gradient, tmp_path):
+    fields = {"steps": 5, "batch_size": 2}
+    host = replace(make_host(), denoiser=Sick(4, in_gradient))
+    with pytest.raises(NumbersError) as caught:
+        run_session(tmp_path / "sick", host=host, **fields)
+    message = str(caught.value)
+    assert "of step 4" in message
+    assert ("gradient" if in_gradient else "loss") in message
+    assert message.count("image ") == 2
+    assert "learning_rate" in message
+    sound = run_session(tmp_path / "sound", **{**fields, "steps": 3})
+    kept = run_session(tmp_path / "sick", **{**fields, "steps": 3})
+    assert kept.resumed_from == 3
+    assert same_tensors(state_of(kept).trainables, state_of(sound).trainables)
+    assert all(torch.isfinite(value).all() for value in kept.adapter.values())
+
+
+def test_numbers_that_are_none_at_the_first_step_leave_nothing(tmp_path):
+    host = replace(make_host(), denoiser=Sick(1, False))
+    with pytest.raises(NumbersError, match="of step 1 "):
+        run_session(tmp_path, host=host)
+    assert not list((tmp_path / "loras").rglob("*"))
+
+
+def test_the_loss_of_an_example_does_not_depend_on_its_batch():
+    with planned() as (plan, host):
+        items = list(plan.train)
+        whole = next(loop._parts(items, plan.recipe, 0, 0, host))
+        losses = loop._losses(host, *whole).detach()
+        for row in range(len(items)):
+            part = [value[row : row + 1] for value in whole]
+            assert models.distance(loop._losses(host, *part).detach(), losses[row : row + 1]) <= 1e-5
+
+
+def test_a_mask_weighs_positions():
+    """Only what is white counts, and a small mask does not shrink the loss."""
+    mask = torch.zeros(1, 1, 8, 8)
+    mask[..., :2, :3] = 1.0
+    with planned() as (plan, host):
+        part = next(loop._parts([plan.train[0], plan.train[1]], plan.recipe, 0, 0, host))
+        masked = [plan.train[0], make_item(1, lambda: mask)]
+        plain = loop._losses(host, *part).detach()
+        losses = loop._losses(host, masked, *part[1:]).detach()
+        items, x0, noise, sigma = part
+        with torch.no_grad():
+            x_t = host.denoiser.add_noise(x0, noise, sigma)
+            output = host.denoiser.predict(x_t, sigma, [item.conditioning() for item in items])
+    assert torch.allclose(losses[0], plain[0])
+    assert torch.allclose(losses[1], ((output - noise) ** 2)[1, :, :2, :3].mean())
+
+
+def test_learning_falls(tmp_path):
+    """The loop learns: on one picture at fixed noise the loss falls."""
+    with planned(count=1, learning_rate=2e-2, batch_size=1) as (plan, host):
+        before = float(loop.fixed_losses(plan.train, plan.recipe, host).mean())
+        models.train(models.Training(host.denoiser, host, plan), tmp_path, steps=40)
+        after = float(loop.fixed_losses(plan.train, plan.recipe, host).mean())
+    assert after < 0.9 * before

@@ -1,0 +1,88 @@
+"""A run's folder: states there and back, names, and what is refused."""
+
+import pytest
+import torch
+from graft_pack.trainers.run import Run, State, safe_name
+
+from tests.support.diffusers_host import same_state
+
+
+def make_state(step=7):
+    """A state with something in every field."""
+    return State(
+        step=step,
+        batches=2 * step,
+        losses=[0.1, 1 / 3, 1e-30],
+        validation=[(5, 0.25)],
+        trainables={"a.b": torch.randn(3, 2), "c/d": torch.randn(1)},
+        ema={"a.b": torch.randn(3, 2), "c/d": torch.randn(1)},
+        optimiser={0: {"step": torch.tensor(7.0), "exp_avg": torch.randn(3, 2)}, 1: {"d": 0.5, "k": 3}},
+        scaler={"scale": 65536.0, "_growth_tracker": 3},
+    )
+
+
+@pytest.fixture
+def run(tmp_path):
+    return Run(str(tmp_path / "run"), str(tmp_path / "loras"))
+
+
+def test_a_state_comes_back_to_the_bit(run):
+    state = make_state()
+    run.save(state, {"x": torch.zeros(1)}, 2)
+    back = run.load(10)
+    assert same_state(back, state)
+    assert same_state(state, back)
+
+
+def test_the_latest_state_within_the_limit_is_taken(run):
+    for step in (2, 4, 6):
+        run.save(make_state(step), {"x": torch.zeros(1)}, 10)
+    assert [run.load(limit).step for limit in (2, 5, 6, 100)] == [2, 4, 6, 6]
+    assert run.load(1) is None
+
+
+@pytest.mark.parametrize("damage", ["empty", "junk", "half", "other version", "no header"])
+def test_a_damaged_state_counts_as_absent(run, damage):
+    from graft_pack.trainers.formats import files
+
+    for step in (2, 4):
+        run.save(make_state(step), {"x": torch.zeros(1)}, 10)
+    path = run._state_path(4)
+    with open(path, "rb") as file:
+        data = file.read()
+    tensors, metadata = files.read_tensors(path)
+    if damage == "other version":
+        text = metadata["state"].replace('"version": 1', '"version": 99')
+        assert text != metadata["state"]
+        files.write_tensors(path, tensors, {"state": text})
+    elif damage == "no header":
+        files.write_tensors(path, tensors, {})
+    else:
+        with open(path, "wb") as file:
+            file.write({"empty": b"", "junk": b"junk" * 100, "half": data[: len(data) // 2]}[damage])
+    assert run.load(10).step == 2
+
+
+def test_half_a_line_in_the_log_is_dropped(run, tmp_path):
+    (tmp_path / "run").mkdir()
+    for step in (1, 2, 3):
+        run.log({"event": "step", "step": step})
+    with open(tmp_path / "run" / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"event": "st')
+    run.forget_after(2)
+    assert (tmp_path / "run" / "metrics.jsonl").read_text().count("\n") == 2
+
+
+@pytest.mark.parametrize(
+    "text, name",
+    [
+        ("my photos", "my-photos"),
+        ("../../etc", "etc"),
+        ("a/b\\c", "a-b-c"),
+        ("", "run"),
+        ("...", "run"),
+        ("x" * 99, "x" * 60),
+    ],
+)
+def test_any_text_gives_a_folder_name(text, name):
+    assert safe_name(text) == name

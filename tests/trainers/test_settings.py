@@ -1,0 +1,163 @@
+"""Options, defaults, ranges, and which settings make another run."""
+
+from dataclasses import fields, replace
+
+import pytest
+from graft_pack.trainers.errors import SettingsError
+from graft_pack.trainers.families import FAMILIES, family_of, is_attention
+from graft_pack.trainers.settings import UNSET, Options, Recipe, resolve
+
+from tests.support import models
+
+
+def resolved(options=None, **widgets):
+    values = {"steps": 10, "learning_rate": 0.0, "rank": 4, "batch_size": 1, "seed": 0, "resolution": 0, "trigger": ""}
+    return resolve(options or Options(), family_of("SD1"), "LoRA", **{**values, **widgets})
+
+
+@pytest.mark.parametrize("kind", UNSET)
+def test_an_untouched_option_node_changes_nothing(kind):
+    options = Options().adding(kind, UNSET[kind])
+    assert options == {}
+    assert resolved(options) == resolved()
+
+
+# A value for each field that is not its unset one.
+SET = {
+    "run": {
+        "name": "my run",
+        "on_existing": "new",
+        "save_every": 7,
+        "keep_last": 3,
+        "validation_fraction": 0.1,
+        "validate_every": 9,
+        "gradient_check": "on",
+    },
+    "preview": {
+        "prompts": "a\nb",
+        "every": 3,
+        "steps": 4,
+        "cfg": 2.5,
+        "sampler_name": "ddim",
+        "scheduler": "karras",
+        "seed": 5,
+    },
+    "optimizer": {
+        "optimizer": "AdamW",
+        "weight_decay": 0.5,
+        "schedule": "cosine",
+        "warmup_steps": 3,
+        "accumulation": 4,
+        "max_grad_norm": 0.0,
+        "ema_decay": 0.9,
+    },
+    "memory": {"checkpointing": "on", "compute_dtype": "bf16", "micro_batch": 2},
+}
+# What keeps its place in a finished run when it is changed; everything else makes another run.
+FREE = {"run", "preview", "memory"}
+
+
+@pytest.mark.parametrize("kind, name", [(kind, name) for kind in SET for name in SET[kind]])
+def test_every_field_arrives_in_the_recipe(kind, name):
+    recipe = resolved(Options().adding(kind, {name: SET[kind][name]}))
+    if name != "optimizer":
+        assert recipe != resolved()
+    same_run = kind in FREE and name != "validation_fraction"
+    if name != "optimizer":
+        assert (recipe.identity("d", "b") == resolved().identity("d", "b")) == same_run
+
+
+def test_every_option_is_tried_above():
+    assert {kind: set(values) for kind, values in UNSET.items()} == {kind: set(values) for kind, values in SET.items()}
+
+
+def test_the_node_nearest_the_trainer_wins():
+    far = Options().adding("optimizer", {"weight_decay": 0.1, "warmup_steps": 5})
+    near = far.adding("optimizer", {"weight_decay": 0.2, "warmup_steps": -1})
+    recipe = resolved(near)
+    assert (recipe.weight_decay, recipe.warmup_steps) == (0.2, 5)
+    assert far.value("optimizer", "weight_decay", None) == 0.1
+
+
+def test_an_unknown_option_is_refused():
+    with pytest.raises(SettingsError, match="weigth_decay"):
+        Options().adding("optimizer", {"weigth_decay": 1.0})
+
+
+@pytest.mark.parametrize(
+    "widgets",
+    [{"learning_rate": 1e-3}, {"rank": 8}, {"batch_size": 2}, {"seed": 1}, {"resolution": 256}, {"trigger": "sks"}],
+    ids=lambda widgets: next(iter(widgets)),
+)
+def test_widgets_that_decide_the_result_make_another_run(widgets):
+    assert resolved(**widgets).identity("d", "b") != resolved().identity("d", "b")
+
+
+def test_more_steps_are_the_same_run():
+    assert resolved(steps=20).identity("d", "b") == resolved().identity("d", "b")
+
+
+def test_another_dataset_or_base_is_another_run():
+    recipe = resolved()
+    assert len({recipe.identity("d", "b"), recipe.identity("e", "b"), recipe.identity("d", "c")}) == 3
+
+
+def test_the_method_and_the_family_are_part_of_a_run():
+    recipe = resolved()
+    others = [replace(recipe, method="other"), replace(recipe, family="SDXL")]
+    assert len({one.identity("d", "b") for one in [recipe, *others]}) == 3
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [("rank", 0), ("steps", 0), ("batch_size", 0), ("learning_rate", 101.0), ("learning_rate", -1.0)],
+)
+def test_what_is_out_of_range_is_refused_by_name(field, value):
+    with pytest.raises(SettingsError, match=field) as caught:
+        resolved(**{field: value})
+    assert caught.value.input == field
+
+
+@pytest.mark.parametrize("name", ["../up", "a/b", "a\\b", ".hidden", "end.", "nul\0", "x" * 200, "CON:"])
+def test_names_that_are_no_folder_are_refused(name):
+    with pytest.raises(SettingsError, match="name"):
+        resolved(Options().adding("run", {"name": name}))
+
+
+def test_defaults_are_those_of_the_family():
+    assert resolved().learning_rate == family_of("SD1").lora_learning_rate
+    assert resolved().resolution == 512
+    assert resolved().alpha == 4.0
+    assert resolve(Options(), family_of("Flux"), "LoRA", 1, 0.0, 4, 1, 0, 0, "").preview_cfg == 1.0
+
+
+def test_a_recipe_can_be_written_down():
+    import json
+
+    recipe = models.recipe("SD1")
+    text = json.loads(json.dumps(recipe.as_json()))
+    assert set(text) == {field.name for field in fields(Recipe)}
+
+
+@pytest.mark.parametrize(
+    "family, path, attention",
+    [
+        ("SD1", "input_blocks.1.1.transformer_blocks.0.attn1.to_q", True),
+        ("SD1", "input_blocks.1.1.transformer_blocks.0.attn2.to_out.0", True),
+        ("SD1", "input_blocks.1.1.transformer_blocks.0.ff.net.2", False),
+        ("SD1", "input_blocks.1.1.proj_in", False),
+        ("SDXL", "middle_block.1.transformer_blocks.3.attn2.to_v", True),
+        ("Flux", "double_blocks.0.img_attn.qkv", True),
+        ("Flux", "double_blocks.0.txt_attn.proj", True),
+        ("Flux", "double_blocks.0.img_mlp.0", False),
+        ("Flux", "single_blocks.12.linear1", True),
+        ("Flux", "img_in", False),
+        ("general", "anything", True),
+    ],
+)
+def test_which_layers_are_attention(family, path, attention):
+    assert is_attention(path, family_of(family)) == attention
+
+
+def test_every_family_has_a_name_of_its_own():
+    assert all(name == family.name for name, family in FAMILIES.items())
