@@ -27,13 +27,13 @@ NOTE = """\
 
 Set three things, then press **Run**:
 
-1. **Checkpoint** - the SD1.5 file in your `models/checkpoints`.
+1. **Checkpoint** - the SD1.5 file in your models/checkpoints.
    Other models work too; see below.
-2. **Photos** - put 8 to 30 pictures into a folder below ComfyUI's `input`
-   (beside each `name.png` a `name.txt` with its caption, if you like),
+2. **Photos** - put 8 to 30 into a folder below ComfyUI's input folder
+   (beside each name.png a name.txt with its caption, if you like),
    press **R**, and choose the folder.
 3. **Trigger and prompt** - the word that calls up what is learnt
-   (`ohwx dog`), and a prompt that holds it.
+   (*ohwx dog*), and a prompt that holds it.
 
 *Before* and *After* draw the same prompt with the same seed, without and
 with what was learnt. ComfyUI's queue is busy while it trains.
