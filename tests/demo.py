@@ -68,8 +68,13 @@ def prepare(folder, line):
     base = get_tiny_base()
     server = ComfyServer(folder / "comfyui", comfy=comfy)
     link(base, server.path("models", "checkpoints", base.name))
-    shutil.copytree(CONCEPTS / CONCEPT, server.path("input", CONCEPT), dirs_exist_ok=True)
+    copy_pictures(server)
     return server
+
+
+def copy_pictures(server):
+    """The concept's pictures and captions, below the server's input folder."""
+    shutil.copytree(CONCEPTS / CONCEPT, server.path("input", CONCEPT), dirs_exist_ok=True)
 
 
 def run(server, line, overrides=None):
