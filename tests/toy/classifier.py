@@ -73,16 +73,12 @@ def find_shape(cover):
     mask = cover > 0.5
     if mask.sum() < 50:
         return "none", 0.0
-    names, centres, templates = _templates()
-    rows, columns = np.nonzero(mask)
-    shift = np.round(np.array([rows.mean(), columns.mean()])[None] - centres).astype(int)
-    best = {}
-    for name, template, (down, right) in zip(names, templates, shift):
-        moved = np.roll(template, (down, right), axis=(0, 1))
-        overlap = (moved & mask).sum() / (moved | mask).sum()
-        best[name] = max(best.get(name, 0.0), overlap)
-    shape = max(best, key=best.get)
-    return shape, float(best[shape])
+    names, templates = _templates()
+    centred = _centre(mask).ravel().astype(np.float32)
+    common = templates @ centred
+    overlaps = common / (templates.sum(axis=1) + centred.sum() - common)
+    best = int(overlaps.argmax())
+    return names[best], float(overlaps[best])
 
 
 def is_toy(pixels, cover):
@@ -130,15 +126,21 @@ def _erode(mask):
     return inner
 
 
+def _centre(mask):
+    """A mask rolled by whole pixels so that its centroid is in the middle."""
+    rows, columns = np.nonzero(mask)
+    shift = [round(world.SIZE / 2 - axis.mean()) for axis in (rows, columns)]
+    return np.roll(mask, shift, axis=(0, 1))
+
+
 @lru_cache(maxsize=1)
 def _templates():
-    """Names, centroids [n, 2] and masks [n, 64, 64] of every shape at a few sizes and angles."""
-    names, centres, masks = [], [], []
+    """Names [n] and centred masks [n, 4096] of every shape at a few sizes and angles."""
+    names, masks = [], []
     for shape in world.SHAPES:
         for size in (21, 22.5, 24, 25.5, 27):
             for angle in (-10, -5, 0, 5, 10):
-                mask = world.mask(world.Scene(shape, "red", "gray", size=size, angle=angle)) > 0.5
+                scene = world.Scene(shape, "red", "gray", size=size, angle=angle)
                 names.append(shape)
-                centres.append([axis.mean() for axis in np.nonzero(mask)])
-                masks.append(mask)
-    return names, np.array(centres), masks
+                masks.append(_centre(world.mask(scene) > 0.5).ravel())
+    return names, np.array(masks, dtype=np.float32)

@@ -31,5 +31,6 @@ def test_shipped_concepts_are_what_the_script_draws():
 
 def test_every_caption_has_known_tokens():
     scenes = [world.Scene(*combination) for combination in world.known_scenes() + world.held_out_scenes()]
-    for caption in [world.caption(s) for s in scenes] + [c for n in world.CONCEPTS for _, c in world.concept_pictures(n)]:
+    concepts = [caption for name in world.CONCEPTS for _, caption in world.concept_pictures(name)]
+    for caption in [world.caption(s) for s in scenes] + concepts:
         assert len(text.tokenize(caption)) == text.POSITIONS

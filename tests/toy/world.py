@@ -115,7 +115,7 @@ def _polygon(points):
 
     def inside(u, v):
         odd = np.zeros(u.shape, dtype=bool)
-        for (x0, y0), (x1, y1) in zip(points, np.roll(points, -1, axis=0)):
+        for (x0, y0), (x1, y1) in zip(points, np.roll(points, -1, axis=0), strict=True):
             if y0 == y1:
                 continue
             crosses = (y0 > v) != (y1 > v)
