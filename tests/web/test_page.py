@@ -96,11 +96,15 @@ def test_texts_for_translators_arrive(page, schemas):
 def test_examples_open_with_no_missing_node_and_no_error(page, errors, path, new_renderer):
     page.set_setting("Comfy.VueNodes.Enabled", new_renderer)
     try:
-        page.load_file(path)
-        page.fit()
         workflow = read_workflow(path)
-        nodes = {node["id"]: node for node in page.list_nodes()}
-        assert {key: node["type"] for key, node in nodes.items()} == {n["id"]: n["type"] for n in workflow["nodes"]}
+        for loader in find_nodes(workflow, "CheckpointLoaderSimple"):
+            # One that is there: newer frontends mark a node whose model file is missing.
+            loader["widgets_values"] = [TINY["Checkpoint"]["ckpt_name"]]
+        page.load(workflow)
+        page.fit()
+        # Newer frontends keep ids as text.
+        found = {str(node["id"]): node["type"] for node in page.list_nodes()}
+        assert found == {str(node["id"]): node["type"] for node in workflow["nodes"]}
         assert page.js("return app.graph.nodes.filter(node => node.has_errors || !node.constructor.nodeData).map("
                        "node => node.type).filter(type => !type.endsWith('Note'));") == []  # fmt: skip
         assert "missing" not in page.read_text().lower()
