@@ -103,11 +103,31 @@ def _flux():
     return comfy.supported_models.Flux(config)
 
 
+def _sd1_middling():
+    import comfy.supported_models
+
+    config = _unet(
+        model_channels=160,
+        num_res_blocks=[1, 1, 1],
+        channel_mult=[1, 2, 2],
+        context_dim=512,
+        transformer_depth=[1, 1, 1],
+        transformer_depth_output=[1, 1, 1, 1, 1, 1],
+        transformer_depth_middle=1,
+        use_linear_in_transformer=False,
+        adm_in_channels=None,
+    )
+    return comfy.supported_models.SD15(config)
+
+
+# What is small enough for every test.
 FAMILIES = {
     "SD1": Tiny(_sd1, (4, 8, 8), (77, 48)),
     "SDXL": Tiny(_sdxl, (4, 8, 8), (77, 48), 1280),
     "Flux": Tiny(_flux, (16, 8, 8), (7, 48), 32),
 }
+# And what is large enough to be timed: 44.7 M parameters.
+SIZES = {**FAMILIES, "SD1 middling": Tiny(_sd1_middling, (4, 32, 32), (77, 512))}
 
 
 def patcher(name: str, dtype=None, seed: int = 0):
@@ -117,7 +137,7 @@ def patcher(name: str, dtype=None, seed: int = 0):
     import torch
 
     dtype = dtype or torch.float32
-    config = FAMILIES[name].build()
+    config = SIZES[name].build()
     config.set_inference_dtype(dtype, None)
     model = config.get_model({}, "", device="cpu")
     randomise(model.diffusion_model, seed)
@@ -143,7 +163,7 @@ def conditioning(name: str, seed: int = 0):
     import torch
     from graft_pack.trainers.protocols import Conditioning
 
-    tiny = FAMILIES[name]
+    tiny = SIZES[name]
     source = torch.Generator().manual_seed(seed)
     tensors = {"cross_attn": torch.randn(1, *tiny.context, generator=source)}
     if tiny.pooled:
@@ -193,27 +213,38 @@ def recipe(family: str, **fields):
     return replace(made, **fields)
 
 
-def item(name: str, seed: int, dtype=None):
-    """A loop Item with a random latent and a random conditioning, both decided by the seed."""
+def item(name: str, seed: int, dtype=None, side: int = 0):
+    """A loop Item with a random latent and a random conditioning, both decided by the seed; side 0: its own."""
     import torch
     from graft_pack.trainers.loop import Item
 
+    channels, height, width = SIZES[name].latent
+
     def latent():
         source = torch.Generator().manual_seed(seed)
-        return torch.randn(1, *FAMILIES[name].latent, generator=source).to(dtype or torch.float32)
+        shape = (1, channels, side or height, side or width)
+        return torch.randn(shape, generator=source).to(dtype or torch.float32)
 
     return Item(f"picture {seed}", (64, 64), 1, latent, lambda: conditioning(name, seed))
 
 
 @contextmanager
 def in_training(
-    model, name: str, checkpointing: bool = False, spread: float = 0.0, examples: int = 2, report=None, **fields
+    model,
+    name: str,
+    checkpointing: bool = False,
+    spread: float = 0.0,
+    examples: int = 2,
+    side: int = 0,
+    report=None,
+    **fields,
 ):
     """A Training of a MODEL.
 
     Args:
-        name: in FAMILIES.
+        name: in SIZES.
         spread: standard deviation of random trainables; 0 leaves them as they start.
+        side: of the latents, 0 for the family's.
         fields: of the recipe.
     """
     from graft_pack.nodes.host.model import ComfyDenoiser
@@ -234,7 +265,7 @@ def in_training(
         trainables = method.inject(denoiser.module, targets, settings)
         if spread:
             scatter(trainables, spread, settings.seed, dtype)
-        items = [item(name, seed, dtype) for seed in range(examples)]
+        items = [item(name, seed, dtype, side) for seed in range(examples)]
         plan = Plan(settings, items, [], trainables, lambda v: method.export(v, settings, denoiser.adapter_name))
         host = Host(denoiser, None, None, report or (lambda event, payload: None))
         yield Training(denoiser, host, plan)
