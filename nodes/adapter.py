@@ -6,7 +6,7 @@ import os
 
 from comfy_api.latest import io
 
-from ..trainers.formats.adapter import load_adapter, save_adapter
+from ..trainers.formats.adapter import save_adapter
 from .host import paths
 from .schema import CATEGORY, Adapter, named, refusal
 
@@ -83,15 +83,17 @@ class GraftLoadAdapter(io.ComfyNode):
         return refusal(cls, "adapter_name", adapter_name, paths.adapter_path)
 
     @classmethod
-    def fingerprint_inputs(cls, adapter_name) -> str:
-        """Changes with the file."""
+    def fingerprint_inputs(cls, adapter_name) -> str | float:
+        """Changes with the file; a name that comes over a wire is not known yet."""
+        if not isinstance(adapter_name, str):
+            return float("nan")
         status = os.stat(paths.adapter_path(adapter_name))
         return f"{status.st_size}-{status.st_mtime_ns}"
 
     @classmethod
     def execute(cls, adapter_name) -> io.NodeOutput:
         with named(cls):
-            return io.NodeOutput(load_adapter(paths.adapter_path(adapter_name)))
+            return io.NodeOutput(paths.load_named_adapter(adapter_name))
 
 
 class GraftSaveAdapter(io.ComfyNode):

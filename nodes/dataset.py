@@ -61,8 +61,10 @@ class GraftLoadDataset(io.ComfyNode):
         return refusal(cls, "folder", folder, paths.dataset_path)
 
     @classmethod
-    def fingerprint_inputs(cls, folder, trigger, resolution, repeats) -> str:
-        """Changes with any picture or caption in the folder."""
+    def fingerprint_inputs(cls, folder, trigger, resolution, repeats) -> str | float:
+        """Changes with any picture or caption in the folder; a folder that comes over a wire is not known yet."""
+        if not isinstance(folder, str):
+            return float("nan")
         return scan.folder_fingerprint(paths.dataset_path(folder))
 
     @classmethod

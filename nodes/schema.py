@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from comfy_api.latest import io
 
-from ..trainers.errors import GraftError
+from ..trainers.errors import DatasetError, GraftError
 
 CATEGORY = "graft"
 
@@ -36,13 +36,21 @@ def named(node: type[io.ComfyNode]) -> Iterator[None]:
         yield
     except GraftError as error:
         # Asked anew: the class that executes is a locked copy, on which the host's own accessor cannot store it.
-        title = node.define_schema().display_name
+        schema = node.define_schema()
+        title = schema.display_name
         identity = node.hidden.unique_id if node.hidden is not None else None
         where = f"{title} (node {identity})" if identity else title
-        if error.input:
-            where = f"{where}, input '{error.input}'"
-        message = f"{where}: {error.message}"
-        raise type(error)(message, error.cure, error.input) from error
+        given = _input_of(error, [given.id for given in schema.inputs])
+        if given:
+            where = f"{where}, input '{given}'"
+        raise type(error)(f"{where}: {error.message}", error.cure, given) from error
+
+
+def _input_of(error: GraftError, inputs: list[str]) -> str:
+    """The node's own input that an error concerns: trouble with a picture came in as the dataset here."""
+    if error.input in inputs:
+        return error.input
+    return "dataset" if isinstance(error, DatasetError) and "dataset" in inputs else ""
 
 
 def refusal(node: type[io.ComfyNode], name: str, value: object, find: Callable[[str], str]) -> bool | str:

@@ -35,7 +35,9 @@ class OutOfPlace(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         plain = _OUT_OF_PLACE.get(func)
         if plain is not None and torch.is_grad_enabled():
-            return plain(*args, **(kwargs or {}))
+            result = plain(*args, **(kwargs or {}))
+            # In place would have kept the dtype; so must this, or activations grow under half precision.
+            return result if result.dtype == args[0].dtype else result.to(args[0].dtype)
         return func(*args, **(kwargs or {}))
 
 

@@ -91,6 +91,7 @@ def train(plan: Plan, run: Run, host: Host, state: State) -> State:
     factor = lr_factor(recipe.schedule, recipe.warmup_steps, recipe.steps)
     batches = batches_from(state.batches, _buckets(plan), _repeats(plan), recipe.batch_size, recipe.seed)
     saved = state.step
+    moving = False
 
     def keep() -> None:
         nonlocal saved
@@ -111,6 +112,7 @@ def train(plan: Plan, run: Run, host: Host, state: State) -> State:
             loss, names = _gradients(plan, host, window, state.step, scaler)
             norm = _clip(parameters, recipe.max_grad_norm, optimiser, scaler)
             _refuse_if_not_finite(loss, norm, names, state.step, scaler)
+            moving = True
             scaler.step(optimiser)
             scaler.update()
             optimiser.zero_grad(set_to_none=True)
@@ -119,6 +121,7 @@ def train(plan: Plan, run: Run, host: Host, state: State) -> State:
             state.step += 1
             state.batches += len(window)
             state.losses.append(loss)
+            moving = False
             event = {
                 "event": "step",
                 "step": state.step,
@@ -132,7 +135,8 @@ def train(plan: Plan, run: Run, host: Host, state: State) -> State:
             run.log(event)
             # Before the host is told, and may interrupt: what is resumed would not be validated at this step again.
             if plan.validation and _due(state.step, recipe.validate_every, recipe.steps):
-                _validate(plan, run, host, state)
+                with _averaged(average, parameters):
+                    _validate(plan, run, host, state)
             host.report("step", event)
             if _due(state.step, recipe.preview_every, recipe.steps):
                 with _averaged(average, parameters):
@@ -143,7 +147,8 @@ def train(plan: Plan, run: Run, host: Host, state: State) -> State:
             keep()
     except BaseException:
         # The host interrupts by an exception of its own, which on some versions is no Exception.
-        if state.step > saved:
+        # Weights that an interrupted step has half moved belong to no step; the last save stands then.
+        if state.step > saved and not moving:
             _keep_before_leaving(keep)
         raise
     return state

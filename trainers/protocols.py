@@ -103,6 +103,9 @@ class Denoiser(Protocol):
     def geometry(self, resolution: int) -> Geometry:
         """Cut of the pictures for a wished resolution, 0 for the model's own."""
 
+    def check_inputs(self, latent: torch.Tensor, conditioning: dict[str, torch.Tensor]) -> None:
+        """Raises ModelError when a codec's latent or an encoder's output does not fit this model."""
+
     def sigmas(self) -> torch.Tensor:
         """The model's noise levels in rising order, [N] float32."""
 

@@ -74,17 +74,21 @@ class Run:
             label: name when the user gave none.
         """
         base = f"{safe_name(recipe.name or label)}-{identity[:8]}"
-        name = base
-        if recipe.on_existing == "new":
-            number = 2
-            while os.path.exists(os.path.join(runs, name)):
-                name = f"{base}-{number}"
-                number += 1
-        run = cls(os.path.join(runs, name), os.path.join(adapters, name))
-        if recipe.on_existing == "start over":
-            run.clear()
+        run = cls(os.path.join(runs, base), os.path.join(adapters, base))
+        number = 2
+        while recipe.on_existing == "new" and os.path.exists(run.folder):
+            # A new run that was interrupted is the one to go on with, or each attempt would start another.
+            if number > 2 and not run.reached(recipe.steps):
+                break
+            name = f"{base}-{number}"
+            run = cls(os.path.join(runs, name), os.path.join(adapters, name))
+            number += 1
         run.check_identity(identity)
         return run
+
+    def reached(self, steps: int) -> bool:
+        """Whether a state of at least so many steps is kept."""
+        return max(self.states(), default=0) >= steps
 
     def check_identity(self, identity: str) -> None:
         """Raises RunError when the folder belongs to something else (a hash of eight digits may collide)."""
@@ -95,12 +99,24 @@ class Run:
             )
 
     def clear(self) -> None:
-        """Removes what an earlier run of the same identity left."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-        shutil.rmtree(self.adapters, ignore_errors=True)
+        """Removes what an earlier run of the same identity left.
+
+        Raises:
+            RunError: something of it cannot be removed, and would be taken for the new run's.
+        """
+        for folder in (self.folder, self.adapters):
+            try:
+                if os.path.isdir(folder):
+                    shutil.rmtree(folder)
+            except OSError as error:
+                raise RunError(
+                    f"The folder '{folder}' cannot be removed ({error}).", "Close what holds it open, or remove it."
+                ) from error
 
     def write_recipe(self, recipe: Recipe, identity: str, facts: dict) -> None:
         """Keeps what the run is made with."""
+        for folder in (self.folder, self.adapters):
+            files.sweep(folder)
         value = {"identity": identity, "recipe": recipe.as_json(), **facts}
         files.write_json(os.path.join(self.folder, "recipe.json"), value)
 
@@ -174,11 +190,15 @@ def _numbers(folder: str, pattern: re.Pattern) -> list[int]:
 
 
 def _prune(folder: str, pattern: re.Pattern, keep: int, written: int) -> None:
-    """Leaves `keep` files: the one just written and the last others, which in a run cut shorter are beyond it."""
+    """Leaves the last `keep` files up to the one just written; those of a longer run lie beyond it and stay."""
     stem = pattern.pattern.split("-")[0]
-    others = [number for number in _numbers(folder, pattern) if number != written]
-    for number in others[: max(0, len(others) - keep + 1)]:
-        os.remove(os.path.join(folder, f"{stem}-{number:08d}.safetensors"))
+    older = [number for number in _numbers(folder, pattern) if number <= written]
+    for number in older[:-keep]:
+        path = os.path.join(folder, f"{stem}-{number:08d}.safetensors")
+        try:
+            os.remove(path)
+        except OSError as error:
+            log.warning("Graft: the old file %s cannot be removed: %s", path, error)
 
 
 def _step_of(line: str) -> int:

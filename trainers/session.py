@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from .data.buckets import Crop, choose_crop
 from .data.cache import Cache, LatentCache, TextCache
+from .data.memory import Keep
 from .data.scan import check_captions
 from .errors import ModelError, SettingsError
 from .families import family_of
@@ -75,7 +76,9 @@ def train_adapter(recipe: Recipe, dataset: Dataset, host: Host, folders: Folders
     method = METHODS[recipe.method]
     identity = recipe.identity(dataset.fingerprint(), _base(host))
     run = Run.open(folders.runs, folders.adapters, recipe, identity, dataset.name)
-    state = run.load(recipe.steps) or State()
+    state = State()
+    if recipe.on_existing != "start over":
+        state = run.load(recipe.steps) or state
     export = _exporter(method, recipe, host, dataset)
     host.report("run", {"name": run.name, "folder": run.folder, "step": state.step, "steps": recipe.steps})
     if state.step == recipe.steps:
@@ -99,6 +102,9 @@ def _train(recipe, dataset, host, folders, method, identity, run, state, export)
         blocks = _checkpoint(denoiser.module, recipe)
         trainables = method.inject(denoiser.module, targets, recipe)
         facts = {"layers": len(targets), "checkpointed_blocks": blocks, "images": len(items)}
+        if recipe.on_existing == "start over":
+            # Only now, when all that could be refused has been: what is there is lost with this.
+            run.clear()
         run.write_recipe(recipe, identity, facts)
         run.forget_after(state.step)
         plan = Plan(recipe, training, validation, trainables, lambda values: export(values, state.step))
@@ -136,31 +142,48 @@ def prepare_items(dataset: Dataset, recipe: Recipe, host: Host, cache_folder: st
     keys = latents.fill(zip(dataset.examples, crops, strict=True), tick)
     texts = TextCache(Cache(os.path.join(cache_folder, "text")), host.text)
     texts.fill((dataset.caption(example) for example in dataset.examples), tick)
+    host.denoiser.check_inputs(latents.get(keys[0]), texts.get(dataset.caption(dataset.examples[0])))
+    keep = Keep()
     rows = zip(dataset.examples, crops, keys, strict=True)
-    return [_item(dataset, example, crop, key, latents, texts, host) for example, crop, key in rows]
+    return [_item(dataset, example, crop, key, latents, texts, host, keep) for example, crop, key in rows]
 
 
 def _item(
-    dataset: Dataset, example: Example, crop: Crop, key: str, latents: LatentCache, texts: TextCache, host: Host
+    dataset: Dataset,
+    example: Example,
+    crop: Crop,
+    key: str,
+    latents: LatentCache,
+    texts: TextCache,
+    host: Host,
+    keep: Keep,
 ) -> Item:
     from .loop import Item
 
     caption = dataset.caption(example)
 
     def latent() -> torch.Tensor:
-        return host.denoiser.scale_latents(latents.get(key))
+        found = keep.get(f"latent {key}", lambda: {"": latents.get(key)})
+        return host.denoiser.scale_latents(found[""])
 
     def conditioning() -> Conditioning:
-        return Conditioning(texts.get(caption), example.size, crop.offset, crop.bucket)
+        tensors = keep.get(f"text {caption}", lambda: texts.get(caption))
+        return Conditioning(tensors, example.size, crop.offset, crop.bucket)
 
-    weight = None
-    if example.mask is not None:
-        weight = lambda: mask_weights(example, crop, latent())  # noqa: E731
-    return Item(example.source.name, crop.bucket, example.repeats, latent, conditioning, weight)
+    def weight() -> torch.Tensor:
+        found = keep.get(f"mask {key} {example.mask.name}", lambda: {"": mask_weights(example, crop, latent())})
+        return found[""]
+
+    weights = weight if example.mask is not None else None
+    return Item(example.source.name, crop.bucket, example.repeats, latent, conditioning, weights)
 
 
 def mask_weights(example: Example, crop: Crop, latent: torch.Tensor) -> torch.Tensor:
-    """Loss weights of an example's mask, cut like its picture: [1, 1, ...] over the latent's positions, 0..1."""
+    """Loss weights of an example's mask, cut like its picture: [1, 1, ...] over the latent's positions, 0..1.
+
+    Args:
+        latent: [1, C, ..., h, w] of the example, for its shape.
+    """
     import numpy as np
     import torch
 
@@ -184,7 +207,7 @@ def split(items: list[Item], dataset: Dataset, recipe: Recipe) -> tuple[list[Ite
     if count >= len(items):
         raise SettingsError(
             f"validation_fraction {recipe.validation_fraction} leaves none of {len(items)} pictures to train on.",
-            "Lower it, or add pictures.",
+            "Lower it in Graft Run Options, or add pictures.",
             "validation_fraction",
         )
 

@@ -56,13 +56,14 @@ class Options(dict):
         """These options with a node's set fields on top: the node nearest the trainer wins.
 
         Raises:
-            SettingsError: a field the kind does not have.
+            SettingsError: a field the kind does not have, or a value out of range.
         """
         merged = Options(self)
         for name, value in values.items():
             if name not in UNSET[kind]:
                 raise SettingsError(f"There is no {kind} option '{name}'.", f"Known are {', '.join(UNSET[kind])}.")
             if value != UNSET[kind][name]:
+                _check_option(kind, name, value)
                 merged[(kind, name)] = value
         return merged
 
@@ -200,6 +201,30 @@ def _lines(text: str) -> tuple[str, ...]:
     return tuple(line.strip() for line in text.splitlines() if line.strip())
 
 
+# By the recipe's names; the numbers a run can be made with.
+_RANGES = {
+    "steps": (1, 10_000_000),
+    "rank": (1, 4096),
+    "batch_size": (1, 4096),
+    "accumulation": (1, 4096),
+    "learning_rate": (1e-12, 100.0),
+    "weight_decay": (0.0, 10.0),
+    "warmup_steps": (0, 10_000_000),
+    "max_grad_norm": (0.0, 1e6),
+    "ema_decay": (0.0, 0.99999),
+    "validation_fraction": (0.0, 0.9),
+    "save_every": (1, 10_000_000),
+    "keep_last": (1, 10_000),
+    "validate_every": (1, 10_000_000),
+    "preview_every": (1, 10_000_000),
+    "preview_steps": (1, 1000),
+    "preview_cfg": (0.0, 1000.0),
+    "preview_seed": (0, 2**64 - 1),
+    "resolution": (8, 16384),
+    "micro_batch": (0, 4096),
+}
+
+
 def _check(recipe: Recipe) -> None:
     from .methods import METHODS
     from .optimisers import OPTIMISERS, SCHEDULES
@@ -209,30 +234,25 @@ def _check(recipe: Recipe) -> None:
             raise SettingsError(
                 f"Unknown {field} '{getattr(recipe, field)}'.", f"Choose one of {', '.join(known)}.", field
             )
-    ranges = {
-        "steps": (1, 10_000_000),
-        "rank": (1, 4096),
-        "batch_size": (1, 4096),
-        "accumulation": (1, 4096),
-        "learning_rate": (1e-12, 100.0),
-        "weight_decay": (0.0, 10.0),
-        "warmup_steps": (0, 10_000_000),
-        "max_grad_norm": (0.0, 1e6),
-        "ema_decay": (0.0, 0.99999),
-        "validation_fraction": (0.0, 0.9),
-        "save_every": (1, 10_000_000),
-        "keep_last": (1, 10_000),
-        "validate_every": (1, 10_000_000),
-        "preview_every": (1, 10_000_000),
-        "preview_steps": (1, 1000),
-        "resolution": (8, 16384),
-        "micro_batch": (0, 4096),
-    }
-    for field, (low, high) in ranges.items():
-        value = getattr(recipe, field)
-        if not low <= value <= high:
-            raise SettingsError(f"{field} is {value}.", f"It must lie between {low} and {high}.", field)
+    for field in _RANGES:
+        # The resolution is a widget of the dataset's node, which this one knows by the wire it came over.
+        _check_range(field, getattr(recipe, field), "dataset" if field == "resolution" else field)
     _check_name(recipe.name)
+
+
+def _check_range(field: str, value: Any, input: str) -> None:
+    low, high = _RANGES[field]
+    if not low <= value <= high:
+        raise SettingsError(f"{field} is {value}.", f"It must lie between {low} and {high}.", input)
+
+
+def _check_option(kind: str, name: str, value: Any) -> None:
+    """Refuses a set field at the node it was set on."""
+    field = f"preview_{name}" if kind == "preview" else name
+    if field in _RANGES:
+        _check_range(field, value, name)
+    if (kind, name) == ("run", "name"):
+        _check_name(value.strip())
 
 
 def _check_name(name: str) -> None:

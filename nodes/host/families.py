@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ...trainers.families import family_of
+from ...trainers.protocols import Geometry
+
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
 
@@ -46,6 +49,16 @@ def parameterisation_name(model: ModelPatcher) -> str:
         if any(name in vars(kind) for name in _OBJECTIVE):
             return _PARAMETERISATIONS.get(kind.__name__, kind.__name__)
     return type(sampling).__name__
+
+
+def geometry(model: ModelPatcher, factor: int, resolution: int) -> Geometry:
+    """How pictures are cut for a model.
+
+    Args:
+        factor: pixels a side for one latent position.
+        resolution: wished, 0 for the model's own.
+    """
+    return Geometry(resolution or family_of(family_name(model)).resolution, factor * latent_step(model))
 
 
 def latent_step(model: ModelPatcher) -> int:

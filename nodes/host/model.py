@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import comfy.ldm.modules.attention
+import comfy.model_base
 import comfy.model_management
 import comfy.patcher_extension
 import comfy.utils
@@ -41,7 +43,7 @@ class ComfyDenoiser:
     """
 
     def __init__(self, model: ModelPatcher, clip: CLIP, vae: VAE):
-        self._model = model.clone(disable_dynamic=True) if _is_dynamic(model) else model.clone()
+        self._model = model.clone()
         self._fingerprint = patcher_digest(model)
         self._clip = clip
         self._vae = vae
@@ -60,7 +62,31 @@ class ComfyDenoiser:
     def geometry(self, resolution: int) -> Geometry:
         """Buckets in multiples that VAE and network both divide."""
         factor = int(self._vae.spacial_compression_encode())
-        return Geometry(resolution or family_of(self.family).resolution, factor * families.latent_step(self._model))
+        return families.geometry(self._model, factor, resolution)
+
+    def check_inputs(self, latent: torch.Tensor, conditioning: dict[str, torch.Tensor]) -> None:
+        """Names a VAE or text encoder of another family, before it fails somewhere inside the network.
+
+        Raises:
+            ModelError: the latent's channels, or the width of the text, are not this model's.
+        """
+        name = type(self._model.model).__name__
+        wanted = self._model.get_model_object("latent_format").latent_channels
+        if latent.shape[1] != wanted:
+            raise ModelError(
+                f"The VAE makes latents of {latent.shape[1]} channels; the model ({name}) takes {wanted}.",
+                "Connect the VAE that belongs to the model.",
+                "vae",
+            )
+        config = self._model.model.model_config.unet_config
+        width = config.get("context_dim") or config.get("context_in_dim")
+        context = conditioning.get("cross_attn")
+        if isinstance(width, int) and context is not None and context.shape[-1] != width:
+            raise ModelError(
+                f"The text encoder gives {context.shape[-1]} numbers a token; the model ({name}) takes {width}.",
+                "Connect the text encoder that belongs to the model.",
+                "clip",
+            )
 
     def sigmas(self) -> torch.Tensor:
         """The noise levels of the model's own sampling object, ModelSampling nodes included."""
@@ -68,7 +94,9 @@ class ComfyDenoiser:
 
     def scale_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """By the model's own latent format."""
-        return self._model.model.process_latent_in(latents)
+        # Within training by the base as it was loaded: the host may unload the shared one meanwhile, and with it
+        # what an upstream node put in place of the latent format.
+        return (self._base or self._model.model).process_latent_in(latents)
 
     def add_noise(self, x0: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         """By the model's own sampling object."""
@@ -101,6 +129,7 @@ class ComfyDenoiser:
             "target_height": target_height,
             "guidance": 1.0,
             "noise": x_t,
+            "latent_image": torch.zeros_like(x_t),
             "device": self.device,
             "prompt_type": "positive",
         }
@@ -151,8 +180,11 @@ class ComfyDenoiser:
             compute_dtype: "auto" for the dtype the model computes in, or "fp32", "bf16", "fp16".
         """
         with torch.inference_mode(False), torch.enable_grad():
+            self._model = _classic(self._model)
+            self._sampling = self._model.get_model_object("model_sampling")
             comfy.model_management.load_models_gpu([self._model], memory_required=1e20, force_full_load=True)
             base = self._model.model
+            _check_trainable(base, self.device)
             own_weights(base.diffusion_model)
             self.compute_dtype = _DTYPES.get(compute_dtype) or _inference_dtype(base)
             self.module = private_tree(base.diffusion_model)
@@ -180,11 +212,12 @@ class ComfyDenoiser:
     def adapter_name(self, path: str) -> str:
         """kohya's name of a module: diffusers' module names where the family's files carry those."""
         if family_of(self.family).diffusers_names:
-            name = self._diffusers_names().get(f"{path}.weight")
+            name = self._diffusers_names.get(f"{path}.weight")
             if name is not None:
                 return "lora_unet_" + name[: -len(".weight")].replace(".", "_")
         return "lora_unet_" + path.replace(".", "_")
 
+    @functools.cached_property
     def _diffusers_names(self) -> dict[str, str]:
         names = comfy.utils.unet_to_diffusers(self._model.model.model_config.unet_config)
         return {ours: theirs for theirs, ours in names.items()}
@@ -198,8 +231,42 @@ class ComfyDenoiser:
         return self._fingerprint
 
 
-def _is_dynamic(model: ModelPatcher) -> bool:
-    return hasattr(model, "is_dynamic") and model.is_dynamic()
+def _classic(model: ModelPatcher) -> ModelPatcher:
+    """The model with its weights in place; newer hosts keep them elsewhere until a layer is run.
+
+    Raises:
+        ModelError: the node that loaded it gave the host no way to do so.
+    """
+    if not (hasattr(model, "is_dynamic") and model.is_dynamic()):
+        return model
+    try:
+        return model.clone(disable_dynamic=True)
+    except RuntimeError as error:
+        raise ModelError(
+            f"The model's weights cannot be put in place for training ({error}).",
+            "Load it with one of ComfyUI's own loaders, or start ComfyUI with --disable-dynamic-vram.",
+            "model",
+        ) from error
+
+
+def _check_trainable(base, device: torch.device) -> None:
+    """Refuses what would train wrongly or fail halfway.
+
+    Raises:
+        ModelError: weights that stay off the device, or a model that does more around its network than is known.
+    """
+    if type(base)._apply_model is not comfy.model_base.BaseModel._apply_model:
+        raise ModelError(
+            f"A {type(base).__name__} does more around its network than training reproduces.",
+            "It cannot be trained yet. Please report the model's name.",
+            "model",
+        )
+    if any(parameter.device.type != device.type for parameter in base.diffusion_model.parameters()):
+        raise ModelError(
+            f"The host keeps a part of the model off {device}.",
+            "Start ComfyUI without --novram and --lowvram, or train a smaller model.",
+            "model",
+        )
 
 
 def _inference_dtype(base) -> torch.dtype:
@@ -243,7 +310,8 @@ def _cast(value, device, dtype):
     if isinstance(value, list):
         return [_cast(part, device, dtype) for part in value]
     if torch.is_tensor(value):
-        return value.to(device, dtype) if value.is_floating_point() else value.to(device)
+        # As the host does: whole numbers keep their dtype, all else takes the activations'.
+        return value.to(device) if value.dtype in (torch.int, torch.long) else value.to(device, dtype)
     return value
 
 

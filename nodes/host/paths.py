@@ -7,7 +7,8 @@ import os
 import folder_paths
 
 from ...trainers.data.pixels import is_picture
-from ...trainers.errors import DatasetError, ModelError, SettingsError
+from ...trainers.errors import DatasetError, ModelError, RunError, SettingsError
+from ...trainers.formats.adapter import Adapter, load_adapter
 from ...trainers.session import Folders
 
 _EMBEDDINGS = "embeddings"
@@ -71,7 +72,8 @@ def dataset_path(choice: str) -> str:
     if not allowed:
         raise DatasetError(
             f"The folder '{choice}' lies outside the folders that datasets may come from.",
-            "Put it below ComfyUI's input folder, or add its parent as 'datasets' in extra_model_paths.yaml.",
+            "Put it below ComfyUI's input folder (a link that leads elsewhere does not count), or add its parent as "
+            "'datasets' in extra_model_paths.yaml.",
             "folder",
         )
     raise DatasetError(
@@ -118,6 +120,18 @@ def adapter_path(name: str) -> str:
             "adapter_name",
         )
     return path
+
+
+def load_named_adapter(name: str) -> Adapter:
+    """The adapter of a LoRA file in the host's list.
+
+    Raises:
+        ModelError: there is none of that name, or it cannot be read.
+    """
+    try:
+        return load_adapter(adapter_path(name))
+    except RunError as error:
+        raise ModelError(error.message, error.cure, "adapter_name") from error
 
 
 def new_adapter_path(prefix: str) -> str:

@@ -117,12 +117,11 @@ def _check_sockets(model, clip, vae) -> None:
 
 def geometry(dataset: Dataset, model: ModelPatcher | None, vae: VAE | None) -> Geometry:
     """How a dataset's pictures will be cut for a model; without one, as for SD1."""
-    family = family_of(families.family_name(model) if model is not None else "SD1")
-    step = families.latent_step(model) if model is not None else 8
     factor = int(vae.spacial_compression_encode()) if vae is not None else 8
-    resolution = dataset.resolution or family.resolution
-    step = step * factor if model is not None else min(64, max(8, resolution // 8))
-    return Geometry(resolution, step)
+    if model is not None:
+        return families.geometry(model, factor, dataset.resolution)
+    resolution = dataset.resolution or family_of("SD1").resolution
+    return Geometry(resolution, min(64, max(8, resolution // 8)))
 
 
 def token_counter(clip: CLIP | None) -> Callable[[str], int] | None:

@@ -82,7 +82,8 @@ def _own_bucket(size: tuple[int, int], geometry: Geometry) -> tuple[int, int]:
     """Largest bucket within the picture and within the area, in the picture's own shape."""
     step = geometry.step
     shrink = min(1.0, geometry.resolution / (size[0] * size[1]) ** 0.5)
-    return tuple(max(step, int(side * shrink) // step * step) for side in size)
+    longest = max(step, geometry.resolution * 2 // step * step)
+    return tuple(min(longest, max(step, int(side * shrink) // step * step)) for side in size)
 
 
 def _log(value: float) -> float:

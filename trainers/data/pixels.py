@@ -46,11 +46,8 @@ class ArraySource(Source):
         Image.fromarray(array).save(buffer, format="PNG", compress_level=1)
         self._png = buffer.getvalue()
         self.name = name
-
-    @property
-    def digest(self) -> str:
-        """Hash of the pixels as held."""
-        return hashlib.sha256(self._png).hexdigest()
+        # Of the pixels, not of the compressed bytes: those change with the library that compresses.
+        self.digest = hashlib.sha256(f"{array.shape}".encode() + array.tobytes()).hexdigest()
 
     def open(self) -> Image.Image:
         """The picture in RGB."""
@@ -120,7 +117,8 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
     from PIL import Image
 
     values = np.asarray(image).astype(np.float64)
-    top = 65535.0 if values.max() > 255 else 255.0
+    # By mode, since a dark picture's values say nothing of its range; float pictures come in 0..1 or 0..255.
+    top = 65535.0 if image.mode.startswith("I") else (1.0 if values.max() <= 1.0 else 255.0)
     return Image.fromarray(np.clip(values / top * 255.0 + 0.5, 0, 255).astype(np.uint8))
 
 

@@ -135,7 +135,7 @@ def folder_fingerprint(folder: str) -> str:
 def _file_digest(path: str) -> bytes:
     try:
         with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").digest()
+            return hashlib.sha256(file.read()).digest()
     except OSError:
         return b"unreadable"
 

@@ -84,7 +84,7 @@ def report(dataset: Dataset, geometry: Geometry, count_tokens: Callable[[str], i
         f"Resolution {geometry.resolution}, buckets in steps of {geometry.step} pixels.",
     ]
     for bucket, number in sorted(Counter(crop.bucket for crop in crops).items()):
-        lines.append(f"  bucket {bucket[0]}x{bucket[1]}: {number}")
+        lines.append(f"bucket {bucket[0]}x{bucket[1]}: {number}")
     lines.append(f"Trigger: {dataset.trigger or 'none'}")
     lines += _named("without a caption file or text", [e for e in examples if not e.caption])
     lines += _named(
@@ -102,7 +102,8 @@ def report(dataset: Dataset, geometry: Geometry, count_tokens: Callable[[str], i
         "cropped by more than a fifth", [e for e, crop in zip(examples, crops, strict=True) if crop.kept < 0.8]
     )
     lines += _token_lines(dataset, count_tokens)
-    return "\n".join(lines)
+    # As a list, since a node that shows text may take it for Markdown and join the lines.
+    return "\n".join(f"- {line}" for line in lines)
 
 
 def _token_lines(dataset: Dataset, count_tokens: Callable[[str], int] | None) -> list[str]:

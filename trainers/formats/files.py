@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import stat
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -60,11 +61,19 @@ def _sync_folder(folder: str) -> None:
 
 def write_tensors(path: str, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
     """Writes a safetensors file atomically; tensors may be on any device and in any layout."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     ready = {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
-        save_file(ready, temporary, metadata=metadata)
+        # The library writes for the owner alone; a LoRA is for whoever may read any other new file there.
+        with open(temporary, "wb") as file:
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+        try:
+            save_file(ready, temporary, metadata=metadata)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+        os.chmod(temporary, mode)
 
 
 def read_tensors(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -78,7 +87,8 @@ def read_tensors(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            # Copied: what is mapped keeps the file from being replaced or removed on Windows.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a dict
     except (OSError, SafetensorError) as error:
         raise RunError(
             f"The file '{path}' cannot be read as safetensors ({error}).",
@@ -126,3 +136,12 @@ def read_json(path: str):
             return json.load(file)
     except (OSError, ValueError) as error:
         raise RunError(f"The file '{path}' cannot be read as JSON ({error}).", "Remove or restore it.") from error
+
+
+def sweep(folder: str) -> None:
+    """Removes what a killed process left half-written in a folder."""
+    if not os.path.isdir(folder):
+        return
+    for name in os.listdir(folder):
+        if name.startswith(".") and (name.endswith(".tmp") or name.startswith(".tmp")):
+            os.remove(os.path.join(folder, name))

@@ -6,10 +6,10 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from ..data.order import stream_seed
 from ..errors import ModelError
 from ..families import is_attention
 from ..formats.kohya import lora_to_kohya
+from ..objective.noise import generator
 from .base import Method
 
 if TYPE_CHECKING:
@@ -21,6 +21,14 @@ if TYPE_CHECKING:
 
 _A = ".lora_A.default.weight"
 _B = ".lora_B.default.weight"
+
+
+def _draw(shape: torch.Size, seed: int, name: str) -> torch.Tensor:
+    """A's start values as peft and kohya draw them: uniform within 1 / sqrt(inputs), [r, inputs, ...] float32."""
+    import torch
+
+    bound = (shape.numel() / shape[0]) ** -0.5
+    return (torch.rand(shape, generator=generator("lora", seed, name)) * 2 - 1) * bound
 
 
 class LoRA(Method):
@@ -57,12 +65,13 @@ class LoRA(Method):
         exactly = "|".join(re.escape(path) for path in targets)
         config = LoraConfig(r=recipe.rank, lora_alpha=recipe.alpha, target_modules=f"(?:{exactly})")
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(stream_seed("lora", recipe.seed))
             inject_adapter_in_model(config, module)
         trainables = {}
         for name, parameter in module.named_parameters():
             if name.endswith((_A, _B)):
-                parameter.data = parameter.data.float()
+                # peft makes them in the base's dtype, which may be eight bits: drawn anew, in full.
+                start = _draw(parameter.shape, recipe.seed, name) if name.endswith(_A) else torch.zeros(parameter.shape)
+                parameter.data = start.to(parameter.device)
                 parameter.requires_grad_(True)
                 trainables[name] = parameter
         return dict(sorted(trainables.items()))
