@@ -239,3 +239,37 @@ def test_the_fingerprint_does_not_depend_on_what_is_loaded():
     models.denoised(base, x, 1.0, one)
     after = patcher_digest(base), patcher_digest(patched)
     assert before == loaded == after
+
+
+def test_the_fingerprint_sees_through_a_clone_that_is_loaded():
+    """A sampling node swaps an object on the model that all clones share, as long as its clone is loaded."""
+    from graft_pack.nodes.host.digest import patcher_digest
+
+    base = base_of("SD1")
+    v = through("ModelSamplingDiscrete", {"sampling": "v_prediction", "zsnr": False}, base)
+    before = patcher_digest(base), patcher_digest(v)
+    models.denoised(v, torch.randn(1, *models.FAMILIES["SD1"].latent), 1.0, models.conditioning("SD1"))
+    assert (patcher_digest(base), patcher_digest(v)) == before
+    assert before[0] != before[1]
+
+
+def scaling(factor):
+    """A patch as nodes make them: a function that keeps its widgets' values."""
+    return lambda h, options: h * factor
+
+
+@pytest.mark.parametrize("where", ["transformer patch", "wrapper", "weight wrapper"])
+def test_the_fingerprint_tells_what_a_patch_was_made_with(where):
+    from graft_pack.nodes.host.digest import patcher_digest
+
+    digests = []
+    for factor in (1.1, 1.5, 1.1):
+        clone = base_of("SD1").clone()
+        if where == "transformer patch":
+            clone.set_model_input_block_patch(scaling(factor))
+        elif where == "wrapper":
+            clone.add_wrapper("diffusion_model", scaling(factor))
+        else:
+            clone.add_weight_wrapper("diffusion_model.out.2.weight", scaling(factor))
+        digests.append(patcher_digest(clone))
+    assert digests[0] == digests[2] != digests[1]

@@ -203,3 +203,43 @@ def test_the_global_random_state_is_not_touched(tmp_path):
     before = torch.random.get_rng_state()
     run_session(tmp_path, **FULL)
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("where", ["optimiser", "average"])
+def test_a_step_that_fails_halfway_is_not_kept(where, straight, tmp_path, monkeypatch):
+    """The weights have moved, the step is not done: nothing of it may be saved under the step before."""
+    from diffusers.training_utils import EMAModel
+
+    owner = torch.optim.AdamW if where == "optimiser" else EMAModel
+    real = owner.step
+    calls = []
+
+    def failing(self, *args, **kwargs):
+        real(self, *args, **kwargs)
+        calls.append(1)
+        if len(calls) == 4:
+            raise torch.OutOfMemoryError("injected")
+
+    monkeypatch.setattr(owner, "step", failing)
+    with pytest.raises(torch.OutOfMemoryError):
+        run_session(tmp_path, **FULL)
+    monkeypatch.undo()
+    resumed = run_session(tmp_path, **FULL)
+    assert resumed.resumed_from == 2
+    assert same_tensors(resumed.adapter, straight[1].adapter)
+    assert resumed.losses == straight[1].losses
+
+
+def test_a_shorter_run_keeps_the_longer_ones_files(tmp_path):
+    run_session(tmp_path, steps=4)
+    run_session(tmp_path, steps=2, keep_last=1)
+    assert run_session(tmp_path, steps=4).resumed_from == 4
+
+
+def test_a_new_run_that_was_stopped_is_the_one_to_go_on_with(tmp_path):
+    run_session(tmp_path, steps=2)
+    with pytest.raises(Cancelled):
+        run_session(tmp_path, Stopper(4), steps=6, on_existing="new")
+    again = run_session(tmp_path, steps=6, on_existing="new")
+    assert again.run.name.endswith("-2")
+    assert run_session(tmp_path, steps=6, on_existing="new").run.name.endswith("-3")

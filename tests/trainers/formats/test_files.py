@@ -109,3 +109,35 @@ def test_the_hash_follows_names_shapes_and_values():
         {"a": torch.zeros(2, 3).half()},
     ]
     assert len({tensors_hash(one) for one in [tensors, *others]}) == 5
+
+
+def test_a_full_disk_is_named_and_leaves_what_was_there(tmp_path, monkeypatch):
+    """The library reports it by an exception of its own."""
+    import safetensors.torch
+    from safetensors import SafetensorError
+
+    path = tmp_path / "a.safetensors"
+    files.write_tensors(str(path), {"x": torch.zeros(2)}, {})
+    before = path.read_bytes()
+
+    def full(*args, **kwargs):
+        raise SafetensorError("No space left on device (os error 28)")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(RunError, match="a.safetensors.*No space.*Free space"):
+        files.write_tensors(str(path), {"x": torch.ones(2)}, {})
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["a.safetensors"]
+
+
+def test_a_file_may_be_read_by_whoever_may_read_its_folder(tmp_path):
+    files.write_tensors(str(tmp_path / "a.safetensors"), {"x": torch.zeros(2)}, {})
+    (tmp_path / "other").write_text("")
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    for name in (".state.safetensors.1234.tmp", ".tmpAbCdEf", "state.safetensors"):
+        (tmp_path / name).write_text("")
+    files.sweep(str(tmp_path))
+    assert os.listdir(tmp_path) == ["state.safetensors"]
