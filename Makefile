@@ -44,7 +44,9 @@ lint: $(STAMP)  ## check the style
 	$(BIN)/ruff format --check .
 
 chromium:  # for the browser tests; they say so themselves where it cannot be installed
-	@if ! command -v chromium >/dev/null && command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
+	@if command -v chromium >/dev/null && command -v chromedriver >/dev/null; then \
+		: ; \
+	elif command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
 		apt-get update -q && apt-get install -y -q --no-install-recommends chromium chromium-driver \
 			|| echo "chromium could not be installed"; \
 	fi
