@@ -49,7 +49,10 @@ def relative(path):
 def test_arrows_point_one_way(path):
     name = relative(path)
     for level, module in imports_of(path):
-        if level == 0 and not name.startswith("nodes/host/"):
+        if name.startswith("nodes/host/"):
+            assert level != 2, f"{name} imports from nodes: {module}"
+            continue
+        if level == 0:
             assert top_of(module) not in HOST_MODULES, f"{name} imports {module}"
         if name.startswith("trainers/"):
             assert level == 0 or not _leaves(path, level, "trainers"), f"{name} imports {module}"
@@ -72,6 +75,7 @@ def test_nothing_that_runs_or_reaches_out_is_used(path):
             assert node.func.id not in FORBIDDEN_CALLS, f"{node.func.id} in {relative(path)}"
         assert not (isinstance(node, ast.Call) and getattr(node.func, "attr", "") in {"cuda"}), relative(path)
         assert not _calls_torch_load(node), relative(path)
+        assert not (isinstance(node, ast.Constant) and node.value in {"cuda", "mps", "xpu"}), relative(path)
 
 
 def _calls_torch_load(node):
@@ -110,7 +114,10 @@ def contract(info):
     for group in ("required", "optional"):
         for name in info["input_order"].get(group, []):
             kind, *rest = info["input"][group][name]
-            rows[name] = [group, kind if isinstance(kind, str) else "COMBO", _choices(name, kind, rest)]
+            limits = {key: (rest[0] if rest else {}).get(key) for key in ("default", "min", "max")}
+            if name in {"folder", "adapter_name"}:
+                limits = {}
+            rows[name] = [group, kind if isinstance(kind, str) else "COMBO", _choices(name, kind, rest), limits]
     return {"inputs": rows, "order": list(rows), "outputs": info["output"], "names": info["output_name"]}
 
 
@@ -137,12 +144,22 @@ def test_the_contract_is_frozen(server):
         assert now["order"][: len(node["order"])] == node["order"]
         assert now["outputs"][: len(node["outputs"])] == node["outputs"]
         assert now["names"][: len(node["names"])] == node["names"]
-        for field, (group, kind, choices) in node["inputs"].items():
+        for field, (group, kind, choices, limits) in node["inputs"].items():
             assert now["inputs"][field][:2] == [group, kind]
+            _assert_no_tighter(now["inputs"][field][3], limits)
             if choices:
                 assert now["inputs"][field][2][: len(choices)] == choices
         added = now["order"][len(node["order"]) :]
         assert all(now["inputs"][field][0] == "optional" for field in added)
+
+
+def _assert_no_tighter(now, frozen):
+    """What a saved workflow holds stays valid, and an untouched field keeps its meaning."""
+    assert now.get("default") == frozen.get("default")
+    if frozen.get("min") is not None:
+        assert now["min"] <= frozen["min"]
+    if frozen.get("max") is not None:
+        assert now["max"] >= frozen["max"]
 
 
 def test_every_input_and_node_is_explained(server):

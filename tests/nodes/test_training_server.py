@@ -42,6 +42,15 @@ def steps_logged(run):
     return [line["step"] for line in lines if line["event"] == "step"]
 
 
+def started_at(server, prompt):
+    """Runs a prompt; the step its training went on from."""
+    with server.listen() as events:
+        queued = server.queue(prompt, client_id=events.client_id)
+        step = events.wait_for("graft.progress", timeout=120, event="run").data["step"]
+        server.wait(queued)
+    return step
+
+
 def same(a, b):
     """Whether two adapters are the same bits."""
     return a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
@@ -107,7 +116,7 @@ def test_previews_and_memory_do_not_restart(server, tiny_base, dataset):
 
 def test_more_steps_extend_to_the_same_bits(server, tiny_base, dataset):
     server.run(graphs.training(dataset.name, 3))
-    server.run(graphs.training(dataset.name, 6))
+    assert started_at(server, graphs.training(dataset.name, 6)) == 3
     (run,) = runs_of(server, dataset)
     assert steps_logged(run) == [1, 2, 3, 4, 5, 6]
     extended = adapter_of(server, run, 6)
@@ -142,8 +151,10 @@ def test_cancel_keeps_what_was_reached_and_goes_on(server, tiny_base, dataset, s
     base[str(103)]["inputs"]["seed"] = 2
     server.run(base)
     base[str(103)]["inputs"]["seed"] = 1
-    assert _pixels(server.download(server.run(base), picture)) == _pixels(before)
-    server.run(graphs.training(dataset.name, reached + 3))
+    again = server.run(base)
+    assert "1" in dict(again["status"]["messages"])["execution_cached"]["nodes"]
+    assert _pixels(server.download(again, picture)) == _pixels(before)
+    assert started_at(server, graphs.training(dataset.name, reached + 3)) == reached
     assert steps_logged(run) == list(range(1, reached + 4))
     resumed = adapter_of(server, run, reached + 3)
     fresh_options = option_nodes(server, "GraftRunOptions", on_existing="new")
@@ -290,7 +301,7 @@ def test_killed_and_restarted_goes_on_to_the_same_bits(make_server, tiny_base):
             events.wait_for("graft.progress", timeout=120, event="saved", step=4)
             server.kill()
         server.start()
-        server.run(graphs.training("toy", 12, option_nodes=chain))
+        assert started_at(server, graphs.training("toy", 12, option_nodes=chain)) >= 4
         (run,) = runs_of(server, folder)
         assert steps_logged(run) == list(range(1, 13))
         resumed = adapter_of(server, run, 12)
