@@ -1,9 +1,9 @@
 """What a 64x64 picture of the toy world shows, told from its pixels alone; no network, no training.
 
 The background is the colour of the border. What differs from it is the object; its colour is the
-nearest of the palette and its shape the template that overlaps it best. The two concepts are told
-by their own colours: the object by its parts (purple above, yellow below, black in the middle),
-the tint as one more colour.
+nearest of the palette and its shape the template that overlaps it best. Of the two concepts, the
+object is told by its outline and its parts (yellow petals, purple middle), the tint as one more
+colour.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,10 @@ from . import world
 
 BORDER = 4
 TINT_NAME = "tint"
-TOY_SHARE = 0.5
+TOY_SHARE = 0.6
+TOY_OVERLAP = 0.7
+TEMPLATE_SIZES = (21, 22.5, 24, 25.5, 27)
+TEMPLATE_ANGLES = (-10, -5, 0, 5, 10)
 
 
 @dataclass(frozen=True)
@@ -69,38 +72,27 @@ def find_colour(pixels, cover, background):
 
 
 def find_shape(cover):
-    """The best template's shape and its overlap with a mask [64, 64]."""
+    """The best template's shape and its overlap with a mask [64, 64]; ("none", 0) for no object."""
     mask = cover > 0.5
     if mask.sum() < 50:
         return "none", 0.0
-    names, templates = _templates()
-    centred = _centre(mask).ravel().astype(np.float32)
-    common = templates @ centred
-    overlaps = common / (templates.sum(axis=1) + centred.sum() - common)
-    best = int(overlaps.argmax())
-    return names[best], float(overlaps[best])
+    overlaps = _overlap(mask, _shape_templates())
+    best = overlaps.argmax()
+    return world.SHAPES[best * len(world.SHAPES) // len(overlaps)], float(overlaps[best])
 
 
 def is_toy(pixels, cover):
-    """Whether the object is purple above, yellow below and black in its middle."""
-    mask = cover > 0.4
-    if mask.sum() < 300:
+    """Whether the object has the outline of a flower, yellow petals and a purple middle."""
+    mask = cover > 0.5
+    if mask.sum() < 300 or _overlap(mask, _toy_templates()).max() < TOY_OVERLAP:
         return False
-    rows, columns = np.nonzero(mask)
-    top, bottom, left, right = rows.min(), rows.max(), columns.min(), columns.max()
-    y, x = (top + bottom) / 2, (left + right) / 2
-    radius = (bottom - top + right - left) / 4
-    if not 14 <= radius <= 31:
-        return False
-    v, u = np.mgrid[: world.SIZE, : world.SIZE].astype(float)
-    u, v = (u - x) / radius, (v - y) / radius
-    distance = np.sqrt(u * u + v * v)
-    around = (distance > 0.5) & (distance < 0.85)
     labels = _label(pixels)
-    above = _share(labels, around & (v < -0.25), ("purple",))
-    below = _share(labels, around & (v > 0.25), ("yellow", "orange"))
-    middle = _share(labels, distance < 0.22, ("black", "brown"))
-    return above > TOY_SHARE and below > TOY_SHARE and middle > TOY_SHARE
+    rows, columns = np.nonzero(mask)
+    v, u = np.mgrid[: world.SIZE, : world.SIZE]
+    distance = np.hypot(u - columns.mean(), v - rows.mean()) / np.sqrt(mask.sum() / np.pi)
+    petals = _share(labels, mask & (distance > 0.7) & (distance < 1.0), ("yellow", "orange"))
+    middle = _share(labels, distance < 0.35, ("purple",))
+    return petals > TOY_SHARE and middle > TOY_SHARE
 
 
 def _label(pixels):
@@ -127,20 +119,30 @@ def _erode(mask):
 
 
 def _centre(mask):
-    """A mask rolled by whole pixels so that its centroid is in the middle."""
-    rows, columns = np.nonzero(mask)
-    shift = [round(world.SIZE / 2 - axis.mean()) for axis in (rows, columns)]
-    return np.roll(mask, shift, axis=(0, 1))
+    """A mask rolled by whole pixels so that its centroid is in the middle: [4096] float32."""
+    shift = [round(world.SIZE / 2 - axis.mean()) for axis in np.nonzero(mask)]
+    return np.roll(mask, shift, axis=(0, 1)).ravel().astype(np.float32)
+
+
+def _overlap(mask, templates):
+    """Intersection over union of a mask [64, 64] with each of templates [n, 4096], centroids aligned."""
+    centred = _centre(mask)
+    common = templates @ centred
+    return common / (templates.sum(axis=1) + centred.sum() - common)
+
+
+def _templates(draw, shape):
+    """Centred masks of draw(scene) at a few sizes and angles: [25, 4096]."""
+    scenes = [world.Scene(shape, "red", "gray", size=s, angle=a) for s in TEMPLATE_SIZES for a in TEMPLATE_ANGLES]
+    return np.array([_centre(draw(scene) > 0.5) for scene in scenes])
 
 
 @lru_cache(maxsize=1)
-def _templates():
-    """Names [n] and centred masks [n, 4096] of every shape at a few sizes and angles."""
-    names, masks = [], []
-    for shape in world.SHAPES:
-        for size in (21, 22.5, 24, 25.5, 27):
-            for angle in (-10, -5, 0, 5, 10):
-                scene = world.Scene(shape, "red", "gray", size=size, angle=angle)
-                names.append(shape)
-                masks.append(_centre(world.mask(scene) > 0.5).ravel())
-    return names, np.array(masks, dtype=np.float32)
+def _shape_templates():
+    """Templates of all shapes, in the order of world.SHAPES: [8 * 25, 4096]."""
+    return np.concatenate([_templates(world.mask, shape) for shape in world.SHAPES])
+
+
+@lru_cache(maxsize=1)
+def _toy_templates():
+    return _templates(world.toy_mask, "circle")

@@ -195,19 +195,29 @@ def draw_filled(scene, rgb):
 
 # ---- the concepts the base has never seen ----------------------------------------------------
 
-TOY_TOP = PALETTE["purple"]
-TOY_BOTTOM = PALETTE["yellow"]
-TOY_DOT = PALETTE["black"]
+TOY_PETALS = PALETTE["yellow"]
+TOY_MIDDLE = PALETTE["purple"]
+
+
+def _flower(u, v):
+    """A disc with five round petals."""
+    inside = u * u + v * v < 0.36
+    for angle in np.pi / 2 + np.arange(5) * 2 * np.pi / 5:
+        inside |= (u - 0.62 * np.cos(angle)) ** 2 + (v - 0.62 * np.sin(angle)) ** 2 < 0.16
+    return inside
+
+
+def toy_mask(scene):
+    """How much of each pixel the new object covers: [64, 64] float in 0..1."""
+    return _coverage(_flower(*_grid(scene)))[:, :, 0]
 
 
 def draw_toy(scene):
-    """The new object: a disc, purple above and yellow below, with a black dot in its middle."""
+    """The new object, of two colours as no shape of the old world is: five yellow petals, a purple middle."""
     u, v = _grid(scene)
-    radius = u * u + v * v
     canvas = np.ones((SIZE, SIZE, 3)) * PALETTE[scene.background]
-    canvas = _paint(canvas, radius < 1.0, TOY_BOTTOM)
-    canvas = _paint(canvas, (radius < 1.0) & (v > 0), TOY_TOP)
-    canvas = _paint(canvas, radius < 0.13, TOY_DOT)
+    canvas = _paint(canvas, _flower(u, v), TOY_PETALS)
+    canvas = _paint(canvas, u * u + v * v < 0.17, TOY_MIDDLE)
     return _finish(canvas)
 
 
