@@ -8,14 +8,13 @@ The shipped thin weights are zero-padded into the full layout (UNet of width 320
 
 import argparse
 import hashlib
-import json
 import logging
 import os
-import struct
 import tempfile
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from . import text, thin
@@ -57,14 +56,12 @@ def compute_fingerprint(weights=WEIGHTS):
 
 
 def read_marker(path):
-    """The fingerprint in a checkpoint's header, or None for no file or another one."""
+    """The fingerprint in a checkpoint's header, or None for no file, a broken one or another one."""
     try:
-        with open(path, "rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
-    except (OSError, ValueError, struct.error):
+        with safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get(MARKER)
+    except (OSError, SafetensorError):
         return None
-    return header.get("__metadata__", {}).get(MARKER)
 
 
 def build_state(weights=WEIGHTS):

@@ -1,7 +1,7 @@
 """The real host, in process: ComfyUI's own loader, text encoder, sampler and VAE, on the CPU.
 
-COMFYUI_PATH names the folder of an unmodified ComfyUI. Importing this module starts nothing;
-`load` puts the folder at the end of sys.path, so that its `nodes.py` never shadows ours.
+COMFYUI_PATH names the folder of an unmodified ComfyUI. Importing this module changes nothing;
+`use_comfyui` puts the folder at the end of sys.path.
 """
 
 import os
@@ -16,8 +16,8 @@ def use_comfyui(folder=None):
     folder = folder or os.environ.get("COMFYUI_PATH")
     if not folder or not os.path.isdir(os.path.join(folder, "comfy")):
         raise FileNotFoundError(f"no ComfyUI in {folder!r}: set COMFYUI_PATH to the folder that holds main.py")
-    if folder not in sys.path:
-        sys.path.append(folder)
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
     from comfy.cli_args import args
 
     args.cpu = True
