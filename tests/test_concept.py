@@ -13,7 +13,7 @@ from tests.support import graphs
 from tests.toy import classifier, world
 
 # Settings that reach the bars on the tiny base; `make demo` uses the same.
-STEPS = 350
+STEPS = 300
 WIDGETS = {"learning_rate": 1e-3, "rank": 8, "batch_size": 4, "seed": 0}
 TOY_SAMPLES = 16
 OLD_SAMPLES = 32

@@ -47,7 +47,7 @@ the width and height of *Size and number* to 1024.
 TINY = {
     "Checkpoint": {"ckpt_name": "graft_tiny.safetensors"},
     "Photos": {"folder": "toy", "trigger": "", "resolution": 64},
-    "Train": {"steps": 350, "learning_rate": 2e-3, "rank": 8, "batch_size": 4},
+    "Train": {"steps": 300, "learning_rate": 1e-3, "rank": 8, "batch_size": 4},
     "Prompt": {"value": "a large sks toy on a green background"},
     "Negative prompt": {"value": ""},
     "Size and number": {"width": 64, "height": 64},
