@@ -23,6 +23,29 @@ _A = ".lora_A.default.weight"
 _B = ".lora_B.default.weight"
 
 
+def _lean(layer: nn.Module) -> None:
+    """Gives a peft LoRA layer a forward of its own over the same parameters: one product less and no pass to scale.
+
+    peft scales and adds the adapter's output in passes of their own over the whole activation, forward and
+    backward; here the scale goes on the narrow middle and the sum into the product. On the private tree only.
+    """
+    base = layer.base_layer
+    down = layer.lora_A["default"]
+    up = layer.lora_B["default"]
+    scale = layer.scaling["default"]
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        out = base(x)
+        middle = down(x.to(down.weight.dtype))
+        if scale != 1.0:
+            middle = middle * scale
+        if middle.dtype != out.dtype:
+            return out + up(middle).to(out.dtype)
+        return out.flatten(0, -2).addmm(middle.flatten(0, -2), up.weight.t()).view_as(out)
+
+    layer.forward = forward
+
+
 def _draw(shape: torch.Size, seed: int, name: str) -> torch.Tensor:
     """A's start values as peft and kohya draw them: uniform within 1 / sqrt(inputs), [r, inputs, ...] float32."""
     import torch
@@ -66,6 +89,8 @@ class LoRA(Method):
         config = LoraConfig(r=recipe.rank, lora_alpha=recipe.alpha, target_modules=f"(?:{exactly})")
         with torch.random.fork_rng(devices=[]):
             inject_adapter_in_model(config, module)
+        for path in targets:
+            _lean(module.get_submodule(path))
         trainables = {}
         for name, parameter in module.named_parameters():
             if name.endswith((_A, _B)):

@@ -14,7 +14,13 @@ if TYPE_CHECKING:
 def _adamw(parameters: list[torch.nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
     import torch
 
-    return torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    values = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
+    try:
+        # One kernel for all parameters instead of a dozen each.
+        return torch.optim.AdamW(parameters, **values, fused=True)
+    except RuntimeError:
+        # Not on every device, nor in every version of torch.
+        return torch.optim.AdamW(parameters, **values)
 
 
 OPTIMISERS: dict[str, Callable] = {"AdamW": _adamw}
