@@ -7,6 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -110,14 +111,15 @@ def train(plan: Plan, run: Run, host: Host, state: State) -> State:
                 group["lr"] = rate
             window = [next(batches) for _ in range(recipe.accumulation)]
             loss, names = _gradients(plan, host, window, state.step, scaler)
-            norm = _clip(parameters, recipe.max_grad_norm, optimiser, scaler)
-            _refuse_if_not_finite(loss, norm, names, state.step, scaler)
-            moving = True
-            scaler.step(optimiser)
-            scaler.update()
-            optimiser.zero_grad(set_to_none=True)
-            if average is not None:
-                average.step(parameters)
+            with _small_work(host.denoiser.device):
+                norm = _clip(parameters, recipe.max_grad_norm, optimiser, scaler)
+                _refuse_if_not_finite(loss, norm, names, state.step, scaler)
+                moving = True
+                scaler.step(optimiser)
+                scaler.update()
+                optimiser.zero_grad(set_to_none=True)
+                if average is not None:
+                    average.step(parameters)
             state.step += 1
             state.batches += len(window)
             state.losses.append(loss)
@@ -256,6 +258,20 @@ def _preview(plan: Plan, run: Run, host: Host, state: State) -> None:
 def _usual_bucket(plan: Plan) -> tuple[int, int]:
     buckets = [item.bucket for item in plan.train]
     return max(sorted(set(buckets)), key=buckets.count)
+
+
+@contextmanager
+def _small_work(device: torch.device) -> Iterator[None]:
+    """One thread on a CPU: an adapter's hundreds of small tensors are done before a second one has woken up."""
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _clip(parameters: list, limit: float, optimiser, scaler) -> float:
