@@ -6,7 +6,7 @@ from comfy_api.latest import io, ui
 
 from ..trainers.data import examples, scan
 from .host import paths
-from .schema import CATEGORY, Dataset, named, refusal
+from .schema import CATEGORY, Dataset, advanced, named, refusal
 
 _CATEGORY = f"{CATEGORY}/dataset"
 
@@ -27,6 +27,134 @@ def _trigger() -> io.String.Input:
         "trigger",
         default="",
         tooltip="The word that will call up what is learnt. Put in front of every caption that does not hold it.",
+    )
+
+
+def _varying() -> list:
+    """How pictures and captions are varied: the same inputs on every node that makes a dataset, in `_handling`'s order.
+
+    All are optional and vary nothing until they are set.
+    """
+    return [
+        io.Boolean.Input(
+            "shuffle_tags",
+            default=False,
+            optional=True,
+            tooltip="Puts the comma-separated parts of a caption into another order at each showing.",
+        ),
+        io.Int.Input(
+            "keep_tokens",
+            default=0,
+            min=0,
+            max=1000,
+            optional=True,
+            tooltip="So many parts at the beginning of a caption are neither moved nor dropped, besides the trigger.",
+        ),
+        io.Float.Input(
+            "tag_dropout",
+            default=0.0,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            optional=True,
+            tooltip="Chance of each comma-separated part to be left out at a showing. Typical: 0.1.",
+        ),
+        io.Float.Input(
+            "caption_dropout",
+            default=0.0,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            optional=True,
+            tooltip="Chance of a showing without any caption, trigger included. Typical: 0.05 to 0.1.",
+        ),
+        advanced(
+            io.Boolean.Input(
+                "wildcards",
+                default=False,
+                optional=True,
+                tooltip="{a|b} in a caption becomes a or b. Off: braces are text.",
+            )
+        ),
+        advanced(
+            io.Boolean.Input(
+                "lines_are_variants",
+                default=False,
+                optional=True,
+                tooltip="Each line of a caption is a caption of its own, shown in turn. Off: the whole is one caption.",
+            )
+        ),
+        advanced(
+            io.Int.Input(
+                "caption_variants",
+                default=0,
+                min=0,
+                max=10000,
+                optional=True,
+                tooltip="How many versions of a varying caption are encoded. 0: 4 to 64, the fewer the more pictures.",
+            )
+        ),
+        io.Boolean.Input(
+            "flip",
+            default=False,
+            optional=True,
+            tooltip="Mirrors half of the showings. Not for faces, text, or anything that has a left and a right.",
+        ),
+        advanced(
+            io.Boolean.Input(
+                "upscale",
+                default=False,
+                optional=True,
+                tooltip="Enlarges small pictures to the resolution. Off: they are trained at their own size.",
+            )
+        ),
+        advanced(
+            io.String.Input(
+                "more_resolutions",
+                default="",
+                optional=True,
+                tooltip="Further resolutions, such as 512, 768: each picture is trained at each that it reaches.",
+            )
+        ),
+        advanced(
+            io.Float.Input(
+                "mask_minimum",
+                default=0.0,
+                min=0.0,
+                max=1.0,
+                step=0.01,
+                optional=True,
+                tooltip="Least weight in the loss where a mask is black. Typical: 0 to 0.1.",
+            )
+        ),
+    ]
+
+
+def _handling(
+    shuffle_tags=False,
+    keep_tokens=0,
+    tag_dropout=0.0,
+    caption_dropout=0.0,
+    wildcards=False,
+    lines_are_variants=False,
+    caption_variants=0,
+    flip=False,
+    upscale=False,
+    more_resolutions="",
+    mask_minimum=0.0,
+) -> examples.Handling:
+    """`lines_are_variants` is settled when captions are read; it is taken so that both can be given the same inputs."""
+    return examples.Handling(
+        shuffle_tags=shuffle_tags,
+        keep_tokens=keep_tokens,
+        tag_dropout=tag_dropout,
+        caption_dropout=caption_dropout,
+        wildcards=wildcards,
+        caption_variants=caption_variants,
+        flip=flip,
+        upscale=upscale,
+        resolutions=examples.read_resolutions(more_resolutions),
+        mask_minimum=mask_minimum,
     )
 
 
@@ -51,26 +179,75 @@ class GraftLoadDataset(io.ComfyNode):
                 _trigger(),
                 _resolution(),
                 io.Int.Input("repeats", default=1, min=1, max=10000, tooltip="How often an epoch shows each picture."),
+                *_varying(),
+                io.Combo.Input(
+                    "masks",
+                    options=list(scan.MASKS),
+                    default=scan.MASKS[0],
+                    optional=True,
+                    tooltip="auto: name-masklabel.png or masks/name.png where there is one; alpha: else transparency; "
+                    "off: none.",
+                ),
+                advanced(
+                    io.String.Input(
+                        "mask_folder",
+                        default="",
+                        optional=True,
+                        tooltip="A folder of masks by their pictures' names, chosen as 'folder' is. Empty: 'masks' inside.",
+                    )
+                ),
+                advanced(
+                    io.String.Input(
+                        "validation_folder",
+                        default="",
+                        optional=True,
+                        tooltip="A folder inside whose pictures are not trained on but measure how well it goes.",
+                    )
+                ),
             ],
             outputs=[Dataset.Output("dataset", display_name="dataset")],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def validate_inputs(cls, folder) -> bool | str:
-        return refusal(cls, "folder", folder, paths.dataset_path)
+    def validate_inputs(cls, folder, mask_folder="") -> bool | str:
+        found = refusal(cls, "folder", folder, paths.dataset_path)
+        if found is not True or not mask_folder:
+            return found
+        return refusal(cls, "mask_folder", mask_folder, paths.dataset_path)
 
     @classmethod
-    def fingerprint_inputs(cls, folder, trigger, resolution, repeats) -> str | float:
-        """Changes with any picture or caption in the folder; a folder that comes over a wire is not known yet."""
-        if not isinstance(folder, str):
+    def fingerprint_inputs(cls, folder, mask_folder="", **others) -> str | float:
+        """Changes with any file in the folder; a folder that comes over a wire is not known yet."""
+        if not isinstance(folder, str) or not isinstance(mask_folder, str):
             return float("nan")
-        return scan.folder_fingerprint(paths.dataset_path(folder))
+        masks = paths.dataset_path(mask_folder) if mask_folder.strip() else ""
+        return scan.folder_fingerprint(paths.dataset_path(folder), masks)
 
     @classmethod
-    def execute(cls, folder, trigger, resolution, repeats) -> io.NodeOutput:
+    def execute(
+        cls, folder, trigger, resolution, repeats, masks="auto", mask_folder="", validation_folder="", **varying
+    ) -> io.NodeOutput:
+        from .host.progress import counter
+
         with named(cls):
-            return io.NodeOutput(scan.scan_folder(paths.dataset_path(folder), trigger, resolution, repeats))
+            reading = scan.Reading(
+                varying.get("lines_are_variants", False),
+                masks,
+                paths.dataset_path(mask_folder, "mask_folder") if mask_folder.strip() else "",
+                validation_folder,
+            )
+            dataset = scan.scan_folder(
+                paths.dataset_path(folder),
+                trigger,
+                resolution,
+                repeats,
+                _handling(**varying),
+                reading,
+                paths.index_folder(),
+                counter(cls.hidden.unique_id),
+            )
+            return io.NodeOutput(dataset)
 
 
 class GraftDatasetFromImages(io.ComfyNode):
@@ -95,17 +272,22 @@ class GraftDatasetFromImages(io.ComfyNode):
                 _trigger(),
                 _resolution(),
                 io.Mask.Input("masks", optional=True, tooltip="Where it counts: white is learnt, black is not."),
+                *_varying(),
             ],
             outputs=[Dataset.Output("dataset", display_name="dataset")],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def execute(cls, images, captions, trigger, resolution, masks=None) -> io.NodeOutput:
+    def execute(cls, images, captions, trigger, resolution, masks=None, **varying) -> io.NodeOutput:
         with named(cls):
             pictures = [_eight_bits(picture) for batch in images for picture in batch]
             weights = [_eight_bits(mask) for batch in masks or [] for mask in _batch(batch)]
-            return io.NodeOutput(scan.from_arrays(pictures, captions, trigger[0], resolution[0], weights))
+            ways = {name: values[0] for name, values in varying.items()}
+            lines = ways.get("lines_are_variants", False)
+            return io.NodeOutput(
+                scan.from_arrays(pictures, captions, trigger[0], resolution[0], weights, _handling(**ways), lines)
+            )
 
 
 def _eight_bits(values):

@@ -35,23 +35,35 @@ _VALIDATION_LEVELS = 4
 
 
 @dataclass(frozen=True)
+class Shown:
+    """One showing of an example.
+
+    Attributes:
+        latent: scaled, [1, C, ...].
+        conditioning: what it is conditioned on.
+        weight: None, or the loss weights [1, 1, ...] of the latent's positions.
+    """
+
+    latent: torch.Tensor
+    conditioning: Conditioning
+    weight: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Item:
     """One example, ready: everything but its latent and text, which are fetched when needed.
 
     Attributes:
         name: for errors.
         bucket: (width, height) in pixels; items of one bucket can be batched.
-        latent: gives the scaled latent [1, C, ...].
-        conditioning: gives what it is conditioned on.
-        weight: None, or gives the loss weights [1, 1, ...] in latent positions.
+        repeats: how often an epoch shows it.
+        show: gives a showing by its turn, how often the run showed the item before; by None the one that never varies.
     """
 
     name: str
     bucket: tuple[int, int]
     repeats: int
-    latent: Callable[[], torch.Tensor]
-    conditioning: Callable[[], Conditioning]
-    weight: Callable[[], torch.Tensor] | None = None
+    show: Callable[[int | None], Shown]
 
 
 @dataclass(frozen=True)
@@ -162,28 +174,31 @@ def _gradients(plan: Plan, host: Host, window: list, step: int, scaler) -> tuple
     summed = 0.0
     names = []
     for number, (_, batch) in enumerate(window):
-        items = [plan.train[index] for index in batch]
-        names.extend(item.name for item in items)
-        for part in _parts(items, plan.recipe, step, number, host):
+        names.extend(plan.train[index].name for index, _ in batch)
+        for part in _parts(_shown(plan, batch), plan.recipe, step, number, host):
             losses = _losses(host, *part)
             scaler.scale(losses.sum() / total).backward()
             summed += float(losses.detach().sum())
     return summed / total, names
 
 
-def _parts(items: list[Item], recipe: Recipe, step: int, number: int, host: Host) -> Iterator[tuple]:
+def _shown(plan: Plan, batch: list[tuple[int, int]]) -> list[Shown]:
+    return [plan.train[index].show(turn) for index, turn in batch]
+
+
+def _parts(shown: list[Shown], recipe: Recipe, step: int, number: int, host: Host) -> Iterator[tuple]:
     """Splits a batch into micro-batches; noise and levels are drawn for the whole batch, whatever the split."""
-    latents = torch.cat([item.latent() for item in items])
+    latents = torch.cat([one.latent for one in shown])
     source = generator("step", recipe.seed, step, number)
-    sigma = draw_sigmas(host.denoiser.sigmas(), len(items), source)
+    sigma = draw_sigmas(host.denoiser.sigmas(), len(shown), source)
     noise = draw_noise(tuple(latents.shape), source)
-    size = recipe.micro_batch or len(items)
-    for start in range(0, len(items), size):
+    size = recipe.micro_batch or len(shown)
+    for start in range(0, len(shown), size):
         stop = start + size
-        yield items[start:stop], latents[start:stop], noise[start:stop], sigma[start:stop]
+        yield shown[start:stop], latents[start:stop], noise[start:stop], sigma[start:stop]
 
 
-def _losses(host: Host, items: list[Item], x0: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+def _losses(host: Host, shown: list[Shown], x0: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     """The native loss of each example, [B] float32, with its graph."""
     denoiser = host.denoiser
     x0 = x0.to(denoiser.device)
@@ -192,25 +207,23 @@ def _losses(host: Host, items: list[Item], x0: torch.Tensor, noise: torch.Tensor
     x_t = denoiser.add_noise(x0, noise, sigma)
     kind = parameterisation(denoiser.parameterisation, denoiser.sigma_data, denoiser.noise_scale)
     target = kind.target(x0, noise, sigma.view(-1, *[1] * (x0.ndim - 1)))
-    conditioning = [item.conditioning() for item in items]
     with OutOfPlace():
-        prediction = denoiser.predict(x_t, sigma, conditioning)
-    return example_losses(prediction, target, _weights(items, x0))
+        prediction = denoiser.predict(x_t, sigma, [one.conditioning for one in shown])
+    return example_losses(prediction, target, _weights(shown, x0))
 
 
-def _weights(items: list[Item], x0: torch.Tensor) -> torch.Tensor | None:
-    if all(item.weight is None for item in items):
+def _weights(shown: list[Shown], x0: torch.Tensor) -> torch.Tensor | None:
+    if all(one.weight is None for one in shown):
         return None
     ones = torch.ones_like(x0[:1, :1])
-    return torch.cat([ones if item.weight is None else item.weight().to(ones) for item in items])
+    return torch.cat([ones if one.weight is None else one.weight.to(ones) for one in shown])
 
 
 def batch_loss(plan: Plan, host: Host) -> torch.Tensor:
     """The mean loss of the run's first batch, with its graph; the same at every call."""
     recipe = plan.recipe
     _, batch = next(batches_from(0, _buckets(plan), _repeats(plan), recipe.batch_size, recipe.seed))
-    items = [plan.train[index] for index in batch]
-    parts = [_losses(host, *part) for part in _parts(items, recipe, 0, 0, host)]
+    parts = [_losses(host, *part) for part in _parts(_shown(plan, batch), recipe, 0, 0, host)]
     return torch.cat(parts).mean()
 
 
@@ -219,11 +232,12 @@ def fixed_losses(items: Sequence[Item], recipe: Recipe, host: Host) -> torch.Ten
     rows = []
     with torch.no_grad():
         for index, item in enumerate(items):
-            latent = item.latent()
+            shown = item.show(None)
+            latent = shown.latent
             sigma = spread_sigmas(host.denoiser.sigmas(), _VALIDATION_LEVELS)
             noise = draw_noise((_VALIDATION_LEVELS, *latent.shape[1:]), generator("validation", recipe.seed, index))
             x0 = latent.expand(_VALIDATION_LEVELS, *latent.shape[1:])
-            rows.append(_losses(host, [item] * _VALIDATION_LEVELS, x0, noise, sigma).cpu())
+            rows.append(_losses(host, [shown] * _VALIDATION_LEVELS, x0, noise, sigma).cpu())
     return torch.stack(rows)
 
 

@@ -82,11 +82,14 @@ class TextEncoder(Protocol):
 class ImageCodec(Protocol):
     """Turns pictures into latents."""
 
-    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """[B, H, W, 3] float in 0..1 -> unscaled latents [B, C, (T,) h, w], float32 on the CPU."""
+    def encode(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[B, H, W, 3] float in 0..1 -> mean and log-variance of the unscaled latents' posterior.
+
+        Each [B, C, (T,) h, w], float32 on the CPU; the log-variance is None where the codec has no posterior.
+        """
 
     def fingerprint(self) -> str:
-        """Hash that changes with the weights."""
+        """Hash that changes with the weights and their dtype."""
 
 
 class Denoiser(Protocol):

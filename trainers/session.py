@@ -4,28 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .data.buckets import Crop, choose_crop
-from .data.cache import Cache, LatentCache, TextCache
-from .data.memory import Keep
 from .data.scan import check_captions
-from .errors import ModelError, SettingsError
+from .errors import ModelError
 from .families import family_of
 from .formats.adapter import Adapter
 from .formats.metadata import describe_training
 from .methods import METHODS
-from .protocols import Conditioning
+from .prepare import Prepared, prepare
 from .run import Run, State
 
 if TYPE_CHECKING:
     import torch
 
-    from .data.examples import Dataset, Example
-    from .loop import Item
-    from .protocols import Geometry, Host
+    from .data.examples import Dataset, LeftOut
+    from .protocols import Host
     from .settings import Recipe
 
 log = logging.getLogger(__name__)
@@ -39,11 +34,13 @@ class Folders:
         runs: one folder each run.
         cache: latents and conditionings, shared by all runs.
         adapters: where the host's loaders look for adapters.
+        cache_limit: bytes; past this the caches of earlier runs make room.
     """
 
     runs: str
     cache: str
     adapters: str
+    cache_limit: int = 50 * 1024**3
 
 
 @dataclass(frozen=True)
@@ -55,12 +52,14 @@ class Result:
         losses: of each step.
         run: its folder.
         resumed_from: step it went on from; equal to the recipe's steps when it was already finished.
+        left_out: files of the dataset that were not trained on.
     """
 
     adapter: Adapter
     losses: list[float]
     run: Run
     resumed_from: int
+    left_out: tuple[LeftOut, ...] = ()
 
 
 def train_adapter(recipe: Recipe, dataset: Dataset, host: Host, folders: Folders) -> Result:
@@ -95,128 +94,36 @@ def _train(recipe, dataset, host, folders, method, identity, run, state, export)
 
     denoiser = host.denoiser
     resumed_from = state.step
-    items = prepare_items(dataset, recipe, host, folders.cache)
-    training, validation = split(items, dataset, recipe)
+    prepared = prepare(dataset, recipe, host, folders.cache, folders.cache_limit)
     with denoiser.training(recipe.compute_dtype):
         targets = method.targets(denoiser.module, family_of(denoiser.family))
         blocks = _checkpoint(denoiser.module, recipe)
         trainables = method.inject(denoiser.module, targets, recipe)
-        facts = {"layers": len(targets), "checkpointed_blocks": blocks, "images": len(items)}
+        facts = {"layers": len(targets), "checkpointed_blocks": blocks, **_counts(prepared), **prepared.facts}
         if recipe.on_existing == "start over":
             # Only now, when all that could be refused has been: what is there is lost with this.
             run.clear()
         run.write_recipe(recipe, identity, facts)
         run.forget_after(state.step)
-        plan = Plan(recipe, training, validation, trainables, lambda values: export(values, state.step))
+        plan = Plan(
+            recipe, prepared.training, prepared.validation, trainables, lambda values: export(values, state.step)
+        )
         if state.step == 0:
             _check_gradient(plan, host)
         _check_names(plan, host)
         state = train(plan, run, host, state)
     adapter = export(state.ema or state.trainables, state.step)
-    return Result(adapter, state.losses, run, resumed_from)
+    return Result(adapter, state.losses, run, resumed_from, prepared.left_out)
+
+
+def _counts(prepared: Prepared) -> dict[str, int]:
+    training, validation = ({item.name for item in items} for items in (prepared.training, prepared.validation))
+    return {"images": len(training | validation), "validation_images": len(validation)}
 
 
 def _base(host: Host) -> str:
     parts = [host.denoiser.fingerprint(), host.text.fingerprint(), host.codec.fingerprint()]
     return hashlib.sha256("|".join(parts).encode()).hexdigest()
-
-
-def crops_of(dataset: Dataset, geometry: Geometry) -> list[Crop]:
-    """The cut of each example, in order."""
-    return [choose_crop(example.size, geometry, example.source.name) for example in dataset.examples]
-
-
-def prepare_items(dataset: Dataset, recipe: Recipe, host: Host, cache_folder: str) -> list[Item]:
-    """Encodes what is not yet cached and gives the examples as the loop wants them, in order."""
-    geometry = host.denoiser.geometry(recipe.resolution)
-    crops = crops_of(dataset, geometry)
-    done = 0
-    total = len(dataset.examples)
-
-    def tick(name: str) -> None:
-        nonlocal done
-        done += 1
-        host.report("cache", {"name": name, "done": done, "total": 2 * total})
-
-    latents = LatentCache(Cache(os.path.join(cache_folder, "latents")), host.codec)
-    keys = latents.fill(zip(dataset.examples, crops, strict=True), tick)
-    texts = TextCache(Cache(os.path.join(cache_folder, "text")), host.text)
-    texts.fill((dataset.caption(example) for example in dataset.examples), tick)
-    host.denoiser.check_inputs(latents.get(keys[0]), texts.get(dataset.caption(dataset.examples[0])))
-    keep = Keep()
-    rows = zip(dataset.examples, crops, keys, strict=True)
-    return [_item(dataset, example, crop, key, latents, texts, host, keep) for example, crop, key in rows]
-
-
-def _item(
-    dataset: Dataset,
-    example: Example,
-    crop: Crop,
-    key: str,
-    latents: LatentCache,
-    texts: TextCache,
-    host: Host,
-    keep: Keep,
-) -> Item:
-    from .loop import Item
-
-    caption = dataset.caption(example)
-
-    def latent() -> torch.Tensor:
-        found = keep.get(f"latent {key}", lambda: {"": latents.get(key)})
-        return host.denoiser.scale_latents(found[""])
-
-    def conditioning() -> Conditioning:
-        tensors = keep.get(f"text {caption}", lambda: texts.get(caption))
-        return Conditioning(tensors, example.size, crop.offset, crop.bucket)
-
-    def weight() -> torch.Tensor:
-        found = keep.get(f"mask {key} {example.mask.name}", lambda: {"": mask_weights(example, crop, latent())})
-        return found[""]
-
-    weights = weight if example.mask is not None else None
-    return Item(example.source.name, crop.bucket, example.repeats, latent, conditioning, weights)
-
-
-def mask_weights(example: Example, crop: Crop, latent: torch.Tensor) -> torch.Tensor:
-    """Loss weights of an example's mask, cut like its picture: [1, 1, ...] over the latent's positions, 0..1.
-
-    Args:
-        latent: [1, C, ..., h, w] of the example, for its shape.
-    """
-    import numpy as np
-    import torch
-
-    from .data.pixels import cut
-
-    picture = cut(example.mask.open(), crop).convert("L")
-    weights = torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255.0)[None, None]
-    weights = torch.nn.functional.interpolate(weights, size=latent.shape[-2:], mode="area")
-    return weights.view(1, 1, *[1] * (latent.ndim - 4), *latent.shape[-2:])
-
-
-def split(items: list[Item], dataset: Dataset, recipe: Recipe) -> tuple[list[Item], list[Item]]:
-    """Training and validation items; which are held out depends on their content and the seed alone.
-
-    Raises:
-        SettingsError: nothing would be left to train on.
-    """
-    count = round(recipe.validation_fraction * len(items))
-    if recipe.validation_fraction > 0:
-        count = max(1, count)
-    if count >= len(items):
-        raise SettingsError(
-            f"validation_fraction {recipe.validation_fraction} leaves none of {len(items)} pictures to train on.",
-            "Lower it in Graft Run Options, or add pictures.",
-            "validation_fraction",
-        )
-
-    def rank(index: int) -> str:
-        return hashlib.sha256(f"{recipe.seed}{dataset.examples[index].digest}".encode()).hexdigest()
-
-    held = set(sorted(range(len(items)), key=rank)[:count])
-    training = [item for index, item in enumerate(items) if index not in held]
-    return training, [items[index] for index in sorted(held)]
 
 
 def _checkpoint(module, recipe: Recipe) -> int:

@@ -6,12 +6,16 @@ import os
 
 import folder_paths
 
-from ...trainers.data.pixels import is_picture
+from ...trainers.data.pixels import is_below, is_picture
 from ...trainers.errors import DatasetError, ModelError, RunError, SettingsError
 from ...trainers.formats.adapter import Adapter, load_adapter
 from ...trainers.session import Folders
+from . import preferences
 
 _EMBEDDINGS = "embeddings"
+
+# Enough for any collection; a root that holds more is no folder of datasets, and the browser waits for this list.
+_MOST_FOLDERS = 20_000
 
 
 def register() -> None:
@@ -23,7 +27,12 @@ def folders() -> Folders:
     """Where runs, caches and adapters go."""
     output = folder_paths.get_output_directory()
     graft = os.path.join(output, "graft")
-    return Folders(graft, os.path.join(graft, "cache"), os.path.join(output, "loras"))
+    return Folders(graft, os.path.join(graft, "cache"), os.path.join(output, "loras"), preferences.cache_limit())
+
+
+def index_folder() -> str:
+    """Where it is kept what is known of the files in datasets' folders."""
+    return os.path.join(folders().cache, "index")
 
 
 def _roots() -> dict[str, str]:
@@ -36,22 +45,60 @@ def _roots() -> dict[str, str]:
 
 
 def dataset_choices() -> list[str]:
-    """Folders below the roots that hold pictures, or a folder that does: relative names with forward slashes."""
+    """Folders below the roots that hold pictures, or a folder that does: relative names with forward slashes.
+
+    Folders below what the user allowed by a setting are named by their absolute paths.
+    """
     found = set()
     for name, root in _roots().items():
-        for directory, folders_here, files in os.walk(root):
-            folders_here[:] = [folder for folder in folders_here if not folder.startswith(".")]
-            if not any(is_picture(file) for file in files):
-                continue
-            parts = os.path.relpath(directory, root).split(os.sep)
-            for depth in range(1, len(parts) + 1):
-                relative = "/".join(parts[:depth])
+        for relative in _picture_folders(root):
+            if relative != ".":
                 found.add(f"{name}/{relative}" if name else relative)
-    return sorted(found - {"."})
+    for root in preferences.dataset_roots():
+        for relative in _picture_folders(root):
+            found.add(root if relative == "." else f"{root}/{relative}")
+    return sorted(found)
 
 
-def dataset_path(choice: str) -> str:
+def _picture_folders(root: str) -> set[str]:
+    """Relative names of the folders at and below a root that hold pictures, at any depth; '.' for the root itself."""
+    found = set()
+    pending = [(".", root)]
+    visited = 0
+    while pending and visited < _MOST_FOLDERS:
+        relative, directory = pending.pop()
+        visited += 1
+        holds = False
+        try:
+            with os.scandir(directory) as entries:
+                for entry in entries:
+                    # The kind of an entry is only asked for where its name leaves it open: a folder may be large.
+                    if not holds and is_picture(entry.name):
+                        holds = True
+                    elif not is_picture(entry.name) and not entry.name.startswith(".") and _is_folder(entry):
+                        below = entry.name if relative == "." else f"{relative}/{entry.name}"
+                        pending.append((below, entry.path))
+        except OSError:
+            # Not for this user to read, or gone meanwhile.
+            continue
+        if holds:
+            parts = relative.split("/")
+            found.update("/".join(parts[:depth]) for depth in range(1, len(parts) + 1))
+    return found
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir(follow_symlinks=False)
+    except OSError:
+        return False
+
+
+def dataset_path(choice: str, input: str = "folder") -> str:
     """The absolute path of a choice.
+
+    Args:
+        input: of the node, for errors.
 
     Raises:
         DatasetError: it lies outside the roots, or is no folder.
@@ -59,7 +106,7 @@ def dataset_path(choice: str) -> str:
     wanted = choice.strip()
     if not wanted:
         raise DatasetError(
-            "No folder is chosen.", "Put a folder of pictures into ComfyUI's input folder and choose it.", "folder"
+            "No folder is chosen.", "Put a folder of pictures into ComfyUI's input folder and choose it.", input
         )
     candidates = [os.path.join(root, wanted) for root in _roots().values()]
     for name, root in _roots().items():
@@ -72,27 +119,19 @@ def dataset_path(choice: str) -> str:
     if not allowed:
         raise DatasetError(
             f"The folder '{choice}' lies outside the folders that datasets may come from.",
-            "Put it below ComfyUI's input folder (a link that leads elsewhere does not count), or add its parent as "
-            "'datasets' in extra_model_paths.yaml.",
-            "folder",
+            "Put it below ComfyUI's input folder (a link that leads elsewhere does not count), add its parent as "
+            "'datasets' in extra_model_paths.yaml, or allow it in ComfyUI's settings under Graft.",
+            input,
         )
     raise DatasetError(
         f"There is no folder '{choice}' below ComfyUI's input folder ({folder_paths.get_input_directory()}).",
         "Create it and put pictures into it, or choose another.",
-        "folder",
+        input,
     )
 
 
 def _is_allowed(path: str) -> bool:
-    real = os.path.realpath(path)
-    return any(_is_within(real, os.path.realpath(root)) for root in _roots().values())
-
-
-def _is_within(path: str, root: str) -> bool:
-    try:
-        return os.path.commonpath([path, root]) == root
-    except ValueError:
-        return False
+    return any(is_below(path, root) for root in (*_roots().values(), *preferences.dataset_roots()))
 
 
 def adapter_choices() -> list[str]:
@@ -149,7 +188,7 @@ def new_adapter_path(prefix: str) -> str:
             "Use a name, or a subfolder and a name, below ComfyUI's output/loras.",
             "filename_prefix",
         ) from error
-    if not _is_within(os.path.realpath(folder), os.path.realpath(root)):
+    if not is_below(folder, root):
         raise SettingsError(
             f"The file name '{prefix}' leads out of {root}.", "Use a name without '..'.", "filename_prefix"
         )

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import TYPE_CHECKING
 
 import comfy.model_management
 import comfy.utils
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger(__name__)
 
@@ -76,3 +72,18 @@ def _send(message: dict) -> None:
 def tell(node: str, event: str, payload: dict) -> None:
     """One event outside a run."""
     _send({"node": node, "event": event, **_plain(payload)})
+
+
+def counter(node: str):
+    """A function of (done, total) that moves a node's progress bar and raises the host's own interruption."""
+    bar = None
+
+    def tick(done: int, total: int) -> None:
+        nonlocal bar
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        if bar is None:
+            bar = comfy.utils.ProgressBar(max(1, total), node_id=node)
+        if done % 16 == 0 or done == total:
+            bar.update_absolute(done, max(1, total))
+
+    return tick

@@ -118,12 +118,12 @@ def test_the_loss_is_measured_against_that_target(case):
 
     with models.in_training(made_by(case), case[2], spread=0.05) as training:
         plan, denoiser = training.plan, training.denoiser
-        items = list(plan.train)
-        _, x0, noise, sigma = next(loop._parts(items, plan.recipe, 0, 0, training.host))
+        shown = [item.show(0) for item in plan.train]
+        _, x0, noise, sigma = next(loop._parts(shown, plan.recipe, 0, 0, training.host))
         with torch.no_grad():
-            raw = denoiser.predict(denoiser.add_noise(x0, noise, sigma), sigma, [i.conditioning() for i in items])
+            raw = denoiser.predict(denoiser.add_noise(x0, noise, sigma), sigma, [one.conditioning for one in shown])
         target = kind_of(denoiser).target(x0, noise, sigma.view(-1, 1, 1, 1))
-        losses = loop._losses(training.host, items, x0, noise, sigma)
+        losses = loop._losses(training.host, shown, x0, noise, sigma)
         assert torch.allclose(losses, ((raw - target) ** 2).mean((1, 2, 3)), rtol=1e-5)
         losses.sum().backward()
         gradients = models.joined(p.grad for p in plan.trainables.values())

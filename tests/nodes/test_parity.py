@@ -65,14 +65,14 @@ def test_loss_and_gradients_are_those_of_diffusers(prediction_type):
     model = model_of(prediction_type)
     unet = diffusers_host.convert_sd1(model)
     with models.in_training(model, "SD1", spread=0.1, examples=4, batch_size=4) as training:
-        items = list(training.plan.train)
-        _, x0, noise, sigma = next(loop._parts(items, training.plan.recipe, 0, 0, training.host))
-        losses = loop._losses(training.host, items, x0, noise, sigma)
+        shown = [item.show(0) for item in training.plan.train]
+        _, x0, noise, sigma = next(loop._parts(shown, training.plan.recipe, 0, 0, training.host))
+        losses = loop._losses(training.host, shown, x0, noise, sigma)
         losses.mean().backward()
         values = by_adapter_name(training.denoiser, training.plan.trainables)
     t = (((1 - scheduler.alphas_cumprod) / scheduler.alphas_cumprod).sqrt()[None] - sigma[:, None]).abs().argmin(1)
     trainables = adapt(unet, training.plan.recipe, values)
-    context = torch.cat([item.conditioning().tensors["cross_attn"] for item in items])
+    context = torch.cat([one.conditioning.tensors["cross_attn"] for one in shown])
     theirs = reference(unet, scheduler, x0, noise, t, context)
     theirs.mean().backward()
     assert len(set(t.tolist())) == 4

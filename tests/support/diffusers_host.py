@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from diffusers import AutoencoderTiny, DDPMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
 from graft_pack.trainers.protocols import Geometry, Host
 
 SCHEDULE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
@@ -124,10 +124,31 @@ class TinyCodec:
     def encode(self, pixels):
         self.calls += 1
         with torch.no_grad():
-            return self._vae.encode(pixels.permute(0, 3, 1, 2) * 2 - 1).latents
+            return self._vae.encode(pixels.permute(0, 3, 1, 2) * 2 - 1).latents, None
 
     def fingerprint(self):
         return digest(self._vae)
+
+
+class PosteriorCodec(TinyCodec):
+    """diffusers' AutoencoderKL, random and small, with a posterior."""
+
+    def __init__(self, seed=5):
+        with seeded(seed):
+            self._vae = AutoencoderKL(
+                down_block_types=("DownEncoderBlock2D",) * 4,
+                up_block_types=("UpDecoderBlock2D",) * 4,
+                block_out_channels=(8, 8, 8, 8),
+                norm_num_groups=4,
+                latent_channels=4,
+            ).eval()
+        self.calls = 0
+
+    def encode(self, pixels):
+        self.calls += 1
+        with torch.no_grad():
+            posterior = self._vae.encode(pixels.permute(0, 3, 1, 2) * 2 - 1).latent_dist
+        return posterior.mean, posterior.logvar
 
 
 def make_unet():

@@ -216,7 +216,7 @@ def recipe(family: str, **fields):
 def item(name: str, seed: int, dtype=None, side: int = 0):
     """A loop Item with a random latent and a random conditioning, both decided by the seed; side 0: its own."""
     import torch
-    from graft_pack.trainers.loop import Item
+    from graft_pack.trainers.loop import Item, Shown
 
     channels, height, width = SIZES[name].latent
 
@@ -225,7 +225,7 @@ def item(name: str, seed: int, dtype=None, side: int = 0):
         shape = (1, channels, side or height, side or width)
         return torch.randn(shape, generator=source).to(dtype or torch.float32)
 
-    return Item(f"picture {seed}", (64, 64), 1, latent, lambda: conditioning(name, seed))
+    return Item(f"picture {seed}", (64, 64), 1, lambda turn: Shown(latent(), conditioning(name, seed)))
 
 
 @contextmanager

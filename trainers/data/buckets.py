@@ -5,6 +5,8 @@ Source: NovelAI, "Improvements on Stable Diffusion" (2022); kohya sd-scripts' do
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..errors import DatasetError
@@ -19,19 +21,27 @@ class Crop:
         scaled: (width, height) the whole picture is scaled to.
         offset: (left, top) of the cut in the scaled picture.
         bucket: (width, height) of the cut.
+        flip: whether the picture is mirrored first; the offset is that in the mirrored picture.
     """
 
     scaled: tuple[int, int]
     offset: tuple[int, int]
     bucket: tuple[int, int]
+    flip: bool = False
 
     @property
     def kept(self) -> float:
         """Share of the scaled picture's area that is trained on."""
         return self.bucket[0] * self.bucket[1] / (self.scaled[0] * self.scaled[1])
 
+    def mirrored(self) -> Crop:
+        """The same part of the picture, seen in a mirror."""
+        left = self.scaled[0] - self.bucket[0] - self.offset[0]
+        return Crop(self.scaled, (left, self.offset[1]), self.bucket, not self.flip)
 
-def bucket_sizes(geometry: Geometry) -> list[tuple[int, int]]:
+
+@functools.lru_cache(maxsize=64)
+def bucket_sizes(geometry: Geometry) -> tuple[tuple[int, int], ...]:
     """All (width, height) in multiples of the step, within the area, with sides from half to twice the resolution."""
     area = geometry.resolution**2
     step = geometry.step
@@ -45,37 +55,65 @@ def bucket_sizes(geometry: Geometry) -> list[tuple[int, int]]:
             sizes.add((height, width))
     square = max(step, geometry.resolution // step * step)
     sizes.add((square, square))
-    return sorted(sizes)
+    return tuple(sorted(sizes))
 
 
-def choose_crop(size: tuple[int, int], geometry: Geometry, name: str) -> Crop:
-    """The cut of a picture: the bucket of the nearest aspect ratio, centred, never enlarged.
+def choose_crops(size: tuple[int, int], geometries: Sequence[Geometry], name: str, upscale: bool = False) -> list[Crop]:
+    """The cuts of a picture for one or several resolutions, no two alike.
+
+    Unless it may be enlarged, a picture is cut for the resolutions it reaches; one that reaches none has one cut.
+
+    Raises:
+        DatasetError: a side is shorter than the step, and it may not be enlarged.
+    """
+    first = None
+    usual = []
+    for geometry in sorted(geometries, key=_by_resolution):
+        crop = choose_crop(size, geometry, name, upscale)
+        first = first or crop
+        if crop.bucket in bucket_sizes(geometry):
+            usual.append(crop)
+    return list(dict.fromkeys(usual or [first]))
+
+
+def _by_resolution(geometry: Geometry) -> int:
+    return geometry.resolution
+
+
+def choose_crop(size: tuple[int, int], geometry: Geometry, name: str, upscale: bool = False) -> Crop:
+    """The cut of a picture: the bucket of the nearest aspect ratio, centred, enlarged only if asked.
 
     A picture smaller than its bucket gets one of its own size, rounded down to the step.
 
     Args:
         size: (width, height) of the picture, pixels.
         name: for the error.
+        upscale: whether a small picture is enlarged to fill its bucket.
 
     Raises:
-        DatasetError: a side is shorter than the step.
+        DatasetError: a side is shorter than the step, and it may not be enlarged.
     """
     width, height = size
-    if min(size) < geometry.step:
+    if min(size) < geometry.step and not upscale:
         raise DatasetError(
             f"The picture '{name}' is {width}x{height}: too small, this model needs {geometry.step} pixels a side.",
-            "Take a larger picture, or take it out of the dataset.",
+            "Take a larger picture, let pictures be enlarged (upscale), or take it out of the dataset.",
             "dataset",
         )
-    aspect = width / height
-    bucket = min(bucket_sizes(geometry), key=lambda b: (abs(_log_ratio(b) - _log(aspect)), -b[0] * b[1]))
+    bucket = _nearest_bucket(width / height, geometry)
     factor = max(bucket[0] / width, bucket[1] / height)
-    if factor > 1.0:
+    if factor > 1.0 and not upscale:
         bucket = _own_bucket(size, geometry)
         factor = max(bucket[0] / width, bucket[1] / height)
     scaled = (max(bucket[0], round(width * factor)), max(bucket[1], round(height * factor)))
     offset = ((scaled[0] - bucket[0]) // 2, (scaled[1] - bucket[1]) // 2)
     return Crop(scaled, offset, bucket)
+
+
+@functools.lru_cache(maxsize=4096)
+def _nearest_bucket(aspect: float, geometry: Geometry) -> tuple[int, int]:
+    """Nearest by the logarithm, so that of the picture the most is kept, lying or standing; the largest of equals."""
+    return min(bucket_sizes(geometry), key=lambda b: (abs(_log_ratio(b) - _log(aspect)), -b[0] * b[1]))
 
 
 def _own_bucket(size: tuple[int, int], geometry: Geometry) -> tuple[int, int]:

@@ -1,42 +1,255 @@
-"""Reading the caption that lies beside a picture."""
+"""Captions: the files they are read from, and how a caption is varied from one showing to the next."""
 
 from __future__ import annotations
 
-import os
+import csv
+import io
+import json
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from ..errors import DatasetError
+from .order import stream_seed
 
-SUFFIXES = (".txt", ".caption")
+if TYPE_CHECKING:
+    import numpy as np
+
+    from .examples import Example
+
+# In the order they are looked for.
+SUFFIXES = (".txt", ".caption", ".json")
+METADATA = ("metadata.jsonl", "metadata.csv")
+
+# The names under which captioning tools keep a caption in JSON, the best first.
+_FIELDS = ("caption", "captions", "text", "prompt", "description", "tags")
+_LIMIT = 16 * 1024 * 1024
+
+# How many captions a varying dataset is worth encoding in all, and the bounds for one picture.
+_BUDGET = 2048
+_FEWEST = 4
+_MOST = 64
 
 
-def caption_file(image_path: str) -> str | None:
-    """Path of the caption that belongs to a picture, None when there is none."""
-    stem = os.path.splitext(image_path)[0]
-    for suffix in SUFFIXES:
-        if os.path.isfile(stem + suffix):
-            return stem + suffix
-    return None
+def read_sidecar(path: str, name: str, lines_are_variants: bool) -> tuple[str, ...]:
+    """The captions in a file beside a picture; empty when it holds none.
 
-
-def read_caption(path: str, name: str) -> str:
-    """The whole file as one caption, line breaks turned to spaces.
+    Args:
+        path: ending in one of SUFFIXES.
+        name: for the error.
+        lines_are_variants: whether each line of a text is a caption of its own.
 
     Raises:
-        DatasetError: naming the file, when it is not UTF-8.
+        DatasetError: naming the file, when it cannot be read as text or JSON.
     """
+    text = _read_text(path, name)
+    if not path.lower().endswith(".json"):
+        return _captions(text, lines_are_variants)
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            text = file.read()
-    except UnicodeDecodeError as error:
-        raise DatasetError(
-            f"The caption file '{name}' is not UTF-8 text ({error}).",
-            "Save it with the encoding UTF-8.",
-            "folder",
-        ) from error
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _unreadable(name, f"it is no JSON: {error}", "Correct it, or remove it.") from error
+    return _from_json(value, lines_are_variants)
+
+
+def read_metadata(path: str, name: str, lines_are_variants: bool) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """(file_name, captions) of each row of a Hugging Face metadata file; rows without a caption have none.
+
+    Source: Hugging Face datasets, "Create an image dataset" (imagefolder).
+
+    Raises:
+        DatasetError: naming the file and the line.
+    """
+    text = _read_text(path, name)
+    rows = _csv_rows(text, name) if path.lower().endswith(".csv") else _jsonl_rows(text, name)
+    for number, row in rows:
+        file = row.get("file_name")
+        if not isinstance(file, str) or not file:
+            raise _unreadable(name, f"line {number} names no file_name", "Correct it, or remove the file.")
+        yield file, _from_json(row, lines_are_variants)
+
+
+def _csv_rows(text: str, name: str) -> Iterator[tuple[int, dict]]:
+    reader = csv.DictReader(io.StringIO(text))
+    try:
+        for row in reader:
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise _unreadable(name, f"line {reader.line_num} is no CSV: {error}", "Correct it.") from error
+
+
+def _jsonl_rows(text: str, name: str) -> Iterator[tuple[int, dict]]:
+    # Not by splitlines: a caption may hold characters that it takes for the end of a line.
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise _unreadable(name, f"line {number} is no JSON: {error}", "Correct it.") from error
+        if not isinstance(row, dict):
+            raise _unreadable(name, f"line {number} is no JSON object", "Correct it.")
+        yield number, row
+
+
+def _from_json(value, lines_are_variants: bool) -> tuple[str, ...]:
+    """Captions in a JSON value: a text, a list of texts, or an object with one of the known fields."""
+    if isinstance(value, str):
+        return _captions(value, lines_are_variants)
+    if isinstance(value, list):
+        texts = [text for text in value if isinstance(text, str)]
+        return tuple(found for text in texts for found in _captions(text, lines_are_variants))
+    if isinstance(value, dict):
+        for field in _FIELDS:
+            found = value.get(field)
+            if field == "tags" and isinstance(found, list):
+                found = ", ".join(tag for tag in found if isinstance(tag, str))
+            captions = _from_json(found, lines_are_variants) if isinstance(found, (str, list)) else ()
+            if captions:
+                return captions
+    return ()
+
+
+def _captions(text: str, lines_are_variants: bool) -> tuple[str, ...]:
+    parts = text.splitlines() if lines_are_variants else [text]
+    return tuple(joined for joined in (" ".join(part.split()) for part in parts) if joined)
+
+
+def _read_text(path: str, name: str) -> str:
+    try:
+        with open(path, "rb") as file:
+            data = file.read(_LIMIT + 1)
     except OSError as error:
-        raise DatasetError(
-            f"The caption file '{name}' cannot be read ({error}).",
-            "Check its permissions, or remove it.",
-            "folder",
-        ) from error
-    return " ".join(text.split())
+        raise _unreadable(name, str(error), "Check its permissions, or remove it.") from error
+    if len(data) > _LIMIT:
+        raise _unreadable(name, f"it is larger than {_LIMIT} bytes", "Remove it.")
+    try:
+        marked = data.startswith((b"\xff\xfe", b"\xfe\xff"))
+        return data.decode("utf-16" if marked else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise _unreadable(name, f"it is not UTF-8 text: {error}", "Save it with the encoding UTF-8.") from error
+
+
+def _unreadable(name: str, why: str, cure: str) -> DatasetError:
+    return DatasetError(f"The caption file '{name}' cannot be read ({why}).", cure, "folder")
+
+
+def with_trigger(caption: str, trigger: str) -> str:
+    """Puts the trigger in front unless the caption holds it; `[trigger]` is replaced by it."""
+    if "[trigger]" in caption:
+        return caption.replace("[trigger]", trigger).strip()
+    if not trigger or holds_words(caption, trigger):
+        return caption
+    return f"{trigger}, {caption}" if caption else trigger
+
+
+def holds_words(caption: str, words: str) -> bool:
+    """Whether a caption holds some words as whole words, whatever their case."""
+    pattern = r"(?<!\w)" + re.escape(words) + r"(?!\w)"
+    return re.search(pattern, caption, re.IGNORECASE) is not None
+
+
+def plain(example: Example) -> str:
+    """The caption as it stands, with its trigger: the first variant and alternatives, nothing moved or dropped."""
+    caption = example.captions[0]
+    if example.handling.wildcards:
+        caption = _resolve(caption, None)
+    return with_trigger(caption, example.trigger)
+
+
+def variant_count(example: Example, pictures: int) -> int:
+    """Among how many versions of its caption a picture's showings choose.
+
+    Args:
+        pictures: in the whole dataset; the fewer there are, the more versions of each are worth encoding.
+    """
+    handling = example.handling
+    lines = len(example.captions)
+    if not _varies(example):
+        return lines
+    return max(lines, handling.caption_variants or max(_FEWEST, min(_MOST, _BUDGET // max(1, pictures))))
+
+
+def _varies(example: Example) -> bool:
+    handling = example.handling
+    if handling.wildcards and any("{" in caption for caption in example.captions):
+        return True
+    return (handling.shuffle_tags or handling.tag_dropout > 0) and any("," in text for text in example.captions)
+
+
+def variant(example: Example, number: int) -> str:
+    """Version `number` of a caption: the same for every run and seed, so that runs share what is encoded.
+
+    A line of the caption's file is chosen in turn, then one of each `{a|b}`, then the trigger is put in; of the
+    comma-separated parts the trigger and the first `keep_tokens` stay where they are, and each other one may be
+    dropped, the rest shuffled.
+    """
+    import numpy as np
+
+    handling = example.handling
+    caption = example.captions[number % len(example.captions)]
+    seed = stream_seed("caption", example.digest, example.captions, number)
+    draw = np.random.RandomState(seed % (2**32))
+    if handling.wildcards:
+        caption = _resolve(caption, draw)
+    full = with_trigger(caption, example.trigger)
+    if not handling.shuffle_tags and not handling.tag_dropout:
+        return full
+    # A trigger put in front is no part of what the user wrote, so it does not count among the kept.
+    added = full != caption and "[trigger]" not in caption
+    return _move_tags(example, caption if added else full, added, draw)
+
+
+def _move_tags(example: Example, caption: str, added: bool, draw: np.random.RandomState) -> str:
+    handling = example.handling
+    tags = [tag.strip() for tag in caption.split(",") if tag.strip()]
+    kept = tags[: handling.keep_tokens]
+    rest = []
+    for tag in tags[handling.keep_tokens :]:
+        # Drawn for each, so that whether one stays does not hang on the others.
+        dropped = draw.random_sample() < handling.tag_dropout
+        if not dropped or (example.trigger and holds_words(tag, example.trigger)):
+            rest.append(tag)
+    if handling.shuffle_tags:
+        draw.shuffle(rest)
+    front = [example.trigger] if added else []
+    return ", ".join(front + kept + rest)
+
+
+_ALTERNATIVES = re.compile(r"\{([^{}]*\|[^{}]*)\}")
+
+
+def _resolve(caption: str, draw: np.random.RandomState | None) -> str:
+    """Replaces each `{a|b}` by one of its parts, inner ones first; by the first one when nothing is drawn."""
+
+    def chosen(match: re.Match) -> str:
+        parts = match.group(1).split("|")
+        return parts[draw.randint(len(parts)) if draw is not None else 0]
+
+    while True:
+        found = _ALTERNATIVES.sub(chosen, caption)
+        if found == caption:
+            return " ".join(found.split())
+        caption = found
+
+
+def variant_of_turn(example: Example, count: int, seed: int, place: int, turn: int) -> int | None:
+    """Which version of its caption a showing has; None where the caption is dropped.
+
+    Every version is shown once before one is shown again.
+
+    Args:
+        count: of versions, as `variant_count` gives it.
+        seed: of the run.
+        place: of the picture in the dataset.
+        turn: how often it was shown before.
+    """
+    import numpy as np
+
+    draw = np.random.RandomState(stream_seed("dropout", seed, place, turn) % (2**32))
+    if draw.random_sample() < example.handling.caption_dropout:
+        return None
+    if count == 1:
+        return 0
+    cycle = np.random.RandomState(stream_seed("variants", seed, place, turn // count) % (2**32))
+    return int(cycle.permutation(count)[turn % count])

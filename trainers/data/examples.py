@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
 from ..errors import DatasetError
@@ -14,34 +14,110 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Handling:
+    """How pictures and captions are varied from one showing to the next; the defaults vary nothing.
+
+    Attributes:
+        shuffle_tags: puts the comma-separated parts of a caption into another order.
+        keep_tokens: so many parts at the beginning are neither moved nor dropped, besides the trigger.
+        tag_dropout: chance of each other part to be left out, 0..1.
+        caption_dropout: chance of the whole caption to be empty, 0..1.
+        wildcards: `{a|b}` in a caption becomes `a` or `b`.
+        caption_variants: how many versions of a varying caption are encoded, 0 for a number by the dataset's size.
+        flip: half of the showings are mirrored.
+        upscale: small pictures are enlarged to the resolution.
+        resolutions: further ones, pixels, besides the dataset's own.
+        mask_minimum: least loss weight where the mask is black, 0..1.
+    """
+
+    shuffle_tags: bool = False
+    keep_tokens: int = 0
+    tag_dropout: float = 0.0
+    caption_dropout: float = 0.0
+    wildcards: bool = False
+    caption_variants: int = 0
+    flip: bool = False
+    upscale: bool = False
+    resolutions: tuple[int, ...] = ()
+    mask_minimum: float = 0.0
+
+    def __post_init__(self):
+        for name in ("tag_dropout", "caption_dropout", "mask_minimum"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise DatasetError(f"{name} is {getattr(self, name)}.", "It must lie between 0 and 1.", name)
+        for name in ("keep_tokens", "caption_variants"):
+            if not 0 <= getattr(self, name) <= 100_000:
+                raise DatasetError(f"{name} is {getattr(self, name)}.", "It must be 0 or more.", name)
+
+
+def read_resolutions(text: str) -> tuple[int, ...]:
+    """The numbers in a text such as "512, 768"; rising, none twice.
+
+    Raises:
+        DatasetError: something else in it, or a number that is no resolution.
+    """
+    found = set()
+    for part in text.replace(",", " ").split():
+        if not part.isdecimal() or not 8 <= int(part) <= 16384:
+            raise DatasetError(
+                f"'{part}' is no resolution.", "Write numbers of pixels between commas: 512, 768.", "more_resolutions"
+            )
+        found.add(int(part))
+    return tuple(sorted(found))
+
+
+@dataclass(frozen=True)
 class Example:
-    """One picture and its caption.
+    """One picture and its captions.
 
     Attributes:
         source: where the pixels come from; `.name`, `.open()` -> PIL RGB upright.
-        caption: literal text, without the trigger.
+        captions: literal texts without the trigger, variants of each other; at least one, which may be empty.
         size: (width, height) upright, pixels.
         digest: hash of the picture's content.
+        trigger: the word that stands for what is learnt; empty for none.
         repeats: how often it is shown in an epoch.
-        mask: None, or a source whose picture is the loss weight (white counts, black does not).
+        mask: None, or a source whose picture is the loss weight (white counts, black does not), with a `.digest`.
+        handling: how it is varied.
+        held_out: whether it serves validation alone.
     """
 
     source: Source
-    caption: str
+    captions: tuple[str, ...]
     size: tuple[int, int]
     digest: str
+    trigger: str = ""
     repeats: int = 1
     mask: Source | None = None
+    handling: Handling = field(default_factory=Handling)
+    held_out: bool = False
 
 
 class Source:
-    """Where a picture comes from."""
+    """Where a picture comes from.
+
+    Attributes:
+        name: for reports and errors.
+        digest: hash of its content.
+    """
 
     name: str
+    digest: str
 
     def open(self) -> Image.Image:
         """The picture, upright, RGB."""
         raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A file that is not trained on, and why."""
+
+    name: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -50,48 +126,36 @@ class Dataset:
 
     Attributes:
         examples: in a stable order.
-        trigger: word put in front of every caption that does not hold it; empty for none.
+        trigger: the one word of all examples, for the records; empty when there is none or more than one.
         resolution: side of the training square in pixels, 0 for the model's own.
         name: for file names and reports.
+        left_out: files that could have been examples and are not.
     """
 
     examples: tuple[Example, ...]
     trigger: str
     resolution: int
     name: str
-
-    def caption(self, example: Example) -> str:
-        """The caption as it is trained on: with the trigger."""
-        return with_trigger(example.caption, self.trigger)
+    left_out: tuple[LeftOut, ...] = ()
 
     def fingerprint(self) -> str:
         """Hash of everything here that decides what is learnt."""
+        ways: dict[Handling, str] = {}
         rows = []
         for example in self.examples:
-            mask = example.mask.name if example.mask else ""
-            rows.append([example.digest, self.caption(example), example.repeats, mask])
+            way = ways.get(example.handling)
+            if way is None:
+                way = ways[example.handling] = json.dumps(asdict(example.handling), sort_keys=True)
+            mask = example.mask.digest if example.mask else ""
+            rows.append(
+                [example.digest, example.captions, example.trigger, example.repeats, mask, way, example.held_out]
+            )
         text = json.dumps([rows, self.resolution])
-        return hashlib.sha256(text.encode()).hexdigest()
-
-
-def with_trigger(caption: str, trigger: str) -> str:
-    """Puts the trigger in front unless the caption holds it; `[trigger]` is replaced by it."""
-    if "[trigger]" in caption:
-        return caption.replace("[trigger]", trigger).strip()
-    if not trigger or _holds_words(caption, trigger):
-        return caption
-    return f"{trigger}, {caption}" if caption else trigger
-
-
-def _holds_words(caption: str, words: str) -> bool:
-    import re
-
-    pattern = r"(?<!\w)" + re.escape(words) + r"(?!\w)"
-    return re.search(pattern, caption, re.IGNORECASE) is not None
+        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def combine(a: Dataset, b: Dataset) -> Dataset:
-    """Both datasets as one; each example keeps its own trigger.
+    """Both datasets as one; each example keeps its own trigger, repeats and handling.
 
     Raises:
         DatasetError: when both name a resolution and the two differ.
@@ -102,11 +166,6 @@ def combine(a: Dataset, b: Dataset) -> Dataset:
             "Give both the same resolution, or 0.",
             "dataset_b",
         )
-    examples = _with_written_trigger(a) + _with_written_trigger(b)
-    return Dataset(examples, "", a.resolution or b.resolution, f"{a.name}+{b.name}")
-
-
-def _with_written_trigger(dataset: Dataset) -> tuple[Example, ...]:
-    from dataclasses import replace
-
-    return tuple(replace(example, caption=dataset.caption(example)) for example in dataset.examples)
+    trigger = a.trigger if a.trigger == b.trigger else ""
+    name = f"{a.name}+{b.name}"
+    return Dataset(a.examples + b.examples, trigger, a.resolution or b.resolution, name, a.left_out + b.left_out)

@@ -43,12 +43,32 @@ def epoch_batches(buckets: Sequence, repeats: Sequence[int], batch_size: int, se
 
 def batches_from(
     position: int, buckets: Sequence, repeats: Sequence[int], batch_size: int, seed: int
-) -> Iterator[tuple[int, list[int]]]:
-    """(epoch, batch) without end, starting after `position` batches."""
+) -> Iterator[tuple[int, list[tuple[int, int]]]]:
+    """(epoch, batch) without end, starting after `position` batches.
+
+    Each member of a batch is (example index, turn): how often the run showed that example before.
+    """
     epoch = 0
     while True:
         batches = epoch_batches(buckets, repeats, batch_size, seed, epoch)
-        for batch in batches[position:]:
-            yield epoch, batch
+        if position < len(batches):
+            shown = [epoch * times for times in repeats]
+            for number, batch in enumerate(batches):
+                members = []
+                for index in batch:
+                    members.append((index, shown[index]))
+                    shown[index] += 1
+                if number >= position:
+                    yield epoch, members
         position = max(0, position - len(batches))
         epoch += 1
+
+
+def turns_within(batches: int, buckets: Sequence, repeats: Sequence[int], batch_size: int) -> list[int]:
+    """An upper bound of how often each example is shown in so many batches."""
+    sizes: dict = {}
+    for index, bucket in enumerate(buckets):
+        sizes[bucket] = sizes.get(bucket, 0) + repeats[index]
+    an_epoch = sum(-(-size // batch_size) for size in sizes.values())
+    epochs = -(-batches // max(1, an_epoch))
+    return [epochs * times for times in repeats]

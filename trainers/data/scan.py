@@ -1,76 +1,382 @@
-"""From a folder to a dataset: which pictures, which captions, how often."""
+"""From a folder, or from pictures on a wire, to a dataset: which pictures, which captions, which masks, how often."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import posixpath
+import re
+import stat
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..errors import DatasetError
 from . import captions
-from .examples import Dataset, Example
-from .pixels import ArraySource, FileSource, is_picture, measure_file
+from .examples import Dataset, Example, Handling, LeftOut
+from .index import Index, mark_of
+from .pixels import UNREAD, AlphaSource, ArraySource, FileSource, is_below, is_picture, measure_file
 
 if TYPE_CHECKING:
     import numpy as np
 
+MASKS = ("auto", "alpha", "off")
+_MASK_FOLDERS = ("masks", "mask")
+_MASK_SUFFIX = "-masklabel"
+_MOST_REPEATS = 1_000_000
 
-def picture_paths(folder: str) -> list[str]:
-    """Paths of the pictures in a folder and below it, sorted; nothing outside the folder is followed."""
+# kohya's name for a folder whose pictures are repeated: "20_sls frog".
+_REPEAT_FOLDER = re.compile(r"(\d{1,6})_(.*)")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a folder is read.
+
+    Attributes:
+        lines_are_variants: each line of a caption file is a caption of its own.
+        masks: one of MASKS: mask files where there are some, these or else transparency, none.
+        mask_folder: absolute path of a folder of masks; empty for one named 'masks' in the dataset's folder.
+        validation_folder: a folder inside, by its relative name, whose pictures are held out; empty for none.
+    """
+
+    lines_are_variants: bool = False
+    masks: str = "auto"
+    mask_folder: str = ""
+    validation_folder: str = ""
+
+
+@dataclass(frozen=True)
+class _File:
+    path: str
+    name: str
+    stat: os.stat_result
+
+
+@dataclass(frozen=True)
+class _Listing:
+    """Regular files below a folder, by their relative names with forward slashes, in a stable order."""
+
+    root: str
+    files: dict[str, _File]
+    left_out: list[LeftOut]
+
+
+def list_folder(folder: str) -> _Listing:
+    """The files in a folder and below it; nothing outside it is followed, what is passed over is named."""
     root = os.path.realpath(folder)
-    found = []
-    for directory, folders, files in os.walk(root):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for file in sorted(files):
-            path = os.path.join(directory, file)
-            if is_picture(path) and not file.startswith(".") and _is_below(path, root):
-                found.append(path)
-    return found
+    listing = _Listing(root, {}, [])
+    pending = [("", root)]
+    while pending:
+        prefix, directory = pending.pop()
+        try:
+            with os.scandir(directory) as found:
+                entries = sorted(found, key=lambda entry: entry.name)
+        except OSError as error:
+            listing.left_out.append(LeftOut(prefix or ".", f"the folder cannot be read ({error})"))
+            continue
+        below = []
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            name = prefix + entry.name
+            try:
+                if entry.is_dir(follow_symlinks=False):
+                    below.append((f"{name}/", entry.path))
+                else:
+                    _take(listing, entry, name)
+            except OSError as error:
+                listing.left_out.append(LeftOut(name, f"it cannot be read ({error})"))
+        pending.extend(reversed(below))
+    return listing
 
 
-def _is_below(path: str, root: str) -> bool:
-    real = os.path.realpath(path)
-    return os.path.commonpath([real, root]) == root
+def _take(listing: _Listing, entry: os.DirEntry, name: str) -> None:
+    if entry.is_symlink() and not is_below(entry.path, listing.root):
+        listing.left_out.append(LeftOut(name, "a link that leads out of the folder"))
+        return
+    found = entry.stat()
+    if stat.S_ISREG(found.st_mode):
+        listing.files[name] = _File(entry.path, name, found)
+    elif entry.is_symlink() and stat.S_ISDIR(found.st_mode):
+        listing.left_out.append(LeftOut(name, "a link to a folder; links to folders are not followed"))
+    elif is_picture(name):
+        listing.left_out.append(LeftOut(name, "no regular file"))
 
 
-def scan_folder(folder: str, trigger: str, resolution: int, repeats: int) -> Dataset:
+def scan_folder(
+    folder: str,
+    trigger: str,
+    resolution: int,
+    repeats: int,
+    handling: Handling | None = None,
+    reading: Reading | None = None,
+    index_folder: str | None = None,
+    tick: Callable[[int, int], None] = lambda done, total: None,
+) -> Dataset:
     """The dataset of a folder.
 
+    Every picture in it and below it is taken. A folder named `N_name` repeats its pictures N times, and `name` is the
+    caption of those that have none of their own (kohya's rule).
+
     Args:
-        folder: absolute path; every picture in it and below it is taken.
+        folder: absolute path.
         trigger: word for the thing to be learnt, may be empty.
         resolution: pixels, 0 for the model's own.
-        repeats: how often each picture is shown in an epoch.
+        repeats: how often each picture is shown in an epoch, times what its folder's name says.
+        index_folder: where it is kept what is known of the files; None to read all of them each time.
+        tick: called with (done, total) pictures; may raise to interrupt, what was read is kept.
 
     Raises:
-        DatasetError: no such folder, no picture in it, an unreadable picture or caption.
+        DatasetError: no such folder, or nothing in it can be trained on.
     """
     if not os.path.isdir(folder):
         raise DatasetError(f"There is no folder '{folder}'.", "Choose a folder below ComfyUI's input folder.", "folder")
-    paths = picture_paths(folder)
-    if not paths:
-        raise DatasetError(
-            f"The folder '{folder}' holds no picture.",
-            "Put PNG, JPEG or WebP files into it.",
-            "folder",
-        )
-    examples = tuple(_read_example(path, folder, repeats) for path in paths)
+    reading = reading or Reading()
+    listing = list_folder(folder)
+    left_out = list(listing.left_out)
+    own_masks = _own_masks(listing)
+    pictures = [file for name, file in listing.files.items() if is_picture(name) and name not in own_masks.files]
+    left_out += [LeftOut(name, "a mask without its picture") for name in own_masks.lonely]
+    left_out += [
+        LeftOut(name, "this format is not read; save it as PNG or JPEG")
+        for name in listing.files
+        if os.path.splitext(name)[1].lower() in UNREAD
+    ]
+    reader = _Reader(listing, trigger.strip(), repeats, handling or Handling(), reading, own_masks, left_out)
+    index = Index(index_folder, folder)
+    try:
+        examples = reader.examples(pictures, index, tick)
+    finally:
+        index.save()
     name = os.path.basename(os.path.normpath(folder))
-    return Dataset(examples, trigger.strip(), resolution, name)
+    _refuse_if_empty(folder, examples, left_out)
+    _refuse_if_nothing_held_out(examples, reading)
+    return Dataset(tuple(examples), trigger.strip(), resolution, name, tuple(left_out))
 
 
-def _read_example(path: str, folder: str, repeats: int) -> Example:
-    name = os.path.relpath(path, os.path.realpath(folder)).replace(os.sep, "/")
-    size, digest = measure_file(path, name)
-    sidecar = captions.caption_file(path)
-    caption = ""
-    if sidecar:
-        caption = captions.read_caption(sidecar, os.path.basename(sidecar))
-    return Example(FileSource(path, name), caption, size, digest, repeats)
+def _refuse_if_empty(folder: str, examples: list[Example], left_out: list[LeftOut]) -> None:
+    if examples:
+        return
+    if not left_out:
+        raise DatasetError(f"The folder '{folder}' holds no picture.", "Put PNG, JPEG or WebP files into it.", "folder")
+    raise DatasetError(
+        f"The folder '{folder}' holds no picture that can be trained on: {shortened(left_out)}.",
+        "Save the pictures again as PNG or JPEG, or choose another folder.",
+        "folder",
+    )
+
+
+def _refuse_if_nothing_held_out(examples: list[Example], reading: Reading) -> None:
+    if not reading.validation_folder.strip():
+        return
+    held = sum(example.held_out for example in examples)
+    if held in (0, len(examples)):
+        what = "holds no picture" if held == 0 else "holds all pictures"
+        raise DatasetError(
+            f"The validation folder '{reading.validation_folder}' {what} of the dataset.",
+            "Name a folder inside the dataset's folder, such as 'validation', and leave pictures to train on outside.",
+            "validation_folder",
+        )
+
+
+def shortened(left_out: Iterable[LeftOut], most: int = 5) -> str:
+    """The first few, in one line."""
+    rows = [str(row) for row in left_out]
+    return "; ".join(rows[:most]) + (f"; and {len(rows) - most} more" if len(rows) > most else "")
+
+
+@dataclass(frozen=True)
+class _OwnMasks:
+    """The masks in a listing: those by the picture's stem, all files, and those of no picture."""
+
+    by_stem: dict[str, _File]
+    files: set[str]
+    lonely: list[str]
+
+
+def _own_masks(listing: _Listing) -> _OwnMasks:
+    """Finds `name-masklabel.png` beside `name`, and `masks/name.png` for `name` beside the folder or below it."""
+    stems = {_stem(name) for name in listing.files if is_picture(name)}
+    found: dict[str, _File] = {}
+    files: set[str] = set()
+    folders: dict[str, list[tuple[str, str]]] = {}
+    lonely = []
+    for name in listing.files:
+        if not is_picture(name):
+            continue
+        stem = _stem(name)
+        if stem.endswith(_MASK_SUFFIX):
+            files.add(name)
+            owner = stem[: -len(_MASK_SUFFIX)]
+            if owner in stems:
+                found[owner] = listing.files[name]
+            else:
+                lonely.append(name)
+            continue
+        parts = stem.split("/")
+        for depth, part in enumerate(parts[:-1]):
+            if part.lower() in _MASK_FOLDERS:
+                owner = "/".join(parts[:depth] + parts[depth + 1 :])
+                folders.setdefault("/".join(parts[: depth + 1]), []).append((name, owner))
+                break
+    for members in folders.values():
+        # A folder of masks has at least one picture's; else it is a folder of pictures that happens to be called so.
+        if not any(owner in stems for _, owner in members):
+            continue
+        for name, owner in members:
+            files.add(name)
+            if owner in stems:
+                found.setdefault(owner, listing.files[name])
+            else:
+                lonely.append(name)
+    return _OwnMasks(found, files, lonely)
+
+
+def _stem(name: str) -> str:
+    return posixpath.splitext(name)[0]
+
+
+class _Reader:
+    """Reads examples out of a listing; what cannot be one goes to `left_out` with its reason."""
+
+    def __init__(self, listing, trigger, repeats, handling, reading, own_masks, left_out):
+        self._listing = listing
+        self._trigger = trigger
+        self._repeats = repeats
+        self._handling = handling
+        self._reading = reading
+        self._left_out: list[LeftOut] = left_out
+        self._sidecars = self._find_sidecars()
+        self._metadata = self._read_metadata()
+        self._masks = {} if reading.masks == "off" else own_masks.by_stem
+        self._mask_root = listing.root
+        if reading.masks != "off" and reading.mask_folder:
+            masks = list_folder(reading.mask_folder)
+            self._mask_root = masks.root
+            self._masks = {_mask_owner(name): file for name, file in masks.files.items() if is_picture(name)}
+        self._held = reading.validation_folder.strip().replace("\\", "/").strip("/")
+
+    def examples(self, pictures: list[_File], index: Index, tick: Callable[[int, int], None]) -> list[Example]:
+        found = []
+        for number, file in enumerate(pictures):
+            tick(number, len(pictures))
+            try:
+                found.append(self._example(file, index))
+            except DatasetError as error:
+                self._left_out.append(LeftOut(file.name, reason_of(error, file.name)))
+        tick(len(pictures), len(pictures))
+        return found
+
+    def _example(self, file: _File, index: Index) -> Example:
+        facts = _measured(file, index)
+        size = tuple(facts["size"])
+        source = FileSource(file.path, file.name, self._listing.root, facts["digest"])
+        times, words = self._of_folder(file.name)
+        texts = self._captions(file) or ((words,) if words else ()) or ("",)
+        mask = self._mask(file, source, facts["alpha"], index)
+        held = bool(self._held) and file.name.startswith(f"{self._held}/")
+        return Example(
+            source,
+            texts,
+            size,
+            facts["digest"],
+            self._trigger,
+            min(_MOST_REPEATS, self._repeats * times),
+            mask,
+            self._handling,
+            held,
+        )
+
+    def _captions(self, file: _File) -> tuple[str, ...]:
+        for sidecar in self._sidecars.get(_stem(file.name), ()):
+            found = captions.read_sidecar(sidecar.path, sidecar.name, self._reading.lines_are_variants)
+            if found:
+                return found
+        return self._metadata.get(file.name, ())
+
+    def _find_sidecars(self) -> dict[str, list[_File]]:
+        found: dict[str, list[tuple[int, _File]]] = {}
+        for name, file in self._listing.files.items():
+            stem, suffix = posixpath.splitext(name)
+            if suffix.lower() in captions.SUFFIXES:
+                found.setdefault(stem, []).append((captions.SUFFIXES.index(suffix.lower()), file))
+        ordered = {stem: sorted(rows, key=lambda row: row[0]) for stem, rows in found.items()}
+        return {stem: [file for _, file in rows] for stem, rows in ordered.items()}
+
+    def _read_metadata(self) -> dict[str, tuple[str, ...]]:
+        found: dict[str, tuple[str, ...]] = {}
+        for name, file in self._listing.files.items():
+            if posixpath.basename(name).lower() not in captions.METADATA:
+                continue
+            missing = []
+            try:
+                for wanted, texts in captions.read_metadata(file.path, name, self._reading.lines_are_variants):
+                    # Looked up among what was listed, so that no row leads out of the folder.
+                    target = posixpath.normpath(posixpath.join(posixpath.dirname(name), wanted.replace("\\", "/")))
+                    if target not in self._listing.files:
+                        missing.append(wanted)
+                    elif texts:
+                        found.setdefault(target, texts)
+            except DatasetError as error:
+                self._left_out.append(LeftOut(name, reason_of(error, name)))
+            if missing:
+                shown = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
+                self._left_out.append(LeftOut(name, f"it names {len(missing)} pictures that are not there: {shown}"))
+        return found
+
+    def _of_folder(self, name: str) -> tuple[int, str]:
+        """Repeats and class tokens by the name of the nearest folder that gives them."""
+        folders = [os.path.basename(self._listing.root), *name.split("/")[:-1]]
+        for folder in reversed(folders):
+            match = _REPEAT_FOLDER.fullmatch(folder)
+            if match:
+                return max(1, int(match.group(1))), match.group(2).strip()
+        return 1, ""
+
+    def _mask(self, file: _File, source: FileSource, transparent: bool, index: Index):
+        found = self._masks.get(_stem(file.name))
+        if found is not None:
+            try:
+                facts = _measured(found, index)
+            except DatasetError as error:
+                reason = f"its mask {found.name} {reason_of(error, found.name)}"
+                raise DatasetError(reason, "Save the mask again, or remove it.") from error
+            return FileSource(found.path, found.name, self._mask_root, facts["digest"])
+        if self._reading.masks == "alpha" and transparent:
+            return AlphaSource(source)
+        return None
+
+
+def _measured(file: _File, index: Index) -> dict:
+    def measure() -> dict:
+        size, digest, transparent = measure_file(file.path, file.name)
+        return {"size": list(size), "digest": digest, "alpha": transparent}
+
+    return index.facts(file.path, file.stat, measure)
+
+
+def _mask_owner(name: str) -> str:
+    stem = _stem(name)
+    return stem[: -len(_MASK_SUFFIX)] if stem.endswith(_MASK_SUFFIX) else stem
+
+
+def reason_of(error: DatasetError, name: str) -> str:
+    """An error's own words without the name they are said of, for a list that begins with it."""
+    for opening in (f"The picture '{name}' ", f"The caption file '{name}' "):
+        if error.message.startswith(opening):
+            return error.message[len(opening) :].rstrip(".")
+    return error.message.rstrip(".")
 
 
 def from_arrays(
-    images: list[np.ndarray], texts: list[str], trigger: str, resolution: int, masks: list[np.ndarray] = ()
+    images: list[np.ndarray],
+    texts: list[str],
+    trigger: str,
+    resolution: int,
+    masks: list[np.ndarray] = (),
+    handling: Handling | None = None,
+    lines_are_variants: bool = False,
 ) -> Dataset:
     """The dataset of pictures that came over wires.
 
@@ -96,6 +402,7 @@ def from_arrays(
             "Give one mask for all pictures, or exactly one for each.",
             "masks",
         )
+    trigger = trigger.strip()
     examples = []
     for index, image in enumerate(images):
         source = ArraySource(image, f"image {index + 1}")
@@ -105,8 +412,10 @@ def from_arrays(
             mask_array = masks[index if len(masks) > 1 else 0]
             mask = _mask_source(mask_array, image.shape[:2], index)
         size = (image.shape[1], image.shape[0])
-        examples.append(Example(source, " ".join(text.split()), size, source.digest, 1, mask))
-    return Dataset(tuple(examples), trigger.strip(), resolution, "images")
+        lines = text.splitlines() if lines_are_variants else [text]
+        variants = tuple(joined for joined in (" ".join(line.split()) for line in lines) if joined) or ("",)
+        examples.append(Example(source, variants, size, source.digest, trigger, 1, mask, handling or Handling()))
+    return Dataset(tuple(examples), trigger, resolution, "images")
 
 
 def _mask_source(mask: np.ndarray, shape: tuple[int, int], index: int) -> ArraySource:
@@ -114,35 +423,22 @@ def _mask_source(mask: np.ndarray, shape: tuple[int, int], index: int) -> ArrayS
     from PIL import Image
 
     picture = Image.fromarray(mask).resize((shape[1], shape[0]), Image.BILINEAR)
-    array = np.asarray(picture.convert("RGB"))
-    digest = hashlib.sha256(array.tobytes()).hexdigest()
-    return ArraySource(array, f"mask {index + 1} {digest[:16]}")
+    return ArraySource(np.asarray(picture.convert("RGB")), f"mask {index + 1}")
 
 
-def folder_fingerprint(folder: str) -> str:
-    """Hash of names and contents of all pictures and captions in a folder, to tell whether it changed."""
+def folder_fingerprint(folder: str, mask_folder: str = "") -> str:
+    """Hash of names, sizes and times of all files in a folder, to tell cheaply whether it may have changed."""
     total = hashlib.sha256()
-    for path in picture_paths(folder):
-        sidecar = captions.caption_file(path)
-        for part in (path, sidecar):
-            if part is None:
-                continue
-            total.update(os.path.relpath(part, folder).encode("utf-8", "surrogateescape"))
-            total.update(_file_digest(part))
+    for place in (folder, mask_folder):
+        if place:
+            for name, file in list_folder(place).files.items():
+                total.update(f"{name!r} {mark_of(file.stat)}\n".encode("utf-8", "surrogateescape"))
     return total.hexdigest()
-
-
-def _file_digest(path: str) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            return hashlib.sha256(file.read()).digest()
-    except OSError:
-        return b"unreadable"
 
 
 def check_captions(dataset: Dataset) -> None:
     """Raises DatasetError when an example has nothing to be conditioned on."""
-    bare = [example.source.name for example in dataset.examples if not dataset.caption(example)]
+    bare = [example.source.name for example in dataset.examples if not captions.plain(example)]
     if bare:
         shown = ", ".join(bare[:5]) + (" ..." if len(bare) > 5 else "")
         raise DatasetError(

@@ -7,7 +7,8 @@ import os
 import secrets
 import stat
 import struct
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -76,19 +77,20 @@ def write_tensors(path: str, tensors: dict[str, torch.Tensor], metadata: dict[st
         os.chmod(temporary, mode)
 
 
-def read_tensors(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors on the CPU and metadata of a safetensors file.
+def read_tensors(path: str, names: Iterable[str] | None = None) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors on the CPU, all or those of some names, and metadata of a safetensors file.
 
     Raises:
-        RunError: naming the file, when it is missing or no sound safetensors file.
+        RunError: naming the file, when it is missing, no sound safetensors file, or without one of the names.
     """
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = dict(file.metadata() or {})
+            wanted = file.keys() if names is None else names
             # Copied: what is mapped keeps the file from being replaced or removed on Windows.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a dict
+            tensors = {name: file.get_tensor(name).clone() for name in wanted}
     except (OSError, SafetensorError) as error:
         raise RunError(
             f"The file '{path}' cannot be read as safetensors ({error}).",
@@ -103,14 +105,28 @@ def read_metadata(path: str) -> dict[str, str]:
     Raises:
         RunError: naming the file, when it is missing or no sound safetensors file.
     """
+    return dict(read_header(path).get("__metadata__", {}))
+
+
+def read_header(path: str) -> dict[str, dict]:
+    """The header of a safetensors file: what is known of each tensor by its name, and `__metadata__`.
+
+    Raises:
+        RunError: naming the file, when it is missing, no safetensors file, or shorter than its header says.
+    """
     try:
         with open(path, "rb") as file:
             size = struct.unpack("<Q", file.read(8))[0]
             if size > _HEADER_LIMIT:
                 raise ValueError(f"a header of {size} bytes")
             header = json.loads(file.read(size))
-        return dict(header.get("__metadata__", {}))
-    except (OSError, struct.error, ValueError, AttributeError) as error:
+            ends = [row["data_offsets"][1] for name, row in header.items() if name != "__metadata__"]
+            present = os.fstat(file.fileno()).st_size - 8 - size
+        if present < max(ends, default=0):
+            raise ValueError(f"{present} bytes of data where its header says {max(ends)}")
+        dict(header.get("__metadata__", {}))
+        return header
+    except (OSError, struct.error, ValueError, AttributeError, TypeError, KeyError) as error:
         raise RunError(
             f"The file '{path}' cannot be read as safetensors ({error}).",
             "It is missing, damaged, or of another format; restore it or choose another.",
@@ -138,10 +154,13 @@ def read_json(path: str):
         raise RunError(f"The file '{path}' cannot be read as JSON ({error}).", "Remove or restore it.") from error
 
 
-def sweep(folder: str) -> None:
-    """Removes what a killed process left half-written in a folder."""
+def sweep(folder: str, older_than: float = 0.0) -> None:
+    """Removes what a killed process left half-written in a folder, if it is older than so many seconds."""
     if not os.path.isdir(folder):
         return
     for name in os.listdir(folder):
-        if name.startswith(".") and (name.endswith(".tmp") or name.startswith(".tmp")):
-            os.remove(os.path.join(folder, name))
+        if not name.startswith(".") or not (name.endswith(".tmp") or name.startswith(".tmp")):
+            continue
+        path = os.path.join(folder, name)
+        if not older_than or time.time() - os.stat(path).st_mtime > older_than:
+            os.remove(path)

@@ -1,11 +1,28 @@
-"""Captions: files, triggers, and what happens to them on the way."""
+"""Captions: triggers, and what happens to them from one showing to the next."""
+
+import math
+from collections import Counter
 
 import pytest
-from graft_pack.trainers.data.captions import caption_file, read_caption
-from graft_pack.trainers.data.examples import Dataset, combine, with_trigger
-from graft_pack.trainers.data.scan import check_captions, scan_folder
+from graft_pack.trainers.data import captions
+from graft_pack.trainers.data.examples import Example, Handling
+from graft_pack.trainers.data.scan import from_arrays
 from graft_pack.trainers.errors import DatasetError
-from PIL import Image
+from hypothesis import given
+from hypothesis import strategies as st
+
+TAGS = tuple(f"tag {letter}" for letter in "abcdefghij")
+
+
+def example(caption, trigger="", digest="0", **handling):
+    texts = (caption,) if isinstance(caption, str) else tuple(caption)
+    return Example(None, texts, (64, 64), digest, trigger, handling=Handling(**handling))
+
+
+def bounds(n, p):
+    """Six standard deviations around the mean of a binomial: one test in half a billion fails by chance."""
+    spread = 6 * math.sqrt(n * p * (1 - p))
+    return n * p - spread, n * p + spread
 
 
 @pytest.mark.parametrize(
@@ -25,81 +42,116 @@ from PIL import Image
     ],
 )
 def test_the_trigger_is_put_in_front_of_what_lacks_it(caption, trigger, expected):
-    assert with_trigger(caption, trigger) == expected
+    assert captions.with_trigger(caption, trigger) == expected
+    assert captions.plain(example(caption, trigger)) == expected
+    assert captions.variant(example(caption, trigger), 0) == expected
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """Three pictures: with .txt, with .caption in a subfolder, with none."""
-    (tmp_path / "sub").mkdir()
-    for name, size in (("a.png", (20, 30)), ("sub/b.jpg", (40, 10)), ("c.webp", (16, 16))):
-        Image.new("RGB", size, "red").save(tmp_path / name)
-    (tmp_path / "a.txt").write_text("\ufeffa  red\n picture \n", encoding="utf-8")
-    (tmp_path / "sub" / "b.caption").write_text("caf\u00e9", encoding="utf-8")
-    return tmp_path
+@given(
+    st.lists(st.sampled_from(TAGS), min_size=1, max_size=10, unique=True),
+    st.integers(0, 12),
+    st.sampled_from(["", "sks", "tag c"]),
+    st.integers(0, 1000),
+)
+def test_shuffling_keeps_every_tag_the_first_ones_in_place(tags, keep, trigger, number):
+    caption = ", ".join(tags)
+    found = captions.variant(example(caption, trigger, shuffle_tags=True, keep_tokens=keep), number).split(", ")
+    added = [trigger] if trigger and trigger not in tags else []
+    assert found[: len(added)] == added, "the trigger stays in front"
+    rest = found[len(added) :]
+    assert rest[:keep] == tags[:keep]
+    assert sorted(rest) == sorted(tags)
 
 
-def test_a_folder_is_read_in_a_stable_order(folder):
-    dataset = scan_folder(str(folder), " sks ", 64, 2)
-    assert [example.source.name for example in dataset.examples] == ["a.png", "c.webp", "sub/b.jpg"]
-    assert [example.caption for example in dataset.examples] == ["a red picture", "", "caf\u00e9"]
-    assert [example.size for example in dataset.examples] == [(20, 30), (16, 16), (40, 10)]
-    assert {example.repeats for example in dataset.examples} == {2}
-    assert dataset.trigger == "sks"
+def test_shuffling_reaches_every_order_about_equally_often():
+    seen = Counter(captions.variant(example("a, b, c", shuffle_tags=True), number) for number in range(3000))
+    assert len(seen) == 6
+    low, high = bounds(3000, 1 / 6)
+    assert all(low <= count <= high for count in seen.values()), seen
 
 
-def test_txt_comes_before_caption(folder):
-    (folder / "a.caption").write_text("other")
-    assert caption_file(str(folder / "a.png")).endswith("a.txt")
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
+def test_tags_are_dropped_as_often_as_asked_and_kept_ones_never(rate):
+    caption = ", ".join(TAGS)
+    made = example(caption, "sks", tag_dropout=rate, keep_tokens=3)
+    gone = Counter()
+    for number in range(2000):
+        found = captions.variant(made, number).split(", ")
+        assert found[:4] == ["sks", *TAGS[:3]]
+        assert found[4:] == [tag for tag in TAGS[3:] if tag in found], "those that stay keep their order"
+        gone.update(set(TAGS) - set(found))
+    low, high = bounds(2000, rate)
+    assert all(low <= gone[tag] <= high for tag in TAGS[3:]), gone
+    # Independent: two of them are gone together as often as chance says.
+    pairs = sum(not {TAGS[3], TAGS[4]} & set(captions.variant(made, number).split(", ")) for number in range(2000))
+    low, high = bounds(2000, rate**2)
+    assert low <= pairs <= high
 
 
-def test_another_encoding_is_refused_by_name(folder):
-    (folder / "a.txt").write_bytes("Stra\u00dfe".encode("latin-1"))
-    with pytest.raises(DatasetError, match=r"'a\.txt'.*UTF-8"):
-        scan_folder(str(folder), "", 0, 1)
+def test_a_tag_with_the_trigger_is_never_dropped():
+    made = example("1girl, sks dog, hat", "sks", tag_dropout=1.0, shuffle_tags=True)
+    assert {captions.variant(made, number) for number in range(20)} == {"sks dog"}
 
 
-def test_a_caption_that_cannot_be_read_is_refused_by_name(folder):
-    (folder / "a.txt").unlink()
-    (folder / "a.txt").mkdir()
-    with pytest.raises(DatasetError, match="cannot be read"):
-        read_caption(str(folder / "a.txt"), "a.txt")
+@pytest.mark.parametrize("rate", [0.0, 0.2, 1.0])
+def test_captions_are_dropped_as_often_as_asked(rate):
+    made = example(["one", "two"], caption_dropout=rate)
+    drawn = [captions.variant_of_turn(made, 2, 7, "0", turn) for turn in range(3000)]
+    low, high = bounds(3000, rate)
+    assert low <= drawn.count(None) <= high
+    kept = [number for number in drawn if number is not None]
+    assert not kept or abs(kept.count(0) - kept.count(1)) <= 200
 
 
-def test_neither_caption_nor_trigger_is_refused_by_name(folder):
-    with pytest.raises(DatasetError, match=r"1 of 3 pictures.*c\.webp"):
-        check_captions(scan_folder(str(folder), "", 0, 1))
-    check_captions(scan_folder(str(folder), "sks", 0, 1))
+@given(st.integers(1, 9), st.integers(0, 5))
+def test_every_version_is_shown_once_before_one_is_shown_again(count, seed):
+    made = example("x")
+    for cycle in range(3):
+        turns = range(cycle * count, (cycle + 1) * count)
+        assert sorted(captions.variant_of_turn(made, count, seed, "0", turn) for turn in turns) == list(range(count))
 
 
 @pytest.mark.parametrize(
-    "change",
+    "caption, expected",
     [
-        lambda folder: (folder / "a.txt").write_text("another"),
-        lambda folder: Image.new("RGB", (20, 30), "blue").save(folder / "a.png"),
-        lambda folder: (folder / "c.webp").unlink(),
-        lambda folder: (folder / "c.txt").write_text("now with one"),
+        ("a {red|green} ball", {"a red ball", "a green ball"}),
+        ("{a|{b|c}} d", {"a d", "b d", "c d"}),
+        ("{|big }dog", {"dog", "big dog"}),
+        ("{x} and {", {"{x} and {"}),
     ],
-    ids=["caption edited", "picture edited", "picture removed", "caption added"],
 )
-def test_the_fingerprint_follows_what_is_learnt(folder, change):
-    before = scan_folder(str(folder), "sks", 64, 1).fingerprint()
-    assert scan_folder(str(folder), "sks", 64, 1).fingerprint() == before
-    change(folder)
-    assert scan_folder(str(folder), "sks", 64, 1).fingerprint() != before
+def test_wildcards_become_one_of_their_parts(caption, expected):
+    made = example(caption, wildcards=True)
+    assert {captions.variant(made, number) for number in range(100)} == expected
+    assert captions.variant(example(caption), 3) == caption, "only where they are switched on"
 
 
-@pytest.mark.parametrize("trigger, resolution, repeats", [("other", 64, 1), ("sks", 128, 1), ("sks", 64, 2)])
-def test_the_fingerprint_follows_the_widgets(folder, trigger, resolution, repeats):
-    before = scan_folder(str(folder), "sks", 64, 1).fingerprint()
-    assert scan_folder(str(folder), trigger, resolution, repeats).fingerprint() != before
+def test_lines_take_turns():
+    made = example(["one", "two", "three"], "sks")
+    assert captions.variant_count(made, 1) == 3
+    assert [captions.variant(made, number) for number in range(3)] == ["sks, one", "sks, two", "sks, three"]
 
 
-def test_combined_datasets_keep_their_triggers(folder):
-    both = combine(scan_folder(str(folder), "one", 64, 1), scan_folder(str(folder), "two", 0, 3))
-    captions = [both.caption(example) for example in both.examples]
-    assert captions[0] == "one, a red picture"
-    assert captions[3] == "two, a red picture"
-    assert (both.resolution, both.trigger) == (64, "")
-    with pytest.raises(DatasetError, match="different resolutions"):
-        combine(both, Dataset(both.examples, "", 128, "x"))
+def test_a_small_dataset_gets_many_versions_and_a_large_one_few():
+    varying = example("a, b", shuffle_tags=True)
+    assert captions.variant_count(varying, 1) == 64
+    assert captions.variant_count(varying, 100) == 20
+    assert captions.variant_count(varying, 10_000) == 4
+    assert captions.variant_count(example("a, b", shuffle_tags=True, caption_variants=7), 1) == 7
+    assert captions.variant_count(example("a b", shuffle_tags=True), 1) == 1, "nothing to shuffle"
+
+
+@pytest.mark.parametrize("field", ["tag_dropout", "caption_dropout", "mask_minimum"])
+def test_a_chance_outside_of_its_range_is_refused(field):
+    for value in (-0.1, 1.1, float("nan")):
+        with pytest.raises(DatasetError, match=field):
+            Handling(**{field: value})
+
+
+def test_texts_on_a_wire_may_be_variants_by_line():
+    import numpy as np
+
+    pictures = [np.zeros((64, 64, 3), np.uint8)]
+    assert from_arrays(pictures, ["one\ntwo"], "", 0).examples[0].captions == ("one two",)
+    made = from_arrays(pictures, ["one\n\ntwo"], "", 0, lines_are_variants=True)
+    assert made.examples[0].captions == ("one", "two")

@@ -3,7 +3,7 @@
 from collections import Counter
 from itertools import islice
 
-from graft_pack.trainers.data.order import batches_from, epoch_batches, stream_seed
+from graft_pack.trainers.data.order import batches_from, epoch_batches, stream_seed, turns_within
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -25,6 +25,18 @@ def test_an_epoch_shows_each_picture_as_often_as_it_repeats(batch_size, seed, ep
 def test_going_on_from_any_place_is_the_same_as_never_having_stopped(position, batch_size):
     straight = list(islice(batches_from(0, BUCKETS, REPEATS, batch_size, 7), position + 10))
     assert list(islice(batches_from(position, BUCKETS, REPEATS, batch_size, 7), 10)) == straight[position:]
+
+
+@given(st.integers(1, 4), st.integers(0, 60))
+def test_a_turn_counts_how_often_an_example_was_shown(batch_size, position):
+    shown = Counter()
+    for number, (_, batch) in enumerate(islice(batches_from(0, BUCKETS, REPEATS, batch_size, 7), position + 8)):
+        for index, turn in batch:
+            assert turn == shown[index]
+            shown[index] += 1
+        if number == position - 1:
+            bound = turns_within(position, BUCKETS, REPEATS, batch_size)
+            assert all(shown[index] <= bound[index] for index in range(len(BUCKETS)))
 
 
 def test_epochs_and_seeds_differ():

@@ -1,0 +1,82 @@
+"""What is known of the files in a folder, kept on disk: a second look reads only what changed."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Callable
+
+from ..errors import RunError
+from ..formats import files
+
+log = logging.getLogger(__name__)
+
+_VERSION = 1
+
+# A file written so shortly before it was read may be written again without its times telling.
+_SETTLED = 2_000_000_000
+
+
+class Index:
+    """Facts by file, each valid while the file's size, times and place on disk stay the same.
+
+    Args:
+        folder: where indices are kept; None to keep nothing.
+        of: absolute path of the folder that is described.
+    """
+
+    def __init__(self, folder: str | None, of: str):
+        self._path = None
+        self._known: dict[str, list] = {}
+        self._used: dict[str, list] = {}
+        if folder is not None:
+            name = hashlib.sha256(os.path.realpath(of).encode("utf-8", "surrogateescape")).hexdigest()[:32]
+            self._path = os.path.join(folder, f"{name}.json")
+            self._known = self._read()
+
+    def _read(self) -> dict[str, list]:
+        if not os.path.exists(self._path):
+            return {}
+        try:
+            value = files.read_json(self._path)
+        except RunError as error:
+            log.warning("Graft: %s The folder will be read anew.", error)
+            return {}
+        sound = isinstance(value, dict) and value.get("version") == _VERSION and isinstance(value.get("files"), dict)
+        return value["files"] if sound else {}
+
+    def facts(self, name: str, stat: os.stat_result, make: Callable[[], dict]) -> dict:
+        """The facts of a file, made when the file is new or changed.
+
+        Args:
+            make: gives them, JSON-able; what it raises is passed on and not kept.
+        """
+        row = self._known.get(name)
+        mark = mark_of(stat)
+        if row is None or row[0] != mark:
+            started = time.time_ns()
+            row = [mark, make()]
+            if started - max(stat.st_mtime_ns, stat.st_ctime_ns) < _SETTLED:
+                # Used now, but not kept: the mark would not tell a later content from this one.
+                row[0] = None
+        self._used[name] = row
+        return row[1]
+
+    def save(self) -> None:
+        """Keeps what was asked for; what was not is forgotten. A disk that cannot be written costs time alone."""
+        if self._path is None:
+            return
+        kept = {name: row for name, row in self._used.items() if row[0] is not None}
+        if kept == self._known:
+            return
+        try:
+            files.write_json(self._path, {"version": _VERSION, "files": kept})
+        except RunError as error:
+            log.warning("Graft: %s The folder will be read anew next time.", error)
+
+
+def mark_of(stat: os.stat_result) -> list[int]:
+    """What tells one state of a file from another without reading it."""
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]

@@ -1,0 +1,319 @@
+"""From a dataset to items: cut, encoded or found in the caches, and varied at every showing."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .data import captions
+from .data.buckets import Crop, choose_crops
+from .data.cache import Cache, LatentCache, MaskCache, TextCache, cache_size, prune
+from .data.examples import LeftOut
+from .data.memory import Keep
+from .data.order import stream_seed, turns_within
+from .data.scan import reason_of, shortened
+from .errors import DatasetError, SettingsError
+from .protocols import Conditioning
+
+if TYPE_CHECKING:
+    import torch
+
+    from .data.examples import Dataset, Example
+    from .loop import Item, Shown
+    from .protocols import Geometry, Host
+    from .settings import Recipe
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A dataset ready for the loop.
+
+    Attributes:
+        training, validation: items.
+        left_out: files that are not trained on.
+        facts: for the run's record, JSON-able.
+    """
+
+    training: list[Item]
+    validation: list[Item]
+    left_out: tuple[LeftOut, ...]
+    facts: dict
+
+
+@dataclass(frozen=True)
+class _Cuts:
+    """An example, its place in the dataset, and its cuts, one for each resolution."""
+
+    place: int
+    example: Example
+    crops: tuple[Crop, ...]
+
+    def all_crops(self) -> list[Crop]:
+        """The cuts, and the mirrored ones where it is flipped."""
+        mirrored = [crop.mirrored() for crop in self.crops] if self.example.handling.flip else []
+        return [*self.crops, *mirrored]
+
+
+def cut_dataset(dataset: Dataset, geometries: dict[int, Geometry]) -> tuple[list[_Cuts], list[LeftOut]]:
+    """The cuts of each example, and the examples that have none.
+
+    Args:
+        geometries: by resolution; 0 is the dataset's own.
+    """
+    found = []
+    left_out = []
+    for place, example in enumerate(dataset.examples):
+        wanted = [geometries[resolution] for resolution in (0, *example.handling.resolutions)]
+        try:
+            crops = choose_crops(example.size, wanted, example.source.name, example.handling.upscale)
+        except DatasetError as error:
+            left_out.append(LeftOut(example.source.name, reason_of(error, example.source.name)))
+            continue
+        found.append(_Cuts(place, example, tuple(crops)))
+    return found, left_out
+
+
+def all_resolutions(dataset: Dataset) -> list[int]:
+    """The further resolutions of a dataset's examples, and 0 for its own."""
+    return sorted({0, *(side for example in dataset.examples for side in example.handling.resolutions)})
+
+
+def prepare(dataset: Dataset, recipe: Recipe, host: Host, cache_folder: str, cache_limit: int) -> Prepared:
+    """Encodes what is not yet cached and gives the examples as the loop wants them.
+
+    Raises:
+        DatasetError: nothing is left to train on, or something cannot be encoded.
+        SettingsError: the validation split leaves nothing to train on.
+    """
+    started = time.time()
+    geometries = {side: host.denoiser.geometry(side or recipe.resolution) for side in all_resolutions(dataset)}
+    cuts, left_out = cut_dataset(dataset, geometries)
+    maker = _Maker(dataset, recipe, host, cache_folder)
+    cuts = maker.encode_pictures(cuts, left_out)
+    _refuse_if_empty(dataset, cuts, left_out)
+    validation = held_out(cuts, recipe)
+    training = [cut for cut in cuts if cut.place not in validation]
+    maker.encode_captions(training, [cut for cut in cuts if cut.place in validation])
+    maker.check_inputs(cuts[0])
+    removed = prune(cache_folder, cache_limit, started)
+    if removed:
+        log.info("Graft: %.1f GB of the oldest cached latents and texts were removed.", removed / 1e9)
+    everything = (*dataset.left_out, *left_out)
+    if everything:
+        log.warning("Graft: %d files are not trained on: %s", len(everything), shortened(everything, 50))
+    facts = {
+        "left_out": [str(row) for row in everything],
+        "latents": maker.latent_kind(cuts),
+        "cache_bytes": cache_size(cache_folder),
+    }
+    return Prepared(
+        [maker.item(cut, crop) for cut in training for crop in cut.crops],
+        [maker.item(cut, crop) for cut in cuts if cut.place in validation for crop in cut.crops],
+        everything,
+        facts,
+    )
+
+
+def _refuse_if_empty(dataset: Dataset, cuts: list[_Cuts], left_out: list[LeftOut]) -> None:
+    if not cuts:
+        raise DatasetError(
+            f"None of the {len(dataset.examples)} pictures of '{dataset.name}' can be trained on: "
+            f"{shortened(left_out)}.",
+            "Take larger or sound pictures, or let small ones be enlarged (upscale).",
+            "dataset",
+        )
+
+
+def held_out(cuts: list[_Cuts], recipe: Recipe) -> set[int]:
+    """Places of the examples that serve validation: those marked, and a share of the rest by content and seed alone.
+
+    Raises:
+        SettingsError: nothing would be left to train on.
+    """
+    marked = {cut.place for cut in cuts if cut.example.held_out}
+    rest = [cut for cut in cuts if cut.place not in marked]
+    count = round(recipe.validation_fraction * len(rest))
+    if recipe.validation_fraction > 0:
+        count = max(1, count)
+    if count >= len(rest):
+        raise SettingsError(
+            f"validation_fraction {recipe.validation_fraction} leaves none of {len(rest)} pictures to train on.",
+            "Lower it in Graft Run Options, or add pictures.",
+            "validation_fraction",
+        )
+
+    def rank(cut: _Cuts) -> str:
+        return hashlib.sha256(f"{recipe.seed}{cut.example.digest}".encode()).hexdigest()
+
+    return marked | {cut.place for cut in sorted(rest, key=rank)[:count]}
+
+
+class _Maker:
+    """Fills the caches and makes items that draw from them."""
+
+    def __init__(self, dataset: Dataset, recipe: Recipe, host: Host, folder: str):
+        self._pictures = len(dataset.examples)
+        self._recipe = recipe
+        self._host = host
+        self._latents = LatentCache(Cache(os.path.join(folder, "latents")), host.codec)
+        self._texts = TextCache(Cache(os.path.join(folder, "text")), host.text)
+        self._masks = MaskCache(Cache(os.path.join(folder, "masks")))
+        self._keep = Keep()
+        self._done = 0
+        self._some_caption = ""
+
+    def _tick(self, name: str, total: int) -> None:
+        self._done += 1
+        self._host.report("cache", {"name": name, "done": self._done, "total": total})
+
+    def encode_pictures(self, cuts: list[_Cuts], left_out: list[LeftOut]) -> list[_Cuts]:
+        """Those of the cuts that have latents and masks; the others go to `left_out`."""
+        rows = [(cut.example, cut.all_crops()) for cut in cuts]
+        outcome = self._latents.fill(rows, lambda name: self._tick(name, 2 * len(cuts)))
+        found = []
+        for cut, problem in zip(cuts, outcome, strict=True):
+            if problem is None:
+                found.append(cut)
+            else:
+                left_out.append(problem)
+        return self._with_masks(found, left_out)
+
+    def _with_masks(self, cuts: list[_Cuts], left_out: list[LeftOut]) -> list[_Cuts]:
+        rows = []
+        owners = []
+        for cut in cuts:
+            if cut.example.mask is None:
+                continue
+            for crop in cut.all_crops():
+                rows.append((cut.example, crop, self._shape(cut.example, crop)))
+                owners.append(cut.place)
+        problems: dict[int, LeftOut] = {}
+        for place, row, problem in zip(owners, rows, self._masks.fill(rows), strict=True):
+            example = row[0]
+            if problem is None and not example.handling.mask_minimum and not self._counts(row):
+                problem = LeftOut(example.source.name, "its mask leaves nothing of the part that is trained on")
+            if problem is not None:
+                problems.setdefault(place, problem)
+        left_out.extend(problems.values())
+        return [cut for cut in cuts if cut.place not in problems]
+
+    def _counts(self, row: tuple) -> bool:
+        return bool(self._masks.get(self._masks.key(*row)).any())
+
+    def _shape(self, example: Example, crop: Crop) -> tuple[int, int]:
+        return tuple(self._latents.get(self._latents.key(example, crop))["mean"].shape[-2:])
+
+    def encode_captions(self, training: list[_Cuts], validation: list[_Cuts]) -> None:
+        """Encodes the captions that the run will show, and those of validation."""
+        wanted = dict.fromkeys(captions.plain(cut.example) for cut in validation)
+        recipe = self._recipe
+        pairs = [(cut, crop) for cut in training for crop in cut.crops]
+        turns = turns_within(
+            recipe.steps * recipe.accumulation,
+            [crop.bucket for _, crop in pairs],
+            [cut.example.repeats for cut, _ in pairs],
+            recipe.batch_size,
+        )
+        for (cut, crop), times in zip(pairs, turns, strict=True):
+            example = cut.example
+            count = captions.variant_count(example, self._pictures)
+            if count == 1 and not example.handling.caption_dropout:
+                wanted[captions.variant(example, 0)] = None
+                continue
+            if example.handling.caption_dropout:
+                wanted[""] = None
+            for number in self._shown(cut, crop, count, times):
+                wanted[captions.variant(example, number)] = None
+        self._some_caption = next(iter(wanted))
+        self._texts.fill(wanted, lambda name: self._tick(name, self._pictures + len(wanted)))
+
+    def _shown(self, cut: _Cuts, crop: Crop, count: int, times: int) -> list[int]:
+        """The versions of a caption that so many showings need."""
+        if times >= count:
+            return list(range(count))
+        return sorted({self._version(cut, crop, count, turn) for turn in range(times)} - {None})
+
+    def _version(self, cut: _Cuts, crop: Crop, count: int, turn: int) -> int | None:
+        return captions.variant_of_turn(cut.example, count, self._recipe.seed, _place(cut, crop), turn)
+
+    def check_inputs(self, cut: _Cuts) -> None:
+        """Lets the denoiser refuse a codec or an encoder that is not its own."""
+        latent = self._latents.get(self._latents.key(cut.example, cut.crops[0]))["mean"]
+        self._host.denoiser.check_inputs(latent, self._texts.get(self._some_caption))
+
+    def latent_kind(self, cuts: list[_Cuts]) -> str:
+        """What the cache holds of the pictures, in words."""
+        first = self._latents.get(self._latents.key(cuts[0].example, cuts[0].crops[0]))
+        if "logvar" in first:
+            return "mean and log-variance, sampled anew at every showing"
+        log.info("Graft: this VAE has no posterior that can be sampled; the mean of each picture is trained on.")
+        return "mean alone: the VAE has no posterior"
+
+    def item(self, cut: _Cuts, crop: Crop) -> Item:
+        """One cut of an example as the loop wants it."""
+        from .loop import Item
+
+        def show(turn: int | None) -> Shown:
+            return self._show(cut, crop, turn)
+
+        return Item(cut.example.source.name, crop.bucket, cut.example.repeats, show)
+
+    def _show(self, cut: _Cuts, crop: Crop, turn: int | None) -> Shown:
+        from .loop import Shown
+
+        example = cut.example
+        caption, drawn, source = self._draw(cut, crop, turn)
+        key = self._latents.key(example, drawn)
+        latent = self._host.denoiser.scale_latents(self._latent(key, source))
+        tensors = self._keep.get(f"text {caption}", lambda: self._texts.get(caption))
+        conditioning = Conditioning(tensors, example.size, drawn.offset, drawn.bucket)
+        weight = None
+        if example.mask is not None:
+            weight = self._weight(example, drawn, tuple(latent.shape[-2:]))
+            weight = weight.view(1, 1, *[1] * (latent.ndim - 4), *latent.shape[-2:])
+        return Shown(latent, conditioning, weight)
+
+    def _draw(self, cut: _Cuts, crop: Crop, turn: int | None):
+        """(caption, cut, source of the latent's noise) of a showing: by seed, place and turn alone.
+
+        Validation has no turn: the plain caption, no mirror, the mean.
+        """
+        example = cut.example
+        if turn is None:
+            return captions.plain(example), crop, None
+        from .objective.noise import generator
+
+        place = _place(cut, crop)
+        count = captions.variant_count(example, self._pictures)
+        number = self._version(cut, crop, count, turn)
+        caption = "" if number is None else captions.variant(example, number)
+        seed = self._recipe.seed
+        flipped = example.handling.flip and stream_seed("flip", seed, place, turn) % 2 == 1
+        return caption, crop.mirrored() if flipped else crop, generator("posterior", seed, place, turn)
+
+    def _latent(self, key: str, source: torch.Generator | None) -> torch.Tensor:
+        """The posterior's mean, or a sample of it."""
+        import torch
+
+        found = self._keep.get(f"latent {key}", lambda: self._latents.get(key))
+        mean = found["mean"]
+        if source is None or "logvar" not in found:
+            return mean
+        noise = torch.randn(mean.shape, generator=source)
+        return mean + torch.exp(0.5 * found["logvar"]) * noise
+
+    def _weight(self, example: Example, crop: Crop, shape: tuple[int, int]) -> torch.Tensor:
+        key = self._masks.key(example, crop, shape)
+        found = self._keep.get(f"mask {key}", lambda: {"": self._masks.get(key)})
+        return found[""].clamp_min(example.handling.mask_minimum)
+
+
+def _place(cut: _Cuts, crop: Crop) -> str:
+    """Names a cut's own stream of random numbers."""
+    return f"{cut.place}/{crop.bucket[0]}x{crop.bucket[1]}"
