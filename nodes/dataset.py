@@ -48,7 +48,7 @@ def _varying() -> list:
             min=0,
             max=1000,
             optional=True,
-            tooltip="So many parts at the beginning of a caption are neither moved nor dropped, besides the trigger.",
+            tooltip="So many parts at a caption's beginning are neither moved nor dropped, besides the trigger.",
         ),
         io.Float.Input(
             "tag_dropout",
@@ -73,7 +73,7 @@ def _varying() -> list:
                 "wildcards",
                 default=False,
                 optional=True,
-                tooltip="{a|b} in a caption becomes a or b. Off: braces are text.",
+                tooltip="Of words in braces with bars between them one is chosen. Off: braces are text.",
             )
         ),
         advanced(
@@ -81,7 +81,7 @@ def _varying() -> list:
                 "lines_are_variants",
                 default=False,
                 optional=True,
-                tooltip="Each line of a caption is a caption of its own, shown in turn. Off: the whole is one caption.",
+                tooltip="Each line of a caption is a caption of its own, shown in turn. Off: it is one caption.",
             )
         ),
         advanced(
@@ -91,7 +91,7 @@ def _varying() -> list:
                 min=0,
                 max=10000,
                 optional=True,
-                tooltip="How many versions of a varying caption are encoded. 0: 4 to 64, the fewer the more pictures.",
+                tooltip="How many versions of a varying caption are encoded. 0: 4 to 64, fewer for more pictures.",
             )
         ),
         io.Boolean.Input(
@@ -193,7 +193,7 @@ class GraftLoadDataset(io.ComfyNode):
                         "mask_folder",
                         default="",
                         optional=True,
-                        tooltip="A folder of masks by their pictures' names, chosen as 'folder' is. Empty: 'masks' inside.",
+                        tooltip="Masks by their pictures' names, in a folder of its own. Empty: 'masks' inside.",
                     )
                 ),
                 advanced(
@@ -352,14 +352,21 @@ class GraftInspectDataset(io.ComfyNode):
     def execute(cls, dataset, model=None, clip=None, vae=None) -> io.NodeOutput:
         import torch
 
-        from ..trainers.data import sheet
+        from ..trainers.data import inspect, sheet
+        from ..trainers.data.cache import cache_size
         from .host import training
+        from .host.progress import counter
 
         with named(cls):
-            geometry = training.geometry(dataset, model, vae)
-            count = training.token_counter(clip)
-            picture = sheet.contact_sheet(dataset, geometry)
-            report = sheet.report(dataset, geometry, count)
+            findings = inspect.inspect(
+                dataset,
+                training.geometries(dataset, model, vae),
+                training.token_counter(clip),
+                paths.index_folder(),
+                counter(cls.hidden.unique_id),
+            )
+            picture = sheet.contact_sheet(findings)
+            report = inspect.report(findings, cache_size(paths.folders().cache))
             image = torch.from_numpy(picture)[None]
             return io.NodeOutput(image, report, ui={**ui.PreviewImage(image, cls=cls).as_dict(), "text": (report,)})
 

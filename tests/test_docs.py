@@ -67,6 +67,15 @@ def test_locales_are_those_of_the_nodes(schemas):
     written = json.loads((make_locales.FOLDER / "nodeDefs.json").read_text(encoding="utf-8"))
     assert written == make_locales.describe_nodes(make_locales.list_nodes())
     assert json.loads((make_locales.FOLDER / "main.json").read_text(encoding="utf-8")) == make_locales.MAIN
+    assert json.loads((make_locales.FOLDER / "settings.json").read_text(encoding="utf-8")) == make_locales.SETTINGS
+
+
+def test_settings_say_the_same_in_the_browser_and_to_translators():
+    script = (ROOT / "web" / "settings.js").read_text(encoding="utf-8")
+    for name, texts in make_locales.SETTINGS.items():
+        assert f'id: "{name.replace("_", ".")}"' in script
+        for text in texts.values():
+            assert f'"{text}"' in script
 
 
 def test_locales_hold_nothing_that_the_frontend_reads_as_syntax():

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from comfy_execution.graph_utils import ExecutionBlocker
 
+from ...trainers.data.scan import shortened
 from ...trainers.errors import GraftError, ModelError
 from ...trainers.families import family_of
+from ...trainers.prepare import all_resolutions
 from ...trainers.protocols import Geometry, Host
 from ...trainers.session import train_adapter
 from ...trainers.settings import Options, resolve
@@ -94,8 +96,14 @@ def _summary(result, recipe) -> str:
     how = "returned as it was" if result.resumed_from == recipe.steps else "trained"
     return (
         f"Run {result.run.name}: {recipe.steps} steps {how}; loss of the last tenth {sum(tail) / len(tail):.4f}; "
-        f"{recipe.summary()}."
+        f"{recipe.summary()}.{_missing(result)}"
     )
+
+
+def _missing(result) -> str:
+    if not result.left_out:
+        return ""
+    return f" Left out of the dataset: {shortened(result.left_out)}."
 
 
 def _check_sockets(model, clip, vae) -> None:
@@ -115,13 +123,18 @@ def _check_sockets(model, clip, vae) -> None:
         raise ModelError(f"A {type(model).__name__} is no model that can be trained.", "Load the original.", "model")
 
 
-def geometry(dataset: Dataset, model: ModelPatcher | None, vae: VAE | None) -> Geometry:
-    """How a dataset's pictures will be cut for a model; without one, as for SD1."""
+def geometries(dataset: Dataset, model: ModelPatcher | None, vae: VAE | None) -> dict[int, Geometry]:
+    """How pictures will be cut for a model, by resolution, 0 for the dataset's own; without a model as for SD1."""
     factor = int(vae.spacial_compression_encode()) if vae is not None else 8
-    if model is not None:
-        return families.geometry(model, factor, dataset.resolution)
-    resolution = dataset.resolution or family_of("SD1").resolution
-    return Geometry(resolution, min(64, max(8, resolution // 8)))
+    found = {}
+    for side in all_resolutions(dataset):
+        wanted = side or dataset.resolution
+        if model is not None:
+            found[side] = families.geometry(model, factor, wanted)
+        else:
+            resolution = wanted or family_of("SD1").resolution
+            found[side] = Geometry(resolution, min(64, max(8, resolution // 8)))
+    return found
 
 
 def token_counter(clip: CLIP | None) -> Callable[[str], int] | None:

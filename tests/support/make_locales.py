@@ -22,6 +22,20 @@ MAIN = {
     },
 }
 
+# The settings dialog's entries, as web/settings.js has them; the frontend looks for ids with underscores.
+SETTINGS = {
+    "Graft_DatasetRoots": {
+        "name": "Folders that datasets may come from",
+        "tooltip": "Absolute paths, separated by semicolons, besides ComfyUI's input folder. Press R afterwards: the "
+        "folders below them can then be chosen in Graft Load Dataset.",
+    },
+    "Graft_CacheLimit": {
+        "name": "Size limit of cached latents and texts (GB)",
+        "tooltip": "When a run starts, what was not used for longest is removed until output/graft/cache is no larger. "
+        "What that run needs always stays.",
+    },
+}
+
 
 def list_nodes():
     """The pack's node classes; ComfyUI is imported for their schemas."""
@@ -59,7 +73,7 @@ def dump(value):
 
 def main():
     FOLDER.mkdir(parents=True, exist_ok=True)
-    for name, value in (("nodeDefs", describe_nodes(list_nodes())), ("main", MAIN)):
+    for name, value in (("nodeDefs", describe_nodes(list_nodes())), ("main", MAIN), ("settings", SETTINGS)):
         path = FOLDER / f"{name}.json"
         path.write_text(dump(value), encoding="utf-8")
         print(path)

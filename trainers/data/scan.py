@@ -273,6 +273,8 @@ class _Reader:
         size = tuple(facts["size"])
         source = FileSource(file.path, file.name, self._listing.root, facts["digest"])
         times, words = self._of_folder(file.name)
+        if times == 0:
+            raise DatasetError("its folder's name repeats it 0 times", "Rename the folder.", "folder")
         texts = self._captions(file) or ((words,) if words else ()) or ("",)
         mask = self._mask(file, source, facts["alpha"], index)
         held = bool(self._held) and file.name.startswith(f"{self._held}/")
@@ -331,7 +333,7 @@ class _Reader:
         for folder in reversed(folders):
             match = _REPEAT_FOLDER.fullmatch(folder)
             if match:
-                return max(1, int(match.group(1))), match.group(2).strip()
+                return int(match.group(1)), match.group(2).strip()
         return 1, ""
 
     def _mask(self, file: _File, source: FileSource, transparent: bool, index: Index):

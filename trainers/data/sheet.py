@@ -1,122 +1,145 @@
-"""A dataset at a glance: the pictures as they will be cropped, and a report of what to look after."""
+"""A dataset at a glance: one picture with its buckets, its tags, and its pictures as they will be cut."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .buckets import choose_crop
-from .pixels import cut
-
 if TYPE_CHECKING:
-    from PIL import Image
+    from PIL import Image, ImageDraw
 
-    from ..protocols import Geometry
-    from .examples import Dataset
+    from .buckets import Crop
+    from .inspect import Finding, Findings
 
-_CHUNK = 75
 _CELL = 192
 _COLUMNS = 6
 _LIMIT = 60
-_TEXT = 34
+_TEXT = 49
+_LINE = 15
+_BARS = 12
 _INK = (235, 235, 235)
+_FAINT = (150, 150, 155)
 _GREY = (40, 40, 44)
+_BAR = (96, 150, 214)
+_AMBER = (240, 176, 64)
+_RED = (230, 40, 40)
 
 
-def contact_sheet(dataset: Dataset, geometry: Geometry) -> np.ndarray:
-    """The first pictures of a dataset as they will be cropped, with bucket and caption: [H, W, 3] float32 in 0..1."""
-    from PIL import Image
+def contact_sheet(findings: Findings) -> np.ndarray:
+    """[H, W, 3] float32 in 0..1: above the buckets and the tags with their numbers, below the pictures.
 
-    shown = dataset.examples[:_LIMIT]
-    columns = min(_COLUMNS, len(shown))
+    A picture is shown whole, what is cut away dark, what a mask excludes red; those with something to look after come
+    first and are framed in amber.
+    """
+    from PIL import Image, ImageDraw
+
+    shown = chosen(findings)
+    columns = max(3, min(_COLUMNS, len(shown)))
     rows = -(-len(shown) // columns)
-    sheet = Image.new("RGB", (columns * _CELL, rows * (_CELL + _TEXT)), _GREY)
-    for index, example in enumerate(shown):
-        crop = choose_crop(example.size, geometry, example.source.name)
-        picture = cut(example.source.open(), crop)
-        corner = (index % columns * _CELL, index // columns * (_CELL + _TEXT))
-        lines = [
-            f"{crop.bucket[0]}x{crop.bucket[1]}  {example.source.name}",
-            dataset.caption(example) or "(no caption)",
-        ]
-        _paste(sheet, picture, corner, lines)
+    head = _head_height(findings)
+    sheet = Image.new("RGB", (columns * _CELL, head + rows * (_CELL + _TEXT)), _GREY)
+    draw = ImageDraw.Draw(sheet)
+    _draw_head(draw, findings, sheet.width)
+    for index, finding in enumerate(shown):
+        corner = (index % columns * _CELL, head + index // columns * (_CELL + _TEXT))
+        _draw_cell(sheet, draw, finding, corner)
     return np.asarray(sheet, dtype=np.float32) / 255.0
 
 
-def _paste(sheet: Image.Image, picture: Image.Image, corner: tuple[int, int], lines: list[str]) -> None:
+def chosen(findings: Findings) -> list[Finding]:
+    """The examples that are drawn: all if they fit, else the flagged ones first and an even choice of the rest."""
+    rows = findings.rows
+    if len(rows) <= _LIMIT:
+        return sorted(rows, key=lambda row: not row.flags)
+    flagged = sorted((row for row in rows if row.flags), key=lambda row: (-len(row.flags), row.kept))[: _LIMIT * 2 // 3]
+    taken = {id(row) for row in flagged}
+    rest = [row for row in rows if id(row) not in taken]
+    wanted = _LIMIT - len(flagged)
+    return flagged + [rest[place * len(rest) // wanted] for place in range(min(wanted, len(rest)))]
+
+
+def _head_height(findings: Findings) -> int:
+    return (min(_BARS, max(len(findings.buckets), len(findings.tags), 1)) + 2) * _LINE + 12
+
+
+def _draw_head(draw: ImageDraw.ImageDraw, findings: Findings, width: int) -> None:
+    half = width // 2
+    buckets = [(f"{size[0]}x{size[1]}", number) for size, number in findings.buckets.most_common(_BARS)]
+    title = f"{findings.dataset.name}: {len(findings.rows)} pictures, {len(findings.buckets)} buckets"
+    if findings.left_out:
+        title += f", {len(findings.left_out)} left out"
+    _draw_bars(draw, title, buckets, 8, half - 16)
+    _draw_bars(draw, f"{len(findings.tags)} tags", findings.tags.most_common(_BARS), half + 8, half - 16)
+
+
+def _draw_bars(draw, title: str, rows: list[tuple[str, int]], left: int, width: int) -> None:
+    draw.text((left, 6), _fitting(draw, title, width), fill=_INK)
+    most = max((number for _, number in rows), default=1)
+    label = width * 2 // 5
+    for place, (name, number) in enumerate(rows):
+        top = 6 + (place + 1) * _LINE + 4
+        draw.text((left, top), _fitting(draw, name, label - 8), fill=_INK)
+        length = max(1, (width - label - 40) * number // most)
+        draw.rectangle((left + label, top + 3, left + label + length, top + 11), fill=_BAR)
+        draw.text((left + label + length + 5, top), str(number), fill=_FAINT)
+
+
+def _draw_cell(sheet: Image.Image, draw, finding: Finding, corner: tuple[int, int]) -> None:
+    crop = finding.crops[0]
+    picture = _overlaid(finding, crop)
+    left = corner[0] + (_CELL - picture.width) // 2
+    top = corner[1] + (_CELL - picture.height) // 2
+    sheet.paste(picture, (left, top))
+    if finding.flags:
+        frame = (corner[0] + 1, corner[1] + 1, corner[0] + _CELL - 2, corner[1] + _CELL + _TEXT - 3)
+        draw.rectangle(frame, outline=_AMBER)
+    sizes = " ".join(f"{one.bucket[0]}x{one.bucket[1]}" for one in finding.crops)
+    example = finding.example
+    repeats = f" x{example.repeats}" if example.repeats > 1 else ""
+    held = "validation " if example.held_out else ""
+    lines = [
+        (f"{sizes}{repeats}  {held}{example.source.name}", _INK),
+        (finding.caption or "(no caption)", _FAINT),
+        (", ".join(finding.flags), _AMBER),
+    ]
+    for number, (line, colour) in enumerate(lines):
+        place = (corner[0] + 5, corner[1] + _CELL + _LINE * number)
+        draw.text(place, _fitting(draw, line, _CELL - 10), fill=colour)
+
+
+def _overlaid(finding: Finding, crop: Crop) -> Image.Image:
+    """The whole picture within a cell, dark where it is cut away, red where its mask excludes it."""
     from PIL import Image, ImageDraw
 
-    factor = (_CELL - 4) / max(picture.size)
+    picture = finding.example.source.open()
+    factor = (_CELL - 8) / max(picture.size)
     size = tuple(max(1, round(side * factor)) for side in picture.size)
     picture = picture.resize(size, Image.LANCZOS if factor < 1 else Image.NEAREST)
-    left = corner[0] + (_CELL - size[0]) // 2
-    top = corner[1] + (_CELL - size[1]) // 2
-    sheet.paste(picture, (left, top))
-    draw = ImageDraw.Draw(sheet)
-    for number, line in enumerate(lines):
-        draw.text((corner[0] + 4, corner[1] + _CELL + 2 + 15 * number), _fitting(draw, line), fill=_INK)
+    if finding.example.mask is not None:
+        mask = finding.example.mask.open().convert("L").resize(size, Image.BILINEAR)
+        excluded = mask.point(lambda value: (255 - value) * 3 // 5)
+        picture = Image.composite(Image.new("RGB", size, _RED), picture, excluded)
+    x = size[0] / crop.scaled[0]
+    y = size[1] / crop.scaled[1]
+    box = (
+        round(crop.offset[0] * x),
+        round(crop.offset[1] * y),
+        max(1, round((crop.offset[0] + crop.bucket[0]) * x)),
+        max(1, round((crop.offset[1] + crop.bucket[1]) * y)),
+    )
+    dark = picture.point(lambda value: value // 3)
+    dark.paste(picture.crop(box), box[:2])
+    if box != (0, 0, *size):
+        ImageDraw.Draw(dark).rectangle((box[0], box[1], box[2] - 1, box[3] - 1), outline=_INK)
+    return dark
 
 
-def _fitting(draw, line: str) -> str:
-    """The longest beginning of a line that fits a cell."""
-    line = line.encode("latin-1", "replace").decode("latin-1")
-    if draw.textlength(line) <= _CELL - 8:
+def _fitting(draw, line: str, width: int) -> str:
+    """The longest beginning of a line that fits a width."""
+    line = line.encode("latin-1", "replace").decode("latin-1")[:400]
+    if draw.textlength(line) <= width:
         return line
-    while line and draw.textlength(line + "...") > _CELL - 8:
+    while line and draw.textlength(line + "...") > width:
         line = line[:-1]
     return line + "..."
-
-
-def report(dataset: Dataset, geometry: Geometry, count_tokens: Callable[[str], int] | None) -> str:
-    """What a dataset holds, and what may go wrong with it, in plain lines.
-
-    Args:
-        count_tokens: tokens of a caption; None when no text encoder is connected.
-    """
-    examples = dataset.examples
-    crops = [choose_crop(example.size, geometry, example.source.name) for example in examples]
-    repeats = sum(example.repeats for example in examples)
-    lines = [
-        f"Dataset '{dataset.name}': {len(examples)} pictures, {repeats} in an epoch.",
-        f"Resolution {geometry.resolution}, buckets in steps of {geometry.step} pixels.",
-    ]
-    for bucket, number in sorted(Counter(crop.bucket for crop in crops).items()):
-        lines.append(f"bucket {bucket[0]}x{bucket[1]}: {number}")
-    lines.append(f"Trigger: {dataset.trigger or 'none'}")
-    lines += _named("without a caption file or text", [e for e in examples if not e.caption])
-    lines += _named(
-        "with neither caption nor trigger (training will refuse)", [e for e in examples if not dataset.caption(e)]
-    )
-    lines += _named(
-        "smaller than their bucket's usual size",
-        [
-            e
-            for e, crop in zip(examples, crops, strict=True)
-            if crop.bucket[0] * crop.bucket[1] < 0.6 * geometry.resolution**2
-        ],
-    )
-    lines += _named(
-        "cropped by more than a fifth", [e for e, crop in zip(examples, crops, strict=True) if crop.kept < 0.8]
-    )
-    lines += _token_lines(dataset, count_tokens)
-    # As a list, since a node that shows text may take it for Markdown and join the lines.
-    return "\n".join(f"- {line}" for line in lines)
-
-
-def _token_lines(dataset: Dataset, count_tokens: Callable[[str], int] | None) -> list[str]:
-    if count_tokens is None:
-        return ["Captions' tokens: connect clip to count them."]
-    counts = {example: count_tokens(dataset.caption(example)) for example in dataset.examples}
-    long = [example for example, count in counts.items() if count > _CHUNK]
-    lines = [f"Longest caption: {max(counts.values())} tokens."]
-    return lines + _named(f"with a caption beyond {_CHUNK} tokens (encoded in parts, none is cut)", long)
-
-
-def _named(what: str, examples: list) -> list[str]:
-    if not examples:
-        return []
-    names = ", ".join(example.source.name for example in examples[:8])
-    return [f"{len(examples)} {what}: {names}{' ...' if len(examples) > 8 else ''}"]

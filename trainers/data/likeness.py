@@ -1,0 +1,120 @@
+"""Finding pictures that look alike, by a perceptual hash.
+
+Source: Zauner, "Implementation and Benchmarking of Perceptual Image Hash Functions" (2010): the DCT hash.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..errors import DatasetError, RunError
+from ..formats import files
+from .examples import Example, LeftOut
+from .scan import reason_of
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+log = logging.getLogger(__name__)
+
+_SIDE = 32
+_LOW = 8
+# Of 64 bits; and of the colours of an 8x8 thumbnail, 0..255, which tells flat pictures apart that share a hash.
+_BITS = 8
+_COLOURS = 16.0
+
+
+def signature(picture: Image.Image) -> bytes:
+    """8 bytes of DCT hash and the 192 of an 8x8 thumbnail."""
+    from PIL import Image
+
+    grey = np.asarray(picture.convert("L").resize((_SIDE, _SIDE), Image.LANCZOS), dtype=np.float64)
+    steps = np.arange(_SIDE)
+    basis = np.cos(np.pi * (2 * steps[None] + 1) * steps[:_LOW, None] / (2 * _SIDE))
+    low = basis @ grey @ basis.T
+    bits = low.flatten() > np.median(low.flatten()[1:])
+    small = np.asarray(picture.convert("RGB").resize((_LOW, _LOW), Image.BOX))
+    return np.packbits(bits).tobytes() + small.tobytes()
+
+
+def signatures(
+    examples: Sequence[Example], folder: str | None, tick: Callable[[int, int], None]
+) -> tuple[list[bytes | None], list[LeftOut]]:
+    """The signature of each example, None for those that cannot be decoded, which are named.
+
+    Args:
+        folder: where signatures are kept from one call to the next; None to keep none.
+        tick: called with (done, total); may raise to interrupt, what was made is kept.
+    """
+    path = os.path.join(folder, "likeness.json") if folder else None
+    known = _read(path)
+    before = len(known)
+    found: list[bytes | None] = []
+    broken = []
+    try:
+        for number, example in enumerate(examples):
+            tick(number, len(examples))
+            try:
+                if example.digest not in known:
+                    known[example.digest] = signature(example.source.open()).hex()
+                found.append(bytes.fromhex(known[example.digest]))
+            except DatasetError as error:
+                broken.append(LeftOut(example.source.name, reason_of(error, example.source.name)))
+                found.append(None)
+    finally:
+        if path and len(known) > before:
+            _write(path, known)
+    tick(len(examples), len(examples))
+    return found, broken
+
+
+def _read(path: str | None) -> dict[str, str]:
+    if path is None or not os.path.exists(path):
+        return {}
+    try:
+        value = files.read_json(path)
+    except RunError as error:
+        log.warning("Graft: %s It will be made anew.", error)
+        return {}
+    if not isinstance(value, dict):
+        return {}
+    size = 2 * (_LOW * _LOW // 8 + 3 * _LOW * _LOW)
+    return {name: text for name, text in value.items() if isinstance(text, str) and len(text) == size}
+
+
+def _write(path: str, known: dict[str, str]) -> None:
+    try:
+        files.write_json(path, known)
+    except RunError as error:
+        log.warning("Graft: %s", error)
+
+
+def alike(found: Sequence[bytes | None]) -> list[tuple[int, int]]:
+    """Pairs (i, j), i < j, of signatures that differ little; of each j the first i alone."""
+    rows = [index for index, one in enumerate(found) if one is not None]
+    if len(rows) < 2:
+        return []
+    hashes = np.array([np.frombuffer(found[index][:8], dtype=np.uint8) for index in rows])
+    hashes = np.ascontiguousarray(hashes).view(np.uint64).ravel()
+    thumbs = np.array([np.frombuffer(found[index][8:], dtype=np.uint8) for index in rows]).astype(np.int16)
+    pairs = []
+    for place in range(1, len(rows)):
+        near = np.flatnonzero(_bits(hashes[:place] ^ hashes[place]) <= _BITS)
+        for other in near:
+            if np.abs(thumbs[other] - thumbs[place]).mean() <= _COLOURS:
+                pairs.append((rows[other], rows[place]))
+                break
+    return pairs
+
+
+_COUNTS = np.array([bin(value).count("1") for value in range(256)], dtype=np.uint8)
+
+
+def _bits(values: np.ndarray) -> np.ndarray:
+    """How many bits are set in each uint64."""
+    return _COUNTS[values.view(np.uint8).reshape(-1, 8)].sum(1)
