@@ -171,12 +171,9 @@ def _empty(folder):
         path.unlink()
 
 
-def _unreadable(folder):
-    (folder / "03.png").write_bytes(b"no picture")
-
-
-def _latin(folder):
-    (folder / "03.txt").write_bytes("grün".encode("latin-1"))
+def _ruined(folder):
+    for path in folder.glob("*.png"):
+        path.write_bytes(b"no picture")
 
 
 def _bare(folder):
@@ -188,8 +185,7 @@ def _bare(folder):
     "spoil, widgets, words",
     [
         (_empty, {}, ["Graft Load Dataset", "'folder'", "holds no picture", "Put PNG"]),
-        (_unreadable, {}, ["Graft Load Dataset", "'folder'", "03.png", "take it out"]),
-        (_latin, {}, ["Graft Load Dataset", "'folder'", "03.txt", "UTF-8"]),
+        (_ruined, {}, ["Graft Load Dataset", "'folder'", "00.png", "no known picture format", "Save the pictures"]),
         (_bare, {}, ["Graft Train LoRA", "'dataset'", "caption", "trigger"]),
         (
             None,

@@ -1,0 +1,257 @@
+"""Datasets in the real server: what is left out, where folders may lie, core's own loaders, what varies."""
+
+import io
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.support import graphs, models
+from tests.support.server import PromptError, PromptRefused
+from tests.toy import world
+
+
+@pytest.fixture
+def folder(server, request):
+    """A fresh folder of the concept's pictures below input/, named like the test."""
+    name = "".join(letter for letter in request.node.name if letter.isalnum())
+    path = server.path("input", name)
+    shutil.rmtree(path, ignore_errors=True)
+    shutil.copytree(world.CONCEPT_FOLDER / "toy", path)
+    yield path
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def inspection(folder, clip=True, **widgets):
+    """A prompt that looks at a folder; node 4 shows."""
+    prompt = graphs.training(folder, 2)
+    prompt["2"]["inputs"].update(widgets)
+    del prompt["3"]
+    prompt["4"] = graphs.node("GraftInspectDataset", dataset=["2", 0], model=["1", 0], vae=["1", 2])
+    if clip:
+        prompt["4"]["inputs"]["clip"] = ["1", 1]
+    return prompt
+
+
+def report_of(server, prompt):
+    return server.run(prompt)["outputs"]["4"]["text"][0]
+
+
+def test_what_is_left_out_is_named_by_inspection_and_by_training(server, tiny_base, folder):
+    (folder / "03.png").write_bytes(b"no picture")
+    (folder / "04.txt").write_bytes("gr\u00fcn".encode("latin-1"))
+    Image.new("RGB", (3, 3)).save(folder / "tiny.png")
+    text = server.run(graphs.training(folder.name, 2, trigger="sks"))["outputs"]["3"]["text"][0]
+    report = report_of(server, inspection(folder.name, trigger="sks"))
+    for name, reason in (("03.png", "no known picture format"), ("04.png", "UTF-8"), ("tiny.png", "too small")):
+        for said in (text, report):
+            assert name in said, said
+            assert reason in said, said
+    (run,) = server.path("output", "graft").glob(f"{folder.name}-*")
+    assert len(json.loads((run / "recipe.json").read_text())["left_out"]) == 3
+
+
+def test_inspection_finds_what_there_is_to_find(server, tiny_base, folder):
+    Image.open(folder / "00.png").save(folder / "copy.jpg", quality=90)
+    rng = np.random.RandomState(0)
+    Image.fromarray(rng.randint(0, 255, (60, 400, 3)).astype(np.uint8)).save(folder / "long.png")
+    (folder / "long.txt").write_text("word, " * 90)
+    (folder / "02.txt").write_text("word, square")
+    Image.new("L", (64, 64), 0).save(folder / "01-masklabel.png")
+    entry = server.run(inspection(folder.name, trigger="zzz", flip=True, shuffle_tags=True, keep_tokens=1))
+    report = entry["outputs"]["4"]["text"][0]
+    for words in (
+        "copy.jpg like 00.png",
+        "cropped by more than a fifth: long.png (loses",
+        "beyond 75 tokens (encoded in parts, none is cut): long.png",
+        "caption does not hold the trigger (it is put in front)",
+        "1 with a mask",
+        "without a caption of their own: copy.jpg",
+        "tags shuffled, the first 1 kept, half mirrored",
+        "versions of a caption are encoded",
+        "word (2)",
+        "MB; they may be deleted at any time",
+    ):
+        assert words in report, report
+    (picture,) = entry["outputs"]["4"]["images"]
+    sheet = Image.open(io.BytesIO(server.view(**picture)))
+    assert sheet.width >= 3 * 192
+    again = report_of(server, inspection(folder.name, trigger="yyy"))
+    assert "copy.jpg like 00.png" in again
+
+
+def test_cores_own_dataset_loader_feeds_ours(server, tiny_base, folder):
+    """Pictures and texts as lists; its N_name folders repeat."""
+    if "LoadImageTextDataSetFromFolder" not in server.object_info():
+        pytest.skip("this host has no such node")
+    inner = folder / "2_more"
+    inner.mkdir()
+    shutil.move(folder / "00.png", inner)
+    shutil.move(folder / "00.txt", inner)
+    prompt = graphs.training(folder.name, 2)
+    prompt["5"] = graphs.node("LoadImageTextDataSetFromFolder", folder=folder.name)
+    prompt["2"] = graphs.node(
+        "GraftDatasetFromImages", images=["5", 0], captions=["5", 1], trigger="", resolution=64, flip=True
+    )
+    prompt["4"] = graphs.node("GraftInspectDataset", dataset=["2", 0])
+    entry = server.run(prompt)
+    count = len(list(folder.glob("*.png")))
+    assert f"{count + 2} pictures" in entry["outputs"]["4"]["text"][0]
+    assert "half mirrored" in entry["outputs"]["4"]["text"][0]
+    assert "2 steps trained" in entry["outputs"]["3"]["text"][0]
+
+
+def test_variation_reaches_the_run_and_the_old_graph_stays_as_it_was(server, tiny_base, folder):
+    """A graph saved before there were such inputs gives the run that the untouched inputs give."""
+    old = graphs.training(folder.name, 2)
+    assert set(old["2"]["inputs"]) == {"folder", "trigger", "resolution", "repeats"}
+    server.run(old)
+    new = graphs.training(folder.name, 2)
+    defaults = graphs.defaults_of(server.object_info("GraftLoadDataset")["GraftLoadDataset"])
+    new["2"]["inputs"] = {**defaults, **old["2"]["inputs"]}
+    assert "returned as it was" in server.run(new)["outputs"]["3"]["text"][0]
+    varied = graphs.training(folder.name, 2)
+    varied["2"]["inputs"].update(flip=True, caption_dropout=0.5, more_resolutions="48, 32")
+    assert "returned as it was" not in server.run(varied)["outputs"]["3"]["text"][0]
+    assert len(list(server.path("output", "graft").glob(f"{folder.name}-*"))) == 2
+
+
+@pytest.mark.parametrize(
+    "widgets, words",
+    [
+        ({"more_resolutions": "512, large"}, ["'more_resolutions'", "large", "512, 768"]),
+        ({"validation_folder": "nosuch"}, ["'validation_folder'", "nosuch", "holds no picture"]),
+    ],
+)
+def test_wrong_widgets_are_named(server, tiny_base, folder, widgets, words):
+    prompt = graphs.training(folder.name, 2)
+    prompt["2"]["inputs"].update(widgets)
+    with pytest.raises(PromptError) as caught:
+        server.run(prompt)
+    message = caught.value.error["exception_message"]
+    assert all(word in message for word in ["Graft Load Dataset", *words]), message
+
+
+def test_a_mask_folder_outside_is_refused_before_anything_runs(server, tiny_base, folder):
+    prompt = graphs.training(folder.name, 2)
+    prompt["2"]["inputs"]["mask_folder"] = "/etc"
+    with pytest.raises(PromptRefused) as caught:
+        server.queue(prompt)
+    assert "'mask_folder'" in str(caught.value.node_errors["2"])
+
+
+def choices(server):
+    info = server.object_info("GraftLoadDataset")["GraftLoadDataset"]["input"]["required"]["folder"]
+    return info[1]["options"] if info[0] == "COMBO" else info[0]
+
+
+def test_a_folder_elsewhere_needs_the_users_leave(server, tiny_base, folder, tmp_path):
+    allowed, other = tmp_path / "allowed", tmp_path / "other"
+    for path in (allowed, other):
+        shutil.copytree(folder, path / "toy pictures")
+    (server.path("input") / "link").symlink_to(allowed / "toy pictures", target_is_directory=True)
+    wanted = f"{allowed}/toy pictures"
+    try:
+        for before in (wanted, f"{other}/toy pictures", "link"):
+            with pytest.raises(PromptRefused, match=".*") as caught:
+                server.queue(graphs.training(before, 2))
+            assert "allow it in ComfyUI's settings" in str(caught.value.node_errors["2"])
+        assert wanted not in choices(server)
+        server.post("/settings/Graft.DatasetRoots", f"{allowed}; relative/path; /; /no/such/folder")
+        assert wanted in choices(server)
+        assert not any(choice.startswith((str(other), "/etc")) for choice in choices(server))
+        for now in (wanted, "link"):
+            assert server.run(graphs.training(now, 2))["status"]["status_str"] == "success"
+        for never in (f"{other}/toy pictures", f"{wanted}/../../other/toy pictures", "/etc"):
+            with pytest.raises(PromptRefused):
+                server.queue(graphs.training(never, 2))
+    finally:
+        server.post("/settings/Graft.DatasetRoots", "")
+        (server.path("input") / "link").unlink()
+    with pytest.raises(PromptRefused):
+        server.queue(graphs.training(wanted, 2))
+
+
+def test_a_cache_beyond_its_limit_makes_room(server, tiny_base, folder):
+    server.run(graphs.training(folder.name, 2))
+    cache = server.path("output", "graft", "cache")
+    before = set(cache.rglob("*.safetensors"))
+    for path in folder.glob("*.png"):
+        Image.open(path).rotate(90).save(path)
+    server.post("/settings/Graft.CacheLimit", 0)
+    try:
+        server.run(graphs.training(folder.name, 2))
+    finally:
+        server.post("/settings/Graft.CacheLimit", 50)
+    left = set(cache.rglob("*.safetensors"))
+    assert left - before, "what this run made stays"
+    assert not {path for path in before & left if path.parent.name == "latents"}, "what it did not use is gone"
+
+
+def kl_vae(channels):
+    """A VAE of the host's own making with random weights: SD1's kind with 4 channels, Flux's with 16."""
+    import comfy.sd
+    import torch
+    from comfy.ldm.models import autoencoder
+
+    shape = {
+        "double_z": True,
+        "z_channels": channels,
+        "resolution": 256,
+        "in_channels": 3,
+        "out_ch": 3,
+        "ch": 128,
+        "ch_mult": [1, 2, 4, 4],
+        "num_res_blocks": 2,
+        "attn_resolutions": [],
+        "dropout": 0.0,
+    }
+    if channels == 4:
+        network = autoencoder.AutoencoderKL(ddconfig=shape, embed_dim=4)
+    else:
+        network = autoencoder.AutoencodingEngine(
+            regularizer_config={"target": "comfy.ldm.models.autoencoder.DiagonalGaussianRegularizer"},
+            encoder_config={"target": "comfy.ldm.modules.diffusionmodules.model.Encoder", "params": shape},
+            decoder_config={"target": "comfy.ldm.modules.diffusionmodules.model.Decoder", "params": shape},
+        )
+    models.randomise(network, 0)
+    return comfy.sd.VAE(sd=network.state_dict(), device=torch.device("cpu"), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("channels", [4, 16], ids=["SD1", "Flux"])
+def test_the_posterior_is_the_vaes_own(comfy, channels):
+    """Mean and log-variance against the network's own parts; none where it is asked for in parts."""
+    import torch
+    from graft_pack.nodes.host.image import ComfyCodec
+
+    vae = kl_vae(channels)
+    pixels = torch.rand(1, 64, 48, 3, generator=torch.Generator().manual_seed(1))
+    mean, logvar = ComfyCodec(vae).encode(pixels)
+    assert torch.equal(mean, vae.encode(pixels))
+    assert torch.isfinite(mean).all()
+    inner = vae.first_stage_model
+    with torch.no_grad():
+        moments = inner.encoder(vae.process_input(pixels.movedim(-1, 1)))
+        if hasattr(inner, "quant_conv"):
+            moments = inner.quant_conv(moments)
+    first, second = moments.chunk(2, 1)
+    assert torch.allclose(mean, first, atol=1e-5)
+    assert torch.allclose(logvar, second.clamp(-30, 20), atol=1e-5)
+    assert not inner.regularization._forward_pre_hooks
+    encode = vae.encode
+    vae.encode = lambda given: torch.cat([encode(given[:, :32]), encode(given[:, 32:])], 2)
+    assert ComfyCodec(vae).encode(pixels)[1] is None
+
+
+def test_a_vae_without_a_posterior_gives_its_mean(comfy, tiny_base):
+    import comfy.sd
+    import torch
+    from graft_pack.nodes.host.image import ComfyCodec
+
+    vae = comfy.sd.load_checkpoint_guess_config(str(tiny_base), output_vae=True, output_clip=False)[2]
+    pixels = torch.rand(1, 64, 48, 3, generator=torch.Generator().manual_seed(1))
+    mean, logvar = ComfyCodec(vae).encode(pixels)
+    assert torch.equal(mean, vae.encode(pixels))
+    assert logvar is None
