@@ -1,6 +1,10 @@
 """The fixtures that all tests share. A test that needs none of them starts no server and no browser."""
 
+import random
+
+import numpy as np
 import pytest
+import torch
 
 from tests.support import pack
 from tests.support.base import get_tiny_base
@@ -17,6 +21,14 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.pluginmanager.register(Collection())
+
+
+@pytest.fixture(autouse=True)
+def seeds():
+    """The same random numbers in every run, whatever ran before."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

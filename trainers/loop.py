@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,7 +19,7 @@ from .errors import GraftError, NumbersError
 from .objective.loss import example_losses
 from .objective.noise import draw_noise, draw_sigmas, generator, spread_sigmas
 from .objective.parameterisations import parameterisation
-from .optimisers import OPTIMISERS, lr_factor
+from .optimisers import OPTIMISERS, Group, lr_factor, parameter_groups
 from .protocols import Conditioning, PreviewRequest
 from .run import Run, State
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from .protocols import Host
+    from .run import Products
     from .settings import Recipe
 
 log = logging.getLogger(__name__)
@@ -40,13 +41,15 @@ class Shown:
 
     Attributes:
         latent: scaled, [1, C, ...].
-        conditioning: what it is conditioned on.
+        conditioning: what it is conditioned on; without tensors where the text is encoded at every step.
         weight: None, or the loss weights [1, 1, ...] of the latent's positions.
+        caption: the text, where it is encoded at every step.
     """
 
     latent: torch.Tensor
     conditioning: Conditioning
     weight: torch.Tensor | None = None
+    caption: str | None = None
 
 
 @dataclass(frozen=True)
@@ -71,15 +74,24 @@ class Plan:
     """What the loop works on.
 
     Attributes:
-        trainables: by name, float32, already part of the denoiser's tree.
-        export: from the trainables' values to an adapter.
+        trainables: by name, float32, already part of the denoiser's or the text encoder's tree.
+        export: from the trainables' values and the step to what is handed on.
+        groups: of the trainables, all of them; empty for one group with the recipe's learning rate.
+        settle: called with the step's factor on the learning rates after every optimiser step, to keep trainables
+            where they must be.
     """
 
     recipe: Recipe
     train: Sequence[Item]
     validation: Sequence[Item]
     trainables: dict[str, nn.Parameter]
-    export: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+    export: Callable[[dict[str, torch.Tensor], int], Products]
+    groups: Sequence[Group] = ()
+    settle: Callable[[float], None] = lambda factor: None
+
+    def all_groups(self) -> Sequence[Group]:
+        """The groups, or the one that stands for none."""
+        return self.groups or (Group(tuple(self.trainables), self.recipe.learning_rate),)
 
 
 def train(plan: Plan, run: Run, host: Host, state: State) -> State:
@@ -97,7 +109,8 @@ def train(plan: Plan, run: Run, host: Host, state: State) -> State:
     """
     recipe = plan.recipe
     parameters = list(plan.trainables.values())
-    optimiser = OPTIMISERS[recipe.optimizer](parameters, recipe)
+    groups = plan.all_groups()
+    optimiser = OPTIMISERS[recipe.optimizer](parameter_groups(groups, plan.trainables, recipe), recipe)
     average = _average(parameters, recipe)
     scaler = _loss_scaler(host)
     _restore(state, plan, optimiser, average, scaler)
@@ -109,7 +122,7 @@ def train(plan: Plan, run: Run, host: Host, state: State) -> State:
     def keep() -> None:
         nonlocal saved
         _capture(state, plan, optimiser, average, scaler)
-        path = run.save(state, plan.export(_result(state)), recipe.keep_last)
+        path = run.save(state, plan.export(_result(state), state.step), recipe.keep_last)
         saved = state.step
         host.report("saved", {"step": state.step, "path": path})
 
@@ -118,9 +131,8 @@ def train(plan: Plan, run: Run, host: Host, state: State) -> State:
             _preview(plan, run, host, state)
         while state.step < recipe.steps:
             started = time.perf_counter()
-            rate = recipe.learning_rate * factor(state.step)
-            for group in optimiser.param_groups:
-                group["lr"] = rate
+            share = factor(state.step)
+            _set_rates(optimiser, groups, plan, share, state.step)
             window = [next(batches) for _ in range(recipe.accumulation)]
             loss, names = _gradients(plan, host, window, state.step, scaler)
             with _small_work(host.denoiser.device):
@@ -130,6 +142,7 @@ def train(plan: Plan, run: Run, host: Host, state: State) -> State:
                 scaler.step(optimiser)
                 scaler.update()
                 optimiser.zero_grad(set_to_none=True)
+                plan.settle(share)
                 if average is not None:
                     average.step(parameters)
             state.step += 1
@@ -142,7 +155,7 @@ def train(plan: Plan, run: Run, host: Host, state: State) -> State:
                 "steps": recipe.steps,
                 "epoch": window[-1][0],
                 "loss": loss,
-                "lr": rate,
+                "lr": recipe.learning_rate * share,
                 "grad_norm": norm,
                 "seconds": time.perf_counter() - started,
             }
@@ -166,6 +179,15 @@ def train(plan: Plan, run: Run, host: Host, state: State) -> State:
             _keep_before_leaving(keep)
         raise
     return state
+
+
+def _set_rates(optimiser, groups: Sequence[Group], plan: Plan, share: float, step: int) -> None:
+    """The learning rates of a step; a group whose time is over is frozen, so that nothing is computed for it."""
+    for held, group in zip(optimiser.param_groups, groups, strict=True):
+        held["lr"] = group.learning_rate * share
+        if group.until is not None:
+            for name in group.names:
+                plan.trainables[name].requires_grad_(step < group.until)
 
 
 def _gradients(plan: Plan, host: Host, window: list, step: int, scaler) -> tuple[float, list[str]]:
@@ -208,8 +230,22 @@ def _losses(host: Host, shown: list[Shown], x0: torch.Tensor, noise: torch.Tenso
     kind = parameterisation(denoiser.parameterisation, denoiser.sigma_data, denoiser.noise_scale)
     target = kind.target(x0, noise, sigma.view(-1, *[1] * (x0.ndim - 1)))
     with OutOfPlace():
-        prediction = denoiser.predict(x_t, sigma, [one.conditioning for one in shown])
+        prediction = denoiser.predict(x_t, sigma, _conditionings(host, shown))
     return example_losses(prediction, target, _weights(shown, x0))
+
+
+def _conditionings(host: Host, shown: list[Shown]) -> list[Conditioning]:
+    """What each showing is conditioned on; captions that were not encoded before are encoded once each."""
+    encoded: dict[str, dict[str, torch.Tensor]] = {}
+    found = []
+    for one in shown:
+        conditioning = one.conditioning
+        if one.caption is not None:
+            if one.caption not in encoded:
+                encoded[one.caption] = host.text.encode_live(one.caption)
+            conditioning = replace(conditioning, tensors=encoded[one.caption])
+        found.append(conditioning)
+    return found
 
 
 def _weights(shown: list[Shown], x0: torch.Tensor) -> torch.Tensor | None:

@@ -17,13 +17,15 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
+    from .formats.adapter import Adapter
+    from .formats.embedding import Embedding
     from .settings import Recipe
 
 log = logging.getLogger(__name__)
 
 _VERSION = 1
 _STATE = re.compile(r"state-(\d{8})\.safetensors")
-_ADAPTER = re.compile(r"step-(\d{8})\.safetensors")
+_PRODUCT = re.compile(r"step-(\d{8})\.safetensors")
 
 
 @dataclass
@@ -51,40 +53,78 @@ class State:
     scaler: dict[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Folders:
+    """Where things are written.
+
+    Attributes:
+        runs: one folder each run.
+        cache: latents and conditionings, shared by all runs.
+        adapters: where the host's loaders look for adapters.
+        embeddings: where its tokenizers look for embeddings.
+        cache_limit: bytes; past this the caches of earlier runs make room.
+    """
+
+    runs: str
+    cache: str
+    adapters: str
+    embeddings: str
+    cache_limit: int = 50 * 1024**3
+
+
+@dataclass(frozen=True)
+class Products:
+    """What a run makes at a step.
+
+    Attributes:
+        adapter: in the host's names; None where nothing of the model is trained.
+        embedding: None where none is trained.
+    """
+
+    adapter: Adapter | None = None
+    embedding: Embedding | None = None
+
+
 class Run:
     """One run on disk.
 
     Attributes:
         folder: for recipe, log, states and pictures.
-        adapters: folder for adapter files that the host's loaders see.
+        adapters, embeddings: folders for the files that the host's loaders see.
     """
 
-    def __init__(self, folder: str, adapters: str):
+    def __init__(self, folder: str, adapters: str, embeddings: str):
         self.folder = folder
         self.adapters = adapters
+        self.embeddings = embeddings
         self.name = os.path.basename(folder)
 
+    @property
+    def _folders(self) -> tuple[str, ...]:
+        return self.folder, self.adapters, self.embeddings
+
     @classmethod
-    def open(cls, runs: str, adapters: str, recipe: Recipe, identity: str, label: str) -> Run:
+    def open(cls, folders: Folders, recipe: Recipe, identity: str, label: str) -> Run:
         """The run of an identity, as the recipe's `on_existing` wants it.
 
         Args:
-            runs: folder of all runs.
-            adapters: folder below which adapters are written.
             label: name when the user gave none.
         """
         base = f"{safe_name(recipe.name or label)}-{identity[:8]}"
-        run = cls(os.path.join(runs, base), os.path.join(adapters, base))
+        run = cls._named(folders, base)
         number = 2
         while recipe.on_existing == "new" and os.path.exists(run.folder):
             # A new run that was interrupted is the one to go on with, or each attempt would start another.
             if number > 2 and not run.reached(recipe.steps):
                 break
-            name = f"{base}-{number}"
-            run = cls(os.path.join(runs, name), os.path.join(adapters, name))
+            run = cls._named(folders, f"{base}-{number}")
             number += 1
         run.check_identity(identity)
         return run
+
+    @classmethod
+    def _named(cls, folders: Folders, name: str) -> Run:
+        return cls(*(os.path.join(folder, name) for folder in (folders.runs, folders.adapters, folders.embeddings)))
 
     def reached(self, steps: int) -> bool:
         """Whether a state of at least so many steps is kept."""
@@ -104,7 +144,7 @@ class Run:
         Raises:
             RunError: something of it cannot be removed, and would be taken for the new run's.
         """
-        for folder in (self.folder, self.adapters):
+        for folder in self._folders:
             try:
                 if os.path.isdir(folder):
                     shutil.rmtree(folder)
@@ -115,7 +155,7 @@ class Run:
 
     def write_recipe(self, recipe: Recipe, identity: str, facts: dict) -> None:
         """Keeps what the run is made with."""
-        for folder in (self.folder, self.adapters):
+        for folder in self._folders:
             files.sweep(folder)
         value = {"identity": identity, "recipe": recipe.as_json(), **facts}
         files.write_json(os.path.join(self.folder, "recipe.json"), value)
@@ -124,16 +164,25 @@ class Run:
         """Steps of which a state is kept, rising."""
         return _numbers(self.folder, _STATE)
 
-    def save(self, state: State, adapter: dict[str, torch.Tensor], keep_last: int) -> str:
-        """Writes state and adapter, then removes those older than the last K; the adapter's path."""
+    def save(self, state: State, products: Products, keep_last: int) -> str:
+        """Writes what was made and the state, then removes those older than the last K; the first product's path."""
         from .formats.adapter import save_adapter
+        from .formats.embedding import save_embedding
 
-        path = os.path.join(self.adapters, f"step-{state.step:08d}.safetensors")
-        save_adapter(path, adapter, f"{self.name}-{state.step}")
+        title = f"{self.name}-{state.step}"
+        paths = []
+        for folder, product, write in (
+            (self.adapters, products.adapter, save_adapter),
+            (self.embeddings, products.embedding, save_embedding),
+        ):
+            if product is not None:
+                paths.append(os.path.join(folder, f"step-{state.step:08d}.safetensors"))
+                write(paths[-1], product, title)
         _write_state(self._state_path(state.step), state)
         _prune(self.folder, _STATE, keep_last, state.step)
-        _prune(self.adapters, _ADAPTER, keep_last, state.step)
-        return path
+        for path in paths:
+            _prune(os.path.dirname(path), _PRODUCT, keep_last, state.step)
+        return paths[0]
 
     def load(self, limit: int) -> State | None:
         """The latest sound state of at most `limit` steps, None when there is none."""

@@ -14,33 +14,18 @@ from .formats.adapter import Adapter
 from .formats.metadata import describe_training
 from .methods import METHODS
 from .prepare import Prepared, prepare
-from .run import Run, State
+from .run import Products, Run, State
 
 if TYPE_CHECKING:
     import torch
 
     from .data.examples import Dataset, LeftOut
+    from .formats.embedding import Embedding
     from .protocols import Host
+    from .run import Folders
     from .settings import Recipe
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Folders:
-    """Where things are written.
-
-    Attributes:
-        runs: one folder each run.
-        cache: latents and conditionings, shared by all runs.
-        adapters: where the host's loaders look for adapters.
-        cache_limit: bytes; past this the caches of earlier runs make room.
-    """
-
-    runs: str
-    cache: str
-    adapters: str
-    cache_limit: int = 50 * 1024**3
 
 
 @dataclass(frozen=True)
@@ -48,22 +33,24 @@ class Result:
     """What training gives.
 
     Attributes:
-        adapter: in the host's names.
+        adapter: in the host's names; None where nothing of the model was trained.
+        embedding: None where none was trained.
         losses: of each step.
         run: its folder.
         resumed_from: step it went on from; equal to the recipe's steps when it was already finished.
         left_out: files of the dataset that were not trained on.
     """
 
-    adapter: Adapter
+    adapter: Adapter | None
+    embedding: Embedding | None
     losses: list[float]
     run: Run
     resumed_from: int
     left_out: tuple[LeftOut, ...] = ()
 
 
-def train_adapter(recipe: Recipe, dataset: Dataset, host: Host, folders: Folders) -> Result:
-    """Trains an adapter, goes on with an unfinished run, or returns a finished one.
+def run_recipe(recipe: Recipe, dataset: Dataset, host: Host, folders: Folders) -> Result:
+    """Trains what a recipe says, goes on with an unfinished run, or returns a finished one.
 
     Must be called outside torch's inference mode.
 
@@ -74,7 +61,7 @@ def train_adapter(recipe: Recipe, dataset: Dataset, host: Host, folders: Folders
     check_captions(dataset)
     method = METHODS[recipe.method]
     identity = recipe.identity(dataset.fingerprint(), _base(host))
-    run = Run.open(folders.runs, folders.adapters, recipe, identity, dataset.name)
+    run = Run.open(folders, recipe, identity, dataset.name)
     state = State()
     if recipe.on_existing != "start over":
         state = run.load(recipe.steps) or state
@@ -82,8 +69,7 @@ def train_adapter(recipe: Recipe, dataset: Dataset, host: Host, folders: Folders
     host.report("run", {"name": run.name, "folder": run.folder, "step": state.step, "steps": recipe.steps})
     if state.step == recipe.steps:
         log.info("Graft: run %s is already finished at step %d.", run.name, state.step)
-        adapter = export(state.ema or state.trainables, len(state.losses))
-        return Result(adapter, state.losses, run, state.step)
+        return _result(export, state, run, state.step)
     log.info("Graft: run %s, from step %d to %d: %s", run.name, state.step, recipe.steps, recipe.summary())
     return _train(recipe, dataset, host, folders, method, identity, run, state, export)
 
@@ -106,14 +92,18 @@ def _train(recipe, dataset, host, folders, method, identity, run, state, export)
         run.write_recipe(recipe, identity, facts)
         run.forget_after(state.step)
         plan = Plan(
-            recipe, prepared.training, prepared.validation, trainables, lambda values: export(values, state.step)
+            recipe, prepared.training, prepared.validation, trainables, export, method.groups(trainables, recipe)
         )
         if state.step == 0:
             _check_gradient(plan, host)
         _check_names(plan, host)
         state = train(plan, run, host, state)
-    adapter = export(state.ema or state.trainables, state.step)
-    return Result(adapter, state.losses, run, resumed_from, prepared.left_out)
+    return _result(export, state, run, resumed_from, prepared.left_out)
+
+
+def _result(export, state: State, run: Run, resumed_from: int, left_out: tuple[LeftOut, ...] = ()) -> Result:
+    made = export(state.ema or state.trainables, state.step)
+    return Result(made.adapter, made.embedding, state.losses, run, resumed_from, left_out)
 
 
 def _counts(prepared: Prepared) -> dict[str, int]:
@@ -154,7 +144,7 @@ def _check_gradient(plan, host: Host) -> None:
 def _check_names(plan, host: Host) -> None:
     """Finds out before the first step that the host would not read the adapter, not after the last."""
     values = {name: parameter.detach() for name, parameter in plan.trainables.items()}
-    unread = host.denoiser.check_adapter(plan.export(values))
+    unread = host.denoiser.check_adapter(plan.export(values, 0).adapter)
     if unread:
         raise ModelError(
             f"The host would not read {len(unread)} keys of this model's adapter, such as {unread[0]}.",
@@ -164,9 +154,9 @@ def _check_names(plan, host: Host) -> None:
 
 
 def _exporter(method, recipe: Recipe, host: Host, dataset: Dataset):
-    """A function from the trainables' values and the step to an adapter with its metadata."""
+    """A function from the trainables' values and the step to what is handed on, with its metadata."""
 
-    def export(values: dict[str, torch.Tensor], step: int) -> Adapter:
+    def export(values: dict[str, torch.Tensor], step: int) -> Products:
         facts = {
             "family": host.denoiser.family,
             "parameterisation": host.denoiser.parameterisation,
@@ -191,6 +181,7 @@ def _exporter(method, recipe: Recipe, host: Host, dataset: Dataset):
             "seed": recipe.seed,
             "v2": host.denoiser.family.startswith("SD2"),
         }
-        return Adapter(method.export(values, recipe, host.denoiser.adapter_name), describe_training(facts))
+        tensors = method.export(values, recipe, host.denoiser.adapter_name)
+        return Products(Adapter(tensors, describe_training(facts)))
 
     return export

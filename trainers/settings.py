@@ -49,6 +49,11 @@ UNSET: dict[str, dict[str, Any]] = {
 }
 
 
+# Deciding fields of a recipe that came after the first runs, each with the value that means what was done before it:
+# at that value it is no part of a run's identity, so that runs made before are still found.
+LATER: dict[str, Any] = {}
+
+
 class Options(dict):
     """Set fields only, as {(kind, field): value}; option nodes chain them."""
 
@@ -113,9 +118,10 @@ class Recipe:
     micro_batch: int
 
     def deciding(self) -> dict[str, Any]:
-        """The fields that decide the result."""
+        """The fields that decide the result; those that came later only where they are not at their old value."""
         names = [field.name for field in fields(self)]
-        return {name: getattr(self, name) for name in names[: names.index("steps")]}
+        values = {name: getattr(self, name) for name in names[: names.index("steps")]}
+        return {name: value for name, value in values.items() if name not in LATER or value != LATER[name]}
 
     def identity(self, dataset: str, base: str) -> str:
         """Hash that names the run: recipe, dataset content and base."""

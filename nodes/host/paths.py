@@ -9,7 +9,7 @@ import folder_paths
 from ...trainers.data.pixels import is_below, is_picture
 from ...trainers.errors import DatasetError, ModelError, RunError, SettingsError
 from ...trainers.formats.adapter import Adapter, load_adapter
-from ...trainers.session import Folders
+from ...trainers.run import Folders
 from . import preferences
 
 _EMBEDDINGS = "embeddings"
@@ -24,10 +24,16 @@ def register() -> None:
 
 
 def folders() -> Folders:
-    """Where runs, caches and adapters go."""
+    """Where runs, caches, adapters and embeddings go."""
     output = folder_paths.get_output_directory()
     graft = os.path.join(output, "graft")
-    return Folders(graft, os.path.join(graft, "cache"), os.path.join(output, "loras"), preferences.cache_limit())
+    return Folders(
+        graft,
+        os.path.join(graft, "cache"),
+        os.path.join(output, "loras"),
+        os.path.join(output, _EMBEDDINGS),
+        preferences.cache_limit(),
+    )
 
 
 def index_folder() -> str:

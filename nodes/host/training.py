@@ -14,7 +14,7 @@ from ...trainers.errors import GraftError, ModelError
 from ...trainers.families import family_of
 from ...trainers.prepare import all_resolutions
 from ...trainers.protocols import Geometry, Host
-from ...trainers.session import train_adapter
+from ...trainers.session import run_recipe
 from ...trainers.settings import Options, resolve
 from . import families, paths
 from .adapters import apply_adapter
@@ -80,7 +80,7 @@ def train(
         )
         host = Host(denoiser, ComfyText(clip), ComfyCodec(vae), Progress(node, recipe.steps))
         try:
-            result = train_adapter(recipe, dataset, host, paths.folders())
+            result = run_recipe(recipe, dataset, host, paths.folders())
         except GraftError as error:
             tell(node, "failed", {"message": str(error)})
             raise

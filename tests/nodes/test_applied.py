@@ -42,7 +42,7 @@ def trained(model, name, folder, **fields):
     with models.in_training(model, name, **LARGE) as training:
         state = models.train(training, folder, **fields)
         output = raw(models.trained_denoised(training, *probe(name)), probe(name))
-        return Adapter(training.plan.export(state.trainables)), output
+        return Adapter(training.plan.export(state.trainables, 0).adapter), output
 
 
 def saved(comfy, adapter, name):
@@ -87,7 +87,7 @@ def test_alpha_is_in_the_file(alpha, tmp_path):
 
     model = make_model("SD1")
     with models.in_training(model, "SD1", spread=0.1, alpha=alpha) as training:
-        adapter = training.plan.export(training.plan.trainables)
+        adapter = training.plan.export(training.plan.trainables, 0).adapter
         output = models.trained_denoised(training, *probe("SD1"))
     applied_model, _ = comfy.sd.load_lora_for_models(model, None, adapter, 1.0, 0.0)
     assert models.distance(models.denoised(applied_model, *probe("SD1")), output) <= 1e-5

@@ -184,7 +184,7 @@ def test_latents_are_scaled_once_by_the_model(name):
 def random_lora(model, seed=7):
     """A LoRA file's tensors on every attention layer of a MODEL."""
     with models.in_training(model, "SD1", spread=0.2, seed=seed) as training:
-        return training.plan.export(training.plan.trainables)
+        return training.plan.export(training.plan.trainables, 0).adapter
 
 
 def with_lora(model, lora, strength):

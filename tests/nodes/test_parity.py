@@ -94,7 +94,7 @@ def test_a_training_takes_the_same_way_on_both_hosts(tmp_path):
     with models.in_training(model, "SD1", spread=0.05, **LARGE) as training:
         values = by_adapter_name(training.denoiser, {k: v.clone() for k, v in training.plan.trainables.items()})
         ours = models.train(training, tmp_path / "ours")
-        adapter = training.plan.export(ours.trainables)
+        adapter = training.plan.export(ours.trainables, 0).adapter
     recipe = training.plan.recipe
     with denoiser.training("auto"):
         method = METHODS["LoRA"]
@@ -102,11 +102,11 @@ def test_a_training_takes_the_same_way_on_both_hosts(tmp_path):
         with torch.no_grad():
             for key, parameter in by_adapter_name(denoiser, trainables).items():
                 parameter.copy_(values[key])
-        export = lambda values: method.export(values, recipe, denoiser.adapter_name)  # noqa: E731
+        export = models.exporter(method, recipe, denoiser.adapter_name)
         plan = loop.Plan(recipe, training.plan.train, [], trainables, export)
         other = models.Training(denoiser, Host(denoiser, None, None), plan)
         theirs = models.train(other, tmp_path / "theirs")
-        other_adapter = plan.export(theirs.trainables)
+        other_adapter = plan.export(theirs.trainables, 0).adapter
     assert ours.losses == pytest.approx(theirs.losses, rel=1e-4)
     assert adapter.keys() == other_adapter.keys()
     assert models.distance(models.joined(other_adapter.values()), models.joined(adapter.values())) <= 1e-3

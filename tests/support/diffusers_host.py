@@ -245,13 +245,14 @@ def run_session(folder, report=None, host=None, dataset=None, **fields):
     Args:
         fields: of the recipe.
     """
-    from graft_pack.trainers.session import Folders, train_adapter
+    from graft_pack.trainers.run import Folders
+    from graft_pack.trainers.session import run_recipe
 
     from tests.support import models
 
     recipe = models.recipe("SD1", **{"steps": 4, "learning_rate": 1e-2, **fields})
-    folders = Folders(str(folder / "runs"), str(folder / "cache"), str(folder / "loras"))
-    return train_adapter(recipe, dataset or make_dataset(), host or make_host(report), folders)
+    folders = Folders(str(folder / "runs"), str(folder / "cache"), str(folder / "loras"), str(folder / "emb"))
+    return run_recipe(recipe, dataset or make_dataset(), host or make_host(report), folders)
 
 
 def state_of(result):

@@ -266,9 +266,17 @@ def in_training(
         if spread:
             scatter(trainables, spread, settings.seed, dtype)
         items = [item(name, seed, dtype, side) for seed in range(examples)]
-        plan = Plan(settings, items, [], trainables, lambda v: method.export(v, settings, denoiser.adapter_name))
+        plan = Plan(settings, items, [], trainables, exporter(method, settings, denoiser.adapter_name))
         host = Host(denoiser, None, None, report or (lambda event, payload: None))
         yield Training(denoiser, host, plan)
+
+
+def exporter(method, settings, name_of):
+    """From trainables' values to what a run hands on, as the loop wants it; without metadata."""
+    from graft_pack.trainers.formats.adapter import Adapter
+    from graft_pack.trainers.run import Products
+
+    return lambda values, step: Products(Adapter(method.export(values, settings, name_of)))
 
 
 def scatter(trainables: dict, spread: float, seed: int = 0, dtype=None) -> None:
@@ -342,6 +350,6 @@ def train(training: Training, folder, **fields):
     from graft_pack.trainers.run import Run, State
 
     plan = replace(training.plan, recipe=replace(training.plan.recipe, **fields))
-    run = Run(str(folder / "run"), str(folder / "adapters"))
+    run = Run(str(folder / "run"), str(folder / "adapters"), str(folder / "embeddings"))
     run.write_recipe(plan.recipe, "test", {})
     return loop.train(plan, run, training.host, State())

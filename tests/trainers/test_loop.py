@@ -41,7 +41,8 @@ def planned(count=6, **fields):
         method = METHODS["LoRA"]
         trainables = method.inject(module, method.targets(module, family_of("SD1")), recipe)
         models.scatter(trainables, 0.1)
-        yield loop.Plan(recipe, [make_item(index) for index in range(count)], [], trainables, dict), host
+        export = models.exporter(method, recipe, host.denoiser.adapter_name)
+        yield loop.Plan(recipe, [make_item(index) for index in range(count)], [], trainables, export), host
 
 
 def first_turns(*indices):

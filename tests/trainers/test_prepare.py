@@ -17,7 +17,8 @@ from graft_pack.trainers.data.examples import Handling, combine
 from graft_pack.trainers.data.scan import Reading, from_arrays, scan_folder
 from graft_pack.trainers.errors import DatasetError, SettingsError
 from graft_pack.trainers.prepare import prepare
-from graft_pack.trainers.session import Folders, train_adapter
+from graft_pack.trainers.run import Folders
+from graft_pack.trainers.session import run_recipe
 from PIL import Image
 
 from tests.support import models, odd_files
@@ -472,10 +473,10 @@ def test_a_kill_while_caching_costs_little_and_leaves_nothing_wrong(tmp_path, tr
 
 
 def test_a_finished_run_needs_no_pictures_at_all(folder, tmp_path):
-    folders = Folders(str(tmp_path / "runs"), str(tmp_path / "cache"), str(tmp_path / "loras"))
+    folders = Folders(str(tmp_path / "runs"), str(tmp_path / "cache"), str(tmp_path / "loras"), str(tmp_path / "emb"))
     recipe = models.recipe("SD1", steps=2)
     dataset = read(folder)
-    train_adapter(recipe, dataset, make_host(), folders)
+    run_recipe(recipe, dataset, make_host(), folders)
     for path in folder.iterdir():
         path.unlink()
-    assert train_adapter(recipe, dataset, make_host(), folders).resumed_from == 2
+    assert run_recipe(recipe, dataset, make_host(), folders).resumed_from == 2

@@ -2,9 +2,14 @@
 
 import pytest
 import torch
-from graft_pack.trainers.run import Run, State, safe_name
+from graft_pack.trainers.formats.adapter import Adapter
+from graft_pack.trainers.formats.embedding import Embedding
+from graft_pack.trainers.run import Products, Run, State, safe_name
 
 from tests.support.diffusers_host import same_state
+
+
+PRODUCTS = Products(Adapter({"x": torch.zeros(1)}), Embedding({"clip_l": torch.zeros(1, 768)}, "word"))
 
 
 def make_state(step=7):
@@ -23,12 +28,12 @@ def make_state(step=7):
 
 @pytest.fixture
 def run(tmp_path):
-    return Run(str(tmp_path / "run"), str(tmp_path / "loras"))
+    return Run(str(tmp_path / "run"), str(tmp_path / "loras"), str(tmp_path / "emb"))
 
 
 def test_a_state_comes_back_to_the_bit(run):
     state = make_state()
-    run.save(state, {"x": torch.zeros(1)}, 2)
+    run.save(state, PRODUCTS, 2)
     back = run.load(10)
     assert same_state(back, state)
     assert same_state(state, back)
@@ -36,7 +41,7 @@ def test_a_state_comes_back_to_the_bit(run):
 
 def test_the_latest_state_within_the_limit_is_taken(run):
     for step in (2, 4, 6):
-        run.save(make_state(step), {"x": torch.zeros(1)}, 10)
+        run.save(make_state(step), PRODUCTS, 10)
     assert [run.load(limit).step for limit in (2, 5, 6, 100)] == [2, 4, 6, 6]
     assert run.load(1) is None
 
@@ -46,7 +51,7 @@ def test_a_damaged_state_counts_as_absent(run, damage):
     from graft_pack.trainers.formats import files
 
     for step in (2, 4):
-        run.save(make_state(step), {"x": torch.zeros(1)}, 10)
+        run.save(make_state(step), PRODUCTS, 10)
     path = run._state_path(4)
     with open(path, "rb") as file:
         data = file.read()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from ..optimisers import Group
+
 if TYPE_CHECKING:
     import torch
     from torch import nn
@@ -25,6 +27,10 @@ class Method:
     def inject(self, module: nn.Module, targets: list[str], recipe: Recipe) -> dict[str, nn.Parameter]:
         """Adds the trainables to a private tree and returns them by name, float32, in a stable order."""
         raise NotImplementedError
+
+    def groups(self, trainables: dict[str, nn.Parameter], recipe: Recipe) -> list[Group]:
+        """Which trainables share a learning rate: all, unless a method says otherwise."""
+        return [Group(tuple(trainables), recipe.learning_rate)]
 
     def export(
         self, tensors: dict[str, torch.Tensor], recipe: Recipe, name_of: Callable[[str], str]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -11,18 +12,46 @@ if TYPE_CHECKING:
     from ..settings import Recipe
 
 
-def _adamw(parameters: list[torch.nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
+@dataclass(frozen=True)
+class Group:
+    """Trainables that are moved alike.
+
+    Attributes:
+        names: in the order in which the optimiser holds them.
+        learning_rate: before the schedule's factor.
+        weight_decay: None for the recipe's.
+        until: the step at which they are frozen; None for never.
+    """
+
+    names: tuple[str, ...]
+    learning_rate: float
+    weight_decay: float | None = None
+    until: int | None = None
+
+
+def parameter_groups(groups: Sequence[Group], trainables: dict[str, torch.nn.Parameter], recipe: Recipe) -> list[dict]:
+    """The groups as torch's optimisers take them."""
+    made = []
+    for group in groups:
+        decay = recipe.weight_decay if group.weight_decay is None else group.weight_decay
+        parameters = [trainables[name] for name in group.names]
+        made.append({"params": parameters, "lr": group.learning_rate, "weight_decay": decay})
+    return made
+
+
+def _adamw(groups: list[dict], recipe: Recipe) -> torch.optim.Optimizer:
     import torch
 
     values = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
     try:
         # One kernel for all parameters instead of a dozen each.
-        return torch.optim.AdamW(parameters, **values, fused=True)
+        return torch.optim.AdamW(groups, **values, fused=True)
     except RuntimeError:
         # Not on every device, nor in every version of torch.
-        return torch.optim.AdamW(parameters, **values)
+        return torch.optim.AdamW(groups, **values)
 
 
+# Each makes an optimiser of `parameter_groups` and a recipe.
 OPTIMISERS: dict[str, Callable] = {"AdamW": _adamw}
 
 # diffusers' names; the widget shows the left ones.

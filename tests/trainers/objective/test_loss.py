@@ -45,7 +45,7 @@ def test_velocities_are_residuals_of_unit_variance(kind, sigma_data):
 
 
 def test_flow_points_from_the_latent_to_the_scaled_noise():
-    x0, noise = torch.randn(2, 2, 4)
+    x0, noise = torch.randn(2, 2, 4, dtype=torch.float64)
     target = parameterisation("flow", noise_scale=0.5).target(x0, noise, torch.ones(2, 1))
     assert torch.allclose(x0 + target, 0.5 * noise)
 

@@ -1,0 +1,79 @@
+"""Textual-inversion embeddings: vectors for each text encoder, and the files that hold them.
+
+Source: the layouts that ComfyUI (`comfy/sd1_clip.py:load_embed`), A1111 and diffusers read. One encoder: a single
+tensor under `emb_params`. Several: `clip_l` and `clip_g`, one tensor each.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..errors import ModelError
+from . import files
+
+if TYPE_CHECKING:
+    import torch
+
+SINGLE = "emb_params"
+
+# Width of a vector by the encoder's key.
+WIDTHS = {"clip_l": 768, "clip_g": 1280, "clip_h": 1024}
+
+
+class Embedding(dict):
+    """Vectors [n, width] float32 by the encoder's key (`clip_l`, `clip_g`, `clip_h`).
+
+    Attributes:
+        name: what follows `embedding:` in prompts.
+        metadata: for its file.
+    """
+
+    def __init__(self, vectors: dict[str, torch.Tensor], name: str, metadata: dict[str, str] | None = None):
+        super().__init__(vectors)
+        self.name = name
+        self.metadata = dict(metadata or {})
+
+    @property
+    def count(self) -> int:
+        """Vectors in each encoder."""
+        return max(len(vectors) for vectors in self.values())
+
+
+def file_tensors(embedding: Embedding) -> dict[str, torch.Tensor]:
+    """The tensors of an embedding's file."""
+    import torch
+
+    ready = {key: value.detach().to("cpu", torch.float32).contiguous().clone() for key, value in embedding.items()}
+    return {SINGLE: next(iter(ready.values()))} if len(ready) == 1 else ready
+
+
+def save_embedding(path: str, embedding: Embedding, title: str) -> None:
+    """Writes an embedding in the host's layout with ModelSpec metadata."""
+    from .metadata import stamped
+
+    tensors = file_tensors(embedding)
+    files.write_tensors(path, tensors, stamped(embedding.metadata, tensors, title))
+
+
+def load_embedding(path: str, name: str) -> Embedding:
+    """The embedding of a safetensors file.
+
+    Raises:
+        ModelError: its tensors are no embedding's.
+        RunError: it cannot be read.
+    """
+    tensors, metadata = files.read_tensors(path)
+    found = {key: value for key, value in tensors.items() if key in WIDTHS}
+    if not found and len(tensors) == 1:
+        value = next(iter(tensors.values()))
+        keys = [key for key, width in WIDTHS.items() if value.ndim in (1, 2) and value.shape[-1] == width]
+        found = dict.fromkeys(keys, value)
+    sound = found and all(value.ndim in (1, 2) and value.numel() for value in found.values())
+    if not sound or any(value.shape[-1] != WIDTHS[key] for key, value in found.items()):
+        shapes = ", ".join(f"{key} {tuple(value.shape)}" for key, value in list(tensors.items())[:4]) or "nothing"
+        raise ModelError(
+            f"The file '{path}' holds no embedding for CLIP ({shapes}).",
+            "Choose a textual-inversion file for SD1, SD2 or SDXL.",
+            "embedding_name",
+        )
+    return Embedding({key: value.reshape(-1, value.shape[-1]).float() for key, value in found.items()}, name, metadata)
