@@ -8,7 +8,6 @@ from graft_pack.trainers.run import Products, Run, State, safe_name
 
 from tests.support.diffusers_host import same_state
 
-
 PRODUCTS = Products(Adapter({"x": torch.zeros(1)}), Embedding({"clip_l": torch.zeros(1, 768)}, "word"))
 
 
