@@ -168,4 +168,31 @@ class GraftMemoryOptions(_OptionNode):
         )
 
 
-NODES = [GraftRunOptions, GraftPreviewOptions, GraftOptimizerOptions, GraftMemoryOptions]
+class GraftPivotalOptions(_OptionNode):
+    """A word trained beside the model."""
+
+    kind = "pivotal"
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return _schema(
+            "GraftPivotalOptions",
+            "Graft Pivotal Options",
+            "Pivotal tuning: trains a word together with the LoRA, then freezes it. Without a name nothing changes.",
+            [
+                io.String.Input(
+                    "name",
+                    default="",
+                    tooltip="The word, written in prompts as embedding:NAME. Empty: none is trained.",
+                ),
+                io.String.Input(
+                    "init_text", default="", tooltip="What it is, in a word or two: where learning starts."
+                ),
+                _count("vectors", "How many of a prompt's 75 places it takes. 0: 2.", top=64),
+                _number("learning_rate", "Of the word alone. 0: 5e-4.", 0.0, 10.0, 0.0000001),
+                _number("stop_fraction", "Share of the steps after which it is frozen. 0: 0.5.", 0.0, 1.0, 0.01),
+            ],
+        )
+
+
+NODES = [GraftRunOptions, GraftPreviewOptions, GraftOptimizerOptions, GraftMemoryOptions, GraftPivotalOptions]

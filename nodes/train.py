@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..trainers.inversion import TEMPLATES
+from ..trainers.settings import Word
 from .schema import CATEGORY, Adapter, Dataset, Embedding, LossMap, named, options_input
 
 _CATEGORY = f"{CATEGORY}/train"
@@ -79,8 +81,112 @@ class GraftTrainLoRA(io.ComfyNode):
         with named(cls):
             widgets = training.Widgets("LoRA", steps, learning_rate, rank, batch_size, seed)
             done = training.train(model, clip, vae, dataset, widgets, options, cls.hidden.unique_id)
-            blocked = training.nothing("No embedding was trained: connect Graft Pivotal Options to train one.")
-            return io.NodeOutput(done.model, done.clip, done.adapter, done.loss, blocked, ui=done.ui)
+            embedding = done.embedding
+            if embedding is None:
+                embedding = training.nothing("No embedding was trained: connect Graft Pivotal Options to train one.")
+            return io.NodeOutput(done.model, done.clip, done.adapter, done.loss, embedding, ui=done.ui)
 
 
-NODES = [GraftTrainLoRA]
+class GraftTrainEmbedding(io.ComfyNode):
+    """A new word for the graph's own CLIP."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="GraftTrainEmbedding",
+            display_name="Graft Train Embedding",
+            category=_CATEGORY,
+            description="Textual inversion: learns vectors for a new word and changes no weight. "
+            "Prompts behind the clip that comes out write it as embedding:NAME.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model the word is learnt for."),
+                io.Clip.Input("clip", tooltip="The model's text encoder, which is given the word."),
+                io.Vae.Input("vae", tooltip="The model's VAE."),
+                Dataset.Input("dataset", tooltip="Pictures; captions, if any, name the word where the thing is named."),
+                io.String.Input(
+                    "name",
+                    default="my-word",
+                    tooltip="The word, written in prompts as embedding:NAME between spaces. No word that exists.",
+                ),
+                io.String.Input(
+                    "init_text",
+                    default="",
+                    tooltip="What it is, in a word or two, such as dog or oil painting: where learning starts.",
+                ),
+                io.Int.Input(
+                    "vectors",
+                    default=1,
+                    min=1,
+                    max=64,
+                    tooltip="How many of a prompt's 75 places it takes. More hold more, and need more pictures.",
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=1000,
+                    min=1,
+                    max=1_000_000,
+                    tooltip="Optimiser steps. More steps later go on with the same run.",
+                ),
+                io.Float.Input(
+                    "learning_rate",
+                    default=0.0,
+                    min=0.0,
+                    max=10.0,
+                    step=0.0000001,
+                    round=False,
+                    tooltip="0: the default, 5e-4. Too high shows as pictures that only look like noise or one colour.",
+                ),
+                io.Int.Input("batch_size", default=1, min=1, max=1024, tooltip="Pictures in a step."),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=False,
+                    tooltip="Decides order and noise. Another seed is another run.",
+                ),
+                options_input(),
+                io.Combo.Input(
+                    "templates",
+                    options=list(TEMPLATES),
+                    default="object",
+                    optional=True,
+                    tooltip="What pictures without a caption are called: a photo of it, or something in its style.",
+                ),
+            ],
+            outputs=[
+                io.Clip.Output("trained_clip", display_name="clip"),
+                Embedding.Output("embedding", display_name="embedding"),
+                LossMap.Output("loss", display_name="loss"),
+            ],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        clip,
+        vae,
+        dataset,
+        name,
+        init_text,
+        vectors,
+        steps,
+        learning_rate,
+        batch_size,
+        seed,
+        options=None,
+        templates="object",
+    ) -> io.NodeOutput:
+        from .host import training
+
+        with named(cls):
+            word = Word(name.strip(), init_text.strip(), vectors, templates=templates)
+            widgets = training.Widgets("embedding", steps, learning_rate, 0, batch_size, seed, word)
+            done = training.train(model, clip, vae, dataset, widgets, options, cls.hidden.unique_id)
+            return io.NodeOutput(done.clip, done.embedding, done.loss, ui=done.ui)
+
+
+NODES = [GraftTrainLoRA, GraftTrainEmbedding]

@@ -236,16 +236,12 @@ def _losses(host: Host, shown: list[Shown], x0: torch.Tensor, noise: torch.Tenso
 
 def _conditionings(host: Host, shown: list[Shown]) -> list[Conditioning]:
     """What each showing is conditioned on; captions that were not encoded before are encoded once each."""
-    encoded: dict[str, dict[str, torch.Tensor]] = {}
-    found = []
-    for one in shown:
-        conditioning = one.conditioning
-        if one.caption is not None:
-            if one.caption not in encoded:
-                encoded[one.caption] = host.text.encode_live(one.caption)
-            conditioning = replace(conditioning, tensors=encoded[one.caption])
-        found.append(conditioning)
-    return found
+    captions = list(dict.fromkeys(one.caption for one in shown if one.caption is not None))
+    encoded = dict(zip(captions, host.text.encode_live(captions), strict=True)) if captions else {}
+    return [
+        one.conditioning if one.caption is None else replace(one.conditioning, tensors=encoded[one.caption])
+        for one in shown
+    ]
 
 
 def _weights(shown: list[Shown], x0: torch.Tensor) -> torch.Tensor | None:

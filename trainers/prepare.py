@@ -162,7 +162,8 @@ class _Maker:
         self._recipe = recipe
         self._host = host
         self._latents = LatentCache(Cache(os.path.join(folder, "latents")), host.codec)
-        self._texts = TextCache(Cache(os.path.join(folder, "text")), host.text)
+        # Where the text encoder changes while training, nothing that it gave before is of use.
+        self._texts = None if recipe.live_text else TextCache(Cache(os.path.join(folder, "text")), host.text)
         self._masks = MaskCache(Cache(os.path.join(folder, "masks")))
         self._keep = Keep()
         self._done = 0
@@ -211,6 +212,8 @@ class _Maker:
 
     def encode_captions(self, training: list[_Cuts], validation: list[_Cuts]) -> None:
         """Encodes the captions that the run will show, and those of validation."""
+        if self._texts is None:
+            return
         wanted = dict.fromkeys(captions.plain(cut.example) for cut in validation)
         recipe = self._recipe
         pairs = [(cut, crop) for cut in training for crop in cut.crops]
@@ -245,7 +248,8 @@ class _Maker:
     def check_inputs(self, cut: _Cuts) -> None:
         """Lets the denoiser refuse a codec or an encoder that is not its own."""
         latent = self._latents.get(self._latents.key(cut.example, cut.crops[0]))["mean"]
-        self._host.denoiser.check_inputs(latent, self._texts.get(self._some_caption))
+        text = self._host.text.encode("") if self._texts is None else self._texts.get(self._some_caption)
+        self._host.denoiser.check_inputs(latent, text)
 
     def latent_kind(self, cuts: list[_Cuts]) -> str:
         """What the cache holds of the pictures, in words."""
@@ -271,13 +275,15 @@ class _Maker:
         caption, drawn, source = self._draw(cut, crop, turn)
         key = self._latents.key(example, drawn)
         latent = self._host.denoiser.scale_latents(self._latent(key, source))
-        tensors = self._keep.get(f"text {caption}", lambda: self._texts.get(caption))
+        tensors = {}
+        if self._texts is not None:
+            tensors = self._keep.get(f"text {caption}", lambda: self._texts.get(caption))
         conditioning = Conditioning(tensors, example.size, drawn.offset, drawn.bucket)
         weight = None
         if example.mask is not None:
             weight = self._weight(example, drawn, tuple(latent.shape[-2:]))
             weight = weight.view(1, 1, *[1] * (latent.ndim - 4), *latent.shape[-2:])
-        return Shown(latent, conditioning, weight)
+        return Shown(latent, conditioning, weight, caption if self._texts is None else None)
 
     def _draw(self, cut: _Cuts, crop: Crop, turn: int | None):
         """(caption, cut, source of the latent's noise) of a showing: by seed, place and turn alone.

@@ -78,6 +78,32 @@ class TextEncoder(Protocol):
     def fingerprint(self) -> str:
         """Hash that changes with weights, waiting patches and clip skip."""
 
+    # What follows is asked only where a word or the encoder itself is trained.
+
+    module: torch.nn.Module
+    device: torch.device
+
+    def is_word(self, name: str) -> bool:
+        """Whether the vocabulary holds a name as a whole."""
+
+    def start_vectors(self, text: str) -> dict[str, torch.Tensor]:
+        """The vocabulary's vectors of a text's tokens, [tokens, width] by encoder; encoders take new words.
+
+        Raises ModelError when none of the encoders does.
+        """
+
+    def median_norms(self) -> dict[str, float]:
+        """Median norm of the vocabulary's vectors by encoder."""
+
+    def training(self) -> AbstractContextManager:
+        """Places the encoder and gives it a private tree, `module`; within the denoiser's `training` only."""
+
+    def attach(self, name: str, vectors: dict[str, torch.Tensor]) -> None:
+        """From now on `embedding:<name>` in a caption stands for these vectors, [n, width] by encoder."""
+
+    def encode_live(self, captions: Sequence[str]) -> list[dict[str, torch.Tensor]]:
+        """As `encode` for each of several captions, through the private tree, with its graph."""
+
 
 class ImageCodec(Protocol):
     """Turns pictures into latents."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from . import inversion
 from .data.scan import check_captions
 from .errors import ModelError
 from .families import family_of
@@ -58,14 +60,18 @@ def run_recipe(recipe: Recipe, dataset: Dataset, host: Host, folders: Folders) -
         GraftError: with the input and the cure.
         Anything that `host.report` raises to interrupt; what was reached is saved first.
     """
+    if recipe.embedding_name:
+        inversion.check_word(recipe, host.text)
+        dataset = inversion.address(dataset, recipe.embedding_name, recipe.embedding_templates)
     check_captions(dataset)
     method = METHODS[recipe.method]
     identity = recipe.identity(dataset.fingerprint(), _base(host))
-    run = Run.open(folders, recipe, identity, dataset.name)
+    label = dataset.name if recipe.rank else recipe.embedding_name
+    run = Run.open(folders, recipe, identity, label)
     state = State()
     if recipe.on_existing != "start over":
         state = run.load(recipe.steps) or state
-    export = _exporter(method, recipe, host, dataset)
+    export = _exporter(method, recipe, host, dataset, identity)
     host.report("run", {"name": run.name, "folder": run.folder, "step": state.step, "steps": recipe.steps})
     if state.step == recipe.steps:
         log.info("Graft: run %s is already finished at step %d.", run.name, state.step)
@@ -76,24 +82,32 @@ def run_recipe(recipe: Recipe, dataset: Dataset, host: Host, folders: Folders) -
 
 def _train(recipe, dataset, host, folders, method, identity, run, state, export) -> Result:
     # Imported here: the loop imports torch, which the nodes that only describe datasets do not need.
+    from .autograd import blocks_of, checkpoint_blocks
     from .loop import Plan, train
 
     denoiser = host.denoiser
     resumed_from = state.step
     prepared = prepare(dataset, recipe, host, folders.cache, folders.cache_limit)
-    with denoiser.training(recipe.compute_dtype):
+    with denoiser.training(recipe.compute_dtype), host.text.training() if recipe.live_text else nullcontext():
         targets = method.targets(denoiser.module, family_of(denoiser.family))
         blocks = _checkpoint(denoiser.module, recipe)
+        if blocks and recipe.live_text:
+            checkpoint_blocks(blocks_of(host.text.module))
         trainables = method.inject(denoiser.module, targets, recipe)
+        groups = method.groups(trainables, recipe)
+        settle = _keep_still
+        if recipe.embedding_name:
+            vectors = inversion.start(host.text, recipe)
+            trainables |= vectors
+            groups.append(inversion.group(vectors, recipe))
+            settle = inversion.settling(vectors, host.text, recipe)
         facts = {"layers": len(targets), "checkpointed_blocks": blocks, **_counts(prepared), **prepared.facts}
         if recipe.on_existing == "start over":
             # Only now, when all that could be refused has been: what is there is lost with this.
             run.clear()
         run.write_recipe(recipe, identity, facts)
         run.forget_after(state.step)
-        plan = Plan(
-            recipe, prepared.training, prepared.validation, trainables, export, method.groups(trainables, recipe)
-        )
+        plan = Plan(recipe, prepared.training, prepared.validation, trainables, export, groups, settle)
         if state.step == 0:
             _check_gradient(plan, host)
         _check_names(plan, host)
@@ -104,6 +118,10 @@ def _train(recipe, dataset, host, folders, method, identity, run, state, export)
 def _result(export, state: State, run: Run, resumed_from: int, left_out: tuple[LeftOut, ...] = ()) -> Result:
     made = export(state.ema or state.trainables, state.step)
     return Result(made.adapter, made.embedding, state.losses, run, resumed_from, left_out)
+
+
+def _keep_still(factor: float) -> None:
+    """What is trained stays where the optimiser puts it."""
 
 
 def _counts(prepared: Prepared) -> dict[str, int]:
@@ -144,7 +162,10 @@ def _check_gradient(plan, host: Host) -> None:
 def _check_names(plan, host: Host) -> None:
     """Finds out before the first step that the host would not read the adapter, not after the last."""
     values = {name: parameter.detach() for name, parameter in plan.trainables.items()}
-    unread = host.denoiser.check_adapter(plan.export(values, 0).adapter)
+    adapter = plan.export(values, 0).adapter
+    if adapter is None:
+        return
+    unread = host.denoiser.check_adapter(adapter)
     if unread:
         raise ModelError(
             f"The host would not read {len(unread)} keys of this model's adapter, such as {unread[0]}.",
@@ -153,7 +174,7 @@ def _check_names(plan, host: Host) -> None:
         )
 
 
-def _exporter(method, recipe: Recipe, host: Host, dataset: Dataset):
+def _exporter(method, recipe: Recipe, host: Host, dataset: Dataset, identity: str):
     """A function from the trainables' values and the step to what is handed on, with its metadata."""
 
     def export(values: dict[str, torch.Tensor], step: int) -> Products:
@@ -161,12 +182,13 @@ def _exporter(method, recipe: Recipe, host: Host, dataset: Dataset):
             "family": host.denoiser.family,
             "parameterisation": host.denoiser.parameterisation,
             "recipe": recipe.as_json(),
+            "run": identity,
             "trigger": dataset.trigger,
             "resolution": recipe.resolution,
             "base_model_version": "sd_v1" if host.denoiser.family == "SD1" else host.denoiser.family,
-            "network_module": "networks.lora",
-            "network_dim": recipe.rank,
-            "network_alpha": recipe.alpha,
+            "network_module": "networks.lora" if recipe.rank else None,
+            "network_dim": recipe.rank or None,
+            "network_alpha": recipe.alpha or None,
             "learning_rate": recipe.learning_rate,
             "unet_lr": recipe.learning_rate,
             "optimizer": recipe.optimizer,
@@ -181,7 +203,12 @@ def _exporter(method, recipe: Recipe, host: Host, dataset: Dataset):
             "seed": recipe.seed,
             "v2": host.denoiser.family.startswith("SD2"),
         }
-        tensors = method.export(values, recipe, host.denoiser.adapter_name)
-        return Products(Adapter(tensors, describe_training(facts)))
+        own = {name: value for name, value in values.items() if not name.startswith(inversion.PREFIX)}
+        tensors = method.export(own, recipe, host.denoiser.adapter_name)
+        adapter = Adapter(tensors, describe_training(facts, "lora")) if tensors else None
+        embedding = None
+        if recipe.embedding_name:
+            embedding = inversion.made_of(values, recipe, describe_training(facts, "textual-inversion"))
+        return Products(adapter, embedding)
 
     return export

@@ -46,12 +46,26 @@ UNSET: dict[str, dict[str, Any]] = {
         "compute_dtype": "auto",
         "micro_batch": 0,
     },
+    "pivotal": {
+        "name": "",
+        "init_text": "",
+        "vectors": 0,
+        "learning_rate": 0.0,
+        "stop_fraction": 0.0,
+    },
 }
 
 
 # Deciding fields of a recipe that came after the first runs, each with the value that means what was done before it:
 # at that value it is no part of a run's identity, so that runs made before are still found.
-LATER: dict[str, Any] = {}
+LATER: dict[str, Any] = {
+    "embedding_name": "",
+    "embedding_init": "",
+    "embedding_vectors": 0,
+    "embedding_learning_rate": 0.0,
+    "embedding_stop": 0.0,
+    "embedding_templates": "",
+}
 
 
 class Options(dict):
@@ -78,6 +92,27 @@ class Options(dict):
 
 
 @dataclass(frozen=True)
+class Word:
+    """A word to be learnt.
+
+    Attributes:
+        name: what follows `embedding:` in prompts.
+        init_text: words whose vectors it starts from.
+        vectors: how many stand for it in each text encoder.
+        learning_rate: 0 for the default.
+        stop: fraction of the run at which it is frozen; 0 for never.
+        templates: key of `inversion.TEMPLATES`, for pictures without a caption.
+    """
+
+    name: str
+    init_text: str
+    vectors: int
+    learning_rate: float = 0.0
+    stop: float = 0.0
+    templates: str = "object"
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Everything a run is made with. Fields that decide its result make up `identity`; the rest may change."""
 
@@ -98,6 +133,12 @@ class Recipe:
     validation_fraction: float
     family: str
     trigger: str
+    embedding_name: str
+    embedding_init: str
+    embedding_vectors: int
+    embedding_learning_rate: float
+    embedding_stop: float
+    embedding_templates: str
     # What follows does not decide the result.
     steps: int
     name: str
@@ -117,6 +158,11 @@ class Recipe:
     compute_dtype: str
     micro_batch: int
 
+    @property
+    def live_text(self) -> bool:
+        """Whether what the text encoder gives changes while training, so that captions are encoded at every step."""
+        return bool(self.embedding_name)
+
     def deciding(self) -> dict[str, Any]:
         """The fields that decide the result; those that came later only where they are not at their old value."""
         names = [field.name for field in fields(self)]
@@ -130,9 +176,18 @@ class Recipe:
 
     def summary(self) -> str:
         """What was chosen or filled in, in one line."""
+        size = (
+            f"rank {self.rank}, alpha {self.alpha:g} (effective scale {self.alpha / self.rank:g}), "
+            if self.rank
+            else ""
+        )
+        word = ""
+        if self.embedding_name:
+            start = f"{self.embedding_vectors} vectors from '{self.embedding_init}'"
+            word = f"embedding:{self.embedding_name} ({start}, learning rate {self.embedding_learning_rate:g}), "
         return (
             f"{self.method} for {self.family}, {self.optimizer}, learning rate {self.learning_rate:g} {self.schedule}, "
-            f"rank {self.rank}, alpha {self.alpha:g} (effective scale {self.alpha / self.rank:g}), "
+            f"{size}{word}"
             f"batch {self.batch_size} x {self.accumulation}, resolution {self.resolution}, seed {self.seed}"
         )
 
@@ -152,20 +207,26 @@ def resolve(
     seed: int,
     resolution: int,
     trigger: str,
+    word: Word | None = None,
 ) -> Recipe:
     """The recipe of a node's widgets and its options.
 
     Args:
         learning_rate: 0 for the family's and method's default.
+        rank: 0 where the method has none.
         resolution: 0 for the family's own.
+        word: that the node itself trains; None for the one of the pivotal options, if there is one.
 
     Raises:
         SettingsError: a value out of range, or two that contradict each other.
     """
     get = options.value
+    alone = word is not None
+    word = _pivotal(options, alone) or word or Word("", "", 0, stop=0.0, templates="")
+    rate = learning_rate or (EMBEDDING_RATE if alone else family.lora_learning_rate)
     recipe = Recipe(
         method=method,
-        learning_rate=learning_rate or family.lora_learning_rate,
+        learning_rate=rate,
         rank=rank,
         alpha=float(rank),
         batch_size=batch_size,
@@ -181,6 +242,12 @@ def resolve(
         validation_fraction=get("run", "validation_fraction", 0.0),
         family=family.name,
         trigger=trigger,
+        embedding_name=word.name,
+        embedding_init=word.init_text,
+        embedding_vectors=word.vectors,
+        embedding_learning_rate=(rate if alone else word.learning_rate or EMBEDDING_RATE) if word.name else 0.0,
+        embedding_stop=word.stop,
+        embedding_templates=word.templates,
         steps=steps,
         name=get("run", "name", "").strip(),
         on_existing=get("run", "on_existing", "resume"),
@@ -203,9 +270,42 @@ def resolve(
     return recipe
 
 
+def _pivotal(options: Options, alone: bool) -> Word | None:
+    """The word of the pivotal options, None when none is set.
+
+    Raises:
+        SettingsError: they say how, but not which; or the node trains a word of its own.
+    """
+    fields = {name for kind, name in options if kind == "pivotal"}
+    if not fields:
+        return None
+    if alone:
+        raise SettingsError(
+            "Graft Pivotal Options are for a trainer of the model, beside which they train a word.",
+            "Take them out: this node trains its own word.",
+            "options",
+        )
+    get = options.value
+    name = get("pivotal", "name", "").strip()
+    if not name:
+        raise SettingsError(
+            "Graft Pivotal Options say how to train a word, but not its name.", "Set name there.", "options"
+        )
+    return Word(
+        name,
+        get("pivotal", "init_text", "").strip(),
+        get("pivotal", "vectors", 2),
+        get("pivotal", "learning_rate", 0.0),
+        get("pivotal", "stop_fraction", 0.5),
+    )
+
+
 def _lines(text: str) -> tuple[str, ...]:
     return tuple(line.strip() for line in text.splitlines() if line.strip())
 
+
+# Of words' vectors (FIELD's consensus for textual inversion); without the weight decay of the rest.
+EMBEDDING_RATE = 5e-4
 
 # By the recipe's names; the numbers a run can be made with.
 _RANGES = {
@@ -228,7 +328,13 @@ _RANGES = {
     "preview_seed": (0, 2**64 - 1),
     "resolution": (8, 16384),
     "micro_batch": (0, 4096),
+    "embedding_vectors": (1, 64),
+    "embedding_learning_rate": (1e-12, 100.0),
+    "embedding_stop": (0.0, 1.0),
 }
+
+# The fields of a word, by the recipe's names, and the inputs they are set by.
+_WORD = {"embedding_vectors": "vectors", "embedding_learning_rate": "learning_rate", "embedding_stop": "stop_fraction"}
 
 
 def _check(recipe: Recipe) -> None:
@@ -240,9 +346,11 @@ def _check(recipe: Recipe) -> None:
             raise SettingsError(
                 f"Unknown {field} '{getattr(recipe, field)}'.", f"Choose one of {', '.join(known)}.", field
             )
-    for field in _RANGES:
+    absent = set() if recipe.rank else {"rank"}
+    absent |= set() if recipe.embedding_name else set(_WORD)
+    for field in [field for field in _RANGES if field not in absent]:
         # The resolution is a widget of the dataset's node, which this one knows by the wire it came over.
-        _check_range(field, getattr(recipe, field), "dataset" if field == "resolution" else field)
+        _check_range(field, getattr(recipe, field), "dataset" if field == "resolution" else _WORD.get(field, field))
     _check_name(recipe.name)
 
 
@@ -255,10 +363,16 @@ def _check_range(field: str, value: Any, input: str) -> None:
 def _check_option(kind: str, name: str, value: Any) -> None:
     """Refuses a set field at the node it was set on."""
     field = f"preview_{name}" if kind == "preview" else name
+    if kind == "pivotal":
+        field = next((theirs for theirs, ours in _WORD.items() if ours == name), name)
     if field in _RANGES:
         _check_range(field, value, name)
     if (kind, name) == ("run", "name"):
         _check_name(value.strip())
+    if (kind, name) == ("pivotal", "name"):
+        from .inversion import check_name
+
+        check_name(value.strip())
 
 
 def _check_name(name: str) -> None:

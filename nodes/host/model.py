@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
@@ -26,8 +26,10 @@ from .digest import patcher_digest
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
-    from comfy.sd import CLIP, VAE
+    from comfy.sd import VAE
     from PIL import Image
+
+    from .text import ComfyText
 
 log = logging.getLogger(__name__)
 
@@ -42,10 +44,10 @@ class ComfyDenoiser:
         compute_dtype: of activations; only within `training`.
     """
 
-    def __init__(self, model: ModelPatcher, clip: CLIP, vae: VAE):
+    def __init__(self, model: ModelPatcher, text: ComfyText, vae: VAE):
         self._model = model.clone()
         self._fingerprint = patcher_digest(model)
-        self._clip = clip
+        self._text = text
         self._vae = vae
         self._sampling = self._model.get_model_object("model_sampling")
         self.family = families.family_name(self._model)
@@ -134,13 +136,15 @@ class ComfyDenoiser:
             "prompt_type": "positive",
         }
         tensors = {name: tensor.to(self.device) for name, tensor in conditioning.tensors.items()}
-        with torch.no_grad():
+        # Text that was encoded with its graph keeps it.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and _trained(tensors.values())):
             found = self._base.extra_conds(**{**facts, **tensors})
             return {name: cond.process_cond(batch_size=1, area=None) for name, cond in found.items()}
 
     def _forward(self, x_t: torch.Tensor, sigma: torch.Tensor, conds: list[dict]) -> torch.Tensor:
         dtype = self.compute_dtype
-        with torch.no_grad():
+        trained = _trained(cond.cond for one in conds for cond in one.values())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
             joined = {name: conds[0][name].concat([other[name] for other in conds[1:]]) for name in conds[0]}
             x = self._sampling.calculate_input(sigma, x_t)
             concat = joined.pop("c_concat", None)
@@ -180,7 +184,7 @@ class ComfyDenoiser:
             compute_dtype: "auto" for the dtype the model computes in, or "fp32", "bf16", "fp16".
         """
         with torch.inference_mode(False), torch.enable_grad():
-            self._model = _classic(self._model)
+            self._model = classic(self._model)
             self._sampling = self._model.get_model_object("model_sampling")
             comfy.model_management.load_models_gpu([self._model], memory_required=1e20, force_full_load=True)
             base = self._model.model
@@ -191,7 +195,7 @@ class ComfyDenoiser:
             _cast_where_needed(self.module, self.compute_dtype)
             self._base = _over(base, self.module)
             self._options = _transformer_options(self._model)
-            self._sampler = sampling.PreviewSampler(self._model, self._base, self._clip, self._vae)
+            self._sampler = sampling.PreviewSampler(self._model, self._base, self._text, self._vae)
             try:
                 with _in_training():
                     yield
@@ -231,8 +235,11 @@ class ComfyDenoiser:
         return self._fingerprint
 
 
-def _classic(model: ModelPatcher) -> ModelPatcher:
+def classic(model: ModelPatcher, input: str = "model") -> ModelPatcher:
     """The model with its weights in place; newer hosts keep them elsewhere until a layer is run.
+
+    Args:
+        input: of the node, for the error.
 
     Raises:
         ModelError: the node that loaded it gave the host no way to do so.
@@ -245,7 +252,7 @@ def _classic(model: ModelPatcher) -> ModelPatcher:
         raise ModelError(
             f"The model's weights cannot be put in place for training ({error}).",
             "Load it with one of ComfyUI's own loaders, or start ComfyUI with --disable-dynamic-vram.",
-            "model",
+            input,
         ) from error
 
 
@@ -304,6 +311,12 @@ def _transformer_options(model: ModelPatcher) -> dict:
 
 def _pytorch_attention(function, *args, **kwargs):
     return comfy.ldm.modules.attention.attention_pytorch(*args, **kwargs)
+
+
+def _trained(values: Iterable) -> bool:
+    """Whether gradients are wanted through one of the values, lists of tensors among them."""
+    parts = (part for value in values for part in (value if isinstance(value, list) else [value]))
+    return any(torch.is_tensor(part) and part.requires_grad for part in parts)
 
 
 def _cast(value, device, dtype):

@@ -9,6 +9,10 @@ import folder_paths
 from ...trainers.data.pixels import is_below, is_picture
 from ...trainers.errors import DatasetError, ModelError, RunError, SettingsError
 from ...trainers.formats.adapter import Adapter, load_adapter
+from ...trainers.formats.embedding import Embedding, file_tensors, load_embedding, save_embedding
+from ...trainers.formats.files import read_metadata, read_tensors
+from ...trainers.formats.metadata import RUN
+from ...trainers.inversion import check_name
 from ...trainers.run import Folders
 from . import preferences
 
@@ -177,6 +181,91 @@ def load_named_adapter(name: str) -> Adapter:
         return load_adapter(adapter_path(name))
     except RunError as error:
         raise ModelError(error.message, error.cure, "adapter_name") from error
+
+
+def embedding_choices() -> list[str]:
+    """The host's list of embedding files."""
+    return folder_paths.get_filename_list(_EMBEDDINGS)
+
+
+def embedding_path(name: str) -> str:
+    """The absolute path of an embedding file in the host's list.
+
+    Raises:
+        ModelError: there is none of that name, or it is of a format that is not read.
+    """
+    path = folder_paths.get_full_path(_EMBEDDINGS, name)
+    if path is None:
+        raise ModelError(
+            f"There is no embedding '{name}' in ComfyUI's embeddings folders.",
+            "Choose one of the list; press R to refresh it.",
+            "embedding_name",
+        )
+    if not path.lower().endswith(".safetensors"):
+        raise ModelError(
+            f"The embedding '{name}' is no .safetensors file.",
+            "Other formats can hide programs and are not read.",
+            "embedding_name",
+        )
+    return path
+
+
+def load_named_embedding(name: str) -> Embedding:
+    """The embedding of a file in the host's list, under the name that prompts call it by.
+
+    Raises:
+        ModelError: there is none of that name, or it cannot be read.
+    """
+    try:
+        return load_embedding(embedding_path(name), os.path.splitext(name)[0].replace(os.sep, "/"))
+    except RunError as error:
+        raise ModelError(error.message, error.cure, "embedding_name") from error
+
+
+def save_named_embedding(embedding: Embedding, name: str) -> str:
+    """Writes an embedding below output/embeddings, where prompts find it by its name; its path.
+
+    The same run trained further takes the place of what it wrote before; nothing else is overwritten, and no name is
+    given that another folder holds, since the host would take either.
+
+    Raises:
+        SettingsError: the name cannot be addressed, or it is taken.
+    """
+    name = name.strip() or embedding.name
+    check_name(name)
+    path = os.path.join(folders().embeddings, f"{name}.safetensors")
+    for folder in folder_paths.get_folder_paths(_EMBEDDINGS):
+        for taken in _files_called(folder, name):
+            if os.path.realpath(taken) == os.path.realpath(path) and _same_run(taken, embedding):
+                continue
+            raise SettingsError(
+                f"There is an embedding '{name}' already: {taken}.",
+                "Choose another name, or move that file away.",
+                "name",
+            )
+    save_embedding(path, embedding, name)
+    return path
+
+
+def _files_called(folder: str, name: str) -> list[str]:
+    names = {f"{name}{ending}".lower() for ending in (".safetensors", ".pt", ".bin")}
+    found = []
+    for directory, _, files in os.walk(folder):
+        found += [os.path.join(directory, file) for file in files if file.lower() in names]
+    return found
+
+
+def _same_run(path: str, embedding: Embedding) -> bool:
+    """Whether a file was written by the run that an embedding comes from, or holds the same vectors."""
+    try:
+        known = read_metadata(path).get(RUN)
+        if known is not None and known == embedding.metadata.get(RUN):
+            return True
+        tensors, _ = read_tensors(path)
+    except RunError:
+        return False
+    ours = file_tensors(embedding)
+    return tensors.keys() == ours.keys() and all(tensors[key].equal(ours[key]) for key in ours)
 
 
 def new_adapter_path(prefix: str) -> str:

@@ -13,8 +13,10 @@ from ...trainers.protocols import PreviewRequest
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
-    from comfy.sd import CLIP, VAE
+    from comfy.sd import VAE
     from PIL import Image
+
+    from .text import ComfyText
 
 SAMPLERS = comfy.samplers.KSampler.SAMPLERS
 SCHEDULERS = comfy.samplers.KSampler.SCHEDULERS
@@ -26,33 +28,26 @@ _BAKED = ("patches", "backup", "backup_buffers", "object_patches", "object_patch
 class PreviewSampler:
     """Draws with the private tree itself, so that no second copy of the weights is patched for it."""
 
-    def __init__(self, model: ModelPatcher, base, clip: CLIP, vae: VAE):
+    def __init__(self, model: ModelPatcher, base, text: ComfyText, vae: VAE):
         self._patcher = model.clone()
         self._patcher.model = base
         for name in _BAKED:
             if hasattr(self._patcher, name):
                 setattr(self._patcher, name, type(getattr(self._patcher, name))())
         base.current_weight_patches_uuid = self._patcher.patches_uuid
-        self._clip = clip
+        self._text = text
         self._vae = vae
-        self._prompts: dict[str, list] = {}
 
     def draw(self, request: PreviewRequest) -> list[Image.Image]:
         """One picture for each prompt."""
         with torch.no_grad():
-            negative = self._encode(request.negative)
-            positives = [self._encode(prompt) for prompt in request.prompts]
+            negative = self._text.prompt(request.negative)
+            positives = [self._text.prompt(prompt) for prompt in request.prompts]
             try:
                 latents = [self._sample(positive, negative, request, i) for i, positive in enumerate(positives)]
             finally:
                 self._forget()
             return [_picture(self._vae.decode(latent)) for latent in latents]
-
-    def _encode(self, prompt: str) -> list:
-        """The prompt as a CLIPTextEncode node would give it; kept, so that the encoder is loaded once."""
-        if prompt not in self._prompts:
-            self._prompts[prompt] = self._clip.encode_from_tokens_scheduled(self._clip.tokenize(prompt))
-        return self._prompts[prompt]
 
     def _sample(self, positive: list, negative: list, request: PreviewRequest, index: int) -> torch.Tensor:
         factor = int(self._vae.spacial_compression_encode())

@@ -1,10 +1,16 @@
-"""ComfyUI's CLIP as a text encoder for training."""
+"""ComfyUI's CLIP as a text encoder for training: literal captions, words of new vectors, exact gradients."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from ...trainers.data.memory import Keep
+from . import words
 from .digest import patcher_digest
+from .passes import encode_together, encoded
 
 if TYPE_CHECKING:
     import torch
@@ -12,14 +18,44 @@ if TYPE_CHECKING:
 
 
 class ComfyText:
-    """The graph's CLIP, unchanged; captions are literal text."""
+    """The graph's CLIP, trained on a private tree over its own weights; the graph's stays as it was.
+
+    Attributes:
+        module: the private tree; only within `training`.
+        device: where it computes; only within `training`.
+    """
 
     def __init__(self, clip: CLIP):
         self._clip = clip
+        self._live: CLIP | None = None
+        self._prompts: dict[str, list] = {}
+        self._trained: list[torch.Tensor] = []
+        self._keep = Keep()
+        self.module: torch.nn.Module | None = None
+        self.device: torch.device | None = None
 
     def encode(self, caption: str) -> dict[str, torch.Tensor]:
         """The host's own conditioning of a literal caption: `cross_attn`, `pooled_output` and what else it gives."""
         return conditioning_tensors(self._clip, _literal_tokens(self._clip, caption))
+
+    def encode_live(self, captions: Sequence[str]) -> list[dict[str, torch.Tensor]]:
+        """As `encode` for each caption, through the private tree, with its graph where something is trained."""
+        names = words.names_of(self._live.tokenizer)
+        tokens = [_literal_tokens(self._live, words.spaced(caption, names)) for caption in captions]
+        if any(part.requires_grad for part in (*self._trained, *self.module.parameters())):
+            return encode_together(self._live, tokens, self._keep)
+        # Nothing of it is trained any more, so that a caption need be encoded but once.
+        pairs = zip(captions, tokens, strict=True)
+        return [self._keep.get(caption, functools.partial(encoded, self._live, one)) for caption, one in pairs]
+
+    def prompt(self, prompt: str) -> list:
+        """A prompt as a CLIPTextEncode node would give it, by the tree as trained so far where it is in training."""
+        if self._live is not None:
+            return self._live.encode_from_tokens_scheduled(self._live.tokenize(prompt))
+        # Kept, so that the encoder is loaded once.
+        if prompt not in self._prompts:
+            self._prompts[prompt] = self._clip.encode_from_tokens_scheduled(self._clip.tokenize(prompt))
+        return self._prompts[prompt]
 
     def count_tokens(self, caption: str) -> int:
         """Tokens of the longest encoder, without start, end and padding."""
@@ -27,10 +63,86 @@ class ComfyText:
         counts = [sum(1 for chunk in chunks for token in chunk if token[2] > 0) for chunks in tokens.values()]
         return max(counts, default=0)
 
+    def is_word(self, name: str) -> bool:
+        """Whether one of the encoders has a name as a single token."""
+        return any(len(_ids(self._tokenizer(key), name)) == 1 for key in self._encoders())
+
+    def start_vectors(self, text: str) -> dict[str, torch.Tensor]:
+        """[tokens, width] float32 on the CPU by encoder; `embedding:` in the text gives that embedding's own."""
+        import torch
+
+        found = {}
+        for key in self._encoders():
+            table = self._table(key)
+            rows = [
+                token if torch.is_tensor(token) else table[token] for token in _ids(self._tokenizer(key), text.strip())
+            ]
+            rows = [row.detach().to("cpu", torch.float32).clone() for row in rows if _fits(row, table.shape[1])]
+            found[key] = torch.stack(rows) if rows else torch.zeros(0, table.shape[1])
+        return found
+
+    def median_norms(self) -> dict[str, float]:
+        """Median norm of the vocabulary's vectors by encoder."""
+        return {key: float(self._table(key).float().norm(dim=-1).median()) for key in self._encoders()}
+
+    def attach(self, name: str, vectors: dict[str, torch.Tensor]) -> None:
+        """Lets the live encoder read `embedding:<name>` as these vectors."""
+        self._live.tokenizer = words.with_word(self._live.tokenizer, name, vectors)
+        self._trained += vectors.values()
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """Loads the encoder whole, builds the private tree, and forgets it afterwards in any case."""
+        import comfy.model_management
+        import torch
+
+        from ...trainers.autograd import own_weights, private_tree
+        from .model import classic
+
+        with torch.inference_mode(False), torch.enable_grad():
+            clip = self._clip.clone()
+            clip.patcher = classic(clip.patcher, "clip")
+            comfy.model_management.load_models_gpu([clip.patcher], force_full_load=True)
+            own_weights(clip.patcher.model)
+            self.module = private_tree(clip.patcher.model)
+            self.device = clip.patcher.load_device
+            # The weights are in place, and the tree is nothing that the host knows how to load.
+            clip.cond_stage_model = self.module
+            clip.load_model = lambda *args, **kwargs: clip.patcher
+            self._live = clip
+            try:
+                yield
+            finally:
+                self._live = None
+                self._trained = []
+                self._keep = Keep()
+                self.module = None
+
     def fingerprint(self) -> str:
-        """Changes with weights, patches, clip skip and tokenizer options."""
+        """Changes with weights, patches, clip skip, tokenizer options and attached words."""
         clip = self._clip
-        return f"{patcher_digest(clip.patcher)}|{clip.layer_idx}|{sorted(clip.tokenizer_options.items())}"
+        own = f"{patcher_digest(clip.patcher)}|{clip.layer_idx}|{sorted(clip.tokenizer_options.items())}"
+        attached = words.attached_digest(clip.tokenizer)
+        return f"{own}|{attached}" if attached else own
+
+    def _encoders(self) -> list[str]:
+        return words.encoders(self._clip)
+
+    def _tokenizer(self, key: str):
+        return getattr(self._clip.tokenizer, key)
+
+    def _table(self, key: str) -> torch.Tensor:
+        return getattr(self._clip.cond_stage_model, key).transformer.get_input_embeddings().weight.detach()
+
+
+def _fits(row: torch.Tensor, width: int) -> bool:
+    return row.shape[-1] == width
+
+
+def _ids(tokenizer, text: str) -> list:
+    """A literal text's tokens, without start, end and padding: numbers, or the vectors of an embedding."""
+    chunks = tokenizer.tokenize_with_weights(text, return_word_ids=True, disable_weights=True) if text else []
+    return [token for chunk in chunks for token, _, word in chunk if word > 0]
 
 
 def _literal_tokens(clip: CLIP, text: str, **options) -> dict:
@@ -46,6 +158,4 @@ def conditioning_tensors(clip: CLIP, tokens: dict) -> dict[str, torch.Tensor]:
     import torch
 
     with torch.no_grad():
-        found = clip.encode_from_tokens(tokens, return_pooled=True, return_dict=True)
-    found["cross_attn"] = found.pop("cond")
-    return {name: value.detach().to("cpu").clone() for name, value in found.items() if torch.is_tensor(value)}
+        return {name: value.detach().to("cpu").clone() for name, value in encoded(clip, tokens).items()}

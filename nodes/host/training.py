@@ -15,13 +15,14 @@ from ...trainers.families import family_of
 from ...trainers.prepare import all_resolutions
 from ...trainers.protocols import Geometry, Host
 from ...trainers.session import run_recipe
-from ...trainers.settings import Options, resolve
+from ...trainers.settings import Options, Word, resolve
 from . import families, paths
 from .adapters import apply_adapter
 from .image import ComfyCodec
 from .model import ComfyDenoiser
 from .progress import Progress, tell
 from .text import ComfyText
+from .words import apply_embedding
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -29,11 +30,12 @@ if TYPE_CHECKING:
 
     from ...trainers.data.examples import Dataset
     from ...trainers.formats.adapter import Adapter
+    from ...trainers.formats.embedding import Embedding
 
 
 @dataclass(frozen=True)
 class Widgets:
-    """The values on a training node."""
+    """The values on a training node; rank 0 and a word where a word alone is trained."""
 
     method: str
     steps: int
@@ -41,15 +43,17 @@ class Widgets:
     rank: int
     batch_size: int
     seed: int
+    word: Word | None = None
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training node hands on."""
+    """What a training node hands on; adapter and embedding are None where none was trained."""
 
     model: ModelPatcher
     clip: CLIP
-    adapter: Adapter
+    adapter: Adapter | None
+    embedding: Embedding | None
     loss: dict[str, list[float]]
     ui: dict[str, Any]
 
@@ -57,7 +61,7 @@ class Trained:
 def train(
     model: ModelPatcher, clip: CLIP, vae: VAE, dataset: Dataset, widgets: Widgets, options: Options | None, node: str
 ) -> Trained:
-    """Trains, resumes or returns a finished run; the model that comes out has the adapter waiting on it.
+    """Trains, resumes or returns a finished run; model and clip come out with what was trained applied.
 
     Raises:
         GraftError: with input and cure.
@@ -65,7 +69,8 @@ def train(
     """
     _check_sockets(model, clip, vae)
     with torch.inference_mode(False):
-        denoiser = ComfyDenoiser(model, clip, vae)
+        text = ComfyText(clip)
+        denoiser = ComfyDenoiser(model, text, vae)
         recipe = resolve(
             options or Options(),
             family_of(denoiser.family),
@@ -77,18 +82,24 @@ def train(
             widgets.seed,
             dataset.resolution,
             dataset.trigger,
+            widgets.word,
         )
-        host = Host(denoiser, ComfyText(clip), ComfyCodec(vae), Progress(node, recipe.steps))
+        host = Host(denoiser, text, ComfyCodec(vae), Progress(node, recipe.steps))
         try:
             result = run_recipe(recipe, dataset, host, paths.folders())
         except GraftError as error:
             tell(node, "failed", {"message": str(error)})
             raise
-    trained_model, trained_clip = apply_adapter(model, clip, result.adapter, 1.0, 1.0)
+    trained_model, trained_clip = model, clip
+    if result.adapter is not None:
+        trained_model, trained_clip = apply_adapter(model, clip, result.adapter, 1.0, 1.0)
+    if result.embedding is not None:
+        trained_clip = apply_embedding(trained_clip, result.embedding)
     cached = result.resumed_from == recipe.steps
     tell(node, "done", {"run": result.run.name, "steps": recipe.steps, "cached": cached})
     summary = _summary(result, recipe)
-    return Trained(trained_model, trained_clip, result.adapter, {"loss": result.losses}, {"text": (summary,)})
+    loss = {"loss": result.losses}
+    return Trained(trained_model, trained_clip, result.adapter, result.embedding, loss, {"text": (summary,)})
 
 
 def _summary(result, recipe) -> str:

@@ -97,6 +97,45 @@ class WordEncoder:
         rows += [torch.zeros(WIDTH)] * (TOKENS - len(rows))
         return {"cross_attn": torch.stack(rows)[None]}
 
+    # A word of its own, as textual inversion trains one.
+
+    device = torch.device("cpu")
+    module = None
+    attached = ("", None)
+
+    def is_word(self, name):
+        return name == "dog"
+
+    def start_vectors(self, text):
+        rows = [self._vector(word, 0) for word in text.split()]
+        return {"clip_l": torch.stack(rows) if rows else torch.zeros(0, WIDTH)}
+
+    def median_norms(self):
+        return {"clip_l": WIDTH**0.5}
+
+    @contextmanager
+    def training(self):
+        self.module = torch.nn.Module()
+        try:
+            yield
+        finally:
+            self.module = None
+            self.attached = ("", None)
+
+    def attach(self, name, vectors):
+        self.attached = (f"embedding:{name}", vectors["clip_l"])
+
+    def encode_live(self, captions):
+        return [self._encode_live(caption) for caption in captions]
+
+    def _encode_live(self, caption):
+        word, vectors = self.attached
+        rows = []
+        for one in caption.replace(word, f" {word} ").split():
+            rows += list(vectors) if one == word else [self._vector(one.strip(","), len(rows))]
+        rows += [torch.zeros(WIDTH)] * (TOKENS - len(rows))
+        return {"cross_attn": torch.stack(rows[:TOKENS])[None]}
+
     def _vector(self, word, place):
         seed = int.from_bytes(hashlib.sha256(f"{place} {word}".encode()).digest()[:4], "little")
         return torch.randn(WIDTH, generator=torch.Generator().manual_seed(seed))

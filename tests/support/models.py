@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -54,10 +55,10 @@ def _sd1():
     return comfy.supported_models.SD15(config)
 
 
-def _sdxl():
+def _sdxl(pooled: int = 1280):
     import comfy.supported_models
 
-    # 1280 pooled and six sizes of 256 each are what the host's SDXL class makes of a conditioning.
+    # The pooled text and six sizes of 256 each are what the host's SDXL class makes of a conditioning.
     config = _unet(
         model_channels=32,
         num_res_blocks=[1, 1],
@@ -70,9 +71,17 @@ def _sdxl():
         transformer_depth_middle=1,
         use_linear_in_transformer=True,
         num_classes="sequential",
-        adm_in_channels=2816,
+        adm_in_channels=pooled + 6 * 256,
     )
     made = comfy.supported_models.SDXL(config)
+    made.unet_config["num_head_channels"] = 16
+    return made
+
+
+def _sd2():
+    import comfy.supported_models
+
+    made = comfy.supported_models.SD20({**_sd1().unet_config, "use_linear_in_transformer": True})
     made.unet_config["num_head_channels"] = 16
     return made
 
@@ -126,8 +135,13 @@ FAMILIES = {
     "SDXL": Tiny(_sdxl, (4, 8, 8), (77, 48), 1280),
     "Flux": Tiny(_flux, (16, 8, 8), (7, 48), 32),
 }
-# And what is large enough to be timed: 44.7 M parameters.
-SIZES = {**FAMILIES, "SD1 middling": Tiny(_sd1_middling, (4, 32, 32), (77, 512))}
+# Those that have a small text encoder, and what is large enough to be timed: 44.7 M parameters.
+SIZES = {
+    **FAMILIES,
+    "SD2": Tiny(_sd2, (4, 8, 8), (77, 48)),
+    "SDXL with text": Tiny(functools.partial(_sdxl, 24), (4, 8, 8), (77, 48), 24),
+    "SD1 middling": Tiny(_sd1_middling, (4, 32, 32), (77, 512)),
+}
 
 
 def patcher(name: str, dtype=None, seed: int = 0):
@@ -169,6 +183,80 @@ def conditioning(name: str, seed: int = 0):
     if tiny.pooled:
         tensors["pooled_output"] = torch.randn(1, tiny.pooled, generator=source)
     return Conditioning(tensors, (640 + seed, 480), (seed, 0), (512, 512))
+
+
+def _clip_config(width: int, layers: int) -> dict:
+    return {
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_attention_heads": 2,
+        "num_hidden_layers": layers,
+    }
+
+
+_T5_CONFIG = {"d_model": 48, "d_ff": 64, "d_kv": 8, "num_heads": 2, "num_layers": 2}
+
+# Text encoders in small by the host's own keys; what they give together fits the networks above.
+TEXT = {
+    "SD1": {"clip_l": _clip_config(48, 3)},
+    "SD2": {"clip_h": _clip_config(48, 3)},
+    "SDXL with text": {"clip_l": _clip_config(24, 3), "clip_g": _clip_config(24, 4)},
+    "Flux": {"clip_l": _clip_config(32, 3), "t5xxl": _T5_CONFIG},
+}
+
+
+def text(name: str, seed: int = 0):
+    """A CLIP of a family with random weights, float32, with the host's own tokenizer and its places for embeddings."""
+    import comfy.sd
+    import folder_paths
+    import torch
+
+    options = {"dtype": torch.float32, **{f"{key}_model_config": config for key, config in TEXT[name].items()}}
+    target = SIZES[name].build().clip_target({})
+    folders = folder_paths.get_folder_paths("embeddings")
+    made = comfy.sd.CLIP(target, embedding_directory=folders, model_options=options)
+    randomise(made.cond_stage_model, seed)
+    return made
+
+
+WORD = "my-word"
+
+
+@contextmanager
+def learning_word(name: str, checkpointing: bool = False, model=None, clip=None, captions=None, **fields):
+    """A Training of the vectors of `my-word` on a family of TEXT, two for each encoder."""
+    from graft_pack.nodes.host.model import ComfyDenoiser
+    from graft_pack.nodes.host.text import ComfyText
+    from graft_pack.trainers import autograd, inversion
+    from graft_pack.trainers.loop import Item, Plan
+    from graft_pack.trainers.protocols import Host
+    from graft_pack.trainers.run import Products
+
+    encoder = ComfyText(clip or text(name))
+    denoiser = ComfyDenoiser(model or patcher(name), encoder, SmallVae())
+    word = {"embedding_name": WORD, "embedding_init": "a red dog", "embedding_vectors": 2}
+    settings = recipe(denoiser.family, method="embedding", rank=0, embedding_learning_rate=1e-2, **word, **fields)
+    captions = captions or [f"a photo of embedding:{WORD}", f"one embedding:{WORD}, on a beach"]
+    with denoiser.training("auto"), encoder.training():
+        if checkpointing:
+            autograd.checkpoint_blocks(autograd.blocks_of(denoiser.module))
+            autograd.checkpoint_blocks(autograd.blocks_of(encoder.module))
+        vectors = inversion.start(encoder, settings)
+        items = []
+        for number, caption in enumerate(captions):
+            shown = item(name, number).show(None)
+            bare = replace(shown.conditioning, tensors={})
+            items.append(Item(f"picture {number}", (64, 64), 1, functools.partial(_told, shown.latent, bare, caption)))
+        settle = inversion.settling(vectors, encoder, settings)
+        export = lambda values, step: Products(None, inversion.made_of(values, settings, {}))  # noqa: E731
+        plan = Plan(settings, items, [], vectors, export, [inversion.group(vectors, settings)], settle)
+        yield Training(denoiser, Host(denoiser, encoder, None), plan)
+
+
+def _told(latent, conditioning, caption, turn):
+    from graft_pack.trainers.loop import Shown
+
+    return Shown(latent, conditioning, None, caption)
 
 
 class SmallVae:

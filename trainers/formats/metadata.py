@@ -24,25 +24,33 @@ _ARCHITECTURES = {
 }
 
 
-def describe_training(facts: dict) -> dict[str, str]:
-    """Metadata of a trained adapter.
+# The run that made a file, by its identity.
+RUN = "graft_run"
+
+
+def describe_training(given: dict, kind: str) -> dict[str, str]:
+    """Metadata of what was trained.
 
     Args:
-        facts: `ss_*` fields by name without the prefix, and `family`, `parameterisation`,
-            `resolution` (pixels), `trigger`, `recipe` (JSON-able).
+        kind: ModelSpec's word for it: "lora", "textual-inversion".
+        given: `ss_*` fields by name without the prefix, and `family`, `parameterisation`,
+            `resolution` (pixels), `trigger`, `recipe` (JSON-able), `run` (its identity).
     """
+    facts = dict(given)
     family = facts.pop("family")
     recipe = facts.pop("recipe")
     trigger = facts.pop("trigger")
+    run = facts.pop("run")
     prediction = facts.pop("parameterisation")
     fields = {f"ss_{name}": _text(value) for name, value in facts.items() if value is not None}
     fields["modelspec.sai_model_spec"] = "1.0.1"
-    fields["modelspec.architecture"] = f"{_ARCHITECTURES.get(family, family)}/lora"
+    fields["modelspec.architecture"] = f"{_ARCHITECTURES.get(family, family)}/{kind}"
     fields["modelspec.implementation"] = "https://github.com/comfyanonymous/ComfyUI"
     fields["modelspec.prediction_type"] = {"eps": "epsilon", "v": "v"}.get(prediction, prediction)
     fields["modelspec.resolution"] = f"{facts['resolution']}x{facts['resolution']}"
     if trigger:
         fields["modelspec.trigger_phrase"] = trigger
+    fields[RUN] = run
     fields["graft_recipe"] = json.dumps(recipe, sort_keys=True)
     return fields
 

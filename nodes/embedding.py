@@ -1,0 +1,106 @@
+"""Nodes that apply, load and save words that were trained."""
+
+from __future__ import annotations
+
+import os
+
+from comfy_api.latest import io
+
+from .host import paths
+from .schema import CATEGORY, Embedding, named, refusal
+
+_CATEGORY = f"{CATEGORY}/embedding"
+
+
+class GraftApplyEmbedding(io.ComfyNode):
+    """A word given to a CLIP."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="GraftApplyEmbedding",
+            display_name="Graft Apply Embedding",
+            category=_CATEGORY,
+            description="Lets prompts behind the clip write embedding:NAME for a word that was trained.",
+            inputs=[
+                io.Clip.Input("clip", tooltip="The text encoder of the model family the word was trained for."),
+                Embedding.Input("embedding", tooltip="From a training or loading node."),
+            ],
+            outputs=[io.Clip.Output("clip_out", display_name="clip")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, clip, embedding) -> io.NodeOutput:
+        from .host.words import apply_embedding
+
+        with named(cls):
+            return io.NodeOutput(apply_embedding(clip, embedding))
+
+
+class GraftLoadEmbedding(io.ComfyNode):
+    """A word from a file."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="GraftLoadEmbedding",
+            display_name="Graft Load Embedding",
+            category=_CATEGORY,
+            description="Loads a textual-inversion file from ComfyUI's embeddings folders, output/embeddings included.",
+            inputs=[
+                io.Combo.Input(
+                    "embedding_name", options=paths.embedding_choices(), tooltip="A .safetensors embedding file."
+                ),
+            ],
+            outputs=[Embedding.Output("embedding", display_name="embedding")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def validate_inputs(cls, embedding_name) -> bool | str:
+        return refusal(cls, "embedding_name", embedding_name, paths.embedding_path)
+
+    @classmethod
+    def fingerprint_inputs(cls, embedding_name) -> str | float:
+        """Changes with the file; a name that comes over a wire is not known yet."""
+        if not isinstance(embedding_name, str):
+            return float("nan")
+        status = os.stat(paths.embedding_path(embedding_name))
+        return f"{status.st_size}-{status.st_mtime_ns}"
+
+    @classmethod
+    def execute(cls, embedding_name) -> io.NodeOutput:
+        with named(cls):
+            return io.NodeOutput(paths.load_named_embedding(embedding_name))
+
+
+class GraftSaveEmbedding(io.ComfyNode):
+    """A word written to output/embeddings."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="GraftSaveEmbedding",
+            display_name="Graft Save Embedding",
+            category=_CATEGORY,
+            description="Writes a word below output/embeddings, where every prompt finds it as embedding:NAME.",
+            inputs=[
+                Embedding.Input("embedding", tooltip="From a training node."),
+                io.String.Input(
+                    "name", default="", tooltip="What prompts will call it. Empty: the name it was trained with."
+                ),
+            ],
+            outputs=[io.String.Output("path", display_name="path")],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, embedding, name) -> io.NodeOutput:
+        with named(cls):
+            path = paths.save_named_embedding(embedding, name)
+            return io.NodeOutput(path, ui={"text": (path,)})
+
+
+NODES = [GraftApplyEmbedding, GraftLoadEmbedding, GraftSaveEmbedding]
