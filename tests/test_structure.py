@@ -115,7 +115,7 @@ def contract(info):
         for name in info["input_order"].get(group, []):
             kind, *rest = info["input"][group][name]
             limits = {key: (rest[0] if rest else {}).get(key) for key in ("default", "min", "max")}
-            if name in {"folder", "adapter_name"}:
+            if name in {"folder", "adapter_name", "embedding_name"}:
                 limits = {}
             rows[name] = [group, kind if isinstance(kind, str) else "COMBO", _choices(name, kind, rest), limits]
     return {"inputs": rows, "order": list(rows), "outputs": info["output"], "names": info["output_name"]}
@@ -123,7 +123,7 @@ def contract(info):
 
 def _choices(name, kind, rest):
     """A combo's fixed strings; lists of files and of the host's samplers are not ours to freeze."""
-    if name in {"folder", "adapter_name", "sampler_name", "scheduler"}:
+    if name in {"folder", "adapter_name", "embedding_name", "sampler_name", "scheduler"}:
         return None
     if isinstance(kind, list):
         return kind
