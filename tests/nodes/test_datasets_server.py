@@ -103,6 +103,39 @@ def test_cores_own_dataset_loader_feeds_ours(server, tiny_base, folder):
     assert "2 steps trained" in entry["outputs"]["3"]["text"][0]
 
 
+def test_combined_datasets_train_together(server, tiny_base, folder):
+    """A folder and core's lists as one, each with its own trigger, repeats and ways."""
+    if "LoadImageTextDataSetFromFolder" not in server.object_info():
+        pytest.skip("this host has no such node")
+    prompt = graphs.training(folder.name, 2, trigger="one")
+    prompt["2"]["inputs"].update(repeats=3, shuffle_tags=True)
+    prompt["5"] = graphs.node("LoadImageTextDataSetFromFolder", folder=folder.name)
+    lists = {"images": ["5", 0], "captions": ["5", 1]}
+    prompt["6"] = graphs.node("GraftDatasetFromImages", **lists, trigger="two", resolution=64, flip=True)
+    prompt["7"] = graphs.node("GraftCombineDatasets", dataset_a=["2", 0], dataset_b=["6", 0])
+    prompt["3"]["inputs"]["dataset"] = ["7", 0]
+    prompt["4"] = graphs.node("GraftInspectDataset", dataset=["7", 0])
+    entry = server.run(prompt)
+    report = entry["outputs"]["4"]["text"][0]
+    count = len(list(folder.glob("*.png")))
+    for words in (
+        f"{2 * count} pictures, {4 * count} in an epoch",
+        f"Repeats: 1 (pictures: {count}), 3 (pictures: {count})",
+        "Trigger: one, two",
+        "Varied: tags shuffled.",
+        "Varied: half mirrored.",
+        f"{count} look like another picture",
+    ):
+        assert words in report, report
+    assert "2 steps trained" in entry["outputs"]["3"]["text"][0]
+    prompt["6"]["inputs"]["resolution"] = 128
+    with pytest.raises(PromptError) as caught:
+        server.run(prompt)
+    message = caught.value.error["exception_message"]
+    for words in ("Graft Combine Datasets", "'dataset_b'", "64 and 128", "the same resolution, or 0"):
+        assert words in message
+
+
 def test_variation_reaches_the_run_and_the_old_graph_stays_as_it_was(server, tiny_base, folder):
     """A graph saved before there were such inputs gives the run that the untouched inputs give."""
     old = graphs.training(folder.name, 2)
@@ -174,6 +207,25 @@ def test_a_folder_elsewhere_needs_the_users_leave(server, tiny_base, folder, tmp
         server.queue(graphs.training(wanted, 2))
 
 
+def test_a_datasets_entry_of_the_host_is_a_root(comfy, tmp_path, monkeypatch):
+    """What extra_model_paths.yaml calls 'datasets' is shown by its folder's name."""
+    import folder_paths
+    from graft_pack.nodes.host import paths
+    from graft_pack.trainers.errors import DatasetError
+
+    root, outside = tmp_path / "collection", tmp_path / "outside"
+    for inner in (root / "cats" / "2_old", root / "empty", outside):
+        inner.mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(root / "cats" / "2_old" / "a.png")
+    before = paths.dataset_choices()
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "datasets", ([str(root)], set()))
+    assert sorted(set(paths.dataset_choices()) - set(before)) == ["collection/cats", "collection/cats/2_old"]
+    assert paths.dataset_path("collection/cats") == str((root / "cats").resolve())
+    for elsewhere in ("collection/../outside", str(outside), "collection/cats/../../outside"):
+        with pytest.raises(DatasetError, match="lies outside|There is no folder"):
+            paths.dataset_path(elsewhere)
+
+
 def test_a_cache_beyond_its_limit_makes_room(server, tiny_base, folder):
     server.run(graphs.training(folder.name, 2))
     cache = server.path("output", "graft", "cache")
@@ -243,6 +295,21 @@ def test_the_posterior_is_the_vaes_own(comfy, channels):
     encode = vae.encode
     vae.encode = lambda given: torch.cat([encode(given[:, :32]), encode(given[:, 32:])], 2)
     assert ComfyCodec(vae).encode(pixels)[1] is None
+
+
+def test_a_vaes_latents_are_known_by_its_weights_and_its_dtype(comfy):
+    import torch
+    from graft_pack.nodes.host.image import ComfyCodec
+
+    vae = kl_vae(4)
+    first = ComfyCodec(vae).fingerprint()
+    assert ComfyCodec(kl_vae(4)).fingerprint() == first
+    vae.vae_dtype = torch.bfloat16
+    assert ComfyCodec(vae).fingerprint() != first
+    vae.vae_dtype = torch.float32
+    with torch.no_grad():
+        next(iter(vae.first_stage_model.parameters())).view(-1)[0] += 1
+    assert ComfyCodec(vae).fingerprint() != first
 
 
 def test_a_vae_without_a_posterior_gives_its_mean(comfy, tiny_base):

@@ -1,5 +1,6 @@
 """From a folder to the batches that reach the model, through caches that are full."""
 
+import gc
 import math
 import os
 import signal
@@ -14,6 +15,7 @@ import pytest
 import torch
 from graft_pack.trainers import loop
 from graft_pack.trainers.data.examples import Handling, combine
+from graft_pack.trainers.data.memory import Keep
 from graft_pack.trainers.data.scan import Reading, from_arrays, scan_folder
 from graft_pack.trainers.errors import DatasetError, SettingsError
 from graft_pack.trainers.prepare import prepare
@@ -166,6 +168,30 @@ def test_after_the_first_epoch_neither_codec_nor_encoder_is_called(folder, tmp_p
     batches(prepared, host, 80)
     assert pictures == len(host.codec.seen) == 16
     assert host.text.captions == captions
+
+
+def test_what_training_holds_does_not_grow_with_the_pictures(tmp_path, monkeypatch):
+    """Tensors alive after each picture was shown twice: of ten times the pictures no more than the budget."""
+    budget = 20_000
+    monkeypatch.setattr("graft_pack.trainers.prepare.Keep", lambda: Keep(budget))
+
+    def held(count):
+        pictures = [grain(number) for number in range(count)]
+        dataset = from_arrays(pictures, [f"picture {number}" for number in range(count)], "", 64)
+        prepared, *_ = made(tmp_path / str(count), dataset, steps=2 * count)
+        before = alive()
+        for item in prepared.training * 2:
+            item.show(0)
+        return alive() - before
+
+    few, many = held(12), held(120)
+    assert 0 < few <= many <= budget + 5_000, (few, many)
+
+
+def alive():
+    """Bytes of all tensors that something still holds."""
+    gc.collect()
+    return sum(one.nbytes for one in gc.get_objects() if type(one) is torch.Tensor)
 
 
 def test_everything_still_varies_when_everything_is_cached(folder, tmp_path, told):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -118,10 +119,12 @@ def _captions(text: str, lines_are_variants: bool) -> tuple[str, ...]:
 def _read_text(path: str, name: str) -> str:
     try:
         with open(path, "rb") as file:
-            data = file.read(_LIMIT + 1)
+            # Asked first: a read with a limit would reserve the whole of it for every short caption.
+            size = os.fstat(file.fileno()).st_size
+            data = file.read() if size <= _LIMIT else b""
     except OSError as error:
         raise _unreadable(name, str(error), "Check its permissions, or remove it.") from error
-    if len(data) > _LIMIT:
+    if size > _LIMIT:
         raise _unreadable(name, f"it is larger than {_LIMIT} bytes", "Remove it.")
     try:
         marked = data.startswith((b"\xff\xfe", b"\xfe\xff"))

@@ -140,8 +140,14 @@ def _tags(rows: Sequence[Finding]) -> Counter:
     found: Counter = Counter()
     for row in rows:
         for text in row.example.captions:
-            found.update({tag.strip() for tag in text.split(",") if tag.strip()})
+            # Once for each caption, and in its order, so that the report is the same at every look.
+            found.update(dict.fromkeys(tag.strip() for tag in text.split(",") if tag.strip()).keys())
     return found
+
+
+def common_tags(findings: Findings, most: int) -> list[tuple[str, int]]:
+    """The most frequent tags; none that occurs once, as the parts of captions in sentences do."""
+    return [(tag, number) for tag, number in findings.tags.most_common(most) if number > 1]
 
 
 def report(findings: Findings, cache_bytes: int = -1) -> str:
@@ -181,8 +187,9 @@ def report(findings: Findings, cache_bytes: int = -1) -> str:
         lines += _named("with a mask of another shape", [row for row in rows if "mask of another shape" in row.flags])
     lines += _token_lines(rows)
     lines += _way_lines(findings)
-    if findings.tags and sum(findings.tags.values()) > len(findings.tags):
-        shown = ", ".join(f"{tag} ({number})" for tag, number in findings.tags.most_common(_TAGS))
+    common = common_tags(findings, _TAGS)
+    if common:
+        shown = ", ".join(f"{tag} ({number})" for tag, number in common)
         lines.append(f"Most frequent of {len(findings.tags)} tags: {shown}")
     if cache_bytes >= 0:
         lines.append(f"All cached latents and texts take {cache_bytes / 1e6:.0f} MB; they may be deleted at any time.")
@@ -194,7 +201,7 @@ def _repeats(rows: Sequence[Finding]) -> list[str]:
     counts = Counter(row.example.repeats for row in rows)
     if set(counts) <= {1}:
         return []
-    return ["Repeats: " + ", ".join(f"{number} pictures {times} times" for times, number in sorted(counts.items()))]
+    return ["Repeats: " + ", ".join(f"{times} (pictures: {number})" for times, number in sorted(counts.items()))]
 
 
 def _trigger_lines(findings: Findings) -> list[str]:

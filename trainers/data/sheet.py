@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import functools
+import os
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from PIL import Image, ImageDraw
+from .inspect import common_tags
 
-    from .buckets import Crop
+if TYPE_CHECKING:
+    from PIL import Image, ImageDraw, ImageFont
+
     from .inspect import Finding, Findings
 
-_CELL = 192
+_CELL = 208
 _COLUMNS = 6
 _LIMIT = 60
-_TEXT = 49
 _LINE = 15
+_CAPTION_LINES = 2
+# Below a picture: its name, its cuts, its caption, what to look after.
+_TEXT = (3 + _CAPTION_LINES) * _LINE + 8
+_LETTERS = 11
 _BARS = 12
 _INK = (235, 235, 235)
 _FAINT = (150, 150, 155)
@@ -37,10 +43,15 @@ def contact_sheet(findings: Findings) -> np.ndarray:
     shown = chosen(findings)
     columns = max(3, min(_COLUMNS, len(shown)))
     rows = -(-len(shown) // columns)
-    head = _head_height(findings)
+    left, right = _bucket_bars(findings), _tag_bars(findings)
+    head = (max(len(left[1]), len(right[1])) + 3) * _LINE + 16
     sheet = Image.new("RGB", (columns * _CELL, head + rows * (_CELL + _TEXT)), _GREY)
     draw = ImageDraw.Draw(sheet)
-    _draw_head(draw, findings, sheet.width)
+    draw.font = _font()
+    half = sheet.width // 2
+    _draw_bars(draw, *left, 8, half - 16)
+    _draw_bars(draw, *right, half + 8, half - 16)
+    _draw_legend(draw, head - _LINE - 8)
     for index, finding in enumerate(shown):
         corner = (index % columns * _CELL, head + index // columns * (_CELL + _TEXT))
         _draw_cell(sheet, draw, finding, corner)
@@ -59,18 +70,40 @@ def chosen(findings: Findings) -> list[Finding]:
     return flagged + [rest[place * len(rest) // wanted] for place in range(min(wanted, len(rest)))]
 
 
-def _head_height(findings: Findings) -> int:
-    return (min(_BARS, max(len(findings.buckets), len(findings.tags), 1)) + 2) * _LINE + 12
+@functools.lru_cache(maxsize=1)
+def _font() -> ImageFont.ImageFont:
+    """DejaVu, which comes with matplotlib and has letters for most alphabets; Pillow's own where it is missing."""
+    import matplotlib
+    from PIL import ImageFont
+
+    try:
+        return ImageFont.truetype(os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), _LETTERS)
+    except (OSError, ImportError):
+        return ImageFont.load_default()
 
 
-def _draw_head(draw: ImageDraw.ImageDraw, findings: Findings, width: int) -> None:
-    half = width // 2
-    buckets = [(f"{size[0]}x{size[1]}", number) for size, number in findings.buckets.most_common(_BARS)]
-    title = f"{findings.dataset.name}: {len(findings.rows)} pictures, {len(findings.buckets)} buckets"
+def _bucket_bars(findings: Findings) -> tuple[str, list[tuple[str, int]]]:
+    title = f"{findings.dataset.name}: {_counted(len(findings.rows), 'picture')}"
+    title += f", {_counted(len(findings.buckets), 'bucket')}"
     if findings.left_out:
         title += f", {len(findings.left_out)} left out"
-    _draw_bars(draw, title, buckets, 8, half - 16)
-    _draw_bars(draw, f"{len(findings.tags)} tags", findings.tags.most_common(_BARS), half + 8, half - 16)
+    return title, [(f"{size[0]}x{size[1]}", number) for size, number in findings.buckets.most_common(_BARS)]
+
+
+def _tag_bars(findings: Findings) -> tuple[str, list[tuple[str, int]]]:
+    common = common_tags(findings, _BARS)
+    return (_counted(len(findings.tags), "tag") if common else "no tag occurs twice"), common
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _draw_legend(draw: ImageDraw.ImageDraw, top: int) -> None:
+    left = 8
+    for text, colour in (("dark: cut away", _FAINT), ("red: masked out", _RED), ("amber frame: look after", _AMBER)):
+        draw.text((left, top), text, fill=colour)
+        left += int(draw.textlength(text)) + 20
 
 
 def _draw_bars(draw, title: str, rows: list[tuple[str, int]], left: int, width: int) -> None:
@@ -86,32 +119,33 @@ def _draw_bars(draw, title: str, rows: list[tuple[str, int]], left: int, width: 
 
 
 def _draw_cell(sheet: Image.Image, draw, finding: Finding, corner: tuple[int, int]) -> None:
-    crop = finding.crops[0]
-    picture = _overlaid(finding, crop)
+    picture = _overlaid(finding)
     left = corner[0] + (_CELL - picture.width) // 2
     top = corner[1] + (_CELL - picture.height) // 2
     sheet.paste(picture, (left, top))
     if finding.flags:
         frame = (corner[0] + 1, corner[1] + 1, corner[0] + _CELL - 2, corner[1] + _CELL + _TEXT - 3)
-        draw.rectangle(frame, outline=_AMBER)
-    sizes = " ".join(f"{one.bucket[0]}x{one.bucket[1]}" for one in finding.crops)
+        draw.rectangle(frame, outline=_AMBER, width=2)
+    width = _CELL - 12
     example = finding.example
+    cuts = " ".join(f"{one.bucket[0]}x{one.bucket[1]}" for one in finding.crops)
     repeats = f" x{example.repeats}" if example.repeats > 1 else ""
-    held = "validation " if example.held_out else ""
-    lines = [
-        (f"{sizes}{repeats}  {held}{example.source.name}", _INK),
-        (finding.caption or "(no caption)", _FAINT),
-        (", ".join(finding.flags), _AMBER),
-    ]
+    held = "  validation" if example.held_out else ""
+    caption = _wrapped(draw, finding.caption or "(no caption)", width, _CAPTION_LINES)
+    # Of a long name the end tells more than the folder it begins with.
+    lines = [(_fitting(draw, example.source.name, width, keep_end=True), _INK)]
+    lines.append((_fitting(draw, f"{cuts}{repeats}{held}", width), _FAINT))
+    lines += [(line, _INK) for line in caption]
+    lines.append((_fitting(draw, ", ".join(finding.flags), width), _AMBER))
     for number, (line, colour) in enumerate(lines):
-        place = (corner[0] + 5, corner[1] + _CELL + _LINE * number)
-        draw.text(place, _fitting(draw, line, _CELL - 10), fill=colour)
+        draw.text((corner[0] + 6, corner[1] + _CELL + _LINE * number), line, fill=colour)
 
 
-def _overlaid(finding: Finding, crop: Crop) -> Image.Image:
-    """The whole picture within a cell, dark where it is cut away, red where its mask excludes it."""
+def _overlaid(finding: Finding) -> Image.Image:
+    """The whole picture within a cell, dark where its worst cut takes away, red where its mask excludes it."""
     from PIL import Image, ImageDraw
 
+    crop = min(finding.crops, key=lambda one: one.kept)
     picture = finding.example.source.open()
     factor = (_CELL - 8) / max(picture.size)
     size = tuple(max(1, round(side * factor)) for side in picture.size)
@@ -135,11 +169,35 @@ def _overlaid(finding: Finding, crop: Crop) -> Image.Image:
     return dark
 
 
-def _fitting(draw, line: str, width: int) -> str:
-    """The longest beginning of a line that fits a width."""
-    line = line.encode("latin-1", "replace").decode("latin-1")[:400]
+def _printable(draw: ImageDraw.ImageDraw, text: str) -> str:
+    """One line of what the font can draw: names of files may hold anything."""
+    from PIL import ImageFont
+
+    kind = "utf-8" if isinstance(draw.font, ImageFont.FreeTypeFont) else "latin-1"
+    return " ".join(text.encode(kind, "replace").decode(kind).split())
+
+
+def _fitting(draw: ImageDraw.ImageDraw, line: str, width: int, keep_end: bool = False) -> str:
+    """The longest beginning of a line that fits a width, or the longest end."""
+    line = _printable(draw, line)
+    line = line[-400:] if keep_end else line[:400]
     if draw.textlength(line) <= width:
         return line
-    while line and draw.textlength(line + "...") > width:
-        line = line[:-1]
-    return line + "..."
+    while line and draw.textlength(f"...{line}") > width:
+        line = line[1:] if keep_end else line[:-1]
+    return f"...{line}" if keep_end else f"{line}..."
+
+
+def _wrapped(draw: ImageDraw.ImageDraw, text: str, width: int, most: int) -> list[str]:
+    """A text in as many lines of a width as it needs, the last of `most` shortened."""
+    words = _printable(draw, text[:1000]).split()
+    lines: list[str] = []
+    while words and len(lines) < most - 1:
+        count = 1
+        while count < len(words) and draw.textlength(" ".join(words[: count + 1])) <= width:
+            count += 1
+        lines.append(_fitting(draw, " ".join(words[:count]), width))
+        words = words[count:]
+    if words:
+        lines.append(_fitting(draw, " ".join(words), width))
+    return lines

@@ -196,6 +196,16 @@ def test_utf16_is_read_by_its_mark_and_other_encodings_are_named(tmp_path):
     assert "c.json" in reasons(dataset)["c.png"]
 
 
+def test_a_caption_file_of_many_megabytes_is_no_caption(tmp_path, monkeypatch):
+    monkeypatch.setattr(captions, "_LIMIT", 10)
+    for name, text in (("a", "ten bytes!"), ("b", "eleven byte")):
+        draw(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text(text)
+    dataset = read(tmp_path)
+    assert texts_of(dataset) == {"a.png": ("ten bytes!",)}
+    assert "b.txt' cannot be read (it is larger than 10 bytes" in reasons(dataset)["b.png"]
+
+
 def test_neither_caption_nor_trigger_is_refused_by_name(folder):
     with pytest.raises(DatasetError, match=r"1 of 3 pictures.*c\.webp"):
         check_captions(read(folder))

@@ -1,0 +1,70 @@
+"""Copies of a picture are found, and nothing else is taken for one."""
+
+import numpy as np
+import pytest
+from graft_pack.trainers.data import likeness
+from graft_pack.trainers.data.likeness import alike, signatures
+from graft_pack.trainers.data.scan import from_arrays
+from PIL import Image
+
+
+def grain(number, size=(128, 128)):
+    return np.random.RandomState(number).randint(0, 255, (size[1], size[0], 3)).astype(np.uint8)
+
+
+def count(done, total):
+    """Nobody watches."""
+
+
+def pairs(pictures):
+    found, broken = signatures(from_arrays(pictures, ["x"], "", 0).examples, None, count)
+    assert not broken
+    return alike(found)
+
+
+@pytest.mark.parametrize(
+    "change, same",
+    [
+        (lambda image: image.resize((112, 112), Image.LANCZOS), True),
+        (lambda image: image.point(lambda value: min(255, value + 6)), True),
+        (lambda image: image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), False),
+        (lambda image: image.point(lambda value: 255 - value), False),
+        (lambda image: image.transpose(Image.Transpose.ROTATE_90), False),
+    ],
+    ids=["smaller", "brighter", "mirrored", "negative", "turned"],
+)
+def test_copies_are_found_and_other_pictures_are_not(change, same):
+    def smooth(number):
+        return Image.fromarray(grain(number, (6, 5))).resize((128, 128), Image.BICUBIC)
+
+    pictures = [np.asarray(smooth(number)) for number in range(30)]
+    pictures.append(np.asarray(change(smooth(7))))
+    assert pairs(pictures) == ([(7, 30)] if same else [])
+
+
+def test_the_same_shapes_in_other_colours_are_not_alike():
+    """Their hashes agree, since it sees grey alone."""
+    shapes = np.asarray(Image.fromarray(grain(1, (6, 5))).convert("L").resize((128, 128), Image.BICUBIC))[..., None]
+    red, blue = ((shapes * np.array(tint)).astype(np.uint8) for tint in ([1, 0.2, 0.2], [0.2, 0.35, 0.9]))
+    assert pairs([red, blue]) == []
+    assert pairs([red, np.minimum(red, 240)]) == [(0, 1)]
+
+
+def test_other_shapes_in_the_same_colours_are_not_alike():
+    """Fog and snow: each position's colour differs little from picture to picture."""
+    faint = [
+        118 + np.asarray(Image.fromarray(grain(n, (6, 5))).resize((128, 128), Image.BICUBIC)) // 12 for n in (1, 2)
+    ]
+    assert pairs(faint) == []
+    assert pairs([faint[0], faint[0] + 1]) == [(0, 1)]
+
+
+def test_what_pictures_look_like_is_kept(tmp_path, monkeypatch):
+    examples = from_arrays([grain(n) for n in range(3)], ["x"], "", 0).examples
+    first = signatures(examples, str(tmp_path), count)
+    monkeypatch.setattr(likeness, "signature", lambda picture: pytest.fail("looked again"))
+    assert signatures(examples, str(tmp_path), count) == first
+    monkeypatch.undo()
+    for file in tmp_path.iterdir():
+        file.write_text("{broken")
+    assert signatures(examples, str(tmp_path), count) == first
