@@ -13,8 +13,7 @@ NODES = [*dataset.NODES, *train.NODES, *adapter.NODES, *embedding.NODES, *option
 class GraftExtension(ComfyExtension):
     """The pack, as ComfyUI asks for it."""
 
-    async def on_load(self) -> None:
-        paths.register()
-
     async def get_node_list(self) -> list[type]:
+        # Here and not in `on_load`, which older hosts do not call.
+        paths.register()
         return NODES

@@ -83,19 +83,21 @@ def check_word(recipe: Recipe, text: TextEncoder) -> None:
         SettingsError: naming the input.
         ModelError: the text encoder cannot be given new words.
     """
-    check_name(recipe.embedding_name)
+    # A word beside an adapter was set on an option node, which is known here by the wire it came over.
+    own = not recipe.rank
+    check_name(recipe.embedding_name, "name" if own else "options")
     if text.is_word(recipe.embedding_name):
         raise SettingsError(
             f"'{recipe.embedding_name}' is a word of the text encoder already.",
             "Choose a name that is none, such as my-dog: the old word would be taken for the new one elsewhere.",
-            "name",
+            "name" if own else "options",
         )
     for key, rows in text.start_vectors(recipe.embedding_init).items():
         if not len(rows):
             raise SettingsError(
                 f"init_text '{recipe.embedding_init}' holds no word for the text encoder {key}.",
                 "Write what the thing is in a word or two, such as 'dog' or 'oil painting'.",
-                "init_text",
+                "init_text" if own else "options",
             )
 
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from ...trainers.data.memory import Keep
+from ...trainers.formats.embedding import WIDTHS
 from . import words
 from .digest import patcher_digest
 from .passes import encode_together, encoded
@@ -105,6 +106,10 @@ class ComfyText:
             comfy.model_management.load_models_gpu([clip.patcher], force_full_load=True)
             own_weights(clip.patcher.model)
             self.module = private_tree(clip.patcher.model)
+            for key in WIDTHS:
+                # The host computes CLIP in float32 and would make it from the stored weights at every pass, each of
+                # which the graph then holds until its backward: made once it takes no more, and no time.
+                getattr(self.module, key, torch.nn.Identity()).float()
             self.device = clip.patcher.load_device
             # The weights are in place, and the tree is nothing that the host knows how to load.
             clip.cond_stage_model = self.module

@@ -1,6 +1,7 @@
 """Words in the real server: usable at once, as a file, beside a LoRA; resumed, cancelled, and what a user is told."""
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -71,29 +72,29 @@ def test_a_word_is_usable_at_once_and_as_a_file(server, tiny_base, dataset):
 
 
 def test_more_steps_extend_a_word_and_its_file(server, tiny_base, dataset):
-    first = learning(dataset.name, 1, name="longer")
+    first = learning(dataset.name, 1, name="much-longer")
     first["4"] = graphs.node("GraftSaveEmbedding", embedding=["3", 1], name="")
     path = server.run(first, timeout=300)["outputs"]["4"]["text"][0]
     before = load_file(path)["emb_params"]
-    more = learning(dataset.name, 2, name="longer")
+    more = learning(dataset.name, 2, name="much-longer")
     more["4"] = first["4"]
     assert server.run(more, timeout=300)["outputs"]["4"]["text"][0] == path
     assert not np.array_equal(load_file(path)["emb_params"], before)
-    other = learning(dataset.name, 1, name="longer", seed=9)
+    other = learning(dataset.name, 1, name="much-longer", seed=9)
     other["4"] = first["4"]
-    with pytest.raises(PromptError, match="There is an embedding 'longer' already"):
+    with pytest.raises(PromptError, match="There is an embedding 'much-longer' already"):
         server.run(other, timeout=300)
 
 
 def test_a_cancelled_word_is_kept_and_goes_on(server, tiny_base, dataset):
-    prompt = learning(dataset.name, 500, name="cancelled")
+    prompt = learning(dataset.name, 500, name="word-c")
     with server.listen() as events:
         queued = server.queue(prompt, client_id=events.client_id)
         events.wait_for("graft.progress", timeout=300, event="step")
         server.interrupt()
         with pytest.raises(PromptInterrupted):
             server.wait(queued, timeout=120)
-    [run] = server.path("output", "embeddings").glob("cancelled-*")
+    [run] = server.path("output", "embeddings").glob("word-c-*")
     [file] = run.iterdir()
     step = int(file.stem.split("-")[1])
     assert load_file(file)["emb_params"].shape == (1, 768)
@@ -105,17 +106,17 @@ def test_a_cancelled_word_is_kept_and_goes_on(server, tiny_base, dataset):
 def test_a_word_beside_a_lora(server, tiny_base, dataset):
     """Pivotal tuning: two files that work apart and together."""
     defaults = graphs.defaults_of(server.object_info("GraftPivotalOptions")["GraftPivotalOptions"])
-    pivotal = {"50": graphs.options("GraftPivotalOptions", defaults, name="beside", init_text="toy", vectors=1)}
+    pivotal = {"50": graphs.options("GraftPivotalOptions", defaults, name="word-b", init_text="toy", vectors=1)}
     prompt = graphs.training(dataset.name, 2, option_nodes=pivotal, batch_size=1)
     prompt["2"]["inputs"]["trigger"] = ""
     prompt["4"] = graphs.node("GraftSaveEmbedding", embedding=["3", 4], name="")
     prompt["5"] = graphs.node("GraftSaveAdapter", adapter=["3", 2], filename_prefix="beside", format="kohya")
-    text = "a large embedding:beside on a blue background"
+    text = "a large embedding:word-b on a blue background"
     together = graphs.sampling(prompt, text, ["3", 0], ["3", 1], "together", steps=3)
     word = graphs.sampling(prompt, text, ["1", 0], ["3", 1], "word", steps=3, start=200)
     lora = graphs.sampling(prompt, "a large toy", ["3", 0], ["1", 1], "lora", steps=3, start=300)
     entry = server.run(prompt, timeout=300)
-    file = server.path("output", "loras") / entry["outputs"]["5"]["text"][0]
+    file = Path(entry["outputs"]["5"]["text"][0])
     later = {"1": prompt["1"]}
     later["2"] = graphs.node("LoraLoader", model=["1", 0], clip=["1", 1], lora_name=file.name,
                              strength_model=1.0, strength_clip=1.0)  # fmt: skip
@@ -142,6 +143,13 @@ def test_a_word_beside_a_lora(server, tiny_base, dataset):
 def test_what_cannot_be_learnt_is_said(server, tiny_base, dataset, fields, message):
     with pytest.raises(PromptError, match=rf"Graft Train Embedding \(node 3\), {message}"):
         server.run(learning(dataset.name, 1, **fields))
+
+
+def test_pivotal_options_are_named_where_they_arrive(server, tiny_base, dataset):
+    defaults = graphs.defaults_of(server.object_info("GraftPivotalOptions")["GraftPivotalOptions"])
+    pivotal = {"50": graphs.options("GraftPivotalOptions", defaults, name="dog", init_text="toy")}
+    with pytest.raises(PromptError, match=r"Graft Train LoRA \(node 3\), input 'options': 'dog' is a word"):
+        server.run(graphs.training(dataset.name, 2, option_nodes=pivotal))
 
 
 def test_captions_without_the_word_are_named(server, tiny_base, dataset):
