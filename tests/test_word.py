@@ -1,7 +1,7 @@
 """Textual inversion, measured: pictures alone bring a word for what they show, and no weight of the base moves.
 
-The concept is within the base's span, but the start word does not call it up: it knows the shape and the colour by other
-words. Judged by the toy world's classifier.
+The concept is within the base's span, but the start word does not call it up: the base knows it by
+other words. Judged by the toy world's classifier.
 """
 
 import numpy as np
