@@ -13,6 +13,7 @@ from .families import family_of
 from .formats.adapter import Adapter
 from .formats.metadata import describe_training
 from .methods import METHODS
+from .optimisers import OPTIMISERS
 from .prepare import Prepared, prepare
 from .run import Products, Run, State
 
@@ -59,6 +60,7 @@ def run_recipe(recipe: Recipe, dataset: Dataset, host: Host, folders: Folders) -
         Anything that `host.report` raises to interrupt; what was reached is saved first.
     """
     check_captions(dataset)
+    recipe.objective.check(host.denoiser.parameterisation)
     method = METHODS[recipe.method]
     identity = recipe.identity(dataset.fingerprint(), _base(host))
     run = Run.open(folders, recipe, identity, dataset.name)
@@ -78,6 +80,8 @@ def _train(recipe, dataset, host, folders, method, identity, run, state, export)
     # Imported here: the loop imports torch, which the nodes that only describe datasets do not need.
     from .loop import Plan, train
 
+    # An optimiser that is not installed is refused before anything is encoded.
+    OPTIMISERS[recipe.optimizer].load()
     denoiser = host.denoiser
     resumed_from = state.step
     prepared = prepare(dataset, recipe, host, folders.cache, folders.cache_limit)

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from .errors import SettingsError
+from .objective import options as objective
+from .objective.options import Objective, objective_of
 
 if TYPE_CHECKING:
     from .families import Family
@@ -40,18 +42,29 @@ UNSET: dict[str, dict[str, Any]] = {
         "accumulation": 0,
         "max_grad_norm": -1.0,
         "ema_decay": -1.0,
+        "beta1": -1.0,
+        "beta2": -1.0,
+        "num_cycles": 0,
+        "power": 0.0,
     },
     "memory": {
         "checkpointing": "auto",
         "compute_dtype": "auto",
         "micro_batch": 0,
     },
+    "objective": objective.UNSET,
 }
 
 
 # Deciding fields of a recipe that came after the first runs, each with the value that means what was done before it:
 # at that value it is no part of a run's identity, so that runs made before are still found.
-LATER: dict[str, Any] = {}
+LATER: dict[str, Any] = {
+    "objective": {},
+    "beta1": 0.9,
+    "beta2": 0.999,
+    "num_cycles": 1,
+    "power": 1.0,
+}
 
 
 class Options(dict):
@@ -98,6 +111,11 @@ class Recipe:
     validation_fraction: float
     family: str
     trigger: str
+    objective: Objective
+    beta1: float
+    beta2: float
+    num_cycles: int
+    power: float
     # What follows does not decide the result.
     steps: int
     name: str
@@ -121,6 +139,7 @@ class Recipe:
         """The fields that decide the result; those that came later only where they are not at their old value."""
         names = [field.name for field in fields(self)]
         values = {name: getattr(self, name) for name in names[: names.index("steps")]}
+        values["objective"] = self.objective.set_fields()
         return {name: value for name, value in values.items() if name not in LATER or value != LATER[name]}
 
     def identity(self, dataset: str, base: str) -> str:
@@ -134,6 +153,7 @@ class Recipe:
             f"{self.method} for {self.family}, {self.optimizer}, learning rate {self.learning_rate:g} {self.schedule}, "
             f"rank {self.rank}, alpha {self.alpha:g} (effective scale {self.alpha / self.rank:g}), "
             f"batch {self.batch_size} x {self.accumulation}, resolution {self.resolution}, seed {self.seed}"
+            + "".join(f", {name} {value}" for name, value in self.objective.set_fields().items())
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -156,23 +176,27 @@ def resolve(
     """The recipe of a node's widgets and its options.
 
     Args:
-        learning_rate: 0 for the family's and method's default.
+        learning_rate: 0 for the family's, method's and optimiser's default.
         resolution: 0 for the family's own.
 
     Raises:
         SettingsError: a value out of range, or two that contradict each other.
     """
+    from .optimisers import OPTIMISERS, default_learning_rate
+
     get = options.value
+    optimizer = get("optimizer", "optimizer", "AdamW")
+    optimiser = OPTIMISERS.get(optimizer, OPTIMISERS["AdamW"])
     recipe = Recipe(
         method=method,
-        learning_rate=learning_rate or family.lora_learning_rate,
+        learning_rate=learning_rate or default_learning_rate(optimizer, family.lora_learning_rate),
         rank=rank,
         alpha=float(rank),
         batch_size=batch_size,
         seed=seed,
         resolution=resolution or family.resolution,
-        optimizer=get("optimizer", "optimizer", "AdamW"),
-        weight_decay=get("optimizer", "weight_decay", 0.01),
+        optimizer=optimizer,
+        weight_decay=get("optimizer", "weight_decay", optimiser.weight_decay),
         schedule=get("optimizer", "schedule", "constant"),
         warmup_steps=get("optimizer", "warmup_steps", 0),
         accumulation=get("optimizer", "accumulation", 1),
@@ -181,6 +205,11 @@ def resolve(
         validation_fraction=get("run", "validation_fraction", 0.0),
         family=family.name,
         trigger=trigger,
+        objective=objective_of({name: value for (kind, name), value in options.items() if kind == "objective"}),
+        beta1=get("optimizer", "beta1", optimiser.beta1),
+        beta2=get("optimizer", "beta2", optimiser.beta2),
+        num_cycles=get("optimizer", "num_cycles", 1),
+        power=get("optimizer", "power", 1.0),
         steps=steps,
         name=get("run", "name", "").strip(),
         on_existing=get("run", "on_existing", "resume"),
@@ -218,6 +247,10 @@ _RANGES = {
     "warmup_steps": (0, 10_000_000),
     "max_grad_norm": (0.0, 1e6),
     "ema_decay": (0.0, 0.99999),
+    "beta1": (0.0, 0.99999),
+    "beta2": (0.0, 0.999999),
+    "num_cycles": (1, 10_000),
+    "power": (0.01, 100.0),
     "validation_fraction": (0.0, 0.9),
     "save_every": (1, 10_000_000),
     "keep_last": (1, 10_000),
@@ -244,6 +277,14 @@ def _check(recipe: Recipe) -> None:
         # The resolution is a widget of the dataset's node, which this one knows by the wire it came over.
         _check_range(field, getattr(recipe, field), "dataset" if field == "resolution" else field)
     _check_name(recipe.name)
+    OPTIMISERS[recipe.optimizer].check(recipe)
+    for field, schedule, plain in (("num_cycles", "cosine with restarts", 1), ("power", "polynomial", 1.0)):
+        if getattr(recipe, field) != plain and recipe.schedule != schedule:
+            raise SettingsError(
+                f"{field} is set, but schedule is {recipe.schedule}: it would have no effect.",
+                f"Set schedule to {schedule}, or leave {field} alone.",
+                field,
+            )
 
 
 def _check_range(field: str, value: Any, input: str) -> None:
@@ -255,7 +296,9 @@ def _check_range(field: str, value: Any, input: str) -> None:
 def _check_option(kind: str, name: str, value: Any) -> None:
     """Refuses a set field at the node it was set on."""
     field = f"preview_{name}" if kind == "preview" else name
-    if field in _RANGES:
+    if kind == "objective":
+        objective.check_range(name, value)
+    elif field in _RANGES:
         _check_range(field, value, name)
     if (kind, name) == ("run", "name"):
         _check_name(value.strip())
