@@ -282,7 +282,7 @@ def _check(recipe: Recipe) -> None:
         if getattr(recipe, field) != plain and recipe.schedule != schedule:
             raise SettingsError(
                 f"{field} is set, but schedule is {recipe.schedule}: it would have no effect.",
-                f"Set schedule to {schedule}, or leave {field} alone.",
+                f"In Graft Optimizer Options set schedule to {schedule}, or leave {field} alone.",
                 field,
             )
 

@@ -113,7 +113,7 @@ def draw_levels(
         raise SettingsError(
             f"The model has no noise level between min_timestep {objective.min_timestep} and max_timestep "
             f"{objective.max_timestep}.",
-            "Widen the range.",
+            "Widen the range in Graft Objective Options.",
             "max_timestep",
         )
     tokens = shape[-2] * shape[-1] / 4

@@ -133,7 +133,7 @@ class Adafactor(Optimiser):
         if recipe.beta2:
             raise SettingsError(
                 "beta2 is set, but Adafactor has none: its second moment's decay follows the step.",
-                "Leave beta2 alone, or choose another optimizer.",
+                "In Graft Optimizer Options leave beta2 alone, or choose another optimizer.",
                 "beta2",
             )
 
@@ -214,13 +214,19 @@ class AdamWScheduleFree(Optimiser):
         if recipe.schedule != "constant":
             raise SettingsError(
                 f"{name}; the schedule '{recipe.schedule}' would undo that.",
-                "Set schedule to constant; warmup_steps may stay.",
+                "In Graft Optimizer Options set schedule to constant; warmup_steps may stay.",
                 "schedule",
             )
         if recipe.ema_decay:
-            raise SettingsError(f"{name}; ema_decay would average a second time.", "Set ema_decay to 0.", "ema_decay")
+            raise SettingsError(
+                f"{name}; ema_decay would average a second time.",
+                "In Graft Optimizer Options set ema_decay to 0.",
+                "ema_decay",
+            )
         if not recipe.beta1:
-            raise SettingsError("AdamWScheduleFree needs a beta1 above 0.", "Leave beta1 alone (0.9).", "beta1")
+            raise SettingsError(
+                "AdamWScheduleFree needs a beta1 above 0.", "In Graft Optimizer Options leave beta1 alone.", "beta1"
+            )
 
     def average(self, optimiser, parameters):
         return OwnAverage(optimiser, parameters)
