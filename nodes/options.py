@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..trainers.objective.loss import HUBER_SCHEDULES, LOSSES
+from ..trainers.objective.timesteps import TIMESTEPS
+from ..trainers.objective.weighting import WEIGHTINGS
 from ..trainers.optimisers import OPTIMISERS, SCHEDULES
 from ..trainers.settings import Options as Chosen
 from .host.sampling import SAMPLERS, SCHEDULERS
@@ -36,13 +39,19 @@ class _OptionNode(io.ComfyNode):
             return io.NodeOutput((options or Chosen()).adding(cls.kind, values))
 
 
-def _schema(node_id: str, title: str, description: str, inputs: list) -> io.Schema:
+def _later(built):
+    """Marks a field that came after its node had landed: optional, behind the socket, so that old graphs stay valid."""
+    built.optional = True
+    return built
+
+
+def _schema(node_id: str, title: str, description: str, inputs: list, later: tuple = ()) -> io.Schema:
     return io.Schema(
         node_id=node_id,
         display_name=title,
         category=_CATEGORY,
         description=description,
-        inputs=[*inputs, options_input()],
+        inputs=[*inputs, options_input(), *(_later(built) for built in later)],
         outputs=[Options.Output("options_out", display_name="options")],
         hidden=[io.Hidden.unique_id],
     )
@@ -126,8 +135,12 @@ class GraftOptimizerOptions(_OptionNode):
             "Graft Optimizer Options",
             "Optimiser, schedule, accumulation and clipping. Untouched fields change nothing.",
             [
-                _auto("optimizer", list(OPTIMISERS), "auto: AdamW."),
-                _number("weight_decay", "-1: 0.01.", -1.0, 10.0, 0.001),
+                _auto(
+                    "optimizer",
+                    list(OPTIMISERS),
+                    "auto: AdamW. Most others need a package; the error names it where it is missing.",
+                ),
+                _number("weight_decay", "-1: the optimizer's own, 0.01 for AdamW.", -1.0, 10.0, 0.001),
                 _auto("schedule", list(SCHEDULES), "How the learning rate goes over the steps. auto: constant."),
                 _count("warmup_steps", "Steps of rising learning rate at the start. -1: none.", unset=-1),
                 _count("accumulation", "Batches for one optimiser step. 0: 1.", top=4096),
@@ -140,6 +153,24 @@ class GraftOptimizerOptions(_OptionNode):
                     0.001,
                 ),
             ],
+            (
+                advanced(
+                    _number(
+                        "beta1", "Decay of the momentum. -1: the optimizer's own, mostly 0.9.", -1.0, 0.99999, 0.001
+                    )
+                ),
+                advanced(
+                    _number(
+                        "beta2",
+                        "Decay of the second moment. -1: the optimizer's own, mostly 0.999.",
+                        -1.0,
+                        0.999999,
+                        0.0001,
+                    )
+                ),
+                advanced(_count("num_cycles", "Falls of the schedule cosine with restarts. 0: 1.", top=10_000)),
+                advanced(_number("power", "Exponent of the schedule polynomial. 0: 1, a line.", 0.0, 100.0, 0.1)),
+            ),
         )
 
 
@@ -163,6 +194,58 @@ class GraftMemoryOptions(_OptionNode):
                 _auto("compute_dtype", ["fp32", "bf16", "fp16"], "auto: what the model computes in anyway."),
                 _count(
                     "micro_batch", "Pictures computed at once; the batch stays as it is. 0: the whole batch.", top=4096
+                ),
+            ],
+        )
+
+
+class GraftObjectiveOptions(_OptionNode):
+    """What the loss looks at."""
+
+    kind = "objective"
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return _schema(
+            "GraftObjectiveOptions",
+            "Graft Objective Options",
+            "Noise levels, weights, loss and noise, in place of the model's own. Untouched fields change nothing.",
+            [
+                _auto("timesteps", list(TIMESTEPS), "Which noise levels are drawn. auto: all the model has, alike."),
+                _count("min_timestep", "Least noise, of 1000. 0: from the first level.", top=1000),
+                _count("max_timestep", "Most noise, of 1000. 0: to the last level.", top=1000),
+                _auto("weighting", list(WEIGHTINGS), "What a noise level counts for. auto: native, all the same."),
+                _number("min_snr_gamma", "Gamma of min-SNR. 0: 5.", 0.0, 1000.0, 0.1),
+                _auto("loss", list(LOSSES), "How an error is measured. auto: MSE."),
+                _number("noise_offset", "Lets brightness be learnt, such as 0.05. 0: none.", 0.0, 1.0, 0.01),
+                _number(
+                    "input_perturbation",
+                    "Noise that the target does not know of, such as 0.1. 0: none.",
+                    0.0,
+                    1.0,
+                    0.01,
+                ),
+                _number("pyramid_discount", "Multi-resolution noise, such as 0.3. 0: none.", 0.0, 0.99, 0.01),
+                advanced(
+                    io.Float.Input(
+                        "timestep_mean",
+                        default=0.0,
+                        min=-10.0,
+                        max=10.0,
+                        step=0.1,
+                        round=False,
+                        tooltip="Mean of logit-normal timesteps; above 0 for more noise. 0: 0.",
+                    )
+                ),
+                advanced(_number("timestep_std", "Deviation of logit-normal timesteps. 0: 1.", 0.0, 10.0, 0.1)),
+                advanced(_number("timestep_shift", "Factor of shifted timesteps. 0: 3.", 0.0, 100.0, 0.1)),
+                advanced(_number("huber_c", "Where Huber turns from square to absolute. 0: 0.1.", 0.0, 1.0, 0.01)),
+                advanced(
+                    _auto(
+                        "huber_schedule",
+                        [name for name in HUBER_SCHEDULES if name != "auto"],
+                        "How Huber's width falls with noise. auto: snr, or exponential for flow models.",
+                    )
                 ),
             ],
         )
@@ -195,4 +278,11 @@ class GraftPivotalOptions(_OptionNode):
         )
 
 
-NODES = [GraftRunOptions, GraftPreviewOptions, GraftOptimizerOptions, GraftMemoryOptions, GraftPivotalOptions]
+NODES = [
+    GraftRunOptions,
+    GraftPreviewOptions,
+    GraftOptimizerOptions,
+    GraftMemoryOptions,
+    GraftObjectiveOptions,
+    GraftPivotalOptions,
+]

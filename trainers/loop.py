@@ -16,10 +16,12 @@ import torch
 from .autograd import OutOfPlace
 from .data.order import batches_from
 from .errors import GraftError, NumbersError
+from .objective.asked import Asked, draw_asked
 from .objective.loss import example_losses
 from .objective.noise import draw_noise, draw_sigmas, generator, spread_sigmas
+from .objective.options import NATIVE
 from .objective.parameterisations import parameterisation
-from .optimisers import OPTIMISERS, Group, lr_factor, parameter_groups
+from .optimisers import OPTIMISERS, Group, lr_factor, parameter_groups, restore_optimiser, state_of
 from .protocols import Conditioning, PreviewRequest
 from .run import Run, State
 
@@ -110,11 +112,12 @@ def train(plan: Plan, run: Run, host: Host, state: State) -> State:
     recipe = plan.recipe
     parameters = list(plan.trainables.values())
     groups = plan.all_groups()
-    optimiser = OPTIMISERS[recipe.optimizer](parameter_groups(groups, plan.trainables, recipe), recipe)
-    average = _average(parameters, recipe)
+    kind = OPTIMISERS[recipe.optimizer]
+    optimiser = kind.make(parameter_groups(groups, plan.trainables, recipe), recipe)
+    average = kind.average(optimiser, parameters) or _average(parameters, recipe)
     scaler = _loss_scaler(host)
     _restore(state, plan, optimiser, average, scaler)
-    factor = lr_factor(recipe.schedule, recipe.warmup_steps, recipe.steps)
+    factor = lr_factor(recipe.schedule, recipe.warmup_steps, recipe.steps, recipe.num_cycles, recipe.power)
     batches = batches_from(state.batches, _buckets(plan), _repeats(plan), recipe.batch_size, recipe.seed)
     saved = state.step
     moving = False
@@ -209,28 +212,45 @@ def _shown(plan: Plan, batch: list[tuple[int, int]]) -> list[Shown]:
 
 
 def _parts(shown: list[Shown], recipe: Recipe, step: int, number: int, host: Host) -> Iterator[tuple]:
-    """Splits a batch into micro-batches; noise and levels are drawn for the whole batch, whatever the split."""
+    """Splits a batch into micro-batches; noise and levels are drawn for the whole batch, whatever the split.
+
+    Each is what `_losses` takes after the host.
+    """
     latents = torch.cat([one.latent for one in shown])
     source = generator("step", recipe.seed, step, number)
-    sigma = draw_sigmas(host.denoiser.sigmas(), len(shown), source)
-    noise = draw_noise(tuple(latents.shape), source)
+    asked = None
+    if recipe.objective == NATIVE:
+        sigma = draw_sigmas(host.denoiser.sigmas(), len(shown), source)
+        noise = draw_noise(tuple(latents.shape), source)
+    else:
+        sigma, noise, asked = draw_asked(recipe.objective, host.denoiser, tuple(latents.shape), source)
     size = recipe.micro_batch or len(shown)
     for start in range(0, len(shown), size):
         stop = start + size
-        yield shown[start:stop], latents[start:stop], noise[start:stop], sigma[start:stop]
+        part = shown[start:stop], latents[start:stop], noise[start:stop], sigma[start:stop]
+        yield part if asked is None else (*part, asked.part(start, stop))
 
 
-def _losses(host: Host, shown: list[Shown], x0: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """The native loss of each example, [B] float32, with its graph."""
+def _losses(
+    host: Host,
+    shown: list[Shown],
+    x0: torch.Tensor,
+    noise: torch.Tensor,
+    sigma: torch.Tensor,
+    asked: Asked | None = None,
+) -> torch.Tensor:
+    """The loss of each example, [B] float32, with its graph: the native one, or what was asked for instead."""
     denoiser = host.denoiser
     x0 = x0.to(denoiser.device)
     noise = noise.to(denoiser.device)
     sigma = sigma.to(denoiser.device)
-    x_t = denoiser.add_noise(x0, noise, sigma)
+    x_t = denoiser.add_noise(x0, noise if asked is None else asked.added.to(denoiser.device), sigma)
     kind = parameterisation(denoiser.parameterisation, denoiser.sigma_data, denoiser.noise_scale)
     target = kind.target(x0, noise, sigma.view(-1, *[1] * (x0.ndim - 1)))
     with OutOfPlace():
         prediction = denoiser.predict(x_t, sigma, _conditionings(host, shown))
+    if asked is not None:
+        return asked.losses(denoiser, prediction, target, sigma, _weights(shown, x0))
     return example_losses(prediction, target, _weights(shown, x0))
 
 
@@ -260,7 +280,11 @@ def batch_loss(plan: Plan, host: Host) -> torch.Tensor:
 
 
 def fixed_losses(items: Sequence[Item], recipe: Recipe, host: Host) -> torch.Tensor:
-    """Losses of items at fixed noise and evenly spread noise levels, [items, levels] float32, without gradients."""
+    """Losses of items at fixed noise and evenly spread noise levels, [items, levels] float32, without gradients.
+
+    Always the model's own loss, whatever the objective of the training: numbers of runs with other weights, noise or
+    penalties can be compared with each other.
+    """
     rows = []
     with torch.no_grad():
         for index, item in enumerate(items):
@@ -375,7 +399,7 @@ def _loss_scaler(host: Host):
 def _capture(state: State, plan: Plan, optimiser, average, scaler) -> None:
     """Brings the live values into the state."""
     state.trainables = {name: parameter.detach().clone() for name, parameter in plan.trainables.items()}
-    state.optimiser = optimiser.state_dict()["state"]
+    state.optimiser, state.groups = state_of(optimiser)
     state.ema = {}
     if average is not None:
         state.ema = {name: value.clone() for name, value in zip(plan.trainables, average.shadow_params, strict=True)}
@@ -396,9 +420,8 @@ def _restore(state: State, plan: Plan, optimiser, average, scaler) -> None:
     with torch.no_grad():
         for name, parameter in plan.trainables.items():
             parameter.copy_(state.trainables[name])
-    groups = optimiser.state_dict()["param_groups"]
-    optimiser.load_state_dict({"state": state.optimiser, "param_groups": groups})
-    if average is not None and state.ema:
+    restore_optimiser(optimiser, state.optimiser, state.groups)
+    if plan.recipe.ema_decay and state.ema:
         average.shadow_params = [state.ema[name].to(host_device(plan)) for name in plan.trainables]
         average.optimization_step = state.step
     if scaler.is_enabled() and state.scaler:

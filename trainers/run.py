@@ -39,7 +39,8 @@ class State:
         batches: batches drawn so far.
         losses: of each step.
         trainables, ema: values by name; `ema` is empty without averaging.
-        optimiser: its `state_dict()["state"]`: {index: {name: tensor or number}}.
+        optimiser: of each parameter by its place: {place: {name: tensor or number}}.
+        groups: of each of the optimiser's groups, the numbers that training changed; empty in older files.
         scaler: fp16 loss scaling, empty otherwise.
     """
 
@@ -50,6 +51,7 @@ class State:
     trainables: dict[str, torch.Tensor] = field(default_factory=dict)
     ema: dict[str, torch.Tensor] = field(default_factory=dict)
     optimiser: dict[int, dict[str, Any]] = field(default_factory=dict)
+    groups: list[dict[str, Any]] = field(default_factory=list)
     scaler: dict[str, float] = field(default_factory=dict)
 
 
@@ -278,6 +280,7 @@ def _write_state(path: str, state: State) -> None:
         "losses": state.losses,
         "validation": state.validation,
         "optimiser": numbers,
+        "groups": state.groups,
         "scaler": state.scaler,
     }
     files.write_tensors(path, tensors, {"state": json.dumps(plain)})
@@ -295,6 +298,7 @@ def _read_state(path: str) -> State:
             losses=[float(loss) for loss in plain["losses"]],
             validation=[(int(step), float(loss)) for step, loss in plain["validation"]],
             optimiser={int(index): dict(slots) for index, slots in plain["optimiser"].items()},
+            groups=[dict(group) for group in plain.get("groups", [])],
             scaler=dict(plain["scaler"]),
         )
         for name, tensor in tensors.items():

@@ -15,6 +15,7 @@ from .families import family_of
 from .formats.adapter import Adapter
 from .formats.metadata import describe_training
 from .methods import METHODS
+from .optimisers import OPTIMISERS
 from .prepare import Prepared, prepare
 from .run import Products, Run, State
 
@@ -64,6 +65,7 @@ def run_recipe(recipe: Recipe, dataset: Dataset, host: Host, folders: Folders) -
         inversion.check_word(recipe, host.text)
         dataset = inversion.address(dataset, recipe.embedding_name, recipe.embedding_templates)
     check_captions(dataset)
+    recipe.objective.check(host.denoiser.parameterisation)
     method = METHODS[recipe.method]
     identity = recipe.identity(dataset.fingerprint(), _base(host))
     label = dataset.name if recipe.rank else recipe.embedding_name
@@ -85,6 +87,8 @@ def _train(recipe, dataset, host, folders, method, identity, run, state, export)
     from .autograd import blocks_of, checkpoint_blocks
     from .loop import Plan, train
 
+    # An optimiser that is not installed is refused before anything is encoded.
+    OPTIMISERS[recipe.optimizer].load()
     denoiser = host.denoiser
     resumed_from = state.step
     prepared = prepare(dataset, recipe, host, folders.cache, folders.cache_limit)

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from .errors import SettingsError
+from .objective import options as objective
+from .objective.options import Objective, objective_of
 
 if TYPE_CHECKING:
     from .families import Family
@@ -40,6 +42,10 @@ UNSET: dict[str, dict[str, Any]] = {
         "accumulation": 0,
         "max_grad_norm": -1.0,
         "ema_decay": -1.0,
+        "beta1": -1.0,
+        "beta2": -1.0,
+        "num_cycles": 0,
+        "power": 0.0,
     },
     "memory": {
         "checkpointing": "auto",
@@ -53,6 +59,7 @@ UNSET: dict[str, dict[str, Any]] = {
         "learning_rate": 0.0,
         "stop_fraction": 0.0,
     },
+    "objective": objective.UNSET,
 }
 
 
@@ -65,6 +72,11 @@ LATER: dict[str, Any] = {
     "embedding_learning_rate": 0.0,
     "embedding_stop": 0.0,
     "embedding_templates": "",
+    "objective": {},
+    "beta1": 0.9,
+    "beta2": 0.999,
+    "num_cycles": 1,
+    "power": 1.0,
 }
 
 
@@ -139,6 +151,11 @@ class Recipe:
     embedding_learning_rate: float
     embedding_stop: float
     embedding_templates: str
+    objective: Objective
+    beta1: float
+    beta2: float
+    num_cycles: int
+    power: float
     # What follows does not decide the result.
     steps: int
     name: str
@@ -167,6 +184,7 @@ class Recipe:
         """The fields that decide the result; those that came later only where they are not at their old value."""
         names = [field.name for field in fields(self)]
         values = {name: getattr(self, name) for name in names[: names.index("steps")]}
+        values["objective"] = self.objective.set_fields()
         return {name: value for name, value in values.items() if name not in LATER or value != LATER[name]}
 
     def identity(self, dataset: str, base: str) -> str:
@@ -189,6 +207,7 @@ class Recipe:
             f"{self.method} for {self.family}, {self.optimizer}, learning rate {self.learning_rate:g} {self.schedule}, "
             f"{size}{word}"
             f"batch {self.batch_size} x {self.accumulation}, resolution {self.resolution}, seed {self.seed}"
+            + "".join(f", {name} {value}" for name, value in self.objective.set_fields().items())
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -212,7 +231,7 @@ def resolve(
     """The recipe of a node's widgets and its options.
 
     Args:
-        learning_rate: 0 for the family's and method's default.
+        learning_rate: 0 for the family's, method's and optimiser's default.
         rank: 0 where the method has none.
         resolution: 0 for the family's own.
         word: that the node itself trains; None for the one of the pivotal options, if there is one.
@@ -220,10 +239,15 @@ def resolve(
     Raises:
         SettingsError: a value out of range, or two that contradict each other.
     """
+    from .optimisers import OPTIMISERS, default_learning_rate
+
     get = options.value
     alone = word is not None
     word = _pivotal(options, alone) or word or Word("", "", 0, stop=0.0, templates="")
-    rate = learning_rate or (EMBEDDING_RATE if alone else family.lora_learning_rate)
+    optimizer = get("optimizer", "optimizer", "AdamW")
+    optimiser = OPTIMISERS.get(optimizer, OPTIMISERS["AdamW"])
+    usual = EMBEDDING_RATE if alone else family.lora_learning_rate
+    rate = learning_rate or default_learning_rate(optimizer, usual)
     recipe = Recipe(
         method=method,
         learning_rate=rate,
@@ -232,8 +256,8 @@ def resolve(
         batch_size=batch_size,
         seed=seed,
         resolution=resolution or family.resolution,
-        optimizer=get("optimizer", "optimizer", "AdamW"),
-        weight_decay=get("optimizer", "weight_decay", 0.01),
+        optimizer=optimizer,
+        weight_decay=get("optimizer", "weight_decay", optimiser.weight_decay),
         schedule=get("optimizer", "schedule", "constant"),
         warmup_steps=get("optimizer", "warmup_steps", 0),
         accumulation=get("optimizer", "accumulation", 1),
@@ -245,9 +269,14 @@ def resolve(
         embedding_name=word.name,
         embedding_init=word.init_text,
         embedding_vectors=word.vectors,
-        embedding_learning_rate=(rate if alone else word.learning_rate or EMBEDDING_RATE) if word.name else 0.0,
+        embedding_learning_rate=_word_rate(word, optimizer, rate if alone else 0.0),
         embedding_stop=word.stop,
         embedding_templates=word.templates,
+        objective=objective_of({name: value for (kind, name), value in options.items() if kind == "objective"}),
+        beta1=get("optimizer", "beta1", optimiser.beta1),
+        beta2=get("optimizer", "beta2", optimiser.beta2),
+        num_cycles=get("optimizer", "num_cycles", 1),
+        power=get("optimizer", "power", 1.0),
         steps=steps,
         name=get("run", "name", "").strip(),
         on_existing=get("run", "on_existing", "resume"),
@@ -300,6 +329,15 @@ def _pivotal(options: Options, alone: bool) -> Word | None:
     )
 
 
+def _word_rate(word: Word, optimizer: str, own: float) -> float:
+    """The learning rate of a word's vectors: the node's own, the one set for them, or the default; 0 without a word."""
+    from .optimisers import default_learning_rate
+
+    if not word.name:
+        return 0.0
+    return own or word.learning_rate or default_learning_rate(optimizer, EMBEDDING_RATE)
+
+
 def _lines(text: str) -> tuple[str, ...]:
     return tuple(line.strip() for line in text.splitlines() if line.strip())
 
@@ -318,6 +356,10 @@ _RANGES = {
     "warmup_steps": (0, 10_000_000),
     "max_grad_norm": (0.0, 1e6),
     "ema_decay": (0.0, 0.99999),
+    "beta1": (0.0, 0.99999),
+    "beta2": (0.0, 0.999999),
+    "num_cycles": (1, 10_000),
+    "power": (0.01, 100.0),
     "validation_fraction": (0.0, 0.9),
     "save_every": (1, 10_000_000),
     "keep_last": (1, 10_000),
@@ -352,6 +394,14 @@ def _check(recipe: Recipe) -> None:
         # The resolution is a widget of the dataset's node, which this one knows by the wire it came over.
         _check_range(field, getattr(recipe, field), "dataset" if field == "resolution" else _WORD.get(field, field))
     _check_name(recipe.name)
+    OPTIMISERS[recipe.optimizer].check(recipe)
+    for field, schedule, plain in (("num_cycles", "cosine with restarts", 1), ("power", "polynomial", 1.0)):
+        if getattr(recipe, field) != plain and recipe.schedule != schedule:
+            raise SettingsError(
+                f"{field} is set, but schedule is {recipe.schedule}: it would have no effect.",
+                f"In Graft Optimizer Options set schedule to {schedule}, or leave {field} alone.",
+                field,
+            )
 
 
 def _check_range(field: str, value: Any, input: str) -> None:
@@ -365,7 +415,9 @@ def _check_option(kind: str, name: str, value: Any) -> None:
     field = f"preview_{name}" if kind == "preview" else name
     if kind == "pivotal":
         field = next((theirs for theirs, ours in _WORD.items() if ours == name), name)
-    if field in _RANGES:
+    if kind == "objective":
+        objective.check_range(name, value)
+    elif field in _RANGES:
         _check_range(field, value, name)
     if (kind, name) == ("run", "name"):
         _check_name(value.strip())

@@ -131,6 +131,41 @@ def test_the_loss_is_measured_against_that_target(case):
     assert gradients.norm() > 0
 
 
+@pytest.mark.parametrize("case", NODES, ids=name_of)
+def test_other_objectives_follow_the_model_too(case):
+    """Levels are the model's own, weights are refused where they mean nothing, and losses are those written out."""
+    from graft_pack.trainers import loop
+    from graft_pack.trainers.errors import SettingsError
+    from graft_pack.trainers.objective.options import Objective
+    from graft_pack.trainers.objective.timesteps import level_times
+
+    kind = case[3]
+    snr = Objective(timesteps="shifted", timestep_shift=2.0, weighting="min-SNR", input_perturbation=0.1)
+    flow = Objective(timesteps="resolution-shifted", weighting="cosmap", input_perturbation=0.1)
+    objective, other = (flow, snr) if kind == "flow" else (snr, flow)
+    objective.check(kind)
+    with pytest.raises(SettingsError, match=f"this one predicts {kind}"):
+        other.check(kind)
+    with models.in_training(made_by(case), case[2], spread=0.05, objective=objective) as training:
+        denoiser = training.denoiser
+        shown = [item.show(0) for item in training.plan.train]
+        _, x0, noise, sigma, asked = next(loop._parts(shown, training.plan.recipe, 0, 0, training.host))
+        losses = loop._losses(training.host, shown, x0, noise, sigma, asked).detach()
+        with torch.no_grad():
+            x_t = denoiser.add_noise(x0, asked.added, sigma)
+            raw = denoiser.predict(x_t, sigma, [one.conditioning for one in shown])
+    levels = denoiser.sigmas()
+    place = torch.searchsorted(levels, sigma)
+    assert torch.equal(levels[place], sigma)
+    assert torch.equal(level_times(levels, kind)[place], asked.t)
+    ratio = (denoiser.sigma_data / sigma) ** 2
+    cut = ratio.clamp(max=5.0)
+    weights = {"eps": cut / ratio, "x0": cut, "flow": 2 / (torch.pi * (1 - 2 * asked.t + 2 * asked.t**2))}
+    weight = weights.get(kind, cut / (ratio + 1))
+    target = kind_of(denoiser).target(x0, noise, sigma.view(-1, 1, 1, 1))
+    assert torch.allclose(losses, weight * ((raw - target) ** 2).mean((1, 2, 3)), rtol=1e-4)
+
+
 def test_img_to_img_is_refused():
     """Such a network takes the other picture itself as its input; noise put on it would be another task."""
     model = through("ModelSamplingDiscrete", {"sampling": "img_to_img", "zsnr": False}, base_of("SD1"))

@@ -55,25 +55,40 @@ def reference(unet, scheduler, x0, noise, t, context):
     return torch.nn.functional.mse_loss(output, target, reduction="none").mean((1, 2, 3))
 
 
+def min_snr(scheduler, t, gamma):
+    """The weights that diffusers' training scripts multiply each example's loss by."""
+    from diffusers.training_utils import compute_snr
+
+    snr = compute_snr(scheduler, t)
+    cut = torch.stack([snr, gamma * torch.ones_like(t)], dim=1).min(dim=1)[0]
+    return cut / (snr if scheduler.config.prediction_type == "epsilon" else snr + 1)
+
+
+@pytest.mark.parametrize("gamma", [0, 5.0], ids=["native", "min-SNR"])
 @pytest.mark.parametrize("prediction_type", KINDS)
-def test_loss_and_gradients_are_those_of_diffusers(prediction_type):
+def test_loss_and_gradients_are_those_of_diffusers(prediction_type, gamma):
     from diffusers import DDPMScheduler
+    from graft_pack.trainers.objective.options import Objective
 
     from tests.support import diffusers_host
 
     scheduler = DDPMScheduler(prediction_type=prediction_type, **diffusers_host.SCHEDULE)
+    objective = Objective(weighting="min-SNR", min_snr_gamma=gamma) if gamma else Objective()
     model = model_of(prediction_type)
     unet = diffusers_host.convert_sd1(model)
-    with models.in_training(model, "SD1", spread=0.1, examples=4, batch_size=4) as training:
+    with models.in_training(model, "SD1", spread=0.1, examples=4, batch_size=4, objective=objective) as training:
         shown = [item.show(0) for item in training.plan.train]
-        _, x0, noise, sigma = next(loop._parts(shown, training.plan.recipe, 0, 0, training.host))
-        losses = loop._losses(training.host, shown, x0, noise, sigma)
+        part = next(loop._parts(shown, training.plan.recipe, 0, 0, training.host))
+        _, x0, noise, sigma = part[:4]
+        losses = loop._losses(training.host, *part)
         losses.mean().backward()
         values = by_adapter_name(training.denoiser, training.plan.trainables)
     t = (((1 - scheduler.alphas_cumprod) / scheduler.alphas_cumprod).sqrt()[None] - sigma[:, None]).abs().argmin(1)
     trainables = adapt(unet, training.plan.recipe, values)
     context = torch.cat([one.conditioning.tensors["cross_attn"] for one in shown])
     theirs = reference(unet, scheduler, x0, noise, t, context)
+    if gamma:
+        theirs = theirs * min_snr(scheduler, t, gamma)
     theirs.mean().backward()
     assert len(set(t.tolist())) == 4
     assert torch.allclose(losses, theirs, rtol=1e-4, atol=0)

@@ -68,7 +68,13 @@ def option_nodes(server, *kinds, **fields):
     return chain
 
 
-ALL_OPTIONS = ("GraftRunOptions", "GraftPreviewOptions", "GraftOptimizerOptions", "GraftMemoryOptions")
+ALL_OPTIONS = (
+    "GraftRunOptions",
+    "GraftPreviewOptions",
+    "GraftOptimizerOptions",
+    "GraftMemoryOptions",
+    "GraftObjectiveOptions",
+)
 
 
 def test_queued_twice_trains_once(server, tiny_base, dataset):

@@ -301,7 +301,7 @@ def state_of(result):
 
 def same_state(a, b):
     """Whether two states are the same to the bit, optimiser and average included."""
-    plain = ("step", "batches", "losses", "validation", "scaler")
+    plain = ("step", "batches", "losses", "validation", "scaler", "groups")
     if any(getattr(a, name) != getattr(b, name) for name in plain):
         return False
     slots = [(a.trainables, b.trainables), (a.ema, b.ema)]

@@ -1,25 +1,64 @@
-"""Schedules and optimisers, against diffusers and torch themselves."""
+"""Schedules and optimisers, against diffusers and their own libraries, to the minimum, and there and back."""
+
+import builtins
 
 import pytest
 import torch
-from graft_pack.trainers.optimisers import OPTIMISERS, SCHEDULES, lr_factor
+from graft_pack.trainers import loop
+from graft_pack.trainers.errors import SettingsError
+from graft_pack.trainers.optimisers import (
+    OPTIMISERS,
+    SCHEDULES,
+    Group,
+    default_learning_rate,
+    lr_factor,
+    parameter_groups,
+    state_of,
+)
 
 from tests.support import models
+from tests.support.diffusers_host import make_host, run_session, same_state, same_tensors
+from tests.support.diffusers_host import state_of as kept_state
+
+# diffusers' names of the schedules that are its own.
+OF_DIFFUSERS = {
+    "constant": "constant_with_warmup",
+    "linear": "linear",
+    "cosine": "cosine",
+    "cosine with restarts": "cosine_with_restarts",
+    "polynomial": "polynomial",
+}
 
 
+def test_every_schedule_is_tried_here():
+    assert set(SCHEDULES) == {*OF_DIFFUSERS, "REX"}
+
+
+@pytest.mark.parametrize("more", [{}, {"num_cycles": 3, "power": 2.0}], ids=["plain", "more"])
 @pytest.mark.parametrize("warmup", [0, 5])
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_schedules_are_those_of_diffusers(schedule, warmup):
+@pytest.mark.parametrize("schedule", OF_DIFFUSERS)
+def test_schedules_are_those_of_diffusers(schedule, warmup, more):
     from diffusers.optimization import get_scheduler
 
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimiser = torch.optim.SGD([parameter], lr=0.3)
-    reference = get_scheduler(SCHEDULES[schedule], optimiser, num_warmup_steps=warmup, num_training_steps=30)
-    factor = lr_factor(schedule, warmup, 30)
+    reference = get_scheduler(OF_DIFFUSERS[schedule], optimiser, num_warmup_steps=warmup, num_training_steps=30, **more)
+    factor = lr_factor(schedule, warmup, 30, **more)
     for step in range(30):
         assert 0.3 * factor(step) == pytest.approx(optimiser.param_groups[0]["lr"], rel=1e-6, abs=1e-7)
         optimiser.step()
         reference.step()
+
+
+@pytest.mark.parametrize("warmup", [0, 5])
+def test_rex_is_the_one_of_its_paper(warmup):
+    """(1 - p) / (1/2 + (1 - p) / 2) at progress p after the warm-up."""
+    factor = lr_factor("REX", warmup, 45)
+    assert [factor(step) for step in range(warmup)] == [step / 5 for step in range(warmup)]
+    for step in range(warmup, 45):
+        left = 1 - (step - warmup) / (45 - warmup)
+        assert factor(step) == pytest.approx(left / (0.5 + 0.5 * left))
+    assert factor(warmup) == 1.0
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -33,12 +72,281 @@ def test_warm_up_rises_from_zero_and_constant_stays():
     assert [factor(step) for step in range(6)] == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
 
 
+def recipe_of(name, **fields):
+    """A recipe as `resolve` would make it for an optimiser."""
+    kind = OPTIMISERS[name]
+    values = {
+        "learning_rate": default_learning_rate(name, 1e-2),
+        "weight_decay": kind.weight_decay,
+        "beta1": kind.beta1,
+        "beta2": kind.beta2,
+    }
+    return models.recipe("SD1", optimizer=name, **{**values, **fields})
+
+
+def made(name, parameters, **fields):
+    """An optimiser on parameters, by the way of the loop."""
+    recipe = recipe_of(name, **fields)
+    trainables = {str(place): parameter for place, parameter in enumerate(parameters)}
+    groups = parameter_groups([Group(tuple(trainables), recipe.learning_rate)], trainables, recipe)
+    return OPTIMISERS[name].make(groups, recipe)
+
+
 def test_adamw_is_the_one_of_torch():
-    recipe = models.recipe("SD1", learning_rate=0.1, weight_decay=0.3)
     ours, theirs = (torch.nn.Parameter(torch.ones(5)) for _ in range(2))
-    pair = [OPTIMISERS["AdamW"]([ours], recipe), torch.optim.AdamW([theirs], lr=0.1, weight_decay=0.3)]
+    fields = {"learning_rate": 0.1, "weight_decay": 0.3, "beta1": 0.7, "beta2": 0.95}
+    reference = torch.optim.AdamW([theirs], lr=0.1, weight_decay=0.3, betas=(0.7, 0.95))
+    pair = [made("AdamW", [ours], **fields), reference]
     for step in range(4):
         for parameter, optimiser in zip((ours, theirs), pair, strict=True):
             parameter.grad = torch.linspace(-1, 1, 5) * (step + 1)
             optimiser.step()
     assert torch.equal(ours, theirs)
+
+
+def references(parameter):
+    """Each optimiser as its library's own documentation has it made, with the settings of `test_each_is...`."""
+    from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
+    from came_pytorch import CAME
+    from lion_pytorch import Lion
+    from prodigyopt import Prodigy
+    from schedulefree import AdamWScheduleFree
+    from transformers.optimization import Adafactor
+
+    common = {"lr": 0.02, "weight_decay": 0.1}
+    betas = (0.8, 0.95)
+    switches = {"relative_step": False, "scale_parameter": False, "warmup_init": False}
+    corrected = {"use_bias_correction": True, "safeguard_warmup": True}
+    return {
+        "AdamW": lambda: torch.optim.AdamW([parameter], betas=betas, fused=True, **common),
+        "AdamW8bit": lambda: AdamW8bit([parameter], betas=betas, **common),
+        "PagedAdamW8bit": lambda: PagedAdamW8bit([parameter], betas=betas, **common),
+        "Adafactor": lambda: Adafactor([parameter], beta1=0.8, **switches, **common),
+        "Prodigy": lambda: Prodigy([parameter], betas=betas, **corrected, **common),
+        "Lion": lambda: Lion([parameter], betas=betas, **common),
+        "CAME": lambda: CAME([parameter], betas=(*betas, 0.9999), **common),
+        "AdamWScheduleFree": lambda: AdamWScheduleFree([parameter], betas=betas, **common),
+    }
+
+
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_each_is_the_one_of_its_library(name):
+    """The recipe's rate, decay and betas arrive: the same bits as with the library used by hand."""
+    start = torch.randn(64, 80, generator=torch.Generator().manual_seed(1))
+    ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    beta2 = 0.95 if OPTIMISERS[name].beta2 else 0.0
+    optimiser = made(name, [ours], learning_rate=0.02, weight_decay=0.1, beta1=0.8, beta2=beta2)
+    reference = references(theirs)[name]()
+    if name == "AdamWScheduleFree":
+        reference.train()
+    for step in range(5):
+        gradient = torch.randn(start.shape, generator=torch.Generator().manual_seed(10 + step))
+        for parameter, one in ((ours, optimiser), (theirs, reference)):
+            parameter.grad = gradient.clone()
+            one.step()
+    assert torch.equal(ours, theirs)
+    assert not torch.equal(ours, start)
+
+
+# Rates at which each gets there in the steps below; Prodigy finds its own.
+RATES = {"Lion": 8e-3, "Prodigy": 1.0, "AdamWScheduleFree": 5e-2}
+
+
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_each_reaches_the_minimum_of_a_quadratic(name):
+    """Of the distance to a matrix, steeper along some entries; large enough to be kept in eight bits."""
+    source = torch.Generator().manual_seed(0)
+    wanted = torch.randn(64, 80, generator=source)
+    steepness = 0.3 + torch.rand(64, 80, generator=source)
+    parameter = torch.nn.Parameter(torch.zeros(64, 80))
+    optimiser = made(name, [parameter], learning_rate=RATES.get(name, 2e-2), weight_decay=0.0)
+    average = OPTIMISERS[name].average(optimiser, [parameter])
+    factor = lr_factor("constant" if average else "cosine", 0, 1500)
+    rate = optimiser.param_groups[0]["lr"]
+    for step in range(1500):
+        optimiser.param_groups[0]["lr"] = rate * factor(step)
+        parameter.grad = steepness * (parameter.detach() - wanted)
+        optimiser.step()
+    found = average.shadow_params[0] if average else parameter.detach()
+    assert models.distance(found, wanted) <= 0.02
+
+
+# Every kind of state: a window, a warm-up, a save in between, validation and previews, which look at the average.
+RESUMED = {
+    "steps": 6,
+    "batch_size": 2,
+    "accumulation": 2,
+    "warmup_steps": 2,
+    "validation_fraction": 0.2,
+    "validate_every": 2,
+    "save_every": 2,
+}
+
+
+def fields_of(name, **more):
+    # Prodigy's estimate moves within these few steps only where they are large.
+    recipe = recipe_of(name, learning_rate=30.0) if name == "Prodigy" else recipe_of(name)
+    same = ("optimizer", "learning_rate", "weight_decay", "beta1", "beta2")
+    # Large enough for matrices that bitsandbytes keeps in eight bits.
+    rank = 128 if name.endswith("8bit") else 4
+    return {**RESUMED, "rank": rank, **{field: getattr(recipe, field) for field in same}, **more}
+
+
+class Killed(BaseException):
+    """A power cut: nothing catches it in time to save."""
+
+
+def kill_after(step):
+    def report(event, payload):
+        if event == "step" and payload["step"] == step:
+            raise Killed
+
+    return report
+
+
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_killed_and_resumed_it_gives_the_same_bits(name, tmp_path, monkeypatch):
+    straight = run_session(tmp_path / "straight", **fields_of(name))
+    assert len(set(straight.losses)) == 6
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_keep_before_leaving", lambda keep: None)
+        with pytest.raises(Killed):
+            run_session(tmp_path / "cut", kill_after(5), **fields_of(name))
+    resumed = run_session(tmp_path / "cut", **fields_of(name))
+    assert resumed.resumed_from == 4
+    assert same_state(kept_state(resumed), kept_state(straight))
+    assert same_tensors(resumed.adapter, straight.adapter)
+    assert resumed.losses == straight.losses
+    if name.endswith("8bit"):
+        assert any(slots["state1"].dtype == torch.uint8 for slots in kept_state(straight).optimiser.values())
+
+
+@pytest.mark.parametrize(
+    "name, kept",
+    [("Prodigy", {"d", "d_max", "d_numerator", "k"}), ("AdamWScheduleFree", {"k", "weight_sum", "lr_max"})],
+)
+def test_what_resuming_needs_beyond_the_parameters_own_state(name, kept, tmp_path):
+    """It is in the file; the schedule's and the recipe's part is not."""
+    state = kept_state(run_session(tmp_path, **fields_of(name, steps=4)))
+    assert kept <= set(state.groups[0])
+    assert not {"lr", "params", "weight_decay", "betas"} & set(state.groups[0])
+
+
+def test_adamw_keeps_nothing_of_its_groups():
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimiser = made("AdamW", [parameter])
+    parameter.grad = torch.ones(3)
+    optimiser.param_groups[0]["lr"] = 0.5
+    optimiser.step()
+    slots, groups = state_of(optimiser)
+    assert groups == [{}]
+    assert set(slots[0]) == {"step", "exp_avg", "exp_avg_sq"}
+
+
+def test_states_from_before_the_groups_were_kept_load(tmp_path):
+    import json
+
+    from graft_pack.trainers.formats import files
+
+    first = run_session(tmp_path, steps=2)
+    path = first.run._state_path(2)
+    tensors, metadata = files.read_tensors(path)
+    plain = json.loads(metadata["state"])
+    del plain["groups"]
+    files.write_tensors(path, tensors, {"state": json.dumps(plain)})
+    resumed = run_session(tmp_path, steps=4)
+    assert resumed.resumed_from == 2
+    assert same_tensors(resumed.adapter, run_session(tmp_path / "straight", steps=4).adapter)
+
+
+def test_looking_at_a_schedule_free_training_does_not_change_it(tmp_path):
+    """Validated, drawn and saved at every step, or never: the weights the gradient is taken at come back to the bit."""
+    looks = {"validate_every": 1, "save_every": 1, "keep_last": 2}
+    pictures = {"preview_prompts": ("a",), "preview_every": 1, "preview_steps": 1}
+    often = run_session(tmp_path / "often", **fields_of("AdamWScheduleFree", **looks, **pictures))
+    seldom = run_session(tmp_path / "seldom", **fields_of("AdamWScheduleFree", validate_every=100, save_every=100))
+    assert same_tensors(often.adapter, seldom.adapter)
+    assert same_tensors(kept_state(often).trainables, kept_state(seldom).trainables)
+
+
+def test_what_schedule_free_hands_on_is_the_librarys_average():
+    """The same bits as by its eval(), which may be called when nothing is trained any more."""
+    parameters = [
+        torch.nn.Parameter(torch.randn(4, 5)),
+        torch.nn.Parameter(torch.randn(3)),
+        torch.nn.Parameter(torch.ones(2)),
+    ]
+    optimiser = made("AdamWScheduleFree", parameters, beta1=0.8)
+    for _ in range(4):
+        for parameter in parameters[:2]:
+            parameter.grad = torch.randn_like(parameter)
+        optimiser.step()
+    y = [parameter.detach().clone() for parameter in parameters]
+    average = OPTIMISERS["AdamWScheduleFree"].average(optimiser, parameters)
+    x = average.shadow_params
+    average.store(parameters)
+    average.copy_to(parameters)
+    assert all(torch.equal(*pair) for pair in zip(parameters, x, strict=True))
+    average.restore(parameters)
+    assert all(torch.equal(*pair) for pair in zip(parameters, y, strict=True))
+    optimiser.eval()
+    assert all(torch.equal(*pair) for pair in zip(parameters, x, strict=True))
+    assert not torch.equal(x[0], y[0])
+
+
+def test_a_schedule_free_run_validates_and_exports_its_average(tmp_path):
+    result = run_session(tmp_path, **fields_of("AdamWScheduleFree"))
+    state = kept_state(result)
+    exported = models.joined(value for _, value in sorted(result.adapter.items()) if value.ndim)
+    assert models.distance(exported.sort()[0], models.joined(state.ema.values()).sort()[0]) == 0
+    assert not same_tensors(state.ema, state.trainables)
+
+
+@pytest.mark.parametrize(
+    "name, module, package",
+    [
+        ("AdamW8bit", "bitsandbytes", "bitsandbytes"),
+        ("PagedAdamW8bit", "bitsandbytes", "bitsandbytes"),
+        ("Adafactor", "transformers", "transformers"),
+        ("Prodigy", "prodigyopt", "prodigyopt"),
+        ("Lion", "lion_pytorch", "lion-pytorch"),
+        ("CAME", "came_pytorch", "came-pytorch"),
+        ("AdamWScheduleFree", "schedulefree", "schedulefree"),
+    ],
+)
+def test_one_that_is_not_installed_says_what_to_install(name, module, package, tmp_path, monkeypatch):
+    """Before any picture is encoded."""
+    real = builtins.__import__
+
+    def absent(wanted, *args, **kwargs):
+        if wanted.split(".")[0] == module:
+            raise ModuleNotFoundError(f"No module named '{module}'")
+        return real(wanted, *args, **kwargs)
+
+    host = make_host()
+    monkeypatch.setattr(builtins, "__import__", absent)
+    with pytest.raises(SettingsError, match=f"needs the package {package}, .*pip install {package}\\)") as caught:
+        run_session(tmp_path, host=host, **fields_of(name))
+    monkeypatch.undo()
+    assert caught.value.input == "optimizer"
+    assert host.codec.calls == 0
+    assert not (tmp_path / "runs").exists()
+
+
+def test_prodigy_refuses_rates_of_its_own_for_parts():
+    parameters = {name: torch.nn.Parameter(torch.ones(2)) for name in "ab"}
+    recipe = recipe_of("Prodigy")
+    groups = parameter_groups([Group(("a",), 1.0), Group(("b",), 0.5)], parameters, recipe)
+    with pytest.raises(SettingsError, match="Prodigy finds one learning rate"):
+        OPTIMISERS["Prodigy"].make(groups, recipe)
+
+
+def test_prodigy_finds_a_rate_and_prints_nothing(capsys):
+    parameter = torch.nn.Parameter(torch.zeros(10))
+    optimiser = made("Prodigy", [parameter])
+    for _ in range(200):
+        parameter.grad = parameter.detach() - 1
+        optimiser.step()
+    assert 0.01 < optimiser.param_groups[0]["d"] < 1.0
+    assert torch.allclose(parameter, torch.ones(10), atol=0.01)
+    assert capsys.readouterr().out == ""

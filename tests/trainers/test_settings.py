@@ -50,8 +50,39 @@ SET = {
         "accumulation": 4,
         "max_grad_norm": 0.0,
         "ema_decay": 0.9,
+        "beta1": 0.8,
+        "beta2": 0.99,
+        "num_cycles": 3,
+        "power": 2.0,
     },
     "memory": {"checkpointing": "on", "compute_dtype": "bf16", "micro_batch": 2},
+    "objective": {
+        "timesteps": "logit-normal",
+        "min_timestep": 100,
+        "max_timestep": 900,
+        "weighting": "min-SNR",
+        "min_snr_gamma": 2.0,
+        "loss": "L1",
+        "noise_offset": 0.05,
+        "input_perturbation": 0.1,
+        "pyramid_discount": 0.3,
+        "timestep_mean": -0.5,
+        "timestep_std": 2.0,
+        "timestep_shift": 2.0,
+        "huber_c": 0.2,
+        "huber_schedule": "constant",
+    },
+}
+# What a field needs beside it to be allowed, because it would have no effect alone.
+BESIDE = {
+    "num_cycles": ("optimizer", {"schedule": "cosine with restarts"}),
+    "power": ("optimizer", {"schedule": "polynomial"}),
+    "min_snr_gamma": ("objective", {"weighting": "min-SNR"}),
+    "timestep_mean": ("objective", {"timesteps": "shifted"}),
+    "timestep_std": ("objective", {"timesteps": "resolution-shifted"}),
+    "timestep_shift": ("objective", {"timesteps": "shifted"}),
+    "huber_c": ("objective", {"loss": "Huber"}),
+    "huber_schedule": ("objective", {"loss": "Huber"}),
 }
 # What keeps its place in a finished run when it is changed; everything else makes another run.
 FREE = {"run", "preview", "memory"}
@@ -59,12 +90,75 @@ FREE = {"run", "preview", "memory"}
 
 @pytest.mark.parametrize("kind, name", [(kind, name) for kind in SET for name in SET[kind]])
 def test_every_field_arrives_in_the_recipe(kind, name):
-    recipe = resolved(Options().adding(kind, {name: SET[kind][name]}))
+    without = Options().adding(*BESIDE.get(name, (kind, {})))
+    recipe = resolved(without.adding(kind, {name: SET[kind][name]}))
     if name != "optimizer":
-        assert recipe != resolved()
+        assert recipe != resolved(without)
     same_run = kind in FREE and name != "validation_fraction"
     if name != "optimizer":
-        assert (recipe.identity("d", "b") == resolved().identity("d", "b")) == same_run
+        assert (recipe.identity("d", "b") == resolved(without).identity("d", "b")) == same_run
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_a_field_that_would_have_no_effect_is_refused(name):
+    kind, _ = BESIDE[name]
+    with pytest.raises(SettingsError, match=f"{name} is set, but .* no effect") as caught:
+        resolved(Options().adding(kind, {name: SET[kind][name]}))
+    assert caught.value.input == name
+
+
+# Of the recipe of `resolved`, as the first version with runs gave it.
+FIRST_IDENTITY = "45051b1be5a096ba30ca2ce6d9560ff4ea45014124abf0e74612040080c2d4e4"
+
+
+def test_runs_from_before_a_field_came_keep_their_identity():
+    assert resolved().identity("d", "b") == FIRST_IDENTITY
+    named = {"timesteps": "uniform", "weighting": "native", "loss": "MSE", "max_timestep": 1000}
+    spelt_out = Options().adding("objective", named).adding("optimizer", {"beta1": 0.9, "beta2": 0.999})
+    assert resolved(spelt_out).identity("d", "b") == FIRST_IDENTITY
+
+
+def test_a_default_of_the_objective_that_is_in_use_is_part_of_a_run():
+    """So that another default of a later version makes another run."""
+    recipe = resolved(Options().adding("objective", {"weighting": "min-SNR"}))
+    assert recipe.deciding()["objective"] == {"weighting": "min-SNR", "min_snr_gamma": 5.0}
+
+
+@pytest.mark.parametrize(
+    "optimizer, learning_rate, weight_decay, betas",
+    [
+        ("AdamW", 1e-4, 0.01, (0.9, 0.999)),
+        ("AdamW8bit", 1e-4, 0.01, (0.9, 0.999)),
+        ("PagedAdamW8bit", 1e-4, 0.01, (0.9, 0.999)),
+        ("Adafactor", 1e-4, 0.0, (0.0, 0.0)),
+        ("Prodigy", 1.0, 0.01, (0.9, 0.999)),
+        ("Lion", 1e-4 / 3, 0.03, (0.9, 0.99)),
+        ("CAME", 1e-4, 0.0, (0.9, 0.999)),
+        ("AdamWScheduleFree", 1e-4, 0.01, (0.9, 0.999)),
+    ],
+)
+def test_defaults_depend_on_the_optimiser(optimizer, learning_rate, weight_decay, betas):
+    options = Options().adding("optimizer", {"optimizer": optimizer})
+    recipe = resolved(options)
+    assert (recipe.learning_rate, recipe.weight_decay) == (learning_rate, weight_decay)
+    assert (recipe.beta1, recipe.beta2) == betas
+    assert (recipe.schedule, recipe.warmup_steps) == ("constant", 0)
+    assert resolved(options, learning_rate=0.5).learning_rate == 0.5
+
+
+@pytest.mark.parametrize(
+    "optimizer, field, value",
+    [
+        ("AdamWScheduleFree", "schedule", "cosine"),
+        ("AdamWScheduleFree", "ema_decay", 0.9),
+        ("AdamWScheduleFree", "beta1", 0.0),
+        ("Adafactor", "beta2", 0.9),
+    ],
+)
+def test_what_an_optimiser_cannot_go_with_is_refused(optimizer, field, value):
+    with pytest.raises(SettingsError, match=f"{field}|{optimizer}") as caught:
+        resolved(Options().adding("optimizer", {"optimizer": optimizer, field: value}))
+    assert caught.value.input == field
 
 
 def test_every_option_is_tried_above():

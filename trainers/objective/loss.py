@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
 
 
-def example_losses(prediction: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
-    """Mean squared error of each example, in float32 or better.
+def squared(error: torch.Tensor) -> torch.Tensor:
+    """The error's square."""
+    return error**2
+
+
+def example_losses(
+    prediction: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    penalty: Callable[[torch.Tensor], torch.Tensor] = squared,
+) -> torch.Tensor:
+    """Mean penalty of each example's error, its square unless said otherwise, in float32 or better.
 
     Args:
         prediction, target: [B, C, ...].
         weight: None, or [B, 1, ...] weights of positions; the error is divided by their mean, so a small
             mask does not shrink the loss.
+        penalty: from the error [B, C, ...] to what it costs, of the same shape.
 
     Returns:
         [B].
@@ -22,8 +34,64 @@ def example_losses(prediction: torch.Tensor, target: torch.Tensor, weight: torch
     import torch
 
     dtype = torch.promote_types(prediction.dtype, torch.float32)
-    error = (prediction.to(dtype) - target.to(dtype)) ** 2
+    error = penalty(prediction.to(dtype) - target.to(dtype))
     if weight is None:
         return error.flatten(1).mean(1)
     weight = weight.expand_as(error)
     return (error * weight).flatten(1).sum(1) / weight.flatten(1).sum(1).clamp_min(1e-8)
+
+
+def absolute(error: torch.Tensor) -> torch.Tensor:
+    """The error's size."""
+    return error.abs()
+
+
+def pseudo_huber(error: torch.Tensor, width: torch.Tensor) -> torch.Tensor:
+    """2 c (sqrt(e^2 + c^2) - c): the square of small errors, 2 c |e| of large ones (Charbonnier et al. 1997).
+
+    Args:
+        error: [B, C, ...].
+        width: c of each example, [B].
+    """
+    width = width.view(-1, *[1] * (error.ndim - 1))
+    # The same as the difference above, which float32 would round away where the error is small.
+    return 2 * width * error**2 / ((error**2 + width**2).sqrt() + width)
+
+
+# Of the widget. Huber's width follows the noise level, so it is given apart.
+LOSSES: dict[str, Callable] = {"MSE": squared, "Huber": pseudo_huber, "L1": absolute}
+
+
+def _by_snr(c: float, sigma: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    return (1 - c) / (1 + sigma) ** 2 + c
+
+
+def _exponential(c: float, sigma: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    return c**t
+
+
+def _constant(c: float, sigma: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    return c + 0 * t
+
+
+# How the width goes from 1 at no noise to c at the most, as in kohya sd-scripts (Khrapov et al. 2024).
+HUBER_SCHEDULES: dict[str, Callable] = {
+    "auto": _by_snr,
+    "snr": _by_snr,
+    "exponential": _exponential,
+    "constant": _constant,
+}
+
+
+def huber_width(schedule: str, c: float, sigma: torch.Tensor, t: torch.Tensor, flow: bool) -> torch.Tensor:
+    """Huber's width for each example, [B].
+
+    Args:
+        schedule: in HUBER_SCHEDULES; "auto" is exponential for flow models, else by signal-to-noise ratio.
+        c: the width at the most noise.
+        sigma: noise levels in units of the data's deviation, [B].
+        t: the same in 0..1, [B].
+    """
+    if schedule == "auto" and flow:
+        schedule = "exponential"
+    return HUBER_SCHEDULES[schedule](c, sigma, t)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from ..data.order import stream_seed
@@ -38,3 +39,34 @@ def draw_noise(shape: tuple[int, ...], source: torch.Generator) -> torch.Tensor:
     import torch
 
     return torch.randn(shape, generator=source)
+
+
+def add_offset(noise: torch.Tensor, strength: float, source: torch.Generator) -> torch.Tensor:
+    """Noise [B, C, ...] with a normal number more in every channel, so that brightness is learnt (Guttenberg 2023)."""
+    import torch
+
+    shape = (*noise.shape[:2], *[1] * (noise.ndim - 2))
+    return noise + strength * torch.randn(shape, generator=source)
+
+
+def add_pyramid(noise: torch.Tensor, discount: float, source: torch.Generator) -> torch.Tensor:
+    """Noise [B, C, ..., h, w] with coarser and coarser noise on it, back at unit deviation for each example.
+
+    Each is two to four times coarser than the one before, a ratio that is drawn too, and `discount` times as strong
+    (Whitaker 2023, "Multi-resolution noise for diffusion model training").
+    """
+    import torch
+
+    *lead, height, width = noise.shape
+    total = noise.clone()
+    high, wide = height, width
+    for level in range(10):
+        ratio = 2 + 2 * float(torch.rand((), generator=source))
+        high = max(1, int(high / ratio**level))
+        wide = max(1, int(wide / ratio**level))
+        coarse = torch.randn((1, math.prod(lead), high, wide), generator=source)
+        fine = torch.nn.functional.interpolate(coarse, size=(height, width), mode="bilinear")
+        total += discount**level * fine.view_as(noise)
+        if high == 1 or wide == 1:
+            break
+    return total / total.flatten(1).std(1).view(-1, *[1] * (noise.ndim - 1))

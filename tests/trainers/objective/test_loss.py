@@ -3,8 +3,22 @@
 import pytest
 import torch
 from graft_pack.trainers.errors import ModelError
-from graft_pack.trainers.objective.loss import example_losses
-from graft_pack.trainers.objective.noise import draw_noise, draw_sigmas, generator, spread_sigmas
+from graft_pack.trainers.objective.loss import (
+    HUBER_SCHEDULES,
+    LOSSES,
+    absolute,
+    example_losses,
+    huber_width,
+    pseudo_huber,
+)
+from graft_pack.trainers.objective.noise import (
+    add_offset,
+    add_pyramid,
+    draw_noise,
+    draw_sigmas,
+    generator,
+    spread_sigmas,
+)
 from graft_pack.trainers.objective.parameterisations import parameterisation
 
 
@@ -73,3 +87,113 @@ def test_levels_are_drawn_evenly():
 
 def test_fixed_levels_are_spread_over_all():
     assert spread_sigmas(torch.arange(1000.0), 4).tolist() == [125.0, 375.0, 625.0, 875.0]
+
+
+def test_l1_is_the_mean_size_of_each_examples_error():
+    prediction, target = torch.randn(2, 3, 4, 8, 8)
+    expected = torch.stack([torch.nn.functional.l1_loss(a, b) for a, b in zip(prediction, target, strict=True)])
+    assert torch.allclose(example_losses(prediction, target, penalty=absolute), expected)
+
+
+@pytest.mark.parametrize("c", [0.01, 0.1, 1.0])
+def test_huber_is_the_formula_that_kohya_has(c):
+    """2 c (sqrt(e^2 + c^2) - c), with a width for each example; in fp64, where the difference is exact enough."""
+    error = torch.randn(3, 4, 5, 5, dtype=torch.float64) * torch.tensor([1e-2, 1.0, 100.0]).view(3, 1, 1, 1)
+    width = c * torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    wide = width.view(3, 1, 1, 1)
+    expected = 2 * wide * ((error**2 + wide**2).sqrt() - wide)
+    assert torch.allclose(pseudo_huber(error, width), expected, rtol=1e-9)
+
+
+def test_huber_is_the_square_of_small_errors_and_the_size_of_large_ones():
+    """In float32 too, where the published difference has no digit left of an error of 1e-4."""
+    small, large = torch.full((1, 1), 1e-4), torch.full((1, 1), 1e4)
+    width = torch.ones(1)
+    assert float(pseudo_huber(small, width)) == pytest.approx(1e-8, rel=1e-5)
+    assert float(pseudo_huber(large, width)) == pytest.approx(2e4, rel=1e-3)
+    assert float(2 * ((small**2 + 1).sqrt() - 1)) != pytest.approx(1e-8, rel=0.1)
+
+
+@pytest.mark.parametrize("penalty", LOSSES)
+def test_a_mask_is_normalised_by_its_area_for_every_loss(penalty):
+    prediction, target = torch.randn(2, 3, 4, 8, 8)
+    penalise = LOSSES[penalty] if penalty != "Huber" else lambda error: pseudo_huber(error, torch.ones(len(error)))
+    half = torch.zeros(3, 1, 8, 8)
+    half[..., :4] = 1.0
+    expected = example_losses(prediction[..., :4], target[..., :4], penalty=penalise)
+    assert torch.allclose(example_losses(prediction, target, half, penalise), expected)
+
+
+def test_hubers_width_by_signal_to_noise_ratio_falls_from_one_to_c():
+    """kohya's: (1 - c) / (1 + sigma)^2 + c, on the levels of diffusers' scheduler."""
+    from .test_timesteps import eps_levels
+
+    sigma = eps_levels()
+    t = torch.arange(1000) / 1000
+    width = huber_width("snr", 0.1, sigma, t, False)
+    assert torch.allclose(width, 0.9 / (1 + sigma) ** 2 + 0.1)
+    assert torch.equal(width, huber_width("auto", 0.1, sigma, t, False))
+    assert (width.diff() < 0).all()
+    assert float(huber_width("snr", 0.1, torch.zeros(1), torch.zeros(1), False)) == 1.0
+    assert float(huber_width("snr", 0.1, torch.full((1,), 1e6), torch.ones(1), False)) == pytest.approx(0.1)
+
+
+def test_hubers_width_by_the_step_is_a_power_of_c():
+    """kohya's exp(-alpha t) with alpha = -log(c) over the steps; the one that flow models have by themselves."""
+    t = torch.linspace(0, 1, 11)
+    width = huber_width("exponential", 0.1, t, t, False)
+    assert torch.allclose(width, torch.exp(torch.log(torch.tensor(0.1)) * t))
+    assert torch.equal(width, huber_width("auto", 0.1, t, t, True))
+
+
+def test_a_constant_width_is_c():
+    assert torch.equal(huber_width("constant", 0.2, torch.ones(3), torch.ones(3), True), torch.full((3,), 0.2))
+    assert set(HUBER_SCHEDULES) == {"auto", "snr", "exponential", "constant"}
+
+
+@pytest.mark.parametrize("shape", [(64, 4, 16, 16), (64, 4, 2, 8, 16)])
+def test_an_offset_is_one_more_number_for_a_whole_channel(shape):
+    noise = draw_noise(shape, generator("n"))
+    moved = add_offset(noise, 0.5, generator("o"))
+    by = (moved - noise).flatten(2)
+    assert torch.allclose(by, by[..., :1].expand_as(by), atol=1e-6)
+    # 256 numbers of deviation 0.5.
+    assert float(by[..., 0].std()) == pytest.approx(0.5, rel=0.15)
+    assert float(by[..., 0].mean()) == pytest.approx(0.0, abs=0.1)
+
+
+def whitakers(shape, discount, source):
+    """Multi-resolution noise as its author published it, on the same random numbers."""
+    b, c, h, w = shape
+    up = torch.nn.Upsample(size=(h, w), mode="bilinear")
+    noise = torch.randn(shape, generator=source)
+    for i in range(10):
+        r = float(torch.rand((), generator=source)) * 2 + 2
+        h, w = max(1, int(h / (r**i))), max(1, int(w / (r**i)))
+        noise += up(torch.randn(b, c, h, w, generator=source)) * discount**i
+        if w == 1 or h == 1:
+            break
+    return noise
+
+
+def test_a_pyramid_is_the_published_one_but_for_its_scale():
+    """Its author divides by the batch's deviation; here each example by its own, so that none depends on the others."""
+    shape = (3, 4, 24, 40)
+    theirs = whitakers(shape, 0.6, generator("p"))
+    source = generator("p")
+    ours = add_pyramid(draw_noise(shape, source), 0.6, source)
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.allclose(one, other / other.std(), atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(200, 4, 32, 32), (200, 4, 2, 32, 32)])
+def test_a_pyramid_has_unit_deviation_and_more_of_what_is_coarse(shape):
+    source = generator("p")
+    noise = draw_noise(shape, source)
+    found = add_pyramid(noise, 0.6, source)
+    assert found.shape == noise.shape
+    assert torch.allclose(found.flatten(1).std(1), torch.ones(200), atol=1e-5)
+    # The deviation of a channel's mean; of white noise it is 1 / 32.
+    white, coarse = (float(one.flatten(0, -3).mean((-2, -1)).std()) for one in (noise, found))
+    assert white == pytest.approx(1 / 32, rel=0.15)
+    assert coarse > 3 * white

@@ -1,0 +1,193 @@
+"""The loop with an objective of one's own: what it draws and measures, held against formulas written out here."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from graft_pack.trainers import check, loop
+from graft_pack.trainers.errors import SettingsError
+from graft_pack.trainers.objective.asked import Asked, draw_asked
+from graft_pack.trainers.objective.noise import draw_noise, draw_sigmas, generator
+from graft_pack.trainers.objective.options import NATIVE, Objective
+
+from tests.support import models
+from tests.support.diffusers_host import DiffusersDenoiser, make_host, make_unet, run_session, same_state, state_of
+from tests.trainers.test_loop import first_turns, gradient_of, planned
+
+# One of everything that goes together.
+ALL = Objective(
+    timesteps="logit-normal",
+    min_timestep=50,
+    max_timestep=950,
+    weighting="min-SNR",
+    loss="Huber",
+    noise_offset=0.1,
+    input_perturbation=0.1,
+)
+OTHERS = [
+    Objective(timesteps="resolution-shifted", weighting="debiased", loss="L1", pyramid_discount=0.4),
+    Objective(weighting="min-SNR", min_snr_gamma=1.0),
+    Objective(loss="Huber", huber_schedule="exponential"),
+    Objective(loss="Huber", huber_c=0.02, huber_schedule="constant", input_perturbation=0.2),
+]
+
+
+def on(parameterisation):
+    """A Host whose network predicts that."""
+    kind = {"eps": "epsilon", "v": "v_prediction"}[parameterisation]
+    return replace(make_host(), denoiser=DiffusersDenoiser(make_unet(), kind))
+
+
+def parts_of(plan, host):
+    shown = [item.show(0) for item in plan.train]
+    return shown, next(loop._parts(shown, plan.recipe, 0, 0, host))
+
+
+def test_natively_nothing_else_is_drawn(monkeypatch):
+    monkeypatch.setattr(loop, "draw_asked", None)
+    with planned(objective=Objective()) as (plan, host):
+        shown, part = parts_of(plan, host)
+        assert len(part) == 4
+        source = generator("step", plan.recipe.seed, 0, 0)
+        assert torch.equal(part[3], draw_sigmas(host.denoiser.sigmas(), len(shown), source))
+        assert torch.equal(part[2], draw_noise(tuple(part[1].shape), source))
+
+
+def test_a_native_objective_by_the_other_way_gives_the_same_bits():
+    """Draws and losses: what is asked for departs from the native loss, and is not another loss beside it."""
+    with planned() as (plan, host):
+        shown, (_, x0, noise, sigma) = parts_of(plan, host)
+        source = generator("step", plan.recipe.seed, 0, 0)
+        again = draw_asked(NATIVE, host.denoiser, tuple(x0.shape), source)
+        assert torch.equal(again[0], sigma)
+        assert torch.equal(again[1], noise)
+        native = loop._losses(host, shown, x0, noise, sigma)
+        assert torch.equal(loop._losses(host, shown, x0, noise, sigma, again[2]), native)
+
+
+def written_out(objective, kind, error, sigma, t):
+    """The loss of each example from its error, formula by formula."""
+    snr = 1 / sigma**2
+    rows = error.flatten(1)
+    if objective.loss == "MSE":
+        losses = (rows**2).mean(1)
+    elif objective.loss == "L1":
+        losses = rows.abs().mean(1)
+    else:
+        widths = {
+            "auto": (1 - objective.huber_c) / (1 + sigma) ** 2 + objective.huber_c,
+            "exponential": objective.huber_c**t,
+            "constant": torch.full_like(t, objective.huber_c),
+        }
+        c = widths[objective.huber_schedule][:, None]
+        losses = (2 * c * ((rows.double() ** 2 + c**2).sqrt() - c)).mean(1).float()
+    weight = torch.ones_like(sigma)
+    if objective.weighting == "min-SNR":
+        weight = snr.clamp(max=objective.min_snr_gamma) / (snr if kind == "eps" else snr + 1)
+    if objective.weighting == "debiased":
+        capped = snr.clamp(max=1000)
+        weight = capped.sqrt() / (capped if kind == "eps" else capped + 1)
+    return losses * weight
+
+
+@pytest.mark.parametrize("kind", ["eps", "v"])
+@pytest.mark.parametrize("objective", [ALL, *OTHERS], ids=range(5))
+def test_losses_are_the_formulas(objective, kind):
+    """On noise and velocity models; the network's input has the added noise, the target the noise alone."""
+    host = on(kind)
+    with planned(objective=objective) as (plan, _), host.denoiser.training("auto"):
+        shown, (_, x0, noise, sigma, asked) = parts_of(plan, host)
+        losses = loop._losses(host, shown, x0, noise, sigma, asked)
+        wide = sigma.view(-1, 1, 1, 1)
+        with torch.no_grad():
+            raw = host.denoiser.predict(x0 + wide * asked.added, sigma, [one.conditioning for one in shown])
+    norm = (wide**2 + 1).sqrt()
+    target = noise if kind == "eps" else (noise - wide * x0) / norm
+    place = (host.denoiser.sigmas()[None] - sigma[:, None]).abs().argmin(1)
+    assert torch.allclose(losses, written_out(objective, kind, raw - target, sigma, place / 1000), rtol=1e-4)
+
+
+def test_the_input_is_perturbed_by_so_much_and_the_target_is_not():
+    gamma = 0.3
+    shape = (200, 4, 8, 8)
+    _, noise, asked = draw_asked(Objective(input_perturbation=gamma), make_host().denoiser, shape, generator("i"))
+    extra = asked.added - noise
+    assert float(extra.std()) == pytest.approx(gamma, rel=0.02)
+    assert abs(float((extra * noise).mean())) <= 0.01
+    assert torch.equal(noise, draw_asked(Objective(loss="L1"), make_host().denoiser, shape, generator("i"))[1])
+
+
+def test_an_offset_and_a_pyramid_are_part_of_the_target():
+    for objective in (Objective(noise_offset=0.1), Objective(pyramid_discount=0.3)):
+        _, noise, asked = draw_asked(objective, make_host().denoiser, (2, 4, 8, 8), generator("i"))
+        assert torch.equal(asked.added, noise)
+        assert not torch.equal(noise, draw_asked(NATIVE, make_host().denoiser, (2, 4, 8, 8), generator("i"))[1])
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3])
+def test_micro_batches_change_neither_loss_nor_gradient(micro_batch):
+    found = []
+    for size in (0, micro_batch):
+        with planned(micro_batch=size, objective=ALL) as (plan, host):
+            found.append(gradient_of(plan, host, [(0, first_turns(0, 1, 2, 3))]))
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-6)
+    assert models.distance(found[1][1], found[0][1]) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", ["eps", "v"])
+@pytest.mark.parametrize("objective", [ALL, *OTHERS], ids=range(5))
+def test_gradients_of_losses_are_finite_differences(objective, kind):
+    """torch's gradcheck in fp64, on predictions near the target and far from it, with a mask."""
+    denoiser = on(kind).denoiser
+    source = torch.Generator().manual_seed(0)
+    error = torch.randn(3, 2, 3, 3, generator=source, dtype=torch.float64)
+    error = error * torch.tensor([0.05, 1.0, 20.0], dtype=torch.float64).view(3, 1, 1, 1)
+    target = torch.randn(3, 2, 3, 3, generator=source, dtype=torch.float64)
+    mask = torch.rand(3, 1, 3, 3, generator=source, dtype=torch.float64)
+    asked = Asked(objective, torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64), target)
+    sigma = torch.tensor([0.1, 1.0, 8.0], dtype=torch.float64)
+    prediction = (target + error).requires_grad_(True)
+    assert torch.autograd.gradcheck(lambda one: asked.losses(denoiser, one, target, sigma, mask), prediction)
+
+
+@pytest.mark.parametrize("objective", [ALL, *OTHERS], ids=range(5))
+def test_the_whole_gradient_is_a_finite_difference(objective):
+    """Through the network to the adapter, by the check that runs before step 1."""
+    with planned(objective=objective) as (plan, host):
+        check.check_gradient(lambda: loop.batch_loss(plan, host), plan.trainables, check.TOLERANCE)
+
+
+def test_validation_is_native_whatever_was_asked():
+    with planned() as (plan, host):
+        items = plan.train[:2]
+        native = loop.fixed_losses(items, plan.recipe, host)
+        assert torch.equal(loop.fixed_losses(items, replace(plan.recipe, objective=ALL), host), native)
+
+
+@pytest.mark.parametrize("objective", [ALL, OTHERS[0]], ids=["all", "others"])
+def test_a_training_with_an_objective_resumes_to_the_bit(objective, tmp_path):
+    class Stopped(BaseException):
+        pass
+
+    def stop(event, payload):
+        if event == "step" and payload["step"] == 3:
+            raise Stopped
+
+    straight = run_session(tmp_path / "straight", objective=objective)
+    with pytest.raises(Stopped):
+        run_session(tmp_path / "cut", stop, objective=objective)
+    resumed = run_session(tmp_path / "cut", objective=objective)
+    assert resumed.resumed_from == 3
+    assert same_state(state_of(resumed), state_of(straight))
+    native = run_session(tmp_path / "straight")
+    assert native.run.folder != straight.run.folder
+    assert native.losses != straight.losses
+
+
+def test_what_makes_no_sense_for_the_model_is_refused_before_anything_is_encoded(tmp_path):
+    host = make_host()
+    host.denoiser.parameterisation = "flow"
+    with pytest.raises(SettingsError, match="'min-SNR' is made for noise and velocity models"):
+        run_session(tmp_path, host=host, objective=Objective(weighting="min-SNR"))
+    assert host.codec.calls == 0
+    assert not (tmp_path / "runs").exists()

@@ -1,0 +1,75 @@
+"""What an objective may ask for, and what is refused with the input's name."""
+
+from dataclasses import fields
+
+import pytest
+from graft_pack.trainers.errors import SettingsError
+from graft_pack.trainers.objective.options import NATIVE, RANGES, UNSET, Objective, objective_of
+from graft_pack.trainers.objective.weighting import WEIGHTINGS
+
+
+def test_nothing_chosen_is_native():
+    assert objective_of({}) == NATIVE
+    assert NATIVE.set_fields() == {}
+    for kind in ("eps", "v", "edm", "x0", "flow"):
+        NATIVE.check(kind)
+
+
+def test_every_field_can_be_left_alone():
+    assert set(UNSET) == {field.name for field in fields(Objective)}
+    assert set(RANGES) <= set(UNSET)
+
+
+@pytest.mark.parametrize("name", RANGES)
+def test_what_is_out_of_range_is_refused_by_name(name):
+    for value in (RANGES[name][0] - 1, RANGES[name][1] + 1):
+        with pytest.raises(SettingsError, match=f"{name} is {value}") as caught:
+            Objective(**{name: value})
+        assert caught.value.input == name
+
+
+@pytest.mark.parametrize("name", ["timesteps", "weighting", "loss", "huber_schedule"])
+def test_unknown_choices_are_refused(name):
+    with pytest.raises(SettingsError, match=f"Unknown {name} 'odd'") as caught:
+        Objective(**{name: "odd"})
+    assert caught.value.input == name
+
+
+def test_bounds_in_the_wrong_order_are_refused():
+    with pytest.raises(SettingsError, match="min_timestep 500 is not below max_timestep 500"):
+        Objective(min_timestep=500, max_timestep=500)
+
+
+def test_a_pyramid_with_an_offset_is_refused():
+    with pytest.raises(SettingsError, match="pyramid_discount and noise_offset") as caught:
+        objective_of({"pyramid_discount": 0.3, "noise_offset": 0.05})
+    assert caught.value.input == "noise_offset"
+
+
+@pytest.mark.parametrize("weighting", ["min-SNR", "debiased"])
+def test_signal_to_noise_weights_are_refused_on_flow_and_right_on_the_rest(weighting):
+    objective = Objective(weighting=weighting)
+    for kind in ("eps", "v", "edm", "x0"):
+        objective.check(kind)
+    with pytest.raises(SettingsError, match="this one predicts flow.*native or sigma_sqrt or cosmap") as caught:
+        objective.check("flow")
+    assert caught.value.input == "weighting"
+
+
+@pytest.mark.parametrize("weighting", ["sigma_sqrt", "cosmap"])
+def test_weights_of_flow_are_refused_on_the_rest(weighting):
+    Objective(weighting=weighting).check("flow")
+    with pytest.raises(SettingsError, match="made for flow models; this one predicts v.*min-SNR"):
+        Objective(weighting=weighting).check("v")
+
+
+def test_every_weighting_fits_some_model():
+    assert all(known.fits("flow") or known.fits("eps") for known in WEIGHTINGS.values())
+
+
+def test_hubers_width_by_signal_to_noise_is_refused_on_flow():
+    Objective(loss="Huber", huber_schedule="snr").check("v")
+    Objective(loss="Huber").check("flow")
+    with pytest.raises(SettingsError, match="no measure for flow") as caught:
+        Objective(loss="Huber", huber_schedule="snr").check("flow")
+    assert caught.value.input == "huber_schedule"

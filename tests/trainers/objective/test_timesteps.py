@@ -1,0 +1,159 @@
+"""Which noise levels are drawn: against diffusers, closed forms, and statistics of fixed seeds."""
+
+import math
+
+import pytest
+import torch
+from graft_pack.trainers.errors import SettingsError
+from graft_pack.trainers.objective.noise import draw_sigmas, generator
+from graft_pack.trainers.objective.options import Objective
+from graft_pack.trainers.objective.timesteps import TIMESTEPS, draw_levels, level_times, shift, sigmoids
+
+COUNT = 40_000
+SHAPE = (COUNT, 4, 64, 64)
+
+
+def eps_levels():
+    """Levels of the SD1 kind, [1000] rising."""
+    from diffusers import DDPMScheduler
+
+    bar = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012).alphas_cumprod
+    return ((1 - bar) / bar).sqrt()
+
+
+def flow_levels(factor=3.0, count=1000):
+    """Levels of a flow model with a shift of its own, rising to 1."""
+    return shift(torch.arange(1, count + 1) / count, factor)
+
+
+def drawn(levels, kind, shape=SHAPE, seed="a", **fields):
+    return draw_levels(Objective(**fields), levels, kind, shape, generator(seed))
+
+
+def statistic(values, expected):
+    """Kolmogorov and Smirnov's distance of values [N] in 0..1 from a distribution function."""
+    values = values.double().sort()[0]
+    steps = torch.arange(1, len(values) + 1, dtype=torch.float64) / len(values)
+    return float((steps - expected(values)).abs().max())
+
+
+def logit_normal(t, mean=0.0, std=1.0):
+    logit = torch.log(t) - torch.log1p(-t)
+    return torch.distributions.Normal(mean, std).cdf(logit)
+
+
+# A distance that one in ten thousand draws of this size exceeds, and a level's width.
+NEAR = 2.2 / math.sqrt(COUNT) + 1e-3
+
+
+@pytest.mark.parametrize("kind", ["eps", "flow"])
+def test_uniform_draws_what_is_drawn_natively(kind):
+    levels = eps_levels() if kind == "eps" else flow_levels()
+    sigma, _ = drawn(levels, kind, shape=(50, 4, 8, 8))
+    assert torch.equal(sigma, draw_sigmas(levels, 50, generator("a")))
+
+
+@pytest.mark.parametrize("name", TIMESTEPS)
+@pytest.mark.parametrize("kind", ["eps", "flow"])
+def test_every_draw_is_one_of_the_models_levels_with_its_t(kind, name):
+    levels = eps_levels() if kind == "eps" else flow_levels()
+    sigma, t = drawn(levels, kind, shape=(500, 4, 8, 8), timesteps=name)
+    place = torch.searchsorted(levels, sigma)
+    assert torch.equal(levels[place], sigma)
+    assert torch.equal(level_times(levels, kind)[place], t)
+    again, _ = drawn(levels, kind, shape=(500, 4, 8, 8), timesteps=name)
+    assert torch.equal(again, sigma)
+
+
+@pytest.mark.parametrize("mean, std", [(0.0, 1.0), (-0.8, 0.5), (1.0, 2.0)])
+def test_logit_normal_numbers_are_those_of_diffusers(mean, std):
+    from diffusers.training_utils import compute_density_for_timestep_sampling
+
+    theirs = compute_density_for_timestep_sampling("logit_normal", 64, mean, std, generator=generator("b"))
+    assert torch.allclose(sigmoids(64, mean, std, generator("b")), theirs, atol=1e-7)
+
+
+@pytest.mark.parametrize("mean, std", [(0.0, 1.0), (-0.8, 0.5), (1.0, 2.0)])
+def test_logit_normal_is_spread_so_over_the_levels(mean, std):
+    sigma, t = drawn(eps_levels(), "eps", timesteps="logit-normal", timestep_mean=mean, timestep_std=std)
+    assert statistic(t + 5e-4, lambda t: logit_normal(t, mean, std)) <= NEAR
+    # A mean above 0 is more noise, as in the paper.
+    assert (float(t.mean()) > 0.5) == (mean > 0) or mean == 0
+    assert torch.equal(sigma.argsort(stable=True), t.argsort(stable=True))
+
+
+def test_sigmoid_is_logit_normal_under_another_name():
+    levels = eps_levels()
+    assert torch.equal(drawn(levels, "eps", timesteps="sigmoid")[0], drawn(levels, "eps", timesteps="logit-normal")[0])
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.0, 3.0])
+@pytest.mark.parametrize("kind", ["eps", "flow"])
+def test_a_shift_multiplies_the_odds_of_noise(kind, factor):
+    """log(t / (1 - t)) is normal, moved by the factor's logarithm; on a flow model in place of the model's shift."""
+    levels = eps_levels() if kind == "eps" else flow_levels(3.0, 10_000)
+    _, t = drawn(levels, kind, timesteps="shifted", timestep_shift=factor)
+    assert statistic(t.clamp(1e-6, 1 - 1e-6), lambda t: logit_normal(t, math.log(factor))) <= NEAR + 1e-3
+
+
+def test_the_shift_is_the_one_of_diffusers():
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=2.5)
+    t = torch.arange(1, 1001) / 1000
+    assert torch.allclose(shift(t, 2.5).flip(0), scheduler.sigmas[:1000].to(t), atol=1e-6)
+
+
+@pytest.mark.parametrize("side", [32, 64, 128, 192])
+def test_the_resolutions_shift_is_the_one_of_flux(side):
+    """diffusers' own line and time shift, for latents of that side."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+    tokens = side * side // 4
+    mu = calculate_shift(tokens, 256, 4096, 0.5, 1.15)
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    t = torch.linspace(0.01, 0.99, 50).double()
+    factor = TIMESTEPS["resolution-shifted"].factor(Objective(), tokens)
+    assert torch.allclose(shift(t, factor), scheduler.time_shift(mu, 1.0, t), rtol=1e-6)
+
+
+def test_each_batch_is_shifted_by_its_own_size():
+    levels = flow_levels(1.0, 10_000)
+    means = {}
+    for shape in ((COUNT, 16, 64, 64), (COUNT, 16, 128, 128), (COUNT, 16, 64, 256), (COUNT, 16, 1, 128, 128)):
+        means[shape[2:]] = float(drawn(levels, "flow", shape, timesteps="resolution-shifted")[1].mean())
+    assert means[128, 128] > means[64, 64] + 0.05
+    assert means[64, 256] == means[128, 128] == means[1, 128, 128]
+
+
+@pytest.mark.parametrize("name", TIMESTEPS)
+@pytest.mark.parametrize("kind", ["eps", "flow"])
+def test_bounds_hold_and_their_whole_width_is_used(kind, name):
+    levels = eps_levels() if kind == "eps" else flow_levels()
+    _, t = drawn(levels, kind, timesteps=name, min_timestep=200, max_timestep=700, timestep_std=1.5)
+    assert 0.2 <= float(t.min()) <= 0.21
+    assert 0.69 <= float(t.max()) <= 0.7
+    if (kind, name) == ("eps", "uniform"):
+        counts = torch.bincount((t * 1000).round().long(), minlength=1000)[200:701]
+        assert counts.min() > 0
+        assert float(t.mean()) == pytest.approx(0.45, abs=0.003)
+
+
+def test_bounds_on_a_flow_model_are_shares_of_noise():
+    levels = flow_levels()
+    sigma, t = drawn(levels, "flow", min_timestep=500)
+    assert torch.equal(sigma, t)
+    assert 0.5 <= float(sigma.min()) <= 0.502
+    assert float(sigma.max()) == 1.0
+
+
+def test_cosmos_levels_become_shares_of_noise():
+    times = level_times(torch.tensor([0.01, 1.0, 80.0]), "flow")
+    assert torch.allclose(times, torch.tensor([0.01 / 1.01, 0.5, 80 / 81]))
+
+
+def test_bounds_without_a_level_between_are_refused():
+    with pytest.raises(SettingsError, match="min_timestep 1 and max_timestep 2") as caught:
+        drawn(torch.tensor([0.1, 0.5, 1.0]), "flow", min_timestep=1, max_timestep=2)
+    assert caught.value.input == "max_timestep"

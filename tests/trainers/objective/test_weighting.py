@@ -1,0 +1,78 @@
+"""Weights by noise level, against diffusers and against each other."""
+
+import pytest
+import torch
+from graft_pack.trainers.objective.options import Objective
+from graft_pack.trainers.objective.weighting import WEIGHTINGS
+
+from .test_timesteps import eps_levels
+
+SNR_WEIGHTS = ("min-SNR", "debiased")
+
+
+def weights(name, sigma, kind, **fields):
+    return WEIGHTINGS[name].weights(sigma, sigma, kind, Objective(**fields))
+
+
+def snr_of_diffusers():
+    """diffusers' signal-to-noise ratio of every level of SD1, [1000]."""
+    from diffusers import DDPMScheduler
+    from diffusers.training_utils import compute_snr
+
+    scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    return compute_snr(scheduler, torch.arange(1000))
+
+
+@pytest.mark.parametrize("gamma", [1.0, 5.0, 20.0])
+@pytest.mark.parametrize("kind", ["eps", "v"])
+def test_min_snr_is_the_one_of_diffusers_training_scripts(kind, gamma):
+    """min(snr, gamma) / snr for noise, / (snr + 1) for velocity, at each of the model's levels."""
+    snr = snr_of_diffusers()
+    cut = torch.stack([snr, gamma * torch.ones_like(snr)], dim=1).min(dim=1)[0]
+    theirs = cut / snr if kind == "eps" else cut / (snr + 1)
+    ours = weights("min-SNR", eps_levels(), kind, weighting="min-SNR", min_snr_gamma=gamma)
+    assert torch.allclose(ours, theirs, rtol=1e-4)
+
+
+def test_debiased_is_the_one_of_the_paper():
+    snr = snr_of_diffusers()
+    ours = weights("debiased", eps_levels(), "eps", weighting="debiased")
+    assert torch.allclose(ours, 1 / snr.clamp(max=1000).sqrt(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", SNR_WEIGHTS)
+def test_a_weight_means_the_same_for_every_parameterisation(name):
+    """The losses of one and the same error of the latent, weighted, are equal: their targets say by how much."""
+    from graft_pack.trainers.objective.parameterisations import parameterisation
+
+    source = torch.Generator().manual_seed(0)
+    x0, noise, error = torch.randn(3, 6, 50, generator=source, dtype=torch.float64)
+    sigma = torch.tensor([0.05, 0.2, 0.9, 2.0, 5.0, 14.0], dtype=torch.float64)
+    found = {}
+    for kind in ("eps", "v", "edm", "x0"):
+        # The same x_t, explained by another latent and, with it, by another noise.
+        wide = sigma[:, None]
+        other = parameterisation(kind).target(x0 + error, noise - error / wide, wide)
+        loss = ((other - parameterisation(kind).target(x0, noise, wide)) ** 2).mean(1)
+        found[kind] = loss * weights(name, sigma, kind, weighting=name)
+    for kind, losses in found.items():
+        assert torch.allclose(losses, found["x0"], rtol=1e-9), kind
+
+
+def test_zero_terminal_snr_gives_numbers():
+    """The last level of such a model has next to no signal."""
+    sigma = torch.tensor([0.03, 4518.0])
+    for name in SNR_WEIGHTS:
+        assert torch.isfinite(weights(name, sigma, "v", weighting=name)).all()
+
+
+@pytest.mark.parametrize("name", ["sigma_sqrt", "cosmap"])
+def test_weights_of_flow_are_those_of_diffusers(name):
+    from diffusers.training_utils import compute_loss_weighting_for_sd3
+
+    t = torch.linspace(0.01, 1.0, 100)
+    assert torch.allclose(weights(name, t, "flow", weighting=name), compute_loss_weighting_for_sd3(name, t))
+
+
+def test_native_is_one():
+    assert torch.equal(weights("native", torch.tensor([0.0, 3.0]), "eps"), torch.ones(2))

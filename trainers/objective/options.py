@@ -1,0 +1,180 @@
+"""What is asked of the loss beyond the model's own: which levels, which noise, which weights and which penalty."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..errors import SettingsError
+from .loss import HUBER_SCHEDULES, LOSSES
+from .timesteps import TIMESTEPS
+from .weighting import WEIGHTINGS
+
+# The value of a field that was left alone.
+UNSET: dict[str, Any] = {
+    "timesteps": "auto",
+    "min_timestep": 0,
+    "max_timestep": 0,
+    "weighting": "auto",
+    "min_snr_gamma": 0.0,
+    "loss": "auto",
+    "noise_offset": 0.0,
+    "input_perturbation": 0.0,
+    "pyramid_discount": 0.0,
+    "timestep_mean": 0.0,
+    "timestep_std": 0.0,
+    "timestep_shift": 0.0,
+    "huber_c": 0.0,
+    "huber_schedule": "auto",
+}
+
+RANGES: dict[str, tuple[float, float]] = {
+    "min_timestep": (0, 1000),
+    "max_timestep": (1, 1000),
+    "min_snr_gamma": (0.0, 1000.0),
+    "noise_offset": (0.0, 1.0),
+    "input_perturbation": (0.0, 1.0),
+    "pyramid_discount": (0.0, 0.99),
+    "timestep_mean": (-10.0, 10.0),
+    "timestep_std": (0.01, 10.0),
+    "timestep_shift": (0.01, 100.0),
+    "huber_c": (1e-4, 1.0),
+}
+
+
+_REGISTRIES = {
+    "timesteps": TIMESTEPS,
+    "weighting": WEIGHTINGS,
+    "loss": LOSSES,
+    "huber_schedule": HUBER_SCHEDULES,
+}
+
+# Fields that mean something only beside certain choices of another one.
+_NEEDED = {
+    "min_snr_gamma": ("weighting", ("min-SNR",)),
+    "timestep_mean": ("timesteps", ("logit-normal", "shifted", "resolution-shifted")),
+    "timestep_std": ("timesteps", ("logit-normal", "shifted", "resolution-shifted")),
+    "timestep_shift": ("timesteps", ("shifted",)),
+    "huber_c": ("loss", ("Huber",)),
+    "huber_schedule": ("loss", ("Huber",)),
+}
+
+
+def check_range(name: str, value: Any) -> None:
+    """Raises SettingsError for a number that a field cannot have."""
+    if name in RANGES and not RANGES[name][0] <= value <= RANGES[name][1]:
+        low, high = RANGES[name]
+        raise SettingsError(f"{name} is {value}.", f"It must lie between {low} and {high}.", name)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Departures from the model's own loss; as it stands here there is none.
+
+    Attributes:
+        timesteps, weighting, loss, huber_schedule: names in TIMESTEPS, WEIGHTINGS, LOSSES and HUBER_SCHEDULES.
+        min_timestep, max_timestep: bounds of t, 0 to 1000 over the model's levels.
+        timestep_mean, timestep_std: of the normal numbers whose sigmoid is drawn.
+        timestep_shift: factor on the odds of noise; of "shifted".
+        min_snr_gamma: where the signal-to-noise ratio is cut; of "min-SNR".
+        huber_c: the error at which Huber turns from square to absolute, where the schedule is lowest.
+        noise_offset: deviation of a value that is the same all over a channel (Guttenberg 2023).
+        pyramid_discount: factor on each coarser noise (Whitaker 2023); 0 for none.
+        input_perturbation: deviation of noise that the target does not know of (Ning et al. 2023).
+
+    Raises:
+        SettingsError: a value out of range, or two that contradict each other.
+    """
+
+    timesteps: str = "uniform"
+    min_timestep: int = 0
+    max_timestep: int = 1000
+    weighting: str = "native"
+    min_snr_gamma: float = 5.0
+    loss: str = "MSE"
+    noise_offset: float = 0.0
+    input_perturbation: float = 0.0
+    pyramid_discount: float = 0.0
+    timestep_mean: float = 0.0
+    timestep_std: float = 1.0
+    timestep_shift: float = 3.0
+    huber_c: float = 0.1
+    huber_schedule: str = "auto"
+
+    def __post_init__(self):
+        for name, known in _REGISTRIES.items():
+            if getattr(self, name) not in known:
+                raise SettingsError(
+                    f"Unknown {name} '{getattr(self, name)}'.", f"Choose one of {', '.join(known)}.", name
+                )
+        for name in RANGES:
+            check_range(name, getattr(self, name))
+        if self.min_timestep >= self.max_timestep:
+            raise SettingsError(
+                f"min_timestep {self.min_timestep} is not below max_timestep {self.max_timestep}.",
+                "Widen the range in Graft Objective Options; 0 and 0 take all of it.",
+                "min_timestep",
+            )
+        if self.pyramid_discount and self.noise_offset:
+            raise SettingsError(
+                "pyramid_discount and noise_offset are both set.",
+                "Use one of them in Graft Objective Options: the pyramid's coarsest noise is an offset already.",
+                "noise_offset",
+            )
+
+    def set_fields(self) -> dict[str, Any]:
+        """The fields that decide the result, JSON-able; none of them when nothing was asked."""
+        return {
+            name: value
+            for name, value in asdict(self).items()
+            if value != getattr(NATIVE, name) or (name in _NEEDED and self._uses(name))
+        }
+
+    def _uses(self, name: str) -> bool:
+        """Whether a field that needs a choice beside it has that choice."""
+        other, choices = _NEEDED[name]
+        return getattr(self, other) in choices
+
+    def check(self, parameterisation: str) -> None:
+        """Refuses what has no meaning for a model of that parameterisation.
+
+        Raises:
+            SettingsError: signal-to-noise weights on flow, or flow's on another model.
+        """
+        flow = parameterisation == "flow"
+        other = [name for name, known in WEIGHTINGS.items() if known.fits("flow" if flow else "eps")]
+        if not WEIGHTINGS[self.weighting].fits(parameterisation):
+            raise SettingsError(
+                f"The weighting '{self.weighting}' is made for {'noise and velocity' if flow else 'flow'} models; "
+                f"this one predicts {'flow' if flow else parameterisation}.",
+                f"In Graft Objective Options choose the weighting {' or '.join(other)}.",
+                "weighting",
+            )
+        if flow and self.huber_schedule == "snr":
+            raise SettingsError(
+                "The huber_schedule 'snr' follows a signal-to-noise ratio, which is no measure for flow models.",
+                "In Graft Objective Options choose exponential or constant.",
+                "huber_schedule",
+            )
+
+
+# The model's own loss over all its levels alike.
+NATIVE = Objective()
+
+
+def objective_of(chosen: Mapping[str, Any]) -> Objective:
+    """The objective of the fields that were set.
+
+    Raises:
+        SettingsError: as Objective does, and for a field that would have no effect.
+    """
+    made = Objective(**chosen)
+    for name, (other, choices) in _NEEDED.items():
+        if name in chosen and not made._uses(name):
+            raise SettingsError(
+                f"{name} is set, but {other} is {getattr(made, other)}: it would have no effect.",
+                f"In Graft Objective Options set {other} to {' or '.join(choices)}, or leave {name} alone.",
+                name,
+            )
+    return made

@@ -1,0 +1,77 @@
+"""How the learning rate goes over the steps; by diffusers where it has them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Course:
+    """The length and form of a schedule.
+
+    Attributes:
+        warmup_steps: over which the rate rises from 0.
+        steps: in all.
+        num_cycles: of "cosine with restarts".
+        power: of "polynomial".
+    """
+
+    warmup_steps: int
+    steps: int
+    num_cycles: int = 1
+    power: float = 1.0
+
+
+def _by_diffusers(name: str) -> Callable[[Course], Callable[[int], float]]:
+    def make(course: Course) -> Callable[[int], float]:
+        import torch
+        from diffusers.optimization import get_scheduler
+
+        dummy = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        scheduler = get_scheduler(
+            name,
+            dummy,
+            num_warmup_steps=course.warmup_steps,
+            num_training_steps=course.steps,
+            num_cycles=course.num_cycles,
+            power=course.power,
+        )
+        return scheduler.lr_lambdas[0]
+
+    return make
+
+
+def _rex(course: Course) -> Callable[[int], float]:
+    """High for long, then falling fast to 0 (Chen et al. 2021): (1 - p) / (1/2 + (1 - p) / 2) at progress p."""
+
+    def factor(step: int) -> float:
+        if step < course.warmup_steps:
+            return step / course.warmup_steps
+        left = 1 - (step - course.warmup_steps) / max(1, course.steps - course.warmup_steps)
+        return max(0.0, left / (0.5 + 0.5 * left))
+
+    return factor
+
+
+# By the widget's names.
+SCHEDULES: dict[str, Callable[[Course], Callable[[int], float]]] = {
+    "constant": _by_diffusers("constant_with_warmup"),
+    "linear": _by_diffusers("linear"),
+    "cosine": _by_diffusers("cosine"),
+    "cosine with restarts": _by_diffusers("cosine_with_restarts"),
+    "polynomial": _by_diffusers("polynomial"),
+    "REX": _rex,
+}
+
+
+def lr_factor(
+    schedule: str, warmup_steps: int, steps: int, num_cycles: int = 1, power: float = 1.0
+) -> Callable[[int], float]:
+    """The schedule's factor on the learning rate, by step from 0.
+
+    It is a function of the step alone, so resuming needs none of its state. Past the last step it keeps the
+    last step's value.
+    """
+    factor = SCHEDULES[schedule](Course(warmup_steps, max(1, steps), num_cycles, power))
+    return lambda step: float(factor(min(step, max(0, steps - 1))))
