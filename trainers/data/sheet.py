@@ -51,7 +51,7 @@ def chosen(findings: Findings) -> list[Finding]:
     """The examples that are drawn: all if they fit, else the flagged ones first and an even choice of the rest."""
     rows = findings.rows
     if len(rows) <= _LIMIT:
-        return sorted(rows, key=lambda row: not row.flags)
+        return sorted(rows, key=lambda row: (row.example.prior, not row.flags))
     flagged = sorted((row for row in rows if row.flags), key=lambda row: (-len(row.flags), row.kept))[: _LIMIT * 2 // 3]
     taken = {id(row) for row in flagged}
     rest = [row for row in rows if id(row) not in taken]
@@ -66,7 +66,10 @@ def _head_height(findings: Findings) -> int:
 def _draw_head(draw: ImageDraw.ImageDraw, findings: Findings, width: int) -> None:
     half = width // 2
     buckets = [(f"{size[0]}x{size[1]}", number) for size, number in findings.buckets.most_common(_BARS)]
-    title = f"{findings.dataset.name}: {len(findings.rows)} pictures, {len(findings.buckets)} buckets"
+    classes = sum(row.example.prior for row in findings.rows)
+    title = f"{findings.dataset.name}: {len(findings.rows) - classes} pictures, {len(findings.buckets)} buckets"
+    if classes:
+        title += f", {classes} class images"
     if findings.left_out:
         title += f", {len(findings.left_out)} left out"
     _draw_bars(draw, title, buckets, 8, half - 16)
@@ -97,7 +100,7 @@ def _draw_cell(sheet: Image.Image, draw, finding: Finding, corner: tuple[int, in
     sizes = " ".join(f"{one.bucket[0]}x{one.bucket[1]}" for one in finding.crops)
     example = finding.example
     repeats = f" x{example.repeats}" if example.repeats > 1 else ""
-    held = "validation " if example.held_out else ""
+    held = "validation " if example.held_out else "class image " if example.prior else ""
     lines = [
         (f"{sizes}{repeats}  {held}{example.source.name}", _INK),
         (finding.caption or "(no caption)", _FAINT),
