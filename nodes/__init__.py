@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension
 
-from . import adapter, dataset, options, train
+from . import adapter, dataset, dreambooth, options, train
 from .host import paths
 
-NODES = [*dataset.NODES, *train.NODES, *adapter.NODES, *options.NODES]
+NODES = [*dataset.NODES, *train.NODES, *dreambooth.NODES, *adapter.NODES, *options.NODES]
 
 
 class GraftExtension(ComfyExtension):

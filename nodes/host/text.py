@@ -21,6 +21,10 @@ class ComfyText:
         """The host's own conditioning of a literal caption: `cross_attn`, `pooled_output` and what else it gives."""
         return conditioning_tensors(self._clip, _literal_tokens(self._clip, caption))
 
+    def encode_for_sampling(self, caption: str) -> list:
+        """The conditioning of a literal caption as the host's sampler takes it."""
+        return self._clip.encode_from_tokens_scheduled(_literal_tokens(self._clip, caption))
+
     def count_tokens(self, caption: str) -> int:
         """Tokens of the longest encoder, without start, end and padding."""
         tokens = _literal_tokens(self._clip, caption, return_word_ids=True)

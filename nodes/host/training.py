@@ -63,7 +63,7 @@ def train(
         GraftError: with input and cure.
         The host's interruption, after what was reached was saved.
     """
-    _check_sockets(model, clip, vae)
+    check_sockets(model, clip, vae)
     with torch.inference_mode(False):
         denoiser = ComfyDenoiser(model, clip, vae)
         recipe = resolve(
@@ -106,7 +106,7 @@ def _missing(result) -> str:
     return f" Left out of the dataset: {shortened(result.left_out)}."
 
 
-def _check_sockets(model, clip, vae) -> None:
+def check_sockets(model, clip, vae) -> None:
     """Refuses what cannot be trained before anything is read.
 
     Raises:

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from .examples import Example, LeftOut
 
 
+# How a class can be preserved, the usual way first.
+PRIORS = ("class images", "differential")
+
+
 def attach(dataset: Dataset, class_dataset: Dataset, weight: float) -> Dataset:
     """The dataset with class images, which are drawn one to one with its own and have the weight in the loss.
 
