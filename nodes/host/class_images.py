@@ -38,6 +38,7 @@ class Wish:
         resolution: 0 for the family's.
         sampler_name, scheduler: "auto" for euler and the family's.
         batch_size: pictures side by side; no part of what decides a picture.
+        first: number of the first picture; `count` is beyond the last.
     """
 
     prompt: str
@@ -50,6 +51,7 @@ class Wish:
     sampler_name: str = "auto"
     scheduler: str = "auto"
     batch_size: int = 1
+    first: int = 0
 
 
 @dataclass(frozen=True)
@@ -98,10 +100,11 @@ def make(model: ModelPatcher, clip: CLIP, vae: VAE, wish: Wish, node: str) -> Ma
         seed=wish.seed,
     )
     images = ClassImages(paths.class_images_folder(), drawing)
-    missing = images.missing(wish.count)
+    numbers = range(wish.first, wish.count)
+    missing = images.missing(numbers)
     _draw(images, missing, wish, model, clip, vae, node)
-    shown = [paths.shown_output(images.path(number)) for number in range(wish.count)]
-    return Made(images.dataset(wish.count, geometry.resolution), len(missing), images.folder, shown)
+    shown = [paths.shown_output(images.path(number)) for number in numbers]
+    return Made(images.dataset(numbers, geometry.resolution), len(missing), images.folder, shown)
 
 
 def _draw(images: ClassImages, missing: list[int], wish: Wish, model, clip, vae, node: str) -> None:

@@ -91,7 +91,9 @@ def _classes(model, clip, vae, dataset: Dataset, subject: Subject, given: Datase
     if usable >= subject.class_images:
         return given, f"{usable} class images were given."
     _check_class(dataset, subject)
-    wish = class_images.Wish(subject.class_prompt, subject.class_images - usable, resolution=dataset.resolution)
+    # From the number on that was not given: those that are may be the first of the same drawing.
+    count = subject.class_images
+    wish = class_images.Wish(subject.class_prompt, count, resolution=dataset.resolution, first=usable)
     made = class_images.make(model, clip, vae, wish, node)
     classes = made.dataset if given is None else combine(given, replace(made.dataset, resolution=given.resolution))
     kept = len(made.dataset.examples) - made.drawn

@@ -199,6 +199,16 @@ def test_class_images_of_ones_own_count_and_the_rest_is_drawn(server, tiny_base,
     assert "2 class images were given" in text_of(server.run(graph))
 
 
+def test_what_is_drawn_besides_given_class_images_is_never_the_same_as_those(server, tiny_base, folder, name):
+    graph = dreambooth(folder.name, f"{name} circle", class_images=2, class_dataset=["5", 0])
+    graph["5"] = drawing(f"{name} circle", 1, steps=20)["5"]
+    assert "1 given, 0 found and 1 drawn" in text_of(server.run(graph))
+    (made,) = folders(server, name)
+    assert list(contents(made)) == ["00000.png", "00001.png"]
+    (run,) = runs_of(server, folder)
+    assert json.loads((run / "recipe.json").read_text())["class_images"] == 2
+
+
 def test_without_a_prior_it_is_a_training_on_the_prompt_alone(server, tiny_base, folder, name):
     texts = []
     for widgets in ({"class_images": 0}, {"prior_weight": 0.0}, {"prior": "differential", "prior_weight": 0.0}):

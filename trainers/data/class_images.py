@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -73,10 +74,10 @@ class ClassImages:
         """Of an image's file."""
         return os.path.join(self.folder, f"{number:05}.png")
 
-    def missing(self, count: int) -> list[int]:
-        """Numbers below `count` of which there is no picture of the right size."""
+    def missing(self, numbers: Sequence[int]) -> list[int]:
+        """Those of the numbers of which there is no sound picture of the right size."""
         files.sweep(self.folder, older_than=3600.0)
-        return [number for number in range(count) if self._measured(number) is None]
+        return [number for number in numbers if self._measured(number) is None]
 
     def _measured(self, number: int) -> str | None:
         """The content hash of an image; None when it is not there, damaged or of another size."""
@@ -105,15 +106,15 @@ class ClassImages:
         with files.replacing(self.path(number)) as temporary:
             picture.save(temporary, format="PNG")
 
-    def dataset(self, count: int, resolution: int) -> Dataset:
-        """The first `count` images as a dataset; each has the class prompt as its caption.
+    def dataset(self, numbers: Sequence[int], resolution: int) -> Dataset:
+        """Images as a dataset; each has the class prompt as its caption.
 
         Raises:
             RunError: one is gone.
         """
         name = os.path.basename(self.folder)
         examples = []
-        for number in range(count):
+        for number in numbers:
             digest = self._measured(number)
             if digest is None:
                 raise RunError(f"The class image '{self.path(number)}' is gone.", "Queue again; it will be drawn anew.")
