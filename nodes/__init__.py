@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension
 
-from . import adapter, dataset, embedding, options, train
+from . import adapter, dataset, dreambooth, embedding, options, train
 from .host import paths
 
-NODES = [*dataset.NODES, *train.NODES, *adapter.NODES, *embedding.NODES, *options.NODES]
+NODES = [
+    *dataset.NODES,
+    *train.NODES,
+    *dreambooth.NODES,
+    *adapter.NODES,
+    *embedding.NODES,
+    *options.NODES,
+]
 
 
 class GraftExtension(ComfyExtension):

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 
 from tests.support.host import ROOT
-from tests.support.make_workflows import TINY
+from tests.support.make_workflows import TINY, TINY_DREAMBOOTH
 from tests.support.workflow import NOTES, find_nodes, read_workflow, to_prompt
 from tests.toy import world
 
 EXAMPLES = sorted((ROOT / "example_workflows").glob("*.json"))
 LORA = ROOT / "example_workflows" / "Train a LoRA.json"
+DREAMBOOTH = ROOT / "example_workflows" / "DreamBooth a subject.json"
 
 # Height of a node's title, which the editor draws above its place.
 TITLE = 30
@@ -125,3 +126,52 @@ def test_it_trains_draws_and_saves(server):
     assert server.path("output", "loras") in Path(path).parents
     assert "8 pictures" in entry["outputs"][node("Report")]["text"][0]
     assert entry["outputs"][node("What training will see")]["images"]
+
+
+@pytest.mark.server
+def test_dreambooth_values_are_for_a_real_user(server):
+    """SD1.5 at 512 pixels, prompts that differ in the rare word alone, as many class images as the trainer asks for."""
+    prompt = to_prompt(read_workflow(DREAMBOOTH), server.object_info())
+    given = {entry["_meta"]["title"]: entry["inputs"] for entry in prompt.values()}
+    assert (given["Subject"]["value"], given["Class"]["value"]) == ("a photo of sks dog", "a photo of a dog")
+    assert given["Photos"]["folder"] == "my_photos"
+    assert given["Train"]["class_images"] == given["Class images"]["count"] == 200
+    assert given["Photos"]["resolution"] == given["Class images"]["resolution"] == given["Size and number"]["width"]
+    usual = {"train": "LoRA", "prior_weight": 1.0, "learning_rate": 0, "seed": 0, "prior": "class images"}
+    assert usual.items() <= given["Train"].items()
+    before, after, subject = (
+        {name: value for name, value in given[f"Sample the {what}"].items() if not isinstance(value, list)}
+        for what in ("class before", "class after", "subject")
+    )
+    assert before == after == subject
+
+
+@pytest.mark.server
+def test_dreambooth_draws_class_images_trains_and_saves(server):
+    """The example on the tiny base, two steps and two class images only."""
+    folder = server.path("input", "example_dreambooth")
+    shutil.copytree(world.CONCEPT_FOLDER / TINY_DREAMBOOTH["Photos"]["folder"], folder, dirs_exist_ok=True)
+    for caption in folder.glob("*.txt"):
+        caption.unlink()
+    values = copy.deepcopy(TINY_DREAMBOOTH)
+    values["Photos"]["folder"] = folder.name
+    values["Class images"].update(count=2, steps=2)
+    values["Train"].update(class_images=2, steps=2)
+    for what in ("the class before", "the class after", "the subject"):
+        values[f"Sample {what}"]["steps"] = 2
+    workflow = read_workflow(DREAMBOOTH)
+    entry = server.run(to_prompt(workflow, server.object_info(), values))
+
+    def node(title):
+        return str(find_nodes(workflow, title)[0]["id"])
+
+    assert len(entry["outputs"][node("Class images")]["images"]) == 2
+    text = entry["outputs"][node("Train")]["text"][0]
+    assert "2 steps trained" in text
+    assert "2 class images were given" in text
+    before, after, subject = (
+        server.download(entry, node(title)) for title in ("The class before", "The class after", "The subject")
+    )
+    assert len(before) == len(after) == len(subject) == 2
+    assert len({*before, *after, *subject}) == 6
+    assert server.path("output", "loras") in Path(entry["outputs"][node("Save the LoRA")]["text"][0]).parents

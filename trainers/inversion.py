@@ -105,7 +105,7 @@ def address(dataset: Dataset, name: str, templates: str) -> Dataset:
     """The dataset with the word in every caption.
 
     In captions it stands where the trigger, the bare name or `[trigger]` stands; a caption without any gets it in front
-    where the dataset has a trigger. A picture without a caption gets the templates, shown in turn.
+    where the dataset has a trigger. A picture without a caption gets the templates, shown in turn. Class images stay.
 
     Args:
         templates: key of TEMPLATES.
@@ -117,6 +117,10 @@ def address(dataset: Dataset, name: str, templates: str) -> Dataset:
     found = []
     lacking = []
     for example in dataset.examples:
+        if example.prior:
+            # A class image shows the class, not the thing.
+            found.append(example)
+            continue
         texts = tuple(_renamed(text, example, name) for text in example.captions if text)
         if not texts:
             texts = tuple(template.format(word) for template in TEMPLATES[templates])

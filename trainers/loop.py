@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -46,12 +46,17 @@ class Shown:
         conditioning: what it is conditioned on; without tensors where the text is encoded at every step.
         weight: None, or the loss weights [1, 1, ...] of the latent's positions.
         caption: the text, where it is encoded at every step.
+        factor: on its loss; the prior weight for a class image.
+        anchor: None, or the same latent conditioned on its class prompt, what the frozen base predicts for which is to
+            be preserved.
     """
 
     latent: torch.Tensor
     conditioning: Conditioning
     weight: torch.Tensor | None = None
     caption: str | None = None
+    factor: float = 1.0
+    anchor: Shown | None = None
 
 
 @dataclass(frozen=True)
@@ -63,12 +68,14 @@ class Item:
         bucket: (width, height) in pixels; items of one bucket can be batched.
         repeats: how often an epoch shows it.
         show: gives a showing by its turn, how often the run showed the item before; by None the one that never varies.
+        prior: whether it is a class image.
     """
 
     name: str
     bucket: tuple[int, int]
     repeats: int
     show: Callable[[int | None], Shown]
+    prior: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,7 @@ class Plan:
         groups: of the trainables, all of them; empty for one group with the recipe's learning rate.
         settle: called with the step's factor on the learning rates after every optimiser step, to keep trainables
             where they must be.
+        frozen: gives a context in which the denoiser predicts as the base did before it was given trainables.
     """
 
     recipe: Recipe
@@ -90,6 +98,7 @@ class Plan:
     export: Callable[[dict[str, torch.Tensor], int], Products]
     groups: Sequence[Group] = ()
     settle: Callable[[float], None] = lambda factor: None
+    frozen: Callable[[], AbstractContextManager] = nullcontext
 
     def all_groups(self) -> Sequence[Group]:
         """The groups, or the one that stands for none."""
@@ -118,7 +127,7 @@ def train(plan: Plan, run: Run, host: Host, state: State) -> State:
     scaler = _loss_scaler(host)
     _restore(state, plan, optimiser, average, scaler)
     factor = lr_factor(recipe.schedule, recipe.warmup_steps, recipe.steps, recipe.num_cycles, recipe.power)
-    batches = batches_from(state.batches, _buckets(plan), _repeats(plan), recipe.batch_size, recipe.seed)
+    batches = _batches(plan, state.batches)
     saved = state.step
     moving = False
 
@@ -194,16 +203,20 @@ def _set_rates(optimiser, groups: Sequence[Group], plan: Plan, share: float, ste
 
 
 def _gradients(plan: Plan, host: Host, window: list, step: int, scaler) -> tuple[float, list[str]]:
-    """Accumulates the gradient of the mean loss over all examples of a window; the mean and their names."""
+    """Accumulates the gradient of the mean over all examples of a window of their losses, each times its factor.
+
+    Returns:
+        The mean and the examples' names.
+    """
     total = sum(len(batch) for _, batch in window)
     summed = 0.0
     names = []
     for number, (_, batch) in enumerate(window):
         names.extend(plan.train[index].name for index, _ in batch)
         for part in _parts(_shown(plan, batch), plan.recipe, step, number, host):
-            losses = _losses(host, *part)
-            scaler.scale(losses.sum() / total).backward()
-            summed += float(losses.detach().sum())
+            for losses in _terms(plan, host, *part):
+                scaler.scale(losses.sum() / total).backward()
+                summed += float(losses.detach().sum())
     return summed / total, names
 
 
@@ -231,6 +244,22 @@ def _parts(shown: list[Shown], recipe: Recipe, step: int, number: int, host: Hos
         yield part if asked is None else (*part, asked.part(start, stop))
 
 
+def _terms(
+    plan: Plan,
+    host: Host,
+    shown: list[Shown],
+    x0: torch.Tensor,
+    noise: torch.Tensor,
+    sigma: torch.Tensor,
+    asked: Asked | None = None,
+) -> Iterator[torch.Tensor]:
+    """The losses of the examples and of what is preserved beside them, each [B] float32 with a graph of its own."""
+    yield _losses(host, shown, x0, noise, sigma, asked)
+    rows = [row for row, one in enumerate(shown) if one.anchor is not None]
+    if rows:
+        yield _drifts(plan, host, [shown[row].anchor for row in rows], x0[rows], noise[rows], sigma[rows])
+
+
 def _losses(
     host: Host,
     shown: list[Shown],
@@ -250,8 +279,25 @@ def _losses(
     with OutOfPlace():
         prediction = denoiser.predict(x_t, sigma, _conditionings(host, shown))
     if asked is not None:
-        return asked.losses(denoiser, prediction, target, sigma, _weights(shown, x0))
-    return example_losses(prediction, target, _weights(shown, x0))
+        losses = asked.losses(denoiser, prediction, target, sigma, _weights(shown, x0))
+    else:
+        losses = example_losses(prediction, target, _weights(shown, x0))
+    return losses * _factors(shown, x0)
+
+
+def _drifts(
+    plan: Plan, host: Host, shown: list[Shown], x0: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor
+) -> torch.Tensor:
+    """How far the prediction for each class prompt is from the frozen base's, [B] float32, with its graph."""
+    denoiser = host.denoiser
+    x0 = x0.to(denoiser.device)
+    sigma = sigma.to(denoiser.device)
+    x_t = denoiser.add_noise(x0, noise.to(denoiser.device), sigma)
+    with torch.no_grad(), plan.frozen():
+        target = denoiser.predict(x_t, sigma, _conditionings(host, shown))
+    with OutOfPlace():
+        prediction = denoiser.predict(x_t, sigma, _conditionings(host, shown))
+    return example_losses(prediction, target, _weights(shown, x0)) * _factors(shown, x0)
 
 
 def _conditionings(host: Host, shown: list[Shown]) -> list[Conditioning]:
@@ -271,12 +317,17 @@ def _weights(shown: list[Shown], x0: torch.Tensor) -> torch.Tensor | None:
     return torch.cat([ones if one.weight is None else one.weight.to(ones) for one in shown])
 
 
+def _factors(shown: list[Shown], x0: torch.Tensor) -> torch.Tensor | float:
+    if all(one.factor == 1.0 for one in shown):
+        return 1.0
+    return torch.tensor([one.factor for one in shown], device=x0.device)
+
+
 def batch_loss(plan: Plan, host: Host) -> torch.Tensor:
     """The mean loss of the run's first batch, with its graph; the same at every call."""
-    recipe = plan.recipe
-    _, batch = next(batches_from(0, _buckets(plan), _repeats(plan), recipe.batch_size, recipe.seed))
-    parts = [_losses(host, *part) for part in _parts(_shown(plan, batch), recipe, 0, 0, host)]
-    return torch.cat(parts).mean()
+    _, batch = next(_batches(plan, 0))
+    parts = _parts(_shown(plan, batch), plan.recipe, 0, 0, host)
+    return sum(losses.sum() for part in parts for losses in _terms(plan, host, *part)) / len(batch)
 
 
 def fixed_losses(items: Sequence[Item], recipe: Recipe, host: Host) -> torch.Tensor:
@@ -326,7 +377,7 @@ def _preview(plan: Plan, run: Run, host: Host, state: State) -> None:
 
 
 def _usual_bucket(plan: Plan) -> tuple[int, int]:
-    buckets = [item.bucket for item in plan.train]
+    buckets = [item.bucket for item in plan.train if not item.prior]
     return max(sorted(set(buckets)), key=buckets.count)
 
 
@@ -447,6 +498,12 @@ def _keep_before_leaving(keep: Callable[[], None]) -> None:
 
 def _due(step: int, every: int, last: int) -> bool:
     return step % every == 0 or step == last
+
+
+def _batches(plan: Plan, position: int) -> Iterator[tuple[int, list[tuple[int, int]]]]:
+    recipe = plan.recipe
+    prior = [item.prior for item in plan.train]
+    return batches_from(position, _buckets(plan), _repeats(plan), recipe.batch_size, recipe.seed, prior)
 
 
 def _buckets(plan: Plan) -> list[tuple[int, int]]:

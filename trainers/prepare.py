@@ -15,6 +15,7 @@ from .data.cache import Cache, LatentCache, MaskCache, TextCache, cache_size, pr
 from .data.examples import LeftOut
 from .data.memory import Keep
 from .data.order import stream_seed, turns_within
+from .data.prior import refuse_if_one_sided
 from .data.scan import reason_of, shortened
 from .errors import DatasetError, SettingsError
 from .protocols import Conditioning
@@ -97,6 +98,7 @@ def prepare(dataset: Dataset, recipe: Recipe, host: Host, cache_folder: str, cac
     maker = _Maker(dataset, recipe, host, cache_folder)
     cuts = maker.encode_pictures(cuts, left_out)
     _refuse_if_empty(dataset, cuts, left_out)
+    refuse_if_one_sided(dataset, [cut.example for cut in cuts], left_out)
     validation = held_out(cuts, recipe)
     training = [cut for cut in cuts if cut.place not in validation]
     maker.encode_captions(training, [cut for cut in cuts if cut.place in validation])
@@ -137,7 +139,8 @@ def held_out(cuts: list[_Cuts], recipe: Recipe) -> set[int]:
         SettingsError: nothing would be left to train on.
     """
     marked = {cut.place for cut in cuts if cut.example.held_out}
-    rest = [cut for cut in cuts if cut.place not in marked]
+    # Validation measures how well the subject is learnt; class images are all trained on.
+    rest = [cut for cut in cuts if cut.place not in marked and not cut.example.prior]
     count = round(recipe.validation_fraction * len(rest))
     if recipe.validation_fraction > 0:
         count = max(1, count)
@@ -211,10 +214,11 @@ class _Maker:
         return tuple(self._latents.get(self._latents.key(example, crop))["mean"].shape[-2:])
 
     def encode_captions(self, training: list[_Cuts], validation: list[_Cuts]) -> None:
-        """Encodes the captions that the run will show, and those of validation."""
+        """Encodes the captions that the run will show, those of validation, and the anchors' prompts."""
         if self._texts is None:
             return
         wanted = dict.fromkeys(captions.plain(cut.example) for cut in validation)
+        wanted.update((cut.example.anchor.prompt, None) for cut in training if cut.example.anchor is not None)
         recipe = self._recipe
         pairs = [(cut, crop) for cut in training for crop in cut.crops]
         turns = turns_within(
@@ -222,6 +226,7 @@ class _Maker:
             [crop.bucket for _, crop in pairs],
             [cut.example.repeats for cut, _ in pairs],
             recipe.batch_size,
+            [cut.example.prior for cut, _ in pairs],
         )
         for (cut, crop), times in zip(pairs, turns, strict=True):
             example = cut.example
@@ -266,7 +271,7 @@ class _Maker:
         def show(turn: int | None) -> Shown:
             return self._show(cut, crop, turn)
 
-        return Item(cut.example.source.name, crop.bucket, cut.example.repeats, show)
+        return Item(cut.example.source.name, crop.bucket, cut.example.repeats, show, cut.example.prior)
 
     def _show(self, cut: _Cuts, crop: Crop, turn: int | None) -> Shown:
         from .loop import Shown
@@ -275,15 +280,27 @@ class _Maker:
         caption, drawn, source = self._draw(cut, crop, turn)
         key = self._latents.key(example, drawn)
         latent = self._host.denoiser.scale_latents(self._latent(key, source))
-        tensors = {}
-        if self._texts is not None:
-            tensors = self._keep.get(f"text {caption}", lambda: self._texts.get(caption))
-        conditioning = Conditioning(tensors, example.size, drawn.offset, drawn.bucket)
+        conditioning = self._conditioning(caption, example, drawn)
         weight = None
         if example.mask is not None:
             weight = self._weight(example, drawn, tuple(latent.shape[-2:]))
             weight = weight.view(1, 1, *[1] * (latent.ndim - 4), *latent.shape[-2:])
-        return Shown(latent, conditioning, weight, caption if self._texts is None else None)
+        anchor = None
+        if turn is not None and example.anchor is not None:
+            told = self._conditioning(example.anchor.prompt, example, drawn)
+            live = self._live(example.anchor.prompt)
+            anchor = Shown(latent, told, weight, live, example.anchor.weight)
+        return Shown(latent, conditioning, weight, self._live(caption), example.weight, anchor)
+
+    def _conditioning(self, caption: str, example: Example, drawn: Crop) -> Conditioning:
+        """What a showing is conditioned on; without tensors where the text is encoded at every step."""
+        tensors = {}
+        if self._texts is not None:
+            tensors = self._keep.get(f"text {caption}", lambda: self._texts.get(caption))
+        return Conditioning(tensors, example.size, drawn.offset, drawn.bucket)
+
+    def _live(self, caption: str) -> str | None:
+        return caption if self._texts is None else None
 
     def _draw(self, cut: _Cuts, crop: Crop, turn: int | None):
         """(caption, cut, source of the latent's noise) of a showing: by seed, place and turn alone.

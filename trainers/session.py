@@ -6,6 +6,7 @@ import hashlib
 import logging
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from . import inversion
@@ -111,7 +112,16 @@ def _train(recipe, dataset, host, folders, method, identity, run, state, export)
             run.clear()
         run.write_recipe(recipe, identity, facts)
         run.forget_after(state.step)
-        plan = Plan(recipe, prepared.training, prepared.validation, trainables, export, groups, settle)
+        plan = Plan(
+            recipe,
+            prepared.training,
+            prepared.validation,
+            trainables,
+            export,
+            groups,
+            settle,
+            partial(method.switched_off, denoiser.module),
+        )
         if state.step == 0:
             _check_gradient(plan, host)
         _check_names(plan, host)
@@ -129,8 +139,11 @@ def _keep_still(factor: float) -> None:
 
 
 def _counts(prepared: Prepared) -> dict[str, int]:
-    training, validation = ({item.name for item in items} for items in (prepared.training, prepared.validation))
-    return {"images": len(training | validation), "validation_images": len(validation)}
+    subject = [item for item in prepared.training if not item.prior]
+    training, validation = ({item.name for item in items} for items in (subject, prepared.validation))
+    classes = {item.name for item in prepared.training if item.prior}
+    counts = {"images": len(training | validation), "validation_images": len(validation)}
+    return {**counts, "class_images": len(classes)} if classes else counts
 
 
 def _base(host: Host) -> str:
@@ -201,7 +214,8 @@ def _exporter(method, recipe: Recipe, host: Host, dataset: Dataset, identity: st
             "max_grad_norm": recipe.max_grad_norm,
             "total_batch_size": recipe.batch_size,
             "gradient_accumulation_steps": recipe.accumulation,
-            "num_train_images": sum(example.repeats for example in dataset.examples),
+            "num_train_images": sum(one.repeats for one in dataset.examples if not one.prior),
+            "num_reg_images": sum(one.prior for one in dataset.examples),
             "steps": step,
             "max_train_steps": recipe.steps,
             "seed": recipe.seed,

@@ -45,6 +45,17 @@ def index_folder() -> str:
     return os.path.join(folders().cache, "index")
 
 
+def class_images_folder() -> str:
+    """Where class images are kept; not among the caches, since drawing them takes long and they can be looked at."""
+    return os.path.join(folders().runs, "class_images")
+
+
+def shown_output(path: str) -> dict[str, str]:
+    """A picture below the output folder as a node shows it in the browser."""
+    folder, filename = os.path.split(os.path.relpath(path, folder_paths.get_output_directory()))
+    return {"filename": filename, "subfolder": folder.replace(os.sep, "/"), "type": "output"}
+
+
 def _roots() -> dict[str, str]:
     """Allowed roots of datasets by the name they are shown with; the input folder has none."""
     roots = {"": folder_paths.get_input_directory()}

@@ -87,3 +87,14 @@ def counter(node: str):
             bar.update_absolute(done, max(1, total))
 
     return tick
+
+
+def gallery(node: str, total: int):
+    """A function of (done, picture) that moves a node's bar, shows the picture and raises the host's interruption."""
+    bar = comfy.utils.ProgressBar(total, node_id=node)
+
+    def tick(done: int, picture=None) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        bar.update_absolute(done, total, ("JPEG", picture, _PREVIEW_SIDE) if picture is not None else None)
+
+    return tick

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import comfy.model_management
@@ -10,6 +11,7 @@ import comfy.samplers
 import torch
 
 from ...trainers.protocols import PreviewRequest
+from .text import ComfyText
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -25,39 +27,23 @@ SCHEDULERS = comfy.samplers.KSampler.SCHEDULERS
 _BAKED = ("patches", "backup", "backup_buffers", "object_patches", "object_patches_backup", "pinned")
 
 
-class PreviewSampler:
-    """Draws with the private tree itself, so that no second copy of the weights is patched for it."""
+class _Sampler:
+    """Draws with a patcher as the host's own sampling nodes do."""
 
-    def __init__(self, model: ModelPatcher, base, text: ComfyText, vae: VAE):
-        self._patcher = model.clone()
-        self._patcher.model = base
-        for name in _BAKED:
-            if hasattr(self._patcher, name):
-                setattr(self._patcher, name, type(getattr(self._patcher, name))())
-        base.current_weight_patches_uuid = self._patcher.patches_uuid
+    def __init__(self, patcher: ModelPatcher, text: ComfyText, vae: VAE):
+        self._patcher = patcher
         self._text = text
         self._vae = vae
 
-    def draw(self, request: PreviewRequest) -> list[Image.Image]:
-        """One picture for each prompt."""
-        with torch.no_grad():
-            negative = self._text.prompt(request.negative)
-            positives = [self._text.prompt(prompt) for prompt in request.prompts]
-            try:
-                latents = [self._sample(positive, negative, request, i) for i, positive in enumerate(positives)]
-            finally:
-                self._forget()
-            return [_picture(self._vae.decode(latent)) for latent in latents]
-
-    def _sample(self, positive: list, negative: list, request: PreviewRequest, index: int) -> torch.Tensor:
+    def _sample(self, positive: list, negative: list, request: PreviewRequest, seeds: Sequence[int]) -> torch.Tensor:
+        """Latents [len(seeds), C, ...] of one prompt, the noise of each by its own seed alone."""
         factor = int(self._vae.spacial_compression_encode())
         channels = self._patcher.get_model_object("latent_format").latent_channels
-        latent = torch.zeros(1, channels, request.size[1] // factor, request.size[0] // factor)
+        latent = torch.zeros(len(seeds), channels, request.size[1] // factor, request.size[0] // factor)
         latent = comfy.sample.fix_empty_latent_channels(self._patcher, latent)
-        seed = request.seed + index
         return comfy.sample.sample(
             self._patcher,
-            comfy.sample.prepare_noise(latent, seed),
+            torch.cat([comfy.sample.prepare_noise(latent[:1], seed) for seed in seeds]),
             request.steps,
             request.cfg,
             request.sampler_name,
@@ -65,9 +51,54 @@ class PreviewSampler:
             positive,
             negative,
             latent,
+            callback=_stop_if_interrupted,
             disable_pbar=True,
-            seed=seed,
+            seed=seeds[0],
         )
+
+
+class ClassSampler(_Sampler):
+    """Draws class images with the graph's own model: several of one prompt side by side."""
+
+    def __init__(self, patcher: ModelPatcher, text: ComfyText, vae: VAE):
+        super().__init__(patcher, text, vae)
+        self._literal: dict[str, list] = {}
+
+    def draw(self, request: PreviewRequest, numbers: Sequence[int]) -> list[Image.Image]:
+        """Pictures of the request's one prompt, taken literally as captions are; picture i has the seed + i."""
+        (prompt,) = request.prompts
+        with torch.no_grad():
+            if prompt not in self._literal:
+                self._literal[prompt] = self._text.encode_for_sampling(prompt)
+            seeds = [(request.seed + number) % 2**64 for number in numbers]
+            latents = self._sample(self._literal[prompt], self._text.prompt(request.negative), request, seeds)
+            return [_picture(self._vae.decode(latent)) for latent in latents.split(1)]
+
+
+class PreviewSampler(_Sampler):
+    """Draws with the private tree itself, so that no second copy of the weights is patched for it."""
+
+    def __init__(self, model: ModelPatcher, base, text: ComfyText, vae: VAE):
+        super().__init__(model.clone(), text, vae)
+        self._patcher.model = base
+        for name in _BAKED:
+            if hasattr(self._patcher, name):
+                setattr(self._patcher, name, type(getattr(self._patcher, name))())
+        base.current_weight_patches_uuid = self._patcher.patches_uuid
+
+    def draw(self, request: PreviewRequest) -> list[Image.Image]:
+        """One picture for each prompt."""
+        with torch.no_grad():
+            negative = self._text.prompt(request.negative)
+            positives = [self._text.prompt(prompt) for prompt in request.prompts]
+            try:
+                latents = [
+                    self._sample(positive, negative, request, [request.seed + index])
+                    for index, positive in enumerate(positives)
+                ]
+            finally:
+                self._forget()
+            return [_picture(self._vae.decode(latent)) for latent in latents]
 
     def _forget(self) -> None:
         """Takes the tree off the host's list of loaded models: the host must not unload what is being trained."""
@@ -77,6 +108,11 @@ class PreviewSampler:
                 loaded.remove(entry)
                 if entry.model_finalizer is not None:
                     entry.model_finalizer.detach()
+
+
+def _stop_if_interrupted(step: int, x0, x, total: int) -> None:
+    """Lets a cancelled drawing end after the step it is in."""
+    comfy.model_management.throw_exception_if_processing_interrupted()
 
 
 def _picture(pixels: torch.Tensor) -> Image.Image:

@@ -58,6 +58,10 @@ class ComfyText:
             self._prompts[prompt] = self._clip.encode_from_tokens_scheduled(self._clip.tokenize(prompt))
         return self._prompts[prompt]
 
+    def encode_for_sampling(self, caption: str) -> list:
+        """The conditioning of a literal caption as the host's sampler takes it."""
+        return self._clip.encode_from_tokens_scheduled(_literal_tokens(self._clip, caption))
+
     def count_tokens(self, caption: str) -> int:
         """Tokens of the longest encoder, without start, end and padding."""
         tokens = _literal_tokens(self._clip, caption, return_word_ids=True)

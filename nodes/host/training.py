@@ -67,7 +67,7 @@ def train(
         GraftError: with input and cure.
         The host's interruption, after what was reached was saved.
     """
-    _check_sockets(model, clip, vae)
+    check_sockets(model, clip, vae)
     with torch.inference_mode(False):
         text = ComfyText(clip)
         denoiser = ComfyDenoiser(model, text, vae)
@@ -117,7 +117,7 @@ def _missing(result) -> str:
     return f" Left out of the dataset: {shortened(result.left_out)}."
 
 
-def _check_sockets(model, clip, vae) -> None:
+def check_sockets(model, clip, vae) -> None:
     """Refuses what cannot be trained before anything is read.
 
     Raises:

@@ -56,6 +56,7 @@ SET = {
         "power": 2.0,
     },
     "memory": {"checkpointing": "on", "compute_dtype": "bf16", "micro_batch": 2},
+    "pivotal": {"name": "w", "init_text": "dog", "vectors": 3, "learning_rate": 0.1, "stop_fraction": 0.3},
     "objective": {
         "timesteps": "logit-normal",
         "min_timestep": 100,
@@ -90,7 +91,9 @@ FREE = {"run", "preview", "memory"}
 
 @pytest.mark.parametrize("kind, name", [(kind, name) for kind in SET for name in SET[kind]])
 def test_every_field_arrives_in_the_recipe(kind, name):
-    without = Options().adding(*BESIDE.get(name, (kind, {})))
+    # Of a word nothing is asked but with its name.
+    word = {"name": "w"} if kind == "pivotal" and name != "name" else {}
+    without = Options().adding(*BESIDE.get(name, (kind, word)))
     recipe = resolved(without.adding(kind, {name: SET[kind][name]}))
     if name != "optimizer":
         assert recipe != resolved(without)

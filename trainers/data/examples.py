@@ -67,6 +67,19 @@ def read_resolutions(text: str) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
+class Anchor:
+    """What the model must go on predicting for a subject's class, learnt beside an example without class images.
+
+    Attributes:
+        prompt: the class prompt, literal; the frozen base's own prediction for it is the target.
+        weight: of that loss, beside 1 for the example's own.
+    """
+
+    prompt: str
+    weight: float
+
+
+@dataclass(frozen=True)
 class Example:
     """One picture and its captions.
 
@@ -80,6 +93,9 @@ class Example:
         mask: None, or a source whose picture is the loss weight (white counts, black does not), with a `.digest`.
         handling: how it is varied.
         held_out: whether it serves validation alone.
+        weight: factor on its loss.
+        prior: whether it is a class image, drawn one to one with those that are none.
+        anchor: None, or what is to be preserved beside it.
     """
 
     source: Source
@@ -91,6 +107,9 @@ class Example:
     mask: Source | None = None
     handling: Handling = field(default_factory=Handling)
     held_out: bool = False
+    weight: float = 1.0
+    prior: bool = False
+    anchor: Anchor | None = None
 
 
 class Source:
@@ -147,11 +166,20 @@ class Dataset:
             if way is None:
                 way = ways[example.handling] = json.dumps(asdict(example.handling), sort_keys=True)
             mask = example.mask.digest if example.mask else ""
-            rows.append(
-                [example.digest, example.captions, example.trigger, example.repeats, mask, way, example.held_out]
-            )
+            row = [example.digest, example.captions, example.trigger, example.repeats, mask, way, example.held_out]
+            rows.append(row + _prior_marks(example))
         text = json.dumps([rows, self.resolution])
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _prior_marks(example: Example) -> list:
+    """What prior preservation adds to an example's row; nothing without it, so that runs made before are found."""
+    marks = []
+    if example.prior or example.weight != 1.0:
+        marks.append(["prior" if example.prior else "weight", example.weight])
+    if example.anchor is not None:
+        marks.append(["anchor", example.anchor.prompt, example.anchor.weight])
+    return marks
 
 
 def combine(a: Dataset, b: Dataset) -> Dataset:

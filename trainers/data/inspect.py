@@ -158,11 +158,13 @@ def report(findings: Findings, cache_bytes: int = -1) -> str:
     """
     dataset = findings.dataset
     rows = findings.rows
-    held = sum(row.example.held_out for row in rows)
-    epoch = sum(row.example.repeats * len(row.crops) for row in rows if not row.example.held_out)
+    own = [row for row in rows if not row.example.prior]
+    held = sum(row.example.held_out for row in own)
+    epoch = sum(row.example.repeats * len(row.crops) for row in own if not row.example.held_out)
     lines = [
-        f"Dataset '{dataset.name}': {len(rows)} pictures, {epoch} in an epoch"
+        f"Dataset '{dataset.name}': {len(own)} pictures, {epoch} in an epoch"
         + (f", {held} held out for validation." if held else "."),
+        *_prior_lines(rows, epoch),
         f"Resolution {findings.geometry.resolution}, buckets in steps of {findings.geometry.step} pixels.",
     ]
     for bucket, number in sorted(findings.buckets.items()):
@@ -195,6 +197,23 @@ def report(findings: Findings, cache_bytes: int = -1) -> str:
         lines.append(f"All cached latents and texts take {cache_bytes / 1e6:.0f} MB; they may be deleted at any time.")
     # As a list, since a node that shows text may take it for Markdown and join the lines.
     return "\n".join(f"- {line}" for line in lines)
+
+
+def _prior_lines(rows: Sequence[Finding], epoch: int) -> list[str]:
+    """What is preserved, and how."""
+    classes = [row for row in rows if row.example.prior]
+    lines = []
+    if classes:
+        weights = ", ".join(f"{weight:g}" for weight in sorted({row.example.weight for row in classes}))
+        said = sorted({row.caption for row in classes})
+        shown = ", ".join(f"'{caption}'" for caption in said[:_SHOWN]) + (" ..." if len(said) > _SHOWN else "")
+        lines.append(
+            f"{len(classes)} class images besides, weight {weights}; an epoch shows {epoch} of them, all in turn. "
+            f"Their captions: {shown}"
+        )
+    anchors = sorted({(a.prompt, a.weight) for row in rows if (a := row.example.anchor) is not None})
+    lines += [f"Held to what the model predicts for '{prompt}', weight {weight:g}." for prompt, weight in anchors]
+    return lines
 
 
 def _repeats(rows: Sequence[Finding]) -> list[str]:

@@ -62,7 +62,7 @@ def chosen(findings: Findings) -> list[Finding]:
     """The examples that are drawn: all if they fit, else the flagged ones first and an even choice of the rest."""
     rows = findings.rows
     if len(rows) <= _LIMIT:
-        return sorted(rows, key=lambda row: not row.flags)
+        return sorted(rows, key=lambda row: (row.example.prior, not row.flags))
     flagged = sorted((row for row in rows if row.flags), key=lambda row: (-len(row.flags), row.kept))[: _LIMIT * 2 // 3]
     taken = {id(row) for row in flagged}
     rest = [row for row in rows if id(row) not in taken]
@@ -83,8 +83,11 @@ def _font() -> ImageFont.ImageFont:
 
 
 def _bucket_bars(findings: Findings) -> tuple[str, list[tuple[str, int]]]:
-    title = f"{findings.dataset.name}: {_counted(len(findings.rows), 'picture')}"
+    classes = sum(row.example.prior for row in findings.rows)
+    title = f"{findings.dataset.name}: {_counted(len(findings.rows) - classes, 'picture')}"
     title += f", {_counted(len(findings.buckets), 'bucket')}"
+    if classes:
+        title += f", {_counted(classes, 'class image')}"
     if findings.left_out:
         title += f", {len(findings.left_out)} left out"
     return title, [(f"{size[0]}x{size[1]}", number) for size, number in findings.buckets.most_common(_BARS)]
@@ -130,7 +133,7 @@ def _draw_cell(sheet: Image.Image, draw, finding: Finding, corner: tuple[int, in
     example = finding.example
     cuts = " ".join(f"{one.bucket[0]}x{one.bucket[1]}" for one in finding.crops)
     repeats = f" x{example.repeats}" if example.repeats > 1 else ""
-    held = "  validation" if example.held_out else ""
+    held = "  validation" if example.held_out else "  class image" if example.prior else ""
     caption = _wrapped(draw, finding.caption or "(no caption)", width, _CAPTION_LINES)
     # Of a long name the end tells more than the folder it begins with.
     lines = [(_fitting(draw, example.source.name, width, keep_end=True), _INK)]

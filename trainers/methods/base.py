@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from ..errors import SettingsError
 from ..optimisers import Group
 
 if TYPE_CHECKING:
@@ -27,6 +29,34 @@ class Method:
     def inject(self, module: nn.Module, targets: list[str], recipe: Recipe) -> dict[str, nn.Parameter]:
         """Adds the trainables to a private tree and returns them by name, float32, in a stable order."""
         raise NotImplementedError
+
+    @contextmanager
+    def switched_off(self, module: nn.Module) -> Iterator[None]:
+        """Within it the tree that `inject` was given predicts as the frozen base, to the bit.
+
+        Here for peft's layers, whose own switch is used. Not through peft's `enable_adapters`: that also stops the
+        gradients, and those of a group that is over would start again with it.
+
+        Raises:
+            SettingsError: the method has nothing of that kind to switch off.
+        """
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        layers = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
+        if not layers:
+            raise SettingsError(
+                f"The frozen base cannot be asked while {self.name} is trained.",
+                "Preserve the class by class images instead.",
+                "prior",
+            )
+        before = [layer.disable_adapters for layer in layers]
+        for layer in layers:
+            layer._disable_adapters = True
+        try:
+            yield
+        finally:
+            for layer, off in zip(layers, before, strict=True):
+                layer._disable_adapters = off
 
     def groups(self, trainables: dict[str, nn.Parameter], recipe: Recipe) -> list[Group]:
         """Which trainables share a learning rate: all, unless a method says otherwise."""

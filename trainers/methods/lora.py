@@ -36,6 +36,8 @@ def _lean(layer: nn.Module) -> None:
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         out = base(x)
+        if layer.disable_adapters:
+            return out
         middle = down(x.to(down.weight.dtype))
         if scale != 1.0:
             middle = middle * scale

@@ -1,0 +1,286 @@
+"""Nodes that learn a subject and keep its class as it was."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..trainers.data import class_images, prior
+from .host.sampling import SAMPLERS, SCHEDULERS
+from .schema import CATEGORY, Adapter, Dataset, LossMap, advanced, named, options_input
+
+_DATASET = f"{CATEGORY}/dataset"
+_TRAIN = f"{CATEGORY}/train"
+_TOP_SEED = 0xFFFFFFFFFFFFFFFF
+
+
+def _prior_weight(name: str) -> io.Float.Input:
+    return io.Float.Input(
+        name,
+        default=1.0,
+        min=0.0,
+        max=100.0,
+        step=0.01,
+        tooltip="How much the class counts beside the subject, which counts 1. 0: the class is not preserved.",
+    )
+
+
+class GraftClassImages(io.ComfyNode):
+    """Pictures of a class, drawn by the graph's own base."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="GraftClassImages",
+            display_name="Graft Class Images",
+            category=_DATASET,
+            description="Draws pictures of a class with the graph's own model, for prior preservation. "
+            "They are kept on disk: queued again none is drawn, a larger count draws the missing ones.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model that will be trained: it draws its own idea of the class."),
+                io.Clip.Input("clip", tooltip="The model's text encoder."),
+                io.Vae.Input("vae", tooltip="The model's VAE."),
+                io.String.Input(
+                    "class_prompt",
+                    default="",
+                    multiline=True,
+                    tooltip="The class without the subject's word: a photo of a dog. It is also their caption.",
+                ),
+                io.Int.Input("count", default=200, min=1, max=100_000, tooltip="How many pictures there should be."),
+                io.Int.Input("steps", default=class_images.STEPS, min=1, max=1000, tooltip="Sampling steps."),
+                io.Float.Input(
+                    "cfg", default=0.0, min=0.0, max=100.0, step=0.1, tooltip="Guidance. 0: the family's own."
+                ),
+                io.Int.Input(
+                    "resolution",
+                    default=0,
+                    min=0,
+                    max=8192,
+                    step=8,
+                    tooltip="Side in pixels, as the dataset's. 0: what the model was made for.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=_TOP_SEED,
+                    control_after_generate=False,
+                    tooltip="Noise of the first picture; the others count up from it.",
+                ),
+                io.String.Input("negative_prompt", default="", multiline=True, tooltip="What not to draw."),
+                io.Combo.Input("sampler_name", options=["auto", *SAMPLERS], default="auto", tooltip="auto: euler."),
+                io.Combo.Input(
+                    "scheduler", options=["auto", *SCHEDULERS], default="auto", tooltip="auto: the family's own."
+                ),
+                io.Int.Input(
+                    "batch_size",
+                    default=1,
+                    min=1,
+                    max=256,
+                    tooltip="Pictures drawn side by side: faster on a graphics card, and takes more memory.",
+                ),
+            ],
+            outputs=[
+                Dataset.Output("dataset", display_name="dataset"),
+                io.Image.Output("image", display_name="image"),
+            ],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        clip,
+        vae,
+        class_prompt,
+        count,
+        steps,
+        cfg,
+        resolution,
+        seed,
+        negative_prompt,
+        sampler_name,
+        scheduler,
+        batch_size,
+    ) -> io.NodeOutput:
+        from .host.class_images import Wish, make
+
+        with named(cls):
+            wish = Wish(
+                class_prompt,
+                count,
+                steps,
+                cfg,
+                resolution,
+                seed,
+                negative_prompt,
+                sampler_name,
+                scheduler,
+                batch_size,
+            )
+            made = make(model, clip, vae, wish, cls.hidden.unique_id)
+            return io.NodeOutput(made.dataset, made.batch(), ui={"images": made.shown, "animated": (False,)})
+
+
+class GraftPriorPreservation(io.ComfyNode):
+    """Class images beside a subject's."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="GraftPriorPreservation",
+            display_name="Graft Prior Preservation",
+            category=_DATASET,
+            description="Puts class images beside a subject's, one to one, so that a trainer learns the subject and "
+            "keeps its class as it was.",
+            inputs=[
+                Dataset.Input("dataset", tooltip="The subject's images, with the word that calls it up."),
+                Dataset.Input("class_dataset", tooltip="Images of the class, captioned without that word."),
+                _prior_weight("weight"),
+            ],
+            outputs=[Dataset.Output("dataset_out", display_name="dataset")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, dataset, class_dataset, weight) -> io.NodeOutput:
+        with named(cls):
+            return io.NodeOutput(prior.attach(dataset, class_dataset, weight))
+
+
+class GraftTrainDreamBooth(io.ComfyNode):
+    """A subject learnt from a few images."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="GraftTrainDreamBooth",
+            display_name="Graft Train DreamBooth",
+            category=_TRAIN,
+            description="Learns a subject from a few images under a rare word, and keeps its class as it was. "
+            "The queue is busy while it runs. Queued again, it goes on where it was, or returns what is finished.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model to train on; LoRAs that wait on it count as part of it."),
+                io.Clip.Input("clip", tooltip="The model's text encoder."),
+                io.Vae.Input("vae", tooltip="The model's VAE."),
+                Dataset.Input("dataset", tooltip="The subject's images. Captions of their own are kept."),
+                io.String.Input(
+                    "instance_prompt",
+                    default="",
+                    tooltip="The caption of images without one, a rare word and its class: a photo of sks dog.",
+                ),
+                io.String.Input(
+                    "class_prompt",
+                    default="",
+                    tooltip="The class without that word: a photo of a dog. Class images are drawn for it.",
+                ),
+                io.Int.Input(
+                    "class_images",
+                    default=200,
+                    min=0,
+                    max=100_000,
+                    tooltip="How many class images there should be; the missing ones are drawn. 0: none, no prior.",
+                ),
+                _prior_weight("prior_weight"),
+                io.Combo.Input(
+                    "train",
+                    options=["LoRA", "all weights"],
+                    default="LoRA",
+                    tooltip="LoRA: a small difference on the attention layers. all weights: the whole model.",
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=800,
+                    min=1,
+                    max=1_000_000,
+                    tooltip="Optimiser steps. More steps later go on with the same run.",
+                ),
+                io.Float.Input(
+                    "learning_rate",
+                    default=0.0,
+                    min=0.0,
+                    max=10.0,
+                    step=0.0000001,
+                    round=False,
+                    tooltip="0: the default of the model's family (1e-4 for a LoRA).",
+                ),
+                io.Int.Input("rank", default=16, min=1, max=1024, tooltip="Size of the LoRA; alpha equals it."),
+                io.Int.Input(
+                    "batch_size",
+                    default=2,
+                    min=1,
+                    max=1024,
+                    tooltip="Pictures in a step, class images included: 2 is one of each.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=_TOP_SEED,
+                    control_after_generate=False,
+                    tooltip="Decides start, order and noise. Another seed is another run.",
+                ),
+                Dataset.Input("class_dataset", optional=True, tooltip="Class images of your own, or of another node."),
+                options_input(),
+                advanced(
+                    io.Combo.Input(
+                        "prior",
+                        options=list(prior.PRIORS),
+                        default=prior.PRIORS[0],
+                        optional=True,
+                        tooltip="differential: without class images the class is held to what the model predicted "
+                        "for class_prompt before. A step takes about twice as long.",
+                    )
+                ),
+            ],
+            outputs=[
+                io.Model.Output("trained_model", display_name="model"),
+                io.Clip.Output("trained_clip", display_name="clip"),
+                Adapter.Output("adapter", display_name="adapter"),
+                LossMap.Output("loss", display_name="loss"),
+            ],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        clip,
+        vae,
+        dataset,
+        instance_prompt,
+        class_prompt,
+        class_images,
+        prior_weight,
+        train,
+        steps,
+        learning_rate,
+        rank,
+        batch_size,
+        seed,
+        class_dataset=None,
+        options=None,
+        prior="class images",
+    ) -> io.NodeOutput:
+        from .host import dreambooth
+        from .host.training import Widgets
+
+        with named(cls):
+            done = dreambooth.train(
+                model,
+                clip,
+                vae,
+                dataset,
+                dreambooth.Subject(instance_prompt, class_prompt, class_images, prior_weight, prior),
+                class_dataset,
+                Widgets(train, steps, learning_rate, rank, batch_size, seed),
+                options,
+                cls.hidden.unique_id,
+            )
+            return io.NodeOutput(done.model, done.clip, done.adapter, done.loss, ui=done.ui)
+
+
+NODES = [GraftClassImages, GraftPriorPreservation, GraftTrainDreamBooth]

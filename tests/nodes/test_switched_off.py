@@ -1,0 +1,34 @@
+"""Switched off, what is trained leaves the host's own model to the bit: the target of differential preservation."""
+
+import pytest
+import torch
+from graft_pack.trainers.methods import METHODS
+
+from tests.support import models
+
+pytestmark = pytest.mark.usefixtures("comfy")
+
+
+def drawn(name):
+    """A noised latent and a conditioning."""
+    source = torch.Generator().manual_seed(2)
+    return torch.randn(1, *models.SIZES[name].latent, generator=source), models.conditioning(name, 4)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize("name", models.FAMILIES)
+def test_the_frozen_base_is_the_graphs_own_model(name, checkpointing):
+    x, one = drawn(name)
+    sigma = torch.tensor([0.6])
+    with torch.inference_mode():
+        model = models.patcher(name)
+    with models.in_training(model, name, checkpointing, spread=0.0) as training, torch.no_grad():
+        base = training.denoiser.predict(x, sigma, [one])
+    with models.in_training(model, name, checkpointing, spread=0.1) as training, torch.no_grad():
+        trained = training.denoiser.predict(x, sigma, [one])
+        with METHODS["LoRA"].switched_off(training.denoiser.module):
+            assert torch.equal(training.denoiser.predict(x, sigma, [one]), base)
+            own = models.trained_denoised(training, x, 0.6, one)
+        assert torch.equal(training.denoiser.predict(x, sigma, [one]), trained)
+    assert models.distance(trained, base) > 1e-2
+    assert models.distance(own, models.denoised(model, x, 0.6, one)) <= 1e-5

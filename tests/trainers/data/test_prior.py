@@ -1,0 +1,195 @@
+"""Class images beside a subject: what is attached, how often each is shown, and what stays as it was."""
+
+from collections import Counter
+from dataclasses import replace
+from itertools import islice
+
+import numpy as np
+import pytest
+from graft_pack.trainers.data import inspect, prior, sheet
+from graft_pack.trainers.data.captions import plain
+from graft_pack.trainers.data.examples import combine
+from graft_pack.trainers.data.order import batches_from, epoch_batches, turns_within
+from graft_pack.trainers.data.scan import from_arrays
+from graft_pack.trainers.errors import DatasetError, SettingsError
+from graft_pack.trainers.protocols import Geometry
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+
+def pictures(count, first=0):
+    return [np.random.RandomState(first + n).randint(0, 255, (64, 64, 3)).astype(np.uint8) for n in range(count)]
+
+
+def subject(count=3, trigger="sks", resolution=64, caption="a toy"):
+    return from_arrays(pictures(count), [caption], trigger, resolution)
+
+
+def classes(count=5, caption="a toy on a table", trigger="", resolution=0):
+    return from_arrays(pictures(count, 100), [caption], trigger, resolution)
+
+
+# Each example is (bucket, repeats, whether it is a class image); at least one is none.
+ROWS = st.tuples(st.sampled_from([(64, 64), (96, 48), (48, 96)]), st.integers(1, 3))
+GROUPS = st.tuples(st.lists(ROWS, min_size=1, max_size=9), st.lists(ROWS, min_size=1, max_size=12))
+
+
+def columns(groups):
+    rows = [(*row, False) for row in groups[0]] + [(*row, True) for row in groups[1]]
+    return [list(column) for column in zip(*rows, strict=True)]
+
+
+@settings(deadline=None)
+@given(GROUPS, st.integers(1, 9), st.integers(0, 2**64 - 1), st.integers(0, 20))
+def test_an_epoch_has_as_many_class_images_as_others_and_drops_none(groups, batch_size, seed, epoch):
+    buckets, repeats, marks = columns(groups)
+    batches = epoch_batches(buckets, repeats, batch_size, seed, epoch, marks)
+    shown = Counter(index for batch in batches for index in batch)
+    own = {index: times for index, times in enumerate(repeats) if not marks[index]}
+    assert {index: shown[index] for index in own} == own
+    assert sum(times for index, times in shown.items() if marks[index]) == sum(own.values())
+    for batch in batches:
+        assert 1 <= len(batch) <= batch_size
+        assert len({buckets[index] for index in batch}) == 1
+
+
+@settings(deadline=None)
+@given(GROUPS, st.integers(1, 5), st.integers(0, 100), st.integers(1, 12))
+def test_class_images_are_taken_in_turn_over_the_epochs(groups, batch_size, seed, epochs):
+    """None is shown again before the others had their turn, their repeats counted."""
+    buckets, repeats, marks = columns(groups)
+    shown = Counter()
+    for epoch in range(epochs):
+        shown.update(i for batch in epoch_batches(buckets, repeats, batch_size, seed, epoch, marks) for i in batch)
+    deck = [index for index, mark in enumerate(marks) if mark]
+    own = sum(times for times, mark in zip(repeats, marks, strict=True) if not mark)
+    rounds = epochs * own // sum(repeats[index] for index in deck)
+    for index in deck:
+        assert rounds * repeats[index] <= shown[index] <= (rounds + 1) * repeats[index]
+
+
+@settings(deadline=None)
+@given(GROUPS, st.integers(1, 5), st.integers(0, 40))
+def test_going_on_from_any_place_is_the_same_and_turns_count_showings(groups, batch_size, position):
+    buckets, repeats, marks = columns(groups)
+    straight = list(islice(batches_from(0, buckets, repeats, batch_size, 7, marks), position + 6))
+    assert list(islice(batches_from(position, buckets, repeats, batch_size, 7, marks), 6)) == straight[position:]
+    shown = Counter()
+    for _, batch in straight:
+        for index, turn in batch:
+            assert turn == shown[index]
+            shown[index] += 1
+    bound = turns_within(len(straight), buckets, repeats, batch_size, marks)
+    assert all(shown[index] <= bound[index] for index in range(len(buckets)))
+
+
+@pytest.mark.parametrize("batch_size", [2, 4, 6])
+def test_each_batch_of_one_bucket_is_half_and_half(batch_size):
+    marks = [False] * 12 + [True] * 30
+    for epoch in range(4):
+        for batch in epoch_batches([(64, 64)] * 42, [1] * 42, batch_size, 3, epoch, marks):
+            assert sum(marks[index] for index in batch) == len(batch) // 2
+
+
+@settings(deadline=None)
+@given(st.integers(1, 9), st.integers(0, 100))
+def test_without_class_images_the_order_is_the_old_one(batch_size, epoch):
+    buckets = [(64, 64), (96, 48), (64, 64), (48, 96), (64, 64)]
+    old = epoch_batches(buckets, [1, 2, 1, 3, 1], batch_size, 5, epoch)
+    assert epoch_batches(buckets, [1, 2, 1, 3, 1], batch_size, 5, epoch, [False] * 5) == old
+
+
+def test_class_images_keep_their_captions_and_never_get_the_trigger():
+    joined = prior.attach(subject(), classes(), 0.5)
+    own, others = joined.examples[:3], joined.examples[3:]
+    assert [plain(example) for example in own] == ["sks, a toy"] * 3
+    assert [plain(example) for example in others] == ["a toy on a table"] * 5
+    assert [(one.prior, one.weight) for one in own] == [(False, 1.0)] * 3
+    assert [(one.prior, one.weight) for one in others] == [(True, 0.5)] * 5
+    assert (joined.trigger, joined.name, joined.resolution) == ("sks", "images", 64)
+
+
+@pytest.mark.parametrize(
+    "others", [classes(trigger="sks"), classes(caption="a photo of an SKS toy")], ids=["trigger", "caption"]
+)
+def test_a_class_image_that_calls_the_subject_up_is_refused(others):
+    with pytest.raises(DatasetError, match="holds the trigger 'sks'") as caught:
+        prior.attach(subject(), others, 1.0)
+    assert caught.value.input == "class_dataset"
+
+
+def test_another_resolution_is_refused_at_its_input():
+    with pytest.raises(DatasetError, match="different resolutions") as caught:
+        prior.attach(subject(), classes(resolution=128), 1.0)
+    assert caught.value.input == "class_dataset"
+
+
+def test_weight_0_is_the_dataset_as_it_is():
+    dataset = subject()
+    assert prior.attach(dataset, classes(), 0.0) is dataset
+    assert prior.anchor(dataset, "a toy", 0.0) is dataset
+    with pytest.raises(SettingsError, match="prior weight"):
+        prior.attach(dataset, classes(), -1.0)
+
+
+def test_what_the_loader_held_out_of_the_class_images_is_left_aside():
+    others = classes()
+    held = replace(others, examples=tuple(replace(one, held_out=n > 1) for n, one in enumerate(others.examples)))
+    assert len(prior.attach(subject(), held, 1.0).examples) == 3 + 2
+    none = replace(others, examples=tuple(replace(one, held_out=True) for one in others.examples))
+    with pytest.raises(DatasetError, match="no picture to train on"):
+        prior.attach(subject(), none, 1.0)
+
+
+def test_a_dataset_without_class_images_keeps_its_fingerprint():
+    """Written down once: another one would make every run there is another run."""
+    assert subject().fingerprint() == "b3cee18ea78a5609f8ca0a8b2ff0c090bfd486c735034157c275285f339ac869"
+
+
+def test_weight_images_and_prompt_are_part_of_the_fingerprint():
+    dataset = subject()
+    made = [
+        dataset,
+        combine(dataset, classes()),
+        prior.attach(dataset, classes(), 1.0),
+        prior.attach(dataset, classes(), 0.5),
+        prior.attach(dataset, classes(6), 1.0),
+        prior.anchor(dataset, "a toy", 1.0),
+        prior.anchor(dataset, "a toy", 0.5),
+        prior.anchor(dataset, "a doll", 1.0),
+    ]
+    assert len({one.fingerprint() for one in made}) == len(made)
+
+
+def test_two_subjects_with_class_images_of_their_own_can_be_combined():
+    one = prior.attach(subject(), classes(), 1.0)
+    other = prior.attach(subject(4, "olis"), classes(6, "a cup"), 0.5)
+    both = combine(one, other)
+    assert Counter((example.prior, example.weight) for example in both.examples) == {
+        (False, 1.0): 7,
+        (True, 1.0): 5,
+        (True, 0.5): 6,
+    }
+
+
+def test_only_bare_images_are_captioned_with_the_instance_prompt():
+    bare = from_arrays(pictures(3), ["", "my own words", ""], "", 64)
+    named = prior.captioned(bare, "a photo  of\nsks toy", "instance_prompt")
+    assert [plain(one) for one in named.examples] == ["a photo of sks toy", "my own words", "a photo of sks toy"]
+    with pytest.raises(SettingsError, match="is empty") as caught:
+        prior.captioned(bare, "  ", "instance_prompt")
+    assert caught.value.input == "instance_prompt"
+    captioned = subject()
+    assert prior.captioned(captioned, "", "instance_prompt") is captioned
+
+
+def test_inspection_shows_class_images_as_such():
+    dataset = prior.anchor(prior.attach(subject(), classes(), 0.5), "a toy", 2.0)
+    findings = inspect.inspect(dataset, {0: Geometry(64, 16)}, None)
+    report = inspect.report(findings)
+    assert "3 pictures, 3 in an epoch" in report
+    assert "5 class images besides, weight 0.5; an epoch shows 3 of them, all in turn" in report
+    assert "'a toy on a table'" in report
+    assert "Held to what the model predicts for 'a toy', weight 2." in report
+    assert [row.example.prior for row in sheet.chosen(findings)] == [False] * 3 + [True] * 5
+    assert sheet.contact_sheet(findings).ndim == 3

@@ -1,0 +1,129 @@
+"""Prior preservation: what keeps a subject's class as it was while the subject is learnt.
+
+Source: Ruiz et al. 2022, "DreamBooth: Fine Tuning Text-to-Image Diffusion Models for Subject-Driven Generation".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from ..errors import DatasetError, SettingsError
+from . import captions
+from .examples import Anchor, Dataset, combine
+from .scan import shortened
+
+if TYPE_CHECKING:
+    from .examples import Example, LeftOut
+
+
+# How a class can be preserved, the usual way first.
+PRIORS = ("class images", "differential")
+
+
+def attach(dataset: Dataset, class_dataset: Dataset, weight: float) -> Dataset:
+    """The dataset with class images, which are drawn one to one with its own and have the weight in the loss.
+
+    The loss of a batch of B is (1/B) sum w_i l_i with w = 1 for the dataset's own images and the weight for class
+    images. Class images keep their own captions and never get the dataset's trigger. Those that were marked to be held
+    out are left aside: what is measured is the subject. Weight 0 gives the dataset as it is.
+
+    Raises:
+        DatasetError: naming the input, when there is no class image, or a caption of one calls the subject up.
+        SettingsError: a weight below 0.
+    """
+    if not 0.0 <= weight <= 1000.0:
+        raise SettingsError(f"The prior weight is {weight}.", "It must lie between 0 and 1000; 1 is usual.", "weight")
+    if weight == 0.0:
+        return dataset
+    chosen = tuple(example for example in class_dataset.examples if not example.held_out)
+    if not chosen:
+        raise DatasetError(
+            f"The class dataset '{class_dataset.name}' has no picture to train on.",
+            "Connect one that has, or Graft Class Images.",
+            "class_dataset",
+        )
+    _refuse_subject(dataset, chosen)
+    marked = tuple(replace(example, prior=True, weight=weight, anchor=None) for example in chosen)
+    try:
+        joined = combine(dataset, replace(class_dataset, examples=marked))
+    except DatasetError as error:
+        raise DatasetError(error.message, error.cure, "class_dataset") from error
+    return replace(joined, trigger=dataset.trigger, name=dataset.name)
+
+
+def _refuse_subject(dataset: Dataset, classes: Sequence[Example]) -> None:
+    """Raises DatasetError when a class image's caption holds a trigger of the dataset: both would be the subject."""
+    triggers = {example.trigger for example in dataset.examples if example.trigger and not example.prior}
+    for example in classes:
+        said = captions.plain(example)
+        for trigger in sorted(triggers):
+            if captions.holds_words(said, trigger):
+                raise DatasetError(
+                    f"The class image '{example.source.name}' has the caption '{said}', which holds the trigger "
+                    f"'{trigger}' of what is to be learnt.",
+                    "Caption class images with the class alone, such as 'a photo of a dog', and give their dataset no "
+                    "trigger or another.",
+                    "class_dataset",
+                )
+
+
+def anchor(dataset: Dataset, class_prompt: str, weight: float) -> Dataset:
+    """The dataset with each example of the subject anchored to the frozen base's own prediction for a class prompt.
+
+    Beside an example's loss l that of its anchor counts, on the same noised latent: l + weight |eps(x_t, class prompt)
+    - eps_base(x_t, class prompt)|^2. No class image is needed; a step costs about twice as much. Weight 0 gives the
+    dataset as it is.
+
+    Raises:
+        SettingsError: no class prompt.
+    """
+    if weight == 0.0:
+        return dataset
+    prompt = checked_prompt(class_prompt, "class_prompt")
+    held = Anchor(prompt, weight)
+    rows = (example if example.prior else replace(example, anchor=held) for example in dataset.examples)
+    return replace(dataset, examples=tuple(rows))
+
+
+def checked_prompt(prompt: str, input: str) -> str:
+    """A prompt in one line.
+
+    Raises:
+        SettingsError: naming the input, when it is empty.
+    """
+    joined = " ".join(prompt.split())
+    if not joined:
+        what = "subject" if input == "instance_prompt" else "class"
+        example = "a photo of sks dog" if what == "subject" else "a photo of a dog"
+        raise SettingsError(f"The {input} is empty.", f"Write what the {what} is called, such as '{example}'.", input)
+    return joined
+
+
+def captioned(dataset: Dataset, prompt: str, input: str) -> Dataset:
+    """The dataset with a prompt as the caption of each image that has none of its own.
+
+    Args:
+        input: that the prompt came from, for the error.
+
+    Raises:
+        SettingsError: images have no caption, and the prompt is empty.
+    """
+    if all(any(example.captions) for example in dataset.examples):
+        return dataset
+    words = (checked_prompt(prompt, input),)
+    named = (example if any(example.captions) else replace(example, captions=words) for example in dataset.examples)
+    return replace(dataset, examples=tuple(named))
+
+
+def refuse_if_one_sided(dataset: Dataset, usable: Sequence[Example], left_out: Sequence[LeftOut]) -> None:
+    """Raises DatasetError when of the subject's images or of the class images none can be trained on."""
+    for prior, name in ((False, "images of the subject"), (True, "class images")):
+        count = sum(example.prior == prior for example in dataset.examples)
+        if count and not any(example.prior == prior for example in usable):
+            raise DatasetError(
+                f"None of the {count} {name} of '{dataset.name}' can be trained on: {shortened(left_out)}.",
+                "Take larger or sound pictures, or let small ones be enlarged (upscale).",
+                "dataset",
+            )
