@@ -388,7 +388,7 @@ def _check(recipe: Recipe) -> None:
             raise SettingsError(
                 f"Unknown {field} '{getattr(recipe, field)}'.", f"Choose one of {', '.join(known)}.", field
             )
-    absent = set() if recipe.rank else {"rank"}
+    absent = set() if METHODS[recipe.method].ranked else {"rank"}
     absent |= set() if recipe.embedding_name else set(_WORD)
     for field in [field for field in _RANGES if field not in absent]:
         # The resolution is a widget of the dataset's node, which this one knows by the wire it came over.

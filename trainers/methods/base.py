@@ -21,6 +21,8 @@ class Method:
     """A way to make a frozen tree trainable; has no state of its own."""
 
     name: str
+    # Whether a rank means anything to it.
+    ranked = True
 
     def targets(self, module: nn.Module, family: Family) -> list[str]:
         """Paths of the modules in a tree that are adapted, sorted."""

@@ -9,6 +9,7 @@ class Frozen(Method):
     """No module is adapted."""
 
     name = "embedding"
+    ranked = False
 
     def targets(self, module, family):
         """None."""
