@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +16,7 @@ import torch
 from .autograd import OutOfPlace
 from .data.order import batches_from
 from .errors import GraftError, NumbersError
+from .methods.dropout import dropping_out
 from .objective.loss import example_losses
 from .objective.noise import draw_noise, draw_sigmas, generator, spread_sigmas
 from .objective.parameterisations import parameterisation
@@ -79,6 +80,7 @@ class Plan:
         groups: of the trainables, all of them; empty for one group with the recipe's learning rate.
         settle: called with the step's factor on the learning rates after every optimiser step, to keep trainables
             where they must be.
+        constants: tensors of the tree that are not trained and that a resumed run must find again.
     """
 
     recipe: Recipe
@@ -88,6 +90,7 @@ class Plan:
     export: Callable[[dict[str, torch.Tensor], int], Products]
     groups: Sequence[Group] = ()
     settle: Callable[[float], None] = lambda factor: None
+    constants: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def all_groups(self) -> Sequence[Group]:
         """The groups, or the one that stands for none."""
@@ -195,12 +198,13 @@ def _gradients(plan: Plan, host: Host, window: list, step: int, scaler) -> tuple
     total = sum(len(batch) for _, batch in window)
     summed = 0.0
     names = []
-    for number, (_, batch) in enumerate(window):
-        names.extend(plan.train[index].name for index, _ in batch)
-        for part in _parts(_shown(plan, batch), plan.recipe, step, number, host):
-            losses = _losses(host, *part)
-            scaler.scale(losses.sum() / total).backward()
-            summed += float(losses.detach().sum())
+    with dropping_out(host.denoiser.module, plan.recipe, step):
+        for number, (_, batch) in enumerate(window):
+            names.extend(plan.train[index].name for index, _ in batch)
+            for part in _parts(_shown(plan, batch), plan.recipe, step, number, host):
+                losses = _losses(host, *part)
+                scaler.scale(losses.sum() / total).backward()
+                summed += float(losses.detach().sum())
     return summed / total, names
 
 
@@ -379,6 +383,7 @@ def _loss_scaler(host: Host):
 def _capture(state: State, plan: Plan, optimiser, average, scaler) -> None:
     """Brings the live values into the state."""
     state.trainables = {name: parameter.detach().clone() for name, parameter in plan.trainables.items()}
+    state.constants = {name: tensor.detach().clone() for name, tensor in plan.constants.items()}
     state.optimiser = optimiser.state_dict()["state"]
     state.ema = {}
     if average is not None:
@@ -400,6 +405,8 @@ def _restore(state: State, plan: Plan, optimiser, average, scaler) -> None:
     with torch.no_grad():
         for name, parameter in plan.trainables.items():
             parameter.copy_(state.trainables[name])
+        for name, tensor in plan.constants.items():
+            tensor.copy_(state.constants[name])
     groups = optimiser.state_dict()["param_groups"]
     optimiser.load_state_dict({"state": state.optimiser, "param_groups": groups})
     if average is not None and state.ema:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 from .data.scan import check_captions
 from .errors import ModelError
 from .families import family_of
-from .formats.adapter import Adapter
-from .formats.metadata import describe_training
+from .formats.adapter import Adapter, load_adapter
+from .formats.metadata import describe_training, tensors_hash
 from .methods import METHODS
+from .methods.patterns import check_used
 from .prepare import Prepared, prepare
 from .run import Products, Run, State
 
@@ -60,21 +61,22 @@ def run_recipe(recipe: Recipe, dataset: Dataset, host: Host, folders: Folders) -
     """
     check_captions(dataset)
     method = METHODS[recipe.method]
-    identity = recipe.identity(dataset.fingerprint(), _base(host))
+    start = load_adapter(folders.adapter_of(recipe.start_from)) if recipe.start_from else None
+    identity = recipe.identity(dataset.fingerprint(), _base(host, start))
     run = Run.open(folders, recipe, identity, dataset.name)
     state = State()
     if recipe.on_existing != "start over":
         state = run.load(recipe.steps) or state
-    export = _exporter(method, recipe, host, dataset)
+    export = _exporter(method, recipe, host, dataset, run, identity)
     host.report("run", {"name": run.name, "folder": run.folder, "step": state.step, "steps": recipe.steps})
     if state.step == recipe.steps:
         log.info("Graft: run %s is already finished at step %d.", run.name, state.step)
-        return _result(export, state, run, state.step)
+        return _finished(recipe, host, method, run, state, export)
     log.info("Graft: run %s, from step %d to %d: %s", run.name, state.step, recipe.steps, recipe.summary())
-    return _train(recipe, dataset, host, folders, method, identity, run, state, export)
+    return _train(recipe, dataset, host, folders, method, identity, run, state, export, start)
 
 
-def _train(recipe, dataset, host, folders, method, identity, run, state, export) -> Result:
+def _train(recipe, dataset, host, folders, method, identity, run, state, export, start) -> Result:
     # Imported here: the loop imports torch, which the nodes that only describe datasets do not need.
     from .loop import Plan, train
 
@@ -82,9 +84,16 @@ def _train(recipe, dataset, host, folders, method, identity, run, state, export)
     resumed_from = state.step
     prepared = prepare(dataset, recipe, host, folders.cache, folders.cache_limit)
     with denoiser.training(recipe.compute_dtype):
-        targets = method.targets(denoiser.module, family_of(denoiser.family))
+        targets = method.targets(denoiser.module, family_of(denoiser.family), recipe)
+        # The text encoder's own adapters join here: their targets, trainables, groups and constants beside these
+        # (recipe.text_encoder, .text_encoder_rank, .text_encoder_learning_rate), and their layers in the exporter.
+        check_used(recipe, targets)
         blocks = _checkpoint(denoiser.module, recipe)
         trainables = method.inject(denoiser.module, targets, recipe)
+        constants = method.constants(denoiser.module)
+        if start is not None and state.step == 0:
+            names = denoiser.adapter_name, denoiser.published_name
+            method.start(trainables, denoiser.module, start, recipe, names)
         facts = {"layers": len(targets), "checkpointed_blocks": blocks, **_counts(prepared), **prepared.facts}
         if recipe.on_existing == "start over":
             # Only now, when all that could be refused has been: what is there is lost with this.
@@ -92,13 +101,33 @@ def _train(recipe, dataset, host, folders, method, identity, run, state, export)
         run.write_recipe(recipe, identity, facts)
         run.forget_after(state.step)
         plan = Plan(
-            recipe, prepared.training, prepared.validation, trainables, export, method.groups(trainables, recipe)
+            recipe,
+            prepared.training,
+            prepared.validation,
+            trainables,
+            export,
+            method.groups(trainables, recipe),
+            constants=constants,
         )
         if state.step == 0:
             _check_gradient(plan, host)
         _check_names(plan, host)
         state = train(plan, run, host, state)
-    return _result(export, state, run, resumed_from, prepared.left_out)
+        # Within: the files of some types are made beside the weights.
+        return _result(export, state, run, resumed_from, prepared.left_out)
+
+
+def _finished(recipe, host, method, run, state, export) -> Result:
+    """The result of a run that has nothing left to do."""
+    if not method.needs_base:
+        return _result(export, state, run, state.step)
+    denoiser = host.denoiser
+    with denoiser.training(recipe.compute_dtype):
+        targets = method.targets(denoiser.module, family_of(denoiser.family), recipe)
+        method.inject(denoiser.module, targets, recipe)
+        for name, tensor in method.constants(denoiser.module).items():
+            tensor.copy_(state.constants[name])
+        return _result(export, state, run, state.step)
 
 
 def _result(export, state: State, run: Run, resumed_from: int, left_out: tuple[LeftOut, ...] = ()) -> Result:
@@ -111,8 +140,10 @@ def _counts(prepared: Prepared) -> dict[str, int]:
     return {"images": len(training | validation), "validation_images": len(validation)}
 
 
-def _base(host: Host) -> str:
+def _base(host: Host, start: Adapter | None) -> str:
     parts = [host.denoiser.fingerprint(), host.text.fingerprint(), host.codec.fingerprint()]
+    if start is not None:
+        parts.append(tensors_hash(start))
     return hashlib.sha256("|".join(parts).encode()).hexdigest()
 
 
@@ -153,18 +184,22 @@ def _check_names(plan, host: Host) -> None:
         )
 
 
-def _exporter(method, recipe: Recipe, host: Host, dataset: Dataset):
+def _exporter(method, recipe: Recipe, host: Host, dataset: Dataset, run: Run, identity: str):
     """A function from the trainables' values and the step to what is handed on, with its metadata."""
 
     def export(values: dict[str, torch.Tensor], step: int) -> Products:
+        network, network_args = method.network
         facts = {
             "family": host.denoiser.family,
             "parameterisation": host.denoiser.parameterisation,
             "recipe": recipe.as_json(),
+            "identity": identity,
+            "thumbnail": run.thumbnail(step),
             "trigger": dataset.trigger,
             "resolution": recipe.resolution,
             "base_model_version": "sd_v1" if host.denoiser.family == "SD1" else host.denoiser.family,
-            "network_module": "networks.lora",
+            "network_module": network,
+            "network_args": network_args,
             "network_dim": recipe.rank,
             "network_alpha": recipe.alpha,
             "learning_rate": recipe.learning_rate,
@@ -181,7 +216,9 @@ def _exporter(method, recipe: Recipe, host: Host, dataset: Dataset):
             "seed": recipe.seed,
             "v2": host.denoiser.family.startswith("SD2"),
         }
-        tensors = method.export(values, recipe, host.denoiser.adapter_name)
-        return Products(Adapter(tensors, describe_training(facts)))
+        denoiser = host.denoiser
+        tensors = method.export(values, recipe, denoiser.adapter_name, denoiser.module)
+        native = method.native(values, recipe, denoiser.published_name, denoiser.module)
+        return Products(Adapter(tensors, describe_training(facts), native))
 
     return export

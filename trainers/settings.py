@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from .errors import SettingsError
+from .methods import METHODS
+from .methods.patterns import parse_pairs, parse_patterns
 
 if TYPE_CHECKING:
     from .families import Family
@@ -46,12 +48,39 @@ UNSET: dict[str, dict[str, Any]] = {
         "compute_dtype": "auto",
         "micro_batch": 0,
     },
+    "adapter": {
+        "type": "auto",
+        "alpha": 0.0,
+        "targets": "auto",
+        "dropout": 0.0,
+        "text_encoder": "auto",
+        "text_encoder_rank": 0,
+        "text_encoder_learning_rate": 0.0,
+        "start_from": "auto",
+        "target_patterns": "",
+        "block_ranks": "",
+        "block_learning_rates": "",
+        "lora_plus_ratio": 0.0,
+    },
 }
+
+# Which layers an adapter is put on.
+TARGETS = ("attention", "attention + feed-forward", "all linear", "linear + conv", "patterns")
 
 
 # Deciding fields of a recipe that came after the first runs, each with the value that means what was done before it:
 # at that value it is no part of a run's identity, so that runs made before are still found.
-LATER: dict[str, Any] = {}
+LATER: dict[str, Any] = {
+    "targets": "attention",
+    "target_patterns": (),
+    "dropout": 0.0,
+    "block_ranks": (),
+    "block_learning_rates": (),
+    "lora_plus_ratio": 1.0,
+    "text_encoder": False,
+    "text_encoder_rank": 0,
+    "text_encoder_learning_rate": 0.0,
+}
 
 
 class Options(dict):
@@ -79,7 +108,15 @@ class Options(dict):
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything a run is made with. Fields that decide its result make up `identity`; the rest may change."""
+    """Everything a run is made with. Fields that decide its result make up `identity`; the rest may change.
+
+    Attributes:
+        targets: one of TARGETS; with "patterns" the layers of `target_patterns`.
+        block_ranks, block_learning_rates: (pattern, value) pairs; the first whose pattern is in a layer's path holds.
+        lora_plus_ratio: B's learning rate over A's.
+        text_encoder_rank, text_encoder_learning_rate: 0 where no text encoder is trained.
+        start_from: an adapter in the host's list, empty for none. What is in it is part of the base it trains on.
+    """
 
     method: str
     learning_rate: float
@@ -98,6 +135,15 @@ class Recipe:
     validation_fraction: float
     family: str
     trigger: str
+    targets: str
+    target_patterns: tuple[str, ...]
+    dropout: float
+    block_ranks: tuple[tuple[str, int], ...]
+    block_learning_rates: tuple[tuple[str, float], ...]
+    lora_plus_ratio: float
+    text_encoder: bool
+    text_encoder_rank: int
+    text_encoder_learning_rate: float
     # What follows does not decide the result.
     steps: int
     name: str
@@ -116,6 +162,7 @@ class Recipe:
     checkpointing: str
     compute_dtype: str
     micro_batch: int
+    start_from: str
 
     def deciding(self) -> dict[str, Any]:
         """The fields that decide the result; those that came later only where they are not at their old value."""
@@ -130,9 +177,11 @@ class Recipe:
 
     def summary(self) -> str:
         """What was chosen or filled in, in one line."""
+        scale = METHODS[self.method].scale(self.rank, self.alpha)
+        strength = "" if scale is None else f"alpha {self.alpha:g} (effective scale {scale:g}), "
         return (
             f"{self.method} for {self.family}, {self.optimizer}, learning rate {self.learning_rate:g} {self.schedule}, "
-            f"rank {self.rank}, alpha {self.alpha:g} (effective scale {self.alpha / self.rank:g}), "
+            f"rank {self.rank}, {strength}on {self.targets}, "
             f"batch {self.batch_size} x {self.accumulation}, resolution {self.resolution}, seed {self.seed}"
         )
 
@@ -163,11 +212,17 @@ def resolve(
         SettingsError: a value out of range, or two that contradict each other.
     """
     get = options.value
+    if method == "LoRA":
+        # What trains an adapter trains it of the type that was chosen.
+        method = get("adapter", "type", method)
+    patterns = parse_patterns(get("adapter", "target_patterns", ""), "target_patterns")
+    learning_rate = learning_rate or family.lora_learning_rate
+    text_encoder = get("adapter", "text_encoder", "off") == "on"
     recipe = Recipe(
         method=method,
-        learning_rate=learning_rate or family.lora_learning_rate,
+        learning_rate=learning_rate,
         rank=rank,
-        alpha=float(rank),
+        alpha=float(get("adapter", "alpha", rank)),
         batch_size=batch_size,
         seed=seed,
         resolution=resolution or family.resolution,
@@ -181,6 +236,19 @@ def resolve(
         validation_fraction=get("run", "validation_fraction", 0.0),
         family=family.name,
         trigger=trigger,
+        targets=get("adapter", "targets", "patterns" if patterns else _default_targets(method)),
+        target_patterns=patterns,
+        dropout=get("adapter", "dropout", 0.0),
+        block_ranks=parse_pairs(get("adapter", "block_ranks", ""), int, 0, 4096, "block_ranks"),
+        block_learning_rates=parse_pairs(
+            get("adapter", "block_learning_rates", ""), float, 0.0, 100.0, "block_learning_rates"
+        ),
+        lora_plus_ratio=get("adapter", "lora_plus_ratio", 1.0),
+        text_encoder=text_encoder,
+        text_encoder_rank=get("adapter", "text_encoder_rank", rank) if text_encoder else 0,
+        text_encoder_learning_rate=(
+            get("adapter", "text_encoder_learning_rate", learning_rate) if text_encoder else 0.0
+        ),
         steps=steps,
         name=get("run", "name", "").strip(),
         on_existing=get("run", "on_existing", "resume"),
@@ -198,9 +266,15 @@ def resolve(
         checkpointing=get("memory", "checkpointing", "auto"),
         compute_dtype=get("memory", "compute_dtype", "auto"),
         micro_batch=get("memory", "micro_batch", 0),
+        start_from=get("adapter", "start_from", ""),
     )
     _check(recipe)
     return recipe
+
+
+def _default_targets(method: str) -> str:
+    # An unknown method is refused with the others' names, in `_check`.
+    return METHODS[method].default_targets if method in METHODS else "attention"
 
 
 def _lines(text: str) -> tuple[str, ...]:
@@ -228,11 +302,15 @@ _RANGES = {
     "preview_seed": (0, 2**64 - 1),
     "resolution": (8, 16384),
     "micro_batch": (0, 4096),
+    "alpha": (1e-4, 1e6),
+    "dropout": (0.0, 0.95),
+    "lora_plus_ratio": (1e-3, 1e4),
+    "text_encoder_rank": (0, 4096),
+    "text_encoder_learning_rate": (0.0, 100.0),
 }
 
 
 def _check(recipe: Recipe) -> None:
-    from .methods import METHODS
     from .optimisers import OPTIMISERS, SCHEDULES
 
     for field, known in (("method", METHODS), ("optimizer", OPTIMISERS), ("schedule", SCHEDULES)):
@@ -244,6 +322,13 @@ def _check(recipe: Recipe) -> None:
         # The resolution is a widget of the dataset's node, which this one knows by the wire it came over.
         _check_range(field, getattr(recipe, field), "dataset" if field == "resolution" else field)
     _check_name(recipe.name)
+    if (recipe.targets == "patterns") != bool(recipe.target_patterns):
+        raise SettingsError(
+            f"targets is '{recipe.targets}' and target_patterns {'set' if recipe.target_patterns else 'empty'}.",
+            "Write patterns and choose 'patterns' or 'auto', or leave target_patterns empty.",
+            "target_patterns",
+        )
+    METHODS[recipe.method].check(recipe)
 
 
 def _check_range(field: str, value: Any, input: str) -> None:
@@ -259,6 +344,12 @@ def _check_option(kind: str, name: str, value: Any) -> None:
         _check_range(field, value, name)
     if (kind, name) == ("run", "name"):
         _check_name(value.strip())
+    if name == "target_patterns":
+        parse_patterns(value, name)
+    if name == "block_ranks":
+        parse_pairs(value, int, 0, 4096, name)
+    if name == "block_learning_rates":
+        parse_pairs(value, float, 0.0, 100.0, name)
 
 
 def _check_name(name: str) -> None:

@@ -33,6 +33,7 @@ def folders() -> Folders:
         os.path.join(output, "loras"),
         os.path.join(output, _EMBEDDINGS),
         preferences.cache_limit(),
+        adapter_path,
     )
 
 

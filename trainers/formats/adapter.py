@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 from ..errors import ModelError
@@ -10,13 +11,35 @@ from . import files
 if TYPE_CHECKING:
     import torch
 
+    from .native import Native
+
 
 class Adapter(dict):
-    """Tensors by key, nothing else as items, so that the host's own nodes take it; `.metadata` has the rest."""
+    """Tensors by key, nothing else as items, so that the host's own nodes take it.
 
-    def __init__(self, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None):
+    Attributes:
+        metadata: of the file.
+        native: the same as peft has it; None where that is not known, and lost when another node copies the dict.
+    """
+
+    def __init__(
+        self,
+        tensors: dict[str, torch.Tensor],
+        metadata: dict[str, str] | None = None,
+        native: Native | None = None,
+    ):
         super().__init__(tensors)
         self.metadata = dict(metadata or {})
+        self.native = native
+
+    def made_by(self) -> str | None:
+        """The adapter type that made it, None where the file does not say."""
+        if self.native is not None:
+            return self.native.method
+        try:
+            return json.loads(self.metadata["graft_recipe"])["method"]
+        except (KeyError, TypeError, ValueError):
+            return None
 
 
 def load_adapter(path: str) -> Adapter:

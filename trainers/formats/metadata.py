@@ -29,8 +29,10 @@ def describe_training(facts: dict) -> dict[str, str]:
 
     Args:
         facts: `ss_*` fields by name without the prefix, and `family`, `parameterisation`,
-            `resolution` (pixels), `trigger`, `recipe` (JSON-able).
+            `resolution` (pixels), `trigger`, `recipe` (JSON-able), `identity` (of the run), `thumbnail` (data URI).
     """
+    identity = facts.pop("identity")
+    thumbnail = facts.pop("thumbnail")
     family = facts.pop("family")
     recipe = facts.pop("recipe")
     trigger = facts.pop("trigger")
@@ -43,6 +45,9 @@ def describe_training(facts: dict) -> dict[str, str]:
     fields["modelspec.resolution"] = f"{facts['resolution']}x{facts['resolution']}"
     if trigger:
         fields["modelspec.trigger_phrase"] = trigger
+    if thumbnail:
+        fields["modelspec.thumbnail"] = thumbnail
+    fields["graft_identity"] = identity
     fields["graft_recipe"] = json.dumps(recipe, sort_keys=True)
     return fields
 
@@ -55,6 +60,21 @@ def stamped(metadata: dict[str, str], tensors: dict[str, torch.Tensor], title: s
     fields["modelspec.hash_sha256"] = "0x" + tensors_hash(tensors)
     fields["ss_output_name"] = title
     return {name: value for name, value in fields.items() if isinstance(value, str)}
+
+
+def data_uri(path: str) -> str:
+    """A picture file as a data URI: JPEG of at most 256 pixels a side."""
+    import base64
+    import io
+
+    from PIL import Image
+
+    with Image.open(path) as picture:
+        small = picture.convert("RGB")
+        small.thumbnail((256, 256))
+        held = io.BytesIO()
+        small.save(held, format="JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(held.getvalue()).decode()
 
 
 def tensors_hash(tensors: dict[str, torch.Tensor]) -> str:
