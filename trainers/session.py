@@ -143,7 +143,7 @@ def _counts(prepared: Prepared) -> dict[str, int]:
 def _base(host: Host, start: Adapter | None) -> str:
     parts = [host.denoiser.fingerprint(), host.text.fingerprint(), host.codec.fingerprint()]
     if start is not None:
-        parts.append(tensors_hash(start))
+        parts.append(tensors_hash(start if start.native is None else start.native.tensors))
     return hashlib.sha256("|".join(parts).encode()).hexdigest()
 
 

@@ -9,6 +9,7 @@ import folder_paths
 from ...trainers.data.pixels import is_below, is_picture
 from ...trainers.errors import DatasetError, ModelError, RunError, SettingsError
 from ...trainers.formats.adapter import Adapter, load_adapter
+from ...trainers.formats.native import WEIGHTS
 from ...trainers.run import Folders
 from . import preferences
 
@@ -168,6 +169,14 @@ def adapter_path(name: str) -> str:
     return path
 
 
+def adapter_state(name: str) -> str | float:
+    """What changes with a file in the host's list; for a name that is not known yet, what is never the same."""
+    if not isinstance(name, str):
+        return float("nan")
+    status = os.stat(adapter_path(name))
+    return f"{status.st_size}-{status.st_mtime_ns}"
+
+
 def load_named_adapter(name: str) -> Adapter:
     """The adapter of a LoRA file in the host's list.
 
@@ -175,13 +184,23 @@ def load_named_adapter(name: str) -> Adapter:
         ModelError: there is none of that name, or it cannot be read.
     """
     try:
-        return load_adapter(adapter_path(name))
+        adapter = load_adapter(adapter_path(name))
     except RunError as error:
         raise ModelError(error.message, error.cure, "adapter_name") from error
+    if not adapter:
+        raise ModelError(
+            f"The adapter '{name}' is a {adapter.made_by()} of peft's, which is nothing without the model's weights.",
+            "Apply the kohya file of that training, or train on from this one (start_from in Graft Adapter Options).",
+            "adapter_name",
+        )
+    return adapter
 
 
-def new_adapter_path(prefix: str) -> str:
+def new_adapter_path(prefix: str, format: str) -> str:
     """A free path below output/loras for a prefix, counted up as the host's own Save nodes do.
+
+    Args:
+        format: "peft" for the weights in a folder of that name.
 
     Raises:
         SettingsError: the prefix leads out of that folder.
@@ -199,4 +218,11 @@ def new_adapter_path(prefix: str) -> str:
         raise SettingsError(
             f"The file name '{prefix}' leads out of {root}.", "Use a name without '..'.", "filename_prefix"
         )
-    return os.path.join(folder, f"{filename}_{counter:05}_.safetensors")
+    place = os.path.join(folder, f"{filename}_{counter:05}_")
+    return os.path.join(place, WEIGHTS) if format == "peft" else f"{place}.safetensors"
+
+
+def title_of(path: str) -> str:
+    """What a saved adapter is called: its file, or its folder where the file has peft's name."""
+    parent, name = os.path.split(path)
+    return os.path.splitext(os.path.basename(parent) if name == WEIGHTS else name)[0].rstrip("_")

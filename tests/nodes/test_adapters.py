@@ -1,14 +1,16 @@
 """What every adapter type has to hold, on every kind of layer it is offered on."""
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-from graft_pack.trainers.formats.adapter import Adapter
+from graft_pack.trainers.errors import ModelError
+from graft_pack.trainers.formats.adapter import Adapter, load_adapter, save_adapter
 from graft_pack.trainers.methods import METHODS
 
-from tests.support import models
+from tests.support import diffusers_host, models
 
 pytestmark = pytest.mark.usefixtures("comfy")
 
@@ -79,6 +81,11 @@ def trained_output(training):
 
 
 def weights(model):
+    """As they are without anything applied: the models that wait on one share its weights."""
+    import comfy.model_management
+
+    with torch.inference_mode():
+        comfy.model_management.load_models_gpu([model])
     return {name: tensor.clone() for name, tensor in model.model.state_dict().items()}
 
 
@@ -138,7 +145,6 @@ def test_the_graphs_weights_stay_as_they_were(done, model, base):
 
 def test_what_the_host_loads_from_the_file_is_what_was_trained(case, done, model, base, comfy):
     from graft_pack.nodes.host.adapters import unread_keys
-    from graft_pack.trainers.formats.adapter import save_adapter
 
     import nodes
 
@@ -175,7 +181,7 @@ def merged(applied):
 
     with torch.inference_mode():
         comfy.model_management.load_models_gpu([applied], force_patch_weights=True)
-        found = weights(applied)
+        found = {name: tensor.clone() for name, tensor in applied.model.state_dict().items()}
         applied.unpatch_model(applied.offload_device)
     return found
 
@@ -190,3 +196,64 @@ def test_merged_is_what_is_applied(done, model, base):
         whole.model.load_state_dict(found)
     assert_applied(output_of(whole), done, base)
     assert torch.equal(output_of(model), base)
+
+
+@pytest.fixture(scope="module")
+def unet(model):
+    """The same network as diffusers publishes it, as a factory: loading an adapter changes it."""
+    return lambda: diffusers_host.convert_sd1(model)
+
+
+def diffusers_output(network):
+    return diffusers_host.raw_output(network, X, SIGMA, models.conditioning("SD1", 9))
+
+
+def test_peft_loads_the_folder_onto_the_model_as_published(case, done, base, unet, tmp_path):
+    from peft import PeftModel
+
+    folder = tmp_path / "adapter"
+    save_adapter(str(folder / "adapter_model.safetensors"), done.adapter, case, "peft")
+    assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    network = unet()
+    with warnings.catch_warnings():
+        # A key that finds no place is a warning of peft's.
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message="Invalid `oft_block_size`|.*CUDA extension|Setting boft_n")
+        loaded = PeftModel.from_pretrained(network, str(folder))
+    assert_applied(diffusers_output(loaded.base_model.model), done, base)
+
+
+def test_diffusers_loads_the_types_it_knows_and_the_others_are_refused(case, done, base, unet, tmp_path):
+    from diffusers import DDPMScheduler, StableDiffusionPipeline
+
+    path = tmp_path / "adapter.safetensors"
+    if done.adapter.native.config["peft_type"] != "LORA":
+        with pytest.raises(ModelError, match=f"does not know the adapter type {type_of(case)}"):
+            save_adapter(str(path), done.adapter, case, "diffusers")
+        assert not path.exists()
+        return
+    save_adapter(str(path), done.adapter, case, "diffusers")
+    network = unet()
+    pipe = StableDiffusionPipeline(
+        None, None, None, network, DDPMScheduler(), None, None, requires_safety_checker=False
+    )
+    pipe.load_lora_weights(str(path))
+    assert_applied(diffusers_output(network), done, base)
+
+
+def test_a_peft_folder_comes_back_in_the_hosts_names(case, done, model, base, tmp_path):
+    from graft_pack.nodes.host.adapters import apply_adapter
+
+    path = str(tmp_path / "adapter" / "adapter_model.safetensors")
+    save_adapter(path, done.adapter, case, "peft")
+    back = load_adapter(path)
+    assert torch.equal(joined(back.native.tensors), joined(done.adapter.native.tensors))
+    if type_of(case) in ("DoRA", "OFT", "BOFT", "IA3"):
+        assert not back
+        return
+    applied, _ = apply_adapter(model, None, back, 1.0, 0.0)
+    assert_applied(output_of(applied), done, base)
+
+
+def joined(tensors):
+    return models.joined(tensors[name] for name in sorted(tensors))

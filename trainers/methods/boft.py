@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ..errors import SettingsError
@@ -29,6 +31,11 @@ class BOFT(Rotation):
     ones = frozenset({"boft_s"})
     network = ("lycoris.kohya", {"algo": "boft"})
 
+    def inject(self, module: nn.Module, targets: list[str], recipe: Recipe) -> dict[str, nn.Parameter]:
+        """As for every type, but nothing is compiled."""
+        with _nothing_compiled():
+            return super().inject(module, targets, recipe)
+
     def config(self, recipe: Recipe, layers: dict[str, nn.Module], ranks: dict[str, int]) -> Any:
         """BOFT of peft, with the largest block of at most the rank that fits all layers."""
         from peft import BOFTConfig
@@ -48,3 +55,16 @@ class BOFT(Rotation):
         """As peft merges it."""
         rotation, scale = layer.get_delta_weight("default")
         return (rotation.cpu() @ weight.t()).t() * scale.cpu()
+
+
+@contextmanager
+def _nothing_compiled() -> Iterator[None]:
+    """Keeps peft from building a CUDA extension, which with one butterfly factor computes nothing else."""
+    from peft.tuners.boft import layer
+
+    kept = layer.get_fbd_cuda
+    layer.get_fbd_cuda = lambda: None
+    try:
+        yield
+    finally:
+        layer.get_fbd_cuda = kept

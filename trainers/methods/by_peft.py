@@ -93,6 +93,7 @@ class PeftMethod(Method):
         kinds: of layers for which its file is read rightly by the host.
         zeros, ones: trainables that start so; all others are drawn.
         raised: trainables whose learning rate LoRA+ raises; empty where there is no such thing.
+        strength: the trainable that a scale can be worked into; empty where there is no scale.
         has_rank, has_dropout: whether ranks by block, alpha and dropout mean anything.
     """
 
@@ -102,6 +103,7 @@ class PeftMethod(Method):
     raised: frozenset[str] = frozenset()
     has_rank = True
     has_dropout = False
+    strength = ""
 
     # What a type says of itself.
 
@@ -139,13 +141,13 @@ class PeftMethod(Method):
         """The recipe whose configuration describes `native_layer`."""
         return recipe
 
-    def values_of_host(self, tensors: dict[str, torch.Tensor], scale: float) -> dict[str, torch.Tensor] | None:
-        """The inverse of `host_layer`: trainables of a scale, None where the file does not determine them."""
+    def values_of_host(self, tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], float] | None:
+        """(what `native_layer` gives, its scale) from a layer of a file, None where that does not determine it."""
         return None
 
-    def values_of_native(self, tensors: dict[str, torch.Tensor], layer: nn.Module) -> dict[str, torch.Tensor]:
+    def adopt(self, values: dict[str, torch.Tensor], layer: nn.Module) -> dict[str, torch.Tensor]:
         """The inverse of `native_layer`; may set what of the layer is constant."""
-        return tensors
+        return values
 
     # What all have in common.
 
@@ -263,48 +265,57 @@ class PeftMethod(Method):
                 parameter.copy_(values[name])
 
     def _start_values(self, trainables, module, adapter, recipe, names) -> dict[str, torch.Tensor]:
-        name_of, published_name = names
         made_by = adapter.made_by()
         if made_by is not None and not self._is_alike(made_by):
             raise _unlike(f"is of the type {made_by}, this run of {self.name}", f"Choose the type {made_by}.")
-        values, taken = {}, set()
+        values = {}
+        left = set(adapter if adapter.native is None else adapter.native.tensors)
         for path in sorted({adapted_path(name) for name in trainables}):
-            layer = module.get_submodule(path)
-            if adapter.native is not None:
-                place = published_name(path) if adapter.native.published else path
-                found = _below(place, adapter.native.tensors)
-                taken.update(f"{place}.{end}" for end in found)
-                held = {end.removesuffix(".weight"): tensor for end, tensor in found.items()}
-                held = self.values_of_native(held, layer)
-            else:
-                found = _below(name_of(path), adapter)
-                taken.update(f"{name_of(path)}.{end}" for end in found)
-                rank = rank_of(path, recipe)
-                held = self.values_of_host(found, self.scale(rank, alpha_of(rank, recipe))) if found else {}
-            if held is None:
-                raise _unlike(
-                    f"does not hold what {self.name} trains",
-                    "Start from the peft folder that Graft Save Adapter writes.",
-                )
-            if not held:
-                raise _unlike(f"has nothing for {path}", "Choose the targets it was trained with.")
-            for name in trainables:
-                match = _NAME.fullmatch(name)
-                if match["path"] == path and match["stem"] in held:
-                    values[name] = held[match["stem"]]
-        source = adapter if adapter.native is None else adapter.native.tensors
-        left = [key for key in source if key not in taken]
-        if left or values.keys() != trainables.keys():
-            missing = left or [name for name in trainables if name not in values]
+            place, found = self._held(path, adapter, names)
+            left -= {f"{place}.{end}" for end in found}
+            held, strength = self._values_held(place, found, adapter.native)
+            rank = rank_of(path, recipe)
+            scale = self.scale(rank, alpha_of(rank, recipe))
+            if self.strength and strength != scale:
+                held = {**held, self.strength: held[self.strength] * (strength / scale)}
+            held = self.adopt(held, module.get_submodule(path))
+            values.update({name: held.get(stem) for name, stem in _stems(trainables, path)})
+        missing = [name for name, value in values.items() if value is None] or sorted(left)
+        if missing:
             raise _unlike(f"holds other layers than this run trains, such as {missing[0]}", "Choose its targets.")
         return values
+
+    def _held(self, path: str, adapter: Adapter, names) -> tuple[str | None, dict[str, torch.Tensor]]:
+        """A layer's name in an adapter, and what is there of it."""
+        name_of, published_name = names
+        if adapter.native is None:
+            place, tensors = name_of(path), adapter
+        else:
+            place, tensors = published_name(path) if adapter.native.published else path, adapter.native.tensors
+        start = f"{place}."
+        found = {key[len(start) :]: value for key, value in tensors.items() if key.startswith(start)}
+        if not found:
+            raise _unlike(f"has nothing for {path}", "Choose the targets it was trained with.")
+        return place, found
+
+    def _values_held(self, place, found, native) -> tuple[dict[str, torch.Tensor], float | None]:
+        if native is not None:
+            return {end.removesuffix(".weight"): tensor for end, tensor in found.items()}, native.scales.get(place)
+        held = self.values_of_host(found)
+        if held is None:
+            raise _unlike(
+                f"does not hold what {self.name} trains",
+                "Start from the peft folder that Graft Save Adapter writes.",
+            )
+        return held
 
     def _is_alike(self, other: str) -> bool:
         """Whether another type's file is also one of this: the same but for the default targets."""
         from . import METHODS
 
-        kinds = type(METHODS[other]) if other in METHODS else None
-        return kinds is not None and kinds.host_layer is type(self).host_layer and kinds.scale is type(self).scale
+        kind = type(METHODS.get(other))
+        same = [getattr(kind, name, None) is getattr(type(self), name) for name in ("host_layer", "scale", "adopt")]
+        return all(same)
 
     def layers(self, tensors: dict[str, torch.Tensor], recipe: Recipe, module: nn.Module | None) -> list[Layer]:
         """The trainables' values by layer, sorted by path."""
@@ -380,8 +391,10 @@ def _renamed(config: dict[str, Any], places: dict[str, str]) -> dict[str, Any]:
     return made
 
 
-def _below(name: str | None, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {key[len(name) + 1 :]: value for key, value in tensors.items() if name and key.startswith(f"{name}.")}
+def _stems(trainables: dict[str, Any], path: str) -> list[tuple[str, str]]:
+    """(name, peft's short name) of a layer's trainables."""
+    matches = (_NAME.fullmatch(name) for name in trainables)
+    return [(match.string, match["stem"]) for match in matches if match["path"] == path]
 
 
 def _unlike(how: str, cure: str) -> ModelError:

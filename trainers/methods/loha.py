@@ -20,6 +20,7 @@ class LoHa(PeftMethod):
 
     name = "LoHa"
     kinds = frozenset({LINEAR, POINT, CONV})
+    strength = "hada_w2_b"
     zeros = frozenset({"hada_w2_b"})
     network = ("lycoris.kohya", {"algo": "loha"})
 
@@ -35,10 +36,10 @@ class LoHa(PeftMethod):
 
         return {**{name: layer.values[name] for name in _FACTORS}, "alpha": torch.tensor(layer.alpha)}
 
-    def values_of_host(self, tensors: dict[str, torch.Tensor], scale: float) -> dict[str, torch.Tensor] | None:
-        """The factors, the last at the strength that the file's alpha gives them."""
+    def values_of_host(self, tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], float] | None:
+        """The factors, at the scale that the file's alpha gives them."""
         if not {*_FACTORS} <= tensors.keys() <= {*_FACTORS, "alpha"}:
             return None
         values = {name: tensors[name].float() for name in _FACTORS}
         strength = float(tensors["alpha"]) / values["hada_w1_b"].shape[0] if "alpha" in tensors else 1.0
-        return {**values, "hada_w2_b": values["hada_w2_b"] * (strength / scale)}
+        return values, strength

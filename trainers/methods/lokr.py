@@ -18,6 +18,7 @@ class LoKr(PeftMethod):
 
     name = "LoKr"
     kinds = frozenset({LINEAR, POINT, CONV})
+    strength = "lokr_w1"
     zeros = frozenset({"lokr_w1"})
     network = ("lycoris.kohya", {"algo": "lokr"})
     needs_base = True

@@ -61,6 +61,7 @@ class LoRA(PeftMethod):
     kinds = frozenset({LINEAR, POINT, CONV})
     zeros = frozenset({"lora_B"})
     raised = frozenset({"lora_B"})
+    strength = "lora_B"
     has_dropout = True
     variant: dict[str, Any] = {}
 
@@ -85,10 +86,10 @@ class LoRA(PeftMethod):
         """kohya's tensors, with the alpha that gives this scale where scale is alpha / rank."""
         return lora_tensors(layer.values["lora_A"], layer.values["lora_B"], layer.scale * layer.rank)
 
-    def values_of_host(self, tensors: dict[str, torch.Tensor], scale: float) -> dict[str, torch.Tensor] | None:
-        """A and B, with B at the strength that the file's alpha gives it."""
+    def values_of_host(self, tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], float] | None:
+        """A and B, at the scale that the file's alpha gives them."""
         if not {"lora_down.weight", "lora_up.weight"} <= tensors.keys() <= {*lora_tensors(None, None, 1.0)}:
             return None
         down = tensors["lora_down.weight"]
         strength = float(tensors["alpha"]) / down.shape[0] if "alpha" in tensors else 1.0
-        return {"lora_A": down.float(), "lora_B": tensors["lora_up.weight"].float() * (strength / scale)}
+        return {"lora_A": down.float(), "lora_B": tensors["lora_up.weight"].float()}, strength

@@ -95,6 +95,17 @@ class PiSSA(LoRA):
             "lora_B": torch.cat([layer.values["lora_B"], -start_b], dim=1),
         }
 
+    def adopt(self, values: dict[str, torch.Tensor], layer: nn.Module) -> dict[str, torch.Tensor]:
+        """Parts the two halves; the second is what it started as."""
+        if values["lora_A"].shape[0] % 2:
+            return values
+        a, start_a = values["lora_A"].chunk(2)
+        b, start_b = values["lora_B"].chunk(2, dim=1)
+        for name, value in zip(_START, (start_a, -start_b), strict=True):
+            if value.shape == getattr(layer, name).shape:
+                getattr(layer, name).copy_(value)
+        return {"lora_A": a, "lora_B": b}
+
     def native_recipe(self, recipe: Recipe) -> Recipe:
         """Twice the rank at the same scale."""
         ranks = tuple((pattern, 2 * rank) for pattern, rank in recipe.block_ranks)
