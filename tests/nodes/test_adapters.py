@@ -6,9 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from graft_pack.trainers.errors import ModelError
+from graft_pack.trainers.check import check_gradient, directional_error
+from graft_pack.trainers.errors import ModelError, SettingsError
+from graft_pack.trainers.families import family_of
+from graft_pack.trainers.formats import files
 from graft_pack.trainers.formats.adapter import Adapter, load_adapter, save_adapter
 from graft_pack.trainers.methods import METHODS
+from graft_pack.trainers.settings import TARGETS
 
 from tests.support import diffusers_host, models
 
@@ -257,3 +261,427 @@ def test_a_peft_folder_comes_back_in_the_hosts_names(case, done, model, base, tm
 
 def joined(tensors):
     return models.joined(tensors[name] for name in sorted(tensors))
+
+
+# Convolutions are trained beside Linears where both are offered.
+EXACT = [case for case in CASES if CASES[case] is not LINEARS or f"{case} conv" not in CASES and case != "LoRA"]
+
+
+@pytest.mark.parametrize("case", EXACT)
+def test_gradients_are_those_of_finite_differences(case):
+    """At values away from the start, in fp64 where nothing else hides an error."""
+    with torch.inference_mode():
+        exact = models.patcher("SD1", torch.float64)
+    with models.in_training(exact, "SD1", examples=1, **fields_of(case, batch_size=1)) as training:
+        with torch.no_grad():
+            source = torch.Generator().manual_seed(1)
+            for parameter in training.plan.trainables.values():
+                parameter.data = parameter.data.double()
+                parameter.add_(torch.randn(parameter.shape, generator=source, dtype=torch.float64) * 0.05)
+        for stem, parameters in by_stem(training.plan.trainables).items():
+            error, slope = directional_error(training.losses, parameters, step=0.02)
+            assert slope > 1e-4, stem
+            assert error <= 1e-5, stem
+
+
+def by_stem(trainables):
+    """The trainables by peft's name for them: each is a part of the gradient that can be wrong alone."""
+    found = {}
+    for name, parameter in trainables.items():
+        found.setdefault(name.split(".default")[0].rpartition(".")[2], []).append(parameter)
+    return found
+
+
+RESUMED = {"steps": 3, "rank": 2, "alpha": 2.0, "batch_size": 2, "save_every": 1}
+
+
+class Stopped(Exception):
+    """What a test interrupts a run with."""
+
+
+def stop_at_two(event, payload):
+    if event == "step" and payload["step"] == 2:
+        raise Stopped
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_a_resumed_run_ends_with_the_same_bits(kind, tmp_path):
+    """A finished one hands on the same adapter too, and so does one that is only looked at again."""
+    fields = {**RESUMED, "method": kind}
+    straight = diffusers_host.run_session(tmp_path / "straight", **fields)
+    with pytest.raises(Stopped):
+        diffusers_host.run_session(tmp_path / "parts", stop_at_two, **fields)
+    resumed = diffusers_host.run_session(tmp_path / "parts", **fields)
+    assert resumed.resumed_from == 2
+    assert diffusers_host.same_state(diffusers_host.state_of(resumed), diffusers_host.state_of(straight))
+    again = diffusers_host.run_session(tmp_path / "parts", **fields)
+    for one in (resumed, again):
+        assert diffusers_host.same_tensors(one.adapter, straight.adapter)
+        assert diffusers_host.same_tensors(one.adapter.native.tensors, straight.adapter.native.tensors)
+
+
+def test_what_pissa_drew_is_part_of_the_state(tmp_path, monkeypatch):
+    """Another library or thread count may factor the weight differently; the run goes on from what it had."""
+    fields = {**RESUMED, "method": "PiSSA"}
+    straight = diffusers_host.run_session(tmp_path / "straight", **fields)
+    with pytest.raises(Stopped):
+        diffusers_host.run_session(tmp_path / "parts", stop_at_two, **fields)
+    finish = METHODS["PiSSA"].finish
+
+    def otherwise(layer, recipe):
+        finish(layer, recipe)
+        layer.start_A.mul_(-1)
+        layer.start_B.mul_(-1)
+
+    monkeypatch.setattr(METHODS["PiSSA"], "finish", otherwise)
+    resumed = diffusers_host.run_session(tmp_path / "parts", **fields)
+    assert diffusers_host.same_tensors(resumed.adapter, straight.adapter)
+
+
+def test_dropout_is_repeated_by_a_resumed_run_and_off_elsewhere(tmp_path):
+    fields = {**RESUMED, "dropout": 0.5, "validation_fraction": 0.3, "validate_every": 1}
+    torch.manual_seed(1)
+    before = torch.random.get_rng_state()
+    straight = diffusers_host.run_session(tmp_path / "straight", **fields)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    with pytest.raises(Stopped):
+        diffusers_host.run_session(tmp_path / "parts", stop_at_two, **fields)
+    torch.manual_seed(2)
+    resumed = diffusers_host.run_session(tmp_path / "parts", **fields)
+    assert diffusers_host.same_state(diffusers_host.state_of(resumed), diffusers_host.state_of(straight))
+    without = diffusers_host.run_session(tmp_path / "without", **{**fields, "dropout": 0.0})
+    assert without.losses != straight.losses
+    # One step from B = 0 the dropped inputs have moved B only, and nothing is dropped while measuring.
+    assert not diffusers_host.same_tensors(without.adapter, straight.adapter)
+
+
+@pytest.mark.parametrize("kind", ["LoRA", "DoRA"])
+def test_dropout_is_the_same_when_blocks_are_computed_again(kind, model):
+    """The mask of the recomputation is the forward's, or the gradient belongs to another network."""
+    from graft_pack.trainers.methods.dropout import dropping_out
+
+    found = []
+    for checkpointing in (False, True):
+        with models.in_training(model, "SD1", checkpointing, spread=0.1, method=kind, dropout=0.5) as training:
+            with dropping_out(training.denoiser.module, training.plan.recipe, 0):
+                found.append(models.joined(training.gradients()))
+        with models.in_training(model, "SD1", checkpointing, spread=0.1, method=kind) as training:
+            assert models.distance(models.joined(training.gradients()), found[-1]) > 1e-2
+    assert models.distance(found[1], found[0]) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", METHODS)
+@pytest.mark.parametrize("format", ["kohya", "peft"])
+def test_training_goes_on_from_a_file(kind, format, tmp_path):
+    """It starts as what the file does; what a kohya file does not hold is refused by name."""
+    fields = {"rank": 2, "alpha": 2.0, "batch_size": 2, "method": kind}
+    first = diffusers_host.run_session(tmp_path / "first", **fields, steps=2)
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_adapter(str(path), first.adapter, "first", format)
+    more = {**fields, "start_from": str(path), "alpha": 2.0}
+    if format == "kohya" and kind in ("DoRA", "LoKr", "OFT", "BOFT", "IA3"):
+        with pytest.raises(ModelError, match=f"does not hold what {kind} trains.*peft folder"):
+            diffusers_host.run_session(tmp_path / "second", **more, steps=1)
+        return
+    second = diffusers_host.run_session(tmp_path / "second", **more, steps=1, learning_rate=1e-12)
+    assert second.run.name != first.run.name
+    assert models.distance(joined(second.adapter), joined(first.adapter)) <= 1e-5
+
+
+def test_another_alpha_starts_with_the_same_effect(tmp_path):
+    first = diffusers_host.run_session(tmp_path / "first", rank=2, alpha=2.0, steps=2)
+    path = tmp_path / "a.safetensors"
+    save_adapter(str(path), first.adapter, "first")
+    second = diffusers_host.run_session(
+        tmp_path / "second", rank=2, alpha=8.0, steps=1, learning_rate=1e-12, start_from=str(path)
+    )
+    for name in first.adapter:
+        if name.endswith(".alpha"):
+            layer = name.removesuffix("alpha")
+            effects = [
+                float(one.adapter[name])
+                * one.adapter[f"{layer}lora_up.weight"]
+                @ one.adapter[f"{layer}lora_down.weight"]
+                for one in (first, second)
+            ]
+            assert models.distance(effects[1], effects[0]) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "fields, named",
+    [
+        ({"method": "rsLoRA"}, "of the type LoRA, this run of rsLoRA"),
+        ({"method": "LoHa"}, "of the type LoRA, this run of LoHa"),
+        ({"rank": 4}, "Set rank"),
+        ({"targets": "all linear"}, "nothing for"),
+        ({"targets": "patterns", "target_patterns": ("attn1",)}, "other layers"),
+    ],
+    ids=str,
+)
+def test_a_file_that_does_not_fit_is_refused_by_name(fields, named, tmp_path):
+    first = diffusers_host.run_session(tmp_path / "first", rank=2, alpha=2.0, steps=1)
+    path = tmp_path / "a.safetensors"
+    save_adapter(str(path), first.adapter, "first")
+    with pytest.raises(ModelError, match=named) as caught:
+        diffusers_host.run_session(
+            tmp_path / "second", **{"rank": 2, "alpha": 2.0, "steps": 1, "start_from": str(path), **fields}
+        )
+    assert caught.value.input == "start_from"
+    assert not (tmp_path / "second" / "runs").exists()
+
+
+def test_ranks_and_rates_by_block_and_lora_plus(model):
+    """Scale stays the recipe's whatever a block's rank; B moves by the ratio; rank 0 leaves a layer out."""
+    fields = {
+        "rank": 4,
+        "alpha": 8.0,
+        "learning_rate": 1e-3,
+        "block_ranks": (("input_blocks", 2), (r"attn1\.to_v", 0)),
+        "block_learning_rates": (("middle_block", 1e-5),),
+        "lora_plus_ratio": 16.0,
+    }
+    with models.in_training(model, "SD1", **fields) as training:
+        method = METHODS["LoRA"]
+        groups = method.groups(training.plan.trainables, training.plan.recipe)
+        adapter = training.plan.export(training.plan.trainables, 0).adapter
+        shapes = {name: tuple(value.shape) for name, value in training.plan.trainables.items()}
+    rates = {name: group.learning_rate for group in groups for name in group.names}
+    assert rates.keys() == shapes.keys()
+    for name, shape in shapes.items():
+        assert "input_blocks" in name or "attn1.to_v" not in name
+        rank = min(shape)
+        assert rank == (2 if "input_blocks" in name else 4)
+        base = 1e-5 if "middle_block" in name else 1e-3
+        assert rates[name] == pytest.approx(base * (16 if "lora_B" in name else 1))
+    for name, value in adapter.items():
+        if name.endswith(".alpha"):
+            down = adapter[name.replace("alpha", "lora_down.weight")]
+            assert float(value) / down.shape[0] == 2.0
+    config = adapter.native.config
+    assert config["r"] == 4
+    assert set(config["rank_pattern"].values()) == {2}
+    assert set(config["alpha_pattern"].values()) == {4.0}
+
+
+def test_blocks_of_other_ranks_load_in_peft_and_diffusers(model, base, unet, tmp_path):
+    from diffusers import DDPMScheduler, StableDiffusionPipeline
+    from peft import PeftModel
+
+    done = train(model, "LoRA", tmp_path, block_ranks=(("input_blocks", 2),), alpha=8.0)
+    save_adapter(str(tmp_path / "peft" / "adapter_model.safetensors"), done.adapter, "a", "peft")
+    network = unet()
+    PeftModel.from_pretrained(network, str(tmp_path / "peft"))
+    assert_applied(diffusers_output(network), done, base)
+    save_adapter(str(tmp_path / "a.safetensors"), done.adapter, "a", "diffusers")
+    network = unet()
+    pipe = StableDiffusionPipeline(
+        None, None, None, network, DDPMScheduler(), None, None, requires_safety_checker=False
+    )
+    pipe.load_lora_weights(str(tmp_path / "a.safetensors"))
+    assert_applied(diffusers_output(network), done, base)
+
+
+def targets_of(model, kind="LoRA", **fields):
+    """The layers a recipe adapts."""
+    recipe = models.recipe("SD1", method=kind, **fields)
+    return METHODS[kind].targets(model.model.diffusion_model, family_of("SD1"), recipe)
+
+
+def test_each_choice_of_targets_takes_in_the_one_before(model):
+    found = [set(targets_of(model, targets=name)) for name in TARGETS[:4]]
+    assert all(one < other for one, other in zip(found, found[1:], strict=False))
+    assert all(".attn" in path for path in found[0])
+    assert {path.rpartition(".")[2] for path in found[1] - found[0]} == {"proj", "2"}
+    assert all(".ff.net." in path for path in found[1] - found[0])
+    assert "time_embed.0" in found[2] - found[1]
+    assert "input_blocks.0.0" in found[3] - found[2]
+
+
+def test_patterns_choose_layers_of_any_kind(model):
+    found = targets_of(model, targets="patterns", target_patterns=(r"attn2\.to_k", "^input_blocks.0.0$"))
+    assert found[0] == "input_blocks.0.0"
+    assert all("attn2.to_k" in path for path in found[1:])
+    assert len(found) > 2
+
+
+@pytest.mark.parametrize("kind", ["PiSSA", "OFT", "BOFT", "IA3"])
+def test_kinds_of_layers_without_a_right_file_are_refused_by_name(kind, model):
+    with pytest.raises(SettingsError, match=f"{kind} is not offered on a convolution such as input_blocks") as caught:
+        targets_of(model, kind, targets="linear + conv")
+    assert caught.value.input == "targets"
+    assert "LoRA with conv" in caught.value.cure
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"targets": "patterns", "target_patterns": ("attn1", "atn2")}, {"block_ranks": (("atn2", 2),)}],
+    ids=["target", "rank"],
+)
+def test_a_pattern_that_chooses_nothing_is_refused_by_name(fields, tmp_path):
+    with pytest.raises(SettingsError, match="'atn2'.*no layer"):
+        diffusers_host.run_session(tmp_path, **fields)
+
+
+def test_boft_takes_the_largest_block_that_divides_all_layers(model):
+    with models.in_training(model, "SD1", method="BOFT", rank=5) as training:
+        sizes = {parameter.shape[-1] for name, parameter in training.plan.trainables.items() if "boft_R" in name}
+    assert sizes == {4}
+    layers = {"a": torch.nn.Linear(9, 2), "b": torch.nn.Linear(4, 2)}
+    with pytest.raises(SettingsError, match="No block of 2 to 5 inputs divides the widths of all layers .4, 9."):
+        METHODS["BOFT"].config(models.recipe("SD1", method="BOFT", rank=5), layers, {})
+
+
+def test_ia3_scales_the_inner_activation_of_a_feed_forward_part(model):
+    """And the outputs of all others (the paper's section 3.3): one as a full difference, the others as a magnitude."""
+    with models.in_training(model, "SD1", **fields_of("IA3")) as training:
+        adapter = training.plan.export(training.plan.trainables, 0).adapter
+    ends = {}
+    for name in adapter:
+        layer, _, end = name.partition(".")
+        ends.setdefault(layer, set()).add(end)
+    assert all(("diff" in found) == ("ff_net_2" in layer) for layer, found in ends.items())
+
+
+@pytest.mark.parametrize("kind", ["PiSSA", "OFT", "IA3"])
+def test_the_self_check_holds_where_the_start_is_not_zero(kind, model):
+    """What a user of an undescribed family gets before step 1."""
+    with models.in_training(model, "SD1", method=kind) as training:
+        assert check_gradient(training.losses, training.plan.trainables) <= 5e-3
+
+
+# Key sets as other trainers write them, for one attention and one text layer of a tiny SD1.
+PLACE = "input_blocks.1.1.transformer_blocks.0.attn1.to_q"
+DIFFUSERS_PLACE = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+FLAT, FLAT_DIFFUSERS = PLACE.replace(".", "_"), DIFFUSERS_PLACE.replace(".", "_")
+DOWN_UP = ("lora_down.weight", "lora_up.weight")
+FOREIGN = {
+    "kohya": (f"lora_unet_{FLAT_DIFFUSERS}.", DOWN_UP, True),
+    "kohya, model's own names": (f"lora_unet_{FLAT}.", DOWN_UP, True),
+    "OneTrainer": (f"lora_unet_{FLAT_DIFFUSERS}.", DOWN_UP, True),
+    "OneTrainer, with points": (f"lora_unet.{DIFFUSERS_PLACE}.", DOWN_UP, True),
+    "OneTrainer, OMI": (f"unet.{PLACE}.", DOWN_UP, True),
+    "ai-toolkit": (f"lora_unet_{FLAT}.", DOWN_UP, True),
+    "ai-toolkit, newer": (f"diffusion_model.{PLACE}.", ("lora_A.weight", "lora_B.weight"), False),
+    "diffusers": (f"unet.{DIFFUSERS_PLACE}.", ("lora_A.weight", "lora_B.weight"), False),
+    "diffusers, older": (f"unet.{DIFFUSERS_PLACE}.", ("lora.down.weight", "lora.up.weight"), False),
+    "diffusers, oldest": (
+        f"unet.{DIFFUSERS_PLACE.replace('.to_q', '.processor.to_q')}_lora.",
+        ("down.weight", "up.weight"),
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", FOREIGN)
+def test_files_of_other_trainers_load_and_apply(layout, model, tmp_path):
+    from graft_pack.nodes.host.adapters import apply_adapter, unread_keys
+
+    start, ends, with_alpha = FOREIGN[layout]
+    source = torch.Generator().manual_seed(3)
+    down, up = torch.randn(2, 32, generator=source), torch.randn(32, 2, generator=source)
+    tensors = {start + ends[0]: down, start + ends[1]: up}
+    if with_alpha:
+        tensors[f"{start}alpha"] = torch.tensor(1.0)
+    if layout.startswith("OneTrainer"):
+        tensors["bundle_emb.cat.clip_l"] = torch.zeros(1, 48)
+    path = tmp_path / "a.safetensors"
+    files.write_tensors(str(path), tensors, {})
+    adapter = load_adapter(str(path))
+    assert unread_keys(model, None, adapter) == []
+    applied, _ = apply_adapter(model, None, adapter, 1.0, 0.0)
+    changed, before = merged(applied), weights(model)
+    name = f"diffusion_model.{PLACE}.weight"
+    expected = up @ down * (0.5 if with_alpha else 1.0)
+    assert models.distance(changed[name] - before[name], expected) <= 1e-5
+    assert all(torch.equal(changed[other], before[other]) for other in before if other != name)
+
+
+@pytest.mark.parametrize(
+    "place, flux",
+    [
+        ("transformer.single_transformer_blocks.0.attn.to_k.lora_A.weight", True),
+        ("lora_transformer_single_transformer_blocks_0_attn_to_k.lora_down.weight", True),
+        ("lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight", True),
+        ("base_model.model.single_transformer_blocks.0.attn.to_k.lora_A.weight", False),
+    ],
+)
+def test_names_of_flux_files_are_left_to_the_host(place, flux):
+    """ai-toolkit's, OneTrainer's and kohya's; peft's are put into the first."""
+    from graft_pack.nodes.host.adapters import unread_keys
+    from graft_pack.trainers.formats.foreign import host_names, host_tensors
+    from graft_pack.trainers.formats.native import Native
+
+    pair = {"lora_A": "lora_B", "lora_down": "lora_up"}
+    stem = next(name for name in pair if name in place)
+    width = 64
+    up = torch.randn(3 * width if "qkv" in place else width, 2)
+    tensors = {place: torch.randn(2, width), place.replace(stem, pair[stem]): up}
+    if flux:
+        found = host_names(tensors)
+        assert found == tensors
+    else:
+        held = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
+        found = host_tensors(Native("LoRA", {}, held, False, {next(iter(held)).split(".lora_")[0]: 1.0}))
+    assert unread_keys(models.patcher("Flux"), None, found) == []
+
+
+def test_a_peft_file_without_its_configuration_is_refused(model, tmp_path):
+    """Its alpha lies there: without it the adapter would be applied at a strength that nobody chose."""
+    path = tmp_path / "a" / "adapter_model.safetensors"
+    with models.in_training(model, "SD1") as training:
+        save_adapter(str(path), training.plan.export(training.plan.trainables, 0).adapter, "a", "peft")
+    (tmp_path / "a" / "adapter_config.json").unlink()
+    with pytest.raises(ModelError, match="adapter_config.json"):
+        load_adapter(str(path))
+
+
+def test_a_dora_of_diffusers_is_refused_and_not_applied_without_its_magnitude(tmp_path):
+    tensors = {f"unet.x.{end}": torch.ones(2, 2) for end in ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")}
+    files.write_tensors(str(tmp_path / "a.safetensors"), tensors, {})
+    with pytest.raises(ModelError, match="magnitude"):
+        load_adapter(str(tmp_path / "a.safetensors"))
+
+
+def test_what_lost_its_form_on_the_way_is_refused_with_the_cure(done, case, tmp_path):
+    plain = Adapter(dict(done.adapter), done.adapter.metadata)
+    for format in ("diffusers", "peft"):
+        with pytest.raises(ModelError, match=f"'{format}'.*training node"):
+            save_adapter(str(tmp_path / "x" / "adapter_model.safetensors"), plain, case, format)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_adapter_that_is_not_finite_is_not_saved(tmp_path):
+    broken = Adapter({"lora_unet_x.alpha": torch.tensor(float("nan"))})
+    with pytest.raises(ModelError, match="lora_unet_x.alpha is not finite"):
+        save_adapter(str(tmp_path / "a.safetensors"), broken, "a")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("case", ["OFT", "IA3", "LoKr"])
+def test_another_architecture_is_refused_by_name(case, model, tmp_path):
+    from graft_pack.nodes.host.adapters import apply_adapter
+
+    adapter = train(model, case, tmp_path, steps=1).adapter
+    with pytest.raises(ModelError, match="fits no layer of the connected model .*Flux"):
+        apply_adapter(models.patcher("Flux"), None, adapter, 1.0, 1.0)
+
+
+def test_a_saved_file_says_what_it_was_made_with_and_shows_it(tmp_path):
+    import base64
+    import io
+    import json
+
+    from PIL import Image
+
+    result = diffusers_host.run_session(
+        tmp_path, method="LoHa", steps=2, preview_prompts=("a red picture",), preview_steps=1
+    )
+    metadata = result.adapter.metadata
+    assert metadata["ss_network_module"] == "lycoris.kohya"
+    assert json.loads(metadata["ss_network_args"]) == {"algo": "loha"}
+    assert metadata["modelspec.sai_model_spec"] == "1.0.1"
+    assert json.loads(metadata["graft_recipe"])["method"] == "LoHa"
+    assert result.run.name.endswith(metadata["graft_identity"][:8])
+    head, data = metadata["modelspec.thumbnail"].split(",")
+    assert head == "data:image/jpeg;base64"
+    assert max(Image.open(io.BytesIO(base64.b64decode(data))).size) <= 256
