@@ -1,5 +1,6 @@
 """What every adapter type has to hold, on every kind of layer it is offered on."""
 
+import os
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from graft_pack.trainers.check import check_gradient, directional_error
 from graft_pack.trainers.errors import ModelError, SettingsError
 from graft_pack.trainers.families import family_of
 from graft_pack.trainers.formats import files
-from graft_pack.trainers.formats.adapter import Adapter, load_adapter, save_adapter
+from graft_pack.trainers.formats.adapter import FORMATS, Adapter, load_adapter, save_adapter
 from graft_pack.trainers.methods import METHODS
 from graft_pack.trainers.settings import TARGETS
 
@@ -666,6 +667,22 @@ def test_another_architecture_is_refused_by_name(case, model, tmp_path):
         apply_adapter(models.patcher("Flux"), None, adapter, 1.0, 1.0)
 
 
+@pytest.mark.parametrize("case", ["LoRA", "BOFT"])
+def test_another_size_of_the_same_architecture_is_refused_by_name(case, model, tmp_path):
+    """As SD1's files on SD2: the same names, and the host would only leave them out."""
+    import comfy.model_patcher
+    from graft_pack.nodes.host.adapters import apply_adapter
+
+    adapter = train(model, case, tmp_path, steps=1).adapter
+    config = models.FAMILIES["SD1"].build()
+    config.unet_config["context_dim"] = 64
+    config.set_inference_dtype(torch.float32, None)
+    cpu = torch.device("cpu")
+    other = comfy.model_patcher.ModelPatcher(config.get_model({}, "", device="cpu"), cpu, cpu)
+    with pytest.raises(ModelError, match="made for another model: its part for .*attn2.*numbers"):
+        apply_adapter(other, None, adapter, 1.0, 1.0)
+
+
 def test_a_saved_file_says_what_it_was_made_with_and_shows_it(tmp_path):
     import base64
     import io
@@ -685,3 +702,51 @@ def test_a_saved_file_says_what_it_was_made_with_and_shows_it(tmp_path):
     head, data = metadata["modelspec.thumbnail"].split(",")
     assert head == "data:image/jpeg;base64"
     assert max(Image.open(io.BytesIO(base64.b64decode(data))).size) <= 256
+
+
+def test_the_nodes_save_each_format_and_load_it_again(done, case, model, base, comfy, monkeypatch):
+    """Under a name of one's own in output/loras, where it can be chosen at once; and a training can start from it."""
+    import folder_paths
+    from graft_pack.nodes.adapter import GraftLoadAdapter, GraftSaveAdapter
+    from graft_pack.nodes.host.adapters import apply_adapter
+    from graft_pack.nodes.options import GraftAdapterOptions
+
+    if case not in ("LoRA", "LoKr conv", "OFT"):
+        return
+    # As ComfyUI's main.py does at its start.
+    known, endings = folder_paths.folder_names_and_paths["loras"]
+    mine = str(comfy.base / "output" / "loras")
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([*known, mine], endings))
+    for format in FORMATS:
+        prefix = f"mine/{case} {format}".replace(" ", "-")
+        if case != "LoRA" and format == "diffusers":
+            with pytest.raises(ModelError, match="Graft Save Adapter.*input 'format'.*does not know"):
+                GraftSaveAdapter.execute(done.adapter, prefix, format)
+            continue
+        path = GraftSaveAdapter.execute(done.adapter, prefix, format).args[0]
+        name = os.path.relpath(path, comfy.base / "output" / "loras")
+        assert name == f"{prefix}_00001_" + ("/adapter_model.safetensors" if format == "peft" else ".safetensors")
+        assert GraftLoadAdapter.validate_inputs(name) is True
+        assert GraftAdapterOptions.validate_inputs(name) is True
+        assert GraftAdapterOptions.fingerprint_inputs(name) == GraftLoadAdapter.fingerprint_inputs(name)
+        assert load_adapter(path).metadata["modelspec.title"] == f"{os.path.basename(prefix)}_00001"
+        if case == "OFT" and format == "peft":
+            with pytest.raises(ModelError, match="Graft Load Adapter.*OFT of peft's"):
+                GraftLoadAdapter.execute(name)
+            continue
+        back = GraftLoadAdapter.execute(name).args[0]
+        applied, _ = apply_adapter(model, None, back, 1.0, 0.0)
+        assert_applied(output_of(applied), done, base)
+
+
+def test_the_option_node_hands_on_what_was_set():
+    from graft_pack.nodes.options import GraftAdapterOptions
+    from graft_pack.trainers.settings import UNSET
+
+    assert GraftAdapterOptions.execute(**UNSET["adapter"]).args[0] == {}
+    found = GraftAdapterOptions.execute(**{**UNSET["adapter"], "type": "LoKr", "block_ranks": "attn2=2"}).args[0]
+    assert found == {("adapter", "type"): "LoKr", ("adapter", "block_ranks"): "attn2=2"}
+    with pytest.raises(SettingsError, match="Graft Adapter Options, input 'block_ranks'.*no pattern=value"):
+        GraftAdapterOptions.execute(**{**UNSET["adapter"], "block_ranks": "attn2"})
+    assert "no adapter 'gone'" in GraftAdapterOptions.validate_inputs("gone")
+    assert GraftAdapterOptions.validate_inputs("auto") is True
