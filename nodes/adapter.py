@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
-
 from comfy_api.latest import io
 
-from ..trainers.formats.adapter import save_adapter
+from ..trainers.formats.adapter import FORMATS, save_adapter
 from .host import paths
 from .schema import CATEGORY, Adapter, named, refusal
 
 _CATEGORY = f"{CATEGORY}/adapter"
-
-FORMATS = ["kohya"]
 
 
 class GraftApplyAdapter(io.ComfyNode):
@@ -85,10 +81,7 @@ class GraftLoadAdapter(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, adapter_name) -> str | float:
         """Changes with the file; a name that comes over a wire is not known yet."""
-        if not isinstance(adapter_name, str):
-            return float("nan")
-        status = os.stat(paths.adapter_path(adapter_name))
-        return f"{status.st_size}-{status.st_mtime_ns}"
+        return paths.adapter_state(adapter_name)
 
     @classmethod
     def execute(cls, adapter_name) -> io.NodeOutput:
@@ -109,7 +102,12 @@ class GraftSaveAdapter(io.ComfyNode):
             inputs=[
                 Adapter.Input("adapter", tooltip="From a training node."),
                 io.String.Input("filename_prefix", default="graft", tooltip="Name, or subfolder/name."),
-                io.Combo.Input("format", options=FORMATS, default="kohya", tooltip="kohya: read by nearly everything."),
+                io.Combo.Input(
+                    "format",
+                    options=list(FORMATS),
+                    default="kohya",
+                    tooltip="kohya: read by nearly everything. diffusers and peft: for those libraries.",
+                ),
             ],
             outputs=[io.String.Output("path", display_name="path")],
             hidden=[io.Hidden.unique_id],
@@ -119,8 +117,8 @@ class GraftSaveAdapter(io.ComfyNode):
     @classmethod
     def execute(cls, adapter, filename_prefix, format) -> io.NodeOutput:
         with named(cls):
-            path = paths.new_adapter_path(filename_prefix)
-            save_adapter(path, adapter, os.path.splitext(os.path.basename(path))[0].rstrip("_"))
+            path = paths.new_adapter_path(filename_prefix, format)
+            save_adapter(path, adapter, paths.title_of(path), format)
             return io.NodeOutput(path, ui={"text": (path,)})
 
 

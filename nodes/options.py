@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..trainers.methods import ADAPTERS
 from ..trainers.objective.loss import HUBER_SCHEDULES, LOSSES
 from ..trainers.objective.timesteps import TIMESTEPS
 from ..trainers.objective.weighting import WEIGHTINGS
 from ..trainers.optimisers import OPTIMISERS, SCHEDULES
+from ..trainers.settings import TARGETS
 from ..trainers.settings import Options as Chosen
+from .host import paths
 from .host.sampling import SAMPLERS, SCHEDULERS
-from .schema import CATEGORY, Options, advanced, named, options_input
+from .schema import CATEGORY, Options, advanced, named, options_input, refusal
 
 _CATEGORY = f"{CATEGORY}/options"
 _MANY = 10_000_000
@@ -199,6 +202,75 @@ class GraftMemoryOptions(_OptionNode):
         )
 
 
+class GraftAdapterOptions(_OptionNode):
+    """What kind of adapter is trained, and where it is put."""
+
+    kind = "adapter"
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return _schema(
+            "GraftAdapterOptions",
+            "Graft Adapter Options",
+            "Type, layers, ranks and rates of the adapter. Untouched fields change nothing.",
+            [
+                _auto("type", list(ADAPTERS), "auto: LoRA."),
+                _number("alpha", "The effective scale is alpha / rank. 0: alpha equals the rank.", 0.0, 1e6, 0.1),
+                _auto("targets", list(TARGETS), "Which layers. auto: attention; with LoRA with conv all of them."),
+                _number("dropout", "Share of an adapter's inputs that a step drops. 0: none.", 0.0, 0.95, 0.01),
+                _auto("text_encoder", ["on", "off"], "Train the text encoder too. auto: off."),
+                _count("text_encoder_rank", "Its own rank. 0: the model's.", top=1024),
+                _number("text_encoder_learning_rate", "Its own learning rate. 0: the model's.", 0.0, 10.0, 0.0000001),
+                _auto(
+                    "start_from",
+                    paths.adapter_choices(),
+                    "An adapter of the same type and ranks to go on from. auto: none.",
+                ),
+                advanced(
+                    io.String.Input(
+                        "target_patterns",
+                        default="",
+                        multiline=True,
+                        tooltip="Parts of layers' paths, one a line, such as attn2; regular expressions work.",
+                    )
+                ),
+                advanced(
+                    io.String.Input(
+                        "block_ranks",
+                        default="",
+                        multiline=True,
+                        tooltip="Other ranks for some layers, one a line, such as middle_block=8. Rank 0 leaves out.",
+                    )
+                ),
+                advanced(
+                    io.String.Input(
+                        "block_learning_rates",
+                        default="",
+                        multiline=True,
+                        tooltip="Other learning rates for some layers, one a line, such as input_blocks=5e-5.",
+                    )
+                ),
+                advanced(
+                    _number("lora_plus_ratio", "LoRA+: B's learning rate over A's, such as 16. 0: 1.", 0.0, 1e4, 0.1)
+                ),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, start_from) -> bool | str:
+        """Replaces the host's check against its list, so that an adapter saved a moment ago can be chosen."""
+        if start_from == "auto":
+            return True
+        return refusal(cls, "start_from", start_from, paths.adapter_path)
+
+    @classmethod
+    def fingerprint_inputs(cls, start_from, options=None, **values) -> str | float:
+        """Changes with the file that is started from; a name that comes over a wire is not known yet."""
+        if start_from == "auto":
+            return ""
+        return paths.adapter_state(start_from)
+
+
 class GraftObjectiveOptions(_OptionNode):
     """What the loss looks at."""
 
@@ -283,6 +355,7 @@ NODES = [
     GraftPreviewOptions,
     GraftOptimizerOptions,
     GraftMemoryOptions,
+    GraftAdapterOptions,
     GraftObjectiveOptions,
     GraftPivotalOptions,
 ]

@@ -15,6 +15,7 @@ class Family:
         resolution: side of the square it was trained at, pixels.
         lora_learning_rate: for alpha = rank.
         attention: patterns a module path must match in part to be an attention projection; none: every Linear.
+        feed_forward: the same for the two projections of a feed-forward part.
         diffusers_names: whether its LoRA files carry diffusers' module names (SD1, SD2) or the model's own.
         preview_cfg, preview_scheduler: for sample pictures.
     """
@@ -23,6 +24,7 @@ class Family:
     resolution: int = 1024
     lora_learning_rate: float = 1e-4
     attention: tuple[str, ...] = ()
+    feed_forward: tuple[str, ...] = (r"\.ff\.net\.(0\.proj|2)$", r"mlp\.(0|2|fc1|fc2)$")
     diffusers_names: bool = False
     preview_cfg: float = 7.0
     preview_scheduler: str = "normal"
@@ -68,3 +70,8 @@ def is_attention(path: str, family: Family) -> bool:
     if not family.attention:
         return True
     return any(re.search(pattern, path) for pattern in family.attention)
+
+
+def is_feed_forward(path: str, family: Family) -> bool:
+    """Whether a module path is a projection of a feed-forward part of the family."""
+    return any(re.search(pattern, path) for pattern in family.feed_forward)

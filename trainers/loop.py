@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +16,7 @@ import torch
 from .autograd import OutOfPlace
 from .data.order import batches_from
 from .errors import GraftError, NumbersError
+from .methods.dropout import dropping_out
 from .objective.asked import Asked, draw_asked
 from .objective.loss import example_losses
 from .objective.noise import draw_noise, draw_sigmas, generator, spread_sigmas
@@ -89,6 +90,7 @@ class Plan:
         settle: called with the step's factor on the learning rates after every optimiser step, to keep trainables
             where they must be.
         frozen: gives a context in which the denoiser predicts as the base did before it was given trainables.
+        constants: tensors of the tree that are not trained and that a resumed run must find again.
     """
 
     recipe: Recipe
@@ -99,6 +101,7 @@ class Plan:
     groups: Sequence[Group] = ()
     settle: Callable[[float], None] = lambda factor: None
     frozen: Callable[[], AbstractContextManager] = nullcontext
+    constants: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def all_groups(self) -> Sequence[Group]:
         """The groups, or the one that stands for none."""
@@ -211,12 +214,13 @@ def _gradients(plan: Plan, host: Host, window: list, step: int, scaler) -> tuple
     total = sum(len(batch) for _, batch in window)
     summed = 0.0
     names = []
-    for number, (_, batch) in enumerate(window):
-        names.extend(plan.train[index].name for index, _ in batch)
-        for part in _parts(_shown(plan, batch), plan.recipe, step, number, host):
-            for losses in _terms(plan, host, *part):
-                scaler.scale(losses.sum() / total).backward()
-                summed += float(losses.detach().sum())
+    with dropping_out(host.denoiser.module, plan.recipe, step):
+        for number, (_, batch) in enumerate(window):
+            names.extend(plan.train[index].name for index, _ in batch)
+            for part in _parts(_shown(plan, batch), plan.recipe, step, number, host):
+                for losses in _terms(plan, host, *part):
+                    scaler.scale(losses.sum() / total).backward()
+                    summed += float(losses.detach().sum())
     return summed / total, names
 
 
@@ -450,6 +454,7 @@ def _loss_scaler(host: Host):
 def _capture(state: State, plan: Plan, optimiser, average, scaler) -> None:
     """Brings the live values into the state."""
     state.trainables = {name: parameter.detach().clone() for name, parameter in plan.trainables.items()}
+    state.constants = {name: tensor.detach().clone() for name, tensor in plan.constants.items()}
     state.optimiser, state.groups = state_of(optimiser)
     state.ema = {}
     if average is not None:
@@ -471,6 +476,8 @@ def _restore(state: State, plan: Plan, optimiser, average, scaler) -> None:
     with torch.no_grad():
         for name, parameter in plan.trainables.items():
             parameter.copy_(state.trainables[name])
+        for name, tensor in plan.constants.items():
+            tensor.copy_(state.constants[name])
     restore_optimiser(optimiser, state.optimiser, state.groups)
     if plan.recipe.ema_decay and state.ema:
         average.shadow_params = [state.ema[name].to(host_device(plan)) for name in plan.trainables]

@@ -156,6 +156,9 @@ class Denoiser(Protocol):
     def adapter_name(self, path: str) -> str:
         """Name of a module, by its path in `module`, in kohya's adapter files."""
 
+    def published_name(self, path: str) -> str | None:
+        """Path of a module in the model as diffusers publishes it; None where it has no such module."""
+
     def check_adapter(self, tensors: dict[str, torch.Tensor]) -> list[str]:
         """Keys of an adapter file that the host would not use."""
 

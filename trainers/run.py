@@ -7,11 +7,13 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from .errors import RunError
 from .formats import files
+from .formats.metadata import data_uri
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +27,7 @@ log = logging.getLogger(__name__)
 
 _VERSION = 1
 _STATE = re.compile(r"state-(\d{8})\.safetensors")
+_SAMPLE = re.compile(r"step-(\d{8})-\d+\.png")
 _PRODUCT = re.compile(r"step-(\d{8})\.safetensors")
 
 
@@ -39,6 +42,7 @@ class State:
         batches: batches drawn so far.
         losses: of each step.
         trainables, ema: values by name; `ema` is empty without averaging.
+        constants: what was drawn at the start and is not trained, by name.
         optimiser: of each parameter by its place: {place: {name: tensor or number}}.
         groups: of each of the optimiser's groups, the numbers that training changed; empty in older files.
         scaler: fp16 loss scaling, empty otherwise.
@@ -50,6 +54,7 @@ class State:
     validation: list[tuple[int, float]] = field(default_factory=list)
     trainables: dict[str, torch.Tensor] = field(default_factory=dict)
     ema: dict[str, torch.Tensor] = field(default_factory=dict)
+    constants: dict[str, torch.Tensor] = field(default_factory=dict)
     optimiser: dict[int, dict[str, Any]] = field(default_factory=dict)
     groups: list[dict[str, Any]] = field(default_factory=list)
     scaler: dict[str, float] = field(default_factory=dict)
@@ -64,6 +69,7 @@ class Folders:
         cache: latents and conditionings, shared by all runs.
         adapters: where the host's loaders look for adapters.
         embeddings: where its tokenizers look for embeddings.
+        adapter_of: the path of an adapter of the host's list, by its name there.
         cache_limit: bytes; past this the caches of earlier runs make room.
     """
 
@@ -72,6 +78,7 @@ class Folders:
     adapters: str
     embeddings: str
     cache_limit: int = 50 * 1024**3
+    adapter_of: Callable[[str], str] = str
 
 
 @dataclass(frozen=True)
@@ -224,6 +231,17 @@ class Run:
             paths.append(path)
         return paths
 
+    def thumbnail(self, step: int) -> str | None:
+        """The last sample picture up to a step as a small data URI, None where there is none."""
+        folder = os.path.join(self.folder, "samples")
+        names = [name for name in _listed(folder) if _SAMPLE.fullmatch(name)]
+        names = [name for name in names if int(_SAMPLE.fullmatch(name).group(1)) <= step]
+        if not names:
+            return None
+        # Of the last step that drew any, the first prompt's.
+        last = max(name.rpartition("-")[0] for name in names)
+        return data_uri(os.path.join(folder, f"{last}-1.png"))
+
     def _state_path(self, step: int) -> str:
         return os.path.join(self.folder, f"state-{step:08d}.safetensors")
 
@@ -233,10 +251,12 @@ def safe_name(text: str) -> str:
     return re.sub(r"[^\w.-]+", "-", text).strip("-. ")[:60] or "run"
 
 
+def _listed(folder: str) -> list[str]:
+    return os.listdir(folder) if os.path.isdir(folder) else []
+
+
 def _numbers(folder: str, pattern: re.Pattern) -> list[int]:
-    if not os.path.isdir(folder):
-        return []
-    matches = (pattern.fullmatch(name) for name in os.listdir(folder))
+    matches = (pattern.fullmatch(name) for name in _listed(folder))
     return sorted(int(match.group(1)) for match in matches if match)
 
 
@@ -263,7 +283,7 @@ def _write_state(path: str, state: State) -> None:
     import torch
 
     tensors = {}
-    for group in ("trainables", "ema"):
+    for group in ("trainables", "ema", "constants"):
         for name, tensor in getattr(state, group).items():
             tensors[f"{group}/{name}"] = tensor
     numbers: dict[str, dict[str, Any]] = {}
@@ -306,7 +326,7 @@ def _read_state(path: str) -> State:
             if group == "optimiser":
                 index, _, slot = rest.partition("/")
                 state.optimiser.setdefault(int(index), {})[slot] = tensor
-            elif group in ("trainables", "ema"):
+            elif group in ("trainables", "ema", "constants"):
                 getattr(state, group)[rest] = tensor
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, RunError):

@@ -13,9 +13,10 @@ from . import inversion
 from .data.scan import check_captions
 from .errors import ModelError
 from .families import family_of
-from .formats.adapter import Adapter
-from .formats.metadata import describe_training
+from .formats.adapter import Adapter, load_adapter
+from .formats.metadata import describe_training, tensors_hash
 from .methods import METHODS
+from .methods.patterns import check_used
 from .optimisers import OPTIMISERS
 from .prepare import Prepared, prepare
 from .run import Products, Run, State
@@ -68,22 +69,23 @@ def run_recipe(recipe: Recipe, dataset: Dataset, host: Host, folders: Folders) -
     check_captions(dataset)
     recipe.objective.check(host.denoiser.parameterisation)
     method = METHODS[recipe.method]
-    identity = recipe.identity(dataset.fingerprint(), _base(host))
-    label = dataset.name if recipe.rank else recipe.embedding_name
+    start = load_adapter(folders.adapter_of(recipe.start_from)) if recipe.start_from else None
+    identity = recipe.identity(dataset.fingerprint(), _base(host, start))
+    label = dataset.name if method.ranked else recipe.embedding_name
     run = Run.open(folders, recipe, identity, label)
     state = State()
     if recipe.on_existing != "start over":
         state = run.load(recipe.steps) or state
-    export = _exporter(method, recipe, host, dataset, identity)
+    export = _exporter(method, recipe, host, dataset, run, identity)
     host.report("run", {"name": run.name, "folder": run.folder, "step": state.step, "steps": recipe.steps})
     if state.step == recipe.steps:
         log.info("Graft: run %s is already finished at step %d.", run.name, state.step)
-        return _result(export, state, run, state.step)
+        return _finished(recipe, host, method, run, state, export)
     log.info("Graft: run %s, from step %d to %d: %s", run.name, state.step, recipe.steps, recipe.summary())
-    return _train(recipe, dataset, host, folders, method, identity, run, state, export)
+    return _train(recipe, dataset, host, folders, method, identity, run, state, export, start)
 
 
-def _train(recipe, dataset, host, folders, method, identity, run, state, export) -> Result:
+def _train(recipe, dataset, host, folders, method, identity, run, state, export, start) -> Result:
     # Imported here: the loop imports torch, which the nodes that only describe datasets do not need.
     from .autograd import blocks_of, checkpoint_blocks
     from .loop import Plan, train
@@ -94,11 +96,18 @@ def _train(recipe, dataset, host, folders, method, identity, run, state, export)
     resumed_from = state.step
     prepared = prepare(dataset, recipe, host, folders.cache, folders.cache_limit)
     with denoiser.training(recipe.compute_dtype), host.text.training() if recipe.live_text else nullcontext():
-        targets = method.targets(denoiser.module, family_of(denoiser.family))
+        targets = method.targets(denoiser.module, family_of(denoiser.family), recipe)
+        # The text encoder's own adapters join here: their targets, trainables, groups and constants beside these
+        # (recipe.text_encoder, .text_encoder_rank, .text_encoder_learning_rate), and their layers in the exporter.
+        check_used(recipe, targets)
         blocks = _checkpoint(denoiser.module, recipe)
         if blocks and recipe.live_text:
             checkpoint_blocks(blocks_of(host.text.module))
         trainables = method.inject(denoiser.module, targets, recipe)
+        constants = method.constants(denoiser.module)
+        if start is not None and state.step == 0:
+            names = denoiser.adapter_name, denoiser.published_name
+            method.start(trainables, denoiser.module, start, recipe, names)
         groups = method.groups(trainables, recipe)
         settle = _keep_still
         if recipe.embedding_name:
@@ -121,12 +130,27 @@ def _train(recipe, dataset, host, folders, method, identity, run, state, export)
             groups,
             settle,
             partial(method.switched_off, denoiser.module),
+            constants,
         )
         if state.step == 0:
             _check_gradient(plan, host)
         _check_names(plan, host)
         state = train(plan, run, host, state)
-    return _result(export, state, run, resumed_from, prepared.left_out)
+        # Within: the files of some types are made beside the weights.
+        return _result(export, state, run, resumed_from, prepared.left_out)
+
+
+def _finished(recipe, host, method, run, state, export) -> Result:
+    """The result of a run that has nothing left to do."""
+    if not method.needs_base:
+        return _result(export, state, run, state.step)
+    denoiser = host.denoiser
+    with denoiser.training(recipe.compute_dtype):
+        targets = method.targets(denoiser.module, family_of(denoiser.family), recipe)
+        method.inject(denoiser.module, targets, recipe)
+        for name, tensor in method.constants(denoiser.module).items():
+            tensor.copy_(state.constants[name])
+        return _result(export, state, run, state.step)
 
 
 def _result(export, state: State, run: Run, resumed_from: int, left_out: tuple[LeftOut, ...] = ()) -> Result:
@@ -146,8 +170,10 @@ def _counts(prepared: Prepared) -> dict[str, int]:
     return {**counts, "class_images": len(classes)} if classes else counts
 
 
-def _base(host: Host) -> str:
+def _base(host: Host, start: Adapter | None) -> str:
     parts = [host.denoiser.fingerprint(), host.text.fingerprint(), host.codec.fingerprint()]
+    if start is not None:
+        parts.append(tensors_hash(start if start.native is None else start.native.tensors))
     return hashlib.sha256("|".join(parts).encode()).hexdigest()
 
 
@@ -191,7 +217,18 @@ def _check_names(plan, host: Host) -> None:
         )
 
 
-def _exporter(method, recipe: Recipe, host: Host, dataset: Dataset, identity: str):
+def _network(method, recipe: Recipe) -> dict:
+    """What kohya's metadata say of the adapter's type."""
+    module, args = method.network
+    return {
+        "network_module": module,
+        "network_args": args,
+        "network_dim": recipe.rank,
+        "network_alpha": recipe.alpha,
+    }
+
+
+def _exporter(method, recipe: Recipe, host: Host, dataset: Dataset, run: Run, identity: str):
     """A function from the trainables' values and the step to what is handed on, with its metadata."""
 
     def export(values: dict[str, torch.Tensor], step: int) -> Products:
@@ -199,13 +236,12 @@ def _exporter(method, recipe: Recipe, host: Host, dataset: Dataset, identity: st
             "family": host.denoiser.family,
             "parameterisation": host.denoiser.parameterisation,
             "recipe": recipe.as_json(),
-            "run": identity,
+            "identity": identity,
+            "thumbnail": run.thumbnail(step),
             "trigger": dataset.trigger,
             "resolution": recipe.resolution,
             "base_model_version": "sd_v1" if host.denoiser.family == "SD1" else host.denoiser.family,
-            "network_module": "networks.lora" if recipe.rank else None,
-            "network_dim": recipe.rank or None,
-            "network_alpha": recipe.alpha or None,
+            **(_network(method, recipe) if method.ranked else {}),
             "learning_rate": recipe.learning_rate,
             "unet_lr": recipe.learning_rate,
             "optimizer": recipe.optimizer,
@@ -221,9 +257,13 @@ def _exporter(method, recipe: Recipe, host: Host, dataset: Dataset, identity: st
             "seed": recipe.seed,
             "v2": host.denoiser.family.startswith("SD2"),
         }
+        denoiser = host.denoiser
         own = {name: value for name, value in values.items() if not name.startswith(inversion.PREFIX)}
-        tensors = method.export(own, recipe, host.denoiser.adapter_name)
-        adapter = Adapter(tensors, describe_training(facts, "lora")) if tensors else None
+        adapter = None
+        if own:
+            tensors = method.export(own, recipe, denoiser.adapter_name, denoiser.module)
+            native = method.native(own, recipe, denoiser.published_name, denoiser.module)
+            adapter = Adapter(tensors, describe_training(facts, "lora"), native)
         embedding = None
         if recipe.embedding_name:
             embedding = inversion.made_of(values, recipe, describe_training(facts, "textual-inversion"))

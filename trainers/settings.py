@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from .errors import SettingsError
+from .methods import METHODS
+from .methods.patterns import parse_pairs, parse_patterns
 from .objective import options as objective
 from .objective.options import Objective, objective_of
 
@@ -52,6 +54,20 @@ UNSET: dict[str, dict[str, Any]] = {
         "compute_dtype": "auto",
         "micro_batch": 0,
     },
+    "adapter": {
+        "type": "auto",
+        "alpha": 0.0,
+        "targets": "auto",
+        "dropout": 0.0,
+        "text_encoder": "auto",
+        "text_encoder_rank": 0,
+        "text_encoder_learning_rate": 0.0,
+        "start_from": "auto",
+        "target_patterns": "",
+        "block_ranks": "",
+        "block_learning_rates": "",
+        "lora_plus_ratio": 0.0,
+    },
     "pivotal": {
         "name": "",
         "init_text": "",
@@ -62,10 +78,22 @@ UNSET: dict[str, dict[str, Any]] = {
     "objective": objective.UNSET,
 }
 
+# Which layers an adapter is put on.
+TARGETS = ("attention", "attention + feed-forward", "all linear", "linear + conv", "patterns")
+
 
 # Deciding fields of a recipe that came after the first runs, each with the value that means what was done before it:
 # at that value it is no part of a run's identity, so that runs made before are still found.
 LATER: dict[str, Any] = {
+    "targets": "attention",
+    "target_patterns": (),
+    "dropout": 0.0,
+    "block_ranks": (),
+    "block_learning_rates": (),
+    "lora_plus_ratio": 1.0,
+    "text_encoder": False,
+    "text_encoder_rank": 0,
+    "text_encoder_learning_rate": 0.0,
     "embedding_name": "",
     "embedding_init": "",
     "embedding_vectors": 0,
@@ -126,7 +154,15 @@ class Word:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything a run is made with. Fields that decide its result make up `identity`; the rest may change."""
+    """Everything a run is made with. Fields that decide its result make up `identity`; the rest may change.
+
+    Attributes:
+        targets: one of TARGETS; with "patterns" the layers of `target_patterns`.
+        block_ranks, block_learning_rates: (pattern, value) pairs; the first whose pattern is in a layer's path holds.
+        lora_plus_ratio: B's learning rate over A's.
+        text_encoder_rank, text_encoder_learning_rate: 0 where no text encoder is trained.
+        start_from: an adapter in the host's list, empty for none. What is in it is part of the base it trains on.
+    """
 
     method: str
     learning_rate: float
@@ -145,6 +181,15 @@ class Recipe:
     validation_fraction: float
     family: str
     trigger: str
+    targets: str
+    target_patterns: tuple[str, ...]
+    dropout: float
+    block_ranks: tuple[tuple[str, int], ...]
+    block_learning_rates: tuple[tuple[str, float], ...]
+    lora_plus_ratio: float
+    text_encoder: bool
+    text_encoder_rank: int
+    text_encoder_learning_rate: float
     embedding_name: str
     embedding_init: str
     embedding_vectors: int
@@ -174,6 +219,7 @@ class Recipe:
     checkpointing: str
     compute_dtype: str
     micro_batch: int
+    start_from: str
 
     @property
     def live_text(self) -> bool:
@@ -194,11 +240,9 @@ class Recipe:
 
     def summary(self) -> str:
         """What was chosen or filled in, in one line."""
-        size = (
-            f"rank {self.rank}, alpha {self.alpha:g} (effective scale {self.alpha / self.rank:g}), "
-            if self.rank
-            else ""
-        )
+        scale = METHODS[self.method].scale(self.rank, self.alpha)
+        strength = "" if scale is None else f"alpha {self.alpha:g} (effective scale {scale:g}), "
+        size = f"rank {self.rank}, {strength}on {self.targets}, " if self.rank else ""
         word = ""
         if self.embedding_name:
             start = f"{self.embedding_vectors} vectors from '{self.embedding_init}'"
@@ -242,6 +286,11 @@ def resolve(
     from .optimisers import OPTIMISERS, default_learning_rate
 
     get = options.value
+    if method == "LoRA":
+        # What trains an adapter trains it of the type that was chosen.
+        method = get("adapter", "type", method)
+    patterns = parse_patterns(get("adapter", "target_patterns", ""), "target_patterns")
+    text_encoder = get("adapter", "text_encoder", "off") == "on"
     alone = word is not None
     word = _pivotal(options, alone) or word or Word("", "", 0, stop=0.0, templates="")
     optimizer = get("optimizer", "optimizer", "AdamW")
@@ -252,7 +301,7 @@ def resolve(
         method=method,
         learning_rate=rate,
         rank=rank,
-        alpha=float(rank),
+        alpha=float(get("adapter", "alpha", rank)),
         batch_size=batch_size,
         seed=seed,
         resolution=resolution or family.resolution,
@@ -277,6 +326,17 @@ def resolve(
         beta2=get("optimizer", "beta2", optimiser.beta2),
         num_cycles=get("optimizer", "num_cycles", 1),
         power=get("optimizer", "power", 1.0),
+        targets=get("adapter", "targets", "patterns" if patterns else _default_targets(method)),
+        target_patterns=patterns,
+        dropout=get("adapter", "dropout", 0.0),
+        block_ranks=parse_pairs(get("adapter", "block_ranks", ""), int, 0, 4096, "block_ranks"),
+        block_learning_rates=parse_pairs(
+            get("adapter", "block_learning_rates", ""), float, 0.0, 100.0, "block_learning_rates"
+        ),
+        lora_plus_ratio=get("adapter", "lora_plus_ratio", 1.0),
+        text_encoder=text_encoder,
+        text_encoder_rank=get("adapter", "text_encoder_rank", rank) if text_encoder else 0,
+        text_encoder_learning_rate=(get("adapter", "text_encoder_learning_rate", rate) if text_encoder else 0.0),
         steps=steps,
         name=get("run", "name", "").strip(),
         on_existing=get("run", "on_existing", "resume"),
@@ -294,9 +354,15 @@ def resolve(
         checkpointing=get("memory", "checkpointing", "auto"),
         compute_dtype=get("memory", "compute_dtype", "auto"),
         micro_batch=get("memory", "micro_batch", 0),
+        start_from=get("adapter", "start_from", ""),
     )
     _check(recipe)
     return recipe
+
+
+def _default_targets(method: str) -> str:
+    # An unknown method is refused with the others' names, in `_check`.
+    return METHODS[method].default_targets if method in METHODS else "attention"
 
 
 def _pivotal(options: Options, alone: bool) -> Word | None:
@@ -373,6 +439,11 @@ _RANGES = {
     "embedding_vectors": (1, 64),
     "embedding_learning_rate": (1e-12, 100.0),
     "embedding_stop": (0.0, 1.0),
+    "alpha": (1e-4, 1e6),
+    "dropout": (0.0, 0.95),
+    "lora_plus_ratio": (1e-3, 1e4),
+    "text_encoder_rank": (0, 4096),
+    "text_encoder_learning_rate": (0.0, 100.0),
 }
 
 # The fields of a word, by the recipe's names, and the inputs they are set by.
@@ -380,7 +451,6 @@ _WORD = {"embedding_vectors": "vectors", "embedding_learning_rate": "learning_ra
 
 
 def _check(recipe: Recipe) -> None:
-    from .methods import METHODS
     from .optimisers import OPTIMISERS, SCHEDULES
 
     for field, known in (("method", METHODS), ("optimizer", OPTIMISERS), ("schedule", SCHEDULES)):
@@ -388,7 +458,7 @@ def _check(recipe: Recipe) -> None:
             raise SettingsError(
                 f"Unknown {field} '{getattr(recipe, field)}'.", f"Choose one of {', '.join(known)}.", field
             )
-    absent = set() if METHODS[recipe.method].ranked else {"rank"}
+    absent = set() if METHODS[recipe.method].ranked else {"rank", "alpha"}
     absent |= set() if recipe.embedding_name else set(_WORD)
     for field in [field for field in _RANGES if field not in absent]:
         # The resolution is a widget of the dataset's node, which this one knows by the wire it came over.
@@ -402,6 +472,19 @@ def _check(recipe: Recipe) -> None:
                 f"In Graft Optimizer Options set schedule to {schedule}, or leave {field} alone.",
                 field,
             )
+    if (recipe.targets == "patterns") != bool(recipe.target_patterns):
+        raise SettingsError(
+            f"targets is '{recipe.targets}' and target_patterns {'set' if recipe.target_patterns else 'empty'}.",
+            "Write patterns and choose 'patterns' or 'auto', or leave target_patterns empty.",
+            "target_patterns",
+        )
+    METHODS[recipe.method].check(recipe)
+    if recipe.text_encoder:
+        raise SettingsError(
+            "Training the text encoder is not there yet.",
+            "Set text_encoder to off or auto in Graft Adapter Options; Graft Pivotal Options train a word for it.",
+            "text_encoder",
+        )
 
 
 def _check_range(field: str, value: Any, input: str) -> None:
@@ -425,6 +508,12 @@ def _check_option(kind: str, name: str, value: Any) -> None:
         from .inversion import check_name
 
         check_name(value.strip())
+    if name == "target_patterns":
+        parse_patterns(value, name)
+    if name == "block_ranks":
+        parse_pairs(value, int, 0, 4096, name)
+    if name == "block_learning_rates":
+        parse_pairs(value, float, 0.0, 100.0, name)
 
 
 def _check_name(name: str) -> None:

@@ -30,9 +30,10 @@ def apply_adapter(
     """Clones of model and clip with the adapter waiting on them; strength 0 gives back what came in.
 
     Raises:
-        ModelError: the adapter is for another architecture.
+        ModelError: the adapter is for another architecture, or for a larger or smaller one.
     """
     patches, _ = _load(model, clip, adapter)
+    _check_shapes(model, patches)
     out_model, out_clip = model, clip
     used = set()
     if strength_model != 0:
@@ -52,6 +53,37 @@ def apply_adapter(
         if unread:
             log.warning("Graft: %d keys of the adapter fit no layer, such as %s.", len(unread), unread[0])
     return out_model, out_clip
+
+
+def _check_shapes(model: ModelPatcher, patches: dict) -> None:
+    """Names an adapter for the same layers in another size, which the host would leave out with a line in its log.
+
+    Raises:
+        ModelError: naming a layer.
+    """
+    weights = model.model.state_dict()
+    for key, patch in patches.items():
+        weight = weights.get(key) if isinstance(key, str) else None
+        size = _size_of(patch)
+        if weight is not None and size is not None and size != weight.numel():
+            raise ModelError(
+                f"The adapter was made for another model: its part for {key} has {size} numbers, the layer of the "
+                f"connected {type(model.model).__name__} {weight.numel()}.",
+                "Connect the model family it was trained on, or choose another adapter.",
+                "adapter",
+            )
+
+
+def _size_of(patch) -> int | None:
+    """Numbers in the difference that a patch makes; None for kinds that bring their own shape or none."""
+    if isinstance(patch, tuple):
+        return patch[1][0].numel() if patch[0] == "diff" and len(patch[1]) == 1 else None
+    if getattr(patch, "name", "") != "lora":
+        return None
+    up, down, _, middle, _, reshape = patch.weights
+    if middle is not None or reshape is not None:
+        return None
+    return up.shape[0] * down[0].numel()
 
 
 def unread_keys(model: ModelPatcher, clip: CLIP | None, adapter: dict[str, torch.Tensor]) -> list[str]:

@@ -215,11 +215,13 @@ class ComfyDenoiser:
 
     def adapter_name(self, path: str) -> str:
         """kohya's name of a module: diffusers' module names where the family's files carry those."""
-        if family_of(self.family).diffusers_names:
-            name = self._diffusers_names.get(f"{path}.weight")
-            if name is not None:
-                return "lora_unet_" + name[: -len(".weight")].replace(".", "_")
-        return "lora_unet_" + path.replace(".", "_")
+        name = self.published_name(path) if family_of(self.family).diffusers_names else None
+        return "lora_unet_" + (name or path).replace(".", "_")
+
+    def published_name(self, path: str) -> str | None:
+        """Path in diffusers' UNet, for the families whose layout the host's own map knows."""
+        name = self._diffusers_names.get(f"{path}.weight")
+        return None if name is None else name[: -len(".weight")]
 
     @functools.cached_property
     def _diffusers_names(self) -> dict[str, str]:

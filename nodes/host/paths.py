@@ -11,7 +11,8 @@ from ...trainers.errors import DatasetError, ModelError, RunError, SettingsError
 from ...trainers.formats.adapter import Adapter, load_adapter
 from ...trainers.formats.embedding import Embedding, file_tensors, load_embedding, save_embedding
 from ...trainers.formats.files import read_metadata, read_tensors
-from ...trainers.formats.metadata import RUN
+from ...trainers.formats.metadata import IDENTITY
+from ...trainers.formats.native import WEIGHTS
 from ...trainers.inversion import check_name
 from ...trainers.run import Folders
 from . import preferences
@@ -37,6 +38,7 @@ def folders() -> Folders:
         os.path.join(output, "loras"),
         os.path.join(output, _EMBEDDINGS),
         preferences.cache_limit(),
+        adapter_path,
     )
 
 
@@ -182,6 +184,14 @@ def adapter_path(name: str) -> str:
     return path
 
 
+def adapter_state(name: str) -> str | float:
+    """What changes with a file in the host's list; for a name that is not known yet, what is never the same."""
+    if not isinstance(name, str):
+        return float("nan")
+    status = os.stat(adapter_path(name))
+    return f"{status.st_size}-{status.st_mtime_ns}"
+
+
 def load_named_adapter(name: str) -> Adapter:
     """The adapter of a LoRA file in the host's list.
 
@@ -189,9 +199,16 @@ def load_named_adapter(name: str) -> Adapter:
         ModelError: there is none of that name, or it cannot be read.
     """
     try:
-        return load_adapter(adapter_path(name))
+        adapter = load_adapter(adapter_path(name))
     except RunError as error:
         raise ModelError(error.message, error.cure, "adapter_name") from error
+    if not adapter:
+        raise ModelError(
+            f"The adapter '{name}' is a {adapter.made_by()} of peft's, which is nothing without the model's weights.",
+            "Apply the kohya file of that training, or train on from this one (start_from in Graft Adapter Options).",
+            "adapter_name",
+        )
+    return adapter
 
 
 def embedding_choices() -> list[str]:
@@ -269,8 +286,8 @@ def _files_called(folder: str, name: str) -> list[str]:
 def _same_run(path: str, embedding: Embedding) -> bool:
     """Whether a file was written by the run that an embedding comes from, or holds the same vectors."""
     try:
-        known = read_metadata(path).get(RUN)
-        if known is not None and known == embedding.metadata.get(RUN):
+        known = read_metadata(path).get(IDENTITY)
+        if known is not None and known == embedding.metadata.get(IDENTITY):
             return True
         tensors, _ = read_tensors(path)
     except RunError:
@@ -279,8 +296,11 @@ def _same_run(path: str, embedding: Embedding) -> bool:
     return tensors.keys() == ours.keys() and all(tensors[key].equal(ours[key]) for key in ours)
 
 
-def new_adapter_path(prefix: str) -> str:
+def new_adapter_path(prefix: str, format: str) -> str:
     """A free path below output/loras for a prefix, counted up as the host's own Save nodes do.
+
+    Args:
+        format: "peft" for the weights in a folder of that name.
 
     Raises:
         SettingsError: the prefix leads out of that folder.
@@ -298,4 +318,11 @@ def new_adapter_path(prefix: str) -> str:
         raise SettingsError(
             f"The file name '{prefix}' leads out of {root}.", "Use a name without '..'.", "filename_prefix"
         )
-    return os.path.join(folder, f"{filename}_{counter:05}_.safetensors")
+    place = os.path.join(folder, f"{filename}_{counter:05}_")
+    return os.path.join(place, WEIGHTS) if format == "peft" else f"{place}.safetensors"
+
+
+def title_of(path: str) -> str:
+    """What a saved adapter is called: its file, or its folder where the file has peft's name."""
+    parent, name = os.path.split(path)
+    return os.path.splitext(os.path.basename(parent) if name == WEIGHTS else name)[0].rstrip("_")

@@ -37,7 +37,7 @@ def adapt(unet, recipe, values):
 
     method = METHODS["LoRA"]
     trainables = by_adapter_name(
-        DiffusersDenoiser(unet), method.inject(unet, method.targets(unet, family_of("SD1")), recipe)
+        DiffusersDenoiser(unet), method.inject(unet, method.targets(unet, family_of("SD1"), recipe), recipe)
     )
     assert trainables.keys() == values.keys()
     with torch.no_grad():
@@ -113,7 +113,7 @@ def test_a_training_takes_the_same_way_on_both_hosts(tmp_path):
     recipe = training.plan.recipe
     with denoiser.training("auto"):
         method = METHODS["LoRA"]
-        trainables = method.inject(denoiser.module, method.targets(denoiser.module, family_of("SD1")), recipe)
+        trainables = method.inject(denoiser.module, method.targets(denoiser.module, family_of("SD1"), recipe), recipe)
         with torch.no_grad():
             for key, parameter in by_adapter_name(denoiser, trainables).items():
                 parameter.copy_(values[key])

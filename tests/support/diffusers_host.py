@@ -81,6 +81,9 @@ class DiffusersDenoiser:
     def adapter_name(self, path):
         return "lora_unet_" + path.replace(".", "_")
 
+    def published_name(self, path):
+        return path
+
     def check_adapter(self, tensors):
         names = {self.adapter_name(path.replace(".base_layer", "")) for path, _ in self._unet.named_modules()}
         return [key for key in tensors if key.split(".")[0] not in names]

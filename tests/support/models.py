@@ -349,22 +349,39 @@ def in_training(
         dtype = denoiser.compute_dtype
         if checkpointing:
             autograd.checkpoint_blocks(autograd.blocks_of(denoiser.module))
-        targets = method.targets(denoiser.module, family_of(denoiser.family))
+        targets = method.targets(denoiser.module, family_of(denoiser.family), settings)
         trainables = method.inject(denoiser.module, targets, settings)
         if spread:
             scatter(trainables, spread, settings.seed, dtype)
         items = [item(name, seed, dtype, side) for seed in range(examples)]
-        plan = Plan(settings, items, [], trainables, exporter(method, settings, denoiser.adapter_name))
+        export = exporter(method, settings, denoiser.adapter_name, denoiser)
+        plan = Plan(
+            settings,
+            items,
+            [],
+            trainables,
+            export,
+            constants=method.constants(denoiser.module),
+        )
         host = Host(denoiser, None, None, report or (lambda event, payload: None))
         yield Training(denoiser, host, plan)
 
 
-def exporter(method, settings, name_of):
-    """From trainables' values to what a run hands on, as the loop wants it; without metadata."""
+def exporter(method, settings, name_of, denoiser=None):
+    """From trainables' values to what a run hands on, as the loop wants it; without metadata.
+
+    Args:
+        denoiser: within training, for types whose files are made beside the weights, and for peft's own form.
+    """
     from graft_pack.trainers.formats.adapter import Adapter
     from graft_pack.trainers.run import Products
 
-    return lambda values, step: Products(Adapter(method.export(values, settings, name_of)))
+    def export(values, step):
+        module = denoiser.module if denoiser else None
+        native = method.native(values, settings, denoiser.published_name, module) if denoiser else None
+        return Products(Adapter(method.export(values, settings, name_of, module), None, native))
+
+    return export
 
 
 def scatter(trainables: dict, spread: float, seed: int = 0, dtype=None) -> None:
@@ -435,9 +452,12 @@ def train(training: Training, folder, **fields):
         fields: of the recipe, in place of the plan's.
     """
     from graft_pack.trainers import loop
+    from graft_pack.trainers.methods import METHODS
     from graft_pack.trainers.run import Run, State
 
-    plan = replace(training.plan, recipe=replace(training.plan.recipe, **fields))
+    settings = replace(training.plan.recipe, **fields)
+    groups = METHODS[settings.method].groups(training.plan.trainables, settings)
+    plan = replace(training.plan, recipe=settings, groups=groups)
     run = Run(str(folder / "run"), str(folder / "adapters"), str(folder / "embeddings"))
     run.write_recipe(plan.recipe, "test", {})
     return loop.train(plan, run, training.host, State())

@@ -39,7 +39,7 @@ def planned(count=6, **fields):
     with host.denoiser.training("auto"):
         module = host.denoiser.module
         method = METHODS["LoRA"]
-        trainables = method.inject(module, method.targets(module, family_of("SD1")), recipe)
+        trainables = method.inject(module, method.targets(module, family_of("SD1"), recipe), recipe)
         models.scatter(trainables, 0.1)
         export = models.exporter(method, recipe, host.denoiser.adapter_name)
         yield loop.Plan(recipe, [make_item(index) for index in range(count)], [], trainables, export), host

@@ -73,6 +73,20 @@ SET = {
         "huber_c": 0.2,
         "huber_schedule": "constant",
     },
+    "adapter": {
+        "type": "LoHa",
+        "alpha": 2.0,
+        "targets": "all linear",
+        "dropout": 0.1,
+        "text_encoder": "on",
+        "text_encoder_rank": 2,
+        "text_encoder_learning_rate": 1e-5,
+        "start_from": "a.safetensors",
+        "target_patterns": "attn1",
+        "block_ranks": "middle_block=2",
+        "block_learning_rates": "middle_block=1e-5",
+        "lora_plus_ratio": 4.0,
+    },
 }
 # What a field needs beside it to be allowed, because it would have no effect alone.
 BESIDE = {
@@ -91,13 +105,19 @@ FREE = {"run", "preview", "memory"}
 
 @pytest.mark.parametrize("kind, name", [(kind, name) for kind in SET for name in SET[kind]])
 def test_every_field_arrives_in_the_recipe(kind, name):
+    if name.startswith("text_encoder"):
+        with pytest.raises(SettingsError, match="text encoder is not there yet") as caught:
+            resolved(Options().adding(kind, {"text_encoder": "on", name: SET[kind][name]}))
+        assert caught.value.input == "text_encoder"
+        return
     # Of a word nothing is asked but with its name.
     word = {"name": "w"} if kind == "pivotal" and name != "name" else {}
     without = Options().adding(*BESIDE.get(name, (kind, word)))
     recipe = resolved(without.adding(kind, {name: SET[kind][name]}))
     if name != "optimizer":
         assert recipe != resolved(without)
-    same_run = kind in FREE and name != "validation_fraction"
+    # What an adapter to start from holds counts as part of the base, not the name it has.
+    same_run = kind in FREE and name != "validation_fraction" or name == "start_from"
     if name != "optimizer":
         assert (recipe.identity("d", "b") == resolved(without).identity("d", "b")) == same_run
 
@@ -166,6 +186,77 @@ def test_what_an_optimiser_cannot_go_with_is_refused(optimizer, field, value):
 
 def test_every_option_is_tried_above():
     assert {kind: set(values) for kind, values in UNSET.items()} == {kind: set(values) for kind, values in SET.items()}
+
+
+def test_options_that_came_later_leave_the_identity_of_earlier_runs():
+    """Fields added after the first runs must be listed with the value that means what was done before."""
+    recipe = resolved()
+    assert recipe.deciding() == {
+        "method": "LoRA",
+        "learning_rate": 1e-4,
+        "rank": 4,
+        "alpha": 4.0,
+        "batch_size": 1,
+        "seed": 0,
+        "resolution": 512,
+        "optimizer": "AdamW",
+        "weight_decay": 0.01,
+        "schedule": "constant",
+        "warmup_steps": 0,
+        "accumulation": 1,
+        "max_grad_norm": 1.0,
+        "ema_decay": 0.0,
+        "validation_fraction": 0.0,
+        "family": "SD1",
+        "trigger": "",
+    }
+    assert recipe.identity("d", "b") == "45051b1be5a096ba30ca2ce6d9560ff4ea45014124abf0e74612040080c2d4e4"
+
+
+def test_text_encoder_settings_mean_nothing_while_it_is_off():
+    values = {"text_encoder_rank": 2, "text_encoder_learning_rate": 1e-5}
+    assert resolved(Options().adding("adapter", values)) == resolved()
+
+
+@pytest.mark.parametrize(
+    "values, named",
+    [
+        ({"alpha": -1.0}, "alpha"),
+        ({"dropout": 1.0}, "dropout"),
+        ({"lora_plus_ratio": -1.0}, "lora_plus_ratio"),
+        ({"type": "LoKr", "dropout": 0.1}, "LoKr has no dropout"),
+        ({"type": "IA3", "alpha": 2.0}, "IA3 has no alpha"),
+        ({"type": "OFT", "block_ranks": "attn=2"}, "OFT has no block_ranks"),
+        ({"type": "LoHa", "lora_plus_ratio": 4.0}, "LoHa has no lora_plus_ratio"),
+        ({"type": "QLoRA"}, "QLoRA"),
+        ({"targets": "patterns"}, "target_patterns"),
+        ({"targets": "attention", "target_patterns": "attn1"}, "target_patterns"),
+        ({"target_patterns": "attn("}, "attn\\("),
+        ({"block_ranks": "attn"}, "block_ranks"),
+        ({"block_ranks": "attn=many"}, "block_ranks"),
+        ({"block_ranks": "attn=-1"}, "block_ranks"),
+        ({"block_learning_rates": "attn(=1"}, "attn\\("),
+    ],
+    ids=str,
+)
+def test_adapter_options_that_make_no_sense_are_refused_by_name(values, named):
+    with pytest.raises(SettingsError, match=named):
+        resolved(Options().adding("adapter", values))
+
+
+def test_oft_needs_blocks_of_two():
+    with pytest.raises(SettingsError, match="rank is 1"):
+        resolved(Options().adding("adapter", {"type": "OFT"}), rank=1)
+
+
+@pytest.mark.parametrize("kind, scale", [("LoRA", "scale 2"), ("rsLoRA", "scale 4"), ("LoHa", "scale 2")])
+def test_the_effective_scale_is_shown(kind, scale):
+    recipe = resolved(Options().adding("adapter", {"type": kind, "alpha": 8.0}))
+    assert f"(effective {scale})" in recipe.summary()
+
+
+def test_types_without_alpha_show_no_scale():
+    assert "scale" not in resolved(Options().adding("adapter", {"type": "IA3"})).summary()
 
 
 def test_the_node_nearest_the_trainer_wins():

@@ -2,42 +2,106 @@
 
 from __future__ import annotations
 
+import json
+import os
 from typing import TYPE_CHECKING
 
-from ..errors import ModelError
+from ..errors import ModelError, RunError
 from . import files
+from .foreign import host_names, host_tensors
+from .metadata import stamped
+from .native import Native, read_native, write_diffusers, write_peft
 
 if TYPE_CHECKING:
     import torch
 
+# As the node offers them.
+FORMATS = ("kohya", "diffusers", "peft")
+
 
 class Adapter(dict):
-    """Tensors by key, nothing else as items, so that the host's own nodes take it; `.metadata` has the rest."""
+    """Tensors by key, nothing else as items, so that the host's own nodes take it.
 
-    def __init__(self, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None):
+    Attributes:
+        metadata: of the file.
+        native: the same as peft has it; None where that is not known, and lost when another node copies the dict.
+    """
+
+    def __init__(
+        self,
+        tensors: dict[str, torch.Tensor],
+        metadata: dict[str, str] | None = None,
+        native: Native | None = None,
+    ):
         super().__init__(tensors)
         self.metadata = dict(metadata or {})
+        self.native = native
+
+    def made_by(self) -> str | None:
+        """The adapter type that made it, None where the file does not say."""
+        try:
+            return json.loads(self.metadata["graft_recipe"])["method"]
+        except (KeyError, TypeError, ValueError):
+            return self.native.method if self.native is not None else None
 
 
 def load_adapter(path: str) -> Adapter:
-    """The adapter of a safetensors file.
+    """The adapter of a safetensors file of any layout, in the names the host reads.
+
+    One of peft's types that the host has no form of comes without tensors, with its `native` form only.
 
     Raises:
-        ModelError: the file holds no tensors.
+        ModelError: the file holds no tensors, or lacks what says how strong they are.
         RunError: it cannot be read.
     """
     tensors, metadata = files.read_tensors(path)
     if not tensors:
         raise ModelError(f"The file '{path}' holds no tensors.", "Choose another adapter.", "adapter_name")
-    return Adapter(tensors, metadata)
+    native = read_native(path, tensors, metadata)
+    if native is not None:
+        return Adapter(host_tensors(native), metadata, native)
+    return Adapter(host_names(tensors), metadata)
 
 
-def save_adapter(path: str, adapter: dict[str, torch.Tensor], title: str) -> None:
-    """Writes an adapter in kohya's layout with `ss_*` and ModelSpec metadata.
+def save_adapter(path: str, adapter: dict[str, torch.Tensor], title: str, format: str = "kohya") -> None:
+    """Writes an adapter with `ss_*` and ModelSpec metadata.
 
     Adapters that carry no metadata (made by another node) are written all the same.
-    """
-    from .metadata import stamped
 
-    metadata = stamped(getattr(adapter, "metadata", {}), dict(adapter), title)
-    files.write_tensors(path, dict(adapter), metadata)
+    Args:
+        path: of the file, or with "peft" of the weights in the folder to be made.
+        format: one of FORMATS.
+
+    Raises:
+        ModelError: the adapter has no such form, or is not whole.
+        RunError: the file cannot be written, or is not what was written.
+    """
+    native = getattr(adapter, "native", None)
+    if format != "kohya" and native is None:
+        raise ModelError(
+            f"The adapter carries nothing that could be saved as '{format}': it came from a file or another node.",
+            "Connect the training node itself, or choose 'kohya'.",
+            "format",
+        )
+    tensors = dict(adapter) if format == "kohya" else native.tensors
+    _check_whole(tensors)
+    metadata = stamped(getattr(adapter, "metadata", {}), tensors, title)
+    if format == "peft":
+        write_peft(os.path.dirname(path), native, metadata)
+    elif format == "diffusers":
+        write_diffusers(path, native, metadata)
+    else:
+        files.write_tensors(path, tensors, metadata)
+    written = files.read_header(path).keys() - {"__metadata__"}
+    if len(written) != len(tensors):
+        raise RunError(f"The file '{path}' holds {len(written)} of {len(tensors)} tensors.", "Save it again.")
+
+
+def _check_whole(tensors: dict[str, torch.Tensor]) -> None:
+    if not tensors:
+        raise ModelError("The adapter is empty.", "Connect one that was trained.", "adapter")
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ModelError(
+                f"The adapter's {name} is not finite.", "Train it again at a lower learning rate.", "adapter"
+            )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shutil
 import stat
 import struct
 import time
@@ -44,6 +45,28 @@ def replacing(path: str) -> Iterator[str]:
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
+
+
+@contextmanager
+def new_folder(path: str) -> Iterator[str]:
+    """A temporary folder beside `path` that becomes it when the block ends well, and is gone otherwise.
+
+    Raises:
+        RunError: it cannot be made, or there is something at `path`.
+    """
+    temporary = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.{secrets.token_hex(4)}.tmp")
+    try:
+        os.makedirs(temporary)
+        yield temporary
+        os.rename(temporary, path)
+        _sync_folder(os.path.dirname(path))
+    except OSError as error:
+        raise RunError(
+            f"The folder '{path}' cannot be written ({error}).",
+            "Free space on that disk, make the folder above it writable, or choose another name.",
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _sync_folder(folder: str) -> None:

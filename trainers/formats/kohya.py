@@ -1,4 +1,4 @@
-"""LoRA tensors in kohya's names: `<module>.lora_down.weight`, `.lora_up.weight`, `.alpha`."""
+"""Adapter tensors in kohya's names: `<module>.lora_down.weight`, `.lora_up.weight`, `.alpha` and their kin."""
 
 from __future__ import annotations
 
@@ -9,31 +9,39 @@ if TYPE_CHECKING:
     import torch
 
 
-def lora_to_kohya(
-    layers: dict[str, dict[str, torch.Tensor]], alpha: float, name_of: Callable[[str], str]
-) -> dict[str, torch.Tensor]:
-    """The tensors of a LoRA file.
+def to_kohya(layers: dict[str, dict[str, torch.Tensor]], name_of: Callable[[str], str]) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter file.
 
     Args:
-        layers: by module path, {"down": [r, in, ...], "up": [out, r, ...]}.
-        alpha: effective scale is alpha / r.
+        layers: by module path, the layer's tensors by what follows its name: `lora_down.weight`, `alpha`, ...
         name_of: a module path's name in the file.
 
     Returns:
         Contiguous, unshared float32 tensors on the CPU.
     """
-    import torch
-
     tensors = {}
     for path in sorted(layers):
         name = name_of(path)
-        tensors[f"{name}.lora_down.weight"] = _own(layers[path]["down"])
-        tensors[f"{name}.lora_up.weight"] = _own(layers[path]["up"])
-        tensors[f"{name}.alpha"] = torch.tensor(float(alpha))
+        for end, tensor in layers[path].items():
+            tensors[f"{name}.{end}"] = own(tensor)
     return tensors
 
 
-def _own(tensor: torch.Tensor) -> torch.Tensor:
+def lora_tensors(down: torch.Tensor, up: torch.Tensor, alpha: float) -> dict[str, torch.Tensor]:
+    """A LoRA layer's tensors.
+
+    Args:
+        down: [r, in, ...].
+        up: [out, r, ...].
+        alpha: effective scale is alpha / r.
+    """
+    import torch
+
+    return {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(float(alpha))}
+
+
+def own(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of one's own, float32 on the CPU, contiguous."""
     import torch
 
     return tensor.detach().to("cpu", torch.float32).contiguous().clone()

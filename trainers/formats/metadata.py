@@ -24,8 +24,8 @@ _ARCHITECTURES = {
 }
 
 
-# The run that made a file, by its identity.
-RUN = "graft_run"
+# The run that made a file.
+IDENTITY = "graft_identity"
 
 
 def describe_training(given: dict, kind: str) -> dict[str, str]:
@@ -34,13 +34,14 @@ def describe_training(given: dict, kind: str) -> dict[str, str]:
     Args:
         kind: ModelSpec's word for it: "lora", "textual-inversion".
         given: `ss_*` fields by name without the prefix, and `family`, `parameterisation`,
-            `resolution` (pixels), `trigger`, `recipe` (JSON-able), `run` (its identity).
+            `resolution` (pixels), `trigger`, `recipe` (JSON-able), `identity` (of the run), `thumbnail` (data URI).
     """
     facts = dict(given)
+    identity = facts.pop("identity")
+    thumbnail = facts.pop("thumbnail")
     family = facts.pop("family")
     recipe = facts.pop("recipe")
     trigger = facts.pop("trigger")
-    run = facts.pop("run")
     prediction = facts.pop("parameterisation")
     fields = {f"ss_{name}": _text(value) for name, value in facts.items() if value is not None}
     fields["modelspec.sai_model_spec"] = "1.0.1"
@@ -50,7 +51,9 @@ def describe_training(given: dict, kind: str) -> dict[str, str]:
     fields["modelspec.resolution"] = f"{facts['resolution']}x{facts['resolution']}"
     if trigger:
         fields["modelspec.trigger_phrase"] = trigger
-    fields[RUN] = run
+    if thumbnail:
+        fields["modelspec.thumbnail"] = thumbnail
+    fields[IDENTITY] = identity
     fields["graft_recipe"] = json.dumps(recipe, sort_keys=True)
     return fields
 
@@ -63,6 +66,21 @@ def stamped(metadata: dict[str, str], tensors: dict[str, torch.Tensor], title: s
     fields["modelspec.hash_sha256"] = "0x" + tensors_hash(tensors)
     fields["ss_output_name"] = title
     return {name: value for name, value in fields.items() if isinstance(value, str)}
+
+
+def data_uri(path: str) -> str:
+    """A picture file as a data URI: JPEG of at most 256 pixels a side."""
+    import base64
+    import io
+
+    from PIL import Image
+
+    with Image.open(path) as picture:
+        small = picture.convert("RGB")
+        small.thumbnail((256, 256))
+        held = io.BytesIO()
+        small.save(held, format="JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(held.getvalue()).decode()
 
 
 def tensors_hash(tensors: dict[str, torch.Tensor]) -> str:

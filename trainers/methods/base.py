@@ -14,17 +14,36 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..families import Family
+    from ..formats.adapter import Adapter
+    from ..formats.native import Native
     from ..settings import Recipe
 
 
 class Method:
-    """A way to make a frozen tree trainable; has no state of its own."""
+    """A way to make a frozen tree trainable; has no state of its own.
+
+    Attributes:
+        name: as the widget and the recipe have it.
+        default_targets: which layers, where the user does not say.
+        needs_base: whether a file of it can only be made beside the weights it was trained on.
+        ranked: whether a rank means anything to it.
+        network: what kohya's `ss_network_module` and `ss_network_args` say of it.
+    """
 
     name: str
-    # Whether a rank means anything to it.
     ranked = True
+    default_targets = "attention"
+    needs_base = False
+    network: tuple[str, dict[str, str]] = ("networks.lora", {})
 
-    def targets(self, module: nn.Module, family: Family) -> list[str]:
+    def check(self, recipe: Recipe) -> None:
+        """Raises SettingsError when the recipe asks for what this method does not have."""
+
+    def scale(self, rank: int, alpha: float) -> float | None:
+        """The effective scale of the difference; None where there is no alpha."""
+        return None
+
+    def targets(self, module: nn.Module, family: Family, recipe: Recipe) -> list[str]:
         """Paths of the modules in a tree that are adapted, sorted."""
         raise NotImplementedError
 
@@ -60,12 +79,53 @@ class Method:
             for layer, off in zip(layers, before, strict=True):
                 layer._disable_adapters = off
 
+    def constants(self, module: nn.Module) -> dict[str, torch.Tensor]:
+        """What `inject` put into the tree that is not trained and that a run must find again to the bit."""
+        return {}
+
     def groups(self, trainables: dict[str, nn.Parameter], recipe: Recipe) -> list[Group]:
         """Which trainables share a learning rate: all, unless a method says otherwise."""
         return [Group(tuple(trainables), recipe.learning_rate)]
 
-    def export(
-        self, tensors: dict[str, torch.Tensor], recipe: Recipe, name_of: Callable[[str], str]
-    ) -> dict[str, torch.Tensor]:
-        """The adapter file's tensors from the trainables' values (as `inject` names them)."""
+    def start(
+        self,
+        trainables: dict[str, nn.Parameter],
+        module: nn.Module,
+        adapter: Adapter,
+        recipe: Recipe,
+        names: tuple[Callable[[str], str], Callable[[str], str | None]],
+    ) -> None:
+        """Gives the trainables the values of an adapter file.
+
+        Args:
+            names: of a module in the host's files, and in the model as diffusers published it.
+
+        Raises:
+            ModelError: it is of another type, other ranks or other layers.
+        """
         raise NotImplementedError
+
+    def export(
+        self,
+        tensors: dict[str, torch.Tensor],
+        recipe: Recipe,
+        name_of: Callable[[str], str],
+        module: nn.Module | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """The adapter file's tensors from the trainables' values (as `inject` names them).
+
+        Args:
+            name_of: a module path's name in the file.
+            module: the tree they belong to; needed where `needs_base` says so.
+        """
+        raise NotImplementedError
+
+    def native(
+        self,
+        tensors: dict[str, torch.Tensor],
+        recipe: Recipe,
+        published_name: Callable[[str], str | None],
+        module: nn.Module | None = None,
+    ) -> Native | None:
+        """The same as peft has it, for the formats that want it so; None where there is no such form."""
+        return None

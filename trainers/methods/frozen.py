@@ -11,7 +11,7 @@ class Frozen(Method):
     name = "embedding"
     ranked = False
 
-    def targets(self, module, family):
+    def targets(self, module, family, recipe):
         """None."""
         return []
 
@@ -22,7 +22,3 @@ class Frozen(Method):
     def groups(self, trainables, recipe):
         """None."""
         return []
-
-    def export(self, tensors, recipe, name_of):
-        """No tensors."""
-        return {}

@@ -7,7 +7,7 @@ import torch
 from graft_pack.trainers.errors import RunError
 from graft_pack.trainers.formats import files
 from graft_pack.trainers.formats.adapter import Adapter, load_adapter, save_adapter
-from graft_pack.trainers.formats.kohya import lora_to_kohya
+from graft_pack.trainers.formats.kohya import lora_tensors, to_kohya
 from graft_pack.trainers.formats.metadata import tensors_hash
 
 
@@ -88,8 +88,8 @@ def test_half_a_file_is_refused(share, tmp_path):
 
 
 def test_an_adapter_carries_its_metadata_through_a_file(tmp_path):
-    layers = {"x.to_q": {"down": torch.randn(4, 8), "up": torch.randn(8, 4)}}
-    adapter = Adapter(lora_to_kohya(layers, 2.0, lambda path: "lora_unet_" + path.replace(".", "_")), {"ss_seed": "7"})
+    layers = {"x.to_q": lora_tensors(torch.randn(4, 8), torch.randn(8, 4), 2.0)}
+    adapter = Adapter(to_kohya(layers, lambda path: "lora_unet_" + path.replace(".", "_")), {"ss_seed": "7"})
     assert sorted(adapter) == [f"lora_unet_x_to_q.{end}" for end in ("alpha", "lora_down.weight", "lora_up.weight")]
     assert float(adapter["lora_unet_x_to_q.alpha"]) == 2.0
     path = str(tmp_path / "x.safetensors")

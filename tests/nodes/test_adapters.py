@@ -1,0 +1,752 @@
+"""What every adapter type has to hold, on every kind of layer it is offered on."""
+
+import os
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from graft_pack.trainers.check import check_gradient, directional_error
+from graft_pack.trainers.errors import ModelError, SettingsError
+from graft_pack.trainers.families import family_of
+from graft_pack.trainers.formats import files
+from graft_pack.trainers.formats.adapter import FORMATS, Adapter, load_adapter, save_adapter
+from graft_pack.trainers.methods import METHODS
+from graft_pack.trainers.settings import TARGETS
+
+from tests.support import diffusers_host, models
+
+pytestmark = pytest.mark.usefixtures("comfy")
+
+X = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(9))
+SIGMA = 2.0
+LARGE = {"steps": 3, "batch_size": 2, "rank": 4, "alpha": 4.0}
+# Steps of these move a layer by much less or much more than those of a LoRA.
+RATES = {"IA3": 0.1, "OFT": 0.05, "BOFT": 0.1, "LoKr": 0.05, "PiSSA": 5e-3, "DoRA": 1e-2}
+
+POINTS = {"targets": "patterns", "target_patterns": (r"proj_(in|out)$",)}
+LINEARS = {"targets": "all linear"}
+ALL = {"targets": "linear + conv"}
+CASES = {
+    "LoRA": LINEARS,
+    "LoRA with conv": ALL,
+    "DoRA": LINEARS,
+    "DoRA conv": ALL,
+    "rsLoRA": LINEARS,
+    "rsLoRA conv": ALL,
+    "PiSSA": LINEARS,
+    "LoHa": LINEARS,
+    "LoHa conv": ALL,
+    "LoKr": LINEARS,
+    "LoKr conv": ALL,
+    "OFT": LINEARS,
+    "OFT conv": POINTS,
+    "BOFT": LINEARS,
+    "IA3": LINEARS,
+}
+
+
+def type_of(case):
+    return case if case in METHODS else case.removesuffix(" conv")
+
+
+def fields_of(case, **more):
+    """The recipe's fields of a case."""
+    return {**LARGE, **CASES[case], "method": type_of(case), **more}
+
+
+@dataclass(frozen=True, repr=False)
+class Trained:
+    """One short training.
+
+    Attributes:
+        start, output: the raw output in training before the first step and after the last.
+        untouched: whether the weights of the graph's model are the same to the bit afterwards.
+    """
+
+    recipe: Any
+    adapter: Adapter
+    trainables: dict
+    start: torch.Tensor
+    output: torch.Tensor
+    untouched: bool
+
+
+def raw(denoised):
+    return (X - denoised) / SIGMA
+
+
+def output_of(model):
+    return raw(models.denoised(model, X, SIGMA, models.conditioning("SD1", 9)))
+
+
+def trained_output(training):
+    return raw(models.trained_denoised(training, X, SIGMA, models.conditioning("SD1", 9)))
+
+
+def weights(model):
+    """As they are without anything applied: the models that wait on one share its weights."""
+    import comfy.model_management
+
+    with torch.inference_mode():
+        comfy.model_management.load_models_gpu([model])
+    return {name: tensor.clone() for name, tensor in model.model.state_dict().items()}
+
+
+@pytest.fixture(scope="module")
+def model(comfy):
+    """The tiny SD1 that all types are trained on: each leaves it as it was, or the next one's tests fail."""
+    with torch.inference_mode():
+        return models.patcher("SD1")
+
+
+@pytest.fixture(scope="module")
+def base(model):
+    """Its raw output."""
+    return output_of(model)
+
+
+def train(model, case, folder, **more):
+    """A few large steps."""
+    before = weights(model)
+    rate = RATES.get(type_of(case), 2e-2)
+    with models.in_training(model, "SD1", **fields_of(case, learning_rate=rate, **more)) as training:
+        start = trained_output(training)
+        state = models.train(training, folder)
+        output = trained_output(training)
+        adapter = training.plan.export(state.trainables, 0).adapter
+        recipe = training.plan.recipe
+    after = weights(model)
+    same = before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    return Trained(recipe, adapter, state.trainables, start, output, same)
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def done(case, model, base, tmp_path_factory):
+    """The case's training, made once for all tests."""
+    return train(model, case, tmp_path_factory.mktemp("run"))
+
+
+def assert_applied(output, done, base):
+    """DESIGN's bar: off by at most a thousandth of the effect."""
+    assert float((output - done.output).norm() / (done.output - base).norm()) <= 1e-3
+
+
+def test_it_starts_without_effect_and_steps_have_one(done, base):
+    assert models.distance(done.start, base) <= 1e-6
+    assert models.distance(done.output, base) >= 1e-2
+
+
+def test_the_graphs_weights_stay_as_they_were(done, model, base):
+    assert done.untouched
+    assert torch.equal(output_of(model), base)
+
+
+def test_what_the_host_loads_from_the_file_is_what_was_trained(case, done, model, base, comfy):
+    from graft_pack.nodes.host.adapters import unread_keys
+
+    import nodes
+
+    path = comfy.base / "models" / "loras" / f"{case}.safetensors"
+    save_adapter(str(path), done.adapter, case)
+    assert unread_keys(model, None, done.adapter) == []
+    applied, _ = nodes.LoraLoader().load_lora(model, None, path.name, 1.0, 1.0)
+    assert_applied(output_of(applied), done, base)
+
+
+def test_strength_zero_is_the_base(done, model, base):
+    from graft_pack.nodes.host.adapters import apply_adapter
+
+    applied, _ = apply_adapter(model, None, done.adapter, 0.0, 0.0)
+    assert torch.equal(output_of(applied), base)
+
+
+def test_half_the_strength_is_half_the_difference(done, model):
+    """Of the weights: the host's patches are linear in the strength, those of a magnitude too."""
+    from graft_pack.nodes.host.adapters import apply_adapter
+
+    held = []
+    for strength in (0.5, 1.0):
+        applied, _ = apply_adapter(model, None, done.adapter, strength, 0.0)
+        held.append(merged(applied))
+    before = weights(model)
+    half, whole = (models.joined(one[name] - before[name] for name in sorted(before)) for one in held)
+    assert models.distance(2 * half, whole) <= 1e-4
+
+
+def merged(applied):
+    """The weights with the patches worked in, as core's CheckpointSave writes them."""
+    import comfy.model_management
+
+    with torch.inference_mode():
+        comfy.model_management.load_models_gpu([applied], force_patch_weights=True)
+        found = {name: tensor.clone() for name, tensor in applied.model.state_dict().items()}
+        applied.unpatch_model(applied.offload_device)
+    return found
+
+
+def test_merged_is_what_is_applied(done, model, base):
+    from graft_pack.nodes.host.adapters import apply_adapter
+
+    applied, _ = apply_adapter(model, None, done.adapter, 1.0, 0.0)
+    found = merged(applied)
+    with torch.inference_mode():
+        whole = models.patcher("SD1", seed=1)
+        whole.model.load_state_dict(found)
+    assert_applied(output_of(whole), done, base)
+    assert torch.equal(output_of(model), base)
+
+
+@pytest.fixture(scope="module")
+def unet(model):
+    """The same network as diffusers publishes it, as a factory: loading an adapter changes it."""
+    return lambda: diffusers_host.convert_sd1(model)
+
+
+def diffusers_output(network):
+    return diffusers_host.raw_output(network, X, SIGMA, models.conditioning("SD1", 9))
+
+
+def test_peft_loads_the_folder_onto_the_model_as_published(case, done, base, unet, tmp_path):
+    from peft import PeftModel
+
+    folder = tmp_path / "adapter"
+    save_adapter(str(folder / "adapter_model.safetensors"), done.adapter, case, "peft")
+    assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    network = unet()
+    with warnings.catch_warnings():
+        # A key that finds no place is a warning of peft's.
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message="Invalid `oft_block_size`|.*CUDA extension|Setting boft_n")
+        loaded = PeftModel.from_pretrained(network, str(folder))
+    assert_applied(diffusers_output(loaded.base_model.model), done, base)
+
+
+def test_diffusers_loads_the_types_it_knows_and_the_others_are_refused(case, done, base, unet, tmp_path):
+    from diffusers import DDPMScheduler, StableDiffusionPipeline
+
+    path = tmp_path / "adapter.safetensors"
+    if done.adapter.native.config["peft_type"] != "LORA":
+        with pytest.raises(ModelError, match=f"does not know the adapter type {type_of(case)}"):
+            save_adapter(str(path), done.adapter, case, "diffusers")
+        assert not path.exists()
+        return
+    save_adapter(str(path), done.adapter, case, "diffusers")
+    network = unet()
+    pipe = StableDiffusionPipeline(
+        None, None, None, network, DDPMScheduler(), None, None, requires_safety_checker=False
+    )
+    pipe.load_lora_weights(str(path))
+    assert_applied(diffusers_output(network), done, base)
+
+
+def test_a_peft_folder_comes_back_in_the_hosts_names(case, done, model, base, tmp_path):
+    from graft_pack.nodes.host.adapters import apply_adapter
+
+    path = str(tmp_path / "adapter" / "adapter_model.safetensors")
+    save_adapter(path, done.adapter, case, "peft")
+    back = load_adapter(path)
+    assert torch.equal(joined(back.native.tensors), joined(done.adapter.native.tensors))
+    if type_of(case) in ("DoRA", "OFT", "BOFT", "IA3"):
+        assert not back
+        return
+    applied, _ = apply_adapter(model, None, back, 1.0, 0.0)
+    assert_applied(output_of(applied), done, base)
+
+
+def joined(tensors):
+    return models.joined(tensors[name] for name in sorted(tensors))
+
+
+# Convolutions are trained beside Linears where both are offered.
+EXACT = [case for case in CASES if CASES[case] is not LINEARS or f"{case} conv" not in CASES and case != "LoRA"]
+
+
+@pytest.mark.parametrize("case", EXACT)
+def test_gradients_are_those_of_finite_differences(case):
+    """At values away from the start, in fp64 where nothing else hides an error."""
+    with torch.inference_mode():
+        exact = models.patcher("SD1", torch.float64)
+    with models.in_training(exact, "SD1", examples=1, **fields_of(case, batch_size=1)) as training:
+        with torch.no_grad():
+            source = torch.Generator().manual_seed(1)
+            for parameter in training.plan.trainables.values():
+                parameter.data = parameter.data.double()
+                parameter.add_(torch.randn(parameter.shape, generator=source, dtype=torch.float64) * 0.05)
+        for stem, parameters in by_stem(training.plan.trainables).items():
+            error, slope = directional_error(training.losses, parameters, step=0.02)
+            assert slope > 1e-4, stem
+            assert error <= 1e-5, stem
+
+
+def by_stem(trainables):
+    """The trainables by peft's name for them: each is a part of the gradient that can be wrong alone."""
+    found = {}
+    for name, parameter in trainables.items():
+        found.setdefault(name.split(".default")[0].rpartition(".")[2], []).append(parameter)
+    return found
+
+
+RESUMED = {"steps": 3, "rank": 2, "alpha": 2.0, "batch_size": 2, "save_every": 1}
+
+
+def run_session(folder, report=None, **fields):
+    """A whole training over diffusers on two pictures."""
+    return diffusers_host.run_session(folder, report, dataset=diffusers_host.make_dataset(2), **fields)
+
+
+class Stopped(Exception):
+    """What a test interrupts a run with."""
+
+
+def stop_at_two(event, payload):
+    if event == "step" and payload["step"] == 2:
+        raise Stopped
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_a_resumed_run_ends_with_the_same_bits(kind, tmp_path):
+    """A finished one hands on the same adapter too, and so does one that is only looked at again."""
+    fields = {**RESUMED, "method": kind}
+    straight = run_session(tmp_path / "straight", **fields)
+    with pytest.raises(Stopped):
+        run_session(tmp_path / "parts", stop_at_two, **fields)
+    resumed = run_session(tmp_path / "parts", **fields)
+    assert resumed.resumed_from == 2
+    assert diffusers_host.same_state(diffusers_host.state_of(resumed), diffusers_host.state_of(straight))
+    again = run_session(tmp_path / "parts", **fields)
+    for one in (resumed, again):
+        assert diffusers_host.same_tensors(one.adapter, straight.adapter)
+        assert diffusers_host.same_tensors(one.adapter.native.tensors, straight.adapter.native.tensors)
+
+
+def test_what_pissa_drew_is_part_of_the_state(tmp_path, monkeypatch):
+    """Another library or thread count may factor the weight differently; the run goes on from what it had."""
+    fields = {**RESUMED, "method": "PiSSA"}
+    straight = run_session(tmp_path / "straight", **fields)
+    with pytest.raises(Stopped):
+        run_session(tmp_path / "parts", stop_at_two, **fields)
+    finish = METHODS["PiSSA"].finish
+
+    def otherwise(layer, recipe):
+        finish(layer, recipe)
+        layer.start_A.mul_(-1)
+        layer.start_B.mul_(-1)
+
+    monkeypatch.setattr(METHODS["PiSSA"], "finish", otherwise)
+    resumed = run_session(tmp_path / "parts", **fields)
+    assert diffusers_host.same_tensors(resumed.adapter, straight.adapter)
+
+
+def test_dropout_is_repeated_by_a_resumed_run(tmp_path):
+    fields = {**RESUMED, "dropout": 0.5, "validation_fraction": 0.5, "validate_every": 1}
+    torch.manual_seed(1)
+    before = torch.random.get_rng_state()
+    straight = run_session(tmp_path / "straight", **fields)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    with pytest.raises(Stopped):
+        run_session(tmp_path / "parts", stop_at_two, **fields)
+    torch.manual_seed(2)
+    resumed = run_session(tmp_path / "parts", **fields)
+    assert diffusers_host.same_state(diffusers_host.state_of(resumed), diffusers_host.state_of(straight))
+    without = run_session(tmp_path / "without", **{**fields, "dropout": 0.0})
+    assert without.losses != straight.losses
+    assert not diffusers_host.same_tensors(without.adapter, straight.adapter)
+
+
+@pytest.mark.parametrize("kind", ["DoRA"])
+def test_dropout_is_the_same_when_blocks_are_computed_again(kind, model):
+    """The mask of the recomputation is the forward's, or the gradient belongs to another network."""
+    from graft_pack.trainers.methods.dropout import dropping_out
+
+    found = []
+    for checkpointing in (False, True):
+        with models.in_training(model, "SD1", checkpointing, spread=0.1, method=kind, dropout=0.5) as training:
+            with dropping_out(training.denoiser.module, training.plan.recipe, 0):
+                found.append(models.joined(training.gradients()))
+        with models.in_training(model, "SD1", checkpointing, spread=0.1, method=kind) as training:
+            assert models.distance(models.joined(training.gradients()), found[-1]) > 1e-2
+    assert models.distance(found[1], found[0]) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_training_goes_on_from_a_file(kind, tmp_path):
+    """It starts as what the file does; what a kohya file does not hold is refused by name."""
+    fields = {"rank": 2, "alpha": 2.0, "batch_size": 2, "method": kind}
+    first = run_session(tmp_path, **fields, steps=2)
+    for format in ("kohya", "peft"):
+        path = tmp_path / format / "adapter_model.safetensors"
+        save_adapter(str(path), first.adapter, "first", format)
+        more = {**fields, "start_from": str(path), "steps": 1, "learning_rate": 1e-12}
+        if format == "kohya" and kind in ("DoRA", "LoKr", "OFT", "BOFT", "IA3"):
+            with pytest.raises(ModelError, match=f"does not hold what {kind} trains.*peft folder"):
+                run_session(tmp_path, **more)
+            continue
+        second = run_session(tmp_path, **more)
+        assert second.run.name != first.run.name
+        assert models.distance(joined(second.adapter), joined(first.adapter)) <= 1e-5
+
+
+def test_another_alpha_starts_with_the_same_effect(tmp_path):
+    first = run_session(tmp_path / "first", rank=2, alpha=2.0, steps=2)
+    path = tmp_path / "a.safetensors"
+    save_adapter(str(path), first.adapter, "first")
+    second = run_session(tmp_path / "second", rank=2, alpha=8.0, steps=1, learning_rate=1e-12, start_from=str(path))
+    for name in first.adapter:
+        if name.endswith(".alpha"):
+            layer = name.removesuffix("alpha")
+            effects = [
+                float(one.adapter[name])
+                * one.adapter[f"{layer}lora_up.weight"]
+                @ one.adapter[f"{layer}lora_down.weight"]
+                for one in (first, second)
+            ]
+            assert models.distance(effects[1], effects[0]) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "fields, named",
+    [
+        ({"method": "rsLoRA"}, "of the type LoRA, this run of rsLoRA"),
+        ({"method": "LoHa"}, "of the type LoRA, this run of LoHa"),
+        ({"rank": 4}, "Set rank"),
+        ({"targets": "all linear"}, "nothing for"),
+        ({"targets": "patterns", "target_patterns": ("attn1",)}, "other layers"),
+    ],
+    ids=str,
+)
+def test_a_file_that_does_not_fit_is_refused_by_name(fields, named, tmp_path):
+    first = run_session(tmp_path / "first", rank=2, alpha=2.0, steps=1)
+    path = tmp_path / "a.safetensors"
+    save_adapter(str(path), first.adapter, "first")
+    with pytest.raises(ModelError, match=named) as caught:
+        run_session(tmp_path / "second", **{"rank": 2, "alpha": 2.0, "steps": 1, "start_from": str(path), **fields})
+    assert caught.value.input == "start_from"
+    assert not (tmp_path / "second" / "runs").exists()
+
+
+def test_ranks_and_rates_by_block_and_lora_plus(model):
+    """Scale stays the recipe's whatever a block's rank; B moves by the ratio; rank 0 leaves a layer out."""
+    fields = {
+        "rank": 4,
+        "alpha": 8.0,
+        "learning_rate": 1e-3,
+        "block_ranks": (("input_blocks", 2), (r"attn1\.to_v", 0)),
+        "block_learning_rates": (("middle_block", 1e-5),),
+        "lora_plus_ratio": 16.0,
+    }
+    with models.in_training(model, "SD1", **fields) as training:
+        method = METHODS["LoRA"]
+        groups = method.groups(training.plan.trainables, training.plan.recipe)
+        adapter = training.plan.export(training.plan.trainables, 0).adapter
+        shapes = {name: tuple(value.shape) for name, value in training.plan.trainables.items()}
+    rates = {name: group.learning_rate for group in groups for name in group.names}
+    assert rates.keys() == shapes.keys()
+    for name, shape in shapes.items():
+        assert "input_blocks" in name or "attn1.to_v" not in name
+        rank = min(shape)
+        assert rank == (2 if "input_blocks" in name else 4)
+        base = 1e-5 if "middle_block" in name else 1e-3
+        assert rates[name] == pytest.approx(base * (16 if "lora_B" in name else 1))
+    for name, value in adapter.items():
+        if name.endswith(".alpha"):
+            down = adapter[name.replace("alpha", "lora_down.weight")]
+            assert float(value) / down.shape[0] == 2.0
+    config = adapter.native.config
+    assert config["r"] == 4
+    assert set(config["rank_pattern"].values()) == {2}
+    assert set(config["alpha_pattern"].values()) == {4.0}
+
+
+def test_blocks_of_other_ranks_load_in_peft_and_diffusers(model, base, unet, tmp_path):
+    from diffusers import DDPMScheduler, StableDiffusionPipeline
+    from peft import PeftModel
+
+    done = train(model, "LoRA", tmp_path, block_ranks=(("input_blocks", 2),), alpha=8.0)
+    save_adapter(str(tmp_path / "peft" / "adapter_model.safetensors"), done.adapter, "a", "peft")
+    network = unet()
+    PeftModel.from_pretrained(network, str(tmp_path / "peft"))
+    assert_applied(diffusers_output(network), done, base)
+    save_adapter(str(tmp_path / "a.safetensors"), done.adapter, "a", "diffusers")
+    network = unet()
+    pipe = StableDiffusionPipeline(
+        None, None, None, network, DDPMScheduler(), None, None, requires_safety_checker=False
+    )
+    pipe.load_lora_weights(str(tmp_path / "a.safetensors"))
+    assert_applied(diffusers_output(network), done, base)
+
+
+def targets_of(model, kind="LoRA", **fields):
+    """The layers a recipe adapts."""
+    recipe = models.recipe("SD1", method=kind, **fields)
+    return METHODS[kind].targets(model.model.diffusion_model, family_of("SD1"), recipe)
+
+
+def test_each_choice_of_targets_takes_in_the_one_before(model):
+    found = [set(targets_of(model, targets=name)) for name in TARGETS[:4]]
+    assert all(one < other for one, other in zip(found, found[1:], strict=False))
+    assert all(".attn" in path for path in found[0])
+    assert {path.rpartition(".")[2] for path in found[1] - found[0]} == {"proj", "2"}
+    assert all(".ff.net." in path for path in found[1] - found[0])
+    assert "time_embed.0" in found[2] - found[1]
+    assert "input_blocks.0.0" in found[3] - found[2]
+
+
+def test_patterns_choose_layers_of_any_kind(model):
+    found = targets_of(model, targets="patterns", target_patterns=(r"attn2\.to_k", "^input_blocks.0.0$"))
+    assert found[0] == "input_blocks.0.0"
+    assert all("attn2.to_k" in path for path in found[1:])
+    assert len(found) > 2
+
+
+@pytest.mark.parametrize("kind", ["PiSSA", "OFT", "BOFT", "IA3"])
+def test_kinds_of_layers_without_a_right_file_are_refused_by_name(kind, model):
+    with pytest.raises(SettingsError, match=f"{kind} is not offered on a convolution such as input_blocks") as caught:
+        targets_of(model, kind, targets="linear + conv")
+    assert caught.value.input == "targets"
+    assert "LoRA with conv" in caught.value.cure
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"targets": "patterns", "target_patterns": ("attn1", "atn2")}, {"block_ranks": (("atn2", 2),)}],
+    ids=["target", "rank"],
+)
+def test_a_pattern_that_chooses_nothing_is_refused_by_name(fields, tmp_path):
+    with pytest.raises(SettingsError, match="'atn2'.*no layer"):
+        run_session(tmp_path, **fields)
+
+
+def test_boft_takes_the_largest_block_that_divides_all_layers(model):
+    with models.in_training(model, "SD1", method="BOFT", rank=5) as training:
+        sizes = {parameter.shape[-1] for name, parameter in training.plan.trainables.items() if "boft_R" in name}
+    assert sizes == {4}
+    layers = {"a": torch.nn.Linear(9, 2), "b": torch.nn.Linear(4, 2)}
+    with pytest.raises(SettingsError, match="No block of 2 to 5 inputs divides the widths of all layers .4, 9."):
+        METHODS["BOFT"].config(models.recipe("SD1", method="BOFT", rank=5), layers, {})
+
+
+def test_ia3_scales_the_inner_activation_of_a_feed_forward_part(model):
+    """And the outputs of all others (the paper's section 3.3): one as a full difference, the others as a magnitude."""
+    with models.in_training(model, "SD1", **fields_of("IA3")) as training:
+        adapter = training.plan.export(training.plan.trainables, 0).adapter
+    ends = {}
+    for name in adapter:
+        layer, _, end = name.partition(".")
+        ends.setdefault(layer, set()).add(end)
+    assert all(("diff" in found) == ("ff_net_2" in layer) for layer, found in ends.items())
+
+
+@pytest.mark.parametrize("kind", ["PiSSA", "OFT", "IA3"])
+def test_the_self_check_holds_where_the_start_is_not_zero(kind, model):
+    """What a user of an undescribed family gets before step 1."""
+    with models.in_training(model, "SD1", method=kind) as training:
+        assert check_gradient(training.losses, training.plan.trainables) <= 5e-3
+
+
+# Key sets as other trainers write them, for one attention and one text layer of a tiny SD1.
+PLACE = "input_blocks.1.1.transformer_blocks.0.attn1.to_q"
+DIFFUSERS_PLACE = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+FLAT, FLAT_DIFFUSERS = PLACE.replace(".", "_"), DIFFUSERS_PLACE.replace(".", "_")
+DOWN_UP = ("lora_down.weight", "lora_up.weight")
+FOREIGN = {
+    "kohya": (f"lora_unet_{FLAT_DIFFUSERS}.", DOWN_UP, True),
+    "kohya, model's own names": (f"lora_unet_{FLAT}.", DOWN_UP, True),
+    "OneTrainer": (f"lora_unet_{FLAT_DIFFUSERS}.", DOWN_UP, True),
+    "OneTrainer, with points": (f"lora_unet.{DIFFUSERS_PLACE}.", DOWN_UP, True),
+    "OneTrainer, OMI": (f"unet.{PLACE}.", DOWN_UP, True),
+    "ai-toolkit": (f"lora_unet_{FLAT}.", DOWN_UP, True),
+    "ai-toolkit, newer": (f"diffusion_model.{PLACE}.", ("lora_A.weight", "lora_B.weight"), False),
+    "diffusers": (f"unet.{DIFFUSERS_PLACE}.", ("lora_A.weight", "lora_B.weight"), False),
+    "diffusers, older": (f"unet.{DIFFUSERS_PLACE}.", ("lora.down.weight", "lora.up.weight"), False),
+    "diffusers, oldest": (
+        f"unet.{DIFFUSERS_PLACE.replace('.to_q', '.processor.to_q')}_lora.",
+        ("down.weight", "up.weight"),
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", FOREIGN)
+def test_files_of_other_trainers_load_and_apply(layout, model, tmp_path):
+    from graft_pack.nodes.host.adapters import apply_adapter, unread_keys
+
+    start, ends, with_alpha = FOREIGN[layout]
+    source = torch.Generator().manual_seed(3)
+    down, up = torch.randn(2, 32, generator=source), torch.randn(32, 2, generator=source)
+    tensors = {start + ends[0]: down, start + ends[1]: up}
+    if with_alpha:
+        tensors[f"{start}alpha"] = torch.tensor(1.0)
+    if layout.startswith("OneTrainer"):
+        tensors["bundle_emb.cat.clip_l"] = torch.zeros(1, 48)
+    path = tmp_path / "a.safetensors"
+    files.write_tensors(str(path), tensors, {})
+    adapter = load_adapter(str(path))
+    assert unread_keys(model, None, adapter) == []
+    applied, _ = apply_adapter(model, None, adapter, 1.0, 0.0)
+    changed, before = merged(applied), weights(model)
+    name = f"diffusion_model.{PLACE}.weight"
+    expected = up @ down * (0.5 if with_alpha else 1.0)
+    assert models.distance(changed[name] - before[name], expected) <= 1e-5
+    assert all(torch.equal(changed[other], before[other]) for other in before if other != name)
+
+
+@pytest.mark.parametrize(
+    "place, flux",
+    [
+        ("transformer.single_transformer_blocks.0.attn.to_k.lora_A.weight", True),
+        ("lora_transformer_single_transformer_blocks_0_attn_to_k.lora_down.weight", True),
+        ("lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight", True),
+        ("base_model.model.single_transformer_blocks.0.attn.to_k.lora_A.weight", False),
+    ],
+)
+def test_names_of_flux_files_are_left_to_the_host(place, flux):
+    """ai-toolkit's, OneTrainer's and kohya's; peft's are put into the first."""
+    from graft_pack.nodes.host.adapters import unread_keys
+    from graft_pack.trainers.formats.foreign import host_names, host_tensors
+    from graft_pack.trainers.formats.native import Native
+
+    pair = {"lora_A": "lora_B", "lora_down": "lora_up"}
+    stem = next(name for name in pair if name in place)
+    width = 64
+    up = torch.randn(3 * width if "qkv" in place else width, 2)
+    tensors = {place: torch.randn(2, width), place.replace(stem, pair[stem]): up}
+    if flux:
+        found = host_names(tensors)
+        assert found == tensors
+    else:
+        held = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
+        found = host_tensors(Native("LoRA", {}, held, False, {next(iter(held)).split(".lora_")[0]: 1.0}))
+    assert unread_keys(models.patcher("Flux"), None, found) == []
+
+
+def test_a_peft_file_without_its_configuration_is_refused(model, tmp_path):
+    """Its alpha lies there: without it the adapter would be applied at a strength that nobody chose."""
+    path = tmp_path / "a" / "adapter_model.safetensors"
+    with models.in_training(model, "SD1") as training:
+        save_adapter(str(path), training.plan.export(training.plan.trainables, 0).adapter, "a", "peft")
+    (tmp_path / "a" / "adapter_config.json").unlink()
+    with pytest.raises(ModelError, match="adapter_config.json"):
+        load_adapter(str(path))
+
+
+def test_a_dora_of_diffusers_is_refused_and_not_applied_without_its_magnitude(tmp_path):
+    tensors = {f"unet.x.{end}": torch.ones(2, 2) for end in ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")}
+    files.write_tensors(str(tmp_path / "a.safetensors"), tensors, {})
+    with pytest.raises(ModelError, match="magnitude"):
+        load_adapter(str(tmp_path / "a.safetensors"))
+
+
+def test_what_lost_its_form_on_the_way_is_refused_with_the_cure(done, case, tmp_path):
+    plain = Adapter(dict(done.adapter), done.adapter.metadata)
+    for format in ("diffusers", "peft"):
+        with pytest.raises(ModelError, match=f"'{format}'.*training node"):
+            save_adapter(str(tmp_path / "x" / "adapter_model.safetensors"), plain, case, format)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_adapter_that_is_not_finite_is_not_saved(tmp_path):
+    broken = Adapter({"lora_unet_x.alpha": torch.tensor(float("nan"))})
+    with pytest.raises(ModelError, match="lora_unet_x.alpha is not finite"):
+        save_adapter(str(tmp_path / "a.safetensors"), broken, "a")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("case", ["OFT", "IA3", "LoKr"])
+def test_another_architecture_is_refused_by_name(case, model, tmp_path):
+    from graft_pack.nodes.host.adapters import apply_adapter
+
+    adapter = train(model, case, tmp_path, steps=1).adapter
+    with pytest.raises(ModelError, match="fits no layer of the connected model .*Flux"):
+        apply_adapter(models.patcher("Flux"), None, adapter, 1.0, 1.0)
+
+
+@pytest.mark.parametrize("case", ["LoRA", "BOFT"])
+def test_another_size_of_the_same_architecture_is_refused_by_name(case, model, tmp_path):
+    """As SD1's files on SD2: the same names, and the host would only leave them out."""
+    import comfy.model_patcher
+    from graft_pack.nodes.host.adapters import apply_adapter
+
+    adapter = train(model, case, tmp_path, steps=1).adapter
+    config = models.FAMILIES["SD1"].build()
+    config.unet_config["context_dim"] = 64
+    config.set_inference_dtype(torch.float32, None)
+    cpu = torch.device("cpu")
+    other = comfy.model_patcher.ModelPatcher(config.get_model({}, "", device="cpu"), cpu, cpu)
+    with pytest.raises(ModelError, match="made for another model: its part for .*attn2.*numbers"):
+        apply_adapter(other, None, adapter, 1.0, 1.0)
+
+
+def test_a_saved_file_says_what_it_was_made_with_and_shows_it(tmp_path):
+    import base64
+    import io
+    import json
+
+    from PIL import Image
+
+    result = diffusers_host.run_session(
+        tmp_path, method="LoHa", steps=2, preview_prompts=("a red picture",), preview_steps=1
+    )
+    metadata = result.adapter.metadata
+    assert metadata["ss_network_module"] == "lycoris.kohya"
+    assert json.loads(metadata["ss_network_args"]) == {"algo": "loha"}
+    assert metadata["modelspec.sai_model_spec"] == "1.0.1"
+    assert json.loads(metadata["graft_recipe"])["method"] == "LoHa"
+    assert result.run.name.endswith(metadata["graft_identity"][:8])
+    head, data = metadata["modelspec.thumbnail"].split(",")
+    assert head == "data:image/jpeg;base64"
+    assert max(Image.open(io.BytesIO(base64.b64decode(data))).size) <= 256
+
+
+def test_the_nodes_save_each_format_and_load_it_again(done, case, model, base, comfy, monkeypatch):
+    """Under a name of one's own in output/loras, where it can be chosen at once; and a training can start from it."""
+    import folder_paths
+    from graft_pack.nodes.adapter import GraftLoadAdapter, GraftSaveAdapter
+    from graft_pack.nodes.host.adapters import apply_adapter
+    from graft_pack.nodes.options import GraftAdapterOptions
+
+    if case not in ("LoRA", "LoKr conv", "OFT"):
+        return
+    # As ComfyUI's main.py does at its start.
+    known, endings = folder_paths.folder_names_and_paths["loras"]
+    mine = str(comfy.base / "output" / "loras")
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([*known, mine], endings))
+    for format in FORMATS:
+        prefix = f"mine/{case} {format}".replace(" ", "-")
+        if case != "LoRA" and format == "diffusers":
+            with pytest.raises(ModelError, match="Graft Save Adapter.*input 'format'.*does not know"):
+                GraftSaveAdapter.execute(done.adapter, prefix, format)
+            continue
+        path = GraftSaveAdapter.execute(done.adapter, prefix, format).args[0]
+        name = os.path.relpath(path, comfy.base / "output" / "loras")
+        assert name == f"{prefix}_00001_" + ("/adapter_model.safetensors" if format == "peft" else ".safetensors")
+        assert GraftLoadAdapter.validate_inputs(name) is True
+        assert GraftAdapterOptions.validate_inputs(name) is True
+        assert GraftAdapterOptions.fingerprint_inputs(name) == GraftLoadAdapter.fingerprint_inputs(name)
+        assert load_adapter(path).metadata["modelspec.title"] == f"{os.path.basename(prefix)}_00001"
+        if case == "OFT" and format == "peft":
+            with pytest.raises(ModelError, match="Graft Load Adapter.*OFT of peft's"):
+                GraftLoadAdapter.execute(name)
+            continue
+        back = GraftLoadAdapter.execute(name).args[0]
+        applied, _ = apply_adapter(model, None, back, 1.0, 0.0)
+        assert_applied(output_of(applied), done, base)
+
+
+def test_the_option_node_hands_on_what_was_set():
+    from graft_pack.nodes.options import GraftAdapterOptions
+    from graft_pack.trainers.settings import UNSET
+
+    assert GraftAdapterOptions.execute(**UNSET["adapter"]).args[0] == {}
+    found = GraftAdapterOptions.execute(**{**UNSET["adapter"], "type": "LoKr", "block_ranks": "attn2=2"}).args[0]
+    assert found == {("adapter", "type"): "LoKr", ("adapter", "block_ranks"): "attn2=2"}
+    with pytest.raises(SettingsError, match="Graft Adapter Options, input 'block_ranks'.*no pattern=value"):
+        GraftAdapterOptions.execute(**{**UNSET["adapter"], "block_ranks": "attn2"})
+    assert "no adapter 'gone'" in GraftAdapterOptions.validate_inputs("gone")
+    assert GraftAdapterOptions.validate_inputs("auto") is True

@@ -1,0 +1,165 @@
+"""An adapter as peft has it, beside the form the host reads: peft's folders and diffusers' files, both ways."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ModelError, RunError
+from . import files
+
+if TYPE_CHECKING:
+    import torch
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+
+_PEFT = "base_model.model."
+_UNET = "unet."
+# The top modules of the UNets that diffusers publishes.
+_PUBLISHED = re.compile(r"(down_blocks|mid_block|up_blocks|conv_in|conv_out|time_embedding|add_embedding)\b")
+# What diffusers' own loader takes.
+_DIFFUSERS_TYPES = ("LORA",)
+_LORA_CONFIG = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "use_dora", "bias")
+
+
+@dataclass(frozen=True)
+class Native:
+    """An adapter in peft's own terms.
+
+    Attributes:
+        method: key into the methods.
+        config: what `adapter_config.json` holds.
+        tensors: by `<module path>.<peft's name>`, float32 on the CPU.
+        published: whether paths are those of the model as diffusers publishes it; otherwise the checkpoint's own.
+        scales: by module path, the effective scale of the low-rank product; empty where there is none.
+    """
+
+    method: str
+    config: dict[str, Any]
+    tensors: dict[str, torch.Tensor]
+    published: bool
+    scales: dict[str, float]
+
+
+def write_peft(folder: str, native: Native, metadata: dict[str, str]) -> str:
+    """A folder that `PeftModel.from_pretrained` takes; the path of its weights."""
+    tensors = {_PEFT + _as_saved(name): tensor for name, tensor in native.tensors.items()}
+    with files.new_folder(folder) as temporary:
+        files.write_tensors(os.path.join(temporary, WEIGHTS), tensors, metadata)
+        files.write_json(os.path.join(temporary, CONFIG), native.config)
+    return os.path.join(folder, WEIGHTS)
+
+
+def write_diffusers(path: str, native: Native, metadata: dict[str, str]) -> None:
+    """A file that diffusers' `load_lora_weights` takes, its scale worked into B so that no reader can miss it.
+
+    Raises:
+        ModelError: diffusers has no such type, or publishes the model in other layers.
+    """
+    if native.config["peft_type"] not in _DIFFUSERS_TYPES:
+        raise ModelError(
+            f"diffusers' loader does not know the adapter type {native.method}.",
+            "Save it as 'peft' and load it by peft onto the pipeline's UNet.",
+            "format",
+        )
+    if not native.published:
+        raise ModelError(
+            "This model's layers have other names, or are cut otherwise, in diffusers.",
+            "Save it as 'kohya', which diffusers reads for this family, or as 'peft'.",
+            "format",
+        )
+    tensors = {}
+    for name, tensor in native.tensors.items():
+        place = name.split(".lora_")[0]
+        scaled = tensor * native.scales[place] if ".lora_B." in name else tensor
+        tensors[_UNET + _as_saved(name)] = scaled
+    config = {name: native.config[name] for name in _LORA_CONFIG if name in native.config}
+    config.update(lora_alpha=config["r"], alpha_pattern=config["rank_pattern"])
+    described = json.dumps({_UNET + name: value for name, value in config.items()}, sort_keys=True)
+    files.write_tensors(path, tensors, {**metadata, "lora_adapter_metadata": described})
+
+
+def _as_saved(name: str) -> str:
+    # peft keeps a magnitude as a module and saves it as a plain tensor.
+    return name.removesuffix(".weight") if name.endswith("lora_magnitude_vector.weight") else name
+
+
+def read_native(path: str, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> Native | None:
+    """What a file of peft's or diffusers' layout holds, None for any other layout.
+
+    Args:
+        path: of the file; peft's configuration lies beside it.
+
+    Raises:
+        ModelError: peft's configuration is missing, or is of a type that is not known here.
+    """
+    if all(name.startswith(_PEFT) for name in tensors):
+        config, prefix = _peft_config(path), _PEFT
+    elif "lora_adapter_metadata" in metadata and all(name.startswith(_UNET) for name in tensors):
+        config, prefix = _diffusers_config(path, metadata), _UNET
+    else:
+        return None
+    held = {name[len(prefix) :].replace(".default.", "."): tensor for name, tensor in tensors.items()}
+    places = {_place_of(name) for name in held}
+    scales = {place: scale for place in places if (scale := _scale_of(place, config)) is not None}
+    published = all(_PUBLISHED.match(place) for place in places)
+    return Native(_method_of(config, path), config, held, published, scales)
+
+
+def _place_of(name: str) -> str:
+    return re.split(r"\.(?:lora_|hada_|lokr_|oft_|boft_|ia3_)", name)[0]
+
+
+def _peft_config(path: str) -> dict[str, Any]:
+    beside = os.path.join(os.path.dirname(path), CONFIG)
+    if not os.path.exists(beside):
+        raise ModelError(
+            f"The file '{path}' is peft's and lies without its {CONFIG}, which holds its alpha.",
+            f"Put the {CONFIG} it came with beside it.",
+            "adapter_name",
+        )
+    return files.read_json(beside)
+
+
+def _diffusers_config(path: str, metadata: dict[str, str]) -> dict[str, Any]:
+    try:
+        found = json.loads(metadata["lora_adapter_metadata"])
+    except ValueError as error:
+        raise RunError(f"The metadata of '{path}' is damaged ({error}).", "Restore the file.") from error
+    config = {name[len(_UNET) :]: value for name, value in found.items() if name.startswith(_UNET)}
+    return {"peft_type": "LORA", **config}
+
+
+def _method_of(config: dict[str, Any], path: str) -> str:
+    kind = config.get("peft_type")
+    if kind == "LORA":
+        return "DoRA" if config.get("use_dora") else "rsLoRA" if config.get("use_rslora") else "LoRA"
+    known = {"LOHA": "LoHa", "LOKR": "LoKr", "OFT": "OFT", "BOFT": "BOFT", "IA3": "IA3"}
+    if kind not in known:
+        raise ModelError(
+            f"The adapter '{path}' is of peft's type {kind}.",
+            f"Known are LORA, {', '.join(known)}; load others with peft itself.",
+            "adapter_name",
+        )
+    return known[kind]
+
+
+def _scale_of(place: str, config: dict[str, Any]) -> float | None:
+    """A layer's effective scale by peft's rules; None where the type has none."""
+    alpha = config.get("lora_alpha", config.get("alpha"))
+    if not config.get("r") or alpha is None:
+        return None
+    rank = _of_pattern(place, config.get("rank_pattern"), config["r"])
+    alpha = _of_pattern(place, config.get("alpha_pattern"), alpha)
+    return alpha / (rank**0.5 if config.get("use_rslora") else rank)
+
+
+def _of_pattern(place: str, pattern: dict[str, float] | None, default: float) -> float:
+    for key, value in (pattern or {}).items():
+        if re.match(rf"(.*\.)?({key})$", place):
+            return value
+    return default

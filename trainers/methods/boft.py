@@ -1,0 +1,70 @@
+"""BOFT: blocks of a layer's inputs are rotated and its outputs scaled (Liu et al. 2024), by peft."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from ..errors import SettingsError
+from .by_peft import LINEAR, largest_divisor
+from .rotation import Rotation
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from ..settings import Recipe
+
+
+class BOFT(Rotation):
+    """s W R, the identity at the start.
+
+    With one butterfly factor, which is what peft computes where its CUDA extension is missing: a run must not
+    depend on that.
+    """
+
+    name = "BOFT"
+    # On 3x3 convolutions peft makes matrices of (9 C)^2 numbers.
+    kinds = frozenset({LINEAR})
+    zeros = frozenset({"boft_R"})
+    ones = frozenset({"boft_s"})
+    network = ("lycoris.kohya", {"algo": "boft"})
+
+    def inject(self, module: nn.Module, targets: list[str], recipe: Recipe) -> dict[str, nn.Parameter]:
+        """As for every type, but nothing is compiled."""
+        with _nothing_compiled():
+            return super().inject(module, targets, recipe)
+
+    def config(self, recipe: Recipe, layers: dict[str, nn.Module], ranks: dict[str, int]) -> Any:
+        """BOFT of peft, with the largest block of at most the rank that fits all layers."""
+        from peft import BOFTConfig
+
+        widths = {layer.in_features for layer in layers.values()}
+        size = largest_divisor(recipe.rank, *widths)
+        if size < 2:
+            raise SettingsError(
+                f"No block of 2 to {recipe.rank} inputs divides the widths of all layers "
+                f"({', '.join(map(str, sorted(widths)))}) for BOFT.",
+                "Set another rank, fewer targets, or the type OFT.",
+                "rank",
+            )
+        return BOFTConfig(boft_block_size=size, boft_n_butterfly_factor=1)
+
+    def changed(self, layer: nn.Module, weight: torch.Tensor) -> torch.Tensor:
+        """As peft merges it."""
+        rotation, scale = layer.get_delta_weight("default")
+        return (rotation.cpu() @ weight.t()).t() * scale.cpu()
+
+
+@contextmanager
+def _nothing_compiled() -> Iterator[None]:
+    """Keeps peft from building a CUDA extension, which with one butterfly factor computes nothing else."""
+    from peft.tuners.boft import layer
+
+    kept = layer.get_fbd_cuda
+    layer.get_fbd_cuda = lambda: None
+    try:
+        yield
+    finally:
+        layer.get_fbd_cuda = kept

@@ -1,0 +1,85 @@
+"""DoRA: LoRA on the direction of each row of a weight, with its length trained apart (Liu et al. 2024)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from .by_peft import Layer
+from .lora import LoRA
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from ..settings import Recipe
+
+_MAGNITUDE = "lora_magnitude_vector"
+
+
+def _row_squares(layer: nn.Module) -> torch.Tensor:
+    """|W|^2 of each row of the frozen weight, [out], in at least float32."""
+    import torch
+
+    weight = layer.base_layer.weight
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    return weight.flatten(1).square().sum(1)
+
+
+def _forward(layer: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """m (W + s B A) / |W + s B A| by row, on peft's parameters.
+
+    peft holds the norm constant in the backward, as the paper's section 4.3 proposes to save memory; the gradient
+    is then not that of the loss. Here the norm is worked out from the narrow factors, which needs no [out, in]
+    matrix, and its gradient is exact.
+    """
+    base = layer.base_layer
+    down = layer.lora_A["default"]
+    up = layer.lora_B["default"]
+    drop = layer.lora_dropout["default"]
+    scale = layer.scaling["default"]
+    magnitude = layer.lora_magnitude_vector["default"]
+    squares = _row_squares(layer)
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        out = base(x)
+        a = down.weight.flatten(1)
+        b = up.weight.flatten(1)
+        crossed = (b * (base.weight.flatten(1).to(a.dtype) @ a.t())).sum(1)
+        added = ((b @ (a @ a.t())) * b).sum(1)
+        norm = (squares + 2 * scale * crossed + scale**2 * added).sqrt()
+        shape = (-1, *[1] * (base.weight.dim() - 2))
+        share = (magnitude.weight.flatten() / norm).view(shape)
+        plain = out if base.bias is None else out - base.bias.view(shape).to(out.dtype)
+        delta = up(down(drop(x.to(a.dtype))) * scale)
+        return (out + ((share - 1) * plain + share * delta)).to(out.dtype)
+
+    return forward
+
+
+class DoRA(LoRA):
+    """m (W + s B A) / |W + s B A|, with m the rows' lengths at the start."""
+
+    name = "DoRA"
+    needs_base = True
+    variant = {"use_dora": True}
+
+    def start_value(self, stem: str, layer: nn.Module, shape: torch.Size, seed: int, name: str) -> torch.Tensor:
+        """The rows' lengths for the magnitude."""
+        if stem == _MAGNITUDE:
+            return _row_squares(layer).sqrt().view(shape)
+        return super().start_value(stem, layer, shape, seed, name)
+
+    def finish(self, layer: nn.Module, recipe: Recipe) -> None:
+        """Puts the exact forward on peft's layer; on the private tree only."""
+        layer.forward = _forward(layer)
+
+    def host_layer(self, layer: Layer) -> dict[str, torch.Tensor]:
+        """The host divides by |W| where training divides by |W + s B A|: its magnitude makes up for that."""
+        weight = layer.weight().flatten(1).double()
+        a = layer.values["lora_A"].flatten(1).double()
+        b = layer.values["lora_B"].flatten(1).double()
+        norm = (weight + layer.scale * b @ a).norm(dim=1)
+        magnitude = layer.values[_MAGNITUDE].flatten() * weight.norm(dim=1) / norm
+        shape = (-1, *[1] * (layer.weight().dim() - 1))
+        return {**super().host_layer(layer), "dora_scale": magnitude.view(shape)}

@@ -1,0 +1,40 @@
+"""Dropout of an adapter's inputs that a resumed run repeats to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from ..data.order import stream_seed
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..settings import Recipe
+
+
+@contextmanager
+def dropping_out(module: nn.Module, recipe: Recipe, step: int) -> Iterator[None]:
+    """Lets the tree's adapters drop inputs within the block, drawn from seed and step alone.
+
+    The frozen network's own dropout stays off, and so does the adapters' outside the block: in previews, in
+    validation and in gradient checks.
+    """
+    if not recipe.dropout:
+        yield
+        return
+    import torch
+
+    layers = [layer for name, layer in module.named_modules() if name.endswith(".lora_dropout.default")]
+    device = next(module.parameters()).device
+    # torch's dropout draws from torch's own source, and checkpointing puts just that back when it computes again.
+    with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type=device.type):
+        torch.manual_seed(stream_seed("dropout", recipe.seed, step))
+        for layer in layers:
+            layer.train()
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.eval()

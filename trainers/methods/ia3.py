@@ -1,0 +1,49 @@
+"""IA3: a learned factor on each output of a layer, or input of a feed-forward one (Liu et al. 2022), by peft."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from ..formats.kohya import lora_tensors
+from .by_peft import LINEAR, Layer, PeftMethod
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from ..settings import Recipe
+
+# What projects a feed-forward part's inner activation back: the paper scales that activation.
+_INWARD = re.compile(r"(\.ff\.net\.2|mlp\.2|mlp\.fc2|\.wo)$")
+
+
+class IA3(PeftMethod):
+    """l * (W x + b), or W (l * x) + b in a feed-forward part; l is one at the start."""
+
+    name = "IA3"
+    kinds = frozenset({LINEAR})
+    ones = frozenset({"ia3_l"})
+    needs_base = True
+    has_rank = False
+    network = ("lycoris.kohya", {"algo": "ia3"})
+
+    def config(self, recipe: Recipe, layers: dict[str, nn.Module], ranks: dict[str, int]) -> Any:
+        """IA3 of peft."""
+        from peft import IA3Config
+
+        inward = [path for path in layers if _INWARD.search(path)]
+        return IA3Config(target_modules=list(layers), feedforward_modules=inward)
+
+    def host_layer(self, layer: Layer) -> dict[str, torch.Tensor]:
+        """Outputs: the row lengths of a DoRA without difference, and the bias; inputs: the whole difference."""
+        import torch
+
+        weight = layer.weight()
+        factors = layer.values["ia3_l"]
+        if layer.adapted.is_feedforward:
+            return {"diff": weight * (factors - 1)}
+        nothing = lora_tensors(torch.zeros(1, weight.shape[1]), torch.zeros(weight.shape[0], 1), 1.0)
+        found = {**nothing, "dora_scale": factors * weight.norm(dim=1, keepdim=True)}
+        bias = layer.bias()
+        return found if bias is None else {**found, "diff_b": bias * (factors.flatten() - 1)}

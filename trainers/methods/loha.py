@@ -1,0 +1,45 @@
+"""LoHa: the elementwise product of two low-rank differences (Hyeon-Woo et al. 2022), by peft."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .by_peft import CONV, LINEAR, POINT, Layer, PeftMethod, alphas_of
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from ..settings import Recipe
+
+_FACTORS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+
+
+class LoHa(PeftMethod):
+    """W + (alpha / rank) (w1_a w1_b) * (w2_a w2_b), with w2_b zero at the start."""
+
+    name = "LoHa"
+    kinds = frozenset({LINEAR, POINT, CONV})
+    strength = "hada_w2_b"
+    zeros = frozenset({"hada_w2_b"})
+    network = ("lycoris.kohya", {"algo": "loha"})
+
+    def config(self, recipe: Recipe, layers: dict[str, nn.Module], ranks: dict[str, int]) -> Any:
+        """LoHa of peft; convolutions as flat matrices, which all readers rebuild alike."""
+        from peft import LoHaConfig
+
+        return LoHaConfig(r=recipe.rank, alpha=recipe.alpha, rank_pattern=ranks, alpha_pattern=alphas_of(ranks, recipe))
+
+    def host_layer(self, layer: Layer) -> dict[str, torch.Tensor]:
+        """LyCORIS's tensors, with alpha."""
+        import torch
+
+        return {**{name: layer.values[name] for name in _FACTORS}, "alpha": torch.tensor(layer.alpha)}
+
+    def values_of_host(self, tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], float] | None:
+        """The factors, at the scale that the file's alpha gives them."""
+        if not {*_FACTORS} <= tensors.keys() <= {*_FACTORS, "alpha"}:
+            return None
+        values = {name: tensors[name].float() for name in _FACTORS}
+        strength = float(tensors["alpha"]) / values["hada_w1_b"].shape[0] if "alpha" in tensors else 1.0
+        return values, strength

@@ -1,0 +1,45 @@
+"""LoKr: a Kronecker product as the difference, its larger factor of low rank (Yeh et al. 2023), by peft."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .by_peft import CONV, LINEAR, POINT, Layer, PeftMethod, alphas_of
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from ..settings import Recipe
+
+
+class LoKr(PeftMethod):
+    """W + (alpha / rank) w1 (x) w2, with w1 zero at the start."""
+
+    name = "LoKr"
+    kinds = frozenset({LINEAR, POINT, CONV})
+    strength = "lokr_w1"
+    zeros = frozenset({"lokr_w1"})
+    network = ("lycoris.kohya", {"algo": "lokr"})
+    needs_base = True
+
+    def config(self, recipe: Recipe, layers: dict[str, nn.Module], ranks: dict[str, int]) -> Any:
+        """LoKr of peft."""
+        from peft import LoKrConfig
+
+        return LoKrConfig(r=recipe.rank, alpha=recipe.alpha, rank_pattern=ranks, alpha_pattern=alphas_of(ranks, recipe))
+
+    def host_layer(self, layer: Layer) -> dict[str, torch.Tensor]:
+        """LyCORIS's tensors with the scale in the first factor: readers ignore alpha beside two whole factors.
+
+        A convolution's second factor is written whole, [out, in, kh, kw]: readers rebuild its decompositions
+        differently.
+        """
+        found = {"lokr_w1": layer.values["lokr_w1"] * layer.scale}
+        kernel = layer.adapted.base_layer.weight.shape[2:]
+        if "lokr_w2" in layer.values:
+            return {**found, "lokr_w2": layer.values["lokr_w2"]}
+        a, b = layer.values["lokr_w2_a"], layer.values["lokr_w2_b"]
+        if not kernel:
+            return {**found, "lokr_w2_a": a, "lokr_w2_b": b}
+        return {**found, "lokr_w2": (a @ b).view(a.shape[0], -1, *kernel)}

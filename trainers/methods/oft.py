@@ -1,0 +1,34 @@
+"""OFT: each block of a layer's inputs is rotated (Qiu et al. 2023), by peft."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .by_peft import LINEAR, POINT
+from .rotation import Rotation
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from ..settings import Recipe
+
+
+class OFT(Rotation):
+    """W R, with R of Cayley's form and the identity at the start."""
+
+    name = "OFT"
+    # On larger kernels peft's is not the identity at the start.
+    kinds = frozenset({LINEAR, POINT})
+    zeros = frozenset({"oft_R"})
+    network = ("lycoris.kohya", {"algo": "diag-oft"})
+
+    def config(self, recipe: Recipe, layers: dict[str, nn.Module], ranks: dict[str, int]) -> Any:
+        """OFT of peft, exactly orthogonal: its series approximation adds in place, which autograd is kept from."""
+        from peft import OFTConfig
+
+        return OFTConfig(r=0, oft_block_size=recipe.rank, use_cayley_neumann=False)
+
+    def changed(self, layer: nn.Module, weight: torch.Tensor) -> torch.Tensor:
+        """As peft merges it."""
+        return (layer.get_delta_weight("default").cpu() @ weight.t()).t()

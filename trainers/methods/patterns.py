@@ -1,0 +1,101 @@
+"""Patterns that choose layers by their paths, as users write them: one a line, some with a value."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, TypeVar
+
+from ..errors import SettingsError
+
+if TYPE_CHECKING:
+    from ..settings import Recipe
+
+Value = TypeVar("Value", int, float)
+
+
+def parse_patterns(text: str, input: str) -> tuple[str, ...]:
+    """Regular expressions, apart by lines or spaces.
+
+    Raises:
+        SettingsError: one is none.
+    """
+    patterns = tuple(text.split())
+    for pattern in patterns:
+        _check_pattern(pattern, input)
+    return patterns
+
+
+def parse_pairs(text: str, kind: Callable[[str], Value], low: Value, high: Value, input: str) -> tuple:
+    """`pattern=value` pairs, apart by lines or spaces, as ((pattern, value), ...).
+
+    Raises:
+        SettingsError: no pair, no pattern, or a value out of range.
+    """
+    pairs = []
+    for word in text.split():
+        pattern, equals, value = word.rpartition("=")
+        try:
+            number = kind(value)
+        except ValueError:
+            number = None
+        if not equals or number is None or not low <= number <= high:
+            raise SettingsError(
+                f"'{word}' in {input} is no pattern=value with a value between {low} and {high}.",
+                "Write one a line, such as middle_block=8.",
+                input,
+            )
+        _check_pattern(pattern, input)
+        pairs.append((pattern, number))
+    return tuple(pairs)
+
+
+def _check_pattern(pattern: str, input: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise SettingsError(
+            f"'{pattern}' in {input} is no regular expression ({error}).",
+            "Use a part of the layers' paths, such as middle_block or attn2.",
+            input,
+        ) from error
+
+
+def matches(path: str, patterns: Iterable[str]) -> bool:
+    """Whether a path holds one of the patterns."""
+    return any(re.search(pattern, path) for pattern in patterns)
+
+
+def value_for(path: str, pairs: Iterable[tuple[str, Value]], default: Value) -> Value:
+    """The value of the first pair whose pattern is in a path."""
+    for pattern, value in pairs:
+        if re.search(pattern, path):
+            return value
+    return default
+
+
+def rank_of(path: str, recipe: Recipe) -> int:
+    """A layer's rank; 0 where it is left out."""
+    return value_for(path, recipe.block_ranks, recipe.rank)
+
+
+def check_used(recipe: Recipe, paths: Iterable[str]) -> None:
+    """Refuses patterns that choose nothing: a slip of the pen would otherwise train something else in silence.
+
+    Args:
+        paths: of all modules that could have been meant.
+
+    Raises:
+        SettingsError: naming the pattern.
+    """
+    paths = list(paths)
+    asked = [("target_patterns", pattern) for pattern in recipe.target_patterns]
+    asked += [("block_ranks", pattern) for pattern, _ in recipe.block_ranks]
+    asked += [("block_learning_rates", pattern) for pattern, _ in recipe.block_learning_rates]
+    for input, pattern in asked:
+        if not any(re.search(pattern, path) for path in paths):
+            raise SettingsError(
+                f"The pattern '{pattern}' of {input} is in no layer's path.",
+                f"The paths look like {paths[0]}." if paths else "",
+                input,
+            )

@@ -1,0 +1,112 @@
+"""PiSSA: LoRA that starts as the weight's principal part (Meng et al. 2024)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from ..formats.kohya import own
+from ..objective.noise import generator
+from .by_peft import LINEAR, Layer
+from .lora import LoRA
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from ..settings import Recipe
+
+_START = ("start_A", "start_B")
+
+
+def _forward(layer: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """W + s (B A - B0 A0), the frozen weight left as it is.
+
+    peft takes B0 A0 out of the weight instead, which would copy every targeted weight and round it.
+    """
+    base = layer.base_layer
+    down = layer.lora_A["default"]
+    up = layer.lora_B["default"]
+    drop = layer.lora_dropout["default"]
+    scale = layer.scaling["default"]
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        from torch.nn.functional import linear
+
+        out = base(x)
+        x = drop(x.to(down.weight.dtype))
+        before = linear(linear(x, layer.start_A.to(x.dtype)) * scale, layer.start_B.to(x.dtype))
+        return out + (up(down(x) * scale) - before).to(out.dtype)
+
+    return forward
+
+
+class PiSSA(LoRA):
+    """W - s B0 A0 + s B A, where s B0 A0 is the weight's best approximation of the rank.
+
+    Its files hold the difference s (B A - B0 A0), a LoRA of twice the rank, since readers know W and not W - s B0 A0.
+    """
+
+    name = "PiSSA"
+    kinds = frozenset({LINEAR})
+    zeros = frozenset({"lora_A", "lora_B"})
+    needs_base = True
+
+    def finish(self, layer: nn.Module, recipe: Recipe) -> None:
+        """peft's own start values; the weight that it changes for them is put back."""
+        import torch
+
+        weight = layer.base_layer.weight
+        kept = weight.data
+        scale = layer.scaling["default"]
+        for factor in (layer.lora_A, layer.lora_B):
+            factor["default"].weight.data = factor["default"].weight.data.float()
+        # Its randomised SVD draws from torch's own source.
+        with torch.random.fork_rng(devices=[kept.device] if kept.device.type != "cpu" else []):
+            torch.manual_seed(generator("pissa", recipe.seed, *kept.shape).initial_seed())
+            weight.data = kept.float()
+            layer.pissa_init("default", "pissa_niter_16")
+        weight.data = kept
+        assert layer.scaling["default"] == scale
+        for name, factor in zip(_START, (layer.lora_A, layer.lora_B), strict=True):
+            parameter = factor["default"].weight
+            parameter.data = parameter.data.contiguous()
+            layer.register_buffer(name, parameter.data.clone(), persistent=False)
+        layer.forward = _forward(layer)
+
+    def constants(self, module: nn.Module) -> dict[str, torch.Tensor]:
+        """A0 and B0."""
+        return {name: buffer for name, buffer in module.named_buffers() if name.rpartition(".")[2] in _START}
+
+    def host_layer(self, layer: Layer) -> dict[str, torch.Tensor]:
+        """[A; A0] and [B, -B0] at the same scale."""
+        doubled = self.native_layer(layer)
+        values = {"lora_A": doubled["lora_A"], "lora_B": doubled["lora_B"]}
+        return super().host_layer(replace(layer, values=values, rank=2 * layer.rank))
+
+    def native_layer(self, layer: Layer) -> dict[str, torch.Tensor]:
+        """A LoRA of twice the rank."""
+        import torch
+
+        start_a, start_b = (own(getattr(layer.adapted, name)) for name in _START)
+        return {
+            "lora_A": torch.cat([layer.values["lora_A"], start_a]),
+            "lora_B": torch.cat([layer.values["lora_B"], -start_b], dim=1),
+        }
+
+    def adopt(self, values: dict[str, torch.Tensor], layer: nn.Module) -> dict[str, torch.Tensor]:
+        """Parts the two halves; the second is what it started as."""
+        if values["lora_A"].shape[0] % 2:
+            return values
+        a, start_a = values["lora_A"].chunk(2)
+        b, start_b = values["lora_B"].chunk(2, dim=1)
+        for name, value in zip(_START, (start_a, -start_b), strict=True):
+            if value.shape == getattr(layer, name).shape:
+                getattr(layer, name).copy_(value)
+        return {"lora_A": a, "lora_B": b}
+
+    def native_recipe(self, recipe: Recipe) -> Recipe:
+        """Twice the rank at the same scale."""
+        ranks = tuple((pattern, 2 * rank) for pattern, rank in recipe.block_ranks)
+        return replace(recipe, rank=2 * recipe.rank, alpha=2 * recipe.alpha, block_ranks=ranks)
