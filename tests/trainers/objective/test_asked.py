@@ -124,14 +124,25 @@ def test_an_offset_and_a_pyramid_are_part_of_the_target():
         assert not torch.equal(noise, draw_asked(NATIVE, make_host().denoiser, (2, 4, 8, 8), generator("i"))[1])
 
 
+@pytest.mark.parametrize("objective", [ALL, *OTHERS], ids=range(5))
 @pytest.mark.parametrize("micro_batch", [1, 3])
-def test_micro_batches_change_neither_loss_nor_gradient(micro_batch):
+def test_micro_batches_change_neither_loss_nor_gradient(micro_batch, objective):
     found = []
     for size in (0, micro_batch):
-        with planned(micro_batch=size, objective=ALL) as (plan, host):
+        with planned(micro_batch=size, objective=objective) as (plan, host):
             found.append(gradient_of(plan, host, [(0, first_turns(0, 1, 2, 3))]))
     assert found[1][0] == pytest.approx(found[0][0], rel=1e-6)
     assert models.distance(found[1][1], found[0][1]) <= 1e-5
+
+
+def test_each_example_keeps_its_own_draws():
+    """However a batch is split, row by row: the noise that is added is the target's, and t is the level's."""
+    with planned(micro_batch=2, objective=Objective(noise_offset=0.1)) as (plan, host):
+        shown = [item.show(0) for item in plan.train]
+        levels = host.denoiser.sigmas()
+        for _, _, noise, sigma, asked in loop._parts(shown, plan.recipe, 0, 0, host):
+            assert torch.equal(asked.added, noise)
+            assert torch.equal(asked.t, torch.searchsorted(levels, sigma) / 1000)
 
 
 @pytest.mark.parametrize("kind", ["eps", "v"])

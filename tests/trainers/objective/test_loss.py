@@ -157,6 +157,7 @@ def test_an_offset_is_one_more_number_for_a_whole_channel(shape):
     moved = add_offset(noise, 0.5, generator("o"))
     by = (moved - noise).flatten(2)
     assert torch.allclose(by, by[..., :1].expand_as(by), atol=1e-6)
+    assert len(by[..., 0].unique()) > 250
     # 256 numbers of deviation 0.5.
     assert float(by[..., 0].std()) == pytest.approx(0.5, rel=0.15)
     assert float(by[..., 0].mean()) == pytest.approx(0.0, abs=0.1)

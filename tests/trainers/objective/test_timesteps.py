@@ -127,6 +127,24 @@ def test_each_batch_is_shifted_by_its_own_size():
     assert means[64, 256] == means[128, 128] == means[1, 128, 128]
 
 
+def test_a_token_is_two_by_two_of_the_latents_positions():
+    """As Flux has it: 64 x 64 are 1024 tokens, by diffusers' line a shift of exp(0.63)."""
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+    mu = calculate_shift(1024, 256, 4096, 0.5, 1.15)
+    _, t = drawn(flow_levels(1.0, 10_000), "flow", timesteps="resolution-shifted")
+    assert statistic(t.clamp(1e-6, 1 - 1e-6), lambda t: logit_normal(t, mu)) <= NEAR
+
+
+@pytest.mark.parametrize("name", ["logit-normal", "shifted"])
+def test_within_bounds_the_form_is_kept(name):
+    """Squeezed into them, not cut off and piled up at their ends."""
+    _, t = drawn(eps_levels(), "eps", timesteps=name, min_timestep=200, max_timestep=700)
+    mean = math.log(3.0) if name == "shifted" else 0.0
+    inside = ((t - 0.2) / 0.5).clamp(1e-6, 1 - 1e-6)
+    assert statistic(inside, lambda t: logit_normal(t, mean)) <= NEAR + 2e-3
+
+
 @pytest.mark.parametrize("name", TIMESTEPS)
 @pytest.mark.parametrize("kind", ["eps", "flow"])
 def test_bounds_hold_and_their_whole_width_is_used(kind, name):
