@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.host import ROOT
-from tests.support.make_workflows import TINY, TINY_DREAMBOOTH
+from tests.support.make_workflows import TINY, TINY_DREAMBOOTH, TINY_EMBEDDING, TINY_PIVOTAL
 from tests.support.workflow import NOTES, find_nodes, read_workflow, to_prompt
 from tests.toy import world
 
@@ -69,7 +69,7 @@ def test_values_are_for_a_real_user():
     """The widgets say what README says: SD1.5 at 512 pixels, the family's learning rate, a seed that stays."""
     workflow = read_workflow(LORA)
     values = {node["title"]: node.get("widgets_values") for node in workflow["nodes"]}
-    assert values["Photos"] == ["my_photos", "ohwx dog", 512, 1]
+    assert values["Photos"][:4] == ["my_photos", "ohwx dog", 512, 1]
     assert values["Train"] == [1000, 0, 16, 1, 0]
     assert values["Size and number"][:2] == [512, 512]
     assert values["Sample before"] == values["Sample after"]
@@ -175,3 +175,41 @@ def test_dreambooth_draws_class_images_trains_and_saves(server):
     assert len(before) == len(after) == len(subject) == 2
     assert len({*before, *after, *subject}) == 6
     assert server.path("output", "loras") in Path(entry["outputs"][node("Save the LoRA")]["text"][0]).parents
+
+
+@pytest.mark.server
+@pytest.mark.parametrize(
+    "name, tiny, shown, saved",
+    [
+        ("Train a textual-inversion embedding", TINY_EMBEDDING, ("before", "after"), ["Save the word"]),
+        ("Pivotal tuning", TINY_PIVOTAL, ("the word alone", "word and LoRA"), ["Save the word", "Save the LoRA"]),
+    ],
+)
+def test_a_word_is_trained_drawn_and_saved(server, name, tiny, shown, saved):
+    """The examples of words on the tiny base, two steps only."""
+    folder = server.path("input", f"example {name}")
+    shutil.copytree(world.CONCEPT_FOLDER / tiny["Photos"]["folder"], folder, dirs_exist_ok=True)
+    if name.startswith("Train"):
+        for caption in folder.glob("*.txt"):
+            caption.unlink()
+    values = copy.deepcopy(tiny)
+    values["Photos"]["folder"] = folder.name
+    values["Train"].update(steps=2, batch_size=1)
+    word = f"{name.split()[0].lower()}-toy"
+    (values["The word"] if "The word" in values else values["Train"])["name"] = word
+    values["Prompt"]["value"] = f"a large embedding:{word} on a green background"
+    for what in shown:
+        values[f"Sample {what}"]["steps"] = 2
+    workflow = read_workflow(ROOT / "example_workflows" / f"{name}.json")
+    entry = server.run(to_prompt(workflow, server.object_info(), values), timeout=600)
+
+    def node(title):
+        return str(find_nodes(workflow, title)[0]["id"])
+
+    pictures = [server.download(entry, node(what.capitalize())) for what in shown]
+    assert all(len(drawn) == 2 for drawn in pictures)
+    assert pictures[0] != pictures[1]
+    assert "2 steps trained" in entry["outputs"][node("Train")]["text"][0]
+    for title in saved:
+        assert Path(entry["outputs"][node(title)]["text"][0]).is_file()
+    assert server.path("output", "embeddings", f"{word}.safetensors").is_file()

@@ -94,6 +94,70 @@ TINY_DREAMBOOTH = {
 }
 
 
+EMBEDDING_NOTE = """\
+# Teach the model a new word
+
+Nothing of the model is changed: a few numbers are learnt that a prompt
+calls up as **embedding:my-dog**.
+
+1. **Checkpoint** - the SD1.5 file in your models/checkpoints.
+2. **Photos** - 4 to 20 of one thing, in a folder below ComfyUI's input
+   folder; press **R** and choose it. They need no captions.
+3. **The word** - in *Train*: its name, what it is (*dog*), and
+   *templates*, which is *style* for a style. In *Prompt* write it with
+   a **space before and after** it.
+
+*Before* draws the prompt without the word, *After* the one with it, from
+the same seed. The word is saved to output/embeddings, where every prompt
+finds it from then on. **Cancel loses nothing**: press Run again.
+
+A word calls up what the model can draw already. For what it has never
+seen train a LoRA, or both: see *Pivotal tuning*.
+"""
+
+PIVOTAL_NOTE = """\
+# A new word and a LoRA, trained together
+
+The word (*embedding:my-dog*) learns what the thing is, the LoRA what the
+model could not draw. After half of the steps the word is frozen.
+
+1. **Checkpoint** - the SD1.5 file in your models/checkpoints.
+2. **Photos** - 8 to 30 of one thing, in a folder below ComfyUI's input
+   folder; press **R** and choose it. The *trigger* stands for the word
+   in captions.
+3. **The word** - its name and what it is, and a prompt that holds it
+   with a **space before and after**.
+
+Two files are saved, one in output/loras and one in output/embeddings.
+They work apart and together. **Cancel loses nothing**: press Run again
+and it goes on where it was.
+"""
+
+# The same for the two of them.
+TINY_EMBEDDING = {
+    "Checkpoint": {"ckpt_name": "graft_tiny.safetensors"},
+    "Photos": {"folder": "toy", "trigger": "sks toy", "resolution": 64},
+    "Train": {"name": "my-toy", "init_text": "toy", "steps": 50, "learning_rate": 2e-2, "batch_size": 4},
+    "Prompt": {"value": "a large embedding:my-toy on a green background"},
+    "Prompt without the word": {"value": "a large toy on a green background"},
+    "Negative prompt": {"value": ""},
+    "Size and number": {"width": 64, "height": 64},
+    "Sample before": {"cfg": 4.0},
+    "Sample after": {"cfg": 4.0},
+}
+TINY_PIVOTAL = {
+    "Checkpoint": {"ckpt_name": "graft_tiny.safetensors"},
+    "Photos": {"folder": "toy", "trigger": "sks toy", "resolution": 64},
+    "The word": {"name": "my-toy", "init_text": "toy", "vectors": 1, "learning_rate": 1e-2},
+    "Train": {"steps": 100, "learning_rate": 1e-3, "rank": 8, "batch_size": 4},
+    "Prompt": {"value": "a large embedding:my-toy on a green background"},
+    "Negative prompt": {"value": ""},
+    "Size and number": {"width": 64, "height": 64},
+    "Sample the word alone": {"cfg": 4.0},
+    "Sample word and LoRA": {"cfg": 4.0},
+}
+
+
 class Sketch:
     """A graph in the editor, built node by node."""
 
@@ -132,17 +196,54 @@ class Sketch:
         return workflow
 
 
+def draw_base(sketch, place, note, height):
+    """The note and the checkpoint of an example; (checkpoint, what a trainer is given of it)."""
+    sketch.node("MarkdownNote", "Start here", place, (420, height), text=note)
+    checkpoint = sketch.node("CheckpointLoaderSimple", "Checkpoint", (place[0], 700), (420, 100),
+                             ckpt_name="v1-5-pruned-emaonly-fp16.safetensors")  # fmt: skip
+    return checkpoint, {"model": (checkpoint, 0), "clip": (checkpoint, 1), "vae": (checkpoint, 2)}
+
+
+def draw_pictures(sketch, place, name, model, clip, prompt, negative, size, vae, of=""):
+    """The nodes that draw a prompt and save the pictures, in a row of two columns; their ids.
+
+    Args:
+        model, clip, vae, prompt, negative, size: (node, output's place).
+        of: put before the name in titles of prompts.
+    """
+    node = sketch.node
+    left, top = place
+    right = left + 460
+    positive = node("CLIPTextEncode", f"Prompt {of}{name}", (left, top), (400, 90), {"clip": clip, "text": prompt})
+    other = node("CLIPTextEncode", f"Negative prompt {of}{name}", (left, top + 150), (400, 90),
+                 {"clip": clip, "text": negative})  # fmt: skip
+    drawn = node(
+        "KSampler",
+        f"Sample {name}",
+        (left, top + 300),
+        (400, 270),
+        {"model": model, "positive": (positive, 0), "negative": (other, 0), "latent_image": size},
+        seed=1,
+        control_after_generate="fixed",
+        steps=25,
+        cfg=7.0,
+        sampler_name="euler",
+        scheduler="normal",
+    )
+    decoded = node("VAEDecode", f"Decode {name}", (right, top), (500, 50), {"samples": (drawn, 0), "vae": vae})
+    shown = node("SaveImage", name.capitalize(), (right, top + 110), (500, 460), {"images": (decoded, 0)},
+                 filename_prefix=f"graft_{name.replace(' ', '_')}")  # fmt: skip
+    return [positive, other, drawn, decoded, shown]
+
+
 def draw_train_a_lora(sketch):
     """Checkpoint and photos -> train -> the same prompt before and after."""
     node = sketch.node
-    data, train, wish, sample, show = 0, 480, 960, 1440, 1900
+    data, train, wish, sample = 0, 480, 960, 1440
 
-    node("MarkdownNote", "Start here", (data, 0), (420, 430), text=NOTE)
-    checkpoint = node("CheckpointLoaderSimple", "Checkpoint", (data, 700), (420, 100),
-                      ckpt_name="v1-5-pruned-emaonly-fp16.safetensors")  # fmt: skip
-    photos = node("GraftLoadDataset", "Photos", (data, 860), (420, 140),
+    checkpoint, base = draw_base(sketch, (data, 0), NOTE, 430)
+    photos = node("GraftLoadDataset", "Photos", (data, 860), (420, 490),
                   folder="my_photos", trigger="ohwx dog", resolution=512)  # fmt: skip
-    base = {"model": (checkpoint, 0), "clip": (checkpoint, 1), "vae": (checkpoint, 2)}
 
     trainer = node("GraftTrainLoRA", "Train", (train, 700), (420, 240), {**base, "dataset": (photos, 0)})
     saved = node("GraftSaveAdapter", "Save the LoRA", (train, 1000), (420, 100), {"adapter": (trainer, 2)},
@@ -151,51 +252,38 @@ def draw_train_a_lora(sketch):
                    {"dataset": (photos, 0), **base})  # fmt: skip
     report = node("PreviewAny", "Report", (train, 390), (420, 180), {"source": (inspect, 1)})
 
-    prompt = node("PrimitiveStringMultiline", "Prompt", (wish, 0), (420, 110), value=PROMPT)
-    negative = node("PrimitiveStringMultiline", "Negative prompt", (wish, 170), (420, 110), value="blurry, low quality")
-    size = node("EmptyLatentImage", "Size and number", (wish, 340), (420, 110), width=512, height=512, batch_size=2)
-
-    framed = {}
-    for name, top, model, clip in (("before", 0, checkpoint, checkpoint), ("after", 700, trainer, trainer)):
-        positive = node("CLIPTextEncode", f"Prompt {name}", (sample, top), (400, 90),
-                        {"clip": (clip, 1), "text": (prompt, 0)})  # fmt: skip
-        other = node("CLIPTextEncode", f"Negative prompt {name}", (sample, top + 150), (400, 90),
-                     {"clip": (clip, 1), "text": (negative, 0)})  # fmt: skip
-        drawn = node(
-            "KSampler",
-            f"Sample {name}",
-            (sample, top + 300),
-            (400, 270),
-            {"model": (model, 0), "positive": (positive, 0), "negative": (other, 0), "latent_image": (size, 0)},
-            seed=1,
-            control_after_generate="fixed",
-            steps=25,
-            cfg=7.0,
-            sampler_name="euler",
-            scheduler="normal",
-        )
-        decoded = node("VAEDecode", f"Decode {name}", (show, top), (500, 50),
-                       {"samples": (drawn, 0), "vae": (checkpoint, 2)})  # fmt: skip
-        shown = node("SaveImage", name.capitalize(), (show, top + 110), (500, 460), {"images": (decoded, 0)},
-                     filename_prefix=f"graft_{name}")  # fmt: skip
-        framed[name] = [positive, other, drawn, decoded, shown]
+    prompt, negative, size = draw_wishes(sketch, (wish, 0), PROMPT)
+    before, after = (
+        draw_pictures(sketch, (sample, top), name, (source, 0), (source, 1), (prompt, 0), (negative, 0), (size, 0),
+                      (checkpoint, 2))
+        for name, top, source in (("before", 0, checkpoint), ("after", 700, trainer))
+    )  # fmt: skip
 
     sketch.group("Set 1 and 2: checkpoint and photos", [checkpoint, photos], BLUE)
     sketch.group("Set 3: what to draw", [prompt, negative, size], BLUE)
     sketch.group("Train", [trainer, saved], ORANGE)
     sketch.group("Look at the photos", [inspect, report], GREY)
-    sketch.group("Before: the checkpoint as it is", framed["before"], GREY)
-    sketch.group("After: with the LoRA", framed["after"], GREEN)
+    sketch.group("Before: the checkpoint as it is", before, GREY)
+    sketch.group("After: with the LoRA", after, GREEN)
+
+
+def draw_wishes(sketch, place, prompt):
+    """Prompt, negative prompt and size of what is to be drawn; their ids."""
+    node = sketch.node
+    left, top = place
+    return (
+        node("PrimitiveStringMultiline", "Prompt", (left, top), (420, 110), value=prompt),
+        node("PrimitiveStringMultiline", "Negative prompt", (left, top + 170), (420, 110), value="blurry, low quality"),
+        node("EmptyLatentImage", "Size and number", (left, top + 340), (420, 110), width=512, height=512, batch_size=2),
+    )
 
 
 def draw_dreambooth(sketch):
     """Photos and class images -> train -> the class before and after, and the subject."""
     node = sketch.node
-    data, train, sample, show = 0, 480, 960, 1420
+    data, train, sample = 0, 480, 960
 
-    node("MarkdownNote", "Start here", (data, 0), (420, 480), text=DREAMBOOTH_NOTE)
-    checkpoint = node("CheckpointLoaderSimple", "Checkpoint", (data, 700), (420, 100),
-                      ckpt_name="v1-5-pruned-emaonly-fp16.safetensors")  # fmt: skip
+    checkpoint, base = draw_base(sketch, (data, 0), DREAMBOOTH_NOTE, 480)
     photos = node("GraftLoadDataset", "Photos", (data, 860), (420, 490), folder="my_photos", resolution=512)
     subject = node("PrimitiveStringMultiline", "Subject", (data, 1480), (420, 110), value="a photo of sks dog")
     kind = node("PrimitiveStringMultiline", "Class", (data, 1650), (420, 110), value="a photo of a dog")
@@ -203,7 +291,6 @@ def draw_dreambooth(sketch):
         "PrimitiveStringMultiline", "Negative prompt", (data, 1820), (420, 110), value="blurry, low quality"
     )
     size = node("EmptyLatentImage", "Size and number", (data, 1990), (420, 110), width=512, height=512, batch_size=2)
-    base = {"model": (checkpoint, 0), "clip": (checkpoint, 1), "vae": (checkpoint, 2)}
 
     classes = node("GraftClassImages", "Class images", (train, 0), (420, 900), {**base, "class_prompt": (kind, 0)},
                    resolution=512)  # fmt: skip
@@ -213,46 +300,91 @@ def draw_dreambooth(sketch):
     saved = node("GraftSaveAdapter", "Save the LoRA", (train, 1500), (420, 100), {"adapter": (trainer, 2)},
                  filename_prefix="my_subject")  # fmt: skip
 
-    framed = {}
     rows = (
         ("the class before", checkpoint, kind, 0),
         ("the class after", trainer, kind, 700),
         ("the subject", trainer, subject, 1400),
     )
-    for name, source, prompt, top in rows:
-        positive = node("CLIPTextEncode", f"Prompt of {name}", (sample, top), (400, 90),
-                        {"clip": (source, 1), "text": (prompt, 0)})  # fmt: skip
-        other = node("CLIPTextEncode", f"Negative prompt of {name}", (sample, top + 150), (400, 90),
-                     {"clip": (source, 1), "text": (negative, 0)})  # fmt: skip
-        drawn = node(
-            "KSampler",
-            f"Sample {name}",
-            (sample, top + 300),
-            (400, 270),
-            {"model": (source, 0), "positive": (positive, 0), "negative": (other, 0), "latent_image": (size, 0)},
-            seed=1,
-            control_after_generate="fixed",
-            steps=25,
-            cfg=7.0,
-            sampler_name="euler",
-            scheduler="normal",
-        )
-        decoded = node("VAEDecode", f"Decode {name}", (show, top), (500, 50),
-                       {"samples": (drawn, 0), "vae": (checkpoint, 2)})  # fmt: skip
-        shown = node("SaveImage", name.capitalize(), (show, top + 110), (500, 460), {"images": (decoded, 0)},
-                     filename_prefix=f"graft_{name.replace(' ', '_')}")  # fmt: skip
-        framed[name] = [positive, other, drawn, decoded, shown]
+    before, after, learnt = (
+        draw_pictures(sketch, (sample, top), name, (source, 0), (source, 1), (prompt, 0), (negative, 0), (size, 0),
+                      (checkpoint, 2), "of ")
+        for name, source, prompt, top in rows
+    )  # fmt: skip
 
     sketch.group("Set 1 and 2: checkpoint and photos", [checkpoint, photos], BLUE)
     sketch.group("Set 3: subject and class", [subject, kind, negative, size], BLUE)
     sketch.group("What the model knows of the class", [classes], GREY)
     sketch.group("Train", [trainer, saved], ORANGE)
-    sketch.group("The class before: the checkpoint as it is", framed["the class before"], GREY)
-    sketch.group("The class after: it should stay", framed["the class after"], GREEN)
-    sketch.group("The subject: what was learnt", framed["the subject"], GREEN)
+    sketch.group("The class before: the checkpoint as it is", before, GREY)
+    sketch.group("The class after: it should stay", after, GREEN)
+    sketch.group("The subject: what was learnt", learnt, GREEN)
 
 
-WORKFLOWS = {"Train a LoRA": draw_train_a_lora, "DreamBooth a subject": draw_dreambooth}
+def draw_embedding(sketch):
+    """Photos -> a word -> the prompt with the start word and with the new one."""
+    node = sketch.node
+    data, train, wish, sample = 0, 480, 960, 1440
+
+    checkpoint, base = draw_base(sketch, (data, 0), EMBEDDING_NOTE, 520)
+    photos = node("GraftLoadDataset", "Photos", (data, 860), (420, 490), folder="my_photos", resolution=512)
+    trainer = node("GraftTrainEmbedding", "Train", (train, 700), (420, 330), {**base, "dataset": (photos, 0)},
+                   name="my-dog", init_text="dog", vectors=2, steps=2000, batch_size=4)  # fmt: skip
+    saved = node("GraftSaveEmbedding", "Save the word", (train, 1090), (420, 80), {"embedding": (trainer, 1)})
+
+    prompt, negative, size = draw_wishes(sketch, (wish, 0), "a photo of embedding:my-dog on the beach")
+    plain = node("PrimitiveStringMultiline", "Prompt without the word", (wish, 510), (420, 110),
+                 value="a photo of a dog on the beach")  # fmt: skip
+    rows = (("before", 0, checkpoint, plain), ("after", 700, trainer, prompt))
+    before, after = (
+        draw_pictures(sketch, (sample, top), name, (checkpoint, 0), (source, 1 if source == checkpoint else 0),
+                      (text, 0), (negative, 0), (size, 0), (checkpoint, 2))
+        for name, top, source, text in rows
+    )  # fmt: skip
+
+    sketch.group("Set 1 and 2: checkpoint and photos", [checkpoint, photos], BLUE)
+    sketch.group("Set 3: the word, and what to draw", [prompt, negative, size, plain], BLUE)
+    sketch.group("Train", [trainer, saved], ORANGE)
+    sketch.group("Before: by the words the model knows", before, GREY)
+    sketch.group("After: by the new word", after, GREEN)
+
+
+def draw_pivotal(sketch):
+    """Photos -> a word and a LoRA together -> what each does alone and what they do together."""
+    node = sketch.node
+    data, train, wish, sample = 0, 480, 960, 1440
+
+    checkpoint, base = draw_base(sketch, (data, 0), PIVOTAL_NOTE, 520)
+    photos = node("GraftLoadDataset", "Photos", (data, 860), (420, 490),
+                  folder="my_photos", trigger="my-dog", resolution=512)  # fmt: skip
+    word = node("GraftPivotalOptions", "The word", (train, 380), (420, 160), name="my-dog", init_text="dog")
+    trainer = node("GraftTrainLoRA", "Train", (train, 700), (420, 240),
+                   {**base, "dataset": (photos, 0), "options": (word, 0)})  # fmt: skip
+    lora = node("GraftSaveAdapter", "Save the LoRA", (train, 1000), (420, 100), {"adapter": (trainer, 2)},
+                filename_prefix="my_dog")  # fmt: skip
+    saved = node("GraftSaveEmbedding", "Save the word", (train, 1160), (420, 80), {"embedding": (trainer, 4)})
+
+    prompt, negative, size = draw_wishes(sketch, (wish, 0), "a photo of embedding:my-dog on the beach")
+    rows = (("the word alone", 0, checkpoint), ("word and LoRA", 700, trainer))
+    alone, together = (
+        draw_pictures(sketch, (sample, top), name, (source, 0), (trainer, 1), (prompt, 0), (negative, 0), (size, 0),
+                      (checkpoint, 2), "of ")
+        for name, top, source in rows
+    )  # fmt: skip
+
+    sketch.group("Set 1 and 2: checkpoint and photos", [checkpoint, photos], BLUE)
+    sketch.group("Set 3: the word", [word], BLUE)
+    sketch.group("Set 3 too: what to draw", [prompt, negative, size], BLUE)
+    sketch.group("Train", [trainer, lora, saved], ORANGE)
+    sketch.group("The word alone, on the checkpoint as it is", alone, GREY)
+    sketch.group("Word and LoRA together", together, GREEN)
+
+
+WORKFLOWS = {
+    "Train a LoRA": draw_train_a_lora,
+    "DreamBooth a subject": draw_dreambooth,
+    "Train a textual-inversion embedding": draw_embedding,
+    "Pivotal tuning": draw_pivotal,
+}
 
 
 def write_workflow(path, workflow):
