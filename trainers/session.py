@@ -184,6 +184,7 @@ def _exporter(method, recipe: Recipe, host: Host, dataset: Dataset):
             "max_train_steps": recipe.steps,
             "seed": recipe.seed,
             "v2": host.denoiser.family.startswith("SD2"),
+            **recipe.objective.kohya_metadata(),
         }
         tensors = method.export(values, recipe, host.denoiser.adapter_name)
         return Products(Adapter(tensors, describe_training(facts)))
