@@ -256,6 +256,7 @@ def _exporter(method, recipe: Recipe, host: Host, dataset: Dataset, run: Run, id
             "max_train_steps": recipe.steps,
             "seed": recipe.seed,
             "v2": host.denoiser.family.startswith("SD2"),
+            **recipe.objective.kohya_metadata(),
         }
         denoiser = host.denoiser
         own = {name: value for name, value in values.items() if not name.startswith(inversion.PREFIX)}

@@ -131,6 +131,20 @@ class Objective:
             if value != getattr(NATIVE, name) or (name in _NEEDED and self._uses(name))
         }
 
+    def kohya_metadata(self) -> dict[str, Any]:
+        """The fields that kohya's metadata has, by its names without `ss_`; None for what is not in use."""
+        huber = self.loss == "Huber"
+        return {
+            "noise_offset": self.noise_offset or None,
+            "multires_noise_discount": self.pyramid_discount or None,
+            "ip_noise_gamma": self.input_perturbation or None,
+            "min_snr_gamma": self.min_snr_gamma if self.weighting == "min-SNR" else None,
+            "debiased_estimation": True if self.weighting == "debiased" else None,
+            "loss_type": {"MSE": "l2", "L1": "l1", "Huber": "huber"}[self.loss],
+            "huber_c": self.huber_c if huber else None,
+            "huber_schedule": self.huber_schedule if huber else None,
+        }
+
     def _uses(self, name: str) -> bool:
         """Whether a field that needs a choice beside it has that choice."""
         other, choices = _NEEDED[name]

@@ -202,3 +202,15 @@ def test_what_makes_no_sense_for_the_model_is_refused_before_anything_is_encoded
         run_session(tmp_path, host=host, objective=Objective(weighting="min-SNR"))
     assert host.codec.calls == 0
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_file_tells_it_in_kohyas_words(tmp_path):
+    result = run_session(tmp_path, steps=1, objective=ALL)
+    metadata = result.adapter.metadata
+    expected = {"loss_type": "huber", "huber_c": "0.1", "min_snr_gamma": "5.0", "noise_offset": "0.1"}
+    assert {name: metadata[f"ss_{name}"] for name in expected} == expected
+    assert metadata["ss_ip_noise_gamma"] == "0.1"
+    assert "ss_multires_noise_discount" not in metadata
+    native = run_session(tmp_path, steps=1).adapter.metadata
+    assert native["ss_loss_type"] == "l2"
+    assert not {"ss_huber_c", "ss_min_snr_gamma", "ss_noise_offset"} & set(native)
