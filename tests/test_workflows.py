@@ -206,7 +206,7 @@ def test_a_word_is_trained_drawn_and_saved(server, name, tiny, shown, saved):
     def node(title):
         return str(find_nodes(workflow, title)[0]["id"])
 
-    pictures = [server.download(entry, node(what.capitalize())) for what in shown]
+    pictures = [server.download(entry, node(what[:1].upper() + what[1:])) for what in shown]
     assert all(len(drawn) == 2 for drawn in pictures)
     assert pictures[0] != pictures[1]
     assert "2 steps trained" in entry["outputs"][node("Train")]["text"][0]

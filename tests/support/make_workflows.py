@@ -231,7 +231,7 @@ def draw_pictures(sketch, place, name, model, clip, prompt, negative, size, vae,
         scheduler="normal",
     )
     decoded = node("VAEDecode", f"Decode {name}", (right, top), (500, 50), {"samples": (drawn, 0), "vae": vae})
-    shown = node("SaveImage", name.capitalize(), (right, top + 110), (500, 460), {"images": (decoded, 0)},
+    shown = node("SaveImage", name[:1].upper() + name[1:], (right, top + 110), (500, 460), {"images": (decoded, 0)},
                  filename_prefix=f"graft_{name.replace(' ', '_')}")  # fmt: skip
     return [positive, other, drawn, decoded, shown]
 
