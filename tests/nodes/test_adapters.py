@@ -12,7 +12,7 @@ from graft_pack.trainers.errors import ModelError, SettingsError
 from graft_pack.trainers.families import family_of
 from graft_pack.trainers.formats import files
 from graft_pack.trainers.formats.adapter import FORMATS, Adapter, load_adapter, save_adapter
-from graft_pack.trainers.methods import METHODS
+from graft_pack.trainers.methods import ADAPTERS, METHODS
 from graft_pack.trainers.settings import TARGETS
 
 from tests.support import diffusers_host, models
@@ -310,7 +310,7 @@ def stop_at_two(event, payload):
         raise Stopped
 
 
-@pytest.mark.parametrize("kind", METHODS)
+@pytest.mark.parametrize("kind", ADAPTERS)
 def test_a_resumed_run_ends_with_the_same_bits(kind, tmp_path):
     """A finished one hands on the same adapter too, and so does one that is only looked at again."""
     fields = {**RESUMED, "method": kind}
@@ -375,7 +375,7 @@ def test_dropout_is_the_same_when_blocks_are_computed_again(kind, model):
     assert models.distance(found[1], found[0]) <= 1e-5
 
 
-@pytest.mark.parametrize("kind", METHODS)
+@pytest.mark.parametrize("kind", ADAPTERS)
 def test_training_goes_on_from_a_file(kind, tmp_path):
     """It starts as what the file does; what a kohya file does not hold is refused by name."""
     fields = {"rank": 2, "alpha": 2.0, "batch_size": 2, "method": kind}

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from graft_pack.trainers.methods import METHODS
+from graft_pack.trainers.methods import ADAPTERS, METHODS
 
 from tests.support import models
 
@@ -32,3 +32,21 @@ def test_the_frozen_base_is_the_graphs_own_model(name, checkpointing):
         assert torch.equal(training.denoiser.predict(x, sigma, [one]), trained)
     assert models.distance(trained, base) > 1e-2
     assert models.distance(own, models.denoised(model, x, 0.6, one)) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_every_type_can_be_switched_off(kind):
+    """Also those whose layers have a forward of their own."""
+    x, one = drawn("SD1")
+    sigma = torch.tensor([0.6])
+    with torch.inference_mode():
+        model = models.patcher("SD1")
+    fields = {"method": kind, "targets": ADAPTERS[kind].default_targets}
+    with models.in_training(model, "SD1", spread=0.1, **fields) as training, torch.no_grad():
+        trained = training.denoiser.predict(x, sigma, [one])
+        with ADAPTERS[kind].switched_off(training.denoiser.module):
+            off = training.denoiser.predict(x, sigma, [one])
+        assert torch.equal(training.denoiser.predict(x, sigma, [one]), trained)
+    with models.in_training(model, "SD1", spread=0.0) as training, torch.no_grad():
+        assert torch.equal(off, training.denoiser.predict(x, sigma, [one]))
+    assert models.distance(trained, off) > 1e-3
