@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from .errors import DatasetError, ModelError, SettingsError
 from .formats.embedding import Embedding
 from .optimisers import Group
+from .settings import EMBEDDING_RATE, finds_its_rate
 
 if TYPE_CHECKING:
     import torch
@@ -124,7 +125,7 @@ def address(dataset: Dataset, name: str, templates: str) -> Dataset:
         texts = tuple(_renamed(text, example, name) for text in example.captions if text)
         if not texts:
             texts = tuple(template.format(word) for template in TEMPLATES[templates])
-        elif not example.trigger and not all(word in text or "[trigger]" in text for text in texts):
+        elif not example.trigger and not all(word in text for text in texts):
             lacking.append(example.source.name)
         found.append(replace(example, captions=texts, trigger=word))
     if lacking:
@@ -138,10 +139,26 @@ def address(dataset: Dataset, name: str, templates: str) -> Dataset:
 
 
 def _renamed(caption: str, example: Example, name: str) -> str:
-    names = {name, example.trigger} - {""}
+    names = {name, example.trigger, "[trigger]"} - {""}
     longest = sorted(names, key=len, reverse=True)
-    pattern = rf"(?<![\w:])(?:{_IDENTIFIER})?(?:{'|'.join(re.escape(one) for one in longest)})(?!\w)"
-    return re.sub(pattern, lambda match: _IDENTIFIER + name, caption, flags=re.IGNORECASE)
+    pattern = rf"(?<![\w:])(?:{_IDENTIFIER})?(?:{'|'.join(re.escape(one) for one in longest)})(?!\w)(?=([.-]?))"
+    # A name may hold what a caption puts right behind it: `my-word-style` would be another word.
+    spaced = lambda match: _IDENTIFIER + name + (" " if match.group(1) else "")  # noqa: E731
+    return re.sub(pattern, spaced, caption, flags=re.IGNORECASE)
+
+
+def refuse_preservation(dataset: Dataset) -> None:
+    """Refuses class images beside a word that is trained alone: no weight moves, so that there is nothing to preserve.
+
+    Raises:
+        DatasetError: it has some.
+    """
+    if any(example.prior or example.anchor is not None for example in dataset.examples):
+        raise DatasetError(
+            "The dataset comes with prior preservation, and a word that is trained alone changes no weight.",
+            "Connect the dataset without Graft Prior Preservation.",
+            "dataset",
+        )
 
 
 def start(text: TextEncoder, recipe: Recipe) -> dict[str, nn.Parameter]:
@@ -176,9 +193,10 @@ def settling(vectors: dict[str, nn.Parameter], text: TextEncoder, recipe: Recipe
     import torch
 
     medians = {PREFIX + key: value for key, value in text.median_norms().items()}
+    rate = EMBEDDING_RATE if finds_its_rate(recipe.optimizer) else recipe.embedding_learning_rate
 
     def settle(factor: float) -> None:
-        pull = min(1.0, 100.0 * recipe.embedding_learning_rate * factor)
+        pull = min(1.0, 100.0 * rate * factor)
         with torch.no_grad():
             for name, value in vectors.items():
                 if value.requires_grad:

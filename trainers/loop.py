@@ -147,7 +147,7 @@ def train(plan: Plan, run: Run, host: Host, state: State) -> State:
         while state.step < recipe.steps:
             started = time.perf_counter()
             share = factor(state.step)
-            _set_rates(optimiser, groups, plan, share, state.step)
+            _set_rates(optimiser, groups, plan, share, state)
             window = [next(batches) for _ in range(recipe.accumulation)]
             loss, names = _gradients(plan, host, window, state.step, scaler)
             with _small_work(host.denoiser.device):
@@ -196,13 +196,19 @@ def train(plan: Plan, run: Run, host: Host, state: State) -> State:
     return state
 
 
-def _set_rates(optimiser, groups: Sequence[Group], plan: Plan, share: float, step: int) -> None:
-    """The learning rates of a step; a group whose time is over is frozen, so that nothing is computed for it."""
+def _set_rates(optimiser, groups: Sequence[Group], plan: Plan, share: float, state: State) -> None:
+    """The learning rates of a step; a group whose time is over is frozen, so that nothing is computed for it.
+
+    It stays so when more steps move its end: what was trained since counts on it.
+    """
     for held, group in zip(optimiser.param_groups, groups, strict=True):
         held["lr"] = group.learning_rate * share
         if group.until is not None:
+            over = state.step >= group.until or set(group.names) <= set(state.frozen)
             for name in group.names:
-                plan.trainables[name].requires_grad_(step < group.until)
+                plan.trainables[name].requires_grad_(not over)
+            if over:
+                state.frozen = sorted({*state.frozen, *group.names})
 
 
 def _gradients(plan: Plan, host: Host, window: list, step: int, scaler) -> tuple[float, list[str]]:
@@ -219,7 +225,9 @@ def _gradients(plan: Plan, host: Host, window: list, step: int, scaler) -> tuple
             names.extend(plan.train[index].name for index, _ in batch)
             for part in _parts(_shown(plan, batch), plan.recipe, step, number, host):
                 for losses in _terms(plan, host, *part):
-                    scaler.scale(losses.sum() / total).backward()
+                    # A text without the word that is all that is trained, such as a dropped caption, teaches nothing.
+                    if losses.requires_grad:
+                        scaler.scale(losses.sum() / total).backward()
                     summed += float(losses.detach().sum())
     return summed / total, names
 
@@ -480,15 +488,10 @@ def _restore(state: State, plan: Plan, optimiser, average, scaler) -> None:
             tensor.copy_(state.constants[name])
     restore_optimiser(optimiser, state.optimiser, state.groups)
     if plan.recipe.ema_decay and state.ema:
-        average.shadow_params = [state.ema[name].to(host_device(plan)) for name in plan.trainables]
+        average.shadow_params = [state.ema[name].to(plan.trainables[name].device) for name in plan.trainables]
         average.optimization_step = state.step
     if scaler.is_enabled() and state.scaler:
         scaler.load_state_dict(state.scaler)
-
-
-def host_device(plan: Plan) -> torch.device:
-    """Where the trainables live."""
-    return next(iter(plan.trainables.values())).device
 
 
 def _result(state: State) -> dict[str, torch.Tensor]:

@@ -46,6 +46,7 @@ class State:
         optimiser: of each parameter by its place: {place: {name: tensor or number}}.
         groups: of each of the optimiser's groups, the numbers that training changed; empty in older files.
         scaler: fp16 loss scaling, empty otherwise.
+        frozen: names of trainables whose time was over before the run's.
     """
 
     step: int = 0
@@ -58,6 +59,7 @@ class State:
     optimiser: dict[int, dict[str, Any]] = field(default_factory=dict)
     groups: list[dict[str, Any]] = field(default_factory=list)
     scaler: dict[str, float] = field(default_factory=dict)
+    frozen: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -302,6 +304,7 @@ def _write_state(path: str, state: State) -> None:
         "optimiser": numbers,
         "groups": state.groups,
         "scaler": state.scaler,
+        "frozen": state.frozen,
     }
     files.write_tensors(path, tensors, {"state": json.dumps(plain)})
 
@@ -320,6 +323,7 @@ def _read_state(path: str) -> State:
             optimiser={int(index): dict(slots) for index, slots in plain["optimiser"].items()},
             groups=[dict(group) for group in plain.get("groups", [])],
             scaler=dict(plain["scaler"]),
+            frozen=[str(name) for name in plain.get("frozen", [])],
         )
         for name, tensor in tensors.items():
             group, _, rest = name.partition("/")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -66,6 +66,8 @@ def run_recipe(recipe: Recipe, dataset: Dataset, host: Host, folders: Folders) -
     if recipe.embedding_name:
         inversion.check_word(recipe, host.text)
         dataset = inversion.address(dataset, recipe.embedding_name, recipe.embedding_templates)
+    if not METHODS[recipe.method].ranked:
+        inversion.refuse_preservation(dataset)
     check_captions(dataset)
     recipe.objective.check(host.denoiser.parameterisation)
     method = METHODS[recipe.method]
@@ -99,7 +101,8 @@ def _train(recipe, dataset, host, folders, method, identity, run, state, export,
         targets = method.targets(denoiser.module, family_of(denoiser.family), recipe)
         # The text encoder's own adapters join here: their targets, trainables, groups and constants beside these
         # (recipe.text_encoder, .text_encoder_rank, .text_encoder_learning_rate), and their layers in the exporter.
-        check_used(recipe, targets)
+        everywhere = replace(recipe, block_ranks=())
+        check_used(recipe, method.targets(denoiser.module, family_of(denoiser.family), everywhere))
         blocks = _checkpoint(denoiser.module, recipe)
         if blocks and recipe.live_text:
             checkpoint_blocks(blocks_of(host.text.module))

@@ -318,7 +318,7 @@ def resolve(
         embedding_name=word.name,
         embedding_init=word.init_text,
         embedding_vectors=word.vectors,
-        embedding_learning_rate=_word_rate(word, optimizer, rate if alone else 0.0),
+        embedding_learning_rate=_word_rate(word, optimizer, rate, alone),
         embedding_stop=word.stop,
         embedding_templates=word.templates,
         objective=objective_of({name: value for (kind, name), value in options.items() if kind == "objective"}),
@@ -395,13 +395,26 @@ def _pivotal(options: Options, alone: bool) -> Word | None:
     )
 
 
-def _word_rate(word: Word, optimizer: str, own: float) -> float:
-    """The learning rate of a word's vectors: the node's own, the one set for them, or the default; 0 without a word."""
+def _word_rate(word: Word, optimizer: str, rate: float, alone: bool) -> float:
+    """The learning rate of a word's vectors, 0 without a word.
+
+    Args:
+        rate: of the recipe; the word's too where it is trained alone, or where the optimiser finds its rate itself.
+    """
     from .optimisers import default_learning_rate
 
     if not word.name:
         return 0.0
-    return own or word.learning_rate or default_learning_rate(optimizer, EMBEDDING_RATE)
+    if alone or finds_its_rate(optimizer):
+        return word.learning_rate or rate
+    return word.learning_rate or default_learning_rate(optimizer, EMBEDDING_RATE)
+
+
+def finds_its_rate(optimizer: str) -> bool:
+    """Whether an optimiser's learning rate is a factor on one that it finds itself (Prodigy)."""
+    from .optimisers import default_learning_rate
+
+    return default_learning_rate(optimizer, 0.0) > 0
 
 
 def _lines(text: str) -> tuple[str, ...]:
@@ -465,6 +478,12 @@ def _check(recipe: Recipe) -> None:
         _check_range(field, getattr(recipe, field), "dataset" if field == "resolution" else _WORD.get(field, field))
     _check_name(recipe.name)
     OPTIMISERS[recipe.optimizer].check(recipe)
+    if recipe.embedding_name and recipe.optimizer == "AdamWScheduleFree":
+        raise SettingsError(
+            "AdamWScheduleFree cannot train a word: the norms of its vectors are kept, and its averages are not.",
+            "Choose another optimizer in Graft Optimizer Options, such as AdamW.",
+            "optimizer",
+        )
     for field, schedule, plain in (("num_cycles", "cosine with restarts", 1), ("power", "polynomial", 1.0)):
         if getattr(recipe, field) != plain and recipe.schedule != schedule:
             raise SettingsError(

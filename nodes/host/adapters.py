@@ -61,8 +61,9 @@ def _check_shapes(model: ModelPatcher, patches: dict) -> None:
     Raises:
         ModelError: naming a layer.
     """
-    weights = model.model.state_dict()
+    weights = dict(model.model.named_parameters())
     for key, patch in patches.items():
+        # The live weight: what a quantised one is stored as has other numbers.
         weight = weights.get(key) if isinstance(key, str) else None
         size = _size_of(patch)
         if weight is not None and size is not None and size != weight.numel():

@@ -9,6 +9,7 @@ from ...trainers.data import captions, prior
 from ...trainers.data.examples import combine
 from ...trainers.errors import SettingsError
 from ...trainers.methods import METHODS
+from ...trainers.optimisers import OPTIMISERS
 from . import class_images, training
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ def train(
     _check_method(widgets.method)
     instance = prior.captioned(dataset, subject.instance_prompt, "instance_prompt")
     instance = replace(instance, trigger=dataset.trigger or " ".join(subject.instance_prompt.split()))
+    # Before hundreds of pictures are drawn for nothing.
+    OPTIMISERS[training.settled(model, instance, widgets, options).optimizer].load()
     preserved, note = _preserved(model, clip, vae, instance, subject, class_dataset, node)
     done = training.train(model, clip, vae, preserved, widgets, options, node)
     return replace(done, ui={"text": tuple(f"{text} {note}" for text in done.ui["text"])})

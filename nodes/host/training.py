@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ...trainers.data.examples import Dataset
     from ...trainers.formats.adapter import Adapter
     from ...trainers.formats.embedding import Embedding
+    from ...trainers.settings import Recipe
 
 
 @dataclass(frozen=True)
@@ -71,19 +72,7 @@ def train(
     with torch.inference_mode(False):
         text = ComfyText(clip)
         denoiser = ComfyDenoiser(model, text, vae)
-        recipe = resolve(
-            options or Options(),
-            family_of(denoiser.family),
-            widgets.method,
-            widgets.steps,
-            widgets.learning_rate,
-            widgets.rank,
-            widgets.batch_size,
-            widgets.seed,
-            dataset.resolution,
-            dataset.trigger,
-            widgets.word,
-        )
+        recipe = settled(model, dataset, widgets, options)
         host = Host(denoiser, text, ComfyCodec(vae), Progress(node, recipe.steps))
         try:
             result = run_recipe(recipe, dataset, host, paths.folders())
@@ -100,6 +89,27 @@ def train(
     summary = _summary(result, recipe)
     loss = {"loss": result.losses}
     return Trained(trained_model, trained_clip, result.adapter, result.embedding, loss, {"text": (summary,)})
+
+
+def settled(model: ModelPatcher, dataset: Dataset, widgets: Widgets, options: Options | None) -> Recipe:
+    """The recipe of a node, before anything was loaded for it.
+
+    Raises:
+        SettingsError: a value out of range, or two that contradict each other.
+    """
+    return resolve(
+        options or Options(),
+        family_of(families.family_name(model)),
+        widgets.method,
+        widgets.steps,
+        widgets.learning_rate,
+        widgets.rank,
+        widgets.batch_size,
+        widgets.seed,
+        dataset.resolution,
+        dataset.trigger,
+        widgets.word,
+    )
 
 
 def _summary(result, recipe) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from graft_pack.trainers.errors import DatasetError, SettingsError
 from graft_pack.trainers.families import family_of
 from graft_pack.trainers.settings import Options, Word, resolve
 
-from tests.support.diffusers_host import make_host, run_session, same_state, same_tensors, state_of
+from tests.support.diffusers_host import make_dataset, make_host, run_session, same_state, same_tensors, state_of
 
 WORD = {
     "embedding_name": "my-word",
@@ -46,6 +47,9 @@ def addressed(texts, trigger="", **handling):
         ("the [trigger] there", "", "the embedding:my-word there"),
         ("sks dog and sks cat", "sks dog", "embedding:my-word and sks cat"),
         ("my-words are no my-word", "", "my-words are no embedding:my-word"),
+        ("sks-style portrait", "sks", "embedding:my-word -style portrait"),
+        ("a [trigger]-house", "", "a embedding:my-word -house"),
+        ("that is my-word.", "", "that is embedding:my-word ."),
     ],
 )
 def test_the_word_stands_where_the_thing_is_named(caption, trigger, expected):
@@ -152,6 +156,55 @@ def test_pivotal_tuning_freezes_the_word_and_goes_on_with_the_adapter(tmp_path):
     assert result.adapter and result.embedding
     assert not any("embedding" in key for key in result.adapter)
     assert torch.equal(result.embedding["clip_l"], words[5])
+
+
+def test_a_frozen_word_stays_frozen_when_steps_are_added(tmp_path):
+    """What was trained since counts on it."""
+    first = run_session(tmp_path, **{**PIVOTAL, "steps": 4})
+    more = run_session(tmp_path, **{**PIVOTAL, "steps": 12})
+    assert more.resumed_from == 4
+    assert state_of(more).frozen == ["embedding/clip_l"]
+    assert torch.equal(more.embedding["clip_l"], first.embedding["clip_l"])
+
+
+def test_captions_that_were_dropped_teach_nothing_and_stop_nothing(tmp_path):
+    dataset = make_dataset()
+    examples = tuple(replace(one, handling=Handling(caption_dropout=0.9)) for one in dataset.examples)
+    result = run_session(
+        tmp_path, dataset=replace(dataset, examples=examples), **{**ALONE, "batch_size": 1, "steps": 8}
+    )
+    assert len(result.losses) == 8
+
+
+def test_class_images_beside_a_word_alone_are_refused(tmp_path):
+    dataset = make_dataset()
+    examples = (replace(dataset.examples[0], prior=True), *dataset.examples[1:])
+    with pytest.raises(DatasetError, match="changes no weight"):
+        run_session(tmp_path, dataset=replace(dataset, examples=examples), **ALONE)
+
+
+@pytest.mark.parametrize(
+    "kind, fields, message",
+    [
+        ("optimizer", {"optimizer": "AdamWScheduleFree"}, "AdamWScheduleFree cannot train a word"),
+        ("adapter", {"dropout": 0.1}, "dropout is set, but no adapter is trained"),
+        ("adapter", {"target_patterns": "attn"}, "target_patterns is set"),
+        ("adapter", {"start_from": "a.safetensors"}, "start_from is set"),
+        ("adapter", {"alpha": 2.0}, "alpha is set"),
+    ],
+)
+def test_options_that_a_word_alone_cannot_go_with_are_refused(kind, fields, message):
+    options = Options().adding(kind, fields)
+    with pytest.raises(SettingsError, match=message):
+        resolve(options, family_of("SD1"), "embedding", 10, 0.0, 0, 1, 0, 64, "", Word("w", "dog", 1))
+
+
+def test_an_optimiser_that_finds_its_rate_finds_the_words_too():
+    options = (
+        Options().adding("pivotal", {"name": "w", "init_text": "dog"}).adding("optimizer", {"optimizer": "Prodigy"})
+    )
+    recipe = resolve(options, family_of("SD1"), "LoRA", 10, 0.5, 4, 1, 0, 64, "")
+    assert recipe.embedding_learning_rate == recipe.learning_rate == 0.5
 
 
 def test_the_word_has_no_weight_decay_and_a_rate_of_its_own(tmp_path):

@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
+from ..errors import SettingsError
 from .base import Method
+
+# Fields that say what an adapter is like, with the values they have where nothing is said.
+_OF_ADAPTERS = {
+    "alpha": 0.0,
+    "target_patterns": (),
+    "targets": "attention",
+    "dropout": 0.0,
+    "block_ranks": (),
+    "block_learning_rates": (),
+    "lora_plus_ratio": 1.0,
+    "start_from": "",
+}
 
 
 class Frozen(Method):
@@ -10,6 +23,16 @@ class Frozen(Method):
 
     name = "embedding"
     ranked = False
+
+    def check(self, recipe):
+        """Raises SettingsError when something is said of an adapter, which there is none of."""
+        for field, unset in _OF_ADAPTERS.items():
+            if getattr(recipe, field) != unset:
+                raise SettingsError(
+                    f"{field} is set, but no adapter is trained: it would have no effect.",
+                    "Take Graft Adapter Options out of this node's options.",
+                    "options",
+                )
 
     def targets(self, module, family, recipe):
         """None."""

@@ -58,7 +58,8 @@ def _holding(layer: Layer) -> Iterator[None]:
         stem = name.split(".")[0]
         if stem in layer.values:
             held[name] = (parameter, parameter.data)
-            parameter.data = layer.values[stem]
+            # Where peft's layer is, whose own index tables cannot be mixed with another device's.
+            parameter.data = layer.values[stem].to(parameter.device)
     try:
         yield
     finally:
