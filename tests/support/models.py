@@ -456,7 +456,7 @@ def train(training: Training, folder, **fields):
     from graft_pack.trainers.run import Run, State
 
     settings = replace(training.plan.recipe, **fields)
-    groups = METHODS[settings.method].groups(training.plan.trainables, settings)
+    groups = METHODS[settings.method].groups(training.plan.trainables, settings) or training.plan.groups
     plan = replace(training.plan, recipe=settings, groups=groups)
     run = Run(str(folder / "run"), str(folder / "adapters"), str(folder / "embeddings"))
     run.write_recipe(plan.recipe, "test", {})
