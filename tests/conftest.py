@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from tests.support import pack
 from tests.support.base import get_tiny_base
@@ -13,6 +14,10 @@ from tests.support.server import ComfyServer, link
 
 pack.hide_root()
 pack.load_pack()
+
+# The same examples in every run, and none refused because the machine is busy.
+settings.register_profile("graft", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("graft")
 
 
 def pytest_addoption(parser):

@@ -52,7 +52,7 @@ def planned(items, spread=0.1, **fields):
     with host.denoiser.training("auto"):
         module = host.denoiser.module
         method = METHODS["LoRA"]
-        trainables = method.inject(module, method.targets(module, family_of("SD1")), recipe)
+        trainables = method.inject(module, method.targets(module, family_of("SD1"), recipe), recipe)
         if spread:
             models.scatter(trainables, spread)
         export = models.exporter(method, recipe, host.denoiser.adapter_name)
