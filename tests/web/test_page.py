@@ -143,7 +143,7 @@ def test_saving_and_loading_keeps_what_was_set(page, schemas):
     loaded = {node["type"]: node["widgets"] for node in page.list_nodes()}
     assert {(name, given): loaded[name][given] for name, given in wanted} == wanted
     unchanged = {given for (name, given), value in wanted.items() if nodes[name]["widgets"][given] == value}
-    assert unchanged <= {"folder", "adapter_name", "start_from"}
+    assert unchanged <= {"folder", "adapter_name", "embedding_name", "start_from"}
 
 
 def open_tiny_example(page, server, folder, steps):
