@@ -81,7 +81,7 @@ class GraftLoadAdapter(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, adapter_name) -> str | float:
         """Changes with the file; a name that comes over a wire is not known yet."""
-        return paths.adapter_state(adapter_name)
+        return paths.file_state(adapter_name, paths.adapter_path)
 
     @classmethod
     def execute(cls, adapter_name) -> io.NodeOutput:

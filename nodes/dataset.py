@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io, ui
 
 from ..trainers.data import examples, scan
+from . import inputs
 from .host import paths
 from .schema import CATEGORY, Dataset, advanced, named, refusal
 
@@ -12,13 +13,8 @@ _CATEGORY = f"{CATEGORY}/dataset"
 
 
 def _resolution() -> io.Int.Input:
-    return io.Int.Input(
-        "resolution",
-        default=0,
-        min=0,
-        max=8192,
-        step=8,
-        tooltip="Side in pixels of the square whose area pictures are scaled to. 0: what the model was made for.",
+    return inputs.resolution(
+        "Side in pixels of the square whose area pictures are scaled to. 0: what the model was made for."
     )
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..trainers.data import class_images, prior
+from . import inputs
 from .host.sampling import SAMPLERS, SCHEDULERS
-from .schema import CATEGORY, Adapter, Dataset, LossMap, advanced, named, options_input
+from .schema import CATEGORY, Dataset, advanced, named, options_input
 
 _DATASET = f"{CATEGORY}/dataset"
 _TRAIN = f"{CATEGORY}/train"
-_TOP_SEED = 0xFFFFFFFFFFFFFFFF
 
 
 def _prior_weight(name: str) -> io.Float.Input:
@@ -36,9 +36,7 @@ class GraftClassImages(io.ComfyNode):
             description="Draws pictures of a class with the graph's own model, for prior preservation. "
             "They are kept on disk: queued again none is drawn, a larger count draws the missing ones.",
             inputs=[
-                io.Model.Input("model", tooltip="The model that will be trained: it draws its own idea of the class."),
-                io.Clip.Input("clip", tooltip="The model's text encoder."),
-                io.Vae.Input("vae", tooltip="The model's VAE."),
+                *inputs.base("The model that will be trained: it draws its own idea of the class."),
                 io.String.Input(
                     "class_prompt",
                     default="",
@@ -50,22 +48,8 @@ class GraftClassImages(io.ComfyNode):
                 io.Float.Input(
                     "cfg", default=0.0, min=0.0, max=100.0, step=0.1, tooltip="Guidance. 0: the family's own."
                 ),
-                io.Int.Input(
-                    "resolution",
-                    default=0,
-                    min=0,
-                    max=8192,
-                    step=8,
-                    tooltip="Side in pixels, as the dataset's. 0: what the model was made for.",
-                ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=_TOP_SEED,
-                    control_after_generate=False,
-                    tooltip="Noise of the first picture; the others count up from it.",
-                ),
+                inputs.resolution("Side in pixels, as the dataset's. 0: what the model was made for."),
+                inputs.seed("Noise of the first picture; the others count up from it."),
                 io.String.Input("negative_prompt", default="", multiline=True, tooltip="What not to draw."),
                 io.Combo.Input("sampler_name", options=["auto", *SAMPLERS], default="auto", tooltip="auto: euler."),
                 io.Combo.Input(
@@ -161,9 +145,7 @@ class GraftTrainDreamBooth(io.ComfyNode):
             description="Learns a subject from a few images under a rare word, and keeps its class as it was. "
             "The queue is busy while it runs. Queued again, it goes on where it was, or returns what is finished.",
             inputs=[
-                io.Model.Input("model", tooltip="The model to train on; LoRAs that wait on it count as part of it."),
-                io.Clip.Input("clip", tooltip="The model's text encoder."),
-                io.Vae.Input("vae", tooltip="The model's VAE."),
+                *inputs.base("The model to train on; LoRAs that wait on it count as part of it."),
                 Dataset.Input("dataset", tooltip="The subject's images. Captions of their own are kept."),
                 io.String.Input(
                     "instance_prompt",
@@ -189,38 +171,11 @@ class GraftTrainDreamBooth(io.ComfyNode):
                     default="LoRA",
                     tooltip="LoRA: a small difference on the attention layers. all weights: the whole model.",
                 ),
-                io.Int.Input(
-                    "steps",
-                    default=800,
-                    min=1,
-                    max=1_000_000,
-                    tooltip="Optimiser steps. More steps later go on with the same run.",
-                ),
-                io.Float.Input(
-                    "learning_rate",
-                    default=0.0,
-                    min=0.0,
-                    max=10.0,
-                    step=0.0000001,
-                    round=False,
-                    tooltip="0: the default of the model's family (1e-4 for a LoRA).",
-                ),
-                io.Int.Input("rank", default=16, min=1, max=1024, tooltip="Size of the LoRA; alpha equals it."),
-                io.Int.Input(
-                    "batch_size",
-                    default=2,
-                    min=1,
-                    max=1024,
-                    tooltip="Pictures in a step, class images included: 2 is one of each.",
-                ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=_TOP_SEED,
-                    control_after_generate=False,
-                    tooltip="Decides start, order and noise. Another seed is another run.",
-                ),
+                inputs.steps(800),
+                inputs.learning_rate("0: the default of the model's family (1e-4 for a LoRA)."),
+                inputs.rank(),
+                inputs.batch_size(2, "Pictures in a step, class images included: 2 is one of each."),
+                inputs.seed(),
                 Dataset.Input("class_dataset", optional=True, tooltip="Class images of your own, or of another node."),
                 options_input(),
                 advanced(
@@ -234,12 +189,7 @@ class GraftTrainDreamBooth(io.ComfyNode):
                     )
                 ),
             ],
-            outputs=[
-                io.Model.Output("trained_model", display_name="model"),
-                io.Clip.Output("trained_clip", display_name="clip"),
-                Adapter.Output("adapter", display_name="adapter"),
-                LossMap.Output("loss", display_name="loss"),
-            ],
+            outputs=inputs.trained(),
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 from comfy_api.latest import io
 
 from .host import paths
@@ -64,10 +62,7 @@ class GraftLoadEmbedding(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, embedding_name) -> str | float:
         """Changes with the file; a name that comes over a wire is not known yet."""
-        if not isinstance(embedding_name, str):
-            return float("nan")
-        status = os.stat(paths.embedding_path(embedding_name))
-        return f"{status.st_size}-{status.st_mtime_ns}"
+        return paths.file_state(embedding_name, paths.embedding_path)
 
     @classmethod
     def execute(cls, embedding_name) -> io.NodeOutput:

@@ -13,6 +13,7 @@ from ..trainers.settings import TARGETS
 from ..trainers.settings import Options as Chosen
 from .host import paths
 from .host.sampling import SAMPLERS, SCHEDULERS
+from .inputs import TOP_SEED
 from .schema import CATEGORY, Options, advanced, named, options_input, refusal
 
 _CATEGORY = f"{CATEGORY}/options"
@@ -118,7 +119,7 @@ class GraftPreviewOptions(_OptionNode):
                     "seed",
                     default=-1,
                     min=-1,
-                    max=0xFFFFFFFFFFFFFFFF,
+                    max=TOP_SEED,
                     control_after_generate=False,
                     tooltip="Noise of the first picture. -1: 0.",
                 ),
@@ -268,7 +269,7 @@ class GraftAdapterOptions(_OptionNode):
         """Changes with the file that is started from; a name that comes over a wire is not known yet."""
         if start_from == "auto":
             return ""
-        return paths.adapter_state(start_from)
+        return paths.file_state(start_from, paths.adapter_path)
 
 
 class GraftObjectiveOptions(_OptionNode):

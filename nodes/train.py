@@ -6,7 +6,8 @@ from comfy_api.latest import io
 
 from ..trainers.inversion import TEMPLATES
 from ..trainers.settings import Word
-from .schema import CATEGORY, Adapter, Dataset, Embedding, LossMap, named, options_input
+from . import inputs
+from .schema import CATEGORY, Dataset, Embedding, LossMap, named, options_input
 
 _CATEGORY = f"{CATEGORY}/train"
 
@@ -23,49 +24,17 @@ class GraftTrainLoRA(io.ComfyNode):
             description="Trains a LoRA on the pictures of a dataset and hands the model on with it applied. "
             "The queue is busy while it runs. Queued again, it goes on where it was, or returns what is finished.",
             inputs=[
-                io.Model.Input("model", tooltip="The model to train on; LoRAs that wait on it count as part of it."),
-                io.Clip.Input("clip", tooltip="The model's text encoder."),
-                io.Vae.Input("vae", tooltip="The model's VAE."),
+                *inputs.base("The model to train on; LoRAs that wait on it count as part of it."),
                 Dataset.Input("dataset", tooltip="Pictures and captions."),
-                io.Int.Input(
-                    "steps",
-                    default=1000,
-                    min=1,
-                    max=1_000_000,
-                    tooltip="Optimiser steps. More steps later go on with the same run.",
-                ),
-                io.Float.Input(
-                    "learning_rate",
-                    default=0.0,
-                    min=0.0,
-                    max=10.0,
-                    step=0.0000001,
-                    round=False,
-                    tooltip="0: the default of the model's family (1e-4). Too high shows as burnt pictures.",
-                ),
-                io.Int.Input(
-                    "rank",
-                    default=16,
-                    min=1,
-                    max=1024,
-                    tooltip="Size of the LoRA; alpha equals it, so the effective scale is 1.",
-                ),
-                io.Int.Input("batch_size", default=1, min=1, max=1024, tooltip="Pictures in a step."),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=False,
-                    tooltip="Decides start, order and noise. Another seed is another run.",
-                ),
+                inputs.steps(),
+                inputs.learning_rate("0: the default of the model's family (1e-4). Too high shows as burnt pictures."),
+                inputs.rank(),
+                inputs.batch_size(),
+                inputs.seed(),
                 options_input(),
             ],
             outputs=[
-                io.Model.Output("trained_model", display_name="model"),
-                io.Clip.Output("trained_clip", display_name="clip"),
-                Adapter.Output("adapter", display_name="adapter"),
-                LossMap.Output("loss", display_name="loss"),
+                *inputs.trained(),
                 Embedding.Output("embedding", display_name="embedding"),
             ],
             hidden=[io.Hidden.unique_id],
@@ -99,9 +68,7 @@ class GraftTrainEmbedding(io.ComfyNode):
             description="Textual inversion: learns vectors for a new word and changes no weight. "
             "Prompts behind the clip that comes out write it as embedding:NAME.",
             inputs=[
-                io.Model.Input("model", tooltip="The model the word is learnt for."),
-                io.Clip.Input("clip", tooltip="The model's text encoder, which is given the word."),
-                io.Vae.Input("vae", tooltip="The model's VAE."),
+                *inputs.base("The model the word is learnt for."),
                 Dataset.Input("dataset", tooltip="Pictures; captions, if any, name the word where the thing is named."),
                 io.String.Input(
                     "name",
@@ -120,31 +87,12 @@ class GraftTrainEmbedding(io.ComfyNode):
                     max=64,
                     tooltip="How many of a prompt's 75 places it takes. More hold more, and need more pictures.",
                 ),
-                io.Int.Input(
-                    "steps",
-                    default=1000,
-                    min=1,
-                    max=1_000_000,
-                    tooltip="Optimiser steps. More steps later go on with the same run.",
+                inputs.steps(),
+                inputs.learning_rate(
+                    "0: the default, 5e-4. Too high shows as pictures that only look like noise or one colour."
                 ),
-                io.Float.Input(
-                    "learning_rate",
-                    default=0.0,
-                    min=0.0,
-                    max=10.0,
-                    step=0.0000001,
-                    round=False,
-                    tooltip="0: the default, 5e-4. Too high shows as pictures that only look like noise or one colour.",
-                ),
-                io.Int.Input("batch_size", default=1, min=1, max=1024, tooltip="Pictures in a step."),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=False,
-                    tooltip="Decides order and noise. Another seed is another run.",
-                ),
+                inputs.batch_size(),
+                inputs.seed("Decides order and noise. Another seed is another run."),
                 options_input(),
                 io.Combo.Input(
                     "templates",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import folder_paths
 
@@ -163,32 +164,44 @@ def adapter_choices() -> list[str]:
 
 
 def adapter_path(name: str) -> str:
-    """The absolute path of a LoRA file in the host's list.
+    """The absolute path of a LoRA file in the host's list. Raises ModelError as `_listed` does."""
+    return _listed("loras", name, "adapter", "adapter_name")
+
+
+def embedding_path(name: str) -> str:
+    """The absolute path of an embedding file in the host's list. Raises ModelError as `_listed` does."""
+    return _listed(_EMBEDDINGS, name, "embedding", "embedding_name")
+
+
+def _listed(kind: str, name: str, what: str, input: str) -> str:
+    """The absolute path of a file in one of the host's lists.
 
     Raises:
-        ModelError: there is none of that name.
+        ModelError: there is none of that name, or it is of a format that is not read.
     """
-    path = folder_paths.get_full_path("loras", name)
+    path = folder_paths.get_full_path(kind, name)
     if path is None:
         raise ModelError(
-            f"There is no adapter '{name}' in ComfyUI's loras folders.",
+            f"There is no {what} '{name}' in ComfyUI's {kind} folders.",
             "Choose one of the list; press R to refresh it.",
-            "adapter_name",
+            input,
         )
     if not path.lower().endswith(".safetensors"):
         raise ModelError(
-            f"The adapter '{name}' is no .safetensors file.",
-            "Other formats can hide programs and are not read.",
-            "adapter_name",
+            f"The {what} '{name}' is no .safetensors file.", "Other formats can hide programs and are not read.", input
         )
     return path
 
 
-def adapter_state(name: str) -> str | float:
-    """What changes with a file in the host's list; for a name that is not known yet, what is never the same."""
+def file_state(name: str, find: Callable[[str], str]) -> str | float:
+    """What changes with a file in a list of the host's; for a name that is not known yet, what is never the same.
+
+    Args:
+        find: gives the path of a name, as `adapter_path` and `embedding_path` do.
+    """
     if not isinstance(name, str):
         return float("nan")
-    status = os.stat(adapter_path(name))
+    status = os.stat(find(name))
     return f"{status.st_size}-{status.st_mtime_ns}"
 
 
@@ -214,28 +227,6 @@ def load_named_adapter(name: str) -> Adapter:
 def embedding_choices() -> list[str]:
     """The host's list of embedding files."""
     return folder_paths.get_filename_list(_EMBEDDINGS)
-
-
-def embedding_path(name: str) -> str:
-    """The absolute path of an embedding file in the host's list.
-
-    Raises:
-        ModelError: there is none of that name, or it is of a format that is not read.
-    """
-    path = folder_paths.get_full_path(_EMBEDDINGS, name)
-    if path is None:
-        raise ModelError(
-            f"There is no embedding '{name}' in ComfyUI's embeddings folders.",
-            "Choose one of the list; press R to refresh it.",
-            "embedding_name",
-        )
-    if not path.lower().endswith(".safetensors"):
-        raise ModelError(
-            f"The embedding '{name}' is no .safetensors file.",
-            "Other formats can hide programs and are not read.",
-            "embedding_name",
-        )
-    return path
 
 
 def load_named_embedding(name: str) -> Embedding:
