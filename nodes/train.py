@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..trainers.inversion import TEMPLATES
-from ..trainers.settings import Word
+from ..trainers.recipe import Word
 from . import inputs
 from .schema import CATEGORY, Dataset, Embedding, LossMap, named, options_input
 

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 
 from .errors import DatasetError, ModelError, SettingsError
 from .formats.embedding import Embedding
-from .optimisers import Group
-from .settings import EMBEDDING_RATE, finds_its_rate
+from .optimisers import Group, finds_its_rate
 
 if TYPE_CHECKING:
     import torch
@@ -21,9 +20,11 @@ if TYPE_CHECKING:
 
     from .data.examples import Dataset, Example
     from .protocols import TextEncoder
-    from .settings import Recipe
+    from .recipe import Recipe
 
 PREFIX = "embedding/"
+# The usual learning rate of words' vectors; without the weight decay of the rest.
+EMBEDDING_RATE = 5e-4
 _IDENTIFIER = "embedding:"
 
 # What stands for the caption of a picture that has none; {} is the word. Worded here, after the idea of Gal et al.

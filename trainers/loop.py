@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from .protocols import Host
+    from .recipe import Recipe
     from .run import Products
-    from .settings import Recipe
 
 log = logging.getLogger(__name__)
 

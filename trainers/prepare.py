@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .data.examples import Dataset, Example
     from .loop import Item, Shown
     from .protocols import Geometry, Host
-    from .settings import Recipe
+    from .recipe import Recipe
 
 log = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from .formats.adapter import Adapter
     from .formats.embedding import Embedding
-    from .settings import Recipe
+    from .recipe import Recipe
 
 log = logging.getLogger(__name__)
 

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from .data.examples import Dataset, LeftOut
     from .formats.embedding import Embedding
     from .protocols import Host
+    from .recipe import Recipe
     from .run import Folders
-    from .settings import Recipe
 
 log = logging.getLogger(__name__)
 

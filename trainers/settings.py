@@ -1,17 +1,18 @@
-"""What a run is made with: the options as the user set them, and the recipe with every default filled in."""
+"""From what the user set to a recipe: the options as they are chained, and the defaults that fill in the rest."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from .errors import SettingsError
+from .inversion import EMBEDDING_RATE
+from .limits import check_option, check_recipe
 from .methods import METHODS
 from .methods.patterns import parse_pairs, parse_patterns
 from .objective import options as objective
-from .objective.options import Objective, objective_of
+from .objective.options import objective_of
+from .optimisers import OPTIMISERS, default_learning_rate, finds_its_rate
+from .recipe import Recipe, Word
 
 if TYPE_CHECKING:
     from .families import Family
@@ -82,32 +83,6 @@ UNSET: dict[str, dict[str, Any]] = {
 TARGETS = ("attention", "attention + feed-forward", "all linear", "linear + conv", "patterns")
 
 
-# Deciding fields of a recipe that came after the first runs, each with the value that means what was done before it:
-# at that value it is no part of a run's identity, so that runs made before are still found.
-LATER: dict[str, Any] = {
-    "targets": "attention",
-    "target_patterns": (),
-    "dropout": 0.0,
-    "block_ranks": (),
-    "block_learning_rates": (),
-    "lora_plus_ratio": 1.0,
-    "text_encoder": False,
-    "text_encoder_rank": 0,
-    "text_encoder_learning_rate": 0.0,
-    "embedding_name": "",
-    "embedding_init": "",
-    "embedding_vectors": 0,
-    "embedding_learning_rate": 0.0,
-    "embedding_stop": 0.0,
-    "embedding_templates": "",
-    "objective": {},
-    "beta1": 0.9,
-    "beta2": 0.999,
-    "num_cycles": 1,
-    "power": 1.0,
-}
-
-
 class Options(dict):
     """Set fields only, as {(kind, field): value}; option nodes chain them."""
 
@@ -122,141 +97,13 @@ class Options(dict):
             if name not in UNSET[kind]:
                 raise SettingsError(f"There is no {kind} option '{name}'.", f"Known are {', '.join(UNSET[kind])}.")
             if value != UNSET[kind][name]:
-                _check_option(kind, name, value)
+                check_option(kind, name, value)
                 merged[(kind, name)] = value
         return merged
 
     def value(self, kind: str, name: str, default: Any) -> Any:
         """The field as set, else the default."""
         return self.get((kind, name), default)
-
-
-@dataclass(frozen=True)
-class Word:
-    """A word to be learnt.
-
-    Attributes:
-        name: what follows `embedding:` in prompts.
-        init_text: words whose vectors it starts from.
-        vectors: how many stand for it in each text encoder.
-        learning_rate: 0 for the default.
-        stop: fraction of the run at which it is frozen; 0 for never.
-        templates: key of `inversion.TEMPLATES`, for pictures without a caption.
-    """
-
-    name: str
-    init_text: str
-    vectors: int
-    learning_rate: float = 0.0
-    stop: float = 0.0
-    templates: str = "object"
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Everything a run is made with. Fields that decide its result make up `identity`; the rest may change.
-
-    Attributes:
-        targets: one of TARGETS; with "patterns" the layers of `target_patterns`.
-        block_ranks, block_learning_rates: (pattern, value) pairs; the first whose pattern is in a layer's path holds.
-        lora_plus_ratio: B's learning rate over A's.
-        text_encoder_rank, text_encoder_learning_rate: 0 where no text encoder is trained.
-        start_from: an adapter in the host's list, empty for none. What is in it is part of the base it trains on.
-    """
-
-    method: str
-    learning_rate: float
-    rank: int
-    alpha: float
-    batch_size: int
-    seed: int
-    resolution: int
-    optimizer: str
-    weight_decay: float
-    schedule: str
-    warmup_steps: int
-    accumulation: int
-    max_grad_norm: float
-    ema_decay: float
-    validation_fraction: float
-    family: str
-    trigger: str
-    targets: str
-    target_patterns: tuple[str, ...]
-    dropout: float
-    block_ranks: tuple[tuple[str, int], ...]
-    block_learning_rates: tuple[tuple[str, float], ...]
-    lora_plus_ratio: float
-    text_encoder: bool
-    text_encoder_rank: int
-    text_encoder_learning_rate: float
-    embedding_name: str
-    embedding_init: str
-    embedding_vectors: int
-    embedding_learning_rate: float
-    embedding_stop: float
-    embedding_templates: str
-    objective: Objective
-    beta1: float
-    beta2: float
-    num_cycles: int
-    power: float
-    # What follows does not decide the result.
-    steps: int
-    name: str
-    on_existing: str
-    save_every: int
-    keep_last: int
-    validate_every: int
-    gradient_check: str
-    preview_prompts: tuple[str, ...]
-    preview_every: int
-    preview_steps: int
-    preview_cfg: float
-    preview_sampler: str
-    preview_scheduler: str
-    preview_seed: int
-    checkpointing: str
-    compute_dtype: str
-    micro_batch: int
-    start_from: str
-
-    @property
-    def live_text(self) -> bool:
-        """Whether what the text encoder gives changes while training, so that captions are encoded at every step."""
-        return bool(self.embedding_name)
-
-    def deciding(self) -> dict[str, Any]:
-        """The fields that decide the result; those that came later only where they are not at their old value."""
-        names = [field.name for field in fields(self)]
-        values = {name: getattr(self, name) for name in names[: names.index("steps")]}
-        values["objective"] = self.objective.set_fields()
-        return {name: value for name, value in values.items() if name not in LATER or value != LATER[name]}
-
-    def identity(self, dataset: str, base: str) -> str:
-        """Hash that names the run: recipe, dataset content and base."""
-        text = json.dumps([self.deciding(), dataset, base], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
-
-    def summary(self) -> str:
-        """What was chosen or filled in, in one line."""
-        scale = METHODS[self.method].scale(self.rank, self.alpha)
-        strength = "" if scale is None else f"alpha {self.alpha:g} (effective scale {scale:g}), "
-        size = f"rank {self.rank}, {strength}on {self.targets}, " if self.rank else ""
-        word = ""
-        if self.embedding_name:
-            start = f"{self.embedding_vectors} vectors from '{self.embedding_init}'"
-            word = f"embedding:{self.embedding_name} ({start}, learning rate {self.embedding_learning_rate:g}), "
-        return (
-            f"{self.method} for {self.family}, {self.optimizer}, learning rate {self.learning_rate:g} {self.schedule}, "
-            f"{size}{word}"
-            f"batch {self.batch_size} x {self.accumulation}, resolution {self.resolution}, seed {self.seed}"
-            + "".join(f", {name} {value}" for name, value in self.objective.set_fields().items())
-        )
-
-    def as_json(self) -> dict[str, Any]:
-        """All fields, JSON-able."""
-        return asdict(self)
 
 
 def resolve(
@@ -283,8 +130,6 @@ def resolve(
     Raises:
         SettingsError: a value out of range, or two that contradict each other.
     """
-    from .optimisers import OPTIMISERS, default_learning_rate
-
     get = options.value
     if method == "LoRA":
         # What trains an adapter trains it of the type that was chosen.
@@ -356,7 +201,7 @@ def resolve(
         micro_batch=get("memory", "micro_batch", 0),
         start_from=get("adapter", "start_from", ""),
     )
-    _check(recipe)
+    check_recipe(recipe)
     return recipe
 
 
@@ -401,8 +246,6 @@ def _word_rate(word: Word, optimizer: str, rate: float, alone: bool) -> float:
     Args:
         rate: of the recipe; the word's too where it is trained alone, or where the optimiser finds its rate itself.
     """
-    from .optimisers import default_learning_rate
-
     if not word.name:
         return 0.0
     if alone or finds_its_rate(optimizer):
@@ -410,139 +253,5 @@ def _word_rate(word: Word, optimizer: str, rate: float, alone: bool) -> float:
     return word.learning_rate or default_learning_rate(optimizer, EMBEDDING_RATE)
 
 
-def finds_its_rate(optimizer: str) -> bool:
-    """Whether an optimiser's learning rate is a factor on one that it finds itself (Prodigy)."""
-    from .optimisers import default_learning_rate
-
-    return default_learning_rate(optimizer, 0.0) > 0
-
-
 def _lines(text: str) -> tuple[str, ...]:
     return tuple(line.strip() for line in text.splitlines() if line.strip())
-
-
-# Of words' vectors (FIELD's consensus for textual inversion); without the weight decay of the rest.
-EMBEDDING_RATE = 5e-4
-
-# By the recipe's names; the numbers a run can be made with.
-_RANGES = {
-    "steps": (1, 10_000_000),
-    "rank": (1, 4096),
-    "batch_size": (1, 4096),
-    "accumulation": (1, 4096),
-    "learning_rate": (1e-12, 100.0),
-    "weight_decay": (0.0, 10.0),
-    "warmup_steps": (0, 10_000_000),
-    "max_grad_norm": (0.0, 1e6),
-    "ema_decay": (0.0, 0.99999),
-    "beta1": (0.0, 0.99999),
-    "beta2": (0.0, 0.999999),
-    "num_cycles": (1, 10_000),
-    "power": (0.01, 100.0),
-    "validation_fraction": (0.0, 0.9),
-    "save_every": (1, 10_000_000),
-    "keep_last": (1, 10_000),
-    "validate_every": (1, 10_000_000),
-    "preview_every": (1, 10_000_000),
-    "preview_steps": (1, 1000),
-    "preview_cfg": (0.0, 1000.0),
-    "preview_seed": (0, 2**64 - 1),
-    "resolution": (8, 16384),
-    "micro_batch": (0, 4096),
-    "embedding_vectors": (1, 64),
-    "embedding_learning_rate": (1e-12, 100.0),
-    "embedding_stop": (0.0, 1.0),
-    "alpha": (1e-4, 1e6),
-    "dropout": (0.0, 0.95),
-    "lora_plus_ratio": (1e-3, 1e4),
-    "text_encoder_rank": (0, 4096),
-    "text_encoder_learning_rate": (0.0, 100.0),
-}
-
-# The fields of a word, by the recipe's names, and the inputs they are set by.
-_WORD = {"embedding_vectors": "vectors", "embedding_learning_rate": "learning_rate", "embedding_stop": "stop_fraction"}
-
-
-def _check(recipe: Recipe) -> None:
-    from .optimisers import OPTIMISERS, SCHEDULES
-
-    for field, known in (("method", METHODS), ("optimizer", OPTIMISERS), ("schedule", SCHEDULES)):
-        if getattr(recipe, field) not in known:
-            raise SettingsError(
-                f"Unknown {field} '{getattr(recipe, field)}'.", f"Choose one of {', '.join(known)}.", field
-            )
-    absent = set() if METHODS[recipe.method].ranked else {"rank", "alpha"}
-    absent |= set() if recipe.embedding_name else set(_WORD)
-    for field in [field for field in _RANGES if field not in absent]:
-        # The resolution is a widget of the dataset's node, which this one knows by the wire it came over.
-        _check_range(field, getattr(recipe, field), "dataset" if field == "resolution" else _WORD.get(field, field))
-    _check_name(recipe.name)
-    OPTIMISERS[recipe.optimizer].check(recipe)
-    if recipe.embedding_name and recipe.optimizer == "AdamWScheduleFree":
-        raise SettingsError(
-            "AdamWScheduleFree cannot train a word: the norms of its vectors are kept, and its averages are not.",
-            "Choose another optimizer in Graft Optimizer Options, such as AdamW.",
-            "optimizer",
-        )
-    for field, schedule, plain in (("num_cycles", "cosine with restarts", 1), ("power", "polynomial", 1.0)):
-        if getattr(recipe, field) != plain and recipe.schedule != schedule:
-            raise SettingsError(
-                f"{field} is set, but schedule is {recipe.schedule}: it would have no effect.",
-                f"In Graft Optimizer Options set schedule to {schedule}, or leave {field} alone.",
-                field,
-            )
-    if (recipe.targets == "patterns") != bool(recipe.target_patterns):
-        raise SettingsError(
-            f"targets is '{recipe.targets}' and target_patterns {'set' if recipe.target_patterns else 'empty'}.",
-            "Write patterns and choose 'patterns' or 'auto', or leave target_patterns empty.",
-            "target_patterns",
-        )
-    METHODS[recipe.method].check(recipe)
-    if recipe.text_encoder:
-        raise SettingsError(
-            "Training the text encoder is not there yet.",
-            "Set text_encoder to off or auto in Graft Adapter Options; Graft Pivotal Options train a word for it.",
-            "text_encoder",
-        )
-
-
-def _check_range(field: str, value: Any, input: str) -> None:
-    low, high = _RANGES[field]
-    if not low <= value <= high:
-        raise SettingsError(f"{field} is {value}.", f"It must lie between {low} and {high}.", input)
-
-
-def _check_option(kind: str, name: str, value: Any) -> None:
-    """Refuses a set field at the node it was set on."""
-    field = f"preview_{name}" if kind == "preview" else name
-    if kind == "pivotal":
-        field = next((theirs for theirs, ours in _WORD.items() if ours == name), name)
-    if kind == "objective":
-        objective.check_range(name, value)
-    elif field in _RANGES:
-        _check_range(field, value, name)
-    if (kind, name) == ("run", "name"):
-        _check_name(value.strip())
-    if (kind, name) == ("pivotal", "name"):
-        from .inversion import check_name
-
-        check_name(value.strip())
-    if name == "target_patterns":
-        parse_patterns(value, name)
-    if name == "block_ranks":
-        parse_pairs(value, int, 0, 4096, name)
-    if name == "block_learning_rates":
-        parse_pairs(value, float, 0.0, 100.0, name)
-
-
-def _check_name(name: str) -> None:
-    if not name:
-        return
-    import re
-
-    if not re.fullmatch(r"[\w][\w .-]{0,99}", name) or name.rstrip(". ") != name:
-        raise SettingsError(
-            f"The run name '{name}' cannot be a folder name.",
-            "Use letters, digits, spaces, points, dashes and underscores, and no point or space at the end.",
-            "name",
-        )

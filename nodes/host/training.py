@@ -14,8 +14,9 @@ from ...trainers.errors import GraftError, ModelError
 from ...trainers.families import family_of
 from ...trainers.prepare import all_resolutions
 from ...trainers.protocols import Geometry, Host
+from ...trainers.recipe import Word
 from ...trainers.session import run_recipe
-from ...trainers.settings import Options, Word, resolve
+from ...trainers.settings import Options, resolve
 from . import families, paths
 from .adapters import apply_adapter
 from .image import ComfyCodec
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from ...trainers.data.examples import Dataset
     from ...trainers.formats.adapter import Adapter
     from ...trainers.formats.embedding import Embedding
-    from ...trainers.settings import Recipe
+    from ...trainers.recipe import Recipe
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from graft_pack.trainers.data.examples import Handling
 from graft_pack.trainers.data.scan import from_arrays
 from graft_pack.trainers.errors import DatasetError, SettingsError
 from graft_pack.trainers.families import family_of
-from graft_pack.trainers.settings import Options, Word, resolve
+from graft_pack.trainers.recipe import Word
+from graft_pack.trainers.settings import Options, resolve
 
 from tests.support.diffusers_host import make_dataset, make_host, run_session, same_state, same_tensors, state_of
 
@@ -186,7 +187,7 @@ def test_class_images_beside_a_word_alone_are_refused(tmp_path):
 @pytest.mark.parametrize(
     "kind, fields, message",
     [
-        ("optimizer", {"optimizer": "AdamWScheduleFree"}, "AdamWScheduleFree cannot train a word"),
+        ("optimizer", {"optimizer": "AdamWScheduleFree"}, "AdamWScheduleFree averages the weights .* of a word, whose vectors are kept at their length"),
         ("adapter", {"dropout": 0.1}, "dropout is set, but no adapter is trained"),
         ("adapter", {"target_patterns": "attn"}, "target_patterns is set"),
         ("adapter", {"start_from": "a.safetensors"}, "start_from is set"),

@@ -6,6 +6,7 @@ import pytest
 import torch
 from graft_pack.trainers import loop
 from graft_pack.trainers.errors import SettingsError
+from graft_pack.trainers.families import family_of
 from graft_pack.trainers.optimisers import (
     OPTIMISERS,
     SCHEDULES,
@@ -15,6 +16,7 @@ from graft_pack.trainers.optimisers import (
     parameter_groups,
     state_of,
 )
+from graft_pack.trainers.settings import Options, resolve
 
 from tests.support import models
 from tests.support.diffusers_host import make_host, run_session, same_state, same_tensors
@@ -333,12 +335,21 @@ def test_one_that_is_not_installed_says_what_to_install(name, module, package, t
     assert not (tmp_path / "runs").exists()
 
 
-def test_prodigy_refuses_rates_of_its_own_for_parts():
-    parameters = {name: torch.nn.Parameter(torch.ones(2)) for name in "ab"}
-    recipe = recipe_of("Prodigy")
-    groups = parameter_groups([Group(("a",), 1.0), Group(("b",), 0.5)], parameters, recipe)
-    with pytest.raises(SettingsError, match="Prodigy finds one learning rate"):
-        OPTIMISERS["Prodigy"].make(groups, recipe)
+@pytest.mark.parametrize(
+    "kind, fields",
+    [
+        ("adapter", {"lora_plus_ratio": 4.0}),
+        ("adapter", {"block_learning_rates": "attn1=0.5"}),
+        ("pivotal", {"name": "w", "init_text": "dog", "learning_rate": 0.5}),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else value,
+)
+def test_prodigy_refuses_rates_of_its_own_for_parts(kind, fields):
+    """Before anything is encoded."""
+    options = Options().adding("optimizer", {"optimizer": "Prodigy"}).adding(kind, fields)
+    with pytest.raises(SettingsError, match="Prodigy finds one learning rate") as caught:
+        resolve(options, family_of("SD1"), "LoRA", 10, 0.0, 4, 1, 0, 64, "")
+    assert caught.value.input == "optimizer"
 
 
 def test_prodigy_finds_a_rate_and_prints_nothing(capsys):

@@ -5,7 +5,8 @@ from dataclasses import fields, replace
 import pytest
 from graft_pack.trainers.errors import SettingsError
 from graft_pack.trainers.families import FAMILIES, family_of, is_attention
-from graft_pack.trainers.settings import UNSET, Options, Recipe, resolve
+from graft_pack.trainers.recipe import Recipe
+from graft_pack.trainers.settings import UNSET, Options, resolve
 
 from tests.support import models
 

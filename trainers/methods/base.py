@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..families import Family
     from ..formats.adapter import Adapter
     from ..formats.native import Native
-    from ..settings import Recipe
+    from ..recipe import Recipe
 
 
 class Method:

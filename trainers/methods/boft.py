@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from ..settings import Recipe
+    from ..recipe import Recipe
 
 
 class BOFT(Rotation):

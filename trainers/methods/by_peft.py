@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from ..families import Family
     from ..formats.adapter import Adapter
-    from ..settings import Recipe
+    from ..recipe import Recipe
 
 LINEAR = "linear"
 POINT = "1x1 convolution"

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from ..settings import Recipe
+    from ..recipe import Recipe
 
 _MAGNITUDE = "lora_magnitude_vector"
 

@@ -11,7 +11,7 @@ from ..data.order import stream_seed
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..settings import Recipe
+    from ..recipe import Recipe
 
 
 @contextmanager

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from ..settings import Recipe
+    from ..recipe import Recipe
 
 # What projects a feed-forward part's inner activation back: the paper scales that activation.
 _INWARD = re.compile(r"(\.ff\.net\.2|mlp\.2|mlp\.fc2|\.wo)$")

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from ..settings import Recipe
+    from ..recipe import Recipe
 
 
 def _linear(layer: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:

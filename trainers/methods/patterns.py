@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 from ..errors import SettingsError
 
 if TYPE_CHECKING:
-    from ..settings import Recipe
+    from ..recipe import Recipe
 
 Value = TypeVar("Value", int, float)
 

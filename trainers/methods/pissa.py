@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from ..settings import Recipe
+    from ..recipe import Recipe
 
 _START = ("start_A", "start_B")
 

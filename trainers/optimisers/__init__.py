@@ -1,7 +1,7 @@
 """How trainables are moved: groups of them, the optimisers, the learning-rate schedules, and what resuming needs."""
 
 from .groups import Group, parameter_groups
-from .registry import OPTIMISERS, default_learning_rate
+from .registry import OPTIMISERS, default_learning_rate, finds_its_rate
 from .schedules import SCHEDULES, lr_factor
 from .state import restore_optimiser, state_of
 
@@ -10,6 +10,7 @@ __all__ = [
     "SCHEDULES",
     "Group",
     "default_learning_rate",
+    "finds_its_rate",
     "lr_factor",
     "parameter_groups",
     "restore_optimiser",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-    from ..settings import Recipe
+    from ..recipe import Recipe
 
 
 @dataclass(frozen=True)

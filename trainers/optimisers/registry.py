@@ -12,7 +12,7 @@ from .schedule_free import OwnAverage
 if TYPE_CHECKING:
     import torch
 
-    from ..settings import Recipe
+    from ..recipe import Recipe
 
 
 @contextmanager
@@ -148,13 +148,16 @@ class Prodigy(Optimiser):
             from prodigyopt import Prodigy
         return Prodigy
 
-    def make(self, groups, recipe):
-        if len({group["lr"] for group in groups}) > 1:
+    def check(self, recipe):
+        word = recipe.embedding_learning_rate
+        if recipe.lora_plus_ratio != 1 or recipe.block_learning_rates or (word and word != recipe.learning_rate):
             raise SettingsError(
                 "Prodigy finds one learning rate for all that is trained; here parts of it have rates of their own.",
                 "Leave the other learning rates alone, or choose another optimizer.",
                 "optimizer",
             )
+
+    def make(self, groups, recipe):
         # As its authors advise for diffusion models. The decay is the groups'.
         return self.load()(
             groups,
@@ -223,6 +226,12 @@ class AdamWScheduleFree(Optimiser):
                 "In Graft Optimizer Options set ema_decay to 0.",
                 "ema_decay",
             )
+        if recipe.embedding_name:
+            raise SettingsError(
+                f"{name}; of a word, whose vectors are kept at their length, that makes another vector.",
+                "Choose another optimizer in Graft Optimizer Options, such as AdamW.",
+                "optimizer",
+            )
         if not recipe.beta1:
             raise SettingsError(
                 "AdamWScheduleFree needs a beta1 above 0.", "In Graft Optimizer Options leave beta1 alone.", "beta1"
@@ -252,3 +261,8 @@ def default_learning_rate(name: str, usual: float) -> float:
     """
     optimiser = OPTIMISERS.get(name, OPTIMISERS["AdamW"])
     return optimiser.learning_rate or usual * optimiser.rate_factor
+
+
+def finds_its_rate(name: str) -> bool:
+    """Whether an optimiser's learning rate is a factor on one that it finds itself (Prodigy)."""
+    return name in OPTIMISERS and OPTIMISERS[name].learning_rate is not None
