@@ -7,105 +7,24 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 
-from .autograd import OutOfPlace
-from .data.order import batches_from
 from .errors import GraftError, NumbersError
+from .forward import fixed_losses, parts_of, terms_of
 from .methods.dropout import dropping_out
-from .objective.asked import Asked, draw_asked
-from .objective.loss import example_losses
-from .objective.noise import draw_noise, draw_sigmas, generator, spread_sigmas
-from .objective.options import NATIVE
-from .objective.parameterisations import parameterisation
 from .optimisers import OPTIMISERS, Group, lr_factor, parameter_groups, restore_optimiser, state_of
-from .protocols import Conditioning, PreviewRequest
+from .protocols import PreviewRequest
 from .run import Run, State
 
 if TYPE_CHECKING:
-    from torch import nn
-
+    from .plan import Plan
     from .protocols import Host
     from .recipe import Recipe
-    from .run import Products
 
 log = logging.getLogger(__name__)
-
-_VALIDATION_LEVELS = 4
-
-
-@dataclass(frozen=True)
-class Shown:
-    """One showing of an example.
-
-    Attributes:
-        latent: scaled, [1, C, ...].
-        conditioning: what it is conditioned on; without tensors where the text is encoded at every step.
-        weight: None, or the loss weights [1, 1, ...] of the latent's positions.
-        caption: the text, where it is encoded at every step.
-        factor: on its loss; the prior weight for a class image.
-        anchor: None, or the same latent conditioned on its class prompt, what the frozen base predicts for which is to
-            be preserved.
-    """
-
-    latent: torch.Tensor
-    conditioning: Conditioning
-    weight: torch.Tensor | None = None
-    caption: str | None = None
-    factor: float = 1.0
-    anchor: Shown | None = None
-
-
-@dataclass(frozen=True)
-class Item:
-    """One example, ready: everything but its latent and text, which are fetched when needed.
-
-    Attributes:
-        name: for errors.
-        bucket: (width, height) in pixels; items of one bucket can be batched.
-        repeats: how often an epoch shows it.
-        show: gives a showing by its turn, how often the run showed the item before; by None the one that never varies.
-        prior: whether it is a class image.
-    """
-
-    name: str
-    bucket: tuple[int, int]
-    repeats: int
-    show: Callable[[int | None], Shown]
-    prior: bool = False
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What the loop works on.
-
-    Attributes:
-        trainables: by name, float32, already part of the denoiser's or the text encoder's tree.
-        export: from the trainables' values and the step to what is handed on.
-        groups: of the trainables, all of them; empty for one group with the recipe's learning rate.
-        settle: called with the step's factor on the learning rates after every optimiser step, to keep trainables
-            where they must be.
-        frozen: gives a context in which the denoiser predicts as the base did before it was given trainables.
-        constants: tensors of the tree that are not trained and that a resumed run must find again.
-    """
-
-    recipe: Recipe
-    train: Sequence[Item]
-    validation: Sequence[Item]
-    trainables: dict[str, nn.Parameter]
-    export: Callable[[dict[str, torch.Tensor], int], Products]
-    groups: Sequence[Group] = ()
-    settle: Callable[[float], None] = lambda factor: None
-    frozen: Callable[[], AbstractContextManager] = nullcontext
-    constants: dict[str, torch.Tensor] = field(default_factory=dict)
-
-    def all_groups(self) -> Sequence[Group]:
-        """The groups, or the one that stands for none."""
-        return self.groups or (Group(tuple(self.trainables), self.recipe.learning_rate),)
 
 
 def train(plan: Plan, run: Run, host: Host, state: State) -> State:
@@ -130,7 +49,7 @@ def train(plan: Plan, run: Run, host: Host, state: State) -> State:
     scaler = _loss_scaler(host)
     _restore(state, plan, optimiser, average, scaler)
     factor = lr_factor(recipe.schedule, recipe.warmup_steps, recipe.steps, recipe.num_cycles, recipe.power)
-    batches = _batches(plan, state.batches)
+    batches = plan.batches(state.batches)
     saved = state.step
     moving = False
 
@@ -223,141 +142,13 @@ def _gradients(plan: Plan, host: Host, window: list, step: int, scaler) -> tuple
     with dropping_out(host.denoiser.module, plan.recipe, step):
         for number, (_, batch) in enumerate(window):
             names.extend(plan.train[index].name for index, _ in batch)
-            for part in _parts(_shown(plan, batch), plan.recipe, step, number, host):
-                for losses in _terms(plan, host, *part):
+            for part in parts_of(plan.shown(batch), plan.recipe, step, number, host):
+                for losses in terms_of(plan, host, *part):
                     # A text without the word that is all that is trained, such as a dropped caption, teaches nothing.
                     if losses.requires_grad:
                         scaler.scale(losses.sum() / total).backward()
                     summed += float(losses.detach().sum())
     return summed / total, names
-
-
-def _shown(plan: Plan, batch: list[tuple[int, int]]) -> list[Shown]:
-    return [plan.train[index].show(turn) for index, turn in batch]
-
-
-def _parts(shown: list[Shown], recipe: Recipe, step: int, number: int, host: Host) -> Iterator[tuple]:
-    """Splits a batch into micro-batches; noise and levels are drawn for the whole batch, whatever the split.
-
-    Each is what `_losses` takes after the host.
-    """
-    latents = torch.cat([one.latent for one in shown])
-    source = generator("step", recipe.seed, step, number)
-    asked = None
-    if recipe.objective == NATIVE:
-        sigma = draw_sigmas(host.denoiser.sigmas(), len(shown), source)
-        noise = draw_noise(tuple(latents.shape), source)
-    else:
-        sigma, noise, asked = draw_asked(recipe.objective, host.denoiser, tuple(latents.shape), source)
-    size = recipe.micro_batch or len(shown)
-    for start in range(0, len(shown), size):
-        stop = start + size
-        part = shown[start:stop], latents[start:stop], noise[start:stop], sigma[start:stop]
-        yield part if asked is None else (*part, asked.part(start, stop))
-
-
-def _terms(
-    plan: Plan,
-    host: Host,
-    shown: list[Shown],
-    x0: torch.Tensor,
-    noise: torch.Tensor,
-    sigma: torch.Tensor,
-    asked: Asked | None = None,
-) -> Iterator[torch.Tensor]:
-    """The losses of the examples and of what is preserved beside them, each [B] float32 with a graph of its own."""
-    yield _losses(host, shown, x0, noise, sigma, asked)
-    rows = [row for row, one in enumerate(shown) if one.anchor is not None]
-    if rows:
-        yield _drifts(plan, host, [shown[row].anchor for row in rows], x0[rows], noise[rows], sigma[rows])
-
-
-def _losses(
-    host: Host,
-    shown: list[Shown],
-    x0: torch.Tensor,
-    noise: torch.Tensor,
-    sigma: torch.Tensor,
-    asked: Asked | None = None,
-) -> torch.Tensor:
-    """The loss of each example, [B] float32, with its graph: the native one, or what was asked for instead."""
-    denoiser = host.denoiser
-    x0 = x0.to(denoiser.device)
-    noise = noise.to(denoiser.device)
-    sigma = sigma.to(denoiser.device)
-    x_t = denoiser.add_noise(x0, noise if asked is None else asked.added.to(denoiser.device), sigma)
-    kind = parameterisation(denoiser.parameterisation, denoiser.sigma_data, denoiser.noise_scale)
-    target = kind.target(x0, noise, sigma.view(-1, *[1] * (x0.ndim - 1)))
-    with OutOfPlace():
-        prediction = denoiser.predict(x_t, sigma, _conditionings(host, shown))
-    if asked is not None:
-        losses = asked.losses(denoiser, prediction, target, sigma, _weights(shown, x0))
-    else:
-        losses = example_losses(prediction, target, _weights(shown, x0))
-    return losses * _factors(shown, x0)
-
-
-def _drifts(
-    plan: Plan, host: Host, shown: list[Shown], x0: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor
-) -> torch.Tensor:
-    """How far the prediction for each class prompt is from the frozen base's, [B] float32, with its graph."""
-    denoiser = host.denoiser
-    x0 = x0.to(denoiser.device)
-    sigma = sigma.to(denoiser.device)
-    x_t = denoiser.add_noise(x0, noise.to(denoiser.device), sigma)
-    with torch.no_grad(), plan.frozen():
-        target = denoiser.predict(x_t, sigma, _conditionings(host, shown))
-    with OutOfPlace():
-        prediction = denoiser.predict(x_t, sigma, _conditionings(host, shown))
-    return example_losses(prediction, target, _weights(shown, x0)) * _factors(shown, x0)
-
-
-def _conditionings(host: Host, shown: list[Shown]) -> list[Conditioning]:
-    """What each showing is conditioned on; captions that were not encoded before are encoded once each."""
-    captions = list(dict.fromkeys(one.caption for one in shown if one.caption is not None))
-    encoded = dict(zip(captions, host.text.encode_live(captions), strict=True)) if captions else {}
-    return [
-        one.conditioning if one.caption is None else replace(one.conditioning, tensors=encoded[one.caption])
-        for one in shown
-    ]
-
-
-def _weights(shown: list[Shown], x0: torch.Tensor) -> torch.Tensor | None:
-    if all(one.weight is None for one in shown):
-        return None
-    ones = torch.ones_like(x0[:1, :1])
-    return torch.cat([ones if one.weight is None else one.weight.to(ones) for one in shown])
-
-
-def _factors(shown: list[Shown], x0: torch.Tensor) -> torch.Tensor | float:
-    if all(one.factor == 1.0 for one in shown):
-        return 1.0
-    return torch.tensor([one.factor for one in shown], device=x0.device)
-
-
-def batch_loss(plan: Plan, host: Host) -> torch.Tensor:
-    """The mean loss of the run's first batch, with its graph; the same at every call."""
-    _, batch = next(_batches(plan, 0))
-    parts = _parts(_shown(plan, batch), plan.recipe, 0, 0, host)
-    return sum(losses.sum() for part in parts for losses in _terms(plan, host, *part)) / len(batch)
-
-
-def fixed_losses(items: Sequence[Item], recipe: Recipe, host: Host) -> torch.Tensor:
-    """Losses of items at fixed noise and evenly spread noise levels, [items, levels] float32, without gradients.
-
-    Always the model's own loss, whatever the objective of the training: numbers of runs with other weights, noise or
-    penalties can be compared with each other.
-    """
-    rows = []
-    with torch.no_grad():
-        for index, item in enumerate(items):
-            shown = item.show(None)
-            latent = shown.latent
-            sigma = spread_sigmas(host.denoiser.sigmas(), _VALIDATION_LEVELS)
-            noise = draw_noise((_VALIDATION_LEVELS, *latent.shape[1:]), generator("validation", recipe.seed, index))
-            x0 = latent.expand(_VALIDATION_LEVELS, *latent.shape[1:])
-            rows.append(_losses(host, [shown] * _VALIDATION_LEVELS, x0, noise, sigma).cpu())
-    return torch.stack(rows)
 
 
 def _validate(plan: Plan, run: Run, host: Host, state: State) -> None:
@@ -508,17 +299,3 @@ def _keep_before_leaving(keep: Callable[[], None]) -> None:
 
 def _due(step: int, every: int, last: int) -> bool:
     return step % every == 0 or step == last
-
-
-def _batches(plan: Plan, position: int) -> Iterator[tuple[int, list[tuple[int, int]]]]:
-    recipe = plan.recipe
-    prior = [item.prior for item in plan.train]
-    return batches_from(position, _buckets(plan), _repeats(plan), recipe.batch_size, recipe.seed, prior)
-
-
-def _buckets(plan: Plan) -> list[tuple[int, int]]:
-    return [item.bucket for item in plan.train]
-
-
-def _repeats(plan: Plan) -> list[int]:
-    return [item.repeats for item in plan.train]

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
 
     from .data.examples import Dataset, Example
-    from .loop import Item, Shown
+    from .plan import Item, Shown
     from .protocols import Geometry, Host
     from .recipe import Recipe
 
@@ -266,7 +266,7 @@ class _Maker:
 
     def item(self, cut: _Cuts, crop: Crop) -> Item:
         """One cut of an example as the loop wants it."""
-        from .loop import Item
+        from .plan import Item
 
         def show(turn: int | None) -> Shown:
             return self._show(cut, crop, turn)
@@ -274,7 +274,7 @@ class _Maker:
         return Item(cut.example.source.name, crop.bucket, cut.example.repeats, show, cut.example.prior)
 
     def _show(self, cut: _Cuts, crop: Crop, turn: int | None) -> Shown:
-        from .loop import Shown
+        from .plan import Shown
 
         example = cut.example
         caption, drawn, source = self._draw(cut, crop, turn)

@@ -90,7 +90,8 @@ def run_recipe(recipe: Recipe, dataset: Dataset, host: Host, folders: Folders) -
 def _train(recipe, dataset, host, folders, method, identity, run, state, export, start) -> Result:
     # Imported here: the loop imports torch, which the nodes that only describe datasets do not need.
     from .autograd import blocks_of, checkpoint_blocks
-    from .loop import Plan, train
+    from .loop import train
+    from .plan import Plan
 
     # An optimiser that is not installed is refused before anything is encoded.
     OPTIMISERS[recipe.optimizer].load()
@@ -196,7 +197,7 @@ def _checkpoint(module, recipe: Recipe) -> int:
 def _check_gradient(plan, host: Host) -> None:
     """The self-check where the user asked for it, or where the family is not described."""
     from .check import TOLERANCE, TOLERANCE_HALF, check_gradient
-    from .loop import batch_loss
+    from .forward import batch_loss
 
     wanted = plan.recipe.gradient_check
     if wanted == "off" or (wanted == "auto" and host.denoiser.family != "general"):

@@ -56,9 +56,9 @@ def test_gradients_of_the_vectors_are_exact(name):
 def test_without_the_cure_the_text_encoder_raises(monkeypatch):
     from contextlib import nullcontext
 
-    from graft_pack.trainers import loop
+    from graft_pack.trainers import forward
 
-    monkeypatch.setattr(loop, "OutOfPlace", nullcontext)
+    monkeypatch.setattr(forward, "OutOfPlace", nullcontext)
     with models.learning_word("SD1") as training:
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             training.gradients()
@@ -236,13 +236,13 @@ def test_weights_are_the_same_bits_after_training(name, tmp_path):
 
 
 def test_learning_a_word_lowers_the_loss(tmp_path):
-    from graft_pack.trainers import loop
+    from graft_pack.trainers import forward
 
     with models.learning_word("SD1", captions=[f"embedding:{models.WORD}"]) as training:
         plan = training.plan
-        before = float(loop.fixed_losses(plan.train, plan.recipe, training.host).mean())
+        before = float(forward.fixed_losses(plan.train, plan.recipe, training.host).mean())
         models.train(training, tmp_path, steps=40, batch_size=1)
-        after = float(loop.fixed_losses(plan.train, plan.recipe, training.host).mean())
+        after = float(forward.fixed_losses(plan.train, plan.recipe, training.host).mean())
     assert after < 0.999 * before
 
 

@@ -4,7 +4,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from graft_pack.trainers import autograd, loop
+from graft_pack.trainers import autograd, forward
 from graft_pack.trainers.check import check_gradient, directional_error
 from graft_pack.trainers.errors import ModelError
 
@@ -71,7 +71,7 @@ def test_checkpointing_forgets_activations(name):
 @pytest.fixture
 def no_cure(monkeypatch):
     """The engine without its answer to in-place residuals."""
-    monkeypatch.setattr(loop, "OutOfPlace", nullcontext)
+    monkeypatch.setattr(forward, "OutOfPlace", nullcontext)
     monkeypatch.setattr(autograd, "OutOfPlace", nullcontext)
 
 

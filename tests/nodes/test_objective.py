@@ -114,16 +114,16 @@ def test_the_prediction_is_the_one_that_the_host_samples_with(case):
 @pytest.mark.parametrize("case", NODES, ids=name_of)
 def test_the_loss_is_measured_against_that_target(case):
     """The loop's loss, put together again from the parts that the tests above hold against the host."""
-    from graft_pack.trainers import loop
+    from graft_pack.trainers import forward
 
     with models.in_training(made_by(case), case[2], spread=0.05) as training:
         plan, denoiser = training.plan, training.denoiser
         shown = [item.show(0) for item in plan.train]
-        _, x0, noise, sigma = next(loop._parts(shown, plan.recipe, 0, 0, training.host))
+        _, x0, noise, sigma = next(forward.parts_of(shown, plan.recipe, 0, 0, training.host))
         with torch.no_grad():
             raw = denoiser.predict(denoiser.add_noise(x0, noise, sigma), sigma, [one.conditioning for one in shown])
         target = kind_of(denoiser).target(x0, noise, sigma.view(-1, 1, 1, 1))
-        losses = loop._losses(training.host, shown, x0, noise, sigma)
+        losses = forward.losses_of(training.host, shown, x0, noise, sigma)
         assert torch.allclose(losses, ((raw - target) ** 2).mean((1, 2, 3)), rtol=1e-5)
         losses.sum().backward()
         gradients = models.joined(p.grad for p in plan.trainables.values())
@@ -134,7 +134,7 @@ def test_the_loss_is_measured_against_that_target(case):
 @pytest.mark.parametrize("case", NODES, ids=name_of)
 def test_other_objectives_follow_the_model_too(case):
     """Levels are the model's own, weights are refused where they mean nothing, and losses are those written out."""
-    from graft_pack.trainers import loop
+    from graft_pack.trainers import forward
     from graft_pack.trainers.errors import SettingsError
     from graft_pack.trainers.objective.options import Objective
     from graft_pack.trainers.objective.timesteps import level_times
@@ -149,8 +149,8 @@ def test_other_objectives_follow_the_model_too(case):
     with models.in_training(made_by(case), case[2], spread=0.05, objective=objective) as training:
         denoiser = training.denoiser
         shown = [item.show(0) for item in training.plan.train]
-        _, x0, noise, sigma, asked = next(loop._parts(shown, training.plan.recipe, 0, 0, training.host))
-        losses = loop._losses(training.host, shown, x0, noise, sigma, asked).detach()
+        _, x0, noise, sigma, asked = next(forward.parts_of(shown, training.plan.recipe, 0, 0, training.host))
+        losses = forward.losses_of(training.host, shown, x0, noise, sigma, asked).detach()
         with torch.no_grad():
             x_t = denoiser.add_noise(x0, asked.added, sigma)
             raw = denoiser.predict(x_t, sigma, [one.conditioning for one in shown])

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from graft_pack.trainers import loop
+from graft_pack.trainers import forward
+from graft_pack.trainers.plan import Plan
 
 from tests.support import models
 
@@ -78,9 +79,9 @@ def test_loss_and_gradients_are_those_of_diffusers(prediction_type, gamma):
     unet = diffusers_host.convert_sd1(model)
     with models.in_training(model, "SD1", spread=0.1, examples=4, batch_size=4, objective=objective) as training:
         shown = [item.show(0) for item in training.plan.train]
-        part = next(loop._parts(shown, training.plan.recipe, 0, 0, training.host))
+        part = next(forward.parts_of(shown, training.plan.recipe, 0, 0, training.host))
         _, x0, noise, sigma = part[:4]
-        losses = loop._losses(training.host, *part)
+        losses = forward.losses_of(training.host, *part)
         losses.mean().backward()
         values = by_adapter_name(training.denoiser, training.plan.trainables)
     t = (((1 - scheduler.alphas_cumprod) / scheduler.alphas_cumprod).sqrt()[None] - sigma[:, None]).abs().argmin(1)
@@ -118,7 +119,7 @@ def test_a_training_takes_the_same_way_on_both_hosts(tmp_path):
             for key, parameter in by_adapter_name(denoiser, trainables).items():
                 parameter.copy_(values[key])
         export = models.exporter(method, recipe, denoiser.adapter_name)
-        plan = loop.Plan(recipe, training.plan.train, [], trainables, export)
+        plan = Plan(recipe, training.plan.train, [], trainables, export)
         other = models.Training(denoiser, Host(denoiser, None, None), plan)
         theirs = models.train(other, tmp_path / "theirs")
         other_adapter = plan.export(theirs.trainables, 0).adapter

@@ -228,7 +228,7 @@ def learning_word(name: str, checkpointing: bool = False, model=None, clip=None,
     from graft_pack.nodes.host.model import ComfyDenoiser
     from graft_pack.nodes.host.text import ComfyText
     from graft_pack.trainers import autograd, inversion
-    from graft_pack.trainers.loop import Item, Plan
+    from graft_pack.trainers.plan import Item, Plan
     from graft_pack.trainers.protocols import Host
     from graft_pack.trainers.run import Products
 
@@ -254,7 +254,7 @@ def learning_word(name: str, checkpointing: bool = False, model=None, clip=None,
 
 
 def _told(latent, conditioning, caption, turn):
-    from graft_pack.trainers.loop import Shown
+    from graft_pack.trainers.plan import Shown
 
     return Shown(latent, conditioning, None, caption)
 
@@ -281,7 +281,7 @@ class Training:
 
     def losses(self):
         """The mean loss of the first batch, with its graph."""
-        from graft_pack.trainers.loop import batch_loss
+        from graft_pack.trainers.forward import batch_loss
 
         return batch_loss(self.plan, self.host)
 
@@ -304,7 +304,7 @@ def recipe(family: str, **fields):
 def item(name: str, seed: int, dtype=None, side: int = 0):
     """A loop Item with a random latent and a random conditioning, both decided by the seed; side 0: its own."""
     import torch
-    from graft_pack.trainers.loop import Item, Shown
+    from graft_pack.trainers.plan import Item, Shown
 
     channels, height, width = SIZES[name].latent
 
@@ -338,8 +338,8 @@ def in_training(
     from graft_pack.nodes.host.model import ComfyDenoiser
     from graft_pack.trainers import autograd
     from graft_pack.trainers.families import family_of
-    from graft_pack.trainers.loop import Plan
     from graft_pack.trainers.methods import METHODS
+    from graft_pack.trainers.plan import Plan
     from graft_pack.trainers.protocols import Host
 
     denoiser = ComfyDenoiser(model, None, SmallVae())

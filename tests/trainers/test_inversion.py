@@ -187,7 +187,11 @@ def test_class_images_beside_a_word_alone_are_refused(tmp_path):
 @pytest.mark.parametrize(
     "kind, fields, message",
     [
-        ("optimizer", {"optimizer": "AdamWScheduleFree"}, "AdamWScheduleFree averages the weights .* of a word, whose vectors are kept at their length"),
+        (
+            "optimizer",
+            {"optimizer": "AdamWScheduleFree"},
+            "AdamWScheduleFree .* of a word, whose vectors are kept at their length",
+        ),
         ("adapter", {"dropout": 0.1}, "dropout is set, but no adapter is trained"),
         ("adapter", {"target_patterns": "attn"}, "target_patterns is set"),
         ("adapter", {"start_from": "a.safetensors"}, "start_from is set"),

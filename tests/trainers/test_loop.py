@@ -5,10 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from graft_pack.trainers import loop
+from graft_pack.trainers import forward, loop
 from graft_pack.trainers.errors import NumbersError
 from graft_pack.trainers.families import family_of
 from graft_pack.trainers.methods import METHODS
+from graft_pack.trainers.plan import Item, Plan, Shown
 
 from tests.support import models
 from tests.support.diffusers_host import (
@@ -28,7 +29,7 @@ def make_item(index, weight=None):
 
     latent = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(index))
     conditioning = Conditioning(Words().encode(f"picture {index}"))
-    return loop.Item(f"picture {index}", (64, 64), 1, lambda turn: loop.Shown(latent, conditioning, weight))
+    return Item(f"picture {index}", (64, 64), 1, lambda turn: Shown(latent, conditioning, weight))
 
 
 @contextmanager
@@ -42,7 +43,7 @@ def planned(count=6, **fields):
         trainables = method.inject(module, method.targets(module, family_of("SD1"), recipe), recipe)
         models.scatter(trainables, 0.1)
         export = models.exporter(method, recipe, host.denoiser.adapter_name)
-        yield loop.Plan(recipe, [make_item(index) for index in range(count)], [], trainables, export), host
+        yield Plan(recipe, [make_item(index) for index in range(count)], [], trainables, export), host
 
 
 def first_turns(*indices):
@@ -83,12 +84,12 @@ def test_accumulated_batches_give_the_mean_over_their_pictures():
 def second_part(plan, host):
     """Showings, latents, noise and levels of the second batch of a window."""
     shown = [plan.train[4].show(0), plan.train[5].show(0)]
-    return next(loop._parts(shown, plan.recipe, 0, 1, host))
+    return next(forward.parts_of(shown, plan.recipe, 0, 1, host))
 
 
 def mean_over(plan, host, part):
     """(loss, gradient) of the mean over one part."""
-    losses = loop._losses(host, *part)
+    losses = forward.losses_of(host, *part)
     gradient = torch.autograd.grad(losses.mean(), list(plan.trainables.values()))
     return float(losses.detach().mean()), models.joined(gradient)
 
@@ -98,8 +99,8 @@ def test_each_step_and_each_batch_of_it_draws_other_noise():
         drawn = []
         shown = [item.show(0) for item in plan.train[:2]]
         for step, number in ((0, 0), (0, 1), (1, 0)):
-            _, _, noise, sigma = next(loop._parts(shown, plan.recipe, step, number, host))
-            again = next(loop._parts(shown, plan.recipe, step, number, host))
+            _, _, noise, sigma = next(forward.parts_of(shown, plan.recipe, step, number, host))
+            again = next(forward.parts_of(shown, plan.recipe, step, number, host))
             assert torch.equal(noise, again[2])
             assert torch.equal(sigma, again[3])
             drawn += [noise[0], noise[1]]
@@ -156,10 +157,10 @@ def test_the_average_is_the_one_of_diffusers_formula(tmp_path):
 def test_validation_is_repeatable_and_on_pictures_that_are_held_out(tmp_path):
     with planned() as (plan, host):
         items = plan.train[:2]
-        first = loop.fixed_losses(items, plan.recipe, host)
+        first = forward.fixed_losses(items, plan.recipe, host)
         torch.randn(7)
-        again = loop.fixed_losses(items, plan.recipe, host)
-        other = loop.fixed_losses(items, replace(plan.recipe, seed=1), host)
+        again = forward.fixed_losses(items, plan.recipe, host)
+        other = forward.fixed_losses(items, replace(plan.recipe, seed=1), host)
     assert first.shape == (2, 4)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
@@ -177,14 +178,14 @@ def test_validation_does_not_change_the_training(tmp_path):
 
 def test_what_is_held_out_is_not_trained_on(tmp_path, monkeypatch):
     seen = []
-    losses = loop._losses
+    losses = forward.losses_of
 
     def watched(host, shown, *rest):
         # This codec has no posterior, so that a picture has the same latent whenever it is shown.
         seen.append((torch.is_grad_enabled(), {one.latent.numpy().tobytes() for one in shown}))
         return losses(host, shown, *rest)
 
-    monkeypatch.setattr(loop, "_losses", watched)
+    monkeypatch.setattr(forward, "losses_of", watched)
     run_session(tmp_path, steps=12, validation_fraction=0.3)
     trained = set().union(*(latents for with_grad, latents in seen if with_grad))
     measured = set().union(*(latents for with_grad, latents in seen if not with_grad))
@@ -237,11 +238,11 @@ def test_numbers_that_are_none_at_the_first_step_leave_nothing(tmp_path):
 def test_the_loss_of_an_example_does_not_depend_on_its_batch():
     with planned() as (plan, host):
         shown = [item.show(0) for item in plan.train]
-        whole = next(loop._parts(shown, plan.recipe, 0, 0, host))
-        losses = loop._losses(host, *whole).detach()
+        whole = next(forward.parts_of(shown, plan.recipe, 0, 0, host))
+        losses = forward.losses_of(host, *whole).detach()
         for row in range(len(shown)):
             part = [value[row : row + 1] for value in whole]
-            assert models.distance(loop._losses(host, *part).detach(), losses[row : row + 1]) <= 1e-5
+            assert models.distance(forward.losses_of(host, *part).detach(), losses[row : row + 1]) <= 1e-5
 
 
 def test_a_mask_weighs_positions():
@@ -249,10 +250,10 @@ def test_a_mask_weighs_positions():
     mask = torch.zeros(1, 1, 8, 8)
     mask[..., :2, :3] = 1.0
     with planned() as (plan, host):
-        part = next(loop._parts([plan.train[0].show(0), plan.train[1].show(0)], plan.recipe, 0, 0, host))
+        part = next(forward.parts_of([plan.train[0].show(0), plan.train[1].show(0)], plan.recipe, 0, 0, host))
         masked = [plan.train[0].show(0), make_item(1, mask).show(0)]
-        plain = loop._losses(host, *part).detach()
-        losses = loop._losses(host, masked, *part[1:]).detach()
+        plain = forward.losses_of(host, *part).detach()
+        losses = forward.losses_of(host, masked, *part[1:]).detach()
         shown, x0, noise, sigma = part
         with torch.no_grad():
             x_t = host.denoiser.add_noise(x0, noise, sigma)
@@ -264,7 +265,7 @@ def test_a_mask_weighs_positions():
 def test_learning_falls(tmp_path):
     """The loop learns: on one picture at fixed noise the loss falls."""
     with planned(count=1, learning_rate=2e-2, batch_size=1) as (plan, host):
-        before = float(loop.fixed_losses(plan.train, plan.recipe, host).mean())
+        before = float(forward.fixed_losses(plan.train, plan.recipe, host).mean())
         models.train(models.Training(host.denoiser, host, plan), tmp_path, steps=40)
-        after = float(loop.fixed_losses(plan.train, plan.recipe, host).mean())
+        after = float(forward.fixed_losses(plan.train, plan.recipe, host).mean())
     assert after < 0.9 * before

@@ -13,11 +13,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from graft_pack.trainers import loop
+from graft_pack.trainers import forward
 from graft_pack.trainers.data.examples import Handling, combine
 from graft_pack.trainers.data.memory import Keep
 from graft_pack.trainers.data.scan import Reading, from_arrays, scan_folder
 from graft_pack.trainers.errors import DatasetError, SettingsError
+from graft_pack.trainers.plan import Plan
 from graft_pack.trainers.prepare import prepare
 from graft_pack.trainers.run import Folders
 from graft_pack.trainers.session import run_recipe
@@ -87,12 +88,12 @@ def read(folder, resolution=64, trigger="sks", reading=None, **handling):
 def batches(prepared, host, steps, **fields):
     """What reaches the model in so many steps of a run: rows of (latent, conditioning, weight)."""
     recipe = models.recipe("SD1", **{"batch_size": 1, "steps": steps, **fields})
-    plan = loop.Plan(recipe, prepared.training, prepared.validation, {}, dict)
-    drawn = loop.batches_from(0, loop._buckets(plan), loop._repeats(plan), recipe.batch_size, recipe.seed)
+    plan = Plan(recipe, prepared.training, prepared.validation, {}, dict)
+    drawn = plan.batches(0)
     rows = []
     for step in range(steps):
         _, batch = next(drawn)
-        for part in loop._parts(loop._shown(plan, batch), recipe, step, 0, host):
+        for part in forward.parts_of(plan.shown(batch), recipe, step, 0, host):
             rows += [(part[1][place], one.conditioning, one.weight) for place, one in enumerate(part[0])]
     return rows
 
@@ -328,9 +329,9 @@ def test_no_small_bucket_is_dropped_and_repeats_balance(tmp_path):
     dataset = from_arrays([grain(n, size) for n, size in enumerate(sizes)], ["x"], "", 64)
     examples = [replace(one, repeats=1 + place % 3) for place, one in enumerate(dataset.examples)]
     prepared, *_ = made(tmp_path, replace(dataset, examples=tuple(examples)), batch_size=4)
-    plan = loop.Plan(models.recipe("SD1", batch_size=4), prepared.training, [], {}, dict)
+    plan = Plan(models.recipe("SD1", batch_size=4), prepared.training, [], {}, dict)
     shown = Counter()
-    for epoch, batch in loop.batches_from(0, loop._buckets(plan), loop._repeats(plan), 4, 0):
+    for epoch, batch in plan.batches(0):
         if epoch == 5:
             break
         shown.update(prepared.training[index].name for index, _ in batch)
@@ -374,7 +375,7 @@ def test_validation_is_a_folder_a_share_or_both(folder, tmp_path):
     assert (len(both.training), len(both.validation)) == (3, 5)
     combined, *_ = made(tmp_path / "c", combine(marked, make_dataset(3)))
     assert (len(combined.training), len(combined.validation)) == (9, 2)
-    first, again = (loop.fixed_losses(prepared.validation, models.recipe("SD1"), host) for _ in range(2))
+    first, again = (forward.fixed_losses(prepared.validation, models.recipe("SD1"), host) for _ in range(2))
     assert torch.equal(first, again), "nothing varies there"
     with pytest.raises(SettingsError, match="leaves none"):
         made(tmp_path / "d", make_dataset(1), validation_fraction=0.5)

@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from graft_pack.trainers import check, loop
+from graft_pack.trainers import check, forward, loop
 from graft_pack.trainers.data import prior
 from graft_pack.trainers.data.scan import from_arrays
 from graft_pack.trainers.errors import DatasetError, SettingsError
 from graft_pack.trainers.families import family_of
 from graft_pack.trainers.methods import METHODS, Method
+from graft_pack.trainers.plan import Item, Plan, Shown
 from graft_pack.trainers.prepare import prepare
 from graft_pack.trainers.protocols import Conditioning
 
@@ -37,11 +38,11 @@ def make_item(index, factor=1.0, anchor=None):
     def show(turn):
         held = None
         if anchor is not None:
-            held = loop.Shown(latent, Conditioning(WordEncoder().encode("a picture")), factor=anchor)
+            held = Shown(latent, Conditioning(WordEncoder().encode("a picture")), factor=anchor)
         conditioning = Conditioning(WordEncoder().encode(f"picture {index}"))
-        return loop.Shown(latent, conditioning, factor=factor, anchor=held)
+        return Shown(latent, conditioning, factor=factor, anchor=held)
 
-    return loop.Item(f"picture {index}", (64, 64), 1, show, factor != 1.0)
+    return Item(f"picture {index}", (64, 64), 1, show, factor != 1.0)
 
 
 @contextmanager
@@ -56,7 +57,7 @@ def planned(items, spread=0.1, **fields):
         if spread:
             models.scatter(trainables, spread)
         export = models.exporter(method, recipe, host.denoiser.adapter_name)
-        plan = loop.Plan(recipe, items, [], trainables, export, frozen=lambda: method.switched_off(module))
+        plan = Plan(recipe, items, [], trainables, export, frozen=lambda: method.switched_off(module))
         yield plan, host
 
 
@@ -71,7 +72,7 @@ def gradient_of(plan, host, batch):
 def by_hand(plan, host, batch, weights):
     """(loss, gradient) of (1/B) sum w_i l_i, each example predicted alone."""
     shown = [plan.train[index].show(0) for index in batch]
-    _, x0, noise, sigma = next(loop._parts(shown, replace(plan.recipe, micro_batch=0), 0, 0, host))
+    _, x0, noise, sigma = next(forward.parts_of(shown, replace(plan.recipe, micro_batch=0), 0, 0, host))
     total = torch.zeros(())
     for row, (one, weight) in enumerate(zip(shown, weights, strict=True)):
         part = slice(row, row + 1)
@@ -105,9 +106,9 @@ def test_batches_of_an_epoch_sum_up_to_diffusers_sum_of_means():
     items = [make_item(0), make_item(1), make_item(10, WEIGHT), make_item(11, WEIGHT)]
     with planned(items) as (plan, host):
         shown = [item.show(0) for item in items]
-        part = next(loop._parts(shown, plan.recipe, 0, 0, host))
-        plain = loop._losses(host, [replace(one, factor=1.0) for one in shown], *part[1:]).detach()
-        loss = loop._losses(host, *part).detach().mean()
+        part = next(forward.parts_of(shown, plan.recipe, 0, 0, host))
+        plain = forward.losses_of(host, [replace(one, factor=1.0) for one in shown], *part[1:]).detach()
+        loss = forward.losses_of(host, *part).detach().mean()
     assert float(loss) == pytest.approx(float(plain[:2].mean() + WEIGHT * plain[2:].mean()) / 2, rel=1e-6)
 
 
@@ -151,7 +152,7 @@ def test_anchored_examples_add_the_weighted_distance_from_the_base(micro_batch):
         loss, gradient = gradient_of(plan, host, [0, 1, 2])
         own, slope = by_hand(plan, host, [0, 1, 2], [1.0, 1.0, 1.0])
         shown = [item.show(0) for item in items]
-        _, x0, noise, sigma = next(loop._parts(shown, replace(plan.recipe, micro_batch=0), 0, 0, host))
+        _, x0, noise, sigma = next(forward.parts_of(shown, replace(plan.recipe, micro_batch=0), 0, 0, host))
         said = [Conditioning(WordEncoder().encode("a picture"))]
         total = torch.zeros(())
         for row, weight in ((0, WEIGHT), (2, 2 * WEIGHT)):
@@ -169,15 +170,15 @@ def test_anchored_examples_add_the_weighted_distance_from_the_base(micro_batch):
 
 def test_at_the_start_nothing_has_drifted():
     with planned([make_item(0, anchor=1.0)], spread=0.0) as (plan, host):
-        part = next(loop._parts([plan.train[0].show(0)], plan.recipe, 0, 0, host))
-        own, drift = list(loop._terms(plan, host, *part))
+        part = next(forward.parts_of([plan.train[0].show(0)], plan.recipe, 0, 0, host))
+        own, drift = list(forward.terms_of(plan, host, *part))
     assert float(drift.detach()) == 0.0
     assert float(own.detach()) > 0.0
 
 
 def test_the_gradient_of_an_anchored_batch_is_exact():
     with planned([make_item(0, anchor=1.0), make_item(1, WEIGHT)], batch_size=2) as (plan, host):
-        check.check_gradient(lambda: loop.batch_loss(plan, host), plan.trainables, check.TOLERANCE)
+        check.check_gradient(lambda: forward.batch_loss(plan, host), plan.trainables, check.TOLERANCE)
 
 
 # ---- from a dataset to a run ------------------------------------------------------------------

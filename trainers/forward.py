@@ -1,0 +1,145 @@
+"""From a batch to its losses: noised, predicted, compared; everything that a gradient goes through."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from .autograd import OutOfPlace
+from .objective.asked import Asked, draw_asked
+from .objective.loss import example_losses
+from .objective.noise import draw_noise, draw_sigmas, generator, spread_sigmas
+from .objective.options import NATIVE
+from .objective.parameterisations import parameterisation
+
+if TYPE_CHECKING:
+    from .plan import Item, Plan, Shown
+    from .protocols import Conditioning, Host
+    from .recipe import Recipe
+
+_VALIDATION_LEVELS = 4
+
+
+def parts_of(shown: list[Shown], recipe: Recipe, step: int, number: int, host: Host) -> Iterator[tuple]:
+    """Splits a batch into micro-batches; noise and levels are drawn for the whole batch, whatever the split.
+
+    Each is what `_losses` takes after the host.
+    """
+    latents = torch.cat([one.latent for one in shown])
+    source = generator("step", recipe.seed, step, number)
+    asked = None
+    if recipe.objective == NATIVE:
+        sigma = draw_sigmas(host.denoiser.sigmas(), len(shown), source)
+        noise = draw_noise(tuple(latents.shape), source)
+    else:
+        sigma, noise, asked = draw_asked(recipe.objective, host.denoiser, tuple(latents.shape), source)
+    size = recipe.micro_batch or len(shown)
+    for start in range(0, len(shown), size):
+        stop = start + size
+        part = shown[start:stop], latents[start:stop], noise[start:stop], sigma[start:stop]
+        yield part if asked is None else (*part, asked.part(start, stop))
+
+
+def terms_of(
+    plan: Plan,
+    host: Host,
+    shown: list[Shown],
+    x0: torch.Tensor,
+    noise: torch.Tensor,
+    sigma: torch.Tensor,
+    asked: Asked | None = None,
+) -> Iterator[torch.Tensor]:
+    """The losses of the examples and of what is preserved beside them, each [B] float32 with a graph of its own."""
+    yield losses_of(host, shown, x0, noise, sigma, asked)
+    rows = [row for row, one in enumerate(shown) if one.anchor is not None]
+    if rows:
+        yield _drifts(plan, host, [shown[row].anchor for row in rows], x0[rows], noise[rows], sigma[rows])
+
+
+def losses_of(
+    host: Host,
+    shown: list[Shown],
+    x0: torch.Tensor,
+    noise: torch.Tensor,
+    sigma: torch.Tensor,
+    asked: Asked | None = None,
+) -> torch.Tensor:
+    """The loss of each example, [B] float32, with its graph: the native one, or what was asked for instead."""
+    denoiser = host.denoiser
+    x0, noise, sigma = (values.to(denoiser.device) for values in (x0, noise, sigma))
+    x_t = denoiser.add_noise(x0, noise if asked is None else asked.added.to(denoiser.device), sigma)
+    kind = parameterisation(denoiser.parameterisation, denoiser.sigma_data, denoiser.noise_scale)
+    target = kind.target(x0, noise, sigma.view(-1, *[1] * (x0.ndim - 1)))
+    with OutOfPlace():
+        prediction = denoiser.predict(x_t, sigma, _conditionings(host, shown))
+    if asked is not None:
+        losses = asked.losses(denoiser, prediction, target, sigma, _weights(shown, x0))
+    else:
+        losses = example_losses(prediction, target, _weights(shown, x0))
+    return losses * _factors(shown, x0)
+
+
+def _drifts(
+    plan: Plan, host: Host, shown: list[Shown], x0: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor
+) -> torch.Tensor:
+    """How far the prediction for each class prompt is from the frozen base's, [B] float32, with its graph."""
+    denoiser = host.denoiser
+    x0, noise, sigma = (values.to(denoiser.device) for values in (x0, noise, sigma))
+    x_t = denoiser.add_noise(x0, noise, sigma)
+    with OutOfPlace():
+        told = _conditionings(host, shown)
+        with torch.no_grad(), plan.frozen():
+            target = denoiser.predict(x_t, sigma, told)
+        prediction = denoiser.predict(x_t, sigma, told)
+    return example_losses(prediction, target, _weights(shown, x0)) * _factors(shown, x0)
+
+
+def _conditionings(host: Host, shown: list[Shown]) -> list[Conditioning]:
+    """What each showing is conditioned on; captions that were not encoded before are encoded once each."""
+    captions = list(dict.fromkeys(one.caption for one in shown if one.caption is not None))
+    encoded = dict(zip(captions, host.text.encode_live(captions), strict=True)) if captions else {}
+    return [
+        one.conditioning if one.caption is None else replace(one.conditioning, tensors=encoded[one.caption])
+        for one in shown
+    ]
+
+
+def _weights(shown: list[Shown], x0: torch.Tensor) -> torch.Tensor | None:
+    if all(one.weight is None for one in shown):
+        return None
+    ones = torch.ones_like(x0[:1, :1])
+    return torch.cat([ones if one.weight is None else one.weight.to(ones) for one in shown])
+
+
+def _factors(shown: list[Shown], x0: torch.Tensor) -> torch.Tensor | float:
+    if all(one.factor == 1.0 for one in shown):
+        return 1.0
+    return torch.tensor([one.factor for one in shown], device=x0.device)
+
+
+def batch_loss(plan: Plan, host: Host) -> torch.Tensor:
+    """The mean loss of the run's first batch, with its graph; the same at every call."""
+    _, batch = next(plan.batches(0))
+    parts = parts_of(plan.shown(batch), plan.recipe, 0, 0, host)
+    return sum(losses.sum() for part in parts for losses in terms_of(plan, host, *part)) / len(batch)
+
+
+def fixed_losses(items: Sequence[Item], recipe: Recipe, host: Host) -> torch.Tensor:
+    """Losses of items at fixed noise and evenly spread noise levels, [items, levels] float32, without gradients.
+
+    Always the model's own loss, whatever the objective of the training: numbers of runs with other weights, noise or
+    penalties can be compared with each other.
+    """
+    rows = []
+    with torch.no_grad():
+        for index, item in enumerate(items):
+            shown = item.show(None)
+            latent = shown.latent
+            sigma = spread_sigmas(host.denoiser.sigmas(), _VALIDATION_LEVELS)
+            noise = draw_noise((_VALIDATION_LEVELS, *latent.shape[1:]), generator("validation", recipe.seed, index))
+            x0 = latent.expand(_VALIDATION_LEVELS, *latent.shape[1:])
+            rows.append(losses_of(host, [shown] * _VALIDATION_LEVELS, x0, noise, sigma).cpu())
+    return torch.stack(rows)

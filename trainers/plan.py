@@ -1,0 +1,101 @@
+"""What the loop works on: items that can be shown again and again, trainables, and what becomes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from .data.order import batches_from
+from .optimisers import Group
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from .protocols import Conditioning
+    from .recipe import Recipe
+    from .run import Products
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One showing of an example.
+
+    Attributes:
+        latent: scaled, [1, C, ...].
+        conditioning: what it is conditioned on; without tensors where the text is encoded at every step.
+        weight: None, or the loss weights [1, 1, ...] of the latent's positions.
+        caption: the text, where it is encoded at every step.
+        factor: on its loss; the prior weight for a class image.
+        anchor: None, or the same latent conditioned on its class prompt, what the frozen base predicts for which is to
+            be preserved.
+    """
+
+    latent: torch.Tensor
+    conditioning: Conditioning
+    weight: torch.Tensor | None = None
+    caption: str | None = None
+    factor: float = 1.0
+    anchor: Shown | None = None
+
+
+@dataclass(frozen=True)
+class Item:
+    """One example, ready: everything but its latent and text, which are fetched when needed.
+
+    Attributes:
+        name: for errors.
+        bucket: (width, height) in pixels; items of one bucket can be batched.
+        repeats: how often an epoch shows it.
+        show: gives a showing by its turn, how often the run showed the item before; by None the one that never varies.
+        prior: whether it is a class image.
+    """
+
+    name: str
+    bucket: tuple[int, int]
+    repeats: int
+    show: Callable[[int | None], Shown]
+    prior: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the loop works on.
+
+    Attributes:
+        trainables: by name, float32, already part of the denoiser's or the text encoder's tree.
+        export: from the trainables' values and the step to what is handed on.
+        groups: of the trainables, all of them; empty for one group with the recipe's learning rate.
+        settle: called with the step's factor on the learning rates after every optimiser step, to keep trainables
+            where they must be.
+        frozen: gives a context in which the denoiser predicts as the base did before it was given trainables.
+        constants: tensors of the tree that are not trained and that a resumed run must find again.
+    """
+
+    recipe: Recipe
+    train: Sequence[Item]
+    validation: Sequence[Item]
+    trainables: dict[str, nn.Parameter]
+    export: Callable[[dict[str, torch.Tensor], int], Products]
+    groups: Sequence[Group] = ()
+    settle: Callable[[float], None] = lambda factor: None
+    frozen: Callable[[], AbstractContextManager] = nullcontext
+    constants: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def all_groups(self) -> Sequence[Group]:
+        """The groups, or the one that stands for none."""
+        return self.groups or (Group(tuple(self.trainables), self.recipe.learning_rate),)
+
+    def batches(self, position: int) -> Iterator[tuple[int, list[tuple[int, int]]]]:
+        """(epoch, batch) without end, starting after so many batches; a member is (place in `train`, its turn)."""
+        items = self.train
+        buckets = [item.bucket for item in items]
+        repeats = [item.repeats for item in items]
+        prior = [item.prior for item in items]
+        return batches_from(position, buckets, repeats, self.recipe.batch_size, self.recipe.seed, prior)
+
+    def shown(self, batch: list[tuple[int, int]]) -> list[Shown]:
+        """The showings of a batch."""
+        return [self.train[index].show(turn) for index, turn in batch]
