@@ -5,6 +5,7 @@ ComfyUI's implementation is `nodes/host/`; the tests hold one over diffusers.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -164,6 +165,11 @@ class Denoiser(Protocol):
 
     def fingerprint(self) -> str:
         """Hash of what makes this base: keys, shapes, dtypes, sampled weights, waiting patches."""
+
+
+def base_digest(*fingerprints: str) -> str:
+    """One hash of the fingerprints of a base's parts: denoiser, text encoder, codec, and what it starts from."""
+    return hashlib.sha256("|".join(fingerprints).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

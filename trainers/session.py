@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -16,9 +15,9 @@ from .families import family_of
 from .formats.adapter import Adapter, load_adapter
 from .formats.metadata import describe_training, tensors_hash
 from .methods import METHODS
-from .methods.patterns import check_used
 from .optimisers import OPTIMISERS
 from .prepare import Prepared, prepare
+from .protocols import base_digest
 from .run import Products, Run, State
 
 if TYPE_CHECKING:
@@ -100,10 +99,6 @@ def _train(recipe, dataset, host, folders, method, identity, run, state, export,
     prepared = prepare(dataset, recipe, host, folders.cache, folders.cache_limit)
     with denoiser.training(recipe.compute_dtype), host.text.training() if recipe.live_text else nullcontext():
         targets = method.targets(denoiser.module, family_of(denoiser.family), recipe)
-        # The text encoder's own adapters join here: their targets, trainables, groups and constants beside these
-        # (recipe.text_encoder, .text_encoder_rank, .text_encoder_learning_rate), and their layers in the exporter.
-        everywhere = replace(recipe, block_ranks=())
-        check_used(recipe, method.targets(denoiser.module, family_of(denoiser.family), everywhere))
         blocks = _checkpoint(denoiser.module, recipe)
         if blocks and recipe.live_text:
             checkpoint_blocks(blocks_of(host.text.module))
@@ -178,7 +173,7 @@ def _base(host: Host, start: Adapter | None) -> str:
     parts = [host.denoiser.fingerprint(), host.text.fingerprint(), host.codec.fingerprint()]
     if start is not None:
         parts.append(tensors_hash(start if start.native is None else start.native.tensors))
-    return hashlib.sha256("|".join(parts).encode()).hexdigest()
+    return base_digest(*parts)
 
 
 def _checkpoint(module, recipe: Recipe) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,7 +10,7 @@ from ...trainers.data.class_images import STEPS, ClassImages, Drawing
 from ...trainers.data.pixels import to_array
 from ...trainers.data.prior import checked_prompt
 from ...trainers.families import family_of
-from ...trainers.protocols import PreviewRequest
+from ...trainers.protocols import PreviewRequest, base_digest
 from . import families, paths
 from .digest import patcher_digest
 from .image import ComfyCodec
@@ -91,7 +90,7 @@ def make(model: ModelPatcher, clip: CLIP, vae: VAE, wish: Wish, node: str) -> Ma
     drawing = Drawing(
         prompt=checked_prompt(wish.prompt, "class_prompt"),
         negative=wish.negative,
-        base=_base(model, clip, vae),
+        base=base_digest(patcher_digest(model), ComfyText(clip).fingerprint(), ComfyCodec(vae).fingerprint()),
         size=(side, side),
         steps=wish.steps,
         cfg=wish.cfg or family.preview_cfg,
@@ -135,9 +134,3 @@ def _draw(images: ClassImages, missing: list[int], wish: Wish, model, clip, vae,
             images.write(number, picture)
             done += 1
             tick(done, picture)
-
-
-def _base(model: ModelPatcher, clip: CLIP, vae: VAE) -> str:
-    """Hash of what draws: another base, LoRA before it, clip skip or VAE has class images of its own."""
-    parts = [patcher_digest(model), ComfyText(clip).fingerprint(), ComfyCodec(vae).fingerprint()]
-    return hashlib.sha256("|".join(parts).encode()).hexdigest()

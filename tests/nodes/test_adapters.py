@@ -523,6 +523,21 @@ def test_a_pattern_that_chooses_nothing_is_refused_by_name(fields, tmp_path):
         run_session(tmp_path, **fields)
 
 
+def test_rank_zero_leaves_layers_out(tmp_path):
+    """In a whole run too, where a pattern that chooses nothing would be refused."""
+    whole = run_session(tmp_path / "whole")
+    less = run_session(tmp_path / "less", block_ranks=(("attn1", 0),))
+    assert set(less.adapter) == {name for name in whole.adapter if "attn1" not in name}
+    assert less.adapter
+
+
+def test_kinds_that_rank_zero_leaves_out_are_not_refused(model):
+    left_out = (("in_layers|out_layers|skip_connection|proj_in|proj_out|op|conv|input_blocks.0.0|out.2", 0),)
+    found = targets_of(model, "PiSSA", targets="linear + conv", block_ranks=left_out)
+    assert found
+    assert found == [path for path in targets_of(model, "PiSSA", targets="all linear") if path in found]
+
+
 def test_boft_takes_the_largest_block_that_divides_all_layers(model):
     with models.in_training(model, "SD1", method="BOFT", rank=5) as training:
         sizes = {parameter.shape[-1] for name, parameter in training.plan.trainables.items() if "boft_R" in name}

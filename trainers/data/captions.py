@@ -45,7 +45,7 @@ def read_sidecar(path: str, name: str, lines_are_variants: bool) -> tuple[str, .
     """
     text = _read_text(path, name)
     if not path.lower().endswith(".json"):
-        return _captions(text, lines_are_variants)
+        return variants_of(text, lines_are_variants)
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -96,10 +96,10 @@ def _jsonl_rows(text: str, name: str) -> Iterator[tuple[int, dict]]:
 def _from_json(value, lines_are_variants: bool) -> tuple[str, ...]:
     """Captions in a JSON value: a text, a list of texts, or an object with one of the known fields."""
     if isinstance(value, str):
-        return _captions(value, lines_are_variants)
+        return variants_of(value, lines_are_variants)
     if isinstance(value, list):
         texts = [text for text in value if isinstance(text, str)]
-        return tuple(found for text in texts for found in _captions(text, lines_are_variants))
+        return tuple(found for text in texts for found in variants_of(text, lines_are_variants))
     if isinstance(value, dict):
         for field in _FIELDS:
             found = value.get(field)
@@ -111,7 +111,8 @@ def _from_json(value, lines_are_variants: bool) -> tuple[str, ...]:
     return ()
 
 
-def _captions(text: str, lines_are_variants: bool) -> tuple[str, ...]:
+def variants_of(text: str, lines_are_variants: bool) -> tuple[str, ...]:
+    """The captions in a text: the whole of it in one line, or each of its lines; none when it holds no word."""
     parts = text.splitlines() if lines_are_variants else [text]
     return tuple(joined for joined in (" ".join(part.split()) for part in parts) if joined)
 

@@ -414,8 +414,7 @@ def from_arrays(
             mask_array = masks[index if len(masks) > 1 else 0]
             mask = _mask_source(mask_array, image.shape[:2], index)
         size = (image.shape[1], image.shape[0])
-        lines = text.splitlines() if lines_are_variants else [text]
-        variants = tuple(joined for joined in (" ".join(line.split()) for line in lines) if joined) or ("",)
+        variants = captions.variants_of(text, lines_are_variants) or ("",)
         examples.append(Example(source, variants, size, source.digest, trigger, 1, mask, handling or Handling()))
     return Dataset(tuple(examples), trigger, resolution, "images")
 

@@ -15,7 +15,7 @@ from ..formats.native import Native
 from ..objective.noise import generator
 from ..optimisers import Group
 from .base import Method
-from .patterns import matches, rank_of, value_for
+from .patterns import check_used, matches, rank_of, value_for
 
 if TYPE_CHECKING:
     import torch
@@ -185,13 +185,14 @@ class PeftMethod(Method):
 
         Raises:
             ModelError: there is none.
-            SettingsError: one is of a kind on which this type is not offered.
+            SettingsError: one is of a kind on which this type is not offered, or a pattern chooses nothing.
         """
-        kinds = {}
+        meant = {}
         for path, layer in module.named_modules():
             kind = kind_of(layer)
-            if kind is not None and _is_target(path, kind, family, recipe) and rank_of(path, recipe) > 0:
-                kinds[path] = kind
+            if kind is not None and _is_target(path, kind, family, recipe):
+                meant[path] = kind
+        kinds = {path: kind for path, kind in meant.items() if rank_of(path, recipe) > 0}
         if not kinds:
             raise ModelError(
                 f"No trainable layer of the kind '{recipe.targets}' was found in the model ({type(module).__name__}).",
@@ -199,6 +200,7 @@ class PeftMethod(Method):
                 "load the original.",
                 "model",
             )
+        check_used(recipe, meant)
         for path, kind in kinds.items():
             if kind not in self.kinds:
                 raise SettingsError(

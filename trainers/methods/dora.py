@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from .by_peft import Layer
-from .lora import LoRA
+from .lora import LoRA, parts_of
 
 if TYPE_CHECKING:
     import torch
@@ -33,11 +33,7 @@ def _forward(layer: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     is then not that of the loss. Here the norm is worked out from the narrow factors, which needs no [out, in]
     matrix, and its gradient is exact.
     """
-    base = layer.base_layer
-    down = layer.lora_A["default"]
-    up = layer.lora_B["default"]
-    drop = layer.lora_dropout["default"]
-    scale = layer.scaling["default"]
+    base, down, up, drop, scale = parts_of(layer)
     magnitude = layer.lora_magnitude_vector["default"]
     squares = _row_squares(layer)
 

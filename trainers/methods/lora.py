@@ -15,17 +15,24 @@ if TYPE_CHECKING:
     from ..recipe import Recipe
 
 
+def parts_of(layer: nn.Module) -> tuple:
+    """(frozen layer, A, B, dropout, scale) of a LoRA layer of peft."""
+    return (
+        layer.base_layer,
+        layer.lora_A["default"],
+        layer.lora_B["default"],
+        layer.lora_dropout["default"],
+        layer.scaling["default"],
+    )
+
+
 def _linear(layer: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     """A forward of one's own over peft's parameters: one product less and no pass to scale.
 
     peft scales and adds the adapter's output in passes of their own over the whole activation, forward and
     backward; here the scale goes on the narrow middle and the sum into the product.
     """
-    base = layer.base_layer
-    down = layer.lora_A["default"]
-    up = layer.lora_B["default"]
-    drop = layer.lora_dropout["default"]
-    scale = layer.scaling["default"]
+    base, down, up, drop, scale = parts_of(layer)
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         out = base(x)
@@ -41,11 +48,7 @@ def _linear(layer: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
 
 def _convolution(layer: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     """The same for a convolution, with the scale on the narrow middle."""
-    base = layer.base_layer
-    down = layer.lora_A["default"]
-    up = layer.lora_B["default"]
-    drop = layer.lora_dropout["default"]
-    scale = layer.scaling["default"]
+    base, down, up, drop, scale = parts_of(layer)
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         out = base(x)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ..formats.kohya import own
 from ..objective.noise import generator
 from .by_peft import LINEAR, Layer
-from .lora import LoRA
+from .lora import LoRA, parts_of
 
 if TYPE_CHECKING:
     import torch
@@ -25,11 +25,7 @@ def _forward(layer: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
 
     peft takes B0 A0 out of the weight instead, which would copy every targeted weight and round it.
     """
-    base = layer.base_layer
-    down = layer.lora_A["default"]
-    up = layer.lora_B["default"]
-    drop = layer.lora_dropout["default"]
-    scale = layer.scaling["default"]
+    base, down, up, drop, scale = parts_of(layer)
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         from torch.nn.functional import linear
