@@ -27,6 +27,30 @@ SCHEDULERS = comfy.samplers.KSampler.SCHEDULERS
 _BAKED = ("patches", "backup", "backup_buffers", "object_patches", "object_patches_backup", "pinned")
 
 
+# Samplers that draw no noise on the way. The others draw it for a whole batch from one seed, so that a picture would
+# hang on those beside it: they draw one after the other.
+_NOISELESS = {
+    "euler",
+    "euler_cfg_pp",
+    "heun",
+    "heunpp2",
+    "dpm_2",
+    "lms",
+    "dpmpp_2m",
+    "dpmpp_2m_cfg_pp",
+    "ipndm",
+    "ipndm_v",
+    "deis",
+    "res_multistep",
+    "res_multistep_cfg_pp",
+    "gradient_estimation",
+    "gradient_estimation_cfg_pp",
+    "ddim",
+    "uni_pc",
+    "uni_pc_bh2",
+}
+
+
 class _Sampler:
     """Draws with a patcher as the host's own sampling nodes do."""
 
@@ -58,7 +82,7 @@ class _Sampler:
 
 
 class ClassSampler(_Sampler):
-    """Draws class images with the graph's own model: several of one prompt side by side."""
+    """Draws class images with the graph's own model: several of one prompt side by side, where that changes none."""
 
     def __init__(self, patcher: ModelPatcher, text: ComfyText, vae: VAE):
         super().__init__(patcher, text, vae)
@@ -71,7 +95,9 @@ class ClassSampler(_Sampler):
             if prompt not in self._literal:
                 self._literal[prompt] = self._text.encode_for_sampling(prompt)
             seeds = [(request.seed + number) % 2**64 for number in numbers]
-            latents = self._sample(self._literal[prompt], self._text.prompt(request.negative), request, seeds)
+            positive, negative = self._literal[prompt], self._text.prompt(request.negative)
+            groups = [seeds] if request.sampler_name in _NOISELESS else [[seed] for seed in seeds]
+            latents = torch.cat([self._sample(positive, negative, request, group) for group in groups])
             return [_picture(self._vae.decode(latent)) for latent in latents.split(1)]
 
 

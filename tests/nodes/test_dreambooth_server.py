@@ -123,19 +123,22 @@ def test_what_decides_a_picture_has_a_folder_of_its_own_and_the_rest_has_not(ser
     assert len(folders(server, name)) == 8
 
 
-def test_a_picture_does_not_hang_on_how_many_are_drawn_beside_it(server, tiny_base, name):
+@pytest.mark.parametrize("sampler_name", ["auto", "dpmpp_2m", "euler_ancestral", "dpmpp_sde"])
+def test_a_picture_does_not_hang_on_how_many_are_drawn_beside_it(server, tiny_base, name, sampler_name):
     """Picture i has the seed + i, whatever the count, the batch, or where the drawing began."""
-    server.run(drawing(f"{name} circle", 4, batch_size=4))
+    way = {"sampler_name": sampler_name}
+    name = f"{sampler_name.replace('_', '')}{name}"[:40]
+    server.run(drawing(f"{name} circle", 4, batch_size=4, **way))
     (made,) = folders(server, name)
     together = contents(made)
     for path in sorted(made.glob("*.png"))[1:]:
         path.unlink()
     (made / "00000.png").write_bytes(together["00000.png"][0][:200])
-    server.run(drawing(f"{name} circle", 4))
+    server.run(drawing(f"{name} circle", 4, **way))
     for file, (data, _) in contents(made).items():
         alone, beside = (np.asarray(Image.open(io.BytesIO(one)), dtype=int) for one in (data, together[file][0]))
         assert abs(alone - beside).max() <= 1
-    server.run(drawing(f"{name} circle", 1, seed=3))
+    server.run(drawing(f"{name} circle", 1, seed=3, **way))
     (other,) = [path for path in folders(server, name) if path != made]
     assert _pixels((other / "00000.png").read_bytes()) == _pixels((made / "00003.png").read_bytes())
 
