@@ -297,6 +297,40 @@ def run_session(folder, report=None, host=None, dataset=None, **fields):
     return run_recipe(recipe, dataset or make_dataset(), host or make_host(report), folders)
 
 
+@contextmanager
+def planned(items, spread=0.1, **fields):
+    """(plan, host) of a LoRA on random trainables; spread 0 leaves them as they start."""
+    from graft_pack.trainers.families import family_of
+    from graft_pack.trainers.methods import METHODS
+    from graft_pack.trainers.plan import Plan
+
+    from tests.support import models
+
+    recipe = models.recipe("SD1", **fields)
+    host = make_host()
+    with host.denoiser.training("auto"):
+        module = host.denoiser.module
+        method = METHODS["LoRA"]
+        trainables = method.inject(module, method.targets(module, family_of("SD1"), recipe), recipe)
+        if spread:
+            models.scatter(trainables, spread)
+        export = models.exporter(method, recipe, host.denoiser.adapter_name)
+        yield Plan(recipe, items, [], trainables, export, frozen=lambda: method.switched_off(module)), host
+
+
+def gradient_of(plan, host, window, step=0):
+    """(loss, gradient as one vector, names) of a window of batches."""
+    from graft_pack.trainers import loop
+
+    from tests.support import models
+
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    for parameter in plan.trainables.values():
+        parameter.grad = None
+    loss, names = loop._gradients(plan, host, window, step, scaler)
+    return loss, models.joined(p.grad for p in plan.trainables.values()), names
+
+
 def state_of(result):
     """The last state that a run kept, as read from its file."""
     return result.run.load(10**9)

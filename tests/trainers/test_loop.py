@@ -1,19 +1,17 @@
 """The loop's arithmetic: what one optimiser step sums up, clips, averages, measures and refuses."""
 
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
-from graft_pack.trainers import forward, loop
+from graft_pack.trainers import forward
 from graft_pack.trainers.errors import NumbersError
-from graft_pack.trainers.families import family_of
-from graft_pack.trainers.methods import METHODS
-from graft_pack.trainers.plan import Item, Plan, Shown
+from graft_pack.trainers.plan import Item, Shown
 
 from tests.support import models
 from tests.support.diffusers_host import (
     DiffusersDenoiser,
+    gradient_of,
     make_host,
     make_unet,
     run_session,
@@ -21,6 +19,7 @@ from tests.support.diffusers_host import (
     state_of,
 )
 from tests.support.diffusers_host import WordEncoder as Words
+from tests.support.diffusers_host import planned as plan_of
 
 
 def make_item(index, weight=None):
@@ -32,32 +31,14 @@ def make_item(index, weight=None):
     return Item(f"picture {index}", (64, 64), 1, lambda turn: Shown(latent, conditioning, weight))
 
 
-@contextmanager
 def planned(count=6, **fields):
-    """(plan, host) on random trainables."""
-    recipe = models.recipe("SD1", **fields)
-    host = make_host()
-    with host.denoiser.training("auto"):
-        module = host.denoiser.module
-        method = METHODS["LoRA"]
-        trainables = method.inject(module, method.targets(module, family_of("SD1"), recipe), recipe)
-        models.scatter(trainables, 0.1)
-        export = models.exporter(method, recipe, host.denoiser.adapter_name)
-        yield Plan(recipe, [make_item(index) for index in range(count)], [], trainables, export), host
+    """(plan, host) of some examples on random trainables."""
+    return plan_of([make_item(index) for index in range(count)], **fields)
 
 
 def first_turns(*indices):
     """A batch of examples that are shown for the first time."""
     return [(index, 0) for index in indices]
-
-
-def gradient_of(plan, host, window, step=0):
-    """(loss, gradient) of a window of batches, as one vector."""
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    for parameter in plan.trainables.values():
-        parameter.grad = None
-    loss, names = loop._gradients(plan, host, window, step, scaler)
-    return loss, models.joined(p.grad for p in plan.trainables.values()), names
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 3, 4, 9])

@@ -1,18 +1,16 @@
 """Prior preservation in the loop: the loss of mixed batches by hand, and the frozen base's prediction as a target."""
 
 import itertools
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
-from graft_pack.trainers import check, forward, loop
+from graft_pack.trainers import check, forward
 from graft_pack.trainers.data import prior
 from graft_pack.trainers.data.scan import from_arrays
 from graft_pack.trainers.errors import DatasetError, SettingsError
-from graft_pack.trainers.families import family_of
-from graft_pack.trainers.methods import METHODS, Method
-from graft_pack.trainers.plan import Item, Plan, Shown
+from graft_pack.trainers.methods import Method
+from graft_pack.trainers.plan import Item, Shown
 from graft_pack.trainers.prepare import prepare
 from graft_pack.trainers.protocols import Conditioning
 
@@ -22,11 +20,13 @@ from tests.support.diffusers_host import (
     make_dataset,
     make_host,
     picture,
+    planned,
     run_session,
     same_state,
     same_tensors,
     state_of,
 )
+from tests.support.diffusers_host import gradient_of as window_gradient
 
 WEIGHT = 0.37
 
@@ -45,28 +45,9 @@ def make_item(index, factor=1.0, anchor=None):
     return Item(f"picture {index}", (64, 64), 1, show, factor != 1.0)
 
 
-@contextmanager
-def planned(items, spread=0.1, **fields):
-    """(plan, host) on random trainables; spread 0 leaves them as they start."""
-    recipe = models.recipe("SD1", **fields)
-    host = make_host()
-    with host.denoiser.training("auto"):
-        module = host.denoiser.module
-        method = METHODS["LoRA"]
-        trainables = method.inject(module, method.targets(module, family_of("SD1"), recipe), recipe)
-        if spread:
-            models.scatter(trainables, spread)
-        export = models.exporter(method, recipe, host.denoiser.adapter_name)
-        plan = Plan(recipe, items, [], trainables, export, frozen=lambda: method.switched_off(module))
-        yield plan, host
-
-
 def gradient_of(plan, host, batch):
-    for parameter in plan.trainables.values():
-        parameter.grad = None
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    loss, _ = loop._gradients(plan, host, [(0, [(index, 0) for index in batch])], 0, scaler)
-    return loss, models.joined(p.grad for p in plan.trainables.values())
+    """(loss, gradient) of one batch of examples that are shown for the first time."""
+    return window_gradient(plan, host, [(0, [(index, 0) for index in batch])])[:2]
 
 
 def by_hand(plan, host, batch, weights):

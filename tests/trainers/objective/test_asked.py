@@ -11,8 +11,16 @@ from graft_pack.trainers.objective.noise import draw_noise, draw_sigmas, generat
 from graft_pack.trainers.objective.options import NATIVE, Objective
 
 from tests.support import models
-from tests.support.diffusers_host import DiffusersDenoiser, make_host, make_unet, run_session, same_state, state_of
-from tests.trainers.test_loop import first_turns, gradient_of, planned
+from tests.support.diffusers_host import (
+    DiffusersDenoiser,
+    gradient_of,
+    make_host,
+    make_unet,
+    run_session,
+    same_state,
+    state_of,
+)
+from tests.trainers.test_loop import first_turns, planned
 
 # One of everything that goes together.
 ALL = Objective(
