@@ -76,17 +76,17 @@ def test_prompts_without_the_word_are_encoded_as_the_host_does(name, skip, promp
         clip.clip_layer(skip)
     expected = conditioned(clip, PROMPTS[prompt])
     text = ComfyText(clip)
-    literal = text.encode(PROMPTS[prompt])
+    captions = [PROMPTS[prompt], "another", PROMPTS[prompt]]
+    literal = [text.encode(caption) for caption in captions]
     with torch.inference_mode(False), text.training():
         text.attach(models.WORD, vectors_for(clip))
         [(context, rest)] = text.prompt(PROMPTS[prompt])
-        captions = [PROMPTS[prompt], "another", PROMPTS[prompt]]
         live = text.encode_live(captions)
     assert models.distance(context, expected[0]) <= 1e-5
     assert models.distance(rest["pooled_output"], expected[1]) <= 1e-5
-    for one in (live[0], live[2]):
-        assert one.keys() == literal.keys()
-        for key, value in literal.items():
+    for one, expected in zip(live, literal, strict=True):
+        assert one.keys() == expected.keys()
+        for key, value in expected.items():
             assert models.distance(one[key].detach(), value) <= 1e-5, key
 
 
