@@ -82,12 +82,6 @@ def check_recipe(recipe: Recipe) -> None:
             "target_patterns",
         )
     METHODS[recipe.method].check(recipe)
-    if recipe.text_encoder:
-        raise SettingsError(
-            "Training the text encoder is not there yet.",
-            "Set text_encoder to off or auto in Graft Adapter Options; Graft Pivotal Options train a word for it.",
-            "text_encoder",
-        )
 
 
 def _check_range(field: str, value: Any, input: str) -> None:

@@ -139,7 +139,8 @@ def _gradients(plan: Plan, host: Host, window: list, step: int, scaler) -> tuple
     total = sum(len(batch) for _, batch in window)
     summed = 0.0
     names = []
-    with dropping_out(host.denoiser.module, plan.recipe, step):
+    trees = [host.denoiser.module, *([host.text.module] if plan.recipe.text_encoder else [])]
+    with dropping_out(trees, plan.recipe, step):
         for number, (_, batch) in enumerate(window):
             names.extend(plan.train[index].name for index, _ in batch)
             for part in parts_of(plan.shown(batch), plan.recipe, step, number, host):

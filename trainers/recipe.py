@@ -129,7 +129,7 @@ class Recipe:
     @property
     def live_text(self) -> bool:
         """Whether what the text encoder gives changes while training, so that captions are encoded at every step."""
-        return bool(self.embedding_name)
+        return bool(self.embedding_name) or self.text_encoder
 
     def deciding(self) -> dict[str, Any]:
         """The fields that decide the result; those that came later only where they are not at their old value."""
@@ -154,10 +154,16 @@ class Recipe:
             word = f"embedding:{self.embedding_name} ({start}, learning rate {self.embedding_learning_rate:g}), "
         return (
             f"{self.method} for {self.family}, {self.optimizer}, learning rate {self.learning_rate:g} {self.schedule}, "
-            f"{size}{word}"
+            f"{size}{self._text_summary()}{word}"
             f"batch {self.batch_size} x {self.accumulation}, resolution {self.resolution}, seed {self.seed}"
             + "".join(f", {name} {value}" for name, value in self.objective.set_fields().items())
         )
+
+    def _text_summary(self) -> str:
+        if not self.text_encoder:
+            return ""
+        rank = f"rank {self.text_encoder_rank}, " if self.text_encoder_rank else ""
+        return f"text encoder too ({rank}learning rate {self.text_encoder_learning_rate:g}), "
 
     def as_json(self) -> dict[str, Any]:
         """All fields, JSON-able."""

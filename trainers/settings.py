@@ -135,7 +135,7 @@ def resolve(
         # What trains an adapter trains it of the type that was chosen.
         method = get("adapter", "type", method)
     patterns = parse_patterns(get("adapter", "target_patterns", ""), "target_patterns")
-    text_encoder = get("adapter", "text_encoder", "off") == "on"
+    text_encoder = _trains_text_encoder(options)
     alone = word is not None
     word = _pivotal(options, alone) or word or Word("", "", 0, stop=0.0, templates="")
     optimizer = get("optimizer", "optimizer", "AdamW")
@@ -208,6 +208,23 @@ def resolve(
 def _default_targets(method: str) -> str:
     # An unknown method is refused with the others' names, in `_check`.
     return METHODS[method].default_targets if method in METHODS else "attention"
+
+
+def _trains_text_encoder(options: Options) -> bool:
+    """Whether the text encoder is trained too.
+
+    Raises:
+        SettingsError: it is said how, but not that.
+    """
+    wanted = options.value("adapter", "text_encoder", "off") == "on"
+    for name in ("text_encoder_rank", "text_encoder_learning_rate"):
+        if not wanted and ("adapter", name) in options:
+            raise SettingsError(
+                f"{name} is set, but the text encoder is not trained: it would have no effect.",
+                f"In Graft Adapter Options set text_encoder to on, or leave {name} alone.",
+                name,
+            )
+    return wanted
 
 
 def _pivotal(options: Options, alone: bool) -> Word | None:

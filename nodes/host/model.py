@@ -230,7 +230,7 @@ class ComfyDenoiser:
 
     def check_adapter(self, tensors: dict[str, torch.Tensor]) -> list[str]:
         """Keys that the host's own LoRA loader would not use on this model."""
-        return unread_keys(self._model, None, tensors)
+        return unread_keys(self._model, self._text and self._text.clip, tensors)
 
     def fingerprint(self) -> str:
         """Of the MODEL as it arrived."""

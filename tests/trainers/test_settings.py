@@ -93,6 +93,8 @@ SET = {
 BESIDE = {
     "num_cycles": ("optimizer", {"schedule": "cosine with restarts"}),
     "power": ("optimizer", {"schedule": "polynomial"}),
+    "text_encoder_rank": ("adapter", {"text_encoder": "on"}),
+    "text_encoder_learning_rate": ("adapter", {"text_encoder": "on"}),
     "min_snr_gamma": ("objective", {"weighting": "min-SNR"}),
     "timestep_mean": ("objective", {"timesteps": "shifted"}),
     "timestep_std": ("objective", {"timesteps": "resolution-shifted"}),
@@ -106,11 +108,6 @@ FREE = {"run", "preview", "memory"}
 
 @pytest.mark.parametrize("kind, name", [(kind, name) for kind in SET for name in SET[kind]])
 def test_every_field_arrives_in_the_recipe(kind, name):
-    if name.startswith("text_encoder"):
-        with pytest.raises(SettingsError, match="text encoder is not there yet") as caught:
-            resolved(Options().adding(kind, {"text_encoder": "on", name: SET[kind][name]}))
-        assert caught.value.input == "text_encoder"
-        return
     # Of a word nothing is asked but with its name.
     word = {"name": "w"} if kind == "pivotal" and name != "name" else {}
     without = Options().adding(*BESIDE.get(name, (kind, word)))
@@ -212,11 +209,6 @@ def test_options_that_came_later_leave_the_identity_of_earlier_runs():
         "trigger": "",
     }
     assert recipe.identity("d", "b") == "45051b1be5a096ba30ca2ce6d9560ff4ea45014124abf0e74612040080c2d4e4"
-
-
-def test_text_encoder_settings_mean_nothing_while_it_is_off():
-    values = {"text_encoder_rank": 2, "text_encoder_learning_rate": 1e-5}
-    assert resolved(Options().adding("adapter", values)) == resolved()
 
 
 @pytest.mark.parametrize(

@@ -83,18 +83,19 @@ def save_adapter(path: str, adapter: dict[str, torch.Tensor], title: str, format
             "Connect the training node itself, or choose 'kohya'.",
             "format",
         )
-    tensors = dict(adapter) if format == "kohya" else native.tensors
+    tensors = dict(adapter) if format == "kohya" else native.all_tensors()
     _check_whole(tensors)
     metadata = stamped(getattr(adapter, "metadata", {}), tensors, title)
+    paths = [path]
     if format == "peft":
-        write_peft(os.path.dirname(path), native, metadata)
+        paths = write_peft(os.path.dirname(path), native, metadata)
     elif format == "diffusers":
         write_diffusers(path, native, metadata)
     else:
         files.write_tensors(path, tensors, metadata)
-    written = files.read_header(path).keys() - {"__metadata__"}
-    if len(written) != len(tensors):
-        raise RunError(f"The file '{path}' holds {len(written)} of {len(tensors)} tensors.", "Save it again.")
+    written = sum(len(files.read_header(one).keys() - {"__metadata__"}) for one in paths)
+    if written != len(tensors):
+        raise RunError(f"The file '{path}' holds {written} of {len(tensors)} tensors.", "Save it again.")
 
 
 def _check_whole(tensors: dict[str, torch.Tensor]) -> None:

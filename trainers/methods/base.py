@@ -43,6 +43,10 @@ class Method:
         """The effective scale of the difference; None where there is no alpha."""
         return None
 
+    def meant(self, module: nn.Module, family: Family, recipe: Recipe) -> list[str]:
+        """Paths of the modules in a tree that the recipe's targets take in, those of rank 0 too."""
+        return self.targets(module, family, recipe)
+
     def targets(self, module: nn.Module, family: Family, recipe: Recipe) -> list[str]:
         """Paths of the modules in a tree that are adapted, sorted."""
         raise NotImplementedError
@@ -94,8 +98,8 @@ class Method:
         adapter: Adapter,
         recipe: Recipe,
         names: tuple[Callable[[str], str], Callable[[str], str | None]],
-    ) -> None:
-        """Gives the trainables the values of an adapter file.
+    ) -> set[str]:
+        """Gives the trainables the values of an adapter file; the names of the file's tensors that were taken.
 
         Args:
             names: of a module in the host's files, and in the model as diffusers published it.

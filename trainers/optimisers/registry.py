@@ -149,8 +149,8 @@ class Prodigy(Optimiser):
         return Prodigy
 
     def check(self, recipe):
-        word = recipe.embedding_learning_rate
-        if recipe.lora_plus_ratio != 1 or recipe.block_learning_rates or (word and word != recipe.learning_rate):
+        others = {recipe.embedding_learning_rate, recipe.text_encoder_learning_rate} - {0.0, recipe.learning_rate}
+        if recipe.lora_plus_ratio != 1 or recipe.block_learning_rates or others:
             raise SettingsError(
                 "Prodigy finds one learning rate for all that is trained; here parts of it have rates of their own.",
                 "Leave the other learning rates alone, or choose another optimizer.",
