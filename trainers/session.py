@@ -12,8 +12,9 @@ from . import inversion
 from .data.scan import check_captions
 from .errors import ModelError
 from .families import family_of
-from .formats.adapter import Adapter, load_adapter
+from .formats.adapter import Adapter, LazyAdapter, load_adapter
 from .formats.metadata import describe_training, tensors_hash
+from .formats.whole import Differences
 from .methods import METHODS
 from .optimisers import OPTIMISERS
 from .prepare import Prepared, prepare
@@ -65,14 +66,14 @@ def run_recipe(recipe: Recipe, dataset: Dataset, host: Host, folders: Folders) -
     if recipe.embedding_name:
         inversion.check_word(recipe, host.text)
         dataset = inversion.address(dataset, recipe.embedding_name, recipe.embedding_templates)
-    if not METHODS[recipe.method].ranked:
+    if not METHODS[recipe.method].trains_model:
         inversion.refuse_preservation(dataset)
     check_captions(dataset)
     recipe.objective.check(host.denoiser.parameterisation)
     method = METHODS[recipe.method]
     start = load_adapter(folders.adapter_of(recipe.start_from)) if recipe.start_from else None
     identity = recipe.identity(dataset.fingerprint(), _base(host, start))
-    label = dataset.name if method.ranked else recipe.embedding_name
+    label = dataset.name if method.trains_model else recipe.embedding_name
     run = Run.open(folders, recipe, identity, label)
     state = State()
     if recipe.on_existing != "start over":
@@ -105,8 +106,7 @@ def _train(recipe, dataset, host, folders, method, identity, run, state, export,
         trainables = method.inject(denoiser.module, targets, recipe)
         constants = method.constants(denoiser.module)
         if start is not None and state.step == 0:
-            names = denoiser.adapter_name, denoiser.published_name
-            method.start(trainables, denoiser.module, start, recipe, names)
+            method.start(trainables, denoiser.module, start, recipe, method.names(denoiser))
         groups = method.groups(trainables, recipe)
         settle = _keep_still
         if recipe.embedding_name:
@@ -130,6 +130,7 @@ def _train(recipe, dataset, host, folders, method, identity, run, state, export,
             settle,
             partial(method.switched_off, denoiser.module),
             constants,
+            method.in_backward,
         )
         if state.step == 0:
             _check_gradient(plan, host)
@@ -153,8 +154,11 @@ def _finished(recipe, host, method, run, state, export) -> Result:
 
 
 def _result(export, state: State, run: Run, resumed_from: int, left_out: tuple[LeftOut, ...] = ()) -> Result:
+    # Whoever trained is done: what an optimiser knows is on disk, and a whole difference may take the weights' place.
+    state.optimiser = {}
     made = export(state.ema or state.trainables, state.step)
-    return Result(made.adapter, made.embedding, state.losses, run, resumed_from, left_out)
+    adapter = made.adapter.taken() if isinstance(made.adapter, LazyAdapter) else made.adapter
+    return Result(adapter, made.embedding, state.losses, run, resumed_from, left_out)
 
 
 def _keep_still(factor: float) -> None:
@@ -261,9 +265,14 @@ def _exporter(method, recipe: Recipe, host: Host, dataset: Dataset, run: Run, id
         own = {name: value for name, value in values.items() if not name.startswith(inversion.PREFIX)}
         adapter = None
         if own:
-            tensors = method.export(own, recipe, denoiser.adapter_name, denoiser.module)
-            native = method.native(own, recipe, denoiser.published_name, denoiser.module)
-            adapter = Adapter(tensors, describe_training(facts, "lora"), native)
+            name_of, published_name = method.names(denoiser)
+            tensors = method.export(own, recipe, name_of, denoiser.module)
+            native = method.native(own, recipe, published_name, denoiser.module)
+            metadata = describe_training(facts, "lora" if method.ranked else "difference")
+            if isinstance(tensors, Differences):
+                adapter = LazyAdapter(tensors, metadata)
+            else:
+                adapter = Adapter(tensors, metadata, native)
         embedding = None
         if recipe.embedding_name:
             embedding = inversion.made_of(values, recipe, describe_training(facts, "textual-inversion"))

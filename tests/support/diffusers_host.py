@@ -321,13 +321,13 @@ def planned(items, spread=0.1, **fields):
 def gradient_of(plan, host, window, step=0):
     """(loss, gradient as one vector, names) of a window of batches."""
     from graft_pack.trainers import loop
+    from graft_pack.trainers.optimisers.stepping import Mover
 
     from tests.support import models
 
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
     for parameter in plan.trainables.values():
         parameter.grad = None
-    loss, names = loop._gradients(plan, host, window, step, scaler)
+    loss, names = loop._gradients(plan, host, window, step, Mover(plan, host))
     return loss, models.joined(p.grad for p in plan.trainables.values()), names
 
 

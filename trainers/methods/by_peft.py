@@ -190,7 +190,7 @@ class PeftMethod(Method):
         meant = {}
         for path, layer in module.named_modules():
             kind = kind_of(layer)
-            if kind is not None and _is_target(path, kind, family, recipe):
+            if kind is not None and is_target(path, kind, family, recipe):
                 meant[path] = kind
         kinds = {path: kind for path, kind in meant.items() if rank_of(path, recipe) > 0}
         if not kinds:
@@ -415,7 +415,7 @@ def _unlike(how: str, cure: str) -> ModelError:
     return ModelError(f"The adapter to start from {how}.", cure, "start_from")
 
 
-def _is_target(path: str, kind: str, family: Family, recipe: Recipe) -> bool:
+def is_target(path: str, kind: str, family: Family, recipe: Recipe) -> bool:
     """Whether the recipe's targets take a layer in."""
     if recipe.targets == "patterns":
         return matches(path, recipe.target_patterns)
