@@ -21,7 +21,7 @@ FULL = {"method": "all weights", "rank": 0, "alpha": 0.0, "targets": "all weight
 LARGE = {**FULL, "steps": 4, "learning_rate": 2e-3, "batch_size": 2}
 SIGMA = {"SD1": 2.0, "SDXL": 2.0, "Flux": 0.6}
 # By dtype: the bar, and the step of the finite difference at which rounding and curvature are both below it.
-BARS = {torch.float64: (1e-5, 0.02), torch.float32: (1e-3, 0.2)}
+BARS = {torch.float64: (1e-5, 0.02), torch.float32: (1e-3, 0.03)}
 
 
 def make_model(name, dtype=torch.float32):
@@ -213,9 +213,11 @@ def test_a_part_can_be_chosen_and_nothing_else_gets_a_key(part, tmp_path):
 def test_rates_of_blocks(tmp_path):
     fields = {"block_learning_rates": (("middle_block", 1e-5),)}
     adapter, _, _ = trained(make_model("SD1"), "SD1", tmp_path, steps=1, **fields)
-    for key in adapter:
-        largest = float(adapter[key].abs().max())
-        assert (largest < 2e-5) == (".middle_block" in key), key
+    # The first step of AdamW is as long as the rate wherever there is a slope worth the name.
+    slow = {key: float(adapter[key].abs().max()) for key in adapter}
+    fast = [slow.pop(key) for key in list(slow) if ".middle_block" not in key]
+    assert slow and max(slow.values()) <= 1.1e-5
+    assert sum(largest > 1e-3 for largest in fast) >= 0.9 * len(fast)
 
 
 def test_a_pattern_that_chooses_nothing_is_refused():
