@@ -11,9 +11,9 @@ from graft_pack.trainers.settings import UNSET, Options, resolve
 from tests.support import models
 
 
-def resolved(options=None, **widgets):
+def resolved(options=None, method="LoRA", **widgets):
     values = {"steps": 10, "learning_rate": 0.0, "rank": 4, "batch_size": 1, "seed": 0, "resolution": 0, "trigger": ""}
-    return resolve(options or Options(), family_of("SD1"), "LoRA", **{**values, **widgets})
+    return resolve(options or Options(), family_of("SD1"), method, **{**values, **widgets})
 
 
 @pytest.mark.parametrize("kind", UNSET)
@@ -87,6 +87,7 @@ SET = {
         "block_ranks": "middle_block=2",
         "block_learning_rates": "middle_block=1e-5",
         "lora_plus_ratio": 4.0,
+        "weight_dtype": "bf16",
     },
 }
 # What a field needs beside it to be allowed, because it would have no effect alone.
@@ -110,6 +111,16 @@ def test_every_field_arrives_in_the_recipe(kind, name):
         with pytest.raises(SettingsError, match="text encoder is not there yet") as caught:
             resolved(Options().adding(kind, {"text_encoder": "on", name: SET[kind][name]}))
         assert caught.value.input == "text_encoder"
+        return
+    if name == "weight_dtype":
+        # An adapter's is not to be chosen; of all weights it decides the result.
+        with pytest.raises(SettingsError, match="always kept in fp32"):
+            resolved(Options().adding(kind, {name: SET[kind][name]}))
+        recipes = [
+            resolved(options, method="all weights") for options in (Options(), Options().adding(kind, {name: "bf16"}))
+        ]
+        assert [recipe.weight_dtype for recipe in recipes] == ["fp32", "bf16"]
+        assert recipes[0].identity("d", "b") != recipes[1].identity("d", "b")
         return
     # Of a word nothing is asked but with its name.
     word = {"name": "w"} if kind == "pivotal" and name != "name" else {}
