@@ -14,6 +14,7 @@ class Family:
         name: as reports and metadata show it.
         resolution: side of the square it was trained at, pixels.
         lora_learning_rate: for alpha = rank.
+        full_learning_rate: where all weights are trained.
         attention: patterns a module path must match in part to be an attention projection; none: every Linear.
         feed_forward: the same for the two projections of a feed-forward part.
         among: patterns of which a module path must match one to be trained at all; none: every path.
@@ -24,6 +25,7 @@ class Family:
     name: str
     resolution: int = 1024
     lora_learning_rate: float = 1e-4
+    full_learning_rate: float = 1e-6
     attention: tuple[str, ...] = ()
     feed_forward: tuple[str, ...] = (r"\.ff\.net\.(0\.proj|2)$", r"mlp\.(0|2|fc1|fc2)$")
     among: tuple[str, ...] = ()
@@ -47,14 +49,15 @@ TEXT_ENCODER = Family(
 FAMILIES = {
     family.name: family
     for family in (
-        Family("SD1", 512, attention=_UNET_ATTENTION, diffusers_names=True),
-        Family("SD2", 512, attention=_UNET_ATTENTION, diffusers_names=True),
-        Family("SD2 v", 768, attention=_UNET_ATTENTION, diffusers_names=True),
+        Family("SD1", 512, full_learning_rate=5e-6, attention=_UNET_ATTENTION, diffusers_names=True),
+        Family("SD2", 512, full_learning_rate=5e-6, attention=_UNET_ATTENTION, diffusers_names=True),
+        Family("SD2 v", 768, full_learning_rate=5e-6, attention=_UNET_ATTENTION, diffusers_names=True),
         Family("SDXL", 1024, attention=_UNET_ATTENTION),
         Family("SDXL refiner", 1024, attention=_UNET_ATTENTION),
         Family(
             "Flux",
             1024,
+            full_learning_rate=5e-6,
             attention=(r"_attn\.(qkv|proj)$", r"single_blocks\.\d+\.linear[12]$"),
             preview_cfg=1.0,
             preview_scheduler="simple",
@@ -62,6 +65,7 @@ FAMILIES = {
         Family(
             "SD3",
             1024,
+            full_learning_rate=5e-6,
             attention=(r"\.attn2?\.(qkv|proj)$",),
             preview_cfg=4.5,
             preview_scheduler="simple",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 from .errors import ModelError
 from .families import TEXT_ENCODER, Family, family_of
 from .formats.adapter import Adapter
+from .formats.whole import Differences
 from .methods.patterns import check_used
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class Parts:
 
     def __init__(self, method: Method, recipe: Recipe, host: Host):
         self._method = method
-        self._parts = list(_parts_of(recipe, host))
+        self._parts = list(_parts_of(method, recipe, host))
         self.layers = 0
 
     def inject(self) -> dict[str, nn.Parameter]:
@@ -132,12 +133,12 @@ class Parts:
                 "start_from",
             )
 
-    def export(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def export(self, values: dict[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
         """The adapter file's tensors from the trainables' values."""
-        found = {}
-        for part in self._parts:
-            found.update(self._method.export(part.own(values), part.recipe, part.names[0], part.tree()))
-        return found
+        made = [self._method.export(part.own(values), part.recipe, part.names[0], part.tree()) for part in self._parts]
+        if isinstance(made[0], Differences):
+            return Differences.joined(made)
+        return {name: tensor for one in made for name, tensor in one.items()}
 
     def native(self, values: dict[str, torch.Tensor]) -> Native | None:
         """The same as peft has it; None where there is no such form."""
@@ -173,10 +174,9 @@ def _adapter_of(adapter: Adapter, component: str) -> Adapter:
     return Adapter({}, adapter.metadata, native)
 
 
-def _parts_of(recipe: Recipe, host: Host) -> Iterator[Part]:
+def _parts_of(method: Method, recipe: Recipe, host: Host) -> Iterator[Part]:
     denoiser, text = host.denoiser, host.text
-    names = denoiser.adapter_name, denoiser.published_name
-    yield Part("", "", "", family_of(denoiser.family), recipe, lambda: denoiser.module, names)
+    yield Part("", "", "", family_of(denoiser.family), recipe, lambda: denoiser.module, method.names(denoiser))
     if not recipe.text_encoder:
         return
     share = recipe.text_encoder_rank / recipe.rank if recipe.rank else 1.0
@@ -188,8 +188,8 @@ def _parts_of(recipe: Recipe, host: Host) -> Iterator[Part]:
     )
     for number, key in enumerate(text.encoders(), 1):
         component = "text_encoder" if number == 1 else f"text_encoder_{number}"
-        names = text.adapter_name, text.published_name
-        yield Part(component, PREFIX, f"{key}.", TEXT_ENCODER, own, partial(_encoder, text, key), names)
+        tree = partial(_encoder, text, key)
+        yield Part(component, PREFIX, f"{key}.", TEXT_ENCODER, own, tree, method.names(text))
 
 
 def _encoder(text, key: str) -> nn.Module | None:

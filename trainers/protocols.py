@@ -111,6 +111,9 @@ class TextEncoder(Protocol):
     def adapter_name(self, path: str) -> str:
         """Name of a module, by its path in `module`, in kohya's adapter files."""
 
+    def own_name(self, path: str) -> str:
+        """Name of a module, by its path in `module`, in the host's files of any method."""
+
     def published_name(self, path: str) -> str | None:
         """Path of a module in its encoder as transformers publishes it; None where that has no such module."""
 
@@ -168,6 +171,9 @@ class Denoiser(Protocol):
 
     def adapter_name(self, path: str) -> str:
         """Name of a module, by its path in `module`, in kohya's adapter files."""
+
+    def own_name(self, path: str) -> str:
+        """Name of a module or a bare parameter, by its path in `module`, in the host's files of any method."""
 
     def published_name(self, path: str) -> str | None:
         """Path of a module in the model as diffusers publishes it; None where it has no such module."""

@@ -33,6 +33,7 @@ LATER: dict[str, Any] = {
     "beta2": 0.999,
     "num_cycles": 1,
     "power": 1.0,
+    "weight_dtype": "fp32",
 }
 
 
@@ -66,6 +67,7 @@ class Recipe:
         block_ranks, block_learning_rates: (pattern, value) pairs; the first whose pattern is in a layer's path holds.
         lora_plus_ratio: B's learning rate over A's.
         text_encoder_rank, text_encoder_learning_rate: 0 where no text encoder is trained.
+        weight_dtype: what all weights are trained in, "fp32" or "bf16"; adapters are always in fp32.
         start_from: an adapter in the host's list, empty for none. What is in it is part of the base it trains on.
     """
 
@@ -106,6 +108,7 @@ class Recipe:
     beta2: float
     num_cycles: int
     power: float
+    weight_dtype: str
     # What follows does not decide the result.
     steps: int
     name: str
@@ -148,6 +151,8 @@ class Recipe:
         scale = METHODS[self.method].scale(self.rank, self.alpha)
         strength = "" if scale is None else f"alpha {self.alpha:g} (effective scale {scale:g}), "
         size = f"rank {self.rank}, {strength}on {self.targets}, " if self.rank else ""
+        if METHODS[self.method].in_backward:
+            size = f"on {self.targets} in {self.weight_dtype}, "
         word = ""
         if self.embedding_name:
             start = f"{self.embedding_vectors} vectors from '{self.embedding_init}'"

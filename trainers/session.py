@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 from . import inversion
 from .data.scan import check_captions
 from .errors import ModelError
-from .formats.adapter import Adapter, load_adapter
+from .formats.adapter import Adapter, LazyAdapter, load_adapter
 from .formats.metadata import describe_training, tensors_hash
+from .formats.whole import Differences
 from .methods import METHODS
 from .optimisers import OPTIMISERS
 from .parts import Parts
@@ -65,14 +66,14 @@ def run_recipe(recipe: Recipe, dataset: Dataset, host: Host, folders: Folders) -
     if recipe.embedding_name:
         inversion.check_word(recipe, host.text)
         dataset = inversion.address(dataset, recipe.embedding_name, recipe.embedding_templates)
-    if not METHODS[recipe.method].ranked:
+    if not METHODS[recipe.method].trains_model:
         inversion.refuse_preservation(dataset)
     check_captions(dataset)
     recipe.objective.check(host.denoiser.parameterisation)
     method = METHODS[recipe.method]
     start = load_adapter(folders.adapter_of(recipe.start_from)) if recipe.start_from else None
     identity = recipe.identity(dataset.fingerprint(), _base(host, start))
-    label = dataset.name if method.ranked else recipe.embedding_name
+    label = dataset.name if method.trains_model else recipe.embedding_name
     run = Run.open(folders, recipe, identity, label)
     state = State()
     if recipe.on_existing != "start over":
@@ -129,6 +130,7 @@ def _train(recipe, dataset, host, folders, parts, identity, run, state, export, 
             settle,
             parts.switched_off,
             constants,
+            METHODS[recipe.method].in_backward,
         )
         if state.step == 0:
             _check_gradient(plan, host)
@@ -160,8 +162,11 @@ def _finished(recipe, host, method, parts, run, state, export) -> Result:
 
 
 def _result(export, state: State, run: Run, resumed_from: int, left_out: tuple[LeftOut, ...] = ()) -> Result:
+    # Whoever trained is done: what an optimiser knows is on disk, and a whole difference may take the weights' place.
+    state.optimiser = {}
     made = export(state.ema or state.trainables, state.step)
-    return Result(made.adapter, made.embedding, state.losses, run, resumed_from, left_out)
+    adapter = made.adapter.taken() if isinstance(made.adapter, LazyAdapter) else made.adapter
+    return Result(adapter, made.embedding, state.losses, run, resumed_from, left_out)
 
 
 def _keep_still(factor: float) -> None:
@@ -268,7 +273,12 @@ def _exporter(method, parts: Parts, recipe: Recipe, host: Host, dataset: Dataset
         own = {name: value for name, value in values.items() if not name.startswith(inversion.PREFIX)}
         adapter = None
         if own:
-            adapter = Adapter(parts.export(own), describe_training(facts, "lora"), parts.native(own))
+            tensors = parts.export(own)
+            metadata = describe_training(facts, "lora" if method.ranked else "difference")
+            if isinstance(tensors, Differences):
+                adapter = LazyAdapter(tensors, metadata)
+            else:
+                adapter = Adapter(tensors, metadata, parts.native(own))
         embedding = None
         if recipe.embedding_name:
             embedding = inversion.made_of(values, recipe, describe_training(facts, "textual-inversion"))

@@ -146,6 +146,10 @@ class ComfyText:
         alone = len(keys) == 1 and not hasattr(self.clip.cond_stage_model, "t5xxl")
         return f"lora_te{'' if alone else keys.index(key) + 1}_" + inner.replace(".", "_")
 
+    def own_name(self, path: str) -> str:
+        """As the host names it beside the model's own."""
+        return f"text_encoders.{path}"
+
     def published_name(self, path: str) -> str | None:
         """Its path in transformers' CLIP: only the encoder with a projection has the transformer in a wrapper."""
         key, _, inner = path.partition(".transformer.")

@@ -361,3 +361,40 @@ def test_a_word_and_an_encoder_are_trained_together(tmp_path):
     assert set(result.embedding) == {"clip_l"}
     assert any(name.startswith("lora_te") for name in result.adapter)
     assert not any("embedding" in name for name in result.adapter)
+
+
+@pytest.mark.parametrize("name", ["SD1", "SDXL with text"])
+def test_all_weights_of_the_encoders_are_trained_exactly_and_applied_as_trained(name, tmp_path, comfy):
+    """The layers of each CLIP; their difference lies beside the model's, in one file that core's loader reads."""
+    import nodes
+
+    model, clip = models.patcher(name), models.text(name)
+    before = encoded(clip)
+    weights = [value.clone() for value in clip.cond_stage_model.state_dict().values()]
+    fields = {"method": "all weights", "targets": "all weights", "rank": 0, "alpha": 0.0, "text_encoder_rank": 0}
+    with models.with_text(name, model=model, clip=clip, **fields) as training:
+        trainables = of_text(training.plan.trainables)
+        assert {path.split(".")[0] for path in trainables} == {f"text/{key}" for key in models.TEXT[name]}
+        for end in ("q_proj.weight", "fc1.bias", "layer_norm1.weight"):
+            chosen = [value for path, value in trainables.items() if path.endswith(end)]
+            error, slope = directional_error(training.losses, chosen, step=0.1)
+            assert error <= 1e-3, end
+            assert abs(slope) > 1e-5, end
+        with torch.no_grad():
+            for value in trainables.values():
+                value.add_(torch.randn(value.shape, generator=torch.Generator().manual_seed(1)) * 0.02)
+            [trained] = training.host.text.encode_live([CAPTION])
+            with training.plan.frozen():
+                [off] = training.host.text.encode_live([CAPTION])
+            adapter = training.plan.export(training.plan.trainables, 0).adapter
+        path = comfy.base / "models" / "loras" / f"all of {name}.safetensors"
+        save_adapter(str(path), adapter, "all")
+        assert training.denoiser.check_adapter(adapter) == []
+    for key, value in before.items():
+        assert models.distance(off[key], value) <= 1e-6
+    assert max(models.distance(trained[key], before[key]) for key in before) >= 1e-2
+    _, applied = nodes.LoraLoader().load_lora(model, clip, path.name, 1.0, 1.0)
+    assert_applied(encoded(applied), trained, before)
+    assert all(torch.equal(encoded(clip)[key], value) for key, value in before.items())
+    after = clip.cond_stage_model.state_dict().values()
+    assert all(torch.equal(a, b) for a, b in zip(after, weights, strict=True))

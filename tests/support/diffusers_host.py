@@ -50,7 +50,12 @@ class DiffusersDenoiser:
         self.calls += 1
         scaled = x_t / (sigma.view(-1, 1, 1, 1) ** 2 + 1).sqrt()
         context = torch.cat([one.tensors["cross_attn"] for one in conditioning])
-        return self._unet(scaled, self.timestep(sigma), context).sample
+        return self._run(scaled, self.timestep(sigma), context)
+
+    def _run(self, x, t, context):
+        # As ComfyUI's layers do: weights in another dtype than the activations are cast on the way.
+        halves = {name: weight.float() for name, weight in self._unet.named_parameters() if weight.dtype != x.dtype}
+        return torch.func.functional_call(self._unet, halves, (x, t, context)).sample
 
     def timestep(self, sigma):
         """Index of the nearest level, [B]."""
@@ -67,7 +72,7 @@ class DiffusersDenoiser:
         x = x * scheduler.init_noise_sigma
         context = WordEncoder().encode(request.prompts[index])["cross_attn"]
         for t in scheduler.timesteps:
-            x = scheduler.step(self._unet(scheduler.scale_model_input(x, t), t, context).sample, t, x).prev_sample
+            x = scheduler.step(self._run(scheduler.scale_model_input(x, t), t, context), t, x).prev_sample
         return picture(x[0, :3].permute(1, 2, 0))
 
     @contextmanager
@@ -81,10 +86,16 @@ class DiffusersDenoiser:
     def adapter_name(self, path):
         return "lora_unet_" + path.replace(".", "_")
 
+    def own_name(self, path):
+        return f"model.{path}"
+
     def published_name(self, path):
         return path
 
     def check_adapter(self, tensors):
+        if all(key.startswith("model.") for key in tensors):
+            paths = {path for path, _ in self._unet.named_modules()}
+            return [key for key in tensors if key.removeprefix("model.").rpartition(".")[0] not in paths]
         names = {self.adapter_name(path.replace(".base_layer", "")) for path, _ in self._unet.named_modules()}
         return [key for key in tensors if key.split(".")[0] not in names and not key.startswith("lora_te_")]
 
@@ -369,13 +380,13 @@ def planned(items, spread=0.1, **fields):
 def gradient_of(plan, host, window, step=0):
     """(loss, gradient as one vector, names) of a window of batches."""
     from graft_pack.trainers import loop
+    from graft_pack.trainers.optimisers.stepping import Mover
 
     from tests.support import models
 
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
     for parameter in plan.trainables.values():
         parameter.grad = None
-    loss, names = loop._gradients(plan, host, window, step, scaler)
+    loss, names = loop._gradients(plan, host, window, step, Mover(plan, host))
     return loss, models.joined(p.grad for p in plan.trainables.values()), names
 
 

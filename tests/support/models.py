@@ -394,14 +394,16 @@ def in_training(
         if spread:
             scatter(trainables, spread, settings.seed, dtype)
         items = [item(name, seed, dtype, side) for seed in range(examples)]
-        export = exporter(method, settings, denoiser.adapter_name, denoiser)
+        export = exporter(method, settings, method.names(denoiser)[0], denoiser)
         plan = Plan(
             settings,
             items,
             [],
             trainables,
             export,
+            frozen=functools.partial(method.switched_off, denoiser.module),
             constants=method.constants(denoiser.module),
+            in_backward=method.in_backward,
         )
         host = Host(denoiser, None, None, report or (lambda event, payload: None))
         yield Training(denoiser, host, plan)

@@ -11,9 +11,9 @@ from graft_pack.trainers.settings import UNSET, Options, resolve
 from tests.support import models
 
 
-def resolved(options=None, **widgets):
+def resolved(options=None, method="LoRA", **widgets):
     values = {"steps": 10, "learning_rate": 0.0, "rank": 4, "batch_size": 1, "seed": 0, "resolution": 0, "trigger": ""}
-    return resolve(options or Options(), family_of("SD1"), "LoRA", **{**values, **widgets})
+    return resolve(options or Options(), family_of("SD1"), method, **{**values, **widgets})
 
 
 @pytest.mark.parametrize("kind", UNSET)
@@ -87,6 +87,7 @@ SET = {
         "block_ranks": "middle_block=2",
         "block_learning_rates": "middle_block=1e-5",
         "lora_plus_ratio": 4.0,
+        "weight_dtype": "bf16",
     },
 }
 # What a field needs beside it to be allowed, because it would have no effect alone.
@@ -108,6 +109,16 @@ FREE = {"run", "preview", "memory"}
 
 @pytest.mark.parametrize("kind, name", [(kind, name) for kind in SET for name in SET[kind]])
 def test_every_field_arrives_in_the_recipe(kind, name):
+    if name == "weight_dtype":
+        # An adapter's is not to be chosen; of all weights it decides the result.
+        with pytest.raises(SettingsError, match="always kept in fp32"):
+            resolved(Options().adding(kind, {name: SET[kind][name]}))
+        recipes = [
+            resolved(options, method="all weights") for options in (Options(), Options().adding(kind, {name: "bf16"}))
+        ]
+        assert [recipe.weight_dtype for recipe in recipes] == ["fp32", "bf16"]
+        assert recipes[0].identity("d", "b") != recipes[1].identity("d", "b")
+        return
     # Of a word nothing is asked but with its name.
     word = {"name": "w"} if kind == "pivotal" and name != "name" else {}
     without = Options().adding(*BESIDE.get(name, (kind, word)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def describe_training(given: dict, kind: str) -> dict[str, str]:
     return fields
 
 
-def stamped(metadata: dict[str, str], tensors: dict[str, torch.Tensor], title: str) -> dict[str, str]:
+def stamped(metadata: dict[str, str], tensors: Mapping[str, torch.Tensor], title: str) -> dict[str, str]:
     """The metadata of a file about to be written: with title, date and the hash of its tensors."""
     fields = dict(metadata)
     fields["modelspec.title"] = title
@@ -83,7 +84,7 @@ def data_uri(path: str) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(held.getvalue()).decode()
 
 
-def tensors_hash(tensors: dict[str, torch.Tensor]) -> str:
+def tensors_hash(tensors: Mapping[str, torch.Tensor]) -> str:
     """Hash over names, dtypes, shapes and bytes of tensors."""
     import torch
 
@@ -91,7 +92,7 @@ def tensors_hash(tensors: dict[str, torch.Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().to("cpu").contiguous()
         total.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}".encode())
-        total.update(tensor.view(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+        total.update(memoryview(tensor.view(-1).view(torch.uint8).numpy()) if tensor.numel() else b"")
     return total.hexdigest()
 
 

@@ -419,10 +419,10 @@ def _unlike(how: str, cure: str) -> ModelError:
 def _meant(module: nn.Module, family: Family, recipe: Recipe) -> dict[str, str]:
     """Kinds of the adaptable layers that the recipe's targets take in, by path."""
     kinds = {path: kind_of(layer) for path, layer in module.named_modules() if is_trained(path, family)}
-    return {path: kind for path, kind in kinds.items() if kind and _is_target(path, kind, family, recipe)}
+    return {path: kind for path, kind in kinds.items() if kind and is_target(path, kind, family, recipe)}
 
 
-def _is_target(path: str, kind: str, family: Family, recipe: Recipe) -> bool:
+def is_target(path: str, kind: str, family: Family, recipe: Recipe) -> bool:
     """Whether the recipe's targets take a layer in."""
     if recipe.targets == "patterns":
         return matches(path, recipe.target_patterns)

@@ -24,6 +24,7 @@ class Frozen(Method):
 
     name = "embedding"
     ranked = False
+    trains_model = False
 
     def check(self, recipe):
         """Raises SettingsError when something is said of an adapter, which there is none of."""
