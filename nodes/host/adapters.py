@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 import comfy.lora
 import comfy.lora_convert
 
-from ...trainers.errors import ModelError
+from ...trainers.errors import ModelError, SettingsError
+from ...trainers.methods.patterns import Pairs, check_pairs, value_for
+from . import ranges
 
 if TYPE_CHECKING:
     import torch
@@ -26,33 +28,91 @@ def apply_adapter(
     adapter: dict[str, torch.Tensor],
     strength_model: float,
     strength_clip: float,
+    blocks: Pairs = (),
+    span: tuple[float, float] = ranges.WHOLE,
 ) -> tuple[ModelPatcher, CLIP | None]:
     """Clones of model and clip with the adapter waiting on them; strength 0 gives back what came in.
 
+    Args:
+        blocks: patterns of layers' paths and what the strengths are multiplied by there.
+        span: (start, end) in 0..1 of sampling; the text encoder knows none.
+
     Raises:
         ModelError: the adapter is for another architecture, or for a larger or smaller one.
+        SettingsError: a pattern is in no layer's path, or the range is empty.
     """
+    start, end = span
+    if start >= end:
+        raise SettingsError(
+            f"start_percent {start:g} is not before end_percent {end:g}: the adapter would never act.",
+            "Set a smaller start_percent, or strength_model 0 to switch it off.",
+            "start_percent",
+        )
     patches, _ = _load(model, clip, adapter)
     _check_shapes(model, patches)
-    out_model, out_clip = model, clip
-    used = set()
-    if strength_model != 0:
-        out_model = model.clone()
-        used.update(out_model.add_patches(patches, strength_model))
-    if clip is not None and strength_clip != 0:
-        out_clip = clip.clone()
-        used.update(out_clip.add_patches(patches, strength_clip))
     if not patches:
         raise ModelError(
             f"The adapter fits no layer of the connected model ({type(model.model).__name__}).",
             "It was made for another: connect the model family it was trained on, or choose another adapter.",
             "adapter",
         )
+    check_pairs(blocks, [path_of(key) for key in patches], "block_strengths")
+    out_model, out_clip = model, clip
+    used = set()
+    parts = _by_strength(patches, strength_model, blocks)
+    if parts and (start, end) == ranges.WHOLE:
+        out_model = model.clone()
+        for part, strength in parts:
+            used.update(out_model.add_patches(part, strength))
+    elif parts:
+        out_model, used = ranges.add_in_range(classic(model), parts, (start, end))
+    parts = _by_strength(patches, strength_clip, blocks)
+    if clip is not None and parts:
+        out_clip = clip.clone()
+        for part, strength in parts:
+            used.update(out_clip.add_patches(part, strength))
     if used:
         unread = [key for key in unread_keys(model, clip, adapter) if clip is not None or not _is_text(key)]
         if unread:
             log.warning("Graft: %d keys of the adapter fit no layer, such as %s.", len(unread), unread[0])
     return out_model, out_clip
+
+
+def path_of(key) -> str:
+    """A layer's path as patterns see it, from a patch's key, which is a weight's or starts with one."""
+    name = key if isinstance(key, str) else key[0]
+    return name.removeprefix("diffusion_model.").removesuffix(".weight").removesuffix(".bias")
+
+
+def _by_strength(patches: dict, strength: float, blocks: Pairs) -> list[tuple[dict, float]]:
+    """(patches, strength) for each strength that is not 0."""
+    found: dict[float, dict] = {}
+    for key, patch in patches.items():
+        wanted = strength * value_for(path_of(key), blocks, 1.0)
+        if wanted != 0:
+            found.setdefault(wanted, {})[key] = patch
+    return [(part, wanted) for wanted, part in found.items()]
+
+
+def classic(model: ModelPatcher, input: str = "model") -> ModelPatcher:
+    """The model with its weights in place; newer hosts keep them elsewhere until a layer is run.
+
+    Args:
+        input: of the node, for the error.
+
+    Raises:
+        ModelError: the node that loaded it gave the host no way to do so.
+    """
+    if not (hasattr(model, "is_dynamic") and model.is_dynamic()):
+        return model
+    try:
+        return model.clone(disable_dynamic=True)
+    except RuntimeError as error:
+        raise ModelError(
+            f"The model's weights cannot be put in place ({error}).",
+            "Load it with one of ComfyUI's own loaders, or start ComfyUI with --disable-dynamic-vram.",
+            input,
+        ) from error
 
 
 def _check_shapes(model: ModelPatcher, patches: dict) -> None:
