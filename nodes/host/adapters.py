@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import comfy.lora
@@ -115,24 +117,65 @@ def classic(model: ModelPatcher, input: str = "model") -> ModelPatcher:
         ) from error
 
 
+@dataclass(frozen=True)
+class Fit:
+    """How an adapter fits a model.
+
+    Attributes:
+        model: its kind, as the host tells it from its checkpoint.
+        read: keys that the host uses.
+        unread: keys that it leaves aside; those of a text encoder are not counted where none is connected.
+        misfits: (weight's key, what does not fit), for parts of another size.
+        paths: by layer's name in the adapter, the path of the weight it is for.
+    """
+
+    model: str
+    read: int
+    unread: list[str]
+    misfits: list[tuple[str, str]]
+    paths: dict[str, str]
+
+
+def fit(model: ModelPatcher, clip: CLIP | None, adapter: dict[str, torch.Tensor]) -> Fit:
+    """What the host would do with an adapter."""
+    patches, read = _load(model, clip, adapter)
+    unread = [key for key in sorted(adapter) if key not in read and (clip is not None or not _is_text(key))]
+    misfits = list(_misfits(model.model, patches))
+    if clip is not None:
+        misfits += _misfits(clip.cond_stage_model, patches)
+    # Of formats that the host renames first, the names are not known here.
+    paths = {name: path_of(key) for name, key in _names(model, clip).items()}
+    return Fit(type(model.model.model_config).__name__, len(read), unread, misfits, paths)
+
+
 def _check_shapes(model: ModelPatcher, patches: dict) -> None:
     """Names an adapter for the same layers in another size, which the host would leave out with a line in its log.
 
     Raises:
         ModelError: naming a layer.
     """
-    weights = dict(model.model.named_parameters())
+    for key, what in _misfits(model.model, patches):
+        raise ModelError(
+            f"The adapter was made for another model: its part for {key} has {what} in the connected "
+            f"{type(model.model).__name__}.",
+            "Connect the model family it was trained on, or choose another adapter.",
+            "adapter",
+        )
+
+
+def _misfits(module: torch.nn.Module, patches: dict) -> Iterator[tuple[str, str]]:
+    """(weight's key, what does not fit) of patches of another size."""
+    weights = dict(module.named_parameters())
     for key, patch in patches.items():
         # The live weight: what a quantised one is stored as has other numbers.
         weight = weights.get(key) if isinstance(key, str) else None
+        if weight is None:
+            continue
         size = _size_of(patch)
-        if weight is not None and size is not None and size != weight.numel():
-            raise ModelError(
-                f"The adapter was made for another model: its part for {key} has {size} numbers, the layer of the "
-                f"connected {type(model.model).__name__} {weight.numel()}.",
-                "Connect the model family it was trained on, or choose another adapter.",
-                "adapter",
-            )
+        if size is not None and size != weight.numel():
+            yield key, f"{size} numbers, the layer {weight.numel()}"
+        elif isinstance(patch, tuple) and size is not None and patch[1][0].shape != weight.shape:
+            yield key, f"the shape {list(patch[1][0].shape)}, the layer {list(weight.shape)}"
 
 
 def _size_of(patch) -> int | None:
@@ -155,9 +198,7 @@ def unread_keys(model: ModelPatcher, clip: CLIP | None, adapter: dict[str, torch
 
 def _load(model: ModelPatcher, clip: CLIP | None, adapter: dict[str, torch.Tensor]) -> tuple[dict, set[str]]:
     """The host's patches by weight key, and the adapter keys that went into them."""
-    names = comfy.lora.model_lora_keys_unet(model.model, {})
-    if clip is not None:
-        names = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, names)
+    names = _names(model, clip)
     converted = _Watched(comfy.lora_convert.convert_lora(dict(adapter)))
     patches = comfy.lora.load_lora(converted, names, log_missing=False)
     read = converted.read
@@ -165,6 +206,12 @@ def _load(model: ModelPatcher, clip: CLIP | None, adapter: dict[str, torch.Tenso
         # The host renamed keys of a format it converts; which of ours each came from is not known.
         read = set(adapter) if patches else set()
     return patches, read
+
+
+def _names(model: ModelPatcher, clip: CLIP | None) -> dict:
+    """The host's weight keys by all the names for them that it reads."""
+    names = comfy.lora.model_lora_keys_unet(model.model, {})
+    return names if clip is None else comfy.lora.model_lora_keys_clip(clip.cond_stage_model, names)
 
 
 class _Watched(dict):

@@ -6,6 +6,7 @@ from graft_pack.trainers.errors import ModelError, SettingsError
 from graft_pack.trainers.formats.adapter import Adapter
 
 from tests.support import models
+from tests.support.adapters import differences, make_adapter, make_model
 
 pytestmark = pytest.mark.usefixtures("comfy")
 
@@ -14,32 +15,10 @@ BLOCKS = {"SD1": ("input_blocks.1", "output_blocks.3"), "Flux": ("double_blocks.
 SIGMAS = {"SD1": (8.0, 4.0, 2.0, 1.0, 0.4, 0.0), "Flux": (1.0, 0.8, 0.6, 0.4, 0.2, 0.0)}
 
 
-def make_adapter(name, seed=0, **fields):
-    """A LoRA with random values on all attention layers."""
-    with models.in_training(make_model(name), name, spread=0.2, seed=seed, **fields) as training:
-        return Adapter(training.plan.export(training.plan.trainables, 0).adapter)
-
-
-def make_model(name):
-    with torch.inference_mode():
-        return models.patcher(name)
-
-
 def apply(model, adapter, clip=None, strength=1.0, **more):
     from graft_pack.nodes.adapter import GraftApplyAdapter
 
     return GraftApplyAdapter.execute(model, adapter, strength, strength, clip, **more).args
-
-
-def differences(model):
-    """What the patches that wait on a MODEL add to its weights, by key, as the host works them out."""
-    import comfy.lora
-
-    found = {}
-    for key, patches in model.patches.items():
-        weight = dict(model.model.named_parameters())[key].detach()
-        found[key] = comfy.lora.calculate_weight(patches, weight.clone(), key) - weight
-    return found
 
 
 @pytest.fixture(scope="module", params=BLOCKS)
