@@ -118,6 +118,8 @@ def difference(name: str, tensors: dict[str, torch.Tensor], input: str) -> Diffe
             return _hadamard(held, bias)
         if any(end.startswith("lokr_") for end in held):
             return _kronecker(held, bias)
+        if not held.keys() <= {WHOLE, BIAS, ALPHA}:
+            raise KeyError(UP)
     except (KeyError, RuntimeError) as error:
         raise ModelError(
             f"The adapter's layer {name} is not whole, or its parts do not fit each other.",
