@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension
 
-from . import adapter, dataset, dreambooth, embedding, options, train
+from . import adapter, dataset, dreambooth, embedding, options, tools, train
 from .host import paths
 
 NODES = [
@@ -12,6 +12,7 @@ NODES = [
     *train.NODES,
     *dreambooth.NODES,
     *adapter.NODES,
+    *tools.NODES,
     *embedding.NODES,
     *options.NODES,
 ]

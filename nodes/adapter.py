@@ -5,10 +5,16 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..trainers.formats.adapter import FORMATS, save_adapter
+from ..trainers.methods.patterns import parse_pairs
 from .host import paths
-from .schema import CATEGORY, Adapter, named, refusal
+from .schema import CATEGORY, Adapter, advanced, named, refusal
 
 _CATEGORY = f"{CATEGORY}/adapter"
+_TOP_STRENGTH = 100.0
+
+
+def _percent(name: str, default: float, tooltip: str) -> io.Float.Input:
+    return io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.001, optional=True, tooltip=tooltip)
 
 
 class GraftApplyAdapter(io.ComfyNode):
@@ -27,20 +33,32 @@ class GraftApplyAdapter(io.ComfyNode):
                 io.Float.Input(
                     "strength_model",
                     default=1.0,
-                    min=-100.0,
-                    max=100.0,
+                    min=-_TOP_STRENGTH,
+                    max=_TOP_STRENGTH,
                     step=0.01,
                     tooltip="How strongly on the model.",
                 ),
                 io.Float.Input(
                     "strength_clip",
                     default=1.0,
-                    min=-100.0,
-                    max=100.0,
+                    min=-_TOP_STRENGTH,
+                    max=_TOP_STRENGTH,
                     step=0.01,
                     tooltip="How strongly on the text encoder.",
                 ),
                 io.Clip.Input("clip", optional=True, tooltip="The text encoder, for adapters that have a part for it."),
+                advanced(
+                    io.String.Input(
+                        "block_strengths",
+                        multiline=True,
+                        default="",
+                        optional=True,
+                        tooltip="pattern=strength, one a line, such as middle_block=0.5: multiplies the strength of "
+                        "layers whose path holds the pattern. The first that fits counts.",
+                    )
+                ),
+                _percent("start_percent", 0.0, "Sampling is done so far when the adapter begins to act on the model."),
+                _percent("end_percent", 1.0, "Sampling is done so far when the adapter ceases to act on the model."),
             ],
             outputs=[
                 io.Model.Output("model_out", display_name="model"),
@@ -50,11 +68,23 @@ class GraftApplyAdapter(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, adapter, strength_model, strength_clip, clip=None) -> io.NodeOutput:
+    def execute(
+        cls,
+        model,
+        adapter,
+        strength_model,
+        strength_clip,
+        clip=None,
+        block_strengths="",
+        start_percent=0.0,
+        end_percent=1.0,
+    ) -> io.NodeOutput:
         from .host.adapters import apply_adapter
 
         with named(cls):
-            return io.NodeOutput(*apply_adapter(model, clip, adapter, strength_model, strength_clip))
+            blocks = parse_pairs(block_strengths, float, -_TOP_STRENGTH, _TOP_STRENGTH, "block_strengths")
+            span = (start_percent, end_percent)
+            return io.NodeOutput(*apply_adapter(model, clip, adapter, strength_model, strength_clip, blocks, span))
 
 
 class GraftLoadAdapter(io.ComfyNode):

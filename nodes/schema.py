@@ -29,6 +29,11 @@ def options_input():
     return Options.Input("options", optional=True, tooltip="Settings from Graft option nodes; may be chained.")
 
 
+def execution_id(node: type[io.ComfyNode]) -> str | None:
+    """Of the node that executes, also inside subgraphs; None outside a graph."""
+    return node.hidden.unique_id if node.hidden is not None else None
+
+
 @contextmanager
 def named(node: type[io.ComfyNode]) -> Iterator[None]:
     """Lets an error say which node and which input it comes from."""
@@ -38,7 +43,7 @@ def named(node: type[io.ComfyNode]) -> Iterator[None]:
         # Asked anew: the class that executes is a locked copy, on which the host's own accessor cannot store it.
         schema = node.define_schema()
         title = schema.display_name
-        identity = node.hidden.unique_id if node.hidden is not None else None
+        identity = execution_id(node)
         where = f"{title} (node {identity})" if identity else title
         given = _input_of(error, [given.id for given in schema.inputs])
         if given:

@@ -21,8 +21,9 @@ from ...trainers.errors import ModelError
 from ...trainers.families import family_of
 from ...trainers.protocols import Conditioning, Geometry, PreviewRequest
 from . import families, sampling
-from .adapters import unread_keys
+from .adapters import classic, unread_keys
 from .digest import patcher_digest
+from .ranges import refuse_ranged
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -45,6 +46,7 @@ class ComfyDenoiser:
     """
 
     def __init__(self, model: ModelPatcher, text: ComfyText, vae: VAE):
+        refuse_ranged(model, "model", "training")
         self._model = model.clone()
         self._fingerprint = patcher_digest(model)
         self._text = text
@@ -241,27 +243,6 @@ class ComfyDenoiser:
     def fingerprint(self) -> str:
         """Of the MODEL as it arrived."""
         return self._fingerprint
-
-
-def classic(model: ModelPatcher, input: str = "model") -> ModelPatcher:
-    """The model with its weights in place; newer hosts keep them elsewhere until a layer is run.
-
-    Args:
-        input: of the node, for the error.
-
-    Raises:
-        ModelError: the node that loaded it gave the host no way to do so.
-    """
-    if not (hasattr(model, "is_dynamic") and model.is_dynamic()):
-        return model
-    try:
-        return model.clone(disable_dynamic=True)
-    except RuntimeError as error:
-        raise ModelError(
-            f"The model's weights cannot be put in place for training ({error}).",
-            "Load it with one of ComfyUI's own loaders, or start ComfyUI with --disable-dynamic-vram.",
-            input,
-        ) from error
 
 
 def _check_trainable(base, device: torch.device) -> None:

@@ -103,7 +103,7 @@ class ComfyText:
         import torch
 
         from ...trainers.autograd import own_weights, private_tree
-        from .model import classic
+        from .adapters import classic
 
         with torch.inference_mode(False), torch.enable_grad():
             clip = self.clip.clone()

@@ -5,6 +5,7 @@ Source: github.com/Stability-AI/ModelSpec; the field names kohya sd-scripts writ
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import time
@@ -57,6 +58,61 @@ def describe_training(given: dict, kind: str) -> dict[str, str]:
     fields[IDENTITY] = identity
     fields["graft_recipe"] = json.dumps(recipe, sort_keys=True)
     return fields
+
+
+# Where a merged, resized or extracted adapter comes from.
+MADE = "graft_made"
+# Of one training or one file alone.
+_OWN = (
+    IDENTITY,
+    "graft_recipe",
+    "lora_adapter_metadata",
+    "modelspec.title",
+    "modelspec.date",
+    "modelspec.hash_sha256",
+    "modelspec.thumbnail",
+    "ss_output_name",
+    "ss_network_module",
+    "ss_network_args",
+    "ss_network_dim",
+    "ss_network_alpha",
+    "sshs_model_hash",
+    "sshs_legacy_hash",
+)
+_TRIGGER = "modelspec.trigger_phrase"
+
+
+def derived(made: dict, sources: list[dict[str, str]], rank: int | None) -> dict[str, str]:
+    """Metadata of an adapter made of others: what all of them say alike, their triggers, and where it comes from.
+
+    Args:
+        made: how, JSON-able.
+        sources: the others' metadata.
+        rank: of all layers, None where they differ or there is none.
+    """
+    first = sources[0] if sources else {}
+    alike = {name for name in first if all(other.get(name) == first[name] for other in sources)}
+    fields = {name: first[name] for name in alike if name not in _OWN}
+    triggers = list(dict.fromkeys(one[_TRIGGER] for one in sources if one.get(_TRIGGER)))
+    if triggers:
+        fields[_TRIGGER] = ", ".join(triggers)
+    if rank is not None:
+        fields.update(ss_network_module="networks.lora", ss_network_dim=str(rank), ss_network_alpha=str(float(rank)))
+    history = [_history(one) for one in sources]
+    fields[MADE] = json.dumps({**made, "of": history} if history else made, sort_keys=True)
+    return fields
+
+
+def title_of(metadata: dict[str, str]) -> str:
+    """What an adapter is called; empty when it does not say."""
+    return metadata.get("modelspec.title") or metadata.get("ss_output_name") or ""
+
+
+def _history(metadata: dict[str, str]) -> dict:
+    told = {"title": title_of(metadata), "trained": metadata.get(IDENTITY, "")[:8]}
+    with contextlib.suppress(ValueError):
+        told["made"] = json.loads(metadata.get(MADE, ""))
+    return {name: value for name, value in told.items() if value}
 
 
 def stamped(metadata: dict[str, str], tensors: Mapping[str, torch.Tensor], title: str) -> dict[str, str]:

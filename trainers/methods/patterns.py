@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ..recipe import Recipe
 
 Value = TypeVar("Value", int, float)
+Pairs = tuple[tuple[str, float], ...]
 
 
 def parse_patterns(text: str, input: str) -> tuple[str, ...]:
@@ -89,10 +90,18 @@ def check_used(recipe: Recipe, paths: Iterable[str]) -> None:
         SettingsError: naming the pattern.
     """
     paths = list(paths)
-    asked = [("target_patterns", pattern) for pattern in recipe.target_patterns]
-    asked += [("block_ranks", pattern) for pattern, _ in recipe.block_ranks]
-    asked += [("block_learning_rates", pattern) for pattern, _ in recipe.block_learning_rates]
-    for input, pattern in asked:
+    check_pairs([(pattern, None) for pattern in recipe.target_patterns], paths, "target_patterns")
+    check_pairs(recipe.block_ranks, paths, "block_ranks")
+    check_pairs(recipe.block_learning_rates, paths, "block_learning_rates")
+
+
+def check_pairs(pairs: Iterable[tuple], paths: list[str], input: str) -> None:
+    """Refuses a pattern that is in no path.
+
+    Raises:
+        SettingsError: naming it.
+    """
+    for pattern, _ in pairs:
         if not any(re.search(pattern, path) for path in paths):
             raise SettingsError(
                 f"The pattern '{pattern}' of {input} is in no layer's path.",

@@ -1,0 +1,196 @@
+"""Nodes that work on adapters: merge, resize, extract, inspect."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io, ui
+
+from ..trainers.tools import extract, merge
+from . import inputs
+from .schema import CATEGORY, Adapter, execution_id, named
+
+_CATEGORY = f"{CATEGORY}/adapter"
+_TOP_WEIGHT = 100.0
+
+
+def _rank(tooltip: str, default: int = 0) -> io.Int.Input:
+    return io.Int.Input("rank", default=default, min=0, max=4096, tooltip=tooltip)
+
+
+def _energy() -> io.Float.Input:
+    return io.Float.Input(
+        "energy",
+        default=1.0,
+        min=0.001,
+        max=1.0,
+        step=0.001,
+        tooltip="Part of each layer's squared singular values that is kept. 1: all that the rank allows.",
+    )
+
+
+def _weight(name: str, of: str) -> io.Float.Input:
+    return io.Float.Input(
+        name, default=1.0, min=-_TOP_WEIGHT, max=_TOP_WEIGHT, step=0.01, tooltip=f"How much of {of} goes in."
+    )
+
+
+class GraftMergeAdapters(io.ComfyNode):
+    """Two adapters as one."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="GraftMergeAdapters",
+            display_name="Graft Merge Adapters",
+            category=_CATEGORY,
+            description="Makes one adapter of two, of any types whose difference is known without the model.",
+            inputs=[
+                Adapter.Input("adapter_a", tooltip="The first adapter."),
+                Adapter.Input("adapter_b", tooltip="The second, for the same model."),
+                _weight("weight_a", "the first"),
+                _weight("weight_b", "the second"),
+                io.Combo.Input(
+                    "method",
+                    options=list(merge.METHODS),
+                    default=merge.SUM,
+                    tooltip="weighted sum: as if both were applied. SVD: the same in the smallest rank. The others "
+                    "keep a part of each, so that two subjects or styles disturb each other less.",
+                ),
+                _rank("Of the result at most. 0: as large as it takes to lose nothing."),
+                io.Float.Input(
+                    "density",
+                    default=0.5,
+                    min=0.01,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Part of the numbers that TIES, DARE and magnitude prune keep of each adapter.",
+                ),
+                inputs.seed("Decides what DARE leaves out."),
+            ],
+            outputs=[Adapter.Output("adapter", display_name="adapter")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, adapter_a, adapter_b, weight_a, weight_b, method, rank, density, seed) -> io.NodeOutput:
+        from .host.tools import merge_adapters
+
+        with named(cls):
+            how = merge.Merging((weight_a, weight_b), method, rank, density, seed)
+            return io.NodeOutput(merge_adapters(adapter_a, adapter_b, how, execution_id(cls)))
+
+
+class GraftResizeAdapter(io.ComfyNode):
+    """An adapter of smaller rank."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="GraftResizeAdapter",
+            display_name="Graft Resize Adapter",
+            category=_CATEGORY,
+            description="Makes an adapter smaller: of each layer the part that holds most of it.",
+            inputs=[
+                Adapter.Input("adapter", tooltip="The adapter. What is no LoRA becomes one."),
+                _rank("Of each layer at most. 0: no limit.", 16),
+                _energy(),
+            ],
+            outputs=[Adapter.Output("resized", display_name="adapter")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, adapter, rank, energy) -> io.NodeOutput:
+        from .host.tools import resize_adapter
+
+        with named(cls):
+            return io.NodeOutput(resize_adapter(adapter, rank, energy, execution_id(cls)))
+
+
+class GraftExtractAdapter(io.ComfyNode):
+    """The difference of two models as an adapter."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="GraftExtractAdapter",
+            display_name="Graft Extract Adapter",
+            category=_CATEGORY,
+            description="Makes an adapter of what one model has more than another. LoRAs on either count.",
+            inputs=[
+                io.Model.Input("model_tuned", tooltip="The trained or merged model, or one with adapters on it."),
+                io.Model.Input("model_base", tooltip="The model that the adapter is to be applied to."),
+                _rank("Of each layer at most. 0: no limit.", 32),
+                _energy(),
+                io.Combo.Input(
+                    "conv",
+                    options=list(extract.CONV),
+                    default=extract.LOW,
+                    tooltip="Convolutions with a kernel: as a LoRA, as whole differences, or not at all.",
+                ),
+                io.Combo.Input(
+                    "norms_and_biases",
+                    options=list(extract.REST),
+                    default=extract.FULL,
+                    tooltip="What is no matrix: exactly, which few programs besides ComfyUI read, or not at all.",
+                ),
+                io.Clip.Input("clip_tuned", optional=True, tooltip="The trained model's text encoder."),
+                io.Clip.Input("clip_base", optional=True, tooltip="The text encoder that it is compared with."),
+            ],
+            outputs=[
+                Adapter.Output("adapter", display_name="adapter"),
+                io.String.Output("report", display_name="report"),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls, model_tuned, model_base, rank, energy, conv, norms_and_biases, clip_tuned=None, clip_base=None
+    ) -> io.NodeOutput:
+        from .host.tools import extract_adapter
+
+        with named(cls):
+            how = extract.Extraction(rank, energy, conv, norms_and_biases)
+            models, clips = (model_tuned, model_base), (clip_tuned, clip_base)
+            return io.NodeOutput(*extract_adapter(models, clips, how, execution_id(cls)))
+
+
+class GraftInspectAdapter(io.ComfyNode):
+    """What an adapter is."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="GraftInspectAdapter",
+            display_name="Graft Inspect Adapter",
+            category=_CATEGORY,
+            description="Shows how much an adapter changes each block, what it is, and whether it fits a model.",
+            inputs=[
+                Adapter.Input("adapter", tooltip="The adapter to look at."),
+                io.Model.Input("model", optional=True, tooltip="Tells whether the adapter fits, and names its blocks."),
+                io.Clip.Input("clip", optional=True, tooltip="The same for the adapter's text-encoder part."),
+            ],
+            outputs=[
+                io.Image.Output("image", display_name="image"),
+                io.String.Output("report", display_name="report"),
+            ],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, adapter, model=None, clip=None) -> io.NodeOutput:
+        import torch
+
+        from ..trainers.tools import inspect, picture
+        from .host.adapters import fit
+
+        with named(cls):
+            fitting = None if model is None else fit(model, clip, adapter)
+            findings = inspect.look(adapter, None if fitting is None else fitting.paths)
+            report = inspect.report(findings, fitting)
+            image = torch.from_numpy(picture.picture(findings))[None]
+            return io.NodeOutput(image, report, ui={**ui.PreviewImage(image, cls=cls).as_dict(), "text": (report,)})
+
+
+NODES = [GraftMergeAdapters, GraftResizeAdapter, GraftExtractAdapter, GraftInspectAdapter]

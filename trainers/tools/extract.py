@@ -1,0 +1,156 @@
+"""An adapter out of two models: the difference of each weight, as factors or whole."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from ..errors import ModelError
+from ..formats.adapter import Adapter
+from ..formats.kohya import to_kohya
+from ..formats.layers import BIAS, WHOLE
+from ..formats.metadata import derived
+from .difference import Difference, file_tensors, limited
+from .resize import check
+
+if TYPE_CHECKING:
+    import torch
+
+LOW, FULL, NONE = "low-rank", "whole", "leave out"
+# As the node offers them.
+CONV = (LOW, FULL, NONE)
+REST = (FULL, NONE)
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """What of a difference is kept.
+
+    Attributes:
+        rank: of a layer at most; 0 for no limit.
+        energy: part of the squared singular values that a layer keeps, in 0..1.
+        conv: one of CONV, for convolutions with a kernel.
+        rest: one of REST, for norms, biases and whatever else is no matrix.
+    """
+
+    rank: int
+    energy: float
+    conv: str = LOW
+    rest: str = FULL
+
+    def __post_init__(self):
+        check(self.energy)
+
+
+@dataclass
+class Tally:
+    """What was done, for the report; squares are of differences' norms."""
+
+    layers: int = 0
+    unchanged: int = 0
+    total: float = 0.0
+    held: float = 0.0
+    left_out: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight that two models have.
+
+    Attributes:
+        name: of its layer in the file.
+        end: WHOLE for the layer's weight, BIAS for its bias; empty for what an adapter cannot hold.
+        change: what one has more than the other, float32 on any device.
+    """
+
+    name: str
+    end: str
+    change: torch.Tensor
+
+
+def extract(weights: Iterable[Weight], how: Extraction, metadata: list[dict[str, str]]) -> tuple[Adapter, str]:
+    """(adapter, report) of weights that come one at a time.
+
+    Raises:
+        ModelError: they are all the same, or nothing of what differs was asked for.
+    """
+    tally = Tally()
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for weight in weights:
+        for end, tensor in _kept(weight, how, tally).items():
+            found.setdefault(weight.name, {})[end] = tensor.cpu()
+    if not found:
+        _refuse(tally)
+    tensors = to_kohya(found, str)
+    ranks = {tensors[key].shape[0] for key in tensors if key.endswith(".lora_down.weight")}
+    whole = any(key.endswith((f".{WHOLE}", f".{BIAS}")) for key in tensors)
+    made = {"tool": "extract", "rank": how.rank, "energy": how.energy, "conv": how.conv, "rest": how.rest}
+    common = ranks.pop() if len(ranks) == 1 and not whole else None
+    return Adapter(tensors, derived(made, metadata, common)), _report(tally, tensors)
+
+
+def _refuse(tally: Tally) -> None:
+    if not tally.left_out:
+        raise ModelError(
+            "The two models have the same weights: there is nothing to extract.",
+            "Connect the trained model, or the one with the adapter applied, as model_tuned.",
+            "model_tuned",
+        )
+    raise ModelError(
+        f"All that differs is left out, such as {tally.left_out[0]}.",
+        "Set conv to 'low-rank' or norms_and_biases to 'whole'.",
+        "norms_and_biases",
+    )
+
+
+def _kept(weight: Weight, how: Extraction, tally: Tally) -> dict[str, torch.Tensor]:
+    """The tensors of a weight's difference by their ends; nothing where it is zero or left out."""
+    change = weight.change
+    square = float(change.double().square().sum())
+    if square == 0:
+        tally.unchanged += 1
+        return {}
+    if not math.isfinite(square):
+        raise ModelError(
+            f"The difference of {weight.name} is not finite.", "One of the models is damaged.", "model_tuned"
+        )
+    tally.total += square
+    matrix = weight.end == WHOLE and change.dim() >= 2
+    kernel = matrix and math.prod(change.shape[2:]) > 1
+    wanted = how.conv if kernel else LOW if matrix else how.rest
+    if wanted == NONE or not weight.end:
+        tally.left_out.append(f"{weight.name}{' (bias)' if weight.end == BIAS else ''}")
+        return {}
+    tally.layers += 1
+    if wanted == FULL:
+        tally.held += square
+        return {weight.end: change}
+    low = _low(change, how)
+    tally.held += square if low.up is None else square - float((change - low.value()).double().square().sum())
+    return file_tensors(low)
+
+
+def _low(change: torch.Tensor, how: Extraction) -> Difference:
+    """As factors, or whole where that is no larger and loses nothing."""
+    whole = Difference(whole=change)
+    full = min(change.shape[0], change[0].numel())
+    if how.energy == 1 and (how.rank == 0 or how.rank >= full):
+        return whole
+    low = limited(whole, how.rank, how.energy)
+    return whole if low.rank * (change.shape[0] + change[0].numel()) >= change.numel() else low
+
+
+def _report(tally: Tally, tensors: dict[str, torch.Tensor]) -> str:
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    share = tally.held / tally.total
+    lines = [
+        f"Weights that differ: {tally.layers + len(tally.left_out)}; the same in both: {tally.unchanged}",
+        f"Kept: {share:.4%} of the squared difference, {size / 1e6:.1f} MB",
+    ]
+    if tally.left_out:
+        more = " ..." if len(tally.left_out) > _SHOWN else ""
+        lines.append(f"Left out though it differs: {', '.join(tally.left_out[:_SHOWN])}{more}")
+    return "\n".join(lines)

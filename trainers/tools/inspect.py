@@ -1,0 +1,239 @@
+"""An adapter looked at: what it is, how strong it is where, what it says of itself, and whether it fits."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from ..errors import ModelError
+from ..formats.layers import ALPHA, DORA, DOWN, block_of, is_text, split, type_of
+from ..formats.metadata import MADE, title_of
+from .difference import Difference, difference
+
+if TYPE_CHECKING:
+    import torch
+
+_SHOWN = 5
+
+
+class Fit(Protocol):
+    """How an adapter fits a model: its kind, keys that are used and not, parts of another size, weights' paths."""
+
+    model: str
+    read: int
+    unread: list[str]
+    misfits: list[tuple[str, str]]
+    paths: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A layer.
+
+    Attributes:
+        kind: adapter type.
+        rank, scale: of its factors, None where there are none.
+        norm: of what it adds to the weight (Frobenius); None where that is not known without the weight.
+    """
+
+    name: str
+    block: str
+    kind: str
+    rank: int | None
+    scale: float | None
+    norm: float | None
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What there is to be said of an adapter.
+
+    Attributes:
+        others: keys that are no layer's.
+        numbers, size: in its tensors, and their bytes.
+        method: the type it was trained as, where it says so.
+    """
+
+    rows: list[Row]
+    others: list[str]
+    numbers: int
+    size: int
+    metadata: dict[str, str]
+    method: str | None
+
+
+def look(adapter: dict[str, torch.Tensor], paths: dict[str, str] | None = None) -> Findings:
+    """Reads an adapter; whatever cannot be told of a layer is left open.
+
+    Args:
+        paths: of the connected model's weights by layer's name; blocks are then called as the model calls them.
+    """
+    layers, others = split(adapter)
+    rows = [_row(name, tensors, (paths or {}).get(name, name)) for name, tensors in layers.items()]
+    numbers = sum(tensor.numel() for tensor in adapter.values())
+    size = sum(tensor.numel() * tensor.element_size() for tensor in adapter.values())
+    method = adapter.made_by() if hasattr(adapter, "made_by") else None
+    return Findings(sorted(rows, key=_order), others, numbers, size, getattr(adapter, "metadata", {}), method)
+
+
+def _row(name: str, tensors: dict[str, torch.Tensor], path: str) -> Row:
+    rank = scale = None
+    if DOWN in tensors:
+        rank = tensors[DOWN].shape[0]
+    elif "hada_w1_b" in tensors:
+        rank = tensors["hada_w1_b"].shape[0]
+    if rank is not None:
+        scale = float(tensors[ALPHA]) / rank if ALPHA in tensors else 1.0
+    try:
+        norm = _norm(difference(name, {end: part for end, part in tensors.items() if end != DORA}, ""))
+    except ModelError:
+        norm = None
+    return Row(name, block_of(path), type_of(tensors), rank, scale, norm)
+
+
+def _norm(given: Difference) -> float:
+    """Of the weight's part and the bias's together; of factors without their product."""
+    squares = 0.0
+    if given.up is not None:
+        up, down = given.up.double(), given.down.flatten(1).double()
+        squares = float(((up.t() @ up) * (down @ down.t())).sum())
+    elif given.whole is not None:
+        squares = float(given.whole.double().square().sum())
+    if given.bias is not None:
+        squares += float(given.bias.double().square().sum())
+    return math.sqrt(max(0.0, squares))
+
+
+# A model from its input to its output.
+_FIRST = ("input", "down", "double", "middle", "mid", "transformer", "joint", "output", "up", "single")
+
+
+def _order(row: Row) -> tuple:
+    return block_order(row.block), row.name
+
+
+def block_order(block: str) -> tuple:
+    """Sorts blocks as the model runs them, text encoders last."""
+    text = bool(re.match(r"te\d ", block))
+    stem, number = re.fullmatch(r"(.*?)(?:\.(\d+))?", block).groups()
+    place = next((index for index, word in enumerate(_FIRST) if stem.startswith(f"{word}_")), len(_FIRST))
+    return text, place, stem, int(number or 0)
+
+
+def block_norms(findings: Findings) -> list[tuple[str, float]]:
+    """(block, norm of what is added to all its weights), in the model's order."""
+    squares: dict[str, float] = {}
+    for row in findings.rows:
+        if row.norm is not None:
+            squares[row.block] = squares.get(row.block, 0.0) + row.norm**2
+    return [(block, math.sqrt(value)) for block, value in squares.items()]
+
+
+def report(findings: Findings, fit: Fit | None) -> str:
+    """The findings in words."""
+    lines = [*_described(findings), *_origin(findings.metadata), *_fitting(fit)]
+    return "\n".join(lines)
+
+
+def headline(findings: Findings) -> str:
+    """Types, ranks and layers in one line."""
+    ranks = sorted({row.rank for row in findings.rows if row.rank is not None})
+    kinds = " + ".join(kind for kind, _ in Counter(row.kind for row in findings.rows).most_common())
+    told = f", rank {_span(ranks)}" if ranks else ""
+    return f"{kinds or 'nothing'}{told}, {_counted(len(findings.rows), 'layer')}"
+
+
+def _described(findings: Findings) -> list[str]:
+    if not findings.rows and not findings.others:
+        kind = findings.method or "type that is not known here"
+        return [f"Nothing that could be applied: a {kind} in peft's form needs the model's weights."]
+    kinds = Counter(row.kind for row in findings.rows)
+    named = ", ".join(f"{kind} ({_counted(number, 'layer')})" for kind, number in kinds.most_common())
+    lines = [f"Type: {named}" + (f"; trained as {findings.method}" if findings.method else "")]
+    ranks = Counter(row.rank for row in findings.rows if row.rank is not None)
+    if len(ranks) == 1:
+        lines.append(f"Rank: {next(iter(ranks))}")
+    elif ranks:
+        lines.append("Ranks: " + ", ".join(f"{rank} ({_counted(ranks[rank], 'layer')})" for rank in sorted(ranks)))
+    scales = sorted({round(row.scale, 6) for row in findings.rows if row.scale is not None})
+    if scales:
+        lines.append(f"Effective scale (alpha / rank): {_span(scales)}")
+    text = sum(is_text(row.name) for row in findings.rows)
+    lines.append(f"Layers: {len(findings.rows) - text} of the model, {text} of text encoders")
+    lines.append(f"Size: {findings.numbers:,} numbers, {findings.size / 1e6:.1f} MB")
+    norms = [row.norm for row in findings.rows if row.norm is not None]
+    if norms:
+        most = max((row for row in findings.rows if row.norm is not None), key=lambda row: row.norm)
+        whole = math.sqrt(sum(norm**2 for norm in norms))
+        lines.append(f"Norm of all differences: {whole:.4g}; the largest {most.norm:.4g}, at {most.name}")
+        if not math.isfinite(whole):
+            lines.append("NOT FINITE: it will draw black pictures. Train it again at a lower learning rate.")
+        elif whole == 0:
+            lines.append("It changes nothing: all differences are zero.")
+    if any(row.kind == "DoRA" for row in findings.rows):
+        lines.append("Of DoRA the norms are those of the low-rank part alone; the magnitudes need the model's weights.")
+    unknown = [row.name for row in findings.rows if row.norm is None]
+    return (
+        lines
+        + _named("layers whose norm is not known without the model's weights", unknown)
+        + _named("keys that belong to no layer", findings.others)
+    )
+
+
+def _origin(metadata: dict[str, str]) -> list[str]:
+    """What the file says of itself."""
+    told = {
+        "Title": title_of(metadata),
+        "Trigger": metadata.get("modelspec.trigger_phrase"),
+        "Made for": metadata.get("modelspec.architecture"),
+        "Base": metadata.get("ss_sd_model_name") or metadata.get("ss_base_model_version"),
+        "Steps": metadata.get("ss_steps") or metadata.get("ss_max_train_steps"),
+        "Resolution": metadata.get("modelspec.resolution") or metadata.get("ss_resolution"),
+        "Author": metadata.get("modelspec.author"),
+        "Description": metadata.get("modelspec.description"),
+        "Licence": metadata.get("modelspec.license"),
+    }
+    lines = [f"{name}: {' '.join(str(value).split())[:300]}" for name, value in told.items() if value]
+    # A file may say anything.
+    with contextlib.suppress(KeyError, ValueError, TypeError, AttributeError):
+        lines.append("Made by " + _made(json.loads(metadata[MADE])))
+    return lines or ["It carries no metadata."]
+
+
+def _made(made: dict) -> str:
+    how = ", ".join(f"{name} {value}" for name, value in made.items() if name not in ("tool", "of"))
+    sources = [one.get("title") or one.get("trained") or "an adapter without title" for one in made.get("of", [])]
+    return f"{made.get('tool')} ({how})" + (f" of {' and '.join(map(str, sources))}" if sources else "")
+
+
+def _fitting(fit: Fit | None) -> list[str]:
+    if fit is None:
+        return ["Connect a model to see whether it fits."]
+    total = fit.read + len(fit.unread)
+    if not fit.read:
+        return [f"DOES NOT FIT the connected model ({fit.model}): none of its {total} keys. It was made for another."]
+    lines = [f"Fits the connected model ({fit.model}): {fit.read} of {total} keys."]
+    lines += _named("keys fit no layer", fit.unread)
+    if fit.misfits:
+        lines[0] = f"DOES NOT FIT the connected model ({fit.model}), which has the same layers in another size."
+        lines += _named("parts of another size", [f"{key} has {what}" for key, what in fit.misfits])
+    return lines
+
+
+def _named(what: str, names: list[str]) -> list[str]:
+    if not names:
+        return []
+    return [f"{len(names)} {what}: {', '.join(names[:_SHOWN])}{' ...' if len(names) > _SHOWN else ''}"]
+
+
+def _span(values: list) -> str:
+    return f"{values[0]:g}" if len(values) == 1 else f"{values[0]:g} to {values[-1]:g}"
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"

@@ -1,0 +1,188 @@
+"""Two adapters as one: their differences added, or merged by what peft has for it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..data.order import stream_seed
+from ..errors import ModelError, SettingsError
+from ..formats.adapter import Adapter
+from ..formats.kohya import to_kohya
+from ..formats.layers import common_name, layouts
+from ..formats.metadata import derived
+from .difference import Difference, alike, differences, file_tensors, fitted, limited
+
+if TYPE_CHECKING:
+    import torch
+
+SUM, SVD = "weighted sum", "SVD"
+TIES, DARE, DARE_TIES, PRUNE = "TIES", "DARE", "DARE + TIES", "magnitude prune"
+METHODS = (SUM, SVD, TIES, DARE, DARE_TIES, PRUNE)
+_INPUTS = ("adapter_a", "adapter_b")
+_ARCHITECTURE = "modelspec.architecture"
+
+
+@dataclass(frozen=True)
+class Merging:
+    """How two adapters are merged.
+
+    Attributes:
+        weights: of both.
+        method: one of METHODS.
+        rank: of the result at most; 0 for what holds all of it.
+        density: part of the numbers that TIES, DARE and pruning keep, in 0..1.
+        seed: of what DARE leaves out.
+    """
+
+    weights: tuple[float, float]
+    method: str = SUM
+    rank: int = 0
+    density: float = 0.5
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.weights == (0.0, 0.0):
+            raise SettingsError("Both weights are 0: nothing is left.", "Set weight_a or weight_b.", "weight_a")
+        if self.method not in (SUM, SVD) and not 0 < self.density <= 1:
+            raise SettingsError(
+                f"density is {self.density:g}; it is the part that is kept, above 0 and at most 1.",
+                "Set 0.5, or 1 to keep all.",
+                "density",
+            )
+
+
+def merge(
+    a: dict[str, torch.Tensor],
+    b: dict[str, torch.Tensor],
+    how: Merging,
+    device: str | torch.device = "cpu",
+    tick: Callable[[int, int], None] = lambda done, total: None,
+) -> Adapter:
+    """One adapter of two; a layer that one of them has not is the other's alone.
+
+    Two LoRAs are added exactly, their factors side by side. All else is brought to whole differences first, and written
+    as such unless a rank asks for factors.
+
+    Args:
+        device: where singular values are worked out.
+        tick: told of (layers done, layers there are).
+
+    Raises:
+        ModelError: a layer's difference is not known without the model's weights, or they are for different models.
+    """
+    given = [differences(adapter, input) for adapter, input in zip((a, b), _INPUTS, strict=True)]
+    sources = [getattr(adapter, "metadata", {}) for adapter in (a, b)]
+    _check_related(given, sources)
+    names: dict[tuple[str, str], dict[int, str]] = {}
+    for index, layers in enumerate(given):
+        for name in layers:
+            names.setdefault(common_name(name), {})[index] = name
+    found = {}
+    for place, (common, held) in enumerate(names.items()):
+        tick(place, len(names))
+        parts = [(given[index][name].to(device), how.weights[index]) for index, name in held.items()]
+        name = next(iter(held.values()))
+        merged = _merged(name, parts, how, stream_seed("merge", how.seed, *common))
+        if merged.shape is not None or merged.bias is not None:
+            found[name] = merged
+    tick(len(names), len(names))
+    tensors = to_kohya({name: file_tensors(one) for name, one in found.items()}, str)
+    ranks = {tensors[key].shape[0] for key in tensors if key.endswith(".lora_down.weight")}
+    whole = any(key.endswith((".diff", ".diff_b")) for key in tensors)
+    made = {"tool": "merge", "method": how.method, "weights": list(how.weights), "rank": how.rank}
+    if how.method not in (SUM, SVD):
+        made.update(density=how.density, seed=how.seed)
+    rank = ranks.pop() if len(ranks) == 1 and not whole else None
+    return Adapter(tensors, derived(made, sources, rank))
+
+
+def _check_related(given: list[dict[str, Difference]], sources: list[dict[str, str]]) -> None:
+    kinds = [source.get(_ARCHITECTURE, "").partition("/")[0] for source in sources]
+    if all(kinds) and kinds[0] != kinds[1]:
+        raise ModelError(
+            f"adapter_a was made for {kinds[0]}, adapter_b for {kinds[1]}.",
+            "Merge adapters of the same model family.",
+            "adapter_b",
+        )
+    ways = [layouts(layers) for layers in given]
+    if all(ways) and not ways[0] & ways[1]:
+        raise ModelError(
+            f"The adapters name their layers in different ways (adapter_a as {_listed(ways[0])}, adapter_b as "
+            f"{_listed(ways[1])}): they are for different models, or which layer is which is not known.",
+            "If both fit one model, put them on it with Graft Apply Adapter, one after the other, and take the "
+            "difference with Graft Extract Adapter.",
+            "adapter_b",
+        )
+
+
+def _listed(ways: set[str]) -> str:
+    return " and ".join(sorted(ways))
+
+
+def _merged(name: str, parts: list[tuple[Difference, float]], how: Merging, seed: int) -> Difference:
+    parts = _of_one_shape(name, parts)
+    bias = _mixed([(one.bias, weight) for one, weight in parts if one.bias is not None], how, seed)
+    parts = [(one, weight) for one, weight in parts if one.shape is not None]
+    if how.method in (SUM, SVD):
+        parts = [(one, weight) for one, weight in parts if weight != 0]
+    if not parts:
+        return Difference(bias=bias)
+    certain = any(one.certain for one, _ in parts)
+    if how.method in (SUM, SVD) and all(one.up is not None for one, _ in parts):
+        import torch
+
+        up = torch.cat([one.up * weight for one, weight in parts], dim=1)
+        made = Difference(up, torch.cat([one.down for one, _ in parts]), bias=bias, certain=certain)
+    else:
+        whole = _mixed([(one.value(), weight) for one, weight in parts], how, seed)
+        made = Difference(whole=whole, bias=bias, certain=certain)
+    if how.method == SVD or how.rank:
+        return limited(made, how.rank, 1.0, trim=how.method == SVD)
+    return made
+
+
+def _of_one_shape(name: str, parts: list[tuple[Difference, float]]) -> list[tuple[Difference, float]]:
+    shapes = [one.shape for one, _ in parts if one.shape is not None]
+    biases = [tuple(one.bias.shape) for one, _ in parts if one.bias is not None]
+    for found in (shapes, biases):
+        if len(found) == 2 and not alike(*found):
+            raise ModelError(
+                f"The adapters were made for different models: adapter_a's layer {name} is {list(found[0])}, "
+                f"adapter_b's {list(found[1])}.",
+                "Merge adapters of the same model.",
+                "adapter_b",
+            )
+    # A flat one takes the other's shape.
+    shape = max((one.shape for one, _ in parts if one.shape is not None and one.certain), key=len, default=None)
+    if shape is None:
+        return parts
+    return [(one if one.shape is None else fitted(one, shape), weight) for one, weight in parts]
+
+
+def _mixed(parts: list[tuple[torch.Tensor, float]], how: Merging, seed: int) -> torch.Tensor | None:
+    """Tensors of one shape by the method; drawn and chosen on the CPU, the same on every machine."""
+    if not parts:
+        return None
+    import torch
+    from peft.utils import merge_utils
+
+    tensors = [tensor.cpu() for tensor, _ in parts]
+    weights = torch.tensor([weight for _, weight in parts])
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # peft says in a warning that a density of 1 leaves nothing out.
+        warnings.simplefilter("ignore")
+        torch.manual_seed(seed)
+        if how.method == TIES:
+            mixed = merge_utils.ties(tensors, weights, how.density)
+        elif how.method == DARE:
+            mixed = merge_utils.dare_linear(tensors, weights, how.density)
+        elif how.method == DARE_TIES:
+            mixed = merge_utils.dare_ties(tensors, weights, how.density)
+        elif how.method == PRUNE:
+            mixed = merge_utils.magnitude_prune(tensors, weights, how.density)
+        else:
+            mixed = merge_utils.task_arithmetic(tensors, weights)
+    return mixed.to(parts[0][0].device)
