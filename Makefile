@@ -36,8 +36,9 @@ test: $(STAMP) chromium  ## run the whole suite
 soak: $(STAMP)  ## run the long trials at their full counts
 	$(BIN)/pytest tests --soak -m soak -s
 
-bench: $(STAMP)  ## time a training step against the bare model, and a folder of 10,000 pictures
+bench: $(STAMP)  ## a training step against the bare model, the memory of all weights, a folder of 10,000 pictures
 	$(BIN)/python -m tests.bench
+	$(BIN)/python -m tests.bench_memory
 	$(BIN)/python -m tests.bench_datasets
 
 lint: $(STAMP)  ## check the style

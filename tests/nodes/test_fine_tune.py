@@ -264,13 +264,17 @@ def test_a_weight_of_two_layers_is_trained_once_and_named_twice():
 
 def test_what_is_handed_on_at_the_end_is_the_file(tmp_path):
     """In the place of the weights there, made tensor by tensor here."""
-    adapter, _, _ = trained(make_model("SD1"), "SD1", tmp_path)
-    lazy = LazyAdapter(adapter, {})
-    kept = {key: lazy[key].clone() for key in lazy}
-    save_adapter(str(tmp_path / "a.safetensors"), lazy, "a")
-    read, _ = files.read_tensors(str(tmp_path / "a.safetensors"))
-    assert read.keys() == kept.keys()
-    assert all(torch.equal(read[key], kept[key]) for key in kept)
+    with models.in_training(make_model("SD1"), "SD1", **LARGE) as training:
+        state = models.train(training, tmp_path)
+        lazy = training.plan.export(state.trainables, 0).adapter
+        assert isinstance(lazy, LazyAdapter)
+        save_adapter(str(tmp_path / "a.safetensors"), lazy, "a")
+        read, _ = files.read_tensors(str(tmp_path / "a.safetensors"))
+        places = {tensor.data_ptr() for tensor in state.trainables.values()}
+        taken = lazy.taken()
+    assert {tensor.data_ptr() for tensor in taken.values()} == places
+    assert read.keys() == taken.keys()
+    assert all(torch.equal(read[key], taken[key]) for key in taken)
 
 
 def begin(training, adapter):

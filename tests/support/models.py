@@ -415,13 +415,17 @@ def exporter(method, settings, name_of, denoiser=None):
     Args:
         denoiser: within training, for types whose files are made beside the weights, and for peft's own form.
     """
-    from graft_pack.trainers.formats.adapter import Adapter
+    from graft_pack.trainers.formats.adapter import Adapter, LazyAdapter
+    from graft_pack.trainers.formats.whole import Differences
     from graft_pack.trainers.run import Products
 
     def export(values, step):
         module = denoiser.module if denoiser else None
         native = method.native(values, settings, denoiser.published_name, module) if denoiser else None
-        return Products(Adapter(method.export(values, settings, name_of, module), None, native))
+        tensors = method.export(values, settings, name_of, module)
+        if isinstance(tensors, Differences):
+            return Products(LazyAdapter(tensors, {}))
+        return Products(Adapter(tensors, None, native))
 
     return export
 
