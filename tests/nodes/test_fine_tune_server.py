@@ -61,27 +61,35 @@ def same(a, b):
 
 
 def test_core_merges_it_into_a_checkpoint_that_draws_the_same(make_server, tiny_base):
-    """The picture from the file, in a server that has trained nothing, is the one from the graph's own wire."""
+    """The picture from the file, in a server that has trained nothing, is the one from the graph's own wire.
+
+    With the text encoder trained too, which the file holds beside the model.
+    """
     server = make_server()
     shutil.copytree(world.CONCEPT_FOLDER / "toy", server.path("input", "toy"))
-    prompt = fine_tune("toy", 3)
+    server.start()
+    prompt = fine_tune("toy", 3, option(server, "GraftAdapterOptions", text_encoder="on"))
     prompt["9"] = graphs.node("CheckpointSave", model=["3", 0], clip=["3", 1], vae=["1", 2],
                               filename_prefix="checkpoints/tuned")  # fmt: skip
     prompt["10"] = graphs.node("GraftSaveAdapter", adapter=["3", 2], filename_prefix="tuned", format="kohya")
     tuned = graphs.sampling(prompt, TEXT, ["3", 0], ["3", 1], "tuned", steps=4)
     plain = graphs.sampling(prompt, TEXT, ["1", 0], ["1", 1], "plain", steps=4, start=200)
-    with server:
-        entry = server.run(prompt, timeout=600)
-        shown, before = pixels(server, entry, tuned), pixels(server, entry, plain)
-        assert shown != before
-        (merged,) = server.path("output", "checkpoints").glob("tuned*.safetensors")
-        adapter = entry["outputs"]["10"]["text"][0].split("/loras/")[1]
-        log = server.read_log()
-        assert "not loaded" not in log and "SHAPE MISMATCH" not in log
+    entry = server.run(prompt, timeout=600)
+    shown, before = pixels(server, entry, tuned), pixels(server, entry, plain)
+    assert shown != before
+    (merged,) = server.path("output", "checkpoints").glob("tuned*.safetensors")
+    adapter = entry["outputs"]["10"]["text"][0].split("/loras/")[1]
+    log = server.read_log()
+    assert "not loaded" not in log and "SHAPE MISMATCH" not in log
+    server.stop()
     with safe_open(merged, "np") as new, safe_open(tiny_base, "np") as old:
         names = [name for name in old.keys() if name.startswith("model.diffusion_model.")]  # noqa: SIM118
         changed = [name for name in names if not np.array_equal(new.get_tensor(name), old.get_tensor(name))]
         assert changed == names
+        text = [name for name in old.keys() if ".encoder.layers." in name and name.startswith("cond_stage")]  # noqa: SIM118
+        assert text
+        same_text = [name for name in text if np.array_equal(new.get_tensor(name), old.get_tensor(name))]
+        assert same_text == []
     server.start()
     again = {"1": graphs.node("CheckpointLoaderSimple", ckpt_name=merged.name)}
     loaded = graphs.sampling(again, TEXT, ["1", 0], ["1", 1], "loaded", steps=4)
