@@ -29,6 +29,7 @@ FULL = {"method": "all weights", "rank": 0, "alpha": 0.0, "targets": "all weight
 CASES = {
     "forward and backward": None,
     "AdamW, average": {"ema_decay": 0.999},
+    "the same, resumed": {"ema_decay": 0.999},
     "AdamW": {},
     "Adafactor": {"optimizer": "Adafactor", "beta1": 0.0, "beta2": 0.0},
     "AdamW, clipped": {"max_grad_norm": 1.0},
@@ -62,8 +63,8 @@ def size_of(tensors) -> int:
     return sum({one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}.values())
 
 
-def measure(name: str, steps: int) -> dict[str, int]:
-    """One case in this process: bytes by what they are for."""
+def measure(name: str, steps: int, folder: str) -> dict[str, int]:
+    """One case in this process, bytes by what they are for; a resumed one goes on for two steps in the same folder."""
     from tests.support import pack
 
     pack.hide_root()
@@ -73,16 +74,18 @@ def measure(name: str, steps: int) -> dict[str, int]:
 
     torch.set_num_threads(1)
     settings = {**FULL, "max_grad_norm": 0.0, "steps": steps, "save_every": 2, "keep_last": 1, **(CASES[name] or {})}
-    with tempfile.TemporaryDirectory() as folder:
+    resumed = name.endswith("resumed")
+    with tempfile.TemporaryDirectory() as scratch:
         # Whatever is imported and set up when it is first needed is no part of it.
-        _train("SD1", settings, Path(folder) / "first")
+        _train("SD1", settings, Path(scratch), False)
         peak = Peak()
         if CASES[name] is None:
             return {**_dropping(), "peak": peak()}
-        return {**_train(MODEL, settings, Path(folder) / "second"), "peak": peak()}
+        settings["steps"] += 2 * resumed
+        return {**_train(MODEL, settings, Path(folder), resumed), "peak": peak()}
 
 
-def _train(model: str, settings: dict, folder: Path) -> dict[str, int]:
+def _train(model: str, settings: dict, folder: Path, resumed: bool) -> dict[str, int]:
     import torch
 
     from tests.support import models
@@ -90,7 +93,7 @@ def _train(model: str, settings: dict, folder: Path) -> dict[str, int]:
     with torch.inference_mode():
         made = models.patcher(model)
     with models.in_training(made, model, side=32, examples=2, **settings) as training:
-        state = models.train(training, folder)
+        state = models.train(training, folder, resumed)
         tree = training.denoiser.module
         optimiser = [value for slots in state.optimiser.values() for value in slots.values() if torch.is_tensor(value)]
         found = {
@@ -126,8 +129,18 @@ def _drop(parameter) -> None:
     parameter.grad = None
 
 
-def in_process_of_its_own(name: str, steps: int, environment: dict[str, str]) -> dict[str, int]:
-    command = [sys.executable, "-m", "tests.bench_memory", "--steps", str(steps), "--case", name]
+def in_process_of_its_own(name: str, steps: int, folder: Path, environment: dict[str, str]) -> dict[str, int]:
+    command = [
+        sys.executable,
+        "-m",
+        "tests.bench_memory",
+        "--steps",
+        str(steps),
+        "--case",
+        name,
+        "--folder",
+        str(folder),
+    ]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, **environment})
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -145,11 +158,11 @@ def table(found: dict[str, tuple[dict[str, int], dict[str, int]]]) -> str:
         f"activations and the largest layer's gradient ({firsts[0]['largest'] / MEGABYTE:.0f}): "
         f"{passing[0] / MEGABYTE:.0f}, all given back {passing[1] / MEGABYTE:.0f}",
         "",
-        f"{'':16} {'base':>5} {'trained':>8} {'optimiser':>10} {'average':>8} {'limit':>6} {'peak':>6} {'ratio':>6}"
+        f"{'':18} {'base':>5} {'trained':>8} {'optimiser':>10} {'average':>8} {'limit':>6} {'peak':>6} {'ratio':>6}"
         f"  {'given back: limit':>17} {'peak':>6} {'ratio':>6}  bar {BAR:g}",
     ]
     for name, measured in rows.items():
-        line = f"{name:16}" + "".join(
+        line = f"{name:18}" + "".join(
             f" {measured[0][part] / MEGABYTE:>{width}.0f}" for part, width in zip(PARTS, (5, 8, 10, 8), strict=True)
         )
         ratios = []
@@ -166,13 +179,18 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--case", choices=list(CASES), help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.case:
-        print(json.dumps(measure(args.case, args.steps)))
+        print(json.dumps(measure(args.case, args.steps, args.folder)))
         return
     found = {}
-    for name in CASES:
-        found[name] = tuple(in_process_of_its_own(name, args.steps, how) for how in ({}, AT_ONCE))
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in CASES:
+            if not name.endswith("resumed"):
+                folder = Path(scratch) / name
+            ways = (("plain", {}), ("at once", AT_ONCE))
+            found[name] = tuple(in_process_of_its_own(name, args.steps, folder / way, how) for way, how in ways)
     print(table(found))
 
 

@@ -46,7 +46,7 @@ def train(plan: Plan, run: Run, host: Host, state: State) -> State:
     mover = Mover(plan, host)
     average = OPTIMISERS[recipe.optimizer].average(mover.optimiser, parameters)
     if recipe.ema_decay:
-        average = MovingAverage(parameters, recipe.ema_decay)
+        average = MovingAverage(recipe.ema_decay)
     _restore(state, plan, mover, average)
     factor = lr_factor(recipe.schedule, recipe.warmup_steps, recipe.steps, recipe.num_cycles, recipe.power)
     batches = plan.batches(state.batches)
@@ -206,12 +206,14 @@ def _capture(state: State, plan: Plan, mover: Mover, average) -> None:
 
 
 def _restore(state: State, plan: Plan, mover: Mover, average) -> None:
-    """Brings the state into the live values, and lets go of its own; nothing to do for a new run.
+    """Brings the state into the live values, and lets go of its own; a new run begins as it is.
 
     Raises:
         GraftError: the state's trainables are not this run's.
     """
     if state.step == 0:
+        if plan.recipe.ema_decay:
+            average.start(list(plan.trainables.values()))
         return
     shapes = {name: tuple(value.shape) for name, value in state.trainables.items()}
     if shapes != {name: tuple(parameter.shape) for name, parameter in plan.trainables.items()}:
@@ -223,9 +225,9 @@ def _restore(state: State, plan: Plan, mover: Mover, average) -> None:
             tensor.copy_(state.constants[name])
     mover.restore(state.optimiser, state.groups, state.scaler)
     state.optimiser = {}
-    if plan.recipe.ema_decay and state.ema:
+    if plan.recipe.ema_decay:
         averages = [state.ema.pop(name).to(parameter.device) for name, parameter in plan.trainables.items()]
-        average.restore_to(averages, state.step)
+        average.go_on(averages, state.step)
 
 
 def _result(state: State) -> dict[str, torch.Tensor]:

@@ -491,10 +491,11 @@ def joined(tensors) -> Any:
     return torch.cat([tensor.detach().double().flatten() for tensor in tensors])
 
 
-def train(training: Training, folder, **fields):
+def train(training: Training, folder, resume: bool = False, **fields):
     """The loop run to its end in a folder; the final State.
 
     Args:
+        resume: goes on with the state that an earlier training left in the folder.
         fields: of the recipe, in place of the plan's.
     """
     from graft_pack.trainers import loop
@@ -506,4 +507,5 @@ def train(training: Training, folder, **fields):
     plan = replace(training.plan, recipe=settings, groups=groups)
     run = Run(str(folder / "run"), str(folder / "adapters"), str(folder / "embeddings"))
     run.write_recipe(plan.recipe, "test", {})
-    return loop.train(plan, run, training.host, State())
+    state = run.load(settings.steps) if resume else State()
+    return loop.train(plan, run, training.host, state)

@@ -101,7 +101,8 @@ def norms(result):
 @pytest.mark.parametrize("name", APART)
 def test_within_the_backward_comes_to_the_same(name, movers, tmp_path, monkeypatch):
     kind = OPTIMISERS[name]
-    fields = {**ALL, "optimizer": name, "beta1": kind.beta1, "beta2": kind.beta2, "steps": 3, "batch_size": 2}
+    fields = {**ALL, "optimizer": name, "beta1": kind.beta1, "beta2": kind.beta2, "steps": 4, "batch_size": 2}
+    fields |= {"schedule": "cosine", "warmup_steps": 1, "block_learning_rates": (("up_blocks", 1e-4),)}
     within = run_session(tmp_path / "within", **fields)
     after = afterwards(tmp_path / "after", monkeypatch, **fields)
     assert [mover.in_backward for mover in movers] == [True, False]
@@ -299,13 +300,16 @@ def test_a_finished_run_is_returned_without_work(tmp_path):
 
 
 def test_the_adapters_file_is_the_run_result(tmp_path):
-    from graft_pack.trainers.formats.adapter import load_adapter
+    from graft_pack.trainers.formats.adapter import Adapter, load_adapter
 
     result = run_session(tmp_path, **{**ALL, "steps": 2, "save_every": 1})
     files = sorted(os.listdir(result.run.adapters))
     assert files == ["step-00000001.safetensors", "step-00000002.safetensors"]
     read = load_adapter(os.path.join(result.run.adapters, files[-1]))
     assert same_tensors(read, result.adapter)
+    # What the graph hands on is an adapter like any other: all there, and with its own description.
+    assert type(result.adapter) is Adapter
+    assert result.adapter.metadata.items() <= read.metadata.items()
     assert read.made_by() == "all weights"
     assert read.metadata["modelspec.architecture"] == "stable-diffusion-v1/difference"
 

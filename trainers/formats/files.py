@@ -32,6 +32,8 @@ _DTYPES = {
     "uint8": "U8",
     "bool": "BOOL",
 }
+# Bytes of a file that are mapped at a time while it is read.
+_MAPPED_LIMIT = 64 * 1024 * 1024
 _HEADER_LIMIT = 64 * 1024 * 1024
 
 
@@ -148,9 +150,17 @@ def read_tensors(path: str, names: Iterable[str] | None = None) -> tuple[dict[st
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = dict(file.metadata() or {})
-            wanted = file.keys() if names is None else names
-            # Copied: what is mapped keeps the file from being replaced or removed on Windows.
-            tensors = {name: file.get_tensor(name).clone() for name in wanted}
+            left = list(file.keys() if names is None else names)[::-1]
+        tensors = {}
+        while left:
+            # Opened anew every so often: what is mapped counts as this process's memory until it is closed.
+            with safe_open(path, framework="pt", device="cpu") as file:
+                mapped = 0
+                while left and mapped < _MAPPED_LIMIT:
+                    name = left.pop()
+                    # Copied: what is mapped keeps the file from being replaced or removed on Windows.
+                    tensors[name] = file.get_tensor(name).clone()
+                    mapped += tensors[name].nbytes
     except (OSError, SafetensorError) as error:
         raise RunError(
             f"The file '{path}' cannot be read as safetensors ({error}).",

@@ -20,12 +20,10 @@ class MovingAverage:
         shadow_params: the averages, in the order of the trainables.
     """
 
-    def __init__(self, parameters: list, decay: float):
+    def __init__(self, decay: float):
         from diffusers.training_utils import EMAModel
 
         self._model = EMAModel([], decay=decay, use_ema_warmup=False)
-        # Not by its constructor, which keeps the trainables' dtype: in bfloat16 an average would stand still.
-        self._model.shadow_params = [parameter.detach().float().clone() for parameter in parameters]
         self._kept: list[torch.Tensor] = []
 
     @property
@@ -37,7 +35,12 @@ class MovingAverage:
         """Takes the trainables in."""
         self._model.step(parameters)
 
-    def restore_to(self, values: list[torch.Tensor], step: int) -> None:
+    def start(self, parameters: list) -> None:
+        """Begins at the trainables."""
+        # Not by diffusers' constructor, which keeps their dtype: in bfloat16 an average would stand still.
+        self._model.shadow_params = [parameter.detach().float().clone() for parameter in parameters]
+
+    def go_on(self, values: list[torch.Tensor], step: int) -> None:
         """Goes on from the averages of a step."""
         self._model.shadow_params = values
         self._model.optimization_step = step
