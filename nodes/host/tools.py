@@ -66,7 +66,8 @@ def extract_adapter(
     given = _patchers(models, clips)
     total = sum(len(one.model.state_dict()) for one, _, _ in given)
     tick = counter(node)
-    adapter, report = extract(_differing(given, tick, total), how, [])
+    with torch.no_grad():
+        adapter, report = extract(_differing(given, tick, total), how, [])
     log.info("Graft: extracted. %s", report.replace("\n", "; "))
     return adapter, report
 

@@ -106,7 +106,8 @@ def _norm(given: Difference) -> float:
         squares = float(given.whole.double().square().sum())
     if given.bias is not None:
         squares += float(given.bias.double().square().sum())
-    return math.sqrt(max(0.0, squares))
+    # Rounding may leave less than nothing; what is not a number is passed on.
+    return math.sqrt(squares) if not squares < 0 else 0.0
 
 
 # A model from its input to its output.

@@ -1,0 +1,528 @@
+"""The adapter tools against the host: what its own loader makes of their results, on its own models."""
+
+import logging
+
+import pytest
+import torch
+from graft_pack.trainers.errors import ModelError, SettingsError
+from graft_pack.trainers.formats.adapter import Adapter, save_adapter
+
+from tests.support import models
+from tests.support.adapters import added, differences, make_adapter, make_model
+
+pytestmark = pytest.mark.usefixtures("comfy")
+
+LINEARS = {"targets": "all linear"}
+ALL = {"targets": "linear + conv"}
+# The types whose difference is known without the model's weights, on the layers they are offered on.
+TYPES = {
+    "LoRA": LINEARS,
+    "LoRA with conv": ALL,
+    "rsLoRA": LINEARS,
+    "PiSSA": LINEARS,
+    "LoHa": ALL,
+    "LoKr": ALL,
+    "OFT": LINEARS,
+    "BOFT": LINEARS,
+}
+NEEDY = {"DoRA": ALL, "IA3": LINEARS}
+
+_made = {}
+
+
+def adapter_of(kind, name="SD1", seed=0, **fields):
+    """An adapter of a type, made once."""
+    key = kind, name, seed, tuple(fields.items())
+    if key not in _made:
+        chosen = {**TYPES, **NEEDY}[kind]
+        _made[key] = make_adapter(name, seed, method=kind, rank=4, alpha=3.0, **{**chosen, **fields})
+    return _made[key]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model("SD1")
+
+
+@pytest.fixture(scope="module")
+def flux():
+    return make_model("Flux")
+
+
+def execute(node, *args, **fields):
+    from graft_pack.nodes import tools
+
+    return getattr(tools, node).execute(*args, **fields).args
+
+
+def merge(a, b, weight_a=1.0, weight_b=1.0, method="weighted sum", rank=0, density=0.5, seed=0):
+    return execute("GraftMergeAdapters", a, b, weight_a, weight_b, method, rank, density, seed)[0]
+
+
+def resize(adapter, rank, energy=1.0):
+    return execute("GraftResizeAdapter", adapter, rank, energy)[0]
+
+
+def extract(tuned, base, rank=0, energy=1.0, conv="low-rank", rest="whole", **clips):
+    return execute("GraftExtractAdapter", tuned, base, rank, energy, conv, rest, **clips)
+
+
+def through_a_file(comfy, adapter, model, name, strength=1.0):
+    """What core's LoraLoader adds to the weights from the file that Graft Save Adapter's writer makes of it."""
+    import nodes
+
+    path = comfy.base / "models" / "loras" / f"tools-{name}.safetensors"
+    save_adapter(str(path), adapter, name)
+    applied, _ = nodes.LoraLoader().load_lora(model, None, path.name, strength, 0.0)
+    return differences(applied)
+
+
+def assert_same(found, expected, bar=1e-5):
+    """Weight by weight, off by at most a part of the expected difference."""
+    assert {key for key, value in found.items() if value.norm() > 0} == {
+        key for key, value in expected.items() if value.norm() > 0
+    }
+    for key, value in expected.items():
+        assert (found[key] - value).norm() <= bar * value.norm(), key
+
+
+def summed(*parts):
+    """{key: sum of weight times difference}."""
+    total = {}
+    for differing, weight in parts:
+        for key, value in differing.items():
+            total[key] = total.get(key, 0) + weight * value
+    return total
+
+
+def assert_own(adapter):
+    """What a LORA_MODEL's tensors have to be."""
+    tensors = list(adapter.values())
+    assert all(one.is_contiguous() and one.dtype == torch.float32 and one.device.type == "cpu" for one in tensors)
+    assert len({one.untyped_storage().data_ptr() for one in tensors}) == len(tensors)
+
+
+# Merging.
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_the_host_applies_a_merged_file_as_it_applies_both(kind, model, comfy, caplog):
+    a, b = adapter_of(kind), adapter_of("LoRA with conv", seed=1)
+    found = merge(a, b, 0.7, -0.4)
+    assert_own(found)
+    caplog.set_level(logging.WARNING)
+    expected = summed((added(model, a), 0.7), (added(model, b), -0.4))
+    assert_same(through_a_file(comfy, found, model, kind), expected)
+    assert "not loaded" not in caplog.text.lower()
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_two_of_one_type_merge(kind, model):
+    a, b = adapter_of(kind), adapter_of(kind, seed=1)
+    assert_same(added(model, merge(a, b, 1.0, 0.5)), summed((added(model, a), 1.0), (added(model, b), 0.5)))
+
+
+def test_flux_adapters_merge(flux, comfy):
+    a, b = adapter_of("LoRA", "Flux"), adapter_of("LoKr", "Flux", targets="all linear", seed=1)
+    expected = summed((added(flux, a), 0.5), (added(flux, b), 1.0))
+    assert_same(through_a_file(comfy, merge(a, b, 0.5, 1.0), flux, "flux"), expected)
+
+
+def test_layers_that_one_has_alone_are_kept(model):
+    early = adapter_of("LoRA", block_ranks=(("output_blocks", 0),))
+    late = adapter_of("LoRA", seed=1, block_ranks=(("input_blocks", 0),))
+    found = merge(early, late, 1.0, 2.0)
+    ours, theirs = added(model, early), added(model, late)
+    assert ours.keys() - theirs.keys() and theirs.keys() - ours.keys() and ours.keys() & theirs.keys()
+    assert_same(added(model, found), summed((ours, 1.0), (theirs, 2.0)))
+
+
+def test_text_encoders_are_merged_too(model):
+    clip = models.text("SD1")
+    place = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
+    general = "text_encoders.clip_l.transformer.text_model.encoder.layers.0.self_attn.q_proj"
+    text = {f"{place}.lora_down.weight": torch.randn(2, 48), f"{place}.lora_up.weight": torch.randn(48, 2)}
+    whole = {f"{general}.diff": torch.randn(48, 48), f"{general}.diff_b": torch.randn(48)}
+    a, b = Adapter({**adapter_of("LoRA"), **text}), Adapter(whole)
+    expected = summed((added(model, a, clip), 0.5), (added(model, b, clip), 2.0))
+    assert_same(added(model, merge(a, b, 0.5, 2.0), clip), expected)
+
+
+def test_svd_is_the_sum_in_less(model):
+    a, b = adapter_of("LoRA with conv"), adapter_of("LoRA with conv", seed=1)
+    both = merge(a, merge(a, b, 1.0, 0.5))
+    less = merge(a, merge(a, b, 1.0, 0.5), method="SVD")
+    assert_same(added(model, less), added(model, both))
+    assert sum(value.numel() for value in less.values()) < sum(value.numel() for value in both.values())
+
+
+@pytest.mark.parametrize("method", ["TIES", "DARE", "DARE + TIES", "magnitude prune"])
+def test_keeping_all_of_one_is_that_one(method, model):
+    """At density 1 and with nothing in the way each is the sum; where both have a layer TIES is another mean."""
+    a, b = adapter_of("LoRA"), adapter_of("LoRA", seed=1)
+    nothing = Adapter({name: torch.zeros_like(value) for name, value in b.items()})
+    assert_same(added(model, merge(a, nothing, method=method, density=1.0)), added(model, a))
+    whole = added(model, merge(a, b, method=method))
+    assert models.distance(joined(whole), joined(summed((added(model, a), 1), (added(model, b), 1)))) > 0.1
+
+
+def joined(differing):
+    return models.joined(differing[key] for key in sorted(differing))
+
+
+def test_what_is_known_only_beside_the_weights_is_refused_and_the_cure_works(model):
+    """Both applied one after the other, and the difference extracted: exact for every type."""
+    for kind in NEEDY:
+        a, b = adapter_of(kind), adapter_of("LoRA", seed=1)
+        with pytest.raises(ModelError, match="Graft Merge Adapters, input 'adapter_a'.*magnitudes.*Graft Extract"):
+            merge(a, b)
+        first = apply(model, a)
+        both = apply(first, b)
+        found, _ = extract(both, model)
+        assert_same(added(model, found), differences(both), 1e-4)
+
+
+def apply(model, adapter, clip=None, strength=1.0):
+    from graft_pack.nodes.host.adapters import apply_adapter
+
+    applied, text = apply_adapter(model, clip, adapter, strength, strength)
+    return applied if clip is None else (applied, text)
+
+
+def test_adapters_of_different_models_are_refused_by_name(model):
+    with pytest.raises(ModelError, match="Graft Merge Adapters, input 'adapter_b'.*different"):
+        merge(adapter_of("LoRA"), adapter_of("LoRA", "Flux"))
+    a = adapter_of("LoRA")
+    wide = Adapter(
+        {
+            name: torch.cat([value, value], dim=1) if "attn2_to_k.lora_down" in name else value
+            for name, value in a.items()
+        }
+    )
+    with pytest.raises(ModelError, match=r"made for different models: adapter_a's layer lora_unet_\w+attn2_to_k is"):
+        merge(a, wide)
+
+
+# Resizing.
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_resizing_with_nothing_to_lose_changes_nothing(kind, model):
+    """Of whole differences and products the rank that loses nothing is the layer's own."""
+    given = adapter_of(kind)
+    before = added(model, given)
+    assert_same(added(model, resize(given, 0)), before, 0.0)
+    assert_same(added(model, resize(given, 4096)), before)
+
+
+@pytest.mark.parametrize("name", ["SD1", "Flux"])
+def test_half_the_rank_is_the_best_of_half_the_rank(name, model, flux):
+    given = adapter_of("LoRA", name)
+    on = model if name == "SD1" else flux
+    found = resize(given, 2)
+    assert_own(found)
+    after = added(on, found)
+    for key, value in added(on, given).items():
+        left = torch.linalg.svdvals(value.flatten(1).double())[2:].norm()
+        assert (after[key] - value).double().norm() <= left * (1 + 1e-4)
+    assert sum(value.numel() for value in found.values()) < 0.6 * sum(value.numel() for value in given.values())
+
+
+def test_a_resized_adapter_is_saved_and_trained_on(model, comfy):
+    found = resize(adapter_of("LoRA"), 2)
+    assert_same(through_a_file(comfy, found, model, "resized"), added(model, found))
+    assert {float(value) for name, value in found.items() if name.endswith("alpha")} == {2.0}
+    with pytest.raises(ModelError, match="'diffusers'.*training node"):
+        save_adapter("unused.safetensors", found, "x", "diffusers")
+
+
+def test_magnitudes_are_not_resized():
+    with pytest.raises(ModelError, match="Graft Resize Adapter, input 'adapter'.*magnitudes"):
+        resize(adapter_of("DoRA"), 2)
+
+
+# Extracting.
+
+
+@pytest.mark.parametrize("kind", [*TYPES, *NEEDY])
+def test_what_an_adapter_does_can_be_extracted_again(kind, model):
+    """At full rank, whichever type it was; the graph's weights stay as they are."""
+    before = {key: value.clone() for key, value in model.model.state_dict().items()}
+    tuned = apply(model, adapter_of(kind))
+    found, report = extract(tuned, model)
+    assert_own(found)
+    assert_same(added(model, found), differences(tuned), 1e-4)
+    assert "100.0000%" in report
+    assert all(torch.equal(value, before[key]) for key, value in model.model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["SD1", "Flux"])
+def test_the_rank_it_had_is_enough(name, model, flux):
+    on = model if name == "SD1" else flux
+    tuned = apply(on, adapter_of("LoRA", name))
+    found, _ = extract(tuned, on, rank=4)
+    assert {value.shape[0] for key, value in found.items() if key.endswith("lora_down.weight")} == {4}
+    assert_same(added(on, found), differences(tuned), 1e-4)
+
+
+@pytest.mark.parametrize("name", ["SD1", "Flux"])
+def test_another_checkpoint_predicts_alike_through_its_difference(name, model, flux):
+    """All weights differ: convolutions, norms, biases and parameters without a layer included."""
+    on = model if name == "SD1" else flux
+    with torch.inference_mode():
+        tuned = models.patcher(name, seed=1)
+    found, report = extract(tuned, on)
+    wanted, x, one = SIGMA[name], probe(name), models.conditioning(name, 9)
+    target = models.denoised(tuned, x, wanted, one)
+    assert models.distance(models.denoised(apply(on, found), x, wanted, one), target) <= 1e-4
+    assert models.distance(models.denoised(on, x, wanted, one), target) > 1e-2
+    assert "the same in both: 0" in report
+
+
+SIGMA = {"SD1": 2.0, "Flux": 0.6}
+
+
+def probe(name):
+    return torch.randn(1, *models.FAMILIES[name].latent, generator=torch.Generator().manual_seed(9))
+
+
+def test_patches_on_the_base_count_as_part_of_it(model):
+    a, b = adapter_of("LoRA"), adapter_of("LoRA with conv", seed=1)
+    base = apply(model, a, strength=0.5)
+    found, _ = extract(apply(base, b), base)
+    assert_same(added(model, found), added(model, b), 1e-4)
+
+
+def test_weights_that_a_clone_has_patched_in_place_are_seen_through(model):
+    """A loaded clone's LoRA sits in the shared weights: neither side may take it for its own."""
+    import comfy.model_management
+
+    tuned = apply(model, adapter_of("LoRA"))
+    other = apply(model, adapter_of("LoRA", seed=1))
+    with torch.inference_mode():
+        comfy.model_management.load_models_gpu([other], force_patch_weights=True)
+        found, _ = extract(tuned, model)
+        assert_same(added(model, found), added(model, adapter_of("LoRA")), 1e-4)
+        comfy.model_management.load_models_gpu([model], force_patch_weights=True)
+
+
+def test_text_encoders_are_extracted_too(model):
+    base = models.text("SD1")
+    tuned = models.text("SD1", seed=1)
+    found, report = extract(apply(model, adapter_of("LoRA")), model, clip_tuned=tuned, clip_base=base)
+    assert any(key.startswith("lora_te_text_model_encoder_layers_0_self_attn_q_proj.") for key in found)
+    _, applied = apply(model, found, base)
+    weights = dict(tuned.cond_stage_model.named_parameters())
+    changed = differences(applied.patcher)
+    before = dict(base.cond_stage_model.named_parameters())
+    for key, value in changed.items():
+        assert models.distance(before[key] + value, weights[key]) <= 1e-4, key
+    # What the host reads no adapter for is named, and is no weight that conditions.
+    left = {key for key in weights if key not in changed and not torch.equal(weights[key], before[key])}
+    assert all("logit_scale" in key or "text_projection" in key for key in left)
+    assert all(key in report for key in left)
+    with pytest.raises(ModelError, match="input 'clip_base'.*not connected"):
+        extract(model, model, clip_tuned=tuned)
+
+
+def test_convolutions_norms_and_biases_as_asked(model):
+    with torch.inference_mode():
+        tuned = models.patcher("SD1", seed=1)
+
+    def ends(found, name):
+        return {key.partition(".")[2] for key in found if key.startswith(f"{name}.")}
+
+    conv, norm, linear = "lora_unet_conv_in", "lora_unet_conv_norm_out", "lora_unet_time_embedding_linear_1"
+    low = {"lora_down.weight", "lora_up.weight", "alpha"}
+    found, _ = extract(tuned, model, rank=2)
+    assert (ends(found, conv), ends(found, norm)) == ({*low, "diff_b"}, {"diff", "diff_b"})
+    found, _ = extract(tuned, model, rank=2, conv="whole", rest="leave out")
+    assert (ends(found, conv), ends(found, norm), ends(found, linear)) == ({"diff"}, set(), low)
+    found, report = extract(tuned, model, rank=2, conv="leave out", rest="leave out")
+    assert ends(found, conv) == ends(found, norm) == set()
+    assert "Left out though it differs" in report
+    assert not any(key.endswith((".diff", ".diff_b")) for key in found)
+
+
+def test_energy_says_how_much_is_kept(model):
+    with torch.inference_mode():
+        tuned = models.patcher("SD1", seed=1)
+    found, report = extract(tuned, model, energy=0.6)
+    share = float(report.split("Kept: ")[1].split("%")[0]) / 100
+    wanted = {key: tuned.model.state_dict()[key] - value for key, value in model.model.state_dict().items()}
+    got = added(model, found)
+    lost = sum(float((got[key] - wanted[key]).double().square().sum()) for key in got)
+    total = sum(float(wanted[key].double().square().sum()) for key in got)
+    assert share == pytest.approx(1 - lost / total, abs=1e-4)
+    assert 0.6 <= share < 0.8
+
+
+def test_only_one_layer_is_held_at_a_time(model, monkeypatch):
+    """Besides the result: no whole copy of either model."""
+    import weakref
+
+    from graft_pack.nodes.host import tools
+
+    held, most = weakref.WeakSet(), [0]
+    value = tools._value
+
+    def watched(*args):
+        made = value(*args)
+        held.add(made)
+        most[0] = max(most[0], len(held))
+        return made
+
+    monkeypatch.setattr(tools, "_value", watched)
+    extract(apply(model, adapter_of("LoRA")), model, rank=2)
+    assert 0 < most[0] <= 4
+
+
+def test_what_cannot_be_extracted_is_refused_by_name(model, flux):
+    with pytest.raises(ModelError, match="Graft Extract Adapter, input 'model_tuned'.*different architectures"):
+        extract(flux, model)
+    with pytest.raises(ModelError, match="same weights: there is nothing"):
+        extract(model.clone(), model)
+    tuned = apply(model, Adapter({"lora_unet_conv_in.diff": torch.ones(32, 4, 3, 3)}))
+    with pytest.raises(ModelError, match="All that differs is left out, such as lora_unet_conv_in"):
+        extract(tuned, model, conv="leave out", rest="leave out")
+    with pytest.raises(SettingsError, match="Graft Extract Adapter, input 'energy'"):
+        extract(tuned, model, energy=0.0)
+    from graft_pack.nodes.host.adapters import apply_adapter
+
+    ranged, _ = apply_adapter(model, None, adapter_of("LoRA"), 1.0, 0.0, (), (0.0, 0.5))
+    with pytest.raises(ModelError, match="input 'model_tuned'.*a part of sampling, which an extraction"):
+        extract(ranged, model)
+
+
+# Every layout that the host reads, by the host.
+
+
+def test_each_kind_of_layer_is_read_as_the_host_reads_it(model):
+    """Those that training here does not write too: Tucker cores, alpha beside low-rank factors, a norm's own words."""
+    place = "diffusion_model.input_blocks.0.0"
+    linear = "diffusion_model.time_embed.0"
+    r = torch.randn
+    layers = {
+        "LoRA with a core": (place, {"lora_up.weight": r(32, 3, 1, 1), "lora_mid.weight": r(3, 3, 3, 3)}),
+        "LoHa with cores": (place, {"hada_w1_a": r(3, 32), "hada_w1_b": r(3, 4), "hada_w2_a": r(3, 32)}),
+        "LoKr, both low": (linear, {"lokr_w1_a": r(8, 2), "lokr_w1_b": r(2, 4), "lokr_w2_a": r(16, 2)}),
+        "norm": ("diffusion_model.out.0", {"w_norm": r(32), "b_norm": r(32)}),
+        "peft's names": (linear, {"lora_A.weight": r(3, 32), "lora_B.weight": r(128, 3)}),
+    }
+    more = {
+        "LoRA with a core": {"lora_down.weight": r(3, 4, 1, 1), "alpha": torch.tensor(2.0)},
+        "LoHa with cores": {
+            "hada_w2_b": r(3, 4),
+            "hada_t1": r(3, 3, 3, 3),
+            "hada_t2": r(3, 3, 3, 3),
+            "alpha": torch.tensor(2.0),
+        },
+        "LoKr, both low": {"lokr_w2_b": r(2, 8), "alpha": torch.tensor(0.5)},
+    }
+    for kind, (name, ends) in layers.items():
+        given = Adapter({f"{name}.{end}": tensor for end, tensor in {**ends, **more.get(kind, {})}.items()})
+        expected = added(model, given)
+        assert expected and all(value.norm() > 0 for value in expected.values()), kind
+        found = merge(given, given, 0.5, 0.25)
+        assert_same(added(model, found), summed((expected, 0.75)))
+        assert_same(added(model, resize(given, 4096)), expected)
+
+
+# Inspecting.
+
+
+def inspect(adapter, model=None, clip=None):
+    return execute("GraftInspectAdapter", adapter, model, clip)
+
+
+@pytest.mark.parametrize("kind", [*TYPES, *NEEDY])
+def test_the_report_says_what_it_is_and_that_it_fits(kind, model):
+    given = adapter_of(kind)
+    image, report = inspect(given, model)
+    assert image.dtype == torch.float32 and image.shape[-1] == 3 and 0 <= image.min() < image.max() <= 1
+    assert f"Fits the connected model (SD15): {len(given)} of {len(given)} keys." in report
+    assert f"trained as {kind}" in report
+    shown = {"PiSSA": "Rank: 8", "LoHa": "Rank: 4", "LoRA": "Rank: 4"}.get(kind, "")
+    assert shown in report
+    assert "Title: SD1 0" in report
+
+
+def test_norms_are_those_of_what_the_host_adds(model):
+    """Block by block, named as the connected model's paths are; and without the model as the file names them."""
+    from graft_pack.nodes.host.adapters import fit, path_of
+    from graft_pack.trainers.tools import inspect as looking
+
+    for kind in TYPES:
+        given = adapter_of(kind)
+        expected = {}
+        for key, value in added(model, given).items():
+            block = ".".join(path_of(key).split(".")[:2]).removesuffix(".0" if "middle" in key else "")
+            block = "middle_block" if "middle" in key else block
+            expected[block] = expected.get(block, 0.0) + float(value.double().square().sum())
+        found = dict(looking.block_norms(looking.look(given, fit(model, None, given).paths)))
+        for block, square in expected.items():
+            if block.startswith(("input", "middle", "output")):
+                assert found[block] == pytest.approx(square**0.5, rel=1e-4), (kind, block)
+    assert "down_blocks.0" in dict(looking.block_norms(looking.look(adapter_of("LoRA"))))
+
+
+def test_the_report_says_what_does_not_fit(model, flux):
+    given = adapter_of("LoRA")
+    assert "DOES NOT FIT the connected model (Flux): none of its" in inspect(given, flux)[1]
+    wide = {
+        name: torch.cat([value, value], dim=1) if "attn2_to_k.lora_down" in name else value
+        for name, value in given.items()
+    }
+    report = inspect(Adapter(wide), model)[1]
+    assert "DOES NOT FIT the connected model (SD15), which has the same layers in another size" in report
+    assert "attn2.to_k.weight has 3072 numbers, the layer 1536" in report
+    odd = Adapter({**given, "lora_unet_nowhere.alpha": torch.tensor(1.0), "strange": torch.ones(1)})
+    report = inspect(odd, model)[1]
+    assert f"{len(given)} of {len(given) + 2} keys" in report
+    assert "2 keys fit no layer: lora_unet_nowhere.alpha, strange" in report
+    assert "1 keys that belong to no layer: strange" in report
+    assert "Connect a model" in inspect(given)[1]
+
+
+def test_text_parts_are_told_apart(model):
+    place = "lora_te_text_model_encoder_layers_{}_self_attn_q_proj"
+    text = {}
+    for layer in range(2):
+        text[f"{place.format(layer)}.lora_down.weight"] = torch.randn(2, 48)
+        text[f"{place.format(layer)}.lora_up.weight"] = torch.randn(48, 2)
+    given = Adapter({**adapter_of("LoRA"), **text})
+    layers = len(adapter_of("LoRA")) // 3
+    alone, both = inspect(given, model)[1], inspect(given, model, models.text("SD1"))[1]
+    assert f"Layers: {layers} of the model, 2 of text encoders" in both
+    assert f"{len(given)} of {len(given)} keys" in both
+    assert f"{len(given) - 4} of {len(given) - 4} keys" in alone
+    assert "Ranks: 2 (2 layers), 4 (" in both
+
+
+def test_metadata_is_told_and_oddities_do_not_stop_it():
+    said = {
+        "modelspec.trigger_phrase": "ohwx dog",
+        "ss_sd_model_name": "base.safetensors",
+        "ss_steps": "700",
+        "graft_made": "[3]",
+        "graft_recipe": "not json",
+    }
+    report = inspect(Adapter(adapter_of("LoRA"), said))[1]
+    assert "Trigger: ohwx dog" in report and "Base: base.safetensors" in report and "Steps: 700" in report
+    merged = merge(adapter_of("LoRA"), adapter_of("LoRA", seed=1), method="TIES")
+    assert "Made by merge (" in (told := inspect(merged)[1]) and "of SD1 0 and SD1 1" in told
+    assert "NOT FINITE" in inspect(Adapter({"x.diff": torch.tensor([[float("nan")]])}))[1]
+    assert "changes nothing" in inspect(Adapter({"x.diff": torch.zeros(2, 2)}))[1]
+    assert "Nothing that could be applied" in inspect(Adapter({}))[1]
+
+
+def test_the_picture_stays_small_for_large_models():
+    from graft_pack.trainers.tools import picture
+
+    rows = [(f"double_blocks.{index}", 1.0) for index in range(19)]
+    rows += [(f"single_blocks.{index}", 2.0) for index in range(38)]
+    found = picture.joined(rows, 36)
+    assert len(found) <= 36
+    assert found[0] == ("double_blocks.0-1", pytest.approx(2**0.5))
+    assert sum(value**2 for _, value in found) == pytest.approx(19 + 4 * 38)
+    assert picture.joined(rows[:5], 36) == rows[:5]
