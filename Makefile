@@ -4,6 +4,9 @@ PYTHON ?= python3
 # A pair that imports together; another one: make TORCH="torch torchvision" ...
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 
+# Processes that share the tests.
+WORKERS ?= 2
+
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -30,14 +33,18 @@ base: $(STAMP)  ## assemble the tiny pretrained base
 demo: $(STAMP)  ## train a LoRA in a real ComfyUI and show before and after
 	@$(BIN)/python -m tests.demo
 
+# Most of what is tested is too small to be worth a second thread: one process a core is faster. A file stays together,
+# since its tests share trainings.
 test: $(STAMP) chromium  ## run the whole suite
-	$(BIN)/pytest tests
+	$(BIN)/python -m tests.support.base
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests -n $(WORKERS) --dist loadfile
 
 soak: $(STAMP)  ## run the long trials at their full counts
 	$(BIN)/pytest tests --soak -m soak -s
 
-bench: $(STAMP)  ## time a training step against the bare model, and a folder of 10,000 pictures
+bench: $(STAMP)  ## a training step against the bare model, the memory of all weights, a folder of 10,000 pictures
 	$(BIN)/python -m tests.bench
+	$(BIN)/python -m tests.bench_memory
 	$(BIN)/python -m tests.bench_datasets
 
 lint: $(STAMP)  ## check the style

@@ -172,7 +172,9 @@ class GraftTrainDreamBooth(io.ComfyNode):
                     tooltip="LoRA: a small difference on the attention layers. all weights: the whole model.",
                 ),
                 inputs.steps(800),
-                inputs.learning_rate("0: the default of the model's family (1e-4 for a LoRA)."),
+                inputs.learning_rate(
+                    "0: the default of the model's family (SD1.5: 1e-4 for a LoRA, 5e-6 for all weights)."
+                ),
                 inputs.rank(),
                 inputs.batch_size(2, "Pictures in a step, class images included: 2 is one of each."),
                 inputs.seed(),

@@ -255,6 +255,15 @@ class GraftAdapterOptions(_OptionNode):
                     _number("lora_plus_ratio", "LoRA+: B's learning rate over A's, such as 16. 0: 1.", 0.0, 1e4, 0.1)
                 ),
             ],
+            later=(
+                advanced(
+                    _auto(
+                        "weight_dtype",
+                        ["fp32", "bf16"],
+                        "What all weights are trained in; bf16 is rounded stochastically. auto: fp32.",
+                    )
+                ),
+            ),
         )
 
     @classmethod

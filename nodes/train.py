@@ -137,4 +137,42 @@ class GraftTrainEmbedding(io.ComfyNode):
             return io.NodeOutput(done.clip, done.embedding, done.loss, ui=done.ui)
 
 
-NODES = [GraftTrainLoRA, GraftTrainEmbedding]
+class GraftFineTune(io.ComfyNode):
+    """All weights of the graph's own MODEL."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="GraftFineTune",
+            display_name="Graft Fine-tune",
+            category=_CATEGORY,
+            description="Trains all weights of the model on the pictures of a dataset and hands the model on with what "
+            "changed applied. The queue is busy while it runs. Queued again, it goes on where it was, or returns what "
+            "is finished.",
+            inputs=[
+                *inputs.base("The model to train; LoRAs that wait on it count as part of it. It stays as it is."),
+                Dataset.Input("dataset", tooltip="Pictures and captions; some hundred and more."),
+                inputs.steps(),
+                inputs.learning_rate(
+                    "0: the default of the model's family (SD1.5 5e-6, SDXL 1e-6). Too high forgets what it knew."
+                ),
+                inputs.batch_size(),
+                inputs.seed("Decides order and noise. Another seed is another run."),
+                options_input(),
+            ],
+            outputs=inputs.trained(),
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, model, clip, vae, dataset, steps, learning_rate, batch_size, seed, options=None) -> io.NodeOutput:
+        from .host import training
+
+        with named(cls):
+            widgets = training.Widgets("all weights", steps, learning_rate, 0, batch_size, seed)
+            done = training.train(model, clip, vae, dataset, widgets, options, cls.hidden.unique_id)
+            return io.NodeOutput(done.model, done.clip, done.adapter, done.loss, ui=done.ui)
+
+
+NODES = [GraftTrainLoRA, GraftTrainEmbedding, GraftFineTune]

@@ -1,13 +1,16 @@
 """The example workflows: drawn legibly, complete, and run by the real server as a user's Run would."""
 
 import copy
+import io
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from tests.support.host import ROOT
-from tests.support.make_workflows import TINY, TINY_DREAMBOOTH, TINY_EMBEDDING, TINY_PIVOTAL
+from tests.support.make_workflows import TINY, TINY_DREAMBOOTH, TINY_EMBEDDING, TINY_FINE_TUNE, TINY_PIVOTAL
 from tests.support.workflow import NOTES, find_nodes, read_workflow, to_prompt
 from tests.toy import world
 
@@ -213,3 +216,45 @@ def test_a_word_is_trained_drawn_and_saved(server, name, tiny, shown, saved):
     for title in saved:
         assert Path(entry["outputs"][node(title)]["text"][0]).is_file()
     assert server.path("output", "embeddings", f"{word}.safetensors").is_file()
+
+
+@pytest.mark.server
+def test_a_checkpoint_is_fine_tuned_merged_and_drawn_with(server):
+    """The example on the tiny base, two steps only; the file it leaves draws what the graph drew."""
+    folder = server.path("input", "example_fine_tune")
+    shutil.copytree(world.CONCEPT_FOLDER / TINY_FINE_TUNE["Pictures"]["folder"], folder, dirs_exist_ok=True)
+    values = copy.deepcopy(TINY_FINE_TUNE)
+    values["Pictures"]["folder"] = folder.name
+    values["Train"].update(steps=2, batch_size=1)
+    for what in ("before", "after"):
+        values[f"Sample {what}"]["steps"] = 2
+    workflow = read_workflow(ROOT / "example_workflows" / "Fine-tune a checkpoint.json")
+    schemas = server.object_info()
+    given = {entry["_meta"]["title"]: entry["inputs"] for entry in to_prompt(workflow, schemas).values()}
+    usual = {"steps": 2000, "learning_rate": 0, "batch_size": 2, "seed": 0}
+    assert usual.items() <= given["Train"].items()
+    entry = server.run(to_prompt(workflow, schemas, values), timeout=600)
+
+    def node(title):
+        return str(find_nodes(workflow, title)[0]["id"])
+
+    before, after = (server.download(entry, node(title)) for title in ("Before", "After"))
+    assert len(before) == len(after) == 2
+    assert before != after
+    assert "2 steps trained" in entry["outputs"][node("Train")]["text"][0]
+    assert Path(entry["outputs"][node("Save what changed")]["text"][0]).is_file()
+    (merged,) = server.path("output", "checkpoints").glob("my_model*.safetensors")
+    values["Checkpoint"]["ckpt_name"] = merged.name
+    again = to_prompt(workflow, schemas, values)
+    kept = {}
+    wanted = [node("Before")]
+    while wanted:
+        number = wanted.pop()
+        kept[number] = again[number]
+        wanted += [value[0] for value in again[number]["inputs"].values() if isinstance(value, list)]
+    drawn = server.download(server.run(kept, timeout=300), node("Before"))
+    assert [_pixels(data) for data in drawn] == [_pixels(data) for data in after]
+
+
+def _pixels(data):
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).tobytes()

@@ -14,8 +14,10 @@ class Family:
         name: as reports and metadata show it.
         resolution: side of the square it was trained at, pixels.
         lora_learning_rate: for alpha = rank.
+        full_learning_rate: where all weights are trained.
         attention: patterns a module path must match in part to be an attention projection; none: every Linear.
         feed_forward: the same for the two projections of a feed-forward part.
+        among: patterns of which a module path must match one to be trained at all; none: every path.
         diffusers_names: whether its LoRA files carry diffusers' module names (SD1, SD2) or the model's own.
         preview_cfg, preview_scheduler: for sample pictures.
     """
@@ -23,8 +25,10 @@ class Family:
     name: str
     resolution: int = 1024
     lora_learning_rate: float = 1e-4
+    full_learning_rate: float = 1e-6
     attention: tuple[str, ...] = ()
     feed_forward: tuple[str, ...] = (r"\.ff\.net\.(0\.proj|2)$", r"mlp\.(0|2|fc1|fc2)$")
+    among: tuple[str, ...] = ()
     diffusers_names: bool = False
     preview_cfg: float = 7.0
     preview_scheduler: str = "normal"
@@ -34,17 +38,26 @@ _UNET_ATTENTION = (r"\.attn[12]\.to_(q|k|v|out\.0)$",)
 
 GENERAL = Family("general")
 
+# CLIP's text transformers, whose layers are what the field's files have names for.
+TEXT_ENCODER = Family(
+    "text encoder",
+    attention=(r"\.self_attn\.(q|k|v|out)_proj$",),
+    feed_forward=(r"\.mlp\.fc[12]$",),
+    among=(r"\.encoder\.layers\.",),
+)
+
 FAMILIES = {
     family.name: family
     for family in (
-        Family("SD1", 512, attention=_UNET_ATTENTION, diffusers_names=True),
-        Family("SD2", 512, attention=_UNET_ATTENTION, diffusers_names=True),
-        Family("SD2 v", 768, attention=_UNET_ATTENTION, diffusers_names=True),
+        Family("SD1", 512, full_learning_rate=5e-6, attention=_UNET_ATTENTION, diffusers_names=True),
+        Family("SD2", 512, full_learning_rate=5e-6, attention=_UNET_ATTENTION, diffusers_names=True),
+        Family("SD2 v", 768, full_learning_rate=5e-6, attention=_UNET_ATTENTION, diffusers_names=True),
         Family("SDXL", 1024, attention=_UNET_ATTENTION),
         Family("SDXL refiner", 1024, attention=_UNET_ATTENTION),
         Family(
             "Flux",
             1024,
+            full_learning_rate=5e-6,
             attention=(r"_attn\.(qkv|proj)$", r"single_blocks\.\d+\.linear[12]$"),
             preview_cfg=1.0,
             preview_scheduler="simple",
@@ -52,6 +65,7 @@ FAMILIES = {
         Family(
             "SD3",
             1024,
+            full_learning_rate=5e-6,
             attention=(r"\.attn2?\.(qkv|proj)$",),
             preview_cfg=4.5,
             preview_scheduler="simple",
@@ -63,6 +77,11 @@ FAMILIES = {
 def family_of(name: str) -> Family:
     """The family of a name, the general one when it is not described here."""
     return FAMILIES.get(name, GENERAL)
+
+
+def is_trained(path: str, family: Family) -> bool:
+    """Whether a module path is one that the family lets be trained."""
+    return not family.among or any(re.search(pattern, path) for pattern in family.among)
 
 
 def is_attention(path: str, family: Family) -> bool:

@@ -90,10 +90,10 @@ def _drifts(
     x0, noise, sigma = (values.to(denoiser.device) for values in (x0, noise, sigma))
     x_t = denoiser.add_noise(x0, noise, sigma)
     with OutOfPlace():
-        told = _conditionings(host, shown)
+        # Encoded once with the trainables and once without: the text encoder may be trained too.
         with torch.no_grad(), plan.frozen():
-            target = denoiser.predict(x_t, sigma, told)
-        prediction = denoiser.predict(x_t, sigma, told)
+            target = denoiser.predict(x_t, sigma, _conditionings(host, shown))
+        prediction = denoiser.predict(x_t, sigma, _conditionings(host, shown))
     return example_losses(prediction, target, _weights(shown, x0)) * _factors(shown, x0)
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from .errors import DatasetError, ModelError, SettingsError
 from .formats.embedding import Embedding
+from .methods import METHODS
 from .optimisers import Group, finds_its_rate
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def check_word(recipe: Recipe, text: TextEncoder) -> None:
         ModelError: the text encoder cannot be given new words.
     """
     # A word beside an adapter was set on an option node, which is known here by the wire it came over.
-    own = not recipe.rank
+    own = not METHODS[recipe.method].trains_model
     check_name(recipe.embedding_name, "name" if own else "options")
     if text.is_word(recipe.embedding_name):
         raise SettingsError(

@@ -82,11 +82,24 @@ def check_recipe(recipe: Recipe) -> None:
             "target_patterns",
         )
     METHODS[recipe.method].check(recipe)
-    if recipe.text_encoder:
+    _check_precision(recipe)
+
+
+def _check_precision(recipe: Recipe) -> None:
+    if recipe.weight_dtype == "fp32":
+        return
+    if METHODS[recipe.method].ranked or not METHODS[recipe.method].trains_model:
         raise SettingsError(
-            "Training the text encoder is not there yet.",
-            "Set text_encoder to off or auto in Graft Adapter Options; Graft Pivotal Options train a word for it.",
-            "text_encoder",
+            f"weight_dtype is {recipe.weight_dtype}, but what is trained is small and always kept in fp32.",
+            "Leave weight_dtype of Graft Adapter Options alone: it is for training all weights.",
+            "weight_dtype",
+        )
+    if not OPTIMISERS[recipe.optimizer].apart:
+        raise SettingsError(
+            f"weight_dtype is {recipe.weight_dtype}: one weight after the other is then moved in fp32 and rounded, but "
+            f"{recipe.optimizer} has to see all of them at once.",
+            "Set weight_dtype to fp32, or choose another optimizer in Graft Optimizer Options, such as AdamW.",
+            "weight_dtype",
         )
 
 

@@ -6,8 +6,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,14 +14,15 @@ import torch
 from .errors import GraftError, NumbersError
 from .forward import fixed_losses, parts_of, terms_of
 from .methods.dropout import dropping_out
-from .optimisers import OPTIMISERS, Group, lr_factor, parameter_groups, restore_optimiser, state_of
+from .optimisers import OPTIMISERS, Group, lr_factor
+from .optimisers.average import MovingAverage, averaged
+from .optimisers.stepping import Mover
 from .protocols import PreviewRequest
 from .run import Run, State
 
 if TYPE_CHECKING:
     from .plan import Plan
     from .protocols import Host
-    from .recipe import Recipe
 
 log = logging.getLogger(__name__)
 
@@ -43,19 +43,18 @@ def train(plan: Plan, run: Run, host: Host, state: State) -> State:
     recipe = plan.recipe
     parameters = list(plan.trainables.values())
     groups = plan.all_groups()
-    kind = OPTIMISERS[recipe.optimizer]
-    optimiser = kind.make(parameter_groups(groups, plan.trainables, recipe), recipe)
-    average = kind.average(optimiser, parameters) or _average(parameters, recipe)
-    scaler = _loss_scaler(host)
-    _restore(state, plan, optimiser, average, scaler)
+    mover = Mover(plan, host)
+    average = OPTIMISERS[recipe.optimizer].average(mover.optimiser, parameters)
+    if recipe.ema_decay:
+        average = MovingAverage(parameters, recipe.ema_decay)
+    _restore(state, plan, mover, average)
     factor = lr_factor(recipe.schedule, recipe.warmup_steps, recipe.steps, recipe.num_cycles, recipe.power)
     batches = plan.batches(state.batches)
     saved = state.step
-    moving = False
 
     def keep() -> None:
         nonlocal saved
-        _capture(state, plan, optimiser, average, scaler)
+        _capture(state, plan, mover, average)
         path = run.save(state, plan.export(_result(state), state.step), recipe.keep_last)
         saved = state.step
         host.report("saved", {"step": state.step, "path": path})
@@ -66,23 +65,22 @@ def train(plan: Plan, run: Run, host: Host, state: State) -> State:
         while state.step < recipe.steps:
             started = time.perf_counter()
             share = factor(state.step)
-            _set_rates(optimiser, groups, plan, share, state)
+            _set_rates(mover.optimiser, groups, plan, share, state)
             window = [next(batches) for _ in range(recipe.accumulation)]
-            loss, names = _gradients(plan, host, window, state.step, scaler)
-            with _small_work(host.denoiser.device):
-                norm = _clip(parameters, recipe.max_grad_norm, optimiser, scaler)
-                _refuse_if_not_finite(loss, norm, names, state.step, scaler)
-                moving = True
-                scaler.step(optimiser)
-                scaler.update()
-                optimiser.zero_grad(set_to_none=True)
+            mover.begin(state.step)
+            loss, names = _gradients(plan, host, window, state.step, mover)
+            with mover.small_work(host.denoiser.device):
+                norm = mover.norm()
+                if mover.refuses(loss, norm):
+                    raise _not_finite(loss, names, state.step)
+                mover.step()
                 plan.settle(share)
                 if average is not None:
                     average.step(parameters)
             state.step += 1
             state.batches += len(window)
             state.losses.append(loss)
-            moving = False
+            mover.done()
             event = {
                 "event": "step",
                 "step": state.step,
@@ -96,11 +94,11 @@ def train(plan: Plan, run: Run, host: Host, state: State) -> State:
             run.log(event)
             # Before the host is told, and may interrupt: what is resumed would not be validated at this step again.
             if plan.validation and _due(state.step, recipe.validate_every, recipe.steps):
-                with _averaged(average, parameters):
+                with averaged(average, parameters):
                     _validate(plan, run, host, state)
             host.report("step", event)
             if _due(state.step, recipe.preview_every, recipe.steps):
-                with _averaged(average, parameters):
+                with averaged(average, parameters):
                     _preview(plan, run, host, state)
             if state.step % recipe.save_every == 0 and state.step < recipe.steps:
                 keep()
@@ -109,9 +107,11 @@ def train(plan: Plan, run: Run, host: Host, state: State) -> State:
     except BaseException:
         # The host interrupts by an exception of its own, which on some versions is no Exception.
         # Weights that an interrupted step has half moved belong to no step; the last save stands then.
-        if state.step > saved and not moving:
+        if state.step > saved and not mover.moving:
             _keep_before_leaving(keep)
         raise
+    finally:
+        mover.close()
     return state
 
 
@@ -130,8 +130,8 @@ def _set_rates(optimiser, groups: Sequence[Group], plan: Plan, share: float, sta
                 state.frozen = sorted({*state.frozen, *group.names})
 
 
-def _gradients(plan: Plan, host: Host, window: list, step: int, scaler) -> tuple[float, list[str]]:
-    """Accumulates the gradient of the mean over all examples of a window of their losses, each times its factor.
+def _gradients(plan: Plan, host: Host, window: list, step: int, mover: Mover) -> tuple[float, list[str]]:
+    """Gives the mover the gradient of the mean over all examples of a window of their losses, each times its factor.
 
     Returns:
         The mean and the examples' names.
@@ -139,14 +139,15 @@ def _gradients(plan: Plan, host: Host, window: list, step: int, scaler) -> tuple
     total = sum(len(batch) for _, batch in window)
     summed = 0.0
     names = []
-    with dropping_out(host.denoiser.module, plan.recipe, step):
+    trees = [host.denoiser.module, *([host.text.module] if plan.recipe.text_encoder else [])]
+    with dropping_out(trees, plan.recipe, step):
         for number, (_, batch) in enumerate(window):
             names.extend(plan.train[index].name for index, _ in batch)
             for part in parts_of(plan.shown(batch), plan.recipe, step, number, host):
                 for losses in terms_of(plan, host, *part):
                     # A text without the word that is all that is trained, such as a dropped caption, teaches nothing.
                     if losses.requires_grad:
-                        scaler.scale(losses.sum() / total).backward()
+                        mover.backward(losses.sum() / total)
                     summed += float(losses.detach().sum())
     return summed / total, names
 
@@ -184,33 +185,9 @@ def _usual_bucket(plan: Plan) -> tuple[int, int]:
     return max(sorted(set(buckets)), key=buckets.count)
 
 
-@contextmanager
-def _small_work(device: torch.device) -> Iterator[None]:
-    """One thread on a CPU: an adapter's hundreds of small tensors are done before a second one has woken up."""
-    threads = torch.get_num_threads()
-    if device.type != "cpu" or threads == 1:
-        yield
-        return
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _clip(parameters: list, limit: float, optimiser, scaler) -> float:
-    """Clips the gradient to a norm (0: not at all), once per optimiser step; its norm before."""
-    scaler.unscale_(optimiser)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, limit if limit > 0 else math.inf)
-    return float(norm)
-
-
-def _refuse_if_not_finite(loss: float, norm: float, names: list[str], step: int, scaler) -> None:
-    # Under fp16 loss scaling an infinite gradient is ordinary: the scaler skips that step and lowers its factor.
-    if math.isfinite(loss) and (math.isfinite(norm) or scaler.is_enabled()):
-        return
-    what = "loss" if not math.isfinite(loss) else "gradient"
-    raise NumbersError(
+def _not_finite(loss: float, names: list[str], step: int) -> NumbersError:
+    what = "gradient" if math.isfinite(loss) else "loss"
+    return NumbersError(
         f"The {what} of step {step + 1} is not finite (pictures: {', '.join(sorted(set(names)))}).",
         "Nothing of that step was kept. Lower learning_rate, compute in fp32 or bf16 (Graft Memory Options), "
         "or take those pictures out.",
@@ -218,51 +195,18 @@ def _refuse_if_not_finite(loss: float, norm: float, names: list[str], step: int,
     )
 
 
-def _average(parameters: list, recipe: Recipe):
-    """diffusers' moving average of the trainables, None when off."""
-    if not recipe.ema_decay:
-        return None
-    from diffusers.training_utils import EMAModel
-
-    return EMAModel(parameters, decay=recipe.ema_decay, use_ema_warmup=False)
-
-
-class _averaged:
-    """Lends the moving average to the trainables for the block."""
-
-    def __init__(self, average, parameters: list):
-        self.average = average
-        self.parameters = parameters
-
-    def __enter__(self):
-        if self.average is not None:
-            self.average.store(self.parameters)
-            self.average.copy_to(self.parameters)
-
-    def __exit__(self, *error):
-        if self.average is not None:
-            self.average.restore(self.parameters)
-
-
-def _loss_scaler(host: Host):
-    """Dynamic loss scaling for fp16 compute (Micikevicius et al. 2018), idle otherwise."""
-    half = getattr(host.denoiser, "compute_dtype", None) is torch.float16
-    return torch.amp.GradScaler(host.denoiser.device.type, enabled=half)
-
-
-def _capture(state: State, plan: Plan, optimiser, average, scaler) -> None:
-    """Brings the live values into the state."""
-    state.trainables = {name: parameter.detach().clone() for name, parameter in plan.trainables.items()}
-    state.constants = {name: tensor.detach().clone() for name, tensor in plan.constants.items()}
-    state.optimiser, state.groups = state_of(optimiser)
+def _capture(state: State, plan: Plan, mover: Mover, average) -> None:
+    """Brings the live values into the state: themselves, no copies, which all weights have no room for."""
+    state.trainables = {name: parameter.detach() for name, parameter in plan.trainables.items()}
+    state.constants = {name: tensor.detach() for name, tensor in plan.constants.items()}
+    state.optimiser, state.groups, state.scaler = mover.state_of()
     state.ema = {}
     if average is not None:
-        state.ema = {name: value.clone() for name, value in zip(plan.trainables, average.shadow_params, strict=True)}
-    state.scaler = dict(scaler.state_dict())
+        state.ema = dict(zip(plan.trainables, average.shadow_params, strict=True))
 
 
-def _restore(state: State, plan: Plan, optimiser, average, scaler) -> None:
-    """Brings the state into the live values; nothing to do for a new run.
+def _restore(state: State, plan: Plan, mover: Mover, average) -> None:
+    """Brings the state into the live values, and lets go of its own; nothing to do for a new run.
 
     Raises:
         GraftError: the state's trainables are not this run's.
@@ -274,15 +218,14 @@ def _restore(state: State, plan: Plan, optimiser, average, scaler) -> None:
         raise GraftError("The saved state has other layers than this model.", "Start the run over.")
     with torch.no_grad():
         for name, parameter in plan.trainables.items():
-            parameter.copy_(state.trainables[name])
+            parameter.copy_(state.trainables.pop(name))
         for name, tensor in plan.constants.items():
             tensor.copy_(state.constants[name])
-    restore_optimiser(optimiser, state.optimiser, state.groups)
+    mover.restore(state.optimiser, state.groups, state.scaler)
+    state.optimiser = {}
     if plan.recipe.ema_decay and state.ema:
-        average.shadow_params = [state.ema[name].to(plan.trainables[name].device) for name in plan.trainables]
-        average.optimization_step = state.step
-    if scaler.is_enabled() and state.scaler:
-        scaler.load_state_dict(state.scaler)
+        averages = [state.ema.pop(name).to(parameter.device) for name, parameter in plan.trainables.items()]
+        average.restore_to(averages, state.step)
 
 
 def _result(state: State) -> dict[str, torch.Tensor]:

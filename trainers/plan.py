@@ -51,6 +51,7 @@ class Item:
         repeats: how often an epoch shows it.
         show: gives a showing by its turn, how often the run showed the item before; by None the one that never varies.
         prior: whether it is a class image.
+        anchored: whether what the frozen base predicts for a prompt of its own is preserved beside it.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Item:
     repeats: int
     show: Callable[[int | None], Shown]
     prior: bool = False
+    anchored: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,13 +67,15 @@ class Plan:
     """What the loop works on.
 
     Attributes:
-        trainables: by name, float32, already part of the denoiser's or the text encoder's tree.
+        trainables: by name, float32 unless the recipe says otherwise, already part of the denoiser's or the text
+            encoder's tree.
         export: from the trainables' values and the step to what is handed on.
         groups: of the trainables, all of them; empty for one group with the recipe's learning rate.
         settle: called with the step's factor on the learning rates after every optimiser step, to keep trainables
             where they must be.
         frozen: gives a context in which the denoiser predicts as the base did before it was given trainables.
         constants: tensors of the tree that are not trained and that a resumed run must find again.
+        in_backward: whether trainables are moved as soon as their gradients are there, where that comes to the same.
     """
 
     recipe: Recipe
@@ -83,6 +87,7 @@ class Plan:
     settle: Callable[[float], None] = lambda factor: None
     frozen: Callable[[], AbstractContextManager] = nullcontext
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
+    in_backward: bool = False
 
     def all_groups(self) -> Sequence[Group]:
         """The groups, or the one that stands for none."""

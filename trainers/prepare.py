@@ -271,7 +271,9 @@ class _Maker:
         def show(turn: int | None) -> Shown:
             return self._show(cut, crop, turn)
 
-        return Item(cut.example.source.name, crop.bucket, cut.example.repeats, show, cut.example.prior)
+        example = cut.example
+        anchored = example.anchor is not None
+        return Item(example.source.name, crop.bucket, example.repeats, show, example.prior, anchored)
 
     def _show(self, cut: _Cuts, crop: Crop, turn: int | None) -> Shown:
         from .plan import Shown

@@ -102,6 +102,21 @@ class TextEncoder(Protocol):
     def attach(self, name: str, vectors: dict[str, torch.Tensor]) -> None:
         """From now on `embedding:<name>` in a caption stands for these vectors, [n, width] by encoder."""
 
+    def encoders(self) -> list[str]:
+        """Keys of the encoders that can be trained, each the name of a module in `module`.
+
+        Raises ModelError when there is none.
+        """
+
+    def adapter_name(self, path: str) -> str:
+        """Name of a module, by its path in `module`, in kohya's adapter files."""
+
+    def own_name(self, path: str) -> str:
+        """Name of a module, by its path in `module`, in the host's files of any method."""
+
+    def published_name(self, path: str) -> str | None:
+        """Path of a module in its encoder as transformers publishes it; None where that has no such module."""
+
     def encode_live(self, captions: Sequence[str]) -> list[dict[str, torch.Tensor]]:
         """As `encode` for each of several captions, through the private tree, with its graph."""
 
@@ -156,6 +171,9 @@ class Denoiser(Protocol):
 
     def adapter_name(self, path: str) -> str:
         """Name of a module, by its path in `module`, in kohya's adapter files."""
+
+    def own_name(self, path: str) -> str:
+        """Name of a module or a bare parameter, by its path in `module`, in the host's files of any method."""
 
     def published_name(self, path: str) -> str | None:
         """Path of a module in the model as diffusers publishes it; None where it has no such module."""

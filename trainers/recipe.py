@@ -33,6 +33,7 @@ LATER: dict[str, Any] = {
     "beta2": 0.999,
     "num_cycles": 1,
     "power": 1.0,
+    "weight_dtype": "fp32",
 }
 
 
@@ -66,6 +67,7 @@ class Recipe:
         block_ranks, block_learning_rates: (pattern, value) pairs; the first whose pattern is in a layer's path holds.
         lora_plus_ratio: B's learning rate over A's.
         text_encoder_rank, text_encoder_learning_rate: 0 where no text encoder is trained.
+        weight_dtype: what all weights are trained in, "fp32" or "bf16"; adapters are always in fp32.
         start_from: an adapter in the host's list, empty for none. What is in it is part of the base it trains on.
     """
 
@@ -106,6 +108,7 @@ class Recipe:
     beta2: float
     num_cycles: int
     power: float
+    weight_dtype: str
     # What follows does not decide the result.
     steps: int
     name: str
@@ -129,7 +132,7 @@ class Recipe:
     @property
     def live_text(self) -> bool:
         """Whether what the text encoder gives changes while training, so that captions are encoded at every step."""
-        return bool(self.embedding_name)
+        return bool(self.embedding_name) or self.text_encoder
 
     def deciding(self) -> dict[str, Any]:
         """The fields that decide the result; those that came later only where they are not at their old value."""
@@ -148,16 +151,24 @@ class Recipe:
         scale = METHODS[self.method].scale(self.rank, self.alpha)
         strength = "" if scale is None else f"alpha {self.alpha:g} (effective scale {scale:g}), "
         size = f"rank {self.rank}, {strength}on {self.targets}, " if self.rank else ""
+        if METHODS[self.method].in_backward:
+            size = f"on {self.targets} in {self.weight_dtype}, "
         word = ""
         if self.embedding_name:
             start = f"{self.embedding_vectors} vectors from '{self.embedding_init}'"
             word = f"embedding:{self.embedding_name} ({start}, learning rate {self.embedding_learning_rate:g}), "
         return (
             f"{self.method} for {self.family}, {self.optimizer}, learning rate {self.learning_rate:g} {self.schedule}, "
-            f"{size}{word}"
+            f"{size}{self._text_summary()}{word}"
             f"batch {self.batch_size} x {self.accumulation}, resolution {self.resolution}, seed {self.seed}"
             + "".join(f", {name} {value}" for name, value in self.objective.set_fields().items())
         )
+
+    def _text_summary(self) -> str:
+        if not self.text_encoder:
+            return ""
+        rank = f"rank {self.text_encoder_rank}, " if self.text_encoder_rank else ""
+        return f"text encoder too ({rank}learning rate {self.text_encoder_learning_rate:g}), "
 
     def as_json(self) -> dict[str, Any]:
         """All fields, JSON-able."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-    from .formats.adapter import Adapter
+    from .formats.adapter import Adapter, LazyAdapter
     from .formats.embedding import Embedding
     from .recipe import Recipe
 
@@ -92,7 +92,7 @@ class Products:
         embedding: None where none is trained.
     """
 
-    adapter: Adapter | None = None
+    adapter: Adapter | LazyAdapter | None = None
     embedding: Embedding | None = None
 
 

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import logging
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
 from . import inversion
 from .data.scan import check_captions
 from .errors import ModelError
-from .families import family_of
-from .formats.adapter import Adapter, load_adapter
+from .formats.adapter import Adapter, LazyAdapter, load_adapter
 from .formats.metadata import describe_training, tensors_hash
+from .formats.whole import Differences
 from .methods import METHODS
 from .optimisers import OPTIMISERS
+from .parts import Parts
 from .prepare import Prepared, prepare
 from .protocols import base_digest
 from .run import Products, Run, State
@@ -65,28 +66,29 @@ def run_recipe(recipe: Recipe, dataset: Dataset, host: Host, folders: Folders) -
     if recipe.embedding_name:
         inversion.check_word(recipe, host.text)
         dataset = inversion.address(dataset, recipe.embedding_name, recipe.embedding_templates)
-    if not METHODS[recipe.method].ranked:
+    if not METHODS[recipe.method].trains_model:
         inversion.refuse_preservation(dataset)
     check_captions(dataset)
     recipe.objective.check(host.denoiser.parameterisation)
     method = METHODS[recipe.method]
     start = load_adapter(folders.adapter_of(recipe.start_from)) if recipe.start_from else None
     identity = recipe.identity(dataset.fingerprint(), _base(host, start))
-    label = dataset.name if method.ranked else recipe.embedding_name
+    label = dataset.name if method.trains_model else recipe.embedding_name
     run = Run.open(folders, recipe, identity, label)
     state = State()
     if recipe.on_existing != "start over":
         state = run.load(recipe.steps) or state
-    export = _exporter(method, recipe, host, dataset, run, identity)
+    parts = Parts(method, recipe, host)
+    export = _exporter(method, parts, recipe, host, dataset, run, identity)
     host.report("run", {"name": run.name, "folder": run.folder, "step": state.step, "steps": recipe.steps})
     if state.step == recipe.steps:
         log.info("Graft: run %s is already finished at step %d.", run.name, state.step)
-        return _finished(recipe, host, method, run, state, export)
+        return _finished(recipe, host, method, parts, run, state, export)
     log.info("Graft: run %s, from step %d to %d: %s", run.name, state.step, recipe.steps, recipe.summary())
-    return _train(recipe, dataset, host, folders, method, identity, run, state, export, start)
+    return _train(recipe, dataset, host, folders, parts, identity, run, state, export, start)
 
 
-def _train(recipe, dataset, host, folders, method, identity, run, state, export, start) -> Result:
+def _train(recipe, dataset, host, folders, parts, identity, run, state, export, start) -> Result:
     # Imported here: the loop imports torch, which the nodes that only describe datasets do not need.
     from .autograd import blocks_of, checkpoint_blocks
     from .loop import train
@@ -97,24 +99,22 @@ def _train(recipe, dataset, host, folders, method, identity, run, state, export,
     denoiser = host.denoiser
     resumed_from = state.step
     prepared = prepare(dataset, recipe, host, folders.cache, folders.cache_limit)
-    with denoiser.training(recipe.compute_dtype), host.text.training() if recipe.live_text else nullcontext():
-        targets = method.targets(denoiser.module, family_of(denoiser.family), recipe)
+    with _training(recipe, host):
         blocks = _checkpoint(denoiser.module, recipe)
         if blocks and recipe.live_text:
             checkpoint_blocks(blocks_of(host.text.module))
-        trainables = method.inject(denoiser.module, targets, recipe)
-        constants = method.constants(denoiser.module)
+        trainables = parts.inject()
+        constants = parts.constants()
         if start is not None and state.step == 0:
-            names = denoiser.adapter_name, denoiser.published_name
-            method.start(trainables, denoiser.module, start, recipe, names)
-        groups = method.groups(trainables, recipe)
+            parts.start(trainables, start)
+        groups = parts.groups(trainables)
         settle = _keep_still
         if recipe.embedding_name:
             vectors = inversion.start(host.text, recipe)
             trainables |= vectors
             groups.append(inversion.group(vectors, recipe))
             settle = inversion.settling(vectors, host.text, recipe)
-        facts = {"layers": len(targets), "checkpointed_blocks": blocks, **_counts(prepared), **prepared.facts}
+        facts = {"layers": parts.layers, "checkpointed_blocks": blocks, **_counts(prepared), **prepared.facts}
         if recipe.on_existing == "start over":
             # Only now, when all that could be refused has been: what is there is lost with this.
             run.clear()
@@ -128,8 +128,9 @@ def _train(recipe, dataset, host, folders, method, identity, run, state, export,
             export,
             groups,
             settle,
-            partial(method.switched_off, denoiser.module),
+            parts.switched_off,
             constants,
+            METHODS[recipe.method].in_backward,
         )
         if state.step == 0:
             _check_gradient(plan, host)
@@ -139,22 +140,33 @@ def _train(recipe, dataset, host, folders, method, identity, run, state, export,
         return _result(export, state, run, resumed_from, prepared.left_out)
 
 
-def _finished(recipe, host, method, run, state, export) -> Result:
+@contextmanager
+def _training(recipe: Recipe, host: Host) -> Iterator[None]:
+    """The denoiser in training, and the text encoder where something of it is trained."""
+    with ExitStack() as stack:
+        stack.enter_context(host.denoiser.training(recipe.compute_dtype))
+        if recipe.live_text:
+            stack.enter_context(host.text.training())
+        yield
+
+
+def _finished(recipe, host, method, parts, run, state, export) -> Result:
     """The result of a run that has nothing left to do."""
     if not method.needs_base:
         return _result(export, state, run, state.step)
-    denoiser = host.denoiser
-    with denoiser.training(recipe.compute_dtype):
-        targets = method.targets(denoiser.module, family_of(denoiser.family), recipe)
-        method.inject(denoiser.module, targets, recipe)
-        for name, tensor in method.constants(denoiser.module).items():
+    with _training(recipe, host):
+        parts.inject()
+        for name, tensor in parts.constants().items():
             tensor.copy_(state.constants[name])
         return _result(export, state, run, state.step)
 
 
 def _result(export, state: State, run: Run, resumed_from: int, left_out: tuple[LeftOut, ...] = ()) -> Result:
+    # Whoever trained is done: what an optimiser knows is on disk, and a whole difference may take the weights' place.
+    state.optimiser = {}
     made = export(state.ema or state.trainables, state.step)
-    return Result(made.adapter, made.embedding, state.losses, run, resumed_from, left_out)
+    adapter = made.adapter.taken() if isinstance(made.adapter, LazyAdapter) else made.adapter
+    return Result(adapter, made.embedding, state.losses, run, resumed_from, left_out)
 
 
 def _keep_still(factor: float) -> None:
@@ -172,7 +184,7 @@ def _counts(prepared: Prepared) -> dict[str, int]:
 def _base(host: Host, start: Adapter | None) -> str:
     parts = [host.denoiser.fingerprint(), host.text.fingerprint(), host.codec.fingerprint()]
     if start is not None:
-        parts.append(tensors_hash(start if start.native is None else start.native.tensors))
+        parts.append(tensors_hash(start if start.native is None else start.native.all_tensors()))
     return base_digest(*parts)
 
 
@@ -227,7 +239,7 @@ def _network(method, recipe: Recipe) -> dict:
     }
 
 
-def _exporter(method, recipe: Recipe, host: Host, dataset: Dataset, run: Run, identity: str):
+def _exporter(method, parts: Parts, recipe: Recipe, host: Host, dataset: Dataset, run: Run, identity: str):
     """A function from the trainables' values and the step to what is handed on, with its metadata."""
 
     def export(values: dict[str, torch.Tensor], step: int) -> Products:
@@ -243,6 +255,7 @@ def _exporter(method, recipe: Recipe, host: Host, dataset: Dataset, run: Run, id
             **(_network(method, recipe) if method.ranked else {}),
             "learning_rate": recipe.learning_rate,
             "unet_lr": recipe.learning_rate,
+            "text_encoder_lr": recipe.text_encoder_learning_rate if recipe.text_encoder else None,
             "optimizer": recipe.optimizer,
             "lr_scheduler": recipe.schedule,
             "lr_warmup_steps": recipe.warmup_steps,
@@ -257,13 +270,15 @@ def _exporter(method, recipe: Recipe, host: Host, dataset: Dataset, run: Run, id
             "v2": host.denoiser.family.startswith("SD2"),
             **recipe.objective.kohya_metadata(),
         }
-        denoiser = host.denoiser
         own = {name: value for name, value in values.items() if not name.startswith(inversion.PREFIX)}
         adapter = None
         if own:
-            tensors = method.export(own, recipe, denoiser.adapter_name, denoiser.module)
-            native = method.native(own, recipe, denoiser.published_name, denoiser.module)
-            adapter = Adapter(tensors, describe_training(facts, "lora"), native)
+            tensors = parts.export(own)
+            metadata = describe_training(facts, "lora" if method.ranked else "difference")
+            if isinstance(tensors, Differences):
+                adapter = LazyAdapter(tensors, metadata)
+            else:
+                adapter = Adapter(tensors, metadata, parts.native(own))
         embedding = None
         if recipe.embedding_name:
             embedding = inversion.made_of(values, recipe, describe_training(facts, "textual-inversion"))

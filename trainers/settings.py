@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import SettingsError
 from .inversion import EMBEDDING_RATE
 from .limits import check_option, check_recipe
-from .methods import METHODS
+from .methods import METHODS, Method
 from .methods.patterns import parse_pairs, parse_patterns
 from .objective import options as objective
 from .objective.options import objective_of
@@ -68,6 +68,7 @@ UNSET: dict[str, dict[str, Any]] = {
         "block_ranks": "",
         "block_learning_rates": "",
         "lora_plus_ratio": 0.0,
+        "weight_dtype": "auto",
     },
     "pivotal": {
         "name": "",
@@ -123,7 +124,7 @@ def resolve(
 
     Args:
         learning_rate: 0 for the family's, method's and optimiser's default.
-        rank: 0 where the method has none.
+        rank: not looked at where the method has none.
         resolution: 0 for the family's own.
         word: that the node itself trains; None for the one of the pivotal options, if there is one.
 
@@ -134,13 +135,22 @@ def resolve(
     if method == "LoRA":
         # What trains an adapter trains it of the type that was chosen.
         method = get("adapter", "type", method)
+    kind = METHODS.get(method, Method())
+    if not kind.ranked:
+        rank = 0
+    if kind.in_backward and ("adapter", "type") in options:
+        raise SettingsError(
+            "type is set, but all weights are trained and no adapter: it would have no effect.",
+            "Leave type of Graft Adapter Options alone, or train a LoRA.",
+            "type",
+        )
     patterns = parse_patterns(get("adapter", "target_patterns", ""), "target_patterns")
-    text_encoder = get("adapter", "text_encoder", "off") == "on"
+    text_encoder = _trains_text_encoder(options)
     alone = word is not None
     word = _pivotal(options, alone) or word or Word("", "", 0, stop=0.0, templates="")
     optimizer = get("optimizer", "optimizer", "AdamW")
     optimiser = OPTIMISERS.get(optimizer, OPTIMISERS["AdamW"])
-    usual = EMBEDDING_RATE if alone else family.lora_learning_rate
+    usual = EMBEDDING_RATE if alone else kind.usual_rate(family)
     rate = learning_rate or default_learning_rate(optimizer, usual)
     recipe = Recipe(
         method=method,
@@ -155,8 +165,8 @@ def resolve(
         schedule=get("optimizer", "schedule", "constant"),
         warmup_steps=get("optimizer", "warmup_steps", 0),
         accumulation=get("optimizer", "accumulation", 1),
-        max_grad_norm=get("optimizer", "max_grad_norm", 1.0),
-        ema_decay=get("optimizer", "ema_decay", 0.0),
+        max_grad_norm=get("optimizer", "max_grad_norm", kind.max_grad_norm),
+        ema_decay=get("optimizer", "ema_decay", 0.0 if optimiser.averages else kind.ema_decay),
         validation_fraction=get("run", "validation_fraction", 0.0),
         family=family.name,
         trigger=trigger,
@@ -171,7 +181,8 @@ def resolve(
         beta2=get("optimizer", "beta2", optimiser.beta2),
         num_cycles=get("optimizer", "num_cycles", 1),
         power=get("optimizer", "power", 1.0),
-        targets=get("adapter", "targets", "patterns" if patterns else _default_targets(method)),
+        # An unknown method is refused with the others' names, in `check_recipe`.
+        targets=get("adapter", "targets", "patterns" if patterns else kind.default_targets),
         target_patterns=patterns,
         dropout=get("adapter", "dropout", 0.0),
         block_ranks=parse_pairs(get("adapter", "block_ranks", ""), int, 0, 4096, "block_ranks"),
@@ -179,6 +190,7 @@ def resolve(
             get("adapter", "block_learning_rates", ""), float, 0.0, 100.0, "block_learning_rates"
         ),
         lora_plus_ratio=get("adapter", "lora_plus_ratio", 1.0),
+        weight_dtype=get("adapter", "weight_dtype", "fp32"),
         text_encoder=text_encoder,
         text_encoder_rank=get("adapter", "text_encoder_rank", rank) if text_encoder else 0,
         text_encoder_learning_rate=(get("adapter", "text_encoder_learning_rate", rate) if text_encoder else 0.0),
@@ -205,9 +217,21 @@ def resolve(
     return recipe
 
 
-def _default_targets(method: str) -> str:
-    # An unknown method is refused with the others' names, in `_check`.
-    return METHODS[method].default_targets if method in METHODS else "attention"
+def _trains_text_encoder(options: Options) -> bool:
+    """Whether the text encoder is trained too.
+
+    Raises:
+        SettingsError: it is said how, but not that.
+    """
+    wanted = options.value("adapter", "text_encoder", "off") == "on"
+    for name in ("text_encoder_rank", "text_encoder_learning_rate"):
+        if not wanted and ("adapter", name) in options:
+            raise SettingsError(
+                f"{name} is set, but the text encoder is not trained: it would have no effect.",
+                f"In Graft Adapter Options set text_encoder to on, or leave {name} alone.",
+                name,
+            )
+    return wanted
 
 
 def _pivotal(options: Options, alone: bool) -> Word | None:

@@ -145,6 +145,8 @@ class ComfyDenoiser:
 
     def _forward(self, x_t: torch.Tensor, sigma: torch.Tensor, conds: list[dict]) -> torch.Tensor:
         dtype = self.compute_dtype
+        # Asked each time: a method may have put weights of another dtype into the tree.
+        _cast_where_needed(self.module, dtype)
         trained = _trained(cond.cond for one in conds for cond in one.values())
         with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
             joined = {name: conds[0][name].concat([other[name] for other in conds[1:]]) for name in conds[0]}
@@ -194,7 +196,6 @@ class ComfyDenoiser:
             own_weights(base.diffusion_model)
             self.compute_dtype = _DTYPES.get(compute_dtype) or _inference_dtype(base)
             self.module = private_tree(base.diffusion_model)
-            _cast_where_needed(self.module, self.compute_dtype)
             self._base = _over(base, self.module)
             self._options = _transformer_options(self._model)
             self._sampler = sampling.PreviewSampler(self._model, self._base, self._text, self._vae)
@@ -209,6 +210,7 @@ class ComfyDenoiser:
 
     def preview(self, request: PreviewRequest) -> list[Image.Image]:
         """By the host's own sampler on the tree as trained so far."""
+        _cast_where_needed(self.module, _inference_dtype(self._base))
         with _not_training():
             pictures = self._sampler.draw(request)
         # Drawing may have made the host move the tree to make room.
@@ -219,6 +221,10 @@ class ComfyDenoiser:
         """kohya's name of a module: diffusers' module names where the family's files carry those."""
         name = self.published_name(path) if family_of(self.family).diffusers_names else None
         return "lora_unet_" + (name or path).replace(".", "_")
+
+    def own_name(self, path: str) -> str:
+        """As in the model's own checkpoint."""
+        return f"diffusion_model.{path}"
 
     def published_name(self, path: str) -> str | None:
         """Path in diffusers' UNet, for the families whose layout the host's own map knows."""
@@ -232,7 +238,7 @@ class ComfyDenoiser:
 
     def check_adapter(self, tensors: dict[str, torch.Tensor]) -> list[str]:
         """Keys that the host's own LoRA loader would not use on this model."""
-        return unread_keys(self._model, None, tensors)
+        return unread_keys(self._model, self._text and self._text.clip, tensors)
 
     def fingerprint(self) -> str:
         """Of the MODEL as it arrived."""

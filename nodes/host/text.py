@@ -22,12 +22,13 @@ class ComfyText:
     """The graph's CLIP, trained on a private tree over its own weights; the graph's stays as it was.
 
     Attributes:
+        clip: the graph's.
         module: the private tree; only within `training`.
         device: where it computes; only within `training`.
     """
 
     def __init__(self, clip: CLIP):
-        self._clip = clip
+        self.clip = clip
         self._live: CLIP | None = None
         self._prompts: dict[str, list] = {}
         self._trained: list[torch.Tensor] = []
@@ -37,7 +38,7 @@ class ComfyText:
 
     def encode(self, caption: str) -> dict[str, torch.Tensor]:
         """The host's own conditioning of a literal caption: `cross_attn`, `pooled_output` and what else it gives."""
-        return conditioning_tensors(self._clip, _literal_tokens(self._clip, caption))
+        return conditioning_tensors(self.clip, _literal_tokens(self.clip, caption))
 
     def encode_live(self, captions: Sequence[str]) -> list[dict[str, torch.Tensor]]:
         """As `encode` for each caption, through the private tree, with its graph where something is trained."""
@@ -55,29 +56,29 @@ class ComfyText:
             return self._live.encode_from_tokens_scheduled(self._live.tokenize(prompt))
         # Kept, so that the encoder is loaded once.
         if prompt not in self._prompts:
-            self._prompts[prompt] = self._clip.encode_from_tokens_scheduled(self._clip.tokenize(prompt))
+            self._prompts[prompt] = self.clip.encode_from_tokens_scheduled(self.clip.tokenize(prompt))
         return self._prompts[prompt]
 
     def encode_for_sampling(self, caption: str) -> list:
         """The conditioning of a literal caption as the host's sampler takes it."""
-        return self._clip.encode_from_tokens_scheduled(_literal_tokens(self._clip, caption))
+        return self.clip.encode_from_tokens_scheduled(_literal_tokens(self.clip, caption))
 
     def count_tokens(self, caption: str) -> int:
         """Tokens of the longest encoder, without start, end and padding."""
-        tokens = _literal_tokens(self._clip, caption, return_word_ids=True)
+        tokens = _literal_tokens(self.clip, caption, return_word_ids=True)
         counts = [sum(1 for chunk in chunks for token in chunk if token[2] > 0) for chunks in tokens.values()]
         return max(counts, default=0)
 
     def is_word(self, name: str) -> bool:
         """Whether one of the encoders has a name as a single token."""
-        return any(len(_ids(self._tokenizer(key), name)) == 1 for key in self._encoders())
+        return any(len(_ids(self._tokenizer(key), name)) == 1 for key in self.encoders())
 
     def start_vectors(self, text: str) -> dict[str, torch.Tensor]:
         """[tokens, width] float32 on the CPU by encoder; `embedding:` in the text gives that embedding's own."""
         import torch
 
         found = {}
-        for key in self._encoders():
+        for key in self.encoders():
             table = self._table(key)
             rows = [
                 token if torch.is_tensor(token) else table[token] for token in _ids(self._tokenizer(key), text.strip())
@@ -88,7 +89,7 @@ class ComfyText:
 
     def median_norms(self) -> dict[str, float]:
         """Median norm of the vocabulary's vectors by encoder."""
-        return {key: float(self._table(key).float().norm(dim=-1).median()) for key in self._encoders()}
+        return {key: float(self._table(key).float().norm(dim=-1).median()) for key in self.encoders()}
 
     def attach(self, name: str, vectors: dict[str, torch.Tensor]) -> None:
         """Lets the live encoder read `embedding:<name>` as these vectors."""
@@ -105,7 +106,7 @@ class ComfyText:
         from .adapters import classic
 
         with torch.inference_mode(False), torch.enable_grad():
-            clip = self._clip.clone()
+            clip = self.clip.clone()
             clip.patcher = classic(clip.patcher, "clip")
             comfy.model_management.load_models_gpu([clip.patcher], force_full_load=True)
             own_weights(clip.patcher.model)
@@ -129,19 +130,36 @@ class ComfyText:
 
     def fingerprint(self) -> str:
         """Changes with weights, patches, clip skip, tokenizer options and attached words."""
-        clip = self._clip
+        clip = self.clip
         own = f"{patcher_digest(clip.patcher)}|{clip.layer_idx}|{sorted(clip.tokenizer_options.items())}"
         attached = words.attached_digest(clip.tokenizer)
         return f"{own}|{attached}" if attached else own
 
-    def _encoders(self) -> list[str]:
-        return words.encoders(self._clip)
+    def encoders(self) -> list[str]:
+        """Keys of its CLIP parts."""
+        return words.encoders(self.clip)
+
+    def adapter_name(self, path: str) -> str:
+        """kohya's name: its prefix tells two encoders apart, and what is beside a T5 from what is alone."""
+        key, _, inner = path.partition(".transformer.")
+        keys = self.encoders()
+        alone = len(keys) == 1 and not hasattr(self.clip.cond_stage_model, "t5xxl")
+        return f"lora_te{'' if alone else keys.index(key) + 1}_" + inner.replace(".", "_")
+
+    def own_name(self, path: str) -> str:
+        """As the host names it beside the model's own."""
+        return f"text_encoders.{path}"
+
+    def published_name(self, path: str) -> str | None:
+        """Its path in transformers' CLIP: only the encoder with a projection has the transformer in a wrapper."""
+        key, _, inner = path.partition(".transformer.")
+        return inner if key == "clip_g" else inner.removeprefix("text_model.")
 
     def _tokenizer(self, key: str):
-        return getattr(self._clip.tokenizer, key)
+        return getattr(self.clip.tokenizer, key)
 
     def _table(self, key: str) -> torch.Tensor:
-        return getattr(self._clip.cond_stage_model, key).transformer.get_input_embeddings().weight.detach()
+        return getattr(self.clip.cond_stage_model, key).transformer.get_input_embeddings().weight.detach()
 
 
 def _fits(row: torch.Tensor, width: int) -> bool:

@@ -50,7 +50,12 @@ class DiffusersDenoiser:
         self.calls += 1
         scaled = x_t / (sigma.view(-1, 1, 1, 1) ** 2 + 1).sqrt()
         context = torch.cat([one.tensors["cross_attn"] for one in conditioning])
-        return self._unet(scaled, self.timestep(sigma), context).sample
+        return self._run(scaled, self.timestep(sigma), context)
+
+    def _run(self, x, t, context):
+        # As ComfyUI's layers do: weights in another dtype than the activations are cast on the way.
+        halves = {name: weight.float() for name, weight in self._unet.named_parameters() if weight.dtype != x.dtype}
+        return torch.func.functional_call(self._unet, halves, (x, t, context)).sample
 
     def timestep(self, sigma):
         """Index of the nearest level, [B]."""
@@ -67,7 +72,7 @@ class DiffusersDenoiser:
         x = x * scheduler.init_noise_sigma
         context = WordEncoder().encode(request.prompts[index])["cross_attn"]
         for t in scheduler.timesteps:
-            x = scheduler.step(self._unet(scheduler.scale_model_input(x, t), t, context).sample, t, x).prev_sample
+            x = scheduler.step(self._run(scheduler.scale_model_input(x, t), t, context), t, x).prev_sample
         return picture(x[0, :3].permute(1, 2, 0))
 
     @contextmanager
@@ -81,12 +86,18 @@ class DiffusersDenoiser:
     def adapter_name(self, path):
         return "lora_unet_" + path.replace(".", "_")
 
+    def own_name(self, path):
+        return f"model.{path}"
+
     def published_name(self, path):
         return path
 
     def check_adapter(self, tensors):
+        if all(key.startswith("model.") for key in tensors):
+            paths = {path for path, _ in self._unet.named_modules()}
+            return [key for key in tensors if key.removeprefix("model.").rpartition(".")[0] not in paths]
         names = {self.adapter_name(path.replace(".base_layer", "")) for path, _ in self._unet.named_modules()}
-        return [key for key in tensors if key.split(".")[0] not in names]
+        return [key for key in tensors if key.split(".")[0] not in names and not key.startswith("lora_te_")]
 
     def fingerprint(self):
         return digest(self._unet) + self.parameterisation
@@ -134,7 +145,7 @@ class WordEncoder:
     def _encode_live(self, caption):
         word, vectors = self.attached
         rows = []
-        for one in caption.replace(word, f" {word} ").split():
+        for one in (caption.replace(word, f" {word} ") if word else caption).split():
             rows += list(vectors) if one == word else [self._vector(one.strip(","), len(rows))]
         rows += [torch.zeros(WIDTH)] * (TOKENS - len(rows))
         return {"cross_attn": torch.stack(rows[:TOKENS])[None]}
@@ -148,6 +159,53 @@ class WordEncoder:
 
     def fingerprint(self):
         return "words"
+
+
+class LayeredEncoder(WordEncoder):
+    """The same with a layer that can be adapted, named as in CLIP."""
+
+    def __init__(self):
+        with seeded(6):
+            self._layer = torch.nn.Linear(WIDTH, WIDTH).requires_grad_(False)
+
+    def _tree(self):
+        attention = torch.nn.ModuleDict({"q_proj": self._layer})
+        layers = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.ModuleDict({"self_attn": attention})])})
+        return torch.nn.ModuleDict({"clip_l": torch.nn.ModuleDict({"encoder": layers})})
+
+    @contextmanager
+    def training(self):
+        with super().training():
+            self.module = LayeredTree(self._tree())
+            yield
+
+    def encoders(self):
+        return ["clip_l"]
+
+    def adapter_name(self, path):
+        return "lora_te_text_model_" + path.removeprefix("clip_l.").replace(".", "_")
+
+    def published_name(self, path):
+        return path.removeprefix("clip_l.")
+
+    def encode(self, caption):
+        return {"cross_attn": self._layer(super().encode(caption)["cross_attn"])}
+
+    def _encode_live(self, caption):
+        layer = self.module.clip_l["encoder"]["layers"][0]["self_attn"]["q_proj"]
+        return {"cross_attn": layer(super()._encode_live(caption)["cross_attn"])}
+
+    def fingerprint(self):
+        return digest(self._layer)
+
+
+class LayeredTree(torch.nn.Module):
+    """Encoders by name."""
+
+    def __init__(self, encoders):
+        super().__init__()
+        for name, encoder in encoders.items():
+            self.add_module(name, encoder)
 
 
 class TinyCodec:
@@ -209,9 +267,10 @@ def make_unet():
         )
 
 
-def make_host(report=None):
+def make_host(report=None, text=None):
     """A Host without ComfyUI; two of them are alike to the bit."""
-    return Host(DiffusersDenoiser(make_unet()), WordEncoder(), TinyCodec(), report or (lambda event, payload: None))
+    denoiser = DiffusersDenoiser(make_unet())
+    return Host(denoiser, text or WordEncoder(), TinyCodec(), report or (lambda event, payload: None))
 
 
 def convert_sd1(model):
@@ -321,13 +380,13 @@ def planned(items, spread=0.1, **fields):
 def gradient_of(plan, host, window, step=0):
     """(loss, gradient as one vector, names) of a window of batches."""
     from graft_pack.trainers import loop
+    from graft_pack.trainers.optimisers.stepping import Mover
 
     from tests.support import models
 
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
     for parameter in plan.trainables.values():
         parameter.grad = None
-    loss, names = loop._gradients(plan, host, window, step, scaler)
+    loss, names = loop._gradients(plan, host, window, step, Mover(plan, host))
     return loss, models.joined(p.grad for p in plan.trainables.values()), names
 
 

@@ -158,6 +158,42 @@ TINY_PIVOTAL = {
 }
 
 
+FINE_TUNE_NOTE = """\
+# Fine-tune a checkpoint
+
+Every weight of the model is trained, and the result is a **checkpoint
+of its own**.
+
+1. **Checkpoint** - the SD1.5 file in your models/checkpoints.
+2. **Pictures** - 40 and more in one style, each name.png with its
+   caption in name.txt, in a folder below ComfyUI's input folder; press
+   **R** and choose it.
+3. **Trigger and prompt** - words for the style (*ohwx style*), and a
+   prompt that holds them.
+
+*The new checkpoint* is ComfyUI's own node: it writes model, text
+encoder and VAE to output/checkpoints, where every checkpoint loader
+finds them. *Save what changed* writes the difference alone, which LoRA
+loaders take at any strength; bypass the one you do not want.
+
+It takes much more memory and disk than a LoRA: see the help page of
+*Train*. The checkpoint in the graph stays as it is.
+**Cancel loses nothing**: press Run again and it goes on where it was.
+"""
+
+# The same for "Fine-tune a checkpoint".
+TINY_FINE_TUNE = {
+    "Checkpoint": {"ckpt_name": "graft_tiny.safetensors"},
+    "Pictures": {"folder": "toy", "trigger": "", "resolution": 64},
+    "Train": {"steps": 40, "learning_rate": 1e-4, "batch_size": 4},
+    "Prompt": {"value": "a large sks toy on a green background"},
+    "Negative prompt": {"value": ""},
+    "Size and number": {"width": 64, "height": 64},
+    "Sample before": {"cfg": 4.0},
+    "Sample after": {"cfg": 4.0},
+}
+
+
 class Sketch:
     """A graph in the editor, built node by node."""
 
@@ -379,11 +415,47 @@ def draw_pivotal(sketch):
     sketch.group("Word and LoRA together", together, GREEN)
 
 
+def draw_fine_tune(sketch):
+    """Pictures -> train -> a checkpoint of its own, and the same prompt before and after."""
+    node = sketch.node
+    data, train, wish, sample = 0, 480, 960, 1440
+
+    checkpoint, base = draw_base(sketch, (data, 0), FINE_TUNE_NOTE, 560)
+    pictures = node("GraftLoadDataset", "Pictures", (data, 860), (420, 490),
+                    folder="my_pictures", trigger="ohwx style", resolution=512)  # fmt: skip
+
+    trainer = node("GraftFineTune", "Train", (train, 700), (420, 220), {**base, "dataset": (pictures, 0)},
+                   steps=2000, batch_size=2)  # fmt: skip
+    merged = node("CheckpointSave", "The new checkpoint", (train, 980), (420, 110),
+                  {"model": (trainer, 0), "clip": (trainer, 1), "vae": (checkpoint, 2)},
+                  filename_prefix="checkpoints/my_model")  # fmt: skip
+    saved = node("GraftSaveAdapter", "Save what changed", (train, 1150), (420, 100), {"adapter": (trainer, 2)},
+                 filename_prefix="my_model")  # fmt: skip
+    inspect = node("GraftInspectDataset", "What training will see", (train, 0), (420, 330),
+                   {"dataset": (pictures, 0), **base})  # fmt: skip
+    report = node("PreviewAny", "Report", (train, 390), (420, 180), {"source": (inspect, 1)})
+
+    prompt, negative, size = draw_wishes(sketch, (wish, 0), "a house by the sea, ohwx style")
+    before, after = (
+        draw_pictures(sketch, (sample, top), name, (source, 0), (source, 1), (prompt, 0), (negative, 0), (size, 0),
+                      (checkpoint, 2))
+        for name, top, source in (("before", 0, checkpoint), ("after", 700, trainer))
+    )  # fmt: skip
+
+    sketch.group("Set 1 and 2: checkpoint and pictures", [checkpoint, pictures], BLUE)
+    sketch.group("Set 3: what to draw", [prompt, negative, size], BLUE)
+    sketch.group("Train", [trainer, merged, saved], ORANGE)
+    sketch.group("Look at the pictures", [inspect, report], GREY)
+    sketch.group("Before: the checkpoint as it is", before, GREY)
+    sketch.group("After: as it was fine-tuned", after, GREEN)
+
+
 WORKFLOWS = {
     "Train a LoRA": draw_train_a_lora,
     "DreamBooth a subject": draw_dreambooth,
     "Train a textual-inversion embedding": draw_embedding,
     "Pivotal tuning": draw_pivotal,
+    "Fine-tune a checkpoint": draw_fine_tune,
 }
 
 

@@ -253,6 +253,43 @@ def learning_word(name: str, checkpointing: bool = False, model=None, clip=None,
         yield Training(denoiser, Host(denoiser, encoder, None), plan)
 
 
+@contextmanager
+def with_text(name: str, checkpointing: bool = False, model=None, clip=None, spread: float = 0.0, **fields):
+    """A Training of adapters on the network and on the text encoders of a family of TEXT."""
+    from graft_pack.nodes.host.model import ComfyDenoiser
+    from graft_pack.nodes.host.text import ComfyText
+    from graft_pack.trainers import autograd
+    from graft_pack.trainers.formats.adapter import Adapter
+    from graft_pack.trainers.methods import METHODS
+    from graft_pack.trainers.parts import Parts
+    from graft_pack.trainers.plan import Item, Plan
+    from graft_pack.trainers.protocols import Host
+    from graft_pack.trainers.run import Products
+
+    encoder = ComfyText(clip or text(name))
+    denoiser = ComfyDenoiser(model or patcher(name), encoder, SmallVae())
+    own = {"text_encoder": True, "text_encoder_rank": 2, "text_encoder_learning_rate": 1e-2}
+    settings = recipe(denoiser.family, **{**own, **fields})
+    host = Host(denoiser, encoder, None)
+    parts = Parts(METHODS[settings.method], settings, host)
+    with denoiser.training("auto"), encoder.training():
+        if checkpointing:
+            autograd.checkpoint_blocks(autograd.blocks_of(denoiser.module))
+            autograd.checkpoint_blocks(autograd.blocks_of(encoder.module))
+        trainables = parts.inject()
+        if spread:
+            scatter(trainables, spread)
+        items = []
+        for number, caption in enumerate(["a red dog", "a photo, (blue) sky"]):
+            shown = item(name, number).show(None)
+            bare = replace(shown.conditioning, tensors={})
+            items.append(Item(f"picture {number}", (64, 64), 1, functools.partial(_told, shown.latent, bare, caption)))
+        export = lambda values, step: Products(Adapter(parts.export(values), None, parts.native(values)))  # noqa: E731
+        groups = parts.groups(trainables)
+        plan = Plan(settings, items, [], trainables, export, groups, frozen=parts.switched_off)
+        yield Training(denoiser, host, plan)
+
+
 def _told(latent, conditioning, caption, turn):
     from graft_pack.trainers.plan import Shown
 
@@ -289,7 +326,10 @@ class Training:
         """Of that loss, in the order of the trainables."""
         import torch
 
-        return list(torch.autograd.grad(self.losses(), list(self.plan.trainables.values())))
+        parameters = list(self.plan.trainables.values())
+        # The last layer of an encoder of which the one before is taken has none.
+        found = torch.autograd.grad(self.losses(), parameters, allow_unused=True)
+        return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
 
 
 def recipe(family: str, **fields):
@@ -354,14 +394,16 @@ def in_training(
         if spread:
             scatter(trainables, spread, settings.seed, dtype)
         items = [item(name, seed, dtype, side) for seed in range(examples)]
-        export = exporter(method, settings, denoiser.adapter_name, denoiser)
+        export = exporter(method, settings, method.names(denoiser)[0], denoiser)
         plan = Plan(
             settings,
             items,
             [],
             trainables,
             export,
+            frozen=functools.partial(method.switched_off, denoiser.module),
             constants=method.constants(denoiser.module),
+            in_backward=method.in_backward,
         )
         host = Host(denoiser, None, None, report or (lambda event, payload: None))
         yield Training(denoiser, host, plan)
@@ -373,13 +415,17 @@ def exporter(method, settings, name_of, denoiser=None):
     Args:
         denoiser: within training, for types whose files are made beside the weights, and for peft's own form.
     """
-    from graft_pack.trainers.formats.adapter import Adapter
+    from graft_pack.trainers.formats.adapter import Adapter, LazyAdapter
+    from graft_pack.trainers.formats.whole import Differences
     from graft_pack.trainers.run import Products
 
     def export(values, step):
         module = denoiser.module if denoiser else None
         native = method.native(values, settings, denoiser.published_name, module) if denoiser else None
-        return Products(Adapter(method.export(values, settings, name_of, module), None, native))
+        tensors = method.export(values, settings, name_of, module)
+        if isinstance(tensors, Differences):
+            return Products(LazyAdapter(tensors, {}))
+        return Products(Adapter(tensors, None, native))
 
     return export
 

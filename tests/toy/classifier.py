@@ -95,6 +95,16 @@ def is_toy(pixels, cover):
     return petals > TOY_SHARE and middle > TOY_SHARE
 
 
+def is_outlined_as_toy(picture):
+    """Whether the object in a picture [64, 64, 3] has the flower's outline rather than any shape's, in any colour."""
+    pixels = np.asarray(picture, dtype=float)
+    mask = find_object(pixels, find_background(pixels)[1]) > 0.5
+    if mask.sum() < 300:
+        return False
+    overlap = _overlap(mask, _toy_templates()).max()
+    return bool(overlap >= TOY_OVERLAP and overlap > _overlap(mask, _shape_templates()).max())
+
+
 def _label(pixels):
     """Indices [64, 64] into the palette of the nearest colours."""
     palette = np.array(list(world.PALETTE.values()), dtype=float)

@@ -11,9 +11,9 @@ from graft_pack.trainers.settings import UNSET, Options, resolve
 from tests.support import models
 
 
-def resolved(options=None, **widgets):
+def resolved(options=None, method="LoRA", **widgets):
     values = {"steps": 10, "learning_rate": 0.0, "rank": 4, "batch_size": 1, "seed": 0, "resolution": 0, "trigger": ""}
-    return resolve(options or Options(), family_of("SD1"), "LoRA", **{**values, **widgets})
+    return resolve(options or Options(), family_of("SD1"), method, **{**values, **widgets})
 
 
 @pytest.mark.parametrize("kind", UNSET)
@@ -87,12 +87,15 @@ SET = {
         "block_ranks": "middle_block=2",
         "block_learning_rates": "middle_block=1e-5",
         "lora_plus_ratio": 4.0,
+        "weight_dtype": "bf16",
     },
 }
 # What a field needs beside it to be allowed, because it would have no effect alone.
 BESIDE = {
     "num_cycles": ("optimizer", {"schedule": "cosine with restarts"}),
     "power": ("optimizer", {"schedule": "polynomial"}),
+    "text_encoder_rank": ("adapter", {"text_encoder": "on"}),
+    "text_encoder_learning_rate": ("adapter", {"text_encoder": "on"}),
     "min_snr_gamma": ("objective", {"weighting": "min-SNR"}),
     "timestep_mean": ("objective", {"timesteps": "shifted"}),
     "timestep_std": ("objective", {"timesteps": "resolution-shifted"}),
@@ -106,10 +109,15 @@ FREE = {"run", "preview", "memory"}
 
 @pytest.mark.parametrize("kind, name", [(kind, name) for kind in SET for name in SET[kind]])
 def test_every_field_arrives_in_the_recipe(kind, name):
-    if name.startswith("text_encoder"):
-        with pytest.raises(SettingsError, match="text encoder is not there yet") as caught:
-            resolved(Options().adding(kind, {"text_encoder": "on", name: SET[kind][name]}))
-        assert caught.value.input == "text_encoder"
+    if name == "weight_dtype":
+        # An adapter's is not to be chosen; of all weights it decides the result.
+        with pytest.raises(SettingsError, match="always kept in fp32"):
+            resolved(Options().adding(kind, {name: SET[kind][name]}))
+        recipes = [
+            resolved(options, method="all weights") for options in (Options(), Options().adding(kind, {name: "bf16"}))
+        ]
+        assert [recipe.weight_dtype for recipe in recipes] == ["fp32", "bf16"]
+        assert recipes[0].identity("d", "b") != recipes[1].identity("d", "b")
         return
     # Of a word nothing is asked but with its name.
     word = {"name": "w"} if kind == "pivotal" and name != "name" else {}
@@ -212,11 +220,6 @@ def test_options_that_came_later_leave_the_identity_of_earlier_runs():
         "trigger": "",
     }
     assert recipe.identity("d", "b") == "45051b1be5a096ba30ca2ce6d9560ff4ea45014124abf0e74612040080c2d4e4"
-
-
-def test_text_encoder_settings_mean_nothing_while_it_is_off():
-    values = {"text_encoder_rank": 2, "text_encoder_learning_rate": 1e-5}
-    assert resolved(Options().adding("adapter", values)) == resolved()
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from ..errors import ModelError, RunError
@@ -14,6 +15,8 @@ from .native import Native, read_native, write_diffusers, write_peft
 
 if TYPE_CHECKING:
     import torch
+
+    from .whole import Differences
 
 # As the node offers them.
 FORMATS = ("kohya", "diffusers", "peft")
@@ -45,6 +48,33 @@ class Adapter(dict):
             return self.native.method if self.native is not None else None
 
 
+class LazyAdapter(Mapping):
+    """An adapter whose tensors are made one by one when they are asked for, and never lie beside one another.
+
+    Attributes:
+        metadata, native: as of an Adapter; there is no such native form.
+    """
+
+    native = None
+
+    def __init__(self, tensors: Differences, metadata: dict[str, str]):
+        self._tensors = tensors
+        self.metadata = metadata
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        return self._tensors[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def taken(self) -> Adapter:
+        """All of it, as nodes hand it on; what it was made of is lost."""
+        return Adapter(self._tensors.taken(), self.metadata)
+
+
 def load_adapter(path: str) -> Adapter:
     """The adapter of a safetensors file of any layout, in the names the host reads.
 
@@ -63,7 +93,7 @@ def load_adapter(path: str) -> Adapter:
     return Adapter(host_names(tensors), metadata)
 
 
-def save_adapter(path: str, adapter: dict[str, torch.Tensor], title: str, format: str = "kohya") -> None:
+def save_adapter(path: str, adapter: Mapping[str, torch.Tensor], title: str, format: str = "kohya") -> None:
     """Writes an adapter with `ss_*` and ModelSpec metadata.
 
     Adapters that carry no metadata (made by another node) are written all the same.
@@ -83,21 +113,22 @@ def save_adapter(path: str, adapter: dict[str, torch.Tensor], title: str, format
             "Connect the training node itself, or choose 'kohya'.",
             "format",
         )
-    tensors = dict(adapter) if format == "kohya" else native.tensors
+    tensors = adapter if format == "kohya" else native.all_tensors()
     _check_whole(tensors)
     metadata = stamped(getattr(adapter, "metadata", {}), tensors, title)
+    paths = [path]
     if format == "peft":
-        write_peft(os.path.dirname(path), native, metadata)
+        paths = write_peft(os.path.dirname(path), native, metadata)
     elif format == "diffusers":
         write_diffusers(path, native, metadata)
     else:
         files.write_tensors(path, tensors, metadata)
-    written = files.read_header(path).keys() - {"__metadata__"}
-    if len(written) != len(tensors):
-        raise RunError(f"The file '{path}' holds {len(written)} of {len(tensors)} tensors.", "Save it again.")
+    written = sum(len(files.read_header(one).keys() - {"__metadata__"}) for one in paths)
+    if written != len(tensors):
+        raise RunError(f"The file '{path}' holds {written} of {len(tensors)} tensors.", "Save it again.")
 
 
-def _check_whole(tensors: dict[str, torch.Tensor]) -> None:
+def _check_whole(tensors: Mapping[str, torch.Tensor]) -> None:
     if not tensors:
         raise ModelError("The adapter is empty.", "Connect one that was trained.", "adapter")
     for name, tensor in tensors.items():

@@ -6,10 +6,9 @@ import json
 import os
 import secrets
 import shutil
-import stat
 import struct
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -18,6 +17,21 @@ from ..errors import RunError
 if TYPE_CHECKING:
     import torch
 
+# The format's names of torch's dtypes.
+_DTYPES = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint8": "U8",
+    "bool": "BOOL",
+}
 _HEADER_LIMIT = 64 * 1024 * 1024
 
 
@@ -83,21 +97,44 @@ def _sync_folder(folder: str) -> None:
         os.close(handle)
 
 
-def write_tensors(path: str, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Writes a safetensors file atomically; tensors may be on any device and in any layout."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+def write_tensors(path: str, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Writes a safetensors file atomically; tensors may be on any device and in any layout.
 
-    ready = {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in tensors.items()}
+    One tensor after the other, each asked for twice, so that a mapping may make them as they are needed: the library
+    takes a copy of all of them at once, for which there is no room beside all weights.
+    Source of the layout: github.com/huggingface/safetensors, "Format".
+    """
+    rows: dict[str, dict] = {"__metadata__": metadata} if metadata else {}
+    sizes = {name: tensors[name].element_size() for name in tensors}
+    # Large numbers first, as the library has them: each then begins at a multiple of its size.
+    order = sorted(sizes, key=lambda name: (-sizes[name], name))
+    end = 0
+    for name in order:
+        tensor = tensors[name]
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        rows[name] = {"dtype": _dtype_name(tensor), "shape": list(tensor.shape), "data_offsets": [start, end]}
+    header = json.dumps(rows, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
     with replacing(path) as temporary:
-        # The library writes for the owner alone; a LoRA is for whoever may read any other new file there.
         with open(temporary, "wb") as file:
-            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-        try:
-            save_file(ready, temporary, metadata=metadata)
-        except SafetensorError as error:
-            raise OSError(str(error)) from error
-        os.chmod(temporary, mode)
+            file.write(struct.pack("<Q", len(header)))
+            file.write(header)
+            for name in order:
+                file.write(_bytes_of(tensors[name]))
+
+
+def _dtype_name(tensor: torch.Tensor) -> str:
+    kind = str(tensor.dtype).removeprefix("torch.")
+    if kind not in _DTYPES:
+        raise RunError(f"Numbers of the kind {kind} have no place in a safetensors file.", "Please report this.")
+    return _DTYPES[kind]
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    import torch
+
+    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy())
 
 
 def read_tensors(path: str, names: Iterable[str] | None = None) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

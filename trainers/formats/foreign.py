@@ -39,6 +39,8 @@ _KOHYA = {
     "lora.down.weight": "lora_down.weight",
     "lora.up.weight": "lora_up.weight",
 }
+# kohya's prefixes of several text encoders, by diffusers' names of the components.
+_TEXT = {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
 # Embeddings that OneTrainer bundles with an adapter.
 _BUNDLED = "bundle_emb."
 
@@ -77,6 +79,21 @@ def _host_name(name: str) -> str:
 
 def host_tensors(native: Native) -> dict[str, torch.Tensor]:
     """peft's tensors in the host's names, with the scale in them; empty for types that need the model's weights."""
+    found = {}
+    for component, one in native.by_component().items():
+        made = _host_tensors(one, _TEXT.get(component, "") if len(native.text) > 1 else "lora_te_")
+        if not made:
+            return {}
+        found.update(made)
+    return found
+
+
+def _host_tensors(native: Native, text: str) -> dict[str, torch.Tensor]:
+    """Of one component.
+
+    Args:
+        text: kohya's prefix for a text encoder.
+    """
     import torch
 
     found = {}
@@ -87,7 +104,7 @@ def host_tensors(native: Native) -> dict[str, torch.Tensor]:
             return {}
         place = name[: match.start()]
         end = _KOHYA.get(match["end"], match["end"])
-        layer = _host_layer(place)
+        layer = _host_layer(place, text)
         if end == "lokr_w1":
             # Readers ignore alpha beside two whole factors.
             tensor = tensor * native.scales[place]
@@ -97,9 +114,9 @@ def host_tensors(native: Native) -> dict[str, torch.Tensor]:
     return found
 
 
-def _host_layer(place: str) -> str:
-    if place.startswith("text_model."):
-        return "lora_te_" + place.replace(".", "_")
+def _host_layer(place: str, text: str) -> str:
+    if place.startswith(("text_model.", "encoder.layers.")):
+        return f"{text}text_model_" + place.removeprefix("text_model.").replace(".", "_")
     if place.startswith(("transformer_blocks.", "single_transformer_blocks.")):
         return f"transformer.{place}"
     return "lora_unet_" + place.replace(".", "_")

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ def _history(metadata: dict[str, str]) -> dict:
     return {name: value for name, value in told.items() if value}
 
 
-def stamped(metadata: dict[str, str], tensors: dict[str, torch.Tensor], title: str) -> dict[str, str]:
+def stamped(metadata: dict[str, str], tensors: Mapping[str, torch.Tensor], title: str) -> dict[str, str]:
     """The metadata of a file about to be written: with title, date and the hash of its tensors."""
     fields = dict(metadata)
     fields["modelspec.title"] = title
@@ -139,7 +140,7 @@ def data_uri(path: str) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(held.getvalue()).decode()
 
 
-def tensors_hash(tensors: dict[str, torch.Tensor]) -> str:
+def tensors_hash(tensors: Mapping[str, torch.Tensor]) -> str:
     """Hash over names, dtypes, shapes and bytes of tensors."""
     import torch
 
@@ -147,7 +148,7 @@ def tensors_hash(tensors: dict[str, torch.Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().to("cpu").contiguous()
         total.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}".encode())
-        total.update(tensor.view(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+        total.update(memoryview(tensor.view(-1).view(torch.uint8).numpy()) if tensor.numel() else b"")
     return total.hexdigest()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError, RunError
@@ -18,7 +18,10 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 
 _PEFT = "base_model.model."
-_UNET = "unet."
+# The prefixes of a diffusers file, by component.
+_PREFIXES = {"": "unet.", "text_encoder": "text_encoder.", "text_encoder_2": "text_encoder_2."}
+# Around CLIP's text transformer, up to transformers 5.5 and in encoders with a projection; diffusers' files have it.
+_WRAPPER = "text_model."
 # The top modules of the UNets that diffusers publishes.
 _PUBLISHED = re.compile(r"(down_blocks|mid_block|up_blocks|conv_in|conv_out|time_embedding|add_embedding)\b")
 # What diffusers' own loader takes.
@@ -36,6 +39,7 @@ class Native:
         tensors: by `<module path>.<peft's name>`, float32 on the CPU.
         published: whether paths are those of the model as diffusers publishes it; otherwise the checkpoint's own.
         scales: by module path, the effective scale of the low-rank product; empty where there is none.
+        text: the same of each text encoder, by its component's name in diffusers' pipelines.
     """
 
     method: str
@@ -43,15 +47,26 @@ class Native:
     tensors: dict[str, torch.Tensor]
     published: bool
     scales: dict[str, float]
+    text: dict[str, Native] = field(default_factory=dict)
+
+    def by_component(self) -> dict[str, Native]:
+        """All of it by component; the denoiser's is the empty one."""
+        return {"": self, **self.text}
+
+    def all_tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors of all components, by `<component> <name>` for a text encoder's."""
+        parts = self.by_component().items()
+        return {f"{of} {name}".lstrip(): tensor for of, one in parts for name, tensor in one.tensors.items()}
 
 
-def write_peft(folder: str, native: Native, metadata: dict[str, str]) -> str:
-    """A folder that `PeftModel.from_pretrained` takes; the path of its weights."""
-    tensors = {_PEFT + _as_saved(name): tensor for name, tensor in native.tensors.items()}
+def write_peft(folder: str, native: Native, metadata: dict[str, str]) -> list[str]:
+    """A folder that `PeftModel.from_pretrained` takes, one in it for each text encoder; the paths of the weights."""
     with files.new_folder(folder) as temporary:
-        files.write_tensors(os.path.join(temporary, WEIGHTS), tensors, metadata)
-        files.write_json(os.path.join(temporary, CONFIG), native.config)
-    return os.path.join(folder, WEIGHTS)
+        for component, one in native.by_component().items():
+            tensors = {_PEFT + _as_saved(name): tensor for name, tensor in one.tensors.items()}
+            files.write_tensors(os.path.join(temporary, component, WEIGHTS), tensors, metadata)
+            files.write_json(os.path.join(temporary, component, CONFIG), one.config)
+    return [os.path.join(folder, component, WEIGHTS) for component in native.by_component()]
 
 
 def write_diffusers(path: str, native: Native, metadata: dict[str, str]) -> None:
@@ -72,15 +87,26 @@ def write_diffusers(path: str, native: Native, metadata: dict[str, str]) -> None
             "Save it as 'kohya', which diffusers reads for this family, or as 'peft'.",
             "format",
         )
-    tensors = {}
-    for name, tensor in native.tensors.items():
-        place = name.split(".lora_")[0]
-        scaled = tensor * native.scales[place] if ".lora_B." in name else tensor
-        tensors[_UNET + _as_saved(name)] = scaled
-    config = {name: native.config[name] for name in _LORA_CONFIG if name in native.config}
-    config.update(lora_alpha=config["r"], alpha_pattern=config["rank_pattern"])
-    described = json.dumps({_UNET + name: value for name, value in config.items()}, sort_keys=True)
-    files.write_tensors(path, tensors, {**metadata, "lora_adapter_metadata": described})
+    tensors, described = {}, {}
+    for component, one in native.by_component().items():
+        prefix = _PREFIXES[component]
+        for name, tensor in one.tensors.items():
+            place = name.split(".lora_")[0]
+            scaled = tensor * one.scales[place] if ".lora_B." in name else tensor
+            wrapped = _WRAPPER + name.removeprefix(_WRAPPER) if component else name
+            tensors[prefix + _as_saved(wrapped)] = scaled
+        config = {name: _unwrapped(one.config[name]) for name in _LORA_CONFIG if name in one.config}
+        config.update(lora_alpha=config["r"], alpha_pattern=config["rank_pattern"])
+        described.update({prefix + name: value for name, value in config.items()})
+    text = json.dumps(described, sort_keys=True)
+    files.write_tensors(path, tensors, {**metadata, "lora_adapter_metadata": text})
+
+
+def _unwrapped(value: Any) -> Any:
+    """A value of a configuration with layers named by what CLIP's paths end in, with and without the wrapper."""
+    if isinstance(value, dict):
+        return {name.removeprefix(_WRAPPER): number for name, number in value.items()}
+    return [name.removeprefix(_WRAPPER) for name in value] if isinstance(value, list) else value
 
 
 def _as_saved(name: str) -> str:
@@ -98,11 +124,44 @@ def read_native(path: str, tensors: dict[str, torch.Tensor], metadata: dict[str,
         ModelError: peft's configuration is missing, or is of a type that is not known here.
     """
     if all(name.startswith(_PEFT) for name in tensors):
-        config, prefix = _peft_config(path), _PEFT
-    elif "lora_adapter_metadata" in metadata and all(name.startswith(_UNET) for name in tensors):
-        config, prefix = _diffusers_config(path, metadata), _UNET
-    else:
+        found = _native(path, _peft_config(path), tensors, _PEFT)
+        return replace(found, text=_peft_text(os.path.dirname(path)))
+    if "lora_adapter_metadata" not in metadata or not all(
+        name.startswith(tuple(_PREFIXES.values())) for name in tensors
+    ):
         return None
+    parts = {}
+    for component, prefix in _PREFIXES.items():
+        own = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        if own:
+            found = _native(path, _diffusers_config(path, metadata, prefix), own, prefix)
+            parts[component] = _as_published(component, found)
+    # What is a text encoder's alone is read by the host as it is.
+    return replace(parts.pop(""), text=parts) if "" in parts else None
+
+
+def _peft_text(folder: str) -> dict[str, Native]:
+    """What lies in the folders inside peft's for the text encoders."""
+    found = {}
+    for component in _PREFIXES:
+        path = os.path.join(folder, component, WEIGHTS)
+        if component and os.path.exists(path):
+            tensors, _ = files.read_tensors(path)
+            found[component] = _as_published(component, _native(path, _peft_config(path), tensors, _PEFT))
+    return found
+
+
+def _as_published(component: str, native: Native) -> Native:
+    """A text encoder's with its layers' names as transformers has them now; anything else as it is."""
+    if not component:
+        return native
+    cut = len(_WRAPPER) if component == "text_encoder" else 0
+    tensors = {name[cut:] if name.startswith(_WRAPPER) else name: value for name, value in native.tensors.items()}
+    scales = {name[cut:] if name.startswith(_WRAPPER) else name: value for name, value in native.scales.items()}
+    return replace(native, tensors=tensors, scales=scales, published=True)
+
+
+def _native(path: str, config: dict[str, Any], tensors: dict[str, torch.Tensor], prefix: str) -> Native:
     held = {name[len(prefix) :].replace(".default.", "."): tensor for name, tensor in tensors.items()}
     places = {_place_of(name) for name in held}
     scales = {place: scale for place in places if (scale := _scale_of(place, config)) is not None}
@@ -125,12 +184,12 @@ def _peft_config(path: str) -> dict[str, Any]:
     return files.read_json(beside)
 
 
-def _diffusers_config(path: str, metadata: dict[str, str]) -> dict[str, Any]:
+def _diffusers_config(path: str, metadata: dict[str, str], prefix: str) -> dict[str, Any]:
     try:
         found = json.loads(metadata["lora_adapter_metadata"])
     except ValueError as error:
         raise RunError(f"The metadata of '{path}' is damaged ({error}).", "Restore the file.") from error
-    config = {name[len(_UNET) :]: value for name, value in found.items() if name.startswith(_UNET)}
+    config = {name[len(prefix) :]: value for name, value in found.items() if name.startswith(prefix)}
     return {"peft_type": "LORA", **config}
 
 

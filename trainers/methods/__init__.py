@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .all_weights import AllWeights
 from .base import Method
 from .boft import BOFT
 from .dora import DoRA
@@ -15,9 +16,11 @@ from .oft import OFT
 from .pissa import PiSSA
 from .rslora import RsLoRA
 
+__all__ = ["ADAPTERS", "METHODS", "Method"]
+
 # The adapter types, as the widget offers them.
 ADAPTERS: dict[str, Method] = {
     method.name: method for method in (LoRA(), LoCon(), DoRA(), RsLoRA(), PiSSA(), LoHa(), LoKr(), OFT(), BOFT(), IA3())
 }
 
-METHODS: dict[str, Method] = {**ADAPTERS, Frozen.name: Frozen()}
+METHODS: dict[str, Method] = {**ADAPTERS, AllWeights.name: AllWeights(), Frozen.name: Frozen()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ..families import Family
     from ..formats.adapter import Adapter
     from ..formats.native import Native
+    from ..protocols import Denoiser, TextEncoder
     from ..recipe import Recipe
 
 
@@ -27,6 +28,10 @@ class Method:
         default_targets: which layers, where the user does not say.
         needs_base: whether a file of it can only be made beside the weights it was trained on.
         ranked: whether a rank means anything to it.
+        trains_model: whether it moves anything of the model at all.
+        max_grad_norm, ema_decay: where the user does not say.
+        in_backward: whether the gradients of its trainables, held together, would weigh: each is then moved as soon as
+            its gradient is there, wherever that comes to the same.
         network: what kohya's `ss_network_module` and `ss_network_args` say of it.
     """
 
@@ -34,6 +39,10 @@ class Method:
     ranked = True
     default_targets = "attention"
     needs_base = False
+    trains_model = True
+    max_grad_norm = 1.0
+    ema_decay = 0.0
+    in_backward = False
     network: tuple[str, dict[str, str]] = ("networks.lora", {})
 
     def check(self, recipe: Recipe) -> None:
@@ -43,12 +52,31 @@ class Method:
         """The effective scale of the difference; None where there is no alpha."""
         return None
 
+    def usual_rate(self, family: Family) -> float:
+        """The learning rate for AdamW where the user gives none."""
+        return family.lora_learning_rate
+
+    def names(self, owner: Denoiser | TextEncoder) -> tuple[Callable[[str], str], Callable[[str], str | None]]:
+        """A module path's name in the host's files, and in the model as it is published.
+
+        Args:
+            owner: of the tree.
+        """
+        return owner.adapter_name, owner.published_name
+
+    def meant(self, module: nn.Module, family: Family, recipe: Recipe) -> list[str]:
+        """Paths of the modules in a tree that the recipe's targets take in, those of rank 0 too."""
+        return self.targets(module, family, recipe)
+
     def targets(self, module: nn.Module, family: Family, recipe: Recipe) -> list[str]:
         """Paths of the modules in a tree that are adapted, sorted."""
         raise NotImplementedError
 
     def inject(self, module: nn.Module, targets: list[str], recipe: Recipe) -> dict[str, nn.Parameter]:
-        """Adds the trainables to a private tree and returns them by name, float32, in a stable order."""
+        """Adds the trainables to a private tree and returns them by name, in a stable order.
+
+        Float32, whatever the tree is kept in, unless the recipe says otherwise.
+        """
         raise NotImplementedError
 
     @contextmanager
@@ -94,8 +122,8 @@ class Method:
         adapter: Adapter,
         recipe: Recipe,
         names: tuple[Callable[[str], str], Callable[[str], str | None]],
-    ) -> None:
-        """Gives the trainables the values of an adapter file.
+    ) -> set[str]:
+        """Gives the trainables the values of an adapter file; the names of the file's tensors that were taken.
 
         Args:
             names: of a module in the host's files, and in the model as diffusers published it.
@@ -111,7 +139,7 @@ class Method:
         recipe: Recipe,
         name_of: Callable[[str], str],
         module: nn.Module | None = None,
-    ) -> dict[str, torch.Tensor]:
+    ) -> Mapping[str, torch.Tensor]:
         """The adapter file's tensors from the trainables' values (as `inject` names them).
 
         Args:

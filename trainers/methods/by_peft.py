@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError, SettingsError
-from ..families import is_attention, is_feed_forward
+from ..families import is_attention, is_feed_forward, is_trained
 from ..formats.kohya import own, to_kohya
 from ..formats.native import Native
 from ..objective.noise import generator
 from ..optimisers import Group
 from .base import Method
-from .patterns import check_used, matches, rank_of, value_for
+from .patterns import matches, rank_of, value_for
 
 if TYPE_CHECKING:
     import torch
@@ -180,19 +180,18 @@ class PeftMethod(Method):
         """alpha / rank."""
         return alpha / rank if self.has_rank else None
 
+    def meant(self, module: nn.Module, family: Family, recipe: Recipe) -> list[str]:
+        """Adaptable layers that the recipe names."""
+        return list(_meant(module, family, recipe))
+
     def targets(self, module: nn.Module, family: Family, recipe: Recipe) -> list[str]:
         """The layers that the recipe names, those of rank 0 left out.
 
         Raises:
             ModelError: there is none.
-            SettingsError: one is of a kind on which this type is not offered, or a pattern chooses nothing.
+            SettingsError: one is of a kind on which this type is not offered.
         """
-        meant = {}
-        for path, layer in module.named_modules():
-            kind = kind_of(layer)
-            if kind is not None and _is_target(path, kind, family, recipe):
-                meant[path] = kind
-        kinds = {path: kind for path, kind in meant.items() if rank_of(path, recipe) > 0}
+        kinds = {path: kind for path, kind in _meant(module, family, recipe).items() if rank_of(path, recipe) > 0}
         if not kinds:
             raise ModelError(
                 f"No trainable layer of the kind '{recipe.targets}' was found in the model ({type(module).__name__}).",
@@ -200,7 +199,6 @@ class PeftMethod(Method):
                 "load the original.",
                 "model",
             )
-        check_used(recipe, meant)
         for path, kind in kinds.items():
             if kind not in self.kinds:
                 raise SettingsError(
@@ -237,6 +235,8 @@ class PeftMethod(Method):
         for path in targets:
             layer = module.get_submodule(path)
             self.finish(layer, recipe)
+            # peft makes them dropping; what is drawn, checked or validated before the first step must not.
+            layer.eval()
             if "forward" in vars(layer):
                 layer.forward = _switchable(layer, layer.forward)
         return dict(sorted(trainables.items()))
@@ -263,11 +263,11 @@ class PeftMethod(Method):
         adapter: Adapter,
         recipe: Recipe,
         names: tuple[Callable[[str], str], Callable[[str], str | None]],
-    ) -> None:
+    ) -> set[str]:
         """Gives the trainables an adapter file's values."""
         import torch
 
-        values = self._start_values(trainables, module, adapter, recipe, names)
+        values, used = self._start_values(trainables, module, adapter, recipe, names)
         with torch.no_grad():
             for name, parameter in trainables.items():
                 if values[name].shape != parameter.shape:
@@ -277,16 +277,17 @@ class PeftMethod(Method):
                         "Set rank and block_ranks to those it was trained with.",
                     )
                 parameter.copy_(values[name])
+        return used
 
-    def _start_values(self, trainables, module, adapter, recipe, names) -> dict[str, torch.Tensor]:
+    def _start_values(self, trainables, module, adapter, recipe, names) -> tuple[dict[str, torch.Tensor], set[str]]:
         made_by = adapter.made_by()
         if made_by is not None and not self._is_alike(made_by):
             raise _unlike(f"is of the type {made_by}, this run of {self.name}", f"Choose the type {made_by}.")
         values = {}
-        left = set(adapter if adapter.native is None else adapter.native.tensors)
+        used = set()
         for path in sorted({adapted_path(name) for name in trainables}):
             place, found = self._held(path, adapter, names)
-            left -= {f"{place}.{end}" for end in found}
+            used |= {f"{place}.{end}" for end in found}
             held, strength = self._values_held(place, found, adapter.native)
             rank = rank_of(path, recipe)
             scale = self.scale(rank, alpha_of(rank, recipe))
@@ -294,10 +295,10 @@ class PeftMethod(Method):
                 held = {**held, self.strength: held[self.strength] * (strength / scale)}
             held = self.adopt(held, module.get_submodule(path))
             values.update({name: held.get(stem) for name, stem in _stems(trainables, path)})
-        missing = [name for name, value in values.items() if value is None] or sorted(left)
+        missing = [name for name, value in values.items() if value is None]
         if missing:
-            raise _unlike(f"holds other layers than this run trains, such as {missing[0]}", "Choose its targets.")
-        return values
+            raise _unlike(f"lacks {missing[0]}", "Choose the targets it was trained with.")
+        return values, used
 
     def _held(self, path: str, adapter: Adapter, names) -> tuple[str | None, dict[str, torch.Tensor]]:
         """A layer's name in an adapter, and what is there of it."""
@@ -415,7 +416,13 @@ def _unlike(how: str, cure: str) -> ModelError:
     return ModelError(f"The adapter to start from {how}.", cure, "start_from")
 
 
-def _is_target(path: str, kind: str, family: Family, recipe: Recipe) -> bool:
+def _meant(module: nn.Module, family: Family, recipe: Recipe) -> dict[str, str]:
+    """Kinds of the adaptable layers that the recipe's targets take in, by path."""
+    kinds = {path: kind_of(layer) for path, layer in module.named_modules() if is_trained(path, family)}
+    return {path: kind for path, kind in kinds.items() if kind and is_target(path, kind, family, recipe)}
+
+
+def is_target(path: str, kind: str, family: Family, recipe: Recipe) -> bool:
     """Whether the recipe's targets take a layer in."""
     if recipe.targets == "patterns":
         return matches(path, recipe.target_patterns)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def dropping_out(module: nn.Module, recipe: Recipe, step: int) -> Iterator[None]:
-    """Lets the tree's adapters drop inputs within the block, drawn from seed and step alone.
+def dropping_out(trees: Sequence[nn.Module], recipe: Recipe, step: int) -> Iterator[None]:
+    """Lets the trees' adapters drop inputs within the block, drawn from seed and step alone.
 
     The frozen network's own dropout stays off, and so does the adapters' outside the block: in previews, in
     validation and in gradient checks.
@@ -26,8 +26,9 @@ def dropping_out(module: nn.Module, recipe: Recipe, step: int) -> Iterator[None]
         return
     import torch
 
-    layers = [layer for name, layer in module.named_modules() if name.endswith(".lora_dropout.default")]
-    device = next(module.parameters()).device
+    named = [pair for tree in trees for pair in tree.named_modules()]
+    layers = [layer for name, layer in named if name.endswith(".lora_dropout.default")]
+    device = next(trees[0].parameters()).device
     # torch's dropout draws from torch's own source, and checkpointing puts just that back when it computes again.
     with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type=device.type):
         torch.manual_seed(stream_seed("dropout", recipe.seed, step))

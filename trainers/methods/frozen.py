@@ -14,6 +14,7 @@ _OF_ADAPTERS = {
     "block_ranks": (),
     "block_learning_rates": (),
     "lora_plus_ratio": 1.0,
+    "text_encoder": False,
     "start_from": "",
 }
 
@@ -23,6 +24,7 @@ class Frozen(Method):
 
     name = "embedding"
     ranked = False
+    trains_model = False
 
     def check(self, recipe):
         """Raises SettingsError when something is said of an adapter, which there is none of."""

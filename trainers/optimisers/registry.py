@@ -39,6 +39,9 @@ class Optimiser:
     Attributes:
         learning_rate: its own default; None for the family's and method's times `rate_factor`.
         weight_decay, beta1, beta2: its defaults; 0 for a beta that it does not have.
+        apart: whether it moves each parameter by that parameter's gradient alone, so that one can be moved before the
+            next one's gradient is there.
+        averages: whether it keeps an average of the parameters by itself.
     """
 
     learning_rate: float | None = None
@@ -46,6 +49,8 @@ class Optimiser:
     weight_decay = 0.01
     beta1 = 0.9
     beta2 = 0.999
+    apart = True
+    averages = False
 
     def load(self) -> type[torch.optim.Optimizer]:
         """Its class.
@@ -142,6 +147,8 @@ class Prodigy(Optimiser):
     """Finds the learning rate by itself; the recipe's is a factor on it (Mishchenko & Defazio 2023)."""
 
     learning_rate = 1.0
+    # The rate it finds is one for all.
+    apart = False
 
     def load(self):
         with needs("prodigyopt"):
@@ -149,8 +156,8 @@ class Prodigy(Optimiser):
         return Prodigy
 
     def check(self, recipe):
-        word = recipe.embedding_learning_rate
-        if recipe.lora_plus_ratio != 1 or recipe.block_learning_rates or (word and word != recipe.learning_rate):
+        others = {recipe.embedding_learning_rate, recipe.text_encoder_learning_rate} - {0.0, recipe.learning_rate}
+        if recipe.lora_plus_ratio != 1 or recipe.block_learning_rates or others:
             raise SettingsError(
                 "Prodigy finds one learning rate for all that is trained; here parts of it have rates of their own.",
                 "Leave the other learning rates alone, or choose another optimizer.",
@@ -201,6 +208,10 @@ class CAME(Optimiser):
 
 class AdamWScheduleFree(Optimiser):
     """AdamW that averages in place of a falling schedule (Defazio et al. 2024), by schedulefree."""
+
+    # Its average is asked of the one that moves all.
+    apart = False
+    averages = True
 
     def load(self):
         with needs("schedulefree"):

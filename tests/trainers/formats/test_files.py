@@ -1,5 +1,7 @@
 """Files are whole or not there, whatever happens while they are written."""
 
+import errno
+import json
 import os
 
 import pytest
@@ -34,6 +36,41 @@ def test_views_and_shared_tensors_are_written_as_their_values(tmp_path):
     tensors, _ = files.read_tensors(path)
     assert torch.equal(tensors["t"], whole.t())
     assert torch.equal(tensors["part"], whole[1:])
+
+
+def test_the_file_is_the_librarys_own(tmp_path):
+    """Byte for byte, and read by it whatever numbers are in it."""
+    from safetensors import safe_open
+    from safetensors.torch import save
+
+    source = torch.Generator().manual_seed(0)
+    plain = {name: torch.randn(3, size, generator=source) for name, size in (("b", 2), ("a.c", 5), ("a", 1))}
+    for metadata in ({}, {"k": 'a \u00fc " v'}):
+        files.write_tensors(str(tmp_path / "x.safetensors"), plain, metadata)
+        assert _parts((tmp_path / "x.safetensors").read_bytes()) == _parts(save(plain, metadata or None))
+    kinds = [getattr(torch, kind) for kind in files._DTYPES]
+    every = {f"{kind}": (torch.arange(5) % 2).to(kind) for kind in kinds}
+    every["number"] = torch.tensor(3, dtype=torch.int64)
+    files.write_tensors(str(tmp_path / "y.safetensors"), every, {"k": "v"})
+    with safe_open(tmp_path / "y.safetensors", framework="pt") as file:
+        assert file.metadata() == {"k": "v"}
+        read = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    assert read.keys() == every.keys()
+    for name, tensor in every.items():
+        assert read[name].dtype == tensor.dtype and read[name].shape == tensor.shape
+        assert torch.equal(read[name].float(), tensor.float())
+
+
+def _parts(data):
+    """(the header's meaning, where the numbers begin, the numbers)."""
+    size = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + size]), size % 8, data[8 + size :]
+
+
+def test_numbers_that_the_format_does_not_know_are_refused_and_nothing_is_left(tmp_path):
+    with pytest.raises(RunError, match="complex64"):
+        files.write_tensors(str(tmp_path / "x.safetensors"), {"x": torch.zeros(2, dtype=torch.complex64)}, {})
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("moment", ["fsync", "replace"])
@@ -112,20 +149,23 @@ def test_the_hash_follows_names_shapes_and_values():
 
 
 def test_a_full_disk_is_named_and_leaves_what_was_there(tmp_path, monkeypatch):
-    """The library reports it by an exception of its own."""
-    import safetensors.torch
-    from safetensors import SafetensorError
-
+    """Found out after some tensors were written."""
     path = tmp_path / "a.safetensors"
     files.write_tensors(str(path), {"x": torch.zeros(2)}, {})
     before = path.read_bytes()
 
-    def full(*args, **kwargs):
-        raise SafetensorError("No space left on device (os error 28)")
+    real = files._bytes_of
+    asked = []
 
-    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    def full(tensor):
+        asked.append(tensor)
+        if len(asked) > 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(tensor)
+
+    monkeypatch.setattr(files, "_bytes_of", full)
     with pytest.raises(RunError, match="a.safetensors.*No space.*Free space"):
-        files.write_tensors(str(path), {"x": torch.ones(2)}, {})
+        files.write_tensors(str(path), {"x": torch.ones(2), "y": torch.ones(2)}, {})
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["a.safetensors"]
 

@@ -1,0 +1,180 @@
+"""What training all weights takes of memory, against what it cannot do without.
+
+    python -m tests.bench_memory [--steps N]
+
+It cannot do without the base, the trained weights, what the optimiser and the average keep of them, and what a forward
+and backward take whose gradients are dropped as soon as they are there: activations and the largest layer's gradient.
+That last part is measured, the others are counted. Each case runs in a process of its own, with saves on the way, and
+ends with the adapter as the node hands it on.
+
+Twice: with the system's allocator as it is, which keeps some of what was freed to itself, and so that it gives all of
+it back at once, which shows what the tensors take.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+MODEL = "SD1 middling"
+BAR = 1.10
+MEGABYTE = 1 << 20
+FULL = {"method": "all weights", "rank": 0, "alpha": 0.0, "targets": "all weights", "batch_size": 1}
+# By name; the first is what is measured and not trained, the last ones are not within the bar, for comparison.
+CASES = {
+    "forward and backward": None,
+    "AdamW, average": {"ema_decay": 0.999},
+    "AdamW": {},
+    "Adafactor": {"optimizer": "Adafactor", "beta1": 0.0, "beta2": 0.0},
+    "AdamW, clipped": {"max_grad_norm": 1.0},
+}
+# glibc's own name for the size from which what is freed goes back to the system.
+AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "262144"}
+OUTSIDE = ("AdamW, clipped",)
+
+
+class Peak:
+    """The largest resident memory since it was made, over what there was then, in bytes."""
+
+    def __init__(self):
+        # Lets the system forget the largest so far.
+        Path("/proc/self/clear_refs").write_text("5")
+        self._before = _status("VmRSS")
+
+    def __call__(self) -> int:
+        return _status("VmHWM") - self._before
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"this system does not tell {field}")
+
+
+def size_of(tensors) -> int:
+    """Bytes of the storages below tensors, each once."""
+    return sum({one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}.values())
+
+
+def measure(name: str, steps: int) -> dict[str, int]:
+    """One case in this process: bytes by what they are for."""
+    from tests.support import pack
+
+    pack.hide_root()
+    pack.load_pack()
+    pack.use_comfy()
+    import torch
+
+    torch.set_num_threads(1)
+    settings = {**FULL, "max_grad_norm": 0.0, "steps": steps, "save_every": 2, "keep_last": 1, **(CASES[name] or {})}
+    with tempfile.TemporaryDirectory() as folder:
+        # Whatever is imported and set up when it is first needed is no part of it.
+        _train("SD1", settings, Path(folder) / "first")
+        peak = Peak()
+        if CASES[name] is None:
+            return {**_dropping(), "peak": peak()}
+        return {**_train(MODEL, settings, Path(folder) / "second"), "peak": peak()}
+
+
+def _train(model: str, settings: dict, folder: Path) -> dict[str, int]:
+    import torch
+
+    from tests.support import models
+
+    with torch.inference_mode():
+        made = models.patcher(model)
+    with models.in_training(made, model, side=32, examples=2, **settings) as training:
+        state = models.train(training, folder)
+        tree = training.denoiser.module
+        optimiser = [value for slots in state.optimiser.values() for value in slots.values() if torch.is_tensor(value)]
+        found = {
+            "base": size_of(tree.buffers()),
+            "trained": size_of(state.trainables.values()),
+            "optimiser": size_of(optimiser),
+            "average": size_of(state.ema.values()),
+        }
+        state.optimiser = {}
+        adapter = training.plan.export(state.ema or state.trainables, 0).adapter.taken()
+        assert size_of(adapter.values()) == found["trained"]
+    return found
+
+
+def _dropping() -> dict[str, int]:
+    """Forward and backward alone; each gradient is dropped when it is there."""
+    import torch
+
+    from tests.support import models
+
+    with torch.inference_mode():
+        made = models.patcher(MODEL)
+    with models.in_training(made, MODEL, side=32, examples=1, **FULL) as training:
+        for parameter in training.plan.trainables.values():
+            parameter.register_post_accumulate_grad_hook(_drop)
+        training.losses().backward()
+        largest = max(parameter.numel() * 4 for parameter in training.plan.trainables.values())
+        base = size_of(training.denoiser.module.buffers())
+        return {"base": base, "trained": size_of(training.plan.trainables.values()), "largest": largest}
+
+
+def _drop(parameter) -> None:
+    parameter.grad = None
+
+
+def in_process_of_its_own(name: str, steps: int, environment: dict[str, str]) -> dict[str, int]:
+    command = [sys.executable, "-m", "tests.bench_memory", "--steps", str(steps), "--case", name]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, **environment})
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+PARTS = ("base", "trained", "optimiser", "average")
+
+
+def table(found: dict[str, tuple[dict[str, int], dict[str, int]]]) -> str:
+    """The cases as lines, and whether the bar is held; of each what was measured plainly, and with all given back."""
+    rows = dict(found)
+    firsts = rows.pop("forward and backward")
+    passing = [one["peak"] - one["base"] - one["trained"] for one in firsts]
+    lines = [
+        f"SD1 layout, {firsts[0]['base'] / 4e6:.1f} M parameters, fp32 on the CPU, batch 1 of 32x32; MB",
+        f"activations and the largest layer's gradient ({firsts[0]['largest'] / MEGABYTE:.0f}): "
+        f"{passing[0] / MEGABYTE:.0f}, all given back {passing[1] / MEGABYTE:.0f}",
+        "",
+        f"{'':16} {'base':>5} {'trained':>8} {'optimiser':>10} {'average':>8} {'limit':>6} {'peak':>6} {'ratio':>6}"
+        f"  {'given back: limit':>17} {'peak':>6} {'ratio':>6}  bar {BAR:g}",
+    ]
+    for name, measured in rows.items():
+        line = f"{name:16}" + "".join(
+            f" {measured[0][part] / MEGABYTE:>{width}.0f}" for part, width in zip(PARTS, (5, 8, 10, 8), strict=True)
+        )
+        ratios = []
+        for row, rest, width in zip(measured, passing, (6, 18), strict=True):
+            limit = rest + sum(row[part] for part in PARTS)
+            ratios.append(row["peak"] / limit)
+            line += f" {limit / MEGABYTE:>{width}.0f} {row['peak'] / MEGABYTE:>6.0f} {ratios[-1]:>6.3f}"
+        verdicts = ["held" if ratio <= BAR else "MISSED" for ratio in ratios]
+        lines.append(f"{line}  {'for comparison' if name in OUTSIDE else ', '.join(verdicts)}")
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--case", choices=list(CASES), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.case:
+        print(json.dumps(measure(args.case, args.steps)))
+        return
+    found = {}
+    for name in CASES:
+        found[name] = tuple(in_process_of_its_own(name, args.steps, how) for how in ({}, AT_ONCE))
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,392 @@
+"""All weights: moved within the backward as after it, saved and resumed to the bit, rounded so that nothing is lost."""
+
+import json
+import os
+
+import pytest
+import torch
+from graft_pack.trainers import loop
+from graft_pack.trainers.errors import NumbersError
+from graft_pack.trainers.optimisers import OPTIMISERS, apart, stepping
+from graft_pack.trainers.optimisers.rounding import rounded
+
+from tests.support import models
+from tests.support.diffusers_host import make_dataset, make_host, make_unet, run_session, same_state, same_tensors
+from tests.support.diffusers_host import state_of as kept_state
+
+ALL = {
+    "method": "all weights",
+    "rank": 0,
+    "alpha": 0.0,
+    "targets": "all weights",
+    "max_grad_norm": 0.0,
+    "learning_rate": 1e-3,
+}
+# Everything that has state and can go with moves within the backward.
+KEPT = {
+    **ALL,
+    "steps": 6,
+    "batch_size": 2,
+    "schedule": "cosine",
+    "warmup_steps": 2,
+    "ema_decay": 0.9,
+    "validation_fraction": 0.2,
+    "validate_every": 2,
+    "save_every": 2,
+    "preview_prompts": ("a red picture",),
+    "preview_every": 3,
+    "preview_steps": 2,
+}
+APART = [name for name, kind in OPTIMISERS.items() if kind.apart]
+
+
+class Cancelled(BaseException):
+    """As newer hosts cancel: not an Exception."""
+
+
+class Stopper:
+    """A report that raises at the n-th of all events, and notes them."""
+
+    def __init__(self, number=-1):
+        self.number = number
+        self.events = []
+
+    def __call__(self, event, payload):
+        self.events.append((event, payload))
+        if len(self.events) - 1 == self.number:
+            raise Cancelled
+
+
+@pytest.fixture
+def movers(monkeypatch):
+    """The movers of the trainings of a test."""
+    made = []
+    real = stepping.Mover.__init__
+
+    def noting(self, *args):
+        real(self, *args)
+        made.append(self)
+
+    monkeypatch.setattr(stepping.Mover, "__init__", noting)
+    return made
+
+
+def afterwards(folder, monkeypatch, **fields):
+    """A run in the ordinary way, by one optimiser for all."""
+    with monkeypatch.context() as patch:
+        patch.setattr(stepping, "_is_one_backward", lambda plan: False)
+        return run_session(folder, **fields)
+
+
+def distance(a, b):
+    """The largest difference between two dicts of tensors, against the largest number."""
+    assert a.keys() == b.keys()
+    return max(float((a[name].float() - b[name].float()).abs().max()) for name in a)
+
+
+def names_of():
+    return [name for name, _ in make_unet().named_parameters()]
+
+
+def dict_of(result):
+    return kept_state(result).trainables
+
+
+def norms(result):
+    with open(os.path.join(result.run.folder, "metrics.jsonl"), encoding="utf-8") as file:
+        lines = [json.loads(line) for line in file]
+    return [line["grad_norm"] for line in lines if line["event"] == "step"]
+
+
+@pytest.mark.parametrize("name", APART)
+def test_within_the_backward_comes_to_the_same(name, movers, tmp_path, monkeypatch):
+    kind = OPTIMISERS[name]
+    fields = {**ALL, "optimizer": name, "beta1": kind.beta1, "beta2": kind.beta2, "steps": 3, "batch_size": 2}
+    within = run_session(tmp_path / "within", **fields)
+    after = afterwards(tmp_path / "after", monkeypatch, **fields)
+    assert [mover.in_backward for mover in movers] == [True, False]
+    assert isinstance(movers[0].optimiser, apart.Apart) and not isinstance(movers[1].optimiser, apart.Apart)
+    first, second = kept_state(within), kept_state(after)
+    assert distance(first.trainables, second.trainables) <= 1e-6
+    assert norms(within) == pytest.approx(norms(after), rel=1e-5)
+    assert within.losses == pytest.approx(after.losses, rel=1e-5)
+    # Kept alike, so that a run can go on either way.
+    assert first.optimiser.keys() == second.optimiser.keys()
+    assert [slots.keys() for slots in first.optimiser.values()] == [slots.keys() for slots in second.optimiser.values()]
+    assert first.groups == second.groups
+
+
+def test_gradients_never_lie_beside_one_another(tmp_path, monkeypatch):
+    seen = []
+    real = apart.Apart.move
+
+    def counting(self, parameter):
+        seen.append(sum(one.grad is not None for one in self._own))
+        real(self, parameter)
+        assert parameter.grad is None
+
+    monkeypatch.setattr(apart.Apart, "move", counting)
+    run_session(tmp_path, **ALL, steps=2, batch_size=2)
+    assert len(seen) == 2 * len(list(make_unet().parameters()))
+    # A weight's and its bias's may come together, of a product of the two.
+    assert max(seen) <= 3
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"max_grad_norm": 1.0},
+        {"accumulation": 2},
+        {"micro_batch": 1},
+        {"optimizer": "Prodigy", "learning_rate": 1.0},
+        {"optimizer": "AdamWScheduleFree"},
+        {"method": "LoRA", "targets": "attention", "rank": 4, "alpha": 4.0},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_where_it_would_not_be_the_same_all_move_together(fields, movers, tmp_path):
+    run_session(tmp_path, **{**ALL, "batch_size": 2, "steps": 1, **fields})
+    assert not movers[0].in_backward
+
+
+def test_beside_anchors_and_under_loss_scaling_all_move_together(movers, tmp_path):
+    from graft_pack.trainers.data import prior
+
+    anchored = prior.anchor(make_dataset(), "a picture", 1.0)
+    run_session(tmp_path, dataset=anchored, **ALL, batch_size=2, steps=1)
+    host = make_host()
+    host.denoiser.compute_dtype = torch.float16
+    run_session(tmp_path / "half", host=host, **ALL, batch_size=2, steps=1)
+    assert [mover.in_backward for mover in movers] == [False, False]
+
+
+def test_differential_preservation_asks_the_frozen_base(tmp_path, monkeypatch):
+    """Nothing has drifted before the first step, to the bit; afterwards it has, and is held."""
+    from graft_pack.trainers import forward
+    from graft_pack.trainers.data import prior
+
+    drifts = []
+    real = forward._drifts
+
+    def noting(*args):
+        found = real(*args)
+        drifts.append(float(found.detach().sum()))
+        return found
+
+    monkeypatch.setattr(forward, "_drifts", noting)
+    result = run_session(tmp_path, dataset=prior.anchor(make_dataset(), "a picture", 1.0), **ALL, batch_size=2, steps=3)
+    assert drifts[0] == 0.0 and min(drifts[1:]) > 0
+    assert result.losses[1] > drifts[1] / 2
+
+
+@pytest.fixture(scope="module", params=["fp32", "bf16"])
+def straight(request, tmp_path_factory):
+    """(fields, events, result) of a run that nothing interrupts."""
+    fields = {**KEPT, "weight_dtype": request.param}
+    watcher = Stopper()
+    result = run_session(tmp_path_factory.mktemp("straight"), watcher, **fields)
+    return fields, [event for event, _ in watcher.events], result
+
+
+def test_stopped_at_any_event(straight, tmp_path, trials):
+    fields, events, expected = straight
+    places = {0, len(events) - 1, *range(1, len(events), max(1, len(events) // trials(4, len(events))))}
+    for number in sorted(places):
+        folder = tmp_path / str(number)
+        with pytest.raises(Cancelled):
+            run_session(folder, Stopper(number), **fields)
+        resumed = run_session(folder, **fields)
+        assert same_state(kept_state(resumed), kept_state(expected)), f"stopped at event {number}, {events[number]}"
+        assert same_tensors(resumed.adapter, expected.adapter)
+        assert resumed.losses == expected.losses
+
+
+def test_cancelled_keeps_the_step_that_was_reached(straight, tmp_path):
+    fields, events, _ = straight
+    number = [place for place, event in enumerate(events) if event == "step"][4]
+    with pytest.raises(Cancelled):
+        run_session(tmp_path, Stopper(number), **fields)
+    assert run_session(tmp_path, **fields).resumed_from == 5
+
+
+@pytest.mark.parametrize("where", [1, 40])
+def test_a_step_that_fails_within_the_backward_is_not_kept(where, straight, tmp_path, monkeypatch):
+    fields, _, expected = straight
+    real = apart.Apart.move
+    per_step = len(list(make_unet().parameters()))
+    calls = []
+
+    def failing(self, parameter):
+        real(self, parameter)
+        calls.append(1)
+        if len(calls) == 3 * per_step + where:
+            raise torch.OutOfMemoryError("injected")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(apart.Apart, "move", failing)
+        with pytest.raises(torch.OutOfMemoryError):
+            run_session(tmp_path, **fields)
+    resumed = run_session(tmp_path, **fields)
+    assert resumed.resumed_from == 2
+    assert same_state(kept_state(resumed), kept_state(expected))
+
+
+@pytest.mark.parametrize("what, kept", [("loss", 3), ("gradient", 2)])
+def test_numbers_that_are_none_move_nothing_that_is_kept(what, kept, straight, tmp_path, monkeypatch):
+    """A loss is looked at before anything moves by it; a gradient when others may have moved: the last save stands."""
+    fields, _, expected = straight
+    steps = []
+    real = stepping.Mover.begin
+
+    def spoiling(self, step):
+        real(self, step)
+        steps.append(step)
+        if step == 3 and what == "gradient":
+            middle = self._parameters[len(self._parameters) // 2]
+            middle.register_hook(lambda gradient: gradient * float("nan"))
+
+    def terms(*args):
+        for losses in loop_terms(*args):
+            yield losses * float("nan") if what == "loss" and steps[-1] == 3 else losses
+
+    loop_terms = loop.terms_of
+    with monkeypatch.context() as patch:
+        patch.setattr(stepping.Mover, "begin", spoiling)
+        patch.setattr(loop, "terms_of", terms)
+        with pytest.raises(NumbersError, match=f"{what} of step 4 is not finite .pictures: .*image"):
+            run_session(tmp_path, **fields)
+    resumed = run_session(tmp_path, **fields)
+    assert resumed.resumed_from == kept
+    assert same_state(kept_state(resumed), kept_state(expected))
+
+
+@pytest.mark.parametrize("first, then", [(0, 1), (1, 0)], ids=["within, then after", "after, then within"])
+@pytest.mark.parametrize("optimizer", ["AdamW", "Adafactor", "AdamW8bit"])
+def test_a_run_goes_on_the_other_way(optimizer, first, then, movers, tmp_path):
+    """Out of memory, micro_batch set: what the optimiser knows is there, by each parameter."""
+    kind = OPTIMISERS[optimizer]
+    fields = {**ALL, "optimizer": optimizer, "beta1": kind.beta1, "beta2": kind.beta2, "batch_size": 2}
+    run_session(tmp_path, **fields, steps=3, micro_batch=first)
+    resumed = run_session(tmp_path, **fields, steps=5, micro_batch=then)
+    whole = run_session(tmp_path / "whole", **fields, steps=5)
+    assert resumed.resumed_from == 3
+    assert [mover.in_backward for mover in movers] == [not first, not then, True]
+    # AdamW makes long steps of gradients that are nothing but rounding.
+    base = models.joined(make_unet().parameters())
+    moves = [models.joined(dict_of(result)[name] for name in names_of()) - base for result in (resumed, whole)]
+    assert models.distance(*moves) <= 5e-3
+
+
+def test_the_average_is_what_is_handed_on(tmp_path):
+    result = run_session(tmp_path, **{**ALL, "ema_decay": 0.99, "steps": 3, "batch_size": 2})
+    base = dict(make_unet().named_parameters())
+    state = kept_state(result)
+    assert not same_tensors(state.ema, state.trainables)
+    assert len(result.adapter) == len(base)
+    for name, value in state.ema.items():
+        path, _, leaf = name.rpartition(".")
+        key = f"model.{path}.{'diff_b' if leaf == 'bias' else 'diff'}"
+        assert torch.equal(result.adapter[key], value - base[name].detach())
+
+
+def test_a_finished_run_is_returned_without_work(tmp_path):
+    first = run_session(tmp_path, **KEPT)
+    kept = {name: tensor.clone() for name, tensor in first.adapter.items()}
+    host = make_host()
+    again = run_session(tmp_path, host=host, **KEPT)
+    assert host.denoiser.calls == 0
+    assert same_tensors(again.adapter, kept)
+
+
+def test_the_adapters_file_is_the_run_result(tmp_path):
+    from graft_pack.trainers.formats.adapter import load_adapter
+
+    result = run_session(tmp_path, **{**ALL, "steps": 2, "save_every": 1})
+    files = sorted(os.listdir(result.run.adapters))
+    assert files == ["step-00000001.safetensors", "step-00000002.safetensors"]
+    read = load_adapter(os.path.join(result.run.adapters, files[-1]))
+    assert same_tensors(read, result.adapter)
+    assert read.made_by() == "all weights"
+    assert read.metadata["modelspec.architecture"] == "stable-diffusion-v1/difference"
+
+
+def test_learning_rate_zero_moves_no_weight(tmp_path):
+    result = run_session(tmp_path, **{**ALL, "learning_rate": 0.0, "steps": 2})
+    assert result.adapter and not any(tensor.any() for tensor in result.adapter.values())
+
+
+# ---- rounding ------------------------------------------------------------------------------
+
+
+def moved(weight_dtype, small, steps=100):
+    """Mean relative change of weights of about 1 by that many steps of a plain optimiser, each so small."""
+    dtype = torch.bfloat16 if weight_dtype == "bf16" else torch.float32
+    source = torch.Generator().manual_seed(1)
+    start = (1 + torch.rand(4096, generator=source)).bfloat16()
+    parameter = torch.nn.Parameter(start.to(dtype, copy=True))
+    sgd = _Sgd()
+    optimiser = apart.Apart(sgd, [{"params": [parameter], "lr": small}], {parameter: "w"}, _Seed())
+    for step in range(steps):
+        optimiser.begin(step)
+        parameter.grad = -parameter.detach()
+        optimiser.step()
+    return float((parameter.detach().float() / start.float()).mean() - 1), parameter
+
+
+class _Seed:
+    seed = 7
+
+
+class _Sgd:
+    def make(self, groups, recipe):
+        return torch.optim.SGD(groups, lr=1.0)
+
+
+def test_small_steps_are_made_in_bfloat16_as_in_float32(monkeypatch):
+    """100 steps of 1e-4 of the weight, a fortieth of the distance between two neighbours of a bfloat16."""
+    exact, _ = moved("fp32", 1e-4)
+    assert exact == pytest.approx(1.0001**100 - 1, rel=1e-3)
+    found, _ = moved("bf16", 1e-4)
+    # 4096 weights, each with a deviation of about 4e-3 after a hundred roundings.
+    assert found == pytest.approx(exact, abs=5 * 4e-3 / 64)
+    # To the nearest, each step is lost whole.
+    monkeypatch.setattr(apart, "rounded", lambda values, source: values.bfloat16())
+    assert moved("bf16", 1e-4)[0] == 0.0
+
+
+def test_rounding_is_to_a_neighbour_and_right_in_the_mean():
+    source = torch.Generator().manual_seed(0)
+    values = torch.cat([torch.randn(500) * scale for scale in (1e-30, 1e-3, 1.0, 1e4)] + [torch.zeros(2)])
+    drawn = torch.stack([rounded(values, source).float() for _ in range(400)])
+    gap = values.abs() * 2**-7
+    assert ((drawn - values).abs() <= gap).all()
+    # Chance is at most half the gap wide: the mean of 400 lies within five of its deviations.
+    assert ((drawn.mean(0) - values).abs() <= 5 * gap / 2 / 20 + 1e-38).all()
+    exact = values.bfloat16().float()
+    assert torch.equal(rounded(exact, source).float(), exact)
+    between = (values != exact).float().mean()
+    assert between > 0.9 and (drawn.var(0) > 0).float().mean() > 0.7
+
+
+def test_rounding_is_drawn_from_seed_step_and_parameter_alone():
+    again = [moved("bf16", 1e-4, steps=3)[1].detach() for _ in range(2)]
+    assert torch.equal(*again)
+    found = []
+    for name, step, seed in (("w", 0, 7), ("v", 0, 7), ("w", 1, 7), ("w", 0, 8)):
+        parameter = torch.nn.Parameter(torch.ones(999).bfloat16())
+        settings = _Seed()
+        settings.seed = seed
+        optimiser = apart.Apart(_Sgd(), [{"params": [parameter], "lr": 1e-3}], {parameter: name}, settings)
+        optimiser.begin(step)
+        parameter.grad = torch.ones_like(parameter)
+        optimiser.step()
+        found.append(parameter.detach())
+    assert not any(torch.equal(found[0], other) for other in found[1:])
+
+
+def test_the_average_of_bfloat16_weights_is_kept_in_float32(tmp_path):
+    result = run_session(tmp_path, **{**ALL, "weight_dtype": "bf16", "ema_decay": 0.9, "steps": 2, "batch_size": 2})
+    state = kept_state(result)
+    assert {tensor.dtype for tensor in state.trainables.values()} == {torch.bfloat16}
+    assert {tensor.dtype for tensor in state.ema.values()} == {torch.float32}
+    assert any((tensor != tensor.bfloat16()).any() for tensor in state.ema.values())
