@@ -39,6 +39,8 @@ NOISE = [
     r"favicon|user\.css|/api/userdata",
     r"https://(api\.comfy\.org|huggingface\.co)/",
     r"ComfyApp graph accessed before initialization",
+    # The page asks before it is left; nobody has clicked in it yet.
+    r"Blocked attempt to show a 'beforeunload' confirmation panel",
     r"reading 'id'\)\s+at onChange[\s\S]*GraphView",
 ]
 

@@ -125,7 +125,11 @@ def change(value, options):
     if "options" in options:
         others = [choice for choice in options["options"] if choice != value]
         return others[-1] if others else value
-    return "something else" if isinstance(value, str) else value + options.get("step", 1)
+    if isinstance(value, str):
+        return "something else"
+    step = options.get("step", 1)
+    # The page keeps numbers within their range.
+    return value + step if value + step <= options.get("max", value + step) else value - step
 
 
 def test_saving_and_loading_keeps_what_was_set(page, schemas):
