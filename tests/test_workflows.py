@@ -7,10 +7,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from tests.support.host import ROOT
-from tests.support.make_workflows import TINY, TINY_DREAMBOOTH, TINY_EMBEDDING, TINY_FINE_TUNE, TINY_PIVOTAL
+from tests.support.make_workflows import (
+    TINY,
+    TINY_DREAMBOOTH,
+    TINY_EMBEDDING,
+    TINY_FINE_TUNE,
+    TINY_MERGE,
+    TINY_PIVOTAL,
+)
 from tests.support.workflow import NOTES, find_nodes, read_workflow, to_prompt
 from tests.toy import world
 
@@ -254,6 +264,53 @@ def test_a_checkpoint_is_fine_tuned_merged_and_drawn_with(server):
         wanted += [value[0] for value in again[number]["inputs"].values() if isinstance(value, list)]
     drawn = server.download(server.run(kept, timeout=300), node("Before"))
     assert [_pixels(data) for data in drawn] == [_pixels(data) for data in after]
+
+
+def _write_lora(path, base, seed):
+    """A LoRA of rank 4 with random values on the first attention, in kohya's names."""
+    place = "input_blocks.1.1.transformer_blocks.0.attn1"
+    name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1"
+    source = torch.Generator().manual_seed(seed)
+    tensors = {}
+    with safe_open(base, "pt") as file:
+        for layer, spelt in (("to_q", "to_q"), ("to_v", "to_v"), ("to_out.0", "to_out_0")):
+            high, wide = file.get_slice(f"model.diffusion_model.{place}.{layer}.weight").get_shape()
+            tensors[f"{name}_{spelt}.lora_up.weight"] = torch.randn(high, 4, generator=source) * 0.1
+            tensors[f"{name}_{spelt}.lora_down.weight"] = torch.randn(4, wide, generator=source) * 0.1
+            tensors[f"{name}_{spelt}.alpha"] = torch.tensor(4.0)
+    save_file(tensors, path)
+
+
+@pytest.mark.server
+def test_two_loras_are_merged_to_one_that_draws_as_both(server, tiny_base):
+    """The example with all of the energy: one file in place of two, and the same pictures."""
+    names = ["example_first.safetensors", "example_second.safetensors"]
+    for seed, name in enumerate(names):
+        _write_lora(server.path("models", "loras", name), tiny_base, seed)
+    values = copy.deepcopy(TINY_MERGE)
+    values["First LoRA"], values["Second LoRA"] = ({"adapter_name": name} for name in names)
+    values["Resize"] = {"rank": 64, "energy": 1.0}
+    for what in ("both", "merged"):
+        values[f"Sample {what}"]["steps"] = 2
+    workflow = read_workflow(ROOT / "example_workflows" / "Merge and resize adapters.json")
+    entry = server.run(to_prompt(workflow, server.object_info(), values), timeout=300)
+
+    def node(title):
+        return str(find_nodes(workflow, title)[0]["id"])
+
+    both, merged = (_stacked(server.download(entry, node(title))) for title in ("Both", "Merged"))
+    assert np.abs(both - merged).max() <= 2
+    with safe_open(entry["outputs"][node("Save the LoRA")]["text"][0], "pt") as file:
+        kept = {key.rpartition("_attn1_")[2] for key in list(file.keys()) if key.endswith(".alpha")}
+    assert kept == {"to_q.alpha", "to_v.alpha", "to_out_0.alpha"}
+    # What is compared is seen in the pictures: without the first LoRA they are others.
+    values["Put the first on"] = {"strength_model": 0.0}
+    entry = server.run(to_prompt(workflow, server.object_info(), values), timeout=300)
+    assert np.abs(both - _stacked(server.download(entry, node("Both")))).max() >= 10
+
+
+def _stacked(files):
+    return np.stack([np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), float) for data in files])
 
 
 def _pixels(data):

@@ -194,6 +194,38 @@ TINY_FINE_TUNE = {
 }
 
 
+MERGE_NOTE = """\
+# Two LoRAs as one, and smaller
+
+1. **Checkpoint** - one that both LoRAs were made for.
+2. **LoRAs** - choose two files in *First LoRA* and *Second LoRA*.
+3. **Prompt** - with the words that call up both.
+
+*Merge* makes one of them. As it stands that is their plain sum; if the
+two disturb each other, try the method **TIES**, or lower a weight.
+*Resize* takes away what does little: less *energy*, a smaller file.
+*What it is* shows where in the model the result is strong, and
+whether it fits the checkpoint.
+
+*Both* draws with the two side by side, *Merged* with the one file that
+*Save the LoRA* writes to output/loras. With the plain sum and all of the
+energy they are the same picture.
+
+With an SDXL or Flux checkpoint set the width and height of *Size and
+number* to 1024.
+"""
+
+# The same for "Merge and resize adapters"; the files are the test's own.
+TINY_MERGE = {
+    "Checkpoint": {"ckpt_name": "graft_tiny.safetensors"},
+    "Prompt": {"value": "a large sks toy on a green background"},
+    "Negative prompt": {"value": ""},
+    "Size and number": {"width": 64, "height": 64},
+    "Sample both": {"cfg": 4.0},
+    "Sample merged": {"cfg": 4.0},
+}
+
+
 class Sketch:
     """A graph in the editor, built node by node."""
 
@@ -450,12 +482,59 @@ def draw_fine_tune(sketch):
     sketch.group("After: as it was fine-tuned", after, GREEN)
 
 
+def draw_merge(sketch):
+    """Two LoRAs -> one -> smaller -> the same prompt with the two and with the one."""
+    node = sketch.node
+    data, merge, wish, sample = 0, 480, 960, 1440
+
+    checkpoint, base = draw_base(sketch, (data, 0), MERGE_NOTE, 560)
+    loras = [
+        node("GraftLoadAdapter", f"{which} LoRA", (data, top), (420, 60), adapter_name=name)
+        for which, top, name in (("First", 860, "my_dog.safetensors"), ("Second", 980, "my_style.safetensors"))
+    ]
+    merged = node("GraftMergeAdapters", "Merge", (merge, 700), (420, 210),
+                  {"adapter_a": (loras[0], 0), "adapter_b": (loras[1], 0)}, weight_a=0.8, weight_b=0.8)  # fmt: skip
+    resized = node("GraftResizeAdapter", "Resize", (merge, 980), (420, 90), {"adapter": (merged, 0)},
+                   rank=32, energy=0.99)  # fmt: skip
+    saved = node("GraftSaveAdapter", "Save the LoRA", (merge, 1140), (420, 100), {"adapter": (resized, 0)},
+                 filename_prefix="my_dog_in_my_style")  # fmt: skip
+    inspect = node("GraftInspectAdapter", "What it is", (merge, 0), (420, 330),
+                   {"adapter": (resized, 0), "model": base["model"], "clip": base["clip"]})  # fmt: skip
+    report = node("PreviewAny", "Report", (merge, 390), (420, 180), {"source": (inspect, 1)})
+
+    prompt, negative, size = draw_wishes(sketch, (wish, 0), "a photo of ohwx dog in ohwx style")
+    strengths = {"strength_model": 0.8, "strength_clip": 0.8}
+    first = draw_apply(sketch, "Put the first on", (wish, 700), (checkpoint, 0), (checkpoint, 1), loras[0], strengths)
+    both = draw_apply(sketch, "Put the second on", (wish, 1010), (first, 0), (first, 1), loras[1], strengths)
+    one = draw_apply(sketch, "Put the merged one on", (wish, 1320), (checkpoint, 0), (checkpoint, 1), resized, {})
+    rows = [
+        draw_pictures(sketch, (sample, top), name, (source, 0), (source, 1), (prompt, 0), (negative, 0), (size, 0),
+                      (checkpoint, 2))
+        for name, top, source in (("both", 0, both), ("merged", 700, one))
+    ]  # fmt: skip
+
+    sketch.group("Set 1 and 2: checkpoint and LoRAs", [checkpoint, *loras], BLUE)
+    sketch.group("Set 3: what to draw", [prompt, negative, size], BLUE)
+    sketch.group("Merge and resize", [merged, resized, saved], ORANGE)
+    sketch.group("Look at it", [inspect, report], GREY)
+    sketch.group("Put them on the model", [first, both, one], ORANGE)
+    sketch.group("Both, one after the other", rows[0], GREY)
+    sketch.group("The merged one", rows[1], GREEN)
+
+
+def draw_apply(sketch, title, place, model, clip, adapter, strengths):
+    """An adapter put on model and clip; its id."""
+    given = {"model": model, "clip": clip, "adapter": (adapter, 0)}
+    return sketch.node("GraftApplyAdapter", title, place, (420, 240), given, **strengths)
+
+
 WORKFLOWS = {
     "Train a LoRA": draw_train_a_lora,
     "DreamBooth a subject": draw_dreambooth,
     "Train a textual-inversion embedding": draw_embedding,
     "Pivotal tuning": draw_pivotal,
     "Fine-tune a checkpoint": draw_fine_tune,
+    "Merge and resize adapters": draw_merge,
 }
 
 
