@@ -112,6 +112,67 @@ def _flux():
     return comfy.supported_models.Flux(config)
 
 
+def _host_class(name: str, **config):
+    """A config of the host's class of that name."""
+    import comfy.supported_models
+
+    return getattr(comfy.supported_models, name)(config)
+
+
+def _sd3():
+    embedder = {"target": "torch.nn.Linear", "params": {"in_features": 48, "out_features": 128}}
+    return _host_class(
+        "SD3",
+        input_size=None,
+        patch_size=2,
+        in_channels=16,
+        depth=2,
+        pos_embed_max_size=16,
+        num_patches=256,
+        adm_in_channels=32,
+        context_embedder_config=embedder,
+        qkv_bias=True,
+        pos_embed_scaling_factor=None,
+        qk_norm="rms",
+    )
+
+
+def _lumina2():
+    return _host_class(
+        "Lumina2",
+        image_model="lumina2",
+        patch_size=2,
+        in_channels=16,
+        dim=96,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=4,
+        n_kv_heads=4,
+        axes_dims=[8, 8, 8],
+        axes_lens=[300, 64, 64],
+        multiple_of=32,
+        norm_eps=1e-5,
+        cap_feat_dim=48,
+        qk_norm=True,
+    )
+
+
+def _aura():
+    return _host_class(
+        "AuraFlow",
+        in_channels=4,
+        out_channels=4,
+        patch_size=2,
+        dim=64,
+        n_layers=2,
+        n_double_layers=1,
+        n_heads=4,
+        global_conddim=64,
+        cond_seq_dim=48,
+        max_seq=64,
+    )
+
+
 def _sd1_middling():
     import comfy.supported_models
 
@@ -135,9 +196,16 @@ FAMILIES = {
     "SDXL": Tiny(_sdxl, (4, 8, 8), (77, 48), 1280),
     "Flux": Tiny(_flux, (16, 8, 8), (7, 48), 32),
 }
+# What is trained by the same engine and asked the same questions of, in `tests/nodes/test_families.py` alone.
+OTHERS = {
+    "SD3": Tiny(_sd3, (16, 8, 8), (7, 48), 32),
+    "Lumina 2": Tiny(_lumina2, (16, 8, 8), (7, 48)),
+    "AuraFlow": Tiny(_aura, (4, 8, 8), (7, 48)),
+}
 # Those that have a small text encoder, and what is large enough to be timed: 44.7 M parameters.
 SIZES = {
     **FAMILIES,
+    **OTHERS,
     "SD2": Tiny(_sd2, (4, 8, 8), (77, 48)),
     "SDXL with text": Tiny(functools.partial(_sdxl, 24), (4, 8, 8), (77, 48), 24),
     "SD1 middling": Tiny(_sd1_middling, (4, 32, 32), (77, 512)),
@@ -170,6 +238,9 @@ def randomise(module, seed: int) -> None:
             parameter.copy_(torch.randn(parameter.shape, generator=source) * spread)
             if parameter.dim() == 1 and "norm" in name and name.endswith(("weight", "scale")):
                 parameter.add_(1.0)
+        for name, buffer in module.named_buffers():
+            if name == "pos_embed":  # SD3's, which the host leaves to the checkpoint and so uninitialised
+                buffer.copy_(torch.randn(buffer.shape, generator=source) * 0.1)
 
 
 def conditioning(name: str, seed: int = 0):
