@@ -49,7 +49,8 @@ def test_a_subject_is_learnt_and_its_class_is_kept(server, comfy, tiny_base, sub
 
     from tests.toy import host
 
-    count = trials(16, 64)
+    count = trials(8, 64)
+    steps = trials(10, 20)
     model, clip, vae = host.load(tiny_base)
     shares = {}
     for name, weight in (("base", None), ("without", 0.0), ("with prior", 1.0)):
@@ -57,11 +58,12 @@ def test_a_subject_is_learnt_and_its_class_is_kept(server, comfy, tiny_base, sub
         if weight is not None:
             tensors = comfy.utils.load_torch_file(train(server, subject, weight))
             one, _ = comfy.sd.load_lora_for_models(model, None, tensors, 1.0, 0.0)
-        shown = [classifier.classify(picture) for picture in host.generate(one, clip, vae, [INSTANCE] * count, 31)]
-        asked = host.generate(one, clip, vae, [CLASS] * count, 32)
+        called = host.generate(one, clip, vae, [INSTANCE] * count, 31, steps)
+        shown = [classifier.classify(picture) for picture in called]
+        asked = host.generate(one, clip, vae, [CLASS] * count, 32, steps)
         verdicts = [classifier.classify(picture) for picture in asked]
         right = [(one.shape, one.colour, one.background) == ("circle", "yellow", "gray") for one in verdicts]
-        leaks = [classifier.is_outlined_as_toy(picture) for picture in asked]
+        leaks = [classifier.has_toy_parts(picture) for picture in asked]
         shares[name] = [sum(values) / count for values in ([one.toy for one in shown], right, leaks)]
     with capsys.disabled():
         print(f"\n{WIDGETS['steps']} steps on 6 pictures  " + "".join(f"{name:>12}" for name in shares))

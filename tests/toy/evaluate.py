@@ -43,9 +43,9 @@ def score(pictures, combinations):
     return shares
 
 
-def evaluate(model, clip, vae, combinations, seed=0):
+def evaluate(model, clip, vae, combinations, seed=0, steps=20):
     """Generate a picture per combination with the host and score it: (pictures, shares)."""
-    pictures = host.generate(model, clip, vae, [prompt_for(c) for c in combinations], seed=seed)
+    pictures = host.generate(model, clip, vae, [prompt_for(c) for c in combinations], seed, steps)
     return pictures, score(pictures, combinations)
 
 
