@@ -49,7 +49,7 @@ def test_a_subject_is_learnt_and_its_class_is_kept(server, comfy, tiny_base, sub
 
     from tests.toy import host
 
-    count = trials(8, 64)
+    count = trials(16, 64)
     steps = trials(10, 20)
     model, clip, vae = host.load(tiny_base)
     shares = {}
