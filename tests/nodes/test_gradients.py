@@ -32,7 +32,7 @@ def error_of(training, part, step):
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
 @pytest.mark.parametrize("dtype", BARS, ids=["fp64", "fp32"])
-@pytest.mark.parametrize("name", models.FAMILIES)
+@pytest.mark.parametrize("name", models.ARCHITECTURES)
 def test_gradients_are_those_of_finite_differences(name, dtype, checkpointing):
     bar, step = BARS[dtype]
     with models.in_training(make_model(name, dtype), name, checkpointing, spread=0.1) as training:
@@ -40,7 +40,7 @@ def test_gradients_are_those_of_finite_differences(name, dtype, checkpointing):
         assert error_of(training, "B", step) <= bar
 
 
-@pytest.mark.parametrize("name", models.FAMILIES)
+@pytest.mark.parametrize("name", models.ARCHITECTURES)
 def test_checkpointing_changes_no_gradient(name):
     found = []
     for checkpointing in (False, True):
@@ -49,7 +49,7 @@ def test_checkpointing_changes_no_gradient(name):
     assert models.distance(found[1], found[0]) <= 1e-6
 
 
-@pytest.mark.parametrize("name", models.FAMILIES)
+@pytest.mark.parametrize("name", models.ARCHITECTURES)
 def test_checkpointing_forgets_activations(name):
     """What is kept for the backward is less, or the switch does nothing."""
     kept = []
@@ -96,7 +96,7 @@ def test_the_self_check_finds_a_wrong_gradient(monkeypatch):
             check_gradient(training.losses, training.plan.trainables)
 
 
-@pytest.mark.parametrize("name", models.FAMILIES)
+@pytest.mark.parametrize("name", models.ARCHITECTURES)
 def test_the_self_check_passes_and_puts_the_trainables_back(name):
     with models.in_training(make_model(name, torch.float32), name) as training:
         before = models.joined(training.plan.trainables.values())

@@ -38,9 +38,14 @@ def _unet(**more) -> dict:
     )
 
 
-def _sd1():
+def _host_class(name: str, **config):
+    """A config of the host's class of that name."""
     import comfy.supported_models
 
+    return getattr(comfy.supported_models, name)(config)
+
+
+def _sd1():
     config = _unet(
         model_channels=32,
         num_res_blocks=[1, 1],
@@ -52,12 +57,10 @@ def _sd1():
         use_linear_in_transformer=False,
         adm_in_channels=None,
     )
-    return comfy.supported_models.SD15(config)
+    return _host_class("SD15", **config)
 
 
 def _sdxl(pooled: int = 1280):
-    import comfy.supported_models
-
     # The pooled text and six sizes of 256 each are what the host's SDXL class makes of a conditioning.
     config = _unet(
         model_channels=32,
@@ -73,22 +76,19 @@ def _sdxl(pooled: int = 1280):
         num_classes="sequential",
         adm_in_channels=pooled + 6 * 256,
     )
-    made = comfy.supported_models.SDXL(config)
+    made = _host_class("SDXL", **config)
     made.unet_config["num_head_channels"] = 16
     return made
 
 
 def _sd2():
-    import comfy.supported_models
-
-    made = comfy.supported_models.SD20({**_sd1().unet_config, "use_linear_in_transformer": True})
+    made = _host_class("SD20", **{**_sd1().unet_config, "use_linear_in_transformer": True})
     made.unet_config["num_head_channels"] = 16
     return made
 
 
 def _flux():
     import comfy.ldm.flux.model
-    import comfy.supported_models
 
     config = dict(
         image_model="flux",
@@ -109,14 +109,7 @@ def _flux():
     )
     if "txt_ids_dims" in comfy.ldm.flux.model.FluxParams.__dataclass_fields__:
         config["txt_ids_dims"] = []
-    return comfy.supported_models.Flux(config)
-
-
-def _host_class(name: str, **config):
-    """A config of the host's class of that name."""
-    import comfy.supported_models
-
-    return getattr(comfy.supported_models, name)(config)
+    return _host_class("Flux", **config)
 
 
 def _sd3():
@@ -174,8 +167,6 @@ def _aura():
 
 
 def _sd1_middling():
-    import comfy.supported_models
-
     config = _unet(
         model_channels=160,
         num_res_blocks=[1, 1, 1],
@@ -187,7 +178,7 @@ def _sd1_middling():
         use_linear_in_transformer=False,
         adm_in_channels=None,
     )
-    return comfy.supported_models.SD15(config)
+    return _host_class("SD15", **config)
 
 
 # What is small enough for every test.
@@ -196,16 +187,16 @@ FAMILIES = {
     "SDXL": Tiny(_sdxl, (4, 8, 8), (77, 48), 1280),
     "Flux": Tiny(_flux, (16, 8, 8), (7, 48), 32),
 }
-# What is trained by the same engine and asked the same questions of, in `tests/nodes/test_families.py` alone.
-OTHERS = {
+# With the transformers of other families: what is asked of every architecture that is trained.
+ARCHITECTURES = {
+    **FAMILIES,
     "SD3": Tiny(_sd3, (16, 8, 8), (7, 48), 32),
     "Lumina 2": Tiny(_lumina2, (16, 8, 8), (7, 48)),
     "AuraFlow": Tiny(_aura, (4, 8, 8), (7, 48)),
 }
 # Those that have a small text encoder, and what is large enough to be timed: 44.7 M parameters.
 SIZES = {
-    **FAMILIES,
-    **OTHERS,
+    **ARCHITECTURES,
     "SD2": Tiny(_sd2, (4, 8, 8), (77, 48)),
     "SDXL with text": Tiny(functools.partial(_sdxl, 24), (4, 8, 8), (77, 48), 24),
     "SD1 middling": Tiny(_sd1_middling, (4, 32, 32), (77, 512)),
