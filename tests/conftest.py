@@ -44,6 +44,12 @@ def trials(request):
 
 
 @pytest.fixture(scope="session")
+def sampler_steps(trials):
+    """Steps of the sampler in tests that judge many pictures; the tiny base draws as well in half of its usual 20."""
+    return trials(10, 20)
+
+
+@pytest.fixture(scope="session")
 def comfy():
     """ComfyUI in this process, on the CPU: `comfy.path`, `comfy.version`, `comfy.base`; then import what you need."""
     return pack.use_comfy()

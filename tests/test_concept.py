@@ -48,7 +48,7 @@ def trained(server):
 
 
 @pytest.mark.soak
-def test_a_new_concept_appears_and_old_ones_stay(comfy, tiny_base, trained, trials, capsys):
+def test_a_new_concept_appears_and_old_ones_stay(comfy, tiny_base, trained, trials, sampler_steps, capsys):
     import comfy.sd
     import comfy.utils
 
@@ -57,12 +57,11 @@ def test_a_new_concept_appears_and_old_ones_stay(comfy, tiny_base, trained, tria
     model, clip, vae = host.load(tiny_base)
     after, _ = comfy.sd.load_lora_for_models(model, None, comfy.utils.load_torch_file(trained), 1.0, 0.0)
     scenes = old_scenes()[: trials(16, OLD_SAMPLES)]
-    steps = trials(10, 20)
     captions = [world.describe(f"{colour} {shape}", background) for shape, colour, background in scenes]
     shares = {}
     for name, one in (("before", model), ("after", after)):
-        toys = host.generate(one, clip, vae, toy_prompts(), seed=5, steps=steps)
-        olds = host.generate(one, clip, vae, captions, seed=6, steps=steps)
+        toys = host.generate(one, clip, vae, toy_prompts(), seed=5, steps=sampler_steps)
+        olds = host.generate(one, clip, vae, captions, seed=6, steps=sampler_steps)
         shown = sum(classifier.classify(picture).toy for picture in toys) / len(toys)
         shares[name] = (shown, old_accuracy(olds, scenes))
     with capsys.disabled():

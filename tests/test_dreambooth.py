@@ -43,14 +43,13 @@ def train(server, folder, prior_weight):
 
 
 @pytest.mark.soak
-def test_a_subject_is_learnt_and_its_class_is_kept(server, comfy, tiny_base, subject, trials, capsys):
+def test_a_subject_is_learnt_and_its_class_is_kept(server, comfy, tiny_base, subject, trials, sampler_steps, capsys):
     import comfy.sd
     import comfy.utils
 
     from tests.toy import host
 
     count = trials(16, 64)
-    steps = trials(10, 20)
     model, clip, vae = host.load(tiny_base)
     shares = {}
     for name, weight in (("base", None), ("without", 0.0), ("with prior", 1.0)):
@@ -58,9 +57,9 @@ def test_a_subject_is_learnt_and_its_class_is_kept(server, comfy, tiny_base, sub
         if weight is not None:
             tensors = comfy.utils.load_torch_file(train(server, subject, weight))
             one, _ = comfy.sd.load_lora_for_models(model, None, tensors, 1.0, 0.0)
-        called = host.generate(one, clip, vae, [INSTANCE] * count, 31, steps)
+        called = host.generate(one, clip, vae, [INSTANCE] * count, 31, sampler_steps)
         shown = [classifier.classify(picture) for picture in called]
-        asked = host.generate(one, clip, vae, [CLASS] * count, 32, steps)
+        asked = host.generate(one, clip, vae, [CLASS] * count, 32, sampler_steps)
         verdicts = [classifier.classify(picture) for picture in asked]
         right = [(one.shape, one.colour, one.background) == ("circle", "yellow", "gray") for one in verdicts]
         leaks = [classifier.has_toy_parts(picture) for picture in asked]

@@ -44,7 +44,7 @@ def learnt(server):
 
 @pytest.mark.slow
 @pytest.mark.soak
-def test_pictures_alone_bring_a_word_for_what_they_show(comfy, tiny_base, learnt, trials, capsys):
+def test_pictures_alone_bring_a_word_for_what_they_show(comfy, tiny_base, learnt, sampler_steps, capsys):
     from graft_pack.nodes.host.words import apply_embedding
     from graft_pack.trainers.formats.embedding import load_embedding
 
@@ -55,7 +55,7 @@ def test_pictures_alone_bring_a_word_for_what_they_show(comfy, tiny_base, learnt
     shares = {}
     for name, encoder, word in (("start word", clip, START), ("new word", knowing, f"embedding:{WORD}")):
         prompts = [world.describe(word, background) for background in backgrounds(SAMPLES)]
-        pictures = host.generate(model, encoder, vae, prompts, seed=5, steps=trials(10, 20))
+        pictures = host.generate(model, encoder, vae, prompts, seed=5, steps=sampler_steps)
         verdicts = [classifier.classify(picture) for picture in pictures]
         shares[name] = sum((one.shape, one.colour) == (SHAPE, COLOUR) for one in verdicts) / SAMPLES
     with capsys.disabled():

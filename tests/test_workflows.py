@@ -273,11 +273,12 @@ def _write_lora(path, base, seed):
     source = torch.Generator().manual_seed(seed)
     tensors = {}
     with safe_open(base, "pt") as file:
-        for layer, spelt in (("to_q", "to_q"), ("to_v", "to_v"), ("to_out.0", "to_out_0")):
+        for layer in ("to_q", "to_v", "to_out.0"):
+            key = f"{name}_{layer.replace('.', '_')}"
             high, wide = file.get_slice(f"model.diffusion_model.{place}.{layer}.weight").get_shape()
-            tensors[f"{name}_{spelt}.lora_up.weight"] = torch.randn(high, 4, generator=source) * 0.1
-            tensors[f"{name}_{spelt}.lora_down.weight"] = torch.randn(4, wide, generator=source) * 0.1
-            tensors[f"{name}_{spelt}.alpha"] = torch.tensor(4.0)
+            tensors[f"{key}.lora_up.weight"] = torch.randn(high, 4, generator=source) * 0.1
+            tensors[f"{key}.lora_down.weight"] = torch.randn(4, wide, generator=source) * 0.1
+            tensors[f"{key}.alpha"] = torch.tensor(4.0)
     save_file(tensors, path)
 
 
@@ -293,7 +294,8 @@ def test_two_loras_are_merged_to_one_that_draws_as_both(server, tiny_base):
     for what in ("both", "merged"):
         values[f"Sample {what}"]["steps"] = 2
     workflow = read_workflow(ROOT / "example_workflows" / "Merge and resize adapters.json")
-    entry = server.run(to_prompt(workflow, server.object_info(), values), timeout=300)
+    schemas = server.object_info()
+    entry = server.run(to_prompt(workflow, schemas, values), timeout=300)
 
     def node(title):
         return str(find_nodes(workflow, title)[0]["id"])
@@ -305,13 +307,17 @@ def test_two_loras_are_merged_to_one_that_draws_as_both(server, tiny_base):
     assert kept == {"to_q.alpha", "to_v.alpha", "to_out_0.alpha"}
     # What is compared is seen in the pictures: without the first LoRA they are others.
     values["Put the first on"] = {"strength_model": 0.0}
-    entry = server.run(to_prompt(workflow, server.object_info(), values), timeout=300)
+    entry = server.run(to_prompt(workflow, schemas, values), timeout=300)
     assert np.abs(both - _stacked(server.download(entry, node("Both")))).max() >= 10
 
 
 def _stacked(files):
-    return np.stack([np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), float) for data in files])
+    return np.stack([_picture(data).astype(float) for data in files])
 
 
 def _pixels(data):
-    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).tobytes()
+    return _picture(data).tobytes()
+
+
+def _picture(data):
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))

@@ -198,8 +198,7 @@ def test_a_word_that_exists_is_refused(name):
 def test_start_words_that_are_none_are_refused():
     from graft_pack.nodes.host.text import ComfyText
 
-    word = {"embedding_name": "my-dog", "embedding_init": " ", "embedding_vectors": 1}
-    settings = models.recipe("SD1", method="embedding", **word)
+    settings = models.recipe("SD1", method="embedding", embedding_name="my-dog", embedding_init=" ")
     with pytest.raises(SettingsError, match="holds no word") as error:
         inversion.check_word(settings, ComfyText(models.text("SD1")))
     assert error.value.input == "init_text"

@@ -88,8 +88,9 @@ def is_toy(pixels, cover):
     mask = cover > 0.5
     if mask.sum() < 300 or _overlap(mask, _toy_templates()).max() < TOY_OVERLAP:
         return False
-    petals, distance = _petals(pixels, mask)
-    middle = _share(_label(pixels), distance < 0.35, ("purple",))
+    labels = _label(pixels)
+    petals, distance = _petals(labels, mask)
+    middle = _share(labels, distance < 0.35, ("purple",))
     return petals > TOY_SHARE and middle > TOY_SHARE
 
 
@@ -102,17 +103,17 @@ def has_toy_parts(picture):
     mask = find_object(pixels, find_background(pixels)[1]) > 0.5
     if mask.sum() < 300:
         return False
-    petals, distance = _petals(pixels, mask)
+    petals, distance = _petals(_label(pixels), mask)
     red, green, blue = np.median(pixels[distance < 0.35], axis=0)
     return bool(petals > TOY_SHARE and min(red, blue) - green > PURPLE_CAST)
 
 
-def _petals(pixels, mask):
+def _petals(labels, mask):
     """The yellow share of an object's rim, and each pixel's distance from its middle in radii."""
     rows, columns = np.nonzero(mask)
     v, u = np.mgrid[: world.SIZE, : world.SIZE]
     distance = np.hypot(u - columns.mean(), v - rows.mean()) / np.sqrt(mask.sum() / np.pi)
-    return _share(_label(pixels), mask & (distance > 0.7) & (distance < 1.0), ("yellow", "orange")), distance
+    return _share(labels, mask & (distance > 0.7) & (distance < 1.0), ("yellow", "orange")), distance
 
 
 def _label(pixels):
