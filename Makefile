@@ -39,8 +39,9 @@ test: $(STAMP) chromium  ## run the whole suite
 	$(BIN)/python -m tests.support.base
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests -n $(WORKERS) --dist loadfile
 
+# A test with its full count may take longer than what is taken for a hang in `make test`.
 soak: $(STAMP)  ## run the long trials at their full counts
-	$(BIN)/pytest tests --soak -m soak -s
+	$(BIN)/pytest tests --soak -m soak -s --timeout 7200
 
 bench: $(STAMP)  ## a training step against the bare model, the memory of all weights, a folder of 10,000 pictures
 	$(BIN)/python -m tests.bench
