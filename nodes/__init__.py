@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension
 
 from . import adapter, dataset, dreambooth, embedding, options, tools, train
-from .host import paths
+from .host import paths, routes
 
 NODES = [
     *dataset.NODES,
@@ -24,4 +24,5 @@ class GraftExtension(ComfyExtension):
     async def get_node_list(self) -> list[type]:
         # Here and not in `on_load`, which older hosts do not call.
         paths.register()
+        routes.register()
         return NODES

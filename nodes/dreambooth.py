@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from ..trainers.data import class_images, prior
 from . import inputs
 from .host.sampling import SAMPLERS, SCHEDULERS
-from .schema import CATEGORY, Dataset, advanced, named, options_input
+from .schema import CATEGORY, Dataset, Trainer, advanced, named, options_input
 
 _DATASET = f"{CATEGORY}/dataset"
 _TRAIN = f"{CATEGORY}/train"
@@ -133,7 +133,7 @@ class GraftPriorPreservation(io.ComfyNode):
             return io.NodeOutput(prior.attach(dataset, class_dataset, weight))
 
 
-class GraftTrainDreamBooth(io.ComfyNode):
+class GraftTrainDreamBooth(Trainer):
     """A subject learnt from a few images."""
 
     @classmethod

@@ -7,12 +7,12 @@ from comfy_api.latest import io
 from ..trainers.inversion import TEMPLATES
 from ..trainers.recipe import Word
 from . import inputs
-from .schema import CATEGORY, Dataset, Embedding, LossMap, named, options_input
+from .schema import CATEGORY, Dataset, Embedding, LossMap, Trainer, named, options_input
 
 _CATEGORY = f"{CATEGORY}/train"
 
 
-class GraftTrainLoRA(io.ComfyNode):
+class GraftTrainLoRA(Trainer):
     """A LoRA trained on the graph's own MODEL."""
 
     @classmethod
@@ -56,7 +56,7 @@ class GraftTrainLoRA(io.ComfyNode):
             return io.NodeOutput(done.model, done.clip, done.adapter, done.loss, embedding, ui=done.ui)
 
 
-class GraftTrainEmbedding(io.ComfyNode):
+class GraftTrainEmbedding(Trainer):
     """A new word for the graph's own CLIP."""
 
     @classmethod
@@ -137,7 +137,7 @@ class GraftTrainEmbedding(io.ComfyNode):
             return io.NodeOutput(done.clip, done.embedding, done.loss, ui=done.ui)
 
 
-class GraftFineTune(io.ComfyNode):
+class GraftFineTune(Trainer):
     """All weights of the graph's own MODEL."""
 
     @classmethod

@@ -17,8 +17,8 @@ from .methods.dropout import dropping_out
 from .optimisers import OPTIMISERS, Group, lr_factor
 from .optimisers.average import MovingAverage, averaged
 from .optimisers.stepping import Mover
-from .protocols import PreviewRequest
-from .run import Run, State
+from .protocols import Asked, Hurried, PreviewRequest
+from .run import STOPPED, Run, State
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 def train(plan: Plan, run: Run, host: Host, state: State) -> State:
-    """Trains from `state` to the recipe's last step; whatever interrupts it, what was reached is saved first.
+    """Trains from `state` to the recipe's last step, or until asked to stop; whatever interrupts it is saved first.
 
     Args:
         state: where to go on from; step 0 for a new run.
@@ -100,10 +100,16 @@ def train(plan: Plan, run: Run, host: Host, state: State) -> State:
             if _due(state.step, recipe.preview_every, recipe.steps):
                 with averaged(average, parameters):
                     _preview(plan, run, host, state)
-            if state.step % recipe.save_every == 0 and state.step < recipe.steps:
+            asked = host.asked()
+            if (state.step % recipe.save_every == 0 or asked is Asked.SAVE) and state.step < recipe.steps:
                 keep()
+            if asked is Asked.STOP:
+                break
         if saved != state.step or not run.states():
             keep()
+        if state.step < recipe.steps:
+            run.note_halt(STOPPED, state.step, recipe.steps)
+            host.report("stopped", {"step": state.step, "steps": recipe.steps})
     except BaseException:
         # The host interrupts by an exception of its own, which on some versions is no Exception.
         # Weights that an interrupted step has half moved belong to no step; the last save stands then.
@@ -173,8 +179,11 @@ def _preview(plan: Plan, run: Run, host: Host, state: State) -> None:
         scheduler=recipe.preview_scheduler,
         seed=recipe.preview_seed,
     )
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        pictures = host.denoiser.preview(request)
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            pictures = host.denoiser.preview(request)
+    except Hurried:
+        return
     paths = run.save_samples(state.step, pictures)
     run.log({"event": "sample", "step": state.step, "files": [os.path.basename(path) for path in paths]})
     host.report("sample", {"step": state.step, "paths": paths, "pictures": pictures})

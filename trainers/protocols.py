@@ -6,9 +6,10 @@ ComfyUI's implementation is `nodes/host/`; the tests hold one over diffusers.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -65,6 +66,17 @@ class PreviewRequest:
     scheduler: str
     seed: int
     negative: str = ""
+
+
+class Asked(Enum):
+    """What may be asked of a training while it runs; all else that ends it early is an exception of the host's."""
+
+    SAVE = "save"  # write what there is, and go on
+    STOP = "stop"  # this step was the last: what was reached is the result
+
+
+class Hurried(Exception):
+    """Raised by what draws previews: something was asked that should not wait until they are drawn."""
 
 
 class TextEncoder(Protocol):
@@ -164,7 +176,7 @@ class Denoiser(Protocol):
         """The network's raw output for x_t [B, C, ...] at sigma [B], each example on its own conditioning."""
 
     def preview(self, request: PreviewRequest) -> list[Image.Image]:
-        """Pictures by the model as trained so far."""
+        """Pictures by the model as trained so far. May raise Hurried."""
 
     def training(self, compute_dtype: str) -> AbstractContextManager:
         """Places the weights and sets what the host needs for a backward; undoes it in any case."""
@@ -196,9 +208,11 @@ class Host:
 
     Attributes:
         report: called with (event name, payload) after each event; may raise to interrupt.
+        asked: called after each step; what was asked since, None for nothing.
     """
 
     denoiser: Denoiser
     text: TextEncoder
     codec: ImageCodec
     report: callable = field(default=lambda event, payload: None)
+    asked: Callable[[], Asked | None] = field(default=lambda: None)

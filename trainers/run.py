@@ -25,7 +25,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+STOPPED = "stopped"  # what was reached is the result
+PAUSED = "paused"  # it is to go on when the same graph is queued again
+
 _VERSION = 1
+_HALT = "halted.json"
+# Names that Windows keeps for devices, with whatever ending.
+_RESERVED = re.compile(r"(?:con|prn|aux|nul|com\d|lpt\d)(?:\..*)?", re.IGNORECASE)
+_NAME = re.compile(r"\w[\w.-]{0,63}-[0-9a-f]{8}(?:-[0-9]{1,6})?")
+
 _STATE = re.compile(r"state-(\d{8})\.safetensors")
 _SAMPLE = re.compile(r"step-(\d{8})-\d+\.png")
 _PRODUCT = re.compile(r"step-(\d{8})\.safetensors")
@@ -96,6 +104,21 @@ class Products:
     embedding: Embedding | None = None
 
 
+@dataclass(frozen=True)
+class Halt:
+    """That a run was asked to end before its last step.
+
+    Attributes:
+        how: STOPPED or PAUSED.
+        step: the last one that was done.
+        steps: it was to have.
+    """
+
+    how: str
+    step: int
+    steps: int
+
+
 class Run:
     """One run on disk.
 
@@ -111,6 +134,11 @@ class Run:
         self.name = os.path.basename(folder)
 
     @property
+    def recipe_path(self) -> str:
+        """What the run is made with; a folder that has none is no run."""
+        return os.path.join(self.folder, "recipe.json")
+
+    @property
     def _folders(self) -> tuple[str, ...]:
         return self.folder, self.adapters, self.embeddings
 
@@ -122,19 +150,21 @@ class Run:
             label: name when the user gave none.
         """
         base = f"{safe_name(recipe.name or label)}-{identity[:8]}"
-        run = cls._named(folders, base)
+        run = cls.named(folders, base)
         number = 2
         while recipe.on_existing == "new" and os.path.exists(run.folder):
             # A new run that was interrupted is the one to go on with, or each attempt would start another.
-            if number > 2 and not run.reached(recipe.steps):
+            done = run.reached(recipe.steps) or run.halted_as(STOPPED, recipe.steps)
+            if (number > 2 and not done) or run.halted_as(PAUSED, recipe.steps):
                 break
-            run = cls._named(folders, f"{base}-{number}")
+            run = cls.named(folders, f"{base}-{number}")
             number += 1
         run.check_identity(identity)
         return run
 
     @classmethod
-    def _named(cls, folders: Folders, name: str) -> Run:
+    def named(cls, folders: Folders, name: str) -> Run:
+        """The run of a folder's name, whether it is there or not."""
         return cls(*(os.path.join(folder, name) for folder in (folders.runs, folders.adapters, folders.embeddings)))
 
     def reached(self, steps: int) -> bool:
@@ -143,7 +173,7 @@ class Run:
 
     def check_identity(self, identity: str) -> None:
         """Raises RunError when the folder belongs to something else (a hash of eight digits may collide)."""
-        path = os.path.join(self.folder, "recipe.json")
+        path = self.recipe_path
         if os.path.exists(path) and files.read_json(path).get("identity") != identity:
             raise RunError(
                 f"The run folder '{self.folder}' belongs to another run.", "Give this run a name of its own."
@@ -169,7 +199,44 @@ class Run:
         for folder in self._folders:
             files.sweep(folder)
         value = {"identity": identity, "recipe": recipe.as_json(), **facts}
-        files.write_json(os.path.join(self.folder, "recipe.json"), value)
+        files.write_json(self.recipe_path, value)
+
+    def note_halt(self, how: str, step: int, steps: int) -> None:
+        """Keeps that the run was asked to end at a step, STOPPED or PAUSED."""
+        files.write_json(os.path.join(self.folder, _HALT), {"how": how, "step": step, "steps": steps})
+
+    def halted_as(self, how: str, steps: int) -> Halt | None:
+        """How the run was asked to end while it was to have so many steps, None if it was not or else."""
+        halt = self.halt()
+        return halt if halt is not None and halt.how == how and halt.steps == steps else None
+
+    def halt(self) -> Halt | None:
+        """How the run was asked to end, if nothing was trained since."""
+        path = os.path.join(self.folder, _HALT)
+        if not os.path.exists(path):
+            return None
+        try:
+            value = files.read_json(path)
+            halt = Halt(value["how"], value["step"], value["steps"])
+            if halt.how not in (STOPPED, PAUSED) or type(halt.step) is not int or type(halt.steps) is not int:
+                raise ValueError("no such values")
+            return halt
+        except (RunError, KeyError, TypeError, ValueError) as error:
+            log.warning("Graft: %s is damaged (%s) and counts for nothing.", path, error)
+            return None
+
+    def forget_halt(self) -> None:
+        """Lets the run go on to its last step.
+
+        Raises:
+            RunError: the file that says otherwise cannot be removed.
+        """
+        path = os.path.join(self.folder, _HALT)
+        try:
+            if os.path.exists(path):
+                os.remove(path)
+        except OSError as error:
+            raise RunError(f"The file '{path}' cannot be removed ({error}).", "Remove it.") from error
 
     def states(self) -> list[int]:
         """Steps of which a state is kept, rising."""
@@ -233,6 +300,11 @@ class Run:
             paths.append(path)
         return paths
 
+    def samples(self) -> list[str]:
+        """Paths of the sample pictures, in the order of their steps and prompts."""
+        folder = os.path.join(self.folder, "samples")
+        return [os.path.join(folder, name) for name in sorted(_listed(folder)) if _SAMPLE.fullmatch(name)]
+
     def thumbnail(self, step: int) -> str | None:
         """The last sample picture up to a step as a small data URI, None where there is none."""
         folder = os.path.join(self.folder, "samples")
@@ -250,7 +322,13 @@ class Run:
 
 def safe_name(text: str) -> str:
     """A folder name from any text."""
-    return re.sub(r"[^\w.-]+", "-", text).strip("-. ")[:60] or "run"
+    name = re.sub(r"[^\w.-]+", "-", text).strip("-. ")[:60] or "run"
+    return f"run-{name}" if _RESERVED.fullmatch(name) else name
+
+
+def is_name(text: str) -> bool:
+    """Whether a text can be the name of a run's folder: one part of a path, on any system."""
+    return _NAME.fullmatch(text) is not None and _RESERVED.fullmatch(text) is None
 
 
 def _listed(folder: str) -> list[str]:

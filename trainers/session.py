@@ -19,7 +19,7 @@ from .optimisers import OPTIMISERS
 from .parts import Parts
 from .prepare import Prepared, prepare
 from .protocols import base_digest
-from .run import Products, Run, State
+from .run import PAUSED, STOPPED, Products, Run, State
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +42,8 @@ class Result:
         embedding: None where none was trained.
         losses: of each step.
         run: its folder.
-        resumed_from: step it went on from; equal to the recipe's steps when it was already finished.
+        resumed_from: step it went on from; equal to `step` when it was already finished.
+        step: the last one; fewer than the recipe's where it was stopped.
         left_out: files of the dataset that were not trained on.
     """
 
@@ -51,11 +52,14 @@ class Result:
     losses: list[float]
     run: Run
     resumed_from: int
+    step: int
     left_out: tuple[LeftOut, ...] = ()
 
 
 def run_recipe(recipe: Recipe, dataset: Dataset, host: Host, folders: Folders) -> Result:
     """Trains what a recipe says, goes on with an unfinished run, or returns a finished one.
+
+    A run that was stopped is finished for the steps it was to have then; other steps go on with it.
 
     Must be called outside torch's inference mode.
 
@@ -76,12 +80,14 @@ def run_recipe(recipe: Recipe, dataset: Dataset, host: Host, folders: Folders) -
     label = dataset.name if method.trains_model else recipe.embedding_name
     run = Run.open(folders, recipe, identity, label)
     state = State()
-    if recipe.on_existing != "start over":
+    # Paused, it is in the midst of starting over.
+    if recipe.on_existing != "start over" or run.halted_as(PAUSED, recipe.steps):
         state = run.load(recipe.steps) or state
     parts = Parts(method, recipe, host)
     export = _exporter(method, parts, recipe, host, dataset, run, identity)
     host.report("run", {"name": run.name, "folder": run.folder, "step": state.step, "steps": recipe.steps})
-    if state.step == recipe.steps:
+    stopped = run.halted_as(STOPPED, recipe.steps)
+    if state.step == recipe.steps or (stopped and state.step == stopped.step):
         log.info("Graft: run %s is already finished at step %d.", run.name, state.step)
         return _finished(recipe, host, method, parts, run, state, export)
     log.info("Graft: run %s, from step %d to %d: %s", run.name, state.step, recipe.steps, recipe.summary())
@@ -115,11 +121,12 @@ def _train(recipe, dataset, host, folders, parts, identity, run, state, export, 
             groups.append(inversion.group(vectors, recipe))
             settle = inversion.settling(vectors, host.text, recipe)
         facts = {"layers": parts.layers, "checkpointed_blocks": blocks, **_counts(prepared), **prepared.facts}
-        if recipe.on_existing == "start over":
+        if recipe.on_existing == "start over" and state.step == 0:
             # Only now, when all that could be refused has been: what is there is lost with this.
             run.clear()
         run.write_recipe(recipe, identity, facts)
         run.forget_after(state.step)
+        run.forget_halt()
         plan = Plan(
             recipe,
             prepared.training,
@@ -166,7 +173,7 @@ def _result(export, state: State, run: Run, resumed_from: int, left_out: tuple[L
     state.optimiser = {}
     made = export(state.ema or state.trainables, state.step)
     adapter = made.adapter.taken() if isinstance(made.adapter, LazyAdapter) else made.adapter
-    return Result(adapter, made.embedding, state.losses, run, resumed_from, left_out)
+    return Result(adapter, made.embedding, state.losses, run, resumed_from, state.step, left_out)
 
 
 def _keep_still(factor: float) -> None:

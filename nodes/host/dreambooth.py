@@ -11,6 +11,7 @@ from ...trainers.errors import SettingsError
 from ...trainers.methods import METHODS
 from ...trainers.optimisers import OPTIMISERS
 from . import class_images, training
+from .control import attended
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -54,6 +55,10 @@ def train(
         GraftError: with input and cure.
         The host's interruption, after what was reached was saved.
     """
+    return attended(node, lambda _: _train(model, clip, vae, dataset, subject, class_dataset, widgets, options, node))
+
+
+def _train(model, clip, vae, dataset, subject, class_dataset, widgets, options, node: str) -> training.Trained:
     training.check_sockets(model, clip, vae)
     _check_method(widgets.method)
     instance = prior.captioned(dataset, subject.instance_prompt, "instance_prompt")

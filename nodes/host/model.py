@@ -211,11 +211,12 @@ class ComfyDenoiser:
     def preview(self, request: PreviewRequest) -> list[Image.Image]:
         """By the host's own sampler on the tree as trained so far."""
         _cast_where_needed(self.module, _inference_dtype(self._base))
-        with _not_training():
-            pictures = self._sampler.draw(request)
-        # Drawing may have made the host move the tree to make room.
-        self.module.to(self.device)
-        return pictures
+        try:
+            with _not_training():
+                return self._sampler.draw(request)
+        finally:
+            # Drawing may have made the host move the tree to make room.
+            self.module.to(self.device)
 
     def adapter_name(self, path: str) -> str:
         """kohya's name of a module: diffusers' module names where the family's files carry those."""

@@ -5,32 +5,43 @@ from __future__ import annotations
 import logging
 import time
 
-import comfy.model_management
 import comfy.utils
+
+from ...trainers.run import Run
+from . import paths
+from .browser import tell
+from .control import DESK, Training, heed
 
 log = logging.getLogger(__name__)
 
-EVENT = "graft.progress"
 _PAUSE = 0.1
 _PREVIEW_SIDE = 512
 
 
 class Progress:
-    """Passes events of a run on; raises the host's own interruption when the user cancels.
+    """Passes events of a run on; raises the host's own interruption when the user cancels or pauses.
 
     Args:
-        node: execution id of the node, also inside subgraphs.
+        training: at the desk.
         steps: of the whole run.
     """
 
-    def __init__(self, node: str, steps: int):
-        self._node = node
-        self._bar = comfy.utils.ProgressBar(steps, node_id=node)
+    def __init__(self, training: Training, steps: int):
+        self._training = training
+        self._node = training.node
+        self._bar = comfy.utils.ProgressBar(steps, node_id=self._node)
         self._sent = 0.0
 
     def __call__(self, event: str, payload: dict) -> None:
         """One event; pictures go to the node's preview, the rest as JSON at most ten times a second."""
-        comfy.model_management.throw_exception_if_processing_interrupted()
+        if event == "run":
+            self._training.opened(Run.named(paths.folders(), payload["name"]), payload["step"], payload["steps"])
+            DESK.remember(payload["name"], self._training.prompt)
+        if event == "step":
+            self._training.step = payload["step"]
+        if event == "saved":
+            self._training.saved = payload["step"]
+        heed()
         if event == "step":
             self._bar.update_absolute(payload["step"], payload["steps"])
             _log_step(payload)
@@ -40,7 +51,7 @@ class Progress:
         if event == "step" and time.monotonic() - self._sent < _PAUSE and payload["step"] < payload["steps"]:
             return
         self._sent = time.monotonic()
-        _send({"node": self._node, "event": event, **_plain(payload)})
+        tell(self._node, event, payload)
 
 
 def _log_step(payload: dict) -> None:
@@ -56,31 +67,13 @@ def _log_step(payload: dict) -> None:
         )
 
 
-def _plain(payload: dict) -> dict:
-    """What JSON can carry."""
-    return {name: value for name, value in payload.items() if name != "pictures"}
-
-
-def _send(message: dict) -> None:
-    from server import PromptServer
-
-    server = getattr(PromptServer, "instance", None)
-    if server is not None:
-        server.send_sync(EVENT, message)
-
-
-def tell(node: str, event: str, payload: dict) -> None:
-    """One event outside a run."""
-    _send({"node": node, "event": event, **_plain(payload)})
-
-
 def counter(node: str):
     """A function of (done, total) that moves a node's progress bar and raises the host's own interruption."""
     bar = None
 
     def tick(done: int, total: int) -> None:
         nonlocal bar
-        comfy.model_management.throw_exception_if_processing_interrupted()
+        heed()
         if bar is None:
             bar = comfy.utils.ProgressBar(max(1, total), node_id=node)
         if done % 16 == 0 or done == total:
@@ -94,7 +87,7 @@ def gallery(node: str, total: int):
     bar = comfy.utils.ProgressBar(total, node_id=node)
 
     def tick(done: int, picture=None) -> None:
-        comfy.model_management.throw_exception_if_processing_interrupted()
+        heed()
         bar.update_absolute(done, total, ("JPEG", picture, _PREVIEW_SIDE) if picture is not None else None)
 
     return tick

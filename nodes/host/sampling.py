@@ -10,7 +10,8 @@ import comfy.sample
 import comfy.samplers
 import torch
 
-from ...trainers.protocols import PreviewRequest
+from ...trainers.protocols import Hurried, PreviewRequest
+from . import control
 from .text import ComfyText
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ class _Sampler:
             positive,
             negative,
             latent,
-            callback=_stop_if_interrupted,
+            callback=_heed,
             disable_pbar=True,
             seed=seeds[0],
         )
@@ -136,9 +137,11 @@ class PreviewSampler(_Sampler):
                     entry.model_finalizer.detach()
 
 
-def _stop_if_interrupted(step: int, x0, x, total: int) -> None:
-    """Lets a cancelled drawing end after the step it is in."""
-    comfy.model_management.throw_exception_if_processing_interrupted()
+def _heed(step: int, x0, x, total: int) -> None:
+    """Lets a drawing that is not wanted any more end after the step it is in."""
+    control.heed()
+    if control.is_hurried():
+        raise Hurried
 
 
 def _picture(pixels: torch.Tensor) -> Image.Image:

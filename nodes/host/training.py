@@ -19,9 +19,11 @@ from ...trainers.session import run_recipe
 from ...trainers.settings import Options, resolve
 from . import families, paths
 from .adapters import apply_adapter
+from .browser import tell
+from .control import Training, attended
 from .image import ComfyCodec
 from .model import ComfyDenoiser
-from .progress import Progress, tell
+from .progress import Progress
 from .text import ComfyText
 from .words import apply_embedding
 
@@ -69,12 +71,17 @@ def train(
         GraftError: with input and cure.
         The host's interruption, after what was reached was saved.
     """
+    return attended(node, lambda training: _train(model, clip, vae, dataset, widgets, options, training))
+
+
+def _train(model, clip, vae, dataset, widgets, options, training: Training) -> Trained:
     check_sockets(model, clip, vae)
+    node = training.node
     with torch.inference_mode(False):
         text = ComfyText(clip)
         denoiser = ComfyDenoiser(model, text, vae)
         recipe = settled(model, dataset, widgets, options)
-        host = Host(denoiser, text, ComfyCodec(vae), Progress(node, recipe.steps))
+        host = Host(denoiser, text, ComfyCodec(vae), Progress(training, recipe.steps), training.asked)
         try:
             result = run_recipe(recipe, dataset, host, paths.folders())
         except GraftError as error:
@@ -85,8 +92,8 @@ def train(
         trained_model, trained_clip = apply_adapter(model, clip, result.adapter, 1.0, 1.0)
     if result.embedding is not None:
         trained_clip = apply_embedding(trained_clip, result.embedding)
-    cached = result.resumed_from == recipe.steps
-    tell(node, "done", {"run": result.run.name, "steps": recipe.steps, "cached": cached})
+    done = {"run": result.run.name, "step": result.step, "steps": recipe.steps}
+    tell(node, "done", {**done, "cached": result.resumed_from == result.step})
     summary = _summary(result, recipe)
     loss = {"loss": result.losses}
     return Trained(trained_model, trained_clip, result.adapter, result.embedding, loss, {"text": (summary,)})
@@ -115,10 +122,11 @@ def settled(model: ModelPatcher, dataset: Dataset, widgets: Widgets, options: Op
 
 def _summary(result, recipe) -> str:
     tail = result.losses[-max(1, len(result.losses) // 10) :]
-    how = "returned as it was" if result.resumed_from == recipe.steps else "trained"
+    how = "returned as it was" if result.resumed_from == result.step else "trained"
+    stopped = f", stopped before {recipe.steps}" if result.step < recipe.steps else ""
     return (
-        f"Run {result.run.name}: {recipe.steps} steps {how}; loss of the last tenth {sum(tail) / len(tail):.4f}; "
-        f"{recipe.summary()}.{_missing(result)}"
+        f"Run {result.run.name}: {result.step} steps {how}{stopped}; "
+        f"loss of the last tenth {sum(tail) / len(tail):.4f}; {recipe.summary()}.{_missing(result)}"
     )
 
 

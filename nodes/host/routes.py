@@ -1,0 +1,229 @@
+"""Routes under /graft/: the runs there are, and what can be asked of one.
+
+GET  /graft/runs                 those that run and those on disk
+GET  /graft/runs/RUN?events=N    a run: its recipe, where it is, its last events and sample pictures
+POST /graft/runs/RUN/stop        finish now; what was reached is saved and handed on
+POST /graft/runs/RUN/save        save now and go on
+POST /graft/runs/RUN/pause       save, end the prompt, free the device
+POST /graft/runs/RUN/resume      let a stopped run go on, and give the prompt that is to be queued for it
+POST /graft/nodes/NODE/stop      as for a run, by the node's execution id; so for save and pause
+
+A POST carries a JSON object, empty for now, and is taken from the host's own pages and from programs alone. Errors are
+{"error": text} with the status that fits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import re
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+from urllib.parse import urlsplit
+
+from aiohttp import web
+
+from ...trainers import records
+from ...trainers.errors import GraftError, RunError
+from ...trainers.run import STOPPED
+from . import paths
+from .browser import prompt_server, tell
+from .control import DESK, Training, Wish
+
+log = logging.getLogger(__name__)
+
+Handler = Callable[[web.Request], Awaitable[web.Response]]
+
+_PREFIX = "/graft/"
+_NODE = re.compile(r"[0-9A-Za-z_.-]{1,32}(?::[0-9A-Za-z_.-]{1,32}){0,15}")
+_WISHES = "|".join(wish.value for wish in Wish)
+_MOST_RUNS = 1000
+_MOST_EVENTS = 5000
+_BODY_LIMIT = 4096
+
+
+class _Refusal(Exception):
+    """An answer that is an error, with its HTTP status."""
+
+    def __init__(self, status: int, message: str):
+        super().__init__(message)
+        self.status = status
+
+
+def register() -> None:
+    """Adds the routes to the host's, where it has a server and has not got them yet."""
+    server = prompt_server()
+    routes = getattr(server, "routes", None)
+    if routes is None or any(getattr(route, "path", "").startswith(_PREFIX) for route in routes):
+        return
+    routes.get(f"{_PREFIX}runs")(_answering(_list_runs))
+    routes.get(f"{_PREFIX}runs/{{run}}")(_answering(_show_run))
+    routes.post(f"{_PREFIX}runs/{{run}}/{{wish:{_WISHES}}}")(_answering(_ask_run))
+    routes.post(f"{_PREFIX}runs/{{run}}/resume")(_answering(_resume_run))
+    routes.post(f"{_PREFIX}nodes/{{node}}/{{wish:{_WISHES}}}")(_answering(_ask_node))
+
+
+def _answering(work: Callable[[web.Request], Awaitable[dict[str, Any]]]) -> Handler:
+    """A handler that answers with what the work gives, or with what it refuses."""
+
+    async def handle(request: web.Request) -> web.Response:
+        try:
+            if request.method == "POST":
+                await _check_post(request)
+            return _answer(200, await work(request))
+        except _Refusal as refusal:
+            return _answer(refusal.status, {"error": str(refusal)})
+        except GraftError as error:
+            return _answer(500, {"error": str(error)})
+
+    return handle
+
+
+def _answer(status: int, value: dict[str, Any]) -> web.Response:
+    # Names of folders and files are anyone's: as JSON that is never taken for a page they do nothing.
+    headers = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
+    text = json.dumps(records.jsonable(value), allow_nan=False)
+    return web.Response(status=status, text=text, content_type="application/json", headers=headers)
+
+
+async def _check_post(request: web.Request) -> None:
+    """Refuses what another site's page could send, and what is no JSON object."""
+    if not is_same_origin(request.headers):
+        raise _Refusal(403, "Only pages of this server may ask this.")
+    if request.content_type != "application/json":
+        raise _Refusal(415, "Send a JSON object, with the content type application/json.")
+    if (request.content_length or 0) > _BODY_LIMIT:
+        raise _Refusal(413, "The body is too long.")
+    try:
+        body = json.loads(await request.content.read(_BODY_LIMIT) or b"{}")
+    except (ValueError, RecursionError):
+        body = None
+    if not isinstance(body, dict):
+        raise _Refusal(400, "The body is no JSON object.")
+
+
+def is_same_origin(headers) -> bool:
+    """Whether a request comes from a page of the server it went to, or from no page at all.
+
+    A browser says so itself in Sec-Fetch-Site, which no page can set; older ones tell the page's Origin.
+    """
+    site = headers.get("Sec-Fetch-Site")
+    if site is not None:
+        return site == "same-origin"
+    origin = headers.get("Origin")
+    if origin is None:
+        return True
+    try:
+        parts = urlsplit(origin)
+    except ValueError:
+        return False
+    return parts.scheme in ("http", "https") and bool(parts.netloc) and parts.netloc == headers.get("Host")
+
+
+async def _list_runs(request: web.Request) -> dict[str, Any]:
+    found = await _aside(records.list_records, paths.folders(), _MOST_RUNS)
+    return {
+        "running": [_training_as_json(one) for one in DESK.all()],
+        "runs": [_record_as_json(record) for record in found],
+    }
+
+
+async def _show_run(request: web.Request) -> dict[str, Any]:
+    most = _number(request.query.get("events", "200"), _MOST_EVENTS)
+    run = await _found(request)
+    record, recipe, events = await _aside(_read, run, most)
+    running = DESK.of_run(run.name)
+    return {
+        **_record_as_json(record),
+        "running": None if running is None else _training_as_json(running),
+        "recipe": recipe,
+        "events": events,
+        "samples": [paths.shown_output(path) for path in run.samples()],
+        "prompt": DESK.prompt_of(run.name),
+    }
+
+
+def _read(run, most: int):
+    return records.record_of(run), records.read_recipe(run), records.read_events(run, most)
+
+
+async def _ask_run(request: web.Request) -> dict[str, Any]:
+    run = await _found(request)
+    return _ask(DESK.of_run(run.name), request)
+
+
+async def _ask_node(request: web.Request) -> dict[str, Any]:
+    node = request.match_info["node"]
+    if _NODE.fullmatch(node) is None:
+        raise _Refusal(404, "That is no node's id.")
+    return _ask(DESK.of_node(node), request)
+
+
+def _ask(training: Training | None, request: web.Request) -> dict[str, Any]:
+    if training is None:
+        raise _Refusal(409, "It does not run.")
+    wish = Wish(request.match_info["wish"])
+    training.ask(wish)
+    tell(training.node, "asked", {"wish": wish.value, "step": training.step})
+    return {"asked": wish.value, **_training_as_json(training)}
+
+
+async def _resume_run(request: web.Request) -> dict[str, Any]:
+    run = await _found(request)
+    if DESK.of_run(run.name) is not None:
+        raise _Refusal(409, "It runs already.")
+    halt = run.halt()
+    if halt is not None and halt.how == STOPPED:
+        await _aside(DESK.lift, run)
+    prompt_id = DESK.prompt_of(run.name)
+    return {"run": run.name, "prompt_id": prompt_id, "prompt": _prompt(prompt_id)}
+
+
+def _prompt(prompt_id: str) -> dict[str, Any] | None:
+    """A prompt as it was queued, for POST /prompt; None when the host has forgotten it."""
+    queue = getattr(prompt_server(), "prompt_queue", None)
+    if queue is None or not prompt_id:
+        return None
+    entry = queue.get_history(prompt_id=prompt_id).get(prompt_id)
+    if entry is None:
+        return None
+    # (number, id, prompt, extra data, outputs), on newer hosts with more behind.
+    prompt = entry["prompt"][2]
+    return prompt if isinstance(prompt, dict) else None
+
+
+async def _found(request: web.Request):
+    try:
+        return await _aside(records.find_run, paths.folders(), request.match_info["run"])
+    except RunError as error:
+        raise _Refusal(404, str(error)) from error
+
+
+async def _aside(work: Callable, *values) -> Any:
+    """Reads files without keeping the server from everything else."""
+    return await asyncio.get_running_loop().run_in_executor(None, partial(work, *values))
+
+
+def _number(text: str, most: int) -> int:
+    if not re.fullmatch(r"[0-9]{1,9}", text):
+        raise _Refusal(400, "That is no number.")
+    return min(int(text), most)
+
+
+def _record_as_json(record: records.Record) -> dict[str, Any]:
+    return {**asdict(record), "status": "running" if DESK.of_run(record.name) else record.status}
+
+
+def _training_as_json(training: Training) -> dict[str, Any]:
+    return {
+        "node": training.node,
+        "prompt_id": training.prompt,
+        "run": None if training.run is None else training.run.name,
+        "step": training.step,
+        "steps": training.steps,
+        "saved": training.saved,
+        "asked": None if training.end is None else training.end.value,
+    }

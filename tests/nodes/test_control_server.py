@@ -1,0 +1,319 @@
+"""Stop and keep, save now and pause, asked of the real server while it trains."""
+
+import json
+import shutil
+import time
+import urllib.error
+import urllib.request
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from tests.support import graphs
+from tests.support.server import PromptInterrupted
+from tests.toy import world
+
+LONG = 2000
+SHORT = 16
+
+
+@pytest.fixture(scope="module")
+def dataset(server):
+    """Name of a folder of pictures below input/ that the tests here share."""
+    folder = server.path("input", "control")
+    shutil.copytree(world.CONCEPT_FOLDER / "toy", folder)
+    return folder.name
+
+
+@pytest.fixture
+def name(request):
+    """The test's own, for its run."""
+    return "".join(letter for letter in request.node.name if letter.isalnum())
+
+
+@pytest.fixture(scope="module")
+def straight(server, tiny_base, dataset):
+    """straight(step): the adapter after so many steps of a run that nothing interrupts."""
+    entry = server.run(graph_of(server, dataset, "straight", SHORT, save_every=1, keep_last=SHORT))
+    assert f"{SHORT} steps trained;" in entry["outputs"]["3"]["text"][0]
+    (run,) = server.path("output", "graft").glob("straight-*")
+    return lambda step: adapter_of(server, run, step)
+
+
+def graph_of(server, dataset, name, steps, **options):
+    """A training whose run has a name of its own, which changes nothing of its result."""
+    defaults = graphs.defaults_of(server.object_info("GraftRunOptions")["GraftRunOptions"])
+    chain = {"50": graphs.options("GraftRunOptions", defaults, name=name, **options)}
+    return graphs.training(dataset, steps, option_nodes=chain, batch_size=1)
+
+
+def adapter_of(server, run, step):
+    return load_file(server.path("output", "loras", run.name, f"step-{step:08d}.safetensors"))
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(np.array_equal(a[key], b[key]) for key in a)
+
+
+def steps_logged(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line["step"] for line in lines if line["event"] == "step"]
+
+
+def ask(server, run, wish):
+    return server.post(f"/graft/runs/{run}/{wish}", {})
+
+
+class Asked:
+    """A graph that was queued, and what came of asking something of its training after a step."""
+
+    def __init__(self, server, graph, wish, step, interrupted=False):
+        with server.listen() as events:
+            self.prompt = server.queue(graph, client_id=events.client_id)
+            opened = events.wait_for("graft.progress", timeout=120, event="run").data
+            self.name = opened["name"]
+            self.run = server.path("output", "graft", self.name)
+            while events.wait_for("graft.progress", timeout=120, event="step").data["step"] < opened["step"] + step:
+                pass
+            self.asked_at = time.monotonic()
+            self.answer = ask(server, self.name, wish)
+            if interrupted:
+                with pytest.raises(PromptInterrupted):
+                    server.wait(self.prompt)
+            else:
+                self.entry = server.wait(self.prompt)
+            self.took = time.monotonic() - self.asked_at
+            self.after = {event.data["event"]: event.data for event in read_all(events)}
+
+
+def read_all(events):
+    """The training's messages that have come, and those that are on their way."""
+    try:
+        while True:
+            events.next(timeout=0.5)
+    except TimeoutError:
+        return [event for event in events.seen if event.type == "graft.progress"]
+
+
+def test_stop_keeps_what_was_reached_and_the_graph_goes_on(server, straight, dataset, name):
+    graph = graph_of(server, dataset, name, LONG)
+    picture = graphs.sampling(graph, "a large sks toy", ["3", 0], ["3", 1], "stopped", steps=2)
+    asked = Asked(server, graph, "stop", 3)
+    assert (asked.answer["asked"], asked.answer["node"], asked.answer["prompt_id"]) == ("stop", "3", asked.prompt)
+    step = asked.after["stopped"]["step"]
+    # In the step it was asked in, or the one that had begun when it was told.
+    assert asked.answer["step"] <= step <= asked.answer["step"] + 1
+    done = asked.after["done"]
+    assert (done["step"], done["steps"], done["cached"]) == (step, LONG, False)
+    assert f"{step} steps trained, stopped before {LONG}" in asked.entry["outputs"]["3"]["text"][0]
+    assert len(server.download(asked.entry, picture)) == 1
+    assert same(adapter_of(server, asked.run, step), straight(step))
+
+
+def test_a_stopped_run_is_returned_until_it_is_told_to_go_on(server, straight, dataset, name):
+    graph = graph_of(server, dataset, name, SHORT)
+    asked = Asked(server, graph, "stop", 2)
+    run, step = asked.run, asked.after["stopped"]["step"]
+    assert step < SHORT
+    # The host's own cache answers.
+    entry = server.run(graph)
+    assert "3" in dict(entry["status"]["messages"])["execution_cached"]["nodes"]
+    # Something that does not decide the result is changed: the trainer executes, and gives what was kept.
+    entry = server.run(graph_of(server, dataset, name, SHORT, save_every=400))
+    assert f"{step} steps returned as it was, stopped before {SHORT}" in entry["outputs"]["3"]["text"][0]
+    entry = server.run(graph)
+    assert server.get(f"/graft/runs/{run.name}")["status"] == "stopped"
+    # Told to go on, the very same graph trains on, past the host's cache.
+    assert server.post(f"/graft/runs/{run.name}/resume", {})["prompt"] == graph
+    assert server.get(f"/graft/runs/{run.name}")["status"] == "unfinished"
+    entry = server.run(graph)
+    assert f"{SHORT} steps trained;" in entry["outputs"]["3"]["text"][0]
+    assert steps_logged(run) == list(range(1, SHORT + 1))
+    assert same(adapter_of(server, run, SHORT), straight(SHORT))
+    assert server.get(f"/graft/runs/{run.name}")["status"] == "finished"
+
+
+def test_other_steps_go_on_with_a_stopped_run(server, straight, dataset, name):
+    asked = Asked(server, graph_of(server, dataset, name, LONG), "stop", 2)
+    step = asked.after["stopped"]["step"] + 2
+    entry = server.run(graph_of(server, dataset, name, step))
+    assert f"{step} steps trained;" in entry["outputs"]["3"]["text"][0]
+    assert same(adapter_of(server, asked.run, step), straight(step))
+
+
+def test_save_now_writes_and_goes_on(server, straight, dataset, name):
+    asked = Asked(server, graph_of(server, dataset, name, SHORT, keep_last=3), "save", 3)
+    first, last = sorted(path.name for path in server.path("output", "loras", asked.name).iterdir())
+    step = int(first[len("step-") : -len(".safetensors")])
+    assert asked.answer["step"] <= step <= asked.answer["step"] + 1
+    assert same(adapter_of(server, asked.run, step), straight(step))
+    assert same(adapter_of(server, asked.run, SHORT), straight(SHORT))
+
+
+def test_pause_lets_others_run_and_goes_on_to_the_same_bits(server, straight, dataset, name):
+    graph = graph_of(server, dataset, name, SHORT)
+    asked = Asked(server, graph, "pause", 3, interrupted=True)
+    other = {"1": graphs.node("CheckpointLoaderSimple", ckpt_name=graphs.CHECKPOINT)}
+    picture = graphs.sampling(other, "a large red circle", ["1", 0], ["1", 1], "other", steps=2)
+    assert len(server.download(server.run(other), picture)) == 1
+    paused = asked.after["paused"]
+    assert paused["run"] == asked.name and asked.answer["step"] <= paused["step"] <= asked.answer["step"] + 1
+    shown = server.get(f"/graft/runs/{asked.name}")
+    assert (shown["status"], shown["step"], shown["steps"]) == ("paused", paused["step"], SHORT)
+    answer = server.post(f"/graft/runs/{asked.name}/resume", {})
+    assert answer["prompt"] == graph and answer["prompt_id"] == asked.prompt
+    server.run(answer["prompt"])
+    assert steps_logged(asked.run) == list(range(1, SHORT + 1))
+    assert same(adapter_of(server, asked.run, SHORT), straight(SHORT))
+
+
+@pytest.mark.parametrize("on_existing", ["start over", "new"])
+def test_a_paused_run_goes_on_whatever_is_done_with_finished_ones(server, straight, dataset, name, on_existing):
+    graph = graph_of(server, dataset, name, LONG, on_existing=on_existing)
+    paused = Asked(server, graph, "pause", 2, interrupted=True)
+    again = Asked(server, graph, "stop", 1)
+    assert again.name == paused.name
+    assert again.after["run"]["step"] == paused.after["paused"]["step"]
+    step = again.after["stopped"]["step"]
+    assert same(adapter_of(server, again.run, step), straight(step))
+
+
+@pytest.mark.parametrize("wish", ["pause", "stop"])
+def test_asked_while_caching(server, straight, dataset, name, wish):
+    """A pause ends it there; so does a stop, since nothing is trained that could be kept. What is encoded stays."""
+    folder = server.path("input", name)
+    shutil.copytree(world.CONCEPT_FOLDER / "toy", folder)
+    for path in folder.glob("*.txt"):
+        path.write_text(f"{path.read_text()} {name}")
+    graph = graph_of(server, name, name, 2)
+    with server.listen() as events:
+        queued = server.queue(graph, client_id=events.client_id)
+        events.wait_for("graft.progress", timeout=120, event="cache")
+        # By the node, which a page knows before there is a run.
+        server.post(f"/graft/nodes/3/{wish}", {})
+        with pytest.raises(PromptInterrupted):
+            server.wait(queued)
+        ended = events.wait_for("graft.progress", event="paused" if wish == "pause" else "cancelled").data
+    assert ended["step"] == 0
+    assert not list(server.path("output", "loras").glob(f"{name}-*"))
+    assert "2 steps trained;" in server.run(graph)["outputs"]["3"]["text"][0]
+
+
+def test_stop_does_not_wait_for_a_preview(server, straight, dataset, name):
+    graph = graph_of(server, dataset, name, LONG)
+    defaults = graphs.defaults_of(server.object_info("GraftPreviewOptions")["GraftPreviewOptions"])
+    fields = {"prompts": "a large red circle\na small blue square", "every": 2, "steps": 20}
+    graph["51"] = graphs.options("GraftPreviewOptions", defaults, "50", **fields)
+    graph["3"]["inputs"]["options"] = ["51", 0]
+    began = time.monotonic()
+    asked = Asked(server, graph, "stop", 2)
+    drawn = asked.asked_at - began
+    assert asked.after["stopped"]["step"] == 2
+    # The pictures before the first step were drawn in that time, and nothing else that takes long was done in it.
+    assert asked.took < 0.5 * drawn, (asked.took, drawn)
+    assert [path.name for path in sorted(asked.run.glob("samples/*"))] == ["step-00000000-1.png", "step-00000000-2.png"]
+
+
+def refusal(server, path, body=b"{}", method="POST", **headers):
+    """(status, message) of a request that is refused."""
+    request = urllib.request.Request(server.url + path, body if method == "POST" else None, headers, method=method)
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=30)
+    text = caught.value.read()
+    try:
+        return caught.value.code, json.loads(text)["error"]
+    except ValueError:
+        return caught.value.code, text.decode(errors="replace")
+
+
+JSON = {"Content-Type": "application/json"}
+
+
+@pytest.fixture(scope="module")
+def finished(server, tiny_base, dataset):
+    """Name of a run that is over."""
+    server.run(graph_of(server, dataset, "finished", 3))
+    (run,) = server.path("output", "graft").glob("finished-*")
+    return run.name
+
+
+def test_only_this_servers_pages_and_programs_may_ask(server, finished):
+    path = f"/graft/runs/{finished}/stop"
+    for headers, status in [
+        ({"Content-Type": "text/plain"}, 415),
+        ({"Content-Type": "application/x-www-form-urlencoded"}, 415),
+        ({**JSON, "Origin": "http://evil.example"}, 403),
+        ({**JSON, "Origin": "null"}, 403),
+        ({**JSON, "Sec-Fetch-Site": "cross-site"}, 403),
+        ({**JSON, "Sec-Fetch-Site": "same-site", "Origin": server.url}, 403),
+        ({**JSON, "Sec-Fetch-Site": "none"}, 403),
+        # What may ask hears that the run is over.
+        (JSON, 409),
+        ({**JSON, "Origin": server.url}, 409),
+        ({**JSON, "Sec-Fetch-Site": "same-origin", "Origin": server.url}, 409),
+    ]:
+        assert refusal(server, path, **headers)[0] == status, headers
+    for body in (b"[]", b"{", b"\xff", b"1", b"[" * 4000):
+        assert refusal(server, path, body, **JSON)[0] == 400, body
+    assert refusal(server, path, b"{" + b" " * 5000 + b"}", **JSON)[0] == 413
+    assert refusal(server, path, method="GET")[0] in (404, 405)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "..",
+        "%2e%2e",
+        "..%2f..%2fsecret-12345678",
+        "..%5c..%5csecret-12345678",
+        "cache",
+        "class_images",
+        "nosuch-12345678",
+        "linked-12345678",
+        "con.txt-12345678",
+        "C:-12345678",
+        "toy-12345678.",
+        "toy-12345678%00",
+        "toy-12345678::$DATA",
+        "<img src=x>-12345678".replace(" ", "%20"),
+        "a" * 300 + "-12345678",
+    ],
+)
+def test_nothing_but_runs_is_reached(server, name):
+    outside = server.path("output", "secret-12345678")
+    outside.mkdir(parents=True, exist_ok=True)
+    (outside / "recipe.json").write_text('{"recipe": {"steps": 1}}')
+    runs = server.path("output", "graft")
+    runs.mkdir(parents=True, exist_ok=True)
+    link = runs / "linked-12345678"
+    if not link.is_symlink():
+        link.symlink_to(outside)
+    status, message = refusal(server, f"/graft/runs/{name}", method="GET")
+    assert status == 404 and "recipe" not in message, message
+    for wish in ("stop", "resume"):
+        # A path that leads elsewhere may be no route for posts at all.
+        assert refusal(server, f"/graft/runs/{name}/{wish}", **JSON)[0] in (404, 405)
+    assert "linked-12345678" not in [run["name"] for run in server.get("/graft/runs")["runs"]]
+
+
+def test_what_is_shown_of_a_run(server, finished):
+    name = finished
+    listed = [run for run in server.get("/graft/runs")["runs"] if run["name"] == name]
+    assert [(run["step"], run["steps"], run["status"]) for run in listed] == [(3, 3, "finished")]
+    shown = server.get(f"/graft/runs/{name}?events=2")
+    assert shown["recipe"]["recipe"]["steps"] == 3 and shown["running"] is None
+    assert [event["step"] for event in shown["events"]] == [2, 3]
+    # A log that someone wrote into, and a number that JSON does not have.
+    with open(server.path("output", "graft", name, "metrics.jsonl"), "a") as file:
+        file.write('{"event": "step", "step": 4, "loss": NaN}\n[1]\nno json\n{"event": "<b>"}\n{"step"')
+    events = server.get(f"/graft/runs/{name}?events=5000")["events"]
+    assert [event.get("step") for event in events] == [1, 2, 3, 4, None]
+    assert events[3]["loss"] is None and events[4] == {"event": "<b>"}
+    assert refusal(server, f"/graft/runs/{name}?events=-1", method="GET")[0] == 400
+    answer = urllib.request.build_opener(urllib.request.ProxyHandler({})).open(server.url + f"/graft/runs/{name}")
+    assert answer.headers["Content-Type"].startswith("application/json")
+    assert answer.headers["X-Content-Type-Options"] == "nosniff"
+    assert b"NaN" not in answer.read()
+    (server.path("output", "graft", name) / "recipe.json").write_text("[]")
+    assert name not in [run["name"] for run in server.get("/graft/runs")["runs"]]
