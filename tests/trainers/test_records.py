@@ -46,6 +46,15 @@ def test_names_that_windows_keeps_are_none(name):
     assert is_name(f"{safe_name(name)}-00000001")
 
 
+def test_a_folder_that_no_run_can_have_is_not_found(folders, tmp_path):
+    """Made on another system, or by someone."""
+    for name in ("con.x-00000001", "cache", ".hidden-00000001"):
+        (tmp_path / "runs" / name).mkdir()
+        (tmp_path / "runs" / name / "recipe.json").write_text('{"recipe": {"steps": 4}}')
+        with pytest.raises(RunError, match="no such run"):
+            records.find_run(folders, name)
+
+
 @pytest.mark.parametrize(
     "name", ["../secret-00000001", "..\\secret-00000001", "", ".", "toy-00000001/", "toy-00000002"]
 )
