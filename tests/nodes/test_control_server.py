@@ -6,16 +6,14 @@ import time
 import urllib.error
 import urllib.request
 
-import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
-from tests.support import graphs
+from tests.support import graphs, runs
 from tests.support.server import PromptInterrupted
 from tests.toy import world
 
 LONG = 2000
-SHORT = 16
+SHORT = 12
 
 
 @pytest.fixture(scope="module")
@@ -35,30 +33,10 @@ def name(request):
 @pytest.fixture(scope="module")
 def straight(server, tiny_base, dataset):
     """straight(step): the adapter after so many steps of a run that nothing interrupts."""
-    entry = server.run(graph_of(server, dataset, "straight", SHORT, save_every=1, keep_last=SHORT))
+    entry = server.run(runs.graph_of(server, dataset, "straight", SHORT, save_every=1, keep_last=SHORT))
     assert f"{SHORT} steps trained;" in entry["outputs"]["3"]["text"][0]
-    (run,) = server.path("output", "graft").glob("straight-*")
-    return lambda step: adapter_of(server, run, step)
-
-
-def graph_of(server, dataset, name, steps, **options):
-    """A training whose run has a name of its own, which changes nothing of its result."""
-    defaults = graphs.defaults_of(server.object_info("GraftRunOptions")["GraftRunOptions"])
-    chain = {"50": graphs.options("GraftRunOptions", defaults, name=name, **options)}
-    return graphs.training(dataset, steps, option_nodes=chain, batch_size=1)
-
-
-def adapter_of(server, run, step):
-    return load_file(server.path("output", "loras", run.name, f"step-{step:08d}.safetensors"))
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(np.array_equal(a[key], b[key]) for key in a)
-
-
-def steps_logged(run):
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line["step"] for line in lines if line["event"] == "step"]
+    run = runs.find_run(server, "straight")
+    return lambda step: runs.adapter_of(server, run, step)
 
 
 def ask(server, run, wish):
@@ -97,7 +75,7 @@ def read_all(events):
 
 
 def test_stop_keeps_what_was_reached_and_the_graph_goes_on(server, straight, dataset, name):
-    graph = graph_of(server, dataset, name, LONG)
+    graph = runs.graph_of(server, dataset, name, LONG)
     picture = graphs.sampling(graph, "a large sks toy", ["3", 0], ["3", 1], "stopped", steps=2)
     asked = Asked(server, graph, "stop", 3)
     assert (asked.answer["asked"], asked.answer["node"], asked.answer["prompt_id"]) == ("stop", "3", asked.prompt)
@@ -108,11 +86,11 @@ def test_stop_keeps_what_was_reached_and_the_graph_goes_on(server, straight, dat
     assert (done["step"], done["steps"], done["cached"]) == (step, LONG, False)
     assert f"{step} steps trained, stopped before {LONG}" in asked.entry["outputs"]["3"]["text"][0]
     assert len(server.download(asked.entry, picture)) == 1
-    assert same(adapter_of(server, asked.run, step), straight(step))
+    assert runs.same(runs.adapter_of(server, asked.run, step), straight(step))
 
 
 def test_a_stopped_run_is_returned_until_it_is_told_to_go_on(server, straight, dataset, name):
-    graph = graph_of(server, dataset, name, SHORT)
+    graph = runs.graph_of(server, dataset, name, SHORT)
     asked = Asked(server, graph, "stop", 2)
     run, step = asked.run, asked.after["stopped"]["step"]
     assert step < SHORT
@@ -120,7 +98,7 @@ def test_a_stopped_run_is_returned_until_it_is_told_to_go_on(server, straight, d
     entry = server.run(graph)
     assert "3" in dict(entry["status"]["messages"])["execution_cached"]["nodes"]
     # Something that does not decide the result is changed: the trainer executes, and gives what was kept.
-    entry = server.run(graph_of(server, dataset, name, SHORT, save_every=400))
+    entry = server.run(runs.graph_of(server, dataset, name, SHORT, save_every=400))
     assert f"{step} steps returned as it was, stopped before {SHORT}" in entry["outputs"]["3"]["text"][0]
     entry = server.run(graph)
     assert server.get(f"/graft/runs/{run.name}")["status"] == "stopped"
@@ -129,30 +107,30 @@ def test_a_stopped_run_is_returned_until_it_is_told_to_go_on(server, straight, d
     assert server.get(f"/graft/runs/{run.name}")["status"] == "unfinished"
     entry = server.run(graph)
     assert f"{SHORT} steps trained;" in entry["outputs"]["3"]["text"][0]
-    assert steps_logged(run) == list(range(1, SHORT + 1))
-    assert same(adapter_of(server, run, SHORT), straight(SHORT))
+    assert runs.steps_logged(run) == list(range(1, SHORT + 1))
+    assert runs.same(runs.adapter_of(server, run, SHORT), straight(SHORT))
     assert server.get(f"/graft/runs/{run.name}")["status"] == "finished"
 
 
 def test_other_steps_go_on_with_a_stopped_run(server, straight, dataset, name):
-    asked = Asked(server, graph_of(server, dataset, name, LONG), "stop", 2)
+    asked = Asked(server, runs.graph_of(server, dataset, name, LONG), "stop", 2)
     step = asked.after["stopped"]["step"] + 2
-    entry = server.run(graph_of(server, dataset, name, step))
+    entry = server.run(runs.graph_of(server, dataset, name, step))
     assert f"{step} steps trained;" in entry["outputs"]["3"]["text"][0]
-    assert same(adapter_of(server, asked.run, step), straight(step))
+    assert runs.same(runs.adapter_of(server, asked.run, step), straight(step))
 
 
 def test_save_now_writes_and_goes_on(server, straight, dataset, name):
-    asked = Asked(server, graph_of(server, dataset, name, SHORT, keep_last=3), "save", 3)
+    asked = Asked(server, runs.graph_of(server, dataset, name, SHORT, keep_last=3), "save", 3)
     first, last = sorted(path.name for path in server.path("output", "loras", asked.name).iterdir())
     step = int(first[len("step-") : -len(".safetensors")])
     assert asked.answer["step"] <= step <= asked.answer["step"] + 1
-    assert same(adapter_of(server, asked.run, step), straight(step))
-    assert same(adapter_of(server, asked.run, SHORT), straight(SHORT))
+    assert runs.same(runs.adapter_of(server, asked.run, step), straight(step))
+    assert runs.same(runs.adapter_of(server, asked.run, SHORT), straight(SHORT))
 
 
 def test_pause_lets_others_run_and_goes_on_to_the_same_bits(server, straight, dataset, name):
-    graph = graph_of(server, dataset, name, SHORT)
+    graph = runs.graph_of(server, dataset, name, SHORT)
     asked = Asked(server, graph, "pause", 3, interrupted=True)
     other = {"1": graphs.node("CheckpointLoaderSimple", ckpt_name=graphs.CHECKPOINT)}
     picture = graphs.sampling(other, "a large red circle", ["1", 0], ["1", 1], "other", steps=2)
@@ -165,29 +143,31 @@ def test_pause_lets_others_run_and_goes_on_to_the_same_bits(server, straight, da
     answer = server.post(f"/graft/runs/{asked.name}/resume", {})
     assert answer["prompt"] == graph and answer["prompt_id"] == asked.prompt
     server.run(answer["prompt"])
-    assert steps_logged(asked.run) == list(range(1, SHORT + 1))
-    assert same(adapter_of(server, asked.run, SHORT), straight(SHORT))
+    assert runs.steps_logged(asked.run) == list(range(1, SHORT + 1))
+    assert runs.same(runs.adapter_of(server, asked.run, SHORT), straight(SHORT))
 
 
 @pytest.mark.parametrize("on_existing", ["start over", "new"])
 def test_a_paused_run_goes_on_whatever_is_done_with_finished_ones(server, straight, dataset, name, on_existing):
-    graph = graph_of(server, dataset, name, LONG, on_existing=on_existing)
+    graph = runs.graph_of(server, dataset, name, LONG, on_existing=on_existing)
     paused = Asked(server, graph, "pause", 2, interrupted=True)
     again = Asked(server, graph, "stop", 1)
     assert again.name == paused.name
     assert again.after["run"]["step"] == paused.after["paused"]["step"]
     step = again.after["stopped"]["step"]
-    assert same(adapter_of(server, again.run, step), straight(step))
+    assert runs.same(runs.adapter_of(server, again.run, step), straight(step))
 
 
 @pytest.mark.parametrize("wish", ["pause", "stop"])
 def test_asked_while_caching(server, straight, dataset, name, wish):
     """A pause ends it there; so does a stop, since nothing is trained that could be kept. What is encoded stays."""
     folder = server.path("input", name)
-    shutil.copytree(world.CONCEPT_FOLDER / "toy", folder)
+    folder.mkdir()
+    for path in sorted((world.CONCEPT_FOLDER / "toy").glob("0[0-3].*")):
+        shutil.copy(path, folder)
     for path in folder.glob("*.txt"):
         path.write_text(f"{path.read_text()} {name}")
-    graph = graph_of(server, name, name, 2)
+    graph = runs.graph_of(server, name, name, 1)
     with server.listen() as events:
         queued = server.queue(graph, client_id=events.client_id)
         events.wait_for("graft.progress", timeout=120, event="cache")
@@ -198,15 +178,12 @@ def test_asked_while_caching(server, straight, dataset, name, wish):
         ended = events.wait_for("graft.progress", event="paused" if wish == "pause" else "cancelled").data
     assert ended["step"] == 0
     assert not list(server.path("output", "loras").glob(f"{name}-*"))
-    assert "2 steps trained;" in server.run(graph)["outputs"]["3"]["text"][0]
+    assert "1 steps trained;" in server.run(graph)["outputs"]["3"]["text"][0]
 
 
 def test_stop_does_not_wait_for_a_preview(server, straight, dataset, name):
-    graph = graph_of(server, dataset, name, LONG)
-    defaults = graphs.defaults_of(server.object_info("GraftPreviewOptions")["GraftPreviewOptions"])
-    fields = {"prompts": "a large red circle\na small blue square", "every": 2, "steps": 20}
-    graph["51"] = graphs.options("GraftPreviewOptions", defaults, "50", **fields)
-    graph["3"]["inputs"]["options"] = ["51", 0]
+    previews = {"prompts": "a large red circle\na small blue square", "every": 2, "steps": 12}
+    graph = runs.graph_of(server, dataset, name, LONG, previews)
     began = time.monotonic()
     asked = Asked(server, graph, "stop", 2)
     drawn = asked.asked_at - began
@@ -234,9 +211,8 @@ JSON = {"Content-Type": "application/json"}
 @pytest.fixture(scope="module")
 def finished(server, tiny_base, dataset):
     """Name of a run that is over."""
-    server.run(graph_of(server, dataset, "finished", 3))
-    (run,) = server.path("output", "graft").glob("finished-*")
-    return run.name
+    server.run(runs.graph_of(server, dataset, "finished", 3))
+    return runs.find_run(server, "finished").name
 
 
 def test_only_this_servers_pages_and_programs_may_ask(server, finished):
