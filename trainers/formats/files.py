@@ -122,7 +122,7 @@ def write_tensors(path: str, tensors: Mapping[str, torch.Tensor], metadata: dict
             file.write(struct.pack("<Q", len(header)))
             file.write(header)
             for name in order:
-                file.write(_bytes_of(tensors[name]))
+                file.write(bytes_of(tensors[name]))
 
 
 def _dtype_name(tensor: torch.Tensor) -> str:
@@ -132,7 +132,8 @@ def _dtype_name(tensor: torch.Tensor) -> str:
     return _DTYPES[kind]
 
 
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The numbers of a tensor on any device and in any layout, in the order of its places."""
     import torch
 
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
