@@ -63,6 +63,30 @@ def replacing(path: str) -> Iterator[str]:
             os.remove(temporary)
 
 
+def check_room(folder: str, needed: int) -> None:
+    """Finds out before anything is worked on that a folder, there or to be made, cannot take what will be written.
+
+    Raises:
+        RunError: nothing can be written there, or less than so many bytes.
+    """
+    present = os.path.abspath(folder)
+    while not os.path.isdir(present) and os.path.dirname(present) != present:
+        present = os.path.dirname(present)
+    probe = os.path.join(present, f".graft.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(probe, "wb"):
+            pass
+        os.remove(probe)
+        free = shutil.disk_usage(present).free
+    except OSError as error:
+        raise RunError(f"The folder '{present}' cannot be written ({error}).", "Make it writable.") from error
+    if free < needed:
+        raise RunError(
+            f"The disk of '{folder}' has {free / 1e6:.0f} MB left, of which a save takes {needed / 1e6:.0f} MB.",
+            "Free space on that disk.",
+        )
+
+
 @contextmanager
 def new_folder(path: str) -> Iterator[str]:
     """A temporary folder beside `path` that becomes it when the block ends well, and is gone otherwise.
