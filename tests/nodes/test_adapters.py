@@ -160,6 +160,27 @@ def test_what_the_host_loads_from_the_file_is_what_was_trained(case, done, model
     assert_applied(output_of(applied), done, base)
 
 
+@pytest.fixture(scope="module")
+def pruned(comfy):
+    """A model of which every layer has a row of zeros, as models that were pruned or grown have."""
+    with torch.inference_mode():
+        found = models.patcher("SD1")
+        for name, tensor in found.model.diffusion_model.state_dict().items():
+            if tensor.dim() > 1 and "transformer_blocks" in name:
+                tensor[0] = 0
+    return found
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ADAPTERS if kind in CASES])
+def test_rows_of_zeros_in_the_base_are_trained_and_applied_like_others(kind, pruned, tmp_path):
+    from graft_pack.nodes.host.adapters import apply_adapter
+
+    done = train(pruned, kind, tmp_path)
+    assert models.distance(done.output, output_of(pruned)) >= 1e-2
+    applied, _ = apply_adapter(pruned, None, done.adapter, 1.0, 1.0)
+    assert_applied(output_of(applied), done, output_of(pruned))
+
+
 def test_strength_zero_is_the_base(done, model, base):
     from graft_pack.nodes.host.adapters import apply_adapter
 
