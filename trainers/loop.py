@@ -226,17 +226,26 @@ def _restore(state: State, plan: Plan, mover: Mover, average) -> None:
         return
     shapes = {name: tuple(value.shape) for name, value in state.trainables.items()}
     if shapes != {name: tuple(parameter.shape) for name, parameter in plan.trainables.items()}:
-        raise GraftError("The saved state has other layers than this model.", "Start the run over.")
+        raise GraftError(
+            f"The saved state of step {state.step} has other layers than this model.",
+            "Start the run over (on_existing in Graft Run Options).",
+        )
     with torch.no_grad():
         for name, parameter in plan.trainables.items():
             parameter.copy_(state.trainables.pop(name))
-        for name, tensor in plan.constants.items():
-            tensor.copy_(state.constants[name])
-    mover.restore(state.optimiser, state.groups, state.scaler)
-    state.optimiser = {}
-    if plan.recipe.ema_decay:
-        averages = [state.ema.pop(name).to(parameter.device) for name, parameter in plan.trainables.items()]
-        average.go_on(averages, state.step)
+    try:
+        with torch.no_grad():
+            for name, tensor in plan.constants.items():
+                tensor.copy_(state.constants[name])
+        mover.restore(state.optimiser, state.groups, state.scaler)
+        state.optimiser = {}
+        if plan.recipe.ema_decay:
+            averages = [state.ema.pop(name).to(parameter.device) for name, parameter in plan.trainables.items()]
+            average.go_on(averages, state.step)
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+        raise GraftError(
+            f"The saved state of step {state.step} is not this optimiser's ({error!r:.200}).", "Start the run over."
+        ) from error
 
 
 def _result(state: State) -> dict[str, torch.Tensor]:
