@@ -174,6 +174,15 @@ class GraftOptimizerOptions(_OptionNode):
                 ),
                 advanced(_count("num_cycles", "Falls of the schedule cosine with restarts. 0: 1.", top=10_000)),
                 advanced(_number("power", "Exponent of the schedule polynomial. 0: 1, a line.", 0.0, 100.0, 0.1)),
+                advanced(
+                    _number(
+                        "loss_spike_factor",
+                        "A step whose loss is over so many times the usual one is left out, such as 20. 0: none.",
+                        0.0,
+                        1e6,
+                        1.0,
+                    )
+                ),
             ),
         )
 
@@ -200,6 +209,13 @@ class GraftMemoryOptions(_OptionNode):
                     "micro_batch", "Pictures computed at once; the batch stays as it is. 0: the whole batch.", top=4096
                 ),
             ],
+            (
+                _auto(
+                    "offload",
+                    ["on", "off"],
+                    "Keep frozen blocks off the device but for the one that is computed. auto: when memory ran out.",
+                ),
+            ),
         )
 
 

@@ -122,6 +122,11 @@ def checkpoint_blocks(blocks: list[nn.Module]) -> None:
             block.forward = _Checkpointed(block.forward)
 
 
+def is_checkpointed(block: nn.Module) -> bool:
+    """Whether `checkpoint_blocks` was there."""
+    return isinstance(vars(block).get("forward"), _Checkpointed)
+
+
 class _Checkpointed:
     """A block's forward under checkpointing, with the out-of-place rule inside the recomputed part."""
 

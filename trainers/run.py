@@ -280,11 +280,39 @@ class Run:
                 log.warning("Graft: %s Trying an earlier state.", error)
         return None
 
+    def check_room(self, values: int, slots: int) -> None:
+        """Refuses to begin where not even one save could be written.
+
+        Args:
+            values: bytes of what is trained.
+            slots: how many numbers the optimiser keeps for each, at least.
+
+        Raises:
+            RunError: naming the folder.
+        """
+        files.check_room(self.folder, values * (1 + slots))
+        for folder in (self.adapters, self.embeddings):
+            files.check_room(folder, 0)
+
     def log(self, event: dict) -> None:
-        """Appends one line to metrics.jsonl."""
+        """Appends one line to metrics.jsonl.
+
+        Raises:
+            RunError: it cannot be written, or was removed with its folder; no part of the line stays.
+        """
         path = os.path.join(self.folder, "metrics.jsonl")
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(event) + "\n")
+        before = None
+        try:
+            with open(path, "ab") as file:
+                before = file.tell()
+                file.write(json.dumps(event).encode() + b"\n")
+        except OSError as error:
+            if before is not None:
+                os.truncate(path, before)
+            raise RunError(
+                f"The file '{path}' cannot be written ({error}).",
+                "Free space on that disk, or make the folder writable; if it was removed, queue the graph again.",
+            ) from error
 
     def forget_after(self, step: int) -> None:
         """Drops the log's lines of steps that will be done again."""

@@ -121,6 +121,7 @@ def _train(recipe, dataset, host, folders, parts, identity, run, state, export, 
             groups.append(inversion.group(vectors, recipe))
             settle = inversion.settling(vectors, host.text, recipe)
         facts = {"layers": parts.layers, "checkpointed_blocks": blocks, **_counts(prepared), **prepared.facts}
+        run.check_room(sum(one.nbytes for one in trainables.values()), OPTIMISERS[recipe.optimizer].slots)
         if recipe.on_existing == "start over" and state.step == 0:
             # Only now, when all that could be refused has been: what is there is lost with this.
             run.clear()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -19,6 +20,7 @@ import torch
 from ...trainers.autograd import own_weights, private_tree
 from ...trainers.errors import ModelError
 from ...trainers.families import family_of
+from ...trainers.offload import place
 from ...trainers.protocols import Conditioning, Geometry, PreviewRequest
 from . import families, sampling
 from .adapters import classic, unread_keys
@@ -33,6 +35,9 @@ if TYPE_CHECKING:
     from .text import ComfyText
 
 log = logging.getLogger(__name__)
+
+# Bytes, more than any device has.
+_EVERYTHING = 1e20
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -190,7 +195,7 @@ class ComfyDenoiser:
         with torch.inference_mode(False), torch.enable_grad():
             self._model = classic(self._model)
             self._sampling = self._model.get_model_object("model_sampling")
-            comfy.model_management.load_models_gpu([self._model], memory_required=1e20, force_full_load=True)
+            comfy.model_management.load_models_gpu([self._model], memory_required=_EVERYTHING, force_full_load=True)
             base = self._model.model
             _check_trainable(base, self.device)
             own_weights(base.diffusion_model)
@@ -216,7 +221,15 @@ class ComfyDenoiser:
                 return self._sampler.draw(request)
         finally:
             # Drawing may have made the host move the tree to make room.
-            self.module.to(self.device)
+            place(self.module, self.device)
+
+    def make_room(self, weights: bool = False) -> None:
+        """By the host's own means; the graph's own model too, where the tree has left its weights."""
+        management = comfy.model_management
+        mine = [entry for entry in management.current_loaded_models if entry.model is self._model]
+        gc.collect()
+        management.free_memory(_EVERYTHING, self.device, keep_loaded=[] if weights else mine)
+        management.soft_empty_cache()
 
     def adapter_name(self, path: str) -> str:
         """kohya's name of a module: diffusers' module names where the family's files carry those."""

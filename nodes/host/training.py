@@ -10,8 +10,9 @@ import torch
 from comfy_execution.graph_utils import ExecutionBlocker
 
 from ...trainers.data.scan import shortened
-from ...trainers.errors import GraftError, ModelError
+from ...trainers.errors import GraftError, ModelError, OutOfMemory
 from ...trainers.families import family_of
+from ...trainers.ladder import in_one_line, is_out_of_memory
 from ...trainers.prepare import all_resolutions
 from ...trainers.protocols import Geometry, Host
 from ...trainers.recipe import Word
@@ -87,6 +88,12 @@ def _train(model, clip, vae, dataset, widgets, options, training: Training) -> T
         except GraftError as error:
             tell(node, "failed", {"message": str(error)})
             raise
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            refusal = _out_of_memory(error)
+            tell(node, "failed", {"message": str(refusal)})
+            raise refusal from error
     trained_model, trained_clip = model, clip
     if result.adapter is not None:
         trained_model, trained_clip = apply_adapter(model, clip, result.adapter, 1.0, 1.0)
@@ -97,6 +104,16 @@ def _train(model, clip, vae, dataset, widgets, options, training: Training) -> T
     summary = _summary(result, recipe)
     loss = {"loss": result.losses}
     return Trained(trained_model, trained_clip, result.adapter, result.embedding, loss, {"text": (summary,)})
+
+
+def _out_of_memory(error: Exception) -> OutOfMemory:
+    """Of what comes before the first step or after the last: within one the loop deals with it."""
+    return OutOfMemory(
+        f"Memory ran out while the training was prepared or its result was made ({in_one_line(error)}).",
+        "Close other programs, or take a smaller model or a lower resolution. What was saved stays: queue the graph "
+        "again to go on.",
+        "model",
+    )
 
 
 def settled(model: ModelPatcher, dataset: Dataset, widgets: Widgets, options: Options | None) -> Recipe:

@@ -88,6 +88,30 @@ def replacing(path: str) -> Iterator[str]:
             os.remove(temporary)
 
 
+def check_room(folder: str, needed: int) -> None:
+    """Finds out before anything is worked on that a folder, there or to be made, cannot take what will be written.
+
+    Raises:
+        RunError: nothing can be written there, or less than so many bytes.
+    """
+    present = os.path.abspath(folder)
+    while not os.path.isdir(present) and os.path.dirname(present) != present:
+        present = os.path.dirname(present)
+    probe = os.path.join(present, f".graft.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(probe, "wb"):
+            pass
+        os.remove(probe)
+        free = shutil.disk_usage(present).free
+    except OSError as error:
+        raise RunError(f"The folder '{present}' cannot be written ({error}).", "Make it writable.") from error
+    if free < needed:
+        raise RunError(
+            f"The disk of '{folder}' has {free / 1e6:.0f} MB left, of which a save takes {needed / 1e6:.0f} MB.",
+            "Free space on that disk.",
+        )
+
+
 @contextmanager
 def new_folder(path: str) -> Iterator[str]:
     """A temporary folder beside `path` that becomes it when the block ends well, and is gone otherwise.
@@ -147,7 +171,7 @@ def write_tensors(path: str, tensors: Mapping[str, torch.Tensor], metadata: dict
             file.write(struct.pack("<Q", len(header)))
             file.write(header)
             for name in order:
-                file.write(_bytes_of(tensors[name]))
+                file.write(bytes_of(tensors[name]))
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
@@ -163,7 +187,8 @@ def _dtype_name(tensor: torch.Tensor) -> str:
     return _DTYPES[kind]
 
 
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The numbers of a tensor on any device and in any layout, in the order of its places."""
     import torch
 
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
