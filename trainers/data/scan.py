@@ -275,7 +275,7 @@ class _Reader:
         times, words = self._of_folder(file.name)
         if times == 0:
             raise DatasetError("its folder's name repeats it 0 times", "Rename the folder.", "folder")
-        texts = self._captions(file) or ((words,) if words else ()) or ("",)
+        texts = self._captions(file) or captions.variants_of(words, False) or ("",)
         mask = self._mask(file, source, facts["alpha"], index)
         held = bool(self._held) and file.name.startswith(f"{self._held}/")
         return Example(
