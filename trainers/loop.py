@@ -279,19 +279,31 @@ def _restore(state: State, plan: Plan, mover: Mover, average) -> None:
         if plan.recipe.ema_decay:
             average.start(list(plan.trainables.values()))
         return
-    shapes = {name: tuple(value.shape) for name, value in state.trainables.items()}
-    if shapes != {name: tuple(parameter.shape) for name, parameter in plan.trainables.items()}:
-        raise GraftError("The saved state has other layers than this model.", "Start the run over.")
+    if not (_are_alike(state.trainables, plan.trainables) and _are_alike(state.constants, plan.constants)):
+        raise GraftError(
+            f"The saved state of step {state.step} has other layers than this model.",
+            "Start the run over (on_existing in Graft Run Options).",
+        )
     with torch.no_grad():
         for name, parameter in plan.trainables.items():
             parameter.copy_(state.trainables.pop(name))
         for name, tensor in plan.constants.items():
             tensor.copy_(state.constants[name])
-    mover.restore(state.optimiser, state.groups, state.scaler)
-    state.optimiser = {}
-    if plan.recipe.ema_decay:
-        averages = [state.ema.pop(name).to(parameter.device) for name, parameter in plan.trainables.items()]
-        average.go_on(averages, state.step)
+    try:
+        mover.restore(state.optimiser, state.groups, state.scaler)
+        state.optimiser = {}
+        if plan.recipe.ema_decay:
+            averages = [state.ema.pop(name).to(parameter.device) for name, parameter in plan.trainables.items()]
+            average.go_on(averages, state.step)
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise GraftError(
+            f"The saved state of step {state.step} is not this optimiser's ({error!r:.200}).", "Start the run over."
+        ) from error
+
+
+def _are_alike(kept: dict[str, torch.Tensor], live: dict[str, torch.Tensor]) -> bool:
+    shapes = [{name: tuple(value.shape) for name, value in values.items()} for values in (kept, live)]
+    return shapes[0] == shapes[1]
 
 
 def _result(state: State) -> dict[str, torch.Tensor]:

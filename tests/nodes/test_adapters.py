@@ -765,8 +765,8 @@ def test_the_nodes_save_each_format_and_load_it_again(done, case, model, base, c
         path = GraftSaveAdapter.execute(done.adapter, prefix, format).args[0]
         name = os.path.relpath(path, comfy.base / "output" / "loras")
         assert name == f"{prefix}_00001_" + ("/adapter_model.safetensors" if format == "peft" else ".safetensors")
-        assert GraftLoadAdapter.validate_inputs(name) is True
-        assert GraftAdapterOptions.validate_inputs(name) is True
+        assert GraftLoadAdapter.validate_inputs(adapter_name=name) is True
+        assert GraftAdapterOptions.validate_inputs(start_from=name) is True
         assert GraftAdapterOptions.fingerprint_inputs(name) == GraftLoadAdapter.fingerprint_inputs(name)
         assert load_adapter(path).metadata["modelspec.title"] == f"{os.path.basename(prefix)}_00001"
         if case == "OFT" and format == "peft":
@@ -787,5 +787,5 @@ def test_the_option_node_hands_on_what_was_set():
     assert found == {("adapter", "type"): "LoKr", ("adapter", "block_ranks"): "attn2=2"}
     with pytest.raises(SettingsError, match="Graft Adapter Options, input 'block_ranks'.*no pattern=value"):
         GraftAdapterOptions.execute(**{**UNSET["adapter"], "block_ranks": "attn2"})
-    assert "no adapter 'gone'" in GraftAdapterOptions.validate_inputs("gone")
-    assert GraftAdapterOptions.validate_inputs("auto") is True
+    assert "no adapter 'gone'" in GraftAdapterOptions.validate_inputs(start_from="gone")
+    assert GraftAdapterOptions.validate_inputs(start_from="auto") is True

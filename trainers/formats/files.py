@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 import shutil
 import struct
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ..errors import RunError
 
@@ -32,9 +33,33 @@ _DTYPES = {
     "uint8": "U8",
     "bool": "BOOL",
 }
+# Bits of a number, by all dtypes of the format.
+_BITS = {
+    "BOOL": 8,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "U8": 8,
+    "I8": 8,
+    "F8_E5M2": 8,
+    "F8_E4M3": 8,
+    "F8_E8M0": 8,
+    "I16": 16,
+    "U16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "I32": 32,
+    "U32": 32,
+    "F32": 32,
+    "C64": 64,
+    "F64": 64,
+    "I64": 64,
+    "U64": 64,
+}
 # Bytes of a file that are mapped at a time while it is read.
 _MAPPED_LIMIT = 64 * 1024 * 1024
 _HEADER_LIMIT = 64 * 1024 * 1024
+_MOST_DIMENSIONS = 32
 
 
 @contextmanager
@@ -149,6 +174,12 @@ def write_tensors(path: str, tensors: Mapping[str, torch.Tensor], metadata: dict
                 file.write(bytes_of(tensors[name]))
 
 
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether all numbers of a tensor are."""
+    # Through float: not all of the small floats can be asked.
+    return bool((tensor.float() if tensor.dtype.itemsize == 1 else tensor).isfinite().all())
+
+
 def _dtype_name(tensor: torch.Tensor) -> str:
     kind = str(tensor.dtype).removeprefix("torch.")
     if kind not in _DTYPES:
@@ -172,10 +203,10 @@ def read_tensors(path: str, names: Iterable[str] | None = None) -> tuple[dict[st
     """
     from safetensors import SafetensorError, safe_open
 
+    header = read_header(path)
+    metadata = dict(header.pop("__metadata__", {}))
+    left = list(header if names is None else names)[::-1]
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            metadata = dict(file.metadata() or {})
-            left = list(file.keys() if names is None else names)[::-1]
         tensors = {}
         while left:
             # Opened anew every so often: what is mapped counts as this process's memory until it is closed.
@@ -187,10 +218,7 @@ def read_tensors(path: str, names: Iterable[str] | None = None) -> tuple[dict[st
                     tensors[name] = file.get_tensor(name).clone()
                     mapped += tensors[name].nbytes
     except (OSError, SafetensorError) as error:
-        raise RunError(
-            f"The file '{path}' cannot be read as safetensors ({error}).",
-            "It is missing, damaged, or of another format; restore it or choose another.",
-        ) from error
+        raise _unreadable(path, error) from error
     return tensors, metadata
 
 
@@ -207,25 +235,99 @@ def read_header(path: str) -> dict[str, dict]:
     """The header of a safetensors file: what is known of each tensor by its name, and `__metadata__`.
 
     Raises:
-        RunError: naming the file, when it is missing, no safetensors file, or shorter than its header says.
+        RunError: naming the file, when it is missing, no safetensors file, or its header and its bytes do not agree.
     """
     try:
         with open(path, "rb") as file:
-            size = struct.unpack("<Q", file.read(8))[0]
+            size = struct.unpack("<Q", _exactly(file, 8))[0]
             if size > _HEADER_LIMIT:
                 raise ValueError(f"a header of {size} bytes")
-            header = json.loads(file.read(size))
-            ends = [row["data_offsets"][1] for name, row in header.items() if name != "__metadata__"]
+            header = parse_json(_exactly(file, size).decode("utf-8"), _unique)
             present = os.fstat(file.fileno()).st_size - 8 - size
-        if present < max(ends, default=0):
-            raise ValueError(f"{present} bytes of data where its header says {max(ends)}")
-        dict(header.get("__metadata__", {}))
+        _check_header(header, present)
         return header
-    except (OSError, struct.error, ValueError, AttributeError, TypeError, KeyError) as error:
-        raise RunError(
-            f"The file '{path}' cannot be read as safetensors ({error}).",
-            "It is missing, damaged, or of another format; restore it or choose another.",
-        ) from error
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: str, error: Exception) -> RunError:
+    return RunError(
+        f"The file '{path}' cannot be read as safetensors ({error}).",
+        "It is missing, damaged, or of another format; restore it or choose another.",
+    )
+
+
+def _exactly(file: BinaryIO, size: int) -> bytes:
+    data = file.read(size)
+    if len(data) < size:
+        raise ValueError(f"it ends after {len(data)} of {size} bytes of its head")
+    return data
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose names are all different: of two of a name each reader might take another."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name stands twice in its header")
+    return found
+
+
+def _check_header(header: Any, present: int) -> None:
+    """Refuses a header that lies, before anything is reserved for what it says.
+
+    Args:
+        present: bytes behind it.
+
+    Raises:
+        ValueError: it is none, or not of so many bytes.
+    """
+    if not isinstance(header, dict):
+        raise ValueError("its header is no object")
+    metadata = header.get("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("its metadata are no texts by name")
+    spans = sorted(_span(name, row) for name, row in header.items() if name != "__metadata__")
+    end = 0
+    for start, stop in spans:
+        if start != end:
+            raise ValueError(f"tensors overlap or leave a gap at byte {min(start, end)}")
+        end = stop
+    if end != present:
+        raise ValueError(f"{present} bytes of data where its header says {end}")
+
+
+def _span(name: str, row: Any) -> tuple[int, int]:
+    """Where a tensor's bytes lie. Raises ValueError when they are not as many as its shape and dtype need."""
+    shown = name[:80]
+    try:
+        dtype, shape, (start, stop) = row["dtype"], row["shape"], row["data_offsets"]
+        whole = len(shape) <= _MOST_DIMENSIONS and isinstance(shape, list)
+        whole = whole and all(type(number) is int and 0 <= number < 2**63 for number in (*shape, start, stop))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"what its header says of {shown} is not whole") from error
+    if not whole or not isinstance(dtype, str):
+        raise ValueError(f"what its header says of {shown} is not whole")
+    if dtype not in _BITS:
+        raise ValueError(f"{shown} is of the unknown dtype {dtype[:20]}")
+    bits = _BITS[dtype] * math.prod(shape)
+    if bits != 8 * (stop - start):
+        raise ValueError(f"{shown} has {stop - start} bytes where its shape and dtype need {bits // 8}")
+    return start, stop
+
+
+def parse_json(text: str | bytes, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None):
+    """The value of a JSON text from anywhere.
+
+    Args:
+        pairs: makes a value of an object's pairs; may raise ValueError.
+
+    Raises:
+        ValueError: it is none, or nested too deeply to be read.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=pairs)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def write_json(path: str, value) -> None:
@@ -244,7 +346,7 @@ def read_json(path: str):
     """
     try:
         with open(path, encoding="utf-8") as file:
-            return json.load(file)
+            return parse_json(file.read())
     except (OSError, ValueError) as error:
         raise RunError(f"The file '{path}' cannot be read as JSON ({error}).", "Remove or restore it.") from error
 

@@ -12,6 +12,8 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from .files import parse_json
+
 if TYPE_CHECKING:
     import torch
 
@@ -111,7 +113,7 @@ def title_of(metadata: dict[str, str]) -> str:
 def _history(metadata: dict[str, str]) -> dict:
     told = {"title": title_of(metadata), "trained": metadata.get(IDENTITY, "")[:8]}
     with contextlib.suppress(ValueError):
-        told["made"] = json.loads(metadata.get(MADE, ""))
+        told["made"] = parse_json(metadata.get(MADE, ""))
     return {name: value for name, value in told.items() if value}
 
 
