@@ -20,7 +20,7 @@ from ...trainers.autograd import own_weights, private_tree
 from ...trainers.errors import ModelError
 from ...trainers.families import family_of
 from ...trainers.protocols import Conditioning, Geometry, PreviewRequest
-from . import families, sampling
+from . import families, kernels, sampling
 from .adapters import classic, unread_keys
 from .digest import patcher_digest
 from .ranges import refuse_ranged
@@ -132,6 +132,8 @@ class ComfyDenoiser:
             "target_width": target_width,
             "target_height": target_height,
             "guidance": 1.0,
+            # As the host gives it for text encoders that have none; some models ask for it by name.
+            "pooled_output": None,
             "noise": x_t,
             "latent_image": torch.zeros_like(x_t),
             "device": self.device,
@@ -160,6 +162,9 @@ class ComfyDenoiser:
             extra = {name: _cast(value, self.device, dtype) for name, value in joined.items()}
             t = self._sampling.timestep(sigma).float()
             t = self._base.process_timestep(t, x=x_t, **extra)
+        if hasattr(self.module, "clear_kv_cache"):
+            # What the network remembers of the text belongs to the weights of an earlier step.
+            self.module.clear_kv_cache()
         with self._autocast():
             output = self.module(
                 x.to(dtype), t, context=context, control=None, transformer_options=self._step_options(sigma), **extra
@@ -335,7 +340,7 @@ def _joinable(conds: list[dict]) -> list[list[int]]:
 @contextmanager
 def _in_training() -> Iterator[None]:
     """Tells newer hosts to stay away from kernels that have no backward."""
-    with _training_flag(True):
+    with _training_flag(True), kernels.differentiable():
         yield
 
 
