@@ -323,6 +323,7 @@ def denoised(model, x, sigma: float, one):
     import comfy.sampler_helpers
     import comfy.samplers
     import torch
+    from graft_pack.nodes.host import families
 
     network = model.model.diffusion_model
     if hasattr(network, "clear_kv_cache"):
@@ -337,7 +338,7 @@ def denoised(model, x, sigma: float, one):
             "crop_h": one.crop[1],
             "target_width": one.target_size[0],
             "target_height": one.target_size[1],
-            "guidance": 1.0,
+            **families.guidance(model),
             "pooled_output": None,
         }
         tensors = dict(one.tensors)
@@ -359,6 +360,15 @@ def trained_denoised(training: Training, x, sigma: float, one):
         raw = training.denoiser.predict(x, level, [one])
         sampling = training.denoiser._sampling
         return sampling.calculate_denoised(level, raw, x)
+
+
+@contextmanager
+def inputs_of(module):
+    """The (args, kwargs) of every call of a module within the block."""
+    calls = []
+    hook = module.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
+    yield calls
+    hook.remove()
 
 
 def distance(a, b) -> float:
