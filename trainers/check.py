@@ -21,6 +21,14 @@ log = logging.getLogger(__name__)
 TOLERANCE = 5e-3
 TOLERANCE_HALF = 0.05
 
+# What PyTorch says where it has no gradient, and not for lack of memory or for shapes that do not fit.
+_NO_GRADIENT = (
+    "inplace operation",
+    "no autograd formula",
+    "support automatic differentiation",
+    "does not require grad",
+)
+
 
 def directional_error(
     loss: Callable[[], torch.Tensor], parameters: list[nn.Parameter], step: float = 1e-2, seed: int = 0
@@ -93,6 +101,15 @@ def check_gradient(
             for parameter in parameters:
                 parameter.add_(torch.randn(parameter.shape, generator=source).to(parameter) * 0.02)
         error, reference = directional_error(loss, parameters, step=0.1)
+    except RuntimeError as broken:
+        if any(part in str(broken) for part in _NO_GRADIENT):
+            raise ModelError(
+                "No gradient can be had through this model: it changes what it has computed before it is needed again, "
+                f"or runs an operation without a backward ({str(broken).splitlines()[0]}).",
+                "It cannot be trained yet. Please report the model's name.",
+                "model",
+            ) from broken
+        raise
     finally:
         with torch.no_grad():
             for parameter, value in zip(parameters, kept, strict=True):

@@ -1,6 +1,5 @@
 """Each picture of a batch is conditioned on its own caption and its own sizes, and on nothing of the others."""
 
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -20,20 +19,11 @@ def batch_of(name, count=4):
     return x, torch.tensor(SIGMAS[name][:count]), [models.conditioning(name, seed) for seed in range(count)]
 
 
-@contextmanager
-def inputs_of(module):
-    """The (args, kwargs) of every call of a module within the block."""
-    calls = []
-    hook = module.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
-    yield calls
-    hook.remove()
-
-
 @pytest.mark.parametrize("name", models.FAMILIES)
 def test_each_row_gets_its_own_caption(name):
     x, sigma, conditionings = batch_of(name)
     with models.in_training(models.patcher(name), name) as training:
-        with inputs_of(training.denoiser.module) as calls:
+        with models.inputs_of(training.denoiser.module) as calls:
             training.denoiser.predict(x, sigma, conditionings)
     assert len(calls) == 1, "one pass for the batch: its cost grows with the batch, not with its square"
     context = calls[0][1]["context"]
@@ -46,7 +36,7 @@ def test_each_row_gets_its_own_caption(name):
 def test_each_row_gets_its_own_pooled_vector(name):
     x, sigma, conditionings = batch_of(name)
     with models.in_training(models.patcher(name), name) as training:
-        with inputs_of(training.denoiser.module) as calls:
+        with models.inputs_of(training.denoiser.module) as calls:
             training.denoiser.predict(x, sigma, conditionings)
     width = models.FAMILIES[name].pooled
     for row, one in enumerate(conditionings):
@@ -62,7 +52,7 @@ def test_sdxl_gets_six_sizes_of_each_picture():
     for row, (original, crop, target) in enumerate(sizes):
         conditionings[row] = replace(conditionings[row], original_size=original, crop=crop, target_size=target)
     with models.in_training(models.patcher("SDXL"), "SDXL") as training:
-        with inputs_of(training.denoiser.module) as calls:
+        with models.inputs_of(training.denoiser.module) as calls:
             training.denoiser.predict(x, sigma, conditionings)
     for row, (original, crop, target) in enumerate(sizes):
         numbers = [original[1], original[0], crop[1], crop[0], target[1], target[0]]

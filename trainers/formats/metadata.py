@@ -25,6 +25,8 @@ _ARCHITECTURES = {
     "SDXL refiner": "stable-diffusion-xl-v1-refiner",
     "SD3": "stable-diffusion-3",
     "Flux": "flux-1",
+    "Flux 2": "flux-2",
+    "Lumina 2": "lumina-2",
 }
 
 
