@@ -36,6 +36,8 @@ function addPanel(node) {
     setValue: () => {},
   });
   widget.serialize = false; // nor in the workflow
+  // Sample pictures are in the panel: the host's own preview would make the node longer for the same.
+  node.onDrawBackground = () => {};
   node.setSize([Math.max(node.size[0], WIDTH), node.computeSize()[1]]);
   panels.set(node, panel);
 }

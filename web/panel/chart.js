@@ -65,7 +65,8 @@ function frameOf(curve, width, height) {
   let [low, high] = [Infinity, -Infinity];
   for (const loss of all) [low, high] = [Math.min(low, loss), Math.max(high, loss)];
   for (const loss of curve.smooth) [low, high] = [Math.min(low, loss), Math.max(high, loss)];
-  const room = (high - low) * 0.06 || Math.abs(high) * 0.1 || 1;
+  // Of one step there is one value, or two that differ in their last digit.
+  const room = Math.max((high - low) * 0.06, Math.abs(high) * 0.02) || 1;
   [low, high] = [low - room, high + room];
   const [right, bottom] = [width - RIGHT, height - BOTTOM];
   const { first, last } = rangeOf(curve);
@@ -80,9 +81,11 @@ function ticksOf(low, high) {
   const power = 10 ** Math.floor(Math.log10(rough));
   const gap = [1, 2, 5, 10].map((one) => one * power).find((one) => one >= rough);
   const digits = Math.max(0, -Math.floor(Math.log10(gap)));
-  const found = [];
-  for (let tick = Math.ceil(low / gap) * gap; tick <= high; tick += gap) found.push([tick, tick.toFixed(digits)]);
-  return found;
+  const [first, last] = [Math.ceil(low / gap), Math.floor(high / gap)];
+  return Array.from({ length: last - first + 1 }, (_, place) => {
+    const tick = (first + place) * gap;
+    return [tick, tick.toFixed(digits)];
+  });
 }
 
 function drawAxes(pen, frame, colours) {

@@ -23,14 +23,9 @@ export class Store {
       this._waiting.push(message);
       return;
     }
-    const key = keyOf(message);
-    const known = message.event === "begin" ? undefined : this._trainings.get(key);
-    const training = known ?? new Training(message);
-    this._trainings.delete(key);
-    this._trainings.set(key, training);
-    if (this._trainings.size > MOST) this._trainings.delete(this._trainings.keys().next().value);
-    training.take(message);
-    if (message.event === "run") this._remember(training);
+    const training = this._apply(message);
+    // A run that starts has nothing to remember yet.
+    if (message.event === "run" && message.step) this._remember(training);
     this._changed();
   }
 
@@ -46,10 +41,27 @@ export class Store {
     }
     const waiting = this._waiting;
     this._waiting = null;
-    for (const message of found?.told ?? []) this.take(message);
-    if (found) this._loseAllBut(new Set(found.running.map(keyOf)));
+    if (found) this._replay(found);
     for (const message of waiting) this.take(message);
     this._changed();
+  }
+
+  _apply(message) {
+    const key = keyOf(message);
+    const known = message.event === "begin" ? undefined : this._trainings.get(key);
+    const training = known ?? new Training(message);
+    this._trainings.delete(key);
+    this._trainings.set(key, training);
+    if (this._trainings.size > MOST) this._trainings.delete(this._trainings.keys().next().value);
+    training.take(message);
+    return training;
+  }
+
+  _replay({ told, running, runs }) {
+    const trainings = new Set(told.map((message) => this._apply(message)));
+    this._loseAllBut(new Set(running.map(keyOf)));
+    const names = new Set(runs.map(({ name }) => name));
+    for (const training of trainings) if (names.has(training.run)) this._remember(training);
   }
 
   _loseAllBut(running) {
@@ -59,9 +71,8 @@ export class Store {
   async _remember(training) {
     try {
       training.remember(await this._routes.readRun(training.run));
-    } catch {
-      // A new run's folder is not there yet.
-      return;
+    } catch (error) {
+      console.warn(`Graft: run ${training.run} could not be read:`, error.message);
     }
     this._changed();
   }

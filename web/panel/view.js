@@ -4,7 +4,7 @@ import { make, mark, say } from "./make.js";
 import { Strip } from "./strip.js";
 import * as words from "./words.js";
 
-export const HEIGHT = 330;
+export const HEIGHT = 370;
 export const WIDTH = 380;
 
 const READY = "Press Run: loss, sample pictures and controls appear here.";
@@ -41,6 +41,7 @@ export class Panel {
     if (training === this._training && training.version === this._seen) return;
     if (training !== this._training) this._problem = "";
     this._training = training;
+    this.element.graftTraining = training;
     this._seen = training.version;
     this._render();
   }
@@ -56,6 +57,7 @@ export class Panel {
     this._hint = make("div", { class: "graft-hint" });
     this._chart = new Chart(this._canvas, () => this._readColours());
     this._facts = FACTS.map(([name, , swatch]) => makeFact(name, swatch));
+    this._figures = make("dl", { class: "graft-facts" }, ...this._facts.map(({ element }) => element));
     this._strip = new Strip((sample, training) => this._routes.imageUrl(sample, training.prompt));
     this._buttons = make("div", { class: "graft-buttons" });
     this._stop = this._addButton("Stop and keep", () => this._routes.ask(this._training, "stop"));
@@ -72,7 +74,7 @@ export class Panel {
       this._bar,
       this._note,
       make("div", { class: "graft-chart" }, this._canvas, this._hint),
-      make("dl", { class: "graft-facts" }, ...this._facts.map(({ element }) => element)),
+      this._figures,
       this._strip.element,
       this._buttons,
       this._live,
@@ -122,8 +124,7 @@ export class Panel {
     mark(this._canvas, "aria-label", "Loss: not trained yet.");
     mark(this._bar, "aria-valuemax", 1);
     mark(this._bar, "aria-valuenow", 0);
-    for (const part of [this._bar, this._note, this._strip.element, this._buttons]) part.hidden = true;
-    this._facts.forEach(({ value }) => say(value, "\u2013"));
+    for (const part of [this._bar, this._note, this._figures, this._strip.element, this._buttons]) part.hidden = true;
   }
 
   _render() {
@@ -151,6 +152,7 @@ export class Panel {
     const { phase, step, steps, done, total } = this._training;
     const [now, all] = phase === "drawing" || phase === "caching" ? [done, total] : [step, steps];
     this._bar.hidden = false;
+    this._figures.hidden = false;
     mark(this._bar, "aria-valuemax", Math.max(1, all));
     mark(this._bar, "aria-valuenow", now);
     this._fill.style.transform = `scaleX(${all ? now / all : 0})`;
@@ -172,7 +174,7 @@ export class Panel {
   }
 
   _showButtons() {
-    const { phase, isLive, asked, isSaving, saved } = this._training;
+    const { phase, isLive, asked, isSaving, saved, run } = this._training;
     this._buttons.hidden = !isLive && !RESUMABLE.has(phase) && !saved;
     this._resume.hidden = !RESUMABLE.has(phase);
     for (const button of [this._stop, this._save, this._pause]) button.hidden = !isLive;
@@ -180,6 +182,8 @@ export class Panel {
     this._pause.disabled = asked === "pause";
     this._save.disabled = Boolean(asked) || isSaving || phase !== "training";
     say(this._saved, isSaving ? "Saving" : saved ? `Saved at step ${saved}` : "");
+    mark(this._saved, "title", run);
+    mark(this._state, "title", run && `Run ${run}`);
   }
 
   // What is said aloud: when something happens and at each quarter, not at each step.
@@ -213,5 +217,5 @@ function makeFact(name, line) {
   const swatch = line ? make("i", { class: "graft-swatch", "data-line": line }) : null;
   const where = make("small");
   const value = make("dd");
-  return { element: make("div", {}, make("dt", {}, swatch, name, where), value), value, swatch, where };
+  return { element: make("div", { "data-name": name }, make("dt", {}, swatch, name, where), value), value, swatch, where };
 }
