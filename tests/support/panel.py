@@ -12,7 +12,7 @@ NODES = {
     "Photos": ("GraftLoadDataset", (0, 200)),
     "Run": ("GraftRunOptions", (400, 0)),
     "Previews": ("GraftPreviewOptions", (400, 320)),
-    "Layers": ("GraftAdapterOptions", (400, 700)),
+    "Noise": ("GraftObjectiveOptions", (400, 700)),
     "Train": ("GraftTrainLoRA", (850, 0)),
     "Save": ("GraftSaveAdapter", (1350, 0)),
 }
@@ -22,8 +22,8 @@ LINKS = [
     ("Checkpoint", 2, "Train", "vae"),
     ("Photos", 0, "Train", "dataset"),
     ("Run", 0, "Previews", "options"),
-    ("Previews", 0, "Layers", "options"),
-    ("Layers", 0, "Train", "options"),
+    ("Previews", 0, "Noise", "options"),
+    ("Noise", 0, "Train", "options"),
     ("Train", 2, "Save", "adapter"),
 ]
 VALUES = {
@@ -44,7 +44,8 @@ PLACES = {
     "validate_every": "Run",
     "every": "Previews",
     "prompts": "Previews",
-    "targets": "Layers",
+    "min_timestep": "Noise",
+    "max_timestep": "Noise",
 }
 
 EMPTY = {"version": 0.4, "nodes": [], "links": [], "last_node_id": 0, "last_link_id": 0}

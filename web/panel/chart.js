@@ -13,11 +13,18 @@ export class Chart {
   constructor(canvas, colours) {
     this._canvas = canvas;
     this._colours = colours;
+    this._size = [0, 0];
+  }
+
+  // Takes the canvas's size in the page, which is not asked for at each drawing: the page would be laid out for it.
+  resize(width, height) {
+    this._size = [Math.round(width), Math.round(height)];
+    [this._canvas.width, this._canvas.height] = this._size.map((side) => side * SCALE);
   }
 
   // Draws a curve; pointed: the step under the pointer, null for none.
   draw(curve, pointed) {
-    const [width, height] = this._fit();
+    const [width, height] = this._size;
     const pen = this._canvas.getContext("2d");
     pen.setTransform(SCALE, 0, 0, SCALE, 0, 0);
     pen.clearRect(0, 0, width, height);
@@ -39,17 +46,10 @@ export class Chart {
 
   // The step at a place across the canvas, 0 at its left and 1 at its right.
   stepAt(curve, share) {
-    const width = this._canvas.clientWidth;
+    const [width] = this._size;
     const { first, last } = rangeOf(curve);
     const inner = (share * width - LEFT) / Math.max(1, width - LEFT - RIGHT);
     return Math.round(first + Math.min(1, Math.max(0, inner)) * (last - first));
-  }
-
-  _fit() {
-    const [width, height] = [this._canvas.clientWidth, this._canvas.clientHeight];
-    if (this._canvas.width !== width * SCALE) this._canvas.width = width * SCALE;
-    if (this._canvas.height !== height * SCALE) this._canvas.height = height * SCALE;
-    return [width, height];
   }
 }
 

@@ -2,12 +2,15 @@
 import { make, mark, say } from "./make.js";
 import { openViewer } from "./viewer.js";
 
+const MOST_NEW = 12; // pictures that are added at once: a hundred would hold the page up
+
 export class Strip {
   // address: a function from where a picture is to its address.
   constructor(address) {
     this._address = address;
     this._prompt = 0;
     this._training = null;
+    this._seen = -1;
     this._thumbs = new Map(); // step -> {button, image}
     this._row = make("div", { class: "graft-row", role: "group", "aria-label": "Sample pictures by step" });
     this._choice = make("div", { class: "graft-choice", role: "group", "aria-label": "Prompt of the pictures" });
@@ -15,6 +18,9 @@ export class Strip {
   }
 
   show(training) {
+    // Asking how far it is scrolled makes the page lay itself out: not at each step.
+    if (training === this._training && training.shown === this._seen) return;
+    this._seen = training.shown;
     if (training !== this._training) {
       this._training = training;
       this._thumbs.clear();
@@ -24,7 +30,12 @@ export class Strip {
     const isAtEnd = this._row.scrollLeft + this._row.clientWidth >= this._row.scrollWidth - 8;
     const known = this._thumbs.size;
     const steps = [...training.samples.keys()].sort((a, b) => a - b);
-    steps.forEach((step, place) => this._place(step, place));
+    const shown = steps.filter((step, place) => this._thumbs.has(step) || place < known + MOST_NEW);
+    shown.forEach((step, place) => this._place(step, place));
+    if (shown.length < steps.length) {
+      this._seen = -1;
+      requestAnimationFrame(() => this.show(this._training));
+    }
     this._offerPrompts(Math.max(0, ...steps.map((step) => training.samples.get(step).length)));
     if (isAtEnd && this._thumbs.size > known) this._row.scrollLeft = this._row.scrollWidth;
   }
@@ -52,6 +63,7 @@ export class Strip {
       const button = make("button", { type: "button", "aria-label": `Prompt ${number + 1}` }, String(number + 1));
       button.addEventListener("click", () => {
         this._prompt = number;
+        this._seen = -1;
         this.show(this._training);
       });
       this._choice.append(button);

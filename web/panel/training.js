@@ -26,6 +26,7 @@ const HANDLERS = {
   },
   sample(training, { step, samples }) {
     training.samples.set(step, samples);
+    training.shown += 1;
   },
   saved(training, { step }) {
     Object.assign(training, { saved: step, isSaving: false });
@@ -78,6 +79,7 @@ export class Training {
     this.cure = "";
     this.curve = new Curve();
     this.samples = new Map(); // step -> where its pictures are
+    this.shown = 0; // changes with them
     this.version = 0;
   }
 
@@ -113,6 +115,7 @@ export class Training {
       const known = this.samples.get(step) ?? [];
       if (!known.some((one) => one.filename === sample.filename)) this.samples.set(step, [...known, sample]);
     }
+    this.shown += 1;
     this.version += 1;
   }
 }

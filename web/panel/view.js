@@ -107,7 +107,10 @@ export class Panel {
       this._point((event.clientX - box.left) / Math.max(1, box.width));
     });
     this._canvas.addEventListener("pointerleave", () => this._point(null));
-    new ResizeObserver(() => this._drawChart()).observe(this._canvas);
+    new ResizeObserver(([{ contentRect }]) => {
+      this._chart.resize(contentRect.width, contentRect.height);
+      this._drawChart();
+    }).observe(this._canvas);
   }
 
   _point(share) {
@@ -129,13 +132,14 @@ export class Panel {
 
   _render() {
     const training = this._training;
+    // First: it asks for the theme's colours, which is quick as long as nothing was changed.
+    this._drawChart();
     this.element.dataset.phase = training.phase;
     say(this._state, words.describe(training));
     say(this._count, training.steps ? `${training.step} / ${training.steps}` : "");
     this._showBar();
     this._showNote();
     say(this._hint, training.curve.length ? "" : this._waitingFor());
-    this._drawChart();
     this._showFacts();
     this._strip.show(training);
     this._showButtons();
