@@ -9,15 +9,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from enum import Enum
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import comfy.model_management
 from comfy_execution.utils import get_executing_context
 
-from ...trainers.errors import RunError
+from ...trainers.errors import GraftError, RunError
 from ...trainers.protocols import Asked
 from ...trainers.run import PAUSED, Run
-from .browser import tell
+from .browser import BEGIN, tell, workflow_of
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +25,9 @@ Outcome = TypeVar("Outcome")
 
 # So many runs are remembered with the prompt they were last in.
 _MOST_PROMPTS = 256
+
+# Letters of an error that is not one of ours.
+_MOST_SAID = 2000
 
 
 class Wish(Enum):
@@ -41,14 +44,16 @@ class Training:
     Attributes:
         node: its execution id, also inside subgraphs.
         prompt: id of the prompt it is in, empty outside one.
+        workflow: id of the workflow that prompt was queued from, empty where it came from no page.
         run: the run, None until it is open.
         step, steps: done, and of the whole run.
         saved: the last step of which there is a state.
     """
 
-    def __init__(self, node: str, prompt: str):
+    def __init__(self, node: str, prompt: str, workflow: str = ""):
         self.node = node
         self.prompt = prompt
+        self.workflow = workflow
         self.run: Run | None = None
         self.step = 0
         self.steps = 0
@@ -62,6 +67,11 @@ class Training:
     def end(self) -> Wish | None:
         """How it was asked to end, STOP or PAUSE; None while it was not."""
         return self._end
+
+    def tell(self, event: str, payload: dict[str, Any]) -> None:
+        """Tells the pages something of it."""
+        where = {"node": self.node, "prompt_id": self.prompt, "workflow": self.workflow}
+        tell({**where, "event": event, **payload})
 
     def opened(self, run: Run, step: int, steps: int) -> None:
         """It works on a run from now on, from a step that is saved."""
@@ -118,7 +128,8 @@ class Desk:
     def seat(self, node: str) -> Iterator[Training]:
         """A training that can be found as long as the block lasts."""
         context = get_executing_context()
-        training = Training(node, context.prompt_id if context is not None else "")
+        prompt = context.prompt_id if context is not None else ""
+        training = Training(node, prompt, workflow_of(prompt))
         token = self._current.set(training)
         with self._lock:
             self._running.append(training)
@@ -191,12 +202,16 @@ def attended(node: str, work: Callable[[Training], Outcome]) -> Outcome:
     if outer is not None:
         return work(outer)
     with DESK.seat(node) as training:
+        training.tell(BEGIN, {})
         try:
             return work(training)
         except comfy.model_management.InterruptProcessingException:
             if training.end is not Wish.PAUSE:
                 _tell_cancelled(training)
                 raise
+        except Exception as error:
+            _tell_failed(training, error)
+            raise
     # Here and not above: an exception that is being handled holds on to all that the training had on the device.
     _note_pause(training)
     _free_device()
@@ -207,7 +222,15 @@ def _tell_cancelled(training: Training) -> None:
     nothing = training.end is Wish.STOP and not training.step
     if nothing:
         log.info("Graft: stopped before the first step: nothing was trained that could be kept.")
-    tell(training.node, "cancelled", {"step": training.step, "saved": training.saved, "nothing": nothing})
+    training.tell("cancelled", {"step": training.step, "saved": training.saved, "nothing": nothing})
+
+
+def _tell_failed(training: Training, error: Exception) -> None:
+    if isinstance(error, GraftError):
+        told = {"message": error.message, "cure": error.cure, "input": error.input}
+    else:
+        told = {"message": f"{type(error).__name__}: {error}"[:_MOST_SAID], "cure": "", "input": ""}
+    training.tell("failed", {**told, "step": training.step, "saved": training.saved})
 
 
 def _note_pause(training: Training) -> None:
@@ -220,7 +243,7 @@ def _note_pause(training: Training) -> None:
         except RunError:
             # It goes on without; only a run that starts over or is new each time would not know that it should.
             log.exception("Graft: that run %s is paused could not be kept.", name)
-    tell(training.node, "paused", {"run": name, "step": training.saved, "steps": training.steps})
+    training.tell("paused", {"run": name, "step": training.saved, "steps": training.steps})
 
 
 def _free_device() -> None:

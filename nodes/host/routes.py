@@ -1,6 +1,6 @@
 """Routes under /graft/: the runs there are, and what can be asked of one.
 
-GET  /graft/runs                 those that run and those on disk
+GET  /graft/runs                 those that run, those on disk, and what training nodes told last (the panel's messages)
 GET  /graft/runs/RUN?events=N    a run: its recipe, where it is, its last events and sample pictures
 POST /graft/runs/RUN/stop        finish now; what was reached is saved and handed on
 POST /graft/runs/RUN/save        save now and go on
@@ -29,7 +29,7 @@ from ...trainers import records
 from ...trainers.errors import GraftError, RunError
 from ...trainers.run import STOPPED
 from . import paths
-from .browser import prompt_server, tell
+from .browser import BOARD, prompt_server
 from .control import DESK, Training, Wish
 
 log = logging.getLogger(__name__)
@@ -122,6 +122,7 @@ async def _list_runs(request: web.Request) -> dict[str, Any]:
     return {
         "running": [_training_as_json(one) for one in DESK.all()],
         "runs": [_record_as_json(record) for record in found],
+        "told": BOARD.messages(),
     }
 
 
@@ -161,7 +162,7 @@ def _ask(training: Training | None, request: web.Request) -> dict[str, Any]:
         raise _Refusal(409, "It does not run.")
     wish = Wish(request.match_info["wish"])
     training.ask(wish)
-    tell(training.node, "asked", {"wish": wish.value, "step": training.step})
+    training.tell("asked", {"wish": wish.value, "step": training.step})
     return {"asked": wish.value, **_training_as_json(training)}
 
 
@@ -215,6 +216,7 @@ def _training_as_json(training: Training) -> dict[str, Any]:
     return {
         "node": training.node,
         "prompt_id": training.prompt,
+        "workflow": training.workflow,
         "run": None if training.run is None else training.run.name,
         "step": training.step,
         "steps": training.steps,

@@ -10,7 +10,7 @@ import torch
 from comfy_execution.graph_utils import ExecutionBlocker
 
 from ...trainers.data.scan import shortened
-from ...trainers.errors import GraftError, ModelError, OutOfMemory
+from ...trainers.errors import ModelError, OutOfMemory
 from ...trainers.families import family_of
 from ...trainers.ladder import in_one_line, is_out_of_memory
 from ...trainers.prepare import all_resolutions
@@ -20,7 +20,6 @@ from ...trainers.session import run_recipe
 from ...trainers.settings import Options, resolve
 from . import families, paths
 from .adapters import apply_adapter
-from .browser import tell
 from .control import Training, attended
 from .image import ComfyCodec
 from .model import ComfyDenoiser
@@ -77,7 +76,6 @@ def train(
 
 def _train(model, clip, vae, dataset, widgets, options, training: Training) -> Trained:
     check_sockets(model, clip, vae)
-    node = training.node
     with torch.inference_mode(False):
         text = ComfyText(clip)
         denoiser = ComfyDenoiser(model, text, vae)
@@ -85,22 +83,17 @@ def _train(model, clip, vae, dataset, widgets, options, training: Training) -> T
         host = Host(denoiser, text, ComfyCodec(vae), Progress(training, recipe.steps), training.asked)
         try:
             result = run_recipe(recipe, dataset, host, paths.folders())
-        except GraftError as error:
-            tell(node, "failed", {"message": str(error)})
-            raise
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            refusal = _out_of_memory(error)
-            tell(node, "failed", {"message": str(refusal)})
-            raise refusal from error
+            raise _out_of_memory(error) from error
     trained_model, trained_clip = model, clip
     if result.adapter is not None:
         trained_model, trained_clip = apply_adapter(model, clip, result.adapter, 1.0, 1.0)
     if result.embedding is not None:
         trained_clip = apply_embedding(trained_clip, result.embedding)
     done = {"run": result.run.name, "step": result.step, "steps": recipe.steps}
-    tell(node, "done", {**done, "cached": result.resumed_from == result.step})
+    training.tell("done", {**done, "cached": result.resumed_from == result.step})
     summary = _summary(result, recipe)
     loss = {"loss": result.losses}
     return Trained(trained_model, trained_clip, result.adapter, result.embedding, loss, {"text": (summary,)})

@@ -41,6 +41,7 @@ NOISE = [
     r"ComfyApp graph accessed before initialization",
     # The page asks before it is left; nobody has clicked in it yet.
     r"Blocked attempt to show a 'beforeunload' confirmation panel",
+    r"Attempted to cleanup event listeners for graph that was never set up",
     r"reading 'id'\)\s+at onChange[\s\S]*GraphView",
 ]
 

@@ -313,8 +313,8 @@ def draw_train_a_lora(sketch):
     photos = node("GraftLoadDataset", "Photos", (data, 860), (420, 490),
                   folder="my_photos", trigger="ohwx dog", resolution=512)  # fmt: skip
 
-    trainer = node("GraftTrainLoRA", "Train", (train, 700), (420, 240), {**base, "dataset": (photos, 0)})
-    saved = node("GraftSaveAdapter", "Save the LoRA", (train, 1000), (420, 100), {"adapter": (trainer, 2)},
+    trainer = node("GraftTrainLoRA", "Train", (train, 700), (420, 630), {**base, "dataset": (photos, 0)})
+    saved = node("GraftSaveAdapter", "Save the LoRA", (train, 1390), (420, 100), {"adapter": (trainer, 2)},
                  filename_prefix="my_lora")  # fmt: skip
     inspect = node("GraftInspectDataset", "What training will see", (train, 0), (420, 330),
                    {"dataset": (photos, 0), **base})  # fmt: skip
@@ -362,10 +362,10 @@ def draw_dreambooth(sketch):
 
     classes = node("GraftClassImages", "Class images", (train, 0), (420, 900), {**base, "class_prompt": (kind, 0)},
                    resolution=512)  # fmt: skip
-    trainer = node("GraftTrainDreamBooth", "Train", (train, 1010), (420, 430),
+    trainer = node("GraftTrainDreamBooth", "Train", (train, 1010), (420, 820),
                    {**base, "dataset": (photos, 0), "class_dataset": (classes, 0), "instance_prompt": (subject, 0),
                     "class_prompt": (kind, 0)})  # fmt: skip
-    saved = node("GraftSaveAdapter", "Save the LoRA", (train, 1500), (420, 100), {"adapter": (trainer, 2)},
+    saved = node("GraftSaveAdapter", "Save the LoRA", (train, 1890), (420, 100), {"adapter": (trainer, 2)},
                  filename_prefix="my_subject")  # fmt: skip
 
     rows = (
@@ -395,9 +395,9 @@ def draw_embedding(sketch):
 
     checkpoint, base = draw_base(sketch, (data, 0), EMBEDDING_NOTE, 520)
     photos = node("GraftLoadDataset", "Photos", (data, 860), (420, 490), folder="my_photos", resolution=512)
-    trainer = node("GraftTrainEmbedding", "Train", (train, 700), (420, 330), {**base, "dataset": (photos, 0)},
+    trainer = node("GraftTrainEmbedding", "Train", (train, 700), (420, 720), {**base, "dataset": (photos, 0)},
                    name="my-dog", init_text="dog", vectors=2, steps=2000, batch_size=4)  # fmt: skip
-    saved = node("GraftSaveEmbedding", "Save the word", (train, 1090), (420, 80), {"embedding": (trainer, 1)})
+    saved = node("GraftSaveEmbedding", "Save the word", (train, 1480), (420, 80), {"embedding": (trainer, 1)})
 
     prompt, negative, size = draw_wishes(sketch, (wish, 0), "a photo of embedding:my-dog on the beach")
     plain = node("PrimitiveStringMultiline", "Prompt without the word", (wish, 510), (420, 110),
@@ -425,11 +425,11 @@ def draw_pivotal(sketch):
     photos = node("GraftLoadDataset", "Photos", (data, 860), (420, 490),
                   folder="my_photos", trigger="my-dog", resolution=512)  # fmt: skip
     word = node("GraftPivotalOptions", "The word", (train, 380), (420, 160), name="my-dog", init_text="dog")
-    trainer = node("GraftTrainLoRA", "Train", (train, 700), (420, 240),
+    trainer = node("GraftTrainLoRA", "Train", (train, 700), (420, 630),
                    {**base, "dataset": (photos, 0), "options": (word, 0)})  # fmt: skip
-    lora = node("GraftSaveAdapter", "Save the LoRA", (train, 1000), (420, 100), {"adapter": (trainer, 2)},
+    lora = node("GraftSaveAdapter", "Save the LoRA", (train, 1390), (420, 100), {"adapter": (trainer, 2)},
                 filename_prefix="my_dog")  # fmt: skip
-    saved = node("GraftSaveEmbedding", "Save the word", (train, 1160), (420, 80), {"embedding": (trainer, 4)})
+    saved = node("GraftSaveEmbedding", "Save the word", (train, 1550), (420, 80), {"embedding": (trainer, 4)})
 
     prompt, negative, size = draw_wishes(sketch, (wish, 0), "a photo of embedding:my-dog on the beach")
     rows = (("the word alone", 0, checkpoint), ("word and LoRA", 700, trainer))
@@ -456,12 +456,12 @@ def draw_fine_tune(sketch):
     pictures = node("GraftLoadDataset", "Pictures", (data, 860), (420, 490),
                     folder="my_pictures", trigger="ohwx style", resolution=512)  # fmt: skip
 
-    trainer = node("GraftFineTune", "Train", (train, 700), (420, 220), {**base, "dataset": (pictures, 0)},
+    trainer = node("GraftFineTune", "Train", (train, 700), (420, 610), {**base, "dataset": (pictures, 0)},
                    steps=2000, batch_size=2)  # fmt: skip
-    merged = node("CheckpointSave", "The new checkpoint", (train, 980), (420, 110),
+    merged = node("CheckpointSave", "The new checkpoint", (train, 1370), (420, 110),
                   {"model": (trainer, 0), "clip": (trainer, 1), "vae": (checkpoint, 2)},
                   filename_prefix="checkpoints/my_model")  # fmt: skip
-    saved = node("GraftSaveAdapter", "Save what changed", (train, 1150), (420, 100), {"adapter": (trainer, 2)},
+    saved = node("GraftSaveAdapter", "Save what changed", (train, 1540), (420, 100), {"adapter": (trainer, 2)},
                  filename_prefix="my_model")  # fmt: skip
     inspect = node("GraftInspectDataset", "What training will see", (train, 0), (420, 330),
                    {"dataset": (pictures, 0), **base})  # fmt: skip

@@ -22,9 +22,22 @@ EMPTY = {"version": 0.4, "nodes": [], "links": [], "last_node_id": 0, "last_link
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 
 
+# The widget that training nodes have besides those of their schema.
+PANEL = "graft_panel"
+TRAINERS = {"GraftTrainLoRA", "GraftTrainEmbedding", "GraftTrainDreamBooth", "GraftFineTune"}
+
+
 @pytest.fixture(scope="module")
 def page(server, chromium):
     return chromium.open(server.url)
+
+
+@pytest.fixture(params=[False, True], ids=["canvas", "nodes2"])
+def renderer(page, request):
+    """Each of the frontend's two renderers; whether it is the new one."""
+    page.set_setting("Comfy.VueNodes.Enabled", request.param)
+    yield request.param
+    page.set_setting("Comfy.VueNodes.Enabled", False)
 
 
 @pytest.fixture(scope="module")
@@ -58,15 +71,25 @@ def add_every_node(page, schemas):
     return {node["type"]: node for node in page.list_nodes()}
 
 
-def test_every_node_mounts_with_all_its_widgets_and_sockets(page, schemas, errors):
+def test_every_node_mounts_with_all_its_widgets_and_sockets(page, schemas, errors, renderer):
     nodes = add_every_node(page, schemas)
     for name, info in schemas.items():
         inputs = list_inputs(info)
-        assert list(nodes[name]["widgets"]) == [given for given, kind in inputs if kind in WIDGETS]
+        widgets = [given for given, kind in inputs if kind in WIDGETS] + [PANEL] * (name in TRAINERS)
+        assert list(nodes[name]["widgets"]) == widgets
         sockets = {given["name"]: given["type"] for given in nodes[name]["inputs"]}
         assert sockets == dict(inputs)
         made = [(output["name"], output["type"]) for output in nodes[name]["outputs"]]
         assert made == list(zip(info["output_name"], info["output"], strict=True))
+    if renderer:
+        # There every node is a part of the page, with a row for each widget.
+        page.fit()
+        page.wait_for(f"return document.querySelectorAll('.lg-node').length === {len(schemas)};")
+        rows = page.js("""
+            const nodes = [...document.querySelectorAll('.lg-node')];
+            return Object.fromEntries(nodes.map(node => [
+                app.graph.getNodeById(node.dataset.nodeId).type, node.querySelectorAll('.lg-node-widget').length]));""")
+        assert rows == {name: len(nodes[name]["widgets"]) for name in schemas}
     assert errors() == []
 
 
@@ -92,26 +115,21 @@ def test_texts_for_translators_arrive(page, schemas):
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-@pytest.mark.parametrize("new_renderer", [False, True], ids=["canvas", "nodes2"])
-def test_examples_open_with_no_missing_node_and_no_error(page, errors, path, new_renderer):
-    page.set_setting("Comfy.VueNodes.Enabled", new_renderer)
-    try:
-        workflow = read_workflow(path)
-        for loader in find_nodes(workflow, "CheckpointLoaderSimple"):
-            # One that is there: newer frontends mark a node whose model file is missing.
-            loader["widgets_values"] = [TINY["Checkpoint"]["ckpt_name"]]
-        page.load(workflow)
-        page.fit()
-        # Newer frontends keep ids as text.
-        found = {str(node["id"]): node["type"] for node in page.list_nodes()}
-        assert found == {str(node["id"]): node["type"] for node in workflow["nodes"]}
-        assert page.js("return app.graph.nodes.filter(node => node.has_errors || !node.constructor.nodeData).map("
-                       "node => node.type).filter(type => !type.endsWith('Note'));") == []  # fmt: skip
-        assert "missing" not in page.read_text().lower()
-        assert page.js("return [...app.graph.links.values()].length;") == len(workflow["links"])
-        assert errors() == []
-    finally:
-        page.set_setting("Comfy.VueNodes.Enabled", False)
+def test_examples_open_with_no_missing_node_and_no_error(page, errors, path, renderer):
+    workflow = read_workflow(path)
+    for loader in find_nodes(workflow, "CheckpointLoaderSimple"):
+        # One that is there: newer frontends mark a node whose model file is missing.
+        loader["widgets_values"] = [TINY["Checkpoint"]["ckpt_name"]]
+    page.load(workflow)
+    page.fit()
+    # Newer frontends keep ids as text.
+    found = {str(node["id"]): node["type"] for node in page.list_nodes()}
+    assert found == {str(node["id"]): node["type"] for node in workflow["nodes"]}
+    assert page.js("return app.graph.nodes.filter(node => node.has_errors || !node.constructor.nodeData).map("
+                   "node => node.type).filter(type => !type.endsWith('Note'));") == []  # fmt: skip
+    assert "missing" not in page.read_text().lower()
+    assert page.js("return [...app.graph.links.values()].length;") == len(workflow["links"])
+    assert errors() == []
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
@@ -132,7 +150,7 @@ def change(value, options):
     return value + step if value + step <= options.get("max", value + step) else value - step
 
 
-def test_saving_and_loading_keeps_what_was_set(page, schemas):
+def test_saving_and_loading_keeps_what_was_set(page, schemas, renderer):
     nodes = add_every_node(page, schemas)
     wanted = {}
     for name, info in schemas.items():
@@ -142,6 +160,10 @@ def test_saving_and_loading_keeps_what_was_set(page, schemas):
                 wanted[name, given] = change(nodes[name]["widgets"][given], options)
                 page.set_widget(nodes[name]["id"], given, wanted[name, given])
     saved = page.serialize()
+    for node in saved["nodes"]:
+        # As files from before there was a panel have them: it is not among the values.
+        own = [name for name in nodes[node["type"]]["widgets"] if name != PANEL]
+        assert len(node.get("widgets_values", [])) == len(own), node["type"]
     page.load(EMPTY)
     page.load(saved)
     loaded = {node["type"]: node["widgets"] for node in page.list_nodes()}

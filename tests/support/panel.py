@@ -1,0 +1,189 @@
+"""The live panel as tests see it: a small graph around a trainer, and what the panel in the page shows."""
+
+from __future__ import annotations
+
+import time
+
+from .graphs import CHECKPOINT
+
+# {title: (node id, place)}; in this order they are added.
+NODES = {
+    "Checkpoint": ("CheckpointLoaderSimple", (0, 0)),
+    "Photos": ("GraftLoadDataset", (0, 200)),
+    "Run": ("GraftRunOptions", (400, 0)),
+    "Previews": ("GraftPreviewOptions", (400, 320)),
+    "Noise": ("GraftObjectiveOptions", (400, 700)),
+    "Train": ("GraftTrainLoRA", (850, 0)),
+    "Save": ("GraftSaveAdapter", (1350, 0)),
+}
+LINKS = [
+    ("Checkpoint", 0, "Train", "model"),
+    ("Checkpoint", 1, "Train", "clip"),
+    ("Checkpoint", 2, "Train", "vae"),
+    ("Photos", 0, "Train", "dataset"),
+    ("Run", 0, "Previews", "options"),
+    ("Previews", 0, "Noise", "options"),
+    ("Noise", 0, "Train", "options"),
+    ("Train", 2, "Save", "adapter"),
+]
+VALUES = {
+    "Checkpoint": {"ckpt_name": CHECKPOINT},
+    "Photos": {"resolution": 64},
+    "Train": {"learning_rate": 2e-3, "rank": 4, "batch_size": 1},
+    "Previews": {"prompts": "a large sks toy", "steps": 2},
+    "Save": {"filename_prefix": "panel"},
+}
+
+# Where a value goes that a test sets by its name alone.
+PLACES = {
+    "steps": "Train",
+    "seed": "Train",
+    "name": "Run",
+    "save_every": "Run",
+    "validation_fraction": "Run",
+    "validate_every": "Run",
+    "every": "Previews",
+    "prompts": "Previews",
+    "min_timestep": "Noise",
+    "max_timestep": "Noise",
+}
+
+EMPTY = {"version": 0.4, "nodes": [], "links": [], "last_node_id": 0, "last_link_id": 0}
+
+
+def draw_graph(page, folder):
+    """Draws the graph in an empty page; the workflow as saving gives it."""
+    page.load(EMPTY)
+    ids = {title: page.add_node(kind, *place) for title, (kind, place) in NODES.items()}
+    for source, slot, target, name in LINKS:
+        page.connect(ids[source], slot, ids[target], name)
+    for title, values in {**VALUES, "Photos": {**VALUES["Photos"], "folder": folder}}.items():
+        for name, value in values.items():
+            page.set_widget(ids[title], name, value)
+    return page.serialize()
+
+
+def set_values(page, **fields):
+    """Sets widgets of the graph in the page, by the names in PLACES."""
+    nodes = {node["type"]: node["id"] for node in page.list_nodes()}
+    for name, value in fields.items():
+        page.set_widget(nodes[NODES[PLACES[name]][0]], name, value)
+
+
+def look_at(page, scale=1.0):
+    """Moves the trainer to the middle of the page, so that its panel is mounted."""
+    page.js("""
+        const isTrainer = node => node.widgets?.some(widget => widget.name === 'graft_panel');
+        const node = app.canvas.graph.nodes.find(isTrainer);
+        app.canvas.ds.scale = args[0];
+        app.canvas.centerOnNode(node);
+        app.canvas.setDirty(true, true);""", scale)  # fmt: skip
+    page.wait_for("return document.querySelector('.graft-panel')?.offsetHeight > 0;")
+
+
+class PanelView:
+    """The one panel that the page shows."""
+
+    def __init__(self, page):
+        self.page = page
+
+    def phase(self):
+        return self.page.js("return document.querySelector('.graft-panel').dataset.phase;")
+
+    def text(self, selector):
+        return self.page.js("return document.querySelector(`.graft-panel ${args[0]}`).textContent;", selector)
+
+    def label(self, selector):
+        return self.page.js("return document.querySelector(`.graft-panel ${args[0]}`).ariaLabel;", selector)
+
+    def count(self):
+        return self.text(".graft-count")
+
+    def announced(self):
+        return self.text("[role=status]")
+
+    def buttons(self):
+        """Names of the buttons below the pictures that can be seen."""
+        return self.page.js("""
+            return [...document.querySelectorAll('.graft-panel .graft-buttons button')]
+                .filter(button => button.checkVisibility()).map(button => button.textContent);""")
+
+    def facts(self):
+        """{name: text} of the figures."""
+        return self.page.js("""
+            return Object.fromEntries([...document.querySelectorAll('.graft-panel dl > div')].map(
+                fact => [fact.dataset.name, fact.querySelector('dd').textContent]));""")
+
+    def pictures(self):
+        """Captions of the sample pictures that have been loaded."""
+        self.page.wait_for("""
+            const images = [...document.querySelectorAll('.graft-panel .graft-thumb img')];
+            return images.every(image => image.naturalWidth > 0);""")
+        return self.page.js("""
+            return [...document.querySelectorAll('.graft-panel .graft-thumb')].map(thumb => thumb.textContent);""")
+
+    def is_drawn(self):
+        """Whether the chart holds the colour of its smoothed line."""
+        return self.page.js("""
+            const canvas = document.querySelector('.graft-panel canvas');
+            const swatch = document.querySelector('.graft-panel [data-line=smooth]');
+            const probe = document.createElement('canvas').getContext('2d');
+            probe.fillStyle = getComputedStyle(swatch).backgroundColor;
+            probe.fillRect(0, 0, 1, 1);
+            const wanted = probe.getImageData(0, 0, 1, 1).data;
+            const seen = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data;
+            let found = 0;
+            for (let place = 0; place < seen.length; place += 4) {
+                if ([0, 1, 2].every(part => Math.abs(seen[place + part] - wanted[part]) < 3)) found += 1;
+            }
+            return found > 50;""")
+
+    def state(self):
+        """What the page knows of the training that is shown."""
+        return self.page.js("""
+            const training = document.querySelector('.graft-panel').graftTraining;
+            return {run: training.run, step: training.step, steps: training.steps, points: training.curve.steps,
+                    validation: training.curve.validation};""")  # fmt: skip
+
+    def points(self):
+        """Steps in the chart."""
+        return self.state()["points"]
+
+    def wait(self, phase, timeout=120):
+        """Waits until the panel says so; raises with what it says instead."""
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            found = self.phase()
+            if found == phase:
+                return
+            assert found != "failed" or phase == "failed", self.text(".graft-note")
+            time.sleep(0.1)
+        raise TimeoutError(f"the panel is at {found}, not at {phase}: {self.text('.graft-state')}")
+
+    def wait_for_step(self, step, timeout=120):
+        """Waits until the panel shows so many steps; how many it shows."""
+        return self.page.wait_for(
+            f"""
+            const training = document.querySelector('.graft-panel')?.graftTraining;
+            return training?.step >= {step} && training.step;""",
+            timeout,
+        )
+
+    def press(self, name):
+        """Presses a button as a mouse does."""
+        for button in self.page.driver.find_elements("css selector", ".graft-panel .graft-buttons button"):
+            if button.text == name:
+                button.click()
+                return
+        raise AssertionError(f"no button {name}: {self.buttons()}")
+
+    def where(self):
+        """What a message of this node's training says of where it comes from."""
+        return self.page.js("""
+            const node = app.graph.nodes.find(node => node.type === 'GraftTrainLoRA');
+            return {node: String(node.id), workflow: app.graph.id, prompt_id: 'made-up'};""")
+
+    def simulate(self, event, **fields):
+        """Lets the page believe that the server sent a message."""
+        message = {**self.where(), "event": event, **fields}
+        self.page.js("api.dispatchCustomEvent('graft.progress', args[0]);", message)

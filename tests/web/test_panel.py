@@ -1,0 +1,247 @@
+"""The live panel in ComfyUI's own page, in both renderers: a real training seen, steered, lost from sight and found."""
+
+import shutil
+import time
+import uuid
+
+import pytest
+from selenium.webdriver.common.by import By
+
+from tests.support import panel as panels
+from tests.support.browser import Browser
+from tests.support.server import PromptInterrupted
+from tests.toy import world
+
+pytestmark = [pytest.mark.browser, pytest.mark.server]
+
+LONG = 3000
+SHORT = 6
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["canvas", "nodes2"])
+def new_renderer(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def folder(server):
+    """Name of the folder of pictures that all trainings here share."""
+    path = server.path("input", "panel")
+    shutil.copytree(world.CONCEPT_FOLDER / "toy", path, dirs_exist_ok=True)
+    return path.name
+
+
+@pytest.fixture(scope="module")
+def page(server, chromium, new_renderer):
+    return chromium.open(server.url, {"Comfy.VueNodes.Enabled": new_renderer})
+
+
+@pytest.fixture(scope="module")
+def graph(page, folder):
+    """A workflow: checkpoint, dataset, options, trainer and what saves its adapter."""
+    return panels.draw_graph(page, folder)
+
+
+@pytest.fixture
+def opened(page, graph, request, server):
+    """opened(steps, **preview and run options): the graph in the page, as a workflow and a run of the test's own."""
+    known = len(page.read_errors())
+
+    def open_graph(steps, **fields):
+        name = "".join(letter for letter in request.node.name if letter.isalnum())
+        workflow = {**graph, "id": str(uuid.uuid5(uuid.NAMESPACE_DNS, request.node.name))}
+        page.load(workflow)
+        panels.set_values(page, steps=steps, name=name, **fields)
+        panels.look_at(page)
+        return panels.PanelView(page)
+
+    yield open_graph
+    server.interrupt()
+    server.poll(server.is_idle, 60, "the queue")
+    assert page.read_errors()[known:] == []
+
+
+def test_a_run_fills_the_panel(opened, page, server):
+    panel = opened(SHORT, every=3, validation_fraction=0.2, validate_every=2)
+    assert (panel.phase(), panel.buttons()) == ("idle", [])
+    server.wait(page.queue())
+    panel.wait("finished")
+    assert panel.count() == f"{SHORT} / {SHORT}"
+    assert panel.points() == list(range(1, SHORT + 1))
+    assert [step for step, _ in panel.state()["validation"]] == [2, 4, 6]
+    assert panel.pictures() == ["Base", "3", "6"]
+    assert panel.is_drawn()
+    facts = panel.facts()
+    assert facts["Learning rate"] == "2e-3" and facts["Epoch"] != "\u2013"
+    assert all(float(facts[name]) > 0 for name in ("Loss", "Smoothed", "Validation"))
+    assert f"of {SHORT}" in panel.label("canvas") and "validation loss" in panel.label("canvas")
+    assert "Finished" in panel.announced()
+    # Queued again with something changed that does not decide the result: the run is returned, and said to be.
+    panels.set_values(page, save_every=400)
+    server.wait(page.queue())
+    panel.wait("returned")
+    assert panel.points() == list(range(1, SHORT + 1)) and panel.pictures() == ["Base", "3", "6"]
+
+
+def test_a_reload_finds_the_run_and_another_browser_stops_it(opened, page, server, new_renderer, tmp_path):
+    opened(LONG, every=500)
+    prompt = page.queue()
+    panel = panels.PanelView(page)
+    panel.wait_for_step(4)
+    saved = page.serialize()
+    page.open()
+    # The page itself brings its workflow back; where it does not, the user opens it again.
+    if not page.js("return app.graph.nodes.some(node => node.type === 'GraftTrainLoRA');"):
+        page.load(saved)
+    panels.look_at(page)
+    panel.wait("training")
+    seen = panel.wait_for_step(6)
+    assert panel.points()[0] == 1 and len(panel.points()) >= seen - 1, "the steps before the reload are there"
+    assert panel.pictures() == ["Base"]
+    with Browser(tmp_path / "other") as other_browser:
+        other = other_browser.open(server.url, {"Comfy.VueNodes.Enabled": new_renderer})
+        other.load(saved)
+        panels.look_at(other)
+        theirs = panels.PanelView(other)
+        theirs.wait_for_step(seen + 1)
+        theirs.press("Stop and keep")
+        theirs.wait("stopped")
+        assert other.read_errors() == []
+    panel.wait("stopped")
+    entry = server.wait(prompt)
+    assert len(list(server.path("output", "loras").glob(f"{panel.state()['run']}/*.safetensors"))) == 1
+    kept = [text for output in entry["outputs"].values() for text in output.get("text", [])]
+    assert any(f"stopped before {LONG}" in text for text in kept)
+    assert server.path("output", "loras", "panel_00001_.safetensors").exists(), "the graph behind it went on"
+    assert panel.buttons() == ["Resume"]
+
+
+def test_save_pause_and_resume_by_the_buttons(opened, page, server):
+    panel = opened(LONG)
+    first = page.queue()
+    panel.wait_for_step(2)
+    panel.press("Save now")
+    page.wait_for("return document.querySelector('.graft-saved')?.textContent.startsWith('Saved at step');")
+    panel.press("Pause")
+    panel.wait("paused")
+    with pytest.raises(PromptInterrupted):
+        server.wait(first)
+    assert panel.buttons() == ["Resume"]
+    reached = panel.state()["step"]
+    panel.press("Resume")
+    panel.wait("training")
+    assert f"resumed at step {reached}" in panel.text(".graft-state")
+    assert panel.points()[0] == 1, "what was before the pause is in the chart"
+    panel.press("Stop and keep")
+    panel.wait("stopped")
+
+
+def test_a_training_inside_a_subgraph(opened, page, server):
+    opened(2)
+    outer = page.js("""
+        const node = app.graph.nodes.find(node => node.type === 'GraftTrainLoRA');
+        const { subgraph, node: outer } = app.graph.convertToSubgraph(new Set([node]));
+        return String(outer.id);""")
+    prompt = page.to_prompt()
+    (inner,) = [name for name, value in prompt.items() if value["class_type"] == "GraftTrainLoRA"]
+    assert inner.startswith(f"{outer}:")
+    server.wait(page.queue())
+    page.js("app.canvas.setGraph(app.graph.getNodeById(args[0]).subgraph);", outer)
+    panels.look_at(page)
+    panel = panels.PanelView(page)
+    panel.wait("finished")
+    assert panel.points() == [1, 2]
+    page.js("app.canvas.setGraph(app.rootGraph ?? app.graph);")
+
+
+def test_another_workflow_with_the_same_nodes_is_not_shown_it(opened, page, server, graph):
+    panel = opened(2)
+    prompt = page.queue()
+    panel.wait("finished")
+    server.wait(prompt)
+    mine = page.serialize()
+    page.load({**graph, "id": str(uuid.uuid4())})
+    panels.look_at(page)
+    assert panel.phase() == "idle"
+    page.load(mine)
+    panel.wait("finished")
+    assert panel.points() == [1, 2]
+
+
+def test_the_panel_is_neither_saved_nor_queued(opened, page):
+    opened(SHORT)
+    (node,) = [node for node in page.serialize()["nodes"] if node["type"] == "GraftTrainLoRA"]
+    assert len(node["widgets_values"]) == 5
+    assert "graft" not in str(node.get("properties", {})).lower().replace("grafttrainlora", "").replace("graft ", "")
+    (entry,) = [value for value in page.to_prompt().values() if value["class_type"] == "GraftTrainLoRA"]
+    assert "graft_panel" not in entry["inputs"]
+
+
+def test_an_error_is_shown_with_its_cure(opened, page, server):
+    panel = opened(SHORT, min_timestep=900, max_timestep=100)
+    prompt = page.queue()
+    panel.wait("failed")
+    note = panel.text(".graft-note")
+    assert note.startswith("min_timestep 900 is not below max_timestep 100.\n"), note
+    assert len(note.splitlines()[1]) > 10, "the cure"
+    server.poll(lambda: server.get(f"/history/{prompt}"), 60, "the end")
+    # The page itself complains of the failed prompt; that is not the panel's.
+    page.errors.clear()
+    time.sleep(0.2)
+    page.driver.get_log("browser")
+
+
+def test_updates_come_at_most_ten_times_a_second(opened, page):
+    panel = opened(SHORT)
+    panel.simulate("begin")
+    changes = page.js("""
+        const count = document.querySelector('.graft-count');
+        let changes = 0;
+        new MutationObserver(() => { changes += 1; }).observe(count, {childList: true, subtree: true});
+        const began = performance.now();
+        let step = 0;
+        while (performance.now() - began < 2000) {
+            step += 1;
+            const where = args[0];
+            api.dispatchCustomEvent('graft.progress', {...where, event: 'step', step, steps: 100000, epoch: 0,
+                                                       loss: 0.1, lr: 1e-4, seconds: 0.01});
+            await new Promise(resolve => setTimeout(resolve, 4));
+        }
+        return changes;""", panel.where())  # fmt: skip
+    assert 3 <= changes <= 21
+
+
+def test_texts_are_never_markup(opened, page):
+    panel = opened(SHORT)
+    evil = "<img src=x onerror=\"document.title='taken'\">"
+    for event, fields in (
+        ("begin", {}),
+        ("run", {"name": evil, "step": 0, "steps": 10}),
+        ("cache", {"name": evil, "done": 1, "total": 2}),
+        ("failed", {"message": evil, "cure": evil, "step": 0, "saved": 0}),
+    ):
+        panel.simulate(event, **fields)
+        time.sleep(0.25)
+    assert evil in panel.text(".graft-note")
+    assert page.js("return document.querySelectorAll('.graft-panel img').length;") == 0
+    assert page.js("return document.title;") != "taken"
+    # The made-up run is nowhere, which the page's own console says.
+    page.driver.get_log("browser")
+
+
+def test_pictures_are_enlarged_by_keys_beside_the_bases_own(opened, page, server):
+    panel = opened(2, every=1)
+    server.wait(page.queue())
+    panel.wait("finished")
+    page.wait_for("return document.querySelectorAll('.graft-thumb').length === 3;")
+    thumb = page.driver.find_elements(By.CSS_SELECTOR, ".graft-thumb")[1]
+    page.driver.execute_script("arguments[0].focus();", thumb)
+    thumb.send_keys("\ue007")
+    captions = ".graft-viewer figure:not([hidden]) figcaption"
+    shown = f"return [...document.querySelectorAll('{captions}')].map(one => one.textContent);"
+    assert page.js(shown) == ["Base", "Step 1"]
+    page.driver.switch_to.active_element.send_keys("\ue014")
+    assert page.js(shown) == ["Base", "Step 2"]
+    page.driver.switch_to.active_element.send_keys("\ue00c")
+    page.wait_for("return !document.querySelector('.graft-viewer');")
+    assert len(page.js("return app.graph.nodes.map(node => node.type);")) == len(panels.NODES)

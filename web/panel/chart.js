@@ -1,0 +1,179 @@
+// The chart of a loss: what each step had, thin; smoothed, thick; measured on pictures kept apart, with dots.
+
+const SCALE = 2; // pixels of the canvas for one of the page's: the graph is zoomed into
+const FONT = "10px system-ui, sans-serif";
+const LEFT = 38;
+const RIGHT = 8;
+const TOP = 8;
+const BOTTOM = 16;
+const OUTLIERS = 0.01; // share of the losses that may lie beyond the chart's edge, on either side
+
+export class Chart {
+  // colours: a function that gives those of now, {raw, smooth, checked, line, text}.
+  constructor(canvas, colours) {
+    this._canvas = canvas;
+    this._colours = colours;
+    this._size = [0, 0];
+  }
+
+  // Takes the canvas's size in the page, which is not asked for at each drawing: the page would be laid out for it.
+  resize(width, height) {
+    this._size = [Math.round(width), Math.round(height)];
+    [this._canvas.width, this._canvas.height] = this._size.map((side) => side * SCALE);
+  }
+
+  // Draws a curve; pointed: the step under the pointer, null for none.
+  draw(curve, pointed) {
+    const [width, height] = this._size;
+    const pen = this._canvas.getContext("2d");
+    pen.setTransform(SCALE, 0, 0, SCALE, 0, 0);
+    pen.clearRect(0, 0, width, height);
+    if (!curve.length || width < LEFT + RIGHT + 8 || height < TOP + BOTTOM + 8) return;
+    const colours = this._colours();
+    const frame = frameOf(curve, width, height);
+    drawAxes(pen, frame, colours);
+    pen.save();
+    pen.beginPath();
+    pen.rect(LEFT, TOP - 2, frame.right - LEFT + 2, frame.bottom - TOP + 4);
+    pen.clip();
+    pen.lineJoin = "round";
+    drawRaw(pen, curve, frame, colours.raw);
+    drawLine(pen, columnsOf(curve, curve.smooth, frame).map(({ x, last }) => [x, last]), frame, colours.smooth);
+    drawChecked(pen, curve, frame, colours.checked);
+    if (pointed !== null) drawPointed(pen, curve, pointed, frame, colours);
+    pen.restore();
+  }
+
+  // The step at a place across the canvas, 0 at its left and 1 at its right.
+  stepAt(curve, share) {
+    const [width] = this._size;
+    const { first, last } = rangeOf(curve);
+    const inner = (share * width - LEFT) / Math.max(1, width - LEFT - RIGHT);
+    return Math.round(first + Math.min(1, Math.max(0, inner)) * (last - first));
+  }
+}
+
+function rangeOf(curve) {
+  const first = curve.steps[0];
+  return { first, last: Math.max(first + 1, curve.steps.at(-1)) };
+}
+
+function frameOf(curve, width, height) {
+  const sorted = Float64Array.from(curve.losses).sort();
+  const cut = Math.floor(sorted.length * OUTLIERS);
+  const all = [sorted[cut], sorted[sorted.length - 1 - cut], ...curve.validation.map(([, loss]) => loss)];
+  let [low, high] = [Infinity, -Infinity];
+  for (const loss of all) [low, high] = [Math.min(low, loss), Math.max(high, loss)];
+  for (const loss of curve.smooth) [low, high] = [Math.min(low, loss), Math.max(high, loss)];
+  // Of one step there is one value, or two that differ in their last digit.
+  const room = Math.max((high - low) * 0.06, Math.abs(high) * 0.02) || 1;
+  [low, high] = [low - room, high + room];
+  const [right, bottom] = [width - RIGHT, height - BOTTOM];
+  const { first, last } = rangeOf(curve);
+  const x = (step) => LEFT + ((step - first) / (last - first)) * (right - LEFT);
+  const y = (loss) => bottom - ((loss - low) / (high - low)) * (bottom - TOP);
+  return { first, last, low, high, right, bottom, x, y };
+}
+
+// Round numbers within a range, three or so.
+function ticksOf(low, high) {
+  const rough = (high - low) / 3;
+  const power = 10 ** Math.floor(Math.log10(rough));
+  const gap = [1, 2, 5, 10].map((one) => one * power).find((one) => one >= rough);
+  const digits = Math.max(0, -Math.floor(Math.log10(gap)));
+  const [first, last] = [Math.ceil(low / gap), Math.floor(high / gap)];
+  return Array.from({ length: last - first + 1 }, (_, place) => {
+    const tick = (first + place) * gap;
+    return [tick, tick.toFixed(digits)];
+  });
+}
+
+function drawAxes(pen, frame, colours) {
+  pen.font = FONT;
+  pen.fillStyle = colours.text;
+  pen.strokeStyle = colours.line;
+  pen.lineWidth = 1;
+  pen.textAlign = "right";
+  pen.textBaseline = "middle";
+  for (const [tick, text] of ticksOf(frame.low, frame.high)) {
+    const y = Math.round(frame.y(tick)) + 0.5;
+    if (y < TOP || y > frame.bottom) continue;
+    pen.beginPath();
+    pen.moveTo(LEFT, y);
+    pen.lineTo(frame.right, y);
+    pen.stroke();
+    pen.fillText(text, LEFT - 5, y);
+  }
+  pen.textBaseline = "alphabetic";
+  pen.textAlign = "left";
+  pen.fillText(String(frame.first), LEFT, frame.bottom + 13);
+  pen.textAlign = "right";
+  pen.fillText(String(frame.last), frame.right, frame.bottom + 13);
+}
+
+// For each column of pixels that holds points: its lowest, highest and last value.
+function columnsOf(curve, values, frame) {
+  const columns = [];
+  let column = null;
+  for (let place = 0; place < values.length; place += 1) {
+    const x = frame.x(curve.steps[place]);
+    const value = values[place];
+    if (column === null || x - column.x >= 1) {
+      column = { x, low: value, high: value, last: value };
+      columns.push(column);
+    } else {
+      column.low = Math.min(column.low, value);
+      column.high = Math.max(column.high, value);
+      column.last = value;
+    }
+  }
+  return columns;
+}
+
+function drawRaw(pen, curve, frame, colour) {
+  pen.strokeStyle = colour;
+  pen.lineWidth = 1;
+  pen.beginPath();
+  columnsOf(curve, curve.losses, frame).forEach(({ x, low, high, last }, place) => {
+    if (place === 0) pen.moveTo(x, frame.y(last));
+    pen.lineTo(x, frame.y(low));
+    pen.lineTo(x, frame.y(high));
+    pen.lineTo(x, frame.y(last));
+  });
+  pen.stroke();
+}
+
+function drawLine(pen, points, frame, colour) {
+  pen.strokeStyle = colour;
+  pen.lineWidth = 2;
+  pen.beginPath();
+  for (const [x, loss] of points) pen.lineTo(x, frame.y(loss));
+  pen.stroke();
+}
+
+function drawChecked(pen, curve, frame, colour) {
+  const points = curve.validation.map(([step, loss]) => [frame.x(step), loss]);
+  drawLine(pen, points, frame, colour);
+  if (points.length > 60) return;
+  pen.fillStyle = colour;
+  for (const [x, loss] of points) dot(pen, x, frame.y(loss), 2.5);
+}
+
+function drawPointed(pen, curve, pointed, frame, colours) {
+  const place = curve.find(pointed);
+  const x = frame.x(curve.steps[place]);
+  pen.strokeStyle = colours.text;
+  pen.lineWidth = 1;
+  pen.beginPath();
+  pen.moveTo(x, TOP);
+  pen.lineTo(x, frame.bottom);
+  pen.stroke();
+  pen.fillStyle = colours.smooth;
+  dot(pen, x, frame.y(curve.smooth[place]), 3.5);
+}
+
+function dot(pen, x, y, radius) {
+  pen.beginPath();
+  pen.arc(x, y, radius, 0, 2 * Math.PI);
+  pen.fill();
+}

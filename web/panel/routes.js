@@ -1,0 +1,50 @@
+// What the panel asks of the server.
+
+const MOST_EVENTS = 5000;
+
+export class Routes {
+  constructor(api, app) {
+    this._api = api;
+    this._app = app;
+  }
+
+  // What trainings told last, in order, and those that run.
+  listTold() {
+    return this._json("/graft/runs");
+  }
+
+  // A run's log and sample pictures.
+  readRun(name) {
+    return this._json(`/graft/runs/${encodeURIComponent(name)}?events=${MOST_EVENTS}`);
+  }
+
+  // Asks a training to "stop", "save" or "pause".
+  ask(training, wish) {
+    return this._post(`/graft/nodes/${encodeURIComponent(training.node)}/${wish}`);
+  }
+
+  // Queues a training's prompt again, as it was; where the server has forgotten it, the graph as it is now.
+  async resume(training) {
+    const answer = training.run ? await this._post(`/graft/runs/${encodeURIComponent(training.run)}/resume`) : {};
+    if (!answer.prompt) return this._app.queuePrompt(0, 1);
+    const workflow = (this._app.rootGraph ?? this._app.graph).serialize();
+    return this._api.queuePrompt(0, { output: answer.prompt, workflow });
+  }
+
+  // Address of a sample picture; `version` changes when a picture of the same name may be another.
+  imageUrl(sample, version) {
+    const query = new URLSearchParams({ ...sample, version });
+    return this._api.apiURL(`/view?${query}`);
+  }
+
+  _post(path) {
+    return this._json(path, { method: "POST", headers: { "Content-Type": "application/json" }, body: "{}" });
+  }
+
+  async _json(path, options) {
+    const answer = await this._api.fetchApi(path, options);
+    const value = await answer.json().catch(() => ({}));
+    if (!answer.ok) throw new Error(value.error ?? `The server answered ${answer.status}.`);
+    return value;
+  }
+}

@@ -1,0 +1,95 @@
+// The sample pictures of a training in a row, by step, the base's own first.
+import { make, mark, say } from "./make.js";
+import { openViewer } from "./viewer.js";
+
+const MOST_NEW = 12; // pictures that are added at once: a hundred would hold the page up
+
+export class Strip {
+  // address: a function from where a picture is to its address.
+  constructor(address) {
+    this._address = address;
+    this._prompt = 0;
+    this._training = null;
+    this._seen = -1;
+    this._thumbs = new Map(); // step -> {button, image}
+    this._row = make("div", { class: "graft-row", role: "group", "aria-label": "Sample pictures by step" });
+    this._choice = make("div", { class: "graft-choice", role: "group", "aria-label": "Prompt of the pictures" });
+    this.element = make("div", { class: "graft-strip" }, this._choice, this._row);
+  }
+
+  show(training) {
+    // Asking how far it is scrolled makes the page lay itself out: not at each step.
+    if (training === this._training && training.shown === this._seen) return;
+    this._seen = training.shown;
+    if (training !== this._training) {
+      this._training = training;
+      this._thumbs.clear();
+      this._row.replaceChildren();
+    }
+    this.element.hidden = training.samples.size === 0;
+    const isAtEnd = this._row.scrollLeft + this._row.clientWidth >= this._row.scrollWidth - 8;
+    const known = this._thumbs.size;
+    const steps = [...training.samples.keys()].sort((a, b) => a - b);
+    const shown = steps.filter((step, place) => this._thumbs.has(step) || place < known + MOST_NEW);
+    shown.forEach((step, place) => this._place(step, place));
+    if (shown.length < steps.length) {
+      this._seen = -1;
+      requestAnimationFrame(() => this.show(this._training));
+    }
+    this._offerPrompts(Math.max(0, ...steps.map((step) => training.samples.get(step).length)));
+    if (isAtEnd && this._thumbs.size > known) this._row.scrollLeft = this._row.scrollWidth;
+  }
+
+  _place(step, place) {
+    let thumb = this._thumbs.get(step);
+    if (!thumb) {
+      thumb = makeThumb(step, () => this._open(step));
+      this._thumbs.set(step, thumb);
+      this._row.insertBefore(thumb.button, this._row.children[place] ?? null);
+    }
+    const sample = this._sample(step);
+    thumb.button.hidden = !sample;
+    if (sample) mark(thumb.image, "src", this._address(sample, this._training));
+  }
+
+  _sample(step) {
+    return this._training.samples.get(step)[this._prompt];
+  }
+
+  _offerPrompts(count) {
+    this._choice.hidden = count < 2;
+    while (this._choice.children.length < count) {
+      const number = this._choice.children.length;
+      const button = make("button", { type: "button", "aria-label": `Prompt ${number + 1}` }, String(number + 1));
+      button.addEventListener("click", () => {
+        this._prompt = number;
+        this._seen = -1;
+        this.show(this._training);
+      });
+      this._choice.append(button);
+    }
+    while (this._choice.children.length > count) this._choice.lastChild.remove();
+    [...this._choice.children].forEach((button, number) => mark(button, "aria-pressed", number === this._prompt));
+  }
+
+  _open(step) {
+    const steps = [...this._training.samples.keys()].sort((a, b) => a - b).filter((one) => this._sample(one));
+    const pictures = steps.map((one) => ({ name: nameOf(one), url: this._address(this._sample(one), this._training) }));
+    openViewer(pictures, steps.indexOf(step));
+  }
+}
+
+function nameOf(step) {
+  return step === 0 ? "Base" : `Step ${step}`;
+}
+
+function makeThumb(step, open) {
+  // The name is the caption's; the picture itself cannot be put into words.
+  const image = make("img", { alt: "", loading: "lazy", decoding: "async" });
+  const caption = make("span");
+  say(caption, step === 0 ? "Base" : String(step));
+  const button = make("button", { type: "button", class: "graft-thumb", "aria-label": `${nameOf(step)}, enlarge` });
+  button.append(image, caption);
+  button.addEventListener("click", open);
+  return { button, image };
+}

@@ -1,0 +1,121 @@
+// One training, as its messages tell it.
+import { Curve } from "./curve.js";
+
+const LIVE = new Set(["preparing", "drawing", "caching", "training"]);
+const SAMPLE = /^step-(\d+)-(\d+)\.png$/;
+
+// What a message changes, by its event. A message of an unknown event changes nothing.
+const HANDLERS = {
+  run(training, { name, step, steps }) {
+    Object.assign(training, { run: name, step, steps, resumedFrom: step });
+  },
+  drawing(training, { done, total }) {
+    Object.assign(training, { phase: "drawing", done, total });
+  },
+  cache(training, { name, done, total }) {
+    Object.assign(training, { phase: "caching", file: name, done, total });
+  },
+  step(training, { step, steps, epoch, loss, lr, seconds, losses, memory }) {
+    Object.assign(training, { phase: "training", step, steps, epoch, lr, memory });
+    training.pace = training.pace === null ? seconds : training.pace + 0.1 * (seconds - training.pace);
+    const told = losses?.length ? losses : [loss];
+    told.forEach((one, place) => training.curve.add(step - told.length + 1 + place, one));
+  },
+  validation(training, { step, loss }) {
+    training.curve.addValidation(step, loss);
+  },
+  sample(training, { step, samples }) {
+    training.samples.set(step, samples);
+    training.shown += 1;
+  },
+  saved(training, { step }) {
+    Object.assign(training, { saved: step, isSaving: false });
+  },
+  asked(training, { wish }) {
+    if (wish === "save") training.isSaving = true;
+    else training.asked = wish;
+  },
+  stopped(training, { step, steps }) {
+    Object.assign(training, { step, steps });
+  },
+  done(training, { run, step, steps, cached }) {
+    const phase = step < steps ? "stopped" : cached ? "returned" : "finished";
+    Object.assign(training, { phase, run, step, steps, saved: step });
+  },
+  paused(training, { run, step }) {
+    Object.assign(training, { phase: "paused", run: run || training.run, step, saved: step });
+  },
+  cancelled(training, { step, saved, nothing }) {
+    Object.assign(training, { phase: "cancelled", step, saved, isNothing: nothing });
+  },
+  failed(training, { message, cure, saved }) {
+    Object.assign(training, { phase: "failed", message, cure, saved });
+  },
+};
+
+export class Training {
+  // node: its execution id; workflow: id of the workflow it was queued from, "" where that is not known.
+  constructor({ node, workflow, prompt_id }) {
+    this.node = node;
+    this.workflow = workflow;
+    this.prompt = prompt_id;
+    this.phase = "preparing";
+    this.run = "";
+    this.step = 0;
+    this.steps = 0;
+    this.resumedFrom = 0;
+    this.saved = 0;
+    this.done = 0;
+    this.total = 0;
+    this.file = "";
+    this.epoch = null;
+    this.lr = null;
+    this.pace = null; // seconds a step, averaged
+    this.memory = null; // [bytes in use, bytes there are]
+    this.asked = null;
+    this.isSaving = false;
+    this.isNothing = false;
+    this.message = "";
+    this.cure = "";
+    this.curve = new Curve();
+    this.samples = new Map(); // step -> where its pictures are
+    this.shown = 0; // changes with them
+    this.version = 0;
+  }
+
+  get isLive() {
+    return LIVE.has(this.phase);
+  }
+
+  get secondsLeft() {
+    return this.pace === null ? null : this.pace * (this.steps - this.step);
+  }
+
+  take(message) {
+    HANDLERS[message.event]?.(this, message);
+    this.version += 1;
+  }
+
+  // The server no longer knows of it: it was restarted, or crashed.
+  lose() {
+    this.phase = "lost";
+    this.version += 1;
+  }
+
+  // Adds what was before this page listened, from a run's log and pictures.
+  remember({ events, samples }) {
+    // Until it has gone on, the log may hold steps that it will do again.
+    const isOld = ({ step }) => step <= (this.isLive ? Math.max(this.step, this.resumedFrom) : this.steps);
+    const of = (kind) => events.filter((one) => one.event === kind && isOld(one)).map(({ step, loss }) => [step, loss]);
+    this.curve.prepend(of("step"), of("validation"));
+    for (const sample of samples) {
+      const [, digits] = SAMPLE.exec(sample.filename) ?? [];
+      const step = Number(digits);
+      if (digits === undefined || !isOld({ step })) continue;
+      const known = this.samples.get(step) ?? [];
+      if (!known.some((one) => one.filename === sample.filename)) this.samples.set(step, [...known, sample]);
+    }
+    this.shown += 1;
+    this.version += 1;
+  }
+}

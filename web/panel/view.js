@@ -1,0 +1,225 @@
+// What one node's panel looks like.
+import { Chart } from "./chart.js";
+import { make, mark, say } from "./make.js";
+import { Strip } from "./strip.js";
+import * as words from "./words.js";
+
+export const HEIGHT = 370;
+export const WIDTH = 380;
+
+const READY = "Press Run: loss, sample pictures and controls appear here.";
+const RESUMABLE = new Set(["stopped", "paused", "cancelled"]);
+const QUARTERS = 4;
+
+// [name, text of a training and the place in its curve, swatch of the chart's line]
+const FACTS = [
+  ["Loss", (training, place) => words.formatLoss(training.curve.losses[place]), "raw"],
+  ["Smoothed", (training, place) => words.formatLoss(training.curve.smooth[place]), "smooth"],
+  ["Validation", (training) => words.formatLoss(training.curve.validation.at(-1)?.[1]), "checked"],
+  ["Learning rate", (training) => words.formatRate(training.lr)],
+  ["Epoch", (training) => words.formatEpoch(training.epoch)],
+  ["Speed", (training) => words.formatPace(training.pace)],
+  ["Time left", (training) => words.formatTime(training.isLive ? training.secondsLeft : NaN)],
+  ["Memory", (training) => words.formatMemory(training.isLive ? training.memory : null)],
+];
+
+export class Panel {
+  constructor(routes) {
+    this._routes = routes;
+    this._training = null;
+    this._seen = -1;
+    this._pointed = null;
+    this._problem = "";
+    this._announced = "";
+    this._build();
+    this._listen();
+    this._showReady();
+  }
+
+  // Shows a training as it is now, where anything changed.
+  show(training) {
+    if (training === this._training && training.version === this._seen) return;
+    if (training !== this._training) this._problem = "";
+    this._training = training;
+    this.element.graftTraining = training;
+    this._seen = training.version;
+    this._render();
+  }
+
+  _build() {
+    this._state = make("span", { class: "graft-state" });
+    this._count = make("span", { class: "graft-count" });
+    this._bar = make("div", { class: "graft-bar", role: "progressbar", "aria-label": "Progress", "aria-valuemin": 0 });
+    this._fill = make("div");
+    this._bar.append(this._fill);
+    this._note = make("div", { class: "graft-note" });
+    this._canvas = make("canvas", { role: "img" });
+    this._hint = make("div", { class: "graft-hint" });
+    this._chart = new Chart(this._canvas, () => this._readColours());
+    this._facts = FACTS.map(([name, , swatch]) => makeFact(name, swatch));
+    this._figures = make("dl", { class: "graft-facts" }, ...this._facts.map(({ element }) => element));
+    this._strip = new Strip((sample, training) => this._routes.imageUrl(sample, training.prompt));
+    this._buttons = make("div", { class: "graft-buttons" });
+    this._stop = this._addButton("Stop and keep", () => this._routes.ask(this._training, "stop"));
+    this._save = this._addButton("Save now", () => this._routes.ask(this._training, "save"));
+    this._pause = this._addButton("Pause", () => this._routes.ask(this._training, "pause"));
+    this._resume = this._addButton("Resume", () => this._routes.resume(this._training));
+    this._saved = make("span", { class: "graft-saved" });
+    this._buttons.append(this._saved);
+    this._live = make("div", { class: "graft-live", role: "status", "aria-live": "polite" });
+    this.element = make(
+      "section",
+      { class: "graft-panel widget-expands", "aria-label": "Training" },
+      make("div", { class: "graft-head" }, make("span", { class: "graft-dot" }), this._state, this._count),
+      this._bar,
+      this._note,
+      make("div", { class: "graft-chart" }, this._canvas, this._hint),
+      this._figures,
+      this._strip.element,
+      this._buttons,
+      this._live,
+    );
+    this.element.style.setProperty("--graft-height", `${HEIGHT - 20}px`);
+  }
+
+  _addButton(text, act) {
+    const button = make("button", { type: "button" }, text);
+    button.addEventListener("click", async () => {
+      this._problem = "";
+      try {
+        await act();
+      } catch (error) {
+        this._problem = error.message;
+      }
+      if (this._training) this._render();
+    });
+    this._buttons.append(button);
+    return button;
+  }
+
+  _listen() {
+    // A button is pressed by a key, which is no shortcut of the graph's then.
+    this.element.addEventListener("keydown", (event) => {
+      if (["Enter", " ", "Delete", "Backspace"].includes(event.key)) event.stopPropagation();
+    });
+    this._canvas.addEventListener("pointermove", (event) => {
+      const box = this._canvas.getBoundingClientRect();
+      this._point((event.clientX - box.left) / Math.max(1, box.width));
+    });
+    this._canvas.addEventListener("pointerleave", () => this._point(null));
+    new ResizeObserver(([{ contentRect }]) => {
+      this._chart.resize(contentRect.width, contentRect.height);
+      this._drawChart();
+    }).observe(this._canvas);
+  }
+
+  _point(share) {
+    if (!this._training?.curve.length) return;
+    this._pointed = share === null ? null : this._chart.stepAt(this._training.curve, share);
+    this._drawChart();
+    this._showFacts();
+  }
+
+  _showReady() {
+    this.element.dataset.phase = "idle";
+    say(this._state, "Ready");
+    say(this._hint, READY);
+    mark(this._canvas, "aria-label", "Loss: not trained yet.");
+    mark(this._bar, "aria-valuemax", 1);
+    mark(this._bar, "aria-valuenow", 0);
+    for (const part of [this._bar, this._note, this._figures, this._strip.element, this._buttons]) part.hidden = true;
+  }
+
+  _render() {
+    const training = this._training;
+    // First: it asks for the theme's colours, which is quick as long as nothing was changed.
+    this._drawChart();
+    this.element.dataset.phase = training.phase;
+    say(this._state, words.describe(training));
+    say(this._count, training.steps ? `${training.step} / ${training.steps}` : "");
+    this._showBar();
+    this._showNote();
+    say(this._hint, training.curve.length ? "" : this._waitingFor());
+    this._showFacts();
+    this._strip.show(training);
+    this._showButtons();
+    this._announce();
+  }
+
+  _waitingFor() {
+    const { phase, file } = this._training;
+    if (phase === "caching" && file) return file;
+    return this._training.isLive ? "The first loss comes with the first step." : "No step was done.";
+  }
+
+  _showBar() {
+    const { phase, step, steps, done, total } = this._training;
+    const [now, all] = phase === "drawing" || phase === "caching" ? [done, total] : [step, steps];
+    this._bar.hidden = false;
+    this._figures.hidden = false;
+    mark(this._bar, "aria-valuemax", Math.max(1, all));
+    mark(this._bar, "aria-valuenow", now);
+    this._fill.style.transform = `scaleX(${all ? now / all : 0})`;
+  }
+
+  _showNote() {
+    const said = this._training.phase === "failed" ? this._training.message : "";
+    const text = [this._problem, said, words.advise(this._training)].filter(Boolean).join("\n");
+    this._note.hidden = !text;
+    say(this._note, text);
+  }
+
+  _showFacts() {
+    const { curve } = this._training;
+    const place = this._pointed === null ? curve.length - 1 : curve.find(this._pointed);
+    FACTS.forEach(([, read], number) => say(this._facts[number].value, read(this._training, place)));
+    const step = this._pointed === null || !curve.length ? "" : `at step ${curve.steps[place]}`;
+    say(this._facts[0].where, step);
+  }
+
+  _showButtons() {
+    const { phase, isLive, asked, isSaving, saved, run } = this._training;
+    this._buttons.hidden = !isLive && !RESUMABLE.has(phase) && !saved;
+    this._resume.hidden = !RESUMABLE.has(phase);
+    for (const button of [this._stop, this._save, this._pause]) button.hidden = !isLive;
+    this._stop.disabled = asked === "stop";
+    this._pause.disabled = asked === "pause";
+    this._save.disabled = Boolean(asked) || isSaving || phase !== "training";
+    say(this._saved, isSaving ? "Saving" : saved ? `Saved at step ${saved}` : "");
+    mark(this._saved, "title", run);
+    mark(this._state, "title", run && `Run ${run}`);
+  }
+
+  // What is said aloud: when something happens and at each quarter, not at each step.
+  _announce() {
+    const { phase, step, steps } = this._training;
+    const quarter = steps ? Math.floor((QUARTERS * step) / steps) : 0;
+    const key = [phase, this._training.asked, this._problem, phase === "training" ? quarter : 0].join();
+    if (key === this._announced) return;
+    this._announced = key;
+    const where = phase === "training" && step ? `, step ${step} of ${steps}` : "";
+    say(this._live, [words.describe(this._training) + where, this._note.textContent].filter(Boolean).join(". "));
+    mark(this._canvas, "aria-label", words.describeCurve(this._training));
+  }
+
+  _drawChart() {
+    if (this._training) this._chart.draw(this._training.curve, this._pointed);
+  }
+
+  // As the theme has them now: the swatches' own.
+  _readColours() {
+    const found = {};
+    for (const { swatch } of this._facts) {
+      if (swatch) found[swatch.dataset.line] = getComputedStyle(swatch).backgroundColor;
+    }
+    const { color, borderTopColor } = getComputedStyle(this._canvas);
+    return { ...found, text: color, line: borderTopColor };
+  }
+}
+
+function makeFact(name, line) {
+  const swatch = line ? make("i", { class: "graft-swatch", "data-line": line }) : null;
+  const where = make("small");
+  const value = make("dd");
+  return { element: make("div", { "data-name": name }, make("dt", {}, swatch, name, where), value), value, swatch, where };
+}

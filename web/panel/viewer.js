@@ -1,0 +1,51 @@
+// A sample picture at its full size beside the base's own.
+import { make, mark, say } from "./make.js";
+
+// Opens over the page. pictures: [{name, url}], the base's own first; place: which of them.
+export function openViewer(pictures, place) {
+  const [base, chosen] = [makeFigure(), makeFigure()];
+  const back = make("button", { type: "button" }, "Earlier");
+  const on = make("button", { type: "button" }, "Later");
+  const close = make("button", { type: "button" }, "Close");
+  const dialog = make(
+    "dialog",
+    { class: "graft-viewer", "aria-label": "Sample pictures" },
+    make("div", { class: "graft-pair" }, base.element, chosen.element),
+    make("div", { class: "graft-buttons" }, back, on, close),
+  );
+  const show = (number) => {
+    place = Math.min(pictures.length - 1, Math.max(0, number));
+    base.show(pictures[0]);
+    chosen.show(pictures[place]);
+    base.element.hidden = place === 0;
+    back.disabled = place === 0;
+    on.disabled = place === pictures.length - 1;
+  };
+  back.addEventListener("click", () => show(place - 1));
+  on.addEventListener("click", () => show(place + 1));
+  close.addEventListener("click", () => dialog.close());
+  dialog.addEventListener("click", (event) => {
+    if (event.target === dialog) dialog.close();
+  });
+  dialog.addEventListener("keydown", (event) => {
+    // The graph's own shortcuts are not meant while this is open.
+    event.stopPropagation();
+    if (event.key === "ArrowLeft") show(place - 1);
+    if (event.key === "ArrowRight") show(place + 1);
+  });
+  dialog.addEventListener("close", () => dialog.remove());
+  show(place);
+  document.body.append(dialog);
+  dialog.showModal();
+}
+
+function makeFigure() {
+  const image = make("img");
+  const caption = make("figcaption", { "aria-live": "polite" });
+  const show = ({ name, url }) => {
+    mark(image, "src", url);
+    mark(image, "alt", `Sample picture: ${name}`);
+    say(caption, name);
+  };
+  return { element: make("figure", {}, image, caption), show };
+}
