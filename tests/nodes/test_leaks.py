@@ -60,10 +60,8 @@ def test_queue_after_queue_takes_no_more(make_server, trials):
         after = held(server.process.pid)
         assert server.is_idle()
     growth = after[0] / before[0] - 1
-    print(
-        f"{count} cycles, {cancelled} cancelled: memory {before[0] / 1e6:.1f} MB {growth:+.2%}, threads {before[1]} -> {after[1]}, "
-        f"open files {before[2]} -> {after[2]}"
-    )
+    memory = f"memory {before[0] / 1e6:.1f} MB {growth:+.2%}, threads {before[1]} -> {after[1]}"
+    print(f"{count} cycles, {cancelled} cancelled: {memory}, open files {before[2]} -> {after[2]}")
     assert 0 < cancelled < count
     assert after[1] <= before[1] and after[2] <= before[2]
     assert growth < (0.02 if count > 100 else 0.10)
