@@ -94,7 +94,8 @@ class GraftApplyAdapter(io.ComfyNode):
     ) -> io.NodeOutput:
         from .host.adapters import apply_adapter
 
-        with named(cls, model=model, adapter=adapter, clip=clip):
+        strengths = {"strength_model": strength_model, "strength_clip": strength_clip}
+        with named(cls, model=model, adapter=adapter, clip=clip, **strengths):
             blocks = _block_strengths(block_strengths)
             span = (start_percent, end_percent)
             return io.NodeOutput(*apply_adapter(model, clip, adapter, strength_model, strength_clip, blocks, span))
@@ -155,7 +156,7 @@ class GraftSaveAdapter(io.ComfyNode):
             is_output_node=True,
         )
 
-    validate_inputs = checked(filename_prefix=paths.check_prefix)
+    validate_inputs = checked(filename_prefix=paths.check_prefix, format=None)
 
     @classmethod
     def execute(cls, adapter, filename_prefix, format) -> io.NodeOutput:

@@ -24,12 +24,12 @@ _LINES = 100_000
 def checked(**rules: Rule | None) -> classmethod:
     """A node's `validate_inputs`: each number in its range, each text one that can be used, or why not.
 
-    The host checks no more than what is smaller or larger, which NaN is not, and not at all what is named here; for
-    choices that are looked up its list would be old. A value that comes over a wire is not known yet and passes.
+    The host checks no more than what is smaller or larger, which NaN is not, on some versions no choice, and not at all
+    what is named here. A value that comes over a wire is not known yet and passes.
 
     Args:
-        rules: by input's name, what raises GraftError for a value that cannot be used; None where nothing but its
-            kind, range and length matters.
+        rules: by input's name, what raises GraftError for a value that cannot be used; a choice that has one is looked
+            up there, since its list may be old. None where nothing but kind, range, length or list matters.
     """
 
     def validate_inputs(cls, **values: Any) -> bool | str:
@@ -60,33 +60,41 @@ def _check(given, value: Any, rule: Rule | None) -> None:
         raise SettingsError(f"A value of the type {type(value).__name__} is no text.", "Set it anew.", given.id)
     elif kind == "STRING":
         check_text(value, given.id, _LINES if given.multiline else _LINE)
+    elif rule is None and value not in given.options:
+        raise SettingsError(
+            f"{value[:80]!r} is no choice here.", f"Choose one of {', '.join(map(str, given.options))}.", given.id
+        )
     if rule is not None:
         rule(value)
 
 
 def check_number(value: float, low: float, high: float, input: str) -> None:
     """Raises SettingsError for what is no number between two."""
-    if not math.isfinite(value) or not low <= value <= high:
-        raise SettingsError(f"{value} is no number between {low:g} and {high:g}.", "Set it anew.", input)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or not low <= value <= high:
+        raise SettingsError(f"{str(value)[:80]} is no number between {low:g} and {high:g}.", "Set it anew.", input)
 
 
 def check_arrived(node, values: Mapping[str, Any]) -> None:
-    """Refuses what a socket cannot mean: prompts that were not made by the browser hold anything.
+    """Refuses what a socket cannot mean: prompts that were not made by the browser hold anything, a wire any number.
 
     Args:
         values: by input's name.
 
     Raises:
-        ModelError: naming the input.
+        ModelError, SettingsError: naming the input.
     """
     if not values:
         return
     schema = node.define_schema()
     for given in schema.inputs:
         kind = str(given.get_io_type())
-        if given.id not in values or kind not in _KINDS:
+        if given.id not in values:
             continue
         value = values[given.id]
+        if kind == "FLOAT":
+            check_number(value, given.min, given.max, given.id)
+            continue
         if value is None and given.optional:
             continue
         what, fits = _KINDS[kind]

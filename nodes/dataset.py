@@ -139,7 +139,7 @@ _VARYING = {
 
 def _mask_folder(choice: str) -> str:
     """The absolute path of a folder of masks, empty where none was chosen. Raises DatasetError as `dataset_path`."""
-    return paths.dataset_path(choice, "mask_folder") if choice.strip() else ""
+    return paths.dataset_path(choice, "mask_folder") if not isinstance(choice, str) or choice.strip() else ""
 
 
 def _handling(
@@ -222,7 +222,12 @@ class GraftLoadDataset(io.ComfyNode):
         )
 
     validate_inputs = checked(
-        folder=paths.dataset_path, trigger=None, **_VARYING, mask_folder=_mask_folder, validation_folder=None
+        folder=paths.dataset_path,
+        trigger=None,
+        **_VARYING,
+        masks=None,
+        mask_folder=_mask_folder,
+        validation_folder=None,
     )
 
     @classmethod

@@ -72,7 +72,7 @@ class GraftClassImages(io.ComfyNode):
             is_output_node=True,
         )
 
-    validate_inputs = checked(class_prompt=None, cfg=None, negative_prompt=None)
+    validate_inputs = checked(class_prompt=None, cfg=None, negative_prompt=None, sampler_name=None, scheduler=None)
 
     @classmethod
     def execute(
@@ -93,7 +93,7 @@ class GraftClassImages(io.ComfyNode):
     ) -> io.NodeOutput:
         from .host.class_images import Wish, make
 
-        with named(cls, model=model, clip=clip, vae=vae):
+        with named(cls, model=model, clip=clip, vae=vae, cfg=cfg):
             wish = Wish(
                 class_prompt,
                 count,
@@ -201,7 +201,9 @@ class GraftTrainDreamBooth(Trainer):
             is_output_node=True,
         )
 
-    validate_inputs = checked(instance_prompt=None, class_prompt=None, prior_weight=None, learning_rate=None)
+    validate_inputs = checked(
+        instance_prompt=None, class_prompt=None, prior_weight=None, train=None, learning_rate=None, prior=None
+    )
 
     @classmethod
     def execute(

@@ -107,7 +107,7 @@ class GraftRunOptions(_OptionNode):
             ],
         )
 
-    validate_inputs = checked(**_rules("run", "name", "validation_fraction"))
+    validate_inputs = checked(**_rules("run", "name", "validation_fraction"), on_existing=None, gradient_check=None)
 
 
 class GraftPreviewOptions(_OptionNode):
@@ -139,7 +139,7 @@ class GraftPreviewOptions(_OptionNode):
             ],
         )
 
-    validate_inputs = checked(**_rules("preview", "prompts", "cfg"))
+    validate_inputs = checked(**_rules("preview", "prompts", "cfg"), sampler_name=None, scheduler=None)
 
 
 class GraftOptimizerOptions(_OptionNode):
@@ -204,6 +204,8 @@ class GraftOptimizerOptions(_OptionNode):
     validate_inputs = checked(
         **_rules("optimizer", "weight_decay", "max_grad_norm", "ema_decay", "beta1", "beta2", "power"),
         **_rules("optimizer", "loss_spike_factor"),
+        optimizer=None,
+        schedule=None,
     )
 
 
@@ -237,6 +239,8 @@ class GraftMemoryOptions(_OptionNode):
                 ),
             ),
         )
+
+    validate_inputs = checked(checkpointing=None, compute_dtype=None, offload=None)
 
 
 class GraftAdapterOptions(_OptionNode):
@@ -306,6 +310,10 @@ class GraftAdapterOptions(_OptionNode):
         start_from=lambda name: name == "auto" or paths.adapter_path(name),
         **_rules("adapter", "target_patterns", "block_ranks", "block_learning_rates"),
         **_rules("adapter", "alpha", "dropout", "text_encoder_learning_rate", "lora_plus_ratio"),
+        type=None,
+        targets=None,
+        text_encoder=None,
+        weight_dtype=None,
     )
 
     @classmethod
@@ -370,6 +378,10 @@ class GraftObjectiveOptions(_OptionNode):
     validate_inputs = checked(
         **_rules("objective", "min_snr_gamma", "noise_offset", "input_perturbation", "pyramid_discount"),
         **_rules("objective", "timestep_mean", "timestep_std", "timestep_shift", "huber_c"),
+        timesteps=None,
+        weighting=None,
+        loss=None,
+        huber_schedule=None,
     )
 
 

@@ -71,13 +71,13 @@ class GraftMergeAdapters(io.ComfyNode):
             hidden=[io.Hidden.unique_id],
         )
 
-    validate_inputs = checked(weight_a=None, weight_b=None, density=None)
+    validate_inputs = checked(weight_a=None, weight_b=None, method=None, density=None)
 
     @classmethod
     def execute(cls, adapter_a, adapter_b, weight_a, weight_b, method, rank, density, seed) -> io.NodeOutput:
         from .host.tools import merge_adapters
 
-        with named(cls, adapter_a=adapter_a, adapter_b=adapter_b):
+        with named(cls, adapter_a=adapter_a, adapter_b=adapter_b, weight_a=weight_a, weight_b=weight_b):
             how = merge.Merging((weight_a, weight_b), method, rank, density, seed)
             return io.NodeOutput(merge_adapters(adapter_a, adapter_b, how, execution_id(cls)))
 
@@ -107,7 +107,7 @@ class GraftResizeAdapter(io.ComfyNode):
     def execute(cls, adapter, rank, energy) -> io.NodeOutput:
         from .host.tools import resize_adapter
 
-        with named(cls, adapter=adapter):
+        with named(cls, adapter=adapter, energy=energy):
             return io.NodeOutput(resize_adapter(adapter, rank, energy, execution_id(cls)))
 
 
@@ -148,7 +148,7 @@ class GraftExtractAdapter(io.ComfyNode):
             hidden=[io.Hidden.unique_id],
         )
 
-    validate_inputs = checked(energy=None)
+    validate_inputs = checked(energy=None, conv=None, norms_and_biases=None)
 
     @classmethod
     def execute(
@@ -157,7 +157,7 @@ class GraftExtractAdapter(io.ComfyNode):
         from .host.tools import extract_adapter
 
         sockets = {"model_tuned": model_tuned, "model_base": model_base}
-        with named(cls, **sockets, clip_tuned=clip_tuned, clip_base=clip_base):
+        with named(cls, **sockets, clip_tuned=clip_tuned, clip_base=clip_base, energy=energy):
             how = extract.Extraction(rank, energy, conv, norms_and_biases)
             models, clips = (model_tuned, model_base), (clip_tuned, clip_base)
             return io.NodeOutput(*extract_adapter(models, clips, how, execution_id(cls)))

@@ -114,7 +114,9 @@ class GraftTrainEmbedding(Trainer):
             is_output_node=True,
         )
 
-    validate_inputs = checked(name=lambda name: check_name(name.strip()), init_text=None, learning_rate=None)
+    validate_inputs = checked(
+        name=lambda name: check_name(name.strip()), init_text=None, learning_rate=None, templates=None
+    )
 
     @classmethod
     def execute(

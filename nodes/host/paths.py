@@ -130,11 +130,11 @@ def dataset_path(choice: str, input: str = "folder") -> str:
     Raises:
         DatasetError: it lies outside the roots, or is no folder.
     """
-    wanted = choice.strip()
-    if not _is_possible(wanted):
+    if not _is_possible(choice):
         raise DatasetError(
             f"No folder can be called '{_shown(choice)}'.", "Choose one below ComfyUI's input folder.", input
         )
+    wanted = choice.strip()
     if not wanted:
         raise DatasetError(
             "No folder is chosen.", "Put a folder of pictures into ComfyUI's input folder and choose it.", input
@@ -162,12 +162,13 @@ def dataset_path(choice: str, input: str = "folder") -> str:
 
 
 def _is_possible(name: str) -> bool:
-    """Whether the file system can be asked for a name at all."""
-    return "\0" not in name and len(name) <= _LONGEST_PATH
+    """Whether the file system can be asked for a name at all; a prompt that no browser made may hold anything."""
+    return isinstance(name, str) and "\0" not in name and len(name) <= _LONGEST_PATH
 
 
 def _shown(name: str) -> str:
     """A name for an error, which may be anything."""
+    name = str(name)
     return name if name.isprintable() and len(name) <= 200 else ascii(name[:200])[1:-1]
 
 

@@ -17,7 +17,7 @@ def checked_inputs():
     """(node id, input) of all widgets whose values the host lets through unless they are checked."""
     for name, node in NODES.items():
         for given in node.define_schema().inputs:
-            if given.get_io_type() in ("FLOAT", "STRING"):
+            if given.get_io_type() in ("FLOAT", "STRING", "COMBO"):
                 yield name, given
 
 
@@ -33,7 +33,7 @@ ALL = [pytest.param(name, given, id=f"{name}-{given.id}") for name, given in che
 
 
 @pytest.mark.parametrize("name, given", ALL)
-def test_every_number_and_text_is_checked(name, given):
+def test_every_number_text_and_choice_is_checked(name, given):
     """The host hands over what the signature names."""
     node = NODES[name]
     assert given.id in inspect.getfullargspec(node.validate_inputs).args
@@ -41,8 +41,11 @@ def test_every_number_and_text_is_checked(name, given):
     ask = lambda value: node.validate_inputs(**{given.id: [value] if lists else value})  # noqa: E731
     title = node.define_schema().display_name
     if given.get_io_type() == "FLOAT":
-        wrong = [*WRONG.values(), math.nextafter(given.min, -math.inf), given.max * 2 + 1]
+        wrong = [*WRONG.values(), {"a": 1}, "1", True, math.nextafter(given.min, -math.inf), given.max * 2 + 1]
         assert ask(given.default) is True and ask(given.max) is True
+    elif given.get_io_type() == "COMBO":
+        wrong = ["no such choice", "a\0b", 5, {"a": 1}, ["auto"], "a" * 200_000]
+        assert given.default is None or ask(given.default) is True
     else:
         wrong = ["a\0b", "\x1b[31m", "\ud800", "a" * 200_000, 5, {"a": 1}]
         assert ask(given.default) is True

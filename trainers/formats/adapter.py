@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 # As the node offers them.
 FORMATS = ("kohya", "diffusers", "peft")
+# Characters; a layer's path has some hundred.
+_LONGEST_KEY = 1000
 
 
 class Adapter(dict):
@@ -90,6 +92,13 @@ def load_adapter(path: str) -> Adapter:
     tensors, metadata = files.read_tensors(path)
     if not tensors:
         raise ModelError(f"The file '{path}' holds no tensors.", "Choose another adapter.", "adapter_name")
+    longest = max(tensors, key=len)
+    if len(longest) > _LONGEST_KEY:
+        raise ModelError(
+            f"The file '{path}' is no adapter: it holds a name of {len(longest)} characters.",
+            "Choose another adapter.",
+            "adapter_name",
+        )
     for name, tensor in tensors.items():
         if not files.is_finite(tensor):
             raise ModelError(

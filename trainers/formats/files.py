@@ -33,29 +33,9 @@ _DTYPES = {
     "uint8": "U8",
     "bool": "BOOL",
 }
-# Bits of a number, by all dtypes of the format.
-_BITS = {
-    "BOOL": 8,
-    "F4": 4,
-    "F6_E2M3": 6,
-    "F6_E3M2": 6,
-    "U8": 8,
-    "I8": 8,
-    "F8_E5M2": 8,
-    "F8_E4M3": 8,
-    "F8_E8M0": 8,
-    "I16": 16,
-    "U16": 16,
-    "F16": 16,
-    "BF16": 16,
-    "I32": 32,
-    "U32": 32,
-    "F32": 32,
-    "C64": 64,
-    "F64": 64,
-    "I64": 64,
-    "U64": 64,
-}
+# Bytes of a number, by the format's name; what it has besides is of parts of bytes or of no use in an adapter.
+_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "BOOL": 1}
+_BYTES |= {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1}
 # Bytes of a file that are mapped at a time while it is read.
 _MAPPED_LIMIT = 64 * 1024 * 1024
 _HEADER_LIMIT = 64 * 1024 * 1024
@@ -307,11 +287,11 @@ def _span(name: str, row: Any) -> tuple[int, int]:
         raise ValueError(f"what its header says of {shown} is not whole") from error
     if not whole or not isinstance(dtype, str):
         raise ValueError(f"what its header says of {shown} is not whole")
-    if dtype not in _BITS:
+    if dtype not in _BYTES:
         raise ValueError(f"{shown} is of the unknown dtype {dtype[:20]}")
-    bits = _BITS[dtype] * math.prod(shape)
-    if bits != 8 * (stop - start):
-        raise ValueError(f"{shown} has {stop - start} bytes where its shape and dtype need {bits // 8}")
+    needed = _BYTES[dtype] * math.prod(shape)
+    if needed != stop - start:
+        raise ValueError(f"{shown} has {stop - start} bytes where its shape and dtype need {needed}")
     return start, stop
 
 

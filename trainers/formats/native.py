@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 from dataclasses import dataclass, field, replace
@@ -15,6 +14,9 @@ from . import files
 
 if TYPE_CHECKING:
     import torch
+
+# Of what scales a layer: far beyond what is of use, and within what float32 can multiply.
+_LARGEST = 1e9
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -226,7 +228,7 @@ def _checked(config: Any, path: str) -> dict[str, Any]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST
 
 
 def _strange(path: str, why: str) -> ModelError:

@@ -44,7 +44,7 @@ def parse_pairs(text: str, kind: Callable[[str], Value], low: Value, high: Value
             number = kind(value)
         except ValueError:
             number = None
-        if not equals or number is None or not low <= number <= high:
+        if not pattern or number is None or not low <= number <= high:
             raise SettingsError(
                 f"'{word[:80]}' in {input} is no pattern=value with a value between {low} and {high}.",
                 "Write one a line, such as middle_block=8.",
