@@ -2,11 +2,18 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from graft_pack.trainers import forward
 from graft_pack.trainers.autograd import OutOfPlace
+from graft_pack.trainers.data.scan import scan_folder
+from graft_pack.trainers.plan import Plan
+from graft_pack.trainers.prepare import prepare
+from PIL import Image
 
 from tests.support import models
+from tests.support.diffusers_host import TinyCodec
 
 pytestmark = pytest.mark.usefixtures("comfy")
 
@@ -58,6 +65,55 @@ def test_sdxl_gets_six_sizes_of_each_picture():
         numbers = [original[1], original[0], crop[1], crop[0], target[1], target[0]]
         expected = Timestep(256)(torch.tensor(numbers, dtype=torch.float32)).flatten()
         assert torch.allclose(calls[0][1]["y"][row, 1280:], expected)
+
+
+def test_sdxl_pictures_of_three_shapes_bring_their_own_sizes(tmp_path):
+    """From the files to the network's input: each row of each batch has the six numbers of its own picture."""
+    from comfy.ldm.modules.diffusionmodules.openaimodel import Timestep
+
+    sizes = {"wide": (128, 64), "tall": (64, 160), "square": (96, 96)}
+    for number, (name, size) in enumerate(sizes.items()):
+        pixels = np.random.RandomState(number).randint(0, 255, (size[1], size[0], 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text(name)
+    dataset = scan_folder(str(tmp_path), "", 64, 1)
+    with models.in_training(models.patcher("SDXL"), "SDXL", batch_size=2, resolution=64) as training:
+        host = replace(training.host, codec=TinyCodec(), text=Wide())
+        prepared = prepare(dataset, training.plan.recipe, host, str(tmp_path / "cache"), 10**9)
+        plan = Plan(training.plan.recipe, prepared.training, [], {}, dict)
+        with models.inputs_of(training.denoiser.module) as calls:
+            for step, (_, batch) in zip(range(6), plan.batches(0), strict=False):
+                shown = plan.shown(batch)
+                for part in forward.parts_of(shown, plan.recipe, step, 0, host):
+                    forward.losses_of(host, *part)
+    seen = {}
+    for _, given in calls:
+        for caption, numbers in zip(given["context"][:, 0, 0].tolist(), given["y"][:, 1280:], strict=True):
+            seen.setdefault(Wide.captions[round(caption)], []).append(numbers)
+    assert sorted(seen) == sorted(sizes)
+    # Height and width of the file; top and left of the crop (96 x 48 cut to 80 x 48, 38 x 96 to 32 x 96, 64 x 64 as it
+    # is); height and width of the crop.
+    expected = {"wide": (64, 128, 0, 8, 48, 80), "tall": (160, 64, 0, 3, 96, 32), "square": (96, 96, 0, 0, 64, 64)}
+    for name, rows in seen.items():
+        numbers = Timestep(256)(torch.tensor(expected[name], dtype=torch.float32)).flatten()
+        for row in rows:
+            assert torch.allclose(row, numbers), name
+
+
+class Wide:
+    """A text encoder as wide as the tiny SDXL's; a caption is told by its first number."""
+
+    captions = ["wide", "tall", "square"]
+
+    def encode(self, caption):
+        context = torch.full((1, 77, 48), float(self.captions.index(caption)))
+        return {"cross_attn": context, "pooled_output": torch.zeros(1, 1280)}
+
+    def count_tokens(self, caption):
+        return 1
+
+    def fingerprint(self):
+        return "wide"
 
 
 @pytest.mark.parametrize("name", models.FAMILIES)

@@ -2,9 +2,11 @@
 
 import math
 import re
+from contextlib import contextmanager
 
 import pytest
 import torch
+from graft_pack.trainers import autograd
 from graft_pack.trainers.check import check_gradient
 from graft_pack.trainers.errors import ModelError
 from graft_pack.trainers.families import FAMILIES, GENERAL, family_of
@@ -147,6 +149,71 @@ def test_a_model_without_description_says_so(caplog):
     caplog.clear()
     with models.in_training(models.patcher("SD1"), "SD1"):
         assert "no description" not in caplog.text
+
+
+# Those without convolutions between their blocks.
+TRANSFORMERS = [name for name in networks.CLASSES if not name.startswith(("SD1", "SD2", "SDXL", "Stable"))]
+
+
+@contextmanager
+def one_block(name, **fields):
+    """A checkpointed Training of a class, the last block of its network that has trainables, and their names."""
+    if name not in make_families.list_classes():
+        pytest.skip("this ComfyUI has no such class")
+    with models.in_training(make_families.load(name, torch.float32), name, True, **fields) as training:
+        paths = {id(part): path for path, part in training.denoiser.module.named_modules()}
+        for block in reversed(autograd.blocks_of(training.denoiser.module)):
+            names = [one for one in training.plan.trainables if one.startswith(f"{paths[id(block)]}.")]
+            if names:
+                break
+        yield training, block, names
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_the_self_check_finds_the_block_whose_gradient_is_wrong(name, trials):
+    """One block of the network that hands back four fifths of its gradient; and nothing where nothing is wrong."""
+    with one_block(name) as (training, block, names):
+        if trials(training.denoiser.family == GENERAL.name, True):
+            check_gradient(training.losses, training.plan.trainables)
+        forward = block.forward
+
+        def wrong(*args, **kwargs):
+            found = forward(*args, **kwargs)
+            for part in found if isinstance(found, (tuple, list)) else [found]:
+                if torch.is_tensor(part) and part.requires_grad:
+                    part.register_hook(lambda gradient: 0.8 * gradient)
+            return found
+
+        block.forward = wrong
+        with pytest.raises(ModelError, match=r"The gradient through this model is wrong: .*%.* in ") as raised:
+            check_gradient(training.losses, training.plan.trainables)
+        blocks = re.findall(r"% in (\w+(?:\.\w+)*)", str(raised.value))
+        assert len(blocks) == 3 or any(one.startswith(f"{block}.") for one in names for block in blocks)
+
+
+@pytest.mark.parametrize("name", ["FluxInpaint", "Chroma", "ChromaRadiance"])
+def test_the_self_check_finds_the_cure_missing_in_one_block(name):
+    """In the recomputation of each block in turn: wherever the gradient is then wrong, and nowhere else."""
+
+    class Uncured(autograd._Checkpointed):
+        def _run(self, *args, **kwargs):
+            return self.forward(*args, **kwargs)
+
+    with one_block(name, spread=0.02) as (training, *_):
+        exact = models.joined(training.gradients())
+        found = 0
+        for block in autograd.blocks_of(training.denoiser.module):
+            cured = block.forward
+            block.forward = Uncured(cured.forward)
+            off = models.distance(models.joined(training.gradients()), exact)
+            if off > 0.05:
+                found += 1
+                with pytest.raises(ModelError, match="is wrong"):
+                    check_gradient(training.losses, training.plan.trainables)
+            elif off == 0:
+                check_gradient(training.losses, training.plan.trainables)
+            block.forward = cured
+        assert found
 
 
 @pytest.mark.parametrize("name", networks.REFUSED)

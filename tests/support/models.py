@@ -12,8 +12,12 @@ from .networks import ARCHITECTURES, CLASSES, FAMILIES, SIZES
 __all__ = ["ARCHITECTURES", "CLASSES", "FAMILIES", "SIZES"]
 
 
-def patcher(name: str, dtype=None, seed: int = 0):
-    """A MODEL of a family with random weights of a size that makes every layer matter."""
+def patcher(name: str, dtype=None, seed: int = 0, keys: dict | None = None):
+    """A MODEL of a family with random weights of a size that makes every layer matter.
+
+    Args:
+        keys: what else its checkpoint holds, by which the host knows one model from another.
+    """
     import comfy.model_management
     import comfy.model_patcher
     import torch
@@ -22,7 +26,7 @@ def patcher(name: str, dtype=None, seed: int = 0):
     tiny = SIZES[name]
     config = tiny.build()
     config.set_inference_dtype(dtype, None)
-    model = config.get_model({}, "", device="cpu")
+    model = config.get_model(keys or {}, "", device="cpu")
     if tiny.shrink:
         tiny.shrink(model.diffusion_model)
     randomise(model.diffusion_model, seed)
