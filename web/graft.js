@@ -36,7 +36,7 @@ function addPanel(node) {
     setValue: () => {},
   });
   widget.serialize = false; // nor in the workflow
-  // Sample pictures are in the panel: the host's own preview would make the node longer for the same.
+  // Sample pictures are in the panel: the host's own preview of them would make the node longer (see panel.css too).
   node.onDrawBackground = () => {};
   node.setSize([Math.max(node.size[0], WIDTH), node.computeSize()[1]]);
   panels.set(node, panel);

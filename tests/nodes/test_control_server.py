@@ -215,6 +215,42 @@ def finished(server, tiny_base, dataset):
     return runs.find_run(server, "finished").name
 
 
+def told(server, graph):
+    """What the trainer of a graph told last: {event: message}, in order."""
+    workflow = f"workflow-{time.monotonic_ns()}"
+    queued = server.queue(graph, {"extra_pnginfo": {"workflow": {"id": workflow}}})
+    server.poll(lambda: server.get(f"/history/{queued}"), 120, "the prompt")
+    messages = [one for one in server.get("/graft/runs")["told"] if one["workflow"] == workflow]
+    assert {(one["node"], one["prompt_id"]) for one in messages} == {("3", queued)}
+    return {one["event"]: one for one in messages}
+
+
+def test_a_page_that_comes_later_is_told_what_happened(server, tiny_base, dataset, name):
+    previews = {"prompts": "a large red circle", "every": 2, "steps": 1}
+    messages = told(server, runs.graph_of(server, dataset, name, 2, previews, save_every=1))
+    assert [event for event in messages if event != "cache"] == ["begin", "run", "step", "sample", "saved", "done"]
+    (sample,) = messages["sample"]["samples"]
+    assert sample == {
+        "filename": "step-00000002-1.png",
+        "subfolder": f"graft/{messages['run']['name']}/samples",
+        "type": "output",
+    }
+    assert server.view(**sample)
+    # Returned as it was: of what was there before only the run is told, which has the rest.
+    again = told(server, runs.graph_of(server, dataset, name, 2, previews, save_every=2))
+    assert list(again) == ["begin", "run", "done"] and again["done"]["cached"]
+
+
+def test_an_error_is_told_with_its_cure(server, tiny_base, dataset, name):
+    graph = runs.graph_of(server, dataset, name, 2)
+    defaults = graphs.defaults_of(server.object_info("GraftObjectiveOptions")["GraftObjectiveOptions"])
+    graph["9"] = graphs.options("GraftObjectiveOptions", defaults, "50", min_timestep=900, max_timestep=100)
+    graph["3"]["inputs"]["options"] = ["9", 0]
+    failed = told(server, graph)["failed"]
+    assert failed["message"] == "min_timestep 900 is not below max_timestep 100." and failed["input"] == "min_timestep"
+    assert failed["cure"] and (failed["step"], failed["saved"]) == (0, 0)
+
+
 def test_only_this_servers_pages_and_programs_may_ask(server, finished):
     path = f"/graft/runs/{finished}/stop"
     for headers, status in [

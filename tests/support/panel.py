@@ -38,6 +38,7 @@ VALUES = {
 PLACES = {
     "steps": "Train",
     "seed": "Train",
+    "batch_size": "Train",
     "name": "Run",
     "save_every": "Run",
     "validation_fraction": "Run",
@@ -121,6 +122,13 @@ class PanelView:
             return images.every(image => image.naturalWidth > 0);""")
         return self.page.js("""
             return [...document.querySelectorAll('.graft-panel .graft-thumb')].map(thumb => thumb.textContent);""")
+
+    def height_of_node(self):
+        """Of the trainer, in the graph's own units."""
+        return self.page.js("""
+            const whole = document.querySelector('.lg-node:has(.graft-panel)');
+            if (whole) return whole.offsetHeight;
+            return app.graph.nodes.find(node => node.type === 'GraftTrainLoRA').size[1];""")
 
     def is_drawn(self):
         """Whether the chart holds the colour of its smoothed line."""

@@ -1,6 +1,7 @@
 """What the live panel costs the page, and whether all can use it: time, memory, and what axe finds."""
 
 import importlib.resources
+import math
 import time
 import uuid
 
@@ -13,38 +14,20 @@ pytestmark = [pytest.mark.browser, pytest.mark.server]
 POINTS = 5000
 PICTURES = 100
 LONGEST = 50  # milliseconds of the page's one thread
+TRIES = 5
 
-# Messages as they come, and what the browser says of tasks that took too long.
+# Messages as they come, and time for what they cause; the longest task, of which the browser tells those over 50 ms.
 FEED = """
-    const [where, points, pictures] = args;
-    const say = (event, fields) => api.dispatchCustomEvent('graft.progress', {...where, event, ...fields});
-    const rest = () => new Promise(resolve => setTimeout(resolve, 100));
-    const long = [];
-    const observer = new PerformanceObserver(list => long.push(...list.getEntries().map(entry => entry.duration)));
-    await rest();
+    const [where, messages] = args;
+    let longest = 0;
+    const observer = new PerformanceObserver(list => {
+        for (const entry of list.getEntries()) longest = Math.max(longest, entry.duration);
+    });
     observer.observe({entryTypes: ['longtask']});
-    say('begin', {});
-    say('run', {name: 'made-up', step: 0, steps: 2 * points});
-    const loss = step => 0.1 + Math.exp(-step / 500) + 0.05 * Math.sin(step * 12.9898) ;
-    let told = 0;
-    const tell = count => {
-        const losses = Array.from({length: count}, (_, place) => loss(told + place));
-        told += count;
-        say('step', {step: told, steps: 2 * points, epoch: 1, loss: losses.at(-1), losses, lr: 1e-4, seconds: 0.5,
-                     memory: [1e9, 8e9]});
-    };
-    tell(points);
-    await rest();
-    for (let number = 0; number < pictures; number += 1) {
-        const samples = [{filename: 'picture.png', subfolder: `${number % 4}`, type: 'output'}];
-        say('sample', {step: number * 10, samples});
-    }
-    for (let turn = 0; turn < 20; turn += 1) {
-        tell(1);
-        await rest();
-    }
+    for (const message of messages) api.dispatchCustomEvent('graft.progress', {...where, ...message});
+    await new Promise(resolve => setTimeout(resolve, 160));
     observer.disconnect();
-    return long;"""
+    return longest;"""
 
 # Messages of twenty minutes, ten a second, without waiting for what is drawn seldomer.
 CROWD = """
@@ -74,16 +57,58 @@ def panel(server, chromium, request):
     return panels.PanelView(page)
 
 
+def steps_until(step, count=1):
+    """A message of so many steps at once, the last of which is `step`."""
+    losses = [0.1 + math.exp(-one / 500) + 0.05 * math.sin(one * 12.9898) for one in range(step - count, step)]
+    rest = {"epoch": 1, "lr": 1e-4, "seconds": 0.5, "memory": [10**9, 8 * 10**9]}
+    return {"event": "step", "step": step, "steps": 2 * POINTS, "loss": losses[-1], "losses": losses, **rest}
+
+
+def sample_of(number):
+    picture = {"filename": "picture.png", "subfolder": str(number % 4), "type": "output"}
+    return {"event": "sample", "step": 10 * number, "samples": [picture]}
+
+
+class Thread:
+    """The page's one thread, in milliseconds."""
+
+    def __init__(self, page):
+        self.page = page
+        self.page.driver.execute_cdp_cmd("Performance.disable", {})
+        self.page.driver.execute_cdp_cmd("Performance.setTimeDomain", {"timeDomain": "threadTicks"})
+        self.page.driver.execute_cdp_cmd("Performance.enable", {})
+
+    def work(self):
+        metrics = self.page.driver.execute_cdp_cmd("Performance.getMetrics", {})["metrics"]
+        return 1000 * next(metric["value"] for metric in metrics if metric["name"] == "TaskDuration")
+
+    def longest(self, where, messages):
+        """What the longest task took at most while messages were shown.
+
+        The browser's own figure grows with what else the machine does. The thread's working time does not, but counts
+        all tasks. The longest one is below both.
+        """
+        began = self.work()
+        told = self.page.js(FEED, where, messages)
+        return min(told, self.work() - began)
+
+
 def test_five_thousand_points_and_a_hundred_pictures_keep_the_page_quick(panel):
-    found = []
-    for _ in range(4):
-        found.append(panel.page.js(FEED, panel.where(), POINTS, PICTURES))
+    thread, where = Thread(panel.page), panel.where()
+    begin = [{"event": "begin"}, {"event": "run", "name": "made-up", "step": 0, "steps": 2 * POINTS}]
+    turns = [[*begin, steps_until(POINTS, POINTS)]]
+    turns += [[sample_of(number) for number in range(first, first + 10)] for first in range(0, PICTURES, 10)]
+    turns += [[steps_until(POINTS + turn)] for turn in range(1, 21)]
+    tries = []
+    for _ in range(TRIES):
+        tries.append([thread.longest(where, messages) for messages in turns])
         assert len(panel.points()) == POINTS + 20
         assert panel.page.js("return document.querySelectorAll('.graft-thumb').length;") == PICTURES
-        # The machine may have been busy elsewhere; what the panel itself does it does each time.
-        if max(found[-1], default=0) < LONGEST:
+        # Each turn does the same in each try; what else the machine does only adds to it.
+        least = [min(costs) for costs in zip(*tries, strict=True)]
+        if max(least) < LONGEST:
             return
-    raise AssertionError(f"tasks of so many milliseconds, try by try: {found}")
+    raise AssertionError(f"milliseconds, turn by turn: {[round(one) for one in least]}")
 
 
 @pytest.mark.soak

@@ -1,0 +1,112 @@
+"""What training nodes tell the pages, and what is kept of it for pages that are opened later."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+
+
+@pytest.fixture
+def browser(comfy, monkeypatch):
+    from graft_pack.nodes.host import browser
+
+    monkeypatch.setattr(browser, "BOARD", browser.Board())
+    return browser
+
+
+@pytest.fixture
+def sent(browser, monkeypatch):
+    """What went to the pages, in order."""
+    messages = []
+    server = SimpleNamespace(send_sync=lambda event, message: messages.append((event, message)))
+    monkeypatch.setattr(browser, "prompt_server", lambda: server)
+    return messages
+
+
+def message(event, node="3", workflow="w", **fields):
+    return {"node": node, "workflow": workflow, "prompt_id": "p", "event": event, **fields}
+
+
+def test_the_last_message_of_each_kind_is_kept_in_order(browser, sent):
+    for event, fields in [
+        ("begin", {}),
+        ("run", {"name": "r"}),
+        ("step", {"step": 1}),
+        ("saved", {}),
+        ("step", {"step": 2}),
+    ]:
+        browser.tell(message(event, **fields))
+    kept = browser.BOARD.messages()
+    assert [one["event"] for one in kept] == ["begin", "run", "saved", "step"] and kept[-1]["step"] == 2
+    assert len(sent) == 5 and all(event == "graft.progress" for event, _ in sent)
+
+
+def test_what_begins_anew_forgets_its_own_and_nothing_else(browser):
+    for node, workflow in (("3", "w"), ("3", "other"), ("1:3", "w")):
+        for event in ("begin", "failed"):
+            browser.BOARD.note(message(event, node, workflow))
+    browser.BOARD.note(message("begin"))
+    kept = [(one["node"], one["workflow"], one["event"]) for one in browser.BOARD.messages()]
+    assert kept == [
+        ("3", "other", "begin"),
+        ("3", "other", "failed"),
+        ("1:3", "w", "begin"),
+        ("1:3", "w", "failed"),
+        ("3", "w", "begin"),
+    ]
+
+
+def test_no_more_is_kept_than_of_so_many_nodes(browser):
+    for node in range(500):
+        browser.BOARD.note(message("begin", str(node)))
+    nodes = [one["node"] for one in browser.BOARD.messages()]
+    assert nodes == [str(node) for node in range(500 - browser._MOST_NODES, 500)]
+
+
+def test_numbers_that_json_has_not_become_none(browser, sent):
+    browser.tell(message("step", loss=math.nan, losses=[1.0, math.inf]))
+    assert sent[0][1]["loss"] is None and sent[0][1]["losses"] == [1.0, None]
+
+
+@pytest.mark.parametrize(
+    "extra, found",
+    [
+        ({"extra_pnginfo": {"workflow": {"id": "an id"}}}, "an id"),
+        ({"extra_pnginfo": {"workflow": {}}}, ""),
+        ({"extra_pnginfo": {"workflow": {"id": 5}}}, ""),
+        ({"extra_pnginfo": {"workflow": {"id": "x" * 1000}}}, ""),
+        ({"extra_pnginfo": {"workflow": ["id"]}}, ""),
+        ({"extra_pnginfo": None}, ""),
+        ({}, ""),
+    ],
+)
+def test_the_workflow_of_a_prompt(browser, monkeypatch, extra, found):
+    running = {0: (0, "another", {}, {"extra_pnginfo": {"workflow": {"id": "no"}}}, []), 1: (1, "p", {}, extra, [])}
+    server = SimpleNamespace(prompt_queue=SimpleNamespace(currently_running=running))
+    monkeypatch.setattr(browser, "prompt_server", lambda: server)
+    assert browser.workflow_of("p") == found
+    assert browser.workflow_of("nobody's") == ""
+
+
+def test_a_host_without_a_server_is_told_nothing(browser, monkeypatch):
+    monkeypatch.setattr(browser, "prompt_server", lambda: None)
+    browser.tell(message("begin"))
+    assert browser.workflow_of("p") == ""
+
+
+def test_steps_that_come_fast_are_told_together_and_none_is_lost(comfy, monkeypatch):
+    from graft_pack.nodes.host import control, progress
+
+    told = []
+    clock = iter(x * 0.03 for x in range(1000))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    training = control.Training("3", "p")
+    monkeypatch.setattr(training, "tell", lambda event, payload: told.append((event, payload)))
+    report = progress.Progress(training, 40)
+    for step in range(1, 41):
+        report("step", {"event": "step", "step": step, "steps": 40, "loss": float(step), "lr": 1.0, "seconds": 0.03})
+    assert 5 <= len(told) <= 25
+    assert [loss for _, payload in told for loss in payload["losses"]] == [float(step) for step in range(1, 41)]
+    assert told[-1][1]["step"] == 40
+    used, there_is = told[-1][1]["memory"]
+    assert 0 < used < there_is
