@@ -163,3 +163,23 @@ def test_another_caption_changes_only_its_own_row(name):
         assert (moved > 1e-3) == (row == changed), (row, moved)
         assert (turned > 1e-3) == (row == changed), (row, turned)
         assert row == changed or max(moved, turned) <= 1e-5
+
+
+def test_what_was_in_memory_before_names_no_run(tiny_base):
+    """A checkpoint of SD1 has no text_projection for CLIP: the host leaves in it whatever was there."""
+    import comfy.sd
+    from graft_pack.nodes.host.text import ComfyText
+
+    clip = comfy.sd.load_checkpoint_guess_config(str(tiny_base), output_vae=False, output_clip=True)[1]
+    text = ComfyText(clip)
+    before = text.fingerprint(), text.encode("a toy")
+    weights = clip.cond_stage_model.clip_l.transformer
+    with torch.no_grad():
+        weights.text_projection.weight.fill_(float("nan"))
+    found = text.encode("a toy")
+    assert text.fingerprint() == before[0]
+    assert torch.equal(found["cross_attn"], before[1]["cross_attn"])
+    assert all(tensor.isfinite().all() for tensor in found.values())
+    with torch.no_grad():
+        weights.text_model.final_layer_norm.weight.add_(1.0)
+    assert text.fingerprint() != before[0]
