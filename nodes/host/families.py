@@ -31,6 +31,9 @@ _FAMILIES = {
     "Anima": "Anima",
 }
 
+# Of the node packs that load them (ComfyUI-GGUF, ComfyUI-nunchaku), in their classes' or modules' names.
+_FORMATS = {"ggml": "GGUF", "gguf": "GGUF", "nunchaku": "Nunchaku", "svdq": "Nunchaku"}
+
 # By the name of the class that defines what is noised, fed and made of the output; LCM's network predicts the noise.
 _OBJECTIVE = ("noise_scaling", "calculate_input", "calculate_denoised")
 _PARAMETERISATIONS = {
@@ -84,6 +87,13 @@ def few_steps(model: ModelPatcher) -> str:
     if model.model.model_config.unet_config.get("meanflow"):
         return "a mean-flow model"
     return ""
+
+
+def hidden_format(model: ModelPatcher) -> str:
+    """Name of a format whose loader keeps the weights in a form of its own, by the names of its classes; else empty."""
+    parts = {type(model), *(type(part) for part in model.model.diffusion_model.modules())}
+    names = " ".join(f"{kind.__module__}.{kind.__qualname__}" for part in parts for kind in part.__mro__).lower()
+    return next((name for word, name in _FORMATS.items() if word in names), "")
 
 
 def geometry(model: ModelPatcher, factor: int, resolution: int) -> Geometry:

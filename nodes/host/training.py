@@ -161,6 +161,13 @@ def check_sockets(model, clip, vae) -> None:
             )
     if not hasattr(model, "get_model_object") or not hasattr(model.model, "diffusion_model"):
         raise ModelError(f"A {type(model).__name__} is no model that can be trained.", "Load the original.", "model")
+    hidden = families.hidden_format(model)
+    if hidden:
+        raise ModelError(
+            f"The model is loaded in the format {hidden}, whose weights no training goes through yet.",
+            "Load the original with ComfyUI's own loader; fp8 is fine.",
+            "model",
+        )
 
 
 def geometries(dataset: Dataset, model: ModelPatcher | None, vae: VAE | None) -> dict[int, Geometry]:

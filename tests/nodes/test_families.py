@@ -216,6 +216,55 @@ def test_the_self_check_finds_the_cure_missing_in_one_block(name):
         assert found
 
 
+@pytest.mark.parametrize("word, said", [("GGMLOps", "GGUF"), ("NunchakuFluxTransformer", "Nunchaku")])
+def test_formats_that_hide_their_weights_are_refused_by_name(word, said):
+    from graft_pack.nodes.host.training import check_sockets
+
+    model = models.patcher("SD1")
+    check_sockets(model, object(), object())
+    model.model.diffusion_model.out.append(type(word, (torch.nn.Identity,), {})())
+    with pytest.raises(ModelError, match=f"format {said}.*Load the original"):
+        check_sockets(model, object(), object())
+
+
+def quantised(name, scaled):
+    """(MODEL of fp8 weights, MODEL of the same numbers in float32), as the host loads such files."""
+    config = networks.SIZES[name].build()
+    config.set_inference_dtype(torch.float8_e4m3fn, torch.float32)
+    if scaled:
+        if not hasattr(config, "scaled_fp8"):
+            pytest.skip("this ComfyUI reads scaled fp8 otherwise")
+        config.scaled_fp8 = torch.float8_e4m3fn
+    low = models.patched(config.get_model({}, "", device="cpu"))
+    plain = models.patcher(name)
+    wide = dict(plain.model.diffusion_model.named_parameters())
+    with torch.no_grad():
+        for path, part in low.model.diffusion_model.named_modules():
+            scale = getattr(part, "scale_weight", None)
+            if scale is not None:
+                scale.copy_(torch.tensor(0.37))
+            for key, value in part.named_parameters(prefix=path, recurse=False):
+                if key in wide:
+                    factor = 0.37 if scale is not None and key.endswith(".weight") else 1.0
+                    value.copy_((wide[key] / factor).to(value.dtype))
+                    wide[key].copy_(value.float() * factor)
+    return low, plain
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["fp8", "scaled fp8"])
+@pytest.mark.parametrize("name", ["SD1", "Flux"])
+def test_an_adapter_on_fp8_weights_is_trained_as_on_the_same_numbers_in_fp32(name, scaled):
+    found = []
+    for model in quantised(name, scaled):
+        with models.in_training(model, name, spread=0.1) as training:
+            found.append((training.losses().detach(), models.joined(training.gradients())))
+        dtypes = {value.dtype for value in training.plan.trainables.values()}
+        assert dtypes == {torch.float32}
+    (low, low_gradients), (plain, gradients) = found
+    assert torch.allclose(low, plain, rtol=1e-5)
+    assert models.distance(low_gradients, gradients) <= 1e-5
+
+
 @pytest.mark.parametrize("name", networks.REFUSED)
 def test_what_cannot_be_trained_is_refused(name):
     """Before the first step: when it is loaded, or by the self-check, which runs on what is not described."""

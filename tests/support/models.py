@@ -18,8 +18,6 @@ def patcher(name: str, dtype=None, seed: int = 0, keys: dict | None = None):
     Args:
         keys: what else its checkpoint holds, by which the host knows one model from another.
     """
-    import comfy.model_management
-    import comfy.model_patcher
     import torch
 
     dtype = dtype or torch.float32
@@ -30,6 +28,15 @@ def patcher(name: str, dtype=None, seed: int = 0, keys: dict | None = None):
     if tiny.shrink:
         tiny.shrink(model.diffusion_model)
     randomise(model.diffusion_model, seed)
+    return patched(model)
+
+
+def patched(model):
+    """The host's model as a MODEL."""
+    import comfy.model_management
+    import comfy.model_patcher
+    import torch
+
     device = comfy.model_management.get_torch_device()
     return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=torch.device("cpu"))
 

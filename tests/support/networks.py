@@ -642,5 +642,9 @@ SIZES = {
     **ARCHITECTURES,
     "SD2": CLASSES["SD20"],
     "SDXL with text": Tiny(_of("SDXL", **_sdxl(24)), (4, 8, 8), (77, 48), 24),
+    # With the width of the feed-forward parts that diffusers' Flux has.
+    "Flux as in diffusers": Tiny(
+        _by_params("Flux", _FLUX_PARAMS, **{**_FLUX, "mlp_ratio": 4.0}), (16, 8, 8), (7, 48), 32
+    ),
     "SD1 middling": Tiny(_of("SD15", **_SD1_MIDDLING), (4, 32, 32), (77, 512)),
 }
