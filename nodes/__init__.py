@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension
 
-from . import adapter, dataset, dreambooth, embedding, options, tools, train
+from . import adapter, compare, dataset, dreambooth, embedding, options, tools, train
 from .host import paths, routes
 
 NODES = [
@@ -13,6 +13,7 @@ NODES = [
     *dreambooth.NODES,
     *adapter.NODES,
     *tools.NODES,
+    *compare.NODES,
     *embedding.NODES,
     *options.NODES,
 ]

@@ -46,6 +46,11 @@ class Geometry:
     resolution: int
     step: int
 
+    @property
+    def side(self) -> int:
+        """Of the square that is drawn at this resolution, pixels."""
+        return max(self.step, self.resolution // self.step * self.step)
+
 
 @dataclass(frozen=True)
 class PreviewRequest:

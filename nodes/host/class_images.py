@@ -86,16 +86,16 @@ def make(model: ModelPatcher, clip: CLIP, vae: VAE, wish: Wish, node: str) -> Ma
     check_sockets(model, clip, vae)
     family = family_of(families.family_name(model))
     geometry = families.geometry(model, int(vae.spacial_compression_encode()), wish.resolution)
-    side = max(geometry.step, geometry.resolution // geometry.step * geometry.step)
+    cfg, sampler_name, scheduler = families.drawing(family, wish.cfg, wish.sampler_name, wish.scheduler)
     drawing = Drawing(
         prompt=checked_prompt(wish.prompt, "class_prompt"),
         negative=wish.negative,
         base=base_digest(patcher_digest(model), ComfyText(clip).fingerprint(), ComfyCodec(vae).fingerprint()),
-        size=(side, side),
+        size=(geometry.side, geometry.side),
         steps=wish.steps,
-        cfg=wish.cfg or family.preview_cfg,
-        sampler_name="euler" if wish.sampler_name == "auto" else wish.sampler_name,
-        scheduler=family.preview_scheduler if wish.scheduler == "auto" else wish.scheduler,
+        cfg=cfg,
+        sampler_name=sampler_name,
+        scheduler=scheduler,
         seed=wish.seed,
     )
     images = ClassImages(paths.class_images_folder(), drawing)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ...trainers.families import family_of
+from ...trainers.families import Family, family_of
 from ...trainers.protocols import Geometry
 
 if TYPE_CHECKING:
@@ -115,3 +115,12 @@ def latent_step(model: ModelPatcher) -> int:
     if isinstance(patch, (tuple, list)):
         patch = patch[-1]
     return int(patch)
+
+
+def drawing(family: Family, cfg: float, sampler_name: str, scheduler: str) -> tuple[float, str, str]:
+    """(cfg, sampler, scheduler) of a node that draws, unset ones (0, "auto") as the family is drawn with."""
+    return (
+        cfg or family.preview_cfg,
+        "euler" if sampler_name == "auto" else sampler_name,
+        family.preview_scheduler if scheduler == "auto" else scheduler,
+    )

@@ -60,6 +60,16 @@ class _Sampler:
         self._text = text
         self._vae = vae
 
+    def _latents(self, request: PreviewRequest) -> list[torch.Tensor]:
+        """Latents [1, C, ...] of each of the request's prompts; picture i has the seed + i."""
+        negative = self._text.prompt(request.negative)
+        # All texts first, so that the text encoder need not make room in between.
+        positives = [self._text.prompt(prompt) for prompt in request.prompts]
+        return [
+            self._sample(positive, negative, request, [(request.seed + index) % 2**64])
+            for index, positive in enumerate(positives)
+        ]
+
     def _sample(self, positive: list, negative: list, request: PreviewRequest, seeds: Sequence[int]) -> torch.Tensor:
         """Latents [len(seeds), C, ...] of one prompt, the noise of each by its own seed alone."""
         factor = int(self._vae.spacial_compression_encode())
@@ -102,6 +112,15 @@ class ClassSampler(_Sampler):
             return [_picture(self._vae.decode(latent)) for latent in latents.split(1)]
 
 
+class PromptSampler(_Sampler):
+    """Draws with one of the graph's models, whatever waits on it."""
+
+    def draw(self, request: PreviewRequest) -> list[Image.Image]:
+        """One picture for each prompt."""
+        with torch.no_grad():
+            return [_picture(self._vae.decode(latent)) for latent in self._latents(request)]
+
+
 class PreviewSampler(_Sampler):
     """Draws with the private tree itself, so that no second copy of the weights is patched for it."""
 
@@ -116,13 +135,8 @@ class PreviewSampler(_Sampler):
     def draw(self, request: PreviewRequest) -> list[Image.Image]:
         """One picture for each prompt."""
         with torch.no_grad():
-            negative = self._text.prompt(request.negative)
-            positives = [self._text.prompt(prompt) for prompt in request.prompts]
             try:
-                latents = [
-                    self._sample(positive, negative, request, [request.seed + index])
-                    for index, positive in enumerate(positives)
-                ]
+                latents = self._latents(request)
             finally:
                 self._forget()
             return [_picture(self._vae.decode(latent)) for latent in latents]

@@ -47,7 +47,7 @@ def contact_sheet(findings: Findings) -> np.ndarray:
     head = (max(len(left[1]), len(right[1])) + 3) * _LINE + 16
     sheet = Image.new("RGB", (columns * _CELL, head + rows * (_CELL + _TEXT)), _GREY)
     draw = ImageDraw.Draw(sheet)
-    draw.font = _font()
+    draw.font = letters()
     half = sheet.width // 2
     _draw_bars(draw, *left, 8, half - 16)
     _draw_bars(draw, *right, half + 8, half - 16)
@@ -70,14 +70,18 @@ def chosen(findings: Findings) -> list[Finding]:
     return flagged + [rest[place * len(rest) // wanted] for place in range(min(wanted, len(rest)))]
 
 
-@functools.lru_cache(maxsize=1)
-def _font() -> ImageFont.ImageFont:
-    """DejaVu, which comes with matplotlib and has letters for most alphabets; Pillow's own where it is missing."""
+@functools.lru_cache(maxsize=4)
+def letters(size: int = _LETTERS) -> ImageFont.ImageFont:
+    """DejaVu, which comes with matplotlib and has letters for most alphabets; Pillow's own where it is missing.
+
+    Args:
+        size: in pixels.
+    """
     import matplotlib
     from PIL import ImageFont
 
     try:
-        return ImageFont.truetype(os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), _LETTERS)
+        return ImageFont.truetype(os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
     except (OSError, ImportError):
         return ImageFont.load_default()
 

@@ -1,0 +1,98 @@
+"""The node that draws the same prompts with several adapters."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io, ui
+
+from . import inputs
+from .host.sampling import SAMPLERS, SCHEDULERS
+from .schema import CATEGORY, Adapter, named
+
+
+class GraftCompare(io.ComfyNode):
+    """A grid of pictures: prompts by adapters, saves of a run, and strengths."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="GraftCompare",
+            display_name="Graft Compare",
+            category=f"{CATEGORY}/adapter",
+            description="Draws the same prompts with several adapters, with the saves of a run, and at several "
+            "strengths, as one labelled picture. All pictures of a row start from the same noise.",
+            inputs=[
+                *inputs.base("The model, without the adapters that are to be compared."),
+                io.String.Input("prompts", default="", multiline=True, tooltip="One a line: a row of pictures each."),
+                io.String.Input(
+                    "strengths",
+                    default="0, 1",
+                    tooltip="Numbers with commas between them. 0 is the model as it came, drawn once.",
+                ),
+                io.String.Input(
+                    "files",
+                    default="",
+                    multiline=True,
+                    tooltip="LoRA files as Graft Load Adapter lists them, one a line; * stands for anything: "
+                    "my_run-1a2b3c4d/* are the saves of a run.",
+                ),
+                io.String.Input("negative_prompt", default="", multiline=True, tooltip="What not to draw."),
+                io.Int.Input("steps", default=20, min=1, max=1000, tooltip="Sampling steps."),
+                io.Float.Input(
+                    "cfg", default=0.0, min=0.0, max=100.0, step=0.1, tooltip="Guidance. 0: the family's own."
+                ),
+                io.Combo.Input("sampler_name", options=["auto", *SAMPLERS], default="auto", tooltip="auto: euler."),
+                io.Combo.Input(
+                    "scheduler", options=["auto", *SCHEDULERS], default="auto", tooltip="auto: the family's own."
+                ),
+                inputs.resolution("Side in pixels. 0: what the model was made for."),
+                inputs.seed("Noise of the first row; the others count up from it."),
+                Adapter.Input("adapter", optional=True, tooltip="From a training or loading node."),
+                Adapter.Input("adapter_b", optional=True, tooltip="Another, beside the first."),
+            ],
+            outputs=[
+                io.Image.Output("image", display_name="image"),
+                io.Image.Output("pictures", display_name="pictures"),
+            ],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, files="", **_) -> list | float:
+        """Changes with the files that are meant: a run may have made more of them."""
+        from .host.compare import states_of
+
+        # What comes over a wire is not known yet.
+        return states_of(files) if isinstance(files, str) else float("nan")
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        clip,
+        vae,
+        prompts,
+        strengths,
+        files,
+        negative_prompt,
+        steps,
+        cfg,
+        sampler_name,
+        scheduler,
+        resolution,
+        seed,
+        adapter=None,
+        adapter_b=None,
+    ) -> io.NodeOutput:
+        from .host.compare import Wish, compare
+
+        with named(cls):
+            wish = Wish(
+                prompts, strengths, files, negative_prompt, steps, cfg, sampler_name, scheduler, resolution, seed
+            )
+            adapters = {"adapter": adapter, "adapter b": adapter_b}
+            image, pictures = compare(model, clip, vae, wish, adapters, cls.hidden.unique_id)
+            return io.NodeOutput(image, pictures, ui=ui.PreviewImage(image, cls=cls))
+
+
+NODES = [GraftCompare]
