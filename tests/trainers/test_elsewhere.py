@@ -418,3 +418,20 @@ def test_a_header_may_not_be_read_beyond_the_file(tmp_path):
     path.write_bytes(struct.pack("<Q", 60 * 1024 * 1024) + b"{}")
     with pytest.raises(RunError, match="ends after 2 of"):
         files.read_header(str(path))
+
+
+BLOCKS = st.lists(st.tuples(st.text(alphabet="ab", max_size=2), st.integers(0, 30)), max_size=80)
+
+
+@given(BLOCKS)
+@example([(f"l{number}", 0) for number in range(3000)])
+@example([("l", number) for number in range(3000)])
+def test_an_adapter_of_any_layers_has_a_picture_of_some_rows(blocks):
+    from graft_pack.trainers.tools.picture import joined
+
+    rows = [(f"{kind}.{number}", 1.0) for kind, number in blocks]
+    found = joined(rows, 36)
+    assert len(found) <= 36
+    assert sum(value**2 for _, value in found) == pytest.approx(len(rows))
+    if len(rows) <= 36:
+        assert [value for _, value in found] == [1.0] * len(rows)
