@@ -88,7 +88,7 @@ def write_diffusers(path: str, native: Native, metadata: dict[str, str]) -> None
     if not native.published:
         raise ModelError(
             "This model's layers have other names, or are cut otherwise, in diffusers.",
-            "Save it as 'kohya', which diffusers reads for this family, or as 'peft'.",
+            "Save it as 'kohya', which diffusers reads for Flux, or as 'peft'.",
             "format",
         )
     tensors, described = {}, {}
