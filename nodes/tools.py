@@ -7,7 +7,7 @@ from comfy_api.latest import io, ui
 from ..trainers.tools import extract, merge
 from . import inputs
 from .checks import checked
-from .schema import CATEGORY, Adapter, execution_id, named
+from .schema import CATEGORY, Adapter, LossMap, execution_id, named
 
 _CATEGORY = f"{CATEGORY}/adapter"
 _TOP_WEIGHT = 100.0
@@ -201,4 +201,45 @@ class GraftInspectAdapter(io.ComfyNode):
             return io.NodeOutput(image, report, ui={**ui.PreviewImage(image, cls=cls).as_dict(), "text": (report,)})
 
 
-NODES = [GraftMergeAdapters, GraftResizeAdapter, GraftExtractAdapter, GraftInspectAdapter]
+class GraftPlotLoss(io.ComfyNode):
+    """The loss of a run as a picture."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="GraftPlotLoss",
+            display_name="Graft Plot Loss",
+            category=_CATEGORY,
+            description="Draws the loss of each step, and smoothed; of another run beside it, to compare two settings.",
+            inputs=[
+                LossMap.Input("loss", tooltip="From a training node."),
+                io.Float.Input(
+                    "smoothing",
+                    default=0.96,
+                    min=0.0,
+                    max=0.999,
+                    step=0.001,
+                    tooltip="How much earlier steps count in the thick line: 0.96 is about the last 25. 0: none.",
+                ),
+                io.Boolean.Input("log_scale", default=False, tooltip="Equal factors of loss look equally high."),
+                LossMap.Input("loss_b", optional=True, tooltip="Of another run."),
+            ],
+            outputs=[io.Image.Output("image", display_name="image")],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, loss, smoothing, log_scale, loss_b=None) -> io.NodeOutput:
+        import torch
+
+        from ..trainers.tools import curve
+
+        with named(cls):
+            given = {"loss": loss, "loss_b": loss_b}
+            losses = {name: one["loss"] for name, one in given.items() if one is not None}
+            image = torch.from_numpy(curve.plot(losses, smoothing, log_scale))[None]
+            return io.NodeOutput(image, ui=ui.PreviewImage(image, cls=cls))
+
+
+NODES = [GraftMergeAdapters, GraftResizeAdapter, GraftExtractAdapter, GraftInspectAdapter, GraftPlotLoss]

@@ -118,6 +118,18 @@ def test_what_cannot_be_drawn_is_refused_with_input_and_cure(server, run, fields
     assert said in str(caught.value) and "Graft Compare (node 2)" in str(caught.value)
 
 
+@pytest.mark.server
+def test_the_loss_of_a_run_is_drawn(server, run):
+    graph = runs.graph_of(server, "compare", "compare", 6, save_every=3, keep_last=5)
+    graph["3"]["inputs"]["learning_rate"] = 2e-2
+    graph["7"] = graphs.node("GraftPlotLoss", loss=["3", 3], loss_b=["3", 3], smoothing=0.5, log_scale=True)
+    graph["8"] = graphs.node("SaveImage", images=["7", 0], filename_prefix="loss")
+    entry = server.run(graph)
+    (picture,) = opened(server, entry, "8")
+    assert picture.shape == (500, 900, 3) and picture.std() > 5
+    assert entry["outputs"]["7"]["images"], "the node shows it"
+
+
 def test_columns_have_names_that_tell_them_apart(compare, monkeypatch):
     names = ["a-00000001/step-00000003.safetensors", "b/step-00000003.safetensors", "other.safetensors"]
     monkeypatch.setattr(compare.paths, "adapter_choices", lambda: names)

@@ -24,7 +24,7 @@ from .server import ComfyServer
 # [(theme, whether in the new renderer)], from left to right.
 LOOKS = [("dark", False), ("light", True)]
 WINDOW = (1500, 1400)
-SCALE = 1.5
+SCALE = 1.25
 STEPS = 120
 SEEN = 0.7  # share of the steps that are done when the picture is taken
 

@@ -7,52 +7,45 @@ import math
 import re
 from typing import TYPE_CHECKING
 
+from . import figure
 from .inspect import Findings, block_norms, headline
 
 if TYPE_CHECKING:
     import numpy as np
 
 _WIDTH = 4.8
-_DPI = 100
 _ROW = 0.17
 _HEAD = 0.75
 _MOST = 36
-_LETTERS = 8
-_BACK, _INK, _FAINT = "#28282c", "#ebebeb", "#96969b"
-_MODEL, _TEXT = "#6096d6", "#f0b040"
 
 
 def picture(findings: Findings) -> np.ndarray:
     """[H, W, 3] float32 in 0..1: a bar for each block, its norm beside it; of text encoders in another colour."""
-    import numpy as np
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     rows = joined(block_norms(findings), _MOST)
-    figure = Figure(figsize=(_WIDTH, _HEAD + _ROW * max(4, len(rows))), dpi=_DPI, facecolor=_BACK)
-    canvas = FigureCanvasAgg(figure)
-    height = figure.get_figheight()
-    axes = figure.add_axes((0.34, 0.12 / height, 0.53, 1 - (_HEAD + 0.05) / height), facecolor=_BACK)
-    figure.text(0.03, 1 - 0.24 / height, headline(findings), color=_INK, fontsize=_LETTERS + 2)
-    figure.text(0.03, 1 - 0.47 / height, "norm of what is added to each block", color=_FAINT, fontsize=_LETTERS)
+    made = figure.blank(_WIDTH, _HEAD + _ROW * max(4, len(rows)))
+    height = made.get_figheight()
+    axes = made.add_axes((0.34, 0.12 / height, 0.53, 1 - (_HEAD + 0.05) / height), facecolor=figure.BACK)
+    made.text(0.03, 1 - 0.24 / height, headline(findings), color=figure.INK, fontsize=figure.LETTERS + 2)
+    made.text(
+        0.03, 1 - 0.47 / height, "norm of what is added to each block", color=figure.FAINT, fontsize=figure.LETTERS
+    )
     finite = [value if math.isfinite(value) else 0.0 for _, value in rows]
-    colours = [_TEXT if _is_text(block) else _MODEL for block, _ in rows]
+    colours = [figure.SECOND if _is_text(block) else figure.FIRST for block, _ in rows]
     axes.barh(range(len(rows)), finite, color=colours, height=0.72)
-    axes.set_yticks(range(len(rows)), [block for block, _ in rows], fontsize=_LETTERS, color=_INK)
+    axes.set_yticks(range(len(rows)), [block for block, _ in rows], fontsize=figure.LETTERS, color=figure.INK)
     axes.set_ylim(max(4, len(rows)) - 0.4, -0.6)
     top = max(finite, default=0.0) or 1.0
     axes.set_xlim(0, top)
     for place, (_, value) in enumerate(rows):
         length = value if math.isfinite(value) else 0.0
-        axes.text(length + top * 0.02, place, _number(value), va="center", fontsize=_LETTERS, color=_FAINT)
+        axes.text(length + top * 0.02, place, _number(value), va="center", fontsize=figure.LETTERS, color=figure.FAINT)
     axes.set_xticks([])
     axes.tick_params(length=0)
     for side in axes.spines.values():
         side.set_visible(False)
     if not rows:
-        axes.text(0, 1, "nothing that could be measured", fontsize=_LETTERS, color=_FAINT)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba(), dtype=np.float32)[..., :3] / 255.0
+        axes.text(0, 1, "nothing that could be measured", fontsize=figure.LETTERS, color=figure.FAINT)
+    return figure.as_array(made)
 
 
 def _number(value: float) -> str:
