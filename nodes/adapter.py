@@ -5,9 +5,10 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..trainers.formats.adapter import FORMATS, save_adapter
-from ..trainers.methods.patterns import parse_pairs
+from ..trainers.methods.patterns import Pairs, parse_pairs
+from .checks import checked
 from .host import paths
-from .schema import CATEGORY, Adapter, advanced, named, refusal
+from .schema import CATEGORY, Adapter, advanced, named
 
 _CATEGORY = f"{CATEGORY}/adapter"
 _TOP_STRENGTH = 100.0
@@ -15,6 +16,10 @@ _TOP_STRENGTH = 100.0
 
 def _percent(name: str, default: float, tooltip: str) -> io.Float.Input:
     return io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.001, optional=True, tooltip=tooltip)
+
+
+def _block_strengths(text: str) -> Pairs:
+    return parse_pairs(text, float, -_TOP_STRENGTH, _TOP_STRENGTH, "block_strengths")
 
 
 class GraftApplyAdapter(io.ComfyNode):
@@ -67,6 +72,14 @@ class GraftApplyAdapter(io.ComfyNode):
             hidden=[io.Hidden.unique_id],
         )
 
+    validate_inputs = checked(
+        strength_model=None,
+        strength_clip=None,
+        block_strengths=_block_strengths,
+        start_percent=None,
+        end_percent=None,
+    )
+
     @classmethod
     def execute(
         cls,
@@ -81,8 +94,9 @@ class GraftApplyAdapter(io.ComfyNode):
     ) -> io.NodeOutput:
         from .host.adapters import apply_adapter
 
-        with named(cls):
-            blocks = parse_pairs(block_strengths, float, -_TOP_STRENGTH, _TOP_STRENGTH, "block_strengths")
+        strengths = {"strength_model": strength_model, "strength_clip": strength_clip}
+        with named(cls, model=model, adapter=adapter, clip=clip, **strengths):
+            blocks = _block_strengths(block_strengths)
             span = (start_percent, end_percent)
             return io.NodeOutput(*apply_adapter(model, clip, adapter, strength_model, strength_clip, blocks, span))
 
@@ -104,9 +118,7 @@ class GraftLoadAdapter(io.ComfyNode):
             hidden=[io.Hidden.unique_id],
         )
 
-    @classmethod
-    def validate_inputs(cls, adapter_name) -> bool | str:
-        return refusal(cls, "adapter_name", adapter_name, paths.adapter_path)
+    validate_inputs = checked(adapter_name=paths.adapter_path)
 
     @classmethod
     def fingerprint_inputs(cls, adapter_name) -> str | float:
@@ -144,9 +156,11 @@ class GraftSaveAdapter(io.ComfyNode):
             is_output_node=True,
         )
 
+    validate_inputs = checked(filename_prefix=paths.check_prefix, format=None)
+
     @classmethod
     def execute(cls, adapter, filename_prefix, format) -> io.NodeOutput:
-        with named(cls):
+        with named(cls, adapter=adapter):
             path = paths.new_adapter_path(filename_prefix, format)
             save_adapter(path, adapter, paths.title_of(path), format)
             return io.NodeOutput(path, ui={"text": (path,)})

@@ -5,9 +5,11 @@ from __future__ import annotations
 from comfy_api.latest import io, ui
 
 from ..trainers.data import examples, scan
+from ..trainers.errors import DatasetError
 from . import inputs
+from .checks import checked
 from .host import paths
-from .schema import CATEGORY, Dataset, advanced, named, refusal
+from .schema import CATEGORY, Dataset, advanced, named
 
 _CATEGORY = f"{CATEGORY}/dataset"
 
@@ -126,6 +128,20 @@ def _varying() -> list:
     ]
 
 
+# What is checked of those inputs before anything runs.
+_VARYING = {
+    "tag_dropout": None,
+    "caption_dropout": None,
+    "more_resolutions": examples.read_resolutions,
+    "mask_minimum": None,
+}
+
+
+def _mask_folder(choice: str) -> str:
+    """The absolute path of a folder of masks, empty where none was chosen. Raises DatasetError as `dataset_path`."""
+    return paths.dataset_path(choice, "mask_folder") if not isinstance(choice, str) or choice.strip() else ""
+
+
 def _handling(
     shuffle_tags=False,
     keep_tokens=0,
@@ -205,20 +221,21 @@ class GraftLoadDataset(io.ComfyNode):
             hidden=[io.Hidden.unique_id],
         )
 
-    @classmethod
-    def validate_inputs(cls, folder, mask_folder="") -> bool | str:
-        found = refusal(cls, "folder", folder, paths.dataset_path)
-        if found is not True or not mask_folder:
-            return found
-        return refusal(cls, "mask_folder", mask_folder, paths.dataset_path)
+    validate_inputs = checked(
+        folder=paths.dataset_path,
+        trigger=None,
+        **_VARYING,
+        masks=None,
+        mask_folder=_mask_folder,
+        validation_folder=None,
+    )
 
     @classmethod
     def fingerprint_inputs(cls, folder, mask_folder="", **others) -> str | float:
         """Changes with any file in the folder; a folder that comes over a wire is not known yet."""
         if not isinstance(folder, str) or not isinstance(mask_folder, str):
             return float("nan")
-        masks = paths.dataset_path(mask_folder) if mask_folder.strip() else ""
-        return scan.folder_fingerprint(paths.dataset_path(folder), masks)
+        return scan.folder_fingerprint(paths.dataset_path(folder), _mask_folder(mask_folder))
 
     @classmethod
     def execute(
@@ -230,7 +247,7 @@ class GraftLoadDataset(io.ComfyNode):
             reading = scan.Reading(
                 varying.get("lines_are_variants", False),
                 masks,
-                paths.dataset_path(mask_folder, "mask_folder") if mask_folder.strip() else "",
+                _mask_folder(mask_folder),
                 validation_folder,
             )
             dataset = scan.scan_folder(
@@ -274,9 +291,11 @@ class GraftDatasetFromImages(io.ComfyNode):
             hidden=[io.Hidden.unique_id],
         )
 
+    validate_inputs = checked(captions=None, trigger=None, **_VARYING)
+
     @classmethod
     def execute(cls, images, captions, trigger, resolution, masks=None, **varying) -> io.NodeOutput:
-        with named(cls):
+        with named(cls, images=images, masks=masks):
             pictures = [_eight_bits(picture) for batch in images for picture in batch]
             weights = [_eight_bits(mask) for batch in masks or [] for mask in _batch(batch)]
             ways = {name: values[0] for name, values in varying.items()}
@@ -287,7 +306,13 @@ class GraftDatasetFromImages(io.ComfyNode):
 
 
 def _eight_bits(values):
-    """A float tensor in 0..1 as a uint8 array; alpha is dropped."""
+    """A float tensor in 0..1 as a uint8 array; alpha is dropped. Raises DatasetError where a number is none."""
+    if not values.isfinite().all():
+        raise DatasetError(
+            "A picture or mask holds numbers that are not finite.",
+            "Look at what made it; a VAE in half precision gives such pictures.",
+            "images" if values.ndim == 3 else "masks",
+        )
     array = (values[..., :3] if values.ndim == 3 else values).clamp(0, 1) * 255.0
     return array.round().byte().cpu().numpy()
 
@@ -316,7 +341,7 @@ class GraftCombineDatasets(io.ComfyNode):
 
     @classmethod
     def execute(cls, dataset_a, dataset_b) -> io.NodeOutput:
-        with named(cls):
+        with named(cls, dataset_a=dataset_a, dataset_b=dataset_b):
             return io.NodeOutput(examples.combine(dataset_a, dataset_b))
 
 
@@ -353,7 +378,7 @@ class GraftInspectDataset(io.ComfyNode):
         from .host import training
         from .host.progress import counter
 
-        with named(cls):
+        with named(cls, dataset=dataset, model=model, clip=clip, vae=vae):
             findings = inspect.inspect(
                 dataset,
                 training.geometries(dataset, model, vae),

@@ -6,6 +6,7 @@ from comfy_api.latest import io
 
 from ..trainers.data import class_images, prior
 from . import inputs
+from .checks import checked
 from .host.sampling import SAMPLERS, SCHEDULERS
 from .schema import CATEGORY, Dataset, Trainer, advanced, named, options_input
 
@@ -71,6 +72,8 @@ class GraftClassImages(io.ComfyNode):
             is_output_node=True,
         )
 
+    validate_inputs = checked(class_prompt=None, cfg=None, negative_prompt=None, sampler_name=None, scheduler=None)
+
     @classmethod
     def execute(
         cls,
@@ -90,7 +93,7 @@ class GraftClassImages(io.ComfyNode):
     ) -> io.NodeOutput:
         from .host.class_images import Wish, make
 
-        with named(cls):
+        with named(cls, model=model, clip=clip, vae=vae, cfg=cfg):
             wish = Wish(
                 class_prompt,
                 count,
@@ -127,9 +130,11 @@ class GraftPriorPreservation(io.ComfyNode):
             hidden=[io.Hidden.unique_id],
         )
 
+    validate_inputs = checked(weight=None)
+
     @classmethod
     def execute(cls, dataset, class_dataset, weight) -> io.NodeOutput:
-        with named(cls):
+        with named(cls, dataset=dataset, class_dataset=class_dataset):
             return io.NodeOutput(prior.attach(dataset, class_dataset, weight))
 
 
@@ -196,6 +201,10 @@ class GraftTrainDreamBooth(Trainer):
             is_output_node=True,
         )
 
+    validate_inputs = checked(
+        instance_prompt=None, class_prompt=None, prior_weight=None, train=None, learning_rate=None, prior=None
+    )
+
     @classmethod
     def execute(
         cls,
@@ -220,7 +229,8 @@ class GraftTrainDreamBooth(Trainer):
         from .host import dreambooth
         from .host.training import Widgets
 
-        with named(cls):
+        sockets = {"model": model, "clip": clip, "vae": vae, "dataset": dataset}
+        with named(cls, **sockets, class_dataset=class_dataset, options=options):
             done = dreambooth.train(
                 model,
                 clip,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..trainers.inversion import check_name
+from .checks import checked
 from .host import paths
-from .schema import CATEGORY, Embedding, named, refusal
+from .schema import CATEGORY, Embedding, named
 
 _CATEGORY = f"{CATEGORY}/embedding"
 
@@ -32,7 +34,7 @@ class GraftApplyEmbedding(io.ComfyNode):
     def execute(cls, clip, embedding) -> io.NodeOutput:
         from .host.words import apply_embedding
 
-        with named(cls):
+        with named(cls, clip=clip, embedding=embedding):
             return io.NodeOutput(apply_embedding(clip, embedding))
 
 
@@ -55,9 +57,7 @@ class GraftLoadEmbedding(io.ComfyNode):
             hidden=[io.Hidden.unique_id],
         )
 
-    @classmethod
-    def validate_inputs(cls, embedding_name) -> bool | str:
-        return refusal(cls, "embedding_name", embedding_name, paths.embedding_path)
+    validate_inputs = checked(embedding_name=paths.embedding_path)
 
     @classmethod
     def fingerprint_inputs(cls, embedding_name) -> str | float:
@@ -91,9 +91,11 @@ class GraftSaveEmbedding(io.ComfyNode):
             is_output_node=True,
         )
 
+    validate_inputs = checked(name=lambda name: check_name(name.strip()) if name.strip() else None)
+
     @classmethod
     def execute(cls, embedding, name) -> io.NodeOutput:
-        with named(cls):
+        with named(cls, embedding=embedding):
             path = paths.save_named_embedding(embedding, name)
             return io.NodeOutput(path, ui={"text": (path,)})
 

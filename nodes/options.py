@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..trainers.limits import check_option
 from ..trainers.methods import ADAPTERS
 from ..trainers.objective.loss import HUBER_SCHEDULES, LOSSES
 from ..trainers.objective.timesteps import TIMESTEPS
 from ..trainers.objective.weighting import WEIGHTINGS
 from ..trainers.optimisers import OPTIMISERS, SCHEDULES
-from ..trainers.settings import TARGETS
+from ..trainers.settings import TARGETS, UNSET
 from ..trainers.settings import Options as Chosen
+from .checks import checked
 from .host import paths
 from .host.sampling import SAMPLERS, SCHEDULERS
 from .inputs import TOP_SEED
-from .schema import CATEGORY, Options, advanced, named, options_input, refusal
+from .schema import CATEGORY, Options, advanced, named, options_input
 
 _CATEGORY = f"{CATEGORY}/options"
 _MANY = 10_000_000
@@ -32,6 +34,15 @@ def _number(name: str, tooltip: str, unset: float, top: float, step: float) -> i
     return io.Float.Input(name, default=unset, min=unset, max=top, step=step, round=False, tooltip=tooltip)
 
 
+def _rules(kind: str, *names: str) -> dict:
+    """Rules for an option node's fields, as they hold when they are set."""
+
+    def rule_of(name: str):
+        return lambda value: value == UNSET[kind][name] or check_option(kind, name, value)
+
+    return {name: rule_of(name) for name in names}
+
+
 class _OptionNode(io.ComfyNode):
     """What the option nodes share: they add their set fields to those that arrive."""
 
@@ -39,7 +50,7 @@ class _OptionNode(io.ComfyNode):
 
     @classmethod
     def execute(cls, options=None, **values) -> io.NodeOutput:
-        with named(cls):
+        with named(cls, options=options):
             return io.NodeOutput((options or Chosen()).adding(cls.kind, values))
 
 
@@ -96,6 +107,8 @@ class GraftRunOptions(_OptionNode):
             ],
         )
 
+    validate_inputs = checked(**_rules("run", "name", "validation_fraction"), on_existing=None, gradient_check=None)
+
 
 class GraftPreviewOptions(_OptionNode):
     """Sample pictures while training."""
@@ -125,6 +138,8 @@ class GraftPreviewOptions(_OptionNode):
                 ),
             ],
         )
+
+    validate_inputs = checked(**_rules("preview", "prompts", "cfg"), sampler_name=None, scheduler=None)
 
 
 class GraftOptimizerOptions(_OptionNode):
@@ -174,8 +189,24 @@ class GraftOptimizerOptions(_OptionNode):
                 ),
                 advanced(_count("num_cycles", "Falls of the schedule cosine with restarts. 0: 1.", top=10_000)),
                 advanced(_number("power", "Exponent of the schedule polynomial. 0: 1, a line.", 0.0, 100.0, 0.1)),
+                advanced(
+                    _number(
+                        "loss_spike_factor",
+                        "A step whose loss is over so many times the usual one is left out, such as 20. 0: none.",
+                        0.0,
+                        1e6,
+                        1.0,
+                    )
+                ),
             ),
         )
+
+    validate_inputs = checked(
+        **_rules("optimizer", "weight_decay", "max_grad_norm", "ema_decay", "beta1", "beta2", "power"),
+        **_rules("optimizer", "loss_spike_factor"),
+        optimizer=None,
+        schedule=None,
+    )
 
 
 class GraftMemoryOptions(_OptionNode):
@@ -200,7 +231,16 @@ class GraftMemoryOptions(_OptionNode):
                     "micro_batch", "Pictures computed at once; the batch stays as it is. 0: the whole batch.", top=4096
                 ),
             ],
+            (
+                _auto(
+                    "offload",
+                    ["on", "off"],
+                    "Keep frozen blocks off the device but for the one that is computed. auto: when memory ran out.",
+                ),
+            ),
         )
+
+    validate_inputs = checked(checkpointing=None, compute_dtype=None, offload=None)
 
 
 class GraftAdapterOptions(_OptionNode):
@@ -266,12 +306,15 @@ class GraftAdapterOptions(_OptionNode):
             ),
         )
 
-    @classmethod
-    def validate_inputs(cls, start_from) -> bool | str:
-        """Replaces the host's check against its list, so that an adapter saved a moment ago can be chosen."""
-        if start_from == "auto":
-            return True
-        return refusal(cls, "start_from", start_from, paths.adapter_path)
+    validate_inputs = checked(
+        start_from=lambda name: name == "auto" or paths.adapter_path(name),
+        **_rules("adapter", "target_patterns", "block_ranks", "block_learning_rates"),
+        **_rules("adapter", "alpha", "dropout", "text_encoder_learning_rate", "lora_plus_ratio"),
+        type=None,
+        targets=None,
+        text_encoder=None,
+        weight_dtype=None,
+    )
 
     @classmethod
     def fingerprint_inputs(cls, start_from, options=None, **values) -> str | float:
@@ -332,6 +375,15 @@ class GraftObjectiveOptions(_OptionNode):
             ],
         )
 
+    validate_inputs = checked(
+        **_rules("objective", "min_snr_gamma", "noise_offset", "input_perturbation", "pyramid_discount"),
+        **_rules("objective", "timestep_mean", "timestep_std", "timestep_shift", "huber_c"),
+        timesteps=None,
+        weighting=None,
+        loss=None,
+        huber_schedule=None,
+    )
+
 
 class GraftPivotalOptions(_OptionNode):
     """A word trained beside the model."""
@@ -358,6 +410,8 @@ class GraftPivotalOptions(_OptionNode):
                 _number("stop_fraction", "Share of the steps after which it is frozen. 0: 0.5.", 0.0, 1.0, 0.01),
             ],
         )
+
+    validate_inputs = checked(**_rules("pivotal", "name", "init_text", "learning_rate", "stop_fraction"))
 
 
 NODES = [

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from comfy_api.latest import io
 
 from ..trainers.errors import DatasetError, GraftError
+from .checks import check_arrived
 
 CATEGORY = "graft"
 
@@ -46,9 +47,14 @@ def execution_id(node: type[io.ComfyNode]) -> str | None:
 
 
 @contextmanager
-def named(node: type[io.ComfyNode]) -> Iterator[None]:
-    """Lets an error say which node and which input it comes from."""
+def named(node: type[io.ComfyNode], **arrived) -> Iterator[None]:
+    """Lets an error say which node and which input it comes from.
+
+    Args:
+        arrived: what came in over sockets, by input; refused when it is something else.
+    """
     try:
+        check_arrived(node, arrived)
         yield
     except GraftError as error:
         # Asked anew: the class that executes is a locked copy, on which the host's own accessor cannot store it.
@@ -67,18 +73,3 @@ def _input_of(error: GraftError, inputs: list[str]) -> str:
     if error.input in inputs:
         return error.input
     return "dataset" if isinstance(error, DatasetError) and "dataset" in inputs else ""
-
-
-def refusal(node: type[io.ComfyNode], name: str, value: object, find: Callable[[str], str]) -> bool | str:
-    """A `validate_inputs` answer for a choice that is looked up: True, or why it cannot be used.
-
-    It replaces the host's check against its list, so that a folder or file made a moment ago works at once.
-    A value that comes over a wire is not known yet and passes.
-    """
-    if not isinstance(value, str):
-        return True
-    try:
-        find(value)
-    except GraftError as error:
-        return f"{node.define_schema().display_name}, input '{name}': {error}"
-    return True

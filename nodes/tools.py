@@ -6,6 +6,7 @@ from comfy_api.latest import io, ui
 
 from ..trainers.tools import extract, merge
 from . import inputs
+from .checks import checked
 from .schema import CATEGORY, Adapter, LossMap, execution_id, named
 
 _CATEGORY = f"{CATEGORY}/adapter"
@@ -70,11 +71,13 @@ class GraftMergeAdapters(io.ComfyNode):
             hidden=[io.Hidden.unique_id],
         )
 
+    validate_inputs = checked(weight_a=None, weight_b=None, method=None, density=None)
+
     @classmethod
     def execute(cls, adapter_a, adapter_b, weight_a, weight_b, method, rank, density, seed) -> io.NodeOutput:
         from .host.tools import merge_adapters
 
-        with named(cls):
+        with named(cls, adapter_a=adapter_a, adapter_b=adapter_b, weight_a=weight_a, weight_b=weight_b):
             how = merge.Merging((weight_a, weight_b), method, rank, density, seed)
             return io.NodeOutput(merge_adapters(adapter_a, adapter_b, how, execution_id(cls)))
 
@@ -98,11 +101,13 @@ class GraftResizeAdapter(io.ComfyNode):
             hidden=[io.Hidden.unique_id],
         )
 
+    validate_inputs = checked(energy=None)
+
     @classmethod
     def execute(cls, adapter, rank, energy) -> io.NodeOutput:
         from .host.tools import resize_adapter
 
-        with named(cls):
+        with named(cls, adapter=adapter, energy=energy):
             return io.NodeOutput(resize_adapter(adapter, rank, energy, execution_id(cls)))
 
 
@@ -143,13 +148,16 @@ class GraftExtractAdapter(io.ComfyNode):
             hidden=[io.Hidden.unique_id],
         )
 
+    validate_inputs = checked(energy=None, conv=None, norms_and_biases=None)
+
     @classmethod
     def execute(
         cls, model_tuned, model_base, rank, energy, conv, norms_and_biases, clip_tuned=None, clip_base=None
     ) -> io.NodeOutput:
         from .host.tools import extract_adapter
 
-        with named(cls):
+        sockets = {"model_tuned": model_tuned, "model_base": model_base}
+        with named(cls, **sockets, clip_tuned=clip_tuned, clip_base=clip_base, energy=energy):
             how = extract.Extraction(rank, energy, conv, norms_and_biases)
             models, clips = (model_tuned, model_base), (clip_tuned, clip_base)
             return io.NodeOutput(*extract_adapter(models, clips, how, execution_id(cls)))
@@ -185,7 +193,7 @@ class GraftInspectAdapter(io.ComfyNode):
         from ..trainers.tools import inspect, picture
         from .host.adapters import fit
 
-        with named(cls):
+        with named(cls, adapter=adapter, model=model, clip=clip):
             fitting = None if model is None else fit(model, clip, adapter)
             findings = inspect.look(adapter, None if fitting is None else fitting.paths)
             report = inspect.report(findings, fitting)
@@ -221,13 +229,15 @@ class GraftPlotLoss(io.ComfyNode):
             is_output_node=True,
         )
 
+    validate_inputs = checked(smoothing=None)
+
     @classmethod
     def execute(cls, loss, smoothing, log_scale, loss_b=None) -> io.NodeOutput:
         import torch
 
         from ..trainers.tools import curve
 
-        with named(cls):
+        with named(cls, loss=loss, loss_b=loss_b, smoothing=smoothing):
             given = {"loss": loss, "loss_b": loss_b}
             losses = {name: one["loss"] for name, one in given.items() if one is not None}
             image = torch.from_numpy(curve.plot(losses, smoothing, log_scale))[None]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..trainers.inversion import TEMPLATES
+from ..trainers.inversion import TEMPLATES, check_name
 from ..trainers.recipe import Word
 from . import inputs
+from .checks import checked
 from .schema import CATEGORY, Dataset, Embedding, LossMap, Trainer, named, options_input
 
 _CATEGORY = f"{CATEGORY}/train"
@@ -41,13 +42,15 @@ class GraftTrainLoRA(Trainer):
             is_output_node=True,
         )
 
+    validate_inputs = checked(learning_rate=None)
+
     @classmethod
     def execute(
         cls, model, clip, vae, dataset, steps, learning_rate, rank, batch_size, seed, options=None
     ) -> io.NodeOutput:
         from .host import training
 
-        with named(cls):
+        with named(cls, model=model, clip=clip, vae=vae, dataset=dataset, options=options):
             widgets = training.Widgets("LoRA", steps, learning_rate, rank, batch_size, seed)
             done = training.train(model, clip, vae, dataset, widgets, options, cls.hidden.unique_id)
             embedding = done.embedding
@@ -111,6 +114,10 @@ class GraftTrainEmbedding(Trainer):
             is_output_node=True,
         )
 
+    validate_inputs = checked(
+        name=lambda name: check_name(name.strip()), init_text=None, learning_rate=None, templates=None
+    )
+
     @classmethod
     def execute(
         cls,
@@ -130,7 +137,7 @@ class GraftTrainEmbedding(Trainer):
     ) -> io.NodeOutput:
         from .host import training
 
-        with named(cls):
+        with named(cls, model=model, clip=clip, vae=vae, dataset=dataset, options=options):
             word = Word(name.strip(), init_text.strip(), vectors, templates=templates)
             widgets = training.Widgets("embedding", steps, learning_rate, 0, batch_size, seed, word)
             done = training.train(model, clip, vae, dataset, widgets, options, cls.hidden.unique_id)
@@ -165,11 +172,13 @@ class GraftFineTune(Trainer):
             is_output_node=True,
         )
 
+    validate_inputs = checked(learning_rate=None)
+
     @classmethod
     def execute(cls, model, clip, vae, dataset, steps, learning_rate, batch_size, seed, options=None) -> io.NodeOutput:
         from .host import training
 
-        with named(cls):
+        with named(cls, model=model, clip=clip, vae=vae, dataset=dataset, options=options):
             widgets = training.Widgets("all weights", steps, learning_rate, 0, batch_size, seed)
             done = training.train(model, clip, vae, dataset, widgets, options, cls.hidden.unique_id)
             return io.NodeOutput(done.model, done.clip, done.adapter, done.loss, ui=done.ui)

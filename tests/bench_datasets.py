@@ -77,7 +77,7 @@ def look(folder: Path, base: Path) -> dict[str, float]:
     first, found["first look"] = timed(scan)
     schema, found["opening the node"] = timed(GraftLoadDataset.define_schema)
     assert folder.name in schema.inputs[0].options
-    valid, found["checking its inputs"] = timed(lambda: GraftLoadDataset.validate_inputs(folder.name))
+    valid, found["checking its inputs"] = timed(lambda: GraftLoadDataset.validate_inputs(folder=folder.name))
     assert valid is True
     _, found["has it changed"] = timed(lambda: GraftLoadDataset.fingerprint_inputs(folder.name))
     second, found["second look"] = timed(scan)

@@ -52,7 +52,8 @@ def test_a_subject_is_learnt_and_its_class_is_kept(server, comfy, tiny_base, sub
     count = trials(16, 64)
     model, clip, vae = host.load(tiny_base)
     shares = {}
-    for name, weight in (("base", None), ("without", 0.0), ("with prior", 1.0)):
+    # The base, and what becomes of the class without a prior, are what `make soak` sets beside it.
+    for name, weight in trials((("with prior", 1.0),), (("base", None), ("without", 0.0), ("with prior", 1.0))):
         one = model
         if weight is not None:
             tensors = comfy.utils.load_torch_file(train(server, subject, weight))
@@ -68,10 +69,12 @@ def test_a_subject_is_learnt_and_its_class_is_kept(server, comfy, tiny_base, sub
         print(f"\n{WIDGETS['steps']} steps on 6 pictures  " + "".join(f"{name:>12}" for name in shares))
         for row, words in enumerate(("subject for its word", "class right", "subject in the class")):
             print(f"{words:23}" + "".join(f"{values[row]:12.0%}" for values in shares.values()))
-    base, without, kept = shares.values()
-    assert base[0] <= 0.05
+    kept = shares["with prior"]
     assert kept[0] >= 0.80
-    assert kept[1] >= 0.90 * base[1]
+    assert kept[1] >= 0.90
     assert kept[2] <= 0.10
-    # Measurably: more than chance gives among so many pictures.
-    assert without[2] >= kept[2] + 0.25
+    if "base" in shares:
+        assert shares["base"][0] <= 0.05
+        assert kept[1] >= 0.90 * shares["base"][1]
+        # Measurably: more than chance gives among so many pictures.
+        assert shares["without"][2] >= kept[2] + 0.25

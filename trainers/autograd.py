@@ -33,12 +33,19 @@ class OutOfPlace(TorchFunctionMode):
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        if kwargs and kwargs.get("out") is not None and torch.is_grad_enabled() and _recorded(args):
+            # Into a given tensor autograd does not record at all.
+            return func(*args, **{name: value for name, value in kwargs.items() if name != "out"})
         plain = _OUT_OF_PLACE.get(func)
         if plain is not None and torch.is_grad_enabled():
             result = plain(*args, **(kwargs or {}))
             # In place would have kept the dtype; so must this, or activations grow under half precision.
             return result if result.dtype == args[0].dtype else result.to(args[0].dtype)
         return func(*args, **(kwargs or {}))
+
+
+def _recorded(args) -> bool:
+    return any(torch.is_tensor(value) and value.requires_grad for value in args)
 
 
 def own_weights(module: nn.Module) -> None:
@@ -120,6 +127,11 @@ def checkpoint_blocks(blocks: list[nn.Module]) -> None:
     for block in blocks:
         if "forward" not in vars(block):
             block.forward = _Checkpointed(block.forward)
+
+
+def is_checkpointed(block: nn.Module) -> bool:
+    """Whether `checkpoint_blocks` was there."""
+    return isinstance(vars(block).get("forward"), _Checkpointed)
 
 
 class _Checkpointed:

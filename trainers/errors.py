@@ -33,5 +33,9 @@ class NumbersError(GraftError):
     """A loss or a gradient is not finite."""
 
 
+class OutOfMemory(GraftError):
+    """Memory ran out, and nothing is left that would save some."""
+
+
 class RunError(GraftError):
     """A run folder cannot be read or written."""

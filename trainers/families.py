@@ -46,6 +46,11 @@ TEXT_ENCODER = Family(
     among=(r"\.encoder\.layers\.",),
 )
 
+
+def _transformer(name: str, attention: tuple[str, ...], feed_forward: tuple[str, ...], **more) -> Family:
+    return Family(name, attention=attention, feed_forward=feed_forward, **{"preview_scheduler": "simple", **more})
+
+
 FAMILIES = {
     family.name: family
     for family in (
@@ -54,21 +59,61 @@ FAMILIES = {
         Family("SD2 v", 768, full_learning_rate=5e-6, attention=_UNET_ATTENTION, diffusers_names=True),
         Family("SDXL", 1024, attention=_UNET_ATTENTION),
         Family("SDXL refiner", 1024, attention=_UNET_ATTENTION),
-        Family(
-            "Flux",
-            1024,
-            full_learning_rate=5e-6,
-            attention=(r"_attn\.(qkv|proj)$", r"single_blocks\.\d+\.linear[12]$"),
-            preview_cfg=1.0,
-            preview_scheduler="simple",
+        *(
+            Family(
+                name,
+                1024,
+                full_learning_rate=5e-6,
+                # The two layers of a single stream hold its feed-forward part as well.
+                attention=(r"_attn\.(qkv|proj)$", r"single_blocks\.\d+\.linear[12]$"),
+                feed_forward=(r"_mlp\.[02]$",),
+                preview_cfg=cfg,
+                preview_scheduler="simple",
+            )
+            # Flux was distilled to draw without a second, unconditional pass; Chroma needs one.
+            for name, cfg in (("Flux", 1.0), ("Flux 2", 1.0), ("Chroma", 4.0))
         ),
-        Family(
-            "SD3",
-            1024,
-            full_learning_rate=5e-6,
-            attention=(r"\.attn2?\.(qkv|proj)$",),
+        _transformer(
+            "SD3", (r"\.attn2?\.(qkv|proj)$",), (r"_block\.mlp\.fc[12]$",), preview_cfg=4.5, full_learning_rate=5e-6
+        ),
+        *(
+            _transformer(name, (r"\.attention\.(qkv|out)$",), (r"\.feed_forward\.w[123]$",), preview_cfg=cfg)
+            for name, cfg in (("Lumina 2", 4.0), ("Z-Image", 1.0))
+        ),
+        _transformer(
+            "Qwen-Image",
+            (r"\.attn\.(to_(q|k|v|out\.0|add_out)|add_[qkv]_proj)$",),
+            (r"_mlp\.net\.(0\.proj|2)$",),
+            resolution=1328,
+            preview_cfg=4.0,
+        ),
+        _transformer("HiDream", (r"\.attn1\.to_(q|k|v|out)(_t)?$",), (r"\.ff_[it]\.(.*\.)?w[123]$",), preview_cfg=5.0),
+        _transformer(
+            "PixArt",
+            (r"\.attn\.(qkv|proj)$", r"\.cross_attn\.(q_linear|kv_linear|proj)$"),
+            (r"^blocks\..*\.mlp\.fc[12]$",),
             preview_cfg=4.5,
-            preview_scheduler="simple",
+            preview_scheduler="normal",
+        ),
+        _transformer(
+            "HunyuanDiT",
+            (r"\.attn1\.(Wqkv|out_proj)$", r"\.attn2\.(q_proj|kv_proj|out_proj)$"),
+            (r"^blocks\..*\.mlp\.fc[12]$",),
+            preview_cfg=6.0,
+            preview_scheduler="normal",
+        ),
+        _transformer("AuraFlow", (r"\.attn\.w[12][qkvo]$",), (r"\.mlp[CX]?\.c_(fc1|fc2|proj)$",), preview_cfg=3.5),
+        # Made for video of 832 x 480 and 1280 x 720; this many pixels are in the smaller.
+        _transformer("Wan", (r"\.(self|cross)_attn\.[qkvo]$",), (r"\.ffn\.[02]$",), resolution=640, preview_cfg=6.0),
+        *(
+            _transformer(
+                name,
+                # Not those of Anima's adapter, which turns one text encoder's tokens into another's.
+                (r"^blocks\..*\.(self|cross)_attn\.(q_proj|k_proj|v_proj|output_proj)$",),
+                (r"^blocks\..*\.mlp\.layer[12]$",),
+                preview_cfg=4.0,
+            )
+            for name in ("Cosmos-Predict2", "Anima")
         ),
     )
 }

@@ -127,6 +127,21 @@ def batch_loss(plan: Plan, host: Host) -> torch.Tensor:
     return sum(losses.sum() for part in parts for losses in terms_of(plan, host, *part)) / len(batch)
 
 
+def part_of(shown: Shown, share: float) -> Shown:
+    """A showing of the upper left of its picture, each side a share of the whole one's."""
+    height, width = shown.latent.shape[-2:]
+    # Networks that halve what they see, or take it in patches, want sides that can be halved.
+    least = max(1, int(min(height, width) * share))
+    even = next(number for number in (8, 4, 2, 1) if not height % number and not width % number and number <= least)
+    sides = [max(1, int(side * share)) // even * even for side in (height, width)]
+
+    def cut(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        return None if tensor is None else tensor[..., : sides[0], : sides[1]]
+
+    anchor = None if shown.anchor is None else part_of(shown.anchor, share)
+    return replace(shown, latent=cut(shown.latent), weight=cut(shown.weight), anchor=anchor)
+
+
 def fixed_losses(items: Sequence[Item], recipe: Recipe, host: Host) -> torch.Tensor:
     """Losses of items at fixed noise and evenly spread noise levels, [items, levels] float32, without gradients.
 
@@ -140,6 +155,10 @@ def fixed_losses(items: Sequence[Item], recipe: Recipe, host: Host) -> torch.Ten
             latent = shown.latent
             sigma = spread_sigmas(host.denoiser.sigmas(), _VALIDATION_LEVELS)
             noise = draw_noise((_VALIDATION_LEVELS, *latent.shape[1:]), generator("validation", recipe.seed, index))
-            x0 = latent.expand(_VALIDATION_LEVELS, *latent.shape[1:])
-            rows.append(losses_of(host, [shown] * _VALIDATION_LEVELS, x0, noise, sigma).cpu())
+            size = recipe.micro_batch or _VALIDATION_LEVELS
+            parts = []
+            for level, drawn in zip(sigma.split(size), noise.split(size), strict=True):
+                x0 = latent.expand(len(level), *latent.shape[1:])
+                parts.append(losses_of(host, [shown] * len(level), x0, drawn, level).cpu())
+            rows.append(torch.cat(parts))
     return torch.stack(rows)

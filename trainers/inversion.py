@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from .errors import DatasetError, ModelError, SettingsError
 from .formats.embedding import Embedding
 from .methods import METHODS
+from .names import is_reserved
 from .optimisers import Group, finds_its_rate
 
 if TYPE_CHECKING:
@@ -68,13 +69,13 @@ def check_name(name: str, input: str = "name") -> None:
     Raises:
         SettingsError: naming the input.
     """
-    sound = _NAME.fullmatch(name) is not None and not name.endswith(".")
+    sound = _NAME.fullmatch(name) is not None and not name.endswith(".") and not is_reserved(name)
     if sound and not name.lower().endswith(_ENDINGS):
         return
     raise SettingsError(
         f"The embedding name '{name}' cannot be addressed in a prompt.",
-        "Use letters, digits, '-', '_' and '.', no spaces, no folders and no file ending; in prompts write "
-        "embedding:NAME with a space before and after it.",
+        "Use letters, digits, '-', '_' and '.', no spaces, no folders, no file ending and no name that Windows keeps "
+        "for a device; in prompts write embedding:NAME with a space before and after it.",
         input,
     )
 

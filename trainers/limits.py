@@ -30,6 +30,7 @@ _RANGES = {
     "beta2": (0.0, 0.999999),
     "num_cycles": (1, 10_000),
     "power": (0.01, 100.0),
+    "loss_spike_factor": (0.0, 1e6),
     "validation_fraction": (0.0, 0.9),
     "save_every": (1, 10_000_000),
     "keep_last": (1, 10_000),
@@ -80,6 +81,12 @@ def check_recipe(recipe: Recipe) -> None:
             f"targets is '{recipe.targets}' and target_patterns {'set' if recipe.target_patterns else 'empty'}.",
             "Write patterns and choose 'patterns' or 'auto', or leave target_patterns empty.",
             "target_patterns",
+        )
+    if 0 < recipe.loss_spike_factor <= 1:
+        raise SettingsError(
+            f"loss_spike_factor is {recipe.loss_spike_factor:g}: ordinary steps would be left out too.",
+            "Set it above 1, such as 10, or to 0 for none.",
+            "loss_spike_factor",
         )
     METHODS[recipe.method].check(recipe)
     _check_precision(recipe)

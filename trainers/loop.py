@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ import torch
 
 from .errors import GraftError, NumbersError
 from .forward import fixed_losses, parts_of, terms_of
+from .ladder import Ladder, in_one_line, is_out_of_memory, trees_of
 from .methods.dropout import dropping_out
 from .optimisers import OPTIMISERS, Group, lr_factor
 from .optimisers.average import MovingAverage, averaged
@@ -21,10 +23,16 @@ from .protocols import Asked, Hurried, PreviewRequest
 from .run import STOPPED, Run, State
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from .plan import Plan
     from .protocols import Host
 
 log = logging.getLogger(__name__)
+
+# The loss that is usual is the median of so many before; with fewer than the least there is none yet.
+_USUAL_LOSSES = 100
+_LEAST_LOSSES = 20
 
 
 def train(plan: Plan, run: Run, host: Host, state: State) -> State:
@@ -44,11 +52,14 @@ def train(plan: Plan, run: Run, host: Host, state: State) -> State:
     parameters = list(plan.trainables.values())
     groups = plan.all_groups()
     mover = Mover(plan, host)
+    ladder = Ladder(plan, run, host, mover.in_backward)
     average = OPTIMISERS[recipe.optimizer].average(mover.optimiser, parameters)
     if recipe.ema_decay:
         average = MovingAverage(recipe.ema_decay)
     _restore(state, plan, mover, average)
     factor = lr_factor(recipe.schedule, recipe.warmup_steps, recipe.steps, recipe.num_cycles, recipe.power)
+    if recipe.offload == "on":
+        log.info("Graft: %s.", ladder.offload())
     batches = plan.batches(state.batches)
     saved = state.step
 
@@ -67,16 +78,23 @@ def train(plan: Plan, run: Run, host: Host, state: State) -> State:
             share = factor(state.step)
             _set_rates(mover.optimiser, groups, plan, share, state)
             window = [next(batches) for _ in range(recipe.accumulation)]
-            mover.begin(state.step)
-            loss, names = _gradients(plan, host, window, state.step, mover)
+            number = state.step + 1
+            highest = _highest_loss(state.losses, recipe.loss_spike_factor)
+            mover.begin(state.step, highest)
+            loss, names = ladder.attempt(_gradients, mover.take_back, number, host, window, state.step, mover)
             with mover.small_work(host.denoiser.device):
-                norm = mover.norm()
-                if mover.refuses(loss, norm):
-                    raise _not_finite(loss, names, state.step)
-                mover.step()
-                plan.settle(share)
-                if average is not None:
-                    average.step(parameters)
+                spike = highest < loss < math.inf
+                if spike:
+                    mover.take_back()
+                    norm = 0.0
+                else:
+                    norm = mover.norm()
+                    if mover.refuses(loss, norm):
+                        raise _not_finite(loss, names, state.step)
+                    mover.step()
+                    plan.settle(share)
+                    if average is not None:
+                        average.step(parameters)
             state.step += 1
             state.batches += len(window)
             state.losses.append(loss)
@@ -92,10 +110,12 @@ def train(plan: Plan, run: Run, host: Host, state: State) -> State:
                 "seconds": time.perf_counter() - started,
             }
             run.log(event)
+            if spike:
+                _tell_spike(run, host, number, loss, highest, names)
             # Before the host is told, and may interrupt: what is resumed would not be validated at this step again.
             if plan.validation and _due(state.step, recipe.validate_every, recipe.steps):
                 with averaged(average, parameters):
-                    _validate(plan, run, host, state)
+                    ladder.attempt(_validate, _leave, state.step, run, host, state)
             host.report("step", event)
             if _due(state.step, recipe.preview_every, recipe.steps):
                 with averaged(average, parameters):
@@ -119,6 +139,23 @@ def train(plan: Plan, run: Run, host: Host, state: State) -> State:
     finally:
         mover.close()
     return state
+
+
+def _highest_loss(losses: Sequence[float], factor: float) -> float:
+    """The loss above which a step is left out: so many times the median of those before."""
+    if not factor or len(losses) < _LEAST_LOSSES:
+        return math.inf
+    return factor * statistics.median(losses[-_USUAL_LOSSES:])
+
+
+def _tell_spike(run: Run, host: Host, step: int, loss: float, highest: float, names: list[str]) -> None:
+    pictures = sorted(set(names))
+    log.warning(
+        "Graft: step %d is left out: its loss %.4g is above %.4g (%s).", step, loss, highest, ", ".join(pictures)
+    )
+    event = {"event": "spike", "step": step, "loss": loss, "highest": highest, "pictures": pictures}
+    run.log(event)
+    host.report("spike", event)
 
 
 def _set_rates(optimiser, groups: Sequence[Group], plan: Plan, share: float, state: State) -> None:
@@ -145,8 +182,7 @@ def _gradients(plan: Plan, host: Host, window: list, step: int, mover: Mover) ->
     total = sum(len(batch) for _, batch in window)
     summed = 0.0
     names = []
-    trees = [host.denoiser.module, *([host.text.module] if plan.recipe.text_encoder else [])]
-    with dropping_out(trees, plan.recipe, step):
+    with dropping_out(trees_of(plan, host), host.denoiser.device, plan.recipe, step):
         for number, (_, batch) in enumerate(window):
             names.extend(plan.train[index].name for index, _ in batch)
             for part in parts_of(plan.shown(batch), plan.recipe, step, number, host):
@@ -180,13 +216,32 @@ def _preview(plan: Plan, run: Run, host: Host, state: State) -> None:
         seed=recipe.preview_seed,
     )
     try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            pictures = host.denoiser.preview(request)
+        pictures = _drawn(host, request)
     except Hurried:
+        return
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        said = in_one_line(error)
+        log.warning("Graft: memory ran out while previews of step %d were drawn (%s): left out.", state.step, said)
+        run.log({"event": "memory", "step": state.step, "done": "previews left out", "said": said})
         return
     paths = run.save_samples(state.step, pictures)
     run.log({"event": "sample", "step": state.step, "files": [os.path.basename(path) for path in paths]})
     host.report("sample", {"step": state.step, "paths": paths, "pictures": pictures})
+
+
+def _drawn(host: Host, request: PreviewRequest) -> list[Image.Image]:
+    """The pictures; where memory runs out, once more with all else off the device."""
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            return host.denoiser.preview(request)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    host.denoiser.make_room()
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        return host.denoiser.preview(request)
 
 
 def _usual_bucket(plan: Plan) -> tuple[int, int]:
@@ -224,19 +279,31 @@ def _restore(state: State, plan: Plan, mover: Mover, average) -> None:
         if plan.recipe.ema_decay:
             average.start(list(plan.trainables.values()))
         return
-    shapes = {name: tuple(value.shape) for name, value in state.trainables.items()}
-    if shapes != {name: tuple(parameter.shape) for name, parameter in plan.trainables.items()}:
-        raise GraftError("The saved state has other layers than this model.", "Start the run over.")
+    if not (_are_alike(state.trainables, plan.trainables) and _are_alike(state.constants, plan.constants)):
+        raise GraftError(
+            f"The saved state of step {state.step} has other layers than this model.",
+            "Start the run over (on_existing in Graft Run Options).",
+        )
     with torch.no_grad():
         for name, parameter in plan.trainables.items():
             parameter.copy_(state.trainables.pop(name))
         for name, tensor in plan.constants.items():
             tensor.copy_(state.constants[name])
-    mover.restore(state.optimiser, state.groups, state.scaler)
-    state.optimiser = {}
-    if plan.recipe.ema_decay:
-        averages = [state.ema.pop(name).to(parameter.device) for name, parameter in plan.trainables.items()]
-        average.go_on(averages, state.step)
+    try:
+        mover.restore(state.optimiser, state.groups, state.scaler)
+        state.optimiser = {}
+        if plan.recipe.ema_decay:
+            averages = [state.ema.pop(name).to(parameter.device) for name, parameter in plan.trainables.items()]
+            average.go_on(averages, state.step)
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise GraftError(
+            f"The saved state of step {state.step} is not this optimiser's ({error!r:.200}).", "Start the run over."
+        ) from error
+
+
+def _are_alike(kept: dict[str, torch.Tensor], live: dict[str, torch.Tensor]) -> bool:
+    shapes = [{name: tuple(value.shape) for name, value in values.items()} for values in (kept, live)]
+    return shapes[0] == shapes[1]
 
 
 def _result(state: State) -> dict[str, torch.Tensor]:
@@ -249,6 +316,10 @@ def _keep_before_leaving(keep: Callable[[], None]) -> None:
         keep()
     except Exception:
         log.exception("Graft: what was trained so far could not be saved.")
+
+
+def _leave() -> None:
+    """What was measured leaves nothing behind."""
 
 
 def _due(step: int, every: int, last: int) -> bool:

@@ -183,6 +183,9 @@ class Denoiser(Protocol):
     def preview(self, request: PreviewRequest) -> list[Image.Image]:
         """Pictures by the model as trained so far. May raise Hurried."""
 
+    def make_room(self, weights: bool = False) -> None:
+        """Lets go of what lies on the device beside the training; weights: also of weights that the tree gave up."""
+
     def training(self, compute_dtype: str) -> AbstractContextManager:
         """Places the weights and sets what the host needs for a backward; undoes it in any case."""
 

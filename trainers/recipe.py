@@ -34,6 +34,7 @@ LATER: dict[str, Any] = {
     "num_cycles": 1,
     "power": 1.0,
     "weight_dtype": "fp32",
+    "loss_spike_factor": 0.0,
 }
 
 
@@ -68,6 +69,8 @@ class Recipe:
         lora_plus_ratio: B's learning rate over A's.
         text_encoder_rank, text_encoder_learning_rate: 0 where no text encoder is trained.
         weight_dtype: what all weights are trained in, "fp32" or "bf16"; adapters are always in fp32.
+        loss_spike_factor: a step whose loss is so many times the usual one is left out; 0 for none.
+        offload: "on" to keep frozen weights off the device from the start.
         start_from: an adapter in the host's list, empty for none. What is in it is part of the base it trains on.
     """
 
@@ -109,6 +112,7 @@ class Recipe:
     num_cycles: int
     power: float
     weight_dtype: str
+    loss_spike_factor: float
     # What follows does not decide the result.
     steps: int
     name: str
@@ -127,6 +131,7 @@ class Recipe:
     checkpointing: str
     compute_dtype: str
     micro_batch: int
+    offload: str
     start_from: str
 
     @property

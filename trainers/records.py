@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import Any
 
 from .data.pixels import is_below
 from .errors import RunError
-from .formats.files import read_json
+from .formats.files import parse_json, read_json
 from .run import STOPPED, Folders, Run, is_name
 
 # A run's recipe and a line of its log are some hundred bytes to some ten thousand; more was not written by a run.
@@ -89,7 +88,7 @@ def read_recipe(run: Run) -> dict[str, Any]:
         value = read_json(path)
         if type(value["recipe"]["steps"]) is not int:
             raise ValueError("its steps are no number")
-    except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+    except (OSError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, RunError):
             raise
         raise RunError(f"The file '{path}' is no recipe ({error}).", "Remove or restore it.") from error
@@ -115,8 +114,8 @@ def _event(line: bytes) -> dict[str, Any] | None:
     if len(line) > _LINE_LIMIT:
         return None
     try:
-        value = json.loads(line)
-    except (ValueError, RecursionError):
+        value = parse_json(line)
+    except ValueError:
         return None
     return value if isinstance(value, dict) and isinstance(value.get("event"), str) else None
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import RunError
 from .formats import files
 from .formats.metadata import data_uri
+from .names import is_reserved
 
 if TYPE_CHECKING:
     import torch
@@ -30,9 +31,10 @@ PAUSED = "paused"  # it is to go on when the same graph is queued again
 
 _VERSION = 1
 _HALT = "halted.json"
-# Names that Windows keeps for devices, with whatever ending.
-_RESERVED = re.compile(r"(?:con|prn|aux|nul|com\d|lpt\d)(?:\..*)?", re.IGNORECASE)
 _NAME = re.compile(r"\w[\w.-]{0,63}-[0-9a-f]{8}(?:-[0-9]{1,6})?")
+
+# What a state says in plain numbers; a field that is added here is written and read below.
+_FIELDS = {"version", "step", "batches", "losses", "validation", "optimiser", "groups", "scaler", "frozen"}
 
 _STATE = re.compile(r"state-(\d{8})\.safetensors")
 _SAMPLE = re.compile(r"step-(\d{8})-\d+\.png")
@@ -174,7 +176,12 @@ class Run:
     def check_identity(self, identity: str) -> None:
         """Raises RunError when the folder belongs to something else (a hash of eight digits may collide)."""
         path = self.recipe_path
-        if os.path.exists(path) and files.read_json(path).get("identity") != identity:
+        if not os.path.exists(path):
+            return
+        value = files.read_json(path)
+        if not isinstance(value, dict) or not isinstance(value.get("identity"), str):
+            raise RunError(f"The file '{path}' is no recipe.", "Restore it, or remove the run's folder.")
+        if value["identity"] != identity:
             raise RunError(
                 f"The run folder '{self.folder}' belongs to another run.", "Give this run a name of its own."
             )
@@ -268,26 +275,54 @@ class Run:
             if step > limit:
                 continue
             try:
-                return _read_state(self._state_path(step))
+                return _read_state(self._state_path(step), step)
             except RunError as error:
                 log.warning("Graft: %s Trying an earlier state.", error)
         return None
 
+    def check_room(self, values: int, slots: int) -> None:
+        """Refuses to begin where not even one save could be written.
+
+        Args:
+            values: bytes of what is trained.
+            slots: how many numbers the optimiser keeps for each, at least.
+
+        Raises:
+            RunError: naming the folder.
+        """
+        files.check_room(self.folder, values * (1 + slots))
+        for folder in (self.adapters, self.embeddings):
+            files.check_room(folder, 0)
+
     def log(self, event: dict) -> None:
-        """Appends one line to metrics.jsonl."""
+        """Appends one line to metrics.jsonl.
+
+        Raises:
+            RunError: it cannot be written, or was removed with its folder; no part of the line stays.
+        """
         path = os.path.join(self.folder, "metrics.jsonl")
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(event) + "\n")
+        before = None
+        try:
+            with open(path, "ab") as file:
+                before = file.tell()
+                file.write(json.dumps(event).encode() + b"\n")
+        except OSError as error:
+            if before is not None:
+                os.truncate(path, before)
+            raise RunError(
+                f"The file '{path}' cannot be written ({error}).",
+                "Free space on that disk, or make the folder writable; if it was removed, queue the graph again.",
+            ) from error
 
     def forget_after(self, step: int) -> None:
         """Drops the log's lines of steps that will be done again."""
         path = os.path.join(self.folder, "metrics.jsonl")
         if not os.path.exists(path):
             return
-        with open(path, encoding="utf-8") as file:
+        with open(path, "rb") as file:
             lines = [line for line in file if _step_of(line) <= step]
         with files.replacing(path) as temporary:
-            with open(temporary, "w", encoding="utf-8") as file:
+            with open(temporary, "wb") as file:
                 file.writelines(lines)
 
     def save_samples(self, step: int, pictures: list[Image.Image]) -> list[str]:
@@ -323,12 +358,12 @@ class Run:
 def safe_name(text: str) -> str:
     """A folder name from any text."""
     name = re.sub(r"[^\w.-]+", "-", text).strip("-. ")[:60] or "run"
-    return f"run-{name}" if _RESERVED.fullmatch(name) else name
+    return f"run-{name}" if is_reserved(name) else name
 
 
 def is_name(text: str) -> bool:
     """Whether a text can be the name of a run's folder: one part of a path, on any system."""
-    return _NAME.fullmatch(text) is not None and _RESERVED.fullmatch(text) is None
+    return _NAME.fullmatch(text) is not None and not is_reserved(text)
 
 
 def _listed(folder: str) -> list[str]:
@@ -352,11 +387,12 @@ def _prune(folder: str, pattern: re.Pattern, keep: int, written: int) -> None:
             log.warning("Graft: the old file %s cannot be removed: %s", path, error)
 
 
-def _step_of(line: str) -> int:
+def _step_of(line: bytes) -> int:
     try:
-        return int(json.loads(line).get("step", 0))
+        step = files.parse_json(line).get("step", 0)
     except (ValueError, AttributeError):
-        return 1 << 62
+        step = None
+    return step if type(step) is int else 1 << 62
 
 
 def _write_state(path: str, state: State) -> None:
@@ -387,20 +423,29 @@ def _write_state(path: str, state: State) -> None:
     files.write_tensors(path, tensors, {"state": json.dumps(plain)})
 
 
-def _read_state(path: str) -> State:
+def _read_state(path: str, step: int) -> State:
+    """The state in a file.
+
+    Args:
+        step: that its name says.
+
+    Raises:
+        RunError: it is of another version, damaged, or another step's.
+    """
     tensors, metadata = files.read_tensors(path)
     try:
-        plain = json.loads(metadata["state"])
+        plain = files.parse_json(metadata["state"])
         if plain["version"] != _VERSION:
-            raise RunError(f"The state '{path}' is of version {plain['version']}.", "Start the run over.")
+            raise RunError(f"The state '{path}' is of version {plain['version']!r:.40}.", "Start the run over.")
+        _check_plain(plain, step)
         state = State(
-            step=int(plain["step"]),
-            batches=int(plain["batches"]),
+            step=plain["step"],
+            batches=plain["batches"],
             losses=[float(loss) for loss in plain["losses"]],
             validation=[(int(step), float(loss)) for step, loss in plain["validation"]],
-            optimiser={int(index): dict(slots) for index, slots in plain["optimiser"].items()},
-            groups=[dict(group) for group in plain.get("groups", [])],
-            scaler=dict(plain["scaler"]),
+            optimiser={int(index): _numbers_in(slots) for index, slots in plain["optimiser"].items()},
+            groups=[_numbers_in(group) for group in plain.get("groups", [])],
+            scaler=_numbers_in(plain["scaler"]),
             frozen=[str(name) for name in plain.get("frozen", [])],
         )
         for name, tensor in tensors.items():
@@ -409,9 +454,32 @@ def _read_state(path: str) -> State:
                 index, _, slot = rest.partition("/")
                 state.optimiser.setdefault(int(index), {})[slot] = tensor
             elif group in ("trainables", "ema", "constants"):
+                if not files.is_finite(tensor):
+                    raise ValueError(f"{name} is not finite")
                 getattr(state, group)[rest] = tensor
-    except (KeyError, TypeError, ValueError) as error:
+            else:
+                raise ValueError(f"{name} is nothing of a state's")
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         if isinstance(error, RunError):
             raise
-        raise RunError(f"The state '{path}' is damaged ({error!r}).", "Remove it.") from error
+        raise RunError(f"The state '{path}' is damaged ({error!r:.200}).", "Remove it.") from error
     return state
+
+
+def _check_plain(plain: dict, step: int) -> None:
+    """Raises ValueError for what is no state's, or another step's."""
+    unknown = plain.keys() - _FIELDS
+    if unknown:
+        raise ValueError(f"it holds {min(unknown)}, which this version does not know")
+    if type(plain["step"]) is not int or plain["step"] != step:
+        raise ValueError(f"its step is {plain['step']!r:.40}")
+    if type(plain["batches"]) is not int or plain["batches"] < 0:
+        raise ValueError("its batches are no number")
+
+
+def _numbers_in(values: dict[str, Any]) -> dict[str, Any]:
+    """Numbers by name. Raises ValueError when there is anything else, or what only the recipe may set."""
+    plain = all(value is None or isinstance(value, (bool, int, float)) for value in values.values())
+    if not plain or values.keys() & {"params", "lr"}:
+        raise ValueError("it holds something else where numbers by name are kept")
+    return dict(values)

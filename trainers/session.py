@@ -121,6 +121,7 @@ def _train(recipe, dataset, host, folders, parts, identity, run, state, export, 
             groups.append(inversion.group(vectors, recipe))
             settle = inversion.settling(vectors, host.text, recipe)
         facts = {"layers": parts.layers, "checkpointed_blocks": blocks, **_counts(prepared), **prepared.facts}
+        run.check_room(sum(one.nbytes for one in trainables.values()), OPTIMISERS[recipe.optimizer].slots)
         if recipe.on_existing == "start over" and state.step == 0:
             # Only now, when all that could be refused has been: what is there is lost with this.
             run.clear()
@@ -210,14 +211,23 @@ def _checkpoint(module, recipe: Recipe) -> int:
 
 def _check_gradient(plan, host: Host) -> None:
     """The self-check where the user asked for it, or where the family is not described."""
+    import torch
+
     from .check import TOLERANCE, TOLERANCE_HALF, check_gradient
     from .forward import batch_loss
 
     wanted = plan.recipe.gradient_check
     if wanted == "off" or (wanted == "auto" and host.denoiser.family != "general"):
         return
-    exact = host.denoiser.compute_dtype.itemsize >= 4
-    check_gradient(lambda: batch_loss(plan, host), plan.trainables, TOLERANCE if exact else TOLERANCE_HALF)
+    denoiser = host.denoiser
+    before = denoiser.compute_dtype
+    half = any(parameter.dtype.itemsize < 4 for parameter in plan.trainables.values())
+    # Half precision would round the difference itself away.
+    denoiser.compute_dtype = torch.promote_types(before, torch.float32)
+    try:
+        check_gradient(lambda: batch_loss(plan, host), plan.trainables, TOLERANCE_HALF if half else TOLERANCE)
+    finally:
+        denoiser.compute_dtype = before
 
 
 def _check_names(plan, host: Host) -> None:

@@ -49,11 +49,13 @@ UNSET: dict[str, dict[str, Any]] = {
         "beta2": -1.0,
         "num_cycles": 0,
         "power": 0.0,
+        "loss_spike_factor": 0.0,
     },
     "memory": {
         "checkpointing": "auto",
         "compute_dtype": "auto",
         "micro_batch": 0,
+        "offload": "auto",
     },
     "adapter": {
         "type": "auto",
@@ -191,6 +193,7 @@ def resolve(
         ),
         lora_plus_ratio=get("adapter", "lora_plus_ratio", 1.0),
         weight_dtype=get("adapter", "weight_dtype", "fp32"),
+        loss_spike_factor=get("optimizer", "loss_spike_factor", 0.0),
         text_encoder=text_encoder,
         text_encoder_rank=get("adapter", "text_encoder_rank", rank) if text_encoder else 0,
         text_encoder_learning_rate=(get("adapter", "text_encoder_learning_rate", rate) if text_encoder else 0.0),
@@ -211,6 +214,7 @@ def resolve(
         checkpointing=get("memory", "checkpointing", "auto"),
         compute_dtype=get("memory", "compute_dtype", "auto"),
         micro_batch=get("memory", "micro_batch", 0),
+        offload=get("memory", "offload", "auto"),
         start_from=get("adapter", "start_from", ""),
     )
     check_recipe(recipe)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
 
     from comfy.model_patcher import ModelPatcher
 
@@ -25,10 +25,16 @@ _PLAIN = (str, int, float, bool, bytes, type(None), torch.dtype)
 _WAITING = ("patches", "object_patches", "model_options", "wrappers", "weight_wrapper_patches", "injections")
 
 
-def patcher_digest(patcher: ModelPatcher) -> str:
-    """Hash of a patcher's base and of all that waits on it: patches with strengths, object patches, options."""
+def patcher_digest(patcher: ModelPatcher, idle: Collection[str] = ()) -> str:
+    """Hash of a patcher's base and of all that waits on it: patches with strengths, object patches, options.
+
+    Args:
+        idle: weights that decide nothing.
+    """
     total = hashlib.sha256()
     for name, weight in _base_weights(patcher):
+        if name in idle:
+            continue
         total.update(name.encode())
         total.update(_sample(weight))
     seen: dict[int, Any] = {}

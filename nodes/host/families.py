@@ -16,9 +16,23 @@ _FAMILIES = {
     "SD15": "SD1",
     "SD20": "SD2",
     "SD3": "SD3",
-    "Flux2": "general",
+    "Flux2": "Flux 2",
     "Flux": "Flux",
+    "Chroma": "Chroma",
+    "ZImage": "Z-Image",
+    "Lumina2": "Lumina 2",
+    "QwenImage": "Qwen-Image",
+    "HiDream": "HiDream",
+    "PixArtAlpha": "PixArt",
+    "HunyuanDiT": "HunyuanDiT",
+    "AuraFlow": "AuraFlow",
+    "WAN21_T2V": "Wan",
+    "CosmosT2IPredict2": "Cosmos-Predict2",
+    "Anima": "Anima",
 }
+
+# Of the node packs that load them (ComfyUI-GGUF, ComfyUI-nunchaku), in their classes' or modules' names.
+_FORMATS = {"ggml": "GGUF", "gguf": "GGUF", "nunchaku": "Nunchaku", "svdq": "Nunchaku"}
 
 # By the name of the class that defines what is noised, fed and made of the output; LCM's network predicts the noise.
 _OBJECTIVE = ("noise_scaling", "calculate_input", "calculate_denoised")
@@ -49,6 +63,37 @@ def parameterisation_name(model: ModelPatcher) -> str:
         if any(name in vars(kind) for name in _OBJECTIVE):
             return _PARAMETERISATIONS.get(kind.__name__, kind.__name__)
     return type(sampling).__name__
+
+
+def guidance(model: ModelPatcher) -> dict[str, float]:
+    """What a network that was distilled to be guided is told while it is trained, if it is told at all.
+
+    1 is no guidance: what is learnt is the pictures, not pictures drawn with guidance. Chroma takes such a number too,
+    but was trained with the one that the host gives where nobody says another.
+    """
+    unguided = any(kind.__name__ == "Chroma" for kind in type(model.model).__mro__)
+    return {} if unguided else {"guidance": 1.0}
+
+
+def few_steps(model: ModelPatcher) -> str:
+    """By what one knows that a model was distilled to draw in a few steps, empty where nothing says so.
+
+    Turbo and Lightning models of SDXL, and Z-Image-Turbo, look like those they were made from.
+    """
+    if type(model.model.model_config).__name__ == "FluxSchnell":
+        return "a Flux schnell"
+    if any(kind.__name__ == "LCM" for kind in type(model.get_model_object("model_sampling")).__mro__):
+        return "sampled as a latent consistency model"
+    if model.model.model_config.unet_config.get("meanflow"):
+        return "a mean-flow model"
+    return ""
+
+
+def hidden_format(model: ModelPatcher) -> str:
+    """Name of a format whose loader keeps the weights in a form of its own, by the names of its classes; else empty."""
+    parts = {type(model), *(type(part) for part in model.model.diffusion_model.modules())}
+    names = " ".join(f"{kind.__module__}.{kind.__qualname__}" for part in parts for kind in part.__mro__).lower()
+    return next((name for word, name in _FORMATS.items() if word in names), "")
 
 
 def geometry(model: ModelPatcher, factor: int, resolution: int) -> Geometry:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -18,9 +19,10 @@ import torch
 
 from ...trainers.autograd import own_weights, private_tree
 from ...trainers.errors import ModelError
-from ...trainers.families import family_of
+from ...trainers.families import GENERAL, family_of
+from ...trainers.offload import place
 from ...trainers.protocols import Conditioning, Geometry, PreviewRequest
-from . import families, sampling
+from . import families, kernels, sampling
 from .adapters import classic, unread_keys
 from .digest import patcher_digest
 from .ranges import refuse_ranged
@@ -33,6 +35,9 @@ if TYPE_CHECKING:
     from .text import ComfyText
 
 log = logging.getLogger(__name__)
+
+# Bytes, more than any device has.
+_EVERYTHING = 1e20
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -56,6 +61,7 @@ class ComfyDenoiser:
         self.parameterisation = families.parameterisation_name(self._model)
         self.sigma_data = float(getattr(self._sampling, "sigma_data", 1.0))
         self.noise_scale = float(getattr(self._sampling, "noise_scale", 1.0))
+        self._guidance = families.guidance(self._model)
         self.device = self._model.load_device
         self.compute_dtype = torch.float32
         self.module: torch.nn.Module | None = None
@@ -131,7 +137,9 @@ class ComfyDenoiser:
             "crop_h": conditioning.crop[1],
             "target_width": target_width,
             "target_height": target_height,
-            "guidance": 1.0,
+            **self._guidance,
+            # As the host gives it for text encoders that have none; some models ask for it by name.
+            "pooled_output": None,
             "noise": x_t,
             "latent_image": torch.zeros_like(x_t),
             "device": self.device,
@@ -160,6 +168,9 @@ class ComfyDenoiser:
             extra = {name: _cast(value, self.device, dtype) for name, value in joined.items()}
             t = self._sampling.timestep(sigma).float()
             t = self._base.process_timestep(t, x=x_t, **extra)
+        if hasattr(self.module, "clear_kv_cache"):
+            # What the network remembers of the text belongs to the weights of an earlier step.
+            self.module.clear_kv_cache()
         with self._autocast():
             output = self.module(
                 x.to(dtype), t, context=context, control=None, transformer_options=self._step_options(sigma), **extra
@@ -190,9 +201,10 @@ class ComfyDenoiser:
         with torch.inference_mode(False), torch.enable_grad():
             self._model = classic(self._model)
             self._sampling = self._model.get_model_object("model_sampling")
-            comfy.model_management.load_models_gpu([self._model], memory_required=1e20, force_full_load=True)
+            comfy.model_management.load_models_gpu([self._model], memory_required=_EVERYTHING, force_full_load=True)
             base = self._model.model
             _check_trainable(base, self.device)
+            _warn(self._model, self.family)
             own_weights(base.diffusion_model)
             self.compute_dtype = _DTYPES.get(compute_dtype) or _inference_dtype(base)
             self.module = private_tree(base.diffusion_model)
@@ -216,7 +228,15 @@ class ComfyDenoiser:
                 return self._sampler.draw(request)
         finally:
             # Drawing may have made the host move the tree to make room.
-            self.module.to(self.device)
+            place(self.module, self.device)
+
+    def make_room(self, weights: bool = False) -> None:
+        """By the host's own means; the graph's own model too, where the tree has left its weights."""
+        management = comfy.model_management
+        mine = [entry for entry in management.current_loaded_models if entry.model is self._model]
+        gc.collect()
+        management.free_memory(_EVERYTHING, self.device, keep_loaded=[] if weights else mine)
+        management.soft_empty_cache()
 
     def adapter_name(self, path: str) -> str:
         """kohya's name of a module: diffusers' module names where the family's files carry those."""
@@ -263,6 +283,22 @@ def _check_trainable(base, device: torch.device) -> None:
             f"The host keeps a part of the model off {device}.",
             "Start ComfyUI without --novram and --lowvram, or train a smaller model.",
             "model",
+        )
+
+
+def _warn(model: ModelPatcher, family: str) -> None:
+    if family == GENERAL.name:
+        log.info(
+            "Graft: a %s has no description here. Every linear layer is adapted, the gradient checked before step 1.",
+            type(model.model.model_config).__name__,
+        )
+    distilled = families.few_steps(model)
+    if distilled:
+        log.warning(
+            "Graft: this model was distilled to draw in a few steps (%s). Training with its usual loss undoes that "
+            "little by little: it will need more steps to draw. Rather train on the model it was made from and use the "
+            "LoRA here, or keep training short and at a low learning rate.",
+            distilled,
         )
 
 
@@ -335,7 +371,7 @@ def _joinable(conds: list[dict]) -> list[list[int]]:
 @contextmanager
 def _in_training() -> Iterator[None]:
     """Tells newer hosts to stay away from kernels that have no backward."""
-    with _training_flag(True):
+    with _training_flag(True), kernels.differentiable():
         yield
 
 

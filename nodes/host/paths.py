@@ -15,13 +15,16 @@ from ...trainers.formats.files import read_metadata, read_tensors
 from ...trainers.formats.metadata import IDENTITY
 from ...trainers.formats.native import WEIGHTS
 from ...trainers.inversion import check_name
+from ...trainers.names import check_file_name
 from ...trainers.run import Folders
 from . import preferences
 
 _EMBEDDINGS = "embeddings"
+_USUAL_PREFIX = "adapter"
 
 # Enough for any collection; a root that holds more is no folder of datasets, and the browser waits for this list.
 _MOST_FOLDERS = 20_000
+_LONGEST_PATH = 4096
 
 
 def register() -> None:
@@ -127,6 +130,10 @@ def dataset_path(choice: str, input: str = "folder") -> str:
     Raises:
         DatasetError: it lies outside the roots, or is no folder.
     """
+    if not _is_possible(choice):
+        raise DatasetError(
+            f"No folder can be called '{_shown(choice)}'.", "Choose one below ComfyUI's input folder.", input
+        )
     wanted = choice.strip()
     if not wanted:
         raise DatasetError(
@@ -142,16 +149,27 @@ def dataset_path(choice: str, input: str = "folder") -> str:
             return os.path.realpath(path)
     if not allowed:
         raise DatasetError(
-            f"The folder '{choice}' lies outside the folders that datasets may come from.",
+            f"The folder '{_shown(choice)}' lies outside the folders that datasets may come from.",
             "Put it below ComfyUI's input folder (a link that leads elsewhere does not count), add its parent as "
             "'datasets' in extra_model_paths.yaml, or allow it in ComfyUI's settings under Graft.",
             input,
         )
     raise DatasetError(
-        f"There is no folder '{choice}' below ComfyUI's input folder ({folder_paths.get_input_directory()}).",
+        f"There is no folder '{_shown(choice)}' below ComfyUI's input folder ({folder_paths.get_input_directory()}).",
         "Create it and put pictures into it, or choose another.",
         input,
     )
+
+
+def _is_possible(name: str) -> bool:
+    """Whether the file system can be asked for a name at all; a prompt that no browser made may hold anything."""
+    return isinstance(name, str) and "\0" not in name and len(name) <= _LONGEST_PATH
+
+
+def _shown(name: str) -> str:
+    """A name for an error, which may be anything."""
+    name = str(name)
+    return name if name.isprintable() and len(name) <= 200 else ascii(name[:200])[1:-1]
 
 
 def _is_allowed(path: str) -> bool:
@@ -179,10 +197,10 @@ def _listed(kind: str, name: str, what: str, input: str) -> str:
     Raises:
         ModelError: there is none of that name, or it is of a format that is not read.
     """
-    path = folder_paths.get_full_path(kind, name)
+    path = folder_paths.get_full_path(kind, name) if _is_possible(name) else None
     if path is None:
         raise ModelError(
-            f"There is no {what} '{name}' in ComfyUI's {kind} folders.",
+            f"There is no {what} '{_shown(name)}' in ComfyUI's {kind} folders.",
             "Choose one of the list; press R to refresh it.",
             input,
         )
@@ -287,6 +305,11 @@ def _same_run(path: str, embedding: Embedding) -> bool:
     return tensors.keys() == ours.keys() and all(tensors[key].equal(ours[key]) for key in ours)
 
 
+def check_prefix(prefix: str) -> None:
+    """Raises SettingsError for a prefix that is no name, or no subfolders and a name, on every system."""
+    check_file_name(prefix.strip() or _USUAL_PREFIX, "filename_prefix")
+
+
 def new_adapter_path(prefix: str, format: str) -> str:
     """A free path below output/loras for a prefix, counted up as the host's own Save nodes do.
 
@@ -294,21 +317,24 @@ def new_adapter_path(prefix: str, format: str) -> str:
         format: "peft" for the weights in a folder of that name.
 
     Raises:
-        SettingsError: the prefix leads out of that folder.
+        SettingsError: the prefix leads out of that folder, or is no name.
     """
     root = folders().adapters
+    check_prefix(prefix)
+    wanted = prefix.strip() or _USUAL_PREFIX
+    # Before the host is asked, which makes the folder.
+    if not is_below(os.path.join(root, os.path.dirname(wanted)), root):
+        raise SettingsError(
+            f"The file name '{prefix}' leads out of {root}.", "Use a folder that is no link.", "filename_prefix"
+        )
     try:
-        folder, filename, counter, _, _ = folder_paths.get_save_image_path(prefix.strip() or "adapter", root)
+        folder, filename, counter, _, _ = folder_paths.get_save_image_path(wanted, root)
     except Exception as error:
         raise SettingsError(
             f"The file name '{prefix}' cannot be used ({error}).",
             "Use a name, or a subfolder and a name, below ComfyUI's output/loras.",
             "filename_prefix",
         ) from error
-    if not is_below(folder, root):
-        raise SettingsError(
-            f"The file name '{prefix}' leads out of {root}.", "Use a name without '..'.", "filename_prefix"
-        )
     place = os.path.join(folder, f"{filename}_{counter:05}_")
     return os.path.join(place, WEIGHTS) if format == "peft" else f"{place}.safetensors"
 

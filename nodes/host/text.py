@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from comfy.sd import CLIP
 
 
+# Checkpoints of SD1 and SDXL, which make no use of it, come without: it then holds whatever was in memory before.
+_PROJECTION = "clip_l.transformer.text_projection.weight"
+
+
 class ComfyText:
     """The graph's CLIP, trained on a private tree over its own weights; the graph's stays as it was.
 
@@ -38,7 +42,14 @@ class ComfyText:
 
     def encode(self, caption: str) -> dict[str, torch.Tensor]:
         """The host's own conditioning of a literal caption: `cross_attn`, `pooled_output` and what else it gives."""
-        return conditioning_tensors(self.clip, _literal_tokens(self.clip, caption))
+        import torch
+
+        found = conditioning_tensors(self.clip, _literal_tokens(self.clip, caption))
+        pooled = found.get("pooled_output")
+        if pooled is not None and self._idle() and not pooled.isfinite().all():
+            # Made with that weight; no model of such an encoder alone looks at it.
+            found["pooled_output"] = torch.zeros_like(pooled)
+        return found
 
     def encode_live(self, captions: Sequence[str]) -> list[dict[str, torch.Tensor]]:
         """As `encode` for each caption, through the private tree, with its graph where something is trained."""
@@ -131,9 +142,13 @@ class ComfyText:
     def fingerprint(self) -> str:
         """Changes with weights, patches, clip skip, tokenizer options and attached words."""
         clip = self.clip
-        own = f"{patcher_digest(clip.patcher)}|{clip.layer_idx}|{sorted(clip.tokenizer_options.items())}"
+        own = f"{patcher_digest(clip.patcher, self._idle())}|{clip.layer_idx}|{sorted(clip.tokenizer_options.items())}"
         attached = words.attached_digest(clip.tokenizer)
         return f"{own}|{attached}" if attached else own
+
+    def _idle(self) -> tuple[str, ...]:
+        """Weights that decide nothing."""
+        return () if hasattr(self.clip.cond_stage_model, "t5xxl") else (_PROJECTION,)
 
     def encoders(self) -> list[str]:
         """Keys of its CLIP parts."""

@@ -10,8 +10,9 @@ import torch
 from comfy_execution.graph_utils import ExecutionBlocker
 
 from ...trainers.data.scan import shortened
-from ...trainers.errors import ModelError
+from ...trainers.errors import ModelError, OutOfMemory
 from ...trainers.families import family_of
+from ...trainers.ladder import in_one_line, is_out_of_memory
 from ...trainers.prepare import all_resolutions
 from ...trainers.protocols import Geometry, Host
 from ...trainers.recipe import Word
@@ -80,7 +81,12 @@ def _train(model, clip, vae, dataset, widgets, options, training: Training) -> T
         denoiser = ComfyDenoiser(model, text, vae)
         recipe = settled(model, dataset, widgets, options)
         host = Host(denoiser, text, ComfyCodec(vae), Progress(training, recipe.steps), training.asked)
-        result = run_recipe(recipe, dataset, host, paths.folders())
+        try:
+            result = run_recipe(recipe, dataset, host, paths.folders())
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise _out_of_memory(error) from error
     trained_model, trained_clip = model, clip
     if result.adapter is not None:
         trained_model, trained_clip = apply_adapter(model, clip, result.adapter, 1.0, 1.0)
@@ -91,6 +97,16 @@ def _train(model, clip, vae, dataset, widgets, options, training: Training) -> T
     summary = _summary(result, recipe)
     loss = {"loss": result.losses}
     return Trained(trained_model, trained_clip, result.adapter, result.embedding, loss, {"text": (summary,)})
+
+
+def _out_of_memory(error: Exception) -> OutOfMemory:
+    """Of what comes before the first step or after the last: within one the loop deals with it."""
+    return OutOfMemory(
+        f"Memory ran out while the training was prepared or its result was made ({in_one_line(error)}).",
+        "Close other programs, or take a smaller model or a lower resolution. What was saved stays: queue the graph "
+        "again to go on.",
+        "model",
+    )
 
 
 def settled(model: ModelPatcher, dataset: Dataset, widgets: Widgets, options: Options | None) -> Recipe:
@@ -145,6 +161,13 @@ def check_sockets(model, clip, vae) -> None:
             )
     if not hasattr(model, "get_model_object") or not hasattr(model.model, "diffusion_model"):
         raise ModelError(f"A {type(model).__name__} is no model that can be trained.", "Load the original.", "model")
+    hidden = families.hidden_format(model)
+    if hidden:
+        raise ModelError(
+            f"The model is loaded in the format {hidden}, whose weights no training goes through yet.",
+            "Load the original with ComfyUI's own loader; fp8 is fine.",
+            "model",
+        )
 
 
 def geometries(dataset: Dataset, model: ModelPatcher | None, vae: VAE | None) -> dict[int, Geometry]:

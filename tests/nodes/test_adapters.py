@@ -160,6 +160,27 @@ def test_what_the_host_loads_from_the_file_is_what_was_trained(case, done, model
     assert_applied(output_of(applied), done, base)
 
 
+@pytest.fixture(scope="module")
+def pruned(comfy):
+    """A model of which every layer has a row of zeros, as models that were pruned or grown have."""
+    with torch.inference_mode():
+        found = models.patcher("SD1")
+        for name, tensor in found.model.diffusion_model.state_dict().items():
+            if tensor.dim() > 1 and "transformer_blocks" in name:
+                tensor[0] = 0
+    return found
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ADAPTERS if kind in CASES])
+def test_rows_of_zeros_in_the_base_are_trained_and_applied_like_others(kind, pruned, tmp_path):
+    from graft_pack.nodes.host.adapters import apply_adapter
+
+    done = train(pruned, kind, tmp_path)
+    assert models.distance(done.output, output_of(pruned)) >= 1e-2
+    applied, _ = apply_adapter(pruned, None, done.adapter, 1.0, 1.0)
+    assert_applied(output_of(applied), done, output_of(pruned))
+
+
 def test_strength_zero_is_the_base(done, model, base):
     from graft_pack.nodes.host.adapters import apply_adapter
 
@@ -744,8 +765,8 @@ def test_the_nodes_save_each_format_and_load_it_again(done, case, model, base, c
         path = GraftSaveAdapter.execute(done.adapter, prefix, format).args[0]
         name = os.path.relpath(path, comfy.base / "output" / "loras")
         assert name == f"{prefix}_00001_" + ("/adapter_model.safetensors" if format == "peft" else ".safetensors")
-        assert GraftLoadAdapter.validate_inputs(name) is True
-        assert GraftAdapterOptions.validate_inputs(name) is True
+        assert GraftLoadAdapter.validate_inputs(adapter_name=name) is True
+        assert GraftAdapterOptions.validate_inputs(start_from=name) is True
         assert GraftAdapterOptions.fingerprint_inputs(name) == GraftLoadAdapter.fingerprint_inputs(name)
         assert load_adapter(path).metadata["modelspec.title"] == f"{os.path.basename(prefix)}_00001"
         if case == "OFT" and format == "peft":
@@ -766,5 +787,5 @@ def test_the_option_node_hands_on_what_was_set():
     assert found == {("adapter", "type"): "LoKr", ("adapter", "block_ranks"): "attn2=2"}
     with pytest.raises(SettingsError, match="Graft Adapter Options, input 'block_ranks'.*no pattern=value"):
         GraftAdapterOptions.execute(**{**UNSET["adapter"], "block_ranks": "attn2"})
-    assert "no adapter 'gone'" in GraftAdapterOptions.validate_inputs("gone")
-    assert GraftAdapterOptions.validate_inputs("auto") is True
+    assert "no adapter 'gone'" in GraftAdapterOptions.validate_inputs(start_from="gone")
+    assert GraftAdapterOptions.validate_inputs(start_from="auto") is True

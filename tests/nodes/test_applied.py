@@ -111,6 +111,46 @@ def test_the_same_file_in_diffusers(comfy, tmp_path):
     assert (applied - output).norm() <= 1e-3 * (output - before).norm()
 
 
+def test_a_flux_file_in_diffusers_pipeline(comfy):
+    """The double blocks, since diffusers cuts what a single block has in one layer at the widths of the full model."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+
+    from tests.support.published import PUBLISHED
+
+    published = PUBLISHED["Flux"]
+    model = models.patcher(published.name)
+    network, _ = published.network(model)
+    x, sigma, one = probe(published.name)
+    point = network, x, torch.tensor([sigma]), [one]
+    with (
+        models.in_training(
+            model, published.name, spread=0.1, targets="patterns", target_patterns=(r"double_blocks\.",)
+        ) as training,
+        torch.no_grad(),
+    ):
+        adapter = Adapter(training.plan.export(training.plan.trainables, 0).adapter)
+        output = training.denoiser.predict(*point[1:])
+        before = published.run(*point)
+        pipe = FluxPipeline(FlowMatchEulerDiscreteScheduler(), None, None, None, None, None, network)
+        pipe.load_lora_weights(str(saved(comfy, adapter, "flux-diffusers")))
+        applied = published.run(*point)
+    assert (applied - output).norm() <= 1e-3 * (output - before).norm()
+    assert (output - before).norm() >= 1e-2 * before.norm()
+
+
+def test_a_flux_single_block_is_cut_by_diffusers_as_the_host_has_it():
+    from diffusers import FluxPipeline
+
+    widths = {"attn.to_q": 3072, "attn.to_k": 3072, "attn.to_v": 3072, "proj_mlp": 12288}
+    name = "lora_unet_single_blocks_0_linear1"
+    down, up = torch.randn(2, 3072), torch.randn(sum(widths.values()), 2)
+    file = {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(2.0)}
+    found = FluxPipeline.lora_state_dict(file)
+    for part, expected in zip(widths, up.split(list(widths.values())), strict=True):
+        path = f"transformer.single_transformer_blocks.0.{part}"
+        assert torch.allclose(found[f"{path}.lora_B.weight"] @ found[f"{path}.lora_A.weight"], expected @ down)
+
+
 @pytest.mark.parametrize("name", models.ARCHITECTURES)
 def test_strength_zero_and_learning_rate_zero_change_nothing(name, tmp_path):
     from graft_pack.nodes.host.adapters import apply_adapter

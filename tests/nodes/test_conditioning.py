@@ -1,13 +1,19 @@
 """Each picture of a batch is conditioned on its own caption and its own sizes, and on nothing of the others."""
 
-from contextlib import contextmanager
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from graft_pack.trainers import forward
 from graft_pack.trainers.autograd import OutOfPlace
+from graft_pack.trainers.data.scan import scan_folder
+from graft_pack.trainers.plan import Plan
+from graft_pack.trainers.prepare import prepare
+from PIL import Image
 
 from tests.support import models
+from tests.support.diffusers_host import TinyCodec
 
 pytestmark = pytest.mark.usefixtures("comfy")
 
@@ -20,20 +26,11 @@ def batch_of(name, count=4):
     return x, torch.tensor(SIGMAS[name][:count]), [models.conditioning(name, seed) for seed in range(count)]
 
 
-@contextmanager
-def inputs_of(module):
-    """The (args, kwargs) of every call of a module within the block."""
-    calls = []
-    hook = module.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
-    yield calls
-    hook.remove()
-
-
 @pytest.mark.parametrize("name", models.FAMILIES)
 def test_each_row_gets_its_own_caption(name):
     x, sigma, conditionings = batch_of(name)
     with models.in_training(models.patcher(name), name) as training:
-        with inputs_of(training.denoiser.module) as calls:
+        with models.inputs_of(training.denoiser.module) as calls:
             training.denoiser.predict(x, sigma, conditionings)
     assert len(calls) == 1, "one pass for the batch: its cost grows with the batch, not with its square"
     context = calls[0][1]["context"]
@@ -46,7 +43,7 @@ def test_each_row_gets_its_own_caption(name):
 def test_each_row_gets_its_own_pooled_vector(name):
     x, sigma, conditionings = batch_of(name)
     with models.in_training(models.patcher(name), name) as training:
-        with inputs_of(training.denoiser.module) as calls:
+        with models.inputs_of(training.denoiser.module) as calls:
             training.denoiser.predict(x, sigma, conditionings)
     width = models.FAMILIES[name].pooled
     for row, one in enumerate(conditionings):
@@ -62,12 +59,61 @@ def test_sdxl_gets_six_sizes_of_each_picture():
     for row, (original, crop, target) in enumerate(sizes):
         conditionings[row] = replace(conditionings[row], original_size=original, crop=crop, target_size=target)
     with models.in_training(models.patcher("SDXL"), "SDXL") as training:
-        with inputs_of(training.denoiser.module) as calls:
+        with models.inputs_of(training.denoiser.module) as calls:
             training.denoiser.predict(x, sigma, conditionings)
     for row, (original, crop, target) in enumerate(sizes):
         numbers = [original[1], original[0], crop[1], crop[0], target[1], target[0]]
         expected = Timestep(256)(torch.tensor(numbers, dtype=torch.float32)).flatten()
         assert torch.allclose(calls[0][1]["y"][row, 1280:], expected)
+
+
+def test_sdxl_pictures_of_three_shapes_bring_their_own_sizes(tmp_path):
+    """From the files to the network's input: each row of each batch has the six numbers of its own picture."""
+    from comfy.ldm.modules.diffusionmodules.openaimodel import Timestep
+
+    sizes = {"wide": (128, 64), "tall": (64, 160), "square": (96, 96)}
+    for number, (name, size) in enumerate(sizes.items()):
+        pixels = np.random.RandomState(number).randint(0, 255, (size[1], size[0], 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text(name)
+    dataset = scan_folder(str(tmp_path), "", 64, 1)
+    with models.in_training(models.patcher("SDXL"), "SDXL", batch_size=2, resolution=64) as training:
+        host = replace(training.host, codec=TinyCodec(), text=Wide())
+        prepared = prepare(dataset, training.plan.recipe, host, str(tmp_path / "cache"), 10**9)
+        plan = Plan(training.plan.recipe, prepared.training, [], {}, dict)
+        with models.inputs_of(training.denoiser.module) as calls:
+            for step, (_, batch) in zip(range(6), plan.batches(0), strict=False):
+                shown = plan.shown(batch)
+                for part in forward.parts_of(shown, plan.recipe, step, 0, host):
+                    forward.losses_of(host, *part)
+    seen = {}
+    for _, given in calls:
+        for caption, numbers in zip(given["context"][:, 0, 0].tolist(), given["y"][:, 1280:], strict=True):
+            seen.setdefault(Wide.captions[round(caption)], []).append(numbers)
+    assert sorted(seen) == sorted(sizes)
+    # Height and width of the file; top and left of the crop (96 x 48 cut to 80 x 48, 38 x 96 to 32 x 96, 64 x 64 as it
+    # is); height and width of the crop.
+    expected = {"wide": (64, 128, 0, 8, 48, 80), "tall": (160, 64, 0, 3, 96, 32), "square": (96, 96, 0, 0, 64, 64)}
+    for name, rows in seen.items():
+        numbers = Timestep(256)(torch.tensor(expected[name], dtype=torch.float32)).flatten()
+        for row in rows:
+            assert torch.allclose(row, numbers), name
+
+
+class Wide:
+    """A text encoder as wide as the tiny SDXL's; a caption is told by its first number."""
+
+    captions = ["wide", "tall", "square"]
+
+    def encode(self, caption):
+        context = torch.full((1, 77, 48), float(self.captions.index(caption)))
+        return {"cross_attn": context, "pooled_output": torch.zeros(1, 1280)}
+
+    def count_tokens(self, caption):
+        return 1
+
+    def fingerprint(self):
+        return "wide"
 
 
 @pytest.mark.parametrize("name", models.FAMILIES)
@@ -117,3 +163,23 @@ def test_another_caption_changes_only_its_own_row(name):
         assert (moved > 1e-3) == (row == changed), (row, moved)
         assert (turned > 1e-3) == (row == changed), (row, turned)
         assert row == changed or max(moved, turned) <= 1e-5
+
+
+def test_what_was_in_memory_before_names_no_run(tiny_base):
+    """A checkpoint of SD1 has no text_projection for CLIP: the host leaves in it whatever was there."""
+    import comfy.sd
+    from graft_pack.nodes.host.text import ComfyText
+
+    clip = comfy.sd.load_checkpoint_guess_config(str(tiny_base), output_vae=False, output_clip=True)[1]
+    text = ComfyText(clip)
+    before = text.fingerprint(), text.encode("a toy")
+    weights = clip.cond_stage_model.clip_l.transformer
+    with torch.no_grad():
+        weights.text_projection.weight.fill_(float("nan"))
+    found = text.encode("a toy")
+    assert text.fingerprint() == before[0]
+    assert torch.equal(found["cross_attn"], before[1]["cross_attn"])
+    assert all(tensor.isfinite().all() for tensor in found.values())
+    with torch.no_grad():
+        weights.text_model.final_layer_norm.weight.add_(1.0)
+    assert text.fingerprint() != before[0]

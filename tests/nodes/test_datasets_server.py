@@ -152,18 +152,18 @@ def test_variation_reaches_the_run_and_the_old_graph_stays_as_it_was(server, tin
 
 
 @pytest.mark.parametrize(
-    "widgets, words",
+    "widgets, refused, words",
     [
-        ({"more_resolutions": "512, large"}, ["'more_resolutions'", "large", "512, 768"]),
-        ({"validation_folder": "nosuch"}, ["'validation_folder'", "nosuch", "holds no picture"]),
+        ({"more_resolutions": "512, large"}, True, ["'more_resolutions'", "large", "512, 768"]),
+        ({"validation_folder": "nosuch"}, False, ["'validation_folder'", "nosuch", "holds no picture"]),
     ],
 )
-def test_wrong_widgets_are_named(server, tiny_base, folder, widgets, words):
+def test_wrong_widgets_are_named(server, tiny_base, folder, widgets, refused, words):
     prompt = graphs.training(folder.name, 2)
     prompt["2"]["inputs"].update(widgets)
-    with pytest.raises(PromptError) as caught:
+    with pytest.raises(PromptRefused if refused else PromptError) as caught:
         server.run(prompt)
-    message = caught.value.error["exception_message"]
+    message = str(caught.value.node_errors["2"]) if refused else caught.value.error["exception_message"]
     assert all(word in message for word in ["Graft Load Dataset", *words]), message
 
 

@@ -1,6 +1,7 @@
 """The loss is the model's own: each of core's ModelSampling nodes upstream is obeyed, or refused."""
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -164,6 +165,60 @@ def test_other_objectives_follow_the_model_too(case):
     weight = weights.get(kind, cut / (ratio + 1))
     target = kind_of(denoiser).target(x0, noise, sigma.view(-1, 1, 1, 1))
     assert torch.allclose(losses, weight * ((raw - target) ** 2).mean((1, 2, 3)), rtol=1e-4)
+
+
+EMPTY = torch.tensor([])
+# A class, what tells its checkpoints apart beside their weights, what is predicted then, and how noisy it gets.
+KEYS = [
+    ("SDXL", {}, "eps", 14.6),
+    ("SDXL", {"v_pred": EMPTY}, "v", 14.6),
+    ("SDXL", {"v_pred": EMPTY, "ztsnr": EMPTY}, "v", 4519.0),
+    ("SDXL", {"edm_vpred.sigma_max": torch.tensor(120.0)}, "v", 120.0),
+    ("SDXL", {"edm_mean": EMPTY, "edm_std": EMPTY}, "edm", 80.0),
+    ("SD20", {"output_blocks.11.1.transformer_blocks.0.norm1.bias": torch.tensor([0.1, -0.1])}, "v", 14.6),
+    ("SD20", {"output_blocks.11.1.transformer_blocks.0.norm1.bias": torch.tensor([0.01, -0.01])}, "eps", 14.6),
+]
+
+
+@pytest.mark.parametrize(
+    "name, keys, kind, most", KEYS, ids=lambda part: "+".join(part) if type(part) is dict else None
+)
+def test_the_objective_is_known_by_the_checkpoints_keys(name, keys, kind, most):
+    from graft_pack.nodes.host.model import ComfyDenoiser
+
+    denoiser = ComfyDenoiser(models.patcher(name, keys=keys), None, models.SmallVae())
+    assert denoiser.parameterisation == kind
+    assert float(denoiser.sigmas().max()) == pytest.approx(most, rel=1e-2)
+    assert denoiser.family == ("SDXL" if name == "SDXL" else "SD2 v" if kind == "v" else "SD2")
+
+
+@pytest.mark.parametrize("assumed", ["v", "eps"])
+def test_training_on_zero_terminal_snr_follows_v_and_not_eps(assumed, tmp_path):
+    """What the keys say is what lowers the model's own loss; with the noise as target it stays where it was."""
+    model = models.patcher("SDXL", keys={"v_pred": EMPTY, "ztsnr": EMPTY})
+    fields = {"steps": 40, "learning_rate": 1e-2, "batch_size": 2, "ema_decay": 0.0}
+    with models.in_training(model, "SDXL", method="all weights", targets="all weights", **fields) as training:
+        # Bright pictures: all of them is in the velocity, nothing in the noise.
+        items = [replace(one, show=functools.partial(brightened, one)) for one in training.plan.train]
+        training = replace(training, plan=replace(training.plan, train=items))
+        before = noisiest(items, training)
+        training.denoiser.parameterisation = assumed
+        models.train(training, tmp_path)
+        training.denoiser.parameterisation = "v"
+        after = noisiest(items, training)
+    assert after < 0.5 * before if assumed == "v" else after > 0.9 * before, (float(before), float(after))
+
+
+def noisiest(items, training):
+    """The model's own loss of items at its highest noise level, at fixed noise."""
+    from graft_pack.trainers import forward
+
+    return forward.fixed_losses(items, training.plan.recipe, training.host)[:, -1].mean()
+
+
+def brightened(item, turn):
+    shown = item.show(turn)
+    return replace(shown, latent=0.2 * shown.latent + 2.0)
 
 
 def test_img_to_img_is_refused():

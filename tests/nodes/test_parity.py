@@ -97,6 +97,42 @@ def test_loss_and_gradients_are_those_of_diffusers(prediction_type, gamma):
         assert models.distance(values[key].grad, parameter.grad) <= 1e-4, key
 
 
+@pytest.mark.parametrize("family", ["SDXL", "SD3", "Flux"])
+def test_other_families_too_have_diffusers_loss_and_the_gradient_of_every_weight(family):
+    """diffusers' networks with the same weights, its own scripts' targets; each weight's gradient in diffusers' cut."""
+    from tests.support.published import PUBLISHED, picked
+
+    published = PUBLISHED[family]
+    model = models.patcher(published.name)
+    network, places = published.network(model)
+    whole = {"method": "all weights", "targets": "all weights", "max_grad_norm": 0.0}
+    with models.in_training(model, published.name, examples=3, batch_size=3, **whole) as training:
+        shown = [item.show(0) for item in training.plan.train]
+        conditionings = [one.conditioning for one in shown]
+        part = next(forward.parts_of(shown, training.plan.recipe, 0, 0, training.host))
+        _, x0, noise, sigma = part[:4]
+        losses = forward.losses_of(training.host, *part)
+        losses.mean().backward()
+        gradients = {
+            name: value.grad.clone() for name, value in training.plan.trainables.items() if value.grad is not None
+        }
+    flow = sigma.view(-1, 1, 1, 1)
+    noised, target = (x0 + flow * noise, noise) if family == "SDXL" else (flow * noise + (1 - flow) * x0, noise - x0)
+    output = published.run(network, noised, sigma, conditionings)
+    theirs = torch.nn.functional.mse_loss(output, target, reduction="none").mean((1, 2, 3))
+    theirs.mean().backward()
+    assert torch.allclose(losses, theirs, rtol=1e-4, atol=0)
+    compared = 0
+    for name, parameter in network.named_parameters():
+        place = places[name]
+        if (place if isinstance(place, str) else place[0]) not in gradients or parameter.grad is None:
+            continue
+        ours = picked(gradients, place)
+        assert models.distance(ours, parameter.grad) <= 1e-4 or parameter.grad.norm() <= 1e-6, name
+        compared += 1
+    assert compared >= 0.9 * len(places)
+
+
 def test_a_training_takes_the_same_way_on_both_hosts(tmp_path):
     """The whole loop, over ComfyUI and over diffusers: the same losses, the same adapter."""
     from graft_pack.trainers.families import family_of

@@ -3,217 +3,40 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+from .networks import ARCHITECTURES, CLASSES, FAMILIES, SIZES
 
-@dataclass(frozen=True)
-class Tiny:
-    """A model family in small.
+__all__ = ["ARCHITECTURES", "CLASSES", "FAMILIES", "SIZES"]
 
-    Attributes:
-        build: gives the host's model_config with a small unet_config.
-        latent: [C, h, w] of an example.
-        context: (tokens, width) of its text conditioning.
-        pooled: width of its pooled conditioning, 0 for none.
+
+def patcher(name: str, dtype=None, seed: int = 0, keys: dict | None = None):
+    """A MODEL of a family with random weights of a size that makes every layer matter.
+
+    Args:
+        keys: what else its checkpoint holds, by which the host knows one model from another.
     """
+    import torch
 
-    build: Callable
-    latent: tuple[int, int, int]
-    context: tuple[int, int]
-    pooled: int = 0
-
-
-def _unet(**more) -> dict:
-    return dict(
-        image_size=32,
-        in_channels=4,
-        out_channels=4,
-        use_spatial_transformer=True,
-        use_temporal_attention=False,
-        legacy=False,
-        **more,
-    )
+    dtype = dtype or torch.float32
+    tiny = SIZES[name]
+    config = tiny.build()
+    config.set_inference_dtype(dtype, None)
+    model = config.get_model(keys or {}, "", device="cpu")
+    if tiny.shrink:
+        tiny.shrink(model.diffusion_model)
+    randomise(model.diffusion_model, seed)
+    return patched(model)
 
 
-def _host_class(name: str, **config):
-    """A config of the host's class of that name."""
-    import comfy.supported_models
-
-    return getattr(comfy.supported_models, name)(config)
-
-
-def _sd1():
-    config = _unet(
-        model_channels=32,
-        num_res_blocks=[1, 1],
-        channel_mult=[1, 2],
-        context_dim=48,
-        transformer_depth=[1, 1],
-        transformer_depth_output=[1, 1, 1, 1],
-        transformer_depth_middle=1,
-        use_linear_in_transformer=False,
-        adm_in_channels=None,
-    )
-    return _host_class("SD15", **config)
-
-
-def _sdxl(pooled: int = 1280):
-    # The pooled text and six sizes of 256 each are what the host's SDXL class makes of a conditioning.
-    config = _unet(
-        model_channels=32,
-        num_res_blocks=[1, 1],
-        channel_mult=[1, 2],
-        num_heads=-1,
-        num_head_channels=16,
-        context_dim=48,
-        transformer_depth=[0, 1],
-        transformer_depth_output=[0, 0, 1, 1],
-        transformer_depth_middle=1,
-        use_linear_in_transformer=True,
-        num_classes="sequential",
-        adm_in_channels=pooled + 6 * 256,
-    )
-    made = _host_class("SDXL", **config)
-    made.unet_config["num_head_channels"] = 16
-    return made
-
-
-def _sd2():
-    made = _host_class("SD20", **{**_sd1().unet_config, "use_linear_in_transformer": True})
-    made.unet_config["num_head_channels"] = 16
-    return made
-
-
-def _flux():
-    import comfy.ldm.flux.model
-
-    config = dict(
-        image_model="flux",
-        in_channels=16,
-        out_channels=16,
-        vec_in_dim=32,
-        context_in_dim=48,
-        hidden_size=64,
-        mlp_ratio=2.0,
-        num_heads=4,
-        depth=2,
-        depth_single_blocks=2,
-        axes_dim=[4, 6, 6],
-        theta=10000,
-        patch_size=2,
-        qkv_bias=True,
-        guidance_embed=True,
-    )
-    if "txt_ids_dims" in comfy.ldm.flux.model.FluxParams.__dataclass_fields__:
-        config["txt_ids_dims"] = []
-    return _host_class("Flux", **config)
-
-
-def _sd3():
-    embedder = {"target": "torch.nn.Linear", "params": {"in_features": 48, "out_features": 128}}
-    return _host_class(
-        "SD3",
-        input_size=None,
-        patch_size=2,
-        in_channels=16,
-        depth=2,
-        pos_embed_max_size=16,
-        num_patches=256,
-        adm_in_channels=32,
-        context_embedder_config=embedder,
-        qkv_bias=True,
-        pos_embed_scaling_factor=None,
-        qk_norm="rms",
-    )
-
-
-def _lumina2():
-    return _host_class(
-        "Lumina2",
-        image_model="lumina2",
-        patch_size=2,
-        in_channels=16,
-        dim=96,
-        n_layers=2,
-        n_refiner_layers=1,
-        n_heads=4,
-        n_kv_heads=4,
-        axes_dims=[8, 8, 8],
-        axes_lens=[300, 64, 64],
-        multiple_of=32,
-        norm_eps=1e-5,
-        cap_feat_dim=48,
-        qk_norm=True,
-    )
-
-
-def _aura():
-    return _host_class(
-        "AuraFlow",
-        in_channels=4,
-        out_channels=4,
-        patch_size=2,
-        dim=64,
-        n_layers=2,
-        n_double_layers=1,
-        n_heads=4,
-        global_conddim=64,
-        cond_seq_dim=48,
-        max_seq=64,
-    )
-
-
-def _sd1_middling():
-    config = _unet(
-        model_channels=160,
-        num_res_blocks=[1, 1, 1],
-        channel_mult=[1, 2, 2],
-        context_dim=512,
-        transformer_depth=[1, 1, 1],
-        transformer_depth_output=[1, 1, 1, 1, 1, 1],
-        transformer_depth_middle=1,
-        use_linear_in_transformer=False,
-        adm_in_channels=None,
-    )
-    return _host_class("SD15", **config)
-
-
-# What is small enough for every test.
-FAMILIES = {
-    "SD1": Tiny(_sd1, (4, 8, 8), (77, 48)),
-    "SDXL": Tiny(_sdxl, (4, 8, 8), (77, 48), 1280),
-    "Flux": Tiny(_flux, (16, 8, 8), (7, 48), 32),
-}
-# With the transformers of other families: what is asked of every architecture that is trained.
-ARCHITECTURES = {
-    **FAMILIES,
-    "SD3": Tiny(_sd3, (16, 8, 8), (7, 48), 32),
-    "Lumina 2": Tiny(_lumina2, (16, 8, 8), (7, 48)),
-    "AuraFlow": Tiny(_aura, (4, 8, 8), (7, 48)),
-}
-# Those that have a small text encoder, and what is large enough to be timed: 44.7 M parameters.
-SIZES = {
-    **ARCHITECTURES,
-    "SD2": Tiny(_sd2, (4, 8, 8), (77, 48)),
-    "SDXL with text": Tiny(functools.partial(_sdxl, 24), (4, 8, 8), (77, 48), 24),
-    "SD1 middling": Tiny(_sd1_middling, (4, 32, 32), (77, 512)),
-}
-
-
-def patcher(name: str, dtype=None, seed: int = 0):
-    """A MODEL of a family with random weights of a size that makes every layer matter."""
+def patched(model):
+    """The host's model as a MODEL."""
     import comfy.model_management
     import comfy.model_patcher
     import torch
 
-    dtype = dtype or torch.float32
-    config = SIZES[name].build()
-    config.set_inference_dtype(dtype, None)
-    model = config.get_model({}, "", device="cpu")
-    randomise(model.diffusion_model, seed)
     device = comfy.model_management.get_torch_device()
     return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=torch.device("cpu"))
 
@@ -244,6 +67,8 @@ def conditioning(name: str, seed: int = 0):
     tensors = {"cross_attn": torch.randn(1, *tiny.context, generator=source)}
     if tiny.pooled:
         tensors["pooled_output"] = torch.randn(1, tiny.pooled, generator=source)
+    if tiny.more:
+        tensors |= tiny.more(source)
     return Conditioning(tensors, (640 + seed, 480), (seed, 0), (512, 512))
 
 
@@ -408,12 +233,13 @@ def item(name: str, seed: int, dtype=None, side: int = 0):
     import torch
     from graft_pack.trainers.plan import Item, Shown
 
-    channels, height, width = SIZES[name].latent
+    shape = SIZES[name].latent
+    if side:
+        shape = (*shape[:-2], side, side)
 
     def latent():
         source = torch.Generator().manual_seed(seed)
-        shape = (1, channels, side or height, side or width)
-        return torch.randn(shape, generator=source).to(dtype or torch.float32)
+        return torch.randn(1, *shape, generator=source).to(dtype or torch.float32)
 
     return Item(f"picture {seed}", (64, 64), 1, lambda turn: Shown(latent(), conditioning(name, seed)))
 
@@ -508,7 +334,12 @@ def denoised(model, x, sigma: float, one):
     import comfy.sampler_helpers
     import comfy.samplers
     import torch
+    from graft_pack.nodes.host import families
 
+    network = model.model.diffusion_model
+    if hasattr(network, "clear_kv_cache"):
+        # The host's own does not forget the keys and values of a prompt when other weights are applied.
+        network.clear_kv_cache()
     with torch.inference_mode():
         comfy.model_management.load_models_gpu([model])
         facts = {
@@ -518,7 +349,8 @@ def denoised(model, x, sigma: float, one):
             "crop_h": one.crop[1],
             "target_width": one.target_size[0],
             "target_height": one.target_size[1],
-            "guidance": 1.0,
+            **families.guidance(model),
+            "pooled_output": None,
         }
         tensors = dict(one.tensors)
         conds = comfy.sampler_helpers.convert_cond([[tensors.pop("cross_attn"), {**facts, **tensors}]])
@@ -539,6 +371,15 @@ def trained_denoised(training: Training, x, sigma: float, one):
         raw = training.denoiser.predict(x, level, [one])
         sampling = training.denoiser._sampling
         return sampling.calculate_denoised(level, raw, x)
+
+
+@contextmanager
+def inputs_of(module):
+    """The (args, kwargs) of every call of a module within the block."""
+    calls = []
+    hook = module.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
+    yield calls
+    hook.remove()
 
 
 def distance(a, b) -> float:

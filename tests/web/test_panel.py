@@ -192,6 +192,27 @@ def test_an_error_is_shown_with_its_cure(opened, page, server):
     page.driver.get_log("browser")
 
 
+@pytest.mark.parametrize(
+    "event, fields, said",
+    [
+        (
+            "memory",
+            {"done": "checkpointing is on for 5 blocks"},
+            "ran out in step 3: checkpointing is on for 5 blocks.",
+        ),
+        ("spike", {"loss": 9.0, "highest": 1.0, "pictures": ["a.png"]}, "Step 3 was left out"),
+    ],
+)
+def test_what_a_run_did_to_help_itself_is_said(opened, event, fields, said):
+    panel = opened(SHORT)
+    panel.simulate("begin")
+    panel.simulate("step", step=2, steps=9, epoch=0, loss=0.1, lr=1e-4, seconds=1.0)
+    panel.simulate(event, step=3, **fields)
+    panel.simulate("step", step=3, steps=9, epoch=0, loss=0.1, lr=1e-4, seconds=1.0)
+    time.sleep(0.25)
+    assert said in panel.text(".graft-note")
+
+
 def test_updates_come_at_most_ten_times_a_second(opened, page):
     panel = opened(SHORT)
     panel.simulate("begin")

@@ -65,11 +65,12 @@ class Cache:
     def _read_headers(self) -> None:
         for path in sorted(_shards(self.folder)):
             try:
-                sums = json.loads(files.read_metadata(path)["sums"])
-                for name, total in sums.items():
+                for name, total in _sums(path).items():
                     key, _, tensor = name.partition("/")
-                    self._places.setdefault(key, _Place(path, {})).sums[tensor] = int(total)
-            except (RunError, KeyError, ValueError, AttributeError) as error:
+                    self._places.setdefault(key, _Place(path, {})).sums[tensor] = total
+            except _Foreign as other:
+                log.warning("Graft: the cache shard %s is left aside: %s", path, other)
+            except (RunError, ValueError) as error:
                 log.warning("Graft: the cache shard %s is damaged; what it held will be made again. %s", path, error)
                 _remove(path)
 
@@ -137,6 +138,29 @@ class Cache:
         for key, entry in self._pending.items():
             self._places[key] = _Place(path, {name: sums[f"{key}/{name}"] for name in entry})
         self._pending = {}
+
+
+class _Foreign(Exception):
+    """A shard that another version of the pack has written, or that is none."""
+
+
+def _sums(path: str) -> dict[str, int]:
+    """The checksums in a shard, by `<key>/<tensor>`.
+
+    Raises:
+        _Foreign: it is of another format.
+        RunError, ValueError: it is damaged.
+    """
+    header = files.read_header(path)
+    metadata = header.pop("__metadata__", {})
+    if metadata.get("format", _FORMAT) != _FORMAT:
+        raise _Foreign(f"it is of the format {metadata['format'][:40]!r}.")
+    sums = files.parse_json(metadata.get("sums", ""))
+    if not isinstance(sums, dict) or sums.keys() != header.keys():
+        raise ValueError("its checksums are not those of its tensors")
+    if not all(type(total) is int for total in sums.values()):
+        raise ValueError("its checksums are no numbers")
+    return sums
 
 
 def _shards(folder: str) -> list[str]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import os
 import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from ..errors import DatasetError
+from ..formats.files import parse_json
+from ..names import is_text
 from .order import stream_seed
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ METADATA = ("metadata.jsonl", "metadata.csv")
 # The names under which captioning tools keep a caption in JSON, the best first.
 _FIELDS = ("caption", "captions", "text", "prompt", "description", "tags")
 _LIMIT = 16 * 1024 * 1024
+# Characters: some hundred times what a text encoder takes at once, and each time it is encoded costs as much.
+_LONGEST = 10_000
 
 # How many captions a varying dataset is worth encoding in all, and the bounds for one picture.
 _BUDGET = 2048
@@ -47,8 +50,8 @@ def read_sidecar(path: str, name: str, lines_are_variants: bool) -> tuple[str, .
     if not path.lower().endswith(".json"):
         return variants_of(text, lines_are_variants)
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        value = parse_json(text)
+    except ValueError as error:
         raise _unreadable(name, f"it is no JSON: {error}", "Correct it, or remove it.") from error
     return _from_json(value, lines_are_variants)
 
@@ -85,8 +88,8 @@ def _jsonl_rows(text: str, name: str) -> Iterator[tuple[int, dict]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            row = parse_json(line)
+        except ValueError as error:
             raise _unreadable(name, f"line {number} is no JSON: {error}", "Correct it.") from error
         if not isinstance(row, dict):
             raise _unreadable(name, f"line {number} is no JSON object", "Correct it.")
@@ -112,9 +115,21 @@ def _from_json(value, lines_are_variants: bool) -> tuple[str, ...]:
 
 
 def variants_of(text: str, lines_are_variants: bool) -> tuple[str, ...]:
-    """The captions in a text: the whole of it in one line, or each of its lines; none when it holds no word."""
+    """The captions in a text: the whole of it in one line, or each of its lines; none when it holds no word.
+
+    Raises:
+        DatasetError: something in it is no character, or a caption is too long.
+    """
+    if not is_text(text):
+        raise DatasetError("A caption holds half a character.", "Write it anew, as UTF-8 text.", "captions")
     parts = text.splitlines() if lines_are_variants else [text]
-    return tuple(joined for joined in (" ".join(part.split()) for part in parts) if joined)
+    found = tuple(joined for joined in (" ".join(part.split()) for part in parts) if joined)
+    longest = max(map(len, found), default=0)
+    if longest > _LONGEST:
+        raise DatasetError(
+            f"A caption has {longest} characters.", f"At most {_LONGEST} are taken: shorten it.", "captions"
+        )
+    return found
 
 
 def _read_text(path: str, name: str) -> str:

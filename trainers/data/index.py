@@ -45,17 +45,24 @@ class Index:
             log.warning("Graft: %s The folder will be read anew.", error)
             return {}
         sound = isinstance(value, dict) and value.get("version") == _VERSION and isinstance(value.get("files"), dict)
-        return value["files"] if sound else {}
+        return {name: row for name, row in value["files"].items() if _is_row(row)} if sound else {}
 
-    def facts(self, name: str, stat: os.stat_result, make: Callable[[], dict]) -> dict:
+    def facts(
+        self,
+        name: str,
+        stat: os.stat_result,
+        make: Callable[[], dict],
+        sound: Callable[[dict], bool] = lambda facts: True,
+    ) -> dict:
         """The facts of a file, made when the file is new or changed.
 
         Args:
             make: gives them, JSON-able; what it raises is passed on and not kept.
+            sound: whether facts that were kept are such as it gives; those that are not are made anew.
         """
         row = self._known.get(name)
         mark = mark_of(stat)
-        if row is None or row[0] != mark:
+        if row is None or row[0] != mark or not sound(row[1]):
             started = time.time_ns()
             row = [mark, make()]
             if started - max(stat.st_mtime_ns, stat.st_ctime_ns) < _SETTLED:
@@ -75,6 +82,13 @@ class Index:
             files.write_json(self._path, {"version": _VERSION, "files": kept})
         except RunError as error:
             log.warning("Graft: %s The folder will be read anew next time.", error)
+
+
+def _is_row(row) -> bool:
+    """Whether a row is [mark, facts] as `facts` keeps them."""
+    if not isinstance(row, list) or len(row) != 2 or not isinstance(row[0], list) or not isinstance(row[1], dict):
+        return False
+    return all(type(number) is int for number in row[0])
 
 
 def mark_of(stat: os.stat_result) -> list[int]:

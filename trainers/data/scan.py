@@ -275,7 +275,7 @@ class _Reader:
         times, words = self._of_folder(file.name)
         if times == 0:
             raise DatasetError("its folder's name repeats it 0 times", "Rename the folder.", "folder")
-        texts = self._captions(file) or ((words,) if words else ()) or ("",)
+        texts = self._captions(file) or captions.variants_of(words, False) or ("",)
         mask = self._mask(file, source, facts["alpha"], index)
         held = bool(self._held) and file.name.startswith(f"{self._held}/")
         return Example(
@@ -355,7 +355,15 @@ def _measured(file: _File, index: Index) -> dict:
         size, digest, transparent = measure_file(file.path, file.name)
         return {"size": list(size), "digest": digest, "alpha": transparent}
 
-    return index.facts(file.path, file.stat, measure)
+    return index.facts(file.path, file.stat, measure, _are_facts)
+
+
+def _are_facts(facts: dict) -> bool:
+    """Whether facts read from a file are what `_measured` keeps there."""
+    size = facts.get("size")
+    if not isinstance(size, list) or len(size) != 2 or not all(type(side) is int and side > 0 for side in size):
+        return False
+    return isinstance(facts.get("digest"), str) and isinstance(facts.get("alpha"), bool)
 
 
 def _mask_owner(name: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 from ..errors import ModelError, RunError
 from . import files
 from .foreign import host_names, host_tensors
+from .layers import check_parts
 from .metadata import stamped
 from .native import Native, read_native, write_diffusers, write_peft
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 # As the node offers them.
 FORMATS = ("kohya", "diffusers", "peft")
+# Characters; a layer's path has some hundred.
+_LONGEST_KEY = 1000
 
 
 class Adapter(dict):
@@ -43,9 +45,12 @@ class Adapter(dict):
     def made_by(self) -> str | None:
         """The adapter type that made it, None where the file does not say."""
         try:
-            return json.loads(self.metadata["graft_recipe"])["method"]
+            method = files.parse_json(self.metadata["graft_recipe"])["method"]
         except (KeyError, TypeError, ValueError):
-            return self.native.method if self.native is not None else None
+            method = None
+        if isinstance(method, str):
+            return method
+        return self.native.method if self.native is not None else None
 
 
 class LazyAdapter(Mapping):
@@ -81,16 +86,30 @@ def load_adapter(path: str) -> Adapter:
     One of peft's types that the host has no form of comes without tensors, with its `native` form only.
 
     Raises:
-        ModelError: the file holds no tensors, or lacks what says how strong they are.
+        ModelError: the file holds no tensors, lacks what says how strong they are, or they do not fit each other.
         RunError: it cannot be read.
     """
     tensors, metadata = files.read_tensors(path)
     if not tensors:
         raise ModelError(f"The file '{path}' holds no tensors.", "Choose another adapter.", "adapter_name")
+    longest = max(tensors, key=len)
+    if len(longest) > _LONGEST_KEY:
+        raise ModelError(
+            f"The file '{path}' is no adapter: it holds a name of {len(longest)} characters.",
+            "Choose another adapter.",
+            "adapter_name",
+        )
+    for name, tensor in tensors.items():
+        if not files.is_finite(tensor):
+            raise ModelError(
+                f"The file '{path}' is damaged: its {name} holds numbers that are not finite.",
+                "Restore it, or choose another adapter.",
+                "adapter_name",
+            )
     native = read_native(path, tensors, metadata)
-    if native is not None:
-        return Adapter(host_tensors(native), metadata, native)
-    return Adapter(host_names(tensors), metadata)
+    named = host_names(tensors) if native is None else host_tensors(native)
+    check_parts(named, f"The file '{path}'", "adapter_name")
+    return Adapter(named, metadata, native)
 
 
 def save_adapter(path: str, adapter: Mapping[str, torch.Tensor], title: str, format: str = "kohya") -> None:
@@ -132,7 +151,7 @@ def _check_whole(tensors: Mapping[str, torch.Tensor]) -> None:
     if not tensors:
         raise ModelError("The adapter is empty.", "Connect one that was trained.", "adapter")
     for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
+        if not files.is_finite(tensor):
             raise ModelError(
                 f"The adapter's {name} is not finite.", "Train it again at a lower learning rate.", "adapter"
             )

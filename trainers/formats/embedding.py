@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 SINGLE = "emb_params"
 
+# A prompt has places for 75 at a time.
+_MOST_VECTORS = 1000
+
 # Width of a vector by the encoder's key.
 WIDTHS = {"clip_l": 768, "clip_g": 1280, "clip_h": 1024}
 
@@ -76,4 +79,17 @@ def load_embedding(path: str, name: str) -> Embedding:
             "Choose a textual-inversion file for SD1, SD2 or SDXL.",
             "embedding_name",
         )
-    return Embedding({key: value.reshape(-1, value.shape[-1]).float() for key, value in found.items()}, name, metadata)
+    vectors = {key: value.reshape(-1, value.shape[-1]) for key, value in found.items()}
+    for key, value in vectors.items():
+        why = "" if len(value) <= _MOST_VECTORS else f"has {len(value)} vectors, more than {_MOST_VECTORS}"
+        if not value.is_floating_point():
+            why = f"is of {value.dtype} and no vectors"
+        elif not files.is_finite(value):
+            why = "holds numbers that are not finite"
+        if why:
+            raise ModelError(
+                f"The file '{path}' holds no sound embedding: its {key} {why}.",
+                "Restore it, or choose another file.",
+                "embedding_name",
+            )
+    return Embedding({key: value.float() for key, value in vectors.items()}, name, metadata)

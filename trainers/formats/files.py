@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 import shutil
 import struct
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ..errors import RunError
 
@@ -32,9 +33,13 @@ _DTYPES = {
     "uint8": "U8",
     "bool": "BOOL",
 }
+# Bytes of a number, by the format's name; what it has besides is of parts of bytes or of no use in an adapter.
+_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "BOOL": 1}
+_BYTES |= {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1}
 # Bytes of a file that are mapped at a time while it is read.
 _MAPPED_LIMIT = 64 * 1024 * 1024
 _HEADER_LIMIT = 64 * 1024 * 1024
+_MOST_DIMENSIONS = 32
 
 
 @contextmanager
@@ -61,6 +66,30 @@ def replacing(path: str) -> Iterator[str]:
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
+
+
+def check_room(folder: str, needed: int) -> None:
+    """Finds out before anything is worked on that a folder, there or to be made, cannot take what will be written.
+
+    Raises:
+        RunError: nothing can be written there, or less than so many bytes.
+    """
+    present = os.path.abspath(folder)
+    while not os.path.isdir(present) and os.path.dirname(present) != present:
+        present = os.path.dirname(present)
+    probe = os.path.join(present, f".graft.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(probe, "wb"):
+            pass
+        os.remove(probe)
+        free = shutil.disk_usage(present).free
+    except OSError as error:
+        raise RunError(f"The folder '{present}' cannot be written ({error}).", "Make it writable.") from error
+    if free < needed:
+        raise RunError(
+            f"The disk of '{folder}' has {free / 1e6:.0f} MB left, of which a save takes {needed / 1e6:.0f} MB.",
+            "Free space on that disk.",
+        )
 
 
 @contextmanager
@@ -122,7 +151,13 @@ def write_tensors(path: str, tensors: Mapping[str, torch.Tensor], metadata: dict
             file.write(struct.pack("<Q", len(header)))
             file.write(header)
             for name in order:
-                file.write(_bytes_of(tensors[name]))
+                file.write(bytes_of(tensors[name]))
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether all numbers of a tensor are."""
+    # Through float: not all of the small floats can be asked.
+    return bool((tensor.float() if tensor.dtype.itemsize == 1 else tensor).isfinite().all())
 
 
 def _dtype_name(tensor: torch.Tensor) -> str:
@@ -132,7 +167,8 @@ def _dtype_name(tensor: torch.Tensor) -> str:
     return _DTYPES[kind]
 
 
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The numbers of a tensor on any device and in any layout, in the order of its places."""
     import torch
 
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
@@ -147,10 +183,10 @@ def read_tensors(path: str, names: Iterable[str] | None = None) -> tuple[dict[st
     """
     from safetensors import SafetensorError, safe_open
 
+    header = read_header(path)
+    metadata = dict(header.pop("__metadata__", {}))
+    left = list(header if names is None else names)[::-1]
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            metadata = dict(file.metadata() or {})
-            left = list(file.keys() if names is None else names)[::-1]
         tensors = {}
         while left:
             # Opened anew every so often: what is mapped counts as this process's memory until it is closed.
@@ -162,10 +198,7 @@ def read_tensors(path: str, names: Iterable[str] | None = None) -> tuple[dict[st
                     tensors[name] = file.get_tensor(name).clone()
                     mapped += tensors[name].nbytes
     except (OSError, SafetensorError) as error:
-        raise RunError(
-            f"The file '{path}' cannot be read as safetensors ({error}).",
-            "It is missing, damaged, or of another format; restore it or choose another.",
-        ) from error
+        raise _unreadable(path, error) from error
     return tensors, metadata
 
 
@@ -182,25 +215,99 @@ def read_header(path: str) -> dict[str, dict]:
     """The header of a safetensors file: what is known of each tensor by its name, and `__metadata__`.
 
     Raises:
-        RunError: naming the file, when it is missing, no safetensors file, or shorter than its header says.
+        RunError: naming the file, when it is missing, no safetensors file, or its header and its bytes do not agree.
     """
     try:
         with open(path, "rb") as file:
-            size = struct.unpack("<Q", file.read(8))[0]
+            size = struct.unpack("<Q", _exactly(file, 8))[0]
             if size > _HEADER_LIMIT:
                 raise ValueError(f"a header of {size} bytes")
-            header = json.loads(file.read(size))
-            ends = [row["data_offsets"][1] for name, row in header.items() if name != "__metadata__"]
+            header = parse_json(_exactly(file, size).decode("utf-8"), _unique)
             present = os.fstat(file.fileno()).st_size - 8 - size
-        if present < max(ends, default=0):
-            raise ValueError(f"{present} bytes of data where its header says {max(ends)}")
-        dict(header.get("__metadata__", {}))
+        _check_header(header, present)
         return header
-    except (OSError, struct.error, ValueError, AttributeError, TypeError, KeyError) as error:
-        raise RunError(
-            f"The file '{path}' cannot be read as safetensors ({error}).",
-            "It is missing, damaged, or of another format; restore it or choose another.",
-        ) from error
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: str, error: Exception) -> RunError:
+    return RunError(
+        f"The file '{path}' cannot be read as safetensors ({error}).",
+        "It is missing, damaged, or of another format; restore it or choose another.",
+    )
+
+
+def _exactly(file: BinaryIO, size: int) -> bytes:
+    data = file.read(size)
+    if len(data) < size:
+        raise ValueError(f"it ends after {len(data)} of {size} bytes of its head")
+    return data
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose names are all different: of two of a name each reader might take another."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name stands twice in its header")
+    return found
+
+
+def _check_header(header: Any, present: int) -> None:
+    """Refuses a header that lies, before anything is reserved for what it says.
+
+    Args:
+        present: bytes behind it.
+
+    Raises:
+        ValueError: it is none, or not of so many bytes.
+    """
+    if not isinstance(header, dict):
+        raise ValueError("its header is no object")
+    metadata = header.get("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("its metadata are no texts by name")
+    spans = sorted(_span(name, row) for name, row in header.items() if name != "__metadata__")
+    end = 0
+    for start, stop in spans:
+        if start != end:
+            raise ValueError(f"tensors overlap or leave a gap at byte {min(start, end)}")
+        end = stop
+    if end != present:
+        raise ValueError(f"{present} bytes of data where its header says {end}")
+
+
+def _span(name: str, row: Any) -> tuple[int, int]:
+    """Where a tensor's bytes lie. Raises ValueError when they are not as many as its shape and dtype need."""
+    shown = name[:80]
+    try:
+        dtype, shape, (start, stop) = row["dtype"], row["shape"], row["data_offsets"]
+        whole = len(shape) <= _MOST_DIMENSIONS and isinstance(shape, list)
+        whole = whole and all(type(number) is int and 0 <= number < 2**63 for number in (*shape, start, stop))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"what its header says of {shown} is not whole") from error
+    if not whole or not isinstance(dtype, str):
+        raise ValueError(f"what its header says of {shown} is not whole")
+    if dtype not in _BYTES:
+        raise ValueError(f"{shown} is of the unknown dtype {dtype[:20]}")
+    needed = _BYTES[dtype] * math.prod(shape)
+    if needed != stop - start:
+        raise ValueError(f"{shown} has {stop - start} bytes where its shape and dtype need {needed}")
+    return start, stop
+
+
+def parse_json(text: str | bytes, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None):
+    """The value of a JSON text from anywhere.
+
+    Args:
+        pairs: makes a value of an object's pairs; may raise ValueError.
+
+    Raises:
+        ValueError: it is none, or nested too deeply to be read.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=pairs)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def write_json(path: str, value) -> None:
@@ -219,7 +326,7 @@ def read_json(path: str):
     """
     try:
         with open(path, encoding="utf-8") as file:
-            return json.load(file)
+            return parse_json(file.read())
     except (OSError, ValueError) as error:
         raise RunError(f"The file '{path}' cannot be read as JSON ({error}).", "Remove or restore it.") from error
 

@@ -78,9 +78,21 @@ def _host_name(name: str) -> str:
 
 
 def host_tensors(native: Native) -> dict[str, torch.Tensor]:
-    """peft's tensors in the host's names, with the scale in them; empty for types that need the model's weights."""
+    """peft's tensors in the host's names, with the scale in them; empty for types that need the model's weights.
+
+    Raises:
+        ModelError: it is not said how strong a layer is.
+    """
     found = {}
     for component, one in native.by_component().items():
+        lacking = sorted({name.split(".lora_")[0] for name in one.tensors if ".lora_A." in name} - one.scales.keys())
+        if lacking:
+            raise ModelError(
+                f"The adapter's configuration does not say how strong its layer {lacking[0][:200]} is: it has no r or "
+                "no alpha.",
+                "Put the configuration it came with beside it.",
+                "adapter_name",
+            )
         made = _host_tensors(one, _TEXT.get(component, "") if len(native.text) > 1 else "lora_te_")
         if not made:
             return {}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+from ..errors import ModelError
+
 if TYPE_CHECKING:
     import torch
 
@@ -103,6 +105,66 @@ def split(tensors: dict[str, torch.Tensor]) -> tuple[Layers, list[str]]:
         else:
             found.setdefault(name, {})[end] = tensor
     return found, others
+
+
+# Pairs of factors, of which the columns of the first are as many as the rows of the second.
+_FACTORS = {
+    "hada_w1_b": "hada_w1_a",
+    "hada_w2_b": "hada_w2_a",
+    "lokr_w1_b": "lokr_w1_a",
+    "lokr_w2_b": "lokr_w2_a",
+}
+# Cores between two factors, which decide by themselves what fits.
+_CORES = {"hada_w1_b": "hada_t1", "hada_w2_b": "hada_t2", "lokr_w2_b": "lokr_t2"}
+
+
+def check_parts(tensors: dict[str, torch.Tensor], whose: str, input: str) -> None:
+    """Refuses an adapter whose parts do not fit each other: the host would leave out a layer with a line in its log.
+
+    Args:
+        whose: what it is called in the error, at a sentence's beginning.
+        input: of the node.
+
+    Raises:
+        ModelError: naming the layer.
+    """
+    for name, held in split(tensors)[0].items():
+        why = _misfit(held)
+        if why:
+            raise ModelError(
+                f"{whose} is no sound adapter: of its layer {name[:200]} {why}.", "Take another copy of it.", input
+            )
+
+
+def _misfit(held: dict[str, torch.Tensor]) -> str:
+    """Why a layer's tensors do not fit each other; empty when they do."""
+    for end, tensor in held.items():
+        if end == ALPHA and tensor.numel() != 1:
+            return f"alpha is {list(tensor.shape)} and no number"
+        if not tensor.numel():
+            return f"{end} is empty"
+    if UP in held or DOWN in held:
+        return _misfit_of_lora(held)
+    for second, first in _FACTORS.items():
+        if (first in held) != (second in held):
+            return f"{first} or {second} is missing"
+        if first in held and _CORES.get(second) not in held:
+            left, right = held[first], held[second]
+            if left.dim() != 2 or right.dim() < 2 or left.shape[1] != right.shape[0]:
+                return f"{first} {list(left.shape)} and {second} {list(right.shape)} do not fit each other"
+    return ""
+
+
+def _misfit_of_lora(held: dict[str, torch.Tensor]) -> str:
+    if UP not in held or DOWN not in held:
+        return "one of its two factors is missing"
+    up, down, middle = held[UP], held[DOWN], held.get(MID)
+    inner = down.shape[:1]
+    if middle is not None and middle.dim() >= 2 and middle.shape[1:2] == inner:
+        inner = middle.shape[:1]
+    if up.dim() < 2 or down.dim() < 2 or up.flatten(1).shape[1:] != inner:
+        return f"the factors {list(up.shape)} and {list(down.shape)} do not fit each other"
+    return ""
 
 
 def _parted(key: str) -> tuple[str, str | None]:

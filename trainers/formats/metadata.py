@@ -12,6 +12,8 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from .files import parse_json
+
 if TYPE_CHECKING:
     import torch
 
@@ -23,6 +25,8 @@ _ARCHITECTURES = {
     "SDXL refiner": "stable-diffusion-xl-v1-refiner",
     "SD3": "stable-diffusion-3",
     "Flux": "flux-1",
+    "Flux 2": "flux-2",
+    "Lumina 2": "lumina-2",
 }
 
 
@@ -111,7 +115,7 @@ def title_of(metadata: dict[str, str]) -> str:
 def _history(metadata: dict[str, str]) -> dict:
     told = {"title": title_of(metadata), "trained": metadata.get(IDENTITY, "")[:8]}
     with contextlib.suppress(ValueError):
-        told["made"] = json.loads(metadata.get(MADE, ""))
+        told["made"] = parse_json(metadata.get(MADE, ""))
     return {name: value for name, value in told.items() if value}
 
 

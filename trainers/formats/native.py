@@ -9,10 +9,14 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError, RunError
+from ..names import why_costly
 from . import files
 
 if TYPE_CHECKING:
     import torch
+
+# Of what scales a layer: far beyond what is of use, and within what float32 can multiply.
+_LARGEST = 1e9
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -84,7 +88,7 @@ def write_diffusers(path: str, native: Native, metadata: dict[str, str]) -> None
     if not native.published:
         raise ModelError(
             "This model's layers have other names, or are cut otherwise, in diffusers.",
-            "Save it as 'kohya', which diffusers reads for this family, or as 'peft'.",
+            "Save it as 'kohya', which diffusers reads for Flux, or as 'peft'.",
             "format",
         )
     tensors, described = {}, {}
@@ -181,16 +185,58 @@ def _peft_config(path: str) -> dict[str, Any]:
             f"Put the {CONFIG} it came with beside it.",
             "adapter_name",
         )
-    return files.read_json(beside)
+    return _checked(files.read_json(beside), beside)
 
 
 def _diffusers_config(path: str, metadata: dict[str, str], prefix: str) -> dict[str, Any]:
     try:
-        found = json.loads(metadata["lora_adapter_metadata"])
+        found = files.parse_json(metadata["lora_adapter_metadata"])
     except ValueError as error:
         raise RunError(f"The metadata of '{path}' is damaged ({error}).", "Restore the file.") from error
+    if not isinstance(found, dict):
+        raise RunError(f"The metadata of '{path}' is damaged (no object).", "Restore the file.")
     config = {name[len(prefix) :]: value for name, value in found.items() if name.startswith(prefix)}
-    return {"peft_type": "LORA", **config}
+    return _checked({"peft_type": "LORA", **config}, path)
+
+
+def _checked(config: Any, path: str) -> dict[str, Any]:
+    """peft's configuration as it comes from a file.
+
+    Raises:
+        ModelError: something that is read of it is of another kind.
+    """
+    if not isinstance(config, dict):
+        raise _strange(path, "no object")
+    rank = config.get("r")
+    if rank is not None and (type(rank) is not int or not 0 <= rank <= 2**20):
+        raise _strange(path, f"r is {rank!r:.40}")
+    for name in ("lora_alpha", "alpha"):
+        if config.get(name) is not None and not _is_number(config[name]):
+            raise _strange(path, f"{name} is {config[name]!r:.40}")
+    for name in ("rank_pattern", "alpha_pattern"):
+        pattern = config.get(name)
+        if pattern is not None and not isinstance(pattern, dict):
+            raise _strange(path, f"{name} is no object")
+        for key, value in (pattern or {}).items():
+            # A rank divides.
+            if not _is_number(value) or (name == "rank_pattern" and value <= 0):
+                raise _strange(path, f"the {name} of {key[:80]} is {value!r:.40}")
+            why = why_costly(key)
+            if why:
+                raise _strange(path, f"{key[:80]!r} of {name} {why}")
+    return config
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST
+
+
+def _strange(path: str, why: str) -> ModelError:
+    return ModelError(
+        f"The configuration of the adapter '{path}' is not peft's ({why}).",
+        "Restore it, or choose another adapter.",
+        "adapter_name",
+    )
 
 
 def _method_of(config: dict[str, Any], path: str) -> str:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from ..recipe import Recipe
 
 _MAGNITUDE = "lora_magnitude_vector"
+# Of |W + s B A|^2: a row of zeros has no direction. It stays as it is, where 0 / 0 would spoil all others.
+_LEAST = 1e-20
 
 
 def _row_squares(layer: nn.Module) -> torch.Tensor:
@@ -43,7 +45,7 @@ def _forward(layer: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
         b = up.weight.flatten(1)
         crossed = (b * (base.weight.flatten(1).to(a.dtype) @ a.t())).sum(1)
         added = ((b @ (a @ a.t())) * b).sum(1)
-        norm = (squares + 2 * scale * crossed + scale**2 * added).sqrt()
+        norm = (squares + 2 * scale * crossed + scale**2 * added).clamp_min(_LEAST).sqrt()
         shape = (-1, *[1] * (base.weight.dim() - 2))
         share = (magnitude.weight.flatten() / norm).view(shape)
         plain = out if base.bias is None else out - base.bias.view(shape).to(out.dtype)
@@ -75,7 +77,7 @@ class DoRA(LoRA):
         weight = layer.weight().flatten(1).double()
         a = layer.values["lora_A"].flatten(1).double()
         b = layer.values["lora_B"].flatten(1).double()
-        norm = (weight + layer.scale * b @ a).norm(dim=1)
+        norm = (weight + layer.scale * b @ a).norm(dim=1).clamp_min(_LEAST)
         magnitude = layer.values[_MAGNITUDE].flatten() * weight.norm(dim=1) / norm
         shape = (-1, *[1] * (layer.weight().dim() - 1))
         return {**super().host_layer(layer), "dora_scale": magnitude.view(shape)}

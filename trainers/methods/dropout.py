@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 from ..data.order import stream_seed
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from ..recipe import Recipe
 
 
 @contextmanager
-def dropping_out(trees: Sequence[nn.Module], recipe: Recipe, step: int) -> Iterator[None]:
+def dropping_out(trees: Sequence[nn.Module], device: torch.device, recipe: Recipe, step: int) -> Iterator[None]:
     """Lets the trees' adapters drop inputs within the block, drawn from seed and step alone.
 
     The frozen network's own dropout stays off, and so does the adapters' outside the block: in previews, in
@@ -28,7 +29,6 @@ def dropping_out(trees: Sequence[nn.Module], recipe: Recipe, step: int) -> Itera
 
     named = [pair for tree in trees for pair in tree.named_modules()]
     layers = [layer for name, layer in named if name.endswith(".lora_dropout.default")]
-    device = next(trees[0].parameters()).device
     # torch's dropout draws from torch's own source, and checkpointing puts just that back when it computes again.
     with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type=device.type):
         torch.manual_seed(stream_seed("dropout", recipe.seed, step))

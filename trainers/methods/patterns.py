@@ -7,12 +7,16 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, TypeVar
 
 from ..errors import SettingsError
+from ..names import why_costly
 
 if TYPE_CHECKING:
     from ..recipe import Recipe
 
 Value = TypeVar("Value", int, float)
 Pairs = tuple[tuple[str, float], ...]
+
+# Each is searched for in the path of each layer.
+_MOST = 256
 
 
 def parse_patterns(text: str, input: str) -> tuple[str, ...]:
@@ -21,7 +25,7 @@ def parse_patterns(text: str, input: str) -> tuple[str, ...]:
     Raises:
         SettingsError: one is none.
     """
-    patterns = tuple(text.split())
+    patterns = tuple(_words(text, input))
     for pattern in patterns:
         _check_pattern(pattern, input)
     return patterns
@@ -34,15 +38,15 @@ def parse_pairs(text: str, kind: Callable[[str], Value], low: Value, high: Value
         SettingsError: no pair, no pattern, or a value out of range.
     """
     pairs = []
-    for word in text.split():
+    for word in _words(text, input):
         pattern, equals, value = word.rpartition("=")
         try:
             number = kind(value)
         except ValueError:
             number = None
-        if not equals or number is None or not low <= number <= high:
+        if not pattern or number is None or not low <= number <= high:
             raise SettingsError(
-                f"'{word}' in {input} is no pattern=value with a value between {low} and {high}.",
+                f"'{word[:80]}' in {input} is no pattern=value with a value between {low} and {high}.",
                 "Write one a line, such as middle_block=8.",
                 input,
             )
@@ -51,15 +55,23 @@ def parse_pairs(text: str, kind: Callable[[str], Value], low: Value, high: Value
     return tuple(pairs)
 
 
-def _check_pattern(pattern: str, input: str) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
+def _words(text: str, input: str) -> list[str]:
+    words = text.split()
+    if len(words) > _MOST:
         raise SettingsError(
-            f"'{pattern}' in {input} is no regular expression ({error}).",
+            f"{input} holds {len(words)} patterns.", f"At most {_MOST} are taken: use some that fit more layers.", input
+        )
+    return words
+
+
+def _check_pattern(pattern: str, input: str) -> None:
+    why = why_costly(pattern)
+    if why:
+        raise SettingsError(
+            f"'{pattern[:80]}' in {input} {why}.",
             "Use a part of the layers' paths, such as middle_block or attn2.",
             input,
-        ) from error
+        )
 
 
 def matches(path: str, patterns: Iterable[str]) -> bool:

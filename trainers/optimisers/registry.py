@@ -41,6 +41,7 @@ class Optimiser:
         weight_decay, beta1, beta2: its defaults; 0 for a beta that it does not have.
         apart: whether it moves each parameter by that parameter's gradient alone, so that one can be moved before the
             next one's gradient is there.
+        slots: numbers it keeps for each one that is trained, at least.
         averages: whether it keeps an average of the parameters by itself.
     """
 
@@ -50,6 +51,7 @@ class Optimiser:
     beta1 = 0.9
     beta2 = 0.999
     apart = True
+    slots = 0
     averages = False
 
     def load(self) -> type[torch.optim.Optimizer]:
@@ -74,6 +76,8 @@ class Optimiser:
 
 class AdamW(Optimiser):
     """Loshchilov & Hutter 2019, by torch."""
+
+    slots = 2
 
     def load(self):
         import torch

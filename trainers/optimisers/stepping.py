@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..errors import OutOfMemory
 from .apart import Apart
 from .groups import parameter_groups
 from .registry import OPTIMISERS
@@ -53,22 +54,41 @@ class Mover:
         else:
             self.optimiser = kind.make(groups, recipe)
         self._norms: dict[torch.nn.Parameter, torch.Tensor] = {}
+        self._highest = math.inf
         self._hooks = []
         if self.in_backward:
             self._hooks = [one.register_post_accumulate_grad_hook(self._move) for one in self._parameters]
 
-    def begin(self, step: int) -> None:
-        """Called before a step's gradients."""
+    def begin(self, step: int, highest: float = math.inf) -> None:
+        """Called before a step's gradients; by a loss above the highest nothing is moved."""
         self._norms = {}
+        self._highest = highest
         if isinstance(self.optimiser, Apart):
             self.optimiser.begin(step)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulates gradients, or moves by them at once."""
-        # By a loss that is no number nothing may be moved, and the loop will refuse it.
-        if self.in_backward and not bool(torch.isfinite(loss)):
+        # By a loss that is no number, or too high, nothing may be moved, and the loop will refuse it.
+        if self.in_backward and not (math.isfinite(loss) and float(loss) <= self._highest):
             return
         self._scaler.scale(loss).backward()
+
+    def take_back(self) -> None:
+        """Lets go of the gradients of a step that could not be computed to its end.
+
+        Raises:
+            OutOfMemory: some weights have moved by it already.
+        """
+        if self.moving:
+            raise OutOfMemory(
+                "Memory ran out in the midst of a step, when some weights had moved already.",
+                "It goes on from the last save: set checkpointing to on (Graft Memory Options), lower the dataset's "
+                "resolution, or choose Adafactor, and queue the graph again.",
+                "dataset",
+            )
+        self._norms = {}
+        for parameter in self._parameters:
+            parameter.grad = None
 
     def norm(self) -> float:
         """The norm of the whole gradient, which is clipped to the recipe's limit (0: not at all)."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import re
 from collections import Counter
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from ..errors import ModelError
+from ..formats.files import parse_json
 from ..formats.layers import ALPHA, DORA, DOWN, block_of, is_text, split, type_of
 from ..formats.metadata import MADE, title_of
 from .difference import Difference, difference
@@ -202,7 +202,7 @@ def _origin(metadata: dict[str, str]) -> list[str]:
     lines = [f"{name}: {' '.join(str(value).split())[:300]}" for name, value in told.items() if value]
     # A file may say anything.
     with contextlib.suppress(KeyError, ValueError, TypeError, AttributeError):
-        lines.append("Made by " + _made(json.loads(metadata[MADE])))
+        lines.append("Made by " + _made(parse_json(metadata[MADE])))
     return lines or ["It carries no metadata."]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from typing import TYPE_CHECKING
@@ -52,23 +53,26 @@ def _number(value: float) -> str:
 
 
 def joined(rows: list[tuple[str, float]], most: int) -> list[tuple[str, float]]:
-    """At most so many rows, neighbours of one kind taken together."""
-    for step in range(1, len(rows) + 1):
-        found: list[list[tuple[str, float]]] = []
-        for row in rows:
-            if found and len(found[-1]) < step and _stem(found[-1][0][0]) == _stem(row[0]):
-                found[-1].append(row)
-            else:
-                found.append([row])
-        if len(found) <= most:
-            break
-    return [_together(part) for part in found] if rows else []
+    """At most so many rows, neighbours of one kind taken together, and what is too much of many kinds at the end."""
+    kinds = [list(part) for _, part in itertools.groupby(rows, key=lambda row: _stem(row[0]))]
+    if len(kinds) > most:
+        # No model's blocks are of so many kinds.
+        rest = [row for part in kinds[most - 1 :] for row in part]
+        return [_together(part) for part in kinds[: most - 1]] + [(f"{len(rest)} others", _total(rest))]
+    step = 1
+    while sum(math.ceil(len(part) / step) for part in kinds) > most:
+        step += 1
+    return [_together(part[start : start + step]) for part in kinds for start in range(0, len(part), step)]
 
 
 def _together(part: list[tuple[str, float]]) -> tuple[str, float]:
     (first, _), (last, _) = part[0], part[-1]
     name = first if first == last else f"{first}-{last.rpartition('.')[2]}"
-    return name, math.sqrt(sum(value**2 for _, value in part))
+    return name, _total(part)
+
+
+def _total(part: list[tuple[str, float]]) -> float:
+    return math.sqrt(sum(value**2 for _, value in part))
 
 
 def _stem(block: str) -> str:

@@ -21,6 +21,12 @@ const HANDLERS = {
     const told = losses?.length ? losses : [loss];
     told.forEach((one, place) => training.curve.add(step - told.length + 1 + place, one));
   },
+  memory(training, { step, done }) {
+    training.note = `Memory ran out in step ${step}: ${done}.`;
+  },
+  spike(training, { step }) {
+    training.note = `Step ${step} was left out: its loss was far above the usual.`;
+  },
   validation(training, { step, loss }) {
     training.curve.addValidation(step, loss);
   },
@@ -77,6 +83,7 @@ export class Training {
     this.isNothing = false;
     this.message = "";
     this.cure = "";
+    this.note = ""; // what happened on the way
     this.curve = new Curve();
     this.samples = new Map(); // step -> where its pictures are
     this.shown = 0; // changes with them

@@ -60,6 +60,7 @@ export function describe(training) {
 // What can be done about it, or is good to know; empty where nothing is.
 export function advise(training) {
   const { phase, saved } = training;
+  if (phase === "training") return training.note;
   if (phase === "failed") return training.cure;
   if (phase === "stopped") return "Run returns what was kept. Resume trains on to the last step.";
   if (phase === "paused") return "Resume or Run goes on, to the same bits.";

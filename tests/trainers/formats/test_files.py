@@ -161,7 +161,7 @@ def test_a_full_disk_is_named_and_leaves_what_was_there(tmp_path, monkeypatch):
     files.write_tensors(str(path), {"x": torch.zeros(2)}, {})
     before = path.read_bytes()
 
-    real = files._bytes_of
+    real = files.bytes_of
     asked = []
 
     def full(tensor):
@@ -170,7 +170,7 @@ def test_a_full_disk_is_named_and_leaves_what_was_there(tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(tensor)
 
-    monkeypatch.setattr(files, "_bytes_of", full)
+    monkeypatch.setattr(files, "bytes_of", full)
     with pytest.raises(RunError, match="a.safetensors.*No space.*Free space"):
         files.write_tensors(str(path), {"x": torch.ones(2), "y": torch.ones(2)}, {})
     assert path.read_bytes() == before

@@ -1,0 +1,145 @@
+"""What nodes refuse: values of widgets before anything runs, and what is no such thing when it arrives over a wire."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ..trainers.data.examples import Dataset
+from ..trainers.errors import GraftError, ModelError, SettingsError
+from ..trainers.formats.embedding import Embedding
+from ..trainers.formats.layers import check_parts
+from ..trainers.names import check_text
+from ..trainers.settings import Options
+
+Rule = Callable[[Any], object]
+
+# Characters of a text in one line, and of one in several.
+_LINE = 10_000
+_LINES = 100_000
+
+
+def checked(**rules: Rule | None) -> classmethod:
+    """A node's `validate_inputs`: each number in its range, each text one that can be used, or why not.
+
+    The host checks no more than what is smaller or larger, which NaN is not, on some versions no choice, and not at all
+    what is named here. A value that comes over a wire is not known yet and passes.
+
+    Args:
+        rules: by input's name, what raises GraftError for a value that cannot be used; a choice that has one is looked
+            up there, since its list may be old. None where nothing but kind, range, length or list matters.
+    """
+
+    def validate_inputs(cls, **values: Any) -> bool | str:
+        schema = cls.define_schema()
+        for given in schema.inputs:
+            found = values.get(given.id)
+            # A node that takes lists is given its widgets' values in lists too.
+            found = found[0] if schema.is_input_list and isinstance(found, (list, tuple)) and found else found
+            if given.id not in rules or found is None:
+                continue
+            try:
+                _check(given, found, rules[given.id])
+            except GraftError as error:
+                return f"{schema.display_name}, input '{given.id}': {error}"
+        return True
+
+    named = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("cls", *rules)]
+    # The host hands over what stands in the signature.
+    validate_inputs.__signature__ = inspect.Signature(named)
+    return classmethod(validate_inputs)
+
+
+def _check(given, value: Any, rule: Rule | None) -> None:
+    kind = str(given.get_io_type())
+    if kind == "FLOAT":
+        check_number(value, given.min, given.max, given.id)
+    elif not isinstance(value, str):
+        raise SettingsError(f"A value of the type {type(value).__name__} is no text.", "Set it anew.", given.id)
+    elif kind == "STRING":
+        check_text(value, given.id, _LINES if given.multiline else _LINE)
+    elif rule is None and value not in given.options:
+        raise SettingsError(
+            f"{value[:80]!r} is no choice here.", f"Choose one of {', '.join(map(str, given.options))}.", given.id
+        )
+    if rule is not None:
+        rule(value)
+
+
+def check_number(value: float, low: float, high: float, input: str) -> None:
+    """Raises SettingsError for what is no number between two."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or not low <= value <= high:
+        raise SettingsError(f"{str(value)[:80]} is no number between {low:g} and {high:g}.", "Set it anew.", input)
+
+
+def check_arrived(node, values: Mapping[str, Any]) -> None:
+    """Refuses what a socket cannot mean: prompts that were not made by the browser hold anything, a wire any number.
+
+    Args:
+        values: by input's name.
+
+    Raises:
+        ModelError, SettingsError: naming the input.
+    """
+    if not values:
+        return
+    schema = node.define_schema()
+    for given in schema.inputs:
+        kind = str(given.get_io_type())
+        if given.id not in values:
+            continue
+        value = values[given.id]
+        if kind == "FLOAT":
+            check_number(value, given.min, given.max, given.id)
+            continue
+        if value is None and given.optional:
+            continue
+        what, fits = _KINDS[kind]
+        for one in value if schema.is_input_list else [value]:
+            if not fits(one):
+                _refuse(one, what, given.id)
+            if kind == "LORA_MODEL":
+                check_parts(one, "What arrived", given.id)
+
+
+def _refuse(value: Any, what: str, input: str) -> None:
+    if value is None:
+        raise ModelError(
+            f"The {input} that arrived is empty: the loaded file holds none.",
+            "Load it with a loader of its own and connect that.",
+            input,
+        )
+    raise ModelError(f"A value of the type {type(value).__name__} arrived where {what} belongs.", "Connect one.", input)
+
+
+def _is_adapter(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(key, str) and _is_tensor(one) for key, one in value.items())
+
+
+def _is_loss(value: Any) -> bool:
+    losses = value.get("loss") if isinstance(value, Mapping) else None
+    return isinstance(losses, (list, tuple)) and all(isinstance(one, (int, float)) for one in losses)
+
+
+def _is_tensor(value: Any, *dimensions: int) -> bool:
+    import torch
+
+    return isinstance(value, torch.Tensor) and (not dimensions or value.dim() in dimensions)
+
+
+# By socket, what is said of it and what it is known by.
+_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "MODEL": ("a model", lambda value: hasattr(value, "model") and hasattr(value, "clone")),
+    "CLIP": ("a text encoder", lambda value: hasattr(value, "cond_stage_model") and hasattr(value, "tokenizer")),
+    "VAE": ("a VAE", lambda value: hasattr(value, "encode") and hasattr(value, "decode")),
+    "IMAGE": ("pictures", lambda value: _is_tensor(value, 4) and value.shape[-1] in (3, 4)),
+    "MASK": ("masks", lambda value: _is_tensor(value, 2, 3)),
+    "LORA_MODEL": ("an adapter", _is_adapter),
+    "LOSS_MAP": ("the loss of a training", _is_loss),
+    "GRAFT_DATASET": ("a dataset", lambda value: isinstance(value, Dataset)),
+    "GRAFT_EMBEDDING": ("an embedding", lambda value: isinstance(value, Embedding)),
+    "GRAFT_OPTIONS": ("the output of an option node", lambda value: isinstance(value, Options)),
+}

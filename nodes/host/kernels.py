@@ -1,0 +1,34 @@
+"""Newer hosts' own kernels for rotary embeddings have no backward: plain PyTorch while a model is trained."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_KITCHEN = "comfy_kitchen"
+_PLAIN = "comfy_kitchen.backends.eager.rope"
+_NAMES = tuple(
+    f"{kind}_rope{layout}{ends}" for kind in ("apply", "rms") for layout in ("", "_split_half") for ends in ("", "1")
+)
+
+
+@contextmanager
+def differentiable() -> Iterator[None]:
+    """Within it the host's calls reach the kernels' own reference in PyTorch, which autograd records.
+
+    The host asks `model_management.in_training` in some models before it takes a kernel, and in others not at all.
+    """
+    try:
+        kitchen, plain = importlib.import_module(_KITCHEN), importlib.import_module(_PLAIN)
+    except ImportError:
+        yield
+        return
+    before = {name: getattr(kitchen, name) for name in _NAMES if hasattr(kitchen, name) and hasattr(plain, name)}
+    for name in before:
+        setattr(kitchen, name, getattr(plain, name))
+    try:
+        yield
+    finally:
+        for name, kernel in before.items():
+            setattr(kitchen, name, kernel)

@@ -1,0 +1,91 @@
+"""What nodes refuse before anything runs, and of what comes over wires."""
+
+import inspect
+import math
+
+import pytest
+import torch
+from graft_pack.trainers.errors import GraftError
+
+from tests.support import make_locales
+
+NODES = {node.define_schema().node_id: node for node in make_locales.list_nodes()}
+WRONG = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf, "huge": 1e300}
+
+
+def checked_inputs():
+    """(node id, input) of all widgets whose values the host lets through unless they are checked."""
+    for name, node in NODES.items():
+        for given in node.define_schema().inputs:
+            if given.get_io_type() in ("FLOAT", "STRING", "COMBO"):
+                yield name, given
+
+
+def sockets():
+    """(node id, input) of all sockets."""
+    for name, node in NODES.items():
+        for given in node.define_schema().inputs:
+            if given.get_io_type() not in ("FLOAT", "STRING", "INT", "BOOLEAN", "COMBO"):
+                yield name, given
+
+
+ALL = [pytest.param(name, given, id=f"{name}-{given.id}") for name, given in checked_inputs()]
+
+
+@pytest.mark.parametrize("name, given", ALL)
+def test_every_number_text_and_choice_is_checked(name, given):
+    """The host hands over what the signature names."""
+    node = NODES[name]
+    assert given.id in inspect.getfullargspec(node.validate_inputs).args
+    lists = node.define_schema().is_input_list
+    ask = lambda value: node.validate_inputs(**{given.id: [value] if lists else value})  # noqa: E731
+    title = node.define_schema().display_name
+    if given.get_io_type() == "FLOAT":
+        wrong = [*WRONG.values(), {"a": 1}, "1", True, math.nextafter(given.min, -math.inf), given.max * 2 + 1]
+        assert ask(given.default) is True and ask(given.max) is True
+    elif given.get_io_type() == "COMBO":
+        wrong = ["no such choice", "a\0b", 5, {"a": 1}, ["auto"], "a" * 200_000]
+        assert given.default is None or ask(given.default) is True
+    else:
+        wrong = ["a\0b", "\x1b[31m", "\ud800", "a" * 200_000, 5, {"a": 1}]
+        assert ask(given.default) is True
+    for value in wrong:
+        answer = ask(value)
+        assert isinstance(answer, str) and answer.startswith(f"{title}, input '{given.id}': "), (value, answer)
+        assert len(answer) < 1000
+    assert ask(None) is True
+
+
+@pytest.mark.parametrize(
+    "name, given", [pytest.param(name, given, id=f"{name}-{given.id}") for name, given in sockets()]
+)
+@pytest.mark.parametrize("value", ["text", 5, {"a": 1}, object()], ids=lambda value: type(value).__name__)
+def test_what_is_no_such_thing_is_named_by_its_input(name, given, value, comfy):
+    node = NODES[name]
+    schema = node.define_schema()
+    others = {one.id: None if one.optional else one.default for one in schema.inputs if hasattr(one, "default")}
+    others |= {one.id: None for one in schema.inputs if not hasattr(one, "default")}
+    if schema.is_input_list:
+        others = {one: [held] for one, held in others.items()}
+        others["masks"] = None
+        if given.id == "masks":
+            others["images"] = [torch.zeros(1, 8, 8, 3)]
+        value = [value]
+    else:
+        others |= stand_ins(schema)
+    with pytest.raises(GraftError, match=f"{schema.display_name}, input '{given.id}': A value of the type"):
+        node.execute(**{**others, given.id: value})
+
+
+def stand_ins(schema):
+    """Something for each socket that passes for what belongs there."""
+    from types import SimpleNamespace
+
+    from graft_pack.trainers.data.examples import Dataset
+    from graft_pack.trainers.formats.embedding import Embedding
+
+    thing = SimpleNamespace(model=1, clone=1, cond_stage_model=1, tokenizer=1, encode=1, decode=1)
+    made = {"GRAFT_DATASET": Dataset((), "", 0, "x"), "GRAFT_EMBEDDING": Embedding({}, "x"), "LORA_MODEL": {}}
+    made["LOSS_MAP"] = {"loss": [1.0]}
+    made |= dict.fromkeys(("MODEL", "CLIP", "VAE"), thing)
+    return {one.id: made[one.get_io_type()] for one in schema.inputs if one.get_io_type() in made}

@@ -1,0 +1,282 @@
+"""Every class of models that the host loads: it trains with exact gradients, or it is named with the reason."""
+
+import math
+import re
+from contextlib import contextmanager
+
+import pytest
+import torch
+from graft_pack.trainers import autograd
+from graft_pack.trainers.check import check_gradient
+from graft_pack.trainers.errors import ModelError
+from graft_pack.trainers.families import FAMILIES, GENERAL, family_of
+from graft_pack.trainers.methods import METHODS
+
+from tests.support import make_families, models, networks
+
+pytestmark = pytest.mark.usefixtures("comfy")
+
+
+@pytest.fixture
+def row(name):
+    """What was measured on a class, once for all tests here."""
+    if name not in make_families.list_classes():
+        pytest.skip("this ComfyUI has no such class")
+    return make_families.measure(name)
+
+
+every_class = pytest.mark.parametrize("name", networks.CLASSES)
+
+
+def test_no_class_of_the_host_is_left_out_silently(comfy):
+    """A class of a newer host fails here until it is trained or named."""
+    here = set(make_families.list_classes())
+    groups = [set(networks.CLASSES), set(networks.ALIKE), set(networks.LEFT_OUT)]
+    assert here - set.union(*groups) == set()
+    assert sum(map(len, groups)) == len(set.union(*groups)), "named twice"
+    assert set(networks.REFUSED) <= set(networks.LEFT_OUT)
+
+
+@pytest.mark.parametrize("name", networks.ALIKE)
+def test_what_is_said_to_differ_in_sizes_only_does(name, comfy):
+    """The host makes the same model of it, with the same objective and the same latents."""
+    import comfy.supported_models
+
+    one = getattr(comfy.supported_models, name)
+    other = getattr(comfy.supported_models, networks.ALIKE[name])
+    for part in ("get_model", "model_type", "latent_format", "sampling_settings", "unet_extra_config"):
+        assert getattr(one, part) == getattr(other, part), part
+
+
+@every_class
+def test_gradients_are_those_of_finite_differences(name, row):
+    bar = 1e-5 if networks.CLASSES[name].double else 1e-3
+    assert row.plain <= bar
+    assert row.checkpointed <= bar
+    assert row.apart <= 1e-6
+
+
+@every_class
+def test_it_learns_three_steps_and_core_applies_what_was_trained(name, row):
+    assert len(row.losses) == 3
+    assert all(map(math.isfinite, row.losses))
+    assert row.effect >= 1e-2
+    assert row.applied <= 1e-3
+    assert row.unread == []
+
+
+def layers_of_attention(module):
+    """Paths of the Linear layers within modules whose class the host calls attention; blocks are more than that."""
+    found = set()
+    for path, part in module.named_modules():
+        kind = type(part).__name__.lower()
+        if "attention" in kind and "block" not in kind:
+            found |= {f"{path}.{inner}" for inner, layer in part.named_modules() if isinstance(layer, torch.nn.Linear)}
+    return found
+
+
+def chosen(name, targets):
+    """(module, family, paths) that a choice of targets takes in on a class."""
+    from graft_pack.nodes.host.families import family_name
+
+    model = models.patcher(name)
+    family = family_of(family_name(model))
+    recipe = models.recipe(family.name, targets=targets)
+    return (
+        model.model.diffusion_model,
+        family,
+        set(METHODS["LoRA"].targets(model.model.diffusion_model, family, recipe)),
+    )
+
+
+# Parts of attention classes that are no attention of the network's blocks, and attention of classes named otherwise.
+NOT_IN_BLOCKS = re.compile(r"^(pooler|llm_adapter)\.")
+IN_ONE = re.compile(r"single_blocks\.\d+\.linear[12]$")
+
+
+@every_class
+def test_the_attention_of_a_described_family_is_what_the_host_calls_so(name, comfy):
+    if name not in make_families.list_classes():
+        pytest.skip("this ComfyUI has no such class")
+    module, family, paths = chosen(name, "attention")
+    linear = {path for path, layer in module.named_modules() if isinstance(layer, torch.nn.Linear)}
+    if family == GENERAL:
+        assert paths == linear
+        return
+    wanted = {path for path in layers_of_attention(module) if not NOT_IN_BLOCKS.search(path)}
+    assert {path for path in paths if not IN_ONE.search(path)} == wanted
+    more = chosen(name, "attention + feed-forward")[2] - paths
+    assert more, "no feed-forward layer"
+    assert not more & layers_of_attention(module)
+    assert all(re.search(r"blocks|layers|refiner", path) for path in more)
+
+
+def test_every_description_is_of_a_class_here(comfy):
+    from graft_pack.nodes.host.families import family_name
+
+    known = {family_name(models.patcher(name)) for name in networks.CLASSES if name in make_families.list_classes()}
+    # v is asked of the sampling object; Anima came with a newer host.
+    assert set(FAMILIES) - known <= {"SD2 v", "Anima"}
+
+
+@pytest.mark.parametrize("name, told", [("Flux", 1.0), ("FluxInpaint", 1.0), ("Chroma", 0.0), ("ChromaRadiance", 0.0)])
+def test_a_network_distilled_to_be_guided_is_told_no_guidance(name, told):
+    x = torch.randn(1, *networks.CLASSES[name].latent)
+    with models.in_training(models.patcher(name), name) as training:
+        with models.inputs_of(training.denoiser.module) as calls:
+            training.denoiser.predict(x, torch.tensor([0.5]), [models.conditioning(name)])
+    assert calls[0][1]["guidance"].tolist() == [told]
+
+
+@pytest.mark.parametrize("name, few", [("FluxSchnell", True), ("Flux", False), ("SD15", False)])
+def test_a_model_distilled_to_few_steps_is_warned_of(name, few, caplog):
+    with models.in_training(models.patcher(name), name):
+        assert ("distilled to draw in a few steps" in caplog.text) == few
+
+
+def test_an_lcm_node_upstream_is_warned_of(caplog):
+    from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
+
+    model = ModelSamplingDiscrete().patch(models.patcher("SD1"), "lcm", False)[0]
+    with models.in_training(model, "SD1"):
+        assert "latent consistency" in caplog.text
+
+
+def test_a_model_without_description_says_so(caplog):
+    caplog.set_level("INFO")
+    with models.in_training(models.patcher("Omnigen2"), "Omnigen2"):
+        assert "Omnigen2 has no description here" in caplog.text
+    caplog.clear()
+    with models.in_training(models.patcher("SD1"), "SD1"):
+        assert "no description" not in caplog.text
+
+
+# Those without convolutions between their blocks.
+TRANSFORMERS = [name for name in networks.CLASSES if not name.startswith(("SD1", "SD2", "SDXL", "Stable"))]
+
+
+@contextmanager
+def one_block(name, **fields):
+    """A checkpointed Training of a class, the last block of its network that has trainables, and their names."""
+    if name not in make_families.list_classes():
+        pytest.skip("this ComfyUI has no such class")
+    with models.in_training(make_families.load(name, torch.float32), name, True, **fields) as training:
+        paths = {id(part): path for path, part in training.denoiser.module.named_modules()}
+        for block in reversed(autograd.blocks_of(training.denoiser.module)):
+            names = [one for one in training.plan.trainables if one.startswith(f"{paths[id(block)]}.")]
+            if names:
+                break
+        yield training, block, names
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_the_self_check_finds_the_block_whose_gradient_is_wrong(name, trials):
+    """One block of the network that hands back four fifths of its gradient; and nothing where nothing is wrong."""
+    with one_block(name) as (training, block, names):
+        if trials(training.denoiser.family == GENERAL.name, True):
+            check_gradient(training.losses, training.plan.trainables)
+        forward = block.forward
+
+        def wrong(*args, **kwargs):
+            found = forward(*args, **kwargs)
+            for part in found if isinstance(found, (tuple, list)) else [found]:
+                if torch.is_tensor(part) and part.requires_grad:
+                    part.register_hook(lambda gradient: 0.8 * gradient)
+            return found
+
+        block.forward = wrong
+        with pytest.raises(ModelError, match=r"The gradient through this model is wrong: .*%.* in ") as raised:
+            check_gradient(training.losses, training.plan.trainables)
+        blocks = re.findall(r"% in (\w+(?:\.\w+)*)", str(raised.value))
+        assert len(blocks) == 3 or any(one.startswith(f"{block}.") for one in names for block in blocks)
+
+
+@pytest.mark.parametrize("name", ["FluxInpaint", "Chroma", "ChromaRadiance"])
+def test_the_self_check_finds_the_cure_missing_in_one_block(name):
+    """In the recomputation of each block in turn: wherever the gradient is then wrong, and nowhere else."""
+
+    class Uncured(autograd._Checkpointed):
+        def _run(self, *args, **kwargs):
+            return self.forward(*args, **kwargs)
+
+    with one_block(name, spread=0.02) as (training, *_):
+        exact = models.joined(training.gradients())
+        found = 0
+        for block in autograd.blocks_of(training.denoiser.module):
+            cured = block.forward
+            block.forward = Uncured(cured.forward)
+            off = models.distance(models.joined(training.gradients()), exact)
+            if off > 0.05:
+                found += 1
+                with pytest.raises(ModelError, match="is wrong"):
+                    check_gradient(training.losses, training.plan.trainables)
+            elif off == 0:
+                check_gradient(training.losses, training.plan.trainables)
+            block.forward = cured
+        assert found
+
+
+@pytest.mark.parametrize("word, said", [("GGMLOps", "GGUF"), ("NunchakuFluxTransformer", "Nunchaku")])
+def test_formats_that_hide_their_weights_are_refused_by_name(word, said):
+    from graft_pack.nodes.host.training import check_sockets
+
+    model = models.patcher("SD1")
+    check_sockets(model, object(), object())
+    model.model.diffusion_model.out.append(type(word, (torch.nn.Identity,), {})())
+    with pytest.raises(ModelError, match=f"format {said}.*Load the original"):
+        check_sockets(model, object(), object())
+
+
+def quantised(name, scaled):
+    """(MODEL of fp8 weights, MODEL of the same numbers in float32), as the host loads such files."""
+    config = networks.SIZES[name].build()
+    config.set_inference_dtype(torch.float8_e4m3fn, torch.float32)
+    if scaled:
+        if not hasattr(config, "scaled_fp8"):
+            pytest.skip("this ComfyUI reads scaled fp8 otherwise")
+        config.scaled_fp8 = torch.float8_e4m3fn
+    low = models.patched(config.get_model({}, "", device="cpu"))
+    plain = models.patcher(name)
+    wide = dict(plain.model.diffusion_model.named_parameters())
+    with torch.no_grad():
+        for path, part in low.model.diffusion_model.named_modules():
+            scale = getattr(part, "scale_weight", None)
+            if scale is not None:
+                scale.copy_(torch.tensor(0.37))
+            for key, value in part.named_parameters(prefix=path, recurse=False):
+                if key in wide:
+                    factor = 0.37 if scale is not None and key.endswith(".weight") else 1.0
+                    value.copy_((wide[key] / factor).to(value.dtype))
+                    wide[key].copy_(value.float() * factor)
+    return low, plain
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["fp8", "scaled fp8"])
+@pytest.mark.parametrize("name", ["SD1", "Flux"])
+def test_an_adapter_on_fp8_weights_is_trained_as_on_the_same_numbers_in_fp32(name, scaled):
+    found = []
+    for model in quantised(name, scaled):
+        with models.in_training(model, name, spread=0.1) as training:
+            found.append((training.losses().detach(), models.joined(training.gradients())))
+        dtypes = {value.dtype for value in training.plan.trainables.values()}
+        assert dtypes == {torch.float32}
+    (low, low_gradients), (plain, gradients) = found
+    assert torch.allclose(low, plain, rtol=1e-5)
+    assert models.distance(low_gradients, gradients) <= 1e-5
+
+
+@pytest.mark.parametrize("name", networks.REFUSED)
+def test_what_cannot_be_trained_is_refused(name):
+    """Before the first step: when it is loaded, or by the self-check, which runs on what is not described."""
+    if name not in make_families.list_classes():
+        pytest.skip("this ComfyUI has no such class")
+    with pytest.raises(ModelError, match="IMG_TO_IMG|LongCatImage does more around|No gradient can be had"):
+        with models.in_training(make_families.load(name, torch.float32), name) as training:
+            check_gradient(training.losses, training.plan.trainables)
+
+
+def test_readme_has_the_table_of_exactly_these_classes():
+    page = make_families.README.read_text(encoding="utf-8")
+    assert list(make_families.read_rows(page)) == list(networks.CLASSES)
+    for name in (*networks.ALIKE, *networks.LEFT_OUT):
+        assert f"`{name}`" in page, name

@@ -1,0 +1,110 @@
+"""A corpus of hostile and broken inputs on the real server: it lives, writes nothing elsewhere, names each cause."""
+
+import collections
+import re
+import shutil
+import time
+
+import numpy as np
+import pytest
+
+from tests.support import hostile, runs
+from tests.toy import world
+
+# What ComfyUI itself writes to: its log, its database, its previews.
+_HOSTS_OWN = ("temp", "user", "server.log", "output", "custom_nodes")
+# How many of each class are tried where not all are; of those that train for it fewer.
+QUICK = 3
+TRAINING = ("legal caption", "legal folder", "state", "cache")
+
+
+def listed(*folders):
+    """{path: size and time} of all that lies in folders, links not followed."""
+    found = {}
+    for folder in folders:
+        for path in folder.rglob("*"):
+            status = path.lstat()
+            found[str(path)] = (status.st_size, status.st_mtime_ns if path.is_file() else 0)
+    return found
+
+
+def outside(server, canary):
+    """All that nothing may change: what lies beside output/ and beside the server's folder."""
+    folders = [path for path in server.base.iterdir() if path.name not in _HOSTS_OWN and path.is_dir()]
+    top = {path.name for path in server.base.iterdir()} | {path.name for path in server.base.parent.iterdir()}
+    return {**listed(*folders, canary), "top": top}
+
+
+def set_up(server):
+    """Pictures, a sound adapter, a sound word, links that lead out, and a directory beside it all."""
+    canary = server.base.parent / "canary"
+    (canary / "pictures").mkdir(parents=True)
+    (canary / "recipe.json").write_text('{"recipe": {"steps": 1}}')
+    shutil.copy(world.CONCEPT_FOLDER / "toy" / "00.png", canary / "pictures")
+    toy = server.path("input", "toy")
+    toy.mkdir(parents=True)
+    for number in range(2):
+        for ending in ("png", "txt"):
+            shutil.copy(world.CONCEPT_FOLDER / "toy" / f"{number:02}.{ending}", toy)
+    server.path("input", "way-out").symlink_to(canary)
+    for folder in ("loras", "embeddings"):
+        server.path("models", folder).mkdir(parents=True, exist_ok=True)
+        server.path("output", folder).mkdir(parents=True, exist_ok=True)
+        server.path("output", folder, "way-out").symlink_to(canary)
+    server.path("models", "loras", "sound.safetensors").write_bytes(hostile.safetensors(hostile.lora()))
+    word = hostile.safetensors({"emb_params": np.ones((1, 768))})
+    server.path("models", "embeddings", "sound.safetensors").write_bytes(word)
+    return canary
+
+
+def chosen(trials, quick):
+    """A few of each class, or all."""
+    if quick is None:
+        return trials
+    counts = collections.Counter()
+    found = []
+    for trial in trials:
+        counts[trial.kind] += 1
+        if counts[trial.kind] <= (1 if trial.kind in TRAINING else quick):
+            found.append(trial)
+    return found
+
+
+@pytest.mark.soak
+def test_hostile_and_broken_inputs(make_server, trials):
+    server = make_server()
+    canary = set_up(server)
+    wrong = []
+    times = []
+    rows = collections.Counter()
+    with server:
+        known = hostile.known_nodes(server)
+        server.run(hostile.training_of(server, 2))
+        assert runs.states_of(runs.find_run(server, "kept")) == [1, 2]
+        corpus = hostile.every(known, "kept")
+        assert len(corpus) >= 300
+        process = server.process.pid
+        for trial in chosen(corpus, trials(QUICK, None)):
+            trial.prepare(server)
+            before = outside(server, canary)
+            started = time.monotonic()
+            try:
+                taken, said = trial.act(server)
+            except Exception as error:
+                # One that goes wrong in a way of its own is told of with the others.
+                taken, said = None, repr(error)
+            what = f"{trial.kind}, {trial.name}"
+            assert server.is_running() and server.process.pid == process, what
+            assert server.is_idle(), what
+            if outside(server, canary) != before:
+                wrong.append(f"{what}: files elsewhere: {set(outside(server, canary).items()) ^ set(before.items())}")
+            if taken != trial.taken or not re.search(trial.says, said, re.DOTALL):
+                wrong.append(f"{what}: {'taken' if taken else 'refused'}, '{trial.says}' not in: {said[:600]}")
+            rows[trial.kind] += 1
+            times.append((time.monotonic() - started, what))
+            if time.monotonic() - started > 20:
+                wrong.append(f"{what}: it took {time.monotonic() - started:.0f} s")
+        assert server.get("/system_stats")["system"]
+    print("\n".join(f"{spent:.1f} s {what}" for spent, what in sorted(times)[-15:]))
+    print("; ".join(f"{kind} {count}" for kind, count in sorted(rows.items())), "; all", rows.total())
+    assert not wrong, f"{len(wrong)} of {rows.total()}:\n" + "\n".join(wrong)

@@ -1,0 +1,184 @@
+"""However a training ends, the graph's MODEL, CLIP and VAE are what they were, and nothing of it stays behind."""
+
+import gc
+
+import pytest
+import torch
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from tests.support import models
+from tests.support.diffusers_host import make_dataset
+from tests.toy import host as toy
+
+pytestmark = pytest.mark.usefixtures("comfy")
+
+STEPS = 4
+METHODS = {
+    "LoRA": ("LoRA", {}),
+    "LoRA, text encoder and a word": (
+        "LoRA",
+        {
+            ("adapter", "text_encoder"): "on",
+            ("pivotal", "name"): "my-word",
+            ("pivotal", "init_text"): "red",
+        },
+    ),
+    "DoRA, checkpointed": ("LoRA", {("adapter", "type"): "DoRA", ("memory", "checkpointing"): "on"}),
+    "all weights": ("all weights", {("optimizer", "max_grad_norm"): 0.0}),
+}
+# What the host itself notes on a layer when it loads a model, and takes away when it unloads it.
+HOSTS_OWN = {"comfy_patched_weights", "weight_function", "bias_function", "comfy_cast_weights"}
+OUTCOMES = ("finished", "stopped", "paused", "cancelled", "raised", "not a number", "memory ran out", "offloaded")
+
+
+class Fault(Exception):
+    """That something in the pack itself goes wrong."""
+
+
+@pytest.fixture(scope="module")
+def graph(comfy, tiny_base):
+    """(model, clip, vae) as CheckpointLoaderSimple gives them in a prompt."""
+    with torch.inference_mode():
+        return toy.load(tiny_base, comfy.path)
+
+
+@pytest.fixture
+def faulty(monkeypatch):
+    """faulty(outcome): from then on trainings end like that, in their third step."""
+    import comfy.model_management
+    from graft_pack.nodes.host.control import DESK, Wish
+    from graft_pack.nodes.host.model import ComfyDenoiser
+    from graft_pack.trainers import loop
+
+    def arrange(outcome):
+        real = loop._gradients
+
+        def gradients(plan, host, window, step, mover):
+            if step == 2:
+                if outcome == "raised":
+                    raise Fault("in the third step")
+                if outcome == "cancelled":
+                    comfy.model_management.interrupt_current_processing(True)
+                if outcome in ("stopped", "paused"):
+                    DESK.of_node("7").ask(Wish.STOP if outcome == "stopped" else Wish.PAUSE)
+            found = real(plan, host, window, step, mover)
+            return (float("nan"), found[1]) if outcome == "not a number" and step == 2 else found
+
+        def predict(self, x_t, sigma, conditioning):
+            short = outcome == "memory ran out" or not any(
+                hasattr(weight, "graft_offloaded") for weight in self.module.parameters()
+            )
+            if short and torch.is_grad_enabled():
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+            return real_predict(self, x_t, sigma, conditioning)
+
+        monkeypatch.setattr(loop, "_gradients", gradients)
+        real_predict = ComfyDenoiser.predict
+        if outcome in ("memory ran out", "offloaded"):
+            monkeypatch.setattr(ComfyDenoiser, "predict", predict)
+
+    return arrange
+
+
+def train(graph, method, name):
+    """As a training node does, under the host's inference mode."""
+    from graft_pack.nodes.host.training import Widgets
+    from graft_pack.nodes.host.training import train as run
+    from graft_pack.trainers.settings import Options
+
+    kind, fields = METHODS[method]
+    options = Options({**fields, ("run", "name"): name, ("preview", "prompts"): "red", ("preview", "steps"): 1})
+    widgets = Widgets(kind, STEPS, 1e-4, 4, 2, 0)
+    return run(*graph, make_dataset(4), widgets, options, "7")
+
+
+def trees(graph):
+    model, clip, vae = graph
+    return model.model, clip.cond_stage_model, vae.first_stage_model
+
+
+def outline(graph):
+    """What an onlooker could see of the graph's objects and of torch, but for the numbers."""
+    import comfy.model_management
+
+    model, clip, _ = graph
+    modules = [part for tree in trees(graph) for part in tree.modules()]
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return {
+        "keys": [list(tree.state_dict()) for tree in trees(graph)],
+        "classes": [type(part) for part in modules],
+        "own": [sorted(set(vars(part)) - HOSTS_OWN) for part in modules],
+        "hooks": [sum(len(getattr(part, name)) for name in hooks) for part in modules],
+        "training": [part.training for part in modules],
+        "wanted": [one.requires_grad for tree in trees(graph) for one in tree.parameters()],
+        "gradients": [one.grad for tree in trees(graph) for one in tree.parameters()],
+        "patches": (len(model.patches), sorted(model.object_patches), len(clip.patcher.patches)),
+        "options": repr(model.model_options),
+        "modes": (
+            len(_get_current_function_mode_stack()),
+            len(_get_current_dispatch_mode_stack()),
+            torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
+            torch.is_autocast_enabled("cpu"),
+            torch.are_deterministic_algorithms_enabled(),
+            torch.get_num_threads(),
+            torch.get_default_dtype(),
+        ),
+        "in_training": getattr(comfy.model_management, "in_training", False),
+        "interrupted": comfy.model_management.processing_interrupted(),
+    }
+
+
+def seen(graph):
+    """What the graph's MODEL, CLIP and VAE give, as one vector."""
+    model, clip, vae = graph
+    context = toy.encode(clip, "a red circle")
+    latent = toy.draw_noise(3)
+    from graft_pack.trainers.protocols import Conditioning
+
+    one = Conditioning({"cross_attn": context}, (64, 64), (0, 0), (64, 64))
+    picture = vae.decode(latent)
+    return models.joined([models.denoised(model, latent, 2.0, one), context, picture, vae.encode(picture)])
+
+
+def held_bytes():
+    """Of all tensors that are alive, each storage once."""
+    gc.collect()
+    tensors = [one for one in gc.get_objects() if isinstance(one, torch.Tensor) and one.device.type == "cpu"]
+    return sum({one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}.values())
+
+
+# Every outcome, and every method with some of them.
+CASES = [("LoRA", outcome) for outcome in OUTCOMES]
+CASES += [("LoRA, text encoder and a word", outcome) for outcome in ("finished", "paused", "raised", "offloaded")]
+CASES += [("DoRA, checkpointed", outcome) for outcome in ("finished", "cancelled", "offloaded")]
+CASES += [("all weights", outcome) for outcome in ("finished", "stopped", "not a number", "memory ran out")]
+
+
+@pytest.mark.parametrize("method, outcome", CASES)
+def test_nothing_stays_behind(method, outcome, graph, faulty):
+    name = f"{list(METHODS).index(method)}-{outcome}"
+    with torch.inference_mode():
+        before = seen(graph)
+        # The first training of a process makes what later ones use again, such as peft's and diffusers' modules.
+        outlined, held, threads = outline(graph), held_bytes(), torch.get_num_threads()
+        faulty(outcome)
+        ended = "finished"
+        try:
+            done = train(graph, method, name)
+            del done
+        except BaseException as error:
+            ended = type(error).__name__
+        expected = {
+            "raised": "Fault",
+            "cancelled": "InterruptProcessingException",
+            "paused": "InterruptProcessingException",
+            "not a number": "NumbersError",
+            "memory ran out": "OutOfMemory",
+        }
+        assert ended == expected.get(outcome, "finished")
+        assert outline(graph) == outlined
+        assert torch.get_num_threads() == threads
+        assert torch.equal(seen(graph), before)
+        assert held_bytes() <= held

@@ -1,0 +1,195 @@
+"""What is tried when memory runs out, one thing after another: each costs time, and none of them changes the result."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+
+from .autograd import blocks_of, checkpoint_blocks, is_checkpointed
+from .errors import OutOfMemory
+from .forward import part_of, parts_of, terms_of
+from .methods import METHODS
+from .offload import list_frozen, offload_blocks
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .plan import Item, Plan
+    from .protocols import Host
+    from .run import Run
+
+log = logging.getLogger(__name__)
+
+Outcome = TypeVar("Outcome")
+
+# How hosts and devices say it where they have no exception of its own for it.
+_SAID = ("out of memory", "not enough memory", "allocate memory", "could not allocate", "alloc_failed", "alloc failed")
+
+# Of a picture's sides, tried when nothing else is left, to tell what would fit.
+_SHARES = (0.75, 0.5, 0.25)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception of torch, Python or a device's driver says that memory ran out."""
+    if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(part in str(error).lower() for part in _SAID)
+
+
+def in_one_line(error: BaseException) -> str:
+    """The first line of what an exception says, or its kind."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def trees_of(plan: Plan, host: Host) -> list[nn.Module]:
+    """The trees that gradients go through."""
+    return [host.denoiser.module, *([host.text.module] if plan.recipe.live_text else [])]
+
+
+class Ladder:
+    """The rungs of one run.
+
+    Attributes:
+        micro_batch: pictures computed at once; 0 for all of a batch.
+    """
+
+    def __init__(self, plan: Plan, run: Run, host: Host, in_backward: bool):
+        self.micro_batch = plan.recipe.micro_batch
+        self._plan = plan
+        self._run = run
+        self._host = host
+        # Gradients that wait for each other are what moving within the backward does without.
+        self._splits = not in_backward
+        self._freed = False
+        self._offloaded = False
+        self._climbed: list[str] = []
+
+    @property
+    def plan(self) -> Plan:
+        """The plan, with the micro-batch that fits."""
+        return replace(self._plan, recipe=replace(self._plan.recipe, micro_batch=self.micro_batch))
+
+    def attempt(self, work: Callable[..., Outcome], undo: Callable[[], None], step: int, *args) -> Outcome:
+        """Does the work until memory is enough for it, one rung higher after each time that it was not.
+
+        Args:
+            work: called with the plan and the further arguments.
+            undo: called after work that failed; whatever it raises ends the attempt.
+            step: that is worked on.
+
+        Raises:
+            OutOfMemory: there is no rung left.
+            Whatever else the work raises.
+        """
+        while True:
+            try:
+                return work(self.plan, *args)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                said = in_one_line(error)
+            # Here and not above: the exception holds on to all that the work had on the device.
+            undo()
+            self._climb(said, step)
+
+    def offload(self) -> str:
+        """Keeps the frozen weights of blocks off the device; what was done."""
+        self._offloaded = True
+        blocks = self._blocks()
+        moved = offload_blocks(blocks, self._host.denoiser.device, self._kept(), self._run.folder)
+        self._host.denoiser.make_room(weights=True)
+        return f"frozen weights of {len(blocks)} blocks ({moved / 1e6:.0f} MB) are kept off the device"
+
+    def _climb(self, said: str, step: int) -> None:
+        for rung in (self._free, self._checkpoint, self._halve, self._offload):
+            done = rung()
+            if done is not None:
+                self._climbed.append(done)
+                self._tell(said, done, step)
+                return
+        raise self._refusal(said, step)
+
+    def _tell(self, said: str, done: str, step: int) -> None:
+        log.warning("Graft: memory ran out in step %d (%s): %s. The step is repeated.", step, said, done)
+        event = {"event": "memory", "step": step, "done": done, "said": said}
+        self._run.log(event)
+        self._host.report("memory", event)
+
+    def _free(self) -> str | None:
+        if self._freed:
+            return None
+        self._freed = True
+        self._host.denoiser.make_room()
+        return "other models and caches were taken off the device"
+
+    def _checkpoint(self) -> str | None:
+        blocks = [block for block in self._blocks() if not is_checkpointed(block)]
+        if not blocks:
+            return None
+        checkpoint_blocks(blocks)
+        return f"checkpointing is on for {len(blocks)} blocks"
+
+    def _halve(self) -> str | None:
+        size = min(self.micro_batch or self._plan.recipe.batch_size, self._plan.recipe.batch_size)
+        if size == 1 or not self._splits:
+            return None
+        self.micro_batch = size // 2
+        return f"{self.micro_batch} of {self._plan.recipe.batch_size} pictures of a batch are computed at a time"
+
+    def _offload(self) -> str | None:
+        if self._offloaded or not list_frozen(self._blocks(), self._kept()):
+            return None
+        return self.offload()
+
+    def _blocks(self) -> list[nn.Module]:
+        return [block for tree in trees_of(self._plan, self._host) for block in blocks_of(tree)]
+
+    def _kept(self) -> list[torch.Tensor]:
+        return list(self._plan.trainables.values())
+
+    def _refusal(self, said: str, step: int) -> OutOfMemory:
+        recipe = self._plan.recipe
+        tried = f", although {'; '.join(self._climbed)}" if self._climbed else ""
+        cures = ["lower the resolution of the dataset"]
+        if METHODS[recipe.method].in_backward:
+            cures.append("train a LoRA, or all weights by Adafactor in bf16")
+        elif recipe.rank:
+            cures.append("choose a lower rank or fewer layers (targets of Graft Adapter Options)")
+        return OutOfMemory(
+            f"Memory ran out in step {step} ({said}){tried}.",
+            f"{self._what_fits()}To train with what there is, {', or '.join(cures)}. "
+            "What was saved stays: queue the graph again to go on.",
+            "dataset",
+        )
+
+    def _what_fits(self) -> str:
+        """A sentence that names a size of pictures for which memory is enough, measured; empty if none was found."""
+        if not self._splits:
+            # All gradients at once need more than training does, which moves by each as it comes.
+            return ""
+        largest = max(self._plan.train, key=lambda item: item.bucket[0] * item.bucket[1])
+        for share in _SHARES:
+            self._host.denoiser.make_room()
+            size = self._fitting(largest, share)
+            if size is not None:
+                return f"Pictures of {size[0]} x {size[1]} do fit. "
+        return ""
+
+    def _fitting(self, item: Item, share: float) -> tuple[int, int] | None:
+        """(width, height) of an item whose sides are cut to a share, if a step on it alone has memory enough."""
+        shown = [part_of(item.show(0), share)]
+        trainables = [one for one in self._kept() if one.requires_grad]
+        try:
+            for part in parts_of(shown, self.plan.recipe, 0, 0, self._host):
+                for losses in terms_of(self._plan, self._host, *part):
+                    torch.autograd.grad(losses.sum(), trainables, allow_unused=True)
+        except (RuntimeError, ValueError, MemoryError) as error:
+            # The error that is shown is the one that led here.
+            log.info("Graft: pictures of %d %% of the sides do not fit: %s", round(100 * share), in_one_line(error))
+            return None
+        latent, whole = shown[0].latent.shape, item.show(0).latent.shape
+        return tuple(side * latent[axis] // whole[axis] for side, axis in zip(item.bucket, (-1, -2), strict=True))
