@@ -119,6 +119,11 @@ def _is_adapter(value: Any) -> bool:
     return isinstance(value, Mapping) and all(isinstance(key, str) and _is_tensor(one) for key, one in value.items())
 
 
+def _is_loss(value: Any) -> bool:
+    losses = value.get("loss") if isinstance(value, Mapping) else None
+    return isinstance(losses, (list, tuple)) and all(isinstance(one, (int, float)) for one in losses)
+
+
 def _is_tensor(value: Any, *dimensions: int) -> bool:
     import torch
 
@@ -133,6 +138,7 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "IMAGE": ("pictures", lambda value: _is_tensor(value, 4) and value.shape[-1] in (3, 4)),
     "MASK": ("masks", lambda value: _is_tensor(value, 2, 3)),
     "LORA_MODEL": ("an adapter", _is_adapter),
+    "LOSS_MAP": ("the loss of a training", _is_loss),
     "GRAFT_DATASET": ("a dataset", lambda value: isinstance(value, Dataset)),
     "GRAFT_EMBEDDING": ("an embedding", lambda value: isinstance(value, Embedding)),
     "GRAFT_OPTIONS": ("the output of an option node", lambda value: isinstance(value, Options)),

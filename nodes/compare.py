@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io, ui
 
 from . import inputs
+from .checks import checked
 from .host.sampling import SAMPLERS, SCHEDULERS
 from .schema import CATEGORY, Adapter, named
 
@@ -57,6 +58,10 @@ class GraftCompare(io.ComfyNode):
             is_output_node=True,
         )
 
+    validate_inputs = checked(
+        prompts=None, strengths=None, files=None, negative_prompt=None, cfg=None, sampler_name=None, scheduler=None
+    )
+
     @classmethod
     def fingerprint_inputs(cls, files="", **_) -> list | float:
         """Changes with the files that are meant: a run may have made more of them."""
@@ -86,7 +91,8 @@ class GraftCompare(io.ComfyNode):
     ) -> io.NodeOutput:
         from .host.compare import Wish, compare
 
-        with named(cls):
+        arrived = {"model": model, "clip": clip, "vae": vae, "adapter": adapter, "adapter_b": adapter_b, "cfg": cfg}
+        with named(cls, **arrived):
             wish = Wish(
                 prompts, strengths, files, negative_prompt, steps, cfg, sampler_name, scheduler, resolution, seed
             )

@@ -229,13 +229,15 @@ class GraftPlotLoss(io.ComfyNode):
             is_output_node=True,
         )
 
+    validate_inputs = checked(smoothing=None)
+
     @classmethod
     def execute(cls, loss, smoothing, log_scale, loss_b=None) -> io.NodeOutput:
         import torch
 
         from ..trainers.tools import curve
 
-        with named(cls):
+        with named(cls, loss=loss, loss_b=loss_b, smoothing=smoothing):
             given = {"loss": loss, "loss_b": loss_b}
             losses = {name: one["loss"] for name, one in given.items() if one is not None}
             image = torch.from_numpy(curve.plot(losses, smoothing, log_scale))[None]

@@ -86,5 +86,6 @@ def stand_ins(schema):
 
     thing = SimpleNamespace(model=1, clone=1, cond_stage_model=1, tokenizer=1, encode=1, decode=1)
     made = {"GRAFT_DATASET": Dataset((), "", 0, "x"), "GRAFT_EMBEDDING": Embedding({}, "x"), "LORA_MODEL": {}}
+    made["LOSS_MAP"] = {"loss": [1.0]}
     made |= dict.fromkeys(("MODEL", "CLIP", "VAE"), thing)
     return {one.id: made[one.get_io_type()] for one in schema.inputs if one.get_io_type() in made}
