@@ -992,7 +992,7 @@ def _caches(trained):
             for path in server.path("output", "graft", "cache", "index").glob("*.json"):
                 held = json.loads(path.read_bytes())
                 if data == b"ours":
-                    held["files"] = {name: [one[0], {"size": HTML}] for name, one in held["files"].items()}
+                    held["files"] = {name: [one[0], {"size": HTML}] for name, one in held.get("files", {}).items()}
                     path.write_text(json.dumps(held))
                 else:
                     path.write_bytes(data)
