@@ -19,12 +19,12 @@ from graft_pack.trainers.data.index import Index
 from graft_pack.trainers.data.scan import scan_folder
 from graft_pack.trainers.errors import DatasetError, GraftError, ModelError, RunError, SettingsError
 from graft_pack.trainers.formats import files, layers
-from graft_pack.trainers.formats.adapter import load_adapter
+from graft_pack.trainers.formats.adapter import Adapter, load_adapter
 from graft_pack.trainers.formats.embedding import load_embedding
 from graft_pack.trainers.inversion import check_name
 from graft_pack.trainers.methods.patterns import parse_pairs, parse_patterns
 from graft_pack.trainers.names import check_file_name, check_text, is_reserved, is_text, why_costly
-from graft_pack.trainers.run import Run
+from graft_pack.trainers.run import Products, Run, State
 from graft_pack.trainers.tools.difference import difference
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -157,6 +157,19 @@ def test_a_state_of_any_content_is_taken_or_passed_over(tmp_path_factory, plain)
             assert str(folder) in error.message
 
 
+@pytest.mark.parametrize("what", hostile.SPOILT_STATES)
+def test_of_a_spoilt_state_the_one_before_is_taken(tmp_path, what, caplog):
+    spoil, logged = hostile.SPOILT_STATES[what]
+    run = Run(*(str(tmp_path / name) for name in ("run", "loras", "words")))
+    for step in (1, 2):
+        state = State(step, step, trainables={"a": torch.ones(3)}, optimiser={0: {"step": 1, "exp_avg": torch.ones(3)}})
+        run.save(state, Products(Adapter({"x": torch.zeros(1)})), 9)
+    assert run.load(2).step == 2
+    spoil(tmp_path / "run" / "state-00000002.safetensors")
+    assert run.load(2).step == 1
+    assert re.search(logged, caplog.text)
+
+
 @FEW
 @given(
     st.binary(max_size=300) | st.sampled_from([b"[" * 50_000, b'{"a":' * 50_000, b"1" * 6000, b"\xff\xfe[", b"1e999"])
@@ -177,13 +190,14 @@ def test_files_of_any_bytes_beside_a_run(tmp_path_factory, data):
 
 @FEW
 @given(VALUES)
+@example({"other/mean": 1})
 def test_caches_and_indices_of_any_content_are_made_anew(tmp_path_factory, value):
     base = tmp_path_factory.getbasetemp() / "caches"
     base.mkdir(exist_ok=True)
     shard = base / "x.safetensors"
     shard.write_bytes(save({"k/mean": torch.ones(3)}, {"format": "graft cache 1", "sums": json.dumps(value)}))
     cache = Cache(str(base))
-    assert cache.missing(["k"]) == {"k"} and cache.get("k") is None
+    assert cache.missing(["k"]) == {"k"} and cache.get("k") is None and not shard.exists()
     picture = base / "pictures" / "a.png"
     if not picture.exists():
         picture.parent.mkdir()
@@ -291,6 +305,8 @@ def test_embeddings_of_any_shape(folder, shapes, value):
 
 @given(st.binary(max_size=200) | st.text(max_size=100).map(lambda text: text.encode("utf-8", "surrogatepass"))
        | VALUES.map(lambda value: json.dumps(value).encode()))  # fmt: skip
+@example(b'{"caption": "\\ud800"}')
+@example(b'{"file_name": "a.png", "text": "\\udfff"}')
 def test_caption_files_of_any_bytes(folder, data):
     for name in ("x.txt", "x.json", "metadata.jsonl", "metadata.csv"):
         path = folder / name
