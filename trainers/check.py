@@ -178,7 +178,7 @@ def _check(loss: Callable, trainables: dict[str, nn.Parameter], tolerance: float
         # A shorter step where the loss is far from straight: what is wrong stays wrong.
         for step in _STEPS:
             share, difference = _refined(loss, inside, slope, directions, step)
-            if share * abs(difference) <= tolerance * abs(difference) + least * _STEP / step:
+            if share * abs(difference) <= tolerance * abs(difference) + least:
                 break
         else:
             off[block] = share
