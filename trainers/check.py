@@ -24,6 +24,7 @@ TOLERANCE_HALF = 0.05
 # By how much the loss may change with gradients being recorded: an operation in place that did not take place.
 TOLERANCE_RECORDED = 1e-3
 _STEP = 0.1
+_STEPS = (_STEP, _STEP / 8, _STEP / 40)
 _ROUNDING = 16 * torch.finfo(torch.float32).eps
 
 # What PyTorch says where it has no gradient, and not for lack of memory or for shapes that do not fit.
@@ -157,7 +158,11 @@ def _check(loss: Callable, trainables: dict[str, nn.Parameter], tolerance: float
             "Training it would not learn what the pictures show. Please report the model's name.",
             "model",
         )
-    error, reference = _refined(loss, parameters, *_slope(parameters, list(gradients.values()), 0), _STEP)
+    whole = _slope(parameters, list(gradients.values()), 0)
+    for step in _STEPS:
+        error, reference = _refined(loss, parameters, *whole, step)
+        if error <= tolerance:
+            break
     log.info("Graft: gradient check, relative error %.2e at derivative %.3e", error, reference)
     blocks = _by_block(trainables)
     # Where the loss hardly depends on a block, the difference is of its rounding.
@@ -170,8 +175,12 @@ def _check(loss: Callable, trainables: dict[str, nn.Parameter], tolerance: float
         difference = _central(loss, inside, directions, _STEP / 2)
         if abs(slope - difference) <= tolerance * abs(difference) + least:
             continue
-        share, difference = _refined(loss, inside, slope, directions, _STEP)
-        if not share * abs(difference) <= tolerance * abs(difference) + least:
+        # A shorter step where the loss is far from straight: what is wrong stays wrong.
+        for step in _STEPS:
+            share, difference = _refined(loss, inside, slope, directions, step)
+            if share * abs(difference) <= tolerance * abs(difference) + least:
+                break
+        else:
             off[block] = share
     log.info("Graft: gradient check, block by block: %d of %d are off", len(off), len(blocks))
     if off or not error <= tolerance:

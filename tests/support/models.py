@@ -27,7 +27,7 @@ def patcher(name: str, dtype=None, seed: int = 0, keys: dict | None = None):
     model = config.get_model(keys or {}, "", device="cpu")
     if tiny.shrink:
         tiny.shrink(model.diffusion_model)
-    randomise(model.diffusion_model, seed)
+    randomise(model.diffusion_model, seed, tiny.norms)
     return patched(model)
 
 
@@ -41,8 +41,8 @@ def patched(model):
     return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=torch.device("cpu"))
 
 
-def randomise(module, seed: int) -> None:
-    """Fills a module with random weights; norms near one."""
+def randomise(module, seed: int, norms: float = 1.0) -> None:
+    """Fills a module with random weights; those of norms are near a number."""
     import torch
 
     source = torch.Generator().manual_seed(seed)
@@ -51,7 +51,7 @@ def randomise(module, seed: int) -> None:
             spread = 0.12 if parameter.dim() > 1 else 0.1
             parameter.copy_(torch.randn(parameter.shape, generator=source) * spread)
             if parameter.dim() == 1 and "norm" in name and name.endswith(("weight", "scale")):
-                parameter.add_(1.0)
+                parameter.add_(norms)
         for name, buffer in module.named_buffers():
             if name == "pos_embed":  # SD3's, which the host leaves to the checkpoint and so uninitialised
                 buffer.copy_(torch.randn(buffer.shape, generator=source) * 0.1)
