@@ -123,12 +123,14 @@ class PanelView:
         return self.page.js("""
             return [...document.querySelectorAll('.graft-panel .graft-thumb')].map(thumb => thumb.textContent);""")
 
-    def height_of_node(self):
-        """Of the trainer, in the graph's own units."""
+    def has_host_preview(self):
+        """Whether the host shows a picture of its own in the trainer."""
         return self.page.js("""
             const whole = document.querySelector('.lg-node:has(.graft-panel)');
-            if (whole) return whole.offsetHeight;
-            return app.graph.nodes.find(node => node.type === 'GraftTrainLoRA').size[1];""")
+            const images = [...(whole?.querySelectorAll('img') ?? [])];
+            const trainer = app.graph.nodes.find(node => node.type === 'GraftTrainLoRA');
+            return images.some(image => !image.closest('.graft-panel') && image.checkVisibility())
+                || trainer.widgets.some(widget => widget.name.startsWith('$$'));""")
 
     def is_drawn(self):
         """Whether the chart holds the colour of its smoothed line."""
