@@ -389,7 +389,7 @@ def test_dropout_is_the_same_when_blocks_are_computed_again(kind, model):
     found = []
     for checkpointing in (False, True):
         with models.in_training(model, "SD1", checkpointing, spread=0.1, method=kind, dropout=0.5) as training:
-            with dropping_out([training.denoiser.module], training.plan.recipe, 0):
+            with dropping_out([training.denoiser.module], training.denoiser.device, training.plan.recipe, 0):
                 found.append(models.joined(training.gradients()))
         with models.in_training(model, "SD1", checkpointing, spread=0.1, method=kind) as training:
             assert models.distance(models.joined(training.gradients()), found[-1]) > 1e-2
