@@ -6,7 +6,6 @@ from comfy_api.latest import io, ui
 
 from . import inputs
 from .checks import checked
-from .host.sampling import SAMPLERS, SCHEDULERS
 from .schema import CATEGORY, Adapter, named
 
 
@@ -36,15 +35,10 @@ class GraftCompare(io.ComfyNode):
                     tooltip="LoRA files as Graft Load Adapter lists them, one a line; * stands for anything: "
                     "my_run-1a2b3c4d/* are the saves of a run.",
                 ),
-                io.String.Input("negative_prompt", default="", multiline=True, tooltip="What not to draw."),
-                io.Int.Input("steps", default=20, min=1, max=1000, tooltip="Sampling steps."),
-                io.Float.Input(
-                    "cfg", default=0.0, min=0.0, max=100.0, step=0.1, tooltip="Guidance. 0: the family's own."
-                ),
-                io.Combo.Input("sampler_name", options=["auto", *SAMPLERS], default="auto", tooltip="auto: euler."),
-                io.Combo.Input(
-                    "scheduler", options=["auto", *SCHEDULERS], default="auto", tooltip="auto: the family's own."
-                ),
+                inputs.negative_prompt(),
+                inputs.sampling_steps(20),
+                inputs.cfg(),
+                *inputs.sampler(),
                 inputs.resolution("Side in pixels. 0: what the model was made for."),
                 inputs.seed("Noise of the first row; the others count up from it."),
                 Adapter.Input("adapter", optional=True, tooltip="From a training or loading node."),

@@ -7,7 +7,6 @@ from comfy_api.latest import io
 from ..trainers.data import class_images, prior
 from . import inputs
 from .checks import checked
-from .host.sampling import SAMPLERS, SCHEDULERS
 from .schema import CATEGORY, Dataset, Trainer, advanced, named, options_input
 
 _DATASET = f"{CATEGORY}/dataset"
@@ -45,17 +44,12 @@ class GraftClassImages(io.ComfyNode):
                     tooltip="The class without the subject's word: a photo of a dog. It is also their caption.",
                 ),
                 io.Int.Input("count", default=200, min=1, max=100_000, tooltip="How many pictures there should be."),
-                io.Int.Input("steps", default=class_images.STEPS, min=1, max=1000, tooltip="Sampling steps."),
-                io.Float.Input(
-                    "cfg", default=0.0, min=0.0, max=100.0, step=0.1, tooltip="Guidance. 0: the family's own."
-                ),
+                inputs.sampling_steps(class_images.STEPS),
+                inputs.cfg(),
                 inputs.resolution("Side in pixels, as the dataset's. 0: what the model was made for."),
                 inputs.seed("Noise of the first picture; the others count up from it."),
-                io.String.Input("negative_prompt", default="", multiline=True, tooltip="What not to draw."),
-                io.Combo.Input("sampler_name", options=["auto", *SAMPLERS], default="auto", tooltip="auto: euler."),
-                io.Combo.Input(
-                    "scheduler", options=["auto", *SCHEDULERS], default="auto", tooltip="auto: the family's own."
-                ),
+                inputs.negative_prompt(),
+                *inputs.sampler(),
                 io.Int.Input(
                     "batch_size",
                     default=1,

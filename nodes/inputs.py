@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from .host.sampling import SAMPLERS, SCHEDULERS
 from .schema import Adapter, LossMap
 
 TOP_SEED = 0xFFFFFFFFFFFFFFFF
@@ -62,6 +63,29 @@ def seed(tooltip: str = "Decides start, order and noise. Another seed is another
 def resolution(tooltip: str) -> io.Int.Input:
     """Side of a square in pixels, 0 for the model's own."""
     return io.Int.Input("resolution", default=0, min=0, max=8192, step=8, tooltip=tooltip)
+
+
+def sampling_steps(default: int) -> io.Int.Input:
+    """Of a node that draws."""
+    return io.Int.Input("steps", default=default, min=1, max=1000, tooltip="Sampling steps.")
+
+
+def cfg() -> io.Float.Input:
+    """Of a node that draws, 0 for the family's own."""
+    return io.Float.Input("cfg", default=0.0, min=0.0, max=100.0, step=0.1, tooltip="Guidance. 0: the family's own.")
+
+
+def negative_prompt() -> io.String.Input:
+    """Of a node that draws."""
+    return io.String.Input("negative_prompt", default="", multiline=True, tooltip="What not to draw.")
+
+
+def sampler() -> list:
+    """Of a node that draws, as the family is drawn with where they are left alone."""
+    return [
+        io.Combo.Input("sampler_name", options=["auto", *SAMPLERS], default="auto", tooltip="auto: euler."),
+        io.Combo.Input("scheduler", options=["auto", *SCHEDULERS], default="auto", tooltip="auto: the family's own."),
+    ]
 
 
 def trained() -> list:
