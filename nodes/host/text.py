@@ -147,8 +147,9 @@ class ComfyText:
         return f"{own}|{attached}" if attached else own
 
     def _idle(self) -> tuple[str, ...]:
-        """Weights that decide nothing."""
-        return () if hasattr(self.clip.cond_stage_model, "t5xxl") else (_PROJECTION,)
+        """Weights that decide nothing: what CLIP-L pools is of use beside another kind of encoder alone."""
+        parts = {name for name, _ in self.clip.cond_stage_model.named_children()}
+        return (_PROJECTION,) if parts <= {"clip_l", "clip_g"} else ()
 
     def encoders(self) -> list[str]:
         """Keys of its CLIP parts."""
