@@ -54,12 +54,11 @@ class Ladder:
     """The rungs of one run.
 
     Attributes:
-        micro_batch: pictures computed at once; 0 for all of a batch.
+        plan: with the micro-batch that fits.
     """
 
     def __init__(self, plan: Plan, run: Run, host: Host, in_backward: bool):
-        self.micro_batch = plan.recipe.micro_batch
-        self._plan = plan
+        self.plan = plan
         self._run = run
         self._host = host
         # Gradients that wait for each other are what moving within the backward does without.
@@ -67,11 +66,6 @@ class Ladder:
         self._freed = False
         self._offloaded = False
         self._climbed: list[str] = []
-
-    @property
-    def plan(self) -> Plan:
-        """The plan, with the micro-batch that fits."""
-        return replace(self._plan, recipe=replace(self._plan.recipe, micro_batch=self.micro_batch))
 
     def attempt(self, work: Callable[..., Outcome], undo: Callable[[], None], step: int, *args) -> Outcome:
         """Does the work until memory is enough for it, one rung higher after each time that it was not.
@@ -134,11 +128,12 @@ class Ladder:
         return f"checkpointing is on for {len(blocks)} blocks"
 
     def _halve(self) -> str | None:
-        size = min(self.micro_batch or self._plan.recipe.batch_size, self._plan.recipe.batch_size)
-        if size == 1 or not self._splits:
+        recipe = self.plan.recipe
+        size = min(recipe.micro_batch or recipe.batch_size, recipe.batch_size) // 2
+        if not size or not self._splits:
             return None
-        self.micro_batch = size // 2
-        return f"{self.micro_batch} of {self._plan.recipe.batch_size} pictures of a batch are computed at a time"
+        self.plan = replace(self.plan, recipe=replace(recipe, micro_batch=size))
+        return f"{size} of {recipe.batch_size} pictures of a batch are computed at a time"
 
     def _offload(self) -> str | None:
         if self._offloaded or not list_frozen(self._blocks(), self._kept()):
@@ -146,13 +141,13 @@ class Ladder:
         return self.offload()
 
     def _blocks(self) -> list[nn.Module]:
-        return [block for tree in trees_of(self._plan, self._host) for block in blocks_of(tree)]
+        return [block for tree in trees_of(self.plan, self._host) for block in blocks_of(tree)]
 
     def _kept(self) -> list[torch.Tensor]:
-        return list(self._plan.trainables.values())
+        return list(self.plan.trainables.values())
 
     def _refusal(self, said: str, step: int) -> OutOfMemory:
-        recipe = self._plan.recipe
+        recipe = self.plan.recipe
         tried = f", although {'; '.join(self._climbed)}" if self._climbed else ""
         cures = ["lower the resolution of the dataset"]
         if METHODS[recipe.method].in_backward:
@@ -171,7 +166,7 @@ class Ladder:
         if not self._splits:
             # All gradients at once need more than training does, which moves by each as it comes.
             return ""
-        largest = max(self._plan.train, key=lambda item: item.bucket[0] * item.bucket[1])
+        largest = max(self.plan.train, key=lambda item: item.bucket[0] * item.bucket[1])
         for share in _SHARES:
             self._host.denoiser.make_room()
             size = self._fitting(largest, share)
@@ -185,7 +180,7 @@ class Ladder:
         trainables = [one for one in self._kept() if one.requires_grad]
         try:
             for part in parts_of(shown, self.plan.recipe, 0, 0, self._host):
-                for losses in terms_of(self._plan, self._host, *part):
+                for losses in terms_of(self.plan, self._host, *part):
                     torch.autograd.grad(losses.sum(), trainables, allow_unused=True)
         except (RuntimeError, ValueError, MemoryError) as error:
             # The error that is shown is the one that led here.

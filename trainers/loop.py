@@ -20,7 +20,8 @@ from .optimisers import OPTIMISERS, Group, lr_factor
 from .optimisers.average import MovingAverage, averaged
 from .optimisers.stepping import Mover
 from .protocols import Asked, Hurried, PreviewRequest
-from .run import STOPPED, Run, State
+from .run import STOPPED, Run
+from .state import State
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -219,7 +220,7 @@ def _preview(plan: Plan, run: Run, host: Host, state: State) -> None:
         pictures = _drawn(host, request)
     except Hurried:
         return
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         said = in_one_line(error)
@@ -233,14 +234,13 @@ def _preview(plan: Plan, run: Run, host: Host, state: State) -> None:
 
 def _drawn(host: Host, request: PreviewRequest) -> list[Image.Image]:
     """The pictures; where memory runs out, once more with all else off the device."""
-    try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            return host.denoiser.preview(request)
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-    host.denoiser.make_room()
     with torch.random.fork_rng(devices=[]), torch.no_grad():
+        try:
+            return host.denoiser.preview(request)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        host.denoiser.make_room()
         return host.denoiser.preview(request)
 
 
