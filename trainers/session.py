@@ -19,7 +19,8 @@ from .optimisers import OPTIMISERS
 from .parts import Parts
 from .prepare import Prepared, prepare
 from .protocols import base_digest
-from .run import PAUSED, STOPPED, Products, Run, State
+from .run import PAUSED, STOPPED, Products, Run
+from .state import State
 
 if TYPE_CHECKING:
     import torch

@@ -403,7 +403,8 @@ def train(training: Training, folder, resume: bool = False, **fields):
     """
     from graft_pack.trainers import loop
     from graft_pack.trainers.methods import METHODS
-    from graft_pack.trainers.run import Run, State
+    from graft_pack.trainers.run import Run
+    from graft_pack.trainers.state import State
 
     settings = replace(training.plan.recipe, **fields)
     groups = METHODS[settings.method].groups(training.plan.trainables, settings) or training.plan.groups

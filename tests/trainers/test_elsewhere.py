@@ -24,7 +24,8 @@ from graft_pack.trainers.formats.embedding import load_embedding
 from graft_pack.trainers.inversion import check_name
 from graft_pack.trainers.methods.patterns import parse_pairs, parse_patterns
 from graft_pack.trainers.names import check_file_name, check_text, is_reserved, is_text, why_costly
-from graft_pack.trainers.run import Products, Run, State
+from graft_pack.trainers.run import Products, Run
+from graft_pack.trainers.state import State
 from graft_pack.trainers.tools.difference import difference
 from hypothesis import example, given, settings
 from hypothesis import strategies as st

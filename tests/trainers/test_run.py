@@ -4,7 +4,8 @@ import pytest
 import torch
 from graft_pack.trainers.formats.adapter import Adapter
 from graft_pack.trainers.formats.embedding import Embedding
-from graft_pack.trainers.run import Products, Run, State, safe_name
+from graft_pack.trainers.run import Products, Run, safe_name
+from graft_pack.trainers.state import State
 
 from tests.support.diffusers_host import same_state
 

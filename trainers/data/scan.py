@@ -6,7 +6,6 @@ import hashlib
 import os
 import posixpath
 import re
-import stat
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -15,7 +14,8 @@ from ..errors import DatasetError
 from . import captions
 from .examples import Dataset, Example, Handling, LeftOut
 from .index import Index, mark_of
-from .pixels import UNREAD, AlphaSource, ArraySource, FileSource, is_below, is_picture, measure_file
+from .listing import File, Listing, list_folder
+from .pixels import UNREAD, AlphaSource, ArraySource, FileSource, is_picture, measure_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,64 +44,6 @@ class Reading:
     masks: str = "auto"
     mask_folder: str = ""
     validation_folder: str = ""
-
-
-@dataclass(frozen=True)
-class _File:
-    path: str
-    name: str
-    stat: os.stat_result
-
-
-@dataclass(frozen=True)
-class _Listing:
-    """Regular files below a folder, by their relative names with forward slashes, in a stable order."""
-
-    root: str
-    files: dict[str, _File]
-    left_out: list[LeftOut]
-
-
-def list_folder(folder: str) -> _Listing:
-    """The files in a folder and below it; nothing outside it is followed, what is passed over is named."""
-    root = os.path.realpath(folder)
-    listing = _Listing(root, {}, [])
-    pending = [("", root)]
-    while pending:
-        prefix, directory = pending.pop()
-        try:
-            with os.scandir(directory) as found:
-                entries = sorted(found, key=lambda entry: entry.name)
-        except OSError as error:
-            listing.left_out.append(LeftOut(prefix or ".", f"the folder cannot be read ({error})"))
-            continue
-        below = []
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            name = prefix + entry.name
-            try:
-                if entry.is_dir(follow_symlinks=False):
-                    below.append((f"{name}/", entry.path))
-                else:
-                    _take(listing, entry, name)
-            except OSError as error:
-                listing.left_out.append(LeftOut(name, f"it cannot be read ({error})"))
-        pending.extend(reversed(below))
-    return listing
-
-
-def _take(listing: _Listing, entry: os.DirEntry, name: str) -> None:
-    if entry.is_symlink() and not is_below(entry.path, listing.root):
-        listing.left_out.append(LeftOut(name, "a link that leads out of the folder"))
-        return
-    found = entry.stat()
-    if stat.S_ISREG(found.st_mode):
-        listing.files[name] = _File(entry.path, name, found)
-    elif entry.is_symlink() and stat.S_ISDIR(found.st_mode):
-        listing.left_out.append(LeftOut(name, "a link to a folder; links to folders are not followed"))
-    elif is_picture(name):
-        listing.left_out.append(LeftOut(name, "no regular file"))
 
 
 def scan_folder(
@@ -190,15 +132,15 @@ def shortened(left_out: Iterable[LeftOut], most: int = 5) -> str:
 class _OwnMasks:
     """The masks in a listing: those by the picture's stem, all files, and those of no picture."""
 
-    by_stem: dict[str, _File]
+    by_stem: dict[str, File]
     files: set[str]
     lonely: list[str]
 
 
-def _own_masks(listing: _Listing) -> _OwnMasks:
+def _own_masks(listing: Listing) -> _OwnMasks:
     """Finds `name-masklabel.png` beside `name`, and `masks/name.png` for `name` beside the folder or below it."""
     stems = {_stem(name) for name in listing.files if is_picture(name)}
-    found: dict[str, _File] = {}
+    found: dict[str, File] = {}
     files: set[str] = set()
     folders: dict[str, list[tuple[str, str]]] = {}
     lonely = []
@@ -257,7 +199,7 @@ class _Reader:
             self._masks = {_mask_owner(name): file for name, file in masks.files.items() if is_picture(name)}
         self._held = reading.validation_folder.strip().replace("\\", "/").strip("/")
 
-    def examples(self, pictures: list[_File], index: Index, tick: Callable[[int, int], None]) -> list[Example]:
+    def examples(self, pictures: list[File], index: Index, tick: Callable[[int, int], None]) -> list[Example]:
         found = []
         for number, file in enumerate(pictures):
             tick(number, len(pictures))
@@ -268,7 +210,7 @@ class _Reader:
         tick(len(pictures), len(pictures))
         return found
 
-    def _example(self, file: _File, index: Index) -> Example:
+    def _example(self, file: File, index: Index) -> Example:
         facts = _measured(file, index)
         size = tuple(facts["size"])
         source = FileSource(file.path, file.name, self._listing.root, facts["digest"])
@@ -290,15 +232,15 @@ class _Reader:
             held,
         )
 
-    def _captions(self, file: _File) -> tuple[str, ...]:
+    def _captions(self, file: File) -> tuple[str, ...]:
         for sidecar in self._sidecars.get(_stem(file.name), ()):
             found = captions.read_sidecar(sidecar.path, sidecar.name, self._reading.lines_are_variants)
             if found:
                 return found
         return self._metadata.get(file.name, ())
 
-    def _find_sidecars(self) -> dict[str, list[_File]]:
-        found: dict[str, list[tuple[int, _File]]] = {}
+    def _find_sidecars(self) -> dict[str, list[File]]:
+        found: dict[str, list[tuple[int, File]]] = {}
         for name, file in self._listing.files.items():
             stem, suffix = posixpath.splitext(name)
             if suffix.lower() in captions.SUFFIXES:
@@ -336,7 +278,7 @@ class _Reader:
                 return int(match.group(1)), match.group(2).strip()
         return 1, ""
 
-    def _mask(self, file: _File, source: FileSource, transparent: bool, index: Index):
+    def _mask(self, file: File, source: FileSource, transparent: bool, index: Index):
         found = self._masks.get(_stem(file.name))
         if found is not None:
             try:
@@ -350,7 +292,7 @@ class _Reader:
         return None
 
 
-def _measured(file: _File, index: Index) -> dict:
+def _measured(file: File, index: Index) -> dict:
     def measure() -> dict:
         size, digest, transparent = measure_file(file.path, file.name)
         return {"size": list(size), "digest": digest, "alpha": transparent}

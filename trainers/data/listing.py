@@ -1,0 +1,74 @@
+"""The files in a folder and below it, as they are before anything is read of them."""
+
+from __future__ import annotations
+
+import os
+import stat
+from dataclasses import dataclass
+
+from .examples import LeftOut
+from .pixels import is_below, is_picture
+
+
+@dataclass(frozen=True)
+class File:
+    """A regular file, by its relative name.
+
+    Attributes:
+        stat: as it was when it was listed.
+    """
+
+    path: str
+    name: str
+    stat: os.stat_result
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Regular files below a folder, by their relative names with forward slashes, in a stable order."""
+
+    root: str
+    files: dict[str, File]
+    left_out: list[LeftOut]
+
+
+def list_folder(folder: str) -> Listing:
+    """The files in a folder and below it; nothing outside it is followed, what is passed over is named."""
+    root = os.path.realpath(folder)
+    listing = Listing(root, {}, [])
+    pending = [("", root)]
+    while pending:
+        prefix, directory = pending.pop()
+        try:
+            with os.scandir(directory) as found:
+                entries = sorted(found, key=lambda entry: entry.name)
+        except OSError as error:
+            listing.left_out.append(LeftOut(prefix or ".", f"the folder cannot be read ({error})"))
+            continue
+        below = []
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            name = prefix + entry.name
+            try:
+                if entry.is_dir(follow_symlinks=False):
+                    below.append((f"{name}/", entry.path))
+                else:
+                    _take(listing, entry, name)
+            except OSError as error:
+                listing.left_out.append(LeftOut(name, f"it cannot be read ({error})"))
+        pending.extend(reversed(below))
+    return listing
+
+
+def _take(listing: Listing, entry: os.DirEntry, name: str) -> None:
+    if entry.is_symlink() and not is_below(entry.path, listing.root):
+        listing.left_out.append(LeftOut(name, "a link that leads out of the folder"))
+        return
+    found = entry.stat()
+    if stat.S_ISREG(found.st_mode):
+        listing.files[name] = File(entry.path, name, found)
+    elif entry.is_symlink() and stat.S_ISDIR(found.st_mode):
+        listing.left_out.append(LeftOut(name, "a link to a folder; links to folders are not followed"))
+    elif is_picture(name):
+        listing.left_out.append(LeftOut(name, "no regular file"))
