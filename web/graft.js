@@ -23,7 +23,10 @@ function showAll() {
     const node = isOf(training, app.rootGraph ?? app.graph) ? nodeOf(app.rootGraph ?? app.graph, training.node) : null;
     if (node && panels.has(node) && (training.isLive || !shown.get(node)?.isLive)) shown.set(node, training);
   }
-  for (const [node, training] of shown) panels.get(node).show(training);
+  for (const [node, training] of shown) {
+    panels.get(node).show(training);
+    store.recall(training);
+  }
 }
 
 function addPanel(node) {

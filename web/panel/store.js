@@ -25,7 +25,7 @@ export class Store {
     }
     const training = this._apply(message);
     // A run that starts has nothing to remember yet.
-    if (message.event === "run" && message.step) this._remember(training);
+    if (message.event === "run" && message.step) training.hasPast = true;
     this._changed();
   }
 
@@ -61,14 +61,17 @@ export class Store {
     const trainings = new Set(told.map((message) => this._apply(message)));
     this._loseAllBut(new Set(running.map(keyOf)));
     const names = new Set(runs.map(({ name }) => name));
-    for (const training of trainings) if (names.has(training.run)) this._remember(training);
+    for (const training of trainings) training.hasPast = names.has(training.run);
   }
 
   _loseAllBut(running) {
     for (const [key, training] of this._trainings) if (training.isLive && !running.has(key)) training.lose();
   }
 
-  async _remember(training) {
+  // Fetches what was before this page listened, once, for a training that is looked at.
+  async recall(training) {
+    if (!training.hasPast) return;
+    training.hasPast = false;
     try {
       training.remember(await this._routes.readRun(training.run));
     } catch (error) {

@@ -80,6 +80,7 @@ export class Training {
     this.memory = null; // [bytes in use, bytes there are]
     this.asked = null;
     this.isSaving = false;
+    this.hasPast = false; // its run has a log of steps that were not told here
     this.isNothing = false;
     this.message = "";
     this.cure = "";
