@@ -1,9 +1,14 @@
 """A run's folder: states there and back, names, and what is refused."""
 
+import os
+import resource
+
 import pytest
 import torch
+from graft_pack.trainers.errors import RunError
 from graft_pack.trainers.formats.adapter import Adapter
 from graft_pack.trainers.formats.embedding import Embedding
+from graft_pack.trainers.records import read_events
 from graft_pack.trainers.run import Products, Run, safe_name
 from graft_pack.trainers.state import State
 
@@ -91,3 +96,21 @@ def test_half_a_line_in_the_log_is_dropped(run, tmp_path):
 )
 def test_any_text_gives_a_folder_name(text, name):
     assert safe_name(text) == name
+
+
+def test_a_line_that_has_no_room_leaves_no_part_in_the_log(run):
+    """A quota that lets some of its bytes through."""
+    os.makedirs(run.folder)
+    run.log({"event": "step", "step": 1})
+    path = os.path.join(run.folder, "metrics.jsonl")
+    before = os.path.getsize(path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (before + 10, hard))
+    try:
+        with pytest.raises(RunError, match="metrics.jsonl' cannot be written"):
+            run.log({"event": "step", "step": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert os.path.getsize(path) == before
+    run.log({"event": "step", "step": 2})
+    assert [event["step"] for event in read_events(run, 9)] == [1, 2]
