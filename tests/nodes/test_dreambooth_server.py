@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.support import graphs
+from tests.support import graphs, runs
 from tests.support.server import PromptError, PromptInterrupted
 from tests.toy import world
 
@@ -72,10 +72,6 @@ def contents(folder):
 
 def text_of(entry, node="3"):
     return entry["outputs"][node]["text"][0]
-
-
-def runs_of(server, folder):
-    return sorted(server.path("output", "graft").glob(f"{folder.name}-*"))
 
 
 def test_class_images_are_drawn_once_extended_and_handed_on(server, tiny_base, name):
@@ -166,7 +162,7 @@ def test_dreambooth_draws_what_is_missing_and_is_resumed_and_extended_like_every
     assert "2 steps trained" in text_of(entry)
     assert "0 given, 0 found and 2 drawn" in text_of(entry)
     (made,) = folders(server, name)
-    (run,) = runs_of(server, folder)
+    (run,) = runs.list_runs(server, folder.name)
     recipe = json.loads((run / "recipe.json").read_text())
     assert (recipe["images"], recipe["class_images"]) == (6, 2)
     assert recipe["recipe"]["trigger"] == "a large sks circle"
@@ -180,7 +176,7 @@ def test_dreambooth_draws_what_is_missing_and_is_resumed_and_extended_like_every
     assert "returned as it was" in text_of(entry)
     assert "2 found and 0 drawn" in text_of(entry)
     server.run(dreambooth(folder.name, f"{name} circle", steps=4))
-    assert runs_of(server, folder) == [run]
+    assert runs.list_runs(server, folder.name) == [run]
     assert contents(made) == drawn
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4]
@@ -208,7 +204,7 @@ def test_what_is_drawn_besides_given_class_images_is_never_the_same_as_those(ser
     assert "1 given, 0 found and 1 drawn" in text_of(server.run(graph))
     (made,) = folders(server, name)
     assert list(contents(made)) == ["00000.png", "00001.png"]
-    (run,) = runs_of(server, folder)
+    (run,) = runs.list_runs(server, folder.name)
     assert json.loads((run / "recipe.json").read_text())["class_images"] == 2
 
 
@@ -217,13 +213,13 @@ def test_without_a_prior_it_is_a_training_on_the_prompt_alone(server, tiny_base,
     for widgets in ({"class_images": 0}, {"prior_weight": 0.0}, {"prior": "differential", "prior_weight": 0.0}):
         texts.append(text_of(server.run(dreambooth(folder.name, f"{name} circle", **widgets))))
     assert not folders(server, name)
-    assert len(runs_of(server, folder)) == 1
+    assert len(runs.list_runs(server, folder.name)) == 1
     assert "2 steps trained" in texts[0]
     assert all("returned as it was" in text for text in texts[1:])
     assert all("class is not preserved" in text for text in texts)
     text = text_of(server.run(dreambooth(folder.name, f"{name} circle", prior="differential")))
     assert f"Held to what the model predicted for '{name} circle', weight 1" in text
-    assert len(runs_of(server, folder)) == 2
+    assert len(runs.list_runs(server, folder.name)) == 2
     assert not folders(server, name)
 
 

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 from safetensors import safe_open
-from safetensors.numpy import load_file
 
-from tests.support import graphs
+from tests.support import graphs, runs
 from tests.support.server import PromptError, PromptInterrupted
 from tests.toy import world
 
@@ -39,25 +38,8 @@ def fine_tune(folder, steps, option_nodes=None, **widgets):
     return prompt
 
 
-def option(server, kind, **fields):
-    defaults = graphs.defaults_of(server.object_info(kind)[kind])
-    return {"50": graphs.options(kind, defaults, **fields)}
-
-
-def runs_of(server, dataset):
-    return sorted(server.path("output", "graft").glob(f"{dataset.name}-*"))
-
-
 def pixels(server, entry, node):
     return [np.asarray(Image.open(io.BytesIO(data))).tobytes() for data in server.download(entry, node)]
-
-
-def whole(server, run, step):
-    return load_file(server.path("output", "loras", run.name, f"step-{step:08d}.safetensors"))
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
 
 
 def test_core_merges_it_into_a_checkpoint_that_draws_the_same(make_server, tiny_base):
@@ -68,7 +50,7 @@ def test_core_merges_it_into_a_checkpoint_that_draws_the_same(make_server, tiny_
     server = make_server()
     shutil.copytree(world.CONCEPT_FOLDER / "toy", server.path("input", "toy"))
     server.start()
-    prompt = fine_tune("toy", 3, option(server, "GraftAdapterOptions", text_encoder="on"))
+    prompt = fine_tune("toy", 3, runs.option_nodes(server, GraftAdapterOptions={"text_encoder": "on"}))
     prompt["9"] = graphs.node("CheckpointSave", model=["3", 0], clip=["3", 1], vae=["1", 2],
                               filename_prefix="checkpoints/tuned")  # fmt: skip
     prompt["10"] = graphs.node("GraftSaveAdapter", adapter=["3", 2], filename_prefix="tuned", format="kohya")
@@ -108,18 +90,20 @@ def test_cancelled_it_keeps_what_was_reached_and_goes_on_to_the_same_bits(server
         server.interrupt()
         with pytest.raises(PromptInterrupted):
             server.wait(queued, timeout=300)
-    (run,) = runs_of(server, dataset)
+    (run,) = runs.list_runs(server, dataset.name)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     reached = [line["step"] for line in lines if line["event"] == "step"][-1]
     assert reached >= 2
-    assert whole(server, run, reached)
+    assert runs.adapter_of(server, run, reached)
     entry = server.run(fine_tune(dataset.name, reached + 2), timeout=300)
     assert f"{reached + 2} steps trained; " in entry["outputs"]["3"]["text"][0]
-    resumed = whole(server, run, reached + 2)
-    fresh = option(server, "GraftRunOptions", on_existing="new")
+    resumed = runs.adapter_of(server, run, reached + 2)
+    fresh = runs.option_nodes(server, GraftRunOptions={"on_existing": "new"})
     server.run(fine_tune(dataset.name, reached + 2, fresh), timeout=600)
-    assert same(resumed, whole(server, runs_of(server, dataset)[1], reached + 2))
-    returned = server.run(fine_tune(dataset.name, reached + 2, option(server, "GraftPreviewOptions")), timeout=300)
+    assert runs.same(resumed, runs.adapter_of(server, runs.list_runs(server, dataset.name)[1], reached + 2))
+    returned = server.run(
+        fine_tune(dataset.name, reached + 2, runs.option_nodes(server, GraftPreviewOptions={})), timeout=300
+    )
     assert "returned as it was" in returned["outputs"]["3"]["text"][0]
 
 
@@ -134,19 +118,19 @@ def test_dreambooth_trains_all_weights_and_says_with_what(server, tiny_base, dat
         entry = server.run(prompt, timeout=600)
         text = entry["outputs"]["3"]["text"][0]
         assert "all weights for SD1" in text and "learning rate 5e-06" in text and words in text
-    runs = runs_of(server, dataset)
-    assert len(runs) == 2
-    for run in runs:
+    found = runs.list_runs(server, dataset.name)
+    assert len(found) == 2
+    for run in found:
         recipe = json.loads((run / "recipe.json").read_text())["recipe"]
         assert (recipe["method"], recipe["rank"], recipe["ema_decay"]) == ("all weights", 0, 0.999)
-        assert any(tensor.any() for tensor in whole(server, run, 2).values())
+        assert any(tensor.any() for tensor in runs.adapter_of(server, run, 2).values())
 
 
 def test_previews_draw_what_was_trained(server, tiny_base, dataset):
-    previews = option(server, "GraftPreviewOptions", prompts=TEXT, every=2, steps=2)
+    previews = runs.option_nodes(server, GraftPreviewOptions={"prompts": TEXT, "every": 2, "steps": 2})
     prompt = fine_tune(dataset.name, 2, previews, learning_rate=1e-3)
     server.run(prompt, timeout=300)
-    (run,) = runs_of(server, dataset)
+    (run,) = runs.list_runs(server, dataset.name)
     before, after = sorted((run / "samples").iterdir())
     assert before.read_bytes() != after.read_bytes()
 

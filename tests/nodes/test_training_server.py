@@ -1,7 +1,6 @@
 """Training in the real server: resuming, extending, cancelling, and what a user is told."""
 
 import io
-import json
 import shutil
 
 import numpy as np
@@ -9,7 +8,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
-from tests.support import graphs
+from tests.support import graphs, runs
 from tests.support.server import PromptError, PromptInterrupted, PromptRefused
 from tests.toy import world
 
@@ -26,48 +25,6 @@ def dataset(server, request):
     return folder
 
 
-def runs_of(server, dataset):
-    """The run folders of a dataset."""
-    return sorted(server.path("output", "graft").glob(f"{dataset.name}-*"))
-
-
-def adapter_of(server, run, step):
-    """The tensors of an adapter that a run wrote."""
-    return load_file(server.path("output", "loras", run.name, f"step-{step:08d}.safetensors"))
-
-
-def steps_logged(run):
-    """Steps in a run's log, in order."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line["step"] for line in lines if line["event"] == "step"]
-
-
-def started_at(server, prompt):
-    """Runs a prompt; the step its training went on from."""
-    with server.listen() as events:
-        queued = server.queue(prompt, client_id=events.client_id)
-        step = events.wait_for("graft.progress", timeout=120, event="run").data["step"]
-        server.wait(queued)
-    return step
-
-
-def same(a, b):
-    """Whether two adapters are the same bits."""
-    return a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
-
-
-def option_nodes(server, *kinds, **fields):
-    """A chain of option nodes as they come from the menu, but for some fields of the last."""
-    chain = {}
-    before = None
-    for number, kind in enumerate(kinds):
-        extra = fields if number == len(kinds) - 1 else {}
-        identity = str(50 + number)
-        chain[identity] = graphs.options(kind, graphs.defaults_of(server.object_info(kind)[kind]), before, **extra)
-        before = identity
-    return chain
-
-
 ALL_OPTIONS = (
     "GraftRunOptions",
     "GraftPreviewOptions",
@@ -80,16 +37,16 @@ ALL_OPTIONS = (
 def test_queued_twice_trains_once(server, tiny_base, dataset):
     prompt = graphs.training(dataset.name, 3)
     server.run(prompt)
-    (run,) = runs_of(server, dataset)
+    (run,) = runs.list_runs(server, dataset.name)
     log = (run / "metrics.jsonl").read_bytes()
     entry = server.run(graphs.training(dataset.name, 3))
     # Once more with another title in the graph, so that the host's cache cannot answer: the run itself must.
     prompt["9"] = graphs.node("GraftSaveAdapter", adapter=["3", 2], filename_prefix="twice", format="kohya")
     prompt["3"]["inputs"]["options"] = ["50", 0]
-    prompt.update(option_nodes(server, "GraftRunOptions"))
+    prompt.update(runs.option_nodes(server, GraftRunOptions={}))
     entry = server.run(prompt)
     assert "returned as it was" in entry["outputs"]["3"]["text"][0]
-    assert runs_of(server, dataset) == [run]
+    assert runs.list_runs(server, dataset.name) == [run]
     assert (run / "metrics.jsonl").read_bytes() == log
 
 
@@ -97,41 +54,43 @@ def test_edited_caption_trains_again(server, tiny_base, dataset):
     server.run(graphs.training(dataset.name, 2))
     (dataset / "01.txt").write_text("a large sks toy on a purple background")
     server.run(graphs.training(dataset.name, 2))
-    assert len(runs_of(server, dataset)) == 2
+    assert len(runs.list_runs(server, dataset.name)) == 2
 
 
 def test_untouched_options_change_nothing(server, tiny_base, dataset):
     server.run(graphs.training(dataset.name, 2))
-    entry = server.run(graphs.training(dataset.name, 2, option_nodes=option_nodes(server, *ALL_OPTIONS)))
+    entry = server.run(
+        graphs.training(dataset.name, 2, option_nodes=runs.option_nodes(server, **dict.fromkeys(ALL_OPTIONS, {})))
+    )
     assert "returned as it was" in entry["outputs"]["3"]["text"][0]
-    assert len(runs_of(server, dataset)) == 1
+    assert len(runs.list_runs(server, dataset.name)) == 1
 
 
 def test_previews_and_memory_do_not_restart(server, tiny_base, dataset):
     server.run(graphs.training(dataset.name, 2))
-    previews = option_nodes(server, "GraftPreviewOptions", prompts="a large red circle", every=2, steps=2)
-    memory = option_nodes(server, "GraftMemoryOptions", checkpointing="on", micro_batch=1)
+    previews = runs.option_nodes(server, GraftPreviewOptions={"prompts": "a large red circle", "every": 2, "steps": 2})
+    memory = runs.option_nodes(server, GraftMemoryOptions={"checkpointing": "on", "micro_batch": 1})
     for chain in (previews, memory):
         entry = server.run(graphs.training(dataset.name, 2, option_nodes=chain))
         assert "returned as it was" in entry["outputs"]["3"]["text"][0]
     entry = server.run(graphs.training(dataset.name, 4, option_nodes=previews))
-    (run,) = runs_of(server, dataset)
-    assert steps_logged(run) == [1, 2, 3, 4]
+    (run,) = runs.list_runs(server, dataset.name)
+    assert runs.steps_logged(run) == [1, 2, 3, 4]
     assert [path.name for path in sorted((run / "samples").iterdir())] == ["step-00000004-1.png"]
 
 
 def test_more_steps_extend_to_the_same_bits(server, tiny_base, dataset):
     server.run(graphs.training(dataset.name, 3))
-    assert started_at(server, graphs.training(dataset.name, 6)) == 3
-    (run,) = runs_of(server, dataset)
-    assert steps_logged(run) == [1, 2, 3, 4, 5, 6]
-    extended = adapter_of(server, run, 6)
+    assert runs.started_at(server, graphs.training(dataset.name, 6)) == 3
+    (run,) = runs.list_runs(server, dataset.name)
+    assert runs.steps_logged(run) == [1, 2, 3, 4, 5, 6]
+    extended = runs.adapter_of(server, run, 6)
     server.run(
-        graphs.training(dataset.name, 6, option_nodes=option_nodes(server, "GraftRunOptions", on_existing="new"))
+        graphs.training(dataset.name, 6, option_nodes=runs.option_nodes(server, GraftRunOptions={"on_existing": "new"}))
     )
-    fresh = runs_of(server, dataset)[1]
-    assert steps_logged(fresh) == [1, 2, 3, 4, 5, 6]
-    assert same(extended, adapter_of(server, fresh, 6))
+    fresh = runs.list_runs(server, dataset.name)[1]
+    assert runs.steps_logged(fresh) == [1, 2, 3, 4, 5, 6]
+    assert runs.same(extended, runs.adapter_of(server, fresh, 6))
 
 
 @pytest.mark.parametrize("stop", [1, 4])
@@ -149,10 +108,10 @@ def test_cancel_keeps_what_was_reached_and_goes_on(server, tiny_base, dataset, s
         server.interrupt()
         with pytest.raises(PromptInterrupted):
             server.wait(queued)
-    (run,) = runs_of(server, dataset)
-    reached = steps_logged(run)[-1]
+    (run,) = runs.list_runs(server, dataset.name)
+    reached = runs.steps_logged(run)[-1]
     assert reached >= stop
-    assert adapter_of(server, run, reached)
+    assert runs.adapter_of(server, run, reached)
     # The graph's MODEL, still in the host's cache, draws what it drew.
     base[str(103)]["inputs"]["seed"] = 2
     server.run(base)
@@ -160,12 +119,12 @@ def test_cancel_keeps_what_was_reached_and_goes_on(server, tiny_base, dataset, s
     again = server.run(base)
     assert "1" in dict(again["status"]["messages"])["execution_cached"]["nodes"]
     assert _pixels(server.download(again, picture)) == _pixels(before)
-    assert started_at(server, graphs.training(dataset.name, reached + 3)) == reached
-    assert steps_logged(run) == list(range(1, reached + 4))
-    resumed = adapter_of(server, run, reached + 3)
-    fresh_options = option_nodes(server, "GraftRunOptions", on_existing="new")
+    assert runs.started_at(server, graphs.training(dataset.name, reached + 3)) == reached
+    assert runs.steps_logged(run) == list(range(1, reached + 4))
+    resumed = runs.adapter_of(server, run, reached + 3)
+    fresh_options = runs.option_nodes(server, GraftRunOptions={"on_existing": "new"})
     server.run(graphs.training(dataset.name, reached + 3, option_nodes=fresh_options))
-    assert same(resumed, adapter_of(server, runs_of(server, dataset)[1], reached + 3))
+    assert runs.same(resumed, runs.adapter_of(server, runs.list_runs(server, dataset.name)[1], reached + 3))
 
 
 def _pixels(files):
@@ -231,9 +190,9 @@ def test_a_nan_run_keeps_its_last_good_state(server, tiny_base, dataset):
     prompt = graphs.training(dataset.name, 50, learning_rate=9.9)
     with pytest.raises(PromptError):
         server.run(prompt)
-    (run,) = runs_of(server, dataset)
-    last = steps_logged(run)[-1]
-    assert all(np.isfinite(tensor).all() for tensor in adapter_of(server, run, last).values())
+    (run,) = runs.list_runs(server, dataset.name)
+    last = runs.steps_logged(run)[-1]
+    assert all(np.isfinite(tensor).all() for tensor in runs.adapter_of(server, run, last).values())
 
 
 def test_saved_file_is_read_by_the_hosts_own_loader(server, tiny_base, dataset):
@@ -268,8 +227,8 @@ def test_cores_own_nodes_take_what_comes_out(server, tiny_base, dataset):
     entry = server.run(prompt)
     assert _pixels(server.download(entry, drawn)) == _pixels(server.download(entry, ours))
     (saved,) = server.path("output", "loras").glob(f"core-{dataset.name}*")
-    (run,) = runs_of(server, dataset)
-    assert same(load_file(saved), adapter_of(server, run, 3))
+    (run,) = runs.list_runs(server, dataset.name)
+    assert runs.same(load_file(saved), runs.adapter_of(server, run, 3))
 
 
 def test_pictures_of_the_graph_are_a_dataset(server, tiny_base):
@@ -290,27 +249,3 @@ def test_pictures_of_the_graph_are_a_dataset(server, tiny_base):
     assert "3 pictures" in report
     assert "bucket 56x64: 3" in report or "bucket 56x72: 3" in report or "bucket 48x72: 3" in report, report
     assert "trained" in entry["outputs"]["3"]["text"][0]
-
-
-def test_killed_and_restarted_goes_on_to_the_same_bits(make_server, tiny_base):
-    server = make_server()
-    shutil.copytree(world.CONCEPT_FOLDER / "toy", server.path("input", "toy"))
-    folder = server.path("input", "toy")
-    with server:
-        chain = option_nodes(server, "GraftRunOptions", save_every=2)
-        with server.listen() as events:
-            server.queue(graphs.training("toy", 12, option_nodes=chain), client_id=events.client_id)
-            events.wait_for("graft.progress", timeout=120, event="saved", step=4)
-            server.kill()
-        server.start()
-        assert started_at(server, graphs.training("toy", 12, option_nodes=chain)) >= 4
-        (run,) = runs_of(server, folder)
-        assert steps_logged(run) == list(range(1, 13))
-        resumed = adapter_of(server, run, 12)
-        fresh = option_nodes(server, "GraftRunOptions", on_existing="new")
-        server.run(graphs.training("toy", 12, option_nodes=fresh))
-        assert same(resumed, adapter_of(server, runs_of(server, folder)[1], 12))
-        server.stop()
-        server.start()
-        entry = server.run(graphs.training("toy", 12))
-        assert "returned as it was" in entry["outputs"]["3"]["text"][0]

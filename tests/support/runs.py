@@ -10,6 +10,21 @@ from safetensors.numpy import load_file
 from . import graphs
 
 
+def option_nodes(server, **kinds):
+    """Option nodes as they come from the menu, chained in the order they are given in.
+
+    Args:
+        kinds: by a node's class, the fields that are set.
+    """
+    chain = {}
+    before = None
+    for number, (kind, fields) in enumerate(kinds.items(), 50):
+        defaults = graphs.defaults_of(server.object_info(kind)[kind])
+        chain[str(number)] = graphs.options(kind, defaults, before, **fields)
+        before = str(number)
+    return chain
+
+
 def graph_of(server, folder, name, steps, previews=None, **options):
     """A training whose run has a name of its own, which changes nothing of its result.
 
@@ -18,17 +33,20 @@ def graph_of(server, folder, name, steps, previews=None, **options):
         previews: fields of Graft Preview Options, None for no such node.
         options: fields of Graft Run Options.
     """
-    defaults = graphs.defaults_of(server.object_info("GraftRunOptions")["GraftRunOptions"])
-    chain = {"50": graphs.options("GraftRunOptions", defaults, name=name, **options)}
+    kinds = {"GraftRunOptions": {"name": name, **options}}
     if previews:
-        defaults = graphs.defaults_of(server.object_info("GraftPreviewOptions")["GraftPreviewOptions"])
-        chain["51"] = graphs.options("GraftPreviewOptions", defaults, "50", **previews)
-    return graphs.training(folder, steps, option_nodes=chain, batch_size=1)
+        kinds["GraftPreviewOptions"] = previews
+    return graphs.training(folder, steps, option_nodes=option_nodes(server, **kinds), batch_size=1)
+
+
+def list_runs(server, name):
+    """The run folders of a name, or of a dataset of that name."""
+    return sorted(server.path("output", "graft").glob(f"{name}-*"))
 
 
 def find_run(server, name):
     """The one run folder of a name."""
-    (run,) = server.path("output", "graft").glob(f"{name}-*")
+    (run,) = list_runs(server, name)
     return run
 
 
@@ -51,6 +69,15 @@ def steps_logged(run):
     """Steps in a run's log, in order."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [line["step"] for line in lines if line["event"] == "step"]
+
+
+def started_at(server, graph):
+    """Queues a graph to its end; the step its training went on from."""
+    with server.listen() as events:
+        queued = server.queue(graph, client_id=events.client_id)
+        step = events.wait_for("graft.progress", timeout=120, event="run").data["step"]
+        server.wait(queued)
+    return step
 
 
 def same(a, b):
