@@ -39,3 +39,13 @@ class OutOfMemory(GraftError):
 
 class RunError(GraftError):
     """A run folder cannot be read or written."""
+
+
+class Parted(GraftError):
+    """One of the processes that train together has ended, and with it the attempt."""
+
+    def __init__(self):
+        super().__init__(
+            "Another process of this training has ended.",
+            "What was saved stays: start it again, with as many processes as there are, to go on.",
+        )

@@ -14,6 +14,7 @@ import torch
 
 from .errors import GraftError, NumbersError
 from .forward import fixed_losses, parts_of, terms_of
+from .group import report_idle, rows_of
 from .ladder import Ladder, in_one_line, is_out_of_memory, trees_of
 from .methods.dropout import dropping_out
 from .optimisers import OPTIMISERS, Group, lr_factor
@@ -47,9 +48,11 @@ def train(plan: Plan, run: Run, host: Host, state: State) -> State:
 
     Raises:
         NumbersError: a loss or gradient is not finite, naming the pictures of the batch.
+        Parted: one of the processes that train together has ended.
         Anything that `host.report` raises to interrupt.
     """
     recipe = plan.recipe
+    group = host.group
     parameters = list(plan.trainables.values())
     groups = plan.all_groups()
     mover = Mover(plan, host)
@@ -57,6 +60,9 @@ def train(plan: Plan, run: Run, host: Host, state: State) -> State:
     average = OPTIMISERS[recipe.optimizer].average(mover.optimiser, parameters)
     if recipe.ema_decay:
         average = MovingAverage(recipe.ema_decay)
+    report_idle(group, recipe.batch_size * recipe.accumulation)
+    group.meet()
+    group.share([*parameters, *plan.constants.values()])
     _restore(state, plan, mover, average)
     factor = lr_factor(recipe.schedule, recipe.warmup_steps, recipe.steps, recipe.num_cycles, recipe.power)
     if recipe.offload == "on":
@@ -66,6 +72,9 @@ def train(plan: Plan, run: Run, host: Host, state: State) -> State:
 
     def keep() -> None:
         nonlocal saved
+        if not group.leads:
+            saved = state.step
+            return
         _capture(state, plan, mover, average)
         path = run.save(state, plan.export(_result(state), state.step), recipe.keep_last)
         saved = state.step
@@ -83,6 +92,9 @@ def train(plan: Plan, run: Run, host: Host, state: State) -> State:
             highest = _highest_loss(state.losses, recipe.loss_spike_factor)
             mover.begin(state.step, highest)
             loss, names = ladder.attempt(_gradients, mover.take_back, number, host, window, state.step, mover)
+            # None moves before all have their gradients: a step that one of them could not do is nobody's.
+            loss = group.meet(loss)
+            group.sum_gradients(parameters)
             with mover.small_work(host.denoiser.device):
                 spike = highest < loss < math.inf
                 if spike:
@@ -114,14 +126,14 @@ def train(plan: Plan, run: Run, host: Host, state: State) -> State:
             if spike:
                 _tell_spike(run, host, number, loss, highest, names)
             # Before the host is told, and may interrupt: what is resumed would not be validated at this step again.
-            if plan.validation and _due(state.step, recipe.validate_every, recipe.steps):
+            if group.leads and plan.validation and _due(state.step, recipe.validate_every, recipe.steps):
                 with averaged(average, parameters):
                     ladder.attempt(_validate, _leave, state.step, run, host, state)
             host.report("step", event)
             if _due(state.step, recipe.preview_every, recipe.steps):
                 with averaged(average, parameters):
                     _preview(plan, run, host, state)
-            asked = host.asked()
+            asked = _agreed(host)
             if (state.step % recipe.save_every == 0 or asked is Asked.SAVE) and state.step < recipe.steps:
                 keep()
             if asked is Asked.STOP:
@@ -131,15 +143,24 @@ def train(plan: Plan, run: Run, host: Host, state: State) -> State:
         if state.step < recipe.steps:
             run.note_halt(STOPPED, state.step, recipe.steps)
             host.report("stopped", {"step": state.step, "steps": recipe.steps})
+        # Whoever is done waits for what the leader writes.
+        group.meet()
     except BaseException:
         # The host interrupts by an exception of its own, which on some versions is no Exception.
         # Weights that an interrupted step has half moved belong to no step; the last save stands then.
-        if state.step > saved and not mover.moving:
+        if state.step > saved and not mover.moving and group.leads:
             _keep_before_leaving(keep)
         raise
     finally:
         mover.close()
     return state
+
+
+def _agreed(host: Host) -> Asked | None:
+    """What was asked of the leader, in all processes."""
+    kinds = [None, *Asked]
+    asked = host.asked() if host.group.leads else None
+    return kinds[round(host.group.meet(kinds.index(asked)))]
 
 
 def _highest_loss(losses: Sequence[float], factor: float) -> float:
@@ -177,16 +198,23 @@ def _set_rates(optimiser, groups: Sequence[Group], plan: Plan, share: float, sta
 def _gradients(plan: Plan, host: Host, window: list, step: int, mover: Mover) -> tuple[float, list[str]]:
     """Gives the mover the gradient of the mean over all examples of a window of their losses, each times its factor.
 
+    Of several processes each does its share, and the sum of all is that gradient.
+
     Returns:
-        The mean and the examples' names.
+        The mean, or this process's share of it, and the names of all examples.
     """
-    total = sum(len(batch) for _, batch in window)
+    sizes = [len(batch) for _, batch in window]
+    total = sum(sizes)
     summed = 0.0
-    names = []
-    with dropping_out(trees_of(plan, host), host.denoiser.device, plan.recipe, step):
-        for number, (_, batch) in enumerate(window):
-            names.extend(plan.train[index].name for index, _ in batch)
-            for part in parts_of(plan.shown(batch), plan.recipe, step, number, host):
+    names = [plan.train[index].name for _, batch in window for index, _ in batch]
+    rank, world = host.group.rank, host.group.world
+    with dropping_out(trees_of(plan, host), host.denoiser.device, plan.recipe, step, rank):
+        for number, rows in enumerate(rows_of(sizes, rank, world)):
+            mine = window[number][1][rows]
+            if not mine:
+                continue
+            for part in parts_of(plan.shown(mine), plan.recipe, step, number, host, rows.start, sizes[number]):
+                host.heed()
                 for losses in terms_of(plan, host, *part):
                     # A text without the word that is all that is trained, such as a dropped caption, teaches nothing.
                     if losses.requires_grad:
@@ -205,7 +233,7 @@ def _validate(plan: Plan, run: Run, host: Host, state: State) -> None:
 
 def _preview(plan: Plan, run: Run, host: Host, state: State) -> None:
     recipe = plan.recipe
-    if not recipe.preview_prompts:
+    if not recipe.preview_prompts or not host.group.leads:
         return
     request = PreviewRequest(
         prompts=recipe.preview_prompts,
