@@ -105,6 +105,16 @@ class GraftRunOptions(_OptionNode):
                     )
                 ),
             ],
+            later=(
+                advanced(
+                    _count(
+                        "processes",
+                        "Train by so many processes on this machine, one for each GPU; batch_size is of all together. "
+                        "0: 1.",
+                        top=64,
+                    )
+                ),
+            ),
         )
 
     validate_inputs = checked(**_rules("run", "name", "validation_fraction"), on_existing=None, gradient_check=None)

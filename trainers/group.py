@@ -138,10 +138,7 @@ def report_idle(group: Group, pictures: int) -> None:
     """Says so where there are more processes than pictures in a step."""
     if group.leads and group.world > pictures:
         log.warning(
-            "Graft: %d processes, but a step has %d pictures: the others have nothing to do. Raise batch_size, or start "
-            "fewer.",
+            "Graft: %d processes, but %d pictures a step: some have nothing to do. Raise batch_size, or start fewer.",
             group.world,
             pictures,
         )
-
-
