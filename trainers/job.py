@@ -14,7 +14,7 @@ from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import Any
 
 from .data.examples import Anchor, Dataset, Example, Handling, LeftOut, Source
-from .errors import DatasetError, GraftError, RunError
+from .errors import GraftError, RunError
 from .formats import files
 from .limits import check_recipe
 from .objective.options import Objective
@@ -223,8 +223,8 @@ class _Absent(Source):
         self.digest = digest
 
     def open(self):
-        """Raises DatasetError: there is none."""
-        raise DatasetError(
+        """Raises RunError: there is none. Not one of the errors that leave a picture out: this would be another run."""
+        raise RunError(
             f"What was encoded of the picture '{self.name}' is missing or damaged, and a job holds no pictures.",
             "Export the job again.",
         )

@@ -14,7 +14,19 @@ from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
-HEAVY = ["torch", "torch.distributed", "accelerate", "peft", "diffusers"]
+# Importing these takes four times as long as what a process then does.
+HEAVY = [
+    "accelerate",
+    "diffusers.models.autoencoders.autoencoder_kl",
+    "diffusers.models.autoencoders.autoencoder_tiny",
+    "diffusers.models.unets.unet_2d_condition",
+    "diffusers.optimization",
+    "diffusers.schedulers.scheduling_ddpm",
+    "diffusers.schedulers.scheduling_euler_discrete",
+    "peft.tuners.lora",
+    "torch.distributed",
+    "transformers.optimization",
+]
 SEATED = "graft_crew"
 
 

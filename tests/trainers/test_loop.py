@@ -6,7 +6,6 @@ import pytest
 import torch
 from graft_pack.trainers import forward
 from graft_pack.trainers.errors import NumbersError
-from graft_pack.trainers.plan import Item, Shown
 
 from tests.support import models
 from tests.support.diffusers_host import (
@@ -19,7 +18,6 @@ from tests.support.diffusers_host import (
     same_tensors,
     state_of,
 )
-from tests.support.diffusers_host import WordEncoder as Words
 from tests.support.diffusers_host import planned as plan_of
 
 
