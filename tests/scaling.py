@@ -65,9 +65,9 @@ class Work:
 def works() -> list[Work]:
     """SDXL and Flux at 1024 x 1024, LoRA of rank 16 on attention.
 
-    Operations of a forward, two for each multiply and add: SDXL 6.0e12 (the network of Podell et al. 2023); Flux two for
-    each of 11.9e9 weights and 4608 tokens, and attention's. A backward without weights' gradients is as much again; Flux is
-    checkpointed, which is once more.
+    Operations of a forward, two for each multiply and add: SDXL 6.0e12 (the network of Podell et al. 2023); Flux two
+    for each of 11.9e9 weights and 4608 tokens, and attention's. A backward without weights' gradients is as much again;
+    Flux is checkpointed, which is once more.
     """
     flux = 2 * 11.9e9 * 4608 + 57 * 4 * 4608**2 * 3072
     return [

@@ -184,7 +184,8 @@ class _Crew:
         return self._run
 
     def _runs(self) -> bool:
-        return any(member.process.exitcode is None for member in self._members)
+        """Whether one has still something to say: what they do after their last word is of no account."""
+        return any(member.process.exitcode is None and member.last is None for member in self._members)
 
     def _hear(self, report: Callable[[str, dict], None]) -> None:
         """Passes on what is said for a moment."""
