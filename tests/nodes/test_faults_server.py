@@ -49,9 +49,10 @@ class Moment:
     def await_it(self, server, events):
         """Returns when it has come."""
         if self.phase == "caching":
-            # Sixteen pictures and as many captions, and the first of them at once.
-            for _ in range(self._random.randint(1, 24)):
-                events.wait_for("graft.progress", timeout=120, event="cache")
+            # Sixteen pictures and as many captions, of which a page is told ten times a second at most.
+            wanted = self._random.randint(1, 24)
+            while events.wait_for("graft.progress", timeout=120, event="cache").data["done"] < wanted:
+                pass
             time.sleep(self._random.uniform(0, 0.02))
             return
         if self.phase == "sampling":
