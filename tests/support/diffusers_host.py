@@ -95,6 +95,9 @@ class DiffusersDenoiser:
     def published_name(self, path):
         return path
 
+    def published_cuts(self, path):
+        return ()
+
     def check_adapter(self, tensors):
         if all(key.startswith("model.") for key in tensors):
             paths = {path for path, _ in self._unet.named_modules()}
