@@ -11,7 +11,7 @@ from ..trainers.errors import SettingsError
 from ..trainers.tools import extract, merge
 from . import inputs
 from .checks import checked
-from .schema import CATEGORY, Adapter, LossMap, execution_id, named
+from .schema import CATEGORY, Adapter, LossMap, describe, execution_id, named
 
 if TYPE_CHECKING:
     from ..trainers.levels import LevelLosses
@@ -47,9 +47,10 @@ class GraftMergeAdapters(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return describe(
             node_id="GraftMergeAdapters",
             display_name="Graft Merge Adapters",
+            aliases=["merge lora", "lora merge", "ties", "dare", "svd"],
             category=_CATEGORY,
             description="Makes one adapter of two, of any types whose difference is known without the model.",
             inputs=[
@@ -95,9 +96,10 @@ class GraftResizeAdapter(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return describe(
             node_id="GraftResizeAdapter",
             display_name="Graft Resize Adapter",
+            aliases=["resize lora", "lora rank", "svd", "shrink lora"],
             category=_CATEGORY,
             description="Makes an adapter smaller: of each layer the part that holds most of it.",
             inputs=[
@@ -124,9 +126,10 @@ class GraftExtractAdapter(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return describe(
             node_id="GraftExtractAdapter",
             display_name="Graft Extract Adapter",
+            aliases=["extract lora", "model difference", "svd"],
             category=_CATEGORY,
             description="Makes an adapter of what one model has more than another. LoRAs on either count.",
             inputs=[
@@ -176,9 +179,10 @@ class GraftInspectAdapter(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return describe(
             node_id="GraftInspectAdapter",
             display_name="Graft Inspect Adapter",
+            aliases=["lora info", "lora metadata", "block weights"],
             category=_CATEGORY,
             description="Shows how much an adapter changes each block, what it is, and whether it fits a model.",
             inputs=[
@@ -214,9 +218,10 @@ class GraftPlotLoss(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return describe(
             node_id="GraftPlotLoss",
             display_name="Graft Plot Loss",
+            aliases=["loss graph", "loss curve", "training curve"],
             category=_CATEGORY,
             description="Draws the loss by step, or by timestep; of another run beside it, to compare two settings.",
             inputs=[

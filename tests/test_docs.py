@@ -91,6 +91,17 @@ def test_locales_hold_nothing_that_the_frontend_reads_as_syntax():
             assert not SYNTAX.search(text), (path.name, text)
 
 
+def test_nodes_are_found_by_the_words_that_users_know(schemas):
+    """Each node has such words, where the host has a place for them, and none that its own name holds already."""
+    if not hasattr(next(iter(schemas.values())), "search_aliases"):
+        pytest.skip("this ComfyUI searches by names alone")
+    for schema in schemas.values():
+        assert schema.search_aliases, schema.node_id
+        assert all(alias == alias.lower() for alias in schema.search_aliases), schema.node_id
+    found = {alias for schema in schemas.values() for alias in schema.search_aliases}
+    assert {"dreambooth", "ti", "textual inversion", "finetune", "train", "dora", "vram"} <= found
+
+
 def test_readme_lists_every_node(schemas):
     table = README.read_text(encoding="utf-8").split("\n## Nodes\n")[1].split("\n## ")[0]
     assert sorted(re.findall(r"^\| \*\*([^*]+)\*\*", table, re.M)) == sorted(s.display_name for s in schemas.values())
