@@ -29,7 +29,7 @@ WINDOW = (1500, 1400)
 SCALE = 1.25
 WIDTH = 480
 STEPS = 120
-SEEN = 0.7  # share of the steps that are done when the pictures are taken
+SEEN = 0.6  # share of the steps that are done when the pictures are taken
 
 
 def take_looks(page, scale=1.0):
@@ -90,7 +90,9 @@ def run_and_take(browser, server, name, steps):
     view.wait_for_step(round(SEEN * steps), timeout=900)
     view.pictures()
     taken = take_looks(page, SCALE)
-    view.press("Stop and keep")
+    # On a busy machine it may be done by now.
+    if view.phase() == "training":
+        view.press("Stop and keep")
     server.wait(prompt)
     return taken
 
