@@ -62,12 +62,63 @@ def test_choices_named_on_help_pages_exist(schemas):
                 assert named in choices, (node_id, given.id, named)
 
 
-def test_locales_are_those_of_the_nodes(schemas):
+@pytest.fixture(scope="module")
+def english(schemas):
+    """{file: tree of texts}, as the code says them now."""
+    return make_locales.describe(make_locales.list_nodes())
+
+
+def test_every_input_has_a_tooltip(schemas):
+    bare = [(name, given.id) for name, schema in schemas.items() for given in schema.inputs if not given.tooltip]
+    assert bare == []
+
+
+@pytest.mark.parametrize("language", make_locales.LANGUAGES)
+def test_every_text_is_translated_and_none_that_nothing_says(english, language):
+    """Cure: `python -m tests.support.make_locales --missing`, then fill in the table it names."""
+    table = make_locales.read_table(language)
+    missing = make_locales.list_missing(english, table)
+    lines = "".join(f"\n  {place}: {text}" for place, text in missing.items())
+    assert not missing, f"tests/support/translations/{language}.json has no translation of{lines}"
+    stale = make_locales.list_stale(english, table)
+    assert not stale, f"tests/support/translations/{language}.json translates what nothing says any more: {stale}"
+
+
+@pytest.mark.parametrize("language", ["en", *make_locales.LANGUAGES])
+def test_locales_are_those_of_the_nodes_and_tables(english, language):
     """No missing key, no stale key, no text that drifted; cure: python -m tests.support.make_locales."""
-    written = json.loads((make_locales.FOLDER / "nodeDefs.json").read_text(encoding="utf-8"))
-    assert written == make_locales.describe_nodes(make_locales.list_nodes())
-    assert json.loads((make_locales.FOLDER / "main.json").read_text(encoding="utf-8")) == make_locales.MAIN
-    assert json.loads((make_locales.FOLDER / "settings.json").read_text(encoding="utf-8")) == make_locales.SETTINGS
+    table = make_locales.read_table(language)
+    folder = make_locales.LOCALES / language
+    for name, tree in english.items():
+        written = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+        assert written == (tree if language == "en" else make_locales.translate(tree, table)), f"{language}/{name}"
+    assert sorted(path.stem for path in folder.glob("*.json")) == sorted(english)
+
+
+# A letter that only this language has, or its script's range.
+SCRIPTS = {
+    "zh": "[\u4e00-\u9fff]",
+    "ja": "[\u3040-\u30ff]",
+    "ko": "[\uac00-\ud7af]",
+    "ru": "[\u0430-\u044f]",
+    "fr": "[\u00e8\u00ea\u00e7]| (le|la|les|de|du|des|un|une) ",
+    "de": "[\u00e4\u00f6\u00fc\u00df]| (der|die|das|des|ein|eine|und|nicht) ",
+    "es": "[\u00f1\u00f3\u00ed]| (el|la|los|las|de|del|un|una) ",
+}
+
+
+@pytest.mark.parametrize("language", make_locales.LANGUAGES)
+def test_translations_keep_what_is_no_language(language):
+    """Numbers, names of files, embedding:NAME and the page's $places stand as they are; sentences are in the language."""
+    kept = re.compile(
+        r"\d+(?:\.\d+)?(?:e-\d+)?|\w+=[\d.e-]*\d|embedding:NAME|(?:output|masks|my_run)[\w/*-]*/[\w*-]+|\$\w+|LoRA"
+    )
+    table = make_locales.read_table(language)
+    for text, said in table.items():
+        lost = [part for part in set(kept.findall(text)) if part not in said]
+        assert not lost, (text, said, lost)
+    long = [said for text, said in table.items() if len(text) > 60]
+    assert sum(bool(re.search(SCRIPTS[language], said)) for said in long) >= 0.9 * len(long)
 
 
 def test_settings_say_the_same_in_the_browser_and_to_translators():
@@ -79,15 +130,8 @@ def test_settings_say_the_same_in_the_browser_and_to_translators():
 
 
 def test_locales_hold_nothing_that_the_frontend_reads_as_syntax():
-    def list_texts(value):
-        if isinstance(value, dict):
-            for inner in value.values():
-                yield from list_texts(inner)
-        else:
-            yield value
-
-    for path in make_locales.FOLDER.glob("*.json"):
-        for text in list_texts(json.loads(path.read_text(encoding="utf-8"))):
+    for path in make_locales.LOCALES.glob("*/*.json"):
+        for _, text in make_locales.list_texts(json.loads(path.read_text(encoding="utf-8"))):
             assert not SYNTAX.search(text), (path.name, text)
 
 

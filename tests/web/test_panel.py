@@ -75,7 +75,7 @@ def test_a_run_fills_the_panel(opened, page, server):
     facts = panel.facts()
     assert facts["Learning rate"] == "2e-3" and facts["Epoch"] != "\u2013"
     assert all(float(facts[name]) > 0 for name in ("Loss", "Smoothed", "Validation"))
-    assert f"of {SHORT}" in panel.label("canvas") and "validation loss" in panel.label("canvas")
+    assert f"of {SHORT}" in panel.label("canvas") and "Validation loss" in panel.label("canvas")
     assert "Finished" in panel.announced()
     # Queued again with something changed that does not decide the result: the run is returned, and said to be.
     panels.set_values(page, save_every=400)
