@@ -109,9 +109,18 @@ class GraftRunOptions(_OptionNode):
                     )
                 ),
             ],
+            (
+                _auto(
+                    "tensorboard",
+                    ["on", "off"],
+                    "Write TensorBoard's event files too. They need the package tensorboard. auto: off.",
+                ),
+            ),
         )
 
-    validate_inputs = checked(**_rules("run", "name", "validation_fraction"), on_existing=None, gradient_check=None)
+    validate_inputs = checked(
+        **_rules("run", "name", "validation_fraction"), on_existing=None, gradient_check=None, tensorboard=None
+    )
 
 
 class GraftPreviewOptions(_OptionNode):

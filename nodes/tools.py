@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+from typing import TYPE_CHECKING
+
 from comfy_api.latest import io, ui
 
+from ..trainers.errors import SettingsError
 from ..trainers.tools import extract, merge
 from . import inputs
 from .checks import checked
 from .schema import CATEGORY, Adapter, LossMap, describe, execution_id, named
 
+if TYPE_CHECKING:
+    from ..trainers.levels import LevelLosses
+
 _CATEGORY = f"{CATEGORY}/adapter"
 _TOP_WEIGHT = 100.0
+_BY_STEP, _BY_TIMESTEP = "loss", "loss by timestep"
 
 
 def _rank(tooltip: str, default: int = 0) -> io.Int.Input:
@@ -215,7 +223,7 @@ class GraftPlotLoss(io.ComfyNode):
             display_name="Graft Plot Loss",
             aliases=["loss graph", "loss curve", "training curve"],
             category=_CATEGORY,
-            description="Draws the loss of each step, and smoothed; of another run beside it, to compare two settings.",
+            description="Draws the loss by step, or by timestep; of another run beside it, to compare two settings.",
             inputs=[
                 LossMap.Input("loss", tooltip="From a training node."),
                 io.Float.Input(
@@ -228,25 +236,57 @@ class GraftPlotLoss(io.ComfyNode):
                 ),
                 io.Boolean.Input("log_scale", default=False, tooltip="Equal factors of loss look equally high."),
                 LossMap.Input("loss_b", optional=True, tooltip="Of another run."),
+                io.Combo.Input(
+                    "plot",
+                    options=[_BY_STEP, _BY_TIMESTEP],
+                    default=_BY_STEP,
+                    optional=True,
+                    tooltip="loss: of each step. loss by timestep: at which noise levels it is high, and where "
+                    "training lowers it; without weighting.",
+                ),
             ],
             outputs=[io.Image.Output("image", display_name="image")],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
 
-    validate_inputs = checked(smoothing=None)
+    validate_inputs = checked(smoothing=None, plot=None)
 
     @classmethod
-    def execute(cls, loss, smoothing, log_scale, loss_b=None) -> io.NodeOutput:
+    def execute(cls, loss, smoothing, log_scale, loss_b=None, plot=_BY_STEP) -> io.NodeOutput:
         import torch
 
         from ..trainers.tools import curve
 
         with named(cls, loss=loss, loss_b=loss_b, smoothing=smoothing):
             given = {"loss": loss, "loss_b": loss_b}
-            losses = {name: one["loss"] for name, one in given.items() if one is not None}
-            image = torch.from_numpy(curve.plot(losses, smoothing, log_scale))[None]
+            given = {name: one for name, one in given.items() if one is not None}
+            if plot == _BY_TIMESTEP:
+                drawn = curve.plot_levels({name: _levels_of(name, one) for name, one in given.items()}, log_scale)
+            else:
+                losses = {name: one["loss"] for name, one in given.items()}
+                drawn = curve.plot(losses, smoothing, log_scale)
+            image = torch.from_numpy(drawn)[None]
             return io.NodeOutput(image, ui=ui.PreviewImage(image, cls=cls))
+
+
+def _levels_of(name: str, loss: dict) -> tuple[LevelLosses, int]:
+    """What arrived at an input has by noise level, and of how many steps.
+
+    Raises:
+        SettingsError: nothing.
+    """
+    from ..trainers.levels import BY_TIMESTEP, LevelLosses
+
+    with contextlib.suppress(ValueError):
+        levels = LevelLosses.of_json(loss.get(BY_TIMESTEP))
+        if any(map(any, levels.counts)):
+            return levels, len(loss["loss"])
+    raise SettingsError(
+        "What arrived has no loss by timestep: its run was finished before that was kept, or another node made it.",
+        "Set plot to loss, or train that run for more steps.",
+        name,
+    )
 
 
 NODES = [GraftMergeAdapters, GraftResizeAdapter, GraftExtractAdapter, GraftInspectAdapter, GraftPlotLoss]

@@ -15,6 +15,7 @@ import torch
 from .errors import GraftError, NumbersError
 from .forward import fixed_losses, parts_of, terms_of
 from .ladder import Ladder, in_one_line, is_out_of_memory, trees_of
+from .levels import times_of
 from .methods.dropout import dropping_out
 from .optimisers import OPTIMISERS, Group, lr_factor
 from .optimisers.average import MovingAverage, averaged
@@ -82,7 +83,7 @@ def train(plan: Plan, run: Run, host: Host, state: State) -> State:
             number = state.step + 1
             highest = _highest_loss(state.losses, recipe.loss_spike_factor)
             mover.begin(state.step, highest)
-            loss, names = ladder.attempt(_gradients, mover.take_back, number, host, window, state.step, mover)
+            loss, names, seen = ladder.attempt(_gradients, mover.take_back, number, host, window, state.step, mover)
             with mover.small_work(host.denoiser.device):
                 spike = highest < loss < math.inf
                 if spike:
@@ -99,6 +100,7 @@ def train(plan: Plan, run: Run, host: Host, state: State) -> State:
             state.step += 1
             state.batches += len(window)
             state.losses.append(loss)
+            state.levels.add(state.step, *seen)
             mover.done()
             event = {
                 "event": "step",
@@ -174,25 +176,29 @@ def _set_rates(optimiser, groups: Sequence[Group], plan: Plan, share: float, sta
                 state.frozen = sorted({*state.frozen, *group.names})
 
 
-def _gradients(plan: Plan, host: Host, window: list, step: int, mover: Mover) -> tuple[float, list[str]]:
+def _gradients(
+    plan: Plan, host: Host, window: list, step: int, mover: Mover
+) -> tuple[float, list[str], tuple[list[float], list[float]]]:
     """Gives the mover the gradient of the mean over all examples of a window of their losses, each times its factor.
 
     Returns:
-        The mean and the examples' names.
+        The mean, the examples' names, and t and native loss of each.
     """
     total = sum(len(batch) for _, batch in window)
     summed = 0.0
     names = []
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     with dropping_out(trees_of(plan, host), host.denoiser.device, plan.recipe, step):
         for number, (_, batch) in enumerate(window):
             names.extend(plan.train[index].name for index, _ in batch)
             for part in parts_of(plan.shown(batch), plan.recipe, step, number, host):
-                for losses in terms_of(plan, host, *part):
+                for losses in terms_of(plan, host, *part, watch=seen.append):
                     # A text without the word that is all that is trained, such as a dropped caption, teaches nothing.
                     if losses.requires_grad:
                         mover.backward(losses.sum() / total)
                     summed += float(losses.detach().sum())
-    return summed / total, names
+    sigmas, plain = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    return summed / total, names, (times_of(host.denoiser, sigmas), plain.tolist())
 
 
 def _validate(plan: Plan, run: Run, host: Host, state: State) -> None:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
+    from .formats.cuts import Cut
+
 
 @dataclass(frozen=True)
 class Conditioning:
@@ -197,6 +199,9 @@ class Denoiser(Protocol):
 
     def published_name(self, path: str) -> str | None:
         """Path of a module in the model as diffusers publishes it; None where it has no such module."""
+
+    def published_cuts(self, path: str) -> tuple[Cut, ...]:
+        """The layers that diffusers has for a module, where it cuts the model otherwise; none where that is unknown."""
 
     def check_adapter(self, tensors: dict[str, torch.Tensor]) -> list[str]:
         """Keys of an adapter file that the host would not use."""

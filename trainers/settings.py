@@ -27,6 +27,7 @@ UNSET: dict[str, dict[str, Any]] = {
         "validation_fraction": 0.0,
         "validate_every": 0,
         "gradient_check": "auto",
+        "tensorboard": "auto",
     },
     "preview": {
         "prompts": "",
@@ -216,6 +217,7 @@ def resolve(
         micro_batch=get("memory", "micro_batch", 0),
         offload=get("memory", "offload", "auto"),
         start_from=get("adapter", "start_from", ""),
+        tensorboard=get("run", "tensorboard", "off"),
     )
     check_recipe(recipe)
     return recipe

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
+import comfy.utils
+
 from ...trainers.families import Family, family_of
+from ...trainers.formats.cuts import Cut
 from ...trainers.protocols import Geometry
 
 if TYPE_CHECKING:
+    import torch
     from comfy.model_patcher import ModelPatcher
 
 _FAMILIES = {
@@ -30,6 +35,9 @@ _FAMILIES = {
     "CosmosT2IPredict2": "Cosmos-Predict2",
     "Anima": "Anima",
 }
+
+# The host's maps of diffusers' names, for the families whose LoRA files diffusers reads in its own cut of the layers.
+_DIFFUSERS_MAPS = {"SD3": "mmdit_to_diffusers", "Flux": "flux_to_diffusers"}
 
 # Of the node packs that load them (ComfyUI-GGUF, ComfyUI-nunchaku), in their classes' or modules' names.
 _FORMATS = {"ggml": "GGUF", "gguf": "GGUF", "nunchaku": "Nunchaku", "svdq": "Nunchaku"}
@@ -63,6 +71,31 @@ def parameterisation_name(model: ModelPatcher) -> str:
         if any(name in vars(kind) for name in _OBJECTIVE):
             return _PARAMETERISATIONS.get(kind.__name__, kind.__name__)
     return type(sampling).__name__
+
+
+def diffusers_cuts(model: ModelPatcher) -> dict[str, tuple[Cut, ...]]:
+    """The layers that diffusers has for a transformer's, by the weight's name in the checkpoint."""
+    known = _DIFFUSERS_MAPS.get(family_name(model))
+    if known is None:
+        return {}
+    found: dict[str, list[Cut]] = {}
+    for theirs, place in getattr(comfy.utils, known)(model.model.model_config.unet_config).items():
+        if not theirs.endswith(".weight"):
+            continue
+        ours, rows = (place, None) if isinstance(place, str) else place[:2]
+        # A newer host's map knows names of other models for the same weight; the family's own come first.
+        if rows is not None or ours not in found:
+            found.setdefault(ours, []).append(Cut(theirs.removesuffix(".weight"), functools.partial(_rows_of, place)))
+    return {ours: tuple(cuts) for ours, cuts in found.items()}
+
+
+def _rows_of(place: str | tuple, values: torch.Tensor) -> torch.Tensor:
+    """What is at a place of the host's map: all rows, some of them, or all turned about."""
+    if isinstance(place, str):
+        return values
+    if place[1] is not None:
+        values = values.narrow(*place[1])
+    return place[2](values) if len(place) > 2 else values
 
 
 def guidance(model: ModelPatcher) -> dict[str, float]:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from comfy.sd import VAE
     from PIL import Image
 
+    from ...trainers.formats.cuts import Cut
     from .text import ComfyText
 
 log = logging.getLogger(__name__)
@@ -256,6 +257,14 @@ class ComfyDenoiser:
     def _diffusers_names(self) -> dict[str, str]:
         names = comfy.utils.unet_to_diffusers(self._model.model.model_config.unet_config)
         return {ours: theirs for theirs, ours in names.items()}
+
+    def published_cuts(self, path: str) -> tuple[Cut, ...]:
+        """By the host's own map of a transformer's weights; none for other families."""
+        return self._cuts.get(f"{path}.weight", ())
+
+    @functools.cached_property
+    def _cuts(self) -> dict[str, tuple[Cut, ...]]:
+        return families.diffusers_cuts(self._model)
 
     def check_adapter(self, tensors: dict[str, torch.Tensor]) -> list[str]:
         """Keys that the host's own LoRA loader would not use on this model."""

@@ -4,16 +4,20 @@ import shutil
 import time
 import uuid
 
+import numpy as np
 import pytest
 from selenium.webdriver.common.by import By
 
+from tests.support import make_panel_pictures
 from tests.support import panel as panels
 from tests.support.browser import Browser
+from tests.support.host import ROOT
 from tests.support.server import PromptInterrupted
 from tests.toy import world
 
 pytestmark = [pytest.mark.browser, pytest.mark.server]
 
+README = ROOT / "README.md"
 LONG = 3000
 SHORT = 6
 
@@ -61,7 +65,7 @@ def opened(page, graph, request, server):
     assert page.read_errors()[known:] == []
 
 
-def test_a_run_fills_the_panel(opened, page, server):
+def test_a_run_fills_the_panel(opened, page, server, new_renderer, tmp_path):
     panel = opened(SHORT, every=3, validation_fraction=0.2, validate_every=2)
     assert (panel.phase(), panel.buttons()) == ("idle", [])
     server.wait(page.queue())
@@ -77,11 +81,25 @@ def test_a_run_fills_the_panel(opened, page, server):
     assert all(float(facts[name]) > 0 for name in ("Loss", "Smoothed", "Validation"))
     assert f"of {SHORT}" in panel.label("canvas") and "Validation loss" in panel.label("canvas")
     assert "Finished" in panel.announced()
+    assert panel.list_cramped() == []
+    check_looks(page, panel, new_renderer, tmp_path)
     # Queued again with something changed that does not decide the result: the run is returned, and said to be.
     panels.set_values(page, save_every=400)
     server.wait(page.queue())
     panel.wait("returned")
     assert panel.points() == list(range(1, SHORT + 1)) and panel.pictures() == ["Base", "3", "6"]
+
+
+def check_looks(page, panel, new_renderer, folder):
+    """The pictures that README shows, of this panel: in each theme it is drawn, and in that theme's shades."""
+    taken = make_panel_pictures.take_looks(page)
+    written = make_panel_pictures.write(taken, "nodes2" if new_renderer else "canvas", folder)
+    assert all((README.parent / "assets" / path.name).exists() and path.name in README.read_text() for path in written)
+    shades = {theme: np.asarray(picture.convert("L"), dtype=float) for theme, picture in taken.items()}
+    assert np.median(shades["dark"]) < 80 and np.median(shades["light"]) > 175
+    # Lines, letters and pictures: neither theme leaves them in the other's colours, nor out.
+    assert all(np.abs(shade - np.median(shade)).std() > 15 for shade in shades.values())
+    assert panel.is_drawn(), "the chart follows the theme back"
 
 
 def test_a_reload_finds_the_run_and_another_browser_stops_it(opened, page, server, new_renderer, tmp_path):

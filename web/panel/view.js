@@ -107,6 +107,8 @@ export class Panel {
       this._point((event.clientX - box.left) / Math.max(1, box.width));
     });
     this._canvas.addEventListener("pointerleave", () => this._point(null));
+    // Its colour goes over to another when the theme is changed (panel.css); what is drawn does not by itself.
+    this._canvas.addEventListener("transitionend", () => this._drawChart());
     new ResizeObserver(([{ contentRect }]) => {
       this._chart.resize(contentRect.width, contentRect.height);
       this._drawChart();
