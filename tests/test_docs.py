@@ -109,7 +109,7 @@ SCRIPTS = {
 
 @pytest.mark.parametrize("language", make_locales.LANGUAGES)
 def test_translations_keep_what_is_no_language(language):
-    """Numbers, names of files, embedding:NAME and the page's $places stand as they are; sentences are in the language."""
+    """Numbers, files, embedding:NAME and the page's $places stand as they are; sentences are in the language."""
     kept = re.compile(
         r"\d+(?:\.\d+)?(?:e-\d+)?|\w+=[\d.e-]*\d|embedding:NAME|(?:output|masks|my_run)[\w/*-]*/[\w*-]+|\$\w+|LoRA"
     )

@@ -1,14 +1,16 @@
 """Pictures and figures of the help page "Choosing a method": each method on the same six images, and how one fails.
 
-    python -m tests.support.make_choosing             web/docs/choosing: methods.png, failures.png, the tables of figures
-    python -m tests.support.make_choosing --only NAME  try one of the trainings; nothing is written but NAME.png here
+    python -m tests.support.make_choosing                         web/docs/choosing: the pictures, the page's figures
+    python -m tests.support.make_choosing --only lora --folder F  one training, to try it; writes F/choosing.png
+    python -m tests.support.make_choosing --page                  index.html alone, after an edit of README.md
 
-The images are six of the toy world's new object, called a star of a rare word's kind; the base knows stars.
+The images are six of the toy world's new object, called a star with a rare word before it; the base knows stars.
 """
 
 import argparse
 import io
 import json
+import math
 import sys
 import tempfile
 from dataclasses import dataclass, field
@@ -27,6 +29,27 @@ from .server import ComfyServer
 
 FOLDER = ROOT / "web" / "docs" / "choosing"
 PAGE = FOLDER / "README.md"
+MARKS = ("<!-- figures -->", "<!-- end of figures -->")
+SHELL = """<!DOCTYPE html>
+<!-- Made from README.md by tests/support/make_choosing.py. -->
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>Choosing a method - Graft</title>
+<style>
+:root { color-scheme: light dark; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 52rem; margin: 2rem auto; padding: 0 1rem; }
+img { max-width: 100%; }
+table { border-collapse: collapse; margin: 1rem 0; }
+th, td { border: 1px solid color-mix(in srgb, currentColor 30%, transparent); }
+th, td { padding: 0.3rem 0.6rem; text-align: left; }
+</style>
+</head>
+<body>
+BODY</body>
+</html>
+"""
 IMAGES = 6
 SUBJECT, CLASS, WORD = "sks yellow star", "yellow star", "my-star"
 # Among the six there is none on these.
@@ -49,7 +72,8 @@ class Training:
     label: str
     kind: str = "GraftTrainLoRA"
     widgets: dict = field(default_factory=dict)
-    prompts: list = field(default_factory=lambda: PROMPTS)
+    # Whether prompts hold the trigger.
+    told: bool = True
 
 
 LORA = {"steps": 150, "learning_rate": 2e-3, "rank": 8, "batch_size": 4}
@@ -72,9 +96,11 @@ METHODS = {
     ),
     "all": Training("all weights", "GraftFineTune", {"steps": 50, "learning_rate": 1e-4, "batch_size": 4}),
 }
+# The last is the same LoRA, drawn without its trigger.
 FAILURES = {
-    "over": Training("over-trained", widgets={**LORA, "steps": 500, "learning_rate": 5e-3, "batch_size": 2}),
-    "rate": Training("learning rate too high", widgets={**LORA, "steps": 40, "learning_rate": 0.1}),
+    "over": Training("over-trained", widgets={**LORA, "steps": 450, "seed": 1}),
+    "rate": Training("rate too high", widgets={**LORA, "steps": 40, "learning_rate": 0.1}),
+    "untold": Training("no trigger", widgets=LORA, told=False),
 }
 
 
@@ -83,14 +109,17 @@ def build(training, name, defaults):
     graph = graphs.training("choosing", 1, trigger=SUBJECT)
     base = {key: graph["3"]["inputs"][key] for key in ("model", "clip", "vae", "dataset")}
     graph["3"] = graphs.node(training.kind, **{**defaults[training.kind], "seed": 0, **training.widgets, **base})
+    prompts = [prompt for _, prompt in PROMPTS]
     if training.kind == "GraftTrainEmbedding":
         model, clip = ["1", 0], ["3", 0]
         graph["9"] = graphs.node("GraftSaveEmbedding", embedding=["3", 1], name="")
+        prompts = [prompt.replace(SUBJECT, f"embedding:{WORD}") for prompt in prompts]
     else:
         model, clip = ["3", 0], ["3", 1]
         graph["9"] = graphs.node("GraftSaveAdapter", adapter=["3", 2], filename_prefix=name, format="kohya")
-    told = [prompt.replace(SUBJECT, f"embedding:{WORD}") if clip == ["3", 0] else prompt for _, prompt in PROMPTS]
-    return graph, "9", draw(graph, told, model, clip)
+    if not training.told:
+        prompts = [prompt.replace(SUBJECT, CLASS) for prompt in prompts]
+    return graph, "9", draw(graph, prompts, model, clip)
 
 
 def draw(graph, prompts, model, clip):
@@ -107,20 +136,14 @@ def read(server, entry, nodes):
 
 
 def weigh(server, entry, saved):
-    """What a training left: values trained, the file's bytes, bytes that resuming needs."""
+    """What a training left: values in its file, the file's bytes, bytes of what resuming needs."""
     path = Path(entry["outputs"][saved]["text"][0])
     with safe_open(path, "np") as file:
-        names = [name for name in file.keys() if not name.endswith(".alpha")]  # noqa: SIM118
-        values = sum(_count(file.get_slice(name).get_shape()) for name in names)
-    states = sorted(server.path("output", "graft").glob("*/state-*.safetensors"), key=lambda path: path.stat().st_mtime)
-    return {"values": values, "file": path.stat().st_size, "state": states[-1].stat().st_size}
-
-
-def _count(shape):
-    total = 1
-    for side in shape:
-        total *= side
-    return total
+        names = [key for key in list(file.keys()) if not key.endswith(".alpha")]
+        identity = file.metadata()["graft_identity"]
+        values = sum(math.prod(file.get_slice(key).get_shape()) for key in names)
+    state = sorted(server.path("output", "graft").glob(f"*-{identity[:8]}/state-*.safetensors"))[-1]
+    return {"values": values, "file": path.stat().st_size, "state": state.stat().st_size}
 
 
 def run(server, trainings):
@@ -173,28 +196,71 @@ def save(sheet, path):
     print(path, path.stat().st_size)
 
 
+def rows_of(made, names):
+    """[(label, pictures)] of trainings."""
+    every = {**METHODS, **FAILURES}
+    return [(every[name].label.replace(" ", "\n", 1), made[name][0]) for name in names]
+
+
+def describe(made):
+    """The page's figures, a Markdown table."""
+    heads = [METHODS[name].label for name in METHODS]
+    figures = [made[name][1] for name in METHODS]
+    widgets = [METHODS[name].widgets for name in METHODS]
+    rows = [
+        ("steps, pictures in each", [f"{one['steps']}, {one['batch_size']}" for one in widgets]),
+        ("learning rate", [f"{one['learning_rate']:g}" for one in widgets]),
+        ("numbers in the file", [f"{one['values']:,}" for one in figures]),
+        ("size of the file", [_size(one["file"]) for one in figures]),
+        ("kept to resume: what is trained, optimiser", [_size(one["state"]) for one in figures]),
+    ]
+    lines = ["", *(" | ".join(cells) for cells in [heads, ["---"] * len(heads), *(row for _, row in rows)])]
+    names = ["", "measured here", "---", *(name for name, _ in rows)]
+    return "\n".join(f"| {name} | {line} |" for name, line in list(zip(names, lines, strict=True))[1:])
+
+
+def _size(count):
+    return f"{count / 1000:,.0f} kB" if count < 1e6 else f"{count / 1e6:,.1f} MB"
+
+
+def write_figures(made):
+    """Puts the figures into the page, between its marks."""
+    before, mark, rest = PAGE.read_text(encoding="utf-8").partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    PAGE.write_text(f"{before}{mark}\n\n{describe(made)}\n\n{end}{after}", encoding="utf-8")
+
+
+def render(text):
+    """The page as HTML: a browser shows that, the help viewer shows nodes' pages only."""
+    from markdown_it import MarkdownIt
+
+    body = MarkdownIt("commonmark").enable("table").render(text)
+    return SHELL.replace("BODY", body)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=[*METHODS, *FAILURES], nargs="+", help="try these alone")
-    parser.add_argument(
-        "--folder", type=Path, help="where the server works; what is trained there is not trained again"
-    )
-    args = parser.parse_args()
-    hide_root()
     every = {**METHODS, **FAILURES}
-    with tempfile.TemporaryDirectory(prefix="graft-choosing-") as scratch:
-        with prepare(args.folder or Path(scratch)) as server:
-            made = run(server, {name: every[name] for name in args.only or every})
-            shown = [Image.open(path).convert("RGB") for path in sorted(server.path("input", "choosing").glob("*.png"))]
-    headings = [heading for heading, _ in PROMPTS]
-    rows = [("the base", made["base"][0])]
-    rows += [
-        (every[name].label.replace(" ", "\n", 1), pictures) for name, (pictures, _) in made.items() if name != "base"
-    ]
-    if args.only:
-        save(draw_sheet(headings, rows), Path("choosing-try.png"))
-        return
-    raise SystemExit("to be done")
+    parser.add_argument("--only", choices=list(every), nargs="+", help="try these alone")
+    parser.add_argument("--folder", type=Path, help="where the server works; nothing is trained twice there")
+    parser.add_argument("--page", action="store_true", help="index.html alone")
+    args = parser.parse_args()
+    if not args.page:
+        hide_root()
+        with tempfile.TemporaryDirectory(prefix="graft-choosing-") as scratch:
+            folder = args.folder or Path(scratch)
+            with prepare(folder) as server:
+                made = run(server, {name: every[name] for name in args.only or every})
+            headings, base = [heading for heading, _ in PROMPTS], ("the base", made["base"][0])
+            if args.only:
+                save(draw_sheet(headings, [base, *rows_of(made, args.only)]), folder / "choosing.png")
+                return
+            shown = [Image.open(path) for path in sorted((folder / "comfyui" / "input" / "choosing").glob("*.png"))]
+            save(draw_sheet([], [("the six\nimages", shown)], head=0), FOLDER / "images.png")
+            save(draw_sheet(headings, [base, *rows_of(made, METHODS)]), FOLDER / "methods.png")
+            save(draw_sheet(headings, rows_of(made, ["lora", *FAILURES])), FOLDER / "failures.png")
+            write_figures(made)
+    (FOLDER / "index.html").write_text(render(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

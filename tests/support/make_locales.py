@@ -3,9 +3,9 @@
     python -m tests.support.make_locales            write them; says what is not translated yet
     python -m tests.support.make_locales --missing  only say it, as lines for a table of translations
 
-English is said once: by the nodes in nodes/, by the page's scripts in web/, and below. Each other language has one table
-in tests/support/translations, {English text: translation}. Where one English text wants two translations, a place
-(`GraftTrainDreamBooth.inputs.train.name`) stands in the table besides, for that place alone.
+English is said once: by the nodes in nodes/, by the page's scripts in web/, and below. Each other language has one
+table in tests/support/translations, {English text: translation}. Where one English text wants two translations, a
+place (`GraftTrainDreamBooth.inputs.train.name`) stands in the table besides, for that place alone.
 """
 
 import argparse
