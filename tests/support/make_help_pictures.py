@@ -25,7 +25,14 @@ FOLDER = ROOT / "web" / "docs" / "pictures"
 WINDOW = (2400, 1500)
 WIDTH = 800
 GAP = (70, 60)
-COLOURS = 48
+# What choices show, in place of what lies on this machine.
+VALUES = {
+    "ckpt_name": "v1-5-pruned-emaonly.safetensors",
+    "folder": "my_photos",
+    "adapter_name": "my_dog.safetensors",
+    "embedding_name": "my-dog.safetensors",
+    "image": "photo.png",
+}
 
 BASE = {"model": ("base", 0), "clip": ("base", 1), "vae": ("base", 2)}
 CHECKPOINT, PHOTOS = ("base", "CheckpointLoaderSimple"), ("photos", "GraftLoadDataset")
@@ -35,12 +42,12 @@ def trainer(kind, **links):
     return ("train", kind, {**BASE, "dataset": ("photos", 0), **links})
 
 
-def drawing(model=("train", 0), clip=("train", 1)):
-    """The sampler behind a trainer and its prompt."""
-    return [
-        ("prompt", "CLIPTextEncode", {"clip": clip}),
-        ("sample", "KSampler", {"model": model, "positive": ("prompt", 0)}),
-    ]
+def prompt(clip=("train", 1)):
+    return ("prompt", "CLIPTextEncode", {"clip": clip})
+
+
+def sampler(model=("train", 0)):
+    return ("sample", "KSampler", {"model": model, "positive": ("prompt", 0)})
 
 
 # {picture: columns of (name, node type, {input: (name, output's place)})}
@@ -48,23 +55,27 @@ PICTURES = {
     "lora": [
         [CHECKPOINT, PHOTOS],
         [trainer("GraftTrainLoRA")],
-        [*drawing(), ("save", "GraftSaveAdapter", {"adapter": ("train", 2)})],
+        [prompt(), ("save", "GraftSaveAdapter", {"adapter": ("train", 2)})],
+        [sampler()],
     ],
     "embedding": [
         [CHECKPOINT, PHOTOS],
         [trainer("GraftTrainEmbedding")],
-        [*drawing(("base", 0), ("train", 0)), ("save", "GraftSaveEmbedding", {"embedding": ("train", 1)})],
+        [prompt(("train", 0)), ("save", "GraftSaveEmbedding", {"embedding": ("train", 1)})],
+        [sampler(("base", 0))],
     ],
     "dreambooth": [
         [CHECKPOINT, PHOTOS],
         [("class", "GraftClassImages", BASE)],
         [trainer("GraftTrainDreamBooth", class_dataset=("class", 0))],
-        drawing(),
+        [prompt()],
+        [sampler()],
     ],
     "fine_tune": [
         [CHECKPOINT, PHOTOS],
         [trainer("GraftFineTune")],
-        [*drawing(), ("save", "CheckpointSave", {"model": ("train", 0), "clip": ("train", 1), "vae": ("base", 2)})],
+        [prompt(), ("save", "CheckpointSave", {"model": ("train", 0), "clip": ("train", 1), "vae": ("base", 2)})],
+        [sampler()],
     ],
     "prior": [
         [CHECKPOINT, PHOTOS],
@@ -82,25 +93,16 @@ PICTURES = {
         ],
     ],
     "options": [
-        [
-            ("run", "GraftRunOptions"),
-            ("memory", "GraftMemoryOptions", {"options": ("run", 0)}),
-        ],
-        [
-            ("preview", "GraftPreviewOptions", {"options": ("memory", 0)}),
-            ("pivotal", "GraftPivotalOptions", {"options": ("preview", 0)}),
-        ],
-        [
-            ("adapter", "GraftAdapterOptions", {"options": ("pivotal", 0)}),
-        ],
-        [("optimizer", "GraftOptimizerOptions", {"options": ("adapter", 0)})],
-        [("objective", "GraftObjectiveOptions", {"options": ("optimizer", 0)})],
-        [("train", "GraftTrainLoRA", {"options": ("objective", 0)})],
+        [("run", "GraftRunOptions")],
+        [("preview", "GraftPreviewOptions", {"options": ("run", 0)})],
+        [("optimizer", "GraftOptimizerOptions", {"options": ("preview", 0)})],
+        [("train", "GraftTrainLoRA", {"options": ("optimizer", 0)})],
     ],
     "apply": [
         [CHECKPOINT, ("load", "GraftLoadAdapter")],
         [("apply", "GraftApplyAdapter", {"model": ("base", 0), "clip": ("base", 1), "adapter": ("load", 0)})],
-        drawing(("apply", 0), ("apply", 1)),
+        [prompt(("apply", 1))],
+        [sampler(("apply", 0))],
     ],
     "merge": [
         [("first", "GraftLoadAdapter"), ("second", "GraftLoadAdapter")],
@@ -135,7 +137,8 @@ PICTURES = {
     "word": [
         [CHECKPOINT, ("load", "GraftLoadEmbedding")],
         [("apply", "GraftApplyEmbedding", {"clip": ("base", 1), "embedding": ("load", 0)})],
-        drawing(("base", 0), ("apply", 0)),
+        [prompt(("apply", 0))],
+        [sampler(("base", 0))],
     ],
     "loss": [
         [CHECKPOINT, PHOTOS],
@@ -153,6 +156,10 @@ def lay_out(page, columns):
         top, wide = 0, 0
         for name, kind, *_ in column:
             made[name] = page.add_node(kind, left, top)
+            page.js("""
+                for (const widget of app.graph.getNodeById(args[0]).widgets ?? []) {
+                    if (args[1][widget.name]) widget.value = args[1][widget.name];
+                }""", made[name], VALUES)  # fmt: skip
             width, height = page.js("return [...app.graph.getNodeById(args[0]).size];", made[name])
             top, wide = top + height + GAP[1], max(wide, width)
         left += wide + GAP[0]
@@ -172,7 +179,7 @@ def take(page, path):
     cut = shot.crop((max(0, left), max(0, top), min(shot.width, right), min(shot.height, bottom)))
     cut.thumbnail((WIDTH, WIDTH), Image.Resampling.LANCZOS)
     path.parent.mkdir(exist_ok=True)
-    cut.quantize(COLOURS, dither=Image.Dither.NONE).save(path, optimize=True)
+    cut.save(path, quality=75, method=6)
     print(path, cut.size, path.stat().st_size, flush=True)
 
 
@@ -187,7 +194,7 @@ def main():
             page = browser.open(server.url)
             for name in args.only:
                 lay_out(page, PICTURES[name])
-                take(page, FOLDER / f"{name}.png")
+                take(page, FOLDER / f"{name}.webp")
 
 
 if __name__ == "__main__":
