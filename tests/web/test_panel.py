@@ -79,7 +79,7 @@ def test_a_run_fills_the_panel(opened, page, server, new_renderer, tmp_path):
     facts = panel.facts()
     assert facts["Learning rate"] == "2e-3" and facts["Epoch"] != "\u2013"
     assert all(float(facts[name]) > 0 for name in ("Loss", "Smoothed", "Validation"))
-    assert f"of {SHORT}" in panel.label("canvas") and "validation loss" in panel.label("canvas")
+    assert f"of {SHORT}" in panel.label("canvas") and "Validation loss" in panel.label("canvas")
     assert "Finished" in panel.announced()
     assert panel.list_cramped() == []
     assert count_dots(page) == (3 if new_renderer else 0)
