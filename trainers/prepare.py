@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import threading
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -169,6 +170,8 @@ class _Maker:
         self._texts = None if recipe.live_text else TextCache(Cache(os.path.join(folder, "text")), host.text)
         self._masks = MaskCache(Cache(os.path.join(folder, "masks")))
         self._keep = Keep()
+        # The loop fetches a batch ahead in a thread; caches and what is at hand are for one at a time.
+        self._lock = threading.Lock()
         self._done = 0
         self._some_caption = ""
 
@@ -269,7 +272,8 @@ class _Maker:
         from .plan import Item
 
         def show(turn: int | None) -> Shown:
-            return self._show(cut, crop, turn)
+            with self._lock:
+                return self._show(cut, crop, turn)
 
         example = cut.example
         anchored = example.anchor is not None
