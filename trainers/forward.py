@@ -74,9 +74,10 @@ def losses_of(
     """The loss of each example, [B] float32, with its graph: the native one, or what was asked for instead.
 
     Args:
-        watch: told the noise levels and the native losses without factors, each [B] on the device.
+        watch: told the noise levels [B] as they came, and the native losses without factors [B] on the device.
     """
     denoiser = host.denoiser
+    levels = sigma
     x0, noise, sigma = (values.to(denoiser.device) for values in (x0, noise, sigma))
     x_t = denoiser.add_noise(x0, noise if asked is None else asked.added.to(denoiser.device), sigma)
     kind = parameterisation(denoiser.parameterisation, denoiser.sigma_data, denoiser.noise_scale)
@@ -91,7 +92,7 @@ def losses_of(
     if watch is not None:
         with torch.no_grad():
             plain = losses.detach() if asked is None else example_losses(prediction, target, weights)
-        watch((sigma, plain))
+        watch((levels, plain))
     return losses * _factors(shown, x0)
 
 

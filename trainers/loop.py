@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import os
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .ahead import Ahead
 from .errors import GraftError, NumbersError
 from .forward import fixed_losses, parts_of, terms_of
 from .ladder import Ladder, in_one_line, is_out_of_memory, trees_of
@@ -27,7 +29,7 @@ from .state import State
 if TYPE_CHECKING:
     from PIL import Image
 
-    from .plan import Plan
+    from .plan import Plan, Shown
     from .protocols import Conditioning, Host
 
 log = logging.getLogger(__name__)
@@ -63,6 +65,8 @@ def train(plan: Plan, run: Run, host: Host, state: State) -> State:
     if recipe.offload == "on":
         log.info("Graft: %s.", ladder.offload())
     batches = plan.batches(state.batches)
+    upcoming = list(itertools.islice(batches, recipe.accumulation))
+    ahead = Ahead(plan)
     saved = state.step
 
     def keep() -> None:
@@ -79,11 +83,15 @@ def train(plan: Plan, run: Run, host: Host, state: State) -> State:
             started = time.perf_counter()
             share = factor(state.step)
             _set_rates(mover.optimiser, groups, plan, share, state)
-            window = [next(batches) for _ in range(recipe.accumulation)]
             number = state.step + 1
+            window = upcoming
+            upcoming = list(itertools.islice(batches, recipe.accumulation)) if number < recipe.steps else []
+            ahead.expect([batch for _, batch in (*window, *upcoming)])
             highest = _highest_loss(state.losses, recipe.loss_spike_factor)
             mover.begin(state.step, highest)
-            loss, names, seen = ladder.attempt(_gradients, mover.take_back, number, host, window, state.step, mover)
+            loss, names, seen = ladder.attempt(
+                _gradients, mover.take_back, number, host, window, state.step, mover, ahead.shown
+            )
             with mover.small_work(host.denoiser.device):
                 spike = highest < loss < math.inf
                 if spike:
@@ -140,6 +148,7 @@ def train(plan: Plan, run: Run, host: Host, state: State) -> State:
             _keep_before_leaving(keep)
         raise
     finally:
+        ahead.close()
         mover.close()
     return state
 
@@ -177,28 +186,35 @@ def _set_rates(optimiser, groups: Sequence[Group], plan: Plan, share: float, sta
 
 
 def _gradients(
-    plan: Plan, host: Host, window: list, step: int, mover: Mover
+    plan: Plan, host: Host, window: list, step: int, mover: Mover, shown: Callable[[list], list[Shown]] | None = None
 ) -> tuple[float, list[str], tuple[list[float], list[float]]]:
     """Gives the mover the gradient of the mean over all examples of a window of their losses, each times its factor.
+
+    Args:
+        shown: gives a batch's showings, as `plan.shown` does.
 
     Returns:
         The mean, the examples' names, and t and native loss of each.
     """
+    shown = shown or plan.shown
     total = sum(len(batch) for _, batch in window)
-    summed = 0.0
+    sums = []
     names = []
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     with dropping_out(trees_of(plan, host), host.denoiser.device, plan.recipe, step):
         for number, (_, batch) in enumerate(window):
             names.extend(plan.train[index].name for index, _ in batch)
-            for part in parts_of(plan.shown(batch), plan.recipe, step, number, host):
+            for part in parts_of(shown(batch), plan.recipe, step, number, host):
                 for losses in terms_of(plan, host, *part, watch=seen.append):
                     # A text without the word that is all that is trained, such as a dropped caption, teaches nothing.
                     if losses.requires_grad:
                         mover.backward(losses.sum() / total)
-                    summed += float(losses.detach().sum())
+                    sums.append(losses.detach().sum())
     sigmas, plain = (torch.cat(parts) for parts in zip(*seen, strict=True))
-    return summed / total, names, (times_of(host.denoiser, sigmas), plain.tolist())
+    # Read once at the end: each reading makes the device wait for the next part.
+    values = torch.cat([torch.stack(sums), plain]).tolist()
+    times = times_of(host.denoiser, sigmas)
+    return sum(values[: len(sums)]) / total, names, (times, values[len(sums) :])
 
 
 def _validate(plan: Plan, run: Run, host: Host, state: State) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import threading
 import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -185,6 +186,8 @@ class _Maker:
         if host.denoiser.takes == HOLE:
             self._holes = HoleCache(Cache(os.path.join(folder, "holes")), host.codec)
         self._keep = Keep()
+        # The loop fetches a batch ahead in a thread; caches and what is at hand are for one at a time.
+        self._lock = threading.Lock()
         self._done = 0
         self._some_caption = ""
 
@@ -307,7 +310,8 @@ class _Maker:
         from .plan import Item
 
         def show(turn: int | None) -> Shown:
-            return self._show(cut, crop, turn)
+            with self._lock:
+                return self._show(cut, crop, turn)
 
         example = cut.example
         anchored = example.anchor is not None
