@@ -79,7 +79,7 @@ def test_the_blueprint_is_offered_and_trains(page, server):
 
 
 def test_texts_follow_the_language_of_the_page(server, chromium):
-    """The panel's at once; those of nodes where the frontend keeps what packs translate (not before 1.34)."""
+    """The panel's at once; those of nodes where the frontend keeps what packs translate (0.3.75 does not)."""
     page = chromium.open(server.url, {"Comfy.Locale": "de"})
     table = make_locales.read_table("de")
     page.load(EMPTY)
