@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from .plan import Plan
-    from .protocols import Host
+    from .protocols import Conditioning, Host
 
 log = logging.getLogger(__name__)
 
@@ -221,6 +221,7 @@ def _preview(plan: Plan, run: Run, host: Host, state: State) -> None:
         sampler_name=recipe.preview_sampler,
         scheduler=recipe.preview_scheduler,
         seed=recipe.preview_seed,
+        beside=_beside(plan),
     )
     try:
         pictures = _drawn(host, request)
@@ -248,6 +249,22 @@ def _drawn(host: Host, request: PreviewRequest) -> list[Image.Image]:
                 raise
         host.denoiser.make_room()
         return host.denoiser.preview(request)
+
+
+def _beside(plan: Plan) -> tuple[Conditioning, ...]:
+    """What previews are drawn with where the model takes a source picture or a hole: those of the first examples.
+
+    Of the usual shape, and held out ones before those that are trained on.
+    """
+    bucket = _usual_bucket(plan)
+    found = []
+    for item in (*plan.validation, *plan.train):
+        if item.bucket == bucket and not item.prior and len(found) < len(plan.recipe.preview_prompts):
+            one = item.show(None).conditioning
+            if one.source is None and one.hole is None:
+                break
+            found.append(one)
+    return tuple(found)
 
 
 def _usual_bucket(plan: Plan) -> tuple[int, int]:

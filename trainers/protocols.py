@@ -28,12 +28,23 @@ class Conditioning:
         original_size: (width, height) of the picture before scaling, pixels.
         crop: (left, top) of the crop in the scaled picture, pixels.
         target_size: (width, height) of the crop that is trained on, pixels.
+        source: None, or the unscaled latent [1, C, ...] of the picture that this one is made of.
+        hole: None, or [1, 1, H, W] over pixels: 1 where an inpainting model is to fill the picture.
+        around: with a hole, the unscaled latent [1, C, ...] of the picture with the hole grey.
     """
 
     tensors: dict[str, torch.Tensor]
     original_size: tuple[int, int] = (0, 0)
     crop: tuple[int, int] = (0, 0)
     target_size: tuple[int, int] = (0, 0)
+    source: torch.Tensor | None = None
+    hole: torch.Tensor | None = None
+    around: torch.Tensor | None = None
+
+
+# What a denoiser may take beside noise and text.
+HOLE = "hole"
+SOURCE = "source"
 
 
 @dataclass(frozen=True)
@@ -63,6 +74,7 @@ class PreviewRequest:
         negative: the negative prompt, shared.
         size: (width, height) in pixels.
         seed: noise seed of the first picture; picture i uses seed + i.
+        beside: examples whose source picture or hole the pictures are drawn with, one after the other; empty for none.
     """
 
     prompts: tuple[str, ...]
@@ -73,6 +85,7 @@ class PreviewRequest:
     scheduler: str
     seed: int
     negative: str = ""
+    beside: tuple[Conditioning, ...] = ()
 
 
 class Asked(Enum):
@@ -154,13 +167,18 @@ class ImageCodec(Protocol):
 
 
 class Denoiser(Protocol):
-    """A frozen pretrained denoiser whose module tree may be given adapters."""
+    """A frozen pretrained denoiser whose module tree may be given adapters.
+
+    Attributes:
+        takes: what it takes beside noise and text: HOLE, SOURCE, or empty for nothing.
+    """
 
     module: torch.nn.Module
     parameterisation: str
     sigma_data: float
     noise_scale: float
     family: str
+    takes: str
     device: torch.device
     compute_dtype: torch.dtype
 

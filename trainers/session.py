@@ -18,7 +18,7 @@ from .methods import METHODS
 from .optimisers import OPTIMISERS
 from .parts import Parts
 from .prepare import Prepared, prepare
-from .protocols import base_digest
+from .protocols import HOLE, base_digest
 from .run import PAUSED, STOPPED, Products, Run
 from .state import State
 
@@ -198,6 +198,9 @@ def _counts(prepared: Prepared) -> dict[str, int]:
 
 def _base(host: Host, start: Adapter | None) -> str:
     parts = [host.denoiser.fingerprint(), host.text.fingerprint(), host.codec.fingerprint()]
+    if host.denoiser.takes == HOLE:
+        # Holes came later: a run that was fed blank pictures is another one.
+        parts.append("holes")
     if start is not None:
         parts.append(tensors_hash(start if start.native is None else start.native.all_tensors()))
     return base_digest(*parts)
