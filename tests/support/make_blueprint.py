@@ -73,6 +73,10 @@ def settle(workflow):
     for place, identity in enumerate(found):
         fixed = fixed.replace(identity, str(uuid.uuid5(uuid.NAMESPACE_URL, f"graft/{NAME}/{place}")))
     workflow = json.loads(fixed)
+    for node in workflow["nodes"]:
+        # The frontend shows a seed of its own accord, which is shown already.
+        shown = node["properties"]["proxyWidgets"]
+        node["properties"]["proxyWidgets"] = [[origin, name] for origin, name in shown if origin == "-1"]
     workflow["revision"] = 0
     workflow["extra"] = {}
     return workflow

@@ -98,7 +98,7 @@ METHODS = {
 }
 # The last is the same LoRA, drawn without its trigger.
 FAILURES = {
-    "over": Training("over-trained", widgets={**LORA, "steps": 450, "seed": 1}),
+    "over": Training("over-trained", widgets={**LORA, "steps": 1500, "seed": 1}),
     "rate": Training("rate too high", widgets={**LORA, "steps": 40, "learning_rate": 0.1}),
     "untold": Training("no trigger", widgets=LORA, told=False),
 }
