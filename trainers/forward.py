@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from .recipe import Recipe
 
 _VALIDATION_LEVELS = 4
+
+Watch = Callable[[tuple[torch.Tensor, torch.Tensor]], None]
 
 
 def parts_of(
@@ -58,9 +60,10 @@ def terms_of(
     noise: torch.Tensor,
     sigma: torch.Tensor,
     asked: Asked | None = None,
+    watch: Watch | None = None,
 ) -> Iterator[torch.Tensor]:
     """The losses of the examples and of what is preserved beside them, each [B] float32 with a graph of its own."""
-    yield losses_of(host, shown, x0, noise, sigma, asked)
+    yield losses_of(host, shown, x0, noise, sigma, asked, watch)
     rows = [row for row, one in enumerate(shown) if one.anchor is not None]
     if rows:
         yield _drifts(plan, host, [shown[row].anchor for row in rows], x0[rows], noise[rows], sigma[rows])
@@ -73,19 +76,30 @@ def losses_of(
     noise: torch.Tensor,
     sigma: torch.Tensor,
     asked: Asked | None = None,
+    watch: Watch | None = None,
 ) -> torch.Tensor:
-    """The loss of each example, [B] float32, with its graph: the native one, or what was asked for instead."""
+    """The loss of each example, [B] float32, with its graph: the native one, or what was asked for instead.
+
+    Args:
+        watch: told the noise levels [B] as they came, and the native losses without factors [B] on the device.
+    """
     denoiser = host.denoiser
+    levels = sigma
     x0, noise, sigma = (values.to(denoiser.device) for values in (x0, noise, sigma))
     x_t = denoiser.add_noise(x0, noise if asked is None else asked.added.to(denoiser.device), sigma)
     kind = parameterisation(denoiser.parameterisation, denoiser.sigma_data, denoiser.noise_scale)
     target = kind.target(x0, noise, sigma.view(-1, *[1] * (x0.ndim - 1)))
     with OutOfPlace():
         prediction = denoiser.predict(x_t, sigma, _conditionings(host, shown))
+    weights = _weights(shown, x0)
     if asked is not None:
-        losses = asked.losses(denoiser, prediction, target, sigma, _weights(shown, x0))
+        losses = asked.losses(denoiser, prediction, target, sigma, weights)
     else:
-        losses = example_losses(prediction, target, _weights(shown, x0))
+        losses = example_losses(prediction, target, weights)
+    if watch is not None:
+        with torch.no_grad():
+            plain = losses.detach() if asked is None else example_losses(prediction, target, weights)
+        watch((levels, plain))
     return losses * _factors(shown, x0)
 
 

@@ -56,6 +56,10 @@ class Group:
     def share(self, tensors: Iterable[torch.Tensor]) -> None:
         """Gives all the leader's values."""
 
+    def gather(self, values: list[float], whole: int) -> list[float]:
+        """The numbers of a step's examples, so many, of which each process has those of its rows."""
+        return values
+
     def tell(self, text: str) -> str:
         """The leader's text, in all of them. Raises Parted as `meet` does."""
         return text

@@ -133,21 +133,23 @@ def _replaced(path: str):
 
 
 def _dataset_as_json(dataset: Dataset) -> dict[str, Any]:
-    rows = []
-    for example in dataset.examples:
-        row = {name: getattr(example, name) for name in _PLAIN}
-        row["handling"] = asdict(example.handling)
-        row["name"] = example.source.name
-        row["mask"] = [example.mask.name, example.mask.digest] if example.mask is not None else None
-        row["anchor"] = asdict(example.anchor) if example.anchor is not None else None
-        rows.append(row)
     return {
-        "examples": rows,
+        "examples": [_example_as_json(example) for example in dataset.examples],
         "trigger": dataset.trigger,
         "resolution": dataset.resolution,
         "name": dataset.name,
         "left_out": [asdict(one) for one in dataset.left_out],
     }
+
+
+def _example_as_json(example: Example) -> dict[str, Any]:
+    row = {name: getattr(example, name) for name in _PLAIN}
+    row["handling"] = asdict(example.handling)
+    row["name"] = example.source.name
+    row["mask"] = [example.mask.name, example.mask.digest] if example.mask is not None else None
+    row["anchor"] = asdict(example.anchor) if example.anchor is not None else None
+    row["control"] = _example_as_json(example.control) if example.control is not None else None
+    return row
 
 
 # What of an example stands in JSON as it is.
@@ -205,12 +207,13 @@ def _dataset_of(value: dict[str, Any]) -> Dataset:
 
 def _example_of(row: dict[str, Any]) -> Example:
     plain = {name: row[name] for name in _PLAIN}
-    mask, anchor = row["mask"], row["anchor"]
+    mask, anchor, control = row["mask"], row["anchor"], row["control"]
     made = {
         "source": _Absent(_text(row["name"]), _text(row["digest"])),
         "handling": _made(Handling, row["handling"]),
         "mask": None if mask is None else _Absent(_text(mask[0]), _text(mask[1])),
         "anchor": None if anchor is None else _made(Anchor, anchor),
+        "control": None if control is None else _example_of(control),
     }
     return _made(Example, {**plain, **made})
 

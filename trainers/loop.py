@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import os
@@ -12,10 +13,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .ahead import Ahead
 from .errors import GraftError, NumbersError
 from .forward import fixed_losses, parts_of, terms_of
 from .group import report_idle, rows_of
 from .ladder import Ladder, in_one_line, is_out_of_memory, trees_of
+from .levels import times_of
 from .methods.dropout import dropping_out
 from .optimisers import OPTIMISERS, Group, lr_factor
 from .optimisers.average import MovingAverage, averaged
@@ -27,8 +30,8 @@ from .state import State
 if TYPE_CHECKING:
     from PIL import Image
 
-    from .plan import Plan
-    from .protocols import Host
+    from .plan import Plan, Shown
+    from .protocols import Conditioning, Host
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +71,9 @@ def train(plan: Plan, run: Run, host: Host, state: State) -> State:
     if recipe.offload == "on":
         log.info("Graft: %s.", ladder.offload())
     batches = plan.batches(state.batches)
+    upcoming = list(itertools.islice(batches, recipe.accumulation))
+    next_shares = _shares(host, upcoming)
+    ahead = Ahead(plan)
     saved = state.step
 
     def keep() -> None:
@@ -87,13 +93,19 @@ def train(plan: Plan, run: Run, host: Host, state: State) -> State:
             started = time.perf_counter()
             share = factor(state.step)
             _set_rates(mover.optimiser, groups, plan, share, state)
-            window = [next(batches) for _ in range(recipe.accumulation)]
             number = state.step + 1
+            window, shares = upcoming, next_shares
+            upcoming = list(itertools.islice(batches, recipe.accumulation)) if number < recipe.steps else []
+            next_shares = _shares(host, upcoming)
+            ahead.expect([mine for _, mine in (*shares, *next_shares) if mine])
             highest = _highest_loss(state.losses, recipe.loss_spike_factor)
             mover.begin(state.step, highest)
-            loss, names = ladder.attempt(_gradients, mover.take_back, number, host, window, state.step, mover)
+            loss, names, seen = ladder.attempt(
+                _gradients, mover.take_back, number, host, window, state.step, mover, shares, ahead.shown
+            )
             # None moves before all have their gradients: a step that one of them could not do is nobody's.
             loss = group.meet(loss)
+            seen = [group.gather(values, sum(len(batch) for _, batch in window)) for values in seen]
             group.sum_gradients(parameters)
             with mover.small_work(host.denoiser.device):
                 spike = highest < loss < math.inf
@@ -111,6 +123,7 @@ def train(plan: Plan, run: Run, host: Host, state: State) -> State:
             state.step += 1
             state.batches += len(window)
             state.losses.append(loss)
+            state.levels.add(state.step, *seen)
             mover.done()
             event = {
                 "event": "step",
@@ -152,6 +165,7 @@ def train(plan: Plan, run: Run, host: Host, state: State) -> State:
             _keep_before_leaving(keep)
         raise
     finally:
+        ahead.close()
         mover.close()
     return state
 
@@ -195,32 +209,57 @@ def _set_rates(optimiser, groups: Sequence[Group], plan: Plan, share: float, sta
                 state.frozen = sorted({*state.frozen, *group.names})
 
 
-def _gradients(plan: Plan, host: Host, window: list, step: int, mover: Mover) -> tuple[float, list[str]]:
+def _shares(host: Host, window: list) -> list[tuple[int, list]]:
+    """(place of the first, members) of this process's part of each batch of a window."""
+    rows = rows_of([len(batch) for _, batch in window], host.group.rank, host.group.world)
+    return [(own.start, batch[own]) for (_, batch), own in zip(window, rows, strict=True)]
+
+
+def _gradients(
+    plan: Plan,
+    host: Host,
+    window: list,
+    step: int,
+    mover: Mover,
+    shares: list[tuple[int, list]] | None = None,
+    shown: Callable[[list], list[Shown]] | None = None,
+) -> tuple[float, list[str], tuple[list[float], list[float]]]:
     """Gives the mover the gradient of the mean over all examples of a window of their losses, each times its factor.
 
     Of several processes each does its share, and the sum of all is that gradient.
 
+    Args:
+        shares: this process's, as `_shares` gives them.
+        shown: gives a batch's showings, as `plan.shown` does.
+
     Returns:
-        The mean, or this process's share of it, and the names of all examples.
+        The mean or this process's share of it, the names of all examples, and t and native loss of each of its own.
     """
-    sizes = [len(batch) for _, batch in window]
-    total = sum(sizes)
-    summed = 0.0
+    shown = shown or plan.shown
+    shares = shares or _shares(host, window)
+    total = sum(len(batch) for _, batch in window)
+    sums = []
     names = [plan.train[index].name for _, batch in window for index, _ in batch]
-    rank, world = host.group.rank, host.group.world
-    with dropping_out(trees_of(plan, host), host.denoiser.device, plan.recipe, step, rank):
-        for number, rows in enumerate(rows_of(sizes, rank, world)):
-            mine = window[number][1][rows]
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    with dropping_out(trees_of(plan, host), host.denoiser.device, plan.recipe, step, host.group.rank):
+        for number, (first, mine) in enumerate(shares):
             if not mine:
                 continue
-            for part in parts_of(plan.shown(mine), plan.recipe, step, number, host, rows.start, sizes[number]):
+            for part in parts_of(shown(mine), plan.recipe, step, number, host, first, len(window[number][1])):
                 host.heed()
-                for losses in terms_of(plan, host, *part):
+                for losses in terms_of(plan, host, *part, watch=seen.append):
                     # A text without the word that is all that is trained, such as a dropped caption, teaches nothing.
                     if losses.requires_grad:
                         mover.backward(losses.sum() / total)
-                    summed += float(losses.detach().sum())
-    return summed / total, names
+                    sums.append(losses.detach().sum())
+    if not seen:
+        # More processes than pictures.
+        return 0.0, names, ([], [])
+    sigmas, plain = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    # Read once at the end: each reading makes the device wait for the next part.
+    values = torch.cat([torch.stack(sums), plain]).tolist()
+    times = times_of(host.denoiser, sigmas)
+    return sum(values[: len(sums)]) / total, names, (times, values[len(sums) :])
 
 
 def _validate(plan: Plan, run: Run, host: Host, state: State) -> None:
@@ -243,6 +282,7 @@ def _preview(plan: Plan, run: Run, host: Host, state: State) -> None:
         sampler_name=recipe.preview_sampler,
         scheduler=recipe.preview_scheduler,
         seed=recipe.preview_seed,
+        beside=_beside(plan),
     )
     try:
         pictures = _drawn(host, request)
@@ -270,6 +310,22 @@ def _drawn(host: Host, request: PreviewRequest) -> list[Image.Image]:
                 raise
         host.denoiser.make_room()
         return host.denoiser.preview(request)
+
+
+def _beside(plan: Plan) -> tuple[Conditioning, ...]:
+    """What previews are drawn with where the model takes a source picture or a hole: those of the first examples.
+
+    Of the usual shape, and held out ones before those that are trained on.
+    """
+    bucket = _usual_bucket(plan)
+    found = []
+    for item in (*plan.validation, *plan.train):
+        if item.bucket == bucket and not item.prior and len(found) < len(plan.recipe.preview_prompts):
+            one = item.show(None).conditioning
+            if one.source is None and one.hole is None:
+                break
+            found.append(one)
+    return tuple(found)
 
 
 def _usual_bucket(plan: Plan) -> tuple[int, int]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from . import inversion
+from . import event_files, inversion
 from .data.scan import check_captions
 from .errors import ModelError
 from .formats.adapter import Adapter, LazyAdapter, load_adapter
@@ -19,7 +19,7 @@ from .methods import METHODS
 from .optimisers import OPTIMISERS
 from .parts import Parts
 from .prepare import Prepared, prepare
-from .protocols import base_digest
+from .protocols import HOLE, base_digest
 from .run import PAUSED, STOPPED, Products, Run
 from .state import State
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from .data.examples import Dataset, LeftOut
     from .formats.embedding import Embedding
+    from .levels import LevelLosses
     from .protocols import Host
     from .recipe import Recipe
     from .run import Folders
@@ -43,6 +44,7 @@ class Result:
         adapter: in the host's names; None where nothing of the model was trained.
         embedding: None where none was trained.
         losses: of each step.
+        levels: the loss by noise level.
         run: its folder.
         resumed_from: step it went on from; equal to `step` when it was already finished.
         step: the last one; fewer than the recipe's where it was stopped.
@@ -52,6 +54,7 @@ class Result:
     adapter: Adapter | None
     embedding: Embedding | None
     losses: list[float]
+    levels: LevelLosses
     run: Run
     resumed_from: int
     step: int
@@ -149,8 +152,10 @@ def _train(recipe, dataset, host, folders, parts, identity, run, state, export, 
     from .loop import train
     from .plan import Plan
 
-    # An optimiser that is not installed is refused before anything is encoded.
+    # A package that is not installed is missed before anything is encoded.
     OPTIMISERS[recipe.optimizer].load()
+    if recipe.tensorboard == "on":
+        event_files.load()
     denoiser = host.denoiser
     resumed_from = state.step
     prepared = prepare(dataset, recipe, host, folders.cache, folders.cache_limit)
@@ -194,7 +199,9 @@ def _train(recipe, dataset, host, folders, parts, identity, run, state, export, 
         if state.step == 0:
             _check_gradient(plan, host)
         _check_names(plan, host)
-        state = train(plan, run, host, state)
+        writes = recipe.tensorboard == "on" and host.group.leads
+        with event_files.writing(run, state.step) if writes else nullcontext():
+            state = train(plan, run, host, state)
         # Within: the files of some types are made beside the weights.
         return _result(export, state, run, resumed_from, prepared.left_out)
 
@@ -225,7 +232,7 @@ def _result(export, state: State, run: Run, resumed_from: int, left_out: tuple[L
     state.optimiser = {}
     made = export(state.ema or state.trainables, state.step)
     adapter = made.adapter.taken() if isinstance(made.adapter, LazyAdapter) else made.adapter
-    return Result(adapter, made.embedding, state.losses, run, resumed_from, state.step, left_out)
+    return Result(adapter, made.embedding, state.losses, state.levels, run, resumed_from, state.step, left_out)
 
 
 def _keep_still(factor: float) -> None:
@@ -242,6 +249,9 @@ def _counts(prepared: Prepared) -> dict[str, int]:
 
 def _base(host: Host, start: Adapter | None) -> str:
     parts = [host.denoiser.fingerprint(), host.text.fingerprint(), host.codec.fingerprint()]
+    if host.denoiser.takes == HOLE:
+        # Holes came later: a run that was fed blank pictures is another one.
+        parts.append("holes")
     if start is not None:
         parts.append(tensors_hash(start if start.native is None else start.native.all_tensors()))
     return base_digest(*parts)

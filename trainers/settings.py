@@ -27,6 +27,7 @@ UNSET: dict[str, dict[str, Any]] = {
         "validation_fraction": 0.0,
         "validate_every": 0,
         "gradient_check": "auto",
+        "tensorboard": "auto",
         "processes": 0,
     },
     "preview": {
@@ -217,6 +218,7 @@ def resolve(
         micro_batch=get("memory", "micro_batch", 0),
         offload=get("memory", "offload", "auto"),
         start_from=get("adapter", "start_from", ""),
+        tensorboard=get("run", "tensorboard", "off"),
         processes=get("run", "processes", 1),
     )
     check_recipe(recipe)

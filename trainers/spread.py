@@ -66,6 +66,13 @@ class Spread(Group):
         except RuntimeError as error:
             raise self._lost() from error
 
+    def gather(self, values: list[float], whole: int) -> list[float]:
+        """As Group says."""
+        first = whole * self.rank // self.world
+        mine = [0.0] * whole
+        mine[first : first + len(values)] = values
+        return self._sum(*mine)
+
     def _lost(self) -> Parted:
         """What a broken connection means: nobody can be told any more."""
         self._left = True

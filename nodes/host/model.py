@@ -21,7 +21,7 @@ from ...trainers.autograd import own_weights, private_tree
 from ...trainers.errors import ModelError
 from ...trainers.families import GENERAL, family_of
 from ...trainers.offload import place
-from ...trainers.protocols import Conditioning, Geometry, PreviewRequest
+from ...trainers.protocols import HOLE, SOURCE, Conditioning, Geometry, PreviewRequest
 from . import families, kernels, sampling
 from .adapters import classic, unread_keys
 from .digest import patcher_digest
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from comfy.sd import VAE
     from PIL import Image
 
+    from ...trainers.formats.cuts import Cut
     from .text import ComfyText
 
 log = logging.getLogger(__name__)
@@ -58,6 +59,8 @@ class ComfyDenoiser:
         self._vae = vae
         self._sampling = self._model.get_model_object("model_sampling")
         self.family = families.family_name(self._model)
+        self._beside = families.beside(self._model)
+        self.takes = "" if not self._beside else HOLE if self._beside == families.HOLE else SOURCE
         self.parameterisation = families.parameterisation_name(self._model)
         self.sigma_data = float(getattr(self._sampling, "sigma_data", 1.0))
         self.noise_scale = float(getattr(self._sampling, "noise_scale", 1.0))
@@ -65,6 +68,7 @@ class ComfyDenoiser:
         self.device = self._model.load_device
         self.compute_dtype = torch.float32
         self.module: torch.nn.Module | None = None
+        self._casting: list[torch.nn.Module] = []
         self._base = None
         self._options: dict = {}
         self._sampler: sampling.PreviewSampler | None = None
@@ -138,6 +142,7 @@ class ComfyDenoiser:
             "target_width": target_width,
             "target_height": target_height,
             **self._guidance,
+            **families.beside_values(self._beside, conditioning, self.device),
             # As the host gives it for text encoders that have none; some models ask for it by name.
             "pooled_output": None,
             "noise": x_t,
@@ -154,7 +159,7 @@ class ComfyDenoiser:
     def _forward(self, x_t: torch.Tensor, sigma: torch.Tensor, conds: list[dict]) -> torch.Tensor:
         dtype = self.compute_dtype
         # Asked each time: a method may have put weights of another dtype into the tree.
-        _cast_where_needed(self.module, dtype)
+        _cast_where_needed(self._casting, dtype)
         trained = _trained(cond.cond for one in conds for cond in one.values())
         with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
             joined = {name: conds[0][name].concat([other[name] for other in conds[1:]]) for name in conds[0]}
@@ -208,21 +213,24 @@ class ComfyDenoiser:
             own_weights(base.diffusion_model)
             self.compute_dtype = _DTYPES.get(compute_dtype) or _inference_dtype(base)
             self.module = private_tree(base.diffusion_model)
+            # Listed once: looking for them takes longer than asking them.
+            self._casting = [layer for layer in self.module.modules() if hasattr(layer, "comfy_cast_weights")]
             self._base = _over(base, self.module)
             self._options = _transformer_options(self._model)
-            self._sampler = sampling.PreviewSampler(self._model, self._base, self._text, self._vae)
+            self._sampler = sampling.PreviewSampler(self._model, self._base, self._text, self._vae, self._beside)
             try:
                 with _in_training():
                     yield
             finally:
                 self._sampler = None
                 self._base = None
+                self._casting = []
                 self.module = None
                 comfy.model_management.soft_empty_cache()
 
     def preview(self, request: PreviewRequest) -> list[Image.Image]:
         """By the host's own sampler on the tree as trained so far."""
-        _cast_where_needed(self.module, _inference_dtype(self._base))
+        _cast_where_needed(self._casting, _inference_dtype(self._base))
         try:
             with _not_training():
                 return self._sampler.draw(request)
@@ -256,6 +264,14 @@ class ComfyDenoiser:
     def _diffusers_names(self) -> dict[str, str]:
         names = comfy.utils.unet_to_diffusers(self._model.model.model_config.unet_config)
         return {ours: theirs for theirs, ours in names.items()}
+
+    def published_cuts(self, path: str) -> tuple[Cut, ...]:
+        """By the host's own map of a transformer's weights; none for other families."""
+        return self._cuts.get(f"{path}.weight", ())
+
+    @functools.cached_property
+    def _cuts(self) -> dict[str, tuple[Cut, ...]]:
+        return families.diffusers_cuts(self._model)
 
     def check_adapter(self, tensors: dict[str, torch.Tensor]) -> list[str]:
         """Keys that the host's own LoRA loader would not use on this model."""
@@ -306,11 +322,9 @@ def _inference_dtype(base) -> torch.dtype:
     return base.manual_cast_dtype or base.get_dtype()
 
 
-def _cast_where_needed(tree: torch.nn.Module, dtype: torch.dtype) -> None:
+def _cast_where_needed(layers: list[torch.nn.Module], dtype: torch.dtype) -> None:
     """Lets the host's layers cast weights that are kept in another dtype; on the private tree only."""
-    for layer in tree.modules():
-        if not hasattr(layer, "comfy_cast_weights"):
-            continue
+    for layer in layers:
         weight = getattr(layer, "weight", None)
         if weight is not None and weight.dtype != dtype:
             layer.comfy_cast_weights = True

@@ -166,6 +166,21 @@ def dataset_path(choice: str, input: str = "folder") -> str:
     )
 
 
+def control_path(folder: str, choice: str) -> str:
+    """The absolute path of a folder of source pictures: inside a dataset's, or a choice of its own; empty for none.
+
+    Raises:
+        DatasetError: there is none of that name in either place.
+    """
+    wanted = choice.strip() if isinstance(choice, str) else choice
+    if wanted == "":
+        return ""
+    inside = os.path.join(dataset_path(folder), wanted) if _is_possible(wanted) else ""
+    if inside and os.path.isdir(inside) and _is_allowed(inside):
+        return os.path.realpath(inside)
+    return dataset_path(wanted, "control_folder")
+
+
 def _is_possible(name: str) -> bool:
     """Whether the file system can be asked for a name at all; a prompt that no browser made may hold anything."""
     return isinstance(name, str) and "\0" not in name and len(name) <= _LONGEST_PATH

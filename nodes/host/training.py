@@ -14,6 +14,7 @@ from ...trainers.errors import ModelError, OutOfMemory
 from ...trainers.families import family_of
 from ...trainers.job import export_job
 from ...trainers.ladder import in_one_line, is_out_of_memory
+from ...trainers.levels import BY_TIMESTEP
 from ...trainers.prepare import all_resolutions
 from ...trainers.protocols import Geometry, Host
 from ...trainers.recipe import Word
@@ -60,7 +61,7 @@ class Trained:
     clip: CLIP
     adapter: Adapter | None
     embedding: Embedding | None
-    loss: dict[str, list[float]]
+    loss: dict[str, Any]
     ui: dict[str, Any]
 
 
@@ -97,7 +98,7 @@ def _train(model, clip, vae, dataset, widgets, options, training: Training) -> T
     done = {"run": result.run.name, "step": result.step, "steps": recipe.steps}
     training.tell("done", {**done, "cached": result.resumed_from == result.step})
     summary = _summary(result, recipe)
-    loss = {"loss": result.losses}
+    loss = {"loss": result.losses, BY_TIMESTEP: result.levels.as_json()}
     return Trained(trained_model, trained_clip, result.adapter, result.embedding, loss, {"text": (summary,)})
 
 

@@ -158,7 +158,7 @@ def gradients(group, fields, windows):
         for step, window in enumerate(windows):
             for parameter in plan.trainables.values():
                 parameter.grad = None
-            share, _ = loop._gradients(plan, host, window, step, Mover(plan, host))
+            share, *_ = loop._gradients(plan, host, window, step, Mover(plan, host))
             loss = group.meet(share)
             group.sum_gradients(list(plan.trainables.values()))
             found.append((loss, models.joined(one.grad for one in plan.trainables.values()).tolist()))

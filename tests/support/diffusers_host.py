@@ -20,6 +20,7 @@ class DiffusersDenoiser:
     noise_scale = 1.0
     sigma_data = 1.0
     family = "SD1"
+    takes = ""
 
     def __init__(self, unet, prediction_type="epsilon"):
         self._unet = unet.requires_grad_(False).eval()
@@ -94,6 +95,9 @@ class DiffusersDenoiser:
 
     def published_name(self, path):
         return path
+
+    def published_cuts(self, path):
+        return ()
 
     def check_adapter(self, tensors):
         if all(key.startswith("model.") for key in tensors):
@@ -399,7 +403,7 @@ def gradient_of(plan, host, window, step=0):
 
     for parameter in plan.trainables.values():
         parameter.grad = None
-    loss, names = loop._gradients(plan, host, window, step, Mover(plan, host))
+    loss, names, _ = loop._gradients(plan, host, window, step, Mover(plan, host))
     return loss, models.joined(p.grad for p in plan.trainables.values()), names
 
 
@@ -410,7 +414,7 @@ def state_of(result):
 
 def same_state(a, b):
     """Whether two states are the same to the bit, optimiser and average included."""
-    plain = ("step", "batches", "losses", "validation", "scaler", "groups")
+    plain = ("step", "batches", "losses", "validation", "scaler", "groups", "levels")
     if any(getattr(a, name) != getattr(b, name) for name in plain):
         return False
     slots = [(a.trainables, b.trainables), (a.ema, b.ema)]
