@@ -185,7 +185,7 @@ def read_job(folder: str) -> Job:
         return Job(recipe, dataset, _text(value["identity"]), base, cache, start if os.path.isfile(start) else "")
     except RunError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
         said = error.message if isinstance(error, GraftError) else f"{error!r:.200}"
         raise RunError(f"The job '{path}' is damaged ({said}).", "Export it again.") from error
 
