@@ -52,9 +52,9 @@ def work(case, name):
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
 @pytest.mark.parametrize("model", MODELS)
 def test_nothing_is_computed_that_the_bare_model_does_not_need(model, checkpointing, narrow):
-    """A gradient for frozen weights alone would be half as much again."""
+    """Gradients for the frozen weights of the adapted layers alone would be more than this."""
     case = Case(model, 2, checkpointing)
-    assert work(case, "attention") <= 1.1 * work(case, "limit")
+    assert work(case, "attention") <= 1.01 * work(case, "limit")
 
 
 @pytest.mark.parametrize("model", MODELS)
