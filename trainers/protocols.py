@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -240,6 +240,7 @@ class Host:
     Attributes:
         report: called with (event name, payload) after each event; may raise to interrupt.
         asked: called after each step; what was asked since, None for nothing.
+        graph: what the run was queued as, JSON-able, kept beside its recipe; None for nothing. It decides nothing.
     """
 
     denoiser: Denoiser
@@ -247,3 +248,4 @@ class Host:
     codec: ImageCodec
     report: callable = field(default=lambda event, payload: None)
     asked: Callable[[], Asked | None] = field(default=lambda: None)
+    graph: dict[str, Any] | None = None

@@ -80,7 +80,8 @@ def run_recipe(recipe: Recipe, dataset: Dataset, host: Host, folders: Folders) -
     recipe.objective.check(host.denoiser.parameterisation)
     method = METHODS[recipe.method]
     start = load_adapter(folders.adapter_of(recipe.start_from)) if recipe.start_from else None
-    identity = recipe.identity(dataset.fingerprint(), _base(host, start))
+    pictures, base = dataset.fingerprint(), _base(host, start)
+    identity = recipe.identity(pictures, base)
     label = dataset.name if method.trains_model else recipe.embedding_name
     run = Run.open(folders, recipe, identity, label)
     state = State()
@@ -95,10 +96,11 @@ def run_recipe(recipe: Recipe, dataset: Dataset, host: Host, folders: Folders) -
         log.info("Graft: run %s is already finished at step %d.", run.name, state.step)
         return _finished(recipe, host, method, parts, run, state, export)
     log.info("Graft: run %s, from step %d to %d: %s", run.name, state.step, recipe.steps, recipe.summary())
-    return _train(recipe, dataset, host, folders, parts, identity, run, state, export, start)
+    made_from = {"dataset": dataset.name, "dataset_digest": pictures, "base_digest": base}
+    return _train(recipe, dataset, host, folders, parts, identity, made_from, run, state, export, start)
 
 
-def _train(recipe, dataset, host, folders, parts, identity, run, state, export, start) -> Result:
+def _train(recipe, dataset, host, folders, parts, identity, made_from, run, state, export, start) -> Result:
     # Imported here: the loop imports torch, which the nodes that only describe datasets do not need.
     from .autograd import blocks_of, checkpoint_blocks
     from .loop import train
@@ -127,11 +129,14 @@ def _train(recipe, dataset, host, folders, parts, identity, run, state, export, 
             groups.append(inversion.group(vectors, recipe))
             settle = inversion.settling(vectors, host.text, recipe)
         facts = {"layers": parts.layers, "checkpointed_blocks": blocks, **_counts(prepared), **prepared.facts}
+        facts["made_from"] = made_from
         run.check_room(sum(one.nbytes for one in trainables.values()), OPTIMISERS[recipe.optimizer].slots)
         if recipe.on_existing == "start over" and state.step == 0:
             # Only now, when all that could be refused has been: what is there is lost with this.
             run.clear()
         run.write_recipe(recipe, identity, facts)
+        if host.graph is not None:
+            run.write_graph(host.graph)
         run.forget_after(state.step)
         run.forget_halt()
         plan = Plan(

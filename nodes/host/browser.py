@@ -57,15 +57,23 @@ def prompt_server():
 
 def workflow_of(prompt: str) -> str:
     """Id of the workflow that a running prompt was queued from; empty where it came from no page."""
+    workflow = graph_of(prompt).get("workflow", {})
+    found = workflow.get("id")
+    return found if isinstance(found, str) and len(found) <= _ID_LIMIT else ""
+
+
+def graph_of(prompt: str) -> dict[str, dict[str, Any]]:
+    """What a running prompt was queued as, under the host's own names: `prompt`, and `workflow` if a page queued it."""
     running = getattr(getattr(prompt_server(), "prompt_queue", None), "currently_running", {})
     for item in list(running.values()):
         # (number, id, prompt, extra data, outputs), on newer hosts with more behind; anyone may have written the third.
         if item[1] == prompt:
             found: Any = item[3]
-            for name in ("extra_pnginfo", "workflow", "id"):
+            for name in ("extra_pnginfo", "workflow"):
                 found = found.get(name) if isinstance(found, dict) else None
-            return found if isinstance(found, str) and len(found) <= _ID_LIMIT else ""
-    return ""
+            graph = {"prompt": item[2], "workflow": found}
+            return {name: value for name, value in graph.items() if isinstance(value, dict)}
+    return {}
 
 
 def tell(message: dict[str, Any]) -> None:

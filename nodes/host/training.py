@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from comfy.cli_args import args
 from comfy_execution.graph_utils import ExecutionBlocker
 
 from ...trainers.data.scan import shortened
@@ -21,6 +22,7 @@ from ...trainers.session import run_recipe
 from ...trainers.settings import Options, resolve
 from . import families, paths
 from .adapters import apply_adapter
+from .browser import graph_of
 from .control import Training, attended
 from .image import ComfyCodec
 from .model import ComfyDenoiser
@@ -81,7 +83,8 @@ def _train(model, clip, vae, dataset, widgets, options, training: Training) -> T
         text = ComfyText(clip)
         denoiser = ComfyDenoiser(model, text, vae)
         recipe = settled(model, dataset, widgets, options)
-        host = Host(denoiser, text, ComfyCodec(vae), Progress(training, recipe.steps), training.asked)
+        progress = Progress(training, recipe.steps)
+        host = Host(denoiser, text, ComfyCodec(vae), progress, training.asked, _graph(training))
         try:
             result = run_recipe(recipe, dataset, host, paths.folders())
         except (RuntimeError, MemoryError) as error:
@@ -98,6 +101,11 @@ def _train(model, clip, vae, dataset, widgets, options, training: Training) -> T
     summary = _summary(result, recipe)
     loss = {"loss": result.losses, BY_TIMESTEP: result.levels.as_json()}
     return Trained(trained_model, trained_clip, result.adapter, result.embedding, loss, {"text": (summary,)})
+
+
+def _graph(training: Training) -> dict[str, Any] | None:
+    """What the training was queued as, None where the host was started to keep no workflows in what it writes."""
+    return None if args.disable_metadata else graph_of(training.prompt) or None
 
 
 def _out_of_memory(error: Exception) -> OutOfMemory:
