@@ -22,7 +22,7 @@ OPEN = """
     app.canvas.select(node);
     app.canvas.setDirty(true, true);
     const until = async (find) => {
-        for (let turn = 0; turn < 200; turn += 1) {
+        for (let turn = 0; turn < 800; turn += 1) {
             const found = find();
             if (found) return found;
             await new Promise(resolve => setTimeout(resolve, 50));
@@ -80,8 +80,8 @@ def test_the_blueprint_is_offered_and_trains(page, server):
 
 def test_texts_follow_the_language_of_the_page(server, chromium):
     """The panel's at once; those of nodes where the frontend keeps what packs translate (0.3.75 does not)."""
-    page = chromium.open(server.url, {"Comfy.Locale": "de"})
-    table = make_locales.read_table("de")
+    page = chromium.open(server.url, {"Comfy.Locale": "fr"})
+    table = make_locales.read_table("fr")
     page.load(EMPTY)
     node = page.add_node("GraftTrainLoRA")
     said = page.wait_for("return document.querySelector('.graft-panel .graft-state')?.textContent;")
