@@ -115,6 +115,14 @@ class GraftRunOptions(_OptionNode):
                     ["on", "off"],
                     "Write TensorBoard's event files too. They need the package tensorboard. auto: off.",
                 ),
+                advanced(
+                    _count(
+                        "processes",
+                        "Train by so many processes on this machine, one for each GPU; batch_size is of all together. "
+                        "0: 1.",
+                        top=64,
+                    )
+                ),
             ),
         )
 

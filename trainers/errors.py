@@ -64,3 +64,13 @@ def needing(package: str, what: str, otherwise: str, input: str) -> Iterator[Non
             f"Install it into ComfyUI's own Python (python -m pip install {package}) and restart ComfyUI, {otherwise}.",
             input,
         ) from error
+
+
+class Parted(GraftError):
+    """One of the processes that train together has ended, and with it the attempt."""
+
+    def __init__(self):
+        super().__init__(
+            "Another process of this training has ended.",
+            "What was saved stays: start it again, with as many processes as there are, to go on.",
+        )

@@ -73,6 +73,7 @@ class Recipe:
         offload: "on" to keep frozen weights off the device from the start.
         tensorboard: "on" for event files beside the log.
         start_from: an adapter in the host's list, empty for none. What is in it is part of the base it trains on.
+        processes: how many train it together on one machine.
     """
 
     method: str
@@ -135,6 +136,7 @@ class Recipe:
     offload: str
     start_from: str
     tensorboard: str
+    processes: int = 1
 
     @property
     def live_text(self) -> bool:

@@ -230,7 +230,7 @@ class Run:
             if product is not None:
                 paths.append(os.path.join(folder, f"step-{state.step:08d}.safetensors"))
                 write(paths[-1], product, title)
-        write_state(self._state_path(state.step), state)
+        write_state(self.state_path(state.step), state)
         _prune(self.folder, _STATE, keep_last, state.step)
         for path in paths:
             _prune(os.path.dirname(path), _PRODUCT, keep_last, state.step)
@@ -242,7 +242,7 @@ class Run:
             if step > limit:
                 continue
             try:
-                return read_state(self._state_path(step), step)
+                return read_state(self.state_path(step), step)
             except RunError as error:
                 log.warning("Graft: %s Trying an earlier state.", error)
         return None
@@ -320,7 +320,8 @@ class Run:
         last = max(name.rpartition("-")[0] for name in names)
         return data_uri(os.path.join(folder, f"{last}-1.png"))
 
-    def _state_path(self, step: int) -> str:
+    def state_path(self, step: int) -> str:
+        """Of the state after a step."""
         return os.path.join(self.folder, f"state-{step:08d}.safetensors")
 
 

@@ -28,6 +28,7 @@ UNSET: dict[str, dict[str, Any]] = {
         "validate_every": 0,
         "gradient_check": "auto",
         "tensorboard": "auto",
+        "processes": 0,
     },
     "preview": {
         "prompts": "",
@@ -218,6 +219,7 @@ def resolve(
         offload=get("memory", "offload", "auto"),
         start_from=get("adapter", "start_from", ""),
         tensorboard=get("run", "tensorboard", "off"),
+        processes=get("run", "processes", 1),
     )
     check_recipe(recipe)
     return recipe

@@ -363,6 +363,16 @@ def run_session(folder, report=None, host=None, dataset=None, **fields):
     return run_recipe(recipe, dataset or make_dataset(), host or make_host(report), folders)
 
 
+def make_item(index, weight=None):
+    """An example with a latent and a caption of its own."""
+    from graft_pack.trainers.plan import Item, Shown
+    from graft_pack.trainers.protocols import Conditioning
+
+    latent = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(index))
+    conditioning = Conditioning(WordEncoder().encode(f"picture {index}"))
+    return Item(f"picture {index}", (64, 64), 1, lambda turn: Shown(latent, conditioning, weight))
+
+
 @contextmanager
 def planned(items, spread=0.1, **fields):
     """(plan, host) of a LoRA on random trainables; spread 0 leaves them as they start."""
