@@ -22,7 +22,7 @@ from ...trainers.errors import ModelError
 from ...trainers.families import GENERAL, family_of
 from ...trainers.offload import place
 from ...trainers.protocols import HOLE, SOURCE, Conditioning, Geometry, PreviewRequest
-from . import families, kernels, sampling
+from . import families, kernels, quantised, sampling
 from .adapters import classic, unread_keys
 from .digest import patcher_digest
 from .ranges import refuse_ranged
@@ -212,6 +212,7 @@ class ComfyDenoiser:
             own_weights(base.diffusion_model)
             self.compute_dtype = _DTYPES.get(compute_dtype) or _inference_dtype(base)
             self.module = private_tree(base.diffusion_model)
+            quantised.as_linears(self.module)
             self._base = _over(base, self.module)
             self._options = _transformer_options(self._model)
             self._sampler = sampling.PreviewSampler(self._model, self._base, self._text, self._vae, self._beside)
