@@ -43,7 +43,7 @@ test: $(STAMP) chromium  ## run the whole suite
 soak: $(STAMP)  ## run the long trials at their full counts
 	$(BIN)/pytest tests --soak -m soak -s --timeout 7200
 
-bench: $(STAMP)  ## a training step against the bare model, the memory of all weights, a folder of 10,000 pictures
+bench: $(STAMP)  ## a training step against the bare model and its peers, the memory of all weights, a folder of 10,000 pictures
 	$(BIN)/python -m tests.bench
 	$(BIN)/python -m tests.bench_memory
 	$(BIN)/python -m tests.bench_datasets

@@ -9,7 +9,7 @@ from ..trainers.errors import DatasetError
 from . import inputs
 from .checks import checked
 from .host import paths
-from .schema import CATEGORY, Dataset, advanced, named
+from .schema import CATEGORY, Dataset, advanced, describe, named
 
 _CATEGORY = f"{CATEGORY}/dataset"
 
@@ -176,9 +176,10 @@ class GraftLoadDataset(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         choices = paths.dataset_choices()
-        return io.Schema(
+        return describe(
             node_id="GraftLoadDataset",
             display_name="Graft Load Dataset",
+            aliases=["training images", "image folder", "captions", "load folder"],
             category=_CATEGORY,
             description="Loads a folder of pictures; name.txt beside name.png holds its caption.",
             inputs=[
@@ -287,9 +288,10 @@ class GraftDatasetFromImages(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return describe(
             node_id="GraftDatasetFromImages",
             display_name="Graft Dataset from Images",
+            aliases=["training images", "captions", "batch to dataset"],
             category=_CATEGORY,
             description="Makes a dataset of pictures in the graph, with one caption for all or one for each.",
             is_input_list=True,
@@ -354,9 +356,10 @@ class GraftCombineDatasets(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return describe(
             node_id="GraftCombineDatasets",
             display_name="Graft Combine Datasets",
+            aliases=["merge datasets", "concatenate datasets", "join datasets"],
             category=_CATEGORY,
             description="Joins two datasets; each picture keeps its caption, trigger and repeats.",
             inputs=[
@@ -378,9 +381,10 @@ class GraftInspectDataset(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return describe(
             node_id="GraftInspectDataset",
             display_name="Graft Inspect Dataset",
+            aliases=["preview dataset", "check dataset", "contact sheet", "buckets"],
             category=_CATEGORY,
             description="Shows the pictures as they will be cropped, with captions, and reports what to look after.",
             inputs=[

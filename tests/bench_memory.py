@@ -21,6 +21,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from .bench.memory import Peak
+
 MODEL = "SD1 middling"
 BAR = 1.10
 MEGABYTE = 1 << 20
@@ -37,25 +39,6 @@ CASES = {
 # glibc's own name for the size from which what is freed goes back to the system.
 AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "262144"}
 OUTSIDE = ("AdamW, clipped",)
-
-
-class Peak:
-    """The largest resident memory since it was made, over what there was then, in bytes."""
-
-    def __init__(self):
-        # Lets the system forget the largest so far.
-        Path("/proc/self/clear_refs").write_text("5")
-        self._before = _status("VmRSS")
-
-    def __call__(self) -> int:
-        return _status("VmHWM") - self._before
-
-
-def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"this system does not tell {field}")
 
 
 def size_of(tensors) -> int:

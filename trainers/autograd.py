@@ -33,15 +33,20 @@ class OutOfPlace(TorchFunctionMode):
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if kwargs and kwargs.get("out") is not None and torch.is_grad_enabled() and _recorded(args):
-            # Into a given tensor autograd does not record at all.
-            return func(*args, **{name: value for name, value in kwargs.items() if name != "out"})
+        # Every call of torch's comes by here; most are none of the two kinds, and have no keywords.
         plain = _OUT_OF_PLACE.get(func)
-        if plain is not None and torch.is_grad_enabled():
-            result = plain(*args, **(kwargs or {}))
-            # In place would have kept the dtype; so must this, or activations grow under half precision.
-            return result if result.dtype == args[0].dtype else result.to(args[0].dtype)
-        return func(*args, **(kwargs or {}))
+        if plain is None:
+            if not kwargs:
+                return func(*args)
+            if kwargs.get("out") is not None and torch.is_grad_enabled() and _recorded(args):
+                # Into a given tensor autograd does not record at all.
+                kwargs = {name: value for name, value in kwargs.items() if name != "out"}
+            return func(*args, **kwargs)
+        if not torch.is_grad_enabled():
+            return func(*args, **(kwargs or {}))
+        result = plain(*args, **(kwargs or {}))
+        # In place would have kept the dtype; so must this, or activations grow under half precision.
+        return result if result.dtype == args[0].dtype else result.to(args[0].dtype)
 
 
 def _recorded(args) -> bool:

@@ -76,6 +76,7 @@ class Plan:
         frozen: gives a context in which the denoiser predicts as the base did before it was given trainables.
         constants: tensors of the tree that are not trained and that a resumed run must find again.
         in_backward: whether trainables are moved as soon as their gradients are there, where that comes to the same.
+        prefetch: whether the next batch is fetched while this one is computed; items are then shown by two threads.
     """
 
     recipe: Recipe
@@ -88,6 +89,7 @@ class Plan:
     frozen: Callable[[], AbstractContextManager] = nullcontext
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
     in_backward: bool = False
+    prefetch: bool = True
 
     def all_groups(self) -> Sequence[Group]:
         """The groups, or the one that stands for none."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import threading
 import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -87,8 +88,13 @@ def all_resolutions(dataset: Dataset) -> list[int]:
     return sorted({0, *(side for example in dataset.examples for side in example.handling.resolutions)})
 
 
-def prepare(dataset: Dataset, recipe: Recipe, host: Host, cache_folder: str, cache_limit: int) -> Prepared:
+def prepare(
+    dataset: Dataset, recipe: Recipe, host: Host, cache_folder: str, cache_limit: int, copy: str = ""
+) -> Prepared:
     """Encodes what is not yet cached and gives the examples as the loop wants them.
+
+    Args:
+        copy: a folder for a cache of just what this training needs, empty for none.
 
     Raises:
         DatasetError: nothing is left to train on, or something cannot be encoded.
@@ -106,6 +112,8 @@ def prepare(dataset: Dataset, recipe: Recipe, host: Host, cache_folder: str, cac
     training = [cut for cut in cuts if cut.place not in validation]
     maker.encode_captions(training, [cut for cut in cuts if cut.place in validation])
     maker.check_inputs(cuts[0])
+    if copy:
+        maker.copy(copy)
     removed = prune(cache_folder, cache_limit, started)
     if removed:
         log.info("Graft: %.1f GB of the oldest cached latents and texts were removed.", removed / 1e9)
@@ -177,20 +185,29 @@ class _Maker:
         self._pictures = len(dataset.examples)
         self._recipe = recipe
         self._host = host
-        self._latents = LatentCache(Cache(os.path.join(folder, "latents")), host.codec)
+        self._caches = {name: Cache(os.path.join(folder, name)) for name in ("latents", "text", "masks")}
+        self._latents = LatentCache(self._caches["latents"], host.codec)
         # Where the text encoder changes while training, nothing that it gave before is of use.
-        self._texts = None if recipe.live_text else TextCache(Cache(os.path.join(folder, "text")), host.text)
-        self._masks = MaskCache(Cache(os.path.join(folder, "masks")))
+        self._texts = None if recipe.live_text else TextCache(self._caches["text"], host.text)
+        self._masks = MaskCache(self._caches["masks"])
         self._holes = None
         if host.denoiser.takes == HOLE:
-            self._holes = HoleCache(Cache(os.path.join(folder, "holes")), host.codec)
+            self._caches["holes"] = Cache(os.path.join(folder, "holes"))
+            self._holes = HoleCache(self._caches["holes"], host.codec)
         self._keep = Keep()
+        # The loop fetches a batch ahead in a thread; caches and what is at hand are for one at a time.
+        self._lock = threading.Lock()
         self._done = 0
         self._some_caption = ""
 
     def _tick(self, name: str, total: int) -> None:
         self._done += 1
         self._host.report("cache", {"name": name, "done": self._done, "total": total})
+
+    def copy(self, folder: str) -> None:
+        """Puts what is needed into another cache."""
+        for name, cache in self._caches.items():
+            cache.copy_asked(os.path.join(folder, name))
 
     def encode_pictures(self, cuts: list[_Cuts], left_out: list[LeftOut]) -> list[_Cuts]:
         """Those of the cuts that have latents and masks; the others go to `left_out`."""
@@ -307,7 +324,8 @@ class _Maker:
         from .plan import Item
 
         def show(turn: int | None) -> Shown:
-            return self._show(cut, crop, turn)
+            with self._lock:
+                return self._show(cut, crop, turn)
 
         example = cut.example
         anchored = example.anchor is not None

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Protocol
 
+from .group import ALONE, Group
+
 if TYPE_CHECKING:
     import torch
     from PIL import Image
@@ -240,6 +242,8 @@ class Host:
     Attributes:
         report: called with (event name, payload) after each event; may raise to interrupt.
         asked: called after each step; what was asked since, None for nothing.
+        heed: called within a step where it can be given up; may raise to interrupt.
+        group: the processes that train together.
     """
 
     denoiser: Denoiser
@@ -247,3 +251,5 @@ class Host:
     codec: ImageCodec
     report: callable = field(default=lambda event, payload: None)
     asked: Callable[[], Asked | None] = field(default=lambda: None)
+    heed: Callable[[], None] = field(default=lambda: None)
+    group: Group = ALONE

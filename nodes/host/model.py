@@ -68,6 +68,7 @@ class ComfyDenoiser:
         self.device = self._model.load_device
         self.compute_dtype = torch.float32
         self.module: torch.nn.Module | None = None
+        self._casting: list[torch.nn.Module] = []
         self._base = None
         self._options: dict = {}
         self._sampler: sampling.PreviewSampler | None = None
@@ -158,7 +159,7 @@ class ComfyDenoiser:
     def _forward(self, x_t: torch.Tensor, sigma: torch.Tensor, conds: list[dict]) -> torch.Tensor:
         dtype = self.compute_dtype
         # Asked each time: a method may have put weights of another dtype into the tree.
-        _cast_where_needed(self.module, dtype)
+        _cast_where_needed(self._casting, dtype)
         trained = _trained(cond.cond for one in conds for cond in one.values())
         with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
             joined = {name: conds[0][name].concat([other[name] for other in conds[1:]]) for name in conds[0]}
@@ -213,6 +214,8 @@ class ComfyDenoiser:
             self.compute_dtype = _DTYPES.get(compute_dtype) or _inference_dtype(base)
             self.module = private_tree(base.diffusion_model)
             quantised.as_linears(self.module)
+            # Listed once: looking for them takes longer than asking them.
+            self._casting = [layer for layer in self.module.modules() if hasattr(layer, "comfy_cast_weights")]
             self._base = _over(base, self.module)
             self._options = _transformer_options(self._model)
             self._sampler = sampling.PreviewSampler(self._model, self._base, self._text, self._vae, self._beside)
@@ -222,12 +225,13 @@ class ComfyDenoiser:
             finally:
                 self._sampler = None
                 self._base = None
+                self._casting = []
                 self.module = None
                 comfy.model_management.soft_empty_cache()
 
     def preview(self, request: PreviewRequest) -> list[Image.Image]:
         """By the host's own sampler on the tree as trained so far."""
-        _cast_where_needed(self.module, _inference_dtype(self._base))
+        _cast_where_needed(self._casting, _inference_dtype(self._base))
         try:
             with _not_training():
                 return self._sampler.draw(request)
@@ -319,11 +323,9 @@ def _inference_dtype(base) -> torch.dtype:
     return base.manual_cast_dtype or base.get_dtype()
 
 
-def _cast_where_needed(tree: torch.nn.Module, dtype: torch.dtype) -> None:
+def _cast_where_needed(layers: list[torch.nn.Module], dtype: torch.dtype) -> None:
     """Lets the host's layers cast weights that are kept in another dtype; on the private tree only."""
-    for layer in tree.modules():
-        if not hasattr(layer, "comfy_cast_weights"):
-            continue
+    for layer in layers:
         weight = getattr(layer, "weight", None)
         if weight is not None and weight.dtype != dtype:
             layer.comfy_cast_weights = True

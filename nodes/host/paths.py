@@ -51,6 +51,11 @@ def index_folder() -> str:
     return os.path.join(folders().cache, "index")
 
 
+def jobs_folder() -> str:
+    """Where jobs for other machines are written."""
+    return os.path.join(folders().runs, "jobs")
+
+
 def class_images_folder() -> str:
     """Where class images are kept; not among the caches, since drawing them takes long and they can be looked at."""
     return os.path.join(folders().runs, "class_images")

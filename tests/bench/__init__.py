@@ -1,0 +1,1 @@
+"""What training costs, measured against what it cannot do without and against its peers: `make bench`."""

@@ -1,0 +1,125 @@
+"""A training step against the bare model, against core's Train LoRA node and against diffusers' script.
+
+    python -m tests.bench [--rounds N] [--threads N] [--model NAME] [--batch N] [--picture FILE] [--readme]
+
+The limit is what no trainer of activations can go below: forward and backward of the bare model where the latent
+requires a gradient and no parameter or text does. Each case runs in a process of its own, in which all contestants take
+turns. What is compared is the process's own processor time, which on a machine that others use too says more than the
+clock; with one thread it is what the clock would say of an idle one. Memory is measured apart, each contestant in a
+process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from . import contestants, report
+from .contestants import Case
+from .memory import peak_of
+from .turns import Turn, rounds
+
+MIDDLING = "SD1 middling"
+TINY = ("SD1", "SDXL", "Flux as in diffusers", "SD3")
+WARM_UP = 2
+CASES = [Case(model, batch, on) for model in (*TINY, MIDDLING) for batch in (1, 4) for on in (False, True)]
+# Twice the side and many more pictures, for how the cost grows.
+GROWTH = (Case(MIDDLING, 1, side=16), Case(MIDDLING, 4, side=16), Case(MIDDLING, 1))
+MEMORY = ("limit", "attention", "linear + conv", "core", "core, bypass", "diffusers")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7, help="turns that count")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--model", action="append", help="one of the models alone; more than once for several")
+    parser.add_argument("--batch", type=int, help="one of the batches alone")
+    parser.add_argument("--picture", type=Path, help="a PNG of the table")
+    parser.add_argument("--readme", action="store_true", help="puts the table into README.md")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(_one(**json.loads(args.one))))
+        return
+    cases = [case for case in CASES if case.model in (args.model or [case.model])]
+    cases = [case for case in cases if case.batch == (args.batch or case.batch)]
+    found = {}
+    for case in cases:
+        found[case] = _apart("steps", case, rounds=args.rounds, threads=args.threads)
+        print(report.line(case, found[case]), flush=True)
+    told = [report.steps(found, args.threads, args.rounds)]
+    if any(case.model == MIDDLING for case in cases):
+        told.append(report.growth({case: _apart("growth", case, rounds=args.rounds, threads=1) for case in GROWTH}))
+        largest = Case(MIDDLING, 1)
+        names = [name for name in MEMORY if name in found[largest]]
+        told.append(report.memory({name: _apart("memory", largest, name=name) for name in names}))
+    text = "\n\n".join(told)
+    print("\n" + text)
+    if args.picture:
+        report.draw(found, args.picture)
+    if args.readme:
+        report.put_into_readme(text)
+
+
+def _apart(kind: str, case: Case, **more) -> dict:
+    """What `_one` gives, from a process of its own."""
+    order = json.dumps({"kind": kind, "case": asdict(case), **more})
+    command = [sys.executable, "-m", "tests.bench", "--one", order]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{case} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _one(kind: str, case: dict, **more) -> dict:
+    from tests.support import pack
+
+    pack.hide_root()
+    pack.load_pack()
+    pack.use_comfy()
+    return {"steps": _steps, "memory": _memory, "growth": _growth}[kind](Case(**case), **more)
+
+
+def _steps(case: Case, rounds: int, threads: int) -> dict[str, list]:
+    names = [name for name in contestants.ALL if name != "core, bypass" or contestants.has_bypass()]
+    return _in_turns({name: functools.partial(contestants.ALL[name], case) for name in names}, rounds, threads)
+
+
+def _in_turns(works: dict, count: int, threads: int) -> dict[str, list]:
+    import torch
+
+    torch.set_num_threads(threads)
+    return rounds({name: Turn(work, threads) for name, work in works.items()}, count, WARM_UP)
+
+
+def _growth(case: Case, rounds: int, threads: int) -> dict:
+    """Floating-point operations of the bare limit, and what limit and step take."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    works = {name: functools.partial(contestants.ALL[name], case) for name in ("limit", "attention")}
+    found = _in_turns(works, rounds, threads)
+    counter = FlopCounterMode(display=False)
+
+    class Enough(Exception):
+        pass
+
+    def stand():
+        raise Enough
+
+    with contextlib.suppress(Enough), counter:
+        contestants.limit(case, stand)
+    return {**found, "operations": counter.get_total_flops()}
+
+
+def _memory(case: Case, name: str) -> dict[str, float]:
+    return peak_of(case, name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,268 @@
+"""The bare model, our step, core's Train LoRA node and diffusers' training step, each on a MODEL of its own.
+
+Each is work as `turns.Turn` takes it.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+RANK = 8
+LEARNING_RATE = 1e-4
+# More than are ever made: whoever measures decides when it is enough.
+MANY = 10**6
+# Attention's layers, as diffusers' training scripts name them.
+ATTENTION = r".*(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
+# Those that add to activations in place, which has no gradient without our rule.
+IN_PLACE = ("Flux as in diffusers", "SD3")
+_SIGMA = 0.7
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained on.
+
+    Attributes:
+        model: in `models.SIZES`.
+        batch: examples of a step.
+        checkpointing: whether activations are forgotten at the blocks.
+        side: of the latents; 0 for the model's.
+    """
+
+    model: str
+    batch: int
+    checkpointing: bool = False
+    side: int = 0
+
+    def patcher(self):
+        """A MODEL of its own, with ordinary weights: core's node wants them so on a CPU."""
+        from tests.support import models
+
+        return models.patcher(self.model)
+
+    def latents(self):
+        """[B, C, ...] of a seed."""
+        import torch
+
+        from tests.support import models
+
+        shape = models.SIZES[self.model].latent
+        if self.side:
+            shape = (*shape[:-2], self.side, self.side)
+        return torch.randn(self.batch, *shape, generator=torch.Generator().manual_seed(0))
+
+    def conditionings(self):
+        """One for each example."""
+        from tests.support import models
+
+        return [models.conditioning(self.model, seed) for seed in range(self.batch)]
+
+
+def forward(case: Case, stand: Callable[[], None]) -> None:
+    """The bare model without gradients."""
+    import torch
+
+    with _bare(case) as network, torch.no_grad():
+        latents = case.latents()
+        while True:
+            network(latents)
+            stand()
+
+
+def limit(case: Case, stand: Callable[[], None]) -> None:
+    """What no trainer can go below: forward and backward where the latent wants a gradient, no weight and no text."""
+    with _bare(case) as network:
+        _forward_and_backward(network, case, stand)
+
+
+@contextmanager
+def _bare(case: Case) -> Iterator[Callable]:
+    """The host's network as a function of the latents alone: what it takes beside them is made before."""
+    import torch
+    from graft_pack.nodes.host.model import ComfyDenoiser
+    from graft_pack.trainers.autograd import OutOfPlace, blocks_of, checkpoint_blocks
+
+    from tests.support import models
+
+    denoiser = ComfyDenoiser(case.patcher(), None, models.SmallVae())
+    with denoiser.training("auto"):
+        network = denoiser.module
+        if case.checkpointing:
+            checkpoint_blocks(blocks_of(network))
+        with models.inputs_of(network) as calls, torch.no_grad():
+            denoiser.predict(case.latents(), torch.full((case.batch,), _SIGMA), case.conditionings())
+        (_, *args), kwargs = calls[0]
+        mode = OutOfPlace if case.model in IN_PLACE else nullcontext
+
+        def call(latents):
+            with mode():
+                return network(latents, *args, **kwargs)
+
+        yield call
+
+
+def _forward_and_backward(network: Callable, case: Case, stand: Callable[[], None]) -> None:
+    latents = case.latents().requires_grad_()
+    while True:
+        network(latents).square().mean().backward()
+        latents.grad = None
+        stand()
+
+
+def ours(case: Case, stand: Callable[[], None], targets: str = "attention") -> None:
+    """The engine's whole loop: data, noise, prediction, loss, backward, clipping, AdamW, log."""
+    from tests.support import models
+
+    def report(event, payload):
+        if event == "step":
+            stand()
+
+    fields = {"steps": MANY, "batch_size": case.batch, "rank": RANK, "alpha": float(RANK), "save_every": MANY}
+    fields |= {"learning_rate": LEARNING_RATE, "targets": targets}
+    made = models.in_training(
+        case.patcher(), case.model, case.checkpointing, 0.0, case.batch, case.side, report, **fields
+    )
+    with made as training, tempfile.TemporaryDirectory() as folder:
+        models.train(training, Path(folder))
+
+
+def core(case: Case, stand: Callable[[], None], bypass: bool = False) -> None:
+    """ComfyUI's own node, in fp32; it trains every layer with weights, and offers no choice of them."""
+    from comfy_extras import nodes_train
+
+    from tests.support import models
+
+    values = {
+        "model": case.patcher(),
+        "batch_size": case.batch,
+        "grad_accumulation_steps": 1,
+        "steps": MANY,
+        "learning_rate": LEARNING_RATE,
+        "rank": RANK,
+        "optimizer": "AdamW",
+        "loss_function": "MSE",
+        "seed": 0,
+        "training_dtype": "fp32",
+        "lora_dtype": "fp32",
+        "quantized_backward": False,
+        "algorithm": "LoRA",
+        "gradient_checkpointing": case.checkpointing,
+        "checkpoint_depth": 1,
+        "offloading": False,
+        "existing_lora": "[None]",
+        "bucket_mode": False,
+        "bypass_mode": bypass,
+    }
+    takes = inspect.signature(nodes_train.TrainLoraNode.execute).parameters
+    given = {name: [value] for name, value in values.items() if name in takes}
+    given["algorithm"] = [next(iter(nodes_train.adapter_maps))]
+    # Two at least: the node of some hosts fails on a single latent.
+    shown = max(2, case.batch)
+    rows = case.latents().split(1)
+    given["latents"] = [{"samples": rows[place % case.batch].clone()} for place in range(shown)]
+    given["positive"] = [[_as_core(models.conditioning(case.model, seed))] for seed in range(shown)]
+
+    class Bar:
+        def __init__(self, total):
+            pass
+
+        def update(self, count):
+            stand()
+
+    nodes_train.ProgressBar = Bar
+    nodes_train.TrainLoraNode.execute(**given)
+
+
+def has_bypass() -> bool:
+    """Whether the host's node can leave the weights as they are."""
+    from comfy_extras import nodes_train
+
+    return "bypass_mode" in inspect.signature(nodes_train.TrainLoraNode.execute).parameters
+
+
+def _as_core(one) -> list:
+    """A Conditioning as CLIPTextEncode gives it."""
+    tensors = dict(one.tensors)
+    return [tensors.pop("cross_attn"), tensors]
+
+
+def diffusers_limit(case: Case, stand: Callable[[], None]) -> None:
+    """The same limit for diffusers' own network."""
+    network, call = _published(case)
+    _forward_and_backward(call, case, stand)
+
+
+def diffusers_step(case: Case, stand: Callable[[], None]) -> None:
+    """A step as diffusers' LoRA scripts make it: peft on attention, accelerate, AdamW, a schedule, clipping."""
+    import torch
+    from accelerate import Accelerator
+    from diffusers.optimization import get_scheduler
+    from peft import LoraConfig
+
+    network, call = _published(case)
+    config = LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=ATTENTION)
+    network.add_adapter(config)
+    network.train()
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    accelerator = Accelerator(cpu=True)
+    optimiser = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=1e-2)
+    schedule = get_scheduler("constant", optimizer=optimiser)
+    optimiser, schedule = accelerator.prepare(optimiser, schedule)
+    latents = case.latents()
+    while True:
+        with accelerator.accumulate(network):
+            noise = torch.randn_like(latents)
+            loss = torch.nn.functional.mse_loss(call(latents + _SIGMA * noise).float(), noise, reduction="mean")
+            accelerator.gather(loss.repeat(case.batch)).mean().item()
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(trained, 1.0)
+            optimiser.step()
+            schedule.step()
+            optimiser.zero_grad()
+        stand()
+
+
+def _published(case: Case):
+    """diffusers' network with a MODEL's weights, and it as a function of the latents alone."""
+    import torch
+
+    from tests.support.diffusers_host import convert_sd1
+    from tests.support.published import PUBLISHED
+
+    model = case.patcher()
+    sigma = torch.full((case.batch,), _SIGMA)
+    conditionings = case.conditionings()
+    kind = next((one for one in PUBLISHED.values() if one.name == case.model), None)
+    if kind is None:
+        network = convert_sd1(model)
+        context = torch.cat([one.tensors["cross_attn"] for one in conditionings])
+        t = torch.full((case.batch,), 500)
+        call = lambda latents: network(latents, t, context).sample  # noqa: E731
+    else:
+        network, _ = kind.network(model)
+        network.requires_grad_(False)
+        call = lambda latents: kind.run(network, latents, sigma, conditionings)  # noqa: E731
+    if case.checkpointing:
+        network.enable_gradient_checkpointing()
+        # diffusers forgets nothing outside training mode.
+        network.train()
+    return network, call
+
+
+# By name, in the order of the table's columns.
+ALL = {
+    "forward": forward,
+    "limit": limit,
+    "attention": ours,
+    "linear + conv": functools.partial(ours, targets="linear + conv"),
+    "core": core,
+    "core, bypass": functools.partial(core, bypass=True),
+    "diffusers' limit": diffusers_limit,
+    "diffusers": diffusers_step,
+}

@@ -1,0 +1,71 @@
+"""The most memory that a contestant's steps take, in bytes, in this process."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+from . import contestants
+from .contestants import Case
+
+STEPS = 3
+
+
+class Peak:
+    """The largest resident memory since it was made, over what there was then, in bytes."""
+
+    def __init__(self):
+        # Lets the system forget the largest so far.
+        Path("/proc/self/clear_refs").write_text("5")
+        self._before = _status("VmRSS")
+
+    def __call__(self) -> int:
+        return _status("VmHWM") - self._before
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"this system does not tell {field}")
+
+
+class _Enough(Exception):
+    """Ends a contestant."""
+
+
+def run(case: Case, name: str, steps: int) -> None:
+    """A contestant's steps, in this thread."""
+    left = steps
+
+    def stand():
+        nonlocal left
+        left -= 1
+        if not left:
+            raise _Enough
+
+    with contextlib.suppress(_Enough):
+        contestants.ALL[name](case, stand)
+
+
+def peak_of(case: Case, name: str) -> dict[str, float]:
+    """The model included; what is imported and set up when it is first needed is not."""
+    import torch
+
+    torch.set_num_threads(1)
+    run(Case("SD1", case.batch, case.checkpointing), name, STEPS)
+    peak = Peak()
+    run(case, name, STEPS)
+    return {"peak": peak(), "adapters": _adapters(case, name)}
+
+
+def _adapters(case: Case, name: str) -> int:
+    """Bytes of what is trained and of what AdamW keeps of it, for our own."""
+    from tests.support import models
+
+    if name not in ("attention", "linear + conv"):
+        return 0
+    rank = contestants.RANK
+    with models.in_training(case.patcher(), case.model, rank=rank, alpha=float(rank), targets=name) as training:
+        # Values and two moments; gradients live beside them.
+        return 4 * sum(one.nbytes for one in training.plan.trainables.values())

@@ -1,0 +1,131 @@
+"""The figures as lines, as a picture and as a part of README."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+from .contestants import Case
+
+ROOT = Path(__file__).parents[2]
+BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
+MEGABYTE = 1 << 20
+# Seconds; below this a step's fixed cost weighs too much for a bar to mean anything.
+BAR_FROM = 0.25
+BARS = {"attention": 1.10, "linear + conv": 1.20}
+# Whose step is held against which limit.
+LIMIT_OF = {"diffusers": "diffusers' limit"}
+RATIOS = ("attention", "linear + conv", "core", "core, bypass", "diffusers")
+_OWN = 1  # of (seconds, seconds of processor time)
+
+
+def ratio(rows: dict[str, list], name: str) -> tuple[float, float, float]:
+    """Quartiles of a contestant's step over the limit of the same round."""
+    limit = rows[LIMIT_OF.get(name, "limit")]
+    found = [step[_OWN] / least[_OWN] for step, least in zip(rows[name], limit, strict=True)]
+    low, middle, high = statistics.quantiles(found, n=4)
+    return middle, low, high
+
+
+def median(rows: list) -> float:
+    """Seconds of processor time."""
+    return statistics.median(row[_OWN] for row in rows)
+
+
+def verdict(rows: dict[str, list]) -> str:
+    """Which bars a case holds."""
+    if median(rows["limit"]) < BAR_FROM:
+        return "limit < 250 ms"
+    missed = [name for name, bar in BARS.items() if ratio(rows, name)[0] > bar]
+    if ratio(rows, "attention")[0] > ratio(rows, "diffusers")[0]:
+        missed.append("diffusers")
+    if median(rows["core"]) < 2 * median(rows["linear + conv"]):
+        missed.append("core")
+    return f"missed: {', '.join(missed)}" if missed else "held"
+
+
+def line(case: Case, rows: dict[str, list]) -> str:
+    """A case as a row of the table."""
+    cells = [case.model, f"{case.batch}{', checkpointed' if case.checkpointing else ''}"]
+    cells += [f"{median(rows[name]) * 1e3:.0f}" for name in ("forward", "limit")]
+    for name in RATIOS:
+        if name not in rows:
+            cells.append("-")
+            continue
+        middle, low, high = ratio(rows, name)
+        cells.append(f"{middle:.2f} ({low:.2f}-{high:.2f})")
+    return f"| {' | '.join(cells)} | {verdict(rows)} |"
+
+
+def steps(found: dict[Case, dict], threads: int, rounds: int) -> str:
+    """The whole table."""
+    heads = ["model", "batch", "forward, ms", "limit, ms", "Graft, attention", "Graft, linear + conv"]
+    heads += ["core's node", "core's, bypass", "diffusers", "bars"]
+    lines = [
+        "A whole step over the bare model's forward and backward (limit), LoRA of rank 8, fp32 on the CPU. Medians and",
+        f"quartiles of {rounds} rounds of processor time, torch on {threads} of two cores that other programs use too.",
+        "core's node trains every layer, as *linear + conv* does, diffusers attention, held against its own network's",
+        "limit. Bars, from a limit of 250 ms on: attention 1.10, linear + conv 1.20, core's node twice as long, Graft",
+        "on attention not above diffusers.",
+        "",
+        f"| {' | '.join(heads)} |",
+        "|" + "---|" * len(heads),
+    ]
+    return "\n".join([*lines, *(line(case, rows) for case, rows in found.items())])
+
+
+def growth(found: dict[Case, dict]) -> str:
+    """How a step's cost grows with pictures and with their size."""
+    one, many, wide = found.items()
+    lines = ["| from | to | model's operations | limit | step |", "|---|---|---|---|---|"]
+    for (case, rows), words in ((many, "pictures in a batch"), (wide, "times the side")):
+        more = [rows["operations"] / one[1]["operations"]]
+        more += [median(rows[name]) / median(one[1][name]) for name in ("limit", "attention")]
+        count = case.batch if case.batch > 1 else 2
+        lines.append(f"| 1 | {count} {words} | " + " | ".join(f"x {factor:.2f}" for factor in more) + " |")
+    return "\n".join(lines)
+
+
+def memory(found: dict[str, dict]) -> str:
+    """The peaks, and of ours what they may be."""
+    bare = found["limit"]["peak"]
+    lines = ["| peak memory, batch 1 | MB | over bare + adapters + optimiser |", "|---|---|---|"]
+    for name, row in found.items():
+        allowed = bare + row["adapters"]
+        share = f"{row['peak'] / allowed:.3f}" if row["adapters"] else "-"
+        lines.append(f"| {'bare model' if name == 'limit' else name} | {row['peak'] / MEGABYTE:.0f} | {share} |")
+    return "\n".join(lines)
+
+
+def draw(found: dict[Case, dict], path: Path) -> None:
+    """Bars of the ratios, a group for each case."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = [name for name in RATIOS if any(name in rows for rows in found.values())]
+    figure, axes = pyplot.subplots(figsize=(12, 0.42 * len(found) + 1.6), dpi=110)
+    height = 0.8 / len(names)
+    for place, name in enumerate(names):
+        rows = [(row, *ratio(found[case], name)) for row, case in enumerate(found) if name in found[case]]
+        at = [row + place * height for row, *_ in rows]
+        spread = [[middle - low for _, middle, low, _ in rows], [high - middle for _, middle, _, high in rows]]
+        axes.barh(at, [middle for _, middle, _, _ in rows], height, xerr=spread, label=name, error_kw={"lw": 0.8})
+    axes.axvline(1.0, color="black", lw=1)
+    labels = [f"{case.model}, {case.batch}{' ckpt' if case.checkpointing else ''}" for case in found]
+    axes.set_yticks([row + 0.4 for row in range(len(found))], labels)
+    axes.invert_yaxis()
+    axes.set_xlabel("whole step / forward and backward of the bare model")
+    axes.legend(loc="lower right", fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def put_into_readme(text: str) -> None:
+    """In place of what stands between the marks."""
+    path = ROOT / "README.md"
+    whole = path.read_text(encoding="utf-8")
+    head, rest = whole.split(BEGIN)
+    _, tail = rest.split(END)
+    path.write_text(f"{head}{BEGIN}\n{text}\n{END}{tail}", encoding="utf-8")

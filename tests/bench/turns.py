@@ -1,0 +1,75 @@
+"""Contestants that take turns in one process, so that a machine that is busy for a while is busy for all of them."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+
+class Turn:
+    """Work that runs in a thread of its own and stands still between its steps.
+
+    Args:
+        work: called with a function that it has to call after every step, without arguments.
+        threads: of torch, in that thread.
+    """
+
+    def __init__(self, work: Callable[[Callable[[], None]], None], threads: int):
+        self._go = threading.Semaphore(0)
+        self._stands = threading.Semaphore(0)
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, args=(work, threads), daemon=True)
+        self._thread.start()
+
+    def next(self) -> None:
+        """Lets it make one step. Raises what the work raised, and RuntimeError when it has no step left."""
+        self._go.release()
+        self._stands.acquire()
+        if self._error is not None:
+            raise self._error
+
+    def _run(self, work, threads):
+        import torch
+
+        torch.set_num_threads(threads)
+        self._go.acquire()
+        try:
+            work(self._stand)
+            self._error = RuntimeError("it has no step left")
+        except BaseException as error:
+            self._error = error
+        self._stands.release()
+
+    def _stand(self):
+        self._stands.release()
+        self._go.acquire()
+
+
+def repeat(call: Callable[[], None]) -> Callable[[Callable[[], None]], None]:
+    """Work whose step is a call."""
+
+    def work(stand):
+        while True:
+            call()
+            stand()
+
+    return work
+
+
+def timed(call: Callable[[], None]) -> tuple[float, float]:
+    """(seconds, seconds of this process's processor time) of a call."""
+    wall, own = time.perf_counter(), time.process_time()
+    call()
+    return time.perf_counter() - wall, time.process_time() - own
+
+
+def rounds(turns: dict[str, Turn], count: int, warm_up: int) -> dict[str, list[tuple[float, float]]]:
+    """What each contestant's steps took, round by round; the warm-up is not in it."""
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in turns}
+    for number in range(warm_up + count):
+        for name, turn in turns.items():
+            took = timed(turn.next)
+            if number >= warm_up:
+                found[name].append(took)
+    return found

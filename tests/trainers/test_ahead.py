@@ -1,0 +1,78 @@
+"""The next batch is fetched by a thread while this one is computed, and nothing of the result depends on it."""
+
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+from graft_pack.trainers.errors import DatasetError
+from graft_pack.trainers.plan import Item, Shown
+from graft_pack.trainers.protocols import Conditioning
+
+from tests.support import counting, models
+from tests.support.diffusers_host import WordEncoder, gradient_of, planned, same_tensors
+
+FIELDS = {"steps": 5, "batch_size": 2, "accumulation": 2, "max_grad_norm": 0.0, "save_every": 100}
+
+
+def items(told, fails=None):
+    """Six examples that vary by turn; `told` gets (the thread, place, turn) of each showing."""
+
+    def show(place, turn):
+        told.append((threading.current_thread().name, place, turn))
+        if (place, turn) == fails:
+            raise DatasetError(f"picture {place} is gone", "Put it back.", "dataset")
+        latent = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(100 * place + turn))
+        return Shown(latent, Conditioning(WordEncoder().encode(f"picture {place}")))
+
+    return [
+        Item(f"picture {place}", (64, 64), 1, lambda turn, place=place: show(place, turn), False, False)
+        for place in range(6)
+    ]
+
+
+def trained(folder, prefetch, fails=None):
+    """(final state, what was told) of a training."""
+    told = []
+    with planned(items(told, fails), **FIELDS) as (plan, host):
+        state = models.train(models.Training(None, host, replace(plan, prefetch=prefetch)), folder)
+    return state, told
+
+
+def test_the_bits_are_the_same_with_and_without(tmp_path):
+    ahead, told = trained(tmp_path / "ahead", True)
+    plain, plainly = trained(tmp_path / "plain", False)
+    assert ahead.losses == plain.losses
+    assert same_tensors(ahead.trainables, plain.trainables)
+    # Nothing is fetched twice or in vain: 5 steps of 2 batches of 2.
+    assert sorted(row[1:] for row in told) == sorted(row[1:] for row in plainly)
+    assert len(told) == 20
+    assert {name for name, *_ in plainly} == {"MainThread"}
+    threads = [name for name, *_ in told]
+    assert threads[:2] == ["MainThread"] * 2
+    assert all(name.startswith("graft-ahead") for name in threads[2:])
+    assert not [one for one in threading.enumerate() if one.name.startswith("graft-ahead")]
+
+
+@pytest.mark.parametrize("prefetch", [True, False])
+def test_what_cannot_be_fetched_ends_its_own_step(prefetch, tmp_path):
+    _, told = trained(tmp_path / "whole", False)
+    fails = told[9][1:]
+    with planned(items([], fails), **FIELDS) as (plan, host):
+        training = models.Training(None, host, replace(plan, prefetch=prefetch))
+        with pytest.raises(DatasetError, match="is gone"):
+            models.train(training, tmp_path / "run")
+        resumed = models.train(replace(training, plan=replace(plan, train=items([]))), tmp_path / "run", resume=True)
+    # The step before is kept, whoever fetched ahead.
+    assert len(resumed.losses) == 5
+    assert (tmp_path / "run" / "run" / "metrics.jsonl").read_text().count('"event": "step"') == 5
+
+
+def test_the_device_is_not_waited_for_between_parts():
+    """A number that is read makes a device finish all that it was given: the loss is read after the last part."""
+    readings = []
+    for micro_batch in (0, 1):
+        with planned(items([]), micro_batch=micro_batch) as (plan, host), counting.Counter() as counter:
+            gradient_of(plan, host, [(0, [(0, 0), (1, 0), (2, 0), (3, 0)])])
+        readings.append(counter.readings)
+    assert readings[1] == readings[0]
