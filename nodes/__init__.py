@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension
 
-from . import adapter, compare, dataset, dreambooth, embedding, options, tools, train
+from . import adapter, compare, dataset, dreambooth, embedding, job, options, tools, train
 from .host import paths, routes
 
 NODES = [
     *dataset.NODES,
     *train.NODES,
     *dreambooth.NODES,
+    *job.NODES,
     *adapter.NODES,
     *tools.NODES,
     *compare.NODES,

@@ -8,7 +8,7 @@ from ..trainers.formats.adapter import FORMATS, save_adapter
 from ..trainers.methods.patterns import Pairs, parse_pairs
 from .checks import checked
 from .host import paths
-from .schema import CATEGORY, Adapter, advanced, named
+from .schema import CATEGORY, Adapter, advanced, describe, named
 
 _CATEGORY = f"{CATEGORY}/adapter"
 _TOP_STRENGTH = 100.0
@@ -27,9 +27,10 @@ class GraftApplyAdapter(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return describe(
             node_id="GraftApplyAdapter",
             display_name="Graft Apply Adapter",
+            aliases=["apply lora", "lora loader", "block weight", "lbw"],
             category=_CATEGORY,
             description="Puts an adapter on a model and a text encoder. Strength 0 leaves them as they are.",
             inputs=[
@@ -106,9 +107,10 @@ class GraftLoadAdapter(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return describe(
             node_id="GraftLoadAdapter",
             display_name="Graft Load Adapter",
+            aliases=["load lora", "lora file"],
             category=_CATEGORY,
             description="Loads a LoRA file from ComfyUI's loras folders, output/loras included.",
             inputs=[
@@ -136,9 +138,10 @@ class GraftSaveAdapter(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return describe(
             node_id="GraftSaveAdapter",
             display_name="Graft Save Adapter",
+            aliases=["save lora", "export lora"],
             category=_CATEGORY,
             description="Writes an adapter below output/loras, where ComfyUI's LoRA loaders find it.",
             inputs=[

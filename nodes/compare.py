@@ -6,7 +6,7 @@ from comfy_api.latest import io, ui
 
 from . import inputs
 from .checks import checked
-from .schema import CATEGORY, Adapter, named
+from .schema import CATEGORY, Adapter, describe, named
 
 
 class GraftCompare(io.ComfyNode):
@@ -14,9 +14,10 @@ class GraftCompare(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return describe(
             node_id="GraftCompare",
             display_name="Graft Compare",
+            aliases=["xy plot", "xyz plot", "grid", "lora comparison", "checkpoint comparison"],
             category=f"{CATEGORY}/adapter",
             description="Draws the same prompts with several adapters, with the saves of a run, and at several "
             "strengths, as one labelled picture. All pictures of a row start from the same noise.",

@@ -9,7 +9,7 @@ from ..trainers.errors import DatasetError
 from . import inputs
 from .checks import checked
 from .host import paths
-from .schema import CATEGORY, Dataset, advanced, named
+from .schema import CATEGORY, Dataset, advanced, describe, named
 
 _CATEGORY = f"{CATEGORY}/dataset"
 
@@ -176,9 +176,10 @@ class GraftLoadDataset(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         choices = paths.dataset_choices()
-        return io.Schema(
+        return describe(
             node_id="GraftLoadDataset",
             display_name="Graft Load Dataset",
+            aliases=["training images", "image folder", "captions", "load folder"],
             category=_CATEGORY,
             description="Loads a folder of pictures; name.txt beside name.png holds its caption.",
             inputs=[
@@ -216,6 +217,13 @@ class GraftLoadDataset(io.ComfyNode):
                         tooltip="A folder inside whose pictures are not trained on but measure how well it goes.",
                     )
                 ),
+                io.String.Input(
+                    "control_folder",
+                    default="",
+                    optional=True,
+                    tooltip="For models that edit pictures: a folder, inside or of its own, of the pictures before the "
+                    "edit, each under the name of the one it becomes.",
+                ),
             ],
             outputs=[Dataset.Output("dataset", display_name="dataset")],
             hidden=[io.Hidden.unique_id],
@@ -228,18 +236,29 @@ class GraftLoadDataset(io.ComfyNode):
         masks=None,
         mask_folder=_mask_folder,
         validation_folder=None,
+        control_folder=None,
     )
 
     @classmethod
-    def fingerprint_inputs(cls, folder, mask_folder="", **others) -> str | float:
-        """Changes with any file in the folder; a folder that comes over a wire is not known yet."""
-        if not isinstance(folder, str) or not isinstance(mask_folder, str):
+    def fingerprint_inputs(cls, folder, mask_folder="", control_folder="", **others) -> str | float:
+        """Changes with any file in the folders; a folder that comes over a wire is not known yet."""
+        if not all(isinstance(name, str) for name in (folder, mask_folder, control_folder)):
             return float("nan")
-        return scan.folder_fingerprint(paths.dataset_path(folder), _mask_folder(mask_folder))
+        controls = paths.control_path(folder, control_folder)
+        return scan.folder_fingerprint(paths.dataset_path(folder), _mask_folder(mask_folder), controls)
 
     @classmethod
     def execute(
-        cls, folder, trigger, resolution, repeats, masks="auto", mask_folder="", validation_folder="", **varying
+        cls,
+        folder,
+        trigger,
+        resolution,
+        repeats,
+        masks="auto",
+        mask_folder="",
+        validation_folder="",
+        control_folder="",
+        **varying,
     ) -> io.NodeOutput:
         from .host.progress import counter
 
@@ -249,6 +268,7 @@ class GraftLoadDataset(io.ComfyNode):
                 masks,
                 _mask_folder(mask_folder),
                 validation_folder,
+                paths.control_path(folder, control_folder),
             )
             dataset = scan.scan_folder(
                 paths.dataset_path(folder),
@@ -268,9 +288,10 @@ class GraftDatasetFromImages(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return describe(
             node_id="GraftDatasetFromImages",
             display_name="Graft Dataset from Images",
+            aliases=["training images", "captions", "batch to dataset"],
             category=_CATEGORY,
             description="Makes a dataset of pictures in the graph, with one caption for all or one for each.",
             is_input_list=True,
@@ -286,6 +307,11 @@ class GraftDatasetFromImages(io.ComfyNode):
                 _resolution(),
                 io.Mask.Input("masks", optional=True, tooltip="Where it counts: white is learnt, black is not."),
                 *_varying(),
+                io.Image.Input(
+                    "control_images",
+                    optional=True,
+                    tooltip="For models that edit pictures: the pictures before the edit, one for each.",
+                ),
             ],
             outputs=[Dataset.Output("dataset", display_name="dataset")],
             hidden=[io.Hidden.unique_id],
@@ -294,14 +320,18 @@ class GraftDatasetFromImages(io.ComfyNode):
     validate_inputs = checked(captions=None, trigger=None, **_VARYING)
 
     @classmethod
-    def execute(cls, images, captions, trigger, resolution, masks=None, **varying) -> io.NodeOutput:
-        with named(cls, images=images, masks=masks):
+    def execute(
+        cls, images, captions, trigger, resolution, masks=None, control_images=None, **varying
+    ) -> io.NodeOutput:
+        with named(cls, images=images, masks=masks, control_images=control_images):
             pictures = [_eight_bits(picture) for batch in images for picture in batch]
             weights = [_eight_bits(mask) for batch in masks or [] for mask in _batch(batch)]
+            controls = [_eight_bits(picture) for batch in control_images or [] for picture in batch]
             ways = {name: values[0] for name, values in varying.items()}
             lines = ways.get("lines_are_variants", False)
+            handling = _handling(**ways)
             return io.NodeOutput(
-                scan.from_arrays(pictures, captions, trigger[0], resolution[0], weights, _handling(**ways), lines)
+                scan.from_arrays(pictures, captions, trigger[0], resolution[0], weights, handling, lines, controls)
             )
 
 
@@ -326,9 +356,10 @@ class GraftCombineDatasets(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return describe(
             node_id="GraftCombineDatasets",
             display_name="Graft Combine Datasets",
+            aliases=["merge datasets", "concatenate datasets", "join datasets"],
             category=_CATEGORY,
             description="Joins two datasets; each picture keeps its caption, trigger and repeats.",
             inputs=[
@@ -350,9 +381,10 @@ class GraftInspectDataset(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return describe(
             node_id="GraftInspectDataset",
             display_name="Graft Inspect Dataset",
+            aliases=["preview dataset", "check dataset", "contact sheet", "buckets"],
             category=_CATEGORY,
             description="Shows the pictures as they will be cropped, with captions, and reports what to look after.",
             inputs=[

@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from ..trainers.data import class_images, prior
 from . import inputs
 from .checks import checked
-from .schema import CATEGORY, Dataset, Trainer, advanced, named, options_input
+from .schema import CATEGORY, Dataset, Trainer, advanced, describe, named, options_input
 
 _DATASET = f"{CATEGORY}/dataset"
 _TRAIN = f"{CATEGORY}/train"
@@ -29,9 +29,10 @@ class GraftClassImages(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return describe(
             node_id="GraftClassImages",
             display_name="Graft Class Images",
+            aliases=["regularization images", "regularisation images", "reg images", "prior preservation"],
             category=_DATASET,
             description="Draws pictures of a class with the graph's own model, for prior preservation. "
             "They are kept on disk: queued again none is drawn, a larger count draws the missing ones.",
@@ -109,9 +110,10 @@ class GraftPriorPreservation(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return describe(
             node_id="GraftPriorPreservation",
             display_name="Graft Prior Preservation",
+            aliases=["regularization", "regularisation", "reg images", "class images"],
             category=_DATASET,
             description="Puts class images beside a subject's, one to one, so that a trainer learns the subject and "
             "keeps its class as it was.",
@@ -137,9 +139,10 @@ class GraftTrainDreamBooth(Trainer):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return describe(
             node_id="GraftTrainDreamBooth",
             display_name="Graft Train DreamBooth",
+            aliases=["dreambooth", "db", "subject training", "finetune", "train"],
             category=_TRAIN,
             description="Learns a subject from a few images under a rare word, and keeps its class as it was. "
             "The queue is busy while it runs. Queued again, it goes on where it was, or returns what is finished.",

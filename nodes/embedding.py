@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from ..trainers.inversion import check_name
 from .checks import checked
 from .host import paths
-from .schema import CATEGORY, Embedding, named
+from .schema import CATEGORY, Embedding, describe, named
 
 _CATEGORY = f"{CATEGORY}/embedding"
 
@@ -17,9 +17,10 @@ class GraftApplyEmbedding(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return describe(
             node_id="GraftApplyEmbedding",
             display_name="Graft Apply Embedding",
+            aliases=["textual inversion", "ti", "apply textual inversion"],
             category=_CATEGORY,
             description="Lets prompts behind the clip write embedding:NAME for a word that was trained.",
             inputs=[
@@ -43,9 +44,10 @@ class GraftLoadEmbedding(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return describe(
             node_id="GraftLoadEmbedding",
             display_name="Graft Load Embedding",
+            aliases=["load textual inversion", "ti"],
             category=_CATEGORY,
             description="Loads a textual-inversion file from ComfyUI's embeddings folders, output/embeddings included.",
             inputs=[
@@ -75,9 +77,10 @@ class GraftSaveEmbedding(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return describe(
             node_id="GraftSaveEmbedding",
             display_name="Graft Save Embedding",
+            aliases=["save textual inversion", "ti"],
             category=_CATEGORY,
             description="Writes a word below output/embeddings, where every prompt finds it as embedding:NAME.",
             inputs=[

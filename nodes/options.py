@@ -16,7 +16,7 @@ from .checks import checked
 from .host import paths
 from .host.sampling import SAMPLERS, SCHEDULERS
 from .inputs import TOP_SEED
-from .schema import CATEGORY, Options, advanced, named, options_input
+from .schema import CATEGORY, Options, advanced, describe, named, options_input
 
 _CATEGORY = f"{CATEGORY}/options"
 _MANY = 10_000_000
@@ -60,10 +60,13 @@ def _later(built):
     return built
 
 
-def _schema(node_id: str, title: str, description: str, inputs: list, later: tuple = ()) -> io.Schema:
-    return io.Schema(
+def _schema(
+    node_id: str, title: str, aliases: list[str], description: str, inputs: list, later: tuple = ()
+) -> io.Schema:
+    return describe(
         node_id=node_id,
         display_name=title,
+        aliases=aliases,
         category=_CATEGORY,
         description=description,
         inputs=[*inputs, options_input(), *(_later(built) for built in later)],
@@ -82,6 +85,7 @@ class GraftRunOptions(_OptionNode):
         return _schema(
             "GraftRunOptions",
             "Graft Run Options",
+            ["save every", "checkpoints", "validation", "resume"],
             "Names a run, and says how often it is saved and validated. Untouched fields change nothing.",
             [
                 io.String.Input("name", default="", tooltip="Name of the run's folder. Empty: the dataset's name."),
@@ -105,9 +109,26 @@ class GraftRunOptions(_OptionNode):
                     )
                 ),
             ],
+            (
+                _auto(
+                    "tensorboard",
+                    ["on", "off"],
+                    "Write TensorBoard's event files too. They need the package tensorboard. auto: off.",
+                ),
+                advanced(
+                    _count(
+                        "processes",
+                        "Train by so many processes on this machine, one for each GPU; batch_size is of all together. "
+                        "0: 1.",
+                        top=64,
+                    )
+                ),
+            ),
         )
 
-    validate_inputs = checked(**_rules("run", "name", "validation_fraction"), on_existing=None, gradient_check=None)
+    validate_inputs = checked(
+        **_rules("run", "name", "validation_fraction"), on_existing=None, gradient_check=None, tensorboard=None
+    )
 
 
 class GraftPreviewOptions(_OptionNode):
@@ -120,6 +141,7 @@ class GraftPreviewOptions(_OptionNode):
         return _schema(
             "GraftPreviewOptions",
             "Graft Preview Options",
+            ["sample images", "preview while training", "samples"],
             "Draws sample pictures while training, the first before step 1. Without prompts there are none.",
             [
                 io.String.Input("prompts", default="", multiline=True, tooltip="One prompt a line."),
@@ -152,6 +174,7 @@ class GraftOptimizerOptions(_OptionNode):
         return _schema(
             "GraftOptimizerOptions",
             "Graft Optimizer Options",
+            ["optimiser", "adamw", "prodigy", "adafactor", "lr scheduler", "ema"],
             "Optimiser, schedule, accumulation and clipping. Untouched fields change nothing.",
             [
                 _auto(
@@ -219,6 +242,7 @@ class GraftMemoryOptions(_OptionNode):
         return _schema(
             "GraftMemoryOptions",
             "Graft Memory Options",
+            ["vram", "gradient checkpointing", "block swap", "low vram", "offload"],
             "Trades time for memory; a run may go on with other values. Untouched fields change nothing.",
             [
                 _auto(
@@ -253,6 +277,7 @@ class GraftAdapterOptions(_OptionNode):
         return _schema(
             "GraftAdapterOptions",
             "Graft Adapter Options",
+            ["network type", "dora", "locon", "loha", "lokr", "pissa", "rank", "alpha", "lycoris"],
             "Type, layers, ranks and rates of the adapter. Untouched fields change nothing.",
             [
                 _auto("type", list(ADAPTERS), "auto: LoRA."),
@@ -334,6 +359,7 @@ class GraftObjectiveOptions(_OptionNode):
         return _schema(
             "GraftObjectiveOptions",
             "Graft Objective Options",
+            ["min snr", "noise offset", "timestep sampling", "huber", "loss"],
             "Noise levels, weights, loss and noise, in place of the model's own. Untouched fields change nothing.",
             [
                 _auto("timesteps", list(TIMESTEPS), "Which noise levels are drawn. auto: all the model has, alike."),
@@ -395,6 +421,7 @@ class GraftPivotalOptions(_OptionNode):
         return _schema(
             "GraftPivotalOptions",
             "Graft Pivotal Options",
+            ["pivotal tuning", "textual inversion", "ti"],
             "Pivotal tuning: trains a word together with the LoRA, then freezes it. Without a name nothing changes.",
             [
                 io.String.Input(

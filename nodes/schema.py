@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 
 from comfy_api.latest import io
 
@@ -28,6 +29,18 @@ class Trainer(io.ComfyNode):
         from .host.control import DESK
 
         return DESK.lifted
+
+
+def describe(aliases: list[str], **given) -> io.Schema:
+    """A node's schema.
+
+    Args:
+        aliases: other words by which it is found when nodes are searched; hosts before 0.33 have no place for them.
+        given: what ComfyUI's own schema takes.
+    """
+    if any(field.name == "search_aliases" for field in fields(io.Schema)):
+        given["search_aliases"] = aliases
+    return io.Schema(**given)
 
 
 def advanced(built):

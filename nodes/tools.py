@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+from typing import TYPE_CHECKING
+
 from comfy_api.latest import io, ui
 
+from ..trainers.errors import SettingsError
 from ..trainers.tools import extract, merge
 from . import inputs
 from .checks import checked
-from .schema import CATEGORY, Adapter, LossMap, execution_id, named
+from .schema import CATEGORY, Adapter, LossMap, describe, execution_id, named
+
+if TYPE_CHECKING:
+    from ..trainers.levels import LevelLosses
 
 _CATEGORY = f"{CATEGORY}/adapter"
 _TOP_WEIGHT = 100.0
+_BY_STEP, _BY_TIMESTEP = "loss", "loss by timestep"
 
 
 def _rank(tooltip: str, default: int = 0) -> io.Int.Input:
@@ -39,9 +47,10 @@ class GraftMergeAdapters(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return describe(
             node_id="GraftMergeAdapters",
             display_name="Graft Merge Adapters",
+            aliases=["merge lora", "lora merge", "ties", "dare", "svd"],
             category=_CATEGORY,
             description="Makes one adapter of two, of any types whose difference is known without the model.",
             inputs=[
@@ -87,9 +96,10 @@ class GraftResizeAdapter(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return describe(
             node_id="GraftResizeAdapter",
             display_name="Graft Resize Adapter",
+            aliases=["resize lora", "lora rank", "svd", "shrink lora"],
             category=_CATEGORY,
             description="Makes an adapter smaller: of each layer the part that holds most of it.",
             inputs=[
@@ -116,9 +126,10 @@ class GraftExtractAdapter(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return describe(
             node_id="GraftExtractAdapter",
             display_name="Graft Extract Adapter",
+            aliases=["extract lora", "model difference", "svd"],
             category=_CATEGORY,
             description="Makes an adapter of what one model has more than another. LoRAs on either count.",
             inputs=[
@@ -168,9 +179,10 @@ class GraftInspectAdapter(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return describe(
             node_id="GraftInspectAdapter",
             display_name="Graft Inspect Adapter",
+            aliases=["lora info", "lora metadata", "block weights"],
             category=_CATEGORY,
             description="Shows how much an adapter changes each block, what it is, and whether it fits a model.",
             inputs=[
@@ -206,11 +218,12 @@ class GraftPlotLoss(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return describe(
             node_id="GraftPlotLoss",
             display_name="Graft Plot Loss",
+            aliases=["loss graph", "loss curve", "training curve"],
             category=_CATEGORY,
-            description="Draws the loss of each step, and smoothed; of another run beside it, to compare two settings.",
+            description="Draws the loss by step, or by timestep; of another run beside it, to compare two settings.",
             inputs=[
                 LossMap.Input("loss", tooltip="From a training node."),
                 io.Float.Input(
@@ -223,25 +236,57 @@ class GraftPlotLoss(io.ComfyNode):
                 ),
                 io.Boolean.Input("log_scale", default=False, tooltip="Equal factors of loss look equally high."),
                 LossMap.Input("loss_b", optional=True, tooltip="Of another run."),
+                io.Combo.Input(
+                    "plot",
+                    options=[_BY_STEP, _BY_TIMESTEP],
+                    default=_BY_STEP,
+                    optional=True,
+                    tooltip="loss: of each step. loss by timestep: at which noise levels it is high, and where "
+                    "training lowers it; without weighting.",
+                ),
             ],
             outputs=[io.Image.Output("image", display_name="image")],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
 
-    validate_inputs = checked(smoothing=None)
+    validate_inputs = checked(smoothing=None, plot=None)
 
     @classmethod
-    def execute(cls, loss, smoothing, log_scale, loss_b=None) -> io.NodeOutput:
+    def execute(cls, loss, smoothing, log_scale, loss_b=None, plot=_BY_STEP) -> io.NodeOutput:
         import torch
 
         from ..trainers.tools import curve
 
         with named(cls, loss=loss, loss_b=loss_b, smoothing=smoothing):
             given = {"loss": loss, "loss_b": loss_b}
-            losses = {name: one["loss"] for name, one in given.items() if one is not None}
-            image = torch.from_numpy(curve.plot(losses, smoothing, log_scale))[None]
+            given = {name: one for name, one in given.items() if one is not None}
+            if plot == _BY_TIMESTEP:
+                drawn = curve.plot_levels({name: _levels_of(name, one) for name, one in given.items()}, log_scale)
+            else:
+                losses = {name: one["loss"] for name, one in given.items()}
+                drawn = curve.plot(losses, smoothing, log_scale)
+            image = torch.from_numpy(drawn)[None]
             return io.NodeOutput(image, ui=ui.PreviewImage(image, cls=cls))
+
+
+def _levels_of(name: str, loss: dict) -> tuple[LevelLosses, int]:
+    """What arrived at an input has by noise level, and of how many steps.
+
+    Raises:
+        SettingsError: nothing.
+    """
+    from ..trainers.levels import BY_TIMESTEP, LevelLosses
+
+    with contextlib.suppress(ValueError):
+        levels = LevelLosses.of_json(loss.get(BY_TIMESTEP))
+        if any(map(any, levels.counts)):
+            return levels, len(loss["loss"])
+    raise SettingsError(
+        "What arrived has no loss by timestep: its run was finished before that was kept, or another node made it.",
+        "Set plot to loss, or train that run for more steps.",
+        name,
+    )
 
 
 NODES = [GraftMergeAdapters, GraftResizeAdapter, GraftExtractAdapter, GraftInspectAdapter, GraftPlotLoss]

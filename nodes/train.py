@@ -8,7 +8,7 @@ from ..trainers.inversion import TEMPLATES, check_name
 from ..trainers.recipe import Word
 from . import inputs
 from .checks import checked
-from .schema import CATEGORY, Dataset, Embedding, LossMap, Trainer, named, options_input
+from .schema import CATEGORY, Dataset, Embedding, LossMap, Trainer, describe, named, options_input
 
 _CATEGORY = f"{CATEGORY}/train"
 
@@ -18,9 +18,10 @@ class GraftTrainLoRA(Trainer):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return describe(
             node_id="GraftTrainLoRA",
             display_name="Graft Train LoRA",
+            aliases=["lora training", "lora trainer", "finetune", "fine-tune", "train", "locon", "dora"],
             category=_CATEGORY,
             description="Trains a LoRA on the pictures of a dataset and hands the model on with it applied. "
             "The queue is busy while it runs. Queued again, it goes on where it was, or returns what is finished.",
@@ -64,9 +65,10 @@ class GraftTrainEmbedding(Trainer):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return describe(
             node_id="GraftTrainEmbedding",
             display_name="Graft Train Embedding",
+            aliases=["textual inversion", "ti", "embedding training", "train", "finetune"],
             category=_CATEGORY,
             description="Textual inversion: learns vectors for a new word and changes no weight. "
             "Prompts behind the clip that comes out write it as embedding:NAME.",
@@ -149,9 +151,10 @@ class GraftFineTune(Trainer):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return describe(
             node_id="GraftFineTune",
             display_name="Graft Fine-tune",
+            aliases=["finetune", "full finetune", "fine-tuning", "train checkpoint", "train"],
             category=_CATEGORY,
             description="Trains all weights of the model on the pictures of a dataset and hands the model on with what "
             "changed applied. The queue is busy while it runs. Queued again, it goes on where it was, or returns what "

@@ -1,5 +1,8 @@
 """The errors a user meets: each says what is wrong, with which input or file, and the cure."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class GraftError(ValueError):
     """Something the user can put right.
@@ -39,3 +42,35 @@ class OutOfMemory(GraftError):
 
 class RunError(GraftError):
     """A run folder cannot be read or written."""
+
+
+@contextmanager
+def needing(package: str, what: str, otherwise: str, input: str) -> Iterator[None]:
+    """Says which package an import inside the block is missing.
+
+    Args:
+        what: needs it.
+        otherwise: what can be done in place of installing it.
+        input: name of the node input that asked for it.
+
+    Raises:
+        SettingsError: in place of ImportError.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise SettingsError(
+            f"{what} needs the package {package}, which cannot be imported ({error}).",
+            f"Install it into ComfyUI's own Python (python -m pip install {package}) and restart ComfyUI, {otherwise}.",
+            input,
+        ) from error
+
+
+class Parted(GraftError):
+    """One of the processes that train together has ended, and with it the attempt."""
+
+    def __init__(self):
+        super().__init__(
+            "Another process of this training has ended.",
+            "What was saved stays: start it again, with as many processes as there are, to go on.",
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -22,25 +22,34 @@ if TYPE_CHECKING:
 
 _VALIDATION_LEVELS = 4
 
+Watch = Callable[[tuple[torch.Tensor, torch.Tensor]], None]
 
-def parts_of(shown: list[Shown], recipe: Recipe, step: int, number: int, host: Host) -> Iterator[tuple]:
+
+def parts_of(
+    shown: list[Shown], recipe: Recipe, step: int, number: int, host: Host, place: int = 0, whole: int = 0
+) -> Iterator[tuple]:
     """Splits a batch into micro-batches; noise and levels are drawn for the whole batch, whatever the split.
 
     Each is what `_losses` takes after the host.
+
+    Args:
+        place, whole: where the showings lie in a batch of so many, of which other processes have the others; 0 for all.
     """
     latents = torch.cat([one.latent for one in shown])
     source = generator("step", recipe.seed, step, number)
     asked = None
+    shape = (whole or len(shown), *latents.shape[1:])
     if recipe.objective == NATIVE:
-        sigma = draw_sigmas(host.denoiser.sigmas(), len(shown), source)
-        noise = draw_noise(tuple(latents.shape), source)
+        sigma = draw_sigmas(host.denoiser.sigmas(), shape[0], source)
+        noise = draw_noise(shape, source)
     else:
-        sigma, noise, asked = draw_asked(recipe.objective, host.denoiser, tuple(latents.shape), source)
+        sigma, noise, asked = draw_asked(recipe.objective, host.denoiser, shape, source)
     size = recipe.micro_batch or len(shown)
     for start in range(0, len(shown), size):
-        stop = start + size
-        part = shown[start:stop], latents[start:stop], noise[start:stop], sigma[start:stop]
-        yield part if asked is None else (*part, asked.part(start, stop))
+        stop = min(start + size, len(shown))
+        drawn = slice(place + start, place + stop)
+        part = shown[start:stop], latents[start:stop], noise[drawn], sigma[drawn]
+        yield part if asked is None else (*part, asked.part(drawn.start, drawn.stop))
 
 
 def terms_of(
@@ -51,9 +60,10 @@ def terms_of(
     noise: torch.Tensor,
     sigma: torch.Tensor,
     asked: Asked | None = None,
+    watch: Watch | None = None,
 ) -> Iterator[torch.Tensor]:
     """The losses of the examples and of what is preserved beside them, each [B] float32 with a graph of its own."""
-    yield losses_of(host, shown, x0, noise, sigma, asked)
+    yield losses_of(host, shown, x0, noise, sigma, asked, watch)
     rows = [row for row, one in enumerate(shown) if one.anchor is not None]
     if rows:
         yield _drifts(plan, host, [shown[row].anchor for row in rows], x0[rows], noise[rows], sigma[rows])
@@ -66,19 +76,30 @@ def losses_of(
     noise: torch.Tensor,
     sigma: torch.Tensor,
     asked: Asked | None = None,
+    watch: Watch | None = None,
 ) -> torch.Tensor:
-    """The loss of each example, [B] float32, with its graph: the native one, or what was asked for instead."""
+    """The loss of each example, [B] float32, with its graph: the native one, or what was asked for instead.
+
+    Args:
+        watch: told the noise levels [B] as they came, and the native losses without factors [B] on the device.
+    """
     denoiser = host.denoiser
+    levels = sigma
     x0, noise, sigma = (values.to(denoiser.device) for values in (x0, noise, sigma))
     x_t = denoiser.add_noise(x0, noise if asked is None else asked.added.to(denoiser.device), sigma)
     kind = parameterisation(denoiser.parameterisation, denoiser.sigma_data, denoiser.noise_scale)
     target = kind.target(x0, noise, sigma.view(-1, *[1] * (x0.ndim - 1)))
     with OutOfPlace():
         prediction = denoiser.predict(x_t, sigma, _conditionings(host, shown))
+    weights = _weights(shown, x0)
     if asked is not None:
-        losses = asked.losses(denoiser, prediction, target, sigma, _weights(shown, x0))
+        losses = asked.losses(denoiser, prediction, target, sigma, weights)
     else:
-        losses = example_losses(prediction, target, _weights(shown, x0))
+        losses = example_losses(prediction, target, weights)
+    if watch is not None:
+        with torch.no_grad():
+            plain = losses.detach() if asked is None else example_losses(prediction, target, weights)
+        watch((levels, plain))
     return losses * _factors(shown, x0)
 
 

@@ -41,6 +41,7 @@ _RANGES = {
     "preview_seed": (0, 2**64 - 1),
     "resolution": (8, 16384),
     "micro_batch": (0, 4096),
+    "processes": (1, 1024),
     "embedding_vectors": (1, 64),
     "embedding_learning_rate": (1e-12, 100.0),
     "embedding_stop": (0.0, 1.0),

@@ -16,7 +16,9 @@ import torch
 from .ahead import Ahead
 from .errors import GraftError, NumbersError
 from .forward import fixed_losses, parts_of, terms_of
+from .group import report_idle, rows_of
 from .ladder import Ladder, in_one_line, is_out_of_memory, trees_of
+from .levels import times_of
 from .methods.dropout import dropping_out
 from .optimisers import OPTIMISERS, Group, lr_factor
 from .optimisers.average import MovingAverage, averaged
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from .plan import Plan, Shown
-    from .protocols import Host
+    from .protocols import Conditioning, Host
 
 log = logging.getLogger(__name__)
 
@@ -49,9 +51,11 @@ def train(plan: Plan, run: Run, host: Host, state: State) -> State:
 
     Raises:
         NumbersError: a loss or gradient is not finite, naming the pictures of the batch.
+        Parted: one of the processes that train together has ended.
         Anything that `host.report` raises to interrupt.
     """
     recipe = plan.recipe
+    group = host.group
     parameters = list(plan.trainables.values())
     groups = plan.all_groups()
     mover = Mover(plan, host)
@@ -59,17 +63,24 @@ def train(plan: Plan, run: Run, host: Host, state: State) -> State:
     average = OPTIMISERS[recipe.optimizer].average(mover.optimiser, parameters)
     if recipe.ema_decay:
         average = MovingAverage(recipe.ema_decay)
+    report_idle(group, recipe.batch_size * recipe.accumulation)
+    group.meet()
+    group.share([*parameters, *plan.constants.values()])
     _restore(state, plan, mover, average)
     factor = lr_factor(recipe.schedule, recipe.warmup_steps, recipe.steps, recipe.num_cycles, recipe.power)
     if recipe.offload == "on":
         log.info("Graft: %s.", ladder.offload())
     batches = plan.batches(state.batches)
     upcoming = list(itertools.islice(batches, recipe.accumulation))
+    next_shares = _shares(host, upcoming)
     ahead = Ahead(plan)
     saved = state.step
 
     def keep() -> None:
         nonlocal saved
+        if not group.leads:
+            saved = state.step
+            return
         _capture(state, plan, mover, average)
         path = run.save(state, plan.export(_result(state), state.step), recipe.keep_last)
         saved = state.step
@@ -83,14 +94,19 @@ def train(plan: Plan, run: Run, host: Host, state: State) -> State:
             share = factor(state.step)
             _set_rates(mover.optimiser, groups, plan, share, state)
             number = state.step + 1
-            window = upcoming
+            window, shares = upcoming, next_shares
             upcoming = list(itertools.islice(batches, recipe.accumulation)) if number < recipe.steps else []
-            ahead.expect([batch for _, batch in (*window, *upcoming)])
+            next_shares = _shares(host, upcoming)
+            ahead.expect([mine for _, mine in (*shares, *next_shares) if mine])
             highest = _highest_loss(state.losses, recipe.loss_spike_factor)
             mover.begin(state.step, highest)
-            loss, names = ladder.attempt(
-                _gradients, mover.take_back, number, host, window, state.step, mover, ahead.shown
+            loss, names, seen = ladder.attempt(
+                _gradients, mover.take_back, number, host, window, state.step, mover, shares, ahead.shown
             )
+            # None moves before all have their gradients: a step that one of them could not do is nobody's.
+            loss = group.meet(loss)
+            seen = [group.gather(values, sum(len(batch) for _, batch in window)) for values in seen]
+            group.sum_gradients(parameters)
             with mover.small_work(host.denoiser.device):
                 spike = highest < loss < math.inf
                 if spike:
@@ -107,6 +123,7 @@ def train(plan: Plan, run: Run, host: Host, state: State) -> State:
             state.step += 1
             state.batches += len(window)
             state.losses.append(loss)
+            state.levels.add(state.step, *seen)
             mover.done()
             event = {
                 "event": "step",
@@ -122,14 +139,14 @@ def train(plan: Plan, run: Run, host: Host, state: State) -> State:
             if spike:
                 _tell_spike(run, host, number, loss, highest, names)
             # Before the host is told, and may interrupt: what is resumed would not be validated at this step again.
-            if plan.validation and _due(state.step, recipe.validate_every, recipe.steps):
+            if group.leads and plan.validation and _due(state.step, recipe.validate_every, recipe.steps):
                 with averaged(average, parameters):
                     ladder.attempt(_validate, _leave, state.step, run, host, state)
             host.report("step", event)
             if _due(state.step, recipe.preview_every, recipe.steps):
                 with averaged(average, parameters):
                     _preview(plan, run, host, state)
-            asked = host.asked()
+            asked = _agreed(host)
             if (state.step % recipe.save_every == 0 or asked is Asked.SAVE) and state.step < recipe.steps:
                 keep()
             if asked is Asked.STOP:
@@ -139,16 +156,25 @@ def train(plan: Plan, run: Run, host: Host, state: State) -> State:
         if state.step < recipe.steps:
             run.note_halt(STOPPED, state.step, recipe.steps)
             host.report("stopped", {"step": state.step, "steps": recipe.steps})
+        # Whoever is done waits for what the leader writes.
+        group.meet()
     except BaseException:
         # The host interrupts by an exception of its own, which on some versions is no Exception.
         # Weights that an interrupted step has half moved belong to no step; the last save stands then.
-        if state.step > saved and not mover.moving:
+        if state.step > saved and not mover.moving and group.leads:
             _keep_before_leaving(keep)
         raise
     finally:
         ahead.close()
         mover.close()
     return state
+
+
+def _agreed(host: Host) -> Asked | None:
+    """What was asked of the leader, in all processes."""
+    kinds = [None, *Asked]
+    asked = host.asked() if host.group.leads else None
+    return kinds[round(host.group.meet(kinds.index(asked)))]
 
 
 def _highest_loss(losses: Sequence[float], factor: float) -> float:
@@ -183,32 +209,57 @@ def _set_rates(optimiser, groups: Sequence[Group], plan: Plan, share: float, sta
                 state.frozen = sorted({*state.frozen, *group.names})
 
 
+def _shares(host: Host, window: list) -> list[tuple[int, list]]:
+    """(place of the first, members) of this process's part of each batch of a window."""
+    rows = rows_of([len(batch) for _, batch in window], host.group.rank, host.group.world)
+    return [(own.start, batch[own]) for (_, batch), own in zip(window, rows, strict=True)]
+
+
 def _gradients(
-    plan: Plan, host: Host, window: list, step: int, mover: Mover, shown: Callable[[list], list[Shown]] | None = None
-) -> tuple[float, list[str]]:
+    plan: Plan,
+    host: Host,
+    window: list,
+    step: int,
+    mover: Mover,
+    shares: list[tuple[int, list]] | None = None,
+    shown: Callable[[list], list[Shown]] | None = None,
+) -> tuple[float, list[str], tuple[list[float], list[float]]]:
     """Gives the mover the gradient of the mean over all examples of a window of their losses, each times its factor.
 
+    Of several processes each does its share, and the sum of all is that gradient.
+
     Args:
+        shares: this process's, as `_shares` gives them.
         shown: gives a batch's showings, as `plan.shown` does.
 
     Returns:
-        The mean and the examples' names.
+        The mean or this process's share of it, the names of all examples, and t and native loss of each of its own.
     """
     shown = shown or plan.shown
+    shares = shares or _shares(host, window)
     total = sum(len(batch) for _, batch in window)
     sums = []
-    names = []
-    with dropping_out(trees_of(plan, host), host.denoiser.device, plan.recipe, step):
-        for number, (_, batch) in enumerate(window):
-            names.extend(plan.train[index].name for index, _ in batch)
-            for part in parts_of(shown(batch), plan.recipe, step, number, host):
-                for losses in terms_of(plan, host, *part):
+    names = [plan.train[index].name for _, batch in window for index, _ in batch]
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    with dropping_out(trees_of(plan, host), host.denoiser.device, plan.recipe, step, host.group.rank):
+        for number, (first, mine) in enumerate(shares):
+            if not mine:
+                continue
+            for part in parts_of(shown(mine), plan.recipe, step, number, host, first, len(window[number][1])):
+                host.heed()
+                for losses in terms_of(plan, host, *part, watch=seen.append):
                     # A text without the word that is all that is trained, such as a dropped caption, teaches nothing.
                     if losses.requires_grad:
                         mover.backward(losses.sum() / total)
                     sums.append(losses.detach().sum())
+    if not seen:
+        # More processes than pictures.
+        return 0.0, names, ([], [])
+    sigmas, plain = (torch.cat(parts) for parts in zip(*seen, strict=True))
     # Read once at the end: each reading makes the device wait for the next part.
-    return sum(torch.stack(sums).tolist()) / total, names
+    values = torch.cat([torch.stack(sums), plain]).tolist()
+    times = times_of(host.denoiser, sigmas)
+    return sum(values[: len(sums)]) / total, names, (times, values[len(sums) :])
 
 
 def _validate(plan: Plan, run: Run, host: Host, state: State) -> None:
@@ -221,7 +272,7 @@ def _validate(plan: Plan, run: Run, host: Host, state: State) -> None:
 
 def _preview(plan: Plan, run: Run, host: Host, state: State) -> None:
     recipe = plan.recipe
-    if not recipe.preview_prompts:
+    if not recipe.preview_prompts or not host.group.leads:
         return
     request = PreviewRequest(
         prompts=recipe.preview_prompts,
@@ -231,6 +282,7 @@ def _preview(plan: Plan, run: Run, host: Host, state: State) -> None:
         sampler_name=recipe.preview_sampler,
         scheduler=recipe.preview_scheduler,
         seed=recipe.preview_seed,
+        beside=_beside(plan),
     )
     try:
         pictures = _drawn(host, request)
@@ -258,6 +310,22 @@ def _drawn(host: Host, request: PreviewRequest) -> list[Image.Image]:
                 raise
         host.denoiser.make_room()
         return host.denoiser.preview(request)
+
+
+def _beside(plan: Plan) -> tuple[Conditioning, ...]:
+    """What previews are drawn with where the model takes a source picture or a hole: those of the first examples.
+
+    Of the usual shape, and held out ones before those that are trained on.
+    """
+    bucket = _usual_bucket(plan)
+    found = []
+    for item in (*plan.validation, *plan.train):
+        if item.bucket == bucket and not item.prior and len(found) < len(plan.recipe.preview_prompts):
+            one = item.show(None).conditioning
+            if one.source is None and one.hole is None:
+                break
+            found.append(one)
+    return tuple(found)
 
 
 def _usual_bucket(plan: Plan) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 from .errors import ModelError
 from .families import TEXT_ENCODER, Family, family_of
 from .formats.adapter import Adapter
+from .formats.cuts import joined, with_cuts
 from .formats.whole import Differences
 from .methods.patterns import check_used
 
@@ -64,6 +65,7 @@ class Parts:
     def __init__(self, method: Method, recipe: Recipe, host: Host):
         self._method = method
         self._parts = list(_parts_of(method, recipe, host))
+        self._cuts_of = host.denoiser.published_cuts
         self.layers = 0
 
     def inject(self) -> dict[str, nn.Parameter]:
@@ -117,6 +119,7 @@ class Parts:
         Raises:
             ModelError: it is of another type, other ranks or other layers.
         """
+        adapter = self._on_own_layers(adapter)
         left = set(adapter)
         if adapter.native is not None:
             # What the host would read of it is the same once more.
@@ -133,6 +136,13 @@ class Parts:
                 "start_from",
             )
 
+    def _on_own_layers(self, adapter: Adapter) -> Adapter:
+        """An adapter on diffusers' layers as one on the denoiser's own; any other as it is."""
+        if adapter.native is None or not adapter.native.is_cut:
+            return adapter
+        paths = [path for path, _ in self._parts[0].tree().named_modules()]
+        return Adapter(adapter, adapter.metadata, joined(adapter.native, paths, self._cuts_of))
+
     def export(self, values: dict[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
         """The adapter file's tensors from the trainables' values."""
         made = [self._method.export(part.own(values), part.recipe, part.names[0], part.tree()) for part in self._parts]
@@ -147,7 +157,7 @@ class Parts:
             for part in self._parts
         }
         first = made.pop("")
-        return None if first is None else replace(first, text=made)
+        return None if first is None else replace(with_cuts(first, self._cuts_of), text=made)
 
     @contextmanager
     def switched_off(self) -> Iterator[None]:

@@ -7,19 +7,21 @@ import logging
 import os
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from .data import captions
 from .data.buckets import Crop, choose_crops
 from .data.cache import Cache, LatentCache, MaskCache, TextCache, cache_size, prune
+from .data.controls import control_crop
 from .data.examples import LeftOut
+from .data.holes import HoleCache
 from .data.memory import Keep
 from .data.order import stream_seed, turns_within
 from .data.prior import refuse_if_one_sided
 from .data.scan import reason_of, shortened
 from .errors import DatasetError, SettingsError
-from .protocols import Conditioning
+from .protocols import HOLE, SOURCE, Conditioning
 
 if TYPE_CHECKING:
     import torch
@@ -86,14 +88,20 @@ def all_resolutions(dataset: Dataset) -> list[int]:
     return sorted({0, *(side for example in dataset.examples for side in example.handling.resolutions)})
 
 
-def prepare(dataset: Dataset, recipe: Recipe, host: Host, cache_folder: str, cache_limit: int) -> Prepared:
+def prepare(
+    dataset: Dataset, recipe: Recipe, host: Host, cache_folder: str, cache_limit: int, copy: str = ""
+) -> Prepared:
     """Encodes what is not yet cached and gives the examples as the loop wants them.
+
+    Args:
+        copy: a folder for a cache of just what this training needs, empty for none.
 
     Raises:
         DatasetError: nothing is left to train on, or something cannot be encoded.
         SettingsError: the validation split leaves nothing to train on.
     """
     started = time.time()
+    _refuse_sources(dataset, host)
     geometries = {side: host.denoiser.geometry(side or recipe.resolution) for side in all_resolutions(dataset)}
     cuts, left_out = cut_dataset(dataset, geometries)
     maker = _Maker(dataset, recipe, host, cache_folder)
@@ -104,6 +112,8 @@ def prepare(dataset: Dataset, recipe: Recipe, host: Host, cache_folder: str, cac
     training = [cut for cut in cuts if cut.place not in validation]
     maker.encode_captions(training, [cut for cut in cuts if cut.place in validation])
     maker.check_inputs(cuts[0])
+    if copy:
+        maker.copy(copy)
     removed = prune(cache_folder, cache_limit, started)
     if removed:
         log.info("Graft: %.1f GB of the oldest cached latents and texts were removed.", removed / 1e9)
@@ -112,6 +122,7 @@ def prepare(dataset: Dataset, recipe: Recipe, host: Host, cache_folder: str, cac
         log.warning("Graft: %d files are not trained on: %s", len(everything), shortened(everything, 50))
     facts = {
         "left_out": [str(row) for row in everything],
+        **maker.beside_facts(cuts),
         "latents": maker.latent_kind(cuts),
         "cache_bytes": cache_size(cache_folder),
     }
@@ -121,6 +132,15 @@ def prepare(dataset: Dataset, recipe: Recipe, host: Host, cache_folder: str, cac
         everything,
         facts,
     )
+
+
+def _refuse_sources(dataset: Dataset, host: Host) -> None:
+    if host.denoiser.takes != SOURCE and any(example.control is not None for example in dataset.examples):
+        raise DatasetError(
+            f"The dataset has source pictures, and this model ({host.denoiser.family}) takes none.",
+            "Leave control_folder empty, or take a model that edits pictures, such as Flux Kontext or Qwen-Image-Edit.",
+            "dataset",
+        )
 
 
 def _refuse_if_empty(dataset: Dataset, cuts: list[_Cuts], left_out: list[LeftOut]) -> None:
@@ -165,10 +185,15 @@ class _Maker:
         self._pictures = len(dataset.examples)
         self._recipe = recipe
         self._host = host
-        self._latents = LatentCache(Cache(os.path.join(folder, "latents")), host.codec)
+        self._caches = {name: Cache(os.path.join(folder, name)) for name in ("latents", "text", "masks")}
+        self._latents = LatentCache(self._caches["latents"], host.codec)
         # Where the text encoder changes while training, nothing that it gave before is of use.
-        self._texts = None if recipe.live_text else TextCache(Cache(os.path.join(folder, "text")), host.text)
-        self._masks = MaskCache(Cache(os.path.join(folder, "masks")))
+        self._texts = None if recipe.live_text else TextCache(self._caches["text"], host.text)
+        self._masks = MaskCache(self._caches["masks"])
+        self._holes = None
+        if host.denoiser.takes == HOLE:
+            self._caches["holes"] = Cache(os.path.join(folder, "holes"))
+            self._holes = HoleCache(self._caches["holes"], host.codec)
         self._keep = Keep()
         # The loop fetches a batch ahead in a thread; caches and what is at hand are for one at a time.
         self._lock = threading.Lock()
@@ -179,17 +204,44 @@ class _Maker:
         self._done += 1
         self._host.report("cache", {"name": name, "done": self._done, "total": total})
 
+    def copy(self, folder: str) -> None:
+        """Puts what is needed into another cache."""
+        for name, cache in self._caches.items():
+            cache.copy_asked(os.path.join(folder, name))
+
     def encode_pictures(self, cuts: list[_Cuts], left_out: list[LeftOut]) -> list[_Cuts]:
         """Those of the cuts that have latents and masks; the others go to `left_out`."""
         rows = [(cut.example, cut.all_crops()) for cut in cuts]
         outcome = self._latents.fill(rows, lambda name: self._tick(name, 2 * len(cuts)))
-        found = []
-        for cut, problem in zip(cuts, outcome, strict=True):
-            if problem is None:
-                found.append(cut)
-            else:
-                left_out.append(problem)
-        return self._with_masks(found, left_out)
+        found = _sound(cuts, outcome, left_out)
+        found = self._with_masks(found, left_out)
+        return self._with_holes(self._with_sources(found, left_out), left_out)
+
+    def _with_sources(self, cuts: list[_Cuts], left_out: list[LeftOut]) -> list[_Cuts]:
+        paired = [cut for cut in cuts if cut.example.control is not None]
+        rows = [(cut.example.control, [self._control_crop(cut, crop) for crop in cut.all_crops()]) for cut in paired]
+        outcome = self._latents.fill(rows, lambda name: self._tick(name, 2 * len(cuts)))
+        kept = {cut.place for cut in _sound(paired, outcome, left_out)}
+        return [cut for cut in cuts if cut.example.control is None or cut.place in kept]
+
+    def _with_holes(self, cuts: list[_Cuts], left_out: list[LeftOut]) -> list[_Cuts]:
+        if self._holes is None:
+            return cuts
+        rows = [(cut.example, cut.all_crops()) for cut in cuts]
+        return _sound(cuts, self._holes.fill(rows, lambda name: self._tick(name, 3 * len(cuts))), left_out)
+
+    def _control_crop(self, cut: _Cuts, crop: Crop) -> Crop:
+        step = self._host.denoiser.geometry(self._recipe.resolution).step
+        return control_crop(cut.example.control, cut.example.size, crop, step)
+
+    def beside_facts(self, cuts: list[_Cuts]) -> dict[str, int]:
+        """How many pictures have a source or a hole beside them; nothing where there is no such thing."""
+        paired = sum(cut.example.control is not None for cut in cuts)
+        found = {"source_pictures": paired} if paired else {}
+        if self._holes is not None:
+            masked = sum(cut.example.mask is not None for cut in cuts)
+            found.update(holes_by_mask=masked, holes_drawn=len(cuts) - masked)
+        return found
 
     def _with_masks(self, cuts: list[_Cuts], left_out: list[LeftOut]) -> list[_Cuts]:
         rows = []
@@ -286,14 +338,15 @@ class _Maker:
         caption, drawn, source = self._draw(cut, crop, turn)
         key = self._latents.key(example, drawn)
         latent = self._host.denoiser.scale_latents(self._latent(key, source))
-        conditioning = self._conditioning(caption, example, drawn)
+        beside = self._beside(cut, crop, drawn, turn)
+        conditioning = replace(self._conditioning(caption, example, drawn), **beside)
         weight = None
         if example.mask is not None:
             weight = self._weight(example, drawn, tuple(latent.shape[-2:]))
             weight = weight.view(1, 1, *[1] * (latent.ndim - 4), *latent.shape[-2:])
         anchor = None
         if turn is not None and example.anchor is not None:
-            told = self._conditioning(example.anchor.prompt, example, drawn)
+            told = replace(self._conditioning(example.anchor.prompt, example, drawn), **beside)
             live = self._live(example.anchor.prompt)
             anchor = Shown(latent, told, weight, live, example.anchor.weight)
         return Shown(latent, conditioning, weight, self._live(caption), example.weight, anchor)
@@ -304,6 +357,21 @@ class _Maker:
         if self._texts is not None:
             tensors = self._keep.get(f"text {caption}", lambda: self._texts.get(caption))
         return Conditioning(tensors, example.size, drawn.offset, drawn.bucket)
+
+    def _beside(self, cut: _Cuts, crop: Crop, drawn: Crop, turn: int | None) -> dict[str, torch.Tensor]:
+        """The source picture of a showing, or its hole: by seed, place and turn alone, and validation's is the first.
+
+        Means of the posterior, as the host's own nodes give them.
+        """
+        example = cut.example
+        if example.control is not None:
+            key = self._latents.key(example.control, self._control_crop(cut, drawn))
+            return {"source": self._latent(key, None)}
+        if self._holes is None:
+            return {}
+        seed = stream_seed("hole", self._recipe.seed, _place(cut, crop), turn) if turn is not None else 0
+        key = self._holes.key(example, drawn, seed % self._holes.count(example))
+        return self._keep.get(f"hole {key}", lambda: self._holes.get(key))
 
     def _live(self, caption: str) -> str | None:
         return caption if self._texts is None else None
@@ -341,6 +409,12 @@ class _Maker:
         key = self._masks.key(example, crop, shape)
         found = self._keep.get(f"mask {key}", lambda: {"": self._masks.get(key)})
         return found[""].clamp_min(example.handling.mask_minimum)
+
+
+def _sound(cuts: list[_Cuts], outcome: list[LeftOut | None], left_out: list[LeftOut]) -> list[_Cuts]:
+    """The cuts without a problem; those of the others go to `left_out`."""
+    left_out.extend(problem for problem in outcome if problem is not None)
+    return [cut for cut, problem in zip(cuts, outcome, strict=True) if problem is None]
 
 
 def _place(cut: _Cuts, crop: Crop) -> str:

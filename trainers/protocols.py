@@ -12,9 +12,13 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Protocol
 
+from .group import ALONE, Group
+
 if TYPE_CHECKING:
     import torch
     from PIL import Image
+
+    from .formats.cuts import Cut
 
 
 @dataclass(frozen=True)
@@ -26,12 +30,23 @@ class Conditioning:
         original_size: (width, height) of the picture before scaling, pixels.
         crop: (left, top) of the crop in the scaled picture, pixels.
         target_size: (width, height) of the crop that is trained on, pixels.
+        source: None, or the unscaled latent [1, C, ...] of the picture that this one is made of.
+        hole: None, or [1, 1, H, W] over pixels: 1 where an inpainting model is to fill the picture.
+        around: with a hole, the unscaled latent [1, C, ...] of the picture with the hole grey.
     """
 
     tensors: dict[str, torch.Tensor]
     original_size: tuple[int, int] = (0, 0)
     crop: tuple[int, int] = (0, 0)
     target_size: tuple[int, int] = (0, 0)
+    source: torch.Tensor | None = None
+    hole: torch.Tensor | None = None
+    around: torch.Tensor | None = None
+
+
+# What a denoiser may take beside noise and text.
+HOLE = "hole"
+SOURCE = "source"
 
 
 @dataclass(frozen=True)
@@ -61,6 +76,7 @@ class PreviewRequest:
         negative: the negative prompt, shared.
         size: (width, height) in pixels.
         seed: noise seed of the first picture; picture i uses seed + i.
+        beside: examples whose source picture or hole the pictures are drawn with, one after the other; empty for none.
     """
 
     prompts: tuple[str, ...]
@@ -71,6 +87,7 @@ class PreviewRequest:
     scheduler: str
     seed: int
     negative: str = ""
+    beside: tuple[Conditioning, ...] = ()
 
 
 class Asked(Enum):
@@ -152,13 +169,18 @@ class ImageCodec(Protocol):
 
 
 class Denoiser(Protocol):
-    """A frozen pretrained denoiser whose module tree may be given adapters."""
+    """A frozen pretrained denoiser whose module tree may be given adapters.
+
+    Attributes:
+        takes: what it takes beside noise and text: HOLE, SOURCE, or empty for nothing.
+    """
 
     module: torch.nn.Module
     parameterisation: str
     sigma_data: float
     noise_scale: float
     family: str
+    takes: str
     device: torch.device
     compute_dtype: torch.dtype
 
@@ -198,6 +220,9 @@ class Denoiser(Protocol):
     def published_name(self, path: str) -> str | None:
         """Path of a module in the model as diffusers publishes it; None where it has no such module."""
 
+    def published_cuts(self, path: str) -> tuple[Cut, ...]:
+        """The layers that diffusers has for a module, where it cuts the model otherwise; none where that is unknown."""
+
     def check_adapter(self, tensors: dict[str, torch.Tensor]) -> list[str]:
         """Keys of an adapter file that the host would not use."""
 
@@ -217,6 +242,8 @@ class Host:
     Attributes:
         report: called with (event name, payload) after each event; may raise to interrupt.
         asked: called after each step; what was asked since, None for nothing.
+        heed: called within a step where it can be given up; may raise to interrupt.
+        group: the processes that train together.
     """
 
     denoiser: Denoiser
@@ -224,3 +251,5 @@ class Host:
     codec: ImageCodec
     report: callable = field(default=lambda event, payload: None)
     asked: Callable[[], Asked | None] = field(default=lambda: None)
+    heed: Callable[[], None] = field(default=lambda: None)
+    group: Group = ALONE

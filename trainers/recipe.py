@@ -71,7 +71,9 @@ class Recipe:
         weight_dtype: what all weights are trained in, "fp32" or "bf16"; adapters are always in fp32.
         loss_spike_factor: a step whose loss is so many times the usual one is left out; 0 for none.
         offload: "on" to keep frozen weights off the device from the start.
+        tensorboard: "on" for event files beside the log.
         start_from: an adapter in the host's list, empty for none. What is in it is part of the base it trains on.
+        processes: how many train it together on one machine.
     """
 
     method: str
@@ -133,6 +135,8 @@ class Recipe:
     micro_batch: int
     offload: str
     start_from: str
+    tensorboard: str
+    processes: int = 1
 
     @property
     def live_text(self) -> bool:

@@ -92,6 +92,7 @@ class Run:
     Attributes:
         folder: for recipe, log, states and pictures.
         adapters, embeddings: folders for the files that the host's loaders see.
+        followers: called with each event after it was logged.
     """
 
     def __init__(self, folder: str, adapters: str, embeddings: str):
@@ -99,6 +100,7 @@ class Run:
         self.adapters = adapters
         self.embeddings = embeddings
         self.name = os.path.basename(folder)
+        self.followers: list[Callable[[dict], None]] = []
 
     @property
     def recipe_path(self) -> str:
@@ -228,7 +230,7 @@ class Run:
             if product is not None:
                 paths.append(os.path.join(folder, f"step-{state.step:08d}.safetensors"))
                 write(paths[-1], product, title)
-        write_state(self._state_path(state.step), state)
+        write_state(self.state_path(state.step), state)
         _prune(self.folder, _STATE, keep_last, state.step)
         for path in paths:
             _prune(os.path.dirname(path), _PRODUCT, keep_last, state.step)
@@ -240,7 +242,7 @@ class Run:
             if step > limit:
                 continue
             try:
-                return read_state(self._state_path(step), step)
+                return read_state(self.state_path(step), step)
             except RunError as error:
                 log.warning("Graft: %s Trying an earlier state.", error)
         return None
@@ -260,7 +262,7 @@ class Run:
             files.check_room(folder, 0)
 
     def log(self, event: dict) -> None:
-        """Appends one line to metrics.jsonl.
+        """Appends one line to metrics.jsonl, and tells the followers.
 
         Raises:
             RunError: it cannot be written, or was removed with its folder; no part of the line stays.
@@ -278,6 +280,8 @@ class Run:
                 f"The file '{path}' cannot be written ({error}).",
                 "Free space on that disk, or make the folder writable; if it was removed, queue the graph again.",
             ) from error
+        for follow in self.followers:
+            follow(event)
 
     def forget_after(self, step: int) -> None:
         """Drops the log's lines of steps that will be done again."""
@@ -316,7 +320,8 @@ class Run:
         last = max(name.rpartition("-")[0] for name in names)
         return data_uri(os.path.join(folder, f"{last}-1.png"))
 
-    def _state_path(self, step: int) -> str:
+    def state_path(self, step: int) -> str:
+        """Of the state after a step."""
         return os.path.join(self.folder, f"state-{step:08d}.safetensors")
 
 

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from . import inversion
+from . import event_files, inversion
 from .data.scan import check_captions
 from .errors import ModelError
 from .formats.adapter import Adapter, LazyAdapter, load_adapter
 from .formats.metadata import describe_training, tensors_hash
 from .formats.whole import Differences
+from .group import follow, lead
 from .methods import METHODS
 from .optimisers import OPTIMISERS
 from .parts import Parts
 from .prepare import Prepared, prepare
-from .protocols import base_digest
+from .protocols import HOLE, base_digest
 from .run import PAUSED, STOPPED, Products, Run
 from .state import State
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from .data.examples import Dataset, LeftOut
     from .formats.embedding import Embedding
+    from .levels import LevelLosses
     from .protocols import Host
     from .recipe import Recipe
     from .run import Folders
@@ -42,6 +44,7 @@ class Result:
         adapter: in the host's names; None where nothing of the model was trained.
         embedding: None where none was trained.
         losses: of each step.
+        levels: the loss by noise level.
         run: its folder.
         resumed_from: step it went on from; equal to `step` when it was already finished.
         step: the last one; fewer than the recipe's where it was stopped.
@@ -51,44 +54,92 @@ class Result:
     adapter: Adapter | None
     embedding: Embedding | None
     losses: list[float]
+    levels: LevelLosses
     run: Run
     resumed_from: int
     step: int
     left_out: tuple[LeftOut, ...] = ()
 
 
-def run_recipe(recipe: Recipe, dataset: Dataset, host: Host, folders: Folders) -> Result:
+@dataclass(frozen=True)
+class Task:
+    """What is to be trained, settled before anything is encoded.
+
+    Attributes:
+        dataset: as it is trained on.
+        start: the adapter that it starts from, None for none.
+        identity: names the run.
+        label: of its folder, where the user gave no name.
+    """
+
+    dataset: Dataset
+    start: Adapter | None
+    identity: str
+    label: str
+
+
+def task_of(recipe: Recipe, dataset: Dataset, host: Host, folders: Folders) -> Task:
+    """What a recipe means for a dataset and a base.
+
+    Raises:
+        GraftError: they do not go together, with the input and the cure.
+    """
+    if recipe.embedding_name:
+        inversion.check_word(recipe, host.text)
+        dataset = inversion.address(dataset, recipe.embedding_name, recipe.embedding_templates)
+    method = METHODS[recipe.method]
+    if not method.trains_model:
+        inversion.refuse_preservation(dataset)
+    check_captions(dataset)
+    recipe.objective.check(host.denoiser.parameterisation)
+    start = load_adapter(folders.adapter_of(recipe.start_from)) if recipe.start_from else None
+    identity = recipe.identity(dataset.fingerprint(), _base(host, start))
+    return Task(dataset, start, identity, dataset.name if method.trains_model else recipe.embedding_name)
+
+
+def _open(recipe: Recipe, task: Task, folders: Folders, name: str) -> tuple[Run, State, bool]:
+    """The run, the state that it goes on from, and whether nothing is left to do."""
+    run = Run.named(folders, name) if name else Run.open(folders, recipe, task.identity, task.label)
+    state = State()
+    # Paused, it is in the midst of starting over.
+    if name or recipe.on_existing != "start over" or run.halted_as(PAUSED, recipe.steps):
+        state = run.load(recipe.steps) or state
+    stopped = run.halted_as(STOPPED, recipe.steps)
+    return run, state, bool(state.step == recipe.steps or (stopped and state.step == stopped.step))
+
+
+def is_finished(recipe: Recipe, dataset: Dataset, host: Host, folders: Folders) -> bool:
+    """Whether `run_recipe` would return a run as it is. Raises as that does."""
+    return _open(recipe, task_of(recipe, dataset, host, folders), folders, "")[2]
+
+
+def run_recipe(recipe: Recipe, dataset: Dataset, host: Host, folders: Folders, name: str = "") -> Result:
     """Trains what a recipe says, goes on with an unfinished run, or returns a finished one.
 
     A run that was stopped is finished for the steps it was to have then; other steps go on with it.
 
     Must be called outside torch's inference mode.
 
+    Args:
+        name: of the run, where it is known already; `on_existing` is then not asked.
+
     Raises:
         GraftError: with the input and the cure.
         Anything that `host.report` raises to interrupt; what was reached is saved first.
     """
-    if recipe.embedding_name:
-        inversion.check_word(recipe, host.text)
-        dataset = inversion.address(dataset, recipe.embedding_name, recipe.embedding_templates)
-    if not METHODS[recipe.method].trains_model:
-        inversion.refuse_preservation(dataset)
-    check_captions(dataset)
-    recipe.objective.check(host.denoiser.parameterisation)
     method = METHODS[recipe.method]
-    start = load_adapter(folders.adapter_of(recipe.start_from)) if recipe.start_from else None
-    identity = recipe.identity(dataset.fingerprint(), _base(host, start))
-    label = dataset.name if method.trains_model else recipe.embedding_name
-    run = Run.open(folders, recipe, identity, label)
-    state = State()
-    # Paused, it is in the midst of starting over.
-    if recipe.on_existing != "start over" or run.halted_as(PAUSED, recipe.steps):
-        state = run.load(recipe.steps) or state
+    group = host.group
+    task = task_of(recipe, dataset, host, folders)
+    dataset, start, identity = task.dataset, task.start, task.identity
+    if group.leads:
+        run, state, finished = _open(recipe, task, folders, name)
+        lead(group, run, state, finished)
+    else:
+        run, state, finished = follow(group, folders)
     parts = Parts(method, recipe, host)
     export = _exporter(method, parts, recipe, host, dataset, run, identity)
     host.report("run", {"name": run.name, "folder": run.folder, "step": state.step, "steps": recipe.steps})
-    stopped = run.halted_as(STOPPED, recipe.steps)
-    if state.step == recipe.steps or (stopped and state.step == stopped.step):
+    if finished:
         log.info("Graft: run %s is already finished at step %d.", run.name, state.step)
         return _finished(recipe, host, method, parts, run, state, export)
     log.info("Graft: run %s, from step %d to %d: %s", run.name, state.step, recipe.steps, recipe.summary())
@@ -101,8 +152,10 @@ def _train(recipe, dataset, host, folders, parts, identity, run, state, export, 
     from .loop import train
     from .plan import Plan
 
-    # An optimiser that is not installed is refused before anything is encoded.
+    # A package that is not installed is missed before anything is encoded.
     OPTIMISERS[recipe.optimizer].load()
+    if recipe.tensorboard == "on":
+        event_files.load()
     denoiser = host.denoiser
     resumed_from = state.step
     prepared = prepare(dataset, recipe, host, folders.cache, folders.cache_limit)
@@ -122,6 +175,8 @@ def _train(recipe, dataset, host, folders, parts, identity, run, state, export, 
             groups.append(inversion.group(vectors, recipe))
             settle = inversion.settling(vectors, host.text, recipe)
         facts = {"layers": parts.layers, "checkpointed_blocks": blocks, **_counts(prepared), **prepared.facts}
+        if host.group.world > 1:
+            facts["processes"] = host.group.world
         run.check_room(sum(one.nbytes for one in trainables.values()), OPTIMISERS[recipe.optimizer].slots)
         if recipe.on_existing == "start over" and state.step == 0:
             # Only now, when all that could be refused has been: what is there is lost with this.
@@ -144,7 +199,9 @@ def _train(recipe, dataset, host, folders, parts, identity, run, state, export, 
         if state.step == 0:
             _check_gradient(plan, host)
         _check_names(plan, host)
-        state = train(plan, run, host, state)
+        writes = recipe.tensorboard == "on" and host.group.leads
+        with event_files.writing(run, state.step) if writes else nullcontext():
+            state = train(plan, run, host, state)
         # Within: the files of some types are made beside the weights.
         return _result(export, state, run, resumed_from, prepared.left_out)
 
@@ -175,7 +232,7 @@ def _result(export, state: State, run: Run, resumed_from: int, left_out: tuple[L
     state.optimiser = {}
     made = export(state.ema or state.trainables, state.step)
     adapter = made.adapter.taken() if isinstance(made.adapter, LazyAdapter) else made.adapter
-    return Result(adapter, made.embedding, state.losses, run, resumed_from, state.step, left_out)
+    return Result(adapter, made.embedding, state.losses, state.levels, run, resumed_from, state.step, left_out)
 
 
 def _keep_still(factor: float) -> None:
@@ -192,6 +249,9 @@ def _counts(prepared: Prepared) -> dict[str, int]:
 
 def _base(host: Host, start: Adapter | None) -> str:
     parts = [host.denoiser.fingerprint(), host.text.fingerprint(), host.codec.fingerprint()]
+    if host.denoiser.takes == HOLE:
+        # Holes came later: a run that was fed blank pictures is another one.
+        parts.append("holes")
     if start is not None:
         parts.append(tensors_hash(start if start.native is None else start.native.all_tensors()))
     return base_digest(*parts)

@@ -27,6 +27,8 @@ UNSET: dict[str, dict[str, Any]] = {
         "validation_fraction": 0.0,
         "validate_every": 0,
         "gradient_check": "auto",
+        "tensorboard": "auto",
+        "processes": 0,
     },
     "preview": {
         "prompts": "",
@@ -216,6 +218,8 @@ def resolve(
         micro_batch=get("memory", "micro_batch", 0),
         offload=get("memory", "offload", "auto"),
         start_from=get("adapter", "start_from", ""),
+        tensorboard=get("run", "tensorboard", "off"),
+        processes=get("run", "processes", 1),
     )
     check_recipe(recipe)
     return recipe

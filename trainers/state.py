@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import RunError
 from .formats import files
+from .levels import LevelLosses
 
 if TYPE_CHECKING:
     import torch
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 _VERSION = 1
 
 # What a state says in plain numbers; a field that is added here is written and read below.
-_FIELDS = {"version", "step", "batches", "losses", "validation", "optimiser", "groups", "scaler", "frozen"}
+_FIELDS = {"version", "step", "batches", "losses", "validation", "optimiser", "groups", "scaler", "frozen", "levels"}
 
 
 @dataclass
@@ -34,6 +35,7 @@ class State:
         groups: of each of the optimiser's groups, the numbers that training changed; empty in older files.
         scaler: fp16 loss scaling, empty otherwise.
         frozen: names of trainables whose time was over before the run's.
+        levels: the loss by noise level; of the steps that older files do not tell of, nothing.
     """
 
     step: int = 0
@@ -47,6 +49,7 @@ class State:
     groups: list[dict[str, Any]] = field(default_factory=list)
     scaler: dict[str, float] = field(default_factory=dict)
     frozen: list[str] = field(default_factory=list)
+    levels: LevelLosses = field(default_factory=LevelLosses)
 
 
 def write_state(path: str, state: State) -> None:
@@ -74,6 +77,7 @@ def write_state(path: str, state: State) -> None:
         "groups": state.groups,
         "scaler": state.scaler,
         "frozen": state.frozen,
+        "levels": state.levels.as_json(),
     }
     files.write_tensors(path, tensors, {"state": json.dumps(plain)})
 
@@ -102,6 +106,7 @@ def read_state(path: str, step: int) -> State:
             groups=[_numbers_in(group) for group in plain.get("groups", [])],
             scaler=_numbers_in(plain["scaler"]),
             frozen=[str(name) for name in plain.get("frozen", [])],
+            levels=LevelLosses.of_json(plain["levels"]) if "levels" in plain else LevelLosses(),
         )
         for name, tensor in tensors.items():
             group, _, rest = name.partition("/")

@@ -6,6 +6,7 @@ import { Routes } from "./panel/routes.js";
 import { Store } from "./panel/store.js";
 import { throttled } from "./panel/throttle.js";
 import { Panel, HEIGHT, WIDTH } from "./panel/view.js";
+import { loadTexts } from "./texts.js";
 
 const EVENT = "graft.progress";
 const TRAINERS = new Set(["GraftTrainLoRA", "GraftTrainEmbedding", "GraftTrainDreamBooth", "GraftFineTune"]);
@@ -47,13 +48,14 @@ function addPanel(node) {
 
 app.registerExtension({
   name: "Graft.Panel",
-  setup() {
+  async setup() {
     const style = document.createElement("link");
     style.rel = "stylesheet";
     style.href = new URL("./panel/panel.css", import.meta.url).href;
     document.head.append(style);
     api.addEventListener(EVENT, ({ detail }) => store.take(detail));
     api.addEventListener("reconnected", () => store.restore());
+    await loadTexts(api, app);
     store.restore();
   },
   nodeCreated(node) {

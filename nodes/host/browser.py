@@ -55,17 +55,26 @@ def prompt_server():
     return getattr(PromptServer, "instance", None)
 
 
+def _running(prompt: str) -> tuple | None:
+    """(number, id, prompt, extra data, outputs) of a running prompt, on newer hosts with more behind; None for none."""
+    running = getattr(getattr(prompt_server(), "prompt_queue", None), "currently_running", {})
+    return next((item for item in list(running.values()) if item[1] == prompt), None)
+
+
 def workflow_of(prompt: str) -> str:
     """Id of the workflow that a running prompt was queued from; empty where it came from no page."""
-    running = getattr(getattr(prompt_server(), "prompt_queue", None), "currently_running", {})
-    for item in list(running.values()):
-        # (number, id, prompt, extra data, outputs), on newer hosts with more behind; anyone may have written the third.
-        if item[1] == prompt:
-            found: Any = item[3]
-            for name in ("extra_pnginfo", "workflow", "id"):
-                found = found.get(name) if isinstance(found, dict) else None
-            return found if isinstance(found, str) and len(found) <= _ID_LIMIT else ""
-    return ""
+    item = _running(prompt)
+    # Anyone may have written the extra data.
+    found: Any = item[3] if item is not None else None
+    for name in ("extra_pnginfo", "workflow", "id"):
+        found = found.get(name) if isinstance(found, dict) else None
+    return found if isinstance(found, str) and len(found) <= _ID_LIMIT else ""
+
+
+def running_prompt(prompt: str) -> dict[str, Any] | None:
+    """The nodes of a running prompt, by id; None where it does not run on this server."""
+    item = _running(prompt)
+    return item[2] if item is not None else None
 
 
 def tell(message: dict[str, Any]) -> None:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
+import comfy.utils
+
 from ...trainers.families import Family, family_of
-from ...trainers.protocols import Geometry
+from ...trainers.formats.cuts import Cut
+from ...trainers.protocols import HOLE, Geometry
 
 if TYPE_CHECKING:
+    import torch
     from comfy.model_patcher import ModelPatcher
+
+    from ...trainers.protocols import Conditioning
 
 _FAMILIES = {
     "SDXLRefiner": "SDXL refiner",
@@ -30,6 +37,13 @@ _FAMILIES = {
     "CosmosT2IPredict2": "Cosmos-Predict2",
     "Anima": "Anima",
 }
+
+# Ways in which a model takes a picture, beside HOLE.
+CONCAT = "concat"
+REFERENCE = "reference"
+
+# The host's maps of diffusers' names, for the families whose LoRA files diffusers reads in its own cut of the layers.
+_DIFFUSERS_MAPS = {"SD3": "mmdit_to_diffusers", "Flux": "flux_to_diffusers"}
 
 # Of the node packs that load them (ComfyUI-GGUF, ComfyUI-nunchaku), in their classes' or modules' names.
 _FORMATS = {"ggml": "GGUF", "gguf": "GGUF", "nunchaku": "Nunchaku", "svdq": "Nunchaku"}
@@ -63,6 +77,81 @@ def parameterisation_name(model: ModelPatcher) -> str:
         if any(name in vars(kind) for name in _OBJECTIVE):
             return _PARAMETERISATIONS.get(kind.__name__, kind.__name__)
     return type(sampling).__name__
+
+
+def diffusers_cuts(model: ModelPatcher) -> dict[str, tuple[Cut, ...]]:
+    """The layers that diffusers has for a transformer's, by the weight's name in the checkpoint."""
+    known = _DIFFUSERS_MAPS.get(family_name(model))
+    if known is None:
+        return {}
+    found: dict[str, list[Cut]] = {}
+    for theirs, place in getattr(comfy.utils, known)(model.model.model_config.unet_config).items():
+        if not theirs.endswith(".weight"):
+            continue
+        ours, rows = (place, None) if isinstance(place, str) else place[:2]
+        # A newer host's map knows names of other models for the same weight; the family's own come first.
+        if rows is not None or ours not in found:
+            found.setdefault(ours, []).append(Cut(theirs.removesuffix(".weight"), functools.partial(_rows_of, place)))
+    return {ours: tuple(cuts) for ours, cuts in found.items()}
+
+
+def _rows_of(place: str | tuple, values: torch.Tensor) -> torch.Tensor:
+    """What is at a place of the host's map: all rows, some of them, or all turned about."""
+    if isinstance(place, str):
+        return values
+    if place[1] is not None:
+        values = values.narrow(*place[1])
+    return place[2](values) if len(place) > 2 else values
+
+
+def beside(model: ModelPatcher) -> str:
+    """What the model takes beside noise and text: HOLE, CONCAT, REFERENCE, or empty for nothing.
+
+    HOLE is a mask and what is left around it, CONCAT a source picture in further channels of the input, REFERENCE one
+    in further tokens. Read from the host's own class, as far as it says what it asks for.
+    """
+    base = model.model
+    kinds = {kind.__name__ for kind in type(base).__mro__}
+    config = base.model_config.unet_config
+    if "mask" in getattr(base, "concat_keys", ()):
+        return HOLE
+    if "Flux" in kinds and config.get("in_channels", 0) > config.get("out_channels", 0) > 0:
+        # By the rule of its concat_cond: a picture, or a picture and 64 channels of mask.
+        return HOLE if config["in_channels"] > 2 * config["out_channels"] else CONCAT
+    if "IP2P" in kinds:
+        return CONCAT
+    network = type(base.diffusion_model)
+    asks = _mentions(type(base), "extra_conds", "reference_latents")
+    takes = any(_mentions(network, name, "ref_latents") for name in ("forward", "_forward"))
+    return REFERENCE if asks and takes else ""
+
+
+def _mentions(kind: type, method: str, word: str) -> bool:
+    """Whether the method of a class, or one that it goes on to in a base, has a word as an argument or a text."""
+    codes = [vars(one)[method].__code__ for one in kind.__mro__ if hasattr(vars(one).get(method), "__code__")]
+    return any(word in code.co_consts or word in code.co_varnames for code in codes)
+
+
+def beside_values(kind: str, conditioning: Conditioning, device: torch.device | None = None) -> dict:
+    """What an example has beside noise and text, by the names under which the host's own nodes give it.
+
+    Args:
+        kind: of `beside`.
+        device: to put it on; None to leave it where it is.
+    """
+    found = {}
+    if kind == HOLE and conditioning.hole is not None:
+        found = {"concat_mask": conditioning.hole.float(), "concat_latent_image": conditioning.around}
+    elif kind == CONCAT and conditioning.source is not None:
+        found = {"concat_latent_image": conditioning.source}
+    elif kind == REFERENCE and conditioning.source is not None:
+        found = {"reference_latents": [conditioning.source]}
+    if device is None:
+        return found
+    return {
+        name: [one.to(device) for one in value] if isinstance(value, list) else value.to(device)
+        for name, value in found.items()
+    }
 
 
 def guidance(model: ModelPatcher) -> dict[str, float]:

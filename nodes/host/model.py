@@ -21,7 +21,7 @@ from ...trainers.autograd import own_weights, private_tree
 from ...trainers.errors import ModelError
 from ...trainers.families import GENERAL, family_of
 from ...trainers.offload import place
-from ...trainers.protocols import Conditioning, Geometry, PreviewRequest
+from ...trainers.protocols import HOLE, SOURCE, Conditioning, Geometry, PreviewRequest
 from . import families, kernels, sampling
 from .adapters import classic, unread_keys
 from .digest import patcher_digest
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from comfy.sd import VAE
     from PIL import Image
 
+    from ...trainers.formats.cuts import Cut
     from .text import ComfyText
 
 log = logging.getLogger(__name__)
@@ -58,6 +59,8 @@ class ComfyDenoiser:
         self._vae = vae
         self._sampling = self._model.get_model_object("model_sampling")
         self.family = families.family_name(self._model)
+        self._beside = families.beside(self._model)
+        self.takes = "" if not self._beside else HOLE if self._beside == families.HOLE else SOURCE
         self.parameterisation = families.parameterisation_name(self._model)
         self.sigma_data = float(getattr(self._sampling, "sigma_data", 1.0))
         self.noise_scale = float(getattr(self._sampling, "noise_scale", 1.0))
@@ -139,6 +142,7 @@ class ComfyDenoiser:
             "target_width": target_width,
             "target_height": target_height,
             **self._guidance,
+            **families.beside_values(self._beside, conditioning, self.device),
             # As the host gives it for text encoders that have none; some models ask for it by name.
             "pooled_output": None,
             "noise": x_t,
@@ -213,7 +217,7 @@ class ComfyDenoiser:
             self._casting = [layer for layer in self.module.modules() if hasattr(layer, "comfy_cast_weights")]
             self._base = _over(base, self.module)
             self._options = _transformer_options(self._model)
-            self._sampler = sampling.PreviewSampler(self._model, self._base, self._text, self._vae)
+            self._sampler = sampling.PreviewSampler(self._model, self._base, self._text, self._vae, self._beside)
             try:
                 with _in_training():
                     yield
@@ -260,6 +264,14 @@ class ComfyDenoiser:
     def _diffusers_names(self) -> dict[str, str]:
         names = comfy.utils.unet_to_diffusers(self._model.model.model_config.unet_config)
         return {ours: theirs for theirs, ours in names.items()}
+
+    def published_cuts(self, path: str) -> tuple[Cut, ...]:
+        """By the host's own map of a transformer's weights; none for other families."""
+        return self._cuts.get(f"{path}.weight", ())
+
+    @functools.cached_property
+    def _cuts(self) -> dict[str, tuple[Cut, ...]]:
+        return families.diffusers_cuts(self._model)
 
     def check_adapter(self, tensors: dict[str, torch.Tensor]) -> list[str]:
         """Keys that the host's own LoRA loader would not use on this model."""

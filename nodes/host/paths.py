@@ -51,6 +51,11 @@ def index_folder() -> str:
     return os.path.join(folders().cache, "index")
 
 
+def jobs_folder() -> str:
+    """Where jobs for other machines are written."""
+    return os.path.join(folders().runs, "jobs")
+
+
 def class_images_folder() -> str:
     """Where class images are kept; not among the caches, since drawing them takes long and they can be looked at."""
     return os.path.join(folders().runs, "class_images")
@@ -159,6 +164,21 @@ def dataset_path(choice: str, input: str = "folder") -> str:
         "Create it and put pictures into it, or choose another.",
         input,
     )
+
+
+def control_path(folder: str, choice: str) -> str:
+    """The absolute path of a folder of source pictures: inside a dataset's, or a choice of its own; empty for none.
+
+    Raises:
+        DatasetError: there is none of that name in either place.
+    """
+    wanted = choice.strip() if isinstance(choice, str) else choice
+    if wanted == "":
+        return ""
+    inside = os.path.join(dataset_path(folder), wanted) if _is_possible(wanted) else ""
+    if inside and os.path.isdir(inside) and _is_allowed(inside):
+        return os.path.realpath(inside)
+    return dataset_path(wanted, "control_folder")
 
 
 def _is_possible(name: str) -> bool:

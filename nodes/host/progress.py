@@ -48,7 +48,7 @@ class Progress:
         heed()
         if event == "step":
             self._bar.update_absolute(payload["step"], payload["steps"])
-            _log_step(payload)
+            log_step(payload)
         if event == "sample":
             for picture in payload["pictures"]:
                 self._bar.update_absolute(self._bar.current, None, ("JPEG", picture, _PREVIEW_SIDE))
@@ -76,7 +76,8 @@ def _memory() -> tuple[int, int]:
     return total - comfy.model_management.get_free_memory(device), total
 
 
-def _log_step(payload: dict) -> None:
+def log_step(payload: dict) -> None:
+    """Tells the terminal of some twenty steps of a run."""
     every = max(1, payload["steps"] // 20)
     if payload["step"] % every == 0 or payload["step"] == payload["steps"]:
         log.info(

@@ -11,7 +11,7 @@ import comfy.samplers
 import torch
 
 from ...trainers.protocols import Hurried, PreviewRequest
-from . import control
+from . import control, families
 from .text import ComfyText
 
 if TYPE_CHECKING:
@@ -65,10 +65,16 @@ class _Sampler:
         negative = self._text.prompt(request.negative)
         # All texts first, so that the text encoder need not make room in between.
         positives = [self._text.prompt(prompt) for prompt in request.prompts]
-        return [
-            self._sample(positive, negative, request, [(request.seed + index) % 2**64])
-            for index, positive in enumerate(positives)
-        ]
+        found = []
+        for index, positive in enumerate(positives):
+            more = self._values(request, index)
+            told = [[[text, {**values, **more}] for text, values in one] for one in (positive, negative)]
+            found.append(self._sample(*told, request, [(request.seed + index) % 2**64]))
+        return found
+
+    def _values(self, request: PreviewRequest, index: int) -> dict:
+        """What a prompt is drawn with beside its text."""
+        return {}
 
     def _sample(self, positive: list, negative: list, request: PreviewRequest, seeds: Sequence[int]) -> torch.Tensor:
         """Latents [len(seeds), C, ...] of one prompt, the noise of each by its own seed alone."""
@@ -124,8 +130,9 @@ class PromptSampler(_Sampler):
 class PreviewSampler(_Sampler):
     """Draws with the private tree itself, so that no second copy of the weights is patched for it."""
 
-    def __init__(self, model: ModelPatcher, base, text: ComfyText, vae: VAE):
+    def __init__(self, model: ModelPatcher, base, text: ComfyText, vae: VAE, beside: str = ""):
         super().__init__(model.clone(), text, vae)
+        self._beside = beside
         self._patcher.model = base
         for name in _BAKED:
             if hasattr(self._patcher, name):
@@ -140,6 +147,11 @@ class PreviewSampler(_Sampler):
             finally:
                 self._forget()
             return [_picture(self._vae.decode(latent)) for latent in latents]
+
+    def _values(self, request: PreviewRequest, index: int) -> dict:
+        if not request.beside:
+            return {}
+        return families.beside_values(self._beside, request.beside[index % len(request.beside)])
 
     def _forget(self) -> None:
         """Takes the tree off the host's list of loaded models: the host must not unload what is being trained."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,18 +12,20 @@ from comfy_execution.graph_utils import ExecutionBlocker
 from ...trainers.data.scan import shortened
 from ...trainers.errors import ModelError, OutOfMemory
 from ...trainers.families import family_of
+from ...trainers.job import export_job
 from ...trainers.ladder import in_one_line, is_out_of_memory
+from ...trainers.levels import BY_TIMESTEP
 from ...trainers.prepare import all_resolutions
 from ...trainers.protocols import Geometry, Host
 from ...trainers.recipe import Word
-from ...trainers.session import run_recipe
+from ...trainers.session import is_finished, run_recipe
 from ...trainers.settings import Options, resolve
-from . import families, paths
+from . import families, origin, paths, together
 from .adapters import apply_adapter
-from .control import Training, attended
+from .control import Training, attended, heed
 from .image import ComfyCodec
 from .model import ComfyDenoiser
-from .progress import Progress
+from .progress import Progress, counter
 from .text import ComfyText
 from .words import apply_embedding
 
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from ...trainers.formats.adapter import Adapter
     from ...trainers.formats.embedding import Embedding
     from ...trainers.recipe import Recipe
+    from ...trainers.session import Result
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class Trained:
     clip: CLIP
     adapter: Adapter | None
     embedding: Embedding | None
-    loss: dict[str, list[float]]
+    loss: dict[str, Any]
     ui: dict[str, Any]
 
 
@@ -80,9 +83,9 @@ def _train(model, clip, vae, dataset, widgets, options, training: Training) -> T
         text = ComfyText(clip)
         denoiser = ComfyDenoiser(model, text, vae)
         recipe = settled(model, dataset, widgets, options)
-        host = Host(denoiser, text, ComfyCodec(vae), Progress(training, recipe.steps), training.asked)
+        host = Host(denoiser, text, ComfyCodec(vae), Progress(training, recipe.steps), training.asked, heed)
         try:
-            result = run_recipe(recipe, dataset, host, paths.folders())
+            result = _result_of(recipe, dataset, host, training.node)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -95,8 +98,17 @@ def _train(model, clip, vae, dataset, widgets, options, training: Training) -> T
     done = {"run": result.run.name, "step": result.step, "steps": recipe.steps}
     training.tell("done", {**done, "cached": result.resumed_from == result.step})
     summary = _summary(result, recipe)
-    loss = {"loss": result.losses}
+    loss = {"loss": result.losses, BY_TIMESTEP: result.levels.as_json()}
     return Trained(trained_model, trained_clip, result.adapter, result.embedding, loss, {"text": (summary,)})
+
+
+def _result_of(recipe: Recipe, dataset: Dataset, host: Host, node: str) -> Result:
+    """Trains here, or by processes of its own whose finished run is then read."""
+    folders = paths.folders()
+    if recipe.processes == 1 or is_finished(recipe, dataset, host, folders):
+        return run_recipe(recipe, dataset, host, folders)
+    name, step = together.train(recipe, dataset, host, node)
+    return replace(run_recipe(recipe, dataset, host, folders, name), resumed_from=step)
 
 
 def _out_of_memory(error: Exception) -> OutOfMemory:
@@ -107,6 +119,31 @@ def _out_of_memory(error: Exception) -> OutOfMemory:
         "again to go on.",
         "model",
     )
+
+
+def export(
+    model: ModelPatcher, clip: CLIP, vae: VAE, dataset: Dataset, widgets: Widgets, options: Options | None, node: str
+) -> str:
+    """Writes what `train` would do as a job for other machines; its folder.
+
+    Raises:
+        GraftError: with input and cure.
+        The host's interruption; nothing of the job stays then.
+    """
+    check_sockets(model, clip, vae)
+    tick = counter(node)
+
+    def report(event: str, payload: dict) -> None:
+        if event == "cache":
+            tick(payload["done"], payload["total"])
+
+    with torch.inference_mode(False):
+        text = ComfyText(clip)
+        denoiser = ComfyDenoiser(model, text, vae)
+        recipe = settled(model, dataset, widgets, options)
+        host = Host(denoiser, text, ComfyCodec(vae), report)
+        base = {**origin.describe(node), "fingerprints": origin.fingerprints(host)}
+        return export_job(paths.jobs_folder(), recipe, dataset, host, paths.folders(), base)
 
 
 def settled(model: ModelPatcher, dataset: Dataset, widgets: Widgets, options: Options | None) -> Recipe:

@@ -111,31 +111,65 @@ def test_the_same_file_in_diffusers(comfy, tmp_path):
     assert (applied - output).norm() <= 1e-3 * (output - before).norm()
 
 
-def test_a_flux_file_in_diffusers_pipeline(comfy):
-    """The double blocks, since diffusers cuts what a single block has in one layer at the widths of the full model."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+# diffusers' pipelines, with nothing in them but a network.
+PIPELINES = {
+    "SD3": lambda kinds, network: kinds.StableDiffusion3Pipeline(network, *[None] * 8),
+    "Flux": lambda kinds, network: kinds.FluxPipeline(*[None] * 6, network),
+}
+
+
+@pytest.mark.parametrize("family", PIPELINES)
+def test_a_transformers_file_in_diffusers_pipeline_and_back(family, tmp_path):
+    """On every Linear layer: some are several in diffusers, some have their rows turned about."""
+    import diffusers
+    from graft_pack.nodes.host.adapters import apply_adapter, unread_keys
+    from graft_pack.trainers.methods import METHODS
+    from graft_pack.trainers.parts import Parts
 
     from tests.support.published import PUBLISHED
 
-    published = PUBLISHED["Flux"]
+    published = PUBLISHED[family]
     model = models.patcher(published.name)
     network, _ = published.network(model)
     x, sigma, one = probe(published.name)
     point = network, x, torch.tensor([sigma]), [one]
-    with (
-        models.in_training(
-            model, published.name, spread=0.1, targets="patterns", target_patterns=(r"double_blocks\.",)
-        ) as training,
-        torch.no_grad(),
-    ):
-        adapter = Adapter(training.plan.export(training.plan.trainables, 0).adapter)
+    path = str(tmp_path / "a.safetensors")
+    fields = {"targets": "all linear", "block_ranks": ((r"blocks\.1\.", 2),), "alpha": 2.0}
+    with models.in_training(model, published.name, spread=0.1, **fields) as training, torch.no_grad():
+        adapter = training.plan.export(training.plan.trainables, 0).adapter
         output = training.denoiser.predict(*point[1:])
         before = published.run(*point)
-        pipe = FluxPipeline(FlowMatchEulerDiscreteScheduler(), None, None, None, None, None, network)
-        pipe.load_lora_weights(str(saved(comfy, adapter, "flux-diffusers")))
-        applied = published.run(*point)
-    assert (applied - output).norm() <= 1e-3 * (output - before).norm()
-    assert (output - before).norm() >= 1e-2 * before.norm()
+        save_adapter(path, adapter, family, "diffusers")
+        pipe = PIPELINES[family](diffusers, network)
+        pipe.load_lora_weights(path)
+        assert (published.run(*point) - output).norm() <= 1e-3 * (output - before).norm()
+        assert (output - before).norm() >= 1e-2 * before.norm()
+        back = load_adapter(path)
+        assert unread_keys(model, None, back) == []
+        # Another start, then the file's values.
+        models.scatter(training.plan.trainables, 0.1, seed=5)
+        parts = Parts(METHODS["LoRA"], training.plan.recipe, training.host)
+        parts.start(training.plan.trainables, back)
+        assert models.distance(training.denoiser.predict(*point[1:]), output) <= 1e-5
+    applied, _ = apply_adapter(model, None, back, 1.0, 0.0)
+    assert models.distance(raw(models.denoised(applied, x, sigma, one), (x, sigma, one)), output) <= 1e-4
+
+
+def test_a_transformers_file_of_diffusers_own_training_is_not_taken_for_one_layer(tmp_path):
+    """There q, k and v have an A each, which no low rank of the layer that holds all three gives back."""
+    from graft_pack.trainers.errors import ModelError
+    from graft_pack.trainers.methods import METHODS
+    from graft_pack.trainers.parts import Parts
+
+    with models.in_training(make_model("SD3"), "SD3", spread=0.1) as training:
+        adapter = training.plan.export(training.plan.trainables, 0).adapter
+        path = str(tmp_path / "a.safetensors")
+        save_adapter(path, adapter, "a", "diffusers")
+        back = load_adapter(path)
+        back.native.tensors["transformer_blocks.0.attn.to_k.lora_A.weight"] += 1
+        parts = Parts(METHODS["LoRA"], training.plan.recipe, training.host)
+        with pytest.raises(ModelError, match=r"several parts of its own for joint_blocks\.0\.x_block\.attn\.qkv"):
+            parts.start(training.plan.trainables, back)
 
 
 def test_a_flux_single_block_is_cut_by_diffusers_as_the_host_has_it():

@@ -123,11 +123,21 @@ def test_the_loss_of_a_run_is_drawn(server, run):
     graph = runs.graph_of(server, "compare", "compare", 6, save_every=3, keep_last=5)
     graph["3"]["inputs"]["learning_rate"] = 2e-2
     graph["7"] = graphs.node("GraftPlotLoss", loss=["3", 3], loss_b=["3", 3], smoothing=0.5, log_scale=True)
-    graph["8"] = graphs.node("SaveImage", images=["7", 0], filename_prefix="loss")
+    graph["8"] = graphs.node("GraftPlotLoss", loss=["3", 3], smoothing=0.5, log_scale=False, plot="loss by timestep")
+    graph["9"] = graphs.node("LossGraphNode", loss=["3", 3], filename_prefix="core")
     entry = server.run(graph)
-    (picture,) = opened(server, entry, "8")
-    assert picture.shape == (500, 900, 3) and picture.std() > 5
-    assert entry["outputs"]["7"]["images"], "the node shows it"
+    pictures = [opened(server, entry, node)[0] for node in ("7", "8")]
+    assert all(picture.shape == (500, 900, 3) and picture.std() > 5 for picture in pictures), "the node shows it"
+    assert not np.array_equal(*pictures)
+    assert entry["outputs"]["9"]["images"], "the host's own node takes it too"
+
+
+def test_a_loss_that_tells_of_no_timesteps_is_refused_with_input_and_cure(comfy):
+    from graft_pack.nodes.tools import GraftPlotLoss
+
+    with pytest.raises(SettingsError, match="input 'loss': What arrived has no loss by timestep") as caught:
+        GraftPlotLoss.execute({"loss": [0.5, 0.25]}, 0.5, False, plot="loss by timestep")
+    assert "Set plot to loss" in caught.value.cure
 
 
 def test_columns_have_names_that_tell_them_apart(compare, monkeypatch):

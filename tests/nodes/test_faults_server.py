@@ -49,9 +49,12 @@ class Moment:
     def await_it(self, server, events):
         """Returns when it has come."""
         if self.phase == "caching":
-            # Sixteen pictures and as many captions, and the first of them at once.
-            for _ in range(self._random.randint(1, 24)):
-                events.wait_for("graft.progress", timeout=120, event="cache")
+            # A page is told ten times a second at most, so that a number may be passed over: the first step ends it.
+            wanted = self._random.randint(1, 24)
+            while True:
+                data = events.wait_for("graft.progress", timeout=120).data
+                if data["event"] == "step" or (data["event"] == "cache" and data["done"] >= wanted):
+                    break
             time.sleep(self._random.uniform(0, 0.02))
             return
         if self.phase == "sampling":

@@ -1,12 +1,14 @@
 """Gradients of the adapter through each architecture, held against finite differences."""
 
+import re
 from contextlib import nullcontext
 
 import pytest
 import torch
 from graft_pack.trainers import autograd, forward
-from graft_pack.trainers.check import check_gradient, directional_error
+from graft_pack.trainers.check import _by_block, check_gradient, directional_error
 from graft_pack.trainers.errors import ModelError
+from graft_pack.trainers.objective.noise import generator
 
 from tests.support import models
 
@@ -102,3 +104,36 @@ def test_the_self_check_passes_and_puts_the_trainables_back(name):
         before = models.joined(training.plan.trainables.values())
         assert check_gradient(training.losses, training.plan.trainables) <= 0.01
         assert torch.equal(models.joined(training.plan.trainables.values()), before)
+
+
+def derivatives(training):
+    """{block: |derivative| along its own gradient}, at the place where the self-check looks."""
+    source = generator("check", 0)
+    values = training.plan.trainables
+    with torch.no_grad():
+        for parameter in values.values():
+            parameter.add_(torch.randn(parameter.shape, generator=source) * 0.02)
+    gradients = dict(zip(values, training.gradients(), strict=True))
+    with torch.no_grad():
+        source = generator("check", 0)
+        for parameter in values.values():
+            parameter.sub_(torch.randn(parameter.shape, generator=source) * 0.02)
+    names = _by_block(values)
+    return {block: float(models.joined(gradients[name] for name in held).norm()) for block, held in names.items()}
+
+
+@pytest.mark.parametrize("name", ["SD1", "SD3"])
+def test_the_self_check_lets_no_more_than_five_per_cent_pass(name):
+    """Not even in the block on which the loss depends least, where rounding is the largest share."""
+    with models.in_training(make_model(name, torch.float32), name) as training:
+        found = derivatives(training)
+        weakest = min(found, key=found.get)
+        for share in (0.06, 0.1):
+            hooks = [
+                training.plan.trainables[held].register_hook(lambda gradient, share=share: (1 - share) * gradient)
+                for held in _by_block(training.plan.trainables)[weakest]
+            ]
+            with pytest.raises(ModelError, match=rf"is wrong: .*% in {re.escape(weakest)}"):
+                check_gradient(training.losses, training.plan.trainables)
+            for hook in hooks:
+                hook.remove()

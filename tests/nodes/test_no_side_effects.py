@@ -63,7 +63,7 @@ def faulty(monkeypatch):
                 if outcome in ("stopped", "paused"):
                     DESK.of_node("7").ask(Wish.STOP if outcome == "stopped" else Wish.PAUSE)
             found = real(plan, host, window, step, mover, shown)
-            return (float("nan"), found[1]) if outcome == "not a number" and step == 1 else found
+            return (float("nan"), *found[1:]) if outcome == "not a number" and step == 1 else found
 
         def predict(self, x_t, sigma, conditioning):
             short = outcome == "memory ran out" or not any(

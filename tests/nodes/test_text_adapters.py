@@ -53,6 +53,21 @@ def test_gradients_are_exact(name):
     assert models.distance(found[1], found[0]) <= 1e-6
 
 
+@pytest.mark.parametrize("name", models.TEXT)
+def test_captions_that_are_encoded_at_once_get_what_is_their_own(name):
+    """Captions of one and of more than one chunk, by an adapter that does nothing yet."""
+    long = ", ".join(["a photo of a red dog on a beach"] * 12)
+    captions = ["a red dog", "blue sky", long, "a red dog"]
+    with models.with_text(name) as training:
+        text = training.host.text
+        expected = [text.encode(caption) for caption in captions]
+        found = text.encode_live(captions)
+    for caption, one, other in zip(captions, found, expected, strict=True):
+        assert any(value.requires_grad for value in one.values())
+        for key, value in other.items():
+            assert models.distance(one[key].detach(), value) <= 1e-5, (caption, key)
+
+
 def test_without_the_cure_it_raises(monkeypatch):
     from contextlib import nullcontext
 

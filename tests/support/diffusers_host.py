@@ -20,6 +20,7 @@ class DiffusersDenoiser:
     noise_scale = 1.0
     sigma_data = 1.0
     family = "SD1"
+    takes = ""
 
     def __init__(self, unet, prediction_type="epsilon"):
         self._unet = unet.requires_grad_(False).eval()
@@ -94,6 +95,9 @@ class DiffusersDenoiser:
 
     def published_name(self, path):
         return path
+
+    def published_cuts(self, path):
+        return ()
 
     def check_adapter(self, tensors):
         if all(key.startswith("model.") for key in tensors):
@@ -359,6 +363,16 @@ def run_session(folder, report=None, host=None, dataset=None, **fields):
     return run_recipe(recipe, dataset or make_dataset(), host or make_host(report), folders)
 
 
+def make_item(index, weight=None):
+    """An example with a latent and a caption of its own."""
+    from graft_pack.trainers.plan import Item, Shown
+    from graft_pack.trainers.protocols import Conditioning
+
+    latent = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(index))
+    conditioning = Conditioning(WordEncoder().encode(f"picture {index}"))
+    return Item(f"picture {index}", (64, 64), 1, lambda turn: Shown(latent, conditioning, weight))
+
+
 @contextmanager
 def planned(items, spread=0.1, **fields):
     """(plan, host) of a LoRA on random trainables; spread 0 leaves them as they start."""
@@ -389,7 +403,7 @@ def gradient_of(plan, host, window, step=0):
 
     for parameter in plan.trainables.values():
         parameter.grad = None
-    loss, names = loop._gradients(plan, host, window, step, Mover(plan, host))
+    loss, names, _ = loop._gradients(plan, host, window, step, Mover(plan, host))
     return loss, models.joined(p.grad for p in plan.trainables.values()), names
 
 
@@ -400,7 +414,7 @@ def state_of(result):
 
 def same_state(a, b):
     """Whether two states are the same to the bit, optimiser and average included."""
-    plain = ("step", "batches", "losses", "validation", "scaler", "groups")
+    plain = ("step", "batches", "losses", "validation", "scaler", "groups", "levels")
     if any(getattr(a, name) != getattr(b, name) for name in plain):
         return False
     slots = [(a.trainables, b.trainables), (a.ema, b.ema)]

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from . import graphs, odd_files, runs
-from .server import PromptError, PromptRefused
+from .server import PromptError, PromptRefused, describe_refusal
 
 HTML = "<img src=x onerror=alert(1)>"
 OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -67,7 +67,11 @@ def every(defaults, trained, seed=0):
 def run(server, prompt, node=None):
     """(whether it ran to its end, what was said) of a prompt; of an error all that ComfyUI tells of it."""
     try:
-        entry = server.wait(server.queue(prompt), 300)
+        answer = server.submit(prompt)
+        entry = server.wait(answer["prompt_id"], 300)
+        if answer["node_errors"]:
+            # One output was refused, another ran.
+            return False, describe_refusal(answer)
     except PromptRefused as refusal:
         return False, str(refusal)
     except PromptError as error:
@@ -83,7 +87,7 @@ def graph_of(defaults, kind, **values):
     prompt["9"] = graphs.node("GraftLoadAdapter", adapter_name="sound.safetensors")
     prompt["8"] = graphs.node("GraftLoadEmbedding", embedding_name="sound.safetensors")
     links = {"MODEL": ["1", 0], "CLIP": ["1", 1], "VAE": ["1", 2], "GRAFT_DATASET": ["2", 0], "LORA_MODEL": ["9", 0]}
-    links |= {"GRAFT_EMBEDDING": ["8", 0], "IMAGE": ["7", 0]}
+    links |= {"GRAFT_EMBEDDING": ["8", 0], "IMAGE": ["7", 0], "LOSS_MAP": ["3", 3]}
     prompt["7"] = graphs.node("EmptyImage", width=64, height=64, batch_size=1, color=0)
     inputs = dict(defaults[kind].widgets)
     inputs |= {name: links[socket] for name, socket in defaults[kind].sockets.items() if socket in links}
@@ -210,7 +214,8 @@ NUMBERS = {
         "an object": ({"a": 1}, "not in list|is no text"),
         "a list": ({"__value__": [1, 2, 3]}, "not in list|is no text"),
         "a path": ("../../../../etc/passwd", "not in list|is no choice here|There is no|lies outside"),
-        "HTML": (HTML, "not in list|is no choice here|There is no|no folder"),
+        # Not the name alone: another trial makes a folder of it.
+        "HTML": (f"{HTML}<b>", "not in list|is no choice here|There is no|no folder"),
     },
 }
 

@@ -1,16 +1,26 @@
-"""locales/en, written from the nodes' own schemas: the English texts that a translator starts from.
+"""locales/: what the pack says, in each language, in the files that ComfyUI reads.
 
-    python -m tests.support.make_locales
+    python -m tests.support.make_locales            write them; says what is not translated yet
+    python -m tests.support.make_locales --missing  only say it, as lines for a table of translations
 
-The nodes say every name and tooltip once, in nodes/; a test compares these files with them.
+English is said once: by the nodes in nodes/, by the page's scripts in web/, and below. Each other language has one
+table in tests/support/translations, {English text: translation}. Where one English text wants two translations, a
+place (`GraftTrainDreamBooth.inputs.train.name`) stands in the table besides, for that place alone.
 """
 
+import argparse
 import json
+import re
+import sys
+from pathlib import Path
 
 from . import pack
 from .host import ROOT
 
-FOLDER = ROOT / "locales" / "en"
+LOCALES = ROOT / "locales"
+FOLDER = LOCALES / "en"
+TABLES = Path(__file__).with_name("translations")
+LANGUAGES = ("zh", "ja", "ko", "fr", "de", "es", "ru")
 
 # What the frontend has to name and no node says. Categories of general words are shared with other packs.
 MAIN = {
@@ -35,6 +45,9 @@ SETTINGS = {
         "What that run needs always stays.",
     },
 }
+
+# A text in a script of the page: t("...") shows it, text("...") marks it.
+SHOWN = re.compile(r'\b(?:t|text)\(\s*"((?:[^"\\]|\\.)*)"')
 
 
 def list_nodes():
@@ -67,16 +80,87 @@ def _describe(name, tooltip):
     return {"name": name, "tooltip": tooltip} if tooltip else {"name": name}
 
 
+def list_page_texts():
+    """What the page's scripts show, in order."""
+    found = {}
+    for path in sorted((ROOT / "web").rglob("*.js")):
+        for match in SHOWN.finditer(path.read_text(encoding="utf-8")):
+            found[json.loads(f'"{match.group(1)}"')] = None
+    return list(found)
+
+
+def describe(nodes):
+    """{file: what it holds in English}. The page's texts are under their own English, which the scripts look up."""
+    texts = {text: text for text in list_page_texts()}
+    return {
+        "nodeDefs": describe_nodes(nodes),
+        "main": {**MAIN, "graft": {"texts": texts}},
+        "settings": SETTINGS,
+    }
+
+
+def list_texts(value, place=()):
+    """(place, text) of all texts in a tree."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from list_texts(inner, (*place, key))
+    else:
+        yield ".".join(place), value
+
+
+def read_table(language):
+    """{English text or place: translation}."""
+    path = TABLES / f"{language}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def translate(value, table, place=()):
+    """A tree in another language, without what the table does not have."""
+    if not isinstance(value, dict):
+        return table.get(".".join(place)) or table.get(value)
+    made = {key: translate(inner, table, (*place, key)) for key, inner in value.items()}
+    return {key: inner for key, inner in made.items() if inner}
+
+
+def list_missing(files, table):
+    """{place: English text} of what a table has no translation for."""
+    texts = (row for tree in files.values() for row in list_texts(tree))
+    return {place: text for place, text in texts if not (table.get(place) or table.get(text))}
+
+
+def list_stale(files, table):
+    """What a table translates and nothing says any more."""
+    rows = [row for tree in files.values() for row in list_texts(tree)]
+    return sorted(set(table) - {place for place, _ in rows} - {text for _, text in rows})
+
+
 def dump(value):
-    return json.dumps(value, indent=2) + "\n"
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def write(language, files):
+    """The files of one language."""
+    folder = LOCALES / language
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, value in files.items():
+        (folder / f"{name}.json").write_text(dump(value), encoding="utf-8")
+    print(folder)
 
 
 def main():
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    for name, value in (("nodeDefs", describe_nodes(list_nodes())), ("main", MAIN), ("settings", SETTINGS)):
-        path = FOLDER / f"{name}.json"
-        path.write_text(dump(value), encoding="utf-8")
-        print(path)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--missing", action="store_true", help="write nothing")
+    args = parser.parse_args()
+    files = describe(list_nodes())
+    if not args.missing:
+        write("en", files)
+    for language in LANGUAGES:
+        table = read_table(language)
+        missing = dict.fromkeys(list_missing(files, table).values(), "")
+        if missing:
+            print(f"{TABLES / language}.json lacks {len(missing)}:\n{dump(missing)}", file=sys.stderr)
+        if not args.missing:
+            write(language, {name: translate(tree, table) for name, tree in files.items()})
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
-"""Pictures of the live panel for README: a training on the tiny base in the real page, by theme and renderer.
+"""Pictures of the live panel, in ComfyUI's two themes and renderers: the suite takes them, and README shows them.
 
     python -m tests.support.make_panel_pictures
 
-Writes assets/panel.jpg: dark and light beside each other, the node as the canvas draws it and as Nodes 2.0 does.
+Writes assets/panel_THEME_RENDERER.jpg, four of them: one training on the tiny base in each renderer, seen by both
+themes when most of it is done.
 """
 
 import argparse
 import io
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from PIL import Image
@@ -21,23 +23,41 @@ from .make_pictures import COVERS, PICTURES
 from .pack import hide_root
 from .server import ComfyServer
 
-# [(theme, whether in the new renderer)], from left to right.
-LOOKS = [("dark", False), ("light", True)]
+THEMES = ("dark", "light")
+RENDERERS = {"canvas": False, "nodes2": True}  # whether it is the new one
 WINDOW = (1500, 1400)
 SCALE = 1.25
+WIDTH = 480
 STEPS = 120
-SEEN = 0.7  # share of the steps that are done when the picture is taken
+SEEN = 0.6  # share of the steps that are done when the pictures are taken
 
 
-def take_node(page):
-    """A picture of the trainer without what the page lays over it."""
-    page.js("document.querySelectorAll(args[0]).forEach(cover => { cover.style.visibility = 'hidden'; });", COVERS)
+def take_looks(page, scale=1.0):
+    """{theme: picture of the trainer}, without what the page lays over it; the theme is then as it was."""
+    before = page.get_setting("Comfy.ColorPalette")
+    page.set_setting("Comfy.NodeBadge.NodeSourceBadgeMode", "None")
+    hide = "document.querySelectorAll(args[0]).forEach(cover => { cover.style.visibility = args[1]; });"
+    page.js(hide, COVERS, "hidden")
     page.js("""
         const others = app.graph.nodes.filter(node => !node.type.startsWith('GraftTrain'));
         others.forEach((node, place) => { node.pos = [node.type === 'GraftSaveAdapter' ? 3000 : -3000, 300 * place]; });
-        app.canvas.deselectAll?.();
-        app.canvas.setDirty(true, true);""")  # fmt: skip
-    panels.look_at(page, SCALE)
+        app.canvas.deselectAll?.();""")  # fmt: skip
+    try:
+        return {theme: take_look(page, theme, scale) for theme in THEMES}
+    finally:
+        page.js(hide, COVERS, "")
+        page.set_setting("Comfy.ColorPalette", before)
+
+
+def take_look(page, theme, scale):
+    page.set_setting("Comfy.ColorPalette", theme)
+    panels.look_at(page, scale)
+    view = panels.PanelView(page)
+    # The page takes its time for a theme, and the chart follows it.
+    deadline = time.monotonic() + 10
+    while not view.is_drawn() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(0.3)
     shot = Image.open(io.BytesIO(page.driver.get_screenshot_as_png())).convert("RGB")
     return shot.crop(find_node(page))
 
@@ -57,44 +77,49 @@ def find_node(page, margin=14):
     return round(left - margin), round(top - margin), round(right + margin), round(bottom + margin)
 
 
-def run_and_take(browser, server, theme, new_renderer, steps):
-    """A training in the page, seen when most of it is done."""
-    page = browser.open(server.url, {"Comfy.ColorPalette": theme, "Comfy.VueNodes.Enabled": new_renderer})
+def run_and_take(browser, server, name, steps):
+    """{theme: picture} of a training in the page, seen when most of it is done."""
+    page = browser.open(server.url, {"Comfy.VueNodes.Enabled": RENDERERS[name]})
     page.load(panels.draw_graph(page, demo.TINY["Photos"]["folder"]))
     panels.set_values(page, steps=steps, batch_size=4, prompts=demo.TINY["Prompt"]["value"], every=steps // 6,
-                      name=f"{theme}-{new_renderer}", validation_fraction=0.25, validate_every=steps // 12)  # fmt: skip
+                      name=name, validation_fraction=0.25, validate_every=steps // 12)  # fmt: skip
     page.js("app.graph.nodes.find(node => node.type === 'GraftTrainLoRA').title = 'Train a LoRA';")
     panels.look_at(page, SCALE)
     prompt = page.queue()
     view = panels.PanelView(page)
     view.wait_for_step(round(SEEN * steps), timeout=900)
     view.pictures()
-    picture = take_node(page)
-    view.press("Stop and keep")
+    taken = take_looks(page, SCALE)
+    # On a busy machine it may be done by now.
+    if view.phase() == "training":
+        view.press("Stop and keep")
     server.wait(prompt)
-    return picture
+    return taken
+
+
+def write(taken, name, folder):
+    """Writes the pictures of a renderer as README shows them; their paths."""
+    paths = []
+    for theme, picture in taken.items():
+        paths.append(Path(folder) / f"panel_{theme}_{name}.jpg")
+        small = picture.resize((WIDTH, round(picture.height * WIDTH / picture.width)), Image.Resampling.LANCZOS)
+        small.save(paths[-1], quality=82, optimize=True)
+    return paths
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=STEPS, help="train for fewer steps, to try this program")
-    parser.add_argument("--out", type=Path, default=PICTURES / "panel.jpg")
+    parser.add_argument("--out", type=Path, default=PICTURES, help="the folder they are written to")
     args = parser.parse_args()
     hide_root()
     with tempfile.TemporaryDirectory(prefix="graft-panel-") as scratch:
         folder = Path(scratch)
         server: ComfyServer = demo.prepare(folder, demo.Line())
         with server, Browser(folder / "chromium", *WINDOW) as browser:
-            taken = [run_and_take(browser, server, theme, new, args.steps) for theme, new in LOOKS]
-    height = max(picture.height for picture in taken)
-    sheet = Image.new("RGB", (sum(picture.width for picture in taken), height), taken[0].getpixel((2, 2)))
-    left = 0
-    for picture in taken:
-        sheet.paste(picture.getpixel((2, 2)), (left, 0, left + picture.width, height))
-        sheet.paste(picture, (left, 0))
-        left += picture.width
-    sheet.save(args.out, quality=86, optimize=True)
-    print(args.out, sheet.size, args.out.stat().st_size)
+            for name in RENDERERS:
+                for path in write(run_and_take(browser, server, name, args.steps), name, args.out):
+                    print(path, path.stat().st_size)
 
 
 if __name__ == "__main__":

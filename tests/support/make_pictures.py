@@ -17,6 +17,7 @@ from tests import demo
 
 from .browser import Browser
 from .host import ROOT
+from .make_thumbnails import EXAMPLES, draw_thumbnail
 from .make_workflows import TINY
 from .pack import hide_root
 from .server import ComfyServer
@@ -27,7 +28,6 @@ THUMBNAIL = demo.WORKFLOW.with_suffix(".jpg")
 # Large enough that the editor draws its texts.
 WINDOW = (2800, 1640)
 WIDTH = 1800
-SIDE = 192
 
 # What the page lays over the graph.
 COVERS = ".side-toolbar-container, .minimap-main-container, .workflow-tabs-container, .actionbar-container, .p-toast"
@@ -76,18 +76,6 @@ def run_in_page(page, server, steps=None):
     return workflow, entry
 
 
-def draw_thumbnail(server, workflow, entry):
-    """Before on the left, after on the right."""
-    sheet = Image.new("RGB", (2 * SIDE, 2 * SIDE), "black")
-    for column, title in enumerate(("Before", "After")):
-        pictures = server.download(entry, str(find_nodes(workflow, title)[0]["id"]))
-        for row, data in enumerate(pictures[:2]):
-            picture = Image.open(io.BytesIO(data)).convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-            sheet.paste(picture, (column * SIDE, row * SIDE))
-    sheet.save(THUMBNAIL, quality=85)
-    print(THUMBNAIL)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--unrun", action="store_true", help="only a picture of the graph as it opens")
@@ -104,7 +92,7 @@ def main():
             else:
                 workflow, entry = run_in_page(page, server, args.steps)
                 demo.draw_comparison(server, workflow, entry, PICTURES / "before_after.png")
-                draw_thumbnail(server, workflow, entry)
+                draw_thumbnail(server, workflow, entry, EXAMPLES[demo.WORKFLOW.stem][1], THUMBNAIL)
             take_graph(page, PICTURES / "graph.jpg")
 
 

@@ -304,12 +304,14 @@ def exporter(method, settings, name_of, denoiser=None):
         denoiser: within training, for types whose files are made beside the weights, and for peft's own form.
     """
     from graft_pack.trainers.formats.adapter import Adapter, LazyAdapter
+    from graft_pack.trainers.formats.cuts import with_cuts
     from graft_pack.trainers.formats.whole import Differences
     from graft_pack.trainers.run import Products
 
     def export(values, step):
         module = denoiser.module if denoiser else None
         native = method.native(values, settings, denoiser.published_name, module) if denoiser else None
+        native = native and with_cuts(native, denoiser.published_cuts)
         tensors = method.export(values, settings, name_of, module)
         if isinstance(tensors, Differences):
             return Products(LazyAdapter(tensors, {}))

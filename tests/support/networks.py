@@ -643,6 +643,7 @@ SIZES = {
     **REFUSED,
     **ARCHITECTURES,
     "SD2": CLASSES["SD20"],
+    "SD1 inpaint": Tiny(_of("SD15", **{**_SD1, "in_channels": 9}), (4, 8, 8), (77, 48)),
     "SDXL with text": Tiny(_of("SDXL", **_sdxl(24)), (4, 8, 8), (77, 48), 24),
     # With the width of the feed-forward parts that diffusers' Flux has.
     "Flux as in diffusers": Tiny(

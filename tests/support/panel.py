@@ -119,7 +119,8 @@ class PanelView:
         """Captions of the sample pictures that have been loaded."""
         self.page.wait_for("""
             const images = [...document.querySelectorAll('.graft-panel .graft-thumb img')];
-            return images.every(image => image.naturalWidth > 0);""")
+            const { samples } = document.querySelector('.graft-panel').graftTraining;
+            return images.length === samples.size && images.every(image => image.naturalWidth > 0);""")
         return self.page.js("""
             return [...document.querySelectorAll('.graft-panel .graft-thumb')].map(thumb => thumb.textContent);""")
 
@@ -147,6 +148,33 @@ class PanelView:
                 if ([0, 1, 2].every(part => Math.abs(seen[place + part] - wanted[part]) < 3)) found += 1;
             }
             return found > 50;""")
+
+    def list_cramped(self):
+        """What is cut off, lies over its neighbour or sticks out of the panel or the node."""
+        return self.page.js("""
+            const panel = document.querySelector('.graft-panel');
+            const seen = [...panel.children].filter(
+                part => part.checkVisibility() && !part.classList.contains('graft-live'));
+            const boxes = seen.map(part => [part.className, part.getBoundingClientRect()]);
+            const found = [];
+            boxes.forEach(([name, {bottom}], place) => {
+                const next = boxes[place + 1];
+                if (next && bottom > next[1].top + 0.5) found.push(`${name} lies over ${next[0]}`);
+            });
+            const around = panel.getBoundingClientRect();
+            for (const [name, box] of boxes) {
+                const inside = box.left >= around.left && box.right <= around.right && box.top >= around.top
+                    && box.bottom <= around.bottom;
+                if (!inside) found.push(`${name} sticks out`);
+            }
+            const node = panel.closest('.lg-node')?.getBoundingClientRect();
+            if (node && (around.bottom > node.bottom || around.right > node.right)) found.push('the panel sticks out');
+            const texts = '.graft-state, .graft-count, dt, dd, button, .graft-saved, .graft-hint';
+            for (const text of panel.querySelectorAll(texts)) {
+                if (text.checkVisibility() && text.scrollWidth > text.clientWidth + 1 && text.clientWidth)
+                    found.push(`cut off: ${text.textContent}`);
+            }
+            return found;""")
 
     def state(self):
         """What the page knows of the training that is shown."""

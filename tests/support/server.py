@@ -135,14 +135,18 @@ class ComfyServer:
 
     def queue(self, prompt, extra_data=None, client_id=None):
         """Queue an API-format prompt; returns its id. A refused one raises PromptRefused."""
+        return self.submit(prompt, extra_data, client_id)["prompt_id"]
+
+    def submit(self, prompt, extra_data=None, client_id=None):
+        """As `queue`, returns the whole answer: `node_errors` tells what will not run while the rest does."""
         body = {"prompt": prompt, "extra_data": extra_data or {}}
         if client_id:
             body["client_id"] = client_id
         try:
-            return self.post("/prompt", body)["prompt_id"]
+            return self.post("/prompt", body)
         except urllib.error.HTTPError as refusal:
             answer = json.loads(refusal.read())
-            raise PromptRefused(_describe_refusal(answer), node_errors=answer.get("node_errors")) from None
+            raise PromptRefused(describe_refusal(answer), node_errors=answer.get("node_errors")) from None
 
     def wait(self, prompt_id, timeout=600):
         """The history entry of a finished prompt; raises PromptError if it failed or was interrupted."""
@@ -302,8 +306,9 @@ def find_free_port():
         return probe.getsockname()[1]
 
 
-def _describe_refusal(answer):
-    lines = ["{message}: {details}".format_map({"message": "", "details": "", **answer["error"]})]
+def describe_refusal(answer):
+    told = {"message": "", "details": "", **(answer.get("error") or {"message": "an output of several"})}
+    lines = ["{message}: {details}".format_map(told)]
     for node, report in (answer.get("node_errors") or {}).items():
         for error in report["errors"]:
             lines.append(f"node {node} ({report['class_type']}): {error['message']}: {error['details']}")

@@ -1,7 +1,10 @@
 """The files around the code agree with each other and with what ComfyUI and its registry read."""
 
+import io
 import re
 import subprocess
+import sys
+import zipfile
 
 import pytest
 
@@ -42,16 +45,44 @@ def test_the_licence_is_whole():
     assert "END OF TERMS AND CONDITIONS" in text
 
 
+def list_archived():
+    """What the registry's archive holds, {path}; and what of the sources it leaves out."""
+    command = ["git", "ls-files", "--cached", "--others", "-z"]
+
+    def ask(*more):
+        done = subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True, check=True)
+        return {path for path in done.stdout.split("\0") if path}
+
+    known = ask("--exclude-standard")
+    ignored = ask("--ignored", "--exclude-from=.comfyignore")
+    return known - ignored, known & ignored
+
+
 def test_the_archive_holds_the_pack_and_not_the_tests():
-    command = ["git", "ls-files", "--cached", "--others", "--ignored", "--exclude-from=.comfyignore", "-z"]
-    ignored = set(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0"))
+    archived, ignored = list_archived()
     assert "tests/conftest.py" in ignored
-    assert not {"__init__.py", "LICENSE", "pyproject.toml", "requirements.txt"} & ignored
-    assert not [
-        path
-        for path in ignored
-        if re.match(r"(nodes|trainers|web|locales|example_workflows)/.*\.(py|js|json|md)$", path)
-    ]
+    assert {"__init__.py", "LICENSE", "README.md", "pyproject.toml", "requirements.txt"} <= archived
+    shipped = r"(nodes|trainers|web|locales|example_workflows|subgraphs)/.*\.(py|js|css|json|md|html|jpg|png|webp)$"
+    assert not [path for path in ignored if re.match(shipped, path)]
+    assert {path.split("/")[0] for path in archived if "/" in path} == set(re.findall(r"\w+", shipped.split(")")[0]))
+    assert not [path for path in archived if path.endswith(".safetensors")]
+
+
+def test_the_archive_is_small():
+    """Zipped as the registry does it: under a megabyte."""
+    with io.BytesIO() as held:
+        with zipfile.ZipFile(held, "w", zipfile.ZIP_DEFLATED) as archive:
+            for path in sorted(list_archived()[0]):
+                archive.write(ROOT / path, path)
+        size = len(held.getvalue())
+    assert size < 1_000_000, size
+
+
+def test_nothing_that_the_registry_warns_of():
+    """The rules that `comfy node validate` runs ruff with."""
+    command = [sys.executable, "-m", "ruff", "check", ".", "-q", "--select", "S102,S307,E702"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_help_lists_every_target():

@@ -72,6 +72,14 @@ def test_pictures_without_captions_get_the_templates_in_turn():
     assert style == example, "what has captions keeps them"
 
 
+def test_class_images_keep_their_captions():
+    """They show the class, not the thing."""
+    _, dataset = addressed(["a photo of my-word", "a dog"], trigger="sks")
+    of_class = replace(dataset.examples[1], captions=("a photo of my-word",), trigger="", prior=True)
+    found = inversion.address(replace(dataset, examples=(dataset.examples[0], of_class)), "my-word", "object")
+    assert found.examples[1] == of_class
+
+
 def test_the_word_is_neither_dropped_nor_shuffled_away():
     _, dataset = addressed(["red, big, my-word, old"], shuffle_tags=True, tag_dropout=0.9)
     [example] = dataset.examples

@@ -6,29 +6,19 @@ import pytest
 import torch
 from graft_pack.trainers import forward
 from graft_pack.trainers.errors import NumbersError
-from graft_pack.trainers.plan import Item, Shown
 
 from tests.support import models
 from tests.support.diffusers_host import (
     DiffusersDenoiser,
     gradient_of,
     make_host,
+    make_item,
     make_unet,
     run_session,
     same_tensors,
     state_of,
 )
-from tests.support.diffusers_host import WordEncoder as Words
 from tests.support.diffusers_host import planned as plan_of
-
-
-def make_item(index, weight=None):
-    """An example with a latent and a caption of its own."""
-    from graft_pack.trainers.protocols import Conditioning
-
-    latent = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(index))
-    conditioning = Conditioning(Words().encode(f"picture {index}"))
-    return Item(f"picture {index}", (64, 64), 1, lambda turn: Shown(latent, conditioning, weight))
 
 
 def planned(count=6, **fields):

@@ -245,7 +245,7 @@ def test_adamw_keeps_nothing_of_its_groups():
     assert set(slots[0]) == {"step", "exp_avg", "exp_avg_sq"}
 
 
-def test_states_from_before_the_groups_were_kept_load(tmp_path):
+def test_states_from_before_some_of_it_was_kept_load(tmp_path):
     import json
 
     from graft_pack.trainers.formats import files
@@ -254,10 +254,12 @@ def test_states_from_before_the_groups_were_kept_load(tmp_path):
     path = first.run._state_path(2)
     tensors, metadata = files.read_tensors(path)
     plain = json.loads(metadata["state"])
-    del plain["groups"]
+    for later in ("groups", "frozen", "levels"):
+        del plain[later]
     files.write_tensors(path, tensors, {"state": json.dumps(plain)})
     resumed = run_session(tmp_path, steps=4)
     assert resumed.resumed_from == 2
+    assert [any(counts) for counts in resumed.levels.counts] == [False, False, True, True]
     assert same_tensors(resumed.adapter, run_session(tmp_path / "straight", steps=4).adapter)
 
 

@@ -8,6 +8,7 @@ import torch
 from graft_pack.trainers.errors import RunError
 from graft_pack.trainers.formats.adapter import Adapter
 from graft_pack.trainers.formats.embedding import Embedding
+from graft_pack.trainers.levels import BUCKETS, LevelLosses
 from graft_pack.trainers.records import read_events
 from graft_pack.trainers.run import Products, Run, safe_name
 from graft_pack.trainers.state import State
@@ -28,6 +29,7 @@ def make_state(step=7):
         ema={"a.b": torch.randn(3, 2), "c/d": torch.randn(1)},
         optimiser={0: {"step": torch.tensor(7.0), "exp_avg": torch.randn(3, 2)}, 1: {"d": 0.5, "k": 3}},
         scaler={"scale": 65536.0, "_growth_tracker": 3},
+        levels=LevelLosses(2, [[1 / 3] * BUCKETS], [[1] * BUCKETS]),
     )
 
 

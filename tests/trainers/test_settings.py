@@ -33,6 +33,7 @@ SET = {
         "validation_fraction": 0.1,
         "validate_every": 9,
         "gradient_check": "on",
+        "tensorboard": "on",
     },
     "preview": {
         "prompts": "a\nb",

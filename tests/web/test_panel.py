@@ -4,16 +4,20 @@ import shutil
 import time
 import uuid
 
+import numpy as np
 import pytest
 from selenium.webdriver.common.by import By
 
+from tests.support import make_panel_pictures
 from tests.support import panel as panels
 from tests.support.browser import Browser
+from tests.support.host import ROOT
 from tests.support.server import PromptInterrupted
 from tests.toy import world
 
 pytestmark = [pytest.mark.browser, pytest.mark.server]
 
+README = ROOT / "README.md"
 LONG = 3000
 SHORT = 6
 
@@ -61,7 +65,7 @@ def opened(page, graph, request, server):
     assert page.read_errors()[known:] == []
 
 
-def test_a_run_fills_the_panel(opened, page, server):
+def test_a_run_fills_the_panel(opened, page, server, new_renderer, tmp_path):
     panel = opened(SHORT, every=3, validation_fraction=0.2, validate_every=2)
     assert (panel.phase(), panel.buttons()) == ("idle", [])
     server.wait(page.queue())
@@ -75,16 +79,50 @@ def test_a_run_fills_the_panel(opened, page, server):
     facts = panel.facts()
     assert facts["Learning rate"] == "2e-3" and facts["Epoch"] != "\u2013"
     assert all(float(facts[name]) > 0 for name in ("Loss", "Smoothed", "Validation"))
-    assert f"of {SHORT}" in panel.label("canvas") and "validation loss" in panel.label("canvas")
+    assert f"of {SHORT}" in panel.label("canvas") and "Validation loss" in panel.label("canvas")
     assert "Finished" in panel.announced()
-    # Queued again with something changed that does not decide the result: the run is returned, and said to be.
+    assert panel.list_cramped() == []
+    assert (count_dots(page) >= 2) == new_renderer
+    check_looks(page, panel, new_renderer, tmp_path)
+    # Queued again as it is: the host answers from its cache, and the panel stays as it was.
+    entry = server.wait(page.queue())
+    assert entry["outputs"] and panel.phase() == "finished"
+    # With something changed that does not decide the result: the run is returned, and said to be.
     panels.set_values(page, save_every=400)
     server.wait(page.queue())
     panel.wait("returned")
     assert panel.points() == list(range(1, SHORT + 1)) and panel.pictures() == ["Base", "3", "6"]
+    name = panel.state()["run"].rpartition("-")[0]
+    assert len(list(server.path("output", "graft").glob(f"{name}-*"))) == 1, "one run, however often it is queued"
 
 
-def test_a_reload_finds_the_run_and_another_browser_stops_it(opened, page, server, new_renderer, tmp_path):
+def count_dots(page):
+    """How many sockets of Graft's own types the trainer shows in a colour; on the canvas they are no elements."""
+    return page.js("""
+        const dots = document.querySelectorAll('.lg-node:has(.graft-panel) [style*="color-datatype-GRAFT_"]');
+        return [...dots].filter(dot => getComputedStyle(dot).backgroundColor !== 'rgba(0, 0, 0, 0)').length;""")
+
+
+def check_looks(page, panel, new_renderer, folder):
+    """The pictures that README shows, of this panel: in each theme it is drawn, and in that theme's shades."""
+    taken = make_panel_pictures.take_looks(page)
+    written = make_panel_pictures.write(taken, "nodes2" if new_renderer else "canvas", folder)
+    assert all((README.parent / "assets" / path.name).exists() and path.name in README.read_text() for path in written)
+    shades = {theme: np.asarray(picture.convert("L"), dtype=float) for theme, picture in taken.items()}
+    assert np.median(shades["dark"]) < 80 and np.median(shades["light"]) > 175
+    # Lines, letters and pictures: neither theme leaves them in the other's colours, nor out.
+    assert all(np.abs(shade - np.median(shade)).std() > 15 for shade in shades.values())
+    assert panel.is_drawn(), "the chart follows the theme back"
+
+
+@pytest.fixture(scope="module")
+def other_browser(tmp_path_factory):
+    """A second Chromium, with a profile of its own."""
+    with Browser(tmp_path_factory.mktemp("other")) as browser:
+        yield browser
+
+
+def test_a_reload_finds_the_run_and_another_browser_stops_it(opened, page, server, new_renderer, other_browser):
     opened(LONG, every=500)
     prompt = page.queue()
     panel = panels.PanelView(page)
@@ -99,15 +137,15 @@ def test_a_reload_finds_the_run_and_another_browser_stops_it(opened, page, serve
     seen = panel.wait_for_step(6)
     assert panel.points()[0] == 1 and len(panel.points()) >= seen - 1, "the steps before the reload are there"
     assert panel.pictures() == ["Base"]
-    with Browser(tmp_path / "other") as other_browser:
-        other = other_browser.open(server.url, {"Comfy.VueNodes.Enabled": new_renderer})
-        other.load(saved)
-        panels.look_at(other)
-        theirs = panels.PanelView(other)
-        theirs.wait_for_step(seen + 1)
-        theirs.press("Stop and keep")
-        theirs.wait("stopped")
-        assert other.read_errors() == []
+    other = other_browser.open(server.url, {"Comfy.VueNodes.Enabled": new_renderer})
+    other.load(saved)
+    panels.look_at(other)
+    theirs = panels.PanelView(other)
+    theirs.wait_for_step(seen + 1)
+    theirs.press("Stop and keep")
+    theirs.wait("stopped")
+    assert other.read_errors() == []
+    other.load(panels.EMPTY)
     panel.wait("stopped")
     entry = server.wait(prompt)
     assert len(list(server.path("output", "loras").glob(f"{panel.state()['run']}/*.safetensors"))) == 1
@@ -147,12 +185,23 @@ def test_a_training_inside_a_subgraph(opened, page, server):
     (inner,) = [name for name, value in prompt.items() if value["class_type"] == "GraftTrainLoRA"]
     assert inner.startswith(f"{outer}:")
     server.wait(page.queue())
-    page.js("app.canvas.setGraph(app.graph.getNodeById(args[0]).subgraph);", outer)
-    panels.look_at(page)
-    panel = panels.PanelView(page)
+    panel = look_inside(page, outer)
     panel.wait("finished")
     assert panel.points() == [1, 2]
+    saved = page.serialize()
+    page.open()
+    page.load(saved)
+    panel = look_inside(page, outer)
+    panel.wait("finished")
+    assert panel.points() == [1, 2], "after a reload too"
     page.js("app.canvas.setGraph(app.rootGraph ?? app.graph);")
+
+
+def look_inside(page, node):
+    """Opens a node's subgraph; the panel of the trainer in it."""
+    page.js("app.canvas.setGraph(app.graph.getNodeById(args[0]).subgraph);", node)
+    panels.look_at(page)
+    return panels.PanelView(page)
 
 
 def test_another_workflow_with_the_same_nodes_is_not_shown_it(opened, page, server, graph):

@@ -57,6 +57,7 @@ class Cache:
 
     def __init__(self, folder: str):
         self.folder = folder
+        self._asked: dict[str, None] = {}
         self._places: dict[str, _Place] = {}
         self._pending: dict[str, dict[str, torch.Tensor]] = {}
         self._since = 0.0
@@ -80,6 +81,7 @@ class Cache:
         A damaged shard is removed after its sound entries were put elsewhere. The shards that were used are marked so.
         """
         wanted = dict.fromkeys(keys)
+        self._asked.update(wanted)
         by_path: dict[str, list[str]] = {}
         for key in wanted:
             if key not in self._pending and key in self._places:
@@ -117,6 +119,20 @@ class Cache:
         if key in self._pending:
             return self._pending[key]
         return self._sound(key) if key in self._places else None
+
+    def copy_asked(self, folder: str) -> None:
+        """Puts all entries that were asked for into another folder.
+
+        Raises:
+            RunError: one of them is gone, or the folder cannot be written.
+        """
+        other = Cache(folder)
+        for key in self._asked:
+            tensors = self.get(key)
+            if tensors is None:
+                raise RunError(f"The cached entry {key} is gone.", "Queue again; it will be made anew.")
+            other.put(key, tensors)
+        other.flush()
 
     def put(self, key: str, tensors: dict[str, torch.Tensor]) -> None:
         """Keeps tensors under a key."""

@@ -96,6 +96,7 @@ class Example:
         weight: factor on its loss.
         prior: whether it is a class image, drawn one to one with those that are none.
         anchor: None, or what is to be preserved beside it.
+        control: None, or the source picture that it is made of, as an example without words.
     """
 
     source: Source
@@ -110,6 +111,7 @@ class Example:
     weight: float = 1.0
     prior: bool = False
     anchor: Anchor | None = None
+    control: Example | None = None
 
 
 class Source:
@@ -167,18 +169,20 @@ class Dataset:
                 way = ways[example.handling] = json.dumps(asdict(example.handling), sort_keys=True)
             mask = example.mask.digest if example.mask else ""
             row = [example.digest, example.captions, example.trigger, example.repeats, mask, way, example.held_out]
-            rows.append(row + _prior_marks(example))
+            rows.append(row + _later_marks(example))
         text = json.dumps([rows, self.resolution])
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _prior_marks(example: Example) -> list:
-    """What prior preservation adds to an example's row; nothing without it, so that runs made before are found."""
+def _later_marks(example: Example) -> list:
+    """What came later to an example's row: nothing where it is not used, so that runs made before are found."""
     marks = []
     if example.prior or example.weight != 1.0:
         marks.append(["prior" if example.prior else "weight", example.weight])
     if example.anchor is not None:
         marks.append(["anchor", example.anchor.prompt, example.anchor.weight])
+    if example.control is not None:
+        marks.append(["control", example.control.digest])
     return marks
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from ..errors import DatasetError
 from . import captions
 from .buckets import Crop, bucket_sizes, choose_crops
+from .controls import is_alike
 from .examples import LeftOut
 from .likeness import alike, signatures
 from .scan import reason_of, shortened
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from ..protocols import Geometry
     from .examples import Dataset, Example
 
+_SHAPE = "source of another shape"
 _CHUNK = 75
 _KEPT = 0.8
 _SHOWN = 8
@@ -126,14 +128,15 @@ def _flag(finding: Finding, geometries: Sequence[Geometry], count_tokens: Callab
             finding.flags.append(f"{finding.tokens} tokens")
     if example.mask is not None and _other_shape(example):
         finding.flags.append("mask of another shape")
+    if example.control is not None and not is_alike(example.control.size, example.size):
+        finding.flags.append(_SHAPE)
 
 
 def _other_shape(example: Example) -> bool:
     try:
-        width, height = example.mask.open().size
+        return not is_alike(example.mask.open().size, example.size)
     except DatasetError:
         return True
-    return abs(width / height - example.size[0] / example.size[1]) > 0.02 * width / height
 
 
 def _tags(rows: Sequence[Finding]) -> Counter:
@@ -183,6 +186,10 @@ def report(findings: Findings, cache_bytes: int = -1) -> str:
         shown = ", ".join(f"{second} like {first}" for first, second in findings.pairs[:_SHOWN])
         more = " ..." if len(findings.pairs) > _SHOWN else ""
         lines.append(f"{len(findings.pairs)} look like another picture: {shown}{more}")
+    paired = [row for row in rows if row.example.control is not None]
+    if paired:
+        lines.append(f"{len(paired)} of {len(rows)} with a source picture, small in their corner.")
+        lines += _named("with a source picture of another shape", [row for row in paired if _SHAPE in row.flags])
     masked = [row for row in rows if row.example.mask is not None]
     if masked:
         lines.append(f"{len(masked)} with a mask; red in the picture is not learnt.")

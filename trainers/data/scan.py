@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import DatasetError
 from . import captions
+from .controls import Controls, control_of
 from .examples import Dataset, Example, Handling, LeftOut
 from .index import Index, mark_of
 from .listing import File, Listing, list_folder
@@ -38,12 +39,14 @@ class Reading:
         masks: one of MASKS: mask files where there are some, these or else transparency, none.
         mask_folder: absolute path of a folder of masks; empty for one named 'masks' in the dataset's folder.
         validation_folder: a folder inside, by its relative name, whose pictures are held out; empty for none.
+        control_folder: absolute path of a folder of source pictures; empty for none.
     """
 
     lines_are_variants: bool = False
     masks: str = "auto"
     mask_folder: str = ""
     validation_folder: str = ""
+    control_folder: str = ""
 
 
 def scan_folder(
@@ -76,6 +79,8 @@ def scan_folder(
         raise DatasetError(f"There is no folder '{folder}'.", "Choose a folder below ComfyUI's input folder.", "folder")
     reading = reading or Reading()
     listing = list_folder(folder)
+    controls = Controls(reading.control_folder, listing)
+    listing = controls.outside(listing)
     left_out = list(listing.left_out)
     own_masks = _own_masks(listing)
     pictures = [file for name, file in listing.files.items() if is_picture(name) and name not in own_masks.files]
@@ -85,12 +90,13 @@ def scan_folder(
         for name in listing.files
         if os.path.splitext(name)[1].lower() in UNREAD
     ]
-    reader = _Reader(listing, trigger.strip(), repeats, handling or Handling(), reading, own_masks, left_out)
+    reader = _Reader(listing, trigger.strip(), repeats, handling or Handling(), reading, own_masks, left_out, controls)
     index = Index(index_folder, folder)
     try:
         examples = reader.examples(pictures, index, tick)
     finally:
         index.save()
+    left_out += controls.lonely()
     name = os.path.basename(os.path.normpath(folder))
     _refuse_if_empty(folder, examples, left_out)
     _refuse_if_nothing_held_out(examples, reading)
@@ -182,13 +188,14 @@ def _stem(name: str) -> str:
 class _Reader:
     """Reads examples out of a listing; what cannot be one goes to `left_out` with its reason."""
 
-    def __init__(self, listing, trigger, repeats, handling, reading, own_masks, left_out):
+    def __init__(self, listing, trigger, repeats, handling, reading, own_masks, left_out, controls):
         self._listing = listing
         self._trigger = trigger
         self._repeats = repeats
         self._handling = handling
         self._reading = reading
         self._left_out: list[LeftOut] = left_out
+        self._controls: Controls = controls
         self._sidecars = self._find_sidecars()
         self._metadata = self._read_metadata()
         self._masks = {} if reading.masks == "off" else own_masks.by_stem
@@ -220,6 +227,7 @@ class _Reader:
         texts = self._captions(file) or captions.variants_of(words, False) or ("",)
         mask = self._mask(file, source, facts["alpha"], index)
         held = bool(self._held) and file.name.startswith(f"{self._held}/")
+        control = self._controls.of(file.name, lambda found: _measured(found, index))
         return Example(
             source,
             texts,
@@ -230,6 +238,7 @@ class _Reader:
             mask,
             self._handling,
             held,
+            control=control,
         )
 
     def _captions(self, file: File) -> tuple[str, ...]:
@@ -329,6 +338,7 @@ def from_arrays(
     masks: list[np.ndarray] = (),
     handling: Handling | None = None,
     lines_are_variants: bool = False,
+    controls: list[np.ndarray] = (),
 ) -> Dataset:
     """The dataset of pictures that came over wires.
 
@@ -336,9 +346,10 @@ def from_arrays(
         images: each [H, W, 3] uint8.
         texts: one caption for all, or one for each picture.
         masks: none, or one [H, W] uint8 for each picture; white counts in the loss, black does not.
+        controls: none, or the source picture of each.
 
     Raises:
-        DatasetError: no picture, or numbers of captions or masks that do not fit.
+        DatasetError: no picture, or numbers of captions, masks or source pictures that do not fit.
     """
     if not images:
         raise DatasetError("No picture arrived.", "Connect an IMAGE output with at least one picture.", "images")
@@ -354,6 +365,12 @@ def from_arrays(
             "Give one mask for all pictures, or exactly one for each.",
             "masks",
         )
+    if controls and len(controls) != len(images):
+        raise DatasetError(
+            f"{len(controls)} source pictures arrived for {len(images)} pictures.",
+            "Give each picture the one that it is made of.",
+            "control_images",
+        )
     trigger = trigger.strip()
     examples = []
     for index, image in enumerate(images):
@@ -365,7 +382,12 @@ def from_arrays(
             mask = _mask_source(mask_array, image.shape[:2], index)
         size = (image.shape[1], image.shape[0])
         variants = captions.variants_of(text, lines_are_variants) or ("",)
-        examples.append(Example(source, variants, size, source.digest, trigger, 1, mask, handling or Handling()))
+        control = None
+        if controls:
+            height, width = controls[index].shape[:2]
+            control = control_of(ArraySource(controls[index], f"source image {index + 1}"), (width, height))
+        ways = handling or Handling()
+        examples.append(Example(source, variants, size, source.digest, trigger, 1, mask, ways, control=control))
     return Dataset(tuple(examples), trigger, resolution, "images")
 
 
@@ -377,10 +399,10 @@ def _mask_source(mask: np.ndarray, shape: tuple[int, int], index: int) -> ArrayS
     return ArraySource(np.asarray(picture.convert("RGB")), f"mask {index + 1}")
 
 
-def folder_fingerprint(folder: str, mask_folder: str = "") -> str:
-    """Hash of names, sizes and times of all files in a folder, to tell cheaply whether it may have changed."""
+def folder_fingerprint(folder: str, *others: str) -> str:
+    """Hash of names, sizes and times of all files in folders, to tell cheaply whether one may have changed."""
     total = hashlib.sha256()
-    for place in (folder, mask_folder):
+    for place in (folder, *others):
         if place:
             for name, file in list_folder(place).files.items():
                 total.update(f"{name!r} {mark_of(file.stat)}\n".encode("utf-8", "surrogateescape"))

@@ -13,6 +13,7 @@ from .inspect import common_tags
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw, ImageFont
 
+    from .examples import Example
     from .inspect import Finding, Findings
 
 _CELL = 208
@@ -35,8 +36,8 @@ _RED = (230, 40, 40)
 def contact_sheet(findings: Findings) -> np.ndarray:
     """[H, W, 3] float32 in 0..1: above the buckets and the tags with their numbers, below the pictures.
 
-    A picture is shown whole, what is cut away dark, what a mask excludes red; those with something to look after come
-    first and are framed in amber.
+    A picture is shown whole, what is cut away dark, what a mask excludes red, and small in its corner the source
+    picture that it is made of; those with something to look after come first and are framed in amber.
     """
     from PIL import Image, ImageDraw
 
@@ -51,7 +52,7 @@ def contact_sheet(findings: Findings) -> np.ndarray:
     half = sheet.width // 2
     _draw_bars(draw, *left, 8, half - 16)
     _draw_bars(draw, *right, half + 8, half - 16)
-    _draw_legend(draw, head - _LINE - 8)
+    _draw_legend(draw, head - _LINE - 8, any(finding.example.control is not None for finding in shown))
     for index, finding in enumerate(shown):
         corner = (index % columns * _CELL, head + index // columns * (_CELL + _TEXT))
         _draw_cell(sheet, draw, finding, corner)
@@ -106,9 +107,12 @@ def _counted(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
-def _draw_legend(draw: ImageDraw.ImageDraw, top: int) -> None:
+def _draw_legend(draw: ImageDraw.ImageDraw, top: int, paired: bool) -> None:
     left = 8
-    for text, colour in (("dark: cut away", _FAINT), ("red: masked out", _RED), ("amber frame: look after", _AMBER)):
+    marks = [("dark: cut away", _FAINT), ("red: masked out", _RED), ("amber frame: look after", _AMBER)]
+    if paired:
+        marks.append(("blue corner: source picture", _BAR))
+    for text, colour in marks:
         draw.text((left, top), text, fill=colour)
         left += int(draw.textlength(text)) + 20
 
@@ -130,6 +134,8 @@ def _draw_cell(sheet: Image.Image, draw, finding: Finding, corner: tuple[int, in
     left = corner[0] + (_CELL - picture.width) // 2
     top = corner[1] + (_CELL - picture.height) // 2
     sheet.paste(picture, (left, top))
+    if finding.example.control is not None:
+        _draw_source(sheet, draw, finding.example.control, corner)
     if finding.flags:
         frame = (corner[0] + 1, corner[1] + 1, corner[0] + _CELL - 2, corner[1] + _CELL + _TEXT - 3)
         draw.rectangle(frame, outline=_AMBER, width=2)
@@ -146,6 +152,17 @@ def _draw_cell(sheet: Image.Image, draw, finding: Finding, corner: tuple[int, in
     lines.append((_fitting(draw, ", ".join(finding.flags), width), _AMBER))
     for number, (line, colour) in enumerate(lines):
         draw.text((corner[0] + 6, corner[1] + _CELL + _LINE * number), line, fill=colour)
+
+
+def _draw_source(sheet: Image.Image, draw, control: Example, corner: tuple[int, int]) -> None:
+    """The source picture, whole and framed in blue, in the lower left of its picture's cell."""
+    from PIL import Image
+
+    small = control.source.open()
+    small.thumbnail((_CELL * 2 // 5, _CELL * 2 // 5), Image.LANCZOS)
+    left, bottom = corner[0] + 4, corner[1] + _CELL - 4
+    sheet.paste(small, (left, bottom - small.height))
+    draw.rectangle((left - 2, bottom - small.height - 2, left + small.width + 1, bottom + 1), outline=_BAR, width=2)
 
 
 def _overlaid(finding: Finding) -> Image.Image:

@@ -11,7 +11,7 @@ from . import files
 from .foreign import host_names, host_tensors
 from .layers import check_parts
 from .metadata import stamped
-from .native import Native, read_native, write_diffusers, write_peft
+from .native import Native, diffusers_form, read_native, write_diffusers, write_peft
 
 if TYPE_CHECKING:
     import torch
@@ -132,6 +132,8 @@ def save_adapter(path: str, adapter: Mapping[str, torch.Tensor], title: str, for
             "Connect the training node itself, or choose 'kohya'.",
             "format",
         )
+    if format == "diffusers":
+        native = diffusers_form(native)
     tensors = adapter if format == "kohya" else native.all_tensors()
     _check_whole(tensors)
     metadata = stamped(getattr(adapter, "metadata", {}), tensors, title)

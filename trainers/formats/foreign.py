@@ -116,7 +116,7 @@ def _host_tensors(native: Native, text: str) -> dict[str, torch.Tensor]:
             return {}
         place = name[: match.start()]
         end = _KOHYA.get(match["end"], match["end"])
-        layer = _host_layer(place, text)
+        layer = f"transformer.{place}" if native.is_cut else _host_layer(place, text)
         if end == "lokr_w1":
             # Readers ignore alpha beside two whole factors.
             tensor = tensor * native.scales[place]

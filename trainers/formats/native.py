@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ModelError, RunError
 from ..names import why_costly
 from . import files
+from .cuts import Cut, cut
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +25,7 @@ WEIGHTS = "adapter_model.safetensors"
 _PEFT = "base_model.model."
 # The prefixes of a diffusers file, by component.
 _PREFIXES = {"": "unet.", "text_encoder": "text_encoder.", "text_encoder_2": "text_encoder_2."}
+_TRANSFORMER = "transformer."
 # Around CLIP's text transformer, up to transformers 5.5 and in encoders with a projection; diffusers' files have it.
 _WRAPPER = "text_model."
 # The top modules of the UNets that diffusers publishes.
@@ -44,6 +46,8 @@ class Native:
         published: whether paths are those of the model as diffusers publishes it; otherwise the checkpoint's own.
         scales: by module path, the effective scale of the low-rank product; empty where there is none.
         text: the same of each text encoder, by its component's name in diffusers' pipelines.
+        cuts: by the checkpoint's own path, the layers that diffusers has for it; empty where that is not known.
+        is_cut: whether paths are of those layers.
     """
 
     method: str
@@ -52,6 +56,8 @@ class Native:
     published: bool
     scales: dict[str, float]
     text: dict[str, Native] = field(default_factory=dict)
+    cuts: dict[str, tuple[Cut, ...]] = field(default_factory=dict)
+    is_cut: bool = False
 
     def by_component(self) -> dict[str, Native]:
         """All of it by component; the denoiser's is the empty one."""
@@ -73,11 +79,11 @@ def write_peft(folder: str, native: Native, metadata: dict[str, str]) -> list[st
     return [os.path.join(folder, component, WEIGHTS) for component in native.by_component()]
 
 
-def write_diffusers(path: str, native: Native, metadata: dict[str, str]) -> None:
-    """A file that diffusers' `load_lora_weights` takes, its scale worked into B so that no reader can miss it.
+def diffusers_form(native: Native) -> Native:
+    """The adapter on the layers that diffusers has.
 
     Raises:
-        ModelError: diffusers has no such type, or publishes the model in other layers.
+        ModelError: diffusers has no such type, or it is not known how it cuts the model.
     """
     if native.config["peft_type"] not in _DIFFUSERS_TYPES:
         raise ModelError(
@@ -85,15 +91,26 @@ def write_diffusers(path: str, native: Native, metadata: dict[str, str]) -> None
             "Save it as 'peft' and load it by peft onto the pipeline's UNet.",
             "format",
         )
-    if not native.published:
+    if native.published or native.is_cut:
+        return native
+    if not native.cuts:
         raise ModelError(
             "This model's layers have other names, or are cut otherwise, in diffusers.",
-            "Save it as 'kohya', which diffusers reads for Flux, or as 'peft'.",
+            "Save it as 'kohya' or as 'peft'.",
             "format",
         )
+    return cut(native)
+
+
+def write_diffusers(path: str, native: Native, metadata: dict[str, str]) -> None:
+    """A file that diffusers' `load_lora_weights` takes, its scale worked into B so that no reader can miss it.
+
+    Args:
+        native: as `diffusers_form` has it.
+    """
     tensors, described = {}, {}
     for component, one in native.by_component().items():
-        prefix = _PREFIXES[component]
+        prefix = _TRANSFORMER if one.is_cut else _PREFIXES[component]
         for name, tensor in one.tensors.items():
             place = name.split(".lora_")[0]
             scaled = tensor * one.scales[place] if ".lora_B." in name else tensor
@@ -130,15 +147,17 @@ def read_native(path: str, tensors: dict[str, torch.Tensor], metadata: dict[str,
     if all(name.startswith(_PEFT) for name in tensors):
         found = _native(path, _peft_config(path), tensors, _PEFT)
         return replace(found, text=_peft_text(os.path.dirname(path)))
+    prefixes = [("", _TRANSFORMER), *_PREFIXES.items()]
     if "lora_adapter_metadata" not in metadata or not all(
-        name.startswith(tuple(_PREFIXES.values())) for name in tensors
+        name.startswith(tuple(prefix for _, prefix in prefixes)) for name in tensors
     ):
         return None
     parts = {}
-    for component, prefix in _PREFIXES.items():
+    for component, prefix in prefixes:
         own = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         if own:
             found = _native(path, _diffusers_config(path, metadata, prefix), own, prefix)
+            found = replace(found, is_cut=prefix == _TRANSFORMER)
             parts[component] = _as_published(component, found)
     # What is a text encoder's alone is read by the host as it is.
     return replace(parts.pop(""), text=parts) if "" in parts else None

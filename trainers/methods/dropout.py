@@ -16,11 +16,16 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def dropping_out(trees: Sequence[nn.Module], device: torch.device, recipe: Recipe, step: int) -> Iterator[None]:
+def dropping_out(
+    trees: Sequence[nn.Module], device: torch.device, recipe: Recipe, step: int, rank: int = 0
+) -> Iterator[None]:
     """Lets the trees' adapters drop inputs within the block, drawn from seed and step alone.
 
     The frozen network's own dropout stays off, and so does the adapters' outside the block: in previews, in
     validation and in gradient checks.
+
+    Args:
+        rank: of the process: each drops others, or all pictures of a step would lose the same inputs.
     """
     if not recipe.dropout:
         yield
@@ -31,7 +36,7 @@ def dropping_out(trees: Sequence[nn.Module], device: torch.device, recipe: Recip
     layers = [layer for name, layer in named if name.endswith(".lora_dropout.default")]
     # torch's dropout draws from torch's own source, and checkpointing puts just that back when it computes again.
     with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type=device.type):
-        torch.manual_seed(stream_seed("dropout", recipe.seed, step))
+        torch.manual_seed(stream_seed("dropout", recipe.seed, step, *([rank] if rank else [])))
         for layer in layers:
             layer.train()
         try:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
-from ..errors import SettingsError
+from ..errors import SettingsError, needing
 from .schedule_free import OwnAverage
 
 if TYPE_CHECKING:
@@ -15,22 +14,9 @@ if TYPE_CHECKING:
     from ..recipe import Recipe
 
 
-@contextmanager
-def needs(package: str) -> Iterator[None]:
-    """Says which package an import inside the block is missing.
-
-    Raises:
-        SettingsError: in place of ImportError.
-    """
-    try:
-        yield
-    except ImportError as error:
-        raise SettingsError(
-            f"This optimizer needs the package {package}, which cannot be imported ({error}).",
-            f"Install it into ComfyUI's own Python (python -m pip install {package}) and restart ComfyUI, "
-            "or choose another optimizer in Graft Optimizer Options.",
-            "optimizer",
-        ) from error
+def needs(package: str) -> AbstractContextManager[None]:
+    """Says which package an import inside the block is missing. Raises SettingsError in place of ImportError."""
+    return needing(package, "This optimizer", "or choose another optimizer in Graft Optimizer Options", "optimizer")
 
 
 class Optimiser:

@@ -45,7 +45,9 @@ class Mover:
         self._trainables = plan.trainables
         self._parameters = list(plan.trainables.values())
         self._scaler = _loss_scaler(host)
-        self.in_backward = kind.apart and not self._scaler.is_enabled() and _is_one_backward(plan)
+        # With others the gradient is known only when all have come to their end.
+        alone = host.group.world == 1
+        self.in_backward = alone and kind.apart and not self._scaler.is_enabled() and _is_one_backward(plan)
         half = any(parameter.dtype.itemsize < 4 for parameter in self._parameters)
         groups = parameter_groups(plan.all_groups(), plan.trainables, recipe)
         if self.in_backward or half:

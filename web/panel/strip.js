@@ -1,5 +1,6 @@
 // The sample pictures of a training in a row, by step, the base's own first.
 import { make, mark, say } from "./make.js";
+import { t } from "../texts.js";
 import { openViewer } from "./viewer.js";
 
 const MOST_NEW = 12; // pictures that are added at once: a hundred would hold the page up
@@ -12,8 +13,8 @@ export class Strip {
     this._training = null;
     this._seen = -1;
     this._thumbs = new Map(); // step -> {button, image}
-    this._row = make("div", { class: "graft-row", role: "group", "aria-label": "Sample pictures by step" });
-    this._choice = make("div", { class: "graft-choice", role: "group", "aria-label": "Prompt of the pictures" });
+    this._row = make("div", { class: "graft-row", role: "group", "aria-label": t("Sample pictures by step") });
+    this._choice = make("div", { class: "graft-choice", role: "group", "aria-label": t("Prompt of the pictures") });
     this.element = make("div", { class: "graft-strip" }, this._choice, this._row);
   }
 
@@ -60,7 +61,7 @@ export class Strip {
     this._choice.hidden = count < 2;
     while (this._choice.children.length < count) {
       const number = this._choice.children.length;
-      const button = make("button", { type: "button", "aria-label": `Prompt ${number + 1}` }, String(number + 1));
+      const button = make("button", { type: "button", "aria-label": t("Prompt $number", { number: number + 1 }) }, String(number + 1));
       button.addEventListener("click", () => {
         this._prompt = number;
         this._seen = -1;
@@ -80,15 +81,15 @@ export class Strip {
 }
 
 function nameOf(step) {
-  return step === 0 ? "Base" : `Step ${step}`;
+  return step === 0 ? t("Base") : t("Step $step", { step });
 }
 
 function makeThumb(step, open) {
   // The name is the caption's; the picture itself cannot be put into words.
   const image = make("img", { alt: "", loading: "lazy", decoding: "async" });
   const caption = make("span");
-  say(caption, step === 0 ? "Base" : String(step));
-  const button = make("button", { type: "button", class: "graft-thumb", "aria-label": `${nameOf(step)}, enlarge` });
+  say(caption, step === 0 ? t("Base") : String(step));
+  const button = make("button", { type: "button", class: "graft-thumb", "aria-label": t("$name, enlarge", { name: nameOf(step) }) });
   button.append(image, caption);
   button.addEventListener("click", open);
   return { button, image };

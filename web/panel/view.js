@@ -2,25 +2,25 @@
 import { Chart } from "./chart.js";
 import { make, mark, say } from "./make.js";
 import { Strip } from "./strip.js";
+import { t, text } from "../texts.js";
 import * as words from "./words.js";
 
 export const HEIGHT = 370;
 export const WIDTH = 380;
 
-const READY = "Press Run: loss, sample pictures and controls appear here.";
 const RESUMABLE = new Set(["stopped", "paused", "cancelled"]);
 const QUARTERS = 4;
 
 // [name, text of a training and the place in its curve, swatch of the chart's line]
 const FACTS = [
-  ["Loss", (training, place) => words.formatLoss(training.curve.losses[place]), "raw"],
-  ["Smoothed", (training, place) => words.formatLoss(training.curve.smooth[place]), "smooth"],
-  ["Validation", (training) => words.formatLoss(training.curve.validation.at(-1)?.[1]), "checked"],
-  ["Learning rate", (training) => words.formatRate(training.lr)],
-  ["Epoch", (training) => words.formatEpoch(training.epoch)],
-  ["Speed", (training) => words.formatPace(training.pace)],
-  ["Time left", (training) => words.formatTime(training.isLive ? training.secondsLeft : NaN)],
-  ["Memory", (training) => words.formatMemory(training.isLive ? training.memory : null)],
+  [text("Loss"), (training, place) => words.formatLoss(training.curve.losses[place]), "raw"],
+  [text("Smoothed"), (training, place) => words.formatLoss(training.curve.smooth[place]), "smooth"],
+  [text("Validation"), (training) => words.formatLoss(training.curve.validation.at(-1)?.[1]), "checked"],
+  [text("Learning rate"), (training) => words.formatRate(training.lr)],
+  [text("Epoch"), (training) => words.formatEpoch(training.epoch)],
+  [text("Speed"), (training) => words.formatPace(training.pace)],
+  [text("Time left"), (training) => words.formatTime(training.isLive ? training.secondsLeft : NaN)],
+  [text("Memory"), (training) => words.formatMemory(training.isLive ? training.memory : null)],
 ];
 
 export class Panel {
@@ -49,7 +49,7 @@ export class Panel {
   _build() {
     this._state = make("span", { class: "graft-state" });
     this._count = make("span", { class: "graft-count" });
-    this._bar = make("div", { class: "graft-bar", role: "progressbar", "aria-label": "Progress", "aria-valuemin": 0 });
+    this._bar = make("div", { class: "graft-bar", role: "progressbar", "aria-label": t("Progress"), "aria-valuemin": 0 });
     this._fill = make("div");
     this._bar.append(this._fill);
     this._note = make("div", { class: "graft-note" });
@@ -60,16 +60,16 @@ export class Panel {
     this._figures = make("dl", { class: "graft-facts" }, ...this._facts.map(({ element }) => element));
     this._strip = new Strip((sample, training) => this._routes.imageUrl(sample, training.prompt));
     this._buttons = make("div", { class: "graft-buttons" });
-    this._stop = this._addButton("Stop and keep", () => this._routes.ask(this._training, "stop"));
-    this._save = this._addButton("Save now", () => this._routes.ask(this._training, "save"));
-    this._pause = this._addButton("Pause", () => this._routes.ask(this._training, "pause"));
-    this._resume = this._addButton("Resume", () => this._routes.resume(this._training));
+    this._stop = this._addButton(t("Stop and keep"), () => this._routes.ask(this._training, "stop"));
+    this._save = this._addButton(t("Save now"), () => this._routes.ask(this._training, "save"));
+    this._pause = this._addButton(t("Pause"), () => this._routes.ask(this._training, "pause"));
+    this._resume = this._addButton(t("Resume"), () => this._routes.resume(this._training));
     this._saved = make("span", { class: "graft-saved" });
     this._buttons.append(this._saved);
     this._live = make("div", { class: "graft-live", role: "status", "aria-live": "polite" });
     this.element = make(
       "section",
-      { class: "graft-panel widget-expands", "aria-label": "Training" },
+      { class: "graft-panel widget-expands", "aria-label": t("Training") },
       make("div", { class: "graft-head" }, make("span", { class: "graft-dot" }), this._state, this._count),
       this._bar,
       this._note,
@@ -107,6 +107,8 @@ export class Panel {
       this._point((event.clientX - box.left) / Math.max(1, box.width));
     });
     this._canvas.addEventListener("pointerleave", () => this._point(null));
+    // Its colour goes over to another when the theme is changed (panel.css); what is drawn does not by itself.
+    this._canvas.addEventListener("transitionend", () => this._drawChart());
     new ResizeObserver(([{ contentRect }]) => {
       this._chart.resize(contentRect.width, contentRect.height);
       this._drawChart();
@@ -122,9 +124,9 @@ export class Panel {
 
   _showReady() {
     this.element.dataset.phase = "idle";
-    say(this._state, "Ready");
-    say(this._hint, READY);
-    mark(this._canvas, "aria-label", "Loss: not trained yet.");
+    say(this._state, t("Ready"));
+    say(this._hint, t("Press Run: loss, sample pictures and controls appear here."));
+    mark(this._canvas, "aria-label", t("Loss: not trained yet."));
     mark(this._bar, "aria-valuemax", 1);
     mark(this._bar, "aria-valuenow", 0);
     for (const part of [this._bar, this._note, this._figures, this._strip.element, this._buttons]) part.hidden = true;
@@ -149,7 +151,7 @@ export class Panel {
   _waitingFor() {
     const { phase, file } = this._training;
     if (phase === "caching" && file) return file;
-    return this._training.isLive ? "The first loss comes with the first step." : "No step was done.";
+    return this._training.isLive ? t("The first loss comes with the first step.") : t("No step was done.");
   }
 
   _showBar() {
@@ -173,7 +175,7 @@ export class Panel {
     const { curve } = this._training;
     const place = this._pointed === null ? curve.length - 1 : curve.find(this._pointed);
     FACTS.forEach(([, read], number) => say(this._facts[number].value, read(this._training, place)));
-    const step = this._pointed === null || !curve.length ? "" : `at step ${curve.steps[place]}`;
+    const step = this._pointed === null || !curve.length ? "" : t("at step $step", { step: curve.steps[place] });
     say(this._facts[0].where, step);
   }
 
@@ -185,9 +187,9 @@ export class Panel {
     this._stop.disabled = asked === "stop";
     this._pause.disabled = asked === "pause";
     this._save.disabled = Boolean(asked) || isSaving || phase !== "training";
-    say(this._saved, isSaving ? "Saving" : saved ? `Saved at step ${saved}` : "");
+    say(this._saved, isSaving ? t("Saving") : saved ? t("Saved at step $step", { step: saved }) : "");
     mark(this._saved, "title", run);
-    mark(this._state, "title", run && `Run ${run}`);
+    mark(this._state, "title", run && t("Run $name", { name: run }));
   }
 
   // What is said aloud: when something happens and at each quarter, not at each step.
@@ -197,7 +199,7 @@ export class Panel {
     const key = [phase, this._training.asked, this._problem, phase === "training" ? quarter : 0].join();
     if (key === this._announced) return;
     this._announced = key;
-    const where = phase === "training" && step ? `, step ${step} of ${steps}` : "";
+    const where = phase === "training" && step ? t(", step $step of $steps", { step, steps }) : "";
     say(this._live, [words.describe(this._training) + where, this._note.textContent].filter(Boolean).join(". "));
     mark(this._canvas, "aria-label", words.describeCurve(this._training));
   }
@@ -221,5 +223,5 @@ function makeFact(name, line) {
   const swatch = line ? make("i", { class: "graft-swatch", "data-line": line }) : null;
   const where = make("small");
   const value = make("dd");
-  return { element: make("div", { "data-name": name }, make("dt", {}, swatch, name, where), value), value, swatch, where };
+  return { element: make("div", { "data-name": name }, make("dt", {}, swatch, t(name), where), value), value, swatch, where };
 }

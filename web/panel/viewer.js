@@ -1,15 +1,16 @@
 // A sample picture at its full size beside the base's own.
 import { make, mark, say } from "./make.js";
+import { t } from "../texts.js";
 
 // Opens over the page. pictures: [{name, url}], the base's own first; place: which of them.
 export function openViewer(pictures, place) {
   const [base, chosen] = [makeFigure(), makeFigure()];
-  const back = make("button", { type: "button" }, "Earlier");
-  const on = make("button", { type: "button" }, "Later");
-  const close = make("button", { type: "button" }, "Close");
+  const back = make("button", { type: "button" }, t("Earlier"));
+  const on = make("button", { type: "button" }, t("Later"));
+  const close = make("button", { type: "button" }, t("Close"));
   const dialog = make(
     "dialog",
-    { class: "graft-viewer", "aria-label": "Sample pictures" },
+    { class: "graft-viewer", "aria-label": t("Sample pictures") },
     make("div", { class: "graft-pair" }, base.element, chosen.element),
     make("div", { class: "graft-buttons" }, back, on, close),
   );
@@ -44,7 +45,7 @@ function makeFigure() {
   const caption = make("figcaption", { "aria-live": "polite" });
   const show = ({ name, url }) => {
     mark(image, "src", url);
-    mark(image, "alt", `Sample picture: ${name}`);
+    mark(image, "alt", t("Sample picture: $name", { name }));
     say(caption, name);
   };
   return { element: make("figure", {}, image, caption), show };

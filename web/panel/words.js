@@ -1,4 +1,5 @@
 // Numbers and states as the panel says them.
+import { t } from "../texts.js";
 
 const NONE = "\u2013";
 const GB = 1024 ** 3;
@@ -14,15 +15,16 @@ export function formatRate(rate) {
 
 export function formatPace(seconds) {
   if (!Number.isFinite(seconds)) return NONE;
-  return seconds < 1 ? `${(1 / seconds).toFixed(1)} steps/s` : `${seconds.toFixed(1)} s/step`;
+  if (seconds < 1) return t("$number steps/s", { number: (1 / seconds).toFixed(1) });
+  return t("$number s/step", { number: seconds.toFixed(1) });
 }
 
 export function formatTime(seconds) {
   if (!Number.isFinite(seconds)) return NONE;
-  if (seconds < 90) return `${Math.ceil(seconds)} s`;
+  if (seconds < 90) return t("$seconds s", { seconds: Math.ceil(seconds) });
   const minutes = Math.round(seconds / 60);
-  if (minutes < 90) return `${minutes} min`;
-  return `${Math.floor(minutes / 60)} h ${minutes % 60} min`;
+  if (minutes < 90) return t("$minutes min", { minutes });
+  return t("$hours h $minutes min", { hours: Math.floor(minutes / 60), minutes: minutes % 60 });
 }
 
 export function formatMemory(memory) {
@@ -39,20 +41,22 @@ export function formatEpoch(epoch) {
 export function describe(training) {
   const { step, steps, saved, done, total } = training;
   if (training.isLive && training.asked) {
-    return training.asked === "stop" ? "Stopping after this step" : "Pausing after this step";
+    return training.asked === "stop" ? t("Stopping after this step") : t("Pausing after this step");
   }
   const said = {
-    preparing: "Getting ready",
-    drawing: `Drawing class images: ${done} of ${total}`,
-    caching: `Encoding the dataset: ${done} of ${total}`,
-    training: training.resumedFrom ? `Training, resumed at step ${training.resumedFrom}` : "Training",
-    finished: "Finished",
-    returned: "Finished before: returned as it was",
-    stopped: `Stopped and kept at step ${step}`,
-    paused: saved ? `Paused at step ${saved}` : "Paused before the first step",
-    cancelled: training.isNothing ? "Stopped before the first step" : `Cancelled at step ${step}`,
-    failed: "Failed",
-    lost: `The server was restarted at step ${step}`,
+    preparing: t("Getting ready"),
+    drawing: t("Drawing class images: $done of $total", { done, total }),
+    caching: t("Encoding the dataset: $done of $total", { done, total }),
+    training: training.resumedFrom
+      ? t("Training, resumed at step $step", { step: training.resumedFrom })
+      : t("Training"),
+    finished: t("Finished"),
+    returned: t("Finished before: returned as it was"),
+    stopped: t("Stopped and kept at step $step", { step }),
+    paused: saved ? t("Paused at step $step", { step: saved }) : t("Paused before the first step"),
+    cancelled: training.isNothing ? t("Stopped before the first step") : t("Cancelled at step $step", { step }),
+    failed: t("Failed"),
+    lost: t("The server was restarted at step $step", { step }),
   };
   return said[training.phase];
 }
@@ -62,24 +66,24 @@ export function advise(training) {
   const { phase, saved } = training;
   if (phase === "training") return training.note;
   if (phase === "failed") return training.cure;
-  if (phase === "stopped") return "Run returns what was kept. Resume trains on to the last step.";
-  if (phase === "paused") return "Resume or Run goes on, to the same bits.";
+  if (phase === "stopped") return t("Run returns what was kept. Resume trains on to the last step.");
+  if (phase === "paused") return t("Resume or Run goes on, to the same bits.");
   if (phase === "cancelled") {
-    if (training.isNothing) return "There was nothing yet to keep. Run starts again.";
-    return saved ? `Saved at step ${saved}: Resume or Run goes on from there.` : "Resume or Run starts again.";
+    if (training.isNothing) return t("There was nothing yet to keep. Run starts again.");
+    if (!saved) return t("Resume or Run starts again.");
+    return t("Saved at step $step: Resume or Run goes on from there.", { step: saved });
   }
-  if (phase === "lost") return "Run goes on from the last save.";
+  if (phase === "lost") return t("Run goes on from the last save.");
   return "";
 }
 
 // The chart for those who do not see it.
 export function describeCurve(training) {
   const { curve } = training;
-  if (!curve.length) return "Loss: no step done yet.";
+  if (!curve.length) return t("Loss: no step done yet.");
   const [first, last] = [formatLoss(curve.smooth[0]), formatLoss(curve.smooth.at(-1))];
-  const checked = curve.validation.length ? `, validation loss ${formatLoss(curve.validation.at(-1)[1])}` : "";
-  return (
-    `Loss from step ${curve.steps[0]} to ${curve.steps.at(-1)} of ${training.steps}: ` +
-    `smoothed ${first} at first, ${last} now${checked}.`
-  );
+  const range = { from: curve.steps[0], to: curve.steps.at(-1), steps: training.steps, first, last };
+  const said = t("Loss from step $from to $to of $steps: smoothed $first at first, $last now.", range);
+  if (!curve.validation.length) return said;
+  return `${said} ${t("Validation loss $loss.", { loss: formatLoss(curve.validation.at(-1)[1]) })}`;
 }

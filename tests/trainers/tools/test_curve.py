@@ -4,7 +4,8 @@ import math
 
 import numpy as np
 import pytest
-from graft_pack.trainers.tools.curve import plot, smoothed
+from graft_pack.trainers.levels import LevelLosses
+from graft_pack.trainers.tools.curve import plot, plot_levels, smoothed
 
 # Of figure.FIRST and figure.SECOND.
 BLUE, AMBER = np.array([0x60, 0x96, 0xD6]) / 255, np.array([0xF0, 0xB0, 0x40]) / 255
@@ -37,3 +38,26 @@ def test_one_run_and_two(logarithmic):
 def test_little_or_nothing_to_draw(values):
     for smoothing in (0.0, 0.9):
         assert plot({"loss": values}, smoothing, False).shape == (500, 900, 3)
+
+
+def learnt(steps, speed, pictures=4):
+    """Losses by noise level of a run that gets better, least where there is much noise."""
+    kept = LevelLosses()
+    for step in range(1, steps + 1):
+        times = [(7 * step + 31 * number) % 100 / 100 for number in range(pictures)]
+        kept.add(step, times, [(1.1 - t) * (0.3 + math.exp(-speed * step)) for t in times])
+    return kept, steps
+
+
+@pytest.mark.parametrize("logarithmic", [False, True])
+def test_by_timestep_the_first_quarter_and_the_last(logarithmic):
+    one = plot_levels({"loss": learnt(200, 0.02)}, logarithmic)
+    assert one.shape == (500, 900, 3) and one.dtype == np.float32 and 0 <= one.min() < one.max() <= 1
+    assert count(one, BLUE) > 500 and count(one, AMBER) == 0
+    two = plot_levels({"loss": learnt(200, 0.02), "loss_b": learnt(50, 0.1)}, logarithmic)
+    assert count(two, BLUE) > 500 and count(two, AMBER) > 300
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_by_timestep_of_a_short_run(steps):
+    assert count(plot_levels({"loss": learnt(steps, 0.1, 1)}, False), BLUE) > 5

@@ -1,0 +1,67 @@
+"""Runs what Graft Export Job wrote, without a graph, on as many processes and machines as accelerate starts.
+
+    accelerate launch [its options] <this file> <job folder> [ComfyUI's options, such as --cpu]
+
+ComfyUI is the one that this pack lies in, or the one that COMFYUI_PATH names. Started again, with more processes or
+fewer, it goes on where it was.
+"""
+
+import importlib
+import importlib.util
+import os
+import sys
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+
+# So the graph starts it for processes of its own, with a seat for each.
+SEATED = "graft_job"
+
+
+def find_comfyui():
+    """The folder of ComfyUI's main.py; ends the program where there is none."""
+    found = os.environ.get("COMFYUI_PATH") or os.path.dirname(os.path.dirname(HERE))
+    if not os.path.isfile(os.path.join(found, "main.py")) or not os.path.isdir(os.path.join(found, "comfy")):
+        sys.exit(f"There is no ComfyUI in '{found}'. Set COMFYUI_PATH to the folder that holds its main.py.")
+    return os.path.abspath(found)
+
+
+def enter_comfyui(folder, arguments):
+    """Makes ComfyUI importable, and has it read its options from the arguments."""
+    # A script's own folder comes first in the search; this one's `nodes` would hide ComfyUI's.
+    sys.path[:] = [entry for entry in sys.path if os.path.realpath(entry or ".") != os.path.realpath(HERE)]
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    sys.argv = [os.path.join(folder, "main.py"), *arguments]
+    importlib.import_module("comfy.options").enable_args_parsing()
+
+
+def load_pack():
+    """The pack as ComfyUI imports it, whatever its folder is called; the name to import its modules by."""
+    name = HERE.replace(".", "_x_")
+    spec = importlib.util.spec_from_file_location(name, os.path.join(HERE, "__init__.py"))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return name
+
+
+def main(seat=None):
+    """The exit status: 0 when the job is done, 1 for an error, 130 when it was interrupted."""
+    if seat is not None:
+        os.environ.update(seat["environment"])
+        folder, arguments, comfyui = seat["folder"], sys.argv[1:], seat["comfyui"]
+    elif len(sys.argv) < 2 or sys.argv[1].startswith("-"):
+        sys.exit(__doc__)
+    else:
+        folder, arguments, comfyui = os.path.abspath(sys.argv[1]), sys.argv[2:], find_comfyui()
+    enter_comfyui(comfyui, arguments)
+    name = load_pack()
+    # Before ComfyUI looks for its device: it takes the one that is this process's.
+    group = importlib.import_module(f"{name}.trainers.spread").Spread("--cpu" in arguments)
+    return importlib.import_module(f"{name}.nodes.host.headless").main(folder, group, seat)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
+elif __name__ == SEATED:
+    sys.exit(main(globals()["GRAFT_SEAT"]))

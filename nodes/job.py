@@ -1,0 +1,64 @@
+"""The node that takes a training elsewhere."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from . import inputs
+from .checks import checked
+from .schema import CATEGORY, Dataset, named, options_input
+
+
+class GraftExportJob(io.ComfyNode):
+    """A training written as a folder, in place of being done here."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="GraftExportJob",
+            display_name="Graft Export Job",
+            category=f"{CATEGORY}/train",
+            description="Writes what a trainer would do into a folder of its own, with all pictures and captions "
+            "encoded, to be run on other machines or several GPUs by the pack's job.py. Takes a trainer's place.",
+            inputs=[
+                *inputs.base("The model to train on, as ComfyUI's own nodes load and change it."),
+                Dataset.Input("dataset", tooltip="Pictures and captions."),
+                inputs.steps(),
+                inputs.learning_rate("0: the default of the model's family. Too high shows as burnt pictures."),
+                inputs.rank(),
+                inputs.batch_size(tooltip="Pictures in a step, of all processes together."),
+                inputs.seed(),
+                options_input(),
+                io.Combo.Input(
+                    "train",
+                    options=["LoRA", "all weights"],
+                    default="LoRA",
+                    optional=True,
+                    tooltip="What is trained; all weights have no rank.",
+                ),
+            ],
+            outputs=[io.String.Output("path", display_name="path")],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+        )
+
+    validate_inputs = checked(learning_rate=None, train=None)
+
+    @classmethod
+    def fingerprint_inputs(cls, **values) -> float:
+        """Never the same: the folder may have been removed, and files the graph names may have changed."""
+        return float("nan")
+
+    @classmethod
+    def execute(
+        cls, model, clip, vae, dataset, steps, learning_rate, rank, batch_size, seed, options=None, train="LoRA"
+    ) -> io.NodeOutput:
+        from .host import training
+
+        with named(cls, model=model, clip=clip, vae=vae, dataset=dataset, options=options):
+            widgets = training.Widgets(train, steps, learning_rate, rank, batch_size, seed)
+            path = training.export(model, clip, vae, dataset, widgets, options, cls.hidden.unique_id)
+            return io.NodeOutput(path, ui={"text": (f"Job: {path}",)})
+
+
+NODES = [GraftExportJob]

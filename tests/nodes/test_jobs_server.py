@@ -1,0 +1,219 @@
+"""Trainings that leave the graph: as a job for accelerate, and as processes that the graph waits for."""
+
+import io
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+
+from tests.support import graphs, runs
+from tests.support.host import ROOT
+from tests.support.server import PromptError, PromptInterrupted
+from tests.toy import world
+
+STEPS = 3
+LONG = 100_000
+
+
+@pytest.fixture(scope="module")
+def dataset(server):
+    """Name of a folder of pictures below input/ that the tests here share."""
+    folder = server.path("input", "jobs")
+    shutil.copytree(world.CONCEPT_FOLDER / "toy", folder)
+    return folder.name
+
+
+def graph_of(server, dataset, name, steps, kind="GraftTrainLoRA", **options):
+    """A training of three pictures a step, so that two processes have unequal shares."""
+    graph = runs.graph_of(server, dataset, name, steps, **options)
+    graph["3"]["class_type"] = kind
+    graph["3"]["inputs"]["batch_size"] = 3
+    return graph
+
+
+@pytest.fixture(scope="module")
+def alone(server, dataset):
+    """The adapter that one process trains in the graph, after STEPS."""
+    server.run(graph_of(server, dataset, "alone", STEPS))
+    return runs.adapter_of(server, runs.find_run(server, "alone"), STEPS)
+
+
+def alone_run(server):
+    return runs.find_run(server, "alone")
+
+
+def distance(a, b):
+    """Of two adapters: the median over their tensors of how far they are apart, by the second's size.
+
+    Not the whole's: one cross-attention of the small base has gradients of 1e-7 beside 1e-2 of others, where rounding
+    decides the sign, and AdamW moves by the sign whatever the size. The loss hardly depends on such a tensor.
+    """
+    assert a.keys() == b.keys()
+    names = [name for name in b if not name.endswith(".alpha")]
+    return np.median([np.linalg.norm(a[name] - b[name]) / np.linalg.norm(b[name]) for name in names])
+
+
+def exported(server, graph):
+    entry = server.run(graph)
+    return Path(entry["outputs"]["3"]["text"][0].removeprefix("Job: "))
+
+
+def readme_command():
+    """The example in README, as words."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (line,) = re.findall(r"^ *(accelerate launch .*)$", text, re.M)
+    return shlex.split(line)
+
+
+def launch(server, job, *more, processes=2):
+    """README's example on this job and this machine's CPU."""
+    words = []
+    # What starts several refuses to start one.
+    for word in readme_command() if processes > 1 else [sys.executable, "job.py", "output/graft/jobs/x"]:
+        if word.endswith("job.py"):
+            word = str(server.path("custom_nodes", "graft", "job.py"))
+        elif word.startswith("output/graft/jobs/"):
+            word = str(job)
+        words.append(word)
+    if processes > 1:
+        words[words.index("--num_processes") + 1] = str(processes)
+        words[0] = str(Path(sys.executable).with_name("accelerate"))
+    more = ["--cpu", "--base-directory", str(server.base), *more]
+    environment = {**os.environ, "COMFYUI_PATH": str(server.comfy), "OMP_NUM_THREADS": "1"}
+    # Of a machine's own accelerate configuration the example must not depend.
+    environment["HF_HOME"] = str(server.path("temp"))
+    return subprocess.run(words + more, capture_output=True, text=True, timeout=600, env=environment, cwd=server.base)
+
+
+def events_of(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_job_by_readmes_example_is_what_the_graph_would_have_trained(server, dataset, alone):
+    job = exported(server, graph_of(server, dataset, "spread", STEPS, kind="GraftExportJob"))
+    assert sorted(os.listdir(job)) == ["cache", "job.json"]
+    assert runs.list_runs(server, "spread") == []
+    done = launch(server, job)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"done after step {STEPS}" in done.stdout + done.stderr
+    run = runs.find_run(server, "spread")
+    assert run.name == job.name
+    assert [line["step"] for line in events_of(run) if line["event"] == "step"] == [1, 2, 3]
+    assert json.loads((run / "recipe.json").read_text())["processes"] == 2
+    with urllib.request.urlopen(f"{server.url}/graft/runs") as answer:
+        (row,) = [row for row in json.load(answer)["runs"] if row["name"] == run.name]
+    assert row["status"] == "finished"
+    adapter = runs.adapter_of(server, run, STEPS)
+    assert distance(adapter, alone) <= 1e-4
+    losses = [[line["loss"] for line in events_of(one) if line["event"] == "step"] for one in (run, alone_run(server))]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    applied_in_the_graph(server, dataset, run)
+
+
+def applied_in_the_graph(server, dataset, run):
+    """The trainer's graph finds the finished run; ComfyUI's own loader draws the same with its file."""
+    graph = graph_of(server, dataset, "spread", STEPS)
+    file = f"{run.name}/step-{STEPS:08d}.safetensors"
+    lora = {"lora_name": file, "strength_model": 1.0, "strength_clip": 1.0}
+    graph["8"] = graphs.node("LoraLoader", model=["1", 0], clip=["1", 1], **lora)
+    drawn = {}
+    for place, (name, source) in enumerate({"trained": "3", "loaded": "8", "base": "1"}.items()):
+        ids = (graph, "a large sks toy", [source, 0], [source, 1], name)
+        drawn[name] = graphs.sampling(*ids, steps=2, start=100 + 10 * place)
+    entry = server.run(graph)
+    assert "returned as it was" in entry["outputs"]["3"]["text"][0]
+    found = {name: io.BytesIO(server.download(entry, node=number)[0]) for name, number in drawn.items()}
+    pictures = {name: np.asarray(Image.open(file)) for name, file in found.items()}
+    assert np.array_equal(pictures["trained"], pictures["loaded"])
+    assert not np.array_equal(pictures["trained"], pictures["base"])
+
+
+def test_other_weights_and_other_nodes_are_refused_by_name(server, dataset, alone):
+    (run,) = runs.list_runs(server, "alone")
+    file = f"{run.name}/step-{STEPS:08d}.safetensors"
+    graph = graph_of(server, dataset, "refused", STEPS, kind="GraftExportJob")
+    graph["8"] = graphs.node("GraftLoadAdapter", adapter_name=file)
+    graph["9"] = graphs.node("GraftApplyAdapter", model=["1", 0], adapter=["8", 0], strength_model=1.0, strength_clip=1)
+    graph["3"]["inputs"]["model"] = ["9", 0]
+    with pytest.raises(PromptError, match="comes through a GraftApplyAdapter .node 9.*CheckpointSave"):
+        server.run(graph)
+    lora = {"lora_name": file, "strength_model": 0.7, "strength_clip": 0.0}
+    graph["9"] = graphs.node("LoraLoader", model=["1", 0], clip=["1", 1], **lora)
+    job = exported(server, graph)
+    value = json.loads((job / "job.json").read_text())
+    assert sorted(value["base"]["nodes"]) == ["1", "9"]
+    assert sorted((row["list"], row["name"]) for row in value["base"]["files"]) == [
+        ("checkpoints", graphs.CHECKPOINT),
+        ("loras", file),
+    ]
+    for row in value["base"]["files"]:
+        row["sha256"] = row["sha256"][::-1]
+    (job / "job.json").write_text(json.dumps(value))
+    done = launch(server, job, processes=1)
+    assert done.returncode != 0
+    assert "is another one than the job was made with" in done.stdout + done.stderr
+    assert runs.list_runs(server, "refused") == []
+
+
+def children_of(server):
+    """The processes that a server has started and that still run; Python's own bookkeeper of such processes stays."""
+    children = psutil.Process(server.process.pid).children(recursive=True)
+    return [one for one in children if not any("resource_tracker" in word for word in one.cmdline())]
+
+
+def trained_until(server, graph, step, act):
+    """Queues a graph, acts when so many more steps are done, and waits for its end; (error, seconds since)."""
+    with server.listen() as events:
+        prompt = server.queue(graph, client_id=events.client_id)
+        start = events.wait_for("graft.progress", timeout=300, event="run").data["step"]
+        while events.wait_for("graft.progress", timeout=300, event="step").data["step"] < start + step:
+            pass
+        acted = time.monotonic()
+        act()
+        with pytest.raises(PromptError) as caught:
+            server.wait(prompt)
+    return caught.value, time.monotonic() - acted
+
+
+@pytest.mark.soak
+def test_the_graph_trains_by_two_processes_and_cancel_ends_both(server, dataset, alone, trials):
+    graph = graph_of(server, dataset, "both", LONG, processes=2)
+    error, seconds = trained_until(server, graph, 2, server.interrupt)
+    assert isinstance(error, PromptInterrupted)
+    assert children_of(server) == []
+    # On a machine with more to do than it has cores for, a second of work takes several.
+    assert seconds <= 5.0 * max(1.0, os.getloadavg()[0] / (2 * os.cpu_count()))
+    run = runs.find_run(server, "both")
+    reached = max(runs.states_of(run))
+    assert reached >= 2
+    assert [path.name for path in server.path("output", "graft", "jobs").glob(".*")] == []
+    if trials(0, 1):
+        lost = graph_of(server, dataset, "both", LONG, processes=2)
+        error, _ = trained_until(server, lost, 1, lambda: kill_one(server))
+        assert re.search("Process [01] of the training was lost .exit code -9", str(error))
+        assert children_of(server) == []
+        assert max(runs.states_of(run)) > reached
+        reached = max(runs.states_of(run))
+    entry = server.run(graph_of(server, dataset, "both", reached + 1, processes=2))
+    assert f"{reached + 1} steps trained" in entry["outputs"]["3"]["text"][0]
+    assert runs.steps_logged(run) == list(range(1, reached + 2))
+    losses, expected = (
+        [line["loss"] for line in events_of(one) if line["event"] == "step"] for one in (run, alone_run(server))
+    )
+    assert losses[:2] == pytest.approx(expected[:2], rel=1e-5)
+
+
+def kill_one(server):
+    os.kill(children_of(server)[-1].pid, signal.SIGKILL)

@@ -1,0 +1,187 @@
+"""How far adapters of SDXL and Flux scale over processes, on paper and in simulation: `python -m tests.scaling`.
+
+Counted: what is synchronised in a step, from the real networks (built without weights) and the pack's own choice of
+layers. Measured here: drawing the noise of a whole batch, which each process does. Assumed, and said so in the table:
+arithmetic, networks, and how much processes differ from step to step. Nothing here was measured on GPUs.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+RANK = 16
+WORLDS = (1, 2, 4, 8, 16, 32, 64)
+STEPS = 400
+
+# Of one GPU at work: 312 TFLOP/s in bf16 (A100), of which training a large network reaches some 40 %.
+FLOPS = 0.4 * 312e12
+
+# How much longer or shorter than usual a process takes for a step: deviation of the logarithm.
+JITTER = 0.03
+
+# Per process and step, whatever the batch: launching, optimiser, log.
+OVERHEAD = 0.015
+
+
+@dataclass(frozen=True)
+class Network:
+    """What lies between processes.
+
+    Attributes:
+        rate: bytes a second that each process can send and receive of a ring.
+        latency: seconds of one message.
+    """
+
+    name: str
+    rate: float
+    latency: float
+
+
+INSIDE = Network("NVLink", 200e9, 5e-6)
+BETWEEN = (Network("25 Gbit/s Ethernet", 25e9 / 8, 3e-5), Network("200 Gbit/s InfiniBand", 200e9 / 8, 5e-6))
+A_MACHINE = 8
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a step is made of.
+
+    Attributes:
+        numbers: of the adapter.
+        seconds: of a picture, forward and backward.
+        latent: its shape.
+    """
+
+    name: str
+    numbers: int
+    seconds: float
+    latent: tuple[int, ...]
+
+
+def works() -> list[Work]:
+    """SDXL and Flux at 1024 x 1024, LoRA of rank 16 on attention.
+
+    Operations of a forward, two for each multiply and add: SDXL 6.0e12 (the network of Podell et al. 2023); Flux two
+    for each of 11.9e9 weights and 4608 tokens, and attention's. A backward without weights' gradients is as much again;
+    Flux is checkpointed, which is once more.
+    """
+    flux = 2 * 11.9e9 * 4608 + 57 * 4 * 4608**2 * 3072
+    return [
+        Work("SDXL", adapter_numbers("SDXL"), 2 * 6.0e12 / FLOPS, (4, 128, 128)),
+        Work("Flux", adapter_numbers("Flux"), 3 * flux / FLOPS, (16, 128, 128)),
+    ]
+
+
+def adapter_numbers(name: str) -> int:
+    """Numbers of a LoRA on the layers that the pack chooses in the real network."""
+    from graft_pack.trainers.families import family_of
+    from graft_pack.trainers.methods import METHODS
+
+    from tests.support import models
+
+    module = network(name)
+    recipe = models.recipe(name, rank=RANK)
+    found = METHODS["LoRA"].targets(module, family_of(name), recipe)
+    layers = [module.get_submodule(path) for path in found]
+    return sum(RANK * (layer.in_features + layer.out_features) for layer in layers)
+
+
+def network(name: str):
+    """The network in its published size, without weights."""
+    import comfy.ops
+    import comfy.supported_models
+
+    options = {"device": "meta", "operations": comfy.ops.disable_weight_init}
+    if name == "SDXL":
+        from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+
+        config = {**comfy.supported_models.SDXL.unet_config}
+        config |= {"image_size": 32, "in_channels": 4, "out_channels": 4, "num_res_blocks": [2, 2, 2]}
+        config |= {"channel_mult": [1, 2, 4], "num_head_channels": 64, "use_spatial_transformer": True, "legacy": False}
+        config |= {"transformer_depth_middle": 10, "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10]}
+        config |= {"num_classes": "sequential", "model_channels": 320}
+        return UNetModel(**config, **options)
+    from comfy.ldm.flux.model import Flux
+
+    sizes = {"in_channels": 16, "vec_in_dim": 768, "context_in_dim": 4096, "hidden_size": 3072, "mlp_ratio": 4.0}
+    sizes |= {"num_heads": 24, "depth": 19, "depth_single_blocks": 38, "axes_dim": [16, 56, 56], "theta": 10000}
+    return Flux(**sizes, patch_size=2, out_channels=16, qkv_bias=True, guidance_embed=True, **options)
+
+
+def noise_seconds(shape: tuple[int, ...]) -> float:
+    """Of drawing the noise of one picture, on this machine's CPU."""
+    import torch
+
+    source = torch.Generator().manual_seed(0)
+    torch.randn((8, *shape), generator=source)
+    best = min(_timed(lambda: torch.randn((32, *shape), generator=source)) for _ in range(5))
+    return best / 32
+
+
+def _timed(work) -> float:
+    before = time.process_time()
+    work()
+    return time.process_time() - before
+
+
+def sync_seconds(work: Work, world: int, between: Network) -> float:
+    """Of one step's messages: a ring over the slowest link, and three sums of a few numbers along a tree.
+
+    The ring sends 2 (N-1)/N of the gradients (Patarasuk & Yuan 2009).
+    """
+    if world == 1:
+        return 0.0
+    link = between if world > A_MACHINE else INSIDE
+    ring = 2 * (world - 1) / world * 4 * work.numbers / link.rate + 2 * (world - 1) * link.latency
+    return ring + 3 * 2 * math.log2(world) * link.latency
+
+
+def step_seconds(work: Work, world: int, pictures: int, between: Network, noise: float) -> float:
+    """Mean over simulated steps, each as long as its slowest process, on which all others wait."""
+    source = np.random.RandomState(world)
+    own = OVERHEAD + noise * pictures + work.seconds * math.ceil(pictures / world)
+    slowest = (own * np.exp(JITTER * source.randn(STEPS, world))).max(1)
+    return float(slowest.mean()) + sync_seconds(work, world, between)
+
+
+def rows(work: Work, between: Network, batch: int) -> list[tuple[int, float, float]]:
+    """(processes, efficiency with a picture for each, efficiency with so many in all)."""
+    noise = noise_seconds(work.latent)
+
+    def rate(world: int, pictures: int) -> float:
+        return pictures / step_seconds(work, world, pictures, between, noise)
+
+    return [
+        (world, rate(world, world) / world / rate(1, 1), rate(world, batch) / world / rate(1, batch))
+        for world in WORLDS
+    ]
+
+
+def main() -> None:
+    from tests.support import pack
+
+    pack.use_comfy()
+    pack.load_pack()
+    for work in works():
+        size = 4 * work.numbers / 1e6
+        drawn = noise_seconds(work.latent) * 1e3
+        print(f"\n{work.name}: {work.numbers / 1e6:.1f} M numbers, {size:.0f} MB of gradients a step; ", end="")
+        print(f"{work.seconds * 1e3:.0f} ms a picture (assumed), noise {drawn:.2f} ms a picture (measured)\n")
+        titles = ["sync ms", "one each", "64 in all"]
+        print(f"| {' | '.join(['processes', 'MB sent by each', *titles, *titles])} |")
+        print("|---|---|---|---|---|---|---|---|")
+        tables = [rows(work, between, 64) for between in BETWEEN]
+        for (world, *slow), (_, *fast) in zip(*tables, strict=True):
+            sent = 2 * (world - 1) / world * size
+            cells = [f"{world}", f"{sent:.0f}"]
+            for between, shares in zip(BETWEEN, (slow, fast), strict=True):
+                cells += [f"{sync_seconds(work, world, between) * 1e3:.1f}", *(f"{share:.0%}" for share in shares)]
+            print(f"| {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""Real processes that train together over diffusers, gloo between them and no ComfyUI anywhere.
+
+answers = Crew(2).do("train", folder=..., fields={...})
+
+They are forked from a server that has imported what takes long, so that a crew is there in a moment.
+"""
+
+import multiprocessing
+import os
+import runpy
+import signal
+import sys
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+# Importing these takes four times as long as what a process then does.
+HEAVY = [
+    "accelerate",
+    "diffusers.models.autoencoders.autoencoder_kl",
+    "diffusers.models.autoencoders.autoencoder_tiny",
+    "diffusers.models.unets.unet_2d_condition",
+    "diffusers.optimization",
+    "diffusers.schedulers.scheduling_ddpm",
+    "diffusers.schedulers.scheduling_euler_discrete",
+    "peft.tuners.lora",
+    "torch.distributed",
+    "transformers.optimization",
+]
+SEATED = "graft_crew"
+
+
+class Crew:
+    """So many processes; a task is given to all of them, and ends them."""
+
+    def __init__(self, world):
+        self.world = world
+        self.exitcodes = []
+
+    def do(self, task, timeout=240, **arguments):
+        """What each process answers, None for one that has not; `exitcodes` tells how they ended."""
+        from torch.distributed import TCPStore
+
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(HEAVY)
+        store = TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=60), wait_for_workers=False)
+        members = []
+        for rank in range(self.world):
+            ours, theirs = context.Pipe()
+            seat = {"rank": rank, "world": self.world, "port": store.port, "pipe": theirs}
+            seat |= {"task": task, "arguments": arguments}
+            member = context.Process(target=runpy.run_path, args=(__file__, {"SEAT": seat}, SEATED), daemon=True)
+            member.start()
+            theirs.close()
+            members.append((member, ours))
+        try:
+            for member, _ in members:
+                member.join(timeout)
+            self.exitcodes = [member.exitcode for member, _ in members]
+            assert None not in self.exitcodes, "a process hangs"
+            return [_answer(pipe) for _, pipe in members]
+        finally:
+            for member, pipe in members:
+                member.kill()
+                pipe.close()
+
+
+def _answer(pipe):
+    try:
+        return pipe.recv() if pipe.poll() else None
+    except EOFError:
+        return None
+
+
+def sit_down(seat):
+    """In the process: joins the others, does the task, answers."""
+    names = {"RANK": seat["rank"], "LOCAL_RANK": seat["rank"], "WORLD_SIZE": seat["world"]}
+    names |= {"LOCAL_WORLD_SIZE": seat["world"], "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": seat["port"]}
+    names |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": 0, "OMP_NUM_THREADS": 1}
+    os.environ.update({name: str(value) for name, value in names.items()})
+    # Not imported before the processes know their place.
+    import torch
+
+    torch.set_num_threads(1)
+    from graft_pack.trainers.spread import Spread
+
+    group = Spread(cpu=True)
+    seat["pipe"].send(TASKS[seat["task"]](group, **seat["arguments"]))
+    group.close()
+
+
+def train(group, folder, fields, death=None):
+    """A whole training; {"losses", "resumed_from"} of it, or the name of what ended it.
+
+    Args:
+        death: (rank, where, count): that process ends as by kill -9 at the so manieth time it comes there, where is
+            "part" (of a gradient), "sum" (before the gradients are summed), "summed" or "report".
+    """
+    from graft_pack.trainers.errors import Parted
+
+    from tests.support.diffusers_host import make_host, run_session
+
+    def reached(where):
+        if death is not None and death[:2] == (group.rank, where):
+            counts[where] = counts.get(where, 0) + 1
+            if counts[where] == death[2]:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    counts = {}
+    whole = group.sum_gradients
+
+    def sum_gradients(parameters):
+        reached("sum")
+        whole(parameters)
+        reached("summed")
+
+    group.sum_gradients = sum_gradients
+    host = make_host(lambda event, payload: reached("report"))
+    host = replace(host, heed=lambda: reached("part"), group=group)
+    try:
+        result = run_session(Path(folder), host=host, **fields)
+    except Parted:
+        return "Parted"
+    return {"losses": result.losses, "resumed_from": result.resumed_from}
+
+
+def fail(group, folder, fields, rank):
+    """A training in which one process raises an error of its own within a step; what each ended by."""
+    from tests.support.diffusers_host import make_host, run_session
+
+    def heed():
+        if group.rank == rank:
+            raise KeyError("of this process")
+
+    host = replace(make_host(), heed=heed, group=group)
+    try:
+        run_session(Path(folder), host=host, **fields)
+    except Exception as error:
+        try:
+            group.part()
+        except Exception as second:
+            return f"{type(error).__name__}, then {type(second).__name__}"
+        return type(error).__name__
+    return ""
+
+
+def gradients(group, fields, windows):
+    """For each window of batches, (loss, gradient as a list) of all processes together."""
+    from graft_pack.trainers import loop
+    from graft_pack.trainers.optimisers.stepping import Mover
+
+    from tests.support import models
+    from tests.support.diffusers_host import make_item, planned
+
+    found = []
+    with planned([make_item(index) for index in range(8)], **fields) as (plan, host):
+        host = replace(host, group=group)
+        for step, window in enumerate(windows):
+            for parameter in plan.trainables.values():
+                parameter.grad = None
+            share, *_ = loop._gradients(plan, host, window, step, Mover(plan, host))
+            loss = group.meet(share)
+            group.sum_gradients(list(plan.trainables.values()))
+            found.append((loss, models.joined(one.grad for one in plan.trainables.values()).tolist()))
+    return found
+
+
+TASKS = {"train": train, "gradients": gradients, "fail": fail}
+
+
+if __name__ == SEATED:
+    # Run by its path: `tests` is not importable yet, and stays so only by what is imported of it here.
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    from tests.support import crew, pack
+
+    pack.hide_root()
+    pack.load_pack()
+    crew.sit_down(globals()["SEAT"])

@@ -1,0 +1,121 @@
+"""Source pictures: found by their picture's name, cut with it, known by their content, shown in its corner."""
+
+import numpy as np
+import pytest
+from graft_pack.trainers.data import controls, holes, scan, sheet
+from graft_pack.trainers.data.buckets import choose_crop
+from graft_pack.trainers.data.inspect import inspect, report
+from graft_pack.trainers.data.scan import Reading, from_arrays, scan_folder
+from graft_pack.trainers.errors import DatasetError
+from graft_pack.trainers.protocols import Geometry
+from PIL import Image
+
+
+def draw(path, size=(64, 64), colour="red"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+
+
+def read(folder, control="", index=None):
+    return scan_folder(str(folder), "", 0, 1, None, Reading(control_folder=str(control)), index)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Pictures at two depths, with the pictures before them in a folder inside, some by their bare names."""
+    root = tmp_path / "d"
+    for name, source in (("a.png", "a.jpg"), ("sub/b.png", "sub/b.png"), ("sub/c.png", "c.png")):
+        draw(root / name)
+        draw(root / "before" / source, colour="blue")
+    return root
+
+
+def test_each_picture_has_the_source_of_its_name(folder):
+    dataset = read(folder, folder / "before")
+    pairs = {one.source.name: one.control.source.name for one in dataset.examples}
+    wanted = {"a.png": "a.jpg", "sub/b.png": "sub/b.png", "sub/c.png": "c.png"}
+    assert pairs == {name: f"{source} (source)" for name, source in wanted.items()}
+    assert dataset.left_out == ()
+    assert dataset.examples[0].control.source.open().getpixel((0, 0))[2] > 200
+
+
+def test_without_the_input_a_folder_inside_is_one_of_pictures(folder):
+    """As it always was."""
+    dataset = read(folder)
+    assert len(dataset.examples) == 6
+    assert all(one.control is None for one in dataset.examples)
+
+
+def test_a_folder_of_its_own_elsewhere(folder, tmp_path):
+    (folder / "before").rename(tmp_path / "elsewhere")
+    assert [one.control is not None for one in read(folder, tmp_path / "elsewhere").examples] == [True] * 3
+
+
+def test_what_has_no_partner_is_named(folder, tmp_path):
+    (folder / "before" / "a.jpg").unlink()
+    draw(folder / "before" / "x.png")
+    (folder / "before" / "c.png").write_bytes(b"no picture")
+    found = {row.name: row.reason for row in read(folder, folder / "before").left_out}
+    assert found["a.png"] == "it has no source picture of its name"
+    assert found["x.png"] == "a source picture without the picture it becomes"
+    assert found["sub/c.png"].startswith("its source picture c.png: The picture 'c.png' cannot be read")
+    with pytest.raises(DatasetError, match="the dataset's own"):
+        read(folder, folder)
+
+
+def test_another_source_is_another_dataset(folder):
+    prints = {read(folder).fingerprint(), read(folder, folder / "before").fingerprint()}
+    before = scan.folder_fingerprint(str(folder), str(folder / "before"))
+    draw(folder / "before" / "a.jpg", colour="green")
+    prints.add(read(folder, folder / "before").fingerprint())
+    assert len(prints) == 3
+    assert scan.folder_fingerprint(str(folder), str(folder / "before")) != before
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_source_is_cut_as_its_picture_or_in_its_own_shape(flip):
+    size = (200, 100)
+    crop = choose_crop(size, Geometry(64, 16), "x")
+    crop = crop.mirrored() if flip else crop
+    picture = np.zeros((100, 200, 3), np.uint8)
+    one = from_arrays([picture] * 3, ["x"], "", 0, controls=[picture, picture[::2, ::2], picture[:, 50:150]])
+    same, smaller, square = (example.control for example in one.examples)
+    assert controls.control_crop(same, size, crop, 16) == crop
+    assert controls.control_crop(smaller, size, crop, 16) == crop
+    own = controls.control_crop(square, size, crop, 16)
+    assert own.bucket[0] == own.bucket[1]
+    assert own.flip == flip
+    assert own.bucket[0] * own.bucket[1] <= crop.bucket[0] * crop.bucket[1] * 1.1
+
+
+def test_as_many_source_pictures_as_pictures():
+    picture = np.zeros((64, 64, 3), np.uint8)
+    with pytest.raises(DatasetError, match="1 source pictures arrived for 2 pictures"):
+        from_arrays([picture] * 2, ["x"], "", 0, controls=[picture])
+
+
+def test_the_sheet_shows_the_source_in_the_corner():
+    white, blue = np.full((128, 128, 3), 255, np.uint8), np.zeros((128, 64, 3), np.uint8)
+    blue[..., 2] = 255
+    findings = inspect(from_arrays([white], ["x"], "", 0, controls=[blue]), {0: Geometry(128, 16)}, None)
+    assert findings.rows[0].flags == ["source of another shape"]
+    assert "1 of 1 with a source picture" in report(findings)
+    picture = np.round(sheet.contact_sheet(findings) * 255).astype(np.uint8)
+    head = picture.shape[0] - sheet._CELL - sheet._TEXT
+    assert tuple(picture[head + sheet._CELL - 20, 12]) == (0, 0, 255)
+    assert tuple(picture[head + sheet._CELL - 20, sheet._CELL - 40]) == (255, 255, 255)
+
+
+def test_holes_are_of_four_kinds_and_always_the_same():
+    shares = []
+    for number in range(4):
+        drawn = [np.asarray(holes.random_hole((96, 64), f"seed {seed}", number)) for seed in range(20)]
+        again = np.asarray(holes.random_hole((96, 64), "seed 3", number))
+        assert np.array_equal(drawn[3], again)
+        assert all(set(np.unique(one)) <= {0, 255} for one in drawn)
+        shares.append([float((one > 0).mean()) for one in drawn])
+    assert set(shares[3]) == {1.0}
+    for drawn in shares[:3]:
+        assert min(drawn) > 0.01
+        assert max(drawn) <= 1.0
+        assert len(set(drawn)) > 15

@@ -1,0 +1,193 @@
+"""Several processes, real ones with gloo between them, train what one trains; losing one of them costs a few steps."""
+
+import json
+
+import pytest
+import torch
+from graft_pack.trainers.data.order import batches_from
+from graft_pack.trainers.errors import Parted
+from graft_pack.trainers.group import rows_of
+from graft_pack.trainers.state import read_state
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.support import models
+from tests.support.crew import Crew
+from tests.support.diffusers_host import gradient_of, make_item, planned, run_session, same_state
+
+# Two batches a step, the last of an epoch smaller; average, schedule, validation and previews have state too.
+FULL = {
+    "steps": 6,
+    "batch_size": 2,
+    "accumulation": 2,
+    "schedule": "cosine",
+    "ema_decay": 0.9,
+    "validation_fraction": 0.2,
+    "validate_every": 2,
+    "save_every": 2,
+    "keep_last": 10,
+    "preview_prompts": ("a red picture",),
+    "preview_every": 3,
+    "preview_steps": 1,
+}
+
+
+def state_in(folder, step=6):
+    (path,) = (folder / "runs").glob(f"*/state-{step:08d}.safetensors")
+    return read_state(str(path), step)
+
+
+def log_of(folder):
+    (path,) = (folder / "runs").glob("*/metrics.jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=6), st.integers(1, 70))
+def test_rows_are_dealt_evenly_and_each_once(sizes, world):
+    shares = [rows_of(sizes, rank, world) for rank in range(world)]
+    for number, size in enumerate(sizes):
+        rows = [row for share in shares for row in range(size)[share[number]]]
+        assert rows == list(range(size))
+    counts = [sum(part.stop - part.start for part in share) for share in shares]
+    assert max(counts) - min(counts) <= 1
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 3), st.integers(1, 3)), min_size=1, max_size=30),
+    st.integers(1, 9),
+    st.integers(1, 4),
+    st.integers(1, 64),
+    st.integers(0, 1000),
+)
+def test_an_epoch_shows_each_picture_as_often_as_it_should_whoever_shows_it(
+    pictures, batch, accumulation, world, position
+):
+    """For any pictures, in buckets and with repeats, batches, processes, and any place that it is resumed at."""
+    buckets, repeats = zip(*pictures, strict=True)
+    source = batches_from(0, buckets, repeats, batch, 0)
+    shown = {}
+    # An epoch has at most as many batches as showings.
+    drawn = [next(source) for _ in range(2 * sum(repeats) + accumulation)]
+    for start in range(0, len(drawn) - accumulation + 1, accumulation):
+        window = drawn[start : start + accumulation]
+        sizes = [len(members) for _, members in window]
+        for rank in range(world):
+            for (epoch, members), rows in zip(window, rows_of(sizes, rank, world), strict=True):
+                for index, _ in members[rows]:
+                    shown.setdefault(epoch, []).append(index)
+    whole = sorted(index for index, times in enumerate(repeats) for _ in range(times))
+    epochs = [epoch for epoch in shown if epoch + 1 in shown]
+    assert epochs
+    assert all(sorted(shown[epoch]) == whole for epoch in epochs)
+    resumed = batches_from(position % len(drawn), buckets, repeats, batch, 0)
+    assert next(resumed) == drawn[position % len(drawn)]
+
+
+WINDOWS = [
+    [(0, [(0, 0), (1, 0), (2, 0), (3, 0)])],
+    [(0, [(4, 0), (5, 0), (6, 0)]), (0, [(7, 0)])],
+    # Fewer pictures than processes.
+    [(1, [(2, 1)])],
+]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("fields", [{}, {"micro_batch": 1}], ids=["whole", "micro"])
+def test_gradients_of_a_global_batch_are_those_of_one_process(fields, trials):
+    with planned([make_item(index) for index in range(8)]) as (plan, host):
+        alone = [gradient_of(plan, host, window, step)[:2] for step, window in enumerate(WINDOWS)]
+    for world in trials([2], [2, 3, 4]):
+        answers = Crew(world).do("gradients", fields=fields, windows=WINDOWS)
+        assert all(answer == answers[0] for answer in answers)
+        for (loss, gradient), (expected, whole) in zip(answers[0], alone, strict=True):
+            assert loss == pytest.approx(expected, rel=1e-6)
+            assert models.distance(torch.tensor(gradient), whole) <= 1e-6
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """The folder of a run that one process makes and nothing interrupts."""
+    folder = tmp_path_factory.mktemp("straight")
+    run_session(folder, **FULL)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    """together(world): the folder of a run that so many make and nothing interrupts."""
+    made = {}
+
+    def folder_of(world):
+        if world not in made:
+            made[world] = tmp_path_factory.mktemp(f"of{world}")
+            assert None not in Crew(world).do("train", folder=str(made[world]), fields=FULL)
+        return made[world]
+
+    return folder_of
+
+
+def assert_close(folder, other):
+    """Two runs that differ in the order in which numbers were added, and in nothing else."""
+    a, b = state_in(folder), state_in(other)
+    assert (a.step, a.batches) == (b.step, b.batches)
+    assert a.losses == pytest.approx(b.losses, rel=1e-4)
+    for values, others in ((a.trainables, b.trainables), (a.ema, b.ema)):
+        assert values.keys() == others.keys()
+        assert models.distance(models.joined(values.values()), models.joined(others.values())) <= 1e-4
+
+
+@pytest.mark.soak
+def test_the_result_is_that_of_one_process(straight, together, trials):
+    for world in trials([2], [2, 3, 4]):
+        assert_close(together(world), straight)
+        steps = [line["step"] for line in log_of(together(world)) if line["event"] == "step"]
+        assert steps == [1, 2, 3, 4, 5, 6]
+        kinds = [{line["event"] for line in log_of(folder)} for folder in (together(world), straight)]
+        assert kinds[0] == kinds[1]
+
+
+# Who is killed, where, and at which time: within a gradient, before and after the sum, and between steps.
+DEATHS = [(1, "part", 5), (0, "summed", 4), (1, "sum", 3), (0, "report", 6), (0, "part", 7), (1, "summed", 1)]
+
+
+@pytest.mark.soak
+def test_a_process_is_killed_and_the_others_go_on_later_as_if_nothing_was(together, straight, tmp_path, trials):
+    for number, death in enumerate(trials(DEATHS[:2], DEATHS)):
+        folder = tmp_path / str(number)
+        crew = Crew(2)
+        answers = crew.do("train", folder=str(folder), fields=FULL, death=death)
+        assert crew.exitcodes[death[0]] == -9
+        assert answers[death[0]] is None
+        assert answers[1 - death[0]] == "Parted"
+        crew.do("train", folder=str(folder), fields=FULL)
+        assert same_state(state_in(folder), state_in(together(2))), death
+
+
+@pytest.mark.soak
+def test_resumed_by_fewer_or_more_processes(straight, tmp_path, trials):
+    for world, other in trials([(2, 1)], [(2, 1), (2, 4), (4, 3), (3, 1)]):
+        folder = tmp_path / f"{world}-{other}"
+        # Nothing is saved before the end but by the one that leads when it learns that another is lost.
+        unsaved = {**FULL, "save_every": 100}
+        answers = Crew(world).do("train", folder=str(folder), fields=unsaved, death=(1, "part", 6))
+        assert answers[0] == "Parted"
+        reached = max(state_steps(folder))
+        if other == 1:
+            assert run_session(folder, **FULL).resumed_from == reached
+        else:
+            assert Crew(other).do("train", folder=str(folder), fields=FULL)[0]["resumed_from"] == reached
+        assert 0 < reached < 6
+        assert_close(folder, straight)
+
+
+def state_steps(folder):
+    return [int(path.stem.removeprefix("state-")) for path in (folder / "runs").glob("*/state-*.safetensors")]
+
+
+def test_an_error_of_one_ends_all_and_none_waits(tmp_path):
+    answers = Crew(2).do("fail", folder=str(tmp_path), fields={**FULL, "preview_prompts": ()}, rank=1)
+    assert answers == ["Parted", "KeyError"]
+
+
+def test_what_ends_an_attempt_says_what_to_do():
+    assert "start it again" in str(Parted()).lower()

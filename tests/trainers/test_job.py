@@ -1,0 +1,151 @@
+"""A job is all of a training but the base: what is trained from it is what the dataset would have given."""
+
+import json
+import os
+import random
+import shutil
+from dataclasses import replace
+
+import pytest
+from graft_pack.trainers import job as jobs
+from graft_pack.trainers.data.examples import Anchor, Handling
+from graft_pack.trainers.errors import RunError
+from graft_pack.trainers.formats import files
+from graft_pack.trainers.run import Folders
+from graft_pack.trainers.session import run_recipe
+
+from tests.support import models
+from tests.support.diffusers_host import make_dataset, make_host, same_state, state_of
+
+FIELDS = {"steps": 3, "batch_size": 2, "learning_rate": 1e-2, "validation_fraction": 0.2, "validate_every": 2}
+BASE = {"nodes": {}}
+
+
+def folders_of(folder):
+    return Folders(*(str(folder / name) for name in ("runs", "cache", "loras", "emb")))
+
+
+def varied():
+    """Pictures with all that an example can carry."""
+    dataset = make_dataset()
+    handling = Handling(shuffle_tags=True, caption_dropout=0.2, flip=True, resolutions=(48,), mask_minimum=0.1)
+    first, second, *others = dataset.examples
+    first = replace(first, handling=handling, mask=second.source, captions=("a, b, c", "d \u00e9"), repeats=2)
+    second = replace(second, weight=0.5, anchor=Anchor("a picture", 0.3))
+    return replace(dataset, examples=(first, second, *others))
+
+
+def export(folder, dataset=None, **fields):
+    recipe = models.recipe("SD1", **{**FIELDS, **fields})
+    dataset = dataset or make_dataset()
+    return jobs.export_job(str(folder / "jobs"), recipe, dataset, make_host(), folders_of(folder), BASE)
+
+
+def test_trained_from_a_job_it_is_the_same_run(tmp_path):
+    dataset = varied()
+    path = export(tmp_path / "here", dataset)
+    direct = run_recipe(models.recipe("SD1", **FIELDS), dataset, make_host(), folders_of(tmp_path / "here"))
+    shutil.move(path, tmp_path / "moved")
+    shutil.rmtree(tmp_path / "here" / "cache")
+    job = jobs.read_job(str(tmp_path / "moved"))
+    assert job.base == BASE
+    there = run_recipe(job.recipe, job.dataset, make_host(), job.folders(folders_of(tmp_path / "there")))
+    assert there.run.name == direct.run.name == os.path.basename(path)
+    assert same_state(state_of(there), state_of(direct))
+    assert not (tmp_path / "there" / "cache").exists()
+
+
+def test_what_it_starts_from_comes_along(tmp_path):
+    first = run_recipe(models.recipe("SD1", **FIELDS), make_dataset(), make_host(), folders_of(tmp_path / "first"))
+    adapter = os.path.join(first.run.adapters, "step-00000003.safetensors")
+    path = export(tmp_path, start_from=adapter)
+    os.remove(adapter)
+    job = jobs.read_job(path)
+    result = run_recipe(job.recipe, job.dataset, make_host(), job.folders(folders_of(tmp_path / "there")))
+    assert result.run.name == os.path.basename(path)
+
+
+def test_exported_again_it_replaces_what_was_there(tmp_path):
+    path = export(tmp_path)
+    with open(os.path.join(path, "left.txt"), "w"):
+        pass
+    assert export(tmp_path, steps=5) == path
+    assert sorted(os.listdir(path)) == ["cache", "job.json"]
+    assert os.listdir(tmp_path / "jobs") == [os.path.basename(path)]
+    assert jobs.read_job(path).recipe.steps == 5
+
+
+def test_an_export_that_ends_early_leaves_what_was_there(tmp_path, monkeypatch):
+    path = export(tmp_path)
+    before = sorted(os.listdir(path))
+
+    class Cancelled(BaseException):
+        pass
+
+    def cancel(event, payload):
+        raise Cancelled
+
+    monkeypatch.setattr(jobs, "_write", lambda *given: cancel("", {}))
+    with pytest.raises(Cancelled):
+        export(tmp_path, steps=9)
+    assert os.listdir(tmp_path / "jobs") == [os.path.basename(path)]
+    assert sorted(os.listdir(path)) == before
+    assert jobs.read_job(path).recipe.steps == 3
+
+
+def test_a_missing_latent_is_named_and_none_is_left_out(tmp_path):
+    path = export(tmp_path)
+    (shard,) = os.listdir(os.path.join(path, "cache", "latents"))
+    shard = os.path.join(path, "cache", "latents", shard)
+    tensors, metadata = files.read_tensors(shard)
+    tensors = dict(sorted(tensors.items())[1:])
+    sums = {name: total for name, total in json.loads(metadata["sums"]).items() if name in tensors}
+    files.write_tensors(shard, tensors, {**metadata, "sums": json.dumps(sums)})
+    job = jobs.read_job(path)
+    with pytest.raises(RunError, match=r"the picture 'image \d+' is missing or damaged, and a job holds no pictures"):
+        run_recipe(job.recipe, job.dataset, make_host(), job.folders(folders_of(tmp_path / "there")))
+
+
+def test_a_folder_without_a_job_is_said_to_be_none(tmp_path):
+    with pytest.raises(RunError, match=r"no job in .* Give the folder"):
+        jobs.read_job(str(tmp_path))
+
+
+ODD = [None, -1, 10**30, 1.5, "", "x" * 300, [], {}, [[]], True, float("inf"), "../../x"]
+
+
+def places_in(value, path=()):
+    """The path of each value in a JSON value."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in inner:
+        yield (*path, key)
+        yield from places_in(part, (*path, key))
+
+
+@pytest.mark.soak
+def test_a_job_that_lies_is_refused_or_read_and_nothing_else(tmp_path, trials):
+    """Whatever stands anywhere in it: an error that names the file, or a job whose recipe was checked."""
+    path = os.path.join(export(tmp_path, varied()), "job.json")
+    with open(path, encoding="utf-8") as file:
+        text = file.read()
+    source = random.Random(0)
+    places = [place for place in places_in(json.loads(text)) if place[0] != "base"]
+    refused = 0
+    for _ in range(trials(150, 5000)):
+        value = json.loads(text)
+        *way, last = source.choice(places)
+        holder = value
+        for key in way:
+            holder = holder[key]
+        if source.random() < 0.2:
+            del holder[last]
+        else:
+            holder[last] = source.choice(ODD)
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(value, file)
+        try:
+            jobs.read_job(os.path.dirname(path))
+        except RunError as error:
+            assert path in str(error)
+            refused += 1
+    assert refused > 20

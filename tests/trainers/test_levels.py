@@ -1,0 +1,86 @@
+"""The loss by noise level: kept in few numbers, the model's own, and the same after a resume."""
+
+import json
+import math
+import random
+
+import numpy as np
+import pytest
+from graft_pack.trainers.levels import BUCKETS, LevelLosses, times_of
+from graft_pack.trainers.objective.options import Objective
+
+from tests.support.diffusers_host import make_host, run_session
+
+
+@pytest.mark.parametrize("steps", [1, 16, 17, 100, 1000])
+def test_means_are_those_of_all_that_came(steps):
+    kept, every = LevelLosses(), []
+    for step in range(1, steps + 1):
+        times = [random.random() for _ in range(3)]
+        losses = [random.random() for _ in times]
+        kept.add(step, times, losses)
+        every += [(step, t, loss) for t, loss in zip(times, losses, strict=True)]
+    assert len(kept.sums) <= 16 and len(json.dumps(kept.as_json())) < 10_000
+    for first, last in [(0, 0), (len(kept.sums) // 2, len(kept.sums))]:
+        within = [row for row in every if first * kept.span < row[0] <= (last + 1) * kept.span]
+        for bucket, mean in enumerate(kept.means(first, last)):
+            found = [loss for _, t, loss in within if int(t * BUCKETS) == bucket]
+            assert mean == pytest.approx(np.mean(found)) if found else math.isnan(mean)
+
+
+def test_a_run_that_tells_of_its_later_steps_alone_is_whole_from_there():
+    kept = LevelLosses()
+    kept.add(1000, [0.0, 1.0], [0.5, math.inf])
+    assert 1000 / kept.span <= 16 and sum(map(sum, kept.counts)) == 1, "what is no number is passed over"
+    assert kept.means(0, 16)[0] == 0.5
+
+
+def test_it_comes_back_from_json_to_the_bit():
+    kept = LevelLosses()
+    for step in range(1, 60):
+        kept.add(step, [random.random()], [random.random() / 3])
+    assert LevelLosses.of_json(json.loads(json.dumps(kept.as_json()))) == kept
+
+
+SOUND = {"span": 1, "sums": [[0.5] * BUCKETS], "counts": [[1] * BUCKETS]}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        None,
+        [],
+        {**SOUND, "more": 1},
+        {**SOUND, "span": 0},
+        {**SOUND, "span": True},
+        {**SOUND, "sums": [[0.5]]},
+        {**SOUND, "sums": [[math.nan] * BUCKETS]},
+        {**SOUND, "sums": []},
+        {**SOUND, "counts": [[-1] * BUCKETS]},
+        {**SOUND, "counts": [[0.5] * BUCKETS]},
+        {**SOUND, "counts": "x"},
+    ],
+)
+def test_anything_else_is_refused(value):
+    assert LevelLosses.of_json(SOUND).means(0, 0) == [0.5] * BUCKETS
+    with pytest.raises(ValueError, match="losses by noise level"):
+        LevelLosses.of_json(value)
+
+
+def test_t_is_the_place_among_the_levels():
+    denoiser = make_host().denoiser
+    levels = denoiser.sigmas()
+    assert times_of(denoiser, levels[[0, 250, 999]]) == pytest.approx([0.0, 0.25, 0.999])
+
+
+def test_it_is_the_models_own_loss_whatever_is_trained_by(tmp_path):
+    """With and without a weighting, a penalty and micro-batches the draws are the same, and nothing has moved yet."""
+    fields = {"steps": 1, "batch_size": 2, "accumulation": 3}
+    own = run_session(tmp_path / "own", **fields)
+    assert sum(map(sum, own.levels.counts)) == 6
+    assert sum(map(sum, own.levels.sums)) / 6 == pytest.approx(own.losses[0], rel=1e-5)
+    asked = Objective(weighting="min-SNR", min_snr_gamma=5.0, loss="Huber")
+    other = run_session(tmp_path / "other", micro_batch=1, objective=asked, **fields)
+    assert other.losses[0] != pytest.approx(own.losses[0], rel=0.05)
+    assert other.levels.counts == own.levels.counts
+    assert other.levels.sums[0] == pytest.approx(own.levels.sums[0], rel=1e-4)

@@ -1,0 +1,95 @@
+"""At home in ComfyUI: help opens from every node, texts follow the language, the blueprint runs."""
+
+import json
+import shutil
+
+import pytest
+
+from tests.support import make_blueprint, make_locales
+from tests.support.host import read_version
+from tests.support.make_workflows import TINY
+from tests.toy import world
+
+pytestmark = [pytest.mark.browser, pytest.mark.server]
+
+EMPTY = {"version": 0.4, "nodes": [], "links": [], "last_node_id": 0, "last_link_id": 0}
+# Asked for before the page that all languages share: no error of ours.
+IN_THE_LANGUAGE = "/docs/Graft"
+
+OPEN = """
+    const node = app.graph.getNodeById(args[0]);
+    app.canvas.selectNode(node);
+    app.canvas.select(node);
+    app.canvas.setDirty(true, true);
+    const until = async (find) => {
+        for (let turn = 0; turn < 200; turn += 1) {
+            const found = find();
+            if (found) return found;
+            await new Promise(resolve => setTimeout(resolve, 50));
+        }
+        throw new Error(`${node.type}: no help`);
+    };
+    (await until(() => document.querySelector('[data-testid=info-button]'))).click();
+    await until(() => document.querySelector('.node-help-content h1')?.textContent.trim() === args[1]);
+    const image = await until(() => [...document.querySelectorAll('.node-help-content img')].find(
+        image => image.naturalWidth > 0));
+    return {image: image.src, links: [...document.querySelectorAll('.node-help-content a')].map(link => link.href)};"""
+
+
+@pytest.fixture(scope="module")
+def page(server, chromium):
+    return chromium.open(server.url)
+
+
+@pytest.mark.parametrize("new_renderer", [False, True], ids=["canvas", "nodes2"])
+def test_help_opens_from_every_node(page, server, new_renderer):
+    """By the button over a node, in the host's viewer, with its picture; from trainers choosing is one click."""
+    page.set_setting("Comfy.VueNodes.Enabled", new_renderer)
+    schemas = {name: info for name, info in server.object_info().items() if name.startswith("Graft")}
+    # One page has every node; which renderer shows the node makes no difference to the others.
+    for name in sorted(schemas) if not new_renderer else ["GraftTrainLoRA", "GraftRunOptions"]:
+        page.load(EMPTY)
+        found = page.js(OPEN, page.add_node(name), schemas[name]["display_name"])
+        assert "/extensions/graft/docs/pictures/" in found["image"], name
+        if name.startswith("GraftTrain") or name == "GraftFineTune":
+            (link,) = [link for link in found["links"] if "choosing" in link]
+            assert "<h1>Choosing a method</h1>" in server.request(link.removeprefix(server.url)).decode()
+    assert [error for error in page.read_errors() if IN_THE_LANGUAGE not in error] == []
+
+
+def test_the_blueprint_is_offered_and_trains(page, server):
+    """It is in the list that the node library shows; put into a graph and run, it trains and saves."""
+    (key,) = [key for key, one in server.get("/global_subgraphs").items() if one["name"] == make_blueprint.NAME]
+    held = json.loads(server.get(f"/global_subgraphs/{key}")["data"])
+    page.set_setting("Comfy.VueNodes.Enabled", False)
+    page.load(held)
+    (node,) = page.list_nodes()
+    shown = [name for names in make_blueprint.SHOWN.values() for name in names]
+    assert sorted(name for name in node["widgets"] if name != "graft_panel") == sorted(shown)
+    shutil.copytree(world.CONCEPT_FOLDER / "toy", server.path("input", "blueprint"), dirs_exist_ok=True)
+    base = page.add_node("CheckpointLoaderSimple")
+    page.set_widget(base, "ckpt_name", TINY["Checkpoint"]["ckpt_name"])
+    for slot, name in enumerate(("model", "clip", "vae")):
+        page.connect(base, slot, node["id"], name)
+    values = {"folder": "blueprint", "resolution": 64, "steps": 1, "filename_prefix": "from_blueprint"}
+    for name, value in values.items():
+        page.set_widget(node["id"], name, value)
+    server.wait(page.queue())
+    assert list(server.path("output", "loras").glob("from_blueprint*.safetensors"))
+
+
+def test_texts_follow_the_language_of_the_page(server, chromium):
+    """The panel's at once; those of nodes where the frontend keeps what packs translate (0.3.75 does not)."""
+    page = chromium.open(server.url, {"Comfy.Locale": "de"})
+    table = make_locales.read_table("de")
+    page.load(EMPTY)
+    node = page.add_node("GraftTrainLoRA")
+    said = page.wait_for("return document.querySelector('.graft-panel .graft-state')?.textContent;")
+    assert said == table["Ready"] != "Ready"
+    told = page.js("return document.querySelector('.graft-panel .graft-facts').textContent;")
+    assert table["Time left"] in told and "Time left" not in told
+    if read_version(server.comfy) >= (0, 4, 0):
+        assert page.js("return app.graph.getNodeById(args[0]).title;", node) == table["Graft Train LoRA"]
+        assert page.js(
+            "return app.graph.getNodeById(args[0]).widgets.find(widget => widget.name === 'steps').label;", node
+        ) == table["steps"]  # fmt: skip

@@ -1,0 +1,116 @@
+"""Source pictures: what a model that edits is shown beside the noise of the picture it is to make of it."""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from ..errors import DatasetError
+from ..protocols import Geometry
+from .buckets import Crop, choose_crop
+from .examples import Example, LeftOut
+from .listing import File, Listing, list_folder
+from .pixels import FileSource, is_below, is_picture
+
+if TYPE_CHECKING:
+    from .examples import Source
+
+# Sides' ratios that differ by no more are those of pictures that show the same place.
+_ALIKE = 0.02
+
+
+class Controls:
+    """The source pictures in a folder, each by the name of the picture that is to become of it.
+
+    Args:
+        folder: absolute path; empty for none.
+        listing: of the dataset's folder, in which the other may lie.
+    """
+
+    def __init__(self, folder: str, listing: Listing):
+        self.wanted = bool(folder)
+        self._found: dict[str, File] = {}
+        self._used: set[str] = set()
+        self._root = listing.root
+        self._inside = ""
+        if not folder:
+            return
+        files = list_folder(folder)
+        self._root = files.root
+        if is_below(files.root, listing.root):
+            self._inside = posixpath.relpath(files.root.replace("\\", "/"), listing.root.replace("\\", "/")) + "/"
+        if self._inside == "./":
+            raise DatasetError(
+                "The folder of source pictures is the dataset's own.",
+                "Put the source pictures into a folder of their own, under the names of the pictures they become.",
+                "control_folder",
+            )
+        for name, file in files.files.items():
+            if is_picture(name):
+                self._found.setdefault(posixpath.splitext(name)[0], file)
+
+    def outside(self, listing: Listing) -> Listing:
+        """The dataset's folder without the source pictures in it."""
+        if not self._inside:
+            return listing
+        files = {name: file for name, file in listing.files.items() if not name.startswith(self._inside)}
+        return replace(listing, files=files)
+
+    def of(self, name: str, measure: Callable[[File], dict]) -> Example | None:
+        """The source picture of a picture, by its relative name; None where no folder of them was chosen.
+
+        Args:
+            measure: the size and digest of a file.
+
+        Raises:
+            DatasetError: it has none, or one that cannot be read.
+        """
+        if not self.wanted:
+            return None
+        stem = posixpath.splitext(name)[0]
+        # As other trainers pair them: by the bare name too, whatever folders it is in.
+        found = self._found.get(stem) or self._found.get(posixpath.basename(stem))
+        if found is None:
+            raise DatasetError("it has no source picture of its name", "Add it, or take the picture out.", "folder")
+        self._used.add(found.name)
+        try:
+            facts = measure(found)
+        except DatasetError as error:
+            reason = f"its source picture {found.name}: {error.message}"
+            raise DatasetError(reason, "Save it again.", "control_folder") from error
+        source = FileSource(found.path, f"{found.name} (source)", self._root, facts["digest"])
+        return control_of(source, tuple(facts["size"]))
+
+    def lonely(self) -> list[LeftOut]:
+        """The source pictures of no picture."""
+        names = sorted(file.name for file in self._found.values() if file.name not in self._used)
+        return [LeftOut(name, "a source picture without the picture it becomes") for name in names]
+
+
+def control_of(source: Source, size: tuple[int, int]) -> Example:
+    """A source picture as an example of its own, without words."""
+    return Example(source, ("",), size, source.digest)
+
+
+def is_alike(one: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Whether pictures of two sizes (width, height) have the same shape."""
+    return abs(one[0] / one[1] - other[0] / other[1]) <= _ALIKE * one[0] / one[1]
+
+
+def control_crop(control: Example, size: tuple[int, int], crop: Crop, step: int) -> Crop:
+    """How a source picture is cut beside a cut of the picture it becomes.
+
+    One of the same shape is cut alike, so that each place stays over itself; any other keeps what it can of its own
+    shape, at as many pixels.
+
+    Args:
+        size: (width, height) of the picture it becomes.
+        step: of both sides, pixels.
+    """
+    if is_alike(control.size, size):
+        return crop
+    side = max(step, round((crop.bucket[0] * crop.bucket[1]) ** 0.5))
+    own = choose_crop(control.size, Geometry(side, step), control.source.name, upscale=True)
+    return own.mirrored() if crop.flip else own

@@ -1,0 +1,269 @@
+"""A training as a folder that another machine, or several, can run: recipe, dataset, and what was encoded of it.
+
+No picture is in it, and no weight: latents and conditionings stand for the pictures and captions, and the base is told
+by the names and hashes of its files. What is read of a job is checked like anything that came from elsewhere.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import MISSING, asdict, dataclass, fields, replace
+from typing import Any
+
+from .data.examples import Anchor, Dataset, Example, Handling, LeftOut, Source
+from .errors import GraftError, RunError
+from .formats import files
+from .limits import check_recipe
+from .objective.options import Objective
+from .prepare import prepare
+from .protocols import Host
+from .recipe import Recipe
+from .run import Folders, safe_name
+from .session import task_of
+
+_FORMAT = "graft job 1"
+_FILE = "job.json"
+_CACHE = "cache"
+_START = "start.safetensors"
+
+# Of job.json: a line each for some hundred thousand pictures.
+_LIMIT = 512 * 1024 * 1024
+
+# Caches in a job are needed, all of them.
+_NO_LIMIT = 1 << 62
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a job's folder tells.
+
+    Attributes:
+        identity: of the run that it makes; the same as in the graph it came from.
+        base: what the host wrote to find its model again.
+        cache: folder of the latents and conditionings.
+        start: the adapter that it starts from, empty where it is one of the host's list or there is none.
+    """
+
+    recipe: Recipe
+    dataset: Dataset
+    identity: str
+    base: dict[str, Any]
+    cache: str
+    start: str
+
+    def folders(self, host: Folders) -> Folders:
+        """The host's folders, with the job's own for what it brings along."""
+        adapter_of = (lambda name: self.start) if self.start else host.adapter_of
+        return replace(host, cache=self.cache, cache_limit=_NO_LIMIT, adapter_of=adapter_of)
+
+
+def export_job(
+    parent: str, recipe: Recipe, dataset: Dataset, host: Host, folders: Folders, base: dict[str, Any]
+) -> str:
+    """Encodes what is not yet cached and writes a job into a folder of its own below `parent`; its path.
+
+    The folder is named as the run will be. What was there under that name is replaced when the new one is whole.
+
+    Raises:
+        GraftError: recipe, dataset and base do not go together, something cannot be encoded, or not be written.
+    """
+    task = task_of(recipe, dataset, host, folders)
+    path = os.path.join(parent, f"{safe_name(recipe.name or task.label)}-{task.identity[:8]}")
+    with _replaced(path) as temporary:
+        prepare(task.dataset, recipe, host, folders.cache, folders.cache_limit, os.path.join(temporary, _CACHE))
+        if recipe.start_from:
+            _copy(folders.adapter_of(recipe.start_from), os.path.join(temporary, _START))
+        _write(temporary, recipe, dataset, task.identity, base, "")
+    return path
+
+
+def write_local_job(
+    path: str, recipe: Recipe, dataset: Dataset, host: Host, folders: Folders, base: dict[str, Any]
+) -> None:
+    """The same for processes on this machine, which share its caches and its list of adapters.
+
+    Raises:
+        GraftError: as `export_job`.
+    """
+    task = task_of(recipe, dataset, host, folders)
+    prepare(task.dataset, recipe, host, folders.cache, folders.cache_limit)
+    _write(path, recipe, dataset, task.identity, base, os.path.abspath(folders.cache))
+
+
+def _write(folder: str, recipe: Recipe, dataset: Dataset, identity: str, base: dict, cache: str) -> None:
+    value = {
+        "format": _FORMAT,
+        "identity": identity,
+        "recipe": recipe.as_json(),
+        "dataset": _dataset_as_json(dataset),
+        "base": base,
+        "cache": cache,
+    }
+    files.write_json(os.path.join(folder, _FILE), value)
+
+
+def _copy(source: str, target: str) -> None:
+    """Raises RunError when the file cannot be copied."""
+    with files.replacing(target) as temporary:
+        shutil.copyfile(source, temporary)
+
+
+@contextmanager
+def _replaced(path: str):
+    """As `files.new_folder`, in place of what is there."""
+    parent, name = os.path.split(path)
+    fresh = os.path.join(parent, f".{name}.new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    with files.new_folder(fresh) as temporary:
+        yield temporary
+    old = os.path.join(parent, f".{name}.old")
+    try:
+        shutil.rmtree(old, ignore_errors=True)
+        if os.path.exists(path):
+            os.rename(path, old)
+        os.rename(fresh, path)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise RunError(
+            f"The folder '{path}' cannot be replaced ({error}).", "Close what holds it open, or remove it."
+        ) from error
+
+
+def _dataset_as_json(dataset: Dataset) -> dict[str, Any]:
+    return {
+        "examples": [_example_as_json(example) for example in dataset.examples],
+        "trigger": dataset.trigger,
+        "resolution": dataset.resolution,
+        "name": dataset.name,
+        "left_out": [asdict(one) for one in dataset.left_out],
+    }
+
+
+def _example_as_json(example: Example) -> dict[str, Any]:
+    row = {name: getattr(example, name) for name in _PLAIN}
+    row["handling"] = asdict(example.handling)
+    row["name"] = example.source.name
+    row["mask"] = [example.mask.name, example.mask.digest] if example.mask is not None else None
+    row["anchor"] = asdict(example.anchor) if example.anchor is not None else None
+    row["control"] = _example_as_json(example.control) if example.control is not None else None
+    return row
+
+
+# What of an example stands in JSON as it is.
+_PLAIN = ("captions", "size", "digest", "trigger", "repeats", "held_out", "weight", "prior")
+
+
+def read_job(folder: str) -> Job:
+    """The job in a folder.
+
+    Raises:
+        RunError: there is none, or it is damaged or of another version.
+    """
+    path = os.path.join(folder, _FILE)
+    if not os.path.isfile(path):
+        raise RunError(
+            f"There is no job in '{folder}': it holds no {_FILE}.", "Give the folder that Graft Export Job wrote."
+        )
+    if os.path.getsize(path) > _LIMIT:
+        raise RunError(f"The file '{path}' is too large to be a job.", "Export it again.")
+    value = files.read_json(path)
+    try:
+        if value["format"] != _FORMAT:
+            raise RunError(
+                f"The job '{path}' is of the format {value['format']!r:.40}.", "Export it again with this version."
+            )
+        recipe = _recipe_of(value["recipe"])
+        dataset = _dataset_of(value["dataset"])
+        cache = _text(value["cache"]) or os.path.join(folder, _CACHE)
+        start = os.path.join(folder, _START)
+        base = value["base"]
+        if not isinstance(base, dict):
+            raise ValueError("its base is no object")
+        return Job(recipe, dataset, _text(value["identity"]), base, cache, start if os.path.isfile(start) else "")
+    except RunError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        said = error.message if isinstance(error, GraftError) else f"{error!r:.200}"
+        raise RunError(f"The job '{path}' is damaged ({said}).", "Export it again.") from error
+
+
+def _recipe_of(values: dict[str, Any]) -> Recipe:
+    """Raises ValueError, TypeError or SettingsError for what is no recipe."""
+    objective = _made(Objective, values["objective"])
+    recipe = _made(Recipe, {**values, "objective": objective})
+    check_recipe(recipe)
+    return recipe
+
+
+def _dataset_of(value: dict[str, Any]) -> Dataset:
+    examples = tuple(_example_of(row) for row in value["examples"])
+    left_out = tuple(_made(LeftOut, row) for row in value["left_out"])
+    made = {name: value[name] for name in ("trigger", "resolution", "name")}
+    return _made(Dataset, {**made, "examples": examples, "left_out": left_out})
+
+
+def _example_of(row: dict[str, Any]) -> Example:
+    plain = {name: row[name] for name in _PLAIN}
+    mask, anchor, control = row["mask"], row["anchor"], row["control"]
+    made = {
+        "source": _Absent(_text(row["name"]), _text(row["digest"])),
+        "handling": _made(Handling, row["handling"]),
+        "mask": None if mask is None else _Absent(_text(mask[0]), _text(mask[1])),
+        "anchor": None if anchor is None else _made(Anchor, anchor),
+        "control": None if control is None else _example_of(control),
+    }
+    return _made(Example, {**plain, **made})
+
+
+class _Absent(Source):
+    """A picture that was encoded before the job left."""
+
+    def __init__(self, name: str, digest: str):
+        self.name = name
+        self.digest = digest
+
+    def open(self):
+        """Raises RunError: there is none. Not one of the errors that leave a picture out: this would be another run."""
+        raise RunError(
+            f"What was encoded of the picture '{self.name}' is missing or damaged, and a job holds no pictures.",
+            "Export the job again.",
+        )
+
+
+# By how a dataclass says it; all others are made before they come here.
+_KINDS: dict[str, Callable[[Any], bool]] = {
+    "str": lambda value: isinstance(value, str),
+    "bool": lambda value: isinstance(value, bool),
+    "int": lambda value: type(value) is int,
+    "float": lambda value: type(value) in (int, float),
+}
+
+
+def _made(kind: type, values: dict[str, Any]) -> Any:
+    """A dataclass of JSON's values; lists become tuples. Raises ValueError for a field of another kind, or unknown."""
+    known = {field.name: field for field in fields(kind)}
+    unknown = values.keys() - known.keys()
+    if unknown:
+        raise ValueError(f"{min(unknown)} is unknown")
+    for name, field in known.items():
+        if name not in values and field.default is MISSING and field.default_factory is MISSING:
+            raise ValueError(f"{name} is missing")
+        check = _KINDS.get(field.type)
+        if name in values and check is not None and not check(values[name]):
+            raise ValueError(f"{name} is {values[name]!r:.80}")
+        if name in values and str(field.type).startswith("tuple") and not isinstance(values[name], (list, tuple)):
+            raise ValueError(f"{name} is no list")
+    return kind(**{name: _tuples(value) for name, value in values.items()})
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(part) for part in value) if isinstance(value, list) else value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r:.80} is no text")
+    return value
