@@ -147,7 +147,7 @@ def test_the_result_is_that_of_one_process(straight, together, trials):
 
 
 # Who is killed, where, and at which time: within a gradient, before and after the sum, and between steps.
-DEATHS = [(1, "part", 5), (0, "summed", 4), (1, "sum", 3), (0, "report", 6), (0, "part", 7), (1, "summed", 1)]
+DEATHS = [(1, "part", 5), (0, "summed", 4), (1, "sum", 3), (0, "report", 6), (0, "part", 4), (1, "summed", 1)]
 
 
 @pytest.mark.soak
