@@ -67,8 +67,8 @@ def test_what_is_no_such_thing_is_named_by_its_input(name, given, value, comfy):
     others |= {one.id: None for one in schema.inputs if not hasattr(one, "default")}
     if schema.is_input_list:
         others = {one: [held] for one, held in others.items()}
-        others["masks"] = None
-        if given.id == "masks":
+        others |= {"masks": None, "control_images": None}
+        if given.id != "images":
             others["images"] = [torch.zeros(1, 8, 8, 3)]
         value = [value]
     else:

@@ -219,7 +219,16 @@ class PeftMethod(Method):
         # peft draws before it is told what, and warns of block sizes that it fits to the layer.
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            inject_adapter_in_model(config, module)
+            try:
+                inject_adapter_in_model(config, module)
+            except NotImplementedError as error:
+                # A type that starts from the base's weights, on quantised ones that count for no other library.
+                raise ModelError(
+                    f"{recipe.method} reads the base's weights, and this ComfyUI does not give peft the numbers of "
+                    f"quantised ones ({error}).",
+                    "Choose the type LoRA, or load the base in 16 or 32 bits.",
+                    "options",
+                ) from error
         wanted = set(targets)
         trainables = {}
         for name, parameter in module.named_parameters():
