@@ -25,7 +25,7 @@ class Trainer(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **values) -> int:
-        """Changes when a stopped run is told to go on: the host would otherwise answer from its cache."""
+        """Changes when a stopped run is told to go on, or one is deleted: the host would answer from its cache."""
         from .host.control import DESK
 
         return DESK.lifted

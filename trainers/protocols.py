@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from .group import ALONE, Group
 
@@ -244,6 +244,7 @@ class Host:
         asked: called after each step; what was asked since, None for nothing.
         heed: called within a step where it can be given up; may raise to interrupt.
         group: the processes that train together.
+        graph: what the run was queued as, JSON-able, kept beside its recipe; None for nothing. It decides nothing.
     """
 
     denoiser: Denoiser
@@ -253,3 +254,4 @@ class Host:
     asked: Callable[[], Asked | None] = field(default=lambda: None)
     heed: Callable[[], None] = field(default=lambda: None)
     group: Group = ALONE
+    graph: dict[str, Any] | None = None

@@ -12,10 +12,14 @@ from .errors import RunError
 from .formats.files import parse_json, read_json
 from .run import STOPPED, Folders, Run, is_name
 
+# So many are told of, those that changed last.
+MOST_RUNS = 1000
+
 # A run's recipe and a line of its log are some hundred bytes to some ten thousand; more was not written by a run.
 _RECIPE_LIMIT = 4 * 1024 * 1024
 _LINE_LIMIT = 64 * 1024
 _TAIL_LIMIT = 4 * 1024 * 1024
+_GRAPH_LIMIT = 32 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,8 @@ def list_records(folders: Folders, most: int) -> list[Record]:
     for name in names:
         try:
             found.append(record_of(find_run(folders, name)))
-        except RunError:
+        except (RunError, OSError):
+            # An OSError: it was removed since the folder was listed, or is not for this user to read.
             continue
     return sorted(found, key=lambda one: (-one.changed, one.name))[:most]
 
@@ -95,10 +100,34 @@ def read_recipe(run: Run) -> dict[str, Any]:
     return value
 
 
+def read_graph(run: Run) -> dict[str, Any]:
+    """What a run was queued as, {"prompt", "workflow"}. Raises RunError where that was not kept."""
+    path = run.graph_path
+    if not has_graph(run) or os.path.getsize(path) > _GRAPH_LIMIT:
+        raise RunError(
+            "No workflow is kept with this run.", "Runs that were made before workflows were kept have none."
+        )
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise RunError(f"The file '{path}' is no workflow.", "Remove it.")
+    return {name: value[name] for name in ("prompt", "workflow") if isinstance(value.get(name), dict)}
+
+
+def has_graph(run: Run) -> bool:
+    """Whether it is kept what a run was queued as."""
+    return os.path.isfile(run.graph_path) and is_below(run.graph_path, run.folder)
+
+
+def log_path(run: Run) -> str | None:
+    """Path of a run's log, None where it has none of its own."""
+    path = os.path.join(run.folder, "metrics.jsonl")
+    return path if os.path.isfile(path) and is_below(path, run.folder) else None
+
+
 def read_events(run: Run, most: int) -> list[dict[str, Any]]:
     """The last events of a run's log, oldest first; what is no event is left out."""
-    path = os.path.join(run.folder, "metrics.jsonl")
-    if not os.path.isfile(path) or not is_below(path, run.folder):
+    path = log_path(run)
+    if path is None:
         return []
     with open(path, "rb") as file:
         size = file.seek(0, os.SEEK_END)
@@ -106,11 +135,12 @@ def read_events(run: Run, most: int) -> list[dict[str, Any]]:
         lines = file.read(_TAIL_LIMIT).splitlines()
     # What the limit cut through is no line.
     lines = lines[1:] if size > _TAIL_LIMIT else lines
-    events = (_event(line) for line in lines[-most:])
+    events = (event_of(line) for line in lines[-most:])
     return [event for event in events if event is not None]
 
 
-def _event(line: bytes) -> dict[str, Any] | None:
+def event_of(line: bytes) -> dict[str, Any] | None:
+    """The event in a line of a log, None where it is none."""
     if len(line) > _LINE_LIMIT:
         return None
     try:

@@ -30,6 +30,7 @@ STOPPED = "stopped"  # what was reached is the result
 PAUSED = "paused"  # it is to go on when the same graph is queued again
 
 _HALT = "halted.json"
+_GRAPH = "workflow.json"
 _NAME = re.compile(r"\w[\w.-]{0,63}-[0-9a-f]{8}(?:-[0-9]{1,6})?")
 
 _STATE = re.compile(r"state-(\d{8})\.safetensors")
@@ -175,6 +176,15 @@ class Run:
         value = {"identity": identity, "recipe": recipe.as_json(), **facts}
         files.write_json(self.recipe_path, value)
 
+    @property
+    def graph_path(self) -> str:
+        """What the run was queued as, where the host said so."""
+        return os.path.join(self.folder, _GRAPH)
+
+    def write_graph(self, graph: dict) -> None:
+        """Keeps what the run was queued as last, which decides nothing of it."""
+        files.write_json(self.graph_path, graph)
+
     def note_halt(self, how: str, step: int, steps: int) -> None:
         """Keeps that the run was asked to end at a step, STOPPED or PAUSED."""
         files.write_json(os.path.join(self.folder, _HALT), {"how": how, "step": step, "steps": steps})
@@ -309,16 +319,20 @@ class Run:
         folder = os.path.join(self.folder, "samples")
         return [os.path.join(folder, name) for name in sorted(_listed(folder)) if _SAMPLE.fullmatch(name)]
 
-    def thumbnail(self, step: int) -> str | None:
-        """The last sample picture up to a step as a small data URI, None where there is none."""
+    def last_sample(self, step: int) -> str | None:
+        """Path of the last sample picture up to a step, the first prompt's; None where there is none."""
         folder = os.path.join(self.folder, "samples")
         names = [name for name in _listed(folder) if _SAMPLE.fullmatch(name)]
         names = [name for name in names if int(_SAMPLE.fullmatch(name).group(1)) <= step]
         if not names:
             return None
-        # Of the last step that drew any, the first prompt's.
         last = max(name.rpartition("-")[0] for name in names)
-        return data_uri(os.path.join(folder, f"{last}-1.png"))
+        return os.path.join(folder, f"{last}-1.png")
+
+    def thumbnail(self, step: int) -> str | None:
+        """The last sample picture up to a step as a small data URI, None where there is none."""
+        path = self.last_sample(step)
+        return None if path is None else data_uri(path)
 
     def state_path(self, step: int) -> str:
         """Of the state after a step."""

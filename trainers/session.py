@@ -70,12 +70,14 @@ class Task:
         start: the adapter that it starts from, None for none.
         identity: names the run.
         label: of its folder, where the user gave no name.
+        made_from: the dataset's name, and digests of it and of the base, to tell runs apart by.
     """
 
     dataset: Dataset
     start: Adapter | None
     identity: str
     label: str
+    made_from: dict[str, str]
 
 
 def task_of(recipe: Recipe, dataset: Dataset, host: Host, folders: Folders) -> Task:
@@ -93,8 +95,10 @@ def task_of(recipe: Recipe, dataset: Dataset, host: Host, folders: Folders) -> T
     check_captions(dataset)
     recipe.objective.check(host.denoiser.parameterisation)
     start = load_adapter(folders.adapter_of(recipe.start_from)) if recipe.start_from else None
-    identity = recipe.identity(dataset.fingerprint(), _base(host, start))
-    return Task(dataset, start, identity, dataset.name if method.trains_model else recipe.embedding_name)
+    pictures, base = dataset.fingerprint(), _base(host, start)
+    label = dataset.name if method.trains_model else recipe.embedding_name
+    made_from = {"dataset": dataset.name, "dataset_digest": pictures, "base_digest": base}
+    return Task(dataset, start, recipe.identity(pictures, base), label, made_from)
 
 
 def _open(recipe: Recipe, task: Task, folders: Folders, name: str) -> tuple[Run, State, bool]:
@@ -130,23 +134,22 @@ def run_recipe(recipe: Recipe, dataset: Dataset, host: Host, folders: Folders, n
     method = METHODS[recipe.method]
     group = host.group
     task = task_of(recipe, dataset, host, folders)
-    dataset, start, identity = task.dataset, task.start, task.identity
     if group.leads:
         run, state, finished = _open(recipe, task, folders, name)
         lead(group, run, state, finished)
     else:
         run, state, finished = follow(group, folders)
     parts = Parts(method, recipe, host)
-    export = _exporter(method, parts, recipe, host, dataset, run, identity)
+    export = _exporter(method, parts, recipe, host, task.dataset, run, task.identity)
     host.report("run", {"name": run.name, "folder": run.folder, "step": state.step, "steps": recipe.steps})
     if finished:
         log.info("Graft: run %s is already finished at step %d.", run.name, state.step)
         return _finished(recipe, host, method, parts, run, state, export)
     log.info("Graft: run %s, from step %d to %d: %s", run.name, state.step, recipe.steps, recipe.summary())
-    return _train(recipe, dataset, host, folders, parts, identity, run, state, export, start)
+    return _train(recipe, task, host, folders, parts, run, state, export)
 
 
-def _train(recipe, dataset, host, folders, parts, identity, run, state, export, start) -> Result:
+def _train(recipe, task: Task, host, folders, parts, run, state, export) -> Result:
     # Imported here: the loop imports torch, which the nodes that only describe datasets do not need.
     from .autograd import blocks_of, checkpoint_blocks
     from .loop import train
@@ -158,15 +161,15 @@ def _train(recipe, dataset, host, folders, parts, identity, run, state, export, 
         event_files.load()
     denoiser = host.denoiser
     resumed_from = state.step
-    prepared = prepare(dataset, recipe, host, folders.cache, folders.cache_limit)
+    prepared = prepare(task.dataset, recipe, host, folders.cache, folders.cache_limit)
     with _training(recipe, host):
         blocks = _checkpoint(denoiser.module, recipe)
         if blocks and recipe.live_text:
             checkpoint_blocks(blocks_of(host.text.module))
         trainables = parts.inject()
         constants = parts.constants()
-        if start is not None and state.step == 0:
-            parts.start(trainables, start)
+        if task.start is not None and state.step == 0:
+            parts.start(trainables, task.start)
         groups = parts.groups(trainables)
         settle = _keep_still
         if recipe.embedding_name:
@@ -175,13 +178,16 @@ def _train(recipe, dataset, host, folders, parts, identity, run, state, export, 
             groups.append(inversion.group(vectors, recipe))
             settle = inversion.settling(vectors, host.text, recipe)
         facts = {"layers": parts.layers, "checkpointed_blocks": blocks, **_counts(prepared), **prepared.facts}
+        facts["made_from"] = task.made_from
         if host.group.world > 1:
             facts["processes"] = host.group.world
         run.check_room(sum(one.nbytes for one in trainables.values()), OPTIMISERS[recipe.optimizer].slots)
         if recipe.on_existing == "start over" and state.step == 0:
             # Only now, when all that could be refused has been: what is there is lost with this.
             run.clear()
-        run.write_recipe(recipe, identity, facts)
+        run.write_recipe(recipe, task.identity, facts)
+        if host.graph is not None:
+            run.write_graph(host.graph)
         run.forget_after(state.step)
         run.forget_halt()
         plan = Plan(

@@ -1,21 +1,67 @@
-// The live panel: puts one on every training node and keeps all of them at what their trainings told last.
+// What the pack adds to the page: a live panel on every training node, the history of runs, commands and short notes.
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
+import { makeCommands, TAB } from "./commands.js";
+import { History } from "./history/tab.js";
 import { nodeOf, isOf } from "./panel/graph.js";
 import { Routes } from "./panel/routes.js";
 import { Store } from "./panel/store.js";
 import { throttled } from "./panel/throttle.js";
 import { Panel, HEIGHT, WIDTH } from "./panel/view.js";
-import { loadTexts } from "./texts.js";
+import { loadTexts, t } from "./texts.js";
+import { Toasts } from "./toasts.js";
 
 const EVENT = "graft.progress";
 const TRAINERS = new Set(["GraftTrainLoRA", "GraftTrainEmbedding", "GraftTrainDreamBooth", "GraftFineTune"]);
 const PAUSE = 100; // milliseconds between two updates of the panels, at least
+const LOOK = 2000; // and between two looks at the runs on disk
 
+// After these the history shows something else of a run.
+const MILESTONES = new Set(["run", "validation", "sample", "saved", "done", "paused", "cancelled", "failed"]);
+
+let history = null;
 const panels = new WeakMap();
 const routes = new Routes(api, app);
 const show = throttled(showAll, PAUSE);
-const store = new Store(routes, show);
+const store = new Store(routes, show, hear);
+const toasts = new Toasts(() => app.extensionManager.toast);
+const tell = (...given) => toasts.show(...given);
+const look = throttled(() => history?.isSeen && history.refresh(), LOOK);
+const commands = makeCommands({ openHistory, store, routes, tell });
+
+function hear(message, training) {
+  toasts.hear(message, training);
+  history?.progress(training);
+  // A run that has just begun is on disk when its first step is done.
+  if (MILESTONES.has(message.event) || (message.event === "step" && history?.misses(training.run))) look();
+}
+
+function openHistory() {
+  const { sidebarTab, command } = app.extensionManager;
+  if (sidebarTab.activeSidebarTabId !== TAB) command.execute(`Workspace.ToggleSidebarTab.${TAB}`);
+}
+
+function addHistory() {
+  history = new History(routes, app, tell);
+  app.extensionManager.registerSidebarTab({
+    id: TAB,
+    icon: "pi pi-chart-line",
+    title: t("Training runs"),
+    tooltip: t("Training runs"),
+    label: t("Graft runs"),
+    type: "custom",
+    render: (element) => history.render(element),
+  });
+}
+
+function addStyles(...names) {
+  for (const name of names) {
+    const style = document.createElement("link");
+    style.rel = "stylesheet";
+    style.href = new URL(name, import.meta.url).href;
+    document.head.append(style);
+  }
+}
 
 // Inside subgraphs one node may stand for several trainings: the one that runs is shown, else the one that ran last.
 function showAll() {
@@ -47,15 +93,15 @@ function addPanel(node) {
 }
 
 app.registerExtension({
-  name: "Graft.Panel",
+  name: "Graft",
+  commands,
+  menuCommands: [{ path: ["Graft"], commands: commands.map(({ id }) => id) }],
   async setup() {
-    const style = document.createElement("link");
-    style.rel = "stylesheet";
-    style.href = new URL("./panel/panel.css", import.meta.url).href;
-    document.head.append(style);
+    addStyles("./panel/panel.css", "./history/history.css");
+    await loadTexts(api, app);
+    addHistory();
     api.addEventListener(EVENT, ({ detail }) => store.take(detail));
     api.addEventListener("reconnected", () => store.restore());
-    await loadTexts(api, app);
     store.restore();
   },
   nodeCreated(node) {

@@ -63,12 +63,19 @@ def _running(prompt: str) -> tuple | None:
 
 def workflow_of(prompt: str) -> str:
     """Id of the workflow that a running prompt was queued from; empty where it came from no page."""
+    found = graph_of(prompt).get("workflow", {}).get("id")
+    return found if isinstance(found, str) and len(found) <= _ID_LIMIT else ""
+
+
+def graph_of(prompt: str) -> dict[str, dict[str, Any]]:
+    """What a running prompt was queued as, under the host's own names: `prompt`, and `workflow` if a page queued it."""
     item = _running(prompt)
     # Anyone may have written the extra data.
     found: Any = item[3] if item is not None else None
-    for name in ("extra_pnginfo", "workflow", "id"):
+    for name in ("extra_pnginfo", "workflow"):
         found = found.get(name) if isinstance(found, dict) else None
-    return found if isinstance(found, str) and len(found) <= _ID_LIMIT else ""
+    graph = {"prompt": running_prompt(prompt), "workflow": found}
+    return {name: value for name, value in graph.items() if isinstance(value, dict)}
 
 
 def running_prompt(prompt: str) -> dict[str, Any] | None:

@@ -121,7 +121,7 @@ class Desk:
 
     @property
     def lifted(self) -> int:
-        """How often a stopped run was told to go on: the host must not answer from its cache then."""
+        """How often a stopped run was told to go on, or one deleted: the host must not answer from its cache then."""
         return self._lifted
 
     @contextmanager
@@ -165,6 +165,12 @@ class Desk:
         """Id of the prompt that a run was last in, empty when this server does not know."""
         with self._lock:
             return self._prompts.get(run, "")
+
+    def dismiss(self, run: str) -> None:
+        """A run was deleted: its graph, queued again, is to train, and not to be answered from the host's cache."""
+        with self._lock:
+            self._prompts.pop(run, None)
+            self._lifted += 1
 
     def lift(self, run: Run) -> None:
         """Lets a stopped run go on when its graph is queued again. Raises RunError as `Run.forget_halt` does."""

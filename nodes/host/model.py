@@ -22,7 +22,7 @@ from ...trainers.errors import ModelError
 from ...trainers.families import GENERAL, family_of
 from ...trainers.offload import place
 from ...trainers.protocols import HOLE, SOURCE, Conditioning, Geometry, PreviewRequest
-from . import families, kernels, sampling
+from . import families, kernels, quantised, sampling
 from .adapters import classic, unread_keys
 from .digest import patcher_digest
 from .ranges import refuse_ranged
@@ -213,6 +213,7 @@ class ComfyDenoiser:
             own_weights(base.diffusion_model)
             self.compute_dtype = _DTYPES.get(compute_dtype) or _inference_dtype(base)
             self.module = private_tree(base.diffusion_model)
+            quantised.as_linears(self.module)
             # Listed once: looking for them takes longer than asking them.
             self._casting = [layer for layer in self.module.modules() if hasattr(layer, "comfy_cast_weights")]
             self._base = _over(base, self.module)

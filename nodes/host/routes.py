@@ -1,11 +1,14 @@
 """Routes under /graft/: the runs there are, and what can be asked of one.
 
 GET  /graft/runs                 those that run, those on disk, and what training nodes told last (the panel's messages)
+GET  /graft/history?text=&from=N&count=N   a page of the runs on disk: how their loss went, recipes, a picture of each
 GET  /graft/runs/RUN?events=N    a run: its recipe, where it is, its last events and sample pictures
+GET  /graft/runs/RUN/workflow    what it was queued as: the prompt, and the workflow if a page queued it
 POST /graft/runs/RUN/stop        finish now; what was reached is saved and handed on
 POST /graft/runs/RUN/save        save now and go on
 POST /graft/runs/RUN/pause       save, end the prompt, free the device
 POST /graft/runs/RUN/resume      let a stopped run go on, and give the prompt that is to be queued for it
+POST /graft/runs/RUN/delete      remove its folder, unless it runs; the adapters and embeddings it saved stay
 POST /graft/nodes/NODE/stop      as for a run, by the node's execution id; so for save and pause
 
 A POST carries a JSON object, empty for now, and is taken from the host's own pages and from programs alone. Errors are
@@ -25,7 +28,7 @@ from typing import Any
 
 from aiohttp import web
 
-from ...trainers import records
+from ...trainers import history, records
 from ...trainers.errors import GraftError, RunError
 from ...trainers.run import STOPPED
 from . import paths
@@ -39,7 +42,7 @@ Handler = Callable[[web.Request], Awaitable[web.Response]]
 _PREFIX = "/graft/"
 _NODE = re.compile(r"[0-9A-Za-z_.-]{1,32}(?::[0-9A-Za-z_.-]{1,32}){0,15}")
 _WISHES = "|".join(wish.value for wish in Wish)
-_MOST_RUNS = 1000
+_MOST_SUMMARIES = 200
 _MOST_EVENTS = 5000
 _BODY_LIMIT = 4096
 
@@ -59,9 +62,12 @@ def register() -> None:
     if routes is None or any(getattr(route, "path", "").startswith(_PREFIX) for route in routes):
         return
     routes.get(f"{_PREFIX}runs")(_answering(_list_runs))
+    routes.get(f"{_PREFIX}history")(_answering(_list_history))
     routes.get(f"{_PREFIX}runs/{{run}}")(_answering(_show_run))
+    routes.get(f"{_PREFIX}runs/{{run}}/workflow")(_answering(_show_graph))
     routes.post(f"{_PREFIX}runs/{{run}}/{{wish:{_WISHES}}}")(_answering(_ask_run))
     routes.post(f"{_PREFIX}runs/{{run}}/resume")(_answering(_resume_run))
+    routes.post(f"{_PREFIX}runs/{{run}}/delete")(_answering(_delete_run))
     routes.post(f"{_PREFIX}nodes/{{node}}/{{wish:{_WISHES}}}")(_answering(_ask_node))
 
 
@@ -77,6 +83,8 @@ def _answering(work: Callable[[web.Request], Awaitable[dict[str, Any]]]) -> Hand
             return _answer(refusal.status, {"error": str(refusal)})
         except GraftError as error:
             return _answer(500, {"error": str(error)})
+        except FileNotFoundError:
+            return _answer(404, {"error": "It was removed meanwhile."})
 
     return handle
 
@@ -118,12 +126,20 @@ def is_same_origin(headers) -> bool:
 
 
 async def _list_runs(request: web.Request) -> dict[str, Any]:
-    found = await _aside(records.list_records, paths.folders(), _MOST_RUNS)
+    found = await _aside(records.list_records, paths.folders(), records.MOST_RUNS)
     return {
         "running": [_training_as_json(one) for one in DESK.all()],
         "runs": [_record_as_json(record) for record in found],
         "told": BOARD.messages(),
     }
+
+
+async def _list_history(request: web.Request) -> dict[str, Any]:
+    first = _number(request.query.get("from", "0"), records.MOST_RUNS)
+    count = _number(request.query.get("count", "50"), _MOST_SUMMARIES)
+    text = request.query.get("text", "")
+    found, total = await _aside(history.list_summaries, paths.folders(), text, first, count)
+    return {"runs": [_summary_as_json(one) for one in found], "total": total}
 
 
 async def _show_run(request: web.Request) -> dict[str, Any]:
@@ -143,6 +159,14 @@ async def _show_run(request: web.Request) -> dict[str, Any]:
 
 def _read(run, most: int):
     return records.record_of(run), records.read_recipe(run), records.read_events(run, most)
+
+
+async def _show_graph(request: web.Request) -> dict[str, Any]:
+    run = await _found(request)
+    try:
+        return await _aside(records.read_graph, run)
+    except RunError as error:
+        raise _Refusal(404, str(error)) from error
 
 
 async def _ask_run(request: web.Request) -> dict[str, Any]:
@@ -175,6 +199,18 @@ async def _resume_run(request: web.Request) -> dict[str, Any]:
         await _aside(DESK.lift, run)
     prompt_id = DESK.prompt_of(run.name)
     return {"run": run.name, "prompt_id": prompt_id, "prompt": _prompt(prompt_id)}
+
+
+async def _delete_run(request: web.Request) -> dict[str, Any]:
+    run = await _found(request)
+    if DESK.of_run(run.name) is not None:
+        raise _Refusal(409, "It runs: stop it first.")
+    try:
+        await _aside(history.delete_run, run)
+    except RunError as error:
+        raise _Refusal(409, str(error)) from error
+    DESK.dismiss(run.name)
+    return {"deleted": run.name}
 
 
 def _prompt(prompt_id: str) -> dict[str, Any] | None:
@@ -210,6 +246,18 @@ def _number(text: str, most: int) -> int:
 
 def _record_as_json(record: records.Record) -> dict[str, Any]:
     return {**asdict(record), "status": "running" if DESK.of_run(record.name) else record.status}
+
+
+def _summary_as_json(summary: history.Summary) -> dict[str, Any]:
+    return {
+        **_record_as_json(summary.record),
+        **asdict(summary.losses),
+        "picture": None if summary.picture is None else paths.shown_output(summary.picture),
+        "recipe": summary.recipe,
+        "facts": summary.facts,
+        "has_graph": summary.has_graph,
+        "size": summary.size,
+    }
 
 
 def _training_as_json(training: Training) -> dict[str, Any]:

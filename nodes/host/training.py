@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from comfy.cli_args import args
 from comfy_execution.graph_utils import ExecutionBlocker
 
 from ...trainers.data.scan import shortened
@@ -22,6 +23,7 @@ from ...trainers.session import is_finished, run_recipe
 from ...trainers.settings import Options, resolve
 from . import families, origin, paths, together
 from .adapters import apply_adapter
+from .browser import graph_of
 from .control import Training, attended, heed
 from .image import ComfyCodec
 from .model import ComfyDenoiser
@@ -83,7 +85,9 @@ def _train(model, clip, vae, dataset, widgets, options, training: Training) -> T
         text = ComfyText(clip)
         denoiser = ComfyDenoiser(model, text, vae)
         recipe = settled(model, dataset, widgets, options)
-        host = Host(denoiser, text, ComfyCodec(vae), Progress(training, recipe.steps), training.asked, heed)
+        progress = Progress(training, recipe.steps)
+        graph = _graph(training)
+        host = Host(denoiser, text, ComfyCodec(vae), progress, training.asked, heed, graph=graph)
         try:
             result = _result_of(recipe, dataset, host, training.node)
         except (RuntimeError, MemoryError) as error:
@@ -102,13 +106,22 @@ def _train(model, clip, vae, dataset, widgets, options, training: Training) -> T
     return Trained(trained_model, trained_clip, result.adapter, result.embedding, loss, {"text": (summary,)})
 
 
+def _graph(training: Training) -> dict[str, Any] | None:
+    """What the training was queued as, None where the host was started to keep no workflows in what it writes."""
+    return None if args.disable_metadata else graph_of(training.prompt) or None
+
+
 def _result_of(recipe: Recipe, dataset: Dataset, host: Host, node: str) -> Result:
     """Trains here, or by processes of its own whose finished run is then read."""
     folders = paths.folders()
     if recipe.processes == 1 or is_finished(recipe, dataset, host, folders):
         return run_recipe(recipe, dataset, host, folders)
     name, step = together.train(recipe, dataset, host, node)
-    return replace(run_recipe(recipe, dataset, host, folders, name), resumed_from=step)
+    result = run_recipe(recipe, dataset, host, folders, name)
+    if host.graph is not None:
+        # Those processes have it from no page.
+        result.run.write_graph(host.graph)
+    return replace(result, resumed_from=step)
 
 
 def _out_of_memory(error: Exception) -> OutOfMemory:

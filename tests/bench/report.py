@@ -39,7 +39,7 @@ def verdict(rows: dict[str, list]) -> str:
     missed = [name for name, bar in BARS.items() if ratio(rows, name)[0] > bar]
     if ratio(rows, "attention")[0] > ratio(rows, "diffusers")[0]:
         missed.append("diffusers")
-    if median(rows["core"]) < 2 * median(rows["linear + conv"]):
+    if "core" in rows and median(rows["core"]) < 2 * median(rows["linear + conv"]):
         missed.append("core")
     return f"missed: {', '.join(missed)}" if missed else "held"
 

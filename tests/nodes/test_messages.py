@@ -86,6 +86,20 @@ def test_the_workflow_of_a_prompt(browser, monkeypatch, extra, found):
     monkeypatch.setattr(browser, "prompt_server", lambda: server)
     assert browser.workflow_of("p") == found
     assert browser.workflow_of("nobody's") == ""
+    # Kept with the run, where it is one: anyone may have written what comes beside a prompt.
+    workflow = (extra.get("extra_pnginfo") or {}).get("workflow")
+    assert browser.graph_of("p") == {"prompt": {}, **({"workflow": workflow} if isinstance(workflow, dict) else {})}
+
+
+def test_where_the_host_keeps_no_workflows_none_is_kept(browser, monkeypatch):
+    from comfy.cli_args import args
+    from graft_pack.nodes.host import training
+
+    monkeypatch.setattr(training, "graph_of", lambda prompt: {"prompt": {"1": {}}} if prompt == "p" else {})
+    kept = [training._graph(SimpleNamespace(prompt=prompt)) for prompt in ("p", "nobody's")]
+    assert kept == [{"prompt": {"1": {}}}, None]
+    monkeypatch.setattr(args, "disable_metadata", True)
+    assert training._graph(SimpleNamespace(prompt="p")) is None
 
 
 def test_a_host_without_a_server_is_told_nothing(browser, monkeypatch):

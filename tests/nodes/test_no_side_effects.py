@@ -54,7 +54,7 @@ def faulty(monkeypatch):
     def arrange(outcome):
         real = loop._gradients
 
-        def gradients(plan, host, window, step, mover):
+        def gradients(plan, host, window, step, mover, shares, shown):
             if step == 1:
                 if outcome == "raised":
                     raise Fault("in the second step")
@@ -62,7 +62,7 @@ def faulty(monkeypatch):
                     comfy.model_management.interrupt_current_processing(True)
                 if outcome in ("stopped", "paused"):
                     DESK.of_node("7").ask(Wish.STOP if outcome == "stopped" else Wish.PAUSE)
-            found = real(plan, host, window, step, mover)
+            found = real(plan, host, window, step, mover, shares, shown)
             return (float("nan"), *found[1:]) if outcome == "not a number" and step == 1 else found
 
         def predict(self, x_t, sigma, conditioning):

@@ -23,6 +23,7 @@ class Counter(TorchDispatchMode):
         self.operations = 0
         self.readings = 0
         self.peak = 0
+        self._bytes = 0
         self._live: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -31,9 +32,17 @@ class Counter(TorchDispatchMode):
         self.readings += func is _READ
         for value in (*args, *(found if isinstance(found, (list, tuple)) else (found,))):
             if torch.is_tensor(value):
-                storage = value.untyped_storage()
-                self._live.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes()))
-        if not func.is_view:
-            self._live = {key: row for key, row in self._live.items() if not row[0].expired()}
-            self.peak = max(self.peak, sum(size for _, size in self._live.values()))
+                self._see(value.untyped_storage())
         return found
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        known = self._live.get(storage._cdata)
+        if known is not None and not known[0].expired():
+            return
+        self._bytes += storage.nbytes() - (known[1] if known else 0)
+        self._live[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        if self._bytes > self.peak:
+            # What is gone is looked for only where it may matter.
+            self._live = {key: row for key, row in self._live.items() if not row[0].expired()}
+            self._bytes = sum(size for _, size in self._live.values())
+            self.peak = max(self.peak, self._bytes)

@@ -140,6 +140,10 @@ PICTURES = {
         [prompt(("apply", 0))],
         [sampler(("base", 0))],
     ],
+    "job": [
+        [CHECKPOINT, PHOTOS],
+        [("export", "GraftExportJob", {**BASE, "dataset": ("photos", 0)})],
+    ],
     "loss": [
         [CHECKPOINT, PHOTOS],
         [trainer("GraftTrainLoRA")],

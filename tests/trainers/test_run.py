@@ -59,7 +59,7 @@ def test_a_damaged_state_counts_as_absent(run, damage):
 
     for step in (2, 4):
         run.save(make_state(step), PRODUCTS, 10)
-    path = run._state_path(4)
+    path = run.state_path(4)
     with open(path, "rb") as file:
         data = file.read()
     tensors, metadata = files.read_tensors(path)

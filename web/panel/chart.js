@@ -75,9 +75,9 @@ function frameOf(curve, width, height) {
   return { first, last, low, high, right, bottom, x, y };
 }
 
-// Round numbers within a range, four or so.
-function ticksOf(low, high) {
-  const rough = (high - low) / 4;
+// Round numbers within a range, so many or so, each with its text.
+export function ticksOf(low, high, count = 4) {
+  const rough = (high - low) / count;
   const power = 10 ** Math.floor(Math.log10(rough));
   const gap = [1, 2, 5, 10].map((one) => one * power).find((one) => one >= rough);
   const digits = Math.max(0, -Math.floor(Math.log10(gap)));

@@ -13,9 +13,23 @@ export class Routes {
     return this._json("/graft/runs");
   }
 
-  // A run's log and sample pictures.
-  readRun(name) {
-    return this._json(`/graft/runs/${encodeURIComponent(name)}?events=${MOST_EVENTS}`);
+  // A run's sample pictures and the end of its log.
+  readRun(name, events = MOST_EVENTS) {
+    return this._json(`/graft/runs/${encodeURIComponent(name)}?events=${events}`);
+  }
+
+  // A page of the runs on disk, those that changed last first; text: what their names hold.
+  listHistory(text, from, count) {
+    return this._json(`/graft/history?${new URLSearchParams({ text, from, count })}`);
+  }
+
+  // What a run was queued as.
+  readWorkflow(name) {
+    return this._json(`/graft/runs/${encodeURIComponent(name)}/workflow`);
+  }
+
+  deleteRun(name) {
+    return this._post(`/graft/runs/${encodeURIComponent(name)}/delete`);
   }
 
   // Asks a training to "stop", "save" or "pause".

@@ -4,10 +4,11 @@ import { Training } from "./training.js";
 const MOST = 64;
 
 export class Store {
-  // changed: called after anything changed.
-  constructor(routes, changed) {
+  // changed: called after anything changed; heard: with each message that is new, and its training.
+  constructor(routes, changed, heard) {
     this._routes = routes;
     this._changed = changed;
+    this._heard = heard;
     this._trainings = new Map();
     this._waiting = null;
   }
@@ -26,6 +27,7 @@ export class Store {
     const training = this._apply(message);
     // A run that starts has nothing to remember yet.
     if (message.event === "run" && message.step) training.hasPast = true;
+    this._heard(message, training);
     this._changed();
   }
 
@@ -81,6 +83,7 @@ export class Store {
   }
 }
 
-function keyOf({ workflow, node }) {
+// What tells trainings apart.
+export function keyOf({ workflow, node }) {
   return `${workflow} ${node}`;
 }

@@ -61,7 +61,8 @@ export class Strip {
     this._choice.hidden = count < 2;
     while (this._choice.children.length < count) {
       const number = this._choice.children.length;
-      const button = make("button", { type: "button", "aria-label": t("Prompt $number", { number: number + 1 }) }, String(number + 1));
+      const label = t("Prompt $number", { number: number + 1 });
+      const button = make("button", { type: "button", "aria-label": label }, String(number + 1));
       button.addEventListener("click", () => {
         this._prompt = number;
         this._seen = -1;
@@ -89,7 +90,8 @@ function makeThumb(step, open) {
   const image = make("img", { alt: "", loading: "lazy", decoding: "async" });
   const caption = make("span");
   say(caption, step === 0 ? t("Base") : String(step));
-  const button = make("button", { type: "button", class: "graft-thumb", "aria-label": t("$name, enlarge", { name: nameOf(step) }) });
+  const label = t("$name, enlarge", { name: nameOf(step) });
+  const button = make("button", { type: "button", class: "graft-thumb", "aria-label": label });
   button.append(image, caption);
   button.addEventListener("click", open);
   return { button, image };

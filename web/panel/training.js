@@ -1,4 +1,5 @@
 // One training, as its messages tell it.
+import { t } from "../texts.js";
 import { Curve } from "./curve.js";
 
 const LIVE = new Set(["preparing", "drawing", "caching", "training"]);
@@ -22,10 +23,10 @@ const HANDLERS = {
     told.forEach((one, place) => training.curve.add(step - told.length + 1 + place, one));
   },
   memory(training, { step, done }) {
-    training.note = `Memory ran out in step ${step}: ${done}.`;
+    training.note = t("Memory ran out in step $step: $done.", { step, done });
   },
   spike(training, { step }) {
-    training.note = `Step ${step} was left out: its loss was far above the usual.`;
+    training.note = t("Step $step was left out: its loss was far above the usual.", { step });
   },
   validation(training, { step, loss }) {
     training.curve.addValidation(step, loss);
@@ -58,6 +59,16 @@ const HANDLERS = {
     Object.assign(training, { phase: "failed", message, cure, saved });
   },
 };
+
+// Step -> where its pictures are, of a run's sample pictures.
+export function samplesByStep(samples) {
+  const found = new Map();
+  for (const sample of samples) {
+    const [, digits] = SAMPLE.exec(sample.filename) ?? [];
+    if (digits !== undefined) found.set(Number(digits), [...(found.get(Number(digits)) ?? []), sample]);
+  }
+  return found;
+}
 
 export class Training {
   // node: its execution id; workflow: id of the workflow it was queued from, "" where that is not known.
@@ -116,12 +127,11 @@ export class Training {
     const isOld = ({ step }) => step <= (this.isLive ? Math.max(this.step, this.resumedFrom) : this.steps);
     const of = (kind) => events.filter((one) => one.event === kind && isOld(one)).map(({ step, loss }) => [step, loss]);
     this.curve.prepend(of("step"), of("validation"));
-    for (const sample of samples) {
-      const [, digits] = SAMPLE.exec(sample.filename) ?? [];
-      const step = Number(digits);
-      if (digits === undefined || !isOld({ step })) continue;
+    for (const [step, found] of samplesByStep(samples)) {
+      if (!isOld({ step })) continue;
       const known = this.samples.get(step) ?? [];
-      if (!known.some((one) => one.filename === sample.filename)) this.samples.set(step, [...known, sample]);
+      const isNew = ({ filename }) => !known.some((one) => one.filename === filename);
+      this.samples.set(step, [...known, ...found.filter(isNew)]);
     }
     this.shown += 1;
     this.version += 1;

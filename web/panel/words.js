@@ -33,6 +33,12 @@ export function formatMemory(memory) {
   return `${used.toFixed(used < 10 ? 1 : 0)} / ${total.toFixed(0)} GB`;
 }
 
+export function formatBytes(bytes) {
+  const power = Math.min(3, Math.floor(Math.log2(Math.max(1, bytes)) / 10));
+  const value = bytes / 1024 ** power;
+  return `${value.toFixed(value < 10 && power ? 1 : 0)} ${["B", "KB", "MB", "GB"][power]}`;
+}
+
 export function formatEpoch(epoch) {
   return epoch === null ? NONE : String(epoch + 1);
 }

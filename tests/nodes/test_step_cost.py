@@ -1,0 +1,82 @@
+"""What a training step costs over the bare model, counted and in ratios: a busy machine changes none of them.
+
+`make bench` has the seconds, and the peers.
+"""
+
+import pytest
+from torch.utils.flop_counter import FlopCounterMode
+
+from tests.bench import contestants
+from tests.bench.contestants import Case
+from tests.support import counting, models
+
+pytestmark = pytest.mark.usefixtures("comfy")
+
+# A narrow adapter, whose own products are next to nothing beside the model's.
+RANK = 1
+# With what memory may be over the sum. A layer's input is kept for the gradient of its A, which a frozen layer does not
+# need; beside a base as small as these that shows.
+MODELS = {"SD1": 1.05, "Flux as in diffusers": 1.08}
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    monkeypatch.setattr(contestants, "RANK", RANK)
+
+
+def counted(case, name, counter, at=3):
+    """A contestant's step under a counter; at the third all that the optimiser keeps is there."""
+    steps = 0
+
+    class Done(Exception):
+        pass
+
+    def stand():
+        nonlocal steps
+        steps += 1
+        if steps == at - 1:
+            counter.__enter__()
+        if steps == at:
+            counter.__exit__(None, None, None)
+            raise Done
+
+    with pytest.raises(Done):
+        contestants.ALL[name](case, stand)
+    return counter
+
+
+def work(case, name):
+    return counted(case, name, FlopCounterMode(display=False)).get_total_flops()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize("model", MODELS)
+def test_nothing_is_computed_that_the_bare_model_does_not_need(model, checkpointing, narrow):
+    """Gradients for the frozen weights of the adapted layers alone would be more than this."""
+    case = Case(model, 2, checkpointing)
+    assert work(case, "attention") <= 1.01 * work(case, "limit")
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_memory_is_the_bare_models_and_the_adapters(model, narrow):
+    """Bytes of all tensors that live at once, base weights among them: a second copy of them would be seen."""
+    case = Case(model, 2)
+    bare = counted(case, "limit", counting.Counter())
+    step = counted(case, "attention", counting.Counter())
+    with models.in_training(case.patcher(), model, rank=RANK, alpha=1.0) as training:
+        # Values, gradients and AdamW's two moments.
+        adapters = 4 * sum(one.nbytes for one in training.plan.trainables.values())
+        base = sum(one.nbytes for one in training.denoiser.module.parameters())
+    assert bare.peak > base
+    assert step.peak <= MODELS[model] * (bare.peak + adapters)
+
+
+def test_a_step_of_many_pictures_has_no_more_operations_than_one():
+    """What grows with a batch is the tensors, not their number."""
+    few, many = (counted(Case("SD1", batch), "attention", counting.Counter()).operations for batch in (1, 4))
+    assert many <= 1.1 * few
+
+
+def test_a_late_step_has_the_operations_of_an_early_one():
+    early, late = (counted(Case("SD1", 1), "attention", counting.Counter(), at).operations for at in (3, 9))
+    assert late == early

@@ -1,0 +1,100 @@
+"""Pictures of the history of runs for README: trainings on the tiny base, listed and compared, in both themes.
+
+    python -m tests.support.make_history_pictures
+
+Writes assets/history-dark.jpg and assets/history-light.jpg: the sidebar and the comparison beside each other.
+"""
+
+import argparse
+import io
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from PIL import Image
+
+from tests import demo
+
+from . import runs
+from .browser import Browser
+from .history import HistoryView
+from .make_pictures import PICTURES
+from .pack import hide_root
+
+WINDOW = (1600, 1060)
+WIDTH = 1200
+STEPS = 90
+
+# What the runs have in their recipes, by their names; the last two are compared.
+RECIPES = {
+    "first-try": {"learning_rate": 5e-4},
+    "rank-4": {"rank": 4},
+    "higher-rate": {"learning_rate": 6e-3},
+}
+
+
+def train(server, steps):
+    """The runs, each with its own settings; their names on disk, the last one first."""
+    folder = demo.TINY["Photos"]["folder"]
+    previews = {"prompts": demo.TINY["Prompt"]["value"], "every": steps // 5}
+    for name, fields in RECIPES.items():
+        checked = {"validation_fraction": 0.25, "validate_every": steps // 15}
+        graph = runs.graph_of(server, folder, name, steps, previews=previews, **checked)
+        graph["3"]["inputs"].update({"batch_size": 4, **fields})
+        server.run(graph)
+    return [runs.find_run(server, name).name for name in reversed(RECIPES)]
+
+
+def take(page):
+    return Image.open(io.BytesIO(page.driver.get_screenshot_as_png())).convert("RGB")
+
+
+def cut(page, picture, selector):
+    """What an element takes up of a picture of the page."""
+    box = page.js("const {left, top, right, bottom} = document.querySelector(args[0]).getBoundingClientRect();"
+                  "return [left, top, right, bottom];", selector)  # fmt: skip
+    return picture.crop(tuple(round(side) for side in box))
+
+
+def look(browser, server, theme, names):
+    """The sidebar with the runs and the comparison of two of them, beside each other."""
+    page = browser.open(server.url, {"Comfy.ColorPalette": theme})
+    history = HistoryView(page).open()
+    for name in names[:2]:
+        history.choose(name)
+        history.wait_for_card(name, "card.querySelector('img').naturalWidth > 0")
+    # Past what the page says when it is opened.
+    time.sleep(1)
+    listed = take(page)
+    bar = page.js("return document.querySelector('.graft-history').getBoundingClientRect().right;")
+    history.press("Compare 2 runs")
+    history.comparison()
+    time.sleep(0.5)
+    compared = cut(page, take(page), ".graft-comparison")
+    listed = listed.crop((0, 0, round(bar) + 4, compared.height))
+    sheet = Image.new("RGB", (listed.width + compared.width, compared.height))
+    sheet.paste(listed, (0, 0))
+    sheet.paste(compared, (listed.width, 0))
+    sheet.thumbnail((WIDTH, WIDTH), Image.Resampling.LANCZOS)
+    return sheet
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=STEPS, help="train for fewer steps, to try this program")
+    parser.add_argument("--out", type=Path, default=PICTURES)
+    args = parser.parse_args()
+    hide_root()
+    with tempfile.TemporaryDirectory(prefix="graft-history-") as scratch:
+        server = demo.prepare(Path(scratch), demo.Line())
+        with server, Browser(Path(scratch) / "chromium", *WINDOW) as browser:
+            names = train(server, args.steps)
+            for theme in ("dark", "light"):
+                path = args.out / f"history-{theme}.jpg"
+                look(browser, server, theme, names).save(path, quality=75, optimize=True)
+                print(path, path.stat().st_size)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

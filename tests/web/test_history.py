@@ -1,0 +1,248 @@
+"""The history of runs in ComfyUI's own sidebar, its commands and toasts, on runs that the page and programs made."""
+
+import json
+import shutil
+import urllib.error
+
+import pytest
+from selenium.webdriver.common.keys import Keys
+
+from tests.support import panel as panels
+from tests.support import runs
+from tests.support.history import HistoryView
+from tests.toy import world
+
+pytestmark = [pytest.mark.browser, pytest.mark.server]
+
+LONG = 3000
+STEPS = 6
+FIRST, SECOND, BARE = "history-first", "history-second", "history-bare"
+
+
+@pytest.fixture(scope="module")
+def folder(server):
+    """Name of the folder of pictures that all trainings here share."""
+    path = server.path("input", "history")
+    shutil.copytree(world.CONCEPT_FOLDER / "toy", path, dirs_exist_ok=True)
+    return path.name
+
+
+@pytest.fixture(scope="module")
+def page(server, chromium):
+    return chromium.open(server.url)
+
+
+@pytest.fixture(params=[False, True], ids=["canvas", "nodes2"])
+def renderer(page, request):
+    """Each of the frontend's two renderers."""
+    page.set_setting("Comfy.VueNodes.Enabled", request.param)
+    yield request.param
+    page.set_setting("Comfy.VueNodes.Enabled", False)
+
+
+@pytest.fixture(scope="module")
+def graph(page, folder):
+    """A workflow: checkpoint, dataset, options, trainer and what saves its adapter."""
+    return panels.draw_graph(page, folder)
+
+
+@pytest.fixture(scope="module")
+def made(server, page, graph, folder):
+    """{what it was called: name of its run} of runs from the page, and of one from no page."""
+    page.load(graph)
+    common = {"steps": STEPS, "every": 3, "validation_fraction": 0.2, "validate_every": 2}
+    panels.set_values(page, name=FIRST, **common)
+    server.wait(page.queue())
+    panels.set_values(page, name=SECOND, seed=7, prompts="a large sks toy\na small sks toy")
+    server.wait(page.queue())
+    server.run(runs.graph_of(server, folder, BARE, 2))
+    return {name: runs.find_run(server, name).name for name in (FIRST, SECOND, BARE)}
+
+
+@pytest.fixture
+def history(page, made):
+    """The history in the sidebar, newly opened."""
+    known = len(page.read_errors())
+    view = HistoryView(page).open()
+    yield view
+    view.close()
+    assert page.read_errors()[known:] == []
+
+
+@pytest.fixture
+def copied(server, made):
+    """A run to be deleted: a copy of another's folder, with an adapter that is to stay."""
+    name = "history-copied-00000001"
+    source = server.path("output", "graft", made[FIRST])
+    shutil.copytree(source, source.with_name(name), dirs_exist_ok=True)
+    kept = server.path("output", "loras", name, "step-00000006.safetensors")
+    kept.parent.mkdir(exist_ok=True)
+    kept.write_bytes(b"kept")
+    yield name, source.with_name(name), kept
+    shutil.rmtree(kept.parent)
+    shutil.rmtree(source.with_name(name), ignore_errors=True)
+
+
+def test_the_runs_are_listed_the_last_one_first(history, server, made):
+    assert [name for name in history.names() if name in made.values()] == [made[BARE], made[SECOND], made[FIRST]]
+    card = history.card(made[FIRST])
+    history.wait_for_card(made[FIRST], "card.querySelector('img').naturalWidth > 0")
+    assert (card["status"], card["curve"], card["open"], card["remove"]) == ("finished", True, True, True)
+    assert f"{STEPS} of {STEPS} steps" in card["text"] and "LoRA, SD1, rank 4, 2e-3" in card["text"]
+    # Of six steps a tenth is one: the last loss, and the lowest.
+    log = server.path("output", "graft", made[FIRST], "metrics.jsonl").read_text().splitlines()
+    losses = [line["loss"] for line in map(json.loads, log) if line["event"] == "step"]
+    (listed,) = server.get(f"/graft/history?text={FIRST}")["runs"]
+    assert f"Loss {losses[-1]:#.3g}, best {min(losses):#.3g}" in card["text"]
+    assert (listed["best"], listed["best_step"]) == (min(losses), losses.index(min(losses)) + 1)
+    assert not history.card(made[BARE])["picture"]
+
+
+def test_runs_are_found_by_name(history, made):
+    history.search("SECOND")
+    history.page.wait_for("return document.querySelectorAll('.graft-card').length === 1;")
+    assert history.names() == [made[SECOND]]
+    history.search("no such run")
+    history.page.wait_for("return document.querySelector('.graft-empty').textContent.startsWith(\"No run's name\");")
+    history.search("")
+    history.page.wait_for("return document.querySelectorAll('.graft-card').length >= 3;")
+
+
+def test_two_runs_are_compared(history, page, made):
+    history.choose(made[FIRST])
+    history.choose(made[SECOND])
+    history.press("Compare 2 runs")
+    seen = history.comparison()
+    assert [made[FIRST] in seen["legend"][0], made[SECOND] in seen["legend"][1]] == [True, True]
+    assert seen["curves"] == [STEPS, STEPS] and seen["dots"] == 2 * STEPS / 2
+    assert made[FIRST] in seen["label"] and "best" in seen["label"]
+    assert seen["steps"] == ["Base", "Step 3", "Step 6"] and seen["pictures"] == [3, 3]
+    assert history.recipes() == {
+        "preview_prompts": ["a large sks toy", "a large sks toy, a small sks toy"],
+        "seed": ["0", "7"],
+    }
+    page.driver.find_element("css selector", ".graft-heading input").click()
+    everything = history.recipes()
+    assert everything["rank"] == ["4", "4"] and everything["dataset"] == ["history", "history"]
+    assert everything["base_digest"][0] == everything["base_digest"][1] != ""
+    # The second prompt is the second run's alone.
+    history.press("Prompt 2")
+    assert history.comparison()["pictures"] == [0, 3]
+    page.driver.find_element("css selector", ".graft-samples .graft-thumb").click()
+    page.wait_for("return document.querySelector('.graft-viewer img').naturalWidth > 0;")
+    page.driver.switch_to.active_element.send_keys(Keys.ESCAPE)
+    page.driver.switch_to.active_element.send_keys(Keys.ESCAPE)
+    page.wait_for("return !document.querySelector('dialog[open]');")
+    history.press("Clear the selection")
+    assert page.js("return document.querySelector('.graft-foot').hidden;")
+
+
+def test_one_run_is_looked_at_by_keys(history, page, made):
+    page.js("document.querySelector(`.graft-card[data-run='${args[0]}'] .graft-name`).focus();", made[SECOND])
+    page.driver.switch_to.active_element.send_keys(Keys.ENTER)
+    assert history.comparison()["curves"] == [STEPS]
+    assert history.recipes()["learning_rate"] == ["0.002"]
+    page.driver.switch_to.active_element.send_keys(Keys.ESCAPE)
+    page.wait_for("return !document.querySelector('dialog[open]');")
+    # Where one was before.
+    assert page.js("return document.activeElement.textContent;") == made[SECOND]
+
+
+def test_a_runs_workflow_is_opened(history, page, made, graph, renderer):
+    page.load(panels.EMPTY)
+    history.press(f"Open workflow: {made[FIRST]}")
+    page.wait_for("return app.graph.nodes.length > 3;")
+    opened = page.serialize()
+    assert opened["id"] == graph["id"] and len(opened["nodes"]) == len(graph["nodes"])
+    names = {node["type"]: node["widgets"].get("name") for node in page.list_nodes()}
+    assert names["GraftRunOptions"] == FIRST
+    # Its panel knows it: the workflow is the one it was queued from.
+    panels.look_at(page)
+    panels.PanelView(page).wait("finished")
+    # From a program there is the prompt alone; the page makes a graph of it.
+    history.press(f"Open workflow: {made[BARE]}")
+    page.wait_for("return app.graph.nodes.length === 4;")
+    assert {node["type"]: node["widgets"].get("steps") for node in page.list_nodes()}["GraftTrainLoRA"] == 2
+
+
+def test_a_run_is_deleted_once_that_is_confirmed(history, page, copied, made, renderer):
+    name, run, kept = copied
+    history.refresh()
+    history.wait_for_card(name, "card")
+    place = history.names().index(name)
+    history.press(f"Delete: {name}")
+    history.answer("Cancel")
+    assert run.exists() and name in history.names()
+    history.press(f"Delete: {name}")
+    history.answer("Delete")
+    history.wait_for_card(name, "!card")
+    history.wait_for_toast("Run deleted")
+    assert not run.exists() and kept.exists() and not list(run.parent.glob(".removed*"))
+    assert set(made.values()) <= set(history.names())
+    page.wait_for(f"return document.activeElement.textContent === {history.names()[place]!r};")
+
+
+def test_commands_toasts_and_a_run_that_runs(history, page, server, graph):
+    """One training, steered from anywhere by commands; it can be followed in the history, and not be deleted."""
+    page.load(graph)
+    panels.set_values(page, steps=LONG, name="history-long")
+    command = "await app.extensionManager.command.execute(args[0]);"
+    page.js(command, "Graft.Save")
+    history.wait_for_toast("Nothing is training")
+    page.queue()
+    page.wait_for("return Boolean(document.querySelector('.graft-card[data-run^=history-long]'));", 60)
+    name = runs.find_run(server, "history-long").name
+    history.wait_for_card(name, "card.dataset.status === 'running' && !/Training, 0 of/.test(card.innerText)")
+    assert not history.card(name)["remove"]
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        server.post(f"/graft/runs/{name}/delete", {})
+    assert refused.value.code == 409
+    page.js(command, "Graft.Save")
+    history.wait_for_toast("Training saved")
+    page.js(command, "Graft.Pause")
+    history.wait_for_toast("Training paused")
+    history.wait_for_card(name, "card.dataset.status === 'paused'")
+    page.js(command, "Graft.Pause")
+    history.wait_for_toast("Training resumed")
+    page.js(command, "Graft.Stop")
+    history.wait_for_toast("Training stopped, result kept")
+    history.wait_for_card(name, "card.dataset.status === 'stopped'")
+    server.poll(server.is_idle, 60, "the queue")
+    # The same graph is answered from the host's cache until its run is deleted: then it is to train.
+    assert server.get(f"/graft/runs/{name}/workflow")["workflow"]["id"] == graph["id"]
+
+
+def test_a_deleted_run_is_trained_again(server, folder, made):
+    graph = runs.graph_of(server, folder, BARE, 2)
+    run = runs.find_run(server, BARE)
+    assert server.post(f"/graft/runs/{run.name}/delete", {}) == {"deleted": run.name}
+    assert not run.exists()
+    assert "2 steps trained" in server.run(graph)["outputs"]["3"]["text"][0]
+    assert runs.steps_logged(run) == [1, 2]
+
+
+@pytest.mark.parametrize("event, fields, said", [
+    ("failed", {"message": "The folder is empty.", "cure": "Put pictures into it."}, "The folder is empty."),
+    ("done", {"run": "toy-00000001", "step": 9, "steps": 9, "cached": False}, "Training finished"),
+])  # fmt: skip
+def test_the_end_of_a_training_is_noted(history, graph, event, fields, said):
+    history.page.load(graph)
+    panel = panels.PanelView(history.page)
+    panel.simulate("begin")
+    panel.simulate(event, saved=0, **{"step": 0, **fields})
+    history.wait_for_toast(said)
+
+
+@pytest.mark.parametrize("theme", ["dark", "light"])
+def test_the_history_is_accessible(history, page, made, theme):
+    page.set_setting("Comfy.ColorPalette", theme)
+    history.choose(made[FIRST])
+    history.choose(made[SECOND])
+    assert history.check_accessibility(".graft-history") == []
+    history.press("Compare 2 runs")
+    history.comparison()
+    page.driver.find_element("css selector", ".graft-heading input").click()
+    assert history.check_accessibility(".graft-comparison") == []
+    page.driver.switch_to.active_element.send_keys(Keys.ESCAPE)
+    history.press("Clear the selection")
+    page.set_setting("Comfy.ColorPalette", "dark")

@@ -1,0 +1,39 @@
+// What can be asked of the training that runs, and the history, as the host's commands: for its menu and for keys.
+import { t, text } from "./texts.js";
+
+const RESUMABLE = new Set(["stopped", "paused", "cancelled"]);
+
+export const TAB = "graft-history";
+
+// acts: {openHistory, store, routes, tell}; tell shows a toast.
+export function makeCommands({ openHistory, store, routes, tell }) {
+  const live = () => store.list().findLast((training) => training.isLive);
+  const attempt = async (work) => {
+    try {
+      await work();
+    } catch (error) {
+      tell("error", t("That did not work"), error.message);
+    }
+  };
+  const ask = (wish) =>
+    attempt(async () => {
+      const training = live();
+      if (training) await routes.ask(training, wish);
+      else tell("info", t("Nothing is training"));
+    });
+  const pauseOrResume = async () => {
+    if (live()) return ask("pause");
+    const halted = store.list().findLast((training) => RESUMABLE.has(training.phase));
+    if (halted) return attempt(() => routes.resume(halted));
+    return tell("info", t("Nothing is training"), t("Nor was a training stopped or paused since the server started."));
+  };
+  // [id, picture, name, work]
+  const commands = [
+    ["Graft.OpenHistory", "pi-chart-line", text("Graft: Open run history"), openHistory],
+    ["Graft.Stop", "pi-stop", text("Graft: Stop training and keep the result"), () => ask("stop")],
+    ["Graft.Save", "pi-save", text("Graft: Save training now"), () => ask("save")],
+    ["Graft.Pause", "pi-pause", text("Graft: Pause or resume training"), pauseOrResume],
+  ];
+  // The texts come after the commands do.
+  return commands.map(([id, icon, name, work]) => ({ id, icon: `pi ${icon}`, label: () => t(name), function: work }));
+}

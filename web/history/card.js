@@ -1,0 +1,111 @@
+// One run in the list of the history.
+import { make, mark, say } from "../panel/make.js";
+import { formatLoss } from "../panel/words.js";
+import { t, text } from "../texts.js";
+import { drawSpark } from "./plot.js";
+import { shortly } from "./recipes.js";
+
+const STATES = {
+  running: text("Training"),
+  finished: text("Finished"),
+  stopped: text("Stopped"),
+  paused: text("Paused"),
+  unfinished: text("Unfinished"),
+};
+
+// What state a run is in, and how far it is, in words.
+export function stateOf({ status, step, steps }) {
+  return `${t(STATES[status])}, ${t("$step of $steps steps", { step, steps })}`;
+}
+
+// Its losses in words.
+export function lossesOf({ final, best, best_step: step }) {
+  if (final === null) return t("Loss: no step done yet.");
+  return t("$final, best $best at step $step", { final: formatLoss(final), best: formatLoss(best), step });
+}
+
+// A button that is a picture; its name is said and shown beside the pointer.
+export function iconButton(icon, name, act) {
+  const picture = make("i", { class: `pi ${icon}`, "aria-hidden": "true" });
+  const button = make("button", { type: "button", class: "graft-icon", "aria-label": name, title: name }, picture);
+  button.addEventListener("click", act);
+  return button;
+}
+
+export class Card {
+  // acts: {imageUrl, choose, show, open, remove}, what its parts do.
+  constructor(run, acts) {
+    this.run = run;
+    this._acts = acts;
+    this.box = make("input", { type: "checkbox", "aria-label": t("Compare $run", { run: run.name }) });
+    this.box.addEventListener("change", () => acts.choose(run.name, this.box.checked));
+    this._name = make("button", { type: "button", class: "graft-name", title: run.name }, run.name);
+    this._name.addEventListener("click", () => acts.show(run.name));
+    this._state = make("span", { class: "graft-quiet" });
+    this._facts = make("div", { class: "graft-quiet" });
+    const meaning = t("The mean of the last tenth of the steps, and the lowest mean of any tenth.");
+    this._loss = make("div", { class: "graft-loss", title: meaning });
+    this._spark = make("div");
+    this._picture = make("div", { class: "graft-picture" });
+    this._open = iconButton("pi-folder-open", this._named(t("Open workflow")), () => acts.open(run.name));
+    this._remove = iconButton("pi-trash", this._named(t("Delete")), () => acts.remove(this.run));
+    this.element = make(
+      "li",
+      { class: "graft-card" },
+      make("div", { class: "graft-side" }, this._picture, this.box),
+      make(
+        "div",
+        { class: "graft-body" },
+        make("div", { class: "graft-title" }, this._name, this._open, this._remove),
+        make("div", { class: "graft-line" }, make("span", { class: "graft-dot", "aria-hidden": "true" }), this._state),
+        this._facts,
+        this._spark,
+        this._loss,
+      ),
+    );
+    this.update(run);
+  }
+
+  // Shows the run as it is now.
+  update(run) {
+    this.run = run;
+    this.element.dataset.run = run.name;
+    this.element.dataset.status = run.status;
+    this.progress(run.step, run.steps);
+    say(this._facts, shortly(run));
+    const [final, best] = [formatLoss(run.final), formatLoss(run.best)];
+    say(this._loss, run.final === null ? t("Loss: no step done yet.") : t("Loss $final, best $best", { final, best }));
+    mark(this._facts, "title", new Date(run.changed * 1000).toLocaleString());
+    this._spark.replaceChildren(...(run.curve.length > 1 ? [drawSpark(run.curve)] : []));
+    this._showPicture(run);
+    this._open.disabled = !run.has_graph;
+    mark(this._open, "title", run.has_graph ? t("Open workflow") : t("No workflow is kept with this run"));
+    this._remove.disabled = run.status === "running";
+  }
+
+  // Shows how far it is, without what is read from its folder.
+  progress(step, steps) {
+    say(this._state, stateOf({ ...this.run, step, steps }));
+  }
+
+  focus() {
+    this._name.focus();
+  }
+
+  _named(act) {
+    return `${act}: ${this.run.name}`;
+  }
+
+  _showPicture({ picture, changed }) {
+    if (!picture) {
+      const none = make("i", { class: "pi pi-image", role: "img", "aria-label": t("No sample picture") });
+      this._picture.replaceChildren(none);
+      return;
+    }
+    const address = this._acts.imageUrl(picture, changed);
+    const known = this._picture.querySelector("img");
+    if (known) mark(known, "src", address);
+    // What it shows cannot be put into words; whose it is stands beside it.
+    else this._picture.replaceChildren(make("img", { src: address, alt: "", loading: "lazy", decoding: "async" }));
+  }
+}

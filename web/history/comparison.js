@@ -1,0 +1,168 @@
+// One run looked at, or several beside each other: curves, sample pictures, recipes.
+import { make, say } from "../panel/make.js";
+import { samplesByStep } from "../panel/training.js";
+import { openViewer } from "../panel/viewer.js";
+import { formatLoss } from "../panel/words.js";
+import { t } from "../texts.js";
+import { iconButton, lossesOf, stateOf } from "./card.js";
+import { drawCurves } from "./plot.js";
+import { compare } from "./recipes.js";
+
+// Opens over the page. runs: as the history lists them, each with its samples; acts: {imageUrl, open}.
+export function openComparison(runs, acts) {
+  const title = runs.length > 1 ? t("Compare runs") : runs[0].name;
+  const close = iconButton("pi-times", t("Close"), () => dialog.close());
+  const dialog = make(
+    "dialog",
+    { class: "graft-comparison", "aria-label": title },
+    make("header", {}, make("h2", {}, title), close),
+    makeLegend(runs, (name) => {
+      dialog.close();
+      acts.open(name);
+    }),
+    makeChart(runs),
+    ...makeSamples(runs, acts),
+    ...makeRecipes(runs),
+  );
+  // The graph's own shortcuts are not meant while this is open.
+  dialog.addEventListener("keydown", (event) => event.stopPropagation());
+  dialog.addEventListener("click", (event) => {
+    if (event.target === dialog) dialog.close();
+  });
+  dialog.addEventListener("close", () => dialog.remove());
+  document.body.append(dialog);
+  dialog.showModal();
+}
+
+function makeHead(...names) {
+  return make("thead", {}, make("tr", {}, ...names.map((name) => make("th", { scope: "col" }, name))));
+}
+
+// Something wide that scrolls by itself, with the keys too.
+function makeScroller(label, content) {
+  return make("div", { class: "graft-scroller", role: "region", "aria-label": label, tabindex: 0 }, content);
+}
+
+function makeLegend(runs, open) {
+  const rows = runs.map((run, place) => {
+    const swatch = make("i", { class: "graft-key", "data-run": place % 6, "aria-hidden": "true" });
+    const button = iconButton("pi-folder-open", `${t("Open workflow")}: ${run.name}`, () => open(run.name));
+    button.disabled = !run.has_graph;
+    const [, checked] = run.checked.at(-1) ?? [];
+    return make(
+      "tr",
+      {},
+      make("th", { scope: "row" }, swatch, run.name),
+      make("td", {}, stateOf(run)),
+      make("td", {}, run.final === null ? "" : lossesOf(run)),
+      make("td", {}, formatLoss(checked)),
+      make("td", {}, button),
+    );
+  });
+  const names = [t("Run"), t("State"), t("Loss"), t("Validation"), t("Open workflow")];
+  return makeScroller(t("Run"), make("table", {}, makeHead(...names), make("tbody", {}, ...rows)));
+}
+
+function makeChart(runs) {
+  const place = make("div", { class: "graft-plot" });
+  const legend = t("Lines: smoothed loss. Dots: validation loss.");
+  const said = make("p", { class: "graft-quiet" }, legend);
+  const point = (step) => say(said, step === null ? legend : pointed(runs, step));
+  const label = `${t("Loss")}: ${runs.map((run) => `${run.name} ${lossesOf(run)}`).join("; ")}`;
+  const sized = new ResizeObserver(([{ contentRect }]) => {
+    if (contentRect.width) place.replaceChildren(drawCurves(runs, Math.floor(contentRect.width), label, point));
+  });
+  sized.observe(place);
+  return make("div", {}, place, said);
+}
+
+// The losses at a step, in words.
+function pointed(runs, step) {
+  const losses = runs.map(({ name, curve }) => {
+    const [, loss] = curve.findLast(([one]) => one <= step) ?? [];
+    return `${name} ${formatLoss(loss)}`;
+  });
+  return t("Step $step: $losses", { step, losses: losses.join(", ") });
+}
+
+// A row of pictures for each run, with a column for each step of any; nothing where none has pictures.
+function makeSamples(runs, acts) {
+  const known = runs.map((run) => samplesByStep(run.samples));
+  const steps = [...new Set(known.flatMap((one) => [...one.keys()]))].sort((a, b) => a - b);
+  if (!steps.length) return [];
+  const nameOf = (step) => (step === 0 ? t("Base") : t("Step $step", { step }));
+  const body = make("tbody");
+  const show = (prompt) => {
+    const rows = runs.map((run, place) => {
+      const pictures = steps.filter((step) => known[place].get(step)?.[prompt]).map((step) => {
+        const url = acts.imageUrl(known[place].get(step)[prompt], run.changed);
+        return { step, url, name: `${run.name}: ${nameOf(step)}` };
+      });
+      const cells = steps.map((step) => makeCell(pictures, pictures.findIndex((one) => one.step === step)));
+      return make("tr", {}, make("th", { scope: "row" }, run.name), ...cells);
+    });
+    body.replaceChildren(...rows);
+  };
+  const count = Math.max(...known.flatMap((one) => [...one.values()].map((samples) => samples.length)));
+  show(0);
+  const table = make("table", { class: "graft-samples" }, makeHead(t("Run"), ...steps.map(nameOf)), body);
+  const heading = make("div", { class: "graft-heading" }, make("h3", {}, t("Sample pictures")));
+  if (count > 1) heading.append(makePrompts(count, show));
+  return [heading, makeScroller(t("Sample pictures"), table)];
+}
+
+function makeCell(pictures, place) {
+  if (place < 0) return make("td");
+  const { url, name } = pictures[place];
+  const image = make("img", { src: url, alt: "", loading: "lazy", decoding: "async" });
+  const label = t("$name, enlarge", { name });
+  const button = make("button", { type: "button", class: "graft-thumb", "aria-label": label }, image);
+  button.addEventListener("click", () => openViewer(pictures, place));
+  return make("td", {}, button);
+}
+
+function makePrompts(count, show) {
+  const group = make("div", { class: "graft-choice", role: "group", "aria-label": t("Prompt of the pictures") });
+  const buttons = Array.from({ length: count }, (_, number) => {
+    const label = t("Prompt $number", { number: number + 1 });
+    const given = { type: "button", "aria-label": label, "aria-pressed": number === 0 };
+    const button = make("button", given, String(number + 1));
+    button.addEventListener("click", () => {
+      buttons.forEach((one) => one.setAttribute("aria-pressed", one === button));
+      show(number);
+    });
+    return button;
+  });
+  group.append(...buttons);
+  return group;
+}
+
+function makeRecipes(runs) {
+  const rows = compare(runs);
+  const isOne = runs.length === 1;
+  const body = make("tbody");
+  const none = make("p", { class: "graft-quiet" }, t("Their recipes are the same."));
+  const head = makeHead(t("Setting"), ...runs.map(({ name }) => name));
+  const name = isOne ? t("Settings") : t("What differs in their recipes");
+  const scroller = makeScroller(name, make("table", { class: "graft-recipes" }, head, body));
+  const show = (all) => {
+    const shown = rows.filter(([, , differs]) => all || differs);
+    body.replaceChildren(
+      ...shown.map(([name, values, differs]) => {
+        const cells = values.map((value) => make("td", {}, value));
+        return make("tr", { "data-differs": !isOne && differs }, make("th", { scope: "row" }, name), ...cells);
+      }),
+    );
+    scroller.hidden = !shown.length;
+    none.hidden = shown.length > 0;
+  };
+  show(isOne);
+  const heading = make("div", { class: "graft-heading" });
+  heading.append(make("h3", {}, name));
+  if (!isOne) {
+    const box = make("input", { type: "checkbox" });
+    box.addEventListener("change", () => show(box.checked));
+    heading.append(make("label", {}, box, t("Show all settings")));
+  }
+  return [heading, none, scroller];
+}

@@ -1,0 +1,208 @@
+// The history of runs in the sidebar: those on disk, found by name, chosen to be compared, opened, deleted.
+import { make, say } from "../panel/make.js";
+import { formatBytes } from "../panel/words.js";
+import { t } from "../texts.js";
+import { Card, iconButton } from "./card.js";
+import { openComparison } from "./comparison.js";
+
+const PAGE = 50;
+const PAUSE = 300; // milliseconds from the last key to the search
+
+export class History {
+  // tell(severity, summary, detail): shows a toast.
+  constructor(routes, app, tell) {
+    this._routes = routes;
+    this._app = app;
+    this._tell = tell;
+    this._cards = new Map();
+    this._chosen = new Map(); // name -> run; kept while another name is searched for
+    this._asked = 0;
+    this._build();
+  }
+
+  // Puts it into an element of the host's, which may ask for it more than once.
+  render(element) {
+    if (this.element.parentElement === element) return;
+    element.classList.add("graft-tab");
+    element.replaceChildren(this.element);
+    this.refresh();
+  }
+
+  get isSeen() {
+    return this.element.isConnected;
+  }
+
+  // Reads the runs again, as many as are shown.
+  async refresh() {
+    await this._read(0, Math.max(PAGE, this._cards.size));
+  }
+
+  // How far a training is that is heard of.
+  progress({ run, step, steps, isLive }) {
+    if (isLive && this.isSeen) this._cards.get(run)?.progress(step, steps);
+  }
+
+  // Whether it should show a run and does not.
+  misses(name) {
+    return this.isSeen && !this._search.value && !this._cards.has(name);
+  }
+
+  _build() {
+    const refresh = iconButton("pi-refresh", t("Refresh"), () => this.refresh());
+    this._search = make("input", { type: "search", "aria-label": t("Filter by name") });
+    this._search.placeholder = t("Filter by name");
+    this._search.addEventListener("input", () => {
+      clearTimeout(this._waiting);
+      this._waiting = setTimeout(() => this._read(0, PAGE), PAUSE);
+    });
+    this._note = make("div", { class: "graft-empty", role: "status" });
+    this._list = make("ul", { class: "graft-cards", "aria-label": t("Training runs") });
+    this._more = this._button(t("Show more"), () => this._read(this._cards.size, PAGE));
+    this._compare = this._button("", () => this._show([...this._chosen.values()]));
+    this._compare.classList.add("graft-chief");
+    this._clear = iconButton("pi-times", t("Clear the selection"), () => this._chooseNone());
+    this._foot = make("div", { class: "graft-foot" }, this._compare, this._clear);
+    this.element = make(
+      "section",
+      { class: "graft-history", "aria-label": t("Graft runs") },
+      make("header", {}, make("h2", {}, t("Training runs")), refresh),
+      make("div", { class: "graft-search" }, this._search),
+      this._note,
+      this._list,
+      this._more,
+      this._foot,
+    );
+    // Keys that act here are no shortcuts of the graph's.
+    this.element.addEventListener("keydown", (event) => {
+      if (["Enter", " ", "Delete", "Backspace"].includes(event.key)) event.stopPropagation();
+    });
+    this._more.hidden = true;
+    this._showFoot();
+  }
+
+  _button(label, act) {
+    const button = make("button", { type: "button" }, label);
+    button.addEventListener("click", act);
+    return button;
+  }
+
+  async _read(from, count) {
+    const asked = (this._asked += 1);
+    const searched = this._search.value.trim();
+    try {
+      const { runs, total } = await this._routes.listHistory(searched, from, count);
+      // A later question has its own answer.
+      if (asked !== this._asked) return;
+      if (from === 0) this._dropAllBut(new Set(runs.map(({ name }) => name)));
+      runs.forEach((run, place) => this._place(run, from + place));
+      this._more.hidden = this._cards.size >= total;
+      const nothing = searched ? t("No run's name holds this.") : t("No run yet. Whatever you train appears here.");
+      this._say(this._cards.size ? "" : nothing);
+    } catch (error) {
+      if (asked === this._asked) this._say(t("The runs could not be read: $problem", { problem: error.message }));
+    }
+    this._showFoot();
+  }
+
+  _say(note) {
+    say(this._note, note);
+    this._note.hidden = !note;
+  }
+
+  _dropAllBut(names) {
+    for (const [name, card] of this._cards) {
+      if (names.has(name)) continue;
+      card.element.remove();
+      this._cards.delete(name);
+    }
+  }
+
+  _place(run, place) {
+    let card = this._cards.get(run.name);
+    if (card) {
+      card.update(run);
+    } else {
+      card = new Card(run, {
+        imageUrl: (picture, version) => this._routes.imageUrl(picture, version),
+        choose: (name, isChosen) => this._choose(name, isChosen),
+        show: (name) => this._show([this._cards.get(name).run]),
+        open: (name) => this._open(name),
+        remove: (one) => this._remove(one),
+      });
+      this._cards.set(run.name, card);
+    }
+    if (this._chosen.has(run.name)) this._chosen.set(run.name, run);
+    card.box.checked = this._chosen.has(run.name);
+    // Moved only where it has another place: what is focused would lose the focus.
+    const there = this._list.children[place];
+    if (there !== card.element) this._list.insertBefore(card.element, there ?? null);
+  }
+
+  _choose(name, isChosen) {
+    if (isChosen) this._chosen.set(name, this._cards.get(name).run);
+    else this._chosen.delete(name);
+    this._showFoot();
+  }
+
+  _chooseNone() {
+    this._chosen.clear();
+    for (const card of this._cards.values()) card.box.checked = false;
+    this._showFoot();
+    this._search.focus();
+  }
+
+  _showFoot() {
+    const count = this._chosen.size;
+    this._foot.hidden = !count;
+    this._compare.disabled = count < 2;
+    say(this._compare, count < 2 ? t("Choose another run to compare") : t("Compare $count runs", { count }));
+  }
+
+  async _show(runs) {
+    await this._try(async () => {
+      const details = await Promise.all(runs.map(({ name }) => this._routes.readRun(name, 1)));
+      openComparison(
+        runs.map((run, place) => ({ ...run, samples: details[place].samples })),
+        { imageUrl: (sample, version) => this._routes.imageUrl(sample, version), open: (name) => this._open(name) },
+      );
+    });
+  }
+
+  async _open(name) {
+    await this._try(async () => {
+      const { workflow, prompt } = await this._routes.readWorkflow(name);
+      if (workflow) await this._app.loadGraphData(workflow, true, true, name);
+      else await this._app.loadApiJson(prompt, name);
+    });
+  }
+
+  async _remove(run) {
+    const { name } = run;
+    const size = formatBytes(run.size);
+    const sure = await this._app.extensionManager.dialog.confirm({
+      title: t("Delete this run?"),
+      message: t("$name: its settings, loss, saved states and sample pictures are deleted ($size).", { name, size }),
+      hint: t("What it saved in output/loras and output/embeddings stays."),
+      type: "delete",
+    });
+    if (!sure) return;
+    await this._try(async () => {
+      const names = [...this._list.children].map((element) => element.dataset.run);
+      const place = names.indexOf(run.name);
+      await this._routes.deleteRun(run.name);
+      this._chosen.delete(run.name);
+      await this.refresh();
+      this._tell("success", t("Run deleted"), run.name);
+      // With a keyboard one goes on where one was.
+      (this._cards.get(names[place + 1] ?? names[place - 1]) ?? this._search).focus();
+    });
+  }
+
+  async _try(work) {
+    try {
+      await work();
+    } catch (error) {
+      this._tell("error", t("That did not work"), error.message);
+    }
+  }
+}

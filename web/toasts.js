@@ -1,0 +1,71 @@
+// Short notes in the host's own way: what trainings came to, also where their node is not seen.
+import { keyOf } from "./panel/store.js";
+import { t } from "./texts.js";
+
+const LIFE = 5000; // milliseconds
+const LONG_LIFE = 15000; // of what has to be read
+const PAUSE = 60000; // milliseconds between two notes of saves that nobody asked for
+
+export class Toasts {
+  // host: app.extensionManager's part that shows them.
+  constructor(host) {
+    this._host = host;
+    this._asked = new Set(); // trainings that were asked to save
+    this._resumed = new Set(); // those that go on, once they do a step
+    this._told = -Infinity; // when a save was last noted
+  }
+
+  show(severity, summary, detail) {
+    this._host().add({ severity, summary, detail, life: severity === "error" ? LONG_LIFE : LIFE });
+  }
+
+  // A message of a training, and the training as it is with it.
+  hear(message, training) {
+    const key = keyOf(message);
+    this[`_on_${message.event}`]?.(training, message, key);
+  }
+
+  _on_begin(training, message, key) {
+    this._asked.delete(key);
+    this._resumed.delete(key);
+  }
+
+  _on_asked(training, { wish }, key) {
+    if (wish === "save") this._asked.add(key);
+  }
+
+  _on_run(training, { step, steps }, key) {
+    if (step && step < steps) this._resumed.add(key);
+  }
+
+  // Only now: a run that was stopped is returned without a step.
+  _on_step(training, message, key) {
+    if (this._resumed.delete(key)) this._note("info", t("Training resumed"), training, training.resumedFrom);
+  }
+
+  _on_saved(training, { step }, key) {
+    const wasAsked = this._asked.delete(key);
+    const isLast = step === training.steps || training.asked;
+    if (isLast || (!wasAsked && performance.now() - this._told < PAUSE)) return;
+    this._told = performance.now();
+    this._note("success", t("Training saved"), training, step);
+  }
+
+  _on_done(training, { step, cached }) {
+    const isStopped = training.phase === "stopped";
+    const said = isStopped ? t("Training stopped, result kept") : t("Training finished");
+    if (!cached) this._note("success", said, training, step);
+  }
+
+  _on_paused(training, { step }) {
+    this._note("info", t("Training paused"), training, step);
+  }
+
+  _on_failed(training, { message, cure }) {
+    this.show("error", t("Training failed"), [message, cure].filter(Boolean).join("\n"));
+  }
+
+  _note(severity, said, { run, steps }, step) {
+    this.show(severity, said, t("$run, step $step of $steps", { run, step, steps }));
+  }
+}
