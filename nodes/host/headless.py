@@ -15,7 +15,6 @@ import comfy.model_management
 import folder_paths
 import torch
 import utils.extra_config
-from app.logger import setup_logger
 from comfy.cli_args import args
 
 from ...trainers.errors import GraftError, ModelError, Parted
@@ -46,11 +45,9 @@ def main(folder: str, group: Spread, seat: dict[str, Any] | None) -> int:
     Args:
         seat: what the graph gave a process that it started, None outside a graph.
     """
-    # What libraries have put there meanwhile would say everything twice.
-    logging.getLogger().handlers.clear()
-    setup_logger(log_level=args.verbose, use_stdout=args.log_stdout)
-    if not group.leads:
-        logging.getLogger().setLevel(logging.WARNING)
+    # Not by the host's own function, which takes other arguments in each version and writes a file. In place of what
+    # libraries have put there meanwhile, which would say everything twice.
+    logging.basicConfig(level=logging.INFO if group.leads else logging.WARNING, format="%(message)s", force=True)
     pipe = None if seat is None else seat["pipe"]
     with DESK.seat("") as training, _interruptible(pipe, training):
         told = _Terminal(group) if pipe is None else _Relay(group, pipe, training)
