@@ -81,7 +81,7 @@ def test_a_stop_asked_in_the_last_step_is_the_end_as_ever(straight, tmp_path):
 
 def test_a_stop_whose_state_is_lost_counts_for_nothing(straight, tmp_path):
     result = run_session(tmp_path, host=host_that_asks(save=2, stop=3), **FIELDS)
-    with open(result.run._state_path(3), "r+b") as file:
+    with open(result.run.state_path(3), "r+b") as file:
         file.truncate(100)
     again = run_session(tmp_path, **FIELDS)
     assert (again.resumed_from, again.step) == (2, 8)

@@ -251,7 +251,7 @@ def test_states_from_before_some_of_it_was_kept_load(tmp_path):
     from graft_pack.trainers.formats import files
 
     first = run_session(tmp_path, steps=2)
-    path = first.run._state_path(2)
+    path = first.run.state_path(2)
     tensors, metadata = files.read_tensors(path)
     plain = json.loads(metadata["state"])
     for later in ("groups", "frozen", "levels"):
