@@ -34,6 +34,7 @@ SET = {
         "validate_every": 9,
         "gradient_check": "on",
         "tensorboard": "on",
+        "processes": 2,
     },
     "preview": {
         "prompts": "a\nb",
