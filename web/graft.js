@@ -2,6 +2,7 @@
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { makeCommands, TAB } from "./commands.js";
+import { followLinks } from "./help.js";
 import { History } from "./history/tab.js";
 import { nodeOf, isOf } from "./panel/graph.js";
 import { Routes } from "./panel/routes.js";
@@ -98,6 +99,7 @@ app.registerExtension({
   menuCommands: [{ path: ["Graft"], commands: commands.map(({ id }) => id) }],
   async setup() {
     addStyles("./panel/panel.css", "./history/history.css");
+    followLinks(document);
     await loadTexts(api, app);
     addHistory();
     api.addEventListener(EVENT, ({ detail }) => store.take(detail));

@@ -57,6 +57,28 @@ def test_help_opens_from_every_node(page, server, new_renderer):
     assert [error for error in page.read_errors() if IN_THE_LANGUAGE not in error] == []
 
 
+FOLLOW = """
+    const link = document.createElement('a');
+    link.href = args[0];
+    link.addEventListener('click', event => event.preventDefault());
+    document.body.append(link);
+    link.click();
+    link.remove();
+    return link.href;"""
+
+
+@pytest.mark.parametrize(
+    "written, followed",
+    [
+        ("x/extensions/graft/docs/choosing/index.html", "/extensions/graft/docs/choosing/index.html"),
+        ("/elsewhere.html", "/elsewhere.html"),
+    ],
+)
+def test_links_between_help_pages_follow_the_packs_folder(page, server, written, followed):
+    """Pages are written for the folder's usual name; a link goes to where the page's own script came from."""
+    assert page.js(FOLLOW, written) == server.url + followed
+
+
 def test_the_blueprint_is_offered_and_trains(page, server):
     """It is in the list that the node library shows; put into a graph and run, it trains and saves."""
     (key,) = [key for key, one in server.get("/global_subgraphs").items() if one["name"] == make_blueprint.NAME]
