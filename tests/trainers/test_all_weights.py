@@ -246,8 +246,8 @@ def test_numbers_that_are_none_move_nothing_that_is_kept(what, kept, straight, t
             middle = self._parameters[len(self._parameters) // 2]
             middle.register_hook(lambda gradient: gradient * float("nan"))
 
-    def terms(*args):
-        for losses in loop_terms(*args):
+    def terms(*args, **kwargs):
+        for losses in loop_terms(*args, **kwargs):
             yield losses * float("nan") if what == "loss" and steps[-1] == 3 else losses
 
     loop_terms = loop.terms_of

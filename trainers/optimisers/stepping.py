@@ -71,8 +71,10 @@ class Mover:
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulates gradients, or moves by them at once."""
         # By a loss that is no number, or too high, nothing may be moved, and the loop will refuse it.
-        if self.in_backward and not (math.isfinite(loss) and float(loss) <= self._highest):
-            return
+        if self.in_backward:
+            value = float(loss.detach())
+            if not math.isfinite(value) or value > self._highest:
+                return
         self._scaler.scale(loss).backward()
 
     def take_back(self) -> None:
