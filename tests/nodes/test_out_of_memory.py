@@ -166,9 +166,9 @@ def test_short_again_later_it_climbs_on(kind, enough, tmp_path):
         needed = {2: "checkpointing", 3: "offload"}
         original = loop._gradients
 
-        def gradients(plan, host, window, step, mover, shown):
+        def gradients(plan, host, window, step, mover, *given):
             device._rung = needed.get(step, device._rung)
-            return original(plan, host, window, step, mover, shown)
+            return original(plan, host, window, step, mover, *given)
 
         loop._gradients = gradients
         try:
