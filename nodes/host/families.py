@@ -6,6 +6,7 @@ import functools
 from typing import TYPE_CHECKING
 
 import comfy.utils
+from comfy.model_base import BaseModel
 
 from ...trainers.families import Family, family_of
 from ...trainers.formats.cuts import Cut
@@ -41,6 +42,9 @@ _FAMILIES = {
 # Ways in which a model takes a picture, beside HOLE.
 CONCAT = "concat"
 REFERENCE = "reference"
+
+# Those whose class tells the network where the picture lies behind the text.
+_PLACED_BEHIND = {"LongCatImage"}
 
 # The host's maps of diffusers' names, for the families whose LoRA files diffusers reads in its own cut of the layers.
 _DIFFUSERS_MAPS = {"SD3": "mmdit_to_diffusers", "Flux": "flux_to_diffusers"}
@@ -152,6 +156,25 @@ def beside_values(kind: str, conditioning: Conditioning, device: torch.device | 
         name: [one.to(device) for one in value] if isinstance(value, list) else value.to(device)
         for name, value in found.items()
     }
+
+
+def is_reproduced(base) -> bool:
+    """Whether training does around the network what the host's class does there."""
+    return type(base)._apply_model is BaseModel._apply_model or type(base).__name__ in _PLACED_BEHIND
+
+
+def told_places(base, context: torch.Tensor | None) -> dict[str, dict[str, float]]:
+    """Options about the places of a picture's parts, for networks that count them from the text's end on.
+
+    As `LongCatImage._apply_model` gives them, which leaves what the MODEL already says.
+
+    Args:
+        context: [B, tokens, width].
+    """
+    if type(base).__name__ not in _PLACED_BEHIND:
+        return {}
+    length = 512.0 if context is None else float(context.shape[1])
+    return {"rope_options": {"shift_t": 1.0, "shift_y": length, "shift_x": length}}
 
 
 def guidance(model: ModelPatcher) -> dict[str, float]:

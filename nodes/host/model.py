@@ -177,9 +177,8 @@ class ComfyDenoiser:
             # What the network remembers of the text belongs to the weights of an earlier step.
             self.module.clear_kv_cache()
         with self._autocast():
-            output = self.module(
-                x.to(dtype), t, context=context, control=None, transformer_options=self._step_options(sigma), **extra
-            )
+            options = self._step_options(sigma, context)
+            output = self.module(x.to(dtype), t, context=context, control=None, transformer_options=options, **extra)
         if isinstance(output, (list, tuple)):
             raise ModelError("The model answers with several latents at once.", "It cannot be trained yet.", "model")
         return output.to(torch.promote_types(output.dtype, torch.float32))
@@ -189,11 +188,13 @@ class ComfyDenoiser:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.compute_dtype)
 
-    def _step_options(self, sigma: torch.Tensor) -> dict:
+    def _step_options(self, sigma: torch.Tensor, context: torch.Tensor | None) -> dict:
         options = comfy.model_patcher.create_model_options_clone({"transformer_options": self._options})
         options = options["transformer_options"]
         options["cond_or_uncond"] = [0]
         options["sigmas"] = sigma
+        for name, told in families.told_places(self._base, context).items():
+            options[name] = {**told, **options.get(name, {})}
         return options
 
     @contextmanager
@@ -289,7 +290,7 @@ def _check_trainable(base, device: torch.device) -> None:
     Raises:
         ModelError: weights that stay off the device, or a model that does more around its network than is known.
     """
-    if type(base)._apply_model is not comfy.model_base.BaseModel._apply_model:
+    if not families.is_reproduced(base):
         raise ModelError(
             f"A {type(base).__name__} does more around its network than training reproduces.",
             "It cannot be trained yet. Please report the model's name.",

@@ -592,6 +592,11 @@ CLASSES = {
     "JoyImage": Tiny(_of("JoyImage", **_JOY_IMAGE), (16, 1, 8, 8), (7, 48)),
     "Kandinsky5Image": Tiny(_of("Kandinsky5Image", **_KANDINSKY5), (16, 1, 8, 8), (7, 48), 32),
     "ErnieImage": Tiny(_of("ErnieImage", **_ERNIE), (128, 4, 4), (7, 48)),
+    "LongCatImage": Tiny(
+        _by_params("LongCatImage", _FLUX_PARAMS, **{**_FLUX, "vec_in_dim": None, "guidance_embed": False}),
+        (16, 8, 8),
+        (7, 48),
+    ),
 }
 # Those that differ from one of them in nothing but sizes.
 ALIKE = {
@@ -604,11 +609,6 @@ ALIKE = {
 # Those that the pack says it cannot train, each with the class's objective or way that is refused by name.
 REFUSED = {
     "LotusD": Tiny(_of("LotusD", **{**_UNCLIP, "adm_in_channels": 4}), (4, 8, 8), (77, 48)),
-    "LongCatImage": Tiny(
-        _by_params("LongCatImage", _FLUX_PARAMS, **{**_FLUX, "vec_in_dim": None, "guidance_embed": False}),
-        (16, 8, 8),
-        (7, 48),
-    ),
     "PixelDiTT2I": Tiny(_of("PixelDiTT2I", **_PIXEL_DIT), (3, 16, 16), (7, 48)),
 }
 _VIDEO = "draws video"
@@ -618,7 +618,6 @@ _SEES = "finds things in pictures and draws none"
 # All others, and why no picture and caption can teach them.
 LEFT_OUT = {
     "LotusD": "turns a picture into its depth or normals; its objective is refused by name",
-    "LongCatImage": "does more around its network than training reproduces; refused by name",
     "PixelDiTT2I": "changes parts of its activations in place, so that no gradient can be had; refused by name",
     "Stable_Zero123": "turns a picture by an angle; it takes no text",
     "SD_X4Upscaler": "enlarges a picture",
