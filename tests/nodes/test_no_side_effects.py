@@ -28,7 +28,7 @@ METHODS = {
     "all weights": ("all weights", {("optimizer", "max_grad_norm"): 0.0}),
 }
 # What the host itself notes on a layer when it loads a model, and takes away when it unloads it.
-HOSTS_OWN = {"comfy_patched_weights", "weight_function", "bias_function", "comfy_cast_weights"}
+HOSTS_OWN = {"comfy_patched_weights", "weight_function", "bias_function", "comfy_cast_weights", "manual_cast_dtype"}
 OUTCOMES = ("finished", "stopped", "paused", "cancelled", "raised", "not a number", "memory ran out", "offloaded")
 
 
