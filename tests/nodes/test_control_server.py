@@ -187,10 +187,13 @@ def test_stop_does_not_wait_for_a_preview(server, straight, dataset, name):
     began = time.monotonic()
     asked = Asked(server, graph, "stop", 2)
     drawn = asked.asked_at - began
-    assert asked.after["stopped"]["step"] == 2
+    stopped = asked.after["stopped"]["step"]
+    # Of quick steps a page is not told each: asked at the second, or at the next that it heard of.
+    assert 2 <= stopped <= 4
     # The pictures before the first step were drawn in that time, and nothing else that takes long was done in it.
     assert asked.took < 0.5 * drawn, (asked.took, drawn)
-    assert [path.name for path in sorted(asked.run.glob("samples/*"))] == ["step-00000000-1.png", "step-00000000-2.png"]
+    drawn_before = [f"step-{step:08}-{number}.png" for step in range(0, stopped, 2) for number in (1, 2)]
+    assert [path.name for path in sorted(asked.run.glob("samples/*"))] == drawn_before
 
 
 def refusal(server, path, body=b"{}", method="POST", **headers):
