@@ -46,8 +46,8 @@ def test_help_opens_from_every_node(page, server, new_renderer):
     """By the button over a node, in the host's viewer, with its picture; from trainers choosing is one click."""
     page.set_setting("Comfy.VueNodes.Enabled", new_renderer)
     schemas = {name: info for name, info in server.object_info().items() if name.startswith("Graft")}
-    # The button is the same over each node. Not first the one whose help is open: pressed again it closes.
-    for name in sorted(schemas) if not new_renderer else ["GraftRunOptions", "GraftTrainLoRA"]:
+    # Not first the one whose help is open: pressed again it closes.
+    for name in sorted(schemas):
         page.load(EMPTY)
         found = page.js(OPEN, page.add_node(name), schemas[name]["display_name"])
         assert "/extensions/graft/docs/pictures/" in found["image"], name
