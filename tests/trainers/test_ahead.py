@@ -1,6 +1,5 @@
 """The next batch is fetched by a thread while this one is computed, and nothing of the result depends on it."""
 
-import json
 import threading
 from dataclasses import replace
 
@@ -11,7 +10,7 @@ from graft_pack.trainers.errors import DatasetError
 from graft_pack.trainers.plan import Item, Shown
 from graft_pack.trainers.protocols import Conditioning
 
-from tests.support import counting, models
+from tests.support import counting, models, runs
 from tests.support.diffusers_host import WordEncoder, gradient_of, planned, same_tensors
 
 FIELDS = {"steps": 5, "batch_size": 2, "accumulation": 2, "max_grad_norm": 0.0, "save_every": 100}
@@ -46,12 +45,6 @@ def fetching():
     return [one for one in threading.enumerate() if one.name.startswith("graft-ahead")]
 
 
-def steps_logged(folder):
-    """Numbers of the steps in the log of the run in a folder."""
-    events = map(json.loads, (folder / "run" / "metrics.jsonl").read_text().splitlines())
-    return [one["step"] for one in events if one["event"] == "step"]
-
-
 def test_the_bits_are_the_same_with_and_without(tmp_path):
     ahead, told = trained(tmp_path / "ahead", True)
     plain, plainly = trained(tmp_path / "plain", False)
@@ -78,10 +71,10 @@ def test_what_cannot_be_fetched_ends_its_own_step(prefetch, tmp_path):
             models.train(training, tmp_path / "run")
         assert caught.tb is not None and not fetching()
         # The steps before are kept, whoever fetched ahead.
-        assert steps_logged(tmp_path / "run") == [1, 2]
+        assert runs.steps_logged(tmp_path / "run" / "run") == [1, 2]
         resumed = models.train(replace(training, plan=replace(plan, train=items([]))), tmp_path / "run", resume=True)
     assert len(resumed.losses) == 5
-    assert steps_logged(tmp_path / "run") == [1, 2, 3, 4, 5]
+    assert runs.steps_logged(tmp_path / "run" / "run") == [1, 2, 3, 4, 5]
 
 
 def test_a_batch_that_is_asked_for_again_is_shown_again():
