@@ -187,9 +187,9 @@ class GraftDatasetFromImages(io.ComfyNode):
         cls, images, captions, trigger, resolution, masks=None, control_images=None, **varying
     ) -> io.NodeOutput:
         with named(cls, images=images, masks=masks, control_images=control_images):
-            pictures = [_eight_bits(picture) for batch in images for picture in batch]
-            weights = [_eight_bits(mask) for batch in masks or [] for mask in _batch(batch)]
-            controls = [_eight_bits(picture) for batch in control_images or [] for picture in batch]
+            pictures = _eight_bits(images, "images")
+            weights = _eight_bits(masks or [], "masks")
+            controls = _eight_bits(control_images or [], "control_images")
             ways = {name: values[0] for name, values in varying.items()}
             lines = ways.get("lines_are_variants", False)
             handling = variation.handling(**ways)
@@ -198,20 +198,24 @@ class GraftDatasetFromImages(io.ComfyNode):
             )
 
 
-def _eight_bits(values):
-    """A float tensor in 0..1 as a uint8 array; alpha is dropped. Raises DatasetError where a number is none."""
+def _eight_bits(batches, input: str) -> list:
+    """Each float tensor in 0..1 of batches, or a mask alone, as a uint8 array; alpha is dropped.
+
+    Raises:
+        DatasetError: naming the input, where a number is none.
+    """
+    return [_picture(one, input) for batch in batches for one in (batch if batch.ndim > 2 else batch[None])]
+
+
+def _picture(values, input: str):
     if not values.isfinite().all():
         raise DatasetError(
             "A picture or mask holds numbers that are not finite.",
             "Look at what made it; a VAE in half precision gives such pictures.",
-            "images" if values.ndim == 3 else "masks",
+            input,
         )
     array = (values[..., :3] if values.ndim == 3 else values).clamp(0, 1) * 255.0
     return array.round().byte().cpu().numpy()
-
-
-def _batch(mask):
-    return mask if mask.ndim == 3 else mask[None]
 
 
 class GraftCombineDatasets(io.ComfyNode):
