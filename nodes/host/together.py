@@ -52,7 +52,7 @@ _LONG_GRACE = 60.0
 
 
 def check_count(count: int) -> None:
-    """Refuses more processes than there are GPUs.
+    """Refuses more processes than there are GPUs, and GPUs that have no way to tell each other anything.
 
     Raises:
         SettingsError: naming the option.
@@ -60,11 +60,19 @@ def check_count(count: int) -> None:
     device = comfy.model_management.get_torch_device()
     if device.type == "cpu":
         return
-    there = torch.accelerator.device_count() if hasattr(torch, "accelerator") else 1
+    # Of the kind's own module: torch.accelerator is not in every version that the host takes.
+    kind = getattr(torch, device.type, None)
+    there = 1 if kind is None else kind.device_count()
     if count > there:
         raise SettingsError(
             f"processes is {count}, but PyTorch sees {there} GPUs here.",
             "Set processes in Graft Run Options to at most that, or run the job elsewhere (Graft Export Job).",
+            "options",
+        )
+    if device.type == "cuda" and not torch.distributed.is_nccl_available():
+        raise SettingsError(
+            "PyTorch is built without NCCL here, by which GPUs train together; on Windows it always is.",
+            "Set processes in Graft Run Options to 1, or run the job under Linux (Graft Export Job).",
             "options",
         )
 
