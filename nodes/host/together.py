@@ -85,7 +85,8 @@ def train(recipe: Recipe, dataset: Dataset, host: Host, node: str) -> tuple[str,
         The host's interruption, after what was reached was saved and the processes have ended.
     """
     check_count(recipe.processes)
-    base = {**origin.describe(node), "fingerprints": origin.fingerprints(host)}
+    # The files are this machine's own.
+    base = origin.describe(node, host, files=False)
     folder = os.path.join(paths.jobs_folder(), f".{secrets.token_hex(6)}.tmp")
     try:
         write_local_job(folder, recipe, dataset, host, paths.folders(), base)

@@ -155,7 +155,7 @@ def export(
         denoiser = ComfyDenoiser(model, text, vae)
         recipe = settled(model, dataset, widgets, options)
         host = Host(denoiser, text, ComfyCodec(vae), report)
-        base = {**origin.describe(node), "fingerprints": origin.fingerprints(host)}
+        base = origin.describe(node, host, files=True)
         return export_job(paths.jobs_folder(), recipe, dataset, host, paths.folders(), base)
 
 
