@@ -87,7 +87,8 @@ def train(recipe: Recipe, dataset: Dataset, host: Host, node: str) -> tuple[str,
     check_count(recipe.processes)
     # The files are this machine's own.
     base = origin.describe(node, host, files=False)
-    folder = os.path.join(paths.jobs_folder(), f".{secrets.token_hex(6)}.tmp")
+    # Where the host clears up after a server that was killed.
+    folder = os.path.join(folder_paths.get_temp_directory(), f"graft-{secrets.token_hex(6)}")
     try:
         write_local_job(folder, recipe, dataset, host, paths.folders(), base)
         # The processes put their own copies on the devices.
