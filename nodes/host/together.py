@@ -69,7 +69,8 @@ def check_count(count: int) -> None:
             "Set processes in Graft Run Options to at most that, or run the job elsewhere (Graft Export Job).",
             "options",
         )
-    if device.type == "cuda" and not torch.distributed.is_nccl_available():
+    by_nccl = comfy.model_management.is_nvidia() or comfy.model_management.is_amd()
+    if by_nccl and not torch.distributed.is_nccl_available():
         raise SettingsError(
             "PyTorch is built without NCCL here, by which GPUs train together; on Windows it always is.",
             "Set processes in Graft Run Options to 1, or run the job under Linux (Graft Export Job).",

@@ -70,6 +70,7 @@ def test_processes_that_cannot_train_together_are_refused_before_they_start(coun
     from graft_pack.nodes.host import together
 
     monkeypatch.setattr(comfy.model_management, "get_torch_device", lambda: torch.device("cuda", 0))
+    monkeypatch.setattr(comfy.model_management, "is_nvidia", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: nccl)
     monkeypatch.delattr(torch, "accelerator", raising=False)
