@@ -40,12 +40,14 @@ class Prepared:
 
     Attributes:
         training, validation: items.
+        places: in the dataset, of the examples that are either.
         left_out: files that are not trained on.
         facts: for the run's record, JSON-able.
     """
 
     training: list[Item]
     validation: list[Item]
+    places: frozenset[int]
     left_out: tuple[LeftOut, ...]
     facts: dict
 
@@ -73,6 +75,9 @@ def cut_dataset(dataset: Dataset, geometries: dict[int, Geometry]) -> tuple[list
     found = []
     left_out = []
     for place, example in enumerate(dataset.examples):
+        if example.left_out is not None:
+            left_out.append(example.left_out)
+            continue
         wanted = [geometries[resolution] for resolution in (0, *example.handling.resolutions)]
         try:
             crops = choose_crops(example.size, wanted, example.source.name, example.handling.upscale)
@@ -129,6 +134,7 @@ def prepare(
     return Prepared(
         [maker.item(cut, crop) for cut in training for crop in cut.crops],
         [maker.item(cut, crop) for cut in cuts if cut.place in validation for crop in cut.crops],
+        frozenset(cut.place for cut in cuts),
         everything,
         facts,
     )

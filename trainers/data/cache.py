@@ -121,13 +121,15 @@ class Cache:
         return self._sound(key) if key in self._places else None
 
     def copy_asked(self, folder: str) -> None:
-        """Puts all entries that were asked for into another folder.
+        """Puts all entries that were asked for, and could be made, into another folder.
 
         Raises:
             RunError: one of them is gone, or the folder cannot be written.
         """
         other = Cache(folder)
         for key in self._asked:
+            if key not in self._pending and key not in self._places:
+                continue
             tensors = self.get(key)
             if tensors is None:
                 raise RunError(f"The cached entry {key} is gone.", "Queue again; it will be made anew.")
