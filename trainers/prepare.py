@@ -24,6 +24,8 @@ from .errors import DatasetError, SettingsError
 from .protocols import HOLE, SOURCE, Conditioning
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
 
     from .data.examples import Dataset, Example
@@ -206,9 +208,15 @@ class _Maker:
         self._done = 0
         self._some_caption = ""
 
-    def _tick(self, name: str, total: int) -> None:
-        self._done += 1
-        self._host.report("cache", {"name": name, "done": self._done, "total": total})
+    def _ticking(self, rest: int) -> Callable[[str], None]:
+        """Tells of each thing that is encoded from now on; at most so many are."""
+        total = self._done + rest
+
+        def tick(name: str) -> None:
+            self._done += 1
+            self._host.report("cache", {"name": name, "done": self._done, "total": total})
+
+        return tick
 
     def copy(self, folder: str) -> None:
         """Puts what is needed into another cache."""
@@ -218,7 +226,8 @@ class _Maker:
     def encode_pictures(self, cuts: list[_Cuts], left_out: list[LeftOut]) -> list[_Cuts]:
         """Those of the cuts that have latents and masks; the others go to `left_out`."""
         rows = [(cut.example, cut.all_crops()) for cut in cuts]
-        outcome = self._latents.fill(rows, lambda name: self._tick(name, 2 * len(cuts)))
+        # The captions are counted later.
+        outcome = self._latents.fill(rows, self._ticking(2 * len(cuts)))
         found = _sound(cuts, outcome, left_out)
         found = self._with_masks(found, left_out)
         return self._with_holes(self._with_sources(found, left_out), left_out)
@@ -226,7 +235,7 @@ class _Maker:
     def _with_sources(self, cuts: list[_Cuts], left_out: list[LeftOut]) -> list[_Cuts]:
         paired = [cut for cut in cuts if cut.example.control is not None]
         rows = [(cut.example.control, [self._control_crop(cut, crop) for crop in cut.all_crops()]) for cut in paired]
-        outcome = self._latents.fill(rows, lambda name: self._tick(name, 2 * len(cuts)))
+        outcome = self._latents.fill(rows, self._ticking(len(paired) + len(cuts)))
         kept = {cut.place for cut in _sound(paired, outcome, left_out)}
         return [cut for cut in cuts if cut.example.control is None or cut.place in kept]
 
@@ -234,7 +243,7 @@ class _Maker:
         if self._holes is None:
             return cuts
         rows = [(cut.example, cut.all_crops()) for cut in cuts]
-        return _sound(cuts, self._holes.fill(rows, lambda name: self._tick(name, 3 * len(cuts))), left_out)
+        return _sound(cuts, self._holes.fill(rows, self._ticking(2 * len(cuts))), left_out)
 
     def _control_crop(self, cut: _Cuts, crop: Crop) -> Crop:
         step = self._host.denoiser.geometry(self._recipe.resolution).step
@@ -300,7 +309,7 @@ class _Maker:
             for number in self._shown(cut, crop, count, times):
                 wanted[captions.variant(example, number)] = None
         self._some_caption = next(iter(wanted))
-        self._texts.fill(wanted, lambda name: self._tick(name, self._pictures + len(wanted)))
+        self._texts.fill(wanted, self._ticking(len(wanted)))
 
     def _shown(self, cut: _Cuts, crop: Crop, count: int, times: int) -> list[int]:
         """The versions of a caption that so many showings need."""
