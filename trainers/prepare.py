@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 
 from .data import captions
 from .data.buckets import Crop, choose_crops
-from .data.cache import Cache, LatentCache, MaskCache, TextCache, cache_size, prune
+from .data.cache import Cache, LatentCache, TextCache, cache_size, prune
 from .data.controls import control_crop
 from .data.examples import LeftOut
 from .data.holes import HoleCache
+from .data.mask_weights import MaskCache
 from .data.memory import Keep
 from .data.order import stream_seed, turns_within
 from .data.prior import refuse_if_one_sided
