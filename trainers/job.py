@@ -18,7 +18,7 @@ from .errors import GraftError, RunError
 from .formats import files
 from .limits import check_recipe
 from .objective.options import Objective
-from .prepare import prepare
+from .prepare import Prepared, prepare
 from .protocols import Host
 from .recipe import Recipe
 from .run import Folders, safe_name
@@ -73,10 +73,11 @@ def export_job(
     task = task_of(recipe, dataset, host, folders)
     path = os.path.join(parent, f"{safe_name(recipe.name or task.label)}-{task.identity[:8]}")
     with _replaced(path) as temporary:
-        prepare(task.dataset, recipe, host, folders.cache, folders.cache_limit, os.path.join(temporary, _CACHE))
+        copy = os.path.join(temporary, _CACHE)
+        prepared = prepare(task.dataset, recipe, host, folders.cache, folders.cache_limit, copy)
         if recipe.start_from:
             _copy(folders.adapter_of(recipe.start_from), os.path.join(temporary, _START))
-        _write(temporary, recipe, dataset, task.identity, base, "")
+        _write(temporary, recipe, _marked(dataset, prepared), task.identity, base, "")
     return path
 
 
@@ -89,8 +90,21 @@ def write_local_job(
         GraftError: as `export_job`.
     """
     task = task_of(recipe, dataset, host, folders)
-    prepare(task.dataset, recipe, host, folders.cache, folders.cache_limit)
-    _write(path, recipe, dataset, task.identity, base, os.path.abspath(folders.cache))
+    prepared = prepare(task.dataset, recipe, host, folders.cache, folders.cache_limit)
+    _write(path, recipe, _marked(dataset, prepared), task.identity, base, os.path.abspath(folders.cache))
+
+
+def _marked(dataset: Dataset, prepared: Prepared) -> Dataset:
+    """The dataset whose examples know that they are left out: without its pictures that cannot be found out again."""
+    reasons = {row.name: row for row in prepared.left_out}
+
+    def marked(example: Example) -> Example:
+        names = [one.source.name for one in (example, example.control) if one is not None]
+        return replace(example, left_out=next(reasons[name] for name in names if name in reasons))
+
+    rows = enumerate(dataset.examples)
+    examples = tuple(one if place in prepared.places else marked(one) for place, one in rows)
+    return replace(dataset, examples=examples)
 
 
 def _write(folder: str, recipe: Recipe, dataset: Dataset, identity: str, base: dict, cache: str) -> None:
@@ -149,6 +163,7 @@ def _example_as_json(example: Example) -> dict[str, Any]:
     row["mask"] = [example.mask.name, example.mask.digest] if example.mask is not None else None
     row["anchor"] = asdict(example.anchor) if example.anchor is not None else None
     row["control"] = _example_as_json(example.control) if example.control is not None else None
+    row["left_out"] = asdict(example.left_out) if example.left_out is not None else None
     return row
 
 
@@ -208,12 +223,15 @@ def _dataset_of(value: dict[str, Any]) -> Dataset:
 def _example_of(row: dict[str, Any]) -> Example:
     plain = {name: row[name] for name in _PLAIN}
     mask, anchor, control = row["mask"], row["anchor"], row["control"]
+    # Jobs of before say nothing of it.
+    left_out = row.get("left_out")
     made = {
         "source": _Absent(_text(row["name"]), _text(row["digest"])),
         "handling": _made(Handling, row["handling"]),
         "mask": None if mask is None else _Absent(_text(mask[0]), _text(mask[1])),
         "anchor": None if anchor is None else _made(Anchor, anchor),
         "control": None if control is None else _example_of(control),
+        "left_out": None if left_out is None else _made(LeftOut, left_out),
     }
     return _made(Example, {**plain, **made})
 
