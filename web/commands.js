@@ -1,8 +1,6 @@
 // What can be asked of the training that runs, and the history, as the host's commands: for its menu and for keys.
 import { t, text } from "./texts.js";
 
-const RESUMABLE = new Set(["stopped", "paused", "cancelled"]);
-
 export const TAB = "graft-history";
 
 // acts: {openHistory, store, routes, tell}; tell shows a toast.
@@ -23,7 +21,7 @@ export function makeCommands({ openHistory, store, routes, tell }) {
     });
   const pauseOrResume = async () => {
     if (live()) return ask("pause");
-    const halted = store.list().findLast((training) => RESUMABLE.has(training.phase));
+    const halted = store.list().findLast((training) => training.isResumable);
     if (halted) return attempt(() => routes.resume(halted));
     return tell("info", t("Nothing is training"), t("Nor was a training stopped or paused since the server started."));
   };

@@ -8,7 +8,6 @@ import * as words from "./words.js";
 export const HEIGHT = 370;
 export const WIDTH = 380;
 
-const RESUMABLE = new Set(["stopped", "paused", "cancelled"]);
 const QUARTERS = 4;
 
 // [name, text of a training and the place in its curve, swatch of the chart's line]
@@ -180,9 +179,9 @@ export class Panel {
   }
 
   _showButtons() {
-    const { phase, isLive, asked, isSaving, saved, run } = this._training;
-    this._buttons.hidden = !isLive && !RESUMABLE.has(phase) && !saved;
-    this._resume.hidden = !RESUMABLE.has(phase);
+    const { phase, isLive, isResumable, asked, isSaving, saved, run } = this._training;
+    this._buttons.hidden = !isLive && !isResumable && !saved;
+    this._resume.hidden = !isResumable;
     for (const button of [this._stop, this._save, this._pause]) button.hidden = !isLive;
     this._stop.disabled = asked === "stop";
     this._pause.disabled = asked === "pause";
