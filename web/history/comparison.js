@@ -1,5 +1,5 @@
 // One run looked at, or several beside each other: curves, sample pictures, recipes.
-import { make, say } from "../panel/make.js";
+import { make, openDialog, say } from "../panel/make.js";
 import { samplesByStep } from "../panel/training.js";
 import { openViewer } from "../panel/viewer.js";
 import { formatLoss } from "../panel/words.js";
@@ -24,14 +24,7 @@ export function openComparison(runs, acts) {
     ...makeSamples(runs, acts),
     ...makeRecipes(runs),
   );
-  // The graph's own shortcuts are not meant while this is open.
-  dialog.addEventListener("keydown", (event) => event.stopPropagation());
-  dialog.addEventListener("click", (event) => {
-    if (event.target === dialog) dialog.close();
-  });
-  dialog.addEventListener("close", () => dialog.remove());
-  document.body.append(dialog);
-  dialog.showModal();
+  openDialog(dialog);
 }
 
 function makeHead(...names) {

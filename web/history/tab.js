@@ -1,5 +1,5 @@
 // The history of runs in the sidebar: those on disk, found by name, chosen to be compared, opened, deleted.
-import { make, say } from "../panel/make.js";
+import { keepKeys, make, say } from "../panel/make.js";
 import { formatBytes } from "../panel/words.js";
 import { t } from "../texts.js";
 import { Card, iconButton } from "./card.js";
@@ -72,10 +72,7 @@ export class History {
       this._more,
       this._foot,
     );
-    // Keys that act here are no shortcuts of the graph's.
-    this.element.addEventListener("keydown", (event) => {
-      if (["Enter", " ", "Delete", "Backspace"].includes(event.key)) event.stopPropagation();
-    });
+    keepKeys(this.element);
     this._more.hidden = true;
     this._showFoot();
   }

@@ -1,6 +1,6 @@
 // What one node's panel looks like.
 import { Chart } from "./chart.js";
-import { make, mark, say } from "./make.js";
+import { keepKeys, make, mark, say } from "./make.js";
 import { Strip } from "./strip.js";
 import { t, text } from "../texts.js";
 import * as words from "./words.js";
@@ -97,10 +97,7 @@ export class Panel {
   }
 
   _listen() {
-    // A button is pressed by a key, which is no shortcut of the graph's then.
-    this.element.addEventListener("keydown", (event) => {
-      if (["Enter", " ", "Delete", "Backspace"].includes(event.key)) event.stopPropagation();
-    });
+    keepKeys(this.element);
     this._canvas.addEventListener("pointermove", (event) => {
       const box = this._canvas.getBoundingClientRect();
       this._point((event.clientX - box.left) / Math.max(1, box.width));
