@@ -6,6 +6,7 @@ page.load(workflow)
 prompt_id = page.queue()
 """
 
+import io
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import shutil
 import time
 from pathlib import Path
 
+from PIL import Image
 from selenium import webdriver
 from selenium.common.exceptions import JavascriptException
 from selenium.webdriver.chrome.options import Options
@@ -252,12 +254,9 @@ class Page:
 
     # What it shows and says
 
-    def screenshot(self, path):
-        """Save a PNG of the page; returns its path."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(self.driver.get_screenshot_as_png())
-        return path
+    def shoot(self):
+        """The page as a picture, RGB."""
+        return Image.open(io.BytesIO(self.driver.get_screenshot_as_png())).convert("RGB")
 
     def read_text(self):
         """The text that the page shows, toasts and dialogs included."""

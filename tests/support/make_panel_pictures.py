@@ -7,7 +7,6 @@ themes when most of it is done.
 """
 
 import argparse
-import io
 import sys
 import tempfile
 import time
@@ -58,8 +57,7 @@ def take_look(page, theme, scale):
     while not view.is_drawn() and time.monotonic() < deadline:
         time.sleep(0.1)
     time.sleep(0.3)
-    shot = Image.open(io.BytesIO(page.driver.get_screenshot_as_png())).convert("RGB")
-    return shot.crop(find_node(page))
+    return page.shoot().crop(find_node(page))
 
 
 def find_node(page, margin=14):
