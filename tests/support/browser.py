@@ -6,6 +6,7 @@ page.load(workflow)
 prompt_id = page.queue()
 """
 
+import importlib.resources
 import io
 import json
 import os
@@ -32,6 +33,9 @@ SETTINGS = {
     "Comfy.Locale": "en",
     "Comfy.VueNodes.Enabled": False,
 }
+
+# A workflow without nodes.
+EMPTY = {"version": 0.4, "nodes": [], "links": [], "last_node_id": 0, "last_link_id": 0}
 
 # Banners of the frontend that were seen and closed.
 DISMISSED = ["vueNodesBannerDismissed", "comfy.vueNodesMigration.dismissed"]
@@ -261,6 +265,17 @@ class Page:
     def read_text(self):
         """The text that the page shows, toasts and dialogs included."""
         return self.driver.execute_script("return document.body.innerText")
+
+    def list_violations(self, selector):
+        """What axe finds of serious or critical impact in a part of the page: [(rule, elements)]."""
+        if not self.js("return typeof axe === 'object';"):
+            source = importlib.resources.files("axe_core_python").joinpath("axe.min.js").read_text(encoding="utf-8")
+            self.driver.execute_script(source)
+        return self.js("""
+            const found = await axe.run(args[0]);
+            return found.violations.filter(one => ['serious', 'critical'].includes(one.impact))
+                .map(one => [one.id, one.nodes.map(node => `${node.html} ${node.failureSummary}`)]);""",
+            selector)  # fmt: skip
 
     def read_errors(self, ignore=NOISE):
         """Console errors and uncaught exceptions so far, without those that an ignored pattern matches."""

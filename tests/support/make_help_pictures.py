@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from .browser import Browser
+from .browser import EMPTY, Browser
 from .host import ROOT
 from .make_pictures import take_graph
 from .pack import hide_root
@@ -150,7 +150,7 @@ PICTURES = {
 
 def lay_out(page, columns):
     """Puts the nodes in columns from left to right and links them."""
-    page.load({"version": 0.4, "nodes": [], "links": [], "last_node_id": 0, "last_link_id": 0})
+    page.load(EMPTY)
     made, left = {}, 0
     for column in columns:
         top, wide = 0, 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from .browser import EMPTY
 from .graphs import CHECKPOINT
 
 # {title: (node id, place)}; in this order they are added.
@@ -48,8 +49,6 @@ PLACES = {
     "min_timestep": "Noise",
     "max_timestep": "Noise",
 }
-
-EMPTY = {"version": 0.4, "nodes": [], "links": [], "last_node_id": 0, "last_link_id": 0}
 
 
 def draw_graph(page, folder):

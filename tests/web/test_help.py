@@ -6,13 +6,13 @@ import shutil
 import pytest
 
 from tests.support import make_blueprint, make_locales
+from tests.support.browser import EMPTY
 from tests.support.host import read_version
 from tests.support.make_workflows import TINY
 from tests.toy import world
 
 pytestmark = [pytest.mark.browser, pytest.mark.server]
 
-EMPTY = {"version": 0.4, "nodes": [], "links": [], "last_node_id": 0, "last_link_id": 0}
 # Asked for before the page that all languages share: no error of ours.
 IN_THE_LANGUAGE = "/docs/Graft"
 

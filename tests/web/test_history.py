@@ -9,6 +9,7 @@ from selenium.webdriver.common.keys import Keys
 
 from tests.support import panel as panels
 from tests.support import runs
+from tests.support.browser import EMPTY
 from tests.support.history import HistoryView
 from tests.toy import world
 
@@ -153,7 +154,7 @@ def test_one_run_is_looked_at_by_keys(history, page, made):
 
 
 def test_a_runs_workflow_is_opened(history, page, made, graph, renderer):
-    page.load(panels.EMPTY)
+    page.load(EMPTY)
     history.press(f"Open workflow: {made[FIRST]}")
     page.wait_for("return app.graph.nodes.length > 3;")
     opened = page.serialize()
@@ -242,11 +243,11 @@ def test_the_history_is_accessible(history, page, made, theme):
     page.set_setting("Comfy.ColorPalette", theme)
     history.choose(made[FIRST])
     history.choose(made[SECOND])
-    assert history.check_accessibility(".graft-history") == []
+    assert page.list_violations(".graft-history") == []
     history.press("Compare 2 runs")
     history.comparison()
     page.driver.find_element("css selector", ".graft-heading input").click()
-    assert history.check_accessibility(".graft-comparison") == []
+    assert page.list_violations(".graft-comparison") == []
     page.driver.switch_to.active_element.send_keys(Keys.ESCAPE)
     history.press("Clear the selection")
     page.set_setting("Comfy.ColorPalette", "dark")

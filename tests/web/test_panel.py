@@ -10,7 +10,7 @@ from selenium.webdriver.common.by import By
 
 from tests.support import make_panel_pictures
 from tests.support import panel as panels
-from tests.support.browser import Browser
+from tests.support.browser import EMPTY, Browser
 from tests.support.host import ROOT
 from tests.support.server import PromptInterrupted
 from tests.toy import world
@@ -151,7 +151,7 @@ def test_a_reload_finds_the_run_and_another_browser_stops_it(opened, page, serve
     theirs.press("Stop and keep")
     theirs.wait("stopped")
     assert other.read_errors() == []
-    other.load(panels.EMPTY)
+    other.load(EMPTY)
     panel.wait("stopped")
     entry = server.wait(prompt)
     assert len(list(server.path("output", "loras").glob(f"{panel.state()['run']}/*.safetensors"))) == 1
