@@ -11,40 +11,12 @@ from tests.support import panel as panels
 from tests.support import runs
 from tests.support.browser import EMPTY
 from tests.support.history import HistoryView
-from tests.toy import world
 
 pytestmark = [pytest.mark.browser, pytest.mark.server]
 
 LONG = 3000
 STEPS = 6
 FIRST, SECOND, BARE = "history-first", "history-second", "history-bare"
-
-
-@pytest.fixture(scope="module")
-def folder(server):
-    """Name of the folder of pictures that all trainings here share."""
-    path = server.path("input", "history")
-    shutil.copytree(world.CONCEPT_FOLDER / "toy", path, dirs_exist_ok=True)
-    return path.name
-
-
-@pytest.fixture(scope="module")
-def page(server, chromium):
-    return chromium.open(server.url)
-
-
-@pytest.fixture(params=[False, True], ids=["canvas", "nodes2"])
-def renderer(page, request):
-    """Each of the frontend's two renderers."""
-    page.set_setting("Comfy.VueNodes.Enabled", request.param)
-    yield request.param
-    page.set_setting("Comfy.VueNodes.Enabled", False)
-
-
-@pytest.fixture(scope="module")
-def graph(page, folder):
-    """A workflow: checkpoint, dataset, options, trainer and what saves its adapter."""
-    return panels.draw_graph(page, folder)
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +81,7 @@ def test_runs_are_found_by_name(history, made):
     history.page.wait_for("return document.querySelectorAll('.graft-card').length >= 3;")
 
 
-def test_two_runs_are_compared(history, page, made):
+def test_two_runs_are_compared(history, page, made, folder):
     history.choose(made[FIRST])
     history.choose(made[SECOND])
     history.press("Compare 2 runs")
@@ -124,7 +96,7 @@ def test_two_runs_are_compared(history, page, made):
     }
     page.driver.find_element("css selector", ".graft-heading input").click()
     everything = history.recipes()
-    assert everything["rank"] == ["4", "4"] and everything["dataset"] == ["history", "history"]
+    assert everything["rank"] == ["4", "4"] and everything["dataset"] == [folder, folder]
     assert everything["base_digest"][0] == everything["base_digest"][1] != ""
     # The second prompt is the second run's alone.
     history.press("Prompt 2")

@@ -29,19 +29,6 @@ TRAINERS = {"GraftTrainLoRA", "GraftTrainEmbedding", "GraftTrainDreamBooth", "Gr
 
 
 @pytest.fixture(scope="module")
-def page(server, chromium):
-    return chromium.open(server.url)
-
-
-@pytest.fixture(params=[False, True], ids=["canvas", "nodes2"])
-def renderer(page, request):
-    """Each of the frontend's two renderers; whether it is the new one."""
-    page.set_setting("Comfy.VueNodes.Enabled", request.param)
-    yield request.param
-    page.set_setting("Comfy.VueNodes.Enabled", False)
-
-
-@pytest.fixture(scope="module")
 def schemas(server):
     """{node id: schema} of Graft's nodes as the page gets them."""
     return {name: info for name, info in server.object_info().items() if name.startswith("Graft")}

@@ -1,6 +1,5 @@
 """The live panel in ComfyUI's own page, in both renderers: a real training seen, steered, lost from sight and found."""
 
-import shutil
 import time
 import uuid
 
@@ -13,7 +12,6 @@ from tests.support import panel as panels
 from tests.support.browser import EMPTY, Browser
 from tests.support.host import ROOT
 from tests.support.server import PromptInterrupted
-from tests.toy import world
 
 pytestmark = [pytest.mark.browser, pytest.mark.server]
 
@@ -28,22 +26,8 @@ def new_renderer(request):
 
 
 @pytest.fixture(scope="module")
-def folder(server):
-    """Name of the folder of pictures that all trainings here share."""
-    path = server.path("input", "panel")
-    shutil.copytree(world.CONCEPT_FOLDER / "toy", path, dirs_exist_ok=True)
-    return path.name
-
-
-@pytest.fixture(scope="module")
 def page(server, chromium, new_renderer):
     return chromium.open(server.url, {"Comfy.VueNodes.Enabled": new_renderer})
-
-
-@pytest.fixture(scope="module")
-def graph(page, folder):
-    """A workflow: checkpoint, dataset, options, trainer and what saves its adapter."""
-    return panels.draw_graph(page, folder)
 
 
 @pytest.fixture
