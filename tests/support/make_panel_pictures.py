@@ -51,11 +51,7 @@ def take_looks(page, scale=1.0):
 def take_look(page, theme, scale):
     page.set_setting("Comfy.ColorPalette", theme)
     panels.look_at(page, scale)
-    view = panels.PanelView(page)
-    # The page takes its time for a theme, and the chart follows it.
-    deadline = time.monotonic() + 10
-    while not view.is_drawn() and time.monotonic() < deadline:
-        time.sleep(0.1)
+    panels.PanelView(page).wait_until_drawn()
     time.sleep(0.3)
     return page.shoot().crop(find_node(page))
 

@@ -148,6 +148,13 @@ class PanelView:
             }
             return found > 50;""")
 
+    def wait_until_drawn(self, timeout=10):
+        """Waits until the chart is in the theme's colours: the page takes its time for a theme, and it follows."""
+        deadline = time.monotonic() + timeout
+        while not self.is_drawn():
+            assert time.monotonic() < deadline, "the chart is not in the theme's colours"
+            time.sleep(0.1)
+
     def list_cramped(self):
         """What is cut off, lies over its neighbour or sticks out of the panel or the node."""
         return self.page.js("""
