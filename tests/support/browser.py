@@ -61,6 +61,44 @@ SCRIPT = """
         value => done({value: JSON.stringify(value ?? null)}),
         error => done({error: String(error?.stack ?? error)}));"""
 
+# Luminance and contrast as WCAG 2.1 defines them; what is disabled is excepted.
+CONTRAST = """
+    const pen = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
+    const paint = (...colours) => {
+        pen.clearRect(0, 0, 1, 1);
+        for (const colour of colours) {
+            pen.fillStyle = colour;
+            pen.fillRect(0, 0, 1, 1);
+        }
+        return [...pen.getImageData(0, 0, 1, 1).data];
+    };
+    const groundOf = element => {
+        const found = [];
+        for (let one = element; one; one = one.parentElement) {
+            found.unshift(getComputedStyle(one).backgroundColor);
+            if (paint(found[0])[3] === 255) break;
+        }
+        return found;
+    };
+    const luminance = colour => {
+        const parts = colour.slice(0, 3).map(part => part / 255);
+        const [red, green, blue] = parts.map(one => one <= 0.03928 ? one / 12.92 : ((one + 0.055) / 1.055) ** 2.4);
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue;
+    };
+    const contrast = element => {
+        const {fill, color} = getComputedStyle(element);
+        const ground = groundOf(element);
+        const text = paint(...ground, element instanceof SVGElement ? fill : color);
+        const [low, high] = [text, paint(...ground)].map(luminance).sort((a, b) => a - b);
+        return (high + 0.05) / (low + 0.05);
+    };
+    const isText = element => [...element.childNodes].some(one => one.nodeType === 3 && one.data.trim());
+    const shown = [...document.querySelectorAll(`${args[0]} *`)].filter(
+        element => isText(element) && element.checkVisibility() && !element.closest(':disabled'));
+    if (!shown.length) throw new Error(`no text in ${args[0]}`);
+    return shown.filter(element => contrast(element) < 4.5).map(
+        element => `${element.textContent.trim()}: ${contrast(element).toFixed(1)}`);"""
+
 FLAGS = [
     "--headless=new",
     "--no-sandbox",
@@ -276,6 +314,13 @@ class Page:
             return found.violations.filter(one => ['serious', 'critical'].includes(one.impact))
                 .map(one => [one.id, one.nodes.map(node => `${node.html} ${node.failureSummary}`)]);""",
             selector)  # fmt: skip
+
+    def list_faint(self, selector):
+        """Texts in a part of the page with less contrast than WCAG 2.1 asks for (1.4.3): [text and contrast].
+
+        axe says nothing of colours that are mixed in the style sheet, nor of what lies over the graph.
+        """
+        return self.js(CONTRAST, selector)
 
     def read_errors(self, ignore=NOISE):
         """Console errors and uncaught exceptions so far, without those that an ignored pattern matches."""

@@ -216,10 +216,12 @@ def test_the_history_is_accessible(history, page, made, theme):
     history.choose(made[FIRST])
     history.choose(made[SECOND])
     assert page.list_violations(".graft-history") == []
+    assert page.list_faint(".graft-history") == []
     history.press("Compare 2 runs")
     history.comparison()
     page.driver.find_element("css selector", ".graft-heading input").click()
     assert page.list_violations(".graft-comparison") == []
+    assert page.list_faint(".graft-comparison") == []
     page.driver.switch_to.active_element.send_keys(Keys.ESCAPE)
     history.press("Clear the selection")
     page.set_setting("Comfy.ColorPalette", "dark")

@@ -157,6 +157,8 @@ def test_axe_finds_nothing_serious(panel, theme):
             assert time.monotonic() < deadline, (phase, panel.phase())
             time.sleep(0.05)
         assert page.list_violations(".graft-panel") == [], phase
+        assert page.list_faint(".graft-panel") == [], phase
     page.js("document.querySelector('.graft-thumb').click();")
     assert page.list_violations(".graft-viewer") == []
+    assert page.list_faint(".graft-viewer") == []
     page.js("document.querySelector('.graft-viewer').close();")
