@@ -114,11 +114,12 @@ def test_one_run_is_looked_at_by_keys(history, page, made):
     # Pressed twice in haste, it opens once.
     page.js("""
         const name = document.querySelector(`.graft-card[data-run='${args[0]}'] .graft-name`);
-        name.addEventListener('click', () => name.click(), {once: true});
+        name.addEventListener('click', () => name.dispatchEvent(new MouseEvent('click')), {once: true});
         name.focus();""", made[SECOND])  # fmt: skip
     page.driver.switch_to.active_element.send_keys(Keys.ENTER)
     assert history.comparison()["curves"] == [STEPS]
     assert history.recipes()["learning_rate"] == ["0.002"]
+    assert page.js("return document.querySelectorAll('dialog[open]').length;") == 1
     page.driver.switch_to.active_element.send_keys(Keys.ESCAPE)
     page.wait_for("return !document.querySelector('dialog[open]');")
     # Where one was before.
