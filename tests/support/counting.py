@@ -12,19 +12,24 @@ _READ = torch.ops.aten._local_scalar_dense.default
 class Counter(TorchDispatchMode):
     """Counts within its block, the backward included.
 
+    Args:
+        held: tensors that are there before, whether or not anything is done with them.
+
     Attributes:
         operations: of torch, but for views.
         readings: of numbers, for each of which a device would have to finish all that it was given.
         peak: most bytes of all storages that were seen so far and lived at once.
     """
 
-    def __init__(self):
+    def __init__(self, held=()):
         super().__init__()
         self.operations = 0
         self.readings = 0
         self.peak = 0
         self._bytes = 0
         self._live: dict[int, tuple[StorageWeakRef, int]] = {}
+        for tensor in held:
+            self._see(tensor.untyped_storage())
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         found = func(*args, **(kwargs or {}))

@@ -1,10 +1,12 @@
 """The next batch is fetched by a thread while this one is computed, and nothing of the result depends on it."""
 
+import json
 import threading
 from dataclasses import replace
 
 import pytest
 import torch
+from graft_pack.trainers.ahead import Ahead
 from graft_pack.trainers.errors import DatasetError
 from graft_pack.trainers.plan import Item, Shown
 from graft_pack.trainers.protocols import Conditioning
@@ -39,6 +41,17 @@ def trained(folder, prefetch, fails=None):
     return state, told
 
 
+def fetching():
+    """The threads that fetch ahead and have not ended."""
+    return [one for one in threading.enumerate() if one.name.startswith("graft-ahead")]
+
+
+def steps_logged(folder):
+    """Numbers of the steps in the log of the run in a folder."""
+    events = map(json.loads, (folder / "run" / "metrics.jsonl").read_text().splitlines())
+    return [one["step"] for one in events if one["event"] == "step"]
+
+
 def test_the_bits_are_the_same_with_and_without(tmp_path):
     ahead, told = trained(tmp_path / "ahead", True)
     plain, plainly = trained(tmp_path / "plain", False)
@@ -51,7 +64,7 @@ def test_the_bits_are_the_same_with_and_without(tmp_path):
     threads = [name for name, *_ in told]
     assert threads[:2] == ["MainThread"] * 2
     assert all(name.startswith("graft-ahead") for name in threads[2:])
-    assert not [one for one in threading.enumerate() if one.name.startswith("graft-ahead")]
+    assert not fetching()
 
 
 @pytest.mark.parametrize("prefetch", [True, False])
@@ -60,12 +73,27 @@ def test_what_cannot_be_fetched_ends_its_own_step(prefetch, tmp_path):
     fails = told[9][1:]
     with planned(items([], fails), **FIELDS) as (plan, host):
         training = models.Training(None, host, replace(plan, prefetch=prefetch))
-        with pytest.raises(DatasetError, match="is gone"):
+        # The error keeps the loop's frame, whose thread ends nonetheless.
+        with pytest.raises(DatasetError, match="is gone") as caught:
             models.train(training, tmp_path / "run")
+        assert caught.tb is not None and not fetching()
+        # The steps before are kept, whoever fetched ahead.
+        assert steps_logged(tmp_path / "run") == [1, 2]
         resumed = models.train(replace(training, plan=replace(plan, train=items([]))), tmp_path / "run", resume=True)
-    # The step before is kept, whoever fetched ahead.
     assert len(resumed.losses) == 5
-    assert (tmp_path / "run" / "run" / "metrics.jsonl").read_text().count('"event": "step"') == 5
+    assert steps_logged(tmp_path / "run") == [1, 2, 3, 4, 5]
+
+
+def test_a_batch_that_is_asked_for_again_is_shown_again():
+    """As a step does that memory ran out for, while the next batch is at hand."""
+    with planned(items([]), **FIELDS) as (plan, _):
+        first, second = ([(0, 0), (1, 0)], [(2, 0), (3, 0)])
+        ahead = Ahead(plan)
+        ahead.expect([first, second])
+        for batch in (first, first, second, first):
+            found = ahead.shown(batch)
+            assert all(torch.equal(a.latent, b.latent) for a, b in zip(found, plan.shown(batch), strict=True))
+        ahead.close()
 
 
 def test_the_device_is_not_waited_for_between_parts():
