@@ -41,7 +41,6 @@ class Job:
     """What a job's folder tells.
 
     Attributes:
-        identity: of the run that it makes; the same as in the graph it came from.
         base: what the host wrote to find its model again.
         cache: folder of the latents and conditionings.
         start: the adapter that it starts from, empty where it is one of the host's list or there is none.
@@ -49,7 +48,6 @@ class Job:
 
     recipe: Recipe
     dataset: Dataset
-    identity: str
     base: dict[str, Any]
     cache: str
     start: str
@@ -77,7 +75,7 @@ def export_job(
         prepared = prepare(task.dataset, recipe, host, folders.cache, folders.cache_limit, copy)
         if recipe.start_from:
             _copy(folders.adapter_of(recipe.start_from), os.path.join(temporary, _START))
-        _write(temporary, recipe, _marked(dataset, prepared), task.identity, base, "")
+        _write(temporary, recipe, _marked(dataset, prepared), base, "")
     return path
 
 
@@ -91,7 +89,7 @@ def write_local_job(
     """
     task = task_of(recipe, dataset, host, folders)
     prepared = prepare(task.dataset, recipe, host, folders.cache, folders.cache_limit)
-    _write(path, recipe, _marked(dataset, prepared), task.identity, base, os.path.abspath(folders.cache))
+    _write(path, recipe, _marked(dataset, prepared), base, os.path.abspath(folders.cache))
 
 
 def _marked(dataset: Dataset, prepared: Prepared) -> Dataset:
@@ -107,10 +105,9 @@ def _marked(dataset: Dataset, prepared: Prepared) -> Dataset:
     return replace(dataset, examples=examples)
 
 
-def _write(folder: str, recipe: Recipe, dataset: Dataset, identity: str, base: dict, cache: str) -> None:
+def _write(folder: str, recipe: Recipe, dataset: Dataset, base: dict, cache: str) -> None:
     value = {
         "format": _FORMAT,
-        "identity": identity,
         "recipe": recipe.as_json(),
         "dataset": _dataset_as_json(dataset),
         "base": base,
@@ -197,7 +194,7 @@ def read_job(folder: str) -> Job:
         base = value["base"]
         if not isinstance(base, dict):
             raise ValueError("its base is no object")
-        return Job(recipe, dataset, _text(value["identity"]), base, cache, start if os.path.isfile(start) else "")
+        return Job(recipe, dataset, base, cache, start if os.path.isfile(start) else "")
     except RunError:
         raise
     except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
