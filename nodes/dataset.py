@@ -6,7 +6,7 @@ from comfy_api.latest import io, ui
 
 from ..trainers.data import examples, scan
 from ..trainers.errors import DatasetError
-from . import inputs
+from . import inputs, variation
 from .checks import checked
 from .host import paths
 from .schema import CATEGORY, Dataset, advanced, describe, named
@@ -28,146 +28,9 @@ def _trigger() -> io.String.Input:
     )
 
 
-def _varying() -> list:
-    """How pictures and captions are varied: the same inputs on every node that makes a dataset, in `_handling`'s order.
-
-    All are optional and vary nothing until they are set.
-    """
-    return [
-        io.Boolean.Input(
-            "shuffle_tags",
-            default=False,
-            optional=True,
-            tooltip="Puts the comma-separated parts of a caption into another order at each showing.",
-        ),
-        io.Int.Input(
-            "keep_tokens",
-            default=0,
-            min=0,
-            max=1000,
-            optional=True,
-            tooltip="So many parts at a caption's beginning are neither moved nor dropped, besides the trigger.",
-        ),
-        io.Float.Input(
-            "tag_dropout",
-            default=0.0,
-            min=0.0,
-            max=1.0,
-            step=0.01,
-            optional=True,
-            tooltip="Chance of each comma-separated part to be left out at a showing. Typical: 0.1.",
-        ),
-        io.Float.Input(
-            "caption_dropout",
-            default=0.0,
-            min=0.0,
-            max=1.0,
-            step=0.01,
-            optional=True,
-            tooltip="Chance of a showing without any caption, trigger included. Typical: 0.05 to 0.1.",
-        ),
-        advanced(
-            io.Boolean.Input(
-                "wildcards",
-                default=False,
-                optional=True,
-                tooltip="Of words in braces with bars between them one is chosen. Off: braces are text.",
-            )
-        ),
-        advanced(
-            io.Boolean.Input(
-                "lines_are_variants",
-                default=False,
-                optional=True,
-                tooltip="Each line of a caption is a caption of its own, shown in turn. Off: it is one caption.",
-            )
-        ),
-        advanced(
-            io.Int.Input(
-                "caption_variants",
-                default=0,
-                min=0,
-                max=10000,
-                optional=True,
-                tooltip="How many versions of a varying caption are encoded. 0: 4 to 64, fewer for more pictures.",
-            )
-        ),
-        io.Boolean.Input(
-            "flip",
-            default=False,
-            optional=True,
-            tooltip="Mirrors half of the showings. Not for faces, text, or anything that has a left and a right.",
-        ),
-        advanced(
-            io.Boolean.Input(
-                "upscale",
-                default=False,
-                optional=True,
-                tooltip="Enlarges small pictures to the resolution. Off: they are trained at their own size.",
-            )
-        ),
-        advanced(
-            io.String.Input(
-                "more_resolutions",
-                default="",
-                optional=True,
-                tooltip="Further resolutions, such as 512, 768: each picture is trained at each that it reaches.",
-            )
-        ),
-        advanced(
-            io.Float.Input(
-                "mask_minimum",
-                default=0.0,
-                min=0.0,
-                max=1.0,
-                step=0.01,
-                optional=True,
-                tooltip="Least weight in the loss where a mask is black. Typical: 0 to 0.1.",
-            )
-        ),
-    ]
-
-
-# What is checked of those inputs before anything runs.
-_VARYING = {
-    "tag_dropout": None,
-    "caption_dropout": None,
-    "more_resolutions": examples.read_resolutions,
-    "mask_minimum": None,
-}
-
-
 def _mask_folder(choice: str) -> str:
     """The absolute path of a folder of masks, empty where none was chosen. Raises DatasetError as `dataset_path`."""
     return paths.dataset_path(choice, "mask_folder") if not isinstance(choice, str) or choice.strip() else ""
-
-
-def _handling(
-    shuffle_tags=False,
-    keep_tokens=0,
-    tag_dropout=0.0,
-    caption_dropout=0.0,
-    wildcards=False,
-    lines_are_variants=False,
-    caption_variants=0,
-    flip=False,
-    upscale=False,
-    more_resolutions="",
-    mask_minimum=0.0,
-) -> examples.Handling:
-    """`lines_are_variants` is settled when captions are read; it is taken so that both can be given the same inputs."""
-    return examples.Handling(
-        shuffle_tags=shuffle_tags,
-        keep_tokens=keep_tokens,
-        tag_dropout=tag_dropout,
-        caption_dropout=caption_dropout,
-        wildcards=wildcards,
-        caption_variants=caption_variants,
-        flip=flip,
-        upscale=upscale,
-        resolutions=examples.read_resolutions(more_resolutions),
-        mask_minimum=mask_minimum,
-    )
 
 
 class GraftLoadDataset(io.ComfyNode):
@@ -192,7 +55,7 @@ class GraftLoadDataset(io.ComfyNode):
                 _trigger(),
                 _resolution(),
                 io.Int.Input("repeats", default=1, min=1, max=10000, tooltip="How often an epoch shows each picture."),
-                *_varying(),
+                *variation.widgets(),
                 io.Combo.Input(
                     "masks",
                     options=list(scan.MASKS),
@@ -232,7 +95,7 @@ class GraftLoadDataset(io.ComfyNode):
     validate_inputs = checked(
         folder=paths.dataset_path,
         trigger=None,
-        **_VARYING,
+        **variation.CHECKED,
         masks=None,
         mask_folder=_mask_folder,
         validation_folder=None,
@@ -275,7 +138,7 @@ class GraftLoadDataset(io.ComfyNode):
                 trigger,
                 resolution,
                 repeats,
-                _handling(**varying),
+                variation.handling(**varying),
                 reading,
                 paths.index_folder(),
                 counter(cls.hidden.unique_id),
@@ -306,7 +169,7 @@ class GraftDatasetFromImages(io.ComfyNode):
                 _trigger(),
                 _resolution(),
                 io.Mask.Input("masks", optional=True, tooltip="Where it counts: white is learnt, black is not."),
-                *_varying(),
+                *variation.widgets(),
                 io.Image.Input(
                     "control_images",
                     optional=True,
@@ -317,38 +180,42 @@ class GraftDatasetFromImages(io.ComfyNode):
             hidden=[io.Hidden.unique_id],
         )
 
-    validate_inputs = checked(captions=None, trigger=None, **_VARYING)
+    validate_inputs = checked(captions=None, trigger=None, **variation.CHECKED)
 
     @classmethod
     def execute(
         cls, images, captions, trigger, resolution, masks=None, control_images=None, **varying
     ) -> io.NodeOutput:
         with named(cls, images=images, masks=masks, control_images=control_images):
-            pictures = [_eight_bits(picture) for batch in images for picture in batch]
-            weights = [_eight_bits(mask) for batch in masks or [] for mask in _batch(batch)]
-            controls = [_eight_bits(picture) for batch in control_images or [] for picture in batch]
+            pictures = _eight_bits(images, "images")
+            weights = _eight_bits(masks or [], "masks")
+            controls = _eight_bits(control_images or [], "control_images")
             ways = {name: values[0] for name, values in varying.items()}
             lines = ways.get("lines_are_variants", False)
-            handling = _handling(**ways)
+            handling = variation.handling(**ways)
             return io.NodeOutput(
                 scan.from_arrays(pictures, captions, trigger[0], resolution[0], weights, handling, lines, controls)
             )
 
 
-def _eight_bits(values):
-    """A float tensor in 0..1 as a uint8 array; alpha is dropped. Raises DatasetError where a number is none."""
+def _eight_bits(batches, input: str) -> list:
+    """Each float tensor in 0..1 of batches, or a mask alone, as a uint8 array; alpha is dropped.
+
+    Raises:
+        DatasetError: naming the input, where a number is none.
+    """
+    return [_picture(one, input) for batch in batches for one in (batch if batch.ndim > 2 else batch[None])]
+
+
+def _picture(values, input: str):
     if not values.isfinite().all():
         raise DatasetError(
             "A picture or mask holds numbers that are not finite.",
             "Look at what made it; a VAE in half precision gives such pictures.",
-            "images" if values.ndim == 3 else "masks",
+            input,
         )
     array = (values[..., :3] if values.ndim == 3 else values).clamp(0, 1) * 255.0
     return array.round().byte().cpu().numpy()
-
-
-def _batch(mask):
-    return mask if mask.ndim == 3 else mask[None]
 
 
 class GraftCombineDatasets(io.ComfyNode):

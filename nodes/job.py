@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from . import inputs
 from .checks import checked
-from .schema import CATEGORY, Dataset, named, options_input
+from .schema import CATEGORY, Dataset, describe, named, options_input
 
 
 class GraftExportJob(io.ComfyNode):
@@ -14,9 +14,10 @@ class GraftExportJob(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return describe(
             node_id="GraftExportJob",
             display_name="Graft Export Job",
+            aliases=["accelerate", "multi-gpu", "multiple gpus", "distributed training", "remote training", "train"],
             category=f"{CATEGORY}/train",
             description="Writes what a trainer would do into a folder of its own, with all pictures and captions "
             "encoded, to be run on other machines or several GPUs by the pack's job.py. Takes a trainer's place.",

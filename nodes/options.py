@@ -4,104 +4,45 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..trainers.limits import check_option
 from ..trainers.methods import ADAPTERS
 from ..trainers.objective.loss import HUBER_SCHEDULES, LOSSES
 from ..trainers.objective.timesteps import TIMESTEPS
 from ..trainers.objective.weighting import WEIGHTINGS
 from ..trainers.optimisers import OPTIMISERS, SCHEDULES
-from ..trainers.settings import TARGETS, UNSET
-from ..trainers.settings import Options as Chosen
+from ..trainers.settings import TARGETS
 from .checks import checked
 from .host import paths
 from .host.sampling import SAMPLERS, SCHEDULERS
 from .inputs import TOP_SEED
-from .schema import CATEGORY, Options, advanced, describe, named, options_input
-
-_CATEGORY = f"{CATEGORY}/options"
-_MANY = 10_000_000
+from .option_fields import OptionNode, auto, count, number, option_schema, rules
+from .schema import advanced
 
 
-def _auto(name: str, options: list[str], tooltip: str) -> io.Combo.Input:
-    return io.Combo.Input(name, options=["auto", *options], default="auto", tooltip=tooltip)
-
-
-def _count(name: str, tooltip: str, unset: int = 0, top: int = _MANY) -> io.Int.Input:
-    return io.Int.Input(name, default=unset, min=unset, max=top, tooltip=tooltip)
-
-
-def _number(name: str, tooltip: str, unset: float, top: float, step: float) -> io.Float.Input:
-    return io.Float.Input(name, default=unset, min=unset, max=top, step=step, round=False, tooltip=tooltip)
-
-
-def _rules(kind: str, *names: str) -> dict:
-    """Rules for an option node's fields, as they hold when they are set."""
-
-    def rule_of(name: str):
-        return lambda value: value == UNSET[kind][name] or check_option(kind, name, value)
-
-    return {name: rule_of(name) for name in names}
-
-
-class _OptionNode(io.ComfyNode):
-    """What the option nodes share: they add their set fields to those that arrive."""
-
-    kind = ""
-
-    @classmethod
-    def execute(cls, options=None, **values) -> io.NodeOutput:
-        with named(cls, options=options):
-            return io.NodeOutput((options or Chosen()).adding(cls.kind, values))
-
-
-def _later(built):
-    """Marks a field that came after its node had landed: optional, behind the socket, so that old graphs stay valid."""
-    built.optional = True
-    return built
-
-
-def _schema(
-    node_id: str, title: str, aliases: list[str], description: str, inputs: list, later: tuple = ()
-) -> io.Schema:
-    return describe(
-        node_id=node_id,
-        display_name=title,
-        aliases=aliases,
-        category=_CATEGORY,
-        description=description,
-        inputs=[*inputs, options_input(), *(_later(built) for built in later)],
-        outputs=[Options.Output("options_out", display_name="options")],
-        hidden=[io.Hidden.unique_id],
-    )
-
-
-class GraftRunOptions(_OptionNode):
+class GraftRunOptions(OptionNode):
     """Name, saving and validation of a run."""
 
     kind = "run"
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return _schema(
+        return option_schema(
             "GraftRunOptions",
             "Graft Run Options",
             ["save every", "checkpoints", "validation", "resume"],
             "Names a run, and says how often it is saved and validated. Untouched fields change nothing.",
             [
                 io.String.Input("name", default="", tooltip="Name of the run's folder. Empty: the dataset's name."),
-                _auto(
+                auto(
                     "on_existing",
                     ["resume", "start over", "new"],
                     "What to do when this very run exists. auto: resume, or return it when finished.",
                 ),
-                _count("save_every", "Save state and adapter every so many steps. 0: 500."),
-                _count("keep_last", "How many of those are kept. 0: 2.", top=10_000),
-                _number(
-                    "validation_fraction", "Share of the pictures held out to measure on. 0: none.", 0.0, 0.9, 0.01
-                ),
-                _count("validate_every", "Measure on them every so many steps. 0: 50."),
+                count("save_every", "Save state and adapter every so many steps. 0: 500."),
+                count("keep_last", "How many of those are kept. 0: 2.", top=10_000),
+                number("validation_fraction", "Share of the pictures held out to measure on. 0: none.", 0.0, 0.9, 0.01),
+                count("validate_every", "Measure on them every so many steps. 0: 50."),
                 advanced(
-                    _auto(
+                    auto(
                         "gradient_check",
                         ["on", "off"],
                         "Compare the gradient with finite differences before step 1. "
@@ -110,13 +51,13 @@ class GraftRunOptions(_OptionNode):
                 ),
             ],
             (
-                _auto(
+                auto(
                     "tensorboard",
                     ["on", "off"],
                     "Write TensorBoard's event files too. They need the package tensorboard. auto: off.",
                 ),
                 advanced(
-                    _count(
+                    count(
                         "processes",
                         "Train by so many processes on this machine, one for each GPU; batch_size is of all together. "
                         "0: 1.",
@@ -127,29 +68,29 @@ class GraftRunOptions(_OptionNode):
         )
 
     validate_inputs = checked(
-        **_rules("run", "name", "validation_fraction"), on_existing=None, gradient_check=None, tensorboard=None
+        **rules("run", "name", "validation_fraction"), on_existing=None, gradient_check=None, tensorboard=None
     )
 
 
-class GraftPreviewOptions(_OptionNode):
+class GraftPreviewOptions(OptionNode):
     """Sample pictures while training."""
 
     kind = "preview"
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return _schema(
+        return option_schema(
             "GraftPreviewOptions",
             "Graft Preview Options",
             ["sample images", "preview while training", "samples"],
             "Draws sample pictures while training, the first before step 1. Without prompts there are none.",
             [
                 io.String.Input("prompts", default="", multiline=True, tooltip="One prompt a line."),
-                _count("every", "Draw every so many steps. 0: 100."),
-                _count("steps", "Sampling steps. 0: 20.", top=1000),
-                _number("cfg", "Guidance. 0: the family's own.", 0.0, 100.0, 0.1),
-                _auto("sampler_name", list(SAMPLERS), "auto: euler."),
-                _auto("scheduler", list(SCHEDULERS), "auto: the family's own."),
+                count("every", "Draw every so many steps. 0: 100."),
+                count("steps", "Sampling steps. 0: 20.", top=1000),
+                number("cfg", "Guidance. 0: the family's own.", 0.0, 100.0, 0.1),
+                auto("sampler_name", list(SAMPLERS), "auto: euler."),
+                auto("scheduler", list(SCHEDULERS), "auto: the family's own."),
                 io.Int.Input(
                     "seed",
                     default=-1,
@@ -161,33 +102,33 @@ class GraftPreviewOptions(_OptionNode):
             ],
         )
 
-    validate_inputs = checked(**_rules("preview", "prompts", "cfg"), sampler_name=None, scheduler=None)
+    validate_inputs = checked(**rules("preview", "prompts", "cfg"), sampler_name=None, scheduler=None)
 
 
-class GraftOptimizerOptions(_OptionNode):
+class GraftOptimizerOptions(OptionNode):
     """How the weights are moved."""
 
     kind = "optimizer"
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return _schema(
+        return option_schema(
             "GraftOptimizerOptions",
             "Graft Optimizer Options",
             ["optimiser", "adamw", "prodigy", "adafactor", "lr scheduler", "ema"],
             "Optimiser, schedule, accumulation and clipping. Untouched fields change nothing.",
             [
-                _auto(
+                auto(
                     "optimizer",
                     list(OPTIMISERS),
                     "auto: AdamW. Most others need a package; the error names it where it is missing.",
                 ),
-                _number("weight_decay", "-1: the optimizer's own, 0.01 for AdamW.", -1.0, 10.0, 0.001),
-                _auto("schedule", list(SCHEDULES), "How the learning rate goes over the steps. auto: constant."),
-                _count("warmup_steps", "Steps of rising learning rate at the start. -1: none.", unset=-1),
-                _count("accumulation", "Batches for one optimiser step. 0: 1.", top=4096),
-                _number("max_grad_norm", "Gradients are clipped to this norm; 0 never clips. -1: 1.", -1.0, 1e6, 0.1),
-                _number(
+                number("weight_decay", "-1: the optimizer's own, 0.01 for AdamW.", -1.0, 10.0, 0.001),
+                auto("schedule", list(SCHEDULES), "How the learning rate goes over the steps. auto: constant."),
+                count("warmup_steps", "Steps of rising learning rate at the start. -1: none.", unset=-1),
+                count("accumulation", "Batches for one optimiser step. 0: 1.", top=4096),
+                number("max_grad_norm", "Gradients are clipped to this norm; 0 never clips. -1: 1.", -1.0, 1e6, 0.1),
+                number(
                     "ema_decay",
                     "Moving average of the weights, such as 0.999; 0: none. -1: none.",
                     -1.0,
@@ -197,12 +138,10 @@ class GraftOptimizerOptions(_OptionNode):
             ],
             (
                 advanced(
-                    _number(
-                        "beta1", "Decay of the momentum. -1: the optimizer's own, mostly 0.9.", -1.0, 0.99999, 0.001
-                    )
+                    number("beta1", "Decay of the momentum. -1: the optimizer's own, mostly 0.9.", -1.0, 0.99999, 0.001)
                 ),
                 advanced(
-                    _number(
+                    number(
                         "beta2",
                         "Decay of the second moment. -1: the optimizer's own, mostly 0.999.",
                         -1.0,
@@ -210,10 +149,10 @@ class GraftOptimizerOptions(_OptionNode):
                         0.0001,
                     )
                 ),
-                advanced(_count("num_cycles", "Falls of the schedule cosine with restarts. 0: 1.", top=10_000)),
-                advanced(_number("power", "Exponent of the schedule polynomial. 0: 1, a line.", 0.0, 100.0, 0.1)),
+                advanced(count("num_cycles", "Falls of the schedule cosine with restarts. 0: 1.", top=10_000)),
+                advanced(number("power", "Exponent of the schedule polynomial. 0: 1, a line.", 0.0, 100.0, 0.1)),
                 advanced(
-                    _number(
+                    number(
                         "loss_spike_factor",
                         "A step whose loss is over so many times the usual one is left out, such as 20. 0: none.",
                         0.0,
@@ -225,38 +164,38 @@ class GraftOptimizerOptions(_OptionNode):
         )
 
     validate_inputs = checked(
-        **_rules("optimizer", "weight_decay", "max_grad_norm", "ema_decay", "beta1", "beta2", "power"),
-        **_rules("optimizer", "loss_spike_factor"),
+        **rules("optimizer", "weight_decay", "max_grad_norm", "ema_decay", "beta1", "beta2", "power"),
+        **rules("optimizer", "loss_spike_factor"),
         optimizer=None,
         schedule=None,
     )
 
 
-class GraftMemoryOptions(_OptionNode):
+class GraftMemoryOptions(OptionNode):
     """What to do when memory is short."""
 
     kind = "memory"
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return _schema(
+        return option_schema(
             "GraftMemoryOptions",
             "Graft Memory Options",
             ["vram", "gradient checkpointing", "block swap", "low vram", "offload"],
             "Trades time for memory; a run may go on with other values. Untouched fields change nothing.",
             [
-                _auto(
+                auto(
                     "checkpointing",
                     ["on", "off"],
                     "Forget activations and compute them again in the backward. auto: on for large models.",
                 ),
-                _auto("compute_dtype", ["fp32", "bf16", "fp16"], "auto: what the model computes in anyway."),
-                _count(
+                auto("compute_dtype", ["fp32", "bf16", "fp16"], "auto: what the model computes in anyway."),
+                count(
                     "micro_batch", "Pictures computed at once; the batch stays as it is. 0: the whole batch.", top=4096
                 ),
             ],
             (
-                _auto(
+                auto(
                     "offload",
                     ["on", "off"],
                     "Keep frozen blocks off the device but for the one that is computed. auto: when memory ran out.",
@@ -267,27 +206,27 @@ class GraftMemoryOptions(_OptionNode):
     validate_inputs = checked(checkpointing=None, compute_dtype=None, offload=None)
 
 
-class GraftAdapterOptions(_OptionNode):
+class GraftAdapterOptions(OptionNode):
     """What kind of adapter is trained, and where it is put."""
 
     kind = "adapter"
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return _schema(
+        return option_schema(
             "GraftAdapterOptions",
             "Graft Adapter Options",
             ["network type", "dora", "locon", "loha", "lokr", "pissa", "rank", "alpha", "lycoris"],
             "Type, layers, ranks and rates of the adapter. Untouched fields change nothing.",
             [
-                _auto("type", list(ADAPTERS), "auto: LoRA."),
-                _number("alpha", "The effective scale is alpha / rank. 0: alpha equals the rank.", 0.0, 1e6, 0.1),
-                _auto("targets", list(TARGETS), "Which layers. auto: attention; with LoRA with conv all of them."),
-                _number("dropout", "Share of an adapter's inputs that a step drops. 0: none.", 0.0, 0.95, 0.01),
-                _auto("text_encoder", ["on", "off"], "Train the text encoder too. auto: off."),
-                _count("text_encoder_rank", "Its own rank. 0: the model's.", top=1024),
-                _number("text_encoder_learning_rate", "Its own learning rate. 0: the model's.", 0.0, 10.0, 0.0000001),
-                _auto(
+                auto("type", list(ADAPTERS), "auto: LoRA."),
+                number("alpha", "The effective scale is alpha / rank. 0: alpha equals the rank.", 0.0, 1e6, 0.1),
+                auto("targets", list(TARGETS), "Which layers. auto: attention; with LoRA with conv all of them."),
+                number("dropout", "Share of an adapter's inputs that a step drops. 0: none.", 0.0, 0.95, 0.01),
+                auto("text_encoder", ["on", "off"], "Train the text encoder too. auto: off."),
+                count("text_encoder_rank", "Its own rank. 0: the model's.", top=1024),
+                number("text_encoder_learning_rate", "Its own learning rate. 0: the model's.", 0.0, 10.0, 0.0000001),
+                auto(
                     "start_from",
                     paths.adapter_choices(),
                     "An adapter of the same type and ranks to go on from. auto: none.",
@@ -317,12 +256,12 @@ class GraftAdapterOptions(_OptionNode):
                     )
                 ),
                 advanced(
-                    _number("lora_plus_ratio", "LoRA+: B's learning rate over A's, such as 16. 0: 1.", 0.0, 1e4, 0.1)
+                    number("lora_plus_ratio", "LoRA+: B's learning rate over A's, such as 16. 0: 1.", 0.0, 1e4, 0.1)
                 ),
             ],
             later=(
                 advanced(
-                    _auto(
+                    auto(
                         "weight_dtype",
                         ["fp32", "bf16"],
                         "What all weights are trained in; bf16 is rounded stochastically. auto: fp32.",
@@ -333,8 +272,8 @@ class GraftAdapterOptions(_OptionNode):
 
     validate_inputs = checked(
         start_from=lambda name: name == "auto" or paths.adapter_path(name),
-        **_rules("adapter", "target_patterns", "block_ranks", "block_learning_rates"),
-        **_rules("adapter", "alpha", "dropout", "text_encoder_learning_rate", "lora_plus_ratio"),
+        **rules("adapter", "target_patterns", "block_ranks", "block_learning_rates"),
+        **rules("adapter", "alpha", "dropout", "text_encoder_learning_rate", "lora_plus_ratio"),
         type=None,
         targets=None,
         text_encoder=None,
@@ -349,34 +288,34 @@ class GraftAdapterOptions(_OptionNode):
         return paths.file_state(start_from, paths.adapter_path)
 
 
-class GraftObjectiveOptions(_OptionNode):
+class GraftObjectiveOptions(OptionNode):
     """What the loss looks at."""
 
     kind = "objective"
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return _schema(
+        return option_schema(
             "GraftObjectiveOptions",
             "Graft Objective Options",
             ["min snr", "noise offset", "timestep sampling", "huber", "loss"],
             "Noise levels, weights, loss and noise, in place of the model's own. Untouched fields change nothing.",
             [
-                _auto("timesteps", list(TIMESTEPS), "Which noise levels are drawn. auto: all the model has, alike."),
-                _count("min_timestep", "Least noise, of 1000. 0: from the first level.", top=1000),
-                _count("max_timestep", "Most noise, of 1000. 0: to the last level.", top=1000),
-                _auto("weighting", list(WEIGHTINGS), "What a noise level counts for. auto: native, all the same."),
-                _number("min_snr_gamma", "Gamma of min-SNR. 0: 5.", 0.0, 1000.0, 0.1),
-                _auto("loss", list(LOSSES), "How an error is measured. auto: MSE."),
-                _number("noise_offset", "Lets brightness be learnt, such as 0.05. 0: none.", 0.0, 1.0, 0.01),
-                _number(
+                auto("timesteps", list(TIMESTEPS), "Which noise levels are drawn. auto: all the model has, alike."),
+                count("min_timestep", "Least noise, of 1000. 0: from the first level.", top=1000),
+                count("max_timestep", "Most noise, of 1000. 0: to the last level.", top=1000),
+                auto("weighting", list(WEIGHTINGS), "What a noise level counts for. auto: native, all the same."),
+                number("min_snr_gamma", "Gamma of min-SNR. 0: 5.", 0.0, 1000.0, 0.1),
+                auto("loss", list(LOSSES), "How an error is measured. auto: MSE."),
+                number("noise_offset", "Lets brightness be learnt, such as 0.05. 0: none.", 0.0, 1.0, 0.01),
+                number(
                     "input_perturbation",
                     "Noise that the target does not know of, such as 0.1. 0: none.",
                     0.0,
                     1.0,
                     0.01,
                 ),
-                _number("pyramid_discount", "Multi-resolution noise, such as 0.3. 0: none.", 0.0, 0.99, 0.01),
+                number("pyramid_discount", "Multi-resolution noise, such as 0.3. 0: none.", 0.0, 0.99, 0.01),
                 advanced(
                     io.Float.Input(
                         "timestep_mean",
@@ -388,11 +327,11 @@ class GraftObjectiveOptions(_OptionNode):
                         tooltip="Mean of logit-normal timesteps; above 0 for more noise. 0: 0.",
                     )
                 ),
-                advanced(_number("timestep_std", "Deviation of logit-normal timesteps. 0: 1.", 0.0, 10.0, 0.1)),
-                advanced(_number("timestep_shift", "Factor of shifted timesteps. 0: 3.", 0.0, 100.0, 0.1)),
-                advanced(_number("huber_c", "Where Huber turns from square to absolute. 0: 0.1.", 0.0, 1.0, 0.01)),
+                advanced(number("timestep_std", "Deviation of logit-normal timesteps. 0: 1.", 0.0, 10.0, 0.1)),
+                advanced(number("timestep_shift", "Factor of shifted timesteps. 0: 3.", 0.0, 100.0, 0.1)),
+                advanced(number("huber_c", "Where Huber turns from square to absolute. 0: 0.1.", 0.0, 1.0, 0.01)),
                 advanced(
-                    _auto(
+                    auto(
                         "huber_schedule",
                         [name for name in HUBER_SCHEDULES if name != "auto"],
                         "How Huber's width falls with noise. auto: snr, or exponential for flow models.",
@@ -402,8 +341,8 @@ class GraftObjectiveOptions(_OptionNode):
         )
 
     validate_inputs = checked(
-        **_rules("objective", "min_snr_gamma", "noise_offset", "input_perturbation", "pyramid_discount"),
-        **_rules("objective", "timestep_mean", "timestep_std", "timestep_shift", "huber_c"),
+        **rules("objective", "min_snr_gamma", "noise_offset", "input_perturbation", "pyramid_discount"),
+        **rules("objective", "timestep_mean", "timestep_std", "timestep_shift", "huber_c"),
         timesteps=None,
         weighting=None,
         loss=None,
@@ -411,14 +350,14 @@ class GraftObjectiveOptions(_OptionNode):
     )
 
 
-class GraftPivotalOptions(_OptionNode):
+class GraftPivotalOptions(OptionNode):
     """A word trained beside the model."""
 
     kind = "pivotal"
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return _schema(
+        return option_schema(
             "GraftPivotalOptions",
             "Graft Pivotal Options",
             ["pivotal tuning", "textual inversion", "ti"],
@@ -432,13 +371,13 @@ class GraftPivotalOptions(_OptionNode):
                 io.String.Input(
                     "init_text", default="", tooltip="What it is, in a word or two: where learning starts."
                 ),
-                _count("vectors", "How many of a prompt's 75 places it takes. 0: 2.", top=64),
-                _number("learning_rate", "Of the word alone. 0: 5e-4.", 0.0, 10.0, 0.0000001),
-                _number("stop_fraction", "Share of the steps after which it is frozen. 0: 0.5.", 0.0, 1.0, 0.01),
+                count("vectors", "How many of a prompt's 75 places it takes. 0: 2.", top=64),
+                number("learning_rate", "Of the word alone. 0: 5e-4.", 0.0, 10.0, 0.0000001),
+                number("stop_fraction", "Share of the steps after which it is frozen. 0: 0.5.", 0.0, 1.0, 0.01),
             ],
         )
 
-    validate_inputs = checked(**_rules("pivotal", "name", "init_text", "learning_rate", "stop_fraction"))
+    validate_inputs = checked(**rules("pivotal", "name", "init_text", "learning_rate", "stop_fraction"))
 
 
 NODES = [

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import secrets
 import shutil
+import sys
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -134,7 +135,8 @@ def _events(path: str, size: int) -> Iterator[dict[str, Any]]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    # Whole numbers may be larger than any float.
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _describe(steps: Iterable[tuple[int, float]], checked: Iterable[tuple[int, float]]) -> Losses:
@@ -159,7 +161,10 @@ def _thinned(points: list[tuple[int, float]]) -> tuple[tuple[int, float], ...]:
 def _size(folder: str) -> int:
     total = 0
     for directory, _, names in os.walk(folder):
-        total += sum(os.lstat(os.path.join(directory, name)).st_size for name in names)
+        for name in names:
+            # A training may remove one meanwhile.
+            with suppress(FileNotFoundError):
+                total += os.lstat(os.path.join(directory, name)).st_size
     return total
 
 

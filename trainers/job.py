@@ -18,7 +18,7 @@ from .errors import GraftError, RunError
 from .formats import files
 from .limits import check_recipe
 from .objective.options import Objective
-from .prepare import prepare
+from .prepare import Prepared, prepare
 from .protocols import Host
 from .recipe import Recipe
 from .run import Folders, safe_name
@@ -41,7 +41,6 @@ class Job:
     """What a job's folder tells.
 
     Attributes:
-        identity: of the run that it makes; the same as in the graph it came from.
         base: what the host wrote to find its model again.
         cache: folder of the latents and conditionings.
         start: the adapter that it starts from, empty where it is one of the host's list or there is none.
@@ -49,7 +48,6 @@ class Job:
 
     recipe: Recipe
     dataset: Dataset
-    identity: str
     base: dict[str, Any]
     cache: str
     start: str
@@ -73,10 +71,11 @@ def export_job(
     task = task_of(recipe, dataset, host, folders)
     path = os.path.join(parent, f"{safe_name(recipe.name or task.label)}-{task.identity[:8]}")
     with _replaced(path) as temporary:
-        prepare(task.dataset, recipe, host, folders.cache, folders.cache_limit, os.path.join(temporary, _CACHE))
+        copy = os.path.join(temporary, _CACHE)
+        prepared = prepare(task.dataset, recipe, host, folders.cache, folders.cache_limit, copy)
         if recipe.start_from:
             _copy(folders.adapter_of(recipe.start_from), os.path.join(temporary, _START))
-        _write(temporary, recipe, dataset, task.identity, base, "")
+        _write(temporary, recipe, _marked(dataset, prepared), base, "")
     return path
 
 
@@ -89,14 +88,26 @@ def write_local_job(
         GraftError: as `export_job`.
     """
     task = task_of(recipe, dataset, host, folders)
-    prepare(task.dataset, recipe, host, folders.cache, folders.cache_limit)
-    _write(path, recipe, dataset, task.identity, base, os.path.abspath(folders.cache))
+    prepared = prepare(task.dataset, recipe, host, folders.cache, folders.cache_limit)
+    _write(path, recipe, _marked(dataset, prepared), base, os.path.abspath(folders.cache))
 
 
-def _write(folder: str, recipe: Recipe, dataset: Dataset, identity: str, base: dict, cache: str) -> None:
+def _marked(dataset: Dataset, prepared: Prepared) -> Dataset:
+    """The dataset whose examples know that they are left out: without its pictures that cannot be found out again."""
+    reasons = {row.name: row for row in prepared.left_out}
+
+    def marked(example: Example) -> Example:
+        names = [one.source.name for one in (example, example.control) if one is not None]
+        return replace(example, left_out=next(reasons[name] for name in names if name in reasons))
+
+    rows = enumerate(dataset.examples)
+    examples = tuple(one if place in prepared.places else marked(one) for place, one in rows)
+    return replace(dataset, examples=examples)
+
+
+def _write(folder: str, recipe: Recipe, dataset: Dataset, base: dict, cache: str) -> None:
     value = {
         "format": _FORMAT,
-        "identity": identity,
         "recipe": recipe.as_json(),
         "dataset": _dataset_as_json(dataset),
         "base": base,
@@ -149,6 +160,7 @@ def _example_as_json(example: Example) -> dict[str, Any]:
     row["mask"] = [example.mask.name, example.mask.digest] if example.mask is not None else None
     row["anchor"] = asdict(example.anchor) if example.anchor is not None else None
     row["control"] = _example_as_json(example.control) if example.control is not None else None
+    row["left_out"] = asdict(example.left_out) if example.left_out is not None else None
     return row
 
 
@@ -182,7 +194,7 @@ def read_job(folder: str) -> Job:
         base = value["base"]
         if not isinstance(base, dict):
             raise ValueError("its base is no object")
-        return Job(recipe, dataset, _text(value["identity"]), base, cache, start if os.path.isfile(start) else "")
+        return Job(recipe, dataset, base, cache, start if os.path.isfile(start) else "")
     except RunError:
         raise
     except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
@@ -208,12 +220,15 @@ def _dataset_of(value: dict[str, Any]) -> Dataset:
 def _example_of(row: dict[str, Any]) -> Example:
     plain = {name: row[name] for name in _PLAIN}
     mask, anchor, control = row["mask"], row["anchor"], row["control"]
+    # Jobs of before say nothing of it.
+    left_out = row.get("left_out")
     made = {
         "source": _Absent(_text(row["name"]), _text(row["digest"])),
         "handling": _made(Handling, row["handling"]),
         "mask": None if mask is None else _Absent(_text(mask[0]), _text(mask[1])),
         "anchor": None if anchor is None else _made(Anchor, anchor),
         "control": None if control is None else _example_of(control),
+        "left_out": None if left_out is None else _made(LeftOut, left_out),
     }
     return _made(Example, {**plain, **made})
 

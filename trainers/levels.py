@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -102,7 +103,8 @@ def _halved(rows: list[list]) -> list[list]:
 
 def _is_table(rows: Any, kinds: tuple[type, ...]) -> bool:
     def is_number(one: Any) -> bool:
-        return type(one) in kinds and math.isfinite(one)
+        # Whole numbers may be larger than any float.
+        return type(one) in kinds and abs(one) <= sys.float_info.max
 
     return isinstance(rows, list) and all(
         isinstance(row, list) and len(row) == BUCKETS and all(map(is_number, row)) for row in rows

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -17,21 +16,20 @@ from .ahead import Ahead
 from .errors import GraftError, NumbersError
 from .forward import fixed_losses, parts_of, terms_of
 from .group import report_idle, rows_of
-from .ladder import Ladder, in_one_line, is_out_of_memory, trees_of
+from .ladder import Ladder, trees_of
 from .levels import times_of
 from .methods.dropout import dropping_out
 from .optimisers import OPTIMISERS, Group, lr_factor
 from .optimisers.average import MovingAverage, averaged
 from .optimisers.stepping import Mover
-from .protocols import Asked, Hurried, PreviewRequest
+from .previews import preview
+from .protocols import Asked
 from .run import STOPPED, Run
 from .state import State
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from .plan import Plan, Shown
-    from .protocols import Conditioning, Host
+    from .protocols import Host
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +86,7 @@ def train(plan: Plan, run: Run, host: Host, state: State) -> State:
 
     try:
         if state.step == 0:
-            _preview(plan, run, host, state)
+            preview(plan, run, host, state.step)
         while state.step < recipe.steps:
             started = time.perf_counter()
             share = factor(state.step)
@@ -145,7 +143,7 @@ def train(plan: Plan, run: Run, host: Host, state: State) -> State:
             host.report("step", event)
             if _due(state.step, recipe.preview_every, recipe.steps):
                 with averaged(average, parameters):
-                    _preview(plan, run, host, state)
+                    preview(plan, run, host, state.step)
             asked = _agreed(host)
             if (state.step % recipe.save_every == 0 or asked is Asked.SAVE) and state.step < recipe.steps:
                 keep()
@@ -268,69 +266,6 @@ def _validate(plan: Plan, run: Run, host: Host, state: State) -> None:
     event = {"event": "validation", "step": state.step, "loss": loss}
     run.log(event)
     host.report("validation", event)
-
-
-def _preview(plan: Plan, run: Run, host: Host, state: State) -> None:
-    recipe = plan.recipe
-    if not recipe.preview_prompts or not host.group.leads:
-        return
-    request = PreviewRequest(
-        prompts=recipe.preview_prompts,
-        size=_usual_bucket(plan),
-        steps=recipe.preview_steps,
-        cfg=recipe.preview_cfg,
-        sampler_name=recipe.preview_sampler,
-        scheduler=recipe.preview_scheduler,
-        seed=recipe.preview_seed,
-        beside=_beside(plan),
-    )
-    try:
-        pictures = _drawn(host, request)
-    except Hurried:
-        return
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        said = in_one_line(error)
-        log.warning("Graft: memory ran out while previews of step %d were drawn (%s): left out.", state.step, said)
-        run.log({"event": "memory", "step": state.step, "done": "previews left out", "said": said})
-        return
-    paths = run.save_samples(state.step, pictures)
-    run.log({"event": "sample", "step": state.step, "files": [os.path.basename(path) for path in paths]})
-    host.report("sample", {"step": state.step, "paths": paths, "pictures": pictures})
-
-
-def _drawn(host: Host, request: PreviewRequest) -> list[Image.Image]:
-    """The pictures; where memory runs out, once more with all else off the device."""
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        try:
-            return host.denoiser.preview(request)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-        host.denoiser.make_room()
-        return host.denoiser.preview(request)
-
-
-def _beside(plan: Plan) -> tuple[Conditioning, ...]:
-    """What previews are drawn with where the model takes a source picture or a hole: those of the first examples.
-
-    Of the usual shape, and held out ones before those that are trained on.
-    """
-    bucket = _usual_bucket(plan)
-    found = []
-    for item in (*plan.validation, *plan.train):
-        if item.bucket == bucket and not item.prior and len(found) < len(plan.recipe.preview_prompts):
-            one = item.show(None).conditioning
-            if one.source is None and one.hole is None:
-                break
-            found.append(one)
-    return tuple(found)
-
-
-def _usual_bucket(plan: Plan) -> tuple[int, int]:
-    buckets = [item.bucket for item in plan.train if not item.prior]
-    return max(sorted(set(buckets)), key=buckets.count)
 
 
 def _not_finite(loss: float, names: list[str], step: int) -> NumbersError:

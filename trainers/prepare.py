@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import threading
@@ -11,24 +10,28 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from .data import captions
-from .data.buckets import Crop, choose_crops
-from .data.cache import Cache, LatentCache, MaskCache, TextCache, cache_size, prune
+from .data.cache import Cache, LatentCache, TextCache, cache_size, prune
 from .data.controls import control_crop
+from .data.cutting import Cuts, all_resolutions, cut_dataset, held_out
 from .data.examples import LeftOut
 from .data.holes import HoleCache
+from .data.mask_weights import MaskCache
 from .data.memory import Keep
 from .data.order import stream_seed, turns_within
 from .data.prior import refuse_if_one_sided
-from .data.scan import reason_of, shortened
-from .errors import DatasetError, SettingsError
+from .data.scan import shortened
+from .errors import DatasetError
 from .protocols import HOLE, SOURCE, Conditioning
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
 
+    from .data.buckets import Crop
     from .data.examples import Dataset, Example
     from .plan import Item, Shown
-    from .protocols import Geometry, Host
+    from .protocols import Host
     from .recipe import Recipe
 
 log = logging.getLogger(__name__)
@@ -40,52 +43,16 @@ class Prepared:
 
     Attributes:
         training, validation: items.
+        places: in the dataset, of the examples that are either.
         left_out: files that are not trained on.
         facts: for the run's record, JSON-able.
     """
 
     training: list[Item]
     validation: list[Item]
+    places: frozenset[int]
     left_out: tuple[LeftOut, ...]
     facts: dict
-
-
-@dataclass(frozen=True)
-class _Cuts:
-    """An example, its place in the dataset, and its cuts, one for each resolution."""
-
-    place: int
-    example: Example
-    crops: tuple[Crop, ...]
-
-    def all_crops(self) -> list[Crop]:
-        """The cuts, and the mirrored ones where it is flipped."""
-        mirrored = [crop.mirrored() for crop in self.crops] if self.example.handling.flip else []
-        return [*self.crops, *mirrored]
-
-
-def cut_dataset(dataset: Dataset, geometries: dict[int, Geometry]) -> tuple[list[_Cuts], list[LeftOut]]:
-    """The cuts of each example, and the examples that have none.
-
-    Args:
-        geometries: by resolution; 0 is the dataset's own.
-    """
-    found = []
-    left_out = []
-    for place, example in enumerate(dataset.examples):
-        wanted = [geometries[resolution] for resolution in (0, *example.handling.resolutions)]
-        try:
-            crops = choose_crops(example.size, wanted, example.source.name, example.handling.upscale)
-        except DatasetError as error:
-            left_out.append(LeftOut(example.source.name, reason_of(error, example.source.name)))
-            continue
-        found.append(_Cuts(place, example, tuple(crops)))
-    return found, left_out
-
-
-def all_resolutions(dataset: Dataset) -> list[int]:
-    """The further resolutions of a dataset's examples, and 0 for its own."""
-    return sorted({0, *(side for example in dataset.examples for side in example.handling.resolutions)})
 
 
 def prepare(
@@ -129,6 +96,7 @@ def prepare(
     return Prepared(
         [maker.item(cut, crop) for cut in training for crop in cut.crops],
         [maker.item(cut, crop) for cut in cuts if cut.place in validation for crop in cut.crops],
+        frozenset(cut.place for cut in cuts),
         everything,
         facts,
     )
@@ -143,7 +111,7 @@ def _refuse_sources(dataset: Dataset, host: Host) -> None:
         )
 
 
-def _refuse_if_empty(dataset: Dataset, cuts: list[_Cuts], left_out: list[LeftOut]) -> None:
+def _refuse_if_empty(dataset: Dataset, cuts: list[Cuts], left_out: list[LeftOut]) -> None:
     if not cuts:
         raise DatasetError(
             f"None of the {len(dataset.examples)} pictures of '{dataset.name}' can be trained on: "
@@ -151,31 +119,6 @@ def _refuse_if_empty(dataset: Dataset, cuts: list[_Cuts], left_out: list[LeftOut
             "Take larger or sound pictures, or let small ones be enlarged (upscale).",
             "dataset",
         )
-
-
-def held_out(cuts: list[_Cuts], recipe: Recipe) -> set[int]:
-    """Places of the examples that serve validation: those marked, and a share of the rest by content and seed alone.
-
-    Raises:
-        SettingsError: nothing would be left to train on.
-    """
-    marked = {cut.place for cut in cuts if cut.example.held_out}
-    # Validation measures how well the subject is learnt; class images are all trained on.
-    rest = [cut for cut in cuts if cut.place not in marked and not cut.example.prior]
-    count = round(recipe.validation_fraction * len(rest))
-    if recipe.validation_fraction > 0:
-        count = max(1, count)
-    if count >= len(rest):
-        raise SettingsError(
-            f"validation_fraction {recipe.validation_fraction} leaves none of {len(rest)} pictures to train on.",
-            "Lower it in Graft Run Options, or add pictures.",
-            "validation_fraction",
-        )
-
-    def rank(cut: _Cuts) -> str:
-        return hashlib.sha256(f"{recipe.seed}{cut.example.digest}".encode()).hexdigest()
-
-    return marked | {cut.place for cut in sorted(rest, key=rank)[:count]}
 
 
 class _Maker:
@@ -200,41 +143,48 @@ class _Maker:
         self._done = 0
         self._some_caption = ""
 
-    def _tick(self, name: str, total: int) -> None:
-        self._done += 1
-        self._host.report("cache", {"name": name, "done": self._done, "total": total})
+    def _ticking(self, rest: int) -> Callable[[str], None]:
+        """Tells of each thing that is encoded from now on; at most so many are."""
+        total = self._done + rest
+
+        def tick(name: str) -> None:
+            self._done += 1
+            self._host.report("cache", {"name": name, "done": self._done, "total": total})
+
+        return tick
 
     def copy(self, folder: str) -> None:
         """Puts what is needed into another cache."""
         for name, cache in self._caches.items():
             cache.copy_asked(os.path.join(folder, name))
 
-    def encode_pictures(self, cuts: list[_Cuts], left_out: list[LeftOut]) -> list[_Cuts]:
+    def encode_pictures(self, cuts: list[Cuts], left_out: list[LeftOut]) -> list[Cuts]:
         """Those of the cuts that have latents and masks; the others go to `left_out`."""
         rows = [(cut.example, cut.all_crops()) for cut in cuts]
-        outcome = self._latents.fill(rows, lambda name: self._tick(name, 2 * len(cuts)))
+        # The captions are counted later.
+        outcome = self._latents.fill(rows, self._ticking(2 * len(cuts)))
         found = _sound(cuts, outcome, left_out)
         found = self._with_masks(found, left_out)
         return self._with_holes(self._with_sources(found, left_out), left_out)
 
-    def _with_sources(self, cuts: list[_Cuts], left_out: list[LeftOut]) -> list[_Cuts]:
+    def _with_sources(self, cuts: list[Cuts], left_out: list[LeftOut]) -> list[Cuts]:
         paired = [cut for cut in cuts if cut.example.control is not None]
         rows = [(cut.example.control, [self._control_crop(cut, crop) for crop in cut.all_crops()]) for cut in paired]
-        outcome = self._latents.fill(rows, lambda name: self._tick(name, 2 * len(cuts)))
+        outcome = self._latents.fill(rows, self._ticking(len(paired) + len(cuts)))
         kept = {cut.place for cut in _sound(paired, outcome, left_out)}
         return [cut for cut in cuts if cut.example.control is None or cut.place in kept]
 
-    def _with_holes(self, cuts: list[_Cuts], left_out: list[LeftOut]) -> list[_Cuts]:
+    def _with_holes(self, cuts: list[Cuts], left_out: list[LeftOut]) -> list[Cuts]:
         if self._holes is None:
             return cuts
         rows = [(cut.example, cut.all_crops()) for cut in cuts]
-        return _sound(cuts, self._holes.fill(rows, lambda name: self._tick(name, 3 * len(cuts))), left_out)
+        return _sound(cuts, self._holes.fill(rows, self._ticking(2 * len(cuts))), left_out)
 
-    def _control_crop(self, cut: _Cuts, crop: Crop) -> Crop:
+    def _control_crop(self, cut: Cuts, crop: Crop) -> Crop:
         step = self._host.denoiser.geometry(self._recipe.resolution).step
         return control_crop(cut.example.control, cut.example.size, crop, step)
 
-    def beside_facts(self, cuts: list[_Cuts]) -> dict[str, int]:
+    def beside_facts(self, cuts: list[Cuts]) -> dict[str, int]:
         """How many pictures have a source or a hole beside them; nothing where there is no such thing."""
         paired = sum(cut.example.control is not None for cut in cuts)
         found = {"source_pictures": paired} if paired else {}
@@ -243,7 +193,7 @@ class _Maker:
             found.update(holes_by_mask=masked, holes_drawn=len(cuts) - masked)
         return found
 
-    def _with_masks(self, cuts: list[_Cuts], left_out: list[LeftOut]) -> list[_Cuts]:
+    def _with_masks(self, cuts: list[Cuts], left_out: list[LeftOut]) -> list[Cuts]:
         rows = []
         owners = []
         for cut in cuts:
@@ -268,7 +218,7 @@ class _Maker:
     def _shape(self, example: Example, crop: Crop) -> tuple[int, int]:
         return tuple(self._latents.get(self._latents.key(example, crop))["mean"].shape[-2:])
 
-    def encode_captions(self, training: list[_Cuts], validation: list[_Cuts]) -> None:
+    def encode_captions(self, training: list[Cuts], validation: list[Cuts]) -> None:
         """Encodes the captions that the run will show, those of validation, and the anchors' prompts."""
         if self._texts is None:
             return
@@ -294,24 +244,24 @@ class _Maker:
             for number in self._shown(cut, crop, count, times):
                 wanted[captions.variant(example, number)] = None
         self._some_caption = next(iter(wanted))
-        self._texts.fill(wanted, lambda name: self._tick(name, self._pictures + len(wanted)))
+        self._texts.fill(wanted, self._ticking(len(wanted)))
 
-    def _shown(self, cut: _Cuts, crop: Crop, count: int, times: int) -> list[int]:
+    def _shown(self, cut: Cuts, crop: Crop, count: int, times: int) -> list[int]:
         """The versions of a caption that so many showings need."""
         if times >= count:
             return list(range(count))
         return sorted({self._version(cut, crop, count, turn) for turn in range(times)} - {None})
 
-    def _version(self, cut: _Cuts, crop: Crop, count: int, turn: int) -> int | None:
-        return captions.variant_of_turn(cut.example, count, self._recipe.seed, _place(cut, crop), turn)
+    def _version(self, cut: Cuts, crop: Crop, count: int, turn: int) -> int | None:
+        return captions.variant_of_turn(cut.example, count, self._recipe.seed, cut.stream(crop), turn)
 
-    def check_inputs(self, cut: _Cuts) -> None:
+    def check_inputs(self, cut: Cuts) -> None:
         """Lets the denoiser refuse a codec or an encoder that is not its own."""
         latent = self._latents.get(self._latents.key(cut.example, cut.crops[0]))["mean"]
         text = self._host.text.encode("") if self._texts is None else self._texts.get(self._some_caption)
         self._host.denoiser.check_inputs(latent, text)
 
-    def latent_kind(self, cuts: list[_Cuts]) -> str:
+    def latent_kind(self, cuts: list[Cuts]) -> str:
         """What the cache holds of the pictures, in words."""
         first = self._latents.get(self._latents.key(cuts[0].example, cuts[0].crops[0]))
         if "logvar" in first:
@@ -319,7 +269,7 @@ class _Maker:
         log.info("Graft: this VAE has no posterior that can be sampled; the mean of each picture is trained on.")
         return "mean alone: the VAE has no posterior"
 
-    def item(self, cut: _Cuts, crop: Crop) -> Item:
+    def item(self, cut: Cuts, crop: Crop) -> Item:
         """One cut of an example as the loop wants it."""
         from .plan import Item
 
@@ -331,7 +281,7 @@ class _Maker:
         anchored = example.anchor is not None
         return Item(example.source.name, crop.bucket, example.repeats, show, example.prior, anchored)
 
-    def _show(self, cut: _Cuts, crop: Crop, turn: int | None) -> Shown:
+    def _show(self, cut: Cuts, crop: Crop, turn: int | None) -> Shown:
         from .plan import Shown
 
         example = cut.example
@@ -358,7 +308,7 @@ class _Maker:
             tensors = self._keep.get(f"text {caption}", lambda: self._texts.get(caption))
         return Conditioning(tensors, example.size, drawn.offset, drawn.bucket)
 
-    def _beside(self, cut: _Cuts, crop: Crop, drawn: Crop, turn: int | None) -> dict[str, torch.Tensor]:
+    def _beside(self, cut: Cuts, crop: Crop, drawn: Crop, turn: int | None) -> dict[str, torch.Tensor]:
         """The source picture of a showing, or its hole: by seed, place and turn alone, and validation's is the first.
 
         Means of the posterior, as the host's own nodes give them.
@@ -369,14 +319,14 @@ class _Maker:
             return {"source": self._latent(key, None)}
         if self._holes is None:
             return {}
-        seed = stream_seed("hole", self._recipe.seed, _place(cut, crop), turn) if turn is not None else 0
+        seed = stream_seed("hole", self._recipe.seed, cut.stream(crop), turn) if turn is not None else 0
         key = self._holes.key(example, drawn, seed % self._holes.count(example))
         return self._keep.get(f"hole {key}", lambda: self._holes.get(key))
 
     def _live(self, caption: str) -> str | None:
         return caption if self._texts is None else None
 
-    def _draw(self, cut: _Cuts, crop: Crop, turn: int | None):
+    def _draw(self, cut: Cuts, crop: Crop, turn: int | None):
         """(caption, cut, source of the latent's noise) of a showing: by seed, place and turn alone.
 
         Validation has no turn: the plain caption, no mirror, the mean.
@@ -386,7 +336,7 @@ class _Maker:
             return captions.plain(example), crop, None
         from .objective.noise import generator
 
-        place = _place(cut, crop)
+        place = cut.stream(crop)
         count = captions.variant_count(example, self._pictures)
         number = self._version(cut, crop, count, turn)
         caption = "" if number is None else captions.variant(example, number)
@@ -411,12 +361,7 @@ class _Maker:
         return found[""].clamp_min(example.handling.mask_minimum)
 
 
-def _sound(cuts: list[_Cuts], outcome: list[LeftOut | None], left_out: list[LeftOut]) -> list[_Cuts]:
+def _sound(cuts: list[Cuts], outcome: list[LeftOut | None], left_out: list[LeftOut]) -> list[Cuts]:
     """The cuts without a problem; those of the others go to `left_out`."""
     left_out.extend(problem for problem in outcome if problem is not None)
     return [cut for cut, problem in zip(cuts, outcome, strict=True) if problem is None]
-
-
-def _place(cut: _Cuts, crop: Crop) -> str:
-    """Names a cut's own stream of random numbers."""
-    return f"{cut.place}/{crop.bucket[0]}x{crop.bucket[1]}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -51,13 +52,18 @@ class Spread(Group):
         return total
 
     def part(self) -> None:
-        """As Group says; nothing where it is known already that the group is no more."""
+        """As Group says; nothing where the group is no more."""
         if self._left:
             return
         self._left = True
-        self._sum(0.0, 1.0)
+        # Nobody is there to be told then, and what this one leaves for is what counts.
+        with suppress(Parted):
+            self._sum(0.0, 1.0)
 
     def _sum(self, *numbers: float) -> list[float]:
+        if self.world == 1:
+            # Not every device that trains alone has numbers of this size.
+            return list(numbers)
         import torch
         from accelerate.utils import reduce
 

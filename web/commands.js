@@ -1,31 +1,22 @@
 // What can be asked of the training that runs, and the history, as the host's commands: for its menu and for keys.
 import { t, text } from "./texts.js";
 
-const RESUMABLE = new Set(["stopped", "paused", "cancelled"]);
-
 export const TAB = "graft-history";
 
-// acts: {openHistory, store, routes, tell}; tell shows a toast.
-export function makeCommands({ openHistory, store, routes, tell }) {
+export function makeCommands({ openHistory, store, routes, toasts }) {
   const live = () => store.list().findLast((training) => training.isLive);
-  const attempt = async (work) => {
-    try {
-      await work();
-    } catch (error) {
-      tell("error", t("That did not work"), error.message);
-    }
-  };
   const ask = (wish) =>
-    attempt(async () => {
+    toasts.attempt(async () => {
       const training = live();
       if (training) await routes.ask(training, wish);
-      else tell("info", t("Nothing is training"));
+      else toasts.show("info", t("Nothing is training"));
     });
   const pauseOrResume = async () => {
     if (live()) return ask("pause");
-    const halted = store.list().findLast((training) => RESUMABLE.has(training.phase));
-    if (halted) return attempt(() => routes.resume(halted));
-    return tell("info", t("Nothing is training"), t("Nor was a training stopped or paused since the server started."));
+    const halted = store.list().findLast((training) => training.isResumable);
+    if (halted) return toasts.attempt(() => routes.resume(halted));
+    const none = t("Nor was a training stopped or paused since the server started.");
+    return toasts.show("info", t("Nothing is training"), none);
   };
   // [id, picture, name, work]
   const commands = [

@@ -26,9 +26,8 @@ const routes = new Routes(api, app);
 const show = throttled(showAll, PAUSE);
 const store = new Store(routes, show, hear);
 const toasts = new Toasts(() => app.extensionManager.toast);
-const tell = (...given) => toasts.show(...given);
 const look = throttled(() => history?.isSeen && history.refresh(), LOOK);
-const commands = makeCommands({ openHistory, store, routes, tell });
+const commands = makeCommands({ openHistory, store, routes, toasts });
 
 function hear(message, training) {
   toasts.hear(message, training);
@@ -43,7 +42,7 @@ function openHistory() {
 }
 
 function addHistory() {
-  history = new History(routes, app, tell);
+  history = new History(routes, app, toasts);
   app.extensionManager.registerSidebarTab({
     id: TAB,
     icon: "pi pi-chart-line",

@@ -19,6 +19,15 @@ export class Toasts {
     this._host().add({ severity, summary, detail, life: severity === "error" ? LONG_LIFE : LIFE });
   }
 
+  // Does what may fail; an error is shown.
+  async attempt(work) {
+    try {
+      await work();
+    } catch (error) {
+      this.show("error", t("That did not work"), error.message);
+    }
+  }
+
   // A message of a training, and the training as it is with it.
   hear(message, training) {
     const key = keyOf(message);

@@ -1,10 +1,12 @@
-"""Newer hosts' own kernels for rotary embeddings have no backward: plain PyTorch while a model is trained."""
+"""Newer hosts' own kernels have no backward: while a model is trained they are told, and kept away from them."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+import comfy.model_management
 
 _KITCHEN = "comfy_kitchen"
 _PLAIN = "comfy_kitchen.backends.eager.rope"
@@ -15,7 +17,7 @@ _NAMES = tuple(
 
 @contextmanager
 def differentiable() -> Iterator[None]:
-    """Within it the host's calls reach the kernels' own reference in PyTorch, which autograd records.
+    """Within it calls for rotary embeddings reach the kernels' own reference in PyTorch, which autograd records.
 
     The host asks `model_management.in_training` in some models before it takes a kernel, and in others not at all.
     """
@@ -32,3 +34,18 @@ def differentiable() -> Iterator[None]:
     finally:
         for name, kernel in before.items():
             setattr(kitchen, name, kernel)
+
+
+@contextmanager
+def training_flag(value: bool) -> Iterator[None]:
+    """Within it newer hosts know that a model is trained, or that it is not; older ones do not ask."""
+    management = comfy.model_management
+    if not hasattr(management, "in_training"):
+        yield
+        return
+    before = management.in_training
+    management.in_training = value
+    try:
+        yield
+    finally:
+        management.in_training = before

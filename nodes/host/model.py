@@ -221,7 +221,7 @@ class ComfyDenoiser:
             self._options = _transformer_options(self._model)
             self._sampler = sampling.PreviewSampler(self._model, self._base, self._text, self._vae, self._beside)
             try:
-                with _in_training():
+                with kernels.training_flag(True), kernels.differentiable():
                     yield
             finally:
                 self._sampler = None
@@ -234,7 +234,7 @@ class ComfyDenoiser:
         """By the host's own sampler on the tree as trained so far."""
         _cast_where_needed(self._casting, _inference_dtype(self._base))
         try:
-            with _not_training():
+            with kernels.training_flag(False):
                 return self._sampler.draw(request)
         finally:
             # Drawing may have made the host move the tree to make room.
@@ -382,30 +382,3 @@ def _joinable(conds: list[dict]) -> list[list[int]]:
         else:
             groups.append([index])
     return groups
-
-
-@contextmanager
-def _in_training() -> Iterator[None]:
-    """Tells newer hosts to stay away from kernels that have no backward."""
-    with _training_flag(True), kernels.differentiable():
-        yield
-
-
-@contextmanager
-def _not_training() -> Iterator[None]:
-    with _training_flag(False):
-        yield
-
-
-@contextmanager
-def _training_flag(value: bool) -> Iterator[None]:
-    management = comfy.model_management
-    if not hasattr(management, "in_training"):
-        yield
-        return
-    before = management.in_training
-    management.in_training = value
-    try:
-        yield
-    finally:
-        management.in_training = before

@@ -32,8 +32,12 @@ _CHUNK = 1 << 20
 _MOST_NODES = 500
 
 
-def describe(node: str) -> dict[str, Any]:
+def describe(node: str, host: Host, files: bool) -> dict[str, Any]:
     """What leads to the model, the text encoder and the VAE of a node that is executing; JSON-able.
+
+    Args:
+        host: what arrived at that node; its fingerprints are what is loaded again is held against.
+        files: whether to name the files with their hashes, which takes reading them whole: for other machines.
 
     Raises:
         ModelError: it cannot be known, or nodes of other packs are among it.
@@ -51,7 +55,8 @@ def describe(node: str) -> dict[str, Any]:
     found: dict[str, dict] = {}
     for socket, link in links.items():
         _collect(prompt, link[0], socket, found)
-    return {"nodes": found, "sockets": links, "files": _files_of(found)}
+    listed = _files_of(found) if files else []
+    return {"nodes": found, "sockets": links, "files": listed, "fingerprints": fingerprints(host)}
 
 
 def fingerprints(host: Host) -> dict[str, str]:

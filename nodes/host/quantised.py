@@ -7,19 +7,16 @@ import functools
 import torch
 
 
-def as_linears(tree: torch.nn.Module) -> int:
-    """Makes real Linears of the host's quantised ones in a private tree; the number of them.
+def as_linears(tree: torch.nn.Module) -> None:
+    """Makes real Linears of the host's quantised ones in a private tree.
 
     The host's class is a bare Module: neither this pack nor peft would know it for a Linear. And it multiplies in the
     weight's own format, which rounds the activations as well: here the gradient is that of the numbers the weights
     stand for, which stay as they are kept and are put into the activations' dtype at each use.
     """
-    found = 0
     for layer in tree.modules():
         if _is_quantising(type(layer)) and layer.weight is not None:
             layer.__class__ = _linear_of(type(layer))
-            found += 1
-    return found
 
 
 def _is_quantising(kind: type) -> bool:

@@ -52,7 +52,7 @@ _LONG_GRACE = 60.0
 
 
 def check_count(count: int) -> None:
-    """Refuses more processes than there are GPUs.
+    """Refuses more processes than there are GPUs, and GPUs that have no way to tell each other anything.
 
     Raises:
         SettingsError: naming the option.
@@ -60,11 +60,20 @@ def check_count(count: int) -> None:
     device = comfy.model_management.get_torch_device()
     if device.type == "cpu":
         return
-    there = torch.accelerator.device_count() if hasattr(torch, "accelerator") else 1
+    # Of the kind's own module: torch.accelerator is not in every version that the host takes.
+    kind = getattr(torch, device.type, None)
+    there = 1 if kind is None else kind.device_count()
     if count > there:
         raise SettingsError(
             f"processes is {count}, but PyTorch sees {there} GPUs here.",
             "Set processes in Graft Run Options to at most that, or run the job elsewhere (Graft Export Job).",
+            "options",
+        )
+    by_nccl = comfy.model_management.is_nvidia() or comfy.model_management.is_amd()
+    if by_nccl and not torch.distributed.is_nccl_available():
+        raise SettingsError(
+            "PyTorch is built without NCCL here, by which GPUs train together; on Windows it always is.",
+            "Set processes in Graft Run Options to 1, or run the job under Linux (Graft Export Job).",
             "options",
         )
 
@@ -77,8 +86,10 @@ def train(recipe: Recipe, dataset: Dataset, host: Host, node: str) -> tuple[str,
         The host's interruption, after what was reached was saved and the processes have ended.
     """
     check_count(recipe.processes)
-    base = {**origin.describe(node), "fingerprints": origin.fingerprints(host)}
-    folder = os.path.join(paths.jobs_folder(), f".{secrets.token_hex(6)}.tmp")
+    # The files are this machine's own.
+    base = origin.describe(node, host, files=False)
+    # Where the host clears up after a server that was killed.
+    folder = os.path.join(folder_paths.get_temp_directory(), f"graft-{secrets.token_hex(6)}")
     try:
         write_local_job(folder, recipe, dataset, host, paths.folders(), base)
         # The processes put their own copies on the devices.

@@ -10,13 +10,13 @@ import torch
 from comfy.cli_args import args
 from comfy_execution.graph_utils import ExecutionBlocker
 
+from ...trainers.data.cutting import all_resolutions
 from ...trainers.data.scan import shortened
 from ...trainers.errors import ModelError, OutOfMemory
 from ...trainers.families import family_of
 from ...trainers.job import export_job
 from ...trainers.ladder import in_one_line, is_out_of_memory
 from ...trainers.levels import BY_TIMESTEP
-from ...trainers.prepare import all_resolutions
 from ...trainers.protocols import Geometry, Host
 from ...trainers.recipe import Word
 from ...trainers.session import is_finished, run_recipe
@@ -155,7 +155,7 @@ def export(
         denoiser = ComfyDenoiser(model, text, vae)
         recipe = settled(model, dataset, widgets, options)
         host = Host(denoiser, text, ComfyCodec(vae), report)
-        base = {**origin.describe(node), "fingerprints": origin.fingerprints(host)}
+        base = origin.describe(node, host, files=True)
         return export_job(paths.jobs_folder(), recipe, dataset, host, paths.folders(), base)
 
 

@@ -263,7 +263,7 @@ def test_a_run_is_known_by_its_source_pictures(tmp_path):
 
 @pytest.mark.parametrize("name", ["Flux", "SD1 inpaint"])
 def test_previews_are_drawn_beside_the_first_examples(name, tmp_path):
-    from graft_pack.trainers.loop import _beside
+    from graft_pack.trainers.previews import _beside
     from graft_pack.trainers.protocols import PreviewRequest
 
     encoder = models.text("Flux" if name == "Flux" else "SD1")

@@ -89,3 +89,13 @@ def stand_ins(schema):
     made["LOSS_MAP"] = {"loss": [1.0]}
     made |= dict.fromkeys(("MODEL", "CLIP", "VAE"), thing)
     return {one.id: made[one.get_io_type()] for one in schema.inputs if one.get_io_type() in made}
+
+
+@pytest.mark.parametrize("name", ["images", "masks", "control_images"])
+def test_numbers_that_are_none_are_named_by_the_input_they_came_in_by(name, comfy):
+    others = {"captions": [""], "trigger": [""], "resolution": [0]}
+    given = {one: [torch.zeros(1, 8, 8, 3)] for one in ("images", "control_images")} | {"masks": [torch.zeros(8, 8)]}
+    NODES["GraftDatasetFromImages"].execute(**others, **given)
+    given[name] = [given[name][0] * math.nan]
+    with pytest.raises(GraftError, match=f"input '{name}': A picture or mask holds numbers that are not finite"):
+        NODES["GraftDatasetFromImages"].execute(**others, **given)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from graft_pack.trainers.errors import ModelError
+from graft_pack.trainers.errors import ModelError, SettingsError
 
 from tests.support import models
 
@@ -59,3 +59,24 @@ def test_a_model_that_does_more_around_its_network_is_refused():
     model.model.__class__ = Wrapping
     with pytest.raises(ModelError, match="more around its network"), models.in_training(model, "SD1"):
         pass
+
+
+@pytest.mark.parametrize(
+    "count, nccl, said", [(2, True, ""), (3, True, "sees 2 GPUs here"), (2, False, "without NCCL")]
+)
+def test_processes_that_cannot_train_together_are_refused_before_they_start(count, nccl, said, monkeypatch):
+    """By the number there is on an older PyTorch too, which has no `torch.accelerator`."""
+    import comfy.model_management
+    from graft_pack.nodes.host import together
+
+    monkeypatch.setattr(comfy.model_management, "get_torch_device", lambda: torch.device("cuda", 0))
+    monkeypatch.setattr(comfy.model_management, "is_nvidia", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: nccl)
+    monkeypatch.delattr(torch, "accelerator", raising=False)
+    if not said:
+        together.check_count(count)
+        return
+    with pytest.raises(SettingsError, match=said) as caught:
+        together.check_count(count)
+    assert caught.value.input == "options"

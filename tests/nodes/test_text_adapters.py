@@ -6,7 +6,7 @@ from graft_pack.trainers.check import directional_error
 from graft_pack.trainers.errors import ModelError, SettingsError
 from graft_pack.trainers.formats.adapter import load_adapter, save_adapter
 from graft_pack.trainers.methods import ADAPTERS
-from graft_pack.trainers.methods.by_peft import LINEAR
+from graft_pack.trainers.methods.layers import LINEAR
 
 from tests.support import diffusers_host, models
 

@@ -6,6 +6,8 @@ page.load(workflow)
 prompt_id = page.queue()
 """
 
+import importlib.resources
+import io
 import json
 import os
 import re
@@ -13,6 +15,7 @@ import shutil
 import time
 from pathlib import Path
 
+from PIL import Image
 from selenium import webdriver
 from selenium.common.exceptions import JavascriptException
 from selenium.webdriver.chrome.options import Options
@@ -30,6 +33,9 @@ SETTINGS = {
     "Comfy.Locale": "en",
     "Comfy.VueNodes.Enabled": False,
 }
+
+# A workflow without nodes.
+EMPTY = {"version": 0.4, "nodes": [], "links": [], "last_node_id": 0, "last_link_id": 0}
 
 # Banners of the frontend that were seen and closed.
 DISMISSED = ["vueNodesBannerDismissed", "comfy.vueNodesMigration.dismissed"]
@@ -54,6 +60,44 @@ SCRIPT = """
     run(Array.from(arguments).slice(0, -1), window.app, window.app?.api ?? window.comfyAPI?.api?.api).then(
         value => done({value: JSON.stringify(value ?? null)}),
         error => done({error: String(error?.stack ?? error)}));"""
+
+# Luminance and contrast as WCAG 2.1 defines them; what is disabled is excepted.
+CONTRAST = """
+    const pen = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
+    const paint = (...colours) => {
+        pen.clearRect(0, 0, 1, 1);
+        for (const colour of colours) {
+            pen.fillStyle = colour;
+            pen.fillRect(0, 0, 1, 1);
+        }
+        return [...pen.getImageData(0, 0, 1, 1).data];
+    };
+    const groundOf = element => {
+        const found = [];
+        for (let one = element; one; one = one.parentElement) {
+            found.unshift(getComputedStyle(one).backgroundColor);
+            if (paint(found[0])[3] === 255) break;
+        }
+        return found;
+    };
+    const luminance = colour => {
+        const parts = colour.slice(0, 3).map(part => part / 255);
+        const [red, green, blue] = parts.map(one => one <= 0.03928 ? one / 12.92 : ((one + 0.055) / 1.055) ** 2.4);
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue;
+    };
+    const contrast = element => {
+        const {fill, color} = getComputedStyle(element);
+        const ground = groundOf(element);
+        const text = paint(...ground, element instanceof SVGElement ? fill : color);
+        const [low, high] = [text, paint(...ground)].map(luminance).sort((a, b) => a - b);
+        return (high + 0.05) / (low + 0.05);
+    };
+    const isText = element => [...element.childNodes].some(one => one.nodeType === 3 && one.data.trim());
+    const shown = [...document.querySelectorAll(`${args[0]} *`)].filter(
+        element => isText(element) && element.checkVisibility() && !element.closest(':disabled'));
+    if (!shown.length) throw new Error(`no text in ${args[0]}`);
+    return shown.filter(element => contrast(element) < 4.5).map(
+        element => `${element.textContent.trim()}: ${contrast(element).toFixed(1)}`);"""
 
 FLAGS = [
     "--headless=new",
@@ -252,16 +296,31 @@ class Page:
 
     # What it shows and says
 
-    def screenshot(self, path):
-        """Save a PNG of the page; returns its path."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(self.driver.get_screenshot_as_png())
-        return path
+    def shoot(self):
+        """The page as a picture, RGB."""
+        return Image.open(io.BytesIO(self.driver.get_screenshot_as_png())).convert("RGB")
 
     def read_text(self):
         """The text that the page shows, toasts and dialogs included."""
         return self.driver.execute_script("return document.body.innerText")
+
+    def list_violations(self, selector):
+        """What axe finds of serious or critical impact in a part of the page: [(rule, elements)]."""
+        if not self.js("return typeof axe === 'object';"):
+            source = importlib.resources.files("axe_core_python").joinpath("axe.min.js").read_text(encoding="utf-8")
+            self.driver.execute_script(source)
+        return self.js("""
+            const found = await axe.run(args[0]);
+            return found.violations.filter(one => ['serious', 'critical'].includes(one.impact))
+                .map(one => [one.id, one.nodes.map(node => `${node.html} ${node.failureSummary}`)]);""",
+            selector)  # fmt: skip
+
+    def list_faint(self, selector):
+        """Texts in a part of the page with less contrast than WCAG 2.1 asks for (1.4.3): [text and contrast].
+
+        axe says nothing of colours that are mixed in the style sheet, nor of what lies over the graph.
+        """
+        return self.js(CONTRAST, selector)
 
     def read_errors(self, ignore=NOISE):
         """Console errors and uncaught exceptions so far, without those that an ignored pattern matches."""

@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import axe_core_python
 from selenium.webdriver.common.by import By
-
-AXE = Path(axe_core_python.__file__).with_name("axe.min.js")
-SERIOUS = {"serious", "critical"}
 
 
 class HistoryView:
@@ -109,13 +103,3 @@ class HistoryView:
                 toast => toast.textContent.includes('{text}'));
             toast?.querySelector('button')?.click();
             return Boolean(toast);""", timeout)  # fmt: skip
-
-    def check_accessibility(self, selector):
-        """Serious violations that axe finds in a part of the page: [rule: element]."""
-        if not self.page.js("return typeof axe === 'object';"):
-            self.page.driver.execute_script(AXE.read_text(encoding="utf-8"))
-        found = self.page.js("""
-            return (await axe.run(args[0])).violations.map(
-                ({id, impact, nodes}) => ({id, impact, nodes: nodes.map(node => node.html + node.failureSummary)}));""",
-            selector)  # fmt: skip
-        return [f"{one['id']}: {node}" for one in found if one["impact"] in SERIOUS for node in one["nodes"]]

@@ -7,17 +7,13 @@ Several nodes share a picture: the workflow that they are part of.
 """
 
 import argparse
-import io
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-from PIL import Image
-
-from .browser import Browser
+from .browser import EMPTY, Browser
 from .host import ROOT
-from .make_pictures import COVERS, find_graph
+from .make_pictures import take_graph
 from .pack import hide_root
 from .server import ComfyServer
 
@@ -154,7 +150,7 @@ PICTURES = {
 
 def lay_out(page, columns):
     """Puts the nodes in columns from left to right and links them."""
-    page.load({"version": 0.4, "nodes": [], "links": [], "last_node_id": 0, "last_link_id": 0})
+    page.load(EMPTY)
     made, left = {}, 0
     for column in columns:
         top, wide = 0, 0
@@ -173,20 +169,6 @@ def lay_out(page, columns):
                 page.connect(made[source], slot, made[name], given)
 
 
-def take(page, path):
-    """A picture of the graph as it is, small."""
-    page.fit()
-    page.js("document.querySelectorAll(args[0]).forEach(cover => { cover.style.visibility = 'hidden'; });", COVERS)
-    time.sleep(1)
-    shot = Image.open(io.BytesIO(page.driver.get_screenshot_as_png())).convert("RGB")
-    left, top, right, bottom = find_graph(page)
-    cut = shot.crop((max(0, left), max(0, top), min(shot.width, right), min(shot.height, bottom)))
-    cut.thumbnail((WIDTH, WIDTH), Image.Resampling.LANCZOS)
-    path.parent.mkdir(exist_ok=True)
-    cut.save(path, quality=75, method=6)
-    print(path, cut.size, path.stat().st_size, flush=True)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=list(PICTURES), nargs="+", default=list(PICTURES))
@@ -198,7 +180,7 @@ def main():
             page = browser.open(server.url)
             for name in args.only:
                 lay_out(page, PICTURES[name])
-                take(page, FOLDER / f"{name}.webp")
+                take_graph(page, FOLDER / f"{name}.webp", WIDTH, quality=75, method=6)
 
 
 if __name__ == "__main__":

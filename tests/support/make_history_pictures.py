@@ -6,7 +6,6 @@ Writes assets/history-dark.jpg and assets/history-light.jpg: the sidebar and the
 """
 
 import argparse
-import io
 import sys
 import tempfile
 import time
@@ -46,10 +45,6 @@ def train(server, steps):
     return [runs.find_run(server, name).name for name in reversed(RECIPES)]
 
 
-def take(page):
-    return Image.open(io.BytesIO(page.driver.get_screenshot_as_png())).convert("RGB")
-
-
 def cut(page, picture, selector):
     """What an element takes up of a picture of the page."""
     box = page.js("const {left, top, right, bottom} = document.querySelector(args[0]).getBoundingClientRect();"
@@ -66,12 +61,12 @@ def look(browser, server, theme, names):
         history.wait_for_card(name, "card.querySelector('img').naturalWidth > 0")
     # Past what the page says when it is opened.
     time.sleep(1)
-    listed = take(page)
+    listed = page.shoot()
     bar = page.js("return document.querySelector('.graft-history').getBoundingClientRect().right;")
     history.press("Compare 2 runs")
     history.comparison()
     time.sleep(0.5)
-    compared = cut(page, take(page), ".graft-comparison")
+    compared = cut(page, page.shoot(), ".graft-comparison")
     listed = listed.crop((0, 0, round(bar) + 4, compared.height))
     sheet = Image.new("RGB", (listed.width + compared.width, compared.height))
     sheet.paste(listed, (0, 0))

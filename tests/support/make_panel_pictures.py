@@ -7,7 +7,6 @@ themes when most of it is done.
 """
 
 import argparse
-import io
 import sys
 import tempfile
 import time
@@ -52,14 +51,9 @@ def take_looks(page, scale=1.0):
 def take_look(page, theme, scale):
     page.set_setting("Comfy.ColorPalette", theme)
     panels.look_at(page, scale)
-    view = panels.PanelView(page)
-    # The page takes its time for a theme, and the chart follows it.
-    deadline = time.monotonic() + 10
-    while not view.is_drawn() and time.monotonic() < deadline:
-        time.sleep(0.1)
+    panels.PanelView(page).wait_until_drawn()
     time.sleep(0.3)
-    shot = Image.open(io.BytesIO(page.driver.get_screenshot_as_png())).convert("RGB")
-    return shot.crop(find_node(page))
+    return page.shoot().crop(find_node(page))
 
 
 def find_node(page, margin=14):

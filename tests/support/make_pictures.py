@@ -5,7 +5,6 @@ python -m tests.support.make_pictures --unrun   assets/graph.jpg only, as the ex
 """
 
 import argparse
-import io
 import sys
 import tempfile
 import time
@@ -33,18 +32,18 @@ WIDTH = 1800
 COVERS = ".side-toolbar-container, .minimap-main-container, .workflow-tabs-container, .actionbar-container, .p-toast"
 
 
-def take_graph(page, path):
-    """A picture of the whole graph without what the page lays over it."""
+def take_graph(page, path, width=WIDTH, **saving):
+    """A picture of the whole graph without what the page lays over it, so wide at most."""
     page.fit()
     page.js("document.querySelectorAll(args[0]).forEach(cover => { cover.style.visibility = 'hidden'; });", COVERS)
     time.sleep(1)
-    shot = Image.open(io.BytesIO(page.driver.get_screenshot_as_png())).convert("RGB")
+    shot = page.shoot()
     left, top, right, bottom = find_graph(page)
     cut = shot.crop((max(0, left), max(0, top), min(shot.width, right), min(shot.height, bottom)))
-    cut.thumbnail((WIDTH, WIDTH), Image.Resampling.LANCZOS)
+    cut.thumbnail((width, width), Image.Resampling.LANCZOS)
     path.parent.mkdir(exist_ok=True)
-    cut.save(path, quality=80, optimize=True)
-    print(path, cut.size)
+    cut.save(path, **saving)
+    print(path, cut.size, path.stat().st_size, flush=True)
 
 
 def find_graph(page, margin=16):
@@ -93,7 +92,7 @@ def main():
                 workflow, entry = run_in_page(page, server, args.steps)
                 demo.draw_comparison(server, workflow, entry, PICTURES / "before_after.png")
                 draw_thumbnail(server, workflow, entry, EXAMPLES[demo.WORKFLOW.stem][1], THUMBNAIL)
-            take_graph(page, PICTURES / "graph.jpg")
+            take_graph(page, PICTURES / "graph.jpg", quality=80, optimize=True)
 
 
 if __name__ == "__main__":

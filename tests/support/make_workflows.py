@@ -12,7 +12,7 @@ import tempfile
 import uuid
 from pathlib import Path
 
-from .browser import Browser
+from .browser import EMPTY, Browser
 from .host import ROOT
 from .server import ComfyServer
 
@@ -231,7 +231,7 @@ class Sketch:
 
     def __init__(self, page):
         self.page = page
-        page.load({"version": 0.4, "nodes": [], "links": [], "last_node_id": 0, "last_link_id": 0})
+        page.load(EMPTY)
 
     def node(self, kind, title, place, size, links=None, **widgets):
         """A node with its upper left corner at place; links are {input: (node, output's place)}. Returns its id."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from .browser import EMPTY
 from .graphs import CHECKPOINT
 
 # {title: (node id, place)}; in this order they are added.
@@ -48,8 +49,6 @@ PLACES = {
     "min_timestep": "Noise",
     "max_timestep": "Noise",
 }
-
-EMPTY = {"version": 0.4, "nodes": [], "links": [], "last_node_id": 0, "last_link_id": 0}
 
 
 def draw_graph(page, folder):
@@ -148,6 +147,13 @@ class PanelView:
                 if ([0, 1, 2].every(part => Math.abs(seen[place + part] - wanted[part]) < 3)) found += 1;
             }
             return found > 50;""")
+
+    def wait_until_drawn(self, timeout=10):
+        """Waits until the chart is in the theme's colours: the page takes its time for a theme, and it follows."""
+        deadline = time.monotonic() + timeout
+        while not self.is_drawn():
+            assert time.monotonic() < deadline, "the chart is not in the theme's colours"
+            time.sleep(0.1)
 
     def list_cramped(self):
         """What is cut off, lies over its neighbour or sticks out of the panel or the node."""

@@ -3,6 +3,7 @@
 import pytest
 from PIL import Image
 
+from tests.support.browser import EMPTY
 from tests.support.host import ROOT
 from tests.support.workflow import read_workflow, to_prompt
 
@@ -19,7 +20,7 @@ def page(server, chromium):
 
 def build_graph(page):
     """A text-to-image graph with a loaded picture and one bypassed node, built in the editor."""
-    page.load({"version": 0.4, "nodes": [], "links": [], "last_node_id": 0, "last_link_id": 0})
+    page.load(EMPTY)
     types = "CheckpointLoaderSimple CLIPTextEncode EmptyLatentImage KSampler VAEDecode ImageInvert SaveImage LoadImage"
     ids = {name: page.add_node(name, 300 * place) for place, name in enumerate(types.split())}
     ids["GraftTrainLoRA"] = page.add_node("GraftTrainLoRA", 0, 600)
@@ -70,7 +71,7 @@ def test_examples_convert_as_the_frontend_does(page, server, path):
 
 
 def test_queue_runs_on_the_server(page, server):
-    page.load({"version": 0.4, "nodes": [], "links": [], "last_node_id": 0, "last_link_id": 0})
+    page.load(EMPTY)
     image = page.add_node("EmptyImage")
     page.set_widget(image, "width", 24)
     page.connect(image, 0, page.add_node("PreviewImage", 400), "images")

@@ -189,5 +189,37 @@ def test_an_error_of_one_ends_all_and_none_waits(tmp_path):
     assert answers == ["Parted", "KeyError"]
 
 
+@pytest.fixture
+def spread_alone():
+    """A process that nobody started others beside."""
+    from graft_pack.trainers.spread import Spread
+
+    group = Spread(cpu=True)
+    assert group.world == 1
+    return group
+
+
+def test_alone_no_message_is_made_which_some_devices_could_not_hold(spread_alone):
+    """Apple's have no float64; `meta` tensors have no values to read at all."""
+    spread_alone.device = torch.device("meta")
+    assert spread_alone.meet(0.1) == 0.1
+    assert spread_alone.gather([0.1, 0.2], 2) == [0.1, 0.2]
+    spread_alone.part()
+
+
+def test_who_leaves_shows_why_where_the_others_are_gone_already(spread_alone, monkeypatch):
+    def broken(tensor, reduction):
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr("accelerate.utils.reduce", broken)
+    spread_alone.world = 2
+    with pytest.raises(KeyError, match="why"):
+        try:
+            raise KeyError("why")
+        except KeyError:
+            spread_alone.part()
+            raise
+
+
 def test_what_ends_an_attempt_says_what_to_do():
     assert "start it again" in str(Parted()).lower()

@@ -53,7 +53,16 @@ def test_a_long_curve_is_thinned_and_keeps_its_end(write):
 
 
 @pytest.mark.parametrize(
-    "extra", [b"", b"{", b"[1]\n", b"\xff\n", b'{"event": "step", "step": "3", "loss": 1}\n', b"[" * 100_000]
+    "extra",
+    [
+        b"",
+        b"{",
+        b"[1]\n",
+        b"\xff\n",
+        b'{"event": "step", "step": "3", "loss": 1}\n',
+        b'{"event": "step", "step": 3, "loss": 1%s}\n' % (b"0" * 400),
+        b"[" * 100_000,
+    ],
 )
 def test_any_log_gives_what_can_be_read_of_it(write, extra):
     odd = b'{"event": "step", "step": 2, "loss": 7}\n{"event": "step", "step": 4, "loss": NaN}\n'
@@ -95,6 +104,23 @@ def test_a_run_that_is_removed_while_it_is_listed_is_left_out(folders, write, mo
     monkeypatch.setattr(os, "stat", remove_first)
     assert [one.name for one in records.list_records(folders, 10)] == [NAME]
     assert [one.record.name for one in history.list_summaries(folders, "", 0, 10)[0]] == [NAME]
+
+
+def test_a_file_that_a_training_removes_meanwhile_takes_no_run_out_of_the_list(folders, write, monkeypatch):
+    """A state that is pruned between the listing of its folder and the look at it."""
+    pruned = os.path.join(write(losses=[1.0]).folder, "state-00000001.safetensors")
+    with open(pruned, "w"):
+        pass
+    stat = os.lstat
+
+    def prune_first(path, *given, **named):
+        if path == pruned:
+            os.remove(path)
+        return stat(path, *given, **named)
+
+    monkeypatch.setattr(os, "lstat", prune_first)
+    (found,), _ = history.list_summaries(folders, "", 0, 9)
+    assert found.record.name == NAME and found.size > 0
 
 
 def test_a_deleted_run_is_gone_and_nothing_else(folders, write):

@@ -9,8 +9,10 @@ from dataclasses import replace
 import pytest
 from graft_pack.trainers import job as jobs
 from graft_pack.trainers.data.examples import Anchor, Handling
+from graft_pack.trainers.data.scan import Reading, scan_folder
 from graft_pack.trainers.errors import RunError
 from graft_pack.trainers.formats import files
+from graft_pack.trainers.protocols import SOURCE
 from graft_pack.trainers.run import Folders
 from graft_pack.trainers.session import run_recipe
 
@@ -53,6 +55,43 @@ def test_trained_from_a_job_it_is_the_same_run(tmp_path):
     assert there.run.name == direct.run.name == os.path.basename(path)
     assert same_state(state_of(there), state_of(direct))
     assert not (tmp_path / "there" / "cache").exists()
+
+
+def put_pictures(folder):
+    """Pictures of which three are cut short behind their heads: one, the mask of one, and the source of one."""
+    torn = ("1.png", "2-masklabel.png", "3.png")
+    for place in ("", "sources"):
+        os.makedirs(folder / place)
+        for number, example in enumerate(make_dataset().examples):
+            example.source.open().save(folder / place / f"{number}.png")
+    shutil.copyfile(folder / "0.png", folder / torn[1])
+    for path in (folder / torn[0], folder / torn[1], folder / "sources" / torn[2]):
+        os.truncate(path, path.stat().st_size // 2)
+    return scan_folder(str(folder), "sks", 64, 1, reading=Reading(control_folder=str(folder / "sources")))
+
+
+def editing_host():
+    host = make_host()
+    host.denoiser.takes = SOURCE
+    return host
+
+
+def test_what_cannot_be_read_is_left_out_of_a_job_as_it_is_here(tmp_path):
+    dataset = put_pictures(tmp_path / "pictures")
+    recipe, folders = models.recipe("SD1", **FIELDS), folders_of(tmp_path / "here")
+    direct = run_recipe(recipe, dataset, editing_host(), folders)
+    assert len(direct.left_out) == 3
+    path = jobs.export_job(str(tmp_path / "jobs"), recipe, dataset, editing_host(), folders, BASE)
+    local = tmp_path / "local"
+    local.mkdir()
+    jobs.write_local_job(str(local), recipe, dataset, editing_host(), folders, BASE)
+    for place in (path, str(local)):
+        job = jobs.read_job(place)
+        own = job.folders(folders_of(tmp_path / f"of {os.path.basename(place)}"))
+        there = run_recipe(job.recipe, job.dataset, editing_host(), own)
+        assert there.run.name == direct.run.name
+        assert sorted(map(str, there.left_out)) == sorted(map(str, direct.left_out))
+        assert same_state(state_of(there), state_of(direct))
 
 
 def test_what_it_starts_from_comes_along(tmp_path):

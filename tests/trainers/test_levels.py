@@ -55,6 +55,7 @@ SOUND = {"span": 1, "sums": [[0.5] * BUCKETS], "counts": [[1] * BUCKETS]}
         {**SOUND, "span": True},
         {**SOUND, "sums": [[0.5]]},
         {**SOUND, "sums": [[math.nan] * BUCKETS]},
+        {**SOUND, "sums": [[10**400] * BUCKETS]},
         {**SOUND, "sums": []},
         {**SOUND, "counts": [[-1] * BUCKETS]},
         {**SOUND, "counts": [[0.5] * BUCKETS]},

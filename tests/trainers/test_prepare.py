@@ -20,6 +20,7 @@ from graft_pack.trainers.data.scan import Reading, from_arrays, scan_folder
 from graft_pack.trainers.errors import DatasetError, SettingsError
 from graft_pack.trainers.plan import Plan
 from graft_pack.trainers.prepare import prepare
+from graft_pack.trainers.protocols import HOLE, SOURCE
 from graft_pack.trainers.run import Folders
 from graft_pack.trainers.session import run_recipe
 from PIL import Image
@@ -235,6 +236,19 @@ def test_everything_still_varies_when_everything_is_cached(folder, tmp_path, tol
 
     latents = {row[0].numpy().tobytes() for row in rows}
     assert len(latents) == total, "each showing has its own sample of the posterior"
+
+
+@pytest.mark.parametrize("takes", ["", SOURCE, HOLE])
+def test_what_is_encoded_is_counted_up_to_its_total_and_not_beyond(tmp_path, takes):
+    pictures = [grain(number) for number in range(3)]
+    beside = [grain(number) for number in range(10, 13)] if takes == SOURCE else []
+    dataset = from_arrays(pictures, ["one", "two", "three"], "", 64, controls=beside)
+    told = []
+    host = replace(make_host(lambda event, payload: told.append(payload)), codec=PosteriorCodec())
+    host.denoiser.takes = takes
+    prepare(dataset, models.recipe("SD1"), host, str(tmp_path), 10**9)
+    assert [one["done"] for one in told] == list(range(1, len(told) + 1))
+    assert all(one["done"] <= one["total"] for one in told) and told[-1]["done"] == told[-1]["total"]
 
 
 def test_samples_are_those_of_the_posterior(folder, tmp_path):

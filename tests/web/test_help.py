@@ -6,13 +6,13 @@ import shutil
 import pytest
 
 from tests.support import make_blueprint, make_locales
+from tests.support.browser import EMPTY
 from tests.support.host import read_version
 from tests.support.make_workflows import TINY
 from tests.toy import world
 
 pytestmark = [pytest.mark.browser, pytest.mark.server]
 
-EMPTY = {"version": 0.4, "nodes": [], "links": [], "last_node_id": 0, "last_link_id": 0}
 # Asked for before the page that all languages share: no error of ours.
 IN_THE_LANGUAGE = "/docs/Graft"
 
@@ -36,15 +36,8 @@ OPEN = """
     return {image: image.src, links: [...document.querySelectorAll('.node-help-content a')].map(link => link.href)};"""
 
 
-@pytest.fixture(scope="module")
-def page(server, chromium):
-    return chromium.open(server.url)
-
-
-@pytest.mark.parametrize("new_renderer", [False, True], ids=["canvas", "nodes2"])
-def test_help_opens_from_every_node(page, server, new_renderer):
+def test_help_opens_from_every_node(page, server, renderer):
     """By the button over a node, in the host's viewer, with its picture; from trainers choosing is one click."""
-    page.set_setting("Comfy.VueNodes.Enabled", new_renderer)
     schemas = {name: info for name, info in server.object_info().items() if name.startswith("Graft")}
     # Not first the one whose help is open: pressed again it closes.
     for name in sorted(schemas):
@@ -83,7 +76,6 @@ def test_the_blueprint_is_offered_and_trains(page, server):
     """It is in the list that the node library shows; put into a graph and run, it trains and saves."""
     (key,) = [key for key, one in server.get("/global_subgraphs").items() if one["name"] == make_blueprint.NAME]
     held = json.loads(server.get(f"/global_subgraphs/{key}")["data"])
-    page.set_setting("Comfy.VueNodes.Enabled", False)
     page.load(held)
     (node,) = page.list_nodes()
     shown = [name for names in make_blueprint.SHOWN.values() for name in names]

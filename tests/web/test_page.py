@@ -8,6 +8,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from tests.support import make_locales
+from tests.support.browser import EMPTY
 from tests.support.host import ROOT
 from tests.support.make_workflows import TINY
 from tests.support.workflow import find_nodes, read_workflow
@@ -17,7 +18,6 @@ pytestmark = [pytest.mark.browser, pytest.mark.server]
 
 EXAMPLES = sorted((ROOT / "example_workflows").glob("*.json"))
 LORA = ROOT / "example_workflows" / "Train a LoRA.json"
-EMPTY = {"version": 0.4, "nodes": [], "links": [], "last_node_id": 0, "last_link_id": 0}
 
 # Widgets that the frontend draws for these types; other types are sockets.
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
@@ -26,19 +26,6 @@ WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 # The widget that training nodes have besides those of their schema.
 PANEL = "graft_panel"
 TRAINERS = {"GraftTrainLoRA", "GraftTrainEmbedding", "GraftTrainDreamBooth", "GraftFineTune"}
-
-
-@pytest.fixture(scope="module")
-def page(server, chromium):
-    return chromium.open(server.url)
-
-
-@pytest.fixture(params=[False, True], ids=["canvas", "nodes2"])
-def renderer(page, request):
-    """Each of the frontend's two renderers; whether it is the new one."""
-    page.set_setting("Comfy.VueNodes.Enabled", request.param)
-    yield request.param
-    page.set_setting("Comfy.VueNodes.Enabled", False)
 
 
 @pytest.fixture(scope="module")

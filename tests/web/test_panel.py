@@ -1,6 +1,5 @@
 """The live panel in ComfyUI's own page, in both renderers: a real training seen, steered, lost from sight and found."""
 
-import shutil
 import time
 import uuid
 
@@ -10,10 +9,9 @@ from selenium.webdriver.common.by import By
 
 from tests.support import make_panel_pictures
 from tests.support import panel as panels
-from tests.support.browser import Browser
+from tests.support.browser import EMPTY, Browser
 from tests.support.host import ROOT
 from tests.support.server import PromptInterrupted
-from tests.toy import world
 
 pytestmark = [pytest.mark.browser, pytest.mark.server]
 
@@ -28,22 +26,8 @@ def new_renderer(request):
 
 
 @pytest.fixture(scope="module")
-def folder(server):
-    """Name of the folder of pictures that all trainings here share."""
-    path = server.path("input", "panel")
-    shutil.copytree(world.CONCEPT_FOLDER / "toy", path, dirs_exist_ok=True)
-    return path.name
-
-
-@pytest.fixture(scope="module")
 def page(server, chromium, new_renderer):
     return chromium.open(server.url, {"Comfy.VueNodes.Enabled": new_renderer})
-
-
-@pytest.fixture(scope="module")
-def graph(page, folder):
-    """A workflow: checkpoint, dataset, options, trainer and what saves its adapter."""
-    return panels.draw_graph(page, folder)
 
 
 @pytest.fixture
@@ -112,11 +96,8 @@ def check_looks(page, panel, new_renderer, folder):
     assert np.median(shades["dark"]) < 80 and np.median(shades["light"]) > 175
     # Lines, letters and pictures: neither theme leaves them in the other's colours, nor out.
     assert all(np.abs(shade - np.median(shade)).std() > 15 for shade in shades.values())
-    # It is drawn anew when the page has put the theme's colours on, not at once.
-    deadline = time.monotonic() + 10
-    while not panel.is_drawn():
-        assert time.monotonic() < deadline, "the chart follows the theme back"
-        time.sleep(0.1)
+    # It follows the theme back, too.
+    panel.wait_until_drawn()
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +132,7 @@ def test_a_reload_finds_the_run_and_another_browser_stops_it(opened, page, serve
     theirs.press("Stop and keep")
     theirs.wait("stopped")
     assert other.read_errors() == []
-    other.load(panels.EMPTY)
+    other.load(EMPTY)
     panel.wait("stopped")
     entry = server.wait(prompt)
     assert len(list(server.path("output", "loras").glob(f"{panel.state()['run']}/*.safetensors"))) == 1

@@ -1,6 +1,5 @@
 """What the live panel costs the page, and whether all can use it: time, memory, and what axe finds."""
 
-import importlib.resources
 import math
 import time
 import uuid
@@ -8,6 +7,7 @@ import uuid
 import pytest
 
 from tests.support import panel as panels
+from tests.support.browser import EMPTY
 
 pytestmark = [pytest.mark.browser, pytest.mark.server]
 
@@ -51,7 +51,7 @@ def panel(server, chromium, request):
         path.parent.mkdir(exist_ok=True)
         Image.new("RGB", (512, 512), (60 * number, 90, 120)).save(path)
     page = chromium.open(server.url, {"Comfy.VueNodes.Enabled": request.param})
-    page.load({**panels.EMPTY, "id": str(uuid.uuid4())})
+    page.load({**EMPTY, "id": str(uuid.uuid4())})
     page.add_node("GraftTrainLoRA")
     panels.look_at(page)
     return panels.PanelView(page)
@@ -142,8 +142,6 @@ STATES = {
 @pytest.mark.parametrize("theme", ["dark", "light"])
 def test_axe_finds_nothing_serious(panel, theme):
     page = panel.page
-    source = importlib.resources.files("axe_core_python").joinpath("axe.min.js").read_text(encoding="utf-8")
-    page.driver.execute_script(source)
     page.set_setting("Comfy.ColorPalette", theme)
     time.sleep(0.5)
     pictures = [{"filename": "picture.png", "subfolder": "1", "type": "output"}] * 2
@@ -158,16 +156,9 @@ def test_axe_finds_nothing_serious(panel, theme):
         while messages and panel.phase() != phase:
             assert time.monotonic() < deadline, (phase, panel.phase())
             time.sleep(0.05)
-        assert list_violations(page, ".graft-panel") == [], phase
+        assert page.list_violations(".graft-panel") == [], phase
+        assert page.list_faint(".graft-panel") == [], phase
     page.js("document.querySelector('.graft-thumb').click();")
-    assert list_violations(page, ".graft-viewer") == []
+    assert page.list_violations(".graft-viewer") == []
+    assert page.list_faint(".graft-viewer") == []
     page.js("document.querySelector('.graft-viewer').close();")
-
-
-def list_violations(page, selector):
-    """What axe finds of serious or critical impact: [(rule, elements)]."""
-    return page.js("""
-        const found = await axe.run(args[0]);
-        return found.violations.filter(one => ['serious', 'critical'].includes(one.impact))
-            .map(one => [one.id, one.nodes.map(node => `${node.html} ${node.failureSummary}`)]);""",
-        selector)  # fmt: skip

@@ -1,4 +1,4 @@
-"""Latents, conditionings and masks on disk, each made once and found again by what decides it.
+"""Latents and conditionings on disk, each made once and found again by what decides it.
 
 Entries lie in shards, safetensors files of some dozens each. A shard is written whole or not at all, and carries a
 checksum of every tensor: one that does not match is made anew.
@@ -25,6 +25,7 @@ from .scan import reason_of
 
 if TYPE_CHECKING:
     import torch
+    from PIL import Image
 
     from ..protocols import ImageCodec, TextEncoder
     from .buckets import Crop
@@ -121,13 +122,15 @@ class Cache:
         return self._sound(key) if key in self._places else None
 
     def copy_asked(self, folder: str) -> None:
-        """Puts all entries that were asked for into another folder.
+        """Puts all entries that were asked for, and could be made, into another folder.
 
         Raises:
             RunError: one of them is gone, or the folder cannot be written.
         """
         other = Cache(folder)
         for key in self._asked:
+            if key not in self._pending and key not in self._places:
+                continue
             tensors = self.get(key)
             if tensors is None:
                 raise RunError(f"The cached entry {key} is gone.", "Queue again; it will be made anew.")
@@ -293,16 +296,16 @@ class LatentCache:
                         tick(example.source.name)
                         self._encode(example, wanted, missing)
                     outcome.append(None)
-                except _Unreadable as error:
+                except Unreadable as error:
                     outcome.append(error.row)
         finally:
             self._cache.flush()
         return outcome
 
     def _encode(self, example: Example, crops: list[Crop], missing: set[str]) -> None:
-        picture = _opened(example.source)
+        picture = opened(example.source)
         if picture.size != example.size:
-            raise _Unreadable(LeftOut(example.source.name, f"it is {picture.size} when decoded, not {example.size}"))
+            raise Unreadable(LeftOut(example.source.name, f"it is {picture.size} when decoded, not {example.size}"))
         for crop in crops:
             key = self.key(example, crop)
             self._cache.put(key, self._posterior(example, cut(picture, crop)))
@@ -378,53 +381,7 @@ class TextCache:
         return key_of("text 1", self._base, caption)
 
 
-class MaskCache:
-    """The loss weights of each mask's cut, [1, 1, h, w] float32 in 0..1, over the positions of a latent."""
-
-    def __init__(self, cache: Cache):
-        self._cache = cache
-
-    def key(self, example: Example, crop: Crop, shape: tuple[int, int]) -> str:
-        """What decides a mask's weights: content, cut, (h, w) of the latent."""
-        return key_of("mask 1", example.mask.digest, crop.scaled, crop.offset, crop.bucket, crop.flip, shape)
-
-    def fill(self, rows: Iterable[tuple[Example, Crop, tuple[int, int]]]) -> list[LeftOut | None]:
-        """Makes what is missing; for each row None, or why the example cannot be trained on."""
-        rows = list(rows)
-        missing = self._cache.missing(self.key(*row) for row in rows)
-        outcome = []
-        try:
-            for example, crop, shape in rows:
-                key = self.key(example, crop, shape)
-                try:
-                    if key in missing:
-                        self._cache.put(key, {"weight": _mask_weights(example, crop, shape)})
-                    outcome.append(None)
-                except _Unreadable as error:
-                    outcome.append(LeftOut(example.source.name, f"its mask {error.row.name}: {error.row.reason}"))
-        finally:
-            self._cache.flush()
-        return outcome
-
-    def get(self, key: str) -> torch.Tensor:
-        """The weights of a key that was filled."""
-        tensors = self._cache.get(key)
-        if tensors is None:
-            raise RunError(f"The cached mask {key} is gone.", "Queue again; it will be made anew.")
-        return tensors["weight"]
-
-
-def _mask_weights(example: Example, crop: Crop, shape: tuple[int, int]) -> torch.Tensor:
-    """A mask, cut like its picture, each latent position the mean of the pixels it stands for."""
-    import numpy as np
-    import torch
-
-    picture = cut(_opened(example.mask).convert("L"), crop)
-    weights = torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255.0)[None, None]
-    return torch.nn.functional.interpolate(weights, size=shape, mode="area")
-
-
-class _Unreadable(Exception):
+class Unreadable(Exception):
     """A picture that cannot be trained on, while the others can."""
 
     def __init__(self, row: LeftOut):
@@ -432,8 +389,9 @@ class _Unreadable(Exception):
         self.row = row
 
 
-def _opened(source: Source):
+def opened(source: Source) -> Image.Image:
+    """The picture. Raises Unreadable."""
     try:
         return source.open()
     except DatasetError as error:
-        raise _Unreadable(LeftOut(source.name, reason_of(error, source.name))) from error
+        raise Unreadable(LeftOut(source.name, reason_of(error, source.name))) from error

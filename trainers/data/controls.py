@@ -11,7 +11,7 @@ from ..errors import DatasetError
 from ..protocols import Geometry
 from .buckets import Crop, choose_crop
 from .examples import Example, LeftOut
-from .listing import File, Listing, list_folder
+from .listing import File, Listing, list_folder, stem_of
 from .pixels import FileSource, is_below, is_picture
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Controls:
             )
         for name, file in files.files.items():
             if is_picture(name):
-                self._found.setdefault(posixpath.splitext(name)[0], file)
+                self._found.setdefault(stem_of(name), file)
 
     def outside(self, listing: Listing) -> Listing:
         """The dataset's folder without the source pictures in it."""
@@ -69,7 +69,7 @@ class Controls:
         """
         if not self.wanted:
             return None
-        stem = posixpath.splitext(name)[0]
+        stem = stem_of(name)
         # As other trainers pair them: by the bare name too, whatever folders it is in.
         found = self._found.get(stem) or self._found.get(posixpath.basename(stem))
         if found is None:

@@ -97,6 +97,8 @@ class Example:
         prior: whether it is a class image, drawn one to one with those that are none.
         anchor: None, or what is to be preserved beside it.
         control: None, or the source picture that it is made of, as an example without words.
+        left_out: None, or why it is not trained on, where that is known before anything is opened. It keeps its place,
+            and the dataset its fingerprint.
     """
 
     source: Source
@@ -112,6 +114,7 @@ class Example:
     prior: bool = False
     anchor: Anchor | None = None
     control: Example | None = None
+    left_out: LeftOut | None = None
 
 
 class Source:

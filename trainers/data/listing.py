@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import posixpath
 import stat
 from dataclasses import dataclass
 
@@ -30,6 +31,11 @@ class Listing:
     root: str
     files: dict[str, File]
     left_out: list[LeftOut]
+
+
+def stem_of(name: str) -> str:
+    """A relative name without its suffix."""
+    return posixpath.splitext(name)[0]
 
 
 def list_folder(folder: str) -> Listing:

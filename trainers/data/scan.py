@@ -15,15 +15,14 @@ from . import captions
 from .controls import Controls, control_of
 from .examples import Dataset, Example, Handling, LeftOut
 from .index import Index, mark_of
-from .listing import File, Listing, list_folder
+from .listing import File, list_folder, stem_of
+from .masks import mask_owner, own_masks
 from .pixels import UNREAD, AlphaSource, ArraySource, FileSource, is_picture, measure_file
 
 if TYPE_CHECKING:
     import numpy as np
 
 MASKS = ("auto", "alpha", "off")
-_MASK_FOLDERS = ("masks", "mask")
-_MASK_SUFFIX = "-masklabel"
 _MOST_REPEATS = 1_000_000
 
 # kohya's name for a folder whose pictures are repeated: "20_sls frog".
@@ -82,15 +81,15 @@ def scan_folder(
     controls = Controls(reading.control_folder, listing)
     listing = controls.outside(listing)
     left_out = list(listing.left_out)
-    own_masks = _own_masks(listing)
-    pictures = [file for name, file in listing.files.items() if is_picture(name) and name not in own_masks.files]
-    left_out += [LeftOut(name, "a mask without its picture") for name in own_masks.lonely]
+    masks = own_masks(listing)
+    pictures = [file for name, file in listing.files.items() if is_picture(name) and name not in masks.files]
+    left_out += [LeftOut(name, "a mask without its picture") for name in masks.lonely]
     left_out += [
         LeftOut(name, "this format is not read; save it as PNG or JPEG")
         for name in listing.files
         if os.path.splitext(name)[1].lower() in UNREAD
     ]
-    reader = _Reader(listing, trigger.strip(), repeats, handling or Handling(), reading, own_masks, left_out, controls)
+    reader = _Reader(listing, trigger.strip(), repeats, handling or Handling(), reading, masks, left_out, controls)
     index = Index(index_folder, folder)
     try:
         examples = reader.examples(pictures, index, tick)
@@ -134,61 +133,10 @@ def shortened(left_out: Iterable[LeftOut], most: int = 5) -> str:
     return "; ".join(rows[:most]) + (f"; and {len(rows) - most} more" if len(rows) > most else "")
 
 
-@dataclass(frozen=True)
-class _OwnMasks:
-    """The masks in a listing: those by the picture's stem, all files, and those of no picture."""
-
-    by_stem: dict[str, File]
-    files: set[str]
-    lonely: list[str]
-
-
-def _own_masks(listing: Listing) -> _OwnMasks:
-    """Finds `name-masklabel.png` beside `name`, and `masks/name.png` for `name` beside the folder or below it."""
-    stems = {_stem(name) for name in listing.files if is_picture(name)}
-    found: dict[str, File] = {}
-    files: set[str] = set()
-    folders: dict[str, list[tuple[str, str]]] = {}
-    lonely = []
-    for name in listing.files:
-        if not is_picture(name):
-            continue
-        stem = _stem(name)
-        if stem.endswith(_MASK_SUFFIX):
-            files.add(name)
-            owner = stem[: -len(_MASK_SUFFIX)]
-            if owner in stems:
-                found[owner] = listing.files[name]
-            else:
-                lonely.append(name)
-            continue
-        parts = stem.split("/")
-        for depth, part in enumerate(parts[:-1]):
-            if part.lower() in _MASK_FOLDERS:
-                owner = "/".join(parts[:depth] + parts[depth + 1 :])
-                folders.setdefault("/".join(parts[: depth + 1]), []).append((name, owner))
-                break
-    for members in folders.values():
-        # A folder of masks has at least one picture's; else it is a folder of pictures that happens to be called so.
-        if not any(owner in stems for _, owner in members):
-            continue
-        for name, owner in members:
-            files.add(name)
-            if owner in stems:
-                found.setdefault(owner, listing.files[name])
-            else:
-                lonely.append(name)
-    return _OwnMasks(found, files, lonely)
-
-
-def _stem(name: str) -> str:
-    return posixpath.splitext(name)[0]
-
-
 class _Reader:
     """Reads examples out of a listing; what cannot be one goes to `left_out` with its reason."""
 
-    def __init__(self, listing, trigger, repeats, handling, reading, own_masks, left_out, controls):
+    def __init__(self, listing, trigger, repeats, handling, reading, masks, left_out, controls):
         self._listing = listing
         self._trigger = trigger
         self._repeats = repeats
@@ -198,12 +146,12 @@ class _Reader:
         self._controls: Controls = controls
         self._sidecars = self._find_sidecars()
         self._metadata = self._read_metadata()
-        self._masks = {} if reading.masks == "off" else own_masks.by_stem
+        self._masks = {} if reading.masks == "off" else masks.by_stem
         self._mask_root = listing.root
         if reading.masks != "off" and reading.mask_folder:
-            masks = list_folder(reading.mask_folder)
-            self._mask_root = masks.root
-            self._masks = {_mask_owner(name): file for name, file in masks.files.items() if is_picture(name)}
+            apart = list_folder(reading.mask_folder)
+            self._mask_root = apart.root
+            self._masks = {mask_owner(name): file for name, file in apart.files.items() if is_picture(name)}
         self._held = reading.validation_folder.strip().replace("\\", "/").strip("/")
 
     def examples(self, pictures: list[File], index: Index, tick: Callable[[int, int], None]) -> list[Example]:
@@ -242,7 +190,7 @@ class _Reader:
         )
 
     def _captions(self, file: File) -> tuple[str, ...]:
-        for sidecar in self._sidecars.get(_stem(file.name), ()):
+        for sidecar in self._sidecars.get(stem_of(file.name), ()):
             found = captions.read_sidecar(sidecar.path, sidecar.name, self._reading.lines_are_variants)
             if found:
                 return found
@@ -288,7 +236,7 @@ class _Reader:
         return 1, ""
 
     def _mask(self, file: File, source: FileSource, transparent: bool, index: Index):
-        found = self._masks.get(_stem(file.name))
+        found = self._masks.get(stem_of(file.name))
         if found is not None:
             try:
                 facts = _measured(found, index)
@@ -315,11 +263,6 @@ def _are_facts(facts: dict) -> bool:
     if not isinstance(size, list) or len(size) != 2 or not all(type(side) is int and side > 0 for side in size):
         return False
     return isinstance(facts.get("digest"), str) and isinstance(facts.get("alpha"), bool)
-
-
-def _mask_owner(name: str) -> str:
-    stem = _stem(name)
-    return stem[: -len(_MASK_SUFFIX)] if stem.endswith(_MASK_SUFFIX) else stem
 
 
 def reason_of(error: DatasetError, name: str) -> str:

@@ -11,7 +11,7 @@ from ..families import is_trained
 from ..formats.whole import Differences, difference_key
 from ..optimisers import Group
 from .base import Method
-from .by_peft import is_target, kind_of
+from .layers import is_target, kind_of
 from .patterns import matches, value_for
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ..errors import SettingsError
-from .by_peft import LINEAR, largest_divisor
+from .layers import LINEAR, largest_divisor
 from .rotation import Rotation
 
 if TYPE_CHECKING:

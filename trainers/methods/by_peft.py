@@ -1,21 +1,20 @@
-"""What the adapter types share: which layers, injection by peft, start values from the seed, ranks, rates, files."""
+"""What the adapter types share: injection by peft, start values from the seed or a file, ranks, rates, files."""
 
 from __future__ import annotations
 
 import re
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError, SettingsError
-from ..families import is_attention, is_feed_forward, is_trained
 from ..formats.kohya import own, to_kohya
 from ..formats.native import Native
 from ..objective.noise import generator
 from ..optimisers import Group
 from .base import Method
-from .patterns import matches, rank_of, value_for
+from .layers import Layer, alpha_of, meant_layers
+from .patterns import rank_of, value_for
 
 if TYPE_CHECKING:
     import torch
@@ -25,52 +24,7 @@ if TYPE_CHECKING:
     from ..formats.adapter import Adapter
     from ..recipe import Recipe
 
-LINEAR = "linear"
-POINT = "1x1 convolution"
-CONV = "convolution"
-
 _NAME = re.compile(r"(?P<path>.+)\.(?P<stem>\w+)\.default(?P<end>\.weight)?")
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One adapted layer, as its export sees it.
-
-    Attributes:
-        path: of the module in the tree.
-        values: the trainables by peft's name for them (`lora_A`, `hada_w1_a`, ...), float32 on the CPU.
-        rank, alpha: of this layer.
-        scale: effective scale of its difference; None where there is no alpha.
-        adapted: peft's layer with the frozen one as `base_layer`; None where only the values are known.
-    """
-
-    path: str
-    values: dict[str, torch.Tensor]
-    rank: int
-    alpha: float
-    scale: float | None
-    adapted: nn.Module | None
-
-    def weight(self) -> torch.Tensor:
-        """The frozen weight, [out, in, ...] float32 on the CPU."""
-        return own(self.adapted.base_layer.weight)
-
-    def bias(self) -> torch.Tensor | None:
-        """The frozen bias, [out] float32 on the CPU."""
-        return None if self.adapted.base_layer.bias is None else own(self.adapted.base_layer.bias)
-
-
-def kind_of(layer: nn.Module) -> str | None:
-    """The kind of a layer that can be adapted, None for any other."""
-    from torch import nn
-
-    if getattr(layer, "weight", None) is None:
-        return None
-    if isinstance(layer, nn.Linear):
-        return LINEAR
-    if isinstance(layer, nn.Conv2d) and layer.groups == 1:
-        return POINT if layer.kernel_size == (1, 1) else CONV
-    return None
 
 
 def adapted_path(name: str) -> str:
@@ -182,7 +136,7 @@ class PeftMethod(Method):
 
     def meant(self, module: nn.Module, family: Family, recipe: Recipe) -> list[str]:
         """Adaptable layers that the recipe names."""
-        return list(_meant(module, family, recipe))
+        return list(meant_layers(module, family, recipe))
 
     def targets(self, module: nn.Module, family: Family, recipe: Recipe) -> list[str]:
         """The layers that the recipe names, those of rank 0 left out.
@@ -191,7 +145,7 @@ class PeftMethod(Method):
             ModelError: there is none.
             SettingsError: one is of a kind on which this type is not offered.
         """
-        kinds = {path: kind for path, kind in _meant(module, family, recipe).items() if rank_of(path, recipe) > 0}
+        kinds = {path: kind for path, kind in meant_layers(module, family, recipe).items() if rank_of(path, recipe) > 0}
         if not kinds:
             raise ModelError(
                 f"No trainable layer of the kind '{recipe.targets}' was found in the model ({type(module).__name__}).",
@@ -392,16 +346,6 @@ class PeftMethod(Method):
         return Native(self.name, _renamed(config, places), found, published, scales)
 
 
-def alpha_of(rank: int, recipe: Recipe) -> float:
-    """A layer's alpha: in proportion to its rank, so that the recipe's scale is every layer's."""
-    return recipe.alpha * rank / recipe.rank
-
-
-def alphas_of(ranks: dict[str, int], recipe: Recipe) -> dict[str, float]:
-    """The alphas of layers by path."""
-    return {path: alpha_of(rank, recipe) for path, rank in ranks.items()}
-
-
 def _renamed(config: dict[str, Any], places: dict[str, str]) -> dict[str, Any]:
     """A configuration's own JSON-able values with layers named as published."""
     made = {name: sorted(value) if isinstance(value, (set, tuple)) else value for name, value in config.items()}
@@ -423,29 +367,3 @@ def _stems(trainables: dict[str, Any], path: str) -> list[tuple[str, str]]:
 
 def _unlike(how: str, cure: str) -> ModelError:
     return ModelError(f"The adapter to start from {how}.", cure, "start_from")
-
-
-def _meant(module: nn.Module, family: Family, recipe: Recipe) -> dict[str, str]:
-    """Kinds of the adaptable layers that the recipe's targets take in, by path."""
-    kinds = {path: kind_of(layer) for path, layer in module.named_modules() if is_trained(path, family)}
-    return {path: kind for path, kind in kinds.items() if kind and is_target(path, kind, family, recipe)}
-
-
-def is_target(path: str, kind: str, family: Family, recipe: Recipe) -> bool:
-    """Whether the recipe's targets take a layer in."""
-    if recipe.targets == "patterns":
-        return matches(path, recipe.target_patterns)
-    if recipe.targets == "linear + conv":
-        return True
-    if kind != LINEAR:
-        return False
-    if recipe.targets == "all linear":
-        return True
-    if recipe.targets == "attention + feed-forward" and is_feed_forward(path, family):
-        return True
-    return is_attention(path, family)
-
-
-def largest_divisor(limit: int, *sizes: int) -> int:
-    """The largest number of at most `limit` that divides all sizes."""
-    return max(number for number in range(1, limit + 1) if all(size % number == 0 for size in sizes))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from .by_peft import Layer
+from .layers import Layer
 from .lora import LoRA, parts_of
 
 if TYPE_CHECKING:

@@ -6,7 +6,8 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from ..formats.kohya import lora_tensors
-from .by_peft import LINEAR, Layer, PeftMethod
+from .by_peft import PeftMethod
+from .layers import LINEAR, Layer
 
 if TYPE_CHECKING:
     import torch

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .by_peft import CONV, LINEAR, POINT, Layer, PeftMethod, alphas_of
+from .by_peft import PeftMethod
+from .layers import CONV, LINEAR, POINT, Layer, alphas_of
 
 if TYPE_CHECKING:
     import torch

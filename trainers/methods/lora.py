@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ..formats.kohya import lora_tensors
-from .by_peft import CONV, LINEAR, POINT, Layer, PeftMethod, alphas_of
+from .by_peft import PeftMethod
+from .layers import CONV, LINEAR, POINT, Layer, alphas_of
 
 if TYPE_CHECKING:
     import torch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .by_peft import LINEAR, POINT
+from .layers import LINEAR, POINT
 from .rotation import Rotation
 
 if TYPE_CHECKING:

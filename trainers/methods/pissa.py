@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..formats.kohya import own
 from ..objective.noise import generator
-from .by_peft import LINEAR, Layer
+from .layers import LINEAR, Layer
 from .lora import LoRA, parts_of
 
 if TYPE_CHECKING:

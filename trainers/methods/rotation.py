@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from ..errors import SettingsError
-from .by_peft import Layer, PeftMethod
+from .by_peft import PeftMethod
+from .layers import Layer
 
 if TYPE_CHECKING:
     import torch

@@ -1,5 +1,6 @@
 // One run looked at, or several beside each other: curves, sample pictures, recipes.
-import { make, say } from "../panel/make.js";
+import { make, openDialog, say } from "../panel/make.js";
+import { makeChoice, makePick, makeThumb, markPicked, nameOf } from "../panel/strip.js";
 import { samplesByStep } from "../panel/training.js";
 import { openViewer } from "../panel/viewer.js";
 import { formatLoss } from "../panel/words.js";
@@ -24,14 +25,7 @@ export function openComparison(runs, acts) {
     ...makeSamples(runs, acts),
     ...makeRecipes(runs),
   );
-  // The graph's own shortcuts are not meant while this is open.
-  dialog.addEventListener("keydown", (event) => event.stopPropagation());
-  dialog.addEventListener("click", (event) => {
-    if (event.target === dialog) dialog.close();
-  });
-  dialog.addEventListener("close", () => dialog.remove());
-  document.body.append(dialog);
-  dialog.showModal();
+  openDialog(dialog);
 }
 
 function makeHead(...names) {
@@ -90,7 +84,6 @@ function makeSamples(runs, acts) {
   const known = runs.map((run) => samplesByStep(run.samples));
   const steps = [...new Set(known.flatMap((one) => [...one.keys()]))].sort((a, b) => a - b);
   if (!steps.length) return [];
-  const nameOf = (step) => (step === 0 ? t("Base") : t("Step $step", { step }));
   const body = make("tbody");
   const show = (prompt) => {
     const rows = runs.map((run, place) => {
@@ -114,27 +107,19 @@ function makeSamples(runs, acts) {
 function makeCell(pictures, place) {
   if (place < 0) return make("td");
   const { url, name } = pictures[place];
-  const image = make("img", { src: url, alt: "", loading: "lazy", decoding: "async" });
-  const label = t("$name, enlarge", { name });
-  const button = make("button", { type: "button", class: "graft-thumb", "aria-label": label }, image);
-  button.addEventListener("click", () => openViewer(pictures, place));
+  const { button, image } = makeThumb(name, null, () => openViewer(pictures, place));
+  image.src = url;
   return make("td", {}, button);
 }
 
 function makePrompts(count, show) {
-  const group = make("div", { class: "graft-choice", role: "group", "aria-label": t("Prompt of the pictures") });
-  const buttons = Array.from({ length: count }, (_, number) => {
-    const label = t("Prompt $number", { number: number + 1 });
-    const given = { type: "button", "aria-label": label, "aria-pressed": number === 0 };
-    const button = make("button", given, String(number + 1));
-    button.addEventListener("click", () => {
-      buttons.forEach((one) => one.setAttribute("aria-pressed", one === button));
-      show(number);
-    });
-    return button;
-  });
-  group.append(...buttons);
-  return group;
+  const pick = (number) => {
+    markPicked(choice, number);
+    show(number);
+  };
+  const choice = makeChoice(...Array.from({ length: count }, (_, number) => makePick(number, () => pick(number))));
+  markPicked(choice, 0);
+  return choice;
 }
 
 function makeRecipes(runs) {

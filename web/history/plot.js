@@ -1,5 +1,5 @@
 // Curves of runs as vector graphics: they follow the theme by themselves.
-import { ticksOf } from "../panel/chart.js";
+import { ticksOf, widen } from "../panel/chart.js";
 
 const SPACE = "http://www.w3.org/2000/svg";
 const [LEFT, RIGHT, TOP, BOTTOM] = [44, 10, 10, 20];
@@ -77,8 +77,7 @@ function frameOf(runs, across, down) {
     [first, last] = [Math.min(first, step), Math.max(last, step)];
     [low, high] = [Math.min(low, loss), Math.max(high, loss)];
   }
-  const room = Math.max((high - low) * 0.06, Math.abs(high) * 0.02) || 1;
-  [low, high] = [low - room, high + room];
+  [low, high] = widen(low, high);
   const scale = (value, from, to, [start, end]) => start + ((value - from) / (to - from || 1)) * (end - start);
   const x = (step) => scale(step, first, last, across);
   const y = (loss) => scale(loss, low, high, down);

@@ -1,11 +1,12 @@
 // Recipes as rows of text, and what differs among them.
 import { formatRate } from "../panel/words.js";
+import { t } from "../texts.js";
 
 // Settings that only say where a run's files are called.
 const PASSED_OVER = new Set(["recipe.name", "recipe.on_existing"]);
 
 // {name: text} of everything that a run was made with, nested names with points between: objective.loss.
-export function flatten(run) {
+function flatten(run) {
   const rows = {};
   const add = (name, value) => {
     if (PASSED_OVER.has(name)) return;
@@ -41,6 +42,6 @@ export function compare(runs) {
 // What a run trained, in a line: LoRA, SD1, rank 16, 1e-4.
 export function shortly({ recipe }) {
   const rate = recipe.learning_rate || recipe.embedding_learning_rate;
-  const parts = [recipe.method, recipe.family, recipe.rank ? `rank ${recipe.rank}` : "", rate ? formatRate(rate) : ""];
+  const parts = [recipe.method, recipe.family, recipe.rank ? `${t("rank")} ${recipe.rank}` : "", rate ? formatRate(rate) : ""];
   return parts.filter(Boolean).join(", ");
 }

@@ -1,5 +1,5 @@
 // The history of runs in the sidebar: those on disk, found by name, chosen to be compared, opened, deleted.
-import { make, say } from "../panel/make.js";
+import { keepKeys, make, say } from "../panel/make.js";
 import { formatBytes } from "../panel/words.js";
 import { t } from "../texts.js";
 import { Card, iconButton } from "./card.js";
@@ -9,14 +9,14 @@ const PAGE = 50;
 const PAUSE = 300; // milliseconds from the last key to the search
 
 export class History {
-  // tell(severity, summary, detail): shows a toast.
-  constructor(routes, app, tell) {
+  constructor(routes, app, toasts) {
     this._routes = routes;
     this._app = app;
-    this._tell = tell;
+    this._toasts = toasts;
     this._cards = new Map();
     this._chosen = new Map(); // name -> run; kept while another name is searched for
     this._asked = 0;
+    this._isBusy = false;
     this._build();
   }
 
@@ -72,10 +72,7 @@ export class History {
       this._more,
       this._foot,
     );
-    // Keys that act here are no shortcuts of the graph's.
-    this.element.addEventListener("keydown", (event) => {
-      if (["Enter", " ", "Delete", "Backspace"].includes(event.key)) event.stopPropagation();
-    });
+    keepKeys(this.element);
     this._more.hidden = true;
     this._showFoot();
   }
@@ -188,21 +185,21 @@ export class History {
     if (!sure) return;
     await this._try(async () => {
       const names = [...this._list.children].map((element) => element.dataset.run);
-      const place = names.indexOf(run.name);
-      await this._routes.deleteRun(run.name);
-      this._chosen.delete(run.name);
+      const place = names.indexOf(name);
+      await this._routes.deleteRun(name);
+      this._chosen.delete(name);
       await this.refresh();
-      this._tell("success", t("Run deleted"), run.name);
+      this._toasts.show("success", t("Run deleted"), name);
       // With a keyboard one goes on where one was.
       (this._cards.get(names[place + 1] ?? names[place - 1]) ?? this._search).focus();
     });
   }
 
+  // One thing at a time: what is pressed twice is done once.
   async _try(work) {
-    try {
-      await work();
-    } catch (error) {
-      this._tell("error", t("That did not work"), error.message);
-    }
+    if (this._isBusy) return;
+    this._isBusy = true;
+    await this._toasts.attempt(work);
+    this._isBusy = false;
   }
 }

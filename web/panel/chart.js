@@ -65,14 +65,18 @@ function frameOf(curve, width, height) {
   let [low, high] = [Infinity, -Infinity];
   for (const loss of all) [low, high] = [Math.min(low, loss), Math.max(high, loss)];
   for (const loss of curve.smooth) [low, high] = [Math.min(low, loss), Math.max(high, loss)];
-  // Of one step there is one value, or two that differ in their last digit.
-  const room = Math.max((high - low) * 0.06, Math.abs(high) * 0.02) || 1;
-  [low, high] = [low - room, high + room];
+  [low, high] = widen(low, high);
   const [right, bottom] = [width - RIGHT, height - BOTTOM];
   const { first, last } = rangeOf(curve);
   const x = (step) => LEFT + ((step - first) / (last - first)) * (right - LEFT);
   const y = (loss) => bottom - ((loss - low) / (high - low)) * (bottom - TOP);
   return { first, last, low, high, right, bottom, x, y };
+}
+
+// A range of losses with some room; of one step there is one value, or two that differ in their last digit.
+export function widen(low, high) {
+  const room = Math.max((high - low) * 0.06, Math.abs(high) * 0.02) || 1;
+  return [low - room, high + room];
 }
 
 // Round numbers within a range, so many or so, each with its text.

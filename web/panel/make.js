@@ -8,6 +8,25 @@ export function make(tag, attributes = {}, ...children) {
   return element;
 }
 
+// Keys that act on what is focused in an element are no shortcuts of the graph's.
+export function keepKeys(element) {
+  element.addEventListener("keydown", (event) => {
+    if (["Enter", " ", "Delete", "Backspace"].includes(event.key)) event.stopPropagation();
+  });
+}
+
+// Opens over the page what is gone once it is closed: by its own close(), by Escape or by a press beside it.
+export function openDialog(dialog) {
+  // The graph's own shortcuts are not meant meanwhile.
+  dialog.addEventListener("keydown", (event) => event.stopPropagation());
+  dialog.addEventListener("click", (event) => {
+    if (event.target === dialog) dialog.close();
+  });
+  dialog.addEventListener("close", () => dialog.remove());
+  document.body.append(dialog);
+  dialog.showModal();
+}
+
 // Sets a text where it changed, so that nothing is laid out again for nothing.
 export function say(element, text) {
   if (element.textContent !== text) element.textContent = text;

@@ -1,4 +1,4 @@
-// What the panel asks of the server.
+// What the panel and the history ask of the server.
 
 const MOST_EVENTS = 5000;
 

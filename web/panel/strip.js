@@ -1,5 +1,5 @@
 // The sample pictures of a training in a row, by step, the base's own first.
-import { make, mark, say } from "./make.js";
+import { make, mark } from "./make.js";
 import { t } from "../texts.js";
 import { openViewer } from "./viewer.js";
 
@@ -14,7 +14,7 @@ export class Strip {
     this._seen = -1;
     this._thumbs = new Map(); // step -> {button, image}
     this._row = make("div", { class: "graft-row", role: "group", "aria-label": t("Sample pictures by step") });
-    this._choice = make("div", { class: "graft-choice", role: "group", "aria-label": t("Prompt of the pictures") });
+    this._choice = makeChoice();
     this.element = make("div", { class: "graft-strip" }, this._choice, this._row);
   }
 
@@ -44,7 +44,8 @@ export class Strip {
   _place(step, place) {
     let thumb = this._thumbs.get(step);
     if (!thumb) {
-      thumb = makeThumb(step, () => this._open(step));
+      const caption = make("span", {}, step === 0 ? t("Base") : String(step));
+      thumb = makeThumb(nameOf(step), caption, () => this._open(step));
       this._thumbs.set(step, thumb);
       this._row.insertBefore(thumb.button, this._row.children[place] ?? null);
     }
@@ -61,17 +62,15 @@ export class Strip {
     this._choice.hidden = count < 2;
     while (this._choice.children.length < count) {
       const number = this._choice.children.length;
-      const label = t("Prompt $number", { number: number + 1 });
-      const button = make("button", { type: "button", "aria-label": label }, String(number + 1));
-      button.addEventListener("click", () => {
+      const pick = () => {
         this._prompt = number;
         this._seen = -1;
         this.show(this._training);
-      });
-      this._choice.append(button);
+      };
+      this._choice.append(makePick(number, pick));
     }
     while (this._choice.children.length > count) this._choice.lastChild.remove();
-    [...this._choice.children].forEach((button, number) => mark(button, "aria-pressed", number === this._prompt));
+    markPicked(this._choice, this._prompt);
   }
 
   _open(step) {
@@ -81,18 +80,33 @@ export class Strip {
   }
 }
 
-function nameOf(step) {
+// What a step's picture is called.
+export function nameOf(step) {
   return step === 0 ? t("Base") : t("Step $step", { step });
 }
 
-function makeThumb(step, open) {
-  // The name is the caption's; the picture itself cannot be put into words.
+// A picture that is enlarged when it is pressed, with a caption where one is given.
+export function makeThumb(name, caption, open) {
+  // What it is called is said; the picture itself cannot be put into words.
   const image = make("img", { alt: "", loading: "lazy", decoding: "async" });
-  const caption = make("span");
-  say(caption, step === 0 ? t("Base") : String(step));
-  const label = t("$name, enlarge", { name: nameOf(step) });
-  const button = make("button", { type: "button", class: "graft-thumb", "aria-label": label });
-  button.append(image, caption);
+  const label = t("$name, enlarge", { name });
+  const button = make("button", { type: "button", class: "graft-thumb", "aria-label": label }, image, caption);
   button.addEventListener("click", open);
   return { button, image };
+}
+
+// What prompts are picked in: a button for each, of which one is pressed.
+export function makeChoice(...buttons) {
+  return make("div", { class: "graft-choice", role: "group", "aria-label": t("Prompt of the pictures") }, ...buttons);
+}
+
+export function makePick(number, pick) {
+  const label = t("Prompt $number", { number: number + 1 });
+  const button = make("button", { type: "button", "aria-label": label }, String(number + 1));
+  button.addEventListener("click", pick);
+  return button;
+}
+
+export function markPicked(choice, picked) {
+  [...choice.children].forEach((button, number) => mark(button, "aria-pressed", number === picked));
 }

@@ -3,6 +3,7 @@ import { t } from "../texts.js";
 import { Curve } from "./curve.js";
 
 const LIVE = new Set(["preparing", "drawing", "caching", "training"]);
+const RESUMABLE = new Set(["stopped", "paused", "cancelled"]);
 const SAMPLE = /^step-(\d+)-(\d+)\.png$/;
 
 // What a message changes, by its event. A message of an unknown event changes nothing.
@@ -104,6 +105,10 @@ export class Training {
 
   get isLive() {
     return LIVE.has(this.phase);
+  }
+
+  get isResumable() {
+    return RESUMABLE.has(this.phase);
   }
 
   get secondsLeft() {

@@ -1,6 +1,6 @@
 // What one node's panel looks like.
 import { Chart } from "./chart.js";
-import { make, mark, say } from "./make.js";
+import { keepKeys, make, mark, say } from "./make.js";
 import { Strip } from "./strip.js";
 import { t, text } from "../texts.js";
 import * as words from "./words.js";
@@ -8,7 +8,6 @@ import * as words from "./words.js";
 export const HEIGHT = 370;
 export const WIDTH = 380;
 
-const RESUMABLE = new Set(["stopped", "paused", "cancelled"]);
 const QUARTERS = 4;
 
 // [name, text of a training and the place in its curve, swatch of the chart's line]
@@ -98,10 +97,7 @@ export class Panel {
   }
 
   _listen() {
-    // A button is pressed by a key, which is no shortcut of the graph's then.
-    this.element.addEventListener("keydown", (event) => {
-      if (["Enter", " ", "Delete", "Backspace"].includes(event.key)) event.stopPropagation();
-    });
+    keepKeys(this.element);
     this._canvas.addEventListener("pointermove", (event) => {
       const box = this._canvas.getBoundingClientRect();
       this._point((event.clientX - box.left) / Math.max(1, box.width));
@@ -180,9 +176,9 @@ export class Panel {
   }
 
   _showButtons() {
-    const { phase, isLive, asked, isSaving, saved, run } = this._training;
-    this._buttons.hidden = !isLive && !RESUMABLE.has(phase) && !saved;
-    this._resume.hidden = !RESUMABLE.has(phase);
+    const { phase, isLive, isResumable, asked, isSaving, saved, run } = this._training;
+    this._buttons.hidden = !isLive && !isResumable && !saved;
+    this._resume.hidden = !isResumable;
     for (const button of [this._stop, this._save, this._pause]) button.hidden = !isLive;
     this._stop.disabled = asked === "stop";
     this._pause.disabled = asked === "pause";

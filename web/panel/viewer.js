@@ -1,5 +1,5 @@
 // A sample picture at its full size beside the base's own.
-import { make, mark, say } from "./make.js";
+import { make, mark, openDialog, say } from "./make.js";
 import { t } from "../texts.js";
 
 // Opens over the page. pictures: [{name, url}], the base's own first; place: which of them.
@@ -25,19 +25,12 @@ export function openViewer(pictures, place) {
   back.addEventListener("click", () => show(place - 1));
   on.addEventListener("click", () => show(place + 1));
   close.addEventListener("click", () => dialog.close());
-  dialog.addEventListener("click", (event) => {
-    if (event.target === dialog) dialog.close();
-  });
   dialog.addEventListener("keydown", (event) => {
-    // The graph's own shortcuts are not meant while this is open.
-    event.stopPropagation();
     if (event.key === "ArrowLeft") show(place - 1);
     if (event.key === "ArrowRight") show(place + 1);
   });
-  dialog.addEventListener("close", () => dialog.remove());
   show(place);
-  document.body.append(dialog);
-  dialog.showModal();
+  openDialog(dialog);
 }
 
 function makeFigure() {

@@ -1,0 +1,145 @@
+"""How a dataset varies its pictures and captions: the inputs of every node that makes one, and what they mean."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..trainers.data.examples import Handling, read_resolutions
+from .schema import advanced
+
+
+def widgets() -> list:
+    """How pictures and captions are varied: the same inputs on every node that makes a dataset, in `handling`'s order.
+
+    All are optional and vary nothing until they are set.
+    """
+    return [
+        io.Boolean.Input(
+            "shuffle_tags",
+            default=False,
+            optional=True,
+            tooltip="Puts the comma-separated parts of a caption into another order at each showing.",
+        ),
+        io.Int.Input(
+            "keep_tokens",
+            default=0,
+            min=0,
+            max=1000,
+            optional=True,
+            tooltip="So many parts at a caption's beginning are neither moved nor dropped, besides the trigger.",
+        ),
+        io.Float.Input(
+            "tag_dropout",
+            default=0.0,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            optional=True,
+            tooltip="Chance of each comma-separated part to be left out at a showing. Typical: 0.1.",
+        ),
+        io.Float.Input(
+            "caption_dropout",
+            default=0.0,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            optional=True,
+            tooltip="Chance of a showing without any caption, trigger included. Typical: 0.05 to 0.1.",
+        ),
+        advanced(
+            io.Boolean.Input(
+                "wildcards",
+                default=False,
+                optional=True,
+                tooltip="Of words in braces with bars between them one is chosen. Off: braces are text.",
+            )
+        ),
+        advanced(
+            io.Boolean.Input(
+                "lines_are_variants",
+                default=False,
+                optional=True,
+                tooltip="Each line of a caption is a caption of its own, shown in turn. Off: it is one caption.",
+            )
+        ),
+        advanced(
+            io.Int.Input(
+                "caption_variants",
+                default=0,
+                min=0,
+                max=10000,
+                optional=True,
+                tooltip="How many versions of a varying caption are encoded. 0: 4 to 64, fewer for more pictures.",
+            )
+        ),
+        io.Boolean.Input(
+            "flip",
+            default=False,
+            optional=True,
+            tooltip="Mirrors half of the showings. Not for faces, text, or anything that has a left and a right.",
+        ),
+        advanced(
+            io.Boolean.Input(
+                "upscale",
+                default=False,
+                optional=True,
+                tooltip="Enlarges small pictures to the resolution. Off: they are trained at their own size.",
+            )
+        ),
+        advanced(
+            io.String.Input(
+                "more_resolutions",
+                default="",
+                optional=True,
+                tooltip="Further resolutions, such as 512, 768: each picture is trained at each that it reaches.",
+            )
+        ),
+        advanced(
+            io.Float.Input(
+                "mask_minimum",
+                default=0.0,
+                min=0.0,
+                max=1.0,
+                step=0.01,
+                optional=True,
+                tooltip="Least weight in the loss where a mask is black. Typical: 0 to 0.1.",
+            )
+        ),
+    ]
+
+
+# What is checked of those inputs before anything runs.
+CHECKED = {
+    "tag_dropout": None,
+    "caption_dropout": None,
+    "more_resolutions": read_resolutions,
+    "mask_minimum": None,
+}
+
+
+def handling(
+    shuffle_tags=False,
+    keep_tokens=0,
+    tag_dropout=0.0,
+    caption_dropout=0.0,
+    wildcards=False,
+    lines_are_variants=False,
+    caption_variants=0,
+    flip=False,
+    upscale=False,
+    more_resolutions="",
+    mask_minimum=0.0,
+) -> Handling:
+    """`lines_are_variants` is settled when captions are read; it is taken so that both can be given the same inputs."""
+    return Handling(
+        shuffle_tags=shuffle_tags,
+        keep_tokens=keep_tokens,
+        tag_dropout=tag_dropout,
+        caption_dropout=caption_dropout,
+        wildcards=wildcards,
+        caption_variants=caption_variants,
+        flip=flip,
+        upscale=upscale,
+        resolutions=read_resolutions(more_resolutions),
+        mask_minimum=mask_minimum,
+    )

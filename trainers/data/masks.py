@@ -1,0 +1,64 @@
+"""Which of a folder's files are masks, and of which pictures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .listing import File, Listing, stem_of
+from .pixels import is_picture
+
+_FOLDERS = ("masks", "mask")
+_SUFFIX = "-masklabel"
+
+
+@dataclass(frozen=True)
+class OwnMasks:
+    """The masks in a listing: those by the picture's stem, all files, and those of no picture."""
+
+    by_stem: dict[str, File]
+    files: set[str]
+    lonely: list[str]
+
+
+def own_masks(listing: Listing) -> OwnMasks:
+    """Finds `name-masklabel.png` beside `name`, and `masks/name.png` for `name` beside the folder or below it."""
+    stems = {stem_of(name) for name in listing.files if is_picture(name)}
+    found: dict[str, File] = {}
+    files: set[str] = set()
+    folders: dict[str, list[tuple[str, str]]] = {}
+    lonely = []
+    for name in listing.files:
+        if not is_picture(name):
+            continue
+        stem = stem_of(name)
+        if stem.endswith(_SUFFIX):
+            files.add(name)
+            owner = stem[: -len(_SUFFIX)]
+            if owner in stems:
+                found[owner] = listing.files[name]
+            else:
+                lonely.append(name)
+            continue
+        parts = stem.split("/")
+        for depth, part in enumerate(parts[:-1]):
+            if part.lower() in _FOLDERS:
+                owner = "/".join(parts[:depth] + parts[depth + 1 :])
+                folders.setdefault("/".join(parts[: depth + 1]), []).append((name, owner))
+                break
+    for members in folders.values():
+        # A folder of masks has at least one picture's; else it is a folder of pictures that happens to be called so.
+        if not any(owner in stems for _, owner in members):
+            continue
+        for name, owner in members:
+            files.add(name)
+            if owner in stems:
+                found.setdefault(owner, listing.files[name])
+            else:
+                lonely.append(name)
+    return OwnMasks(found, files, lonely)
+
+
+def mask_owner(name: str) -> str:
+    """The stem of the picture that a file in a folder of masks is for."""
+    stem = stem_of(name)
+    return stem[: -len(_SUFFIX)] if stem.endswith(_SUFFIX) else stem
