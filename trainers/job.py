@@ -166,6 +166,7 @@ def _example_as_json(example: Example) -> dict[str, Any]:
 
 # What of an example stands in JSON as it is.
 _PLAIN = ("captions", "size", "digest", "trigger", "repeats", "held_out", "weight", "prior")
+_BESIDE = ("handling", "name", "mask", "anchor", "control", "left_out")
 
 
 def read_job(folder: str) -> Job:
@@ -218,6 +219,10 @@ def _dataset_of(value: dict[str, Any]) -> Dataset:
 
 
 def _example_of(row: dict[str, Any]) -> Example:
+    unknown = row.keys() - {*_PLAIN, *_BESIDE}
+    if unknown:
+        # Of a later version: left aside, the run would be another.
+        raise ValueError(f"{min(unknown)} is unknown")
     plain = {name: row[name] for name in _PLAIN}
     mask, anchor, control = row["mask"], row["anchor"], row["control"]
     # Jobs of before say nothing of it.

@@ -161,6 +161,31 @@ def places_in(value, path=()):
         yield from places_in(part, (*path, key))
 
 
+@pytest.mark.parametrize(
+    "way, value, said",
+    [
+        (("recipe", "batch_size"), 0, "batch_size"),
+        (("recipe", "learning_rate"), -1.0, "learning_rate"),
+        (("recipe", "optimizer"), "none such", "optimizer"),
+        (("recipe", "steps"), 1.5, "steps is 1.5"),
+        (("dataset", "trigger"), 5, "trigger is 5"),
+        (("dataset", "examples", 0, "captions"), "a, b", "captions is no list"),
+        (("dataset", "examples", 0, "more"), 1, "more is unknown"),
+    ],
+    ids=lambda value: ".".join(map(str, value)) if isinstance(value, tuple) else None,
+)
+def test_a_value_that_no_job_has_is_named(way, value, said, tmp_path):
+    path = os.path.join(export(tmp_path), "job.json")
+    held = files.read_json(path)
+    holder = held
+    for key in way[:-1]:
+        holder = holder[key]
+    holder[way[-1]] = value
+    files.write_json(path, held)
+    with pytest.raises(RunError, match=f"job.json' is damaged .*({said})"):
+        jobs.read_job(os.path.dirname(path))
+
+
 @pytest.mark.soak
 def test_a_job_that_lies_is_refused_or_read_and_nothing_else(tmp_path, trials):
     """Whatever stands anywhere in it: an error that names the file, or a job whose recipe was checked."""

@@ -35,6 +35,24 @@ def test_a_run_that_tells_of_its_later_steps_alone_is_whole_from_there():
     assert kept.means(0, 16)[0] == 0.5
 
 
+@pytest.mark.parametrize("before", [1, 2, 3])
+def test_what_came_before_a_gap_is_kept(before):
+    """Also an odd number of spans, of which two become one several times at once."""
+    kept = LevelLosses()
+    for step in range(1, before + 1):
+        kept.add(step, [0.0], [1.0])
+    kept.add(1000, [0.0], [5.0])
+    assert sum(map(sum, kept.counts)) == before + 1
+    assert kept.means(0, 0)[0] == 1.0 and kept.means(0, 16)[0] == pytest.approx((before + 5.0) / (before + 1))
+
+
+@pytest.mark.parametrize("steps, span", [(16, 1), (17, 2), (32, 2), (33, 4)])
+def test_spans_are_as_short_as_they_can_be(steps, span):
+    kept = LevelLosses()
+    kept.add(steps, [0.0], [1.0])
+    assert kept.span == span
+
+
 def test_it_comes_back_from_json_to_the_bit():
     kept = LevelLosses()
     for step in range(1, 60):
@@ -57,6 +75,7 @@ SOUND = {"span": 1, "sums": [[0.5] * BUCKETS], "counts": [[1] * BUCKETS]}
         {**SOUND, "sums": [[math.nan] * BUCKETS]},
         {**SOUND, "sums": [[10**400] * BUCKETS]},
         {**SOUND, "sums": []},
+        {**SOUND, "sums": SOUND["sums"] * 17, "counts": SOUND["counts"] * 17},
         {**SOUND, "counts": [[-1] * BUCKETS]},
         {**SOUND, "counts": [[0.5] * BUCKETS]},
         {**SOUND, "counts": "x"},
