@@ -307,9 +307,11 @@ def test_nothing_but_runs_is_reached(server, name):
         link.symlink_to(outside)
     status, message = refusal(server, f"/graft/runs/{name}", method="GET")
     assert status == 404 and "recipe" not in message, message
-    for wish in ("stop", "resume"):
+    assert refusal(server, f"/graft/runs/{name}/workflow", method="GET")[0] == 404
+    for wish in ("stop", "resume", "delete"):
         # A path that leads elsewhere may be no route for posts at all.
         assert refusal(server, f"/graft/runs/{name}/{wish}", **JSON)[0] in (404, 405)
+    assert (outside / "recipe.json").exists() and link.is_symlink()
     assert "linked-12345678" not in [run["name"] for run in server.get("/graft/runs")["runs"]]
 
 

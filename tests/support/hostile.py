@@ -1109,6 +1109,8 @@ def routes(rng, defaults, trained):
         for wish in rng.sample(("stop", "save", "pause", "resume"), 2):
             act = _asking(f"/graft/runs/{run_id}/{wish}", b"{}", own=own)
             yield Trial("route", f"{wish} {run_id[:40]!a}", act, says)
+        yield Trial("route", f"delete {run_id[:40]!a}", _asking(f"/graft/runs/{run_id}/delete", b"{}", own=own), says)
+        yield Trial("route", f"workflow of {run_id[:40]!a}", _asking(f"/graft/runs/{run_id}/workflow", own=own), says)
     for node in NODE_IDS:
         own = "%2f" not in node
         says = '40[49] .*"error": "(?:That is no node|It does not run)' if own else "40[0-9]"
