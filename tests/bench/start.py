@@ -1,11 +1,11 @@
 """How long a user waits: for the first step, for a finished run, and for what is encoded before either.
 
-    python -m tests.bench.start [--repeats N]
+    python -m tests.bench.start [--repeats N] [--readme]
 
 In a real server on the small base, from queueing to the answer; in a process of its own on the 45 M-parameter layout of
 SD1 with a text encoder and a VAE as large as SD1's, from where the node begins. *Just started* is a server or process
-that has trained nothing yet: what it has to import then is part of it. Medians of the processor time of that one process, which is what
-the clock would say of an idle machine.
+that has trained nothing yet: what it has to import then is part of it. Medians of the processor time of that process,
+which is what the clock would say of an idle machine.
 
 What is encoded one at a time and together takes turns.
 """
@@ -294,12 +294,16 @@ def _one(kind: str, **more) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--readme", action="store_true", help="puts the tables into README.md")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         print(json.dumps(_one(**json.loads(args.one))))
-    else:
-        print(measure(args.repeats))
+        return
+    text = measure(args.repeats)
+    print(text)
+    if args.readme:
+        report.put_into_readme(text)
 
 
 if __name__ == "__main__":
