@@ -68,6 +68,11 @@ class Parts:
         self._cuts_of = host.denoiser.published_cuts
         self.layers = 0
 
+    @property
+    def are_there(self) -> bool:
+        """Whether there are trees: within training alone."""
+        return any(part.tree() is not None for part in self._parts)
+
     def inject(self) -> dict[str, nn.Parameter]:
         """Adds the trainables to the trees; within training only.
 

@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from .data import captions
-from .data.cache import Cache, LatentCache, TextCache, cache_size, prune
+from .data.cache import Cache, cache_size, prune
 from .data.controls import control_crop
 from .data.cutting import Cuts, all_resolutions, cut_dataset, held_out
+from .data.encoding import LatentCache, TextCache
 from .data.examples import LeftOut
 from .data.holes import HoleCache
 from .data.mask_weights import MaskCache

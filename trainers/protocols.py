@@ -6,7 +6,7 @@ ComfyUI's implementation is `nodes/host/`; the tests hold one over diffusers.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import Enum
@@ -107,6 +107,12 @@ class TextEncoder(Protocol):
     def encode(self, caption: str) -> dict[str, torch.Tensor]:
         """The conditioning tensors of one caption, each [1, ...] on the CPU, ordinary tensors."""
 
+    def form(self, caption: str) -> Hashable:
+        """Captions of one form can be encoded together; None for one that has to be encoded alone."""
+
+    def encode_all(self, captions: Sequence[str]) -> list[dict[str, torch.Tensor]]:
+        """As `encode` for each of several captions of one form, but for rounding."""
+
     def count_tokens(self, caption: str) -> int:
         """Number of tokens of the caption without start, end and padding."""
 
@@ -156,7 +162,13 @@ class TextEncoder(Protocol):
 
 
 class ImageCodec(Protocol):
-    """Turns pictures into latents."""
+    """Turns pictures into latents.
+
+    Attributes:
+        pixels_at_once: of pictures of one size that are to be encoded together; less than a picture's for one alone.
+    """
+
+    pixels_at_once: int
 
     def encode(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[B, H, W, 3] float in 0..1 -> mean and log-variance of the unscaled latents' posterior.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -362,7 +363,9 @@ def _exporter(method, parts: Parts, recipe: Recipe, host: Host, dataset: Dataset
             if isinstance(tensors, Differences):
                 adapter = LazyAdapter(tensors, metadata)
             else:
-                adapter = Adapter(tensors, metadata, parts.native(own))
+                # Made at once where the trees are there, since it may be made of them.
+                native = functools.partial(parts.native, own)
+                adapter = Adapter(tensors, metadata, native() if parts.are_there else native)
         embedding = None
         if recipe.embedding_name:
             embedding = inversion.made_of(values, recipe, describe_training(facts, "textual-inversion"))

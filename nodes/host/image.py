@@ -11,11 +11,22 @@ if TYPE_CHECKING:
     from comfy.sd import VAE
 
 
+# Of pictures that are encoded together. On a processor more would be slower: what is larger than its caches, and than
+# what the C library keeps, is fetched from the system anew by every layer.
+_PIXELS_ON_CPU = 4 * 64 * 64
+_PIXELS = 2 * 1024 * 1024
+
+
 class ComfyCodec:
-    """The graph's VAE, unchanged."""
+    """The graph's VAE, unchanged.
+
+    Attributes:
+        pixels_at_once: none for a VAE that takes a batch for the frames of a video.
+    """
 
     def __init__(self, vae: VAE):
         self._vae = vae
+        self.pixels_at_once = _pixels_at_once(vae)
 
     @property
     def factor(self) -> int:
@@ -27,6 +38,9 @@ class ComfyCodec:
 
         The host answers with the posterior's mode alone, so the moments are caught on their way into the regulariser.
         A VAE without one (TAESD, most video VAEs), or one that encoded in tiles, gives no log-variance.
+
+        Raises:
+            RuntimeError: of several pictures, when the host's memory was enough for tiles alone; fewer may need none.
         """
         import torch
 
@@ -36,16 +50,34 @@ class ComfyCodec:
         if isinstance(regulariser, torch.nn.Module):
             hook = regulariser.register_forward_pre_hook(lambda module, given: caught.append(given[0]))
         try:
-            with torch.no_grad():
-                mean = self._vae.encode(pixels).detach().float().cpu().clone()
+            # As a graph has it: what the host does in tiles it changes in place, which it may not do outside.
+            with torch.inference_mode():
+                mean = self._vae.encode(pixels)
         finally:
             if hook is not None:
                 hook.remove()
+        mean = mean.float().cpu().clone()
+        if len(pixels) > 1 and caught and not _is_whole(caught, mean):
+            raise RuntimeError("The VAE encoded in tiles: memory is short.")
         return mean, _log_variance(caught, mean)
 
     def fingerprint(self) -> str:
         """Changes with weights and dtype."""
         return f"{module_digest(self._vae.first_stage_model)}|{self._vae.vae_dtype}"
+
+
+def _pixels_at_once(vae: VAE) -> int:
+    import comfy.model_management
+
+    if vae.latent_dim != 2:
+        return 0
+    return _PIXELS_ON_CPU if comfy.model_management.is_device_cpu(vae.device) else _PIXELS
+
+
+def _is_whole(caught: list[torch.Tensor], mean: torch.Tensor) -> bool:
+    """Whether what was caught, in one pass or in several, is of just the pictures that the mean is of."""
+    rows = sum(len(one) for one in caught)
+    return rows == len(mean) and all(one.shape[2:] == mean.shape[2:] for one in caught)
 
 
 def _log_variance(caught: list[torch.Tensor], mean: torch.Tensor) -> torch.Tensor | None:
@@ -55,10 +87,10 @@ def _log_variance(caught: list[torch.Tensor], mean: torch.Tensor) -> torch.Tenso
     """
     import torch
 
-    if len(caught) != 1:
+    if not caught or not _is_whole(caught, mean):
         return None
-    moments = caught[0].detach().float().cpu()
-    if moments.ndim != mean.ndim or moments.shape[1] != 2 * mean.shape[1] or moments.shape[2:] != mean.shape[2:]:
+    moments = torch.cat([one.detach().float().cpu() for one in caught])
+    if moments.ndim != mean.ndim or moments.shape[1] != 2 * mean.shape[1]:
         return None
     first, second = moments.chunk(2, dim=1)
     if not torch.allclose(first, mean, rtol=1e-3, atol=1e-3, equal_nan=True):

@@ -6,7 +6,10 @@ are answered from what was computed for all captions together.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+import itertools
+import numbers
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -18,6 +21,9 @@ if TYPE_CHECKING:
 
     from ...trainers.data.memory import Keep
 
+# Encoders of which each row of a batch is known to be what it is alone: tests hold it.
+_ROW_BY_ROW = (*WIDTHS, "t5xxl")
+
 
 def encode_together(clip: CLIP, tokens: Sequence[dict], keep: Keep) -> list[dict[str, torch.Tensor]]:
     """What the host encodes from each of the tokens, with its graph.
@@ -27,7 +33,31 @@ def encode_together(clip: CLIP, tokens: Sequence[dict], keep: Keep) -> list[dict
         tokens: as `clip.tokenize` gives them for literal captions.
         keep: for what encoders give in which nothing is trained.
     """
-    together = {key: _all_rows(inner, tokens, key) for key, inner in _inner(clip, tokens) if key in WIDTHS}
+    return _each(clip, tokens, WIDTHS, keep)
+
+
+def encode_alike(clip: CLIP, tokens: Sequence[dict]) -> list[dict[str, torch.Tensor]]:
+    """What the host encodes from each of the tokens, all of one form."""
+    return _each(clip, tokens, _ROW_BY_ROW, None)
+
+
+def form_of(clip: CLIP, tokens: dict) -> Hashable:
+    """Number and lengths of the chunks for each encoder; None where one is to be encoded alone.
+
+    That is where a place holds no number but vectors, and where no encoder is known to answer row by row.
+    """
+    found = []
+    for key, _ in _inner(clip, [tokens]):
+        sections = _sections(tokens, key)
+        if not all(isinstance(place, numbers.Integral) for section in sections for place in section):
+            return None
+        found.append((key, *(len(section) for section in sections)))
+    return tuple(found) if any(key in _ROW_BY_ROW for key, *_ in found) else None
+
+
+def _each(clip: CLIP, tokens: Sequence[dict], keys: Collection[str], keep: Keep | None) -> list[dict]:
+    """Args: keys: of the encoders that are asked once for all."""
+    together = {key: _Rows(inner, tokens, key) for key, inner in _inner(clip, tokens) if key in keys}
     found = []
     for number, one in enumerate(tokens):
         with _answered(clip, tokens, number, together, keep):
@@ -62,19 +92,40 @@ def _sections(tokens: dict, key: str) -> list[list]:
     return [[place[0] for place in chunk] for chunk in tokens[_name(key, tokens)]]
 
 
-def _all_rows(inner: torch.nn.Module, tokens: Sequence[dict], key: str):
-    rows = [section for one in tokens for section in _sections(one, key)]
-    same_length = len({len(row) for row in rows}) == 1
-    return inner.encode(rows) if same_length and len(tokens) > 1 else None
+class _Rows:
+    """What an encoder gives for the chunks of all captions, computed when the host first asks for one's.
+
+    Not before: only then has the host placed the weights and set from which layer it takes what it gives.
+    """
+
+    def __init__(self, inner: torch.nn.Module, tokens: Sequence[dict], key: str):
+        self._ask = inner.encode
+        sections = [_sections(one, key) for one in tokens]
+        self._rows = [section for one in sections for section in one]
+        self._spans = list(itertools.pairwise([0, *itertools.accumulate(len(one) for one in sections)]))
+        self._together = len({len(row) for row in self._rows}) == 1 and len(tokens) > 1
+        self._found: tuple | None = None
+
+    def answer(self, number: int, wanted: list[list]):
+        """Of caption `number`."""
+        start, stop = self._spans[number]
+        # A prompt with weights would want one row more; captions have none.
+        if not self._together or len(wanted) != stop - start:
+            return self._ask(wanted)
+        if self._found is None:
+            self._found = self._ask(self._rows)
+        return _slice(self._found, start, stop)
 
 
 @contextmanager
-def _answered(clip: CLIP, tokens: Sequence[dict], number: int, together: dict, keep: Keep) -> Iterator[None]:
+def _answered(
+    clip: CLIP, tokens: Sequence[dict], number: int, together: dict[str, _Rows], keep: Keep | None
+) -> Iterator[None]:
     """Lets the encoders answer caption `number` from what is computed already."""
     changed = []
     try:
         for key, inner in _inner(clip, tokens):
-            answer = _answer(inner, tokens, number, key, together.get(key), keep)
+            answer = _answer(inner, key, number, together.get(key), keep)
             if answer is not None:
                 inner.encode = answer
                 changed.append(inner)
@@ -84,25 +135,22 @@ def _answered(clip: CLIP, tokens: Sequence[dict], number: int, together: dict, k
             del inner.encode
 
 
-def _answer(inner, tokens: Sequence[dict], number: int, key: str, rows, keep: Keep):
-    ask = inner.encode
+def _answer(inner, key: str, number: int, rows: _Rows | None, keep: Keep | None):
     if rows is not None:
-        start = sum(len(_sections(one, key)) for one in tokens[:number])
-        count = len(_sections(tokens[number], key))
-        # A prompt with weights would want one row more; captions have none.
-        return lambda wanted: _slice(rows, start, count) if len(wanted) == count else ask(wanted)
-    if key in WIDTHS or any(parameter.requires_grad for parameter in inner.parameters()):
+        return functools.partial(rows.answer, number)
+    if keep is None or any(parameter.requires_grad for parameter in inner.parameters()):
         return None
+    ask = inner.encode
     return lambda wanted: keep.get(f"{key} {wanted}", lambda: _Kept(ask(wanted))).value
 
 
-def _slice(value, start: int, count: int):
+def _slice(value, start: int, stop: int):
     """Rows of whatever an encoder gives: a tuple of tensors, dicts of them, or nothing."""
     if isinstance(value, tuple):
-        return tuple(_slice(part, start, count) for part in value)
+        return tuple(_slice(part, start, stop) for part in value)
     if isinstance(value, dict):
-        return {name: _slice(part, start, count) for name, part in value.items()}
-    return value if value is None else value[start : start + count]
+        return {name: _slice(part, start, stop) for name, part in value.items()}
+    return value if value is None else value[start:stop]
 
 
 class _Kept(dict):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,7 @@ from ...trainers.data.memory import Keep
 from ...trainers.formats.embedding import WIDTHS
 from . import words
 from .digest import patcher_digest
-from .passes import encode_together, encoded
+from .passes import encode_alike, encode_together, encoded, form_of
 
 if TYPE_CHECKING:
     import torch
@@ -42,12 +42,27 @@ class ComfyText:
 
     def encode(self, caption: str) -> dict[str, torch.Tensor]:
         """The host's own conditioning of a literal caption: `cross_attn`, `pooled_output` and what else it gives."""
+        return self._settled(conditioning_tensors(self.clip, _literal_tokens(self.clip, caption)))
+
+    def form(self, caption: str) -> Hashable:
+        """The shape of its tokens; None for what stands for vectors or for what is not known to be taken together."""
+        return form_of(self.clip, _literal_tokens(self.clip, caption))
+
+    def encode_all(self, captions: Sequence[str]) -> list[dict[str, torch.Tensor]]:
+        """As `encode` for each of several captions of one form."""
         import torch
 
-        found = conditioning_tensors(self.clip, _literal_tokens(self.clip, caption))
+        with torch.no_grad():
+            found = encode_alike(self.clip, [_literal_tokens(self.clip, caption) for caption in captions])
+        return [self._settled(_on_cpu(one)) for one in found]
+
+    def _settled(self, found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Without what a weight that decides nothing has made of it."""
+        import torch
+
         pooled = found.get("pooled_output")
         if pooled is not None and self._idle() and not pooled.isfinite().all():
-            # Made with that weight; no model of such an encoder alone looks at it.
+            # No model of such an encoder alone looks at it.
             found["pooled_output"] = torch.zeros_like(pooled)
         return found
 
@@ -201,4 +216,8 @@ def conditioning_tensors(clip: CLIP, tokens: dict) -> dict[str, torch.Tensor]:
     import torch
 
     with torch.no_grad():
-        return {name: value.detach().to("cpu").clone() for name, value in encoded(clip, tokens).items()}
+        return _on_cpu(encoded(clip, tokens))
+
+
+def _on_cpu(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value.detach().to("cpu").clone() for name, value in found.items()}

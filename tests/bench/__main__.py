@@ -20,7 +20,9 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from . import contestants, report
+from tests.support.host import find_comfyui, read_version
+
+from . import contestants, report, start
 from .contestants import Case
 from .memory import peak_of
 from .turns import Turn, rounds
@@ -41,7 +43,9 @@ def main() -> None:
     parser.add_argument("--model", action="append", help="one of the models alone; more than once for several")
     parser.add_argument("--batch", type=int, help="one of the batches alone")
     parser.add_argument("--picture", type=Path, help="a PNG of the table")
-    parser.add_argument("--readme", action="store_true", help="puts the table into README.md")
+    parser.add_argument(
+        "--readme", action="store_true", help="puts the tables into README.md, in place of these cases'"
+    )
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
@@ -49,19 +53,24 @@ def main() -> None:
         return
     cases = [case for case in CASES if case.model in (args.model or [case.model])]
     cases = [case for case in cases if case.batch == (args.batch or case.batch)]
+    host = ".".join(map(str, read_version(find_comfyui())))
     found = {}
     for case in cases:
         found[case] = _apart("steps", case, rounds=args.rounds, threads=args.threads)
-        print(report.line(case, found[case]), flush=True)
-    told = [report.steps(found, args.threads, args.rounds)]
-    if any(case.model == MIDDLING for case in cases):
-        told.append(report.growth({case: _apart("growth", case, rounds=args.rounds, threads=1) for case in GROWTH}))
-        largest = Case(MIDDLING, 1)
+        print(report.line(case, found[case], host), flush=True)
+    told = [report.steps(found, args.threads, args.rounds, host)]
+    largest = Case(MIDDLING, 1)
+    if largest in found:
+        grown = {case: _apart("growth", case, rounds=args.rounds, threads=1) for case in GROWTH}
+        told.append(report.growth(grown, host))
         names = [name for name in MEMORY if name in found[largest]]
-        told.append(report.memory({name: _apart("memory", largest, name=name) for name in names}))
+        told.append(report.memory({name: _apart("memory", largest, name=name) for name in names}, host))
+    if not args.model:
+        told.append(start.measure(args.rounds))
     text = "\n\n".join(told)
     print("\n" + text)
     if args.picture:
+        args.picture.parent.mkdir(parents=True, exist_ok=True)
         report.draw(found, args.picture)
     if args.readme:
         report.put_into_readme(text)

@@ -16,6 +16,8 @@ BARS = {"attention": 1.10, "linear + conv": 1.20}
 # Whose step is held against which limit.
 LIMIT_OF = {"diffusers": "diffusers' limit"}
 RATIOS = ("attention", "linear + conv", "core", "core, bypass", "diffusers")
+# The columns of the steps' table that say which case a row is of.
+_CASE = ("ComfyUI", "model", "batch")
 _OWN = 1  # of (seconds, seconds of processor time)
 
 
@@ -39,14 +41,19 @@ def verdict(rows: dict[str, list]) -> str:
     missed = [name for name, bar in BARS.items() if ratio(rows, name)[0] > bar]
     if ratio(rows, "attention")[0] > ratio(rows, "diffusers")[0]:
         missed.append("diffusers")
-    if "core" in rows and median(rows["core"]) < 2 * median(rows["linear + conv"]):
+    core = [median(rows[name]) for name in ("core", "core, bypass") if name in rows]
+    if core and min(core) < 2 * median(rows["linear + conv"]):
         missed.append("core")
     return f"missed: {', '.join(missed)}" if missed else "held"
 
 
-def line(case: Case, rows: dict[str, list]) -> str:
-    """A case as a row of the table."""
-    cells = [case.model, f"{case.batch}{', checkpointed' if case.checkpointing else ''}"]
+def line(case: Case, rows: dict[str, list], host: str) -> str:
+    """A case as a row of the table.
+
+    Args:
+        host: ComfyUI's version.
+    """
+    cells = [host, case.model, f"{case.batch}{', checkpointed' if case.checkpointing else ''}"]
     cells += [f"{median(rows[name]) * 1e3:.0f}" for name in ("forward", "limit")]
     for name in RATIOS:
         if name not in rows:
@@ -57,27 +64,27 @@ def line(case: Case, rows: dict[str, list]) -> str:
     return f"| {' | '.join(cells)} | {verdict(rows)} |"
 
 
-def steps(found: dict[Case, dict], threads: int, rounds: int) -> str:
+def steps(found: dict[Case, dict], threads: int, rounds: int, host: str) -> str:
     """The whole table."""
-    heads = ["model", "batch", "forward, ms", "limit, ms", "Graft, attention", "Graft, linear + conv"]
+    heads = [*_CASE, "forward, ms", "limit, ms", "Graft, attention", "Graft, linear + conv"]
     heads += ["core's node", "core's, bypass", "diffusers", "bars"]
     lines = [
         "A whole step over the bare model's forward and backward (limit), LoRA of rank 8, fp32 on the CPU. Medians and",
         f"quartiles of {rounds} rounds of processor time, torch on {threads} of two cores that other programs use too.",
         "core's node trains every layer, as *linear + conv* does, diffusers attention, held against its own network's",
-        "limit. Bars, from a limit of 250 ms on: attention 1.10, linear + conv 1.20, core's node twice as long, Graft",
-        "on attention not above diffusers.",
+        "limit. Bars, from a limit of 250 ms on: attention 1.10, linear + conv 1.20, core's node twice as long in",
+        "either mode, Graft on attention not above diffusers.",
         "",
         f"| {' | '.join(heads)} |",
         "|" + "---|" * len(heads),
     ]
-    return "\n".join([*lines, *(line(case, rows) for case, rows in found.items())])
+    return "\n".join([*lines, *(line(case, rows, host) for case, rows in found.items())])
 
 
-def growth(found: dict[Case, dict]) -> str:
+def growth(found: dict[Case, dict], host: str) -> str:
     """How a step's cost grows with pictures and with their size."""
     one, many, wide = found.items()
-    lines = ["| from | to | model's operations | limit | step |", "|---|---|---|---|---|"]
+    lines = [f"| ComfyUI {host}, from | to | model's operations | limit | step |", "|---|---|---|---|---|"]
     for (case, rows), words in ((many, "pictures in a batch"), (wide, "times the side")):
         more = [rows["operations"] / one[1]["operations"]]
         more += [median(rows[name]) / median(one[1][name]) for name in ("limit", "attention")]
@@ -86,10 +93,10 @@ def growth(found: dict[Case, dict]) -> str:
     return "\n".join(lines)
 
 
-def memory(found: dict[str, dict]) -> str:
+def memory(found: dict[str, dict], host: str) -> str:
     """The peaks, and of ours what they may be."""
     bare = found["limit"]["peak"]
-    lines = ["| peak memory, batch 1 | MB | over bare + adapters + optimiser |", "|---|---|---|"]
+    lines = [f"| peak memory, ComfyUI {host}, batch 1 | MB | over bare + adapters + optimiser |", "|---|---|---|"]
     for name, row in found.items():
         allowed = bare + row["adapters"]
         share = f"{row['peak'] / allowed:.3f}" if row["adapters"] else "-"
@@ -123,9 +130,32 @@ def draw(found: dict[Case, dict], path: Path) -> None:
 
 
 def put_into_readme(text: str) -> None:
-    """In place of what stands between the marks."""
+    """Each part between the marks in place of the one that begins alike; what was not measured now stays as it is."""
     path = ROOT / "README.md"
     whole = path.read_text(encoding="utf-8")
     head, rest = whole.split(BEGIN)
-    _, tail = rest.split(END)
-    path.write_text(f"{head}{BEGIN}\n{text}\n{END}{tail}", encoding="utf-8")
+    known, tail = rest.split(END)
+    path.write_text(f"{head}{BEGIN}\n{merged(known.strip(), text)}\n{END}{tail}", encoding="utf-8")
+
+
+def merged(known: str, fresh: str) -> str:
+    """Parts, which empty lines are between, with those of `fresh` for what begins alike; new ones come last.
+
+    Of the steps' table the rows of other cases stay.
+    """
+    parts = {_beginning(part): part for part in known.split("\n\n") if part}
+    for part in fresh.split("\n\n"):
+        old = parts.get(_beginning(part), "")
+        parts[_beginning(part)] = _with_rows(old, part) if part.startswith(f"| {_CASE[0]} |") else part
+    return "\n\n".join(parts.values())
+
+
+def _beginning(part: str) -> str:
+    """Of a table its heads, of a text its first words: its numbers may be others."""
+    first = part.splitlines()[0]
+    return first if first.startswith("|") else " ".join(first.split()[:3])
+
+
+def _with_rows(old: str, new: str) -> str:
+    rows = {tuple(row.split("|")[1 : 1 + len(_CASE)]): row for row in (*old.splitlines()[2:], *new.splitlines()[2:])}
+    return "\n".join([*new.splitlines()[:2], *rows.values()])

@@ -41,6 +41,8 @@ SHOWN = ["SD1 inpaint", "FluxInpaint", "SD15_instructpix2pix", "Flux"]
 class Codec:
     """A random convolution to a family's channels, eight pixels to a position, and a frame where it has one."""
 
+    pixels_at_once = 0
+
     def __init__(self, name):
         shape = models.SIZES[name].latent
         self._weight = torch.randn(shape[0], 3, 8, 8, generator=torch.Generator().manual_seed(7)) * 0.2
@@ -64,6 +66,9 @@ class Words:
 
     def encode(self, caption):
         return models.conditioning(self._name, sum(map(ord, caption))).tensors
+
+    def form(self, caption):
+        return None
 
     def count_tokens(self, caption):
         return len(caption.split())

@@ -242,43 +242,13 @@ def test_a_cache_beyond_its_limit_makes_room(server, tiny_base, folder):
     assert not {path for path in before & left if path.parent.name == "latents"}, "what it did not use is gone"
 
 
-def kl_vae(channels):
-    """A VAE of the host's own making with random weights: SD1's kind with 4 channels, Flux's with 16."""
-    import comfy.sd
-    import torch
-    from comfy.ldm.models import autoencoder
-
-    shape = {
-        "double_z": True,
-        "z_channels": channels,
-        "resolution": 256,
-        "in_channels": 3,
-        "out_ch": 3,
-        "ch": 128,
-        "ch_mult": [1, 2, 4, 4],
-        "num_res_blocks": 2,
-        "attn_resolutions": [],
-        "dropout": 0.0,
-    }
-    if channels == 4:
-        network = autoencoder.AutoencoderKL(ddconfig=shape, embed_dim=4)
-    else:
-        network = autoencoder.AutoencodingEngine(
-            regularizer_config={"target": "comfy.ldm.models.autoencoder.DiagonalGaussianRegularizer"},
-            encoder_config={"target": "comfy.ldm.modules.diffusionmodules.model.Encoder", "params": shape},
-            decoder_config={"target": "comfy.ldm.modules.diffusionmodules.model.Decoder", "params": shape},
-        )
-    models.randomise(network, 0)
-    return comfy.sd.VAE(sd=network.state_dict(), device=torch.device("cpu"), dtype=torch.float32)
-
-
 @pytest.mark.parametrize("channels", [4, 16], ids=["SD1", "Flux"])
 def test_the_posterior_is_the_vaes_own(comfy, channels):
     """Mean and log-variance against the network's own parts; none where it is asked for in parts."""
     import torch
     from graft_pack.nodes.host.image import ComfyCodec
 
-    vae = kl_vae(channels)
+    vae = models.kl_vae(channels)
     pixels = torch.rand(1, 64, 48, 3, generator=torch.Generator().manual_seed(1))
     mean, logvar = ComfyCodec(vae).encode(pixels)
     assert torch.equal(mean, vae.encode(pixels))
@@ -301,9 +271,9 @@ def test_a_vaes_latents_are_known_by_its_weights_and_its_dtype(comfy):
     import torch
     from graft_pack.nodes.host.image import ComfyCodec
 
-    vae = kl_vae(4)
+    vae = models.kl_vae(4)
     first = ComfyCodec(vae).fingerprint()
-    assert ComfyCodec(kl_vae(4)).fingerprint() == first
+    assert ComfyCodec(models.kl_vae(4)).fingerprint() == first
     vae.vae_dtype = torch.bfloat16
     assert ComfyCodec(vae).fingerprint() != first
     vae.vae_dtype = torch.float32

@@ -118,6 +118,9 @@ class WordEncoder:
         rows += [torch.zeros(WIDTH)] * (TOKENS - len(rows))
         return {"cross_attn": torch.stack(rows)[None]}
 
+    def form(self, caption):
+        return None
+
     # A word of its own, as textual inversion trains one.
 
     device = torch.device("cpu")
@@ -217,6 +220,8 @@ class LayeredTree(torch.nn.Module):
 
 class TinyCodec:
     """diffusers' AutoencoderTiny, random and small, eight pixels to a latent position."""
+
+    pixels_at_once = 0
 
     def __init__(self):
         with seeded(5):

@@ -183,6 +183,36 @@ def _told(latent, conditioning, caption, turn):
     return Shown(latent, conditioning, None, caption)
 
 
+def kl_vae(channels: int):
+    """A VAE of the host's own making with random weights: SD1's kind with 4 channels, Flux's with 16."""
+    import comfy.sd
+    import torch
+    from comfy.ldm.models import autoencoder
+
+    shape = {
+        "double_z": True,
+        "z_channels": channels,
+        "resolution": 256,
+        "in_channels": 3,
+        "out_ch": 3,
+        "ch": 128,
+        "ch_mult": [1, 2, 4, 4],
+        "num_res_blocks": 2,
+        "attn_resolutions": [],
+        "dropout": 0.0,
+    }
+    if channels == 4:
+        network = autoencoder.AutoencoderKL(ddconfig=shape, embed_dim=4)
+    else:
+        network = autoencoder.AutoencodingEngine(
+            regularizer_config={"target": "comfy.ldm.models.autoencoder.DiagonalGaussianRegularizer"},
+            encoder_config={"target": "comfy.ldm.modules.diffusionmodules.model.Encoder", "params": shape},
+            decoder_config={"target": "comfy.ldm.modules.diffusionmodules.model.Decoder", "params": shape},
+        )
+    randomise(network, 0)
+    return comfy.sd.VAE(sd=network.state_dict(), device=torch.device("cpu"), dtype=torch.float32)
+
+
 class SmallVae:
     """What the denoiser asks of a VAE when no picture is coded."""
 

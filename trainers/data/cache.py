@@ -1,4 +1,4 @@
-"""Latents and conditionings on disk, each made once and found again by what decides it.
+"""Tensors on disk, each made once and found again by what decides it.
 
 Entries lie in shards, safetensors files of some dozens each. A shard is written whole or not at all, and carries a
 checksum of every tensor: one that does not match is made anew.
@@ -13,23 +13,15 @@ import os
 import secrets
 import time
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..errors import DatasetError, RunError
+from ..errors import RunError
 from ..formats import files
-from .examples import LeftOut
-from .pixels import cut, to_array
-from .scan import reason_of
 
 if TYPE_CHECKING:
     import torch
-    from PIL import Image
-
-    from ..protocols import ImageCodec, TextEncoder
-    from .buckets import Crop
-    from .examples import Example, Source
 
 log = logging.getLogger(__name__)
 
@@ -88,9 +80,9 @@ class Cache:
             if key not in self._pending and key in self._places:
                 by_path.setdefault(self._places[key].path, []).append(key)
         for path, held in by_path.items():
-            damaged = [key for key in held if self._sound(key) is None]
+            damaged = len(held) - len(self._sound(path, held))
             if damaged:
-                self._drop_shard(path, len(damaged))
+                self._drop_shard(path, damaged)
             else:
                 _touch(path)
         return {key for key in wanted if key not in self._places and key not in self._pending}
@@ -98,28 +90,28 @@ class Cache:
     def _drop_shard(self, path: str, damaged: int) -> None:
         log.warning("Graft: %d entries of the cache shard %s are damaged and will be made again.", damaged, path)
         for key in [key for key, place in self._places.items() if place.path == path]:
-            tensors = self._sound(key)
+            tensors = self._sound(path, [key]).get(key)
             del self._places[key]
             if tensors is not None:
                 self.put(key, tensors)
         self.flush()
         _remove(path)
 
-    def _sound(self, key: str) -> dict[str, torch.Tensor] | None:
-        place = self._places[key]
+    def _sound(self, path: str, keys: Iterable[str]) -> dict[str, dict[str, torch.Tensor]]:
+        """The tensors of those keys of a shard that are as they were written; its header is read once for all."""
+        stored = {key: {name: f"{key}/{name}" for name in self._places[key].sums} for key in keys}
         try:
-            stored = {f"{key}/{name}": name for name in place.sums}
-            tensors, _ = files.read_tensors(place.path, stored)
+            tensors, _ = files.read_tensors(path, [full for names in stored.values() for full in names.values()])
         except RunError:
-            return None
-        named = {name: tensors[full] for full, name in stored.items()}
-        return named if all(_checksum(value) == place.sums[name] for name, value in named.items()) else None
+            return {}
+        found = {key: {name: tensors[full] for name, full in names.items()} for key, names in stored.items()}
+        return {key: entry for key, entry in found.items() if _sums_of(entry) == self._places[key].sums}
 
     def get(self, key: str) -> dict[str, torch.Tensor] | None:
         """The tensors of a key, None when absent or damaged."""
         if key in self._pending:
             return self._pending[key]
-        return self._sound(key) if key in self._places else None
+        return self._sound(self._places[key].path, [key]).get(key) if key in self._places else None
 
     def copy_asked(self, folder: str) -> None:
         """Puts all entries that were asked for, and could be made, into another folder.
@@ -190,6 +182,10 @@ def _shards(folder: str) -> list[str]:
     return [entry.path for entry in os.scandir(folder) if entry.name.endswith(_SUFFIX) and entry.is_file()]
 
 
+def _sums_of(entry: dict[str, torch.Tensor]) -> dict[str, int]:
+    return {name: _checksum(tensor) for name, tensor in entry.items()}
+
+
 def _checksum(tensor: torch.Tensor) -> int:
     import torch
 
@@ -256,142 +252,3 @@ def _cache_files(folder: str) -> list[tuple[float, int, str]]:
 def key_of(*parts) -> str:
     """Hash of JSON-able parts."""
     return hashlib.sha256(json.dumps(parts).encode("utf-8", "surrogatepass")).hexdigest()
-
-
-class LatentCache:
-    """The posterior of each example's cut, as the codec gives it: mean and log-variance, or the mean alone.
-
-    Attributes:
-        means_only: keys of which there is no log-variance, so that every showing has the same latent.
-    """
-
-    def __init__(self, cache: Cache, codec: ImageCodec):
-        self._cache = cache
-        self._codec = codec
-        self._base = codec.fingerprint()
-        self.means_only: set[str] = set()
-
-    def key(self, example: Example, crop: Crop) -> str:
-        """What decides an example's latent: content, cut, codec with its dtype."""
-        return key_of("latent 2", self._base, example.digest, crop.scaled, crop.offset, crop.bucket, crop.flip)
-
-    def fill(self, rows: Iterable[tuple[Example, list[Crop]]], tick: Callable[[str], None]) -> list[LeftOut | None]:
-        """Encodes what is missing; for each example None, or why it cannot be trained on.
-
-        Args:
-            rows: each example with its cuts.
-            tick: called with an example's name before it is encoded; may raise to interrupt, what was encoded is kept.
-
-        Raises:
-            DatasetError: naming the picture, when its latent is not finite.
-        """
-        rows = list(rows)
-        missing = self._cache.missing(self.key(example, crop) for example, crops in rows for crop in crops)
-        outcome = []
-        try:
-            for example, crops in rows:
-                wanted = [crop for crop in crops if self.key(example, crop) in missing]
-                try:
-                    if wanted:
-                        tick(example.source.name)
-                        self._encode(example, wanted, missing)
-                    outcome.append(None)
-                except Unreadable as error:
-                    outcome.append(error.row)
-        finally:
-            self._cache.flush()
-        return outcome
-
-    def _encode(self, example: Example, crops: list[Crop], missing: set[str]) -> None:
-        picture = opened(example.source)
-        if picture.size != example.size:
-            raise Unreadable(LeftOut(example.source.name, f"it is {picture.size} when decoded, not {example.size}"))
-        for crop in crops:
-            key = self.key(example, crop)
-            self._cache.put(key, self._posterior(example, cut(picture, crop)))
-            missing.discard(key)
-
-    def _posterior(self, example: Example, picture) -> dict[str, torch.Tensor]:
-        import torch
-
-        mean, spread = self._codec.encode(torch.from_numpy(to_array(picture))[None])
-        found = {"mean": mean.float().cpu()}
-        if spread is not None:
-            found["logvar"] = spread.float().cpu()
-        if not all(torch.isfinite(value).all() for value in found.values()):
-            raise DatasetError(
-                f"The VAE gives no finite latent for the picture '{example.source.name}'.",
-                "Use a VAE that runs in float32 (start ComfyUI with --fp32-vae), or take the picture out.",
-                "vae",
-            )
-        return found
-
-    def get(self, key: str) -> dict[str, torch.Tensor]:
-        """`mean` [1, C, ...] and, where there is a posterior, `logvar` of a key that was filled."""
-        tensors = self._cache.get(key)
-        if tensors is None:
-            raise RunError(f"The cached latent {key} is gone.", "Queue again; it will be made anew.")
-        return tensors
-
-
-class TextCache:
-    """The conditioning tensors of each caption."""
-
-    def __init__(self, cache: Cache, encoder: TextEncoder):
-        self._cache = cache
-        self._encoder = encoder
-        self._base = encoder.fingerprint()
-
-    def fill(self, captions: Iterable[str], tick: Callable[[str], None]) -> None:
-        """Encodes the captions that are missing.
-
-        Raises:
-            DatasetError: naming the caption, when its conditioning is not finite.
-        """
-        wanted = {self._key(caption): caption for caption in captions}
-        missing = self._cache.missing(wanted)
-        try:
-            for key, caption in wanted.items():
-                if key in missing:
-                    tick(caption)
-                    self._cache.put(key, self._encode(caption))
-        finally:
-            self._cache.flush()
-
-    def _encode(self, caption: str) -> dict[str, torch.Tensor]:
-        import torch
-
-        tensors = self._encoder.encode(caption)
-        if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
-            raise DatasetError(
-                f"The text encoder gives no finite conditioning for the caption '{caption}'.",
-                "Load the text encoder in float32.",
-                "clip",
-            )
-        return tensors
-
-    def get(self, caption: str) -> dict[str, torch.Tensor]:
-        """The tensors of a caption that was filled."""
-        tensors = self._cache.get(self._key(caption))
-        if tensors is None:
-            raise RunError(f"The cached conditioning of '{caption}' is gone.", "Queue again; it will be made anew.")
-        return tensors
-
-    def _key(self, caption: str) -> str:
-        return key_of("text 1", self._base, caption)
-
-
-class Unreadable(Exception):
-    """A picture that cannot be trained on, while the others can."""
-
-    def __init__(self, row: LeftOut):
-        super().__init__(str(row))
-        self.row = row
-
-
-def opened(source: Source) -> Image.Image:
-    """The picture. Raises Unreadable."""
-    try:
-        return source.open()
-    except DatasetError as error:
-        raise Unreadable(LeftOut(source.name, reason_of(error, source.name))) from error

@@ -207,6 +207,8 @@ def variant(example: Example, number: int) -> str:
 
     handling = example.handling
     caption = example.captions[number % len(example.captions)]
+    if not handling.wildcards and not handling.shuffle_tags and not handling.tag_dropout:
+        return with_trigger(caption, example.trigger)
     seed = stream_seed("caption", example.digest, example.captions, number)
     draw = np.random.RandomState(seed % (2**32))
     if handling.wildcards:

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from ..errors import RunError
-from .cache import Cache, Unreadable, key_of, opened
+from .cache import Cache, key_of
+from .encoding import Unreadable, opened
 from .examples import LeftOut
 from .pixels import cut
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from ..errors import ModelError, RunError
@@ -27,6 +27,9 @@ _LONGEST_KEY = 1000
 class Adapter(dict):
     """Tensors by key, nothing else as items, so that the host's own nodes take it.
 
+    Args:
+        native: or what makes it when it is first asked for: peft takes a second to import, and few ask.
+
     Attributes:
         metadata: of the file.
         native: the same as peft has it; None where that is not known, and lost when another node copies the dict.
@@ -36,11 +39,17 @@ class Adapter(dict):
         self,
         tensors: dict[str, torch.Tensor],
         metadata: dict[str, str] | None = None,
-        native: Native | None = None,
+        native: Native | Callable[[], Native | None] | None = None,
     ):
         super().__init__(tensors)
         self.metadata = dict(metadata or {})
-        self.native = native
+        self._native = native
+
+    @property
+    def native(self) -> Native | None:
+        if callable(self._native):
+            self._native = self._native()
+        return self._native
 
     def made_by(self) -> str | None:
         """The adapter type that made it, None where the file does not say."""
@@ -125,7 +134,8 @@ def save_adapter(path: str, adapter: Mapping[str, torch.Tensor], title: str, for
         ModelError: the adapter has no such form, or is not whole.
         RunError: the file cannot be written, or is not what was written.
     """
-    native = getattr(adapter, "native", None)
+    # Not asked for where the host's own form is wanted: it may have to be made.
+    native = None if format == "kohya" else getattr(adapter, "native", None)
     if format != "kohya" and native is None:
         raise ModelError(
             f"The adapter carries nothing that could be saved as '{format}': it came from a file or another node.",

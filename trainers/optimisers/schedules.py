@@ -42,6 +42,13 @@ def _by_diffusers(name: str) -> Callable[[Course], Callable[[int], float]]:
     return make
 
 
+def _constant(course: Course) -> Callable[[int], float]:
+    if course.warmup_steps:
+        return _by_diffusers("constant_with_warmup")(course)
+    # What most train with: the first step need not wait for a library to say 1.
+    return lambda step: 1.0
+
+
 def _rex(course: Course) -> Callable[[int], float]:
     """High for long, then falling fast to 0 (Chen et al. 2021): (1 - p) / (1/2 + (1 - p) / 2) at progress p."""
 
@@ -56,7 +63,7 @@ def _rex(course: Course) -> Callable[[int], float]:
 
 # By the widget's names.
 SCHEDULES: dict[str, Callable[[Course], Callable[[int], float]]] = {
-    "constant": _by_diffusers("constant_with_warmup"),
+    "constant": _constant,
     "linear": _by_diffusers("linear"),
     "cosine": _by_diffusers("cosine"),
     "cosine with restarts": _by_diffusers("cosine_with_restarts"),
