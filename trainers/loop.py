@@ -8,12 +8,14 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import torch
 
 from .ahead import Ahead
 from .errors import GraftError, NumbersError
+from .estimate import Estimate, estimate, say
 from .forward import fixed_losses, parts_of, terms_of
 from .group import report_idle, rows_of
 from .ladder import Ladder, trees_of
@@ -85,6 +87,9 @@ def train(plan: Plan, run: Run, host: Host, state: State) -> State:
         host.report("saved", {"step": state.step, "path": path})
 
     try:
+        _tell_estimate(
+            estimate(ladder.plan, host, mover, recipe.steps - state.step), run, host, state.step, recipe.steps
+        )
         if state.step == 0:
             preview(plan, run, host, state.step)
         while state.step < recipe.steps:
@@ -166,6 +171,15 @@ def train(plan: Plan, run: Run, host: Host, state: State) -> State:
         ahead.close()
         mover.close()
     return state
+
+
+def _tell_estimate(found: Estimate | None, run: Run, host: Host, step: int, steps: int) -> None:
+    if found is None:
+        return
+    log.log(logging.INFO if found.fits else logging.WARNING, "Graft: %s.", say(found, steps - step))
+    event = {"event": "estimate", "step": step, **asdict(found), "fits": found.fits}
+    run.log(event)
+    host.report("estimate", event)
 
 
 def _agreed(host: Host) -> Asked | None:
