@@ -7,10 +7,12 @@ trained. The run itself is what it would have been without, to the bit.
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
+import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -19,7 +21,7 @@ import torch
 from .autograd import blocks_of, checkpointed, is_checkpointed
 from .forward import parts_of, terms_of
 from .ladder import in_one_line, is_out_of_memory, trees_of
-from .meter import Meter
+from .meter import Account, bytes_of
 from .methods.dropout import dropping_out
 from .offload import is_away, list_frozen
 from .optimisers import OPTIMISERS
@@ -36,6 +38,9 @@ log = logging.getLogger(__name__)
 
 # Fewer steps than this tell by themselves before an estimate would.
 _LEAST_STEPS = 50
+# How often a pass is timed at the most, and seconds after which it is not once more.
+_TRIES = 3
+_LONG = 1.0
 # Bytes of what is trained, copied to see what its optimiser takes.
 _SCRATCH = 64 * 1024 * 1024
 
@@ -123,17 +128,21 @@ class _Dry:
         trained = [torch.empty_like(one, dtype=_full(one.dtype), device="meta") for one in plan.trainables.values()]
         self._average = sum(one.nbytes for one in trained) if recipe.ema_decay else 0
         self._moves = self._measure_moves()
+        self._account = Account(self._device)
 
     def estimate(self) -> Estimate:
         """Of the plan as it is, and what would help where that does not fit."""
         free = self._host.denoiser.free_memory()
-        there = _bytes_of(self._held()) + _bytes_of(self._mover.tensors()) + self._average
+        there = bytes_of(self._held()) + bytes_of(self._mover.tensors()) + self._average
         one, more = self._line()
         memory = self._whole(one, more, self._size)
-        found = Estimate(_whole_number(memory), _whole_number(memory - there), free, None)
-        if found.fits:
-            return replace(found, seconds=self._seconds())
-        return replace(found, cures=self._cures(there + free, one, more))
+        if memory - there > free:
+            cures = self._cures(there + free, one, more)
+            return Estimate(_whole_number(memory), _whole_number(memory - there), free, None, cures)
+        seconds, measured = self._try()
+        if measured:
+            memory = self._whole(max(measured, one), 0, 1)
+        return Estimate(int(memory), int(memory) - there, free, seconds)
 
     def _held(self, tensors: Iterable[torch.Tensor] = ()) -> list[torch.Tensor]:
         """What lies on the device between steps."""
@@ -142,13 +151,13 @@ class _Dry:
 
     def _whole(self, one: float, more: float, size: int) -> float:
         """Bytes at the most, from what a pass of one picture takes and what each further one adds."""
-        trained = _bytes_of(self._plan.trainables.values())
+        trained = bytes_of(self._plan.trainables.values())
         a_pass = one + (size - 1) * more
         if self._mover.in_backward:
             # Each is moved while activations are still there.
             most = a_pass + self._moves.passing
         else:
-            most = max(a_pass, _bytes_of(self._held()) + trained + self._moves.passing)
+            most = max(a_pass, bytes_of(self._held()) + trained + self._moves.passing)
         return most + self._moves.kept + self._average
 
     def _line(self) -> tuple[float, float]:
@@ -158,7 +167,7 @@ class _Dry:
         """
         one = self._peak(1)
         if self._size == 1 or math.isinf(one):
-            return one, one
+            return one, 0.0
         return one, self._peak(2) - one
 
     def _peak(self, size: int) -> float:
@@ -166,7 +175,8 @@ class _Dry:
         self._host.heed()
         try:
             # A second pass begins with the gradients of the first.
-            return _peak_of(lambda: self._passes(size, 1 + self._several), self._device, self._held(), self._away())
+            work = functools.partial(self._passes, size, 1 + self._several)
+            return self._account.peak_of(work, self._held(), self._away())
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -176,16 +186,23 @@ class _Dry:
     def _away(self) -> list[torch.Tensor]:
         return [one for tree in self._trees for one in tree.parameters() if is_away(one)]
 
-    def _seconds(self) -> float:
-        """Of a step of the plan as it is."""
+    def _try(self) -> tuple[float, int]:
+        """(seconds of a step of the plan as it is, bytes of a pass at the most; 0 where only counting would tell)."""
         recipe = self._plan.recipe
-        self._host.heed()
-        _wait(self._device)
-        began = time.perf_counter()
-        self._passes(self._size, 1)
-        _wait(self._device)
-        a_pass = (time.perf_counter() - began) / self._size
-        return a_pass * recipe.batch_size * recipe.accumulation * self._usual_share() + self._moves.seconds
+        work = functools.partial(self._passes, self._size, 1)
+        took: list[float] = []
+        most = 0
+        while len(took) < _TRIES and sum(took) < _LONG:
+            self._host.heed()
+            _wait(self._device)
+            began = time.perf_counter()
+            most = max(most, self._account.peak_of(work, self._held(), self._away(), False))
+            _wait(self._device)
+            took.append(time.perf_counter() - began)
+        a_pass = statistics.median(took) / self._size
+        seconds = a_pass * recipe.batch_size * recipe.accumulation * self._usual_share() + self._moves.seconds
+        waiting = bytes_of(self._plan.trainables.values()) if self._several else 0
+        return seconds, most and most + waiting
 
     def _usual_share(self) -> float:
         """Of the largest picture's pixels, those of a usual one."""
@@ -229,10 +246,10 @@ class _Dry:
         work = _Move(optimiser, copies)
         # What it keeps is made at the first.
         work()
-        kept = _bytes_of(_tensors_in(optimiser.state.values()))
+        kept = bytes_of(_tensors_in(optimiser.state.values()))
         held = [*copies, *(one.grad for one in copies), *_tensors_in(optimiser.state.values())]
         with self._mover.small_work(self._device):
-            passing = _peak_of(work, self._device, held) - _bytes_of(held)
+            passing = Account(self._device).peak_of(work, held) - bytes_of(held)
             _wait(self._device)
             began = time.perf_counter()
             work()
@@ -251,6 +268,9 @@ class _Dry:
                 one, more = self._line()
             if self._whole(one, more, size) <= there_is:
                 return tuple(found)
+        if size > 1 and not self._several:
+            # The gradients of the first part of a batch wait while the others are computed.
+            one += bytes_of(self._plan.trainables.values())
         while size > 1 and not self._mover.in_backward:
             size //= 2
             if self._whole(one, more, size) <= there_is:
@@ -258,7 +278,7 @@ class _Dry:
         if size < self._size:
             found.append(f"micro_batch {size}")
         frozen = list_frozen(blocks, self._plan.trainables.values())
-        away = _bytes_of(frozen) - 2 * max((_bytes_of(list_frozen([block], ())) for block in blocks), default=0)
+        away = bytes_of(frozen) - 2 * max((bytes_of(list_frozen([block], ())) for block in blocks), default=0)
         if away > 0 and self._whole(one, more, size) - away <= there_is:
             return (*found, "offload")
         return ()
@@ -298,31 +318,8 @@ def _tensors_in(slots: Iterable[dict]) -> list[torch.Tensor]:
     return [value for slot in slots for value in slot.values() if torch.is_tensor(value)]
 
 
-def _bytes_of(tensors: Iterable[torch.Tensor]) -> int:
-    """Of the storages below tensors, each once."""
-    return sum({one.untyped_storage()._cdata: one.untyped_storage().nbytes() for one in tensors}.values())
-
-
 def _whole_number(memory: float) -> int:
     return int(min(memory, 1 << 62))
-
-
-def _peak_of(
-    work: Callable[[], None],
-    device: torch.device,
-    held: list[torch.Tensor],
-    away: list[torch.Tensor] = (),
-) -> int:
-    """Bytes at the most while work is done, with what is held: by the device's own account where it keeps one."""
-    kind = getattr(torch, device.type, None)
-    if device.type != "cpu" and hasattr(kind, "reset_peak_memory_stats") and hasattr(kind, "max_memory_allocated"):
-        kind.reset_peak_memory_stats(device)
-        before = kind.memory_allocated(device)
-        work()
-        return kind.max_memory_allocated(device) - before + _bytes_of(held)
-    with Meter(held, away, device) as meter:
-        work()
-    return meter.peak
 
 
 def _wait(device: torch.device) -> None:
