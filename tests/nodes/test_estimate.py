@@ -9,6 +9,7 @@ import pytest
 import torch
 from graft_pack.trainers import autograd, meter
 from graft_pack.trainers import estimate as estimates
+from graft_pack.trainers.optimisers import OPTIMISERS
 
 from tests.support import models
 
@@ -79,6 +80,14 @@ def test_memory_is_told_within_15_percent(kind, tmp_path):
     assert told["fits"] and told["seconds"] > 0 and told["cures"] == ()
     kept = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert kept[0]["event"] == "estimate" and kept[0]["memory"] == told["memory"]
+
+
+@pytest.mark.parametrize("optimiser", OPTIMISERS)
+def test_what_an_optimiser_keeps_is_in_it(optimiser, tmp_path):
+    betas = {"beta1": 0.0, "beta2": 0.0} if optimiser == "Adafactor" else {}
+    with lora("SD3", batch_size=1, rank=32, alpha=32.0, optimizer=optimiser, **betas) as training:
+        (told,), peak = observed(training, tmp_path)
+    assert told["memory"] == pytest.approx(peak, rel=0.05)
 
 
 @pytest.mark.parametrize("kind", ["SD1, parts of a batch", "dropout", "all weights", "text encoder"])
