@@ -8,6 +8,7 @@ trained. The run itself is what it would have been without, to the bit.
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import math
 import statistics
@@ -30,14 +31,17 @@ from .optimisers.apart import Apart
 if TYPE_CHECKING:
     from torch import nn
 
+    from .ahead import Batch
     from .optimisers.stepping import Mover
-    from .plan import Plan, Shown
+    from .plan import Item, Plan
     from .protocols import Host
 
 log = logging.getLogger(__name__)
 
 # Fewer steps than this tell by themselves before an estimate would.
 _LEAST_STEPS = 50
+# Batches among which the largest pictures are looked for.
+_MOST_BATCHES = 256
 # How often a pass is timed at the most, and seconds after which it is not once more.
 _TRIES = 3
 _LONG = 1.0
@@ -70,16 +74,20 @@ class Estimate:
         return self.missing <= self.free
 
 
-def estimate(plan: Plan, host: Host, mover: Mover, steps: int) -> Estimate | None:
+def estimate(plan: Plan, host: Host, mover: Mover, position: int, steps: int) -> Estimate | None:
     """What the steps that are left will take; None where they are few, or where it cannot be measured.
 
     Args:
+        position: batches that were shown before.
         steps: that are left.
     """
     if steps < _LEAST_STEPS or host.group.world > 1:
         return None
+    # Of those that will be shown: no other captions are encoded.
+    coming = min(_MOST_BATCHES, steps * plan.recipe.accumulation)
+    batches = [batch for _, batch in itertools.islice(plan.batches(position), coming)]
     try:
-        return _Dry(plan, host, mover).estimate()
+        return _Dry(plan, host, mover, batches).estimate()
     except (RuntimeError, MemoryError, TypeError) as error:
         # The steps themselves say better what is wrong, if anything is.
         log.info("Graft: what a step takes could not be measured: %s", in_one_line(error))
@@ -115,16 +123,18 @@ class _Moves:
 class _Dry:
     """The passes of one estimate."""
 
-    def __init__(self, plan: Plan, host: Host, mover: Mover):
+    def __init__(self, plan: Plan, host: Host, mover: Mover, batches: list[Batch]):
         self._plan = plan
         self._host = host
         self._mover = mover
         self._device = host.denoiser.device
         self._trees = trees_of(plan, host)
-        self._largest = max(plan.train, key=lambda item: item.bucket[0] * item.bucket[1])
         recipe = plan.recipe
-        self._size = min(recipe.micro_batch or recipe.batch_size, recipe.batch_size)
-        self._several = recipe.accumulation > 1 or self._size < recipe.batch_size
+        most = recipe.micro_batch or recipe.batch_size
+        self._batch = _largest(plan, batches, most)
+        self._size = len(self._batch)
+        self._several = recipe.accumulation > 1 or any(len(batch) > most for batch in batches)
+        self._pictures = recipe.accumulation * sum(len(batch) for batch in batches) / len(batches)
         trained = [torch.empty_like(one, dtype=_full(one.dtype), device="meta") for one in plan.trainables.values()]
         self._average = sum(one.nbytes for one in trained) if recipe.ema_decay else 0
         self._moves = self._measure_moves()
@@ -188,7 +198,6 @@ class _Dry:
 
     def _try(self) -> tuple[float, int]:
         """(seconds of a step of the plan as it is, bytes of a pass at the most; 0 where only counting would tell)."""
-        recipe = self._plan.recipe
         work = functools.partial(self._passes, self._size, 1)
         took: list[float] = []
         most = 0
@@ -200,20 +209,20 @@ class _Dry:
             _wait(self._device)
             took.append(time.perf_counter() - began)
         a_pass = statistics.median(took) / self._size
-        seconds = a_pass * recipe.batch_size * recipe.accumulation * self._usual_share() + self._moves.seconds
+        seconds = a_pass * self._pictures * self._usual_share() + self._moves.seconds
         waiting = bytes_of(self._plan.trainables.values()) if self._several else 0
         return seconds, most and most + waiting
 
     def _usual_share(self) -> float:
-        """Of the largest picture's pixels, those of a usual one."""
-        areas = [(item.bucket[0] * item.bucket[1], item.repeats) for item in self._plan.train]
-        total = sum(area * repeats for area, repeats in areas)
-        return total / sum(repeats for _, repeats in areas) / max(area for area, _ in areas)
+        """Pixels of a usual picture over those of the ones that are tried."""
+        areas = [(_area(item), item.repeats) for item in self._plan.train]
+        usual = sum(area * repeats for area, repeats in areas) / sum(repeats for _, repeats in areas)
+        return usual / _area(self._plan.train[self._batch[0][0]])
 
     def _passes(self, size: int, times: int) -> None:
         """Forward and backward of so many pictures at once, some times; nothing of it stays."""
         plan, host = self._plan, self._host
-        shown = self._shown(size)
+        shown = plan.shown(self._batch[:size])
         recipe = replace(plan.recipe, micro_batch=0)
         try:
             with (
@@ -229,9 +238,6 @@ class _Dry:
         finally:
             for parameter in plan.trainables.values():
                 parameter.grad = None
-
-    def _shown(self, size: int) -> list[Shown]:
-        return [self._largest.show(turn) for turn in range(size)]
 
     def _measure_moves(self) -> _Moves:
         """What moving all takes, from some of them."""
@@ -294,6 +300,16 @@ class _Move:
 
     def __call__(self) -> None:
         self._optimiser.step()
+
+
+def _largest(plan: Plan, batches: list[Batch], size: int) -> Batch:
+    """As many members of one batch as are computed at once: of the largest pictures, and of a whole one if possible."""
+    found = max(batches, key=lambda batch: (_area(plan.train[batch[0][0]]), min(len(batch), size)))
+    return found[:size]
+
+
+def _area(item: Item) -> int:
+    return item.bucket[0] * item.bucket[1]
 
 
 def _some_of(parameters: list[nn.Parameter], apart: bool) -> list[nn.Parameter]:

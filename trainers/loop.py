@@ -15,7 +15,7 @@ import torch
 
 from .ahead import Ahead
 from .errors import GraftError, NumbersError
-from .estimate import Estimate, estimate, say
+from .estimate import estimate, say
 from .forward import fixed_losses, parts_of, terms_of
 from .group import report_idle, rows_of
 from .ladder import Ladder, trees_of
@@ -87,9 +87,7 @@ def train(plan: Plan, run: Run, host: Host, state: State) -> State:
         host.report("saved", {"step": state.step, "path": path})
 
     try:
-        _tell_estimate(
-            estimate(ladder.plan, host, mover, recipe.steps - state.step), run, host, state.step, recipe.steps
-        )
+        _estimate(ladder.plan, run, host, mover, state)
         if state.step == 0:
             preview(plan, run, host, state.step)
         while state.step < recipe.steps:
@@ -173,11 +171,14 @@ def train(plan: Plan, run: Run, host: Host, state: State) -> State:
     return state
 
 
-def _tell_estimate(found: Estimate | None, run: Run, host: Host, step: int, steps: int) -> None:
+def _estimate(plan: Plan, run: Run, host: Host, mover: Mover, state: State) -> None:
+    """Tells what the steps that are left will take."""
+    steps = plan.recipe.steps - state.step
+    found = estimate(plan, host, mover, state.batches, steps)
     if found is None:
         return
-    log.log(logging.INFO if found.fits else logging.WARNING, "Graft: %s.", say(found, steps - step))
-    event = {"event": "estimate", "step": step, **asdict(found), "fits": found.fits}
+    log.log(logging.INFO if found.fits else logging.WARNING, "Graft: %s.", say(found, steps))
+    event = {"event": "estimate", "step": state.step, **asdict(found), "fits": found.fits}
     run.log(event)
     host.report("estimate", event)
 

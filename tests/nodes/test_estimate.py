@@ -9,9 +9,10 @@ import pytest
 import torch
 from graft_pack.trainers import autograd, meter
 from graft_pack.trainers import estimate as estimates
+from graft_pack.trainers.data.examples import Handling
 from graft_pack.trainers.optimisers import OPTIMISERS
 
-from tests.support import models
+from tests.support import diffusers_host, models
 
 pytestmark = pytest.mark.usefixtures("comfy")
 
@@ -170,6 +171,23 @@ def test_memory_that_runs_out_while_measuring_is_no_end(tmp_path):
         training.denoiser.predict = short
         told = asked(training, 1 << 40, tmp_path)
         assert not told["fits"] and told["cures"] == ("checkpointing",)
+
+
+def test_only_what_the_run_will_show_is_tried(tmp_path, monkeypatch):
+    """No other captions than those are encoded."""
+    monkeypatch.setattr(estimates, "_LEAST_STEPS", 1)
+    dataset = diffusers_host.make_dataset(12)
+    handling = Handling(wildcards=True, caption_variants=8)
+    varied = [(f"{number} {{a|b|c|d|e|f|g|h}} {{i|j|k|l|m|n|o|p}}",) for number in range(12)]
+    rows = zip(dataset.examples, varied, strict=True)
+    dataset = replace(dataset, examples=tuple(replace(one, captions=row, handling=handling) for one, row in rows))
+    told = []
+
+    def report(event, payload):
+        told.extend([payload] if event == "estimate" else [])
+
+    diffusers_host.run_session(tmp_path, report, dataset=dataset, steps=1, batch_size=3)
+    assert told and told[0]["fits"]
 
 
 def test_few_steps_tell_by_themselves(tmp_path):
