@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .autograd import blocks_of, checkpointed, is_checkpointed
+from .errors import GraftError
 from .forward import parts_of, terms_of
 from .ladder import in_one_line, is_out_of_memory, trees_of
 from .meter import Account, bytes_of
@@ -88,7 +89,7 @@ def estimate(plan: Plan, host: Host, mover: Mover, position: int, steps: int) ->
     batches = [batch for _, batch in itertools.islice(plan.batches(position), coming)]
     try:
         return _Dry(plan, host, mover, batches).estimate()
-    except (RuntimeError, MemoryError, TypeError) as error:
+    except (RuntimeError, MemoryError, TypeError, GraftError) as error:
         # The steps themselves say better what is wrong, if anything is.
         log.info("Graft: what a step takes could not be measured: %s", in_one_line(error))
         return None
