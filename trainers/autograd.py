@@ -7,6 +7,8 @@ place, and the wish to leave the graph's own module as it was.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -132,6 +134,18 @@ def checkpoint_blocks(blocks: list[nn.Module]) -> None:
     for block in blocks:
         if "forward" not in vars(block):
             block.forward = _Checkpointed(block.forward)
+
+
+@contextmanager
+def checkpointed(blocks: list[nn.Module]) -> Iterator[None]:
+    """Within it the blocks are as `checkpoint_blocks` leaves them, afterwards as they were."""
+    others = [block for block in blocks if "forward" not in vars(block)]
+    checkpoint_blocks(others)
+    try:
+        yield
+    finally:
+        for block in others:
+            del block.forward
 
 
 def is_checkpointed(block: nn.Module) -> bool:

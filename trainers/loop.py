@@ -8,12 +8,14 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import torch
 
 from .ahead import Ahead
 from .errors import GraftError, NumbersError
+from .estimate import estimate, say
 from .forward import fixed_losses, parts_of, terms_of
 from .group import report_idle, rows_of
 from .ladder import Ladder, trees_of
@@ -85,6 +87,7 @@ def train(plan: Plan, run: Run, host: Host, state: State) -> State:
         host.report("saved", {"step": state.step, "path": path})
 
     try:
+        _estimate(ladder.plan, run, host, mover, state)
         if state.step == 0:
             preview(plan, run, host, state.step)
         while state.step < recipe.steps:
@@ -166,6 +169,18 @@ def train(plan: Plan, run: Run, host: Host, state: State) -> State:
         ahead.close()
         mover.close()
     return state
+
+
+def _estimate(plan: Plan, run: Run, host: Host, mover: Mover, state: State) -> None:
+    """Tells what the steps that are left will take."""
+    steps = plan.recipe.steps - state.step
+    found = estimate(plan, host, mover, state.batches, steps)
+    if found is None:
+        return
+    log.log(logging.INFO if found.fits else logging.WARNING, "Graft: %s.", say(found, steps))
+    event = {"event": "estimate", "step": state.step, **asdict(found), "fits": found.fits}
+    run.log(event)
+    host.report("estimate", event)
 
 
 def _agreed(host: Host) -> Asked | None:

@@ -62,6 +62,11 @@ def list_frozen(blocks: list[nn.Module], keep: Iterable[torch.Tensor]) -> list[t
     return [owner._parameters[name] for block in blocks for owner, name in _frozen(block, stay)]
 
 
+def is_away(weight: torch.Tensor) -> bool:
+    """Whether `offload_blocks` has moved it."""
+    return hasattr(weight, _MARK)
+
+
 def place(tree: nn.Module, device: torch.device) -> None:
     """As `tree.to(device)`, but for what is kept off the device."""
     if not any(hasattr(parameter, _MARK) for parameter in tree.parameters()):

@@ -220,6 +220,9 @@ class Denoiser(Protocol):
     def make_room(self, weights: bool = False) -> None:
         """Lets go of what lies on the device beside the training; weights: also of weights that the tree gave up."""
 
+    def free_memory(self) -> int:
+        """Bytes that the device has for what is not on it yet."""
+
     def training(self, compute_dtype: str) -> AbstractContextManager:
         """Places the weights and sets what the host needs for a backward; undoes it in any case."""
 

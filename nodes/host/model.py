@@ -248,6 +248,10 @@ class ComfyDenoiser:
         management.free_memory(_EVERYTHING, self.device, keep_loaded=[] if weights else mine)
         management.soft_empty_cache()
 
+    def free_memory(self) -> int:
+        """By the host's own account, what torch holds in reserve included."""
+        return int(comfy.model_management.get_free_memory(self.device))
+
     def adapter_name(self, path: str) -> str:
         """kohya's name of a module: diffusers' module names where the family's files carry those."""
         name = self.published_name(path) if family_of(self.family).diffusers_names else None

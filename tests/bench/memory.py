@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from pathlib import Path
 
 from . import contestants
 from .contestants import Case
@@ -15,19 +14,12 @@ class Peak:
     """The largest resident memory since it was made, over what there was then, in bytes."""
 
     def __init__(self):
-        # Lets the system forget the largest so far.
-        Path("/proc/self/clear_refs").write_text("5")
-        self._before = _status("VmRSS")
+        from graft_pack.trainers.meter import Resident
+
+        self._resident = Resident()
 
     def __call__(self) -> int:
-        return _status("VmHWM") - self._before
-
-
-def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"this system does not tell {field}")
+        return self._resident.most
 
 
 class _Enough(Exception):

@@ -236,6 +236,17 @@ def test_an_error_is_shown_with_its_cure(opened, page, server):
             {"done": "checkpointing is on for 5 blocks"},
             "ran out in step 3: checkpointing is on for 5 blocks.",
         ),
+        (
+            "estimate",
+            {
+                "seconds": None,
+                "missing": 3 << 30,
+                "free": 2 << 30,
+                "fits": False,
+                "cures": ["checkpointing", "offload"],
+            },
+            "needs 3.0 GB more than now, and 2.0 GB are free. Graft Memory Options would help: checkpointing, offload.",
+        ),
         ("spike", {"loss": 9.0, "highest": 1.0, "pictures": ["a.png"]}, "Step 3 was left out"),
     ],
 )

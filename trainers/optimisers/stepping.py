@@ -57,6 +57,7 @@ class Mover:
             self.optimiser = kind.make(groups, recipe)
         self._norms: dict[torch.nn.Parameter, torch.Tensor] = {}
         self._highest = math.inf
+        self._rests = False
         self._hooks = []
         if self.in_backward:
             self._hooks = [one.register_post_accumulate_grad_hook(self._move) for one in self._parameters]
@@ -157,7 +158,24 @@ class Mover:
         finally:
             torch.set_num_threads(threads)
 
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        """Within it gradients that would move something are let go of instead."""
+        self._rests = True
+        try:
+            yield
+        finally:
+            self._rests = False
+
+    def tensors(self) -> list[torch.Tensor]:
+        """What the optimiser keeps so far."""
+        slots, _, _ = self.state_of()
+        return [value for kept in slots.values() for value in kept.values() if torch.is_tensor(value)]
+
     def _move(self, parameter: torch.nn.Parameter) -> None:
+        if self._rests:
+            parameter.grad = None
+            return
         assert parameter not in self._norms, "a second backward in a step of one"
         self._norms[parameter] = parameter.grad.float().norm()
         self.moving = True

@@ -1,6 +1,7 @@
 // One training, as its messages tell it.
 import { t } from "../texts.js";
 import { Curve } from "./curve.js";
+import { formatBytes } from "./words.js";
 
 const LIVE = new Set(["preparing", "drawing", "caching", "training"]);
 const RESUMABLE = new Set(["stopped", "paused", "cancelled"]);
@@ -22,6 +23,14 @@ const HANDLERS = {
     training.pace = training.pace === null ? seconds : training.pace + 0.1 * (seconds - training.pace);
     const told = losses?.length ? losses : [loss];
     told.forEach((one, place) => training.curve.add(step - told.length + 1 + place, one));
+  },
+  estimate(training, { seconds, missing, free, fits, cures }) {
+    training.pace = seconds;
+    if (fits) return;
+    const figures = { missing: formatBytes(missing), free: formatBytes(free), cures: cures.join(", ") };
+    training.note = cures.length
+      ? t("A step needs $missing more than now, and $free are free. Graft Memory Options would help: $cures.", figures)
+      : t("A step needs $missing more than now, and $free are free.", figures);
   },
   memory(training, { step, done }) {
     training.note = t("Memory ran out in step $step: $done.", { step, done });

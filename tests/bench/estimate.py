@@ -1,0 +1,132 @@
+"""What a run says of its steps before the first, against what they then take.
+
+    python -m tests.bench.estimate [--steps N]
+
+Memory is the process's largest resident memory over what there was before the model was made; time is the clock's
+median of the steps. Each case runs in a process of its own. Programs that run beside it change the time between the
+estimate and the steps: of several tries the middle one counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from .memory import Peak
+
+MODEL = "SD1 middling"
+BAR = 0.15
+MEGABYTE = 1 << 20
+WARM_UP = 2
+FULL = {"method": "all weights", "rank": 0, "alpha": 0.0, "targets": "all weights", "max_grad_norm": 0.0}
+LORA = {"rank": 8, "alpha": 8.0, "targets": "attention"}
+CASES = {
+    "LoRA on attention": {**LORA, "batch_size": 1},
+    "batch 4": {**LORA, "batch_size": 4},
+    "batch 4, checkpointed": {**LORA, "batch_size": 4, "checkpointing": True},
+    "batch 4 in parts of 2": {**LORA, "batch_size": 4, "micro_batch": 2},
+    "linear + conv": {**LORA, "batch_size": 1, "targets": "linear + conv"},
+    "all weights, AdamW": {**FULL, "batch_size": 1},
+}
+
+
+class _Enough(Exception):
+    """Ends a training."""
+
+
+def measure(name: str, steps: int) -> dict[str, float]:
+    """One case in this process: bytes and seconds, told and taken."""
+    from tests.support import pack
+
+    pack.hide_root()
+    pack.load_pack()
+    pack.use_comfy()
+    import torch
+
+    torch.set_num_threads(1)
+    # Whatever is imported and set up when it is first needed is no part of it.
+    _train("SD1", name, steps)
+    peak = Peak()
+    told, took = _train(MODEL, name, steps)
+    return {"memory": told["memory"], "seconds": told["seconds"], "peak": peak(), "took": statistics.median(took)}
+
+
+def _train(model: str, name: str, steps: int) -> tuple[dict, list[float]]:
+    from tests.support import models
+
+    told: dict = {}
+    took: list[float] = []
+
+    def report(event, payload):
+        if event == "estimate":
+            told.update(payload)
+        if event == "step":
+            took.append(payload["seconds"])
+            if len(took) == WARM_UP + steps:
+                raise _Enough
+
+    fields = {"steps": 1000, "save_every": 1000, "keep_last": 1, **CASES[name]}
+    with models.in_training(models.patcher(model), model, report=report, examples=4, **fields) as training:
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                models.train(training, Path(folder))
+        except _Enough:
+            pass
+    return told, took[WARM_UP:]
+
+
+def table(found: dict[str, list[dict[str, float]]]) -> str:
+    """The cases as lines of Markdown."""
+    lines = [
+        f"What a run says before its first step, over what its steps then take ({MODEL}, fp32, one thread; bar: within "
+        f"{BAR:.0%}).",
+        "",
+        "| case | memory said, MB | taken | said / taken | time of a step said, ms | taken | said / taken |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, rows in found.items():
+        memory = _middle(rows, "memory", "peak")
+        seconds = _middle(rows, "seconds", "took")
+        lines.append(
+            f"| {name} | {memory['memory'] / MEGABYTE:.0f} | {memory['peak'] / MEGABYTE:.0f} "
+            f"| {memory['memory'] / memory['peak']:.2f} "
+            f"| {1000 * seconds['seconds']:.0f} | {1000 * seconds['took']:.0f} "
+            f"| {seconds['seconds'] / seconds['took']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def _middle(rows: list[dict[str, float]], said: str, taken: str) -> dict[str, float]:
+    return sorted(rows, key=lambda row: row[said] / row[taken])[len(rows) // 2]
+
+
+def run(steps: int = 5, tries: int = 3) -> str:
+    """The table, made anew."""
+    found = {name: [_apart(name, steps) for _ in range(tries)] for name in CASES}
+    return table(found)
+
+
+def _apart(name: str, steps: int) -> dict[str, float]:
+    command = [sys.executable, "-m", "tests.bench.estimate", "--steps", str(steps), "--case", name]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--case", choices=list(CASES), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.case:
+        print(json.dumps(measure(args.case, args.steps)))
+        return
+    print(run(args.steps))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,245 @@
+"""What a run says before its first step is what its steps then take, and the run is the same for having said it."""
+
+import json
+import os
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+from graft_pack.trainers import autograd, meter
+from graft_pack.trainers import estimate as estimates
+from graft_pack.trainers.data.examples import Handling
+from graft_pack.trainers.optimisers import OPTIMISERS
+
+from tests.support import diffusers_host, models
+
+pytestmark = pytest.mark.usefixtures("comfy")
+
+STEPS = 60
+FEW = 4
+FULL = {"method": "all weights", "rank": 0, "alpha": 0.0, "targets": "all weights", "max_grad_norm": 0.0}
+
+
+def lora(name, **fields):
+    return models.in_training(models.patcher(name), name, examples=4, **fields)
+
+
+KINDS = {
+    "SD1": lambda: lora("SD1", batch_size=1),
+    "SD1, batch 4": lambda: lora("SD1", batch_size=4),
+    "SD1, parts of a batch": lambda: lora("SD1", batch_size=4, micro_batch=2, accumulation=2),
+    "checkpointed": lambda: lora("SD1", batch_size=4, checkpointing=True),
+    "linear + conv": lambda: lora("SD1", batch_size=2, targets="linear + conv", rank=16, alpha=16.0),
+    "Flux": lambda: lora("Flux", batch_size=4),
+    "SDXL, Prodigy, average": lambda: lora("SDXL", batch_size=2, optimizer="Prodigy", ema_decay=0.99),
+    "DoRA": lambda: lora("SD3", batch_size=2, method="DoRA"),
+    "dropout": lambda: lora("SD1", batch_size=2, dropout=0.2),
+    "all weights": lambda: lora("SD1", batch_size=2, ema_decay=0.999, **FULL),
+    "all weights, clipped": lambda: lora("SD1", batch_size=2, **{**FULL, "max_grad_norm": 1.0}),
+    "all weights, bf16, Adafactor": lambda: lora(
+        "SD1", batch_size=1, optimizer="Adafactor", beta1=0.0, beta2=0.0, weight_dtype="bf16", **FULL
+    ),
+    "text encoder": lambda: models.with_text("SD1", batch_size=2),
+    "word": lambda: models.learning_word("SD1", batch_size=2),
+}
+
+
+class _Enough(Exception):
+    """Ends a training after its third step."""
+
+
+def observed(training, folder, watched=(2, 4), **fields):
+    """(the event told before the first step, bytes at the most in the steps after the first)."""
+    told = []
+    weights = list(training.denoiser.module.parameters()) + list(training.denoiser.module.buffers())
+    if training.plan.recipe.live_text:
+        weights += list(training.host.text.module.parameters()) + list(training.host.text.module.buffers())
+    counter = meter.Meter(weights)
+
+    def report(event, payload):
+        if event == "estimate":
+            told.append(payload)
+        if event == "step":
+            if payload["step"] == watched[0] - 1:
+                counter.__enter__()
+            if payload["step"] == watched[1] - 1:
+                counter.__exit__(None, None, None)
+                raise _Enough
+
+    training = replace(training, host=replace(training.host, report=report))
+    with pytest.raises(_Enough):
+        models.train(training, folder, **{"steps": STEPS, "save_every": STEPS, **fields})
+    return told, counter.peak
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_memory_is_told_within_15_percent(kind, tmp_path):
+    with KINDS[kind]() as training:
+        (told,), peak = observed(training, tmp_path)
+    assert told["memory"] == pytest.approx(peak, rel=0.15)
+    assert told["fits"] and told["seconds"] > 0 and told["cures"] == ()
+    kept = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert kept[0]["event"] == "estimate" and kept[0]["memory"] == told["memory"]
+
+
+@pytest.mark.parametrize("optimiser", OPTIMISERS)
+def test_what_an_optimiser_keeps_is_in_it(optimiser, tmp_path):
+    betas = {"beta1": 0.0, "beta2": 0.0} if optimiser == "Adafactor" else {}
+    with lora("SD3", batch_size=1, rank=32, alpha=32.0, optimizer=optimiser, **betas) as training:
+        (told,), peak = observed(training, tmp_path)
+    assert told["memory"] == pytest.approx(peak, rel=0.05)
+
+
+@pytest.mark.parametrize("kind", ["SD1, parts of a batch", "dropout", "all weights", "text encoder"])
+def test_the_run_is_the_same_to_the_bit(kind, tmp_path, monkeypatch):
+    found = []
+    for least in (FEW, FEW + 1):
+        monkeypatch.setattr(estimates, "_LEAST_STEPS", least)
+        with KINDS[kind]() as training:
+            told = []
+            host = replace(training.host, report=lambda event, payload, told=told: told.append(event))
+            training = replace(training, host=host)
+            state = models.train(training, tmp_path / str(least), steps=FEW)
+            assert ("estimate" in told) == (least == FEW)
+            assert all(one.grad is None for one in training.plan.trainables.values())
+            found.append(models.joined(state.trainables.values()).clone())
+    assert torch.equal(*found)
+
+
+def told_of(training, free):
+    """What is told on a device with so many bytes free."""
+    training.denoiser.free_memory = lambda: free
+    told = []
+
+    def report(event, payload):
+        if event == "estimate":
+            told.append(payload)
+            raise _Enough
+
+    training = replace(training, host=replace(training.host, report=report))
+    return training, told
+
+
+def test_what_would_fit_is_told_in_the_order_of_its_cost(tmp_path):
+    steps = [(), ("checkpointing",), ("checkpointing", "micro_batch 2"), ("checkpointing", "micro_batch 1")]
+    free = 1 << 40
+    with KINDS["Flux"]() as training:
+        for cures in steps:
+            told = asked(training, free, tmp_path)
+            assert told["cures"] == cures
+            assert told["fits"] == (not cures) and (told["seconds"] is None) == bool(cures)
+            with applied(training, cures) as changed:
+                needed = asked(changed, 1 << 40, tmp_path)["missing"]
+            assert needed <= free, "with what was advised it fits"
+            free = needed - 1
+        last = asked(training, free, tmp_path)
+        assert last["cures"] == ("checkpointing", "micro_batch 1", "offload")
+        assert asked(training, -(1 << 40), tmp_path)["cures"] == ()
+        # Looking for it leaves nothing behind.
+        assert not any(autograd.is_checkpointed(block) for block in autograd.blocks_of(training.denoiser.module))
+
+
+def asked(training, free, folder):
+    training, told = told_of(training, free)
+    with pytest.raises(_Enough):
+        models.train(training, folder, steps=STEPS)
+    return told[0]
+
+
+@contextmanager
+def applied(training, cures):
+    """The training with what was advised, as the options do it."""
+    size = next((int(cure.split()[1]) for cure in cures if cure.startswith("micro_batch")), 0)
+    recipe = replace(training.plan.recipe, micro_batch=size)
+    blocks = autograd.blocks_of(training.denoiser.module) if "checkpointing" in cures else []
+    with autograd.checkpointed(blocks):
+        yield replace(training, plan=replace(training.plan, recipe=recipe))
+
+
+def test_memory_that_runs_out_while_measuring_is_no_end(tmp_path):
+    """Not even one picture fits as it is; with checkpointing it does."""
+    with KINDS["SD1"]() as training:
+        blocks = autograd.blocks_of(training.denoiser.module)
+        predict = training.denoiser.predict
+
+        def short(x_t, sigma, conditioning):
+            if not all(autograd.is_checkpointed(block) for block in blocks):
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+            return predict(x_t, sigma, conditioning)
+
+        training.denoiser.predict = short
+        told = asked(training, 1 << 40, tmp_path)
+        assert not told["fits"] and told["cures"] == ("checkpointing",)
+
+
+def test_only_what_the_run_will_show_is_tried(tmp_path, monkeypatch):
+    """No other captions than those are encoded."""
+    monkeypatch.setattr(estimates, "_LEAST_STEPS", 1)
+    dataset = diffusers_host.make_dataset(12)
+    handling = Handling(wildcards=True, caption_variants=8)
+    varied = [(f"{number} {{a|b|c|d|e|f|g|h}} {{i|j|k|l|m|n|o|p}}",) for number in range(12)]
+    rows = zip(dataset.examples, varied, strict=True)
+    dataset = replace(dataset, examples=tuple(replace(one, captions=row, handling=handling) for one, row in rows))
+    told = []
+
+    def report(event, payload):
+        told.extend([payload] if event == "estimate" else [])
+
+    diffusers_host.run_session(tmp_path, report, dataset=dataset, steps=1, batch_size=3)
+    assert told and told[0]["fits"]
+
+
+def test_few_steps_tell_by_themselves(tmp_path):
+    with KINDS["SD1"]() as training:
+        told = []
+        training = replace(training, host=replace(training.host, report=lambda event, payload: told.append(event)))
+        models.train(training, tmp_path, steps=3)
+    assert "estimate" not in told
+
+
+def test_what_cannot_be_measured_is_no_end_either(tmp_path, monkeypatch, caplog):
+    def broken(*args, **kwargs):
+        raise RuntimeError("no such kernel")
+
+    with KINDS["SD1"]() as training:
+        monkeypatch.setattr(meter.Account, "peak_of", broken)
+        with caplog.at_level("INFO"):
+            assert models.train(training, tmp_path, steps=50, save_every=50).step == 50
+    assert "could not be measured: no such kernel" in caplog.text
+
+
+def test_a_device_that_keeps_account_is_asked(monkeypatch):
+    """No such device is here; what is asked of one is written down."""
+    asked_for = []
+
+    class Kind:
+        @staticmethod
+        def reset_peak_memory_stats(device):
+            asked_for.append("reset")
+
+        @staticmethod
+        def memory_allocated(device):
+            asked_for.append("now")
+            return 100
+
+        @staticmethod
+        def max_memory_allocated(device):
+            asked_for.append("peak")
+            return 175
+
+    monkeypatch.setattr(torch, "cuda", Kind)
+    account = meter.Account(torch.device("cuda"))
+    found = account.peak_of(lambda: asked_for.append("work"), [torch.zeros(8)])
+    assert found == 75 + 32
+    assert asked_for == ["now", "reset", "work", "peak"]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="only Linux tells")
+def test_on_a_cpu_the_system_sees_what_is_no_tensor():
+    """Some libraries take memory for themselves while an operation runs."""
+    account = meter.Account(torch.device("cpu"))
+    size = 200 * 1024 * 1024
+    found = account.peak_of(lambda: bytearray(b"x") * size, [torch.zeros(8)])
+    assert found == pytest.approx(size, rel=0.1)
+    assert account.peak_of(lambda: torch.ones(256), [torch.zeros(8)]) == 32 + 1024
