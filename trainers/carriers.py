@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -78,7 +78,7 @@ class SideStream:
         """Begins to copy; from memory that is not pinned the program itself may have to wait."""
         there = [torch.empty_like(home, device=self._device) for home in homes]
         self._side.wait_stream(self._api.current_stream(self._device))
-        load = _Load(there, self._side)
+        load = _Load(there, self._keep_room)
         with self._api.stream(self._side):
             for copy, home in zip(there, homes, strict=True):
                 copy.copy_(home, non_blocking=True)
@@ -93,13 +93,16 @@ class SideStream:
     def leave(self, homes: Sequence[torch.Tensor]) -> None:
         """The copies are whoever's that has them."""
 
+    def _keep_room(self, copy: torch.Tensor) -> None:
+        copy.record_stream(self._side)
+
 
 class _Load:
     """Copies under way."""
 
-    def __init__(self, there: list[torch.Tensor], side: Any):
+    def __init__(self, there: list[torch.Tensor], keep_room: Callable[[torch.Tensor], None]):
         self._there = there
-        self._side = side
+        self._keep_room = keep_room
         self.arrived: Any = None
 
     def take(self) -> list[torch.Tensor]:
@@ -109,7 +112,7 @@ class _Load:
     def __del__(self):
         # Nobody waited for them: their room must not be another's while they are still being written.
         for copy in self._there:
-            copy.record_stream(self._side)
+            self._keep_room(copy)
 
 
 class Mapped:

@@ -10,6 +10,7 @@ import torch
 
 from .autograd import blocks_of, checkpoint_blocks
 from .carriers import Carrier, carrier_to, map_weights
+from .errors import RunError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,6 +24,7 @@ _MARK = "graft_offloaded"
 Tree = tuple["nn.Module", torch.device]
 # (module, name) of a weight.
 _Row = tuple["nn.Module", str]
+_Replaced = dict[int, tuple["nn.Parameter", "nn.Parameter"]]
 
 
 def offload_trees(
@@ -78,24 +80,55 @@ def is_away(tree: nn.Module) -> bool:
     return any(hasattr(parameter, _MARK) for parameter in tree.parameters())
 
 
+def bytes_here(tree: nn.Module) -> int:
+    """Of the weights of a tree that are not kept off the device."""
+    return sum(parameter.nbytes for parameter in tree.parameters() if not hasattr(parameter, _MARK))
+
+
 def place(tree: nn.Module, device: torch.device) -> None:
     """As `tree.to(device)`, but for what is kept off the device."""
     if not is_away(tree):
         tree.to(device)
         return
+    replaced: _Replaced = {}
     for owner in tree.modules():
-        for parameter in filter(None.__ne__, owner._parameters.values()):
+        for name, parameter in list(owner._parameters.items()):
             home = torch.device("cpu") if hasattr(parameter, _MARK) else device
-            if parameter.device == home:
+            if parameter is None or parameter.device == home:
                 continue
             if type(parameter.data) is torch.Tensor:
-                parameter.data = parameter.data.to(home)
+                _move(owner, name, parameter.data.to(home), replaced)
             else:
                 # Quantised weights, which are in no block's stream, know by themselves how they are moved.
                 owner.to(home)
         for name, tensor in owner._buffers.items():
             if tensor is not None:
                 owner._buffers[name] = tensor.to(device)
+
+
+def _move(owner: nn.Module, name: str, there: torch.Tensor, replaced: _Replaced) -> None:
+    """Gives a weight other numbers, in the same Parameter wherever the two devices allow it.
+
+    Args:
+        replaced: by identity, a Parameter and what took its place where they do not; modules may share one.
+
+    Raises:
+        RunError: it is a trained one, and they do not.
+    """
+    parameter = owner._parameters[name]
+    try:
+        parameter.data = there
+    except RuntimeError as error:
+        if parameter.requires_grad:
+            raise RunError(
+                f"What is trained cannot be moved from {parameter.device} to {there.device} ({error}).",
+                "Leave offload of Graft Memory Options alone on this device.",
+                "options",
+            ) from error
+        other = parameter, torch.nn.Parameter(there, requires_grad=False)
+        owner._parameters[name] = replaced.setdefault(id(parameter), other)[1]
+        if hasattr(parameter, _MARK):
+            setattr(owner._parameters[name], _MARK, True)
 
 
 def _streamable(tree: nn.Module, stay: set[int]) -> dict[nn.Module, list[_Row]]:
@@ -125,23 +158,27 @@ def _is_streamed(block: nn.Module) -> bool:
 def _stream(held: dict[nn.Module, list[_Row]], device: torch.device, folder: str, pin) -> int:
     """Has the weights of blocks come while the blocks run; bytes of the weights."""
     # Weights that two blocks share are moved once, and come with either.
-    weights = list({id(one): one for rows in held.values() for one in _weights(rows)}.values())
+    weights = {id(one): one for rows in held.values() for one in _weights(rows)}
     if device.type == "cpu":
-        homes, carrier = map_weights(weights, folder)
+        homes, carrier = map_weights(list(weights.values()), folder)
     else:
-        homes, carrier = [weight.detach().to("cpu") for weight in weights], carrier_to(device)
-    for weight, home in zip(weights, homes, strict=True):
-        # The tensor itself stays: a run's state may know it.
-        weight.data = home
-        setattr(weight, _MARK, True)
-        if device.type != "cpu":
-            pin(weight)
+        homes, carrier = [weight.detach().to("cpu") for weight in weights.values()], carrier_to(device)
+        for home in homes:
+            pin(home)
+    size = sum(home.nbytes for home in homes)
+    new = dict(zip(weights, homes, strict=True))
+    replaced: _Replaced = {}
+    for owner, name in (row for rows in held.values() for row in rows):
+        weight = owner._parameters[name]
+        if id(weight) in new:
+            _move(owner, name, new[id(weight)], replaced)
+            setattr(owner._parameters[name], _MARK, True)
     checkpoint_blocks(list(held))
     conveyor = Conveyor(carrier)
     for block, rows in held.items():
         # Within what is run again in the backward.
         block.forward.forward = _Streamed(rows, conveyor, block.forward.forward)
-    return sum(weight.nbytes for weight in weights)
+    return size
 
 
 def _weights(rows: list[_Row]) -> list[nn.Parameter]:

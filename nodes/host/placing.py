@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import comfy.model_management
+import torch
 
 if TYPE_CHECKING:
-    import torch
     from comfy.model_patcher import ModelPatcher
 
 # Bytes, more than any device has.
@@ -64,8 +64,8 @@ class Pins:
     def clear(self) -> None:
         """Unlocks them."""
         if self._weights:
-            # Waits for the device, which may still be reading.
-            comfy.model_management.soft_empty_cache()
+            # The device may still be reading. Only for CUDA does the host lock memory.
+            torch.cuda.synchronize()
         while self._weights:
             comfy.model_management.unpin_memory(self._weights.pop())
 
