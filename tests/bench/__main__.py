@@ -20,7 +20,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from . import contestants, report
+from . import contestants, offload, report
 from .contestants import Case
 from .memory import peak_of
 from .turns import Turn, rounds
@@ -59,6 +59,7 @@ def main() -> None:
         largest = Case(MIDDLING, 1)
         names = [name for name in MEMORY if name in found[largest]]
         told.append(report.memory({name: _apart("memory", largest, name=name) for name in names}))
+        told.append(offload.table(args.rounds))
     text = "\n\n".join(told)
     print("\n" + text)
     if args.picture:
