@@ -198,7 +198,8 @@ class GraftMemoryOptions(OptionNode):
                 auto(
                     "offload",
                     ["on", "off"],
-                    "Keep frozen blocks off the device but for the one that is computed. auto: when memory ran out.",
+                    "Keep frozen blocks off the device but for the one that is computed and the next. "
+                    "auto: when memory ran out.",
                 ),
             ),
         )

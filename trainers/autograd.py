@@ -132,7 +132,7 @@ def checkpoint_blocks(blocks: list[nn.Module]) -> None:
         blocks: of a private tree, as `blocks_of` gives them.
     """
     for block in blocks:
-        if "forward" not in vars(block):
+        if not is_checkpointed(block):
             block.forward = _Checkpointed(block.forward)
 
 

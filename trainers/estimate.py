@@ -22,10 +22,10 @@ import torch
 from .autograd import blocks_of, checkpointed, is_checkpointed
 from .errors import GraftError
 from .forward import parts_of, terms_of
-from .ladder import in_one_line, is_out_of_memory, trees_of
+from .ladder import in_one_line, is_out_of_memory, placed_trees, trees_of
 from .meter import Account, bytes_of
 from .methods.dropout import dropping_out
-from .offload import is_away, list_frozen
+from .offload import list_frozen, stays_away
 from .optimisers import OPTIMISERS
 from .optimisers.apart import Apart
 
@@ -128,6 +128,7 @@ class _Dry:
         self._plan = plan
         self._host = host
         self._mover = mover
+        self._trained = list(plan.trainables.values())
         self._device = host.denoiser.device
         self._trees = trees_of(plan, host)
         recipe = plan.recipe
@@ -136,7 +137,7 @@ class _Dry:
         self._size = len(self._batch)
         self._several = recipe.accumulation > 1 or any(len(batch) > most for batch in batches)
         self._pictures = recipe.accumulation * sum(len(batch) for batch in batches) / len(batches)
-        trained = [torch.empty_like(one, dtype=_full(one.dtype), device="meta") for one in plan.trainables.values()]
+        trained = [torch.empty_like(one, dtype=_full(one.dtype), device="meta") for one in self._trained]
         self._average = sum(one.nbytes for one in trained) if recipe.ema_decay else 0
         self._moves = self._measure_moves()
         self._account = Account(self._device)
@@ -158,11 +159,11 @@ class _Dry:
     def _held(self, tensors: Iterable[torch.Tensor] = ()) -> list[torch.Tensor]:
         """What lies on the device between steps."""
         weights = [one for tree in self._trees for one in (*tree.parameters(), *tree.buffers())]
-        return [one for one in (*weights, *tensors) if not is_away(one) and one.device.type == self._device.type]
+        return [one for one in (*weights, *tensors) if not stays_away(one) and one.device.type == self._device.type]
 
     def _whole(self, one: float, more: float, size: int) -> float:
         """Bytes at the most, from what a pass of one picture takes and what each further one adds."""
-        trained = bytes_of(self._plan.trainables.values())
+        trained = bytes_of(self._trained)
         a_pass = one + (size - 1) * more
         if self._mover.in_backward:
             # Each is moved while activations are still there.
@@ -195,7 +196,7 @@ class _Dry:
         return math.inf
 
     def _away(self) -> list[torch.Tensor]:
-        return [one for tree in self._trees for one in tree.parameters() if is_away(one)]
+        return [one for tree in self._trees for one in tree.parameters() if stays_away(one)]
 
     def _try(self) -> tuple[float, int]:
         """(seconds of a step of the plan as it is, bytes of a pass at the most; 0 where only counting would tell)."""
@@ -211,7 +212,7 @@ class _Dry:
             took.append(time.perf_counter() - began)
         a_pass = statistics.median(took) / self._size
         seconds = a_pass * self._pictures * self._usual_share() + self._moves.seconds
-        waiting = bytes_of(self._plan.trainables.values()) if self._several else 0
+        waiting = bytes_of(self._trained) if self._several else 0
         return seconds, most and most + waiting
 
     def _usual_share(self) -> float:
@@ -242,7 +243,7 @@ class _Dry:
 
     def _measure_moves(self) -> _Moves:
         """What moving all takes, from some of them."""
-        parameters = list(self._plan.trainables.values())
+        parameters = self._trained
         recipe = self._plan.recipe
         apart = isinstance(self._mover.optimiser, Apart)
         some = _some_of(parameters, apart)
@@ -277,15 +278,17 @@ class _Dry:
                 return tuple(found)
         if size > 1 and not self._several:
             # The gradients of the first part of a batch wait while the others are computed.
-            one += bytes_of(self._plan.trainables.values())
+            one += bytes_of(self._trained)
         while size > 1 and not self._mover.in_backward:
             size //= 2
             if self._whole(one, more, size) <= there_is:
                 return (*found, f"micro_batch {size}")
         if size < self._size:
             found.append(f"micro_batch {size}")
-        frozen = list_frozen(blocks, self._plan.trainables.values())
-        away = bytes_of(frozen) - 2 * max((bytes_of(list_frozen([block], ())) for block in blocks), default=0)
+        # Of what stays away one block is computed with while the next comes.
+        frozen = {id(weight) for weight in list_frozen(placed_trees(self._plan, self._host), self._trained)}
+        sizes = [bytes_of(one for one in block.parameters() if id(one) in frozen) for block in blocks]
+        away = sum(sizes) - 2 * max(sizes, default=0)
         if away > 0 and self._whole(one, more, size) - away <= there_is:
             return (*found, "offload")
         return ()

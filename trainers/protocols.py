@@ -223,8 +223,19 @@ class Denoiser(Protocol):
     def free_memory(self) -> int:
         """Bytes that the device has for what is not on it yet."""
 
-    def training(self, compute_dtype: str) -> AbstractContextManager:
-        """Places the weights and sets what the host needs for a backward; undoes it in any case."""
+    def pin(self, weight: torch.Tensor) -> bool:
+        """Locks a weight's memory on the CPU where it is, so that the device reads it by itself; within `training`.
+
+        False where the host does not, or not any more of it. Undone when the training ends.
+        """
+
+    def training(self, compute_dtype: str, away: bool = False) -> AbstractContextManager:
+        """Places the weights and sets what the host needs for a backward; undoes it in any case.
+
+        Args:
+            away: whether the weights of blocks (`autograd.blocks_of`) stay off the device, marked as `offload.place`
+                knows them; whoever asks for that brings them there.
+        """
 
     def adapter_name(self, path: str) -> str:
         """Name of a module, by its path in `module`, in kohya's adapter files."""

@@ -153,6 +153,7 @@ def run_recipe(recipe: Recipe, dataset: Dataset, host: Host, folders: Folders, n
 def _train(recipe, task: Task, host, folders, parts, run, state, export) -> Result:
     # Imported here: the loop imports torch, which the nodes that only describe datasets do not need.
     from .autograd import blocks_of, checkpoint_blocks
+    from .ladder import keep_away
     from .loop import train
     from .plan import Plan
 
@@ -203,6 +204,9 @@ def _train(recipe, task: Task, host, folders, parts, run, state, export) -> Resu
             constants,
             METHODS[recipe.method].in_backward,
         )
+        if recipe.offload == "on":
+            # Before anything is computed: until now the weights of blocks were nowhere near the device.
+            log.info("Graft: %s.", keep_away(plan, run, host) or "nothing is frozen that could be kept off the device")
         if state.step == 0:
             _check_gradient(plan, host)
         _check_names(plan, host)
@@ -217,7 +221,7 @@ def _train(recipe, task: Task, host, folders, parts, run, state, export) -> Resu
 def _training(recipe: Recipe, host: Host) -> Iterator[None]:
     """The denoiser in training, and the text encoder where something of it is trained."""
     with ExitStack() as stack:
-        stack.enter_context(host.denoiser.training(recipe.compute_dtype))
+        stack.enter_context(host.denoiser.training(recipe.compute_dtype, recipe.offload == "on"))
         if recipe.live_text:
             stack.enter_context(host.text.training())
         yield

@@ -10,6 +10,7 @@ import comfy.sample
 import comfy.samplers
 import torch
 
+from ...trainers.offload import bytes_here, is_away
 from ...trainers.protocols import Hurried, PreviewRequest
 from . import control, families
 from .text import ComfyText
@@ -142,6 +143,8 @@ class PreviewSampler(_Sampler):
     def draw(self, request: PreviewRequest) -> list[Image.Image]:
         """One picture for each prompt."""
         with torch.no_grad():
+            if is_away(self._patcher.model.diffusion_model):
+                self._call_loaded()
             try:
                 latents = self._latents(request)
             finally:
@@ -152,6 +155,15 @@ class PreviewSampler(_Sampler):
         if not request.beside:
             return {}
         return families.beside_values(self._beside, request.beside[index % len(request.beside)])
+
+    def _call_loaded(self) -> None:
+        """Has the host take the tree for loaded, so that it moves nothing: blocks fetch their weights by themselves."""
+        tree = self._patcher.model.diffusion_model
+        base = self._patcher.model
+        base.device = self._patcher.load_device
+        base.model_lowvram = False
+        base.current_weight_patches_uuid = self._patcher.patches_uuid
+        base.model_loaded_weight_memory = self._patcher.size = max(1, bytes_here(tree))
 
     def _forget(self) -> None:
         """Takes the tree off the host's list of loaded models: the host must not unload what is being trained."""

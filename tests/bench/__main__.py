@@ -22,7 +22,7 @@ from pathlib import Path
 
 from tests.support.host import find_comfyui, read_version
 
-from . import contestants, report, start
+from . import contestants, estimate, offload, report, start
 from .contestants import Case
 from .memory import peak_of
 from .turns import Turn, rounds
@@ -65,6 +65,8 @@ def main() -> None:
         told.append(report.growth(grown, host))
         names = [name for name in MEMORY if name in found[largest]]
         told.append(report.memory({name: _apart("memory", largest, name=name) for name in names}, host))
+        told.append(offload.table(args.rounds))
+        told.append(estimate.run())
     if not args.model:
         told.append(start.measure(args.rounds))
     text = "\n\n".join(told)

@@ -115,7 +115,7 @@ def _forward_and_backward(network: Callable, case: Case, stand: Callable[[], Non
         stand()
 
 
-def ours(case: Case, stand: Callable[[], None], targets: str = "attention") -> None:
+def ours(case: Case, stand: Callable[[], None], targets: str = "attention", offload: str = "auto") -> None:
     """The engine's whole loop: data, noise, prediction, loss, backward, clipping, AdamW, log."""
     from tests.support import models
 
@@ -124,7 +124,7 @@ def ours(case: Case, stand: Callable[[], None], targets: str = "attention") -> N
             stand()
 
     fields = {"steps": MANY, "batch_size": case.batch, "rank": RANK, "alpha": float(RANK), "save_every": MANY}
-    fields |= {"learning_rate": LEARNING_RATE, "targets": targets}
+    fields |= {"learning_rate": LEARNING_RATE, "targets": targets, "offload": offload}
     made = models.in_training(
         case.patcher(), case.model, case.checkpointing, 0.0, case.batch, case.side, report, **fields
     )

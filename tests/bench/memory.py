@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 
 from . import contestants
 from .contestants import Case
@@ -26,7 +27,7 @@ class _Enough(Exception):
     """Ends a contestant."""
 
 
-def run(case: Case, name: str, steps: int) -> None:
+def run(case: Case, work: Callable[[Case, Callable[[], None]], None], steps: int) -> None:
     """A contestant's steps, in this thread."""
     left = steps
 
@@ -37,7 +38,7 @@ def run(case: Case, name: str, steps: int) -> None:
             raise _Enough
 
     with contextlib.suppress(_Enough):
-        contestants.ALL[name](case, stand)
+        work(case, stand)
 
 
 def peak_of(case: Case, name: str) -> dict[str, float]:
@@ -45,10 +46,15 @@ def peak_of(case: Case, name: str) -> dict[str, float]:
     import torch
 
     torch.set_num_threads(1)
-    run(Case("SD1", case.batch, case.checkpointing), name, STEPS)
+    return {"peak": peak_of_work(case, contestants.ALL[name]), "adapters": _adapters(case, name)}
+
+
+def peak_of_work(case: Case, work: Callable[[Case, Callable[[], None]], None]) -> int:
+    """Bytes."""
+    run(Case("SD1", case.batch, case.checkpointing), work, STEPS)
     peak = Peak()
-    run(case, name, STEPS)
-    return {"peak": peak(), "adapters": _adapters(case, name)}
+    run(case, work, STEPS)
+    return peak()
 
 
 def _adapters(case: Case, name: str) -> int:

@@ -82,8 +82,11 @@ class DiffusersDenoiser:
     def make_room(self, weights=False):
         pass
 
+    def pin(self, weight):
+        return False
+
     @contextmanager
-    def training(self, compute_dtype):
+    def training(self, compute_dtype, away=False):
         self.module = self._unet
         try:
             yield

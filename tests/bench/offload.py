@@ -1,0 +1,139 @@
+"""What it costs to keep the frozen blocks off the device, and what it spares: `python -m tests.bench.offload`.
+
+On a CPU they go to a file. The graph's own MODEL stays in memory beside it, as it does on a computer with a GPU, so the
+process gets smaller by activations alone; what a GPU would be spared is told by how much of the blocks' weights was in
+memory at once. Steps are compared by processor time, in turns, as in the other tables; each peak is that of a process
+of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from . import contestants, memory
+from .contestants import Case
+from .turns import Turn, rounds
+
+MODEL = "SD1 middling"
+BATCHES = (1, 4)
+WARM_UP = 2
+KINDS = ("in place", "checkpointed", "offloaded")
+_OWN = 1  # of (seconds, seconds of processor time)
+
+
+def table(count: int) -> str:
+    """The rows, for so many rounds."""
+    heads = ["batch", "offloaded step over in place", "over checkpointed", *(f"peak, {kind}, MB" for kind in KINDS)]
+    heads += ["blocks' weights in memory at once, MB"]
+    lines = [
+        f"`offload` on against off, {MODEL}, LoRA of rank 8 on attention, fp32 on one thread of the CPU, where",
+        f"blocks go to a file: medians and quartiles of {count} rounds of processor time.",
+        "",
+        f"| {' | '.join(heads)} |",
+        "|" + "---|" * len(heads),
+    ]
+    for batch in BATCHES:
+        steps = _apart("steps", batch=batch, count=count)
+        peaks = {kind: _apart("peak", batch=batch, kind=kind) for kind in KINDS}
+        cells = [str(batch), *(_ratio(steps, over) for over in KINDS[:2])]
+        cells += [f"{peaks[kind]['peak'] / 1e6:.0f}" for kind in KINDS]
+        last = peaks["offloaded"]
+        cells.append(f"{last['at once'] / 1e6:.0f} of {last['all'] / 1e6:.0f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _ratio(steps: dict[str, list], over: str) -> str:
+    pairs = zip(steps["offloaded"], steps[over], strict=True)
+    low, middle, high = statistics.quantiles([mine[_OWN] / other[_OWN] for mine, other in pairs], n=4)
+    return f"{middle:.2f} ({low:.2f}-{high:.2f})"
+
+
+def _apart(what: str, **more) -> dict:
+    """What `_steps` or `_peak` gives, from a process of its own."""
+    command = [sys.executable, "-m", "tests.bench.offload", "--one", json.dumps({"what": what, **more})]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{what} {more} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _one(what: str, **more) -> dict:
+    import torch
+
+    from tests.support import pack
+
+    pack.hide_root()
+    pack.load_pack()
+    pack.use_comfy()
+    torch.set_num_threads(1)
+    return {"steps": _steps, "peak": _peak}[what](**more)
+
+
+def _work(kind: str) -> Callable[[Case, Callable[[], None]], None]:
+    def work(case: Case, stand: Callable[[], None]) -> None:
+        case = replace(case, checkpointing=kind == "checkpointed")
+        contestants.ours(case, stand, offload="on" if kind == "offloaded" else "auto")
+
+    return work
+
+
+def _steps(batch: int, count: int) -> dict[str, list]:
+    turns = {kind: Turn(functools.partial(_work(kind), Case(MODEL, batch)), 1) for kind in KINDS}
+    return rounds(turns, count, WARM_UP)
+
+
+def _peak(batch: int, kind: str) -> dict[str, int]:
+    with _watching() as found:
+        peak = memory.peak_of_work(Case(MODEL, batch), _work(kind))
+    return {"peak": peak, **found}
+
+
+@contextmanager
+def _watching() -> Iterator[dict[str, int]]:
+    """The most of a mapped file that was in memory as a block ended, and its size, in bytes."""
+    from graft_pack.trainers.offload import Conveyor
+
+    found = {"at once": 0, "all": 0}
+    real = Conveyor.leave
+
+    def leave(self, number, here):
+        size, there = _mapped_now()
+        found.update({"at once": max(found["at once"], there), "all": max(found["all"], size)})
+        real(self, number, here)
+
+    Conveyor.leave = leave
+    try:
+        yield found
+    finally:
+        Conveyor.leave = real
+
+
+def _mapped_now() -> tuple[int, int]:
+    """(size, bytes in memory) of mapped files that have no name any more."""
+    size = there = 0
+    ours = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            ours = line.endswith("(deleted)")
+        elif ours and line.startswith("Size:"):
+            size += int(line.split()[1]) * 1024
+        elif ours and line.startswith("Rss:"):
+            there += int(line.split()[1]) * 1024
+    return size, there
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--one"]:
+        print(json.dumps(_one(**json.loads(sys.argv[2]))))
+    else:
+        print(table(int((sys.argv[1:] or ["7"])[0])))
