@@ -208,8 +208,12 @@ class Denoiser(Protocol):
     def make_room(self, weights: bool = False) -> None:
         """Lets go of what lies on the device beside the training; weights: also of weights that the tree gave up."""
 
-    def training(self, compute_dtype: str) -> AbstractContextManager:
-        """Places the weights and sets what the host needs for a backward; undoes it in any case."""
+    def training(self, compute_dtype: str, away: bool = False) -> AbstractContextManager:
+        """Places the weights and sets what the host needs for a backward; undoes it in any case.
+
+        Args:
+            away: whether the weights of blocks (`autograd.blocks_of`) stay off the device.
+        """
 
     def adapter_name(self, path: str) -> str:
         """Name of a module, by its path in `module`, in kohya's adapter files."""

@@ -157,12 +157,17 @@ def _train(recipe, task: Task, host, folders, parts, run, state, export) -> Resu
 
     # A package that is not installed is missed before anything is encoded.
     OPTIMISERS[recipe.optimizer].load()
+    if recipe.shard == "on" and host.group.world > 1:
+        from .shards import check_shards
+
+        check_shards()
     if recipe.tensorboard == "on":
         event_files.load()
     denoiser = host.denoiser
     resumed_from = state.step
     prepared = prepare(task.dataset, recipe, host, folders.cache, folders.cache_limit)
-    with _training(recipe, host):
+    # All of it at once may be what does not fit.
+    with _training(recipe, host, recipe.shard == "on" and host.group.world > 1):
         blocks = _checkpoint(denoiser.module, recipe)
         if blocks and recipe.live_text:
             checkpoint_blocks(blocks_of(host.text.module))
@@ -202,6 +207,7 @@ def _train(recipe, task: Task, host, folders, parts, run, state, export) -> Resu
             constants,
             METHODS[recipe.method].in_backward,
         )
+        _shard(plan, host, parts)
         if state.step == 0:
             _check_gradient(plan, host)
         _check_names(plan, host)
@@ -213,10 +219,14 @@ def _train(recipe, task: Task, host, folders, parts, run, state, export) -> Resu
 
 
 @contextmanager
-def _training(recipe: Recipe, host: Host) -> Iterator[None]:
-    """The denoiser in training, and the text encoder where something of it is trained."""
+def _training(recipe: Recipe, host: Host, away: bool) -> Iterator[None]:
+    """The denoiser in training, and the text encoder where something of it is trained.
+
+    Args:
+        away: whether the denoiser's blocks stay off the device.
+    """
     with ExitStack() as stack:
-        stack.enter_context(host.denoiser.training(recipe.compute_dtype))
+        stack.enter_context(host.denoiser.training(recipe.compute_dtype, away))
         if recipe.live_text:
             stack.enter_context(host.text.training())
         yield
@@ -226,7 +236,8 @@ def _finished(recipe, host, method, parts, run, state, export) -> Result:
     """The result of a run that has nothing left to do."""
     if not method.needs_base:
         return _result(export, state, run, state.step)
-    with _training(recipe, host):
+    # Nothing is computed, and where the training had not the room this has none either.
+    with _training(recipe, host, recipe.shard == "on"):
         parts.inject()
         for name, tensor in parts.constants().items():
             tensor.copy_(state.constants[name])
@@ -276,16 +287,35 @@ def _checkpoint(module, recipe: Recipe) -> int:
     return len(blocks)
 
 
+def _shard(plan, host: Host, parts: Parts) -> None:
+    """Shares the denoiser's frozen weights out where the recipe says so."""
+    if plan.recipe.shard != "on":
+        return
+    if host.group.world == 1:
+        log.info("Graft: shard is on, but one process trains: it holds all weights.")
+        return
+    # A word alone is in some captions and not in others; an adapter is in every pass.
+    through = not METHODS[plan.recipe.method].trains_model
+    host.group.shard(host.denoiser.module, [*plan.trainables.values(), *parts.read_later()], through)
+    host.denoiser.make_room(weights=True)
+
+
 def _check_gradient(plan, host: Host) -> None:
     """The self-check where the user asked for it, or where the family is not described."""
+    wanted = plan.recipe.gradient_check
+    if wanted == "off" or (wanted == "auto" and host.denoiser.family != "general"):
+        return
+    with host.group.turn() as mine:
+        if mine:
+            _check_slopes(plan, host)
+
+
+def _check_slopes(plan, host: Host) -> None:
     import torch
 
     from .check import TOLERANCE, TOLERANCE_HALF, check_gradient
     from .forward import batch_loss
 
-    wanted = plan.recipe.gradient_check
-    if wanted == "off" or (wanted == "auto" and host.denoiser.family != "general"):
-        return
     denoiser = host.denoiser
     before = denoiser.compute_dtype
     half = any(parameter.dtype.itemsize < 4 for parameter in plan.trainables.values())

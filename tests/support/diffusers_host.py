@@ -80,7 +80,7 @@ class DiffusersDenoiser:
         pass
 
     @contextmanager
-    def training(self, compute_dtype):
+    def training(self, compute_dtype, away=False):
         self.module = self._unet
         try:
             yield
