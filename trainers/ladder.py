@@ -13,7 +13,7 @@ from .autograd import blocks_of, checkpoint_blocks, is_checkpointed
 from .errors import OutOfMemory
 from .forward import part_of, parts_of, terms_of
 from .methods import METHODS
-from .offload import list_frozen, offload_blocks
+from .offload import Tree, list_frozen, offload_trees
 
 if TYPE_CHECKING:
     from torch import nn
@@ -47,7 +47,22 @@ def in_one_line(error: BaseException) -> str:
 
 def trees_of(plan: Plan, host: Host) -> list[nn.Module]:
     """The trees that gradients go through."""
-    return [host.denoiser.module, *([host.text.module] if plan.recipe.live_text else [])]
+    return [tree for tree, _ in _placed_trees(plan, host)]
+
+
+def _placed_trees(plan: Plan, host: Host) -> list[Tree]:
+    owners = [host.denoiser, host.text] if plan.recipe.live_text else [host.denoiser]
+    return [(owner.module, owner.device) for owner in owners]
+
+
+def keep_away(plan: Plan, run: Run, host: Host) -> str | None:
+    """Keeps the frozen weights of blocks off the device; what was done, None where nothing was left to do."""
+    trees = _placed_trees(plan, host)
+    count, size = offload_trees(trees, plan.trainables.values(), run.folder, host.denoiser.pin)
+    if not count:
+        return None
+    host.denoiser.make_room(weights=True)
+    return f"frozen weights of {count} blocks ({size / 1e6:.0f} MB) are kept off the device"
 
 
 class Ladder:
@@ -64,7 +79,6 @@ class Ladder:
         # Gradients that wait for each other are what moving within the backward does without.
         self._splits = not in_backward
         self._freed = False
-        self._offloaded = False
         self._climbed: list[str] = []
 
     def attempt(self, work: Callable[..., Outcome], undo: Callable[[], None], step: int, *args) -> Outcome:
@@ -92,14 +106,6 @@ class Ladder:
                 # The others are in the midst of the step, and would not repeat it.
                 raise self._refusal(said, step)
             self._climb(said, step)
-
-    def offload(self) -> str:
-        """Keeps the frozen weights of blocks off the device; what was done."""
-        self._offloaded = True
-        blocks = self._blocks()
-        moved = offload_blocks(blocks, self._host.denoiser.device, self._kept(), self._run.folder)
-        self._host.denoiser.make_room(weights=True)
-        return f"frozen weights of {len(blocks)} blocks ({moved / 1e6:.0f} MB) are kept off the device"
 
     def _climb(self, said: str, step: int) -> None:
         for rung in (self._free, self._checkpoint, self._halve, self._offload):
@@ -139,9 +145,9 @@ class Ladder:
         return f"{size} of {recipe.batch_size} pictures of a batch are computed at a time"
 
     def _offload(self) -> str | None:
-        if self._offloaded or self._host.group.sharded or not list_frozen(self._blocks(), self._kept()):
+        if self._host.group.sharded or not list_frozen(_placed_trees(self.plan, self._host), self._kept()):
             return None
-        return self.offload()
+        return keep_away(self.plan, self._run, self._host)
 
     def _blocks(self) -> list[nn.Module]:
         return [block for tree in trees_of(self.plan, self._host) for block in blocks_of(tree)]

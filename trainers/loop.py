@@ -16,7 +16,7 @@ from .ahead import Ahead
 from .errors import GraftError, NumbersError
 from .forward import fixed_losses, passes_of, terms_of
 from .group import report_idle, rows_of
-from .ladder import Ladder, trees_of
+from .ladder import Ladder, keep_away, trees_of
 from .levels import times_of
 from .methods.dropout import dropping_out
 from .optimisers import OPTIMISERS, Group, lr_factor
@@ -61,13 +61,13 @@ def train(plan: Plan, run: Run, host: Host, state: State) -> State:
     average = OPTIMISERS[recipe.optimizer].average(mover.optimiser, parameters)
     if recipe.ema_decay:
         average = MovingAverage(recipe.ema_decay)
+    if recipe.offload == "on":
+        keep_away(plan, run, host)
     report_idle(group, recipe.batch_size * recipe.accumulation)
     group.meet()
     group.share([*parameters, *plan.constants.values()])
     _restore(state, plan, mover, average)
     factor = lr_factor(recipe.schedule, recipe.warmup_steps, recipe.steps, recipe.num_cycles, recipe.power)
-    if recipe.offload == "on":
-        log.info("Graft: %s.", ladder.offload())
     batches = plan.batches(state.batches)
     upcoming = list(itertools.islice(batches, recipe.accumulation))
     next_shares = _shares(host, upcoming)

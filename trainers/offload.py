@@ -1,91 +1,230 @@
-"""Frozen weights kept off the device, each block's brought there while the block runs."""
+"""Frozen weights kept off the device, each block's brought there while it runs, and the next one's meanwhile."""
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .autograd import checkpoint_blocks
-from .errors import RunError
-from .formats.files import bytes_of
+from .autograd import blocks_of, checkpoint_blocks
+from .carriers import Carrier, carrier_to, map_weights
 
 if TYPE_CHECKING:
     from torch import nn
 
+log = logging.getLogger(__name__)
+
 # On a Parameter whose numbers are kept off the device.
 _MARK = "graft_offloaded"
-# Numbers of a mapped weight begin at multiples of this, as fast kernels want them.
-_ALIGNMENT = 64
+
+# A tree and where it is computed.
+Tree = tuple["nn.Module", torch.device]
+# (module, name) of a weight.
+_Row = tuple["nn.Module", str]
 
 
-def offload_blocks(blocks: list[nn.Module], device: torch.device, keep: Iterable[torch.Tensor], folder: str) -> int:
-    """Moves the frozen weights of blocks off the device; they go one way, to the device, since nothing changes them.
+def offload_trees(
+    trees: Sequence[Tree], keep: Iterable[torch.Tensor], folder: str, pin: Callable[[torch.Tensor], bool]
+) -> tuple[int, int]:
+    """Keeps the frozen weights of blocks off their device; they go one way, to it, since nothing changes them.
 
     From a GPU they go to the CPU's memory, from there to a file that the system maps and that is gone with the process.
-    The blocks are checkpointed, or the backward would hold every block's copy until it comes by.
+    All else of the trees is put on the device. The blocks are checkpointed, or the backward would hold every block's
+    copy until it comes by. Whatever was done to trees before is not done again.
 
     Args:
-        blocks: of a private tree, as `blocks_of` gives them.
+        trees: private ones.
         keep: what stays, frozen or not.
         folder: for the file.
+        pin: locks the memory of a tensor on the CPU, so that a device can read it by itself; False where it does not.
 
     Returns:
-        Bytes that were moved.
-
-    Raises:
-        RunError: the file cannot be written.
+        Number of blocks, and bytes of their weights.
     """
     stay = {id(tensor) for tensor in keep}
-    held = {block: list(_frozen(block, stay)) for block in blocks}
-    # Weights that two blocks share are moved once.
-    moving = list({id(weight): weight for weight in list_frozen(blocks, keep)}.values())
-    away = _mapped(moving, folder) if device.type == "cpu" else _to_cpu(moving)
-    for parameter, weight in zip(moving, away, strict=True):
-        # The tensor itself stays: a run's state may know it.
-        parameter.data = weight
-        setattr(parameter, _MARK, True)
-    checkpoint_blocks(blocks)
-    for block, rows in held.items():
-        if rows:
-            # Within what is run again in the backward.
-            block.forward.forward = _Streamed(rows, device, block.forward.forward)
-    return sum(parameter.nbytes for parameter in moving)
+    count = size = 0
+    for device in dict.fromkeys(device for _, device in trees):
+        here = [tree for tree, its in trees if its == device]
+        held = {block: rows for tree in here for block, rows in _streamable(tree, stay).items() if rows}
+        if held:
+            count += len(held)
+            size += _stream(held, device, folder, pin)
+        for tree in here:
+            place(tree, device)
+    return count, size
 
 
-def list_frozen(blocks: list[nn.Module], keep: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-    """The weights that `offload_blocks` would move."""
+def list_frozen(trees: Sequence[Tree], keep: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """The weights that `offload_trees` would keep away."""
     stay = {id(tensor) for tensor in keep}
-    return [owner._parameters[name] for block in blocks for owner, name in _frozen(block, stay)]
+    rows = [row for tree, _ in trees for own in _streamable(tree, stay).values() for row in own]
+    return [owner._parameters[name] for owner, name in rows]
+
+
+def hold_back(tree: nn.Module, device: torch.device) -> None:
+    """Puts a tree whose weights are elsewhere on the device, but for those of its blocks, which are marked.
+
+    `offload_trees` is to follow, when what is trained is in the tree.
+    """
+    for owner, name in (row for rows in _streamable(tree, set()).values() for row in rows):
+        setattr(owner._parameters[name], _MARK, True)
+    place(tree, device)
+
+
+def bring_back(tree: nn.Module, device: torch.device) -> None:
+    """Puts on the device what was held back of a tree and is still its own."""
+    for parameter in tree.parameters():
+        if hasattr(parameter, _MARK):
+            delattr(parameter, _MARK)
+    place(tree, device)
+
+
+def is_away(tree: nn.Module) -> bool:
+    """Whether some weights of a tree are kept off the device."""
+    return any(hasattr(parameter, _MARK) for parameter in tree.parameters())
 
 
 def place(tree: nn.Module, device: torch.device) -> None:
     """As `tree.to(device)`, but for what is kept off the device."""
-    if not any(hasattr(parameter, _MARK) for parameter in tree.parameters()):
+    if not is_away(tree):
         tree.to(device)
         return
-    for parameter in tree.parameters():
-        home = torch.device("cpu") if hasattr(parameter, _MARK) else device
-        if parameter.device != home:
-            parameter.data = parameter.data.to(home)
     for owner in tree.modules():
+        for parameter in filter(None.__ne__, owner._parameters.values()):
+            home = torch.device("cpu") if hasattr(parameter, _MARK) else device
+            if parameter.device == home:
+                continue
+            if type(parameter.data) is torch.Tensor:
+                parameter.data = parameter.data.to(home)
+            else:
+                # Quantised weights, which are in no block's stream, know by themselves how they are moved.
+                owner.to(home)
         for name, tensor in owner._buffers.items():
             if tensor is not None:
                 owner._buffers[name] = tensor.to(device)
 
 
-def _frozen(block: nn.Module, stay: set[int]) -> Iterator[tuple[nn.Module, str]]:
-    """(module, name) of each weight of a block that is not trained and not away yet."""
+def _streamable(tree: nn.Module, stay: set[int]) -> dict[nn.Module, list[_Row]]:
+    """The rows of each block that is not streamed yet: weights of its own that are not trained."""
+    blocks = blocks_of(tree)
+    inner = {id(owner) for block in blocks for owner in block.modules()}
+    shared = {id(one) for owner in tree.modules() if id(owner) not in inner for one in owner._parameters.values()}
+    return {block: _frozen(block, stay | shared) for block in blocks if not _is_streamed(block)}
+
+
+def _frozen(block: nn.Module, stay: set[int]) -> list[_Row]:
+    found = []
     for owner in block.modules():
         for name, parameter in owner._parameters.items():
-            if parameter is None or parameter.requires_grad or id(parameter) in stay or hasattr(parameter, _MARK):
+            if parameter is None or parameter.requires_grad or id(parameter) in stay:
                 continue
             # Quantised weights are more than their numbers.
             if type(parameter) is torch.nn.Parameter and type(parameter.data) is torch.Tensor:
-                yield owner, name
+                found.append((owner, name))
+    return found
+
+
+def _is_streamed(block: nn.Module) -> bool:
+    return isinstance(getattr(block.forward, "forward", None), _Streamed)
+
+
+def _stream(held: dict[nn.Module, list[_Row]], device: torch.device, folder: str, pin) -> int:
+    """Has the weights of blocks come while the blocks run; bytes of the weights."""
+    # Weights that two blocks share are moved once, and come with either.
+    weights = list({id(one): one for rows in held.values() for one in _weights(rows)}.values())
+    if device.type == "cpu":
+        homes, carrier = map_weights(weights, folder)
+    else:
+        homes, carrier = [weight.detach().to("cpu") for weight in weights], carrier_to(device)
+    for weight, home in zip(weights, homes, strict=True):
+        # The tensor itself stays: a run's state may know it.
+        weight.data = home
+        setattr(weight, _MARK, True)
+        if device.type != "cpu":
+            pin(weight)
+    checkpoint_blocks(list(held))
+    conveyor = Conveyor(carrier)
+    for block, rows in held.items():
+        # Within what is run again in the backward.
+        block.forward.forward = _Streamed(rows, conveyor, block.forward.forward)
+    return sum(weight.nbytes for weight in weights)
+
+
+def _weights(rows: list[_Row]) -> list[nn.Parameter]:
+    return [owner._parameters[name] for owner, name in rows]
+
+
+class Conveyor:
+    """Brings the weights of blocks when they are asked for, and those of the block that is likely next ahead of it.
+
+    Likely is what came next the last time that these two blocks came one after the other: so it knows the backward,
+    where they come in reverse, from the forward. A block that nobody expected is waited for. Beside what whoever asks
+    holds, never more than one block's weights are there or on their way.
+
+    Args:
+        carrier: to the device.
+    """
+
+    def __init__(self, carrier: Carrier):
+        self._carrier = carrier
+        self._homes: list[list[torch.Tensor]] = []
+        self._next: dict[tuple[int, int], int] = {}
+        # The last two that came.
+        self._path = (-1, -1)
+        self._coming: tuple[int, Any] | None = None
+        self._held: tuple[int, list[torch.Tensor]] | None = None
+        self._ahead = True
+
+    def add(self, homes: list[torch.Tensor]) -> int:
+        """The number by which a block's weights are asked for; where they lie is asked at each time."""
+        self._homes.append(homes)
+        return len(self._homes) - 1
+
+    def enter(self, number: int) -> list[torch.Tensor]:
+        """A block's weights on the device."""
+        # What comes during a preview may be wanted in a step.
+        with torch.inference_mode(False), torch.no_grad():
+            here = self._fetch(number)
+            self._next[self._path] = number
+            before = self._path[1]
+            self._path = (before, number)
+            expected = self._next.get(self._path)
+            if before not in (-1, number, expected):
+                self._carrier.leave(self._of(before))
+            if expected not in (None, number) and self._ahead:
+                self._start(expected)
+        return here
+
+    def leave(self, number: int, here: list[torch.Tensor]) -> None:
+        """A block is done for now; its weights are kept where it is expected to be the next again."""
+        if self._path[1] == number and self._next.get(self._path) == number and self._ahead:
+            self._held = (number, here)
+
+    def _of(self, number: int) -> list[torch.Tensor]:
+        return [home.detach() for home in self._homes[number]]
+
+    def _fetch(self, number: int) -> list[torch.Tensor]:
+        held, self._held = self._held, None
+        coming, self._coming = self._coming, None
+        if held is not None and held[0] == number:
+            return held[1]
+        if coming is not None and coming[0] == number:
+            return self._carrier.finish(coming[1])
+        if coming is not None:
+            self._carrier.leave(self._of(coming[0]))
+        # Before others come in their place.
+        held = coming = None
+        return self._carrier.finish(self._carrier.start(self._of(number)))
+
+    def _start(self, number: int) -> None:
+        try:
+            self._coming = (number, self._carrier.start(self._of(number)))
+        except torch.OutOfMemoryError:
+            # The block that runs may still have room.
+            log.info("Graft: there is no room for a second block: each is waited for from now on.")
+            self._ahead = False
 
 
 class _Streamed:
@@ -95,54 +234,20 @@ class _Streamed:
     backward if they were taken out of the same one.
     """
 
-    def __init__(self, rows: list[tuple[nn.Module, str]], device: torch.device, forward: Callable):
+    def __init__(self, rows: list[_Row], conveyor: Conveyor, forward: Callable):
         self._rows = rows
-        self._device = device
+        self._conveyor = conveyor
+        self._homes = _weights(rows)
+        self._number = conveyor.add(self._homes)
         self.forward = forward
 
     def __call__(self, *args, **kwargs):
-        with self._here():
-            return self.forward(*args, **kwargs)
-
-    @contextmanager
-    def _here(self) -> Iterator[None]:
-        homes = [owner._parameters[name] for owner, name in self._rows]
+        here = self._conveyor.enter(self._number)
         try:
-            for (owner, name), home in zip(self._rows, homes, strict=True):
-                here = home.detach().to(self._device, non_blocking=True)
-                owner._parameters[name] = torch.nn.Parameter(here, requires_grad=False)
-            yield
+            for (owner, name), weight in zip(self._rows, here, strict=True):
+                owner._parameters[name] = torch.nn.Parameter(weight, requires_grad=False)
+            return self.forward(*args, **kwargs)
         finally:
-            for (owner, name), home in zip(self._rows, homes, strict=True):
+            for (owner, name), home in zip(self._rows, self._homes, strict=True):
                 owner._parameters[name] = home
-
-
-def _to_cpu(weights: list[torch.Tensor]) -> Iterator[torch.Tensor]:
-    for weight in weights:
-        yield weight.detach().to("cpu")
-
-
-def _mapped(weights: list[torch.Tensor], folder: str) -> Iterator[torch.Tensor]:
-    """The weights' numbers in one file without a name, which the system may drop from memory whenever it has to.
-
-    Raises:
-        RunError: the file cannot be written.
-    """
-    import numpy
-
-    starts = []
-    try:
-        with tempfile.TemporaryFile(dir=folder) as file:
-            for weight in weights:
-                file.write(bytes(-file.tell() % _ALIGNMENT))
-                starts.append(file.tell())
-                file.write(bytes_of(weight))
-            file.flush()
-            # Changes stay in memory: should a weight be written to, the file is not.
-            room = numpy.memmap(file, dtype=numpy.uint8, mode="c") if file.tell() else numpy.empty(0, numpy.uint8)
-    except OSError as error:
-        raise RunError(
-            f"The frozen weights cannot be put into a file in '{folder}' ({error}).", "Free space on that disk."
-        ) from error
-    for start, weight in zip(starts, weights, strict=True):
-        yield torch.from_numpy(room[start : start + weight.nbytes]).view(weight.dtype).view(weight.shape)
+            self._conveyor.leave(self._number, here)

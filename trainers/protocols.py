@@ -208,11 +208,18 @@ class Denoiser(Protocol):
     def make_room(self, weights: bool = False) -> None:
         """Lets go of what lies on the device beside the training; weights: also of weights that the tree gave up."""
 
+    def pin(self, weight: torch.Tensor) -> bool:
+        """Locks a weight's memory on the CPU where it is, so that the device reads it by itself; within `training`.
+
+        False where the host does not, or not any more of it. Undone when the training ends.
+        """
+
     def training(self, compute_dtype: str, away: bool = False) -> AbstractContextManager:
         """Places the weights and sets what the host needs for a backward; undoes it in any case.
 
         Args:
-            away: whether the weights of blocks (`autograd.blocks_of`) stay off the device.
+            away: whether the weights of blocks (`autograd.blocks_of`) stay off the device, marked as `offload.place`
+                knows them; whoever asks for that brings them there.
         """
 
     def adapter_name(self, path: str) -> str:

@@ -152,22 +152,22 @@ def run_recipe(recipe: Recipe, dataset: Dataset, host: Host, folders: Folders, n
 def _train(recipe, task: Task, host, folders, parts, run, state, export) -> Result:
     # Imported here: the loop imports torch, which the nodes that only describe datasets do not need.
     from .autograd import blocks_of, checkpoint_blocks
+    from .ladder import keep_away
     from .loop import train
     from .plan import Plan
+    from .shards import check_shards
 
     # A package that is not installed is missed before anything is encoded.
     OPTIMISERS[recipe.optimizer].load()
-    if recipe.shard == "on" and host.group.world > 1:
-        from .shards import check_shards
-
+    shares = recipe.shard == "on" and host.group.world > 1
+    if shares:
         check_shards()
     if recipe.tensorboard == "on":
         event_files.load()
     denoiser = host.denoiser
     resumed_from = state.step
     prepared = prepare(task.dataset, recipe, host, folders.cache, folders.cache_limit)
-    # All of it at once may be what does not fit.
-    with _training(recipe, host, recipe.shard == "on" and host.group.world > 1):
+    with _training(recipe, host, recipe.offload == "on" or shares):
         blocks = _checkpoint(denoiser.module, recipe)
         if blocks and recipe.live_text:
             checkpoint_blocks(blocks_of(host.text.module))
@@ -207,7 +207,16 @@ def _train(recipe, task: Task, host, folders, parts, run, state, export) -> Resu
             constants,
             METHODS[recipe.method].in_backward,
         )
-        _shard(plan, host, parts)
+        if recipe.offload == "on":
+            # Before anything is computed: until now the weights of blocks were nowhere near the device.
+            log.info("Graft: %s.", keep_away(plan, run, host) or "nothing is frozen that could be kept off the device")
+        if shares:
+            # A word alone is in some captions and not in others; an adapter is in every pass.
+            keep = [*trainables.values(), *parts.read_later()]
+            host.group.shard(denoiser.module, keep, through=not METHODS[recipe.method].trains_model)
+            denoiser.make_room(weights=True)
+        elif recipe.shard == "on":
+            log.info("Graft: shard is on, but one process trains: it holds all weights.")
         if state.step == 0:
             _check_gradient(plan, host)
         _check_names(plan, host)
@@ -237,7 +246,7 @@ def _finished(recipe, host, method, parts, run, state, export) -> Result:
     if not method.needs_base:
         return _result(export, state, run, state.step)
     # Nothing is computed, and where the training had not the room this has none either.
-    with _training(recipe, host, recipe.shard == "on"):
+    with _training(recipe, host, recipe.offload == "on" or recipe.shard == "on"):
         parts.inject()
         for name, tensor in parts.constants().items():
             tensor.copy_(state.constants[name])
@@ -285,19 +294,6 @@ def _checkpoint(module, recipe: Recipe) -> int:
     blocks = blocks_of(module)
     checkpoint_blocks(blocks)
     return len(blocks)
-
-
-def _shard(plan, host: Host, parts: Parts) -> None:
-    """Shares the denoiser's frozen weights out where the recipe says so."""
-    if plan.recipe.shard != "on":
-        return
-    if host.group.world == 1:
-        log.info("Graft: shard is on, but one process trains: it holds all weights.")
-        return
-    # A word alone is in some captions and not in others; an adapter is in every pass.
-    through = not METHODS[plan.recipe.method].trains_model
-    host.group.shard(host.denoiser.module, [*plan.trainables.values(), *parts.read_later()], through)
-    host.denoiser.make_room(weights=True)
 
 
 def _check_gradient(plan, host: Host) -> None:

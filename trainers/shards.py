@@ -17,6 +17,7 @@ import torch
 
 from .autograd import blocks_of
 from .errors import ModelError, Parted, SettingsError
+from .offload import bring_back
 
 if TYPE_CHECKING:
     from torch import nn
@@ -100,8 +101,7 @@ class Shards:
             # same in all. Itself is fetched already.
             block.set_modules_to_backward_prefetch([block])
         fully_shard(tree, mesh=mesh, reshard_after_forward=True, ignored_params=rest)
-        for one in rest:
-            one.data = one.data.to(group.device)
+        bring_back(tree, group.device)
         if through:
             tree.register_forward_pre_hook(_let_through)
 

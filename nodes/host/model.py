@@ -7,7 +7,7 @@ import functools
 import gc
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import comfy.ldm.modules.attention
@@ -20,9 +20,9 @@ import torch
 from ...trainers.autograd import own_weights, private_tree
 from ...trainers.errors import ModelError
 from ...trainers.families import GENERAL, family_of
-from ...trainers.offload import place
+from ...trainers.offload import hold_back, place
 from ...trainers.protocols import HOLE, SOURCE, Conditioning, Geometry, PreviewRequest
-from . import families, kernels, quantised, sampling
+from . import families, kernels, placing, quantised, sampling
 from .adapters import classic, unread_keys
 from .digest import patcher_digest
 from .ranges import refuse_ranged
@@ -36,9 +36,6 @@ if TYPE_CHECKING:
     from .text import ComfyText
 
 log = logging.getLogger(__name__)
-
-# Bytes, more than any device has.
-_EVERYTHING = 1e20
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -69,6 +66,7 @@ class ComfyDenoiser:
         self.compute_dtype = torch.float32
         self.module: torch.nn.Module | None = None
         self._casting: list[torch.nn.Module] = []
+        self._pins: placing.Pins | None = None
         self._base = None
         self._options: dict = {}
         self._sampler: sampling.PreviewSampler | None = None
@@ -198,23 +196,27 @@ class ComfyDenoiser:
         return options
 
     @contextmanager
-    def training(self, compute_dtype: str) -> Iterator[None]:
-        """Loads the model whole, builds the private tree, and forgets it afterwards in any case.
+    def training(self, compute_dtype: str, away: bool = False) -> Iterator[None]:
+        """Has the host place the weights, builds the private tree, and forgets it afterwards in any case.
 
         Args:
             compute_dtype: "auto" for the dtype the model computes in, or "fp32", "bf16", "fp16".
+            away: as the protocol has it.
         """
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
             self._model = classic(self._model)
             self._sampling = self._model.get_model_object("model_sampling")
-            comfy.model_management.load_models_gpu([self._model], memory_required=_EVERYTHING, force_full_load=True)
+            stack.enter_context(placing.placed(self._model, away))
+            self._pins = stack.enter_context(placing.pinning())
             base = self._model.model
-            _check_trainable(base, self.device)
+            _check_trainable(base, None if away else self.device)
             _warn(self._model, self.family)
             own_weights(base.diffusion_model)
             self.compute_dtype = _DTYPES.get(compute_dtype) or _inference_dtype(base)
             self.module = private_tree(base.diffusion_model)
             quantised.as_linears(self.module)
+            if away:
+                hold_back(self.module, self.device)
             # Listed once: looking for them takes longer than asking them.
             self._casting = [layer for layer in self.module.modules() if hasattr(layer, "comfy_cast_weights")]
             self._base = _over(base, self.module)
@@ -245,8 +247,12 @@ class ComfyDenoiser:
         management = comfy.model_management
         mine = [entry for entry in management.current_loaded_models if entry.model is self._model]
         gc.collect()
-        management.free_memory(_EVERYTHING, self.device, keep_loaded=[] if weights else mine)
+        management.free_memory(placing.EVERYTHING, self.device, keep_loaded=[] if weights else mine)
         management.soft_empty_cache()
+
+    def pin(self, weight: torch.Tensor) -> bool:
+        """By the host's own means and within its own bounds."""
+        return self._pins.add(weight)
 
     def adapter_name(self, path: str) -> str:
         """kohya's name of a module: diffusers' module names where the family's files carry those."""
@@ -284,8 +290,11 @@ class ComfyDenoiser:
         return self._fingerprint
 
 
-def _check_trainable(base, device: torch.device) -> None:
+def _check_trainable(base, device: torch.device | None) -> None:
     """Refuses what would train wrongly or fail halfway.
+
+    Args:
+        device: that all weights have to be on; None where they may be away.
 
     Raises:
         ModelError: weights that stay off the device, or a model that does more around its network than is known.
@@ -296,10 +305,11 @@ def _check_trainable(base, device: torch.device) -> None:
             "It cannot be trained yet. Please report the model's name.",
             "model",
         )
-    if any(parameter.device.type != device.type for parameter in base.diffusion_model.parameters()):
+    elsewhere = {parameter.device.type for parameter in base.diffusion_model.parameters()}
+    if device is not None and elsewhere - {device.type}:
         raise ModelError(
             f"The host keeps a part of the model off {device}.",
-            "Start ComfyUI without --novram and --lowvram, or train a smaller model.",
+            "Switch offload on (Graft Memory Options), or start ComfyUI without --novram and --lowvram.",
             "model",
         )
 

@@ -79,6 +79,9 @@ class DiffusersDenoiser:
     def make_room(self, weights=False):
         pass
 
+    def pin(self, weight):
+        return False
+
     @contextmanager
     def training(self, compute_dtype, away=False):
         self.module = self._unet

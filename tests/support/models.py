@@ -124,7 +124,7 @@ def learning_word(name: str, checkpointing: bool = False, model=None, clip=None,
     word = {"embedding_name": WORD, "embedding_init": "a red dog", "embedding_vectors": 2}
     settings = recipe(denoiser.family, method="embedding", rank=0, embedding_learning_rate=1e-2, **word, **fields)
     captions = captions or [f"a photo of embedding:{WORD}", f"one embedding:{WORD}, on a beach"]
-    with denoiser.training("auto"), encoder.training():
+    with denoiser.training("auto", settings.offload == "on"), encoder.training():
         if checkpointing:
             autograd.checkpoint_blocks(autograd.blocks_of(denoiser.module))
             autograd.checkpoint_blocks(autograd.blocks_of(encoder.module))
@@ -159,7 +159,7 @@ def with_text(name: str, checkpointing: bool = False, model=None, clip=None, spr
     settings = recipe(denoiser.family, **{**own, **fields})
     host = Host(denoiser, encoder, None)
     parts = Parts(METHODS[settings.method], settings, host)
-    with denoiser.training("auto"), encoder.training():
+    with denoiser.training("auto", settings.offload == "on"), encoder.training():
         if checkpointing:
             autograd.checkpoint_blocks(autograd.blocks_of(denoiser.module))
             autograd.checkpoint_blocks(autograd.blocks_of(encoder.module))
@@ -273,7 +273,7 @@ def in_training(
     denoiser = ComfyDenoiser(model, None, SmallVae())
     settings = recipe(denoiser.family, **fields)
     method = METHODS[settings.method]
-    with denoiser.training(settings.compute_dtype):
+    with denoiser.training(settings.compute_dtype, settings.offload == "on"):
         dtype = denoiser.compute_dtype
         if checkpointing:
             autograd.checkpoint_blocks(autograd.blocks_of(denoiser.module))
