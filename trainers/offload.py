@@ -101,9 +101,9 @@ def place(tree: nn.Module, device: torch.device) -> None:
             else:
                 # Quantised weights, which are in no block's stream, know by themselves how they are moved.
                 owner.to(home)
-        for name, tensor in owner._buffers.items():
-            if tensor is not None:
-                owner._buffers[name] = tensor.to(device)
+        for tensor in filter(None.__ne__, owner._buffers.values()):
+            # The tensor itself stays: it may be what a run keeps of a method's constants.
+            tensor.data = tensor.data.to(device)
 
 
 def _streamable(tree: nn.Module, stay: set[int]) -> dict[nn.Module, list[_Row]]:

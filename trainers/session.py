@@ -256,7 +256,9 @@ def _finished(recipe, host, method, parts, run, state, export) -> Result:
 def _result(export, state: State, run: Run, resumed_from: int, left_out: tuple[LeftOut, ...] = ()) -> Result:
     # Whoever trained is done: what an optimiser knows is on disk, and a whole difference may take the weights' place.
     state.optimiser = {}
-    made = export(state.ema or state.trainables, state.step)
+    values = state.ema or state.trainables
+    # Who trained along knows of no result.
+    made = export(values, state.step) if values else Products()
     adapter = made.adapter.taken() if isinstance(made.adapter, LazyAdapter) else made.adapter
     return Result(adapter, made.embedding, state.losses, state.levels, run, resumed_from, state.step, left_out)
 

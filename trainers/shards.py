@@ -8,6 +8,7 @@ does alone is its turn, in which the others hand it what it asks for. What is tr
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -92,6 +93,8 @@ class Shards:
         self.blocks = len(self._blocks)
         self.divided = sum(one.nbytes for one in shared_out)
         self.whole = sum(one.nbytes for one in {*frozen} - shared_out)
+        # Whatever is changed in place behind a block is changed by `OutOfPlace`, which makes a new tensor of it.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         mesh = DeviceMesh.from_group(groups.WORLD, group.device.type)
         rest = {*tree.parameters()} - shared_out
         for number, block in enumerate(self._blocks):
