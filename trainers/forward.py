@@ -53,9 +53,14 @@ def parts_of(
 
 
 def passes_of(
-    plan: Plan, host: Host, window: list, shares: list[tuple[int, list]], step: int, shown: Callable[[list], list[Shown]]
+    plan: Plan,
+    host: Host,
+    window: list,
+    shares: list[tuple[int, list]],
+    step: int,
+    shown: Callable[[list], list[Shown]],
 ) -> Iterator[tuple[tuple, bool]]:
-    """A process's share of a window in the parts that are computed at once, as `parts_of` gives them; whether each counts.
+    """What of a window a process computes at once, each as `parts_of` gives it, and whether it counts.
 
     Where the processes have to make the same passes, each part is one picture, with something to be preserved beside it
     if any picture has, and who has fewer pictures shows one again that counts for nothing.

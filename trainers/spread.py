@@ -240,8 +240,8 @@ def _shortage(parameters: Sequence[torch.nn.Parameter], device: torch.device) ->
 def _no_room(said: str) -> OutOfMemory:
     return OutOfMemory(
         f"Memory ran out before the gradients were summed ({said.splitlines()[0][:200]}).",
-        "Lower the resolution of the dataset or batch_size, or set checkpointing to on (Graft Memory Options). What was "
-        "saved stays: queue the graph again to go on.",
+        "Lower the resolution of the dataset, or set checkpointing to on (Graft Memory Options). What was saved stays: "
+        "queue the graph again to go on.",
         "dataset",
     )
 

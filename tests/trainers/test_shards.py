@@ -113,7 +113,10 @@ def test_memory_that_runs_out_where_one_works_alone_is_found(straight, tmp_path,
 
 @pytest.mark.parametrize(
     "fields, said",
-    [({"method": "all weights", "rank": 0, "alpha": 0.0}, "all weights are trained.*only frozen ones"), ({"offload": "on"}, "shard and offload are both on")],
+    [
+        ({"method": "all weights", "rank": 0, "alpha": 0.0}, "all weights are trained.*only frozen ones"),
+        ({"offload": "on"}, "shard and offload are both on"),
+    ],
     ids=["all weights", "offload"],
 )
 def test_what_does_not_go_with_shares_is_named(fields, said):
