@@ -127,18 +127,18 @@ class Shards:
             yield False
             return
         self.alone = True
+        lost = False
         try:
             yield True
         except Parted:
+            lost = True
             raise
-        except BaseException:
-            self.mend()
-            self._group.call(_OVER)
-            raise
-        else:
-            self._group.call(_OVER)
         finally:
             self.alone = False
+            if not lost:
+                # A pass that was given up, whoever caught the error, leaves a block put together here and nowhere else.
+                self.mend()
+                self._group.call(_OVER)
 
     def _serve(self) -> None:
         """Hands out what is asked for until the turn is over."""

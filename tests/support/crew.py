@@ -141,21 +141,22 @@ def train_kinds(group, folder, names, fields):
     return found
 
 
-def fail(group, folder, fields, rank, where="part", memory=False):
+def fail(group, folder, fields, rank, where="part", memory=0):
     """A training in which something fails in one process; what each ended by, or its losses.
 
     Args:
-        where: "part" (of a gradient), "validation", or "preview": in the midst of its first pass.
-        memory: whether memory runs out there, once; else an error of that process's own.
+        where: "part" (of a gradient), "validation", "preview": in the midst of its first pass, or "sum": before the
+            gradients are summed, of memory alone.
+        memory: so many times memory runs out there; 0 for one error of that process's own.
     """
-    from graft_pack.trainers import loop
+    from graft_pack.trainers import loop, spread
     from graft_pack.trainers.autograd import blocks_of
 
     from tests.support.diffusers_host import make_host, run_session
 
     def trouble(done):
         def troubled(*args, **kwargs):
-            if group.rank == rank and not over:
+            if group.rank == rank and len(over) < max(1, memory):
                 over.append(True)
                 raise RuntimeError("out of memory") if memory else KeyError("of this process")
             return done(*args, **kwargs)
@@ -166,6 +167,9 @@ def fail(group, folder, fields, rank, where="part", memory=False):
     host = replace(make_host(), group=group)
     if where == "part":
         host = replace(host, heed=trouble(host.heed))
+    if where == "sum":
+        found = "out of memory" if group.rank == rank else ""
+        spread._shortage = lambda *given: found
     if where == "preview":
         drawn = host.denoiser.preview
 

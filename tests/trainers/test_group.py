@@ -212,6 +212,13 @@ def test_an_error_of_one_ends_all_and_none_waits(tmp_path):
     assert answers == ["Parted", "KeyError"]
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_who_has_no_room_for_the_messages_says_so_before_any_is_sent(tmp_path, rank):
+    fields = {**FULL, "preview_prompts": ()}
+    answers = Crew(2).do("fail", timeout=60, folder=str(tmp_path), fields=fields, rank=rank, where="sum", memory=1)
+    assert (answers[rank], answers[1 - rank]) == ("OutOfMemory", "Parted")
+
+
 @pytest.fixture
 def spread_alone():
     """A process that nobody started others beside."""
@@ -242,6 +249,28 @@ def test_who_leaves_shows_why_where_the_others_are_gone_already(spread_alone, mo
         except KeyError:
             spread_alone.part()
             raise
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda group: group.meet(),
+        lambda group: group.gather([1.0], 2),
+        lambda group: group.tell(""),
+        lambda group: group.share([torch.zeros(1)]),
+        lambda group: group.sum_gradients([torch.nn.Parameter(torch.zeros(1))]),
+    ],
+    ids=["meet", "gather", "tell", "share", "sum_gradients"],
+)
+def test_a_broken_connection_is_said_alike_wherever_it_is_found(spread_alone, monkeypatch, ask):
+    def broken(*given):
+        raise RuntimeError("Connection closed by peer")
+
+    for name in ("reduce", "broadcast"):
+        monkeypatch.setattr(f"accelerate.utils.{name}", broken)
+    spread_alone.world = 2
+    with pytest.raises(Parted):
+        ask(spread_alone)
 
 
 def test_what_ends_an_attempt_says_what_to_do():
