@@ -6,6 +6,7 @@ ComfyUI is the one that this pack lies in, or the one that COMFYUI_PATH names. S
 fewer, it goes on where it was.
 """
 
+import contextlib
 import importlib
 import importlib.util
 import os
@@ -45,6 +46,17 @@ def load_pack():
     return name
 
 
+@contextlib.contextmanager
+def telling(seat):
+    """Within it what fails is told to the graph, which would only see that this process is gone."""
+    try:
+        yield
+    except Exception as error:
+        if seat is not None:
+            seat["pipe"].send(("failed", "", f"{type(error).__name__}: {error}", "", ""))
+        raise
+
+
 def main(seat=None):
     """The exit status: 0 when the job is done, 1 for an error, 130 when it was interrupted."""
     if seat is not None:
@@ -54,11 +66,13 @@ def main(seat=None):
         sys.exit(__doc__)
     else:
         folder, arguments, comfyui = os.path.abspath(sys.argv[1]), sys.argv[2:], find_comfyui()
-    enter_comfyui(comfyui, arguments)
-    name = load_pack()
-    # Before ComfyUI looks for its device: it takes the one that is this process's.
-    group = importlib.import_module(f"{name}.trainers.spread").Spread("--cpu" in arguments)
-    return importlib.import_module(f"{name}.nodes.host.headless").main(folder, group, seat)
+    with telling(seat):
+        enter_comfyui(comfyui, arguments)
+        name = load_pack()
+        # Before ComfyUI looks for its device: it takes the one that is this process's.
+        group = importlib.import_module(f"{name}.trainers.spread").Spread("--cpu" in arguments)
+        headless = importlib.import_module(f"{name}.nodes.host.headless")
+    return headless.main(folder, group, seat)
 
 
 if __name__ == "__main__":

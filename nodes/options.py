@@ -201,10 +201,15 @@ class GraftMemoryOptions(OptionNode):
                     "Keep frozen blocks off the device but for the one that is computed and the next. "
                     "auto: when memory ran out.",
                 ),
+                auto(
+                    "shard",
+                    ["on", "off"],
+                    "With several processes: each keeps its share of the frozen weights of blocks. auto: off.",
+                ),
             ),
         )
 
-    validate_inputs = checked(checkpointing=None, compute_dtype=None, offload=None)
+    validate_inputs = checked(checkpointing=None, compute_dtype=None, offload=None, shard=None)
 
 
 class GraftAdapterOptions(OptionNode):

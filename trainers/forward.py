@@ -52,6 +52,44 @@ def parts_of(
         yield part if asked is None else (*part, asked.part(drawn.start, drawn.stop))
 
 
+def passes_of(
+    plan: Plan,
+    host: Host,
+    window: list,
+    shares: list[tuple[int, list]],
+    step: int,
+    shown: Callable[[list], list[Shown]],
+) -> Iterator[tuple[tuple, bool]]:
+    """What of a window a process computes at once, each as `parts_of` gives it, and whether it counts.
+
+    Where the processes have to make the same passes, each part is one picture, with something to be preserved beside it
+    if any picture has, and who has fewer pictures shows one again that counts for nothing.
+
+    Args:
+        shares: (place of the first, members) of each batch of the window.
+        shown: gives the showings of some members.
+    """
+    paired = host.group.paired
+    recipe = replace(plan.recipe, micro_batch=1) if paired else plan.recipe
+    fill = _anchored if paired and any(item.anchored for item in plan.train) else list
+    sizes = [len(batch) for _, batch in window]
+    for number, (first, mine) in enumerate(shares):
+        if mine:
+            for part in parts_of(fill(shown(mine)), recipe, step, number, host, first, sizes[number]):
+                yield part, True
+    most = -(-sum(sizes) // host.group.world)
+    if paired and sum(len(mine) for _, mine in shares) < most:
+        spare = [replace(one, factor=0.0) for one in shown(window[0][1][:1])]
+        spare = [replace(one, anchor=replace(one.anchor, factor=0.0)) if one.anchor else one for one in spare]
+        for part in parts_of(fill(spare), recipe, step, 0, host, 0, sizes[0]):
+            yield part, False
+
+
+def _anchored(shown: list[Shown]) -> list[Shown]:
+    """The showings, each with something to be preserved beside it, which counts for nothing where there was none."""
+    return [one if one.anchor is not None else replace(one, anchor=replace(one, factor=0.0)) for one in shown]
+
+
 def terms_of(
     plan: Plan,
     host: Host,

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from .run import Run
@@ -17,6 +18,7 @@ from .state import State, read_state
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from .run import Folders
 
@@ -29,10 +31,14 @@ class Group:
     Attributes:
         rank: its number among them, from 0.
         world: how many there are.
+        sharded: whether they hold the denoiser's frozen weights in shares.
+        paired: whether all of them have to make the same passes through the denoiser at this moment.
     """
 
     rank = 0
     world = 1
+    sharded = False
+    paired = False
 
     @property
     def leads(self) -> bool:
@@ -63,6 +69,23 @@ class Group:
     def tell(self, text: str) -> str:
         """The leader's text, in all of them. Raises Parted as `meet` does."""
         return text
+
+    def shard(self, tree: nn.Module, keep: Iterable[torch.Tensor], through: bool) -> None:
+        """Shares the frozen weights of a tree's blocks out, as `shards.Shards` says; not where one trains alone."""
+
+    @contextmanager
+    def turn(self) -> Iterator[bool]:
+        """Within it the one that leads works alone, which is told True; the others have nothing to do meanwhile.
+
+        All have to come to it, since the weights that it needs may be theirs.
+
+        Raises:
+            Parted: one of them has left.
+        """
+        yield self.leads
+
+    def mend(self) -> None:
+        """Lets the denoiser be asked again after a pass that did not come to its end."""
 
 
 ALONE = Group()

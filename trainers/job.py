@@ -131,16 +131,27 @@ def _replaced(path: str):
     with files.new_folder(fresh) as temporary:
         yield temporary
     old = os.path.join(parent, f".{name}.old")
+    shutil.rmtree(old, ignore_errors=True)
     try:
-        shutil.rmtree(old, ignore_errors=True)
         if os.path.exists(path):
             os.rename(path, old)
-        os.rename(fresh, path)
-        shutil.rmtree(old, ignore_errors=True)
+        _move_or_restore(fresh, path, old)
     except OSError as error:
+        shutil.rmtree(fresh, ignore_errors=True)
         raise RunError(
             f"The folder '{path}' cannot be replaced ({error}).", "Close what holds it open, or remove it."
         ) from error
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _move_or_restore(fresh: str, path: str, old: str) -> None:
+    """Gives a folder its name; where that fails, what had it before has it again. Raises OSError."""
+    try:
+        os.rename(fresh, path)
+    except OSError:
+        if os.path.exists(old):
+            os.rename(old, path)
+        raise
 
 
 def _dataset_as_json(dataset: Dataset) -> dict[str, Any]:

@@ -103,6 +103,9 @@ class Ladder:
                 said = in_one_line(error)
             # Here and not above: the exception holds on to all that the work had on the device.
             undo()
+            if self._host.group.paired:
+                # The others are in the midst of the step, and would not repeat it.
+                raise self._refusal(said, step)
             self._climb(said, step)
 
     def _climb(self, said: str, step: int) -> None:
@@ -143,7 +146,7 @@ class Ladder:
         return f"{size} of {recipe.batch_size} pictures of a batch are computed at a time"
 
     def _offload(self) -> str | None:
-        if not list_frozen(placed_trees(self.plan, self._host), self._kept()):
+        if self._host.group.sharded or not list_frozen(placed_trees(self.plan, self._host), self._kept()):
             return None
         return keep_away(self.plan, self._run, self._host)
 
@@ -157,6 +160,10 @@ class Ladder:
         recipe = self.plan.recipe
         tried = f", although {'; '.join(self._climbed)}" if self._climbed else ""
         cures = ["lower the resolution of the dataset"]
+        if self._host.group.sharded:
+            cures.append("start more processes")
+            if not all(is_checkpointed(block) for block in self._blocks()):
+                cures.append("set checkpointing to on (Graft Memory Options)")
         if METHODS[recipe.method].in_backward:
             cures.append("train a LoRA, or all weights by Adafactor in bf16")
         elif recipe.rank:
@@ -170,8 +177,9 @@ class Ladder:
 
     def _what_fits(self) -> str:
         """A sentence that names a size of pictures for which memory is enough, measured; empty if none was found."""
-        if not self._splits:
-            # All gradients at once need more than training does, which moves by each as it comes.
+        if not self._splits or self._host.group.paired:
+            # All gradients at once need more than training does, which moves by each as it comes; and one process
+            # alone has not the weights to try it.
             return ""
         largest = max(self.plan.train, key=lambda item: item.bucket[0] * item.bucket[1])
         for share in _SHARES:

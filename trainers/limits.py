@@ -91,6 +91,25 @@ def check_recipe(recipe: Recipe) -> None:
         )
     METHODS[recipe.method].check(recipe)
     _check_precision(recipe)
+    _check_shard(recipe)
+
+
+def _check_shard(recipe: Recipe) -> None:
+    if recipe.shard != "on":
+        return
+    if METHODS[recipe.method].in_backward:
+        raise SettingsError(
+            "shard is on, but all weights are trained: each process moves all of them, and only frozen ones can be "
+            "shared out.",
+            "Set shard in Graft Memory Options to off, or train a LoRA.",
+            "options",
+        )
+    if recipe.offload == "on":
+        raise SettingsError(
+            "shard and offload are both on: frozen weights are either shared out or kept off the device.",
+            "Set one of them in Graft Memory Options to off.",
+            "options",
+        )
 
 
 def _check_precision(recipe: Recipe) -> None:

@@ -16,7 +16,7 @@ import torch
 from .ahead import Ahead
 from .errors import GraftError, NumbersError
 from .estimate import estimate, say
-from .forward import fixed_losses, parts_of, terms_of
+from .forward import fixed_losses, passes_of, terms_of
 from .group import report_idle, rows_of
 from .ladder import Ladder, keep_away, trees_of
 from .levels import times_of
@@ -140,9 +140,10 @@ def train(plan: Plan, run: Run, host: Host, state: State) -> State:
             if spike:
                 _tell_spike(run, host, number, loss, highest, names)
             # Before the host is told, and may interrupt: what is resumed would not be validated at this step again.
-            if group.leads and plan.validation and _due(state.step, recipe.validate_every, recipe.steps):
-                with averaged(average, parameters):
-                    ladder.attempt(_validate, _leave, state.step, run, host, state)
+            if plan.validation and _due(state.step, recipe.validate_every, recipe.steps):
+                with averaged(average, parameters), group.turn() as mine:
+                    if mine:
+                        ladder.attempt(_validate, group.mend, state.step, run, host, state)
             host.report("step", event)
             if _due(state.step, recipe.preview_every, recipe.steps):
                 with averaged(average, parameters):
@@ -255,16 +256,13 @@ def _gradients(
     names = [plan.train[index].name for _, batch in window for index, _ in batch]
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     with dropping_out(trees_of(plan, host), host.denoiser.device, plan.recipe, step, host.group.rank):
-        for number, (first, mine) in enumerate(shares):
-            if not mine:
-                continue
-            for part in parts_of(shown(mine), plan.recipe, step, number, host, first, len(window[number][1])):
-                host.heed()
-                for losses in terms_of(plan, host, *part, watch=seen.append):
-                    # A text without the word that is all that is trained, such as a dropped caption, teaches nothing.
-                    if losses.requires_grad:
-                        mover.backward(losses.sum() / total)
-                    sums.append(losses.detach().sum())
+        for part, counts in passes_of(plan, host, window, shares, step, shown):
+            host.heed()
+            for losses in terms_of(plan, host, *part, watch=seen.append if counts else None):
+                # A text without the word that is all that is trained, such as a dropped caption, teaches nothing.
+                if losses.requires_grad:
+                    mover.backward(losses.sum() / total)
+                sums.append(losses.detach().sum())
     if not seen:
         # More processes than pictures.
         return 0.0, names, ([], [])
@@ -350,10 +348,6 @@ def _keep_before_leaving(keep: Callable[[], None]) -> None:
         keep()
     except Exception:
         log.exception("Graft: what was trained so far could not be saved.")
-
-
-def _leave() -> None:
-    """What was measured leaves nothing behind."""
 
 
 def _due(step: int, every: int, last: int) -> bool:

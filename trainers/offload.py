@@ -75,6 +75,14 @@ def hold_back(tree: nn.Module, device: torch.device) -> None:
     place(tree, device)
 
 
+def bring_back(tree: nn.Module, device: torch.device) -> None:
+    """Puts on the device what was held back of a tree and is still its own."""
+    for parameter in tree.parameters():
+        if hasattr(parameter, _MARK):
+            delattr(parameter, _MARK)
+    place(tree, device)
+
+
 def is_away(tree: nn.Module) -> bool:
     """Whether some weights of a tree are kept off the device."""
     return any(hasattr(parameter, _MARK) for parameter in tree.parameters())
@@ -106,9 +114,9 @@ def place(tree: nn.Module, device: torch.device) -> None:
             else:
                 # Quantised weights, which are in no block's stream, know by themselves how they are moved.
                 owner.to(home)
-        for name, tensor in owner._buffers.items():
-            if tensor is not None:
-                owner._buffers[name] = tensor.to(device)
+        for tensor in filter(None.__ne__, owner._buffers.values()):
+            # The tensor itself stays: it may be what a run keeps of a method's constants.
+            tensor.data = tensor.data.to(device)
 
 
 def _move(owner: nn.Module, name: str, there: torch.Tensor, replaced: _Replaced) -> None:

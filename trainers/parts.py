@@ -110,6 +110,10 @@ class Parts:
             found.update({part.prefix + name: tensor for name, tensor in made.items()})
         return found
 
+    def read_later(self) -> list[nn.Parameter]:
+        """The frozen weights that the adapter's file is made of, beside which training goes on."""
+        return [weight for part in self._parts for weight in self._method.read_later(part.tree())]
+
     def groups(self, trainables: dict[str, nn.Parameter]) -> list[Group]:
         """Which trainables share a learning rate."""
         found = []

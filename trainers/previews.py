@@ -24,8 +24,15 @@ log = logging.getLogger(__name__)
 def preview(plan: Plan, run: Run, host: Host, step: int) -> None:
     """Draws and keeps the pictures of a step; left out where memory does not do for them."""
     recipe = plan.recipe
-    if not recipe.preview_prompts or not host.group.leads:
+    if not recipe.preview_prompts:
         return
+    with host.group.turn() as mine:
+        if mine:
+            _preview(plan, run, host, step)
+
+
+def _preview(plan: Plan, run: Run, host: Host, step: int) -> None:
+    recipe = plan.recipe
     request = PreviewRequest(
         prompts=recipe.preview_prompts,
         size=_usual_bucket(plan),
@@ -61,6 +68,7 @@ def _drawn(host: Host, request: PreviewRequest) -> list[Image.Image]:
             if not is_out_of_memory(error):
                 raise
         host.denoiser.make_room()
+        host.group.mend()
         return host.denoiser.preview(request)
 
 

@@ -74,6 +74,7 @@ class Recipe:
         tensorboard: "on" for event files beside the log.
         start_from: an adapter in the host's list, empty for none. What is in it is part of the base it trains on.
         processes: how many train it together on one machine.
+        shard: "on" for the frozen weights of blocks in shares, one in each process.
     """
 
     method: str
@@ -137,6 +138,7 @@ class Recipe:
     start_from: str
     tensorboard: str
     processes: int = 1
+    shard: str = "auto"
 
     @property
     def live_text(self) -> bool:

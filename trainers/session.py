@@ -156,15 +156,19 @@ def _train(recipe, task: Task, host, folders, parts, run, state, export) -> Resu
     from .ladder import keep_away
     from .loop import train
     from .plan import Plan
+    from .shards import check_shards
 
     # A package that is not installed is missed before anything is encoded.
     OPTIMISERS[recipe.optimizer].load()
+    shares = recipe.shard == "on" and host.group.world > 1
+    if shares:
+        check_shards()
     if recipe.tensorboard == "on":
         event_files.load()
     denoiser = host.denoiser
     resumed_from = state.step
     prepared = prepare(task.dataset, recipe, host, folders.cache, folders.cache_limit)
-    with _training(recipe, host):
+    with _training(recipe, host, recipe.offload == "on" or shares):
         blocks = _checkpoint(denoiser.module, recipe)
         if blocks and recipe.live_text:
             checkpoint_blocks(blocks_of(host.text.module))
@@ -207,6 +211,13 @@ def _train(recipe, task: Task, host, folders, parts, run, state, export) -> Resu
         if recipe.offload == "on":
             # Before anything is computed: until now the weights of blocks were nowhere near the device.
             log.info("Graft: %s.", keep_away(plan, run, host) or "nothing is frozen that could be kept off the device")
+        if shares:
+            # A word alone is in some captions and not in others; an adapter is in every pass.
+            keep = [*trainables.values(), *parts.read_later()]
+            host.group.shard(denoiser.module, keep, through=not METHODS[recipe.method].trains_model)
+            denoiser.make_room(weights=True)
+        elif recipe.shard == "on":
+            log.info("Graft: shard is on, but one process trains: it holds all weights.")
         if state.step == 0:
             _check_gradient(plan, host)
         _check_names(plan, host)
@@ -218,10 +229,14 @@ def _train(recipe, task: Task, host, folders, parts, run, state, export) -> Resu
 
 
 @contextmanager
-def _training(recipe: Recipe, host: Host) -> Iterator[None]:
-    """The denoiser in training, and the text encoder where something of it is trained."""
+def _training(recipe: Recipe, host: Host, away: bool) -> Iterator[None]:
+    """The denoiser in training, and the text encoder where something of it is trained.
+
+    Args:
+        away: whether the denoiser's blocks stay off the device.
+    """
     with ExitStack() as stack:
-        stack.enter_context(host.denoiser.training(recipe.compute_dtype, recipe.offload == "on"))
+        stack.enter_context(host.denoiser.training(recipe.compute_dtype, away))
         if recipe.live_text:
             stack.enter_context(host.text.training())
         yield
@@ -231,7 +246,8 @@ def _finished(recipe, host, method, parts, run, state, export) -> Result:
     """The result of a run that has nothing left to do."""
     if not method.needs_base:
         return _result(export, state, run, state.step)
-    with _training(recipe, host):
+    # Nothing is computed, and where the training had not the room this has none either.
+    with _training(recipe, host, recipe.offload == "on" or recipe.shard == "on"):
         parts.inject()
         for name, tensor in parts.constants().items():
             tensor.copy_(state.constants[name])
@@ -241,7 +257,9 @@ def _finished(recipe, host, method, parts, run, state, export) -> Result:
 def _result(export, state: State, run: Run, resumed_from: int, left_out: tuple[LeftOut, ...] = ()) -> Result:
     # Whoever trained is done: what an optimiser knows is on disk, and a whole difference may take the weights' place.
     state.optimiser = {}
-    made = export(state.ema or state.trainables, state.step)
+    values = state.ema or state.trainables
+    # Who trained along knows of no result.
+    made = export(values, state.step) if values else Products()
     adapter = made.adapter.taken() if isinstance(made.adapter, LazyAdapter) else made.adapter
     return Result(adapter, made.embedding, state.losses, state.levels, run, resumed_from, state.step, left_out)
 
@@ -283,14 +301,20 @@ def _checkpoint(module, recipe: Recipe) -> int:
 
 def _check_gradient(plan, host: Host) -> None:
     """The self-check where the user asked for it, or where the family is not described."""
+    wanted = plan.recipe.gradient_check
+    if wanted == "off" or (wanted == "auto" and host.denoiser.family != "general"):
+        return
+    with host.group.turn() as mine:
+        if mine:
+            _check_slopes(plan, host)
+
+
+def _check_slopes(plan, host: Host) -> None:
     import torch
 
     from .check import TOLERANCE, TOLERANCE_HALF, check_gradient
     from .forward import batch_loss
 
-    wanted = plan.recipe.gradient_check
-    if wanted == "off" or (wanted == "auto" and host.denoiser.family != "general"):
-        return
     denoiser = host.denoiser
     before = denoiser.compute_dtype
     half = any(parameter.dtype.itemsize < 4 for parameter in plan.trainables.values())

@@ -58,6 +58,7 @@ UNSET: dict[str, dict[str, Any]] = {
         "compute_dtype": "auto",
         "micro_batch": 0,
         "offload": "auto",
+        "shard": "auto",
     },
     "adapter": {
         "type": "auto",
@@ -220,6 +221,7 @@ def resolve(
         start_from=get("adapter", "start_from", ""),
         tensorboard=get("run", "tensorboard", "off"),
         processes=get("run", "processes", 1),
+        shard=get("memory", "shard", "auto"),
     )
     check_recipe(recipe)
     return recipe

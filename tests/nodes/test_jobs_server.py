@@ -35,9 +35,13 @@ def dataset(server):
     return folder.name
 
 
-def graph_of(server, dataset, name, steps, kind="GraftTrainLoRA", **options):
-    """A training of three pictures a step, so that two processes have unequal shares."""
-    graph = runs.graph_of(server, dataset, name, steps, **options)
+def graph_of(server, dataset, name, steps, kind="GraftTrainLoRA", more=None, **options):
+    """A training of three pictures a step, so that two processes have unequal shares.
+
+    Args:
+        more: further option nodes, the fields that are set by class.
+    """
+    graph = runs.graph_of(server, dataset, name, steps, more=more, **options)
     graph["3"]["class_type"] = kind
     graph["3"]["inputs"]["batch_size"] = 3
     return graph
@@ -120,6 +124,24 @@ def test_a_job_by_readmes_example_is_what_the_graph_would_have_trained(server, d
     losses = [[line["loss"] for line in events_of(one) if line["event"] == "step"] for one in (run, alone_run(server))]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     applied_in_the_graph(server, dataset, run)
+
+
+SHARED = {"GraftMemoryOptions": {"shard": "on"}, "GraftPreviewOptions": {"prompts": "a toy", "steps": 1, "every": 2}}
+
+
+def test_with_weights_in_shares_a_job_and_the_graph_train_the_same(server, dataset, alone):
+    """Two runs of the real host in two processes each: what one process works on alone is drawn on the way."""
+    job = exported(server, graph_of(server, dataset, "shares", STEPS, kind="GraftExportJob", more=SHARED))
+    done = launch(server, job)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "are shared out over 2 processes" in done.stdout + done.stderr
+    entry = server.run(graph_of(server, dataset, "shares too", STEPS, processes=2, more=SHARED))
+    assert f"{STEPS} steps trained" in entry["outputs"]["3"]["text"][0]
+    for name in ("shares", "shares too"):
+        run = runs.find_run(server, name.replace(" ", "-"))
+        assert distance(runs.adapter_of(server, run, STEPS), alone) <= 1e-4
+        drawn = [line["step"] for line in events_of(run) if line["event"] == "sample"]
+        assert drawn == [0, 2, 3]
 
 
 def applied_in_the_graph(server, dataset, run):

@@ -124,29 +124,82 @@ def train(group, folder, fields, death=None):
     return {"losses": result.losses, "resumed_from": result.resumed_from}
 
 
-def fail(group, folder, fields, rank):
-    """A training in which one process raises an error of its own within a step; what each ended by."""
+def train_kinds(group, folder, names, fields):
+    """A whole training of each of some kinds, one after the other; {kind: losses}.
+
+    Args:
+        fields: in place of the kind's own.
+    """
+    from tests.support import kinds
     from tests.support.diffusers_host import make_host, run_session
 
-    def heed():
-        if group.rank == rank:
-            raise KeyError("of this process")
+    found = {}
+    for name in names:
+        host = replace(make_host(text=kinds.text_of(name)), group=group)
+        own = {**kinds.fields_of(name), **fields}
+        found[name] = run_session(Path(folder) / name, host=host, dataset=kinds.dataset_of(name), **own).losses
+    return found
 
-    host = replace(make_host(), heed=heed, group=group)
+
+def fail(group, folder, fields, rank, where="part", memory=0):
+    """A training in which something fails in one process; what each ended by, or its losses.
+
+    Args:
+        where: "part" (of a gradient), "validation", "preview": in the midst of its first pass, or "sum": before the
+            gradients are summed, of memory alone.
+        memory: so many times memory runs out there; 0 for one error of that process's own.
+    """
+    from graft_pack.trainers import loop, spread
+    from graft_pack.trainers.autograd import blocks_of
+
+    from tests.support.diffusers_host import make_host, run_session
+
+    def trouble(done):
+        def troubled(*args, **kwargs):
+            if group.rank == rank and len(over) < max(1, memory):
+                over.append(True)
+                raise RuntimeError("out of memory") if memory else KeyError("of this process")
+            return done(*args, **kwargs)
+
+        return troubled
+
+    over = []
+    host = replace(make_host(), group=group)
+    if where == "part":
+        host = replace(host, heed=trouble(host.heed))
+    if where == "sum":
+        found = "out of memory" if group.rank == rank else ""
+        spread._shortage = lambda *given: found
+    if where == "preview":
+        drawn = host.denoiser.preview
+
+        def preview(request):
+            hook = blocks_of(host.denoiser.module)[-1].register_forward_pre_hook(trouble(lambda *given: None))
+            try:
+                return drawn(request)
+            finally:
+                hook.remove()
+
+        host.denoiser.preview = preview
+    if where == "validation":
+        loop.fixed_losses = trouble(loop.fixed_losses)
     try:
-        run_session(Path(folder), host=host, **fields)
+        return run_session(Path(folder), host=host, **fields).losses
     except Exception as error:
         try:
             group.part()
         except Exception as second:
             return f"{type(error).__name__}, then {type(second).__name__}"
         return type(error).__name__
-    return ""
 
 
 def gradients(group, fields, windows):
-    """For each window of batches, (loss, gradient as a list) of all processes together."""
+    """(for each window of batches, (loss, gradient as a list) of all processes together; bytes of frozen weights).
+
+    The bytes are those of the blocks' before anything was shared out, and those that this process holds in the end.
+    """
     from graft_pack.trainers import loop
+    from graft_pack.trainers.autograd import blocks_of, checkpoint_blocks
     from graft_pack.trainers.optimisers.stepping import Mover
 
     from tests.support import models
@@ -155,6 +208,12 @@ def gradients(group, fields, windows):
     found = []
     with planned([make_item(index) for index in range(8)], **fields) as (plan, host):
         host = replace(host, group=group)
+        blocks = blocks_of(host.denoiser.module)
+        sizes = [held_by(blocks)]
+        if plan.recipe.checkpointing == "on":
+            checkpoint_blocks(blocks)
+        if plan.recipe.shard == "on":
+            group.shard(host.denoiser.module, plan.trainables.values(), through=False)
         for step, window in enumerate(windows):
             for parameter in plan.trainables.values():
                 parameter.grad = None
@@ -162,10 +221,18 @@ def gradients(group, fields, windows):
             loss = group.meet(share)
             group.sum_gradients(list(plan.trainables.values()))
             found.append((loss, models.joined(one.grad for one in plan.trainables.values()).tolist()))
-    return found
+            sizes.append(held_by(blocks))
+    return found, sizes
 
 
-TASKS = {"train": train, "gradients": gradients, "fail": fail}
+def held_by(blocks):
+    """Bytes of the storages of blocks' frozen weights in this process."""
+    held = [one for block in blocks for one in block.parameters() if not one.requires_grad]
+    storages = [getattr(one, "_local_tensor", one).untyped_storage() for one in held]
+    return sum({one.data_ptr(): one.nbytes() for one in storages}.values())
+
+
+TASKS = {"train": train, "train_kinds": train_kinds, "gradients": gradients, "fail": fail}
 
 
 if __name__ == SEATED:

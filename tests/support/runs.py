@@ -25,17 +25,19 @@ def option_nodes(server, **kinds):
     return chain
 
 
-def graph_of(server, folder, name, steps, previews=None, **options):
+def graph_of(server, folder, name, steps, previews=None, more=None, **options):
     """A training whose run has a name of its own, which changes nothing of its result.
 
     Args:
         folder: of the pictures, below input/.
         previews: fields of Graft Preview Options, None for no such node.
+        more: fields of further option nodes, by their class.
         options: fields of Graft Run Options.
     """
     kinds = {"GraftRunOptions": {"name": name, **options}}
     if previews:
         kinds["GraftPreviewOptions"] = previews
+    kinds |= more or {}
     return graphs.training(folder, steps, option_nodes=option_nodes(server, **kinds), batch_size=1)
 
 

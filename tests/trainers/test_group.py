@@ -11,9 +11,9 @@ from graft_pack.trainers.state import read_state
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.support import models
+from tests.support import kinds, models
 from tests.support.crew import Crew
-from tests.support.diffusers_host import gradient_of, make_item, planned, run_session, same_state
+from tests.support.diffusers_host import gradient_of, make_host, make_item, planned, run_session, same_state
 
 # Two batches a step, the last of an epoch smaller; average, schedule, validation and previews have state too.
 FULL = {
@@ -99,7 +99,7 @@ def test_gradients_of_a_global_batch_are_those_of_one_process(fields, trials):
     for world in trials([2], [2, 3, 4]):
         answers = Crew(world).do("gradients", fields=fields, windows=WINDOWS)
         assert all(answer == answers[0] for answer in answers)
-        for (loss, gradient), (expected, whole) in zip(answers[0], alone, strict=True):
+        for (loss, gradient), (expected, whole) in zip(answers[0][0], alone, strict=True):
             assert loss == pytest.approx(expected, rel=1e-6)
             assert models.distance(torch.tensor(gradient), whole) <= 1e-6
 
@@ -128,11 +128,14 @@ def together(tmp_path_factory):
 
 def assert_close(folder, other):
     """Two runs that differ in the order in which numbers were added, and in nothing else."""
-    a, b = state_in(folder), state_in(other)
+    last = max(state_steps(other))
+    a, b = state_in(folder, last), state_in(other, last)
     assert (a.step, a.batches) == (b.step, b.batches)
     assert a.losses == pytest.approx(b.losses, rel=1e-4)
     for values, others in ((a.trainables, b.trainables), (a.ema, b.ema)):
         assert values.keys() == others.keys()
+        if not values:
+            continue
         assert models.distance(models.joined(values.values()), models.joined(others.values())) <= 1e-4
 
 
@@ -144,6 +147,26 @@ def test_the_result_is_that_of_one_process(straight, together, trials):
         assert steps == [1, 2, 3, 4, 5, 6]
         kinds = [{line["event"] for line in log_of(folder)} for folder in (together(world), straight)]
         assert kinds[0] == kinds[1]
+
+
+@pytest.fixture(scope="module")
+def each_kind(tmp_path_factory):
+    """The folder of trainings of every kind, a folder each, that one process makes."""
+    folder = tmp_path_factory.mktemp("kinds")
+    for name in kinds.FIELDS:
+        host = make_host(text=kinds.text_of(name))
+        run_session(folder / name, host=host, dataset=kinds.dataset_of(name), **kinds.fields_of(name))
+    return folder
+
+
+@pytest.mark.parametrize("fields", [{}, {"shard": "on"}], ids=["whole", "shards"])
+def test_every_kind_of_training_gives_what_one_process_gives(fields, each_kind, tmp_path):
+    """All weights are moved within the backward by one process, and after it by several."""
+    names = [name for name in kinds.FIELDS if not (fields and name.startswith("all weights"))]
+    answers = Crew(2).do("train_kinds", folder=str(tmp_path), names=names, fields=fields)
+    assert None not in answers
+    for name in names:
+        assert_close(tmp_path / name, each_kind / name)
 
 
 # Who is killed, where, and at which time: within a gradient, before and after the sum, and between steps.
@@ -189,6 +212,13 @@ def test_an_error_of_one_ends_all_and_none_waits(tmp_path):
     assert answers == ["Parted", "KeyError"]
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_who_has_no_room_for_the_messages_says_so_before_any_is_sent(tmp_path, rank):
+    fields = {**FULL, "preview_prompts": ()}
+    answers = Crew(2).do("fail", timeout=60, folder=str(tmp_path), fields=fields, rank=rank, where="sum", memory=1)
+    assert (answers[rank], answers[1 - rank]) == ("OutOfMemory", "Parted")
+
+
 @pytest.fixture
 def spread_alone():
     """A process that nobody started others beside."""
@@ -219,6 +249,28 @@ def test_who_leaves_shows_why_where_the_others_are_gone_already(spread_alone, mo
         except KeyError:
             spread_alone.part()
             raise
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda group: group.meet(),
+        lambda group: group.gather([1.0], 2),
+        lambda group: group.tell(""),
+        lambda group: group.share([torch.zeros(1)]),
+        lambda group: group.sum_gradients([torch.nn.Parameter(torch.zeros(1))]),
+    ],
+    ids=["meet", "gather", "tell", "share", "sum_gradients"],
+)
+def test_a_broken_connection_is_said_alike_wherever_it_is_found(spread_alone, monkeypatch, ask):
+    def broken(*given):
+        raise RuntimeError("Connection closed by peer")
+
+    for name in ("reduce", "broadcast"):
+        monkeypatch.setattr(f"accelerate.utils.{name}", broken)
+    spread_alone.world = 2
+    with pytest.raises(Parted):
+        ask(spread_alone)
 
 
 def test_what_ends_an_attempt_says_what_to_do():

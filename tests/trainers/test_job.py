@@ -4,6 +4,8 @@ import json
 import os
 import random
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -18,6 +20,7 @@ from graft_pack.trainers.session import run_recipe
 
 from tests.support import models
 from tests.support.diffusers_host import make_dataset, make_host, same_state, state_of
+from tests.support.host import ROOT
 
 FIELDS = {"steps": 3, "batch_size": 2, "learning_rate": 1e-2, "validation_fraction": 0.2, "validate_every": 2}
 BASE = {"nodes": {}}
@@ -132,6 +135,26 @@ def test_an_export_that_ends_early_leaves_what_was_there(tmp_path, monkeypatch):
     assert jobs.read_job(path).recipe.steps == 3
 
 
+@pytest.mark.parametrize("number", [1, 2], ids=["the old away", "the new in its place"])
+def test_an_export_that_cannot_take_the_place_of_the_old_leaves_that(tmp_path, monkeypatch, number):
+    path = export(tmp_path)
+    renamed = []
+    rename = os.rename
+
+    def refuse(source, target):
+        if path in (source, target):
+            renamed.append(source)
+            if len(renamed) == number:
+                raise PermissionError("held open")
+        rename(source, target)
+
+    monkeypatch.setattr(jobs.os, "rename", refuse)
+    with pytest.raises(RunError, match="cannot be replaced .held open"):
+        export(tmp_path, steps=9)
+    assert os.listdir(tmp_path / "jobs") == [os.path.basename(path)]
+    assert jobs.read_job(path).recipe.steps == 3
+
+
 def test_a_missing_latent_is_named_and_none_is_left_out(tmp_path):
     path = export(tmp_path)
     (shard,) = os.listdir(os.path.join(path, "cache", "latents"))
@@ -143,6 +166,26 @@ def test_a_missing_latent_is_named_and_none_is_left_out(tmp_path):
     job = jobs.read_job(path)
     with pytest.raises(RunError, match=r"the picture 'image \d+' is missing or damaged, and a job holds no pictures"):
         run_recipe(job.recipe, job.dataset, make_host(), job.folders(folders_of(tmp_path / "there")))
+
+
+SEAT = """
+import runpy
+
+class Pipe:
+    def send(self, word):
+        print(word)
+
+seat = {{"folder": "", "comfyui": {comfyui!r}, "environment": {{}}, "pipe": Pipe()}}
+runpy.run_path({program!r}, {{"GRAFT_SEAT": seat}}, "graft_job")
+"""
+
+
+def test_a_process_that_fails_before_it_has_begun_tells_the_graph_why(tmp_path):
+    """Here there is no ComfyUI where it is looked for; it may as well be a library or a connection."""
+    program = SEAT.format(comfyui=str(tmp_path), program=str(ROOT / "job.py"))
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stdout.startswith("('failed', '', \"ModuleNotFoundError: No module named 'comfy'")
 
 
 def test_a_folder_without_a_job_is_said_to_be_none(tmp_path):

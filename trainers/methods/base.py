@@ -111,6 +111,15 @@ class Method:
         """What `inject` put into the tree that is not trained and that a run must find again to the bit."""
         return {}
 
+    def read_later(self, module: nn.Module) -> list[nn.Parameter]:
+        """The frozen weights that a file of it is made of, where `needs_base` says so."""
+        if not self.needs_base:
+            return []
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        layers = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
+        return [weight for layer in layers for weight in layer.get_base_layer().parameters()]
+
     def groups(self, trainables: dict[str, nn.Parameter], recipe: Recipe) -> list[Group]:
         """Which trainables share a learning rate: all, unless a method says otherwise."""
         return [Group(tuple(trainables), recipe.learning_rate)]

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ..recipe import Recipe
 
 _MAGNITUDE = "lora_magnitude_vector"
+_SQUARES = "row_squares"
 # Of |W + s B A|^2: a row of zeros has no direction. It stays as it is, where 0 / 0 would spoil all others.
 _LEAST = 1e-20
 
@@ -37,7 +38,8 @@ def _forward(layer: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     """
     base, down, up, drop, scale = parts_of(layer)
     magnitude = layer.lora_magnitude_vector["default"]
-    squares = _row_squares(layer)
+    # A buffer, to go where the layer goes.
+    layer.register_buffer(_SQUARES, _row_squares(layer), persistent=False)
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         out = base(x)
@@ -45,7 +47,7 @@ def _forward(layer: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
         b = up.weight.flatten(1)
         crossed = (b * (base.weight.flatten(1).to(a.dtype) @ a.t())).sum(1)
         added = ((b @ (a @ a.t())) * b).sum(1)
-        norm = (squares + 2 * scale * crossed + scale**2 * added).clamp_min(_LEAST).sqrt()
+        norm = (getattr(layer, _SQUARES) + 2 * scale * crossed + scale**2 * added).clamp_min(_LEAST).sqrt()
         shape = (-1, *[1] * (base.weight.dim() - 2))
         share = (magnitude.weight.flatten() / norm).view(shape)
         plain = out if base.bias is None else out - base.bias.view(shape).to(out.dtype)

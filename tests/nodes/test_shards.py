@@ -1,0 +1,112 @@
+"""Networks of the host whose blocks' weights are in shares: blocks are only used by being called, and are exact."""
+
+import pytest
+import torch
+from graft_pack.trainers.errors import ModelError
+from graft_pack.trainers.shards import Shards
+from torch import distributed
+
+from tests.support import make_families, models, networks
+
+pytestmark = pytest.mark.usefixtures("comfy")
+
+
+class Lone:
+    """A group of one, whose share is the whole; a block's weights are away all the same but while it is called."""
+
+    leads = True
+    device = torch.device("cpu")
+
+    def __init__(self):
+        self.asked = []
+
+    def call(self, number):
+        self.asked.append(number)
+
+    def gather_shares(self, whole, share, asynchronous):
+        distributed.all_gather_single(whole, share)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def connected():
+    """torch's own group of one process."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", networks.CLASSES)
+def test_the_gradient_is_that_of_the_whole_network(name):
+    if name not in make_families.list_classes():
+        pytest.skip("this ComfyUI has no such class")
+    model = models.patcher(name)
+    with models.in_training(model, name, spread=0.05, examples=1) as training:
+        whole = models.joined(training.gradients())
+    checkpointing = len(name) % 2 == 0
+    with models.in_training(model, name, checkpointing=checkpointing, spread=0.05, examples=1) as training:
+        Shards(training.denoiser.module, training.plan.trainables.values(), Lone(), through=False)
+        for _ in range(2):
+            assert models.distance(models.joined(training.gradients()), whole) <= 1e-6
+
+
+class Odd(torch.nn.Parameter):
+    """A weight that is more than its numbers, as quantised ones are."""
+
+
+class Block(torch.nn.Module):
+    def __init__(self, shared, outer):
+        super().__init__()
+        self.linear = torch.nn.Linear(8, 8)
+        self.shared, self.outer = shared, outer
+        self.scale = torch.nn.Parameter(torch.ones(()))
+        self.odd = Odd(torch.ones(8))
+
+    def forward(self, x):
+        return self.outer(self.shared(self.linear(x))) * self.scale * self.odd
+
+
+class Tree(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        shared, self.outer = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+        self.blocks = torch.nn.ModuleList([Block(shared, self.outer), Block(shared, self.outer)])
+        self.requires_grad_(False)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return self.outer(x)
+
+
+def test_what_is_not_a_blocks_own_plain_weight_stays_whole():
+    tree = Tree()
+    tree.blocks[1].linear.bias.requires_grad_()
+    kept = tree.blocks[0].linear.bias
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    expected = tree(x)
+    shards = Shards(tree, [kept], Lone(), through=False)
+    assert (shards.blocks, shards.divided) == (2, 2 * 8 * 8 * 4)
+    assert {name for name, one in tree.named_parameters() if hasattr(one, "full_tensor")} == {
+        "blocks.0.linear.weight",
+        "blocks.1.linear.weight",
+    }
+    assert torch.allclose(tree(x), expected)
+
+
+def test_a_model_without_blocks_is_named():
+    with pytest.raises(ModelError, match="Linear. has no blocks whose weights could be shared out. Set shard"):
+        Shards(torch.nn.Linear(8, 8), [], Lone(), through=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_weights_in_half_precision_or_eight_bits_are_shared_out_as_they_are(dtype):
+    """With norms and biases in another dtype beside them, as files of eight bits have them."""
+    model = models.patcher("Flux")
+    for one in model.model.diffusion_model.parameters():
+        if one.dim() > 1:
+            one.data = one.data.to(dtype)
+    with models.in_training(model, "Flux", spread=0.05, examples=1, compute_dtype="fp32") as training:
+        whole = models.joined(training.gradients())
+        shards = Shards(training.denoiser.module, training.plan.trainables.values(), Lone(), through=False)
+        assert shards.divided > 0 == shards.whole
+        assert models.distance(models.joined(training.gradients()), whole) <= 1e-6

@@ -1,0 +1,62 @@
+"""The kinds of training over diffusers, each as a dataset, a text encoder and fields of a recipe."""
+
+from dataclasses import replace
+
+ADAPTER = {"steps": 3, "batch_size": 3, "schedule": "cosine", "keep_last": 10, "save_every": 2}
+WORD = {"embedding_name": "my-word", "embedding_init": "red circle", "embedding_vectors": 2}
+WORD |= {"embedding_learning_rate": 1e-2, "embedding_templates": "object"}
+ALONE = {"method": "embedding", "rank": 0, "alpha": 0.0, **WORD}
+# The first step of AdamW goes by a gradient's sign, also where rounding decides it: an epsilon beside the gradients.
+ALL = {"method": "all weights", "rank": 0, "alpha": 0.0, "targets": "all weights", "max_grad_norm": 0.0}
+ALL |= {"learning_rate": 1e-4, "optimizer": "Adafactor"}
+TEXT = {"text_encoder": True, "text_encoder_rank": 2, "text_encoder_learning_rate": 1e-2}
+
+FIELDS = {
+    "LoRA": {"validation_fraction": 0.2, "validate_every": 2, "preview_prompts": ("a red picture",), "preview_every": 2}
+    | {"gradient_check": "on"},
+    "DoRA": {"method": "DoRA"},
+    "PiSSA": {"method": "PiSSA"},
+    "class images": {},
+    "differential": {},
+    "embedding": ALONE,
+    "pivotal": {**WORD, "embedding_stop": 0.5},
+    "text encoder": TEXT,
+    "all weights": ALL,
+    "all weights, differential": ALL,
+}
+
+
+def fields_of(kind):
+    return {**ADAPTER, "preview_steps": 1, **FIELDS[kind]}
+
+
+def dataset_of(kind):
+    from graft_pack.trainers.data import prior
+    from graft_pack.trainers.data.examples import Handling
+
+    from .diffusers_host import make_dataset
+
+    dataset = make_dataset()
+    if kind == "class images":
+        rows = (replace(one, trigger="") for one in make_dataset(4).examples)
+        return prior.attach(dataset, replace(dataset, examples=tuple(rows), trigger=""), 0.4)
+    if "differential" in kind:
+        anchored = prior.anchor(dataset, "a picture", 0.5)
+        # Every other picture with something to be preserved beside it.
+        rows = [one if number % 2 else two for number, (one, two) in enumerate(_pairs(dataset, anchored))]
+        return replace(anchored, examples=tuple(rows))
+    if kind == "embedding":
+        # Some texts do without the word, which is all that is trained.
+        rows = (replace(one, handling=Handling(caption_dropout=0.5)) for one in dataset.examples)
+        return replace(dataset, examples=tuple(rows))
+    return dataset
+
+
+def text_of(kind):
+    from .diffusers_host import LayeredEncoder
+
+    return LayeredEncoder() if kind == "text encoder" else None
+
+
+def _pairs(dataset, other):
+    return zip(dataset.examples, other.examples, strict=True)

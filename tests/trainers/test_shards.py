@@ -1,0 +1,137 @@
+"""Frozen weights in shares, one in each process: what is trained is the same, and nobody waits for ever."""
+
+import pytest
+import torch
+from graft_pack.trainers import shards
+from graft_pack.trainers.errors import SettingsError
+from graft_pack.trainers.limits import check_recipe
+
+from tests.support import models
+from tests.support.crew import Crew
+from tests.support.diffusers_host import gradient_of, make_item, planned, run_session, same_state
+from tests.trainers.test_group import FULL, WINDOWS, assert_close, log_of, state_in, state_steps
+
+SHARED = {**FULL, "shard": "on"}
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("checkpointing", ["off", "on"])
+def test_each_holds_its_share_and_the_gradient_is_that_of_one_process(checkpointing, trials):
+    """Also where a step has fewer pictures than processes: the others show one that counts for nothing."""
+    with planned([make_item(index) for index in range(8)]) as (plan, host):
+        alone = [gradient_of(plan, host, window, step)[:2] for step, window in enumerate(WINDOWS)]
+    fields = {"shard": "on", "checkpointing": checkpointing}
+    for world in trials([2] if checkpointing == "off" else [4], [2, 3, 4]):
+        answers = Crew(world).do("gradients", fields=fields, windows=WINDOWS)
+        for found, (whole, *held) in answers:
+            assert found == answers[0][0]
+            # What does not divide is filled up.
+            assert all(whole / world <= size <= 1.01 * whole / world + 4096 for size in held)
+        for (loss, gradient), (expected, slope) in zip(answers[0][0], alone, strict=True):
+            assert loss == pytest.approx(expected, rel=1e-6)
+            assert models.distance(torch.tensor(gradient), slope) <= 1e-6
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """The folder of a run that one process makes and nothing interrupts."""
+    folder = tmp_path_factory.mktemp("straight")
+    run_session(folder, **FULL)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """The folder of a run that two make with weights in shares and nothing interrupts."""
+    folder = tmp_path_factory.mktemp("shared")
+    assert None not in Crew(2).do("train", folder=str(folder), fields=SHARED)
+    return folder
+
+
+def test_the_result_is_that_of_one_process(straight, shared):
+    assert_close(shared, straight)
+    logs = [log_of(folder) for folder in (shared, straight)]
+    for kind, number in (("step", "loss"), ("validation", "loss"), ("sample", "step")):
+        found, expected = ([line[number] for line in log if line["event"] == kind] for log in logs)
+        assert found == pytest.approx(expected, rel=1e-4)
+        assert found
+
+
+@pytest.mark.soak
+def test_a_process_is_killed_and_the_run_goes_on_as_if_nothing_was(shared, straight, tmp_path, trials):
+    deaths = [(1, "part", 5), (0, "part", 4), (1, "summed", 3), (0, "report", 8)]
+    for number, death in enumerate(trials(deaths[:1], deaths)):
+        folder = tmp_path / str(number)
+        crew = Crew(2)
+        answers = crew.do("train", folder=str(folder), fields=SHARED, death=death)
+        assert crew.exitcodes[death[0]] == -9
+        assert answers[1 - death[0]] == "Parted"
+        crew.do("train", folder=str(folder), fields=SHARED)
+        assert same_state(state_in(folder), state_in(shared)), death
+
+
+@pytest.mark.soak
+def test_resumed_by_more_or_fewer_in_shares_or_not(straight, tmp_path, trials):
+    for number, (world, fields) in enumerate(trials([(1, SHARED)], [(1, SHARED), (2, FULL), (3, SHARED)])):
+        folder = tmp_path / str(number)
+        assert Crew(2).do("train", folder=str(folder), fields=SHARED, death=(1, "sum", 4))[0] == "Parted"
+        reached = max(state_steps(folder))
+        assert 0 < reached < 6
+        if world == 1:
+            assert run_session(folder, **fields).resumed_from == reached
+        else:
+            assert Crew(world).do("train", folder=str(folder), fields=fields)[0]["resumed_from"] == reached
+        assert_close(folder, straight)
+
+
+@pytest.mark.soak
+def test_an_error_of_one_ends_all_and_none_waits(tmp_path, trials):
+    """Within a step the others wait for its share of some weights, and no word would reach them there."""
+    for rank, where in trials([(1, "part"), (0, "preview")], [(1, "part"), (0, "part"), (0, "preview")]):
+        fields = {**SHARED, "name": f"{rank}{where}"}
+        answers = Crew(2).do("fail", timeout=60, folder=str(tmp_path), fields=fields, rank=rank, where=where)
+        assert answers[rank] == "KeyError"
+        assert answers[1 - rank] == "Parted"
+
+
+def test_memory_that_runs_out_in_a_step_ends_the_attempt(tmp_path):
+    """The others are in the midst of the step: one that repeats it alone would wait for them, and they for it."""
+    answers = Crew(2).do("fail", timeout=60, folder=str(tmp_path), fields=SHARED, rank=1, memory=1)
+    assert answers == ["Parted", "OutOfMemory"]
+
+
+@pytest.mark.parametrize("where, times", [("preview", 1), ("preview", 2), ("validation", 1)])
+def test_memory_that_runs_out_where_one_works_alone_is_found(straight, tmp_path, where, times):
+    answers = Crew(2).do("fail", timeout=60, folder=str(tmp_path), fields=SHARED, rank=0, where=where, memory=times)
+    assert answers[0] == answers[1]
+    assert_close(tmp_path, straight)
+    drawn = [line["step"] for line in log_of(tmp_path) if line["event"] == "sample"]
+    # Tried twice, and then left out.
+    assert drawn == ([3, 6] if times == 2 else [0, 3, 6])
+    validation = [dict(state_in(folder).validation) for folder in (tmp_path, straight)]
+    assert validation[0] == pytest.approx(validation[1], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "fields, said",
+    [
+        ({"method": "all weights", "rank": 0, "alpha": 0.0}, "all weights are trained.*only frozen ones"),
+        ({"offload": "on"}, "shard and offload are both on"),
+    ],
+    ids=["all weights", "offload"],
+)
+def test_what_does_not_go_with_shares_is_named(fields, said):
+    with pytest.raises(SettingsError, match=said):
+        check_recipe(models.recipe("SD1", shard="on", **fields))
+
+
+def test_a_pytorch_that_cannot_do_it_is_named(monkeypatch):
+    monkeypatch.delattr("torch.distributed.fsdp.FSDPModule.reset_iter_state")
+    with pytest.raises(SettingsError, match="Set shard .* to off, or take a newer PyTorch"):
+        shards.check_shards()
+
+
+def test_alone_it_does_nothing_and_says_so(tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        run_session(tmp_path, steps=1, shard="on")
+    assert "one process trains: it holds all weights" in caplog.text
