@@ -41,16 +41,19 @@ def _linear(layer: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     drops = not isinstance(drop, nn.Identity)
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        out = base(x)
-        x = x.to(down.weight.dtype)
+        # One view for both, and the narrow product before the wide one, whose gradient then comes first: to that
+        # autograd adds the other in place.
+        rows = x.flatten(0, -2)
+        narrow = rows.to(down.weight.dtype)
         # The factors themselves: calling the modules around them takes longer than a narrow product does.
-        middle = down.weight.mm((drop(x) if drops else x).flatten(0, -2).t())
+        middle = down.weight.mm((drop(narrow) if drops else narrow).t())
+        out = base(rows)
         if scale != 1.0:
             middle = middle * scale
         turned = up.weight.t().contiguous()
         if middle.dtype != out.dtype:
-            return out + middle.t().mm(turned).view(out.shape).to(out.dtype)
-        return out.flatten(0, -2).addmm(middle.t(), turned).view(out.shape)
+            return (out + middle.t().mm(turned).to(out.dtype)).view(*x.shape[:-1], -1)
+        return out.addmm(middle.t(), turned).view(*x.shape[:-1], -1)
 
     return forward
 
