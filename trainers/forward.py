@@ -179,9 +179,9 @@ def _factors(shown: list[Shown], x0: torch.Tensor) -> torch.Tensor | float:
     return torch.tensor([one.factor for one in shown], device=x0.device)
 
 
-def batch_loss(plan: Plan, host: Host) -> torch.Tensor:
-    """The mean loss of the run's first batch, with its graph; the same at every call."""
-    _, batch = next(plan.batches(0))
+def batch_loss(plan: Plan, host: Host, number: int = 0) -> torch.Tensor:
+    """The mean loss of one of the run's batches, with its graph; the same at every call."""
+    _, batch = next(plan.batches(number))
     parts = parts_of(plan.shown(batch), plan.recipe, 0, 0, host)
     return sum(losses.sum() for part in parts for losses in terms_of(plan, host, *part)) / len(batch)
 

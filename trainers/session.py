@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from . import event_files, inversion
 from .data.scan import check_captions
-from .errors import ModelError
 from .formats.adapter import Adapter, LazyAdapter, load_adapter
 from .formats.metadata import describe_training, tensors_hash
 from .formats.whole import Differences
@@ -153,6 +152,7 @@ def run_recipe(recipe: Recipe, dataset: Dataset, host: Host, folders: Folders, n
 def _train(recipe, task: Task, host, folders, parts, run, state, export) -> Result:
     # Imported here: the loop imports torch, which the nodes that only describe datasets do not need.
     from .autograd import blocks_of, checkpoint_blocks
+    from .before import check_names, check_slopes
     from .ladder import keep_away
     from .loop import train
     from .plan import Plan
@@ -219,8 +219,8 @@ def _train(recipe, task: Task, host, folders, parts, run, state, export) -> Resu
         elif recipe.shard == "on":
             log.info("Graft: shard is on, but one process trains: it holds all weights.")
         if state.step == 0:
-            _check_gradient(plan, host)
-        _check_names(plan, host)
+            check_slopes(plan, host)
+        check_names(plan, host)
         writes = recipe.tensorboard == "on" and host.group.leads
         with event_files.writing(run, state.step) if writes else nullcontext():
             state = train(plan, run, host, state)
@@ -297,48 +297,6 @@ def _checkpoint(module, recipe: Recipe) -> int:
     blocks = blocks_of(module)
     checkpoint_blocks(blocks)
     return len(blocks)
-
-
-def _check_gradient(plan, host: Host) -> None:
-    """The self-check where the user asked for it, or where the family is not described."""
-    wanted = plan.recipe.gradient_check
-    if wanted == "off" or (wanted == "auto" and host.denoiser.family != "general"):
-        return
-    with host.group.turn() as mine:
-        if mine:
-            _check_slopes(plan, host)
-
-
-def _check_slopes(plan, host: Host) -> None:
-    import torch
-
-    from .check import TOLERANCE, TOLERANCE_HALF, check_gradient
-    from .forward import batch_loss
-
-    denoiser = host.denoiser
-    before = denoiser.compute_dtype
-    half = any(parameter.dtype.itemsize < 4 for parameter in plan.trainables.values())
-    # Half precision would round the difference itself away.
-    denoiser.compute_dtype = torch.promote_types(before, torch.float32)
-    try:
-        check_gradient(lambda: batch_loss(plan, host), plan.trainables, TOLERANCE_HALF if half else TOLERANCE)
-    finally:
-        denoiser.compute_dtype = before
-
-
-def _check_names(plan, host: Host) -> None:
-    """Finds out before the first step that the host would not read the adapter, not after the last."""
-    values = {name: parameter.detach() for name, parameter in plan.trainables.items()}
-    adapter = plan.export(values, 0).adapter
-    if adapter is None:
-        return
-    unread = host.denoiser.check_adapter(adapter)
-    if unread:
-        raise ModelError(
-            f"The host would not read {len(unread)} keys of this model's adapter, such as {unread[0]}.",
-            "This model cannot be trained yet. Please report its name.",
-            "model",
-        )
 
 
 def _network(method, recipe: Recipe) -> dict:

@@ -131,14 +131,14 @@ SHARED = {"GraftMemoryOptions": {"shard": "on"}, "GraftPreviewOptions": {"prompt
 
 def test_with_weights_in_shares_a_job_and_the_graph_train_the_same(server, dataset, alone):
     """Two runs of the real host in two processes each: what one process works on alone is drawn on the way."""
-    job = exported(server, graph_of(server, dataset, "by job", STEPS, kind="GraftExportJob", more=SHARED))
+    job = exported(server, graph_of(server, dataset, "shares", STEPS, kind="GraftExportJob", more=SHARED))
     done = launch(server, job)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "are shared out over 2 processes" in done.stdout + done.stderr
-    entry = server.run(graph_of(server, dataset, "by graph", STEPS, processes=2, more=SHARED))
+    entry = server.run(graph_of(server, dataset, "in both", STEPS, processes=2, more=SHARED))
     assert f"{STEPS} steps trained" in entry["outputs"]["3"]["text"][0]
-    for name in ("by job", "by graph"):
-        run = runs.find_run(server, name.replace(" ", "-"))
+    for name in ("shares", "in-both"):
+        run = runs.find_run(server, name)
         assert distance(runs.adapter_of(server, run, STEPS), alone) <= 1e-4
         drawn = [line["step"] for line in events_of(run) if line["event"] == "sample"]
         assert drawn == [0, 2, 3]

@@ -1,4 +1,4 @@
-"""Networks of the host whose blocks' weights are in shares: blocks are only used by being called, and are exact."""
+"""The host's own networks with their blocks' weights in shares: a block is used by being called alone, and is exact."""
 
 import pytest
 import torch

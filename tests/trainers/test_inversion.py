@@ -185,6 +185,15 @@ def test_captions_that_were_dropped_teach_nothing_and_stop_nothing(tmp_path):
     assert len(result.losses) == 8
 
 
+def test_the_gradient_is_checked_on_a_batch_that_names_the_word(tmp_path):
+    """By this seed the first batch's captions are dropped."""
+    dataset = make_dataset()
+    handling = Handling(caption_dropout=0.5)
+    dataset = replace(dataset, examples=tuple(replace(one, handling=handling) for one in dataset.examples))
+    fields = {**ALONE, "steps": 6, "gradient_check": "on", "batch_size": 1, "seed": 1}
+    assert run_session(tmp_path, dataset=dataset, **fields).step == 6
+
+
 def test_class_images_beside_a_word_alone_are_refused(tmp_path):
     dataset = make_dataset()
     examples = (replace(dataset.examples[0], prior=True), *dataset.examples[1:])
