@@ -3,9 +3,12 @@
 `make bench` has the seconds, and the peers.
 """
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.bench import contestants
@@ -93,3 +96,43 @@ def test_a_step_of_many_pictures_has_no_more_operations_than_one():
 def test_a_late_step_has_the_operations_of_an_early_one():
     early, late = (counted(Case("SD1", 1), "attention", counting.Counter(), at).operations for at in (3, 9))
     assert late == early
+
+
+class Calls(TorchDispatchMode):
+    """Counts torch's operations within its block by what they are, and notes the shapes that matrix products make."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = Counter()
+        self.shapes = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        self.made[func] += 1
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            self.shapes.add(tuple(found.shape))
+        return found
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_no_product_of_an_adapter_is_made_the_slow_way_round(model, monkeypatch):
+    """A product whose last size is the rank takes a CPU two to five times as long as its transpose."""
+    rank = 5
+    monkeypatch.setattr(contestants, "RANK", rank)
+    bare, step = (counted(Case(model, 2), name, Calls()).shapes for name in ("limit", "attention"))
+    assert not any(rank in shape for shape in bare), "a size that is the rank's alone"
+    made = step - bare
+    assert any(shape[0] == rank for shape in made)
+    assert not any(shape[-1] == rank for shape in made)
+
+
+def test_a_convolutions_difference_is_added_by_the_product_that_makes_it():
+    """No sum over a whole activation for each adapted layer."""
+    sums = []
+    for targets in ("attention", "linear + conv"):
+        fields = {"rank": 4, "alpha": 2.0, "targets": targets}
+        with models.in_training(models.patcher("SD1"), "SD1", **fields) as training, Calls() as calls:
+            training.losses()
+        sums.append(calls.made[torch.ops.aten.add.Tensor])
+        assert calls.made[torch.ops.aten.baddbmm.default] > 0 or targets == "attention"
+    assert sums[0] == sums[1]
