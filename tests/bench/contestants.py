@@ -44,7 +44,10 @@ class Case:
         """A MODEL of its own, with ordinary weights: core's node wants them so on a CPU."""
         from tests.support import models
 
-        return models.patcher(self.model)
+        made = models.patcher(self.model)
+        # As a loader has it: core's node of later hosts loads the weights once more.
+        made.cached_patcher_init = (lambda disable_dynamic=False: models.patcher(self.model), ())
+        return made
 
     def latents(self):
         """[B, C, ...] of a seed."""
