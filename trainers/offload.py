@@ -114,9 +114,15 @@ def place(tree: nn.Module, device: torch.device) -> None:
             else:
                 # Quantised weights, which are in no block's stream, know by themselves how they are moved.
                 owner.to(home)
-        for tensor in filter(None.__ne__, owner._buffers.values()):
-            # The tensor itself stays: it may be what a run keeps of a method's constants.
-            tensor.data = tensor.data.to(device)
+        for name, tensor in owner._buffers.items():
+            if tensor is None or tensor.device == device:
+                continue
+            there = tensor.data.to(device)
+            try:
+                # The tensor itself stays where it can: it may be what a run keeps of a method's constants.
+                tensor.data = there
+            except RuntimeError:
+                owner._buffers[name] = there
 
 
 def _move(owner: nn.Module, name: str, there: torch.Tensor, replaced: _Replaced) -> None:
