@@ -124,7 +124,8 @@ def draw(found: dict[Case, dict], path: Path) -> None:
     axes.set_yticks([row + 0.4 for row in range(len(found))], labels)
     axes.invert_yaxis()
     axes.set_xlabel("whole step / forward and backward of the bare model")
-    axes.legend(loc="lower right", fontsize=8)
+    # Above, where no bar is however long it is.
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(names), fontsize=8, frameon=False)
     figure.tight_layout()
     figure.savefig(path)
 
