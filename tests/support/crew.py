@@ -174,6 +174,7 @@ def fail(group, folder, fields, rank, where="part", memory=0):
         drawn = host.denoiser.preview
 
         def preview(request):
+            assert not in_a_pass(host.denoiser.module), "what was given up before is not mended"
             hook = blocks_of(host.denoiser.module)[-1].register_forward_pre_hook(trouble(lambda *given: None))
             try:
                 return drawn(request)
@@ -193,10 +194,16 @@ def fail(group, folder, fields, rank, where="part", memory=0):
         return type(error).__name__
 
 
+def in_a_pass(tree):
+    """Whether FSDP2 believes that a tree in shares is in the midst of a forward."""
+    return hasattr(tree, "_get_fsdp_state") and tree._get_fsdp_state()._state_ctx.iter_forward_root is not None
+
+
 def gradients(group, fields, windows):
     """(for each window of batches, (loss, gradient as a list) of all processes together; bytes of frozen weights).
 
-    The bytes are those of the blocks' before anything was shared out, and those that this process holds in the end.
+    The bytes are those of the blocks' before anything was shared out, and those that this process holds after each
+    forward and after each step.
     """
     from graft_pack.trainers import loop
     from graft_pack.trainers.autograd import blocks_of, checkpoint_blocks
@@ -210,6 +217,12 @@ def gradients(group, fields, windows):
         host = replace(host, group=group)
         blocks = blocks_of(host.denoiser.module)
         sizes = [held_by(blocks)]
+
+        class Watched(Mover):
+            def backward(self, loss):
+                sizes.append(held_by(blocks))
+                super().backward(loss)
+
         if plan.recipe.checkpointing == "on":
             checkpoint_blocks(blocks)
         if plan.recipe.shard == "on":
@@ -217,7 +230,7 @@ def gradients(group, fields, windows):
         for step, window in enumerate(windows):
             for parameter in plan.trainables.values():
                 parameter.grad = None
-            share, *_ = loop._gradients(plan, host, window, step, Mover(plan, host))
+            share, *_ = loop._gradients(plan, host, window, step, Watched(plan, host))
             loss = group.meet(share)
             group.sum_gradients(list(plan.trainables.values()))
             found.append((loss, models.joined(one.grad for one in plan.trainables.values()).tolist()))

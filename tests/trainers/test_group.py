@@ -1,45 +1,17 @@
 """Several processes, real ones with gloo between them, train what one trains; losing one of them costs a few steps."""
 
-import json
-
 import pytest
 import torch
 from graft_pack.trainers.data.order import batches_from
 from graft_pack.trainers.errors import Parted
 from graft_pack.trainers.group import rows_of
-from graft_pack.trainers.state import read_state
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.support import kinds, models
+from tests.support import kinds
 from tests.support.crew import Crew
-from tests.support.diffusers_host import gradient_of, make_host, make_item, planned, run_session, same_state
-
-# Two batches a step, the last of an epoch smaller; average, schedule, validation and previews have state too.
-FULL = {
-    "steps": 6,
-    "batch_size": 2,
-    "accumulation": 2,
-    "schedule": "cosine",
-    "ema_decay": 0.9,
-    "validation_fraction": 0.2,
-    "validate_every": 2,
-    "save_every": 2,
-    "keep_last": 10,
-    "preview_prompts": ("a red picture",),
-    "preview_every": 3,
-    "preview_steps": 1,
-}
-
-
-def state_in(folder, step=6):
-    (path,) = (folder / "runs").glob(f"*/state-{step:08d}.safetensors")
-    return read_state(str(path), step)
-
-
-def log_of(folder):
-    (path,) = (folder / "runs").glob("*/metrics.jsonl")
-    return [json.loads(line) for line in path.read_text().splitlines()]
+from tests.support.diffusers_host import make_host, run_session, same_state
+from tests.support.groups import FULL, assert_close, gradients_of, log_of, state_in, state_steps
 
 
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=6), st.integers(1, 70))
@@ -83,33 +55,11 @@ def test_an_epoch_shows_each_picture_as_often_as_it_should_whoever_shows_it(
     assert next(resumed) == drawn[position % len(drawn)]
 
 
-WINDOWS = [
-    [(0, [(0, 0), (1, 0), (2, 0), (3, 0)])],
-    [(0, [(4, 0), (5, 0), (6, 0)]), (0, [(7, 0)])],
-    # Fewer pictures than processes.
-    [(1, [(2, 1)])],
-]
-
-
 @pytest.mark.soak
 @pytest.mark.parametrize("fields", [{}, {"micro_batch": 1}], ids=["whole", "micro"])
 def test_gradients_of_a_global_batch_are_those_of_one_process(fields, trials):
-    with planned([make_item(index) for index in range(8)]) as (plan, host):
-        alone = [gradient_of(plan, host, window, step)[:2] for step, window in enumerate(WINDOWS)]
     for world in trials([2], [2, 3, 4]):
-        answers = Crew(world).do("gradients", fields=fields, windows=WINDOWS)
-        assert all(answer == answers[0] for answer in answers)
-        for (loss, gradient), (expected, whole) in zip(answers[0][0], alone, strict=True):
-            assert loss == pytest.approx(expected, rel=1e-6)
-            assert models.distance(torch.tensor(gradient), whole) <= 1e-6
-
-
-@pytest.fixture(scope="module")
-def straight(tmp_path_factory):
-    """The folder of a run that one process makes and nothing interrupts."""
-    folder = tmp_path_factory.mktemp("straight")
-    run_session(folder, **FULL)
-    return folder
+        gradients_of(world, fields)
 
 
 @pytest.fixture(scope="module")
@@ -124,19 +74,6 @@ def together(tmp_path_factory):
         return made[world]
 
     return folder_of
-
-
-def assert_close(folder, other):
-    """Two runs that differ in the order in which numbers were added, and in nothing else."""
-    last = max(state_steps(other))
-    a, b = state_in(folder, last), state_in(other, last)
-    assert (a.step, a.batches) == (b.step, b.batches)
-    assert a.losses == pytest.approx(b.losses, rel=1e-4)
-    for values, others in ((a.trainables, b.trainables), (a.ema, b.ema)):
-        assert values.keys() == others.keys()
-        if not values:
-            continue
-        assert models.distance(models.joined(values.values()), models.joined(others.values())) <= 1e-4
 
 
 @pytest.mark.soak
@@ -163,7 +100,7 @@ def each_kind(tmp_path_factory):
 def test_every_kind_of_training_gives_what_one_process_gives(fields, each_kind, tmp_path):
     """All weights are moved within the backward by one process, and after it by several."""
     names = [name for name in kinds.FIELDS if not (fields and name.startswith("all weights"))]
-    answers = Crew(2).do("train_kinds", folder=str(tmp_path), names=names, fields=fields)
+    answers = Crew(2).do("train_kinds", timeout=60, folder=str(tmp_path), names=names, fields=fields)
     assert None not in answers
     for name in names:
         assert_close(tmp_path / name, each_kind / name)
@@ -201,10 +138,6 @@ def test_resumed_by_fewer_or_more_processes(straight, tmp_path, trials):
             assert Crew(other).do("train", folder=str(folder), fields=FULL)[0]["resumed_from"] == reached
         assert 0 < reached < 6
         assert_close(folder, straight)
-
-
-def state_steps(folder):
-    return [int(path.stem.removeprefix("state-")) for path in (folder / "runs").glob("*/state-*.safetensors")]
 
 
 def test_an_error_of_one_ends_all_and_none_waits(tmp_path):

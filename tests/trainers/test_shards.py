@@ -1,15 +1,14 @@
 """Frozen weights in shares, one in each process: what is trained is the same, and nobody waits for ever."""
 
 import pytest
-import torch
 from graft_pack.trainers import shards
 from graft_pack.trainers.errors import SettingsError
 from graft_pack.trainers.limits import check_recipe
 
 from tests.support import models
 from tests.support.crew import Crew
-from tests.support.diffusers_host import gradient_of, make_item, planned, run_session, same_state
-from tests.trainers.test_group import FULL, WINDOWS, assert_close, log_of, state_in, state_steps
+from tests.support.diffusers_host import run_session, same_state
+from tests.support.groups import FULL, assert_close, gradients_of, log_of, state_in, state_steps
 
 SHARED = {**FULL, "shard": "on"}
 
@@ -18,26 +17,12 @@ SHARED = {**FULL, "shard": "on"}
 @pytest.mark.parametrize("checkpointing", ["off", "on"])
 def test_each_holds_its_share_and_the_gradient_is_that_of_one_process(checkpointing, trials):
     """Also where a step has fewer pictures than processes: the others show one that counts for nothing."""
-    with planned([make_item(index) for index in range(8)]) as (plan, host):
-        alone = [gradient_of(plan, host, window, step)[:2] for step, window in enumerate(WINDOWS)]
     fields = {"shard": "on", "checkpointing": checkpointing}
     for world in trials([2] if checkpointing == "off" else [4], [2, 3, 4]):
-        answers = Crew(world).do("gradients", fields=fields, windows=WINDOWS)
-        for found, (whole, *held) in answers:
-            assert found == answers[0][0]
+        for whole, *held in gradients_of(world, fields):
             # What does not divide is filled up.
-            assert all(whole / world <= size <= 1.01 * whole / world + 4096 for size in held)
-        for (loss, gradient), (expected, slope) in zip(answers[0][0], alone, strict=True):
-            assert loss == pytest.approx(expected, rel=1e-6)
-            assert models.distance(torch.tensor(gradient), slope) <= 1e-6
-
-
-@pytest.fixture(scope="module")
-def straight(tmp_path_factory):
-    """The folder of a run that one process makes and nothing interrupts."""
-    folder = tmp_path_factory.mktemp("straight")
-    run_session(folder, **FULL)
-    return folder
+            most = 1.01 * whole / world + 4096
+            assert all(whole / world <= size <= most for size in held)
 
 
 @pytest.fixture(scope="module")
