@@ -15,12 +15,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
+from .bench.apart import OPTION, apart
 from .bench.memory import Peak
 
 MODEL = "SD1 middling"
@@ -41,12 +39,7 @@ AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "262144"}
 OUTSIDE = ("AdamW, clipped",)
 
 
-def size_of(tensors) -> int:
-    """Bytes of the storages below tensors, each once."""
-    return sum({one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}.values())
-
-
-def measure(name: str, steps: int, folder: str) -> dict[str, int]:
+def _one(name: str, steps: int, folder: str) -> dict[str, int]:
     """One case in this process, bytes by what they are for; a resumed one goes on for two steps in the same folder."""
     from tests.support import pack
 
@@ -70,6 +63,7 @@ def measure(name: str, steps: int, folder: str) -> dict[str, int]:
 
 def _train(model: str, settings: dict, folder: Path, resumed: bool) -> dict[str, int]:
     import torch
+    from graft_pack.trainers.meter import bytes_of
 
     from tests.support import models
 
@@ -80,20 +74,21 @@ def _train(model: str, settings: dict, folder: Path, resumed: bool) -> dict[str,
         tree = training.denoiser.module
         optimiser = [value for slots in state.optimiser.values() for value in slots.values() if torch.is_tensor(value)]
         found = {
-            "base": size_of(tree.buffers()),
-            "trained": size_of(state.trainables.values()),
-            "optimiser": size_of(optimiser),
-            "average": size_of(state.ema.values()),
+            "base": bytes_of(tree.buffers()),
+            "trained": bytes_of(state.trainables.values()),
+            "optimiser": bytes_of(optimiser),
+            "average": bytes_of(state.ema.values()),
         }
         state.optimiser = {}
         adapter = training.plan.export(state.ema or state.trainables, 0).adapter.taken()
-        assert size_of(adapter.values()) == found["trained"]
+        assert bytes_of(adapter.values()) == found["trained"]
     return found
 
 
 def _dropping() -> dict[str, int]:
     """Forward and backward alone; each gradient is dropped when it is there."""
     import torch
+    from graft_pack.trainers.meter import bytes_of
 
     from tests.support import models
 
@@ -104,28 +99,12 @@ def _dropping() -> dict[str, int]:
             parameter.register_post_accumulate_grad_hook(_drop)
         training.losses().backward()
         largest = max(parameter.numel() * 4 for parameter in training.plan.trainables.values())
-        base = size_of(training.denoiser.module.buffers())
-        return {"base": base, "trained": size_of(training.plan.trainables.values()), "largest": largest}
+        base = bytes_of(training.denoiser.module.buffers())
+        return {"base": base, "trained": bytes_of(training.plan.trainables.values()), "largest": largest}
 
 
 def _drop(parameter) -> None:
     parameter.grad = None
-
-
-def in_process_of_its_own(name: str, steps: int, folder: Path, environment: dict[str, str]) -> dict[str, int]:
-    command = [
-        sys.executable,
-        "-m",
-        "tests.bench_memory",
-        "--steps",
-        str(steps),
-        "--case",
-        name,
-        "--folder",
-        str(folder),
-    ]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, **environment})
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 PARTS = ("base", "trained", "optimiser", "average")
@@ -161,11 +140,10 @@ def table(found: dict[str, tuple[dict[str, int], dict[str, int]]]) -> str:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--case", choices=list(CASES), help=argparse.SUPPRESS)
-    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    parser.add_argument(OPTION, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.case:
-        print(json.dumps(measure(args.case, args.steps, args.folder)))
+    if args.one:
+        print(json.dumps(_one(**json.loads(args.one))))
         return
     found = {}
     with tempfile.TemporaryDirectory() as scratch:
@@ -173,7 +151,10 @@ def main():
             if not name.endswith("resumed"):
                 folder = Path(scratch) / name
             ways = (("plain", {}), ("at once", AT_ONCE))
-            found[name] = tuple(in_process_of_its_own(name, args.steps, folder / way, how) for way, how in ways)
+            found[name] = tuple(
+                apart("tests.bench_memory", how, name=name, steps=args.steps, folder=str(folder / way))
+                for way, how in ways
+            )
     print(table(found))
 
 

@@ -15,14 +15,13 @@ import argparse
 import contextlib
 import functools
 import json
-import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
 from tests.support.host import find_comfyui, read_version
 
 from . import contestants, estimate, offload, report, start
+from .apart import OPTION, apart
 from .contestants import Case
 from .memory import peak_of
 from .turns import Turn, rounds
@@ -46,7 +45,7 @@ def main() -> None:
     parser.add_argument(
         "--readme", action="store_true", help="puts the tables into README.md, in place of these cases'"
     )
-    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument(OPTION, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         print(json.dumps(_one(**json.loads(args.one))))
@@ -80,12 +79,7 @@ def main() -> None:
 
 def _apart(kind: str, case: Case, **more) -> dict:
     """What `_one` gives, from a process of its own."""
-    order = json.dumps({"kind": kind, "case": asdict(case), **more})
-    command = [sys.executable, "-m", "tests.bench", "--one", order]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{case} failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return apart("tests.bench", kind=kind, case=asdict(case), **more)
 
 
 def _one(kind: str, case: dict, **more) -> dict:

@@ -12,11 +12,10 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
+from .apart import OPTION, apart
 from .memory import Peak
 
 MODEL = "SD1 middling"
@@ -39,7 +38,7 @@ class _Enough(Exception):
     """Ends a training."""
 
 
-def measure(name: str, steps: int) -> dict[str, float]:
+def _one(name: str, steps: int) -> dict[str, float]:
     """One case in this process: bytes and seconds, told and taken."""
     from tests.support import pack
 
@@ -107,23 +106,17 @@ def _middle(rows: list[dict[str, float]], said: str, taken: str) -> dict[str, fl
 
 def run(steps: int = 5, tries: int = 3) -> str:
     """The table, made anew."""
-    found = {name: [_apart(name, steps) for _ in range(tries)] for name in CASES}
+    found = {name: [apart("tests.bench.estimate", name=name, steps=steps) for _ in range(tries)] for name in CASES}
     return table(found)
-
-
-def _apart(name: str, steps: int) -> dict[str, float]:
-    command = [sys.executable, "-m", "tests.bench.estimate", "--steps", str(steps), "--case", name]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--case", choices=list(CASES), help=argparse.SUPPRESS)
+    parser.add_argument(OPTION, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.case:
-        print(json.dumps(measure(args.case, args.steps)))
+    if args.one:
+        print(json.dumps(_one(**json.loads(args.one))))
         return
     print(run(args.steps))
 

@@ -12,7 +12,6 @@ import functools
 import json
 import re
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from . import contestants, memory
+from .apart import OPTION, apart
 from .contestants import Case
 from .turns import Turn, rounds
 
@@ -28,6 +28,9 @@ BATCHES = (1, 4)
 WARM_UP = 2
 KINDS = ("in place", "checkpointed", "offloaded")
 _OWN = 1  # of (seconds, seconds of processor time)
+
+
+_apart = functools.partial(apart, "tests.bench.offload")
 
 
 def table(count: int) -> str:
@@ -42,8 +45,8 @@ def table(count: int) -> str:
         "|" + "---|" * len(heads),
     ]
     for batch in BATCHES:
-        steps = _apart("steps", batch=batch, count=count)
-        peaks = {kind: _apart("peak", batch=batch, kind=kind) for kind in KINDS}
+        steps = _apart(what="steps", batch=batch, count=count)
+        peaks = {kind: _apart(what="peak", batch=batch, kind=kind) for kind in KINDS}
         cells = [str(batch), *(_ratio(steps, over) for over in KINDS[:2])]
         cells += [f"{peaks[kind]['peak'] / 1e6:.0f}" for kind in KINDS]
         last = peaks["offloaded"]
@@ -56,15 +59,6 @@ def _ratio(steps: dict[str, list], over: str) -> str:
     pairs = zip(steps["offloaded"], steps[over], strict=True)
     low, middle, high = statistics.quantiles([mine[_OWN] / other[_OWN] for mine, other in pairs], n=4)
     return f"{middle:.2f} ({low:.2f}-{high:.2f})"
-
-
-def _apart(what: str, **more) -> dict:
-    """What `_steps` or `_peak` gives, from a process of its own."""
-    command = [sys.executable, "-m", "tests.bench.offload", "--one", json.dumps({"what": what, **more})]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{what} {more} failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def _one(what: str, **more) -> dict:
@@ -133,7 +127,7 @@ def _mapped_now() -> tuple[int, int]:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--one"]:
+    if sys.argv[1:2] == [OPTION]:
         print(json.dumps(_one(**json.loads(sys.argv[2]))))
     else:
         print(table(int((sys.argv[1:] or ["7"])[0])))

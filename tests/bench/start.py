@@ -20,14 +20,13 @@ import os
 import re
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from . import report
+from .apart import OPTION, apart
 from .turns import Turn, repeat, rounds
 
 MIDDLING = "SD1 middling"
@@ -52,7 +51,7 @@ def measure(repeats: int) -> str:
     """All of it, as two tables."""
     server = _server(repeats)
     engine = _engine(repeats)
-    return f"{_waiting(server, engine)}\n\n{_encoding(_apart('encoding', repeats=repeats))}"
+    return f"{_waiting(server, engine)}\n\n{_encoding(_apart(kind='encoding', repeats=repeats))}"
 
 
 def _waiting(server: dict[str, list[float]], engine: dict[str, list[float]]) -> str:
@@ -73,6 +72,9 @@ def _encoding(found: dict[str, dict[str, list]]) -> str:
         gain = statistics.median(one[1] / other[1] for one, other in pairs)
         lines.append(f"| {name} | {alone:.1f} | {together:.1f} | x {gain:.2f} |")
     return "\n".join(lines)
+
+
+_apart = functools.partial(apart, "tests.bench.start")
 
 
 # In a real server
@@ -140,23 +142,14 @@ def _pack_seconds(server) -> float:
 def _engine(repeats: int) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        _apart("engine", folder=folder, number=0)
+        _apart(kind="engine", folder=folder, number=0)
         for number in range(1, repeats + 1):
-            for name, seconds in _apart("engine", folder=folder, number=number).items():
+            for name, seconds in _apart(kind="engine", folder=folder, number=number).items():
                 found.setdefault(name, []).append(seconds)
         for _ in range(repeats):
-            for name, seconds in _apart("finished", folder=folder).items():
+            for name, seconds in _apart(kind="finished", folder=folder).items():
                 found.setdefault(name, []).append(seconds)
     return found
-
-
-def _apart(kind: str, **more) -> dict:
-    """What one of `_KINDS` gives, from a process of its own."""
-    command = [sys.executable, "-m", "tests.bench.start", "--one", json.dumps({"kind": kind, **more})]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{kind} failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def _first_steps(folder: str, number: int) -> dict[str, float]:
@@ -295,7 +288,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--readme", action="store_true", help="puts the tables into README.md")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument(OPTION, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         print(json.dumps(_one(**json.loads(args.one))))

@@ -1,0 +1,21 @@
+"""Work in a process of its own, so that no other work's memory, threads and imports are in what is measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+# Behind it an order: the arguments of that module's `_one`.
+OPTION = "--one"
+
+
+def apart(module: str, environment: dict[str, str] | None = None, **order: Any) -> Any:
+    """What a module's `_one` gives for an order, from a process of its own; both are JSON-able."""
+    command = [sys.executable, "-m", module, OPTION, json.dumps(order)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(environment or {})})
+    if done.returncode:
+        raise SystemExit(f"{module} {order} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
