@@ -139,13 +139,16 @@ def checkpoint_blocks(blocks: list[nn.Module]) -> None:
 @contextmanager
 def checkpointed(blocks: list[nn.Module]) -> Iterator[None]:
     """Within it the blocks are as `checkpoint_blocks` leaves them, afterwards as they were."""
-    others = [block for block in blocks if "forward" not in vars(block)]
-    checkpoint_blocks(others)
+    before = {block: vars(block).get("forward") for block in blocks if not is_checkpointed(block)}
+    checkpoint_blocks(list(before))
     try:
         yield
     finally:
-        for block in others:
-            del block.forward
+        for block, forward in before.items():
+            if forward is None:
+                del block.forward
+            else:
+                block.forward = forward
 
 
 def is_checkpointed(block: nn.Module) -> bool:

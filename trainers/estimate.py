@@ -55,24 +55,25 @@ class Estimate:
     """What the steps of a run take.
 
     Attributes:
-        memory: bytes on the device at the most: weights, what is trained, what the optimiser keeps, activations.
-        missing: of these, bytes that are not taken yet.
-        free: bytes that the device has for them.
+        memory: bytes on the device at the most: weights, what is trained, what the optimiser keeps, activations; None
+            where memory ran out before that was known.
+        missing: of these, bytes that are not taken yet; None likewise.
+        free: bytes that the device has for them; None where it does not tell.
         seconds: of a step; None where it does not fit as it is.
         cures: of Graft Memory Options, what would make it fit, all of them together; empty where it fits or nothing is
             known to help.
     """
 
-    memory: int
-    missing: int
-    free: int
+    memory: int | None
+    missing: int | None
+    free: int | None
     seconds: float | None
     cures: tuple[str, ...] = ()
 
     @property
     def fits(self) -> bool:
-        """Whether there is memory enough."""
-        return self.missing <= self.free
+        """Whether there is memory enough, as far as is known."""
+        return self.missing is not None and (self.free is None or self.missing <= self.free)
 
 
 def estimate(plan: Plan, host: Host, mover: Mover, position: int, steps: int) -> Estimate | None:
@@ -91,20 +92,22 @@ def estimate(plan: Plan, host: Host, mover: Mover, position: int, steps: int) ->
         return _Dry(plan, host, mover, batches).estimate()
     except (RuntimeError, MemoryError, TypeError, GraftError) as error:
         # The steps themselves say better what is wrong, if anything is.
-        log.info("Graft: what a step takes could not be measured: %s", in_one_line(error))
+        log.warning("Graft: what a step takes could not be measured: %s", in_one_line(error))
         return None
 
 
 def say(found: Estimate, steps: int) -> str:
     """An estimate in words."""
-    parts = [f"a step takes about {found.memory / 1e9:.2f} GB on the device"]
+    if found.memory is None:
+        parts = ["a step takes more memory than the device has"]
+    else:
+        parts = [f"a step takes about {found.memory / 1e9:.2f} GB on the device"]
     if found.seconds is not None:
         parts.append(f"{found.seconds:.2f} s, all {steps} about {_in_minutes(found.seconds * steps)}")
+    if found.missing is not None and not found.fits:
+        parts.append(f"{found.missing / 1e9:.2f} GB more than now are needed and {found.free / 1e9:.2f} free")
     if not found.fits:
-        helps = f"would fit with {' and '.join(found.cures)}" if found.cures else "would not fit by any option"
-        parts.append(
-            f"{found.missing / 1e9:.2f} GB more than now are needed and {found.free / 1e9:.2f} free; it {helps}"
-        )
+        parts.append(f"it would fit with {' and '.join(found.cures)}" if found.cures else "no option is known to help")
     return "; ".join(parts)
 
 
@@ -148,23 +151,25 @@ class _Dry:
         there = bytes_of(self._held()) + bytes_of(self._mover.tensors()) + self._average
         one, more = self._line()
         memory = self._whole(one, more, self._size)
-        if memory - there > free:
-            cures = self._cures(there + free, one, more)
-            return Estimate(_whole_number(memory), _whole_number(memory - there), free, None, cures)
+        room = math.inf if free is None else free
+        if math.isinf(memory):
+            return Estimate(None, None, free, None, self._cures(there + room, one, more))
+        if memory - there > room:
+            return Estimate(int(memory), int(memory) - there, free, None, self._cures(there + room, one, more))
         seconds, measured = self._try()
         if measured:
             memory = self._whole(max(measured, one), 0, 1)
         return Estimate(int(memory), int(memory) - there, free, seconds)
 
-    def _held(self, tensors: Iterable[torch.Tensor] = ()) -> list[torch.Tensor]:
+    def _held(self) -> list[torch.Tensor]:
         """What lies on the device between steps."""
         weights = [one for tree in self._trees for one in (*tree.parameters(), *tree.buffers())]
-        return [one for one in (*weights, *tensors) if not stays_away(one) and one.device.type == self._device.type]
+        return [one for one in weights if not stays_away(one) and one.device.type == self._device.type]
 
     def _whole(self, one: float, more: float, size: int) -> float:
         """Bytes at the most, from what a pass of one picture takes and what each further one adds."""
         trained = bytes_of(self._trained)
-        a_pass = one + (size - 1) * more
+        a_pass = one if size == 1 else one + (size - 1) * more
         if self._mover.in_backward:
             # Each is moved while activations are still there.
             most = a_pass + self._moves.passing
@@ -248,7 +253,8 @@ class _Dry:
         apart = isinstance(self._mover.optimiser, Apart)
         some = _some_of(parameters, apart)
         share = sum(one.numel() for one in parameters) / sum(one.numel() for one in some)
-        copies = [torch.nn.Parameter(torch.zeros_like(one, dtype=_full(one.dtype))) for one in some]
+        # With their values: some optimisers keep less of what is zero.
+        copies = [torch.nn.Parameter(one.detach().to(_full(one.dtype), copy=True)) for one in some]
         group = {"params": copies, "lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
         optimiser = OPTIMISERS[recipe.optimizer].make([group], recipe)
         work = _Move(optimiser, copies)
@@ -265,7 +271,7 @@ class _Dry:
         seconds = time.perf_counter() - began
         return _Moves(int(kept * share), int(passing if apart else passing * share), seconds * share)
 
-    def _cures(self, there_is: int, one: float, more: float) -> tuple[str, ...]:
+    def _cures(self, there_is: float, one: float, more: float) -> tuple[str, ...]:
         """What would fit into so many bytes, tried in the order in which it costs time."""
         found = []
         size = self._size
@@ -274,14 +280,14 @@ class _Dry:
             found.append("checkpointing")
             with checkpointed(blocks):
                 one, more = self._line()
-            if self._whole(one, more, size) <= there_is:
+            if self._fits(one, more, size, there_is):
                 return tuple(found)
         if size > 1 and not self._several:
             # The gradients of the first part of a batch wait while the others are computed.
             one += bytes_of(self._trained)
         while size > 1 and not self._mover.in_backward:
             size //= 2
-            if self._whole(one, more, size) <= there_is:
+            if self._fits(one, more, size, there_is):
                 return (*found, f"micro_batch {size}")
         if size < self._size:
             found.append(f"micro_batch {size}")
@@ -289,9 +295,14 @@ class _Dry:
         frozen = {id(weight) for weight in list_frozen(placed_trees(self._plan, self._host), self._trained)}
         sizes = [bytes_of(one for one in block.parameters() if id(one) in frozen) for block in blocks]
         away = sum(sizes) - 2 * max(sizes, default=0)
-        if away > 0 and self._whole(one, more, size) - away <= there_is:
+        if away > 0 and self._fits(one, more, size, there_is + away):
             return (*found, "offload")
         return ()
+
+    def _fits(self, one: float, more: float, size: int, there_is: float) -> bool:
+        memory = self._whole(one, more, size)
+        # Where there is no account of what is free, what was tried still tells.
+        return math.isfinite(memory) and memory <= there_is
 
 
 class _Move:
@@ -336,10 +347,6 @@ def _full(dtype: torch.dtype) -> torch.dtype:
 
 def _tensors_in(slots: Iterable[dict]) -> list[torch.Tensor]:
     return [value for slot in slots for value in slot.values() if torch.is_tensor(value)]
-
-
-def _whole_number(memory: float) -> int:
-    return int(min(memory, 1 << 62))
 
 
 def _wait(device: torch.device) -> None:

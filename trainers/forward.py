@@ -79,7 +79,8 @@ def passes_of(
                 yield part, True
     most = -(-sum(sizes) // host.group.world)
     if paired and sum(len(mine) for _, mine in shares) < most:
-        spare = [replace(one, factor=0.0) for one in shown(window[0][1][:1])]
+        # Not by `shown`, which would let go of what it has fetched ahead.
+        spare = [replace(one, factor=0.0) for one in plan.shown(window[0][1][:1])]
         spare = [replace(one, anchor=replace(one.anchor, factor=0.0)) if one.anchor else one for one in spare]
         for part in parts_of(fill(spare), recipe, step, 0, host, 0, sizes[0]):
             yield part, False

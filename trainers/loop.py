@@ -18,7 +18,7 @@ from .errors import GraftError, NumbersError
 from .estimate import estimate, say
 from .forward import fixed_losses, passes_of, terms_of
 from .group import report_idle, rows_of
-from .ladder import Ladder, keep_away, trees_of
+from .ladder import Ladder, trees_of
 from .levels import times_of
 from .methods.dropout import dropping_out
 from .optimisers import OPTIMISERS, Group, lr_factor
@@ -63,8 +63,6 @@ def train(plan: Plan, run: Run, host: Host, state: State) -> State:
     average = OPTIMISERS[recipe.optimizer].average(mover.optimiser, parameters)
     if recipe.ema_decay:
         average = MovingAverage(recipe.ema_decay)
-    if recipe.offload == "on":
-        keep_away(plan, run, host)
     report_idle(group, recipe.batch_size * recipe.accumulation)
     group.meet()
     group.share([*parameters, *plan.constants.values()])

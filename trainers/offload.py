@@ -78,19 +78,19 @@ def hold_back(tree: nn.Module, device: torch.device) -> None:
 def bring_back(tree: nn.Module, device: torch.device) -> None:
     """Puts on the device what was held back of a tree and is still its own."""
     for parameter in tree.parameters():
-        if hasattr(parameter, _MARK):
+        if stays_away(parameter):
             delattr(parameter, _MARK)
     place(tree, device)
 
 
 def is_away(tree: nn.Module) -> bool:
     """Whether some weights of a tree are kept off the device."""
-    return any(hasattr(parameter, _MARK) for parameter in tree.parameters())
+    return any(stays_away(parameter) for parameter in tree.parameters())
 
 
 def bytes_here(tree: nn.Module) -> int:
     """Of the weights of a tree that are not kept off the device."""
-    return sum(parameter.nbytes for parameter in tree.parameters() if not hasattr(parameter, _MARK))
+    return sum(parameter.nbytes for parameter in tree.parameters() if not stays_away(parameter))
 
 
 def stays_away(weight: torch.Tensor) -> bool:
@@ -106,7 +106,7 @@ def place(tree: nn.Module, device: torch.device) -> None:
     replaced: _Replaced = {}
     for owner in tree.modules():
         for name, parameter in list(owner._parameters.items()):
-            home = torch.device("cpu") if hasattr(parameter, _MARK) else device
+            home = torch.device("cpu") if stays_away(parameter) else device
             if parameter is None or parameter.device == home:
                 continue
             if type(parameter.data) is torch.Tensor:
@@ -146,7 +146,7 @@ def _move(owner: nn.Module, name: str, there: torch.Tensor, replaced: _Replaced)
             ) from error
         other = parameter, torch.nn.Parameter(there, requires_grad=False)
         owner._parameters[name] = replaced.setdefault(id(parameter), other)[1]
-        if hasattr(parameter, _MARK):
+        if stays_away(parameter):
             setattr(owner._parameters[name], _MARK, True)
 
 

@@ -220,8 +220,8 @@ class Denoiser(Protocol):
     def make_room(self, weights: bool = False) -> None:
         """Lets go of what lies on the device beside the training; weights: also of weights that the tree gave up."""
 
-    def free_memory(self) -> int:
-        """Bytes that the device has for what is not on it yet."""
+    def free_memory(self) -> int | None:
+        """Bytes that the device has for what is not on it yet; None where the host cannot tell."""
 
     def pin(self, weight: torch.Tensor) -> bool:
         """Locks a weight's memory on the CPU where it is, so that the device reads it by itself; within `training`.

@@ -11,14 +11,14 @@ import inspect
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import torch
 
 from .autograd import blocks_of
 from .errors import ModelError, Parted, SettingsError
-from .offload import bring_back
+from .offload import bring_back, list_frozen
 
 if TYPE_CHECKING:
     from torch import nn
@@ -81,7 +81,7 @@ class Shards:
         self._tree = tree
         self._begun = False
         candidates = blocks_of(tree)
-        shared_out = _divisible(tree, candidates, keep)
+        shared_out = _divisible(tree, group.device, keep)
         self._blocks = [block for block in candidates if any(one in shared_out for one in block.parameters())]
         if not self._blocks:
             raise ModelError(
@@ -127,18 +127,23 @@ class Shards:
             yield False
             return
         self.alone = True
-        lost = False
         try:
             yield True
         except Parted:
-            lost = True
-            raise
-        finally:
             self.alone = False
-            if not lost:
-                # A pass that was given up, whoever caught the error, leaves a block put together here and nowhere else.
-                self.mend()
-                self._group.call(_OVER)
+            raise
+        except BaseException:
+            # What it is left by is what counts, also where nobody is there any more to be told.
+            with suppress(Parted):
+                self._end_turn()
+            raise
+        self._end_turn()
+
+    def _end_turn(self) -> None:
+        self.alone = False
+        # A pass that was given up, whoever caught the error, leaves a block put together here and nowhere else.
+        self.mend()
+        self._group.call(_OVER)
 
     def _serve(self) -> None:
         """Hands out what is asked for until the turn is over."""
@@ -167,27 +172,10 @@ class _Gather:
         return self._shards.gather(self._number, whole, share, async_op)
 
 
-def _divisible(tree: nn.Module, blocks: list[nn.Module], keep: Iterable[torch.Tensor]) -> set[nn.Parameter]:
-    """The frozen weights that can be shared out: plain ones that one block alone has."""
-    stay = {id(one) for one in keep}
-    homes = Counter(id(one) for block in blocks for one in {*block.parameters()})
-    inside = {module for block in blocks for module in block.modules()}
-    outside = {
-        id(one)
-        for module in tree.modules()
-        if module not in inside
-        for one in module._parameters.values()
-        if one is not None
-    }
-    found = set()
-    for block in blocks:
-        for one in block.parameters():
-            # Quantised weights are more than their numbers, and a single number has no parts.
-            plain = type(one) is torch.nn.Parameter and type(one.data) is torch.Tensor and one.dim() > 0
-            theirs = one.requires_grad or id(one) in stay or id(one) in outside or homes[id(one)] > 1
-            if plain and not theirs:
-                found.add(one)
-    return found
+def _divisible(tree: nn.Module, device: torch.device, keep: Iterable[torch.Tensor]) -> set[nn.Parameter]:
+    """The weights that can be shared out: those that could be kept off the device, have parts, and one place alone."""
+    frozen = Counter(list_frozen([(tree, device)], keep))
+    return {one for one, places in frozen.items() if one.dim() > 0 and places == 1}
 
 
 def _let_through(tree: nn.Module, args: tuple) -> tuple:

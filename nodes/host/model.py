@@ -250,8 +250,10 @@ class ComfyDenoiser:
         management.free_memory(placing.EVERYTHING, self.device, keep_loaded=[] if weights else mine)
         management.soft_empty_cache()
 
-    def free_memory(self) -> int:
-        """By the host's own account, what torch holds in reserve included."""
+    def free_memory(self) -> int | None:
+        """By the host's own account, what torch holds in reserve included; of DirectML it knows nothing."""
+        if getattr(comfy.model_management, "directml_enabled", None):
+            return None
         return int(comfy.model_management.get_free_memory(self.device))
 
     def pin(self, weight: torch.Tensor) -> bool:

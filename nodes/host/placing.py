@@ -63,11 +63,13 @@ class Pins:
 
     def clear(self) -> None:
         """Unlocks them."""
-        if self._weights:
-            # The device may still be reading. Only for CUDA does the host lock memory.
-            torch.cuda.synchronize()
-        while self._weights:
-            comfy.model_management.unpin_memory(self._weights.pop())
+        try:
+            if self._weights:
+                # The device may still be reading. Only for CUDA does the host lock memory.
+                torch.cuda.synchronize()
+        finally:
+            while self._weights:
+                comfy.model_management.unpin_memory(self._weights.pop())
 
 
 @contextmanager

@@ -157,20 +157,50 @@ def applied(training, cures):
         yield replace(training, plan=replace(training.plan, recipe=recipe))
 
 
-def test_memory_that_runs_out_while_measuring_is_no_end(tmp_path):
-    """Not even one picture fits as it is; with checkpointing it does."""
-    with KINDS["SD1"]() as training:
+@pytest.mark.parametrize(
+    "size, fits, cures",
+    [
+        (1, lambda x_t, checkpointed: checkpointed, ("checkpointing",)),
+        (2, lambda x_t, checkpointed: len(x_t) == 1, ("checkpointing", "micro_batch 1")),
+        (2, lambda x_t, checkpointed: False, ()),
+    ],
+    ids=["checkpointed", "one alone", "never"],
+)
+@pytest.mark.parametrize("free", [1 << 40, None])
+def test_memory_that_runs_out_while_measuring_is_no_end(size, fits, cures, free, tmp_path, caplog):
+    with lora("SD1", batch_size=size) as training:
         blocks = autograd.blocks_of(training.denoiser.module)
         predict = training.denoiser.predict
 
         def short(x_t, sigma, conditioning):
-            if not all(autograd.is_checkpointed(block) for block in blocks):
+            if not fits(x_t, all(autograd.is_checkpointed(block) for block in blocks)):
                 raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
             return predict(x_t, sigma, conditioning)
 
         training.denoiser.predict = short
-        told = asked(training, 1 << 40, tmp_path)
-        assert not told["fits"] and told["cures"] == ("checkpointing",)
+        told = asked(training, free, tmp_path)
+    assert (told["fits"], told["memory"], told["missing"], told["cures"]) == (False, None, None, cures)
+    assert "more memory than the device has" in caplog.text
+    assert ("it would fit with" if cures else "no option is known to help") in caplog.text
+
+
+def test_where_nobody_knows_what_is_free_nothing_is_said_of_it(tmp_path):
+    with KINDS["SD1"]() as training:
+        told = asked(training, None, tmp_path)
+    assert told["fits"] and told["seconds"] > 0 and told["free"] is None and told["memory"] > 0
+
+
+def test_checkpointing_for_a_while_leaves_blocks_as_they_were():
+    """One has a forward of its own, as an adapted layer has that is a block itself."""
+    blocks = [torch.nn.Linear(2, 2), torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)]
+    own = blocks[1].forward = lambda x: 2 * x
+    autograd.checkpoint_blocks(blocks[2:])
+    before = blocks[2].forward
+    with autograd.checkpointed(blocks):
+        assert all(autograd.is_checkpointed(block) for block in blocks)
+    assert "forward" not in vars(blocks[0])
+    assert blocks[1].forward is own
+    assert blocks[2].forward is before
 
 
 def test_only_what_the_run_will_show_is_tried(tmp_path, monkeypatch):

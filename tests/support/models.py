@@ -434,6 +434,7 @@ def train(training: Training, folder, resume: bool = False, **fields):
         fields: of the recipe, in place of the plan's.
     """
     from graft_pack.trainers import loop
+    from graft_pack.trainers.ladder import keep_away
     from graft_pack.trainers.methods import METHODS
     from graft_pack.trainers.run import Run
     from graft_pack.trainers.state import State
@@ -444,4 +445,7 @@ def train(training: Training, folder, resume: bool = False, **fields):
     run = Run(str(folder / "run"), str(folder / "adapters"), str(folder / "embeddings"))
     run.write_recipe(plan.recipe, "test", {})
     state = run.load(settings.steps) if resume else State()
+    if settings.offload == "on":
+        # As a session does.
+        keep_away(plan, run, training.host)
     return loop.train(plan, run, training.host, state)

@@ -247,6 +247,11 @@ def test_an_error_is_shown_with_its_cure(opened, page, server):
             },
             "needs 3.0 GB more than now, and 2.0 GB are free. Graft Memory Options would help: checkpointing, offload.",
         ),
+        (
+            "estimate",
+            {"seconds": None, "missing": None, "free": None, "fits": False, "cures": []},
+            "A step needs more memory than there is.",
+        ),
         ("spike", {"loss": 9.0, "highest": 1.0, "pictures": ["a.png"]}, "Step 3 was left out"),
     ],
 )

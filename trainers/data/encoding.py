@@ -41,6 +41,7 @@ class LatentCache:
         self._cache = cache
         self._codec = codec
         self._base = codec.fingerprint()
+        self._together = _Together()
 
     def key(self, example: Example, crop: Crop) -> str:
         """What decides an example's latent: content, cut, codec with its dtype."""
@@ -95,7 +96,7 @@ class LatentCache:
         keys = [key for key, array in arrays.items() if array is not None]
         if missing.isdisjoint(keys):
             return
-        for key, found in zip(keys, _by_halves([arrays[key] for key in keys], self._posteriors), strict=True):
+        for key, found in zip(keys, self._together.make([arrays[key] for key in keys], self._posteriors), strict=True):
             if key not in missing:
                 continue
             if not all(torch.isfinite(value).all() for value in found.values()):
@@ -175,6 +176,7 @@ class TextCache:
         self._cache = cache
         self._encoder = encoder
         self._base = encoder.fingerprint()
+        self._together = _Together()
 
     def fill(self, captions: Iterable[str], tick: Callable[[str], None]) -> None:
         """Encodes the captions that are missing.
@@ -189,7 +191,7 @@ class TextCache:
                 for key in batch:
                     if key in missing:
                         tick(wanted[key])
-                made = _by_halves([wanted[key] for key in batch], self._encode)
+                made = self._together.make([wanted[key] for key in batch], self._encode)
                 for key, tensors in zip(batch, made, strict=True):
                     if key in missing:
                         self._cache.put(key, _finite(wanted[key], tensors))
@@ -238,21 +240,39 @@ def _finite(caption: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.T
     return tensors
 
 
-def _by_halves(given: Sequence[Given], make: Callable[[Sequence[Given]], list[Made]]) -> list[Made]:
-    """What is made of all together; of each half for itself where that fails, down to the one that it fails for.
+class _Together:
+    """Makes several at once, and fewer where that fails, down to the one that it fails for.
 
-    Raises:
-        RuntimeError, MemoryError: as it is raised for one alone.
+    How many memory was enough for is remembered: each try that it is not enough for takes as long as one that it is.
     """
-    try:
-        return make(given)
-    except (RuntimeError, MemoryError) as error:
-        if len(given) == 1:
-            raise
-        log.warning("Graft: %d could not be encoded at once; fewer are tried. %s", len(given), error)
-    # Here and not above: an exception that is being handled holds on to what lies on the device.
-    half = len(given) // 2
-    return _by_halves(given[:half], make) + _by_halves(given[half:], make)
+
+    def __init__(self):
+        self._most = 0
+
+    def make(self, given: Sequence[Given], make: Callable[[Sequence[Given]], list[Made]]) -> list[Made]:
+        """What is made of each.
+
+        Raises:
+            RuntimeError, MemoryError: as it is raised for one alone.
+        """
+        # Not above: it takes torch along, which those that only describe datasets do not need.
+        from ..ladder import is_out_of_memory
+
+        found: list[Made] = []
+        size = min(len(given), self._most or len(given))
+        while len(found) < len(given):
+            some = given[len(found) : len(found) + size]
+            try:
+                found += make(some)
+                continue
+            except (RuntimeError, MemoryError) as error:
+                if len(some) == 1:
+                    raise
+                log.warning("Graft: %d could not be encoded at once; fewer are tried. %s", len(some), error)
+                size = len(some) // 2
+                if is_out_of_memory(error):
+                    self._most = size
+        return found
 
 
 class Unreadable(Exception):

@@ -52,8 +52,8 @@ def _linear(layer: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
             middle = middle * scale
         turned = up.weight.t().contiguous()
         if middle.dtype != out.dtype:
-            return (out + middle.t().mm(turned).to(out.dtype)).view(*x.shape[:-1], -1)
-        return out.addmm(middle.t(), turned).view(*x.shape[:-1], -1)
+            return (out + middle.t().mm(turned).to(out.dtype)).view(*x.shape[:-1], out.shape[-1])
+        return out.addmm(middle.t(), turned).view(*x.shape[:-1], out.shape[-1])
 
     return forward
 

@@ -27,10 +27,13 @@ const HANDLERS = {
   estimate(training, { seconds, missing, free, fits, cures }) {
     training.pace = seconds;
     if (fits) return;
-    const figures = { missing: formatBytes(missing), free: formatBytes(free), cures: cures.join(", ") };
-    training.note = cures.length
-      ? t("A step needs $missing more than now, and $free are free. Graft Memory Options would help: $cures.", figures)
+    const figures = { missing: formatBytes(missing ?? 0), free: formatBytes(free ?? 0) };
+    // Memory may have run out before it was known how much is missing.
+    const said = missing === null
+      ? t("A step needs more memory than there is.")
       : t("A step needs $missing more than now, and $free are free.", figures);
+    const cure = cures.length ? t("Graft Memory Options would help: $cures.", { cures: cures.join(", ") }) : "";
+    training.note = `${said} ${cure}`.trim();
   },
   memory(training, { step, done }) {
     training.note = t("Memory ran out in step $step: $done.", { step, done });
