@@ -37,7 +37,7 @@ demo: $(STAMP)  ## train a LoRA in a real ComfyUI and show before and after
 # since its tests share trainings.
 test: $(STAMP) chromium  ## run the whole suite
 	$(BIN)/python -m tests.support.base
-	OMP_NUM_THREADS=1 $(BIN)/pytest tests -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # A test with its full count may take longer than what is taken for a hang in `make test`.
 soak: $(STAMP)  ## run the long trials at their full counts

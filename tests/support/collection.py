@@ -5,6 +5,7 @@ ComfyUI's door to the pack under the name of the checkout's folder, and name eve
 """
 
 import importlib
+from collections import Counter, defaultdict
 
 import pytest
 
@@ -24,6 +25,22 @@ class Collection:
     @pytest.hookimpl
     def pytest_collect_directory(self, path, parent):
         return pytest.Dir.from_parent(parent, path=path)
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items):
+        """Puts the files first that take longest: each is one worker's, and the last one to begin ends alone.
+
+        Those whose tests judge many pictures, then those with a server of their own, then those with most tests.
+        """
+        count = Counter(item.path for item in items)
+        needs = defaultdict(set)
+        for item in items:
+            needs[item.path].update(item.fixturenames)
+
+        def rank(item):
+            return "sampler_steps" not in needs[item.path], "server" not in needs[item.path], -count[item.path]
+
+        items.sort(key=rank)
 
     @pytest.hookimpl
     def pytest_pycollect_makemodule(self, module_path, parent):
