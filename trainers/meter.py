@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from pathlib import Path
@@ -82,8 +83,12 @@ class Resident:
     """
 
     def __init__(self):
+        # What nobody refers to any more may go at any moment, and would hide as much of what is taken.
+        gc.collect()
         self.before = _status("VmRSS")
         self.restart()
+        if self.most > _NOTHING:
+            raise OSError("this system does not forget the largest so far")
 
     def restart(self) -> None:
         """Forgets the largest so far."""

@@ -1,7 +1,9 @@
 """What a run says before its first step is what its steps then take, and the run is the same for having said it."""
 
+import gc
 import json
-import os
+import subprocess
+import sys
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -265,11 +267,69 @@ def test_a_device_that_keeps_account_is_asked(monkeypatch):
     assert asked_for == ["now", "reset", "work", "peak"]
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="only Linux tells")
+SIZE = 200 * 1024 * 1024
+
+# What the system tells of a process that counts its largest memory anew, then takes some and gives it back.
+ASKED = f"""
+def told(field):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(field))
+
+bytearray(b"x") * {2 * SIZE}
+open("/proc/self/clear_refs", "w").write("5")
+before = told("VmRSS")
+bytearray(b"x") * {SIZE}
+print(told("VmHWM") - before)
+"""
+
+
+@pytest.fixture(scope="module")
+def told_by_system():
+    """Skips where the system does not tell the largest memory of a process since a moment."""
+    found = subprocess.run([sys.executable, "-c", ASKED], capture_output=True, text=True)
+    if found.returncode or int(found.stdout) != pytest.approx(SIZE, rel=0.1):
+        pytest.skip(f"this system does not tell what a process has taken at the most: {found.stdout or found.stderr}")
+
+
+@pytest.mark.usefixtures("told_by_system")
 def test_on_a_cpu_the_system_sees_what_is_no_tensor():
     """Some libraries take memory for themselves while an operation runs."""
     account = meter.Account(torch.device("cpu"))
-    size = 200 * 1024 * 1024
-    found = account.peak_of(lambda: bytearray(b"x") * size, [torch.zeros(8)])
-    assert found == pytest.approx(size, rel=0.1)
+    found = account.peak_of(lambda: bytearray(b"x") * SIZE, [torch.zeros(8)])
+    assert found == pytest.approx(SIZE, rel=0.1)
+    assert account.peak_of(lambda: torch.ones(256), [torch.zeros(8)]) == 32 + 1024
+
+
+@pytest.mark.usefixtures("told_by_system")
+def test_what_is_only_collected_while_it_is_measured_hides_nothing():
+    garbage = [bytearray(b"x") * SIZE]
+    garbage.append(garbage)
+    del garbage
+    account = meter.Account(torch.device("cpu"))
+
+    def work():
+        gc.collect()
+        return bytearray(b"x") * SIZE
+
+    assert account.peak_of(work, []) == pytest.approx(SIZE, rel=0.1)
+
+
+@pytest.mark.parametrize("lacks", ["begin again", "the largest", "forget the largest"])
+def test_where_the_system_tells_nothing_tensors_are_counted(monkeypatch, lacks):
+    told = {"VmRSS": SIZE, "VmHWM": 3 * SIZE if lacks == "forget the largest" else SIZE}
+    if lacks == "the largest":
+        del told["VmHWM"]
+
+    class System:
+        def __init__(self, path):
+            self._path = path
+
+        def read_text(self):
+            return "".join(f"{field}:\t{size // 1024} kB\n" for field, size in told.items())
+
+        def write_text(self, text):
+            if lacks == "begin again":
+                raise PermissionError(13, "no", self._path)
+
+    monkeypatch.setattr(meter, "Path", System)
+    account = meter.Account(torch.device("cpu"))
     assert account.peak_of(lambda: torch.ones(256), [torch.zeros(8)]) == 32 + 1024
