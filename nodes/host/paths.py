@@ -152,7 +152,8 @@ def dataset_path(choice: str, input: str = "folder") -> str:
     for path in allowed:
         if os.path.isdir(path):
             return os.path.realpath(path)
-    if not allowed:
+    if len(allowed) < len(candidates):
+        # A link in one root that leads elsewhere, say, whatever the other roots lack.
         raise DatasetError(
             f"The folder '{_shown(choice)}' lies outside the folders that datasets may come from.",
             "Put it below ComfyUI's input folder (a link that leads elsewhere does not count), add its parent as "

@@ -224,6 +224,9 @@ def test_a_datasets_entry_of_the_host_is_a_root(comfy, tmp_path, monkeypatch):
     for elsewhere in ("collection/../outside", str(outside), "collection/cats/../../outside"):
         with pytest.raises(DatasetError, match="lies outside|There is no folder"):
             paths.dataset_path(elsewhere)
+    (root / "link").symlink_to(outside, target_is_directory=True)
+    with pytest.raises(DatasetError, match="a link that leads elsewhere does not count"):
+        paths.dataset_path("collection/link")
 
 
 def test_a_cache_beyond_its_limit_makes_room(server, tiny_base, folder):

@@ -4,6 +4,7 @@ import gc
 
 import pytest
 import torch
+from graft_pack.trainers.meter import bytes_of
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
@@ -146,7 +147,7 @@ def held_bytes():
     """Of all tensors that are alive, each storage once."""
     gc.collect()
     tensors = [one for one in gc.get_objects() if isinstance(one, torch.Tensor) and one.device.type == "cpu"]
-    return sum({one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}.values())
+    return bytes_of(tensors)
 
 
 # Every outcome, and every method with some of them.
