@@ -9,6 +9,7 @@ from ..trainers.objective.loss import HUBER_SCHEDULES, LOSSES
 from ..trainers.objective.timesteps import TIMESTEPS
 from ..trainers.objective.weighting import WEIGHTINGS
 from ..trainers.optimisers import OPTIMISERS, SCHEDULES
+from ..trainers.recipe import RECOMPUTED
 from ..trainers.settings import TARGETS
 from .checks import checked
 from .host import paths
@@ -206,10 +207,11 @@ class GraftMemoryOptions(OptionNode):
                     ["on", "off"],
                     "With several processes: each keeps its share of the frozen weights of blocks. auto: off.",
                 ),
+                auto("recompute", list(RECOMPUTED), "What checkpointing computes again. auto: everything."),
             ),
         )
 
-    validate_inputs = checked(checkpointing=None, compute_dtype=None, offload=None, shard=None)
+    validate_inputs = checked(checkpointing=None, compute_dtype=None, offload=None, shard=None, recompute=None)
 
 
 class GraftAdapterOptions(OptionNode):

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .autograd import blocks_of, checkpointed, is_checkpointed
+from .autograd import blocks_of, checkpointed, is_checkpointed, keeps_attention
 from .errors import GraftError
 from .forward import parts_of, terms_of
 from .ladder import in_one_line, is_out_of_memory, placed_trees, trees_of
@@ -28,6 +28,7 @@ from .methods.dropout import dropping_out
 from .offload import list_frozen, stays_away
 from .optimisers import OPTIMISERS
 from .optimisers.apart import Apart
+from .recipe import ALL_BUT_ATTENTION, EVERYTHING
 
 if TYPE_CHECKING:
     from torch import nn
@@ -276,9 +277,8 @@ class _Dry:
         found = []
         size = self._size
         blocks = [block for tree in self._trees for block in blocks_of(tree)]
-        if not all(is_checkpointed(block) for block in blocks):
-            found.append("checkpointing")
-            with checkpointed(blocks):
+        for keep, found in self._ways_to_forget(blocks):
+            with checkpointed(blocks, keep):
                 one, more = self._line()
             if self._fits(one, more, size, there_is):
                 return tuple(found)
@@ -298,6 +298,17 @@ class _Dry:
         if away > 0 and self._fits(one, more, size, there_is + away):
             return (*found, "offload")
         return ()
+
+    def _ways_to_forget(self, blocks: list[nn.Module]) -> list[tuple[bool, list[str]]]:
+        """(whether attention is kept, the fields that make it so) of what forgets more than now, the least first."""
+        plainly = all(is_checkpointed(block) for block in blocks)
+        kept = any(keeps_attention(block) for block in blocks)
+        ways = [] if plainly else [(True, ALL_BUT_ATTENTION)]
+        ways += [(False, EVERYTHING)] if kept or not plainly else []
+        return [
+            (keep, ["checkpointing"] * (not plainly) + [f"recompute {name}"] * (name != self._plan.recipe.recompute))
+            for keep, name in ways
+        ]
 
     def _fits(self, one: float, more: float, size: int, there_is: float) -> bool:
         memory = self._whole(one, more, size)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from .autograd import blocks_of, checkpoint_blocks, is_checkpointed
+from .autograd import blocks_of, checkpoint_blocks, forget_attention, is_checkpointed
 from .errors import OutOfMemory
 from .forward import part_of, parts_of, terms_of
 from .methods import METHODS
@@ -59,7 +59,9 @@ def placed_trees(plan: Plan, host: Host) -> list[Tree]:
 def keep_away(plan: Plan, run: Run, host: Host) -> str | None:
     """Keeps the frozen weights of blocks off the device; what was done, None where nothing was left to do."""
     trees = placed_trees(plan, host)
-    count, size = offload_trees(trees, plan.trainables.values(), run.folder, host.denoiser.pin)
+    count, size = offload_trees(
+        trees, plan.trainables.values(), run.folder, host.denoiser.pin, plan.recipe.keeps_attention
+    )
     if not count:
         return None
     host.denoiser.make_room(weights=True)
@@ -109,7 +111,7 @@ class Ladder:
             self._climb(said, step)
 
     def _climb(self, said: str, step: int) -> None:
-        for rung in (self._free, self._checkpoint, self._halve, self._offload):
+        for rung in (self._free, self._checkpoint, self._forget, self._halve, self._offload):
             done = rung()
             if done is not None:
                 self._climbed.append(done)
@@ -134,8 +136,12 @@ class Ladder:
         blocks = [block for block in self._blocks() if not is_checkpointed(block)]
         if not blocks:
             return None
-        checkpoint_blocks(blocks)
+        checkpoint_blocks(blocks, self.plan.recipe.keeps_attention)
         return f"checkpointing is on for {len(blocks)} blocks"
+
+    def _forget(self) -> str | None:
+        count = forget_attention(self._blocks())
+        return f"attention is computed again in {count} blocks" if count else None
 
     def _halve(self) -> str | None:
         recipe = self.plan.recipe

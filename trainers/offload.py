@@ -28,7 +28,11 @@ _Replaced = dict[int, tuple["nn.Parameter", "nn.Parameter"]]
 
 
 def offload_trees(
-    trees: Sequence[Tree], keep: Iterable[torch.Tensor], folder: str, pin: Callable[[torch.Tensor], bool]
+    trees: Sequence[Tree],
+    keep: Iterable[torch.Tensor],
+    folder: str,
+    pin: Callable[[torch.Tensor], bool],
+    keep_attention: bool = False,
 ) -> tuple[int, int]:
     """Keeps the frozen weights of blocks off their device; they go one way, to it, since nothing changes them.
 
@@ -41,6 +45,7 @@ def offload_trees(
         keep: what stays, frozen or not.
         folder: for the file.
         pin: locks the memory of a tensor on the CPU, so that a device can read it by itself; False where it does not.
+        keep_attention: what `checkpoint_blocks` is told.
 
     Returns:
         Number of blocks, and bytes of their weights.
@@ -52,7 +57,7 @@ def offload_trees(
         held = {block: rows for tree in here for block, rows in _streamable(tree, stay).items() if rows}
         if held:
             count += len(held)
-            size += _stream(held, device, folder, pin)
+            size += _stream(held, device, folder, pin, keep_attention)
         for tree in here:
             place(tree, device)
     return count, size
@@ -174,7 +179,7 @@ def _is_streamed(block: nn.Module) -> bool:
     return isinstance(getattr(block.forward, "forward", None), _Streamed)
 
 
-def _stream(held: dict[nn.Module, list[_Row]], device: torch.device, folder: str, pin) -> int:
+def _stream(held: dict[nn.Module, list[_Row]], device: torch.device, folder: str, pin, keep_attention: bool) -> int:
     """Has the weights of blocks come while the blocks run; bytes of the weights."""
     # Weights that two blocks share are moved once, and come with either.
     weights = {id(one): one for rows in held.values() for one in _weights(rows)}
@@ -192,7 +197,7 @@ def _stream(held: dict[nn.Module, list[_Row]], device: torch.device, folder: str
         if id(weight) in new:
             _move(owner, name, new[id(weight)], replaced)
             setattr(owner._parameters[name], _MARK, True)
-    checkpoint_blocks(list(held))
+    checkpoint_blocks(list(held), keep_attention)
     conveyor = Conveyor(carrier)
     for block, rows in held.items():
         # Within what is run again in the backward.

@@ -37,6 +37,11 @@ LATER: dict[str, Any] = {
     "loss_spike_factor": 0.0,
 }
 
+# What checkpointed blocks compute again.
+EVERYTHING = "everything"
+ALL_BUT_ATTENTION = "all but attention"
+RECOMPUTED = (EVERYTHING, ALL_BUT_ATTENTION)
+
 
 @dataclass(frozen=True)
 class Word:
@@ -75,6 +80,7 @@ class Recipe:
         start_from: an adapter in the host's list, empty for none. What is in it is part of the base it trains on.
         processes: how many train it together on one machine.
         shard: "on" for the frozen weights of blocks in shares, one in each process.
+        recompute: what checkpointed blocks compute again, of RECOMPUTED.
     """
 
     method: str
@@ -139,11 +145,17 @@ class Recipe:
     tensorboard: str
     processes: int = 1
     shard: str = "auto"
+    recompute: str = EVERYTHING
 
     @property
     def live_text(self) -> bool:
         """Whether what the text encoder gives changes while training, so that captions are encoded at every step."""
         return bool(self.embedding_name) or self.text_encoder
+
+    @property
+    def keeps_attention(self) -> bool:
+        """Whether checkpointed blocks keep what attention gives."""
+        return self.recompute == ALL_BUT_ATTENTION
 
     def deciding(self) -> dict[str, Any]:
         """The fields that decide the result; those that came later only where they are not at their old value."""

@@ -171,7 +171,7 @@ def _train(recipe, task: Task, host, folders, parts, run, state, export) -> Resu
     with _training(recipe, host, recipe.offload == "on" or shares):
         blocks = _checkpoint(denoiser.module, recipe)
         if blocks and recipe.live_text:
-            checkpoint_blocks(blocks_of(host.text.module))
+            checkpoint_blocks(blocks_of(host.text.module), recipe.keeps_attention)
         trainables = parts.inject()
         constants = parts.constants()
         if task.start is not None and state.step == 0:
@@ -295,7 +295,7 @@ def _checkpoint(module, recipe: Recipe) -> int:
     if not wanted:
         return 0
     blocks = blocks_of(module)
-    checkpoint_blocks(blocks)
+    checkpoint_blocks(blocks, recipe.keeps_attention)
     return len(blocks)
 
 

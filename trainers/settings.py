@@ -12,7 +12,7 @@ from .methods.patterns import parse_pairs, parse_patterns
 from .objective import options as objective
 from .objective.options import objective_of
 from .optimisers import OPTIMISERS, default_learning_rate, finds_its_rate
-from .recipe import Recipe, Word
+from .recipe import EVERYTHING, Recipe, Word
 
 if TYPE_CHECKING:
     from .families import Family
@@ -59,6 +59,7 @@ UNSET: dict[str, dict[str, Any]] = {
         "micro_batch": 0,
         "offload": "auto",
         "shard": "auto",
+        "recompute": "auto",
     },
     "adapter": {
         "type": "auto",
@@ -222,6 +223,7 @@ def resolve(
         tensorboard=get("run", "tensorboard", "off"),
         processes=get("run", "processes", 1),
         shard=get("memory", "shard", "auto"),
+        recompute=get("memory", "recompute", EVERYTHING),
     )
     check_recipe(recipe)
     return recipe

@@ -118,8 +118,12 @@ def _forward_and_backward(network: Callable, case: Case, stand: Callable[[], Non
         stand()
 
 
-def ours(case: Case, stand: Callable[[], None], targets: str = "attention", offload: str = "auto") -> None:
-    """The engine's whole loop: data, noise, prediction, loss, backward, clipping, AdamW, log."""
+def ours(case: Case, stand: Callable[[], None], targets: str = "attention", **more) -> None:
+    """The engine's whole loop: data, noise, prediction, loss, backward, clipping, AdamW, log.
+
+    Args:
+        more: of the recipe.
+    """
     from tests.support import models
 
     def report(event, payload):
@@ -127,7 +131,7 @@ def ours(case: Case, stand: Callable[[], None], targets: str = "attention", offl
             stand()
 
     fields = {"steps": MANY, "batch_size": case.batch, "rank": RANK, "alpha": float(RANK), "save_every": MANY}
-    fields |= {"learning_rate": LEARNING_RATE, "targets": targets, "offload": offload}
+    fields |= {"learning_rate": LEARNING_RATE, "targets": targets, **more}
     made = models.in_training(
         case.patcher(), case.model, case.checkpointing, 0.0, case.batch, case.side, report, **fields
     )

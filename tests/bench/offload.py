@@ -1,9 +1,9 @@
-"""What it costs to keep the frozen blocks off the device, and what it spares: `python -m tests.bench.offload`.
+"""What memory options cost and what they spare: `python -m tests.bench.offload`.
 
-On a CPU they go to a file. The graph's own MODEL stays in memory beside it, as it does on a computer with a GPU, so the
-process gets smaller by activations alone; what a GPU would be spared is told by how much of the blocks' weights was in
-memory at once. Steps are compared by processor time, in turns, as in the other tables; each peak is that of a process
-of its own.
+Checkpointing, with attention kept and without, and frozen blocks off the device. On a CPU these go to a file. The
+graph's own MODEL stays in memory beside it, as it does on a computer with a GPU, so the process gets smaller by
+activations alone; what a GPU would be spared is told by how much of the blocks' weights was in memory at once. Steps
+are compared by processor time, in turns, as in the other tables; each peak is that of a process of its own.
 """
 
 from __future__ import annotations
@@ -24,9 +24,16 @@ from .contestants import Case
 from .turns import Turn, rounds
 
 MODEL = "SD1 middling"
-BATCHES = (1, 4)
+# The last as large as SD1's own pictures of 512 x 512.
+CASES = (Case(MODEL, 1, side=32), Case(MODEL, 4, side=32), Case(MODEL, 1, side=64))
 WARM_UP = 2
-KINDS = ("in place", "checkpointed", "offloaded")
+# By name, the fields of `Case` and of the recipe.
+KINDS = {
+    "in place": (False, {}),
+    "attention kept": (True, {"recompute": "all but attention"}),
+    "checkpointed": (True, {}),
+    "offloaded": (False, {"offload": "on"}),
+}
 _OWN = 1  # of (seconds, seconds of processor time)
 
 
@@ -35,19 +42,23 @@ _apart = functools.partial(apart, "tests.bench.offload")
 
 def table(count: int) -> str:
     """The rows, for so many rounds."""
-    heads = ["batch", "offloaded step over in place", "over checkpointed", *(f"peak, {kind}, MB" for kind in KINDS)]
-    heads += ["blocks' weights in memory at once, MB"]
+    first, *others = KINDS
+    heads = ["batch", "latents", *(f"step over {first}: {kind}" for kind in others), "offloaded over checkpointed"]
+    heads += [*(f"peak, {kind}, MB" for kind in KINDS), "blocks' weights in memory at once, MB"]
     lines = [
-        f"`offload` on against off, {MODEL}, LoRA of rank 8 on attention, fp32 on one thread of the CPU, where",
-        f"blocks go to a file: medians and quartiles of {count} rounds of processor time.",
+        f"`offload` on against off, and checkpointing with attention kept and without, {MODEL}, LoRA of rank 8 on",
+        "attention, fp32 on one thread of the CPU, where blocks go to a file: medians and quartiles of",
+        f"{count} rounds of processor time.",
         "",
         f"| {' | '.join(heads)} |",
         "|" + "---|" * len(heads),
     ]
-    for batch in BATCHES:
-        steps = _apart(what="steps", batch=batch, count=count)
-        peaks = {kind: _apart(what="peak", batch=batch, kind=kind) for kind in KINDS}
-        cells = [str(batch), *(_ratio(steps, over) for over in KINDS[:2])]
+    for case in CASES:
+        of = {"batch": case.batch, "side": case.side}
+        steps = _apart(what="steps", count=count, **of)
+        peaks = {kind: _apart(what="peak", kind=kind, **of) for kind in KINDS}
+        cells = [str(case.batch), f"{case.side} x {case.side}", *(_ratio(steps, kind, first) for kind in others)]
+        cells += [_ratio(steps, "offloaded", "checkpointed")]
         cells += [f"{peaks[kind]['peak'] / 1e6:.0f}" for kind in KINDS]
         last = peaks["offloaded"]
         cells.append(f"{last['at once'] / 1e6:.0f} of {last['all'] / 1e6:.0f}")
@@ -55,13 +66,13 @@ def table(count: int) -> str:
     return "\n".join(lines)
 
 
-def _ratio(steps: dict[str, list], over: str) -> str:
-    pairs = zip(steps["offloaded"], steps[over], strict=True)
+def _ratio(steps: dict[str, list], kind: str, over: str) -> str:
+    pairs = zip(steps[kind], steps[over], strict=True)
     low, middle, high = statistics.quantiles([mine[_OWN] / other[_OWN] for mine, other in pairs], n=4)
     return f"{middle:.2f} ({low:.2f}-{high:.2f})"
 
 
-def _one(what: str, **more) -> dict:
+def _one(what: str, batch: int, side: int, **more) -> dict:
     import torch
 
     from tests.support import pack
@@ -70,25 +81,25 @@ def _one(what: str, **more) -> dict:
     pack.load_pack()
     pack.use_comfy()
     torch.set_num_threads(1)
-    return {"steps": _steps, "peak": _peak}[what](**more)
+    return {"steps": _steps, "peak": _peak}[what](Case(MODEL, batch, side=side), **more)
 
 
 def _work(kind: str) -> Callable[[Case, Callable[[], None]], None]:
     def work(case: Case, stand: Callable[[], None]) -> None:
-        case = replace(case, checkpointing=kind == "checkpointed")
-        contestants.ours(case, stand, offload="on" if kind == "offloaded" else "auto")
+        checkpointing, fields = KINDS[kind]
+        contestants.ours(replace(case, checkpointing=checkpointing), stand, **fields)
 
     return work
 
 
-def _steps(batch: int, count: int) -> dict[str, list]:
-    turns = {kind: Turn(functools.partial(_work(kind), Case(MODEL, batch)), 1) for kind in KINDS}
+def _steps(case: Case, count: int) -> dict[str, list]:
+    turns = {kind: Turn(functools.partial(_work(kind), case), 1) for kind in KINDS}
     return rounds(turns, count, WARM_UP)
 
 
-def _peak(batch: int, kind: str) -> dict[str, int]:
+def _peak(case: Case, kind: str) -> dict[str, int]:
     with _watching() as found:
-        peak = memory.peak_of_work(Case(MODEL, batch), _work(kind))
+        peak = memory.peak_of_work(case, _work(kind))
     return {"peak": peak, **found}
 
 

@@ -13,6 +13,7 @@ from graft_pack.trainers import autograd, meter
 from graft_pack.trainers import estimate as estimates
 from graft_pack.trainers.data.examples import Handling
 from graft_pack.trainers.optimisers import OPTIMISERS
+from graft_pack.trainers.recipe import ALL_BUT_ATTENTION, EVERYTHING
 
 from tests.support import diffusers_host, models
 
@@ -32,6 +33,7 @@ KINDS = {
     "SD1, batch 4": lambda: lora("SD1", batch_size=4),
     "SD1, parts of a batch": lambda: lora("SD1", batch_size=4, micro_batch=2, accumulation=2),
     "checkpointed": lambda: lora("SD1", batch_size=4, checkpointing=True),
+    "attention kept": lambda: lora("SD1", batch_size=4, checkpointing=True, recompute=ALL_BUT_ATTENTION),
     "linear + conv": lambda: lora("SD1", batch_size=2, targets="linear + conv", rank=16, alpha=16.0),
     "Flux": lambda: lora("Flux", batch_size=4),
     "SDXL, Prodigy, average": lambda: lora("SDXL", batch_size=2, optimizer="Prodigy", ema_decay=0.99),
@@ -124,7 +126,13 @@ def told_of(training, free):
 
 
 def test_what_would_fit_is_told_in_the_order_of_its_cost(tmp_path):
-    steps = [(), ("checkpointing",), ("checkpointing", "micro_batch 2"), ("checkpointing", "micro_batch 1")]
+    steps = [
+        (),
+        ("checkpointing", "recompute all but attention"),
+        ("checkpointing",),
+        ("checkpointing", "micro_batch 2"),
+        ("checkpointing", "micro_batch 1"),
+    ]
     free = 1 << 40
     with KINDS["Flux"]() as training:
         for cures in steps:
@@ -155,18 +163,19 @@ def applied(training, cures):
     size = next((int(cure.split()[1]) for cure in cures if cure.startswith("micro_batch")), 0)
     recipe = replace(training.plan.recipe, micro_batch=size)
     blocks = autograd.blocks_of(training.denoiser.module) if "checkpointing" in cures else []
-    with autograd.checkpointed(blocks):
+    with autograd.checkpointed(blocks, "recompute all but attention" in cures):
         yield replace(training, plan=replace(training.plan, recipe=recipe))
 
 
 @pytest.mark.parametrize(
     "size, fits, cures",
     [
-        (1, lambda x_t, checkpointed: checkpointed, ("checkpointing",)),
-        (2, lambda x_t, checkpointed: len(x_t) == 1, ("checkpointing", "micro_batch 1")),
-        (2, lambda x_t, checkpointed: False, ()),
+        (1, lambda x_t, on, kept: on, ("checkpointing", "recompute all but attention")),
+        (1, lambda x_t, on, kept: on and not kept, ("checkpointing",)),
+        (2, lambda x_t, on, kept: len(x_t) == 1, ("checkpointing", "micro_batch 1")),
+        (2, lambda x_t, on, kept: False, ()),
     ],
-    ids=["checkpointed", "one alone", "never"],
+    ids=["attention kept", "checkpointed", "one alone", "never"],
 )
 @pytest.mark.parametrize("free", [1 << 40, None])
 def test_memory_that_runs_out_while_measuring_is_no_end(size, fits, cures, free, tmp_path, caplog):
@@ -175,7 +184,8 @@ def test_memory_that_runs_out_while_measuring_is_no_end(size, fits, cures, free,
         predict = training.denoiser.predict
 
         def short(x_t, sigma, conditioning):
-            if not fits(x_t, all(autograd.is_checkpointed(block) for block in blocks)):
+            on = all(autograd.is_checkpointed(block) for block in blocks)
+            if not fits(x_t, on, any(autograd.keeps_attention(block) for block in blocks)):
                 raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
             return predict(x_t, sigma, conditioning)
 
@@ -184,6 +194,32 @@ def test_memory_that_runs_out_while_measuring_is_no_end(size, fits, cures, free,
     assert (told["fits"], told["memory"], told["missing"], told["cures"]) == (False, None, None, cures)
     assert "more memory than the device has" in caplog.text
     assert ("it would fit with" if cures else "no option is known to help") in caplog.text
+
+
+@pytest.mark.parametrize(
+    "wanted, on, cures",
+    [
+        (EVERYTHING, False, ("checkpointing",)),
+        (EVERYTHING, True, ()),
+        (ALL_BUT_ATTENTION, False, ("checkpointing", "recompute everything")),
+        (ALL_BUT_ATTENTION, True, ("recompute everything",)),
+    ],
+)
+def test_what_is_forgotten_already_is_no_advice(wanted, on, cures, tmp_path):
+    with lora("SD1", checkpointing=on, recompute=wanted) as training:
+        blocks = autograd.blocks_of(training.denoiser.module)
+        predict = training.denoiser.predict
+
+        def short(*args):
+            if cures and not all(autograd.is_checkpointed(one) and not autograd.keeps_attention(one) for one in blocks):
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+            return predict(*args)
+
+        training.denoiser.predict = short
+        assert asked(training, 1 << 40, tmp_path)["cures"] == cures
+        assert [autograd.keeps_attention(block) for block in blocks] == [on and wanted == ALL_BUT_ATTENTION] * len(
+            blocks
+        )
 
 
 def test_where_nobody_knows_what_is_free_nothing_is_said_of_it(tmp_path):
@@ -198,8 +234,11 @@ def test_checkpointing_for_a_while_leaves_blocks_as_they_were():
     own = blocks[1].forward = lambda x: 2 * x
     autograd.checkpoint_blocks(blocks[2:])
     before = blocks[2].forward
-    with autograd.checkpointed(blocks):
-        assert all(autograd.is_checkpointed(block) for block in blocks)
+    for keep in (True, False):
+        with autograd.checkpointed(blocks, keep):
+            assert all(autograd.is_checkpointed(block) for block in blocks)
+            assert [autograd.keeps_attention(block) for block in blocks] == [keep] * 3
+    assert not autograd.keeps_attention(blocks[2])
     assert "forward" not in vars(blocks[0])
     assert blocks[1].forward is own
     assert blocks[2].forward is before

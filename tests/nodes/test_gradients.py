@@ -9,6 +9,8 @@ from graft_pack.trainers import autograd, forward
 from graft_pack.trainers.check import _by_block, check_gradient, directional_error
 from graft_pack.trainers.errors import ModelError
 from graft_pack.trainers.objective.noise import generator
+from graft_pack.trainers.recipe import ALL_BUT_ATTENTION, RECOMPUTED
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support import models
 
@@ -68,6 +70,43 @@ def test_checkpointing_forgets_activations(name):
                 training.losses()
         kept.append(total)
     assert kept[1] < 0.5 * kept[0]
+
+
+class Attentions(TorchDispatchMode):
+    """Counts how often attention is computed forward within its block, the backward included."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name()
+        self.count += "_scaled_dot_product" in name and "backward" not in name
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", models.ARCHITECTURES)
+def test_attention_that_is_kept_is_computed_once_and_changes_no_bit(name):
+    found, counts = [], []
+    for fields in (None, {}, {"recompute": ALL_BUT_ATTENTION}):
+        made = make_model(name, torch.float32)
+        with models.in_training(made, name, fields is not None, 0.1, **(fields or {})) as training:
+            with Attentions() as attentions:
+                found.append(models.joined(training.gradients()))
+        counts.append(attentions.count)
+    in_place, forgotten, kept = counts
+    assert in_place
+    # The last block's need not be, where nothing behind it wants to know.
+    assert 2 * in_place >= forgotten > in_place
+    assert kept == in_place
+    assert torch.equal(found[2], found[1])
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTED)
+def test_a_graph_may_be_gone_back_through_twice(recompute):
+    with models.in_training(make_model("SD1", torch.float32), "SD1", True, 0.1, recompute=recompute) as training:
+        losses = training.losses()
+        trained = list(training.plan.trainables.values())
+        first, second = (torch.autograd.grad(losses.sum(), trained, retain_graph=True) for _ in range(2))
+    assert torch.equal(models.joined(first), models.joined(second))
 
 
 @pytest.fixture

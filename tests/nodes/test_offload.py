@@ -8,6 +8,7 @@ import torch
 from graft_pack.trainers import autograd, offload
 from graft_pack.trainers.ladder import keep_away
 from graft_pack.trainers.methods import ADAPTERS
+from graft_pack.trainers.recipe import ALL_BUT_ATTENTION
 
 from tests.support import models
 from tests.support.diffusers_host import make_dataset, run_session, same_state, same_tensors, state_of
@@ -84,6 +85,17 @@ def near(comfy):
 def test_bits_are_the_same_with_weights_in_a_file(name, checkpointing, near, tmp_path):
     with models.in_training(models.patcher(name), name, checkpointing, 0.1, **ON) as training:
         assert same(gradients(training, tmp_path), near(name, checkpointing))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_attention_is_kept_where_that_is_wanted(checkpointing, near, tmp_path):
+    """By blocks that offloading checkpoints too."""
+    fields = {**ON, "recompute": ALL_BUT_ATTENTION}
+    with models.in_training(models.patcher("SD1"), "SD1", checkpointing, 0.1, **fields) as training:
+        assert same(gradients(training, tmp_path), near("SD1", True))
+        blocks = autograd.blocks_of(training.denoiser.module)
+        assert all(autograd.keeps_attention(block) for block in blocks if autograd.is_checkpointed(block))
+        assert any(autograd.keeps_attention(block) for block in blocks)
 
 
 @pytest.mark.parametrize("ahead", [False, True])

@@ -8,6 +8,7 @@ import torch
 from graft_pack.trainers import autograd, loop
 from graft_pack.trainers.errors import OutOfMemory
 from graft_pack.trainers.ladder import is_out_of_memory
+from graft_pack.trainers.recipe import ALL_BUT_ATTENTION
 
 from tests.support import models
 
@@ -92,6 +93,7 @@ class Device:
         return {
             "free": self._freed,
             "checkpointing": all(autograd.is_checkpointed(block) for block in blocks),
+            "attention": all(autograd.is_checkpointed(one) and not autograd.keeps_attention(one) for one in blocks),
             "micro_batch": len(x_t) == 1,
             "offload": any(hasattr(weight, "graft_offloaded") for weight in weights),
             "nothing": False,
@@ -147,6 +149,19 @@ def test_each_rung_ends_with_the_same_weights(kind, rung, place, enough, tmp_pat
     assert [event["done"] for event in kept if event["event"] == "memory"] == done
     assert all("CUDA out of memory" in event["said"] for event in kept if event["event"] == "memory")
     assert [event["step"] for event in kept if event["event"] == "step"] == list(range(1, STEPS + 1))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_attention_that_is_kept_is_given_up_before_anything_else(checkpointing, enough, tmp_path):
+    told = []
+    with lora("SD1", batch_size=4, checkpointing=checkpointing, recompute=ALL_BUT_ATTENTION) as training:
+        training = reporting(training, lambda event, payload: told.append((event, payload)))
+        Device(training, "attention", "backward")
+        state = models.train(training, tmp_path, steps=STEPS, learning_rate=1e-3)
+        assert models.distance(models.joined(state.trainables.values()), enough("SD1")) <= 1e-5
+    done = [payload["done"].split(" for ")[0].split(" in ")[0] for event, payload in told if event == "memory"]
+    assert done[0] == "other models and caches were taken off the device"
+    assert done[1:] == ["checkpointing is on"] * (not checkpointing) + ["attention is computed again"]
 
 
 @pytest.mark.parametrize("rung", ["free", "checkpointing", "offload"])

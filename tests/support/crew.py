@@ -224,7 +224,7 @@ def gradients(group, fields, windows):
                 super().backward(loss)
 
         if plan.recipe.checkpointing == "on":
-            checkpoint_blocks(blocks)
+            checkpoint_blocks(blocks, plan.recipe.keeps_attention)
         if plan.recipe.shard == "on":
             group.shard(host.denoiser.module, plan.trainables.values(), through=False)
         for step, window in enumerate(windows):

@@ -126,8 +126,8 @@ def learning_word(name: str, checkpointing: bool = False, model=None, clip=None,
     captions = captions or [f"a photo of embedding:{WORD}", f"one embedding:{WORD}, on a beach"]
     with denoiser.training("auto", settings.offload == "on"), encoder.training():
         if checkpointing:
-            autograd.checkpoint_blocks(autograd.blocks_of(denoiser.module))
-            autograd.checkpoint_blocks(autograd.blocks_of(encoder.module))
+            autograd.checkpoint_blocks(autograd.blocks_of(denoiser.module), settings.keeps_attention)
+            autograd.checkpoint_blocks(autograd.blocks_of(encoder.module), settings.keeps_attention)
         vectors = inversion.start(encoder, settings)
         items = []
         for number, caption in enumerate(captions):
@@ -161,8 +161,8 @@ def with_text(name: str, checkpointing: bool = False, model=None, clip=None, spr
     parts = Parts(METHODS[settings.method], settings, host)
     with denoiser.training("auto", settings.offload == "on"), encoder.training():
         if checkpointing:
-            autograd.checkpoint_blocks(autograd.blocks_of(denoiser.module))
-            autograd.checkpoint_blocks(autograd.blocks_of(encoder.module))
+            autograd.checkpoint_blocks(autograd.blocks_of(denoiser.module), settings.keeps_attention)
+            autograd.checkpoint_blocks(autograd.blocks_of(encoder.module), settings.keeps_attention)
         trainables = parts.inject()
         if spread:
             scatter(trainables, spread)
@@ -306,7 +306,7 @@ def in_training(
     with denoiser.training(settings.compute_dtype, settings.offload == "on"):
         dtype = denoiser.compute_dtype
         if checkpointing:
-            autograd.checkpoint_blocks(autograd.blocks_of(denoiser.module))
+            autograd.checkpoint_blocks(autograd.blocks_of(denoiser.module), settings.keeps_attention)
         targets = method.targets(denoiser.module, family_of(denoiser.family), settings)
         trainables = method.inject(denoiser.module, targets, settings)
         if spread:

@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from graft_pack.trainers import forward
+from graft_pack.trainers import autograd, forward
 from graft_pack.trainers.errors import NumbersError
+from graft_pack.trainers.recipe import ALL_BUT_ATTENTION, RECOMPUTED
 
 from tests.support import models
 from tests.support.diffusers_host import (
@@ -63,6 +64,23 @@ def mean_over(plan, host, part):
     losses = forward.losses_of(host, *part)
     gradient = torch.autograd.grad(losses.mean(), list(plan.trainables.values()))
     return float(losses.detach().mean()), models.joined(gradient)
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTED)
+@pytest.mark.parametrize("checkpointing", ["auto", "on"])
+def test_blocks_forget_what_the_recipe_says(checkpointing, recompute, tmp_path):
+    """The small network does nothing by itself."""
+    seen = set()
+    host = make_host()
+
+    def report(event, payload):
+        if event == "step":
+            blocks = autograd.blocks_of(host.denoiser.module)
+            seen.update((autograd.is_checkpointed(block), autograd.keeps_attention(block)) for block in blocks)
+
+    run_session(tmp_path, host=replace(host, report=report), steps=1, checkpointing=checkpointing, recompute=recompute)
+    on = checkpointing == "on"
+    assert seen == {(on, on and recompute == ALL_BUT_ATTENTION)}
 
 
 def test_each_step_and_each_batch_of_it_draws_other_noise():

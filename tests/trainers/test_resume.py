@@ -6,6 +6,7 @@ import pytest
 import torch
 from graft_pack.trainers import loop
 from graft_pack.trainers.errors import RunError
+from graft_pack.trainers.recipe import ALL_BUT_ATTENTION
 
 from tests.support.diffusers_host import make_host, run_session, same_state, same_tensors, state_of
 
@@ -155,6 +156,7 @@ def test_fewer_steps_than_there_are_give_a_run_of_that_length(tmp_path):
         {"save_every": 1, "keep_last": 1},
         {"micro_batch": 1},
         {"checkpointing": "on"},
+        {"recompute": ALL_BUT_ATTENTION, "checkpointing": "on"},
         {"gradient_check": "on"},
     ],
     ids=lambda fields: next(iter(fields)),

@@ -59,7 +59,14 @@ SET = {
         "power": 2.0,
         "loss_spike_factor": 20.0,
     },
-    "memory": {"checkpointing": "on", "compute_dtype": "bf16", "micro_batch": 2, "offload": "on", "shard": "off"},
+    "memory": {
+        "checkpointing": "on",
+        "compute_dtype": "bf16",
+        "micro_batch": 2,
+        "offload": "on",
+        "shard": "off",
+        "recompute": "all but attention",
+    },
     "pivotal": {"name": "w", "init_text": "dog", "vectors": 3, "learning_rate": 0.1, "stop_fraction": 0.3},
     "objective": {
         "timesteps": "logit-normal",

@@ -4,6 +4,7 @@ import pytest
 from graft_pack.trainers import shards
 from graft_pack.trainers.errors import SettingsError
 from graft_pack.trainers.limits import check_recipe
+from graft_pack.trainers.recipe import ALL_BUT_ATTENTION, EVERYTHING
 
 from tests.support import models
 from tests.support.crew import Crew
@@ -14,11 +15,14 @@ SHARED = {**FULL, "shard": "on"}
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("checkpointing", ["off", "on"])
-def test_each_holds_its_share_and_the_gradient_is_that_of_one_process(checkpointing, trials):
+@pytest.mark.parametrize(
+    "checkpointing, recompute, worlds",
+    [("off", EVERYTHING, [2]), ("on", EVERYTHING, [4]), ("on", ALL_BUT_ATTENTION, [2])],
+)
+def test_each_holds_its_share_and_the_gradient_is_that_of_one_process(checkpointing, recompute, worlds, trials):
     """Also where a step has fewer pictures than processes: the others show one that counts for nothing."""
-    fields = {"shard": "on", "checkpointing": checkpointing}
-    for world in trials([2] if checkpointing == "off" else [4], [2, 3, 4]):
+    fields = {"shard": "on", "checkpointing": checkpointing, "recompute": recompute}
+    for world in trials(worlds, [2, 3, 4]):
         for whole, *held in gradients_of(world, fields):
             # What does not divide is filled up.
             most = 1.01 * whole / world + 4096
