@@ -180,7 +180,7 @@ def is_checkpointed(block: nn.Module) -> bool:
 class _Checkpointed:
     """A block's forward under checkpointing, with the out-of-place rule inside the recomputed part."""
 
-    def __init__(self, forward, keep_attention: bool):
+    def __init__(self, forward, keep_attention: bool = False):
         self.forward = forward
         self.keep_attention = keep_attention
 
