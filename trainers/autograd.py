@@ -17,6 +17,9 @@ from torch.overrides import TorchFunctionMode
 if TYPE_CHECKING:
     from torch import nn
 
+# As it comes by, whatever stands in its place in `torch.nn.functional`.
+_ATTENTION = torch._C._nn.scaled_dot_product_attention
+
 _OUT_OF_PLACE = {}
 for _name in ("add", "sub", "mul", "div"):
     _OUT_OF_PLACE[getattr(torch.Tensor, f"{_name}_")] = getattr(torch, _name)
@@ -227,7 +230,7 @@ class _KeepingAttention(OutOfPlace):
         self._place = 0
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is not torch.nn.functional.scaled_dot_product_attention or not torch.is_grad_enabled():
+        if func is not _ATTENTION or not torch.is_grad_enabled():
             return super().__torch_function__(func, types, args, kwargs)
         if self._first:
             # Around each alone: what watches all operations of a block costs more than attention on few tokens.

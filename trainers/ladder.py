@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from .autograd import blocks_of, checkpoint_blocks, forget_attention, is_checkpointed
+from .autograd import blocks_of, checkpoint_blocks, forget_attention, is_checkpointed, keeps_attention
 from .errors import OutOfMemory
 from .forward import part_of, parts_of, terms_of
 from .methods import METHODS
@@ -170,6 +170,8 @@ class Ladder:
             cures.append("start more processes")
             if not all(is_checkpointed(block) for block in self._blocks()):
                 cures.append("set checkpointing to on (Graft Memory Options)")
+            elif any(keeps_attention(block) for block in self._blocks()):
+                cures.append("set recompute to everything (Graft Memory Options)")
         if METHODS[recipe.method].in_backward:
             cures.append("train a LoRA, or all weights by Adafactor in bf16")
         elif recipe.rank:

@@ -196,7 +196,7 @@ def test_the_self_check_finds_the_cure_missing_in_one_block(name):
     """In the recomputation of each block in turn: wherever the gradient is then wrong, and nowhere else."""
 
     class Uncured(autograd._Checkpointed):
-        def _run(self, *args, **kwargs):
+        def _run(self, modes, *args, **kwargs):
             return self.forward(*args, **kwargs)
 
     with one_block(name, spread=0.02) as (training, *_):

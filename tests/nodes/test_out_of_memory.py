@@ -2,13 +2,14 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from graft_pack.trainers import autograd, loop
 from graft_pack.trainers.errors import OutOfMemory
-from graft_pack.trainers.ladder import is_out_of_memory
-from graft_pack.trainers.recipe import ALL_BUT_ATTENTION
+from graft_pack.trainers.ladder import Ladder, is_out_of_memory
+from graft_pack.trainers.recipe import ALL_BUT_ATTENTION, EVERYTHING
 
 from tests.support import models
 
@@ -219,6 +220,28 @@ def test_nothing_left_says_what_fits_and_keeps_what_there_is(tmp_path, enough):
     with KINDS["SD1"]() as training:
         state = models.train(training, tmp_path, resume=True, steps=STEPS, learning_rate=1e-3)
         assert torch.equal(models.joined(state.trainables.values()), enough("SD1"))
+
+
+@pytest.mark.parametrize(
+    "checkpointing, recompute, cure",
+    [
+        (False, EVERYTHING, "set checkpointing to on"),
+        (True, ALL_BUT_ATTENTION, "set recompute to everything"),
+        (True, EVERYTHING, None),
+    ],
+)
+def test_with_weights_in_shares_the_error_names_what_takes_less(checkpointing, recompute, cure):
+    """There nothing is tried within a step."""
+    with lora("SD1", checkpointing=checkpointing, recompute=recompute) as training:
+        host = replace(training.host, group=SimpleNamespace(sharded=True, paired=True))
+        with pytest.raises(OutOfMemory, match="start more processes") as error:
+            Ladder(training.plan, None, host, False).attempt(short, lambda: None, 1)
+    assert ("Graft Memory Options" in str(error.value)) == (cure is not None)
+    assert (cure or "") in str(error.value)
+
+
+def short(plan):
+    raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
 
 
 @pytest.mark.parametrize("place", ["forward", "backward"])

@@ -11,6 +11,7 @@ from graft_pack.trainers.recipe import ALL_BUT_ATTENTION, RECOMPUTED
 from tests.support import models
 from tests.support.diffusers_host import (
     DiffusersDenoiser,
+    LayeredEncoder,
     gradient_of,
     make_host,
     make_item,
@@ -71,14 +72,17 @@ def mean_over(plan, host, part):
 def test_blocks_forget_what_the_recipe_says(checkpointing, recompute, tmp_path):
     """The small network does nothing by itself."""
     seen = set()
-    host = make_host()
+    host = make_host(text=LayeredEncoder())
 
     def report(event, payload):
         if event == "step":
-            blocks = autograd.blocks_of(host.denoiser.module)
+            blocks = [block for part in (host.denoiser, host.text) for block in autograd.blocks_of(part.module)]
+            assert len(blocks) > len(autograd.blocks_of(host.denoiser.module))
             seen.update((autograd.is_checkpointed(block), autograd.keeps_attention(block)) for block in blocks)
 
-    run_session(tmp_path, host=replace(host, report=report), steps=1, checkpointing=checkpointing, recompute=recompute)
+    fields = {"text_encoder": True, "text_encoder_rank": 2, "text_encoder_learning_rate": 1e-3, "steps": 1}
+    host_told = replace(host, report=report)
+    run_session(tmp_path, host=host_told, checkpointing=checkpointing, recompute=recompute, **fields)
     on = checkpointing == "on"
     assert seen == {(on, on and recompute == ALL_BUT_ATTENTION)}
 
