@@ -1,8 +1,9 @@
 """How far adapters of SDXL and Flux scale over processes, on paper and in simulation: `python -m tests.scaling`.
 
 Counted: what is synchronised in a step, from the real networks (built without weights) and the pack's own choice of
-layers. Measured here: drawing the noise of a whole batch, which each process does. Assumed, and said so in the table:
-arithmetic, networks, and how much processes differ from step to step. Nothing here was measured on GPUs.
+layers, and the weights of blocks that `shard` has put together for every picture. Measured here: drawing the noise of a
+whole batch, which each process does. Assumed, and said so in the table: arithmetic, networks, and how much processes
+differ from step to step. Nothing here was measured on GPUs.
 """
 
 from __future__ import annotations
@@ -52,12 +53,16 @@ class Work:
 
     Attributes:
         numbers: of the adapter.
+        blocks: how many the network has.
+        weights: bytes of the frozen weights of all blocks, in bf16.
         seconds: of a picture, forward and backward.
         latent: its shape.
     """
 
     name: str
     numbers: int
+    blocks: int
+    weights: int
     seconds: float
     latent: tuple[int, ...]
 
@@ -71,13 +76,14 @@ def works() -> list[Work]:
     """
     flux = 2 * 11.9e9 * 4608 + 57 * 4 * 4608**2 * 3072
     return [
-        Work("SDXL", adapter_numbers("SDXL"), 2 * 6.0e12 / FLOPS, (4, 128, 128)),
-        Work("Flux", adapter_numbers("Flux"), 3 * flux / FLOPS, (16, 128, 128)),
+        _work("SDXL", 2 * 6.0e12 / FLOPS, (4, 128, 128)),
+        _work("Flux", 3 * flux / FLOPS, (16, 128, 128)),
     ]
 
 
-def adapter_numbers(name: str) -> int:
-    """Numbers of a LoRA on the layers that the pack chooses in the real network."""
+def _work(name: str, seconds: float, latent: tuple[int, ...]) -> Work:
+    """With a LoRA on the layers that the pack chooses in the real network."""
+    from graft_pack.trainers.autograd import blocks_of
     from graft_pack.trainers.families import family_of
     from graft_pack.trainers.methods import METHODS
 
@@ -87,7 +93,15 @@ def adapter_numbers(name: str) -> int:
     recipe = models.recipe(name, rank=RANK)
     found = METHODS["LoRA"].targets(module, family_of(name), recipe)
     layers = [module.get_submodule(path) for path in found]
-    return sum(RANK * (layer.in_features + layer.out_features) for layer in layers)
+    blocks = blocks_of(module)
+    return Work(
+        name,
+        sum(RANK * (layer.in_features + layer.out_features) for layer in layers),
+        len(blocks),
+        2 * sum(weight.numel() for block in blocks for weight in block.parameters()),
+        seconds,
+        latent,
+    )
 
 
 def network(name: str):
@@ -140,10 +154,27 @@ def sync_seconds(work: Work, world: int, between: Network) -> float:
     return ring + 3 * 2 * math.log2(world) * link.latency
 
 
-def step_seconds(work: Work, world: int, pictures: int, between: Network, noise: float) -> float:
+def gather_seconds(work: Work, world: int, between: Network) -> float:
+    """Of putting every block's weights together twice, for the forward of a picture and for its backward."""
+    if world == 1:
+        return 0.0
+    link = between if world > A_MACHINE else INSIDE
+    return 2 * ((world - 1) / world * work.weights / link.rate + work.blocks * (world - 1) * link.latency)
+
+
+def picture_seconds(work: Work, world: int, between: Network, shares: bool) -> float:
+    """Of a picture; in shares the next block's weights come while one computes, and the first's are waited for."""
+    if not shares:
+        return work.seconds
+    gathering = gather_seconds(work, world, between)
+    return max(work.seconds, gathering) + gathering / work.blocks
+
+
+def step_seconds(work: Work, world: int, pictures: int, between: Network, noise: float, shares: bool = False) -> float:
     """Mean over simulated steps, each as long as its slowest process, on which all others wait."""
     source = np.random.RandomState(world)
-    own = OVERHEAD + noise * pictures + work.seconds * math.ceil(pictures / world)
+    a_picture = picture_seconds(work, world, between, shares)
+    own = OVERHEAD + noise * pictures + a_picture * math.ceil(pictures / world)
     slowest = (own * np.exp(JITTER * source.randn(STEPS, world))).max(1)
     return float(slowest.mean()) + sync_seconds(work, world, between)
 
@@ -159,6 +190,13 @@ def rows(work: Work, between: Network, batch: int) -> list[tuple[int, float, flo
         (world, rate(world, world) / world / rate(1, 1), rate(world, batch) / world / rate(1, batch))
         for world in WORLDS
     ]
+
+
+def shared_rows(work: Work, between: Network) -> list[tuple[int, float]]:
+    """(processes, efficiency with weights in shares and a picture for each, against one process that has them all)."""
+    noise = noise_seconds(work.latent)
+    alone = step_seconds(work, 1, 1, between, noise)
+    return [(world, alone / step_seconds(work, world, world, between, noise, True)) for world in WORLDS]
 
 
 def main() -> None:
@@ -180,6 +218,17 @@ def main() -> None:
             cells = [f"{world}", f"{sent:.0f}"]
             for between, shares in zip(BETWEEN, (slow, fast), strict=True):
                 cells += [f"{sync_seconds(work, world, between) * 1e3:.1f}", *(f"{share:.0%}" for share in shares)]
+            print(f"| {' | '.join(cells)} |")
+        print(f"\nWith weights in shares, {work.weights / 1e9:.1f} GB of blocks in bf16:\n")
+        titles = ["gathered in, ms", "one each"]
+        print(f"| {' | '.join(['processes', 'GB held by each', 'GB gathered a picture', *titles, *titles])} |")
+        print("|---|---|---|---|---|---|---|")
+        tables = [shared_rows(work, between) for between in BETWEEN]
+        for (world, *slow), (_, *fast) in zip(*tables, strict=True):
+            held = work.weights / world / 1e9
+            cells = [f"{world}", f"{held:.1f}", f"{2 * (world - 1) * held:.1f}"]
+            for between, (share,) in zip(BETWEEN, (slow, fast), strict=True):
+                cells += [f"{gather_seconds(work, world, between) * 1e3:.0f}", f"{share:.0%}"]
             print(f"| {' | '.join(cells)} |")
 
 
