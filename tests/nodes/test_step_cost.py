@@ -126,13 +126,10 @@ def test_no_product_of_an_adapter_is_made_the_slow_way_round(model, monkeypatch)
     assert not any(shape[-1] == rank for shape in made)
 
 
-def test_a_convolutions_difference_is_added_by_the_product_that_makes_it():
-    """No sum over a whole activation for each adapted layer."""
-    sums = []
-    for targets in ("attention", "linear + conv"):
-        fields = {"rank": 4, "alpha": 2.0, "targets": targets}
-        with models.in_training(models.patcher("SD1"), "SD1", **fields) as training, Calls() as calls:
-            training.losses()
-        sums.append(calls.made[torch.ops.aten.add.Tensor])
-        assert calls.made[torch.ops.aten.baddbmm.default] > 0 or targets == "attention"
-    assert sums[0] == sums[1]
+def test_a_block_that_ends_with_an_adapted_convolution_is_not_computed_again_to_its_end(narrow):
+    """Its frozen convolution is all of it that no gradient asks for; a narrow adapter adds little."""
+    again = []
+    for name in ("attention", "linear + conv"):
+        plain, checkpointed = (work(Case("SD1", 2, on), name) for on in (False, True))
+        again.append(checkpointed - plain)
+    assert again[0] <= again[1] <= 1.1 * again[0]

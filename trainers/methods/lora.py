@@ -59,18 +59,21 @@ def _linear(layer: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def _convolution(layer: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The same for a convolution, whose B is a product over the channels."""
+    """The same for a convolution, whose B is a product over the channels.
+
+    The frozen one comes last and is added to: checkpointing computes a block again up to the last of what the backward
+    needs, and of a block that ends with a convolution, as those of U-Nets do, it then leaves that one out.
+    """
     base, down, up, drop, scale = parts_of(layer)
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        out = base(x)
         middle = down(drop(x.to(down.weight.dtype)))
         if scale != 1.0:
             middle = middle * scale
-        if middle.dtype != out.dtype or not out.is_contiguous():
-            return out + up(middle).to(out.dtype)
-        over_channels = up.weight.flatten(1).expand(len(out), -1, -1)
-        return out.flatten(2).baddbmm(over_channels, middle.flatten(2)).view(out.shape)
+        over_channels = up.weight.flatten(1).expand(len(middle), -1, -1)
+        change = over_channels.bmm(middle.flatten(2)).unflatten(2, middle.shape[2:])
+        out = base(x)
+        return out + change.to(out.dtype)
 
     return forward
 
