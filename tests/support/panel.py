@@ -193,6 +193,10 @@ class PanelView:
         """Steps in the chart."""
         return self.state()["points"]
 
+    def wait_for_past(self):
+        """Waits until the chart begins with the first step: what is told of a run may come before the log of what was."""
+        self.page.wait_for("return document.querySelector('.graft-panel').graftTraining.curve.steps[0] === 1;", 20)
+
     def wait(self, phase, timeout=120):
         """Waits until the panel says so; raises with what it says instead."""
         deadline = time.monotonic() + timeout
