@@ -194,7 +194,7 @@ class PanelView:
         return self.state()["points"]
 
     def wait_for_past(self):
-        """Waits until the chart begins with the first step: what is told of a run may come before the log of what was."""
+        """Waits until the chart begins with the first step: what is told may come before the log of what was."""
         self.page.wait_for("return document.querySelector('.graft-panel').graftTraining.curve.steps[0] === 1;", 20)
 
     def wait(self, phase, timeout=120):
