@@ -3,7 +3,6 @@
 `make bench` has the seconds, and the peers.
 """
 
-from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -98,17 +97,15 @@ def test_a_late_step_has_the_operations_of_an_early_one():
     assert late == early
 
 
-class Calls(TorchDispatchMode):
-    """Counts torch's operations within its block by what they are, and notes the shapes that matrix products make."""
+class Products(TorchDispatchMode):
+    """Notes the shapes that matrix products make within its block."""
 
     def __init__(self):
         super().__init__()
-        self.made = Counter()
         self.shapes = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         found = func(*args, **(kwargs or {}))
-        self.made[func] += 1
         if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
             self.shapes.add(tuple(found.shape))
         return found
@@ -119,7 +116,7 @@ def test_no_product_of_an_adapter_is_made_the_slow_way_round(model, monkeypatch)
     """A product whose last size is the rank takes a CPU two to five times as long as its transpose."""
     rank = 5
     monkeypatch.setattr(contestants, "RANK", rank)
-    bare, step = (counted(Case(model, 2), name, Calls()).shapes for name in ("limit", "attention"))
+    bare, step = (counted(Case(model, 2), name, Products()).shapes for name in ("limit", "attention"))
     assert not any(rank in shape for shape in bare), "a size that is the rank's alone"
     made = step - bare
     assert any(shape[0] == rank for shape in made)
