@@ -105,7 +105,7 @@ def _oriented(folder, outside, number):
         pixels = quarters(number + orientation)
         exif = Image.Exif()
         exif[0x0112] = orientation
-        suffix = ("png", "jpg", "webp")[orientation % 3]
+        suffix = ("png", "jpg", "webp", "tif")[(number + orientation) % 4]
         name = f"turned-{number}-{orientation}.{suffix}"
         more = {"lossless": True} if suffix == "webp" else {}
         _save(folder, name, Image.fromarray(pixels), exif=exif, **more)

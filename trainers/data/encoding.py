@@ -162,6 +162,8 @@ class _Pictures:
     def _opened(self, place: int) -> Image.Image:
         if self._last is None or self._last[0] != place:
             example = self._examples[place]
+            # Let go of before the next one is decoded, or two large ones are held.
+            self._last = None
             picture = opened(example.source)
             if picture.size != example.size:
                 raise Unreadable(LeftOut(self.name(place), f"it is {picture.size} when decoded, not {example.size}"))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ..errors import DatasetError, RunError
 from .cache import Cache, key_of
 from .examples import LeftOut
-from .pixels import cut, to_array
+from .pixels import as_weight, cut, to_array
 from .scan import reason_of
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class HoleCache:
         import torch
 
         picture = example.source.open()
-        mask = None if example.mask is None else example.mask.open().convert("L")
+        mask = None if example.mask is None else as_weight(example.mask.open())
         for crop, number in wanted:
             if mask is None:
                 hole = random_hole(crop.bucket, f"{example.digest} {crop} {number}", number)

@@ -30,7 +30,7 @@ _COLOURS = 16.0
 
 
 def signature(picture: Image.Image) -> bytes:
-    """8 bytes of DCT hash and the 192 of an 8x8 thumbnail."""
+    """8 bytes of DCT hash and the 192 of an 8x8 thumbnail, of a picture in RGB."""
     from PIL import Image
 
     grey = np.asarray(picture.convert("L").resize((_SIDE, _SIDE), Image.LANCZOS), dtype=np.float64)
@@ -38,7 +38,7 @@ def signature(picture: Image.Image) -> bytes:
     basis = np.cos(np.pi * (2 * steps[None] + 1) * steps[:_LOW, None] / (2 * _SIDE))
     low = basis @ grey @ basis.T
     bits = low.flatten() > np.median(low.flatten()[1:])
-    small = np.asarray(picture.convert("RGB").resize((_LOW, _LOW), Image.BOX))
+    small = np.asarray(picture.resize((_LOW, _LOW), Image.BOX))
     return np.packbits(bits).tobytes() + small.tobytes()
 
 

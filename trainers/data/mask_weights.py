@@ -9,7 +9,7 @@ from ..errors import RunError
 from .cache import Cache, key_of
 from .encoding import Unreadable, opened
 from .examples import LeftOut
-from .pixels import cut
+from .pixels import as_weight, cut
 
 if TYPE_CHECKING:
     import torch
@@ -59,6 +59,6 @@ def _mask_weights(example: Example, crop: Crop, shape: tuple[int, int]) -> torch
     import numpy as np
     import torch
 
-    picture = cut(opened(example.mask).convert("L"), crop)
+    picture = cut(as_weight(opened(example.mask)), crop)
     weights = torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255.0)[None, None]
     return torch.nn.functional.interpolate(weights, size=shape, mode="area")

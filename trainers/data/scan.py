@@ -17,7 +17,7 @@ from .examples import Dataset, Example, Handling, LeftOut
 from .index import Index, mark_of
 from .listing import File, list_folder, stem_of
 from .masks import mask_owner, own_masks
-from .pixels import UNREAD, AlphaSource, ArraySource, FileSource, is_picture, measure_file
+from .pixels import UNREAD, AlphaSource, ArraySource, FileSource, MaskSource, is_clear, is_picture, measure_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -239,22 +239,40 @@ class _Reader:
         found = self._masks.get(stem_of(file.name))
         if found is not None:
             try:
-                facts = _measured(found, index)
+                return _mask_of(found, self._mask_root, index)
             except DatasetError as error:
                 reason = f"its mask {found.name} {reason_of(error, found.name)}"
                 raise DatasetError(reason, "Save the mask again, or remove it.") from error
-            return FileSource(found.path, found.name, self._mask_root, facts["digest"])
         if self._reading.masks == "alpha" and transparent:
             return AlphaSource(source)
         return None
 
 
 def _measured(file: File, index: Index) -> dict:
-    def measure() -> dict:
-        size, digest, transparent = measure_file(file.path, file.name)
-        return {"size": list(size), "digest": digest, "alpha": transparent}
+    return index.facts(file.path, file.stat, lambda: _measure(file), _are_facts)
 
-    return index.facts(file.path, file.stat, measure, _are_facts)
+
+def _measure(file: File) -> dict:
+    size, digest, transparent = measure_file(file.path, file.name)
+    return {"size": list(size), "digest": digest, "alpha": transparent}
+
+
+def _mask_of(file: File, root: str, index: Index) -> MaskSource:
+    """A mask file as a source. Raises DatasetError."""
+
+    def measure() -> dict:
+        facts = _measure(file)
+        # The head says that a mask can be clear; only its pixels say that it is, and most are opaque all over.
+        clear = facts["alpha"] and is_clear(FileSource(file.path, file.name, root, facts["digest"]))
+        return {**facts, "clear": clear}
+
+    facts = index.facts(file.path, file.stat, measure, _are_mask_facts)
+    return MaskSource(FileSource(file.path, file.name, root, facts["digest"]), facts.get("clear", False))
+
+
+def _are_mask_facts(facts: dict) -> bool:
+    """Whether facts are those of a mask; earlier versions did not ask whether it is clear."""
+    return _are_facts(facts) and (not facts["alpha"] or isinstance(facts.get("clear"), bool))
 
 
 def _are_facts(facts: dict) -> bool:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .inspect import common_tags
+from .pixels import as_weight
 
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw, ImageFont
@@ -175,7 +176,7 @@ def _overlaid(finding: Finding) -> Image.Image:
     size = tuple(max(1, round(side * factor)) for side in picture.size)
     picture = picture.resize(size, Image.LANCZOS if factor < 1 else Image.NEAREST)
     if finding.example.mask is not None:
-        mask = finding.example.mask.open().convert("L").resize(size, Image.BILINEAR)
+        mask = as_weight(finding.example.mask.open()).resize(size, Image.BILINEAR)
         excluded = mask.point(lambda value: (255 - value) * 3 // 5)
         picture = Image.composite(Image.new("RGB", size, _RED), picture, excluded)
     x = size[0] / crop.scaled[0]

@@ -1,0 +1,268 @@
+"""Pictures as they are decoded: turned, clear, of every mode, and within a bound of memory."""
+
+import json
+import os
+import struct
+import subprocess
+import sys
+import types
+import zlib
+
+import numpy as np
+import pytest
+from graft_pack.trainers.data import pixels
+from graft_pack.trainers.data.pixels import FileSource, MaskSource, measure_file
+from graft_pack.trainers.errors import DatasetError
+from PIL import Image, PngImagePlugin
+
+from tests.support import odd_files
+from tests.support.pack import ROOT
+
+
+def source(path):
+    size, digest, _ = measure_file(str(path), path.name)
+    return size, FileSource(str(path), path.name, str(path.parent), digest)
+
+
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def write_png(path, size, depth, colour, rows, *chunks):
+    """A PNG as the standard has it; Pillow writes few of its modes.
+
+    Args:
+        colour: the standard's colour type.
+        rows: the samples' bytes of each row.
+        chunks: (kind, data) before the pixels.
+    """
+    head = struct.pack(">IIBBBBB", *size, depth, colour, 0, 0, 0)
+    packer = zlib.compressobj(1)
+    data = b"".join(packer.compress(b"\0" + row) for row in rows) + packer.flush()
+    more = b"".join(chunk(*one) for one in chunks)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + more + chunk(b"IDAT", data) + chunk(b"IEND", b""))
+
+
+TIFF_MODES = ("RGB", "L", "1", "I;16", "I", "F", "CMYK", "P", "LA", "RGBA")
+
+
+def in_mode(picture, mode):
+    if mode in ("I;16", "I", "F"):
+        kind = {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]
+        grey = np.asarray(picture.convert("L")).astype(kind)
+        return Image.fromarray(grey * (1 if mode == "F" else 257))
+    return picture.convert(mode)
+
+
+@pytest.mark.parametrize("more", [{}, {"compression": "tiff_lzw"}, {"save_all": True}], ids=["raw", "lzw", "pages"])
+@pytest.mark.parametrize("mode", TIFF_MODES)
+def test_turned_tiff_has_the_size_and_the_look_of_a_viewer(tmp_path, mode, more):
+    picture = in_mode(Image.fromarray(odd_files.quarters(1)), mode)
+    upright = np.asarray(pixels.upright_rgb(picture))
+    for orientation, shown in odd_files.SHOWN.items():
+        path = tmp_path / f"{orientation}.tif"
+        pages = {"append_images": [picture]} if more.get("save_all") else {}
+        picture.save(path, tiffinfo={274: orientation}, **more, **pages)
+        size, file = source(path)
+        opened = file.open()
+        assert size == opened.size, orientation
+        assert np.array_equal(np.asarray(opened), shown(upright)), orientation
+
+
+def clear_mask(tmp_path, kind):
+    """A white mask whose left half is clear, 32 x 16, in one of the modes that can say so."""
+    path = tmp_path / "a-masklabel.png"
+    clear = np.arange(32) < 16
+    opacity = Image.fromarray(np.tile(np.where(clear, 0, 255).astype(np.uint8), (16, 1)))
+    white = Image.new("RGBA", (32, 16), "white")
+    white.putalpha(opacity)
+    palette = Image.fromarray(np.tile(clear.astype(np.uint8), (16, 1)))
+    palette.putpalette([255] * 6)
+    if kind in ("LA", "RGBA"):
+        white.convert(kind).save(path)
+    elif kind == "WebP":
+        path = path.with_suffix(".webp")
+        white.save(path, lossless=True, exact=True)
+    elif kind == "PA":
+        path = path.with_suffix(".tif")
+        palette = palette.convert("PA")
+        palette.putalpha(opacity)
+        palette.save(path)
+    elif kind == "GIF":
+        path = path.with_suffix(".gif")
+        palette.save(path, transparency=1)
+    elif kind == "P":
+        palette.save(path, transparency=1)
+    elif kind == "P by index":
+        rows = [bytes(clear.astype(np.uint8))] * 16
+        write_png(path, (32, 16), 8, 3, rows, (b"PLTE", b"\xff" * 6), (b"tRNS", b"\xff\x00"))
+    else:
+        channels, depth = (3, int(kind[3:])) if kind.startswith("RGB") else (1, int(kind[1:]))
+        top = 2**depth - 1
+        # Colours of 16 bits are read as 8: the values must differ there.
+        other = top - (256 if channels == 3 and depth == 16 else 1)
+        values = np.repeat(np.where(clear, other, top), channels)
+        bits = (values[:, None] >> np.arange(depth)[::-1] & 1).astype(np.uint8).ravel()
+        row = np.packbits(bits).tobytes()
+        value = struct.pack(">H", other) * channels
+        write_png(path, (32, 16), depth, 2 if channels == 3 else 0, [row] * 16, (b"tRNS", value))
+    return path
+
+
+CLEAR = ("LA", "RGBA", "P", "P by index", "PA", "GIF", "WebP", "L1", "L2", "L4", "L8", "L16", "RGB8", "RGB16")
+
+
+@pytest.mark.parametrize("kind", CLEAR)
+def test_clear_part_of_a_mask_does_not_count(tmp_path, kind):
+    path = clear_mask(tmp_path, kind)
+    _, file = source(path)
+    assert pixels.is_clear(file)
+    weight = np.asarray(MaskSource(file, True).open())
+    assert weight.shape == (16, 32)
+    assert weight[:, :16].max() == 0
+    assert weight[:, 16:].min() == 255
+    # In a picture the same part is white, as a viewer shows it.
+    assert np.asarray(file.open())[:, :16].min() == 255
+
+
+def test_half_clear_part_of_a_mask_counts_half(tmp_path):
+    path = tmp_path / "a.png"
+    Image.new("RGBA", (8, 8), (200, 200, 200, 128)).save(path)
+    assert np.asarray(MaskSource(source(path)[1], True).open()).max() == round(200 * 128 / 255)
+
+
+def test_opaque_mask_keeps_its_digest_and_its_bits(tmp_path):
+    grey = Image.fromarray(np.random.RandomState(0).randint(0, 256, (16, 32, 3)).astype(np.uint8))
+    path = tmp_path / "a.png"
+    for mask in (grey, grey.convert("RGBA")):
+        mask.save(path)
+        _, file = source(path)
+        assert not pixels.is_clear(file)
+        assert MaskSource(file, False).digest == file.digest
+        assert np.array_equal(np.asarray(MaskSource(file, False).open()), np.asarray(grey.convert("L")))
+
+
+def modes():
+    """A picture in each mode, with what Pillow makes of the whole of it by itself."""
+    rng = np.random.RandomState(0)
+    rgba = Image.fromarray(rng.randint(0, 256, (64, 96, 4)).astype(np.uint8))
+    white = Image.new("RGBA", rgba.size, "white")
+    for mode in ("RGBA", "LA"):
+        shown = rgba.convert(mode)
+        yield mode, shown, Image.alpha_composite(white, shown.convert("RGBA")).convert("RGB")
+    for mode in ("RGB", "L", "1", "CMYK", "YCbCr"):
+        shown = rgba.convert("RGB").convert(mode)
+        yield mode, shown, shown.convert("RGB")
+    deep = rng.randint(0, 65536, (64, 96))
+    yield "I;16", Image.fromarray(deep.astype(np.uint16)), Image.fromarray(np.round(deep / 257).astype(np.uint8))
+    for top in (1.0, 255.0):
+        # The brightest pixel is in the last strip alone.
+        values = rng.rand(64, 96) * top * 0.003
+        values[-1, -1] = top
+        yield (
+            f"F {top}",
+            Image.fromarray(values.astype(np.float32)),
+            Image.fromarray(np.floor(values.astype(np.float32).astype(float) / top * 255 + 0.5).astype(np.uint8)),
+        )
+
+
+def test_strips_give_the_bits_of_the_whole(monkeypatch):
+    for strip in (1, 500, 1 << 18):
+        monkeypatch.setattr(pixels, "_STRIP", strip)
+        for name, picture, whole in modes():
+            made = np.asarray(pixels.upright_rgb(picture))
+            assert np.array_equal(made, np.asarray(whole.convert("RGB"))), (name, strip)
+
+
+_PEAK = """
+import json, sys, types
+package = types.ModuleType("graft_pack")
+package.__path__ = [sys.argv[1]]
+sys.modules["graft_pack"] = package
+from graft_pack.trainers.data import likeness, pixels
+from PIL import Image, ImageCms
+
+def memory(key):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
+
+found = {}
+for path in sys.argv[3:]:
+    open("/proc/self/clear_refs", "w").write("5")
+    before = memory("VmRSS")
+    size, digest, _ = pixels.measure_file(path, path)
+    file = pixels.FileSource(path, path, sys.argv[2], digest)
+    rows = found[path] = {}
+    for kind, use in (
+        ("likeness", lambda: likeness.signature(file.open())),
+        ("mask", pixels.MaskSource(file, True).open),
+        ("alpha", file.alpha),
+    ):
+        use()
+        rows[kind] = (memory("VmHWM") - before) / (size[0] * size[1])
+print(json.dumps(found))
+"""
+_SIDE = 2000
+
+
+def bombs(folder):
+    """Files of few bytes and many pixels, of the formats and modes that take most."""
+    side = (_SIDE, _SIDE)
+    for colour, channels, depth in ((0, 1, 16), (2, 3, 16), (4, 2, 16), (6, 4, 8)):
+        row = b"\x40" * (_SIDE * channels * depth // 8)
+        write_png(folder / f"{colour}-{depth}.png", side, depth, colour, [row] * _SIDE)
+    clear = (b"PLTE", bytes(768)), (b"tRNS", bytes(256))
+    write_png(folder / "palette.png", side, 8, 3, [bytes(_SIDE)] * _SIDE, *clear)
+    for mode in ("I;16", "I", "F"):
+        Image.new(mode, side).save(folder / f"{mode[:1]}{len(mode)}.tif", compression="tiff_lzw", tiffinfo={274: 6})
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture = Image.new("RGB", side)
+    picture.save(folder / "turned.jpg", progressive=True, subsampling=0, exif=exif)
+    picture.convert("CMYK").save(folder / "cmyk.jpg", progressive=True)
+    picture.save(folder / "a.webp", lossless=True, method=0)
+    picture.save(folder / "a.gif")
+    return sorted(folder.iterdir())
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="the peak is read from /proc")
+def test_memory_of_a_picture_stays_within_its_bound(tmp_path):
+    files = bombs(tmp_path)
+    found = subprocess.run(
+        [sys.executable, "-c", _PEAK, str(ROOT), str(tmp_path), *map(str, files)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"},
+    )
+    peaks = json.loads(found.stdout)
+    assert len(peaks) == len(files)
+    # Beside the bound: a strip and what is made of it.
+    bound = pixels.BYTES_PER_PIXEL + 24e6 / _SIDE**2
+    assert {name: rows for name, rows in peaks.items() if max(rows.values()) > bound} == {}
+
+
+def test_first_frame_of_many_is_read_alone(tmp_path):
+    frames = [Image.new("P", (64, 64), number % 250) for number in range(2000)]
+    path = tmp_path / "a.gif"
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+    size, file = source(path)
+    assert size == file.open().size == (64, 64)
+
+
+def test_heic_is_read_where_pillow_heif_is_installed(tmp_path, monkeypatch):
+    """A stand-in for the package: what it is asked for is its own plugin's class, and no other."""
+    path = tmp_path / "a.heic"
+    path.write_bytes(b"\x00\x00\x00\x18ftypheic\x00\x00\x00\x00mif1heic")
+
+    class Plugin(PngImagePlugin.PngImageFile):
+        def __init__(self, file, filename):
+            odd_files._save(str(tmp_path), "inner.png", Image.fromarray(odd_files.quarters(1)))
+            super().__init__(str(tmp_path / "inner.png"))
+
+    monkeypatch.setitem(sys.modules, "pillow_heif", types.SimpleNamespace(HeifImageFile=Plugin))
+    size, file = source(path)
+    assert size == (96, 64)
+    assert np.array_equal(np.asarray(file.open()), odd_files.quarters(1))
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with pytest.raises(DatasetError, match=r"a\.heic.*install pillow-heif"):
+        measure_file(str(path), path.name)
