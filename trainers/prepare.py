@@ -85,6 +85,8 @@ def prepare(
     removed = prune(cache_folder, cache_limit, started)
     if removed:
         log.info("Graft: %.1f GB of the oldest cached latents and texts were removed.", removed / 1e9)
+    for warning in dataset.warnings:
+        log.warning("Graft: %s", warning)
     everything = (*dataset.left_out, *left_out)
     if everything:
         log.warning("Graft: %d files are not trained on: %s", len(everything), shortened(everything, 50))

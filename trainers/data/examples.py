@@ -154,6 +154,7 @@ class Dataset:
         resolution: side of the training square in pixels, 0 for the model's own.
         name: for file names and reports.
         left_out: files that could have been examples and are not.
+        warnings: sentences about what is used but may not be meant so.
     """
 
     examples: tuple[Example, ...]
@@ -161,6 +162,7 @@ class Dataset:
     resolution: int
     name: str
     left_out: tuple[LeftOut, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     def fingerprint(self) -> str:
         """Hash of everything here that decides what is learnt."""
@@ -203,4 +205,5 @@ def combine(a: Dataset, b: Dataset) -> Dataset:
         )
     trigger = a.trigger if a.trigger == b.trigger else ""
     name = f"{a.name}+{b.name}"
-    return Dataset(a.examples + b.examples, trigger, a.resolution or b.resolution, name, a.left_out + b.left_out)
+    left_out, warnings = a.left_out + b.left_out, a.warnings + b.warnings
+    return Dataset(a.examples + b.examples, trigger, a.resolution or b.resolution, name, left_out, warnings)

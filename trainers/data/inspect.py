@@ -173,6 +173,7 @@ def report(findings: Findings, cache_bytes: int = -1) -> str:
     for bucket, number in sorted(findings.buckets.items()):
         lines.append(f"bucket {bucket[0]}x{bucket[1]}: {number}")
     lines += _repeats(rows)
+    lines += dataset.warnings
     if findings.left_out:
         lines.append(f"{len(findings.left_out)} left out: {shortened(findings.left_out, 20)}")
     lines += _trigger_lines(findings)

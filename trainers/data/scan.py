@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 MASKS = ("auto", "alpha", "off")
 _MOST_REPEATS = 1_000_000
+# More are hardly meant: "202311_shoot" is a date.
+_USUAL_REPEATS = 100
 
 # kohya's name for a folder whose pictures are repeated: "20_sls frog".
 _REPEAT_FOLDER = re.compile(r"(\d{1,6})_(.*)")
@@ -99,7 +101,7 @@ def scan_folder(
     name = os.path.basename(os.path.normpath(folder))
     _refuse_if_empty(folder, examples, left_out)
     _refuse_if_nothing_held_out(examples, reading)
-    return Dataset(tuple(examples), trigger.strip(), resolution, name, tuple(left_out))
+    return Dataset(tuple(examples), trigger.strip(), resolution, name, tuple(left_out), reader.warnings())
 
 
 def _refuse_if_empty(folder: str, examples: list[Example], left_out: list[LeftOut]) -> None:
@@ -143,6 +145,7 @@ class _Reader:
         self._handling = handling
         self._reading = reading
         self._left_out: list[LeftOut] = left_out
+        self._unusual: dict[str, tuple[int, int]] = {}
         self._controls: Controls = controls
         self._sidecars = self._find_sidecars()
         self._metadata = self._read_metadata()
@@ -169,7 +172,9 @@ class _Reader:
         facts = _measured(file, index)
         size = tuple(facts["size"])
         source = FileSource(file.path, file.name, self._listing.root, facts["digest"])
-        times, words = self._of_folder(file.name)
+        times, words, folder = self._of_folder(file.name)
+        if times > _USUAL_REPEATS:
+            self._unusual[folder] = (times, self._unusual.get(folder, (times, 0))[1] + 1)
         if times == 0:
             raise DatasetError("its folder's name repeats it 0 times", "Rename the folder.", "folder")
         texts = self._captions(file) or captions.variants_of(words, False) or ("",)
@@ -226,14 +231,22 @@ class _Reader:
                 self._left_out.append(LeftOut(name, f"it names {len(missing)} pictures that are not there: {shown}"))
         return found
 
-    def _of_folder(self, name: str) -> tuple[int, str]:
-        """Repeats and class tokens by the name of the nearest folder that gives them."""
+    def warnings(self) -> tuple[str, ...]:
+        """Questions about repeats that a folder's name gives and that are hardly meant."""
+        return tuple(
+            f"The name of the folder '{folder}' says that an epoch shows each of its {_counted(count)} {times} times. "
+            f"If {times} is a date or a number, rename it, such as to '{folder.replace('_', '-', 1)}'."
+            for folder, (times, count) in self._unusual.items()
+        )
+
+    def _of_folder(self, name: str) -> tuple[int, str, str]:
+        """Repeats and class tokens by the name of the nearest folder that gives them, and that name."""
         folders = [os.path.basename(self._listing.root), *name.split("/")[:-1]]
         for folder in reversed(folders):
             match = _REPEAT_FOLDER.fullmatch(folder)
             if match:
-                return int(match.group(1)), match.group(2).strip()
-        return 1, ""
+                return int(match.group(1)), match.group(2).strip(), folder
+        return 1, "", ""
 
     def _mask(self, file: File, source: FileSource, transparent: bool, index: Index):
         found = self._masks.get(stem_of(file.name))
@@ -246,6 +259,10 @@ class _Reader:
         if self._reading.masks == "alpha" and transparent:
             return AlphaSource(source)
         return None
+
+
+def _counted(pictures: int) -> str:
+    return f"{pictures} pictures" if pictures != 1 else "picture"
 
 
 def _measured(file: File, index: Index) -> dict:

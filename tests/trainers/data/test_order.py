@@ -1,8 +1,14 @@
 """Which pictures make up which batch."""
 
+import hashlib
+import json
+import tracemalloc
 from collections import Counter
 from itertools import islice
 
+import numpy as np
+import pytest
+from graft_pack.trainers.data import order
 from graft_pack.trainers.data.order import batches_from, epoch_batches, stream_seed, turns_within
 from hypothesis import given
 from hypothesis import strategies as st
@@ -48,6 +54,57 @@ def test_the_order_is_the_same_on_every_machine():
     """Written down once: another order would make every resumed run another one."""
     expected = [[2, 4], [3, 3], [0, 3], [1, 6], [1], [5]]
     assert epoch_batches(BUCKETS, REPEATS, 2, 42, 3) == expected
+
+
+def order_digest(prior):
+    rng = np.random.RandomState(5)
+    sides = [(64, 64), (96, 48), (48, 96)]
+    buckets = [sides[number] for number in rng.randint(0, 3, 200)]
+    repeats = rng.randint(1, 40, 200).tolist()
+    marks = [bool(mark) for mark in rng.rand(200) < 0.3] if prior else []
+    rows = list(islice(batches_from(7, buckets, repeats, 3, 11, marks), 4000))
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+
+
+def test_order_of_earlier_versions_is_kept():
+    """Digests of what version 1 gave: two epochs of 200 pictures, without and with class images."""
+    assert order_digest(prior=False) == "910cc65088343717"
+    assert order_digest(prior=True) == "88b2bc39f3e1404c"
+
+
+@pytest.mark.parametrize("prior", [(), [False] * 4 + [True] * 3])
+def test_rounds_show_each_picture_by_its_repeats(monkeypatch, prior):
+    """What is too much to lay out at once is laid out in rounds, and nothing else changes."""
+    monkeypatch.setattr(order, "_LAID_OUT", 5)
+    repeats = [7, 2, 11, 3, 1, 30, 4]
+    straight = list(islice(batches_from(0, BUCKETS, repeats, 2, 7, prior), 200))
+    for position in (1, 13, 60, 150):
+        assert list(islice(batches_from(position, BUCKETS, repeats, 2, 7, prior), 20)) == straight[position:][:20]
+    shown = Counter()
+    for _, batch in straight:
+        assert len({BUCKETS[index] for index, _ in batch}) == 1
+        for index, turn in batch:
+            assert turn == shown[index]
+            shown[index] += 1
+    epoch = Counter(index for batch in epoch_batches(BUCKETS, repeats, 2, 7, 3, prior) for index in batch)
+    own = [index for index in range(7) if not (prior and prior[index])]
+    assert {index: epoch[index] for index in own} == {index: repeats[index] for index in own}
+    if prior:
+        assert sum(epoch.values()) == 2 * sum(epoch[index] for index in own)
+
+
+@pytest.mark.parametrize("prior", [(), [False] * 20 + [True] * 20], ids=["plain", "class images"])
+def test_memory_does_not_grow_with_the_repeats(prior):
+    tracemalloc.start()
+    try:
+        for times in (202_311, 1_000_000):
+            source = batches_from(0, [(64, 64)] * 40, [times] * 40, 2, 7, prior)
+            for _ in range(3):
+                next(source)
+        assert tracemalloc.get_traced_memory()[1] < 250e6
+    finally:
+        tracemalloc.stop()
+    assert turns_within(100, [(64, 64)] * 40, [10**6] * 40, 2, prior)[0] == 10**6
 
 
 def test_seeds_of_streams_differ_and_fit():

@@ -103,6 +103,18 @@ def test_the_nearest_folder_says_repeats_and_words(tmp_path, path, repeats, word
     assert doubled.repeats == 2 * expected
 
 
+def test_date_as_a_folders_name_is_questioned(tmp_path):
+    for name in ("202311_shoot/a.png", "202311_shoot/b.png", "100_sks dog/c.png"):
+        draw(tmp_path / name)
+    dataset = read(tmp_path)
+    (said,) = dataset.warnings
+    assert "'202311_shoot'" in said
+    assert "2 pictures 202311 times" in said
+    assert "202311-shoot" in said
+    assert combine(dataset, dataset).warnings == (said, said)
+    assert read(tmp_path / "100_sks dog").warnings == ()
+
+
 def test_a_folder_that_repeats_no_time_is_left_out(tmp_path):
     """As sd-scripts does with num_repeats below 1."""
     draw(tmp_path / "0_not now" / "a.png")
