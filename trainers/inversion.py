@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from .errors import DatasetError, ModelError, SettingsError
 from .formats.embedding import Embedding
 from .methods import METHODS
-from .names import is_reserved
+from .names import composed, ends_word, is_reserved, starts_word
 from .optimisers import Group, finds_its_rate
 
 if TYPE_CHECKING:
@@ -142,12 +142,17 @@ def address(dataset: Dataset, name: str, templates: str) -> Dataset:
 
 
 def _renamed(caption: str, example: Example, name: str) -> str:
-    names = {name, example.trigger, "[trigger]"} - {""}
+    names = {name, example.trigger, composed(example.trigger), "[trigger]"} - {""}
     longest = sorted(names, key=len, reverse=True)
-    pattern = rf"(?<![\w:])(?:{_IDENTIFIER})?(?:{'|'.join(re.escape(one) for one in longest)})(?!\w)(?=([.-]?))"
+    prefixed = starts_word(_IDENTIFIER) + _IDENTIFIER
+    words = (f"(?:{prefixed}|{starts_word(one)}){re.escape(one)}{ends_word(one)}" for one in longest)
     # A name may hold what a caption puts right behind it: `my-word-style` would be another word.
-    spaced = lambda match: _IDENTIFIER + name + (" " if match.group(1) else "")  # noqa: E731
-    return re.sub(pattern, spaced, caption, flags=re.IGNORECASE)
+    pattern = re.compile(rf"(?<!:)(?:{'|'.join(words)})(?=([\w.-]?))", re.IGNORECASE)
+    if not pattern.search(caption):
+        # Accents may be letters of their own there.
+        other = composed(caption)
+        caption = other if pattern.search(other) else caption
+    return pattern.sub(lambda match: _IDENTIFIER + name + (" " if match.group(1) else ""), caption)
 
 
 def refuse_preservation(dataset: Dataset) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 
 from .errors import SettingsError
 
@@ -17,6 +18,42 @@ _DEEPEST = 20
 _LONGEST_PATTERN = 300
 _MOST_LOOSE = 3
 _FEW = 9
+
+
+# Letters of scripts that write words without spaces between them (Thai to Khmer, Chinese, Japanese), or with endings
+# right behind them (Korean): between these a word may begin and end anywhere.
+_UNSPACED = (
+    "\u0e00-\u0fff\u1000-\u109f\u1100-\u11ff\u1780-\u17ff\u1950-\u19df\u1a20-\u1aad\u3005-\u3007\u3031-\u3035"
+    "\u3040-\u31ff\u3400-\u4dbf\u4e00-\u9fff\ua960-\ua97f\ua980-\ua9df\uaa60-\uaadf\uac00-\ud7ff\uf900-\ufaff"
+    "\uff66-\uffdc\U0001b000-\U0001b16f\U00020000-\U0003ffff"
+)
+# What changes the character before it: accents, vowel signs, joiners and shades of emoji. None of it is \w.
+_MARKS = (
+    "\u0300-\u036f\u0483-\u0489\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7\u0610-\u061a\u064b-\u065f\u0670\u06d6-\u06dc"
+    "\u06df-\u06e4\u06e7\u06e8\u06ea-\u06ed\u0900-\u0903\u093a-\u094f\u0951-\u0957\u0962\u0963\u0981-\u0983\u09bc-\u09cd"
+    "\u0a01-\u0a03\u0a3c-\u0a51\u0a81-\u0a83\u0abc-\u0acd\u0b01-\u0b03\u0b3c-\u0b57\u0b82\u0bbe-\u0bcd\u0c00-\u0c04"
+    "\u0c3c-\u0c56\u0c81-\u0c83\u0cbc-\u0cd6\u0d00-\u0d03\u0d3b-\u0d4d\u0d81-\u0d83\u0dca-\u0df3\u0e31\u0e34-\u0e3a"
+    "\u0e47-\u0e4e\u0eb1\u0eb4-\u0ebc\u0ec8-\u0ece\u102b-\u103e\u17b4-\u17d3\u1ab0-\u1aff\u1dc0-\u1dff\u200d\u20d0-\u20ff"
+    "\u3099\u309a\ufe20-\ufe2f\U0001f3fb-\U0001f3ff"
+)
+# A character within a word of a script that puts spaces between words.
+SPACED = f"(?:(?![{_UNSPACED}])[\\w{_MARKS}])"
+
+
+def starts_word(words: str) -> str:
+    """A regular expression for the place before some words: nothing there makes them the end of a longer word."""
+    joined = rf"(?<![\w{_MARKS}])|(?<=[{_UNSPACED}])" if re.match(SPACED, words) else ""
+    return rf"(?<!\u200d)(?:{joined})"
+
+
+def ends_word(words: str) -> str:
+    """A regular expression for the place behind some words: nothing there makes them the start of a longer word."""
+    return f"(?![{_MARKS}])" + (f"(?!{SPACED})" if re.match(SPACED, words[-1:]) else "")
+
+
+def composed(text: str) -> str:
+    """A text whose accents are part of their letters, as most systems write them (Unicode's form C)."""
+    return unicodedata.normalize("NFC", text)
 
 
 def is_reserved(name: str) -> bool:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from ...trainers.errors import ModelError
 from ...trainers.formats.embedding import WIDTHS
+from ...trainers.names import SPACED, ends_word
 
 if TYPE_CHECKING:
     import torch
@@ -103,7 +104,7 @@ def spaced(caption: str, names: Iterable[str]) -> str:
     """A caption in which each `embedding:<name>` of some names stands between spaces, where alone the host finds it."""
     spread = re.sub(r"(?<!\s)(embedding:)", r" \1", caption)
     for name in names:
-        spread = re.sub(rf"(embedding:{re.escape(name)})(?![\w-]|\.\w)(?=\S)", r"\1 ", spread)
+        spread = re.sub(rf"(embedding:{re.escape(name)}){ends_word(name)}(?!-|\.{SPACED})(?=\S)", r"\1 ", spread)
     return spread.strip()
 
 

@@ -152,6 +152,9 @@ def test_an_encoder_without_vectors_reads_nothing_there():
         ("an embedding:x-1.b.", "an embedding:x-1.b ."),
         ("embedding:x.", "embedding:x ."),
         ("embedding:x-1.b.c and embedding:x-1.b-c", "embedding:x-1.b.c and embedding:x-1.b-c"),
+        ("\u732bembedding:x\u306e", "\u732b embedding:x \u306e"),
+        ("embedding:x.\u306e", "embedding:x .\u306e"),
+        ("embedding:x\u0301", "embedding:x\u0301"),
         ("no word", "no word"),
     ],
 )

@@ -51,6 +51,11 @@ def addressed(texts, trigger="", **handling):
         ("sks-style portrait", "sks", "embedding:my-word -style portrait"),
         ("a [trigger]-house", "", "a embedding:my-word -house"),
         ("that is my-word.", "", "that is embedding:my-word ."),
+        ("\u516c\u5712\u306bmy-word\u304c", "", "\u516c\u5712\u306bembedding:my-word \u304c"),
+        ("\u516c\u5712\u306b\u82b1\u5b50\u304c", "\u82b1\u5b50", "\u516c\u5712\u306bembedding:my-word \u304c"),
+        ("\u516c\u5712\u306b[trigger]\u304c", "\u82b1", "\u516c\u5712\u306bembedding:my-word \u304c"),
+        ("of Zoe\u0308 there", "zo\u00eb", "of embedding:my-word there"),
+        ("of zoe\u0308 there", "zoe", "embedding:my-word, of zoe\u0308 there"),
     ],
 )
 def test_the_word_stands_where_the_thing_is_named(caption, trigger, expected):

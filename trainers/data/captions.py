@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import DatasetError
 from ..formats.files import parse_json
-from ..names import is_text
+from ..names import composed, ends_word, is_text, starts_word
 from .order import stream_seed
 
 if TYPE_CHECKING:
@@ -163,9 +163,10 @@ def with_trigger(caption: str, trigger: str) -> str:
 
 
 def holds_words(caption: str, words: str) -> bool:
-    """Whether a caption holds some words as whole words, whatever their case."""
-    pattern = r"(?<!\w)" + re.escape(words) + r"(?!\w)"
-    return re.search(pattern, caption, re.IGNORECASE) is not None
+    """Whether a caption holds some words as whole words, whatever their case and Unicode form."""
+    words = composed(words)
+    pattern = starts_word(words) + re.escape(words) + ends_word(words)
+    return re.search(pattern, composed(caption), re.IGNORECASE) is not None
 
 
 def plain(example: Example) -> str:

@@ -47,6 +47,43 @@ def test_the_trigger_is_put_in_front_of_what_lacks_it(caption, trigger, expected
     assert captions.variant(example(caption, trigger), 0) == expected
 
 
+HOLDS = [
+    ("\u516c\u5712\u306b\u82b1\u5b50\u304c\u3044\u308b", "\u82b1\u5b50", "Japanese, within a sentence"),
+    ("\u516c\u5712\u306bsks\u304c\u3044\u308b", "sks", "Latin within Japanese"),
+    ("\u4e00\u53ea\u5c0f\u732b\u5728\u5bb6", "\u5c0f\u732b", "Chinese"),
+    ("sks\u72ac", "sks", "Latin before Chinese"),
+    ("\u732bsks", "\u732b", "Chinese before Latin"),
+    ("\uacf5\uc6d0\uc758 \ubbf8\ub098\ub294 \uc6c3\ub294\ub2e4", "\ubbf8\ub098", "Korean with a particle"),
+    ("\u0e20\u0e32\u0e1e\u0e41\u0e21\u0e27\u0e19\u0e2d\u0e19", "\u0e41\u0e21\u0e27", "Thai"),
+    ("a photo of Zoe\u0308, red", "zo\u00eb", "accent apart in the caption"),
+    ("a photo of zo\u00eb", "Zoe\u0308", "accent apart in the trigger"),
+    ("a\U0001f431b", "\U0001f431", "emoji"),
+    ("a my-dog-like", "my-dog", "hyphen behind"),
+    ("\uff08sks\uff09", "sks", "wide brackets"),
+]
+LACKS = [
+    ("my_dog_2", "my_dog", "underscore"),
+    ("a2sks", "sks", "digit before"),
+    ("zoe\u0308", "zoe", "another letter by its accent"),
+    ("caf\u00e9s", "caf\u00e9", "letter behind"),
+    ("\u0e41\u0e21\u0e48", "\u0e41\u0e21", "Thai vowel or tone that belongs to it"),
+    ("\U0001f469\u200d\U0001f3a8", "\U0001f469", "part of a joined emoji"),
+    ("\U0001f469\u200d\U0001f3a8", "\U0001f3a8", "end of a joined emoji"),
+    ("\u0915\u093f\u0924\u093e\u092c", "\u0915", "Devanagari letter with its vowel"),
+    ("\u0440\u043e\u0437\u044b", "\u0440\u043e\u0437", "Cyrillic"),
+]
+
+
+@pytest.mark.parametrize("caption, trigger", [row[:2] for row in HOLDS], ids=[row[2] for row in HOLDS])
+def test_trigger_is_found_in_every_script(caption, trigger):
+    assert captions.with_trigger(caption, trigger) == caption
+
+
+@pytest.mark.parametrize("caption, trigger", [row[:2] for row in LACKS], ids=[row[2] for row in LACKS])
+def test_part_of_a_word_is_no_trigger(caption, trigger):
+    assert captions.with_trigger(caption, trigger) == f"{trigger}, {caption}"
+
+
 @given(
     st.lists(st.sampled_from(TAGS), min_size=1, max_size=10, unique=True),
     st.integers(0, 12),
