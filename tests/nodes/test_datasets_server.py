@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 
 import numpy as np
@@ -51,6 +52,35 @@ def test_what_is_left_out_is_named_by_inspection_and_by_training(server, tiny_ba
             assert reason in said, said
     (run,) = server.path("output", "graft").glob(f"{folder.name}-*")
     assert len(json.loads((run / "recipe.json").read_text())["left_out"]) == 3
+
+
+def test_files_of_every_kind_are_trained_on_or_named(server, tiny_base, folder):
+    """A turned TIFF, a clear mask, captions by folded names, a 16-bit picture, and what is none of a dataset."""
+    shutil.rmtree(folder)
+    (folder / "202311_shoot").mkdir(parents=True)
+    rng = np.random.RandomState(0)
+    picture = Image.fromarray(rng.randint(0, 255, (64, 96, 3)).astype(np.uint8))
+    picture.save(folder / "turned.tif", tiffinfo={274: 6})
+    picture.save(folder / "IMG_1.PNG")
+    (folder / "img_1.txt").write_text("a sks thing")
+    picture.save(folder / "202311_shoot" / "a.jfif", format="JPEG")
+    Image.fromarray(rng.randint(0, 65535, (64, 96)).astype(np.uint16)).save(folder / "deep.png")
+    mask = np.full((64, 96, 4), 255, np.uint8)
+    mask[:, 48:, 3] = 0
+    Image.fromarray(mask).save(folder / "deep-masklabel.png")
+    (folder / "gone.txt").write_text("nobody's")
+    (folder / "a.arw").write_bytes(b"raw")
+    text = server.run(graphs.training(folder.name, 2, trigger="sks"))["outputs"]["3"]["text"][0]
+    report = report_of(server, inspection(folder.name, trigger="sks"))
+    assert "4 pictures" in report
+    buckets = [tuple(map(int, row)) for row in re.findall(r"bucket (\d+)x(\d+): (\d+)", report)]
+    assert sum(count for width, height, count in buckets if width < height) == 1, "the TIFF stands"
+    assert "without a caption of their own: deep.png, turned.tif" in report
+    assert "202311 times" in report
+    for said in (text, report):
+        assert "2 left out" in said or "Left out" in said
+        assert "gone.txt: a caption without its picture" in said
+        assert "a.arw: this format is not read" in said
 
 
 def test_inspection_finds_what_there_is_to_find(server, tiny_base, folder):

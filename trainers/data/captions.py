@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import posixpath
 import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -25,6 +26,7 @@ METADATA = ("metadata.jsonl", "metadata.csv")
 
 # The names under which captioning tools keep a caption in JSON, the best first.
 _FIELDS = ("caption", "captions", "text", "prompt", "description", "tags")
+FIELDS_IN_WORDS = f"{', '.join(_FIELDS[:-1])} or {_FIELDS[-1]}"
 _LIMIT = 16 * 1024 * 1024
 # Characters: some hundred times what a text encoder takes at once, and each time it is encoded costs as much.
 _LONGEST = 10_000
@@ -33,6 +35,11 @@ _LONGEST = 10_000
 _BUDGET = 2048
 _FEWEST = 4
 _MOST = 64
+
+
+def is_caption_file(name: str) -> bool:
+    """Whether a file's name says that it holds captions."""
+    return posixpath.splitext(name)[1].lower() in SUFFIXES or posixpath.basename(name).lower() in METADATA
 
 
 def read_sidecar(path: str, name: str, lines_are_variants: bool) -> tuple[str, ...]:
@@ -67,14 +74,24 @@ def read_metadata(path: str, name: str, lines_are_variants: bool) -> Iterator[tu
     text = _read_text(path, name)
     rows = _csv_rows(text, name) if path.lower().endswith(".csv") else _jsonl_rows(text, name)
     for number, row in rows:
+        row = _named_alike(row)
         file = row.get("file_name")
+        file = file.strip() if isinstance(file, str) else file
         if not isinstance(file, str) or not file:
             raise _unreadable(name, f"line {number} names no file_name", "Correct it, or remove the file.")
         yield file, _from_json(row, lines_are_variants)
 
 
+def _named_alike(row: dict) -> dict:
+    """A row whose fields' names have neither spaces around them nor capitals."""
+    return {key.strip().lower() if isinstance(key, str) else key: value for key, value in reversed(row.items())}
+
+
 def _csv_rows(text: str, name: str) -> Iterator[tuple[int, dict]]:
-    reader = csv.DictReader(io.StringIO(text))
+    head = text.split("\n", 1)[0]
+    # Spreadsheets write semicolons where a comma stands in numbers.
+    between = next((mark for mark in ",;\t" if mark in head), ",")
+    reader = csv.DictReader(io.StringIO(text), delimiter=between, skipinitialspace=True)
     try:
         for row in reader:
             yield reader.line_num, row
@@ -104,6 +121,7 @@ def _from_json(value, lines_are_variants: bool) -> tuple[str, ...]:
         texts = [text for text in value if isinstance(text, str)]
         return tuple(found for text in texts for found in variants_of(text, lines_are_variants))
     if isinstance(value, dict):
+        value = _named_alike(value)
         for field in _FIELDS:
             found = value.get(field)
             if field == "tags" and isinstance(found, list):
@@ -122,6 +140,8 @@ def variants_of(text: str, lines_are_variants: bool) -> tuple[str, ...]:
     """
     if not is_text(text):
         raise DatasetError("A caption holds half a character.", "Write it anew, as UTF-8 text.", "captions")
+    if "\0" in text:
+        raise DatasetError("A caption holds NUL characters.", "Write it anew, as UTF-8 text.", "captions")
     parts = text.splitlines() if lines_are_variants else [text]
     found = tuple(joined for joined in (" ".join(part.split()) for part in parts) if joined)
     longest = max(map(len, found), default=0)
@@ -143,10 +163,34 @@ def _read_text(path: str, name: str) -> str:
     if size > _LIMIT:
         raise _unreadable(name, f"it is larger than {_LIMIT} bytes", "Remove it.")
     try:
-        marked = data.startswith((b"\xff\xfe", b"\xfe\xff"))
-        return data.decode("utf-16" if marked else "utf-8-sig")
+        text = data.decode(_encoding_of(data))
     except UnicodeDecodeError as error:
         raise _unreadable(name, f"it is not UTF-8 text: {error}", "Save it with the encoding UTF-8.") from error
+    if "\0" in text:
+        raise _unreadable(name, "it holds NUL characters, which no text has", "Save it with the encoding UTF-8.")
+    return text
+
+
+def _encoding_of(data: bytes) -> str:
+    """The encoding of a text, by its mark, or by where its zeros are, which UTF-8 has nowhere."""
+    # The mark of UTF-32 begins as that of UTF-16 does.
+    if data.startswith((b"\xff\xfe\x00\x00", b"\x00\x00\xfe\xff")):
+        return "utf-32"
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "utf-16"
+    pairs = len(data) // 2
+    even, odd = data[::2].count(0), data[1::2].count(0)
+    if len(data) % 4 == 0 and pairs:
+        # No character is beyond 0x10ffff: a high byte of 0, and the next of at most 0x10.
+        for encoding, high, next_high, low in (("utf-32-le", 3, 2, 0), ("utf-32-be", 0, 1, 3)):
+            if not any(data[high::4]) and max(data[next_high::4]) <= 0x10 and any(data[low::4]):
+                return encoding
+    if len(data) % 2 == 0 and pairs:
+        # Taken for UTF-16 where most letters have a zero, and it stands on the same side of nearly all of them.
+        for encoding, zeros, others in (("utf-16-le", odd, even), ("utf-16-be", even, odd)):
+            if 2 * zeros >= pairs and 10 * others <= zeros:
+                return encoding
+    return "utf-8-sig"
 
 
 def _unreadable(name: str, why: str, cure: str) -> DatasetError:

@@ -11,8 +11,8 @@ from ..errors import DatasetError
 from ..protocols import Geometry
 from .buckets import Crop, choose_crop
 from .examples import Example, LeftOut
-from .listing import File, Listing, list_folder, stem_of
-from .pixels import FileSource, is_below, is_picture
+from .listing import File, Listing, fold, list_folder, stem_of
+from .pixels import FileSource, is_below, is_picture, why_unread
 
 if TYPE_CHECKING:
     from .examples import Source
@@ -32,7 +32,9 @@ class Controls:
     def __init__(self, folder: str, listing: Listing):
         self.wanted = bool(folder)
         self._found: dict[str, File] = {}
+        self._folded: dict[str, File] = {}
         self._used: set[str] = set()
+        self._left_out: list[LeftOut] = []
         self._root = listing.root
         self._inside = ""
         if not folder:
@@ -50,6 +52,10 @@ class Controls:
         for name, file in files.files.items():
             if is_picture(name):
                 self._found.setdefault(stem_of(name), file)
+                self._folded.setdefault(fold(stem_of(name)), file)
+        unread = (LeftOut(name, reason) for name in files.files if (reason := why_unread(name)))
+        self._left_out += [*(() if self._inside else files.left_out), *unread]
+        self._stems = {stem_of(name) for name in self.outside(listing).files if is_picture(name)}
 
     def outside(self, listing: Listing) -> Listing:
         """The dataset's folder without the source pictures in it."""
@@ -71,7 +77,7 @@ class Controls:
             return None
         stem = stem_of(name)
         # As other trainers pair them: by the bare name too, whatever folders it is in.
-        found = self._found.get(stem) or self._found.get(posixpath.basename(stem))
+        found = self._found.get(stem) or self._found.get(posixpath.basename(stem)) or self._by_folded_name(stem)
         if found is None:
             raise DatasetError("it has no source picture of its name", "Add it, or take the picture out.", "folder")
         self._used.add(found.name)
@@ -83,10 +89,18 @@ class Controls:
         source = FileSource(found.path, f"{found.name} (source)", self._root, facts["digest"])
         return control_of(source, tuple(facts["size"]))
 
+    def _by_folded_name(self, stem: str) -> File | None:
+        """The source picture whose name differs in case or Unicode form alone, unless it is another picture's own."""
+        for wanted in (stem, posixpath.basename(stem)):
+            file = self._folded.get(fold(wanted))
+            if file is not None and stem_of(file.name) not in self._stems:
+                return file
+        return None
+
     def lonely(self) -> list[LeftOut]:
-        """The source pictures of no picture."""
+        """The source pictures of no picture, and the files that are none."""
         names = sorted(file.name for file in self._found.values() if file.name not in self._used)
-        return [LeftOut(name, "a source picture without the picture it becomes") for name in names]
+        return self._left_out + [LeftOut(name, "a source picture without the picture it becomes") for name in names]
 
 
 def control_of(source: Source, size: tuple[int, int]) -> Example:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import posixpath
 import stat
+import unicodedata
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .examples import LeftOut
@@ -36,6 +38,28 @@ class Listing:
 def stem_of(name: str) -> str:
     """A relative name without its suffix."""
     return posixpath.splitext(name)[0]
+
+
+def fold(name: str) -> str:
+    """A name with case and Unicode form folded: what Windows and macOS take for the same file."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFD", name).casefold())
+
+
+class Owners:
+    """Pictures by stem, exactly or else with case and Unicode form folded.
+
+    A name that is some picture's own is no other's.
+    """
+
+    def __init__(self, stems: Iterable[str]):
+        self._exact = set(stems)
+        self._folded: dict[str, list[str]] = {}
+        for stem in sorted(self._exact):
+            self._folded.setdefault(fold(stem), []).append(stem)
+
+    def of(self, stem: str) -> tuple[str, ...]:
+        """Stems of the pictures that a file with this stem is for."""
+        return (stem,) if stem in self._exact else tuple(self._folded.get(fold(stem), ()))
 
 
 def list_folder(folder: str) -> Listing:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .listing import File, Listing, stem_of
+from .listing import File, Listing, Owners, stem_of
 from .pixels import is_picture
 
 _FOLDERS = ("masks", "mask")
@@ -22,7 +22,7 @@ class OwnMasks:
 
 def own_masks(listing: Listing) -> OwnMasks:
     """Finds `name-masklabel.png` beside `name`, and `masks/name.png` for `name` beside the folder or below it."""
-    stems = {stem_of(name) for name in listing.files if is_picture(name)}
+    owners = Owners(stem_of(name) for name in listing.files if is_picture(name))
     found: dict[str, File] = {}
     files: set[str] = set()
     folders: dict[str, list[tuple[str, str]]] = {}
@@ -31,12 +31,11 @@ def own_masks(listing: Listing) -> OwnMasks:
         if not is_picture(name):
             continue
         stem = stem_of(name)
-        if stem.endswith(_SUFFIX):
+        if stem.lower().endswith(_SUFFIX):
             files.add(name)
-            owner = stem[: -len(_SUFFIX)]
-            if owner in stems:
-                found[owner] = listing.files[name]
-            else:
+            of = owners.of(mask_owner(name))
+            found.update(dict.fromkeys(of, listing.files[name]))
+            if not of:
                 lonely.append(name)
             continue
         parts = stem.split("/")
@@ -47,13 +46,14 @@ def own_masks(listing: Listing) -> OwnMasks:
                 break
     for members in folders.values():
         # A folder of masks has at least one picture's; else it is a folder of pictures that happens to be called so.
-        if not any(owner in stems for _, owner in members):
+        if not any(owners.of(owner) for _, owner in members):
             continue
         for name, owner in members:
             files.add(name)
-            if owner in stems:
-                found.setdefault(owner, listing.files[name])
-            else:
+            of = owners.of(owner)
+            for stem in of:
+                found.setdefault(stem, listing.files[name])
+            if not of:
                 lonely.append(name)
     return OwnMasks(found, files, lonely)
 
@@ -61,4 +61,4 @@ def own_masks(listing: Listing) -> OwnMasks:
 def mask_owner(name: str) -> str:
     """The stem of the picture that a file in a folder of masks is for."""
     stem = stem_of(name)
-    return stem[: -len(_SUFFIX)] if stem.endswith(_SUFFIX) else stem
+    return stem[: -len(_SUFFIX)] if stem.lower().endswith(_SUFFIX) else stem

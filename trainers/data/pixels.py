@@ -27,7 +27,18 @@ SUFFIXES = (
 )
 
 # Pictures all the same, but nothing here opens them; they are named in the report instead of passed over.
-UNREAD = (".jxl", ".jp2", ".psd", ".svg", ".tga", ".exr", ".hdr", ".raw", ".dng", ".cr2", ".nef")
+_UNREAD = (
+    *(".jxl", ".jp2", ".j2k", ".jpf", ".jpx", ".psd", ".psb", ".xcf", ".kra", ".svg", ".eps", ".ai", ".pdf", ".tga"),
+    *(".exr", ".hdr", ".raw", ".dng", ".cr2", ".cr3", ".crw", ".nef", ".nrw", ".arw", ".srf", ".sr2", ".raf", ".orf"),
+    *(".rw2", ".pef", ".srw", ".x3f", ".3fr", ".erf", ".kdc", ".dcr", ".mef", ".mos", ".mrw", ".iiq", ".rwl", ".gpr"),
+    *(".ico", ".icns", ".cur", ".pcx", ".ppm", ".pgm", ".pbm", ".pnm", ".dds", ".qoi", ".wmf", ".emf", ".ktx", ".wdp"),
+)
+_VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".wmv", ".mpg", ".mpeg", ".flv", ".3gp", ".gifv")
+# What systems and other programs leave beside pictures, and nobody takes for a part of a dataset.
+_QUIET = (
+    *(".npz", ".npy", ".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".db", ".ini", ".log", ".tmp", ".lnk", ".url"),
+    *(".md", ".py", ".sh", ".bat", ".yaml", ".yml", ".toml", ".html"),
+)
 
 # Decoding takes at most BYTES_PER_PIXEL, beside the file's own bytes; a file with more pixels is taken for a bomb.
 # WebP needs 16: its library keeps two frames of 4 bytes a pixel, and hands over a third, which Pillow copies.
@@ -426,6 +437,18 @@ def to_array(image: Image.Image) -> np.ndarray:
 def as_weight(mask: Image.Image) -> Image.Image:
     """A mask in one channel; without a copy where it is already."""
     return mask if mask.mode == "L" else mask.convert("L")
+
+
+def why_unread(name: str) -> str:
+    """Why a file in a folder of pictures is no picture that is read; empty for one that is, or that nobody asks for."""
+    suffix = os.path.splitext(name)[1].lower()
+    if suffix in SUFFIXES or suffix in _QUIET:
+        return ""
+    if suffix in _UNREAD:
+        return "this format is not read; save it as PNG or JPEG"
+    if suffix in _VIDEOS:
+        return "a video; save frames of it as PNG or JPEG"
+    return "neither a picture nor a caption"
 
 
 def is_picture(path: str) -> bool:

@@ -15,9 +15,9 @@ from . import captions
 from .controls import Controls, control_of
 from .examples import Dataset, Example, Handling, LeftOut
 from .index import Index, mark_of
-from .listing import File, list_folder, stem_of
+from .listing import File, Listing, Owners, list_folder, stem_of
 from .masks import mask_owner, own_masks
-from .pixels import UNREAD, AlphaSource, ArraySource, FileSource, MaskSource, is_clear, is_picture, measure_file
+from .pixels import AlphaSource, ArraySource, FileSource, MaskSource, is_clear, is_picture, measure_file, why_unread
 
 if TYPE_CHECKING:
     import numpy as np
@@ -87,9 +87,9 @@ def scan_folder(
     pictures = [file for name, file in listing.files.items() if is_picture(name) and name not in masks.files]
     left_out += [LeftOut(name, "a mask without its picture") for name in masks.lonely]
     left_out += [
-        LeftOut(name, "this format is not read; save it as PNG or JPEG")
+        LeftOut(name, reason)
         for name in listing.files
-        if os.path.splitext(name)[1].lower() in UNREAD
+        if not captions.is_caption_file(name) and (reason := why_unread(name))
     ]
     reader = _Reader(listing, trigger.strip(), repeats, handling or Handling(), reading, masks, left_out, controls)
     index = Index(index_folder, folder)
@@ -152,9 +152,7 @@ class _Reader:
         self._masks = {} if reading.masks == "off" else masks.by_stem
         self._mask_root = listing.root
         if reading.masks != "off" and reading.mask_folder:
-            apart = list_folder(reading.mask_folder)
-            self._mask_root = apart.root
-            self._masks = {mask_owner(name): file for name, file in apart.files.items() if is_picture(name)}
+            self._mask_root, self._masks = self._masks_apart(list_folder(reading.mask_folder))
         self._held = reading.validation_folder.strip().replace("\\", "/").strip("/")
 
     def examples(self, pictures: list[File], index: Index, tick: Callable[[int, int], None]) -> list[Example]:
@@ -195,35 +193,84 @@ class _Reader:
         )
 
     def _captions(self, file: File) -> tuple[str, ...]:
-        for sidecar in self._sidecars.get(stem_of(file.name), ()):
+        for sidecar in self._sidecars.get(file.name, ()):
             found = captions.read_sidecar(sidecar.path, sidecar.name, self._reading.lines_are_variants)
             if found:
                 return found
         return self._metadata.get(file.name, ())
 
+    def _masks_apart(self, apart: Listing) -> tuple[str, dict[str, File]]:
+        """The root of a folder of masks, and the masks by their pictures' stems."""
+        owners = Owners(stem_of(name) for name in self._listing.files if is_picture(name))
+        found: dict[str, File] = {}
+        self._left_out += apart.left_out
+        for name, file in apart.files.items():
+            of = owners.of(mask_owner(name)) if is_picture(name) else ()
+            found.update(dict.fromkeys(of, file))
+            reason = "a mask without its picture" if is_picture(name) else why_unread(name)
+            if not of and reason:
+                self._left_out.append(LeftOut(name, reason))
+        return apart.root, found
+
     def _find_sidecars(self) -> dict[str, list[File]]:
-        found: dict[str, list[tuple[int, File]]] = {}
+        """The caption files of each picture, by its name, in the order in which they are asked; others are named.
+
+        A file is the caption of the picture of its stem; else of the one whose whole name it begins with, as in
+        `a.png.txt`; else of one of those that differ in case or Unicode form alone.
+        """
+        # Whatever has a caption file: of a file that cannot be read it is no wonder that nobody asks for its caption.
+        names = [name for name in self._listing.files if not captions.is_caption_file(name)]
+        by_stem: dict[str, list[str]] = {}
+        for name in names:
+            by_stem.setdefault(stem_of(name), []).append(name)
+        stems, wholes = Owners(by_stem), Owners(names)
+        found: dict[str, list[tuple[tuple[int, int], File]]] = {}
         for name, file in self._listing.files.items():
             stem, suffix = posixpath.splitext(name)
-            if suffix.lower() in captions.SUFFIXES:
-                found.setdefault(stem, []).append((captions.SUFFIXES.index(suffix.lower()), file))
-        ordered = {stem: sorted(rows, key=lambda row: row[0]) for stem, rows in found.items()}
-        return {stem: [file for _, file in rows] for stem, rows in ordered.items()}
+            if suffix.lower() not in captions.SUFFIXES:
+                continue
+            kind, of = self._owners_of(stem, by_stem, stems, wholes)
+            for owner in of:
+                found.setdefault(owner, []).append(((kind, captions.SUFFIXES.index(suffix.lower())), file))
+            if not of:
+                self._left_out.append(LeftOut(name, "a caption without its picture"))
+        return {name: [file for _, file in sorted(rows, key=lambda row: row[0])] for name, rows in found.items()}
+
+    @staticmethod
+    def _owners_of(stem: str, by_stem: dict[str, list[str]], stems: Owners, wholes: Owners) -> tuple[int, list[str]]:
+        """How near a caption file's name comes to its pictures' (0 nearest), and their names."""
+        for kind, of in enumerate(
+            (
+                by_stem.get(stem, ()),
+                wholes.of(stem) if (stem,) == wholes.of(stem) else (),
+                [name for one in stems.of(stem) for name in by_stem[one]],
+                wholes.of(stem),
+            )
+        ):
+            if of:
+                return kind, list(of)
+        return 0, []
 
     def _read_metadata(self) -> dict[str, tuple[str, ...]]:
         found: dict[str, tuple[str, ...]] = {}
+        owners = Owners(name for name in self._listing.files if is_picture(name))
         for name, file in self._listing.files.items():
             if posixpath.basename(name).lower() not in captions.METADATA:
                 continue
             missing = []
+            texts_found = False
             try:
                 for wanted, texts in captions.read_metadata(file.path, name, self._reading.lines_are_variants):
                     # Looked up among what was listed, so that no row leads out of the folder.
                     target = posixpath.normpath(posixpath.join(posixpath.dirname(name), wanted.replace("\\", "/")))
-                    if target not in self._listing.files:
+                    of = owners.of(target)
+                    if not of:
                         missing.append(wanted)
-                    elif texts:
-                        found.setdefault(target, texts)
+                    for picture in of if texts else ():
+                        found.setdefault(picture, texts)
+                    texts_found = texts_found or bool(texts)
+                if not texts_found:
+                    self._left_out.append(LeftOut(name, f"no row has a caption under {captions.FIELDS_IN_WORDS}"))
             except DatasetError as error:
                 self._left_out.append(LeftOut(name, reason_of(error, name)))
             if missing:

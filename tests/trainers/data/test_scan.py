@@ -208,6 +208,124 @@ def test_utf16_is_read_by_its_mark_and_other_encodings_are_named(tmp_path):
     assert "c.json" in reasons(dataset)["c.png"]
 
 
+@pytest.mark.parametrize(
+    "encoding", ["utf-8-sig", "utf-16", "utf-32", "utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"]
+)
+def test_caption_is_read_in_every_form_of_unicode(tmp_path, encoding):
+    draw(tmp_path / "a.png")
+    text = "a cat on \u732b Stra\u00dfe \U0001f431"
+    (tmp_path / "a.txt").write_bytes(text.encode(encoding))
+    assert texts_of(read(tmp_path)) == {"a.png": (text,)}
+
+
+@pytest.mark.parametrize("content", [b"\0" * 40, b"a cat\0", b"a\0\0cat\0\0\0", b'{"text": "a\\u0000b"}'])
+def test_caption_with_nul_characters_is_named(tmp_path, content):
+    name = "a.json" if content.startswith(b"{") else "a.txt"
+    for picture in ("a.png", "b.png"):
+        draw(tmp_path / picture)
+    (tmp_path / name).write_bytes(content)
+    dataset = read(tmp_path)
+    assert set(by_name(dataset)) == {"b.png"}
+    assert any(words in reasons(dataset)["a.png"] for words in ("NUL", "UTF-8"))
+
+
+ZOE_APART, ZOE = "Zoe\u0308", "zo\u00eb"
+
+
+def test_captions_are_found_by_whole_and_by_folded_names(tmp_path):
+    for name in ("a.png", "IMG_1.PNG", f"Sub/{ZOE_APART}.png", "x.png", "X.png", "b.jxl"):
+        draw(tmp_path / name) if not name.endswith("jxl") else (tmp_path / name).write_bytes(b"")
+    for name in ("a.png.txt", "img_1.TXT", f"Sub/{ZOE}.txt", "x.txt", "b.txt", "gone.txt", "gone.json"):
+        (tmp_path / name).write_text(f"of {name.encode('ascii', 'replace').decode()}")
+    dataset = read(tmp_path)
+    assert texts_of(dataset) == {
+        "IMG_1.PNG": ("of img_1.TXT",),
+        f"Sub/{ZOE_APART}.png": ("of Sub/zo?.txt",),
+        "X.png": ("",),
+        "a.png": ("of a.png.txt",),
+        "x.png": ("of x.txt",),
+    }
+    lonely = "a caption without its picture"
+    assert reasons(dataset) == {
+        "gone.txt": lonely,
+        "gone.json": lonely,
+        "b.jxl": "this format is not read; save it as PNG or JPEG",
+    }
+
+
+def test_nearest_name_is_asked_for_the_caption_first(tmp_path):
+    draw(tmp_path / "a.png")
+    for name in ("A.txt", "a.png.txt", "a.json", "a.txt"):
+        (tmp_path / name).write_text(json.dumps(name))
+        assert texts_of(read(tmp_path)) == {"a.png": (name if name == "a.json" else f'"{name}"',)}
+
+
+def test_masks_and_source_pictures_are_found_by_folded_names(tmp_path):
+    for name in ("IMG_1.PNG", f"{ZOE_APART}.png", "b.png"):
+        draw(tmp_path / "d" / name)
+    for name in ("img_1-MaskLabel.png", f"Masks/{ZOE}.png", "Masks/nobody.png"):
+        draw(tmp_path / "d" / name, colour="white")
+    for name in ("img_1.jpg", f"{ZOE}.png", "B.png", "nobody.png"):
+        draw(tmp_path / "c" / name)
+    (tmp_path / "c" / "b.arw").write_bytes(b"raw")
+    dataset = read(tmp_path / "d", control_folder=str(tmp_path / "c"))
+    found = by_name(dataset)
+    assert found["IMG_1.PNG"].mask.name == "img_1-MaskLabel.png"
+    assert found[f"{ZOE_APART}.png"].mask.name == f"Masks/{ZOE}.png"
+    assert {name: one.control.source.name for name, one in found.items()} == {
+        "IMG_1.PNG": "img_1.jpg (source)",
+        f"{ZOE_APART}.png": f"{ZOE}.png (source)",
+        "b.png": "B.png (source)",
+    }
+    said = reasons(dataset)
+    assert "without the picture it becomes" in said["nobody.png"]
+    assert "not read" in said["b.arw"]
+    apart = read(tmp_path / "d", mask_folder=str(tmp_path / "c"))
+    assert masks_of(apart)["b.png"] == "B.png"
+    assert reasons(apart)["nobody.png"] == "a mask without its picture"
+
+
+PICTURES = ("a.jfif", "b.jpe", "c.apng", "d.mpo", "e.dib", "f.jif", "g.JFIF")
+OTHERS = ("a.jxl", "b.arw", "c.mp4", "d.zip", "e", "f.xyz", "g.cr3", "Thumbs.db", "a_sdxl.npz")
+
+
+def test_pictures_by_every_usual_ending_are_read_and_the_rest_named(tmp_path):
+    kinds = {"apng": "PNG", "dib": "BMP", "mpo": "MPO"}
+    for name in PICTURES:
+        Image.new("RGB", (64, 64)).save(tmp_path / name, format=kinds.get(name.split(".")[1], "JPEG"))
+    for name in OTHERS:
+        (tmp_path / name).write_bytes(b"content")
+    (tmp_path / "p.heic").write_bytes(b"\x00\x00\x00\x18ftypheic\x00\x00\x00\x00mif1heic")
+    dataset = read(tmp_path)
+    assert set(by_name(dataset)) == set(PICTURES)
+    assert set(reasons(dataset)) == {*OTHERS[:-2], "p.heic"}
+    assert "video" in reasons(dataset)["c.mp4"]
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("metadata.csv", "file_name, text\nA.PNG,from metadata\n"),
+        ("metadata.csv", ' File_Name ; Text\nA.PNG; "from metadata"\n'),
+        ("metadata.csv", "file_name\ttext\nA.PNG\tfrom metadata\n"),
+        ("Metadata.CSV", '"file_name","caption"\r\n" a.png","from metadata"\r\n'),
+        ("metadata.jsonl", '{"File_Name": "A.png", " Text": "from metadata"}'),
+        ("a.json", '{"Caption": "from metadata"}'),
+    ],
+)
+def test_names_of_columns_and_files_in_metadata_are_folded(tmp_path, name, content):
+    draw(tmp_path / "a.png")
+    (tmp_path / name).write_text(content)
+    dataset = read(tmp_path)
+    assert (texts_of(dataset), reasons(dataset)) == ({"a.png": ("from metadata",)}, {})
+
+
+def test_metadata_without_a_column_of_captions_is_named(tmp_path):
+    draw(tmp_path / "a.png")
+    (tmp_path / "metadata.csv").write_text("file_name,words\na.png,lost\n")
+    assert "no row has a caption under caption, captions, text" in reasons(read(tmp_path))["metadata.csv"]
+
+
 def test_a_caption_file_of_many_megabytes_is_no_caption(tmp_path, monkeypatch):
     monkeypatch.setattr(captions, "_LIMIT", 10)
     for name, text in (("a", "ten bytes!"), ("b", "eleven byte")):
