@@ -253,7 +253,8 @@ class GraftInspectDataset(io.ComfyNode):
             display_name="Graft Inspect Dataset",
             aliases=["preview dataset", "check dataset", "contact sheet", "buckets"],
             category=_CATEGORY,
-            description="Shows the pictures as they will be cropped, with captions, and reports what to look after.",
+            description="Shows the pictures as they will be cropped, with captions, and reports what to look after. "
+            "Hands the dataset on unchanged: a trainer connected to it waits for the report.",
             inputs=[
                 Dataset.Input("dataset", tooltip="The dataset to look at."),
                 io.Model.Input("model", optional=True, tooltip="Gives resolution and bucket step."),
@@ -263,6 +264,7 @@ class GraftInspectDataset(io.ComfyNode):
             outputs=[
                 io.Image.Output("image", display_name="image"),
                 io.String.Output("report", display_name="report"),
+                Dataset.Output("dataset_out", display_name="dataset"),
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
@@ -287,8 +289,10 @@ class GraftInspectDataset(io.ComfyNode):
             )
             picture = sheet.contact_sheet(findings)
             report = inspect.report(findings, cache_size(paths.folders().cache))
+            warnings = inspect.warnings(findings, training.family_name(model))
             image = torch.from_numpy(picture)[None]
-            return io.NodeOutput(image, report, ui={**ui.PreviewImage(image, cls=cls).as_dict(), "text": (report,)})
+            shown = {**ui.PreviewImage(image, cls=cls).as_dict(), "text": (report,), "warnings": warnings}
+            return io.NodeOutput(image, report, dataset, ui=shown)
 
 
 NODES = [GraftLoadDataset, GraftDatasetFromImages, GraftCombineDatasets, GraftInspectDataset]

@@ -9,6 +9,7 @@ import { Routes } from "./panel/routes.js";
 import { Store } from "./panel/store.js";
 import { throttled } from "./panel/throttle.js";
 import { Panel, HEIGHT, WIDTH } from "./panel/view.js";
+import { addReport, INSPECTOR } from "./report.js";
 import { loadTexts, t } from "./texts.js";
 import { Toasts } from "./toasts.js";
 
@@ -107,6 +108,7 @@ app.registerExtension({
   },
   nodeCreated(node) {
     if (TRAINERS.has(node.comfyClass)) addPanel(node);
+    if (node.comfyClass === INSPECTOR) addReport(node);
   },
   afterConfigureGraph() {
     show();
