@@ -42,6 +42,7 @@ class GraftLoadDataset(io.ComfyNode):
         return describe(
             node_id="GraftLoadDataset",
             display_name="Graft Load Dataset",
+            words="Images, Captions",
             aliases=["training images", "image folder", "captions", "load folder"],
             category=_CATEGORY,
             description="Loads a folder of pictures; name.txt beside name.png holds its caption.",
@@ -154,6 +155,7 @@ class GraftDatasetFromImages(io.ComfyNode):
         return describe(
             node_id="GraftDatasetFromImages",
             display_name="Graft Dataset from Images",
+            words="Captions",
             aliases=["training images", "captions", "batch to dataset"],
             category=_CATEGORY,
             description="Makes a dataset of pictures in the graph, with one caption for all or one for each.",
@@ -226,6 +228,7 @@ class GraftCombineDatasets(io.ComfyNode):
         return describe(
             node_id="GraftCombineDatasets",
             display_name="Graft Combine Datasets",
+            words="Merge",
             aliases=["merge datasets", "concatenate datasets", "join datasets"],
             category=_CATEGORY,
             description="Joins two datasets; each picture keeps its caption, trigger and repeats.",
@@ -251,6 +254,7 @@ class GraftInspectDataset(io.ComfyNode):
         return describe(
             node_id="GraftInspectDataset",
             display_name="Graft Inspect Dataset",
+            words="Preview",
             aliases=["preview dataset", "check dataset", "contact sheet", "buckets"],
             category=_CATEGORY,
             description="Shows the pictures as they will be cropped, with captions, and reports what to look after. "

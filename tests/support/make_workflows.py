@@ -316,9 +316,9 @@ def draw_pictures(sketch, place, name, model, clip, prompt, negative, size, vae,
     return [positive, other, drawn, decoded, shown]
 
 
-# Places of an example that looks at its pictures before it trains, in columns from left to right: what is set, the look,
-# the training, the prompt, the drawings. Wires that skip a column run through a lane above the second row.
-DATA, LOOK, TRAIN, WISH, SAMPLE = 0, 480, 960, 1440, 1920
+# Columns of an example that looks at its pictures before it trains, and the top of its second row. Wires that skip a
+# column run through a lane above that row.
+DATA, LOOK, TRAIN, WISH, SAMPLE = 0, 480, 960, 1440, 2000
 ROW = 780
 LANE = (620, 645, 670)
 
@@ -354,14 +354,14 @@ def draw_both(sketch, checkpoint, trained, wishes):
     prompt, negative, size = wishes
     rows = []
     for name, top, source in (("before", 0, checkpoint), ("after", ROW, trained)):
-        row = draw_pictures(sketch, (SAMPLE, top), name, (source, 0), (source, 1), (prompt, 0), (negative, 0), (size, 0),
-                            (checkpoint, 2))  # fmt: skip
+        texts = (prompt, 0), (negative, 0)
+        row = draw_pictures(sketch, (SAMPLE, top), name, (source, 0), (source, 1), *texts, (size, 0), (checkpoint, 2))
         positive, other, drawn, decoded, _ = row
         ends = [(decoded, "vae", 2)]
         if source == checkpoint:
             ends += [(positive, "clip", 1), (other, "clip", 1), (drawn, "model", 0)]
         for end, name, lane in ends:
-            sketch.route(end, name, [(LOOK - 30, LANE[lane]), (SAMPLE - 40, LANE[lane])])
+            sketch.route(end, name, [(LOOK - 30, LANE[lane]), (SAMPLE - 70, LANE[lane])])
         rows.append(row)
     return rows
 
