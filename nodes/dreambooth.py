@@ -182,7 +182,7 @@ class GraftTrainDreamBooth(Trainer):
                         "0: the default of the model's family (SD1.5: 1e-4 for a LoRA, 5e-6 for all weights)."
                     ),
                     "1e-4",
-                    options=None,
+                    optimizer="auto",
                     train="LoRA",
                 ),
                 inputs.rank(),

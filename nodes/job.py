@@ -29,7 +29,7 @@ class GraftExportJob(io.ComfyNode):
                 usually(
                     inputs.learning_rate("0: the default of the model's family. Too high shows as burnt pictures."),
                     "1e-4",
-                    options=None,
+                    optimizer="auto",
                     train="LoRA",
                 ),
                 inputs.rank(),

@@ -58,12 +58,12 @@ def title_of(display_name: str) -> str:
     return display_name.partition(" (")[0]
 
 
-def usually(built, usual: str, **when: str | None):
+def usually(built, usual: str, **when: str):
     """Tell the page the value that an unset number stands for.
 
     Args:
         usual: as the page shows it.
-        when: inputs of the node that have to have these values for it; None for a socket without a wire.
+        when: widgets that have to have these values for it, on the node and on all nodes of the pack that lead to it.
     """
     built.extra_dict = {**(built.extra_dict or {}), _UNSET: {"value": built.default, "usual": usual, "when": when}}
     return built

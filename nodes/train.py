@@ -35,7 +35,7 @@ class GraftTrainLoRA(Trainer):
                         "0: the default of the model's family (1e-4). Too high shows as burnt pictures."
                     ),
                     "1e-4",
-                    options=None,
+                    optimizer="auto",
                 ),
                 inputs.rank(),
                 inputs.batch_size(),
@@ -106,7 +106,7 @@ class GraftTrainEmbedding(Trainer):
                         "0: the default, 5e-4. Too high shows as pictures that only look like noise or one colour."
                     ),
                     "5e-4",
-                    options=None,
+                    optimizer="auto",
                 ),
                 inputs.batch_size(),
                 inputs.seed("Decides order and noise. Another seed is another run."),

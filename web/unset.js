@@ -42,12 +42,17 @@ export function textOf(node, widget) {
 
 // The usual value holds as long as nothing that the page cannot judge decides otherwise.
 function usualOf(node, { usual, when = {} }) {
-  const holds = Object.entries(when).every(([name, wanted]) => {
-    const socket = node.inputs?.find((input) => input.name === name);
-    if (wanted === null) return !socket || socket.link === null;
-    return node.widgets.find((widget) => widget.name === name)?.value === wanted;
-  });
+  const holds = Object.entries(when).every(([name, wanted]) =>
+    [...listUpstream(node)].every((one) => {
+      const widget = one.widgets?.find((candidate) => candidate.name === name);
+      return !widget || !isOurs(one) || widget.value === wanted;
+    }),
+  );
   return holds ? usual : "";
+}
+
+function isOurs(node) {
+  return node.comfyClass?.startsWith("Graft");
 }
 
 // All nodes that lead to one, itself included.
@@ -115,10 +120,10 @@ export class UnsetFields {
   constructor(nodeOf) {
     this._nodeOf = nodeOf;
     this._isAsked = false;
-    const isOurs = ({ target }) => target.closest?.(".graft-panel, .graft-report");
+    const isInPanel = ({ target }) => target.closest?.(".graft-panel, .graft-report");
     const watch = { childList: true, subtree: true, attributes: true, attributeFilter: ["aria-valuenow"] };
     new MutationObserver((changes) => {
-      if (!changes.every(isOurs)) this.refresh();
+      if (!changes.every(isInPanel)) this.refresh();
     }).observe(document.body, watch);
   }
 

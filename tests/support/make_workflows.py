@@ -272,7 +272,7 @@ class Sketch:
         workflow["revision"] = 0
         routes = {key: workflow["extra"][key] for key in ("reroutes", "linkExtensions") if key in workflow["extra"]}
         # The page's sidebar and its bar of tabs lie over the graph's left and upper edge.
-        workflow["extra"] = {"ds": {"scale": 0.6, "offset": [200, 160]}, **routes}
+        workflow["extra"] = {"ds": {"scale": 0.6, "offset": [200, 240]}, **routes}
         return workflow
 
 

@@ -68,7 +68,7 @@ def warn_of_enlarged(pictures: Sequence[tuple[Example, Crop]]) -> dict[str, Any]
         return None
     names = _join(sorted(sizes, key=sizes.get))
     smallest, side = min(sizes.values())
-    text = f"{len(sizes)} pictures are enlarged, the smallest from {smallest} to {side} pixels: {names}."
+    text = f"Enlarged pictures, the smallest from {smallest} to {side} pixels: {names}."
     return {
         "kind": "enlarged",
         "text": text,

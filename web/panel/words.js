@@ -54,7 +54,7 @@ const WORK = {
 // Warnings by their kind; of an unknown kind the server's own English is shown.
 const WARNINGS = {
   skipped: text("$count of $total files skipped: $names"),
-  enlarged: text("$count pictures are enlarged, the smallest from $smallest to $side pixels: $names"),
+  enlarged: text("Enlarged pictures, the smallest from $smallest to $side pixels: $names"),
   batch: text("batch_size $batch is larger than the dataset: a step shows all $count pictures at most."),
   resolution: text("resolution $resolution is far from the $usual pixels that $family was made for."),
 };
