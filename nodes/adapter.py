@@ -30,6 +30,7 @@ class GraftApplyAdapter(io.ComfyNode):
         return describe(
             node_id="GraftApplyAdapter",
             display_name="Graft Apply Adapter",
+            words="LoRA",
             aliases=["apply lora", "lora loader", "block weight", "lbw"],
             category=_CATEGORY,
             description="Puts an adapter on a model and a text encoder. Strength 0 leaves them as they are.",
@@ -110,6 +111,7 @@ class GraftLoadAdapter(io.ComfyNode):
         return describe(
             node_id="GraftLoadAdapter",
             display_name="Graft Load Adapter",
+            words="LoRA",
             aliases=["load lora", "lora file"],
             category=_CATEGORY,
             description="Loads a LoRA file from ComfyUI's loras folders, output/loras included.",
@@ -141,6 +143,7 @@ class GraftSaveAdapter(io.ComfyNode):
         return describe(
             node_id="GraftSaveAdapter",
             display_name="Graft Save Adapter",
+            words="LoRA",
             aliases=["save lora", "export lora"],
             category=_CATEGORY,
             description="Writes an adapter below output/loras, where ComfyUI's LoRA loaders find it.",

@@ -17,6 +17,7 @@ class GraftCompare(io.ComfyNode):
         return describe(
             node_id="GraftCompare",
             display_name="Graft Compare",
+            words="XY Plot",
             aliases=["xy plot", "xyz plot", "grid", "lora comparison", "checkpoint comparison"],
             category=f"{CATEGORY}/adapter",
             description="Draws the same prompts with several adapters, with the saves of a run, and at several "

@@ -42,6 +42,7 @@ class GraftLoadDataset(io.ComfyNode):
         return describe(
             node_id="GraftLoadDataset",
             display_name="Graft Load Dataset",
+            words="Images, Captions",
             aliases=["training images", "image folder", "captions", "load folder"],
             category=_CATEGORY,
             description="Loads a folder of pictures; name.txt beside name.png holds its caption.",
@@ -154,6 +155,7 @@ class GraftDatasetFromImages(io.ComfyNode):
         return describe(
             node_id="GraftDatasetFromImages",
             display_name="Graft Dataset from Images",
+            words="Captions",
             aliases=["training images", "captions", "batch to dataset"],
             category=_CATEGORY,
             description="Makes a dataset of pictures in the graph, with one caption for all or one for each.",
@@ -226,6 +228,7 @@ class GraftCombineDatasets(io.ComfyNode):
         return describe(
             node_id="GraftCombineDatasets",
             display_name="Graft Combine Datasets",
+            words="Merge",
             aliases=["merge datasets", "concatenate datasets", "join datasets"],
             category=_CATEGORY,
             description="Joins two datasets; each picture keeps its caption, trigger and repeats.",
@@ -251,9 +254,11 @@ class GraftInspectDataset(io.ComfyNode):
         return describe(
             node_id="GraftInspectDataset",
             display_name="Graft Inspect Dataset",
+            words="Preview",
             aliases=["preview dataset", "check dataset", "contact sheet", "buckets"],
             category=_CATEGORY,
-            description="Shows the pictures as they will be cropped, with captions, and reports what to look after.",
+            description="Shows the pictures as they will be cropped, with captions, and reports what to look after. "
+            "Hands the dataset on unchanged: a trainer connected to it waits for the report.",
             inputs=[
                 Dataset.Input("dataset", tooltip="The dataset to look at."),
                 io.Model.Input("model", optional=True, tooltip="Gives resolution and bucket step."),
@@ -263,6 +268,7 @@ class GraftInspectDataset(io.ComfyNode):
             outputs=[
                 io.Image.Output("image", display_name="image"),
                 io.String.Output("report", display_name="report"),
+                Dataset.Output("dataset_out", display_name="dataset"),
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
@@ -287,8 +293,10 @@ class GraftInspectDataset(io.ComfyNode):
             )
             picture = sheet.contact_sheet(findings)
             report = inspect.report(findings, cache_size(paths.folders().cache))
+            warnings = inspect.warnings(findings, training.family_name(model))
             image = torch.from_numpy(picture)[None]
-            return io.NodeOutput(image, report, ui={**ui.PreviewImage(image, cls=cls).as_dict(), "text": (report,)})
+            shown = {**ui.PreviewImage(image, cls=cls).as_dict(), "text": (report,), "warnings": warnings}
+            return io.NodeOutput(image, report, dataset, ui=shown)
 
 
 NODES = [GraftLoadDataset, GraftDatasetFromImages, GraftCombineDatasets, GraftInspectDataset]

@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from ..trainers.data import class_images, prior
 from . import inputs
 from .checks import checked
-from .schema import CATEGORY, Dataset, Trainer, advanced, describe, named, options_input
+from .schema import CATEGORY, Dataset, Trainer, advanced, describe, named, options_input, usually
 
 _DATASET = f"{CATEGORY}/dataset"
 _TRAIN = f"{CATEGORY}/train"
@@ -32,6 +32,7 @@ class GraftClassImages(io.ComfyNode):
         return describe(
             node_id="GraftClassImages",
             display_name="Graft Class Images",
+            words="Regularization",
             aliases=["regularization images", "regularisation images", "reg images", "prior preservation"],
             category=_DATASET,
             description="Draws pictures of a class with the graph's own model, for prior preservation. "
@@ -113,6 +114,7 @@ class GraftPriorPreservation(io.ComfyNode):
         return describe(
             node_id="GraftPriorPreservation",
             display_name="Graft Prior Preservation",
+            words="Regularization",
             aliases=["regularization", "regularisation", "reg images", "class images"],
             category=_DATASET,
             description="Puts class images beside a subject's, one to one, so that a trainer learns the subject and "
@@ -142,6 +144,7 @@ class GraftTrainDreamBooth(Trainer):
         return describe(
             node_id="GraftTrainDreamBooth",
             display_name="Graft Train DreamBooth",
+            words="Training",
             aliases=["dreambooth", "db", "subject training", "finetune", "train"],
             category=_TRAIN,
             description="Learns a subject from a few images under a rare word, and keeps its class as it was. "
@@ -174,8 +177,13 @@ class GraftTrainDreamBooth(Trainer):
                     tooltip="LoRA: a small difference on the attention layers. all weights: the whole model.",
                 ),
                 inputs.steps(800),
-                inputs.learning_rate(
-                    "0: the default of the model's family (SD1.5: 1e-4 for a LoRA, 5e-6 for all weights)."
+                usually(
+                    inputs.learning_rate(
+                        "0: the default of the model's family (SD1.5: 1e-4 for a LoRA, 5e-6 for all weights)."
+                    ),
+                    "1e-4",
+                    optimizer="auto",
+                    train="LoRA",
                 ),
                 inputs.rank(),
                 inputs.batch_size(2, "Pictures in a step, class images included: 2 is one of each."),

@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from . import inputs
 from .checks import checked
-from .schema import CATEGORY, Dataset, describe, named, options_input
+from .schema import CATEGORY, Dataset, describe, named, options_input, usually
 
 
 class GraftExportJob(io.ComfyNode):
@@ -17,6 +17,7 @@ class GraftExportJob(io.ComfyNode):
         return describe(
             node_id="GraftExportJob",
             display_name="Graft Export Job",
+            words="Training",
             aliases=["accelerate", "multi-gpu", "multiple gpus", "distributed training", "remote training", "train"],
             category=f"{CATEGORY}/train",
             description="Writes what a trainer would do into a folder of its own, with all pictures and captions "
@@ -25,7 +26,12 @@ class GraftExportJob(io.ComfyNode):
                 *inputs.base("The model to train on, as ComfyUI's own nodes load and change it."),
                 Dataset.Input("dataset", tooltip="Pictures and captions."),
                 inputs.steps(),
-                inputs.learning_rate("0: the default of the model's family. Too high shows as burnt pictures."),
+                usually(
+                    inputs.learning_rate("0: the default of the model's family. Too high shows as burnt pictures."),
+                    "1e-4",
+                    optimizer="auto",
+                    train="LoRA",
+                ),
                 inputs.rank(),
                 inputs.batch_size(tooltip="Pictures in a step, of all processes together."),
                 inputs.seed(),

@@ -55,17 +55,19 @@ def _later(built):
 
 
 def option_schema(
-    node_id: str, title: str, aliases: list[str], description: str, inputs: list, later: tuple = ()
+    node_id: str, title: str, aliases: list[str], description: str, inputs: list, later: tuple = (), words: str = ""
 ) -> io.Schema:
     """An option node's schema.
 
     Args:
         inputs: the fields that it landed with.
         later: those that came since.
+        words: behind the title, as `describe` takes them.
     """
     return describe(
         node_id=node_id,
         display_name=title,
+        words=words,
         aliases=aliases,
         category=_CATEGORY,
         description=description,

@@ -101,6 +101,7 @@ class GraftPreviewOptions(OptionNode):
                     tooltip="Noise of the first picture. -1: 0.",
                 ),
             ],
+            words="Samples",
         )
 
     validate_inputs = checked(**rules("preview", "prompts", "cfg"), sampler_name=None, scheduler=None)
@@ -209,6 +210,7 @@ class GraftMemoryOptions(OptionNode):
                 ),
                 auto("recompute", list(RECOMPUTED), "What checkpointing computes again. auto: everything."),
             ),
+            words="VRAM",
         )
 
     validate_inputs = checked(checkpointing=None, compute_dtype=None, offload=None, shard=None, recompute=None)
@@ -276,6 +278,7 @@ class GraftAdapterOptions(OptionNode):
                     )
                 ),
             ),
+            words="LoRA",
         )
 
     validate_inputs = checked(
@@ -383,6 +386,7 @@ class GraftPivotalOptions(OptionNode):
                 number("learning_rate", "Of the word alone. 0: 5e-4.", 0.0, 10.0, 0.0000001),
                 number("stop_fraction", "Share of the steps after which it is frozen. 0: 0.5.", 0.0, 1.0, 0.01),
             ],
+            words="Tuning",
         )
 
     validate_inputs = checked(**rules("pivotal", "name", "init_text", "learning_rate", "stop_fraction"))

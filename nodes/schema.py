@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -12,6 +13,9 @@ from ..trainers.errors import DatasetError, GraftError
 from .checks import check_arrived
 
 CATEGORY = "graft"
+
+# Name of what the page is told of an input's unset value.
+_UNSET = "graft_unset"
 
 Dataset = io.Custom("GRAFT_DATASET")
 Embedding = io.Custom("GRAFT_EMBEDDING")
@@ -31,16 +35,49 @@ class Trainer(io.ComfyNode):
         return DESK.lifted
 
 
-def describe(aliases: list[str], **given) -> io.Schema:
-    """A node's schema.
+def describe(aliases: list[str], words: str = "", **given) -> io.Schema:
+    """Describe a node to ComfyUI.
 
     Args:
         aliases: other words by which it is found when nodes are searched; hosts before 0.33 have no place for them.
+        words: the one or two of them that stand behind its title, in parentheses. Hosts before 0.33 search ids and
+            titles alone, and of a title no word that begins behind the 30th character.
         given: what ComfyUI's own schema takes.
     """
+    if words:
+        given["display_name"] = f"{given['display_name']} ({words})"
     if any(field.name == "search_aliases" for field in fields(io.Schema)):
         given["search_aliases"] = aliases
+    for built in given["inputs"]:
+        _mark_unset(built)
     return io.Schema(**given)
+
+
+def title_of(display_name: str) -> str:
+    """Return a node's title without the words that it is found by, as errors and help pages name it."""
+    return display_name.partition(" (")[0]
+
+
+def usually(built, usual: str, **when: str):
+    """Tell the page the value that an unset number stands for.
+
+    Args:
+        usual: as the page shows it.
+        when: widgets that have to have these values for it, on the node and on all nodes of the pack that lead to it.
+    """
+    built.extra_dict = {**(built.extra_dict or {}), _UNSET: {"value": built.default, "usual": usual, "when": when}}
+    return built
+
+
+def _mark_unset(built) -> None:
+    """Tell the page of a number whose default stands for another value, which the tooltip says: `0: 500.`"""
+    default = getattr(built, "default", None)
+    if isinstance(default, bool) or default not in (0, -1) or _UNSET in (built.extra_dict or {}):
+        return
+    told = re.search(rf"(?:^|[.;] ){default:g}: (.+?)(?:[,;]|\.?$|\. )", built.tooltip or "")
+    if told:
+        usual = told.group(1)
+        usually(built, usual if usual == "none" or usual[0].isdigit() else "")
 
 
 def advanced(built):
@@ -72,7 +109,7 @@ def named(node: type[io.ComfyNode], **arrived) -> Iterator[None]:
     except GraftError as error:
         # Asked anew: the class that executes is a locked copy, on which the host's own accessor cannot store it.
         schema = node.define_schema()
-        title = schema.display_name
+        title = title_of(schema.display_name)
         identity = execution_id(node)
         where = f"{title} (node {identity})" if identity else title
         given = _input_of(error, [given.id for given in schema.inputs])

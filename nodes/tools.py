@@ -50,6 +50,7 @@ class GraftMergeAdapters(io.ComfyNode):
         return describe(
             node_id="GraftMergeAdapters",
             display_name="Graft Merge Adapters",
+            words="LoRA",
             aliases=["merge lora", "lora merge", "ties", "dare", "svd"],
             category=_CATEGORY,
             description="Makes one adapter of two, of any types whose difference is known without the model.",
@@ -99,6 +100,7 @@ class GraftResizeAdapter(io.ComfyNode):
         return describe(
             node_id="GraftResizeAdapter",
             display_name="Graft Resize Adapter",
+            words="LoRA",
             aliases=["resize lora", "lora rank", "svd", "shrink lora"],
             category=_CATEGORY,
             description="Makes an adapter smaller: of each layer the part that holds most of it.",
@@ -129,6 +131,7 @@ class GraftExtractAdapter(io.ComfyNode):
         return describe(
             node_id="GraftExtractAdapter",
             display_name="Graft Extract Adapter",
+            words="LoRA",
             aliases=["extract lora", "model difference", "svd"],
             category=_CATEGORY,
             description="Makes an adapter of what one model has more than another. LoRAs on either count.",
@@ -182,6 +185,7 @@ class GraftInspectAdapter(io.ComfyNode):
         return describe(
             node_id="GraftInspectAdapter",
             display_name="Graft Inspect Adapter",
+            words="LoRA",
             aliases=["lora info", "lora metadata", "block weights"],
             category=_CATEGORY,
             description="Shows how much an adapter changes each block, what it is, and whether it fits a model.",

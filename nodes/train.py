@@ -8,7 +8,7 @@ from ..trainers.inversion import TEMPLATES, check_name
 from ..trainers.recipe import Word
 from . import inputs
 from .checks import checked
-from .schema import CATEGORY, Dataset, Embedding, LossMap, Trainer, describe, named, options_input
+from .schema import CATEGORY, Dataset, Embedding, LossMap, Trainer, describe, named, options_input, usually
 
 _CATEGORY = f"{CATEGORY}/train"
 
@@ -21,6 +21,7 @@ class GraftTrainLoRA(Trainer):
         return describe(
             node_id="GraftTrainLoRA",
             display_name="Graft Train LoRA",
+            words="Training",
             aliases=["lora training", "lora trainer", "finetune", "fine-tune", "train", "locon", "dora"],
             category=_CATEGORY,
             description="Trains a LoRA on the pictures of a dataset and hands the model on with it applied. "
@@ -29,7 +30,13 @@ class GraftTrainLoRA(Trainer):
                 *inputs.base("The model to train on; LoRAs that wait on it count as part of it."),
                 Dataset.Input("dataset", tooltip="Pictures and captions."),
                 inputs.steps(),
-                inputs.learning_rate("0: the default of the model's family (1e-4). Too high shows as burnt pictures."),
+                usually(
+                    inputs.learning_rate(
+                        "0: the default of the model's family (1e-4). Too high shows as burnt pictures."
+                    ),
+                    "1e-4",
+                    optimizer="auto",
+                ),
                 inputs.rank(),
                 inputs.batch_size(),
                 inputs.seed(),
@@ -67,7 +74,8 @@ class GraftTrainEmbedding(Trainer):
     def define_schema(cls) -> io.Schema:
         return describe(
             node_id="GraftTrainEmbedding",
-            display_name="Graft Train Embedding",
+            display_name="Graft Textual Inversion",
+            words="Training",
             aliases=["textual inversion", "ti", "embedding training", "train", "finetune"],
             category=_CATEGORY,
             description="Textual inversion: learns vectors for a new word and changes no weight. "
@@ -93,8 +101,12 @@ class GraftTrainEmbedding(Trainer):
                     tooltip="How many of a prompt's 75 places it takes. More hold more, and need more pictures.",
                 ),
                 inputs.steps(),
-                inputs.learning_rate(
-                    "0: the default, 5e-4. Too high shows as pictures that only look like noise or one colour."
+                usually(
+                    inputs.learning_rate(
+                        "0: the default, 5e-4. Too high shows as pictures that only look like noise or one colour."
+                    ),
+                    "5e-4",
+                    optimizer="auto",
                 ),
                 inputs.batch_size(),
                 inputs.seed("Decides order and noise. Another seed is another run."),
@@ -154,6 +166,7 @@ class GraftFineTune(Trainer):
         return describe(
             node_id="GraftFineTune",
             display_name="Graft Fine-tune",
+            words="Checkpoint Training",
             aliases=["finetune", "full finetune", "fine-tuning", "train checkpoint", "train"],
             category=_CATEGORY,
             description="Trains all weights of the model on the pictures of a dataset and hands the model on with what "

@@ -21,11 +21,16 @@ def schemas(comfy):
     return {schema.node_id: schema for schema in (node.define_schema() for node in make_locales.list_nodes())}
 
 
-def read_table(page, heading):
-    """The first table below a heading of a help page: a list of rows, each a list of cells."""
-    section = page.split(f"\n## {heading}\n")[1].split("\n## ")[0]
-    rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("|")]
-    return rows[2:]
+def read_inputs(page):
+    """Read the list of a help page's inputs: {input: (what it does, typical value)}."""
+    section = page.split("\n## Inputs\n")[1].split("\n## ")[0]
+    rows = re.findall(r"^- `(\w+)`: (.+)$", section, re.M)
+    return {name: tuple(re.split(r" (?:Typical|Left alone): ", text)) for name, text in rows}
+
+
+def title_of(schema):
+    """Return a node's title without the words that it is found by."""
+    return schema.display_name.partition(" (")[0]
 
 
 def list_pages():
@@ -55,13 +60,20 @@ def test_the_page_for_choosing_is_made_of_its_text():
 
 def test_help_pages_explain_exactly_the_inputs_there_are(schemas):
     for node_id, page in list_pages().items():
-        explained = [re.fullmatch(r"`(\w+)`", row[0]).group(1) for row in read_table(page, "Inputs")]
-        assert explained == [given.id for given in schemas[node_id].inputs], node_id
+        assert list(read_inputs(page)) == [given.id for given in schemas[node_id].inputs], node_id
+
+
+@pytest.mark.parametrize("path", sorted(HELP.glob("*.md")), ids=lambda path: path.stem)
+def test_help_fits_a_sidebar_of_300_pixels(path):
+    """A table of three columns leaves one or two words a line there; lists take their place."""
+    rows = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+    wide = [row for row in rows if len(re.findall(r"(?<!\\)\|", row)) > 3]
+    assert wide == []
 
 
 def test_help_pages_name_the_outputs_and_carry_the_title(schemas):
     for node_id, page in list_pages().items():
-        assert page.startswith(f"# {schemas[node_id].display_name}\n"), node_id
+        assert page.startswith(f"# {title_of(schemas[node_id])}\n"), node_id
         outputs = re.split(r"\n## Outputs?\n", page)[1].split("\n## ")[0]
         for made in schemas[node_id].outputs:
             assert f"`{made.display_name or made.id}`" in outputs, (node_id, made.id)
@@ -70,7 +82,7 @@ def test_help_pages_name_the_outputs_and_carry_the_title(schemas):
 def test_choices_named_on_help_pages_exist(schemas):
     """A page that lists an option's choices in its table lists ones that can be chosen."""
     for node_id, page in list_pages().items():
-        described = {row[0].strip("`"): row[1] for row in read_table(page, "Inputs")}
+        described = {name: text for name, (text, *_) in read_inputs(page).items()}
         for given in schemas[node_id].inputs:
             choices = getattr(given, "options", None)
             if not choices or given.id in ("folder", "adapter_name", "embedding_name"):
@@ -165,7 +177,7 @@ def test_nodes_are_found_by_the_words_that_users_know(schemas):
 
 def test_readme_lists_every_node(schemas):
     table = README.read_text(encoding="utf-8").split("\n## Nodes\n")[1].split("\n## ")[0]
-    assert sorted(re.findall(r"^\| \*\*([^*]+)\*\*", table, re.M)) == sorted(s.display_name for s in schemas.values())
+    assert sorted(re.findall(r"^\| \*\*([^*]+)\*\*", table, re.M)) == sorted(map(title_of, schemas.values()))
 
 
 @pytest.mark.parametrize("path", sorted([*ROOT.glob("*.md"), *HELP.glob("**/*.md")]), ids=lambda path: path.name)

@@ -58,6 +58,69 @@ def test_nodes_and_groups_do_not_overlap(path):
         assert not overlap((x, y, x + w, y + h), (u, v, u + s, v + t)), (a, b)
 
 
+LOOKING = [LORA, ROOT / "example_workflows" / "Fine-tune a checkpoint.json"]
+
+
+@pytest.mark.parametrize("path", LOOKING, ids=lambda path: path.stem)
+def test_the_look_comes_before_the_training(path):
+    """The trainer gets its dataset from the look alone, so that no host can run it first; previews are drawn."""
+    workflow = read_workflow(path)
+    (look,), (trainer,) = find_nodes(workflow, "What training will see"), find_nodes(workflow, "Train")
+    sources = {link[0]: link[1] for link in workflow["links"]}
+    given = {socket["name"]: sources.get(socket["link"]) for socket in trainer["inputs"]}
+    assert given["dataset"] == look["id"]
+    (previews,) = find_nodes(workflow, "Previews")
+    assert given["options"] == previews["id"]
+    (prompt,) = find_nodes(workflow, "Prompt")
+    assert previews["widgets_values"][0] == prompt["widgets_values"][0]
+
+
+@pytest.mark.parametrize("path", LOOKING, ids=lambda path: path.stem)
+def test_wires_do_not_cross_groups_that_are_not_theirs(path):
+    """Each wire, from point to point, stays out of every group that holds neither of its ends."""
+    workflow = read_workflow(path)
+    nodes = {node["id"]: node for node in workflow["nodes"]}
+    points = {row["id"]: row for row in workflow["extra"].get("reroutes", [])}
+    ends = {row["id"]: row["parentId"] for row in workflow["extra"].get("linkExtensions", [])}
+    for link, source, _, target, *_ in workflow["links"]:
+        (x, y), (width, _) = nodes[source]["pos"], nodes[source]["size"]
+        places, row = [tuple(nodes[target]["pos"])], ends.get(link)
+        while row is not None:
+            places.insert(0, tuple(points[row]["pos"]))
+            row = points[row].get("parentId")
+        places.insert(0, (x + width, y))
+        own = {source, target}
+        for group in workflow["groups"]:
+            if own & holds(group, nodes):
+                continue
+            for start, stop in zip(places, places[1:], strict=False):
+                assert not crosses(start, stop, group["bounding"]), (link, group["title"])
+
+
+def holds(group, nodes):
+    left, top, width, height = group["bounding"]
+    inside = [node for node in nodes.values() if left <= node["pos"][0] < left + width]
+    return {node["id"] for node in inside if top <= node["pos"][1] < top + height}
+
+
+def crosses(start, stop, box):
+    """Whether a straight line goes through a box, its edge of 20 left out for titles."""
+    left, top, width, height = box
+    for share in np.linspace(0, 1, 200):
+        x, y = (a + share * (b - a) for a, b in zip(start, stop, strict=True))
+        if left + 20 < x < left + width - 20 and top + 20 < y < top + height - 20:
+            return True
+    return False
+
+
+@each_example
+def test_the_note_opens_beside_the_sidebar(path):
+    """At the scale that the file is opened with, right of the bar of tabs' left edge and below the bar itself."""
+    view = read_workflow(path)["extra"]["ds"]
+    (left, top), scale = view["offset"], view["scale"]
+    assert left * scale >= 100 and (top - TITLE) * scale >= 100
+
+
 @each_example
 def test_nodes_have_titles_of_their_own_and_a_note_says_what_to_set(path):
     nodes = read_workflow(path)["nodes"]
@@ -137,8 +200,11 @@ def test_it_trains_draws_and_saves(server):
     path = entry["outputs"][node("Save the LoRA")]["text"][0]
     assert path.endswith(".safetensors")
     assert server.path("output", "loras") in Path(path).parents
-    assert "8 pictures" in entry["outputs"][node("Report")]["text"][0]
-    assert entry["outputs"][node("What training will see")]["images"]
+    look = entry["outputs"][node("What training will see")]
+    assert "8 pictures" in look["text"][0]
+    assert look["images"]
+    finished = [message for message in entry["status"]["messages"] if message[0] == "execution_success"]
+    assert finished
 
 
 @pytest.mark.server

@@ -30,6 +30,7 @@ def check_slopes(plan: Plan, host: Host) -> None:
         return
     with host.group.turn() as mine:
         if mine:
+            host.report_phase("gradients")
             _check_slopes(plan, host)
 
 

@@ -86,6 +86,7 @@ def estimate(plan: Plan, host: Host, mover: Mover, position: int, steps: int) ->
     """
     if steps < _LEAST_STEPS or host.group.world > 1:
         return None
+    host.report_phase("measuring")
     # Of those that will be shown: no other captions are encoded.
     coming = min(_MOST_BATCHES, steps * plan.recipe.accumulation)
     batches = [batch for _, batch in itertools.islice(plan.batches(position), coming)]

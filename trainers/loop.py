@@ -86,6 +86,7 @@ def train(plan: Plan, run: Run, host: Host, state: State) -> State:
 
     try:
         _estimate(ladder.plan, run, host, mover, state)
+        host.report_phase("training")
         if state.step == 0:
             preview(plan, run, host, state.step)
         while state.step < recipe.steps:

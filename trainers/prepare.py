@@ -13,6 +13,7 @@ from .data import captions
 from .data.cache import Cache, cache_size, prune
 from .data.controls import control_crop
 from .data.cutting import Cuts, all_resolutions, cut_dataset, held_out
+from .data.dataset_warnings import list_warnings
 from .data.encoding import LatentCache, TextCache
 from .data.examples import LeftOut
 from .data.holes import HoleCache
@@ -90,6 +91,12 @@ def prepare(
     everything = (*dataset.left_out, *left_out)
     if everything:
         log.warning("Graft: %d files are not trained on: %s", len(everything), shortened(everything, 50))
+    warnings = list_warnings(dataset, recipe, training, everything)
+    for warning in warnings:
+        if warning["kind"] != "skipped":
+            log.warning("Graft: %s", warning["text"])
+    if warnings:
+        host.report("warnings", {"warnings": warnings})
     facts = {
         "left_out": [str(row) for row in everything],
         **maker.beside_facts(cuts),

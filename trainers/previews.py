@@ -28,7 +28,9 @@ def preview(plan: Plan, run: Run, host: Host, step: int) -> None:
         return
     with host.group.turn() as mine:
         if mine:
+            host.report_phase("previews")
             _preview(plan, run, host, step)
+            host.report_phase("training")
 
 
 def _preview(plan: Plan, run: Run, host: Host, step: int) -> None:

@@ -281,3 +281,11 @@ class Host:
     heed: Callable[[], None] = field(default=lambda: None)
     group: Group = ALONE
     graph: dict[str, Any] | None = None
+
+    def report_phase(self, name: str) -> None:
+        """Report the work between two steps or before the first; may raise to interrupt, as `report` does.
+
+        Args:
+            name: "loading", "gradients", "measuring", "previews", or "training" when the steps go on.
+        """
+        self.report("phase", {"name": name})

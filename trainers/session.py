@@ -141,7 +141,16 @@ def run_recipe(recipe: Recipe, dataset: Dataset, host: Host, folders: Folders, n
         run, state, finished = follow(group, folders)
     parts = Parts(method, recipe, host)
     export = _exporter(method, parts, recipe, host, task.dataset, run, task.identity)
-    host.report("run", {"name": run.name, "folder": run.folder, "step": state.step, "steps": recipe.steps})
+    host.report(
+        "run",
+        {
+            "name": run.name,
+            "folder": run.folder,
+            "step": state.step,
+            "steps": recipe.steps,
+            "settings": recipe.as_json(),
+        },
+    )
     if finished:
         log.info("Graft: run %s is already finished at step %d.", run.name, state.step)
         return _finished(recipe, host, method, parts, run, state, export)
@@ -168,6 +177,7 @@ def _train(recipe, task: Task, host, folders, parts, run, state, export) -> Resu
     denoiser = host.denoiser
     resumed_from = state.step
     prepared = prepare(task.dataset, recipe, host, folders.cache, folders.cache_limit)
+    host.report_phase("loading")
     with _training(recipe, host, recipe.offload == "on" or shares):
         blocks = _checkpoint(denoiser.module, recipe)
         if blocks and recipe.live_text:

@@ -9,8 +9,10 @@ import { Routes } from "./panel/routes.js";
 import { Store } from "./panel/store.js";
 import { throttled } from "./panel/throttle.js";
 import { Panel, HEIGHT, WIDTH } from "./panel/view.js";
+import { addReport, INSPECTOR } from "./report.js";
 import { loadTexts, t } from "./texts.js";
 import { Toasts } from "./toasts.js";
+import { forgetChanged, learn, showUnset, UnsetFields } from "./unset.js";
 
 const EVENT = "graft.progress";
 const TRAINERS = new Set(["GraftTrainLoRA", "GraftTrainEmbedding", "GraftTrainDreamBooth", "GraftFineTune"]);
@@ -21,6 +23,7 @@ const LOOK = 2000; // and between two looks at the runs on disk
 const MILESTONES = new Set(["run", "validation", "sample", "saved", "done", "paused", "cancelled", "failed"]);
 
 let history = null;
+let fields = null;
 const panels = new WeakMap();
 const routes = new Routes(api, app);
 const show = throttled(showAll, PAUSE);
@@ -72,8 +75,10 @@ function showAll() {
   }
   for (const [node, training] of shown) {
     panels.get(node).show(training);
+    if (training.settings) learn(node, training.settings);
     store.recall(training);
   }
+  fields?.refresh();
 }
 
 function addPanel(node) {
@@ -104,9 +109,16 @@ app.registerExtension({
     api.addEventListener(EVENT, ({ detail }) => store.take(detail));
     api.addEventListener("reconnected", () => store.restore());
     store.restore();
+    fields = new UnsetFields((id) => app.canvas?.graph?.getNodeById(id));
+    api.addEventListener("graphChanged", () => {
+      forgetChanged(app.canvas?.graph?.nodes ?? []);
+      fields.refresh();
+    });
   },
   nodeCreated(node) {
+    showUnset(node);
     if (TRAINERS.has(node.comfyClass)) addPanel(node);
+    if (node.comfyClass === INSPECTOR) addReport(node);
   },
   afterConfigureGraph() {
     show();

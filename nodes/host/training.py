@@ -234,6 +234,11 @@ def geometries(dataset: Dataset, model: ModelPatcher | None, vae: VAE | None) ->
     return found
 
 
+def family_name(model: ModelPatcher | None) -> str:
+    """Return the name of a model's family, empty without a model."""
+    return families.family_name(model) if model is not None else ""
+
+
 def token_counter(clip: CLIP | None) -> Callable[[str], int] | None:
     """Counts a caption's tokens, None without a text encoder."""
     return ComfyText(clip).count_tokens if clip is not None else None

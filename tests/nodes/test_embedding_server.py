@@ -141,7 +141,7 @@ def test_a_word_beside_a_lora(server, tiny_base, dataset):
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else None,
 )
 def test_what_cannot_be_learnt_is_said(server, tiny_base, dataset, fields, message):
-    with pytest.raises(PromptError, match=rf"Graft Train Embedding(?: \(node 3\))?, {message}"):
+    with pytest.raises(PromptError, match=rf"Graft Textual Inversion(?: \(node 3\))?, {message}"):
         server.run(learning(dataset.name, 1, **fields))
 
 

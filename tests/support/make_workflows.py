@@ -33,20 +33,22 @@ Set three things, then press **Run**:
    (beside each name.png a name.txt with its caption, if you like),
    press **R**, and choose the folder.
 3. **Trigger and prompt** - the word that calls up what is learnt
-   (*ohwx dog*), and a prompt that holds it.
+   (*ohwx dog*), and a prompt that holds it, in *Prompt* and *Previews*.
 
-*Before* and *After* draw the same prompt with the same seed, without and
+*What training will see* comes first: **Cancel** if pictures or captions
+are not right. *Before* and *After* draw the same prompt with the same seed, without and
 with what was learnt. ComfyUI's queue is busy while it trains.
 **Cancel loses nothing**: press Run again and it goes on where it was.
 
-With an SDXL or Flux checkpoint leave the dataset's resolution at 0 and set
-the width and height of *Size and number* to 1024.
+With an SDXL or Flux checkpoint set the resolution of *Photos* to 0 (the
+model's own) and the width and height of *Size and number* to 1024.
 """
 
 # The example as `make demo` and the tests run it, {node: {input: value}} by title or type.
 TINY = {
     "Checkpoint": {"ckpt_name": "graft_tiny.safetensors"},
     "Photos": {"folder": "toy", "trigger": "", "resolution": 64},
+    "Previews": {"prompts": "a large sks toy on a green background", "steps": 4, "cfg": 4.0},
     "Train": {"steps": 300, "learning_rate": 1e-3, "rank": 8, "batch_size": 4},
     "Prompt": {"value": "a large sks toy on a green background"},
     "Negative prompt": {"value": ""},
@@ -74,8 +76,8 @@ in output/graft/class_images: another Run finds them there.
 seed: they should stay alike. *The subject* is what was learnt.
 **Cancel loses nothing**: press Run again and it goes on where it was.
 
-With an SDXL or Flux checkpoint leave the resolution of *Photos* and
-*Class images* at 0 and set *Size and number* to 1024.
+With an SDXL or Flux checkpoint set the resolution of *Photos* and
+*Class images* to 0 (the model's own) and *Size and number* to 1024.
 """
 
 # The same for "DreamBooth a subject".
@@ -169,7 +171,7 @@ of its own**.
    caption in name.txt, in a folder below ComfyUI's input folder; press
    **R** and choose it.
 3. **Trigger and prompt** - words for the style (*ohwx style*), and a
-   prompt that holds them.
+   prompt that holds them, in *Prompt* and *Previews*.
 
 *The new checkpoint* is ComfyUI's own node: it writes model, text
 encoder and VAE to output/checkpoints, where every checkpoint loader
@@ -185,6 +187,7 @@ It takes much more memory and disk than a LoRA: see the help page of
 TINY_FINE_TUNE = {
     "Checkpoint": {"ckpt_name": "graft_tiny.safetensors"},
     "Pictures": {"folder": "toy", "trigger": "", "resolution": 64},
+    "Previews": {"prompts": "a large sks toy on a green background", "steps": 4, "cfg": 4.0},
     "Train": {"steps": 40, "learning_rate": 1e-4, "batch_size": 4},
     "Prompt": {"value": "a large sks toy on a green background"},
     "Negative prompt": {"value": ""},
@@ -247,6 +250,13 @@ class Sketch:
         )  # fmt: skip
         return made
 
+    def route(self, target, name, points):
+        """Lead the wire of an input through points, from its source on."""
+        self.page.js("""
+            const node = app.graph.getNodeById(args[0]);
+            const link = app.graph.getLink(node.inputs.find(input => input.name === args[1]).link);
+            for (const point of args[2]) app.graph.createReroute(point, link);""", target, name, points)  # fmt: skip
+
     def group(self, title, nodes, color):
         """A frame around nodes."""
         self.page.js("""
@@ -260,14 +270,16 @@ class Sketch:
         workflow = self.page.serialize()
         workflow["id"] = str(uuid.uuid5(uuid.NAMESPACE_URL, f"graft/{name}"))
         workflow["revision"] = 0
-        workflow["extra"] = {"ds": {"scale": 0.6, "offset": [60, 120]}}
+        routes = {key: workflow["extra"][key] for key in ("reroutes", "linkExtensions") if key in workflow["extra"]}
+        # The page's sidebar and its bar of tabs lie over the graph's left and upper edge.
+        workflow["extra"] = {"ds": {"scale": 0.6, "offset": [200, 240]}, **routes}
         return workflow
 
 
-def draw_base(sketch, place, note, height):
-    """The note and the checkpoint of an example; (checkpoint, what a trainer is given of it)."""
+def draw_base(sketch, place, note, height, top=700):
+    """The note and, lower down, the checkpoint of an example; (checkpoint, what a trainer is given of it)."""
     sketch.node("MarkdownNote", "Start here", place, (420, height), text=note)
-    checkpoint = sketch.node("CheckpointLoaderSimple", "Checkpoint", (place[0], 700), (420, 100),
+    checkpoint = sketch.node("CheckpointLoaderSimple", "Checkpoint", (place[0], top), (420, 100),
                              ckpt_name="v1-5-pruned-emaonly-fp16.safetensors")  # fmt: skip
     return checkpoint, {"model": (checkpoint, 0), "clip": (checkpoint, 1), "vae": (checkpoint, 2)}
 
@@ -304,33 +316,73 @@ def draw_pictures(sketch, place, name, model, clip, prompt, negative, size, vae,
     return [positive, other, drawn, decoded, shown]
 
 
-def draw_train_a_lora(sketch):
-    """Checkpoint and photos -> train -> the same prompt before and after."""
-    node = sketch.node
-    data, train, wish, sample = 0, 480, 960, 1440
+# Columns of an example that looks at its pictures before it trains, and the top of its second row. Wires that skip a
+# column run through a lane above that row.
+DATA, LOOK, TRAIN, WISH, SAMPLE = 0, 480, 960, 1440, 2000
+ROW = 780
+LANE = (620, 645, 670)
 
-    checkpoint, base = draw_base(sketch, (data, 0), NOTE, 430)
-    photos = node("GraftLoadDataset", "Photos", (data, 860), (420, 490),
+
+def draw_training(sketch, base, pictures, trainer, saved, options=None):
+    """Draw the look and the training of an example; the ids of the look, of the options and of the trainer.
+
+    Args:
+        base: the checkpoint as (checkpoint, what a trainer is given of it).
+        pictures: the id of the dataset's node.
+        trainer: (type of the node, values of its widgets).
+        saved: draws what saves the result; called with the trainer's id and the place below it, gives ids.
+        options: values of the previews, None for none.
+    """
+    node = sketch.node
+    _, given = base
+    inspect = node("GraftInspectDataset", "What training will see", (LOOK, ROW), (420, 640),
+                   {"dataset": (pictures, 0), **given})  # fmt: skip
+    previews = node("GraftPreviewOptions", "Previews", (LOOK, ROW + 740), (420, 290), **options)
+    kind, values = trainer
+    links = {**given, "dataset": (inspect, 2), "options": (previews, 0)}
+    trained = node(kind, "Train", (TRAIN, ROW), (420, 640), links, **values)
+    for name, height in zip(given, LANE, strict=True):
+        sketch.route(trained, name, [(LOOK - 30, height), (TRAIN - 40, height)])
+    sketch.group("Look at the pictures first", [inspect], GREY)
+    sketch.group("Previews while it trains", [previews], GREY)
+    sketch.group("Train", [trained, *saved(trained, (TRAIN, ROW + 700))], ORANGE)
+    return trained
+
+
+def draw_both(sketch, checkpoint, trained, wishes):
+    """Draw the same prompt before and after a training; the ids of both rows."""
+    prompt, negative, size = wishes
+    rows = []
+    for name, top, source in (("before", 0, checkpoint), ("after", ROW, trained)):
+        texts = (prompt, 0), (negative, 0)
+        row = draw_pictures(sketch, (SAMPLE, top), name, (source, 0), (source, 1), *texts, (size, 0), (checkpoint, 2))
+        positive, other, drawn, decoded, _ = row
+        ends = [(decoded, "vae", 2)]
+        if source == checkpoint:
+            ends += [(positive, "clip", 1), (other, "clip", 1), (drawn, "model", 0)]
+        for end, name, lane in ends:
+            sketch.route(end, name, [(LOOK - 30, LANE[lane]), (SAMPLE - 70, LANE[lane])])
+        rows.append(row)
+    return rows
+
+
+def draw_train_a_lora(sketch):
+    """Checkpoint and photos -> look -> train -> the same prompt before and after."""
+    node = sketch.node
+    base = draw_base(sketch, (DATA, 0), NOTE, 470, ROW - 200)
+    photos = node("GraftLoadDataset", "Photos", (DATA, ROW), (420, 490),
                   folder="my_photos", trigger="ohwx dog", resolution=512)  # fmt: skip
 
-    trainer = node("GraftTrainLoRA", "Train", (train, 700), (420, 630), {**base, "dataset": (photos, 0)})
-    saved = node("GraftSaveAdapter", "Save the LoRA", (train, 1390), (420, 100), {"adapter": (trainer, 2)},
-                 filename_prefix="my_lora")  # fmt: skip
-    inspect = node("GraftInspectDataset", "What training will see", (train, 0), (420, 330),
-                   {"dataset": (photos, 0), **base})  # fmt: skip
-    report = node("PreviewAny", "Report", (train, 390), (420, 180), {"source": (inspect, 1)})
+    def save(trainer, place):
+        return [node("GraftSaveAdapter", "Save the LoRA", place, (420, 100), {"adapter": (trainer, 2)},
+                     filename_prefix="my_lora")]  # fmt: skip
 
-    prompt, negative, size = draw_wishes(sketch, (wish, 0), PROMPT)
-    before, after = (
-        draw_pictures(sketch, (sample, top), name, (source, 0), (source, 1), (prompt, 0), (negative, 0), (size, 0),
-                      (checkpoint, 2))
-        for name, top, source in (("before", 0, checkpoint), ("after", 700, trainer))
-    )  # fmt: skip
+    trainer = draw_training(sketch, base, photos, ("GraftTrainLoRA", {}), save, {"prompts": PROMPT})
+    wishes = draw_wishes(sketch, (WISH, 0), PROMPT)
+    before, after = draw_both(sketch, base[0], trainer, wishes)
 
-    sketch.group("Set 1 and 2: checkpoint and photos", [checkpoint, photos], BLUE)
-    sketch.group("Set 3: what to draw", [prompt, negative, size], BLUE)
-    sketch.group("Train", [trainer, saved], ORANGE)
-    sketch.group("Look at the photos", [inspect, report], GREY)
+    sketch.group("Set 1 and 2: checkpoint and photos", [base[0], photos], BLUE)
+    sketch.group("Set 3: what to draw", wishes, BLUE)
     sketch.group("Before: the checkpoint as it is", before, GREY)
     sketch.group("After: with the LoRA", after, GREEN)
 
@@ -448,36 +500,29 @@ def draw_pivotal(sketch):
 
 
 def draw_fine_tune(sketch):
-    """Pictures -> train -> a checkpoint of its own, and the same prompt before and after."""
+    """Pictures -> look -> train -> a checkpoint of its own, and the same prompt before and after."""
     node = sketch.node
-    data, train, wish, sample = 0, 480, 960, 1440
-
-    checkpoint, base = draw_base(sketch, (data, 0), FINE_TUNE_NOTE, 560)
-    pictures = node("GraftLoadDataset", "Pictures", (data, 860), (420, 490),
+    prompt = "a house by the sea, ohwx style"
+    base = draw_base(sketch, (DATA, 0), FINE_TUNE_NOTE, 560, ROW - 160)
+    pictures = node("GraftLoadDataset", "Pictures", (DATA, ROW), (420, 490),
                     folder="my_pictures", trigger="ohwx style", resolution=512)  # fmt: skip
 
-    trainer = node("GraftFineTune", "Train", (train, 700), (420, 610), {**base, "dataset": (pictures, 0)},
-                   steps=2000, batch_size=2)  # fmt: skip
-    merged = node("CheckpointSave", "The new checkpoint", (train, 1370), (420, 110),
-                  {"model": (trainer, 0), "clip": (trainer, 1), "vae": (checkpoint, 2)},
-                  filename_prefix="checkpoints/my_model")  # fmt: skip
-    saved = node("GraftSaveAdapter", "Save what changed", (train, 1540), (420, 100), {"adapter": (trainer, 2)},
-                 filename_prefix="my_model")  # fmt: skip
-    inspect = node("GraftInspectDataset", "What training will see", (train, 0), (420, 330),
-                   {"dataset": (pictures, 0), **base})  # fmt: skip
-    report = node("PreviewAny", "Report", (train, 390), (420, 180), {"source": (inspect, 1)})
+    def save(trainer, place):
+        left, top = place
+        merged = node("CheckpointSave", "The new checkpoint", place, (420, 110),
+                      {"model": (trainer, 0), "clip": (trainer, 1), "vae": (base[0], 2)},
+                      filename_prefix="checkpoints/my_model")  # fmt: skip
+        sketch.route(merged, "vae", [(LOOK - 30, LANE[2]), (TRAIN - 40, LANE[2])])
+        return [merged, node("GraftSaveAdapter", "Save what changed", (left, top + 170), (420, 100),
+                             {"adapter": (trainer, 2)}, filename_prefix="my_model")]  # fmt: skip
 
-    prompt, negative, size = draw_wishes(sketch, (wish, 0), "a house by the sea, ohwx style")
-    before, after = (
-        draw_pictures(sketch, (sample, top), name, (source, 0), (source, 1), (prompt, 0), (negative, 0), (size, 0),
-                      (checkpoint, 2))
-        for name, top, source in (("before", 0, checkpoint), ("after", 700, trainer))
-    )  # fmt: skip
+    values = {"steps": 2000, "batch_size": 2}
+    trainer = draw_training(sketch, base, pictures, ("GraftFineTune", values), save, {"prompts": prompt})
+    wishes = draw_wishes(sketch, (WISH, 0), prompt)
+    before, after = draw_both(sketch, base[0], trainer, wishes)
 
-    sketch.group("Set 1 and 2: checkpoint and pictures", [checkpoint, pictures], BLUE)
-    sketch.group("Set 3: what to draw", [prompt, negative, size], BLUE)
-    sketch.group("Train", [trainer, merged, saved], ORANGE)
-    sketch.group("Look at the pictures", [inspect, report], GREY)
+    sketch.group("Set 1 and 2: checkpoint and pictures", [base[0], pictures], BLUE)
+    sketch.group("Set 3: what to draw", wishes, BLUE)
     sketch.group("Before: the checkpoint as it is", before, GREY)
     sketch.group("After: as it was fine-tuned", after, GREEN)
 

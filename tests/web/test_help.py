@@ -42,7 +42,8 @@ def test_help_opens_from_every_node(page, server, renderer):
     # Not first the one whose help is open: pressed again it closes.
     for name in sorted(schemas):
         page.load(EMPTY)
-        found = page.js(OPEN, page.add_node(name), schemas[name]["display_name"])
+        title = schemas[name]["display_name"].partition(" (")[0]
+        found = page.js(OPEN, page.add_node(name), title)
         assert "/extensions/graft/docs/pictures/" in found["image"], name
         if name.startswith("GraftTrain") or name == "GraftFineTune":
             (link,) = [link for link in found["links"] if "choosing" in link]
@@ -103,7 +104,7 @@ def test_texts_follow_the_language_of_the_page(server, chromium):
     told = page.js("return document.querySelector('.graft-panel .graft-facts').textContent;")
     assert table["Time left"] in told and "Time left" not in told
     if read_version(server.comfy) >= (0, 4, 0):
-        assert page.js("return app.graph.getNodeById(args[0]).title;", node) == table["Graft Train LoRA"]
+        assert page.js("return app.graph.getNodeById(args[0]).title;", node) == table["Graft Train LoRA (Training)"]
         assert page.js(
             "return app.graph.getNodeById(args[0]).widgets.find(widget => widget.name === 'steps').label;", node
         ) == table["steps"]  # fmt: skip

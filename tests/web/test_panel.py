@@ -267,6 +267,69 @@ def test_what_a_run_did_to_help_itself_is_said(opened, event, fields, said):
     assert said in panel.text(".graft-note")
 
 
+def test_warnings_are_shown_and_leave_room_for_buttons(opened, page):
+    """Of a kind that the page does not know the server's own words are shown."""
+    panel = opened(SHORT)
+    panel.simulate("begin")
+    rows = [
+        {"kind": "skipped", "count": 2, "total": 4, "names": "a.png: broken; b.png: too small", "text": "..."},
+        {"kind": "batch", "batch": 8, "count": 2, "text": "..."},
+        {"kind": "of later", "text": "Something that came later."},
+    ]
+    panel.simulate("warnings", warnings=rows)
+    panel.simulate("step", step=1, steps=9, epoch=0, loss=0.1, lr=1e-4, seconds=1.0)
+    time.sleep(0.25)
+    assert panel.text(".graft-note").splitlines() == [
+        "2 of 4 files skipped: a.png: broken; b.png: too small",
+        "batch_size 8 is larger than the dataset: a step shows all 2 pictures at most.",
+        "Something that came later.",
+    ]
+    assert panel.list_cramped() == []
+
+
+def test_work_before_the_first_step_is_named(opened):
+    panel = opened(SHORT)
+    panel.simulate("begin")
+    panel.simulate("cache", name="a.png", done=16, total=16)
+    for name, said in (
+        ("loading", "Loading the model"),
+        ("gradients", "Checking gradients"),
+        ("measuring", "Measuring a step"),
+        ("training", "Training"),
+        ("previews", "Drawing sample pictures"),
+    ):
+        panel.simulate("phase", name=name)
+        time.sleep(0.25)
+        assert panel.text(".graft-state") == said
+    panel.simulate("step", step=1, steps=9, epoch=0, loss=0.1, lr=1e-4, seconds=1.0)
+    time.sleep(0.25)
+    assert panel.text(".graft-state") == "Training"
+
+
+@pytest.mark.parametrize(
+    "measured, steps, speed",
+    [
+        (1.5, [20.0], "1.5 s/step"),
+        (20.0, [2.0], "2.0 s/step"),
+        (None, [20.0, 2.0], "2.0 s/step"),
+        (20.0, [2.0, 2.0, 2.0], "2.0 s/step"),
+        (2.0, [9.0, 2.0, 2.0, 30.0, 2.0], "2.0 s/step"),
+    ],
+)
+def test_time_left_is_right_from_the_first_report(opened, measured, steps, speed):
+    """A slow first step, or one slow one among others, is no measure."""
+    panel = opened(SHORT)
+    panel.simulate("begin")
+    if measured is not None:
+        panel.simulate("estimate", step=0, seconds=measured, missing=1, free=None, fits=True, cures=[])
+    for step, seconds in enumerate(steps, 1):
+        panel.simulate("step", step=step, steps=20 + len(steps), epoch=0, loss=0.1, lr=1e-4, seconds=seconds)
+    time.sleep(0.25)
+    facts = panel.facts()
+    assert facts["Speed"] == speed
+    assert facts["Time left"] == f"{round(20 * float(speed.split()[0]))} s"
+
+
 def test_updates_come_at_most_ten_times_a_second(opened, page):
     panel = opened(SHORT)
     panel.simulate("begin")

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import DatasetError
 from . import captions
 from .buckets import Crop, bucket_sizes, choose_crops
 from .controls import is_alike
+from .dataset_warnings import warn_of_enlarged, warn_of_resolution, warn_of_skipped
 from .examples import LeftOut
 from .likeness import alike, signatures
 from .scan import reason_of, shortened
@@ -205,6 +206,21 @@ def report(findings: Findings, cache_bytes: int = -1) -> str:
         lines.append(f"All cached latents and texts take {cache_bytes / 1e6:.0f} MB; they may be deleted at any time.")
     # As a list, since a node that shows text may take it for Markdown and join the lines.
     return "\n".join(f"- {line}" for line in lines)
+
+
+def warnings(findings: Findings, family: str) -> list[dict[str, Any]]:
+    """List the warnings that can be given before a training is set up.
+
+    Args:
+        family: name of the model's family, empty without a model.
+    """
+    dataset = findings.dataset
+    found = [
+        warn_of_skipped(findings.left_out, len(dataset.examples) + len(dataset.left_out)),
+        warn_of_enlarged([(row.example, crop) for row in findings.rows for crop in row.crops]),
+        warn_of_resolution(findings.geometry.resolution, family),
+    ]
+    return [warning for warning in found if warning]
 
 
 def _prior_lines(rows: Sequence[Finding], epoch: int) -> list[str]:

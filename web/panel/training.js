@@ -3,14 +3,23 @@ import { t } from "../texts.js";
 import { Curve } from "./curve.js";
 import { formatBytes } from "./words.js";
 
-const LIVE = new Set(["preparing", "drawing", "caching", "training"]);
+const LIVE = new Set(["preparing", "drawing", "caching", "working", "training"]);
+const PACES = 15; // steps whose median tells how long the next ones take
 const RESUMABLE = new Set(["stopped", "paused", "cancelled"]);
 const SAMPLE = /^step-(\d+)-(\d+)\.png$/;
 
 // What a message changes, by its event. A message of an unknown event changes nothing.
 const HANDLERS = {
-  run(training, { name, step, steps }) {
-    Object.assign(training, { run: name, step, steps, resumedFrom: step });
+  run(training, { name, step, steps, settings }) {
+    Object.assign(training, { run: name, step, steps, resumedFrom: step, settings: settings ?? null });
+  },
+  warnings(training, { warnings }) {
+    training.warnings = warnings;
+  },
+  // Work between two steps or before the first, by its name; "training" when the steps go on.
+  phase(training, { name }) {
+    training.work = name === "training" ? "" : name;
+    if (training.phase !== "training") training.phase = name === "training" ? "training" : "working";
   },
   drawing(training, { done, total }) {
     Object.assign(training, { phase: "drawing", done, total });
@@ -19,13 +28,13 @@ const HANDLERS = {
     Object.assign(training, { phase: "caching", file: name, done, total });
   },
   step(training, { step, steps, epoch, loss, lr, seconds, losses, memory }) {
-    Object.assign(training, { phase: "training", step, steps, epoch, lr, memory });
-    training.pace = training.pace === null ? seconds : training.pace + 0.1 * (seconds - training.pace);
+    Object.assign(training, { phase: "training", work: "", step, steps, epoch, lr, memory });
+    training.addPace(seconds);
     const told = losses?.length ? losses : [loss];
     told.forEach((one, place) => training.curve.add(step - told.length + 1 + place, one));
   },
   estimate(training, { seconds, missing, free, fits, cures }) {
-    training.pace = seconds;
+    training.measured = seconds;
     if (fits) return;
     const figures = { missing: formatBytes(missing ?? 0), free: formatBytes(free ?? 0) };
     // Memory may have run out before it was known how much is missing.
@@ -83,6 +92,11 @@ export function samplesByStep(samples) {
   return found;
 }
 
+function median(values) {
+  const sorted = [...values].sort((a, b) => a - b);
+  return (sorted[(sorted.length - 1) >> 1] + sorted[sorted.length >> 1]) / 2;
+}
+
 export class Training {
   // node: its execution id; workflow: id of the workflow it was queued from, "" where that is not known.
   constructor({ node, workflow, prompt_id }) {
@@ -100,7 +114,9 @@ export class Training {
     this.file = "";
     this.epoch = null;
     this.lr = null;
-    this.pace = null; // seconds a step, averaged
+    this.measured = null; // seconds a step, as they were measured before the first
+    this.paces = []; // seconds of the last steps; the first step warms up and is not one of them
+    this.warmUp = null; // seconds of that first step
     this.memory = null; // [bytes in use, bytes there are]
     this.asked = null;
     this.isSaving = false;
@@ -109,6 +125,9 @@ export class Training {
     this.message = "";
     this.cure = "";
     this.note = ""; // what happened on the way
+    this.work = ""; // name of what is done between the steps, "" for the steps themselves
+    this.warnings = []; // of the dataset and the settings
+    this.settings = null; // the run's, by the recipe's names
     this.curve = new Curve();
     this.samples = new Map(); // step -> where its pictures are
     this.shown = 0; // changes with them
@@ -121,6 +140,18 @@ export class Training {
 
   get isResumable() {
     return RESUMABLE.has(this.phase);
+  }
+
+  // Seconds that a step usually takes, null while that is not known.
+  get pace() {
+    if (this.paces.length) return median(this.paces);
+    if (this.warmUp === null) return this.measured;
+    return Math.min(this.warmUp, this.measured ?? Infinity);
+  }
+
+  addPace(seconds) {
+    if (this.warmUp === null) this.warmUp = seconds;
+    else this.paces = [...this.paces, seconds].slice(-PACES);
   }
 
   get secondsLeft() {

@@ -162,7 +162,8 @@ export class Panel {
 
   _showNote() {
     const said = this._training.phase === "failed" ? this._training.message : "";
-    const text = [this._problem, said, words.advise(this._training)].filter(Boolean).join("\n");
+    const warnings = this._training.phase === "failed" ? [] : words.listWarnings(this._training);
+    const text = [this._problem, said, words.advise(this._training), ...warnings].filter(Boolean).join("\n");
     this._note.hidden = !text;
     say(this._note, text);
   }

@@ -1,5 +1,5 @@
 // Numbers and states as the panel says them.
-import { t } from "../texts.js";
+import { t, text } from "../texts.js";
 
 const NONE = "\u2013";
 const GB = 1024 ** 3;
@@ -43,12 +43,34 @@ export function formatEpoch(epoch) {
   return epoch === null ? NONE : String(epoch + 1);
 }
 
+// Work between two steps or before the first, by the name that the server tells.
+const WORK = {
+  loading: text("Loading the model"),
+  gradients: text("Checking gradients"),
+  measuring: text("Measuring a step"),
+  previews: text("Drawing sample pictures"),
+};
+
+// Warnings by their kind; of an unknown kind the server's own English is shown.
+const WARNINGS = {
+  skipped: text("$count of $total files skipped: $names"),
+  enlarged: text("Enlarged pictures, the smallest from $smallest to $side pixels: $names"),
+  batch: text("batch_size $batch is larger than the dataset: a step shows all $count pictures at most."),
+  resolution: text("resolution $resolution is far from the $usual pixels that $family was made for."),
+};
+
+// A training's warnings, a line each.
+export function listWarnings(training) {
+  return training.warnings.map((warning) => (WARNINGS[warning.kind] ? t(WARNINGS[warning.kind], warning) : warning.text));
+}
+
 // What a training is doing, in a line.
 export function describe(training) {
   const { step, steps, saved, done, total } = training;
   if (training.isLive && training.asked) {
     return training.asked === "stop" ? t("Stopping after this step") : t("Pausing after this step");
   }
+  if (training.isLive && training.work) return t(WORK[training.work] ?? "Getting ready");
   const said = {
     preparing: t("Getting ready"),
     drawing: t("Drawing class images: $done of $total", { done, total }),

@@ -1,0 +1,119 @@
+"""Warnings about a dataset that the user sees when a training starts.
+
+A warning is a dict that JSON can hold: `kind`, `text` in English, and the values that the text names. A page that does
+not know the kind shows the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..families import GENERAL, family_of
+
+if TYPE_CHECKING:
+    from ..recipe import Recipe
+    from .buckets import Crop
+    from .cutting import Cuts
+    from .examples import Dataset, Example, LeftOut
+
+# Names in one warning; the rest is counted.
+_NAMED = 8
+# A picture that is enlarged more than this looks blurred.
+_BLURRED = 1.5
+# A side this much larger or smaller than the model's own is unusual.
+_UNUSUAL = 1.5
+
+
+def list_warnings(
+    dataset: Dataset, recipe: Recipe, training: Sequence[Cuts], left_out: Sequence[LeftOut]
+) -> list[dict[str, Any]]:
+    """List what a user should look at before a long training.
+
+    Args:
+        training: the pictures that are trained on.
+        left_out: all files that are not, those of the scan included.
+    """
+    pictures = [(cut.example, crop) for cut in training for crop in cut.crops]
+    found = [
+        warn_of_skipped(left_out, len(dataset.examples) + len(dataset.left_out)),
+        warn_of_enlarged(pictures),
+        _warn_of_batch(recipe, [cut for cut in training if not cut.example.prior]),
+        warn_of_resolution(recipe.resolution, recipe.family),
+    ]
+    return [warning for warning in found if warning]
+
+
+def warn_of_skipped(left_out: Sequence[LeftOut], total: int) -> dict[str, Any] | None:
+    """Warn of files that are not trained on, with their names and reasons."""
+    if not left_out:
+        return None
+    names = _join([str(row) for row in left_out])
+    text = f"{len(left_out)} of {total} files skipped: {names}."
+    return {"kind": "skipped", "text": text, "count": len(left_out), "total": total, "names": names}
+
+
+def warn_of_enlarged(pictures: Sequence[tuple[Example, Crop]]) -> dict[str, Any] | None:
+    """Warn of pictures that are enlarged so far that they look blurred, with the smallest side.
+
+    Args:
+        pictures: each example with one of its cuts.
+    """
+    sizes: dict[str, tuple[int, int]] = {}
+    for example, crop in pictures:
+        if crop.scaled[0] > _BLURRED * example.size[0]:
+            side = min(example.size), min(crop.scaled)
+            sizes[example.source.name] = max(side, sizes.get(example.source.name, side), key=lambda sides: sides[1])
+    if not sizes:
+        return None
+    names = _join(sorted(sizes, key=sizes.get))
+    smallest, side = min(sizes.values())
+    text = f"Enlarged pictures, the smallest from {smallest} to {side} pixels: {names}."
+    return {
+        "kind": "enlarged",
+        "text": text,
+        "count": len(sizes),
+        "smallest": smallest,
+        "side": side,
+        "names": names,
+    }
+
+
+def _warn_of_batch(recipe: Recipe, subject: Sequence[Cuts]) -> dict[str, Any] | None:
+    """Warn of a batch that is larger than the dataset."""
+    showings = sum(cut.example.repeats * len(cut.crops) for cut in subject)
+    if recipe.batch_size <= showings:
+        return None
+    text = (
+        f"batch_size {recipe.batch_size} is larger than the dataset: a step shows all {showings} pictures at most. "
+        f"Set batch_size to {showings} or less, or add pictures."
+    )
+    return {"kind": "batch", "text": text, "batch": recipe.batch_size, "count": showings}
+
+
+def warn_of_resolution(resolution: int, family: str) -> dict[str, Any] | None:
+    """Warn of a resolution that is far from the model's own.
+
+    Args:
+        resolution: side of the training square in pixels.
+        family: the model's, by name; an unknown one has no usual resolution.
+    """
+    known = family_of(family)
+    if known is GENERAL or known.resolution / _UNUSUAL <= resolution <= known.resolution * _UNUSUAL:
+        return None
+    text = (
+        f"resolution {resolution} is far from the {known.resolution} pixels that {known.name} was made for. "
+        "Leave resolution at 0 to use those."
+    )
+    return {
+        "kind": "resolution",
+        "text": text,
+        "resolution": resolution,
+        "usual": known.resolution,
+        "family": known.name,
+    }
+
+
+def _join(names: Sequence[str]) -> str:
+    more = len(names) - _NAMED
+    return "; ".join(names[:_NAMED]) + (f"; and {more} more" if more > 0 else "")

@@ -1,0 +1,29 @@
+// The report of Graft Inspect Dataset, shown in the node: its warnings first.
+import { keepKeys, make } from "./panel/make.js";
+import { listWarnings } from "./panel/words.js";
+import { t } from "./texts.js";
+
+export const INSPECTOR = "GraftInspectDataset";
+const HEIGHT = 150;
+
+export function addReport(node) {
+  const element = make("section", { class: "graft-report", "aria-label": t("Report"), tabindex: 0 });
+  const show = (...children) => element.replaceChildren(...children);
+  show(make("p", {}, t("Press Run: what training will see is told here.")));
+  keepKeys(element);
+  const widget = node.addDOMWidget("graft_report", "graft.report", element, {
+    serialize: false, // not in the prompt
+    hideOnZoom: false,
+    getMinHeight: () => HEIGHT,
+    getValue: () => "",
+    setValue: () => {},
+  });
+  widget.serialize = false; // nor in the workflow
+  const { onExecuted } = node;
+  node.onExecuted = function (output) {
+    onExecuted?.call(this, output);
+    const warnings = listWarnings({ warnings: output.warnings ?? [] });
+    const lines = (output.text?.[0] ?? "").split("\n").map((line) => line.replace(/^- /, ""));
+    show(...warnings.map((line) => make("p", { class: "graft-warning" }, line)), ...lines.map((line) => make("p", {}, line)));
+  };
+}

@@ -1,0 +1,164 @@
+// Numbers that are left unset, 0 or -1 in the workflow, are shown as "auto" with the value that is used, as far as it is known.
+import { formatRate } from "./panel/words.js";
+import { t } from "./texts.js";
+
+const RATE = /learning_rate$/;
+const WORD_FIELDS = { vectors: "embedding_vectors", learning_rate: "embedding_learning_rate", stop_fraction: "embedding_stop" };
+
+// A widget's name in a run's settings, by the node's type, where it is not the widget's own.
+const FIELDS = {
+  GraftPreviewOptions: (name) => `preview_${name}`,
+  GraftPivotalOptions: (name) => WORD_FIELDS[name],
+};
+
+// Node -> the settings of the last run that it was part of: {values, trainer, print}.
+const known = new WeakMap();
+
+// What the server says of an input that may be left unset, {value, usual}; undefined for others.
+function unsetOf(node, name) {
+  const { input } = node.constructor.nodeData ?? {};
+  return (input?.required?.[name] ?? input?.optional?.[name])?.[1]?.graft_unset;
+}
+
+function isNumber(value) {
+  return typeof value === "number" && Number.isFinite(value);
+}
+
+function format(name, value) {
+  return RATE.test(name) ? formatRate(value) : String(Number(value.toPrecision(6)));
+}
+
+// The text in place of a widget's number, "" where its number is shown.
+export function textOf(node, widget) {
+  const unset = unsetOf(node, widget.name);
+  if (!unset || Number(widget.value) !== unset.value) return "";
+  const field = (FIELDS[node.comfyClass] ?? String)(widget.name);
+  const value = known.get(node)?.values[field];
+  const isKnown = isNumber(value) && value !== unset.value && !(value === 0 && unset.usual === "none");
+  const usual = isKnown ? format(widget.name, value) : usualOf(node, unset);
+  if (usual === "none") return t("none");
+  return usual ? t("auto ($value)", { value: usual }) : t("auto");
+}
+
+// The usual value holds as long as nothing that the page cannot judge decides otherwise.
+function usualOf(node, { usual, when = {} }) {
+  const holds = Object.entries(when).every(([name, wanted]) =>
+    [...listUpstream(node)].every((one) => {
+      const widget = one.widgets?.find((candidate) => candidate.name === name);
+      return !widget || !isOurs(one) || widget.value === wanted;
+    }),
+  );
+  return holds ? usual : "";
+}
+
+function isOurs(node) {
+  return node.comfyClass?.startsWith("Graft");
+}
+
+// All nodes that lead to one, itself included.
+function listUpstream(node, found = new Set()) {
+  if (!node || found.has(node)) return found;
+  found.add(node);
+  for (let slot = 0; slot < (node.inputs?.length ?? 0); slot += 1) listUpstream(node.getInputNode(slot), found);
+  return found;
+}
+
+// Changes with any value that may decide the settings.
+function printOf(trainer) {
+  const isOwn = (node, { name }) => node === trainer && name !== "train";
+  return JSON.stringify(
+    [...listUpstream(trainer)].map((node) => [
+      node.id,
+      ...(node.widgets ?? []).filter((widget) => widget.options?.serialize !== false && !isOwn(node, widget)).map(({ value }) => value),
+    ]),
+  );
+}
+
+// Learns a run's settings for the trainer that made it and for what leads to it.
+export function learn(trainer, values) {
+  if (known.get(trainer)?.values === values) return;
+  const row = { values, trainer, print: printOf(trainer) };
+  for (const node of listUpstream(trainer)) known.set(node, row);
+}
+
+// Forgets settings that other values than the graph's decided.
+export function forgetChanged(nodes) {
+  for (const node of nodes) {
+    const row = known.get(node);
+    if (row && row.print !== printOf(row.trainer)) known.delete(node);
+  }
+}
+
+// Shows the unset numbers of a new node, on the canvas.
+export function showUnset(node) {
+  for (const widget of node.widgets ?? []) {
+    if (!unsetOf(node, widget.name)) continue;
+    const drawn = findGetter(widget, "_displayValue");
+    if (!drawn) continue;
+    Object.defineProperty(widget, "_displayValue", {
+      configurable: true,
+      get() {
+        return (!this.computedDisabled && textOf(node, this)) || drawn.call(this);
+      },
+    });
+    // Nodes 2.0 of older pages rounds to three digits what it is not told to keep.
+    widget.options.maxFractionDigits ??= Math.max(3, widget.options.precision ?? 0);
+  }
+}
+
+function findGetter(object, name) {
+  for (let one = object; one; one = Object.getPrototypeOf(one)) {
+    const found = Object.getOwnPropertyDescriptor(one, name);
+    if (found) return found.get;
+  }
+  return null;
+}
+
+// Shows them in Nodes 2.0, whose fields are elements of the page: a text lies over each field that is not typed into.
+export class UnsetFields {
+  // nodeOf: the node of an id in the graph that is shown.
+  constructor(nodeOf) {
+    this._nodeOf = nodeOf;
+    this._isAsked = false;
+    const isInPanel = ({ target }) => target.closest?.(".graft-panel, .graft-report");
+    const watch = { childList: true, subtree: true, attributes: true, attributeFilter: ["aria-valuenow"] };
+    new MutationObserver((changes) => {
+      if (!changes.every(isInPanel)) this.refresh();
+    }).observe(document.body, watch);
+  }
+
+  refresh() {
+    if (this._isAsked) return;
+    this._isAsked = true;
+    requestAnimationFrame(() => {
+      this._isAsked = false;
+      for (const element of document.querySelectorAll("[data-node-id]")) this._mark(element);
+    });
+  }
+
+  _mark(element) {
+    const node = this._nodeOf(element.dataset.nodeId);
+    for (const widget of node?.widgets ?? []) {
+      if (!unsetOf(node, widget.name)) continue;
+      const field = element.querySelector(`[aria-label="${widget.name}"]`);
+      const input = field?.matches("input") ? field : field?.querySelector("input");
+      if (input) cover(input, textOf(node, widget));
+    }
+  }
+}
+
+function cover(input, text) {
+  const holder = input.parentElement;
+  let over = holder.querySelector(":scope > .graft-unset");
+  if (!over && !text) return;
+  if (!over) {
+    over = document.createElement("span");
+    over.className = "graft-unset";
+    over.setAttribute("aria-hidden", "true");
+    holder.append(over);
+  }
+  if (over.textContent !== text) over.textContent = text;
+  holder.classList.toggle("graft-has-unset", Boolean(text));
+  if (text) input.setAttribute("aria-valuetext", text);
+  else input.removeAttribute("aria-valuetext");
+}
