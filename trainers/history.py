@@ -15,8 +15,10 @@ from itertools import accumulate
 from typing import Any
 
 from .errors import RunError
+from .notes import Notes, read_notes
 from .records import MOST_RUNS, Record, event_of, find_run, has_graph, list_records, log_path, read_recipe, record_of
 from .run import Folders, Run
+from .saves import list_saves
 from .tools.curve import smoothed
 
 log = logging.getLogger(__name__)
@@ -63,6 +65,8 @@ class Summary:
         facts: what recipe.json holds besides: counts of pictures and layers, what the run is made from.
         has_graph: whether it is kept what the run was queued as.
         size: bytes of its folder.
+        notes: the user's.
+        saves: steps of which there is a save, rising.
     """
 
     record: Record
@@ -72,32 +76,42 @@ class Summary:
     facts: dict[str, Any]
     has_graph: bool
     size: int
+    notes: Notes
+    saves: tuple[int, ...]
 
 
 def list_summaries(folders: Folders, text: str, first: int, count: int) -> tuple[list[Summary], int]:
     """A page of the history, the run that changed last first, and how many runs there are in all.
 
     Args:
-        text: what a run's name holds, whatever the case; empty for every run.
+        text: what a run's name, title or note holds, whatever the case; empty for every run.
     """
-    names = [one.name for one in list_records(folders, MOST_RUNS) if text.lower() in one.name.lower()]
+    names = [one.name for one in list_records(folders, MOST_RUNS) if _holds(folders, one.name, text.lower())]
     found = []
     for name in names[first : first + count]:
         try:
-            found.append(summary_of(find_run(folders, name)))
+            found.append(summary_of(folders, find_run(folders, name)))
         except (RunError, OSError):
             # It was removed since.
             continue
     return found, len(names)
 
 
-def summary_of(run: Run) -> Summary:
+def _holds(folders: Folders, name: str, text: str) -> bool:
+    if text in name.lower():
+        return True
+    notes = read_notes(Run.named(folders, name))
+    return text in f"{notes.title}\n{notes.note}".lower()
+
+
+def summary_of(folders: Folders, run: Run) -> Summary:
     """What the history shows of a run. Raises RunError when its recipe is none, OSError when it was removed."""
     value = read_recipe(run)
     facts = {name: value[name] for name in _FACTS if name in value}
     record = record_of(run)
     picture = run.last_sample(record.steps)
-    return Summary(record, losses_of(run), picture, value["recipe"], facts, has_graph(run), _size(run.folder))
+    about = (read_notes(run), tuple(list_saves(folders, run)))
+    return Summary(record, losses_of(run), picture, value["recipe"], facts, has_graph(run), _size(run.folder), *about)
 
 
 def losses_of(run: Run) -> Losses:
@@ -169,7 +183,7 @@ def _size(folder: str) -> int:
 
 
 def delete_run(run: Run) -> None:
-    """Takes a run's folder away: recipe, log, states and sample pictures. What it saved for loaders to find stays.
+    """Takes a run's folder away: recipe, log, states, saves and sample pictures. What was picked for loaders stays.
 
     The folder is renamed first, so that the run is there whole or not at all. What cannot be removed after that is
     tried again with the next one.

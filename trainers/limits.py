@@ -35,7 +35,7 @@ _RANGES = {
     "save_every": (1, 10_000_000),
     "keep_last": (1, 10_000),
     "validate_every": (1, 10_000_000),
-    "preview_every": (1, 10_000_000),
+    "preview_every": (0, 10_000_000),
     "preview_steps": (1, 1000),
     "preview_cfg": (0.0, 1000.0),
     "preview_seed": (0, 2**64 - 1),

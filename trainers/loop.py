@@ -87,7 +87,7 @@ def train(plan: Plan, run: Run, host: Host, state: State) -> State:
     try:
         _estimate(ladder.plan, run, host, mover, state)
         host.report_phase("training")
-        if state.step == 0:
+        if state.step == 0 and recipe.preview_every:
             preview(plan, run, host, state.step)
         while state.step < recipe.steps:
             started = time.perf_counter()
@@ -350,4 +350,4 @@ def _keep_before_leaving(keep: Callable[[], None]) -> None:
 
 
 def _due(step: int, every: int, last: int) -> bool:
-    return step % every == 0 or step == last
+    return step == last or (every > 0 and step % every == 0)

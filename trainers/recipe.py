@@ -77,6 +77,7 @@ class Recipe:
         loss_spike_factor: a step whose loss is so many times the usual one is left out; 0 for none.
         offload: "on" to keep frozen weights off the device from the start.
         tensorboard: "on" for event files beside the log.
+        preview_every: steps between previews; 0 for the last step alone.
         start_from: an adapter in the host's list, empty for none. What is in it is part of the base it trains on.
         processes: how many train it together on one machine.
         shard: "on" for the frozen weights of blocks in shares, one in each process.

@@ -45,7 +45,7 @@ class Folders:
     Attributes:
         runs: one folder each run.
         cache: latents and conditionings, shared by all runs.
-        adapters: where the host's loaders look for adapters.
+        adapters: where the host's loaders look for adapters; a run's saves come there when one is picked.
         embeddings: where its tokenizers look for embeddings.
         adapter_of: the path of an adapter of the host's list, by its name there.
         cache_limit: bytes; past this the caches of earlier runs make room.
@@ -92,7 +92,7 @@ class Run:
 
     Attributes:
         folder: for recipe, log, states and pictures.
-        adapters, embeddings: folders for the files that the host's loaders see.
+        adapters, embeddings: folders for what it saves; the host's loaders do not list them (see saves.py).
         followers: called with each event after it was logged.
     """
 
@@ -135,7 +135,8 @@ class Run:
     @classmethod
     def named(cls, folders: Folders, name: str) -> Run:
         """The run of a folder's name, whether it is there or not."""
-        return cls(*(os.path.join(folder, name) for folder in (folders.runs, folders.adapters, folders.embeddings)))
+        folder = os.path.join(folders.runs, name)
+        return cls(folder, os.path.join(folder, "adapters"), os.path.join(folder, "embeddings"))
 
     def reached(self, steps: int) -> bool:
         """Whether a state of at least so many steps is kept."""

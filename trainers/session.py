@@ -16,6 +16,7 @@ from .formats.metadata import describe_training, tensors_hash
 from .formats.whole import Differences
 from .group import follow, lead
 from .methods import METHODS
+from .notes import Notes, read_notes, write_notes
 from .optimisers import OPTIMISERS
 from .parts import Parts
 from .prepare import Prepared, prepare
@@ -198,10 +199,14 @@ def _train(recipe, task: Task, host, folders, parts, run, state, export) -> Resu
         if host.group.world > 1:
             facts["processes"] = host.group.world
         run.check_room(sum(one.nbytes for one in trainables.values()), OPTIMISERS[recipe.optimizer].slots)
+        notes = Notes()
         if recipe.on_existing == "start over" and state.step == 0:
             # Only now, when all that could be refused has been: what is there is lost with this.
+            notes = read_notes(run)
             run.clear()
         run.write_recipe(recipe, task.identity, facts)
+        if notes != Notes():
+            write_notes(run, notes)
         if host.graph is not None:
             run.write_graph(host.graph)
         run.forget_after(state.step)

@@ -1,10 +1,10 @@
-// What the pack adds to the page: a live panel on every training node, the history of runs, commands and short notes.
+// What the pack adds to the page: a live panel on every training node and on the subgraphs that hold one, the history of runs, commands and short notes.
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { makeCommands, TAB } from "./commands.js";
 import { followLinks } from "./help.js";
 import { History } from "./history/tab.js";
-import { nodeOf, isOf } from "./panel/graph.js";
+import { allNodes, hasSources, pathOf } from "./panel/graph.js";
 import { Routes } from "./panel/routes.js";
 import { Store } from "./panel/store.js";
 import { throttled } from "./panel/throttle.js";
@@ -18,25 +18,35 @@ const EVENT = "graft.progress";
 const TRAINERS = new Set(["GraftTrainLoRA", "GraftTrainEmbedding", "GraftTrainDreamBooth", "GraftFineTune"]);
 const PAUSE = 100; // milliseconds between two updates of the panels, at least
 const LOOK = 2000; // and between two looks at the runs on disk
+const READ = 300; // and between two readings of the graph
 
 // After these the history shows something else of a run.
 const MILESTONES = new Set(["run", "validation", "sample", "saved", "done", "paused", "cancelled", "failed"]);
 
 let history = null;
 let fields = null;
+let prompt = {}; // the graph as Run would queue it
+let opened = 0; // how often a graph was opened
 const panels = new WeakMap();
 const routes = new Routes(api, app);
 const show = throttled(showAll, PAUSE);
 const store = new Store(routes, show, hear);
 const toasts = new Toasts(() => app.extensionManager.toast);
-const look = throttled(() => history?.isSeen && history.refresh(), LOOK);
+const refresh = throttled(() => history?.isSeen && history.refresh(), LOOK);
+const read = throttled(look, READ);
 const commands = makeCommands({ openHistory, store, routes, toasts });
 
 function hear(message, training) {
   toasts.hear(message, training);
   history?.progress(training);
   // A run that has just begun is on disk when its first step is done.
-  if (MILESTONES.has(message.event) || (message.event === "step" && history?.misses(training.run))) look();
+  if (MILESTONES.has(message.event) || (message.event === "step" && history?.misses(training.run))) refresh();
+  if (message.event === "begin") read();
+}
+
+async function restore() {
+  await store.restore();
+  read();
 }
 
 function openHistory() {
@@ -66,19 +76,69 @@ function addStyles(...names) {
   }
 }
 
-// Inside subgraphs one node may stand for several trainings: the one that runs is shown, else the one that ran last.
-function showAll() {
-  const shown = new Map();
-  for (const training of store.list()) {
-    const node = isOf(training, app.rootGraph ?? app.graph) ? nodeOf(app.rootGraph ?? app.graph, training.node) : null;
-    if (node && panels.has(node) && (training.isLive || !shown.get(node)?.isLive)) shown.set(node, training);
+function rootGraph() {
+  return app.rootGraph ?? app.graph;
+}
+
+// Reads the graph as Run would queue it: what its trainers would train is what tells their panels' runs apart.
+async function look() {
+  for (const node of allNodes(rootGraph())) offerPanel(node);
+  if (!store.list().length) return;
+  const graph = opened;
+  try {
+    const { output } = await app.graphToPrompt();
+    if (graph === opened) prompt = output;
+  } catch (error) {
+    console.warn("Graft: the graph could not be read:", error.message);
   }
-  for (const [node, training] of shown) {
-    panels.get(node).show(training);
-    if (training.settings) learn(node, training.settings);
+  show();
+}
+
+function showAll() {
+  const root = rootGraph();
+  const shown = new Map(); // panel -> [training, whether the graph's values are its own]
+  const trainings = store.list();
+  for (const [id, { class_type: kind }] of Object.entries(prompt)) {
+    if (!TRAINERS.has(kind)) continue;
+    const [training, isSame] = choose(trainings, id);
+    if (training?.settings) learn(pathOf(root, id).at(-1), training.settings);
+    for (const node of training ? pathOf(root, id) : []) {
+      const panel = panels.get(node);
+      // Inside subgraphs one node may stand for several trainings, and a subgraph may hold several: the one that runs
+      // is shown, else the one that ran last.
+      const [known] = shown.get(panel) ?? [];
+      const isLater = trainings.indexOf(training) > trainings.indexOf(known);
+      if (panel && (!known || training.isLive > known.isLive || (training.isLive === known.isLive && isLater))) {
+        shown.set(panel, [training, isSame, prompt[id].inputs.steps]);
+      }
+    }
+  }
+  for (const [panel, [training, isSame, steps]] of shown) {
+    panel.show(training, isSame, steps);
     store.recall(training);
   }
   fields?.refresh();
+}
+
+// The training that a node's panel is to show, and whether Run would train the same: the one that runs there, else the
+// last one with the node's own inputs, else the one that the panel has shown since the graph was opened.
+function choose(trainings, id) {
+  const isHere = (training) => training.node === id && training.workflow !== "" && training.workflow === rootGraph()?.id;
+  const isSame = (training) =>
+    training.sources ? hasSources(prompt, id, training.sources, training.node) : isHere(training);
+  const live = trainings.findLast((training) => training.isLive && isHere(training));
+  if (live) return [live, isSame(live)];
+  const same = trainings.findLast(isSame);
+  if (same) return [same, true];
+  const node = pathOf(rootGraph(), id).at(-1);
+  const kept = panels.get(node)?.training;
+  return kept && trainings.includes(kept) ? [kept, false] : [null, false];
+}
+
+function offerPanel(node) {
+  const isTrainer = TRAINERS.has(node.comfyClass);
+  const hasTrainer = isTrainer || [...allNodes(node.subgraph)].some(({ comfyClass }) => TRAINERS.has(comfyClass));
+  if (hasTrainer && !panels.has(node)) addPanel(node);
 }
 
 function addPanel(node) {
@@ -91,10 +151,21 @@ function addPanel(node) {
     setValue: () => {},
   });
   widget.serialize = false; // nor in the workflow
+  if (node.subgraph) leaveOut(node);
   // Sample pictures are in the panel: the host's own preview of them would make the node longer (see panel.css too).
   node.onDrawBackground = () => {};
   node.setSize([Math.max(node.size[0], WIDTH), node.computeSize()[1]]);
   panels.set(node, panel);
+}
+
+// A subgraph's node lists the widgets that it shows of its inner nodes: the panel is none of those.
+function leaveOut(node) {
+  const { onSerialize } = node;
+  node.onSerialize = function (data) {
+    onSerialize?.call(this, data);
+    const shown = data.properties?.proxyWidgets;
+    if (Array.isArray(shown)) data.properties.proxyWidgets = shown.filter(([, name]) => name !== "graft_panel");
+  };
 }
 
 app.registerExtension({
@@ -107,13 +178,16 @@ app.registerExtension({
     await loadTexts(api, app);
     addHistory();
     api.addEventListener(EVENT, ({ detail }) => store.take(detail));
-    api.addEventListener("reconnected", () => store.restore());
-    store.restore();
+    // What the host answers from its cache trains nothing and tells nothing.
+    api.addEventListener("execution_cached", read);
+    api.addEventListener("reconnected", () => restore());
     fields = new UnsetFields((id) => app.canvas?.graph?.getNodeById(id));
     api.addEventListener("graphChanged", () => {
       forgetChanged(app.canvas?.graph?.nodes ?? []);
       fields.refresh();
+      read();
     });
+    restore();
   },
   nodeCreated(node) {
     showUnset(node);
@@ -121,6 +195,8 @@ app.registerExtension({
     if (node.comfyClass === INSPECTOR) addReport(node);
   },
   afterConfigureGraph() {
-    show();
+    prompt = {};
+    opened += 1;
+    read();
   },
 });

@@ -168,11 +168,12 @@ def strengths_of(text: str) -> list[float]:
 
 
 def files_of(text: str) -> list[str]:
-    """Names in the host's list of LoRA files, as written and those that a pattern stands for, each once.
+    """Names in the host's list of LoRA files and saves of runs, as written and those of a pattern, each once.
 
     Raises SettingsError for a line that fits none.
     """
-    choices = paths.adapter_choices()
+    # Most texts mean no save of a run: those are looked for where a line has a folder.
+    choices = paths.adapter_choices() + (paths.save_choices() if "/" in text.replace("\\", "/") else [])
     # Windows has other separators in that list.
     plain = {name.replace(os.sep, "/"): name for name in choices}
     found: list[str] = []

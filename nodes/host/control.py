@@ -17,7 +17,7 @@ from comfy_execution.utils import get_executing_context
 from ...trainers.errors import GraftError, RunError
 from ...trainers.protocols import Asked
 from ...trainers.run import PAUSED, Run
-from .browser import BEGIN, tell, workflow_of
+from .browser import BEGIN, digest_of, sources_of, tell, workflow_of
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +45,8 @@ class Training:
         node: its execution id, also inside subgraphs.
         prompt: id of the prompt it is in, empty outside one.
         workflow: id of the workflow that prompt was queued from, empty where it came from no page.
+        sources: what decides its result, as `sources_of` collects it; None where that is not known.
+        inputs: digest of the sources, which tells it from others of the same node.
         run: the run, None until it is open.
         step, steps: done, and of the whole run.
         saved: the last step of which there is a state.
@@ -54,6 +56,8 @@ class Training:
         self.node = node
         self.prompt = prompt
         self.workflow = workflow
+        self.sources = sources_of(prompt, node)
+        self.inputs = digest_of(self.sources)
         self.run: Run | None = None
         self.step = 0
         self.steps = 0
@@ -70,7 +74,7 @@ class Training:
 
     def tell(self, event: str, payload: dict[str, Any]) -> None:
         """Tells the pages something of it."""
-        where = {"node": self.node, "prompt_id": self.prompt, "workflow": self.workflow}
+        where = {"node": self.node, "prompt_id": self.prompt, "workflow": self.workflow, "inputs": self.inputs}
         tell({**where, "event": event, **payload})
 
     def opened(self, run: Run, step: int, steps: int) -> None:
@@ -208,7 +212,7 @@ def attended(node: str, work: Callable[[Training], Outcome]) -> Outcome:
     if outer is not None:
         return work(outer)
     with DESK.seat(node) as training:
-        training.tell(BEGIN, {})
+        training.tell(BEGIN, {"sources": training.sources})
         try:
             return work(training)
         except comfy.model_management.InterruptProcessingException:

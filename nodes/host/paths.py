@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 
 import folder_paths
@@ -16,7 +17,8 @@ from ...trainers.formats.metadata import IDENTITY
 from ...trainers.formats.native import WEIGHTS
 from ...trainers.inversion import check_name
 from ...trainers.names import check_file_name
-from ...trainers.run import Folders
+from ...trainers.records import MOST_RUNS, find_run, list_records
+from ...trainers.run import Folders, Run
 from . import preferences
 
 _EMBEDDINGS = "embeddings"
@@ -24,6 +26,8 @@ _USUAL_PREFIX = "adapter"
 
 # Enough for any collection; a root that holds more is no folder of datasets, and the browser waits for this list.
 _MOST_FOLDERS = 20_000
+_SAVE = re.compile(r"step-\d{8}\.safetensors")
+_SAVE_NAME = re.compile(r"([^/\\]+)[/\\](step-\d{8}\.safetensors)")
 _LONGEST_PATH = 4096
 
 
@@ -203,8 +207,35 @@ def adapter_choices() -> list[str]:
 
 
 def adapter_path(name: str) -> str:
-    """The absolute path of a LoRA file in the host's list. Raises ModelError as `_listed` does."""
-    return _listed("loras", name, "adapter", "adapter_name")
+    """The absolute path of a LoRA file in the host's list, or of a run's save, RUN/step-00001000.safetensors.
+
+    Raises ModelError as `_listed` does.
+    """
+    return _save_path(name) or _listed("loras", name, "adapter", "adapter_name")
+
+
+def save_choices() -> list[str]:
+    """Saves of all runs as `adapter_path` takes them, those that the host's list has not."""
+    places = folders()
+    found = []
+    for record in list_records(places, MOST_RUNS):
+        run = Run.named(places, record.name)
+        if os.path.isdir(run.adapters):
+            found += [f"{run.name}/{name}" for name in sorted(os.listdir(run.adapters)) if _SAVE.fullmatch(name)]
+    return found
+
+
+def _save_path(name: str) -> str | None:
+    """The path of a run's save; None where the name is none, or the host lists a file of that name."""
+    match = _SAVE_NAME.fullmatch(name) if _is_possible(name) else None
+    if match is None or folder_paths.get_full_path("loras", name) is not None:
+        return None
+    try:
+        run = find_run(folders(), match.group(1))
+    except RunError:
+        return None
+    path = os.path.join(run.adapters, match.group(2))
+    return path if os.path.isfile(path) and is_below(path, run.folder) else None
 
 
 def embedding_path(name: str) -> str:

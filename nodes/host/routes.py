@@ -8,11 +8,13 @@ POST /graft/runs/RUN/stop        finish now; what was reached is saved and hande
 POST /graft/runs/RUN/save        save now and go on
 POST /graft/runs/RUN/pause       save, end the prompt, free the device
 POST /graft/runs/RUN/resume      let a stopped run go on, and give the prompt that is to be queued for it
-POST /graft/runs/RUN/delete      remove its folder, unless it runs; the adapters and embeddings it saved stay
+POST /graft/runs/RUN/delete      remove its folder with its saves, unless it runs; what was picked stays
+POST /graft/runs/RUN/describe    {"title", "note"}: what the user calls it and says of it
+POST /graft/runs/RUN/pick        {"step"}: copy a save to where loaders list it; the name there, by kind
 POST /graft/nodes/NODE/stop      as for a run, by the node's execution id; so for save and pause
 
-A POST carries a JSON object, empty for now, and is taken from the host's own pages and from programs alone. Errors are
-{"error": text} with the status that fits.
+A POST carries a JSON object, empty where nothing is said of it, and is taken from the host's own pages and from
+programs alone. Errors are {"error": text} with the status that fits.
 """
 
 from __future__ import annotations
@@ -29,8 +31,10 @@ from typing import Any
 from aiohttp import web
 
 from ...trainers import history, records
-from ...trainers.errors import GraftError, RunError
+from ...trainers.errors import GraftError, RunError, SettingsError
+from ...trainers.notes import parse_notes, read_notes, write_notes
 from ...trainers.run import STOPPED
+from ...trainers.saves import list_saves, pick_save
 from . import paths
 from .browser import BOARD, prompt_server
 from .control import DESK, Training, Wish
@@ -44,7 +48,8 @@ _NODE = re.compile(r"[0-9A-Za-z_.-]{1,32}(?::[0-9A-Za-z_.-]{1,32}){0,15}")
 _WISHES = "|".join(wish.value for wish in Wish)
 _MOST_SUMMARIES = 200
 _MOST_EVENTS = 5000
-_BODY_LIMIT = 4096
+_BODY_LIMIT = 16 * 1024
+_BODY = "graft_body"
 
 
 class _Refusal(Exception):
@@ -68,6 +73,8 @@ def register() -> None:
     routes.post(f"{_PREFIX}runs/{{run}}/{{wish:{_WISHES}}}")(_answering(_ask_run))
     routes.post(f"{_PREFIX}runs/{{run}}/resume")(_answering(_resume_run))
     routes.post(f"{_PREFIX}runs/{{run}}/delete")(_answering(_delete_run))
+    routes.post(f"{_PREFIX}runs/{{run}}/describe")(_answering(_describe_run))
+    routes.post(f"{_PREFIX}runs/{{run}}/pick")(_answering(_pick_save))
     routes.post(f"{_PREFIX}nodes/{{node}}/{{wish:{_WISHES}}}")(_answering(_ask_node))
 
 
@@ -110,6 +117,7 @@ async def _check_post(request: web.Request) -> None:
         body = None
     if not isinstance(body, dict):
         raise _Refusal(400, "The body is no JSON object.")
+    request[_BODY] = body
 
 
 def is_same_origin(headers) -> bool:
@@ -145,7 +153,7 @@ async def _list_history(request: web.Request) -> dict[str, Any]:
 async def _show_run(request: web.Request) -> dict[str, Any]:
     most = _number(request.query.get("events", "200"), _MOST_EVENTS)
     run = await _found(request)
-    record, recipe, events = await _aside(_read, run, most)
+    record, recipe, events, notes, saves = await _aside(_read, run, most)
     running = DESK.of_run(run.name)
     return {
         **_record_as_json(record),
@@ -153,12 +161,15 @@ async def _show_run(request: web.Request) -> dict[str, Any]:
         "recipe": recipe,
         "events": events,
         "samples": [paths.shown_output(path) for path in run.samples()],
+        **asdict(notes),
+        "saves": saves,
         "prompt": DESK.prompt_of(run.name),
     }
 
 
 def _read(run, most: int):
-    return records.record_of(run), records.read_recipe(run), records.read_events(run, most)
+    saves = list(list_saves(paths.folders(), run))
+    return records.record_of(run), records.read_recipe(run), records.read_events(run, most), read_notes(run), saves
 
 
 async def _show_graph(request: web.Request) -> dict[str, Any]:
@@ -213,6 +224,28 @@ async def _delete_run(request: web.Request) -> dict[str, Any]:
     return {"deleted": run.name}
 
 
+async def _describe_run(request: web.Request) -> dict[str, Any]:
+    run = await _found(request)
+    body = request[_BODY]
+    try:
+        notes = parse_notes(body.get("title", ""), body.get("note", ""))
+    except SettingsError as error:
+        raise _Refusal(400, str(error)) from error
+    await _aside(write_notes, run, notes)
+    return {"run": run.name, **asdict(notes)}
+
+
+async def _pick_save(request: web.Request) -> dict[str, Any]:
+    run = await _found(request)
+    step = request[_BODY].get("step")
+    if type(step) is not int:
+        raise _Refusal(400, "The step is no number.")
+    try:
+        return {"run": run.name, "step": step, **await _aside(pick_save, paths.folders(), run, step)}
+    except RunError as error:
+        raise _Refusal(409, str(error)) from error
+
+
 def _prompt(prompt_id: str) -> dict[str, Any] | None:
     """A prompt as it was queued, for POST /prompt; None when the host has forgotten it."""
     queue = getattr(prompt_server(), "prompt_queue", None)
@@ -257,6 +290,8 @@ def _summary_as_json(summary: history.Summary) -> dict[str, Any]:
         "facts": summary.facts,
         "has_graph": summary.has_graph,
         "size": summary.size,
+        **asdict(summary.notes),
+        "saves": summary.saves,
     }
 
 
@@ -265,6 +300,7 @@ def _training_as_json(training: Training) -> dict[str, Any]:
         "node": training.node,
         "prompt_id": training.prompt,
         "workflow": training.workflow,
+        "inputs": training.inputs,
         "run": None if training.run is None else training.run.name,
         "step": training.step,
         "steps": training.steps,

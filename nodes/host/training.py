@@ -85,6 +85,8 @@ def _train(model, clip, vae, dataset, widgets, options, training: Training) -> T
         text = ComfyText(clip)
         denoiser = ComfyDenoiser(model, text, vae)
         recipe = settled(model, dataset, widgets, options)
+        if training.workflow:
+            recipe = with_picture(recipe, dataset)
         progress = Progress(training, recipe.steps)
         graph = _graph(training)
         host = Host(denoiser, text, ComfyCodec(vae), progress, training.asked, heed, graph=graph)
@@ -178,6 +180,20 @@ def settled(model: ModelPatcher, dataset: Dataset, widgets: Widgets, options: Op
         dataset.trigger,
         widgets.word,
     )
+
+
+def with_picture(recipe: Recipe, dataset: Dataset) -> Recipe:
+    """Draw one sample picture after the last step where no previews are set, for the page's history of runs.
+
+    Its prompt is the word that is learnt, the dataset's trigger, or the first caption.
+    """
+    if recipe.preview_prompts:
+        return recipe
+    captions = (caption for example in dataset.examples if not example.prior for caption in example.captions)
+    prompt = dataset.trigger or next((line.strip() for line in captions if line.strip()), "")
+    if recipe.embedding_name:
+        prompt = f"embedding:{recipe.embedding_name}"
+    return replace(recipe, preview_prompts=(prompt,), preview_every=0) if prompt else recipe
 
 
 def _summary(result, recipe) -> str:

@@ -54,7 +54,10 @@ def drawn_by_core(server, text, seed, lora=None, strength=1.0):
     graph = {"1": graphs.node("CheckpointLoaderSimple", ckpt_name=graphs.CHECKPOINT)}
     source = "1"
     if lora:
-        graph["2"] = graphs.node("LoraLoader", model=["1", 0], clip=["1", 1], lora_name=lora, strength_model=strength,
+        run, step = lora.removesuffix(".safetensors").split("/step-")
+        # The host's own loader lists what was picked.
+        name = server.post(f"/graft/runs/{run}/pick", {"step": int(step)})["adapter"]
+        graph["2"] = graphs.node("LoraLoader", model=["1", 0], clip=["1", 1], lora_name=name, strength_model=strength,
                                  strength_clip=strength)  # fmt: skip
         source = "2"
     saved = graphs.sampling(graph, text, [source, 0], [source, 1], "core", seed=seed, steps=2)
@@ -92,7 +95,7 @@ def test_adapters_by_wire_and_a_run_that_has_made_more(server, run):
     graph["2"]["inputs"]["adapter_b"] = ["3", 0]
     pictures = opened(server, server.run(graph), "pictures")
     assert len(pictures) == 3 and np.array_equal(pictures[0], pictures[1]) and not np.array_equal(*pictures[1:])
-    folder = server.path("output", "loras", run)
+    folder = server.path("output", "graft", run, "adapters")
     shutil.copy(folder / "step-00000006.safetensors", folder / "step-00000009.safetensors")
     try:
         assert len(opened(server, server.run(graph), "pictures")) == 4, "the host does not answer from its cache"

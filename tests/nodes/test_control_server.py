@@ -122,7 +122,7 @@ def test_other_steps_go_on_with_a_stopped_run(server, straight, dataset, name):
 
 def test_save_now_writes_and_goes_on(server, straight, dataset, name):
     asked = Asked(server, runs.graph_of(server, dataset, name, SHORT, keep_last=3), "save", 3)
-    first, last = sorted(path.name for path in server.path("output", "loras", asked.name).iterdir())
+    first, last = sorted(path.name for path in (asked.run / "adapters").iterdir())
     step = int(first[len("step-") : -len(".safetensors")])
     assert asked.answer["step"] <= step <= asked.answer["step"] + 1
     assert runs.same(runs.adapter_of(server, asked.run, step), straight(step))
@@ -177,7 +177,7 @@ def test_asked_while_caching(server, straight, dataset, name, wish):
             server.wait(queued)
         ended = events.wait_for("graft.progress", event="paused" if wish == "pause" else "cancelled").data
     assert ended["step"] == 0
-    assert not list(server.path("output", "loras").glob(f"{name}-*"))
+    assert not list(server.path("output", "graft").glob(f"{name}-*/adapters/*"))
     assert "1 steps trained;" in server.run(graph)["outputs"]["3"]["text"][0]
 
 

@@ -94,8 +94,8 @@ def test_a_cancelled_word_is_kept_and_goes_on(server, tiny_base, dataset):
         server.interrupt()
         with pytest.raises(PromptInterrupted):
             server.wait(queued, timeout=120)
-    [run] = server.path("output", "embeddings").glob("word-c-*")
-    [file] = run.iterdir()
+    [run] = server.path("output", "graft").glob("word-c-*")
+    [file] = (run / "embeddings").iterdir()
     step = int(file.stem.split("-")[1])
     assert load_file(file)["emb_params"].shape == (1, 768)
     prompt["3"]["inputs"]["steps"] = step

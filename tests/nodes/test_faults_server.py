@@ -74,11 +74,11 @@ class Moment:
 
     def _await_file(self, server, there, before):
         """Until the next file but so many is being written, or has just been."""
-        folders = [server.path("output", "graft"), server.path("output", "loras")]
+        folder = server.path("output", "graft")
         deadline = time.monotonic() + 0.5
         known = set()
         while time.monotonic() < deadline:
-            on_their_way = {path for folder in folders for path in folder.glob("*/.*.tmp")}
+            on_their_way = {*folder.glob("*/.*.tmp"), *folder.glob("*/adapters/.*.tmp")}
             known |= on_their_way
             if len(known) > before and (there or not on_their_way):
                 return
@@ -112,7 +112,7 @@ def test_killed_at_any_moment_and_queued_again(make_server, trials):
             assert runs.same(runs.state_of(run, STEPS), runs.state_of(straight, STEPS)), moment
             assert runs.steps_logged(run) == list(range(1, STEPS + 1)), moment
             assert runs.list_unreadable(server.path("output")) == [], moment
-            assert not list(run.glob(".*.tmp")) and not list(server.path("output", "loras", run.name).glob(".*.tmp"))
+            assert not list(run.rglob(".*.tmp")), moment
             rows.append((moment, resumed, left))
         entry = server.run(graph_of(server, "straight"))
         assert "returned as it was" in entry["outputs"]["3"]["text"][0]

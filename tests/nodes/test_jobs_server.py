@@ -171,14 +171,16 @@ def test_other_weights_and_other_nodes_are_refused_by_name(server, dataset, alon
     graph["3"]["inputs"]["model"] = ["9", 0]
     with pytest.raises(PromptError, match="comes through a GraftApplyAdapter .node 9.*CheckpointSave"):
         server.run(graph)
-    lora = {"lora_name": file, "strength_model": 0.7, "strength_clip": 0.0}
+    # The host's own loader lists what was picked.
+    picked = server.post(f"/graft/runs/{run.name}/pick", {"step": STEPS})["adapter"]
+    lora = {"lora_name": picked, "strength_model": 0.7, "strength_clip": 0.0}
     graph["9"] = graphs.node("LoraLoader", model=["1", 0], clip=["1", 1], **lora)
     job = exported(server, graph)
     value = json.loads((job / "job.json").read_text())
     assert sorted(value["base"]["nodes"]) == ["1", "9"]
     assert sorted((row["list"], row["name"]) for row in value["base"]["files"]) == [
         ("checkpoints", graphs.CHECKPOINT),
-        ("loras", file),
+        ("loras", picked),
     ]
     for row in value["base"]["files"]:
         row["sha256"] = row["sha256"][::-1]

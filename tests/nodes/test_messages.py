@@ -1,5 +1,6 @@
 """What training nodes tell the pages, and what is kept of it for pages that are opened later."""
 
+import dataclasses
 import math
 from types import SimpleNamespace
 
@@ -89,6 +90,50 @@ def test_the_workflow_of_a_prompt(browser, monkeypatch, extra, found):
     # Kept with the run, where it is one: anyone may have written what comes beside a prompt.
     workflow = (extra.get("extra_pnginfo") or {}).get("workflow")
     assert browser.graph_of("p") == {"prompt": {}, **({"workflow": workflow} if isinstance(workflow, dict) else {})}
+
+
+def test_runs_of_one_node_are_kept_apart_by_their_inputs(browser):
+    for inputs, event in (("a", "begin"), ("a", "done"), ("b", "begin"), ("b", "step"), ("a", "begin")):
+        browser.BOARD.note(message(event, inputs=inputs))
+    kept = [(one["inputs"], one["event"]) for one in browser.BOARD.messages()]
+    assert kept == [("b", "begin"), ("b", "step"), ("a", "begin")]
+
+
+GRAPH = {
+    "1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "a"}, "_meta": {"title": "x"}},
+    "2": {"class_type": "GraftRunOptions", "inputs": {"name": "n", "save_every": 5, "validation_fraction": 0.1}},
+    "3": {"class_type": "GraftPreviewOptions", "inputs": {"prompts": "p", "options": ["2", 0]}},
+    "4": {"class_type": "GraftTrainLoRA", "inputs": {"model": ["1", 0], "steps": 9, "rank": 4, "options": ["3", 0]}},
+    "5": {"class_type": "KSampler", "inputs": {"model": ["4", 0], "steps": 20}},
+}
+
+
+def test_the_sources_of_a_training_decide_its_run(browser, monkeypatch):
+    running = {1: (1, "p", GRAPH, {}, [])}
+    server = SimpleNamespace(prompt_queue=SimpleNamespace(currently_running=running))
+    monkeypatch.setattr(browser, "prompt_server", lambda: server)
+    found = browser.sources_of("p", "4")
+    assert found == {
+        "1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "a"}},
+        "2": {"class_type": "GraftRunOptions", "inputs": {"name": "n", "validation_fraction": 0.1}},
+        "3": {"class_type": "GraftPreviewOptions", "inputs": {"options": ["2", 0]}},
+        "4": {"class_type": "GraftTrainLoRA", "inputs": {"model": ["1", 0], "rank": 4, "options": ["3", 0]}},
+    }
+    assert browser.sources_of("p", "5")["5"]["inputs"]["steps"] == 20, "another node's steps decide"
+    assert browser.sources_of("p", "9") is None and browser.sources_of("other", "4") is None
+    assert len({browser.digest_of(browser.sources_of("p", node)) for node in ("1", "4", "9")}) == 3
+    monkeypatch.setattr(browser, "_SOURCES_LIMIT", 100)
+    assert browser.sources_of("p", "4") is None
+
+
+def test_inputs_that_choose_no_run_are_the_recipes_own(browser):
+    """The widgets that are passed over are fields that a recipe's identity leaves out."""
+    from graft_pack.trainers.recipe import Recipe
+
+    names = [field.name for field in dataclasses.fields(Recipe)]
+    free = set(names[names.index("steps") :])
+    assert browser._NEUTRAL["GraftRunOptions"] | {"steps"} < free
+    assert free - browser._NEUTRAL["GraftRunOptions"] >= {"name", "on_existing", "start_from"}
 
 
 def test_where_the_host_keeps_no_workflows_none_is_kept(browser, monkeypatch):

@@ -31,7 +31,8 @@ class HistoryView:
         """{status, text, picture: whether it is loaded, open, remove: whether they can be pressed}."""
         return self.page.js("""
             const card = document.querySelector(`.graft-card[data-run="${args[0]}"]`);
-            const [open, remove] = card.querySelectorAll('.graft-icon');
+            const icon = name => card.querySelector(`.graft-icon:has(.pi-${name})`);
+            const [open, remove] = [icon('folder-open'), icon('trash')];
             return {status: card.dataset.status, text: card.innerText, open: !open.disabled, remove: !remove.disabled,
                     picture: card.querySelector('img')?.naturalWidth > 0, curve: !!card.querySelector('polyline')};""",
             name)  # fmt: skip

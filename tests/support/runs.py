@@ -54,7 +54,7 @@ def find_run(server, name):
 
 def adapter_of(server, run, step):
     """The tensors of an adapter that a run wrote."""
-    return load_file(server.path("output", "loras", run.name, f"step-{step:08d}.safetensors"))
+    return load_file(run / "adapters" / f"step-{step:08d}.safetensors")
 
 
 def state_of(run, step):

@@ -125,9 +125,11 @@ def test_a_file_that_a_training_removes_meanwhile_takes_no_run_out_of_the_list(f
 
 def test_a_deleted_run_is_gone_and_nothing_else(folders, write):
     run, other = write(losses=[1.0]), write("toy-00000002")
-    kept = os.path.join(run.adapters, "step-00000001.safetensors")
-    os.makedirs(run.adapters)
-    open(kept, "w").close()
+    # As an earlier version left it, below the folder that loaders list.
+    kept = os.path.join(folders.adapters, run.name, "step-00000001.safetensors")
+    for path in (kept, os.path.join(run.adapters, "step-00000001.safetensors")):
+        os.makedirs(os.path.dirname(path))
+        open(path, "w").close()
     history.delete_run(run)
     assert os.listdir(folders.runs) == [other.name] and os.path.exists(kept)
     with pytest.raises(RunError):

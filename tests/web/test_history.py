@@ -5,6 +5,7 @@ import shutil
 import urllib.error
 
 import pytest
+from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
 from tests.support import panel as panels
@@ -141,6 +142,75 @@ def test_a_runs_workflow_is_opened(history, page, made, graph, renderer):
     history.press(f"Open workflow: {made[BARE]}")
     page.wait_for("return app.graph.nodes.length === 4;")
     assert {node["type"]: node["widgets"].get("steps") for node in page.list_nodes()}["GraftTrainLoRA"] == 2
+
+
+def test_a_run_is_given_a_name_and_a_note(history, page, server, made):
+    history.press(f"Name and note: {made[FIRST]}")
+    title, note = page.driver.find_elements(By.CSS_SELECTOR, ".graft-notes :is(input, textarea)")
+    title.send_keys("The red toy")
+    note.send_keys("Better than\nrank 8.")
+    history.press("Save")
+    history.wait_for_card(made[FIRST], "card.querySelector('.graft-name').textContent === 'The red toy'")
+    assert "Better than\nrank 8." in history.card(made[FIRST])["text"]
+    assert server.path("output", "graft", made[FIRST], "notes.json").is_file()
+    assert page.js("return Boolean(document.querySelector('.graft-card time').textContent);"), "its date"
+    history.search("RANK 8")
+    page.wait_for("return document.querySelectorAll('.graft-card').length === 1;")
+    assert history.names() == [made[FIRST]]
+    history.search("")
+    page.wait_for("return document.querySelectorAll('.graft-card').length >= 3;")
+    # Its place is that of its training, not of its name.
+    assert [name for name in history.names() if name in made.values()][-1] == made[FIRST]
+    assert server.post(f"/graft/runs/{made[FIRST]}/describe", {"title": "", "note": ""})["title"] == ""
+
+
+def loras(server):
+    return server.object_info("LoraLoader")["LoraLoader"]["input"]["required"]["lora_name"][0]
+
+
+def test_a_save_is_listed_once_it_is_used(history, page, server, made, renderer):
+    page.load(EMPTY)
+    name = f"{made[SECOND]}-step-{STEPS}.safetensors"
+    server.path("output", "loras", name).unlink(missing_ok=True)
+    assert not [one for one in json.dumps(loras(server)).split('"') if made[SECOND] in one]
+    history.press(f"Use this LoRA: {made[SECOND]}")
+    history.wait_for_toast("Loader added")
+    (node,) = page.list_nodes()
+    assert (node["type"], node["widgets"]["lora_name"]) == ("LoraLoader", name)
+    assert name in json.dumps(loras(server))
+    # An earlier step is used from the run itself; the same one is not copied again.
+    history.press(made[SECOND])
+    history.comparison()
+    history.press(f"Use step {STEPS}")
+    history.wait_for_toast("Loader added")
+    assert len(list(server.path("output", "loras").glob(f"{made[SECOND]}*"))) == 1
+
+
+def test_a_run_without_previews_has_one_picture(history, page, server, graph):
+    page.load(graph)
+    panels.set_values(page, name="history-plain", steps=2, prompts="")
+    server.wait(page.queue())
+    run = runs.find_run(server, "history-plain")
+    assert [path.name for path in (run / "samples").iterdir()] == ["step-00000002-1.png"]
+    history.wait_for_card(run.name, "card?.querySelector('img')?.naturalWidth > 0")
+
+
+@pytest.mark.parametrize(
+    "path, body, code",
+    [
+        ("describe", {"title": 5}, 400),
+        ("describe", {"title": "x" * 81}, 400),
+        ("describe", {"note": "a\u0000"}, 400),
+        ("pick", {}, 400),
+        ("pick", {"step": "6"}, 400),
+        ("pick", {"step": True}, 400),
+        ("pick", {"step": 5}, 409),
+    ],
+)
+def test_notes_and_picks_that_make_no_sense_are_refused(server, made, path, body, code):
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        server.post(f"/graft/runs/{made[FIRST]}/{path}", body)
+    assert refused.value.code == code and json.loads(refused.value.read())["error"]
 
 
 def test_a_run_is_deleted_once_that_is_confirmed(history, page, copied, made, renderer):

@@ -1,5 +1,7 @@
 """The live panel in ComfyUI's own page, in both renderers: a real training seen, steered, lost from sight and found."""
 
+import copy
+import json
 import time
 import uuid
 
@@ -7,7 +9,7 @@ import numpy as np
 import pytest
 from selenium.webdriver.common.by import By
 
-from tests.support import make_panel_pictures
+from tests.support import graphs, make_blueprint, make_panel_pictures
 from tests.support import panel as panels
 from tests.support.browser import EMPTY, Browser
 from tests.support.host import ROOT
@@ -135,7 +137,7 @@ def test_a_reload_finds_the_run_and_another_browser_stops_it(opened, page, serve
     other.load(EMPTY)
     panel.wait("stopped")
     entry = server.wait(prompt)
-    assert len(list(server.path("output", "loras").glob(f"{panel.state()['run']}/*.safetensors"))) == 1
+    assert len(list(server.path("output", "graft", panel.state()["run"], "adapters").iterdir())) == 1
     kept = [text for output in entry["outputs"].values() for text in output.get("text", [])]
     assert any(f"stopped before {LONG}" in text for text in kept)
     assert server.path("output", "loras", "panel_00001_.safetensors").exists(), "the graph behind it went on"
@@ -186,6 +188,41 @@ def test_a_training_inside_a_subgraph(opened, page, server):
     page.js("app.canvas.setGraph(app.rootGraph ?? app.graph);")
 
 
+def test_the_node_of_a_blueprint_shows_its_training(opened, page, server, folder):
+    """On the outer node: progress, loss and buttons while it runs."""
+    opened(2)
+    blueprint = json.loads((make_blueprint.FOLDER / f"{make_blueprint.NAME}.json").read_text())
+    page.load(blueprint)
+    outer = page.list_nodes()[0]["id"]
+    base = page.add_node("CheckpointLoaderSimple", -500)
+    page.set_widget(base, "ckpt_name", graphs.CHECKPOINT)
+    for slot, name in enumerate(("model", "clip", "vae")):
+        page.connect(base, slot, outer, name)
+    for name, value in {"folder": folder, "resolution": 64, "steps": LONG, "rank": 3, "filename_prefix": "bp"}.items():
+        page.set_widget(outer, name, value)
+    panel = look_at_outer(page)
+    assert (panel.phase(), panel.buttons()) == ("idle", [])
+    queued = page.queue()
+    panel.wait_for_step(3)
+    assert panel.phase() == "training" and panel.buttons() == ["Stop and keep", "Save now", "Pause"]
+    assert panel.list_cramped() == [] and panel.is_drawn()
+    assert "graft_panel" not in json.dumps(page.serialize()), "the panel is no part of the workflow"
+    panel.press("Stop and keep")
+    panel.wait("stopped")
+    server.wait(queued)
+    assert panel.buttons() == ["Resume"]
+
+
+def look_at_outer(page):
+    """The panel of a subgraph's node; that of the trainer inside is not seen, and taken out of the page."""
+    page.wait_for("return app.graph.nodes.some(node => node.widgets?.some(one => one.name === 'graft_panel'));")
+    page.js("""
+        const inner = app.graph.nodes.find(node => node.subgraph).subgraph.nodes;
+        for (const node of inner) node.widgets?.find(one => one.name === 'graft_panel')?.element.remove();""")
+    panels.look_at(page)
+    return panels.PanelView(page)
+
+
 def look_inside(page, node):
     """Opens a node's subgraph; the panel of the trainer in it."""
     page.js("app.canvas.setGraph(app.graph.getNodeById(args[0]).subgraph);", node)
@@ -205,6 +242,65 @@ def test_another_workflow_with_the_same_nodes_is_not_shown_it(opened, page, serv
     page.load(mine)
     panel.wait("finished")
     assert panel.points() == [1, 2]
+
+
+def test_a_template_opened_again_shows_no_run_of_other_values(opened, page, server):
+    """Templates have fixed workflow ids: a run is told by its inputs, whatever workflow they stand in."""
+    panel = opened(2)
+    server.wait(page.queue())
+    panel.wait("finished")
+    trained = page.serialize()
+    other = copy.deepcopy(trained)
+    (node,) = [node for node in other["nodes"] if node["type"] == "GraftLoadDataset"]
+    node["widgets_values"] = [f"{value} two" if value == "" else value for value in node["widgets_values"]]
+    page.load(other)
+    panels.look_at(page)
+    time.sleep(1)
+    assert (panel.phase(), panel.count(), panel.text(".graft-state")) == ("idle", "", "Ready")
+    page.load(trained)
+    panels.look_at(page)
+    panel.wait("finished")
+    assert panel.points() == [1, 2] and not panel.text(".graft-note")
+
+
+def test_a_run_answered_from_the_cache_is_shown(opened, page, server):
+    panel = opened(2)
+    server.wait(page.queue())
+    panel.wait("finished")
+    page.load({**page.serialize(), "id": str(uuid.uuid4())})
+    panels.look_at(page)
+    queued = page.queue()
+    panel.wait("finished")
+    assert panel.count() == "2 / 2" and panel.points() == [1, 2]
+    messages = dict(server.wait(queued)["status"]["messages"])
+    assert panel.where()["node"] in messages["execution_cached"]["nodes"], "the host trained nothing"
+
+
+def test_values_changed_after_a_run_are_said(opened, page, server):
+    panel = opened(2)
+    server.wait(page.queue())
+    panel.wait("finished")
+    for values, said in (
+        ({"save_every": 9, "every": 7}, ""),
+        ({"steps": 5}, "Run goes on to step 5."),
+        ({"steps": 2, "seed": 8}, "Values were changed since. Run trains with the new ones."),
+        ({"seed": 0}, ""),
+    ):
+        panels.set_values(page, **values)
+        page.js("api.dispatchCustomEvent('graphChanged');")
+        page.wait_for(f"return document.querySelector('.graft-panel .graft-note').textContent === '{said}';")
+        assert panel.phase() == "finished" and panel.points() == [1, 2]
+
+
+def test_a_live_run_of_changed_values_keeps_its_buttons(opened, page, server):
+    panel = opened(LONG)
+    page.queue()
+    panel.wait_for_step(2)
+    panels.set_values(page, seed=3)
+    page.js("api.dispatchCustomEvent('graphChanged');")
+    page.wait_for("return document.querySelector('.graft-panel .graft-note').textContent.startsWith('It was queued');")
+    panel.press("Stop and keep")
+    panel.wait("stopped")
 
 
 def test_the_panel_is_neither_saved_nor_queued(opened, page):

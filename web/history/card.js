@@ -32,21 +32,30 @@ export function iconButton(icon, name, act) {
   return button;
 }
 
+// What a run is called: as the user named it, else as its folder.
+export function titleOf({ title, name }) {
+  return title || name;
+}
+
 export class Card {
-  // acts: {imageUrl, choose, show, open, remove}, what its parts do.
+  // acts: {imageUrl, choose, show, use, edit, open, remove}, what its parts do.
   constructor(run, acts) {
     this.run = run;
     this._acts = acts;
     this.box = make("input", { type: "checkbox", "aria-label": t("Compare $run", { run: run.name }) });
     this.box.addEventListener("change", () => acts.choose(run.name, this.box.checked));
-    this._name = make("button", { type: "button", class: "graft-name", title: run.name }, run.name);
+    this._name = make("button", { type: "button", class: "graft-name", title: run.name });
     this._name.addEventListener("click", () => acts.show(run.name));
     this._state = make("span", { class: "graft-quiet" });
     this._facts = make("div", { class: "graft-quiet" });
+    this._date = make("time", { class: "graft-quiet" });
+    this._note = make("div", { class: "graft-text" });
     const meaning = t("The mean of the last tenth of the steps, and the lowest mean of any tenth.");
     this._loss = make("div", { class: "graft-loss", title: meaning });
     this._spark = make("div");
     this._picture = make("div", { class: "graft-picture" });
+    this._use = iconButton("pi-plus-circle", this._named(t("Use this LoRA")), () => acts.use(this.run));
+    this._edit = iconButton("pi-pencil", this._named(t("Name and note")), () => acts.edit(this.run));
     this._open = iconButton("pi-folder-open", this._named(t("Open workflow")), () => acts.open(run.name));
     this._remove = iconButton("pi-trash", this._named(t("Delete")), () => acts.remove(this.run));
     this.element = make(
@@ -56,11 +65,14 @@ export class Card {
       make(
         "div",
         { class: "graft-body" },
-        make("div", { class: "graft-title" }, this._name, this._open, this._remove),
+        make("div", { class: "graft-title" }, this._name),
         make("div", { class: "graft-line" }, make("span", { class: "graft-dot", "aria-hidden": "true" }), this._state),
         this._facts,
+        this._date,
+        this._note,
         this._spark,
         this._loss,
+        make("div", { class: "graft-line" }, this._use, this._edit, this._open, this._remove),
       ),
     );
     this.update(run);
@@ -75,7 +87,14 @@ export class Card {
     say(this._facts, shortly(run));
     const [final, best] = [formatLoss(run.final), formatLoss(run.best)];
     say(this._loss, run.final === null ? t("Loss: no step done yet.") : t("Loss $final, best $best", { final, best }));
-    mark(this._facts, "title", new Date(run.changed * 1000).toLocaleString());
+    say(this._name, titleOf(run));
+    const changed = new Date(run.changed * 1000);
+    say(this._date, changed.toLocaleString([], { dateStyle: "medium", timeStyle: "short" }));
+    mark(this._date, "datetime", changed.toISOString());
+    say(this._note, run.note);
+    mark(this._note, "title", run.note);
+    this._note.hidden = !run.note;
+    this._use.disabled = !run.saves.length;
     this._spark.replaceChildren(...(run.curve.length > 1 ? [drawSpark(run.curve)] : []));
     this._showPicture(run);
     this._open.disabled = !run.has_graph;

@@ -5,13 +5,13 @@ import { samplesByStep } from "../panel/training.js";
 import { openViewer } from "../panel/viewer.js";
 import { formatLoss } from "../panel/words.js";
 import { t } from "../texts.js";
-import { iconButton, lossesOf, stateOf } from "./card.js";
+import { iconButton, lossesOf, stateOf, titleOf } from "./card.js";
 import { drawCurves } from "./plot.js";
 import { compare } from "./recipes.js";
 
-// Opens over the page. runs: as the history lists them, each with its samples; acts: {imageUrl, open}.
+// Opens over the page. runs: as the history lists them, each with its samples and saves; acts: {imageUrl, open, use}.
 export function openComparison(runs, acts) {
-  const title = runs.length > 1 ? t("Compare runs") : runs[0].name;
+  const title = runs.length > 1 ? t("Compare runs") : titleOf(runs[0]);
   const close = iconButton("pi-times", t("Close"), () => dialog.close());
   const dialog = make(
     "dialog",
@@ -23,6 +23,10 @@ export function openComparison(runs, acts) {
     }),
     makeChart(runs),
     ...makeSamples(runs, acts),
+    ...makeSaves(runs, (run, step) => {
+      dialog.close();
+      acts.use(run, step);
+    }),
     ...makeRecipes(runs),
   );
   openDialog(dialog);
@@ -46,7 +50,7 @@ function makeLegend(runs, open) {
     return make(
       "tr",
       {},
-      make("th", { scope: "row" }, swatch, run.name),
+      make("th", { scope: "row", title: run.name }, swatch, titleOf(run)),
       make("td", {}, stateOf(run)),
       make("td", {}, run.final === null ? "" : lossesOf(run)),
       make("td", {}, formatLoss(checked)),
@@ -72,9 +76,9 @@ function makeChart(runs) {
 
 // The losses at a step, in words.
 function pointed(runs, step) {
-  const losses = runs.map(({ name, curve }) => {
+  const losses = runs.map(({ name, title, curve }) => {
     const [, loss] = curve.findLast(([one]) => one <= step) ?? [];
-    return `${name} ${formatLoss(loss)}`;
+    return `${title || name} ${formatLoss(loss)}`;
   });
   return t("Step $step: $losses", { step, losses: losses.join(", ") });
 }
@@ -92,7 +96,7 @@ function makeSamples(runs, acts) {
         return { step, url, name: `${run.name}: ${nameOf(step)}` };
       });
       const cells = steps.map((step) => makeCell(pictures, pictures.findIndex((one) => one.step === step)));
-      return make("tr", {}, make("th", { scope: "row" }, run.name), ...cells);
+      return make("tr", {}, make("th", { scope: "row", title: run.name }, titleOf(run)), ...cells);
     });
     body.replaceChildren(...rows);
   };
@@ -102,6 +106,20 @@ function makeSamples(runs, acts) {
   const heading = make("div", { class: "graft-heading" }, make("h3", {}, t("Sample pictures")));
   if (count > 1) heading.append(makePrompts(count, show));
   return [heading, makeScroller(t("Sample pictures"), table)];
+}
+
+// A button for each saved step of one run; nothing for several, or where none is saved.
+function makeSaves(runs, use) {
+  const [{ saves }] = runs;
+  if (runs.length > 1 || !saves.length) return [];
+  const buttons = saves.map((step) => {
+    const button = make("button", { type: "button" }, t("Use step $step", { step }));
+    button.addEventListener("click", () => use(runs[0], step));
+    return button;
+  });
+  const heading = make("div", { class: "graft-heading" }, make("h3", {}, t("Saved steps")));
+  const meaning = t("Copies it to where LoRA loaders list it, and adds a loader.");
+  return [heading, make("p", { class: "graft-quiet" }, meaning), make("div", { class: "graft-buttons" }, ...buttons)];
 }
 
 function makeCell(pictures, place) {
@@ -127,7 +145,7 @@ function makeRecipes(runs) {
   const isOne = runs.length === 1;
   const body = make("tbody");
   const none = make("p", { class: "graft-quiet" }, t("Their recipes are the same."));
-  const head = makeHead(t("Setting"), ...runs.map(({ name }) => name));
+  const head = makeHead(t("Setting"), ...runs.map(titleOf));
   const name = isOne ? t("Settings") : t("What differs in their recipes");
   const scroller = makeScroller(name, make("table", { class: "graft-recipes" }, head, body));
   const show = (all) => {

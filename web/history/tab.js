@@ -1,9 +1,12 @@
-// The history of runs in the sidebar: those on disk, found by name, chosen to be compared, opened, deleted.
+// The history of runs in the sidebar: those on disk, found by name or note, chosen to be compared, named, used, opened,
+// deleted.
 import { keepKeys, make, say } from "../panel/make.js";
 import { formatBytes } from "../panel/words.js";
 import { t } from "../texts.js";
 import { Card, iconButton } from "./card.js";
 import { openComparison } from "./comparison.js";
+import { openNotes } from "./notes.js";
+import { addLoader } from "./use.js";
 
 const PAGE = 50;
 const PAUSE = 300; // milliseconds from the last key to the search
@@ -49,8 +52,8 @@ export class History {
 
   _build() {
     const refresh = iconButton("pi-refresh", t("Refresh"), () => this.refresh());
-    this._search = make("input", { type: "search", "aria-label": t("Filter by name") });
-    this._search.placeholder = t("Filter by name");
+    this._search = make("input", { type: "search", "aria-label": t("Filter by name or note") });
+    this._search.placeholder = t("Filter by name or note");
     this._search.addEventListener("input", () => {
       clearTimeout(this._waiting);
       this._waiting = setTimeout(() => this._read(0, PAGE), PAUSE);
@@ -93,7 +96,7 @@ export class History {
       if (from === 0) this._dropAllBut(new Set(runs.map(({ name }) => name)));
       runs.forEach((run, place) => this._place(run, from + place));
       this._more.hidden = this._cards.size >= total;
-      const nothing = searched ? t("No run's name holds this.") : t("No run yet. Whatever you train appears here.");
+      const nothing = searched ? t("No run's name or note holds this.") : t("No run yet. Whatever you train appears here.");
       this._say(this._cards.size ? "" : nothing);
     } catch (error) {
       if (asked === this._asked) this._say(t("The runs could not be read: $problem", { problem: error.message }));
@@ -123,6 +126,8 @@ export class History {
         imageUrl: (picture, version) => this._routes.imageUrl(picture, version),
         choose: (name, isChosen) => this._choose(name, isChosen),
         show: (name) => this._show([this._cards.get(name).run]),
+        use: (one) => this._use(one, one.saves.at(-1)),
+        edit: (one) => this._edit(one),
         open: (name) => this._open(name),
         remove: (one) => this._remove(one),
       });
@@ -159,8 +164,12 @@ export class History {
     await this._try(async () => {
       const details = await Promise.all(runs.map(({ name }) => this._routes.readRun(name, 1)));
       openComparison(
-        runs.map((run, place) => ({ ...run, samples: details[place].samples })),
-        { imageUrl: (sample, version) => this._routes.imageUrl(sample, version), open: (name) => this._open(name) },
+        runs.map((run, place) => ({ ...run, samples: details[place].samples, saves: details[place].saves })),
+        {
+          imageUrl: (sample, version) => this._routes.imageUrl(sample, version),
+          open: (name) => this._open(name),
+          use: (run, step) => this._use(run, step),
+        },
       );
     });
   }
@@ -173,13 +182,36 @@ export class History {
     });
   }
 
+  // Puts a save where loaders list it, and a loader for it into the graph.
+  async _use(run, step) {
+    await this._try(async () => {
+      const { adapter, embedding } = await this._routes.pickSave(run.name, step);
+      await this._app.refreshComboInNodes();
+      if (adapter) {
+        addLoader(this._app, adapter);
+        this._toasts.show("success", t("Loader added"), adapter);
+      }
+      if (embedding) {
+        const word = `embedding:${embedding.replace(/\.[^.]+$/, "")}`;
+        this._toasts.show("success", t("Write this in prompts"), word);
+      }
+    });
+  }
+
+  _edit(run) {
+    openNotes(run, async (notes) => {
+      await this._routes.describeRun(run.name, notes);
+      await this.refresh();
+    });
+  }
+
   async _remove(run) {
     const { name } = run;
     const size = formatBytes(run.size);
     const sure = await this._app.extensionManager.dialog.confirm({
       title: t("Delete this run?"),
-      message: t("$name: its settings, loss, saved states and sample pictures are deleted ($size).", { name, size }),
-      hint: t("What it saved in output/loras and output/embeddings stays."),
+      message: t("$name: its settings, loss, saved steps and sample pictures are deleted ($size).", { name, size }),
+      hint: t("What lies in output/loras and output/embeddings stays."),
       type: "delete",
     });
     if (!sure) return;

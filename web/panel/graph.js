@@ -1,17 +1,51 @@
-// Where a training is in the page's graph.
+// Where a training is in the page's graph, and whether a node there would train the same.
 
-// The node of an execution id, "12" or "1:2:3" for a node inside subgraphs; null where there is none.
-export function nodeOf(root, id) {
+// The nodes on the way to an execution id, "12" or "1:2:3" for a node inside subgraphs: the outermost first, the node
+// itself last; empty where there is no such node.
+export function pathOf(root, id) {
+  const path = [];
   let graph = root;
-  let node = null;
   for (const part of id.split(":")) {
-    node = graph?.getNodeById(part) ?? null;
-    graph = node?.subgraph ?? null;
+    const node = graph?.getNodeById(part) ?? null;
+    if (!node) return [];
+    path.push(node);
+    graph = node.subgraph ?? null;
   }
-  return node;
+  return path;
 }
 
-// Whether a training was queued from the workflow that is open; one that no page queued may be any workflow's.
-export function isOf(training, root) {
-  return training.workflow === "" || training.workflow === root?.id;
+// Every node of a graph and of the subgraphs that stand in it.
+export function* allNodes(graph, seen = new Set()) {
+  if (!graph || seen.has(graph)) return;
+  seen.add(graph);
+  for (const node of graph.nodes) {
+    yield node;
+    if (node.subgraph) yield* allNodes(node.subgraph, seen);
+  }
+}
+
+// Whether a node of a prompt has the inputs that a training was queued with, and so have all nodes before it.
+// sources: {id: {class_type, inputs}}, what decides a run; inputs that are not in it decide nothing.
+export function hasSources(prompt, id, sources, node) {
+  const seen = new Set();
+  const isSame = (mine, theirs) => {
+    const key = `${mine} ${theirs}`;
+    if (seen.has(key)) return true;
+    seen.add(key);
+    const [ours, known] = [prompt[mine], sources[theirs]];
+    if (!ours || !known || ours.class_type !== known.class_type) return false;
+    const names = new Set([...Object.keys(known.inputs), ...Object.keys(ours.inputs)]);
+    return [...names].every((name) => {
+      const [value, wanted] = [ours.inputs[name], known.inputs[name]];
+      const [from, wantedFrom] = [linkOf(value, prompt), linkOf(wanted, sources)];
+      if (from || wantedFrom) return Boolean(from && wantedFrom && from[1] === wantedFrom[1] && isSame(from[0], wantedFrom[0]));
+      return !(name in known.inputs) || JSON.stringify(value) === JSON.stringify(wanted);
+    });
+  };
+  return isSame(id, node);
+}
+
+// A value as another node's output, [id, slot]; null for what is none.
+function linkOf(value, prompt) {
+  return Array.isArray(value) && value.length === 2 && Object.hasOwn(prompt, value[0]) ? value : null;
 }

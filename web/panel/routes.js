@@ -18,7 +18,17 @@ export class Routes {
     return this._json(`/graft/runs/${encodeURIComponent(name)}?events=${events}`);
   }
 
-  // A page of the runs on disk, those that changed last first; text: what their names hold.
+  // Keeps what the user calls a run and says of it: {title, note}.
+  describeRun(name, notes) {
+    return this._post(`/graft/runs/${encodeURIComponent(name)}/describe`, notes);
+  }
+
+  // Copies a save to where loaders list it; its name there, as {adapter} or {embedding}.
+  pickSave(name, step) {
+    return this._post(`/graft/runs/${encodeURIComponent(name)}/pick`, { step });
+  }
+
+  // A page of the runs on disk, those that changed last first; text: what their names and notes hold.
   listHistory(text, from, count) {
     return this._json(`/graft/history?${new URLSearchParams({ text, from, count })}`);
   }
@@ -51,8 +61,9 @@ export class Routes {
     return this._api.apiURL(`/view?${query}`);
   }
 
-  _post(path) {
-    return this._json(path, { method: "POST", headers: { "Content-Type": "application/json" }, body: "{}" });
+  _post(path, body = {}) {
+    const headers = { "Content-Type": "application/json" };
+    return this._json(path, { method: "POST", headers, body: JSON.stringify(body) });
   }
 
   async _json(path, options) {

@@ -84,6 +84,6 @@ export class Store {
 }
 
 // What tells trainings apart.
-export function keyOf({ workflow, node }) {
-  return `${workflow} ${node}`;
+export function keyOf({ workflow, node, inputs = "" }) {
+  return `${workflow} ${node} ${inputs}`;
 }

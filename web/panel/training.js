@@ -98,10 +98,12 @@ function median(values) {
 }
 
 export class Training {
-  // node: its execution id; workflow: id of the workflow it was queued from, "" where that is not known.
-  constructor({ node, workflow, prompt_id }) {
+  // node: its execution id; workflow: id of the workflow it was queued from, "" where that is not known;
+  // sources: the nodes of its prompt that decide it, where they are known.
+  constructor({ node, workflow, prompt_id, sources = null }) {
     this.node = node;
     this.workflow = workflow;
+    this.sources = sources;
     this.prompt = prompt_id;
     this.phase = "preparing";
     this.run = "";

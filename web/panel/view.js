@@ -29,17 +29,26 @@ export class Panel {
     this._seen = -1;
     this._pointed = null;
     this._problem = "";
+    this._remark = "";
     this._announced = "";
     this._build();
     this._listen();
     this._showReady();
   }
 
+  // The training that is shown, null for none.
+  get training() {
+    return this._training;
+  }
+
   // Shows a training as it is now, where anything changed.
-  show(training) {
-    if (training === this._training && training.version === this._seen) return;
+  // isSame: whether the node's inputs are those it was queued with; steps: how many the node asks for.
+  show(training, isSame, steps) {
+    const remark = words.remark(training, isSame, steps);
+    if (training === this._training && training.version === this._seen && remark === this._remark) return;
     if (training !== this._training) this._problem = "";
     this._training = training;
+    this._remark = remark;
     this.element.graftTraining = training;
     this._seen = training.version;
     this._render();
@@ -163,7 +172,7 @@ export class Panel {
   _showNote() {
     const said = this._training.phase === "failed" ? this._training.message : "";
     const warnings = this._training.phase === "failed" ? [] : words.listWarnings(this._training);
-    const text = [this._problem, said, words.advise(this._training), ...warnings].filter(Boolean).join("\n");
+    const text = [this._problem, said, words.advise(this._training), this._remark, ...warnings].filter(Boolean).join("\n");
     this._note.hidden = !text;
     say(this._note, text);
   }

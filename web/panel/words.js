@@ -105,6 +105,17 @@ export function advise(training) {
   return "";
 }
 
+// How a training differs from what Run would train; empty where it does not.
+export function remark(training, isSame, steps) {
+  if (!isSame) {
+    return training.isLive
+      ? t("It was queued with other values than those shown here.")
+      : t("Values were changed since. Run trains with the new ones.");
+  }
+  const goesOn = !training.isLive && Number.isInteger(steps) && training.steps > 0 && steps > training.steps;
+  return goesOn ? t("Run goes on to step $steps.", { steps }) : "";
+}
+
 // The chart for those who do not see it.
 export function describeCurve(training) {
   const { curve } = training;

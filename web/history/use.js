@@ -1,0 +1,11 @@
+// A saved step, put to use in the graph that is open.
+
+// Adds the host's own loader with a LoRA chosen, in the middle of what is seen.
+export function addLoader(app, name) {
+  const node = window.LiteGraph.createNode("LoraLoader");
+  const [x, y, width, height] = app.canvas.visible_area;
+  node.pos = [Math.round(x + (width - node.size[0]) / 2), Math.round(y + (height - node.size[1]) / 2)];
+  app.canvas.graph.add(node);
+  node.widgets.find((widget) => widget.name === "lora_name").value = name;
+  app.canvas.selectNode?.(node);
+}
