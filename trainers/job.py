@@ -7,12 +7,16 @@ by the names and hashes of its files. What is read of a job is checked like anyt
 from __future__ import annotations
 
 import os
+import re
+import secrets
 import shutil
+import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import Any
 
+from . import run_lock
 from .data.examples import Anchor, Dataset, Example, Handling, LeftOut, Source
 from .errors import GraftError, RunError
 from .formats import files
@@ -28,6 +32,9 @@ _FORMAT = "graft job 1"
 _FILE = "job.json"
 _CACHE = "cache"
 _START = "start.safetensors"
+
+# Folders that become a job or were one, by this version and those before.
+_TEMPORARY = re.compile(r"\..+-[0-9a-f]{8}\.(?:(?:[0-9a-f]{8}\.)?(?:new|old)|(?:[0-9a-f]{8}\.)?new\.[0-9a-f]{8}\.tmp)")
 
 # Of job.json: a line each for some hundred thousand pictures.
 _LIMIT = 512 * 1024 * 1024
@@ -72,7 +79,8 @@ def export_job(
     path = os.path.join(parent, f"{safe_name(recipe.name or task.label)}-{task.identity[:8]}")
     with _replaced(path) as temporary:
         copy = os.path.join(temporary, _CACHE)
-        prepared = prepare(task.dataset, recipe, host, folders.cache, folders.cache_limit, copy)
+        since = run_lock.earliest_start(folders.runs)
+        prepared = prepare(task.dataset, recipe, host, folders.cache, folders.cache_limit, copy, since)
         if recipe.start_from:
             _copy(folders.adapter_of(recipe.start_from), os.path.join(temporary, _START))
         _write(temporary, recipe, _marked(dataset, prepared), base, "")
@@ -88,7 +96,8 @@ def write_local_job(
         GraftError: as `export_job`.
     """
     task = task_of(recipe, dataset, host, folders)
-    prepared = prepare(task.dataset, recipe, host, folders.cache, folders.cache_limit)
+    since = run_lock.earliest_start(folders.runs)
+    prepared = prepare(task.dataset, recipe, host, folders.cache, folders.cache_limit, used_since=since)
     _write(path, recipe, _marked(dataset, prepared), base, os.path.abspath(folders.cache))
 
 
@@ -126,12 +135,12 @@ def _copy(source: str, target: str) -> None:
 def _replaced(path: str):
     """As `files.new_folder`, in place of what is there."""
     parent, name = os.path.split(path)
-    fresh = os.path.join(parent, f".{name}.new")
-    shutil.rmtree(fresh, ignore_errors=True)
+    _sweep_folders(parent)
+    # Names of its own: another ComfyUI may export the same job at this moment.
+    token = secrets.token_hex(4)
+    fresh, old = (os.path.join(parent, f".{name}.{token}.{kind}") for kind in ("new", "old"))
     with files.new_folder(fresh) as temporary:
         yield temporary
-    old = os.path.join(parent, f".{name}.old")
-    shutil.rmtree(old, ignore_errors=True)
     try:
         if os.path.exists(path):
             os.rename(path, old)
@@ -142,6 +151,20 @@ def _replaced(path: str):
             f"The folder '{path}' cannot be replaced ({error}).", "Close what holds it open, or remove it."
         ) from error
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _sweep_folders(parent: str) -> None:
+    """Remove what exports that were killed left, once nothing in it changed for `files.OLD` seconds."""
+    for entry in os.scandir(parent) if os.path.isdir(parent) else ():
+        if _TEMPORARY.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
+            try:
+                times = [os.lstat(os.path.join(at, one)).st_mtime for at, _, held in os.walk(entry) for one in held]
+                newest = max(times, default=entry.stat(follow_symlinks=False).st_mtime)
+            except FileNotFoundError:
+                # Its owner works on it.
+                continue
+            if time.time() - newest > files.OLD:
+                shutil.rmtree(entry.path, ignore_errors=True)
 
 
 def _move_or_restore(fresh: str, path: str, old: str) -> None:

@@ -9,8 +9,9 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from . import event_files, inversion
+from . import event_files, inversion, run_lock
 from .data.scan import check_captions
+from .errors import RunError
 from .formats.adapter import Adapter, LazyAdapter, load_adapter
 from .formats.metadata import describe_training, tensors_hash
 from .formats.whole import Differences
@@ -101,20 +102,41 @@ def task_of(recipe: Recipe, dataset: Dataset, host: Host, folders: Folders) -> T
     return Task(dataset, start, recipe.identity(pictures, base), label, made_from)
 
 
-def _open(recipe: Recipe, task: Task, folders: Folders, name: str) -> tuple[Run, State, bool]:
-    """The run, the state that it goes on from, and whether nothing is left to do."""
-    run = Run.named(folders, name) if name else Run.open(folders, recipe, task.identity, task.label)
+def _find_run(recipe: Recipe, task: Task, folders: Folders, name: str) -> Run:
+    return Run.named(folders, name) if name else Run.open(folders, recipe, task.identity, task.label)
+
+
+def _hold(run: Run, recipe: Recipe, name: str, stack: ExitStack) -> tuple[State, bool]:
+    """Hold a run until the stack ends; the state that it goes on from, and whether nothing is left to do.
+
+    Raises:
+        RunError: the run is not finished, and cannot be held.
+    """
+    refused = None
+    try:
+        stack.enter_context(run.held())
+    except RunError as error:
+        refused = error
+    state, finished = _read(run, recipe, name)
+    if refused is not None and not finished:
+        raise refused
+    return state, finished
+
+
+def _read(run: Run, recipe: Recipe, name: str) -> tuple[State, bool]:
+    """The state that a run goes on from, and whether nothing is left to do."""
     state = State()
     # Paused, it is in the midst of starting over.
     if name or recipe.on_existing != "start over" or run.halted_as(PAUSED, recipe.steps):
         state = run.load(recipe.steps) or state
     stopped = run.halted_as(STOPPED, recipe.steps)
-    return run, state, bool(state.step == recipe.steps or (stopped and state.step == stopped.step))
+    return state, bool(state.step == recipe.steps or (stopped and state.step == stopped.step))
 
 
 def is_finished(recipe: Recipe, dataset: Dataset, host: Host, folders: Folders) -> bool:
     """Whether `run_recipe` would return a run as it is. Raises as that does."""
-    return _open(recipe, task_of(recipe, dataset, host, folders), folders, "")[2]
+    run = _find_run(recipe, task_of(recipe, dataset, host, folders), folders, "")
+    return _read(run, recipe, "")[1]
 
 
 def run_recipe(recipe: Recipe, dataset: Dataset, host: Host, folders: Folders, name: str = "") -> Result:
@@ -128,17 +150,22 @@ def run_recipe(recipe: Recipe, dataset: Dataset, host: Host, folders: Folders, n
         name: of the run, where it is known already; `on_existing` is then not asked.
 
     Raises:
-        GraftError: with the input and the cure.
+        GraftError: with the input and the cure; RunHeldError where another process trains the run.
         Anything that `host.report` raises to interrupt; what was reached is saved first.
     """
-    method = METHODS[recipe.method]
-    group = host.group
     task = task_of(recipe, dataset, host, folders)
-    if group.leads:
-        run, state, finished = _open(recipe, task, folders, name)
-        lead(group, run, state, finished)
-    else:
-        run, state, finished = follow(group, folders)
+    with ExitStack() as stack:
+        if host.group.leads:
+            run = _find_run(recipe, task, folders, name)
+            state, finished = _hold(run, recipe, name, stack)
+            lead(host.group, run, state, finished)
+        else:
+            run, state, finished = follow(host.group, folders)
+        return _run(recipe, task, host, folders, run, state, finished)
+
+
+def _run(recipe: Recipe, task: Task, host: Host, folders: Folders, run: Run, state: State, finished: bool) -> Result:
+    method = METHODS[recipe.method]
     parts = Parts(method, recipe, host)
     export = _exporter(method, parts, recipe, host, task.dataset, run, task.identity)
     host.report("run", {"name": run.name, "folder": run.folder, "step": state.step, "steps": recipe.steps})
@@ -167,7 +194,8 @@ def _train(recipe, task: Task, host, folders, parts, run, state, export) -> Resu
         event_files.load()
     denoiser = host.denoiser
     resumed_from = state.step
-    prepared = prepare(task.dataset, recipe, host, folders.cache, folders.cache_limit)
+    since = run_lock.earliest_start(folders.runs)
+    prepared = prepare(task.dataset, recipe, host, folders.cache, folders.cache_limit, used_since=since)
     with _training(recipe, host, recipe.offload == "on" or shares):
         blocks = _checkpoint(denoiser.module, recipe)
         if blocks and recipe.live_text:

@@ -8,7 +8,7 @@ POST /graft/runs/RUN/stop        finish now; what was reached is saved and hande
 POST /graft/runs/RUN/save        save now and go on
 POST /graft/runs/RUN/pause       save, end the prompt, free the device
 POST /graft/runs/RUN/resume      let a stopped run go on, and give the prompt that is to be queued for it
-POST /graft/runs/RUN/delete      remove its folder, unless it runs; the adapters and embeddings it saved stay
+POST /graft/runs/RUN/delete      remove its folder, unless a server trains it; adapters and embeddings it saved stay
 POST /graft/nodes/NODE/stop      as for a run, by the node's execution id; so for save and pause
 
 A POST carries a JSON object, empty for now, and is taken from the host's own pages and from programs alone. Errors are
@@ -29,7 +29,7 @@ from typing import Any
 from aiohttp import web
 
 from ...trainers import history, records
-from ...trainers.errors import GraftError, RunError
+from ...trainers.errors import GraftError, RunError, RunHeldError
 from ...trainers.run import STOPPED
 from . import paths
 from .browser import BOARD, prompt_server
@@ -196,7 +196,10 @@ async def _resume_run(request: web.Request) -> dict[str, Any]:
         raise _Refusal(409, "It runs already.")
     halt = run.halt()
     if halt is not None and halt.how == STOPPED:
-        await _aside(DESK.lift, run)
+        try:
+            await _aside(DESK.lift, run)
+        except RunHeldError as error:
+            raise _Refusal(409, str(error)) from error
     prompt_id = DESK.prompt_of(run.name)
     return {"run": run.name, "prompt_id": prompt_id, "prompt": _prompt(prompt_id)}
 

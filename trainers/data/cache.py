@@ -178,7 +178,7 @@ def _shards(folder: str) -> list[str]:
     if not os.path.isdir(folder):
         return []
     # Younger ones may be another process's that is writing now.
-    files.sweep(folder, older_than=3600.0)
+    files.sweep(folder)
     return [entry.path for entry in os.scandir(folder) if entry.name.endswith(_SUFFIX) and entry.is_file()]
 
 

@@ -76,7 +76,7 @@ class ClassImages:
 
     def missing(self, numbers: Sequence[int]) -> list[int]:
         """Those of the numbers of which there is no sound picture of the right size."""
-        files.sweep(self.folder, older_than=3600.0)
+        files.sweep(self.folder)
         return [number for number in numbers if self._measured(number) is None]
 
     def _measured(self, number: int) -> str | None:
