@@ -50,6 +50,7 @@ class Job:
     Attributes:
         base: what the host wrote to find its model again.
         cache: folder of the latents and conditionings.
+        embedded: hash of the embedding files that its texts call; None in jobs of versions before.
         start: the adapter that it starts from, empty where it is one of the host's list or there is none.
     """
 
@@ -58,6 +59,7 @@ class Job:
     base: dict[str, Any]
     cache: str
     start: str
+    embedded: str | None = None
 
     def folders(self, host: Folders) -> Folders:
         """The host's folders, with the job's own for what it brings along."""
@@ -83,7 +85,7 @@ def export_job(
         prepared = prepare(task.dataset, recipe, host, folders.cache, folders.cache_limit, copy, since)
         if recipe.start_from:
             _copy(folders.adapter_of(recipe.start_from), os.path.join(temporary, _START))
-        _write(temporary, recipe, _marked(dataset, prepared), base, "")
+        _write(temporary, recipe, _marked(dataset, prepared), base, "", task.embedded)
     return path
 
 
@@ -98,7 +100,7 @@ def write_local_job(
     task = task_of(recipe, dataset, host, folders)
     since = run_lock.earliest_start(folders.runs)
     prepared = prepare(task.dataset, recipe, host, folders.cache, folders.cache_limit, used_since=since)
-    _write(path, recipe, _marked(dataset, prepared), base, os.path.abspath(folders.cache))
+    _write(path, recipe, _marked(dataset, prepared), base, os.path.abspath(folders.cache), task.embedded)
 
 
 def _marked(dataset: Dataset, prepared: Prepared) -> Dataset:
@@ -114,13 +116,14 @@ def _marked(dataset: Dataset, prepared: Prepared) -> Dataset:
     return replace(dataset, examples=examples)
 
 
-def _write(folder: str, recipe: Recipe, dataset: Dataset, base: dict, cache: str) -> None:
+def _write(folder: str, recipe: Recipe, dataset: Dataset, base: dict, cache: str, embedded: str) -> None:
     value = {
         "format": _FORMAT,
         "recipe": recipe.as_json(),
         "dataset": _dataset_as_json(dataset),
         "base": base,
         "cache": cache,
+        "embedded": embedded,
     }
     files.write_json(os.path.join(folder, _FILE), value)
 
@@ -229,7 +232,8 @@ def read_job(folder: str) -> Job:
         base = value["base"]
         if not isinstance(base, dict):
             raise ValueError("its base is no object")
-        return Job(recipe, dataset, base, cache, start if os.path.isfile(start) else "")
+        embedded = _text(value["embedded"]) if "embedded" in value else None
+        return Job(recipe, dataset, base, cache, start if os.path.isfile(start) else "", embedded)
     except RunError:
         raise
     except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:

@@ -168,6 +168,16 @@ class Run:
         """Whether a state of at least so many steps is kept."""
         return max(self.states(), default=0) >= steps
 
+    def identity(self) -> str:
+        """The identity in its recipe; empty where the folder holds none."""
+        try:
+            value = files.read_json(self.recipe_path) if os.path.exists(self.recipe_path) else {}
+        except RunError as error:
+            log.warning("Graft: %s", error)
+            return ""
+        found = value.get("identity") if isinstance(value, dict) else None
+        return found if isinstance(found, str) else ""
+
     def check_identity(self, identity: str) -> None:
         """Raises RunError when the folder belongs to something else (a hash of eight digits may collide)."""
         path = self.recipe_path
