@@ -115,7 +115,10 @@ def test_weights_that_the_host_moves_and_patches_are_not_read_again(reads):
 
     with torch.inference_mode():
         model = models.patcher("SD1")
-    patched = models.patched(model)
+    patched = model.clone()
+    state = model.model.state_dict()
+    name = next(name for name in state if name.endswith("attn2.to_k.weight"))
+    patched.add_patches({name: (torch.ones_like(state[name]),)}, 0.5)
     digests = patcher_digest(model), patcher_digest(patched)
     reads.clear()
     comfy.model_management.load_models_gpu([patched], force_full_load=True)
