@@ -87,10 +87,8 @@ def test_any_number_of_a_weight_counts(tiny_base, tmp_path, part, ending):
     name = next(name for name in tensors if name.endswith(ending))
     flat = tensors[name].reshape(-1)
     step = max(1, flat.numel() // 32)
-    if step == 1 and flat.numel() <= 32:
-        place = flat.numel() - 1
-    else:
-        place = next(place for place in range(flat.numel() - 1, 0, -1) if place % step)
+    sampled = range(0, flat.numel(), step)[:32]
+    place = next((place for place in reversed(range(flat.numel())) if place not in sampled), flat.numel() - 1)
     flat[place] += 0.25
     changed = tmp_path / "changed.safetensors"
     save_file(tensors, changed)
