@@ -60,11 +60,12 @@ class GraftCompare(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, files="", **_) -> list | float:
-        """Changes with the files that are meant: a run may have made more of them."""
+        """Changes with the files that are meant, and embedding files: a run may have made more of them."""
         from .host.compare import states_of
+        from .host.words import file_states
 
         # What comes over a wire is not known yet.
-        return states_of(files) if isinstance(files, str) else float("nan")
+        return [*states_of(files), *file_states()] if isinstance(files, str) else float("nan")
 
     @classmethod
     def execute(

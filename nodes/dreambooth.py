@@ -71,6 +71,13 @@ class GraftClassImages(io.ComfyNode):
     validate_inputs = checked(class_prompt=None, cfg=None, negative_prompt=None, sampler_name=None, scheduler=None)
 
     @classmethod
+    def fingerprint_inputs(cls, **values) -> list:
+        """Changes when an embedding file that a prompt calls is replaced."""
+        from .host.words import file_states
+
+        return file_states()
+
+    @classmethod
     def execute(
         cls,
         model,

@@ -28,11 +28,15 @@ class Trainer(io.ComfyNode):
     """A node that trains. What it hands on is decided by its inputs, but for a run that was stopped early."""
 
     @classmethod
-    def fingerprint_inputs(cls, **values) -> int:
-        """Changes when a stopped run is told to go on, or one is deleted: the host would answer from its cache."""
-        from .host.control import DESK
+    def fingerprint_inputs(cls, **values) -> list:
+        """Changes where the host would answer from its cache, and must not.
 
-        return DESK.lifted
+        A stopped run was told to go on, or one was deleted, or an embedding file that a prompt calls was replaced.
+        """
+        from .host.control import DESK
+        from .host.words import file_states
+
+        return [DESK.lifted, *file_states()]
 
 
 def describe(aliases: list[str], words: str = "", **given) -> io.Schema:

@@ -44,6 +44,10 @@ class RunError(GraftError):
     """A run folder cannot be read or written."""
 
 
+class RunHeldError(RunError):
+    """Another process holds the run: it trains or deletes it."""
+
+
 @contextmanager
 def needing(package: str, what: str, otherwise: str, input: str) -> Iterator[None]:
     """Says which package an import inside the block is missing.

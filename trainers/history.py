@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import secrets
 import shutil
 import sys
@@ -35,6 +36,7 @@ _FACTS = ("images", "validation_images", "class_images", "layers", "checkpointed
 _LOG_LIMIT = 64 * 1024 * 1024
 _KEPT_LOGS = 512
 _REMOVED = ".removed-"
+_REMOVED_NAME = re.compile(re.escape(_REMOVED) + "[0-9a-f]{16}")
 
 
 @dataclass(frozen=True)
@@ -189,18 +191,20 @@ def delete_run(run: Run) -> None:
     tried again with the next one.
 
     Raises:
+        RunHeldError: a process, here or on another computer, trains it.
         RunError: it cannot be taken away; it is as it was.
     """
     parent = os.path.dirname(run.folder)
     aside = os.path.join(parent, f"{_REMOVED}{secrets.token_hex(8)}")
-    try:
-        os.rename(run.folder, aside)
-    except OSError as error:
-        raise RunError(
-            f"The folder '{run.folder}' cannot be removed ({error}).", "Close what holds it open, or remove it."
-        ) from error
+    with run.held():
+        try:
+            os.rename(run.folder, aside)
+        except OSError as error:
+            raise RunError(
+                f"The folder '{run.folder}' cannot be removed ({error}).", "Close what holds it open, or remove it."
+            ) from error
     for name in os.listdir(parent):
-        if name.startswith(_REMOVED):
+        if _REMOVED_NAME.fullmatch(name):
             path = os.path.join(parent, name)
             shutil.rmtree(path, ignore_errors=True)
             if os.path.isdir(path):

@@ -7,12 +7,16 @@ by the names and hashes of its files. What is read of a job is checked like anyt
 from __future__ import annotations
 
 import os
+import re
+import secrets
 import shutil
+import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import Any
 
+from . import run_lock
 from .data.examples import Anchor, Dataset, Example, Handling, LeftOut, Source
 from .errors import GraftError, RunError
 from .formats import files
@@ -29,6 +33,9 @@ _FILE = "job.json"
 _CACHE = "cache"
 _START = "start.safetensors"
 
+# Folders that become a job or were one, by this version and those before.
+_TEMPORARY = re.compile(r"\..+-[0-9a-f]{8}\.(?:(?:[0-9a-f]{8}\.)?(?:new|old)|(?:[0-9a-f]{8}\.)?new\.[0-9a-f]{8}\.tmp)")
+
 # Of job.json: a line each for some hundred thousand pictures.
 _LIMIT = 512 * 1024 * 1024
 
@@ -43,6 +50,7 @@ class Job:
     Attributes:
         base: what the host wrote to find its model again.
         cache: folder of the latents and conditionings.
+        embedded: hash of the embedding files that its texts call; None in jobs of versions before.
         start: the adapter that it starts from, empty where it is one of the host's list or there is none.
     """
 
@@ -51,6 +59,7 @@ class Job:
     base: dict[str, Any]
     cache: str
     start: str
+    embedded: str | None = None
 
     def folders(self, host: Folders) -> Folders:
         """The host's folders, with the job's own for what it brings along."""
@@ -72,10 +81,11 @@ def export_job(
     path = os.path.join(parent, f"{safe_name(recipe.name or task.label)}-{task.identity[:8]}")
     with _replaced(path) as temporary:
         copy = os.path.join(temporary, _CACHE)
-        prepared = prepare(task.dataset, recipe, host, folders.cache, folders.cache_limit, copy)
+        since = run_lock.earliest_start(folders.runs)
+        prepared = prepare(task.dataset, recipe, host, folders.cache, folders.cache_limit, copy, since)
         if recipe.start_from:
             _copy(folders.adapter_of(recipe.start_from), os.path.join(temporary, _START))
-        _write(temporary, recipe, _marked(dataset, prepared), base, "")
+        _write(temporary, recipe, _marked(dataset, prepared), base, "", task.embedded)
     return path
 
 
@@ -88,8 +98,9 @@ def write_local_job(
         GraftError: as `export_job`.
     """
     task = task_of(recipe, dataset, host, folders)
-    prepared = prepare(task.dataset, recipe, host, folders.cache, folders.cache_limit)
-    _write(path, recipe, _marked(dataset, prepared), base, os.path.abspath(folders.cache))
+    since = run_lock.earliest_start(folders.runs)
+    prepared = prepare(task.dataset, recipe, host, folders.cache, folders.cache_limit, used_since=since)
+    _write(path, recipe, _marked(dataset, prepared), base, os.path.abspath(folders.cache), task.embedded)
 
 
 def _marked(dataset: Dataset, prepared: Prepared) -> Dataset:
@@ -105,13 +116,14 @@ def _marked(dataset: Dataset, prepared: Prepared) -> Dataset:
     return replace(dataset, examples=examples)
 
 
-def _write(folder: str, recipe: Recipe, dataset: Dataset, base: dict, cache: str) -> None:
+def _write(folder: str, recipe: Recipe, dataset: Dataset, base: dict, cache: str, embedded: str) -> None:
     value = {
         "format": _FORMAT,
         "recipe": recipe.as_json(),
         "dataset": _dataset_as_json(dataset),
         "base": base,
         "cache": cache,
+        "embedded": embedded,
     }
     files.write_json(os.path.join(folder, _FILE), value)
 
@@ -126,12 +138,12 @@ def _copy(source: str, target: str) -> None:
 def _replaced(path: str):
     """As `files.new_folder`, in place of what is there."""
     parent, name = os.path.split(path)
-    fresh = os.path.join(parent, f".{name}.new")
-    shutil.rmtree(fresh, ignore_errors=True)
+    _sweep_folders(parent)
+    # Names of its own: another ComfyUI may export the same job at this moment.
+    token = secrets.token_hex(4)
+    fresh, old = (os.path.join(parent, f".{name}.{token}.{kind}") for kind in ("new", "old"))
     with files.new_folder(fresh) as temporary:
         yield temporary
-    old = os.path.join(parent, f".{name}.old")
-    shutil.rmtree(old, ignore_errors=True)
     try:
         if os.path.exists(path):
             os.rename(path, old)
@@ -142,6 +154,20 @@ def _replaced(path: str):
             f"The folder '{path}' cannot be replaced ({error}).", "Close what holds it open, or remove it."
         ) from error
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _sweep_folders(parent: str) -> None:
+    """Remove what exports that were killed left, once nothing in it changed for `files.OLD` seconds."""
+    for entry in os.scandir(parent) if os.path.isdir(parent) else ():
+        if _TEMPORARY.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
+            try:
+                times = [os.lstat(os.path.join(at, one)).st_mtime for at, _, held in os.walk(entry) for one in held]
+                newest = max(times, default=entry.stat(follow_symlinks=False).st_mtime)
+            except FileNotFoundError:
+                # Its owner works on it.
+                continue
+            if time.time() - newest > files.OLD:
+                shutil.rmtree(entry.path, ignore_errors=True)
 
 
 def _move_or_restore(fresh: str, path: str, old: str) -> None:
@@ -206,7 +232,8 @@ def read_job(folder: str) -> Job:
         base = value["base"]
         if not isinstance(base, dict):
             raise ValueError("its base is no object")
-        return Job(recipe, dataset, base, cache, start if os.path.isfile(start) else "")
+        embedded = _text(value["embedded"]) if "embedded" in value else None
+        return Job(recipe, dataset, base, cache, start if os.path.isfile(start) else "", embedded)
     except RunError:
         raise
     except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 import time
@@ -58,18 +59,25 @@ class Prepared:
 
 
 def prepare(
-    dataset: Dataset, recipe: Recipe, host: Host, cache_folder: str, cache_limit: int, copy: str = ""
+    dataset: Dataset,
+    recipe: Recipe,
+    host: Host,
+    cache_folder: str,
+    cache_limit: int,
+    copy: str = "",
+    used_since: float = math.inf,
 ) -> Prepared:
     """Encodes what is not yet cached and gives the examples as the loop wants them.
 
     Args:
         copy: a folder for a cache of just what this training needs, empty for none.
+        used_since: keep what was used after this time (seconds of the epoch): other trainings that run need it.
 
     Raises:
         DatasetError: nothing is left to train on, or something cannot be encoded.
         SettingsError: the validation split leaves nothing to train on.
     """
-    started = time.time()
+    started = min(time.time(), used_since)
     _refuse_sources(dataset, host)
     geometries = {side: host.denoiser.geometry(side or recipe.resolution) for side in all_resolutions(dataset)}
     cuts, left_out = cut_dataset(dataset, geometries)

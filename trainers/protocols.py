@@ -119,6 +119,13 @@ class TextEncoder(Protocol):
     def fingerprint(self) -> str:
         """Hash that changes with weights, waiting patches and clip skip."""
 
+    def embedded_digest(self, texts: Sequence[str], without: Sequence[str] = ()) -> str:
+        """Hash of the embedding files that texts call by `embedding:<name>`; empty where they call none.
+
+        Args:
+            without: names that stand for something else.
+        """
+
     # What follows is asked only where a word or the encoder itself is trained.
 
     module: torch.nn.Module
@@ -253,7 +260,21 @@ class Denoiser(Protocol):
         """Keys of an adapter file that the host would not use."""
 
     def fingerprint(self) -> str:
-        """Hash of what makes this base: keys, shapes, dtypes, sampled weights, waiting patches."""
+        """Hash of what makes this base: keys, shapes, dtypes, weights, waiting patches."""
+
+
+def earlier_fingerprint(part: Denoiser | TextEncoder | ImageCodec) -> str:
+    """The fingerprint that versions before gave a part of a base, by which the files they made are found.
+
+    A host without such a past has no method `earlier_fingerprint`, and its fingerprint stands for both.
+    """
+    return getattr(part, "earlier_fingerprint", part.fingerprint)()
+
+
+def embedded_digest(text: TextEncoder, texts: Sequence[str], without: Sequence[str] = ()) -> str:
+    """As the text encoder's own; empty for a host without embedding files."""
+    given = getattr(text, "embedded_digest", None)
+    return given(texts, without) if given is not None else ""
 
 
 def base_digest(*fingerprints: str) -> str:

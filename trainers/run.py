@@ -7,10 +7,12 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from . import run_lock
 from .errors import RunError
 from .formats import files
 from .formats.metadata import data_uri
@@ -102,6 +104,30 @@ class Run:
         self.embeddings = embeddings
         self.name = os.path.basename(folder)
         self.followers: list[Callable[[dict], None]] = []
+        self._lock: run_lock.RunLock | None = None
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the run within the block: no other process trains or deletes it meanwhile.
+
+        Raises:
+            RunHeldError: another process holds it.
+            RunError: the lock cannot be written.
+        """
+        self._lock = run_lock.acquire(self.folder)
+        try:
+            for folder in self._folders:
+                # Whoever wrote here held the run before, and is gone.
+                files.sweep(folder, older_than=0.0)
+            yield
+        finally:
+            lock, self._lock = self._lock, None
+            lock.release()
+
+    def _check_held(self) -> None:
+        """Raise RunHeldError where another process took the run over."""
+        if self._lock is not None:
+            self._lock.check()
 
     @property
     def recipe_path(self) -> str:
@@ -122,10 +148,11 @@ class Run:
         base = f"{safe_name(recipe.name or label)}-{identity[:8]}"
         run = cls.named(folders, base)
         number = 2
-        while recipe.on_existing == "new" and os.path.exists(run.folder):
+        while recipe.on_existing == "new" and (os.path.exists(run.folder) or run_lock.find_holder(run.folder)):
             # A new run that was interrupted is the one to go on with, or each attempt would start another.
             done = run.reached(recipe.steps) or run.halted_as(STOPPED, recipe.steps)
-            if (number > 2 and not done) or run.halted_as(PAUSED, recipe.steps):
+            interrupted = (number > 2 and not done) or run.halted_as(PAUSED, recipe.steps)
+            if interrupted and not run_lock.find_holder(run.folder):
                 break
             run = cls.named(folders, f"{base}-{number}")
             number += 1
@@ -141,6 +168,16 @@ class Run:
     def reached(self, steps: int) -> bool:
         """Whether a state of at least so many steps is kept."""
         return max(self.states(), default=0) >= steps
+
+    def identity(self) -> str:
+        """The identity in its recipe; empty where the folder holds none."""
+        try:
+            value = files.read_json(self.recipe_path) if os.path.exists(self.recipe_path) else {}
+        except RunError as error:
+            log.warning("Graft: %s", error)
+            return ""
+        found = value.get("identity") if isinstance(value, dict) else None
+        return found if isinstance(found, str) else ""
 
     def check_identity(self, identity: str) -> None:
         """Raises RunError when the folder belongs to something else (a hash of eight digits may collide)."""
@@ -161,6 +198,7 @@ class Run:
         Raises:
             RunError: something of it cannot be removed, and would be taken for the new run's.
         """
+        self._check_held()
         for folder in self._folders:
             try:
                 if os.path.isdir(folder):
@@ -172,8 +210,7 @@ class Run:
 
     def write_recipe(self, recipe: Recipe, identity: str, facts: dict) -> None:
         """Keeps what the run is made with."""
-        for folder in self._folders:
-            files.sweep(folder)
+        self._check_held()
         value = {"identity": identity, "recipe": recipe.as_json(), **facts}
         files.write_json(self.recipe_path, value)
 
@@ -188,6 +225,7 @@ class Run:
 
     def note_halt(self, how: str, step: int, steps: int) -> None:
         """Keeps that the run was asked to end at a step, STOPPED or PAUSED."""
+        self._check_held()
         files.write_json(os.path.join(self.folder, _HALT), {"how": how, "step": step, "steps": steps})
 
     def halted_as(self, how: str, steps: int) -> Halt | None:
@@ -229,6 +267,7 @@ class Run:
 
     def save(self, state: State, products: Products, keep_last: int) -> str:
         """Writes what was made and the state, then removes those older than the last K; the first product's path."""
+        self._check_held()
         from .formats.adapter import save_adapter
         from .formats.embedding import save_embedding
 
@@ -278,6 +317,7 @@ class Run:
         Raises:
             RunError: it cannot be written, or was removed with its folder; no part of the line stays.
         """
+        self._check_held()
         path = os.path.join(self.folder, "metrics.jsonl")
         before = None
         try:
@@ -307,6 +347,7 @@ class Run:
 
     def save_samples(self, step: int, pictures: list[Image.Image]) -> list[str]:
         """Writes sample pictures; their paths."""
+        self._check_held()
         paths = []
         for index, picture in enumerate(pictures):
             path = os.path.join(self.folder, "samples", f"step-{step:08d}-{index + 1}.png")

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from . import event_files, inversion
+from . import earlier, event_files, inversion, run_lock
 from .data.scan import check_captions
+from .errors import RunError
 from .formats.adapter import Adapter, LazyAdapter, load_adapter
 from .formats.metadata import describe_training, tensors_hash
 from .formats.whole import Differences
@@ -20,7 +22,7 @@ from .notes import Notes, read_notes, write_notes
 from .optimisers import OPTIMISERS
 from .parts import Parts
 from .prepare import Prepared, prepare
-from .protocols import HOLE, base_digest
+from .protocols import HOLE, base_digest, earlier_fingerprint, embedded_digest
 from .run import PAUSED, STOPPED, Products, Run
 from .state import State
 
@@ -70,6 +72,8 @@ class Task:
         dataset: as it is trained on.
         start: the adapter that it starts from, None for none.
         identity: names the run.
+        earlier: named it in versions before; empty where what they made is another base's.
+        embedded: hash of the embedding files that its texts call; empty where they call none.
         label: of its folder, where the user gave no name.
         made_from: the dataset's name, and digests of it and of the base, to tell runs apart by.
     """
@@ -77,6 +81,8 @@ class Task:
     dataset: Dataset
     start: Adapter | None
     identity: str
+    earlier: str
+    embedded: str
     label: str
     made_from: dict[str, str]
 
@@ -96,26 +102,72 @@ def task_of(recipe: Recipe, dataset: Dataset, host: Host, folders: Folders) -> T
     check_captions(dataset)
     recipe.objective.check(host.denoiser.parameterisation)
     start = load_adapter(folders.adapter_of(recipe.start_from)) if recipe.start_from else None
-    pictures, base = dataset.fingerprint(), _base(host, start)
+    pictures, embedded = dataset.fingerprint(), _embedded(recipe, dataset, host)
+    base, before = _bases(host, start)
+    may_be_ours = earlier.claim(folders.runs, before, base)
+    if embedded:
+        base = base_digest(base, f"embeddings {embedded}")
     label = dataset.name if method.trains_model else recipe.embedding_name
     made_from = {"dataset": dataset.name, "dataset_digest": pictures, "base_digest": base}
-    return Task(dataset, start, recipe.identity(pictures, base), label, made_from)
+    found_by = recipe.identity(pictures, before) if may_be_ours else ""
+    return Task(dataset, start, recipe.identity(pictures, base), found_by, embedded, label, made_from)
 
 
-def _open(recipe: Recipe, task: Task, folders: Folders, name: str) -> tuple[Run, State, bool]:
-    """The run, the state that it goes on from, and whether nothing is left to do."""
-    run = Run.named(folders, name) if name else Run.open(folders, recipe, task.identity, task.label)
+def _embedded(recipe: Recipe, dataset: Dataset, host: Host) -> str:
+    """Hash of the embedding files that captions, class prompts and the words that are started from call."""
+    anchors = (one.anchor.prompt for one in dataset.examples if one.anchor is not None)
+    texts = dict.fromkeys(text for one in dataset.examples for text in (*one.captions, one.trigger))
+    # What is learnt is no file, though one of its name may lie there from an earlier training.
+    own = (recipe.embedding_name,) if recipe.embedding_name else ()
+    found = embedded_digest(host.text, (*texts, *dict.fromkeys(anchors)), own)
+    start = embedded_digest(host.text, (recipe.embedding_init,)) if recipe.embedding_name else ""
+    return f"{found} from {start}" if start else found
+
+
+def _find_run(recipe: Recipe, task: Task, folders: Folders, name: str) -> Run:
+    if name:
+        return Run.named(folders, name)
+    run = Run.open(folders, recipe, task.identity, task.label)
+    if not task.earlier or task.earlier == task.identity or os.path.exists(run.recipe_path):
+        return run
+    before = Run.open(folders, recipe, task.earlier, task.label)
+    is_known = before.identity() == task.earlier
+    # With embeddings the base alone does not tell which files it was made with.
+    is_ours = is_known and (not task.embedded or earlier.claim(folders.runs, task.earlier, task.identity))
+    return before if is_ours else run
+
+
+def _hold(run: Run, recipe: Recipe, name: str, stack: ExitStack) -> tuple[State, bool]:
+    """Hold a run until the stack ends; the state that it goes on from, and whether nothing is left to do.
+
+    Raises:
+        RunError: the run is not finished, and cannot be held.
+    """
+    refused = None
+    try:
+        stack.enter_context(run.held())
+    except RunError as error:
+        refused = error
+    state, finished = _read(run, recipe, name)
+    if refused is not None and not finished:
+        raise refused
+    return state, finished
+
+
+def _read(run: Run, recipe: Recipe, name: str) -> tuple[State, bool]:
+    """The state that a run goes on from, and whether nothing is left to do."""
     state = State()
     # Paused, it is in the midst of starting over.
     if name or recipe.on_existing != "start over" or run.halted_as(PAUSED, recipe.steps):
         state = run.load(recipe.steps) or state
     stopped = run.halted_as(STOPPED, recipe.steps)
-    return run, state, bool(state.step == recipe.steps or (stopped and state.step == stopped.step))
+    return state, bool(state.step == recipe.steps or (stopped and state.step == stopped.step))
 
 
 def is_finished(recipe: Recipe, dataset: Dataset, host: Host, folders: Folders) -> bool:
     """Whether `run_recipe` would return a run as it is. Raises as that does."""
-    return _open(recipe, task_of(recipe, dataset, host, folders), folders, "")[2]
+    run = _find_run(recipe, task_of(recipe, dataset, host, folders), folders, "")
+    return _read(run, recipe, "")[1]
 
 
 def run_recipe(recipe: Recipe, dataset: Dataset, host: Host, folders: Folders, name: str = "") -> Result:
@@ -129,18 +181,24 @@ def run_recipe(recipe: Recipe, dataset: Dataset, host: Host, folders: Folders, n
         name: of the run, where it is known already; `on_existing` is then not asked.
 
     Raises:
-        GraftError: with the input and the cure.
+        GraftError: with the input and the cure; RunHeldError where another process trains the run.
         Anything that `host.report` raises to interrupt; what was reached is saved first.
     """
-    method = METHODS[recipe.method]
-    group = host.group
     task = task_of(recipe, dataset, host, folders)
-    if group.leads:
-        run, state, finished = _open(recipe, task, folders, name)
-        lead(group, run, state, finished)
-    else:
-        run, state, finished = follow(group, folders)
+    with ExitStack() as stack:
+        if host.group.leads:
+            run = _find_run(recipe, task, folders, name)
+            state, finished = _hold(run, recipe, name, stack)
+            lead(host.group, run, state, finished)
+        else:
+            run, state, finished = follow(host.group, folders)
+        return _run(recipe, task, host, folders, run, state, finished)
+
+
+def _run(recipe: Recipe, task: Task, host: Host, folders: Folders, run: Run, state: State, finished: bool) -> Result:
+    method = METHODS[recipe.method]
     parts = Parts(method, recipe, host)
+    task = replace(task, identity=run.identity() or task.identity)
     export = _exporter(method, parts, recipe, host, task.dataset, run, task.identity)
     host.report(
         "run",
@@ -177,7 +235,8 @@ def _train(recipe, task: Task, host, folders, parts, run, state, export) -> Resu
         event_files.load()
     denoiser = host.denoiser
     resumed_from = state.step
-    prepared = prepare(task.dataset, recipe, host, folders.cache, folders.cache_limit)
+    since = run_lock.earliest_start(folders.runs)
+    prepared = prepare(task.dataset, recipe, host, folders.cache, folders.cache_limit, used_since=since)
     host.report_phase("loading")
     with _training(recipe, host, recipe.offload == "on" or shares):
         blocks = _checkpoint(denoiser.module, recipe)
@@ -291,14 +350,17 @@ def _counts(prepared: Prepared) -> dict[str, int]:
     return {**counts, "class_images": len(classes)} if classes else counts
 
 
-def _base(host: Host, start: Adapter | None) -> str:
-    parts = [host.denoiser.fingerprint(), host.text.fingerprint(), host.codec.fingerprint()]
+def _bases(host: Host, start: Adapter | None) -> tuple[str, str]:
+    """Hash of the base and of what it starts from, and the same as versions before had it."""
+    more = []
     if host.denoiser.takes == HOLE:
         # Holes came later: a run that was fed blank pictures is another one.
-        parts.append("holes")
+        more.append("holes")
     if start is not None:
-        parts.append(tensors_hash(start if start.native is None else start.native.all_tensors()))
-    return base_digest(*parts)
+        more.append(tensors_hash(start if start.native is None else start.native.all_tensors()))
+    parts = (host.denoiser, host.text, host.codec)
+    whole, before = [part.fingerprint() for part in parts], [earlier_fingerprint(part) for part in parts]
+    return base_digest(*whole, *more), base_digest(*before, *more)
 
 
 def _checkpoint(module, recipe: Recipe) -> int:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ...trainers.data.class_images import STEPS, ClassImages, Drawing
 from ...trainers.data.pixels import to_array
 from ...trainers.data.prior import checked_prompt
+from ...trainers.earlier import claim
 from ...trainers.families import family_of
 from ...trainers.protocols import PreviewRequest, base_digest
 from . import families, paths
-from .digest import patcher_digest
+from .digest import patcher_digest, sampled_patcher_digest
 from .image import ComfyCodec
 from .progress import gallery
 from .text import ComfyText
@@ -87,10 +88,14 @@ def make(model: ModelPatcher, clip: CLIP, vae: VAE, wish: Wish, node: str) -> Ma
     family = family_of(families.family_name(model))
     geometry = families.geometry(model, int(vae.spacial_compression_encode()), wish.resolution)
     cfg, sampler_name, scheduler = families.drawing(family, wish.cfg, wish.sampler_name, wish.scheduler)
+    prompt = checked_prompt(wish.prompt, "class_prompt")
+    text, codec = ComfyText(clip), ComfyCodec(vae)
+    embedded = text.embedded_digest((prompt, wish.negative))
+    more = [f"embeddings {embedded}"] if embedded else []
     drawing = Drawing(
-        prompt=checked_prompt(wish.prompt, "class_prompt"),
+        prompt=prompt,
         negative=wish.negative,
-        base=base_digest(patcher_digest(model), ComfyText(clip).fingerprint(), ComfyCodec(vae).fingerprint()),
+        base=base_digest(patcher_digest(model), text.fingerprint(), codec.fingerprint(), *more),
         size=(geometry.side, geometry.side),
         steps=wish.steps,
         cfg=cfg,
@@ -98,7 +103,11 @@ def make(model: ModelPatcher, clip: CLIP, vae: VAE, wish: Wish, node: str) -> Ma
         scheduler=scheduler,
         seed=wish.seed,
     )
-    images = ClassImages(paths.class_images_folder(), drawing)
+    sampled = sampled_patcher_digest(model), text.earlier_fingerprint(), codec.earlier_fingerprint()
+    before = replace(drawing, base=base_digest(*sampled))
+    # Earlier versions did not look at embedding files.
+    is_ours = not embedded and claim(paths.folders().runs, before.base, drawing.base)
+    images = ClassImages(paths.class_images_folder(), drawing, before if is_ours else None)
     numbers = range(wish.first, wish.count)
     missing = images.missing(numbers)
     _draw(images, missing, wish, model, clip, vae, node)

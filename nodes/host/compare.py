@@ -96,6 +96,8 @@ def compare(
             "Write fewer prompts, files or strengths.",
             "prompts",
         )
+    # Asked so that the node executes again when an embedding file that they call is replaced.
+    ComfyText(clip).embedded_digest((*prompts, wish.negative))
     request = _request(model, vae, wish, prompts)
     tick = gallery(node, total)
     drawn = []

@@ -177,8 +177,12 @@ class Desk:
             self._lifted += 1
 
     def lift(self, run: Run) -> None:
-        """Lets a stopped run go on when its graph is queued again. Raises RunError as `Run.forget_halt` does."""
-        run.forget_halt()
+        """Lets a stopped run go on when its graph is queued again.
+
+        Raises RunError as `Run.forget_halt` does, RunHeldError where another process trains it.
+        """
+        with run.held():
+            run.forget_halt()
         with self._lock:
             self._lifted += 1
 
@@ -249,7 +253,8 @@ def _note_pause(training: Training) -> None:
     # Where nothing is saved there is nothing to go on with, and what lies in the folder may be an earlier run's.
     if training.saved:
         try:
-            training.run.note_halt(PAUSED, training.saved, training.steps)
+            with training.run.held():
+                training.run.note_halt(PAUSED, training.saved, training.steps)
         except RunError:
             # It goes on without; only a run that starts over or is new each time would not know that it should.
             log.exception("Graft: that run %s is paused could not be kept.", name)

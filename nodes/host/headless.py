@@ -20,7 +20,7 @@ from comfy.cli_args import args
 from ...trainers.errors import GraftError, ModelError, Parted
 from ...trainers.job import Job, read_job
 from ...trainers.protocols import Host
-from ...trainers.session import Result, run_recipe
+from ...trainers.session import Result, run_recipe, task_of
 from . import origin, paths
 from .control import DESK, Training, Wish, heed
 from .image import ComfyCodec
@@ -70,7 +70,9 @@ def _run(folder: str, group: Spread, report: Report, training: Training) -> Resu
             if group.local_rank <= 0:
                 origin.check_files(job.base)
             host = _host(job, group, report, training)
-            return run_recipe(job.recipe, job.dataset, host, job.folders(paths.folders()))
+            folders = job.folders(paths.folders())
+            _check_embeddings(job, task_of(job.recipe, job.dataset, host, folders).embedded)
+            return run_recipe(job.recipe, job.dataset, host, folders)
     except Parted:
         raise
     except BaseException:
@@ -86,8 +88,10 @@ def _host(job: Job, group: Spread, report: Report, training: Training) -> Host:
     text = ComfyText(base["clip"])
     denoiser = ComfyDenoiser(base["model"], text, base["vae"])
     host = Host(denoiser, text, ComfyCodec(base["vae"]), report, training.asked, heed, group)
+    # Jobs of versions before have fingerprints of another kind.
+    before = origin.earlier_fingerprints(host)
     for socket, found in origin.fingerprints(host).items():
-        if found != job.base["fingerprints"].get(socket):
+        if job.base["fingerprints"].get(socket) not in (found, before[socket]):
             raise ModelError(
                 f"The {socket} that was loaded is not the one that the job was made with.",
                 "Start ComfyUI's options as they were then (such as --fp32-vae), take the same version of ComfyUI, or "
@@ -95,6 +99,16 @@ def _host(job: Job, group: Spread, report: Report, training: Training) -> Host:
                 socket,
             )
     return host
+
+
+def _check_embeddings(job: Job, embedded: str) -> None:
+    """Raise ModelError where the embedding files that the job's texts call are not those it was made with."""
+    if job.embedded is not None and job.embedded != embedded:
+        raise ModelError(
+            "The job's captions call an embedding (embedding:NAME) whose file is missing here, or is another one.",
+            "Copy the file into ComfyUI's models/embeddings from where the job was exported, or export the job again.",
+            "clip",
+        )
 
 
 def _set_paths() -> None:

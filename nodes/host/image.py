@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .digest import module_digest
+from .digest import module_digest, sampled_module_digest
 
 if TYPE_CHECKING:
     import torch
@@ -64,6 +64,10 @@ class ComfyCodec:
     def fingerprint(self) -> str:
         """Changes with weights and dtype."""
         return f"{module_digest(self._vae.first_stage_model)}|{self._vae.vae_dtype}"
+
+    def earlier_fingerprint(self) -> str:
+        """Of samples of its weights, as versions before had it."""
+        return f"{sampled_module_digest(self._vae.first_stage_model)}|{self._vae.vae_dtype}"
 
 
 def _pixels_at_once(vae: VAE) -> int:

@@ -24,7 +24,7 @@ from ...trainers.offload import hold_back, place
 from ...trainers.protocols import HOLE, SOURCE, Conditioning, Geometry, PreviewRequest
 from . import families, kernels, placing, quantised, sampling
 from .adapters import classic, unread_keys
-from .digest import patcher_digest
+from .digest import patcher_digest, sampled_patcher_digest
 from .ranges import refuse_ranged
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ class ComfyDenoiser:
         refuse_ranged(model, "model", "training")
         self._model = model.clone()
         self._fingerprint = patcher_digest(model)
+        self._earlier_fingerprint = sampled_patcher_digest(model)
         self._text = text
         self._vae = vae
         self._sampling = self._model.get_model_object("model_sampling")
@@ -294,6 +295,10 @@ class ComfyDenoiser:
     def fingerprint(self) -> str:
         """Of the MODEL as it arrived."""
         return self._fingerprint
+
+    def earlier_fingerprint(self) -> str:
+        """Of samples of its weights, as versions before had it."""
+        return self._earlier_fingerprint
 
 
 def _check_trainable(base, device: torch.device | None) -> None:

@@ -19,6 +19,7 @@ from comfy_execution.utils import get_executing_context
 import nodes
 
 from ...trainers.errors import ModelError
+from ...trainers.protocols import earlier_fingerprint
 from .browser import running_prompt
 
 if TYPE_CHECKING:
@@ -66,6 +67,12 @@ def fingerprints(host: Host) -> dict[str, str]:
         "clip": host.text.fingerprint(),
         "vae": host.codec.fingerprint(),
     }
+
+
+def earlier_fingerprints(host: Host) -> dict[str, str]:
+    """The same as versions before had them."""
+    parts = {"model": host.denoiser, "clip": host.text, "vae": host.codec}
+    return {socket: earlier_fingerprint(part) for socket, part in parts.items()}
 
 
 def _is_link(value: Any) -> bool:

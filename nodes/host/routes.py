@@ -8,7 +8,7 @@ POST /graft/runs/RUN/stop        finish now; what was reached is saved and hande
 POST /graft/runs/RUN/save        save now and go on
 POST /graft/runs/RUN/pause       save, end the prompt, free the device
 POST /graft/runs/RUN/resume      let a stopped run go on, and give the prompt that is to be queued for it
-POST /graft/runs/RUN/delete      remove its folder with its saves, unless it runs; what was picked stays
+POST /graft/runs/RUN/delete      remove its folder with its saves, unless a server trains it; what was picked stays
 POST /graft/runs/RUN/describe    {"title", "note"}: what the user calls it and says of it
 POST /graft/runs/RUN/pick        {"step"}: copy a save to where loaders list it; the name there, by kind
 POST /graft/nodes/NODE/stop      as for a run, by the node's execution id; so for save and pause
@@ -31,7 +31,7 @@ from typing import Any
 from aiohttp import web
 
 from ...trainers import history, records
-from ...trainers.errors import GraftError, RunError, SettingsError
+from ...trainers.errors import GraftError, RunError, RunHeldError, SettingsError
 from ...trainers.notes import parse_notes, read_notes, write_notes
 from ...trainers.run import STOPPED
 from ...trainers.saves import list_saves, pick_save
@@ -207,7 +207,10 @@ async def _resume_run(request: web.Request) -> dict[str, Any]:
         raise _Refusal(409, "It runs already.")
     halt = run.halt()
     if halt is not None and halt.how == STOPPED:
-        await _aside(DESK.lift, run)
+        try:
+            await _aside(DESK.lift, run)
+        except RunHeldError as error:
+            raise _Refusal(409, str(error)) from error
     prompt_id = DESK.prompt_of(run.name)
     return {"run": run.name, "prompt_id": prompt_id, "prompt": _prompt(prompt_id)}
 

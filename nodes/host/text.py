@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 from ...trainers.data.memory import Keep
 from ...trainers.formats.embedding import WIDTHS
 from . import words
-from .digest import patcher_digest
+from .digest import patcher_digest, sampled_patcher_digest
 from .passes import encode_alike, encode_together, encoded, form_of
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class ComfyText:
         self.clip = clip
         self._live: CLIP | None = None
         self._prompts: dict[str, list] = {}
+        self._embedded: dict[str, str] = {}
         self._trained: list[torch.Tensor] = []
         self._keep = Keep()
         self.module: torch.nn.Module | None = None
@@ -156,10 +158,27 @@ class ComfyText:
 
     def fingerprint(self) -> str:
         """Changes with weights, patches, clip skip, tokenizer options and attached words."""
+        return self._described(patcher_digest(self.clip.patcher, self._idle()))
+
+    def earlier_fingerprint(self) -> str:
+        """With samples of its weights, as versions before had it."""
+        return self._described(sampled_patcher_digest(self.clip.patcher, self._idle()))
+
+    def _described(self, weights: str) -> str:
         clip = self.clip
-        own = f"{patcher_digest(clip.patcher, self._idle())}|{clip.layer_idx}|{sorted(clip.tokenizer_options.items())}"
+        own = f"{weights}|{clip.layer_idx}|{sorted(clip.tokenizer_options.items())}"
         attached = words.attached_digest(clip.tokenizer)
         return f"{own}|{attached}" if attached else own
+
+    def embedded_digest(self, texts: Sequence[str], without: Sequence[str] = ()) -> str:
+        """Of the vectors that the host finds for the names, in each encoder; attached words are in the fingerprint."""
+        skipped = {*without, *words.names_of(self.clip.tokenizer)}
+        found = []
+        for name in sorted({name for text in texts for name in words.called_names(text)} - skipped):
+            if name not in self._embedded:
+                self._embedded[name] = words.file_digest(self.clip.tokenizer, name)
+            found.append(f"{name}:{self._embedded[name]}" if self._embedded[name] else "")
+        return hashlib.sha256("|".join(filter(None, found)).encode()).hexdigest() if any(found) else ""
 
     def _idle(self) -> tuple[str, ...]:
         """Weights that decide nothing: what CLIP-L pools is of use beside another kind of encoder alone."""

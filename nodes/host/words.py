@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import os
 import re
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
@@ -22,6 +23,15 @@ if TYPE_CHECKING:
     from ...trainers.formats.embedding import Embedding
 
 _ATTACHED = "graft_words"
+_IDENTIFIER = "embedding:"
+_PUNCTUATION = re.compile(r"[\s,|{}()\[\]<>:;]+")
+# As the host tries them.
+_ENDINGS = ("", ".safetensors", ".pt", ".bin")
+_LONGEST_NAME = 256
+_MOST_NAMES = 256
+
+# Names of embedding files that trainings of this server have called: nodes are asked for changes before they run.
+_CALLED: set[str] = set()
 
 
 def encoders(clip: CLIP) -> list[str]:
@@ -106,6 +116,57 @@ def spaced(caption: str, names: Iterable[str]) -> str:
     for name in names:
         spread = re.sub(rf"(embedding:{re.escape(name)}){ends_word(name)}(?!-|\.{SPACED})(?=\S)", r"\1 ", spread)
     return spread.strip()
+
+
+def called_names(text: str) -> set[str]:
+    """The names that a text may call embeddings by.
+
+    More than the host would take, since wildcards and weights leave a caption in other forms: what stands behind
+    `embedding:` up to a space, and each part of it between commas, brackets, bars and colons.
+    """
+    found: dict[str, None] = {}
+    for run in re.findall(rf"{_IDENTIFIER}(\S+)", text):
+        # One that begins with alternatives may go on behind spaces.
+        parts = _PUNCTUATION.split(text if run.startswith("{") else run)
+        # Newer hosts cut a name there, and all of them try it without its commas.
+        names = (part.strip(",") for part in (re.split(r"[<\[]", run)[0], *parts))
+        found.update(dict.fromkeys(name for name in names if name and len(name) <= _LONGEST_NAME))
+    return set(list(found)[:_MOST_NAMES])
+
+
+def file_digest(tokenizer, name: str) -> str:
+    """Hash of the vectors that the host's files hold under a name, for each encoder of a tokenizer; empty for none."""
+    total = hashlib.sha256()
+    is_there = False
+    for key, inner in sorted(vars(tokenizer).items()):
+        if not hasattr(inner, "_try_get_embedding") or inner.embedding_directory is None:
+            continue
+        vectors = inner._try_get_embedding(name)[0]
+        if vectors is not None:
+            is_there = True
+            total.update(f"{key}|{vectors.dtype}|{tuple(vectors.shape)}".encode())
+            total.update(vectors.detach().to("cpu").float().contiguous().numpy().tobytes())
+    if is_there:
+        _CALLED.add(name)
+    return total.hexdigest() if is_there else ""
+
+
+def file_states() -> list[tuple]:
+    """The state on disk of each embedding file that a training here has called; changes when one is replaced."""
+    if not _CALLED:
+        return []
+    import folder_paths
+    from comfy.sd1_clip import expand_directory_list
+
+    found = []
+    folders = expand_directory_list(folder_paths.get_folder_paths("embeddings"))
+    for name in sorted(_CALLED):
+        paths = (os.path.join(folder, name.strip(",") + ending) for folder in sorted(folders) for ending in _ENDINGS)
+        path = next((path for path in paths if os.path.isfile(path)), None)
+        if path is not None:
+            status = os.stat(path)
+            found.append((name, path, status.st_size, status.st_mtime_ns, status.st_ino))
+    return found
 
 
 def names_of(tokenizer) -> list[str]:

@@ -36,9 +36,10 @@ _SECONDS = 5.0
 
 @dataclass
 class _Place:
-    """Where an entry lies, and the checksum of each of its tensors."""
+    """Where an entry lies, under which key, and the checksum of each of its tensors."""
 
     path: str
+    key: str
     sums: dict[str, int]
 
 
@@ -61,7 +62,7 @@ class Cache:
             try:
                 for name, total in _sums(path).items():
                     key, _, tensor = name.partition("/")
-                    self._places.setdefault(key, _Place(path, {})).sums[tensor] = total
+                    self._places.setdefault(key, _Place(path, key, {})).sums[tensor] = total
             except _Foreign as other:
                 log.warning("Graft: the cache shard %s is left aside: %s", path, other)
             except (RunError, ValueError) as error:
@@ -99,13 +100,19 @@ class Cache:
 
     def _sound(self, path: str, keys: Iterable[str]) -> dict[str, dict[str, torch.Tensor]]:
         """The tensors of those keys of a shard that are as they were written; its header is read once for all."""
-        stored = {key: {name: f"{key}/{name}" for name in self._places[key].sums} for key in keys}
+        places = {key: self._places[key] for key in keys}
+        stored = {key: {name: f"{place.key}/{name}" for name in place.sums} for key, place in places.items()}
         try:
             tensors, _ = files.read_tensors(path, [full for names in stored.values() for full in names.values()])
         except RunError:
             return {}
         found = {key: {name: tensors[full] for name, full in names.items()} for key, names in stored.items()}
         return {key: entry for key, entry in found.items() if _sums_of(entry) == self._places[key].sums}
+
+    def find_as(self, key: str, earlier: str) -> None:
+        """Let an entry that is kept under a key of earlier versions be found by its key of today."""
+        if key not in self._places and key not in self._pending and earlier in self._places:
+            self._places[key] = self._places[earlier]
 
     def get(self, key: str) -> dict[str, torch.Tensor] | None:
         """The tensors of a key, None when absent or damaged."""
@@ -147,7 +154,7 @@ class Cache:
         path = os.path.join(self.folder, f"{secrets.token_hex(12)}{_SUFFIX}")
         files.write_tensors(path, flat, {"format": _FORMAT, "sums": json.dumps(sums)})
         for key, entry in self._pending.items():
-            self._places[key] = _Place(path, {name: sums[f"{key}/{name}"] for name in entry})
+            self._places[key] = _Place(path, key, {name: sums[f"{key}/{name}"] for name in entry})
         self._pending = {}
 
 
@@ -178,7 +185,7 @@ def _shards(folder: str) -> list[str]:
     if not os.path.isdir(folder):
         return []
     # Younger ones may be another process's that is writing now.
-    files.sweep(folder, older_than=3600.0)
+    files.sweep(folder)
     return [entry.path for entry in os.scandir(folder) if entry.name.endswith(_SUFFIX) and entry.is_file()]
 
 

@@ -64,11 +64,14 @@ class ClassImages:
 
     Args:
         root: the folder that holds the folders of all drawings.
+        earlier: the same as versions before describe it; their folder is used where there is no newer one.
     """
 
-    def __init__(self, root: str, drawing: Drawing):
+    def __init__(self, root: str, drawing: Drawing, earlier: Drawing | None = None):
         self.drawing = drawing
-        self.folder = os.path.join(root, f"{safe_name(drawing.prompt)}-{drawing.digest()[:16]}")
+        described = [drawing] if earlier is None else [drawing, earlier]
+        folders = [os.path.join(root, f"{safe_name(one.prompt)}-{one.digest()[:16]}") for one in described]
+        self.folder = next((folder for folder in folders if os.path.isdir(folder)), folders[0])
 
     def path(self, number: int) -> str:
         """Of an image's file."""
@@ -76,7 +79,7 @@ class ClassImages:
 
     def missing(self, numbers: Sequence[int]) -> list[int]:
         """Those of the numbers of which there is no sound picture of the right size."""
-        files.sweep(self.folder, older_than=3600.0)
+        files.sweep(self.folder)
         return [number for number in numbers if self._measured(number) is None]
 
     def _measured(self, number: int) -> str | None:

@@ -7,10 +7,13 @@ begun again gives the same bits.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
+from .. import earlier
 from ..errors import DatasetError, RunError
+from ..protocols import earlier_fingerprint, embedded_digest
 from .cache import Cache, key_of
 from .examples import LeftOut
 from .pixels import cut, to_array
@@ -41,11 +44,12 @@ class LatentCache:
         self._cache = cache
         self._codec = codec
         self._base = codec.fingerprint()
+        self._earlier = earlier_base(cache, codec)
         self._together = _Together()
 
     def key(self, example: Example, crop: Crop) -> str:
         """What decides an example's latent: content, cut, codec with its dtype."""
-        return key_of("latent 2", self._base, example.digest, crop.scaled, crop.offset, crop.bucket, crop.flip)
+        return _latent_key(self._base, example, crop)
 
     def fill(self, rows: Iterable[tuple[Example, list[Crop]]], tick: Callable[[str], None]) -> list[LeftOut | None]:
         """Encodes what is missing; for each example None, or why it cannot be trained on.
@@ -62,6 +66,8 @@ class LatentCache:
         for place, (example, crops) in enumerate(rows):
             for crop in crops:
                 owners.setdefault(self.key(example, crop), []).append((place, crop))
+                if self._earlier:
+                    self._cache.find_as(self.key(example, crop), _latent_key(self._earlier, example, crop))
         missing = self._cache.missing(owners)
         pictures = _Pictures([example for example, _ in rows], tick)
         try:
@@ -127,6 +133,18 @@ class LatentCache:
         return tensors
 
 
+def _latent_key(base: str, example: Example, crop: Crop) -> str:
+    return key_of("latent 2", base, example.digest, crop.scaled, crop.offset, crop.bucket, crop.flip)
+
+
+def earlier_base(cache: Cache, part: ImageCodec | TextEncoder) -> str:
+    """The fingerprint by which a cache has what earlier versions encoded; empty where that was another's."""
+    base, before = part.fingerprint(), earlier_fingerprint(part)
+    # Beside the caches of all kinds, which are one folder to who clears them.
+    is_ours = before != base and earlier.claim(os.path.dirname(cache.folder), before, base)
+    return before if is_ours else ""
+
+
 class _Pictures:
     """Opens the pictures of a filling, the last one kept for its next cut.
 
@@ -178,6 +196,8 @@ class TextCache:
         self._cache = cache
         self._encoder = encoder
         self._base = encoder.fingerprint()
+        self._earlier = earlier_base(cache, encoder)
+        self._embedded: dict[str, str] = {}
         self._together = _Together()
 
     def fill(self, captions: Iterable[str], tick: Callable[[str], None]) -> None:
@@ -187,6 +207,10 @@ class TextCache:
             DatasetError: naming the caption, when its conditioning is not finite.
         """
         wanted = {self._key(caption): caption for caption in captions}
+        for key, caption in wanted.items():
+            # Earlier keys do not say which embedding files a caption was encoded with.
+            if self._earlier and not self._embedded[caption]:
+                self._cache.find_as(key, key_of("text 1", self._earlier, caption))
         missing = self._cache.missing(wanted)
         try:
             for batch in self._batches(wanted, missing):
@@ -227,7 +251,11 @@ class TextCache:
         return tensors
 
     def _key(self, caption: str) -> str:
-        return key_of("text 1", self._base, caption)
+        if caption not in self._embedded:
+            # Once: a file that is replaced meanwhile must not change the key that was filled.
+            self._embedded[caption] = embedded_digest(self._encoder, (caption,))
+        embedded = self._embedded[caption]
+        return key_of("text 1", self._base, caption, *([embedded] if embedded else []))
 
 
 def _finite(caption: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

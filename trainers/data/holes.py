@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import DatasetError, RunError
 from .cache import Cache, key_of
+from .encoding import earlier_base
 from .examples import LeftOut
 from .pixels import as_weight, cut, to_array
 from .scan import reason_of
@@ -35,12 +36,11 @@ class HoleCache:
         self._cache = cache
         self._codec = codec
         self._base = codec.fingerprint()
+        self._earlier = earlier_base(cache, codec)
 
     def key(self, example: Example, crop: Crop, number: int) -> str:
         """What decides a hole and the latent: content, cut, codec, and the mask or the number of the hole drawn."""
-        hole = number if example.mask is None else example.mask.digest
-        where = crop.scaled, crop.offset, crop.bucket, crop.flip
-        return key_of("hole 1", self._base, example.digest, *where, hole)
+        return _hole_key(self._base, example, crop, number)
 
     @staticmethod
     def count(example: Example) -> int:
@@ -56,6 +56,10 @@ class HoleCache:
         """
         rows = list(rows)
         places = [(row, crop, number) for row in rows for crop in row[1] for number in range(self.count(row[0]))]
+        if self._earlier:
+            for row, crop, number in places:
+                earlier = _hole_key(self._earlier, row[0], crop, number)
+                self._cache.find_as(self.key(row[0], crop, number), earlier)
         missing = self._cache.missing(self.key(row[0], crop, number) for row, crop, number in places)
         outcome: list[LeftOut | None] = []
         try:
@@ -144,3 +148,8 @@ def _draw_stroke(draw, size: tuple[int, int], source: random.Random) -> None:
     for x, y in points:
         half = width / 2
         draw.ellipse((x - half, y - half, x + half, y + half), fill=255)
+
+
+def _hole_key(base: str, example: Example, crop: Crop, number: int) -> str:
+    hole = number if example.mask is None else example.mask.digest
+    return key_of("hole 1", base, example.digest, crop.scaled, crop.offset, crop.bucket, crop.flip, hole)

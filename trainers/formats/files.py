@@ -10,7 +10,7 @@ import shutil
 import struct
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ..errors import RunError
@@ -40,6 +40,8 @@ _BYTES |= {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1}
 _MAPPED_LIMIT = 64 * 1024 * 1024
 _HEADER_LIMIT = 64 * 1024 * 1024
 _MOST_DIMENSIONS = 32
+# Seconds after which a half-written file is no one's any more: whoever writes one touches it all the time.
+OLD = 3600.0
 
 
 @contextmanager
@@ -331,13 +333,20 @@ def read_json(path: str):
         raise RunError(f"The file '{path}' cannot be read as JSON ({error}).", "Remove or restore it.") from error
 
 
-def sweep(folder: str, older_than: float = 0.0) -> None:
-    """Removes what a killed process left half-written in a folder, if it is older than so many seconds."""
+def sweep(folder: str, older_than: float = OLD) -> None:
+    """Remove files that a killed process left half-written in a folder, if they are older than so many seconds.
+
+    Args:
+        older_than: 0 only where no other process can write there, as in the folder of a run that is held.
+    """
     if not os.path.isdir(folder):
         return
-    for name in os.listdir(folder):
+    for entry in os.scandir(folder):
+        name = entry.name
         if not name.startswith(".") or not (name.endswith(".tmp") or name.startswith(".tmp")):
             continue
-        path = os.path.join(folder, name)
-        if not older_than or time.time() - os.stat(path).st_mtime > older_than:
-            os.remove(path)
+        # Another process may finish or sweep it meanwhile.
+        with suppress(FileNotFoundError):
+            aged = not older_than or time.time() - entry.stat(follow_symlinks=False).st_mtime > older_than
+            if aged and not entry.is_dir(follow_symlinks=False):
+                os.remove(entry.path)

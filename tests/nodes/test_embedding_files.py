@@ -1,0 +1,129 @@
+"""Embedding files that texts call by `embedding:<name>`: their content counts, wherever a text is a text."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.support import models
+
+pytestmark = pytest.mark.usefixtures("comfy")
+
+WIDTH = 768
+
+
+@pytest.fixture
+def clip(tmp_path):
+    """A text encoder that looks for embeddings in a folder of its own."""
+    clip = models.text("SD1")
+    for inner in vars(clip.tokenizer).values():
+        if hasattr(inner, "_try_get_embedding"):
+            inner.embedding_directory = [str(tmp_path)]
+    return clip
+
+
+@pytest.fixture
+def write(tmp_path, clip):
+    """write(name, value): an embedding file of two vectors."""
+    width = clip.tokenizer.clip_l.embedding_size
+
+    def write(name, value=0.5):
+        path = tmp_path / f"{name}.safetensors"
+        path.parent.mkdir(exist_ok=True)
+        save_file({"emb_params": torch.full((2, width), value)}, path)
+
+    return write
+
+
+def digest(clip, *texts, without=()):
+    from graft_pack.nodes.host.text import ComfyText
+
+    return ComfyText(clip).embedded_digest(texts, without)
+
+
+def test_texts_without_embeddings_have_no_digest(clip, write):
+    write("word")
+    assert digest(clip, "a toy", "word", "embedding: word", "embedding:other", "") == ""
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "embedding:word",
+        "a toy, embedding:word, red",
+        "(embedding:word:1.3)",
+        "a {embedding:word|dog} runs",
+        "a embedding:{dog|word}",
+        "a embedding:{big dog | word}",
+        "[embedding:word]",
+        "embedding:word,red",
+        "a\nembedding:word\nb",
+        "toy embedding:sub/word",
+    ],
+)
+def test_an_embedding_in_a_text_counts_by_its_content(clip, write, text):
+    names = ("word", "sub/word")
+    assert digest(clip, text) == ""
+    found = []
+    for value in (0.5, 0.25):
+        for name in names:
+            write(name, value)
+        found.append(digest(clip, text))
+    assert "" not in found and found[0] != found[1]
+    for name in names:
+        write(name, 0.5)
+    assert digest(clip, text) == found[0]
+
+
+def test_the_host_takes_no_name_that_is_not_asked_for(clip, write):
+    """Of captions as they are encoded: each vector that the host puts in is one that counts."""
+    from graft_pack.nodes.host.words import called_names
+
+    for name in ("word", "x-1", "sub/word", "v1.2"):
+        write(name)
+    for text in ("a embedding:word, b", "(embedding:x-1:1.2) embedding:v1.2", "embedding:sub/word,", "embedding:word"):
+        asked = []
+        inner = clip.tokenizer.clip_l
+        ask = inner._try_get_embedding
+
+        def recorded(name, ask=ask, asked=asked):
+            found = ask(name)
+            if found[0] is not None:
+                asked.append(name.split()[0].strip(","))
+            return found
+
+        inner._try_get_embedding = recorded
+        clip.tokenize(text)
+        inner._try_get_embedding = ask
+        assert asked and set(asked) <= called_names(text), text
+
+
+def test_words_that_are_known_otherwise_do_not_count_twice(clip, write):
+    from graft_pack.nodes.host import words
+
+    write("word")
+    for text in ("a embedding:word", "embedding:word, red", "(embedding:word:1.2)", "embedding:word<x>"):
+        assert digest(clip, text, without=("word",)) == ""
+    other = clip.clone()
+    other.tokenizer = words.with_word(clip.tokenizer, "word", {"clip_l": torch.ones(1, WIDTH)})
+    assert digest(other, "a embedding:word") == ""
+
+
+def test_a_caption_of_any_length_is_searched_quickly(clip):
+    assert digest(clip, "embedding:" + "a," * 100_000) == ""
+    assert digest(clip, "embedding:" * 10_000) == ""
+
+
+def test_a_replaced_file_changes_what_nodes_are_asked_for(clip, write, tmp_path, monkeypatch):
+    import folder_paths
+    from graft_pack.nodes.host import words
+
+    monkeypatch.setattr(words, "_CALLED", set())
+    monkeypatch.setattr(folder_paths, "get_folder_paths", lambda kind: [str(tmp_path)])
+    write("word")
+    write("other")
+    assert words.file_states() == []
+    digest(clip, "a embedding:word")
+    before = words.file_states()
+    assert [state[0] for state in before] == ["word"]
+    write("word", 0.25)
+    assert words.file_states() != before
