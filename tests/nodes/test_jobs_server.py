@@ -118,7 +118,7 @@ def launch(server, job, command, *more):
     # What this ComfyUI needs may lie there.
     environment |= {name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ}
     return subprocess.run(
-        ["sh", "-c", line], capture_output=True, text=True, timeout=600, env=environment, cwd=server.comfy
+        ["sh", "-c", f"exec {line}"], capture_output=True, text=True, timeout=600, env=environment, cwd=server.comfy
     )
 
 
