@@ -9,6 +9,7 @@ fewer, it goes on where it was.
 import contextlib
 import importlib
 import importlib.util
+import logging
 import os
 import sys
 
@@ -26,14 +27,29 @@ def find_comfyui():
     return os.path.abspath(found)
 
 
+def search_path(folder, entries):
+    """Put ComfyUI's folder in front of the entries of a search path, and what node packs have added behind them.
+
+    A process that the graph starts inherits the server's path. ComfyUI and node packs put folders in front of it while
+    they load: `utils.py` in ComfyUI's `comfy` would hide ComfyUI's `utils`, and this pack's `nodes` ComfyUI's `nodes`.
+    """
+    left_out = {os.path.realpath(path) for path in (HERE, folder, os.path.join(folder, "comfy"))}
+    packs = tuple(
+        os.path.realpath(path) + os.sep for path in (os.path.join(folder, "custom_nodes"), os.path.dirname(HERE))
+    )
+    real = {entry: os.path.realpath(entry or ".") for entry in entries}
+    kept = [entry for entry in real if real[entry] not in left_out]
+    # Sorting keeps the order of entries that are alike.
+    return [folder, *sorted(kept, key=lambda entry: real[entry].startswith(packs))]
+
+
 def enter_comfyui(folder, arguments):
     """Makes ComfyUI importable, and has it read its options from the arguments."""
-    # A script's own folder comes first in the search; this one's `nodes` would hide ComfyUI's.
-    sys.path[:] = [entry for entry in sys.path if os.path.realpath(entry or ".") != os.path.realpath(HERE)]
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
+    sys.path[:] = search_path(folder, sys.path)
     sys.argv = [os.path.join(folder, "main.py"), *arguments]
     importlib.import_module("comfy.options").enable_args_parsing()
+    # As main.py does, before ComfyUI's `nodes` puts `comfy` in front of the search path.
+    importlib.import_module("utils.extra_config")
 
 
 def load_pack():
@@ -44,6 +60,19 @@ def load_pack():
     sys.modules[name] = module
     spec.loader.exec_module(module)
     return name
+
+
+def options_of_accelerate(arguments):
+    """List ComfyUI's options that `accelerate launch` got as its own. Warn where it started one process for several."""
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("1", "true"):
+        return []
+    # accelerate gives each of several processes a rank. With --cpu it gives an address only, and starts one process.
+    if "MASTER_ADDR" in os.environ and "RANK" not in os.environ:
+        logging.warning(
+            "Graft: `accelerate launch --cpu` starts one process, whatever --num_processes says. For several put --cpu "
+            "behind the job's folder: accelerate launch --multi_gpu --num_processes 2 job.py FOLDER --cpu"
+        )
+    return [] if "--cpu" in arguments else ["--cpu"]
 
 
 @contextlib.contextmanager
@@ -65,7 +94,8 @@ def main(seat=None):
     elif len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         sys.exit(__doc__)
     else:
-        folder, arguments, comfyui = os.path.abspath(sys.argv[1]), sys.argv[2:], find_comfyui()
+        folder, comfyui = os.path.abspath(sys.argv[1]), find_comfyui()
+        arguments = [*sys.argv[2:], *options_of_accelerate(sys.argv[2:])]
     with telling(seat):
         enter_comfyui(comfyui, arguments)
         name = load_pack()

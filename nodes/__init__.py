@@ -5,7 +5,8 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension
 
 from . import adapter, compare, dataset, dreambooth, embedding, job, options, tools, train
-from .host import paths, routes
+from .checks import find_faults
+from .host import paths, routes, validation
 
 NODES = [
     *dataset.NODES,
@@ -27,4 +28,5 @@ class GraftExtension(ComfyExtension):
         # Here and not in `on_load`, which older hosts do not call.
         paths.register()
         routes.register()
+        validation.register(find_faults)
         return NODES

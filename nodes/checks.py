@@ -25,7 +25,8 @@ def checked(**rules: Rule | None) -> classmethod:
     """A node's `validate_inputs`: each number in its range, each text one that can be used, or why not.
 
     The host checks no more than what is smaller or larger, which NaN is not, on some versions no choice, and not at all
-    what is named here. A value that comes over a wire is not known yet and passes.
+    what is named here. A value that comes over a wire is not known yet and passes. The host shows the answer at each
+    input that is named here; `nodes/host/validation.py` leaves it at those that are at fault.
 
     Args:
         rules: by input's name, what raises GraftError for a value that cannot be used; a choice that has one is looked
@@ -33,23 +34,40 @@ def checked(**rules: Rule | None) -> classmethod:
     """
 
     def validate_inputs(cls, **values: Any) -> bool | str:
-        schema = cls.define_schema()
-        for given in schema.inputs:
-            found = values.get(given.id)
-            # A node that takes lists is given its widgets' values in lists too.
-            found = found[0] if schema.is_input_list and isinstance(found, (list, tuple)) and found else found
-            if given.id not in rules or found is None:
-                continue
-            try:
-                _check(given, found, rules[given.id])
-            except GraftError as error:
-                return f"{schema.display_name}, input '{given.id}': {error}"
-        return True
+        return "\n".join(_faults(cls, rules, values).values()) or True
 
     named = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("cls", *rules)]
     # The host hands over what stands in the signature.
     validate_inputs.__signature__ = inspect.Signature(named)
+    validate_inputs.graft_rules = rules
     return classmethod(validate_inputs)
+
+
+def find_faults(node: type, values: Mapping[str, Any]) -> dict[str, str]:
+    """Check the values of a node that has `checked` inputs; return an error for each input at fault, by its name.
+
+    Args:
+        node: any class; one without such inputs has no faults.
+        values: by input's name, None for what comes over a wire.
+    """
+    rules = getattr(getattr(node, "validate_inputs", None), "graft_rules", {})
+    return _faults(node, rules, values) if rules else {}
+
+
+def _faults(node: Any, rules: Mapping[str, Rule | None], values: Mapping[str, Any]) -> dict[str, str]:
+    schema = node.define_schema()
+    faults = {}
+    for given in schema.inputs:
+        value = values.get(given.id)
+        # A node that takes lists is given its widgets' values in lists too.
+        value = value[0] if schema.is_input_list and isinstance(value, (list, tuple)) and value else value
+        if given.id not in rules or value is None:
+            continue
+        try:
+            _check(given, value, rules[given.id])
+        except GraftError as error:
+            faults[given.id] = f"{schema.display_name}, input '{given.id}': {error}"
+    return faults
 
 
 def _check(given, value: Any, rule: Rule | None) -> None:

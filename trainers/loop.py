@@ -60,7 +60,8 @@ def train(plan: Plan, run: Run, host: Host, state: State) -> State:
     groups = plan.all_groups()
     mover = Mover(plan, host)
     ladder = Ladder(plan, run, host, mover.in_backward)
-    average = OPTIMISERS[recipe.optimizer].average(mover.optimiser, parameters)
+    kind = OPTIMISERS[recipe.optimizer]
+    average = kind.average(mover.optimiser, parameters)
     if recipe.ema_decay:
         average = MovingAverage(recipe.ema_decay)
     report_idle(group, recipe.batch_size * recipe.accumulation)
@@ -85,6 +86,7 @@ def train(plan: Plan, run: Run, host: Host, state: State) -> State:
         host.report("saved", {"step": state.step, "path": path})
 
     try:
+        _warn_of_rate(kind.mistaken_rate(recipe.learning_rate), plan, run, host, state)
         _estimate(ladder.plan, run, host, mover, state)
         host.report_phase("training")
         if state.step == 0 and recipe.preview_every:
@@ -93,6 +95,7 @@ def train(plan: Plan, run: Run, host: Host, state: State) -> State:
             started = time.perf_counter()
             share = factor(state.step)
             _set_rates(mover.optimiser, groups, plan, share, state)
+            rate = kind.effective_rate(mover.optimiser, recipe.learning_rate * share)
             number = state.step + 1
             window, shares = upcoming, next_shares
             upcoming = list(itertools.islice(batches, recipe.accumulation)) if number < recipe.steps else []
@@ -131,7 +134,7 @@ def train(plan: Plan, run: Run, host: Host, state: State) -> State:
                 "steps": recipe.steps,
                 "epoch": window[-1][0],
                 "loss": loss,
-                "lr": recipe.learning_rate * share,
+                "lr": rate,
                 "grad_norm": norm,
                 "seconds": time.perf_counter() - started,
             }
@@ -169,6 +172,17 @@ def train(plan: Plan, run: Run, host: Host, state: State) -> State:
         ahead.close()
         mover.close()
     return state
+
+
+def _warn_of_rate(warning: str, plan: Plan, run: Run, host: Host, state: State) -> None:
+    """Tell the log, the run and the page about a learning rate that the optimizer cannot mean."""
+    if not warning or not host.group.leads:
+        return
+    log.warning("Graft: %s", warning)
+    recipe = plan.recipe
+    event = {"event": "rate", "step": state.step, "optimizer": recipe.optimizer, "learning_rate": recipe.learning_rate}
+    run.log(event)
+    host.report("rate", event)
 
 
 def _estimate(plan: Plan, run: Run, host: Host, mover: Mover, state: State) -> None:

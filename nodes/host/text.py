@@ -146,7 +146,9 @@ class ComfyText:
             self.device = clip.patcher.load_device
             # The weights are in place, and the tree is nothing that the host knows how to load.
             clip.cond_stage_model = self.module
-            clip.load_model = lambda *args, **kwargs: clip.patcher
+            patcher = clip.patcher
+            # Without the clip itself: in a cycle its tree, in float32, would stay until Python looks for such.
+            clip.load_model = lambda *args, **kwargs: patcher
             self._live = clip
             try:
                 yield

@@ -1,5 +1,6 @@
 """What nodes refuse before anything runs, and of what comes over wires."""
 
+import asyncio
 import inspect
 import math
 
@@ -54,6 +55,70 @@ def test_every_number_text_and_choice_is_checked(name, given):
         assert isinstance(answer, str) and answer.startswith(f"{title}, input '{given.id}': "), (value, answer)
         assert len(answer) < 1000
     assert ask(None) is True
+
+
+@pytest.fixture
+def validate(comfy, monkeypatch):
+    """validate(node id, values): ComfyUI's own errors for a node with these values, as a prompt's."""
+    import execution
+    from graft_pack.nodes.checks import find_faults
+    from graft_pack.nodes.host import validation
+
+    import nodes
+
+    monkeypatch.setattr(execution, "validate_inputs", inspect.unwrap(execution.validate_inputs))
+    validation.register(find_faults)
+    for name, node in NODES.items():
+        monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, name, node)
+
+    def errors_of(name, values):
+        prompt = {"1": {"class_type": name, "inputs": values}}
+        answer = asyncio.run(execution.validate_inputs("prompt", prompt, "1", {}))
+        # Sockets are not connected here.
+        return [error for error in answer[1] if error["type"] != "required_input_missing"]
+
+    return errors_of
+
+
+def filled(name):
+    """(values of a node's checked inputs that are taken, the same with a wrong one in each)."""
+    taken, wrong = {}, {}
+    for owner, given in checked_inputs():
+        if owner == name:
+            taken[given.id] = given.default if given.default is not None else (given.options or [""])[0]
+            wrong[given.id] = math.nan if given.get_io_type() == "FLOAT" else "a\0b"
+    node = NODES[name]
+    return {one: value for one, value in taken.items() if node.validate_inputs(**{one: value}) is True}, wrong
+
+
+@pytest.mark.parametrize("name", sorted({name for name, _ in checked_inputs()}))
+def test_host_shows_an_error_at_the_faulty_inputs_only(name, validate):
+    taken, wrong = filled(name)
+    for one, value in wrong.items():
+        found = validate(name, {**taken, one: value})
+        assert [error["extra_info"]["input_name"] for error in found] == [one]
+        assert f"input '{one}': " in found[0]["details"]
+    found = validate(name, dict(wrong))
+    assert sorted(error["extra_info"]["input_name"] for error in found) == sorted(wrong)
+    assert all(error["details"].count("input '") == 1 for error in found)
+
+
+def test_validation_of_other_nodes_stays_as_it_is(validate, monkeypatch):
+    import nodes
+
+    class Other:
+        RETURN_TYPES = ()
+
+        @classmethod
+        def INPUT_TYPES(cls):
+            return {"required": {"a": ("STRING", {}), "b": ("STRING", {})}}
+
+        @classmethod
+        def VALIDATE_INPUTS(cls, a, b):
+            return "neither"
+
+    monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, "Other", Other)
+    assert sorted(error["details"] for error in validate("Other", {"a": "", "b": ""})) == ["a - neither", "b - neither"]
 
 
 @pytest.mark.parametrize(

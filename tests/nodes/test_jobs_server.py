@@ -4,7 +4,6 @@ import io
 import json
 import os
 import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -20,19 +19,44 @@ from PIL import Image
 
 from tests.support import graphs, runs
 from tests.support.host import ROOT
-from tests.support.server import PromptError, PromptInterrupted
+from tests.support.server import STYLES, ComfyServer, PromptError, PromptInterrupted, link
 from tests.toy import world
 
 STEPS = 3
 LONG = 100_000
 
 
+# A node pack of a common kind: its own folder comes first in the server's search path.
+PUSHY = """
+import os, sys
+sys.path.insert(0, os.path.dirname(__file__))
+NODE_CLASS_MAPPINGS = {}
+"""
+
+
+def installed(folder, style, tiny_base):
+    """A ComfyUI of one's own with the pack, the tiny base and a pack that hides ComfyUI's modules; not yet started."""
+    server = ComfyServer(folder, style=style)
+    link(tiny_base, server.path("models", "checkpoints", tiny_base.name))
+    pushy = server.path("custom_nodes", "pushy")
+    for name, text in {"__init__.py": PUSHY, "utils/__init__.py": "", "folder_paths.py": "", "job.py": ""}.items():
+        (pushy / name).parent.mkdir(parents=True, exist_ok=True)
+        (pushy / name).write_text(text)
+    shutil.copytree(world.CONCEPT_FOLDER / "toy", server.path("input", "jobs"))
+    return server
+
+
+@pytest.fixture(scope="module")
+def server(tiny_base, tmp_path_factory):
+    """The server that the tests here share, started from outside of ComfyUI's folder."""
+    with installed(tmp_path_factory.mktemp("plain") / "ComfyUI", "relative", tiny_base) as server:
+        yield server
+
+
 @pytest.fixture(scope="module")
 def dataset(server):
     """Name of a folder of pictures below input/ that the tests here share."""
-    folder = server.path("input", "jobs")
-    shutil.copytree(world.CONCEPT_FOLDER / "toy", folder)
-    return folder.name
+    return "jobs"
 
 
 def graph_of(server, dataset, name, steps, kind="GraftTrainLoRA", more=None, **options):
@@ -74,31 +98,37 @@ def exported(server, graph):
     return Path(entry["outputs"]["3"]["text"][0].removeprefix("Job: "))
 
 
-def readme_command():
-    """The example in README, as words."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    (line,) = re.findall(r"^ *(accelerate launch .*)$", text, re.M)
-    return shlex.split(line)
+def documented(page):
+    """The commands on a page that run a job, as they stand there."""
+    return re.findall(
+        r"^ *((?:accelerate launch|python) .*job\.py .*)$", (ROOT / page).read_text(encoding="utf-8"), re.M
+    )
 
 
-def launch(server, job, *more, processes=2):
-    """README's example on this job and this machine's CPU."""
-    words = []
-    # What starts several refuses to start one.
-    for word in readme_command() if processes > 1 else [sys.executable, "job.py", "output/graft/jobs/x"]:
-        if word.endswith("job.py"):
-            word = str(server.path("custom_nodes", "graft", "job.py"))
-        elif word.startswith("output/graft/jobs/"):
-            word = str(job)
-        words.append(word)
-    if processes > 1:
-        words[words.index("--num_processes") + 1] = str(processes)
-        words[0] = str(Path(sys.executable).with_name("accelerate"))
-    more = ["--cpu", "--base-directory", str(server.base), *more]
-    environment = {**os.environ, "COMFYUI_PATH": str(server.comfy), "OMP_NUM_THREADS": "1"}
-    # Of a machine's own accelerate configuration the example must not depend.
-    environment["HF_HOME"] = str(server.path("temp"))
-    return subprocess.run(words + more, capture_output=True, text=True, timeout=600, env=environment, cwd=server.base)
+README = documented("README.md")
+HELP = documented("web/docs/GraftExportJob.md")
+
+
+def launch(server, job, command, *more):
+    """Run a documented command in ComfyUI's folder, in a shell that knows no more than where Python's programs are."""
+    folder = str(job.relative_to(server.comfy))
+    line = " ".join([re.sub(r"FOLDER|output/graft/jobs/\S+", folder, command), *more])
+    environment = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "HOME": str(server.path("temp"))}
+    environment["OMP_NUM_THREADS"] = "1"
+    # What this ComfyUI needs may lie there.
+    environment |= {name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ}
+    return subprocess.run(
+        ["sh", "-c", f"exec {line}"], capture_output=True, text=True, timeout=600, env=environment, cwd=server.comfy
+    )
+
+
+def test_readme_and_help_give_the_same_commands():
+    (gpus,) = README
+    shown = [re.sub(r"output/graft/jobs/\S+", "FOLDER", gpus), "python custom_nodes/graft/job.py FOLDER"]
+    assert shown == HELP
+    for page in ("README.md", "web/docs/GraftExportJob.md"):
+        # Two processes on the CPU, as the tests here run them.
+        assert f"`{HELP[0]} --cpu`" in (ROOT / page).read_text(encoding="utf-8")
 
 
 def events_of(run):
@@ -109,7 +139,7 @@ def test_a_job_by_readmes_example_is_what_the_graph_would_have_trained(server, d
     job = exported(server, graph_of(server, dataset, "spread", STEPS, kind="GraftExportJob"))
     assert sorted(os.listdir(job)) == ["cache", "job.json"]
     assert runs.list_runs(server, "spread") == []
-    done = launch(server, job)
+    done = launch(server, job, README[0], "--cpu")
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"done after step {STEPS}" in done.stdout + done.stderr
     run = runs.find_run(server, "spread")
@@ -132,7 +162,7 @@ SHARED = {"GraftMemoryOptions": {"shard": "on"}, "GraftPreviewOptions": {"prompt
 def test_with_weights_in_shares_a_job_and_the_graph_train_the_same(server, dataset, alone):
     """Two runs of the real host in two processes each: what one process works on alone is drawn on the way."""
     job = exported(server, graph_of(server, dataset, "shares", STEPS, kind="GraftExportJob", more=SHARED))
-    done = launch(server, job)
+    done = launch(server, job, HELP[0], "--cpu")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "are shared out over 2 processes" in done.stdout + done.stderr
     entry = server.run(graph_of(server, dataset, "in both", STEPS, processes=2, more=SHARED))
@@ -185,7 +215,7 @@ def test_other_weights_and_other_nodes_are_refused_by_name(server, dataset, alon
     for row in value["base"]["files"]:
         row["sha256"] = row["sha256"][::-1]
     (job / "job.json").write_text(json.dumps(value))
-    done = launch(server, job, processes=1)
+    done = launch(server, job, HELP[1], "--cpu")
     assert done.returncode != 0
     assert "is another one than the job was made with" in done.stdout + done.stderr
     assert runs.list_runs(server, "refused") == []
@@ -209,6 +239,16 @@ def trained_until(server, graph, step, act):
         with pytest.raises(PromptError) as caught:
             server.wait(prompt)
     return caught.value, time.monotonic() - acted
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("style", STYLES)
+def test_two_processes_train_however_the_server_is_started(style, tiny_base, tmp_path, trials):
+    if trials(True, False):
+        pytest.skip("the server that the other tests share is started in one of these ways; `make soak` tries all")
+    with installed(tmp_path / "ComfyUI", style, tiny_base) as server:
+        entry = server.run(graph_of(server, "jobs", style, 1, processes=2))
+    assert "1 steps trained" in entry["outputs"]["3"]["text"][0]
 
 
 @pytest.mark.soak

@@ -182,7 +182,9 @@ def test_errors_name_node_input_and_cure(server, tiny_base, dataset, spoil, widg
 def test_bad_folders_are_refused_before_anything_runs(server, tiny_base, folder, words):
     with pytest.raises(PromptRefused) as caught:
         server.queue(graphs.training(folder, 2))
-    details = caught.value.node_errors["2"]["errors"][0]["details"]
+    (error,) = caught.value.node_errors["2"]["errors"]
+    assert error["extra_info"]["input_name"] == "folder"
+    details = error["details"]
     assert all(word in details for word in words), details
 
 

@@ -1,5 +1,7 @@
 """A real ComfyUI server as a subprocess, on a free loopback port and a base directory of its own.
 
+It is started as users start it, in one of STYLES: from another folder by default, with --base-directory.
+
 with ComfyServer(folder) as server:
     entry = server.run(prompt)
     pictures = server.download(entry)
@@ -27,6 +29,8 @@ from .host import ROOT, find_comfyui
 from .pack import make_base
 
 PACK_FOLDER = "graft"
+# By name, where a server is started and how main.py is called. All but the last write into ComfyUI's own folder.
+STYLES = ("folder", "relative", "absolute", "base-directory")
 ARGUMENTS = ["--cpu", "--use-pytorch-cross-attention", "--disable-auto-launch", "--disable-api-nodes"]
 
 Output = collections.namedtuple("Output", "node kind filename subfolder type")
@@ -61,9 +65,13 @@ class PromptInterrupted(PromptError):
 class ComfyServer:
     """One server process; `start` again after `stop` or `kill` keeps the base directory and the port."""
 
-    def __init__(self, base, comfy=None, pack=ROOT, arguments=(), env=None):
-        self.base = make_base(Path(base).resolve())
+    def __init__(self, base, comfy=None, pack=ROOT, arguments=(), env=None, style="base-directory"):
+        self.base = Path(base).resolve()
         self.comfy = Path(comfy) if comfy else find_comfyui()
+        self.style = style
+        if style != "base-directory":
+            self.comfy = copy_comfyui(self.comfy, self.base)
+        make_base(self.base)
         self.arguments = list(arguments)
         self.env = dict(env or {})
         self.port = None
@@ -92,7 +100,7 @@ class ComfyServer:
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(
                 self._command(),
-                cwd=self.comfy,
+                cwd=self.comfy if self.style == "folder" else self.base.parent,
                 env=self._environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -254,11 +262,14 @@ class ComfyServer:
     # Inside
 
     def _command(self):
-        database = self.base / "user" / "comfyui.db"
+        called = {"folder": "main.py", "relative": f"{self.base.name}/main.py"}
+        main = called.get(self.style, str(self.comfy / "main.py"))
         # Where the system can do it, the server dies with this process, however that ends.
         leash = ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
-        command = [*leash, sys.executable, "main.py", *ARGUMENTS, "--listen", "127.0.0.1", "--port", str(self.port)]
-        command += ["--base-directory", str(self.base), "--database-url", f"sqlite:///{database}"]
+        command = [*leash, sys.executable, main, *ARGUMENTS, "--listen", "127.0.0.1", "--port", str(self.port)]
+        if self.style == "base-directory":
+            database = self.base / "user" / "comfyui.db"
+            command += ["--base-directory", str(self.base), "--database-url", f"sqlite:///{database}"]
         return command + self.arguments
 
     def _environment(self):
@@ -297,6 +308,25 @@ def link(target, path):
         path.unlink()
     if not path.exists():
         path.symlink_to(target)
+
+
+def copy_comfyui(comfy, folder):
+    """Install ComfyUI's files into a folder, by hard links where possible; returns the folder."""
+
+    def place(source, target):
+        try:
+            os.link(source, target)
+        except OSError:
+            shutil.copy2(source, target)
+
+    def leave_out(path, names):
+        # Users' files, which the tests put there themselves.
+        own = {"models", "custom_nodes", "input", "output", "temp", "user", ".git"}
+        return own & set(names) if Path(path) == comfy else {"__pycache__"} & set(names)
+
+    if not (folder / "main.py").exists():
+        shutil.copytree(comfy, folder, copy_function=place, ignore=leave_out, dirs_exist_ok=True)
+    return folder
 
 
 def find_free_port():

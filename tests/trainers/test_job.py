@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import runpy
 import shutil
 import subprocess
 import sys
@@ -186,6 +187,42 @@ def test_a_process_that_fails_before_it_has_begun_tells_the_graph_why(tmp_path):
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert done.stdout.startswith("('failed', '', \"ModuleNotFoundError: No module named 'comfy'")
+
+
+@pytest.fixture
+def program():
+    """What job.py defines, without running it."""
+    return runpy.run_path(str(ROOT / "job.py"))
+
+
+def test_comfyui_comes_first_in_a_search_path_and_packs_last(program, tmp_path):
+    comfy, venv = tmp_path / "ComfyUI", tmp_path / "ComfyUI" / "venv" / "site-packages"
+    packs = [comfy / "custom_nodes" / "pushy", ROOT.parent / "another"]
+    left_out = [comfy / "comfy", ROOT, comfy]
+    found = program["search_path"](str(comfy), [str(one) for one in (*packs, *left_out, tmp_path, venv)])
+    assert found == [str(one) for one in (comfy, tmp_path, venv, *packs)]
+
+
+@pytest.mark.parametrize(
+    "environment, given, options, warned",
+    [
+        ({}, [], [], False),
+        ({"MASTER_ADDR": "127.0.0.1", "RANK": "0"}, ["--cpu"], [], False),
+        ({"ACCELERATE_USE_CPU": "False"}, [], [], False),
+        ({"ACCELERATE_USE_CPU": "True"}, [], ["--cpu"], False),
+        ({"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1"}, ["--cpu"], [], True),
+    ],
+    ids=["alone", "two", "no CPU", "one by accelerate's --cpu", "one in place of two"],
+)
+def test_accelerates_cpu_is_comfyuis_and_starts_one_process(
+    program, monkeypatch, caplog, environment, given, options, warned
+):
+    for name in ("ACCELERATE_USE_CPU", "MASTER_ADDR", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert program["options_of_accelerate"](given) == options
+    assert ("starts one process" in caplog.text) == warned
 
 
 def test_a_folder_without_a_job_is_said_to_be_none(tmp_path):

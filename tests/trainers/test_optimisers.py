@@ -1,6 +1,7 @@
 """Schedules and optimisers, against diffusers and their own libraries, to the minimum, and there and back."""
 
 import builtins
+import json
 
 import pytest
 import torch
@@ -352,6 +353,42 @@ def test_prodigy_refuses_rates_of_its_own_for_parts(kind, fields):
     with pytest.raises(SettingsError, match="Prodigy finds one learning rate") as caught:
         resolve(options, family_of("SD1"), "LoRA", 10, 0.0, 4, 1, 0, 64, "")
     assert caught.value.input == "optimizer"
+
+
+def rates_logged(folder):
+    (log,) = folder.glob("*/*/metrics.jsonl")
+    events = map(json.loads, log.read_text().splitlines())
+    return [event["lr"] for event in events if event["event"] == "step"]
+
+
+def test_prodigy_logs_the_rate_it_found_times_its_factor(tmp_path):
+    fields = fields_of("Prodigy", schedule="linear", warmup_steps=0)
+    before = kept_state(run_session(tmp_path, **{**fields, "steps": 4})).groups[0]["d"]
+    run_session(tmp_path, **{**fields, "steps": 6})
+    rates = rates_logged(tmp_path)
+    assert rates[0] == pytest.approx(fields["learning_rate"] * 1e-6)
+    assert before > 1e-5
+    # The schedule's factor at step 5 of 6.
+    assert rates[4] == pytest.approx(fields["learning_rate"] * before / 3)
+
+
+@pytest.mark.parametrize("name", sorted(set(OPTIMISERS) - {"Prodigy"}))
+def test_other_optimizers_move_at_the_rate_they_are_given(name):
+    optimiser = made(name, [torch.nn.Parameter(torch.ones(64, 80))])
+    assert OPTIMISERS[name].effective_rate(optimiser, 0.25) == 0.25
+
+
+@pytest.mark.parametrize("rate, warned", [(1e-4, True), (0.05, True), (0.5, False), (1.0, False), (100.0, True)])
+def test_prodigy_warns_of_a_rate_far_from_one(rate, warned, tmp_path, caplog):
+    told = []
+    fields = fields_of("Prodigy", learning_rate=rate, steps=1)
+    run_session(tmp_path, lambda event, payload: told.append(payload) if event == "rate" else None, **fields)
+    assert [(one["optimizer"], one["learning_rate"]) for one in told] == [("Prodigy", rate)] * warned
+    assert ("Set learning_rate to 1" in caplog.text) == warned
+
+
+def test_adamw_takes_a_small_rate_without_a_warning():
+    assert OPTIMISERS["AdamW"].mistaken_rate(1e-4) == ""
 
 
 def test_prodigy_finds_a_rate_and_prints_nothing(capsys):

@@ -55,6 +55,19 @@ class Optimiser:
     def check(self, recipe: Recipe) -> None:
         """Raises SettingsError for settings that it cannot go with."""
 
+    def mistaken_rate(self, rate: float) -> str:
+        """A warning about a learning rate of the recipe that is far from what this optimizer takes, empty for none."""
+        return ""
+
+    def effective_rate(self, optimiser: torch.optim.Optimizer, rate: float) -> float:
+        """The learning rate of the next step.
+
+        Args:
+            optimiser: made by `make`.
+            rate: the recipe's times the schedule's factor.
+        """
+        return rate
+
     def average(self, optimiser: torch.optim.Optimizer, parameters: list) -> OwnAverage | None:
         """The average of the parameters that it keeps by itself, None for none."""
         return None
@@ -139,6 +152,8 @@ class Prodigy(Optimiser):
     learning_rate = 1.0
     # The rate it finds is one for all.
     apart = False
+    # Factors that its users set, with some room.
+    least, most = 0.1, 10.0
 
     def load(self):
         with needs("prodigyopt"):
@@ -153,6 +168,17 @@ class Prodigy(Optimiser):
                 "Leave the other learning rates alone, or choose another optimizer.",
                 "optimizer",
             )
+
+    def mistaken_rate(self, rate):
+        if self.least <= rate <= self.most:
+            return ""
+        return (
+            f"learning_rate is {rate:g}, but Prodigy finds the rate itself and multiplies it by that. "
+            "Set learning_rate to 1, or to 0 for the default."
+        )
+
+    def effective_rate(self, optimiser, rate):
+        return rate * float(optimiser.param_groups[0]["d"])
 
     def make(self, groups, recipe):
         # As its authors advise for diffusion models. The decay is the groups'.

@@ -1,7 +1,7 @@
 // One training, as its messages tell it.
 import { t } from "../texts.js";
 import { Curve } from "./curve.js";
-import { formatBytes } from "./words.js";
+import { formatBytes, formatRate } from "./words.js";
 
 const LIVE = new Set(["preparing", "drawing", "caching", "working", "training"]);
 const PACES = 15; // steps whose median tells how long the next ones take
@@ -49,6 +49,10 @@ const HANDLERS = {
   },
   spike(training, { step }) {
     training.note = t("Step $step was left out: its loss was far above the usual.", { step });
+  },
+  rate(training, { optimizer, learning_rate }) {
+    const figures = { optimizer, rate: formatRate(learning_rate) };
+    training.note = t("$optimizer finds the learning rate itself and multiplies it by $rate: set learning_rate to 1.", figures);
   },
   validation(training, { step, loss }) {
     training.curve.addValidation(step, loss);
