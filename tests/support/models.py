@@ -372,25 +372,22 @@ def float64_throughout(training):
     The model is built in float64. The trainables become float64, and a cast to float32 on the way, such as that of
     rotary embeddings, casts to float64 instead.
     """
+    from unittest.mock import patch
+
     import torch
-    from torch.overrides import TorchFunctionMode
+
+    cast = torch.Tensor.to
 
     def widened(value):
         return torch.float64 if value is torch.float32 else value
 
-    class Widen(TorchFunctionMode):
-        def __torch_function__(self, function, types, args=(), kwargs=None):
-            kwargs = kwargs or {}
-            if function is torch.Tensor.float:
-                function = torch.Tensor.double
-            elif function is torch.Tensor.to:
-                args = [widened(value) for value in args]
-                kwargs = {key: widened(value) for key, value in kwargs.items()}
-            return function(*args, **kwargs)
+    # On the class, since a mode would not hold while a checkpointed block is run again within the backward.
+    def to(tensor, *args, **kwargs):
+        return cast(tensor, *map(widened, args), **{key: widened(value) for key, value in kwargs.items()})
 
     for parameter in training.plan.trainables.values():
         parameter.data = parameter.data.double()
-    with Widen():
+    with patch.object(torch.Tensor, "float", torch.Tensor.double), patch.object(torch.Tensor, "to", to):
         yield
 
 
