@@ -17,7 +17,7 @@ checksum = $(firstword $(shell printf '%s' '$(1)' | cksum))
 TORCH_STAMP := $(VENV)/.torch-$(call checksum,$(TORCH))
 STAMP := $(VENV)/.installed-$(call checksum,$(TORCH) $(COMFYUI))
 
-.PHONY: help venv host base demo test soak bench lint chromium clean
+.PHONY: help venv host base demo test quick margins soak bench lint chromium clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1|/' | column -t -s '|'
@@ -38,6 +38,15 @@ demo: $(STAMP)  ## train a LoRA in a real ComfyUI and show before and after
 test: $(STAMP) chromium  ## run the whole suite
 	$(BIN)/python -m tests.support.base
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+# Two minutes at most on two idle cores: no ComfyUI is started or imported.
+quick: lint  ## check the style, and run the tests that need no ComfyUI
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests --quick -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+# A bound is five times what is measured, on every CPU: run it with ATEN_CPU_CAPABILITY=default too, and THREADS=2.
+THREADS ?= 1
+margins: $(STAMP)  ## list the numeric checks whose bound is less than five times what is measured
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/pytest tests --margins -m "not server and not browser"
 
 # A test with its full count may take longer than what is taken for a hang in `make test`.
 soak: $(STAMP)  ## run the long trials at their full counts

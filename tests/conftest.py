@@ -22,10 +22,16 @@ settings.load_profile("graft")
 
 def pytest_addoption(parser):
     parser.addoption("--soak", action="store_true", help="run the long trials at their full counts")
+    parser.addoption("--quick", action="store_true", help="run the tests that need no ComfyUI and are no long trial")
+    parser.addoption("--margins", action="store_true", help="list numeric checks that are close to their bounds")
 
 
 def pytest_configure(config):
     config.pluginmanager.register(Collection())
+    if config.getoption("--margins"):
+        from tests.support.margins import Margins
+
+        config.pluginmanager.register(Margins())
 
 
 @pytest.fixture(autouse=True)

@@ -61,14 +61,13 @@ class Trained:
     """One short training.
 
     Attributes:
-        start, output: the raw output in training before the first step and after the last.
+        output: the raw output in training after the last step.
         untouched: whether the weights of the graph's model are the same to the bit afterwards.
     """
 
     recipe: Any
     adapter: Adapter
     trainables: dict
-    start: torch.Tensor
     output: torch.Tensor
     untouched: bool
 
@@ -102,6 +101,13 @@ def model(comfy):
 
 
 @pytest.fixture(scope="module")
+def exact(comfy):
+    """The same model in float64."""
+    with torch.inference_mode():
+        return models.patcher("SD1", torch.float64)
+
+
+@pytest.fixture(scope="module")
 def base(model):
     """Its raw output."""
     return output_of(model)
@@ -112,14 +118,13 @@ def train(model, case, folder, **more):
     before = weights(model)
     rate = RATES.get(type_of(case), 2e-2)
     with models.in_training(model, "SD1", **fields_of(case, learning_rate=rate, **more)) as training:
-        start = trained_output(training)
         state = models.train(training, folder)
         output = trained_output(training)
         adapter = training.plan.export(state.trainables, 0).adapter
         recipe = training.plan.recipe
     after = weights(model)
     same = before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-    return Trained(recipe, adapter, state.trainables, start, output, same)
+    return Trained(recipe, adapter, state.trainables, output, same)
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -138,8 +143,10 @@ def assert_applied(output, done, base):
     assert float((output - done.output).norm() / (done.output - base).norm()) <= 1e-3
 
 
-def test_it_starts_without_effect_and_steps_have_one(done, base):
-    assert models.distance(done.start, base) <= 1e-6
+def test_it_starts_without_effect_and_steps_have_one(case, done, base, exact):
+    with models.in_training(exact, "SD1", **fields_of(case)) as training, models.float64_throughout(training):
+        start = trained_output(training)
+    assert models.distance(start, output_of(exact)) <= 1e-6
     assert models.distance(done.output, base) >= 1e-2
 
 
@@ -290,10 +297,8 @@ EXACT = [case for case in CASES if CASES[case] is not LINEARS or f"{case} conv" 
 
 
 @pytest.mark.parametrize("case", EXACT)
-def test_gradients_are_those_of_finite_differences(case):
+def test_gradients_are_those_of_finite_differences(case, exact):
     """At values away from the start, in fp64 where nothing else hides an error."""
-    with torch.inference_mode():
-        exact = models.patcher("SD1", torch.float64)
     with models.in_training(exact, "SD1", examples=1, **fields_of(case, batch_size=1)) as training:
         with torch.no_grad():
             source = torch.Generator().manual_seed(1)

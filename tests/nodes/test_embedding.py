@@ -43,9 +43,12 @@ def test_gradients_of_the_vectors_are_exact(name):
     """Through text encoders and network, with and without checkpointing, against a finite difference."""
     found = []
     for checkpointing in (False, True):
-        with models.learning_word(name, checkpointing) as training:
-            error, slope = directional_error(training.losses, list(training.plan.trainables.values()), step=0.2)
-            assert error <= 1e-3
+        exact = models.learning_word(
+            name, checkpointing, models.patcher(name, torch.float64), models.text(name, dtype=torch.float64)
+        )
+        with exact as training, models.float64_throughout(training):
+            error, slope = directional_error(training.losses, list(training.plan.trainables.values()), step=0.005)
+            assert error <= 1e-5
             assert abs(slope) > 1e-5
             found.append(models.joined(training.gradients()))
             per_encoder = [float(gradient.norm()) for gradient in training.gradients()]

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -21,8 +22,8 @@ pytestmark = pytest.mark.usefixtures("comfy")
 FULL = {"method": "all weights", "rank": 0, "alpha": 0.0, "targets": "all weights", "max_grad_norm": 0.0}
 LARGE = {**FULL, "steps": 4, "learning_rate": 2e-3, "batch_size": 2}
 SIGMA = {"SD1": 2.0, "SDXL": 2.0, "Flux": 0.6}
-# By dtype: the bar, and the step of the finite difference at which rounding and curvature are both below it.
-BARS = {torch.float64: (1e-5, 0.02), torch.float32: (1e-3, 0.03)}
+# By dtype: the bar, and the step of the finite difference at which rounding and curvature are both far below it.
+BARS = {torch.float64: (1e-5, 0.002), torch.float32: (1e-3, 0.03)}
 
 
 def make_model(name, dtype=torch.float32):
@@ -65,26 +66,20 @@ def kinds(training):
     return {kind: parameters for kind, parameters in found.items() if parameters}
 
 
-def in_dtype(training, dtype):
-    """The trainables in another dtype: float32 is what they are made in, which a finer difference needs more than."""
-    for parameter in training.plan.trainables.values():
-        parameter.data = parameter.data.to(dtype)
-
-
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
 @pytest.mark.parametrize("dtype", BARS, ids=["fp64", "fp32"])
 @pytest.mark.parametrize("name", models.FAMILIES)
 def test_gradients_are_those_of_finite_differences(name, dtype, checkpointing):
     bar, step = BARS[dtype]
     with models.in_training(make_model(name, dtype), name, checkpointing, **FULL) as training:
-        in_dtype(training, dtype)
-        found = kinds(training)
-        assert set(found) >= {"matrix", "norm", "bias"}
-        assert ("convolution" in found) == (name != "Flux")
-        for kind, parameters in found.items():
-            error, slope = directional_error(training.losses, parameters, step=step)
-            assert error <= bar, kind
-            assert abs(slope) > 1e-6, kind
+        with models.float64_throughout(training) if dtype is torch.float64 else nullcontext():
+            found = kinds(training)
+            assert set(found) >= {"matrix", "norm", "bias"}
+            assert ("convolution" in found) == (name != "Flux")
+            for kind, parameters in found.items():
+                error, slope = directional_error(training.losses, parameters, step=step)
+                assert error <= bar, kind
+                assert abs(slope) > 1e-6, kind
 
 
 @pytest.mark.parametrize("name", models.FAMILIES)

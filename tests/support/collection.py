@@ -11,6 +11,10 @@ import pytest
 
 from .host import ROOT
 
+# Fixtures behind which ComfyUI or a browser stands. All others that need one of them ask for one of these.
+HOSTS = {"comfy", "tiny_base", "chromium"}
+LONG = ("slow", "soak")
+
 
 class NamedModule(pytest.Module):
     """A test module that is imported as `tests.folder.test_x`."""
@@ -27,7 +31,14 @@ class Collection:
         return pytest.Dir.from_parent(parent, path=path)
 
     @pytest.hookimpl(trylast=True)
-    def pytest_collection_modifyitems(self, items):
+    def pytest_collection_modifyitems(self, config, items):
+        if config.getoption("--quick"):
+            left_out = [item for item in items if not is_quick(item)]
+            config.hook.pytest_deselected(items=left_out)
+            items[:] = [item for item in items if is_quick(item)]
+        self._sort(items)
+
+    def _sort(self, items):
         """Puts the files first that take longest: each is one worker's, and the last one to begin ends alone.
 
         Those whose tests judge many pictures, then those with a server of their own, then those with most tests.
@@ -45,3 +56,8 @@ class Collection:
     @pytest.hookimpl
     def pytest_pycollect_makemodule(self, module_path, parent):
         return NamedModule.from_parent(parent, path=module_path)
+
+
+def is_quick(item):
+    """Report whether a test needs no ComfyUI and is no long trial."""
+    return not HOSTS & set(item.fixturenames) and not any(item.get_closest_marker(name) for name in LONG)

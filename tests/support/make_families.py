@@ -20,7 +20,7 @@ HEADING = "Models"
 HEAD = "| class | predicts | layers | gradient | checkpointed | applied | unread keys |"
 LEFT_OUT_HEAD = "| not in the table | why |"
 LARGE = {"steps": 3, "learning_rate": 5e-2, "batch_size": 2}
-_STEPS = {True: 0.01, False: 0.2}  # of finite differences, in float64 and float32
+STEP = 0.002  # of finite differences
 
 
 @dataclass(frozen=True)
@@ -69,15 +69,14 @@ def measure(name: str) -> Row:
     """Trains a class in small and applies what was trained with core's own loader."""
     import torch
 
-    tiny = networks.CLASSES[name]
-    model = load(name, torch.float64 if tiny.double else torch.float32)
-    step = tiny.step or _STEPS[tiny.double]
+    model = load(name, torch.float64)
     errors = []
     gradients = []
     for checkpointing in (False, True):
         with models.in_training(model, name, checkpointing, spread=0.1) as training:
-            gradients.append(models.joined(training.gradients()))
-            errors.append(max(error_of(training, "A", step), error_of(training, "B", step)))
+            with models.float64_throughout(training):
+                gradients.append(models.joined(training.gradients()))
+                errors.append(max(error_of(training, part, STEP) for part in "AB"))
             found = training.denoiser.parameterisation, len(training.plan.trainables) // 2
     return Row(*found, *errors, models.distance(gradients[1], gradients[0]), *_apply(load(name, torch.float32), name))
 

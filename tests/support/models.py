@@ -92,8 +92,12 @@ TEXT = {
 }
 
 
-def text(name: str, seed: int = 0):
-    """A CLIP of a family with random weights, float32, with the host's own tokenizer and its places for embeddings."""
+def text(name: str, seed: int = 0, dtype=None):
+    """A CLIP of a family with random weights, float32, with the host's own tokenizer and its places for embeddings.
+
+    Args:
+        dtype: of its weights, None for float32.
+    """
     import comfy.sd
     import folder_paths
     import torch
@@ -103,6 +107,7 @@ def text(name: str, seed: int = 0):
     folders = folder_paths.get_folder_paths("embeddings")
     made = comfy.sd.CLIP(target, embedding_directory=folders, model_options=options)
     randomise(made.cond_stage_model, seed)
+    made.cond_stage_model.to(dtype or torch.float32)
     return made
 
 
@@ -358,6 +363,32 @@ def scatter(trainables: dict, spread: float, seed: int = 0, dtype=None) -> None:
     for parameter in trainables.values():
         value = torch.randn(parameter.shape, generator=source) * spread
         parameter.data = value.to(dtype or parameter.dtype)
+
+
+@contextmanager
+def float64_throughout(training):
+    """Compute in float64 without exception, so that finite differences see no rounding on any CPU.
+
+    The model is built in float64. The trainables become float64, and a cast to float32 on the way, such as that of
+    rotary embeddings, casts to float64 instead.
+    """
+    from unittest.mock import patch
+
+    import torch
+
+    cast = torch.Tensor.to
+
+    def widened(value):
+        return torch.float64 if value is torch.float32 else value
+
+    # On the class, since a mode would not hold while a checkpointed block is run again within the backward.
+    def to(tensor, *args, **kwargs):
+        return cast(tensor, *map(widened, args), **{key: widened(value) for key, value in kwargs.items()})
+
+    for parameter in training.plan.trainables.values():
+        parameter.data = parameter.data.double()
+    with patch.object(torch.Tensor, "float", torch.Tensor.double), patch.object(torch.Tensor, "to", to):
+        yield
 
 
 def denoised(model, x, sigma: float, one):

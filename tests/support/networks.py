@@ -19,8 +19,6 @@ class Tiny:
         pooled: width of its pooled conditioning, 0 for none.
         more: what else its text encoder gives, by the host's name, drawn from a generator.
         shrink: makes small what the host builds at one size only, on the network before it has weights.
-        double: whether it computes in float64 throughout when it is built in it.
-        step: of finite differences, 0 for what is right for its dtype.
         norms: what the weights of its norms are near; 0 where the network adds the one itself.
     """
 
@@ -30,8 +28,6 @@ class Tiny:
     pooled: int = 0
     more: Callable | None = None
     shrink: Callable | None = None
-    double: bool = True
-    step: float = 0.0
     norms: float = 1.0
 
 
@@ -584,10 +580,10 @@ CLASSES = {
         _of("Anima", **{**_COSMOS, "image_model": "anima"}), (16, 1, 8, 8), (7, 48), 0, _t5_ids, _small_adapter
     ),
     "ZImagePixelSpace": Tiny(_of("ZImagePixelSpace", **_Z_IMAGE_PIXEL), (3, 16, 16), (7, 48)),
-    "HiDreamO1": Tiny(_of("HiDreamO1", **_HIDREAM_O1), (3, 64, 64), (7, 48), more=_written, double=False, step=0.1),
+    "HiDreamO1": Tiny(_of("HiDreamO1", **_HIDREAM_O1), (3, 64, 64), (7, 48), more=_written),
     "Boogu": Tiny(_of("Boogu", **_BOOGU), (16, 8, 8), (7, 48), more=_mask),
     "Ideogram4": Tiny(_of("Ideogram4", **_IDEOGRAM4), (128, 4, 4), (7, 48)),
-    "Krea2": Tiny(_of("Krea2", **_KREA2), (16, 1, 8, 8), (7, 48), double=False, step=0.003, norms=0.0),
+    "Krea2": Tiny(_of("Krea2", **_KREA2), (16, 1, 8, 8), (7, 48), norms=0.0),
     "MageFlow": Tiny(_of("MageFlow", **_MAGE_FLOW), (128, 4, 4), (7, 48)),
     "JoyImage": Tiny(_of("JoyImage", **_JOY_IMAGE), (16, 1, 8, 8), (7, 48)),
     "Kandinsky5Image": Tiny(_of("Kandinsky5Image", **_KANDINSKY5), (16, 1, 8, 8), (7, 48), 32),
