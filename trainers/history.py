@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import secrets
 import shutil
 import sys
@@ -15,6 +16,7 @@ from itertools import accumulate
 from typing import Any
 
 from .errors import RunError
+from .formats.files import is_link
 from .records import MOST_RUNS, Record, event_of, find_run, has_graph, list_records, log_path, read_recipe, record_of
 from .run import Folders, Run
 from .tools.curve import smoothed
@@ -33,6 +35,7 @@ _FACTS = ("images", "validation_images", "class_images", "layers", "checkpointed
 _LOG_LIMIT = 64 * 1024 * 1024
 _KEPT_LOGS = 512
 _REMOVED = ".removed-"
+_REMOVED_NAME = re.compile(r"\.removed-[0-9a-f]{16}")
 
 
 @dataclass(frozen=True)
@@ -175,8 +178,9 @@ def delete_run(run: Run) -> None:
     tried again with the next one.
 
     Raises:
-        RunError: it cannot be taken away; it is as it was.
+        RunError: it cannot be taken away, or does not say that it is a run; it is as it was.
     """
+    read_recipe(run)
     parent = os.path.dirname(run.folder)
     aside = os.path.join(parent, f"{_REMOVED}{secrets.token_hex(8)}")
     try:
@@ -186,8 +190,8 @@ def delete_run(run: Run) -> None:
             f"The folder '{run.folder}' cannot be removed ({error}).", "Close what holds it open, or remove it."
         ) from error
     for name in os.listdir(parent):
-        if name.startswith(_REMOVED):
-            path = os.path.join(parent, name)
+        path = os.path.join(parent, name)
+        if _REMOVED_NAME.fullmatch(name) and not is_link(path):
             shutil.rmtree(path, ignore_errors=True)
             if os.path.isdir(path):
                 log.warning("Graft: the deleted run's folder %s cannot be removed yet.", path)

@@ -6,8 +6,7 @@ import json
 import logging
 import os
 import re
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -36,6 +35,9 @@ _NAME = re.compile(r"\w[\w.-]{0,63}-[0-9a-f]{8}(?:-[0-9]{1,6})?")
 _STATE = re.compile(r"state-(\d{8})\.safetensors")
 _SAMPLE = re.compile(r"step-(\d{8})-\d+\.png")
 _PRODUCT = re.compile(r"step-(\d{8})\.safetensors")
+_EVENTS = re.compile(r"events\.out\.tfevents\..+")
+_LOG = "metrics.jsonl"
+_RECIPE = "recipe.json"
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ class Run:
     @property
     def recipe_path(self) -> str:
         """What the run is made with; a folder that has none is no run."""
-        return os.path.join(self.folder, "recipe.json")
+        return os.path.join(self.folder, _RECIPE)
 
     @property
     def _folders(self) -> tuple[str, ...]:
@@ -155,22 +157,62 @@ class Run:
             )
 
     def clear(self) -> None:
-        """Removes what an earlier run of the same identity left.
+        """Remove the files that an earlier run of the same identity wrote, and folders that are then empty.
+
+        Files of other names stay: the user has put them there.
 
         Raises:
-            RunError: something of it cannot be removed, and would be taken for the new run's.
+            RunError: a file cannot be removed, and would be taken for the new run's, or there is a link.
         """
-        for folder in self._folders:
+        self.refuse_links()
+        for path in self._written():
             try:
-                if os.path.isdir(folder):
-                    shutil.rmtree(folder)
+                os.remove(path)
+            except FileNotFoundError:
+                continue
             except OSError as error:
                 raise RunError(
-                    f"The folder '{folder}' cannot be removed ({error}).", "Close what holds it open, or remove it."
+                    f"The file '{path}' cannot be removed ({error}).", "Close what holds it open, or remove it."
                 ) from error
+        inner = [os.path.join(self.folder, name) for name in ("samples", "tensorboard")]
+        for folder in (*inner, *self._folders):
+            if os.path.isdir(folder) and not os.listdir(folder):
+                os.rmdir(folder)
+
+    def _written(self) -> Iterator[str]:
+        """Paths of the files there that a run writes, by their names."""
+        plain = {_RECIPE, _GRAPH, _HALT, _LOG}
+        for name in _listed(self.folder):
+            if name in plain or _STATE.fullmatch(name):
+                yield os.path.join(self.folder, name)
+        for inner, pattern in (("samples", _SAMPLE), ("tensorboard", _EVENTS)):
+            folder = os.path.join(self.folder, inner)
+            yield from (os.path.join(folder, name) for name in _listed(folder) if pattern.fullmatch(name))
+        for folder in (self.adapters, self.embeddings):
+            yield from (os.path.join(folder, name) for name in _listed(folder) if _PRODUCT.fullmatch(name))
+
+    def refuse_links(self) -> None:
+        """Refuse a link in place of one of the run's folders, or anywhere in the folder of its states.
+
+        Raises:
+            RunError: naming the link.
+        """
+        self._check_folders()
+        link = files.find_link(self.folder)
+        if link is not None:
+            files.refuse_links(self.folder, link)
+
+    def _check_folders(self) -> None:
+        for folder in self._folders:
+            files.refuse_links(os.path.dirname(folder), folder)
 
     def write_recipe(self, recipe: Recipe, identity: str, facts: dict) -> None:
-        """Keeps what the run is made with."""
+        """Keeps what the run is made with.
+
+        Raises:
+            RunError: the file cannot be written, or a link takes the place of something of the run's.
+        """
+        self.refuse_links()
         for folder in self._folders:
             files.sweep(folder)
         value = {"identity": identity, "recipe": recipe.as_json(), **facts}
@@ -231,6 +273,7 @@ class Run:
         from .formats.adapter import save_adapter
         from .formats.embedding import save_embedding
 
+        self._check_folders()
         title = f"{self.name}-{state.step}"
         paths = []
         for folder, product, write in (
@@ -277,8 +320,9 @@ class Run:
         Raises:
             RunError: it cannot be written, or was removed with its folder; no part of the line stays.
         """
-        path = os.path.join(self.folder, "metrics.jsonl")
+        path = os.path.join(self.folder, _LOG)
         before = None
+        files.refuse_links(os.path.dirname(self.folder), path)
         try:
             with open(path, "ab") as file:
                 before = file.tell()
@@ -295,7 +339,7 @@ class Run:
 
     def forget_after(self, step: int) -> None:
         """Drops the log's lines of steps that will be done again."""
-        path = os.path.join(self.folder, "metrics.jsonl")
+        path = os.path.join(self.folder, _LOG)
         if not os.path.exists(path):
             return
         with open(path, "rb") as file:
@@ -307,8 +351,10 @@ class Run:
     def save_samples(self, step: int, pictures: list[Image.Image]) -> list[str]:
         """Writes sample pictures; their paths."""
         paths = []
+        folder = os.path.join(self.folder, "samples")
+        files.refuse_links(os.path.dirname(self.folder), folder)
         for index, picture in enumerate(pictures):
-            path = os.path.join(self.folder, "samples", f"step-{step:08d}-{index + 1}.png")
+            path = os.path.join(folder, f"step-{step:08d}-{index + 1}.png")
             with files.replacing(path) as temporary:
                 picture.save(temporary, format="PNG")
             paths.append(path)

@@ -104,6 +104,7 @@ def task_of(recipe: Recipe, dataset: Dataset, host: Host, folders: Folders) -> T
 def _open(recipe: Recipe, task: Task, folders: Folders, name: str) -> tuple[Run, State, bool]:
     """The run, the state that it goes on from, and whether nothing is left to do."""
     run = Run.named(folders, name) if name else Run.open(folders, recipe, task.identity, task.label)
+    run.refuse_links()
     state = State()
     # Paused, it is in the midst of starting over.
     if name or recipe.on_existing != "start over" or run.halted_as(PAUSED, recipe.steps):

@@ -89,8 +89,19 @@ def _collect(prompt: dict, start: str, socket: str, found: dict[str, dict]) -> N
                 "Save what comes out of it (CheckpointSave, or Graft Save Adapter and LoraLoader) and load that.",
                 socket,
             )
+        _refuse_writer(kind, socket)
         found[identity] = {"class_type": kind, "inputs": inputs}
         pending += [value[0] for value in inputs.values() if _is_link(value)]
+
+
+def _refuse_writer(kind: str, socket: str = "") -> None:
+    """Refuse a node that writes files: a job does again only what leads to a model. Raises ModelError."""
+    if getattr(nodes.NODE_CLASS_MAPPINGS[kind], "OUTPUT_NODE", False):
+        raise ModelError(
+            f"The job's model comes through a {kind}, which writes files.",
+            "Connect the node before it, and export the job again.",
+            socket,
+        )
 
 
 def _is_core(kind: str) -> bool:
@@ -177,6 +188,7 @@ def _output(graph: dict[str, dict], link: list, done: dict[str, tuple], path: tu
         kind, inputs = graph[identity]["class_type"], graph[identity]["inputs"]
         if not _is_core(kind):
             raise ModelError(f"This ComfyUI has no node {kind} of its own.", "Update ComfyUI.")
+        _refuse_writer(kind)
         made = nodes.NODE_CLASS_MAPPINGS[kind]
         declared = made.INPUT_TYPES()
         values = {

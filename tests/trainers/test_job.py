@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 
 import pytest
+import torch
 from graft_pack.trainers import job as jobs
 from graft_pack.trainers.data.examples import Anchor, Handling
 from graft_pack.trainers.data.scan import Reading, scan_folder
@@ -89,7 +90,7 @@ def test_what_cannot_be_read_is_left_out_of_a_job_as_it_is_here(tmp_path):
     local.mkdir()
     jobs.write_local_job(str(local), recipe, dataset, editing_host(), folders, BASE)
     for place in (path, str(local)):
-        job = jobs.read_job(place)
+        job = jobs.read_job(place, is_local=place == str(local))
         own = job.folders(folders_of(tmp_path / f"of {os.path.basename(place)}"))
         there = run_recipe(job.recipe, job.dataset, editing_host(), own)
         assert there.run.name == direct.run.name
@@ -256,3 +257,85 @@ def test_a_job_that_lies_is_refused_or_read_and_nothing_else(tmp_path, trials):
             assert path in str(error)
             refused += 1
     assert refused > 20
+
+
+def put_models(folder):
+    """Files as ComfyUI's models folders hold them: with metadata of others, without any, and of no format at all."""
+    folder.mkdir(parents=True)
+    for number, metadata in enumerate(({}, {"format": "pt"}, {"ss_network_dim": "4"}, {"sums": "{}"})):
+        files.write_tensors(str(folder / f"{number}.safetensors"), {"x": torch.ones(2)}, metadata)
+    shutil.copy(folder / "0.safetensors", folder / f"{'a1' * 12}.safetensors")
+    (folder / "torn.safetensors").write_bytes((folder / "0.safetensors").read_bytes()[:40])
+    (folder / ".x.safetensors.12345678.tmp").write_bytes(b"half")
+    for path in folder.iterdir():
+        os.utime(path, (1, 1))
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def edited(path, **values):
+    with open(path, encoding="utf-8") as file:
+        value = json.load(file)
+    value.pop("checksum", None)
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump({**value, **values}, file)
+
+
+def run_job(path, there):
+    job = jobs.read_job(path)
+    return run_recipe(job.recipe, job.dataset, make_host(), job.folders(folders_of(there)))
+
+
+@pytest.mark.parametrize("way", ["cache", "cache/latents", "cache/text", "cache/masks", "one file", "absolute", "up"])
+def test_a_hostile_job_removes_no_models(way, tmp_path):
+    path = export(tmp_path)
+    models_folder = tmp_path / "models" / "loras"
+    before = put_models(models_folder)
+    inner = os.path.join(path, way)
+    if way == "absolute":
+        edited(os.path.join(path, "job.json"), cache=str(models_folder.parent))
+        (models_folder.parent / "latents").symlink_to(models_folder)
+    elif way == "up":
+        edited(os.path.join(path, "job.json"), cache=os.path.join("..", "..", "models"))
+    elif way == "one file":
+        os.symlink(models_folder / "0.safetensors", os.path.join(path, "cache", "latents", "x.safetensors"))
+    else:
+        # What no picture needs has no folder.
+        shutil.rmtree(inner, ignore_errors=True)
+        os.symlink(models_folder, inner)
+    with pytest.raises(RunError, match="leads out of its folder"):
+        run_job(path, tmp_path / "there")
+    assert contents(models_folder) == before
+
+
+@pytest.mark.parametrize("name", ["/etc/x.safetensors", "../../x.safetensors", "C:\\x.safetensors", "a/../../x"])
+def test_a_job_starts_from_no_file_outside_it(name, tmp_path):
+    path = export(tmp_path)
+    value = json.loads((tmp_path / "jobs" / os.path.basename(path) / "job.json").read_text())
+    edited(os.path.join(path, "job.json"), recipe={**value["recipe"], "start_from": name})
+    with pytest.raises(RunError, match="leads out of its folder"):
+        jobs.read_job(path)
+
+
+def test_an_export_replaces_nothing_but_jobs(tmp_path):
+    path = export(tmp_path)
+    shutil.rmtree(path)
+    before = put_models(tmp_path / "jobs" / os.path.basename(path))
+    with pytest.raises(RunError, match="is no job itself"):
+        export(tmp_path)
+    assert contents(tmp_path / "jobs" / os.path.basename(path)) == before
+    for ending in ("new", "old"):
+        shutil.copytree(path, tmp_path / "jobs" / f".{os.path.basename(path)}.{ending}")
+    os.rename(path, tmp_path / "elsewhere")
+    os.symlink(tmp_path / "elsewhere", path)
+    with pytest.raises(RunError, match="is a link"):
+        export(tmp_path)
+    assert contents(tmp_path / "elsewhere") == before
+    os.remove(path)
+    with pytest.raises(RunError, match="cannot be written"):
+        export(tmp_path)
+    for ending in ("new", "old"):
+        assert contents(tmp_path / "jobs" / f".{os.path.basename(path)}.{ending}") == before

@@ -12,6 +12,7 @@ from graft_pack.trainers.levels import BUCKETS, LevelLosses
 from graft_pack.trainers.records import read_events
 from graft_pack.trainers.run import Products, Run, safe_name
 from graft_pack.trainers.state import State
+from PIL import Image
 
 from tests.support.diffusers_host import same_state
 
@@ -116,3 +117,68 @@ def test_a_line_that_has_no_room_leaves_no_part_in_the_log(run):
     assert os.path.getsize(path) == before
     run.log({"event": "step", "step": 2})
     assert [event["step"] for event in read_events(run, 9)] == [1, 2]
+
+
+def test_starting_over_removes_what_a_run_writes_and_nothing_else(run):
+    run.save(make_state(), PRODUCTS, 2)
+    run.note_halt("stopped", 7, 9)
+    run.write_graph({})
+    run.log({"event": "step", "step": 1})
+    run.save_samples(1, [Image.new("RGB", (8, 8))])
+    theirs = [os.path.join(folder, "best.safetensors") for folder in (run.folder, run.adapters)]
+    theirs.append(os.path.join(run.folder, "samples", "notes.txt"))
+    for path in theirs:
+        with open(path, "w") as file:
+            file.write("the user's")
+    run.clear()
+    walked = [row for folder in run._folders for row in os.walk(folder)]
+    left = [os.path.join(place, name) for place, _, names in walked for name in names]
+    assert sorted(left) == sorted(theirs)
+    for path in theirs:
+        os.remove(path)
+    run.clear()
+    assert not any(os.path.exists(folder) for folder in run._folders)
+
+
+@pytest.mark.parametrize("place", ["folder", "adapters", "embeddings"])
+def test_a_linked_folder_of_a_run_is_neither_written_nor_emptied(run, place, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for name in ("step-00000001.safetensors", "state-00000001.safetensors", "metrics.jsonl"):
+        (elsewhere / name).write_text("the user's")
+    os.symlink(elsewhere, getattr(run, place))
+    acts = [
+        run.clear,
+        run.refuse_links,
+        lambda: run.save(make_state(), PRODUCTS, 1),
+        lambda: run.write_recipe(None, "", {}),
+    ]
+    if place == "folder":
+        acts += [lambda: run.log({"event": "x"}), lambda: run.save_samples(1, [Image.new("RGB", (8, 8))])]
+    for act in acts:
+        with pytest.raises(RunError, match="is a link"):
+            act()
+    assert {path.read_text() for path in elsewhere.iterdir()} == {"the user's"}
+    assert len(list(elsewhere.iterdir())) == 3
+
+
+LINKED = ["metrics.jsonl", "samples", "tensorboard", "recipe.json", "state-00000001.safetensors"]
+
+
+@pytest.mark.parametrize("name", LINKED)
+def test_a_link_inside_a_runs_folder_is_refused(run, name, tmp_path):
+    target = tmp_path / "elsewhere"
+    target.mkdir() if "." not in name else target.write_text("the user's")
+    os.makedirs(run.folder)
+    os.symlink(target, os.path.join(run.folder, name))
+    for act in (run.clear, run.refuse_links, lambda: run.write_recipe(None, "", {})):
+        with pytest.raises(RunError, match=f"{name}' is a link"):
+            act()
+    if name == "metrics.jsonl":
+        with pytest.raises(RunError, match="is a link"):
+            run.log({"event": "x"})
+    if name == "samples":
+        with pytest.raises(RunError, match="is a link"):
+            run.save_samples(1, [Image.new("RGB", (8, 8))])
+    assert target.is_dir() or target.read_text() == "the user's"
+    assert target.is_file() or not list(target.iterdir())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import secrets
 import shutil
 import struct
@@ -40,6 +41,45 @@ _BYTES |= {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1}
 _MAPPED_LIMIT = 64 * 1024 * 1024
 _HEADER_LIMIT = 64 * 1024 * 1024
 _MOST_DIMENSIONS = 32
+# Names of temporary files: see `replacing`.
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{1,8}\.tmp", re.DOTALL)
+
+
+def is_link(path: str) -> bool:
+    """Tell whether a path is a symbolic link or a junction."""
+    # Python before 3.12 knows no junctions.
+    is_junction = getattr(os.path, "isjunction", None)
+    return os.path.islink(path) or (is_junction is not None and is_junction(path))
+
+
+def refuse_links(root: str, path: str) -> None:
+    """Refuse a path that goes through a link below a folder; the folder itself may be a link.
+
+    Args:
+        root: the folder; `path` starts with it.
+
+    Raises:
+        RunError: naming the link.
+    """
+    part = root
+    for name in os.path.relpath(path, root).split(os.sep):
+        part = os.path.join(part, name)
+        if is_link(part):
+            raise RunError(
+                f"'{part}' is a link. Graft reads and writes through no link inside '{root}'.",
+                "Remove the link, or put the folder in its place. To use another disk, move the whole output folder "
+                "(--output-directory).",
+            )
+
+
+def find_link(folder: str) -> str | None:
+    """Return the path of a link anywhere in a folder, None if it holds none."""
+    for directory, folders, names in os.walk(folder):
+        for name in (*folders, *names):
+            path = os.path.join(directory, name)
+            if is_link(path):
+                return path
+    return None
 
 
 @contextmanager
@@ -332,12 +372,16 @@ def read_json(path: str):
 
 
 def sweep(folder: str, older_than: float = 0.0) -> None:
-    """Removes what a killed process left half-written in a folder, if it is older than so many seconds."""
+    """Remove temporary files of `replacing` that a killed process left in a folder.
+
+    Args:
+        older_than: seconds; younger files stay.
+    """
     if not os.path.isdir(folder):
         return
     for name in os.listdir(folder):
-        if not name.startswith(".") or not (name.endswith(".tmp") or name.startswith(".tmp")):
-            continue
         path = os.path.join(folder, name)
+        if not _TEMPORARY.fullmatch(name) or is_link(path) or not os.path.isfile(path):
+            continue
         if not older_than or time.time() - os.stat(path).st_mtime > older_than:
             os.remove(path)

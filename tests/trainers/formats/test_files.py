@@ -184,7 +184,11 @@ def test_a_file_may_be_read_by_whoever_may_read_its_folder(tmp_path):
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path):
-    for name in (".state.safetensors.1234.tmp", ".tmpAbCdEf", "state.safetensors"):
+    """Files of other programs stay: their names do not say that they are ours."""
+    others = {".tmpAbCdEf", "state.safetensors", ".x.tmp", ".model.part.tmp", "a.12345678.tmp"}
+    for name in (".state.safetensors.12345678.tmp", *others):
         (tmp_path / name).write_text("")
+    (tmp_path / ".folder.12345678.tmp").mkdir()
+    (tmp_path / ".link.12345678.tmp").symlink_to(tmp_path / "state.safetensors")
     files.sweep(str(tmp_path))
-    assert os.listdir(tmp_path) == ["state.safetensors"]
+    assert set(os.listdir(tmp_path)) == {*others, ".folder.12345678.tmp", ".link.12345678.tmp"}
