@@ -117,7 +117,10 @@ def _write(folder: str, recipe: Recipe, dataset: Dataset, base: dict, cache: str
         "base": base,
         "cache": cache,
     }
-    files.write_json(os.path.join(folder, _FILE), value)
+    start = os.path.join(folder, _START)
+    if os.path.isfile(start):
+        value["start"] = files.file_hash(start)
+    files.write_own_json(os.path.join(folder, _FILE), value)
 
 
 def _copy(source: str, target: str) -> None:
@@ -243,6 +246,10 @@ def read_job(folder: str, is_local: bool = False) -> Job:
         base = value["base"]
         if not isinstance(base, dict):
             raise ValueError("its base is no object")
+        # Last: what else is wrong with it says more.
+        files.read_own_json(path)
+        if "start" in value and (not os.path.isfile(start) or files.file_hash(start) != value["start"]):
+            raise RunError(f"The file '{start}' is not the one that was exported.", "Export the job again.")
         cache = cache or os.path.join(folder, _CACHE)
         return Job(recipe, dataset, base, cache, start if os.path.isfile(start) else "")
     except RunError:

@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .errors import RunError
 from .formats import files
@@ -95,6 +95,7 @@ class Run:
     Attributes:
         folder: for recipe, log, states and pictures.
         adapters, embeddings: folders for the files that the host's loaders see.
+        damaged: the states that the last `load` passed over, each {"state": step, "reason": text}.
         followers: called with each event after it was logged.
     """
 
@@ -103,6 +104,7 @@ class Run:
         self.adapters = adapters
         self.embeddings = embeddings
         self.name = os.path.basename(folder)
+        self.damaged: list[dict[str, Any]] = []
         self.followers: list[Callable[[dict], None]] = []
 
     @property
@@ -151,10 +153,18 @@ class Run:
         value = files.read_json(path)
         if not isinstance(value, dict) or not isinstance(value.get("identity"), str):
             raise RunError(f"The file '{path}' is no recipe.", "Restore it, or remove the run's folder.")
+        try:
+            files.read_own_json(path)
+            damaged = ""
+        except RunError as error:
+            damaged = error.message
         if value["identity"] != identity:
             raise RunError(
-                f"The run folder '{self.folder}' belongs to another run.", "Give this run a name of its own."
+                f"The run folder '{self.folder}' belongs to another run{', or its recipe is damaged' * bool(damaged)}.",
+                f"Give this run a name of its own.{f' To go on with it, remove {path}.' * bool(damaged)}",
             )
+        if damaged:
+            log.warning("Graft: %s It will be written anew.", damaged)
 
     def clear(self) -> None:
         """Remove the files that an earlier run of the same identity wrote, and folders that are then empty.
@@ -216,7 +226,7 @@ class Run:
         for folder in self._folders:
             files.sweep(folder)
         value = {"identity": identity, "recipe": recipe.as_json(), **facts}
-        files.write_json(self.recipe_path, value)
+        files.write_own_json(self.recipe_path, value)
 
     @property
     def graph_path(self) -> str:
@@ -225,11 +235,11 @@ class Run:
 
     def write_graph(self, graph: dict) -> None:
         """Keeps what the run was queued as last, which decides nothing of it."""
-        files.write_json(self.graph_path, graph)
+        files.write_own_json(self.graph_path, graph)
 
     def note_halt(self, how: str, step: int, steps: int) -> None:
         """Keeps that the run was asked to end at a step, STOPPED or PAUSED."""
-        files.write_json(os.path.join(self.folder, _HALT), {"how": how, "step": step, "steps": steps})
+        files.write_own_json(os.path.join(self.folder, _HALT), {"how": how, "step": step, "steps": steps})
 
     def halted_as(self, how: str, steps: int) -> Halt | None:
         """How the run was asked to end while it was to have so many steps, None if it was not or else."""
@@ -242,7 +252,7 @@ class Run:
         if not os.path.exists(path):
             return None
         try:
-            value = files.read_json(path)
+            value = files.read_own_json(path)
             halt = Halt(value["how"], value["step"], value["steps"])
             if halt.how not in (STOPPED, PAUSED) or type(halt.step) is not int or type(halt.steps) is not int:
                 raise ValueError("no such values")
@@ -290,7 +300,8 @@ class Run:
         return paths[0]
 
     def load(self, limit: int) -> State | None:
-        """The latest sound state of at most `limit` steps, None when there is none."""
+        """The latest sound state of at most `limit` steps, None when there is none; `damaged` tells of others."""
+        self.damaged = []
         for step in reversed(self.states()):
             if step > limit:
                 continue
@@ -298,6 +309,7 @@ class Run:
                 return read_state(self.state_path(step), step)
             except RunError as error:
                 log.warning("Graft: %s Trying an earlier state.", error)
+                self.damaged.append({"state": step, "reason": error.message})
         return None
 
     def check_room(self, values: int, slots: int) -> None:

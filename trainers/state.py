@@ -96,8 +96,11 @@ def read_state(path: str, step: int) -> State:
     Raises:
         RunError: it is of another version, damaged, or another step's.
     """
-    tensors, metadata = files.read_tensors(path)
+    tensors, metadata = files.read_tensors(path, strict=True)
     try:
+        if metadata.keys() != {"state"}:
+            # Among them may be the checksums, under a damaged name.
+            raise ValueError(f"its metadata hold {sorted(metadata)!r:.100}")
         plain = files.parse_json(metadata["state"])
         if plain["version"] != _VERSION:
             raise RunError(f"The state '{path}' is of version {plain['version']!r:.40}.", "Start the run over.")

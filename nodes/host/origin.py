@@ -8,7 +8,6 @@ of the weights afterwards.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import inspect
 import os
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ from comfy_execution.utils import get_executing_context
 import nodes
 
 from ...trainers.errors import ModelError
+from ...trainers.formats.files import file_hash
 from .browser import running_prompt
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 SOCKETS = ("model", "clip", "vae")
 
 _CORE = ("nodes", "comfy_extras.")
-_CHUNK = 1 << 20
 # More nodes than this between a loader and a trainer were made by no one.
 _MOST_NODES = 500
 
@@ -136,15 +135,6 @@ def _list_of(kind: str, name: str, value: Any) -> str | None:
     holding = [one for one in folder_paths.folder_names_and_paths if folder_paths.get_full_path(one, value)]
     whole = [one for one in holding if set(folder_paths.get_filename_list(one)) <= set(choices)]
     return (whole or [None])[0]
-
-
-def file_hash(path: str) -> str:
-    """SHA-256 of a file."""
-    total = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            total.update(chunk)
-    return total.hexdigest()
 
 
 def check_files(base: dict[str, Any]) -> None:

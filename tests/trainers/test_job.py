@@ -220,7 +220,7 @@ def places_in(value, path=()):
 )
 def test_a_value_that_no_job_has_is_named(way, value, said, tmp_path):
     path = os.path.join(export(tmp_path), "job.json")
-    held = files.read_json(path)
+    held = files.read_own_json(path)
     holder = held
     for key in way[:-1]:
         holder = holder[key]
@@ -234,9 +234,8 @@ def test_a_value_that_no_job_has_is_named(way, value, said, tmp_path):
 def test_a_job_that_lies_is_refused_or_read_and_nothing_else(tmp_path, trials):
     """Whatever stands anywhere in it: an error that names the file, or a job whose recipe was checked."""
     path = os.path.join(export(tmp_path, varied()), "job.json")
-    with open(path, encoding="utf-8") as file:
-        text = file.read()
     source = random.Random(0)
+    text = json.dumps(files.read_own_json(path))
     places = [place for place in places_in(json.loads(text)) if place[0] != "base"]
     refused = 0
     for _ in range(trials(150, 5000)):
@@ -339,3 +338,29 @@ def test_an_export_replaces_nothing_but_jobs(tmp_path):
         export(tmp_path)
     for ending in ("new", "old"):
         assert contents(tmp_path / "jobs" / f".{os.path.basename(path)}.{ending}") == before
+
+
+def test_a_job_that_was_changed_on_its_way_is_refused(tmp_path):
+    first = run_recipe(models.recipe("SD1", **FIELDS), make_dataset(), make_host(), folders_of(tmp_path / "first"))
+    adapter = os.path.join(first.run.adapters, "step-00000003.safetensors")
+    path = export(tmp_path, start_from=adapter)
+    start, told = (os.path.join(path, name) for name in ("start.safetensors", "job.json"))
+    jobs.read_job(path)
+    with open(told, encoding="utf-8") as file:
+        text = file.read()
+    with open(told, "w", encoding="utf-8") as file:
+        file.write(text.replace('"repeats": 1', '"repeats": 9', 1))
+    with pytest.raises(RunError, match="not as it was written"):
+        jobs.read_job(path)
+    with open(told, "w", encoding="utf-8") as file:
+        file.write(text)
+    with open(start, "r+b") as file:
+        file.seek(-3, os.SEEK_END)
+        file.write(b"\x55")
+    with pytest.raises(RunError, match="not the one that was exported"):
+        jobs.read_job(path)
+    # As an earlier version has written it.
+    value = files.read_own_json(told)
+    del value["start"]
+    files.write_json(told, value)
+    jobs.read_job(path)

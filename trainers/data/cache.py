@@ -151,7 +151,7 @@ class Cache:
         flat = {f"{key}/{name}": value for key, entry in self._pending.items() for name, value in entry.items()}
         sums = {name: _checksum(value) for name, value in flat.items()}
         path = os.path.join(self.folder, f"{secrets.token_hex(12)}{_SUFFIX}")
-        files.write_tensors(path, flat, {"format": _FORMAT, "sums": json.dumps(sums)})
+        files.write_tensors(path, flat, {"format": _FORMAT, "sums": json.dumps(sums)}, checksums=False)
         for key, entry in self._pending.items():
             self._places[key] = _Place(path, {name: sums[f"{key}/{name}"] for name in entry})
         self._pending = {}
