@@ -16,6 +16,7 @@ from itertools import accumulate
 from typing import Any
 
 from .errors import RunError
+from .formats.files import is_link
 from .notes import Notes, read_notes
 from .records import MOST_RUNS, Record, event_of, find_run, has_graph, list_records, log_path, read_recipe, record_of
 from .run import Folders, Run
@@ -192,8 +193,9 @@ def delete_run(run: Run) -> None:
 
     Raises:
         RunHeldError: a process, here or on another computer, trains it.
-        RunError: it cannot be taken away; it is as it was.
+        RunError: it cannot be taken away, or does not say that it is a run; it is as it was.
     """
+    read_recipe(run)
     parent = os.path.dirname(run.folder)
     aside = os.path.join(parent, f"{_REMOVED}{secrets.token_hex(8)}")
     with run.held():
@@ -204,8 +206,8 @@ def delete_run(run: Run) -> None:
                 f"The folder '{run.folder}' cannot be removed ({error}).", "Close what holds it open, or remove it."
             ) from error
     for name in os.listdir(parent):
-        if _REMOVED_NAME.fullmatch(name):
-            path = os.path.join(parent, name)
+        path = os.path.join(parent, name)
+        if _REMOVED_NAME.fullmatch(name) and not is_link(path):
             shutil.rmtree(path, ignore_errors=True)
             if os.path.isdir(path):
                 log.warning("Graft: the deleted run's folder %s cannot be removed yet.", path)

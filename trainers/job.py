@@ -29,6 +29,7 @@ from .run import Folders, safe_name
 from .session import task_of
 
 _FORMAT = "graft job 1"
+_FORMATS = "graft job "
 _FILE = "job.json"
 _CACHE = "cache"
 _START = "start.safetensors"
@@ -79,6 +80,8 @@ def export_job(
     """
     task = task_of(recipe, dataset, host, folders)
     path = os.path.join(parent, f"{safe_name(recipe.name or task.label)}-{task.identity[:8]}")
+    files.refuse_links(os.path.dirname(parent), path)
+    _check_replaceable(path)
     with _replaced(path) as temporary:
         copy = os.path.join(temporary, _CACHE)
         since = run_lock.earliest_start(folders.runs)
@@ -125,7 +128,10 @@ def _write(folder: str, recipe: Recipe, dataset: Dataset, base: dict, cache: str
         "cache": cache,
         "embedded": embedded,
     }
-    files.write_json(os.path.join(folder, _FILE), value)
+    start = os.path.join(folder, _START)
+    if os.path.isfile(start):
+        value["start"] = files.file_hash(start)
+    files.write_own_json(os.path.join(folder, _FILE), value)
 
 
 def _copy(source: str, target: str) -> None:
@@ -149,11 +155,38 @@ def _replaced(path: str):
             os.rename(path, old)
         _move_or_restore(fresh, path, old)
     except OSError as error:
-        shutil.rmtree(fresh, ignore_errors=True)
+        _remove_job(fresh)
         raise RunError(
             f"The folder '{path}' cannot be replaced ({error}).", "Close what holds it open, or remove it."
         ) from error
-    shutil.rmtree(old, ignore_errors=True)
+    _remove_job(old)
+
+
+def _check_replaceable(path: str) -> None:
+    """Refuse to replace what is no job. Raises RunError naming it."""
+    if os.path.exists(path) and not _is_job(path):
+        raise RunError(
+            f"'{path}' takes the place of the job and is no job itself.", "Move it away, or give the run another name."
+        )
+
+
+def _remove_job(folder: str) -> None:
+    """Remove a folder if it is a job; whatever else has its name stays."""
+    if _is_job(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_job(folder: str) -> bool:
+    """Tell whether a folder, no link, says that it is a job, or is empty."""
+    if files.is_link(folder) or not os.path.isdir(folder):
+        return False
+    path = os.path.join(folder, _FILE)
+    try:
+        if not os.path.exists(path):
+            return not os.listdir(folder)
+        return os.path.getsize(path) <= _LIMIT and str(files.read_json(path)["format"]).startswith(_FORMATS)
+    except (OSError, RunError, LookupError, TypeError):
+        return False
 
 
 def _sweep_folders(parent: str) -> None:
@@ -206,11 +239,15 @@ _PLAIN = ("captions", "size", "digest", "trigger", "repeats", "held_out", "weigh
 _BESIDE = ("handling", "name", "mask", "anchor", "control", "left_out")
 
 
-def read_job(folder: str) -> Job:
+def read_job(folder: str, is_local: bool = False) -> Job:
     """The job in a folder.
 
+    Args:
+        is_local: whether this machine's graph has just written it by `write_local_job`: it may name the shared cache.
+            Any other job must bring along all that it needs.
+
     Raises:
-        RunError: there is none, or it is damaged or of another version.
+        RunError: there is none, or it is damaged, of another version, or leads out of its folder.
     """
     path = os.path.join(folder, _FILE)
     if not os.path.isfile(path):
@@ -227,11 +264,18 @@ def read_job(folder: str) -> Job:
             )
         recipe = _recipe_of(value["recipe"])
         dataset = _dataset_of(value["dataset"])
-        cache = _text(value["cache"]) or os.path.join(folder, _CACHE)
+        cache = _text(value["cache"])
         start = os.path.join(folder, _START)
+        if not is_local:
+            _check_own(path, cache, "" if os.path.isfile(start) else recipe.start_from)
         base = value["base"]
         if not isinstance(base, dict):
             raise ValueError("its base is no object")
+        # Last: what else is wrong with it says more.
+        files.read_own_json(path)
+        if "start" in value and (not os.path.isfile(start) or files.file_hash(start) != value["start"]):
+            raise RunError(f"The file '{start}' is not the one that was exported.", "Export the job again.")
+        cache = cache or os.path.join(folder, _CACHE)
         embedded = _text(value["embedded"]) if "embedded" in value else None
         return Job(recipe, dataset, base, cache, start if os.path.isfile(start) else "", embedded)
     except RunError:
@@ -239,6 +283,28 @@ def read_job(folder: str) -> Job:
     except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
         said = error.message if isinstance(error, GraftError) else f"{error!r:.200}"
         raise RunError(f"The job '{path}' is damaged ({said}).", "Export it again.") from error
+
+
+def _check_own(job: str, cache: str, start_from: str) -> None:
+    """Refuse a job that uses files outside its own folder.
+
+    Args:
+        job: path of its file.
+        cache: the path that it gives.
+        start_from: an adapter of the host's list, by its name there.
+
+    Raises:
+        RunError: naming the path.
+    """
+    parts = re.split(r"[/\\]", start_from)
+    leaves = ".." in parts or not parts[0] or ":" in parts[0] if start_from else False
+    link = files.find_link(os.path.dirname(job))
+    path = link or cache or (start_from if leaves else "")
+    if path:
+        raise RunError(
+            f"The job '{job}' leads out of its folder: {'the link ' if link else ''}'{path:.200}'.",
+            "Copy the whole folder that Graft Export Job wrote, without links, or export the job again.",
+        )
 
 
 def _recipe_of(values: dict[str, Any]) -> Recipe:

@@ -312,6 +312,8 @@ def _capture(state: State, plan: Plan, mover: Mover, average) -> None:
     state.ema = {}
     if average is not None:
         state.ema = dict(zip(plan.trainables, average.shadow_params, strict=True))
+    if plan.recipe.ema_decay:
+        state.ema_updates = average.updates
 
 
 def _restore(state: State, plan: Plan, mover: Mover, average) -> None:
@@ -339,11 +341,20 @@ def _restore(state: State, plan: Plan, mover: Mover, average) -> None:
         state.optimiser = {}
         if plan.recipe.ema_decay:
             averages = [state.ema.pop(name).to(parameter.device) for name, parameter in plan.trainables.items()]
-            average.go_on(averages, state.step)
+            average.go_on(averages, _ema_updates(state, plan.recipe.loss_spike_factor))
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise GraftError(
             f"The saved state of step {state.step} is not this optimiser's ({error!r:.200}).", "Start the run over."
         ) from error
+
+
+def _ema_updates(state: State, factor: float) -> int:
+    """Updates of the average up to a state; earlier versions did not save it, so steps left out are found again."""
+    if state.ema_updates is not None:
+        return state.ema_updates
+    losses = state.losses
+    left_out = (_highest_loss(losses[:place], factor) < loss for place, loss in enumerate(losses))
+    return state.step - (sum(left_out) if factor else 0)
 
 
 def _are_alike(kept: dict[str, torch.Tensor], live: dict[str, torch.Tensor]) -> bool:

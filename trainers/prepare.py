@@ -24,6 +24,7 @@ from .data.order import stream_seed, turns_within
 from .data.prior import refuse_if_one_sided
 from .data.scan import shortened
 from .errors import DatasetError
+from .formats.files import refuse_links
 from .protocols import HOLE, SOURCE, Conditioning
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     from .recipe import Recipe
 
 log = logging.getLogger(__name__)
+
+_CACHES = ("latents", "text", "masks", "holes")
 
 
 @dataclass(frozen=True)
@@ -144,6 +147,9 @@ class _Maker:
 
     def __init__(self, dataset: Dataset, recipe: Recipe, host: Host, folder: str):
         self._pictures = len(dataset.examples)
+        for name in _CACHES:
+            # The folder that holds all caches may be a link: the output folder's, or the one of a job.
+            refuse_links(os.path.dirname(folder), os.path.join(folder, name))
         self._recipe = recipe
         self._host = host
         self._caches = {name: Cache(os.path.join(folder, name)) for name in ("latents", "text", "masks")}

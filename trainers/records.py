@@ -9,7 +9,7 @@ from typing import Any
 
 from .data.pixels import is_below
 from .errors import RunError
-from .formats.files import parse_json, read_json
+from .formats.files import parse_json, read_own_json
 from .run import STOPPED, Folders, Run, is_name
 
 # So many are told of, those that changed last.
@@ -90,7 +90,7 @@ def read_recipe(run: Run) -> dict[str, Any]:
     try:
         if os.path.getsize(path) > _RECIPE_LIMIT:
             raise ValueError("it is too large")
-        value = read_json(path)
+        value = read_own_json(path)
         if type(value["recipe"]["steps"]) is not int:
             raise ValueError("its steps are no number")
     except (OSError, KeyError, TypeError, ValueError) as error:
@@ -107,7 +107,7 @@ def read_graph(run: Run) -> dict[str, Any]:
         raise RunError(
             "No workflow is kept with this run.", "Runs that were made before workflows were kept have none."
         )
-    value = read_json(path)
+    value = read_own_json(path)
     if not isinstance(value, dict):
         raise RunError(f"The file '{path}' is no workflow.", "Remove it.")
     return {name: value[name] for name in ("prompt", "workflow") if isinstance(value.get(name), dict)}

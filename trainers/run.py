@@ -6,11 +6,10 @@ import json
 import logging
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import run_lock
 from .errors import RunError
@@ -38,6 +37,9 @@ _NAME = re.compile(r"\w[\w.-]{0,63}-[0-9a-f]{8}(?:-[0-9]{1,6})?")
 _STATE = re.compile(r"state-(\d{8})\.safetensors")
 _SAMPLE = re.compile(r"step-(\d{8})-\d+\.png")
 _PRODUCT = re.compile(r"step-(\d{8})\.safetensors")
+_EVENTS = re.compile(r"events\.out\.tfevents\..+")
+_LOG = "metrics.jsonl"
+_RECIPE = "recipe.json"
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,7 @@ class Run:
     Attributes:
         folder: for recipe, log, states and pictures.
         adapters, embeddings: folders for what it saves; the host's loaders do not list them (see saves.py).
+        damaged: the states that the last `load` passed over, each {"state": step, "reason": text}.
         followers: called with each event after it was logged.
     """
 
@@ -103,6 +106,7 @@ class Run:
         self.adapters = adapters
         self.embeddings = embeddings
         self.name = os.path.basename(folder)
+        self.damaged: list[dict[str, Any]] = []
         self.followers: list[Callable[[dict], None]] = []
         self._lock: run_lock.RunLock | None = None
 
@@ -132,7 +136,7 @@ class Run:
     @property
     def recipe_path(self) -> str:
         """What the run is made with; a folder that has none is no run."""
-        return os.path.join(self.folder, "recipe.json")
+        return os.path.join(self.folder, _RECIPE)
 
     @property
     def _folders(self) -> tuple[str, ...]:
@@ -187,32 +191,80 @@ class Run:
         value = files.read_json(path)
         if not isinstance(value, dict) or not isinstance(value.get("identity"), str):
             raise RunError(f"The file '{path}' is no recipe.", "Restore it, or remove the run's folder.")
+        try:
+            files.read_own_json(path)
+            damaged = ""
+        except RunError as error:
+            damaged = error.message
         if value["identity"] != identity:
             raise RunError(
-                f"The run folder '{self.folder}' belongs to another run.", "Give this run a name of its own."
+                f"The run folder '{self.folder}' belongs to another run{', or its recipe is damaged' * bool(damaged)}.",
+                f"Give this run a name of its own.{f' To go on with it, remove {path}.' * bool(damaged)}",
             )
+        if damaged:
+            log.warning("Graft: %s It will be written anew.", damaged)
 
     def clear(self) -> None:
-        """Removes what an earlier run of the same identity left.
+        """Remove the files that an earlier run of the same identity wrote, and folders that are then empty.
+
+        Files of other names stay: the user has put them there.
 
         Raises:
-            RunError: something of it cannot be removed, and would be taken for the new run's.
+            RunError: a file cannot be removed, and would be taken for the new run's, or there is a link.
         """
         self._check_held()
-        for folder in self._folders:
+        self.refuse_links()
+        for path in self._written():
             try:
-                if os.path.isdir(folder):
-                    shutil.rmtree(folder)
+                os.remove(path)
+            except FileNotFoundError:
+                continue
             except OSError as error:
                 raise RunError(
-                    f"The folder '{folder}' cannot be removed ({error}).", "Close what holds it open, or remove it."
+                    f"The file '{path}' cannot be removed ({error}).", "Close what holds it open, or remove it."
                 ) from error
+        inner = [os.path.join(self.folder, name) for name in ("samples", "tensorboard")]
+        for folder in (*inner, *self._folders):
+            if os.path.isdir(folder) and not os.listdir(folder):
+                os.rmdir(folder)
+
+    def _written(self) -> Iterator[str]:
+        """Paths of the files there that a run writes, by their names."""
+        plain = {_RECIPE, _GRAPH, _HALT, _LOG}
+        for name in _listed(self.folder):
+            if name in plain or _STATE.fullmatch(name):
+                yield os.path.join(self.folder, name)
+        for inner, pattern in (("samples", _SAMPLE), ("tensorboard", _EVENTS)):
+            folder = os.path.join(self.folder, inner)
+            yield from (os.path.join(folder, name) for name in _listed(folder) if pattern.fullmatch(name))
+        for folder in (self.adapters, self.embeddings):
+            yield from (os.path.join(folder, name) for name in _listed(folder) if _PRODUCT.fullmatch(name))
+
+    def refuse_links(self) -> None:
+        """Refuse a link in place of one of the run's folders, or anywhere in the folder of its states.
+
+        Raises:
+            RunError: naming the link.
+        """
+        self._check_folders()
+        link = files.find_link(self.folder)
+        if link is not None:
+            files.refuse_links(self.folder, link)
+
+    def _check_folders(self) -> None:
+        for folder in self._folders:
+            files.refuse_links(os.path.dirname(folder), folder)
 
     def write_recipe(self, recipe: Recipe, identity: str, facts: dict) -> None:
-        """Keeps what the run is made with."""
+        """Keeps what the run is made with.
+
+        Raises:
+            RunError: the file cannot be written, or a link takes the place of something of the run's.
+        """
         self._check_held()
+        self.refuse_links()
         value = {"identity": identity, "recipe": recipe.as_json(), **facts}
-        files.write_json(self.recipe_path, value)
+        files.write_own_json(self.recipe_path, value)
 
     @property
     def graph_path(self) -> str:
@@ -221,12 +273,12 @@ class Run:
 
     def write_graph(self, graph: dict) -> None:
         """Keeps what the run was queued as last, which decides nothing of it."""
-        files.write_json(self.graph_path, graph)
+        files.write_own_json(self.graph_path, graph)
 
     def note_halt(self, how: str, step: int, steps: int) -> None:
         """Keeps that the run was asked to end at a step, STOPPED or PAUSED."""
         self._check_held()
-        files.write_json(os.path.join(self.folder, _HALT), {"how": how, "step": step, "steps": steps})
+        files.write_own_json(os.path.join(self.folder, _HALT), {"how": how, "step": step, "steps": steps})
 
     def halted_as(self, how: str, steps: int) -> Halt | None:
         """How the run was asked to end while it was to have so many steps, None if it was not or else."""
@@ -239,7 +291,7 @@ class Run:
         if not os.path.exists(path):
             return None
         try:
-            value = files.read_json(path)
+            value = files.read_own_json(path)
             halt = Halt(value["how"], value["step"], value["steps"])
             if halt.how not in (STOPPED, PAUSED) or type(halt.step) is not int or type(halt.steps) is not int:
                 raise ValueError("no such values")
@@ -271,6 +323,7 @@ class Run:
         from .formats.adapter import save_adapter
         from .formats.embedding import save_embedding
 
+        self._check_folders()
         title = f"{self.name}-{state.step}"
         paths = []
         for folder, product, write in (
@@ -287,7 +340,8 @@ class Run:
         return paths[0]
 
     def load(self, limit: int) -> State | None:
-        """The latest sound state of at most `limit` steps, None when there is none."""
+        """The latest sound state of at most `limit` steps, None when there is none; `damaged` tells of others."""
+        self.damaged = []
         for step in reversed(self.states()):
             if step > limit:
                 continue
@@ -295,6 +349,7 @@ class Run:
                 return read_state(self.state_path(step), step)
             except RunError as error:
                 log.warning("Graft: %s Trying an earlier state.", error)
+                self.damaged.append({"state": step, "reason": error.message})
         return None
 
     def check_room(self, values: int, slots: int) -> None:
@@ -318,8 +373,9 @@ class Run:
             RunError: it cannot be written, or was removed with its folder; no part of the line stays.
         """
         self._check_held()
-        path = os.path.join(self.folder, "metrics.jsonl")
+        path = os.path.join(self.folder, _LOG)
         before = None
+        files.refuse_links(os.path.dirname(self.folder), path)
         try:
             with open(path, "ab") as file:
                 before = file.tell()
@@ -336,7 +392,7 @@ class Run:
 
     def forget_after(self, step: int) -> None:
         """Drops the log's lines of steps that will be done again."""
-        path = os.path.join(self.folder, "metrics.jsonl")
+        path = os.path.join(self.folder, _LOG)
         if not os.path.exists(path):
             return
         with open(path, "rb") as file:
@@ -349,8 +405,10 @@ class Run:
         """Writes sample pictures; their paths."""
         self._check_held()
         paths = []
+        folder = os.path.join(self.folder, "samples")
+        files.refuse_links(os.path.dirname(self.folder), folder)
         for index, picture in enumerate(pictures):
-            path = os.path.join(self.folder, "samples", f"step-{step:08d}-{index + 1}.png")
+            path = os.path.join(folder, f"step-{step:08d}-{index + 1}.png")
             with files.replacing(path) as temporary:
                 picture.save(temporary, format="PNG")
             paths.append(path)

@@ -141,8 +141,9 @@ def _hold(run: Run, recipe: Recipe, name: str, stack: ExitStack) -> tuple[State,
     """Hold a run until the stack ends; the state that it goes on from, and whether nothing is left to do.
 
     Raises:
-        RunError: the run is not finished, and cannot be held.
+        RunError: the run is not finished, and cannot be held; or it goes through a link.
     """
+    run.refuse_links()
     refused = None
     try:
         stack.enter_context(run.held())
@@ -269,6 +270,7 @@ def _train(recipe, task: Task, host, folders, parts, run, state, export) -> Resu
         if host.graph is not None:
             run.write_graph(host.graph)
         run.forget_after(state.step)
+        _tell_damaged(run, host, state.step)
         run.forget_halt()
         plan = Plan(
             recipe,
@@ -300,6 +302,14 @@ def _train(recipe, task: Task, host, folders, parts, run, state, export) -> Resu
             state = train(plan, run, host, state)
         # Within: the files of some types are made beside the weights.
         return _result(export, state, run, resumed_from, prepared.left_out)
+
+
+def _tell_damaged(run: Run, host: Host, step: int) -> None:
+    """Tell of the saved states that were passed over for the one that training goes on from."""
+    for row in run.damaged:
+        event = {"event": "damaged state", "step": step, **row}
+        run.log(event)
+        host.report("damaged state", event)
 
 
 @contextmanager

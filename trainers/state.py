@@ -17,6 +17,7 @@ _VERSION = 1
 
 # What a state says in plain numbers; a field that is added here is written and read below.
 _FIELDS = {"version", "step", "batches", "losses", "validation", "optimiser", "groups", "scaler", "frozen", "levels"}
+_FIELDS |= {"ema_updates"}
 
 
 @dataclass
@@ -30,6 +31,7 @@ class State:
         batches: batches drawn so far.
         losses: of each step.
         trainables, ema: values by name; `ema` is empty without averaging.
+        ema_updates: how often the average was updated; None without averaging, and in files of earlier versions.
         constants: what was drawn at the start and is not trained, by name.
         optimiser: of each parameter by its place: {place: {name: tensor or number}}.
         groups: of each of the optimiser's groups, the numbers that training changed; empty in older files.
@@ -50,6 +52,7 @@ class State:
     scaler: dict[str, float] = field(default_factory=dict)
     frozen: list[str] = field(default_factory=list)
     levels: LevelLosses = field(default_factory=LevelLosses)
+    ema_updates: int | None = None
 
 
 def write_state(path: str, state: State) -> None:
@@ -79,6 +82,8 @@ def write_state(path: str, state: State) -> None:
         "frozen": state.frozen,
         "levels": state.levels.as_json(),
     }
+    if state.ema_updates is not None:
+        plain["ema_updates"] = state.ema_updates
     files.write_tensors(path, tensors, {"state": json.dumps(plain)})
 
 
@@ -91,8 +96,11 @@ def read_state(path: str, step: int) -> State:
     Raises:
         RunError: it is of another version, damaged, or another step's.
     """
-    tensors, metadata = files.read_tensors(path)
+    tensors, metadata = files.read_tensors(path, strict=True)
     try:
+        if metadata.keys() != {"state"}:
+            # Among them may be the checksums, under a damaged name.
+            raise ValueError(f"its metadata hold {sorted(metadata)!r:.100}")
         plain = files.parse_json(metadata["state"])
         if plain["version"] != _VERSION:
             raise RunError(f"The state '{path}' is of version {plain['version']!r:.40}.", "Start the run over.")
@@ -107,6 +115,7 @@ def read_state(path: str, step: int) -> State:
             scaler=_numbers_in(plain["scaler"]),
             frozen=[str(name) for name in plain.get("frozen", [])],
             levels=LevelLosses.of_json(plain["levels"]) if "levels" in plain else LevelLosses(),
+            ema_updates=plain.get("ema_updates"),
         )
         for name, tensor in tensors.items():
             group, _, rest = name.partition("/")
@@ -135,6 +144,9 @@ def _check_plain(plain: dict, step: int) -> None:
         raise ValueError(f"its step is {plain['step']!r:.40}")
     if type(plain["batches"]) is not int or plain["batches"] < 0:
         raise ValueError("its batches are no number")
+    updates = plain.get("ema_updates", 0)
+    if type(updates) is not int or not 0 <= updates <= step:
+        raise ValueError(f"its ema_updates is {updates!r:.40}")
 
 
 def _numbers_in(values: dict[str, Any]) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def main(folder: str, group: Spread, seat: dict[str, Any] | None) -> int:
     with DESK.seat("") as training, _interruptible(pipe, training):
         told = _Terminal(group) if pipe is None else _Relay(group, pipe, training)
         try:
-            result = _run(folder, group, told, training)
+            result = _run(folder, group, told, training, pipe is not None)
         except comfy.model_management.InterruptProcessingException:
             return told.interrupted()
         except Exception as error:
@@ -62,10 +62,10 @@ def main(folder: str, group: Spread, seat: dict[str, Any] | None) -> int:
     return DONE
 
 
-def _run(folder: str, group: Spread, report: Report, training: Training) -> Result:
+def _run(folder: str, group: Spread, report: Report, training: Training, is_local: bool) -> Result:
     try:
         _set_paths()
-        job = read_job(folder)
+        job = read_job(folder, is_local)
         with torch.inference_mode(False), torch.enable_grad():
             if group.local_rank <= 0:
                 origin.check_files(job.base)

@@ -8,7 +8,6 @@ of the weights afterwards.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import inspect
 import os
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ from comfy_execution.utils import get_executing_context
 import nodes
 
 from ...trainers.errors import ModelError
+from ...trainers.formats.files import file_hash
 from ...trainers.protocols import earlier_fingerprint
 from .browser import running_prompt
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 SOCKETS = ("model", "clip", "vae")
 
 _CORE = ("nodes", "comfy_extras.")
-_CHUNK = 1 << 20
 # More nodes than this between a loader and a trainer were made by no one.
 _MOST_NODES = 500
 
@@ -96,8 +95,19 @@ def _collect(prompt: dict, start: str, socket: str, found: dict[str, dict]) -> N
                 "Save what comes out of it (CheckpointSave, or Graft Save Adapter and LoraLoader) and load that.",
                 socket,
             )
+        _refuse_writer(kind, socket)
         found[identity] = {"class_type": kind, "inputs": inputs}
         pending += [value[0] for value in inputs.values() if _is_link(value)]
+
+
+def _refuse_writer(kind: str, socket: str = "") -> None:
+    """Refuse a node that writes files: a job does again only what leads to a model. Raises ModelError."""
+    if getattr(nodes.NODE_CLASS_MAPPINGS[kind], "OUTPUT_NODE", False):
+        raise ModelError(
+            f"The job's model comes through a {kind}, which writes files.",
+            "Connect the node before it, and export the job again.",
+            socket,
+        )
 
 
 def _is_core(kind: str) -> bool:
@@ -132,15 +142,6 @@ def _list_of(kind: str, name: str, value: Any) -> str | None:
     holding = [one for one in folder_paths.folder_names_and_paths if folder_paths.get_full_path(one, value)]
     whole = [one for one in holding if set(folder_paths.get_filename_list(one)) <= set(choices)]
     return (whole or [None])[0]
-
-
-def file_hash(path: str) -> str:
-    """SHA-256 of a file."""
-    total = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            total.update(chunk)
-    return total.hexdigest()
 
 
 def check_files(base: dict[str, Any]) -> None:
@@ -184,6 +185,7 @@ def _output(graph: dict[str, dict], link: list, done: dict[str, tuple], path: tu
         kind, inputs = graph[identity]["class_type"], graph[identity]["inputs"]
         if not _is_core(kind):
             raise ModelError(f"This ComfyUI has no node {kind} of its own.", "Update ComfyUI.")
+        _refuse_writer(kind)
         made = nodes.NODE_CLASS_MAPPINGS[kind]
         declared = made.INPUT_TYPES()
         values = {

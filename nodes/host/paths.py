@@ -12,7 +12,7 @@ from ...trainers.data.pixels import is_below, is_picture
 from ...trainers.errors import DatasetError, ModelError, RunError, SettingsError
 from ...trainers.formats.adapter import Adapter, load_adapter
 from ...trainers.formats.embedding import Embedding, file_tensors, load_embedding, save_embedding
-from ...trainers.formats.files import read_metadata, read_tensors
+from ...trainers.formats.files import read_metadata, read_tensors, refuse_links
 from ...trainers.formats.metadata import IDENTITY
 from ...trainers.formats.native import WEIGHTS
 from ...trainers.inversion import check_name
@@ -51,8 +51,10 @@ def folders() -> Folders:
 
 
 def index_folder() -> str:
-    """Where it is kept what is known of the files in datasets' folders."""
-    return os.path.join(folders().cache, "index")
+    """Folder of what is known of the files in datasets' folders. Raises RunError when it is a link."""
+    folder = os.path.join(folders().cache, "index")
+    refuse_links(folders().runs, folder)
+    return folder
 
 
 def jobs_folder() -> str:

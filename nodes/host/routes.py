@@ -14,21 +14,27 @@ POST /graft/runs/RUN/pick        {"step"}: copy a save to where loaders list it;
 POST /graft/nodes/NODE/stop      as for a run, by the node's execution id; so for save and pause
 
 A POST carries a JSON object, empty where nothing is said of it, and is taken from the host's own pages and from
-programs alone. Errors are {"error": text} with the status that fits.
+programs alone; the page's address has to be one of this server's (`is_own_host`). Errors are {"error": text} with the
+status that fits.
 """
 
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import json
 import logging
+import os
 import re
+import socket
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 from functools import partial
 from typing import Any
+from urllib.parse import urlsplit
 
 from aiohttp import web
+from comfy.cli_args import args
 
 from ...trainers import history, records
 from ...trainers.errors import GraftError, RunError, RunHeldError, SettingsError
@@ -50,6 +56,9 @@ _MOST_SUMMARIES = 200
 _MOST_EVENTS = 5000
 _BODY_LIMIT = 16 * 1024
 _BODY = "graft_body"
+_HOST = re.compile(r"(?:(?P<name>[\w.-]+)|\[(?P<address>[0-9a-fA-F:.]+)\])(?::[0-9]{1,5})?", re.ASCII)
+# Behind the machine's own name in local networks; nobody can register a name under them.
+_LOCAL_ENDINGS = ("local", "lan", "home", "home.arpa", "internal", "localdomain")
 
 
 class _Refusal(Exception):
@@ -106,7 +115,11 @@ def _answer(status: int, value: dict[str, Any]) -> web.Response:
 async def _check_post(request: web.Request) -> None:
     """Refuses what another site's page could send, and what is no JSON object."""
     if not is_same_origin(request.headers):
-        raise _Refusal(403, "Only pages of this server may ask this.")
+        raise _Refusal(
+            403,
+            "Only pages of this server may ask this. Open ComfyUI by its IP address or localhost, or name the host in "
+            "the environment variable GRAFT_HOSTS.",
+        )
     if request.content_type != "application/json":
         raise _Refusal(415, "Send a JSON object, with the content type application/json.")
     if (request.content_length or 0) > _BODY_LIMIT:
@@ -121,16 +134,62 @@ async def _check_post(request: web.Request) -> None:
 
 
 def is_same_origin(headers) -> bool:
-    """Whether a request comes from a page of the server it went to, or from no page at all.
+    """Tell whether a request comes from a page of this server, or from no page at all.
 
-    A browser says so itself in Sec-Fetch-Site, which no page can set; older ones tell the page's Origin.
+    A browser says so itself in Sec-Fetch-Site, which no page can set; without TLS it only tells the page's Origin. A
+    page of another site can give its own name this server's address afterwards (DNS rebinding). It is then of the same
+    origin for the browser, so the name has to be one of this server's too.
     """
     site = headers.get("Sec-Fetch-Site")
-    if site is not None:
-        return site == "same-origin"
     origin = headers.get("Origin")
-    host = headers.get("Host")
-    return origin is None or (bool(host) and origin in (f"http://{host}", f"https://{host}"))
+    host = headers.get("Host", "")
+    if site is None and origin is None:
+        # A program's: browsers tell at least one of them with every POST.
+        return True
+    if site is None:
+        same = bool(host) and origin in (f"http://{host}", f"https://{host}")
+    else:
+        same = site == "same-origin"
+    # A certificate vouches for the name: a proxy with TLS stands in between, or the host has TLS itself.
+    by_tls = site is not None and (origin or "").startswith("https://")
+    return same and (by_tls or is_own_host(host))
+
+
+def is_own_host(host: str) -> bool:
+    """Tell whether a Host header names this server: by address, by a loopback name, or by a name it was given.
+
+    Names are those of ComfyUI's --listen and --enable-cors-header, the machine's own, and those in GRAFT_HOSTS. An
+    address is always right: who types one asks no name server.
+    """
+    match = _HOST.fullmatch(host)
+    if match is None:
+        return False
+    name = (match["name"] or match["address"]).lower().rstrip(".")
+    if name == "localhost" or name.endswith(".localhost") or _is_address(name):
+        return True
+    cors = getattr(args, "enable_cors_header", None) or ""
+    if cors == "*":
+        # The host itself answers every page then.
+        return True
+    given = [*(args.listen or "").split(","), *os.environ.get("GRAFT_HOSTS", "").split(","), _host_of(cors)]
+    machine = socket.gethostname().lower()
+    known = {one.strip().lower() for one in given} | {machine} | {f"{machine}.{ending}" for ending in _LOCAL_ENDINGS}
+    return bool(name) and name in known
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+        return True
+    except ValueError:
+        return False
+
+
+def _host_of(origin: str) -> str:
+    try:
+        return urlsplit(origin).hostname or ""
+    except ValueError:
+        return ""
 
 
 async def _list_runs(request: web.Request) -> dict[str, Any]:

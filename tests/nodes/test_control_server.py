@@ -270,6 +270,8 @@ def test_only_this_servers_pages_and_programs_may_ask(server, finished):
         ({"Content-Type": "application/x-www-form-urlencoded"}, 415),
         ({**JSON, "Origin": "http://evil.example"}, 403),
         ({**JSON, "Origin": "null"}, 403),
+        ({**JSON, "Host": "evil.example:8188", "Origin": "http://evil.example:8188"}, 403),
+        ({**JSON, "Host": "evil.example", "Origin": "http://evil.example", "Sec-Fetch-Site": "same-origin"}, 403),
         ({**JSON, "Sec-Fetch-Site": "cross-site"}, 403),
         ({**JSON, "Sec-Fetch-Site": "same-site", "Origin": server.url}, 403),
         ({**JSON, "Sec-Fetch-Site": "none"}, 403),

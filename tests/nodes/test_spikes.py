@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from graft_pack.trainers.run import Run
+from graft_pack.trainers.state import State
 
 from tests.support import models
 
@@ -21,9 +22,9 @@ KINDS = {
 }
 
 
-def trained(kind, folder, factor, resume=False, steps=STEPS):
+def trained(kind, folder, factor, resume=False, steps=STEPS, **options):
     """The run, after a training of which one step spikes."""
-    fields = {"batch_size": 2, "learning_rate": 1e-4, **KINDS[kind]}
+    fields = {"batch_size": 2, "learning_rate": 1e-4, **KINDS[kind], **options}
     with models.in_training(models.patcher("SD1"), "SD1", **fields) as training:
         first, second = training.plan.train
 
@@ -71,3 +72,19 @@ def test_a_resumed_run_leaves_out_the_same_steps(tmp_path):
     parts = trained("LoRA", tmp_path / "parts", 10.0, resume=True)
     assert torch.equal(values_at(parts, STEPS), values_at(whole, STEPS))
     assert len(events_of(parts, "spike")) == 1
+
+
+@pytest.mark.parametrize("written_by", ["this version", "an earlier version"])
+def test_the_moving_average_resumes_to_the_bit_after_a_spike(written_by, tmp_path, monkeypatch):
+    """A step that is left out is no update of the average, whose decay depends on their number."""
+    fields = {"ema_decay": 0.99}
+    whole = trained("LoRA", tmp_path / "whole", 10.0, **fields)
+    before = trained("LoRA", tmp_path / "parts", 10.0, steps=SPIKE, **fields)
+    assert before.load(SPIKE).ema_updates == SPIKE - 1
+    if written_by == "an earlier version":
+        monkeypatch.setattr(State, "ema_updates", property(lambda state: None, lambda state, value: None))
+    parts = trained("LoRA", tmp_path / "parts", 10.0, resume=True, **fields)
+    monkeypatch.undo()
+    ours, theirs = (run.load(STEPS).ema for run in (parts, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert not torch.equal(models.joined(theirs.values()), values_at(whole, STEPS)), "it averages"

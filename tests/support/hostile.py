@@ -834,6 +834,8 @@ def plain_of(path):
     data = path.read_bytes()
     size = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + size])
+    # As earlier versions have written it: with the checksums, nothing else of it would be looked at.
+    header["__metadata__"].pop("graft_checksums", None)
     return header, json.loads(header["__metadata__"]["state"]), data[8 + size :]
 
 

@@ -10,6 +10,7 @@ import sys
 from dataclasses import replace
 
 import pytest
+import torch
 from graft_pack.trainers import job as jobs
 from graft_pack.trainers.data.examples import Anchor, Handling
 from graft_pack.trainers.data.scan import Reading, scan_folder
@@ -90,7 +91,7 @@ def test_what_cannot_be_read_is_left_out_of_a_job_as_it_is_here(tmp_path):
     local.mkdir()
     jobs.write_local_job(str(local), recipe, dataset, editing_host(), folders, BASE)
     for place in (path, str(local)):
-        job = jobs.read_job(place)
+        job = jobs.read_job(place, is_local=place == str(local))
         own = job.folders(folders_of(tmp_path / f"of {os.path.basename(place)}"))
         there = run_recipe(job.recipe, job.dataset, editing_host(), own)
         assert there.run.name == direct.run.name
@@ -256,7 +257,7 @@ def places_in(value, path=()):
 )
 def test_a_value_that_no_job_has_is_named(way, value, said, tmp_path):
     path = os.path.join(export(tmp_path), "job.json")
-    held = files.read_json(path)
+    held = files.read_own_json(path)
     holder = held
     for key in way[:-1]:
         holder = holder[key]
@@ -270,9 +271,8 @@ def test_a_value_that_no_job_has_is_named(way, value, said, tmp_path):
 def test_a_job_that_lies_is_refused_or_read_and_nothing_else(tmp_path, trials):
     """Whatever stands anywhere in it: an error that names the file, or a job whose recipe was checked."""
     path = os.path.join(export(tmp_path, varied()), "job.json")
-    with open(path, encoding="utf-8") as file:
-        text = file.read()
     source = random.Random(0)
+    text = json.dumps(files.read_own_json(path))
     places = [place for place in places_in(json.loads(text)) if place[0] != "base"]
     refused = 0
     for _ in range(trials(150, 5000)):
@@ -293,3 +293,111 @@ def test_a_job_that_lies_is_refused_or_read_and_nothing_else(tmp_path, trials):
             assert path in str(error)
             refused += 1
     assert refused > 20
+
+
+def put_models(folder):
+    """Files as ComfyUI's models folders hold them: with metadata of others, without any, and of no format at all."""
+    folder.mkdir(parents=True)
+    for number, metadata in enumerate(({}, {"format": "pt"}, {"ss_network_dim": "4"}, {"sums": "{}"})):
+        files.write_tensors(str(folder / f"{number}.safetensors"), {"x": torch.ones(2)}, metadata)
+    shutil.copy(folder / "0.safetensors", folder / f"{'a1' * 12}.safetensors")
+    (folder / "torn.safetensors").write_bytes((folder / "0.safetensors").read_bytes()[:40])
+    (folder / ".x.safetensors.12345678.tmp").write_bytes(b"half")
+    for path in folder.iterdir():
+        os.utime(path, (1, 1))
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def edited(path, **values):
+    with open(path, encoding="utf-8") as file:
+        value = json.load(file)
+    value.pop("checksum", None)
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump({**value, **values}, file)
+
+
+def run_job(path, there):
+    job = jobs.read_job(path)
+    return run_recipe(job.recipe, job.dataset, make_host(), job.folders(folders_of(there)))
+
+
+@pytest.mark.parametrize("way", ["cache", "cache/latents", "cache/text", "cache/masks", "one file", "absolute", "up"])
+def test_a_hostile_job_removes_no_models(way, tmp_path):
+    path = export(tmp_path)
+    models_folder = tmp_path / "models" / "loras"
+    before = put_models(models_folder)
+    inner = os.path.join(path, way)
+    if way == "absolute":
+        edited(os.path.join(path, "job.json"), cache=str(models_folder.parent))
+        (models_folder.parent / "latents").symlink_to(models_folder)
+    elif way == "up":
+        edited(os.path.join(path, "job.json"), cache=os.path.join("..", "..", "models"))
+    elif way == "one file":
+        os.symlink(models_folder / "0.safetensors", os.path.join(path, "cache", "latents", "x.safetensors"))
+    else:
+        # What no picture needs has no folder.
+        shutil.rmtree(inner, ignore_errors=True)
+        os.symlink(models_folder, inner)
+    with pytest.raises(RunError, match="leads out of its folder"):
+        run_job(path, tmp_path / "there")
+    assert contents(models_folder) == before
+
+
+@pytest.mark.parametrize("name", ["/etc/x.safetensors", "../../x.safetensors", "C:\\x.safetensors", "a/../../x"])
+def test_a_job_starts_from_no_file_outside_it(name, tmp_path):
+    path = export(tmp_path)
+    value = json.loads((tmp_path / "jobs" / os.path.basename(path) / "job.json").read_text())
+    edited(os.path.join(path, "job.json"), recipe={**value["recipe"], "start_from": name})
+    with pytest.raises(RunError, match="leads out of its folder"):
+        jobs.read_job(path)
+
+
+def test_an_export_replaces_nothing_but_jobs(tmp_path):
+    path = export(tmp_path)
+    shutil.rmtree(path)
+    before = put_models(tmp_path / "jobs" / os.path.basename(path))
+    with pytest.raises(RunError, match="is no job itself"):
+        export(tmp_path)
+    assert contents(tmp_path / "jobs" / os.path.basename(path)) == before
+    for ending in ("new", "old"):
+        shutil.copytree(path, tmp_path / "jobs" / f".{os.path.basename(path)}.{ending}")
+    os.rename(path, tmp_path / "elsewhere")
+    os.symlink(tmp_path / "elsewhere", path)
+    with pytest.raises(RunError, match="is a link"):
+        export(tmp_path)
+    assert contents(tmp_path / "elsewhere") == before
+    os.remove(path)
+    with pytest.raises(RunError, match="cannot be written"):
+        export(tmp_path)
+    for ending in ("new", "old"):
+        assert contents(tmp_path / "jobs" / f".{os.path.basename(path)}.{ending}") == before
+
+
+def test_a_job_that_was_changed_on_its_way_is_refused(tmp_path):
+    first = run_recipe(models.recipe("SD1", **FIELDS), make_dataset(), make_host(), folders_of(tmp_path / "first"))
+    adapter = os.path.join(first.run.adapters, "step-00000003.safetensors")
+    path = export(tmp_path, start_from=adapter)
+    start, told = (os.path.join(path, name) for name in ("start.safetensors", "job.json"))
+    jobs.read_job(path)
+    with open(told, encoding="utf-8") as file:
+        text = file.read()
+    with open(told, "w", encoding="utf-8") as file:
+        file.write(text.replace('"repeats": 1', '"repeats": 9', 1))
+    with pytest.raises(RunError, match="not as it was written"):
+        jobs.read_job(path)
+    with open(told, "w", encoding="utf-8") as file:
+        file.write(text)
+    with open(start, "r+b") as file:
+        file.seek(-3, os.SEEK_END)
+        file.write(b"\x55")
+    with pytest.raises(RunError, match="not the one that was exported"):
+        jobs.read_job(path)
+    # As an earlier version has written it.
+    value = files.read_own_json(told)
+    del value["start"]
+    files.write_json(told, value)
+    jobs.read_job(path)

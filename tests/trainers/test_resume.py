@@ -182,7 +182,7 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
 
     result = run_session(tmp_path, steps=1)
     path = os.path.join(result.run.folder, "recipe.json")
-    files.write_json(path, {**files.read_json(path), "identity": "another"})
+    files.write_own_json(path, {**files.read_own_json(path), "identity": "another"})
     with pytest.raises(RunError, match="belongs to another run"):
         run_session(tmp_path, steps=2)
 
@@ -245,3 +245,22 @@ def test_a_new_run_that_was_stopped_is_the_one_to_go_on_with(tmp_path):
     again = run_session(tmp_path, steps=6, on_existing="new")
     assert again.run.name.endswith("-2")
     assert run_session(tmp_path, steps=6, on_existing="new").run.name.endswith("-3")
+
+
+def test_a_flipped_bit_in_a_state_is_told_and_resumed_to_the_same_bits(straight, tmp_path):
+    _, expected = straight
+    result = run_session(tmp_path, **FULL)
+    newest = os.path.join(result.run.folder, "state-00000006.safetensors")
+    with open(newest, "r+b") as file:
+        file.seek(-5, os.SEEK_END)
+        byte = file.read(1)[0]
+        file.seek(-5, os.SEEK_END)
+        file.write(bytes([byte ^ 4]))
+    watcher = Stopper()
+    resumed = run_session(tmp_path, watcher, **FULL)
+    assert resumed.resumed_from == 4
+    assert same_state(state_of(resumed), state_of(expected))
+    (told,) = [payload for event, payload in watcher.events if event == "damaged state"]
+    assert told["state"] == 6 and told["step"] == 4 and newest in told["reason"]
+    with open(os.path.join(result.run.folder, "metrics.jsonl"), encoding="utf-8") as file:
+        assert '"damaged state"' in file.read()

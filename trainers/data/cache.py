@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import secrets
 import time
 import zlib
@@ -27,6 +28,11 @@ log = logging.getLogger(__name__)
 
 _FORMAT = "graft cache 1"
 _SUFFIX = ".safetensors"
+# Every version's format, and the start of a shard's file after the length of its header.
+_FORMATS = "graft cache "
+_HEAD = b'{"__metadata__":{"format":"graft cache '
+# Names of shards, and of the files of one entry each that the first version wrote.
+_NAME = re.compile(r"(?:[0-9a-f]{24}|[0-9a-f]{64})\.safetensors")
 
 # A shard is written when it holds so much, or when its first entry has waited so long: what a kill can cost.
 _ENTRIES = 32
@@ -67,7 +73,7 @@ class Cache:
                 log.warning("Graft: the cache shard %s is left aside: %s", path, other)
             except (RunError, ValueError) as error:
                 log.warning("Graft: the cache shard %s is damaged; what it held will be made again. %s", path, error)
-                _remove(path)
+                _remove_own(path)
 
     def missing(self, keys: Iterable[str]) -> set[str]:
         """Those of the keys that have no sound entry; what lies on disk is read and compared with its checksums.
@@ -96,7 +102,7 @@ class Cache:
             if tensors is not None:
                 self.put(key, tensors)
         self.flush()
-        _remove(path)
+        _remove_own(path)
 
     def _sound(self, path: str, keys: Iterable[str]) -> dict[str, dict[str, torch.Tensor]]:
         """The tensors of those keys of a shard that are as they were written; its header is read once for all."""
@@ -152,7 +158,7 @@ class Cache:
         flat = {f"{key}/{name}": value for key, entry in self._pending.items() for name, value in entry.items()}
         sums = {name: _checksum(value) for name, value in flat.items()}
         path = os.path.join(self.folder, f"{secrets.token_hex(12)}{_SUFFIX}")
-        files.write_tensors(path, flat, {"format": _FORMAT, "sums": json.dumps(sums)})
+        files.write_tensors(path, flat, {"format": _FORMAT, "sums": json.dumps(sums)}, checksums=False)
         for key, entry in self._pending.items():
             self._places[key] = _Place(path, key, {name: sums[f"{key}/{name}"] for name in entry})
         self._pending = {}
@@ -171,8 +177,8 @@ def _sums(path: str) -> dict[str, int]:
     """
     header = files.read_header(path)
     metadata = header.pop("__metadata__", {})
-    if metadata.get("format", _FORMAT) != _FORMAT:
-        raise _Foreign(f"it is of the format {metadata['format'][:40]!r}.")
+    if metadata.get("format") != _FORMAT:
+        raise _Foreign(f"its format is {metadata.get('format', 'not given')[:40]!r}.")
     sums = files.parse_json(metadata.get("sums", ""))
     if not isinstance(sums, dict) or sums.keys() != header.keys():
         raise ValueError("its checksums are not those of its tensors")
@@ -186,7 +192,8 @@ def _shards(folder: str) -> list[str]:
         return []
     # Younger ones may be another process's that is writing now.
     files.sweep(folder)
-    return [entry.path for entry in os.scandir(folder) if entry.name.endswith(_SUFFIX) and entry.is_file()]
+    entries = [entry for entry in os.scandir(folder) if entry.name.endswith(_SUFFIX)]
+    return [entry.path for entry in entries if entry.is_file(follow_symlinks=False)]
 
 
 def _sums_of(entry: dict[str, torch.Tensor]) -> dict[str, int]:
@@ -208,11 +215,34 @@ def _touch(path: str) -> None:
         log.debug("Graft: %s", error)
 
 
-def _remove(path: str) -> None:
+def _remove_own(path: str) -> bool:
+    """Remove a cache file that says so itself, and tell whether it is gone; leave any other file alone."""
+    if not _is_own(path):
+        log.warning("Graft: %s does not say that it is a cache file of Graft's, and stays. Remove it yourself.", path)
+        return False
     try:
         os.remove(path)
+        return True
     except OSError as error:
         log.warning("Graft: the cache file %s cannot be removed: %s", path, error)
+        return False
+
+
+def _is_own(path: str) -> bool:
+    """Tell whether a file's own header names a format of the cache, or an empty file has a shard's name."""
+    if files.is_link(path):
+        return False
+    try:
+        with open(path, "rb") as file:
+            start = file.read(8 + len(_HEAD))
+        # A damaged shard may have no header that can be read.
+        if start[8:] == _HEAD or (not start and _NAME.fullmatch(os.path.basename(path))):
+            return True
+        metadata = files.read_metadata(path)
+    except (OSError, RunError):
+        return False
+    stem = os.path.basename(path).removesuffix(_SUFFIX)
+    return metadata.get("format", "").startswith(_FORMATS) or metadata.get("key") == stem
 
 
 def cache_size(folder: str) -> int:
@@ -235,8 +265,8 @@ def prune(folder: str, limit: int, since: float) -> int:
     for used, size, path in rows:
         if left - removed <= limit or used >= since:
             break
-        _remove(path)
-        removed += size
+        if _remove_own(path):
+            removed += size
     return removed
 
 
@@ -251,7 +281,7 @@ def _cache_files(folder: str) -> list[tuple[float, int, str]]:
             except OSError:
                 # Another process pruned it meanwhile.
                 continue
-            if name.endswith(_SUFFIX):
+            if _NAME.fullmatch(name) and not files.is_link(path):
                 found.append((status.st_mtime, status.st_size, path))
     return found
 

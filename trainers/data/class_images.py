@@ -79,6 +79,8 @@ class ClassImages:
 
     def missing(self, numbers: Sequence[int]) -> list[int]:
         """Those of the numbers of which there is no sound picture of the right size."""
+        # The folder of all class images lies in the output folder, which may be a link itself.
+        files.refuse_links(os.path.dirname(os.path.dirname(self.folder)), self.folder)
         files.sweep(self.folder)
         return [number for number in numbers if self._measured(number) is None]
 

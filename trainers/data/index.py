@@ -40,7 +40,7 @@ class Index:
         if not os.path.exists(self._path):
             return {}
         try:
-            value = files.read_json(self._path)
+            value = files.read_own_json(self._path)
         except RunError as error:
             log.warning("Graft: %s The folder will be read anew.", error)
             return {}
@@ -79,7 +79,7 @@ class Index:
         if kept == self._known:
             return
         try:
-            files.write_json(self._path, {"version": _VERSION, "files": kept})
+            files.write_own_json(self._path, {"version": _VERSION, "files": kept})
         except RunError as error:
             log.warning("Graft: %s The folder will be read anew next time.", error)
 

@@ -77,7 +77,7 @@ def _read(path: str | None) -> dict[str, str]:
     if path is None or not os.path.exists(path):
         return {}
     try:
-        value = files.read_json(path)
+        value = files.read_own_json(path)
     except RunError as error:
         log.warning("Graft: %s It will be made anew.", error)
         return {}
@@ -89,7 +89,7 @@ def _read(path: str | None) -> dict[str, str]:
 
 def _write(path: str, known: dict[str, str]) -> None:
     try:
-        files.write_json(path, known)
+        files.write_own_json(path, known)
     except RunError as error:
         log.warning("Graft: %s", error)
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import math
 import os
+import re
 import secrets
 import shutil
 import struct
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -17,6 +21,12 @@ from ..errors import RunError
 
 if TYPE_CHECKING:
     import torch
+
+log = logging.getLogger(__name__)
+
+# The entry of a file's metadata, or of a JSON object, that holds its checksums.
+CHECKSUMS = "graft_checksums"
+_CHECKSUM = "checksum"
 
 # The format's names of torch's dtypes.
 _DTYPES = {
@@ -42,6 +52,46 @@ _HEADER_LIMIT = 64 * 1024 * 1024
 _MOST_DIMENSIONS = 32
 # Seconds after which a half-written file is no one's any more: whoever writes one touches it all the time.
 OLD = 3600.0
+_CHUNK = 1 << 20
+# Names of temporary files: see `replacing`.
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{1,8}\.tmp", re.DOTALL)
+
+
+def is_link(path: str) -> bool:
+    """Tell whether a path is a symbolic link or a junction."""
+    # Python before 3.12 knows no junctions.
+    is_junction = getattr(os.path, "isjunction", None)
+    return os.path.islink(path) or (is_junction is not None and is_junction(path))
+
+
+def refuse_links(root: str, path: str) -> None:
+    """Refuse a path that goes through a link below a folder; the folder itself may be a link.
+
+    Args:
+        root: the folder; `path` starts with it.
+
+    Raises:
+        RunError: naming the link.
+    """
+    part = root
+    for name in os.path.relpath(path, root).split(os.sep):
+        part = os.path.join(part, name)
+        if is_link(part):
+            raise RunError(
+                f"'{part}' is a link. Graft reads and writes through no link inside '{root}'.",
+                "Remove the link, or put the folder in its place. To use another disk, move the whole output folder "
+                "(--output-directory).",
+            )
+
+
+def find_link(folder: str) -> str | None:
+    """Return the path of a link anywhere in a folder, None if it holds none."""
+    for directory, folders, names in os.walk(folder):
+        for name in (*folders, *names):
+            path = os.path.join(directory, name)
+            if is_link(path):
+                return path
+    return None
 
 
 @contextmanager
@@ -130,14 +180,19 @@ def _sync_folder(folder: str) -> None:
         os.close(handle)
 
 
-def write_tensors(path: str, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
+def write_tensors(
+    path: str, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str], checksums: bool = True
+) -> None:
     """Writes a safetensors file atomically; tensors may be on any device and in any layout.
 
     One tensor after the other, each asked for twice, so that a mapping may make them as they are needed: the library
     takes a copy of all of them at once, for which there is no room beside all weights.
     Source of the layout: github.com/huggingface/safetensors, "Format".
+
+    Args:
+        checksums: whether to add them to the metadata, for `read_tensors` to compare.
     """
-    rows: dict[str, dict] = {"__metadata__": metadata} if metadata else {}
+    rows: dict[str, dict] = {}
     sizes = {name: tensors[name].element_size() for name in tensors}
     # Large numbers first, as the library has them: each then begins at a multiple of its size.
     order = sorted(sizes, key=lambda name: (-sizes[name], name))
@@ -146,14 +201,48 @@ def write_tensors(path: str, tensors: Mapping[str, torch.Tensor], metadata: dict
         tensor = tensors[name]
         start, end = end, end + tensor.numel() * tensor.element_size()
         rows[name] = {"dtype": _dtype_name(tensor), "shape": list(tensor.shape), "data_offsets": [start, end]}
-    header = json.dumps(rows, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
+    sums = dict.fromkeys(sorted(order) if checksums else (), 0)
+    # Of the same length with the sums, which are known when all is written.
+    header, entry = _header(rows, metadata, end, sums)
     with replacing(path) as temporary:
         with open(temporary, "wb") as file:
             file.write(struct.pack("<Q", len(header)))
             file.write(header)
             for name in order:
-                file.write(bytes_of(tensors[name]))
+                data = bytes_of(tensors[name])
+                file.write(data)
+                if checksums:
+                    sums[name] = _checksum(name, rows[name], data)
+            if checksums:
+                file.seek(8)
+                file.write(_header(rows, metadata, end, sums, zlib.crc32(_blanked(header, entry)))[0])
+
+
+def _header(
+    rows: dict[str, dict], metadata: dict[str, str], size: int, sums: dict[str, int], own: int = 0
+) -> tuple[bytes, str]:
+    """The header of a file with its checksums, and the entry of its metadata that holds them.
+
+    Args:
+        size: bytes of all tensors.
+        sums: of the tensors by name, in the order of their names.
+        own: of the header itself, whose entry counts as zeros.
+    """
+    entry = f"1:{len(sums)}:{size}:{own:08x}:" + "".join(f"{total:08x}" for total in sums.values())
+    plain = {name: text for name, text in metadata.items() if name != CHECKSUMS}
+    marked = {**plain, CHECKSUMS: entry} if sums else plain
+    header = json.dumps({"__metadata__": marked, **rows} if marked else rows, separators=(",", ":")).encode()
+    return header + b" " * (-len(header) % 8), entry
+
+
+def _blanked(header: bytes, entry: str) -> bytes:
+    """A header with zeros in place of the entry of its checksums."""
+    return header.replace(entry.encode(), b"0" * len(entry), 1)
+
+
+def _checksum(name: str, row: dict, data: memoryview) -> int:
+    """CRC-32 over a tensor's name, dtype, shape and bytes."""
+    return zlib.crc32(data, zlib.crc32(f"{name}|{row['dtype']}|{row['shape']}".encode("utf-8", "surrogatepass")))
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
@@ -177,16 +266,25 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
     return memoryview(flat.view(torch.uint8).numpy())
 
 
-def read_tensors(path: str, names: Iterable[str] | None = None) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def read_tensors(
+    path: str, names: Iterable[str] | None = None, strict: bool = False
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Tensors on the CPU, all or those of some names, and metadata of a safetensors file.
 
+    Tensors are compared with the checksums that `write_tensors` has put into the file; other files have none.
+
+    Args:
+        strict: whether to refuse a changed header too, which otherwise is only logged: users edit metadata.
+
     Raises:
-        RunError: naming the file, when it is missing, no sound safetensors file, or without one of the names.
+        RunError: naming the file, when it is missing, no sound safetensors file, not as it was written, or without
+            one of the names.
     """
     from safetensors import SafetensorError, safe_open
 
-    header = read_header(path)
+    raw, header = _read_header(path)
     metadata = dict(header.pop("__metadata__", {}))
+    sums = _sums(path, raw, header, metadata.pop(CHECKSUMS, ""), strict)
     left = list(header if names is None else names)[::-1]
     try:
         tensors = {}
@@ -199,18 +297,52 @@ def read_tensors(path: str, names: Iterable[str] | None = None) -> tuple[dict[st
                     # Copied: what is mapped keeps the file from being replaced or removed on Windows.
                     tensors[name] = file.get_tensor(name).clone()
                     mapped += tensors[name].nbytes
+                    if name in sums and sums[name] != f"{_checksum(name, header[name], bytes_of(tensors[name])):08x}":
+                        raise _changed(path, f"the tensor {name:.200}")
     except (OSError, SafetensorError) as error:
         raise _unreadable(path, error) from error
     return tensors, metadata
 
 
 def read_metadata(path: str) -> dict[str, str]:
-    """Metadata of a safetensors file without reading its tensors; empty when it has none.
+    """Metadata of a safetensors file without reading its tensors or checksums; empty when it has none.
 
     Raises:
         RunError: naming the file, when it is missing or no sound safetensors file.
     """
-    return dict(read_header(path).get("__metadata__", {}))
+    metadata = read_header(path).get("__metadata__", {})
+    return {name: text for name, text in metadata.items() if name != CHECKSUMS}
+
+
+def _sums(path: str, raw: bytes, header: dict[str, dict], entry: str, strict: bool) -> dict[str, str]:
+    """The checksums of a file's tensors by name; empty where it has none, or another program put other tensors in.
+
+    Args:
+        raw: the header as it stands in the file.
+        entry: of its metadata, empty in files of others and of earlier versions.
+
+    Raises:
+        RunError: the header was changed, and `strict`.
+    """
+    if not entry:
+        return {}
+    present = sum(row["data_offsets"][1] - row["data_offsets"][0] for row in header.values())
+    start = f"1:{len(header)}:{present}:"
+    own, digits = entry[len(start) : len(start) + 9], entry[len(start) + 9 :]
+    same = entry.startswith(start) and len(digits) == 8 * len(header)
+    if not same or own != f"{zlib.crc32(_blanked(raw, entry)):08x}:":
+        if strict:
+            raise _changed(path, "its header")
+        log.warning("Graft: the header of %s is not as it was written: it was edited, or is damaged.", path)
+    return {name: digits[8 * place :][:8] for place, name in enumerate(sorted(header))} if same else {}
+
+
+def _changed(path: str, what: str) -> RunError:
+    return RunError(
+        f"The file '{path}' is damaged: {what} is not as it was written, by its checksum.",
+        "Restore it from a copy or choose another file. If a program changed it on purpose, remove the entry "
+        f"{CHECKSUMS} from its metadata.",
+    )
 
 
 def read_header(path: str) -> dict[str, dict]:
@@ -219,15 +351,21 @@ def read_header(path: str) -> dict[str, dict]:
     Raises:
         RunError: naming the file, when it is missing, no safetensors file, or its header and its bytes do not agree.
     """
+    return _read_header(path)[1]
+
+
+def _read_header(path: str) -> tuple[bytes, dict[str, dict]]:
+    """The header of a file as it stands there, and what it says. Raises as `read_header` does."""
     try:
         with open(path, "rb") as file:
             size = struct.unpack("<Q", _exactly(file, 8))[0]
             if size > _HEADER_LIMIT:
                 raise ValueError(f"a header of {size} bytes")
-            header = parse_json(_exactly(file, size).decode("utf-8"), _unique)
+            raw = _exactly(file, size)
+            header = parse_json(raw.decode("utf-8"), _unique)
             present = os.fstat(file.fileno()).st_size - 8 - size
         _check_header(header, present)
-        return header
+        return raw, header
     except (OSError, ValueError) as error:
         raise _unreadable(path, error) from error
 
@@ -333,20 +471,58 @@ def read_json(path: str):
         raise RunError(f"The file '{path}' cannot be read as JSON ({error}).", "Remove or restore it.") from error
 
 
+def write_own_json(path: str, value: dict[str, Any]) -> None:
+    """Write a JSON object atomically, with a checksum that `read_own_json` compares."""
+    write_json(path, {**value, _CHECKSUM: _json_sum(value)})
+
+
+def read_own_json(path: str) -> Any:
+    """Return the value in a JSON file, without its checksum; files of earlier versions have none.
+
+    Raises:
+        RunError: naming the file, when it is not JSON, or not as it was written.
+    """
+    value = read_json(path)
+    if not isinstance(value, dict) or _CHECKSUM not in value:
+        return value
+    given = value.pop(_CHECKSUM)
+    if given != _json_sum(value):
+        raise RunError(
+            f"The file '{path}' is not as it was written: it is damaged, or was edited.",
+            f"Restore it or remove it. If you edited it on purpose, remove its entry {_CHECKSUM}.",
+        )
+    return value
+
+
+def _json_sum(value: dict[str, Any]) -> str:
+    # Read back first: names that are numbers become texts, and sort otherwise.
+    text = json.dumps(json.loads(json.dumps(value)), sort_keys=True)
+    return f"{zlib.crc32(text.encode()):08x}"
+
+
+def file_hash(path: str) -> str:
+    """SHA-256 of a file."""
+    total = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            total.update(chunk)
+    return total.hexdigest()
+
+
 def sweep(folder: str, older_than: float = OLD) -> None:
-    """Remove files that a killed process left half-written in a folder, if they are older than so many seconds.
+    """Remove temporary files of `replacing` that a killed process left in a folder, once they are old.
 
     Args:
-        older_than: 0 only where no other process can write there, as in the folder of a run that is held.
+        older_than: seconds; younger files stay. 0 only where no other process can write there, as in the folder of a
+            run that is held.
     """
     if not os.path.isdir(folder):
         return
     for entry in os.scandir(folder):
-        name = entry.name
-        if not name.startswith(".") or not (name.endswith(".tmp") or name.startswith(".tmp")):
+        if not _TEMPORARY.fullmatch(entry.name) or is_link(entry.path):
             continue
         # Another process may finish or sweep it meanwhile.
         with suppress(FileNotFoundError):
             aged = not older_than or time.time() - entry.stat(follow_symlinks=False).st_mtime > older_than
-            if aged and not entry.is_dir(follow_symlinks=False):
+            if aged and entry.is_file(follow_symlinks=False):
                 os.remove(entry.path)

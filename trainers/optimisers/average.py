@@ -13,11 +13,12 @@ if TYPE_CHECKING:
 class MovingAverage:
     """diffusers' exponential moving average, in float32 whatever the trainables are kept in.
 
-    Its decay rises as (1 + n) / (10 + n) over the steps n to the one that is asked for, so that a short run is no
-    average of its start.
+    Its decay rises as (1 + n) / (10 + n) over its updates n to the one that is asked for, so that a short run is no
+    average of its start. A step that is left out is no update.
 
     Attributes:
         shadow_params: the averages, in the order of the trainables.
+        updates: so far.
     """
 
     def __init__(self, decay: float):
@@ -31,6 +32,10 @@ class MovingAverage:
         """The averages themselves, no copies."""
         return self._model.shadow_params
 
+    @property
+    def updates(self) -> int:
+        return self._model.optimization_step
+
     def step(self, parameters: list) -> None:
         """Takes the trainables in."""
         self._model.step(parameters)
@@ -40,10 +45,10 @@ class MovingAverage:
         # Not by diffusers' constructor, which keeps their dtype: in bfloat16 an average would stand still.
         self._model.shadow_params = [parameter.detach().float().clone() for parameter in parameters]
 
-    def go_on(self, values: list[torch.Tensor], step: int) -> None:
-        """Goes on from the averages of a step."""
+    def go_on(self, values: list[torch.Tensor], updates: int) -> None:
+        """Go on from averages after so many updates."""
         self._model.shadow_params = values
-        self._model.optimization_step = step
+        self._model.optimization_step = updates
 
     def store(self, parameters: list) -> None:
         """Nothing: the values change places, so that no third copy of them is held."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 from graft_pack.trainers.data import cache as caches
 from graft_pack.trainers.data.cache import Cache, cache_size, key_of, prune
+from graft_pack.trainers.formats import files
 from safetensors import safe_open
 
 COUNT = 80
@@ -154,3 +155,40 @@ def test_the_oldest_makes_room_and_what_is_used_stays(tmp_path):
     assert left.missing(["1", "2", "3"]) == {"2"}, "the first was used last"
     prune(str(tmp_path), 0, 10_000)
     assert Cache(str(tmp_path / "latents")).missing(["1", "3"]) == set(), "both were used since"
+
+
+def put_foreign(folder):
+    """Files that are no shards: adapters of others, a torn one, a shard's name, a link, and an old temporary."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, metadata in enumerate(({}, {"format": "pt"}, {"sums": "{}"}, {"sums": "no JSON", "key": "x"})):
+        files.write_tensors(str(folder / f"{number}.safetensors"), {"x": torch.ones(2)}, metadata)
+    data = (folder / "0.safetensors").read_bytes()
+    (folder / f"{'a1' * 12}.safetensors").write_bytes(data)
+    (folder / f"{'b2' * 12}.safetensors").write_bytes(data[:20])
+    (folder / "empty.safetensors").write_bytes(b"")
+    (folder / ".tmpAbCdEf").write_bytes(b"of another program")
+    for path in folder.iterdir():
+        os.utime(path, (1, 1))
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_no_file_of_others_is_removed(tmp_path):
+    """Neither when the folder is opened, nor when entries are asked for, nor to make room."""
+    before = put_foreign(tmp_path / "latents")
+    shard = tmp_path / "shard"
+    filled(shard, 1)
+    (target,) = shard.iterdir()
+    os.symlink(target, tmp_path / "latents" / f"{'c3' * 12}.safetensors")
+    assert missing(tmp_path / "latents", 3) == {0, 1, 2}
+    prune(str(tmp_path / "latents"), 0, 10_000)
+    after = {path.name: path.read_bytes() for path in (tmp_path / "latents").iterdir() if not path.is_symlink()}
+    assert after == before
+    assert target.exists() and (tmp_path / "latents" / f"{'c3' * 12}.safetensors").is_symlink()
+
+
+@pytest.mark.parametrize("metadata", [{"format": "graft cache 0"}, {"key": "ab" * 32}], ids=["format", "first version"])
+def test_files_of_earlier_versions_still_make_room(tmp_path, metadata):
+    path = tmp_path / "ab" / f"{'ab' * 32}.safetensors"
+    files.write_tensors(str(path), {"x": torch.ones(2)}, metadata)
+    prune(str(tmp_path), 0, 1e12)
+    assert not path.exists()

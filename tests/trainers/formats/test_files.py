@@ -3,14 +3,18 @@
 import errno
 import json
 import os
+import random
+import struct
 
 import pytest
 import torch
-from graft_pack.trainers.errors import RunError
+from graft_pack.trainers.errors import ModelError, RunError
 from graft_pack.trainers.formats import files
 from graft_pack.trainers.formats.adapter import Adapter, load_adapter, save_adapter
+from graft_pack.trainers.formats.embedding import Embedding, load_embedding, save_embedding
 from graft_pack.trainers.formats.kohya import lora_tensors, to_kohya
 from graft_pack.trainers.formats.metadata import tensors_hash
+from safetensors.torch import save_file
 
 
 class Crash(BaseException):
@@ -46,14 +50,14 @@ def test_the_file_is_the_librarys_own(tmp_path):
     source = torch.Generator().manual_seed(0)
     plain = {name: torch.randn(3, size, generator=source) for name, size in (("b", 2), ("a.c", 5), ("a", 1))}
     for metadata in ({}, {"k": 'a \u00fc " v'}):
-        files.write_tensors(str(tmp_path / "x.safetensors"), plain, metadata)
+        files.write_tensors(str(tmp_path / "x.safetensors"), plain, metadata, checksums=False)
         assert _parts((tmp_path / "x.safetensors").read_bytes()) == _parts(save(plain, metadata or None))
     kinds = [getattr(torch, kind) for kind in files._DTYPES]
     every = {f"{kind}": (torch.arange(5) % 2).to(kind) for kind in kinds}
     every["number"] = torch.tensor(3, dtype=torch.int64)
     files.write_tensors(str(tmp_path / "y.safetensors"), every, {"k": "v"})
     with safe_open(tmp_path / "y.safetensors", framework="pt") as file:
-        assert file.metadata() == {"k": "v"}
+        assert file.metadata().keys() == {"k", files.CHECKSUMS} and file.metadata()["k"] == "v"
         # Readers that map the file want each number at a multiple of its size.
         for row in list(files.read_header(str(tmp_path / "y.safetensors")).values())[1:]:
             assert row["data_offsets"][0] % getattr(torch, _named(row["dtype"])).itemsize == 0
@@ -184,9 +188,76 @@ def test_a_file_may_be_read_by_whoever_may_read_its_folder(tmp_path):
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path):
-    for name in (".state.safetensors.1234.tmp", ".tmpAbCdEf", "state.safetensors"):
+    """Files of other programs stay: their names do not say that they are ours."""
+    others = {".tmpAbCdEf", "state.safetensors", ".x.tmp", ".model.part.tmp", "a.12345678.tmp"}
+    for name in (".state.safetensors.12345678.tmp", *others):
         (tmp_path / name).write_text("")
+    (tmp_path / ".folder.12345678.tmp").mkdir()
+    (tmp_path / ".link.12345678.tmp").symlink_to(tmp_path / "state.safetensors")
     files.sweep(str(tmp_path))
-    assert len(os.listdir(tmp_path)) == 3, "others may be writing them"
+    assert len(os.listdir(tmp_path)) == 8, "others may be writing them"
     files.sweep(str(tmp_path), older_than=0.0)
-    assert os.listdir(tmp_path) == ["state.safetensors"]
+    assert set(os.listdir(tmp_path)) == {*others, ".folder.12345678.tmp", ".link.12345678.tmp"}
+
+
+def flipped(data, place, bit):
+    spoilt = bytearray(data)
+    spoilt[place] ^= 1 << bit
+    return bytes(spoilt)
+
+
+@pytest.mark.parametrize(
+    "load", [load_adapter, lambda path: load_embedding(path, "word")], ids=["adapter", "embedding"]
+)
+def test_a_flipped_bit_in_a_file_of_ours_is_noticed(load, tmp_path, caplog, trials):
+    """In its numbers or in what describes them it is refused; elsewhere in its header it is said."""
+    path = tmp_path / "x.safetensors"
+    if load is load_adapter:
+        save_adapter(
+            str(path), Adapter({"l.lora_up.weight": torch.ones(2, 1), "l.lora_down.weight": torch.ones(1, 2)}), "t"
+        )
+    else:
+        save_embedding(str(path), Embedding({"clip_l": torch.ones(1, 768)}, "word"), "t")
+    load(str(path))
+    assert not caplog.records
+    data = path.read_bytes()
+    start = 8 + struct.unpack("<Q", data[:8])[0]
+    entry = data.index(files.CHECKSUMS.encode())
+    source = random.Random(0)
+    for place in range(0, len(data), trials(1 + len(data) // 200, 1)):
+        # The name of the entry alone: the file is then as one of others.
+        if entry <= place < entry + len(files.CHECKSUMS):
+            continue
+        caplog.clear()
+        path.write_bytes(flipped(data, place, source.randrange(8)))
+        try:
+            load(str(path))
+        except (RunError, ModelError):
+            continue
+        assert place < start and "not as it was written" in caplog.text, (place, data[place - 20 : place + 20])
+
+
+def test_files_of_others_and_edited_ones_are_read(tmp_path, caplog):
+    """Other programs keep the metadata when they change the tensors, and change metadata alone."""
+    path = str(tmp_path / "x.safetensors")
+    files.write_tensors(path, TENSORS, {"k": "v"})
+    entry = files.read_header(path)["__metadata__"][files.CHECKSUMS]
+    save_file({"other": torch.ones(3)}, path, {files.CHECKSUMS: entry})
+    assert files.read_tensors(path)[0]["other"].tolist() == [1, 1, 1]
+    assert "not as it was written" in caplog.text
+    save_file(TENSORS, path, {files.CHECKSUMS: entry, "title": "mine"})
+    assert files.read_tensors(path)[1] == {"title": "mine"}
+    save_file({**TENSORS, "a": TENSORS["a"] + 1}, path, {files.CHECKSUMS: entry})
+    with pytest.raises(RunError, match=r"is damaged: the tensor a .*graft_checksums"):
+        files.read_tensors(path)
+    for metadata in ({}, {files.CHECKSUMS: ""}, {files.CHECKSUMS: "1:3:x"}, {files.CHECKSUMS: "\u00e9" * 40}):
+        save_file(TENSORS, path, metadata)
+        assert files.read_tensors(path)[0].keys() == TENSORS.keys()
+
+
+def test_checksums_are_made_anew_for_each_file(tmp_path):
+    """What was read of one file and is written into another carries none of its checksums along."""
+    one, other = str(tmp_path / "1.safetensors"), str(tmp_path / "2.safetensors")
+    files.write_tensors(one, TENSORS, {"k": "v"})
+    files.write_tensors(other, {"n": torch.ones(2)}, files.read_header(one)["__metadata__"])
+    assert files.read_tensors(other, strict=True)[1] == {"k": "v"}
