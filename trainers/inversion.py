@@ -61,6 +61,15 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 _ENDINGS = (".safetensors", ".pt", ".bin")
 
 
+def is_addressable(name: str) -> bool:
+    """Tell whether a prompt can call the embedding of a file that is there, in a folder too.
+
+    ComfyUI reads the name up to the next white space and cuts commas at its end; round brackets and a colon in them
+    are weights, and a backslash takes that meaning from them.
+    """
+    return bool(name) and name == name.strip(",") and re.search(r"[\s()\\\0:]", name) is None
+
+
 def check_name(name: str, input: str = "name") -> None:
     """Refuses a name that a prompt could not address.
 

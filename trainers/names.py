@@ -15,9 +15,6 @@ _NO_TEXT = re.compile("[\x00-\x08\x0e-\x1f\x7f\ud800-\udfff]")
 _NO_NAME = re.compile(r'[<>:"|?*\\]')
 _LONGEST_PART = 150
 _DEEPEST = 20
-_LONGEST_PATTERN = 300
-_MOST_LOOSE = 3
-_FEW = 9
 
 
 # Letters of scripts that write words without spaces between them (Thai to Khmer, Chinese, Japanese), or with endings
@@ -107,59 +104,6 @@ def check_file_name(name: str, input: str) -> None:
             raise _unusable(name, f"holds '{part}', which Windows keeps for a device", input)
         if len(part.encode()) > _LONGEST_PART:
             raise _unusable(name, f"has a part of more than {_LONGEST_PART} bytes", input)
-
-
-def why_costly(pattern: str) -> str:
-    """Why a regular expression is refused: it is none, or could search for hours; empty for one that is taken.
-
-    A repetition of something that can itself be matched in several ways takes time that doubles with each letter.
-    """
-    if len(pattern) > _LONGEST_PATTERN:
-        return f"is longer than {_LONGEST_PATTERN} characters"
-    try:
-        re.compile(pattern)
-        loose = _count_loose(_parse(pattern), False)
-    except (re.error, OverflowError, RecursionError) as error:
-        return f"is no regular expression ({error})"
-    if loose is None:
-        return "repeats something that repeats or branches, which could be searched for without end"
-    return f"has more than {_MOST_LOOSE} repetitions without end" if loose > _MOST_LOOSE else ""
-
-
-def _count_loose(part, repeated: bool) -> int | None:
-    """Repetitions of many in a parsed pattern; None where one stands within another, or around a choice.
-
-    Args:
-        part: what the library's parser gives, or a part of it.
-        repeated: whether it stands within a repetition.
-    """
-    total = 0
-    for inner in part:
-        name, within = "", repeated
-        if isinstance(inner, tuple) and len(inner) == 2 and hasattr(inner[0], "name"):
-            name = inner[0].name
-            inner = inner[1]
-        repeats = name.endswith("_REPEAT") and inner[1] > 1
-        if repeated and (repeats or name == "BRANCH"):
-            return None
-        if repeats:
-            within = True
-            total += inner[1] > _FEW
-        if isinstance(inner, (tuple, list)) or hasattr(inner, "data"):
-            found = _count_loose(inner, within)
-            if found is None:
-                return None
-            total += found
-    return total
-
-
-def _parse(pattern: str):
-    try:
-        from re import _parser
-    except ImportError:
-        # Python before 3.11.
-        import sre_parse as _parser
-    return _parser.parse(pattern)
 
 
 def _unusable(name: str, why: str, input: str) -> SettingsError:

@@ -11,6 +11,7 @@ import comfy.lora
 import comfy.lora_convert
 
 from ...trainers.errors import ModelError, SettingsError
+from ...trainers.formats.layers import misfit_of_layer, split
 from ...trainers.methods.patterns import Pairs, check_pairs, value_for
 from . import ranges
 
@@ -51,7 +52,7 @@ def apply_adapter(
             "start_percent",
         )
     patches, _ = _load(model, clip, adapter)
-    _check_shapes(model, patches)
+    _check_shapes(model, clip, adapter, patches)
     if not patches:
         raise ModelError(
             f"The adapter fits no layer of the connected model ({type(model.model).__name__}).",
@@ -140,32 +141,58 @@ def fit(model: ModelPatcher, clip: CLIP | None, adapter: dict[str, torch.Tensor]
     """What the host would do with an adapter."""
     patches, read = _load(model, clip, adapter)
     unread = [key for key in sorted(adapter) if key not in read and (clip is not None or not _is_text(key))]
-    misfits = list(_misfits(model.model, patches))
-    if clip is not None:
-        misfits += _misfits(clip.cond_stage_model, patches)
+    misfits = _misfits(model, clip, adapter, patches)
     # Of formats that the host renames first, the names are not known here.
     paths = {name: path_of(key) for name, key in _names(model, clip).items()}
     return Fit(type(model.model.model_config).__name__, len(read), unread, misfits, paths)
 
 
-def _check_shapes(model: ModelPatcher, patches: dict) -> None:
-    """Names an adapter for the same layers in another size, which the host would leave out with a line in its log.
+def _check_shapes(model: ModelPatcher, clip: CLIP | None, adapter: dict[str, torch.Tensor], patches: dict) -> None:
+    """Refuse an adapter for the same layers in another size, which the host would leave out with a line in its log.
 
     Raises:
         ModelError: naming a layer.
     """
-    for key, what in _misfits(model.model, patches):
+    for key, what in _misfits(model, clip, adapter, patches):
+        text = clip is not None and key in dict(clip.cond_stage_model.named_parameters())
+        owner = clip.cond_stage_model if text else model.model
         raise ModelError(
             f"The adapter was made for another model: its part for {key} has {what} in the connected "
-            f"{type(model.model).__name__}.",
+            f"{type(owner).__name__}.",
             "Connect the model family it was trained on, or choose another adapter.",
             "adapter",
         )
 
 
-def _misfits(module: torch.nn.Module, patches: dict) -> Iterator[tuple[str, str]]:
-    """(weight's key, what does not fit) of patches of another size."""
-    weights = dict(module.named_parameters())
+def _misfits(
+    model: ModelPatcher, clip: CLIP | None, adapter: dict[str, torch.Tensor], patches: dict
+) -> list[tuple[str, str]]:
+    """(weight's key, what does not fit) of parts of another size, in the model and the text encoder."""
+    weights = dict(model.model.named_parameters())
+    if clip is not None:
+        weights.update(clip.cond_stage_model.named_parameters())
+    names = _names(model, clip)
+    found = {}
+    for name, held in split(adapter)[0].items():
+        key = names.get(name)
+        key, span = (key[0], key[1]) if isinstance(key, tuple) else (key, None)
+        if key not in weights:
+            continue
+        shape = list(weights[key].shape)
+        if span is not None:
+            # A part of a weight that holds several layers: where it starts, and how long it is, in one direction.
+            shape[span[0]] = span[2]
+        what = misfit_of_layer(held, tuple(shape))
+        if what:
+            found[key] = what
+    # Of formats that the host renames first, the names are not known here.
+    for key, what in _misfits_of_patches(weights, patches):
+        found.setdefault(key, what)
+    return list(found.items())
+
+
+def _misfits_of_patches(weights: dict[str, torch.Tensor], patches: dict) -> Iterator[tuple[str, str]]:
+    """(weight's key, what does not fit) of the host's patches."""
     for key, patch in patches.items():
         # The live weight: what a quantised one is stored as has other numbers.
         weight = weights.get(key) if isinstance(key, str) else None

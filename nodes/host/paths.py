@@ -15,7 +15,7 @@ from ...trainers.formats.embedding import Embedding, file_tensors, load_embeddin
 from ...trainers.formats.files import read_metadata, read_tensors, refuse_links
 from ...trainers.formats.metadata import IDENTITY
 from ...trainers.formats.native import WEIGHTS
-from ...trainers.inversion import check_name
+from ...trainers.inversion import check_name, is_addressable
 from ...trainers.names import check_file_name
 from ...trainers.records import MOST_RUNS, find_run, list_records
 from ...trainers.run import Folders, Run
@@ -307,8 +307,19 @@ def load_named_embedding(name: str) -> Embedding:
     Raises:
         ModelError: there is none of that name, or it cannot be read.
     """
+    called = os.path.splitext(name)[0].replace("\\", "/")
+    path = embedding_path(name)
+    if not is_addressable(called):
+        raise ModelError(
+            f"No prompt can call the embedding '{name}': ComfyUI reads embedding:NAME up to the next space, and "
+            "brackets, colons, backslashes and a comma at the end mean something else there.",
+            "Rename the file to letters, digits, '-', '_' and '.', such as "
+            f"'{re.sub('[^A-Za-z0-9_.-]+', '-', os.path.basename(called)).strip('-.') or 'word'}.safetensors', and "
+            "choose it again.",
+            "embedding_name",
+        )
     try:
-        return load_embedding(embedding_path(name), os.path.splitext(name)[0].replace(os.sep, "/"))
+        return load_embedding(path, called)
     except RunError as error:
         raise ModelError(error.message, error.cure, "embedding_name") from error
 

@@ -1,5 +1,7 @@
 """Words of new vectors on the host's own text encoders: gradients, conditionings, files, and what is refused."""
 
+import re
+
 import pytest
 import torch
 from graft_pack.trainers import inversion
@@ -307,3 +309,15 @@ def test_a_file_of_something_else_is_refused(tmp_path):
         load_embedding(path, "lora")
     files.write_tensors(path, {"anything": torch.ones(768)}, {})
     assert {key: tuple(value.shape) for key, value in load_embedding(path, "x").items()} == {"clip_l": (1, 768)}
+
+
+@pytest.mark.parametrize("name", ["my word (1)", "a:2", "word,"])
+def test_files_that_no_prompt_can_call_are_refused(name, monkeypatch, tmp_path):
+    from graft_pack.nodes.host import paths
+
+    path = tmp_path / "x.safetensors"
+    save_embedding(str(path), Embedding({"clip_l": torch.ones(1, 768)}, "x"), "x")
+    monkeypatch.setattr(paths, "embedding_path", lambda name, *rest: str(path))
+    with pytest.raises(ModelError, match=f"No prompt can call the embedding '{re.escape(name)}.safetensors'.*such as"):
+        paths.load_named_embedding(f"{name}.safetensors")
+    assert paths.load_named_embedding("folder/x.safetensors").name == "folder/x"

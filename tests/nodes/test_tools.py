@@ -476,7 +476,8 @@ def test_the_report_says_what_does_not_fit(model, flux):
     }
     report = inspect(Adapter(wide), model)[1]
     assert "DOES NOT FIT the connected model (SD15), which has the same layers in another size" in report
-    assert "attn2.to_k.weight has 3072 numbers, the layer 1536" in report
+    down = next(tuple(value.shape) for name, value in wide.items() if "attn2_to_k.lora_down" in name)
+    assert f"attn2.to_k.weight has the shape [{1536 * 2 // down[1]}, {down[1]}], the layer [" in report
     odd = Adapter({**given, "lora_unet_nowhere.alpha": torch.tensor(1.0), "strange": torch.ones(1)})
     report = inspect(odd, model)[1]
     assert f"{len(given)} of {len(given) + 2} keys" in report
@@ -527,3 +528,124 @@ def test_the_picture_stays_small_for_large_models():
     assert found[0] == ("double_blocks.0-1", pytest.approx(2**0.5))
     assert sum(value**2 for _, value in found) == pytest.approx(19 + 4 * 38)
     assert picture.joined(rows[:5], 36) == rows[:5]
+
+
+NAME = "lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_q"
+
+
+def odd_parts(out, inputs):
+    """Tensors of one layer, by layout, that fit each other and no layer of [out, inputs]."""
+    one, two = torch.ones(2, 2), torch.ones
+    small = {
+        "hada_w1_a": two(out, 2),
+        "hada_w1_b": two(2, inputs),
+        "hada_w2_a": two(out, 2),
+        "hada_w2_b": two(2, inputs),
+    }
+    lora = {"lora_up.weight": two(out, 2), "lora_down.weight": two(2, inputs)}
+    tucker = {"hada_w1_a": two(2, out), "hada_w1_b": two(2, inputs), "hada_t1": two(2, 2, 3, 3)}
+    tucker |= {name.replace("1", "2", 1): value for name, value in tucker.items()}
+    return {
+        "LoRA turned": {"lora_up.weight": two(out * 2, 2), "lora_down.weight": two(2, inputs // 2)},
+        "LoRA with a kernel": {**lora, "lora_mid.weight": two(2, 2, 3, 3)},
+        "LoHa": {**small, "hada_w1_a": two(out * 2, 2), "hada_w2_a": two(out * 2, 2)},
+        "LoHa with a kernel": tucker,
+        "LoKr": {"lokr_w1": one, "lokr_w2": two(out, inputs)},
+        "LoKr in factors": {"lokr_w1": one, "lokr_w2_a": two(out, 1), "lokr_w2_b": two(1, inputs // 2)},
+        "LoKr with a kernel": {
+            "lokr_w1": one,
+            "lokr_w2_a": two(2, out // 2),
+            "lokr_w2_b": two(2, inputs // 2),
+            "lokr_t2": two(2, 2, 3, 3),
+        },
+        "OFT": {"oft_blocks": torch.zeros(out, 2, 2)},
+        "BOFT": {"oft_blocks": torch.zeros(1, out, 2, 2)},
+        "BOFT of odd blocks": {"oft_blocks": torch.zeros(9, out // 2, 2, 2)},
+        "OFT rescaled": {"oft_blocks": torch.zeros(out // 2, 2, 2), "rescale": two(out * 2, 1)},
+        "GLoRA": {
+            "a1.weight": two(inputs, 2),
+            "a2.weight": two(2, inputs * 2),
+            "b1.weight": two(out, 2),
+            "b2.weight": two(2, inputs),
+        },
+        "DoRA of another length": {**lora, "dora_scale": two(out * 2, 1)},
+        "DoRA of more dimensions": {**lora, "dora_scale": two(out, 1, 1, 1)},
+        "difference": {"diff": two(out, inputs * 2)},
+    }
+
+
+@pytest.mark.parametrize("kind", odd_parts(8, 8))
+def test_parts_of_another_size_are_named_in_every_layout(model, kind):
+    out, inputs = model.model.diffusion_model.input_blocks[1][1].transformer_blocks[0].attn1.to_q.weight.shape
+    given = Adapter({f"{_host_name(model)}.{end}": value for end, value in odd_parts(out, inputs)[kind].items()})
+    report = inspect(given, model)[1]
+    assert "DOES NOT FIT the connected model (SD15)" in report
+    assert f"the layer [{out}, {inputs}]" in report
+    with pytest.raises(ModelError, match=rf"attn1.to_q.weight has .*the layer \[{out}, {inputs}\]"):
+        apply_to(model, given)
+
+
+def _host_name(model):
+    import comfy.lora
+
+    names = comfy.lora.model_lora_keys_unet(model.model, {})
+    wanted = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight"
+    return next(name for name, key in names.items() if key == wanted and name.startswith("lora_unet_"))
+
+
+def apply_to(model, given, clip=None):
+    from graft_pack.nodes import adapter
+
+    return adapter.GraftApplyAdapter.execute(model, given, 1.0, 1.0, clip).args
+
+
+def test_whole_layers_of_every_type_fit(model):
+    for kind in (*TYPES, *NEEDY):
+        report = inspect(adapter_of(kind), model)[1]
+        assert "Fits the connected model" in report, (kind, report)
+
+
+def test_text_encoder_parts_of_another_size_are_refused(model):
+    clip = models.text("SD1")
+    key = next(
+        name
+        for name, _ in clip.cond_stage_model.named_parameters()
+        if name.endswith("layers.0.self_attn.q_proj.weight")
+    )
+    out, inputs = dict(clip.cond_stage_model.named_parameters())[key].shape
+    name = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
+    given = Adapter(
+        {f"{name}.lora_up.weight": torch.ones(out + 1, 2), f"{name}.lora_down.weight": torch.ones(2, inputs)}
+    )
+    with pytest.raises(ModelError, match=rf"q_proj.weight has the shape \[{out + 1}, {inputs}\], the layer \[{out}"):
+        apply_to(model, given, clip)
+
+
+@pytest.mark.parametrize(
+    "ends, says",
+    [
+        ({"lokr_w1": (4, 4)}, "lokr_w2 is missing"),
+        ({"lokr_w2": (4, 4)}, "lokr_w1 is missing"),
+        ({"lokr_t2": (2, 2, 3, 3), "lokr_w1": (2, 2)}, "lokr_w2_a is missing"),
+        ({"hada_w1_a": (4, 2), "hada_w1_b": (2, 4)}, "hada_w2_a is missing"),
+        ({"hada_w2_a": (4, 2), "hada_w2_b": (2, 4)}, "hada_w1_a is missing"),
+        ({"a1.weight": (4, 2), "a2.weight": (2, 4)}, "b1.weight is missing"),
+        ({"oft_blocks": (4, 2)}, "oft_blocks is"),
+        ({"lora_up.weight": (4, 2), "lora_down.weight": (2, 4), "dora_scale": (4,)}, "dora_scale is"),
+        (
+            {"hada_w1_a": (4, 2), "hada_w1_b": (2, 4), "hada_w2_a": (4, 2), "hada_w2_b": (2, 8)},
+            "products .* do not fit each other",
+        ),
+    ],
+)
+def test_half_layers_are_refused_by_every_tool(model, ends, says):
+    given = Adapter({f"{NAME}.{end}": torch.ones(shape) for end, shape in ends.items()})
+    whole = adapter_of("LoRA")
+    for act in (
+        lambda: inspect(given, model),
+        lambda: apply_to(model, given),
+        lambda: merge(given, whole),
+        lambda: execute("GraftResizeAdapter", given, 2, 1.0),
+    ):
+        with pytest.raises(ModelError, match=f"layer {NAME} .*{says}"):
+            act()

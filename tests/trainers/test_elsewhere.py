@@ -6,7 +6,6 @@ import os
 import posixpath
 import re
 import struct
-import time
 
 import numpy as np
 import pytest
@@ -22,8 +21,8 @@ from graft_pack.trainers.formats import files, layers
 from graft_pack.trainers.formats.adapter import Adapter, load_adapter
 from graft_pack.trainers.formats.embedding import load_embedding
 from graft_pack.trainers.inversion import check_name
-from graft_pack.trainers.methods.patterns import parse_pairs, parse_patterns
-from graft_pack.trainers.names import check_file_name, check_text, is_reserved, is_text, why_costly
+from graft_pack.trainers.methods.patterns import parse_pairs
+from graft_pack.trainers.names import check_file_name, check_text, is_reserved, is_text
 from graft_pack.trainers.run import Products, Run
 from graft_pack.trainers.state import State
 from graft_pack.trainers.tools.difference import difference
@@ -376,42 +375,6 @@ def test_texts_that_are_taken_can_be_written(text):
         return
     assert len(text) <= 50 and "\0" not in text
     text.encode("utf-8")
-
-
-@settings(max_examples=400)
-@given(st.text(alphabet="ab.*+?()|[]{}1,2^$\\dw", max_size=18))
-@example("(a+)+b")
-@example("(a|aa)*b")
-@example("((a*)b?)*c")
-@example("(?:a{1,9}){1,9}c")
-@example("a*a*a*c")
-@example("attn2")
-@example("input_blocks.*attn1.*to_q")
-def test_patterns_that_are_taken_are_searched_soon(pattern):
-    why = why_costly(pattern)
-    if why:
-        with pytest.raises(SettingsError):
-            parse_patterns(pattern, "target_patterns") or pytest.skip("nothing but spaces")
-        return
-    for path in ("a" * 80, "ab" * 40, "input_blocks.4.1.transformer_blocks.0.attn1.to_q"):
-        started = time.process_time()
-        re.search(pattern, path)
-        assert time.process_time() - started < 0.5
-
-
-REFUSED = {"(a+)+b": "without end", "(aa|b)*": "without end", ".*.*.*.*": "more than 3", "(": "no regular"}
-
-
-@pytest.mark.parametrize("pattern, reason", [*REFUSED.items(), ("a" * 301, "longer")])
-def test_patterns_that_could_be_searched_for_hours_are_refused(pattern, reason):
-    assert reason in why_costly(pattern)
-
-
-@pytest.mark.parametrize(
-    "pattern", ["attn2", r"input_blocks\.\d+\.1", ".*attn.*to_[qk].*", "^(down|up)_blocks", "a{2}"]
-)
-def test_usual_patterns_are_taken(pattern):
-    assert why_costly(pattern) == ""
 
 
 @given(st.text(max_size=30) | st.text(alphabet="0123456789 ,=-.einfa", max_size=20))

@@ -106,6 +106,20 @@ def test_names_that_a_prompt_can_address_pass(name):
     inversion.check_name(name)
 
 
+@pytest.mark.parametrize(
+    "name", ["my word", "my\tword", "a(b)", "(a", "a:1.2", "a\\b", "word,", ",word", "a\u3000b", ""]
+)
+def test_file_names_that_no_prompt_can_call_are_known(name):
+    assert not inversion.is_addressable(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["word", "folder/word-1.5", "a,b", "[word]", "{word}", "w\u00f6rter", "EasyNegative_v2"]
+)
+def test_file_names_that_a_prompt_can_call_pass(name):
+    assert inversion.is_addressable(name)
+
+
 def test_a_word_alone_is_trained_and_nothing_else(tmp_path):
     host = make_host()
     before = [value.clone() for value in host.denoiser._unet.state_dict().values()]

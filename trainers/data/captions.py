@@ -7,7 +7,8 @@ import io
 import os
 import posixpath
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ..errors import DatasetError
@@ -282,21 +283,85 @@ def _move_tags(example: Example, caption: str, added: bool, draw: np.random.Rand
     return ", ".join(front + kept + rest)
 
 
-_ALTERNATIVES = re.compile(r"\{([^{}]*\|[^{}]*)\}")
+_MARKS = re.compile(r"([{}|])")
+
+
+@dataclass
+class _Wildcard:
+    """An open `{` of a caption, and what stands behind it so far.
+
+    Attributes:
+        start: its place among the caption's tokens.
+        level: one more than that of the wildcards in it.
+        parts: what stands between its `|`, each in pieces: texts, and lists of pieces of what was closed in it.
+        plain: whether all braces in it are wildcards themselves.
+    """
+
+    start: int
+    level: int = 0
+    parts: list[list] = field(default_factory=lambda: [[]])
+    plain: bool = True
 
 
 def _resolve(caption: str, draw: np.random.RandomState | None) -> str:
-    """Replaces each `{a|b}` by one of its parts, inner ones first; by the first one when nothing is drawn."""
+    """Replace each `{a|b}` by one of its parts, inner ones first; by the first one when nothing is drawn."""
+    tokens = _MARKS.split(caption)
+    sizes = {}
+    _join_wildcards(tokens, lambda one: sizes.setdefault((one.level, one.start), len(one.parts)) and 0)
+    # The order of the draws decides the caption: innermost first, from left to right, then those around them.
+    chosen = {start: draw.randint(sizes[level, start]) if draw is not None else 0 for level, start in sorted(sizes)}
+    return " ".join(_join_wildcards(tokens, lambda one: chosen[one.start]).split())
 
-    def chosen(match: re.Match) -> str:
-        parts = match.group(1).split("|")
-        return parts[draw.randint(len(parts)) if draw is not None else 0]
 
-    while True:
-        found = _ALTERNATIVES.sub(chosen, caption)
-        if found == caption:
-            return " ".join(found.split())
-        caption = found
+def _join_wildcards(tokens: list[str], choose: Callable[[_Wildcard], int]) -> str:
+    """A caption with each wildcard replaced by one of its parts; braces that are none stay.
+
+    Args:
+        tokens: the caption, cut at `{`, `|` and `}`.
+        choose: gives the place of a wildcard's part.
+    """
+    whole = _Wildcard(-1)
+    open_ones = [whole]
+    for place, token in enumerate(tokens):
+        inner = open_ones[-1]
+        if token == "{":
+            open_ones.append(_Wildcard(place))
+        elif token == "|" and inner is not whole:
+            inner.parts.append([])
+        elif token == "}" and inner is not whole:
+            open_ones.pop()
+            outer = open_ones[-1]
+            if inner.plain and len(inner.parts) > 1:
+                outer.level = max(outer.level, inner.level + 1)
+                outer.parts[-1].append(inner.parts[choose(inner)])
+            else:
+                outer.plain = False
+                outer.parts[-1] += [_as_written(inner), "}"]
+        else:
+            inner.parts[-1].append(token)
+    return "".join(
+        _texts([_as_written(unclosed) if unclosed is not whole else whole.parts[0] for unclosed in open_ones])
+    )
+
+
+def _as_written(given: _Wildcard) -> list:
+    pieces = ["{", given.parts[0]]
+    for part in given.parts[1:]:
+        pieces += ["|", part]
+    return pieces
+
+
+def _texts(pieces: list) -> Iterator[str]:
+    """The texts in pieces, which may lie deeper than functions can call themselves."""
+    pending = [iter(pieces)]
+    while pending:
+        piece = next(pending[-1], None)
+        if piece is None:
+            pending.pop()
+        elif isinstance(piece, str):
+            yield piece
+        else:
+            pending.append(iter(piece))
 
 
 def variant_of_turn(example: Example, count: int, seed: int, place: int, turn: int) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import TYPE_CHECKING
 
@@ -107,15 +108,15 @@ def split(tensors: dict[str, torch.Tensor]) -> tuple[Layers, list[str]]:
     return found, others
 
 
-# Pairs of factors, of which the columns of the first are as many as the rows of the second.
-_FACTORS = {
-    "hada_w1_b": "hada_w1_a",
-    "hada_w2_b": "hada_w2_a",
-    "lokr_w1_b": "lokr_w1_a",
-    "lokr_w2_b": "lokr_w2_a",
-}
-# Cores between two factors, which decide by themselves what fits.
-_CORES = {"hada_w1_b": "hada_t1", "hada_w2_b": "hada_t2", "lokr_w2_b": "lokr_t2"}
+# Pairs of factors, of which the columns of the first are as many as the rows of the second; with a core between them
+# the rows of both are as many as the core's.
+_FACTORS = (
+    ("hada_w1_a", "hada_w1_b", "hada_t1"),
+    ("hada_w2_a", "hada_w2_b", "hada_t2"),
+    ("lokr_w1_a", "lokr_w1_b", ""),
+    ("lokr_w2_a", "lokr_w2_b", "lokr_t2"),
+)
+_GLORA = ("a1.weight", "a2.weight", "b1.weight", "b2.weight")
 
 
 def check_parts(tensors: dict[str, torch.Tensor], whose: str, input: str) -> None:
@@ -143,15 +144,128 @@ def _misfit(held: dict[str, torch.Tensor]) -> str:
             return f"alpha is {list(tensor.shape)} and no number"
         if not tensor.numel():
             return f"{end} is empty"
+    if DORA in held and held[DORA].dim() < 2:
+        return f"{DORA} is {list(held[DORA].shape)} and no [out, 1] or [1, in]"
     if UP in held or DOWN in held:
         return _misfit_of_lora(held)
-    for second, first in _FACTORS.items():
+    for first, second, core in _FACTORS:
         if (first in held) != (second in held):
             return f"{first} or {second} is missing"
-        if first in held and _CORES.get(second) not in held:
-            left, right = held[first], held[second]
-            if left.dim() != 2 or right.dim() < 2 or left.shape[1] != right.shape[0]:
-                return f"{first} {list(left.shape)} and {second} {list(right.shape)} do not fit each other"
+        if core in held and first not in held:
+            return f"{first} is missing"
+        if first not in held:
+            continue
+        left, right, middle = held[first], held[second], held.get(core)
+        if middle is not None:
+            if left.dim() != 2 or right.dim() != 2 or middle.dim() != 4 or middle.shape[:2] != (len(left), len(right)):
+                return (
+                    f"{first} {list(left.shape)}, {second} {list(right.shape)} and {core} {list(middle.shape)} do not "
+                    "fit each other"
+                )
+        elif left.dim() != 2 or right.dim() < 2 or left.shape[1] != right.shape[0]:
+            return f"{first} {list(left.shape)} and {second} {list(right.shape)} do not fit each other"
+    return _misfit_of_pairs(held)
+
+
+def _misfit_of_pairs(held: dict[str, torch.Tensor]) -> str:
+    """Of the two products of a LoHa or LoKr, and of the parts of OFT and GLoRA."""
+    if any(end.startswith("hada_") for end in held):
+        if not {"hada_w1_a", "hada_w2_a"} <= held.keys():
+            return f"{'hada_w2_a' if 'hada_w1_a' in held else 'hada_w1_a'} is missing"
+        if ("hada_t1" in held) != ("hada_t2" in held):
+            return f"{'hada_t2' if 'hada_t1' in held else 'hada_t1'} is missing"
+        first, second = (_product_shape(held, *names) for names in _FACTORS[:2])
+        if first != second:
+            return f"the products {list(first)} and {list(second)} do not fit each other"
+    if any(end.startswith("lokr_") for end in held):
+        for whole, factor in (("lokr_w1", "lokr_w1_a"), ("lokr_w2", "lokr_w2_a")):
+            if whole not in held and factor not in held:
+                return f"{whole} is missing"
+            if whole in held and held[whole].dim() < 2:
+                return f"{whole} is {list(held[whole].shape)} and no matrix"
+        if "lokr_w1" in held and held["lokr_w1"].dim() != 2:
+            return f"lokr_w1 is {list(held['lokr_w1'].shape)} and no matrix"
+    if "oft_blocks" in held:
+        shape = held["oft_blocks"].shape
+        if len(shape) not in (3, 4) or shape[-1] != shape[-2]:
+            return f"oft_blocks is {list(shape)}, where it has square blocks"
+    elif "rescale" in held:
+        return "oft_blocks is missing"
+    missing = [name for name in _GLORA if name not in held]
+    if missing and len(missing) < len(_GLORA):
+        return f"{missing[0]} is missing"
+    if not missing and any(held[name].dim() < 2 for name in _GLORA):
+        return "a factor is no matrix"
+    return ""
+
+
+def _product_shape(held: dict[str, torch.Tensor], first: str, second: str, core: str) -> tuple[int, ...]:
+    """Of two factors, with the kernel of the core between them."""
+    if core in held:
+        return (held[first].shape[1], held[second].shape[1], *held[core].shape[2:])
+    return (held[first].shape[0], held[second][0].numel())
+
+
+def shape_of(held: dict[str, torch.Tensor]) -> tuple[int, ...] | None:
+    """The shape of what a layer's tensors add, flat where they do not say a kernel; None where they do not add.
+
+    Args:
+        held: by their ends, fitting each other.
+    """
+    if UP in held and DOWN in held:
+        middle = held.get(MID)
+        if middle is not None:
+            return (held[UP].shape[0], held[DOWN][0].numel(), *middle.shape[2:])
+        return (held[UP].shape[0], *held[DOWN].shape[1:])
+    if "hada_w1_a" in held and "hada_w1_b" in held:
+        return _product_shape(held, *_FACTORS[0])
+    if "lokr_w1" in held or "lokr_w1_a" in held:
+        pairs = []
+        for whole, names in (("lokr_w1", _FACTORS[2]), ("lokr_w2", _FACTORS[3])):
+            pairs.append(tuple(held[whole].shape) if whole in held else _product_shape(held, *names))
+        (rows, columns), (more_rows, more_columns, *kernel) = pairs[0][:2], pairs[1]
+        return (rows * more_rows, columns * more_columns, *kernel)
+    return tuple(held[WHOLE].shape) if WHOLE in held else None
+
+
+def misfit_of_layer(held: dict[str, torch.Tensor], shape: tuple[int, ...]) -> str:
+    """Why a layer's tensors do not fit a weight; empty when they do.
+
+    ComfyUI multiplies them out and reshapes the product, or turns the weight, and reports a failure in its log alone.
+
+    Args:
+        held: by their ends, in kohya's words.
+        shape: of the weight, [out, in, ...].
+    """
+    layer = f"the layer {list(shape)}"
+    inner = math.prod(shape[1:])
+    if "reshape_weight" in held or "set_weight" in held:
+        return ""
+    found = shape_of(held)
+    if found is not None and WHOLE in held:
+        if found != tuple(shape):
+            return f"the shape {list(found)}, {layer}"
+    elif found is not None and (found[0] != shape[0] or math.prod(found[1:]) != inner):
+        return f"the shape {list(found)}, {layer}"
+    if "oft_blocks" in held:
+        *steps, count, size, _ = held["oft_blocks"].shape
+        # Each step of BOFT takes rows apart that lie twice as far from each other as in the step before.
+        apart = steps and (size % 2 or shape[0] % (size * 2 ** (min(steps[0], 32) - 1)))
+        if count * size != shape[0] or apart:
+            return f"oft_blocks {list(held['oft_blocks'].shape)} for {count * size} rows, {layer}"
+    if "rescale" in held and "oft_blocks" in held and held["rescale"].numel() not in (1, shape[0]):
+        return f"rescale {list(held['rescale'].shape)}, {layer}"
+    if all(name in held for name in _GLORA):
+        a1, a2, b1, b2 = (held[name].flatten(1).shape for name in _GLORA)
+        old = a2[1] == a1[0] and b2[1] == b1[0] and (b2[0], b1[1], a2[0], a1[1]) == (shape[0], inner, inner, inner)
+        inputs = shape[1] if len(shape) > 1 else 1
+        new = a1[1] == a2[0] and b1[1] == b2[0] and (a1[0], a2[1], b1[0], b2[1]) == (inputs, inputs, shape[0], inner)
+        if not old and not new:
+            return f"the factors {', '.join(str(list(one)) for one in (a1, a2, b1, b2))}, {layer}"
+    if DORA in held:
+        ones = [1] * (len(shape) - 2)
+        if len(shape) < 2 or list(held[DORA].shape) not in ([shape[0], 1, *ones], [1, shape[1], *ones]):
+            return f"{DORA} {list(held[DORA].shape)}, {layer}"
     return ""
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError, RunError
-from ..names import why_costly
+from ..regex import PatternError, Patterns
 from . import files
 from .cuts import Cut, cut
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 # Of what scales a layer: far beyond what is of use, and within what float32 can multiply.
 _LARGEST = 1e9
+# States of all keys of a pattern over all layers: a key for each layer of a large model takes a tenth.
+_MOST_LOOKED_AT = 50_000_000
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -187,7 +189,7 @@ def _as_published(component: str, native: Native) -> Native:
 def _native(path: str, config: dict[str, Any], tensors: dict[str, torch.Tensor], prefix: str) -> Native:
     held = {name[len(prefix) :].replace(".default.", "."): tensor for name, tensor in tensors.items()}
     places = {_place_of(name) for name in held}
-    scales = {place: scale for place in places if (scale := _scale_of(place, config)) is not None}
+    scales = _scales_of(places, config, path)
     published = all(_PUBLISHED.match(place) for place in places)
     return Native(_method_of(config, path), config, held, published, scales)
 
@@ -240,9 +242,6 @@ def _checked(config: Any, path: str) -> dict[str, Any]:
             # A rank divides.
             if not _is_number(value) or (name == "rank_pattern" and value <= 0):
                 raise _strange(path, f"the {name} of {key[:80]} is {value!r:.40}")
-            why = why_costly(key)
-            if why:
-                raise _strange(path, f"{key[:80]!r} of {name} {why}")
     return config
 
 
@@ -272,18 +271,35 @@ def _method_of(config: dict[str, Any], path: str) -> str:
     return known[kind]
 
 
-def _scale_of(place: str, config: dict[str, Any]) -> float | None:
-    """A layer's effective scale by peft's rules; None where the type has none."""
+def _scales_of(places: set[str], config: dict[str, Any], path: str) -> dict[str, float]:
+    """Effective scales of layers by peft's rules; none where the type has none."""
     alpha = config.get("lora_alpha", config.get("alpha"))
     if not config.get("r") or alpha is None:
-        return None
-    rank = _of_pattern(place, config.get("rank_pattern"), config["r"])
-    alpha = _of_pattern(place, config.get("alpha_pattern"), alpha)
-    return alpha / (rank**0.5 if config.get("use_rslora") else rank)
+        return {}
+    rank_of = _by_pattern(places, config, "rank_pattern", config["r"], path)
+    alpha_of = _by_pattern(places, config, "alpha_pattern", alpha, path)
+    root = 0.5 if config.get("use_rslora") else 1
+    return {place: alpha_of[place] / rank_of[place] ** root for place in places}
 
 
-def _of_pattern(place: str, pattern: dict[str, float] | None, default: float) -> float:
-    for key, value in (pattern or {}).items():
-        if re.match(rf"(.*\.)?({key})$", place):
-            return value
-    return default
+def _by_pattern(places: set[str], config: dict[str, Any], name: str, default: float, path: str) -> dict[str, float]:
+    """The value of each layer: of the first key of a pattern of peft's that its path ends with.
+
+    Raises:
+        ModelError: a key is no regular expression that can be used.
+    """
+    pattern = config.get(name)
+    if not pattern:
+        return dict.fromkeys(places, default)
+    values = list(pattern.values())
+    try:
+        keys = Patterns(list(pattern), whole=True, budget=_MOST_LOOKED_AT)
+        found = {place: keys.first(place) for place in places}
+    except PatternError as error:
+        key = f"The key {error.pattern[:80]!r} {error.message}." if error.pattern else error.message
+        raise ModelError(
+            f"The {name} of the adapter '{path}' cannot be used. {key}",
+            "Save it anew with the layers' whole paths as keys, or choose another adapter.",
+            "adapter_name",
+        ) from error
+    return {place: default if number is None else values[number] for place, number in found.items()}

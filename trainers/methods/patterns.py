@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, TypeVar
 
 from ..errors import SettingsError
-from ..names import why_costly
+from ..regex import Patterns, regex_problem, search_patterns
 
 if TYPE_CHECKING:
     from ..recipe import Recipe
@@ -65,7 +64,7 @@ def _words(text: str, input: str) -> list[str]:
 
 
 def _check_pattern(pattern: str, input: str) -> None:
-    why = why_costly(pattern)
+    why = regex_problem(pattern)
     if why:
         raise SettingsError(
             f"'{pattern[:80]}' in {input} {why}.",
@@ -76,15 +75,14 @@ def _check_pattern(pattern: str, input: str) -> None:
 
 def matches(path: str, patterns: Iterable[str]) -> bool:
     """Whether a path holds one of the patterns."""
-    return any(re.search(pattern, path) for pattern in patterns)
+    return search_patterns(tuple(patterns)).first(path) is not None
 
 
 def value_for(path: str, pairs: Iterable[tuple[str, Value]], default: Value) -> Value:
     """The value of the first pair whose pattern is in a path."""
-    for pattern, value in pairs:
-        if re.search(pattern, path):
-            return value
-    return default
+    pairs = tuple(pairs)
+    place = search_patterns(tuple(pattern for pattern, _ in pairs)).first(path) if pairs else None
+    return default if place is None else pairs[place][1]
 
 
 def rank_of(path: str, recipe: Recipe) -> int:
@@ -114,7 +112,8 @@ def check_pairs(pairs: Iterable[tuple], paths: list[str], input: str) -> None:
         SettingsError: naming it.
     """
     for pattern, _ in pairs:
-        if not any(re.search(pattern, path) for path in paths):
+        search = Patterns([pattern])
+        if not any(search.first(path) is not None for path in paths):
             raise SettingsError(
                 f"The pattern '{pattern}' of {input} is in no layer's path.",
                 f"The paths look like {paths[0]}." if paths else "",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..errors import ModelError
 from ..formats.kohya import lora_tensors
-from ..formats.layers import ALPHA, BIAS, DORA, DOWN, MID, UP, WHOLE, split
+from ..formats.layers import ALPHA, BIAS, DORA, DOWN, MID, UP, WHOLE, shape_of, split
 from . import svd
 
 if TYPE_CHECKING:
@@ -23,6 +24,29 @@ _RELATIVE = {
     "set_weight": "whole weights (set_weight)",
     "reshape_weight": "a change of the layer's shape (reshape_weight)",
 }
+
+
+# Numbers of a difference that is multiplied out, 0.5 GB in float32 and several times that at work: all layers of the
+# models there are have fewer, and a file of some kilobytes can ask for any number.
+_MOST_NUMBERS = 2**27
+
+
+def check_size(shape: Iterable[int], name: str = "", input: str = "adapter") -> None:
+    """Refuse to multiply out a difference that no layer has.
+
+    Raises:
+        ModelError: naming the layer and the size.
+    """
+    shape = list(shape)
+    numbers = math.prod(shape)
+    if numbers > _MOST_NUMBERS:
+        layer = f"layer {name[:200]}" if name else "layer"
+        raise ModelError(
+            f"The adapter's {layer} is {shape}: multiplied out it would take {numbers * 4 / 1e9:.1f} GB, and at most "
+            f"{_MOST_NUMBERS * 4 / 1e9:.1f} GB are taken.",
+            "Use an adapter whose layers have the size of a model's; weighted sum and SVD leave a LoRA in factors.",
+            input,
+        )
 
 
 @dataclass(frozen=True)
@@ -64,6 +88,7 @@ class Difference:
         """The whole of it, in `shape`."""
         if self.up is None:
             return self.whole
+        check_size(self.shape)
         return (self.up @ self.down.flatten(1)).view(self.shape)
 
 
@@ -114,6 +139,7 @@ def difference(name: str, tensors: dict[str, torch.Tensor], input: str) -> Diffe
     try:
         if UP in held:
             return Difference(*_factors(held), bias=bias)
+        check_size(shape_of(held) or (), name, input)
         if _HADA[0] in held:
             return _hadamard(held, bias)
         if any(end.startswith("lokr_") for end in held):
@@ -135,6 +161,7 @@ def _factors(held) -> tuple[torch.Tensor, torch.Tensor]:
     if MID in held:
         import torch
 
+        check_size((len(held[MID]), down[0].numel(), *held[MID].shape[2:]))
         down = torch.einsum("o m ..., m i -> o i ...", held[MID], down.flatten(1))
     if up.shape[1] != down.shape[0]:
         raise KeyError(UP)

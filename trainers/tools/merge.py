@@ -13,7 +13,7 @@ from ..formats.adapter import Adapter
 from ..formats.kohya import to_kohya
 from ..formats.layers import common_name, layouts
 from ..formats.metadata import derived
-from .difference import Difference, alike, differences, file_tensors, fitted, limited
+from .difference import Difference, alike, check_size, differences, file_tensors, fitted, limited
 
 if TYPE_CHECKING:
     import torch
@@ -137,6 +137,8 @@ def _merged(name: str, parts: list[tuple[Difference, float]], how: Merging, seed
         up = torch.cat([one.up * weight for one, weight in parts], dim=1)
         made = Difference(up, torch.cat([one.down for one, _ in parts]), bias=bias, certain=certain)
     else:
+        for one, _ in parts:
+            check_size(one.shape, name, _INPUTS[0])
         whole = _mixed([(one.value(), weight) for one, weight in parts], how, seed)
         made = Difference(whole=whole, bias=bias, certain=certain)
     if how.method == SVD or how.rank:
@@ -169,8 +171,9 @@ def _mixed(parts: list[tuple[torch.Tensor, float]], how: Merging, seed: int) -> 
     import torch
     from peft.utils import merge_utils
 
-    tensors = [tensor.cpu() for tensor, _ in parts]
-    weights = torch.tensor([weight for _, weight in parts])
+    # peft elects signs before it multiplies by the weights: a negative one is then counted on the wrong side.
+    tensors = [-tensor.cpu() if weight < 0 else tensor.cpu() for tensor, weight in parts]
+    weights = torch.tensor([abs(weight) for _, weight in parts])
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         # peft says in a warning that a density of 1 leaves nothing out.
         warnings.simplefilter("ignore")

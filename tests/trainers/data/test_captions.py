@@ -1,14 +1,18 @@
 """Captions: triggers, and what happens to them from one showing to the next."""
 
 import math
+import re
+import time
 from collections import Counter
 
+import numpy as np
 import pytest
 from graft_pack.trainers.data import captions
 from graft_pack.trainers.data.examples import Example, Handling
 from graft_pack.trainers.data.scan import from_arrays
 from graft_pack.trainers.errors import DatasetError
-from hypothesis import given
+from hypothesis import example as case
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 TAGS = tuple(f"tag {letter}" for letter in "abcdefghij")
@@ -161,6 +165,43 @@ def test_wildcards_become_one_of_their_parts(caption, expected):
     made = example(caption, wildcards=True)
     assert {captions.variant(made, number) for number in range(100)} == expected
     assert captions.variant(example(caption), 3) == caption, "only where they are switched on"
+
+
+def reference_of_wildcards(caption, draw):
+    """What wildcards become by definition: all innermost at once, from left to right, until there are none."""
+    while True:
+        chosen = lambda match: (parts := match.group(1).split("|"))[draw.randint(len(parts)) if draw else 0]  # noqa: E731
+        found = re.sub(r"\{([^{}]*\|[^{}]*)\}", chosen, caption)
+        if found == caption:
+            return " ".join(found.split())
+        caption = found
+
+
+@settings(max_examples=400)
+@given(st.text(alphabet="{}|ab ", max_size=25), st.integers(0, 3))
+@case("{a|{b|c}} {d|e}", 0)
+@case("{a|{b}|c} {d|}", 1)
+def test_wildcards_are_drawn_innermost_first_from_left_to_right(caption, seed):
+    draws = [np.random.RandomState(seed) if seed else None for _ in range(2)]
+    assert captions._resolve(caption, draws[0]) == reference_of_wildcards(caption, draws[1])
+
+
+@pytest.mark.parametrize(
+    "caption",
+    [
+        "{" + "|" * 9999,
+        "{|" * 5000,
+        "{|" * 3333 + "}" * 3333,
+        "{" * 5000 + "}" * 5000,
+        "{a|b}" * 2000,
+        "{a|" * 2500 + "}" * 2500,
+    ],
+)
+def test_wildcards_without_end_are_read_soon(caption):
+    """They took minutes, and take a tenth of a second."""
+    started = time.process_time()
+    captions._resolve(caption, np.random.RandomState(0))
+    assert time.process_time() - started < 10
 
 
 def test_lines_take_turns():

@@ -9,6 +9,7 @@ from graft_pack.trainers.formats.adapter import Adapter
 from graft_pack.trainers.formats.layers import common_name, split
 from graft_pack.trainers.tools import merge
 from graft_pack.trainers.tools.difference import difference, differences
+from graft_pack.trainers.tools.resize import resize
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -230,3 +231,60 @@ def test_settings_that_leave_nothing_are_refused():
         merge.Merging((0.0, 0.0))
     with pytest.raises(SettingsError, match="density is 0"):
         merge.Merging((1.0, 1.0), merge.TIES, density=0.0)
+
+
+@pytest.mark.parametrize("method", [merge.TIES, merge.DARE_TIES])
+@pytest.mark.parametrize("weights", [(1.0, -1.0), (-0.5, 0.75), (-1.0, -2.0)])
+def test_negative_weights_take_part_in_the_election(trained, method, weights):
+    """The same as the positive weight of the adapter turned round."""
+    a, b = trained[1]
+    turned = [
+        Adapter({name: -value if weight < 0 and ".lora_up" in name else value for name, value in one.items()})
+        for one, weight in zip((a, b), weights, strict=True)
+    ]
+    found = merge.merge(a, b, merge.Merging(weights, method, 0, 0.6, 3))
+    expected = merge.merge(*turned, merge.Merging(tuple(map(abs, weights)), method, 0, 0.6, 3))
+    assert found.keys() == expected.keys()
+    for name in found:
+        torch.testing.assert_close(found[name], expected[name])
+    if weights == (1.0, -1.0) and method == merge.TIES:
+        same = merge.merge(a, a, merge.Merging(weights, method, 0, 1.0, 3))
+        for name in NAMES:
+            whole = value_of(a, name)
+            # Of x and -x the sum is 0, and a tie goes to the positive one.
+            torch.testing.assert_close(value_of(same, name), whole.abs())
+
+
+LARGE = 60_000
+
+
+@pytest.mark.parametrize("method", [merge.TIES, merge.DARE, merge.DARE_TIES, merge.PRUNE])
+def test_products_larger_than_any_layer_are_refused(method):
+    given = Adapter({"x.lora_up.weight": torch.ones(LARGE, 1), "x.lora_down.weight": torch.ones(1, LARGE)})
+    with pytest.raises(ModelError, match=r"layer x is \[60000, 60000\]: multiplied out it would take 14.4 GB"):
+        merge.merge(given, given, merge.Merging((1.0, 1.0), method))
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {
+            "hada_w1_a": (LARGE, 1),
+            "hada_w1_b": (1, LARGE),
+            "hada_w2_a": (LARGE, 1),
+            "hada_w2_b": (1, LARGE),
+        },
+        {"lokr_w1": (300, 300), "lokr_w2": (200, 200)},
+        {"lokr_w1": (1, 1), "lokr_w2_a": (LARGE, 1), "lokr_w2_b": (1, LARGE)},
+        {"lora_up.weight": (4, 4), "lora_mid.weight": (LARGE, 1, 1, 1), "lora_down.weight": (1, LARGE)},
+    ],
+)
+def test_large_products_of_every_layout_are_refused(tensors):
+    given = {f"x.{end}": torch.ones(shape) for end, shape in tensors.items()}
+    with pytest.raises(ModelError, match=r"\[60000, 60000.*\]: multiplied out it would take 14.4 GB"):
+        differences(given, "adapter")
+
+
+def test_large_factors_are_resized_without_their_product():
+    given = Adapter({"x.lora_up.weight": torch.ones(LARGE, 2), "x.lora_down.weight": torch.ones(2, LARGE)})
+    assert resize(given, 1, 1.0)["x.lora_up.weight"].shape == (LARGE, 1)
