@@ -81,8 +81,10 @@ def _holds(known: _Known | None, tensor: torch.Tensor) -> bool:
     mark = _mark(tensor, parts)
     if mark == known.mark and not known.memory.expired():
         return True
-    # Of the same place, but moved, or put back after a patch.
-    if mark[0] != known.mark[0] or _sums(parts) != known.sums:
+    places = [[where for where, _ in one[1:]] for one in (mark, known.mark)]
+    is_written_to = not known.memory.expired() and places[0] == places[1]
+    # In other memory it was moved, or put back after a patch: a sum tells, which would not tell rows that were swapped.
+    if is_written_to or mark[0] != known.mark[0] or _sums(parts) != known.sums:
         return False
     known.memory, known.mark = StorageWeakRef(parts[0].untyped_storage()), mark
     return True
