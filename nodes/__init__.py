@@ -6,7 +6,8 @@ from comfy_api.latest import ComfyExtension
 
 from . import adapter, compare, dataset, dreambooth, embedding, job, options, tools, train
 from .checks import find_faults
-from .host import paths, routes, validation
+from .host import paths
+from .host.server import routes, validation
 
 NODES = [
     *dataset.NODES,

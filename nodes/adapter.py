@@ -94,7 +94,7 @@ class GraftApplyAdapter(io.ComfyNode):
         start_percent=0.0,
         end_percent=1.0,
     ) -> io.NodeOutput:
-        from .host.adapters import apply_adapter
+        from .host.model.lora import apply_adapter
 
         strengths = {"strength_model": strength_model, "strength_clip": strength_clip}
         with named(cls, model=model, adapter=adapter, clip=clip, **strengths):

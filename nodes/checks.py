@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..trainers.data.examples import Dataset
+from ..trainers.engine.resolve import Options
 from ..trainers.errors import GraftError, ModelError, SettingsError
 from ..trainers.formats.embedding import Embedding
-from ..trainers.formats.layers import check_parts
-from ..trainers.names import check_text
-from ..trainers.settings import Options
+from ..trainers.formats.keys import check_parts
+from ..trainers.text import check_text
 
 Rule = Callable[[Any], object]
 
@@ -26,7 +26,7 @@ def checked(**rules: Rule | None) -> classmethod:
 
     The host checks no more than what is smaller or larger, which NaN is not, on some versions no choice, and not at all
     what is named here. A value that comes over a wire is not known yet and passes. The host shows the answer at each
-    input that is named here; `nodes/host/validation.py` leaves it at those that are at fault.
+    input that is named here; `nodes/host/server/validation.py` leaves it at those that are at fault.
 
     Args:
         rules: by input's name, what raises GraftError for a value that cannot be used; a choice that has one is looked

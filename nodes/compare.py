@@ -61,8 +61,8 @@ class GraftCompare(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, files="", **_) -> list | float:
         """Changes with the files that are meant, and embedding files: a run may have made more of them."""
-        from .host.compare import states_of
-        from .host.words import file_states
+        from .host.actions.compare import states_of
+        from .host.model.embeddings import file_states
 
         # What comes over a wire is not known yet.
         return [*states_of(files), *file_states()] if isinstance(files, str) else float("nan")
@@ -86,7 +86,7 @@ class GraftCompare(io.ComfyNode):
         adapter=None,
         adapter_b=None,
     ) -> io.NodeOutput:
-        from .host.compare import Wish, compare
+        from .host.actions.compare import Wish, compare
 
         arrived = {"model": model, "clip": clip, "vae": vae, "adapter": adapter, "adapter_b": adapter_b, "cfg": cfg}
         with named(cls, **arrived):

@@ -124,7 +124,7 @@ class GraftLoadDataset(io.ComfyNode):
         control_folder="",
         **varying,
     ) -> io.NodeOutput:
-        from .host.progress import counter
+        from .host.server.progress import counter
 
         with named(cls):
             reading = scan.Reading(
@@ -278,22 +278,23 @@ class GraftInspectDataset(io.ComfyNode):
     def execute(cls, dataset, model=None, clip=None, vae=None) -> io.NodeOutput:
         import torch
 
-        from ..trainers.data import inspect, sheet
-        from ..trainers.data.cache import cache_size
-        from .host import training
-        from .host.progress import counter
+        from ..trainers.data import contact_sheet
+        from ..trainers.data import report as inspect
+        from ..trainers.preprocessing.cache import cache_size
+        from .host.actions import train
+        from .host.server.progress import counter
 
         with named(cls, dataset=dataset, model=model, clip=clip, vae=vae):
             findings = inspect.inspect(
                 dataset,
-                training.geometries(dataset, model, vae),
-                training.token_counter(clip),
+                train.geometries(dataset, model, vae),
+                train.token_counter(clip),
                 paths.index_folder(),
                 counter(cls.hidden.unique_id),
             )
-            picture = sheet.contact_sheet(findings)
+            picture = contact_sheet.contact_sheet(findings)
             report = inspect.report(findings, cache_size(paths.folders().cache))
-            warnings = inspect.warnings(findings, training.family_name(model))
+            warnings = inspect.warnings(findings, train.family_name(model))
             image = torch.from_numpy(picture)[None]
             shown = {**ui.PreviewImage(image, cls=cls).as_dict(), "text": (report,), "warnings": warnings}
             return io.NodeOutput(image, report, dataset, ui=shown)

@@ -73,7 +73,7 @@ class GraftClassImages(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, **values) -> list:
         """Changes when an embedding file that a prompt calls is replaced."""
-        from .host.words import file_states
+        from .host.model.embeddings import file_states
 
         return file_states()
 
@@ -94,7 +94,7 @@ class GraftClassImages(io.ComfyNode):
         scheduler,
         batch_size,
     ) -> io.NodeOutput:
-        from .host.class_images import Wish, make
+        from .host.actions.class_images import Wish, make
 
         with named(cls, model=model, clip=clip, vae=vae, cfg=cfg):
             wish = Wish(
@@ -238,8 +238,8 @@ class GraftTrainDreamBooth(Trainer):
         options=None,
         prior="class images",
     ) -> io.NodeOutput:
-        from .host import dreambooth
-        from .host.training import Widgets
+        from .host.actions import dreambooth
+        from .host.actions.train import Widgets
 
         sockets = {"model": model, "clip": clip, "vae": vae, "dataset": dataset}
         with named(cls, **sockets, class_dataset=class_dataset, options=options):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..trainers.inversion import check_name
+from ..trainers.methods.textual_inversion import check_name
 from .checks import checked
 from .host import paths
 from .schema import CATEGORY, Embedding, describe, named
@@ -33,7 +33,7 @@ class GraftApplyEmbedding(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip, embedding) -> io.NodeOutput:
-        from .host.words import apply_embedding
+        from .host.model.embeddings import apply_embedding
 
         with named(cls, clip=clip, embedding=embedding):
             return io.NodeOutput(apply_embedding(clip, embedding))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from .host.sampling import SAMPLERS, SCHEDULERS
+from .host.model.sampling import SAMPLERS, SCHEDULERS
 from .schema import Adapter, LossMap
 
 TOP_SEED = 0xFFFFFFFFFFFFFFFF

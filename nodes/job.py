@@ -60,7 +60,7 @@ class GraftExportJob(io.ComfyNode):
     def execute(
         cls, model, clip, vae, dataset, steps, learning_rate, rank, batch_size, seed, options=None, train="LoRA"
     ) -> io.NodeOutput:
-        from .host import training
+        from .host.actions import train as training
 
         with named(cls, model=model, clip=clip, vae=vae, dataset=dataset, options=options):
             widgets = training.Widgets(train, steps, learning_rate, rank, batch_size, seed)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..trainers.limits import check_option
-from ..trainers.settings import UNSET
-from ..trainers.settings import Options as Chosen
+from ..trainers.engine.resolve import UNSET
+from ..trainers.engine.resolve import Options as Chosen
+from ..trainers.engine.validation import check_option
 from .schema import CATEGORY, Options, describe, named, options_input
 
 _CATEGORY = f"{CATEGORY}/options"

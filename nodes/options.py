@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..trainers.engine.resolve import TARGETS
 from ..trainers.methods import ADAPTERS
-from ..trainers.objective.loss import HUBER_SCHEDULES, LOSSES
+from ..trainers.objective.losses import HUBER_SCHEDULES, LOSSES
 from ..trainers.objective.timesteps import TIMESTEPS
 from ..trainers.objective.weighting import WEIGHTINGS
-from ..trainers.optimisers import OPTIMISERS, SCHEDULES
-from ..trainers.recipe import RECOMPUTED
-from ..trainers.settings import TARGETS
+from ..trainers.optimizers import OPTIMISERS, SCHEDULES
+from ..trainers.recipe.recipe import RECOMPUTED
 from .checks import checked
 from .host import paths
-from .host.sampling import SAMPLERS, SCHEDULERS
+from .host.model.sampling import SAMPLERS, SCHEDULERS
 from .inputs import TOP_SEED
 from .option_fields import OptionNode, auto, count, number, option_schema, rules
 from .schema import advanced

@@ -33,8 +33,8 @@ class Trainer(io.ComfyNode):
 
         A stopped run was told to go on, or one was deleted, or an embedding file that a prompt calls was replaced.
         """
-        from .host.control import DESK
-        from .host.words import file_states
+        from .host.model.embeddings import file_states
+        from .host.server.control import DESK
 
         return [DESK.lifted, *file_states()]
 

@@ -14,7 +14,7 @@ from .checks import checked
 from .schema import CATEGORY, Adapter, LossMap, describe, execution_id, named
 
 if TYPE_CHECKING:
-    from ..trainers.levels import LevelLosses
+    from ..trainers.runs.loss_by_timestep import LevelLosses
 
 _CATEGORY = f"{CATEGORY}/adapter"
 _TOP_WEIGHT = 100.0
@@ -85,7 +85,7 @@ class GraftMergeAdapters(io.ComfyNode):
 
     @classmethod
     def execute(cls, adapter_a, adapter_b, weight_a, weight_b, method, rank, density, seed) -> io.NodeOutput:
-        from .host.tools import merge_adapters
+        from .host.actions.adapter_tools import merge_adapters
 
         with named(cls, adapter_a=adapter_a, adapter_b=adapter_b, weight_a=weight_a, weight_b=weight_b):
             how = merge.Merging((weight_a, weight_b), method, rank, density, seed)
@@ -117,7 +117,7 @@ class GraftResizeAdapter(io.ComfyNode):
 
     @classmethod
     def execute(cls, adapter, rank, energy) -> io.NodeOutput:
-        from .host.tools import resize_adapter
+        from .host.actions.adapter_tools import resize_adapter
 
         with named(cls, adapter=adapter, energy=energy):
             return io.NodeOutput(resize_adapter(adapter, rank, energy, execution_id(cls)))
@@ -168,7 +168,7 @@ class GraftExtractAdapter(io.ComfyNode):
     def execute(
         cls, model_tuned, model_base, rank, energy, conv, norms_and_biases, clip_tuned=None, clip_base=None
     ) -> io.NodeOutput:
-        from .host.tools import extract_adapter
+        from .host.actions.adapter_tools import extract_adapter
 
         sockets = {"model_tuned": model_tuned, "model_base": model_base}
         with named(cls, **sockets, clip_tuned=clip_tuned, clip_base=clip_base, energy=energy):
@@ -206,14 +206,14 @@ class GraftInspectAdapter(io.ComfyNode):
     def execute(cls, adapter, model=None, clip=None) -> io.NodeOutput:
         import torch
 
-        from ..trainers.tools import inspect, picture
-        from .host.adapters import fit
+        from ..trainers.tools import block_plot, inspect
+        from .host.model.lora import fit
 
         with named(cls, adapter=adapter, model=model, clip=clip):
             fitting = None if model is None else fit(model, clip, adapter)
             findings = inspect.look(adapter, None if fitting is None else fitting.paths)
             report = inspect.report(findings, fitting)
-            image = torch.from_numpy(picture.picture(findings))[None]
+            image = torch.from_numpy(block_plot.picture(findings))[None]
             return io.NodeOutput(image, report, ui={**ui.PreviewImage(image, cls=cls).as_dict(), "text": (report,)})
 
 
@@ -260,16 +260,16 @@ class GraftPlotLoss(io.ComfyNode):
     def execute(cls, loss, smoothing, log_scale, loss_b=None, plot=_BY_STEP) -> io.NodeOutput:
         import torch
 
-        from ..trainers.tools import curve
+        from ..trainers.tools import plots
 
         with named(cls, loss=loss, loss_b=loss_b, smoothing=smoothing):
             given = {"loss": loss, "loss_b": loss_b}
             given = {name: one for name, one in given.items() if one is not None}
             if plot == _BY_TIMESTEP:
-                drawn = curve.plot_levels({name: _levels_of(name, one) for name, one in given.items()}, log_scale)
+                drawn = plots.plot_levels({name: _levels_of(name, one) for name, one in given.items()}, log_scale)
             else:
                 losses = {name: one["loss"] for name, one in given.items()}
-                drawn = curve.plot(losses, smoothing, log_scale)
+                drawn = plots.plot(losses, smoothing, log_scale)
             image = torch.from_numpy(drawn)[None]
             return io.NodeOutput(image, ui=ui.PreviewImage(image, cls=cls))
 
@@ -280,7 +280,7 @@ def _levels_of(name: str, loss: dict) -> tuple[LevelLosses, int]:
     Raises:
         SettingsError: nothing.
     """
-    from ..trainers.levels import BY_TIMESTEP, LevelLosses
+    from ..trainers.runs.loss_by_timestep import BY_TIMESTEP, LevelLosses
 
     with contextlib.suppress(ValueError):
         levels = LevelLosses.of_json(loss.get(BY_TIMESTEP))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..trainers.inversion import TEMPLATES, check_name
-from ..trainers.recipe import Word
+from ..trainers.methods.textual_inversion import TEMPLATES, check_name
+from ..trainers.recipe.recipe import Word
 from . import inputs
 from .checks import checked
 from .schema import CATEGORY, Dataset, Embedding, LossMap, Trainer, describe, named, options_input, usually
@@ -56,14 +56,14 @@ class GraftTrainLoRA(Trainer):
     def execute(
         cls, model, clip, vae, dataset, steps, learning_rate, rank, batch_size, seed, options=None
     ) -> io.NodeOutput:
-        from .host import training
+        from .host.actions import train
 
         with named(cls, model=model, clip=clip, vae=vae, dataset=dataset, options=options):
-            widgets = training.Widgets("LoRA", steps, learning_rate, rank, batch_size, seed)
-            done = training.train(model, clip, vae, dataset, widgets, options, cls.hidden.unique_id)
+            widgets = train.Widgets("LoRA", steps, learning_rate, rank, batch_size, seed)
+            done = train.train(model, clip, vae, dataset, widgets, options, cls.hidden.unique_id)
             embedding = done.embedding
             if embedding is None:
-                embedding = training.nothing("No embedding was trained: connect Graft Pivotal Options to train one.")
+                embedding = train.nothing("No embedding was trained: connect Graft Pivotal Options to train one.")
             return io.NodeOutput(done.model, done.clip, done.adapter, done.loss, embedding, ui=done.ui)
 
 
@@ -149,12 +149,12 @@ class GraftTrainEmbedding(Trainer):
         options=None,
         templates="object",
     ) -> io.NodeOutput:
-        from .host import training
+        from .host.actions import train
 
         with named(cls, model=model, clip=clip, vae=vae, dataset=dataset, options=options):
             word = Word(name.strip(), init_text.strip(), vectors, templates=templates)
-            widgets = training.Widgets("embedding", steps, learning_rate, 0, batch_size, seed, word)
-            done = training.train(model, clip, vae, dataset, widgets, options, cls.hidden.unique_id)
+            widgets = train.Widgets("embedding", steps, learning_rate, 0, batch_size, seed, word)
+            done = train.train(model, clip, vae, dataset, widgets, options, cls.hidden.unique_id)
             return io.NodeOutput(done.clip, done.embedding, done.loss, ui=done.ui)
 
 
@@ -192,11 +192,11 @@ class GraftFineTune(Trainer):
 
     @classmethod
     def execute(cls, model, clip, vae, dataset, steps, learning_rate, batch_size, seed, options=None) -> io.NodeOutput:
-        from .host import training
+        from .host.actions import train
 
         with named(cls, model=model, clip=clip, vae=vae, dataset=dataset, options=options):
-            widgets = training.Widgets("all weights", steps, learning_rate, 0, batch_size, seed)
-            done = training.train(model, clip, vae, dataset, widgets, options, cls.hidden.unique_id)
+            widgets = train.Widgets("all weights", steps, learning_rate, 0, batch_size, seed)
+            done = train.train(model, clip, vae, dataset, widgets, options, cls.hidden.unique_id)
             return io.NodeOutput(done.model, done.clip, done.adapter, done.loss, ui=done.ui)
 
 

@@ -63,7 +63,7 @@ def _one(name: str, steps: int, folder: str) -> dict[str, int]:
 
 def _train(model: str, settings: dict, folder: Path, resumed: bool) -> dict[str, int]:
     import torch
-    from graft_pack.trainers.meter import bytes_of
+    from graft_pack.trainers.memory.tracking import bytes_of
 
     from tests.support import models
 
@@ -88,7 +88,7 @@ def _train(model: str, settings: dict, folder: Path, resumed: bool) -> dict[str,
 def _dropping() -> dict[str, int]:
     """Forward and backward alone; each gradient is dropped when it is there."""
     import torch
-    from graft_pack.trainers.meter import bytes_of
+    from graft_pack.trainers.memory.tracking import bytes_of
 
     from tests.support import models
 

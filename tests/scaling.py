@@ -83,8 +83,8 @@ def works() -> list[Work]:
 
 def _work(name: str, seconds: float, latent: tuple[int, ...]) -> Work:
     """With a LoRA on the layers that the pack chooses in the real network."""
-    from graft_pack.trainers.autograd import blocks_of
     from graft_pack.trainers.families import family_of
+    from graft_pack.trainers.memory.autograd import blocks_of
     from graft_pack.trainers.methods import METHODS
 
     from tests.support import models

@@ -102,7 +102,7 @@ def test_processes_are_started_in_one_place():
                 continue
             if any(name in wanted or name.startswith("multiprocessing.") for name in names):
                 found.add(relative(path))
-    assert found == {"nodes/host/together.py"}
+    assert found == {"nodes/host/jobs/launcher.py"}
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=relative)

@@ -45,7 +45,7 @@ def learnt(server):
 @pytest.mark.slow
 @pytest.mark.soak
 def test_pictures_alone_bring_a_word_for_what_they_show(comfy, tiny_base, learnt, sampler_steps, capsys):
-    from graft_pack.nodes.host.words import apply_embedding
+    from graft_pack.nodes.host.model.embeddings import apply_embedding
     from graft_pack.trainers.formats.embedding import load_embedding
 
     from tests.toy import host

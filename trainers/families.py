@@ -3,7 +3,28 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One layer of diffusers' out of a checkpoint's.
+
+    Attributes:
+        name: its path in diffusers' model.
+        rows: [out, ...] of the checkpoint's layer -> [part of out, ...] of diffusers', in its order.
+    """
+
+    name: str
+    rows: Callable[[torch.Tensor], torch.Tensor]
+
+
+CutsOf = Callable[[str], tuple[Cut, ...]]
 
 
 @dataclass(frozen=True)

@@ -6,19 +6,84 @@ ComfyUI's implementation is `nodes/host/`; the tests hold one over diffusers.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Hashable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .group import ALONE, Group
-
 if TYPE_CHECKING:
     import torch
     from PIL import Image
+    from torch import nn
 
-    from .formats.cuts import Cut
+    from .families import Cut
+
+
+class Group:
+    """The processes of a training, seen from one of them; this one is alone.
+
+    Attributes:
+        rank: its number among them, from 0.
+        world: how many there are.
+        sharded: whether they hold the denoiser's frozen weights in shares.
+        paired: whether all of them have to make the same passes through the denoiser at this moment.
+    """
+
+    rank = 0
+    world = 1
+    sharded = False
+    paired = False
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the one that opens the run, saves, and tells the host."""
+        return self.rank == 0
+
+    def meet(self, number: float = 0.0) -> float:
+        """Waits until all have come here; the sum of their numbers, the same to the bit in each.
+
+        Raises:
+            Parted: one of them has left instead.
+        """
+        return number
+
+    def part(self) -> None:
+        """Tells the others, who are on their way to a meeting, that this one leaves."""
+
+    def sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        """Puts the sum over all processes in place of each gradient; none where none has one."""
+
+    def share(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Gives all the leader's values."""
+
+    def gather(self, values: list[float], whole: int) -> list[float]:
+        """The numbers of a step's examples, so many, of which each process has those of its rows."""
+        return values
+
+    def tell(self, text: str) -> str:
+        """The leader's text, in all of them. Raises Parted as `meet` does."""
+        return text
+
+    def shard(self, tree: nn.Module, keep: Iterable[torch.Tensor], through: bool) -> None:
+        """Shares the frozen weights of a tree's blocks out, as `shards.Shards` says; not where one trains alone."""
+
+    @contextmanager
+    def turn(self) -> Iterator[bool]:
+        """Within it the one that leads works alone, which is told True; the others have nothing to do meanwhile.
+
+        All have to come to it, since the weights that it needs may be theirs.
+
+        Raises:
+            Parted: one of them has left.
+        """
+        yield self.leads
+
+    def mend(self) -> None:
+        """Lets the denoiser be asked again after a pass that did not come to its end."""
+
+
+ALONE = Group()
 
 
 @dataclass(frozen=True)

@@ -8,18 +8,18 @@ from collections.abc import Callable
 
 import folder_paths
 
-from ...trainers.data.pixels import is_below, is_picture
+from ...trainers.data.pictures import is_picture
 from ...trainers.errors import DatasetError, ModelError, RunError, SettingsError
 from ...trainers.formats.adapter import Adapter, load_adapter
 from ...trainers.formats.embedding import Embedding, file_tensors, load_embedding, save_embedding
 from ...trainers.formats.files import read_metadata, read_tensors, refuse_links
 from ...trainers.formats.metadata import IDENTITY
-from ...trainers.formats.native import WEIGHTS
-from ...trainers.inversion import check_name, is_addressable
-from ...trainers.names import check_file_name
-from ...trainers.records import MOST_RUNS, find_run, list_records
-from ...trainers.run import Folders, Run
-from . import preferences
+from ...trainers.formats.peft_format import WEIGHTS
+from ...trainers.methods.textual_inversion import check_name, is_addressable
+from ...trainers.runs.records import MOST_RUNS, find_run, list_records
+from ...trainers.runs.run import Folders, Run
+from ...trainers.text import check_file_name, is_below
+from . import settings
 
 _EMBEDDINGS = "embeddings"
 _USUAL_PREFIX = "adapter"
@@ -45,7 +45,7 @@ def folders() -> Folders:
         os.path.join(graft, "cache"),
         os.path.join(output, "loras"),
         os.path.join(output, _EMBEDDINGS),
-        preferences.cache_limit(),
+        settings.cache_limit(),
         adapter_path,
     )
 
@@ -92,7 +92,7 @@ def dataset_choices() -> list[str]:
         for relative in _picture_folders(root):
             if relative != ".":
                 found.add(f"{name}/{relative}" if name else relative)
-    for root in preferences.dataset_roots():
+    for root in settings.dataset_roots():
         for relative in _picture_folders(root):
             found.add(root if relative == "." else f"{root}/{relative}")
     return sorted(found)
@@ -200,7 +200,7 @@ def _shown(name: str) -> str:
 
 
 def _is_allowed(path: str) -> bool:
-    return any(is_below(path, root) for root in (*_roots().values(), *preferences.dataset_roots()))
+    return any(is_below(path, root) for root in (*_roots().values(), *settings.dataset_roots()))
 
 
 def adapter_choices() -> list[str]:

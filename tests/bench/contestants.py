@@ -88,8 +88,9 @@ def limit(case: Case, stand: Callable[[], None]) -> None:
 def _bare(case: Case) -> Iterator[Callable]:
     """The host's network as a function of the latents alone: what it takes beside them is made before."""
     import torch
-    from graft_pack.nodes.host.model import ComfyDenoiser
-    from graft_pack.trainers.autograd import OutOfPlace, blocks_of, checkpoint_blocks
+    from graft_pack.nodes.host.model.denoiser import ComfyDenoiser
+    from graft_pack.trainers.memory.autograd import OutOfPlace, blocks_of
+    from graft_pack.trainers.memory.checkpointing import checkpoint_blocks
 
     from tests.support import models
 

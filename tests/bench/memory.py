@@ -15,7 +15,7 @@ class Peak:
     """The largest resident memory since it was made, over what there was then, in bytes."""
 
     def __init__(self):
-        from graft_pack.trainers.meter import Resident
+        from graft_pack.trainers.memory.tracking import Resident
 
         self._resident = Resident()
 

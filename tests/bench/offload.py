@@ -106,7 +106,7 @@ def _peak(case: Case, kind: str) -> dict[str, int]:
 @contextmanager
 def _watching() -> Iterator[dict[str, int]]:
     """The most of a mapped file that was in memory as a block ended, and its size, in bytes."""
-    from graft_pack.trainers.offload import Conveyor
+    from graft_pack.trainers.memory.offload import Conveyor
 
     found = {"at once": 0, "all": 0}
     real = Conveyor.leave

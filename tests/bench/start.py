@@ -196,13 +196,13 @@ def _clip(width: int, heads: int):
 
 def _training(folder: str, parts: tuple, rate: float, event: str | None) -> float:
     """Seconds until a training of two steps tells of something, None for until it is done."""
-    from graft_pack.nodes.host.image import ComfyCodec
-    from graft_pack.nodes.host.model import ComfyDenoiser
-    from graft_pack.nodes.host.text import ComfyText
+    from graft_pack.nodes.host.model.denoiser import ComfyDenoiser
+    from graft_pack.nodes.host.model.text_encoder import ComfyText
+    from graft_pack.nodes.host.model.vae import ComfyCodec
     from graft_pack.trainers.data.scan import scan_folder
+    from graft_pack.trainers.engine.session import run_recipe
     from graft_pack.trainers.protocols import Host
-    from graft_pack.trainers.run import Folders
-    from graft_pack.trainers.session import run_recipe
+    from graft_pack.trainers.runs.run import Folders
 
     from tests.support import models
     from tests.toy import world
@@ -229,8 +229,8 @@ def _training(folder: str, parts: tuple, rate: float, event: str | None) -> floa
 def _encoded(repeats: int) -> dict[str, dict]:
     """Rounds of encoding the same things one at a time and together, by what they are."""
     import torch
-    from graft_pack.nodes.host.image import ComfyCodec
-    from graft_pack.nodes.host.text import ComfyText
+    from graft_pack.nodes.host.model.text_encoder import ComfyText
+    from graft_pack.nodes.host.model.vae import ComfyCodec
 
     from tests.support import models
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from graft_pack.trainers.check import check_gradient, directional_error
+from graft_pack.trainers.engine.gradient_check import check_gradient, directional_error
+from graft_pack.trainers.engine.resolve import TARGETS
 from graft_pack.trainers.errors import ModelError, SettingsError
 from graft_pack.trainers.families import family_of
 from graft_pack.trainers.formats import files
 from graft_pack.trainers.formats.adapter import FORMATS, Adapter, load_adapter, save_adapter
 from graft_pack.trainers.methods import ADAPTERS, METHODS
-from graft_pack.trainers.settings import TARGETS
 
 from tests.support import diffusers_host, models
 
@@ -156,7 +156,7 @@ def test_the_graphs_weights_stay_as_they_were(done, model, base):
 
 
 def test_what_the_host_loads_from_the_file_is_what_was_trained(case, done, model, base, comfy):
-    from graft_pack.nodes.host.adapters import unread_keys
+    from graft_pack.nodes.host.model.lora import unread_keys
 
     import nodes
 
@@ -180,7 +180,7 @@ def pruned(comfy):
 
 @pytest.mark.parametrize("kind", [kind for kind in ADAPTERS if kind in CASES])
 def test_rows_of_zeros_in_the_base_are_trained_and_applied_like_others(kind, pruned, tmp_path):
-    from graft_pack.nodes.host.adapters import apply_adapter
+    from graft_pack.nodes.host.model.lora import apply_adapter
 
     done = train(pruned, kind, tmp_path)
     assert models.distance(done.output, output_of(pruned)) >= 1e-2
@@ -189,7 +189,7 @@ def test_rows_of_zeros_in_the_base_are_trained_and_applied_like_others(kind, pru
 
 
 def test_strength_zero_is_the_base(done, model, base):
-    from graft_pack.nodes.host.adapters import apply_adapter
+    from graft_pack.nodes.host.model.lora import apply_adapter
 
     applied, _ = apply_adapter(model, None, done.adapter, 0.0, 0.0)
     assert torch.equal(output_of(applied), base)
@@ -197,7 +197,7 @@ def test_strength_zero_is_the_base(done, model, base):
 
 def test_half_the_strength_is_half_the_difference(done, model):
     """Of the weights: the host's patches are linear in the strength, those of a magnitude too."""
-    from graft_pack.nodes.host.adapters import apply_adapter
+    from graft_pack.nodes.host.model.lora import apply_adapter
 
     held = []
     for strength in (0.5, 1.0):
@@ -220,7 +220,7 @@ def merged(applied):
 
 
 def test_merged_is_what_is_applied(done, model, base):
-    from graft_pack.nodes.host.adapters import apply_adapter
+    from graft_pack.nodes.host.model.lora import apply_adapter
 
     applied, _ = apply_adapter(model, None, done.adapter, 1.0, 0.0)
     found = merged(applied)
@@ -275,7 +275,7 @@ def test_diffusers_loads_the_types_it_knows_and_the_others_are_refused(case, don
 
 
 def test_a_peft_folder_comes_back_in_the_hosts_names(case, done, model, base, tmp_path):
-    from graft_pack.nodes.host.adapters import apply_adapter
+    from graft_pack.nodes.host.model.lora import apply_adapter
 
     path = str(tmp_path / "adapter" / "adapter_model.safetensors")
     save_adapter(path, done.adapter, case, "peft")
@@ -616,7 +616,7 @@ FOREIGN = {
 
 @pytest.mark.parametrize("layout", FOREIGN)
 def test_files_of_other_trainers_load_and_apply(layout, model, tmp_path):
-    from graft_pack.nodes.host.adapters import apply_adapter, unread_keys
+    from graft_pack.nodes.host.model.lora import apply_adapter, unread_keys
 
     start, ends, with_alpha = FOREIGN[layout]
     source = torch.Generator().manual_seed(3)
@@ -652,9 +652,9 @@ def test_files_of_other_trainers_load_and_apply(layout, model, tmp_path):
 )
 def test_names_of_flux_files_are_left_to_the_host(place, flux):
     """ai-toolkit's, OneTrainer's and kohya's; peft's are put into the first."""
-    from graft_pack.nodes.host.adapters import unread_keys
-    from graft_pack.trainers.formats.foreign import host_names, host_tensors
-    from graft_pack.trainers.formats.native import Native
+    from graft_pack.nodes.host.model.lora import unread_keys
+    from graft_pack.trainers.formats.convert import host_names, host_tensors
+    from graft_pack.trainers.formats.peft_format import Native
 
     pair = {"lora_A": "lora_B", "lora_down": "lora_up"}
     stem = next(name for name in pair if name in place)
@@ -704,7 +704,7 @@ def test_an_adapter_that_is_not_finite_is_not_saved(tmp_path):
 
 @pytest.mark.parametrize("case", ["OFT", "IA3", "LoKr"])
 def test_another_architecture_is_refused_by_name(case, model, tmp_path):
-    from graft_pack.nodes.host.adapters import apply_adapter
+    from graft_pack.nodes.host.model.lora import apply_adapter
 
     adapter = train(model, case, tmp_path, steps=1).adapter
     with pytest.raises(ModelError, match="fits no layer of the connected model .*Flux"):
@@ -715,7 +715,7 @@ def test_another_architecture_is_refused_by_name(case, model, tmp_path):
 def test_another_size_of_the_same_architecture_is_refused_by_name(case, model, tmp_path):
     """As SD1's files on SD2: the same names, and the host would only leave them out."""
     import comfy.model_patcher
-    from graft_pack.nodes.host.adapters import apply_adapter
+    from graft_pack.nodes.host.model.lora import apply_adapter
 
     adapter = train(model, case, tmp_path, steps=1).adapter
     config = models.FAMILIES["SD1"].build()
@@ -752,7 +752,7 @@ def test_the_nodes_save_each_format_and_load_it_again(done, case, model, base, c
     """Under a name of one's own in output/loras, where it can be chosen at once; and a training can start from it."""
     import folder_paths
     from graft_pack.nodes.adapter import GraftLoadAdapter, GraftSaveAdapter
-    from graft_pack.nodes.host.adapters import apply_adapter
+    from graft_pack.nodes.host.model.lora import apply_adapter
     from graft_pack.nodes.options import GraftAdapterOptions
 
     if case not in ("LoRA", "LoKr conv", "OFT"):
@@ -785,7 +785,7 @@ def test_the_nodes_save_each_format_and_load_it_again(done, case, model, base, c
 
 def test_the_option_node_hands_on_what_was_set():
     from graft_pack.nodes.options import GraftAdapterOptions
-    from graft_pack.trainers.settings import UNSET
+    from graft_pack.trainers.engine.resolve import UNSET
 
     assert GraftAdapterOptions.execute(**UNSET["adapter"]).args[0] == {}
     found = GraftAdapterOptions.execute(**{**UNSET["adapter"], "type": "LoKr", "block_ranks": "attn2=2"}).args[0]

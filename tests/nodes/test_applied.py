@@ -72,7 +72,7 @@ def test_core_applies_what_was_trained(name, comfy, tmp_path, caplog):
 
 @pytest.mark.parametrize("name", models.ARCHITECTURES)
 def test_no_key_is_left_unread(name, tmp_path):
-    from graft_pack.nodes.host.adapters import unread_keys
+    from graft_pack.nodes.host.model.lora import unread_keys
 
     model = make_model(name)
     adapter, _ = trained(model, name, tmp_path, steps=1)
@@ -122,9 +122,9 @@ PIPELINES = {
 def test_a_transformers_file_in_diffusers_pipeline_and_back(family, tmp_path):
     """On every Linear layer: some are several in diffusers, some have their rows turned about."""
     import diffusers
-    from graft_pack.nodes.host.adapters import apply_adapter, unread_keys
+    from graft_pack.nodes.host.model.lora import apply_adapter, unread_keys
+    from graft_pack.trainers.engine.trainable_modules import Parts
     from graft_pack.trainers.methods import METHODS
-    from graft_pack.trainers.parts import Parts
 
     from tests.support.published import PUBLISHED
 
@@ -157,9 +157,9 @@ def test_a_transformers_file_in_diffusers_pipeline_and_back(family, tmp_path):
 
 def test_a_transformers_file_of_diffusers_own_training_is_not_taken_for_one_layer(tmp_path):
     """There q, k and v have an A each, which no low rank of the layer that holds all three gives back."""
+    from graft_pack.trainers.engine.trainable_modules import Parts
     from graft_pack.trainers.errors import ModelError
     from graft_pack.trainers.methods import METHODS
-    from graft_pack.trainers.parts import Parts
 
     with models.in_training(make_model("SD3"), "SD3", spread=0.1) as training:
         adapter = training.plan.export(training.plan.trainables, 0).adapter
@@ -187,7 +187,7 @@ def test_a_flux_single_block_is_cut_by_diffusers_as_the_host_has_it():
 
 @pytest.mark.parametrize("name", models.ARCHITECTURES)
 def test_strength_zero_and_learning_rate_zero_change_nothing(name, tmp_path):
-    from graft_pack.nodes.host.adapters import apply_adapter
+    from graft_pack.nodes.host.model.lora import apply_adapter
 
     model = make_model(name)
     before = models.denoised(model, *probe(name))
@@ -206,7 +206,7 @@ def test_learning_rate_zero_moves_no_trainable(tmp_path):
 
 
 def test_an_adapter_of_another_family_is_refused(tmp_path):
-    from graft_pack.nodes.host.adapters import apply_adapter
+    from graft_pack.nodes.host.model.lora import apply_adapter
     from graft_pack.trainers.errors import ModelError
 
     adapter, _ = trained(make_model("Flux"), "Flux", tmp_path, steps=1)

@@ -5,16 +5,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from graft_pack.trainers import forward
-from graft_pack.trainers.check import directional_error
 from graft_pack.trainers.data.scan import Reading, from_arrays, scan_folder
+from graft_pack.trainers.engine import step
+from graft_pack.trainers.engine.gradient_check import directional_error
+from graft_pack.trainers.engine.plan import Plan
+from graft_pack.trainers.engine.session import run_recipe
 from graft_pack.trainers.errors import DatasetError
 from graft_pack.trainers.formats.adapter import Adapter, save_adapter
-from graft_pack.trainers.plan import Plan
-from graft_pack.trainers.prepare import prepare
+from graft_pack.trainers.preprocessing.prepare import prepare
 from graft_pack.trainers.protocols import HOLE, SOURCE
-from graft_pack.trainers.run import Folders
-from graft_pack.trainers.session import run_recipe
+from graft_pack.trainers.runs.run import Folders
 from PIL import Image
 
 from tests.support import models
@@ -109,7 +109,7 @@ def planned(training, name, folder, dataset=None):
 
 @pytest.mark.parametrize("name", TAKES)
 def test_a_model_says_what_it_takes(name):
-    from graft_pack.nodes.host.model import ComfyDenoiser
+    from graft_pack.nodes.host.model.denoiser import ComfyDenoiser
 
     assert ComfyDenoiser(models.patcher(name), None, models.SmallVae()).takes == TAKES[name]
 
@@ -197,10 +197,10 @@ def test_it_learns_and_core_applies_what_was_trained(name, comfy, tmp_path):
         made = planned(training, name, tmp_path / "cache")
         one = made.plan.train[0].show(None).conditioning
         point = x, 0.6, one
-        before = forward.fixed_losses(made.plan.train, made.plan.recipe, made.host).mean()
+        before = step.fixed_losses(made.plan.train, made.plan.recipe, made.host).mean()
         base = models.trained_denoised(made, *point)
         state = models.train(made, tmp_path)
-        assert forward.fixed_losses(made.plan.train, made.plan.recipe, made.host).mean() < 0.995 * before
+        assert step.fixed_losses(made.plan.train, made.plan.recipe, made.host).mean() < 0.995 * before
         output = models.trained_denoised(made, *point)
         adapter = Adapter(made.plan.export(state.trainables, 0).adapter)
         # It matters what is beside: with another hole or source the same noise becomes something else.
@@ -242,7 +242,7 @@ def test_source_pictures_on_a_model_that_takes_none_are_refused(tmp_path):
 
 def test_a_run_is_known_by_its_source_pictures(tmp_path):
     """The same pictures made of others are another training; the same of the same go on with it."""
-    from graft_pack.nodes.host.model import ComfyDenoiser
+    from graft_pack.nodes.host.model.denoiser import ComfyDenoiser
     from graft_pack.trainers.protocols import Host
 
     root = tmp_path / "d"
@@ -269,12 +269,12 @@ def test_a_run_is_known_by_its_source_pictures(tmp_path):
 
 @pytest.mark.parametrize("name", ["Flux", "SD1 inpaint"])
 def test_previews_are_drawn_beside_the_first_examples(name, tmp_path):
-    from graft_pack.trainers.previews import _beside
+    from graft_pack.trainers.engine.previews import _beside
     from graft_pack.trainers.protocols import PreviewRequest
 
     encoder = models.text("Flux" if name == "Flux" else "SD1")
-    from graft_pack.nodes.host.model import ComfyDenoiser
-    from graft_pack.nodes.host.text import ComfyText
+    from graft_pack.nodes.host.model.denoiser import ComfyDenoiser
+    from graft_pack.nodes.host.model.text_encoder import ComfyText
     from graft_pack.trainers.protocols import Host
 
     denoiser = ComfyDenoiser(models.patcher(name), ComfyText(encoder), models.SmallVae())

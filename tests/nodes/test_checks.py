@@ -62,7 +62,7 @@ def validate(comfy, monkeypatch):
     """validate(node id, values): ComfyUI's own errors for a node with these values, as a prompt's."""
     import execution
     from graft_pack.nodes.checks import find_faults
-    from graft_pack.nodes.host import validation
+    from graft_pack.nodes.host.server import validation
 
     import nodes
 

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 from graft_pack.trainers.errors import SettingsError
-from graft_pack.trainers.tools.grid import grid
+from graft_pack.trainers.tools.compare import grid
 from PIL import Image
 
 from tests.support import graphs, runs
@@ -18,7 +18,7 @@ PROMPTS = ["a large sks toy", "a small red circle"]
 
 @pytest.fixture
 def compare(comfy):
-    from graft_pack.nodes.host import compare
+    from graft_pack.nodes.host.actions import compare
 
     return compare
 

@@ -5,11 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from graft_pack.trainers import forward
-from graft_pack.trainers.autograd import OutOfPlace
 from graft_pack.trainers.data.scan import scan_folder
-from graft_pack.trainers.plan import Plan
-from graft_pack.trainers.prepare import prepare
+from graft_pack.trainers.engine import step as forward
+from graft_pack.trainers.engine.plan import Plan
+from graft_pack.trainers.memory.autograd import OutOfPlace
+from graft_pack.trainers.preprocessing.prepare import prepare
 from PIL import Image
 
 from tests.support import models
@@ -171,7 +171,7 @@ def test_another_caption_changes_only_its_own_row(name):
 def test_what_was_in_memory_before_names_no_run(tiny_base):
     """A checkpoint of SD1 has no text_projection for CLIP: the host leaves in it whatever was there."""
     import comfy.sd
-    from graft_pack.nodes.host.text import ComfyText
+    from graft_pack.nodes.host.model.text_encoder import ComfyText
 
     clip = comfy.sd.load_checkpoint_guess_config(str(tiny_base), output_vae=False, output_clip=True)[1]
     text = ComfyText(clip)

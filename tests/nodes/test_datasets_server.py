@@ -279,7 +279,7 @@ def test_a_cache_beyond_its_limit_makes_room(server, tiny_base, folder):
 def test_the_posterior_is_the_vaes_own(comfy, channels):
     """Mean and log-variance against the network's own parts; none where it is asked for in parts."""
     import torch
-    from graft_pack.nodes.host.image import ComfyCodec
+    from graft_pack.nodes.host.model.vae import ComfyCodec
 
     vae = models.kl_vae(channels)
     pixels = torch.rand(1, 64, 48, 3, generator=torch.Generator().manual_seed(1))
@@ -302,7 +302,7 @@ def test_the_posterior_is_the_vaes_own(comfy, channels):
 
 def test_a_vaes_latents_are_known_by_its_weights_and_its_dtype(comfy):
     import torch
-    from graft_pack.nodes.host.image import ComfyCodec
+    from graft_pack.nodes.host.model.vae import ComfyCodec
 
     vae = models.kl_vae(4)
     first = ComfyCodec(vae).fingerprint()
@@ -318,7 +318,7 @@ def test_a_vaes_latents_are_known_by_its_weights_and_its_dtype(comfy):
 def test_a_vae_without_a_posterior_gives_its_mean(comfy, tiny_base):
     import comfy.sd
     import torch
-    from graft_pack.nodes.host.image import ComfyCodec
+    from graft_pack.nodes.host.model.vae import ComfyCodec
 
     vae = comfy.sd.load_checkpoint_guess_config(str(tiny_base), output_vae=True, output_clip=False)[2]
     pixels = torch.rand(1, 64, 48, 3, generator=torch.Generator().manual_seed(1))

@@ -7,8 +7,8 @@ import pytest
 
 @pytest.fixture
 def recipe(comfy):
+    from graft_pack.trainers.engine.resolve import Options, resolve
     from graft_pack.trainers.families import family_of
-    from graft_pack.trainers.settings import Options, resolve
 
     def make(options=None, **fields):
         options = Options(options or {})
@@ -31,7 +31,7 @@ def dataset(trigger, *captions, prior=False):
     ],
 )
 def test_its_prompt_is_the_trigger_or_the_first_caption(recipe, given, prompt):
-    from graft_pack.nodes.host.training import with_picture
+    from graft_pack.nodes.host.actions.train import with_picture
 
     found = with_picture(recipe(), given)
     assert found.preview_prompts == prompt
@@ -40,14 +40,14 @@ def test_its_prompt_is_the_trigger_or_the_first_caption(recipe, given, prompt):
 
 
 def test_previews_that_are_set_stay(recipe):
-    from graft_pack.nodes.host.training import with_picture
+    from graft_pack.nodes.host.actions.train import with_picture
 
     chosen = recipe({("preview", "prompts"): "mine", ("preview", "every"): 7})
     assert with_picture(chosen, dataset("sks toy")) == chosen
 
 
 def test_a_word_that_is_learnt_is_its_own_prompt(recipe):
-    from graft_pack.nodes.host.training import with_picture
+    from graft_pack.nodes.host.actions.train import with_picture
 
     learning = recipe({("pivotal", "name"): "my-dog", ("pivotal", "init_text"): "dog"})
     assert with_picture(learning, dataset("my-dog")).preview_prompts == ("embedding:my-dog",)

@@ -4,10 +4,10 @@ import re
 
 import pytest
 import torch
-from graft_pack.trainers import inversion
-from graft_pack.trainers.check import directional_error
+from graft_pack.trainers.engine.gradient_check import directional_error
 from graft_pack.trainers.errors import ModelError, SettingsError
 from graft_pack.trainers.formats.embedding import Embedding, load_embedding, save_embedding
+from graft_pack.trainers.methods import textual_inversion
 
 from tests.support import models
 
@@ -23,11 +23,11 @@ PROMPTS = {
 
 def vectors_for(clip, count=2, seed=3):
     """Random vectors for each encoder of a CLIP, by its key."""
-    from graft_pack.nodes.host import words
+    from graft_pack.nodes.host.model import embeddings
 
     source = torch.Generator().manual_seed(seed)
     found = {}
-    for key in words.encoders(clip):
+    for key in embeddings.encoders(clip):
         width = getattr(clip.cond_stage_model, key).transformer.get_input_embeddings().weight.shape[1]
         found[key] = torch.randn(count, width, generator=source)
     return found
@@ -61,9 +61,9 @@ def test_gradients_of_the_vectors_are_exact(name):
 def test_without_the_cure_the_text_encoder_raises(monkeypatch):
     from contextlib import nullcontext
 
-    from graft_pack.trainers import forward
+    from graft_pack.trainers.engine import step
 
-    monkeypatch.setattr(forward, "OutOfPlace", nullcontext)
+    monkeypatch.setattr(step, "OutOfPlace", nullcontext)
     with models.learning_word("SD1") as training:
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             training.gradients()
@@ -74,7 +74,7 @@ def test_without_the_cure_the_text_encoder_raises(monkeypatch):
 @pytest.mark.parametrize("name", models.TEXT)
 def test_prompts_without_the_word_are_encoded_as_the_host_does(name, skip, prompt):
     """Also captions, which take parentheses literally."""
-    from graft_pack.nodes.host.text import ComfyText
+    from graft_pack.nodes.host.model.text_encoder import ComfyText
 
     clip = models.text(name)
     if skip is not None:
@@ -97,19 +97,19 @@ def test_prompts_without_the_word_are_encoded_as_the_host_does(name, skip, promp
 
 @pytest.mark.parametrize("name", models.TEXT)
 def test_only_the_clip_that_was_handed_on_knows_the_word(name):
-    from graft_pack.nodes.host import words
-    from graft_pack.nodes.host.text import ComfyText
+    from graft_pack.nodes.host.model import embeddings
+    from graft_pack.nodes.host.model.text_encoder import ComfyText
 
     clip = models.text(name)
     before = conditioned(clip, "a photo of embedding:my-word")
     given = Embedding(vectors_for(clip), models.WORD)
-    other = words.apply_embedding(clip, given)
+    other = embeddings.apply_embedding(clip, given)
     after = conditioned(other, "a photo of embedding:my-word")
     assert any(models.distance(a, b) > 1e-2 for a, b in zip(after, before, strict=True))
     for a, b in zip(conditioned(clip, "a photo of embedding:my-word"), before, strict=True):
         assert torch.equal(a, b)
     assert ComfyText(other).fingerprint() != ComfyText(clip).fingerprint()
-    both = words.apply_embedding(other, Embedding(vectors_for(clip, 1, 9), "other"))
+    both = embeddings.apply_embedding(other, Embedding(vectors_for(clip, 1, 9), "other"))
     for a, b in zip(conditioned(both, "a photo of embedding:my-word"), after, strict=True):
         assert torch.equal(a, b), "a second word leaves the first as it was"
 
@@ -121,14 +121,14 @@ def test_only_the_clip_that_was_handed_on_knows_the_word(name):
 def test_the_file_means_what_the_word_in_memory_means(name, prompt):
     """The host's own search finds the file by its name, and both condition alike to the bit."""
     import folder_paths
-    from graft_pack.nodes.host import words
+    from graft_pack.nodes.host.model import embeddings
 
     clip = models.text(name)
     given = Embedding(vectors_for(clip), models.WORD)
     called = f"file-{name.replace(' ', '-')}"
     path = f"{folder_paths.get_folder_paths('embeddings')[0]}/{called}.safetensors"
     save_embedding(path, given, called)
-    from_memory = conditioned(words.apply_embedding(clip, given), prompt.format(models.WORD))
+    from_memory = conditioned(embeddings.apply_embedding(clip, given), prompt.format(models.WORD))
     from_file = conditioned(clip, prompt.format(called))
     for a, b in zip(from_memory, from_file, strict=True):
         assert torch.equal(a, b)
@@ -138,10 +138,10 @@ def test_the_file_means_what_the_word_in_memory_means(name, prompt):
 
 def test_an_encoder_without_vectors_reads_nothing_there():
     """Flux's T5: the word stands in CLIP-L alone."""
-    from graft_pack.nodes.host import words
+    from graft_pack.nodes.host.model import embeddings
 
     clip = models.text("Flux")
-    other = words.apply_embedding(clip, Embedding(vectors_for(clip), models.WORD))
+    other = embeddings.apply_embedding(clip, Embedding(vectors_for(clip), models.WORD))
     with_word = other.tokenize("a red embedding:my-word dog")
     assert with_word["t5xxl"] == clip.tokenize("a red dog")["t5xxl"]
     assert sum(torch.is_tensor(token) for token, _ in with_word["l"][0]) == 2
@@ -164,13 +164,13 @@ def test_an_encoder_without_vectors_reads_nothing_there():
     ],
 )
 def test_words_stand_apart_where_the_host_would_not_see_them(caption, expected):
-    from graft_pack.nodes.host import words
+    from graft_pack.nodes.host.model import embeddings
 
-    assert words.spaced(caption, ["x", "x-1.b"]) == expected
+    assert embeddings.spaced(caption, ["x", "x-1.b"]) == expected
 
 
 def test_start_vectors_are_those_of_the_words(comfy):
-    from graft_pack.nodes.host.text import ComfyText
+    from graft_pack.nodes.host.model.text_encoder import ComfyText
 
     clip = models.text("SDXL with text")
     text = ComfyText(clip)
@@ -184,49 +184,49 @@ def test_start_vectors_are_those_of_the_words(comfy):
 
 
 def test_fewer_words_than_vectors_start_over():
-    from graft_pack.nodes.host.text import ComfyText
+    from graft_pack.nodes.host.model.text_encoder import ComfyText
 
     text = ComfyText(models.text("SD1"))
     settings = models.recipe("SD1", embedding_name="w", embedding_init="red dog", embedding_vectors=5)
     rows = text.start_vectors("red dog")["clip_l"]
     with torch.inference_mode(False), text.training():
-        started = inversion.start(text, settings)["embedding/clip_l"]
+        started = textual_inversion.start(text, settings)["embedding/clip_l"]
     assert torch.equal(started.detach(), rows[[0, 1, 0, 1, 0]])
 
 
 @pytest.mark.parametrize("name", ["dog", "sks", "Dog"])
 def test_a_word_that_exists_is_refused(name):
-    from graft_pack.nodes.host.text import ComfyText
+    from graft_pack.nodes.host.model.text_encoder import ComfyText
 
     settings = models.recipe("SD1", embedding_name=name, embedding_init="dog", embedding_vectors=1)
     with pytest.raises(SettingsError, match="is a word of the text encoder already"):
-        inversion.check_word(settings, ComfyText(models.text("SD1")))
+        textual_inversion.check_word(settings, ComfyText(models.text("SD1")))
 
 
 def test_start_words_that_are_none_are_refused():
-    from graft_pack.nodes.host.text import ComfyText
+    from graft_pack.nodes.host.model.text_encoder import ComfyText
 
     settings = models.recipe("SD1", method="embedding", embedding_name="my-dog", embedding_init=" ")
     with pytest.raises(SettingsError, match="holds no word") as error:
-        inversion.check_word(settings, ComfyText(models.text("SD1")))
+        textual_inversion.check_word(settings, ComfyText(models.text("SD1")))
     assert error.value.input == "init_text"
 
 
 def test_an_embedding_of_another_family_is_refused_by_name():
-    from graft_pack.nodes.host import words
+    from graft_pack.nodes.host.model import embeddings
 
     small = Embedding(vectors_for(models.text("SD1")), "small")
     with pytest.raises(ModelError, match="'small' is for other text encoders.*clip_g|'small'.*clip_l"):
-        words.apply_embedding(models.text("SDXL with text"), small)
+        embeddings.apply_embedding(models.text("SDXL with text"), small)
 
 
 def test_a_text_encoder_without_clip_is_refused():
     from types import SimpleNamespace
 
-    from graft_pack.nodes.host import words
+    from graft_pack.nodes.host.model import embeddings
 
     with pytest.raises(ModelError, match="no CLIP part"):
-        words.encoders(SimpleNamespace(tokenizer=object(), cond_stage_model=object()))
+        embeddings.encoders(SimpleNamespace(tokenizer=object(), cond_stage_model=object()))
 
 
 @pytest.mark.parametrize("name", ["SD1", "SDXL with text"])
@@ -244,13 +244,13 @@ def test_weights_are_the_same_bits_after_training(name, tmp_path):
 
 
 def test_learning_a_word_lowers_the_loss(tmp_path):
-    from graft_pack.trainers import forward
+    from graft_pack.trainers.engine import step
 
     with models.learning_word("SD1", captions=[f"embedding:{models.WORD}"]) as training:
         plan = training.plan
-        before = float(forward.fixed_losses(plan.train, plan.recipe, training.host).mean())
+        before = float(step.fixed_losses(plan.train, plan.recipe, training.host).mean())
         models.train(training, tmp_path, steps=40, batch_size=1)
-        after = float(forward.fixed_losses(plan.train, plan.recipe, training.host).mean())
+        after = float(step.fixed_losses(plan.train, plan.recipe, training.host).mean())
     assert after < 0.999 * before
 
 

@@ -35,7 +35,7 @@ def write(tmp_path, clip):
 
 
 def digest(clip, *texts, without=()):
-    from graft_pack.nodes.host.text import ComfyText
+    from graft_pack.nodes.host.model.text_encoder import ComfyText
 
     return ComfyText(clip).embedded_digest(texts, without)
 
@@ -76,7 +76,7 @@ def test_an_embedding_in_a_text_counts_by_its_content(clip, write, text):
 
 def test_the_host_takes_no_name_that_is_not_asked_for(clip, write):
     """Of captions as they are encoded: each vector that the host puts in is one that counts."""
-    from graft_pack.nodes.host.words import called_names
+    from graft_pack.nodes.host.model.embeddings import called_names
 
     for name in ("word", "x-1", "sub/word", "v1.2"):
         write(name)
@@ -98,13 +98,13 @@ def test_the_host_takes_no_name_that_is_not_asked_for(clip, write):
 
 
 def test_words_that_are_known_otherwise_do_not_count_twice(clip, write):
-    from graft_pack.nodes.host import words
+    from graft_pack.nodes.host.model import embeddings
 
     write("word")
     for text in ("a embedding:word", "embedding:word, red", "(embedding:word:1.2)", "embedding:word<x>"):
         assert digest(clip, text, without=("word",)) == ""
     other = clip.clone()
-    other.tokenizer = words.with_word(clip.tokenizer, "word", {"clip_l": torch.ones(1, WIDTH)})
+    other.tokenizer = embeddings.with_word(clip.tokenizer, "word", {"clip_l": torch.ones(1, WIDTH)})
     assert digest(other, "a embedding:word") == ""
 
 
@@ -115,15 +115,15 @@ def test_a_caption_of_any_length_is_searched_quickly(clip):
 
 def test_a_replaced_file_changes_what_nodes_are_asked_for(clip, write, tmp_path, monkeypatch):
     import folder_paths
-    from graft_pack.nodes.host import words
+    from graft_pack.nodes.host.model import embeddings
 
-    monkeypatch.setattr(words, "_CALLED", set())
+    monkeypatch.setattr(embeddings, "_CALLED", set())
     monkeypatch.setattr(folder_paths, "get_folder_paths", lambda kind: [str(tmp_path)])
     write("word")
     write("other")
-    assert words.file_states() == []
+    assert embeddings.file_states() == []
     digest(clip, "a embedding:word")
-    before = words.file_states()
+    before = embeddings.file_states()
     assert [state[0] for state in before] == ["word"]
     write("word", 0.25)
-    assert words.file_states() != before
+    assert embeddings.file_states() != before

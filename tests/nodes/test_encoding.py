@@ -19,7 +19,7 @@ CAPTIONS = [
 
 
 def text_of(name, layer=None):
-    from graft_pack.nodes.host.text import ComfyText
+    from graft_pack.nodes.host.model.text_encoder import ComfyText
 
     clip = models.text(name)
     if layer is not None:
@@ -78,7 +78,7 @@ def test_what_stands_for_vectors_is_encoded_alone(comfy):
 
 @pytest.mark.parametrize("channels", [4, 16], ids=["SD1", "Flux"])
 def test_each_picture_is_encoded_as_it_is_alone(channels, monkeypatch):
-    from graft_pack.nodes.host.image import ComfyCodec
+    from graft_pack.nodes.host.model.vae import ComfyCodec
 
     vae = models.kl_vae(channels)
     codec = ComfyCodec(vae)
@@ -97,7 +97,7 @@ def test_each_picture_is_encoded_as_it_is_alone(channels, monkeypatch):
 
 
 def test_several_that_need_tiles_are_refused_and_one_is_not(monkeypatch):
-    from graft_pack.nodes.host.image import ComfyCodec
+    from graft_pack.nodes.host.model.vae import ComfyCodec
 
     vae = models.kl_vae(4)
     monkeypatch.setattr(vae, "encode", lambda given: vae.encode_tiled(given, tile_x=32, tile_y=32, overlap=8))
@@ -111,7 +111,7 @@ def test_several_that_need_tiles_are_refused_and_one_is_not(monkeypatch):
 
 def test_a_vae_of_videos_takes_one_picture_at_a_time():
     """To the host a batch is the frames of one."""
-    from graft_pack.nodes.host.image import ComfyCodec
+    from graft_pack.nodes.host.model.vae import ComfyCodec
 
     vae = models.kl_vae(4)
     vae.latent_dim = 3

@@ -10,11 +10,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from graft_pack.trainers import autograd, meter
-from graft_pack.trainers import estimate as estimates
 from graft_pack.trainers.data.examples import Handling
-from graft_pack.trainers.optimisers import OPTIMISERS
-from graft_pack.trainers.recipe import ALL_BUT_ATTENTION, EVERYTHING
+from graft_pack.trainers.engine import estimate as estimates
+from graft_pack.trainers.memory import autograd, checkpointing, tracking
+from graft_pack.trainers.optimizers import OPTIMISERS
+from graft_pack.trainers.recipe.recipe import ALL_BUT_ATTENTION, EVERYTHING
 
 from tests.support import diffusers_host, models
 
@@ -60,7 +60,7 @@ def observed(training, folder, watched=(2, 4), **fields):
     weights = list(training.denoiser.module.parameters()) + list(training.denoiser.module.buffers())
     if training.plan.recipe.live_text:
         weights += list(training.host.text.module.parameters()) + list(training.host.text.module.buffers())
-    counter = meter.Meter(weights)
+    counter = tracking.Meter(weights)
 
     def report(event, payload):
         if event == "estimate":
@@ -148,7 +148,7 @@ def test_what_would_fit_is_told_in_the_order_of_its_cost(tmp_path):
         assert last["cures"] == ("checkpointing", "micro_batch 1", "offload")
         assert asked(training, -(1 << 40), tmp_path)["cures"] == ()
         # Looking for it leaves nothing behind.
-        assert not any(autograd.is_checkpointed(block) for block in autograd.blocks_of(training.denoiser.module))
+        assert not any(checkpointing.is_checkpointed(block) for block in autograd.blocks_of(training.denoiser.module))
 
 
 def asked(training, free, folder):
@@ -164,7 +164,7 @@ def applied(training, cures):
     size = next((int(cure.split()[1]) for cure in cures if cure.startswith("micro_batch")), 0)
     recipe = replace(training.plan.recipe, micro_batch=size)
     blocks = autograd.blocks_of(training.denoiser.module) if "checkpointing" in cures else []
-    with autograd.checkpointed(blocks, "recompute all but attention" in cures):
+    with checkpointing.checkpointed(blocks, "recompute all but attention" in cures):
         yield replace(training, plan=replace(training.plan, recipe=recipe))
 
 
@@ -185,8 +185,8 @@ def test_memory_that_runs_out_while_measuring_is_no_end(size, fits, cures, free,
         predict = training.denoiser.predict
 
         def short(x_t, sigma, conditioning):
-            on = all(autograd.is_checkpointed(block) for block in blocks)
-            if not fits(x_t, on, any(autograd.keeps_attention(block) for block in blocks)):
+            on = all(checkpointing.is_checkpointed(block) for block in blocks)
+            if not fits(x_t, on, any(checkpointing.keeps_attention(block) for block in blocks)):
                 raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
             return predict(x_t, sigma, conditioning)
 
@@ -213,14 +213,16 @@ def test_what_is_forgotten_already_is_no_advice(wanted, on, cures, tmp_path):
         predict = training.denoiser.predict
 
         def short(x_t, *args):
-            forgets = all(autograd.is_checkpointed(one) and not autograd.keeps_attention(one) for one in blocks)
+            forgets = all(
+                checkpointing.is_checkpointed(one) and not checkpointing.keeps_attention(one) for one in blocks
+            )
             if not forgets or len(x_t) > 1:
                 raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
             return predict(x_t, *args)
 
         training.denoiser.predict = short
         assert asked(training, 1 << 40, tmp_path)["cures"] == cures
-        assert {autograd.keeps_attention(block) for block in blocks} == {on and wanted == ALL_BUT_ATTENTION}
+        assert {checkpointing.keeps_attention(block) for block in blocks} == {on and wanted == ALL_BUT_ATTENTION}
 
 
 def test_where_nobody_knows_what_is_free_nothing_is_said_of_it(tmp_path):
@@ -233,13 +235,13 @@ def test_checkpointing_for_a_while_leaves_blocks_as_they_were():
     """One has a forward of its own, as an adapted layer has that is a block itself."""
     blocks = [torch.nn.Linear(2, 2), torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)]
     own = blocks[1].forward = lambda x: 2 * x
-    autograd.checkpoint_blocks(blocks[2:])
+    checkpointing.checkpoint_blocks(blocks[2:])
     before = blocks[2].forward
     for keep in (True, False):
-        with autograd.checkpointed(blocks, keep):
-            assert all(autograd.is_checkpointed(block) for block in blocks)
-            assert [autograd.keeps_attention(block) for block in blocks] == [keep] * 3
-    assert not autograd.keeps_attention(blocks[2])
+        with checkpointing.checkpointed(blocks, keep):
+            assert all(checkpointing.is_checkpointed(block) for block in blocks)
+            assert [checkpointing.keeps_attention(block) for block in blocks] == [keep] * 3
+    assert not checkpointing.keeps_attention(blocks[2])
     assert "forward" not in vars(blocks[0])
     assert blocks[1].forward is own
     assert blocks[2].forward is before
@@ -275,7 +277,7 @@ def test_what_cannot_be_measured_is_no_end_either(tmp_path, monkeypatch, caplog)
         raise RuntimeError("no such kernel")
 
     with KINDS["SD1"]() as training:
-        monkeypatch.setattr(meter.Account, "peak_of", broken)
+        monkeypatch.setattr(tracking.Account, "peak_of", broken)
         with caplog.at_level("INFO"):
             assert models.train(training, tmp_path, steps=50, save_every=50).step == 50
     assert "could not be measured: no such kernel" in caplog.text
@@ -301,7 +303,7 @@ def test_a_device_that_keeps_account_is_asked(monkeypatch):
             return 175
 
     monkeypatch.setattr(torch, "cuda", Kind)
-    account = meter.Account(torch.device("cuda"))
+    account = tracking.Account(torch.device("cuda"))
     found = account.peak_of(lambda: asked_for.append("work"), [torch.zeros(8)])
     assert found == 75 + 32
     assert asked_for == ["now", "reset", "work", "peak"]
@@ -341,7 +343,7 @@ def taken():
 @pytest.mark.usefixtures("told_by_system")
 def test_on_a_cpu_the_system_sees_what_is_no_tensor():
     """Some libraries take memory for themselves while an operation runs."""
-    account = meter.Account(torch.device("cpu"))
+    account = tracking.Account(torch.device("cpu"))
     found = account.peak_of(taken, [torch.zeros(8)])
     assert found == pytest.approx(SIZE, rel=0.1)
     assert account.peak_of(lambda: torch.ones(256), [torch.zeros(8)]) == 32 + 1024
@@ -352,7 +354,7 @@ def test_what_is_only_collected_while_it_is_measured_hides_nothing():
     garbage = [taken()]
     garbage.append(garbage)
     del garbage
-    account = meter.Account(torch.device("cpu"))
+    account = tracking.Account(torch.device("cpu"))
 
     def work():
         gc.collect()
@@ -378,6 +380,6 @@ def test_where_the_system_tells_nothing_tensors_are_counted(monkeypatch, lacks):
             if lacks == "begin again":
                 raise PermissionError(13, "no", self._path)
 
-    monkeypatch.setattr(meter, "Path", System)
-    account = meter.Account(torch.device("cpu"))
+    monkeypatch.setattr(tracking, "Path", System)
+    account = tracking.Account(torch.device("cpu"))
     assert account.peak_of(lambda: torch.ones(256), [torch.zeros(8)]) == 32 + 1024

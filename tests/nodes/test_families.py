@@ -6,10 +6,10 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from graft_pack.trainers import autograd
-from graft_pack.trainers.check import check_gradient
+from graft_pack.trainers.engine.gradient_check import check_gradient
 from graft_pack.trainers.errors import ModelError
 from graft_pack.trainers.families import FAMILIES, GENERAL, family_of
+from graft_pack.trainers.memory import autograd, checkpointing
 from graft_pack.trainers.methods import METHODS
 
 from tests.support import make_families, models, networks
@@ -76,7 +76,7 @@ def layers_of_attention(module):
 
 def chosen(name, targets):
     """(module, family, paths) that a choice of targets takes in on a class."""
-    from graft_pack.nodes.host.families import family_name
+    from graft_pack.nodes.host.model.families import family_name
 
     model = models.patcher(name)
     family = family_of(family_name(model))
@@ -111,7 +111,7 @@ def test_the_attention_of_a_described_family_is_what_the_host_calls_so(name, com
 
 
 def test_every_description_is_of_a_class_here(comfy):
-    from graft_pack.nodes.host.families import family_name
+    from graft_pack.nodes.host.model.families import family_name
 
     known = {family_name(models.patcher(name)) for name in networks.CLASSES if name in make_families.list_classes()}
     # v is asked of the sampling object; Anima came with a newer host.
@@ -194,7 +194,7 @@ def test_the_self_check_finds_the_block_whose_gradient_is_wrong(name, trials):
 def test_the_self_check_finds_the_cure_missing_in_one_block(name):
     """In the recomputation of each block in turn: wherever the gradient is then wrong, and nowhere else."""
 
-    class Uncured(autograd._Checkpointed):
+    class Uncured(checkpointing._Checkpointed):
         def _run(self, modes, *args, **kwargs):
             return self.forward(*args, **kwargs)
 
@@ -217,7 +217,7 @@ def test_the_self_check_finds_the_cure_missing_in_one_block(name):
 
 @pytest.mark.parametrize("word, said", [("GGMLOps", "GGUF"), ("NunchakuFluxTransformer", "Nunchaku")])
 def test_formats_that_hide_their_weights_are_refused_by_name(word, said):
-    from graft_pack.nodes.host.training import check_sockets
+    from graft_pack.nodes.host.model.checks import check_sockets
 
     model = models.patcher("SD1")
     check_sockets(model, object(), object())

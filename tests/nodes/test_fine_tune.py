@@ -6,14 +6,14 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from graft_pack.trainers.check import directional_error
+from graft_pack.trainers.engine.gradient_check import directional_error
+from graft_pack.trainers.engine.resolve import Options, resolve
+from graft_pack.trainers.engine.trainable_modules import Parts
 from graft_pack.trainers.errors import ModelError, SettingsError
 from graft_pack.trainers.families import family_of
 from graft_pack.trainers.formats import files
 from graft_pack.trainers.formats.adapter import LazyAdapter, load_adapter, save_adapter
 from graft_pack.trainers.methods import METHODS
-from graft_pack.trainers.parts import Parts
-from graft_pack.trainers.settings import Options, resolve
 
 from tests.support import models
 
@@ -102,7 +102,7 @@ def test_every_weight_is_trained_and_has_a_gradient(name):
 
 @pytest.mark.parametrize("name", models.FAMILIES)
 def test_core_applies_what_was_trained(name, comfy, tmp_path, caplog):
-    from graft_pack.nodes.host.adapters import apply_adapter, unread_keys
+    from graft_pack.nodes.host.model.lora import apply_adapter, unread_keys
 
     import nodes
 

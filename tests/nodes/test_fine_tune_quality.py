@@ -44,9 +44,9 @@ def pictures(draw, count, seed, words=""):
 
 
 def make_host(model, clip, vae):
-    from graft_pack.nodes.host.image import ComfyCodec
-    from graft_pack.nodes.host.model import ComfyDenoiser
-    from graft_pack.nodes.host.text import ComfyText
+    from graft_pack.nodes.host.model.denoiser import ComfyDenoiser
+    from graft_pack.nodes.host.model.text_encoder import ComfyText
+    from graft_pack.nodes.host.model.vae import ComfyCodec
     from graft_pack.trainers.protocols import Host
 
     text = ComfyText(clip)
@@ -54,8 +54,8 @@ def make_host(model, clip, vae):
 
 
 def recipe_of(seed, **options):
+    from graft_pack.trainers.engine.resolve import Options, resolve
     from graft_pack.trainers.families import family_of
-    from graft_pack.trainers.settings import Options, resolve
 
     chosen = Options()
     for name, value in options.items():
@@ -66,8 +66,8 @@ def recipe_of(seed, **options):
 
 def loss_on(base, shown, folder):
     """The model's own loss on pictures at fixed noise and noise levels, the mean."""
-    from graft_pack.trainers.forward import fixed_losses
-    from graft_pack.trainers.prepare import prepare
+    from graft_pack.trainers.engine.step import fixed_losses
+    from graft_pack.trainers.preprocessing.prepare import prepare
 
     recipe = recipe_of(0)
     with torch.inference_mode(False):
@@ -79,9 +79,9 @@ def loss_on(base, shown, folder):
 
 def gap_closed(base, seed, folder, **options):
     """(share, losses by what they are of): how much of what the style costs more than the old world is gone."""
-    from graft_pack.nodes.host.adapters import apply_adapter
-    from graft_pack.trainers.run import Folders
-    from graft_pack.trainers.session import run_recipe
+    from graft_pack.nodes.host.model.lora import apply_adapter
+    from graft_pack.trainers.engine.session import run_recipe
+    from graft_pack.trainers.runs.run import Folders
 
     style = pictures(hatched, TRAINED + HELD_OUT, seed, ", hatched")
     shown, kept = (

@@ -5,11 +5,12 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from graft_pack.trainers import autograd, forward
-from graft_pack.trainers.check import _by_block, check_gradient, directional_error
+from graft_pack.trainers.engine import step as forward
+from graft_pack.trainers.engine.gradient_check import _by_block, check_gradient, directional_error
 from graft_pack.trainers.errors import ModelError
-from graft_pack.trainers.objective.noise import generator
-from graft_pack.trainers.recipe import ALL_BUT_ATTENTION, RECOMPUTED
+from graft_pack.trainers.memory import autograd
+from graft_pack.trainers.recipe.recipe import ALL_BUT_ATTENTION, RECOMPUTED
+from graft_pack.trainers.rng import generator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support import models

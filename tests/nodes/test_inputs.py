@@ -10,7 +10,7 @@ pytestmark = pytest.mark.usefixtures("comfy")
 
 
 def test_a_vae_of_another_family_is_named():
-    from graft_pack.nodes.host.model import ComfyDenoiser
+    from graft_pack.nodes.host.model.denoiser import ComfyDenoiser
 
     denoiser = ComfyDenoiser(models.patcher("SD1"), None, models.SmallVae())
     fitting = models.conditioning("SD1").tensors
@@ -22,7 +22,7 @@ def test_a_vae_of_another_family_is_named():
 
 @pytest.mark.parametrize("family", models.FAMILIES)
 def test_a_text_encoder_of_another_family_is_named(family):
-    from graft_pack.nodes.host.model import ComfyDenoiser
+    from graft_pack.nodes.host.model.denoiser import ComfyDenoiser
 
     denoiser = ComfyDenoiser(models.patcher(family), None, models.SmallVae())
     latent = torch.zeros(1, *models.FAMILIES[family].latent)
@@ -67,7 +67,7 @@ def test_a_model_that_does_more_around_its_network_is_refused():
 def test_processes_that_cannot_train_together_are_refused_before_they_start(count, nccl, said, monkeypatch):
     """By the number there is on an older PyTorch too, which has no `torch.accelerator`."""
     import comfy.model_management
-    from graft_pack.nodes.host import together
+    from graft_pack.nodes.host.jobs import launcher
 
     monkeypatch.setattr(comfy.model_management, "get_torch_device", lambda: torch.device("cuda", 0))
     monkeypatch.setattr(comfy.model_management, "is_nvidia", lambda: True)
@@ -75,8 +75,8 @@ def test_processes_that_cannot_train_together_are_refused_before_they_start(coun
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: nccl)
     monkeypatch.delattr(torch, "accelerator", raising=False)
     if not said:
-        together.check_count(count)
+        launcher.check_count(count)
         return
     with pytest.raises(SettingsError, match=said) as caught:
-        together.check_count(count)
+        launcher.check_count(count)
     assert caught.value.input == "options"

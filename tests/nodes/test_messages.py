@@ -9,7 +9,7 @@ import pytest
 
 @pytest.fixture
 def browser(comfy, monkeypatch):
-    from graft_pack.nodes.host import browser
+    from graft_pack.nodes.host.server import messages as browser
 
     monkeypatch.setattr(browser, "BOARD", browser.Board())
     return browser
@@ -128,7 +128,7 @@ def test_the_sources_of_a_training_decide_its_run(browser, monkeypatch):
 
 def test_inputs_that_choose_no_run_are_the_recipes_own(browser):
     """The widgets that are passed over are fields that a recipe's identity leaves out."""
-    from graft_pack.trainers.recipe import Recipe
+    from graft_pack.trainers.recipe.recipe import Recipe
 
     names = [field.name for field in dataclasses.fields(Recipe)]
     free = set(names[names.index("steps") :])
@@ -138,7 +138,7 @@ def test_inputs_that_choose_no_run_are_the_recipes_own(browser):
 
 def test_where_the_host_keeps_no_workflows_none_is_kept(browser, monkeypatch):
     from comfy.cli_args import args
-    from graft_pack.nodes.host import training
+    from graft_pack.nodes.host.actions import train as training
 
     monkeypatch.setattr(training, "graph_of", lambda prompt: {"prompt": {"1": {}}} if prompt == "p" else {})
     kept = [training._graph(SimpleNamespace(prompt=prompt)) for prompt in ("p", "nobody's")]
@@ -154,7 +154,7 @@ def test_a_host_without_a_server_is_told_nothing(browser, monkeypatch):
 
 
 def test_steps_that_come_fast_are_told_together_and_none_is_lost(comfy, monkeypatch):
-    from graft_pack.nodes.host import control, progress
+    from graft_pack.nodes.host.server import control, progress
 
     told = []
     clock = iter(x * 0.03 for x in range(1000))

@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 import torch
-from graft_pack.trainers.meter import bytes_of
+from graft_pack.trainers.memory.tracking import bytes_of
 from torch._subclasses import FakeTensor
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
@@ -50,9 +50,9 @@ def graph(comfy, tiny_base):
 def faulty(monkeypatch):
     """faulty(outcome): from then on trainings end like that, in their second step."""
     import comfy.model_management
-    from graft_pack.nodes.host.control import DESK, Wish
-    from graft_pack.nodes.host.model import ComfyDenoiser
-    from graft_pack.trainers import loop
+    from graft_pack.nodes.host.model.denoiser import ComfyDenoiser
+    from graft_pack.nodes.host.server.control import DESK, Wish
+    from graft_pack.trainers.engine import loop
 
     def arrange(outcome):
         real = loop._gradients
@@ -86,9 +86,9 @@ def faulty(monkeypatch):
 
 def train(graph, method, name):
     """As a training node does, under the host's inference mode."""
-    from graft_pack.nodes.host.training import Widgets
-    from graft_pack.nodes.host.training import train as run
-    from graft_pack.trainers.settings import Options
+    from graft_pack.nodes.host.actions.train import Widgets
+    from graft_pack.nodes.host.actions.train import train as run
+    from graft_pack.trainers.engine.resolve import Options
 
     kind, fields = METHODS[method]
     options = Options({**fields, ("run", "name"): name, ("preview", "prompts"): "red", ("preview", "steps"): 1})
@@ -205,8 +205,8 @@ def test_run_after_run_no_tensors_are_left(graph):
 
 def test_private_trees_go_with_the_training(graph, monkeypatch):
     """Not with Python's next search for cycles: the text encoder's, in float32, is twice the graph's."""
-    from graft_pack.nodes.host import model
-    from graft_pack.trainers import autograd
+    from graft_pack.nodes.host.model import denoiser as model
+    from graft_pack.trainers.memory import autograd
 
     made = []
 

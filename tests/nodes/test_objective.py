@@ -7,7 +7,7 @@ import pytest
 import torch
 from graft_pack.trainers.errors import ModelError
 from graft_pack.trainers.objective.noise import spread_sigmas
-from graft_pack.trainers.objective.parameterisations import parameterisation
+from graft_pack.trainers.objective.targets import parameterisation
 
 from tests.support import models
 
@@ -85,7 +85,7 @@ def test_every_such_node_of_core_is_tried_here(comfy):
 @pytest.mark.parametrize("case", NODES, ids=name_of)
 def test_the_target_is_what_the_host_turns_into_the_latent(case):
     """calculate_denoised of the native target gives back x0, at noise levels from one end to the other."""
-    from graft_pack.nodes.host.model import ComfyDenoiser
+    from graft_pack.nodes.host.model.denoiser import ComfyDenoiser
 
     name, kind = case[2:]
     denoiser = ComfyDenoiser(made_by(case), None, models.SmallVae())
@@ -115,16 +115,16 @@ def test_the_prediction_is_the_one_that_the_host_samples_with(case):
 @pytest.mark.parametrize("case", NODES, ids=name_of)
 def test_the_loss_is_measured_against_that_target(case):
     """The loop's loss, put together again from the parts that the tests above hold against the host."""
-    from graft_pack.trainers import forward
+    from graft_pack.trainers.engine import step
 
     with models.in_training(made_by(case), case[2], spread=0.05) as training:
         plan, denoiser = training.plan, training.denoiser
         shown = [item.show(0) for item in plan.train]
-        _, x0, noise, sigma = next(forward.parts_of(shown, plan.recipe, 0, 0, training.host))
+        _, x0, noise, sigma = next(step.parts_of(shown, plan.recipe, 0, 0, training.host))
         with torch.no_grad():
             raw = denoiser.predict(denoiser.add_noise(x0, noise, sigma), sigma, [one.conditioning for one in shown])
         target = kind_of(denoiser).target(x0, noise, sigma.view(-1, 1, 1, 1))
-        losses = forward.losses_of(training.host, shown, x0, noise, sigma)
+        losses = step.losses_of(training.host, shown, x0, noise, sigma)
         assert torch.allclose(losses, ((raw - target) ** 2).mean((1, 2, 3)), rtol=1e-5)
         losses.sum().backward()
         gradients = models.joined(p.grad for p in plan.trainables.values())
@@ -135,7 +135,7 @@ def test_the_loss_is_measured_against_that_target(case):
 @pytest.mark.parametrize("case", NODES, ids=name_of)
 def test_other_objectives_follow_the_model_too(case):
     """Levels are the model's own, weights are refused where they mean nothing, and losses are those written out."""
-    from graft_pack.trainers import forward
+    from graft_pack.trainers.engine import step
     from graft_pack.trainers.errors import SettingsError
     from graft_pack.trainers.objective.options import Objective
     from graft_pack.trainers.objective.timesteps import level_times
@@ -150,8 +150,8 @@ def test_other_objectives_follow_the_model_too(case):
     with models.in_training(made_by(case), case[2], spread=0.05, objective=objective) as training:
         denoiser = training.denoiser
         shown = [item.show(0) for item in training.plan.train]
-        _, x0, noise, sigma, asked = next(forward.parts_of(shown, training.plan.recipe, 0, 0, training.host))
-        losses = forward.losses_of(training.host, shown, x0, noise, sigma, asked).detach()
+        _, x0, noise, sigma, asked = next(step.parts_of(shown, training.plan.recipe, 0, 0, training.host))
+        losses = step.losses_of(training.host, shown, x0, noise, sigma, asked).detach()
         with torch.no_grad():
             x_t = denoiser.add_noise(x0, asked.added, sigma)
             raw = denoiser.predict(x_t, sigma, [one.conditioning for one in shown])
@@ -184,7 +184,7 @@ KEYS = [
     "name, keys, kind, most", KEYS, ids=lambda part: "+".join(part) if type(part) is dict else None
 )
 def test_the_objective_is_known_by_the_checkpoints_keys(name, keys, kind, most):
-    from graft_pack.nodes.host.model import ComfyDenoiser
+    from graft_pack.nodes.host.model.denoiser import ComfyDenoiser
 
     denoiser = ComfyDenoiser(models.patcher(name, keys=keys), None, models.SmallVae())
     assert denoiser.parameterisation == kind
@@ -211,9 +211,9 @@ def test_training_on_zero_terminal_snr_follows_v_and_not_eps(assumed, tmp_path):
 
 def noisiest(items, training):
     """The model's own loss of items at its highest noise level, at fixed noise."""
-    from graft_pack.trainers import forward
+    from graft_pack.trainers.engine import step
 
-    return forward.fixed_losses(items, training.plan.recipe, training.host)[:, -1].mean()
+    return step.fixed_losses(items, training.plan.recipe, training.host)[:, -1].mean()
 
 
 def brightened(item, turn):
@@ -295,7 +295,7 @@ def test_a_lora_from_upstream_is_part_of_the_base():
 
 
 def test_the_fingerprint_tells_bases_apart():
-    from graft_pack.nodes.host.digest import patcher_digest
+    from graft_pack.nodes.host.model.fingerprint import patcher_digest
 
     base = base_of("SD1")
     lora = random_lora(base)
@@ -317,7 +317,7 @@ def test_the_fingerprint_tells_bases_apart():
 
 def test_the_fingerprint_does_not_depend_on_what_is_loaded():
     """The same MODEL, before and while the host holds it loaded with its patches applied to the weights."""
-    from graft_pack.nodes.host.digest import patcher_digest
+    from graft_pack.nodes.host.model.fingerprint import patcher_digest
 
     base = base_of("SD1")
     patched = with_lora(base, random_lora(base), 0.7)
@@ -333,7 +333,7 @@ def test_the_fingerprint_does_not_depend_on_what_is_loaded():
 
 def test_the_fingerprint_sees_through_a_clone_that_is_loaded():
     """A sampling node swaps an object on the model that all clones share, as long as its clone is loaded."""
-    from graft_pack.nodes.host.digest import patcher_digest
+    from graft_pack.nodes.host.model.fingerprint import patcher_digest
 
     base = base_of("SD1")
     v = through("ModelSamplingDiscrete", {"sampling": "v_prediction", "zsnr": False}, base)
@@ -350,7 +350,7 @@ def scaling(factor):
 
 @pytest.mark.parametrize("where", ["transformer patch", "wrapper", "weight wrapper"])
 def test_the_fingerprint_tells_what_a_patch_was_made_with(where):
-    from graft_pack.nodes.host.digest import patcher_digest
+    from graft_pack.nodes.host.model.fingerprint import patcher_digest
 
     digests = []
     for factor in (1.1, 1.5, 1.1):

@@ -5,10 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from graft_pack.trainers import autograd, offload
-from graft_pack.trainers.ladder import keep_away
+from graft_pack.trainers.engine.oom_fallback import keep_away
+from graft_pack.trainers.memory import autograd, offload
 from graft_pack.trainers.methods import ADAPTERS
-from graft_pack.trainers.recipe import ALL_BUT_ATTENTION
+from graft_pack.trainers.recipe.recipe import ALL_BUT_ATTENTION
 
 from tests.support import models
 from tests.support.diffusers_host import make_dataset, run_session, same_state, same_tensors, state_of
@@ -94,8 +94,8 @@ def test_attention_is_kept_where_that_is_wanted(checkpointing, near, tmp_path):
     with models.in_training(models.patcher("SD1"), "SD1", checkpointing, 0.1, **fields) as training:
         assert same(gradients(training, tmp_path), near("SD1", True))
         blocks = autograd.blocks_of(training.denoiser.module)
-        assert all(autograd.keeps_attention(block) for block in blocks if autograd.is_checkpointed(block))
-        assert any(autograd.keeps_attention(block) for block in blocks)
+        assert all(checkpointing.keeps_attention(block) for block in blocks if checkpointing.is_checkpointed(block))
+        assert any(checkpointing.keeps_attention(block) for block in blocks)
 
 
 @pytest.mark.parametrize("ahead", [False, True])
@@ -184,7 +184,7 @@ def test_the_host_is_not_asked_to_load_the_model(monkeypatch, tmp_path):
 
 def test_what_the_host_keeps_off_the_device_is_trained_with_offload_alone(monkeypatch):
     """As it does when it is started with --novram."""
-    from graft_pack.nodes.host import model as nodes_model
+    from graft_pack.nodes.host.model import denoiser as nodes_model
     from graft_pack.trainers.errors import ModelError
 
     real = nodes_model._check_trainable
@@ -217,9 +217,9 @@ def test_killed_and_resumed_with_and_without_it_has_the_same_bits(kind, tmp_path
 @pytest.mark.parametrize("place", ["a file", "far"])
 def test_pictures_are_drawn_with_what_is_away(place, tiny_base, comfy, tmp_path, monkeypatch, request):
     """By the host's own sampler, which moves nothing for it; the same pictures and adapter as without."""
-    from graft_pack.nodes.host.model import ComfyDenoiser
-    from graft_pack.nodes.host.training import Widgets, train
-    from graft_pack.trainers.settings import Options
+    from graft_pack.nodes.host.actions.train import Widgets, train
+    from graft_pack.nodes.host.model.denoiser import ComfyDenoiser
+    from graft_pack.trainers.engine.resolve import Options
 
     if place == "far":
         request.getfixturevalue("far")

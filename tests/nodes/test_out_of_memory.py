@@ -6,10 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from graft_pack.trainers import autograd, loop
+from graft_pack.trainers.engine import loop
+from graft_pack.trainers.engine.oom_fallback import Ladder
 from graft_pack.trainers.errors import OutOfMemory
-from graft_pack.trainers.ladder import Ladder, is_out_of_memory
-from graft_pack.trainers.recipe import ALL_BUT_ATTENTION, EVERYTHING
+from graft_pack.trainers.memory import autograd, checkpointing
+from graft_pack.trainers.memory.oom import is_out_of_memory
+from graft_pack.trainers.recipe.recipe import ALL_BUT_ATTENTION, EVERYTHING
 
 from tests.support import models
 
@@ -93,8 +95,10 @@ class Device:
         weights = [weight for block in blocks for weight in block.parameters()]
         return {
             "free": self._freed,
-            "checkpointing": all(autograd.is_checkpointed(block) for block in blocks),
-            "attention": all(autograd.is_checkpointed(one) and not autograd.keeps_attention(one) for one in blocks),
+            "checkpointing": all(checkpointing.is_checkpointed(block) for block in blocks),
+            "attention": all(
+                checkpointing.is_checkpointed(one) and not checkpointing.keeps_attention(one) for one in blocks
+            ),
             "micro_batch": len(x_t) == 1,
             "offload": any(hasattr(weight, "graft_offloaded") for weight in weights),
             "nothing": False,
@@ -286,7 +290,7 @@ def test_offload_from_the_start_changes_no_bit(tmp_path, enough):
     found = []
     for offload in ("auto", "on"):
         with lora("SD1", batch_size=4, checkpointing="on") as training:
-            autograd.checkpoint_blocks(autograd.blocks_of(training.denoiser.module))
+            checkpointing.checkpoint_blocks(autograd.blocks_of(training.denoiser.module))
             state = models.train(training, tmp_path / offload, steps=STEPS, learning_rate=1e-3, offload=offload)
             found.append(models.joined(state.trainables.values()).clone())
             weights = [weight for weight in training.denoiser.module.parameters() if hasattr(weight, "graft_offloaded")]

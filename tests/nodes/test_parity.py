@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from graft_pack.trainers import forward
-from graft_pack.trainers.plan import Plan
+from graft_pack.trainers.engine import step
+from graft_pack.trainers.engine.plan import Plan
 
 from tests.support import models
 
@@ -79,9 +79,9 @@ def test_loss_and_gradients_are_those_of_diffusers(prediction_type, gamma):
     unet = diffusers_host.convert_sd1(model)
     with models.in_training(model, "SD1", spread=0.1, examples=4, batch_size=4, objective=objective) as training:
         shown = [item.show(0) for item in training.plan.train]
-        part = next(forward.parts_of(shown, training.plan.recipe, 0, 0, training.host))
+        part = next(step.parts_of(shown, training.plan.recipe, 0, 0, training.host))
         _, x0, noise, sigma = part[:4]
-        losses = forward.losses_of(training.host, *part)
+        losses = step.losses_of(training.host, *part)
         losses.mean().backward()
         values = by_adapter_name(training.denoiser, training.plan.trainables)
     t = (((1 - scheduler.alphas_cumprod) / scheduler.alphas_cumprod).sqrt()[None] - sigma[:, None]).abs().argmin(1)
@@ -109,9 +109,9 @@ def test_other_families_too_have_diffusers_loss_and_the_gradient_of_every_weight
     with models.in_training(model, published.name, examples=3, batch_size=3, **whole) as training:
         shown = [item.show(0) for item in training.plan.train]
         conditionings = [one.conditioning for one in shown]
-        part = next(forward.parts_of(shown, training.plan.recipe, 0, 0, training.host))
+        part = next(step.parts_of(shown, training.plan.recipe, 0, 0, training.host))
         _, x0, noise, sigma = part[:4]
-        losses = forward.losses_of(training.host, *part)
+        losses = step.losses_of(training.host, *part)
         losses.mean().backward()
         gradients = {
             name: value.grad.clone() for name, value in training.plan.trainables.items() if value.grad is not None
@@ -180,7 +180,7 @@ LONG = "a " + "very " * 80 + "large red circle on a blue background"
     "caption", ["a large red circle on a blue background", "", "\u00dcn\u00efcode, 1girl; solo!", LONG]
 )
 def test_captions_condition_as_the_hosts_own_node(caption, clip):
-    from graft_pack.nodes.host.text import ComfyText
+    from graft_pack.nodes.host.model.text_encoder import ComfyText
 
     from nodes import CLIPTextEncode
 
@@ -193,7 +193,7 @@ def test_captions_condition_as_the_hosts_own_node(caption, clip):
 
 def test_parentheses_in_a_caption_are_letters(clip):
     """As the host's node takes them when they are escaped, and not as weights."""
-    from graft_pack.nodes.host.text import ComfyText
+    from graft_pack.nodes.host.model.text_encoder import ComfyText
 
     from nodes import CLIPTextEncode
 
@@ -205,7 +205,7 @@ def test_parentheses_in_a_caption_are_letters(clip):
 
 
 def test_clip_skip_is_part_of_the_text_encoder(clip):
-    from graft_pack.nodes.host.text import ComfyText
+    from graft_pack.nodes.host.model.text_encoder import ComfyText
 
     from nodes import CLIPSetLastLayer, CLIPTextEncode
 
@@ -219,6 +219,6 @@ def test_clip_skip_is_part_of_the_text_encoder(clip):
 
 @pytest.mark.parametrize("caption, count", [("", 0), ("red circle", 2), ("a (b)", 4), (LONG, 88)])
 def test_tokens_are_counted_without_frame(caption, count, clip):
-    from graft_pack.nodes.host.text import ComfyText
+    from graft_pack.nodes.host.model.text_encoder import ComfyText
 
     assert ComfyText(clip).count_tokens(caption) == count

@@ -8,7 +8,7 @@ import pytest
 
 @pytest.fixture
 def routes(comfy):
-    from graft_pack.nodes.host import routes
+    from graft_pack.nodes.host.server import routes
 
     return routes
 

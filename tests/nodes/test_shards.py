@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from graft_pack.trainers.distributed.fsdp import Shards
 from graft_pack.trainers.errors import ModelError
-from graft_pack.trainers.shards import Shards
 from torch import distributed
 
 from tests.support import make_families, models, networks

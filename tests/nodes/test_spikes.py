@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from graft_pack.trainers.run import Run
-from graft_pack.trainers.state import State
+from graft_pack.trainers.runs.checkpoint import State
+from graft_pack.trainers.runs.run import Run
 
 from tests.support import models
 

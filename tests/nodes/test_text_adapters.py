@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from graft_pack.trainers.check import directional_error
+from graft_pack.trainers.engine.gradient_check import directional_error
 from graft_pack.trainers.errors import ModelError, SettingsError
 from graft_pack.trainers.formats.adapter import load_adapter, save_adapter
 from graft_pack.trainers.methods import ADAPTERS
-from graft_pack.trainers.methods.layers import LINEAR
+from graft_pack.trainers.methods.targets import LINEAR
 
 from tests.support import diffusers_host, models
 
@@ -22,7 +22,7 @@ def of_text(trainables):
 
 def encoded(clip, caption=CAPTION):
     """What the host's encoder gives for a literal caption, as one vector each."""
-    from graft_pack.nodes.host.text import ComfyText
+    from graft_pack.nodes.host.model.text_encoder import ComfyText
 
     return ComfyText(clip).encode(caption)
 
@@ -78,9 +78,9 @@ def test_captions_that_are_encoded_at_once_get_what_is_their_own(name):
 def test_without_the_cure_it_raises(monkeypatch):
     from contextlib import nullcontext
 
-    from graft_pack.trainers import forward
+    from graft_pack.trainers.engine import step
 
-    monkeypatch.setattr(forward, "OutOfPlace", nullcontext)
+    monkeypatch.setattr(step, "OutOfPlace", nullcontext)
     with models.with_text("SD1", spread=0.1) as training:
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             training.gradients()
@@ -240,7 +240,7 @@ def test_diffusers_and_peft_load_the_encoders_part(kind, format, tmp_path):
         pipe.load_lora_weights(str(path))
         found = published_output(pipe.text_encoder)
     import comfy.model_management
-    from graft_pack.nodes.host.adapters import apply_adapter
+    from graft_pack.nodes.host.model.lora import apply_adapter
 
     _, applied = apply_adapter(model, clip, adapter, 1.0, 1.0)
     with torch.inference_mode():
@@ -254,7 +254,7 @@ def test_diffusers_and_peft_load_the_encoders_part(kind, format, tmp_path):
 @pytest.mark.parametrize("format", ["diffusers", "peft"])
 @pytest.mark.parametrize("name", ["SD1", "SDXL with text"])
 def test_both_formats_come_back_in_the_hosts_names(name, format, tmp_path):
-    from graft_pack.nodes.host.adapters import apply_adapter, unread_keys
+    from graft_pack.nodes.host.model.lora import apply_adapter, unread_keys
 
     model, clip = models.patcher(name), models.text(name)
     with models.with_text(name, model=model, clip=clip, spread=0.1) as training, torch.no_grad():

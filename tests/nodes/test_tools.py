@@ -183,7 +183,7 @@ def test_what_is_known_only_beside_the_weights_is_refused_and_the_cure_works(mod
 
 
 def apply(model, adapter, clip=None, strength=1.0):
-    from graft_pack.nodes.host.adapters import apply_adapter
+    from graft_pack.nodes.host.model.lora import apply_adapter
 
     applied, text = apply_adapter(model, clip, adapter, strength, strength)
     return applied if clip is None else (applied, text)
@@ -362,10 +362,10 @@ def test_only_one_layer_is_held_at_a_time(model, monkeypatch):
     """Besides the result: no whole copy of either model."""
     import weakref
 
-    from graft_pack.nodes.host import tools
+    from graft_pack.nodes.host.actions import adapter_tools
 
     held, most = weakref.WeakSet(), [0]
-    value = tools._value
+    value = adapter_tools._value
 
     def watched(*args):
         made = value(*args)
@@ -373,7 +373,7 @@ def test_only_one_layer_is_held_at_a_time(model, monkeypatch):
         most[0] = max(most[0], len(held))
         return made
 
-    monkeypatch.setattr(tools, "_value", watched)
+    monkeypatch.setattr(adapter_tools, "_value", watched)
     extract(apply(model, adapter_of("LoRA")), model, rank=2)
     assert 0 < most[0] <= 4
 
@@ -388,7 +388,7 @@ def test_what_cannot_be_extracted_is_refused_by_name(model, flux):
         extract(tuned, model, conv="leave out", rest="leave out")
     with pytest.raises(SettingsError, match="Graft Extract Adapter, input 'energy'"):
         extract(tuned, model, energy=0.0)
-    from graft_pack.nodes.host.adapters import apply_adapter
+    from graft_pack.nodes.host.model.lora import apply_adapter
 
     ranged, _ = apply_adapter(model, None, adapter_of("LoRA"), 1.0, 0.0, (), (0.0, 0.5))
     with pytest.raises(ModelError, match="input 'model_tuned'.*a part of sampling, which an extraction"):
@@ -450,7 +450,7 @@ def test_the_report_says_what_it_is_and_that_it_fits(kind, model):
 
 def test_norms_are_those_of_what_the_host_adds(model):
     """Block by block, named as the connected model's paths are; and without the model as the file names them."""
-    from graft_pack.nodes.host.adapters import fit, path_of
+    from graft_pack.nodes.host.model.lora import fit, path_of
     from graft_pack.trainers.tools import inspect as looking
 
     for kind in TYPES:
@@ -519,15 +519,15 @@ def test_metadata_is_told_and_oddities_do_not_stop_it():
 
 
 def test_the_picture_stays_small_for_large_models():
-    from graft_pack.trainers.tools import picture
+    from graft_pack.trainers.tools import block_plot
 
     rows = [(f"double_blocks.{index}", 1.0) for index in range(19)]
     rows += [(f"single_blocks.{index}", 2.0) for index in range(38)]
-    found = picture.joined(rows, 36)
+    found = block_plot.joined(rows, 36)
     assert len(found) <= 36
     assert found[0] == ("double_blocks.0-1", pytest.approx(2**0.5))
     assert sum(value**2 for _, value in found) == pytest.approx(19 + 4 * 38)
-    assert picture.joined(rows[:5], 36) == rows[:5]
+    assert block_plot.joined(rows[:5], 36) == rows[:5]
 
 
 NAME = "lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_q"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from graft_pack.trainers.meter import Meter
+from graft_pack.trainers.memory.tracking import Meter
 
 _READ = torch.ops.aten._local_scalar_dense.default
 

@@ -82,7 +82,7 @@ def sit_down(seat):
     import torch
 
     torch.set_num_threads(1)
-    from graft_pack.trainers.spread import Spread
+    from graft_pack.trainers.distributed.accelerate_group import Spread
 
     group = Spread(cpu=True)
     seat["pipe"].send(TASKS[seat["task"]](group, **seat["arguments"]))
@@ -149,8 +149,9 @@ def fail(group, folder, fields, rank, where="part", memory=0):
             gradients are summed, of memory alone.
         memory: so many times memory runs out there; 0 for one error of that process's own.
     """
-    from graft_pack.trainers import loop, spread
-    from graft_pack.trainers.autograd import blocks_of
+    from graft_pack.trainers.distributed import accelerate_group
+    from graft_pack.trainers.engine import loop
+    from graft_pack.trainers.memory.autograd import blocks_of
 
     from tests.support.diffusers_host import make_host, run_session
 
@@ -169,7 +170,7 @@ def fail(group, folder, fields, rank, where="part", memory=0):
         host = replace(host, heed=trouble(host.heed))
     if where == "sum":
         found = "out of memory" if group.rank == rank else ""
-        spread._shortage = lambda *given: found
+        accelerate_group._shortage = lambda *given: found
     if where == "preview":
         drawn = host.denoiser.preview
 
@@ -205,9 +206,10 @@ def gradients(group, fields, windows):
     The bytes are those of the blocks' before anything was shared out, and those that this process holds after each
     forward and after each step.
     """
-    from graft_pack.trainers import loop
-    from graft_pack.trainers.autograd import blocks_of, checkpoint_blocks
-    from graft_pack.trainers.optimisers.stepping import Mover
+    from graft_pack.trainers.engine import loop
+    from graft_pack.trainers.engine.updater import Mover
+    from graft_pack.trainers.memory.autograd import blocks_of
+    from graft_pack.trainers.memory.checkpointing import checkpoint_blocks
 
     from tests.support import models
     from tests.support.diffusers_host import make_item, planned

@@ -364,8 +364,8 @@ def run_session(folder, report=None, host=None, dataset=None, **fields):
     Args:
         fields: of the recipe.
     """
-    from graft_pack.trainers.run import Folders
-    from graft_pack.trainers.session import run_recipe
+    from graft_pack.trainers.engine.session import run_recipe
+    from graft_pack.trainers.runs.run import Folders
 
     from tests.support import models
 
@@ -376,7 +376,7 @@ def run_session(folder, report=None, host=None, dataset=None, **fields):
 
 def make_item(index, weight=None):
     """An example with a latent and a caption of its own."""
-    from graft_pack.trainers.plan import Item, Shown
+    from graft_pack.trainers.preprocessing.items import Item, Shown
     from graft_pack.trainers.protocols import Conditioning
 
     latent = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(index))
@@ -387,9 +387,9 @@ def make_item(index, weight=None):
 @contextmanager
 def planned(items, spread=0.1, **fields):
     """(plan, host) of a LoRA on random trainables; spread 0 leaves them as they start."""
+    from graft_pack.trainers.engine.plan import Plan
     from graft_pack.trainers.families import family_of
     from graft_pack.trainers.methods import METHODS
-    from graft_pack.trainers.plan import Plan
 
     from tests.support import models
 
@@ -407,8 +407,8 @@ def planned(items, spread=0.1, **fields):
 
 def gradient_of(plan, host, window, step=0):
     """(loss, gradient as one vector, names) of a window of batches."""
-    from graft_pack.trainers import loop
-    from graft_pack.trainers.optimisers.stepping import Mover
+    from graft_pack.trainers.engine import loop
+    from graft_pack.trainers.engine.updater import Mover
 
     from tests.support import models
 

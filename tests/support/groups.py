@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from graft_pack.trainers.state import read_state
+from graft_pack.trainers.runs.checkpoint import read_state
 
 from tests.support import models
 from tests.support.crew import Crew

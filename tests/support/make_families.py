@@ -58,7 +58,7 @@ def list_classes() -> list[str]:
 
 def error_of(training, part: str, step: float) -> float:
     """Relative error of the derivative along one direction of all A or all B."""
-    from graft_pack.trainers.check import directional_error
+    from graft_pack.trainers.engine.gradient_check import directional_error
 
     parameters = [value for name, value in training.plan.trainables.items() if f"lora_{part}" in name]
     return directional_error(training.losses, parameters, step=step)[0]
@@ -93,7 +93,7 @@ def _apply(model, name: str) -> tuple:
     import comfy.sd
     import comfy.utils
     import torch
-    from graft_pack.nodes.host.adapters import unread_keys
+    from graft_pack.nodes.host.model.lora import unread_keys
     from graft_pack.trainers.formats.adapter import Adapter, save_adapter
     from graft_pack.trainers.objective.noise import spread_sigmas
 

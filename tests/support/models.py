@@ -117,12 +117,14 @@ WORD = "my-word"
 @contextmanager
 def learning_word(name: str, checkpointing: bool = False, model=None, clip=None, captions=None, **fields):
     """A Training of the vectors of `my-word` on a family of TEXT, two for each encoder."""
-    from graft_pack.nodes.host.model import ComfyDenoiser
-    from graft_pack.nodes.host.text import ComfyText
-    from graft_pack.trainers import autograd, inversion
-    from graft_pack.trainers.plan import Item, Plan
+    from graft_pack.nodes.host.model.denoiser import ComfyDenoiser
+    from graft_pack.nodes.host.model.text_encoder import ComfyText
+    from graft_pack.trainers.engine.plan import Plan
+    from graft_pack.trainers.memory import autograd, checkpointing
+    from graft_pack.trainers.methods import textual_inversion
+    from graft_pack.trainers.preprocessing.items import Item
     from graft_pack.trainers.protocols import Host
-    from graft_pack.trainers.run import Products
+    from graft_pack.trainers.runs.run import Products
 
     encoder = ComfyText(clip or text(name))
     denoiser = ComfyDenoiser(model or patcher(name), encoder, SmallVae())
@@ -131,32 +133,33 @@ def learning_word(name: str, checkpointing: bool = False, model=None, clip=None,
     captions = captions or [f"a photo of embedding:{WORD}", f"one embedding:{WORD}, on a beach"]
     with denoiser.training("auto", settings.offload == "on"), encoder.training():
         if checkpointing:
-            autograd.checkpoint_blocks(autograd.blocks_of(denoiser.module), settings.keeps_attention)
-            autograd.checkpoint_blocks(autograd.blocks_of(encoder.module), settings.keeps_attention)
-        vectors = inversion.start(encoder, settings)
+            checkpointing.checkpoint_blocks(autograd.blocks_of(denoiser.module), settings.keeps_attention)
+            checkpointing.checkpoint_blocks(autograd.blocks_of(encoder.module), settings.keeps_attention)
+        vectors = textual_inversion.start(encoder, settings)
         items = []
         for number, caption in enumerate(captions):
             shown = item(name, number).show(None)
             bare = replace(shown.conditioning, tensors={})
             items.append(Item(f"picture {number}", (64, 64), 1, functools.partial(_told, shown.latent, bare, caption)))
-        settle = inversion.settling(vectors, encoder, settings)
-        export = lambda values, step: Products(None, inversion.made_of(values, settings, {}))  # noqa: E731
-        plan = Plan(settings, items, [], vectors, export, [inversion.group(vectors, settings)], settle)
+        settle = textual_inversion.settling(vectors, encoder, settings)
+        export = lambda values, step: Products(None, textual_inversion.made_of(values, settings, {}))  # noqa: E731
+        plan = Plan(settings, items, [], vectors, export, [textual_inversion.group(vectors, settings)], settle)
         yield Training(denoiser, Host(denoiser, encoder, None), plan)
 
 
 @contextmanager
 def with_text(name: str, checkpointing: bool = False, model=None, clip=None, spread: float = 0.0, **fields):
     """A Training of adapters on the network and on the text encoders of a family of TEXT."""
-    from graft_pack.nodes.host.model import ComfyDenoiser
-    from graft_pack.nodes.host.text import ComfyText
-    from graft_pack.trainers import autograd
+    from graft_pack.nodes.host.model.denoiser import ComfyDenoiser
+    from graft_pack.nodes.host.model.text_encoder import ComfyText
+    from graft_pack.trainers.engine.plan import Plan
+    from graft_pack.trainers.engine.trainable_modules import Parts
     from graft_pack.trainers.formats.adapter import Adapter
+    from graft_pack.trainers.memory import autograd, checkpointing
     from graft_pack.trainers.methods import METHODS
-    from graft_pack.trainers.parts import Parts
-    from graft_pack.trainers.plan import Item, Plan
+    from graft_pack.trainers.preprocessing.items import Item
     from graft_pack.trainers.protocols import Host
-    from graft_pack.trainers.run import Products
+    from graft_pack.trainers.runs.run import Products
 
     encoder = ComfyText(clip or text(name))
     denoiser = ComfyDenoiser(model or patcher(name), encoder, SmallVae())
@@ -166,8 +169,8 @@ def with_text(name: str, checkpointing: bool = False, model=None, clip=None, spr
     parts = Parts(METHODS[settings.method], settings, host)
     with denoiser.training("auto", settings.offload == "on"), encoder.training():
         if checkpointing:
-            autograd.checkpoint_blocks(autograd.blocks_of(denoiser.module), settings.keeps_attention)
-            autograd.checkpoint_blocks(autograd.blocks_of(encoder.module), settings.keeps_attention)
+            checkpointing.checkpoint_blocks(autograd.blocks_of(denoiser.module), settings.keeps_attention)
+            checkpointing.checkpoint_blocks(autograd.blocks_of(encoder.module), settings.keeps_attention)
         trainables = parts.inject()
         if spread:
             scatter(trainables, spread)
@@ -183,7 +186,7 @@ def with_text(name: str, checkpointing: bool = False, model=None, clip=None, spr
 
 
 def _told(latent, conditioning, caption, turn):
-    from graft_pack.trainers.plan import Shown
+    from graft_pack.trainers.preprocessing.items import Shown
 
     return Shown(latent, conditioning, None, caption)
 
@@ -240,7 +243,7 @@ class Training:
 
     def losses(self):
         """The mean loss of the first batch, with its graph."""
-        from graft_pack.trainers.forward import batch_loss
+        from graft_pack.trainers.engine.step import batch_loss
 
         return batch_loss(self.plan, self.host)
 
@@ -256,8 +259,8 @@ class Training:
 
 def recipe(family: str, **fields):
     """A recipe of a family's defaults, with some fields set; nothing is checked, so that odd values can be tried."""
+    from graft_pack.trainers.engine.resolve import Options, resolve
     from graft_pack.trainers.families import family_of
-    from graft_pack.trainers.settings import Options, resolve
 
     made = resolve(Options(), family_of(family), "LoRA", 10, 0.0, 4, 2, 0, 64, "")
     return replace(made, **fields)
@@ -266,7 +269,7 @@ def recipe(family: str, **fields):
 def item(name: str, seed: int, dtype=None, side: int = 0):
     """A loop Item with a random latent and a random conditioning, both decided by the seed; side 0: its own."""
     import torch
-    from graft_pack.trainers.plan import Item, Shown
+    from graft_pack.trainers.preprocessing.items import Item, Shown
 
     shape = SIZES[name].latent
     if side:
@@ -298,11 +301,11 @@ def in_training(
         side: of the latents, 0 for the family's.
         fields: of the recipe.
     """
-    from graft_pack.nodes.host.model import ComfyDenoiser
-    from graft_pack.trainers import autograd
+    from graft_pack.nodes.host.model.denoiser import ComfyDenoiser
+    from graft_pack.trainers.engine.plan import Plan
     from graft_pack.trainers.families import family_of
+    from graft_pack.trainers.memory import autograd, checkpointing
     from graft_pack.trainers.methods import METHODS
-    from graft_pack.trainers.plan import Plan
     from graft_pack.trainers.protocols import Host
 
     denoiser = ComfyDenoiser(model, None, SmallVae())
@@ -311,7 +314,7 @@ def in_training(
     with denoiser.training(settings.compute_dtype, settings.offload == "on"):
         dtype = denoiser.compute_dtype
         if checkpointing:
-            autograd.checkpoint_blocks(autograd.blocks_of(denoiser.module), settings.keeps_attention)
+            checkpointing.checkpoint_blocks(autograd.blocks_of(denoiser.module), settings.keeps_attention)
         targets = method.targets(denoiser.module, family_of(denoiser.family), settings)
         trainables = method.inject(denoiser.module, targets, settings)
         if spread:
@@ -339,9 +342,9 @@ def exporter(method, settings, name_of, denoiser=None):
         denoiser: within training, for types whose files are made beside the weights, and for peft's own form.
     """
     from graft_pack.trainers.formats.adapter import Adapter, LazyAdapter
-    from graft_pack.trainers.formats.cuts import with_cuts
-    from graft_pack.trainers.formats.whole import Differences
-    from graft_pack.trainers.run import Products
+    from graft_pack.trainers.formats.diffusers_split import with_cuts
+    from graft_pack.trainers.formats.full_diff import Differences
+    from graft_pack.trainers.runs.run import Products
 
     def export(values, step):
         module = denoiser.module if denoiser else None
@@ -397,7 +400,7 @@ def denoised(model, x, sigma: float, one):
     import comfy.sampler_helpers
     import comfy.samplers
     import torch
-    from graft_pack.nodes.host import families
+    from graft_pack.nodes.host.model import families
 
     network = model.model.diffusion_model
     if hasattr(network, "clear_kv_cache"):
@@ -464,11 +467,11 @@ def train(training: Training, folder, resume: bool = False, **fields):
         resume: goes on with the state that an earlier training left in the folder.
         fields: of the recipe, in place of the plan's.
     """
-    from graft_pack.trainers import loop
-    from graft_pack.trainers.ladder import keep_away
+    from graft_pack.trainers.engine import loop
+    from graft_pack.trainers.engine.oom_fallback import keep_away
     from graft_pack.trainers.methods import METHODS
-    from graft_pack.trainers.run import Run
-    from graft_pack.trainers.state import State
+    from graft_pack.trainers.runs.checkpoint import State
+    from graft_pack.trainers.runs.run import Run
 
     settings = replace(training.plan.recipe, **fields)
     groups = METHODS[settings.method].groups(training.plan.trainables, settings) or training.plan.groups

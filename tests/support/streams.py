@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 
 import torch
-from graft_pack.trainers.carriers import SideStream
+from graft_pack.trainers.memory.transfer import SideStream
 from torch.multiprocessing.reductions import StorageWeakRef
 
 

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from graft_pack.trainers.ahead import Ahead
 from graft_pack.trainers.errors import DatasetError
-from graft_pack.trainers.plan import Item, Shown
+from graft_pack.trainers.preprocessing.items import Item, Shown
+from graft_pack.trainers.preprocessing.prefetch import Ahead
 from graft_pack.trainers.protocols import Conditioning
 
 from tests.support import counting, models, runs

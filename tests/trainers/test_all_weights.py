@@ -5,10 +5,10 @@ import os
 
 import pytest
 import torch
-from graft_pack.trainers import loop
+from graft_pack.trainers.engine import loop, updater
 from graft_pack.trainers.errors import NumbersError, OutOfMemory
-from graft_pack.trainers.optimisers import OPTIMISERS, apart, stepping
-from graft_pack.trainers.optimisers.rounding import rounded
+from graft_pack.trainers.optimizers import OPTIMISERS, per_parameter
+from graft_pack.trainers.optimizers.stochastic_rounding import rounded
 
 from tests.support import models
 from tests.support.diffusers_host import make_dataset, make_host, make_unet, run_session, same_state, same_tensors
@@ -61,20 +61,20 @@ class Stopper:
 def movers(monkeypatch):
     """The movers of the trainings of a test."""
     made = []
-    real = stepping.Mover.__init__
+    real = updater.Mover.__init__
 
     def noting(self, *args):
         real(self, *args)
         made.append(self)
 
-    monkeypatch.setattr(stepping.Mover, "__init__", noting)
+    monkeypatch.setattr(updater.Mover, "__init__", noting)
     return made
 
 
 def afterwards(folder, monkeypatch, **fields):
     """A run in the ordinary way, by one optimiser for all."""
     with monkeypatch.context() as patch:
-        patch.setattr(stepping, "_is_one_backward", lambda plan: False)
+        patch.setattr(updater, "_is_one_backward", lambda plan: False)
         return run_session(folder, **fields)
 
 
@@ -106,7 +106,9 @@ def test_within_the_backward_comes_to_the_same(name, movers, tmp_path, monkeypat
     within = run_session(tmp_path / "within", **fields)
     after = afterwards(tmp_path / "after", monkeypatch, **fields)
     assert [mover.in_backward for mover in movers] == [True, False]
-    assert isinstance(movers[0].optimiser, apart.Apart) and not isinstance(movers[1].optimiser, apart.Apart)
+    assert isinstance(movers[0].optimiser, per_parameter.Apart) and not isinstance(
+        movers[1].optimiser, per_parameter.Apart
+    )
     first, second = kept_state(within), kept_state(after)
     assert distance(first.trainables, second.trainables) <= 1e-6
     assert norms(within) == pytest.approx(norms(after), rel=1e-5)
@@ -119,14 +121,14 @@ def test_within_the_backward_comes_to_the_same(name, movers, tmp_path, monkeypat
 
 def test_gradients_never_lie_beside_one_another(tmp_path, monkeypatch):
     seen = []
-    real = apart.Apart.move
+    real = per_parameter.Apart.move
 
     def counting(self, parameter):
         seen.append(sum(one.grad is not None for one in self._own))
         real(self, parameter)
         assert parameter.grad is None
 
-    monkeypatch.setattr(apart.Apart, "move", counting)
+    monkeypatch.setattr(per_parameter.Apart, "move", counting)
     run_session(tmp_path, **ALL, steps=2, batch_size=2)
     assert len(seen) == 2 * len(list(make_unet().parameters()))
     # A weight's and its bias's may come together, of a product of the two.
@@ -163,8 +165,8 @@ def test_beside_anchors_and_under_loss_scaling_all_move_together(movers, tmp_pat
 
 def test_differential_preservation_asks_the_frozen_base(tmp_path, monkeypatch):
     """Nothing has drifted before the first step, to the bit; afterwards it has, and is held."""
-    from graft_pack.trainers import forward
     from graft_pack.trainers.data import prior
+    from graft_pack.trainers.engine import step as forward
 
     drifts = []
     real = forward._drifts
@@ -213,7 +215,7 @@ def test_cancelled_keeps_the_step_that_was_reached(straight, tmp_path):
 @pytest.mark.parametrize("where", [1, 40])
 def test_a_step_that_fails_within_the_backward_is_not_kept(where, straight, tmp_path, monkeypatch):
     fields, _, expected = straight
-    real = apart.Apart.move
+    real = per_parameter.Apart.move
     per_step = len(list(make_unet().parameters()))
     calls = []
 
@@ -224,7 +226,7 @@ def test_a_step_that_fails_within_the_backward_is_not_kept(where, straight, tmp_
             raise torch.OutOfMemoryError("injected")
 
     with monkeypatch.context() as patch:
-        patch.setattr(apart.Apart, "move", failing)
+        patch.setattr(per_parameter.Apart, "move", failing)
         with pytest.raises(OutOfMemory, match="some weights had moved"):
             run_session(tmp_path, **fields)
     resumed = run_session(tmp_path, **fields)
@@ -237,7 +239,7 @@ def test_numbers_that_are_none_move_nothing_that_is_kept(what, kept, straight, t
     """A loss is looked at before anything moves by it; a gradient when others may have moved: the last save stands."""
     fields, _, expected = straight
     steps = []
-    real = stepping.Mover.begin
+    real = updater.Mover.begin
 
     def spoiling(self, step, highest):
         real(self, step, highest)
@@ -252,7 +254,7 @@ def test_numbers_that_are_none_move_nothing_that_is_kept(what, kept, straight, t
 
     loop_terms = loop.terms_of
     with monkeypatch.context() as patch:
-        patch.setattr(stepping.Mover, "begin", spoiling)
+        patch.setattr(updater.Mover, "begin", spoiling)
         patch.setattr(loop, "terms_of", terms)
         with pytest.raises(NumbersError, match=f"{what} of step 4 is not finite .pictures: .*image"):
             run_session(tmp_path, **fields)
@@ -329,7 +331,7 @@ def moved(weight_dtype, small, steps=100):
     start = (1 + torch.rand(4096, generator=source)).bfloat16()
     parameter = torch.nn.Parameter(start.to(dtype, copy=True))
     sgd = _Sgd()
-    optimiser = apart.Apart(sgd, [{"params": [parameter], "lr": small}], {parameter: "w"}, _Seed())
+    optimiser = per_parameter.Apart(sgd, [{"params": [parameter], "lr": small}], {parameter: "w"}, _Seed())
     for step in range(steps):
         optimiser.begin(step)
         parameter.grad = -parameter.detach()
@@ -354,7 +356,7 @@ def test_small_steps_are_made_in_bfloat16_as_in_float32(monkeypatch):
     # 4096 weights, each with a deviation of about 4e-3 after a hundred roundings.
     assert found == pytest.approx(exact, abs=5 * 4e-3 / 64)
     # To the nearest, each step is lost whole.
-    monkeypatch.setattr(apart, "rounded", lambda values, source: values.bfloat16())
+    monkeypatch.setattr(per_parameter, "rounded", lambda values, source: values.bfloat16())
     assert moved("bf16", 1e-4)[0] == 0.0
 
 
@@ -380,7 +382,7 @@ def test_rounding_is_drawn_from_seed_step_and_parameter_alone():
         parameter = torch.nn.Parameter(torch.ones(999).bfloat16())
         settings = _Seed()
         settings.seed = seed
-        optimiser = apart.Apart(_Sgd(), [{"params": [parameter], "lr": 1e-3}], {parameter: name}, settings)
+        optimiser = per_parameter.Apart(_Sgd(), [{"params": [parameter], "lr": 1e-3}], {parameter: name}, settings)
         optimiser.begin(step)
         parameter.grad = torch.ones_like(parameter)
         optimiser.step()

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from graft_pack.trainers import carriers
 from graft_pack.trainers.errors import RunError
+from graft_pack.trainers.memory import transfer
 
 from tests.support.streams import Streams
 
@@ -32,7 +32,7 @@ def kept(monkeypatch):
 def test_copies_wait_for_room_and_computing_waits_for_copies(kept):
     """Room is taken where it is computed, so the side waits for that first; then computing for the side."""
     streams = Streams()
-    carrier = carriers.SideStream(CPU, streams)
+    carrier = transfer.SideStream(CPU, streams)
     homes = weights()
     load = carrier.start(homes)
     before = [("side", "wait for computing"), ("side", "begin"), ("side", "end"), ("side", "record")]
@@ -52,7 +52,7 @@ def test_copies_wait_for_room_and_computing_waits_for_copies(kept):
 
 def test_room_of_copies_that_nobody_waited_for_is_not_given_to_others(kept):
     streams = Streams()
-    carrier = carriers.SideStream(CPU, streams)
+    carrier = transfer.SideStream(CPU, streams)
     load = carrier.start(weights())
     del load
     gc.collect()
@@ -63,27 +63,27 @@ def test_room_of_copies_that_nobody_waited_for_is_not_given_to_others(kept):
 @pytest.mark.parametrize(
     "module, kind",
     [
-        (Streams(), carriers.SideStream),
-        (SimpleNamespace(Event=object), carriers.Plain),
-        (None, carriers.Plain),
+        (Streams(), transfer.SideStream),
+        (SimpleNamespace(Event=object), transfer.Plain),
+        (None, transfer.Plain),
     ],
 )
 def test_a_device_without_streams_copies_when_asked(module, kind, monkeypatch):
     """Such as MPS, whose module has none, and DirectML, which has no module."""
     monkeypatch.setattr(torch, "elsewhere", module, raising=False)
-    carrier = carriers.carrier_to(SimpleNamespace(type="elsewhere"))
+    carrier = transfer.carrier_to(SimpleNamespace(type="elsewhere"))
     assert type(carrier) is kind
 
 
 def test_plain_copies_are_made_when_they_are_asked_for():
-    carrier = carriers.Plain(torch.device("meta"))
+    carrier = transfer.Plain(torch.device("meta"))
     load = carrier.start(weights())
     assert all(one.device == CPU for one in load)
     assert all(one.device.type == "meta" for one in carrier.finish(load))
 
 
 def test_mapped_weights_are_the_same_numbers_in_a_file(tmp_path):
-    mapped, carrier = carriers.map_weights(weights(), str(tmp_path))
+    mapped, carrier = transfer.map_weights(weights(), str(tmp_path))
     assert not list(tmp_path.iterdir()), "the file has no name that could stay behind"
     for _ in range(2):
         for before, after in zip(weights(), carrier.finish(carrier.start(mapped)), strict=True):
@@ -94,7 +94,7 @@ def test_mapped_weights_are_the_same_numbers_in_a_file(tmp_path):
 
 
 def test_the_system_is_told_of_whole_pages_once(tmp_path):
-    mapped, carrier = carriers.map_weights(weights(), str(tmp_path))
+    mapped, carrier = transfer.map_weights(weights(), str(tmp_path))
     told = []
     size = len(carrier._file)
 
@@ -120,11 +120,11 @@ def test_the_system_is_told_of_whole_pages_once(tmp_path):
 
 def test_without_such_advice_it_is_a_file_like_any(tmp_path):
     """As on Windows."""
-    mapped, carrier = carriers.map_weights(weights(), str(tmp_path))
+    mapped, carrier = transfer.map_weights(weights(), str(tmp_path))
     carrier._can, carrier._file = False, None
     carrier.leave(carrier.finish(carrier.start(mapped)))
 
 
 def test_a_folder_that_takes_nothing_is_named(tmp_path):
     with pytest.raises(RunError, match="gone"):
-        carriers.map_weights(weights(), str(tmp_path / "gone"))
+        transfer.map_weights(weights(), str(tmp_path / "gone"))

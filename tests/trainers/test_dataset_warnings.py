@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from graft_pack.trainers.data import inspect
+from graft_pack.trainers.data import report as inspect
 from graft_pack.trainers.data.examples import Handling
 from graft_pack.trainers.data.scan import scan_folder
-from graft_pack.trainers.prepare import prepare
+from graft_pack.trainers.preprocessing.prepare import prepare
 from graft_pack.trainers.protocols import Geometry
 from PIL import Image
 

@@ -5,14 +5,14 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from graft_pack.trainers import session
-from graft_pack.trainers.data.cache import Cache, key_of
 from graft_pack.trainers.data.class_images import ClassImages, Drawing
-from graft_pack.trainers.data.encoding import TextCache
-from graft_pack.trainers.earlier import claim
+from graft_pack.trainers.engine import session
 from graft_pack.trainers.formats import files
+from graft_pack.trainers.preprocessing.cache import Cache, key_of
+from graft_pack.trainers.preprocessing.encode import TextCache
 from graft_pack.trainers.protocols import earlier_fingerprint, embedded_digest
-from graft_pack.trainers.run import Folders
+from graft_pack.trainers.runs.earlier import claim
+from graft_pack.trainers.runs.run import Folders
 
 from tests.support import models
 

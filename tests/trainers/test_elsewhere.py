@@ -10,21 +10,21 @@ import struct
 import numpy as np
 import pytest
 import torch
-from graft_pack.trainers import records
 from graft_pack.trainers.data import captions
-from graft_pack.trainers.data.cache import Cache
 from graft_pack.trainers.data.examples import read_resolutions
 from graft_pack.trainers.data.index import Index
 from graft_pack.trainers.data.scan import scan_folder
 from graft_pack.trainers.errors import DatasetError, GraftError, ModelError, RunError, SettingsError
-from graft_pack.trainers.formats import files, layers
+from graft_pack.trainers.formats import files, keys
 from graft_pack.trainers.formats.adapter import Adapter, load_adapter
 from graft_pack.trainers.formats.embedding import load_embedding
-from graft_pack.trainers.inversion import check_name
 from graft_pack.trainers.methods.patterns import parse_pairs
-from graft_pack.trainers.names import check_file_name, check_text, is_reserved, is_text
-from graft_pack.trainers.run import Products, Run
-from graft_pack.trainers.state import State
+from graft_pack.trainers.methods.textual_inversion import check_name
+from graft_pack.trainers.preprocessing.cache import Cache
+from graft_pack.trainers.runs import records
+from graft_pack.trainers.runs.checkpoint import State
+from graft_pack.trainers.runs.run import Products, Run
+from graft_pack.trainers.text import check_file_name, check_text, is_reserved, is_text
 from graft_pack.trainers.tools.difference import difference
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -266,7 +266,7 @@ def test_factors_that_are_taken_can_be_multiplied(shapes):
     two = {"lora_up.weight", "lora_down.weight"}
     fits = two <= shapes.keys() and shapes.keys() <= two | {"alpha"} and _multiply(held)
     try:
-        layers.check_parts(held, "What arrived", "adapter")
+        keys.check_parts(held, "What arrived", "adapter")
     except ModelError as error:
         assert "layer layer" in error.message
         assert not fits, error
@@ -407,7 +407,7 @@ BLOCKS = st.lists(st.tuples(st.text(alphabet="ab", max_size=2), st.integers(0, 3
 @example([(f"l{number}", 0) for number in range(3000)])
 @example([("l", number) for number in range(3000)])
 def test_an_adapter_of_any_layers_has_a_picture_of_some_rows(blocks):
-    from graft_pack.trainers.tools.picture import joined
+    from graft_pack.trainers.tools.block_plot import joined
 
     rows = [(f"{kind}.{number}", 1.0) for kind, number in blocks]
     found = joined(rows, 36)

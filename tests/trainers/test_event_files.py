@@ -4,9 +4,9 @@ import sys
 
 import numpy as np
 import pytest
-from graft_pack.trainers import event_files
 from graft_pack.trainers.errors import RunError, SettingsError
-from graft_pack.trainers.records import read_events
+from graft_pack.trainers.runs import tensorboard
+from graft_pack.trainers.runs.records import read_events
 
 from tests.support.diffusers_host import make_host, run_session, same_tensors
 
@@ -43,7 +43,7 @@ def read_back(run):
 def test_they_hold_what_the_log_holds_of_each_step_once(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         # Killed: step 3 is told of, and done again.
-        patch.setattr("graft_pack.trainers.loop._keep_before_leaving", lambda keep: None)
+        patch.setattr("graft_pack.trainers.engine.loop._keep_before_leaving", lambda keep: None)
         with pytest.raises(Cut):
             run_session(tmp_path, cut_at(3), tensorboard="on", **FIELDS)
     result = run_session(tmp_path, tensorboard="on", **FIELDS)
@@ -89,7 +89,7 @@ def test_a_full_disk_ends_the_training_with_its_cure_and_loses_nothing(when, tmp
         def close(self):
             self.fail("closed")
 
-    monkeypatch.setattr(event_files, "load", lambda: Full)
+    monkeypatch.setattr(tensorboard, "load", lambda: Full)
     if when == "closed":
         # All is trained and kept by then.
         assert run_session(tmp_path, steps=3, tensorboard="on").step == 3

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from graft_pack.trainers.data.order import batches_from
+from graft_pack.trainers.distributed.group import rows_of
 from graft_pack.trainers.errors import Parted
-from graft_pack.trainers.group import rows_of
+from graft_pack.trainers.preprocessing.sampler import batches_from
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -155,7 +155,7 @@ def test_who_has_no_room_for_the_messages_says_so_before_any_is_sent(tmp_path, r
 @pytest.fixture
 def spread_alone():
     """A process that nobody started others beside."""
-    from graft_pack.trainers.spread import Spread
+    from graft_pack.trainers.distributed.accelerate_group import Spread
 
     group = Spread(cpu=True)
     assert group.world == 1

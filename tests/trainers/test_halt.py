@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 from graft_pack.trainers.protocols import Asked, Hurried
-from graft_pack.trainers.run import PAUSED, STOPPED, Halt
+from graft_pack.trainers.runs.run import PAUSED, STOPPED, Halt
 
 from tests.support.diffusers_host import make_host, run_session, same_state, same_tensors, state_of
 

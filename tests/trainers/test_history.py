@@ -4,9 +4,9 @@ import json
 import os
 
 import pytest
-from graft_pack.trainers import history, records
 from graft_pack.trainers.errors import RunError
-from graft_pack.trainers.run import Folders
+from graft_pack.trainers.runs import history, records
+from graft_pack.trainers.runs.run import Folders
 
 NAME = "toy-00000001"
 

@@ -7,14 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from graft_pack.trainers import inversion
 from graft_pack.trainers.data import captions
 from graft_pack.trainers.data.examples import Handling
 from graft_pack.trainers.data.scan import from_arrays
+from graft_pack.trainers.engine.resolve import Options, resolve
 from graft_pack.trainers.errors import DatasetError, SettingsError
 from graft_pack.trainers.families import family_of
-from graft_pack.trainers.recipe import Word
-from graft_pack.trainers.settings import Options, resolve
+from graft_pack.trainers.methods import textual_inversion
+from graft_pack.trainers.recipe.recipe import Word
 
 from tests.support.diffusers_host import make_dataset, make_host, run_session, same_state, same_tensors, state_of
 
@@ -33,7 +33,7 @@ def addressed(texts, trigger="", **handling):
     """The captions that reach the text encoder: each example's first variant."""
     pictures = [np.zeros((64, 64, 3), np.uint8)] * len(texts)
     dataset = from_arrays(pictures, list(texts), trigger, 64, (), Handling(**handling))
-    found = inversion.address(dataset, "my-word", "object")
+    found = textual_inversion.address(dataset, "my-word", "object")
     return [captions.plain(example) for example in found.examples], found
 
 
@@ -71,9 +71,9 @@ def test_pictures_without_captions_get_the_templates_in_turn():
     _, dataset = addressed([""])
     [example] = dataset.examples
     shown = {captions.variant(example, number) for number in range(captions.variant_count(example, 1))}
-    assert len(shown) == len(inversion.TEMPLATES["object"])
+    assert len(shown) == len(textual_inversion.TEMPLATES["object"])
     assert all("embedding:my-word" in text for text in shown)
-    style = inversion.address(dataset, "my-word", "style").examples[0]
+    style = textual_inversion.address(dataset, "my-word", "style").examples[0]
     assert style == example, "what has captions keeps them"
 
 
@@ -81,7 +81,7 @@ def test_class_images_keep_their_captions():
     """They show the class, not the thing."""
     _, dataset = addressed(["a photo of my-word", "a dog"], trigger="sks")
     of_class = replace(dataset.examples[1], captions=("a photo of my-word",), trigger="", prior=True)
-    found = inversion.address(replace(dataset, examples=(dataset.examples[0], of_class)), "my-word", "object")
+    found = textual_inversion.address(replace(dataset, examples=(dataset.examples[0], of_class)), "my-word", "object")
     assert found.examples[1] == of_class
 
 
@@ -97,27 +97,27 @@ def test_the_word_is_neither_dropped_nor_shuffled_away():
 )
 def test_names_that_no_prompt_could_address_are_refused(name):
     with pytest.raises(SettingsError, match="cannot be addressed") as error:
-        inversion.check_name(name)
+        textual_inversion.check_name(name)
     assert error.value.input == "name"
 
 
 @pytest.mark.parametrize("name", ["my-word", "x1", "style_a", "v1.5-dog", "_x"])
 def test_names_that_a_prompt_can_address_pass(name):
-    inversion.check_name(name)
+    textual_inversion.check_name(name)
 
 
 @pytest.mark.parametrize(
     "name", ["my word", "my\tword", "a(b)", "(a", "a:1.2", "a\\b", "word,", ",word", "a\u3000b", ""]
 )
 def test_file_names_that_no_prompt_can_call_are_known(name):
-    assert not inversion.is_addressable(name)
+    assert not textual_inversion.is_addressable(name)
 
 
 @pytest.mark.parametrize(
     "name", ["word", "folder/word-1.5", "a,b", "[word]", "{word}", "w\u00f6rter", "EasyNegative_v2"]
 )
 def test_file_names_that_a_prompt_can_call_pass(name):
-    assert inversion.is_addressable(name)
+    assert textual_inversion.is_addressable(name)
 
 
 def test_a_word_alone_is_trained_and_nothing_else(tmp_path):
@@ -251,7 +251,7 @@ def test_an_optimiser_that_finds_its_rate_finds_the_words_too():
 def test_the_word_has_no_weight_decay_and_a_rate_of_its_own(tmp_path):
     recipe = resolve(Options(), family_of("SD1"), "embedding", 10, 0.0, 0, 1, 0, 64, "", Word("w", "dog", 1))
     assert recipe.learning_rate == recipe.embedding_learning_rate == 5e-4
-    group = inversion.group({"embedding/clip_l": torch.nn.Parameter(torch.ones(1, 4))}, recipe)
+    group = textual_inversion.group({"embedding/clip_l": torch.nn.Parameter(torch.ones(1, 4))}, recipe)
     assert (group.learning_rate, group.weight_decay, group.until) == (5e-4, 0.0, None)
 
 

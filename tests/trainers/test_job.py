@@ -11,14 +11,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from graft_pack.trainers import job as jobs
 from graft_pack.trainers.data.examples import Anchor, Handling
 from graft_pack.trainers.data.scan import Reading, scan_folder
+from graft_pack.trainers.engine import job as jobs
+from graft_pack.trainers.engine.session import run_recipe
 from graft_pack.trainers.errors import RunError
 from graft_pack.trainers.formats import files
 from graft_pack.trainers.protocols import SOURCE
-from graft_pack.trainers.run import Folders
-from graft_pack.trainers.session import run_recipe
+from graft_pack.trainers.runs.run import Folders
 
 from tests.support import models
 from tests.support.diffusers_host import make_dataset, make_host, same_state, state_of

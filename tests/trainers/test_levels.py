@@ -6,8 +6,8 @@ import random
 
 import numpy as np
 import pytest
-from graft_pack.trainers.levels import BUCKETS, LevelLosses, times_of
 from graft_pack.trainers.objective.options import Objective
+from graft_pack.trainers.runs.loss_by_timestep import BUCKETS, LevelLosses, times_of
 
 from tests.support.diffusers_host import make_host, run_session
 

@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from graft_pack.trainers import autograd, forward
+from graft_pack.trainers.engine import step as forward
 from graft_pack.trainers.errors import NumbersError
-from graft_pack.trainers.recipe import ALL_BUT_ATTENTION, RECOMPUTED
+from graft_pack.trainers.memory import autograd
+from graft_pack.trainers.recipe.recipe import ALL_BUT_ATTENTION, RECOMPUTED
 
 from tests.support import models
 from tests.support.diffusers_host import (
@@ -78,7 +79,9 @@ def test_blocks_forget_what_the_recipe_says(checkpointing, recompute, tmp_path):
         if event == "step":
             blocks = [block for part in (host.denoiser, host.text) for block in autograd.blocks_of(part.module)]
             assert len(blocks) > len(autograd.blocks_of(host.denoiser.module))
-            seen.update((autograd.is_checkpointed(block), autograd.keeps_attention(block)) for block in blocks)
+            seen.update(
+                (checkpointing.is_checkpointed(block), checkpointing.keeps_attention(block)) for block in blocks
+            )
 
     fields = {"text_encoder": True, "text_encoder_rank": 2, "text_encoder_learning_rate": 1e-3, "steps": 1}
     host_told = replace(host, report=report)

@@ -4,9 +4,9 @@ import random
 
 import pytest
 import torch
-from graft_pack.trainers import offload
-from graft_pack.trainers.autograd import blocks_of
 from graft_pack.trainers.errors import RunError
+from graft_pack.trainers.memory import offload
+from graft_pack.trainers.memory.autograd import blocks_of
 from torch import nn
 
 META = torch.device("meta")

@@ -5,10 +5,11 @@ import json
 
 import pytest
 import torch
-from graft_pack.trainers import loop
+from graft_pack.trainers.engine import loop
+from graft_pack.trainers.engine.resolve import Options, resolve
 from graft_pack.trainers.errors import SettingsError
 from graft_pack.trainers.families import family_of
-from graft_pack.trainers.optimisers import (
+from graft_pack.trainers.optimizers import (
     OPTIMISERS,
     SCHEDULES,
     Group,
@@ -17,7 +18,6 @@ from graft_pack.trainers.optimisers import (
     parameter_groups,
     state_of,
 )
-from graft_pack.trainers.settings import Options, resolve
 
 from tests.support import models
 from tests.support.diffusers_host import make_host, run_session, same_state, same_tensors

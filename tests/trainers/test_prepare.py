@@ -13,16 +13,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from graft_pack.trainers import forward
 from graft_pack.trainers.data.examples import Handling, combine
-from graft_pack.trainers.data.memory import Keep
 from graft_pack.trainers.data.scan import Reading, from_arrays, scan_folder
+from graft_pack.trainers.engine import step as forward
+from graft_pack.trainers.engine.plan import Plan
+from graft_pack.trainers.engine.session import run_recipe
 from graft_pack.trainers.errors import DatasetError, SettingsError
-from graft_pack.trainers.plan import Plan
-from graft_pack.trainers.prepare import prepare
+from graft_pack.trainers.preprocessing.lru_cache import Keep
+from graft_pack.trainers.preprocessing.prepare import prepare
 from graft_pack.trainers.protocols import HOLE, SOURCE
-from graft_pack.trainers.run import Folders
-from graft_pack.trainers.session import run_recipe
+from graft_pack.trainers.runs.run import Folders
 from PIL import Image
 
 from tests.support import models, odd_files
@@ -175,7 +175,7 @@ def test_after_the_first_epoch_neither_codec_nor_encoder_is_called(folder, tmp_p
 def test_what_training_holds_does_not_grow_with_the_pictures(tmp_path, monkeypatch):
     """Tensors alive after each picture was shown twice: of ten times the pictures no more than the budget."""
     budget = 20_000
-    monkeypatch.setattr("graft_pack.trainers.prepare.Keep", lambda: Keep(budget))
+    monkeypatch.setattr("graft_pack.trainers.preprocessing.prepare.Keep", lambda: Keep(budget))
 
     def held(count):
         pictures = [grain(number) for number in range(count)]

@@ -5,13 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from graft_pack.trainers import check, forward
 from graft_pack.trainers.data import prior
 from graft_pack.trainers.data.scan import from_arrays
+from graft_pack.trainers.engine import gradient_check, step
 from graft_pack.trainers.errors import DatasetError, SettingsError
 from graft_pack.trainers.methods import Method
-from graft_pack.trainers.plan import Item, Shown
-from graft_pack.trainers.prepare import prepare
+from graft_pack.trainers.preprocessing.items import Item, Shown
+from graft_pack.trainers.preprocessing.prepare import prepare
 from graft_pack.trainers.protocols import Conditioning
 
 from tests.support import models
@@ -53,7 +53,7 @@ def gradient_of(plan, host, batch):
 def by_hand(plan, host, batch, weights):
     """(loss, gradient) of (1/B) sum w_i l_i, each example predicted alone."""
     shown = [plan.train[index].show(0) for index in batch]
-    _, x0, noise, sigma = next(forward.parts_of(shown, replace(plan.recipe, micro_batch=0), 0, 0, host))
+    _, x0, noise, sigma = next(step.parts_of(shown, replace(plan.recipe, micro_batch=0), 0, 0, host))
     total = torch.zeros(())
     for row, (one, weight) in enumerate(zip(shown, weights, strict=True)):
         part = slice(row, row + 1)
@@ -87,9 +87,9 @@ def test_batches_of_an_epoch_sum_up_to_diffusers_sum_of_means():
     items = [make_item(0), make_item(1), make_item(10, WEIGHT), make_item(11, WEIGHT)]
     with planned(items) as (plan, host):
         shown = [item.show(0) for item in items]
-        part = next(forward.parts_of(shown, plan.recipe, 0, 0, host))
-        plain = forward.losses_of(host, [replace(one, factor=1.0) for one in shown], *part[1:]).detach()
-        loss = forward.losses_of(host, *part).detach().mean()
+        part = next(step.parts_of(shown, plan.recipe, 0, 0, host))
+        plain = step.losses_of(host, [replace(one, factor=1.0) for one in shown], *part[1:]).detach()
+        loss = step.losses_of(host, *part).detach().mean()
     assert float(loss) == pytest.approx(float(plain[:2].mean() + WEIGHT * plain[2:].mean()) / 2, rel=1e-6)
 
 
@@ -133,7 +133,7 @@ def test_anchored_examples_add_the_weighted_distance_from_the_base(micro_batch):
         loss, gradient = gradient_of(plan, host, [0, 1, 2])
         own, slope = by_hand(plan, host, [0, 1, 2], [1.0, 1.0, 1.0])
         shown = [item.show(0) for item in items]
-        _, x0, noise, sigma = next(forward.parts_of(shown, replace(plan.recipe, micro_batch=0), 0, 0, host))
+        _, x0, noise, sigma = next(step.parts_of(shown, replace(plan.recipe, micro_batch=0), 0, 0, host))
         said = [Conditioning(WordEncoder().encode("a picture"))]
         total = torch.zeros(())
         for row, weight in ((0, WEIGHT), (2, 2 * WEIGHT)):
@@ -151,15 +151,15 @@ def test_anchored_examples_add_the_weighted_distance_from_the_base(micro_batch):
 
 def test_at_the_start_nothing_has_drifted():
     with planned([make_item(0, anchor=1.0)], spread=0.0) as (plan, host):
-        part = next(forward.parts_of([plan.train[0].show(0)], plan.recipe, 0, 0, host))
-        own, drift = list(forward.terms_of(plan, host, *part))
+        part = next(step.parts_of([plan.train[0].show(0)], plan.recipe, 0, 0, host))
+        own, drift = list(step.terms_of(plan, host, *part))
     assert float(drift.detach()) == 0.0
     assert float(own.detach()) > 0.0
 
 
 def test_the_gradient_of_an_anchored_batch_is_exact():
     with planned([make_item(0, anchor=1.0), make_item(1, WEIGHT)], batch_size=2) as (plan, host):
-        check.check_gradient(lambda: forward.batch_loss(plan, host), plan.trainables, check.TOLERANCE)
+        gradient_check.check_gradient(lambda: step.batch_loss(plan, host), plan.trainables, gradient_check.TOLERANCE)
 
 
 # ---- from a dataset to a run ------------------------------------------------------------------

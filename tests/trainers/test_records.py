@@ -4,9 +4,10 @@ import os
 import sys
 
 import pytest
-from graft_pack.trainers import records
 from graft_pack.trainers.errors import RunError
-from graft_pack.trainers.run import Folders, is_name, safe_name
+from graft_pack.trainers.runs import records
+from graft_pack.trainers.runs.run import Folders, is_name
+from graft_pack.trainers.text import safe_name
 from hypothesis import given
 from hypothesis import strategies as st
 

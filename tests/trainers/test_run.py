@@ -13,10 +13,11 @@ from graft_pack.trainers.errors import RunError
 from graft_pack.trainers.formats import files
 from graft_pack.trainers.formats.adapter import Adapter
 from graft_pack.trainers.formats.embedding import Embedding
-from graft_pack.trainers.levels import BUCKETS, LevelLosses
-from graft_pack.trainers.records import read_events, read_graph
-from graft_pack.trainers.run import Halt, Products, Run, safe_name
-from graft_pack.trainers.state import State
+from graft_pack.trainers.runs.checkpoint import State
+from graft_pack.trainers.runs.loss_by_timestep import BUCKETS, LevelLosses
+from graft_pack.trainers.runs.records import read_events, read_graph
+from graft_pack.trainers.runs.run import Halt, Products, Run
+from graft_pack.trainers.text import safe_name
 from PIL import Image
 
 from tests.support.diffusers_host import same_state

@@ -10,11 +10,11 @@ import threading
 import time
 
 import pytest
-from graft_pack.trainers import history, run_lock
 from graft_pack.trainers.errors import RunError, RunHeldError
 from graft_pack.trainers.formats import files
-from graft_pack.trainers.recipe import Recipe
-from graft_pack.trainers.run import Folders, Run
+from graft_pack.trainers.recipe.recipe import Recipe
+from graft_pack.trainers.runs import history, run_lock
+from graft_pack.trainers.runs.run import Folders, Run
 
 from tests.support import pack
 

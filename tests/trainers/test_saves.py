@@ -4,9 +4,9 @@ import json
 import os
 
 import pytest
-from graft_pack.trainers import history, notes, records, saves
 from graft_pack.trainers.errors import RunError, SettingsError
-from graft_pack.trainers.run import Folders, Run
+from graft_pack.trainers.runs import history, notes, records, saves
+from graft_pack.trainers.runs.run import Folders, Run
 
 NAME = "toy-00000001"
 

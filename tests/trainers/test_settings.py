@@ -3,10 +3,10 @@
 from dataclasses import fields, replace
 
 import pytest
+from graft_pack.trainers.engine.resolve import UNSET, Options, resolve
 from graft_pack.trainers.errors import SettingsError
 from graft_pack.trainers.families import FAMILIES, family_of, is_attention
-from graft_pack.trainers.recipe import Recipe
-from graft_pack.trainers.settings import UNSET, Options, resolve
+from graft_pack.trainers.recipe.recipe import Recipe
 
 from tests.support import models
 

@@ -1,10 +1,10 @@
 """Frozen weights in shares, one in each process: what is trained is the same, and nobody waits for ever."""
 
 import pytest
-from graft_pack.trainers import shards
+from graft_pack.trainers.distributed import fsdp
+from graft_pack.trainers.engine.validation import check_recipe
 from graft_pack.trainers.errors import SettingsError
-from graft_pack.trainers.limits import check_recipe
-from graft_pack.trainers.recipe import ALL_BUT_ATTENTION, EVERYTHING
+from graft_pack.trainers.recipe.recipe import ALL_BUT_ATTENTION, EVERYTHING
 
 from tests.support import models
 from tests.support.crew import Crew
@@ -117,7 +117,7 @@ def test_what_does_not_go_with_shares_is_named(fields, said):
 def test_a_pytorch_that_cannot_do_it_is_named(monkeypatch):
     monkeypatch.delattr("torch.distributed.fsdp.FSDPModule.reset_iter_state")
     with pytest.raises(SettingsError, match="Set shard .* to off, or take a newer PyTorch"):
-        shards.check_shards()
+        fsdp.check_shards()
 
 
 def test_alone_it_does_nothing_and_says_so(tmp_path, caplog):

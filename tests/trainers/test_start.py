@@ -4,11 +4,11 @@ import sys
 from dataclasses import replace
 
 import pytest
-from graft_pack.trainers.data import cache as caches
-from graft_pack.trainers.data.cache import Cache
 from graft_pack.trainers.formats import files
 from graft_pack.trainers.formats.adapter import save_adapter
-from graft_pack.trainers.optimisers import lr_factor
+from graft_pack.trainers.optimizers import lr_factor
+from graft_pack.trainers.preprocessing import cache as caches
+from graft_pack.trainers.preprocessing.cache import Cache
 
 from tests.support.diffusers_host import LayeredEncoder, PosteriorCodec, WordEncoder, make_dataset, make_host
 from tests.support.diffusers_host import run_session as session

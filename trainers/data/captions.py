@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from ..errors import DatasetError
 from ..formats.files import parse_json
-from ..names import composed, ends_word, is_text, starts_word
-from .order import stream_seed
+from ..rng import stream_seed
+from ..text import composed, ends_word, is_text, starts_word
 
 if TYPE_CHECKING:
     import numpy as np

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 from ..errors import DatasetError, RunError
 from ..formats import files
-from ..run import safe_name
+from ..text import safe_name
 from .examples import Dataset, Example
-from .pixels import FileSource, measure_file, reading
+from .pictures import FileSource, measure_file, reading
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -12,10 +12,8 @@ from typing import TYPE_CHECKING, Any
 from ..families import GENERAL, family_of
 
 if TYPE_CHECKING:
-    from ..recipe import Recipe
     from .buckets import Crop
-    from .cutting import Cuts
-    from .examples import Dataset, Example, LeftOut
+    from .examples import Example, LeftOut
 
 # Names in one warning; the rest is counted.
 _NAMED = 8
@@ -23,25 +21,6 @@ _NAMED = 8
 _BLURRED = 1.5
 # A side this much larger or smaller than the model's own is unusual.
 _UNUSUAL = 1.5
-
-
-def list_warnings(
-    dataset: Dataset, recipe: Recipe, training: Sequence[Cuts], left_out: Sequence[LeftOut]
-) -> list[dict[str, Any]]:
-    """List what a user should look at before a long training.
-
-    Args:
-        training: the pictures that are trained on.
-        left_out: all files that are not, those of the scan included.
-    """
-    pictures = [(cut.example, crop) for cut in training for crop in cut.crops]
-    found = [
-        warn_of_skipped(left_out, len(dataset.examples) + len(dataset.left_out)),
-        warn_of_enlarged(pictures),
-        _warn_of_batch(recipe, [cut for cut in training if not cut.example.prior]),
-        warn_of_resolution(recipe.resolution, recipe.family),
-    ]
-    return [warning for warning in found if warning]
 
 
 def warn_of_skipped(left_out: Sequence[LeftOut], total: int) -> dict[str, Any] | None:
@@ -77,18 +56,6 @@ def warn_of_enlarged(pictures: Sequence[tuple[Example, Crop]]) -> dict[str, Any]
         "side": side,
         "names": names,
     }
-
-
-def _warn_of_batch(recipe: Recipe, subject: Sequence[Cuts]) -> dict[str, Any] | None:
-    """Warn of a batch that is larger than the dataset."""
-    showings = sum(cut.example.repeats * len(cut.crops) for cut in subject)
-    if recipe.batch_size <= showings:
-        return None
-    text = (
-        f"batch_size {recipe.batch_size} is larger than the dataset: a step shows all {showings} pictures at most. "
-        f"Set batch_size to {showings} or less, or add pictures."
-    )
-    return {"kind": "batch", "text": text, "batch": recipe.batch_size, "count": showings}
 
 
 def warn_of_resolution(resolution: int, family: str) -> dict[str, Any] | None:

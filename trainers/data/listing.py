@@ -9,8 +9,9 @@ import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from ..text import is_below
 from .examples import LeftOut
-from .pixels import is_below, is_picture
+from .pictures import is_picture
 
 
 @dataclass(frozen=True)

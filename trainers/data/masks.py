@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .listing import File, Listing, Owners, stem_of
-from .pixels import is_picture
+from .pictures import is_picture
 
 _FOLDERS = ("masks", "mask")
 _SUFFIX = "-masklabel"

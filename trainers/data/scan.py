@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 
 from ..errors import DatasetError
 from . import captions
-from .controls import Controls, control_of
 from .examples import Dataset, Example, Handling, LeftOut
 from .index import Index, mark_of
 from .listing import File, Listing, Owners, list_folder, stem_of
 from .masks import mask_owner, own_masks
-from .pixels import AlphaSource, ArraySource, FileSource, MaskSource, is_clear, is_picture, measure_file, why_unread
+from .pictures import AlphaSource, ArraySource, FileSource, MaskSource, is_clear, is_picture, measure_file, why_unread
+from .source_images import Controls, control_of
 
 if TYPE_CHECKING:
     import numpy as np

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 
 from ..errors import ModelError, RunError
 from . import files
-from .foreign import host_names, host_tensors
-from .layers import check_parts
+from .convert import host_names, host_tensors
+from .keys import check_parts
 from .metadata import stamped
-from .native import Native, diffusers_form, read_native, write_diffusers, write_peft
+from .peft_format import Native, diffusers_form, read_native, write_diffusers, write_peft
 
 if TYPE_CHECKING:
     import torch
 
-    from .whole import Differences
+    from .full_diff import Differences
 
 # As the node offers them.
 FORMATS = ("kohya", "diffusers", "peft")

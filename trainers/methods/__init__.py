@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from .all_weights import AllWeights
 from .base import Method
 from .boft import BOFT
 from .dora import DoRA
-from .frozen import Frozen
+from .full import AllWeights
 from .ia3 import IA3
-from .locon import LoCon
 from .loha import LoHa
 from .lokr import LoKr
-from .lora import LoRA
+from .lora import LoCon, LoRA, RsLoRA
+from .none import Frozen
 from .oft import OFT
 from .pissa import PiSSA
-from .rslora import RsLoRA
 
 __all__ = ["ADAPTERS", "METHODS", "Method"]
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from ..errors import SettingsError
-from ..optimisers import Group
+from ..optimizers import Group
 
 if TYPE_CHECKING:
     import torch
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
     from ..families import Family
     from ..formats.adapter import Adapter
-    from ..formats.native import Native
+    from ..formats.peft_format import Native
     from ..protocols import Denoiser, TextEncoder
-    from ..recipe import Recipe
+    from ..recipe.recipe import Recipe
 
 
 class Method:

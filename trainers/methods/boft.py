@@ -7,14 +7,14 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ..errors import SettingsError
-from .layers import LINEAR, largest_divisor
 from .rotation import Rotation
+from .targets import LINEAR, largest_divisor
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from ..recipe import Recipe
+    from ..recipe.recipe import Recipe
 
 
 class BOFT(Rotation):

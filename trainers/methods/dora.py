@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from .layers import Layer
 from .lora import LoRA, parts_of
+from .targets import Layer
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from ..recipe import Recipe
+    from ..recipe.recipe import Recipe
 
 _MAGNITUDE = "lora_magnitude_vector"
 _SQUARES = "row_squares"

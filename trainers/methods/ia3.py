@@ -6,14 +6,14 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from ..formats.kohya import lora_tensors
-from .by_peft import PeftMethod
-from .layers import LINEAR, Layer
+from .peft_method import PeftMethod
+from .targets import LINEAR, Layer
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from ..recipe import Recipe
+    from ..recipe.recipe import Recipe
 
 # What projects a feed-forward part's inner activation back: the paper scales that activation.
 _INWARD = re.compile(r"(\.ff\.net\.2|mlp\.2|mlp\.fc2|\.wo)$")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .by_peft import PeftMethod
-from .layers import CONV, LINEAR, POINT, Layer, alphas_of
+from .peft_method import PeftMethod
+from .targets import CONV, LINEAR, POINT, Layer, alphas_of
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from ..recipe import Recipe
+    from ..recipe.recipe import Recipe
 
 
 class LoKr(PeftMethod):

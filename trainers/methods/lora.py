@@ -6,14 +6,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ..formats.kohya import lora_tensors
-from .by_peft import PeftMethod
-from .layers import CONV, LINEAR, POINT, Layer, alphas_of
+from .peft_method import PeftMethod
+from .targets import CONV, LINEAR, POINT, Layer, alphas_of
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from ..recipe import Recipe
+    from ..recipe.recipe import Recipe
 
 
 def parts_of(layer: nn.Module) -> tuple:
@@ -117,3 +117,21 @@ class LoRA(PeftMethod):
         down = tensors["lora_down.weight"]
         strength = float(tensors["alpha"]) / down.shape[0] if "alpha" in tensors else 1.0
         return {"lora_A": down.float(), "lora_B": tensors["lora_up.weight"].float()}, strength
+
+
+class LoCon(LoRA):
+    """LoRA on every Linear and every convolution, unless the targets say otherwise."""
+
+    name = "LoRA with conv"
+    default_targets = "linear + conv"
+
+
+class RsLoRA(LoRA):
+    """The file says alpha * sqrt(rank), since readers divide by the rank."""
+
+    name = "rsLoRA"
+    variant = {"use_rslora": True}
+
+    def scale(self, rank: int, alpha: float) -> float:
+        """alpha / sqrt(rank)."""
+        return alpha / rank**0.5

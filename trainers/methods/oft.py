@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .layers import LINEAR, POINT
 from .rotation import Rotation
+from .targets import LINEAR, POINT
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from ..recipe import Recipe
+    from ..recipe.recipe import Recipe
 
 
 class OFT(Rotation):

@@ -9,7 +9,7 @@ from ..errors import SettingsError
 from ..regex import Patterns, regex_problem, search_patterns
 
 if TYPE_CHECKING:
-    from ..recipe import Recipe
+    from ..recipe.recipe import Recipe
 
 Value = TypeVar("Value", int, float)
 Pairs = tuple[tuple[str, float], ...]

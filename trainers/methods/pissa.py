@@ -7,15 +7,15 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..formats.kohya import own
-from ..objective.noise import generator
-from .layers import LINEAR, Layer
+from ..rng import generator
 from .lora import LoRA, parts_of
+from .targets import LINEAR, Layer
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from ..recipe import Recipe
+    from ..recipe.recipe import Recipe
 
 _START = ("start_A", "start_B")
 

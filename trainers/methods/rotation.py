@@ -7,14 +7,14 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from ..errors import SettingsError
-from .by_peft import PeftMethod
-from .layers import Layer
+from .peft_method import PeftMethod
+from .targets import Layer
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from ..recipe import Recipe
+    from ..recipe.recipe import Recipe
 
 
 class Rotation(PeftMethod):

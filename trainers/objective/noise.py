@@ -5,17 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from ..data.order import stream_seed
-
 if TYPE_CHECKING:
     import torch
-
-
-def generator(*parts) -> torch.Generator:
-    """A CPU generator seeded by any parts; on the CPU so that every device sees the same noise."""
-    import torch
-
-    return torch.Generator().manual_seed(stream_seed(*parts))
 
 
 def draw_sigmas(levels: torch.Tensor, count: int, source: torch.Generator) -> torch.Tensor:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..errors import SettingsError
-from .loss import HUBER_SCHEDULES, LOSSES
+from .losses import HUBER_SCHEDULES, LOSSES
 from .timesteps import TIMESTEPS
 from .weighting import WEIGHTINGS
 

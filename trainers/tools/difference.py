@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..errors import ModelError
+from ..formats.keys import ALPHA, BIAS, DORA, DOWN, MID, UP, WHOLE, shape_of, split
 from ..formats.kohya import lora_tensors
-from ..formats.layers import ALPHA, BIAS, DORA, DOWN, MID, UP, WHOLE, shape_of, split
 from . import svd
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from ..errors import ModelError
 from ..formats.adapter import Adapter
+from ..formats.keys import BIAS, WHOLE
 from ..formats.kohya import to_kohya
-from ..formats.layers import BIAS, WHOLE
 from ..formats.metadata import derived
 from .difference import Difference, file_tensors, limited
 from .resize import check

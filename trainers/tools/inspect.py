@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from ..errors import ModelError
 from ..formats.files import parse_json
-from ..formats.layers import ALPHA, DORA, DOWN, block_of, is_text, split, type_of
+from ..formats.keys import ALPHA, DORA, DOWN, block_of, is_text, split, type_of
 from ..formats.metadata import MADE, title_of
 from .difference import Difference, difference
 

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..data.order import stream_seed
 from ..errors import ModelError, SettingsError
 from ..formats.adapter import Adapter
+from ..formats.keys import common_name, layouts
 from ..formats.kohya import to_kohya
-from ..formats.layers import common_name, layouts
 from ..formats.metadata import derived
+from ..rng import stream_seed
 from .difference import Difference, alike, check_size, differences, file_tensors, fitted, limited
 
 if TYPE_CHECKING:

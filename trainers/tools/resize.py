@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from ..errors import SettingsError
 from ..formats.adapter import Adapter
+from ..formats.keys import split
 from ..formats.kohya import to_kohya
-from ..formats.layers import split
 from ..formats.metadata import derived
 from .difference import Difference, differences, file_tensors, limited
 

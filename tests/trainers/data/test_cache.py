@@ -6,9 +6,9 @@ import struct
 
 import pytest
 import torch
-from graft_pack.trainers.data import cache as caches
-from graft_pack.trainers.data.cache import Cache, cache_size, key_of, prune
 from graft_pack.trainers.formats import files
+from graft_pack.trainers.preprocessing import cache as caches
+from graft_pack.trainers.preprocessing.cache import Cache, cache_size, key_of, prune
 from safetensors import safe_open
 
 COUNT = 80

@@ -2,11 +2,12 @@
 
 import numpy as np
 import pytest
-from graft_pack.trainers.data import controls, holes, scan, sheet
+from graft_pack.trainers.data import contact_sheet, scan
 from graft_pack.trainers.data.buckets import choose_crop
-from graft_pack.trainers.data.inspect import inspect, report
+from graft_pack.trainers.data.report import inspect, report
 from graft_pack.trainers.data.scan import Reading, from_arrays, scan_folder
 from graft_pack.trainers.errors import DatasetError
+from graft_pack.trainers.preprocessing import crops, inpaint_masks
 from graft_pack.trainers.protocols import Geometry
 from PIL import Image
 
@@ -80,9 +81,9 @@ def test_a_source_is_cut_as_its_picture_or_in_its_own_shape(flip):
     picture = np.zeros((100, 200, 3), np.uint8)
     one = from_arrays([picture] * 3, ["x"], "", 0, controls=[picture, picture[::2, ::2], picture[:, 50:150]])
     same, smaller, square = (example.control for example in one.examples)
-    assert controls.control_crop(same, size, crop, 16) == crop
-    assert controls.control_crop(smaller, size, crop, 16) == crop
-    own = controls.control_crop(square, size, crop, 16)
+    assert crops.control_crop(same, size, crop, 16) == crop
+    assert crops.control_crop(smaller, size, crop, 16) == crop
+    own = crops.control_crop(square, size, crop, 16)
     assert own.bucket[0] == own.bucket[1]
     assert own.flip == flip
     assert own.bucket[0] * own.bucket[1] <= crop.bucket[0] * crop.bucket[1] * 1.1
@@ -100,17 +101,17 @@ def test_the_sheet_shows_the_source_in_the_corner():
     findings = inspect(from_arrays([white], ["x"], "", 0, controls=[blue]), {0: Geometry(128, 16)}, None)
     assert findings.rows[0].flags == ["source of another shape"]
     assert "1 of 1 with a source picture" in report(findings)
-    picture = np.round(sheet.contact_sheet(findings) * 255).astype(np.uint8)
-    head = picture.shape[0] - sheet._CELL - sheet._TEXT
-    assert tuple(picture[head + sheet._CELL - 20, 12]) == (0, 0, 255)
-    assert tuple(picture[head + sheet._CELL - 20, sheet._CELL - 40]) == (255, 255, 255)
+    picture = np.round(contact_sheet.contact_sheet(findings) * 255).astype(np.uint8)
+    head = picture.shape[0] - contact_sheet._CELL - contact_sheet._TEXT
+    assert tuple(picture[head + contact_sheet._CELL - 20, 12]) == (0, 0, 255)
+    assert tuple(picture[head + contact_sheet._CELL - 20, contact_sheet._CELL - 40]) == (255, 255, 255)
 
 
 def test_holes_are_of_four_kinds_and_always_the_same():
     shares = []
     for number in range(4):
-        drawn = [np.asarray(holes.random_hole((96, 64), f"seed {seed}", number)) for seed in range(20)]
-        again = np.asarray(holes.random_hole((96, 64), "seed 3", number))
+        drawn = [np.asarray(inpaint_masks.random_hole((96, 64), f"seed {seed}", number)) for seed in range(20)]
+        again = np.asarray(inpaint_masks.random_hole((96, 64), "seed 3", number))
         assert np.array_equal(drawn[3], again)
         assert all(set(np.unique(one)) <= {0, 255} for one in drawn)
         shares.append([float((one > 0).mean()) for one in drawn])

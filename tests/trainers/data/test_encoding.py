@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 from graft_pack.trainers.data.buckets import Crop
-from graft_pack.trainers.data.cache import Cache
-from graft_pack.trainers.data.encoding import LatentCache, TextCache
 from graft_pack.trainers.data.scan import from_arrays
 from graft_pack.trainers.errors import DatasetError
+from graft_pack.trainers.preprocessing.cache import Cache
+from graft_pack.trainers.preprocessing.encode import LatentCache, TextCache
 
 SIDES = {"small": (16, 16), "wide": (32, 16)}
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 from graft_pack.trainers.data.examples import Handling
-from graft_pack.trainers.data.inspect import common_tags, inspect, report
+from graft_pack.trainers.data.report import common_tags, inspect, report
 from graft_pack.trainers.data.scan import Reading, from_arrays, scan_folder
 from graft_pack.trainers.protocols import Geometry
 from PIL import Image

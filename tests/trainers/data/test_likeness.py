@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from graft_pack.trainers.data import likeness
-from graft_pack.trainers.data.likeness import alike, signatures
+from graft_pack.trainers.data import near_duplicates
+from graft_pack.trainers.data.near_duplicates import alike, signatures
 from graft_pack.trainers.data.scan import from_arrays
 from PIL import Image
 
@@ -62,7 +62,7 @@ def test_other_shapes_in_the_same_colours_are_not_alike():
 def test_what_pictures_look_like_is_kept(tmp_path, monkeypatch):
     examples = from_arrays([grain(n) for n in range(3)], ["x"], "", 0).examples
     first = signatures(examples, str(tmp_path), count)
-    monkeypatch.setattr(likeness, "signature", lambda picture: pytest.fail("looked again"))
+    monkeypatch.setattr(near_duplicates, "signature", lambda picture: pytest.fail("looked again"))
     assert signatures(examples, str(tmp_path), count) == first
     monkeypatch.undo()
     for file in tmp_path.iterdir():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from graft_pack.trainers.data.memory import Keep
+from graft_pack.trainers.preprocessing.lru_cache import Keep
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -8,8 +8,9 @@ from itertools import islice
 
 import numpy as np
 import pytest
-from graft_pack.trainers.data import order
-from graft_pack.trainers.data.order import batches_from, epoch_batches, stream_seed, turns_within
+from graft_pack.trainers.preprocessing import sampler as order
+from graft_pack.trainers.preprocessing.sampler import batches_from, epoch_batches, turns_within
+from graft_pack.trainers.rng import stream_seed
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -10,8 +10,8 @@ import zlib
 
 import numpy as np
 import pytest
-from graft_pack.trainers.data import pixels
-from graft_pack.trainers.data.pixels import FileSource, MaskSource, measure_file
+from graft_pack.trainers.data import pictures
+from graft_pack.trainers.data.pictures import FileSource, MaskSource, measure_file
 from graft_pack.trainers.errors import DatasetError
 from PIL import Image, PngImagePlugin
 
@@ -58,7 +58,7 @@ def in_mode(picture, mode):
 @pytest.mark.parametrize("mode", TIFF_MODES)
 def test_turned_tiff_has_the_size_and_the_look_of_a_viewer(tmp_path, mode, more):
     picture = in_mode(Image.fromarray(odd_files.quarters(1)), mode)
-    upright = np.asarray(pixels.upright_rgb(picture))
+    upright = np.asarray(pictures.upright_rgb(picture))
     for orientation, shown in odd_files.SHOWN.items():
         path = tmp_path / f"{orientation}.tif"
         pages = {"append_images": [picture]} if more.get("save_all") else {}
@@ -116,7 +116,7 @@ CLEAR = ("LA", "RGBA", "P", "P by index", "PA", "GIF", "WebP", "L1", "L2", "L4",
 def test_clear_part_of_a_mask_does_not_count(tmp_path, kind):
     path = clear_mask(tmp_path, kind)
     _, file = source(path)
-    assert pixels.is_clear(file)
+    assert pictures.is_clear(file)
     weight = np.asarray(MaskSource(file, True).open())
     assert weight.shape == (16, 32)
     assert weight[:, :16].max() == 0
@@ -137,7 +137,7 @@ def test_opaque_mask_keeps_its_digest_and_its_bits(tmp_path):
     for mask in (grey, grey.convert("RGBA")):
         mask.save(path)
         _, file = source(path)
-        assert not pixels.is_clear(file)
+        assert not pictures.is_clear(file)
         assert MaskSource(file, False).digest == file.digest
         assert np.array_equal(np.asarray(MaskSource(file, False).open()), np.asarray(grey.convert("L")))
 
@@ -168,9 +168,9 @@ def modes():
 
 def test_strips_give_the_bits_of_the_whole(monkeypatch):
     for strip in (1, 500, 1 << 18):
-        monkeypatch.setattr(pixels, "_STRIP", strip)
+        monkeypatch.setattr(pictures, "_STRIP", strip)
         for name, picture, whole in modes():
-            made = np.asarray(pixels.upright_rgb(picture))
+            made = np.asarray(pictures.upright_rgb(picture))
             assert np.array_equal(made, np.asarray(whole.convert("RGB"))), (name, strip)
 
 
@@ -237,7 +237,7 @@ def test_memory_of_a_picture_stays_within_its_bound(tmp_path):
     peaks = json.loads(found.stdout)
     assert len(peaks) == len(files)
     # Beside the bound: a strip and what is made of it.
-    bound = pixels.BYTES_PER_PIXEL + 24e6 / _SIDE**2
+    bound = pictures.BYTES_PER_PIXEL + 24e6 / _SIDE**2
     assert {name: rows for name, rows in peaks.items() if max(rows.values()) > bound} == {}
 
 

@@ -6,12 +6,13 @@ from itertools import islice
 
 import numpy as np
 import pytest
-from graft_pack.trainers.data import inspect, prior, sheet
+from graft_pack.trainers.data import contact_sheet, prior
+from graft_pack.trainers.data import report as inspect
 from graft_pack.trainers.data.captions import plain
 from graft_pack.trainers.data.examples import combine
-from graft_pack.trainers.data.order import batches_from, epoch_batches, turns_within
 from graft_pack.trainers.data.scan import from_arrays
 from graft_pack.trainers.errors import DatasetError, SettingsError
+from graft_pack.trainers.preprocessing.sampler import batches_from, epoch_batches, turns_within
 from graft_pack.trainers.protocols import Geometry
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -191,5 +192,5 @@ def test_inspection_shows_class_images_as_such():
     assert "5 class images besides, weight 0.5; an epoch shows 3 of them, all in turn" in report
     assert "'a toy on a table'" in report
     assert "Held to what the model predicts for 'a toy', weight 2." in report
-    assert [row.example.prior for row in sheet.chosen(findings)] == [False] * 3 + [True] * 5
-    assert sheet.contact_sheet(findings).ndim == 3
+    assert [row.example.prior for row in contact_sheet.chosen(findings)] == [False] * 3 + [True] * 5
+    assert contact_sheet.contact_sheet(findings).ndim == 3

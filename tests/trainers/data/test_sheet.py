@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from graft_pack.trainers.data import sheet
-from graft_pack.trainers.data.inspect import inspect, report
+from graft_pack.trainers.data import contact_sheet
+from graft_pack.trainers.data.report import inspect, report
 from graft_pack.trainers.data.scan import from_arrays
 from graft_pack.trainers.protocols import Geometry
 
@@ -21,7 +21,7 @@ def look(dataset):
 
 
 def drawn(findings):
-    return np.round(sheet.contact_sheet(findings) * 255).astype(np.uint8)
+    return np.round(contact_sheet.contact_sheet(findings) * 255).astype(np.uint8)
 
 
 def test_the_sheet_shows_the_cut_the_mask_and_the_frame():
@@ -35,19 +35,19 @@ def test_the_sheet_shows_the_cut_the_mask_and_the_frame():
     first, second = findings.rows
     assert first.flags[0] == "loses 33%"
     picture = drawn(findings)
-    assert picture.shape[1] == 3 * sheet._CELL
-    head = picture.shape[0] - sheet._CELL - sheet._TEXT
+    assert picture.shape[1] == 3 * contact_sheet._CELL
+    head = picture.shape[0] - contact_sheet._CELL - contact_sheet._TEXT
 
     def at(column, x, y):
-        return tuple(int(value) for value in picture[head + y, column * sheet._CELL + x])
+        return tuple(int(value) for value in picture[head + y, column * contact_sheet._CELL + x])
 
-    middle = sheet._CELL // 2
+    middle = contact_sheet._CELL // 2
     assert at(0, middle + 20, middle) == (255, 255, 255), "learnt"
-    assert at(0, sheet._CELL - 10, middle) == (85, 85, 85), "cut away"
+    assert at(0, contact_sheet._CELL - 10, middle) == (85, 85, 85), "cut away"
     red, green, blue = at(0, middle - 20, middle)
     assert red > green + 90 < 256 > green == blue, "masked out"
     assert at(0, 10, middle) == (red // 3, green // 3, blue // 3), "masked out and cut away"
-    assert at(0, 1, 1) == sheet._AMBER
+    assert at(0, 1, 1) == contact_sheet._AMBER
     assert second.flags == ["like image 2"]
 
 
@@ -67,6 +67,6 @@ def test_no_name_or_caption_stops_the_sheet(name):
 
 def test_sixty_are_drawn_those_to_look_after_first():
     dataset = from_arrays([grain(n, (60, 60) if n % 10 == 9 else (128, 128)) for n in range(90)], ["x"], "", 0)
-    rows = sheet.chosen(look(dataset))
+    rows = contact_sheet.chosen(look(dataset))
     assert len(rows) == len({row.example.source.name for row in rows}) == 60
     assert [bool(row.flags) for row in rows] == [True] * 9 + [False] * 51

@@ -4,11 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from graft_pack.trainers import check, forward
+from graft_pack.trainers.engine import gradient_check, step
 from graft_pack.trainers.errors import SettingsError
-from graft_pack.trainers.objective.asked import Asked, draw_asked
-from graft_pack.trainers.objective.noise import draw_noise, draw_sigmas, generator
+from graft_pack.trainers.objective.custom import Asked, draw_asked
+from graft_pack.trainers.objective.noise import draw_noise, draw_sigmas
 from graft_pack.trainers.objective.options import NATIVE, Objective
+from graft_pack.trainers.rng import generator
 
 from tests.support import models
 from tests.support.diffusers_host import (
@@ -48,11 +49,11 @@ def on(parameterisation):
 
 def parts_of(plan, host):
     shown = [item.show(0) for item in plan.train]
-    return shown, next(forward.parts_of(shown, plan.recipe, 0, 0, host))
+    return shown, next(step.parts_of(shown, plan.recipe, 0, 0, host))
 
 
 def test_natively_nothing_else_is_drawn(monkeypatch):
-    monkeypatch.setattr(forward, "draw_asked", None)
+    monkeypatch.setattr(step, "draw_asked", None)
     with planned(objective=Objective()) as (plan, host):
         shown, part = parts_of(plan, host)
         assert len(part) == 4
@@ -69,8 +70,8 @@ def test_a_native_objective_by_the_other_way_gives_the_same_bits():
         again = draw_asked(NATIVE, host.denoiser, tuple(x0.shape), source)
         assert torch.equal(again[0], sigma)
         assert torch.equal(again[1], noise)
-        native = forward.losses_of(host, shown, x0, noise, sigma)
-        assert torch.equal(forward.losses_of(host, shown, x0, noise, sigma, again[2]), native)
+        native = step.losses_of(host, shown, x0, noise, sigma)
+        assert torch.equal(step.losses_of(host, shown, x0, noise, sigma, again[2]), native)
 
 
 def written_out(objective, kind, error, sigma, t):
@@ -105,7 +106,7 @@ def test_losses_are_the_formulas(objective, kind):
     host = on(kind)
     with planned(objective=objective) as (plan, _), host.denoiser.training("auto"):
         shown, (_, x0, noise, sigma, asked) = parts_of(plan, host)
-        losses = forward.losses_of(host, shown, x0, noise, sigma, asked)
+        losses = step.losses_of(host, shown, x0, noise, sigma, asked)
         wide = sigma.view(-1, 1, 1, 1)
         with torch.no_grad():
             raw = host.denoiser.predict(x0 + wide * asked.added, sigma, [one.conditioning for one in shown])
@@ -148,7 +149,7 @@ def test_each_example_keeps_its_own_draws():
     with planned(micro_batch=2, objective=Objective(noise_offset=0.1)) as (plan, host):
         shown = [item.show(0) for item in plan.train]
         levels = host.denoiser.sigmas()
-        for _, _, noise, sigma, asked in forward.parts_of(shown, plan.recipe, 0, 0, host):
+        for _, _, noise, sigma, asked in step.parts_of(shown, plan.recipe, 0, 0, host):
             assert torch.equal(asked.added, noise)
             assert torch.equal(asked.t, torch.searchsorted(levels, sigma) / 1000)
 
@@ -173,14 +174,14 @@ def test_gradients_of_losses_are_finite_differences(objective, kind):
 def test_the_whole_gradient_is_a_finite_difference(objective):
     """Through the network to the adapter, by the check that runs before step 1."""
     with planned(objective=objective) as (plan, host):
-        check.check_gradient(lambda: forward.batch_loss(plan, host), plan.trainables, check.TOLERANCE)
+        gradient_check.check_gradient(lambda: step.batch_loss(plan, host), plan.trainables, gradient_check.TOLERANCE)
 
 
 def test_validation_is_native_whatever_was_asked():
     with planned() as (plan, host):
         items = plan.train[:2]
-        native = forward.fixed_losses(items, plan.recipe, host)
-        assert torch.equal(forward.fixed_losses(items, replace(plan.recipe, objective=ALL), host), native)
+        native = step.fixed_losses(items, plan.recipe, host)
+        assert torch.equal(step.fixed_losses(items, replace(plan.recipe, objective=ALL), host), native)
 
 
 @pytest.mark.parametrize("objective", [ALL, OTHERS[0]], ids=["all", "others"])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from graft_pack.trainers.errors import ModelError
-from graft_pack.trainers.objective.loss import (
+from graft_pack.trainers.objective.losses import (
     HUBER_SCHEDULES,
     LOSSES,
     absolute,
@@ -11,15 +11,9 @@ from graft_pack.trainers.objective.loss import (
     huber_width,
     pseudo_huber,
 )
-from graft_pack.trainers.objective.noise import (
-    add_offset,
-    add_pyramid,
-    draw_noise,
-    draw_sigmas,
-    generator,
-    spread_sigmas,
-)
-from graft_pack.trainers.objective.parameterisations import parameterisation
+from graft_pack.trainers.objective.noise import add_offset, add_pyramid, draw_noise, draw_sigmas, spread_sigmas
+from graft_pack.trainers.objective.targets import parameterisation
+from graft_pack.trainers.rng import generator
 
 
 def test_the_loss_is_the_mean_square_of_each_example():

@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 from graft_pack.trainers.errors import SettingsError
-from graft_pack.trainers.objective.noise import draw_sigmas, generator
+from graft_pack.trainers.objective.noise import draw_sigmas
 from graft_pack.trainers.objective.options import Objective
 from graft_pack.trainers.objective.timesteps import TIMESTEPS, draw_levels, level_times, shift, sigmoids
+from graft_pack.trainers.rng import generator
 
 COUNT = 40_000
 SHAPE = (COUNT, 4, 64, 64)

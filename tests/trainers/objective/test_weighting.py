@@ -43,7 +43,7 @@ def test_debiased_is_the_one_of_the_paper():
 @pytest.mark.parametrize("name", SNR_WEIGHTS)
 def test_a_weight_means_the_same_for_every_parameterisation(name):
     """The losses of one and the same error of the latent, weighted, are equal: their targets say by how much."""
-    from graft_pack.trainers.objective.parameterisations import parameterisation
+    from graft_pack.trainers.objective.targets import parameterisation
 
     source = torch.Generator().manual_seed(0)
     x0, noise, error = torch.randn(3, 6, 50, generator=source, dtype=torch.float64)

@@ -4,8 +4,9 @@ import math
 
 import numpy as np
 import pytest
-from graft_pack.trainers.levels import LevelLosses
-from graft_pack.trainers.tools.curve import plot, plot_levels, smoothed
+from graft_pack.trainers.runs.history import smoothed
+from graft_pack.trainers.runs.loss_by_timestep import LevelLosses
+from graft_pack.trainers.tools.plots import plot, plot_levels
 
 # Of figure.FIRST and figure.SECOND.
 BLUE, AMBER = np.array([0x60, 0x96, 0xD6]) / 255, np.array([0xF0, 0xB0, 0x40]) / 255

@@ -6,7 +6,7 @@ import pytest
 import torch
 from graft_pack.trainers.errors import ModelError, SettingsError
 from graft_pack.trainers.formats.adapter import Adapter
-from graft_pack.trainers.formats.layers import common_name, split
+from graft_pack.trainers.formats.keys import common_name, split
 from graft_pack.trainers.tools import merge
 from graft_pack.trainers.tools.difference import difference, differences
 from graft_pack.trainers.tools.resize import resize

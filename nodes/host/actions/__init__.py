@@ -1,0 +1,1 @@
+"""The calls behind the nodes, one file an action."""

@@ -1,0 +1,146 @@
+"""Class images by the graph's own base: those that are on disk are taken, the missing ones drawn."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from ....trainers.data.class_images import STEPS, ClassImages, Drawing
+from ....trainers.data.prior import checked_prompt
+from ....trainers.families import family_of
+from ....trainers.preprocessing.pixels import to_array
+from ....trainers.protocols import PreviewRequest, base_digest
+from ....trainers.runs.earlier import claim
+from .. import paths
+from ..model import families
+from ..model.checks import check_sockets
+from ..model.fingerprint import patcher_digest, sampled_patcher_digest
+from ..model.text_encoder import ComfyText
+from ..model.vae import ComfyCodec
+from ..server.progress import gallery
+
+if TYPE_CHECKING:
+    import torch
+    from comfy.model_patcher import ModelPatcher
+    from comfy.sd import CLIP, VAE
+
+    from ....trainers.data.examples import Dataset
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Wish:
+    """The values on a node that has class images drawn; unset ones are the family's own.
+
+    Attributes:
+        cfg: 0 for the family's.
+        resolution: 0 for the family's.
+        sampler_name, scheduler: "auto" for euler and the family's.
+        batch_size: pictures side by side; no part of what decides a picture.
+        first: number of the first picture; `count` is beyond the last.
+    """
+
+    prompt: str
+    count: int
+    steps: int = STEPS
+    cfg: float = 0.0
+    resolution: int = 0
+    seed: int = 0
+    negative: str = ""
+    sampler_name: str = "auto"
+    scheduler: str = "auto"
+    batch_size: int = 1
+    first: int = 0
+
+
+@dataclass(frozen=True)
+class Made:
+    """Class images that are there.
+
+    Attributes:
+        dataset: of exactly as many as were wished.
+        drawn: how many of them were not there before.
+        folder: where they are.
+        shown: for the node's `ui`.
+    """
+
+    dataset: Dataset
+    drawn: int
+    folder: str
+    shown: list[dict[str, str]]
+
+    def batch(self) -> torch.Tensor:
+        """[N, H, W, 3] float32 in 0..1."""
+        import torch
+
+        return torch.stack([torch.from_numpy(to_array(one.source.open())) for one in self.dataset.examples])
+
+
+def make(model: ModelPatcher, clip: CLIP, vae: VAE, wish: Wish, node: str) -> Made:
+    """Class images as wished; each is kept as soon as it is drawn, so that what interrupts this loses nothing.
+
+    Raises:
+        GraftError: with input and cure.
+        The host's interruption.
+    """
+    check_sockets(model, clip, vae)
+    family = family_of(families.family_name(model))
+    geometry = families.geometry(model, int(vae.spacial_compression_encode()), wish.resolution)
+    cfg, sampler_name, scheduler = families.drawing(family, wish.cfg, wish.sampler_name, wish.scheduler)
+    prompt = checked_prompt(wish.prompt, "class_prompt")
+    text, codec = ComfyText(clip), ComfyCodec(vae)
+    embedded = text.embedded_digest((prompt, wish.negative))
+    more = [f"embeddings {embedded}"] if embedded else []
+    drawing = Drawing(
+        prompt=prompt,
+        negative=wish.negative,
+        base=base_digest(patcher_digest(model), text.fingerprint(), codec.fingerprint(), *more),
+        size=(geometry.side, geometry.side),
+        steps=wish.steps,
+        cfg=cfg,
+        sampler_name=sampler_name,
+        scheduler=scheduler,
+        seed=wish.seed,
+    )
+    sampled = sampled_patcher_digest(model), text.earlier_fingerprint(), codec.earlier_fingerprint()
+    before = replace(drawing, base=base_digest(*sampled))
+    # Earlier versions did not look at embedding files.
+    is_ours = not embedded and claim(paths.folders().runs, before.base, drawing.base)
+    images = ClassImages(paths.class_images_folder(), drawing, before if is_ours else None)
+    numbers = range(wish.first, wish.count)
+    missing = images.missing(numbers)
+    _draw(images, missing, wish, model, clip, vae, node)
+    shown = [paths.shown_output(images.path(number)) for number in numbers]
+    return Made(images.dataset(numbers, geometry.resolution), len(missing), images.folder, shown)
+
+
+def _draw(images: ClassImages, missing: list[int], wish: Wish, model, clip, vae, node: str) -> None:
+    if not missing:
+        return
+    # Imported here: the host's samplers are not needed where all is drawn.
+    from ..model.sampling import ClassSampler
+
+    drawing = images.drawing
+    log.info("Graft: drawing %d of %d class images for '%s'.", len(missing), wish.count, drawing.prompt)
+    request = PreviewRequest(
+        (drawing.prompt,),
+        drawing.size,
+        drawing.steps,
+        drawing.cfg,
+        drawing.sampler_name,
+        drawing.scheduler,
+        drawing.seed,
+        drawing.negative,
+    )
+    sampler = ClassSampler(model, ComfyText(clip), vae)
+    tick = gallery(node, wish.count)
+    done = wish.count - len(missing)
+    for start in range(0, len(missing), wish.batch_size):
+        numbers = missing[start : start + wish.batch_size]
+        tick(done)
+        for number, picture in zip(numbers, sampler.draw(request, numbers), strict=True):
+            images.write(number, picture)
+            done += 1
+            tick(done, picture)

@@ -1,0 +1,215 @@
+"""The same prompts drawn with several adapters, files and strengths, in a grid."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from ....trainers.errors import SettingsError
+from ....trainers.families import family_of
+from ....trainers.preprocessing.pixels import to_array
+from ....trainers.protocols import PreviewRequest
+from ....trainers.tools.compare import grid
+from .. import paths
+from ..model import families
+from ..model.checks import check_sockets
+from ..model.lora import apply_adapter
+from ..model.text_encoder import ComfyText
+from ..server.progress import gallery
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+    from comfy.sd import CLIP, VAE
+
+_MOST_STRENGTHS = 32
+_MOST_PICTURES = 400
+_TOP_STRENGTH = 100.0
+BASE = "base"
+
+
+@dataclass(frozen=True)
+class Wish:
+    """The values on a node that compares.
+
+    Attributes:
+        prompts: one a line.
+        strengths: numbers with commas or spaces between them.
+        files: names of the host's LoRA files, one a line; `*` and `?` stand for others.
+        cfg, resolution: 0 for the family's.
+        sampler_name, scheduler: "auto" for euler and the family's.
+    """
+
+    prompts: str
+    strengths: str
+    files: str
+    negative: str
+    steps: int
+    cfg: float
+    sampler_name: str
+    scheduler: str
+    resolution: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Column:
+    """One way to draw; without an adapter it is the model as it came."""
+
+    label: str
+    adapter: Mapping[str, torch.Tensor] | str | None
+    strength: float
+
+    def open(self) -> Mapping[str, torch.Tensor]:
+        """The adapter; one that is a file's name is read now, so that no more than one is held at a time."""
+        return paths.load_named_adapter(self.adapter) if isinstance(self.adapter, str) else self.adapter
+
+
+def compare(
+    model: ModelPatcher, clip: CLIP, vae: VAE, wish: Wish, adapters: Mapping[str, Mapping | None], node: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(grid [1, H, W, 3], pictures [N, h, w, 3] row by row), float32 in 0..1.
+
+    Args:
+        adapters: by the label they get; None where none is connected.
+
+    Raises:
+        GraftError: with input and cure.
+        The host's interruption.
+    """
+    from ..model.sampling import PromptSampler
+
+    check_sockets(model, clip, vae)
+    prompts = tuple(line.strip() for line in wish.prompts.splitlines() if line.strip())
+    if not prompts:
+        raise SettingsError("There is no prompt to draw.", "Write one or more, each on a line of its own.", "prompts")
+    columns = columns_of(wish, adapters)
+    total = len(prompts) * len(columns)
+    if total > _MOST_PICTURES:
+        raise SettingsError(
+            f"That would be {total} pictures, {len(prompts)} prompts with {len(columns)} columns each; "
+            f"{_MOST_PICTURES} are the most.",
+            "Write fewer prompts, files or strengths.",
+            "prompts",
+        )
+    # Asked so that the node executes again when an embedding file that they call is replaced.
+    ComfyText(clip).embedded_digest((*prompts, wish.negative))
+    request = _request(model, vae, wish, prompts)
+    tick = gallery(node, total)
+    drawn = []
+    for column in columns:
+        tick(len(drawn) * len(prompts))
+        given, text = model, clip
+        if column.adapter is not None:
+            given, text = apply_adapter(model, clip, column.open(), column.strength, column.strength)
+        drawn.append(PromptSampler(given, ComfyText(text), vae).draw(request))
+        tick(len(drawn) * len(prompts), drawn[-1][0])
+    rows = list(zip(*drawn, strict=True))
+    image = grid(prompts, [column.label for column in columns], rows)
+    batch = torch.stack([torch.from_numpy(to_array(picture)) for row in rows for picture in row])
+    return torch.from_numpy(image)[None], batch
+
+
+def _request(model: ModelPatcher, vae: VAE, wish: Wish, prompts: tuple[str, ...]) -> PreviewRequest:
+    family = family_of(families.family_name(model))
+    geometry = families.geometry(model, int(vae.spacial_compression_encode()), wish.resolution)
+    cfg, sampler_name, scheduler = families.drawing(family, wish.cfg, wish.sampler_name, wish.scheduler)
+    size = (geometry.side, geometry.side)
+    return PreviewRequest(prompts, size, wish.steps, cfg, sampler_name, scheduler, wish.seed, wish.negative)
+
+
+def columns_of(wish: Wish, adapters: Mapping[str, Mapping | None]) -> list[Column]:
+    """Every adapter and file at every strength; the model as it came once, where a strength is 0.
+
+    Raises:
+        SettingsError: a strength is no number, or there is nothing to compare.
+        ModelError: there is no such file.
+    """
+    strengths = strengths_of(wish.strengths)
+    sources: dict[str, Mapping | str] = {label: one for label, one in adapters.items() if one is not None}
+    names = files_of(wish.files)
+    sources.update(zip(_labels(names), names, strict=True))
+    if not sources:
+        raise SettingsError(
+            "There is nothing to compare.",
+            "Connect an adapter, or write names of LoRA files, such as my_run-1a2b3c4d/*.",
+            "files",
+        )
+    columns = [Column(BASE, None, 0.0)] if 0.0 in strengths else []
+    for label, source in sources.items():
+        for strength in strengths:
+            if strength:
+                said = f"{label} at {strength:g}" if len([one for one in strengths if one]) > 1 else label
+                columns.append(Column(said, source, strength))
+    return columns
+
+
+def strengths_of(text: str) -> list[float]:
+    """The numbers of a text, each once. Raises SettingsError when there is none, or what is none."""
+    found: list[float] = []
+    for word in re.split(r"[\s,;]+", text.strip()):
+        try:
+            number = float(word)
+        except ValueError:
+            number = float("nan")
+        if not abs(number) <= _TOP_STRENGTH:
+            raise SettingsError(
+                f"'{word[:40]}' is no strength.",
+                f"Write numbers from -{_TOP_STRENGTH:g} to {_TOP_STRENGTH:g} with commas between them: 0, 0.5, 1.",
+                "strengths",
+            )
+        if number not in found:
+            found.append(number)
+    if len(found) > _MOST_STRENGTHS:
+        raise SettingsError(f"{len(found)} strengths are too many.", f"Write at most {_MOST_STRENGTHS}.", "strengths")
+    return found
+
+
+def files_of(text: str) -> list[str]:
+    """Names in the host's list of LoRA files and saves of runs, as written and those of a pattern, each once.
+
+    Raises SettingsError for a line that fits none.
+    """
+    # Most texts mean no save of a run: those are looked for where a line has a folder.
+    choices = paths.adapter_choices() + (paths.save_choices() if "/" in text.replace("\\", "/") else [])
+    # Windows has other separators in that list.
+    plain = {name.replace(os.sep, "/"): name for name in choices}
+    found: list[str] = []
+    for line in text.splitlines():
+        wanted = line.strip().replace("\\", "/")
+        if not wanted:
+            continue
+        fitting = [wanted] if wanted in plain else sorted(fnmatch.filter(plain, wanted))
+        if not fitting:
+            raise SettingsError(
+                f"No LoRA file is called '{wanted[:80]}'.",
+                "Write a name as Graft Load Adapter lists it; * stands for anything: my_run-1a2b3c4d/*.",
+                "files",
+            )
+        found += [plain[name] for name in fitting if plain[name] not in found]
+    return found
+
+
+def states_of(text: str) -> list:
+    """What changes with the files that a text means; what cannot be found says so when the node executes."""
+    try:
+        return [(name, paths.file_state(name, paths.adapter_path)) for name in files_of(text)]
+    except SettingsError:
+        return []
+
+
+def _labels(names: list[str]) -> list[str]:
+    """What tells files apart: their names, with the folder where two are called the same; a save by its step."""
+    short = [_shown(os.path.splitext(os.path.basename(name))[0]) for name in names]
+    whole = [f"{os.path.dirname(name)} {label}".strip() for name, label in zip(names, short, strict=True)]
+    return [one if short.count(one) == 1 else other for one, other in zip(short, whole, strict=True)]
+
+
+def _shown(name: str) -> str:
+    save = re.fullmatch(r"step-0*(\d+)", name)
+    return f"step {save.group(1)}" if save else name

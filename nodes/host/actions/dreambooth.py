@@ -1,0 +1,127 @@
+"""DreamBooth: a subject from a few images, its class kept as it was (Ruiz et al. 2022)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from ....trainers.data import captions, prior
+from ....trainers.data.examples import combine
+from ....trainers.errors import SettingsError
+from ....trainers.methods import METHODS
+from ....trainers.optimizers import OPTIMISERS
+from ..model import checks
+from ..server.control import attended
+from . import class_images
+from . import train as training
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+    from comfy.sd import CLIP, VAE
+
+    from ....trainers.data.examples import Dataset
+    from ....trainers.engine.resolve import Options
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is learnt, and how its class is preserved.
+
+    Attributes:
+        class_images: how many there should be; 0 for none.
+        prior_weight: of the class in the loss; 0 preserves nothing.
+        prior: one of trainers.data.prior.PRIORS.
+    """
+
+    instance_prompt: str
+    class_prompt: str
+    class_images: int
+    prior_weight: float
+    prior: str
+
+
+def train(
+    model: ModelPatcher,
+    clip: CLIP,
+    vae: VAE,
+    dataset: Dataset,
+    subject: Subject,
+    class_dataset: Dataset | None,
+    widgets: training.Widgets,
+    options: Options | None,
+    node: str,
+) -> training.Trained:
+    """Draws the class images that are missing, then trains as every other method does.
+
+    Raises:
+        GraftError: with input and cure.
+        The host's interruption, after what was reached was saved.
+    """
+    return attended(node, lambda _: _train(model, clip, vae, dataset, subject, class_dataset, widgets, options, node))
+
+
+def _train(model, clip, vae, dataset, subject, class_dataset, widgets, options, node: str) -> training.Trained:
+    checks.check_sockets(model, clip, vae)
+    _check_method(widgets.method)
+    instance = prior.captioned(dataset, subject.instance_prompt, "instance_prompt")
+    instance = replace(instance, trigger=dataset.trigger or " ".join(subject.instance_prompt.split()))
+    # Before hundreds of pictures are drawn for nothing.
+    OPTIMISERS[training.settled(model, instance, widgets, options).optimizer].load()
+    preserved, note = _preserved(model, clip, vae, instance, subject, class_dataset, node)
+    done = training.train(model, clip, vae, preserved, widgets, options, node)
+    return replace(done, ui={"text": tuple(f"{text} {note}" for text in done.ui["text"])})
+
+
+def _check_method(name: str) -> None:
+    if name not in METHODS:
+        raise SettingsError(f"Training '{name}' is not there yet.", "Choose 'LoRA'.", "train")
+
+
+def _preserved(model, clip, vae, dataset: Dataset, subject: Subject, given: Dataset | None, node: str):
+    """(the dataset with what preserves the class, what to tell of it)."""
+    if subject.prior_weight == 0:
+        return dataset, "The class is not preserved: prior_weight is 0."
+    if subject.prior == "differential":
+        _check_class(dataset, subject)
+        return prior.anchor(dataset, subject.class_prompt, subject.prior_weight), (
+            f"Held to what the model predicted for '{subject.class_prompt}', weight {subject.prior_weight:g}."
+        )
+    if subject.class_images == 0:
+        return dataset, "The class is not preserved: class_images is 0."
+    classes, note = _classes(model, clip, vae, dataset, subject, given, node)
+    return prior.attach(dataset, classes, subject.prior_weight), note
+
+
+def _classes(model, clip, vae, dataset: Dataset, subject: Subject, given: Dataset | None, node: str):
+    """(class images, given and made, what to tell of them)."""
+    usable = 0
+    if given is not None:
+        given = prior.captioned(given, subject.class_prompt, "class_prompt")
+        usable = sum(not example.held_out for example in given.examples)
+    if usable >= subject.class_images:
+        return given, f"{usable} class images were given."
+    _check_class(dataset, subject)
+    # From the number on that was not given: those that are may be the first of the same drawing.
+    count = subject.class_images
+    wish = class_images.Wish(subject.class_prompt, count, resolution=dataset.resolution, first=usable)
+    made = class_images.make(model, clip, vae, wish, node)
+    classes = made.dataset if given is None else combine(given, replace(made.dataset, resolution=given.resolution))
+    kept = len(made.dataset.examples) - made.drawn
+    return classes, f"Class images: {usable} given, {kept} found and {made.drawn} drawn in {made.folder}."
+
+
+def _check_class(dataset: Dataset, subject: Subject) -> None:
+    """Refuses a class prompt that calls the subject up, before anything is drawn for it.
+
+    Raises:
+        SettingsError: naming the input.
+    """
+    said = prior.checked_prompt(subject.class_prompt, "class_prompt")
+    words = {example.trigger for example in dataset.examples} | {" ".join(subject.instance_prompt.split())}
+    for word in sorted(words - {""}):
+        if captions.holds_words(said, word):
+            raise SettingsError(
+                f"The class_prompt '{said}' holds '{word}', which stands for the subject.",
+                "Write the class alone, such as 'a photo of a dog' for 'a photo of sks dog'.",
+                "class_prompt",
+            )

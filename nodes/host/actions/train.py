@@ -1,0 +1,244 @@
+"""From sockets and widgets to a training and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from comfy.cli_args import args
+from comfy_execution.graph_utils import ExecutionBlocker
+
+from ....trainers.data.scan import shortened
+from ....trainers.engine.job import export_job
+from ....trainers.engine.resolve import Options, resolve
+from ....trainers.engine.session import is_finished, run_recipe
+from ....trainers.errors import OutOfMemory
+from ....trainers.families import family_of
+from ....trainers.memory.oom import in_one_line, is_out_of_memory
+from ....trainers.preprocessing.crops import all_resolutions
+from ....trainers.protocols import Geometry, Host
+from ....trainers.recipe.recipe import Word
+from ....trainers.runs.loss_by_timestep import BY_TIMESTEP
+from .. import paths
+from ..jobs import launcher, provenance
+from ..model import families
+from ..model.checks import check_sockets
+from ..model.denoiser import ComfyDenoiser
+from ..model.embeddings import apply_embedding
+from ..model.lora import apply_adapter
+from ..model.text_encoder import ComfyText
+from ..model.vae import ComfyCodec
+from ..server.control import Training, attended, heed
+from ..server.messages import graph_of
+from ..server.progress import Progress, counter
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+    from comfy.sd import CLIP, VAE
+
+    from ....trainers.data.examples import Dataset
+    from ....trainers.engine.session import Result
+    from ....trainers.formats.adapter import Adapter
+    from ....trainers.formats.embedding import Embedding
+    from ....trainers.recipe.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Widgets:
+    """The values on a training node; rank 0 and a word where a word alone is trained."""
+
+    method: str
+    steps: int
+    learning_rate: float
+    rank: int
+    batch_size: int
+    seed: int
+    word: Word | None = None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training node hands on; adapter and embedding are None where none was trained."""
+
+    model: ModelPatcher
+    clip: CLIP
+    adapter: Adapter | None
+    embedding: Embedding | None
+    loss: dict[str, Any]
+    ui: dict[str, Any]
+
+
+def train(
+    model: ModelPatcher, clip: CLIP, vae: VAE, dataset: Dataset, widgets: Widgets, options: Options | None, node: str
+) -> Trained:
+    """Trains, resumes or returns a finished run; model and clip come out with what was trained applied.
+
+    Raises:
+        GraftError: with input and cure.
+        The host's interruption, after what was reached was saved.
+    """
+    return attended(node, lambda training: _train(model, clip, vae, dataset, widgets, options, training))
+
+
+def _train(model, clip, vae, dataset, widgets, options, training: Training) -> Trained:
+    check_sockets(model, clip, vae)
+    with torch.inference_mode(False):
+        text = ComfyText(clip)
+        denoiser = ComfyDenoiser(model, text, vae)
+        recipe = settled(model, dataset, widgets, options)
+        if training.workflow:
+            recipe = with_picture(recipe, dataset)
+        progress = Progress(training, recipe.steps)
+        graph = _graph(training)
+        host = Host(denoiser, text, ComfyCodec(vae), progress, training.asked, heed, graph=graph)
+        try:
+            result = _result_of(recipe, dataset, host, training.node)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise _out_of_memory(error) from error
+    trained_model, trained_clip = model, clip
+    if result.adapter is not None:
+        trained_model, trained_clip = apply_adapter(model, clip, result.adapter, 1.0, 1.0)
+    if result.embedding is not None:
+        trained_clip = apply_embedding(trained_clip, result.embedding)
+    done = {"run": result.run.name, "step": result.step, "steps": recipe.steps}
+    training.tell("done", {**done, "cached": result.resumed_from == result.step})
+    summary = _summary(result, recipe)
+    loss = {"loss": result.losses, BY_TIMESTEP: result.levels.as_json()}
+    return Trained(trained_model, trained_clip, result.adapter, result.embedding, loss, {"text": (summary,)})
+
+
+def _graph(training: Training) -> dict[str, Any] | None:
+    """What the training was queued as, None where the host was started to keep no workflows in what it writes."""
+    return None if args.disable_metadata else graph_of(training.prompt) or None
+
+
+def _result_of(recipe: Recipe, dataset: Dataset, host: Host, node: str) -> Result:
+    """Trains here, or by processes of its own whose finished run is then read."""
+    folders = paths.folders()
+    if recipe.processes == 1 or is_finished(recipe, dataset, host, folders):
+        return run_recipe(recipe, dataset, host, folders)
+    name, step = launcher.train(recipe, dataset, host, node)
+    result = run_recipe(recipe, dataset, host, folders, name)
+    if host.graph is not None:
+        # Those processes have it from no page.
+        result.run.write_graph(host.graph)
+    return replace(result, resumed_from=step)
+
+
+def _out_of_memory(error: Exception) -> OutOfMemory:
+    """Of what comes before the first step or after the last: within one the loop deals with it."""
+    return OutOfMemory(
+        f"Memory ran out while the training was prepared or its result was made ({in_one_line(error)}).",
+        "Close other programs, or take a smaller model or a lower resolution. What was saved stays: queue the graph "
+        "again to go on.",
+        "model",
+    )
+
+
+def export(
+    model: ModelPatcher, clip: CLIP, vae: VAE, dataset: Dataset, widgets: Widgets, options: Options | None, node: str
+) -> str:
+    """Writes what `train` would do as a job for other machines; its folder.
+
+    Raises:
+        GraftError: with input and cure.
+        The host's interruption; nothing of the job stays then.
+    """
+    check_sockets(model, clip, vae)
+    tick = counter(node)
+
+    def report(event: str, payload: dict) -> None:
+        if event == "cache":
+            tick(payload["done"], payload["total"])
+
+    with torch.inference_mode(False):
+        text = ComfyText(clip)
+        denoiser = ComfyDenoiser(model, text, vae)
+        recipe = settled(model, dataset, widgets, options)
+        host = Host(denoiser, text, ComfyCodec(vae), report)
+        base = provenance.describe(node, host, files=True)
+        return export_job(paths.jobs_folder(), recipe, dataset, host, paths.folders(), base)
+
+
+def settled(model: ModelPatcher, dataset: Dataset, widgets: Widgets, options: Options | None) -> Recipe:
+    """The recipe of a node, before anything was loaded for it.
+
+    Raises:
+        SettingsError: a value out of range, or two that contradict each other.
+    """
+    return resolve(
+        options or Options(),
+        family_of(families.family_name(model)),
+        widgets.method,
+        widgets.steps,
+        widgets.learning_rate,
+        widgets.rank,
+        widgets.batch_size,
+        widgets.seed,
+        dataset.resolution,
+        dataset.trigger,
+        widgets.word,
+    )
+
+
+def with_picture(recipe: Recipe, dataset: Dataset) -> Recipe:
+    """Draw one sample picture after the last step where no previews are set, for the page's history of runs.
+
+    Its prompt is the word that is learnt, the dataset's trigger, or the first caption.
+    """
+    if recipe.preview_prompts:
+        return recipe
+    captions = (caption for example in dataset.examples if not example.prior for caption in example.captions)
+    prompt = dataset.trigger or next((line.strip() for line in captions if line.strip()), "")
+    if recipe.embedding_name:
+        prompt = f"embedding:{recipe.embedding_name}"
+    return replace(recipe, preview_prompts=(prompt,), preview_every=0) if prompt else recipe
+
+
+def _summary(result, recipe) -> str:
+    tail = result.losses[-max(1, len(result.losses) // 10) :]
+    how = "returned as it was" if result.resumed_from == result.step else "trained"
+    stopped = f", stopped before {recipe.steps}" if result.step < recipe.steps else ""
+    return (
+        f"Run {result.run.name}: {result.step} steps {how}{stopped}; "
+        f"loss of the last tenth {sum(tail) / len(tail):.4f}; {recipe.summary()}.{_missing(result)}"
+    )
+
+
+def _missing(result) -> str:
+    if not result.left_out:
+        return ""
+    return f" Left out of the dataset: {shortened(result.left_out)}."
+
+
+def geometries(dataset: Dataset, model: ModelPatcher | None, vae: VAE | None) -> dict[int, Geometry]:
+    """How pictures will be cut for a model, by resolution, 0 for the dataset's own; without a model as for SD1."""
+    factor = int(vae.spacial_compression_encode()) if vae is not None else 8
+    found = {}
+    for side in all_resolutions(dataset):
+        wanted = side or dataset.resolution
+        if model is not None:
+            found[side] = families.geometry(model, factor, wanted)
+        else:
+            resolution = wanted or family_of("SD1").resolution
+            found[side] = Geometry(resolution, min(64, max(8, resolution // 8)))
+    return found
+
+
+def family_name(model: ModelPatcher | None) -> str:
+    """Return the name of a model's family, empty without a model."""
+    return families.family_name(model) if model is not None else ""
+
+
+def token_counter(clip: CLIP | None) -> Callable[[str], int] | None:
+    """Counts a caption's tokens, None without a text encoder."""
+    return ComfyText(clip).count_tokens if clip is not None else None
+
+
+def nothing(reason: str) -> ExecutionBlocker:
+    """An output that stops whatever uses it, saying why."""
+    return ExecutionBlocker(reason)

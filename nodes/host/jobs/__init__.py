@@ -1,0 +1,1 @@
+"""Training in processes of its own: launcher, worker, provenance of the model."""

@@ -1,0 +1,211 @@
+"""Where a graph's model comes from: ComfyUI's own nodes that lead to it, written down and done again elsewhere.
+
+A MODEL does not know its file. The graph does: the nodes from the loaders to the trainer's sockets, with their widgets.
+ComfyUI's own are done again as they stand, LoRAs and ModelSampling nodes among them. Whether the same came out is asked
+of the weights afterwards.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import os
+from typing import TYPE_CHECKING, Any
+
+import folder_paths
+from comfy_execution.utils import get_executing_context
+
+import nodes
+
+from ....trainers.errors import ModelError
+from ....trainers.formats.files import file_hash
+from ....trainers.protocols import earlier_fingerprint
+from ..server.messages import running_prompt
+
+if TYPE_CHECKING:
+    from ....trainers.protocols import Host
+
+SOCKETS = ("model", "clip", "vae")
+
+_CORE = ("nodes", "comfy_extras.")
+# More nodes than this between a loader and a trainer were made by no one.
+_MOST_NODES = 500
+
+
+def describe(node: str, host: Host, files: bool) -> dict[str, Any]:
+    """What leads to the model, the text encoder and the VAE of a node that is executing; JSON-able.
+
+    Args:
+        host: what arrived at that node; its fingerprints are what is loaded again is held against.
+        files: whether to name the files with their hashes, which takes reading them whole: for other machines.
+
+    Raises:
+        ModelError: it cannot be known, or nodes of other packs are among it.
+    """
+    context = get_executing_context()
+    prompt = running_prompt(context.prompt_id) if context is not None else None
+    inputs = (prompt or {}).get(node, {}).get("inputs", {})
+    links = {socket: inputs.get(socket) for socket in SOCKETS}
+    if not all(_is_link(link) for link in links.values()):
+        raise ModelError(
+            "Which files the model comes from cannot be known: the node was not found in the prompt that runs.",
+            "Put the loaders and this node into the graph itself, not behind nodes that make others while they run.",
+            "model",
+        )
+    found: dict[str, dict] = {}
+    for socket, link in links.items():
+        _collect(prompt, link[0], socket, found)
+    listed = _files_of(found) if files else []
+    return {"nodes": found, "sockets": links, "files": listed, "fingerprints": fingerprints(host)}
+
+
+def fingerprints(host: Host) -> dict[str, str]:
+    """Of a host's model, text encoder and VAE, by socket."""
+    return {
+        "model": host.denoiser.fingerprint(),
+        "clip": host.text.fingerprint(),
+        "vae": host.codec.fingerprint(),
+    }
+
+
+def earlier_fingerprints(host: Host) -> dict[str, str]:
+    """The same as versions before had them."""
+    parts = {"model": host.denoiser, "clip": host.text, "vae": host.codec}
+    return {socket: earlier_fingerprint(part) for socket, part in parts.items()}
+
+
+def _is_link(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and type(value[1]) is int
+
+
+def _collect(prompt: dict, start: str, socket: str, found: dict[str, dict]) -> None:
+    """Adds a node and all that lead to it. Raises ModelError as `describe` does."""
+    pending = [start]
+    while pending:
+        identity = pending.pop()
+        if identity in found:
+            continue
+        if identity not in prompt or len(found) >= _MOST_NODES:
+            raise ModelError(f"Node {identity}, which leads to the {socket}, is not in the prompt.", "", socket)
+        kind, inputs = prompt[identity]["class_type"], prompt[identity]["inputs"]
+        if not _is_core(kind):
+            raise ModelError(
+                f"The {socket} comes through a {kind} (node {identity}), which is no node of ComfyUI's own: "
+                "elsewhere it could not be done again.",
+                "Save what comes out of it (CheckpointSave, or Graft Save Adapter and LoraLoader) and load that.",
+                socket,
+            )
+        _refuse_writer(kind, socket)
+        found[identity] = {"class_type": kind, "inputs": inputs}
+        pending += [value[0] for value in inputs.values() if _is_link(value)]
+
+
+def _refuse_writer(kind: str, socket: str = "") -> None:
+    """Refuse a node that writes files: a job does again only what leads to a model. Raises ModelError."""
+    if getattr(nodes.NODE_CLASS_MAPPINGS[kind], "OUTPUT_NODE", False):
+        raise ModelError(
+            f"The job's model comes through a {kind}, which writes files.",
+            "Connect the node before it, and export the job again.",
+            socket,
+        )
+
+
+def _is_core(kind: str) -> bool:
+    made = nodes.NODE_CLASS_MAPPINGS.get(kind)
+    return made is not None and getattr(made, "RELATIVE_PYTHON_MODULE", "nodes").startswith(_CORE)
+
+
+def _files_of(found: dict[str, dict]) -> list[dict[str, Any]]:
+    """The files that the nodes' widgets name, each with its list at the host, its size and its hash."""
+    rows = {}
+    for node in found.values():
+        for name, value in node["inputs"].items():
+            kind = _list_of(node["class_type"], name, value)
+            if kind is not None:
+                path = folder_paths.get_full_path(kind, value)
+                row = {"list": kind, "name": value, "bytes": os.path.getsize(path), "sha256": file_hash(path)}
+                rows[kind, value] = row
+    return list(rows.values())
+
+
+def _list_of(kind: str, name: str, value: Any) -> str | None:
+    """Which of the host's lists of files a widget chooses from, None for none."""
+    if not isinstance(value, str):
+        return None
+    declared = nodes.NODE_CLASS_MAPPINGS[kind].INPUT_TYPES()
+    given = next((declared[group][name] for group in ("required", "optional") if name in declared.get(group, {})), ())
+    choices = given[0] if given and isinstance(given[0], list) else None
+    if choices is None and len(given) > 1 and isinstance(given[1], dict):
+        choices = given[1].get("options")
+    if not choices or value not in choices:
+        return None
+    holding = [one for one in folder_paths.folder_names_and_paths if folder_paths.get_full_path(one, value)]
+    whole = [one for one in holding if set(folder_paths.get_filename_list(one)) <= set(choices)]
+    return (whole or [None])[0]
+
+
+def check_files(base: dict[str, Any]) -> None:
+    """Finds out whether the files of a base are here and the same.
+
+    Raises:
+        ModelError: naming each that is not, with the hash it should have.
+    """
+    for row in base["files"]:
+        name, kind, wanted = row["name"], row["list"], row["sha256"]
+        path = folder_paths.get_full_path(kind, name) if kind in folder_paths.folder_names_and_paths else None
+        if path is None:
+            raise ModelError(
+                f"ComfyUI's {kind} folders hold no '{name}' ({row['bytes'] / 1e6:.0f} MB, SHA-256 {wanted}).",
+                "Copy it there, under that name.",
+            )
+        if os.path.getsize(path) != row["bytes"] or file_hash(path) != wanted:
+            raise ModelError(
+                f"The file '{path}' is another one than the job was made with (SHA-256 {wanted}).",
+                "Copy that one there, or export the job again.",
+            )
+
+
+def load(base: dict[str, Any]) -> dict[str, Any]:
+    """The model, text encoder and VAE of a base, by socket.
+
+    Raises:
+        ModelError: it names a node that this ComfyUI does not have as its own, or what is not there.
+    """
+    if any(node["class_type"] not in nodes.NODE_CLASS_MAPPINGS for node in base["nodes"].values()):
+        asyncio.run(nodes.init_builtin_extra_nodes())
+    done: dict[str, tuple] = {}
+    return {socket: _output(base["nodes"], link, done, ()) for socket, link in base["sockets"].items()}
+
+
+def _output(graph: dict[str, dict], link: list, done: dict[str, tuple], path: tuple[str, ...]) -> Any:
+    identity, place = link
+    if identity in path or identity not in graph:
+        raise ModelError(f"The job's node {identity} leads nowhere.", "Export the job again.")
+    if identity not in done:
+        kind, inputs = graph[identity]["class_type"], graph[identity]["inputs"]
+        if not _is_core(kind):
+            raise ModelError(f"This ComfyUI has no node {kind} of its own.", "Update ComfyUI.")
+        _refuse_writer(kind)
+        made = nodes.NODE_CLASS_MAPPINGS[kind]
+        declared = made.INPUT_TYPES()
+        values = {
+            name: _output(graph, value, done, (*path, identity)) if _is_link(value) else value
+            for name, value in inputs.items()
+            # The host, too, passes by what a node does not know.
+            if any(name in declared.get(group, {}) for group in ("required", "optional"))
+        }
+        done[identity] = _executed(made, values)
+    return done[identity][place]
+
+
+def _executed(made: type, values: dict[str, Any]) -> tuple:
+    """What a node gives, of either kind of class that the host has."""
+    runs = getattr(made if hasattr(made, "define_schema") else made(), made.FUNCTION)
+    result = runs(**values)
+    if inspect.isawaitable(result):
+        result = asyncio.run(_waited(result))
+    return tuple(getattr(result, "result", result))
+
+
+async def _waited(result: Any) -> Any:
+    return await result

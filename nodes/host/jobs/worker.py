@@ -1,0 +1,235 @@
+"""A job run in a process of its own: ComfyUI's model code without its server, alone or in a group."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import comfy.model_management
+import folder_paths
+import torch
+import utils.extra_config
+from comfy.cli_args import args
+
+from ....trainers.engine.job import Job, read_job
+from ....trainers.engine.session import Result, run_recipe, task_of
+from ....trainers.errors import GraftError, ModelError, Parted
+from ....trainers.protocols import Host
+from .. import paths
+from ..model.checks import check_sockets
+from ..model.denoiser import ComfyDenoiser
+from ..model.text_encoder import ComfyText
+from ..model.vae import ComfyCodec
+from ..server.control import DESK, Training, Wish, heed
+from ..server.progress import log_step
+from . import provenance
+
+if TYPE_CHECKING:
+    from ....trainers.distributed.accelerate_group import Spread
+
+log = logging.getLogger(__name__)
+
+DONE, FAILED, INTERRUPTED = 0, 1, 130
+
+Report = Callable[[str, dict[str, Any]], None]
+
+
+def main(folder: str, group: Spread, seat: dict[str, Any] | None) -> int:
+    """Runs the job in a folder to its end; the process's exit status.
+
+    Args:
+        seat: what the graph gave a process that it started, None outside a graph.
+    """
+    # Not by the host's own function, which takes other arguments in each version and writes a file. In place of what
+    # libraries have put there meanwhile, which would say everything twice.
+    logging.basicConfig(level=logging.INFO if group.leads else logging.WARNING, format="%(message)s", force=True)
+    pipe = None if seat is None else seat["pipe"]
+    with DESK.seat("") as training, _interruptible(pipe, training):
+        told = _Terminal(group) if pipe is None else _Relay(group, pipe, training)
+        try:
+            result = _run(folder, group, told, training, pipe is not None)
+        except comfy.model_management.InterruptProcessingException:
+            return told.interrupted()
+        except Exception as error:
+            return told.failed(error)
+    told.done(result)
+    group.close()
+    return DONE
+
+
+def _run(folder: str, group: Spread, report: Report, training: Training, is_local: bool) -> Result:
+    try:
+        _set_paths()
+        job = read_job(folder, is_local)
+        with torch.inference_mode(False), torch.enable_grad():
+            if group.local_rank <= 0:
+                provenance.check_files(job.base)
+            host = _host(job, group, report, training)
+            folders = job.folders(paths.folders())
+            _check_embeddings(job, task_of(job.recipe, job.dataset, host, folders).embedded)
+            return run_recipe(job.recipe, job.dataset, host, folders)
+    except Parted:
+        raise
+    except BaseException:
+        # Whoever is on the way to a meeting would wait for this one.
+        group.part()
+        raise
+
+
+def _host(job: Job, group: Spread, report: Report, training: Training) -> Host:
+    """The host with the job's base, which is made sure of."""
+    base = provenance.load(job.base)
+    check_sockets(**base)
+    text = ComfyText(base["clip"])
+    denoiser = ComfyDenoiser(base["model"], text, base["vae"])
+    host = Host(denoiser, text, ComfyCodec(base["vae"]), report, training.asked, heed, group)
+    # Jobs of versions before have fingerprints of another kind.
+    before = provenance.earlier_fingerprints(host)
+    for socket, found in provenance.fingerprints(host).items():
+        if job.base["fingerprints"].get(socket) not in (found, before[socket]):
+            raise ModelError(
+                f"The {socket} that was loaded is not the one that the job was made with.",
+                "Start ComfyUI's options as they were then (such as --fp32-vae), take the same version of ComfyUI, or "
+                "export the job again.",
+                socket,
+            )
+    return host
+
+
+def _check_embeddings(job: Job, embedded: str) -> None:
+    """Raise ModelError where the embedding files that the job's texts call are not those it was made with."""
+    if job.embedded is not None and job.embedded != embedded:
+        raise ModelError(
+            "The job's captions call an embedding (embedding:NAME) whose file is missing here, or is another one.",
+            "Copy the file into ComfyUI's models/embeddings from where the job was exported, or export the job again.",
+            "clip",
+        )
+
+
+def _set_paths() -> None:
+    """As ComfyUI's main.py does with its options and files before it starts its server."""
+    root = os.path.dirname(os.path.abspath(folder_paths.__file__))
+    usual = os.path.join(root, "extra_model_paths.yaml")
+    for path in ([usual] if os.path.isfile(usual) else []) + list(
+        itertools.chain(*(args.extra_model_paths_config or []))
+    ):
+        utils.extra_config.load_extra_path_config(path)
+    for given, use in (
+        (args.output_directory, folder_paths.set_output_directory),
+        (args.input_directory, folder_paths.set_input_directory),
+        (args.user_directory, folder_paths.set_user_directory),
+    ):
+        if given:
+            use(os.path.abspath(given))
+    output = folder_paths.get_output_directory()
+    for kind in ("checkpoints", "clip", "vae", "diffusion_models", "loras"):
+        folder_paths.add_model_folder_path(kind, os.path.join(output, kind))
+    paths.register()
+
+
+@contextmanager
+def _interruptible(pipe, training: Training):
+    """Lets signals, or words of the graph, interrupt where the host's own Cancel does."""
+    if pipe is not None:
+        threading.Thread(target=_listen, args=(pipe, training), daemon=True).start()
+
+    def interrupt(number, frame) -> None:
+        comfy.model_management.interrupt_current_processing()
+
+    before = {one: signal.signal(one, interrupt) for one in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
+
+
+def _listen(pipe, training: Training) -> None:
+    """What the graph says; a graph that is no more ends this process at once."""
+    while True:
+        try:
+            word = pipe.recv()
+        except (EOFError, OSError):
+            os._exit(FAILED)
+        if word == "leave":
+            comfy.model_management.interrupt_current_processing()
+        else:
+            training.ask(Wish(word))
+
+
+class _Terminal:
+    """What a job run by hand tells, on the terminal, by the process that leads."""
+
+    def __init__(self, group: Spread):
+        self._group = group
+        self._step = 0
+
+    def __call__(self, event: str, payload: dict) -> None:
+        """One event; raises the host's interruption after a signal."""
+        if event == "step":
+            self._step = payload["step"]
+        heed()
+        if not self._group.leads:
+            return
+        if event == "step":
+            log_step(payload)
+        elif event == "run":
+            log.info("Graft: %d processes; the run is in %s", self._group.world, payload["folder"])
+        elif event == "saved":
+            log.info("Graft: step %d is saved: %s", payload["step"], payload["path"])
+
+    def interrupted(self) -> int:
+        if self._group.leads:
+            log.info("Graft: interrupted after step %d; it is saved. Start the job again to go on.", self._step)
+        return INTERRUPTED
+
+    def failed(self, error: Exception) -> int:
+        if isinstance(error, GraftError):
+            log.error("Graft: %s", error)
+        else:
+            log.error("Graft: the job failed.", exc_info=error)
+        return FAILED
+
+    def done(self, result: Result) -> None:
+        if self._group.leads:
+            log.info("Graft: done after step %d. Adapters are in %s", result.step, result.run.adapters)
+
+
+class _Relay:
+    """The same for the graph that started this process, which tells its pages."""
+
+    def __init__(self, group: Spread, pipe, training: Training):
+        self._group = group
+        self._pipe = pipe
+        self._training = training
+
+    def __call__(self, event: str, payload: dict) -> None:
+        """One event, without its pictures: those are on disk."""
+        if event == "step":
+            self._training.step = payload["step"]
+        if self._group.leads:
+            self._pipe.send(("event", event, {name: payload[name] for name in payload if name != "pictures"}))
+        heed()
+
+    def interrupted(self) -> int:
+        self._pipe.send(("interrupted",))
+        return INTERRUPTED
+
+    def failed(self, error: Exception) -> int:
+        if isinstance(error, Parted):
+            self._pipe.send(("parted",))
+        elif isinstance(error, GraftError):
+            self._pipe.send(("failed", type(error).__name__, error.message, error.cure, error.input))
+        else:
+            log.error("Graft: a process of the training failed.", exc_info=error)
+            self._pipe.send(("failed", "", f"{type(error).__name__}: {error}", "", ""))
+        return FAILED
+
+    def done(self, result: Result) -> None:
+        self._pipe.send(("done",))

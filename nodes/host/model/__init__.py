@@ -1,0 +1,1 @@
+"""ComfyUI models for training: denoiser, text encoder, VAE, LoRA, patches of ComfyUI."""

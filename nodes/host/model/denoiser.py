@@ -1,0 +1,405 @@
+"""ComfyUI's MODEL as a denoiser for training: its own module, its own conditioning, exact gradients."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import gc
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import TYPE_CHECKING
+
+import comfy.ldm.modules.attention
+import comfy.model_base
+import comfy.model_management
+import comfy.patcher_extension
+import comfy.utils
+import torch
+
+from ....trainers.errors import ModelError
+from ....trainers.families import GENERAL, family_of
+from ....trainers.memory.autograd import own_weights, private_tree
+from ....trainers.memory.offload import hold_back, place
+from ....trainers.protocols import HOLE, SOURCE, Conditioning, Geometry, PreviewRequest
+from . import compat, families, placement, quantized, sampling
+from .fingerprint import patcher_digest, sampled_patcher_digest
+from .lora import classic, unread_keys
+from .lora_schedule import refuse_ranged
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+    from comfy.sd import VAE
+    from PIL import Image
+
+    from ....trainers.families import Cut
+    from .text_encoder import ComfyText
+
+log = logging.getLogger(__name__)
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class ComfyDenoiser:
+    """The graph's MODEL, trained on a private tree over its own weights; the graph's stays as it was.
+
+    Attributes:
+        module: the private tree; only within `training`.
+        compute_dtype: of activations; only within `training`.
+    """
+
+    def __init__(self, model: ModelPatcher, text: ComfyText, vae: VAE):
+        refuse_ranged(model, "model", "training")
+        self._model = model.clone()
+        self._fingerprint = patcher_digest(model)
+        self._earlier_fingerprint = sampled_patcher_digest(model)
+        self._text = text
+        self._vae = vae
+        self._sampling = self._model.get_model_object("model_sampling")
+        self.family = families.family_name(self._model)
+        self._beside = families.beside(self._model)
+        self.takes = "" if not self._beside else HOLE if self._beside == families.HOLE else SOURCE
+        self.parameterisation = families.parameterisation_name(self._model)
+        self.sigma_data = float(getattr(self._sampling, "sigma_data", 1.0))
+        self.noise_scale = float(getattr(self._sampling, "noise_scale", 1.0))
+        self._guidance = families.guidance(self._model)
+        self.device = self._model.load_device
+        self.compute_dtype = torch.float32
+        self.module: torch.nn.Module | None = None
+        self._casting: list[torch.nn.Module] = []
+        self._pins: placement.Pins | None = None
+        self._base = None
+        self._options: dict = {}
+        self._sampler: sampling.PreviewSampler | None = None
+
+    def geometry(self, resolution: int) -> Geometry:
+        """Buckets in multiples that VAE and network both divide."""
+        factor = int(self._vae.spacial_compression_encode())
+        return families.geometry(self._model, factor, resolution)
+
+    def check_inputs(self, latent: torch.Tensor, conditioning: dict[str, torch.Tensor]) -> None:
+        """Names a VAE or text encoder of another family, before it fails somewhere inside the network.
+
+        Raises:
+            ModelError: the latent's channels, or the width of the text, are not this model's.
+        """
+        name = type(self._model.model).__name__
+        wanted = self._model.get_model_object("latent_format").latent_channels
+        if latent.shape[1] != wanted:
+            raise ModelError(
+                f"The VAE makes latents of {latent.shape[1]} channels; the model ({name}) takes {wanted}.",
+                "Connect the VAE that belongs to the model.",
+                "vae",
+            )
+        config = self._model.model.model_config.unet_config
+        width = config.get("context_dim") or config.get("context_in_dim")
+        context = conditioning.get("cross_attn")
+        if isinstance(width, int) and context is not None and context.shape[-1] != width:
+            raise ModelError(
+                f"The text encoder gives {context.shape[-1]} numbers a token; the model ({name}) takes {width}.",
+                "Connect the text encoder that belongs to the model.",
+                "clip",
+            )
+
+    def sigmas(self) -> torch.Tensor:
+        """The noise levels of the model's own sampling object, ModelSampling nodes included."""
+        return self._sampling.sigmas.detach().to("cpu", torch.float32).clone()
+
+    def scale_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """By the model's own latent format."""
+        # Within training by the base as it was loaded: the host may unload the shared one meanwhile, and with it
+        # what an upstream node put in place of the latent format.
+        return (self._base or self._model.model).process_latent_in(latents)
+
+    def add_noise(self, x0: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        """By the model's own sampling object."""
+        with torch.no_grad():
+            return self._sampling.noise_scaling(sigma.view(-1, *[1] * (x0.ndim - 1)), noise, x0)
+
+    def predict(self, x_t: torch.Tensor, sigma: torch.Tensor, conditioning: Sequence[Conditioning]) -> torch.Tensor:
+        """The raw output; examples whose conditionings the host would not join run one after the other."""
+        conds = [self._conds(x_t[index : index + 1], one) for index, one in enumerate(conditioning)]
+        groups = _joinable(conds)
+        if len(groups) == 1:
+            return self._forward(x_t, sigma, conds)
+        parts = {}
+        for group in groups:
+            rows = torch.tensor(group, device=x_t.device)
+            output = self._forward(x_t[rows], sigma[rows], [conds[index] for index in group])
+            parts.update(zip(group, output.split(1), strict=True))
+        return torch.cat([parts[index] for index in range(len(conds))])
+
+    def _conds(self, x_t: torch.Tensor, conditioning: Conditioning) -> dict:
+        """One example's inputs beside x_t and timestep, as the host's own sampler would make them."""
+        width, height = conditioning.original_size
+        target_width, target_height = conditioning.target_size
+        facts = {
+            "width": width,
+            "height": height,
+            "crop_w": conditioning.crop[0],
+            "crop_h": conditioning.crop[1],
+            "target_width": target_width,
+            "target_height": target_height,
+            **self._guidance,
+            **families.beside_values(self._beside, conditioning, self.device),
+            # As the host gives it for text encoders that have none; some models ask for it by name.
+            "pooled_output": None,
+            "noise": x_t,
+            "latent_image": torch.zeros_like(x_t),
+            "device": self.device,
+            "prompt_type": "positive",
+        }
+        tensors = {name: tensor.to(self.device) for name, tensor in conditioning.tensors.items()}
+        # Text that was encoded with its graph keeps it.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and _trained(tensors.values())):
+            found = self._base.extra_conds(**{**facts, **tensors})
+            return {name: cond.process_cond(batch_size=1, area=None) for name, cond in found.items()}
+
+    def _forward(self, x_t: torch.Tensor, sigma: torch.Tensor, conds: list[dict]) -> torch.Tensor:
+        dtype = self.compute_dtype
+        # Asked each time: a method may have put weights of another dtype into the tree.
+        _cast_where_needed(self._casting, dtype)
+        trained = _trained(cond.cond for one in conds for cond in one.values())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
+            joined = {name: conds[0][name].concat([other[name] for other in conds[1:]]) for name in conds[0]}
+            x = self._sampling.calculate_input(sigma, x_t)
+            concat = joined.pop("c_concat", None)
+            if concat is not None:
+                x = torch.cat([x, concat.to(x)], dim=1)
+            context = joined.pop("c_crossattn", None)
+            if context is not None:
+                context = context.to(self.device, dtype)
+            extra = {name: _cast(value, self.device, dtype) for name, value in joined.items()}
+            t = self._sampling.timestep(sigma).float()
+            t = self._base.process_timestep(t, x=x_t, **extra)
+        if hasattr(self.module, "clear_kv_cache"):
+            # What the network remembers of the text belongs to the weights of an earlier step.
+            self.module.clear_kv_cache()
+        with self._autocast():
+            options = self._step_options(sigma, context)
+            output = self.module(x.to(dtype), t, context=context, control=None, transformer_options=options, **extra)
+        if isinstance(output, (list, tuple)):
+            raise ModelError("The model answers with several latents at once.", "It cannot be trained yet.", "model")
+        return output.to(torch.promote_types(output.dtype, torch.float32))
+
+    def _autocast(self):
+        if self.compute_dtype not in (torch.bfloat16, torch.float16):
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.compute_dtype)
+
+    def _step_options(self, sigma: torch.Tensor, context: torch.Tensor | None) -> dict:
+        options = comfy.model_patcher.create_model_options_clone({"transformer_options": self._options})
+        options = options["transformer_options"]
+        options["cond_or_uncond"] = [0]
+        options["sigmas"] = sigma
+        for name, told in families.told_places(self._base, context).items():
+            options[name] = {**told, **options.get(name, {})}
+        return options
+
+    @contextmanager
+    def training(self, compute_dtype: str, away: bool = False) -> Iterator[None]:
+        """Has the host place the weights, builds the private tree, and forgets it afterwards in any case.
+
+        Args:
+            compute_dtype: "auto" for the dtype the model computes in, or "fp32", "bf16", "fp16".
+            away: as the protocol has it.
+        """
+        with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
+            self._model = classic(self._model)
+            self._sampling = self._model.get_model_object("model_sampling")
+            stack.enter_context(placement.placed(self._model, away))
+            self._pins = stack.enter_context(placement.pinning())
+            base = self._model.model
+            _check_trainable(base, None if away else self.device)
+            _warn(self._model, self.family)
+            own_weights(base.diffusion_model)
+            self.compute_dtype = _DTYPES.get(compute_dtype) or _inference_dtype(base)
+            self.module = private_tree(base.diffusion_model)
+            quantized.as_linears(self.module)
+            if away:
+                hold_back(self.module, self.device)
+            # Listed once: looking for them takes longer than asking them.
+            self._casting = [layer for layer in self.module.modules() if hasattr(layer, "comfy_cast_weights")]
+            self._base = _over(base, self.module)
+            self._options = _transformer_options(self._model)
+            self._sampler = sampling.PreviewSampler(self._model, self._base, self._text, self._vae, self._beside)
+            try:
+                with compat.training_flag(True), compat.differentiable():
+                    yield
+            finally:
+                self._sampler = None
+                self._base = None
+                self._casting = []
+                self.module = None
+                comfy.model_management.soft_empty_cache()
+
+    def preview(self, request: PreviewRequest) -> list[Image.Image]:
+        """By the host's own sampler on the tree as trained so far."""
+        _cast_where_needed(self._casting, _inference_dtype(self._base))
+        try:
+            with compat.training_flag(False):
+                return self._sampler.draw(request)
+        finally:
+            # Drawing may have made the host move the tree to make room.
+            place(self.module, self.device)
+
+    def make_room(self, weights: bool = False) -> None:
+        """By the host's own means; the graph's own model too, where the tree has left its weights."""
+        management = comfy.model_management
+        mine = [entry for entry in management.current_loaded_models if entry.model is self._model]
+        gc.collect()
+        management.free_memory(placement.EVERYTHING, self.device, keep_loaded=[] if weights else mine)
+        management.soft_empty_cache()
+
+    def free_memory(self) -> int | None:
+        """By the host's own account, what torch holds in reserve included; of DirectML it knows nothing."""
+        if getattr(comfy.model_management, "directml_enabled", None):
+            return None
+        return int(comfy.model_management.get_free_memory(self.device))
+
+    def pin(self, weight: torch.Tensor) -> bool:
+        """By the host's own means and within its own bounds."""
+        return self._pins.add(weight)
+
+    def adapter_name(self, path: str) -> str:
+        """kohya's name of a module: diffusers' module names where the family's files carry those."""
+        name = self.published_name(path) if family_of(self.family).diffusers_names else None
+        return "lora_unet_" + (name or path).replace(".", "_")
+
+    def own_name(self, path: str) -> str:
+        """As in the model's own checkpoint."""
+        return f"diffusion_model.{path}"
+
+    def published_name(self, path: str) -> str | None:
+        """Path in diffusers' UNet, for the families whose layout the host's own map knows."""
+        name = self._diffusers_names.get(f"{path}.weight")
+        return None if name is None else name[: -len(".weight")]
+
+    @functools.cached_property
+    def _diffusers_names(self) -> dict[str, str]:
+        names = comfy.utils.unet_to_diffusers(self._model.model.model_config.unet_config)
+        return {ours: theirs for theirs, ours in names.items()}
+
+    def published_cuts(self, path: str) -> tuple[Cut, ...]:
+        """By the host's own map of a transformer's weights; none for other families."""
+        return self._cuts.get(f"{path}.weight", ())
+
+    @functools.cached_property
+    def _cuts(self) -> dict[str, tuple[Cut, ...]]:
+        return families.diffusers_cuts(self._model)
+
+    def check_adapter(self, tensors: dict[str, torch.Tensor]) -> list[str]:
+        """Keys that the host's own LoRA loader would not use on this model."""
+        return unread_keys(self._model, self._text and self._text.clip, tensors)
+
+    def fingerprint(self) -> str:
+        """Of the MODEL as it arrived."""
+        return self._fingerprint
+
+    def earlier_fingerprint(self) -> str:
+        """Of samples of its weights, as versions before had it."""
+        return self._earlier_fingerprint
+
+
+def _check_trainable(base, device: torch.device | None) -> None:
+    """Refuses what would train wrongly or fail halfway.
+
+    Args:
+        device: that all weights have to be on; None where they may be away.
+
+    Raises:
+        ModelError: weights that stay off the device, or a model that does more around its network than is known.
+    """
+    if not families.is_reproduced(base):
+        raise ModelError(
+            f"A {type(base).__name__} does more around its network than training reproduces.",
+            "It cannot be trained yet. Please report the model's name.",
+            "model",
+        )
+    elsewhere = {parameter.device.type for parameter in base.diffusion_model.parameters()}
+    if device is not None and elsewhere - {device.type}:
+        raise ModelError(
+            f"The host keeps a part of the model off {device}.",
+            "Switch offload on (Graft Memory Options), or start ComfyUI without --novram and --lowvram.",
+            "model",
+        )
+
+
+def _warn(model: ModelPatcher, family: str) -> None:
+    if family == GENERAL.name:
+        log.info(
+            "Graft: a %s has no description here. Every linear layer is adapted, the gradient checked before step 1.",
+            type(model.model.model_config).__name__,
+        )
+    distilled = families.few_steps(model)
+    if distilled:
+        log.warning(
+            "Graft: this model was distilled to draw in a few steps (%s). Training with its usual loss undoes that "
+            "little by little: it will need more steps to draw. Rather train on the model it was made from and use the "
+            "LoRA here, or keep training short and at a low learning rate.",
+            distilled,
+        )
+
+
+def _inference_dtype(base) -> torch.dtype:
+    return base.manual_cast_dtype or base.get_dtype()
+
+
+def _cast_where_needed(layers: list[torch.nn.Module], dtype: torch.dtype) -> None:
+    """Lets the host's layers cast weights that are kept in another dtype; on the private tree only."""
+    for layer in layers:
+        weight = getattr(layer, "weight", None)
+        if weight is not None and weight.dtype != dtype:
+            layer.comfy_cast_weights = True
+
+
+def _over(base, tree: torch.nn.Module):
+    """The host's BaseModel with the private tree in place of its own network; everything else shared."""
+    other = copy.copy(base)
+    other._modules = dict(base._modules)
+    other._modules["diffusion_model"] = tree
+    return other
+
+
+def _transformer_options(model: ModelPatcher) -> dict:
+    """The options the MODEL carries, with attention by PyTorch, whose backward is exact and repeatable."""
+    options = dict(model.model_options.get("transformer_options", {}))
+    wrappers = {}
+    comfy.patcher_extension.merge_nested_dicts(wrappers, options.get("wrappers", {}), copy_dict1=False)
+    comfy.patcher_extension.merge_nested_dicts(wrappers, model.wrappers, copy_dict1=False)
+    options["wrappers"] = wrappers
+    options["optimized_attention_override"] = _pytorch_attention
+    return options
+
+
+def _pytorch_attention(function, *args, **kwargs):
+    return comfy.ldm.modules.attention.attention_pytorch(*args, **kwargs)
+
+
+def _trained(values: Iterable) -> bool:
+    """Whether gradients are wanted through one of the values, lists of tensors among them."""
+    parts = (part for value in values for part in (value if isinstance(value, list) else [value]))
+    return any(torch.is_tensor(part) and part.requires_grad for part in parts)
+
+
+def _cast(value, device, dtype):
+    if isinstance(value, list):
+        return [_cast(part, device, dtype) for part in value]
+    if torch.is_tensor(value):
+        # As the host does: whole numbers keep their dtype, all else takes the activations'.
+        return value.to(device) if value.dtype in (torch.int, torch.long) else value.to(device, dtype)
+    return value
+
+
+def _joinable(conds: list[dict]) -> list[list[int]]:
+    """Groups of examples that the host itself would run as one batch, by its own rule."""
+    groups: list[list[int]] = []
+    for index, cond in enumerate(conds):
+        for group in groups:
+            first = conds[group[0]]
+            if first.keys() == cond.keys() and all(first[name].can_concat(cond[name]) for name in cond):
+                group.append(index)
+                break
+        else:
+            groups.append([index])
+    return groups

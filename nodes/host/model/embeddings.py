@@ -1,0 +1,187 @@
+"""Words of new vectors on a CLIP in the graph: `embedding:<name>` is answered from memory, all else by the host.
+
+The tokenizer is copied, so that only the CLIP that was handed on knows the word.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+from ....trainers.errors import ModelError
+from ....trainers.formats.embedding import WIDTHS
+from ....trainers.text import SPACED, ends_word
+
+if TYPE_CHECKING:
+    import torch
+    from comfy.sd import CLIP
+
+    from ....trainers.formats.embedding import Embedding
+
+_ATTACHED = "graft_words"
+_IDENTIFIER = "embedding:"
+_PUNCTUATION = re.compile(r"[\s,|{}()\[\]<>:;]+")
+# As the host tries them.
+_ENDINGS = ("", ".safetensors", ".pt", ".bin")
+_LONGEST_NAME = 256
+_MOST_NAMES = 256
+
+# Names of embedding files that trainings of this server have called: nodes are asked for changes before they run.
+_CALLED: set[str] = set()
+
+
+def encoders(clip: CLIP) -> list[str]:
+    """Keys of a CLIP's encoders that embeddings are made for.
+
+    Raises:
+        ModelError: it has none.
+    """
+    found = [key for key in WIDTHS if hasattr(clip.tokenizer, key) and hasattr(clip.cond_stage_model, key)]
+    if not found:
+        raise ModelError(
+            f"The text encoder ({type(clip.cond_stage_model).__name__}) has no CLIP part that could take a new word.",
+            "Embeddings are for SD1, SD2, SDXL, SD3 and Flux; train a LoRA for this model instead.",
+            "clip",
+        )
+    return found
+
+
+def apply_embedding(clip: CLIP, embedding: Embedding) -> CLIP:
+    """A clone of the CLIP that reads `embedding:<name>` in prompts.
+
+    Raises:
+        ModelError: the embedding was made for other text encoders.
+    """
+    for key in encoders(clip):
+        width = getattr(clip.cond_stage_model, key).transformer.get_input_embeddings().weight.shape[1]
+        if key not in embedding or embedding[key].shape[-1] != width:
+            made = ", ".join(f"{name} ({value.shape[-1]} wide)" for name, value in embedding.items())
+            raise ModelError(
+                f"The embedding '{embedding.name}' is for other text encoders: it holds {made}, and this CLIP wants "
+                f"{key} ({width} wide).",
+                "Connect the CLIP of the model family it was trained on, or choose another embedding.",
+                "embedding",
+            )
+    other = clip.clone()
+    other.tokenizer = with_word(clip.tokenizer, embedding.name, dict(embedding))
+    return other
+
+
+def with_word(tokenizer, name: str, vectors: dict[str, torch.Tensor]):
+    """A copy of a CLIP's tokenizer that answers `embedding:<name>` with vectors, [n, width] by encoder."""
+    other = copy.copy(tokenizer)
+    for key, inner in vars(tokenizer).items():
+        if hasattr(inner, "_try_get_embedding"):
+            setattr(other, key, _with_word(inner, name, vectors.get(key)))
+    setattr(other, _ATTACHED, {**getattr(tokenizer, _ATTACHED, {}), name: vectors})
+    return other
+
+
+def _with_word(inner, name: str, vectors: torch.Tensor | None):
+    other = copy.copy(inner)
+    if other.embedding_directory is None:
+        # The host looks for embeddings only where there is a place for them.
+        other.embedding_directory = []
+    other._try_get_embedding = _answering(other._try_get_embedding, name, vectors, inner.embedding_size)
+    return other
+
+
+def _answering(ask: Callable, name: str, vectors: torch.Tensor | None, width: int) -> Callable:
+    """The host's look-up with one more name. An encoder that the word has no vectors for reads nothing there."""
+    import torch
+
+    found = vectors if vectors is not None else torch.zeros(0, width)
+    # Newer hosts are given the name back too; how many values this one takes is what it gives where there is nothing.
+    named = len(ask("graft-is-asking-for-nothing")) == 3
+
+    def answer(wanted: str) -> tuple:
+        # As the host does with the name of a file: up to the first space; commas after it are read on.
+        word, *rest = wanted.split() or [""]
+        stripped = word.rstrip(",")
+        if stripped != name:
+            return ask(wanted)
+        leftover = " ".join([word[len(stripped) :], *rest]).strip()
+        return (found, name, leftover) if named else (found, leftover)
+
+    return answer
+
+
+def spaced(caption: str, names: Iterable[str]) -> str:
+    """A caption in which each `embedding:<name>` of some names stands between spaces, where alone the host finds it."""
+    spread = re.sub(r"(?<!\s)(embedding:)", r" \1", caption)
+    for name in names:
+        spread = re.sub(rf"(embedding:{re.escape(name)}){ends_word(name)}(?!-|\.{SPACED})(?=\S)", r"\1 ", spread)
+    return spread.strip()
+
+
+def called_names(text: str) -> set[str]:
+    """The names that a text may call embeddings by.
+
+    More than the host would take, since wildcards and weights leave a caption in other forms: what stands behind
+    `embedding:` up to a space, and each part of it between commas, brackets, bars and colons.
+    """
+    found: dict[str, None] = {}
+    for run in re.findall(rf"{_IDENTIFIER}(\S+)", text):
+        # One that begins with alternatives may go on behind spaces.
+        parts = _PUNCTUATION.split(text if run.startswith("{") else run)
+        # Newer hosts cut a name there, and all of them try it without its commas.
+        names = (part.strip(",") for part in (re.split(r"[<\[]", run)[0], *parts))
+        found.update(dict.fromkeys(name for name in names if name and len(name) <= _LONGEST_NAME))
+    return set(list(found)[:_MOST_NAMES])
+
+
+def file_digest(tokenizer, name: str) -> str:
+    """Hash of the vectors that the host's files hold under a name, for each encoder of a tokenizer; empty for none."""
+    total = hashlib.sha256()
+    is_there = False
+    for key, inner in sorted(vars(tokenizer).items()):
+        if not hasattr(inner, "_try_get_embedding") or inner.embedding_directory is None:
+            continue
+        vectors = inner._try_get_embedding(name)[0]
+        if vectors is not None:
+            is_there = True
+            total.update(f"{key}|{vectors.dtype}|{tuple(vectors.shape)}".encode())
+            total.update(vectors.detach().to("cpu").float().contiguous().numpy().tobytes())
+    if is_there:
+        _CALLED.add(name)
+    return total.hexdigest() if is_there else ""
+
+
+def file_states() -> list[tuple]:
+    """The state on disk of each embedding file that a training here has called; changes when one is replaced."""
+    if not _CALLED:
+        return []
+    import folder_paths
+    from comfy.sd1_clip import expand_directory_list
+
+    found = []
+    folders = expand_directory_list(folder_paths.get_folder_paths("embeddings"))
+    for name in sorted(_CALLED):
+        paths = (os.path.join(folder, name.strip(",") + ending) for folder in sorted(folders) for ending in _ENDINGS)
+        path = next((path for path in paths if os.path.isfile(path)), None)
+        if path is not None:
+            status = os.stat(path)
+            found.append((name, path, status.st_size, status.st_mtime_ns, status.st_ino))
+    return found
+
+
+def names_of(tokenizer) -> list[str]:
+    """The words attached to a tokenizer."""
+    return list(getattr(tokenizer, _ATTACHED, {}))
+
+
+def attached_digest(tokenizer) -> str:
+    """Hash of the words attached to a tokenizer; empty when there are none."""
+    attached = getattr(tokenizer, _ATTACHED, {})
+    if not attached:
+        return ""
+    total = hashlib.sha256()
+    for name in sorted(attached):
+        for key, vectors in sorted(attached[name].items()):
+            total.update(f"{name}|{key}|{tuple(vectors.shape)}".encode())
+            total.update(vectors.detach().to("cpu").float().contiguous().numpy().tobytes())
+    return total.hexdigest()

@@ -1,0 +1,237 @@
+"""Which family and which parameterisation a loaded MODEL is, read from its own classes."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+import comfy.utils
+from comfy.model_base import BaseModel
+
+from ....trainers.families import Cut, Family, family_of
+from ....trainers.protocols import HOLE, Geometry
+
+if TYPE_CHECKING:
+    import torch
+    from comfy.model_patcher import ModelPatcher
+
+    from ....trainers.protocols import Conditioning
+
+_FAMILIES = {
+    "SDXLRefiner": "SDXL refiner",
+    "SDXL": "SDXL",
+    "SD15": "SD1",
+    "SD20": "SD2",
+    "SD3": "SD3",
+    "Flux2": "Flux 2",
+    "Flux": "Flux",
+    "Chroma": "Chroma",
+    "ZImage": "Z-Image",
+    "Lumina2": "Lumina 2",
+    "QwenImage": "Qwen-Image",
+    "HiDream": "HiDream",
+    "PixArtAlpha": "PixArt",
+    "HunyuanDiT": "HunyuanDiT",
+    "AuraFlow": "AuraFlow",
+    "WAN21_T2V": "Wan",
+    "CosmosT2IPredict2": "Cosmos-Predict2",
+    "Anima": "Anima",
+}
+
+# Ways in which a model takes a picture, beside HOLE.
+CONCAT = "concat"
+REFERENCE = "reference"
+
+# Those whose class tells the network where the picture lies behind the text.
+_PLACED_BEHIND = {"LongCatImage"}
+
+# The host's maps of diffusers' names, for the families whose LoRA files diffusers reads in its own cut of the layers.
+_DIFFUSERS_MAPS = {"SD3": "mmdit_to_diffusers", "Flux": "flux_to_diffusers"}
+
+# Of the node packs that load them (ComfyUI-GGUF, ComfyUI-nunchaku), in their classes' or modules' names.
+_FORMATS = {"ggml": "GGUF", "gguf": "GGUF", "nunchaku": "Nunchaku", "svdq": "Nunchaku"}
+
+# By the name of the class that defines what is noised, fed and made of the output; LCM's network predicts the noise.
+_OBJECTIVE = ("noise_scaling", "calculate_input", "calculate_denoised")
+_PARAMETERISATIONS = {
+    "EPS": "eps",
+    "V_PREDICTION": "v",
+    "EDM": "edm",
+    "X0": "x0",
+    "CONST": "flow",
+    "COSMOS_RFLOW": "flow",
+    "LCM": "eps",
+}
+
+
+def family_name(model: ModelPatcher) -> str:
+    """Name of the family in `trainers.families`, "general" when it is not described."""
+    for kind in type(model.model.model_config).__mro__:
+        if kind.__name__ in _FAMILIES:
+            name = _FAMILIES[kind.__name__]
+            return "SD2 v" if name == "SD2" and parameterisation_name(model) == "v" else name
+    return "general"
+
+
+def parameterisation_name(model: ModelPatcher) -> str:
+    """Name in `trainers.objective`, or that of the unknown class, which is refused there."""
+    sampling = model.get_model_object("model_sampling")
+    for kind in type(sampling).__mro__:
+        if any(name in vars(kind) for name in _OBJECTIVE):
+            return _PARAMETERISATIONS.get(kind.__name__, kind.__name__)
+    return type(sampling).__name__
+
+
+def diffusers_cuts(model: ModelPatcher) -> dict[str, tuple[Cut, ...]]:
+    """The layers that diffusers has for a transformer's, by the weight's name in the checkpoint."""
+    known = _DIFFUSERS_MAPS.get(family_name(model))
+    if known is None:
+        return {}
+    found: dict[str, list[Cut]] = {}
+    for theirs, place in getattr(comfy.utils, known)(model.model.model_config.unet_config).items():
+        if not theirs.endswith(".weight"):
+            continue
+        ours, rows = (place, None) if isinstance(place, str) else place[:2]
+        # A newer host's map knows names of other models for the same weight; the family's own come first.
+        if rows is not None or ours not in found:
+            found.setdefault(ours, []).append(Cut(theirs.removesuffix(".weight"), functools.partial(_rows_of, place)))
+    return {ours: tuple(cuts) for ours, cuts in found.items()}
+
+
+def _rows_of(place: str | tuple, values: torch.Tensor) -> torch.Tensor:
+    """What is at a place of the host's map: all rows, some of them, or all turned about."""
+    if isinstance(place, str):
+        return values
+    if place[1] is not None:
+        values = values.narrow(*place[1])
+    return place[2](values) if len(place) > 2 else values
+
+
+def beside(model: ModelPatcher) -> str:
+    """What the model takes beside noise and text: HOLE, CONCAT, REFERENCE, or empty for nothing.
+
+    HOLE is a mask and what is left around it, CONCAT a source picture in further channels of the input, REFERENCE one
+    in further tokens. Read from the host's own class, as far as it says what it asks for.
+    """
+    base = model.model
+    kinds = {kind.__name__ for kind in type(base).__mro__}
+    config = base.model_config.unet_config
+    if "mask" in getattr(base, "concat_keys", ()):
+        return HOLE
+    if "Flux" in kinds and config.get("in_channels", 0) > config.get("out_channels", 0) > 0:
+        # By the rule of its concat_cond: a picture, or a picture and 64 channels of mask.
+        return HOLE if config["in_channels"] > 2 * config["out_channels"] else CONCAT
+    if "IP2P" in kinds:
+        return CONCAT
+    network = type(base.diffusion_model)
+    asks = _mentions(type(base), "extra_conds", "reference_latents")
+    takes = any(_mentions(network, name, "ref_latents") for name in ("forward", "_forward"))
+    return REFERENCE if asks and takes else ""
+
+
+def _mentions(kind: type, method: str, word: str) -> bool:
+    """Whether the method of a class, or one that it goes on to in a base, has a word as an argument or a text."""
+    codes = [vars(one)[method].__code__ for one in kind.__mro__ if hasattr(vars(one).get(method), "__code__")]
+    return any(word in code.co_consts or word in code.co_varnames for code in codes)
+
+
+def beside_values(kind: str, conditioning: Conditioning, device: torch.device | None = None) -> dict:
+    """What an example has beside noise and text, by the names under which the host's own nodes give it.
+
+    Args:
+        kind: of `beside`.
+        device: to put it on; None to leave it where it is.
+    """
+    found = {}
+    if kind == HOLE and conditioning.hole is not None:
+        found = {"concat_mask": conditioning.hole.float(), "concat_latent_image": conditioning.around}
+    elif kind == CONCAT and conditioning.source is not None:
+        found = {"concat_latent_image": conditioning.source}
+    elif kind == REFERENCE and conditioning.source is not None:
+        found = {"reference_latents": [conditioning.source]}
+    if device is None:
+        return found
+    return {
+        name: [one.to(device) for one in value] if isinstance(value, list) else value.to(device)
+        for name, value in found.items()
+    }
+
+
+def is_reproduced(base) -> bool:
+    """Whether training does around the network what the host's class does there."""
+    return type(base)._apply_model is BaseModel._apply_model or type(base).__name__ in _PLACED_BEHIND
+
+
+def told_places(base, context: torch.Tensor | None) -> dict[str, dict[str, float]]:
+    """Options about the places of a picture's parts, for networks that count them from the text's end on.
+
+    As `LongCatImage._apply_model` gives them, which leaves what the MODEL already says.
+
+    Args:
+        context: [B, tokens, width].
+    """
+    if type(base).__name__ not in _PLACED_BEHIND:
+        return {}
+    length = 512.0 if context is None else float(context.shape[1])
+    return {"rope_options": {"shift_t": 1.0, "shift_y": length, "shift_x": length}}
+
+
+def guidance(model: ModelPatcher) -> dict[str, float]:
+    """What a network that was distilled to be guided is told while it is trained, if it is told at all.
+
+    1 is no guidance: what is learnt is the pictures, not pictures drawn with guidance. Chroma takes such a number too,
+    but was trained with the one that the host gives where nobody says another.
+    """
+    unguided = any(kind.__name__ == "Chroma" for kind in type(model.model).__mro__)
+    return {} if unguided else {"guidance": 1.0}
+
+
+def few_steps(model: ModelPatcher) -> str:
+    """By what one knows that a model was distilled to draw in a few steps, empty where nothing says so.
+
+    Turbo and Lightning models of SDXL, and Z-Image-Turbo, look like those they were made from.
+    """
+    if type(model.model.model_config).__name__ == "FluxSchnell":
+        return "a Flux schnell"
+    if any(kind.__name__ == "LCM" for kind in type(model.get_model_object("model_sampling")).__mro__):
+        return "sampled as a latent consistency model"
+    if model.model.model_config.unet_config.get("meanflow"):
+        return "a mean-flow model"
+    return ""
+
+
+def hidden_format(model: ModelPatcher) -> str:
+    """Name of a format whose loader keeps the weights in a form of its own, by the names of its classes; else empty."""
+    parts = {type(model), *(type(part) for part in model.model.diffusion_model.modules())}
+    names = " ".join(f"{kind.__module__}.{kind.__qualname__}" for part in parts for kind in part.__mro__).lower()
+    return next((name for word, name in _FORMATS.items() if word in names), "")
+
+
+def geometry(model: ModelPatcher, factor: int, resolution: int) -> Geometry:
+    """How pictures are cut for a model.
+
+    Args:
+        factor: pixels a side for one latent position.
+        resolution: wished, 0 for the model's own.
+    """
+    return Geometry(resolution or family_of(family_name(model)).resolution, factor * latent_step(model))
+
+
+def latent_step(model: ModelPatcher) -> int:
+    """Multiple that a latent's width and height must have: its down-samplings, or its patch size."""
+    config = model.model.model_config.unet_config
+    if "channel_mult" in config:
+        return 2 ** (len(config["channel_mult"]) - 1)
+    patch = getattr(model.model.diffusion_model, "patch_size", 2)
+    if isinstance(patch, (tuple, list)):
+        patch = patch[-1]
+    return int(patch)
+
+
+def drawing(family: Family, cfg: float, sampler_name: str, scheduler: str) -> tuple[float, str, str]:
+    """(cfg, sampler, scheduler) of a node that draws, unset ones (0, "auto") as the family is drawn with."""
+    return (
+        cfg or family.preview_cfg,
+        "euler" if sampler_name == "auto" else sampler_name,
+        family.preview_scheduler if scheduler == "auto" else scheduler,
+    )

@@ -1,0 +1,262 @@
+"""Applying an adapter as ComfyUI's own LoRA loader does, and saying what it would not read."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import comfy.lora
+import comfy.lora_convert
+
+from ....trainers.errors import ModelError, SettingsError
+from ....trainers.formats.keys import misfit_of_layer, split
+from ....trainers.methods.patterns import Pairs, check_pairs, value_for
+from . import lora_schedule
+
+if TYPE_CHECKING:
+    import torch
+    from comfy.model_patcher import ModelPatcher
+    from comfy.sd import CLIP
+
+log = logging.getLogger(__name__)
+
+_TEXT_PREFIXES = ("lora_te", "text_encoder", "lora_prior_te", "clip_")
+
+
+def apply_adapter(
+    model: ModelPatcher,
+    clip: CLIP | None,
+    adapter: dict[str, torch.Tensor],
+    strength_model: float,
+    strength_clip: float,
+    blocks: Pairs = (),
+    span: tuple[float, float] = lora_schedule.WHOLE,
+) -> tuple[ModelPatcher, CLIP | None]:
+    """Clones of model and clip with the adapter waiting on them; strength 0 gives back what came in.
+
+    Args:
+        blocks: patterns of layers' paths and what the strengths are multiplied by there.
+        span: (start, end) in 0..1 of sampling; the text encoder knows none.
+
+    Raises:
+        ModelError: the adapter is for another architecture, or for a larger or smaller one.
+        SettingsError: a pattern is in no layer's path, or the range is empty.
+    """
+    start, end = span
+    if start >= end:
+        raise SettingsError(
+            f"start_percent {start:g} is not before end_percent {end:g}: the adapter would never act.",
+            "Set a smaller start_percent, or strength_model 0 to switch it off.",
+            "start_percent",
+        )
+    patches, _ = _load(model, clip, adapter)
+    _check_shapes(model, clip, adapter, patches)
+    if not patches:
+        raise ModelError(
+            f"The adapter fits no layer of the connected model ({type(model.model).__name__}).",
+            "It was made for another: connect the model family it was trained on, or choose another adapter.",
+            "adapter",
+        )
+    check_pairs(blocks, [path_of(key) for key in patches], "block_strengths")
+    out_model, out_clip = model, clip
+    used = set()
+    parts = _by_strength(patches, strength_model, blocks)
+    if parts and (start, end) == lora_schedule.WHOLE:
+        out_model = model.clone()
+        for part, strength in parts:
+            used.update(out_model.add_patches(part, strength))
+    elif parts:
+        out_model, used = lora_schedule.add_in_range(classic(model), parts, (start, end))
+    parts = _by_strength(patches, strength_clip, blocks)
+    if clip is not None and parts:
+        out_clip = clip.clone()
+        for part, strength in parts:
+            used.update(out_clip.add_patches(part, strength))
+    if used:
+        unread = [key for key in unread_keys(model, clip, adapter) if clip is not None or not _is_text(key)]
+        if unread:
+            log.warning("Graft: %d keys of the adapter fit no layer, such as %s.", len(unread), unread[0])
+    return out_model, out_clip
+
+
+def path_of(key) -> str:
+    """A layer's path as patterns see it, from a patch's key, which is a weight's or starts with one."""
+    name = key if isinstance(key, str) else key[0]
+    return name.removeprefix("diffusion_model.").removesuffix(".weight").removesuffix(".bias")
+
+
+def _by_strength(patches: dict, strength: float, blocks: Pairs) -> list[tuple[dict, float]]:
+    """(patches, strength) for each strength that is not 0."""
+    found: dict[float, dict] = {}
+    for key, patch in patches.items():
+        wanted = strength * value_for(path_of(key), blocks, 1.0)
+        if wanted != 0:
+            found.setdefault(wanted, {})[key] = patch
+    return [(part, wanted) for wanted, part in found.items()]
+
+
+def classic(model: ModelPatcher, input: str = "model") -> ModelPatcher:
+    """The model with its weights in place; newer hosts keep them elsewhere until a layer is run.
+
+    Args:
+        input: of the node, for the error.
+
+    Raises:
+        ModelError: the node that loaded it gave the host no way to do so.
+    """
+    if not (hasattr(model, "is_dynamic") and model.is_dynamic()):
+        return model
+    try:
+        return model.clone(disable_dynamic=True)
+    except RuntimeError as error:
+        raise ModelError(
+            f"The model's weights cannot be put in place ({error}).",
+            "Load it with one of ComfyUI's own loaders, or start ComfyUI with --disable-dynamic-vram.",
+            input,
+        ) from error
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How an adapter fits a model.
+
+    Attributes:
+        model: its kind, as the host tells it from its checkpoint.
+        read: keys that the host uses.
+        unread: keys that it leaves aside; those of a text encoder are not counted where none is connected.
+        misfits: (weight's key, what does not fit), for parts of another size.
+        paths: by layer's name in the adapter, the path of the weight it is for.
+    """
+
+    model: str
+    read: int
+    unread: list[str]
+    misfits: list[tuple[str, str]]
+    paths: dict[str, str]
+
+
+def fit(model: ModelPatcher, clip: CLIP | None, adapter: dict[str, torch.Tensor]) -> Fit:
+    """What the host would do with an adapter."""
+    patches, read = _load(model, clip, adapter)
+    unread = [key for key in sorted(adapter) if key not in read and (clip is not None or not _is_text(key))]
+    misfits = _misfits(model, clip, adapter, patches)
+    # Of formats that the host renames first, the names are not known here.
+    paths = {name: path_of(key) for name, key in _names(model, clip).items()}
+    return Fit(type(model.model.model_config).__name__, len(read), unread, misfits, paths)
+
+
+def _check_shapes(model: ModelPatcher, clip: CLIP | None, adapter: dict[str, torch.Tensor], patches: dict) -> None:
+    """Refuse an adapter for the same layers in another size, which the host would leave out with a line in its log.
+
+    Raises:
+        ModelError: naming a layer.
+    """
+    for key, what in _misfits(model, clip, adapter, patches):
+        text = clip is not None and key in dict(clip.cond_stage_model.named_parameters())
+        owner = clip.cond_stage_model if text else model.model
+        raise ModelError(
+            f"The adapter was made for another model: its part for {key} has {what} in the connected "
+            f"{type(owner).__name__}.",
+            "Connect the model family it was trained on, or choose another adapter.",
+            "adapter",
+        )
+
+
+def _misfits(
+    model: ModelPatcher, clip: CLIP | None, adapter: dict[str, torch.Tensor], patches: dict
+) -> list[tuple[str, str]]:
+    """(weight's key, what does not fit) of parts of another size, in the model and the text encoder."""
+    weights = dict(model.model.named_parameters())
+    if clip is not None:
+        weights.update(clip.cond_stage_model.named_parameters())
+    names = _names(model, clip)
+    found = {}
+    for name, held in split(adapter)[0].items():
+        key = names.get(name)
+        key, span = (key[0], key[1]) if isinstance(key, tuple) else (key, None)
+        if key not in weights:
+            continue
+        shape = list(weights[key].shape)
+        if span is not None:
+            # A part of a weight that holds several layers: where it starts, and how long it is, in one direction.
+            shape[span[0]] = span[2]
+        what = misfit_of_layer(held, tuple(shape))
+        if what:
+            found[key] = what
+    # Of formats that the host renames first, the names are not known here.
+    for key, what in _misfits_of_patches(weights, patches):
+        found.setdefault(key, what)
+    return list(found.items())
+
+
+def _misfits_of_patches(weights: dict[str, torch.Tensor], patches: dict) -> Iterator[tuple[str, str]]:
+    """(weight's key, what does not fit) of the host's patches."""
+    for key, patch in patches.items():
+        # The live weight: what a quantised one is stored as has other numbers.
+        weight = weights.get(key) if isinstance(key, str) else None
+        if weight is None:
+            continue
+        size = _size_of(patch)
+        if size is not None and size != weight.numel():
+            yield key, f"{size} numbers, the layer {weight.numel()}"
+        elif isinstance(patch, tuple) and size is not None and patch[1][0].shape != weight.shape:
+            yield key, f"the shape {list(patch[1][0].shape)}, the layer {list(weight.shape)}"
+
+
+def _size_of(patch) -> int | None:
+    """Numbers in the difference that a patch makes; None for kinds that bring their own shape or none."""
+    if isinstance(patch, tuple):
+        return patch[1][0].numel() if patch[0] == "diff" and len(patch[1]) == 1 else None
+    if getattr(patch, "name", "") != "lora":
+        return None
+    up, down, _, middle, _, reshape = patch.weights
+    if middle is not None or reshape is not None:
+        return None
+    return up.shape[0] * down[0].numel()
+
+
+def unread_keys(model: ModelPatcher, clip: CLIP | None, adapter: dict[str, torch.Tensor]) -> list[str]:
+    """Keys of an adapter that the host's own loader would leave aside."""
+    _, read = _load(model, clip, adapter)
+    return sorted(key for key in adapter if key not in read)
+
+
+def _load(model: ModelPatcher, clip: CLIP | None, adapter: dict[str, torch.Tensor]) -> tuple[dict, set[str]]:
+    """The host's patches by weight key, and the adapter keys that went into them."""
+    names = _names(model, clip)
+    converted = _Watched(comfy.lora_convert.convert_lora(dict(adapter)))
+    patches = comfy.lora.load_lora(converted, names, log_missing=False)
+    read = converted.read
+    if set(converted) != set(adapter):
+        # The host renamed keys of a format it converts; which of ours each came from is not known.
+        read = set(adapter) if patches else set()
+    return patches, read
+
+
+def _names(model: ModelPatcher, clip: CLIP | None) -> dict:
+    """The host's weight keys by all the names for them that it reads."""
+    names = comfy.lora.model_lora_keys_unet(model.model, {})
+    return names if clip is None else comfy.lora.model_lora_keys_clip(clip.cond_stage_model, names)
+
+
+class _Watched(dict):
+    """A dict that notes which of its keys were taken."""
+
+    def __init__(self, values: dict):
+        super().__init__(values)
+        self.read: set[str] = set()
+
+    def __getitem__(self, key):
+        self.read.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key, default=None):
+        if key in self:
+            self.read.add(key)
+        return super().get(key, default)
+
+
+def _is_text(key: str) -> bool:
+    return key.startswith(_TEXT_PREFIXES)

@@ -1,0 +1,244 @@
+"""ComfyUI's CLIP as a text encoder for training: literal captions, words of new vectors, exact gradients."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from ....trainers.formats.embedding import WIDTHS
+from ....trainers.preprocessing.lru_cache import Keep
+from . import embeddings
+from .clip_batching import encode_alike, encode_together, encoded, form_of
+from .fingerprint import patcher_digest, sampled_patcher_digest
+
+if TYPE_CHECKING:
+    import torch
+    from comfy.sd import CLIP
+
+
+# Checkpoints of SD1 and SDXL, which make no use of it, come without: it then holds whatever was in memory before.
+_PROJECTION = "clip_l.transformer.text_projection.weight"
+
+
+class ComfyText:
+    """The graph's CLIP, trained on a private tree over its own weights; the graph's stays as it was.
+
+    Attributes:
+        clip: the graph's.
+        module: the private tree; only within `training`.
+        device: where it computes; only within `training`.
+    """
+
+    def __init__(self, clip: CLIP):
+        self.clip = clip
+        self._live: CLIP | None = None
+        self._prompts: dict[str, list] = {}
+        self._embedded: dict[str, str] = {}
+        self._trained: list[torch.Tensor] = []
+        self._keep = Keep()
+        self.module: torch.nn.Module | None = None
+        self.device: torch.device | None = None
+
+    def encode(self, caption: str) -> dict[str, torch.Tensor]:
+        """The host's own conditioning of a literal caption: `cross_attn`, `pooled_output` and what else it gives."""
+        return self._settled(conditioning_tensors(self.clip, _literal_tokens(self.clip, caption)))
+
+    def form(self, caption: str) -> Hashable:
+        """The shape of its tokens; None for what stands for vectors or for what is not known to be taken together."""
+        return form_of(self.clip, _literal_tokens(self.clip, caption))
+
+    def encode_all(self, captions: Sequence[str]) -> list[dict[str, torch.Tensor]]:
+        """As `encode` for each of several captions of one form."""
+        import torch
+
+        with torch.no_grad():
+            found = encode_alike(self.clip, [_literal_tokens(self.clip, caption) for caption in captions])
+        return [self._settled(_on_cpu(one)) for one in found]
+
+    def _settled(self, found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Without what a weight that decides nothing has made of it."""
+        import torch
+
+        pooled = found.get("pooled_output")
+        if pooled is not None and self._idle() and not pooled.isfinite().all():
+            # No model of such an encoder alone looks at it.
+            found["pooled_output"] = torch.zeros_like(pooled)
+        return found
+
+    def encode_live(self, captions: Sequence[str]) -> list[dict[str, torch.Tensor]]:
+        """As `encode` for each caption, through the private tree, with its graph where something is trained."""
+        names = embeddings.names_of(self._live.tokenizer)
+        tokens = [_literal_tokens(self._live, embeddings.spaced(caption, names)) for caption in captions]
+        if any(part.requires_grad for part in (*self._trained, *self.module.parameters())):
+            return encode_together(self._live, tokens, self._keep)
+        # Nothing of it is trained any more, so that a caption need be encoded but once.
+        pairs = zip(captions, tokens, strict=True)
+        return [self._keep.get(caption, functools.partial(encoded, self._live, one)) for caption, one in pairs]
+
+    def prompt(self, prompt: str) -> list:
+        """A prompt as a CLIPTextEncode node would give it, by the tree as trained so far where it is in training."""
+        if self._live is not None:
+            return self._live.encode_from_tokens_scheduled(self._live.tokenize(prompt))
+        # Kept, so that the encoder is loaded once.
+        if prompt not in self._prompts:
+            self._prompts[prompt] = self.clip.encode_from_tokens_scheduled(self.clip.tokenize(prompt))
+        return self._prompts[prompt]
+
+    def encode_for_sampling(self, caption: str) -> list:
+        """The conditioning of a literal caption as the host's sampler takes it."""
+        return self.clip.encode_from_tokens_scheduled(_literal_tokens(self.clip, caption))
+
+    def count_tokens(self, caption: str) -> int:
+        """Tokens of the longest encoder, without start, end and padding."""
+        tokens = _literal_tokens(self.clip, caption, return_word_ids=True)
+        counts = [sum(1 for chunk in chunks for token in chunk if token[2] > 0) for chunks in tokens.values()]
+        return max(counts, default=0)
+
+    def is_word(self, name: str) -> bool:
+        """Whether one of the encoders has a name as a single token."""
+        return any(len(_ids(self._tokenizer(key), name)) == 1 for key in self.encoders())
+
+    def start_vectors(self, text: str) -> dict[str, torch.Tensor]:
+        """[tokens, width] float32 on the CPU by encoder; `embedding:` in the text gives that embedding's own."""
+        import torch
+
+        found = {}
+        for key in self.encoders():
+            table = self._table(key)
+            rows = [
+                token if torch.is_tensor(token) else table[token] for token in _ids(self._tokenizer(key), text.strip())
+            ]
+            rows = [row.detach().to("cpu", torch.float32).clone() for row in rows if _fits(row, table.shape[1])]
+            found[key] = torch.stack(rows) if rows else torch.zeros(0, table.shape[1])
+        return found
+
+    def median_norms(self) -> dict[str, float]:
+        """Median norm of the vocabulary's vectors by encoder."""
+        return {key: float(self._table(key).float().norm(dim=-1).median()) for key in self.encoders()}
+
+    def attach(self, name: str, vectors: dict[str, torch.Tensor]) -> None:
+        """Lets the live encoder read `embedding:<name>` as these vectors."""
+        self._live.tokenizer = embeddings.with_word(self._live.tokenizer, name, vectors)
+        self._trained += vectors.values()
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """Loads the encoder whole, builds the private tree, and forgets it afterwards in any case."""
+        import comfy.model_management
+        import torch
+
+        from ....trainers.memory.autograd import own_weights, private_tree
+        from .lora import classic
+
+        with torch.inference_mode(False), torch.enable_grad():
+            clip = self.clip.clone()
+            clip.patcher = classic(clip.patcher, "clip")
+            comfy.model_management.load_models_gpu([clip.patcher], force_full_load=True)
+            own_weights(clip.patcher.model)
+            self.module = private_tree(clip.patcher.model)
+            for key in WIDTHS:
+                # The host computes CLIP in float32 and would make it from the stored weights at every pass, each of
+                # which the graph then holds until its backward: made once it takes no more, and no time.
+                getattr(self.module, key, torch.nn.Identity()).float()
+            self.device = clip.patcher.load_device
+            # The weights are in place, and the tree is nothing that the host knows how to load.
+            clip.cond_stage_model = self.module
+            patcher = clip.patcher
+            # Without the clip itself: in a cycle its tree, in float32, would stay until Python looks for such.
+            clip.load_model = lambda *args, **kwargs: patcher
+            self._live = clip
+            try:
+                yield
+            finally:
+                self._live = None
+                self._trained = []
+                self._keep = Keep()
+                self.module = None
+
+    def fingerprint(self) -> str:
+        """Changes with weights, patches, clip skip, tokenizer options and attached words."""
+        return self._described(patcher_digest(self.clip.patcher, self._idle()))
+
+    def earlier_fingerprint(self) -> str:
+        """With samples of its weights, as versions before had it."""
+        return self._described(sampled_patcher_digest(self.clip.patcher, self._idle()))
+
+    def _described(self, weights: str) -> str:
+        clip = self.clip
+        own = f"{weights}|{clip.layer_idx}|{sorted(clip.tokenizer_options.items())}"
+        attached = embeddings.attached_digest(clip.tokenizer)
+        return f"{own}|{attached}" if attached else own
+
+    def embedded_digest(self, texts: Sequence[str], without: Sequence[str] = ()) -> str:
+        """Of the vectors that the host finds for the names, in each encoder; attached words are in the fingerprint."""
+        skipped = {*without, *embeddings.names_of(self.clip.tokenizer)}
+        found = []
+        for name in sorted({name for text in texts for name in embeddings.called_names(text)} - skipped):
+            if name not in self._embedded:
+                self._embedded[name] = embeddings.file_digest(self.clip.tokenizer, name)
+            found.append(f"{name}:{self._embedded[name]}" if self._embedded[name] else "")
+        return hashlib.sha256("|".join(filter(None, found)).encode()).hexdigest() if any(found) else ""
+
+    def _idle(self) -> tuple[str, ...]:
+        """Weights that decide nothing: what CLIP-L pools is of use beside another kind of encoder alone."""
+        parts = {name for name, _ in self.clip.cond_stage_model.named_children()}
+        return (_PROJECTION,) if parts <= {"clip_l", "clip_g"} else ()
+
+    def encoders(self) -> list[str]:
+        """Keys of its CLIP parts."""
+        return embeddings.encoders(self.clip)
+
+    def adapter_name(self, path: str) -> str:
+        """kohya's name: its prefix tells two encoders apart, and what is beside a T5 from what is alone."""
+        key, _, inner = path.partition(".transformer.")
+        keys = self.encoders()
+        alone = len(keys) == 1 and not hasattr(self.clip.cond_stage_model, "t5xxl")
+        return f"lora_te{'' if alone else keys.index(key) + 1}_" + inner.replace(".", "_")
+
+    def own_name(self, path: str) -> str:
+        """As the host names it beside the model's own."""
+        return f"text_encoders.{path}"
+
+    def published_name(self, path: str) -> str | None:
+        """Its path in transformers' CLIP: only the encoder with a projection has the transformer in a wrapper."""
+        key, _, inner = path.partition(".transformer.")
+        return inner if key == "clip_g" else inner.removeprefix("text_model.")
+
+    def _tokenizer(self, key: str):
+        return getattr(self.clip.tokenizer, key)
+
+    def _table(self, key: str) -> torch.Tensor:
+        return getattr(self.clip.cond_stage_model, key).transformer.get_input_embeddings().weight.detach()
+
+
+def _fits(row: torch.Tensor, width: int) -> bool:
+    return row.shape[-1] == width
+
+
+def _ids(tokenizer, text: str) -> list:
+    """A literal text's tokens, without start, end and padding: numbers, or the vectors of an embedding."""
+    chunks = tokenizer.tokenize_with_weights(text, return_word_ids=True, disable_weights=True) if text else []
+    return [token for chunk in chunks for token, _, word in chunk if word > 0]
+
+
+def _literal_tokens(clip: CLIP, text: str, **options) -> dict:
+    try:
+        return clip.tokenize(text, disable_weights=True, **options)
+    except TypeError:
+        # Encoders that never weight their words pass that argument on themselves, and it would arrive twice.
+        return clip.tokenize(text, **options)
+
+
+def conditioning_tensors(clip: CLIP, tokens: dict) -> dict[str, torch.Tensor]:
+    """What the host encodes from tokens, as ordinary tensors on the CPU."""
+    import torch
+
+    with torch.no_grad():
+        return _on_cpu(encoded(clip, tokens))
+
+
+def _on_cpu(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value.detach().to("cpu").clone() for name, value in found.items()}

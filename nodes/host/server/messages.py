@@ -1,0 +1,155 @@
+"""Messages to the browser, through the host's server where there is one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from typing import Any
+
+from ....trainers.runs.records import jsonable
+
+EVENT = "graft.progress"
+BEGIN = "begin"
+
+# So many nodes' messages are kept for pages that are opened later, those of the nodes that ran last.
+_MOST_NODES = 64
+_ID_LIMIT = 64
+# More nodes or letters than these before a trainer are not told to the pages.
+_MOST_SOURCES = 500
+_SOURCES_LIMIT = 256 * 1024
+
+# Widgets that change nothing of what a run is, by the class of their node; None: all of that node's. A run goes on
+# with other values of them (the fields of a recipe from `steps` on, but for those that choose the run).
+_TRAINERS = ("GraftTrainLoRA", "GraftTrainEmbedding", "GraftTrainDreamBooth", "GraftFineTune")
+_RUN_FIELDS = {"save_every", "keep_last", "validate_every", "gradient_check", "tensorboard", "processes"}
+_NEUTRAL: dict[str, set[str] | None] = {
+    **{trainer: {"steps"} for trainer in _TRAINERS},
+    "GraftRunOptions": _RUN_FIELDS,
+    "GraftPreviewOptions": None,
+    "GraftMemoryOptions": None,
+}
+
+
+class Board:
+    """The last message of each kind of each training: what a page that is opened later has to know.
+
+    A training is told apart by its workflow, its node and what it trains: templates have fixed workflow ids.
+    """
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._nodes: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {}
+
+    def note(self, message: dict[str, Any]) -> None:
+        """Keeps a message; one that begins a training takes the place of all that the same one told before."""
+        key = (message["workflow"], message["node"], message.get("inputs", ""))
+        with self._lock:
+            kept = self._nodes.pop(key, {})
+            if message["event"] == BEGIN:
+                kept = {}
+            # At the end again: the order is the one they came in.
+            kept.pop(message["event"], None)
+            kept[message["event"]] = message
+            self._nodes[key] = kept
+            while len(self._nodes) > _MOST_NODES:
+                del self._nodes[next(iter(self._nodes))]
+
+    def messages(self) -> list[dict[str, Any]]:
+        """What is kept, in the order of the nodes' last messages and of each node's."""
+        with self._lock:
+            return [message for kept in self._nodes.values() for message in kept.values()]
+
+
+# The routes of the one server and the nodes that it executes have to meet somewhere.
+BOARD = Board()
+
+
+def prompt_server():
+    """The host's server, None where the host is used without one."""
+    try:
+        from server import PromptServer
+    except ImportError:
+        return None
+    return getattr(PromptServer, "instance", None)
+
+
+def _running(prompt: str) -> tuple | None:
+    """(number, id, prompt, extra data, outputs) of a running prompt, on newer hosts with more behind; None for none."""
+    running = getattr(getattr(prompt_server(), "prompt_queue", None), "currently_running", {})
+    return next((item for item in list(running.values()) if item[1] == prompt), None)
+
+
+def workflow_of(prompt: str) -> str:
+    """Id of the workflow that a running prompt was queued from; empty where it came from no page."""
+    found = graph_of(prompt).get("workflow", {}).get("id")
+    return found if isinstance(found, str) and len(found) <= _ID_LIMIT else ""
+
+
+def graph_of(prompt: str) -> dict[str, dict[str, Any]]:
+    """What a running prompt was queued as, under the host's own names: `prompt`, and `workflow` if a page queued it."""
+    item = _running(prompt)
+    # Anyone may have written the extra data.
+    found: Any = item[3] if item is not None else None
+    for name in ("extra_pnginfo", "workflow"):
+        found = found.get(name) if isinstance(found, dict) else None
+    graph = {"prompt": running_prompt(prompt), "workflow": found}
+    return {name: value for name, value in graph.items() if isinstance(value, dict)}
+
+
+def running_prompt(prompt: str) -> dict[str, Any] | None:
+    """The nodes of a running prompt, by id; None where it does not run on this server."""
+    item = _running(prompt)
+    return item[2] if item is not None else None
+
+
+def sources_of(prompt: str, node: str) -> dict[str, dict[str, Any]] | None:
+    """Collect what decides a node's result in a running prompt: the node and those before it, by id.
+
+    Each is {"class_type", "inputs"} without the widgets that change nothing of a run. None where the prompt does not
+    run here, or is too large to be told to the pages.
+    """
+    nodes = running_prompt(prompt) or {}
+    found: dict[str, dict[str, Any]] = {}
+    pending = [node]
+    while pending and len(found) <= _MOST_SOURCES:
+        name = pending.pop()
+        entry = nodes.get(name)
+        if name in found or not isinstance(entry, dict):
+            continue
+        kind, inputs = entry.get("class_type"), entry.get("inputs", {})
+        links = [value[0] for value in inputs.values() if _is_link(value, nodes)]
+        neutral = _NEUTRAL.get(kind, set())
+        kept = {
+            field: value
+            for field, value in inputs.items()
+            if _is_link(value, nodes) or (neutral is not None and field not in neutral)
+        }
+        found[name] = {"class_type": kind, "inputs": kept}
+        pending += links
+    if not found or len(found) > _MOST_SOURCES or len(json.dumps(found)) > _SOURCES_LIMIT:
+        return None
+    return found
+
+
+def _is_link(value: Any, nodes: dict[str, Any]) -> bool:
+    """Whether an input's value is another node's output, [id, slot]."""
+    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and value[0] in nodes
+
+
+def digest_of(sources: dict[str, dict[str, Any]] | None) -> str:
+    """Digest of what `sources_of` collects; empty for None."""
+    return "" if sources is None else hashlib.sha256(json.dumps(sources, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def tell(message: dict[str, Any]) -> None:
+    """A message of a training node to all pages that listen, and to those that are opened later.
+
+    Args:
+        message: with at least node, prompt_id, workflow and event.
+    """
+    plain = jsonable(message)
+    BOARD.note(plain)
+    server = prompt_server()
+    if server is not None:
+        server.send_sync(EVENT, plain)

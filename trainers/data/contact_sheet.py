@@ -1,0 +1,228 @@
+"""A dataset at a glance: one picture with its buckets, its tags, and its pictures as they will be cut."""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .pictures import as_weight
+from .report import common_tags
+
+if TYPE_CHECKING:
+    from PIL import Image, ImageDraw, ImageFont
+
+    from .examples import Example
+    from .report import Finding, Findings
+
+_CELL = 208
+_COLUMNS = 6
+_LIMIT = 60
+_LINE = 15
+_CAPTION_LINES = 2
+# Below a picture: its name, its cuts, its caption, what to look after.
+_TEXT = (3 + _CAPTION_LINES) * _LINE + 8
+_LETTERS = 11
+_BARS = 12
+_INK = (235, 235, 235)
+_FAINT = (150, 150, 155)
+_GREY = (40, 40, 44)
+_BAR = (96, 150, 214)
+_AMBER = (240, 176, 64)
+_RED = (230, 40, 40)
+
+
+def contact_sheet(findings: Findings) -> np.ndarray:
+    """[H, W, 3] float32 in 0..1: above the buckets and the tags with their numbers, below the pictures.
+
+    A picture is shown whole, what is cut away dark, what a mask excludes red, and small in its corner the source
+    picture that it is made of; those with something to look after come first and are framed in amber.
+    """
+    from PIL import Image, ImageDraw
+
+    shown = chosen(findings)
+    columns = max(3, min(_COLUMNS, len(shown)))
+    rows = -(-len(shown) // columns)
+    left, right = _bucket_bars(findings), _tag_bars(findings)
+    head = (max(len(left[1]), len(right[1])) + 3) * _LINE + 16
+    sheet = Image.new("RGB", (columns * _CELL, head + rows * (_CELL + _TEXT)), _GREY)
+    draw = ImageDraw.Draw(sheet)
+    draw.font = letters()
+    half = sheet.width // 2
+    _draw_bars(draw, *left, 8, half - 16)
+    _draw_bars(draw, *right, half + 8, half - 16)
+    _draw_legend(draw, head - _LINE - 8, any(finding.example.control is not None for finding in shown))
+    for index, finding in enumerate(shown):
+        corner = (index % columns * _CELL, head + index // columns * (_CELL + _TEXT))
+        _draw_cell(sheet, draw, finding, corner)
+    return np.asarray(sheet, dtype=np.float32) / 255.0
+
+
+def chosen(findings: Findings) -> list[Finding]:
+    """The examples that are drawn: all if they fit, else the flagged ones first and an even choice of the rest."""
+    rows = findings.rows
+    if len(rows) <= _LIMIT:
+        return sorted(rows, key=lambda row: (row.example.prior, not row.flags))
+    flagged = sorted((row for row in rows if row.flags), key=lambda row: (-len(row.flags), row.kept))[: _LIMIT * 2 // 3]
+    taken = {id(row) for row in flagged}
+    rest = [row for row in rows if id(row) not in taken]
+    wanted = _LIMIT - len(flagged)
+    return flagged + [rest[place * len(rest) // wanted] for place in range(min(wanted, len(rest)))]
+
+
+@functools.lru_cache(maxsize=4)
+def letters(size: int = _LETTERS) -> ImageFont.ImageFont:
+    """DejaVu, which comes with matplotlib and has letters for most alphabets; Pillow's own where it is missing.
+
+    Args:
+        size: in pixels.
+    """
+    import matplotlib
+    from PIL import ImageFont
+
+    try:
+        return ImageFont.truetype(os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
+    except (OSError, ImportError):
+        return ImageFont.load_default()
+
+
+def _bucket_bars(findings: Findings) -> tuple[str, list[tuple[str, int]]]:
+    classes = sum(row.example.prior for row in findings.rows)
+    title = f"{findings.dataset.name}: {_counted(len(findings.rows) - classes, 'picture')}"
+    title += f", {_counted(len(findings.buckets), 'bucket')}"
+    if classes:
+        title += f", {_counted(classes, 'class image')}"
+    if findings.left_out:
+        title += f", {len(findings.left_out)} left out"
+    return title, [(f"{size[0]}x{size[1]}", number) for size, number in findings.buckets.most_common(_BARS)]
+
+
+def _tag_bars(findings: Findings) -> tuple[str, list[tuple[str, int]]]:
+    common = common_tags(findings, _BARS)
+    return (_counted(len(findings.tags), "tag") if common else "no tag occurs twice"), common
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _draw_legend(draw: ImageDraw.ImageDraw, top: int, paired: bool) -> None:
+    left = 8
+    marks = [("dark: cut away", _FAINT), ("red: masked out", _RED), ("amber frame: look after", _AMBER)]
+    if paired:
+        marks.append(("blue corner: source picture", _BAR))
+    for text, colour in marks:
+        draw.text((left, top), text, fill=colour)
+        left += int(draw.textlength(text)) + 20
+
+
+def _draw_bars(draw, title: str, rows: list[tuple[str, int]], left: int, width: int) -> None:
+    draw.text((left, 6), _fitting(draw, title, width), fill=_INK)
+    most = max((number for _, number in rows), default=1)
+    label = width * 2 // 5
+    for place, (name, number) in enumerate(rows):
+        top = 6 + (place + 1) * _LINE + 4
+        draw.text((left, top), _fitting(draw, name, label - 8), fill=_INK)
+        length = max(1, (width - label - 40) * number // most)
+        draw.rectangle((left + label, top + 3, left + label + length, top + 11), fill=_BAR)
+        draw.text((left + label + length + 5, top), str(number), fill=_FAINT)
+
+
+def _draw_cell(sheet: Image.Image, draw, finding: Finding, corner: tuple[int, int]) -> None:
+    picture = _overlaid(finding)
+    left = corner[0] + (_CELL - picture.width) // 2
+    top = corner[1] + (_CELL - picture.height) // 2
+    sheet.paste(picture, (left, top))
+    if finding.example.control is not None:
+        _draw_source(sheet, draw, finding.example.control, corner)
+    if finding.flags:
+        frame = (corner[0] + 1, corner[1] + 1, corner[0] + _CELL - 2, corner[1] + _CELL + _TEXT - 3)
+        draw.rectangle(frame, outline=_AMBER, width=2)
+    width = _CELL - 12
+    example = finding.example
+    cuts = " ".join(f"{one.bucket[0]}x{one.bucket[1]}" for one in finding.crops)
+    repeats = f" x{example.repeats}" if example.repeats > 1 else ""
+    held = "  validation" if example.held_out else "  class image" if example.prior else ""
+    caption = _wrapped(draw, finding.caption or "(no caption)", width, _CAPTION_LINES)
+    # Of a long name the end tells more than the folder it begins with.
+    lines = [(_fitting(draw, example.source.name, width, keep_end=True), _INK)]
+    lines.append((_fitting(draw, f"{cuts}{repeats}{held}", width), _FAINT))
+    lines += [(line, _INK) for line in caption]
+    lines.append((_fitting(draw, ", ".join(finding.flags), width), _AMBER))
+    for number, (line, colour) in enumerate(lines):
+        draw.text((corner[0] + 6, corner[1] + _CELL + _LINE * number), line, fill=colour)
+
+
+def _draw_source(sheet: Image.Image, draw, control: Example, corner: tuple[int, int]) -> None:
+    """The source picture, whole and framed in blue, in the lower left of its picture's cell."""
+    from PIL import Image
+
+    small = control.source.open()
+    small.thumbnail((_CELL * 2 // 5, _CELL * 2 // 5), Image.LANCZOS)
+    left, bottom = corner[0] + 4, corner[1] + _CELL - 4
+    sheet.paste(small, (left, bottom - small.height))
+    draw.rectangle((left - 2, bottom - small.height - 2, left + small.width + 1, bottom + 1), outline=_BAR, width=2)
+
+
+def _overlaid(finding: Finding) -> Image.Image:
+    """The whole picture within a cell, dark where its worst cut takes away, red where its mask excludes it."""
+    from PIL import Image, ImageDraw
+
+    crop = min(finding.crops, key=lambda one: one.kept)
+    picture = finding.example.source.open()
+    factor = (_CELL - 8) / max(picture.size)
+    size = tuple(max(1, round(side * factor)) for side in picture.size)
+    picture = picture.resize(size, Image.LANCZOS if factor < 1 else Image.NEAREST)
+    if finding.example.mask is not None:
+        mask = as_weight(finding.example.mask.open()).resize(size, Image.BILINEAR)
+        excluded = mask.point(lambda value: (255 - value) * 3 // 5)
+        picture = Image.composite(Image.new("RGB", size, _RED), picture, excluded)
+    x = size[0] / crop.scaled[0]
+    y = size[1] / crop.scaled[1]
+    box = (
+        round(crop.offset[0] * x),
+        round(crop.offset[1] * y),
+        max(1, round((crop.offset[0] + crop.bucket[0]) * x)),
+        max(1, round((crop.offset[1] + crop.bucket[1]) * y)),
+    )
+    dark = picture.point(lambda value: value // 3)
+    dark.paste(picture.crop(box), box[:2])
+    if box != (0, 0, *size):
+        ImageDraw.Draw(dark).rectangle((box[0], box[1], box[2] - 1, box[3] - 1), outline=_INK)
+    return dark
+
+
+def _printable(draw: ImageDraw.ImageDraw, text: str) -> str:
+    """One line of what the font can draw: names of files may hold anything."""
+    from PIL import ImageFont
+
+    kind = "utf-8" if isinstance(draw.font, ImageFont.FreeTypeFont) else "latin-1"
+    return " ".join(text.encode(kind, "replace").decode(kind).split())
+
+
+def _fitting(draw: ImageDraw.ImageDraw, line: str, width: int, keep_end: bool = False) -> str:
+    """The longest beginning of a line that fits a width, or the longest end."""
+    line = _printable(draw, line)
+    line = line[-400:] if keep_end else line[:400]
+    if draw.textlength(line) <= width:
+        return line
+    while line and draw.textlength(f"...{line}") > width:
+        line = line[1:] if keep_end else line[:-1]
+    return f"...{line}" if keep_end else f"{line}..."
+
+
+def _wrapped(draw: ImageDraw.ImageDraw, text: str, width: int, most: int) -> list[str]:
+    """A text in as many lines of a width as it needs, the last of `most` shortened."""
+    words = _printable(draw, text[:1000]).split()
+    lines: list[str] = []
+    while words and len(lines) < most - 1:
+        count = 1
+        while count < len(words) and draw.textlength(" ".join(words[: count + 1])) <= width:
+            count += 1
+        lines.append(_fitting(draw, " ".join(words[:count]), width))
+        words = words[count:]
+    if words:
+        lines.append(_fitting(draw, " ".join(words), width))
+    return lines

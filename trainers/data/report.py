@@ -1,0 +1,300 @@
+"""What is worth knowing of a dataset before it is trained on."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ..errors import DatasetError
+from . import captions
+from .buckets import Crop, bucket_sizes, choose_crops
+from .dataset_warnings import warn_of_enlarged, warn_of_resolution, warn_of_skipped
+from .examples import LeftOut
+from .near_duplicates import alike, signatures
+from .scan import reason_of, shortened
+from .source_images import is_alike
+
+if TYPE_CHECKING:
+    from ..protocols import Geometry
+    from .examples import Dataset, Example
+
+_SHAPE = "source of another shape"
+_CHUNK = 75
+_KEPT = 0.8
+_SHOWN = 8
+_TAGS = 20
+
+
+@dataclass
+class Finding:
+    """What was found of one example.
+
+    Attributes:
+        crops: its cuts, one for each resolution it reaches.
+        tokens: of its plain caption; -1 when nobody counted.
+        flags: what to look after, in a few words each.
+    """
+
+    example: Example
+    crops: list[Crop]
+    caption: str
+    tokens: int = -1
+    flags: list[str] = field(default_factory=list)
+
+    @property
+    def kept(self) -> float:
+        """Share of the picture that its worst cut keeps."""
+        return min(crop.kept for crop in self.crops)
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What was found of a dataset.
+
+    Attributes:
+        rows: of the examples that can be trained on, in order.
+        left_out: of those that cannot, and of the files that are no examples.
+        pairs: names of pictures that look alike.
+        buckets: pictures in each bucket.
+        tags: how often each comma-separated part occurs.
+    """
+
+    dataset: Dataset
+    geometry: Geometry
+    rows: list[Finding]
+    left_out: list[LeftOut]
+    pairs: list[tuple[str, str]]
+    buckets: Counter
+    tags: Counter
+
+
+def inspect(
+    dataset: Dataset,
+    geometries: dict[int, Geometry],
+    count_tokens: Callable[[str], int] | None,
+    signatures_folder: str | None = None,
+    tick: Callable[[int, int], None] = lambda done, total: None,
+) -> Findings:
+    """Looks at every picture and caption of a dataset.
+
+    Args:
+        geometries: by resolution; 0 is the dataset's own.
+        count_tokens: tokens of a caption; None when no text encoder is connected.
+        signatures_folder: where it is kept what pictures look like.
+        tick: called with (done, total); may raise to interrupt.
+    """
+    marks, broken = signatures(dataset.examples, signatures_folder, tick)
+    left_out = [*dataset.left_out, *broken]
+    rows: list[Finding] = []
+    places: dict[int, Finding] = {}
+    for place, example in enumerate(dataset.examples):
+        if marks[place] is None:
+            continue
+        wanted = [geometries[side] for side in (0, *example.handling.resolutions)]
+        try:
+            crops = choose_crops(example.size, wanted, example.source.name, example.handling.upscale)
+        except DatasetError as error:
+            left_out.append(LeftOut(example.source.name, reason_of(error, example.source.name)))
+            continue
+        finding = Finding(example, crops, captions.plain(example))
+        _flag(finding, wanted, count_tokens)
+        rows.append(finding)
+        places[place] = finding
+    pairs = []
+    for first, second in alike(marks):
+        if first in places and second in places:
+            names = places[first].example.source.name, places[second].example.source.name
+            pairs.append(names)
+            places[second].flags.append(f"like {names[0]}")
+    buckets = Counter(crop.bucket for row in rows for crop in row.crops)
+    return Findings(dataset, geometries[0], rows, left_out, pairs, buckets, _tags(rows))
+
+
+def _flag(finding: Finding, geometries: Sequence[Geometry], count_tokens: Callable[[str], int] | None) -> None:
+    example = finding.example
+    if finding.kept < _KEPT:
+        finding.flags.append(f"loses {1 - finding.kept:.0%}")
+    smallest = min(geometries, key=lambda geometry: geometry.resolution)
+    if finding.crops[0].bucket not in bucket_sizes(smallest):
+        finding.flags.append("small")
+    if any(crop.scaled[0] > example.size[0] for crop in finding.crops):
+        finding.flags.append("enlarged")
+    if not finding.caption:
+        finding.flags.append("no caption")
+    if count_tokens is not None:
+        finding.tokens = max(count_tokens(text) for text in {finding.caption, *example.captions})
+        if finding.tokens > _CHUNK:
+            finding.flags.append(f"{finding.tokens} tokens")
+    if example.mask is not None and _other_shape(example):
+        finding.flags.append("mask of another shape")
+    if example.control is not None and not is_alike(example.control.size, example.size):
+        finding.flags.append(_SHAPE)
+
+
+def _other_shape(example: Example) -> bool:
+    try:
+        return not is_alike(example.mask.open().size, example.size)
+    except DatasetError:
+        return True
+
+
+def _tags(rows: Sequence[Finding]) -> Counter:
+    found: Counter = Counter()
+    for row in rows:
+        for text in row.example.captions:
+            # Once for each caption, and in its order, so that the report is the same at every look.
+            found.update(dict.fromkeys(tag.strip() for tag in text.split(",") if tag.strip()).keys())
+    return found
+
+
+def common_tags(findings: Findings, most: int) -> list[tuple[str, int]]:
+    """The most frequent tags; none that occurs once, as the parts of captions in sentences do."""
+    return [(tag, number) for tag, number in findings.tags.most_common(most) if number > 1]
+
+
+def report(findings: Findings, cache_bytes: int = -1) -> str:
+    """What a dataset holds, and what may go wrong with it, as a list of plain lines.
+
+    Args:
+        cache_bytes: what all cached latents and texts take; -1 to leave it out.
+    """
+    dataset = findings.dataset
+    rows = findings.rows
+    own = [row for row in rows if not row.example.prior]
+    held = sum(row.example.held_out for row in own)
+    epoch = sum(row.example.repeats * len(row.crops) for row in own if not row.example.held_out)
+    lines = [
+        f"Dataset '{dataset.name}': {len(own)} pictures, {epoch} in an epoch"
+        + (f", {held} held out for validation." if held else "."),
+        *_prior_lines(rows, epoch),
+        f"Resolution {findings.geometry.resolution}, buckets in steps of {findings.geometry.step} pixels.",
+    ]
+    for bucket, number in sorted(findings.buckets.items()):
+        lines.append(f"bucket {bucket[0]}x{bucket[1]}: {number}")
+    lines += _repeats(rows)
+    lines += dataset.warnings
+    if findings.left_out:
+        lines.append(f"{len(findings.left_out)} left out: {shortened(findings.left_out, 20)}")
+    lines += _trigger_lines(findings)
+    lines += _named("without a caption of their own", [row for row in rows if not any(row.example.captions)])
+    lines += _named("with neither caption nor trigger (training will refuse)", [r for r in rows if not r.caption])
+    lines += _named("smaller than their bucket's usual size", [row for row in rows if "small" in row.flags])
+    lines += _named("enlarged", [row for row in rows if "enlarged" in row.flags])
+    worst = sorted((row for row in rows if row.kept < _KEPT), key=lambda row: row.kept)
+    lines += _named("cropped by more than a fifth", worst, lambda row: f" (loses {1 - row.kept:.0%})")
+    if findings.pairs:
+        shown = ", ".join(f"{second} like {first}" for first, second in findings.pairs[:_SHOWN])
+        more = " ..." if len(findings.pairs) > _SHOWN else ""
+        lines.append(f"{len(findings.pairs)} look like another picture: {shown}{more}")
+    paired = [row for row in rows if row.example.control is not None]
+    if paired:
+        lines.append(f"{len(paired)} of {len(rows)} with a source picture, small in their corner.")
+        lines += _named("with a source picture of another shape", [row for row in paired if _SHAPE in row.flags])
+    masked = [row for row in rows if row.example.mask is not None]
+    if masked:
+        lines.append(f"{len(masked)} with a mask; red in the picture is not learnt.")
+        lines += _named("with a mask of another shape", [row for row in rows if "mask of another shape" in row.flags])
+    lines += _token_lines(rows)
+    lines += _way_lines(findings)
+    common = common_tags(findings, _TAGS)
+    if common:
+        shown = ", ".join(f"{tag} ({number})" for tag, number in common)
+        lines.append(f"Most frequent of {len(findings.tags)} tags: {shown}")
+    if cache_bytes >= 0:
+        lines.append(f"All cached latents and texts take {cache_bytes / 1e6:.0f} MB; they may be deleted at any time.")
+    # As a list, since a node that shows text may take it for Markdown and join the lines.
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def warnings(findings: Findings, family: str) -> list[dict[str, Any]]:
+    """List the warnings that can be given before a training is set up.
+
+    Args:
+        family: name of the model's family, empty without a model.
+    """
+    dataset = findings.dataset
+    found = [
+        warn_of_skipped(findings.left_out, len(dataset.examples) + len(dataset.left_out)),
+        warn_of_enlarged([(row.example, crop) for row in findings.rows for crop in row.crops]),
+        warn_of_resolution(findings.geometry.resolution, family),
+    ]
+    return [warning for warning in found if warning]
+
+
+def _prior_lines(rows: Sequence[Finding], epoch: int) -> list[str]:
+    """What is preserved, and how."""
+    classes = [row for row in rows if row.example.prior]
+    lines = []
+    if classes:
+        weights = ", ".join(f"{weight:g}" for weight in sorted({row.example.weight for row in classes}))
+        said = sorted({row.caption for row in classes})
+        shown = ", ".join(f"'{caption}'" for caption in said[:_SHOWN]) + (" ..." if len(said) > _SHOWN else "")
+        lines.append(
+            f"{len(classes)} class images besides, weight {weights}; an epoch shows {epoch} of them, all in turn. "
+            f"Their captions: {shown}"
+        )
+    anchors = sorted({(a.prompt, a.weight) for row in rows if (a := row.example.anchor) is not None})
+    lines += [f"Held to what the model predicts for '{prompt}', weight {weight:g}." for prompt, weight in anchors]
+    return lines
+
+
+def _repeats(rows: Sequence[Finding]) -> list[str]:
+    counts = Counter(row.example.repeats for row in rows)
+    if set(counts) <= {1}:
+        return []
+    return ["Repeats: " + ", ".join(f"{times} (pictures: {number})" for times, number in sorted(counts.items()))]
+
+
+def _trigger_lines(findings: Findings) -> list[str]:
+    triggers = sorted({row.example.trigger for row in findings.rows if row.example.trigger})
+    lines = [f"Trigger: {', '.join(triggers) or 'none'}"]
+    lacking = [row for row in findings.rows if any(row.example.captions) and _lacks_trigger(row.example)]
+    return lines + _named("whose caption does not hold the trigger (it is put in front)", lacking)
+
+
+def _lacks_trigger(example: Example) -> bool:
+    word = example.trigger
+    return bool(word) and not any(captions.holds_words(t, word) or "[trigger]" in t for t in example.captions)
+
+
+def _token_lines(rows: Sequence[Finding]) -> list[str]:
+    if not rows or rows[0].tokens < 0:
+        return ["Captions' tokens: connect clip to count them."]
+    lines = [f"Longest caption: {max(row.tokens for row in rows)} tokens."]
+    long = sorted((row for row in rows if row.tokens > _CHUNK), key=lambda row: -row.tokens)
+    what = f"with a caption beyond {_CHUNK} tokens (encoded in parts, none is cut)"
+    return lines + _named(what, long, lambda row: f" ({row.tokens})")
+
+
+def _way_lines(findings: Findings) -> list[str]:
+    """What varies from one showing to the next."""
+    lines = []
+    for way in dict.fromkeys(row.example.handling for row in findings.rows):
+        parts = []
+        if way.shuffle_tags:
+            parts.append(f"tags shuffled, the first {way.keep_tokens} kept" if way.keep_tokens else "tags shuffled")
+        if way.tag_dropout:
+            parts.append(f"{way.tag_dropout:.0%} of tags dropped")
+        if way.caption_dropout:
+            parts.append(f"{way.caption_dropout:.0%} of captions dropped")
+        if way.wildcards:
+            parts.append("wildcards")
+        if way.flip:
+            parts.append("half mirrored")
+        if way.resolutions:
+            parts.append(f"also at {', '.join(str(side) for side in way.resolutions)}")
+        if parts:
+            lines.append("Varied: " + ", ".join(parts) + ".")
+    versions = [captions.variant_count(row.example, len(findings.dataset.examples)) for row in findings.rows]
+    if versions and max(versions) > 1:
+        lines.append(f"Up to {max(versions)} versions of a caption are encoded.")
+    return lines
+
+
+def _named(what: str, rows: Sequence[Finding], more: Callable[[Finding], str] = lambda row: "") -> list[str]:
+    if not rows:
+        return []
+    names = ", ".join(f"{row.example.source.name}{more(row)}" for row in rows[:_SHOWN])
+    return [f"{len(rows)} {what}: {names}{' ...' if len(rows) > _SHOWN else ''}"]

@@ -1,0 +1,112 @@
+"""Source pictures: what a model that edits is shown beside the noise of the picture it is to make of it."""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from ..errors import DatasetError
+from ..text import is_below
+from .examples import Example, LeftOut
+from .listing import File, Listing, fold, list_folder, stem_of
+from .pictures import FileSource, is_picture, why_unread
+
+if TYPE_CHECKING:
+    from .examples import Source
+
+# Sides' ratios that differ by no more are those of pictures that show the same place.
+_ALIKE = 0.02
+
+
+class Controls:
+    """The source pictures in a folder, each by the name of the picture that is to become of it.
+
+    Args:
+        folder: absolute path; empty for none.
+        listing: of the dataset's folder, in which the other may lie.
+    """
+
+    def __init__(self, folder: str, listing: Listing):
+        self.wanted = bool(folder)
+        self._found: dict[str, File] = {}
+        self._folded: dict[str, File] = {}
+        self._used: set[str] = set()
+        self._left_out: list[LeftOut] = []
+        self._root = listing.root
+        self._inside = ""
+        if not folder:
+            return
+        files = list_folder(folder)
+        self._root = files.root
+        if is_below(files.root, listing.root):
+            self._inside = posixpath.relpath(files.root.replace("\\", "/"), listing.root.replace("\\", "/")) + "/"
+        if self._inside == "./":
+            raise DatasetError(
+                "The folder of source pictures is the dataset's own.",
+                "Put the source pictures into a folder of their own, under the names of the pictures they become.",
+                "control_folder",
+            )
+        for name, file in files.files.items():
+            if is_picture(name):
+                self._found.setdefault(stem_of(name), file)
+                self._folded.setdefault(fold(stem_of(name)), file)
+        unread = (LeftOut(name, reason) for name in files.files if (reason := why_unread(name)))
+        self._left_out += [*(() if self._inside else files.left_out), *unread]
+        self._stems = {stem_of(name) for name in self.outside(listing).files if is_picture(name)}
+
+    def outside(self, listing: Listing) -> Listing:
+        """The dataset's folder without the source pictures in it."""
+        if not self._inside:
+            return listing
+        files = {name: file for name, file in listing.files.items() if not name.startswith(self._inside)}
+        return replace(listing, files=files)
+
+    def of(self, name: str, measure: Callable[[File], dict]) -> Example | None:
+        """The source picture of a picture, by its relative name; None where no folder of them was chosen.
+
+        Args:
+            measure: the size and digest of a file.
+
+        Raises:
+            DatasetError: it has none, or one that cannot be read.
+        """
+        if not self.wanted:
+            return None
+        stem = stem_of(name)
+        # As other trainers pair them: by the bare name too, whatever folders it is in.
+        found = self._found.get(stem) or self._found.get(posixpath.basename(stem)) or self._by_folded_name(stem)
+        if found is None:
+            raise DatasetError("it has no source picture of its name", "Add it, or take the picture out.", "folder")
+        self._used.add(found.name)
+        try:
+            facts = measure(found)
+        except DatasetError as error:
+            reason = f"its source picture {found.name}: {error.message}"
+            raise DatasetError(reason, "Save it again.", "control_folder") from error
+        source = FileSource(found.path, f"{found.name} (source)", self._root, facts["digest"])
+        return control_of(source, tuple(facts["size"]))
+
+    def _by_folded_name(self, stem: str) -> File | None:
+        """The source picture whose name differs in case or Unicode form alone, unless it is another picture's own."""
+        for wanted in (stem, posixpath.basename(stem)):
+            file = self._folded.get(fold(wanted))
+            if file is not None and stem_of(file.name) not in self._stems:
+                return file
+        return None
+
+    def lonely(self) -> list[LeftOut]:
+        """The source pictures of no picture, and the files that are none."""
+        names = sorted(file.name for file in self._found.values() if file.name not in self._used)
+        return self._left_out + [LeftOut(name, "a source picture without the picture it becomes") for name in names]
+
+
+def control_of(source: Source, size: tuple[int, int]) -> Example:
+    """A source picture as an example of its own, without words."""
+    return Example(source, ("",), size, source.digest)
+
+
+def is_alike(one: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Whether pictures of two sizes (width, height) have the same shape."""
+    return abs(one[0] / one[1] - other[0] / other[1]) <= _ALIKE * one[0] / one[1]

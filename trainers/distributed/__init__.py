@@ -1,0 +1,1 @@
+"""Several processes that train together, by accelerate and FSDP2."""

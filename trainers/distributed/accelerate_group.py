@@ -1,0 +1,276 @@
+"""Several processes, on one machine or many, by Hugging Face accelerate."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from ..errors import OutOfMemory, Parted
+from ..protocols import Group
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from .fsdp import Shards
+
+log = logging.getLogger(__name__)
+
+# Of one message of gradients: large enough to fill a network, small beside a model.
+_BYTES = 64 * 1024 * 1024
+
+# A process waits so long for the others: the leader may be drawing previews or writing a large state meanwhile.
+_WAIT = timedelta(hours=2)
+
+
+class Spread(Group):
+    """The processes that `accelerate launch`, `torchrun` or the graph has started; environment variables name them.
+
+    Attributes:
+        local_rank: its number among those of its machine.
+        device: of its messages.
+    """
+
+    def __init__(self, cpu: bool):
+        from accelerate import PartialState
+        from accelerate.utils import InitProcessGroupKwargs
+
+        options = InitProcessGroupKwargs(timeout=_WAIT).to_kwargs()
+        if cpu and "LOCAL_RANK" in os.environ:
+            options["backend"] = "gloo"
+        self._state = PartialState(cpu=cpu, **options)
+        self.rank = self._state.process_index
+        self.world = self._state.num_processes
+        self.local_rank = self._state.local_process_index
+        self.device = self._state.device
+        self._left = False
+        self._shards: Shards | None = None
+
+    def meet(self, number: float = 0.0) -> float:
+        """As Group says."""
+        total, left = self._sum(number, 0.0)
+        if left:
+            self._left = True
+            raise Parted()
+        return total
+
+    def part(self) -> None:
+        """As Group says; nothing where the group is no more."""
+        if self._left:
+            return
+        self._left = True
+        if self.sharded:
+            # They may wait for a share of some weights, where no word would reach them.
+            self._break()
+            return
+        # Nobody is there to be told then, and what this one leaves for is what counts.
+        with suppress(Parted):
+            self._sum(0.0, 1.0)
+
+    def _break(self) -> None:
+        """Lets the others find the connection closed, in whatever they wait.
+
+        GPUs find so only when the process is gone, and what started it ends the others.
+        """
+        if self.device.type == "cpu":
+            self._state.destroy_process_group()
+
+    def _sum(self, *numbers: float) -> list[float]:
+        if self.world == 1:
+            # Not every device that trains alone has numbers of this size.
+            return list(numbers)
+        import torch
+        from accelerate.utils import reduce
+
+        with self._connected():
+            return reduce(torch.tensor(numbers, dtype=torch.float64, device=self.device), "sum").tolist()
+
+    def gather(self, values: list[float], whole: int) -> list[float]:
+        """As Group says."""
+        first = whole * self.rank // self.world
+        mine = [0.0] * whole
+        mine[first : first + len(values)] = values
+        return self._sum(*mine)
+
+    @contextmanager
+    def _connected(self) -> Iterator[None]:
+        """Within it what torch says of a broken connection means that another process is gone: nobody can be told."""
+        try:
+            yield
+        except RuntimeError as error:
+            self._left = True
+            # Those that wait for this one are not to wait until it has written what was reached.
+            self._break()
+            if "out of memory" in str(error):
+                raise
+            raise Parted() from error
+
+    def sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        """As Group says, in messages of some megabytes.
+
+        Raises:
+            OutOfMemory: there is no room here for the messages.
+        """
+        if self.world == 1:
+            return
+        import torch
+        from accelerate.utils import reduce
+
+        short = _shortage(parameters, self.device)
+        present = [float(one.grad is not None) for one in parameters]
+        with self._connected():
+            *present, lacking = reduce(torch.tensor([*present, float(bool(short))], device=self.device), "sum").tolist()
+        if lacking:
+            # All know it here, before any of them sends what another has no room for.
+            self._left = True
+            raise Parted() if not short else _no_room(short)
+        with self._connected():
+            wanted = [one for one, count in zip(parameters, present, strict=True) if count]
+            for some in _messages(wanted):
+                flat = torch.cat([_gradient(one).reshape(-1) for one in some])
+                _spread_out(reduce(flat, "sum"), some)
+
+    def share(self, tensors: Iterable[torch.Tensor]) -> None:
+        """As Group says."""
+        if self.world == 1:
+            return
+        import torch
+        from accelerate.utils import broadcast
+
+        for tensor in tensors:
+            with torch.no_grad(), self._connected():
+                tensor.copy_(broadcast(tensor.detach().to(self.device).contiguous()))
+
+    def tell(self, text: str) -> str:
+        """As Group says."""
+        self.meet()
+        if self.world == 1:
+            return text
+        import torch
+        from accelerate.utils import broadcast
+
+        data = list(text.encode())
+        with self._connected():
+            length = int(broadcast(torch.tensor([len(data)], device=self.device)))
+            sent = torch.tensor(data if self.leads else [0] * length, dtype=torch.uint8, device=self.device)
+            return bytes(broadcast(sent).tolist()).decode()
+
+    def shard(self, tree: nn.Module, keep: Iterable[torch.Tensor], through: bool) -> None:
+        """As Group says."""
+        if self.world == 1:
+            return
+        from .fsdp import Shards
+
+        self.meet()
+        self._shards = made = Shards(tree, keep, self, through)
+        log.info(
+            "Graft: the frozen weights of %d blocks (%.1f MB) are shared out over %d processes%s.",
+            made.blocks,
+            made.divided / 1e6,
+            self.world,
+            f"; {made.whole / 1e6:.1f} MB of them stay whole in each" if made.whole else "",
+        )
+
+    @property
+    def sharded(self) -> bool:
+        """As Group says."""
+        return self._shards is not None
+
+    @property
+    def paired(self) -> bool:
+        """As Group says."""
+        return self._shards is not None and not self._shards.alone
+
+    @contextmanager
+    def turn(self) -> Iterator[bool]:
+        """As Group says."""
+        if self._shards is None:
+            yield self.leads
+            return
+        with self._shards.turn() as mine:
+            yield mine
+
+    def mend(self) -> None:
+        """As Group says."""
+        if self._shards is not None:
+            self._shards.mend()
+
+    def call(self, number: int) -> int:
+        """The leader's number, in all of them. Raises Parted as `meet` does."""
+        import torch
+        from accelerate.utils import broadcast
+
+        with self._connected():
+            return int(broadcast(torch.tensor([number], device=self.device)))
+
+    def gather_shares(self, whole: torch.Tensor, share: torch.Tensor, asynchronous: bool):
+        """Puts `whole` together from what each process has of it; torch's handle where that is waited for later.
+
+        Raises:
+            Parted: one of them has left.
+        """
+        from torch import distributed
+
+        # The older name, and the one that it has since.
+        gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
+        with self._connected():
+            return gather(whole, share, async_op=asynchronous)
+
+    def close(self) -> None:
+        """Lets go of the connections."""
+        self._state.destroy_process_group()
+
+
+def _shortage(parameters: Sequence[torch.nn.Parameter], device: torch.device) -> str:
+    """What is said where there is no room for a message of gradients and what comes back, empty where there is."""
+    import torch
+
+    largest = max((sum(one.nbytes for one in some) for some in _messages(parameters)), default=0)
+    try:
+        torch.empty(2 * largest, dtype=torch.uint8, device=device)
+    except (RuntimeError, MemoryError) as error:
+        return str(error).strip() or type(error).__name__
+    return ""
+
+
+def _no_room(said: str) -> OutOfMemory:
+    return OutOfMemory(
+        f"Memory ran out before the gradients were summed ({said.splitlines()[0][:200]}).",
+        "Lower the resolution of the dataset, or set checkpointing to on (Graft Memory Options). What was saved stays: "
+        "queue the graph again to go on.",
+        "dataset",
+    )
+
+
+def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
+    import torch
+
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+
+def _messages(parameters: Sequence[torch.nn.Parameter]) -> Iterable[list[torch.nn.Parameter]]:
+    """The parameters in the same order, as many at a time as one message holds, of one dtype and device each."""
+    held: list[torch.nn.Parameter] = []
+    size = 0
+    for one in parameters:
+        other = held and (one.dtype, one.device) != (held[0].dtype, held[0].device)
+        if held and (other or size + one.nbytes > _BYTES):
+            yield held
+            held, size = [], 0
+        held.append(one)
+        size += one.nbytes
+    if held:
+        yield held
+
+
+def _spread_out(flat: torch.Tensor, parameters: list[torch.nn.Parameter]) -> None:
+    parts = flat.split([one.numel() for one in parameters])
+    for one, part in zip(parameters, parts, strict=True):
+        if one.grad is None:
+            one.grad = part.view_as(one).clone()
+        else:
+            one.grad.copy_(part.view_as(one))

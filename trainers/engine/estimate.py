@@ -1,0 +1,371 @@
+"""What the steps of a run will take of memory and time, measured by a few passes that train nothing before the first.
+
+A pass is a forward and backward of one picture, and one of two, of the largest size: what a picture takes and what is
+needed whatever their number follow from the two. What the optimiser keeps and takes is measured on copies of what is
+trained. The run itself is what it would have been without, to the bit.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+import math
+import statistics
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..errors import GraftError
+from ..memory.autograd import blocks_of
+from ..memory.checkpointing import checkpointed, is_checkpointed, keeps_attention
+from ..memory.offload import list_frozen, stays_away
+from ..memory.oom import in_one_line, is_out_of_memory
+from ..memory.tracking import Account, bytes_of
+from ..methods.dropout import dropping_out
+from ..optimizers import OPTIMISERS
+from ..optimizers.per_parameter import Apart
+from ..recipe.recipe import ALL_BUT_ATTENTION, EVERYTHING
+from .oom_fallback import placed_trees, trees_of
+from .step import parts_of, terms_of
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..preprocessing.items import Item
+    from ..preprocessing.prefetch import Batch
+    from ..protocols import Host
+    from .plan import Plan
+    from .updater import Mover
+
+log = logging.getLogger(__name__)
+
+# Fewer steps than this tell by themselves before an estimate would.
+_LEAST_STEPS = 50
+# Batches among which the largest pictures are looked for.
+_MOST_BATCHES = 256
+# How often a pass is timed at the most, and seconds after which it is not once more.
+_TRIES = 3
+_LONG = 1.0
+# Bytes of what is trained, copied to see what its optimiser takes.
+_SCRATCH = 64 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What the steps of a run take.
+
+    Attributes:
+        memory: bytes on the device at the most: weights, what is trained, what the optimiser keeps, activations; None
+            where memory ran out before that was known.
+        missing: of these, bytes that are not taken yet; None likewise.
+        free: bytes that the device has for them; None where it does not tell.
+        seconds: of a step; None where it does not fit as it is.
+        cures: of Graft Memory Options, what would make it fit, all of them together; empty where it fits or nothing is
+            known to help.
+    """
+
+    memory: int | None
+    missing: int | None
+    free: int | None
+    seconds: float | None
+    cures: tuple[str, ...] = ()
+
+    @property
+    def fits(self) -> bool:
+        """Whether there is memory enough, as far as is known."""
+        return self.missing is not None and (self.free is None or self.missing <= self.free)
+
+
+def estimate(plan: Plan, host: Host, mover: Mover, position: int, steps: int) -> Estimate | None:
+    """What the steps that are left will take; None where they are few, or where it cannot be measured.
+
+    Args:
+        position: batches that were shown before.
+        steps: that are left.
+    """
+    if steps < _LEAST_STEPS or host.group.world > 1:
+        return None
+    host.report_phase("measuring")
+    # Of those that will be shown: no other captions are encoded.
+    coming = min(_MOST_BATCHES, steps * plan.recipe.accumulation)
+    batches = [batch for _, batch in itertools.islice(plan.batches(position), coming)]
+    try:
+        return _Dry(plan, host, mover, batches).estimate()
+    except (RuntimeError, MemoryError, TypeError, GraftError) as error:
+        # The steps themselves say better what is wrong, if anything is.
+        log.warning("Graft: what a step takes could not be measured: %s", in_one_line(error))
+        return None
+
+
+def say(found: Estimate, steps: int) -> str:
+    """An estimate in words."""
+    if found.memory is None:
+        parts = ["a step takes more memory than the device has"]
+    else:
+        parts = [f"a step takes about {found.memory / 1e9:.2f} GB on the device"]
+    if found.seconds is not None:
+        parts.append(f"{found.seconds:.2f} s, all {steps} about {_in_minutes(found.seconds * steps)}")
+    if found.missing is not None and not found.fits:
+        parts.append(f"{found.missing / 1e9:.2f} GB more than now are needed and {found.free / 1e9:.2f} free")
+    if not found.fits:
+        parts.append(f"it would fit with {' and '.join(found.cures)}" if found.cures else "no option is known to help")
+    return "; ".join(parts)
+
+
+def _in_minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+
+
+@dataclass(frozen=True)
+class _Moves:
+    """What the optimiser takes: bytes that it keeps, bytes that it needs while it moves, seconds."""
+
+    kept: int
+    passing: int
+    seconds: float
+
+
+class _Dry:
+    """The passes of one estimate."""
+
+    def __init__(self, plan: Plan, host: Host, mover: Mover, batches: list[Batch]):
+        self._plan = plan
+        self._host = host
+        self._mover = mover
+        self._trained = list(plan.trainables.values())
+        self._device = host.denoiser.device
+        self._trees = trees_of(plan, host)
+        recipe = plan.recipe
+        most = recipe.micro_batch or recipe.batch_size
+        self._batch = _largest(plan, batches, most)
+        self._size = len(self._batch)
+        self._several = recipe.accumulation > 1 or any(len(batch) > most for batch in batches)
+        self._pictures = recipe.accumulation * sum(len(batch) for batch in batches) / len(batches)
+        trained = [torch.empty_like(one, dtype=_full(one.dtype), device="meta") for one in self._trained]
+        self._average = sum(one.nbytes for one in trained) if recipe.ema_decay else 0
+        self._moves = self._measure_moves()
+        self._account = Account(self._device)
+
+    def estimate(self) -> Estimate:
+        """Of the plan as it is, and what would help where that does not fit."""
+        free = self._host.denoiser.free_memory()
+        there = bytes_of(self._held()) + bytes_of(self._mover.tensors()) + self._average
+        one, more = self._line()
+        memory = self._whole(one, more, self._size)
+        room = math.inf if free is None else free
+        if math.isinf(memory):
+            return Estimate(None, None, free, None, self._cures(there + room, one, more))
+        if memory - there > room:
+            return Estimate(int(memory), int(memory) - there, free, None, self._cures(there + room, one, more))
+        seconds, measured = self._try()
+        if measured:
+            memory = self._whole(max(measured, one), 0, 1)
+        return Estimate(int(memory), int(memory) - there, free, seconds)
+
+    def _held(self) -> list[torch.Tensor]:
+        """What lies on the device between steps."""
+        weights = [one for tree in self._trees for one in (*tree.parameters(), *tree.buffers())]
+        return [one for one in weights if not stays_away(one) and one.device.type == self._device.type]
+
+    def _whole(self, one: float, more: float, size: int) -> float:
+        """Bytes at the most, from what a pass of one picture takes and what each further one adds."""
+        trained = bytes_of(self._trained)
+        a_pass = one if size == 1 else one + (size - 1) * more
+        if self._mover.in_backward:
+            # Each is moved while activations are still there.
+            most = a_pass + self._moves.passing
+        else:
+            most = max(a_pass, bytes_of(self._held()) + trained + self._moves.passing)
+        return most + self._moves.kept + self._average
+
+    def _line(self) -> tuple[float, float]:
+        """(bytes of a pass of one picture with all that is held, bytes that each further one adds).
+
+        Infinite where there is no memory even for one.
+        """
+        one = self._peak(1)
+        if self._size == 1 or math.isinf(one):
+            return one, 0.0
+        return one, self._peak(2) - one
+
+    def _peak(self, size: int) -> float:
+        """Bytes at the most in a pass of so many pictures, with all that is held; infinite where it does not fit."""
+        self._host.heed()
+        try:
+            # A second pass begins with the gradients of the first.
+            work = functools.partial(self._passes, size, 1 + self._several)
+            return self._account.peak_of(work, self._held(), self._away())
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        self._host.denoiser.make_room()
+        return math.inf
+
+    def _away(self) -> list[torch.Tensor]:
+        return [one for tree in self._trees for one in tree.parameters() if stays_away(one)]
+
+    def _try(self) -> tuple[float, int]:
+        """(seconds of a step of the plan as it is, bytes of a pass at the most; 0 where only counting would tell)."""
+        work = functools.partial(self._passes, self._size, 1)
+        took: list[float] = []
+        most = 0
+        while len(took) < _TRIES and sum(took) < _LONG:
+            self._host.heed()
+            _wait(self._device)
+            began = time.perf_counter()
+            most = max(most, self._account.peak_of(work, self._held(), self._away(), False))
+            _wait(self._device)
+            took.append(time.perf_counter() - began)
+        a_pass = statistics.median(took) / self._size
+        seconds = a_pass * self._pictures * self._usual_share() + self._moves.seconds
+        waiting = bytes_of(self._trained) if self._several else 0
+        return seconds, most and most + waiting
+
+    def _usual_share(self) -> float:
+        """Pixels of a usual picture over those of the ones that are tried."""
+        areas = [(_area(item), item.repeats) for item in self._plan.train]
+        usual = sum(area * repeats for area, repeats in areas) / sum(repeats for _, repeats in areas)
+        return usual / _area(self._plan.train[self._batch[0][0]])
+
+    def _passes(self, size: int, times: int) -> None:
+        """Forward and backward of so many pictures at once, some times; nothing of it stays."""
+        plan, host = self._plan, self._host
+        shown = plan.shown(self._batch[:size])
+        recipe = replace(plan.recipe, micro_batch=0)
+        try:
+            with (
+                torch.random.fork_rng(devices=[]),
+                dropping_out(self._trees, self._device, recipe, 0),
+                self._mover.resting(),
+            ):
+                for _ in range(times):
+                    for part in parts_of(shown, recipe, 0, 0, host):
+                        for losses in terms_of(plan, host, *part):
+                            if losses.requires_grad:
+                                losses.sum().backward()
+        finally:
+            for parameter in plan.trainables.values():
+                parameter.grad = None
+
+    def _measure_moves(self) -> _Moves:
+        """What moving all takes, from some of them."""
+        parameters = self._trained
+        recipe = self._plan.recipe
+        apart = isinstance(self._mover.optimiser, Apart)
+        some = _some_of(parameters, apart)
+        share = sum(one.numel() for one in parameters) / sum(one.numel() for one in some)
+        # With their values: some optimisers keep less of what is zero.
+        copies = [torch.nn.Parameter(one.detach().to(_full(one.dtype), copy=True)) for one in some]
+        group = {"params": copies, "lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
+        optimiser = OPTIMISERS[recipe.optimizer].make([group], recipe)
+        work = _Move(optimiser, copies)
+        # What it keeps is made at the first.
+        work()
+        kept = bytes_of(_tensors_in(optimiser.state.values()))
+        held = [*copies, *(one.grad for one in copies), *_tensors_in(optimiser.state.values())]
+        with self._mover.small_work(self._device):
+            passing = Account(self._device).peak_of(work, held) - bytes_of(held)
+            _wait(self._device)
+            began = time.perf_counter()
+            work()
+            _wait(self._device)
+        seconds = time.perf_counter() - began
+        return _Moves(int(kept * share), int(passing if apart else passing * share), seconds * share)
+
+    def _cures(self, there_is: float, one: float, more: float) -> tuple[str, ...]:
+        """What would fit into so many bytes, tried in the order in which it costs time."""
+        found = []
+        size = self._size
+        blocks = [block for tree in self._trees for block in blocks_of(tree)]
+        for keep, found in self._ways_to_forget(blocks):
+            with checkpointed(blocks, keep):
+                one, more = self._line()
+            if self._fits(one, more, size, there_is):
+                return tuple(found)
+        if size > 1 and not self._several:
+            # The gradients of the first part of a batch wait while the others are computed.
+            one += bytes_of(self._trained)
+        while size > 1 and not self._mover.in_backward:
+            size //= 2
+            if self._fits(one, more, size, there_is):
+                return (*found, f"micro_batch {size}")
+        if size < self._size:
+            found.append(f"micro_batch {size}")
+        # Of what stays away one block is computed with while the next comes.
+        frozen = {id(weight) for weight in list_frozen(placed_trees(self._plan, self._host), self._trained)}
+        sizes = [bytes_of(one for one in block.parameters() if id(one) in frozen) for block in blocks]
+        away = sum(sizes) - 2 * max(sizes, default=0)
+        if away > 0 and self._fits(one, more, size, there_is + away):
+            return (*found, "offload")
+        return ()
+
+    def _ways_to_forget(self, blocks: list[nn.Module]) -> list[tuple[bool, list[str]]]:
+        """(whether attention is kept, the fields that make it so) of what forgets more than now, the least first."""
+        plainly = all(is_checkpointed(block) for block in blocks)
+        kept = any(keeps_attention(block) for block in blocks)
+        ways = [] if plainly else [(True, ALL_BUT_ATTENTION)]
+        ways += [(False, EVERYTHING)] if kept or not plainly else []
+        return [
+            (keep, ["checkpointing"] * (not plainly) + [f"recompute {name}"] * (name != self._plan.recipe.recompute))
+            for keep, name in ways
+        ]
+
+    def _fits(self, one: float, more: float, size: int, there_is: float) -> bool:
+        memory = self._whole(one, more, size)
+        # Where there is no account of what is free, what was tried still tells.
+        return math.isfinite(memory) and memory <= there_is
+
+
+class _Move:
+    """A step of an optimiser by gradients that are not zero."""
+
+    def __init__(self, optimiser: torch.optim.Optimizer, parameters: list[nn.Parameter]):
+        self._optimiser = optimiser
+        for parameter in parameters:
+            parameter.grad = torch.full_like(parameter, 1e-3)
+
+    def __call__(self) -> None:
+        self._optimiser.step()
+
+
+def _largest(plan: Plan, batches: list[Batch], size: int) -> Batch:
+    """As many members of one batch as are computed at once: of the largest pictures, and of a whole one if possible."""
+    found = max(batches, key=lambda batch: (_area(plan.train[batch[0][0]]), min(len(batch), size)))
+    return found[:size]
+
+
+def _area(item: Item) -> int:
+    return item.bucket[0] * item.bucket[1]
+
+
+def _some_of(parameters: list[nn.Parameter], apart: bool) -> list[nn.Parameter]:
+    """Those that stand for all: the largest where each is moved by itself, else as many as are quickly copied."""
+    if apart:
+        return [max(parameters, key=lambda one: one.numel())]
+    found = []
+    size = 0
+    for one in parameters:
+        if found and size + one.nbytes > _SCRATCH:
+            break
+        found.append(one)
+        size += one.nbytes
+    return found
+
+
+def _full(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _tensors_in(slots: Iterable[dict]) -> list[torch.Tensor]:
+    return [value for slot in slots for value in slot.values() if torch.is_tensor(value)]
+
+
+def _wait(device: torch.device) -> None:
+    """Until the device has done what it was given."""
+    synchronise = getattr(getattr(torch, device.type, None), "synchronize", None)
+    if synchronise is not None:
+        synchronise()

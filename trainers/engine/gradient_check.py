@@ -1,0 +1,236 @@
+"""Whether the gradient that training would use is right: directional derivatives against finite differences."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..errors import ModelError
+from ..rng import generator
+
+if TYPE_CHECKING:
+    from torch import nn
+
+log = logging.getLogger(__name__)
+
+# A derivative that is off by more than this stops the run.
+BAR = 0.05
+# Exact gradients miss the difference by 1.2e-4 at most in fp32 on a CPU. The bar itself would let much pass: what is
+# wrong across the gradient hardly shows along it, an error of 5 % of its length as 5 % of 5 %.
+TOLERANCE = BAR**2
+# Trainables in half precision round the difference itself.
+TOLERANCE_HALF = 0.8 * BAR
+# By how much the loss may change with gradients being recorded: an operation in place that did not take place.
+TOLERANCE_RECORDED = 1e-3
+_STEP = 0.1
+_SHORTER = (_STEP / 8, _STEP / 40)
+_LONGEST = 64 * _STEP
+_ROUNDING = 16 * torch.finfo(torch.float32).eps
+# Share of a derivative that rounding may come to; where it is more, longer steps are tried first.
+_EXCUSED = 0.15 * BAR
+# Share at which a shorter step tells nothing: the bound is some ten times what is seen.
+_DROWNED = 0.5
+
+# What PyTorch says where it has no gradient, and not for lack of memory or for shapes that do not fit.
+_NO_GRADIENT = (
+    "inplace operation",
+    "no autograd formula",
+    "support automatic differentiation",
+    "does not require grad",
+)
+# A trainable's block: its path up to the first number.
+_BLOCK = re.compile(r"^.*?\.\d+(?=\.)")
+
+
+def directional_error(
+    loss: Callable[[], torch.Tensor], parameters: list[nn.Parameter], step: float = 1e-2, seed: int = 0
+) -> tuple[float, float]:
+    """Compares autograd with a Richardson-refined central difference along one direction.
+
+    Args:
+        loss: gives the scalar loss; called once with and four times without gradients.
+        parameters: those that are varied, at the point of interest.
+        step: length of the longest difference; the refinement uses half of it too.
+
+    Returns:
+        (relative error, finite difference).
+    """
+    exact, directions = _slope(parameters, _gradients(loss(), parameters), seed)
+    return _refined(loss, parameters, exact, directions, step)
+
+
+def _gradients(loss: torch.Tensor, parameters: list) -> list[torch.Tensor]:
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True)]
+
+
+def _slope(parameters: list, gradients: list, seed: int) -> tuple[float, list]:
+    """By autograd, along a direction of length one, and that direction.
+
+    It is half random, half the gradient's own: a random one alone has next to no slope among many parameters, and the
+    difference would drown in the rounding of the loss.
+    """
+    source = generator("direction", seed)
+    noise = [torch.randn(p.shape, generator=source, dtype=torch.float32).to(p) for p in parameters]
+    directions = _unit([a + b for a, b in zip(_unit(noise), _unit(gradients), strict=True)])
+    return sum(float((_exact(g) * _exact(d)).sum()) for g, d in zip(gradients, directions, strict=True)), directions
+
+
+def _refined(loss: Callable, parameters: list, exact: float, directions: list, step: float) -> tuple[float, float]:
+    coarse = _central(loss, parameters, directions, step)
+    fine = _central(loss, parameters, directions, step / 2)
+    reference = (4 * fine - coarse) / 3
+    return abs(exact - reference) / max(abs(reference), 1e-12), reference
+
+
+def _exact(tensor: torch.Tensor) -> torch.Tensor:
+    """In float64, on the CPU since not every device has it."""
+    return tensor.detach().to("cpu").double()
+
+
+def _unit(tensors: list) -> list:
+    length = sum(float((_exact(tensor) ** 2).sum()) for tensor in tensors) ** 0.5
+    return [tensor / max(length, 1e-30) for tensor in tensors]
+
+
+def _central(loss: Callable, parameters: list, directions: list, step: float) -> float:
+    values = []
+    kept = [parameter.detach().clone() for parameter in parameters]
+    with torch.no_grad():
+        for sign in (1.0, -1.0):
+            for parameter, value, direction in zip(parameters, kept, directions, strict=True):
+                parameter.copy_(value + sign * step * direction)
+            values.append(float(_exact(loss())))
+        for parameter, value in zip(parameters, kept, strict=True):
+            parameter.copy_(value)
+    return (values[0] - values[1]) / (2 * step)
+
+
+def check_gradient(
+    loss: Callable[[], torch.Tensor], trainables: dict[str, nn.Parameter], tolerance: float = TOLERANCE
+) -> float:
+    """The self-check before step 1, at a small non-zero adapter: of all trainables, then block by block.
+
+    Puts the trainables back.
+
+    Args:
+        loss: of one batch, the same at every call, in float32 or better.
+
+    Returns:
+        The relative error over all of them.
+
+    Raises:
+        ModelError: no gradient can be had, or it is above the tolerance; with the blocks that are off.
+    """
+    parameters = list(trainables.values())
+    kept = [parameter.detach().clone() for parameter in parameters]
+    source = generator("check", 0)
+    rounded = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    # A difference of losses would drown in what these round away.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        with torch.no_grad():
+            for parameter in parameters:
+                parameter.add_(torch.randn(parameter.shape, generator=source).to(parameter) * 0.02)
+        return _check(loss, trainables, tolerance)
+    except RuntimeError as broken:
+        if any(part in str(broken) for part in _NO_GRADIENT):
+            raise ModelError(
+                "No gradient can be had through this model: it changes what it has computed before it is needed again, "
+                f"or runs an operation without a backward ({str(broken).splitlines()[0]}).",
+                "It cannot be trained yet. Please report the model's name.",
+                "model",
+            ) from broken
+        raise
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = rounded
+        with torch.no_grad():
+            for parameter, value in zip(parameters, kept, strict=True):
+                parameter.copy_(value)
+
+
+def _check(loss: Callable, trainables: dict[str, nn.Parameter], tolerance: float) -> float:
+    parameters = list(trainables.values())
+    recorded = loss()
+    gradients = dict(zip(trainables, _gradients(recorded, parameters), strict=True))
+    value = float(recorded.detach())
+    with torch.no_grad():
+        apart = abs(float(loss()) - value) / max(abs(value), 1e-12)
+    if not apart <= TOLERANCE_RECORDED:
+        raise ModelError(
+            f"This model computes something else while gradients are recorded: its loss differs by {apart:.1%}.",
+            "Training it would not learn what the pictures show. Please report the model's name.",
+            "model",
+        )
+    error, wrong = _compare(loss, parameters, list(gradients.values()), tolerance, value)
+    log.info("Graft: gradient check, relative error %.2e", error)
+    blocks = _by_block(trainables)
+    off = {}
+    for block, names in blocks.items():
+        inside = [trainables[name] for name in names]
+        share, is_off = _compare(loss, inside, [gradients[name] for name in names], tolerance, value, quick=True)
+        if is_off:
+            off[block] = share
+    log.info("Graft: gradient check, block by block: %d of %d are off", len(off), len(blocks))
+    if off or wrong:
+        worst = sorted(off, key=off.get, reverse=True)[:3]
+        where = "".join(f", {off[block]:.1%} in {block}" for block in worst)
+        more = f" and {len(off) - 3} blocks more" if len(off) > 3 else ""
+        raise ModelError(
+            f"The gradient through this model is wrong: {error:.1%} off the finite difference{where}{more}.",
+            "Training it would not learn what the pictures show. Please report the model's name.",
+            "model",
+        )
+    return error
+
+
+def _compare(
+    loss: Callable, parameters: list, gradients: list, tolerance: float, value: float, quick: bool = False
+) -> tuple[float, bool]:
+    """(share by which a slope is off the finite difference, whether that is too much).
+
+    Never more than the bar is let pass, unless the loss depends so little on the parameters that the longest step shows
+    nothing but rounding.
+
+    Args:
+        value: of the loss, whose rounding the difference holds.
+        quick: half as many evaluations where they are enough, as they are for most.
+    """
+    slope, directions = _slope(parameters, gradients, 0)
+    noise = _ROUNDING * abs(value)
+    first = _STEP
+    while noise / first > _EXCUSED * abs(slope) and first < _LONGEST:
+        first *= 4
+
+    def passes(difference: float, step: float) -> bool:
+        # A shorter step than the usual excuses no more: what is wrong stays wrong, whatever the step.
+        allowed = tolerance * abs(difference) + noise / max(step, _STEP)
+        if noise / first <= BAR * abs(difference):
+            allowed = min(allowed, BAR * abs(difference))
+        return abs(slope - difference) <= allowed
+
+    if quick and passes(_central(loss, parameters, directions, first / 2), first):
+        return 0.0, False
+    # Shorter ones where the loss is far from straight.
+    longer = [_STEP * 4**power for power in range(3, 0, -1)]
+    share = math.inf
+    shorter = [step for step in _SHORTER if noise / step <= _DROWNED * abs(slope)]
+    for step in (*(step for step in longer if step <= first), _STEP, *shorter):
+        share, difference = _refined(loss, parameters, slope, directions, step)
+        if passes(difference, step):
+            return share, False
+    return share, True
+
+
+def _by_block(trainables: dict[str, nn.Parameter]) -> dict[str, list[str]]:
+    """Names of trainables by the block they belong to; what is in none is a block of its own, named "the rest"."""
+    found: dict[str, list[str]] = {}
+    for name in trainables:
+        match = _BLOCK.match(name)
+        found.setdefault(match.group(0) if match else "the rest", []).append(name)
+    return found

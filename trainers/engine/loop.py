@@ -1,0 +1,379 @@
+"""The training loop, to be read from top to bottom."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..distributed.group import report_idle, rows_of
+from ..errors import GraftError, NumbersError
+from ..methods.dropout import dropping_out
+from ..optimizers import OPTIMISERS, Group, lr_factor
+from ..optimizers.ema import MovingAverage, averaged
+from ..preprocessing.prefetch import Ahead
+from ..protocols import Asked
+from ..runs.checkpoint import State
+from ..runs.loss_by_timestep import times_of
+from ..runs.run import STOPPED, Run
+from .estimate import estimate, say
+from .oom_fallback import Ladder, trees_of
+from .previews import preview
+from .step import fixed_losses, passes_of, terms_of
+from .updater import Mover
+
+if TYPE_CHECKING:
+    from ..preprocessing.items import Shown
+    from ..protocols import Host
+    from .plan import Plan
+
+log = logging.getLogger(__name__)
+
+# The loss that is usual is the median of so many before; with fewer than the least there is none yet.
+_USUAL_LOSSES = 100
+_LEAST_LOSSES = 20
+
+
+def train(plan: Plan, run: Run, host: Host, state: State) -> State:
+    """Trains from `state` to the recipe's last step, or until asked to stop; whatever interrupts it is saved first.
+
+    Args:
+        state: where to go on from; step 0 for a new run.
+
+    Returns:
+        The final state, saved.
+
+    Raises:
+        NumbersError: a loss or gradient is not finite, naming the pictures of the batch.
+        Parted: one of the processes that train together has ended.
+        Anything that `host.report` raises to interrupt.
+    """
+    recipe = plan.recipe
+    group = host.group
+    parameters = list(plan.trainables.values())
+    groups = plan.all_groups()
+    mover = Mover(plan, host)
+    ladder = Ladder(plan, run, host, mover.in_backward)
+    kind = OPTIMISERS[recipe.optimizer]
+    average = kind.average(mover.optimiser, parameters)
+    if recipe.ema_decay:
+        average = MovingAverage(recipe.ema_decay)
+    report_idle(group, recipe.batch_size * recipe.accumulation)
+    group.meet()
+    group.share([*parameters, *plan.constants.values()])
+    _restore(state, plan, mover, average)
+    factor = lr_factor(recipe.schedule, recipe.warmup_steps, recipe.steps, recipe.num_cycles, recipe.power)
+    batches = plan.batches(state.batches)
+    upcoming = list(itertools.islice(batches, recipe.accumulation))
+    next_shares = _shares(host, upcoming)
+    ahead = Ahead(plan)
+    saved = state.step
+
+    def keep() -> None:
+        nonlocal saved
+        if not group.leads:
+            saved = state.step
+            return
+        _capture(state, plan, mover, average)
+        path = run.save(state, plan.export(_result(state), state.step), recipe.keep_last)
+        saved = state.step
+        host.report("saved", {"step": state.step, "path": path})
+
+    try:
+        _warn_of_rate(kind.mistaken_rate(recipe.learning_rate), plan, run, host, state)
+        _estimate(ladder.plan, run, host, mover, state)
+        host.report_phase("training")
+        if state.step == 0 and recipe.preview_every:
+            preview(plan, run, host, state.step)
+        while state.step < recipe.steps:
+            started = time.perf_counter()
+            share = factor(state.step)
+            _set_rates(mover.optimiser, groups, plan, share, state)
+            rate = kind.effective_rate(mover.optimiser, recipe.learning_rate * share)
+            number = state.step + 1
+            window, shares = upcoming, next_shares
+            upcoming = list(itertools.islice(batches, recipe.accumulation)) if number < recipe.steps else []
+            next_shares = _shares(host, upcoming)
+            ahead.expect([mine for _, mine in (*shares, *next_shares) if mine])
+            highest = _highest_loss(state.losses, recipe.loss_spike_factor)
+            mover.begin(state.step, highest)
+            loss, names, seen = ladder.attempt(
+                _gradients, mover.take_back, number, host, window, state.step, mover, shares, ahead.shown
+            )
+            # None moves before all have their gradients: a step that one of them could not do is nobody's.
+            loss = group.meet(loss)
+            seen = [group.gather(values, sum(len(batch) for _, batch in window)) for values in seen]
+            group.sum_gradients(parameters)
+            with mover.small_work(host.denoiser.device):
+                spike = highest < loss < math.inf
+                if spike:
+                    mover.take_back()
+                    norm = 0.0
+                else:
+                    norm = mover.norm()
+                    if mover.refuses(loss, norm):
+                        raise _not_finite(loss, names, state.step)
+                    mover.step()
+                    plan.settle(share)
+                    if average is not None:
+                        average.step(parameters)
+            state.step += 1
+            state.batches += len(window)
+            state.losses.append(loss)
+            state.levels.add(state.step, *seen)
+            mover.done()
+            event = {
+                "event": "step",
+                "step": state.step,
+                "steps": recipe.steps,
+                "epoch": window[-1][0],
+                "loss": loss,
+                "lr": rate,
+                "grad_norm": norm,
+                "seconds": time.perf_counter() - started,
+            }
+            run.log(event)
+            if spike:
+                _tell_spike(run, host, number, loss, highest, names)
+            # Before the host is told, and may interrupt: what is resumed would not be validated at this step again.
+            if plan.validation and _due(state.step, recipe.validate_every, recipe.steps):
+                with averaged(average, parameters), group.turn() as mine:
+                    if mine:
+                        ladder.attempt(_validate, group.mend, state.step, run, host, state)
+            host.report("step", event)
+            if _due(state.step, recipe.preview_every, recipe.steps):
+                with averaged(average, parameters):
+                    preview(plan, run, host, state.step)
+            asked = _agreed(host)
+            if (state.step % recipe.save_every == 0 or asked is Asked.SAVE) and state.step < recipe.steps:
+                keep()
+            if asked is Asked.STOP:
+                break
+        if saved != state.step or not run.states():
+            keep()
+        if state.step < recipe.steps:
+            run.note_halt(STOPPED, state.step, recipe.steps)
+            host.report("stopped", {"step": state.step, "steps": recipe.steps})
+        # Whoever is done waits for what the leader writes.
+        group.meet()
+    except BaseException:
+        # The host interrupts by an exception of its own, which on some versions is no Exception.
+        # Weights that an interrupted step has half moved belong to no step; the last save stands then.
+        if state.step > saved and not mover.moving and group.leads:
+            _keep_before_leaving(keep)
+        raise
+    finally:
+        ahead.close()
+        mover.close()
+    return state
+
+
+def _warn_of_rate(warning: str, plan: Plan, run: Run, host: Host, state: State) -> None:
+    """Tell the log, the run and the page about a learning rate that the optimizer cannot mean."""
+    if not warning or not host.group.leads:
+        return
+    log.warning("Graft: %s", warning)
+    recipe = plan.recipe
+    event = {"event": "rate", "step": state.step, "optimizer": recipe.optimizer, "learning_rate": recipe.learning_rate}
+    run.log(event)
+    host.report("rate", event)
+
+
+def _estimate(plan: Plan, run: Run, host: Host, mover: Mover, state: State) -> None:
+    """Tells what the steps that are left will take."""
+    steps = plan.recipe.steps - state.step
+    found = estimate(plan, host, mover, state.batches, steps)
+    if found is None:
+        return
+    log.log(logging.INFO if found.fits else logging.WARNING, "Graft: %s.", say(found, steps))
+    event = {"event": "estimate", "step": state.step, **asdict(found), "fits": found.fits}
+    run.log(event)
+    host.report("estimate", event)
+
+
+def _agreed(host: Host) -> Asked | None:
+    """What was asked of the leader, in all processes."""
+    kinds = [None, *Asked]
+    asked = host.asked() if host.group.leads else None
+    return kinds[round(host.group.meet(kinds.index(asked)))]
+
+
+def _highest_loss(losses: Sequence[float], factor: float) -> float:
+    """The loss above which a step is left out: so many times the median of those before."""
+    if not factor or len(losses) < _LEAST_LOSSES:
+        return math.inf
+    return factor * statistics.median(losses[-_USUAL_LOSSES:])
+
+
+def _tell_spike(run: Run, host: Host, step: int, loss: float, highest: float, names: list[str]) -> None:
+    pictures = sorted(set(names))
+    log.warning(
+        "Graft: step %d is left out: its loss %.4g is above %.4g (%s).", step, loss, highest, ", ".join(pictures)
+    )
+    event = {"event": "spike", "step": step, "loss": loss, "highest": highest, "pictures": pictures}
+    run.log(event)
+    host.report("spike", event)
+
+
+def _set_rates(optimiser, groups: Sequence[Group], plan: Plan, share: float, state: State) -> None:
+    """The learning rates of a step; a group whose time is over is frozen, so that nothing is computed for it.
+
+    It stays so when more steps move its end: what was trained since counts on it.
+    """
+    for held, group in zip(optimiser.param_groups, groups, strict=True):
+        held["lr"] = group.learning_rate * share
+        if group.until is not None:
+            over = state.step >= group.until or set(group.names) <= set(state.frozen)
+            for name in group.names:
+                plan.trainables[name].requires_grad_(not over)
+            if over:
+                state.frozen = sorted({*state.frozen, *group.names})
+
+
+def _shares(host: Host, window: list) -> list[tuple[int, list]]:
+    """(place of the first, members) of this process's part of each batch of a window."""
+    rows = rows_of([len(batch) for _, batch in window], host.group.rank, host.group.world)
+    return [(own.start, batch[own]) for (_, batch), own in zip(window, rows, strict=True)]
+
+
+def _gradients(
+    plan: Plan,
+    host: Host,
+    window: list,
+    step: int,
+    mover: Mover,
+    shares: list[tuple[int, list]] | None = None,
+    shown: Callable[[list], list[Shown]] | None = None,
+) -> tuple[float, list[str], tuple[list[float], list[float]]]:
+    """Gives the mover the gradient of the mean over all examples of a window of their losses, each times its factor.
+
+    Of several processes each does its share, and the sum of all is that gradient.
+
+    Args:
+        shares: this process's, as `_shares` gives them.
+        shown: gives a batch's showings, as `plan.shown` does.
+
+    Returns:
+        The mean or this process's share of it, the names of all examples, and t and native loss of each of its own.
+    """
+    shown = shown or plan.shown
+    shares = shares or _shares(host, window)
+    total = sum(len(batch) for _, batch in window)
+    sums = []
+    names = [plan.train[index].name for _, batch in window for index, _ in batch]
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    with dropping_out(trees_of(plan, host), host.denoiser.device, plan.recipe, step, host.group.rank):
+        for part, counts in passes_of(plan, host, window, shares, step, shown):
+            host.heed()
+            for losses in terms_of(plan, host, *part, watch=seen.append if counts else None):
+                # A text without the word that is all that is trained, such as a dropped caption, teaches nothing.
+                if losses.requires_grad:
+                    mover.backward(losses.sum() / total)
+                sums.append(losses.detach().sum())
+    if not seen:
+        # More processes than pictures.
+        return 0.0, names, ([], [])
+    sigmas, plain = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    # Read once at the end: each reading makes the device wait for the next part.
+    values = torch.cat([torch.stack(sums), plain]).tolist()
+    times = times_of(host.denoiser, sigmas)
+    return sum(values[: len(sums)]) / total, names, (times, values[len(sums) :])
+
+
+def _validate(plan: Plan, run: Run, host: Host, state: State) -> None:
+    loss = float(fixed_losses(plan.validation, plan.recipe, host).mean())
+    state.validation.append((state.step, loss))
+    event = {"event": "validation", "step": state.step, "loss": loss}
+    run.log(event)
+    host.report("validation", event)
+
+
+def _not_finite(loss: float, names: list[str], step: int) -> NumbersError:
+    what = "gradient" if math.isfinite(loss) else "loss"
+    return NumbersError(
+        f"The {what} of step {step + 1} is not finite (pictures: {', '.join(sorted(set(names)))}).",
+        "Nothing of that step was kept. Lower learning_rate, compute in fp32 or bf16 (Graft Memory Options), "
+        "or take those pictures out.",
+        "learning_rate",
+    )
+
+
+def _capture(state: State, plan: Plan, mover: Mover, average) -> None:
+    """Brings the live values into the state: themselves, no copies, which all weights have no room for."""
+    state.trainables = {name: parameter.detach() for name, parameter in plan.trainables.items()}
+    state.constants = {name: tensor.detach() for name, tensor in plan.constants.items()}
+    state.optimiser, state.groups, state.scaler = mover.state_of()
+    state.ema = {}
+    if average is not None:
+        state.ema = dict(zip(plan.trainables, average.shadow_params, strict=True))
+    if plan.recipe.ema_decay:
+        state.ema_updates = average.updates
+
+
+def _restore(state: State, plan: Plan, mover: Mover, average) -> None:
+    """Brings the state into the live values, and lets go of its own; a new run begins as it is.
+
+    Raises:
+        GraftError: the state's trainables are not this run's.
+    """
+    if state.step == 0:
+        if plan.recipe.ema_decay:
+            average.start(list(plan.trainables.values()))
+        return
+    if not (_are_alike(state.trainables, plan.trainables) and _are_alike(state.constants, plan.constants)):
+        raise GraftError(
+            f"The saved state of step {state.step} has other layers than this model.",
+            "Start the run over (on_existing in Graft Run Options).",
+        )
+    with torch.no_grad():
+        for name, parameter in plan.trainables.items():
+            parameter.copy_(state.trainables.pop(name))
+        for name, tensor in plan.constants.items():
+            tensor.copy_(state.constants[name])
+    try:
+        mover.restore(state.optimiser, state.groups, state.scaler)
+        state.optimiser = {}
+        if plan.recipe.ema_decay:
+            averages = [state.ema.pop(name).to(parameter.device) for name, parameter in plan.trainables.items()]
+            average.go_on(averages, _ema_updates(state, plan.recipe.loss_spike_factor))
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise GraftError(
+            f"The saved state of step {state.step} is not this optimiser's ({error!r:.200}).", "Start the run over."
+        ) from error
+
+
+def _ema_updates(state: State, factor: float) -> int:
+    """Updates of the average up to a state; earlier versions did not save it, so steps left out are found again."""
+    if state.ema_updates is not None:
+        return state.ema_updates
+    losses = state.losses
+    left_out = (_highest_loss(losses[:place], factor) < loss for place, loss in enumerate(losses))
+    return state.step - (sum(left_out) if factor else 0)
+
+
+def _are_alike(kept: dict[str, torch.Tensor], live: dict[str, torch.Tensor]) -> bool:
+    shapes = [{name: tuple(value.shape) for name, value in values.items()} for values in (kept, live)]
+    return shapes[0] == shapes[1]
+
+
+def _result(state: State) -> dict[str, torch.Tensor]:
+    return state.ema or state.trainables
+
+
+def _keep_before_leaving(keep: Callable[[], None]) -> None:
+    """Saves; a failure of that is logged, so that the first error is the one that is shown."""
+    try:
+        keep()
+    except Exception:
+        log.exception("Graft: what was trained so far could not be saved.")
+
+
+def _due(step: int, every: int, last: int) -> bool:
+    return step == last or (every > 0 and step % every == 0)

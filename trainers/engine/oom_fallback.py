@@ -1,0 +1,201 @@
+"""What is tried when memory runs out, one thing after another: each costs time, and none of them changes the result."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+
+from ..errors import OutOfMemory
+from ..memory.autograd import blocks_of
+from ..memory.checkpointing import checkpoint_blocks, forget_attention, is_checkpointed, keeps_attention
+from ..memory.offload import Tree, list_frozen, offload_trees
+from ..memory.oom import in_one_line, is_out_of_memory
+from ..methods import METHODS
+from .step import part_of, parts_of, terms_of
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..preprocessing.items import Item
+    from ..protocols import Host
+    from ..runs.run import Run
+    from .plan import Plan
+
+log = logging.getLogger(__name__)
+
+Outcome = TypeVar("Outcome")
+
+# Of a picture's sides, tried when nothing else is left, to tell what would fit.
+_SHARES = (0.75, 0.5, 0.25)
+
+
+def trees_of(plan: Plan, host: Host) -> list[nn.Module]:
+    """The trees that gradients go through."""
+    return [tree for tree, _ in placed_trees(plan, host)]
+
+
+def placed_trees(plan: Plan, host: Host) -> list[Tree]:
+    """The same, each with where it is computed."""
+    owners = [host.denoiser, host.text] if plan.recipe.live_text else [host.denoiser]
+    return [(owner.module, owner.device) for owner in owners]
+
+
+def keep_away(plan: Plan, run: Run, host: Host) -> str | None:
+    """Keeps the frozen weights of blocks off the device; what was done, None where nothing was left to do."""
+    trees = placed_trees(plan, host)
+    count, size = offload_trees(
+        trees, plan.trainables.values(), run.folder, host.denoiser.pin, plan.recipe.keeps_attention
+    )
+    if not count:
+        return None
+    host.denoiser.make_room(weights=True)
+    return f"frozen weights of {count} blocks ({size / 1e6:.0f} MB) are kept off the device"
+
+
+class Ladder:
+    """The rungs of one run.
+
+    Attributes:
+        plan: with the micro-batch that fits.
+    """
+
+    def __init__(self, plan: Plan, run: Run, host: Host, in_backward: bool):
+        self.plan = plan
+        self._run = run
+        self._host = host
+        # Gradients that wait for each other are what moving within the backward does without.
+        self._splits = not in_backward
+        self._freed = False
+        self._climbed: list[str] = []
+
+    def attempt(self, work: Callable[..., Outcome], undo: Callable[[], None], step: int, *args) -> Outcome:
+        """Does the work until memory is enough for it, one rung higher after each time that it was not.
+
+        Args:
+            work: called with the plan and the further arguments.
+            undo: called after work that failed; whatever it raises ends the attempt.
+            step: that is worked on.
+
+        Raises:
+            OutOfMemory: there is no rung left.
+            Whatever else the work raises.
+        """
+        while True:
+            try:
+                return work(self.plan, *args)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                said = in_one_line(error)
+            # Here and not above: the exception holds on to all that the work had on the device.
+            undo()
+            if self._host.group.paired:
+                # The others are in the midst of the step, and would not repeat it.
+                raise self._refusal(said, step)
+            self._climb(said, step)
+
+    def _climb(self, said: str, step: int) -> None:
+        for rung in (self._free, self._checkpoint, self._forget, self._halve, self._offload):
+            done = rung()
+            if done is not None:
+                self._climbed.append(done)
+                self._tell(said, done, step)
+                return
+        raise self._refusal(said, step)
+
+    def _tell(self, said: str, done: str, step: int) -> None:
+        log.warning("Graft: memory ran out in step %d (%s): %s. The step is repeated.", step, said, done)
+        event = {"event": "memory", "step": step, "done": done, "said": said}
+        self._run.log(event)
+        self._host.report("memory", event)
+
+    def _free(self) -> str | None:
+        if self._freed:
+            return None
+        self._freed = True
+        self._host.denoiser.make_room()
+        return "other models and caches were taken off the device"
+
+    def _checkpoint(self) -> str | None:
+        blocks = [block for block in self._blocks() if not is_checkpointed(block)]
+        if not blocks:
+            return None
+        checkpoint_blocks(blocks, self.plan.recipe.keeps_attention)
+        return f"checkpointing is on for {len(blocks)} blocks"
+
+    def _forget(self) -> str | None:
+        count = forget_attention(self._blocks())
+        return f"attention is computed again in {count} blocks" if count else None
+
+    def _halve(self) -> str | None:
+        recipe = self.plan.recipe
+        size = min(recipe.micro_batch or recipe.batch_size, recipe.batch_size) // 2
+        if not size or not self._splits:
+            return None
+        self.plan = replace(self.plan, recipe=replace(recipe, micro_batch=size))
+        return f"{size} of {recipe.batch_size} pictures of a batch are computed at a time"
+
+    def _offload(self) -> str | None:
+        if self._host.group.sharded or not list_frozen(placed_trees(self.plan, self._host), self._kept()):
+            return None
+        return keep_away(self.plan, self._run, self._host)
+
+    def _blocks(self) -> list[nn.Module]:
+        return [block for tree in trees_of(self.plan, self._host) for block in blocks_of(tree)]
+
+    def _kept(self) -> list[torch.Tensor]:
+        return list(self.plan.trainables.values())
+
+    def _refusal(self, said: str, step: int) -> OutOfMemory:
+        recipe = self.plan.recipe
+        tried = f", although {'; '.join(self._climbed)}" if self._climbed else ""
+        cures = ["lower the resolution of the dataset"]
+        if self._host.group.sharded:
+            cures.append("start more processes")
+            if not all(is_checkpointed(block) for block in self._blocks()):
+                cures.append("set checkpointing to on (Graft Memory Options)")
+            elif any(keeps_attention(block) for block in self._blocks()):
+                cures.append("set recompute to everything (Graft Memory Options)")
+        if METHODS[recipe.method].in_backward:
+            cures.append("train a LoRA, or all weights by Adafactor in bf16")
+        elif recipe.rank:
+            cures.append("choose a lower rank or fewer layers (targets of Graft Adapter Options)")
+        return OutOfMemory(
+            f"Memory ran out in step {step} ({said}){tried}.",
+            f"{self._what_fits()}To train with what there is, {', or '.join(cures)}. "
+            "What was saved stays: queue the graph again to go on.",
+            "dataset",
+        )
+
+    def _what_fits(self) -> str:
+        """A sentence that names a size of pictures for which memory is enough, measured; empty if none was found."""
+        if not self._splits or self._host.group.paired:
+            # All gradients at once need more than training does, which moves by each as it comes; and one process
+            # alone has not the weights to try it.
+            return ""
+        largest = max(self.plan.train, key=lambda item: item.bucket[0] * item.bucket[1])
+        for share in _SHARES:
+            self._host.denoiser.make_room()
+            size = self._fitting(largest, share)
+            if size is not None:
+                return f"Pictures of {size[0]} x {size[1]} do fit. "
+        return ""
+
+    def _fitting(self, item: Item, share: float) -> tuple[int, int] | None:
+        """(width, height) of an item whose sides are cut to a share, if a step on it alone has memory enough."""
+        shown = [part_of(item.show(0), share)]
+        trainables = [one for one in self._kept() if one.requires_grad]
+        try:
+            for part in parts_of(shown, self.plan.recipe, 0, 0, self._host):
+                for losses in terms_of(self.plan, self._host, *part):
+                    torch.autograd.grad(losses.sum(), trainables, allow_unused=True)
+        except (RuntimeError, ValueError, MemoryError) as error:
+            # The error that is shown is the one that led here.
+            log.info("Graft: pictures of %d %% of the sides do not fit: %s", round(100 * share), in_one_line(error))
+            return None
+        latent, whole = shown[0].latent.shape, item.show(0).latent.shape
+        return tuple(side * latent[axis] // whole[axis] for side, axis in zip(item.bucket, (-1, -2), strict=True))

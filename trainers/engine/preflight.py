@@ -1,0 +1,77 @@
+"""What is found out before the first step, and not after the last."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..errors import ModelError
+from ..methods import METHODS
+from .gradient_check import TOLERANCE, TOLERANCE_HALF, check_gradient
+from .step import batch_loss
+
+if TYPE_CHECKING:
+    from ..protocols import Host
+    from .plan import Plan
+
+# Batches among which one is looked for that teaches something.
+_TRIED = 64
+
+
+def check_slopes(plan: Plan, host: Host) -> None:
+    """Checks the gradient where the user asked for it, or where the family is not described.
+
+    Raises:
+        ModelError: it is none, or not the loss's.
+    """
+    wanted = plan.recipe.gradient_check
+    if wanted == "off" or (wanted == "auto" and host.denoiser.family != "general"):
+        return
+    with host.group.turn() as mine:
+        if mine:
+            host.report_phase("gradients")
+            _check_slopes(plan, host)
+
+
+def _check_slopes(plan: Plan, host: Host) -> None:
+    denoiser = host.denoiser
+    before = denoiser.compute_dtype
+    half = any(parameter.dtype.itemsize < 4 for parameter in plan.trainables.values())
+    # Half precision would round the difference itself away.
+    denoiser.compute_dtype = torch.promote_types(before, torch.float32)
+    try:
+        number = _teaching(plan, host)
+        check_gradient(lambda: batch_loss(plan, host, number), plan.trainables, TOLERANCE_HALF if half else TOLERANCE)
+    finally:
+        denoiser.compute_dtype = before
+
+
+def _teaching(plan: Plan, host: Host) -> int:
+    """The first batch whose loss depends on what is trained, 0 where none is found.
+
+    Where a word alone is trained, one whose captions were dropped does not.
+    """
+    if METHODS[plan.recipe.method].trains_model:
+        return 0
+    coming = min(_TRIED, plan.recipe.steps * plan.recipe.accumulation)
+    return next((number for number in range(coming) if batch_loss(plan, host, number).requires_grad), 0)
+
+
+def check_names(plan: Plan, host: Host) -> None:
+    """Makes sure that the host would read what is trained.
+
+    Raises:
+        ModelError: naming a key that it would not.
+    """
+    values = {name: parameter.detach() for name, parameter in plan.trainables.items()}
+    adapter = plan.export(values, 0).adapter
+    if adapter is None:
+        return
+    unread = host.denoiser.check_adapter(adapter)
+    if unread:
+        raise ModelError(
+            f"The host would not read {len(unread)} keys of this model's adapter, such as {unread[0]}.",
+            "This model cannot be trained yet. Please report its name.",
+            "model",
+        )

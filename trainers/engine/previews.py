@@ -1,0 +1,95 @@
+"""Sample pictures drawn by what is trained, as it goes."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..memory.oom import in_one_line, is_out_of_memory
+from ..protocols import Hurried, PreviewRequest
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from ..protocols import Conditioning, Host
+    from ..runs.run import Run
+    from .plan import Plan
+
+log = logging.getLogger(__name__)
+
+
+def preview(plan: Plan, run: Run, host: Host, step: int) -> None:
+    """Draws and keeps the pictures of a step; left out where memory does not do for them."""
+    recipe = plan.recipe
+    if not recipe.preview_prompts:
+        return
+    with host.group.turn() as mine:
+        if mine:
+            host.report_phase("previews")
+            _preview(plan, run, host, step)
+            host.report_phase("training")
+
+
+def _preview(plan: Plan, run: Run, host: Host, step: int) -> None:
+    recipe = plan.recipe
+    request = PreviewRequest(
+        prompts=recipe.preview_prompts,
+        size=_usual_bucket(plan),
+        steps=recipe.preview_steps,
+        cfg=recipe.preview_cfg,
+        sampler_name=recipe.preview_sampler,
+        scheduler=recipe.preview_scheduler,
+        seed=recipe.preview_seed,
+        beside=_beside(plan),
+    )
+    try:
+        pictures = _drawn(host, request)
+    except Hurried:
+        return
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        said = in_one_line(error)
+        log.warning("Graft: memory ran out while previews of step %d were drawn (%s): left out.", step, said)
+        run.log({"event": "memory", "step": step, "done": "previews left out", "said": said})
+        return
+    paths = run.save_samples(step, pictures)
+    run.log({"event": "sample", "step": step, "files": [os.path.basename(path) for path in paths]})
+    host.report("sample", {"step": step, "paths": paths, "pictures": pictures})
+
+
+def _drawn(host: Host, request: PreviewRequest) -> list[Image.Image]:
+    """The pictures; where memory runs out, once more with all else off the device."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        try:
+            return host.denoiser.preview(request)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        host.denoiser.make_room()
+        host.group.mend()
+        return host.denoiser.preview(request)
+
+
+def _beside(plan: Plan) -> tuple[Conditioning, ...]:
+    """What previews are drawn with where the model takes a source picture or a hole: those of the first examples.
+
+    Of the usual shape, and held out ones before those that are trained on.
+    """
+    bucket = _usual_bucket(plan)
+    found = []
+    for item in (*plan.validation, *plan.train):
+        if item.bucket == bucket and not item.prior and len(found) < len(plan.recipe.preview_prompts):
+            one = item.show(None).conditioning
+            if one.source is None and one.hole is None:
+                break
+            found.append(one)
+    return tuple(found)
+
+
+def _usual_bucket(plan: Plan) -> tuple[int, int]:
+    buckets = [item.bucket for item in plan.train if not item.prior]
+    return max(sorted(set(buckets)), key=buckets.count)

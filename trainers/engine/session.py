@@ -1,0 +1,449 @@
+"""One training from dataset to adapter: caches, run, adapter layers, loop, export."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from ..data.scan import check_captions
+from ..distributed.follower import follow, lead
+from ..errors import RunError
+from ..formats.adapter import Adapter, LazyAdapter, load_adapter
+from ..formats.full_diff import Differences
+from ..formats.metadata import describe_training, tensors_hash
+from ..methods import METHODS, textual_inversion
+from ..optimizers import OPTIMISERS
+from ..preprocessing.prepare import Prepared, prepare
+from ..protocols import HOLE, base_digest, earlier_fingerprint, embedded_digest
+from ..runs import earlier, run_lock, tensorboard
+from ..runs.checkpoint import State
+from ..runs.notes import Notes, read_notes, write_notes
+from ..runs.run import PAUSED, STOPPED, Products, Run
+from .trainable_modules import Parts
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..data.examples import Dataset, LeftOut
+    from ..formats.embedding import Embedding
+    from ..protocols import Host
+    from ..recipe.recipe import Recipe
+    from ..runs.loss_by_timestep import LevelLosses
+    from ..runs.run import Folders
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What training gives.
+
+    Attributes:
+        adapter: in the host's names; None where nothing of the model was trained.
+        embedding: None where none was trained.
+        losses: of each step.
+        levels: the loss by noise level.
+        run: its folder.
+        resumed_from: step it went on from; equal to `step` when it was already finished.
+        step: the last one; fewer than the recipe's where it was stopped.
+        left_out: files of the dataset that were not trained on.
+    """
+
+    adapter: Adapter | None
+    embedding: Embedding | None
+    losses: list[float]
+    levels: LevelLosses
+    run: Run
+    resumed_from: int
+    step: int
+    left_out: tuple[LeftOut, ...] = ()
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be trained, settled before anything is encoded.
+
+    Attributes:
+        dataset: as it is trained on.
+        start: the adapter that it starts from, None for none.
+        identity: names the run.
+        earlier: named it in versions before; empty where what they made is another base's.
+        embedded: hash of the embedding files that its texts call; empty where they call none.
+        label: of its folder, where the user gave no name.
+        made_from: the dataset's name, and digests of it and of the base, to tell runs apart by.
+    """
+
+    dataset: Dataset
+    start: Adapter | None
+    identity: str
+    earlier: str
+    embedded: str
+    label: str
+    made_from: dict[str, str]
+
+
+def task_of(recipe: Recipe, dataset: Dataset, host: Host, folders: Folders) -> Task:
+    """What a recipe means for a dataset and a base.
+
+    Raises:
+        GraftError: they do not go together, with the input and the cure.
+    """
+    if recipe.embedding_name:
+        textual_inversion.check_word(recipe, host.text)
+        dataset = textual_inversion.address(dataset, recipe.embedding_name, recipe.embedding_templates)
+    method = METHODS[recipe.method]
+    if not method.trains_model:
+        textual_inversion.refuse_preservation(dataset)
+    check_captions(dataset)
+    recipe.objective.check(host.denoiser.parameterisation)
+    start = load_adapter(folders.adapter_of(recipe.start_from)) if recipe.start_from else None
+    pictures, embedded = dataset.fingerprint(), _embedded(recipe, dataset, host)
+    base, before = _bases(host, start)
+    may_be_ours = earlier.claim(folders.runs, before, base)
+    if embedded:
+        base = base_digest(base, f"embeddings {embedded}")
+    label = dataset.name if method.trains_model else recipe.embedding_name
+    made_from = {"dataset": dataset.name, "dataset_digest": pictures, "base_digest": base}
+    found_by = recipe.identity(pictures, before) if may_be_ours else ""
+    return Task(dataset, start, recipe.identity(pictures, base), found_by, embedded, label, made_from)
+
+
+def _embedded(recipe: Recipe, dataset: Dataset, host: Host) -> str:
+    """Hash of the embedding files that captions, class prompts and the words that are started from call."""
+    anchors = (one.anchor.prompt for one in dataset.examples if one.anchor is not None)
+    texts = dict.fromkeys(text for one in dataset.examples for text in (*one.captions, one.trigger))
+    # What is learnt is no file, though one of its name may lie there from an earlier training.
+    own = (recipe.embedding_name,) if recipe.embedding_name else ()
+    found = embedded_digest(host.text, (*texts, *dict.fromkeys(anchors)), own)
+    start = embedded_digest(host.text, (recipe.embedding_init,)) if recipe.embedding_name else ""
+    return f"{found} from {start}" if start else found
+
+
+def _find_run(recipe: Recipe, task: Task, folders: Folders, name: str) -> Run:
+    if name:
+        return Run.named(folders, name)
+    run = Run.open(folders, recipe, task.identity, task.label)
+    if not task.earlier or task.earlier == task.identity or os.path.exists(run.recipe_path):
+        return run
+    before = Run.open(folders, recipe, task.earlier, task.label)
+    is_known = before.identity() == task.earlier
+    # With embeddings the base alone does not tell which files it was made with.
+    is_ours = is_known and (not task.embedded or earlier.claim(folders.runs, task.earlier, task.identity))
+    return before if is_ours else run
+
+
+def _hold(run: Run, recipe: Recipe, name: str, stack: ExitStack) -> tuple[State, bool]:
+    """Hold a run until the stack ends; the state that it goes on from, and whether nothing is left to do.
+
+    Raises:
+        RunError: the run is not finished, and cannot be held; or it goes through a link.
+    """
+    run.refuse_links()
+    refused = None
+    try:
+        stack.enter_context(run.held())
+    except RunError as error:
+        refused = error
+    state, finished = _read(run, recipe, name)
+    if refused is not None and not finished:
+        raise refused
+    return state, finished
+
+
+def _read(run: Run, recipe: Recipe, name: str) -> tuple[State, bool]:
+    """The state that a run goes on from, and whether nothing is left to do."""
+    state = State()
+    # Paused, it is in the midst of starting over.
+    if name or recipe.on_existing != "start over" or run.halted_as(PAUSED, recipe.steps):
+        state = run.load(recipe.steps) or state
+    stopped = run.halted_as(STOPPED, recipe.steps)
+    return state, bool(state.step == recipe.steps or (stopped and state.step == stopped.step))
+
+
+def is_finished(recipe: Recipe, dataset: Dataset, host: Host, folders: Folders) -> bool:
+    """Whether `run_recipe` would return a run as it is. Raises as that does."""
+    run = _find_run(recipe, task_of(recipe, dataset, host, folders), folders, "")
+    return _read(run, recipe, "")[1]
+
+
+def run_recipe(recipe: Recipe, dataset: Dataset, host: Host, folders: Folders, name: str = "") -> Result:
+    """Trains what a recipe says, goes on with an unfinished run, or returns a finished one.
+
+    A run that was stopped is finished for the steps it was to have then; other steps go on with it.
+
+    Must be called outside torch's inference mode.
+
+    Args:
+        name: of the run, where it is known already; `on_existing` is then not asked.
+
+    Raises:
+        GraftError: with the input and the cure; RunHeldError where another process trains the run.
+        Anything that `host.report` raises to interrupt; what was reached is saved first.
+    """
+    task = task_of(recipe, dataset, host, folders)
+    with ExitStack() as stack:
+        if host.group.leads:
+            run = _find_run(recipe, task, folders, name)
+            state, finished = _hold(run, recipe, name, stack)
+            lead(host.group, run, state, finished)
+        else:
+            run, state, finished = follow(host.group, folders)
+        return _run(recipe, task, host, folders, run, state, finished)
+
+
+def _run(recipe: Recipe, task: Task, host: Host, folders: Folders, run: Run, state: State, finished: bool) -> Result:
+    method = METHODS[recipe.method]
+    parts = Parts(method, recipe, host)
+    task = replace(task, identity=run.identity() or task.identity)
+    export = _exporter(method, parts, recipe, host, task.dataset, run, task.identity)
+    host.report(
+        "run",
+        {
+            "name": run.name,
+            "folder": run.folder,
+            "step": state.step,
+            "steps": recipe.steps,
+            "settings": recipe.as_json(),
+        },
+    )
+    if finished:
+        log.info("Graft: run %s is already finished at step %d.", run.name, state.step)
+        return _finished(recipe, host, method, parts, run, state, export)
+    log.info("Graft: run %s, from step %d to %d: %s", run.name, state.step, recipe.steps, recipe.summary())
+    return _train(recipe, task, host, folders, parts, run, state, export)
+
+
+def _train(recipe, task: Task, host, folders, parts, run, state, export) -> Result:
+    # Imported here: the loop imports torch, which the nodes that only describe datasets do not need.
+    from ..distributed.fsdp import check_shards
+    from ..memory.autograd import blocks_of
+    from ..memory.checkpointing import checkpoint_blocks
+    from .loop import train
+    from .oom_fallback import keep_away
+    from .plan import Plan
+    from .preflight import check_names, check_slopes
+
+    # A package that is not installed is missed before anything is encoded.
+    OPTIMISERS[recipe.optimizer].load()
+    shares = recipe.shard == "on" and host.group.world > 1
+    if shares:
+        check_shards()
+    if recipe.tensorboard == "on":
+        tensorboard.load()
+    denoiser = host.denoiser
+    resumed_from = state.step
+    since = run_lock.earliest_start(folders.runs)
+    prepared = prepare(task.dataset, recipe, host, folders.cache, folders.cache_limit, used_since=since)
+    host.report_phase("loading")
+    with _training(recipe, host, recipe.offload == "on" or shares):
+        blocks = _checkpoint(denoiser.module, recipe)
+        if blocks and recipe.live_text:
+            checkpoint_blocks(blocks_of(host.text.module), recipe.keeps_attention)
+        trainables = parts.inject()
+        constants = parts.constants()
+        if task.start is not None and state.step == 0:
+            parts.start(trainables, task.start)
+        groups = parts.groups(trainables)
+        settle = _keep_still
+        if recipe.embedding_name:
+            vectors = textual_inversion.start(host.text, recipe)
+            trainables |= vectors
+            groups.append(textual_inversion.group(vectors, recipe))
+            settle = textual_inversion.settling(vectors, host.text, recipe)
+        facts = {"layers": parts.layers, "checkpointed_blocks": blocks, **_counts(prepared), **prepared.facts}
+        facts["made_from"] = task.made_from
+        if host.group.world > 1:
+            facts["processes"] = host.group.world
+        run.check_room(sum(one.nbytes for one in trainables.values()), OPTIMISERS[recipe.optimizer].slots)
+        notes = Notes()
+        if recipe.on_existing == "start over" and state.step == 0:
+            # Only now, when all that could be refused has been: what is there is lost with this.
+            notes = read_notes(run)
+            run.clear()
+        run.write_recipe(recipe, task.identity, facts)
+        if notes != Notes():
+            write_notes(run, notes)
+        if host.graph is not None:
+            run.write_graph(host.graph)
+        run.forget_after(state.step)
+        _tell_damaged(run, host, state.step)
+        run.forget_halt()
+        plan = Plan(
+            recipe,
+            prepared.training,
+            prepared.validation,
+            trainables,
+            export,
+            groups,
+            settle,
+            parts.switched_off,
+            constants,
+            METHODS[recipe.method].in_backward,
+        )
+        if recipe.offload == "on":
+            # Before anything is computed: until now the weights of blocks were nowhere near the device.
+            log.info("Graft: %s.", keep_away(plan, run, host) or "nothing is frozen that could be kept off the device")
+        if shares:
+            # A word alone is in some captions and not in others; an adapter is in every pass.
+            keep = [*trainables.values(), *parts.read_later()]
+            host.group.shard(denoiser.module, keep, through=not METHODS[recipe.method].trains_model)
+            denoiser.make_room(weights=True)
+        elif recipe.shard == "on":
+            log.info("Graft: shard is on, but one process trains: it holds all weights.")
+        if state.step == 0:
+            check_slopes(plan, host)
+        check_names(plan, host)
+        writes = recipe.tensorboard == "on" and host.group.leads
+        with tensorboard.writing(run, state.step) if writes else nullcontext():
+            state = train(plan, run, host, state)
+        # Within: the files of some types are made beside the weights.
+        return _result(export, state, run, resumed_from, prepared.left_out)
+
+
+def _tell_damaged(run: Run, host: Host, step: int) -> None:
+    """Tell of the saved states that were passed over for the one that training goes on from."""
+    for row in run.damaged:
+        event = {"event": "damaged state", "step": step, **row}
+        run.log(event)
+        host.report("damaged state", event)
+
+
+@contextmanager
+def _training(recipe: Recipe, host: Host, away: bool) -> Iterator[None]:
+    """The denoiser in training, and the text encoder where something of it is trained.
+
+    Args:
+        away: whether the denoiser's blocks stay off the device.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(host.denoiser.training(recipe.compute_dtype, away))
+        if recipe.live_text:
+            stack.enter_context(host.text.training())
+        yield
+
+
+def _finished(recipe, host, method, parts, run, state, export) -> Result:
+    """The result of a run that has nothing left to do."""
+    if not method.needs_base:
+        return _result(export, state, run, state.step)
+    # Nothing is computed, and where the training had not the room this has none either.
+    with _training(recipe, host, recipe.offload == "on" or recipe.shard == "on"):
+        parts.inject()
+        for name, tensor in parts.constants().items():
+            tensor.copy_(state.constants[name])
+        return _result(export, state, run, state.step)
+
+
+def _result(export, state: State, run: Run, resumed_from: int, left_out: tuple[LeftOut, ...] = ()) -> Result:
+    # Whoever trained is done: what an optimiser knows is on disk, and a whole difference may take the weights' place.
+    state.optimiser = {}
+    values = state.ema or state.trainables
+    # Who trained along knows of no result.
+    made = export(values, state.step) if values else Products()
+    adapter = made.adapter.taken() if isinstance(made.adapter, LazyAdapter) else made.adapter
+    return Result(adapter, made.embedding, state.losses, state.levels, run, resumed_from, state.step, left_out)
+
+
+def _keep_still(factor: float) -> None:
+    """What is trained stays where the optimiser puts it."""
+
+
+def _counts(prepared: Prepared) -> dict[str, int]:
+    subject = [item for item in prepared.training if not item.prior]
+    training, validation = ({item.name for item in items} for items in (subject, prepared.validation))
+    classes = {item.name for item in prepared.training if item.prior}
+    counts = {"images": len(training | validation), "validation_images": len(validation)}
+    return {**counts, "class_images": len(classes)} if classes else counts
+
+
+def _bases(host: Host, start: Adapter | None) -> tuple[str, str]:
+    """Hash of the base and of what it starts from, and the same as versions before had it."""
+    more = []
+    if host.denoiser.takes == HOLE:
+        # Holes came later: a run that was fed blank pictures is another one.
+        more.append("holes")
+    if start is not None:
+        more.append(tensors_hash(start if start.native is None else start.native.all_tensors()))
+    parts = (host.denoiser, host.text, host.codec)
+    whole, before = [part.fingerprint() for part in parts], [earlier_fingerprint(part) for part in parts]
+    return base_digest(*whole, *more), base_digest(*before, *more)
+
+
+def _checkpoint(module, recipe: Recipe) -> int:
+    """Switches checkpointing on where the recipe or the model's size asks for it; the number of blocks."""
+    from ..memory.autograd import blocks_of
+    from ..memory.checkpointing import checkpoint_blocks
+
+    size = sum(parameter.numel() for parameter in module.parameters())
+    wanted = recipe.checkpointing == "on" or (recipe.checkpointing == "auto" and size > 1_500_000_000)
+    if not wanted:
+        return 0
+    blocks = blocks_of(module)
+    checkpoint_blocks(blocks, recipe.keeps_attention)
+    return len(blocks)
+
+
+def _network(method, recipe: Recipe) -> dict:
+    """What kohya's metadata say of the adapter's type."""
+    module, args = method.network
+    return {
+        "network_module": module,
+        "network_args": args,
+        "network_dim": recipe.rank,
+        "network_alpha": recipe.alpha,
+    }
+
+
+def _exporter(method, parts: Parts, recipe: Recipe, host: Host, dataset: Dataset, run: Run, identity: str):
+    """A function from the trainables' values and the step to what is handed on, with its metadata."""
+
+    def export(values: dict[str, torch.Tensor], step: int) -> Products:
+        facts = {
+            "family": host.denoiser.family,
+            "parameterisation": host.denoiser.parameterisation,
+            "recipe": recipe.as_json(),
+            "identity": identity,
+            "thumbnail": run.thumbnail(step),
+            "trigger": dataset.trigger,
+            "resolution": recipe.resolution,
+            "base_model_version": "sd_v1" if host.denoiser.family == "SD1" else host.denoiser.family,
+            **(_network(method, recipe) if method.ranked else {}),
+            "learning_rate": recipe.learning_rate,
+            "unet_lr": recipe.learning_rate,
+            "text_encoder_lr": recipe.text_encoder_learning_rate if recipe.text_encoder else None,
+            "optimizer": recipe.optimizer,
+            "lr_scheduler": recipe.schedule,
+            "lr_warmup_steps": recipe.warmup_steps,
+            "max_grad_norm": recipe.max_grad_norm,
+            "total_batch_size": recipe.batch_size,
+            "gradient_accumulation_steps": recipe.accumulation,
+            "num_train_images": sum(one.repeats for one in dataset.examples if not one.prior),
+            "num_reg_images": sum(one.prior for one in dataset.examples),
+            "steps": step,
+            "max_train_steps": recipe.steps,
+            "seed": recipe.seed,
+            "v2": host.denoiser.family.startswith("SD2"),
+            **recipe.objective.kohya_metadata(),
+        }
+        own = {name: value for name, value in values.items() if not name.startswith(textual_inversion.PREFIX)}
+        adapter = None
+        if own:
+            tensors = parts.export(own)
+            metadata = describe_training(facts, "lora" if method.ranked else "difference")
+            if isinstance(tensors, Differences):
+                adapter = LazyAdapter(tensors, metadata)
+            else:
+                # Made at once where the trees are there, since it may be made of them.
+                native = functools.partial(parts.native, own)
+                adapter = Adapter(tensors, metadata, native() if parts.are_there else native)
+        embedding = None
+        if recipe.embedding_name:
+            embedding = textual_inversion.made_of(values, recipe, describe_training(facts, "textual-inversion"))
+        return Products(adapter, embedding)
+
+    return export

@@ -1,0 +1,218 @@
+"""The trees that a method is applied to: the denoiser's, and each text encoder's where that is trained too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
+
+from ..errors import ModelError
+from ..families import TEXT_ENCODER, Family, family_of
+from ..formats.adapter import Adapter
+from ..formats.diffusers_split import joined, with_cuts
+from ..formats.full_diff import Differences
+from ..methods.patterns import check_used
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from ..formats.peft_format import Native
+    from ..methods import Method
+    from ..optimizers import Group
+    from ..protocols import Host
+    from ..recipe.recipe import Recipe
+
+Value = TypeVar("Value")
+
+# Before the names of a text encoder's trainables; the denoiser's have none.
+PREFIX = "text/"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tree and how it is trained.
+
+    Attributes:
+        component: the tree's name in diffusers' pipelines: empty for the denoiser, `text_encoder`, `text_encoder_2`.
+        prefix: before its trainables' names in the run.
+        start: what the paths of its layers start with.
+        recipe: with the part's own rank, alpha and learning rate.
+        tree: gives the module; None outside training.
+        names: of a layer by its path, in the host's files and in the model as diffusers publishes it.
+    """
+
+    component: str
+    prefix: str
+    start: str
+    family: Family
+    recipe: Recipe
+    tree: Callable[[], nn.Module | None]
+    names: tuple[Callable[[str], str], Callable[[str], str | None]]
+
+    def own(self, values: dict[str, Value]) -> dict[str, Value]:
+        """What of a run's values is this part's, under the names that the method knows."""
+        start = self.prefix + self.start
+        found = {name: value for name, value in values.items() if name.startswith(start)}
+        return {name[len(self.prefix) :]: value for name, value in found.items() if "/" not in name[len(self.prefix) :]}
+
+
+class Parts:
+    """A method on all trees of a run."""
+
+    def __init__(self, method: Method, recipe: Recipe, host: Host):
+        self._method = method
+        self._parts = list(_parts_of(method, recipe, host))
+        self._cuts_of = host.denoiser.published_cuts
+        self.layers = 0
+
+    @property
+    def are_there(self) -> bool:
+        """Whether there are trees: within training alone."""
+        return any(part.tree() is not None for part in self._parts)
+
+    def inject(self) -> dict[str, nn.Parameter]:
+        """Adds the trainables to the trees; within training only.
+
+        Raises:
+            ModelError: a tree has no layer that the targets take in.
+            SettingsError: a pattern chooses nothing in any of them, or the method is not offered on what is chosen.
+        """
+        method = self._method
+        choosing = [(part, self._choice(part)) for part in self._parts]
+        meant = [path for part, recipe in choosing for path in method.meant(part.tree(), part.family, recipe)]
+        check_used(self._parts[0].recipe, meant)
+        chosen = [method.targets(part.tree(), part.family, recipe) for part, recipe in choosing]
+        found = {}
+        for part, targets in zip(self._parts, chosen, strict=True):
+            made = method.inject(part.tree(), targets, part.recipe)
+            found.update({part.prefix + name: parameter for name, parameter in made.items()})
+            self.layers += len(targets)
+        return found
+
+    def _choice(self, part: Part) -> Recipe:
+        """The recipe by which a part's layers are chosen.
+
+        Patterns that name none of a text encoder's layers are about the denoiser: the usual ones are taken then.
+        """
+        recipe = part.recipe
+        usual = replace(recipe, targets=self._method.default_targets, target_patterns=())
+        named = recipe.targets != "patterns" or self._method.meant(part.tree(), part.family, recipe)
+        return recipe if named or not part.component else usual
+
+    def constants(self) -> dict[str, torch.Tensor]:
+        """What `inject` put into the trees that is not trained."""
+        found = {}
+        for part in self._parts:
+            made = self._method.constants(part.tree())
+            found.update({part.prefix + name: tensor for name, tensor in made.items()})
+        return found
+
+    def read_later(self) -> list[nn.Parameter]:
+        """The frozen weights that the adapter's file is made of, beside which training goes on."""
+        return [weight for part in self._parts for weight in self._method.read_later(part.tree())]
+
+    def groups(self, trainables: dict[str, nn.Parameter]) -> list[Group]:
+        """Which trainables share a learning rate."""
+        found = []
+        for part in self._parts:
+            for group in self._method.groups(part.own(trainables), part.recipe):
+                found.append(replace(group, names=tuple(part.prefix + name for name in group.names)))
+        return found
+
+    def start(self, trainables: dict[str, nn.Parameter], adapter: Adapter) -> None:
+        """Gives the trainables the values of an adapter file.
+
+        Raises:
+            ModelError: it is of another type, other ranks or other layers.
+        """
+        adapter = self._on_own_layers(adapter)
+        left = set(adapter)
+        if adapter.native is not None:
+            # What the host would read of it is the same once more.
+            left = {f"{of} {name}" for of, held in adapter.native.by_component().items() for name in held.tensors}
+        for part in self._parts:
+            held = adapter if adapter.native is None else _adapter_of(adapter, part.component)
+            used = self._method.start(part.own(trainables), part.tree(), held, part.recipe, part.names)
+            left -= used if adapter.native is None else {f"{part.component} {name}" for name in used}
+        if left:
+            first = min(left).strip()
+            raise ModelError(
+                f"The adapter to start from holds other layers than this run trains, such as {first}.",
+                "Choose its targets, and text_encoder as it was trained.",
+                "start_from",
+            )
+
+    def _on_own_layers(self, adapter: Adapter) -> Adapter:
+        """An adapter on diffusers' layers as one on the denoiser's own; any other as it is."""
+        if adapter.native is None or not adapter.native.is_cut:
+            return adapter
+        paths = [path for path, _ in self._parts[0].tree().named_modules()]
+        return Adapter(adapter, adapter.metadata, joined(adapter.native, paths, self._cuts_of))
+
+    def export(self, values: dict[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """The adapter file's tensors from the trainables' values."""
+        made = [self._method.export(part.own(values), part.recipe, part.names[0], part.tree()) for part in self._parts]
+        if isinstance(made[0], Differences):
+            return Differences.joined(made)
+        return {name: tensor for one in made for name, tensor in one.items()}
+
+    def native(self, values: dict[str, torch.Tensor]) -> Native | None:
+        """The same as peft has it; None where there is no such form."""
+        made = {
+            part.component: self._method.native(part.own(values), part.recipe, part.names[1], part.tree())
+            for part in self._parts
+        }
+        first = made.pop("")
+        return None if first is None else replace(with_cuts(first, self._cuts_of), text=made)
+
+    @contextmanager
+    def switched_off(self) -> Iterator[None]:
+        """Within it the trees predict as the frozen base, to the bit."""
+        with ExitStack() as stack:
+            for part in self._parts:
+                stack.enter_context(self._method.switched_off(part.tree()))
+            yield
+
+
+def _adapter_of(adapter: Adapter, component: str) -> Adapter:
+    """The part of an adapter in peft's form that is one tree's.
+
+    Raises:
+        ModelError: it has none.
+    """
+    native = adapter.native.by_component().get(component)
+    if native is None:
+        raise ModelError(
+            "The adapter to start from has nothing for the text encoder.",
+            "Set text_encoder to off, or choose another.",
+            "start_from",
+        )
+    return Adapter({}, adapter.metadata, native)
+
+
+def _parts_of(method: Method, recipe: Recipe, host: Host) -> Iterator[Part]:
+    denoiser, text = host.denoiser, host.text
+    yield Part("", "", "", family_of(denoiser.family), recipe, lambda: denoiser.module, method.names(denoiser))
+    if not recipe.text_encoder:
+        return
+    share = recipe.text_encoder_rank / recipe.rank if recipe.rank else 1.0
+    own = replace(
+        recipe,
+        rank=recipe.text_encoder_rank,
+        alpha=recipe.alpha * share,
+        learning_rate=recipe.text_encoder_learning_rate,
+    )
+    for number, key in enumerate(text.encoders(), 1):
+        component = "text_encoder" if number == 1 else f"text_encoder_{number}"
+        tree = partial(_encoder, text, key)
+        yield Part(component, PREFIX, f"{key}.", TEXT_ENCODER, own, tree, method.names(text))
+
+
+def _encoder(text, key: str) -> nn.Module | None:
+    """One encoder, in a tree of its own so that its paths start with its key."""
+    from torch import nn
+
+    return None if text.module is None else nn.ModuleDict({key: getattr(text.module, key)})

@@ -1,0 +1,167 @@
+"""What a run can be made with: the ranges of its numbers, and what contradicts what."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from ..errors import SettingsError
+from ..methods import METHODS, textual_inversion
+from ..methods.patterns import parse_pairs, parse_patterns
+from ..objective import options as objective
+from ..optimizers import OPTIMISERS, SCHEDULES
+
+if TYPE_CHECKING:
+    from ..recipe.recipe import Recipe
+
+# By the recipe's names; the numbers a run can be made with.
+_RANGES = {
+    "steps": (1, 10_000_000),
+    "rank": (1, 4096),
+    "batch_size": (1, 4096),
+    "accumulation": (1, 4096),
+    "learning_rate": (1e-12, 100.0),
+    "weight_decay": (0.0, 10.0),
+    "warmup_steps": (0, 10_000_000),
+    "max_grad_norm": (0.0, 1e6),
+    "ema_decay": (0.0, 0.99999),
+    "beta1": (0.0, 0.99999),
+    "beta2": (0.0, 0.999999),
+    "num_cycles": (1, 10_000),
+    "power": (0.01, 100.0),
+    "loss_spike_factor": (0.0, 1e6),
+    "validation_fraction": (0.0, 0.9),
+    "save_every": (1, 10_000_000),
+    "keep_last": (1, 10_000),
+    "validate_every": (1, 10_000_000),
+    "preview_every": (0, 10_000_000),
+    "preview_steps": (1, 1000),
+    "preview_cfg": (0.0, 1000.0),
+    "preview_seed": (0, 2**64 - 1),
+    "resolution": (8, 16384),
+    "micro_batch": (0, 4096),
+    "processes": (1, 1024),
+    "embedding_vectors": (1, 64),
+    "embedding_learning_rate": (1e-12, 100.0),
+    "embedding_stop": (0.0, 1.0),
+    "alpha": (1e-4, 1e6),
+    "dropout": (0.0, 0.95),
+    "lora_plus_ratio": (1e-3, 1e4),
+    "text_encoder_rank": (0, 4096),
+    "text_encoder_learning_rate": (0.0, 100.0),
+}
+
+# The fields of a word, by the recipe's names, and the inputs they are set by.
+_WORD = {"embedding_vectors": "vectors", "embedding_learning_rate": "learning_rate", "embedding_stop": "stop_fraction"}
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Raises SettingsError for a value out of range, or two that contradict each other."""
+    for field, known in (("method", METHODS), ("optimizer", OPTIMISERS), ("schedule", SCHEDULES)):
+        if getattr(recipe, field) not in known:
+            raise SettingsError(
+                f"Unknown {field} '{getattr(recipe, field)}'.", f"Choose one of {', '.join(known)}.", field
+            )
+    absent = set() if METHODS[recipe.method].ranked else {"rank", "alpha"}
+    absent |= set() if recipe.embedding_name else set(_WORD)
+    for field in [field for field in _RANGES if field not in absent]:
+        # The resolution is a widget of the dataset's node, which this one knows by the wire it came over.
+        _check_range(field, getattr(recipe, field), "dataset" if field == "resolution" else _WORD.get(field, field))
+    _check_name(recipe.name)
+    OPTIMISERS[recipe.optimizer].check(recipe)
+    for field, schedule, plain in (("num_cycles", "cosine with restarts", 1), ("power", "polynomial", 1.0)):
+        if getattr(recipe, field) != plain and recipe.schedule != schedule:
+            raise SettingsError(
+                f"{field} is set, but schedule is {recipe.schedule}: it would have no effect.",
+                f"In Graft Optimizer Options set schedule to {schedule}, or leave {field} alone.",
+                field,
+            )
+    if (recipe.targets == "patterns") != bool(recipe.target_patterns):
+        raise SettingsError(
+            f"targets is '{recipe.targets}' and target_patterns {'set' if recipe.target_patterns else 'empty'}.",
+            "Write patterns and choose 'patterns' or 'auto', or leave target_patterns empty.",
+            "target_patterns",
+        )
+    if 0 < recipe.loss_spike_factor <= 1:
+        raise SettingsError(
+            f"loss_spike_factor is {recipe.loss_spike_factor:g}: ordinary steps would be left out too.",
+            "Set it above 1, such as 10, or to 0 for none.",
+            "loss_spike_factor",
+        )
+    METHODS[recipe.method].check(recipe)
+    _check_precision(recipe)
+    _check_shard(recipe)
+
+
+def _check_shard(recipe: Recipe) -> None:
+    if recipe.shard != "on":
+        return
+    if METHODS[recipe.method].in_backward:
+        raise SettingsError(
+            "shard is on, but all weights are trained: each process moves all of them, and only frozen ones can be "
+            "shared out.",
+            "Set shard in Graft Memory Options to off, or train a LoRA.",
+            "options",
+        )
+    if recipe.offload == "on":
+        raise SettingsError(
+            "shard and offload are both on: frozen weights are either shared out or kept off the device.",
+            "Set one of them in Graft Memory Options to off.",
+            "options",
+        )
+
+
+def _check_precision(recipe: Recipe) -> None:
+    if recipe.weight_dtype == "fp32":
+        return
+    if METHODS[recipe.method].ranked or not METHODS[recipe.method].trains_model:
+        raise SettingsError(
+            f"weight_dtype is {recipe.weight_dtype}, but what is trained is small and always kept in fp32.",
+            "Leave weight_dtype of Graft Adapter Options alone: it is for training all weights.",
+            "weight_dtype",
+        )
+    if not OPTIMISERS[recipe.optimizer].apart:
+        raise SettingsError(
+            f"weight_dtype is {recipe.weight_dtype}: one weight after the other is then moved in fp32 and rounded, but "
+            f"{recipe.optimizer} has to see all of them at once.",
+            "Set weight_dtype to fp32, or choose another optimizer in Graft Optimizer Options, such as AdamW.",
+            "weight_dtype",
+        )
+
+
+def _check_range(field: str, value: Any, input: str) -> None:
+    low, high = _RANGES[field]
+    if not low <= value <= high:
+        raise SettingsError(f"{field} is {value}.", f"It must lie between {low} and {high}.", input)
+
+
+def check_option(kind: str, name: str, value: Any) -> None:
+    """Refuses a set field at the node it was set on."""
+    field = f"preview_{name}" if kind == "preview" else name
+    if kind == "pivotal":
+        field = next((theirs for theirs, ours in _WORD.items() if ours == name), name)
+    if kind == "objective":
+        objective.check_range(name, value)
+    elif field in _RANGES:
+        _check_range(field, value, name)
+    if (kind, name) == ("run", "name"):
+        _check_name(value.strip())
+    if (kind, name) == ("pivotal", "name"):
+        textual_inversion.check_name(value.strip())
+    if name == "target_patterns":
+        parse_patterns(value, name)
+    if name == "block_ranks":
+        parse_pairs(value, int, 0, 4096, name)
+    if name == "block_learning_rates":
+        parse_pairs(value, float, 0.0, 100.0, name)
+
+
+def _check_name(name: str) -> None:
+    if not name:
+        return
+    if not re.fullmatch(r"[\w][\w .-]{0,99}", name) or name.rstrip(". ") != name:
+        raise SettingsError(
+            f"The run name '{name}' cannot be a folder name.",
+            "Use letters, digits, spaces, points, dashes and underscores, and no point or space at the end.",
+            "name",
+        )

@@ -1,0 +1,134 @@
+"""Adapter files of other trainers in the names the host reads.
+
+Sources of the layouts: kohya sd-scripts (networks/lora.py), OneTrainer (modules/util/convert/lora), ai-toolkit
+(toolkit/network_mixins.py), diffusers (loaders/lora_pipeline.py), peft (utils/save_and_load.py).
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import TYPE_CHECKING
+
+from ..errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+
+    from .peft_format import Native
+
+log = logging.getLogger(__name__)
+
+# Module paths with points, as OneTrainer keeps them (its own and the OMI layout) and as diffusers saves a UNet's.
+_DOTTED = {
+    "unet.": "lora_unet_",
+    "lora_unet.": "lora_unet_",
+    "lora_te.": "lora_te_",
+    "lora_te1.": "lora_te1_",
+    "lora_te2.": "lora_te2_",
+    "clip_l.": "lora_te1_",
+    "clip_g.": "lora_te2_",
+}
+_END = re.compile(
+    r"\.(?P<end>lora_(?:down|up|mid)\.weight|lora_[AB]\.weight|lora\.(?:down|up)\.weight|alpha|dora_scale"
+    r"|hada_\w+|lokr_\w+|diff|diff_b)$"
+)
+_KOHYA = {
+    "lora_A.weight": "lora_down.weight",
+    "lora_B.weight": "lora_up.weight",
+    "lora.down.weight": "lora_down.weight",
+    "lora.up.weight": "lora_up.weight",
+}
+# kohya's prefixes of several text encoders, by diffusers' names of the components.
+_TEXT = {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
+# Embeddings that OneTrainer bundles with an adapter.
+_BUNDLED = "bundle_emb."
+
+
+def host_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors with the names the host does not read put into kohya's; all others as they are.
+
+    Raises:
+        ModelError: the host has no form of what they are.
+    """
+    found = {}
+    for name, tensor in tensors.items():
+        if "lora_magnitude_vector" in name:
+            raise ModelError(
+                "The file holds a DoRA whose magnitude needs the model's weights before the host can read it.",
+                "Load it with diffusers or peft, or use the kohya file of that training.",
+                "adapter_name",
+            )
+        if name.startswith(_BUNDLED):
+            log.warning("Graft: the adapter file carries an embedding, %s, which is left aside.", name)
+            continue
+        found[_host_name(name)] = tensor
+    return found
+
+
+def _host_name(name: str) -> str:
+    prefix = next((prefix for prefix in _DOTTED if name.startswith(prefix)), None)
+    match = _END.search(name)
+    # Attention processors of older diffusers, and peft's names below a prefix, are read by the host itself.
+    if prefix is None or match is None or ".processor." in name or "base_model." in name:
+        return name
+    path = name[len(prefix) : match.start()].replace(".", "_")
+    end = match["end"]
+    return f"{_DOTTED[prefix]}{path}.{_KOHYA.get(end, end)}"
+
+
+def host_tensors(native: Native) -> dict[str, torch.Tensor]:
+    """peft's tensors in the host's names, with the scale in them; empty for types that need the model's weights.
+
+    Raises:
+        ModelError: it is not said how strong a layer is.
+    """
+    found = {}
+    for component, one in native.by_component().items():
+        lacking = sorted({name.split(".lora_")[0] for name in one.tensors if ".lora_A." in name} - one.scales.keys())
+        if lacking:
+            raise ModelError(
+                f"The adapter's configuration does not say how strong its layer {lacking[0][:200]} is: it has no r or "
+                "no alpha.",
+                "Put the configuration it came with beside it.",
+                "adapter_name",
+            )
+        made = _host_tensors(one, _TEXT.get(component, "") if len(native.text) > 1 else "lora_te_")
+        if not made:
+            return {}
+        found.update(made)
+    return found
+
+
+def _host_tensors(native: Native, text: str) -> dict[str, torch.Tensor]:
+    """Of one component.
+
+    Args:
+        text: kohya's prefix for a text encoder.
+    """
+    import torch
+
+    found = {}
+    for name, tensor in native.tensors.items():
+        match = _END.search(name)
+        # The host takes the three factors of a decomposed convolution in another order.
+        if match is None or match["end"] == "lokr_t2":
+            return {}
+        place = name[: match.start()]
+        end = _KOHYA.get(match["end"], match["end"])
+        layer = f"transformer.{place}" if native.is_cut else _host_layer(place, text)
+        if end == "lokr_w1":
+            # Readers ignore alpha beside two whole factors.
+            tensor = tensor * native.scales[place]
+        elif end in ("lora_down.weight", "hada_w1_b"):
+            found[f"{layer}.alpha"] = torch.tensor(float(native.scales[place] * tensor.shape[0]))
+        found[f"{layer}.{end}"] = tensor
+    return found
+
+
+def _host_layer(place: str, text: str) -> str:
+    if place.startswith(("text_model.", "encoder.layers.")):
+        return f"{text}text_model_" + place.removeprefix("text_model.").replace(".", "_")
+    if place.startswith(("transformer_blocks.", "single_transformer_blocks.")):
+        return f"transformer.{place}"
+    return "lora_unet_" + place.replace(".", "_")

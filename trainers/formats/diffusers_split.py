@@ -1,0 +1,104 @@
+"""Layers as diffusers cuts them: what a checkpoint keeps in one layer may be several there, or have its rows turned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ModelError
+from ..families import Cut, CutsOf
+
+if TYPE_CHECKING:
+    from .peft_format import Native
+
+# peft's tensors that have a row for each output; A has none of them.
+_BY_OUTPUT = ("lora_B.", "lora_magnitude_vector")
+_LISTS = ("target_modules",)
+_PATTERNS = ("rank_pattern", "alpha_pattern")
+
+
+def with_cuts(native: Native, cuts_of: CutsOf) -> Native:
+    """An adapter that knows how diffusers cuts its layers; as it was where diffusers publishes one of them nowhere.
+
+    Args:
+        cuts_of: of a layer by its path in the checkpoint; none where diffusers has no such layer.
+    """
+    if native.published:
+        return native
+    cuts = {place: cuts_of(place) for place in {_split(name)[0] for name in native.tensors}}
+    return replace(native, cuts=cuts) if all(cuts.values()) else native
+
+
+def cut(native: Native) -> Native:
+    """The adapter on diffusers' layers: A is each part's, of B each part has its rows. The same differences exactly."""
+    tensors, scales = {}, {}
+    for name, tensor in native.tensors.items():
+        place, end = _split(name)
+        for part in native.cuts[place]:
+            own = part.rows(tensor) if end.startswith(_BY_OUTPUT) else tensor
+            tensors[f"{part.name}.{end}"] = own.contiguous().clone()
+            if place in native.scales:
+                scales[part.name] = native.scales[place]
+    return replace(native, config=_renamed(native.config, native.cuts), tensors=tensors, scales=scales, is_cut=True)
+
+
+def joined(native: Native, paths: Iterable[str], cuts_of: CutsOf) -> Native:
+    """The way back, onto a checkpoint's layers.
+
+    Args:
+        paths: of the checkpoint's layers that are wanted; what is of no other stays as it is.
+
+    Raises:
+        ModelError: the parts of a layer were trained apart, with an A or a strength for each.
+    """
+    import torch
+
+    left = dict(native.tensors)
+    tensors, scales = {}, dict(native.scales)
+    for path in paths:
+        cuts = cuts_of(path)
+        names = [[name for name in left if _split(name)[0] == part.name] for part in cuts]
+        if not cuts or not all(names):
+            continue
+        _refuse_if_apart(path, cuts, native)
+        for name in names[0]:
+            end = _split(name)[1]
+            parts = [left.pop(f"{part.name}.{end}") for part in cuts]
+            if not end.startswith(_BY_OUTPUT):
+                tensors[f"{path}.{end}"] = parts[0]
+                continue
+            whole = torch.empty(sum(map(len, parts)), *parts[0].shape[1:], dtype=parts[0].dtype)
+            for part, values in zip(cuts, parts, strict=True):
+                whole[part.rows(torch.arange(len(whole)))] = values
+            tensors[f"{path}.{end}"] = whole
+        scales[path] = native.scales.get(cuts[0].name)
+    return replace(native, tensors={**left, **tensors}, scales=scales, is_cut=False)
+
+
+def _refuse_if_apart(path: str, cuts: tuple[Cut, ...], native: Native) -> None:
+    firsts = [native.tensors.get(f"{part.name}.lora_A.weight") for part in cuts]
+    alike = all(one is not None and one.shape == firsts[0].shape and bool((one == firsts[0]).all()) for one in firsts)
+    if not alike or len({native.scales.get(part.name) for part in cuts}) > 1:
+        raise ModelError(
+            f"The adapter to start from has several parts of its own for {path}, which here is one layer.",
+            "It was trained in diffusers. Apply it with Graft Apply Adapter before the training node instead.",
+            "start_from",
+        )
+
+
+def _split(name: str) -> tuple[str, str]:
+    """(layer, rest) of a tensor's name: `a.b.lora_A.weight` is `lora_A.weight` of `a.b`."""
+    place, _, end = name.partition(".lora_")
+    return place, f"lora_{end}"
+
+
+def _renamed(config: dict[str, Any], cuts: dict[str, tuple[Cut, ...]]) -> dict[str, Any]:
+    """peft's configuration with layers named as diffusers cuts them."""
+    made = dict(config)
+    for name in _LISTS:
+        made[name] = sorted(part.name for path in config[name] for part in cuts[path])
+    for name in _PATTERNS:
+        if config.get(name):
+            made[name] = {part.name: value for path, value in config[name].items() for part in cuts[path]}
+    return made

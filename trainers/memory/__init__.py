@@ -1,0 +1,1 @@
+"""Device memory: autograd helpers, checkpointing, offloading, byte counts, out-of-memory errors."""

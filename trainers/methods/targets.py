@@ -1,0 +1,98 @@
+"""Layers that can be adapted: their kinds, which of them a recipe means, and what an export sees of one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..families import is_attention, is_feed_forward, is_trained
+from ..formats.kohya import own
+from .patterns import matches
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from ..families import Family
+    from ..recipe.recipe import Recipe
+
+LINEAR = "linear"
+POINT = "1x1 convolution"
+CONV = "convolution"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One adapted layer, as its export sees it.
+
+    Attributes:
+        path: of the module in the tree.
+        values: the trainables by peft's name for them (`lora_A`, `hada_w1_a`, ...), float32 on the CPU.
+        rank, alpha: of this layer.
+        scale: effective scale of its difference; None where there is no alpha.
+        adapted: peft's layer with the frozen one as `base_layer`; None where only the values are known.
+    """
+
+    path: str
+    values: dict[str, torch.Tensor]
+    rank: int
+    alpha: float
+    scale: float | None
+    adapted: nn.Module | None
+
+    def weight(self) -> torch.Tensor:
+        """The frozen weight, [out, in, ...] float32 on the CPU."""
+        return own(self.adapted.base_layer.weight)
+
+    def bias(self) -> torch.Tensor | None:
+        """The frozen bias, [out] float32 on the CPU."""
+        return None if self.adapted.base_layer.bias is None else own(self.adapted.base_layer.bias)
+
+
+def kind_of(layer: nn.Module) -> str | None:
+    """The kind of a layer that can be adapted, None for any other."""
+    from torch import nn
+
+    if getattr(layer, "weight", None) is None:
+        return None
+    if isinstance(layer, nn.Linear):
+        return LINEAR
+    if isinstance(layer, nn.Conv2d) and layer.groups == 1:
+        return POINT if layer.kernel_size == (1, 1) else CONV
+    return None
+
+
+def alpha_of(rank: int, recipe: Recipe) -> float:
+    """A layer's alpha: in proportion to its rank, so that the recipe's scale is every layer's."""
+    return recipe.alpha * rank / recipe.rank
+
+
+def alphas_of(ranks: dict[str, int], recipe: Recipe) -> dict[str, float]:
+    """The alphas of layers by path."""
+    return {path: alpha_of(rank, recipe) for path, rank in ranks.items()}
+
+
+def meant_layers(module: nn.Module, family: Family, recipe: Recipe) -> dict[str, str]:
+    """Kinds of the adaptable layers that the recipe's targets take in, by path."""
+    kinds = {path: kind_of(layer) for path, layer in module.named_modules() if is_trained(path, family)}
+    return {path: kind for path, kind in kinds.items() if kind and is_target(path, kind, family, recipe)}
+
+
+def is_target(path: str, kind: str, family: Family, recipe: Recipe) -> bool:
+    """Whether the recipe's targets take a layer in."""
+    if recipe.targets == "patterns":
+        return matches(path, recipe.target_patterns)
+    if recipe.targets == "linear + conv":
+        return True
+    if kind != LINEAR:
+        return False
+    if recipe.targets == "all linear":
+        return True
+    if recipe.targets == "attention + feed-forward" and is_feed_forward(path, family):
+        return True
+    return is_attention(path, family)
+
+
+def largest_divisor(limit: int, *sizes: int) -> int:
+    """The largest number of at most `limit` that divides all sizes."""
+    return max(number for number in range(1, limit + 1) if all(size % number == 0 for size in sizes))

@@ -1,0 +1,236 @@
+"""Textual inversion: a word of new vectors is learnt (Gal et al. 2022), alone or together with an adapter.
+
+Captions that reach the text encoder name the word as the host does, `embedding:<name>`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from ..errors import DatasetError, ModelError, SettingsError
+from ..formats.embedding import Embedding
+from ..optimizers import Group, finds_its_rate
+from ..text import composed, ends_word, is_reserved, starts_word
+from . import METHODS
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from ..data.examples import Dataset, Example
+    from ..protocols import TextEncoder
+    from ..recipe.recipe import Recipe
+
+PREFIX = "embedding/"
+# The usual learning rate of words' vectors; without the weight decay of the rest.
+EMBEDDING_RATE = 5e-4
+_IDENTIFIER = "embedding:"
+
+# What stands for the caption of a picture that has none; {} is the word. Worded here, after the idea of Gal et al.
+TEMPLATES = {
+    "object": (
+        "a photo of {}",
+        "a photo of a {}",
+        "a picture of {}",
+        "a close photo of {}",
+        "a bright photo of {}",
+        "a dark photo of {}",
+        "a cropped picture of the {}",
+        "one {} in a photo",
+        "a sharp picture of {}",
+        "{}",
+    ),
+    "style": (
+        "a picture in the style of {}",
+        "a painting in the style of {}",
+        "a drawing in the style of {}",
+        "a scene in the style of {}",
+        "a portrait in the style of {}",
+        "a landscape in the style of {}",
+        "a detailed picture in {} style",
+        "a simple picture in {} style",
+        "art in the style of {}",
+        "{}",
+    ),
+}
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
+_ENDINGS = (".safetensors", ".pt", ".bin")
+
+
+def is_addressable(name: str) -> bool:
+    """Tell whether a prompt can call the embedding of a file that is there, in a folder too.
+
+    ComfyUI reads the name up to the next white space and cuts commas at its end; round brackets and a colon in them
+    are weights, and a backslash takes that meaning from them.
+    """
+    return bool(name) and name == name.strip(",") and re.search(r"[\s()\\\0:]", name) is None
+
+
+def check_name(name: str, input: str = "name") -> None:
+    """Refuses a name that a prompt could not address.
+
+    The host reads `embedding:<name>` up to the next space, so nothing in it may end it, weight it or lead elsewhere.
+
+    Raises:
+        SettingsError: naming the input.
+    """
+    sound = _NAME.fullmatch(name) is not None and not name.endswith(".") and not is_reserved(name)
+    if sound and not name.lower().endswith(_ENDINGS):
+        return
+    raise SettingsError(
+        f"The embedding name '{name}' cannot be addressed in a prompt.",
+        "Use letters, digits, '-', '_' and '.', no spaces, no folders, no file ending and no name that Windows keeps "
+        "for a device; in prompts write embedding:NAME with a space before and after it.",
+        input,
+    )
+
+
+def check_word(recipe: Recipe, text: TextEncoder) -> None:
+    """Refuses a name that already means something, and start words that are none.
+
+    Raises:
+        SettingsError: naming the input.
+        ModelError: the text encoder cannot be given new words.
+    """
+    # A word beside an adapter was set on an option node, which is known here by the wire it came over.
+    own = not METHODS[recipe.method].trains_model
+    check_name(recipe.embedding_name, "name" if own else "options")
+    if text.is_word(recipe.embedding_name):
+        raise SettingsError(
+            f"'{recipe.embedding_name}' is a word of the text encoder already.",
+            "Choose a name that is none, such as my-dog: the old word would be taken for the new one elsewhere.",
+            "name" if own else "options",
+        )
+    for key, rows in text.start_vectors(recipe.embedding_init).items():
+        if not len(rows):
+            raise SettingsError(
+                f"init_text '{recipe.embedding_init}' holds no word for the text encoder {key}.",
+                "Write what the thing is in a word or two, such as 'dog' or 'oil painting'.",
+                "init_text" if own else "options",
+            )
+
+
+def address(dataset: Dataset, name: str, templates: str) -> Dataset:
+    """The dataset with the word in every caption.
+
+    In captions it stands where the trigger, the bare name or `[trigger]` stands; a caption without any gets it in front
+    where the dataset has a trigger. A picture without a caption gets the templates, shown in turn. Class images stay.
+
+    Args:
+        templates: key of TEMPLATES.
+
+    Raises:
+        DatasetError: naming the files whose caption does not hold it, in a dataset without a trigger.
+    """
+    word = _IDENTIFIER + name
+    found = []
+    lacking = []
+    for example in dataset.examples:
+        if example.prior:
+            # A class image shows the class, not the thing.
+            found.append(example)
+            continue
+        texts = tuple(_renamed(text, example, name) for text in example.captions if text)
+        if not texts:
+            texts = tuple(template.format(word) for template in TEMPLATES[templates])
+        elif not example.trigger and not all(word in text for text in texts):
+            lacking.append(example.source.name)
+        found.append(replace(example, captions=texts, trigger=word))
+    if lacking:
+        shown = ", ".join(lacking[:5]) + (" ..." if len(lacking) > 5 else "")
+        raise DatasetError(
+            f"{len(lacking)} of {len(dataset.examples)} captions do not hold the word '{name}': {shown}.",
+            f"Write {name} into them where the thing is named, or set the dataset's trigger.",
+            "dataset",
+        )
+    return replace(dataset, examples=tuple(found), trigger=word)
+
+
+def _renamed(caption: str, example: Example, name: str) -> str:
+    names = {name, example.trigger, composed(example.trigger), "[trigger]"} - {""}
+    longest = sorted(names, key=len, reverse=True)
+    prefixed = starts_word(_IDENTIFIER) + _IDENTIFIER
+    words = (f"(?:{prefixed}|{starts_word(one)}){re.escape(one)}{ends_word(one)}" for one in longest)
+    # A name may hold what a caption puts right behind it: `my-word-style` would be another word.
+    pattern = re.compile(rf"(?<!:)(?:{'|'.join(words)})(?=([\w.-]?))", re.IGNORECASE)
+    if not pattern.search(caption):
+        # Accents may be letters of their own there.
+        other = composed(caption)
+        caption = other if pattern.search(other) else caption
+    return pattern.sub(lambda match: _IDENTIFIER + name + (" " if match.group(1) else ""), caption)
+
+
+def refuse_preservation(dataset: Dataset) -> None:
+    """Refuses class images beside a word that is trained alone: no weight moves, so that there is nothing to preserve.
+
+    Raises:
+        DatasetError: it has some.
+    """
+    if any(example.prior or example.anchor is not None for example in dataset.examples):
+        raise DatasetError(
+            "The dataset comes with prior preservation, and a word that is trained alone changes no weight.",
+            "Connect the dataset without Graft Prior Preservation.",
+            "dataset",
+        )
+
+
+def start(text: TextEncoder, recipe: Recipe) -> dict[str, nn.Parameter]:
+    """The vectors as they start: those of the start words, from the first again when there are fewer words.
+
+    Returns:
+        `embedding/<encoder>`: [vectors, width] float32, in the text encoder's training tree.
+    """
+    import torch
+
+    found = {}
+    for key, rows in sorted(text.start_vectors(recipe.embedding_init).items()):
+        chosen = [rows[number % len(rows)] for number in range(recipe.embedding_vectors)]
+        vectors = torch.stack(chosen).to(text.device, torch.float32)
+        found[PREFIX + key] = torch.nn.Parameter(vectors)
+    text.attach(recipe.embedding_name, {name[len(PREFIX) :]: value for name, value in found.items()})
+    return found
+
+
+def group(vectors: dict[str, nn.Parameter], recipe: Recipe) -> Group:
+    """The vectors' own group: no weight decay, which would pull them towards no word at all."""
+    until = round(recipe.embedding_stop * recipe.steps) if recipe.embedding_stop else None
+    return Group(tuple(vectors), recipe.embedding_learning_rate, 0.0, until)
+
+
+def settling(vectors: dict[str, nn.Parameter], text: TextEncoder, recipe: Recipe) -> Callable[[float], None]:
+    """A function to be called after each step, that draws the vectors' norms towards the vocabulary's median.
+
+    Without it they grow until one word drowns all others of a prompt. The pull is 100 times the learning rate, at most
+    the whole way: the rule of cloneofsimo's lora, where pivotal tuning of diffusion models comes from.
+    """
+    import torch
+
+    medians = {PREFIX + key: value for key, value in text.median_norms().items()}
+    rate = EMBEDDING_RATE if finds_its_rate(recipe.optimizer) else recipe.embedding_learning_rate
+
+    def settle(factor: float) -> None:
+        pull = min(1.0, 100.0 * rate * factor)
+        with torch.no_grad():
+            for name, value in vectors.items():
+                if value.requires_grad:
+                    norms = value.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+                    value.mul_((norms + pull * (medians[name] - norms)) / norms)
+
+    return settle
+
+
+def made_of(values: dict[str, torch.Tensor], recipe: Recipe, metadata: dict[str, str]) -> Embedding:
+    """The embedding in the trainables' values.
+
+    Raises:
+        ModelError: there is none among them.
+    """
+    vectors = {name[len(PREFIX) :]: value for name, value in values.items() if name.startswith(PREFIX)}
+    if not vectors:
+        raise ModelError("The run holds no embedding.", "Start it over (Graft Run Options).")
+    ready = {key: value.detach().to("cpu").float().clone() for key, value in vectors.items()}
+    return Embedding(ready, recipe.embedding_name, metadata)

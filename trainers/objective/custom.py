@@ -1,0 +1,72 @@
+"""What a batch is drawn and measured by where something else than the model's own loss is asked for."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .losses import LOSSES, example_losses, huber_width, pseudo_huber
+from .noise import add_offset, add_pyramid, draw_noise
+from .timesteps import draw_levels
+from .weighting import WEIGHTINGS
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..protocols import Denoiser
+    from .options import Objective
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The part of a batch's draws that only the objective knows of.
+
+    Attributes:
+        t: of each example, 0 for picture to 1 for noise, [B].
+        added: the noise that is put on the latents; the target knows of less where the input is perturbed.
+    """
+
+    objective: Objective
+    t: torch.Tensor
+    added: torch.Tensor
+
+    def part(self, start: int, stop: int) -> Asked:
+        """That of some of the examples."""
+        return Asked(self.objective, self.t[start:stop], self.added[start:stop])
+
+    def losses(
+        self,
+        denoiser: Denoiser,
+        prediction: torch.Tensor,
+        target: torch.Tensor,
+        sigma: torch.Tensor,
+        weight: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The weighted loss of each example, [B]; `weight` as for `example_losses`, the others on the device."""
+        objective = self.objective
+        kind = denoiser.parameterisation
+        sigma = sigma / denoiser.sigma_data
+        t = self.t.to(sigma)
+        penalty = LOSSES[objective.loss]
+        if penalty is pseudo_huber:
+            width = huber_width(objective.huber_schedule, objective.huber_c, sigma, t, kind == "flow")
+            penalty = functools.partial(pseudo_huber, width=width)
+        losses = example_losses(prediction, target, weight, penalty)
+        return losses * WEIGHTINGS[objective.weighting].weights(sigma, t, kind, objective)
+
+
+def draw_asked(
+    objective: Objective, denoiser: Denoiser, shape: tuple[int, ...], source: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor, Asked]:
+    """Levels sigma [B] and noise of a batch of latents of that shape, on the CPU, and what goes with them."""
+    sigma, t = draw_levels(objective, denoiser.sigmas(), denoiser.parameterisation, shape, source)
+    noise = draw_noise(shape, source)
+    if objective.noise_offset:
+        noise = add_offset(noise, objective.noise_offset, source)
+    if objective.pyramid_discount:
+        noise = add_pyramid(noise, objective.pyramid_discount, source)
+    added = noise
+    if objective.input_perturbation:
+        added = noise + objective.input_perturbation * draw_noise(shape, source)
+    return sigma, noise, Asked(objective, t, added)

@@ -1,0 +1,39 @@
+"""Trainables that are moved alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..recipe.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Group:
+    """Trainables that are moved alike.
+
+    Attributes:
+        names: in the order in which the optimiser holds them.
+        learning_rate: before the schedule's factor.
+        weight_decay: None for the recipe's.
+        until: the step at which they are frozen; None for never.
+    """
+
+    names: tuple[str, ...]
+    learning_rate: float
+    weight_decay: float | None = None
+    until: int | None = None
+
+
+def parameter_groups(groups: Sequence[Group], trainables: dict[str, torch.nn.Parameter], recipe: Recipe) -> list[dict]:
+    """The groups as torch's optimisers take them."""
+    made = []
+    for group in groups:
+        decay = recipe.weight_decay if group.weight_decay is None else group.weight_decay
+        parameters = [trainables[name] for name in group.names]
+        made.append({"params": parameters, "lr": group.learning_rate, "weight_decay": decay})
+    return made

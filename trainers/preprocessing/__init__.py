@@ -1,0 +1,1 @@
+"""Examples to batches: crops, latents and conditionings, caches, the sampler, prefetching."""

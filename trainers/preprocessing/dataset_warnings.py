@@ -1,0 +1,44 @@
+"""Warnings about a dataset and a recipe, shown when a training starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..data.dataset_warnings import warn_of_enlarged, warn_of_resolution, warn_of_skipped
+
+if TYPE_CHECKING:
+    from ..data.examples import Dataset, LeftOut
+    from ..recipe.recipe import Recipe
+    from .crops import Cuts
+
+
+def list_warnings(
+    dataset: Dataset, recipe: Recipe, training: Sequence[Cuts], left_out: Sequence[LeftOut]
+) -> list[dict[str, Any]]:
+    """List what a user should look at before a long training.
+
+    Args:
+        training: the pictures that are trained on.
+        left_out: all files that are not, those of the scan included.
+    """
+    pictures = [(cut.example, crop) for cut in training for crop in cut.crops]
+    found = [
+        warn_of_skipped(left_out, len(dataset.examples) + len(dataset.left_out)),
+        warn_of_enlarged(pictures),
+        _warn_of_batch(recipe, [cut for cut in training if not cut.example.prior]),
+        warn_of_resolution(recipe.resolution, recipe.family),
+    ]
+    return [warning for warning in found if warning]
+
+
+def _warn_of_batch(recipe: Recipe, subject: Sequence[Cuts]) -> dict[str, Any] | None:
+    """Warn of a batch that is larger than the dataset."""
+    showings = sum(cut.example.repeats * len(cut.crops) for cut in subject)
+    if recipe.batch_size <= showings:
+        return None
+    text = (
+        f"batch_size {recipe.batch_size} is larger than the dataset: a step shows all {showings} pictures at most. "
+        f"Set batch_size to {showings} or less, or add pictures."
+    )
+    return {"kind": "batch", "text": text, "batch": recipe.batch_size, "count": showings}

@@ -1,0 +1,65 @@
+"""What masks weigh, kept in the cache beside latents and conditionings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from ..data.examples import LeftOut
+from ..data.pictures import as_weight
+from ..errors import RunError
+from .cache import Cache, key_of
+from .encode import Unreadable, opened
+from .pixels import cut
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..data.buckets import Crop
+    from ..data.examples import Example
+
+
+class MaskCache:
+    """The loss weights of each mask's cut, [1, 1, h, w] float32 in 0..1, over the positions of a latent."""
+
+    def __init__(self, cache: Cache):
+        self._cache = cache
+
+    def key(self, example: Example, crop: Crop, shape: tuple[int, int]) -> str:
+        """What decides a mask's weights: content, cut, (h, w) of the latent."""
+        return key_of("mask 1", example.mask.digest, crop.scaled, crop.offset, crop.bucket, crop.flip, shape)
+
+    def fill(self, rows: Iterable[tuple[Example, Crop, tuple[int, int]]]) -> list[LeftOut | None]:
+        """Makes what is missing; for each row None, or why the example cannot be trained on."""
+        rows = list(rows)
+        missing = self._cache.missing(self.key(*row) for row in rows)
+        outcome = []
+        try:
+            for example, crop, shape in rows:
+                key = self.key(example, crop, shape)
+                try:
+                    if key in missing:
+                        self._cache.put(key, {"weight": _mask_weights(example, crop, shape)})
+                    outcome.append(None)
+                except Unreadable as error:
+                    outcome.append(LeftOut(example.source.name, f"its mask {error.row.name}: {error.row.reason}"))
+        finally:
+            self._cache.flush()
+        return outcome
+
+    def get(self, key: str) -> torch.Tensor:
+        """The weights of a key that was filled."""
+        tensors = self._cache.get(key)
+        if tensors is None:
+            raise RunError(f"The cached mask {key} is gone.", "Queue again; it will be made anew.")
+        return tensors["weight"]
+
+
+def _mask_weights(example: Example, crop: Crop, shape: tuple[int, int]) -> torch.Tensor:
+    """A mask, cut like its picture, each latent position the mean of the pixels it stands for."""
+    import numpy as np
+    import torch
+
+    picture = cut(as_weight(opened(example.mask)), crop)
+    weights = torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255.0)[None, None]
+    return torch.nn.functional.interpolate(weights, size=shape, mode="area")

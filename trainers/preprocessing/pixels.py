@@ -1,0 +1,34 @@
+"""Pixels of a picture, cropped to a bucket, as arrays."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from ..data.buckets import Crop
+
+
+def cut(image: Image.Image, crop: Crop) -> Image.Image:
+    """The picture mirrored, scaled and cropped as `crop` says; Lanczos, as the field does."""
+    from PIL import Image
+
+    if crop.flip:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    left, top = crop.offset
+    width, height = crop.bucket
+    if image.size == crop.scaled:
+        return image.crop((left, top, left + width, top + height))
+    # Scaled from the part that stays: the whole of a very long picture, enlarged, would fill the memory.
+    x = image.width / crop.scaled[0]
+    y = image.height / crop.scaled[1]
+    right, bottom = min(image.width, (left + width) * x), min(image.height, (top + height) * y)
+    return image.resize(crop.bucket, Image.LANCZOS, box=(left * x, top * y, right, bottom))
+
+
+def to_array(image: Image.Image) -> np.ndarray:
+    """[H, W, 3] float32 in 0..1."""
+    return np.asarray(image.convert("RGB"), dtype=np.float32) / 255.0

@@ -1,0 +1,391 @@
+"""From a dataset to items: cut, encoded or found in the caches, and varied at every showing."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import threading
+import time
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from ..data import captions
+from ..data.examples import LeftOut
+from ..data.prior import refuse_if_one_sided
+from ..data.scan import shortened
+from ..errors import DatasetError
+from ..formats.files import refuse_links
+from ..protocols import HOLE, SOURCE, Conditioning
+from ..rng import stream_seed
+from .cache import Cache, cache_size, prune
+from .crops import Cuts, all_resolutions, control_crop, cut_dataset, held_out
+from .dataset_warnings import list_warnings
+from .encode import LatentCache, TextCache
+from .inpaint_masks import HoleCache
+from .lru_cache import Keep
+from .mask_weights import MaskCache
+from .sampler import turns_within
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+
+    from ..data.buckets import Crop
+    from ..data.examples import Dataset, Example
+    from ..protocols import Host
+    from ..recipe.recipe import Recipe
+    from .items import Item, Shown
+
+log = logging.getLogger(__name__)
+
+_CACHES = ("latents", "text", "masks", "holes")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A dataset ready for the loop.
+
+    Attributes:
+        training, validation: items.
+        places: in the dataset, of the examples that are either.
+        left_out: files that are not trained on.
+        facts: for the run's record, JSON-able.
+    """
+
+    training: list[Item]
+    validation: list[Item]
+    places: frozenset[int]
+    left_out: tuple[LeftOut, ...]
+    facts: dict
+
+
+def prepare(
+    dataset: Dataset,
+    recipe: Recipe,
+    host: Host,
+    cache_folder: str,
+    cache_limit: int,
+    copy: str = "",
+    used_since: float = math.inf,
+) -> Prepared:
+    """Encodes what is not yet cached and gives the examples as the loop wants them.
+
+    Args:
+        copy: a folder for a cache of just what this training needs, empty for none.
+        used_since: keep what was used after this time (seconds of the epoch): other trainings that run need it.
+
+    Raises:
+        DatasetError: nothing is left to train on, or something cannot be encoded.
+        SettingsError: the validation split leaves nothing to train on.
+    """
+    started = min(time.time(), used_since)
+    _refuse_sources(dataset, host)
+    geometries = {side: host.denoiser.geometry(side or recipe.resolution) for side in all_resolutions(dataset)}
+    cuts, left_out = cut_dataset(dataset, geometries)
+    maker = _Maker(dataset, recipe, host, cache_folder)
+    cuts = maker.encode_pictures(cuts, left_out)
+    _refuse_if_empty(dataset, cuts, left_out)
+    refuse_if_one_sided(dataset, [cut.example for cut in cuts], left_out)
+    validation = held_out(cuts, recipe)
+    training = [cut for cut in cuts if cut.place not in validation]
+    maker.encode_captions(training, [cut for cut in cuts if cut.place in validation])
+    maker.check_inputs(cuts[0])
+    if copy:
+        maker.copy(copy)
+    removed = prune(cache_folder, cache_limit, started)
+    if removed:
+        log.info("Graft: %.1f GB of the oldest cached latents and texts were removed.", removed / 1e9)
+    for warning in dataset.warnings:
+        log.warning("Graft: %s", warning)
+    everything = (*dataset.left_out, *left_out)
+    if everything:
+        log.warning("Graft: %d files are not trained on: %s", len(everything), shortened(everything, 50))
+    warnings = list_warnings(dataset, recipe, training, everything)
+    for warning in warnings:
+        if warning["kind"] != "skipped":
+            log.warning("Graft: %s", warning["text"])
+    if warnings:
+        host.report("warnings", {"warnings": warnings})
+    facts = {
+        "left_out": [str(row) for row in everything],
+        **maker.beside_facts(cuts),
+        "latents": maker.latent_kind(cuts),
+        "cache_bytes": cache_size(cache_folder),
+    }
+    return Prepared(
+        [maker.item(cut, crop) for cut in training for crop in cut.crops],
+        [maker.item(cut, crop) for cut in cuts if cut.place in validation for crop in cut.crops],
+        frozenset(cut.place for cut in cuts),
+        everything,
+        facts,
+    )
+
+
+def _refuse_sources(dataset: Dataset, host: Host) -> None:
+    if host.denoiser.takes != SOURCE and any(example.control is not None for example in dataset.examples):
+        raise DatasetError(
+            f"The dataset has source pictures, and this model ({host.denoiser.family}) takes none.",
+            "Leave control_folder empty, or take a model that edits pictures, such as Flux Kontext or Qwen-Image-Edit.",
+            "dataset",
+        )
+
+
+def _refuse_if_empty(dataset: Dataset, cuts: list[Cuts], left_out: list[LeftOut]) -> None:
+    if not cuts:
+        raise DatasetError(
+            f"None of the {len(dataset.examples)} pictures of '{dataset.name}' can be trained on: "
+            f"{shortened(left_out)}.",
+            "Take larger or sound pictures, or let small ones be enlarged (upscale).",
+            "dataset",
+        )
+
+
+class _Maker:
+    """Fills the caches and makes items that draw from them."""
+
+    def __init__(self, dataset: Dataset, recipe: Recipe, host: Host, folder: str):
+        self._pictures = len(dataset.examples)
+        for name in _CACHES:
+            # The folder that holds all caches may be a link: the output folder's, or the one of a job.
+            refuse_links(os.path.dirname(folder), os.path.join(folder, name))
+        self._recipe = recipe
+        self._host = host
+        self._caches = {name: Cache(os.path.join(folder, name)) for name in ("latents", "text", "masks")}
+        self._latents = LatentCache(self._caches["latents"], host.codec)
+        # Where the text encoder changes while training, nothing that it gave before is of use.
+        self._texts = None if recipe.live_text else TextCache(self._caches["text"], host.text)
+        self._masks = MaskCache(self._caches["masks"])
+        self._holes = None
+        if host.denoiser.takes == HOLE:
+            self._caches["holes"] = Cache(os.path.join(folder, "holes"))
+            self._holes = HoleCache(self._caches["holes"], host.codec)
+        self._keep = Keep()
+        # The loop fetches a batch ahead in a thread; caches and what is at hand are for one at a time.
+        self._lock = threading.Lock()
+        self._done = 0
+        self._some_caption = ""
+
+    def _ticking(self, rest: int) -> Callable[[str], None]:
+        """Tells of each thing that is encoded from now on; at most so many are."""
+        total = self._done + rest
+
+        def tick(name: str) -> None:
+            self._done += 1
+            self._host.report("cache", {"name": name, "done": self._done, "total": total})
+
+        return tick
+
+    def copy(self, folder: str) -> None:
+        """Puts what is needed into another cache."""
+        for name, cache in self._caches.items():
+            cache.copy_asked(os.path.join(folder, name))
+
+    def encode_pictures(self, cuts: list[Cuts], left_out: list[LeftOut]) -> list[Cuts]:
+        """Those of the cuts that have latents and masks; the others go to `left_out`."""
+        rows = [(cut.example, cut.all_crops()) for cut in cuts]
+        # The captions are counted later.
+        outcome = self._latents.fill(rows, self._ticking(2 * len(cuts)))
+        found = _sound(cuts, outcome, left_out)
+        found = self._with_masks(found, left_out)
+        return self._with_holes(self._with_sources(found, left_out), left_out)
+
+    def _with_sources(self, cuts: list[Cuts], left_out: list[LeftOut]) -> list[Cuts]:
+        paired = [cut for cut in cuts if cut.example.control is not None]
+        rows = [(cut.example.control, [self._control_crop(cut, crop) for crop in cut.all_crops()]) for cut in paired]
+        outcome = self._latents.fill(rows, self._ticking(len(paired) + len(cuts)))
+        kept = {cut.place for cut in _sound(paired, outcome, left_out)}
+        return [cut for cut in cuts if cut.example.control is None or cut.place in kept]
+
+    def _with_holes(self, cuts: list[Cuts], left_out: list[LeftOut]) -> list[Cuts]:
+        if self._holes is None:
+            return cuts
+        rows = [(cut.example, cut.all_crops()) for cut in cuts]
+        return _sound(cuts, self._holes.fill(rows, self._ticking(2 * len(cuts))), left_out)
+
+    def _control_crop(self, cut: Cuts, crop: Crop) -> Crop:
+        step = self._host.denoiser.geometry(self._recipe.resolution).step
+        return control_crop(cut.example.control, cut.example.size, crop, step)
+
+    def beside_facts(self, cuts: list[Cuts]) -> dict[str, int]:
+        """How many pictures have a source or a hole beside them; nothing where there is no such thing."""
+        paired = sum(cut.example.control is not None for cut in cuts)
+        found = {"source_pictures": paired} if paired else {}
+        if self._holes is not None:
+            masked = sum(cut.example.mask is not None for cut in cuts)
+            found.update(holes_by_mask=masked, holes_drawn=len(cuts) - masked)
+        return found
+
+    def _with_masks(self, cuts: list[Cuts], left_out: list[LeftOut]) -> list[Cuts]:
+        rows = []
+        owners = []
+        for cut in cuts:
+            if cut.example.mask is None:
+                continue
+            for crop in cut.all_crops():
+                rows.append((cut.example, crop, self._shape(cut.example, crop)))
+                owners.append(cut.place)
+        problems: dict[int, LeftOut] = {}
+        for place, row, problem in zip(owners, rows, self._masks.fill(rows), strict=True):
+            example = row[0]
+            if problem is None and not example.handling.mask_minimum and not self._counts(row):
+                problem = LeftOut(example.source.name, "its mask leaves nothing of the part that is trained on")
+            if problem is not None:
+                problems.setdefault(place, problem)
+        left_out.extend(problems.values())
+        return [cut for cut in cuts if cut.place not in problems]
+
+    def _counts(self, row: tuple) -> bool:
+        return bool(self._masks.get(self._masks.key(*row)).any())
+
+    def _shape(self, example: Example, crop: Crop) -> tuple[int, int]:
+        return tuple(self._latents.get(self._latents.key(example, crop))["mean"].shape[-2:])
+
+    def encode_captions(self, training: list[Cuts], validation: list[Cuts]) -> None:
+        """Encodes the captions that the run will show, those of validation, and the anchors' prompts."""
+        if self._texts is None:
+            return
+        wanted = dict.fromkeys(captions.plain(cut.example) for cut in validation)
+        wanted.update((cut.example.anchor.prompt, None) for cut in training if cut.example.anchor is not None)
+        recipe = self._recipe
+        pairs = [(cut, crop) for cut in training for crop in cut.crops]
+        turns = turns_within(
+            recipe.steps * recipe.accumulation,
+            [crop.bucket for _, crop in pairs],
+            [cut.example.repeats for cut, _ in pairs],
+            recipe.batch_size,
+            [cut.example.prior for cut, _ in pairs],
+        )
+        for (cut, crop), times in zip(pairs, turns, strict=True):
+            example = cut.example
+            count = captions.variant_count(example, self._pictures)
+            if count == 1 and not example.handling.caption_dropout:
+                wanted[captions.variant(example, 0)] = None
+                continue
+            if example.handling.caption_dropout:
+                wanted[""] = None
+            for number in self._shown(cut, crop, count, times):
+                wanted[captions.variant(example, number)] = None
+        self._some_caption = next(iter(wanted))
+        self._texts.fill(wanted, self._ticking(len(wanted)))
+
+    def _shown(self, cut: Cuts, crop: Crop, count: int, times: int) -> list[int]:
+        """The versions of a caption that so many showings need."""
+        if times >= count:
+            return list(range(count))
+        return sorted({self._version(cut, crop, count, turn) for turn in range(times)} - {None})
+
+    def _version(self, cut: Cuts, crop: Crop, count: int, turn: int) -> int | None:
+        return captions.variant_of_turn(cut.example, count, self._recipe.seed, cut.stream(crop), turn)
+
+    def check_inputs(self, cut: Cuts) -> None:
+        """Lets the denoiser refuse a codec or an encoder that is not its own."""
+        latent = self._latents.get(self._latents.key(cut.example, cut.crops[0]))["mean"]
+        text = self._host.text.encode("") if self._texts is None else self._texts.get(self._some_caption)
+        self._host.denoiser.check_inputs(latent, text)
+
+    def latent_kind(self, cuts: list[Cuts]) -> str:
+        """What the cache holds of the pictures, in words."""
+        first = self._latents.get(self._latents.key(cuts[0].example, cuts[0].crops[0]))
+        if "logvar" in first:
+            return "mean and log-variance, sampled anew at every showing"
+        log.info("Graft: this VAE has no posterior that can be sampled; the mean of each picture is trained on.")
+        return "mean alone: the VAE has no posterior"
+
+    def item(self, cut: Cuts, crop: Crop) -> Item:
+        """One cut of an example as the loop wants it."""
+        from .items import Item
+
+        def show(turn: int | None) -> Shown:
+            with self._lock:
+                return self._show(cut, crop, turn)
+
+        example = cut.example
+        anchored = example.anchor is not None
+        return Item(example.source.name, crop.bucket, example.repeats, show, example.prior, anchored)
+
+    def _show(self, cut: Cuts, crop: Crop, turn: int | None) -> Shown:
+        from .items import Shown
+
+        example = cut.example
+        caption, drawn, source = self._draw(cut, crop, turn)
+        key = self._latents.key(example, drawn)
+        latent = self._host.denoiser.scale_latents(self._latent(key, source))
+        beside = self._beside(cut, crop, drawn, turn)
+        conditioning = replace(self._conditioning(caption, example, drawn), **beside)
+        weight = None
+        if example.mask is not None:
+            weight = self._weight(example, drawn, tuple(latent.shape[-2:]))
+            weight = weight.view(1, 1, *[1] * (latent.ndim - 4), *latent.shape[-2:])
+        anchor = None
+        if turn is not None and example.anchor is not None:
+            told = replace(self._conditioning(example.anchor.prompt, example, drawn), **beside)
+            live = self._live(example.anchor.prompt)
+            anchor = Shown(latent, told, weight, live, example.anchor.weight)
+        return Shown(latent, conditioning, weight, self._live(caption), example.weight, anchor)
+
+    def _conditioning(self, caption: str, example: Example, drawn: Crop) -> Conditioning:
+        """What a showing is conditioned on; without tensors where the text is encoded at every step."""
+        tensors = {}
+        if self._texts is not None:
+            tensors = self._keep.get(f"text {caption}", lambda: self._texts.get(caption))
+        return Conditioning(tensors, example.size, drawn.offset, drawn.bucket)
+
+    def _beside(self, cut: Cuts, crop: Crop, drawn: Crop, turn: int | None) -> dict[str, torch.Tensor]:
+        """The source picture of a showing, or its hole: by seed, place and turn alone, and validation's is the first.
+
+        Means of the posterior, as the host's own nodes give them.
+        """
+        example = cut.example
+        if example.control is not None:
+            key = self._latents.key(example.control, self._control_crop(cut, drawn))
+            return {"source": self._latent(key, None)}
+        if self._holes is None:
+            return {}
+        seed = stream_seed("hole", self._recipe.seed, cut.stream(crop), turn) if turn is not None else 0
+        key = self._holes.key(example, drawn, seed % self._holes.count(example))
+        return self._keep.get(f"hole {key}", lambda: self._holes.get(key))
+
+    def _live(self, caption: str) -> str | None:
+        return caption if self._texts is None else None
+
+    def _draw(self, cut: Cuts, crop: Crop, turn: int | None):
+        """(caption, cut, source of the latent's noise) of a showing: by seed, place and turn alone.
+
+        Validation has no turn: the plain caption, no mirror, the mean.
+        """
+        example = cut.example
+        if turn is None:
+            return captions.plain(example), crop, None
+        from ..rng import generator
+
+        place = cut.stream(crop)
+        count = captions.variant_count(example, self._pictures)
+        number = self._version(cut, crop, count, turn)
+        caption = "" if number is None else captions.variant(example, number)
+        seed = self._recipe.seed
+        flipped = example.handling.flip and stream_seed("flip", seed, place, turn) % 2 == 1
+        return caption, crop.mirrored() if flipped else crop, generator("posterior", seed, place, turn)
+
+    def _latent(self, key: str, source: torch.Generator | None) -> torch.Tensor:
+        """The posterior's mean, or a sample of it."""
+        import torch
+
+        found = self._keep.get(f"latent {key}", lambda: self._latents.get(key))
+        mean = found["mean"]
+        if source is None or "logvar" not in found:
+            return mean
+        noise = torch.randn(mean.shape, generator=source)
+        return mean + torch.exp(0.5 * found["logvar"]) * noise
+
+    def _weight(self, example: Example, crop: Crop, shape: tuple[int, int]) -> torch.Tensor:
+        key = self._masks.key(example, crop, shape)
+        found = self._keep.get(f"mask {key}", lambda: {"": self._masks.get(key)})
+        return found[""].clamp_min(example.handling.mask_minimum)
+
+
+def _sound(cuts: list[Cuts], outcome: list[LeftOut | None], left_out: list[LeftOut]) -> list[Cuts]:
+    """The cuts without a problem; those of the others go to `left_out`."""
+    left_out.extend(problem for problem in outcome if problem is not None)
+    return [cut for cut, problem in zip(cuts, outcome, strict=True) if problem is None]

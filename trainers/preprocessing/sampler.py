@@ -1,0 +1,266 @@
+"""Which examples make up which batch: a pure function of seed and position, so that resuming needs no state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..rng import stream_seed
+
+# Showings that are laid out at once, in 4 bytes each: those of 10,000 pictures that are repeated 200 times.
+_LAID_OUT = 1 << 21
+
+
+@dataclass(frozen=True)
+class _Rounds:
+    """Showings of some examples, laid out in rounds: one as a rule, several where their number is out of the ordinary.
+
+    Each of several rounds holds an even share of every example's showings.
+
+    Attributes:
+        repeats: int64, how often each example is shown in all rounds together.
+    """
+
+    repeats: np.ndarray
+
+    @property
+    def total(self) -> int:
+        """Showings in all rounds."""
+        return int(self.repeats.sum())
+
+    @property
+    def count(self) -> int:
+        """How many rounds there are."""
+        return max(1, -(-self.total // _LAID_OUT))
+
+    def before(self, number: int) -> np.ndarray:
+        """How often each example is shown in the rounds before one."""
+        return self.repeats * number // self.count
+
+    def of(self, number: int) -> np.ndarray:
+        """How often each example is shown in a round."""
+        return self.before(number + 1) - self.before(number)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """The order of a dataset's showings; the arguments are those of `epoch_batches`."""
+
+    buckets: list
+    own: _Rounds
+    classes: _Rounds
+    batch_size: int
+    seed: int
+
+    @classmethod
+    def make(cls, buckets: Sequence, repeats: Sequence[int], batch_size: int, seed: int, prior: Sequence[bool]):
+        times = np.array(repeats, dtype=np.int64)
+        is_class = np.array(prior, dtype=bool) if len(prior) else np.zeros(len(times), dtype=bool)
+        own, classes = _Rounds(np.where(is_class, 0, times)), _Rounds(np.where(is_class, times, 0))
+        return cls(list(buckets), own, classes, batch_size, seed)
+
+    def sizes(self, epoch: int, number: int) -> dict:
+        """Showings in each bucket of a round."""
+        shown = self.own.of(number)
+        if self.classes.total:
+            shown = shown + self._class_counts(epoch, number)
+        found: dict = {}
+        for index in np.flatnonzero(shown).tolist():
+            found[self.buckets[index]] = found.get(self.buckets[index], 0) + int(shown[index])
+        return found
+
+    def batch_count(self, epoch: int, number: int) -> int:
+        """Batches of a round."""
+        return sum(-(-size // self.batch_size) for size in self.sizes(epoch, number).values())
+
+    def batches(self, epoch: int, number: int) -> Iterator[np.ndarray]:
+        """The batches of a round, each an array of example indices."""
+        seed = stream_seed("order", self.seed, epoch, number) if number else stream_seed("order", self.seed, epoch)
+        rng = np.random.RandomState(seed % (2**32))
+        shown = self.own.of(number)
+        groups: dict = {}
+        for index in np.flatnonzero(self.own.repeats).tolist():
+            groups.setdefault(self.buckets[index], []).append(index)
+        classes = self._class_members(epoch, number)
+        rows: list[np.ndarray] = []
+        starts: list[np.ndarray] = []
+        for bucket in sorted({**groups, **classes}):
+            places = np.array(groups.get(bucket, []), dtype=np.int32)
+            members = np.repeat(places, shown[places])
+            rng.shuffle(members)
+            members = _spread(members, classes.get(bucket))
+            begin = sum(map(len, rows))
+            rows.append(members)
+            starts.append(np.arange(begin, begin + len(members), self.batch_size))
+        members = np.concatenate(rows) if rows else np.zeros(0, dtype=np.int32)
+        first = np.concatenate(starts) if starts else np.zeros(0, dtype=np.int64)
+        # Shuffled as the list of batches would be: the draws depend on how many there are alone.
+        ends = np.append(first[1:], len(members))
+        order = np.arange(len(first))
+        rng.shuffle(order)
+        return (members[first[place] : ends[place]] for place in order)
+
+    def shown_before(self, epoch: int, number: int) -> np.ndarray:
+        """How often each example was shown before a round."""
+        shown = epoch * self.own.repeats + self.own.before(number)
+        if self.classes.total:
+            shown = shown + self._class_shown(self._class_start(epoch, number))
+        return shown
+
+    def _class_start(self, epoch: int, number: int) -> int:
+        """How many class images were shown before a round: as many as of the others."""
+        return epoch * self.own.total + int(self.own.before(number).sum())
+
+    def _class_members(self, epoch: int, number: int) -> dict:
+        """The class images of a round by bucket, in their order.
+
+        They are dealt deck by deck, each deck all of them in an order of its own, on and on over the epochs: none is
+        shown again before the others had their turn.
+        """
+        if not self.classes.total:
+            return {}
+        dealt = self._deal(self._class_start(epoch, number), int(self.own.of(number).sum()))
+        found: dict = {}
+        kinds = {bucket: kind for kind, bucket in enumerate(dict.fromkeys(self.buckets))}
+        kind_of = np.array([kinds[bucket] for bucket in self.buckets])[dealt]
+        for bucket, kind in kinds.items():
+            members = dealt[kind_of == kind]
+            if len(members):
+                found[bucket] = members
+        return found
+
+    def _class_counts(self, epoch: int, number: int) -> np.ndarray:
+        """How often a round shows each class image."""
+        start = self._class_start(epoch, number)
+        return self._class_shown(start + int(self.own.of(number).sum())) - self._class_shown(start)
+
+    def _class_shown(self, count: int) -> np.ndarray:
+        """How often each class image is among the first so many."""
+        decks, rest = divmod(count, self.classes.total)
+        number = self._round_at(rest)
+        before = self.classes.before(number)
+        left = rest - int(before.sum())
+        shown = decks * self.classes.repeats + before
+        if left:
+            shown = shown + np.bincount(self._deck(decks, number)[:left], minlength=len(shown))
+        return shown
+
+    def _round_at(self, rest: int) -> int:
+        """The round of a deck that holds its showing number `rest`."""
+        low, high = 0, self.classes.count - 1
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if int(self.classes.before(middle).sum()) <= rest else (low, middle - 1)
+        return low
+
+    def _deck(self, deck: int, number: int) -> np.ndarray:
+        """A round of a deck of class images, shuffled."""
+        seed = stream_seed("prior", self.seed, deck, number) if number else stream_seed("prior", self.seed, deck)
+        rng = np.random.RandomState(seed % (2**32))
+        places = np.arange(len(self.classes.repeats), dtype=np.int32)
+        return rng.permutation(np.repeat(places, self.classes.of(number)))
+
+    def _deal(self, start: int, count: int) -> np.ndarray:
+        """The class images number `start` to `start + count`."""
+        deck, rest = divmod(start, self.classes.total)
+        number = self._round_at(rest)
+        skipped = rest - int(self.classes.before(number).sum())
+        found = [np.zeros(0, dtype=np.int32)]
+        while count > 0:
+            cards = self._deck(deck, number)[skipped : skipped + count]
+            found.append(cards)
+            count -= len(cards)
+            skipped = 0
+            deck, number = (deck, number + 1) if number + 1 < self.classes.count else (deck + 1, 0)
+        return np.concatenate(found)
+
+
+def epoch_batches(
+    buckets: Sequence,
+    repeats: Sequence[int],
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    prior: Sequence[bool] = (),
+) -> list[list[int]]:
+    """The batches of one epoch: every example as often as its repeats say, each batch from one bucket.
+
+    A bucket's last batch may be smaller than `batch_size`: no example is dropped. With class images an epoch holds as
+    many of them as of the others, and spreads them evenly over each bucket's batches.
+
+    Args:
+        buckets: the bucket of each example, anything hashable.
+        repeats: how often each example is shown; of a class image, how often in a round of all class images.
+        seed, epoch: decide the order, the same on every machine.
+        prior: whether each example is a class image; empty for none.
+
+    Returns:
+        Lists of example indices.
+    """
+    layout = _Layout.make(buckets, repeats, batch_size, seed, prior)
+    return [batch.tolist() for number in range(layout.own.count) for batch in layout.batches(epoch, number)]
+
+
+def _spread(members: np.ndarray, classes: np.ndarray | None) -> np.ndarray:
+    """Both in their orders, the second evenly among the first, so that every stretch is as mixed as the whole."""
+    if classes is None:
+        return members
+    places = [(np.arange(len(rows)) + 0.5) / max(1, len(rows)) for rows in (members, classes)]
+    # Stable: of equal places that of the first comes first.
+    return np.concatenate([members, classes])[np.argsort(np.concatenate(places), kind="stable")]
+
+
+def batches_from(
+    position: int,
+    buckets: Sequence,
+    repeats: Sequence[int],
+    batch_size: int,
+    seed: int,
+    prior: Sequence[bool] = (),
+) -> Iterator[tuple[int, list[tuple[int, int]]]]:
+    """(epoch, batch) without end, starting after `position` batches.
+
+    Each member of a batch is (example index, turn): how often the run showed that example before. Memory does not grow
+    with the repeats: showings beyond `_LAID_OUT` are laid out round by round.
+    """
+    layout = _Layout.make(buckets, repeats, batch_size, seed, prior)
+    epoch = 0
+    if not layout.classes.total:
+        # Epochs are of one length then: those before are counted at once.
+        an_epoch = sum(layout.batch_count(0, number) for number in range(layout.own.count))
+        epoch, position = divmod(position, max(1, an_epoch))
+    while True:
+        for number in range(layout.own.count):
+            count = layout.batch_count(epoch, number)
+            if position >= count:
+                position -= count
+                continue
+            shown = layout.shown_before(epoch, number)
+            for place, batch in enumerate(layout.batches(epoch, number)):
+                members = []
+                for index in batch.tolist():
+                    members.append((index, int(shown[index])))
+                    shown[index] += 1
+                if place >= position:
+                    yield epoch, members
+            position = 0
+        epoch += 1
+
+
+def turns_within(
+    batches: int, buckets: Sequence, repeats: Sequence[int], batch_size: int, prior: Sequence[bool] = ()
+) -> list[int]:
+    """An upper bound of how often each example is shown in so many batches."""
+    sizes: dict = {}
+    for index, bucket in enumerate(buckets):
+        if not (prior and prior[index]):
+            sizes[bucket] = sizes.get(bucket, 0) + repeats[index]
+    an_epoch = sum(-(-size // batch_size) for size in sizes.values())
+    epochs = -(-batches // max(1, an_epoch))
+    if not any(prior):
+        return [epochs * times for times in repeats]
+    deck = sum(times for index, times in enumerate(repeats) if prior[index])
+    rounds = -(-epochs * (sum(repeats) - deck) // deck)
+    return [(rounds if prior[index] else epochs) * times for index, times in enumerate(repeats)]

@@ -1,0 +1,1 @@
+"""The recipe: all options of a run, and its identity."""

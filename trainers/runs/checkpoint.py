@@ -1,0 +1,157 @@
+"""A moment of training as a file: written whole or not at all, and read strictly."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ..errors import RunError
+from ..formats import files
+from .loss_by_timestep import LevelLosses
+
+if TYPE_CHECKING:
+    import torch
+
+_VERSION = 1
+
+# What a state says in plain numbers; a field that is added here is written and read below.
+_FIELDS = {"version", "step", "batches", "losses", "validation", "optimiser", "groups", "scaler", "frozen", "levels"}
+_FIELDS |= {"ema_updates"}
+
+
+@dataclass
+class State:
+    """A moment of training, complete: continuing from it gives the same bits as never having stopped.
+
+    Noise, order and timesteps are functions of seed and step and need no state of their own.
+
+    Attributes:
+        step: optimiser steps done.
+        batches: batches drawn so far.
+        losses: of each step.
+        trainables, ema: values by name; `ema` is empty without averaging.
+        ema_updates: how often the average was updated; None without averaging, and in files of earlier versions.
+        constants: what was drawn at the start and is not trained, by name.
+        optimiser: of each parameter by its place: {place: {name: tensor or number}}.
+        groups: of each of the optimiser's groups, the numbers that training changed; empty in older files.
+        scaler: fp16 loss scaling, empty otherwise.
+        frozen: names of trainables whose time was over before the run's.
+        levels: the loss by noise level; of the steps that older files do not tell of, nothing.
+    """
+
+    step: int = 0
+    batches: int = 0
+    losses: list[float] = field(default_factory=list)
+    validation: list[tuple[int, float]] = field(default_factory=list)
+    trainables: dict[str, torch.Tensor] = field(default_factory=dict)
+    ema: dict[str, torch.Tensor] = field(default_factory=dict)
+    constants: dict[str, torch.Tensor] = field(default_factory=dict)
+    optimiser: dict[int, dict[str, Any]] = field(default_factory=dict)
+    groups: list[dict[str, Any]] = field(default_factory=list)
+    scaler: dict[str, float] = field(default_factory=dict)
+    frozen: list[str] = field(default_factory=list)
+    levels: LevelLosses = field(default_factory=LevelLosses)
+    ema_updates: int | None = None
+
+
+def write_state(path: str, state: State) -> None:
+    """Writes a state atomically, as a safetensors file whose metadata hold what is no tensor."""
+    import torch
+
+    tensors = {}
+    for group in ("trainables", "ema", "constants"):
+        for name, tensor in getattr(state, group).items():
+            tensors[f"{group}/{name}"] = tensor
+    numbers: dict[str, dict[str, Any]] = {}
+    for index, slots in state.optimiser.items():
+        for name, value in slots.items():
+            if torch.is_tensor(value):
+                tensors[f"optimiser/{index}/{name}"] = value
+            else:
+                numbers.setdefault(str(index), {})[name] = value
+    plain = {
+        "version": _VERSION,
+        "step": state.step,
+        "batches": state.batches,
+        "losses": state.losses,
+        "validation": state.validation,
+        "optimiser": numbers,
+        "groups": state.groups,
+        "scaler": state.scaler,
+        "frozen": state.frozen,
+        "levels": state.levels.as_json(),
+    }
+    if state.ema_updates is not None:
+        plain["ema_updates"] = state.ema_updates
+    files.write_tensors(path, tensors, {"state": json.dumps(plain)})
+
+
+def read_state(path: str, step: int) -> State:
+    """The state in a file.
+
+    Args:
+        step: that its name says.
+
+    Raises:
+        RunError: it is of another version, damaged, or another step's.
+    """
+    tensors, metadata = files.read_tensors(path, strict=True)
+    try:
+        if metadata.keys() != {"state"}:
+            # Among them may be the checksums, under a damaged name.
+            raise ValueError(f"its metadata hold {sorted(metadata)!r:.100}")
+        plain = files.parse_json(metadata["state"])
+        if plain["version"] != _VERSION:
+            raise RunError(f"The state '{path}' is of version {plain['version']!r:.40}.", "Start the run over.")
+        _check_plain(plain, step)
+        state = State(
+            step=plain["step"],
+            batches=plain["batches"],
+            losses=[float(loss) for loss in plain["losses"]],
+            validation=[(int(step), float(loss)) for step, loss in plain["validation"]],
+            optimiser={int(index): _numbers_in(slots) for index, slots in plain["optimiser"].items()},
+            groups=[_numbers_in(group) for group in plain.get("groups", [])],
+            scaler=_numbers_in(plain["scaler"]),
+            frozen=[str(name) for name in plain.get("frozen", [])],
+            levels=LevelLosses.of_json(plain["levels"]) if "levels" in plain else LevelLosses(),
+            ema_updates=plain.get("ema_updates"),
+        )
+        for name, tensor in tensors.items():
+            group, _, rest = name.partition("/")
+            if group == "optimiser":
+                index, _, slot = rest.partition("/")
+                state.optimiser.setdefault(int(index), {})[slot] = tensor
+            elif group in ("trainables", "ema", "constants"):
+                if not files.is_finite(tensor):
+                    raise ValueError(f"{name} is not finite")
+                getattr(state, group)[rest] = tensor
+            else:
+                raise ValueError(f"{name} is nothing of a state's")
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        if isinstance(error, RunError):
+            raise
+        raise RunError(f"The state '{path}' is damaged ({error!r:.200}).", "Remove it.") from error
+    return state
+
+
+def _check_plain(plain: dict, step: int) -> None:
+    """Raises ValueError for what is no state's, or another step's."""
+    unknown = plain.keys() - _FIELDS
+    if unknown:
+        raise ValueError(f"it holds {min(unknown)}, which this version does not know")
+    if type(plain["step"]) is not int or plain["step"] != step:
+        raise ValueError(f"its step is {plain['step']!r:.40}")
+    if type(plain["batches"]) is not int or plain["batches"] < 0:
+        raise ValueError("its batches are no number")
+    updates = plain.get("ema_updates", 0)
+    if type(updates) is not int or not 0 <= updates <= step:
+        raise ValueError(f"its ema_updates is {updates!r:.40}")
+
+
+def _numbers_in(values: dict[str, Any]) -> dict[str, Any]:
+    """Numbers by name. Raises ValueError when there is anything else, or what only the recipe may set."""
+    plain = all(value is None or isinstance(value, (bool, int, float)) for value in values.values())
+    if not plain or values.keys() & {"params", "lr"}:
+        raise ValueError("it holds something else where numbers by name are kept")
+    return dict(values)

@@ -1,0 +1,231 @@
+"""The history of runs: what it shows of each in short, and how one is taken out of it."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import re
+import secrets
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+from ..errors import RunError
+from ..formats.files import is_link
+from .notes import Notes, read_notes
+from .records import MOST_RUNS, Record, event_of, find_run, has_graph, list_records, log_path, read_recipe, record_of
+from .run import Folders, Run
+from .saves import list_saves
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+log = logging.getLogger(__name__)
+
+# Of a curve that is drawn a few hundred pixels wide.
+_MOST_POINTS = 240
+# As the panel smooths: each loss counts so many times as much as the one after it.
+_SMOOTHING = 0.96
+# What counts as the loss at an end: the mean over so much of the run.
+_SHARE = 10
+
+_FACTS = ("images", "validation_images", "class_images", "layers", "checkpointed_blocks", "made_from")
+
+_LOG_LIMIT = 64 * 1024 * 1024
+_KEPT_LOGS = 512
+_REMOVED = ".removed-"
+_REMOVED_NAME = re.compile(re.escape(_REMOVED) + "[0-9a-f]{16}")
+
+
+@dataclass(frozen=True)
+class Losses:
+    """How the loss of a run went.
+
+    Attributes:
+        final: mean over the last tenth of its steps; None before the first step.
+        best, best_step: the lowest mean over any tenth, and the step that tenth ends with.
+        checked: (step, loss) on the pictures that were held out.
+        curve: (step, smoothed loss); of long runs every so many steps, and the last.
+    """
+
+    final: float | None
+    best: float | None
+    best_step: int
+    checked: tuple[tuple[int, float], ...]
+    curve: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What the history shows of a run.
+
+    Attributes:
+        picture: path of its last sample picture, None where it drew none.
+        recipe: every setting.
+        facts: what recipe.json holds besides: counts of pictures and layers, what the run is made from.
+        has_graph: whether it is kept what the run was queued as.
+        size: bytes of its folder.
+        notes: the user's.
+        saves: steps of which there is a save, rising.
+    """
+
+    record: Record
+    losses: Losses
+    picture: str | None
+    recipe: dict[str, Any]
+    facts: dict[str, Any]
+    has_graph: bool
+    size: int
+    notes: Notes
+    saves: tuple[int, ...]
+
+
+def list_summaries(folders: Folders, text: str, first: int, count: int) -> tuple[list[Summary], int]:
+    """A page of the history, the run that changed last first, and how many runs there are in all.
+
+    Args:
+        text: what a run's name, title or note holds, whatever the case; empty for every run.
+    """
+    names = [one.name for one in list_records(folders, MOST_RUNS) if _holds(folders, one.name, text.lower())]
+    found = []
+    for name in names[first : first + count]:
+        try:
+            found.append(summary_of(folders, find_run(folders, name)))
+        except (RunError, OSError):
+            # It was removed since.
+            continue
+    return found, len(names)
+
+
+def _holds(folders: Folders, name: str, text: str) -> bool:
+    if text in name.lower():
+        return True
+    notes = read_notes(Run.named(folders, name))
+    return text in f"{notes.title}\n{notes.note}".lower()
+
+
+def summary_of(folders: Folders, run: Run) -> Summary:
+    """What the history shows of a run. Raises RunError when its recipe is none, OSError when it was removed."""
+    value = read_recipe(run)
+    facts = {name: value[name] for name in _FACTS if name in value}
+    record = record_of(run)
+    picture = run.last_sample(record.steps)
+    about = (read_notes(run), tuple(list_saves(folders, run)))
+    return Summary(record, losses_of(run), picture, value["recipe"], facts, has_graph(run), _size(run.folder), *about)
+
+
+def losses_of(run: Run) -> Losses:
+    """How a run's loss went, from its log; read again only when that has changed."""
+    path = log_path(run)
+    if path is None:
+        return _describe((), ())
+    status = os.stat(path)
+    return _read_losses(path, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=_KEPT_LOGS)
+def _read_losses(path: str, size: int, changed: int) -> Losses:
+    steps, checked = [], []
+    for event in _events(path, size):
+        rows = {"step": steps, "validation": checked}.get(event["event"])
+        step, loss = event.get("step"), event.get("loss")
+        # A log may be anyone's: only what rises step by step makes a curve.
+        if rows is None or type(step) is not int or not _is_number(loss) or (rows and step <= rows[-1][0]):
+            continue
+        rows.append((step, float(loss)))
+    return _describe(steps, checked)
+
+
+def _events(path: str, size: int) -> Iterator[dict[str, Any]]:
+    with open(path, "rb") as file:
+        if size > _LOG_LIMIT:
+            file.seek(size - _LOG_LIMIT)
+            # What the limit cut through is no line.
+            file.readline()
+        for line in file:
+            event = event_of(line)
+            if event is not None:
+                yield event
+
+
+def _is_number(value: Any) -> bool:
+    # Whole numbers may be larger than any float.
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def _describe(steps: Iterable[tuple[int, float]], checked: Iterable[tuple[int, float]]) -> Losses:
+    steps = list(steps)
+    if not steps:
+        return Losses(None, None, 0, _thinned(list(checked)), ())
+    losses = [loss for _, loss in steps]
+    width = max(1, len(losses) // _SHARE)
+    sums = [0.0, *accumulate(losses)]
+    means = [(sums[end] - sums[end - width]) / width for end in range(width, len(sums))]
+    best = min(range(len(means)), key=means.__getitem__)
+    curve = list(zip((step for step, _ in steps), smoothed(losses, _SMOOTHING), strict=True))
+    return Losses(means[-1], means[best], steps[best + width - 1][0], _thinned(list(checked)), _thinned(curve))
+
+
+def _thinned(points: list[tuple[int, float]]) -> tuple[tuple[int, float], ...]:
+    """At most _MOST_POINTS of them, evenly, the last among them."""
+    every = -(-len(points) // _MOST_POINTS) or 1
+    return tuple(point for place, point in enumerate(points) if (len(points) - 1 - place) % every == 0)
+
+
+def _size(folder: str) -> int:
+    total = 0
+    for directory, _, names in os.walk(folder):
+        for name in names:
+            # A training may remove one meanwhile.
+            with suppress(FileNotFoundError):
+                total += os.lstat(os.path.join(directory, name)).st_size
+    return total
+
+
+def delete_run(run: Run) -> None:
+    """Takes a run's folder away: recipe, log, states, saves and sample pictures. What was picked for loaders stays.
+
+    The folder is renamed first, so that the run is there whole or not at all. What cannot be removed after that is
+    tried again with the next one.
+
+    Raises:
+        RunHeldError: a process, here or on another computer, trains it.
+        RunError: it cannot be taken away, or does not say that it is a run; it is as it was.
+    """
+    read_recipe(run)
+    parent = os.path.dirname(run.folder)
+    aside = os.path.join(parent, f"{_REMOVED}{secrets.token_hex(8)}")
+    with run.held():
+        try:
+            os.rename(run.folder, aside)
+        except OSError as error:
+            raise RunError(
+                f"The folder '{run.folder}' cannot be removed ({error}).", "Close what holds it open, or remove it."
+            ) from error
+    for name in os.listdir(parent):
+        path = os.path.join(parent, name)
+        if _REMOVED_NAME.fullmatch(name) and not is_link(path):
+            shutil.rmtree(path, ignore_errors=True)
+            if os.path.isdir(path):
+                log.warning("Graft: the deleted run's folder %s cannot be removed yet.", path)
+
+
+def smoothed(values: Sequence[float], smoothing: float) -> list[float]:
+    """A moving average that forgets: each value counts `smoothing` times as much as the one after it.
+
+    It begins at the first value, not at 0; what is no number is passed over.
+    """
+    total = weight = 0.0
+    found = []
+    for value in values:
+        if math.isfinite(value):
+            total = smoothing * total + value
+            weight = smoothing * weight + 1.0
+        found.append(total / weight if weight else math.nan)
+    return found

@@ -1,0 +1,161 @@
+"""What is told of the runs on disk; whatever lies there is read strictly, and nothing is written."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import RunError
+from ..formats.files import parse_json, read_own_json
+from ..text import is_below
+from .run import STOPPED, Folders, Run, is_name
+
+# So many are told of, those that changed last.
+MOST_RUNS = 1000
+
+# A run's recipe and a line of its log are some hundred bytes to some ten thousand; more was not written by a run.
+_RECIPE_LIMIT = 4 * 1024 * 1024
+_LINE_LIMIT = 64 * 1024
+_TAIL_LIMIT = 4 * 1024 * 1024
+_GRAPH_LIMIT = 32 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Record:
+    """A run, as its folder tells.
+
+    Attributes:
+        step: of the last state.
+        steps: it is to have.
+        status: "finished", "stopped", "paused" or "unfinished".
+        changed: when its folder changed last, seconds of the epoch.
+    """
+
+    name: str
+    step: int
+    steps: int
+    status: str
+    changed: float
+
+
+def find_run(folders: Folders, name: str) -> Run:
+    """The run of a name.
+
+    Raises:
+        RunError: it cannot be a run's name, there is none, or its folder is a link or leads out of the runs'.
+    """
+    if is_name(name):
+        run = Run.named(folders, name)
+        direct = os.path.join(os.path.realpath(folders.runs), name)
+        same = os.path.realpath(run.folder) == direct and is_below(run.recipe_path, run.folder)
+        if same and os.path.isfile(run.recipe_path):
+            return run
+    raise RunError("There is no such run.", "GET /graft/runs lists those there are.")
+
+
+def list_records(folders: Folders, most: int) -> list[Record]:
+    """The runs there are, the one that changed last first; damaged ones are left out."""
+    names = os.listdir(folders.runs) if os.path.isdir(folders.runs) else []
+    found = []
+    for name in names:
+        try:
+            found.append(record_of(find_run(folders, name)))
+        except (RunError, OSError):
+            # An OSError: it was removed since the folder was listed, or is not for this user to read.
+            continue
+    return sorted(found, key=lambda one: (-one.changed, one.name))[:most]
+
+
+def record_of(run: Run) -> Record:
+    """What a run's folder tells in short. Raises RunError when its recipe is none."""
+    steps = read_recipe(run)["recipe"]["steps"]
+    step = max((number for number in run.states() if number <= steps), default=0)
+    return Record(run.name, step, steps, _status(run, step, steps), os.stat(run.folder).st_mtime)
+
+
+def _status(run: Run, step: int, steps: int) -> str:
+    if step == steps:
+        return "finished"
+    halt = run.halt()
+    if halt is None or halt.steps != steps or (halt.how == STOPPED and halt.step != step):
+        return "unfinished"
+    return halt.how
+
+
+def read_recipe(run: Run) -> dict[str, Any]:
+    """A run's recipe.json. Raises RunError when it is not what a run writes."""
+    path = run.recipe_path
+    try:
+        if os.path.getsize(path) > _RECIPE_LIMIT:
+            raise ValueError("it is too large")
+        value = read_own_json(path)
+        if type(value["recipe"]["steps"]) is not int:
+            raise ValueError("its steps are no number")
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, RunError):
+            raise
+        raise RunError(f"The file '{path}' is no recipe ({error}).", "Remove or restore it.") from error
+    return value
+
+
+def read_graph(run: Run) -> dict[str, Any]:
+    """What a run was queued as, {"prompt", "workflow"}. Raises RunError where that was not kept."""
+    path = run.graph_path
+    if not has_graph(run) or os.path.getsize(path) > _GRAPH_LIMIT:
+        raise RunError(
+            "No workflow is kept with this run.", "Runs that were made before workflows were kept have none."
+        )
+    value = read_own_json(path)
+    if not isinstance(value, dict):
+        raise RunError(f"The file '{path}' is no workflow.", "Remove it.")
+    return {name: value[name] for name in ("prompt", "workflow") if isinstance(value.get(name), dict)}
+
+
+def has_graph(run: Run) -> bool:
+    """Whether it is kept what a run was queued as."""
+    return os.path.isfile(run.graph_path) and is_below(run.graph_path, run.folder)
+
+
+def log_path(run: Run) -> str | None:
+    """Path of a run's log, None where it has none of its own."""
+    path = os.path.join(run.folder, "metrics.jsonl")
+    return path if os.path.isfile(path) and is_below(path, run.folder) else None
+
+
+def read_events(run: Run, most: int) -> list[dict[str, Any]]:
+    """The last events of a run's log, oldest first; what is no event is left out."""
+    path = log_path(run)
+    if path is None:
+        return []
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - _TAIL_LIMIT))
+        lines = file.read(_TAIL_LIMIT).splitlines()
+    # What the limit cut through is no line.
+    lines = lines[1:] if size > _TAIL_LIMIT else lines
+    events = (event_of(line) for line in lines[-most:])
+    return [event for event in events if event is not None]
+
+
+def event_of(line: bytes) -> dict[str, Any] | None:
+    """The event in a line of a log, None where it is none."""
+    if len(line) > _LINE_LIMIT:
+        return None
+    try:
+        value = parse_json(line)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) and isinstance(value.get("event"), str) else None
+
+
+def jsonable(value: Any) -> Any:
+    """A value of JSON without the numbers that JSON has not: they become None, which browsers can read."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(name): jsonable(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [jsonable(part) for part in value]
+    return value

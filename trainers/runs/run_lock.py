@@ -1,0 +1,362 @@
+"""A lock on a run, so that two processes, or two computers on one output folder, never train or delete it at once.
+
+The lock is a file beside the run's folder. Its holder keeps the operating system's lock on it, writes into it who it
+is, and touches it every few seconds. The operating system frees its lock when a process dies, so a killed training is
+no obstacle. Where the file system has no such locks, or does not pass them on to other computers, the record decides.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import secrets
+import threading
+import time
+import uuid
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields
+
+from ..errors import RunError, RunHeldError
+from ..formats.files import parse_json
+
+log = logging.getLogger(__name__)
+
+# Seconds between two signs of life, and without one after which another computer's lock counts as left behind.
+HEARTBEAT = 5.0
+LIMIT = 60.0
+
+_RECORD_LIMIT = 4096
+_TRIES = 20
+_SUFFIX = ".lock"
+# On Windows a locked byte cannot be read by others: this one lies beyond the record.
+_LOCKED_BYTE = 1 << 30
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The process that holds a lock.
+
+    Attributes:
+        host: name of its computer.
+        system: changes with every start of the computer; processes with the same one share a kernel.
+        space: of its process id; ids of different containers do not compare.
+        process: its id.
+        started: when the process started, in the kernel's own count; empty where that is not known.
+        since: when it took the lock, seconds of the epoch.
+        token: differs with every taking.
+    """
+
+    host: str
+    system: str
+    space: str
+    process: int
+    started: str
+    since: float
+    token: str
+
+    @classmethod
+    def here(cls) -> Holder:
+        """This process."""
+        process = os.getpid()
+        return cls(
+            platform.node(), _system(), _process_space(), process, _started(process), time.time(), secrets.token_hex(8)
+        )
+
+    def is_alive(self) -> bool | None:
+        """Whether the process runs on this computer; None where that cannot be told."""
+        if not self.started or (self.system, self.space) != (_system(), _process_space()):
+            return None
+        return _started(self.process) == self.started
+
+    def __str__(self) -> str:
+        since = time.strftime("%Y-%m-%d %H:%M", time.localtime(self.since))
+        return f"process {self.process} on the computer '{self.host}', since {since}"
+
+
+class RunLock:
+    """A lock that is held; `acquire` makes one.
+
+    Attributes:
+        holder: this process.
+    """
+
+    def __init__(self, path: str, name: str, descriptor: int, holder: Holder):
+        self.holder = holder
+        self._path = path
+        self._name = name
+        self._descriptor = descriptor
+        self._lost = False
+        self._beaten = time.time()
+        self._mutex = threading.Lock()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._beat_until_end, name="graft run lock", daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Make sure that the lock is still held, before something is written.
+
+        Raises:
+            RunHeldError: another computer took it over, because this one gave no sign of life for so long.
+        """
+        # Not by a clock that stands still while the computer sleeps.
+        if abs(time.time() - self._beaten) > 2 * HEARTBEAT:
+            self._beat()
+        if self._lost:
+            raise RunHeldError(
+                f"Another ComfyUI took the run '{self._name}' over: this one gave no sign of life for {LIMIT:g} s.",
+                "Let the other one finish. What was saved before stays.",
+            )
+
+    def release(self) -> None:
+        """Free the run."""
+        self._ended.set()
+        self._thread.join()
+        if os.name == "nt":
+            # Windows removes no open file. If another process has opened it meanwhile, it stays, as that one's.
+            os.close(self._descriptor)
+            self._remove_own()
+        else:
+            self._remove_own()
+            os.close(self._descriptor)
+
+    def _remove_own(self) -> None:
+        with suppress(OSError):
+            found = read_holder(self._path)
+            if found is not None and found.token == self.holder.token:
+                _remove(self._path)
+
+    def _beat_until_end(self) -> None:
+        while not self._ended.wait(HEARTBEAT):
+            self._beat()
+
+    def _beat(self) -> None:
+        """Give a sign of life, if the lock is still this process's."""
+        with self._mutex:
+            if self._ended.is_set() or self._lost:
+                return
+            try:
+                found = read_holder(self._path)
+                if found is not None and found.token != self.holder.token:
+                    self._lost = True
+                    return
+                # Removed by hand, or with the folder above it, it is no one else's.
+                if found is not None:
+                    os.utime(self._path)
+            except OSError as error:
+                # A network share may be away for a moment; past the limit `check` asks again.
+                log.debug("Graft: the lock %s cannot be touched: %s", self._path, error)
+                return
+            self._beaten = time.time()
+
+
+def lock_path(folder: str) -> str:
+    """Path of the lock of a run's folder."""
+    parent, name = os.path.split(os.path.abspath(folder))
+    return os.path.join(parent, f".{name}{_SUFFIX}")
+
+
+def acquire(folder: str) -> RunLock:
+    """Take the lock of a run's folder, which need not exist.
+
+    Raises:
+        RunHeldError: another process holds it.
+        RunError: the lock cannot be written.
+    """
+    path, name = lock_path(folder), os.path.basename(folder)
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        for _ in range(_TRIES):
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | _BINARY, 0o666)
+            try:
+                lock = _take(path, name, descriptor)
+            except BaseException:
+                os.close(descriptor)
+                raise
+            if lock is not None:
+                return lock
+            # It was removed or replaced meanwhile.
+            os.close(descriptor)
+        raise OSError("it changes all the time, or cannot be removed")
+    except OSError as error:
+        raise RunError(
+            f"The file '{path}' cannot be written ({error}).",
+            "Make the folder writable; if the file is a link, remove it.",
+        ) from error
+
+
+def _take(path: str, name: str, descriptor: int) -> RunLock | None:
+    """Take the lock whose file is open; None where that file is not the lock any more.
+
+    Raises:
+        RunHeldError: another process holds it.
+    """
+    locked = _lock_file(descriptor)
+    if not _is_same_file(path, descriptor):
+        return None
+    holder = _parse(os.pread(descriptor, _RECORD_LIMIT, 0) if hasattr(os, "pread") else _read_all(descriptor))
+    if not _is_left_behind(path, holder, locked):
+        raise RunHeldError(
+            f"The run '{name}' is in use by another training: {holder or 'a process that does not say its name'}.",
+            "Wait until it ends, or stop it there. To train beside it, give this run a name of its own in Graft Run "
+            f"Options. If that computer was switched off, the run is free {LIMIT:g} s after its last sign of life.",
+        )
+    if locked is False:
+        # Its process is gone: a child of it, or the server of a network share, still keeps the old file locked.
+        _remove(path)
+        return None
+    own = Holder.here()
+    os.ftruncate(descriptor, 0)
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    os.write(descriptor, json.dumps(asdict(own)).encode())
+    os.fsync(descriptor)
+    return RunLock(path, name, descriptor, own)
+
+
+def _is_left_behind(path: str, holder: Holder | None, locked: bool | None) -> bool:
+    """Whether nobody holds a lock.
+
+    Args:
+        locked: whether this process could lock the file; None where the file system has no locks.
+    """
+    if holder is None:
+        # Fresh, or written by no one yet.
+        return locked is not False
+    if holder.system == _system():
+        if locked:
+            return True
+        alive = holder.is_alive()
+        if alive is not None:
+            return not alive
+        if locked is False:
+            return False
+    return _age(path) > LIMIT
+
+
+def read_holder(path: str) -> Holder | None:
+    """The record in a lock file; None where there is none."""
+    try:
+        with open(path, "rb") as file:
+            return _parse(file.read(_RECORD_LIMIT))
+    except FileNotFoundError:
+        return None
+
+
+def find_holder(folder: str) -> Holder | None:
+    """The process that holds the lock of a run's folder, without taking it; None for none, or one that is gone."""
+    path = lock_path(folder)
+    with suppress(OSError):
+        holder = read_holder(path)
+        alive = None if holder is None else holder.is_alive()
+        if alive is None and holder is not None:
+            alive = _age(path) <= LIMIT
+        return holder if alive else None
+    return None
+
+
+def earliest_start(parent: str) -> float:
+    """When the first of the trainings that now hold a run in a folder began, seconds of the epoch; now for none."""
+    names = os.listdir(parent) if os.path.isdir(parent) else []
+    runs = [name[1 : -len(_SUFFIX)] for name in names if name.startswith(".") and name.endswith(_SUFFIX)]
+    holders = [find_holder(os.path.join(parent, run)) for run in runs]
+    return min([time.time(), *(holder.since for holder in holders if holder is not None)])
+
+
+def _parse(data: bytes) -> Holder | None:
+    """The record in a lock file's bytes; None for anything else."""
+    try:
+        value = parse_json(data)
+        holder = Holder(**value)
+    except (ValueError, TypeError):
+        return None
+    kinds = {"process": (int,), "since": (int, float)}
+    sound = all(type(getattr(holder, one.name)) in kinds.get(one.name, (str,)) for one in fields(Holder))
+    return holder if sound else None
+
+
+def _age(path: str) -> float:
+    """Seconds since the last sign of life, by the clock of the disk: those of two computers may differ."""
+    probe = os.path.join(os.path.dirname(path), f".graft.{secrets.token_hex(4)}.tmp")
+    with open(probe, "wb"):
+        pass
+    try:
+        return os.stat(probe).st_mtime - os.stat(path).st_mtime
+    finally:
+        os.remove(probe)
+
+
+def _is_same_file(path: str, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _remove(path: str) -> None:
+    with suppress(FileNotFoundError, PermissionError):
+        os.remove(path)
+
+
+def _read_all(descriptor: int) -> bytes:
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    return os.read(descriptor, _RECORD_LIMIT)
+
+
+_BINARY = getattr(os, "O_BINARY", 0)
+
+
+def _lock_file(descriptor: int) -> bool | None:
+    """Take the operating system's lock on an open file.
+
+    Returns:
+        False where another process has it, None where the file system has no locks.
+    """
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            os.lseek(descriptor, _LOCKED_BYTE, os.SEEK_SET)
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError as error:
+        log.debug("Graft: the file system has no locks: %s", error)
+        return None
+    return True
+
+
+def _system() -> str:
+    """What differs between computers, and where the system tells it between two starts of one."""
+    address = uuid.getnode()
+    if address >> 40 & 1:
+        # No network card was found: the number is drawn anew in each process.
+        address = 0
+    return _read_text("/proc/sys/kernel/random/boot_id") or f"{platform.system()} {platform.node()} {address:x}"
+
+
+def _process_space() -> str:
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
+def _started(process: int) -> str:
+    """When a process started, by Linux's own count; empty where it does not run, or the system does not tell."""
+    # The command's name before it may hold spaces and brackets.
+    row = _read_text(f"/proc/{process}/stat").rpartition(")")[2].split()
+    # A zombie has ended.
+    return row[19] if len(row) > 19 and row[0] not in "ZX" else ""
+
+
+def _read_text(path: str) -> str:
+    try:
+        with open(path, encoding="ascii", errors="replace") as file:
+            return file.read().strip()
+    except OSError:
+        return ""

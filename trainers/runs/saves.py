@@ -1,0 +1,73 @@
+"""Saves of a run: one file a step, in the run's folder until one is picked for the host's loaders."""
+
+from __future__ import annotations
+
+import filecmp
+import os
+import re
+import shutil
+
+from ..errors import RunError
+from ..formats import files
+from ..text import is_below, safe_name
+from .notes import read_notes
+from .run import Folders, Run
+
+_SAVE = re.compile(r"step-(\d{8})\.safetensors")
+_MOST_NAMES = 100
+
+
+def list_saves(folders: Folders, run: Run) -> dict[int, list[str]]:
+    """Paths of a run's saves by step, rising: its adapter, its embedding, or both.
+
+    Runs of earlier versions have theirs below the folders that the host's loaders read.
+    """
+    places = ((run.adapters, run.folder), (run.embeddings, run.folder))
+    earlier = ((os.path.join(root, run.name), root) for root in (folders.adapters, folders.embeddings))
+    found: dict[int, list[str]] = {}
+    for folder, root in (*places, *earlier):
+        for name in os.listdir(folder) if os.path.isdir(folder) else []:
+            match = _SAVE.fullmatch(name)
+            path = os.path.join(folder, name)
+            if match and is_below(path, root) and os.path.isfile(path):
+                found.setdefault(int(match.group(1)), []).append(path)
+    return dict(sorted(found.items()))
+
+
+def pick_save(folders: Folders, run: Run, step: int) -> dict[str, str]:
+    """Copy the saves of a step to where the host's loaders list them; {"adapter" or "embedding": name in that list}.
+
+    The name is the run's title, or its name where it has none, and the step. A save that is listed already stays.
+
+    Raises:
+        RunError: there is no save of that step, or the file cannot be written.
+    """
+    paths = list_saves(folders, run).get(step)
+    if not paths:
+        raise RunError(f"The run {run.name} has no save of step {step}.", "Choose another step.")
+    picked: dict[str, str] = {}
+    for path in paths:
+        is_embedding = is_below(path, run.embeddings) or is_below(path, folders.embeddings)
+        root = folders.embeddings if is_embedding else folders.adapters
+        listed = path if is_below(path, root) else _copy(path, root, _title(run), step)
+        picked.setdefault("embedding" if is_embedding else "adapter", os.path.relpath(listed, root))
+    return picked
+
+
+def _title(run: Run) -> str:
+    return safe_name(read_notes(run).title or run.name)
+
+
+def _copy(path: str, root: str, title: str, step: int) -> str:
+    """Copy a save into a folder under a free name; its path. The same file is not copied twice."""
+    for number in range(1, _MOST_NAMES):
+        ending = "" if number == 1 else f"-{number}"
+        target = os.path.join(root, f"{title}-step-{step}{ending}.safetensors")
+        if not os.path.lexists(target):
+            files.check_room(root, os.path.getsize(path))
+            with files.replacing(target) as temporary:
+                shutil.copyfile(path, temporary)
+            return target
+        if os.path.isfile(target) and not os.path.islink(target) and filecmp.cmp(path, target, shallow=False):
+            return target
+    raise RunError(f"There are {_MOST_NAMES} files named '{title}-step-{step}' in {root}.", "Remove some of them.")

@@ -1,0 +1,98 @@
+"""A run's events for TensorBoard, by torch's own writer; the package is imported only where they are asked for."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from ..errors import RunError, needing
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+    from .run import Run
+
+log = logging.getLogger(__name__)
+
+_FLUSH = 10  # seconds
+
+# By kind of event: where its numbers are shown, and under which name the event has them.
+_SCALARS = {
+    "step": {
+        "loss/training": "loss",
+        "training/learning rate": "lr",
+        "training/gradient norm": "grad_norm",
+        "training/seconds a step": "seconds",
+    },
+    "validation": {"loss/validation": "loss"},
+}
+
+
+def load() -> type[SummaryWriter]:
+    """Torch's writer.
+
+    Raises:
+        SettingsError: the package tensorboard is not installed, with what to install.
+    """
+    cure = "or set tensorboard in Graft Run Options to off"
+    with needing("tensorboard", "Writing TensorBoard's event files", cure, "tensorboard"):
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter
+
+
+@contextmanager
+def writing(run: Run, step: int) -> Iterator[None]:
+    """Writes what the run logs within the block, from after a step on, to its folder `tensorboard`.
+
+    TensorBoard forgets what an earlier, interrupted part wrote of steps that are done again.
+
+    Raises:
+        SettingsError: as `load`.
+        RunError: nothing can be written there.
+    """
+    folder = os.path.join(run.folder, "tensorboard")
+    with _telling(folder):
+        writer = load()(folder, purge_step=step + 1 if step else None, flush_secs=_FLUSH)
+
+    def follow(event: dict[str, Any]) -> None:
+        with _telling(folder):
+            _write(writer, run, event)
+
+    run.followers.append(follow)
+    try:
+        yield
+    finally:
+        run.followers.remove(follow)
+        try:
+            writer.close()
+        except OSError as error:
+            # What the training ends with is what is shown.
+            log.warning("Graft: the last of TensorBoard's events could not be written to '%s': %s", folder, error)
+
+
+def _write(writer: SummaryWriter, run: Run, event: dict[str, Any]) -> None:
+    step = event.get("step", 0)
+    for shown, name in _SCALARS.get(event["event"], {}).items():
+        writer.add_scalar(shown, event[name], step)
+    if event["event"] == "sample":
+        import numpy as np
+        from PIL import Image
+
+        for number, name in enumerate(event["files"], 1):
+            with Image.open(os.path.join(run.folder, "samples", name)) as picture:
+                writer.add_image(f"samples/{number}", np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+
+
+@contextmanager
+def _telling(folder: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"TensorBoard's event files cannot be written to '{folder}' ({error}).",
+            "Free space on that disk, make the folder writable, or set tensorboard in Graft Run Options to off.",
+        ) from error

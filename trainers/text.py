@@ -1,0 +1,133 @@
+"""What texts and names of files may hold, whoever wrote them: the same on every system."""
+
+from __future__ import annotations
+
+import os
+import re
+import unicodedata
+
+from .errors import SettingsError
+
+# Names that Windows keeps for devices, with whatever ending.
+_RESERVED = re.compile(r"(?:con|prn|aux|nul|com\d|lpt\d)(?:\..*)?", re.IGNORECASE)
+# Control characters but for tabs and ends of lines, and halves of characters, which no file and no encoder takes.
+_NO_TEXT = re.compile("[\x00-\x08\x0e-\x1f\x7f\ud800-\udfff]")
+# What no name can hold on Windows, or what leads elsewhere there.
+_NO_NAME = re.compile(r'[<>:"|?*\\]')
+_LONGEST_PART = 150
+_DEEPEST = 20
+
+
+# Letters of scripts that write words without spaces between them (Thai to Khmer, Chinese, Japanese), or with endings
+# right behind them (Korean): between these a word may begin and end anywhere.
+_UNSPACED = (
+    "\u0e00-\u0fff\u1000-\u109f\u1100-\u11ff\u1780-\u17ff\u1950-\u19df\u1a20-\u1aad\u3005-\u3007\u3031-\u3035"
+    "\u3040-\u31ff\u3400-\u4dbf\u4e00-\u9fff\ua960-\ua97f\ua980-\ua9df\uaa60-\uaadf\uac00-\ud7ff\uf900-\ufaff"
+    "\uff66-\uffdc\U0001b000-\U0001b16f\U00020000-\U0003ffff"
+)
+# What changes the character before it: accents, vowel signs, joiners and shades of emoji. None of it is \w.
+_MARKS = (
+    "\u0300-\u036f\u0483-\u0489\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7\u0610-\u061a\u064b-\u065f\u0670\u06d6-\u06dc"
+    "\u06df-\u06e4\u06e7\u06e8\u06ea-\u06ed\u0900-\u0903\u093a-\u094f\u0951-\u0957\u0962\u0963\u0981-\u0983\u09bc-\u09cd"
+    "\u0a01-\u0a03\u0a3c-\u0a51\u0a81-\u0a83\u0abc-\u0acd\u0b01-\u0b03\u0b3c-\u0b57\u0b82\u0bbe-\u0bcd\u0c00-\u0c04"
+    "\u0c3c-\u0c56\u0c81-\u0c83\u0cbc-\u0cd6\u0d00-\u0d03\u0d3b-\u0d4d\u0d81-\u0d83\u0dca-\u0df3\u0e31\u0e34-\u0e3a"
+    "\u0e47-\u0e4e\u0eb1\u0eb4-\u0ebc\u0ec8-\u0ece\u102b-\u103e\u17b4-\u17d3\u1ab0-\u1aff\u1dc0-\u1dff\u200d\u20d0-\u20ff"
+    "\u3099\u309a\ufe20-\ufe2f\U0001f3fb-\U0001f3ff"
+)
+# A character within a word of a script that puts spaces between words.
+SPACED = f"(?:(?![{_UNSPACED}])[\\w{_MARKS}])"
+
+
+def starts_word(words: str) -> str:
+    """A regular expression for the place before some words: nothing there makes them the end of a longer word."""
+    joined = rf"(?<![\w{_MARKS}])|(?<=[{_UNSPACED}])" if re.match(SPACED, words) else ""
+    return rf"(?<!\u200d)(?:{joined})"
+
+
+def ends_word(words: str) -> str:
+    """A regular expression for the place behind some words: nothing there makes them the start of a longer word."""
+    return f"(?![{_MARKS}])" + (f"(?!{SPACED})" if re.match(SPACED, words[-1:]) else "")
+
+
+def composed(text: str) -> str:
+    """A text whose accents are part of their letters, as most systems write them (Unicode's form C)."""
+    return unicodedata.normalize("NFC", text)
+
+
+def is_reserved(name: str) -> bool:
+    """Whether Windows keeps a name for a device."""
+    return _RESERVED.fullmatch(name) is not None
+
+
+def check_text(text: str, input: str, most: int) -> None:
+    """Refuses what is no text.
+
+    Args:
+        most: characters.
+
+    Raises:
+        SettingsError: naming the input.
+    """
+    if len(text) > most:
+        raise SettingsError(f"The text has {len(text)} characters.", f"At most {most} are taken: shorten it.", input)
+    match = _NO_TEXT.search(text)
+    if match is not None:
+        raise SettingsError(
+            f"The text holds the control character {match.group()!r} at place {match.start() + 1}.",
+            "Remove it, or write the text anew.",
+            input,
+        )
+
+
+def is_text(text: str) -> bool:
+    """Whether each character of a text is a whole one, which files and text encoders can take."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
+def check_file_name(name: str, input: str) -> None:
+    """Refuses a name, or subfolders and a name, of a file to be written, that would not be one on every system.
+
+    Raises:
+        SettingsError: naming the input.
+    """
+    check_text(name, input, _DEEPEST * _LONGEST_PART)
+    parts = name.split("/")
+    if len(parts) > _DEEPEST:
+        raise _unusable(name, "has too many folders", input)
+    for part in parts:
+        if _NO_NAME.search(part):
+            raise _unusable(name, f"holds {_NO_NAME.search(part).group()}", input)
+        if part in ("", ".."):
+            raise _unusable(name, f"leads elsewhere or has an empty part ('{part}')", input)
+        if part != part.strip() or part.endswith("."):
+            raise _unusable(name, f"has a part with a point or a space at an end ('{part}')", input)
+        if is_reserved(part):
+            raise _unusable(name, f"holds '{part}', which Windows keeps for a device", input)
+        if len(part.encode()) > _LONGEST_PART:
+            raise _unusable(name, f"has a part of more than {_LONGEST_PART} bytes", input)
+
+
+def _unusable(name: str, why: str, input: str) -> SettingsError:
+    shown = name if len(name) <= 80 else f"{name[:77]}..."
+    return SettingsError(
+        f"The file name '{shown}' cannot be used: it {why}.",
+        "Use a name, or subfolders and a name with / between them, of letters, digits, spaces, dashes and underscores.",
+        input,
+    )
+
+
+def safe_name(text: str) -> str:
+    """A folder name from any text."""
+    name = re.sub(r"[^\w.-]+", "-", text).strip("-. ")[:60] or "run"
+    return f"run-{name}" if is_reserved(name) else name
+
+
+def is_below(path: str, root: str) -> bool:
+    """Whether a path, links followed, lies in a folder, links followed."""
+    real = os.path.realpath(path)
+    base = os.path.realpath(root)
+    try:
+        return os.path.commonpath([real, base]) == base
+    except ValueError:
+        # Another drive.
+        return False

@@ -1,0 +1,91 @@
+"""The loss of one run or two as a picture: step by step, or by noise level."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..runs.history import smoothed
+from . import figure
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import numpy as np
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from ..runs.loss_by_timestep import LevelLosses
+
+_WIDTH, _HEIGHT = 9.0, 5.0
+_RAW = 0.3  # opacity
+# Of the first steps and of the last.
+_LOOKS = ({"alpha": 0.55, "linestyle": "--"}, {})
+
+
+def plot(losses: Mapping[str, Sequence[float]], smoothing: float, logarithmic: bool) -> np.ndarray:
+    """[H, W, 3] float32 in 0..1: each step's loss thin, smoothed thick.
+
+    Args:
+        losses: of each step, by the run's label; at most two.
+        smoothing: as `smoothed` takes it; 0 draws the losses alone.
+    """
+    made = figure.blank(_WIDTH, _HEIGHT)
+    axes = _axes(made, "step", "loss", logarithmic)
+    for colour, (label, values) in zip((figure.FIRST, figure.SECOND), losses.items(), strict=False):
+        steps = range(1, len(values) + 1)
+        axes.plot(steps, values, color=colour, linewidth=0.8, alpha=_RAW if smoothing else 1.0)
+        if smoothing:
+            axes.plot(steps, smoothed(values, smoothing), color=colour, linewidth=2.0)
+        # The label of its own: a line of no points.
+        axes.plot([], [], color=colour, linewidth=2.0, label=label)
+    if len(losses) > 1:
+        _legend(axes)
+    return figure.as_array(made)
+
+
+def plot_levels(runs: Mapping[str, tuple[LevelLosses, int]], logarithmic: bool) -> np.ndarray:
+    """[H, W, 3] float32 in 0..1: the mean loss by timestep, of the first quarter of the steps and of the last.
+
+    Args:
+        runs: losses by noise level and the number of steps, by the run's label; at most two.
+    """
+    made = figure.blank(_WIDTH, _HEIGHT)
+    axes = _axes(made, "timestep: 0 picture, 1000 noise", "loss, not weighted", logarithmic)
+    for colour, (label, (levels, steps)) in zip((figure.FIRST, figure.SECOND), runs.items(), strict=False):
+        begin = f"{label}: " if len(runs) > 1 else ""
+        quarters = _quarters(levels)
+        for (first, last), look in zip(quarters, _LOOKS[-len(quarters) :], strict=True):
+            means = levels.means(first, last)
+            points = [(1000 * (place + 0.5) / len(means), mean) for place, mean in enumerate(means) if mean == mean]
+            told = f"{begin}steps {first * levels.span + 1} to {min(steps, (last + 1) * levels.span)}"
+            axes.plot(
+                *zip(*points, strict=True), color=colour, linewidth=1.6, marker="o", markersize=4, label=told, **look
+            )
+    axes.set_xlim(0, 1000)
+    _legend(axes)
+    return figure.as_array(made)
+
+
+def _quarters(levels: LevelLosses) -> list[tuple[int, int]]:
+    """(first, last) of the spans of the first quarter and of the last; one alone where there is only one span."""
+    told = [place for place, counts in enumerate(levels.counts) if any(counts)]
+    most = max(1, len(told) // 4)
+    found = [(told[0], told[most - 1]), (told[-most], told[-1])]
+    return found if len(told) > 1 else found[:1]
+
+
+def _axes(made: Figure, across: str, up: str, logarithmic: bool) -> Axes:
+    axes = made.add_axes((0.08, 0.1, 0.89, 0.86), facecolor=figure.BACK)
+    if logarithmic:
+        axes.set_yscale("log")
+    axes.set_xlabel(across, color=figure.FAINT, fontsize=figure.LETTERS)
+    axes.set_ylabel(up, color=figure.FAINT, fontsize=figure.LETTERS)
+    axes.tick_params(which="both", colors=figure.FAINT, labelsize=figure.LETTERS)
+    axes.grid(color=figure.FAINT, alpha=0.2, linewidth=0.5)
+    for side in axes.spines.values():
+        side.set_color(figure.FAINT)
+    return axes
+
+
+def _legend(axes: Axes) -> None:
+    axes.legend(facecolor=figure.BACK, edgecolor=figure.FAINT, labelcolor=figure.INK, fontsize=figure.LETTERS)
