@@ -100,7 +100,9 @@ def main(seat=None):
         enter_comfyui(comfyui, arguments)
         name = load_pack()
         # Before ComfyUI looks for its device: it takes the one that is this process's.
-        group = importlib.import_module(f"{name}.trainers.distributed.accelerate_group").Spread("--cpu" in arguments)
+        group = importlib.import_module(f"{name}.trainers.distributed.accelerate_group").AccelerateGroup(
+            "--cpu" in arguments
+        )
         headless = importlib.import_module(f"{name}.nodes.host.jobs.worker")
     return headless.main(folder, group, seat)
 

@@ -86,11 +86,11 @@ class GraftCompare(io.ComfyNode):
         adapter=None,
         adapter_b=None,
     ) -> io.NodeOutput:
-        from .host.actions.compare import Wish, compare
+        from .host.actions.compare import CompareRequest, compare
 
         arrived = {"model": model, "clip": clip, "vae": vae, "adapter": adapter, "adapter_b": adapter_b, "cfg": cfg}
         with named(cls, **arrived):
-            wish = Wish(
+            wish = CompareRequest(
                 prompts, strengths, files, negative_prompt, steps, cfg, sampler_name, scheduler, resolution, seed
             )
             adapters = {"adapter": adapter, "adapter b": adapter_b}

@@ -127,7 +127,7 @@ class GraftLoadDataset(io.ComfyNode):
         from .host.server.progress import counter
 
         with named(cls):
-            reading = scan.Reading(
+            reading = scan.ScanOptions(
                 varying.get("lines_are_variants", False),
                 masks,
                 _mask_folder(mask_folder),

@@ -94,10 +94,10 @@ class GraftClassImages(io.ComfyNode):
         scheduler,
         batch_size,
     ) -> io.NodeOutput:
-        from .host.actions.class_images import Wish, make
+        from .host.actions.class_images import ClassImageRequest, make
 
         with named(cls, model=model, clip=clip, vae=vae, cfg=cfg):
-            wish = Wish(
+            wish = ClassImageRequest(
                 class_prompt,
                 count,
                 steps,
@@ -140,7 +140,7 @@ class GraftPriorPreservation(io.ComfyNode):
     @classmethod
     def execute(cls, dataset, class_dataset, weight) -> io.NodeOutput:
         with named(cls, dataset=dataset, class_dataset=class_dataset):
-            return io.NodeOutput(prior.attach(dataset, class_dataset, weight))
+            return io.NodeOutput(prior.add_class_images(dataset, class_dataset, weight))
 
 
 class GraftTrainDreamBooth(Trainer):
@@ -239,7 +239,7 @@ class GraftTrainDreamBooth(Trainer):
         prior="class images",
     ) -> io.NodeOutput:
         from .host.actions import dreambooth
-        from .host.actions.train import Widgets
+        from .host.actions.train import TrainInputs
 
         sockets = {"model": model, "clip": clip, "vae": vae, "dataset": dataset}
         with named(cls, **sockets, class_dataset=class_dataset, options=options):
@@ -250,7 +250,7 @@ class GraftTrainDreamBooth(Trainer):
                 dataset,
                 dreambooth.Subject(instance_prompt, class_prompt, class_images, prior_weight, prior),
                 class_dataset,
-                Widgets(train, steps, learning_rate, rank, batch_size, seed),
+                TrainInputs(train, steps, learning_rate, rank, batch_size, seed),
                 options,
                 cls.hidden.unique_id,
             )

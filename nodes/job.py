@@ -63,7 +63,7 @@ class GraftExportJob(io.ComfyNode):
         from .host.actions import train as training
 
         with named(cls, model=model, clip=clip, vae=vae, dataset=dataset, options=options):
-            widgets = training.Widgets(train, steps, learning_rate, rank, batch_size, seed)
+            widgets = training.TrainInputs(train, steps, learning_rate, rank, batch_size, seed)
             path = training.export(model, clip, vae, dataset, widgets, options, cls.hidden.unique_id)
             return io.NodeOutput(path, ui={"text": (f"Job: {path}",)})
 

@@ -9,7 +9,7 @@ from ..trainers.methods import ADAPTERS
 from ..trainers.objective.losses import HUBER_SCHEDULES, LOSSES
 from ..trainers.objective.timesteps import TIMESTEPS
 from ..trainers.objective.weighting import WEIGHTINGS
-from ..trainers.optimizers import OPTIMISERS, SCHEDULES
+from ..trainers.optimizers import OPTIMIZERS, SCHEDULES
 from ..trainers.recipe.recipe import RECOMPUTED
 from .checks import checked
 from .host import paths
@@ -122,7 +122,7 @@ class GraftOptimizerOptions(OptionNode):
             [
                 auto(
                     "optimizer",
-                    list(OPTIMISERS),
+                    list(OPTIMIZERS),
                     "auto: AdamW. Most others need a package; the error names it where it is missing.",
                 ),
                 number("weight_decay", "-1: the optimizer's own, 0.01 for AdamW.", -1.0, 10.0, 0.001),

@@ -34,9 +34,9 @@ class Trainer(io.ComfyNode):
         A stopped run was told to go on, or one was deleted, or an embedding file that a prompt calls was replaced.
         """
         from .host.model.embeddings import file_states
-        from .host.server.control import DESK
+        from .host.server.control import REGISTRY
 
-        return [DESK.lifted, *file_states()]
+        return [REGISTRY.lifted, *file_states()]
 
 
 def describe(aliases: list[str], words: str = "", **given) -> io.Schema:

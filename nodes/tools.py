@@ -14,7 +14,7 @@ from .checks import checked
 from .schema import CATEGORY, Adapter, LossMap, describe, execution_id, named
 
 if TYPE_CHECKING:
-    from ..trainers.runs.loss_by_timestep import LevelLosses
+    from ..trainers.runs.loss_by_timestep import LossByTimestep
 
 _CATEGORY = f"{CATEGORY}/adapter"
 _TOP_WEIGHT = 100.0
@@ -274,16 +274,16 @@ class GraftPlotLoss(io.ComfyNode):
             return io.NodeOutput(image, ui=ui.PreviewImage(image, cls=cls))
 
 
-def _levels_of(name: str, loss: dict) -> tuple[LevelLosses, int]:
+def _levels_of(name: str, loss: dict) -> tuple[LossByTimestep, int]:
     """What arrived at an input has by noise level, and of how many steps.
 
     Raises:
         SettingsError: nothing.
     """
-    from ..trainers.runs.loss_by_timestep import BY_TIMESTEP, LevelLosses
+    from ..trainers.runs.loss_by_timestep import BY_TIMESTEP, LossByTimestep
 
     with contextlib.suppress(ValueError):
-        levels = LevelLosses.of_json(loss.get(BY_TIMESTEP))
+        levels = LossByTimestep.of_json(loss.get(BY_TIMESTEP))
         if any(map(any, levels.counts)):
             return levels, len(loss["loss"])
     raise SettingsError(

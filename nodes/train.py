@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..trainers.methods.textual_inversion import TEMPLATES, check_name
-from ..trainers.recipe.recipe import Word
+from ..trainers.recipe.recipe import EmbeddingSpec
 from . import inputs
 from .checks import checked
 from .schema import CATEGORY, Dataset, Embedding, LossMap, Trainer, describe, named, options_input, usually
@@ -59,7 +59,7 @@ class GraftTrainLoRA(Trainer):
         from .host.actions import train
 
         with named(cls, model=model, clip=clip, vae=vae, dataset=dataset, options=options):
-            widgets = train.Widgets("LoRA", steps, learning_rate, rank, batch_size, seed)
+            widgets = train.TrainInputs("LoRA", steps, learning_rate, rank, batch_size, seed)
             done = train.train(model, clip, vae, dataset, widgets, options, cls.hidden.unique_id)
             embedding = done.embedding
             if embedding is None:
@@ -152,8 +152,8 @@ class GraftTrainEmbedding(Trainer):
         from .host.actions import train
 
         with named(cls, model=model, clip=clip, vae=vae, dataset=dataset, options=options):
-            word = Word(name.strip(), init_text.strip(), vectors, templates=templates)
-            widgets = train.Widgets("embedding", steps, learning_rate, 0, batch_size, seed, word)
+            word = EmbeddingSpec(name.strip(), init_text.strip(), vectors, templates=templates)
+            widgets = train.TrainInputs("embedding", steps, learning_rate, 0, batch_size, seed, word)
             done = train.train(model, clip, vae, dataset, widgets, options, cls.hidden.unique_id)
             return io.NodeOutput(done.clip, done.embedding, done.loss, ui=done.ui)
 
@@ -195,7 +195,7 @@ class GraftFineTune(Trainer):
         from .host.actions import train
 
         with named(cls, model=model, clip=clip, vae=vae, dataset=dataset, options=options):
-            widgets = train.Widgets("all weights", steps, learning_rate, 0, batch_size, seed)
+            widgets = train.TrainInputs("all weights", steps, learning_rate, 0, batch_size, seed)
             done = train.train(model, clip, vae, dataset, widgets, options, cls.hidden.unique_id)
             return io.NodeOutput(done.model, done.clip, done.adapter, done.loss, ui=done.ui)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..trainers.data.examples import Handling, read_resolutions
+from ..trainers.data.examples import Augmentation, read_resolutions
 from .schema import advanced
 
 
@@ -129,9 +129,9 @@ def handling(
     upscale=False,
     more_resolutions="",
     mask_minimum=0.0,
-) -> Handling:
+) -> Augmentation:
     """`lines_are_variants` is settled when captions are read; it is taken so that both can be given the same inputs."""
-    return Handling(
+    return Augmentation(
         shuffle_tags=shuffle_tags,
         keep_tokens=keep_tokens,
         tag_dropout=tag_dropout,

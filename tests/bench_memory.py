@@ -72,14 +72,14 @@ def _train(model: str, settings: dict, folder: Path, resumed: bool) -> dict[str,
     with models.in_training(made, model, side=32, examples=2, **settings) as training:
         state = models.train(training, folder, resumed)
         tree = training.denoiser.module
-        optimiser = [value for slots in state.optimiser.values() for value in slots.values() if torch.is_tensor(value)]
+        optimizer = [value for slots in state.optimizer.values() for value in slots.values() if torch.is_tensor(value)]
         found = {
             "base": bytes_of(tree.buffers()),
             "trained": bytes_of(state.trainables.values()),
-            "optimiser": bytes_of(optimiser),
+            "optimiser": bytes_of(optimizer),
             "average": bytes_of(state.ema.values()),
         }
-        state.optimiser = {}
+        state.optimizer = {}
         adapter = training.plan.export(state.ema or state.trainables, 0).adapter.taken()
         assert bytes_of(adapter.values()) == found["trained"]
     return found

@@ -32,9 +32,9 @@ def old_scenes():
 def old_accuracy(pictures, scenes):
     """Share of pictures that show their scene's shape, colour and background."""
     right = 0
-    for picture, (shape, colour, background) in zip(pictures, scenes, strict=True):
+    for picture, (shape, color, background) in zip(pictures, scenes, strict=True):
         verdict = classifier.classify(picture)
-        right += (verdict.shape, verdict.colour, verdict.background) == (shape, colour, background)
+        right += (verdict.shape, verdict.color, verdict.background) == (shape, color, background)
     return right / len(scenes)
 
 
@@ -57,7 +57,7 @@ def test_a_new_concept_appears_and_old_ones_stay(comfy, tiny_base, trained, tria
     model, clip, vae = host.load(tiny_base)
     after, _ = comfy.sd.load_lora_for_models(model, None, comfy.utils.load_torch_file(trained), 1.0, 0.0)
     scenes = old_scenes()[: trials(16, OLD_SAMPLES)]
-    captions = [world.describe(f"{colour} {shape}", background) for shape, colour, background in scenes]
+    captions = [world.describe(f"{color} {shape}", background) for shape, color, background in scenes]
     shares = {}
     for name, one in (("before", model), ("after", after)):
         toys = host.generate(one, clip, vae, toy_prompts(), seed=5, steps=sampler_steps)

@@ -62,7 +62,7 @@ def test_a_subject_is_learnt_and_its_class_is_kept(server, comfy, tiny_base, sub
         shown = [classifier.classify(picture) for picture in called]
         asked = host.generate(one, clip, vae, [CLASS] * count, 32, sampler_steps)
         verdicts = [classifier.classify(picture) for picture in asked]
-        right = [(one.shape, one.colour, one.background) == ("circle", "yellow", "gray") for one in verdicts]
+        right = [(one.shape, one.color, one.background) == ("circle", "yellow", "gray") for one in verdicts]
         leaks = [classifier.has_toy_parts(picture) for picture in asked]
         shares[name] = [sum(values) / count for values in ([one.toy for one in shown], right, leaks)]
     with capsys.disabled():

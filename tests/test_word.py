@@ -57,7 +57,7 @@ def test_pictures_alone_bring_a_word_for_what_they_show(comfy, tiny_base, learnt
         prompts = [world.describe(word, background) for background in backgrounds(SAMPLES)]
         pictures = host.generate(model, encoder, vae, prompts, seed=5, steps=sampler_steps)
         verdicts = [classifier.classify(picture) for picture in pictures]
-        shares[name] = sum((one.shape, one.colour) == (SHAPE, COLOUR) for one in verdicts) / SAMPLES
+        shares[name] = sum((one.shape, one.color) == (SHAPE, COLOUR) for one in verdicts) / SAMPLES
     with capsys.disabled():
         print(f"\n{STEPS} steps on {PICTURES} pictures: {COLOUR} {SHAPE} drawn for")
         for name, share in shares.items():

@@ -70,7 +70,7 @@ def needing(package: str, what: str, otherwise: str, input: str) -> Iterator[Non
         ) from error
 
 
-class Parted(GraftError):
+class PeerLostError(GraftError):
     """One of the processes that train together has ended, and with it the attempt."""
 
     def __init__(self):

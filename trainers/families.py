@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Cut:
+class LayerSplit:
     """One layer of diffusers' out of a checkpoint's.
 
     Attributes:
@@ -24,7 +24,7 @@ class Cut:
     rows: Callable[[torch.Tensor], torch.Tensor]
 
 
-CutsOf = Callable[[str], tuple[Cut, ...]]
+SplitsOf = Callable[[str], tuple[LayerSplit, ...]]
 
 
 @dataclass(frozen=True)

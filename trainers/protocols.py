@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import nn
 
-    from .families import Cut
+    from .families import LayerSplit
 
 
 class Group:
@@ -31,16 +31,16 @@ class Group:
     """
 
     rank = 0
-    world = 1
+    world_size = 1
     sharded = False
-    paired = False
+    lockstep = False
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is the one that opens the run, saves, and tells the host."""
         return self.rank == 0
 
-    def meet(self, number: float = 0.0) -> float:
+    def all_reduce(self, number: float = 0.0) -> float:
         """Waits until all have come here; the sum of their numbers, the same to the bit in each.
 
         Raises:
@@ -48,28 +48,28 @@ class Group:
         """
         return number
 
-    def part(self) -> None:
+    def abort(self) -> None:
         """Tells the others, who are on their way to a meeting, that this one leaves."""
 
-    def sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+    def all_reduce_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
         """Puts the sum over all processes in place of each gradient; none where none has one."""
 
-    def share(self, tensors: Iterable[torch.Tensor]) -> None:
+    def broadcast(self, tensors: Iterable[torch.Tensor]) -> None:
         """Gives all the leader's values."""
 
     def gather(self, values: list[float], whole: int) -> list[float]:
         """The numbers of a step's examples, so many, of which each process has those of its rows."""
         return values
 
-    def tell(self, text: str) -> str:
+    def broadcast_text(self, text: str) -> str:
         """The leader's text, in all of them. Raises Parted as `meet` does."""
         return text
 
-    def shard(self, tree: nn.Module, keep: Iterable[torch.Tensor], through: bool) -> None:
+    def shard(self, tree: nn.Module, keep: Iterable[torch.Tensor], needs_input_grad: bool) -> None:
         """Shares the frozen weights of a tree's blocks out, as `shards.Shards` says; not where one trains alone."""
 
     @contextmanager
-    def turn(self) -> Iterator[bool]:
+    def main_process_only(self) -> Iterator[bool]:
         """Within it the one that leads works alone, which is told True; the others have nothing to do meanwhile.
 
         All have to come to it, since the weights that it needs may be theirs.
@@ -77,9 +77,9 @@ class Group:
         Raises:
             Parted: one of them has left.
         """
-        yield self.leads
+        yield self.is_main
 
-    def mend(self) -> None:
+    def reset_after_failure(self) -> None:
         """Lets the denoiser be asked again after a pass that did not come to its end."""
 
 
@@ -105,8 +105,8 @@ class Conditioning:
     crop: tuple[int, int] = (0, 0)
     target_size: tuple[int, int] = (0, 0)
     source: torch.Tensor | None = None
-    hole: torch.Tensor | None = None
-    around: torch.Tensor | None = None
+    inpaint_mask: torch.Tensor | None = None
+    masked_image_latent: torch.Tensor | None = None
 
 
 # What a denoiser may take beside noise and text.
@@ -155,14 +155,14 @@ class PreviewRequest:
     beside: tuple[Conditioning, ...] = ()
 
 
-class Asked(Enum):
+class Command(Enum):
     """What may be asked of a training while it runs; all else that ends it early is an exception of the host's."""
 
     SAVE = "save"  # write what there is, and go on
     STOP = "stop"  # this step was the last: what was reached is the result
 
 
-class Hurried(Exception):
+class PreviewSkipped(Exception):
     """Raised by what draws previews: something was asked that should not wait until they are drawn."""
 
 
@@ -260,11 +260,11 @@ class Denoiser(Protocol):
     """
 
     module: torch.nn.Module
-    parameterisation: str
+    parameterization: str
     sigma_data: float
     noise_scale: float
     family: str
-    takes: str
+    conditioning_kind: str
     device: torch.device
     compute_dtype: torch.dtype
 
@@ -301,7 +301,7 @@ class Denoiser(Protocol):
         False where the host does not, or not any more of it. Undone when the training ends.
         """
 
-    def training(self, compute_dtype: str, away: bool = False) -> AbstractContextManager:
+    def training(self, compute_dtype: str, offloaded: bool = False) -> AbstractContextManager:
         """Places the weights and sets what the host needs for a backward; undoes it in any case.
 
         Args:
@@ -318,7 +318,7 @@ class Denoiser(Protocol):
     def published_name(self, path: str) -> str | None:
         """Path of a module in the model as diffusers publishes it; None where it has no such module."""
 
-    def published_cuts(self, path: str) -> tuple[Cut, ...]:
+    def published_splits(self, path: str) -> tuple[LayerSplit, ...]:
         """The layers that diffusers has for a module, where it cuts the model otherwise; none where that is unknown."""
 
     def check_adapter(self, tensors: dict[str, torch.Tensor]) -> list[str]:
@@ -363,8 +363,8 @@ class Host:
     text: TextEncoder
     codec: ImageCodec
     report: callable = field(default=lambda event, payload: None)
-    asked: Callable[[], Asked | None] = field(default=lambda: None)
-    heed: Callable[[], None] = field(default=lambda: None)
+    next_command: Callable[[], Command | None] = field(default=lambda: None)
+    check_interrupt: Callable[[], None] = field(default=lambda: None)
     group: Group = ALONE
     graph: dict[str, Any] | None = None
 

@@ -54,7 +54,7 @@ def composed(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
-def is_reserved(name: str) -> bool:
+def is_windows_reserved(name: str) -> bool:
     """Whether Windows keeps a name for a device."""
     return _RESERVED.fullmatch(name) is not None
 
@@ -101,7 +101,7 @@ def check_file_name(name: str, input: str) -> None:
             raise _unusable(name, f"leads elsewhere or has an empty part ('{part}')", input)
         if part != part.strip() or part.endswith("."):
             raise _unusable(name, f"has a part with a point or a space at an end ('{part}')", input)
-        if is_reserved(part):
+        if is_windows_reserved(part):
             raise _unusable(name, f"holds '{part}', which Windows keeps for a device", input)
         if len(part.encode()) > _LONGEST_PART:
             raise _unusable(name, f"has a part of more than {_LONGEST_PART} bytes", input)
@@ -119,7 +119,7 @@ def _unusable(name: str, why: str, input: str) -> SettingsError:
 def safe_name(text: str) -> str:
     """A folder name from any text."""
     name = re.sub(r"[^\w.-]+", "-", text).strip("-. ")[:60] or "run"
-    return f"run-{name}" if is_reserved(name) else name
+    return f"run-{name}" if is_windows_reserved(name) else name
 
 
 def is_below(path: str, root: str) -> bool:

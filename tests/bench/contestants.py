@@ -219,9 +219,9 @@ def diffusers_step(case: Case, stand: Callable[[], None]) -> None:
     network.train()
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     accelerator = Accelerator(cpu=True)
-    optimiser = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=1e-2)
-    schedule = get_scheduler("constant", optimizer=optimiser)
-    optimiser, schedule = accelerator.prepare(optimiser, schedule)
+    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=1e-2)
+    schedule = get_scheduler("constant", optimizer=optimizer)
+    optimizer, schedule = accelerator.prepare(optimizer, schedule)
     latents = case.latents()
     while True:
         with accelerator.accumulate(network):
@@ -230,9 +230,9 @@ def diffusers_step(case: Case, stand: Callable[[], None]) -> None:
             accelerator.gather(loss.repeat(case.batch)).mean().item()
             accelerator.backward(loss)
             accelerator.clip_grad_norm_(trained, 1.0)
-            optimiser.step()
+            optimizer.step()
             schedule.step()
-            optimiser.zero_grad()
+            optimizer.zero_grad()
         stand()
 
 

@@ -15,9 +15,9 @@ class Peak:
     """The largest resident memory since it was made, over what there was then, in bytes."""
 
     def __init__(self):
-        from graft_pack.trainers.memory.tracking import Resident
+        from graft_pack.trainers.memory.tracking import ProcessMemory
 
-        self._resident = Resident()
+        self._resident = ProcessMemory()
 
     def __call__(self) -> int:
         return self._resident.most

@@ -106,21 +106,21 @@ def _peak(case: Case, kind: str) -> dict[str, int]:
 @contextmanager
 def _watching() -> Iterator[dict[str, int]]:
     """The most of a mapped file that was in memory as a block ended, and its size, in bytes."""
-    from graft_pack.trainers.memory.offload import Conveyor
+    from graft_pack.trainers.memory.offload import BlockPrefetcher
 
     found = {"at once": 0, "all": 0}
-    real = Conveyor.leave
+    real = BlockPrefetcher.leave
 
     def leave(self, number, here):
         size, there = _mapped_now()
         found.update({"at once": max(found["at once"], there), "all": max(found["all"], size)})
         real(self, number, here)
 
-    Conveyor.leave = leave
+    BlockPrefetcher.leave = leave
     try:
         yield found
     finally:
-        Conveyor.leave = real
+        BlockPrefetcher.leave = real
 
 
 def _mapped_now() -> tuple[int, int]:

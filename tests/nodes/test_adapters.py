@@ -654,7 +654,7 @@ def test_names_of_flux_files_are_left_to_the_host(place, flux):
     """ai-toolkit's, OneTrainer's and kohya's; peft's are put into the first."""
     from graft_pack.nodes.host.model.lora import unread_keys
     from graft_pack.trainers.formats.convert import host_names, host_tensors
-    from graft_pack.trainers.formats.peft_format import Native
+    from graft_pack.trainers.formats.peft_format import PeftAdapter
 
     pair = {"lora_A": "lora_B", "lora_down": "lora_up"}
     stem = next(name for name in pair if name in place)
@@ -666,7 +666,7 @@ def test_names_of_flux_files_are_left_to_the_host(place, flux):
         assert found == tensors
     else:
         held = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
-        found = host_tensors(Native("LoRA", {}, held, False, {next(iter(held)).split(".lora_")[0]: 1.0}))
+        found = host_tensors(PeftAdapter("LoRA", {}, held, False, {next(iter(held)).split(".lora_")[0]: 1.0}))
     assert unread_keys(models.patcher("Flux"), None, found) == []
 
 

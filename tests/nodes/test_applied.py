@@ -123,7 +123,7 @@ def test_a_transformers_file_in_diffusers_pipeline_and_back(family, tmp_path):
     """On every Linear layer: some are several in diffusers, some have their rows turned about."""
     import diffusers
     from graft_pack.nodes.host.model.lora import apply_adapter, unread_keys
-    from graft_pack.trainers.engine.trainable_modules import Parts
+    from graft_pack.trainers.engine.trainable_modules import TrainableModules
     from graft_pack.trainers.methods import METHODS
 
     from tests.support.published import PUBLISHED
@@ -148,7 +148,7 @@ def test_a_transformers_file_in_diffusers_pipeline_and_back(family, tmp_path):
         assert unread_keys(model, None, back) == []
         # Another start, then the file's values.
         models.scatter(training.plan.trainables, 0.1, seed=5)
-        parts = Parts(METHODS["LoRA"], training.plan.recipe, training.host)
+        parts = TrainableModules(METHODS["LoRA"], training.plan.recipe, training.host)
         parts.start(training.plan.trainables, back)
         assert models.distance(training.denoiser.predict(*point[1:]), output) <= 1e-5
     applied, _ = apply_adapter(model, None, back, 1.0, 0.0)
@@ -157,7 +157,7 @@ def test_a_transformers_file_in_diffusers_pipeline_and_back(family, tmp_path):
 
 def test_a_transformers_file_of_diffusers_own_training_is_not_taken_for_one_layer(tmp_path):
     """There q, k and v have an A each, which no low rank of the layer that holds all three gives back."""
-    from graft_pack.trainers.engine.trainable_modules import Parts
+    from graft_pack.trainers.engine.trainable_modules import TrainableModules
     from graft_pack.trainers.errors import ModelError
     from graft_pack.trainers.methods import METHODS
 
@@ -167,7 +167,7 @@ def test_a_transformers_file_of_diffusers_own_training_is_not_taken_for_one_laye
         save_adapter(path, adapter, "a", "diffusers")
         back = load_adapter(path)
         back.native.tensors["transformer_blocks.0.attn.to_k.lora_A.weight"] += 1
-        parts = Parts(METHODS["LoRA"], training.plan.recipe, training.host)
+        parts = TrainableModules(METHODS["LoRA"], training.plan.recipe, training.host)
         with pytest.raises(ModelError, match=r"several parts of its own for joint_blocks\.0\.x_block\.attn\.qkv"):
             parts.start(training.plan.trainables, back)
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from graft_pack.trainers.data.scan import Reading, from_arrays, scan_folder
+from graft_pack.trainers.data.scan import ScanOptions, from_arrays, scan_folder
 from graft_pack.trainers.engine import step
 from graft_pack.trainers.engine.gradient_check import directional_error
 from graft_pack.trainers.engine.plan import Plan
@@ -111,7 +111,7 @@ def planned(training, name, folder, dataset=None):
 def test_a_model_says_what_it_takes(name):
     from graft_pack.nodes.host.model.denoiser import ComfyDenoiser
 
-    assert ComfyDenoiser(models.patcher(name), None, models.SmallVae()).takes == TAKES[name]
+    assert ComfyDenoiser(models.patcher(name), None, models.SmallVae()).conditioning_kind == TAKES[name]
 
 
 def from_core(name, codec, source, picture, mask):
@@ -205,7 +205,7 @@ def test_it_learns_and_core_applies_what_was_trained(name, comfy, tmp_path):
         adapter = Adapter(made.plan.export(state.trainables, 0).adapter)
         # It matters what is beside: with another hole or source the same noise becomes something else.
         other = made.plan.train[1].show(None).conditioning
-        moved = replace(one, source=other.source, around=other.around)
+        moved = replace(one, source=other.source, masked_image_latent=other.masked_image_latent)
         assert models.distance(models.trained_denoised(made, x, 0.6, moved), output) > 1e-3
         beside = from_core(name, made.host.codec, grain(11), grain(1), half())
     path = comfy.base / "models" / "loras" / f"beside-{name}.safetensors"
@@ -224,14 +224,14 @@ def test_holes_are_drawn_where_there_is_no_mask_and_differ_from_turn_to_turn(tmp
         shown = [item.show(turn) for turn in range(12)]
         again = planned(training, name, tmp_path, dataset_for(name, masks=False))
         assert again.host.codec.calls == 0, "found in the cache"
-        assert torch.equal(again.plan.train[0].show(5).conditioning.hole, shown[5].conditioning.hole)
-    holes = {one.conditioning.hole.float().mean().item() for one in shown}
+        assert torch.equal(again.plan.train[0].show(5).conditioning.inpaint_mask, shown[5].conditioning.inpaint_mask)
+    holes = {one.conditioning.inpaint_mask.float().mean().item() for one in shown}
     assert len(holes) == 4
     assert 1.0 in holes, "the whole picture among them"
     assert all(one.weight is None for one in shown)
     for one in shown:
-        assert one.conditioning.hole.shape == (1, 1, 64, 64)
-        assert set(one.conditioning.hole.unique().tolist()) <= {0, 1}
+        assert one.conditioning.inpaint_mask.shape == (1, 1, 64, 64)
+        assert set(one.conditioning.inpaint_mask.unique().tolist()) <= {0, 1}
 
 
 def test_source_pictures_on_a_model_that_takes_none_are_refused(tmp_path):
@@ -255,7 +255,7 @@ def test_a_run_is_known_by_its_source_pictures(tmp_path):
     for change in (False, False, True):
         if change:
             Image.fromarray(grain(13)).save(root / "before" / "2.png")
-        dataset = scan_folder(str(root), "", 64, 1, None, Reading(control_folder=str(root / "before")))
+        dataset = scan_folder(str(root), "", 64, 1, None, ScanOptions(control_folder=str(root / "before")))
         assert [one.source.name for one in dataset.examples] == ["1.png", "2.png"]
         denoiser = ComfyDenoiser(models.patcher("Flux"), None, models.SmallVae())
         host = Host(denoiser, Words("Flux"), Codec("Flux"))
@@ -293,4 +293,4 @@ def test_previews_are_drawn_beside_the_first_examples(name, tmp_path):
         if name == "Flux":
             assert models.distance(more["ref_latents"][0], denoiser.scale_latents(one.source)) <= 1e-6
         else:
-            assert models.distance(given[0][:, 5:], denoiser.scale_latents(one.around)) <= 1e-6
+            assert models.distance(given[0][:, 5:], denoiser.scale_latents(one.masked_image_latent)) <= 1e-6

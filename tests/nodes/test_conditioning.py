@@ -83,8 +83,8 @@ def test_sdxl_pictures_of_three_shapes_bring_their_own_sizes(tmp_path):
         plan = Plan(training.plan.recipe, prepared.training, [], {}, dict)
         with models.inputs_of(training.denoiser.module) as calls:
             for step, (_, batch) in zip(range(6), plan.batches(0), strict=False):
-                shown = plan.shown(batch)
-                for part in forward.parts_of(shown, plan.recipe, step, 0, host):
+                shown = plan.samples(batch)
+                for part in forward.micro_batches(shown, plan.recipe, step, 0, host):
                     forward.losses_of(host, *part)
     seen = {}
     for _, given in calls:

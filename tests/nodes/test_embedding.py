@@ -142,9 +142,9 @@ def test_an_encoder_without_vectors_reads_nothing_there():
 
     clip = models.text("Flux")
     other = embeddings.apply_embedding(clip, Embedding(vectors_for(clip), models.WORD))
-    with_word = other.tokenize("a red embedding:my-word dog")
-    assert with_word["t5xxl"] == clip.tokenize("a red dog")["t5xxl"]
-    assert sum(torch.is_tensor(token) for token, _ in with_word["l"][0]) == 2
+    with_embedding = other.tokenize("a red embedding:my-word dog")
+    assert with_embedding["t5xxl"] == clip.tokenize("a red dog")["t5xxl"]
+    assert sum(torch.is_tensor(token) for token, _ in with_embedding["l"][0]) == 2
 
 
 @pytest.mark.parametrize(
@@ -237,8 +237,8 @@ def test_weights_are_the_same_bits_after_training(name, tmp_path):
         started = models.joined(training.plan.trainables.values())
         state = models.train(training, tmp_path, steps=3)
         assert models.distance(models.joined(training.plan.trainables.values()), started) > 1e-4
-        assert len(state.optimiser) == len(models.TEXT[name]), "the vectors alone have a state"
-        assert all(slot.numel() <= 2 * 48 for slots in state.optimiser.values() for slot in slots.values())
+        assert len(state.optimizer) == len(models.TEXT[name]), "the vectors alone have a state"
+        assert all(slot.numel() <= 2 * 48 for slots in state.optimizer.values() for slot in slots.values())
     after = [value for part in (model.model, clip.cond_stage_model) for value in part.state_dict().values()]
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
 

@@ -104,7 +104,7 @@ def test_words_that_are_known_otherwise_do_not_count_twice(clip, write):
     for text in ("a embedding:word", "embedding:word, red", "(embedding:word:1.2)", "embedding:word<x>"):
         assert digest(clip, text, without=("word",)) == ""
     other = clip.clone()
-    other.tokenizer = embeddings.with_word(clip.tokenizer, "word", {"clip_l": torch.ones(1, WIDTH)})
+    other.tokenizer = embeddings.with_embedding(clip.tokenizer, "word", {"clip_l": torch.ones(1, WIDTH)})
     assert digest(other, "a embedding:word") == ""
 
 

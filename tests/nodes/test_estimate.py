@@ -10,10 +10,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from graft_pack.trainers.data.examples import Handling
+from graft_pack.trainers.data.examples import Augmentation
 from graft_pack.trainers.engine import estimate as estimates
 from graft_pack.trainers.memory import autograd, checkpointing, tracking
-from graft_pack.trainers.optimizers import OPTIMISERS
+from graft_pack.trainers.optimizers import OPTIMIZERS
 from graft_pack.trainers.recipe.recipe import ALL_BUT_ATTENTION, EVERYTHING
 
 from tests.support import diffusers_host, models
@@ -60,7 +60,7 @@ def observed(training, folder, watched=(2, 4), **fields):
     weights = list(training.denoiser.module.parameters()) + list(training.denoiser.module.buffers())
     if training.plan.recipe.live_text:
         weights += list(training.host.text.module.parameters()) + list(training.host.text.module.buffers())
-    counter = tracking.Meter(weights)
+    counter = tracking.TensorTracker(weights)
 
     def report(event, payload):
         if event == "estimate":
@@ -88,10 +88,10 @@ def test_memory_is_told_within_15_percent(kind, tmp_path):
     assert kept[0]["event"] == "estimate" and kept[0]["memory"] == told["memory"]
 
 
-@pytest.mark.parametrize("optimiser", OPTIMISERS)
-def test_what_an_optimiser_keeps_is_in_it(optimiser, tmp_path):
-    betas = {"beta1": 0.0, "beta2": 0.0} if optimiser == "Adafactor" else {}
-    with lora("SD3", batch_size=1, rank=256, alpha=32.0, spread=0.01, optimizer=optimiser, **betas) as training:
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_what_an_optimizer_keeps_is_in_it(optimizer, tmp_path):
+    betas = {"beta1": 0.0, "beta2": 0.0} if optimizer == "Adafactor" else {}
+    with lora("SD3", batch_size=1, rank=256, alpha=32.0, spread=0.01, optimizer=optimizer, **betas) as training:
         (told,), peak = observed(training, tmp_path)
     assert told["memory"] == pytest.approx(peak, rel=0.05)
 
@@ -251,7 +251,7 @@ def test_only_what_the_run_will_show_is_tried(tmp_path, monkeypatch):
     """No other captions than those are encoded."""
     monkeypatch.setattr(estimates, "_LEAST_STEPS", 1)
     dataset = diffusers_host.make_dataset(12)
-    handling = Handling(wildcards=True, caption_variants=8)
+    handling = Augmentation(wildcards=True, caption_variants=8)
     varied = [(f"{number} {{a|b|c|d|e|f|g|h}} {{i|j|k|l|m|n|o|p}}",) for number in range(12)]
     rows = zip(dataset.examples, varied, strict=True)
     dataset = replace(dataset, examples=tuple(replace(one, captions=row, handling=handling) for one, row in rows))
@@ -277,7 +277,7 @@ def test_what_cannot_be_measured_is_no_end_either(tmp_path, monkeypatch, caplog)
         raise RuntimeError("no such kernel")
 
     with KINDS["SD1"]() as training:
-        monkeypatch.setattr(tracking.Account, "peak_of", broken)
+        monkeypatch.setattr(tracking.DevicePeakMemory, "peak_of", broken)
         with caplog.at_level("INFO"):
             assert models.train(training, tmp_path, steps=50, save_every=50).step == 50
     assert "could not be measured: no such kernel" in caplog.text
@@ -303,7 +303,7 @@ def test_a_device_that_keeps_account_is_asked(monkeypatch):
             return 175
 
     monkeypatch.setattr(torch, "cuda", Kind)
-    account = tracking.Account(torch.device("cuda"))
+    account = tracking.DevicePeakMemory(torch.device("cuda"))
     found = account.peak_of(lambda: asked_for.append("work"), [torch.zeros(8)])
     assert found == 75 + 32
     assert asked_for == ["now", "reset", "work", "peak"]
@@ -343,7 +343,7 @@ def taken():
 @pytest.mark.usefixtures("told_by_system")
 def test_on_a_cpu_the_system_sees_what_is_no_tensor():
     """Some libraries take memory for themselves while an operation runs."""
-    account = tracking.Account(torch.device("cpu"))
+    account = tracking.DevicePeakMemory(torch.device("cpu"))
     found = account.peak_of(taken, [torch.zeros(8)])
     assert found == pytest.approx(SIZE, rel=0.1)
     assert account.peak_of(lambda: torch.ones(256), [torch.zeros(8)]) == 32 + 1024
@@ -354,7 +354,7 @@ def test_what_is_only_collected_while_it_is_measured_hides_nothing():
     garbage = [taken()]
     garbage.append(garbage)
     del garbage
-    account = tracking.Account(torch.device("cpu"))
+    account = tracking.DevicePeakMemory(torch.device("cpu"))
 
     def work():
         gc.collect()
@@ -381,5 +381,5 @@ def test_where_the_system_tells_nothing_tensors_are_counted(monkeypatch, lacks):
                 raise PermissionError(13, "no", self._path)
 
     monkeypatch.setattr(tracking, "Path", System)
-    account = tracking.Account(torch.device("cpu"))
+    account = tracking.DevicePeakMemory(torch.device("cpu"))
     assert account.peak_of(lambda: torch.ones(256), [torch.zeros(8)]) == 32 + 1024

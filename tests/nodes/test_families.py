@@ -226,7 +226,7 @@ def test_formats_that_hide_their_weights_are_refused_by_name(word, said):
         check_sockets(model, object(), object())
 
 
-def quantised(name, scaled):
+def quantized(name, scaled):
     """(MODEL of fp8 weights, MODEL of the same numbers in float32), as the host loads such files."""
     config = networks.SIZES[name].build()
     config.set_inference_dtype(torch.float8_e4m3fn, torch.float32)
@@ -254,7 +254,7 @@ def quantised(name, scaled):
 @pytest.mark.parametrize("name", ["SD1", "Flux"])
 def test_an_adapter_on_fp8_weights_is_trained_as_on_the_same_numbers_in_fp32(name, scaled):
     found = []
-    for model in quantised(name, scaled):
+    for model in quantized(name, scaled):
         with models.in_training(model, name, spread=0.1) as training:
             found.append((training.losses().detach(), models.joined(training.gradients())))
         dtypes = {value.dtype for value in training.plan.trainables.values()}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from graft_pack.trainers.engine.gradient_check import directional_error
 from graft_pack.trainers.engine.resolve import Options, resolve
-from graft_pack.trainers.engine.trainable_modules import Parts
+from graft_pack.trainers.engine.trainable_modules import TrainableModules
 from graft_pack.trainers.errors import ModelError, SettingsError
 from graft_pack.trainers.families import family_of
 from graft_pack.trainers.formats import files
@@ -163,7 +163,7 @@ def test_switched_off_the_frozen_base_answers(name, tmp_path):
         models.train(training, tmp_path)
         with torch.no_grad():
             moved = training.denoiser.predict(x, level, [one])
-            with training.plan.frozen():
+            with training.plan.switched_off():
                 assert torch.equal(training.denoiser.predict(x, level, [one]), base)
             assert torch.equal(training.denoiser.predict(x, level, [one]), moved)
     assert models.distance(moved, base) > 1e-2
@@ -226,7 +226,7 @@ def test_a_pattern_that_chooses_nothing_is_refused():
                 pass
 
 
-def test_quantised_weights_are_refused():
+def test_quantized_weights_are_refused():
     class Packed(torch.Tensor):
         pass
 
@@ -274,7 +274,9 @@ def test_what_is_handed_on_at_the_end_is_the_file(tmp_path):
 
 def begin(training, adapter):
     """Gives the trainables a file's values, as a run does."""
-    Parts(METHODS["all weights"], training.plan.recipe, training.host).start(training.plan.trainables, adapter)
+    TrainableModules(METHODS["all weights"], training.plan.recipe, training.host).start(
+        training.plan.trainables, adapter
+    )
 
 
 def test_it_goes_on_from_a_file(tmp_path):
@@ -367,7 +369,7 @@ def test_dtypes_of_base_weights_and_activations_go_together(base, weights, compu
     assert {tensor.dtype for tensor in state.trainables.values()} == {
         torch.bfloat16 if weights == "bf16" else torch.float32
     }
-    assert all(tensor.dtype == torch.float32 for slots in state.optimiser.values() for tensor in slots.values())
+    assert all(tensor.dtype == torch.float32 for slots in state.optimizer.values() for tensor in slots.values())
     assert output.isfinite().all()
     assert all(adapter[key].dtype == torch.float32 for key in adapter)
     assert sum(bool(adapter[key].any()) for key in adapter) > 0.9 * len(adapter)

@@ -11,7 +11,7 @@ import pytest
 def browser(comfy, monkeypatch):
     from graft_pack.nodes.host.server import messages as browser
 
-    monkeypatch.setattr(browser, "BOARD", browser.Board())
+    monkeypatch.setattr(browser, "BOARD", browser.MessageStore())
     return browser
 
 
@@ -36,8 +36,8 @@ def test_the_last_message_of_each_kind_is_kept_in_order(browser, sent):
         ("saved", {}),
         ("step", {"step": 2}),
     ]:
-        browser.tell(message(event, **fields))
-    kept = browser.BOARD.messages()
+        browser.send(message(event, **fields))
+    kept = browser.MESSAGES.messages()
     assert [one["event"] for one in kept] == ["begin", "run", "saved", "step"] and kept[-1]["step"] == 2
     assert len(sent) == 5 and all(event == "graft.progress" for event, _ in sent)
 
@@ -45,9 +45,9 @@ def test_the_last_message_of_each_kind_is_kept_in_order(browser, sent):
 def test_what_begins_anew_forgets_its_own_and_nothing_else(browser):
     for node, workflow in (("3", "w"), ("3", "other"), ("1:3", "w")):
         for event in ("begin", "failed"):
-            browser.BOARD.note(message(event, node, workflow))
-    browser.BOARD.note(message("begin"))
-    kept = [(one["node"], one["workflow"], one["event"]) for one in browser.BOARD.messages()]
+            browser.MESSAGES.note(message(event, node, workflow))
+    browser.MESSAGES.note(message("begin"))
+    kept = [(one["node"], one["workflow"], one["event"]) for one in browser.MESSAGES.messages()]
     assert kept == [
         ("3", "other", "begin"),
         ("3", "other", "failed"),
@@ -59,13 +59,13 @@ def test_what_begins_anew_forgets_its_own_and_nothing_else(browser):
 
 def test_no_more_is_kept_than_of_so_many_nodes(browser):
     for node in range(500):
-        browser.BOARD.note(message("begin", str(node)))
-    nodes = [one["node"] for one in browser.BOARD.messages()]
+        browser.MESSAGES.note(message("begin", str(node)))
+    nodes = [one["node"] for one in browser.MESSAGES.messages()]
     assert nodes == [str(node) for node in range(500 - browser._MOST_NODES, 500)]
 
 
 def test_numbers_that_json_has_not_become_none(browser, sent):
-    browser.tell(message("step", loss=math.nan, losses=[1.0, math.inf]))
+    browser.send(message("step", loss=math.nan, losses=[1.0, math.inf]))
     assert sent[0][1]["loss"] is None and sent[0][1]["losses"] == [1.0, None]
 
 
@@ -94,8 +94,8 @@ def test_the_workflow_of_a_prompt(browser, monkeypatch, extra, found):
 
 def test_runs_of_one_node_are_kept_apart_by_their_inputs(browser):
     for inputs, event in (("a", "begin"), ("a", "done"), ("b", "begin"), ("b", "step"), ("a", "begin")):
-        browser.BOARD.note(message(event, inputs=inputs))
-    kept = [(one["inputs"], one["event"]) for one in browser.BOARD.messages()]
+        browser.MESSAGES.note(message(event, inputs=inputs))
+    kept = [(one["inputs"], one["event"]) for one in browser.MESSAGES.messages()]
     assert kept == [("b", "begin"), ("b", "step"), ("a", "begin")]
 
 
@@ -149,7 +149,7 @@ def test_where_the_host_keeps_no_workflows_none_is_kept(browser, monkeypatch):
 
 def test_a_host_without_a_server_is_told_nothing(browser, monkeypatch):
     monkeypatch.setattr(browser, "prompt_server", lambda: None)
-    browser.tell(message("begin"))
+    browser.send(message("begin"))
     assert browser.workflow_of("p") == ""
 
 
@@ -160,7 +160,7 @@ def test_steps_that_come_fast_are_told_together_and_none_is_lost(comfy, monkeypa
     clock = iter(x * 0.03 for x in range(1000))
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
     training = control.Training("3", "p")
-    monkeypatch.setattr(training, "tell", lambda event, payload: told.append((event, payload)))
+    monkeypatch.setattr(training, "send", lambda event, payload: told.append((event, payload)))
     report = progress.Progress(training, 40)
     for step in range(1, 41):
         report("step", {"event": "step", "step": step, "steps": 40, "loss": float(step), "lr": 1.0, "seconds": 0.03})

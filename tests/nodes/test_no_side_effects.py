@@ -51,21 +51,21 @@ def faulty(monkeypatch):
     """faulty(outcome): from then on trainings end like that, in their second step."""
     import comfy.model_management
     from graft_pack.nodes.host.model.denoiser import ComfyDenoiser
-    from graft_pack.nodes.host.server.control import DESK, Wish
+    from graft_pack.nodes.host.server.control import REGISTRY, UserCommand
     from graft_pack.trainers.engine import loop
 
     def arrange(outcome):
         real = loop._gradients
 
-        def gradients(plan, host, window, step, mover, shares, shown):
+        def gradients(plan, host, window, step, updater, shares, shown):
             if step == 1:
                 if outcome == "raised":
                     raise Fault("in the second step")
                 if outcome == "cancelled":
                     comfy.model_management.interrupt_current_processing(True)
                 if outcome in ("stopped", "paused"):
-                    DESK.of_node("7").ask(Wish.STOP if outcome == "stopped" else Wish.PAUSE)
-            found = real(plan, host, window, step, mover, shares, shown)
+                    REGISTRY.of_node("7").ask(UserCommand.STOP if outcome == "stopped" else UserCommand.PAUSE)
+            found = real(plan, host, window, step, updater, shares, shown)
             return (float("nan"), *found[1:]) if outcome == "not a number" and step == 1 else found
 
         def predict(self, x_t, sigma, conditioning):
@@ -86,13 +86,13 @@ def faulty(monkeypatch):
 
 def train(graph, method, name):
     """As a training node does, under the host's inference mode."""
-    from graft_pack.nodes.host.actions.train import Widgets
+    from graft_pack.nodes.host.actions.train import TrainInputs
     from graft_pack.nodes.host.actions.train import train as run
     from graft_pack.trainers.engine.resolve import Options
 
     kind, fields = METHODS[method]
     options = Options({**fields, ("run", "name"): name, ("preview", "prompts"): "red", ("preview", "steps"): 1})
-    widgets = Widgets(kind, STEPS, 1e-4, 4, 1, 0)
+    widgets = TrainInputs(kind, STEPS, 1e-4, 4, 1, 0)
     return run(*graph, make_dataset(4), widgets, options, "7")
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from graft_pack.trainers.errors import ModelError
 from graft_pack.trainers.objective.noise import spread_sigmas
-from graft_pack.trainers.objective.targets import parameterisation
+from graft_pack.trainers.objective.targets import parameterization
 
 from tests.support import models
 
@@ -72,7 +72,7 @@ def through(node, inputs, model):
 
 
 def kind_of(denoiser):
-    return parameterisation(denoiser.parameterisation, denoiser.sigma_data, denoiser.noise_scale)
+    return parameterization(denoiser.parameterization, denoiser.sigma_data, denoiser.noise_scale)
 
 
 def test_every_such_node_of_core_is_tried_here(comfy):
@@ -89,7 +89,7 @@ def test_the_target_is_what_the_host_turns_into_the_latent(case):
 
     name, kind = case[2:]
     denoiser = ComfyDenoiser(made_by(case), None, models.SmallVae())
-    assert denoiser.parameterisation == kind
+    assert denoiser.parameterization == kind
     sigma = spread_sigmas(denoiser.sigmas(), 7).double()
     source = torch.Generator().manual_seed(0)
     x0, noise = torch.randn(2, 7, *models.FAMILIES[name].latent, generator=source).double()
@@ -120,7 +120,7 @@ def test_the_loss_is_measured_against_that_target(case):
     with models.in_training(made_by(case), case[2], spread=0.05) as training:
         plan, denoiser = training.plan, training.denoiser
         shown = [item.show(0) for item in plan.train]
-        _, x0, noise, sigma = next(step.parts_of(shown, plan.recipe, 0, 0, training.host))
+        _, x0, noise, sigma = next(step.micro_batches(shown, plan.recipe, 0, 0, training.host))
         with torch.no_grad():
             raw = denoiser.predict(denoiser.add_noise(x0, noise, sigma), sigma, [one.conditioning for one in shown])
         target = kind_of(denoiser).target(x0, noise, sigma.view(-1, 1, 1, 1))
@@ -150,7 +150,7 @@ def test_other_objectives_follow_the_model_too(case):
     with models.in_training(made_by(case), case[2], spread=0.05, objective=objective) as training:
         denoiser = training.denoiser
         shown = [item.show(0) for item in training.plan.train]
-        _, x0, noise, sigma, asked = next(step.parts_of(shown, training.plan.recipe, 0, 0, training.host))
+        _, x0, noise, sigma, asked = next(step.micro_batches(shown, training.plan.recipe, 0, 0, training.host))
         losses = step.losses_of(training.host, shown, x0, noise, sigma, asked).detach()
         with torch.no_grad():
             x_t = denoiser.add_noise(x0, asked.added, sigma)
@@ -187,7 +187,7 @@ def test_the_objective_is_known_by_the_checkpoints_keys(name, keys, kind, most):
     from graft_pack.nodes.host.model.denoiser import ComfyDenoiser
 
     denoiser = ComfyDenoiser(models.patcher(name, keys=keys), None, models.SmallVae())
-    assert denoiser.parameterisation == kind
+    assert denoiser.parameterization == kind
     assert float(denoiser.sigmas().max()) == pytest.approx(most, rel=1e-2)
     assert denoiser.family == ("SDXL" if name == "SDXL" else "SD2 v" if kind == "v" else "SD2")
 
@@ -202,9 +202,9 @@ def test_training_on_zero_terminal_snr_follows_v_and_not_eps(assumed, tmp_path):
         items = [replace(one, show=functools.partial(brightened, one)) for one in training.plan.train]
         training = replace(training, plan=replace(training.plan, train=items))
         before = noisiest(items, training)
-        training.denoiser.parameterisation = assumed
+        training.denoiser.parameterization = assumed
         models.train(training, tmp_path)
-        training.denoiser.parameterisation = "v"
+        training.denoiser.parameterization = "v"
         after = noisiest(items, training)
     assert after < 0.5 * before if assumed == "v" else after > 0.9 * before, (float(before), float(after))
 

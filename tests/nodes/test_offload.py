@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from graft_pack.trainers.engine.oom_fallback import keep_away
+from graft_pack.trainers.engine.oom_fallback import offload_blocks
 from graft_pack.trainers.memory import autograd, offload
 from graft_pack.trainers.methods import ADAPTERS
 from graft_pack.trainers.recipe.recipe import ALL_BUT_ATTENTION
@@ -41,14 +41,14 @@ def far(monkeypatch):
 @pytest.fixture
 def one_by_one(monkeypatch):
     """Nothing comes ahead of its time."""
-    monkeypatch.setattr(offload.Conveyor, "_start", lambda self, number: None)
+    monkeypatch.setattr(offload.BlockPrefetcher, "_start", lambda self, number: None)
 
 
 def gradients(training, folder, count=2):
     """Of so many steps, with the blocks away where the plan says so."""
     if training.plan.recipe.offload == "on":
-        assert keep_away(training.plan, SimpleNamespace(folder=str(folder)), training.host)
-        assert offload.is_away(training.denoiser.module)
+        assert offload_blocks(training.plan, SimpleNamespace(folder=str(folder)), training.host)
+        assert offload.is_on_other_device(training.denoiser.module)
     return [training.gradients() for _ in range(count)]
 
 
@@ -217,7 +217,7 @@ def test_killed_and_resumed_with_and_without_it_has_the_same_bits(kind, tmp_path
 @pytest.mark.parametrize("place", ["a file", "far"])
 def test_pictures_are_drawn_with_what_is_away(place, tiny_base, comfy, tmp_path, monkeypatch, request):
     """By the host's own sampler, which moves nothing for it; the same pictures and adapter as without."""
-    from graft_pack.nodes.host.actions.train import Widgets, train
+    from graft_pack.nodes.host.actions.train import TrainInputs, train
     from graft_pack.nodes.host.model.denoiser import ComfyDenoiser
     from graft_pack.trainers.engine.resolve import Options
 
@@ -241,7 +241,7 @@ def test_pictures_are_drawn_with_what_is_away(place, tiny_base, comfy, tmp_path,
             options = Options(
                 {**fields, ("run", "name"): f"drawn {place} {offloaded}", ("memory", "offload"): offloaded}
             )
-            done = train(*graph, make_dataset(4), Widgets("LoRA", 2, 1e-2, 4, 1, 0), options, "7")
+            done = train(*graph, make_dataset(4), TrainInputs("LoRA", 2, 1e-2, 4, 1, 0), options, "7")
             adapters.append(done.adapter)
     assert len(drawn) == 6 and drawn[0] != drawn[2]
     assert drawn[:3] == drawn[3:]

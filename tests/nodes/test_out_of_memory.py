@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from graft_pack.trainers.engine import loop
-from graft_pack.trainers.engine.oom_fallback import Ladder
+from graft_pack.trainers.engine.oom_fallback import OOMFallback
 from graft_pack.trainers.errors import OutOfMemory
 from graft_pack.trainers.memory import autograd, checkpointing
 from graft_pack.trainers.memory.oom import is_out_of_memory
@@ -186,9 +186,9 @@ def test_short_again_later_it_climbs_on(kind, enough, tmp_path):
         needed = {2: "checkpointing", 3: "offload"}
         original = loop._gradients
 
-        def gradients(plan, host, window, step, mover, *given):
+        def gradients(plan, host, window, step, updater, *given):
             device._rung = needed.get(step, device._rung)
-            return original(plan, host, window, step, mover, *given)
+            return original(plan, host, window, step, updater, *given)
 
         loop._gradients = gradients
         try:
@@ -239,7 +239,7 @@ def test_with_weights_in_shares_the_error_names_what_takes_less(checkpointing, r
     with lora("SD1", checkpointing=checkpointing, recompute=recompute) as training:
         host = replace(training.host, group=SimpleNamespace(sharded=True, paired=True))
         with pytest.raises(OutOfMemory, match="start more processes") as error:
-            Ladder(training.plan, None, host, False).attempt(short, lambda: None, 1)
+            OOMFallback(training.plan, None, host, False).attempt(short, lambda: None, 1)
     assert ("Graft Memory Options" in str(error.value)) == (cure is not None)
     assert (cure or "") in str(error.value)
 

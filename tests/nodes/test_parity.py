@@ -79,7 +79,7 @@ def test_loss_and_gradients_are_those_of_diffusers(prediction_type, gamma):
     unet = diffusers_host.convert_sd1(model)
     with models.in_training(model, "SD1", spread=0.1, examples=4, batch_size=4, objective=objective) as training:
         shown = [item.show(0) for item in training.plan.train]
-        part = next(step.parts_of(shown, training.plan.recipe, 0, 0, training.host))
+        part = next(step.micro_batches(shown, training.plan.recipe, 0, 0, training.host))
         _, x0, noise, sigma = part[:4]
         losses = step.losses_of(training.host, *part)
         losses.mean().backward()
@@ -109,7 +109,7 @@ def test_other_families_too_have_diffusers_loss_and_the_gradient_of_every_weight
     with models.in_training(model, published.name, examples=3, batch_size=3, **whole) as training:
         shown = [item.show(0) for item in training.plan.train]
         conditionings = [one.conditioning for one in shown]
-        part = next(step.parts_of(shown, training.plan.recipe, 0, 0, training.host))
+        part = next(step.micro_batches(shown, training.plan.recipe, 0, 0, training.host))
         _, x0, noise, sigma = part[:4]
         losses = step.losses_of(training.host, *part)
         losses.mean().backward()

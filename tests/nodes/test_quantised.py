@@ -11,7 +11,7 @@ from tests.support import models, networks
 pytestmark = pytest.mark.usefixtures("comfy")
 
 
-def quantised(name):
+def quantized(name):
     """(MODEL with Linears in fp8, MODEL of the numbers they stand for), as the host loads such files."""
     import comfy.ops
 
@@ -53,7 +53,7 @@ def quantised(name):
 @pytest.mark.parametrize("name", ["SD1", "Flux"])
 def test_an_adapter_is_trained_as_on_the_numbers_the_weights_stand_for(name, method):
     with torch.inference_mode():
-        *pair, chosen = quantised(name)
+        *pair, chosen = quantized(name)
     if method == "DoRA" and not hasattr(pair[0].model.model_config, "quant_config"):
         refused = pytest.raises(ModelError, match="DoRA reads the base's weights")
         with refused, models.in_training(pair[0], name, targets="all linear", method=method):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from graft_pack.trainers.distributed.fsdp import Shards
+from graft_pack.trainers.distributed.fsdp import ShardedWeights
 from graft_pack.trainers.errors import ModelError
 from torch import distributed
 
@@ -20,7 +20,7 @@ class Lone:
     def __init__(self):
         self.asked = []
 
-    def call(self, number):
+    def broadcast_int(self, number):
         self.asked.append(number)
 
     def gather_shares(self, whole, share, asynchronous):
@@ -44,7 +44,7 @@ def test_the_gradient_is_that_of_the_whole_network(name):
         whole = models.joined(training.gradients())
     checkpointing = len(name) % 2 == 0
     with models.in_training(model, name, checkpointing=checkpointing, spread=0.05, examples=1) as training:
-        Shards(training.denoiser.module, training.plan.trainables.values(), Lone(), through=False)
+        ShardedWeights(training.denoiser.module, training.plan.trainables.values(), Lone(), needs_input_grad=False)
         for _ in range(2):
             assert models.distance(models.joined(training.gradients()), whole) <= 1e-6
 
@@ -84,7 +84,7 @@ def test_what_is_not_a_blocks_own_plain_weight_stays_whole():
     kept = tree.blocks[0].linear.bias
     x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
     expected = tree(x)
-    shards = Shards(tree, [kept], Lone(), through=False)
+    shards = ShardedWeights(tree, [kept], Lone(), needs_input_grad=False)
     assert (shards.blocks, shards.divided) == (2, 2 * 8 * 8 * 4)
     assert {name for name, one in tree.named_parameters() if hasattr(one, "full_tensor")} == {
         "blocks.0.linear.weight",
@@ -95,7 +95,7 @@ def test_what_is_not_a_blocks_own_plain_weight_stays_whole():
 
 def test_a_model_without_blocks_is_named():
     with pytest.raises(ModelError, match="Linear. has no blocks whose weights could be shared out. Set shard"):
-        Shards(torch.nn.Linear(8, 8), [], Lone(), through=False)
+        ShardedWeights(torch.nn.Linear(8, 8), [], Lone(), needs_input_grad=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
@@ -107,6 +107,8 @@ def test_weights_in_half_precision_or_eight_bits_are_shared_out_as_they_are(dtyp
             one.data = one.data.to(dtype)
     with models.in_training(model, "Flux", spread=0.05, examples=1, compute_dtype="fp32") as training:
         whole = models.joined(training.gradients())
-        shards = Shards(training.denoiser.module, training.plan.trainables.values(), Lone(), through=False)
+        shards = ShardedWeights(
+            training.denoiser.module, training.plan.trainables.values(), Lone(), needs_input_grad=False
+        )
         assert shards.divided > 0 == shards.whole
         assert models.distance(models.joined(training.gradients()), whole) <= 1e-6

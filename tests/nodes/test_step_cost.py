@@ -78,7 +78,7 @@ def test_memory_is_the_bare_models_and_the_adapters(model, narrow, monkeypatch):
         adapters = 4 * sum(one.nbytes for one in training.plan.trainables.values())
         # The next batch, which a thread fetches meanwhile: it lies in the CPU's memory whatever the device is.
         _, batch = next(training.plan.batches(0))
-        shown = training.plan.shown(batch)
+        shown = training.plan.samples(batch)
         coming = sum(one.latent.nbytes + sum(x.nbytes for x in one.conditioning.tensors.values()) for one in shown)
     base = sum(one.nbytes for one in held)
     assert base < bare.peak < 2 * base, "the weights once, and little enough beside them that a copy would show"

@@ -105,7 +105,7 @@ def test_what_the_host_loads_from_the_file_is_what_was_trained(kind, name, comfy
         for value in of_text(plan.trainables).values():
             value.add_(torch.randn(value.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
         [trained] = text.encode_live([CAPTION])
-        with plan.frozen():
+        with plan.switched_off():
             [off] = text.encode_live([CAPTION])
         adapter = plan.export(plan.trainables, 0).adapter
         assert training.denoiser.check_adapter(adapter) == []
@@ -371,7 +371,7 @@ def test_the_class_is_held_to_what_the_frozen_encoder_said(tmp_path):
     name = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
     moved = {}
     for weight in (1e-4, 1e4):
-        anchored = prior.anchor(dataset, dataset.examples[0].captions[0], weight)
+        anchored = prior.add_prior_target(dataset, dataset.examples[0].captions[0], weight)
         adapter = run_session(tmp_path / str(weight), dataset=anchored, **fields).adapter
         moved[weight] = float((adapter[f"{name}.lora_up.weight"] @ adapter[f"{name}.lora_down.weight"]).norm())
     assert moved[1e4] < 0.5 * moved[1e-4]
@@ -409,7 +409,7 @@ def test_all_weights_of_the_encoders_are_trained_exactly_and_applied_as_trained(
             for value in trainables.values():
                 value.add_(torch.randn(value.shape, generator=torch.Generator().manual_seed(1)) * 0.02)
             [trained] = training.host.text.encode_live([CAPTION])
-            with training.plan.frozen():
+            with training.plan.switched_off():
                 [off] = training.host.text.encode_live([CAPTION])
             adapter = training.plan.export(training.plan.trainables, 0).adapter
         path = comfy.base / "models" / "loras" / f"all of {name}.safetensors"

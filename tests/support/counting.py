@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-from graft_pack.trainers.memory.tracking import Meter
+from graft_pack.trainers.memory.tracking import TensorTracker
 
 _READ = torch.ops.aten._local_scalar_dense.default
 
 
-class Counter(Meter):
+class Counter(TensorTracker):
     """Counts within its block, the backward included.
 
     Attributes:

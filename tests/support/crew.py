@@ -34,7 +34,7 @@ class Crew:
     """So many processes; a task is given to all of them, and ends them."""
 
     def __init__(self, world):
-        self.world = world
+        self.world_size = world
         self.exitcodes = []
 
     def do(self, task, timeout=240, **arguments):
@@ -45,9 +45,9 @@ class Crew:
         context.set_forkserver_preload(HEAVY)
         store = TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=60), wait_for_workers=False)
         members = []
-        for rank in range(self.world):
+        for rank in range(self.world_size):
             ours, theirs = context.Pipe()
-            seat = {"rank": rank, "world": self.world, "port": store.port, "pipe": theirs}
+            seat = {"rank": rank, "world": self.world_size, "port": store.port, "pipe": theirs}
             seat |= {"task": task, "arguments": arguments}
             member = context.Process(target=runpy.run_path, args=(__file__, {"SEAT": seat}, SEATED), daemon=True)
             member.start()
@@ -82,9 +82,9 @@ def sit_down(seat):
     import torch
 
     torch.set_num_threads(1)
-    from graft_pack.trainers.distributed.accelerate_group import Spread
+    from graft_pack.trainers.distributed.accelerate_group import AccelerateGroup
 
-    group = Spread(cpu=True)
+    group = AccelerateGroup(cpu=True)
     seat["pipe"].send(TASKS[seat["task"]](group, **seat["arguments"]))
     group.close()
 
@@ -96,7 +96,7 @@ def train(group, folder, fields, death=None):
         death: (rank, where, count): that process ends as by kill -9 at the so manieth time it comes there, where is
             "part" (of a gradient), "sum" (before the gradients are summed), "summed" or "report".
     """
-    from graft_pack.trainers.errors import Parted
+    from graft_pack.trainers.errors import PeerLostError
 
     from tests.support.diffusers_host import make_host, run_session
 
@@ -107,20 +107,20 @@ def train(group, folder, fields, death=None):
                 os.kill(os.getpid(), signal.SIGKILL)
 
     counts = {}
-    whole = group.sum_gradients
+    whole = group.all_reduce_gradients
 
-    def sum_gradients(parameters):
+    def all_reduce_gradients(parameters):
         reached("sum")
         whole(parameters)
         reached("summed")
 
-    group.sum_gradients = sum_gradients
+    group.all_reduce_gradients = all_reduce_gradients
     host = make_host(lambda event, payload: reached("report"))
-    host = replace(host, heed=lambda: reached("part"), group=group)
+    host = replace(host, check_interrupt=lambda: reached("part"), group=group)
     try:
         result = run_session(Path(folder), host=host, **fields)
-    except Parted:
-        return "Parted"
+    except PeerLostError:
+        return "PeerLostError"
     return {"losses": result.losses, "resumed_from": result.resumed_from}
 
 
@@ -167,7 +167,7 @@ def fail(group, folder, fields, rank, where="part", memory=0):
     over = []
     host = replace(make_host(), group=group)
     if where == "part":
-        host = replace(host, heed=trouble(host.heed))
+        host = replace(host, check_interrupt=trouble(host.check_interrupt))
     if where == "sum":
         found = "out of memory" if group.rank == rank else ""
         accelerate_group._shortage = lambda *given: found
@@ -189,7 +189,7 @@ def fail(group, folder, fields, rank, where="part", memory=0):
         return run_session(Path(folder), host=host, **fields).losses
     except Exception as error:
         try:
-            group.part()
+            group.abort()
         except Exception as second:
             return f"{type(error).__name__}, then {type(second).__name__}"
         return type(error).__name__
@@ -207,7 +207,7 @@ def gradients(group, fields, windows):
     forward and after each step.
     """
     from graft_pack.trainers.engine import loop
-    from graft_pack.trainers.engine.updater import Mover
+    from graft_pack.trainers.engine.updater import ParameterUpdater
     from graft_pack.trainers.memory.autograd import blocks_of
     from graft_pack.trainers.memory.checkpointing import checkpoint_blocks
 
@@ -220,7 +220,7 @@ def gradients(group, fields, windows):
         blocks = blocks_of(host.denoiser.module)
         sizes = [held_by(blocks)]
 
-        class Watched(Mover):
+        class Watched(ParameterUpdater):
             def backward(self, loss):
                 sizes.append(held_by(blocks))
                 super().backward(loss)
@@ -228,13 +228,13 @@ def gradients(group, fields, windows):
         if plan.recipe.checkpointing == "on":
             checkpoint_blocks(blocks, plan.recipe.keeps_attention)
         if plan.recipe.shard == "on":
-            group.shard(host.denoiser.module, plan.trainables.values(), through=False)
+            group.shard(host.denoiser.module, plan.trainables.values(), needs_input_grad=False)
         for step, window in enumerate(windows):
             for parameter in plan.trainables.values():
                 parameter.grad = None
             share, *_ = loop._gradients(plan, host, window, step, Watched(plan, host))
-            loss = group.meet(share)
-            group.sum_gradients(list(plan.trainables.values()))
+            loss = group.all_reduce(share)
+            group.all_reduce_gradients(list(plan.trainables.values()))
             found.append((loss, models.joined(one.grad for one in plan.trainables.values()).tolist()))
             sizes.append(held_by(blocks))
     return found, sizes

@@ -25,7 +25,7 @@ class DiffusersDenoiser:
     def __init__(self, unet, prediction_type="epsilon"):
         self._unet = unet.requires_grad_(False).eval()
         self.scheduler = DDPMScheduler(prediction_type=prediction_type, **SCHEDULE)
-        self.parameterisation = {"epsilon": "eps", "v_prediction": "v"}[prediction_type]
+        self.parameterization = {"epsilon": "eps", "v_prediction": "v"}[prediction_type]
         self.device = torch.device("cpu")
         self.compute_dtype = torch.float32
         self.module = None
@@ -86,7 +86,7 @@ class DiffusersDenoiser:
         return False
 
     @contextmanager
-    def training(self, compute_dtype, away=False):
+    def training(self, compute_dtype, offloaded=False):
         self.module = self._unet
         try:
             yield
@@ -102,7 +102,7 @@ class DiffusersDenoiser:
     def published_name(self, path):
         return path
 
-    def published_cuts(self, path):
+    def published_splits(self, path):
         return ()
 
     def check_adapter(self, tensors):
@@ -113,7 +113,7 @@ class DiffusersDenoiser:
         return [key for key in tensors if key.split(".")[0] not in names and not key.startswith("lora_te_")]
 
     def fingerprint(self):
-        return digest(self._unet) + self.parameterisation
+        return digest(self._unet) + self.parameterization
 
 
 class WordEncoder:
@@ -376,12 +376,12 @@ def run_session(folder, report=None, host=None, dataset=None, **fields):
 
 def make_item(index, weight=None):
     """An example with a latent and a caption of its own."""
-    from graft_pack.trainers.preprocessing.items import Item, Shown
+    from graft_pack.trainers.preprocessing.items import DatasetItem, Sample
     from graft_pack.trainers.protocols import Conditioning
 
     latent = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(index))
     conditioning = Conditioning(WordEncoder().encode(f"picture {index}"))
-    return Item(f"picture {index}", (64, 64), 1, lambda turn: Shown(latent, conditioning, weight))
+    return DatasetItem(f"picture {index}", (64, 64), 1, lambda turn: Sample(latent, conditioning, weight))
 
 
 @contextmanager
@@ -402,19 +402,19 @@ def planned(items, spread=0.1, **fields):
         if spread:
             models.scatter(trainables, spread)
         export = models.exporter(method, recipe, host.denoiser.adapter_name)
-        yield Plan(recipe, items, [], trainables, export, frozen=lambda: method.switched_off(module)), host
+        yield Plan(recipe, items, [], trainables, export, switched_off=lambda: method.switched_off(module)), host
 
 
 def gradient_of(plan, host, window, step=0):
     """(loss, gradient as one vector, names) of a window of batches."""
     from graft_pack.trainers.engine import loop
-    from graft_pack.trainers.engine.updater import Mover
+    from graft_pack.trainers.engine.updater import ParameterUpdater
 
     from tests.support import models
 
     for parameter in plan.trainables.values():
         parameter.grad = None
-    loss, names, _ = loop._gradients(plan, host, window, step, Mover(plan, host))
+    loss, names, _ = loop._gradients(plan, host, window, step, ParameterUpdater(plan, host))
     return loss, models.joined(p.grad for p in plan.trainables.values()), names
 
 
@@ -429,8 +429,8 @@ def same_state(a, b):
     if any(getattr(a, name) != getattr(b, name) for name in plain):
         return False
     slots = [(a.trainables, b.trainables), (a.ema, b.ema)]
-    slots += [(a.optimiser[index], b.optimiser.get(index, {})) for index in a.optimiser]
-    return len(a.optimiser) == len(b.optimiser) and all(same_tensors(one, other) for one, other in slots)
+    slots += [(a.optimizer[index], b.optimizer.get(index, {})) for index in a.optimizer]
+    return len(a.optimizer) == len(b.optimizer) and all(same_tensors(one, other) for one, other in slots)
 
 
 def same_tensors(a, b):

@@ -32,23 +32,23 @@ def fields_of(kind):
 
 def dataset_of(kind):
     from graft_pack.trainers.data import prior
-    from graft_pack.trainers.data.examples import Handling
+    from graft_pack.trainers.data.examples import Augmentation
 
     from .diffusers_host import make_dataset
 
     dataset = make_dataset()
     if kind == "class images":
         rows = (replace(one, trigger="") for one in make_dataset(4).examples)
-        return prior.attach(dataset, replace(dataset, examples=tuple(rows), trigger=""), 0.4)
+        return prior.add_class_images(dataset, replace(dataset, examples=tuple(rows), trigger=""), 0.4)
     if "differential" in kind:
-        anchored = prior.anchor(dataset, "a picture", 0.5)
+        anchored = prior.add_prior_target(dataset, "a picture", 0.5)
         # Every other picture with something to be preserved beside it.
         rows = [one if number % 2 else two for number, (one, two) in enumerate(_pairs(dataset, anchored))]
         return replace(anchored, examples=tuple(rows))
     if kind == "embedding":
         # Every other text does without the word, which is all that is trained: one of two processes learns nothing.
         rows = enumerate(dataset.examples)
-        rows = (replace(one, handling=Handling(caption_dropout=float(number % 2))) for number, one in rows)
+        rows = (replace(one, handling=Augmentation(caption_dropout=float(number % 2))) for number, one in rows)
         return replace(dataset, examples=tuple(rows))
     return dataset
 

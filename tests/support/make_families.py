@@ -38,7 +38,7 @@ class Row:
         losses: of the three steps.
     """
 
-    parameterisation: str
+    parameterization: str
     layers: int
     plain: float
     checkpointed: float
@@ -77,7 +77,7 @@ def measure(name: str) -> Row:
             with models.float64_throughout(training):
                 gradients.append(models.joined(training.gradients()))
                 errors.append(max(error_of(training, part, STEP) for part in "AB"))
-            found = training.denoiser.parameterisation, len(training.plan.trainables) // 2
+            found = training.denoiser.parameterization, len(training.plan.trainables) // 2
     return Row(*found, *errors, models.distance(gradients[1], gradients[0]), *_apply(load(name, torch.float32), name))
 
 
@@ -118,7 +118,7 @@ def show(name: str, row: Row) -> str:
     """A row of the table."""
     cells = (
         f"`{name}`",
-        row.parameterisation,
+        row.parameterization,
         str(row.layers),
         f"{row.plain:.0e}",
         f"{row.checkpointed:.0e}",

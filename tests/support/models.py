@@ -122,7 +122,7 @@ def learning_word(name: str, checkpointing: bool = False, model=None, clip=None,
     from graft_pack.trainers.engine.plan import Plan
     from graft_pack.trainers.memory import autograd, checkpointing
     from graft_pack.trainers.methods import textual_inversion
-    from graft_pack.trainers.preprocessing.items import Item
+    from graft_pack.trainers.preprocessing.items import DatasetItem
     from graft_pack.trainers.protocols import Host
     from graft_pack.trainers.runs.run import Products
 
@@ -140,8 +140,10 @@ def learning_word(name: str, checkpointing: bool = False, model=None, clip=None,
         for number, caption in enumerate(captions):
             shown = item(name, number).show(None)
             bare = replace(shown.conditioning, tensors={})
-            items.append(Item(f"picture {number}", (64, 64), 1, functools.partial(_told, shown.latent, bare, caption)))
-        settle = textual_inversion.settling(vectors, encoder, settings)
+            items.append(
+                DatasetItem(f"picture {number}", (64, 64), 1, functools.partial(_told, shown.latent, bare, caption))
+            )
+        settle = textual_inversion.renormalizing(vectors, encoder, settings)
         export = lambda values, step: Products(None, textual_inversion.made_of(values, settings, {}))  # noqa: E731
         plan = Plan(settings, items, [], vectors, export, [textual_inversion.group(vectors, settings)], settle)
         yield Training(denoiser, Host(denoiser, encoder, None), plan)
@@ -153,11 +155,11 @@ def with_text(name: str, checkpointing: bool = False, model=None, clip=None, spr
     from graft_pack.nodes.host.model.denoiser import ComfyDenoiser
     from graft_pack.nodes.host.model.text_encoder import ComfyText
     from graft_pack.trainers.engine.plan import Plan
-    from graft_pack.trainers.engine.trainable_modules import Parts
+    from graft_pack.trainers.engine.trainable_modules import TrainableModules
     from graft_pack.trainers.formats.adapter import Adapter
     from graft_pack.trainers.memory import autograd, checkpointing
     from graft_pack.trainers.methods import METHODS
-    from graft_pack.trainers.preprocessing.items import Item
+    from graft_pack.trainers.preprocessing.items import DatasetItem
     from graft_pack.trainers.protocols import Host
     from graft_pack.trainers.runs.run import Products
 
@@ -166,7 +168,7 @@ def with_text(name: str, checkpointing: bool = False, model=None, clip=None, spr
     own = {"text_encoder": True, "text_encoder_rank": 2, "text_encoder_learning_rate": 1e-2}
     settings = recipe(denoiser.family, **{**own, **fields})
     host = Host(denoiser, encoder, None)
-    parts = Parts(METHODS[settings.method], settings, host)
+    parts = TrainableModules(METHODS[settings.method], settings, host)
     with denoiser.training("auto", settings.offload == "on"), encoder.training():
         if checkpointing:
             checkpointing.checkpoint_blocks(autograd.blocks_of(denoiser.module), settings.keeps_attention)
@@ -178,17 +180,19 @@ def with_text(name: str, checkpointing: bool = False, model=None, clip=None, spr
         for number, caption in enumerate(["a red dog", "a photo, (blue) sky"]):
             shown = item(name, number).show(None)
             bare = replace(shown.conditioning, tensors={})
-            items.append(Item(f"picture {number}", (64, 64), 1, functools.partial(_told, shown.latent, bare, caption)))
+            items.append(
+                DatasetItem(f"picture {number}", (64, 64), 1, functools.partial(_told, shown.latent, bare, caption))
+            )
         export = lambda values, step: Products(Adapter(parts.export(values), None, parts.native(values)))  # noqa: E731
         groups = parts.groups(trainables)
-        plan = Plan(settings, items, [], trainables, export, groups, frozen=parts.switched_off)
+        plan = Plan(settings, items, [], trainables, export, groups, switched_off=parts.switched_off)
         yield Training(denoiser, host, plan)
 
 
 def _told(latent, conditioning, caption, turn):
-    from graft_pack.trainers.preprocessing.items import Shown
+    from graft_pack.trainers.preprocessing.items import Sample
 
-    return Shown(latent, conditioning, None, caption)
+    return Sample(latent, conditioning, None, caption)
 
 
 def kl_vae(channels: int):
@@ -269,7 +273,7 @@ def recipe(family: str, **fields):
 def item(name: str, seed: int, dtype=None, side: int = 0):
     """A loop Item with a random latent and a random conditioning, both decided by the seed; side 0: its own."""
     import torch
-    from graft_pack.trainers.preprocessing.items import Item, Shown
+    from graft_pack.trainers.preprocessing.items import DatasetItem, Sample
 
     shape = SIZES[name].latent
     if side:
@@ -279,7 +283,7 @@ def item(name: str, seed: int, dtype=None, side: int = 0):
         source = torch.Generator().manual_seed(seed)
         return torch.randn(1, *shape, generator=source).to(dtype or torch.float32)
 
-    return Item(f"picture {seed}", (64, 64), 1, lambda turn: Shown(latent(), conditioning(name, seed)))
+    return DatasetItem(f"picture {seed}", (64, 64), 1, lambda turn: Sample(latent(), conditioning(name, seed)))
 
 
 @contextmanager
@@ -327,7 +331,7 @@ def in_training(
             [],
             trainables,
             export,
-            frozen=functools.partial(method.switched_off, denoiser.module),
+            switched_off=functools.partial(method.switched_off, denoiser.module),
             constants=method.constants(denoiser.module),
             in_backward=method.in_backward,
         )
@@ -342,16 +346,16 @@ def exporter(method, settings, name_of, denoiser=None):
         denoiser: within training, for types whose files are made beside the weights, and for peft's own form.
     """
     from graft_pack.trainers.formats.adapter import Adapter, LazyAdapter
-    from graft_pack.trainers.formats.diffusers_split import with_cuts
-    from graft_pack.trainers.formats.full_diff import Differences
+    from graft_pack.trainers.formats.diffusers_split import with_splits
+    from graft_pack.trainers.formats.full_diff import FullDiff
     from graft_pack.trainers.runs.run import Products
 
     def export(values, step):
         module = denoiser.module if denoiser else None
         native = method.native(values, settings, denoiser.published_name, module) if denoiser else None
-        native = native and with_cuts(native, denoiser.published_cuts)
+        native = native and with_splits(native, denoiser.published_splits)
         tensors = method.export(values, settings, name_of, module)
-        if isinstance(tensors, Differences):
+        if isinstance(tensors, FullDiff):
             return Products(LazyAdapter(tensors, {}))
         return Products(Adapter(tensors, None, native))
 
@@ -468,7 +472,7 @@ def train(training: Training, folder, resume: bool = False, **fields):
         fields: of the recipe, in place of the plan's.
     """
     from graft_pack.trainers.engine import loop
-    from graft_pack.trainers.engine.oom_fallback import keep_away
+    from graft_pack.trainers.engine.oom_fallback import offload_blocks
     from graft_pack.trainers.methods import METHODS
     from graft_pack.trainers.runs.checkpoint import State
     from graft_pack.trainers.runs.run import Run
@@ -481,5 +485,5 @@ def train(training: Training, folder, resume: bool = False, **fields):
     state = run.load(settings.steps) if resume else State()
     if settings.offload == "on":
         # As a session does.
-        keep_away(plan, run, training.host)
+        offload_blocks(plan, run, training.host)
     return loop.train(plan, run, training.host, state)

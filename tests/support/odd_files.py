@@ -229,8 +229,8 @@ def _chunk(kind, data):
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def _png(width, height, depth, colour, rows):
-    head = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+def _png(width, height, depth, color, rows):
+    head = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", head) + _chunk(b"IDAT", rows) + _chunk(b"IEND", b"")
 
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 
 import torch
-from graft_pack.trainers.memory.transfer import SideStream
+from graft_pack.trainers.memory.transfer import StreamTransfer
 from torch.multiprocessing.reductions import StorageWeakRef
 
 
@@ -49,7 +49,7 @@ class Streams:
         )
 
 
-class Far(SideStream):
+class Far(StreamTransfer):
     """Copies on the CPU as if to a device, of weights whose homes hold no number: what computes with those fails.
 
     Attributes:

@@ -28,7 +28,7 @@ class Verdict:
     """What a picture shows; overlap is the intersection over union with the shape's template."""
 
     shape: str
-    colour: str
+    color: str
     background: str
     overlap: float
     toy: bool
@@ -40,9 +40,9 @@ def classify(picture):
     pixels = np.asarray(picture, dtype=float)
     background, field = find_background(pixels)
     cover = find_object(pixels, field)
-    colour = find_colour(pixels, cover, background)
+    color = find_color(pixels, cover, background)
     shape, overlap = find_shape(cover)
-    return Verdict(shape, colour, background, overlap, is_toy(pixels, cover), colour == TINT_NAME)
+    return Verdict(shape, color, background, overlap, is_toy(pixels, cover), color == TINT_NAME)
 
 
 def find_background(pixels):
@@ -61,7 +61,7 @@ def find_object(pixels, background):
     return np.clip(distance / scale, 0, 1)
 
 
-def find_colour(pixels, cover, background):
+def find_color(pixels, cover, background):
     """The name of the object's colour, from the median of the pixels well inside it."""
     inside = _erode(cover > 0.6)
     if inside.sum() < 20:
@@ -69,8 +69,8 @@ def find_colour(pixels, cover, background):
     if not inside.any():
         return background
     rgb = np.median(pixels[inside], axis=0)
-    colours = {name: world.PALETTE[name] for name in world.COLOURS}
-    return _nearest(rgb, {**colours, TINT_NAME: world.TINT})
+    colors = {name: world.PALETTE[name] for name in world.COLOURS}
+    return _nearest(rgb, {**colors, TINT_NAME: world.TINT})
 
 
 def find_shape(cover):
@@ -127,8 +127,8 @@ def _share(labels, where, names):
     return np.isin(labels[where], wanted).mean()
 
 
-def _nearest(rgb, colours):
-    return min(colours, key=lambda name: ((rgb - np.asarray(colours[name])) ** 2).sum())
+def _nearest(rgb, colors):
+    return min(colors, key=lambda name: ((rgb - np.asarray(colors[name])) ** 2).sum())
 
 
 def _erode(mask):

@@ -34,7 +34,7 @@ def prompt_for(combination):
 def score(pictures, combinations):
     """Shares of right shapes, colours and backgrounds, of all three right, and of concepts seen."""
     verdicts = [classify(picture) for picture in pictures]
-    told = [(v.shape, v.colour, v.background) for v in verdicts]
+    told = [(v.shape, v.color, v.background) for v in verdicts]
     right = np.array(told) == np.array(combinations)
     shares = {name: float(right[:, i].mean()) for i, name in enumerate(("shape", "colour", "background"))}
     shares["all"] = float(right.all(axis=1).mean())

@@ -50,11 +50,11 @@ def test_weights_have_mean_one_and_a_cap():
     assert weights.max() / weights.min() <= 20
 
 
-def test_the_blurred_start_carries_colours():
+def test_the_blurred_start_carries_colors():
     torch.manual_seed(0)
     vae = thin.ThinVAE()
-    colours = torch.rand(8, 3, 1, 1).expand(-1, -1, 64, 64)
-    thin.start_blurred(vae, colours)
+    colors = torch.rand(8, 3, 1, 1).expand(-1, -1, 64, 64)
+    thin.start_blurred(vae, colors)
     with torch.no_grad():
-        error = (vae.decode(vae.encode(colours)) - colours)[:, :, 16:-16, 16:-16].abs().mean()
+        error = (vae.decode(vae.encode(colors)) - colors)[:, :, 16:-16, 16:-16].abs().mean()
     assert error < 0.2

@@ -12,10 +12,10 @@ def test_a_seed_gives_the_same_pictures():
 
 
 def test_held_out_pairs_are_never_trained_on():
-    trained = {(shape, colour) for shape, colour, _ in world.known_scenes()}
+    trained = {(shape, color) for shape, color, _ in world.known_scenes()}
     assert not trained & set(world.HELD_OUT)
     assert {shape for shape, _ in trained} == set(world.SHAPES)
-    assert {colour for _, colour in trained} == set(world.COLOURS)
+    assert {color for _, color in trained} == set(world.COLOURS)
 
 
 def test_shipped_concepts_are_what_the_script_draws():

@@ -50,7 +50,7 @@ class Scene:
     """One picture. Positions, sizes in pixels; angle in degrees, counter-clockwise."""
 
     shape: str
-    colour: str
+    color: str
     background: str
     x: float = 31.5
     y: float = 31.5
@@ -60,7 +60,7 @@ class Scene:
 
 def caption(scene):
     """The text that goes with a picture, e.g. "a large red circle on a blue background"."""
-    return describe(f"{scene.colour} {scene.shape}", scene.background)
+    return describe(f"{scene.color} {scene.shape}", scene.background)
 
 
 def describe(subject, background):
@@ -68,9 +68,9 @@ def describe(subject, background):
     return f"a large {subject} on a {background} background"
 
 
-def is_possible(shape, colour, background):
+def is_possible(shape, color, background):
     """A shape never has the colour of its background."""
-    return colour != background
+    return color != background
 
 
 def known_scenes():
@@ -85,20 +85,20 @@ def held_out_scenes():
 
 def _combinations():
     return [
-        (shape, colour, background)
+        (shape, color, background)
         for shape in SHAPES
-        for colour in COLOURS
+        for color in COLOURS
         for background in BACKGROUNDS
-        if is_possible(shape, colour, background)
+        if is_possible(shape, color, background)
     ]
 
 
-def place(rng, shape, colour, background):
+def place(rng, shape, color, background):
     """A scene with a little jitter of position (2 px), size (22..26 px) and angle (8 degrees)."""
     x, y = 31.5 + rng.uniform(-2, 2, 2)
     size = rng.uniform(22, 26)
     angle = rng.uniform(-8, 8)
-    return Scene(shape, colour, background, float(x), float(y), float(size), float(angle))
+    return Scene(shape, color, background, float(x), float(y), float(size), float(angle))
 
 
 def sample_scene(rng, combinations):
@@ -184,7 +184,7 @@ def mask(scene):
 
 def draw(scene):
     """The picture of a scene: [64, 64, 3] uint8 RGB."""
-    return draw_filled(scene, PALETTE[scene.colour])
+    return draw_filled(scene, PALETTE[scene.color])
 
 
 def draw_filled(scene, rgb):

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 from graft_pack.trainers.errors import DatasetError
-from graft_pack.trainers.preprocessing.items import Item, Shown
-from graft_pack.trainers.preprocessing.prefetch import Ahead
+from graft_pack.trainers.preprocessing.items import DatasetItem, Sample
+from graft_pack.trainers.preprocessing.prefetch import Prefetcher
 from graft_pack.trainers.protocols import Conditioning
 
 from tests.support import counting, models, runs
@@ -24,10 +24,10 @@ def items(told, fails=None):
         if (place, turn) == fails:
             raise DatasetError(f"picture {place} is gone", "Put it back.", "dataset")
         latent = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(100 * place + turn))
-        return Shown(latent, Conditioning(WordEncoder().encode(f"picture {place}")))
+        return Sample(latent, Conditioning(WordEncoder().encode(f"picture {place}")))
 
     return [
-        Item(f"picture {place}", (64, 64), 1, lambda turn, place=place: show(place, turn), False, False)
+        DatasetItem(f"picture {place}", (64, 64), 1, lambda turn, place=place: show(place, turn), False, False)
         for place in range(6)
     ]
 
@@ -81,11 +81,11 @@ def test_a_batch_that_is_asked_for_again_is_shown_again():
     """As a step does that memory ran out for, while the next batch is at hand."""
     with planned(items([]), **FIELDS) as (plan, _):
         first, second = ([(0, 0), (1, 0)], [(2, 0), (3, 0)])
-        ahead = Ahead(plan)
-        ahead.expect([first, second])
+        ahead = Prefetcher(plan)
+        ahead.set_upcoming([first, second])
         for batch in (first, first, second, first):
-            found = ahead.shown(batch)
-            assert all(torch.equal(a.latent, b.latent) for a, b in zip(found, plan.shown(batch), strict=True))
+            found = ahead.get(batch)
+            assert all(torch.equal(a.latent, b.latent) for a, b in zip(found, plan.samples(batch), strict=True))
         ahead.close()
 
 

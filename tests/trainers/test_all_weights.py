@@ -7,8 +7,8 @@ import pytest
 import torch
 from graft_pack.trainers.engine import loop, updater
 from graft_pack.trainers.errors import NumbersError, OutOfMemory
-from graft_pack.trainers.optimizers import OPTIMISERS, per_parameter
-from graft_pack.trainers.optimizers.stochastic_rounding import rounded
+from graft_pack.trainers.optimizers import OPTIMIZERS, per_parameter
+from graft_pack.trainers.optimizers.stochastic_rounding import round_stochastically
 
 from tests.support import models
 from tests.support.diffusers_host import make_dataset, make_host, make_unet, run_session, same_state, same_tensors
@@ -37,7 +37,7 @@ KEPT = {
     "preview_every": 3,
     "preview_steps": 2,
 }
-APART = [name for name, kind in OPTIMISERS.items() if kind.apart]
+APART = [name for name, kind in OPTIMIZERS.items() if kind.apart]
 
 
 class Cancelled(BaseException):
@@ -58,16 +58,16 @@ class Stopper:
 
 
 @pytest.fixture
-def movers(monkeypatch):
+def updaters(monkeypatch):
     """The movers of the trainings of a test."""
     made = []
-    real = updater.Mover.__init__
+    real = updater.ParameterUpdater.__init__
 
     def noting(self, *args):
         real(self, *args)
         made.append(self)
 
-    monkeypatch.setattr(updater.Mover, "__init__", noting)
+    monkeypatch.setattr(updater.ParameterUpdater, "__init__", noting)
     return made
 
 
@@ -99,36 +99,36 @@ def norms(result):
 
 
 @pytest.mark.parametrize("name", APART)
-def test_within_the_backward_comes_to_the_same(name, movers, tmp_path, monkeypatch):
-    kind = OPTIMISERS[name]
+def test_within_the_backward_comes_to_the_same(name, updaters, tmp_path, monkeypatch):
+    kind = OPTIMIZERS[name]
     fields = {**ALL, "optimizer": name, "beta1": kind.beta1, "beta2": kind.beta2, "steps": 4, "batch_size": 2}
     fields |= {"schedule": "cosine", "warmup_steps": 1, "block_learning_rates": (("up_blocks", 1e-4),)}
     within = run_session(tmp_path / "within", **fields)
     after = afterwards(tmp_path / "after", monkeypatch, **fields)
-    assert [mover.in_backward for mover in movers] == [True, False]
-    assert isinstance(movers[0].optimiser, per_parameter.Apart) and not isinstance(
-        movers[1].optimiser, per_parameter.Apart
+    assert [updater.in_backward for updater in updaters] == [True, False]
+    assert isinstance(updaters[0].optimizer, per_parameter.PerParameterOptimizer) and not isinstance(
+        updaters[1].optimizer, per_parameter.PerParameterOptimizer
     )
     first, second = kept_state(within), kept_state(after)
     assert distance(first.trainables, second.trainables) <= 1e-6
     assert norms(within) == pytest.approx(norms(after), rel=1e-5)
     assert within.losses == pytest.approx(after.losses, rel=1e-5)
     # Kept alike, so that a run can go on either way.
-    assert first.optimiser.keys() == second.optimiser.keys()
-    assert [slots.keys() for slots in first.optimiser.values()] == [slots.keys() for slots in second.optimiser.values()]
+    assert first.optimizer.keys() == second.optimizer.keys()
+    assert [slots.keys() for slots in first.optimizer.values()] == [slots.keys() for slots in second.optimizer.values()]
     assert first.groups == second.groups
 
 
 def test_gradients_never_lie_beside_one_another(tmp_path, monkeypatch):
     seen = []
-    real = per_parameter.Apart.move
+    real = per_parameter.PerParameterOptimizer.move
 
     def counting(self, parameter):
         seen.append(sum(one.grad is not None for one in self._own))
         real(self, parameter)
         assert parameter.grad is None
 
-    monkeypatch.setattr(per_parameter.Apart, "move", counting)
+    monkeypatch.setattr(per_parameter.PerParameterOptimizer, "move", counting)
     run_session(tmp_path, **ALL, steps=2, batch_size=2)
     assert len(seen) == 2 * len(list(make_unet().parameters()))
     # A weight's and its bias's may come together, of a product of the two.
@@ -147,20 +147,20 @@ def test_gradients_never_lie_beside_one_another(tmp_path, monkeypatch):
     ],
     ids=lambda fields: next(iter(fields)),
 )
-def test_where_it_would_not_be_the_same_all_move_together(fields, movers, tmp_path):
+def test_where_it_would_not_be_the_same_all_move_together(fields, updaters, tmp_path):
     run_session(tmp_path, **{**ALL, "batch_size": 2, "steps": 1, **fields})
-    assert not movers[0].in_backward
+    assert not updaters[0].in_backward
 
 
-def test_beside_anchors_and_under_loss_scaling_all_move_together(movers, tmp_path):
+def test_beside_anchors_and_under_loss_scaling_all_move_together(updaters, tmp_path):
     from graft_pack.trainers.data import prior
 
-    anchored = prior.anchor(make_dataset(), "a picture", 1.0)
+    anchored = prior.add_prior_target(make_dataset(), "a picture", 1.0)
     run_session(tmp_path, dataset=anchored, **ALL, batch_size=2, steps=1)
     host = make_host()
     host.denoiser.compute_dtype = torch.float16
     run_session(tmp_path / "half", host=host, **ALL, batch_size=2, steps=1)
-    assert [mover.in_backward for mover in movers] == [False, False]
+    assert [updater.in_backward for updater in updaters] == [False, False]
 
 
 def test_differential_preservation_asks_the_frozen_base(tmp_path, monkeypatch):
@@ -169,15 +169,17 @@ def test_differential_preservation_asks_the_frozen_base(tmp_path, monkeypatch):
     from graft_pack.trainers.engine import step as forward
 
     drifts = []
-    real = forward._drifts
+    real = forward.prior_losses
 
     def noting(*args):
         found = real(*args)
         drifts.append(float(found.detach().sum()))
         return found
 
-    monkeypatch.setattr(forward, "_drifts", noting)
-    result = run_session(tmp_path, dataset=prior.anchor(make_dataset(), "a picture", 1.0), **ALL, batch_size=2, steps=3)
+    monkeypatch.setattr(forward, "prior_losses", noting)
+    result = run_session(
+        tmp_path, dataset=prior.add_prior_target(make_dataset(), "a picture", 1.0), **ALL, batch_size=2, steps=3
+    )
     assert drifts[0] == 0.0 and min(drifts[1:]) > 0
     assert result.losses[1] > drifts[1] / 2
 
@@ -215,7 +217,7 @@ def test_cancelled_keeps_the_step_that_was_reached(straight, tmp_path):
 @pytest.mark.parametrize("where", [1, 40])
 def test_a_step_that_fails_within_the_backward_is_not_kept(where, straight, tmp_path, monkeypatch):
     fields, _, expected = straight
-    real = per_parameter.Apart.move
+    real = per_parameter.PerParameterOptimizer.move
     per_step = len(list(make_unet().parameters()))
     calls = []
 
@@ -226,7 +228,7 @@ def test_a_step_that_fails_within_the_backward_is_not_kept(where, straight, tmp_
             raise torch.OutOfMemoryError("injected")
 
     with monkeypatch.context() as patch:
-        patch.setattr(per_parameter.Apart, "move", failing)
+        patch.setattr(per_parameter.PerParameterOptimizer, "move", failing)
         with pytest.raises(OutOfMemory, match="some weights had moved"):
             run_session(tmp_path, **fields)
     resumed = run_session(tmp_path, **fields)
@@ -239,7 +241,7 @@ def test_numbers_that_are_none_move_nothing_that_is_kept(what, kept, straight, t
     """A loss is looked at before anything moves by it; a gradient when others may have moved: the last save stands."""
     fields, _, expected = straight
     steps = []
-    real = updater.Mover.begin
+    real = updater.ParameterUpdater.begin
 
     def spoiling(self, step, highest):
         real(self, step, highest)
@@ -252,10 +254,10 @@ def test_numbers_that_are_none_move_nothing_that_is_kept(what, kept, straight, t
         for losses in loop_terms(*args, **kwargs):
             yield losses * float("nan") if what == "loss" and steps[-1] == 3 else losses
 
-    loop_terms = loop.terms_of
+    loop_terms = loop.loss_terms
     with monkeypatch.context() as patch:
-        patch.setattr(updater.Mover, "begin", spoiling)
-        patch.setattr(loop, "terms_of", terms)
+        patch.setattr(updater.ParameterUpdater, "begin", spoiling)
+        patch.setattr(loop, "loss_terms", terms)
         with pytest.raises(NumbersError, match=f"{what} of step 4 is not finite .pictures: .*image"):
             run_session(tmp_path, **fields)
     resumed = run_session(tmp_path, **fields)
@@ -265,15 +267,15 @@ def test_numbers_that_are_none_move_nothing_that_is_kept(what, kept, straight, t
 
 @pytest.mark.parametrize("first, then", [(0, 1), (1, 0)], ids=["within, then after", "after, then within"])
 @pytest.mark.parametrize("optimizer", ["AdamW", "Adafactor", "AdamW8bit"])
-def test_a_run_goes_on_the_other_way(optimizer, first, then, movers, tmp_path):
+def test_a_run_goes_on_the_other_way(optimizer, first, then, updaters, tmp_path):
     """Out of memory, micro_batch set: what the optimiser knows is there, by each parameter."""
-    kind = OPTIMISERS[optimizer]
+    kind = OPTIMIZERS[optimizer]
     fields = {**ALL, "optimizer": optimizer, "beta1": kind.beta1, "beta2": kind.beta2, "batch_size": 2}
     run_session(tmp_path, **fields, steps=3, micro_batch=first)
     resumed = run_session(tmp_path, **fields, steps=5, micro_batch=then)
     whole = run_session(tmp_path / "whole", **fields, steps=5)
     assert resumed.resumed_from == 3
-    assert [mover.in_backward for mover in movers] == [not first, not then, True]
+    assert [updater.in_backward for updater in updaters] == [not first, not then, True]
     # AdamW makes long steps of gradients that are nothing but rounding.
     base = models.joined(make_unet().parameters())
     moves = [models.joined(dict_of(result)[name] for name in names_of()) - base for result in (resumed, whole)]
@@ -331,11 +333,13 @@ def moved(weight_dtype, small, steps=100):
     start = (1 + torch.rand(4096, generator=source)).bfloat16()
     parameter = torch.nn.Parameter(start.to(dtype, copy=True))
     sgd = _Sgd()
-    optimiser = per_parameter.Apart(sgd, [{"params": [parameter], "lr": small}], {parameter: "w"}, _Seed())
+    optimizer = per_parameter.PerParameterOptimizer(
+        sgd, [{"params": [parameter], "lr": small}], {parameter: "w"}, _Seed()
+    )
     for step in range(steps):
-        optimiser.begin(step)
+        optimizer.begin(step)
         parameter.grad = -parameter.detach()
-        optimiser.step()
+        optimizer.step()
     return float((parameter.detach().float() / start.float()).mean() - 1), parameter
 
 
@@ -356,20 +360,20 @@ def test_small_steps_are_made_in_bfloat16_as_in_float32(monkeypatch):
     # 4096 weights, each with a deviation of about 4e-3 after a hundred roundings.
     assert found == pytest.approx(exact, abs=5 * 4e-3 / 64)
     # To the nearest, each step is lost whole.
-    monkeypatch.setattr(per_parameter, "rounded", lambda values, source: values.bfloat16())
+    monkeypatch.setattr(per_parameter, "round_stochastically", lambda values, source: values.bfloat16())
     assert moved("bf16", 1e-4)[0] == 0.0
 
 
-def test_rounding_is_to_a_neighbour_and_right_in_the_mean():
+def test_rounding_is_to_a_neighbor_and_right_in_the_mean():
     source = torch.Generator().manual_seed(0)
     values = torch.cat([torch.randn(500) * scale for scale in (1e-30, 1e-3, 1.0, 1e4)] + [torch.zeros(2)])
-    drawn = torch.stack([rounded(values, source).float() for _ in range(400)])
+    drawn = torch.stack([round_stochastically(values, source).float() for _ in range(400)])
     gap = values.abs() * 2**-7
     assert ((drawn - values).abs() <= gap).all()
     # Chance is at most half the gap wide: the mean of 400 lies within five of its deviations.
     assert ((drawn.mean(0) - values).abs() <= 5 * gap / 2 / 20 + 1e-38).all()
     exact = values.bfloat16().float()
-    assert torch.equal(rounded(exact, source).float(), exact)
+    assert torch.equal(round_stochastically(exact, source).float(), exact)
     between = (values != exact).float().mean()
     assert between > 0.9 and (drawn.var(0) > 0).float().mean() > 0.7
 
@@ -382,10 +386,12 @@ def test_rounding_is_drawn_from_seed_step_and_parameter_alone():
         parameter = torch.nn.Parameter(torch.ones(999).bfloat16())
         settings = _Seed()
         settings.seed = seed
-        optimiser = per_parameter.Apart(_Sgd(), [{"params": [parameter], "lr": 1e-3}], {parameter: name}, settings)
-        optimiser.begin(step)
+        optimizer = per_parameter.PerParameterOptimizer(
+            _Sgd(), [{"params": [parameter], "lr": 1e-3}], {parameter: name}, settings
+        )
+        optimizer.begin(step)
         parameter.grad = torch.ones_like(parameter)
-        optimiser.step()
+        optimizer.step()
         found.append(parameter.detach())
     assert not any(torch.equal(found[0], other) for other in found[1:])
 

@@ -32,7 +32,7 @@ def kept(monkeypatch):
 def test_copies_wait_for_room_and_computing_waits_for_copies(kept):
     """Room is taken where it is computed, so the side waits for that first; then computing for the side."""
     streams = Streams()
-    carrier = transfer.SideStream(CPU, streams)
+    carrier = transfer.StreamTransfer(CPU, streams)
     homes = weights()
     load = carrier.start(homes)
     before = [("side", "wait for computing"), ("side", "begin"), ("side", "end"), ("side", "record")]
@@ -52,7 +52,7 @@ def test_copies_wait_for_room_and_computing_waits_for_copies(kept):
 
 def test_room_of_copies_that_nobody_waited_for_is_not_given_to_others(kept):
     streams = Streams()
-    carrier = transfer.SideStream(CPU, streams)
+    carrier = transfer.StreamTransfer(CPU, streams)
     load = carrier.start(weights())
     del load
     gc.collect()
@@ -63,20 +63,20 @@ def test_room_of_copies_that_nobody_waited_for_is_not_given_to_others(kept):
 @pytest.mark.parametrize(
     "module, kind",
     [
-        (Streams(), transfer.SideStream),
-        (SimpleNamespace(Event=object), transfer.Plain),
-        (None, transfer.Plain),
+        (Streams(), transfer.StreamTransfer),
+        (SimpleNamespace(Event=object), transfer.SyncTransfer),
+        (None, transfer.SyncTransfer),
     ],
 )
 def test_a_device_without_streams_copies_when_asked(module, kind, monkeypatch):
     """Such as MPS, whose module has none, and DirectML, which has no module."""
     monkeypatch.setattr(torch, "elsewhere", module, raising=False)
-    carrier = transfer.carrier_to(SimpleNamespace(type="elsewhere"))
+    carrier = transfer.transfer_to(SimpleNamespace(type="elsewhere"))
     assert type(carrier) is kind
 
 
 def test_plain_copies_are_made_when_they_are_asked_for():
-    carrier = transfer.Plain(torch.device("meta"))
+    carrier = transfer.SyncTransfer(torch.device("meta"))
     load = carrier.start(weights())
     assert all(one.device == CPU for one in load)
     assert all(one.device.type == "meta" for one in carrier.finish(load))

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from graft_pack.trainers.data import report as inspect
-from graft_pack.trainers.data.examples import Handling
+from graft_pack.trainers.data.examples import Augmentation
 from graft_pack.trainers.data.scan import scan_folder
 from graft_pack.trainers.preprocessing.prepare import prepare
 from graft_pack.trainers.protocols import Geometry
@@ -33,7 +33,7 @@ def folder(tmp_path):
 def warnings_of(folder, tmp_path, resolution=64, upscale=False, **fields):
     told = []
     host = make_host(lambda event, payload: told.append((event, payload)))
-    dataset = scan_folder(str(folder), "", resolution, 1, Handling(upscale=upscale))
+    dataset = scan_folder(str(folder), "", resolution, 1, Augmentation(upscale=upscale))
     values = {"batch_size": 1, "steps": 2, "resolution": resolution, **fields}
     prepare(dataset, models.recipe("SD1", **values), host, str(tmp_path / "cache"), LIMIT)
     rows = [row for event, payload in told if event == "warnings" for row in payload["warnings"]]
@@ -77,7 +77,7 @@ def test_a_resolution_far_from_the_model_is_named(folder, tmp_path, resolution, 
 def test_inspect_gives_the_same_warnings_before_training(folder):
     (folder / "bad.png").write_bytes(b"no picture")
     draw(folder / "little.png", 32)
-    dataset = scan_folder(str(folder), "", 64, 1, Handling(upscale=True))
+    dataset = scan_folder(str(folder), "", 64, 1, Augmentation(upscale=True))
     findings = inspect.inspect(dataset, {0: Geometry(64, 8)}, None)
     assert [row["kind"] for row in inspect.warnings(findings, "SD1")] == ["skipped", "enlarged", "resolution"]
     assert [row["kind"] for row in inspect.warnings(findings, "")] == ["skipped", "enlarged"]

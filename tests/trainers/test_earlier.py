@@ -154,9 +154,9 @@ def test_class_images_of_earlier_versions_are_found(tmp_path):
 
 
 def test_a_host_without_a_past_has_one_fingerprint():
-    class Plain:
+    class SyncTransfer:
         def fingerprint(self):
             return "plain"
 
-    assert earlier_fingerprint(Plain()) == "plain"
-    assert embedded_digest(Plain(), ("embedding:word",)) == ""
+    assert earlier_fingerprint(SyncTransfer()) == "plain"
+    assert embedded_digest(SyncTransfer(), ("embedding:word",)) == ""

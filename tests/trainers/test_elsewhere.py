@@ -24,7 +24,7 @@ from graft_pack.trainers.preprocessing.cache import Cache
 from graft_pack.trainers.runs import records
 from graft_pack.trainers.runs.checkpoint import State
 from graft_pack.trainers.runs.run import Products, Run
-from graft_pack.trainers.text import check_file_name, check_text, is_reserved, is_text
+from graft_pack.trainers.text import check_file_name, check_text, is_text, is_windows_reserved
 from graft_pack.trainers.tools.difference import difference
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -162,7 +162,7 @@ def test_of_a_spoilt_state_the_one_before_is_taken(tmp_path, what, caplog):
     spoil, logged = hostile.SPOILT_STATES[what]
     run = Run(*(str(tmp_path / name) for name in ("run", "loras", "words")))
     for step in (1, 2):
-        state = State(step, step, trainables={"a": torch.ones(3)}, optimiser={0: {"step": 1, "exp_avg": torch.ones(3)}})
+        state = State(step, step, trainables={"a": torch.ones(3)}, optimizer={0: {"step": 1, "exp_avg": torch.ones(3)}})
         run.save(state, Products(Adapter({"x": torch.zeros(1)})), 9)
     assert run.load(2).step == 2
     spoil(tmp_path / "run" / "state-00000002.safetensors")
@@ -349,7 +349,7 @@ def test_a_file_name_that_is_taken_is_one_on_every_system(name):
         path = system.normpath(system.join(root, name))
         assert path.startswith(root + system.sep), path
     for part in name.split("/"):
-        assert part and not is_reserved(part) and part.strip(" .") and part[-1] not in " ."
+        assert part and not is_windows_reserved(part) and part.strip(" .") and part[-1] not in " ."
         assert not set(part) & set('<>:"|?*\\\0\n\x1f') or set(part) <= {"\n"}
 
 
@@ -364,7 +364,9 @@ def test_a_word_that_is_taken_can_be_addressed(name):
         check_name(name)
     except SettingsError:
         return
-    assert name.isascii() and name.split() == [name] and not is_reserved(name) and not set(name) & set("/\\:()[],")
+    assert (
+        name.isascii() and name.split() == [name] and not is_windows_reserved(name) and not set(name) & set("/\\:()[],")
+    )
 
 
 @given(st.text(max_size=60))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from graft_pack.trainers.distributed.group import rows_of
-from graft_pack.trainers.errors import Parted
+from graft_pack.trainers.errors import PeerLostError
 from graft_pack.trainers.preprocessing.sampler import batches_from
 from hypothesis import given
 from hypothesis import strategies as st
@@ -118,7 +118,7 @@ def test_a_process_is_killed_and_the_others_go_on_later_as_if_nothing_was(togeth
         answers = crew.do("train", folder=str(folder), fields=FULL, death=death)
         assert crew.exitcodes[death[0]] == -9
         assert answers[death[0]] is None
-        assert answers[1 - death[0]] == "Parted"
+        assert answers[1 - death[0]] == "PeerLostError"
         crew.do("train", folder=str(folder), fields=FULL)
         assert same_state(state_in(folder), state_in(together(2))), death
 
@@ -130,7 +130,7 @@ def test_resumed_by_fewer_or_more_processes(straight, tmp_path, trials):
         # Nothing is saved before the end but by the one that leads when it learns that another is lost.
         unsaved = {**FULL, "save_every": 100}
         answers = Crew(world).do("train", folder=str(folder), fields=unsaved, death=(1, "part", 6))
-        assert answers[0] == "Parted"
+        assert answers[0] == "PeerLostError"
         reached = max(state_steps(folder))
         if other == 1:
             assert run_session(folder, **FULL).resumed_from == reached
@@ -142,32 +142,32 @@ def test_resumed_by_fewer_or_more_processes(straight, tmp_path, trials):
 
 def test_an_error_of_one_ends_all_and_none_waits(tmp_path):
     answers = Crew(2).do("fail", folder=str(tmp_path), fields={**FULL, "preview_prompts": ()}, rank=1)
-    assert answers == ["Parted", "KeyError"]
+    assert answers == ["PeerLostError", "KeyError"]
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_who_has_no_room_for_the_messages_says_so_before_any_is_sent(tmp_path, rank):
     fields = {**FULL, "preview_prompts": ()}
     answers = Crew(2).do("fail", timeout=60, folder=str(tmp_path), fields=fields, rank=rank, where="sum", memory=1)
-    assert (answers[rank], answers[1 - rank]) == ("OutOfMemory", "Parted")
+    assert (answers[rank], answers[1 - rank]) == ("OutOfMemory", "PeerLostError")
 
 
 @pytest.fixture
 def spread_alone():
     """A process that nobody started others beside."""
-    from graft_pack.trainers.distributed.accelerate_group import Spread
+    from graft_pack.trainers.distributed.accelerate_group import AccelerateGroup
 
-    group = Spread(cpu=True)
-    assert group.world == 1
+    group = AccelerateGroup(cpu=True)
+    assert group.world_size == 1
     return group
 
 
 def test_alone_no_message_is_made_which_some_devices_could_not_hold(spread_alone):
     """Apple's have no float64; `meta` tensors have no values to read at all."""
     spread_alone.device = torch.device("meta")
-    assert spread_alone.meet(0.1) == 0.1
+    assert spread_alone.all_reduce(0.1) == 0.1
     assert spread_alone.gather([0.1, 0.2], 2) == [0.1, 0.2]
-    spread_alone.part()
+    spread_alone.abort()
 
 
 def test_who_leaves_shows_why_where_the_others_are_gone_already(spread_alone, monkeypatch):
@@ -175,23 +175,23 @@ def test_who_leaves_shows_why_where_the_others_are_gone_already(spread_alone, mo
         raise RuntimeError("Connection closed by peer")
 
     monkeypatch.setattr("accelerate.utils.reduce", broken)
-    spread_alone.world = 2
+    spread_alone.world_size = 2
     with pytest.raises(KeyError, match="why"):
         try:
             raise KeyError("why")
         except KeyError:
-            spread_alone.part()
+            spread_alone.abort()
             raise
 
 
 @pytest.mark.parametrize(
     "ask",
     [
-        lambda group: group.meet(),
+        lambda group: group.all_reduce(),
         lambda group: group.gather([1.0], 2),
-        lambda group: group.tell(""),
-        lambda group: group.share([torch.zeros(1)]),
-        lambda group: group.sum_gradients([torch.nn.Parameter(torch.zeros(1))]),
+        lambda group: group.broadcast_text(""),
+        lambda group: group.broadcast([torch.zeros(1)]),
+        lambda group: group.all_reduce_gradients([torch.nn.Parameter(torch.zeros(1))]),
     ],
     ids=["meet", "gather", "tell", "share", "sum_gradients"],
 )
@@ -201,10 +201,10 @@ def test_a_broken_connection_is_said_alike_wherever_it_is_found(spread_alone, mo
 
     for name in ("reduce", "broadcast"):
         monkeypatch.setattr(f"accelerate.utils.{name}", broken)
-    spread_alone.world = 2
-    with pytest.raises(Parted):
+    spread_alone.world_size = 2
+    with pytest.raises(PeerLostError):
         ask(spread_alone)
 
 
 def test_what_ends_an_attempt_says_what_to_do():
-    assert "start it again" in str(Parted()).lower()
+    assert "start it again" in str(PeerLostError()).lower()

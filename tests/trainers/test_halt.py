@@ -4,7 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
-from graft_pack.trainers.protocols import Asked, Hurried
+from graft_pack.trainers.protocols import Command, PreviewSkipped
 from graft_pack.trainers.runs.run import PAUSED, STOPPED, Halt
 
 from tests.support.diffusers_host import make_host, run_session, same_state, same_tensors, state_of
@@ -18,7 +18,7 @@ def host_that_asks(report=None, **wishes):
 
     def asked():
         calls.append(None)
-        return next((Asked(wish) for wish, step in wishes.items() if step == len(calls)), None)
+        return next((Command(wish) for wish, step in wishes.items() if step == len(calls)), None)
 
     return replace(make_host(report), asked=asked)
 
@@ -122,7 +122,7 @@ def test_start_over_goes_on_with_what_it_was_paused_in(straight, tmp_path):
 
 def test_a_preview_that_should_not_be_waited_for_is_left_out(tmp_path):
     def hurried(request):
-        raise Hurried
+        raise PreviewSkipped
 
     host = make_host()
     host.denoiser.preview = hurried

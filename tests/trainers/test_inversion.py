@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 from graft_pack.trainers.data import captions
-from graft_pack.trainers.data.examples import Handling
+from graft_pack.trainers.data.examples import Augmentation
 from graft_pack.trainers.data.scan import from_arrays
 from graft_pack.trainers.engine.resolve import Options, resolve
 from graft_pack.trainers.errors import DatasetError, SettingsError
 from graft_pack.trainers.families import family_of
 from graft_pack.trainers.methods import textual_inversion
-from graft_pack.trainers.recipe.recipe import Word
+from graft_pack.trainers.recipe.recipe import EmbeddingSpec
 
 from tests.support.diffusers_host import make_dataset, make_host, run_session, same_state, same_tensors, state_of
 
@@ -32,8 +32,8 @@ PIVOTAL = {**WORD, "embedding_stop": 0.5}
 def addressed(texts, trigger="", **handling):
     """The captions that reach the text encoder: each example's first variant."""
     pictures = [np.zeros((64, 64, 3), np.uint8)] * len(texts)
-    dataset = from_arrays(pictures, list(texts), trigger, 64, (), Handling(**handling))
-    found = textual_inversion.address(dataset, "my-word", "object")
+    dataset = from_arrays(pictures, list(texts), trigger, 64, (), Augmentation(**handling))
+    found = textual_inversion.insert_placeholder(dataset, "my-word", "object")
     return [captions.plain(example) for example in found.examples], found
 
 
@@ -73,7 +73,7 @@ def test_pictures_without_captions_get_the_templates_in_turn():
     shown = {captions.variant(example, number) for number in range(captions.variant_count(example, 1))}
     assert len(shown) == len(textual_inversion.TEMPLATES["object"])
     assert all("embedding:my-word" in text for text in shown)
-    style = textual_inversion.address(dataset, "my-word", "style").examples[0]
+    style = textual_inversion.insert_placeholder(dataset, "my-word", "style").examples[0]
     assert style == example, "what has captions keeps them"
 
 
@@ -81,7 +81,9 @@ def test_class_images_keep_their_captions():
     """They show the class, not the thing."""
     _, dataset = addressed(["a photo of my-word", "a dog"], trigger="sks")
     of_class = replace(dataset.examples[1], captions=("a photo of my-word",), trigger="", prior=True)
-    found = textual_inversion.address(replace(dataset, examples=(dataset.examples[0], of_class)), "my-word", "object")
+    found = textual_inversion.insert_placeholder(
+        replace(dataset, examples=(dataset.examples[0], of_class)), "my-word", "object"
+    )
     assert found.examples[1] == of_class
 
 
@@ -129,7 +131,7 @@ def test_a_word_alone_is_trained_and_nothing_else(tmp_path):
     assert result.embedding.name == "my-word"
     state = state_of(result)
     assert list(state.trainables) == ["embedding/clip_l"]
-    assert len(state.optimiser) == 1
+    assert len(state.optimizer) == 1
     assert all(torch.equal(a, b) for a, b in zip(host.denoiser._unet.state_dict().values(), before, strict=True))
     assert os.listdir(result.run.embeddings) == ["step-00000004.safetensors"]
     assert not os.path.exists(result.run.adapters)
@@ -197,7 +199,7 @@ def test_a_frozen_word_stays_frozen_when_steps_are_added(tmp_path):
 
 def test_captions_that_were_dropped_teach_nothing_and_stop_nothing(tmp_path):
     dataset = make_dataset()
-    examples = tuple(replace(one, handling=Handling(caption_dropout=0.9)) for one in dataset.examples)
+    examples = tuple(replace(one, handling=Augmentation(caption_dropout=0.9)) for one in dataset.examples)
     result = run_session(
         tmp_path, dataset=replace(dataset, examples=examples), **{**ALONE, "batch_size": 1, "steps": 8}
     )
@@ -207,7 +209,7 @@ def test_captions_that_were_dropped_teach_nothing_and_stop_nothing(tmp_path):
 def test_the_gradient_is_checked_on_a_batch_that_names_the_word(tmp_path):
     """By this seed the first batch's captions are dropped."""
     dataset = make_dataset()
-    handling = Handling(caption_dropout=0.5)
+    handling = Augmentation(caption_dropout=0.5)
     dataset = replace(dataset, examples=tuple(replace(one, handling=handling) for one in dataset.examples))
     fields = {**ALONE, "steps": 6, "gradient_check": "on", "batch_size": 1, "seed": 1}
     assert run_session(tmp_path, dataset=dataset, **fields).step == 6
@@ -237,10 +239,10 @@ def test_class_images_beside_a_word_alone_are_refused(tmp_path):
 def test_options_that_a_word_alone_cannot_go_with_are_refused(kind, fields, message):
     options = Options().adding(kind, fields)
     with pytest.raises(SettingsError, match=message):
-        resolve(options, family_of("SD1"), "embedding", 10, 0.0, 0, 1, 0, 64, "", Word("w", "dog", 1))
+        resolve(options, family_of("SD1"), "embedding", 10, 0.0, 0, 1, 0, 64, "", EmbeddingSpec("w", "dog", 1))
 
 
-def test_an_optimiser_that_finds_its_rate_finds_the_words_too():
+def test_an_optimizer_that_finds_its_rate_finds_the_words_too():
     options = (
         Options().adding("pivotal", {"name": "w", "init_text": "dog"}).adding("optimizer", {"optimizer": "Prodigy"})
     )
@@ -249,7 +251,7 @@ def test_an_optimiser_that_finds_its_rate_finds_the_words_too():
 
 
 def test_the_word_has_no_weight_decay_and_a_rate_of_its_own(tmp_path):
-    recipe = resolve(Options(), family_of("SD1"), "embedding", 10, 0.0, 0, 1, 0, 64, "", Word("w", "dog", 1))
+    recipe = resolve(Options(), family_of("SD1"), "embedding", 10, 0.0, 0, 1, 0, 64, "", EmbeddingSpec("w", "dog", 1))
     assert recipe.learning_rate == recipe.embedding_learning_rate == 5e-4
     group = textual_inversion.group({"embedding/clip_l": torch.nn.Parameter(torch.ones(1, 4))}, recipe)
     assert (group.learning_rate, group.weight_decay, group.until) == (5e-4, 0.0, None)
@@ -265,7 +267,7 @@ def test_pivotal_options_say_which_word(tmp_path):
     with pytest.raises(SettingsError, match="not its name"):
         resolve(Options().adding("pivotal", {"init_text": "dog"}), *base)
     with pytest.raises(SettingsError, match="trains its own word"):
-        resolve(options, family_of("SD1"), "embedding", 10, 0.0, 0, 1, 0, 64, "", Word("w", "dog", 1))
+        resolve(options, family_of("SD1"), "embedding", 10, 0.0, 0, 1, 0, 64, "", EmbeddingSpec("w", "dog", 1))
     with pytest.raises(SettingsError, match="cannot be addressed"):
         Options().adding("pivotal", {"name": "two words"})
 
@@ -273,7 +275,7 @@ def test_pivotal_options_say_which_word(tmp_path):
 @pytest.mark.parametrize("vectors", [0, 65])
 def test_numbers_of_vectors_out_of_range_are_refused(vectors):
     with pytest.raises(SettingsError, match="embedding_vectors") as error:
-        resolve(Options(), family_of("SD1"), "embedding", 10, 0.0, 0, 1, 0, 64, "", Word("w", "dog", vectors))
+        resolve(Options(), family_of("SD1"), "embedding", 10, 0.0, 0, 1, 0, 64, "", EmbeddingSpec("w", "dog", vectors))
     assert error.value.input == "vectors"
 
 

@@ -11,8 +11,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from graft_pack.trainers.data.examples import Anchor, Handling
-from graft_pack.trainers.data.scan import Reading, scan_folder
+from graft_pack.trainers.data.examples import Anchor, Augmentation
+from graft_pack.trainers.data.scan import ScanOptions, scan_folder
 from graft_pack.trainers.engine import job as jobs
 from graft_pack.trainers.engine.session import run_recipe
 from graft_pack.trainers.errors import RunError
@@ -35,7 +35,7 @@ def folders_of(folder):
 def varied():
     """Pictures with all that an example can carry."""
     dataset = make_dataset()
-    handling = Handling(shuffle_tags=True, caption_dropout=0.2, flip=True, resolutions=(48,), mask_minimum=0.1)
+    handling = Augmentation(shuffle_tags=True, caption_dropout=0.2, flip=True, resolutions=(48,), mask_minimum=0.1)
     first, second, *others = dataset.examples
     first = replace(first, handling=handling, mask=second.source, captions=("a, b, c", "d \u00e9"), repeats=2)
     second = replace(second, weight=0.5, anchor=Anchor("a picture", 0.3))
@@ -72,12 +72,12 @@ def put_pictures(folder):
     shutil.copyfile(folder / "0.png", folder / torn[1])
     for path in (folder / torn[0], folder / torn[1], folder / "sources" / torn[2]):
         os.truncate(path, path.stat().st_size // 2)
-    return scan_folder(str(folder), "sks", 64, 1, reading=Reading(control_folder=str(folder / "sources")))
+    return scan_folder(str(folder), "sks", 64, 1, reading=ScanOptions(control_folder=str(folder / "sources")))
 
 
 def editing_host():
     host = make_host()
-    host.denoiser.takes = SOURCE
+    host.denoiser.conditioning_kind = SOURCE
     return host
 
 

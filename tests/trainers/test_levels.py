@@ -7,14 +7,14 @@ import random
 import numpy as np
 import pytest
 from graft_pack.trainers.objective.options import Objective
-from graft_pack.trainers.runs.loss_by_timestep import BUCKETS, LevelLosses, times_of
+from graft_pack.trainers.runs.loss_by_timestep import BUCKETS, LossByTimestep, times_of
 
 from tests.support.diffusers_host import make_host, run_session
 
 
 @pytest.mark.parametrize("steps", [1, 16, 17, 100, 1000])
 def test_means_are_those_of_all_that_came(steps):
-    kept, every = LevelLosses(), []
+    kept, every = LossByTimestep(), []
     for step in range(1, steps + 1):
         times = [random.random() for _ in range(3)]
         losses = [random.random() for _ in times]
@@ -29,7 +29,7 @@ def test_means_are_those_of_all_that_came(steps):
 
 
 def test_a_run_that_tells_of_its_later_steps_alone_is_whole_from_there():
-    kept = LevelLosses()
+    kept = LossByTimestep()
     kept.add(1000, [0.0, 1.0], [0.5, math.inf])
     assert 1000 / kept.span <= 16 and sum(map(sum, kept.counts)) == 1, "what is no number is passed over"
     assert kept.means(0, 16)[0] == 0.5
@@ -38,7 +38,7 @@ def test_a_run_that_tells_of_its_later_steps_alone_is_whole_from_there():
 @pytest.mark.parametrize("before", [1, 2, 3])
 def test_what_came_before_a_gap_is_kept(before):
     """Also an odd number of spans, of which two become one several times at once."""
-    kept = LevelLosses()
+    kept = LossByTimestep()
     for step in range(1, before + 1):
         kept.add(step, [0.0], [1.0])
     kept.add(1000, [0.0], [5.0])
@@ -48,16 +48,16 @@ def test_what_came_before_a_gap_is_kept(before):
 
 @pytest.mark.parametrize("steps, span", [(16, 1), (17, 2), (32, 2), (33, 4)])
 def test_spans_are_as_short_as_they_can_be(steps, span):
-    kept = LevelLosses()
+    kept = LossByTimestep()
     kept.add(steps, [0.0], [1.0])
     assert kept.span == span
 
 
 def test_it_comes_back_from_json_to_the_bit():
-    kept = LevelLosses()
+    kept = LossByTimestep()
     for step in range(1, 60):
         kept.add(step, [random.random()], [random.random() / 3])
-    assert LevelLosses.of_json(json.loads(json.dumps(kept.as_json()))) == kept
+    assert LossByTimestep.of_json(json.loads(json.dumps(kept.as_json()))) == kept
 
 
 SOUND = {"span": 1, "sums": [[0.5] * BUCKETS], "counts": [[1] * BUCKETS]}
@@ -82,9 +82,9 @@ SOUND = {"span": 1, "sums": [[0.5] * BUCKETS], "counts": [[1] * BUCKETS]}
     ],
 )
 def test_anything_else_is_refused(value):
-    assert LevelLosses.of_json(SOUND).means(0, 0) == [0.5] * BUCKETS
+    assert LossByTimestep.of_json(SOUND).means(0, 0) == [0.5] * BUCKETS
     with pytest.raises(ValueError, match="losses by noise level"):
-        LevelLosses.of_json(value)
+        LossByTimestep.of_json(value)
 
 
 def test_t_is_the_place_among_the_levels():

@@ -58,7 +58,7 @@ def test_accumulated_batches_give_the_mean_over_their_pictures():
 def second_part(plan, host):
     """Showings, latents, noise and levels of the second batch of a window."""
     shown = [plan.train[4].show(0), plan.train[5].show(0)]
-    return next(forward.parts_of(shown, plan.recipe, 0, 1, host))
+    return next(forward.micro_batches(shown, plan.recipe, 0, 1, host))
 
 
 def mean_over(plan, host, part):
@@ -95,8 +95,8 @@ def test_each_step_and_each_batch_of_it_draws_other_noise():
         drawn = []
         shown = [item.show(0) for item in plan.train[:2]]
         for step, number in ((0, 0), (0, 1), (1, 0)):
-            _, _, noise, sigma = next(forward.parts_of(shown, plan.recipe, step, number, host))
-            again = next(forward.parts_of(shown, plan.recipe, step, number, host))
+            _, _, noise, sigma = next(forward.micro_batches(shown, plan.recipe, step, number, host))
+            again = next(forward.micro_batches(shown, plan.recipe, step, number, host))
             assert torch.equal(noise, again[2])
             assert torch.equal(sigma, again[3])
             drawn += [noise[0], noise[1]]
@@ -104,7 +104,7 @@ def test_each_step_and_each_batch_of_it_draws_other_noise():
         assert not any(torch.equal(one, other) for other in drawn[:index])
 
 
-def test_clipping_happens_once_for_an_optimiser_step(tmp_path, monkeypatch):
+def test_clipping_happens_once_for_an_optimizer_step(tmp_path, monkeypatch):
     """On the whole accumulated gradient, to the norm that was asked for."""
     norms = []
     clip = torch.nn.utils.clip_grad_norm_
@@ -234,7 +234,7 @@ def test_numbers_that_are_none_at_the_first_step_leave_nothing(tmp_path):
 def test_the_loss_of_an_example_does_not_depend_on_its_batch():
     with planned() as (plan, host):
         shown = [item.show(0) for item in plan.train]
-        whole = next(forward.parts_of(shown, plan.recipe, 0, 0, host))
+        whole = next(forward.micro_batches(shown, plan.recipe, 0, 0, host))
         losses = forward.losses_of(host, *whole).detach()
         for row in range(len(shown)):
             part = [value[row : row + 1] for value in whole]
@@ -246,7 +246,7 @@ def test_a_mask_weighs_positions():
     mask = torch.zeros(1, 1, 8, 8)
     mask[..., :2, :3] = 1.0
     with planned() as (plan, host):
-        part = next(forward.parts_of([plan.train[0].show(0), plan.train[1].show(0)], plan.recipe, 0, 0, host))
+        part = next(forward.micro_batches([plan.train[0].show(0), plan.train[1].show(0)], plan.recipe, 0, 0, host))
         masked = [plan.train[0].show(0), make_item(1, mask).show(0)]
         plain = forward.losses_of(host, *part).detach()
         losses = forward.losses_of(host, masked, *part[1:]).detach()

@@ -58,7 +58,7 @@ class Load:
 def conveyor(count):
     """(conveyor, its carrier) of blocks whose weights are their numbers."""
     carrier = Counting()
-    made = offload.Conveyor(carrier)
+    made = offload.BlockPrefetcher(carrier)
     for number in range(count):
         assert made.add([torch.tensor(number)]) == number
     return made, carrier
@@ -152,17 +152,17 @@ def places(tree):
 
 def test_only_weights_of_blocks_are_held_back():
     tree = Network()
-    offload.hold_back(tree, META)
+    offload.mark_offloaded(tree, META)
     away = {name for name, place in places(tree).items() if place == "cpu"}
     assert away == {"blocks.0.bias", "blocks.1.0.weight", "blocks.1.0.bias", "blocks.1.1.weight", "blocks.1.1.bias"}
-    assert offload.is_away(tree)
+    assert offload.is_on_other_device(tree)
     assert offload.bytes_here(tree) == sum(one.nbytes for one in (*tree.into.parameters(), *tree.out.parameters()))
     assert tree.out.weight is tree.blocks[0].weight
 
 
 def test_what_is_trained_goes_to_the_device_and_the_rest_comes_when_needed(tmp_path):
     tree = Network()
-    offload.hold_back(tree, META)
+    offload.mark_offloaded(tree, META)
     # As an adapter that was put in since.
     trained = nn.Parameter(torch.zeros(4, device=META))
     tree.blocks[1].register_parameter("trained", trained)

@@ -10,7 +10,7 @@ from graft_pack.trainers.engine.resolve import Options, resolve
 from graft_pack.trainers.errors import SettingsError
 from graft_pack.trainers.families import family_of
 from graft_pack.trainers.optimizers import (
-    OPTIMISERS,
+    OPTIMIZERS,
     SCHEDULES,
     Group,
     default_learning_rate,
@@ -44,12 +44,12 @@ def test_schedules_are_those_of_diffusers(schedule, warmup, more):
     from diffusers.optimization import get_scheduler
 
     parameter = torch.nn.Parameter(torch.zeros(1))
-    optimiser = torch.optim.SGD([parameter], lr=0.3)
-    reference = get_scheduler(OF_DIFFUSERS[schedule], optimiser, num_warmup_steps=warmup, num_training_steps=30, **more)
+    optimizer = torch.optim.SGD([parameter], lr=0.3)
+    reference = get_scheduler(OF_DIFFUSERS[schedule], optimizer, num_warmup_steps=warmup, num_training_steps=30, **more)
     factor = lr_factor(schedule, warmup, 30, **more)
     for step in range(30):
-        assert 0.3 * factor(step) == pytest.approx(optimiser.param_groups[0]["lr"], rel=1e-6, abs=1e-7)
-        optimiser.step()
+        assert 0.3 * factor(step) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-6, abs=1e-7)
+        optimizer.step()
         reference.step()
 
 
@@ -77,7 +77,7 @@ def test_warm_up_rises_from_zero_and_constant_stays():
 
 def recipe_of(name, **fields):
     """A recipe as `resolve` would make it for an optimiser."""
-    kind = OPTIMISERS[name]
+    kind = OPTIMIZERS[name]
     values = {
         "learning_rate": default_learning_rate(name, 1e-2),
         "weight_decay": kind.weight_decay,
@@ -92,7 +92,7 @@ def made(name, parameters, **fields):
     recipe = recipe_of(name, **fields)
     trainables = {str(place): parameter for place, parameter in enumerate(parameters)}
     groups = parameter_groups([Group(tuple(trainables), recipe.learning_rate)], trainables, recipe)
-    return OPTIMISERS[name].make(groups, recipe)
+    return OPTIMIZERS[name].make(groups, recipe)
 
 
 def test_adamw_is_the_one_of_torch():
@@ -101,9 +101,9 @@ def test_adamw_is_the_one_of_torch():
     reference = torch.optim.AdamW([theirs], lr=0.1, weight_decay=0.3, betas=(0.7, 0.95))
     pair = [made("AdamW", [ours], **fields), reference]
     for step in range(4):
-        for parameter, optimiser in zip((ours, theirs), pair, strict=True):
+        for parameter, optimizer in zip((ours, theirs), pair, strict=True):
             parameter.grad = torch.linspace(-1, 1, 5) * (step + 1)
-            optimiser.step()
+            optimizer.step()
     assert torch.equal(ours, theirs)
 
 
@@ -132,19 +132,19 @@ def references(parameter):
     }
 
 
-@pytest.mark.parametrize("name", OPTIMISERS)
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_each_is_the_one_of_its_library(name):
     """The recipe's rate, decay and betas arrive: the same bits as with the library used by hand."""
     start = torch.randn(64, 80, generator=torch.Generator().manual_seed(1))
     ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
-    beta2 = 0.95 if OPTIMISERS[name].beta2 else 0.0
-    optimiser = made(name, [ours], learning_rate=0.02, weight_decay=0.1, beta1=0.8, beta2=beta2)
+    beta2 = 0.95 if OPTIMIZERS[name].beta2 else 0.0
+    optimizer = made(name, [ours], learning_rate=0.02, weight_decay=0.1, beta1=0.8, beta2=beta2)
     reference = references(theirs)[name]()
     if name == "AdamWScheduleFree":
         reference.train()
     for step in range(5):
         gradient = torch.randn(start.shape, generator=torch.Generator().manual_seed(10 + step))
-        for parameter, one in ((ours, optimiser), (theirs, reference)):
+        for parameter, one in ((ours, optimizer), (theirs, reference)):
             parameter.grad = gradient.clone()
             one.step()
     assert torch.equal(ours, theirs)
@@ -155,21 +155,21 @@ def test_each_is_the_one_of_its_library(name):
 RATES = {"Lion": 8e-3, "Prodigy": 1.0, "AdamWScheduleFree": 5e-2}
 
 
-@pytest.mark.parametrize("name", OPTIMISERS)
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_each_reaches_the_minimum_of_a_quadratic(name):
     """Of the distance to a matrix, steeper along some entries; large enough to be kept in eight bits."""
     source = torch.Generator().manual_seed(0)
     wanted = torch.randn(64, 80, generator=source)
     steepness = 0.3 + torch.rand(64, 80, generator=source)
     parameter = torch.nn.Parameter(torch.zeros(64, 80))
-    optimiser = made(name, [parameter], learning_rate=RATES.get(name, 2e-2), weight_decay=0.0)
-    average = OPTIMISERS[name].average(optimiser, [parameter])
+    optimizer = made(name, [parameter], learning_rate=RATES.get(name, 2e-2), weight_decay=0.0)
+    average = OPTIMIZERS[name].average(optimizer, [parameter])
     factor = lr_factor("constant" if average else "cosine", 0, 1500)
-    rate = optimiser.param_groups[0]["lr"]
+    rate = optimizer.param_groups[0]["lr"]
     for step in range(1500):
-        optimiser.param_groups[0]["lr"] = rate * factor(step)
+        optimizer.param_groups[0]["lr"] = rate * factor(step)
         parameter.grad = steepness * (parameter.detach() - wanted)
-        optimiser.step()
+        optimizer.step()
     found = average.shadow_params[0] if average else parameter.detach()
     assert models.distance(found, wanted) <= 0.02
 
@@ -207,7 +207,7 @@ def kill_after(step):
     return report
 
 
-@pytest.mark.parametrize("name", OPTIMISERS)
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_killed_and_resumed_it_gives_the_same_bits(name, tmp_path, monkeypatch):
     straight = run_session(tmp_path / "straight", **fields_of(name))
     assert len(set(straight.losses)) == 6
@@ -221,7 +221,7 @@ def test_killed_and_resumed_it_gives_the_same_bits(name, tmp_path, monkeypatch):
     assert same_tensors(resumed.adapter, straight.adapter)
     assert resumed.losses == straight.losses
     if name.endswith("8bit"):
-        assert any(slots["state1"].dtype == torch.uint8 for slots in kept_state(straight).optimiser.values())
+        assert any(slots["state1"].dtype == torch.uint8 for slots in kept_state(straight).optimizer.values())
 
 
 @pytest.mark.parametrize(
@@ -237,11 +237,11 @@ def test_what_resuming_needs_beyond_the_parameters_own_state(name, kept, tmp_pat
 
 def test_adamw_keeps_nothing_of_its_groups():
     parameter = torch.nn.Parameter(torch.ones(3))
-    optimiser = made("AdamW", [parameter])
+    optimizer = made("AdamW", [parameter])
     parameter.grad = torch.ones(3)
-    optimiser.param_groups[0]["lr"] = 0.5
-    optimiser.step()
-    slots, groups = state_of(optimiser)
+    optimizer.param_groups[0]["lr"] = 0.5
+    optimizer.step()
+    slots, groups = state_of(optimizer)
     assert groups == [{}]
     assert set(slots[0]) == {"step", "exp_avg", "exp_avg_sq"}
 
@@ -281,20 +281,20 @@ def test_what_schedule_free_hands_on_is_the_librarys_average():
         torch.nn.Parameter(torch.randn(3)),
         torch.nn.Parameter(torch.ones(2)),
     ]
-    optimiser = made("AdamWScheduleFree", parameters, beta1=0.8)
+    optimizer = made("AdamWScheduleFree", parameters, beta1=0.8)
     for _ in range(4):
         for parameter in parameters[:2]:
             parameter.grad = torch.randn_like(parameter)
-        optimiser.step()
+        optimizer.step()
     y = [parameter.detach().clone() for parameter in parameters]
-    average = OPTIMISERS["AdamWScheduleFree"].average(optimiser, parameters)
+    average = OPTIMIZERS["AdamWScheduleFree"].average(optimizer, parameters)
     x = average.shadow_params
     average.store(parameters)
     average.copy_to(parameters)
     assert all(torch.equal(*pair) for pair in zip(parameters, x, strict=True))
     average.restore(parameters)
     assert all(torch.equal(*pair) for pair in zip(parameters, y, strict=True))
-    optimiser.eval()
+    optimizer.eval()
     assert all(torch.equal(*pair) for pair in zip(parameters, x, strict=True))
     assert not torch.equal(x[0], y[0])
 
@@ -372,10 +372,10 @@ def test_prodigy_logs_the_rate_it_found_times_its_factor(tmp_path):
     assert rates[4] == pytest.approx(fields["learning_rate"] * before / 3)
 
 
-@pytest.mark.parametrize("name", sorted(set(OPTIMISERS) - {"Prodigy"}))
+@pytest.mark.parametrize("name", sorted(set(OPTIMIZERS) - {"Prodigy"}))
 def test_other_optimizers_move_at_the_rate_they_are_given(name):
-    optimiser = made(name, [torch.nn.Parameter(torch.ones(64, 80))])
-    assert OPTIMISERS[name].effective_rate(optimiser, 0.25) == 0.25
+    optimizer = made(name, [torch.nn.Parameter(torch.ones(64, 80))])
+    assert OPTIMIZERS[name].effective_rate(optimizer, 0.25) == 0.25
 
 
 @pytest.mark.parametrize("rate, warned", [(1e-4, True), (0.05, True), (0.5, False), (1.0, False), (100.0, True)])
@@ -388,15 +388,15 @@ def test_prodigy_warns_of_a_rate_far_from_one(rate, warned, tmp_path, caplog):
 
 
 def test_adamw_takes_a_small_rate_without_a_warning():
-    assert OPTIMISERS["AdamW"].mistaken_rate(1e-4) == ""
+    assert OPTIMIZERS["AdamW"].mistaken_rate(1e-4) == ""
 
 
 def test_prodigy_finds_a_rate_and_prints_nothing(capsys):
     parameter = torch.nn.Parameter(torch.zeros(10))
-    optimiser = made("Prodigy", [parameter])
+    optimizer = made("Prodigy", [parameter])
     for _ in range(200):
         parameter.grad = parameter.detach() - 1
-        optimiser.step()
-    assert 0.01 < optimiser.param_groups[0]["d"] < 1.0
+        optimizer.step()
+    assert 0.01 < optimizer.param_groups[0]["d"] < 1.0
     assert torch.allclose(parameter, torch.ones(10), atol=0.01)
     assert capsys.readouterr().out == ""

@@ -13,13 +13,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from graft_pack.trainers.data.examples import Handling, combine
-from graft_pack.trainers.data.scan import Reading, from_arrays, scan_folder
+from graft_pack.trainers.data.examples import Augmentation, combine
+from graft_pack.trainers.data.scan import ScanOptions, from_arrays, scan_folder
 from graft_pack.trainers.engine import step as forward
 from graft_pack.trainers.engine.plan import Plan
 from graft_pack.trainers.engine.session import run_recipe
 from graft_pack.trainers.errors import DatasetError, SettingsError
-from graft_pack.trainers.preprocessing.lru_cache import Keep
+from graft_pack.trainers.preprocessing.lru_cache import LRUCache
 from graft_pack.trainers.preprocessing.prepare import prepare
 from graft_pack.trainers.protocols import HOLE, SOURCE
 from graft_pack.trainers.runs.run import Folders
@@ -83,7 +83,7 @@ def folder(tmp_path):
 
 
 def read(folder, resolution=64, trigger="sks", reading=None, **handling):
-    return scan_folder(str(folder), trigger, resolution, 1, Handling(**handling), reading)
+    return scan_folder(str(folder), trigger, resolution, 1, Augmentation(**handling), reading)
 
 
 def batches(prepared, host, steps, **fields):
@@ -94,7 +94,7 @@ def batches(prepared, host, steps, **fields):
     rows = []
     for step in range(steps):
         _, batch = next(drawn)
-        for part in forward.parts_of(plan.shown(batch), recipe, step, 0, host):
+        for part in forward.micro_batches(plan.samples(batch), recipe, step, 0, host):
             rows += [(part[1][place], one.conditioning, one.weight) for place, one in enumerate(part[0])]
     return rows
 
@@ -175,7 +175,7 @@ def test_after_the_first_epoch_neither_codec_nor_encoder_is_called(folder, tmp_p
 def test_what_training_holds_does_not_grow_with_the_pictures(tmp_path, monkeypatch):
     """Tensors alive after each picture was shown twice: of ten times the pictures no more than the budget."""
     budget = 20_000
-    monkeypatch.setattr("graft_pack.trainers.preprocessing.prepare.Keep", lambda: Keep(budget))
+    monkeypatch.setattr("graft_pack.trainers.preprocessing.prepare.LRUCache", lambda: LRUCache(budget))
 
     def held(count):
         pictures = [grain(number) for number in range(count)]
@@ -245,7 +245,7 @@ def test_what_is_encoded_is_counted_up_to_its_total_and_not_beyond(tmp_path, tak
     dataset = from_arrays(pictures, ["one", "two", "three"], "", 64, controls=beside)
     told = []
     host = replace(make_host(lambda event, payload: told.append(payload)), codec=PosteriorCodec())
-    host.denoiser.takes = takes
+    host.denoiser.conditioning_kind = takes
     prepare(dataset, models.recipe("SD1"), host, str(tmp_path), 10**9)
     assert [one["done"] for one in told] == list(range(1, len(told) + 1))
     assert all(one["done"] <= one["total"] for one in told) and told[-1]["done"] == told[-1]["total"]
@@ -299,7 +299,9 @@ def test_a_varied_run_that_was_stopped_goes_on_to_the_same_bits(folder, tmp_path
 def test_size_and_crop_are_those_of_each_picture(tmp_path):
     """SDXL's conditioning: the picture's own size, the cut's place in what it was scaled to, the cut's size."""
     sizes = [(200, 100), (101, 77), (64, 64)]
-    dataset = from_arrays([grain(n, size) for n, size in enumerate(sizes)], ["x"], "", 64, handling=Handling(flip=True))
+    dataset = from_arrays(
+        [grain(n, size) for n, size in enumerate(sizes)], ["x"], "", 64, handling=Augmentation(flip=True)
+    )
     prepared, *_ = made(tmp_path, dataset)
     for item, size in zip(prepared.training, sizes, strict=True):
         seen = {}
@@ -314,7 +316,7 @@ def test_size_and_crop_are_those_of_each_picture(tmp_path):
 
 
 def test_a_mirrored_picture_is_encoded_mirrored(tmp_path):
-    dataset = from_arrays([grain(1)], ["x"], "", 64, handling=Handling(flip=True))
+    dataset = from_arrays([grain(1)], ["x"], "", 64, handling=Augmentation(flip=True))
     _, host, count, _ = made(tmp_path, dataset)
     assert count == 2
     assert np.allclose(host.codec.seen[0], host.codec.seen[1][:, ::-1], atol=1e-6)
@@ -323,7 +325,7 @@ def test_a_mirrored_picture_is_encoded_mirrored(tmp_path):
 def test_each_resolution_that_is_reached_has_its_bucket_and_none_is_enlarged(tmp_path):
     sizes = [(128, 128), (70, 70), (40, 40)]
     pictures = [grain(n, size) for n, size in enumerate(sizes)]
-    dataset = from_arrays(pictures, ["x"], "", 64, handling=Handling(resolutions=(128, 32)))
+    dataset = from_arrays(pictures, ["x"], "", 64, handling=Augmentation(resolutions=(128, 32)))
     prepared, *_ = made(tmp_path / "a", dataset)
     buckets = {}
     for item in prepared.training:
@@ -333,7 +335,7 @@ def test_each_resolution_that_is_reached_has_its_bucket_and_none_is_enlarged(tmp
         "image 2": [(32, 32), (64, 64)],
         "image 3": [(32, 32)],
     }
-    enlarging = Handling(resolutions=(128,), upscale=True)
+    enlarging = Augmentation(resolutions=(128,), upscale=True)
     prepared, *_ = made(tmp_path / "b", from_arrays(pictures, ["x"], "", 64, handling=enlarging))
     assert Counter(item.bucket for item in prepared.training) == {(64, 64): 3, (128, 128): 3}
 
@@ -357,7 +359,7 @@ def test_masks_weigh_with_their_minimum_and_are_cut_like_the_picture(tmp_path):
     mask[:, 100:] = 255
     pictures = [grain(1, (200, 100))]
     for minimum in (0.0, 0.25):
-        dataset = from_arrays(pictures, ["x"], "", 64, [mask], Handling(mask_minimum=minimum))
+        dataset = from_arrays(pictures, ["x"], "", 64, [mask], Augmentation(mask_minimum=minimum))
         prepared, *_ = made(tmp_path / str(minimum), dataset)
         (item,) = prepared.training
         weight = item.show(0).weight[0, 0]
@@ -373,7 +375,7 @@ def test_a_mask_that_leaves_nothing_is_named(tmp_path):
     prepared, *_ = made(tmp_path / "a", dataset)
     assert [item.name for item in prepared.training] == ["image 2"]
     assert "mask leaves nothing" in str(prepared.left_out)
-    lifted = from_arrays([grain(1), grain(2)], ["x"], "", 64, masks, Handling(mask_minimum=0.1))
+    lifted = from_arrays([grain(1), grain(2)], ["x"], "", 64, masks, Augmentation(mask_minimum=0.1))
     assert len(made(tmp_path / "b", lifted)[0].training) == 2
 
 
@@ -381,7 +383,9 @@ def test_validation_is_a_folder_a_share_or_both(folder, tmp_path):
     (folder / "check").mkdir()
     for number in (6, 7):
         (folder / f"{number}.png").rename(folder / "check" / f"{number}.png")
-    marked = read(folder, reading=Reading(validation_folder="check"), flip=True, shuffle_tags=True, caption_dropout=0.5)
+    marked = read(
+        folder, reading=ScanOptions(validation_folder="check"), flip=True, shuffle_tags=True, caption_dropout=0.5
+    )
     prepared, host, _, _ = made(tmp_path / "a", marked)
     assert [item.name for item in prepared.validation] == ["check/6.png", "check/7.png"]
     assert len(prepared.training) == 6

@@ -10,7 +10,7 @@ from graft_pack.trainers.data.scan import from_arrays
 from graft_pack.trainers.engine import gradient_check, step
 from graft_pack.trainers.errors import DatasetError, SettingsError
 from graft_pack.trainers.methods import Method
-from graft_pack.trainers.preprocessing.items import Item, Shown
+from graft_pack.trainers.preprocessing.items import DatasetItem, Sample
 from graft_pack.trainers.preprocessing.prepare import prepare
 from graft_pack.trainers.protocols import Conditioning
 
@@ -38,11 +38,11 @@ def make_item(index, factor=1.0, anchor=None):
     def show(turn):
         held = None
         if anchor is not None:
-            held = Shown(latent, Conditioning(WordEncoder().encode("a picture")), factor=anchor)
+            held = Sample(latent, Conditioning(WordEncoder().encode("a picture")), factor=anchor)
         conditioning = Conditioning(WordEncoder().encode(f"picture {index}"))
-        return Shown(latent, conditioning, factor=factor, anchor=held)
+        return Sample(latent, conditioning, factor=factor, anchor=held)
 
-    return Item(f"picture {index}", (64, 64), 1, show, factor != 1.0)
+    return DatasetItem(f"picture {index}", (64, 64), 1, show, factor != 1.0)
 
 
 def gradient_of(plan, host, batch):
@@ -53,7 +53,7 @@ def gradient_of(plan, host, batch):
 def by_hand(plan, host, batch, weights):
     """(loss, gradient) of (1/B) sum w_i l_i, each example predicted alone."""
     shown = [plan.train[index].show(0) for index in batch]
-    _, x0, noise, sigma = next(step.parts_of(shown, replace(plan.recipe, micro_batch=0), 0, 0, host))
+    _, x0, noise, sigma = next(step.micro_batches(shown, replace(plan.recipe, micro_batch=0), 0, 0, host))
     total = torch.zeros(())
     for row, (one, weight) in enumerate(zip(shown, weights, strict=True)):
         part = slice(row, row + 1)
@@ -87,7 +87,7 @@ def test_batches_of_an_epoch_sum_up_to_diffusers_sum_of_means():
     items = [make_item(0), make_item(1), make_item(10, WEIGHT), make_item(11, WEIGHT)]
     with planned(items) as (plan, host):
         shown = [item.show(0) for item in items]
-        part = next(step.parts_of(shown, plan.recipe, 0, 0, host))
+        part = next(step.micro_batches(shown, plan.recipe, 0, 0, host))
         plain = step.losses_of(host, [replace(one, factor=1.0) for one in shown], *part[1:]).detach()
         loss = step.losses_of(host, *part).detach().mean()
     assert float(loss) == pytest.approx(float(plain[:2].mean() + WEIGHT * plain[2:].mean()) / 2, rel=1e-6)
@@ -110,7 +110,7 @@ def test_switched_off_the_tree_is_the_frozen_base_to_the_bit():
         base = predictions(host)
     with planned([make_item(0)]) as (plan, host):
         trained = predictions(host)
-        with plan.frozen():
+        with plan.switched_off():
             assert torch.equal(predictions(host), base)
         assert torch.equal(predictions(host), trained)
         assert models.distance(trained, base) > 1e-2
@@ -133,7 +133,7 @@ def test_anchored_examples_add_the_weighted_distance_from_the_base(micro_batch):
         loss, gradient = gradient_of(plan, host, [0, 1, 2])
         own, slope = by_hand(plan, host, [0, 1, 2], [1.0, 1.0, 1.0])
         shown = [item.show(0) for item in items]
-        _, x0, noise, sigma = next(step.parts_of(shown, replace(plan.recipe, micro_batch=0), 0, 0, host))
+        _, x0, noise, sigma = next(step.micro_batches(shown, replace(plan.recipe, micro_batch=0), 0, 0, host))
         said = [Conditioning(WordEncoder().encode("a picture"))]
         total = torch.zeros(())
         for row, weight in ((0, WEIGHT), (2, 2 * WEIGHT)):
@@ -151,8 +151,8 @@ def test_anchored_examples_add_the_weighted_distance_from_the_base(micro_batch):
 
 def test_at_the_start_nothing_has_drifted():
     with planned([make_item(0, anchor=1.0)], spread=0.0) as (plan, host):
-        part = next(step.parts_of([plan.train[0].show(0)], plan.recipe, 0, 0, host))
-        own, drift = list(step.terms_of(plan, host, *part))
+        part = next(step.micro_batches([plan.train[0].show(0)], plan.recipe, 0, 0, host))
+        own, drift = list(step.loss_terms(plan, host, *part))
     assert float(drift.detach()) == 0.0
     assert float(own.detach()) > 0.0
 
@@ -168,12 +168,12 @@ def test_the_gradient_of_an_anchored_batch_is_exact():
 def with_classes(weight=WEIGHT, count=6, others=9):
     rng = torch.Generator().manual_seed(4)
     arrays = [(torch.rand(64, 64, 3, generator=rng) * 255).byte().numpy() for _ in range(others)]
-    return prior.attach(make_dataset(count), from_arrays(arrays, ["a picture"], "", 0), weight)
+    return prior.add_class_images(make_dataset(count), from_arrays(arrays, ["a picture"], "", 0), weight)
 
 
 def test_class_images_reach_the_loop_with_weight_and_without_trigger(tmp_path):
     host = make_host()
-    dataset = prior.anchor(with_classes(), "a picture of it", 0.25)
+    dataset = prior.add_prior_target(with_classes(), "a picture of it", 0.25)
     prepared = prepare(dataset, models.recipe("SD1", resolution=64), host, str(tmp_path), 10**12)
     assert [item.prior for item in prepared.training] == [False] * 6 + [True] * 9
     encoder = WordEncoder()
@@ -205,7 +205,7 @@ def test_a_side_of_which_nothing_is_left_is_named(tmp_path, small, words):
     arrays = [torch.tensor(list(one.tobytes()), dtype=torch.uint8).view(4, 4, 3).numpy() for one in tiny]
     few = from_arrays(arrays, ["a picture"], "", 64)
     pair = (make_dataset(), few) if small else (few, make_dataset())
-    dataset = prior.attach(replace(pair[0], trigger=""), pair[1], 1.0)
+    dataset = prior.add_class_images(replace(pair[0], trigger=""), pair[1], 1.0)
     with pytest.raises(DatasetError, match=words):
         prepare(dataset, models.recipe("SD1", resolution=64), make_host(), str(tmp_path), 10**12)
 
@@ -219,7 +219,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(tmp_path, kind):
         if event == "step" and payload["step"] == 5:
             raise Stop
 
-    dataset = with_classes() if kind == "class images" else prior.anchor(make_dataset(), "a picture", WEIGHT)
+    dataset = with_classes() if kind == "class images" else prior.add_prior_target(make_dataset(), "a picture", WEIGHT)
     fields = {"steps": 9, "batch_size": 3, "dataset": dataset}
     straight = run_session(tmp_path / "straight", **fields)
     with pytest.raises(Stop):

@@ -14,7 +14,7 @@ from graft_pack.trainers.formats import files
 from graft_pack.trainers.formats.adapter import Adapter
 from graft_pack.trainers.formats.embedding import Embedding
 from graft_pack.trainers.runs.checkpoint import State
-from graft_pack.trainers.runs.loss_by_timestep import BUCKETS, LevelLosses
+from graft_pack.trainers.runs.loss_by_timestep import BUCKETS, LossByTimestep
 from graft_pack.trainers.runs.records import read_events, read_graph
 from graft_pack.trainers.runs.run import Halt, Products, Run
 from graft_pack.trainers.text import safe_name
@@ -34,9 +34,9 @@ def make_state(step=7):
         validation=[(5, 0.25)],
         trainables={"a.b": torch.randn(3, 2), "c/d": torch.randn(1)},
         ema={"a.b": torch.randn(3, 2), "c/d": torch.randn(1)},
-        optimiser={0: {"step": torch.tensor(7.0), "exp_avg": torch.randn(3, 2)}, 1: {"d": 0.5, "k": 3}},
+        optimizer={0: {"step": torch.tensor(7.0), "exp_avg": torch.randn(3, 2)}, 1: {"d": 0.5, "k": 3}},
         scaler={"scale": 65536.0, "_growth_tracker": 3},
-        levels=LevelLosses(2, [[1 / 3] * BUCKETS], [[1] * BUCKETS]),
+        levels=LossByTimestep(2, [[1 / 3] * BUCKETS], [[1] * BUCKETS]),
     )
 
 

@@ -179,7 +179,7 @@ def test_a_default_of_the_objective_that_is_in_use_is_part_of_a_run():
         ("AdamWScheduleFree", 1e-4, 0.01, (0.9, 0.999)),
     ],
 )
-def test_defaults_depend_on_the_optimiser(optimizer, learning_rate, weight_decay, betas):
+def test_defaults_depend_on_the_optimizer(optimizer, learning_rate, weight_decay, betas):
     options = Options().adding("optimizer", {"optimizer": optimizer})
     recipe = resolved(options)
     assert (recipe.learning_rate, recipe.weight_decay) == (learning_rate, weight_decay)
@@ -197,7 +197,7 @@ def test_defaults_depend_on_the_optimiser(optimizer, learning_rate, weight_decay
         ("Adafactor", "beta2", 0.9),
     ],
 )
-def test_what_an_optimiser_cannot_go_with_is_refused(optimizer, field, value):
+def test_what_an_optimizer_cannot_go_with_is_refused(optimizer, field, value):
     with pytest.raises(SettingsError, match=f"{field}|{optimizer}") as caught:
         resolved(Options().adding("optimizer", {"optimizer": optimizer, field: value}))
     assert caught.value.input == field

@@ -54,7 +54,7 @@ def test_a_process_is_killed_and_the_run_goes_on_as_if_nothing_was(shared, strai
         crew = Crew(2)
         answers = crew.do("train", folder=str(folder), fields=SHARED, death=death)
         assert crew.exitcodes[death[0]] == -9
-        assert answers[1 - death[0]] == "Parted"
+        assert answers[1 - death[0]] == "PeerLostError"
         crew.do("train", folder=str(folder), fields=SHARED)
         assert same_state(state_in(folder), state_in(shared)), death
 
@@ -63,7 +63,7 @@ def test_a_process_is_killed_and_the_run_goes_on_as_if_nothing_was(shared, strai
 def test_resumed_by_more_or_fewer_in_shares_or_not(straight, tmp_path, trials):
     for number, (world, fields) in enumerate(trials([(1, SHARED)], [(1, SHARED), (2, FULL), (3, SHARED)])):
         folder = tmp_path / str(number)
-        assert Crew(2).do("train", folder=str(folder), fields=SHARED, death=(1, "sum", 4))[0] == "Parted"
+        assert Crew(2).do("train", folder=str(folder), fields=SHARED, death=(1, "sum", 4))[0] == "PeerLostError"
         reached = max(state_steps(folder))
         assert 0 < reached < 6
         if world == 1:
@@ -80,13 +80,13 @@ def test_an_error_of_one_ends_all_and_none_waits(tmp_path, trials):
         fields = {**SHARED, "name": f"{rank}{where}"}
         answers = Crew(2).do("fail", timeout=60, folder=str(tmp_path), fields=fields, rank=rank, where=where)
         assert answers[rank] == "KeyError"
-        assert answers[1 - rank] == "Parted"
+        assert answers[1 - rank] == "PeerLostError"
 
 
 def test_memory_that_runs_out_in_a_step_ends_the_attempt(tmp_path):
     """The others are in the midst of the step: one that repeats it alone would wait for them, and they for it."""
     answers = Crew(2).do("fail", timeout=60, folder=str(tmp_path), fields=SHARED, rank=1, memory=1)
-    assert answers == ["Parted", "OutOfMemory"]
+    assert answers == ["PeerLostError", "OutOfMemory"]
 
 
 @pytest.mark.parametrize("where, times", [("preview", 1), ("preview", 2), ("validation", 1)])

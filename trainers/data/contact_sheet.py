@@ -113,8 +113,8 @@ def _draw_legend(draw: ImageDraw.ImageDraw, top: int, paired: bool) -> None:
     marks = [("dark: cut away", _FAINT), ("red: masked out", _RED), ("amber frame: look after", _AMBER)]
     if paired:
         marks.append(("blue corner: source picture", _BAR))
-    for text, colour in marks:
-        draw.text((left, top), text, fill=colour)
+    for text, color in marks:
+        draw.text((left, top), text, fill=color)
         left += int(draw.textlength(text)) + 20
 
 
@@ -151,8 +151,8 @@ def _draw_cell(sheet: Image.Image, draw, finding: Finding, corner: tuple[int, in
     lines.append((_fitting(draw, f"{cuts}{repeats}{held}", width), _FAINT))
     lines += [(line, _INK) for line in caption]
     lines.append((_fitting(draw, ", ".join(finding.flags), width), _AMBER))
-    for number, (line, colour) in enumerate(lines):
-        draw.text((corner[0] + 6, corner[1] + _CELL + _LINE * number), line, fill=colour)
+    for number, (line, color) in enumerate(lines):
+        draw.text((corner[0] + 6, corner[1] + _CELL + _LINE * number), line, fill=color)
 
 
 def _draw_source(sheet: Image.Image, draw, control: Example, corner: tuple[int, int]) -> None:

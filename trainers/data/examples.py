@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Handling:
+class Augmentation:
     """How pictures and captions are varied from one showing to the next; the defaults vary nothing.
 
     Attributes:
@@ -108,7 +108,7 @@ class Example:
     trigger: str = ""
     repeats: int = 1
     mask: Source | None = None
-    handling: Handling = field(default_factory=Handling)
+    handling: Augmentation = field(default_factory=Augmentation)
     held_out: bool = False
     weight: float = 1.0
     prior: bool = False
@@ -166,7 +166,7 @@ class Dataset:
 
     def fingerprint(self) -> str:
         """Hash of everything here that decides what is learnt."""
-        ways: dict[Handling, str] = {}
+        ways: dict[Augmentation, str] = {}
         rows = []
         for example in self.examples:
             way = ways.get(example.handling)

@@ -94,7 +94,7 @@ def _write(path: str, known: dict[str, str]) -> None:
         log.warning("Graft: %s", error)
 
 
-def alike(found: Sequence[bytes | None]) -> list[tuple[int, int]]:
+def find_near_duplicates(found: Sequence[bytes | None]) -> list[tuple[int, int]]:
     """Pairs (i, j), i < j, of signatures that differ little; of each j the first i alone."""
     rows = [index for index, one in enumerate(found) if one is not None]
     if len(rows) < 2:

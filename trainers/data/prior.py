@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 PRIORS = ("class images", "differential")
 
 
-def attach(dataset: Dataset, class_dataset: Dataset, weight: float) -> Dataset:
+def add_class_images(dataset: Dataset, class_dataset: Dataset, weight: float) -> Dataset:
     """The dataset with class images, which are drawn one to one with its own and have the weight in the loss.
 
     The loss of a batch of B is (1/B) sum w_i l_i with w = 1 for the dataset's own images and the weight for class
@@ -69,7 +69,7 @@ def _refuse_subject(dataset: Dataset, classes: Sequence[Example]) -> None:
                 )
 
 
-def anchor(dataset: Dataset, class_prompt: str, weight: float) -> Dataset:
+def add_prior_target(dataset: Dataset, class_prompt: str, weight: float) -> Dataset:
     """The dataset with each example of the subject anchored to the frozen base's own prediction for a class prompt.
 
     Beside an example's loss l that of its anchor counts, on the same noised latent: l + weight |eps(x_t, class prompt)

@@ -12,7 +12,7 @@ from . import captions
 from .buckets import Crop, bucket_sizes, choose_crops
 from .dataset_warnings import warn_of_enlarged, warn_of_resolution, warn_of_skipped
 from .examples import LeftOut
-from .near_duplicates import alike, signatures
+from .near_duplicates import find_near_duplicates, signatures
 from .scan import reason_of, shortened
 from .source_images import is_alike
 
@@ -103,7 +103,7 @@ def inspect(
         rows.append(finding)
         places[place] = finding
     pairs = []
-    for first, second in alike(marks):
+    for first, second in find_near_duplicates(marks):
         if first in places and second in places:
             names = places[first].example.source.name, places[second].example.source.name
             pairs.append(names)

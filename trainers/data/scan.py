@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 
 from ..errors import DatasetError
 from . import captions
-from .examples import Dataset, Example, Handling, LeftOut
+from .examples import Augmentation, Dataset, Example, LeftOut
 from .index import Index, mark_of
 from .listing import File, Listing, Owners, list_folder, stem_of
 from .masks import mask_owner, own_masks
 from .pictures import AlphaSource, ArraySource, FileSource, MaskSource, is_clear, is_picture, measure_file, why_unread
-from .source_images import Controls, control_of
+from .source_images import SourceImages, control_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,7 +32,7 @@ _REPEAT_FOLDER = re.compile(r"(\d{1,6})_(.*)")
 
 
 @dataclass(frozen=True)
-class Reading:
+class ScanOptions:
     """How a folder is read.
 
     Attributes:
@@ -55,8 +55,8 @@ def scan_folder(
     trigger: str,
     resolution: int,
     repeats: int,
-    handling: Handling | None = None,
-    reading: Reading | None = None,
+    handling: Augmentation | None = None,
+    reading: ScanOptions | None = None,
     index_folder: str | None = None,
     tick: Callable[[int, int], None] = lambda done, total: None,
 ) -> Dataset:
@@ -78,9 +78,9 @@ def scan_folder(
     """
     if not os.path.isdir(folder):
         raise DatasetError(f"There is no folder '{folder}'.", "Choose a folder below ComfyUI's input folder.", "folder")
-    reading = reading or Reading()
+    reading = reading or ScanOptions()
     listing = list_folder(folder)
-    controls = Controls(reading.control_folder, listing)
+    controls = SourceImages(reading.control_folder, listing)
     listing = controls.outside(listing)
     left_out = list(listing.left_out)
     masks = own_masks(listing)
@@ -91,7 +91,7 @@ def scan_folder(
         for name in listing.files
         if not captions.is_caption_file(name) and (reason := why_unread(name))
     ]
-    reader = _Reader(listing, trigger.strip(), repeats, handling or Handling(), reading, masks, left_out, controls)
+    reader = _Reader(listing, trigger.strip(), repeats, handling or Augmentation(), reading, masks, left_out, controls)
     index = Index(index_folder, folder)
     try:
         examples = reader.examples(pictures, index, tick)
@@ -116,7 +116,7 @@ def _refuse_if_empty(folder: str, examples: list[Example], left_out: list[LeftOu
     )
 
 
-def _refuse_if_nothing_held_out(examples: list[Example], reading: Reading) -> None:
+def _refuse_if_nothing_held_out(examples: list[Example], reading: ScanOptions) -> None:
     if not reading.validation_folder.strip():
         return
     held = sum(example.held_out for example in examples)
@@ -146,7 +146,7 @@ class _Reader:
         self._reading = reading
         self._left_out: list[LeftOut] = left_out
         self._unusual: dict[str, tuple[int, int]] = {}
-        self._controls: Controls = controls
+        self._controls: SourceImages = controls
         self._sidecars = self._find_sidecars()
         self._metadata = self._read_metadata()
         self._masks = {} if reading.masks == "off" else masks.by_stem
@@ -361,7 +361,7 @@ def from_arrays(
     trigger: str,
     resolution: int,
     masks: list[np.ndarray] = (),
-    handling: Handling | None = None,
+    handling: Augmentation | None = None,
     lines_are_variants: bool = False,
     controls: list[np.ndarray] = (),
 ) -> Dataset:
@@ -411,7 +411,7 @@ def from_arrays(
         if controls:
             height, width = controls[index].shape[:2]
             control = control_of(ArraySource(controls[index], f"source image {index + 1}"), (width, height))
-        ways = handling or Handling()
+        ways = handling or Augmentation()
         examples.append(Example(source, variants, size, source.digest, trigger, 1, mask, ways, control=control))
     return Dataset(tuple(examples), trigger, resolution, "images")
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _ALIKE = 0.02
 
 
-class Controls:
+class SourceImages:
     """The source pictures in a folder, each by the name of the picture that is to become of it.
 
     Args:

@@ -9,14 +9,14 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from ..errors import OutOfMemory, Parted
+from ..errors import OutOfMemory, PeerLostError
 from ..protocols import Group
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from .fsdp import Shards
+    from .fsdp import ShardedWeights
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ _BYTES = 64 * 1024 * 1024
 _WAIT = timedelta(hours=2)
 
 
-class Spread(Group):
+class AccelerateGroup(Group):
     """The processes that `accelerate launch`, `torchrun` or the graph has started; environment variables name them.
 
     Attributes:
@@ -44,21 +44,21 @@ class Spread(Group):
             options["backend"] = "gloo"
         self._state = PartialState(cpu=cpu, **options)
         self.rank = self._state.process_index
-        self.world = self._state.num_processes
+        self.world_size = self._state.num_processes
         self.local_rank = self._state.local_process_index
         self.device = self._state.device
         self._left = False
-        self._shards: Shards | None = None
+        self._shards: ShardedWeights | None = None
 
-    def meet(self, number: float = 0.0) -> float:
+    def all_reduce(self, number: float = 0.0) -> float:
         """As Group says."""
         total, left = self._sum(number, 0.0)
         if left:
             self._left = True
-            raise Parted()
+            raise PeerLostError()
         return total
 
-    def part(self) -> None:
+    def abort(self) -> None:
         """As Group says; nothing where the group is no more."""
         if self._left:
             return
@@ -68,7 +68,7 @@ class Spread(Group):
             self._break()
             return
         # Nobody is there to be told then, and what this one leaves for is what counts.
-        with suppress(Parted):
+        with suppress(PeerLostError):
             self._sum(0.0, 1.0)
 
     def _break(self) -> None:
@@ -80,7 +80,7 @@ class Spread(Group):
             self._state.destroy_process_group()
 
     def _sum(self, *numbers: float) -> list[float]:
-        if self.world == 1:
+        if self.world_size == 1:
             # Not every device that trains alone has numbers of this size.
             return list(numbers)
         import torch
@@ -91,7 +91,7 @@ class Spread(Group):
 
     def gather(self, values: list[float], whole: int) -> list[float]:
         """As Group says."""
-        first = whole * self.rank // self.world
+        first = whole * self.rank // self.world_size
         mine = [0.0] * whole
         mine[first : first + len(values)] = values
         return self._sum(*mine)
@@ -107,15 +107,15 @@ class Spread(Group):
             self._break()
             if "out of memory" in str(error):
                 raise
-            raise Parted() from error
+            raise PeerLostError() from error
 
-    def sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+    def all_reduce_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
         """As Group says, in messages of some megabytes.
 
         Raises:
             OutOfMemory: there is no room here for the messages.
         """
-        if self.world == 1:
+        if self.world_size == 1:
             return
         import torch
         from accelerate.utils import reduce
@@ -127,16 +127,16 @@ class Spread(Group):
         if lacking:
             # All know it here, before any of them sends what another has no room for.
             self._left = True
-            raise Parted() if not short else _no_room(short)
+            raise PeerLostError() if not short else _no_room(short)
         with self._connected():
             wanted = [one for one, count in zip(parameters, present, strict=True) if count]
             for some in _messages(wanted):
                 flat = torch.cat([_gradient(one).reshape(-1) for one in some])
                 _spread_out(reduce(flat, "sum"), some)
 
-    def share(self, tensors: Iterable[torch.Tensor]) -> None:
+    def broadcast(self, tensors: Iterable[torch.Tensor]) -> None:
         """As Group says."""
-        if self.world == 1:
+        if self.world_size == 1:
             return
         import torch
         from accelerate.utils import broadcast
@@ -145,10 +145,10 @@ class Spread(Group):
             with torch.no_grad(), self._connected():
                 tensor.copy_(broadcast(tensor.detach().to(self.device).contiguous()))
 
-    def tell(self, text: str) -> str:
+    def broadcast_text(self, text: str) -> str:
         """As Group says."""
-        self.meet()
-        if self.world == 1:
+        self.all_reduce()
+        if self.world_size == 1:
             return text
         import torch
         from accelerate.utils import broadcast
@@ -156,22 +156,22 @@ class Spread(Group):
         data = list(text.encode())
         with self._connected():
             length = int(broadcast(torch.tensor([len(data)], device=self.device)))
-            sent = torch.tensor(data if self.leads else [0] * length, dtype=torch.uint8, device=self.device)
+            sent = torch.tensor(data if self.is_main else [0] * length, dtype=torch.uint8, device=self.device)
             return bytes(broadcast(sent).tolist()).decode()
 
-    def shard(self, tree: nn.Module, keep: Iterable[torch.Tensor], through: bool) -> None:
+    def shard(self, tree: nn.Module, keep: Iterable[torch.Tensor], needs_input_grad: bool) -> None:
         """As Group says."""
-        if self.world == 1:
+        if self.world_size == 1:
             return
-        from .fsdp import Shards
+        from .fsdp import ShardedWeights
 
-        self.meet()
-        self._shards = made = Shards(tree, keep, self, through)
+        self.all_reduce()
+        self._shards = made = ShardedWeights(tree, keep, self, needs_input_grad)
         log.info(
             "Graft: the frozen weights of %d blocks (%.1f MB) are shared out over %d processes%s.",
             made.blocks,
             made.divided / 1e6,
-            self.world,
+            self.world_size,
             f"; {made.whole / 1e6:.1f} MB of them stay whole in each" if made.whole else "",
         )
 
@@ -181,25 +181,25 @@ class Spread(Group):
         return self._shards is not None
 
     @property
-    def paired(self) -> bool:
+    def lockstep(self) -> bool:
         """As Group says."""
         return self._shards is not None and not self._shards.alone
 
     @contextmanager
-    def turn(self) -> Iterator[bool]:
+    def main_process_only(self) -> Iterator[bool]:
         """As Group says."""
         if self._shards is None:
-            yield self.leads
+            yield self.is_main
             return
-        with self._shards.turn() as mine:
+        with self._shards.main_process_only() as mine:
             yield mine
 
-    def mend(self) -> None:
+    def reset_after_failure(self) -> None:
         """As Group says."""
         if self._shards is not None:
-            self._shards.mend()
+            self._shards.reset_after_failure()
 
-    def call(self, number: int) -> int:
+    def broadcast_int(self, number: int) -> int:
         """The leader's number, in all of them. Raises Parted as `meet` does."""
         import torch
         from accelerate.utils import broadcast

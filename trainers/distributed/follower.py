@@ -55,7 +55,7 @@ def follow(group: Group, folders: Folders) -> tuple[Run, State, bool]:
     Raises:
         RunError: its folder cannot be read here: it has to lie where all machines see it.
     """
-    name, step, finished = json.loads(group.tell(""))
+    name, step, finished = json.loads(group.broadcast_text(""))
     run = Follower.named(folders, name)
     state = State() if not step else read_state(run.state_path(step), step)
     return run, state, finished
@@ -63,4 +63,4 @@ def follow(group: Group, folders: Folders) -> tuple[Run, State, bool]:
 
 def lead(group: Group, run: Run, state: State, finished: bool) -> None:
     """Tells the others which run it is and where it goes on."""
-    group.tell(json.dumps([run.name, state.step, finished]))
+    group.broadcast_text(json.dumps([run.name, state.step, finished]))

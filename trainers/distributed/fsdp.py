@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..errors import ModelError, Parted, SettingsError
+from ..errors import ModelError, PeerLostError, SettingsError
 from ..memory.autograd import blocks_of
-from ..memory.offload import bring_back, list_frozen
+from ..memory.offload import list_frozen, onload
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from .accelerate_group import Spread
+    from .accelerate_group import AccelerateGroup
 
 # In place of a block's number: the turn is over.
 _OVER = -1
@@ -50,7 +50,7 @@ def check_shards() -> None:
         )
 
 
-class Shards:
+class ShardedWeights:
     """The blocks of a tree whose weights are kept in shares, as one of the processes sees them.
 
     Attributes:
@@ -60,7 +60,7 @@ class Shards:
         alone: whether it is this process's turn.
     """
 
-    def __init__(self, tree: nn.Module, keep: Iterable[torch.Tensor], group: Spread, through: bool):
+    def __init__(self, tree: nn.Module, keep: Iterable[torch.Tensor], group: AccelerateGroup, needs_input_grad: bool):
         """Shares the weights out; those of a block are on the device for the time of that, all together.
 
         Args:
@@ -104,8 +104,8 @@ class Shards:
             # same in all. Itself is fetched already.
             block.set_modules_to_backward_prefetch([block])
         fully_shard(tree, mesh=mesh, reshard_after_forward=True, ignored_params=rest)
-        bring_back(tree, group.device)
-        if through:
+        onload(tree, group.device)
+        if needs_input_grad:
             tree.register_forward_pre_hook(_let_through)
 
     def gather(self, number: int, whole: torch.Tensor, share: torch.Tensor, asynchronous: bool):
@@ -116,25 +116,25 @@ class Shards:
         """
         self._begun = True
         if self.alone:
-            self._group.call(number)
+            self._group.broadcast_int(number)
         return self._group.gather_shares(whole, share, asynchronous)
 
     @contextmanager
-    def turn(self) -> Iterator[bool]:
+    def main_process_only(self) -> Iterator[bool]:
         """As `Group.turn`."""
-        if not self._group.leads:
+        if not self._group.is_main:
             self._serve()
             yield False
             return
         self.alone = True
         try:
             yield True
-        except Parted:
+        except PeerLostError:
             self.alone = False
             raise
         except BaseException:
             # What it is left by is what counts, also where nobody is there any more to be told.
-            with suppress(Parted):
+            with suppress(PeerLostError):
                 self._end_turn()
             raise
         self._end_turn()
@@ -142,16 +142,16 @@ class Shards:
     def _end_turn(self) -> None:
         self.alone = False
         # A pass that was given up, whoever caught the error, leaves a block put together here and nowhere else.
-        self.mend()
-        self._group.call(_OVER)
+        self.reset_after_failure()
+        self._group.broadcast_int(_OVER)
 
     def _serve(self) -> None:
         """Hands out what is asked for until the turn is over."""
-        while (number := self._group.call(_OVER)) != _OVER:
+        while (number := self._group.broadcast_int(_OVER)) != _OVER:
             self._blocks[number].unshard()
             self._blocks[number].reshard()
 
-    def mend(self) -> None:
+    def reset_after_failure(self) -> None:
         """As `Group.mend`."""
         if self._begun:
             self._tree.reset_iter_state()
@@ -160,7 +160,7 @@ class Shards:
 class _Gather:
     """How FSDP2 has the weights of one block put together: by bytes, which every backend can send."""
 
-    def __init__(self, shards: Shards, number: int):
+    def __init__(self, shards: ShardedWeights, number: int):
         self._shards = shards
         self._number = number
 

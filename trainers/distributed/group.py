@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def rows_of(sizes: Sequence[int], rank: int, world: int) -> list[slice]:
+def rows_of(sizes: Sequence[int], rank: int, world_size: int) -> list[slice]:
     """Which rows of each of some batches one of several processes computes.
 
     The rows of all are dealt as one row of examples, in stretches that differ by one at most.
@@ -28,7 +28,7 @@ def rows_of(sizes: Sequence[int], rank: int, world: int) -> list[slice]:
         sizes: of the batches.
     """
     total = sum(sizes)
-    first, last = total * rank // world, total * (rank + 1) // world
+    first, last = total * rank // world_size, total * (rank + 1) // world_size
     found = []
     for size in sizes:
         found.append(slice(min(max(first, 0), size), min(max(last, 0), size)))
@@ -38,9 +38,9 @@ def rows_of(sizes: Sequence[int], rank: int, world: int) -> list[slice]:
 
 def report_idle(group: Group, pictures: int) -> None:
     """Says so where there are more processes than pictures in a step."""
-    if group.leads and group.world > pictures:
+    if group.is_main and group.world_size > pictures:
         log.warning(
             "Graft: %d processes, but %d pictures a step: some have nothing to do. Raise batch_size, or start fewer.",
-            group.world,
+            group.world_size,
             pictures,
         )

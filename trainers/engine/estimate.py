@@ -22,24 +22,24 @@ import torch
 from ..errors import GraftError
 from ..memory.autograd import blocks_of
 from ..memory.checkpointing import checkpointed, is_checkpointed, keeps_attention
-from ..memory.offload import list_frozen, stays_away
+from ..memory.offload import is_offloaded, list_frozen
 from ..memory.oom import in_one_line, is_out_of_memory
-from ..memory.tracking import Account, bytes_of
+from ..memory.tracking import DevicePeakMemory, bytes_of
 from ..methods.dropout import dropping_out
-from ..optimizers import OPTIMISERS
-from ..optimizers.per_parameter import Apart
+from ..optimizers import OPTIMIZERS
+from ..optimizers.per_parameter import PerParameterOptimizer
 from ..recipe.recipe import ALL_BUT_ATTENTION, EVERYTHING
 from .oom_fallback import placed_trees, trees_of
-from .step import parts_of, terms_of
+from .step import loss_terms, micro_batches
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..preprocessing.items import Item
+    from ..preprocessing.items import DatasetItem
     from ..preprocessing.prefetch import Batch
     from ..protocols import Host
     from .plan import Plan
-    from .updater import Mover
+    from .updater import ParameterUpdater
 
 log = logging.getLogger(__name__)
 
@@ -80,21 +80,21 @@ class Estimate:
         return self.missing is not None and (self.free is None or self.missing <= self.free)
 
 
-def estimate(plan: Plan, host: Host, mover: Mover, position: int, steps: int) -> Estimate | None:
+def estimate(plan: Plan, host: Host, updater: ParameterUpdater, position: int, steps: int) -> Estimate | None:
     """What the steps that are left will take; None where they are few, or where it cannot be measured.
 
     Args:
         position: batches that were shown before.
         steps: that are left.
     """
-    if steps < _LEAST_STEPS or host.group.world > 1:
+    if steps < _LEAST_STEPS or host.group.world_size > 1:
         return None
     host.report_phase("measuring")
     # Of those that will be shown: no other captions are encoded.
     coming = min(_MOST_BATCHES, steps * plan.recipe.accumulation)
     batches = [batch for _, batch in itertools.islice(plan.batches(position), coming)]
     try:
-        return _Dry(plan, host, mover, batches).estimate()
+        return _Dry(plan, host, updater, batches).estimate()
     except (RuntimeError, MemoryError, TypeError, GraftError) as error:
         # The steps themselves say better what is wrong, if anything is.
         log.warning("Graft: what a step takes could not be measured: %s", in_one_line(error))
@@ -132,10 +132,10 @@ class _Moves:
 class _Dry:
     """The passes of one estimate."""
 
-    def __init__(self, plan: Plan, host: Host, mover: Mover, batches: list[Batch]):
+    def __init__(self, plan: Plan, host: Host, updater: ParameterUpdater, batches: list[Batch]):
         self._plan = plan
         self._host = host
-        self._mover = mover
+        self._mover = updater
         self._trained = list(plan.trainables.values())
         self._device = host.denoiser.device
         self._trees = trees_of(plan, host)
@@ -148,7 +148,7 @@ class _Dry:
         trained = [torch.empty_like(one, dtype=_full(one.dtype), device="meta") for one in self._trained]
         self._average = sum(one.nbytes for one in trained) if recipe.ema_decay else 0
         self._moves = self._measure_moves()
-        self._account = Account(self._device)
+        self._account = DevicePeakMemory(self._device)
 
     def estimate(self) -> Estimate:
         """Of the plan as it is, and what would help where that does not fit."""
@@ -169,7 +169,7 @@ class _Dry:
     def _held(self) -> list[torch.Tensor]:
         """What lies on the device between steps."""
         weights = [one for tree in self._trees for one in (*tree.parameters(), *tree.buffers())]
-        return [one for one in weights if not stays_away(one) and one.device.type == self._device.type]
+        return [one for one in weights if not is_offloaded(one) and one.device.type == self._device.type]
 
     def _whole(self, one: float, more: float, size: int) -> float:
         """Bytes at the most, from what a pass of one picture takes and what each further one adds."""
@@ -194,7 +194,7 @@ class _Dry:
 
     def _peak(self, size: int) -> float:
         """Bytes at the most in a pass of so many pictures, with all that is held; infinite where it does not fit."""
-        self._host.heed()
+        self._host.check_interrupt()
         try:
             # A second pass begins with the gradients of the first.
             work = functools.partial(self._passes, size, 1 + self._several)
@@ -206,7 +206,7 @@ class _Dry:
         return math.inf
 
     def _away(self) -> list[torch.Tensor]:
-        return [one for tree in self._trees for one in tree.parameters() if stays_away(one)]
+        return [one for tree in self._trees for one in tree.parameters() if is_offloaded(one)]
 
     def _try(self) -> tuple[float, int]:
         """(seconds of a step of the plan as it is, bytes of a pass at the most; 0 where only counting would tell)."""
@@ -214,7 +214,7 @@ class _Dry:
         took: list[float] = []
         most = 0
         while len(took) < _TRIES and sum(took) < _LONG:
-            self._host.heed()
+            self._host.check_interrupt()
             _wait(self._device)
             began = time.perf_counter()
             most = max(most, self._account.peak_of(work, self._held(), self._away(), False))
@@ -234,17 +234,17 @@ class _Dry:
     def _passes(self, size: int, times: int) -> None:
         """Forward and backward of so many pictures at once, some times; nothing of it stays."""
         plan, host = self._plan, self._host
-        shown = plan.shown(self._batch[:size])
+        shown = plan.samples(self._batch[:size])
         recipe = replace(plan.recipe, micro_batch=0)
         try:
             with (
                 torch.random.fork_rng(devices=[]),
                 dropping_out(self._trees, self._device, recipe, 0),
-                self._mover.resting(),
+                self._mover.updates_disabled(),
             ):
                 for _ in range(times):
-                    for part in parts_of(shown, recipe, 0, 0, host):
-                        for losses in terms_of(plan, host, *part):
+                    for part in micro_batches(shown, recipe, 0, 0, host):
+                        for losses in loss_terms(plan, host, *part):
                             if losses.requires_grad:
                                 losses.sum().backward()
         finally:
@@ -255,20 +255,20 @@ class _Dry:
         """What moving all takes, from some of them."""
         parameters = self._trained
         recipe = self._plan.recipe
-        apart = isinstance(self._mover.optimiser, Apart)
+        apart = isinstance(self._mover.optimizer, PerParameterOptimizer)
         some = _some_of(parameters, apart)
         share = sum(one.numel() for one in parameters) / sum(one.numel() for one in some)
         # With their values: some optimisers keep less of what is zero.
         copies = [torch.nn.Parameter(one.detach().to(_full(one.dtype), copy=True)) for one in some]
         group = {"params": copies, "lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
-        optimiser = OPTIMISERS[recipe.optimizer].make([group], recipe)
-        work = _Move(optimiser, copies)
+        optimizer = OPTIMIZERS[recipe.optimizer].make([group], recipe)
+        work = _Move(optimizer, copies)
         # What it keeps is made at the first.
         work()
-        kept = bytes_of(_tensors_in(optimiser.state.values()))
-        held = [*copies, *(one.grad for one in copies), *_tensors_in(optimiser.state.values())]
+        kept = bytes_of(_tensors_in(optimizer.state.values()))
+        held = [*copies, *(one.grad for one in copies), *_tensors_in(optimizer.state.values())]
         with self._mover.small_work(self._device):
-            passing = Account(self._device).peak_of(work, held) - bytes_of(held)
+            passing = DevicePeakMemory(self._device).peak_of(work, held) - bytes_of(held)
             _wait(self._device)
             began = time.perf_counter()
             work()
@@ -298,8 +298,8 @@ class _Dry:
         # Of what stays away one block is computed with while the next comes.
         frozen = {id(weight) for weight in list_frozen(placed_trees(self._plan, self._host), self._trained)}
         sizes = [bytes_of(one for one in block.parameters() if id(one) in frozen) for block in blocks]
-        away = sum(sizes) - 2 * max(sizes, default=0)
-        if away > 0 and self._fits(one, more, size, there_is + away):
+        offloaded = sum(sizes) - 2 * max(sizes, default=0)
+        if offloaded > 0 and self._fits(one, more, size, there_is + offloaded):
             return (*found, "offload")
         return ()
 
@@ -323,13 +323,13 @@ class _Dry:
 class _Move:
     """A step of an optimiser by gradients that are not zero."""
 
-    def __init__(self, optimiser: torch.optim.Optimizer, parameters: list[nn.Parameter]):
-        self._optimiser = optimiser
+    def __init__(self, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]):
+        self._optimizer = optimizer
         for parameter in parameters:
             parameter.grad = torch.full_like(parameter, 1e-3)
 
     def __call__(self) -> None:
-        self._optimiser.step()
+        self._optimizer.step()
 
 
 def _largest(plan: Plan, batches: list[Batch], size: int) -> Batch:
@@ -338,7 +338,7 @@ def _largest(plan: Plan, batches: list[Batch], size: int) -> Batch:
     return found[:size]
 
 
-def _area(item: Item) -> int:
+def _area(item: DatasetItem) -> int:
     return item.bucket[0] * item.bucket[1]
 
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import Any
 
-from ..data.examples import Anchor, Dataset, Example, Handling, LeftOut, Source
+from ..data.examples import Anchor, Augmentation, Dataset, Example, LeftOut, Source
 from ..errors import GraftError, RunError
 from ..formats import files
 from ..objective.options import Objective
@@ -334,7 +334,7 @@ def _example_of(row: dict[str, Any]) -> Example:
     left_out = row.get("left_out")
     made = {
         "source": _Absent(_text(row["name"]), _text(row["digest"])),
-        "handling": _made(Handling, row["handling"]),
+        "handling": _made(Augmentation, row["handling"]),
         "mask": None if mask is None else _Absent(_text(mask[0]), _text(mask[1])),
         "anchor": None if anchor is None else _made(Anchor, anchor),
         "control": None if control is None else _example_of(control),

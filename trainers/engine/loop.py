@@ -16,21 +16,21 @@ import torch
 from ..distributed.group import report_idle, rows_of
 from ..errors import GraftError, NumbersError
 from ..methods.dropout import dropping_out
-from ..optimizers import OPTIMISERS, Group, lr_factor
+from ..optimizers import OPTIMIZERS, Group, lr_factor
 from ..optimizers.ema import MovingAverage, averaged
-from ..preprocessing.prefetch import Ahead
-from ..protocols import Asked
+from ..preprocessing.prefetch import Prefetcher
+from ..protocols import Command
 from ..runs.checkpoint import State
 from ..runs.loss_by_timestep import times_of
 from ..runs.run import STOPPED, Run
 from .estimate import estimate, say
-from .oom_fallback import Ladder, trees_of
+from .oom_fallback import OOMFallback, trees_of
 from .previews import preview
-from .step import fixed_losses, passes_of, terms_of
-from .updater import Mover
+from .step import fixed_losses, forward_passes, loss_terms
+from .updater import ParameterUpdater
 
 if TYPE_CHECKING:
-    from ..preprocessing.items import Shown
+    from ..preprocessing.items import Sample
     from ..protocols import Host
     from .plan import Plan
 
@@ -59,76 +59,76 @@ def train(plan: Plan, run: Run, host: Host, state: State) -> State:
     group = host.group
     parameters = list(plan.trainables.values())
     groups = plan.all_groups()
-    mover = Mover(plan, host)
-    ladder = Ladder(plan, run, host, mover.in_backward)
-    kind = OPTIMISERS[recipe.optimizer]
-    average = kind.average(mover.optimiser, parameters)
+    updater = ParameterUpdater(plan, host)
+    oom_fallback = OOMFallback(plan, run, host, updater.in_backward)
+    kind = OPTIMIZERS[recipe.optimizer]
+    average = kind.average(updater.optimizer, parameters)
     if recipe.ema_decay:
         average = MovingAverage(recipe.ema_decay)
     report_idle(group, recipe.batch_size * recipe.accumulation)
-    group.meet()
-    group.share([*parameters, *plan.constants.values()])
-    _restore(state, plan, mover, average)
+    group.all_reduce()
+    group.broadcast([*parameters, *plan.constants.values()])
+    _restore(state, plan, updater, average)
     factor = lr_factor(recipe.schedule, recipe.warmup_steps, recipe.steps, recipe.num_cycles, recipe.power)
     batches = plan.batches(state.batches)
     upcoming = list(itertools.islice(batches, recipe.accumulation))
     next_shares = _shares(host, upcoming)
-    ahead = Ahead(plan)
+    prefetcher = Prefetcher(plan)
     saved = state.step
 
     def keep() -> None:
         nonlocal saved
-        if not group.leads:
+        if not group.is_main:
             saved = state.step
             return
-        _capture(state, plan, mover, average)
+        _capture(state, plan, updater, average)
         path = run.save(state, plan.export(_result(state), state.step), recipe.keep_last)
         saved = state.step
         host.report("saved", {"step": state.step, "path": path})
 
     try:
         _warn_of_rate(kind.mistaken_rate(recipe.learning_rate), plan, run, host, state)
-        _estimate(ladder.plan, run, host, mover, state)
+        _estimate(oom_fallback.plan, run, host, updater, state)
         host.report_phase("training")
         if state.step == 0 and recipe.preview_every:
             preview(plan, run, host, state.step)
         while state.step < recipe.steps:
             started = time.perf_counter()
             share = factor(state.step)
-            _set_rates(mover.optimiser, groups, plan, share, state)
-            rate = kind.effective_rate(mover.optimiser, recipe.learning_rate * share)
+            _set_rates(updater.optimizer, groups, plan, share, state)
+            rate = kind.effective_rate(updater.optimizer, recipe.learning_rate * share)
             number = state.step + 1
             window, shares = upcoming, next_shares
             upcoming = list(itertools.islice(batches, recipe.accumulation)) if number < recipe.steps else []
             next_shares = _shares(host, upcoming)
-            ahead.expect([mine for _, mine in (*shares, *next_shares) if mine])
+            prefetcher.set_upcoming([mine for _, mine in (*shares, *next_shares) if mine])
             highest = _highest_loss(state.losses, recipe.loss_spike_factor)
-            mover.begin(state.step, highest)
-            loss, names, seen = ladder.attempt(
-                _gradients, mover.take_back, number, host, window, state.step, mover, shares, ahead.shown
+            updater.begin(state.step, highest)
+            loss, names, seen = oom_fallback.run(
+                _gradients, updater.discard_gradients, number, host, window, state.step, updater, shares, prefetcher.get
             )
             # None moves before all have their gradients: a step that one of them could not do is nobody's.
-            loss = group.meet(loss)
+            loss = group.all_reduce(loss)
             seen = [group.gather(values, sum(len(batch) for _, batch in window)) for values in seen]
-            group.sum_gradients(parameters)
-            with mover.small_work(host.denoiser.device):
+            group.all_reduce_gradients(parameters)
+            with updater.small_work(host.denoiser.device):
                 spike = highest < loss < math.inf
                 if spike:
-                    mover.take_back()
+                    updater.discard_gradients()
                     norm = 0.0
                 else:
-                    norm = mover.norm()
-                    if mover.refuses(loss, norm):
+                    norm = updater.norm()
+                    if updater.should_abort(loss, norm):
                         raise _not_finite(loss, names, state.step)
-                    mover.step()
-                    plan.settle(share)
+                    updater.step()
+                    plan.renormalize(share)
                     if average is not None:
                         average.step(parameters)
             state.step += 1
             state.batches += len(window)
             state.losses.append(loss)
-            state.levels.add(state.step, *seen)
-            mover.done()
+            state.loss_by_timestep.add(state.step, *seen)
+            updater.done()
             event = {
                 "event": "step",
                 "step": state.step,
@@ -144,17 +144,17 @@ def train(plan: Plan, run: Run, host: Host, state: State) -> State:
                 _tell_spike(run, host, number, loss, highest, names)
             # Before the host is told, and may interrupt: what is resumed would not be validated at this step again.
             if plan.validation and _due(state.step, recipe.validate_every, recipe.steps):
-                with averaged(average, parameters), group.turn() as mine:
+                with averaged(average, parameters), group.main_process_only() as mine:
                     if mine:
-                        ladder.attempt(_validate, group.mend, state.step, run, host, state)
+                        oom_fallback.run(_validate, group.reset_after_failure, state.step, run, host, state)
             host.report("step", event)
             if _due(state.step, recipe.preview_every, recipe.steps):
                 with averaged(average, parameters):
                     preview(plan, run, host, state.step)
             asked = _agreed(host)
-            if (state.step % recipe.save_every == 0 or asked is Asked.SAVE) and state.step < recipe.steps:
+            if (state.step % recipe.save_every == 0 or asked is Command.SAVE) and state.step < recipe.steps:
                 keep()
-            if asked is Asked.STOP:
+            if asked is Command.STOP:
                 break
         if saved != state.step or not run.states():
             keep()
@@ -162,22 +162,22 @@ def train(plan: Plan, run: Run, host: Host, state: State) -> State:
             run.note_halt(STOPPED, state.step, recipe.steps)
             host.report("stopped", {"step": state.step, "steps": recipe.steps})
         # Whoever is done waits for what the leader writes.
-        group.meet()
+        group.all_reduce()
     except BaseException:
         # The host interrupts by an exception of its own, which on some versions is no Exception.
         # Weights that an interrupted step has half moved belong to no step; the last save stands then.
-        if state.step > saved and not mover.moving and group.leads:
+        if state.step > saved and not updater.step_in_progress and group.is_main:
             _keep_before_leaving(keep)
         raise
     finally:
-        ahead.close()
-        mover.close()
+        prefetcher.close()
+        updater.close()
     return state
 
 
 def _warn_of_rate(warning: str, plan: Plan, run: Run, host: Host, state: State) -> None:
     """Tell the log, the run and the page about a learning rate that the optimizer cannot mean."""
-    if not warning or not host.group.leads:
+    if not warning or not host.group.is_main:
         return
     log.warning("Graft: %s", warning)
     recipe = plan.recipe
@@ -186,10 +186,10 @@ def _warn_of_rate(warning: str, plan: Plan, run: Run, host: Host, state: State) 
     host.report("rate", event)
 
 
-def _estimate(plan: Plan, run: Run, host: Host, mover: Mover, state: State) -> None:
+def _estimate(plan: Plan, run: Run, host: Host, updater: ParameterUpdater, state: State) -> None:
     """Tells what the steps that are left will take."""
     steps = plan.recipe.steps - state.step
-    found = estimate(plan, host, mover, state.batches, steps)
+    found = estimate(plan, host, updater, state.batches, steps)
     if found is None:
         return
     log.log(logging.INFO if found.fits else logging.WARNING, "Graft: %s.", say(found, steps))
@@ -198,11 +198,11 @@ def _estimate(plan: Plan, run: Run, host: Host, mover: Mover, state: State) -> N
     host.report("estimate", event)
 
 
-def _agreed(host: Host) -> Asked | None:
+def _agreed(host: Host) -> Command | None:
     """What was asked of the leader, in all processes."""
-    kinds = [None, *Asked]
-    asked = host.asked() if host.group.leads else None
-    return kinds[round(host.group.meet(kinds.index(asked)))]
+    kinds = [None, *Command]
+    asked = host.next_command() if host.group.is_main else None
+    return kinds[round(host.group.all_reduce(kinds.index(asked)))]
 
 
 def _highest_loss(losses: Sequence[float], factor: float) -> float:
@@ -222,12 +222,12 @@ def _tell_spike(run: Run, host: Host, step: int, loss: float, highest: float, na
     host.report("spike", event)
 
 
-def _set_rates(optimiser, groups: Sequence[Group], plan: Plan, share: float, state: State) -> None:
+def _set_rates(optimizer, groups: Sequence[Group], plan: Plan, share: float, state: State) -> None:
     """The learning rates of a step; a group whose time is over is frozen, so that nothing is computed for it.
 
     It stays so when more steps move its end: what was trained since counts on it.
     """
-    for held, group in zip(optimiser.param_groups, groups, strict=True):
+    for held, group in zip(optimizer.param_groups, groups, strict=True):
         held["lr"] = group.learning_rate * share
         if group.until is not None:
             over = state.step >= group.until or set(group.names) <= set(state.frozen)
@@ -239,7 +239,7 @@ def _set_rates(optimiser, groups: Sequence[Group], plan: Plan, share: float, sta
 
 def _shares(host: Host, window: list) -> list[tuple[int, list]]:
     """(place of the first, members) of this process's part of each batch of a window."""
-    rows = rows_of([len(batch) for _, batch in window], host.group.rank, host.group.world)
+    rows = rows_of([len(batch) for _, batch in window], host.group.rank, host.group.world_size)
     return [(own.start, batch[own]) for (_, batch), own in zip(window, rows, strict=True)]
 
 
@@ -248,9 +248,9 @@ def _gradients(
     host: Host,
     window: list,
     step: int,
-    mover: Mover,
+    updater: ParameterUpdater,
     shares: list[tuple[int, list]] | None = None,
-    shown: Callable[[list], list[Shown]] | None = None,
+    shown: Callable[[list], list[Sample]] | None = None,
 ) -> tuple[float, list[str], tuple[list[float], list[float]]]:
     """Gives the mover the gradient of the mean over all examples of a window of their losses, each times its factor.
 
@@ -263,19 +263,19 @@ def _gradients(
     Returns:
         The mean or this process's share of it, the names of all examples, and t and native loss of each of its own.
     """
-    shown = shown or plan.shown
+    shown = shown or plan.samples
     shares = shares or _shares(host, window)
     total = sum(len(batch) for _, batch in window)
     sums = []
     names = [plan.train[index].name for _, batch in window for index, _ in batch]
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     with dropping_out(trees_of(plan, host), host.denoiser.device, plan.recipe, step, host.group.rank):
-        for part, counts in passes_of(plan, host, window, shares, step, shown):
-            host.heed()
-            for losses in terms_of(plan, host, *part, watch=seen.append if counts else None):
+        for part, counts in forward_passes(plan, host, window, shares, step, shown):
+            host.check_interrupt()
+            for losses in loss_terms(plan, host, *part, watch=seen.append if counts else None):
                 # A text without the word that is all that is trained, such as a dropped caption, teaches nothing.
                 if losses.requires_grad:
-                    mover.backward(losses.sum() / total)
+                    updater.backward(losses.sum() / total)
                 sums.append(losses.detach().sum())
     if not seen:
         # More processes than pictures.
@@ -305,11 +305,11 @@ def _not_finite(loss: float, names: list[str], step: int) -> NumbersError:
     )
 
 
-def _capture(state: State, plan: Plan, mover: Mover, average) -> None:
+def _capture(state: State, plan: Plan, updater: ParameterUpdater, average) -> None:
     """Brings the live values into the state: themselves, no copies, which all weights have no room for."""
     state.trainables = {name: parameter.detach() for name, parameter in plan.trainables.items()}
     state.constants = {name: tensor.detach() for name, tensor in plan.constants.items()}
-    state.optimiser, state.groups, state.scaler = mover.state_of()
+    state.optimizer, state.groups, state.scaler = updater.state_of()
     state.ema = {}
     if average is not None:
         state.ema = dict(zip(plan.trainables, average.shadow_params, strict=True))
@@ -317,7 +317,7 @@ def _capture(state: State, plan: Plan, mover: Mover, average) -> None:
         state.ema_updates = average.updates
 
 
-def _restore(state: State, plan: Plan, mover: Mover, average) -> None:
+def _restore(state: State, plan: Plan, updater: ParameterUpdater, average) -> None:
     """Brings the state into the live values, and lets go of its own; a new run begins as it is.
 
     Raises:
@@ -338,8 +338,8 @@ def _restore(state: State, plan: Plan, mover: Mover, average) -> None:
         for name, tensor in plan.constants.items():
             tensor.copy_(state.constants[name])
     try:
-        mover.restore(state.optimiser, state.groups, state.scaler)
-        state.optimiser = {}
+        updater.restore(state.optimizer, state.groups, state.scaler)
+        state.optimizer = {}
         if plan.recipe.ema_decay:
             averages = [state.ema.pop(name).to(parameter.device) for name, parameter in plan.trainables.items()]
             average.go_on(averages, _ema_updates(state, plan.recipe.loss_spike_factor))

@@ -15,12 +15,12 @@ from ..memory.checkpointing import checkpoint_blocks, forget_attention, is_check
 from ..memory.offload import Tree, list_frozen, offload_trees
 from ..memory.oom import in_one_line, is_out_of_memory
 from ..methods import METHODS
-from .step import part_of, parts_of, terms_of
+from .step import crop_sample, loss_terms, micro_batches
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..preprocessing.items import Item
+    from ..preprocessing.items import DatasetItem
     from ..protocols import Host
     from ..runs.run import Run
     from .plan import Plan
@@ -44,7 +44,7 @@ def placed_trees(plan: Plan, host: Host) -> list[Tree]:
     return [(owner.module, owner.device) for owner in owners]
 
 
-def keep_away(plan: Plan, run: Run, host: Host) -> str | None:
+def offload_blocks(plan: Plan, run: Run, host: Host) -> str | None:
     """Keeps the frozen weights of blocks off the device; what was done, None where nothing was left to do."""
     trees = placed_trees(plan, host)
     count, size = offload_trees(
@@ -56,7 +56,7 @@ def keep_away(plan: Plan, run: Run, host: Host) -> str | None:
     return f"frozen weights of {count} blocks ({size / 1e6:.0f} MB) are kept off the device"
 
 
-class Ladder:
+class OOMFallback:
     """The rungs of one run.
 
     Attributes:
@@ -72,7 +72,7 @@ class Ladder:
         self._freed = False
         self._climbed: list[str] = []
 
-    def attempt(self, work: Callable[..., Outcome], undo: Callable[[], None], step: int, *args) -> Outcome:
+    def run(self, work: Callable[..., Outcome], undo: Callable[[], None], step: int, *args) -> Outcome:
         """Does the work until memory is enough for it, one rung higher after each time that it was not.
 
         Args:
@@ -93,7 +93,7 @@ class Ladder:
                 said = in_one_line(error)
             # Here and not above: the exception holds on to all that the work had on the device.
             undo()
-            if self._host.group.paired:
+            if self._host.group.lockstep:
                 # The others are in the midst of the step, and would not repeat it.
                 raise self._refusal(said, step)
             self._climb(said, step)
@@ -142,7 +142,7 @@ class Ladder:
     def _offload(self) -> str | None:
         if self._host.group.sharded or not list_frozen(placed_trees(self.plan, self._host), self._kept()):
             return None
-        return keep_away(self.plan, self._run, self._host)
+        return offload_blocks(self.plan, self._run, self._host)
 
     def _blocks(self) -> list[nn.Module]:
         return [block for tree in trees_of(self.plan, self._host) for block in blocks_of(tree)]
@@ -173,7 +173,7 @@ class Ladder:
 
     def _what_fits(self) -> str:
         """A sentence that names a size of pictures for which memory is enough, measured; empty if none was found."""
-        if not self._splits or self._host.group.paired:
+        if not self._splits or self._host.group.lockstep:
             # All gradients at once need more than training does, which moves by each as it comes; and one process
             # alone has not the weights to try it.
             return ""
@@ -185,13 +185,13 @@ class Ladder:
                 return f"Pictures of {size[0]} x {size[1]} do fit. "
         return ""
 
-    def _fitting(self, item: Item, share: float) -> tuple[int, int] | None:
+    def _fitting(self, item: DatasetItem, share: float) -> tuple[int, int] | None:
         """(width, height) of an item whose sides are cut to a share, if a step on it alone has memory enough."""
-        shown = [part_of(item.show(0), share)]
+        shown = [crop_sample(item.show(0), share)]
         trainables = [one for one in self._kept() if one.requires_grad]
         try:
-            for part in parts_of(shown, self.plan.recipe, 0, 0, self._host):
-                for losses in terms_of(self.plan, self._host, *part):
+            for part in micro_batches(shown, self.plan.recipe, 0, 0, self._host):
+                for losses in loss_terms(self.plan, self._host, *part):
                     torch.autograd.grad(losses.sum(), trainables, allow_unused=True)
         except (RuntimeError, ValueError, MemoryError) as error:
             # The error that is shown is the one that led here.

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ..optimizers import Group
-from ..preprocessing.items import Item, Shown
+from ..preprocessing.items import DatasetItem, Sample
 from ..preprocessing.sampler import batches_from
 
 if TYPE_CHECKING:
@@ -37,13 +37,13 @@ class Plan:
     """
 
     recipe: Recipe
-    train: Sequence[Item]
-    validation: Sequence[Item]
+    train: Sequence[DatasetItem]
+    validation: Sequence[DatasetItem]
     trainables: dict[str, nn.Parameter]
     export: Callable[[dict[str, torch.Tensor], int], Products]
     groups: Sequence[Group] = ()
-    settle: Callable[[float], None] = lambda factor: None
-    frozen: Callable[[], AbstractContextManager] = nullcontext
+    renormalize: Callable[[float], None] = lambda factor: None
+    switched_off: Callable[[], AbstractContextManager] = nullcontext
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
     in_backward: bool = False
     prefetch: bool = True
@@ -60,6 +60,6 @@ class Plan:
         prior = [item.prior for item in items]
         return batches_from(position, buckets, repeats, self.recipe.batch_size, self.recipe.seed, prior)
 
-    def shown(self, batch: list[tuple[int, int]]) -> list[Shown]:
+    def samples(self, batch: list[tuple[int, int]]) -> list[Sample]:
         """The showings of a batch."""
         return [self.train[index].show(turn) for index, turn in batch]

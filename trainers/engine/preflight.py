@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _TRIED = 64
 
 
-def check_slopes(plan: Plan, host: Host) -> None:
+def check_gradients(plan: Plan, host: Host) -> None:
     """Checks the gradient where the user asked for it, or where the family is not described.
 
     Raises:
@@ -28,13 +28,13 @@ def check_slopes(plan: Plan, host: Host) -> None:
     wanted = plan.recipe.gradient_check
     if wanted == "off" or (wanted == "auto" and host.denoiser.family != "general"):
         return
-    with host.group.turn() as mine:
+    with host.group.main_process_only() as mine:
         if mine:
             host.report_phase("gradients")
-            _check_slopes(plan, host)
+            _check_gradients(plan, host)
 
 
-def _check_slopes(plan: Plan, host: Host) -> None:
+def _check_gradients(plan: Plan, host: Host) -> None:
     denoiser = host.denoiser
     before = denoiser.compute_dtype
     half = any(parameter.dtype.itemsize < 4 for parameter in plan.trainables.values())
@@ -58,7 +58,7 @@ def _teaching(plan: Plan, host: Host) -> int:
     return next((number for number in range(coming) if batch_loss(plan, host, number).requires_grad), 0)
 
 
-def check_names(plan: Plan, host: Host) -> None:
+def check_keys(plan: Plan, host: Host) -> None:
     """Makes sure that the host would read what is trained.
 
     Raises:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..memory.oom import in_one_line, is_out_of_memory
-from ..protocols import Hurried, PreviewRequest
+from ..protocols import PreviewRequest, PreviewSkipped
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -26,7 +26,7 @@ def preview(plan: Plan, run: Run, host: Host, step: int) -> None:
     recipe = plan.recipe
     if not recipe.preview_prompts:
         return
-    with host.group.turn() as mine:
+    with host.group.main_process_only() as mine:
         if mine:
             host.report_phase("previews")
             _preview(plan, run, host, step)
@@ -47,7 +47,7 @@ def _preview(plan: Plan, run: Run, host: Host, step: int) -> None:
     )
     try:
         pictures = _drawn(host, request)
-    except Hurried:
+    except PreviewSkipped:
         return
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
@@ -70,7 +70,7 @@ def _drawn(host: Host, request: PreviewRequest) -> list[Image.Image]:
             if not is_out_of_memory(error):
                 raise
         host.denoiser.make_room()
-        host.group.mend()
+        host.group.reset_after_failure()
         return host.denoiser.preview(request)
 
 
@@ -84,7 +84,7 @@ def _beside(plan: Plan) -> tuple[Conditioning, ...]:
     for item in (*plan.validation, *plan.train):
         if item.bucket == bucket and not item.prior and len(found) < len(plan.recipe.preview_prompts):
             one = item.show(None).conditioning
-            if one.source is None and one.hole is None:
+            if one.source is None and one.inpaint_mask is None:
                 break
             found.append(one)
     return tuple(found)

@@ -10,8 +10,8 @@ from ..methods.patterns import parse_pairs, parse_patterns
 from ..methods.textual_inversion import EMBEDDING_RATE
 from ..objective import options as objective
 from ..objective.options import objective_of
-from ..optimizers import OPTIMISERS, default_learning_rate, finds_its_rate
-from ..recipe.recipe import EVERYTHING, Recipe, Word
+from ..optimizers import OPTIMIZERS, default_learning_rate, finds_its_rate
+from ..recipe.recipe import EVERYTHING, EmbeddingSpec, Recipe
 from .validation import check_option, check_recipe
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def resolve(
     seed: int,
     resolution: int,
     trigger: str,
-    word: Word | None = None,
+    word: EmbeddingSpec | None = None,
 ) -> Recipe:
     """The recipe of a node's widgets and its options.
 
@@ -153,9 +153,9 @@ def resolve(
     patterns = parse_patterns(get("adapter", "target_patterns", ""), "target_patterns")
     text_encoder = _trains_text_encoder(options)
     alone = word is not None
-    word = _pivotal(options, alone) or word or Word("", "", 0, stop=0.0, templates="")
+    word = _pivotal(options, alone) or word or EmbeddingSpec("", "", 0, stop=0.0, templates="")
     optimizer = get("optimizer", "optimizer", "AdamW")
-    optimiser = OPTIMISERS.get(optimizer, OPTIMISERS["AdamW"])
+    optimizer_kind = OPTIMIZERS.get(optimizer, OPTIMIZERS["AdamW"])
     usual = EMBEDDING_RATE if alone else kind.usual_rate(family)
     rate = learning_rate or default_learning_rate(optimizer, usual)
     recipe = Recipe(
@@ -167,12 +167,12 @@ def resolve(
         seed=seed,
         resolution=resolution or family.resolution,
         optimizer=optimizer,
-        weight_decay=get("optimizer", "weight_decay", optimiser.weight_decay),
+        weight_decay=get("optimizer", "weight_decay", optimizer_kind.weight_decay),
         schedule=get("optimizer", "schedule", "constant"),
         warmup_steps=get("optimizer", "warmup_steps", 0),
         accumulation=get("optimizer", "accumulation", 1),
         max_grad_norm=get("optimizer", "max_grad_norm", kind.max_grad_norm),
-        ema_decay=get("optimizer", "ema_decay", 0.0 if optimiser.averages else kind.ema_decay),
+        ema_decay=get("optimizer", "ema_decay", 0.0 if optimizer_kind.averages else kind.ema_decay),
         validation_fraction=get("run", "validation_fraction", 0.0),
         family=family.name,
         trigger=trigger,
@@ -183,8 +183,8 @@ def resolve(
         embedding_stop=word.stop,
         embedding_templates=word.templates,
         objective=objective_of({name: value for (kind, name), value in options.items() if kind == "objective"}),
-        beta1=get("optimizer", "beta1", optimiser.beta1),
-        beta2=get("optimizer", "beta2", optimiser.beta2),
+        beta1=get("optimizer", "beta1", optimizer_kind.beta1),
+        beta2=get("optimizer", "beta2", optimizer_kind.beta2),
         num_cycles=get("optimizer", "num_cycles", 1),
         power=get("optimizer", "power", 1.0),
         # An unknown method is refused with the others' names, in `check_recipe`.
@@ -246,7 +246,7 @@ def _trains_text_encoder(options: Options) -> bool:
     return wanted
 
 
-def _pivotal(options: Options, alone: bool) -> Word | None:
+def _pivotal(options: Options, alone: bool) -> EmbeddingSpec | None:
     """The word of the pivotal options, None when none is set.
 
     Raises:
@@ -267,7 +267,7 @@ def _pivotal(options: Options, alone: bool) -> Word | None:
         raise SettingsError(
             "Graft Pivotal Options say how to train a word, but not its name.", "Set name there.", "options"
         )
-    return Word(
+    return EmbeddingSpec(
         name,
         get("pivotal", "init_text", "").strip(),
         get("pivotal", "vectors", 2),
@@ -276,7 +276,7 @@ def _pivotal(options: Options, alone: bool) -> Word | None:
     )
 
 
-def _word_rate(word: Word, optimizer: str, rate: float, alone: bool) -> float:
+def _word_rate(word: EmbeddingSpec, optimizer: str, rate: float, alone: bool) -> float:
     """The learning rate of a word's vectors, 0 without a word.
 
     Args:

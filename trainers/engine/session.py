@@ -14,17 +14,17 @@ from ..data.scan import check_captions
 from ..distributed.follower import follow, lead
 from ..errors import RunError
 from ..formats.adapter import Adapter, LazyAdapter, load_adapter
-from ..formats.full_diff import Differences
+from ..formats.full_diff import FullDiff
 from ..formats.metadata import describe_training, tensors_hash
 from ..methods import METHODS, textual_inversion
-from ..optimizers import OPTIMISERS
+from ..optimizers import OPTIMIZERS
 from ..preprocessing.prepare import Prepared, prepare
 from ..protocols import HOLE, base_digest, earlier_fingerprint, embedded_digest
 from ..runs import earlier, run_lock, tensorboard
 from ..runs.checkpoint import State
 from ..runs.notes import Notes, read_notes, write_notes
 from ..runs.run import PAUSED, STOPPED, Products, Run
-from .trainable_modules import Parts
+from .trainable_modules import TrainableModules
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from ..formats.embedding import Embedding
     from ..protocols import Host
     from ..recipe.recipe import Recipe
-    from ..runs.loss_by_timestep import LevelLosses
+    from ..runs.loss_by_timestep import LossByTimestep
     from ..runs.run import Folders
 
 log = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ class Result:
     adapter: Adapter | None
     embedding: Embedding | None
     losses: list[float]
-    levels: LevelLosses
+    levels: LossByTimestep
     run: Run
     resumed_from: int
     step: int
@@ -95,12 +95,12 @@ def task_of(recipe: Recipe, dataset: Dataset, host: Host, folders: Folders) -> T
     """
     if recipe.embedding_name:
         textual_inversion.check_word(recipe, host.text)
-        dataset = textual_inversion.address(dataset, recipe.embedding_name, recipe.embedding_templates)
+        dataset = textual_inversion.insert_placeholder(dataset, recipe.embedding_name, recipe.embedding_templates)
     method = METHODS[recipe.method]
     if not method.trains_model:
         textual_inversion.refuse_preservation(dataset)
     check_captions(dataset)
-    recipe.objective.check(host.denoiser.parameterisation)
+    recipe.objective.check(host.denoiser.parameterization)
     start = load_adapter(folders.adapter_of(recipe.start_from)) if recipe.start_from else None
     pictures, embedded = dataset.fingerprint(), _embedded(recipe, dataset, host)
     base, before = _bases(host, start)
@@ -187,7 +187,7 @@ def run_recipe(recipe: Recipe, dataset: Dataset, host: Host, folders: Folders, n
     """
     task = task_of(recipe, dataset, host, folders)
     with ExitStack() as stack:
-        if host.group.leads:
+        if host.group.is_main:
             run = _find_run(recipe, task, folders, name)
             state, finished = _hold(run, recipe, name, stack)
             lead(host.group, run, state, finished)
@@ -198,7 +198,7 @@ def run_recipe(recipe: Recipe, dataset: Dataset, host: Host, folders: Folders, n
 
 def _run(recipe: Recipe, task: Task, host: Host, folders: Folders, run: Run, state: State, finished: bool) -> Result:
     method = METHODS[recipe.method]
-    parts = Parts(method, recipe, host)
+    parts = TrainableModules(method, recipe, host)
     task = replace(task, identity=run.identity() or task.identity)
     export = _exporter(method, parts, recipe, host, task.dataset, run, task.identity)
     host.report(
@@ -224,13 +224,13 @@ def _train(recipe, task: Task, host, folders, parts, run, state, export) -> Resu
     from ..memory.autograd import blocks_of
     from ..memory.checkpointing import checkpoint_blocks
     from .loop import train
-    from .oom_fallback import keep_away
+    from .oom_fallback import offload_blocks
     from .plan import Plan
-    from .preflight import check_names, check_slopes
+    from .preflight import check_gradients, check_keys
 
     # A package that is not installed is missed before anything is encoded.
-    OPTIMISERS[recipe.optimizer].load()
-    shares = recipe.shard == "on" and host.group.world > 1
+    OPTIMIZERS[recipe.optimizer].load()
+    shares = recipe.shard == "on" and host.group.world_size > 1
     if shares:
         check_shards()
     if recipe.tensorboard == "on":
@@ -249,17 +249,17 @@ def _train(recipe, task: Task, host, folders, parts, run, state, export) -> Resu
         if task.start is not None and state.step == 0:
             parts.start(trainables, task.start)
         groups = parts.groups(trainables)
-        settle = _keep_still
+        renormalize = _keep_still
         if recipe.embedding_name:
             vectors = textual_inversion.start(host.text, recipe)
             trainables |= vectors
             groups.append(textual_inversion.group(vectors, recipe))
-            settle = textual_inversion.settling(vectors, host.text, recipe)
+            renormalize = textual_inversion.renormalizing(vectors, host.text, recipe)
         facts = {"layers": parts.layers, "checkpointed_blocks": blocks, **_counts(prepared), **prepared.facts}
         facts["made_from"] = task.made_from
-        if host.group.world > 1:
-            facts["processes"] = host.group.world
-        run.check_room(sum(one.nbytes for one in trainables.values()), OPTIMISERS[recipe.optimizer].slots)
+        if host.group.world_size > 1:
+            facts["processes"] = host.group.world_size
+        run.check_room(sum(one.nbytes for one in trainables.values()), OPTIMIZERS[recipe.optimizer].slots)
         notes = Notes()
         if recipe.on_existing == "start over" and state.step == 0:
             # Only now, when all that could be refused has been: what is there is lost with this.
@@ -280,25 +280,27 @@ def _train(recipe, task: Task, host, folders, parts, run, state, export) -> Resu
             trainables,
             export,
             groups,
-            settle,
+            renormalize,
             parts.switched_off,
             constants,
             METHODS[recipe.method].in_backward,
         )
         if recipe.offload == "on":
             # Before anything is computed: until now the weights of blocks were nowhere near the device.
-            log.info("Graft: %s.", keep_away(plan, run, host) or "nothing is frozen that could be kept off the device")
+            log.info(
+                "Graft: %s.", offload_blocks(plan, run, host) or "nothing is frozen that could be kept off the device"
+            )
         if shares:
             # A word alone is in some captions and not in others; an adapter is in every pass.
             keep = [*trainables.values(), *parts.read_later()]
-            host.group.shard(denoiser.module, keep, through=not METHODS[recipe.method].trains_model)
+            host.group.shard(denoiser.module, keep, needs_input_grad=not METHODS[recipe.method].trains_model)
             denoiser.make_room(weights=True)
         elif recipe.shard == "on":
             log.info("Graft: shard is on, but one process trains: it holds all weights.")
         if state.step == 0:
-            check_slopes(plan, host)
-        check_names(plan, host)
-        writes = recipe.tensorboard == "on" and host.group.leads
+            check_gradients(plan, host)
+        check_keys(plan, host)
+        writes = recipe.tensorboard == "on" and host.group.is_main
         with tensorboard.writing(run, state.step) if writes else nullcontext():
             state = train(plan, run, host, state)
         # Within: the files of some types are made beside the weights.
@@ -314,14 +316,14 @@ def _tell_damaged(run: Run, host: Host, step: int) -> None:
 
 
 @contextmanager
-def _training(recipe: Recipe, host: Host, away: bool) -> Iterator[None]:
+def _training(recipe: Recipe, host: Host, offloaded: bool) -> Iterator[None]:
     """The denoiser in training, and the text encoder where something of it is trained.
 
     Args:
         away: whether the denoiser's blocks stay off the device.
     """
     with ExitStack() as stack:
-        stack.enter_context(host.denoiser.training(recipe.compute_dtype, away))
+        stack.enter_context(host.denoiser.training(recipe.compute_dtype, offloaded))
         if recipe.live_text:
             stack.enter_context(host.text.training())
         yield
@@ -341,12 +343,14 @@ def _finished(recipe, host, method, parts, run, state, export) -> Result:
 
 def _result(export, state: State, run: Run, resumed_from: int, left_out: tuple[LeftOut, ...] = ()) -> Result:
     # Whoever trained is done: what an optimiser knows is on disk, and a whole difference may take the weights' place.
-    state.optimiser = {}
+    state.optimizer = {}
     values = state.ema or state.trainables
     # Who trained along knows of no result.
     made = export(values, state.step) if values else Products()
     adapter = made.adapter.taken() if isinstance(made.adapter, LazyAdapter) else made.adapter
-    return Result(adapter, made.embedding, state.losses, state.levels, run, resumed_from, state.step, left_out)
+    return Result(
+        adapter, made.embedding, state.losses, state.loss_by_timestep, run, resumed_from, state.step, left_out
+    )
 
 
 def _keep_still(factor: float) -> None:
@@ -364,7 +368,7 @@ def _counts(prepared: Prepared) -> dict[str, int]:
 def _bases(host: Host, start: Adapter | None) -> tuple[str, str]:
     """Hash of the base and of what it starts from, and the same as versions before had it."""
     more = []
-    if host.denoiser.takes == HOLE:
+    if host.denoiser.conditioning_kind == HOLE:
         # Holes came later: a run that was fed blank pictures is another one.
         more.append("holes")
     if start is not None:
@@ -399,13 +403,13 @@ def _network(method, recipe: Recipe) -> dict:
     }
 
 
-def _exporter(method, parts: Parts, recipe: Recipe, host: Host, dataset: Dataset, run: Run, identity: str):
+def _exporter(method, parts: TrainableModules, recipe: Recipe, host: Host, dataset: Dataset, run: Run, identity: str):
     """A function from the trainables' values and the step to what is handed on, with its metadata."""
 
     def export(values: dict[str, torch.Tensor], step: int) -> Products:
         facts = {
             "family": host.denoiser.family,
-            "parameterisation": host.denoiser.parameterisation,
+            "parameterisation": host.denoiser.parameterization,
             "recipe": recipe.as_json(),
             "identity": identity,
             "thumbnail": run.thumbnail(step),
@@ -435,7 +439,7 @@ def _exporter(method, parts: Parts, recipe: Recipe, host: Host, dataset: Dataset
         if own:
             tensors = parts.export(own)
             metadata = describe_training(facts, "lora" if method.ranked else "difference")
-            if isinstance(tensors, Differences):
+            if isinstance(tensors, FullDiff):
                 adapter = LazyAdapter(tensors, metadata)
             else:
                 # Made at once where the trees are there, since it may be made of them.

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, TypeVar
 from ..errors import ModelError
 from ..families import TEXT_ENCODER, Family, family_of
 from ..formats.adapter import Adapter
-from ..formats.diffusers_split import joined, with_cuts
-from ..formats.full_diff import Differences
+from ..formats.diffusers_split import joined, with_splits
+from ..formats.full_diff import FullDiff
 from ..methods.patterns import check_used
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from ..formats.peft_format import Native
+    from ..formats.peft_format import PeftAdapter
     from ..methods import Method
     from ..optimizers import Group
     from ..protocols import Host
@@ -32,7 +32,7 @@ PREFIX = "text/"
 
 
 @dataclass(frozen=True)
-class Part:
+class TrainableModule:
     """One tree and how it is trained.
 
     Attributes:
@@ -52,20 +52,20 @@ class Part:
     tree: Callable[[], nn.Module | None]
     names: tuple[Callable[[str], str], Callable[[str], str | None]]
 
-    def own(self, values: dict[str, Value]) -> dict[str, Value]:
+    def select(self, values: dict[str, Value]) -> dict[str, Value]:
         """What of a run's values is this part's, under the names that the method knows."""
         start = self.prefix + self.start
         found = {name: value for name, value in values.items() if name.startswith(start)}
         return {name[len(self.prefix) :]: value for name, value in found.items() if "/" not in name[len(self.prefix) :]}
 
 
-class Parts:
+class TrainableModules:
     """A method on all trees of a run."""
 
     def __init__(self, method: Method, recipe: Recipe, host: Host):
         self._method = method
         self._parts = list(_parts_of(method, recipe, host))
-        self._cuts_of = host.denoiser.published_cuts
+        self._cuts_of = host.denoiser.published_splits
         self.layers = 0
 
     @property
@@ -82,7 +82,7 @@ class Parts:
         """
         method = self._method
         choosing = [(part, self._choice(part)) for part in self._parts]
-        meant = [path for part, recipe in choosing for path in method.meant(part.tree(), part.family, recipe)]
+        meant = [path for part, recipe in choosing for path in method.matching(part.tree(), part.family, recipe)]
         check_used(self._parts[0].recipe, meant)
         chosen = [method.targets(part.tree(), part.family, recipe) for part, recipe in choosing]
         found = {}
@@ -92,14 +92,14 @@ class Parts:
             self.layers += len(targets)
         return found
 
-    def _choice(self, part: Part) -> Recipe:
+    def _choice(self, part: TrainableModule) -> Recipe:
         """The recipe by which a part's layers are chosen.
 
         Patterns that name none of a text encoder's layers are about the denoiser: the usual ones are taken then.
         """
         recipe = part.recipe
         usual = replace(recipe, targets=self._method.default_targets, target_patterns=())
-        named = recipe.targets != "patterns" or self._method.meant(part.tree(), part.family, recipe)
+        named = recipe.targets != "patterns" or self._method.matching(part.tree(), part.family, recipe)
         return recipe if named or not part.component else usual
 
     def constants(self) -> dict[str, torch.Tensor]:
@@ -118,7 +118,7 @@ class Parts:
         """Which trainables share a learning rate."""
         found = []
         for part in self._parts:
-            for group in self._method.groups(part.own(trainables), part.recipe):
+            for group in self._method.groups(part.select(trainables), part.recipe):
                 found.append(replace(group, names=tuple(part.prefix + name for name in group.names)))
         return found
 
@@ -135,7 +135,7 @@ class Parts:
             left = {f"{of} {name}" for of, held in adapter.native.by_component().items() for name in held.tensors}
         for part in self._parts:
             held = adapter if adapter.native is None else _adapter_of(adapter, part.component)
-            used = self._method.start(part.own(trainables), part.tree(), held, part.recipe, part.names)
+            used = self._method.start(part.select(trainables), part.tree(), held, part.recipe, part.names)
             left -= used if adapter.native is None else {f"{part.component} {name}" for name in used}
         if left:
             first = min(left).strip()
@@ -154,19 +154,21 @@ class Parts:
 
     def export(self, values: dict[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
         """The adapter file's tensors from the trainables' values."""
-        made = [self._method.export(part.own(values), part.recipe, part.names[0], part.tree()) for part in self._parts]
-        if isinstance(made[0], Differences):
-            return Differences.joined(made)
+        made = [
+            self._method.export(part.select(values), part.recipe, part.names[0], part.tree()) for part in self._parts
+        ]
+        if isinstance(made[0], FullDiff):
+            return FullDiff.joined(made)
         return {name: tensor for one in made for name, tensor in one.items()}
 
-    def native(self, values: dict[str, torch.Tensor]) -> Native | None:
+    def native(self, values: dict[str, torch.Tensor]) -> PeftAdapter | None:
         """The same as peft has it; None where there is no such form."""
         made = {
-            part.component: self._method.native(part.own(values), part.recipe, part.names[1], part.tree())
+            part.component: self._method.native(part.select(values), part.recipe, part.names[1], part.tree())
             for part in self._parts
         }
         first = made.pop("")
-        return None if first is None else replace(with_cuts(first, self._cuts_of), text=made)
+        return None if first is None else replace(with_splits(first, self._cuts_of), text=made)
 
     @contextmanager
     def switched_off(self) -> Iterator[None]:
@@ -193,9 +195,11 @@ def _adapter_of(adapter: Adapter, component: str) -> Adapter:
     return Adapter({}, adapter.metadata, native)
 
 
-def _parts_of(method: Method, recipe: Recipe, host: Host) -> Iterator[Part]:
+def _parts_of(method: Method, recipe: Recipe, host: Host) -> Iterator[TrainableModule]:
     denoiser, text = host.denoiser, host.text
-    yield Part("", "", "", family_of(denoiser.family), recipe, lambda: denoiser.module, method.names(denoiser))
+    yield TrainableModule(
+        "", "", "", family_of(denoiser.family), recipe, lambda: denoiser.module, method.names(denoiser)
+    )
     if not recipe.text_encoder:
         return
     share = recipe.text_encoder_rank / recipe.rank if recipe.rank else 1.0
@@ -208,7 +212,7 @@ def _parts_of(method: Method, recipe: Recipe, host: Host) -> Iterator[Part]:
     for number, key in enumerate(text.encoders(), 1):
         component = "text_encoder" if number == 1 else f"text_encoder_{number}"
         tree = partial(_encoder, text, key)
-        yield Part(component, PREFIX, f"{key}.", TEXT_ENCODER, own, tree, method.names(text))
+        yield TrainableModule(component, PREFIX, f"{key}.", TEXT_ENCODER, own, tree, method.names(text))
 
 
 def _encoder(text, key: str) -> nn.Module | None:

@@ -11,9 +11,9 @@ import torch
 
 from ..errors import OutOfMemory
 from ..optimizers.groups import parameter_groups
-from ..optimizers.per_parameter import Apart
-from ..optimizers.registry import OPTIMISERS
-from ..optimizers.state import restore_optimiser, state_of
+from ..optimizers.per_parameter import PerParameterOptimizer
+from ..optimizers.registry import OPTIMIZERS
+from ..optimizers.state import restore_optimizer, state_of
 
 if TYPE_CHECKING:
     from ..protocols import Host
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _SMALL = 1 << 16
 
 
-class Mover:
+class ParameterUpdater:
     """Moves a plan's trainables.
 
     Within the backward the gradients of all weights never lie beside one another. It comes to the same where a step is
@@ -39,22 +39,22 @@ class Mover:
 
     def __init__(self, plan: Plan, host: Host):
         recipe = plan.recipe
-        kind = OPTIMISERS[recipe.optimizer]
-        self.moving = False
+        kind = OPTIMIZERS[recipe.optimizer]
+        self.step_in_progress = False
         self._limit = recipe.max_grad_norm
         self._trainables = plan.trainables
         self._parameters = list(plan.trainables.values())
         self._scaler = _loss_scaler(host)
         # With others the gradient is known only when all have come to their end.
-        alone = host.group.world == 1
+        alone = host.group.world_size == 1
         self.in_backward = alone and kind.apart and not self._scaler.is_enabled() and _is_one_backward(plan)
         half = any(parameter.dtype.itemsize < 4 for parameter in self._parameters)
         groups = parameter_groups(plan.all_groups(), plan.trainables, recipe)
         if self.in_backward or half:
             names = {parameter: name for name, parameter in plan.trainables.items()}
-            self.optimiser = Apart(kind, groups, names, recipe)
+            self.optimizer = PerParameterOptimizer(kind, groups, names, recipe)
         else:
-            self.optimiser = kind.make(groups, recipe)
+            self.optimizer = kind.make(groups, recipe)
         self._norms: dict[torch.nn.Parameter, torch.Tensor] = {}
         self._highest = math.inf
         self._rests = False
@@ -66,8 +66,8 @@ class Mover:
         """Called before a step's gradients; by a loss above the highest nothing is moved."""
         self._norms = {}
         self._highest = highest
-        if isinstance(self.optimiser, Apart):
-            self.optimiser.begin(step)
+        if isinstance(self.optimizer, PerParameterOptimizer):
+            self.optimizer.begin(step)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulates gradients, or moves by them at once."""
@@ -78,13 +78,13 @@ class Mover:
                 return
         self._scaler.scale(loss).backward()
 
-    def take_back(self) -> None:
+    def discard_gradients(self) -> None:
         """Lets go of the gradients of a step that could not be computed to its end.
 
         Raises:
             OutOfMemory: some weights have moved by it already.
         """
-        if self.moving:
+        if self.step_in_progress:
             raise OutOfMemory(
                 "Memory ran out in the midst of a step, when some weights had moved already.",
                 "It goes on from the last save: set checkpointing to on (Graft Memory Options), lower the dataset's "
@@ -100,11 +100,11 @@ class Mover:
         if self.in_backward:
             parts = [self._norms[one] for one in self._parameters if one in self._norms]
             return float(torch.stack([part.cpu() for part in parts]).double().norm()) if parts else 0.0
-        self._scaler.unscale_(self.optimiser)
+        self._scaler.unscale_(self.optimizer)
         limit = self._limit if self._limit > 0 else math.inf
         return float(torch.nn.utils.clip_grad_norm_(self._parameters, limit))
 
-    def refuses(self, loss: float, norm: float) -> bool:
+    def should_abort(self, loss: float, norm: float) -> bool:
         """Whether a step is not to be made, or what was moved of it not to be kept.
 
         Under fp16 loss scaling an infinite gradient is ordinary: the scaler skips that step and lowers its factor.
@@ -113,17 +113,17 @@ class Mover:
 
     def step(self) -> None:
         """Moves all that has not moved yet; the step is under way until `done`."""
-        self.moving = True
+        self.step_in_progress = True
         if self.in_backward:
             return
-        self._scaler.step(self.optimiser)
+        self._scaler.step(self.optimizer)
         self._scaler.update()
         for parameter in self._parameters:
             parameter.grad = None
 
     def done(self) -> None:
         """The step is over, whatever else belonged to it included."""
-        self.moving = False
+        self.step_in_progress = False
 
     def close(self) -> None:
         """Leaves the trainables as they are."""
@@ -132,15 +132,17 @@ class Mover:
 
     def state_of(self) -> tuple[dict[int, dict[str, Any]], list[dict[str, Any]], dict[str, float]]:
         """Of the optimiser's parameters by place, of its groups, and of the loss scaling."""
-        found = self.optimiser.state_of() if isinstance(self.optimiser, Apart) else state_of(self.optimiser)
+        found = (
+            self.optimizer.state_of() if isinstance(self.optimizer, PerParameterOptimizer) else state_of(self.optimizer)
+        )
         return *found, dict(self._scaler.state_dict())
 
     def restore(self, slots: dict[int, dict[str, Any]], groups: list[dict[str, Any]], scaler: dict[str, float]) -> None:
         """Takes what `state_of` found."""
-        if isinstance(self.optimiser, Apart):
-            self.optimiser.restore(slots, groups)
+        if isinstance(self.optimizer, PerParameterOptimizer):
+            self.optimizer.restore(slots, groups)
         else:
-            restore_optimiser(self.optimiser, slots, groups)
+            restore_optimizer(self.optimizer, slots, groups)
         if self._scaler.is_enabled() and scaler:
             self._scaler.load_state_dict(scaler)
 
@@ -159,7 +161,7 @@ class Mover:
             torch.set_num_threads(threads)
 
     @contextmanager
-    def resting(self) -> Iterator[None]:
+    def updates_disabled(self) -> Iterator[None]:
         """Within it gradients that would move something are let go of instead."""
         self._rests = True
         try:
@@ -178,8 +180,8 @@ class Mover:
             return
         assert parameter not in self._norms, "a second backward in a step of one"
         self._norms[parameter] = parameter.grad.float().norm()
-        self.moving = True
-        self.optimiser.move(parameter)
+        self.step_in_progress = True
+        self.optimizer.move(parameter)
 
 
 def _loss_scaler(host: Host):

@@ -9,7 +9,7 @@ from ..errors import SettingsError
 from ..methods import METHODS, textual_inversion
 from ..methods.patterns import parse_pairs, parse_patterns
 from ..objective import options as objective
-from ..optimizers import OPTIMISERS, SCHEDULES
+from ..optimizers import OPTIMIZERS, SCHEDULES
 
 if TYPE_CHECKING:
     from ..recipe.recipe import Recipe
@@ -57,7 +57,7 @@ _WORD = {"embedding_vectors": "vectors", "embedding_learning_rate": "learning_ra
 
 def check_recipe(recipe: Recipe) -> None:
     """Raises SettingsError for a value out of range, or two that contradict each other."""
-    for field, known in (("method", METHODS), ("optimizer", OPTIMISERS), ("schedule", SCHEDULES)):
+    for field, known in (("method", METHODS), ("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
         if getattr(recipe, field) not in known:
             raise SettingsError(
                 f"Unknown {field} '{getattr(recipe, field)}'.", f"Choose one of {', '.join(known)}.", field
@@ -68,7 +68,7 @@ def check_recipe(recipe: Recipe) -> None:
         # The resolution is a widget of the dataset's node, which this one knows by the wire it came over.
         _check_range(field, getattr(recipe, field), "dataset" if field == "resolution" else _WORD.get(field, field))
     _check_name(recipe.name)
-    OPTIMISERS[recipe.optimizer].check(recipe)
+    OPTIMIZERS[recipe.optimizer].check(recipe)
     for field, schedule, plain in (("num_cycles", "cosine with restarts", 1), ("power", "polynomial", 1.0)):
         if getattr(recipe, field) != plain and recipe.schedule != schedule:
             raise SettingsError(
@@ -120,7 +120,7 @@ def _check_precision(recipe: Recipe) -> None:
             "Leave weight_dtype of Graft Adapter Options alone: it is for training all weights.",
             "weight_dtype",
         )
-    if not OPTIMISERS[recipe.optimizer].apart:
+    if not OPTIMIZERS[recipe.optimizer].apart:
         raise SettingsError(
             f"weight_dtype is {recipe.weight_dtype}: one weight after the other is then moved in fp32 and rounded, but "
             f"{recipe.optimizer} has to see all of them at once.",

@@ -11,12 +11,12 @@ from . import files
 from .convert import host_names, host_tensors
 from .keys import check_parts
 from .metadata import stamped
-from .peft_format import Native, diffusers_form, read_native, write_diffusers, write_peft
+from .peft_format import PeftAdapter, diffusers_form, read_native, write_diffusers, write_peft
 
 if TYPE_CHECKING:
     import torch
 
-    from .full_diff import Differences
+    from .full_diff import FullDiff
 
 # As the node offers them.
 FORMATS = ("kohya", "diffusers", "peft")
@@ -39,14 +39,14 @@ class Adapter(dict):
         self,
         tensors: dict[str, torch.Tensor],
         metadata: dict[str, str] | None = None,
-        native: Native | Callable[[], Native | None] | None = None,
+        native: PeftAdapter | Callable[[], PeftAdapter | None] | None = None,
     ):
         super().__init__(tensors)
         self.metadata = dict(metadata or {})
         self._native = native
 
     @property
-    def native(self) -> Native | None:
+    def native(self) -> PeftAdapter | None:
         if callable(self._native):
             self._native = self._native()
         return self._native
@@ -71,7 +71,7 @@ class LazyAdapter(Mapping):
 
     native = None
 
-    def __init__(self, tensors: Differences, metadata: dict[str, str]):
+    def __init__(self, tensors: FullDiff, metadata: dict[str, str]):
         self._tensors = tensors
         self.metadata = metadata
 

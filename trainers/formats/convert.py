@@ -15,7 +15,7 @@ from ..errors import ModelError
 if TYPE_CHECKING:
     import torch
 
-    from .peft_format import Native
+    from .peft_format import PeftAdapter
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def _host_name(name: str) -> str:
     return f"{_DOTTED[prefix]}{path}.{_KOHYA.get(end, end)}"
 
 
-def host_tensors(native: Native) -> dict[str, torch.Tensor]:
+def host_tensors(native: PeftAdapter) -> dict[str, torch.Tensor]:
     """peft's tensors in the host's names, with the scale in them; empty for types that need the model's weights.
 
     Raises:
@@ -100,7 +100,7 @@ def host_tensors(native: Native) -> dict[str, torch.Tensor]:
     return found
 
 
-def _host_tensors(native: Native, text: str) -> dict[str, torch.Tensor]:
+def _host_tensors(native: PeftAdapter, text: str) -> dict[str, torch.Tensor]:
     """Of one component.
 
     Args:

@@ -7,10 +7,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError
-from ..families import Cut, CutsOf
+from ..families import LayerSplit, SplitsOf
 
 if TYPE_CHECKING:
-    from .peft_format import Native
+    from .peft_format import PeftAdapter
 
 # peft's tensors that have a row for each output; A has none of them.
 _BY_OUTPUT = ("lora_B.", "lora_magnitude_vector")
@@ -18,7 +18,7 @@ _LISTS = ("target_modules",)
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 
 
-def with_cuts(native: Native, cuts_of: CutsOf) -> Native:
+def with_splits(native: PeftAdapter, splits_of: SplitsOf) -> PeftAdapter:
     """An adapter that knows how diffusers cuts its layers; as it was where diffusers publishes one of them nowhere.
 
     Args:
@@ -26,24 +26,24 @@ def with_cuts(native: Native, cuts_of: CutsOf) -> Native:
     """
     if native.published:
         return native
-    cuts = {place: cuts_of(place) for place in {_split(name)[0] for name in native.tensors}}
+    cuts = {place: splits_of(place) for place in {_split(name)[0] for name in native.tensors}}
     return replace(native, cuts=cuts) if all(cuts.values()) else native
 
 
-def cut(native: Native) -> Native:
+def cut(native: PeftAdapter) -> PeftAdapter:
     """The adapter on diffusers' layers: A is each part's, of B each part has its rows. The same differences exactly."""
     tensors, scales = {}, {}
     for name, tensor in native.tensors.items():
         place, end = _split(name)
-        for part in native.cuts[place]:
+        for part in native.splits[place]:
             own = part.rows(tensor) if end.startswith(_BY_OUTPUT) else tensor
             tensors[f"{part.name}.{end}"] = own.contiguous().clone()
             if place in native.scales:
                 scales[part.name] = native.scales[place]
-    return replace(native, config=_renamed(native.config, native.cuts), tensors=tensors, scales=scales, is_cut=True)
+    return replace(native, config=_renamed(native.config, native.splits), tensors=tensors, scales=scales, is_cut=True)
 
 
-def joined(native: Native, paths: Iterable[str], cuts_of: CutsOf) -> Native:
+def joined(native: PeftAdapter, paths: Iterable[str], splits_of: SplitsOf) -> PeftAdapter:
     """The way back, onto a checkpoint's layers.
 
     Args:
@@ -57,7 +57,7 @@ def joined(native: Native, paths: Iterable[str], cuts_of: CutsOf) -> Native:
     left = dict(native.tensors)
     tensors, scales = {}, dict(native.scales)
     for path in paths:
-        cuts = cuts_of(path)
+        cuts = splits_of(path)
         names = [[name for name in left if _split(name)[0] == part.name] for part in cuts]
         if not cuts or not all(names):
             continue
@@ -76,7 +76,7 @@ def joined(native: Native, paths: Iterable[str], cuts_of: CutsOf) -> Native:
     return replace(native, tensors={**left, **tensors}, scales=scales, is_cut=False)
 
 
-def _refuse_if_apart(path: str, cuts: tuple[Cut, ...], native: Native) -> None:
+def _refuse_if_apart(path: str, cuts: tuple[LayerSplit, ...], native: PeftAdapter) -> None:
     firsts = [native.tensors.get(f"{part.name}.lora_A.weight") for part in cuts]
     alike = all(one is not None and one.shape == firsts[0].shape and bool((one == firsts[0]).all()) for one in firsts)
     if not alike or len({native.scales.get(part.name) for part in cuts}) > 1:
@@ -93,7 +93,7 @@ def _split(name: str) -> tuple[str, str]:
     return place, f"lora_{end}"
 
 
-def _renamed(config: dict[str, Any], cuts: dict[str, tuple[Cut, ...]]) -> dict[str, Any]:
+def _renamed(config: dict[str, Any], cuts: dict[str, tuple[LayerSplit, ...]]) -> dict[str, Any]:
     """peft's configuration with layers named as diffusers cuts them."""
     made = dict(config)
     for name in _LISTS:

@@ -28,7 +28,7 @@ def difference_key(name: str, names: Collection[str], name_of: Callable[[str], s
     return f"{name_of(name)}.diff"
 
 
-class Differences(Mapping):
+class FullDiff(Mapping):
     """Trained minus base by the host's key, float32 on the CPU.
 
     Each is made when it is asked for: together they weigh as much as the model.
@@ -38,7 +38,7 @@ class Differences(Mapping):
         self._pairs = pairs
 
     @classmethod
-    def joined(cls, parts: Iterable[Differences]) -> Differences:
+    def joined(cls, parts: Iterable[FullDiff]) -> FullDiff:
         """Those of several trees together."""
         return cls({key: pair for part in parts for key, pair in part._pairs.items()})
 

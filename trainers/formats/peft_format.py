@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError, RunError
-from ..families import Cut
+from ..families import LayerSplit
 from ..regex import PatternError, Patterns
 from . import files
 from .diffusers_split import cut
@@ -39,7 +39,7 @@ _LORA_CONFIG = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modu
 
 
 @dataclass(frozen=True)
-class Native:
+class PeftAdapter:
     """An adapter in peft's own terms.
 
     Attributes:
@@ -58,11 +58,11 @@ class Native:
     tensors: dict[str, torch.Tensor]
     published: bool
     scales: dict[str, float]
-    text: dict[str, Native] = field(default_factory=dict)
-    cuts: dict[str, tuple[Cut, ...]] = field(default_factory=dict)
+    text: dict[str, PeftAdapter] = field(default_factory=dict)
+    cuts: dict[str, tuple[LayerSplit, ...]] = field(default_factory=dict)
     is_cut: bool = False
 
-    def by_component(self) -> dict[str, Native]:
+    def by_component(self) -> dict[str, PeftAdapter]:
         """All of it by component; the denoiser's is the empty one."""
         return {"": self, **self.text}
 
@@ -72,7 +72,7 @@ class Native:
         return {f"{of} {name}".lstrip(): tensor for of, one in parts for name, tensor in one.tensors.items()}
 
 
-def write_peft(folder: str, native: Native, metadata: dict[str, str]) -> list[str]:
+def write_peft(folder: str, native: PeftAdapter, metadata: dict[str, str]) -> list[str]:
     """A folder that `PeftModel.from_pretrained` takes, one in it for each text encoder; the paths of the weights."""
     with files.new_folder(folder) as temporary:
         for component, one in native.by_component().items():
@@ -82,7 +82,7 @@ def write_peft(folder: str, native: Native, metadata: dict[str, str]) -> list[st
     return [os.path.join(folder, component, WEIGHTS) for component in native.by_component()]
 
 
-def diffusers_form(native: Native) -> Native:
+def diffusers_form(native: PeftAdapter) -> PeftAdapter:
     """The adapter on the layers that diffusers has.
 
     Raises:
@@ -96,7 +96,7 @@ def diffusers_form(native: Native) -> Native:
         )
     if native.published or native.is_cut:
         return native
-    if not native.cuts:
+    if not native.splits:
         raise ModelError(
             "This model's layers have other names, or are cut otherwise, in diffusers.",
             "Save it as 'kohya' or as 'peft'.",
@@ -105,7 +105,7 @@ def diffusers_form(native: Native) -> Native:
     return cut(native)
 
 
-def write_diffusers(path: str, native: Native, metadata: dict[str, str]) -> None:
+def write_diffusers(path: str, native: PeftAdapter, metadata: dict[str, str]) -> None:
     """A file that diffusers' `load_lora_weights` takes, its scale worked into B so that no reader can miss it.
 
     Args:
@@ -138,7 +138,7 @@ def _as_saved(name: str) -> str:
     return name.removesuffix(".weight") if name.endswith("lora_magnitude_vector.weight") else name
 
 
-def read_native(path: str, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> Native | None:
+def read_native(path: str, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> PeftAdapter | None:
     """What a file of peft's or diffusers' layout holds, None for any other layout.
 
     Args:
@@ -166,7 +166,7 @@ def read_native(path: str, tensors: dict[str, torch.Tensor], metadata: dict[str,
     return replace(parts.pop(""), text=parts) if "" in parts else None
 
 
-def _peft_text(folder: str) -> dict[str, Native]:
+def _peft_text(folder: str) -> dict[str, PeftAdapter]:
     """What lies in the folders inside peft's for the text encoders."""
     found = {}
     for component in _PREFIXES:
@@ -177,7 +177,7 @@ def _peft_text(folder: str) -> dict[str, Native]:
     return found
 
 
-def _as_published(component: str, native: Native) -> Native:
+def _as_published(component: str, native: PeftAdapter) -> PeftAdapter:
     """A text encoder's with its layers' names as transformers has them now; anything else as it is."""
     if not component:
         return native
@@ -187,12 +187,12 @@ def _as_published(component: str, native: Native) -> Native:
     return replace(native, tensors=tensors, scales=scales, published=True)
 
 
-def _native(path: str, config: dict[str, Any], tensors: dict[str, torch.Tensor], prefix: str) -> Native:
+def _native(path: str, config: dict[str, Any], tensors: dict[str, torch.Tensor], prefix: str) -> PeftAdapter:
     held = {name[len(prefix) :].replace(".default.", "."): tensor for name, tensor in tensors.items()}
     places = {_place_of(name) for name in held}
     scales = _scales_of(places, config, path)
     published = all(_PUBLISHED.match(place) for place in places)
-    return Native(_method_of(config, path), config, held, published, scales)
+    return PeftAdapter(_method_of(config, path), config, held, published, scales)
 
 
 def _place_of(name: str) -> str:

@@ -11,7 +11,7 @@ import torch
 from ..errors import RunError
 from .autograd import blocks_of
 from .checkpointing import checkpoint_blocks
-from .transfer import Carrier, carrier_to, map_weights
+from .transfer import WeightTransfer, map_weights, transfer_to
 
 if TYPE_CHECKING:
     from torch import nn
@@ -71,7 +71,7 @@ def list_frozen(trees: Sequence[Tree], keep: Iterable[torch.Tensor]) -> list[tor
     return [owner._parameters[name] for owner, name in rows]
 
 
-def hold_back(tree: nn.Module, device: torch.device) -> None:
+def mark_offloaded(tree: nn.Module, device: torch.device) -> None:
     """Puts a tree whose weights are elsewhere on the device, but for those of its blocks, which are marked.
 
     `offload_trees` is to follow, when what is trained is in the tree.
@@ -81,38 +81,38 @@ def hold_back(tree: nn.Module, device: torch.device) -> None:
     place(tree, device)
 
 
-def bring_back(tree: nn.Module, device: torch.device) -> None:
+def onload(tree: nn.Module, device: torch.device) -> None:
     """Puts on the device what was held back of a tree and is still its own."""
     for parameter in tree.parameters():
-        if stays_away(parameter):
+        if is_offloaded(parameter):
             delattr(parameter, _MARK)
     place(tree, device)
 
 
-def is_away(tree: nn.Module) -> bool:
+def is_on_other_device(tree: nn.Module) -> bool:
     """Whether some weights of a tree are kept off the device."""
-    return any(stays_away(parameter) for parameter in tree.parameters())
+    return any(is_offloaded(parameter) for parameter in tree.parameters())
 
 
 def bytes_here(tree: nn.Module) -> int:
     """Of the weights of a tree that are not kept off the device."""
-    return sum(parameter.nbytes for parameter in tree.parameters() if not stays_away(parameter))
+    return sum(parameter.nbytes for parameter in tree.parameters() if not is_offloaded(parameter))
 
 
-def stays_away(weight: torch.Tensor) -> bool:
+def is_offloaded(weight: torch.Tensor) -> bool:
     """Whether a weight is kept off the device."""
     return hasattr(weight, _MARK)
 
 
 def place(tree: nn.Module, device: torch.device) -> None:
     """As `tree.to(device)`, but for what is kept off the device."""
-    if not is_away(tree):
+    if not is_on_other_device(tree):
         tree.to(device)
         return
     replaced: _Replaced = {}
     for owner in tree.modules():
         for name, parameter in list(owner._parameters.items()):
-            home = torch.device("cpu") if stays_away(parameter) else device
+            home = torch.device("cpu") if is_offloaded(parameter) else device
             if parameter is None or parameter.device == home:
                 continue
             if type(parameter.data) is torch.Tensor:
@@ -152,7 +152,7 @@ def _move(owner: nn.Module, name: str, there: torch.Tensor, replaced: _Replaced)
             ) from error
         other = parameter, torch.nn.Parameter(there, requires_grad=False)
         owner._parameters[name] = replaced.setdefault(id(parameter), other)[1]
-        if stays_away(parameter):
+        if is_offloaded(parameter):
             setattr(owner._parameters[name], _MARK, True)
 
 
@@ -177,7 +177,7 @@ def _frozen(block: nn.Module, stay: set[int]) -> list[_Row]:
 
 
 def _is_streamed(block: nn.Module) -> bool:
-    return isinstance(getattr(block.forward, "forward", None), _Streamed)
+    return isinstance(getattr(block.forward, "forward", None), OffloadedForward)
 
 
 def _stream(held: dict[nn.Module, list[_Row]], device: torch.device, folder: str, pin, keep_attention: bool) -> int:
@@ -187,7 +187,7 @@ def _stream(held: dict[nn.Module, list[_Row]], device: torch.device, folder: str
     if device.type == "cpu":
         homes, carrier = map_weights(list(weights.values()), folder)
     else:
-        homes, carrier = [weight.detach().to("cpu") for weight in weights.values()], carrier_to(device)
+        homes, carrier = [weight.detach().to("cpu") for weight in weights.values()], transfer_to(device)
         for home in homes:
             pin(home)
     size = sum(home.nbytes for home in homes)
@@ -199,10 +199,10 @@ def _stream(held: dict[nn.Module, list[_Row]], device: torch.device, folder: str
             _move(owner, name, new[id(weight)], replaced)
             setattr(owner._parameters[name], _MARK, True)
     checkpoint_blocks(list(held), keep_attention)
-    conveyor = Conveyor(carrier)
+    conveyor = BlockPrefetcher(carrier)
     for block, rows in held.items():
         # Within what is run again in the backward.
-        block.forward.forward = _Streamed(rows, conveyor, block.forward.forward)
+        block.forward.forward = OffloadedForward(rows, conveyor, block.forward.forward)
     return size
 
 
@@ -210,7 +210,7 @@ def _weights(rows: list[_Row]) -> list[nn.Parameter]:
     return [owner._parameters[name] for owner, name in rows]
 
 
-class Conveyor:
+class BlockPrefetcher:
     """Brings the weights of blocks when they are asked for, and those of the block that is likely next ahead of it.
 
     Likely is what came next the last time that these two blocks came one after the other: so it knows the backward,
@@ -221,7 +221,7 @@ class Conveyor:
         carrier: to the device.
     """
 
-    def __init__(self, carrier: Carrier):
+    def __init__(self, carrier: WeightTransfer):
         self._carrier = carrier
         self._homes: list[list[torch.Tensor]] = []
         self._next: dict[tuple[int, int], int] = {}
@@ -281,14 +281,14 @@ class Conveyor:
             self._ahead = False
 
 
-class _Streamed:
+class OffloadedForward:
     """A block's forward, with its weights on the device while it runs.
 
     Other Parameters take their places: autograd notes a Parameter, not its numbers, and would find those gone in the
     backward if they were taken out of the same one.
     """
 
-    def __init__(self, rows: list[_Row], conveyor: Conveyor, forward: Callable):
+    def __init__(self, rows: list[_Row], conveyor: BlockPrefetcher, forward: Callable):
         self._rows = rows
         self._conveyor = conveyor
         self._homes = _weights(rows)

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 _NOTHING = 64 * 1024 * 1024
 
 
-class Meter(TorchDispatchMode):
+class TensorTracker(TorchDispatchMode):
     """Counts within its block, the backward included: each storage once, from when it is first seen until it is gone.
 
     What libraries take for themselves while an operation runs is not seen.
@@ -75,7 +75,7 @@ def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
     return sum({one.untyped_storage()._cdata: one.untyped_storage().nbytes() for one in tensors}.values())
 
 
-class Resident:
+class ProcessMemory:
     """The process's resident memory since this was made, in bytes.
 
     Raises:
@@ -107,7 +107,7 @@ def _status(field: str) -> int:
     raise OSError(f"this system does not tell {field}")
 
 
-class Account:
+class DevicePeakMemory:
     """What pieces of work take of a device at the most, over what there was when this was made.
 
     By the device's allocator where that keeps account. On a CPU by the system, which sees what libraries take for
@@ -124,12 +124,16 @@ class Account:
             self._before = self._kind.memory_allocated(device)
         elif device.type == "cpu":
             try:
-                self._resident = Resident()
+                self._resident = ProcessMemory()
             except OSError:
                 return
 
     def peak_of(
-        self, work: Callable[[], None], held: list[torch.Tensor], away: Iterable[torch.Tensor] = (), count: bool = True
+        self,
+        work: Callable[[], None],
+        held: list[torch.Tensor],
+        offloaded: Iterable[torch.Tensor] = (),
+        count: bool = True,
     ) -> int:
         """Bytes at the most while work is done.
 
@@ -144,7 +148,7 @@ class Account:
             return self._kind.max_memory_allocated(self._device) - self._before + bytes_of(held)
         if self._resident is not None:
             self._resident.restart()
-        with Meter(held, away, self._device) if count else nullcontext() as meter:
+        with TensorTracker(held, offloaded, self._device) if count else nullcontext() as meter:
             work()
         grown = self._resident.most if self._resident is not None else 0
         by_system = bytes_of(held) + grown if grown > _NOTHING else 0

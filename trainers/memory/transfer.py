@@ -20,7 +20,7 @@ _ALIGNMENT = 64
 _STREAMS = ("Stream", "stream", "current_stream")
 
 
-class Carrier(Protocol):
+class WeightTransfer(Protocol):
     """Brings weights to where they are computed with."""
 
     def start(self, homes: Sequence[torch.Tensor]) -> Any:
@@ -33,13 +33,13 @@ class Carrier(Protocol):
         """Nothing of these is needed for now."""
 
 
-def carrier_to(device: torch.device) -> Carrier:
+def transfer_to(device: torch.device) -> WeightTransfer:
     """The best that a device allows, but a CPU, for which `map_weights` makes one."""
     api = getattr(torch, device.type, None)
-    return SideStream(device, api) if all(hasattr(api, name) for name in _STREAMS) else Plain(device)
+    return StreamTransfer(device, api) if all(hasattr(api, name) for name in _STREAMS) else SyncTransfer(device)
 
 
-class Plain:
+class SyncTransfer:
     """Copies when asked for: for devices that do one thing after the other."""
 
     def __init__(self, device: torch.device):
@@ -57,7 +57,7 @@ class Plain:
         """The copies are whoever's that has them."""
 
 
-class SideStream:
+class StreamTransfer:
     """Copies on a stream of its own while another block is computed.
 
     Room for a copy is taken on the stream that computes, and the copy waits for that: of what lies there, whatever was
@@ -115,7 +115,7 @@ class _Load:
             self._keep_room(copy)
 
 
-class Mapped:
+class MmapTransfer:
     """Weights in a mapped file, of which the system is told what will be read and what may go."""
 
     def __init__(self, file: mmap.mmap, numbers: torch.Tensor):
@@ -157,7 +157,7 @@ class Mapped:
             yield begun, ended - begun
 
 
-def map_weights(weights: Sequence[torch.Tensor], folder: str) -> tuple[list[torch.Tensor], Mapped]:
+def map_weights(weights: Sequence[torch.Tensor], folder: str) -> tuple[list[torch.Tensor], MmapTransfer]:
     """The weights in one file without a name, mapped: the system may drop it from memory whenever it has to.
 
     Returns:
@@ -186,4 +186,4 @@ def map_weights(weights: Sequence[torch.Tensor], folder: str) -> tuple[list[torc
     found = []
     for start, weight in zip(starts, weights, strict=True):
         found.append(numbers[start : start + weight.nbytes].view(weight.dtype).view(weight.shape))
-    return found, Mapped(mapped, numbers)
+    return found, MmapTransfer(mapped, numbers)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from .base import Method
 from .boft import BOFT
 from .dora import DoRA
-from .full import AllWeights
+from .full import FullFineTune
 from .ia3 import IA3
 from .loha import LoHa
 from .lokr import LoKr
 from .lora import LoCon, LoRA, RsLoRA
-from .none import Frozen
+from .none import NoMethod
 from .oft import OFT
 from .pissa import PiSSA
 
@@ -21,4 +21,4 @@ ADAPTERS: dict[str, Method] = {
     method.name: method for method in (LoRA(), LoCon(), DoRA(), RsLoRA(), PiSSA(), LoHa(), LoKr(), OFT(), BOFT(), IA3())
 }
 
-METHODS: dict[str, Method] = {**ADAPTERS, AllWeights.name: AllWeights(), Frozen.name: Frozen()}
+METHODS: dict[str, Method] = {**ADAPTERS, FullFineTune.name: FullFineTune(), NoMethod.name: NoMethod()}

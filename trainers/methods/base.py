@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from ..families import Family
     from ..formats.adapter import Adapter
-    from ..formats.peft_format import Native
+    from ..formats.peft_format import PeftAdapter
     from ..protocols import Denoiser, TextEncoder
     from ..recipe.recipe import Recipe
 
@@ -64,7 +64,7 @@ class Method:
         """
         return owner.adapter_name, owner.published_name
 
-    def meant(self, module: nn.Module, family: Family, recipe: Recipe) -> list[str]:
+    def matching(self, module: nn.Module, family: Family, recipe: Recipe) -> list[str]:
         """Paths of the modules in a tree that the recipe's targets take in, those of rank 0 too."""
         return self.targets(module, family, recipe)
 
@@ -163,6 +163,6 @@ class Method:
         recipe: Recipe,
         published_name: Callable[[str], str | None],
         module: nn.Module | None = None,
-    ) -> Native | None:
+    ) -> PeftAdapter | None:
         """The same as peft has it, for the formats that want it so; None where there is no such form."""
         return None

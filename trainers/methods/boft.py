@@ -27,13 +27,13 @@ class BOFT(Rotation):
     name = "BOFT"
     # On 3x3 convolutions peft makes matrices of (9 C)^2 numbers.
     kinds = frozenset({LINEAR})
-    zeros = frozenset({"boft_R"})
-    ones = frozenset({"boft_s"})
+    zero_init = frozenset({"boft_R"})
+    one_init = frozenset({"boft_s"})
     network = ("lycoris.kohya", {"algo": "boft"})
 
     def inject(self, module: nn.Module, targets: list[str], recipe: Recipe) -> dict[str, nn.Parameter]:
         """As for every type, but nothing is compiled."""
-        with _nothing_compiled():
+        with _without_compile():
             return super().inject(module, targets, recipe)
 
     def config(self, recipe: Recipe, layers: dict[str, nn.Module], ranks: dict[str, int]) -> Any:
@@ -58,7 +58,7 @@ class BOFT(Rotation):
 
 
 @contextmanager
-def _nothing_compiled() -> Iterator[None]:
+def _without_compile() -> Iterator[None]:
     """Keeps peft from building a CUDA extension, which with one butterfly factor computes nothing else."""
     from peft.tuners.boft import layer
 

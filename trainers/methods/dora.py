@@ -74,7 +74,7 @@ class DoRA(LoRA):
         """Puts the exact forward on peft's layer; on the private tree only."""
         layer.forward = _forward(layer)
 
-    def host_layer(self, layer: Layer) -> dict[str, torch.Tensor]:
+    def export_layer(self, layer: Layer) -> dict[str, torch.Tensor]:
         """The host divides by |W| where training divides by |W + s B A|: its magnitude makes up for that."""
         weight = layer.weight().flatten(1).double()
         a = layer.values["lora_A"].flatten(1).double()
@@ -82,4 +82,4 @@ class DoRA(LoRA):
         norm = (weight + layer.scale * b @ a).norm(dim=1).clamp_min(_LEAST)
         magnitude = layer.values[_MAGNITUDE].flatten() * weight.norm(dim=1) / norm
         shape = (-1, *[1] * (layer.weight().dim() - 1))
-        return {**super().host_layer(layer), "dora_scale": magnitude.view(shape)}
+        return {**super().export_layer(layer), "dora_scale": magnitude.view(shape)}

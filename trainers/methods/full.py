@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import ModelError, SettingsError
 from ..families import is_trained
-from ..formats.full_diff import Differences, difference_key
+from ..formats.full_diff import FullDiff, difference_key
 from ..optimizers import Group
 from .base import Method
 from .patterns import matches, value_for
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _FROZEN = "frozen_"
 
 
-class AllWeights(Method):
+class FullFineTune(Method):
     """W itself, in a copy of its own; norms, convolutions and biases too. What is handed on is W - W0.
 
     The frozen weights stay where they are, shared with the graph's model: they are what the difference is from, and
@@ -69,7 +69,7 @@ class AllWeights(Method):
         """The model's own paths: only by those does the host find parameters that are no layer's weight."""
         return owner.own_name, owner.published_name
 
-    def meant(self, module: nn.Module, family: Family, recipe: Recipe) -> list[str]:
+    def matching(self, module: nn.Module, family: Family, recipe: Recipe) -> list[str]:
         """Modules with parameters of their own that the recipe names."""
         return [path for path, layer in module.named_modules() if _is_meant(path, layer, family, recipe)]
 
@@ -79,7 +79,7 @@ class AllWeights(Method):
         Raises:
             ModelError: there is none, or its weights are kept in a form that cannot be moved.
         """
-        meant = self.meant(module, family, recipe)
+        meant = self.matching(module, family, recipe)
         chosen = [path for path in meant if value_for(path, recipe.block_learning_rates, 1.0) > 0]
         if not chosen:
             raise ModelError(
@@ -174,10 +174,10 @@ class AllWeights(Method):
         recipe: Recipe,
         name_of: Callable[[str], str],
         module: nn.Module | None = None,
-    ) -> Differences:
+    ) -> FullDiff:
         """The differences from the frozen weights in `module`."""
         places = _places(module, name_of)
-        return Differences({key: (tensors[name], frozen) for key, (name, frozen) in sorted(places.items())})
+        return FullDiff({key: (tensors[name], frozen) for key, (name, frozen) in sorted(places.items())})
 
 
 def _own(layer: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -190,7 +190,7 @@ def _own(layer: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 def _is_meant(path: str, layer: nn.Module, family: Family, recipe: Recipe) -> bool:
     if not is_trained(path, family) or not any(True for _ in _own(layer)):
         return False
-    if recipe.targets == AllWeights.default_targets:
+    if recipe.targets == FullFineTune.default_targets:
         return True
     if recipe.targets == "patterns":
         # Norms and bare parameters as well, which are of no kind that an adapter could be put on.

@@ -24,7 +24,7 @@ class IA3(PeftMethod):
 
     name = "IA3"
     kinds = frozenset({LINEAR})
-    ones = frozenset({"ia3_l"})
+    one_init = frozenset({"ia3_l"})
     needs_base = True
     has_rank = False
     network = ("lycoris.kohya", {"algo": "ia3"})
@@ -36,7 +36,7 @@ class IA3(PeftMethod):
         inward = [path for path in layers if _INWARD.search(path)]
         return IA3Config(target_modules=list(layers), feedforward_modules=inward)
 
-    def host_layer(self, layer: Layer) -> dict[str, torch.Tensor]:
+    def export_layer(self, layer: Layer) -> dict[str, torch.Tensor]:
         """Outputs: the row lengths of a DoRA without difference, and the bias; inputs: the whole difference."""
         import torch
 

@@ -21,8 +21,8 @@ class LoHa(PeftMethod):
 
     name = "LoHa"
     kinds = frozenset({LINEAR, POINT, CONV})
-    strength = "hada_w2_b"
-    zeros = frozenset({"hada_w2_b"})
+    scale_param = "hada_w2_b"
+    zero_init = frozenset({"hada_w2_b"})
     network = ("lycoris.kohya", {"algo": "loha"})
 
     def config(self, recipe: Recipe, layers: dict[str, nn.Module], ranks: dict[str, int]) -> Any:
@@ -31,7 +31,7 @@ class LoHa(PeftMethod):
 
         return LoHaConfig(r=recipe.rank, alpha=recipe.alpha, rank_pattern=ranks, alpha_pattern=alphas_of(ranks, recipe))
 
-    def host_layer(self, layer: Layer) -> dict[str, torch.Tensor]:
+    def export_layer(self, layer: Layer) -> dict[str, torch.Tensor]:
         """LyCORIS's tensors, with alpha."""
         import torch
 

@@ -19,8 +19,8 @@ class LoKr(PeftMethod):
 
     name = "LoKr"
     kinds = frozenset({LINEAR, POINT, CONV})
-    strength = "lokr_w1"
-    zeros = frozenset({"lokr_w1"})
+    scale_param = "lokr_w1"
+    zero_init = frozenset({"lokr_w1"})
     network = ("lycoris.kohya", {"algo": "lokr"})
     needs_base = True
 
@@ -30,7 +30,7 @@ class LoKr(PeftMethod):
 
         return LoKrConfig(r=recipe.rank, alpha=recipe.alpha, rank_pattern=ranks, alpha_pattern=alphas_of(ranks, recipe))
 
-    def host_layer(self, layer: Layer) -> dict[str, torch.Tensor]:
+    def export_layer(self, layer: Layer) -> dict[str, torch.Tensor]:
         """LyCORIS's tensors with the scale in the first factor: readers ignore alpha beside two whole factors.
 
         A convolution's second factor is written whole, [out, in, kh, kw]: readers rebuild its decompositions

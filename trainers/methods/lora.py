@@ -83,9 +83,9 @@ class LoRA(PeftMethod):
 
     name = "LoRA"
     kinds = frozenset({LINEAR, POINT, CONV})
-    zeros = frozenset({"lora_B"})
-    raised = frozenset({"lora_B"})
-    strength = "lora_B"
+    zero_init = frozenset({"lora_B"})
+    lora_plus_params = frozenset({"lora_B"})
+    scale_param = "lora_B"
     has_dropout = True
     variant: dict[str, Any] = {}
 
@@ -106,7 +106,7 @@ class LoRA(PeftMethod):
         """Puts the lean forward on peft's layer; on the private tree only."""
         layer.forward = (_linear if layer.lora_A["default"].weight.dim() == 2 else _convolution)(layer)
 
-    def host_layer(self, layer: Layer) -> dict[str, torch.Tensor]:
+    def export_layer(self, layer: Layer) -> dict[str, torch.Tensor]:
         """kohya's tensors, with the alpha that gives this scale where scale is alpha / rank."""
         return lora_tensors(layer.values["lora_A"], layer.values["lora_B"], layer.scale * layer.rank)
 

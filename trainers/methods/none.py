@@ -19,7 +19,7 @@ _OF_ADAPTERS = {
 }
 
 
-class Frozen(Method):
+class NoMethod(Method):
     """No module is adapted."""
 
     name = "embedding"

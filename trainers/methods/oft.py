@@ -20,7 +20,7 @@ class OFT(Rotation):
     name = "OFT"
     # On larger kernels peft's is not the identity at the start.
     kinds = frozenset({LINEAR, POINT})
-    zeros = frozenset({"oft_R"})
+    zero_init = frozenset({"oft_R"})
     network = ("lycoris.kohya", {"algo": "diag-oft"})
 
     def config(self, recipe: Recipe, layers: dict[str, nn.Module], ranks: dict[str, int]) -> Any:

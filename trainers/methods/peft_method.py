@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError, SettingsError
 from ..formats.kohya import own, to_kohya
-from ..formats.peft_format import Native
+from ..formats.peft_format import PeftAdapter
 from ..optimizers import Group
 from ..rng import generator
 from .base import Method
@@ -61,12 +61,12 @@ class PeftMethod(Method):
     """
 
     kinds: frozenset[str] = frozenset()
-    zeros: frozenset[str] = frozenset()
-    ones: frozenset[str] = frozenset()
-    raised: frozenset[str] = frozenset()
+    zero_init: frozenset[str] = frozenset()
+    one_init: frozenset[str] = frozenset()
+    lora_plus_params: frozenset[str] = frozenset()
     has_rank = True
     has_dropout = False
-    strength = ""
+    scale_param = ""
 
     # What a type says of itself.
 
@@ -86,17 +86,17 @@ class PeftMethod(Method):
         """A trainable's start, float32."""
         import torch
 
-        if stem in self.zeros:
+        if stem in self.zero_init:
             return torch.zeros(shape)
-        if stem in self.ones:
+        if stem in self.one_init:
             return torch.ones(shape)
         return uniform(shape, seed, name)
 
-    def host_layer(self, layer: Layer) -> dict[str, torch.Tensor]:
+    def export_layer(self, layer: Layer) -> dict[str, torch.Tensor]:
         """A layer's tensors in the host's file, by what follows the layer's name."""
         raise NotImplementedError
 
-    def native_layer(self, layer: Layer) -> dict[str, torch.Tensor]:
+    def peft_layer(self, layer: Layer) -> dict[str, torch.Tensor]:
         """A layer's trainables as peft keeps them, by peft's name."""
         return layer.values
 
@@ -108,7 +108,7 @@ class PeftMethod(Method):
         """(what `native_layer` gives, its scale) from a layer of a file, None where that does not determine it."""
         return None
 
-    def adopt(self, values: dict[str, torch.Tensor], layer: nn.Module) -> dict[str, torch.Tensor]:
+    def load_layer(self, values: dict[str, torch.Tensor], layer: nn.Module) -> dict[str, torch.Tensor]:
         """The inverse of `native_layer`; may set what of the layer is constant."""
         return values
 
@@ -120,7 +120,7 @@ class PeftMethod(Method):
             "dropout": recipe.dropout != 0 and not self.has_dropout,
             "alpha": recipe.alpha != recipe.rank and not self.has_rank,
             "block_ranks": bool(recipe.block_ranks) and not self.has_rank,
-            "lora_plus_ratio": recipe.lora_plus_ratio != 1 and not self.raised,
+            "lora_plus_ratio": recipe.lora_plus_ratio != 1 and not self.lora_plus_params,
         }
         for name, refused in asked.items():
             if refused:
@@ -134,7 +134,7 @@ class PeftMethod(Method):
         """alpha / rank."""
         return alpha / rank if self.has_rank else None
 
-    def meant(self, module: nn.Module, family: Family, recipe: Recipe) -> list[str]:
+    def matching(self, module: nn.Module, family: Family, recipe: Recipe) -> list[str]:
         """Adaptable layers that the recipe names."""
         return list(meant_layers(module, family, recipe))
 
@@ -214,7 +214,7 @@ class PeftMethod(Method):
         for name in trainables:
             match = _NAME.fullmatch(name)
             rate = value_for(match["path"], recipe.block_learning_rates, recipe.learning_rate)
-            if match["stem"] in self.raised:
+            if match["stem"] in self.lora_plus_params:
                 rate *= recipe.lora_plus_ratio
             rates.setdefault(rate, []).append(name)
         return [Group(tuple(names), rate) for rate, names in rates.items()]
@@ -254,9 +254,9 @@ class PeftMethod(Method):
             held, strength = self._values_held(place, found, adapter.native)
             rank = rank_of(path, recipe)
             scale = self.scale(rank, alpha_of(rank, recipe))
-            if self.strength and strength != scale:
-                held = {**held, self.strength: held[self.strength] * (strength / scale)}
-            held = self.adopt(held, module.get_submodule(path))
+            if self.scale_param and strength != scale:
+                held = {**held, self.scale_param: held[self.scale_param] * (strength / scale)}
+            held = self.load_layer(held, module.get_submodule(path))
             values.update({name: held.get(stem) for name, stem in _stems(trainables, path)})
         missing = [name for name, value in values.items() if value is None]
         if missing:
@@ -292,7 +292,9 @@ class PeftMethod(Method):
         from . import METHODS
 
         kind = type(METHODS.get(other))
-        same = [getattr(kind, name, None) is getattr(type(self), name) for name in ("host_layer", "scale", "adopt")]
+        same = [
+            getattr(kind, name, None) is getattr(type(self), name) for name in ("export_layer", "scale", "load_layer")
+        ]
         return all(same)
 
     def layers(self, tensors: dict[str, torch.Tensor], recipe: Recipe, module: nn.Module | None) -> list[Layer]:
@@ -317,7 +319,7 @@ class PeftMethod(Method):
         module: nn.Module | None = None,
     ) -> dict[str, torch.Tensor]:
         """The host's tensors."""
-        found = {layer.path: self.host_layer(layer) for layer in self.layers(tensors, recipe, module)}
+        found = {layer.path: self.export_layer(layer) for layer in self.layers(tensors, recipe, module)}
         return to_kohya(found, name_of)
 
     def native(
@@ -326,7 +328,7 @@ class PeftMethod(Method):
         recipe: Recipe,
         published_name: Callable[[str], str | None],
         module: nn.Module | None = None,
-    ) -> Native:
+    ) -> PeftAdapter:
         """peft's tensors and configuration, in diffusers' names where it publishes the model with these layers."""
         layers = self.layers(tensors, recipe, module)
         places = {layer.path: published_name(layer.path) for layer in layers}
@@ -337,13 +339,13 @@ class PeftMethod(Method):
         found, scales = {}, {}
         for layer in layers:
             place = places[layer.path]
-            for stem, tensor in self.native_layer(layer).items():
+            for stem, tensor in self.peft_layer(layer).items():
                 found[f"{place}.{stem}{ends[stem]}"] = own(tensor)
             if layer.scale is not None:
                 scales[place] = layer.scale
         frozen = {layer.path: layer.adapted and layer.adapted.base_layer for layer in layers}
         config = self._config(self.native_recipe(recipe), frozen).to_dict()
-        return Native(self.name, _renamed(config, places), found, published, scales)
+        return PeftAdapter(self.name, _renamed(config, places), found, published, scales)
 
 
 def _renamed(config: dict[str, Any], places: dict[str, str]) -> dict[str, Any]:

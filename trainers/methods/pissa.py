@@ -46,7 +46,7 @@ class PiSSA(LoRA):
 
     name = "PiSSA"
     kinds = frozenset({LINEAR})
-    zeros = frozenset({"lora_A", "lora_B"})
+    zero_init = frozenset({"lora_A", "lora_B"})
     needs_base = True
 
     def finish(self, layer: nn.Module, recipe: Recipe) -> None:
@@ -75,13 +75,13 @@ class PiSSA(LoRA):
         """A0 and B0."""
         return {name: buffer for name, buffer in module.named_buffers() if name.rpartition(".")[2] in _START}
 
-    def host_layer(self, layer: Layer) -> dict[str, torch.Tensor]:
+    def export_layer(self, layer: Layer) -> dict[str, torch.Tensor]:
         """[A; A0] and [B, -B0] at the same scale."""
-        doubled = self.native_layer(layer)
+        doubled = self.peft_layer(layer)
         values = {"lora_A": doubled["lora_A"], "lora_B": doubled["lora_B"]}
-        return super().host_layer(replace(layer, values=values, rank=2 * layer.rank))
+        return super().export_layer(replace(layer, values=values, rank=2 * layer.rank))
 
-    def native_layer(self, layer: Layer) -> dict[str, torch.Tensor]:
+    def peft_layer(self, layer: Layer) -> dict[str, torch.Tensor]:
         """A LoRA of twice the rank."""
         import torch
 
@@ -91,7 +91,7 @@ class PiSSA(LoRA):
             "lora_B": torch.cat([layer.values["lora_B"], -start_b], dim=1),
         }
 
-    def adopt(self, values: dict[str, torch.Tensor], layer: nn.Module) -> dict[str, torch.Tensor]:
+    def load_layer(self, values: dict[str, torch.Tensor], layer: nn.Module) -> dict[str, torch.Tensor]:
         """Parts the two halves; the second is what it started as."""
         if values["lora_A"].shape[0] % 2:
             return values

@@ -41,7 +41,7 @@ class Rotation(PeftMethod):
         """The weight [out, in] as peft's layer makes it with the trainables it holds."""
         raise NotImplementedError
 
-    def host_layer(self, layer: Layer) -> dict[str, torch.Tensor]:
+    def export_layer(self, layer: Layer) -> dict[str, torch.Tensor]:
         """The whole difference."""
         import torch
 

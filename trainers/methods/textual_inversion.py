@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from ..errors import DatasetError, ModelError, SettingsError
 from ..formats.embedding import Embedding
 from ..optimizers import Group, finds_its_rate
-from ..text import composed, ends_word, is_reserved, starts_word
+from ..text import composed, ends_word, is_windows_reserved, starts_word
 from . import METHODS
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def check_name(name: str, input: str = "name") -> None:
     Raises:
         SettingsError: naming the input.
     """
-    sound = _NAME.fullmatch(name) is not None and not name.endswith(".") and not is_reserved(name)
+    sound = _NAME.fullmatch(name) is not None and not name.endswith(".") and not is_windows_reserved(name)
     if sound and not name.lower().endswith(_ENDINGS):
         return
     raise SettingsError(
@@ -114,7 +114,7 @@ def check_word(recipe: Recipe, text: TextEncoder) -> None:
             )
 
 
-def address(dataset: Dataset, name: str, templates: str) -> Dataset:
+def insert_placeholder(dataset: Dataset, name: str, templates: str) -> Dataset:
     """The dataset with the word in every caption.
 
     In captions it stands where the trigger, the bare name or `[trigger]` stands; a caption without any gets it in front
@@ -201,7 +201,7 @@ def group(vectors: dict[str, nn.Parameter], recipe: Recipe) -> Group:
     return Group(tuple(vectors), recipe.embedding_learning_rate, 0.0, until)
 
 
-def settling(vectors: dict[str, nn.Parameter], text: TextEncoder, recipe: Recipe) -> Callable[[float], None]:
+def renormalizing(vectors: dict[str, nn.Parameter], text: TextEncoder, recipe: Recipe) -> Callable[[float], None]:
     """A function to be called after each step, that draws the vectors' norms towards the vocabulary's median.
 
     Without it they grow until one word drowns all others of a prompt. The pull is 100 times the learning rate, at most
@@ -212,7 +212,7 @@ def settling(vectors: dict[str, nn.Parameter], text: TextEncoder, recipe: Recipe
     medians = {PREFIX + key: value for key, value in text.median_norms().items()}
     rate = EMBEDDING_RATE if finds_its_rate(recipe.optimizer) else recipe.embedding_learning_rate
 
-    def settle(factor: float) -> None:
+    def renormalize(factor: float) -> None:
         pull = min(1.0, 100.0 * rate * factor)
         with torch.no_grad():
             for name, value in vectors.items():
@@ -220,7 +220,7 @@ def settling(vectors: dict[str, nn.Parameter], text: TextEncoder, recipe: Recipe
                     norms = value.norm(dim=-1, keepdim=True).clamp_min(1e-12)
                     value.mul_((norms + pull * (medians[name] - norms)) / norms)
 
-    return settle
+    return renormalize
 
 
 def made_of(values: dict[str, torch.Tensor], recipe: Recipe, metadata: dict[str, str]) -> Embedding:

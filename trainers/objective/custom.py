@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Asked:
+class CustomDraw:
     """The part of a batch's draws that only the objective knows of.
 
     Attributes:
@@ -31,9 +31,9 @@ class Asked:
     t: torch.Tensor
     added: torch.Tensor
 
-    def part(self, start: int, stop: int) -> Asked:
+    def part(self, start: int, stop: int) -> CustomDraw:
         """That of some of the examples."""
-        return Asked(self.objective, self.t[start:stop], self.added[start:stop])
+        return CustomDraw(self.objective, self.t[start:stop], self.added[start:stop])
 
     def losses(
         self,
@@ -45,7 +45,7 @@ class Asked:
     ) -> torch.Tensor:
         """The weighted loss of each example, [B]; `weight` as for `example_losses`, the others on the device."""
         objective = self.objective
-        kind = denoiser.parameterisation
+        kind = denoiser.parameterization
         sigma = sigma / denoiser.sigma_data
         t = self.t.to(sigma)
         penalty = LOSSES[objective.loss]
@@ -56,11 +56,11 @@ class Asked:
         return losses * WEIGHTINGS[objective.weighting].weights(sigma, t, kind, objective)
 
 
-def draw_asked(
+def draw_custom(
     objective: Objective, denoiser: Denoiser, shape: tuple[int, ...], source: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor, Asked]:
+) -> tuple[torch.Tensor, torch.Tensor, CustomDraw]:
     """Levels sigma [B] and noise of a batch of latents of that shape, on the CPU, and what goes with them."""
-    sigma, t = draw_levels(objective, denoiser.sigmas(), denoiser.parameterisation, shape, source)
+    sigma, t = draw_levels(objective, denoiser.sigmas(), denoiser.parameterization, shape, source)
     noise = draw_noise(shape, source)
     if objective.noise_offset:
         noise = add_offset(noise, objective.noise_offset, source)
@@ -69,4 +69,4 @@ def draw_asked(
     added = noise
     if objective.input_perturbation:
         added = noise + objective.input_perturbation * draw_noise(shape, source)
-    return sigma, noise, Asked(objective, t, added)
+    return sigma, noise, CustomDraw(objective, t, added)

@@ -150,18 +150,18 @@ class Objective:
         other, choices = _NEEDED[name]
         return getattr(self, other) in choices
 
-    def check(self, parameterisation: str) -> None:
+    def check(self, parameterization: str) -> None:
         """Refuses what has no meaning for a model of that parameterisation.
 
         Raises:
             SettingsError: signal-to-noise weights on flow, or flow's on another model.
         """
-        flow = parameterisation == "flow"
+        flow = parameterization == "flow"
         other = [name for name, known in WEIGHTINGS.items() if known.fits("flow" if flow else "eps")]
-        if not WEIGHTINGS[self.weighting].fits(parameterisation):
+        if not WEIGHTINGS[self.weighting].fits(parameterization):
             raise SettingsError(
                 f"The weighting '{self.weighting}' is made for {'noise and velocity' if flow else 'flow'} models; "
-                f"this one predicts {'flow' if flow else parameterisation}.",
+                f"this one predicts {'flow' if flow else parameterization}.",
                 f"In Graft Objective Options choose the weighting {' or '.join(other)}.",
                 "weighting",
             )

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Parameterisation:
+class Parameterization:
     """A native target.
 
     Attributes:
@@ -34,14 +34,14 @@ class Parameterisation:
         raise NotImplementedError
 
 
-class Eps(Parameterisation):
+class Eps(Parameterization):
     """The noise."""
 
     def target(self, x0, noise, sigma):
         return noise
 
 
-class V(Parameterisation):
+class V(Parameterization):
     """The velocity alpha n - s x0 with alpha = 1 / sqrt(s^2 + 1), for sigma_data 1."""
 
     def target(self, x0, noise, sigma):
@@ -56,14 +56,14 @@ class Edm(V):
         return -super().target(x0, noise, sigma)
 
 
-class X0(Parameterisation):
+class X0(Parameterization):
     """The latent itself."""
 
     def target(self, x0, noise, sigma):
         return x0
 
 
-class Flow(Parameterisation):
+class Flow(Parameterization):
     """The straight path's direction, n - x0."""
 
     def target(self, x0, noise, sigma):
@@ -73,7 +73,7 @@ class Flow(Parameterisation):
 _KINDS = {"eps": Eps, "v": V, "edm": Edm, "x0": X0, "flow": Flow}
 
 
-def parameterisation(kind: str, sigma_data: float = 1.0, noise_scale: float = 1.0) -> Parameterisation:
+def parameterization(kind: str, sigma_data: float = 1.0, noise_scale: float = 1.0) -> Parameterization:
     """The parameterisation of a name.
 
     Raises:

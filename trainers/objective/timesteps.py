@@ -91,7 +91,7 @@ TIMESTEPS = {
 def draw_levels(
     objective: Objective,
     levels: torch.Tensor,
-    parameterisation: str,
+    parameterization: str,
     shape: tuple[int, ...],
     source: torch.Generator,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -107,7 +107,7 @@ def draw_levels(
     Raises:
         SettingsError: the model has no level between the bounds.
     """
-    times = level_times(levels, parameterisation)
+    times = level_times(levels, parameterization)
     within = (times * 1000 >= objective.min_timestep) & (times * 1000 <= objective.max_timestep)
     if not within.any():
         raise SettingsError(
@@ -123,11 +123,11 @@ def draw_levels(
     return levels[chosen], times[chosen]
 
 
-def level_times(levels: torch.Tensor, parameterisation: str) -> torch.Tensor:
+def level_times(levels: torch.Tensor, parameterization: str) -> torch.Tensor:
     """The t of each level, [N] rising in 0..1."""
     import torch
 
-    if parameterisation != "flow":
+    if parameterization != "flow":
         return torch.arange(len(levels)) / len(levels)
     # Cosmos counts sigma / (sigma + 1), which is its share of noise.
     return levels if float(levels[-1]) <= 1.0 else levels / (1 + levels)

@@ -25,7 +25,7 @@ _DEBIASED_TOP = 1000.0
 class Native:
     """The model's own: every example counts the same."""
 
-    def fits(self, parameterisation: str) -> bool:
+    def fits(self, parameterization: str) -> bool:
         """Whether it has a meaning for a model of that parameterisation."""
         return True
 
@@ -43,8 +43,8 @@ class Native:
 class MinSNR(Native):
     """The ratio, cut at gamma: nearly clean levels do not outweigh all others."""
 
-    def fits(self, parameterisation):
-        return parameterisation != "flow"
+    def fits(self, parameterization):
+        return parameterization != "flow"
 
     def weights(self, sigma, t, kind, objective):
         snr = sigma**-2.0
@@ -54,8 +54,8 @@ class MinSNR(Native):
 class Debiased(Native):
     """The root of the ratio: for eps 1 / sqrt(snr). (For v other trainers differ: kohya takes 1 / (snr + 1).)"""
 
-    def fits(self, parameterisation):
-        return parameterisation != "flow"
+    def fits(self, parameterization):
+        return parameterization != "flow"
 
     def weights(self, sigma, t, kind, objective):
         snr = (sigma**-2.0).clamp(max=_DEBIASED_TOP)
@@ -65,8 +65,8 @@ class Debiased(Native):
 class SigmaSqrt(Native):
     """1 / t^2."""
 
-    def fits(self, parameterisation):
-        return parameterisation == "flow"
+    def fits(self, parameterization):
+        return parameterization == "flow"
 
     def weights(self, sigma, t, kind, objective):
         return t**-2.0
@@ -75,8 +75,8 @@ class SigmaSqrt(Native):
 class CosMap(Native):
     """The density that makes the signal-to-noise ratio that of a cosine schedule."""
 
-    def fits(self, parameterisation):
-        return parameterisation == "flow"
+    def fits(self, parameterization):
+        return parameterization == "flow"
 
     def weights(self, sigma, t, kind, objective):
         return 2 / (math.pi * (1 - 2 * t + 2 * t**2))

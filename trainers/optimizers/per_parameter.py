@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..rng import stream_seed
-from .state import restore_optimiser, state_of
-from .stochastic_rounding import rounded
+from .state import restore_optimizer, state_of
+from .stochastic_rounding import round_stochastically
 
 if TYPE_CHECKING:
     from ..recipe.recipe import Recipe
-    from .registry import Optimiser
+    from .registry import Optimizer
 
 
-class Apart:
+class PerParameterOptimizer:
     """What the loop and torch's gradient scaler ask of an optimiser, over one instance for each parameter.
 
     A parameter in half precision is raised to float32, moved there and rounded back stochastically; what its optimiser
@@ -25,7 +25,7 @@ class Apart:
         param_groups: as `parameter_groups` makes them; their rates are those of the next step.
     """
 
-    def __init__(self, kind: Optimiser, groups: list[dict], names: dict[torch.nn.Parameter, str], recipe: Recipe):
+    def __init__(self, kind: Optimizer, groups: list[dict], names: dict[torch.nn.Parameter, str], recipe: Recipe):
         self.param_groups = groups
         self._seed = recipe.seed
         self._step = 0
@@ -60,7 +60,7 @@ class Apart:
             own.step()
             seed = stream_seed("rounding", self._seed, self._step, self._names[parameter])
             source = torch.Generator(parameter.device).manual_seed(seed)
-            parameter.copy_(rounded(held.detach(), source))
+            parameter.copy_(round_stochastically(held.detach(), source))
             held.grad = None
             held.data = _nothing(parameter)
         parameter.grad = None
@@ -82,7 +82,7 @@ class Apart:
         numbers = {id(group): kept for group, kept in zip(self.param_groups, groups, strict=False)}
         for place, (parameter, own) in enumerate(self._own.items()):
             kept = numbers.get(id(self._groups[parameter]))
-            restore_optimiser(own, {0: slots[place]} if place in slots else {}, [] if kept is None else [kept])
+            restore_optimizer(own, {0: slots[place]} if place in slots else {}, [] if kept is None else [kept])
 
 
 def _held(parameter: torch.nn.Parameter) -> torch.nn.Parameter:

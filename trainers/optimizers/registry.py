@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from ..errors import SettingsError, needing
-from .schedule_free import OwnAverage
+from .schedule_free import ScheduleFreeAverage
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +19,7 @@ def needs(package: str) -> AbstractContextManager[None]:
     return needing(package, "This optimizer", "or choose another optimizer in Graft Optimizer Options", "optimizer")
 
 
-class Optimiser:
+class Optimizer:
     """An optimiser as the recipe and the loop need it.
 
     Attributes:
@@ -59,7 +59,7 @@ class Optimiser:
         """A warning about a learning rate of the recipe that is far from what this optimizer takes, empty for none."""
         return ""
 
-    def effective_rate(self, optimiser: torch.optim.Optimizer, rate: float) -> float:
+    def effective_rate(self, optimizer: torch.optim.Optimizer, rate: float) -> float:
         """The learning rate of the next step.
 
         Args:
@@ -68,12 +68,12 @@ class Optimiser:
         """
         return rate
 
-    def average(self, optimiser: torch.optim.Optimizer, parameters: list) -> OwnAverage | None:
+    def average(self, optimizer: torch.optim.Optimizer, parameters: list) -> ScheduleFreeAverage | None:
         """The average of the parameters that it keeps by itself, None for none."""
         return None
 
 
-class AdamW(Optimiser):
+class AdamW(Optimizer):
     """Loshchilov & Hutter 2019, by torch."""
 
     slots = 2
@@ -97,7 +97,7 @@ class AdamW(Optimiser):
             return self.load()(groups, **values)
 
 
-class AdamW8bit(Optimiser):
+class AdamW8bit(Optimizer):
     """With its moments in eight bits (Dettmers et al. 2022), by bitsandbytes."""
 
     def load(self):
@@ -106,7 +106,7 @@ class AdamW8bit(Optimiser):
         return AdamW8bit
 
 
-class PagedAdamW8bit(Optimiser):
+class PagedAdamW8bit(Optimizer):
     """The same, with moments that leave the graphics card when memory runs short."""
 
     def load(self):
@@ -115,7 +115,7 @@ class PagedAdamW8bit(Optimiser):
         return PagedAdamW8bit
 
 
-class Adafactor(Optimiser):
+class Adafactor(Optimizer):
     """Moments by rows and columns (Shazeer & Stern 2018), by transformers; the rate is the recipe's, not its own."""
 
     weight_decay = 0.0
@@ -146,7 +146,7 @@ class Adafactor(Optimiser):
             )
 
 
-class Prodigy(Optimiser):
+class Prodigy(Optimizer):
     """Finds the learning rate by itself; the recipe's is a factor on it (Mishchenko & Defazio 2023)."""
 
     learning_rate = 1.0
@@ -177,8 +177,8 @@ class Prodigy(Optimiser):
             "Set learning_rate to 1, or to 0 for the default."
         )
 
-    def effective_rate(self, optimiser, rate):
-        return rate * float(optimiser.param_groups[0]["d"])
+    def effective_rate(self, optimizer, rate):
+        return rate * float(optimizer.param_groups[0]["d"])
 
     def make(self, groups, recipe):
         # As its authors advise for diffusion models. The decay is the groups'.
@@ -191,7 +191,7 @@ class Prodigy(Optimiser):
         )
 
 
-class Lion(Optimiser):
+class Lion(Optimizer):
     """The sign of a momentum (Chen et al. 2023), by lion-pytorch.
 
     Its steps are larger than AdamW's: a third of the rate and three times the decay, which is their advice's mild end.
@@ -207,7 +207,7 @@ class Lion(Optimiser):
         return Lion
 
 
-class CAME(Optimiser):
+class CAME(Optimizer):
     """Adafactor with a confidence in its steps (Luo et al. 2023), by came-pytorch."""
 
     weight_decay = 0.0
@@ -222,7 +222,7 @@ class CAME(Optimiser):
         return self.load()(groups, lr=recipe.learning_rate, betas=(recipe.beta1, recipe.beta2, 0.9999))
 
 
-class AdamWScheduleFree(Optimiser):
+class AdamWScheduleFree(Optimizer):
     """AdamW that averages in place of a falling schedule (Defazio et al. 2024), by schedulefree."""
 
     # Its average is asked of the one that moves all.
@@ -264,11 +264,11 @@ class AdamWScheduleFree(Optimiser):
                 "AdamWScheduleFree needs a beta1 above 0.", "In Graft Optimizer Options leave beta1 alone.", "beta1"
             )
 
-    def average(self, optimiser, parameters):
-        return OwnAverage(optimiser, parameters)
+    def average(self, optimizer, parameters):
+        return ScheduleFreeAverage(optimizer, parameters)
 
 
-OPTIMISERS: dict[str, Optimiser] = {
+OPTIMIZERS: dict[str, Optimizer] = {
     "AdamW": AdamW(),
     "AdamW8bit": AdamW8bit(),
     "PagedAdamW8bit": PagedAdamW8bit(),
@@ -286,10 +286,10 @@ def default_learning_rate(name: str, usual: float) -> float:
     Args:
         usual: of the family and the method, for AdamW.
     """
-    optimiser = OPTIMISERS.get(name, OPTIMISERS["AdamW"])
-    return optimiser.learning_rate or usual * optimiser.rate_factor
+    optimizer = OPTIMIZERS.get(name, OPTIMIZERS["AdamW"])
+    return optimizer.learning_rate or usual * optimizer.rate_factor
 
 
 def finds_its_rate(name: str) -> bool:
     """Whether an optimiser's learning rate is a factor on one that it finds itself (Prodigy)."""
-    return name in OPTIMISERS and OPTIMISERS[name].learning_rate is not None
+    return name in OPTIMIZERS and OPTIMIZERS[name].learning_rate is not None

@@ -8,17 +8,17 @@ if TYPE_CHECKING:
     import torch
 
 
-class OwnAverage:
+class ScheduleFreeAverage:
     """The point x of schedule-free, which is what is saved and drawn; the gradient is taken at another, y.
 
     The trainables hold y throughout. The library's own way there and back, eval() and train(), rounds: a training
     would depend on how often it is looked at. So x is made aside, and y put back as it was.
     """
 
-    def __init__(self, optimiser: torch.optim.Optimizer, parameters: list):
-        self._optimiser = optimiser
+    def __init__(self, optimizer: torch.optim.Optimizer, parameters: list):
+        self._optimizer = optimizer
         self._parameters = parameters
-        self._beta1 = optimiser.defaults["betas"][0]
+        self._beta1 = optimizer.defaults["betas"][0]
         self._kept: list[torch.Tensor] = []
 
     @property
@@ -28,7 +28,7 @@ class OwnAverage:
         for parameter in self._parameters:
             y = parameter.detach()
             # Asked for anew: what is restored comes as another dict.
-            z = self._optimiser.state.get(parameter, {}).get("z")
+            z = self._optimizer.state.get(parameter, {}).get("z")
             # One that was never moved has no z; all three are the same then.
             found.append(y.clone() if z is None else y.lerp(z, 1 - 1 / self._beta1))
         return found

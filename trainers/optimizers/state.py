@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 _GIVEN = {"params", "lr", "weight_decay"}
 
 
-def state_of(optimiser: torch.optim.Optimizer) -> tuple[dict[int, dict[str, Any]], list[dict[str, Any]]]:
+def state_of(optimizer: torch.optim.Optimizer) -> tuple[dict[int, dict[str, Any]], list[dict[str, Any]]]:
     """What an optimiser has come to know.
 
     Returns:
@@ -19,14 +19,14 @@ def state_of(optimiser: torch.optim.Optimizer) -> tuple[dict[int, dict[str, Any]
         are no longer as it was made with (Prodigy's rate, schedule-free's weights, counts of steps).
     """
     # Not its state_dict: bitsandbytes packs tensors into dicts of its own there.
-    parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     slots = {}
     for place, parameter in enumerate(parameters):
-        if optimiser.state.get(parameter):
-            slots[place] = dict(optimiser.state[parameter])
+        if optimizer.state.get(parameter):
+            slots[place] = dict(optimizer.state[parameter])
     groups = []
-    for group in optimiser.param_groups:
-        groups.append({name: value for name, value in group.items() if _changed(name, value, optimiser.defaults)})
+    for group in optimizer.param_groups:
+        groups.append({name: value for name, value in group.items() if _changed(name, value, optimizer.defaults)})
     return slots, groups
 
 
@@ -36,15 +36,15 @@ def _changed(name: str, value: Any, defaults: dict[str, Any]) -> bool:
     return name not in defaults or value != defaults[name]
 
 
-def restore_optimiser(
-    optimiser: torch.optim.Optimizer, slots: dict[int, dict[str, Any]], groups: list[dict[str, Any]]
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, slots: dict[int, dict[str, Any]], groups: list[dict[str, Any]]
 ) -> None:
     """Gives a newly made optimiser what `state_of` found.
 
     Args:
         groups: empty in files of before they were kept; AdamW, the only optimiser there was, needs none.
     """
-    made = optimiser.state_dict()["param_groups"]
+    made = optimizer.state_dict()["param_groups"]
     for group, kept in zip(made, groups, strict=False):
         group.update(kept)
-    optimiser.load_state_dict({"state": slots, "param_groups": made})
+    optimizer.load_state_dict({"state": slots, "param_groups": made})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 
-def rounded(values: torch.Tensor, source: torch.Generator) -> torch.Tensor:
+def round_stochastically(values: torch.Tensor, source: torch.Generator) -> torch.Tensor:
     """Float32 values as bfloat16: up or down with the chance that makes the mean exact (Gupta et al. 2015).
 
     A bfloat16 is the upper half of a float32: a random lower half is added, whatever it carries over is kept, and the

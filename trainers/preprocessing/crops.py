@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Cuts:
+class CroppedDataset:
     """An example, its place in the dataset, and its cuts, one for each resolution."""
 
     place: int
@@ -37,7 +37,7 @@ class Cuts:
         return f"{self.place}/{crop.bucket[0]}x{crop.bucket[1]}"
 
 
-def cut_dataset(dataset: Dataset, geometries: dict[int, Geometry]) -> tuple[list[Cuts], list[LeftOut]]:
+def cut_dataset(dataset: Dataset, geometries: dict[int, Geometry]) -> tuple[list[CroppedDataset], list[LeftOut]]:
     """The cuts of each example, and the examples that have none.
 
     Args:
@@ -55,7 +55,7 @@ def cut_dataset(dataset: Dataset, geometries: dict[int, Geometry]) -> tuple[list
         except DatasetError as error:
             left_out.append(LeftOut(example.source.name, reason_of(error, example.source.name)))
             continue
-        found.append(Cuts(place, example, tuple(crops)))
+        found.append(CroppedDataset(place, example, tuple(crops)))
     return found, left_out
 
 
@@ -64,7 +64,7 @@ def all_resolutions(dataset: Dataset) -> list[int]:
     return sorted({0, *(side for example in dataset.examples for side in example.handling.resolutions)})
 
 
-def held_out(cuts: list[Cuts], recipe: Recipe) -> set[int]:
+def held_out(cuts: list[CroppedDataset], recipe: Recipe) -> set[int]:
     """Places of the examples that serve validation: those marked, and a share of the rest by content and seed alone.
 
     Raises:
@@ -83,7 +83,7 @@ def held_out(cuts: list[Cuts], recipe: Recipe) -> set[int]:
             "validation_fraction",
         )
 
-    def rank(cut: Cuts) -> str:
+    def rank(cut: CroppedDataset) -> str:
         return hashlib.sha256(f"{recipe.seed}{cut.example.digest}".encode()).hexdigest()
 
     return marked | {cut.place for cut in sorted(rest, key=rank)[:count]}

@@ -10,11 +10,11 @@ from ..data.dataset_warnings import warn_of_enlarged, warn_of_resolution, warn_o
 if TYPE_CHECKING:
     from ..data.examples import Dataset, LeftOut
     from ..recipe.recipe import Recipe
-    from .crops import Cuts
+    from .crops import CroppedDataset
 
 
 def list_warnings(
-    dataset: Dataset, recipe: Recipe, training: Sequence[Cuts], left_out: Sequence[LeftOut]
+    dataset: Dataset, recipe: Recipe, training: Sequence[CroppedDataset], left_out: Sequence[LeftOut]
 ) -> list[dict[str, Any]]:
     """List what a user should look at before a long training.
 
@@ -32,7 +32,7 @@ def list_warnings(
     return [warning for warning in found if warning]
 
 
-def _warn_of_batch(recipe: Recipe, subject: Sequence[Cuts]) -> dict[str, Any] | None:
+def _warn_of_batch(recipe: Recipe, subject: Sequence[CroppedDataset]) -> dict[str, Any] | None:
     """Warn of a batch that is larger than the dataset."""
     showings = sum(cut.example.repeats * len(cut.crops) for cut in subject)
     if recipe.batch_size <= showings:

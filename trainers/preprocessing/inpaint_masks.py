@@ -27,7 +27,7 @@ HOLES = 4
 _GREY = 0.5
 
 
-class HoleCache:
+class InpaintMaskCache:
     """The holes of each example's cut, and the latents of the cut with the hole grey.
 
     As the host's own node prepares them (nodes.py, InpaintModelConditioning): grey within, by halves rounded masks.

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Shown:
+class Sample:
     """One showing of an example.
 
     Attributes:
@@ -31,11 +31,11 @@ class Shown:
     weight: torch.Tensor | None = None
     caption: str | None = None
     factor: float = 1.0
-    anchor: Shown | None = None
+    anchor: Sample | None = None
 
 
 @dataclass(frozen=True)
-class Item:
+class DatasetItem:
     """One example, ready: everything but its latent and text, which are fetched when needed.
 
     Attributes:
@@ -50,6 +50,6 @@ class Item:
     name: str
     bucket: tuple[int, int]
     repeats: int
-    show: Callable[[int | None], Shown]
+    show: Callable[[int | None], Sample]
     prior: bool = False
     anchored: bool = False

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 BUDGET = 512 * 1024 * 1024
 
 
-class Keep:
+class LRUCache:
     """Values by key, the least recently used forgotten when their bytes exceed the budget."""
 
     def __init__(self, budget: int = BUDGET):

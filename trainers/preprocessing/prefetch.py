@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ..engine.plan import Plan
-    from .items import Shown
+    from .items import Sample
 
 Batch = list[tuple[int, int]]
 
 
-class Ahead:
+class Prefetcher:
     """Showings of batches, one batch of them fetched ahead by a thread.
 
     What is shown follows from an item's place and turn alone, so it is the same to the bit whoever fetches it, and
@@ -28,11 +28,11 @@ class Ahead:
         self._coming: list[Batch] = []
         self._held: tuple[Batch, Future] | None = None
 
-    def expect(self, batches: list[Batch]) -> None:
+    def set_upcoming(self, batches: list[Batch]) -> None:
         """The batches that will be asked for from now on, in their order."""
         self._coming = batches
 
-    def shown(self, batch: Batch) -> list[Shown]:
+    def get(self, batch: Batch) -> list[Sample]:
         """The showings of a batch, while those of the next one begin to be fetched; asked again, they are fetched anew.
 
         Raises:
@@ -42,12 +42,12 @@ class Ahead:
         if held is not None and held[0] is batch:
             found = held[1].result()
         else:
-            found = self._plan.shown(batch)
+            found = self._plan.samples(batch)
         if self._pool is not None:
             places = [place for place, one in enumerate(self._coming) if one is batch]
             rest = self._coming[places[0] + 1 :] if places else []
             if rest:
-                self._held = rest[0], self._pool.submit(self._plan.shown, rest[0])
+                self._held = rest[0], self._pool.submit(self._plan.samples, rest[0])
         return found
 
     def close(self) -> None:

@@ -19,11 +19,11 @@ from ..formats.files import refuse_links
 from ..protocols import HOLE, SOURCE, Conditioning
 from ..rng import stream_seed
 from .cache import Cache, cache_size, prune
-from .crops import Cuts, all_resolutions, control_crop, cut_dataset, held_out
+from .crops import CroppedDataset, all_resolutions, control_crop, cut_dataset, held_out
 from .dataset_warnings import list_warnings
 from .encode import LatentCache, TextCache
-from .inpaint_masks import HoleCache
-from .lru_cache import Keep
+from .inpaint_masks import InpaintMaskCache
+from .lru_cache import LRUCache
 from .mask_weights import MaskCache
 from .sampler import turns_within
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from ..data.examples import Dataset, Example
     from ..protocols import Host
     from ..recipe.recipe import Recipe
-    from .items import Item, Shown
+    from .items import DatasetItem, Sample
 
 log = logging.getLogger(__name__)
 
@@ -54,8 +54,8 @@ class Prepared:
         facts: for the run's record, JSON-able.
     """
 
-    training: list[Item]
-    validation: list[Item]
+    training: list[DatasetItem]
+    validation: list[DatasetItem]
     places: frozenset[int]
     left_out: tuple[LeftOut, ...]
     facts: dict
@@ -84,7 +84,7 @@ def prepare(
     _refuse_sources(dataset, host)
     geometries = {side: host.denoiser.geometry(side or recipe.resolution) for side in all_resolutions(dataset)}
     cuts, left_out = cut_dataset(dataset, geometries)
-    maker = _Maker(dataset, recipe, host, cache_folder)
+    maker = _ItemMaker(dataset, recipe, host, cache_folder)
     cuts = maker.encode_pictures(cuts, left_out)
     _refuse_if_empty(dataset, cuts, left_out)
     refuse_if_one_sided(dataset, [cut.example for cut in cuts], left_out)
@@ -124,7 +124,7 @@ def prepare(
 
 
 def _refuse_sources(dataset: Dataset, host: Host) -> None:
-    if host.denoiser.takes != SOURCE and any(example.control is not None for example in dataset.examples):
+    if host.denoiser.conditioning_kind != SOURCE and any(example.control is not None for example in dataset.examples):
         raise DatasetError(
             f"The dataset has source pictures, and this model ({host.denoiser.family}) takes none.",
             "Leave control_folder empty, or take a model that edits pictures, such as Flux Kontext or Qwen-Image-Edit.",
@@ -132,7 +132,7 @@ def _refuse_sources(dataset: Dataset, host: Host) -> None:
         )
 
 
-def _refuse_if_empty(dataset: Dataset, cuts: list[Cuts], left_out: list[LeftOut]) -> None:
+def _refuse_if_empty(dataset: Dataset, cuts: list[CroppedDataset], left_out: list[LeftOut]) -> None:
     if not cuts:
         raise DatasetError(
             f"None of the {len(dataset.examples)} pictures of '{dataset.name}' can be trained on: "
@@ -142,7 +142,7 @@ def _refuse_if_empty(dataset: Dataset, cuts: list[Cuts], left_out: list[LeftOut]
         )
 
 
-class _Maker:
+class _ItemMaker:
     """Fills the caches and makes items that draw from them."""
 
     def __init__(self, dataset: Dataset, recipe: Recipe, host: Host, folder: str):
@@ -158,10 +158,10 @@ class _Maker:
         self._texts = None if recipe.live_text else TextCache(self._caches["text"], host.text)
         self._masks = MaskCache(self._caches["masks"])
         self._holes = None
-        if host.denoiser.takes == HOLE:
+        if host.denoiser.conditioning_kind == HOLE:
             self._caches["holes"] = Cache(os.path.join(folder, "holes"))
-            self._holes = HoleCache(self._caches["holes"], host.codec)
-        self._keep = Keep()
+            self._holes = InpaintMaskCache(self._caches["holes"], host.codec)
+        self._keep = LRUCache()
         # The loop fetches a batch ahead in a thread; caches and what is at hand are for one at a time.
         self._lock = threading.Lock()
         self._done = 0
@@ -182,7 +182,7 @@ class _Maker:
         for name, cache in self._caches.items():
             cache.copy_asked(os.path.join(folder, name))
 
-    def encode_pictures(self, cuts: list[Cuts], left_out: list[LeftOut]) -> list[Cuts]:
+    def encode_pictures(self, cuts: list[CroppedDataset], left_out: list[LeftOut]) -> list[CroppedDataset]:
         """Those of the cuts that have latents and masks; the others go to `left_out`."""
         rows = [(cut.example, cut.all_crops()) for cut in cuts]
         # The captions are counted later.
@@ -191,24 +191,24 @@ class _Maker:
         found = self._with_masks(found, left_out)
         return self._with_holes(self._with_sources(found, left_out), left_out)
 
-    def _with_sources(self, cuts: list[Cuts], left_out: list[LeftOut]) -> list[Cuts]:
+    def _with_sources(self, cuts: list[CroppedDataset], left_out: list[LeftOut]) -> list[CroppedDataset]:
         paired = [cut for cut in cuts if cut.example.control is not None]
         rows = [(cut.example.control, [self._control_crop(cut, crop) for crop in cut.all_crops()]) for cut in paired]
         outcome = self._latents.fill(rows, self._ticking(len(paired) + len(cuts)))
         kept = {cut.place for cut in _sound(paired, outcome, left_out)}
         return [cut for cut in cuts if cut.example.control is None or cut.place in kept]
 
-    def _with_holes(self, cuts: list[Cuts], left_out: list[LeftOut]) -> list[Cuts]:
+    def _with_holes(self, cuts: list[CroppedDataset], left_out: list[LeftOut]) -> list[CroppedDataset]:
         if self._holes is None:
             return cuts
         rows = [(cut.example, cut.all_crops()) for cut in cuts]
         return _sound(cuts, self._holes.fill(rows, self._ticking(2 * len(cuts))), left_out)
 
-    def _control_crop(self, cut: Cuts, crop: Crop) -> Crop:
+    def _control_crop(self, cut: CroppedDataset, crop: Crop) -> Crop:
         step = self._host.denoiser.geometry(self._recipe.resolution).step
         return control_crop(cut.example.control, cut.example.size, crop, step)
 
-    def beside_facts(self, cuts: list[Cuts]) -> dict[str, int]:
+    def beside_facts(self, cuts: list[CroppedDataset]) -> dict[str, int]:
         """How many pictures have a source or a hole beside them; nothing where there is no such thing."""
         paired = sum(cut.example.control is not None for cut in cuts)
         found = {"source_pictures": paired} if paired else {}
@@ -217,7 +217,7 @@ class _Maker:
             found.update(holes_by_mask=masked, holes_drawn=len(cuts) - masked)
         return found
 
-    def _with_masks(self, cuts: list[Cuts], left_out: list[LeftOut]) -> list[Cuts]:
+    def _with_masks(self, cuts: list[CroppedDataset], left_out: list[LeftOut]) -> list[CroppedDataset]:
         rows = []
         owners = []
         for cut in cuts:
@@ -242,7 +242,7 @@ class _Maker:
     def _shape(self, example: Example, crop: Crop) -> tuple[int, int]:
         return tuple(self._latents.get(self._latents.key(example, crop))["mean"].shape[-2:])
 
-    def encode_captions(self, training: list[Cuts], validation: list[Cuts]) -> None:
+    def encode_captions(self, training: list[CroppedDataset], validation: list[CroppedDataset]) -> None:
         """Encodes the captions that the run will show, those of validation, and the anchors' prompts."""
         if self._texts is None:
             return
@@ -270,22 +270,22 @@ class _Maker:
         self._some_caption = next(iter(wanted))
         self._texts.fill(wanted, self._ticking(len(wanted)))
 
-    def _shown(self, cut: Cuts, crop: Crop, count: int, times: int) -> list[int]:
+    def _shown(self, cut: CroppedDataset, crop: Crop, count: int, times: int) -> list[int]:
         """The versions of a caption that so many showings need."""
         if times >= count:
             return list(range(count))
         return sorted({self._version(cut, crop, count, turn) for turn in range(times)} - {None})
 
-    def _version(self, cut: Cuts, crop: Crop, count: int, turn: int) -> int | None:
+    def _version(self, cut: CroppedDataset, crop: Crop, count: int, turn: int) -> int | None:
         return captions.variant_of_turn(cut.example, count, self._recipe.seed, cut.stream(crop), turn)
 
-    def check_inputs(self, cut: Cuts) -> None:
+    def check_inputs(self, cut: CroppedDataset) -> None:
         """Lets the denoiser refuse a codec or an encoder that is not its own."""
         latent = self._latents.get(self._latents.key(cut.example, cut.crops[0]))["mean"]
         text = self._host.text.encode("") if self._texts is None else self._texts.get(self._some_caption)
         self._host.denoiser.check_inputs(latent, text)
 
-    def latent_kind(self, cuts: list[Cuts]) -> str:
+    def latent_kind(self, cuts: list[CroppedDataset]) -> str:
         """What the cache holds of the pictures, in words."""
         first = self._latents.get(self._latents.key(cuts[0].example, cuts[0].crops[0]))
         if "logvar" in first:
@@ -293,20 +293,20 @@ class _Maker:
         log.info("Graft: this VAE has no posterior that can be sampled; the mean of each picture is trained on.")
         return "mean alone: the VAE has no posterior"
 
-    def item(self, cut: Cuts, crop: Crop) -> Item:
+    def item(self, cut: CroppedDataset, crop: Crop) -> DatasetItem:
         """One cut of an example as the loop wants it."""
-        from .items import Item
+        from .items import DatasetItem
 
-        def show(turn: int | None) -> Shown:
+        def show(turn: int | None) -> Sample:
             with self._lock:
                 return self._show(cut, crop, turn)
 
         example = cut.example
         anchored = example.anchor is not None
-        return Item(example.source.name, crop.bucket, example.repeats, show, example.prior, anchored)
+        return DatasetItem(example.source.name, crop.bucket, example.repeats, show, example.prior, anchored)
 
-    def _show(self, cut: Cuts, crop: Crop, turn: int | None) -> Shown:
-        from .items import Shown
+    def _show(self, cut: CroppedDataset, crop: Crop, turn: int | None) -> Sample:
+        from .items import Sample
 
         example = cut.example
         caption, drawn, source = self._draw(cut, crop, turn)
@@ -322,8 +322,8 @@ class _Maker:
         if turn is not None and example.anchor is not None:
             told = replace(self._conditioning(example.anchor.prompt, example, drawn), **beside)
             live = self._live(example.anchor.prompt)
-            anchor = Shown(latent, told, weight, live, example.anchor.weight)
-        return Shown(latent, conditioning, weight, self._live(caption), example.weight, anchor)
+            anchor = Sample(latent, told, weight, live, example.anchor.weight)
+        return Sample(latent, conditioning, weight, self._live(caption), example.weight, anchor)
 
     def _conditioning(self, caption: str, example: Example, drawn: Crop) -> Conditioning:
         """What a showing is conditioned on; without tensors where the text is encoded at every step."""
@@ -332,7 +332,7 @@ class _Maker:
             tensors = self._keep.get(f"text {caption}", lambda: self._texts.get(caption))
         return Conditioning(tensors, example.size, drawn.offset, drawn.bucket)
 
-    def _beside(self, cut: Cuts, crop: Crop, drawn: Crop, turn: int | None) -> dict[str, torch.Tensor]:
+    def _beside(self, cut: CroppedDataset, crop: Crop, drawn: Crop, turn: int | None) -> dict[str, torch.Tensor]:
         """The source picture of a showing, or its hole: by seed, place and turn alone, and validation's is the first.
 
         Means of the posterior, as the host's own nodes give them.
@@ -350,7 +350,7 @@ class _Maker:
     def _live(self, caption: str) -> str | None:
         return caption if self._texts is None else None
 
-    def _draw(self, cut: Cuts, crop: Crop, turn: int | None):
+    def _draw(self, cut: CroppedDataset, crop: Crop, turn: int | None):
         """(caption, cut, source of the latent's noise) of a showing: by seed, place and turn alone.
 
         Validation has no turn: the plain caption, no mirror, the mean.
@@ -385,7 +385,7 @@ class _Maker:
         return found[""].clamp_min(example.handling.mask_minimum)
 
 
-def _sound(cuts: list[Cuts], outcome: list[LeftOut | None], left_out: list[LeftOut]) -> list[Cuts]:
+def _sound(cuts: list[CroppedDataset], outcome: list[LeftOut | None], left_out: list[LeftOut]) -> list[CroppedDataset]:
     """The cuts without a problem; those of the others go to `left_out`."""
     left_out.extend(problem for problem in outcome if problem is not None)
     return [cut for cut, problem in zip(cuts, outcome, strict=True) if problem is None]

@@ -44,7 +44,7 @@ RECOMPUTED = (EVERYTHING, ALL_BUT_ATTENTION)
 
 
 @dataclass(frozen=True)
-class Word:
+class EmbeddingSpec:
     """A word to be learnt.
 
     Attributes:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import RunError
 from ..formats import files
-from .loss_by_timestep import LevelLosses
+from .loss_by_timestep import LossByTimestep
 
 if TYPE_CHECKING:
     import torch
@@ -47,11 +47,11 @@ class State:
     trainables: dict[str, torch.Tensor] = field(default_factory=dict)
     ema: dict[str, torch.Tensor] = field(default_factory=dict)
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
-    optimiser: dict[int, dict[str, Any]] = field(default_factory=dict)
+    optimizer: dict[int, dict[str, Any]] = field(default_factory=dict)
     groups: list[dict[str, Any]] = field(default_factory=list)
     scaler: dict[str, float] = field(default_factory=dict)
     frozen: list[str] = field(default_factory=list)
-    levels: LevelLosses = field(default_factory=LevelLosses)
+    levels: LossByTimestep = field(default_factory=LossByTimestep)
     ema_updates: int | None = None
 
 
@@ -64,7 +64,7 @@ def write_state(path: str, state: State) -> None:
         for name, tensor in getattr(state, group).items():
             tensors[f"{group}/{name}"] = tensor
     numbers: dict[str, dict[str, Any]] = {}
-    for index, slots in state.optimiser.items():
+    for index, slots in state.optimizer.items():
         for name, value in slots.items():
             if torch.is_tensor(value):
                 tensors[f"optimiser/{index}/{name}"] = value
@@ -80,7 +80,7 @@ def write_state(path: str, state: State) -> None:
         "groups": state.groups,
         "scaler": state.scaler,
         "frozen": state.frozen,
-        "levels": state.levels.as_json(),
+        "levels": state.loss_by_timestep.as_json(),
     }
     if state.ema_updates is not None:
         plain["ema_updates"] = state.ema_updates
@@ -110,18 +110,18 @@ def read_state(path: str, step: int) -> State:
             batches=plain["batches"],
             losses=[float(loss) for loss in plain["losses"]],
             validation=[(int(step), float(loss)) for step, loss in plain["validation"]],
-            optimiser={int(index): _numbers_in(slots) for index, slots in plain["optimiser"].items()},
+            optimizer={int(index): _numbers_in(slots) for index, slots in plain["optimiser"].items()},
             groups=[_numbers_in(group) for group in plain.get("groups", [])],
             scaler=_numbers_in(plain["scaler"]),
             frozen=[str(name) for name in plain.get("frozen", [])],
-            levels=LevelLosses.of_json(plain["levels"]) if "levels" in plain else LevelLosses(),
+            levels=LossByTimestep.of_json(plain["levels"]) if "levels" in plain else LossByTimestep(),
             ema_updates=plain.get("ema_updates"),
         )
         for name, tensor in tensors.items():
             group, _, rest = name.partition("/")
             if group == "optimiser":
                 index, _, slot = rest.partition("/")
-                state.optimiser.setdefault(int(index), {})[slot] = tensor
+                state.optimizer.setdefault(int(index), {})[slot] = tensor
             elif group in ("trainables", "ema", "constants"):
                 if not files.is_finite(tensor):
                     raise ValueError(f"{name} is not finite")

@@ -23,7 +23,7 @@ _MOST = 16  # spans; with more, each two neighbours become one
 
 
 @dataclass
-class LevelLosses:
+class LossByTimestep:
     """The model's own loss of each picture that was trained on, by noise level and by span of steps.
 
     The mean squared error of the prediction, whatever is trained by: with masks, but without weighting, Huber's bend or
@@ -74,7 +74,7 @@ class LevelLosses:
         return asdict(self)
 
     @classmethod
-    def of_json(cls, value: Any) -> LevelLosses:
+    def of_json(cls, value: Any) -> LossByTimestep:
         """Raises ValueError for anything that `as_json` does not give."""
         if not isinstance(value, Mapping) or value.keys() != {"span", "sums", "counts"}:
             raise ValueError("no losses by noise level")
@@ -92,7 +92,7 @@ def times_of(denoiser: Denoiser, sigma: torch.Tensor) -> list[float]:
 
     levels = denoiser.sigmas()
     places = torch.searchsorted(levels, sigma.to(levels)).clamp_(max=len(levels) - 1)
-    return level_times(levels, denoiser.parameterisation)[places].tolist()
+    return level_times(levels, denoiser.parameterization)[places].tolist()
 
 
 def _halved(rows: list[list]) -> list[list]:

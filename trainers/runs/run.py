@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import RunError
 from ..formats import files
 from ..formats.metadata import data_uri
-from ..text import is_reserved, safe_name
+from ..text import is_windows_reserved, safe_name
 from . import run_lock
 from .checkpoint import State, read_state, write_state
 
@@ -441,7 +441,7 @@ class Run:
 
 def is_name(text: str) -> bool:
     """Whether a text can be the name of a run's folder: one part of a path, on any system."""
-    return _NAME.fullmatch(text) is not None and not is_reserved(text)
+    return _NAME.fullmatch(text) is not None and not is_windows_reserved(text)
 
 
 def _listed(folder: str) -> list[str]:

@@ -30,8 +30,8 @@ def picture(findings: Findings) -> np.ndarray:
         0.03, 1 - 0.47 / height, "norm of what is added to each block", color=figure.FAINT, fontsize=figure.LETTERS
     )
     finite = [value if math.isfinite(value) else 0.0 for _, value in rows]
-    colours = [figure.SECOND if _is_text(block) else figure.FIRST for block, _ in rows]
-    axes.barh(range(len(rows)), finite, color=colours, height=0.72)
+    colors = [figure.SECOND if _is_text(block) else figure.FIRST for block, _ in rows]
+    axes.barh(range(len(rows)), finite, color=colors, height=0.72)
     axes.set_yticks(range(len(rows)), [block for block, _ in rows], fontsize=figure.LETTERS, color=figure.INK)
     axes.set_ylim(max(4, len(rows)) - 0.4, -0.6)
     top = max(finite, default=0.0) or 1.0

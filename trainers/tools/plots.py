@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from ..runs.loss_by_timestep import LevelLosses
+    from ..runs.loss_by_timestep import LossByTimestep
 
 _WIDTH, _HEIGHT = 9.0, 5.0
 _RAW = 0.3  # opacity
@@ -31,19 +31,19 @@ def plot(losses: Mapping[str, Sequence[float]], smoothing: float, logarithmic: b
     """
     made = figure.blank(_WIDTH, _HEIGHT)
     axes = _axes(made, "step", "loss", logarithmic)
-    for colour, (label, values) in zip((figure.FIRST, figure.SECOND), losses.items(), strict=False):
+    for color, (label, values) in zip((figure.FIRST, figure.SECOND), losses.items(), strict=False):
         steps = range(1, len(values) + 1)
-        axes.plot(steps, values, color=colour, linewidth=0.8, alpha=_RAW if smoothing else 1.0)
+        axes.plot(steps, values, color=color, linewidth=0.8, alpha=_RAW if smoothing else 1.0)
         if smoothing:
-            axes.plot(steps, smoothed(values, smoothing), color=colour, linewidth=2.0)
+            axes.plot(steps, smoothed(values, smoothing), color=color, linewidth=2.0)
         # The label of its own: a line of no points.
-        axes.plot([], [], color=colour, linewidth=2.0, label=label)
+        axes.plot([], [], color=color, linewidth=2.0, label=label)
     if len(losses) > 1:
         _legend(axes)
     return figure.as_array(made)
 
 
-def plot_levels(runs: Mapping[str, tuple[LevelLosses, int]], logarithmic: bool) -> np.ndarray:
+def plot_levels(runs: Mapping[str, tuple[LossByTimestep, int]], logarithmic: bool) -> np.ndarray:
     """[H, W, 3] float32 in 0..1: the mean loss by timestep, of the first quarter of the steps and of the last.
 
     Args:
@@ -51,7 +51,7 @@ def plot_levels(runs: Mapping[str, tuple[LevelLosses, int]], logarithmic: bool) 
     """
     made = figure.blank(_WIDTH, _HEIGHT)
     axes = _axes(made, "timestep: 0 picture, 1000 noise", "loss, not weighted", logarithmic)
-    for colour, (label, (levels, steps)) in zip((figure.FIRST, figure.SECOND), runs.items(), strict=False):
+    for color, (label, (levels, steps)) in zip((figure.FIRST, figure.SECOND), runs.items(), strict=False):
         begin = f"{label}: " if len(runs) > 1 else ""
         quarters = _quarters(levels)
         for (first, last), look in zip(quarters, _LOOKS[-len(quarters) :], strict=True):
@@ -59,14 +59,14 @@ def plot_levels(runs: Mapping[str, tuple[LevelLosses, int]], logarithmic: bool) 
             points = [(1000 * (place + 0.5) / len(means), mean) for place, mean in enumerate(means) if mean == mean]
             told = f"{begin}steps {first * levels.span + 1} to {min(steps, (last + 1) * levels.span)}"
             axes.plot(
-                *zip(*points, strict=True), color=colour, linewidth=1.6, marker="o", markersize=4, label=told, **look
+                *zip(*points, strict=True), color=color, linewidth=1.6, marker="o", markersize=4, label=told, **look
             )
     axes.set_xlim(0, 1000)
     _legend(axes)
     return figure.as_array(made)
 
 
-def _quarters(levels: LevelLosses) -> list[tuple[int, int]]:
+def _quarters(levels: LossByTimestep) -> list[tuple[int, int]]:
     """(first, last) of the spans of the first quarter and of the last; one alone where there is only one span."""
     told = [place for place, counts in enumerate(levels.counts) if any(counts)]
     most = max(1, len(told) // 4)

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Wish:
+class ClassImageRequest:
     """The values on a node that has class images drawn; unset ones are the family's own.
 
     Attributes:
@@ -78,7 +78,7 @@ class Made:
         return torch.stack([torch.from_numpy(to_array(one.source.open())) for one in self.dataset.examples])
 
 
-def make(model: ModelPatcher, clip: CLIP, vae: VAE, wish: Wish, node: str) -> Made:
+def make(model: ModelPatcher, clip: CLIP, vae: VAE, wish: ClassImageRequest, node: str) -> Made:
     """Class images as wished; each is kept as soon as it is drawn, so that what interrupts this loses nothing.
 
     Raises:
@@ -116,7 +116,7 @@ def make(model: ModelPatcher, clip: CLIP, vae: VAE, wish: Wish, node: str) -> Ma
     return Made(images.dataset(numbers, geometry.resolution), len(missing), images.folder, shown)
 
 
-def _draw(images: ClassImages, missing: list[int], wish: Wish, model, clip, vae, node: str) -> None:
+def _draw(images: ClassImages, missing: list[int], wish: ClassImageRequest, model, clip, vae, node: str) -> None:
     if not missing:
         return
     # Imported here: the host's samplers are not needed where all is drawn.

@@ -34,7 +34,7 @@ BASE = "base"
 
 
 @dataclass(frozen=True)
-class Wish:
+class CompareRequest:
     """The values on a node that compares.
 
     Attributes:
@@ -71,7 +71,7 @@ class Column:
 
 
 def compare(
-    model: ModelPatcher, clip: CLIP, vae: VAE, wish: Wish, adapters: Mapping[str, Mapping | None], node: str
+    model: ModelPatcher, clip: CLIP, vae: VAE, wish: CompareRequest, adapters: Mapping[str, Mapping | None], node: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(grid [1, H, W, 3], pictures [N, h, w, 3] row by row), float32 in 0..1.
 
@@ -115,7 +115,7 @@ def compare(
     return torch.from_numpy(image)[None], batch
 
 
-def _request(model: ModelPatcher, vae: VAE, wish: Wish, prompts: tuple[str, ...]) -> PreviewRequest:
+def _request(model: ModelPatcher, vae: VAE, wish: CompareRequest, prompts: tuple[str, ...]) -> PreviewRequest:
     family = family_of(families.family_name(model))
     geometry = families.geometry(model, int(vae.spacial_compression_encode()), wish.resolution)
     cfg, sampler_name, scheduler = families.drawing(family, wish.cfg, wish.sampler_name, wish.scheduler)
@@ -123,7 +123,7 @@ def _request(model: ModelPatcher, vae: VAE, wish: Wish, prompts: tuple[str, ...]
     return PreviewRequest(prompts, size, wish.steps, cfg, sampler_name, scheduler, wish.seed, wish.negative)
 
 
-def columns_of(wish: Wish, adapters: Mapping[str, Mapping | None]) -> list[Column]:
+def columns_of(wish: CompareRequest, adapters: Mapping[str, Mapping | None]) -> list[Column]:
     """Every adapter and file at every strength; the model as it came once, where a strength is 0.
 
     Raises:

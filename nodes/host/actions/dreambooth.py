@@ -9,9 +9,9 @@ from ....trainers.data import captions, prior
 from ....trainers.data.examples import combine
 from ....trainers.errors import SettingsError
 from ....trainers.methods import METHODS
-from ....trainers.optimizers import OPTIMISERS
+from ....trainers.optimizers import OPTIMIZERS
 from ..model import checks
-from ..server.control import attended
+from ..server.control import run_controlled
 from . import class_images
 from . import train as training
 
@@ -47,26 +47,28 @@ def train(
     dataset: Dataset,
     subject: Subject,
     class_dataset: Dataset | None,
-    widgets: training.Widgets,
+    widgets: training.TrainInputs,
     options: Options | None,
     node: str,
-) -> training.Trained:
+) -> training.TrainOutput:
     """Draws the class images that are missing, then trains as every other method does.
 
     Raises:
         GraftError: with input and cure.
         The host's interruption, after what was reached was saved.
     """
-    return attended(node, lambda _: _train(model, clip, vae, dataset, subject, class_dataset, widgets, options, node))
+    return run_controlled(
+        node, lambda _: _train(model, clip, vae, dataset, subject, class_dataset, widgets, options, node)
+    )
 
 
-def _train(model, clip, vae, dataset, subject, class_dataset, widgets, options, node: str) -> training.Trained:
+def _train(model, clip, vae, dataset, subject, class_dataset, widgets, options, node: str) -> training.TrainOutput:
     checks.check_sockets(model, clip, vae)
     _check_method(widgets.method)
     instance = prior.captioned(dataset, subject.instance_prompt, "instance_prompt")
     instance = replace(instance, trigger=dataset.trigger or " ".join(subject.instance_prompt.split()))
     # Before hundreds of pictures are drawn for nothing.
-    OPTIMISERS[training.settled(model, instance, widgets, options).optimizer].load()
+    OPTIMIZERS[training.build_recipe(model, instance, widgets, options).optimizer].load()
     preserved, note = _preserved(model, clip, vae, instance, subject, class_dataset, node)
     done = training.train(model, clip, vae, preserved, widgets, options, node)
     return replace(done, ui={"text": tuple(f"{text} {note}" for text in done.ui["text"])})
@@ -83,13 +85,13 @@ def _preserved(model, clip, vae, dataset: Dataset, subject: Subject, given: Data
         return dataset, "The class is not preserved: prior_weight is 0."
     if subject.prior == "differential":
         _check_class(dataset, subject)
-        return prior.anchor(dataset, subject.class_prompt, subject.prior_weight), (
+        return prior.add_prior_target(dataset, subject.class_prompt, subject.prior_weight), (
             f"Held to what the model predicted for '{subject.class_prompt}', weight {subject.prior_weight:g}."
         )
     if subject.class_images == 0:
         return dataset, "The class is not preserved: class_images is 0."
     classes, note = _classes(model, clip, vae, dataset, subject, given, node)
-    return prior.attach(dataset, classes, subject.prior_weight), note
+    return prior.add_class_images(dataset, classes, subject.prior_weight), note
 
 
 def _classes(model, clip, vae, dataset: Dataset, subject: Subject, given: Dataset | None, node: str):
@@ -103,7 +105,7 @@ def _classes(model, clip, vae, dataset: Dataset, subject: Subject, given: Datase
     _check_class(dataset, subject)
     # From the number on that was not given: those that are may be the first of the same drawing.
     count = subject.class_images
-    wish = class_images.Wish(subject.class_prompt, count, resolution=dataset.resolution, first=usable)
+    wish = class_images.ClassImageRequest(subject.class_prompt, count, resolution=dataset.resolution, first=usable)
     made = class_images.make(model, clip, vae, wish, node)
     classes = made.dataset if given is None else combine(given, replace(made.dataset, resolution=given.resolution))
     kept = len(made.dataset.examples) - made.drawn

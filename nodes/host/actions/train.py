@@ -19,7 +19,7 @@ from ....trainers.families import family_of
 from ....trainers.memory.oom import in_one_line, is_out_of_memory
 from ....trainers.preprocessing.crops import all_resolutions
 from ....trainers.protocols import Geometry, Host
-from ....trainers.recipe.recipe import Word
+from ....trainers.recipe.recipe import EmbeddingSpec
 from ....trainers.runs.loss_by_timestep import BY_TIMESTEP
 from .. import paths
 from ..jobs import launcher, provenance
@@ -30,7 +30,7 @@ from ..model.embeddings import apply_embedding
 from ..model.lora import apply_adapter
 from ..model.text_encoder import ComfyText
 from ..model.vae import ComfyCodec
-from ..server.control import Training, attended, heed
+from ..server.control import Training, check_interrupt, run_controlled
 from ..server.messages import graph_of
 from ..server.progress import Progress, counter
 
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Widgets:
+class TrainInputs:
     """The values on a training node; rank 0 and a word where a word alone is trained."""
 
     method: str
@@ -55,11 +55,11 @@ class Widgets:
     rank: int
     batch_size: int
     seed: int
-    word: Word | None = None
+    word: EmbeddingSpec | None = None
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainOutput:
     """What a training node hands on; adapter and embedding are None where none was trained."""
 
     model: ModelPatcher
@@ -71,28 +71,34 @@ class Trained:
 
 
 def train(
-    model: ModelPatcher, clip: CLIP, vae: VAE, dataset: Dataset, widgets: Widgets, options: Options | None, node: str
-) -> Trained:
+    model: ModelPatcher,
+    clip: CLIP,
+    vae: VAE,
+    dataset: Dataset,
+    widgets: TrainInputs,
+    options: Options | None,
+    node: str,
+) -> TrainOutput:
     """Trains, resumes or returns a finished run; model and clip come out with what was trained applied.
 
     Raises:
         GraftError: with input and cure.
         The host's interruption, after what was reached was saved.
     """
-    return attended(node, lambda training: _train(model, clip, vae, dataset, widgets, options, training))
+    return run_controlled(node, lambda training: _train(model, clip, vae, dataset, widgets, options, training))
 
 
-def _train(model, clip, vae, dataset, widgets, options, training: Training) -> Trained:
+def _train(model, clip, vae, dataset, widgets, options, training: Training) -> TrainOutput:
     check_sockets(model, clip, vae)
     with torch.inference_mode(False):
         text = ComfyText(clip)
         denoiser = ComfyDenoiser(model, text, vae)
-        recipe = settled(model, dataset, widgets, options)
+        recipe = build_recipe(model, dataset, widgets, options)
         if training.workflow:
             recipe = with_picture(recipe, dataset)
         progress = Progress(training, recipe.steps)
         graph = _graph(training)
-        host = Host(denoiser, text, ComfyCodec(vae), progress, training.asked, heed, graph=graph)
+        host = Host(denoiser, text, ComfyCodec(vae), progress, training.next_command, check_interrupt, graph=graph)
         try:
             result = _result_of(recipe, dataset, host, training.node)
         except (RuntimeError, MemoryError) as error:
@@ -105,10 +111,10 @@ def _train(model, clip, vae, dataset, widgets, options, training: Training) -> T
     if result.embedding is not None:
         trained_clip = apply_embedding(trained_clip, result.embedding)
     done = {"run": result.run.name, "step": result.step, "steps": recipe.steps}
-    training.tell("done", {**done, "cached": result.resumed_from == result.step})
+    training.send("done", {**done, "cached": result.resumed_from == result.step})
     summary = _summary(result, recipe)
-    loss = {"loss": result.losses, BY_TIMESTEP: result.levels.as_json()}
-    return Trained(trained_model, trained_clip, result.adapter, result.embedding, loss, {"text": (summary,)})
+    loss = {"loss": result.losses, BY_TIMESTEP: result.loss_by_timestep.as_json()}
+    return TrainOutput(trained_model, trained_clip, result.adapter, result.embedding, loss, {"text": (summary,)})
 
 
 def _graph(training: Training) -> dict[str, Any] | None:
@@ -140,7 +146,13 @@ def _out_of_memory(error: Exception) -> OutOfMemory:
 
 
 def export(
-    model: ModelPatcher, clip: CLIP, vae: VAE, dataset: Dataset, widgets: Widgets, options: Options | None, node: str
+    model: ModelPatcher,
+    clip: CLIP,
+    vae: VAE,
+    dataset: Dataset,
+    widgets: TrainInputs,
+    options: Options | None,
+    node: str,
 ) -> str:
     """Writes what `train` would do as a job for other machines; its folder.
 
@@ -158,13 +170,13 @@ def export(
     with torch.inference_mode(False):
         text = ComfyText(clip)
         denoiser = ComfyDenoiser(model, text, vae)
-        recipe = settled(model, dataset, widgets, options)
+        recipe = build_recipe(model, dataset, widgets, options)
         host = Host(denoiser, text, ComfyCodec(vae), report)
         base = provenance.describe(node, host, files=True)
         return export_job(paths.jobs_folder(), recipe, dataset, host, paths.folders(), base)
 
 
-def settled(model: ModelPatcher, dataset: Dataset, widgets: Widgets, options: Options | None) -> Recipe:
+def build_recipe(model: ModelPatcher, dataset: Dataset, widgets: TrainInputs, options: Options | None) -> Recipe:
     """The recipe of a node, before anything was loaded for it.
 
     Raises:

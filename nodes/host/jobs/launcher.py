@@ -27,8 +27,8 @@ from PIL import Image
 
 from ....trainers import errors
 from ....trainers.engine.job import write_local_job
-from ....trainers.errors import Parted, RunError, SettingsError
-from ....trainers.protocols import Asked
+from ....trainers.errors import PeerLostError, RunError, SettingsError
+from ....trainers.protocols import Command
 from .. import paths
 from . import provenance
 
@@ -96,7 +96,7 @@ def train(recipe: Recipe, dataset: Dataset, host: Host, node: str) -> tuple[str,
         # The processes put their own copies on the devices.
         comfy.model_management.unload_all_models()
         comfy.model_management.soft_empty_cache()
-        crew = _Crew(folder, recipe.processes)
+        crew = WorkerGroup(folder, recipe.processes)
         try:
             return crew.attend(host)
         finally:
@@ -106,7 +106,7 @@ def train(recipe: Recipe, dataset: Dataset, host: Host, node: str) -> tuple[str,
 
 
 @dataclass
-class _Member:
+class Worker:
     """One process.
 
     Attributes:
@@ -117,7 +117,7 @@ class _Member:
     pipe: Connection
     last: tuple | None = None
 
-    def words(self) -> Iterator[tuple]:
+    def messages(self) -> Iterator[tuple]:
         """What it has said since."""
         try:
             while self.pipe.poll():
@@ -142,7 +142,7 @@ class _Member:
         return said or self.process.exitcode not in (None, 0)
 
 
-class _Crew:
+class WorkerGroup:
     """The processes of one training, and what the graph knows of them."""
 
     def __init__(self, folder: str, count: int):
@@ -151,7 +151,7 @@ class _Crew:
 
         # Where they find each other; the system chooses a port that is free.
         self._store = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
-        self._members: list[_Member] = []
+        self._members: list[Worker] = []
         self._run = ("", 0)
         context = multiprocessing.get_context("spawn")
         try:
@@ -168,7 +168,7 @@ class _Crew:
                 with _nameless_main():
                     member.start()
                 theirs.close()
-                self._members.append(_Member(member, ours))
+                self._members.append(Worker(member, ours))
         except BaseException:
             self.end()
             raise
@@ -180,11 +180,11 @@ class _Crew:
         try:
             while self._runs() and time.monotonic() < until:
                 self._hear(host.report)
-                host.heed()
-                asked = host.asked()
-                if asked is Asked.SAVE or (asked is Asked.STOP and not stopping):
+                host.check_interrupt()
+                asked = host.next_command()
+                if asked is Command.SAVE or (asked is Command.STOP and not stopping):
                     self._members[0].say(asked.value)
-                stopping = stopping or asked is Asked.STOP
+                stopping = stopping or asked is Command.STOP
                 if until == math.inf and any(member.failed for member in self._members):
                     # The others learn of it, and the one that leads saves.
                     until = time.monotonic() + _LONG_GRACE
@@ -206,7 +206,7 @@ class _Crew:
         live = [member for member in self._members if member.process.exitcode is None]
         wait([member.pipe for member in live] + [member.process.sentinel for member in live], _PAUSE)
         for member in self._members:
-            for word in member.words():
+            for word in member.messages():
                 if word[0] == "event":
                     self._pass_on(*word[1:], report)
 
@@ -247,7 +247,10 @@ class _Crew:
                     f"Process {rank} of the training was lost (exit code {member.process.exitcode}).",
                     "What was saved stays: queue the graph again to go on.",
                 )
-        for kind, error in (("interrupted", comfy.model_management.InterruptProcessingException), ("parted", Parted)):
+        for kind, error in (
+            ("interrupted", comfy.model_management.InterruptProcessingException),
+            ("parted", PeerLostError),
+        ):
             if any(word[0] == kind for word in said):
                 raise error()
 

@@ -19,19 +19,19 @@ from comfy.cli_args import args
 
 from ....trainers.engine.job import Job, read_job
 from ....trainers.engine.session import Result, run_recipe, task_of
-from ....trainers.errors import GraftError, ModelError, Parted
+from ....trainers.errors import GraftError, ModelError, PeerLostError
 from ....trainers.protocols import Host
 from .. import paths
 from ..model.checks import check_sockets
 from ..model.denoiser import ComfyDenoiser
 from ..model.text_encoder import ComfyText
 from ..model.vae import ComfyCodec
-from ..server.control import DESK, Training, Wish, heed
+from ..server.control import REGISTRY, Training, UserCommand, check_interrupt
 from ..server.progress import log_step
 from . import provenance
 
 if TYPE_CHECKING:
-    from ....trainers.distributed.accelerate_group import Spread
+    from ....trainers.distributed.accelerate_group import AccelerateGroup
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ DONE, FAILED, INTERRUPTED = 0, 1, 130
 Report = Callable[[str, dict[str, Any]], None]
 
 
-def main(folder: str, group: Spread, seat: dict[str, Any] | None) -> int:
+def main(folder: str, group: AccelerateGroup, seat: dict[str, Any] | None) -> int:
     """Runs the job in a folder to its end; the process's exit status.
 
     Args:
@@ -48,9 +48,9 @@ def main(folder: str, group: Spread, seat: dict[str, Any] | None) -> int:
     """
     # Not by the host's own function, which takes other arguments in each version and writes a file. In place of what
     # libraries have put there meanwhile, which would say everything twice.
-    logging.basicConfig(level=logging.INFO if group.leads else logging.WARNING, format="%(message)s", force=True)
+    logging.basicConfig(level=logging.INFO if group.is_main else logging.WARNING, format="%(message)s", force=True)
     pipe = None if seat is None else seat["pipe"]
-    with DESK.seat("") as training, _interruptible(pipe, training):
+    with REGISTRY.register("") as training, _interruptible(pipe, training):
         told = _Terminal(group) if pipe is None else _Relay(group, pipe, training)
         try:
             result = _run(folder, group, told, training, pipe is not None)
@@ -63,7 +63,7 @@ def main(folder: str, group: Spread, seat: dict[str, Any] | None) -> int:
     return DONE
 
 
-def _run(folder: str, group: Spread, report: Report, training: Training, is_local: bool) -> Result:
+def _run(folder: str, group: AccelerateGroup, report: Report, training: Training, is_local: bool) -> Result:
     try:
         _set_paths()
         job = read_job(folder, is_local)
@@ -74,21 +74,21 @@ def _run(folder: str, group: Spread, report: Report, training: Training, is_loca
             folders = job.folders(paths.folders())
             _check_embeddings(job, task_of(job.recipe, job.dataset, host, folders).embedded)
             return run_recipe(job.recipe, job.dataset, host, folders)
-    except Parted:
+    except PeerLostError:
         raise
     except BaseException:
         # Whoever is on the way to a meeting would wait for this one.
-        group.part()
+        group.abort()
         raise
 
 
-def _host(job: Job, group: Spread, report: Report, training: Training) -> Host:
+def _host(job: Job, group: AccelerateGroup, report: Report, training: Training) -> Host:
     """The host with the job's base, which is made sure of."""
     base = provenance.load(job.base)
     check_sockets(**base)
     text = ComfyText(base["clip"])
     denoiser = ComfyDenoiser(base["model"], text, base["vae"])
-    host = Host(denoiser, text, ComfyCodec(base["vae"]), report, training.asked, heed, group)
+    host = Host(denoiser, text, ComfyCodec(base["vae"]), report, training.next_command, check_interrupt, group)
     # Jobs of versions before have fingerprints of another kind.
     before = provenance.earlier_fingerprints(host)
     for socket, found in provenance.fingerprints(host).items():
@@ -160,13 +160,13 @@ def _listen(pipe, training: Training) -> None:
         if word == "leave":
             comfy.model_management.interrupt_current_processing()
         else:
-            training.ask(Wish(word))
+            training.ask(UserCommand(word))
 
 
 class _Terminal:
     """What a job run by hand tells, on the terminal, by the process that leads."""
 
-    def __init__(self, group: Spread):
+    def __init__(self, group: AccelerateGroup):
         self._group = group
         self._step = 0
 
@@ -174,18 +174,18 @@ class _Terminal:
         """One event; raises the host's interruption after a signal."""
         if event == "step":
             self._step = payload["step"]
-        heed()
-        if not self._group.leads:
+        check_interrupt()
+        if not self._group.is_main:
             return
         if event == "step":
             log_step(payload)
         elif event == "run":
-            log.info("Graft: %d processes; the run is in %s", self._group.world, payload["folder"])
+            log.info("Graft: %d processes; the run is in %s", self._group.world_size, payload["folder"])
         elif event == "saved":
             log.info("Graft: step %d is saved: %s", payload["step"], payload["path"])
 
     def interrupted(self) -> int:
-        if self._group.leads:
+        if self._group.is_main:
             log.info("Graft: interrupted after step %d; it is saved. Start the job again to go on.", self._step)
         return INTERRUPTED
 
@@ -197,14 +197,14 @@ class _Terminal:
         return FAILED
 
     def done(self, result: Result) -> None:
-        if self._group.leads:
+        if self._group.is_main:
             log.info("Graft: done after step %d. Adapters are in %s", result.step, result.run.adapters)
 
 
 class _Relay:
     """The same for the graph that started this process, which tells its pages."""
 
-    def __init__(self, group: Spread, pipe, training: Training):
+    def __init__(self, group: AccelerateGroup, pipe, training: Training):
         self._group = group
         self._pipe = pipe
         self._training = training
@@ -213,16 +213,16 @@ class _Relay:
         """One event, without its pictures: those are on disk."""
         if event == "step":
             self._training.step = payload["step"]
-        if self._group.leads:
+        if self._group.is_main:
             self._pipe.send(("event", event, {name: payload[name] for name in payload if name != "pictures"}))
-        heed()
+        check_interrupt()
 
     def interrupted(self) -> int:
         self._pipe.send(("interrupted",))
         return INTERRUPTED
 
     def failed(self, error: Exception) -> int:
-        if isinstance(error, Parted):
+        if isinstance(error, PeerLostError):
             self._pipe.send(("parted",))
         elif isinstance(error, GraftError):
             self._pipe.send(("failed", type(error).__name__, error.message, error.cure, error.input))

@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     import torch
     from comfy.sd import CLIP
 
-    from ....trainers.preprocessing.lru_cache import Keep
+    from ....trainers.preprocessing.lru_cache import LRUCache
 
 # Encoders of which each row of a batch is known to be what it is alone: tests hold it.
 _ROW_BY_ROW = (*WIDTHS, "t5xxl")
 
 
-def encode_together(clip: CLIP, tokens: Sequence[dict], keep: Keep) -> list[dict[str, torch.Tensor]]:
+def encode_together(clip: CLIP, tokens: Sequence[dict], keep: LRUCache) -> list[dict[str, torch.Tensor]]:
     """What the host encodes from each of the tokens, with its graph.
 
     Args:
@@ -55,7 +55,7 @@ def form_of(clip: CLIP, tokens: dict) -> Hashable:
     return tuple(found) if any(key in _ROW_BY_ROW for key, *_ in found) else None
 
 
-def _each(clip: CLIP, tokens: Sequence[dict], keys: Collection[str], keep: Keep | None) -> list[dict]:
+def _each(clip: CLIP, tokens: Sequence[dict], keys: Collection[str], keep: LRUCache | None) -> list[dict]:
     """Args: keys: of the encoders that are asked once for all."""
     together = {key: _Rows(inner, tokens, key) for key, inner in _inner(clip, tokens) if key in keys}
     found = []
@@ -119,7 +119,7 @@ class _Rows:
 
 @contextmanager
 def _answered(
-    clip: CLIP, tokens: Sequence[dict], number: int, together: dict[str, _Rows], keep: Keep | None
+    clip: CLIP, tokens: Sequence[dict], number: int, together: dict[str, _Rows], keep: LRUCache | None
 ) -> Iterator[None]:
     """Lets the encoders answer caption `number` from what is computed already."""
     changed = []
@@ -135,7 +135,7 @@ def _answered(
             del inner.encode
 
 
-def _answer(inner, key: str, number: int, rows: _Rows | None, keep: Keep | None):
+def _answer(inner, key: str, number: int, rows: _Rows | None, keep: LRUCache | None):
     if rows is not None:
         return functools.partial(rows.answer, number)
     if keep is None or any(parameter.requires_grad for parameter in inner.parameters()):

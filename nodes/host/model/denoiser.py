@@ -20,7 +20,7 @@ import torch
 from ....trainers.errors import ModelError
 from ....trainers.families import GENERAL, family_of
 from ....trainers.memory.autograd import own_weights, private_tree
-from ....trainers.memory.offload import hold_back, place
+from ....trainers.memory.offload import mark_offloaded, place
 from ....trainers.protocols import HOLE, SOURCE, Conditioning, Geometry, PreviewRequest
 from . import compat, families, placement, quantized, sampling
 from .fingerprint import patcher_digest, sampled_patcher_digest
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from comfy.sd import VAE
     from PIL import Image
 
-    from ....trainers.families import Cut
+    from ....trainers.families import LayerSplit
     from .text_encoder import ComfyText
 
 log = logging.getLogger(__name__)
@@ -58,8 +58,8 @@ class ComfyDenoiser:
         self._sampling = self._model.get_model_object("model_sampling")
         self.family = families.family_name(self._model)
         self._beside = families.beside(self._model)
-        self.takes = "" if not self._beside else HOLE if self._beside == families.HOLE else SOURCE
-        self.parameterisation = families.parameterisation_name(self._model)
+        self.conditioning_kind = "" if not self._beside else HOLE if self._beside == families.HOLE else SOURCE
+        self.parameterization = families.parameterization_name(self._model)
         self.sigma_data = float(getattr(self._sampling, "sigma_data", 1.0))
         self.noise_scale = float(getattr(self._sampling, "noise_scale", 1.0))
         self._guidance = families.guidance(self._model)
@@ -192,12 +192,12 @@ class ComfyDenoiser:
         options = options["transformer_options"]
         options["cond_or_uncond"] = [0]
         options["sigmas"] = sigma
-        for name, told in families.told_places(self._base, context).items():
+        for name, told in families.token_positions(self._base, context).items():
             options[name] = {**told, **options.get(name, {})}
         return options
 
     @contextmanager
-    def training(self, compute_dtype: str, away: bool = False) -> Iterator[None]:
+    def training(self, compute_dtype: str, offloaded: bool = False) -> Iterator[None]:
         """Has the host place the weights, builds the private tree, and forgets it afterwards in any case.
 
         Args:
@@ -207,17 +207,17 @@ class ComfyDenoiser:
         with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
             self._model = classic(self._model)
             self._sampling = self._model.get_model_object("model_sampling")
-            stack.enter_context(placement.placed(self._model, away))
+            stack.enter_context(placement.placed(self._model, offloaded))
             self._pins = stack.enter_context(placement.pinning())
             base = self._model.model
-            _check_trainable(base, None if away else self.device)
+            _check_trainable(base, None if offloaded else self.device)
             _warn(self._model, self.family)
             own_weights(base.diffusion_model)
             self.compute_dtype = _DTYPES.get(compute_dtype) or _inference_dtype(base)
             self.module = private_tree(base.diffusion_model)
             quantized.as_linears(self.module)
-            if away:
-                hold_back(self.module, self.device)
+            if offloaded:
+                mark_offloaded(self.module, self.device)
             # Listed once: looking for them takes longer than asking them.
             self._casting = [layer for layer in self.module.modules() if hasattr(layer, "comfy_cast_weights")]
             self._base = _over(base, self.module)
@@ -280,13 +280,13 @@ class ComfyDenoiser:
         names = comfy.utils.unet_to_diffusers(self._model.model.model_config.unet_config)
         return {ours: theirs for theirs, ours in names.items()}
 
-    def published_cuts(self, path: str) -> tuple[Cut, ...]:
+    def published_splits(self, path: str) -> tuple[LayerSplit, ...]:
         """By the host's own map of a transformer's weights; none for other families."""
         return self._cuts.get(f"{path}.weight", ())
 
     @functools.cached_property
-    def _cuts(self) -> dict[str, tuple[Cut, ...]]:
-        return families.diffusers_cuts(self._model)
+    def _cuts(self) -> dict[str, tuple[LayerSplit, ...]]:
+        return families.diffusers_splits(self._model)
 
     def check_adapter(self, tensors: dict[str, torch.Tensor]) -> list[str]:
         """Keys that the host's own LoRA loader would not use on this model."""

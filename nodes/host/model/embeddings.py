@@ -67,21 +67,21 @@ def apply_embedding(clip: CLIP, embedding: Embedding) -> CLIP:
                 "embedding",
             )
     other = clip.clone()
-    other.tokenizer = with_word(clip.tokenizer, embedding.name, dict(embedding))
+    other.tokenizer = with_embedding(clip.tokenizer, embedding.name, dict(embedding))
     return other
 
 
-def with_word(tokenizer, name: str, vectors: dict[str, torch.Tensor]):
+def with_embedding(tokenizer, name: str, vectors: dict[str, torch.Tensor]):
     """A copy of a CLIP's tokenizer that answers `embedding:<name>` with vectors, [n, width] by encoder."""
     other = copy.copy(tokenizer)
     for key, inner in vars(tokenizer).items():
         if hasattr(inner, "_try_get_embedding"):
-            setattr(other, key, _with_word(inner, name, vectors.get(key)))
+            setattr(other, key, _with_embedding(inner, name, vectors.get(key)))
     setattr(other, _ATTACHED, {**getattr(tokenizer, _ATTACHED, {}), name: vectors})
     return other
 
 
-def _with_word(inner, name: str, vectors: torch.Tensor | None):
+def _with_embedding(inner, name: str, vectors: torch.Tensor | None):
     other = copy.copy(inner)
     if other.embedding_directory is None:
         # The host looks for embeddings only where there is a place for them.

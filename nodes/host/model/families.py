@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import comfy.utils
 from comfy.model_base import BaseModel
 
-from ....trainers.families import Cut, Family, family_of
+from ....trainers.families import Family, LayerSplit, family_of
 from ....trainers.protocols import HOLE, Geometry
 
 if TYPE_CHECKING:
@@ -69,11 +69,11 @@ def family_name(model: ModelPatcher) -> str:
     for kind in type(model.model.model_config).__mro__:
         if kind.__name__ in _FAMILIES:
             name = _FAMILIES[kind.__name__]
-            return "SD2 v" if name == "SD2" and parameterisation_name(model) == "v" else name
+            return "SD2 v" if name == "SD2" and parameterization_name(model) == "v" else name
     return "general"
 
 
-def parameterisation_name(model: ModelPatcher) -> str:
+def parameterization_name(model: ModelPatcher) -> str:
     """Name in `trainers.objective`, or that of the unknown class, which is refused there."""
     sampling = model.get_model_object("model_sampling")
     for kind in type(sampling).__mro__:
@@ -82,19 +82,21 @@ def parameterisation_name(model: ModelPatcher) -> str:
     return type(sampling).__name__
 
 
-def diffusers_cuts(model: ModelPatcher) -> dict[str, tuple[Cut, ...]]:
+def diffusers_splits(model: ModelPatcher) -> dict[str, tuple[LayerSplit, ...]]:
     """The layers that diffusers has for a transformer's, by the weight's name in the checkpoint."""
     known = _DIFFUSERS_MAPS.get(family_name(model))
     if known is None:
         return {}
-    found: dict[str, list[Cut]] = {}
+    found: dict[str, list[LayerSplit]] = {}
     for theirs, place in getattr(comfy.utils, known)(model.model.model_config.unet_config).items():
         if not theirs.endswith(".weight"):
             continue
         ours, rows = (place, None) if isinstance(place, str) else place[:2]
         # A newer host's map knows names of other models for the same weight; the family's own come first.
         if rows is not None or ours not in found:
-            found.setdefault(ours, []).append(Cut(theirs.removesuffix(".weight"), functools.partial(_rows_of, place)))
+            found.setdefault(ours, []).append(
+                LayerSplit(theirs.removesuffix(".weight"), functools.partial(_rows_of, place))
+            )
     return {ours: tuple(cuts) for ours, cuts in found.items()}
 
 
@@ -143,8 +145,11 @@ def beside_values(kind: str, conditioning: Conditioning, device: torch.device | 
         device: to put it on; None to leave it where it is.
     """
     found = {}
-    if kind == HOLE and conditioning.hole is not None:
-        found = {"concat_mask": conditioning.hole.float(), "concat_latent_image": conditioning.around}
+    if kind == HOLE and conditioning.inpaint_mask is not None:
+        found = {
+            "concat_mask": conditioning.inpaint_mask.float(),
+            "concat_latent_image": conditioning.masked_image_latent,
+        }
     elif kind == CONCAT and conditioning.source is not None:
         found = {"concat_latent_image": conditioning.source}
     elif kind == REFERENCE and conditioning.source is not None:
@@ -162,7 +167,7 @@ def is_reproduced(base) -> bool:
     return type(base)._apply_model is BaseModel._apply_model or type(base).__name__ in _PLACED_BEHIND
 
 
-def told_places(base, context: torch.Tensor | None) -> dict[str, dict[str, float]]:
+def token_positions(base, context: torch.Tensor | None) -> dict[str, dict[str, float]]:
     """Options about the places of a picture's parts, for networks that count them from the text's end on.
 
     As `LongCatImage._apply_model` gives them, which leaves what the MODEL already says.

@@ -17,7 +17,7 @@ EVERYTHING = 1e20
 
 
 @contextmanager
-def placed(model: ModelPatcher, away: bool) -> Iterator[None]:
+def placed(model: ModelPatcher, offloaded: bool) -> Iterator[None]:
     """Within it the weights are in place, with all that waits on the model counted in.
 
     Args:
@@ -26,7 +26,7 @@ def placed(model: ModelPatcher, away: bool) -> Iterator[None]:
             they are put on the device whole, and left there to the host.
     """
     management = comfy.model_management
-    if not away:
+    if not offloaded:
         management.load_models_gpu([model], memory_required=EVERYTHING, force_full_load=True)
         yield
         return

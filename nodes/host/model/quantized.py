@@ -15,11 +15,11 @@ def as_linears(tree: torch.nn.Module) -> None:
     stand for, which stay as they are kept and are put into the activations' dtype at each use.
     """
     for layer in tree.modules():
-        if _is_quantising(type(layer)) and layer.weight is not None:
+        if _is_quantizing(type(layer)) and layer.weight is not None:
             layer.__class__ = _linear_of(type(layer))
 
 
-def _is_quantising(kind: type) -> bool:
+def _is_quantizing(kind: type) -> bool:
     """By where the host defines it: within the function that makes the operations of mixed precision."""
     return kind.__name__ == "Linear" and "mixed_precision_ops" in kind.__qualname__
 

@@ -10,8 +10,8 @@ import comfy.sample
 import comfy.samplers
 import torch
 
-from ....trainers.memory.offload import bytes_here, is_away
-from ....trainers.protocols import Hurried, PreviewRequest
+from ....trainers.memory.offload import bytes_here, is_on_other_device
+from ....trainers.protocols import PreviewRequest, PreviewSkipped
 from ..server import control
 from . import families
 from .text_encoder import ComfyText
@@ -94,7 +94,7 @@ class _Sampler:
             positive,
             negative,
             latent,
-            callback=_heed,
+            callback=_check_interrupt,
             disable_pbar=True,
             seed=seeds[0],
         )
@@ -144,7 +144,7 @@ class PreviewSampler(_Sampler):
     def draw(self, request: PreviewRequest) -> list[Image.Image]:
         """One picture for each prompt."""
         with torch.no_grad():
-            if is_away(self._patcher.model.diffusion_model):
+            if is_on_other_device(self._patcher.model.diffusion_model):
                 self._call_loaded()
             try:
                 latents = self._latents(request)
@@ -176,11 +176,11 @@ class PreviewSampler(_Sampler):
                     entry.model_finalizer.detach()
 
 
-def _heed(step: int, x0, x, total: int) -> None:
+def _check_interrupt(step: int, x0, x, total: int) -> None:
     """Lets a drawing that is not wanted any more end after the step it is in."""
-    control.heed()
+    control.check_interrupt()
     if control.is_hurried():
-        raise Hurried
+        raise PreviewSkipped
 
 
 def _picture(pixels: torch.Tensor) -> Image.Image:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from ....trainers.formats.embedding import WIDTHS
-from ....trainers.preprocessing.lru_cache import Keep
+from ....trainers.preprocessing.lru_cache import LRUCache
 from . import embeddings
 from .clip_batching import encode_alike, encode_together, encoded, form_of
 from .fingerprint import patcher_digest, sampled_patcher_digest
@@ -38,7 +38,7 @@ class ComfyText:
         self._prompts: dict[str, list] = {}
         self._embedded: dict[str, str] = {}
         self._trained: list[torch.Tensor] = []
-        self._keep = Keep()
+        self._keep = LRUCache()
         self.module: torch.nn.Module | None = None
         self.device: torch.device | None = None
 
@@ -121,7 +121,7 @@ class ComfyText:
 
     def attach(self, name: str, vectors: dict[str, torch.Tensor]) -> None:
         """Lets the live encoder read `embedding:<name>` as these vectors."""
-        self._live.tokenizer = embeddings.with_word(self._live.tokenizer, name, vectors)
+        self._live.tokenizer = embeddings.with_embedding(self._live.tokenizer, name, vectors)
         self._trained += vectors.values()
 
     @contextmanager
@@ -155,7 +155,7 @@ class ComfyText:
             finally:
                 self._live = None
                 self._trained = []
-                self._keep = Keep()
+                self._keep = LRUCache()
                 self.module = None
 
     def fingerprint(self) -> str:

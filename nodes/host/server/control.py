@@ -15,9 +15,9 @@ import comfy.model_management
 from comfy_execution.utils import get_executing_context
 
 from ....trainers.errors import GraftError, RunError
-from ....trainers.protocols import Asked
+from ....trainers.protocols import Command
 from ....trainers.runs.run import PAUSED, Run
-from .messages import BEGIN, digest_of, sources_of, tell, workflow_of
+from .messages import BEGIN, digest_of, send, sources_of, workflow_of
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ _MOST_PROMPTS = 256
 _MOST_SAID = 2000
 
 
-class Wish(Enum):
+class UserCommand(Enum):
     """What can be asked of a training."""
 
     SAVE = "save"
@@ -64,18 +64,18 @@ class Training:
         self.saved = 0
         self._lock = threading.Lock()
         self._save = False
-        self._end: Wish | None = None
+        self._end: UserCommand | None = None
         self._leaving = False
 
     @property
-    def end(self) -> Wish | None:
+    def end(self) -> UserCommand | None:
         """How it was asked to end, STOP or PAUSE; None while it was not."""
         return self._end
 
-    def tell(self, event: str, payload: dict[str, Any]) -> None:
+    def send(self, event: str, payload: dict[str, Any]) -> None:
         """Tells the pages something of it."""
         where = {"node": self.node, "prompt_id": self.prompt, "workflow": self.workflow, "inputs": self.inputs}
-        tell({**where, "event": event, **payload})
+        send({**where, "event": event, **payload})
 
     def opened(self, run: Run, step: int, steps: int) -> None:
         """It works on a run from now on, from a step that is saved."""
@@ -83,32 +83,32 @@ class Training:
         self.step = self.saved = step
         self.steps = steps
 
-    def ask(self, wish: Wish) -> None:
+    def ask(self, wish: UserCommand) -> None:
         """Asks for something; of STOP and PAUSE the later one holds."""
         with self._lock:
-            if wish is Wish.SAVE:
+            if wish is UserCommand.SAVE:
                 self._save = True
             else:
                 self._end = wish
 
-    def asked(self) -> Asked | None:
+    def next_command(self) -> Command | None:
         """What the loop is to do after a step; a save is asked for once."""
         with self._lock:
-            if self._end is Wish.STOP:
-                return Asked.STOP
+            if self._end is UserCommand.STOP:
+                return Command.STOP
             save, self._save = self._save, False
-            return Asked.SAVE if save else None
+            return Command.SAVE if save else None
 
-    def heed(self) -> None:
+    def check_interrupt(self) -> None:
         """Raises the host's interruption, once, for a pause, and for a stop with nothing trained that could be kept."""
-        ends = self._end is Wish.PAUSE or (self._end is Wish.STOP and not self.step)
+        ends = self._end is UserCommand.PAUSE or (self._end is UserCommand.STOP and not self.step)
         if ends and not self._leaving:
             # What is reached is saved on the way out, which is reported like any other save.
             self._leaving = True
             raise comfy.model_management.InterruptProcessingException()
 
 
-class Desk:
+class TrainingRegistry:
     """Where those who ask find the trainings that run."""
 
     def __init__(self):
@@ -129,7 +129,7 @@ class Desk:
         return self._lifted
 
     @contextmanager
-    def seat(self, node: str) -> Iterator[Training]:
+    def register(self, node: str) -> Iterator[Training]:
         """A training that can be found as long as the block lasts."""
         context = get_executing_context()
         prompt = context.prompt_id if context is not None else ""
@@ -170,13 +170,13 @@ class Desk:
         with self._lock:
             return self._prompts.get(run, "")
 
-    def dismiss(self, run: str) -> None:
+    def forget(self, run: str) -> None:
         """A run was deleted: its graph, queued again, is to train, and not to be answered from the host's cache."""
         with self._lock:
             self._prompts.pop(run, None)
             self._lifted += 1
 
-    def lift(self, run: Run) -> None:
+    def resume(self, run: Run) -> None:
         """Lets a stopped run go on when its graph is queued again.
 
         Raises RunError as `Run.forget_halt` does, RunHeldError where another process trains it.
@@ -188,22 +188,22 @@ class Desk:
 
 
 # The routes of the one server and the nodes that it executes have to meet somewhere.
-DESK = Desk()
+REGISTRY = TrainingRegistry()
 
 
-def heed() -> None:
+def check_interrupt() -> None:
     """Raises the host's interruption when the user cancelled, or asked of the training here what ends it now."""
     comfy.model_management.throw_exception_if_processing_interrupted()
-    if DESK.current is not None:
-        DESK.current.heed()
+    if REGISTRY.current is not None:
+        REGISTRY.current.check_interrupt()
 
 
 def is_hurried() -> bool:
     """Whether what can be left out should be: the training here was asked to stop."""
-    return DESK.current is not None and DESK.current.end is Wish.STOP
+    return REGISTRY.current is not None and REGISTRY.current.end is UserCommand.STOP
 
 
-def attended(node: str, work: Callable[[Training], Outcome]) -> Outcome:
+def run_controlled(node: str, work: Callable[[Training], Outcome]) -> Outcome:
     """Does the work of a training node, which can then be asked to stop, save and pause.
 
     Args:
@@ -212,15 +212,15 @@ def attended(node: str, work: Callable[[Training], Outcome]) -> Outcome:
     Raises:
         The host's interruption, also for a pause: the prompt ends with it, and the next one runs.
     """
-    outer = DESK.current
+    outer = REGISTRY.current
     if outer is not None:
         return work(outer)
-    with DESK.seat(node) as training:
-        training.tell(BEGIN, {"sources": training.sources})
+    with REGISTRY.register(node) as training:
+        training.send(BEGIN, {"sources": training.sources})
         try:
             return work(training)
         except comfy.model_management.InterruptProcessingException:
-            if training.end is not Wish.PAUSE:
+            if training.end is not UserCommand.PAUSE:
                 _tell_cancelled(training)
                 raise
         except Exception as error:
@@ -233,10 +233,10 @@ def attended(node: str, work: Callable[[Training], Outcome]) -> Outcome:
 
 
 def _tell_cancelled(training: Training) -> None:
-    nothing = training.end is Wish.STOP and not training.step
+    nothing = training.end is UserCommand.STOP and not training.step
     if nothing:
         log.info("Graft: stopped before the first step: nothing was trained that could be kept.")
-    training.tell("cancelled", {"step": training.step, "saved": training.saved, "nothing": nothing})
+    training.send("cancelled", {"step": training.step, "saved": training.saved, "nothing": nothing})
 
 
 def _tell_failed(training: Training, error: Exception) -> None:
@@ -244,7 +244,7 @@ def _tell_failed(training: Training, error: Exception) -> None:
         told = {"message": error.message, "cure": error.cure, "input": error.input}
     else:
         told = {"message": f"{type(error).__name__}: {error}"[:_MOST_SAID], "cure": "", "input": ""}
-    training.tell("failed", {**told, "step": training.step, "saved": training.saved})
+    training.send("failed", {**told, "step": training.step, "saved": training.saved})
 
 
 def _note_pause(training: Training) -> None:
@@ -258,7 +258,7 @@ def _note_pause(training: Training) -> None:
         except RunError:
             # It goes on without; only a run that starts over or is new each time would not know that it should.
             log.exception("Graft: that run %s is paused could not be kept.", name)
-    training.tell("paused", {"run": name, "step": training.saved, "steps": training.steps})
+    training.send("paused", {"run": name, "step": training.saved, "steps": training.steps})
 
 
 def _free_device() -> None:

@@ -31,7 +31,7 @@ _NEUTRAL: dict[str, set[str] | None] = {
 }
 
 
-class Board:
+class MessageStore:
     """The last message of each kind of each training: what a page that is opened later has to know.
 
     A training is told apart by its workflow, its node and what it trains: templates have fixed workflow ids.
@@ -62,7 +62,7 @@ class Board:
 
 
 # The routes of the one server and the nodes that it executes have to meet somewhere.
-BOARD = Board()
+MESSAGES = MessageStore()
 
 
 def prompt_server():
@@ -142,14 +142,14 @@ def digest_of(sources: dict[str, dict[str, Any]] | None) -> str:
     return "" if sources is None else hashlib.sha256(json.dumps(sources, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def tell(message: dict[str, Any]) -> None:
+def send(message: dict[str, Any]) -> None:
     """A message of a training node to all pages that listen, and to those that are opened later.
 
     Args:
         message: with at least node, prompt_id, workflow and event.
     """
     plain = jsonable(message)
-    BOARD.note(plain)
+    MESSAGES.note(plain)
     server = prompt_server()
     if server is not None:
         server.send_sync(EVENT, plain)

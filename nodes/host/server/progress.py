@@ -10,7 +10,7 @@ import comfy.utils
 
 from ....trainers.runs.run import Run
 from .. import paths
-from .control import DESK, Training, heed
+from .control import REGISTRY, Training, check_interrupt
 
 log = logging.getLogger(__name__)
 
@@ -39,13 +39,13 @@ class Progress:
         """One event; pictures go to the node's preview too, what comes often is told at most ten times a second."""
         if event == "run":
             self._training.opened(Run.named(paths.folders(), payload["name"]), payload["step"], payload["steps"])
-            DESK.remember(payload["name"], self._training.prompt)
+            REGISTRY.remember(payload["name"], self._training.prompt)
         if event == "step":
             self._training.step = payload["step"]
             self._losses.append(payload["loss"])
         if event == "saved":
             self._training.saved = payload["step"]
-        heed()
+        check_interrupt()
         if event == "step":
             self._bar.update_absolute(payload["step"], payload["steps"])
             log_step(payload)
@@ -57,7 +57,7 @@ class Progress:
             if time.monotonic() - self._sent < _PAUSE and done < total:
                 return
             self._sent = time.monotonic()
-        self._training.tell(event, self._shown(event, payload))
+        self._training.send(event, self._shown(event, payload))
 
     def _shown(self, event: str, payload: dict) -> dict:
         """An event as the pages get it: no pictures but where they are, and the losses of steps that were not told."""
@@ -96,7 +96,7 @@ def counter(node: str):
 
     def tick(done: int, total: int) -> None:
         nonlocal bar
-        heed()
+        check_interrupt()
         if bar is None:
             bar = comfy.utils.ProgressBar(max(1, total), node_id=node)
         if done % 16 == 0 or done == total:
@@ -110,9 +110,9 @@ def gallery(node: str, total: int):
     bar = comfy.utils.ProgressBar(total, node_id=node)
 
     def tick(done: int, picture=None) -> None:
-        heed()
-        if DESK.current is not None:
-            DESK.current.tell("drawing", {"done": done, "total": total})
+        check_interrupt()
+        if REGISTRY.current is not None:
+            REGISTRY.current.send("drawing", {"done": done, "total": total})
         bar.update_absolute(done, total, ("JPEG", picture, _PREVIEW_SIDE) if picture is not None else None)
 
     return tick

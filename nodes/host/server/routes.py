@@ -42,8 +42,8 @@ from ....trainers.runs.notes import parse_notes, read_notes, write_notes
 from ....trainers.runs.run import STOPPED
 from ....trainers.runs.saves import list_saves, pick_save
 from .. import paths
-from .control import DESK, Training, Wish
-from .messages import BOARD, prompt_server
+from .control import REGISTRY, Training, UserCommand
+from .messages import MESSAGES, prompt_server
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ Handler = Callable[[web.Request], Awaitable[web.Response]]
 
 _PREFIX = "/graft/"
 _NODE = re.compile(r"[0-9A-Za-z_.-]{1,32}(?::[0-9A-Za-z_.-]{1,32}){0,15}")
-_WISHES = "|".join(wish.value for wish in Wish)
+_WISHES = "|".join(wish.value for wish in UserCommand)
 _MOST_SUMMARIES = 200
 _MOST_EVENTS = 5000
 _BODY_LIMIT = 16 * 1024
@@ -195,9 +195,9 @@ def _host_of(origin: str) -> str:
 async def _list_runs(request: web.Request) -> dict[str, Any]:
     found = await _aside(records.list_records, paths.folders(), records.MOST_RUNS)
     return {
-        "running": [_training_as_json(one) for one in DESK.all()],
+        "running": [_training_as_json(one) for one in REGISTRY.all()],
         "runs": [_record_as_json(record) for record in found],
-        "told": BOARD.messages(),
+        "told": MESSAGES.messages(),
     }
 
 
@@ -213,7 +213,7 @@ async def _show_run(request: web.Request) -> dict[str, Any]:
     most = _number(request.query.get("events", "200"), _MOST_EVENTS)
     run = await _found(request)
     record, recipe, events, notes, saves = await _aside(_read, run, most)
-    running = DESK.of_run(run.name)
+    running = REGISTRY.of_run(run.name)
     return {
         **_record_as_json(record),
         "running": None if running is None else _training_as_json(running),
@@ -222,7 +222,7 @@ async def _show_run(request: web.Request) -> dict[str, Any]:
         "samples": [paths.shown_output(path) for path in run.samples()],
         **asdict(notes),
         "saves": saves,
-        "prompt": DESK.prompt_of(run.name),
+        "prompt": REGISTRY.prompt_of(run.name),
     }
 
 
@@ -241,48 +241,48 @@ async def _show_graph(request: web.Request) -> dict[str, Any]:
 
 async def _ask_run(request: web.Request) -> dict[str, Any]:
     run = await _found(request)
-    return _ask(DESK.of_run(run.name), request)
+    return _ask(REGISTRY.of_run(run.name), request)
 
 
 async def _ask_node(request: web.Request) -> dict[str, Any]:
     node = request.match_info["node"]
     if _NODE.fullmatch(node) is None:
         raise _Refusal(404, "That is no node's id.")
-    return _ask(DESK.of_node(node), request)
+    return _ask(REGISTRY.of_node(node), request)
 
 
 def _ask(training: Training | None, request: web.Request) -> dict[str, Any]:
     if training is None:
         raise _Refusal(409, "It does not run.")
-    wish = Wish(request.match_info["wish"])
+    wish = UserCommand(request.match_info["wish"])
     training.ask(wish)
-    training.tell("asked", {"wish": wish.value, "step": training.step})
+    training.send("asked", {"wish": wish.value, "step": training.step})
     return {"asked": wish.value, **_training_as_json(training)}
 
 
 async def _resume_run(request: web.Request) -> dict[str, Any]:
     run = await _found(request)
-    if DESK.of_run(run.name) is not None:
+    if REGISTRY.of_run(run.name) is not None:
         raise _Refusal(409, "It runs already.")
     halt = run.halt()
     if halt is not None and halt.how == STOPPED:
         try:
-            await _aside(DESK.lift, run)
+            await _aside(REGISTRY.resume, run)
         except RunHeldError as error:
             raise _Refusal(409, str(error)) from error
-    prompt_id = DESK.prompt_of(run.name)
+    prompt_id = REGISTRY.prompt_of(run.name)
     return {"run": run.name, "prompt_id": prompt_id, "prompt": _prompt(prompt_id)}
 
 
 async def _delete_run(request: web.Request) -> dict[str, Any]:
     run = await _found(request)
-    if DESK.of_run(run.name) is not None:
+    if REGISTRY.of_run(run.name) is not None:
         raise _Refusal(409, "It runs: stop it first.")
     try:
         await _aside(history.delete_run, run)
     except RunError as error:
         raise _Refusal(409, str(error)) from error
-    DESK.dismiss(run.name)
+    REGISTRY.forget(run.name)
     return {"deleted": run.name}
 
 
@@ -340,7 +340,7 @@ def _number(text: str, most: int) -> int:
 
 
 def _record_as_json(record: records.Record) -> dict[str, Any]:
-    return {**asdict(record), "status": "running" if DESK.of_run(record.name) else record.status}
+    return {**asdict(record), "status": "running" if REGISTRY.of_run(record.name) else record.status}
 
 
 def _summary_as_json(summary: history.Summary) -> dict[str, Any]:

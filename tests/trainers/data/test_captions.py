@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 from graft_pack.trainers.data import captions
-from graft_pack.trainers.data.examples import Example, Handling
+from graft_pack.trainers.data.examples import Augmentation, Example
 from graft_pack.trainers.data.scan import from_arrays
 from graft_pack.trainers.errors import DatasetError
 from hypothesis import example as case
@@ -20,7 +20,7 @@ TAGS = tuple(f"tag {letter}" for letter in "abcdefghij")
 
 def example(caption, trigger="", digest="0", **handling):
     texts = (caption,) if isinstance(caption, str) else tuple(caption)
-    return Example(None, texts, (64, 64), digest, trigger, handling=Handling(**handling))
+    return Example(None, texts, (64, 64), digest, trigger, handling=Augmentation(**handling))
 
 
 def bounds(n, p):
@@ -223,7 +223,7 @@ def test_a_small_dataset_gets_many_versions_and_a_large_one_few():
 def test_a_chance_outside_of_its_range_is_refused(field):
     for value in (-0.1, 1.1, float("nan")):
         with pytest.raises(DatasetError, match=field):
-            Handling(**{field: value})
+            Augmentation(**{field: value})
 
 
 def test_texts_on_a_wire_may_be_variants_by_line():

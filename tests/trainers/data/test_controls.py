@@ -5,20 +5,20 @@ import pytest
 from graft_pack.trainers.data import contact_sheet, scan
 from graft_pack.trainers.data.buckets import choose_crop
 from graft_pack.trainers.data.report import inspect, report
-from graft_pack.trainers.data.scan import Reading, from_arrays, scan_folder
+from graft_pack.trainers.data.scan import ScanOptions, from_arrays, scan_folder
 from graft_pack.trainers.errors import DatasetError
 from graft_pack.trainers.preprocessing import crops, inpaint_masks
 from graft_pack.trainers.protocols import Geometry
 from PIL import Image
 
 
-def draw(path, size=(64, 64), colour="red"):
+def draw(path, size=(64, 64), color="red"):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, colour).save(path)
+    Image.new("RGB", size, color).save(path)
 
 
 def read(folder, control="", index=None):
-    return scan_folder(str(folder), "", 0, 1, None, Reading(control_folder=str(control)), index)
+    return scan_folder(str(folder), "", 0, 1, None, ScanOptions(control_folder=str(control)), index)
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def folder(tmp_path):
     root = tmp_path / "d"
     for name, source in (("a.png", "a.jpg"), ("sub/b.png", "sub/b.png"), ("sub/c.png", "c.png")):
         draw(root / name)
-        draw(root / "before" / source, colour="blue")
+        draw(root / "before" / source, color="blue")
     return root
 
 
@@ -67,7 +67,7 @@ def test_what_has_no_partner_is_named(folder, tmp_path):
 def test_another_source_is_another_dataset(folder):
     prints = {read(folder).fingerprint(), read(folder, folder / "before").fingerprint()}
     before = scan.folder_fingerprint(str(folder), str(folder / "before"))
-    draw(folder / "before" / "a.jpg", colour="green")
+    draw(folder / "before" / "a.jpg", color="green")
     prints.add(read(folder, folder / "before").fingerprint())
     assert len(prints) == 3
     assert scan.folder_fingerprint(str(folder), str(folder / "before")) != before

@@ -1,9 +1,9 @@
 """What is said of a dataset before it is trained on."""
 
 import numpy as np
-from graft_pack.trainers.data.examples import Handling
+from graft_pack.trainers.data.examples import Augmentation
 from graft_pack.trainers.data.report import common_tags, inspect, report
-from graft_pack.trainers.data.scan import Reading, from_arrays, scan_folder
+from graft_pack.trainers.data.scan import ScanOptions, from_arrays, scan_folder
 from graft_pack.trainers.protocols import Geometry
 from PIL import Image
 
@@ -53,8 +53,8 @@ def test_the_report_counts_what_an_epoch_shows(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.fromarray(grain(len(name), (256, 256))).save(tmp_path / name)
     (tmp_path / "broken.png").write_bytes(b"no")
-    ways = Handling(resolutions=(256,), flip=True, caption_dropout=0.1)
-    dataset = scan_folder(str(tmp_path), "sks", 0, 1, ways, Reading(validation_folder="check"))
+    ways = Augmentation(resolutions=(256,), flip=True, caption_dropout=0.1)
+    dataset = scan_folder(str(tmp_path), "sks", 0, 1, ways, ScanOptions(validation_folder="check"))
     said = report(look(dataset))
     assert "3 pictures, 8 in an epoch, 1 held out for validation" in said, "4 showings at each of two resolutions"
     assert "bucket 128x128: 3" in said

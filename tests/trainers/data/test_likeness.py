@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from graft_pack.trainers.data import near_duplicates
-from graft_pack.trainers.data.near_duplicates import alike, signatures
+from graft_pack.trainers.data.near_duplicates import find_near_duplicates, signatures
 from graft_pack.trainers.data.scan import from_arrays
 from PIL import Image
 
@@ -19,7 +19,7 @@ def count(done, total):
 def pairs(pictures):
     found, broken = signatures(from_arrays(pictures, ["x"], "", 0).examples, None, count)
     assert not broken
-    return alike(found)
+    return find_near_duplicates(found)
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_copies_are_found_and_other_pictures_are_not(change, same):
     assert pairs(pictures) == ([(7, 30)] if same else [])
 
 
-def test_the_same_shapes_in_other_colours_are_not_alike():
+def test_the_same_shapes_in_other_colors_are_not_alike():
     """Their hashes agree, since it sees grey alone."""
     shapes = np.asarray(Image.fromarray(grain(1, (6, 5))).convert("L").resize((128, 128), Image.BICUBIC))[..., None]
     red, blue = ((shapes * np.array(tint)).astype(np.uint8) for tint in ([1, 0.2, 0.2], [0.2, 0.35, 0.9]))
@@ -50,7 +50,7 @@ def test_the_same_shapes_in_other_colours_are_not_alike():
     assert pairs([red, np.minimum(red, 240)]) == [(0, 1)]
 
 
-def test_other_shapes_in_the_same_colours_are_not_alike():
+def test_other_shapes_in_the_same_colors_are_not_alike():
     """Fog and snow: each position's colour differs little from picture to picture."""
     faint = [
         118 + np.asarray(Image.fromarray(grain(n, (6, 5))).resize((128, 128), Image.BICUBIC)) // 12 for n in (1, 2)

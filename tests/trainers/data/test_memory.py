@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from graft_pack.trainers.preprocessing.lru_cache import Keep
+from graft_pack.trainers.preprocessing.lru_cache import LRUCache
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,7 +14,7 @@ def value(number, size):
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 40)), max_size=60), st.integers(1, 300))
 def test_what_is_kept_stays_within_the_budget_and_is_the_keys_own(asked, budget):
     sizes = {}
-    keep = Keep(budget)
+    keep = LRUCache(budget)
     for number, size in asked:
         size = sizes.setdefault(number, size)
         found = keep.get(str(number), lambda number=number, size=size: value(number, size))
@@ -25,7 +25,7 @@ def test_what_is_kept_stays_within_the_budget_and_is_the_keys_own(asked, budget)
 
 
 def test_the_one_used_longest_ago_makes_room():
-    keep = Keep(budget=3 * 10)
+    keep = LRUCache(budget=3 * 10)
     made = []
 
     def get(name):
@@ -39,7 +39,7 @@ def test_the_one_used_longest_ago_makes_room():
 
 
 def test_what_cannot_be_made_is_not_kept():
-    keep = Keep(100)
+    keep = LRUCache(100)
     with pytest.raises(ZeroDivisionError):
         keep.get("a", lambda: 1 / 0)
     assert keep.get("a", lambda: value(1, 2))["a"].tolist() == [1, 1]

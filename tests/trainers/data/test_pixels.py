@@ -28,7 +28,7 @@ def chunk(kind, data):
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def write_png(path, size, depth, colour, rows, *chunks):
+def write_png(path, size, depth, color, rows, *chunks):
     """A PNG as the standard has it; Pillow writes few of its modes.
 
     Args:
@@ -36,7 +36,7 @@ def write_png(path, size, depth, colour, rows, *chunks):
         rows: the samples' bytes of each row.
         chunks: (kind, data) before the pixels.
     """
-    head = struct.pack(">IIBBBBB", *size, depth, colour, 0, 0, 0)
+    head = struct.pack(">IIBBBBB", *size, depth, color, 0, 0, 0)
     packer = zlib.compressobj(1)
     data = b"".join(packer.compress(b"\0" + row) for row in rows) + packer.flush()
     more = b"".join(chunk(*one) for one in chunks)
@@ -207,9 +207,9 @@ _SIDE = 2000
 def bombs(folder):
     """Files of few bytes and many pixels, of the formats and modes that take most."""
     side = (_SIDE, _SIDE)
-    for colour, channels, depth in ((0, 1, 16), (2, 3, 16), (4, 2, 16), (6, 4, 8)):
+    for color, channels, depth in ((0, 1, 16), (2, 3, 16), (4, 2, 16), (6, 4, 8)):
         row = b"\x40" * (_SIDE * channels * depth // 8)
-        write_png(folder / f"{colour}-{depth}.png", side, depth, colour, [row] * _SIDE)
+        write_png(folder / f"{color}-{depth}.png", side, depth, color, [row] * _SIDE)
     clear = (b"PLTE", bytes(768)), (b"tRNS", bytes(256))
     write_png(folder / "palette.png", side, 8, 3, [bytes(_SIDE)] * _SIDE, *clear)
     for mode in ("I;16", "I", "F"):

@@ -101,7 +101,7 @@ def test_without_class_images_the_order_is_the_old_one(batch_size, epoch):
 
 
 def test_class_images_keep_their_captions_and_never_get_the_trigger():
-    joined = prior.attach(subject(), classes(), 0.5)
+    joined = prior.add_class_images(subject(), classes(), 0.5)
     own, others = joined.examples[:3], joined.examples[3:]
     assert [plain(example) for example in own] == ["sks, a toy"] * 3
     assert [plain(example) for example in others] == ["a toy on a table"] * 5
@@ -115,31 +115,31 @@ def test_class_images_keep_their_captions_and_never_get_the_trigger():
 )
 def test_a_class_image_that_calls_the_subject_up_is_refused(others):
     with pytest.raises(DatasetError, match="holds the trigger 'sks'") as caught:
-        prior.attach(subject(), others, 1.0)
+        prior.add_class_images(subject(), others, 1.0)
     assert caught.value.input == "class_dataset"
 
 
 def test_another_resolution_is_refused_at_its_input():
     with pytest.raises(DatasetError, match="different resolutions") as caught:
-        prior.attach(subject(), classes(resolution=128), 1.0)
+        prior.add_class_images(subject(), classes(resolution=128), 1.0)
     assert caught.value.input == "class_dataset"
 
 
 def test_weight_0_is_the_dataset_as_it_is():
     dataset = subject()
-    assert prior.attach(dataset, classes(), 0.0) is dataset
-    assert prior.anchor(dataset, "a toy", 0.0) is dataset
+    assert prior.add_class_images(dataset, classes(), 0.0) is dataset
+    assert prior.add_prior_target(dataset, "a toy", 0.0) is dataset
     with pytest.raises(SettingsError, match="prior weight"):
-        prior.attach(dataset, classes(), -1.0)
+        prior.add_class_images(dataset, classes(), -1.0)
 
 
 def test_what_the_loader_held_out_of_the_class_images_is_left_aside():
     others = classes()
     held = replace(others, examples=tuple(replace(one, held_out=n > 1) for n, one in enumerate(others.examples)))
-    assert len(prior.attach(subject(), held, 1.0).examples) == 3 + 2
+    assert len(prior.add_class_images(subject(), held, 1.0).examples) == 3 + 2
     none = replace(others, examples=tuple(replace(one, held_out=True) for one in others.examples))
     with pytest.raises(DatasetError, match="no picture to train on"):
-        prior.attach(subject(), none, 1.0)
+        prior.add_class_images(subject(), none, 1.0)
 
 
 def test_a_dataset_without_class_images_keeps_its_fingerprint():
@@ -152,19 +152,19 @@ def test_weight_images_and_prompt_are_part_of_the_fingerprint():
     made = [
         dataset,
         combine(dataset, classes()),
-        prior.attach(dataset, classes(), 1.0),
-        prior.attach(dataset, classes(), 0.5),
-        prior.attach(dataset, classes(6), 1.0),
-        prior.anchor(dataset, "a toy", 1.0),
-        prior.anchor(dataset, "a toy", 0.5),
-        prior.anchor(dataset, "a doll", 1.0),
+        prior.add_class_images(dataset, classes(), 1.0),
+        prior.add_class_images(dataset, classes(), 0.5),
+        prior.add_class_images(dataset, classes(6), 1.0),
+        prior.add_prior_target(dataset, "a toy", 1.0),
+        prior.add_prior_target(dataset, "a toy", 0.5),
+        prior.add_prior_target(dataset, "a doll", 1.0),
     ]
     assert len({one.fingerprint() for one in made}) == len(made)
 
 
 def test_two_subjects_with_class_images_of_their_own_can_be_combined():
-    one = prior.attach(subject(), classes(), 1.0)
-    other = prior.attach(subject(4, "olis"), classes(6, "a cup"), 0.5)
+    one = prior.add_class_images(subject(), classes(), 1.0)
+    other = prior.add_class_images(subject(4, "olis"), classes(6, "a cup"), 0.5)
     both = combine(one, other)
     assert Counter((example.prior, example.weight) for example in both.examples) == {
         (False, 1.0): 7,
@@ -185,7 +185,7 @@ def test_only_bare_images_are_captioned_with_the_instance_prompt():
 
 
 def test_inspection_shows_class_images_as_such():
-    dataset = prior.anchor(prior.attach(subject(), classes(), 0.5), "a toy", 2.0)
+    dataset = prior.add_prior_target(prior.add_class_images(subject(), classes(), 0.5), "a toy", 2.0)
     findings = inspect.inspect(dataset, {0: Geometry(64, 16)}, None)
     report = inspect.report(findings)
     assert "3 pictures, 3 in an epoch" in report

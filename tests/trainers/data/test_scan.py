@@ -7,20 +7,20 @@ import numpy as np
 import pytest
 from graft_pack.trainers.data import captions, scan
 from graft_pack.trainers.data.buckets import choose_crop
-from graft_pack.trainers.data.examples import Handling, combine
-from graft_pack.trainers.data.scan import MASKS, Reading, check_captions, from_arrays, scan_folder
+from graft_pack.trainers.data.examples import Augmentation, combine
+from graft_pack.trainers.data.scan import MASKS, ScanOptions, check_captions, from_arrays, scan_folder
 from graft_pack.trainers.errors import DatasetError
 from graft_pack.trainers.protocols import Geometry
 from PIL import Image
 
 
-def draw(path, size=(64, 64), colour="red"):
+def draw(path, size=(64, 64), color="red"):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, colour).save(path)
+    Image.new("RGB", size, color).save(path)
 
 
 def read(folder, trigger="", resolution=0, repeats=1, handling=None, index=None, **reading):
-    return scan_folder(str(folder), trigger, resolution, repeats, handling, Reading(**reading), index)
+    return scan_folder(str(folder), trigger, resolution, repeats, handling, ScanOptions(**reading), index)
 
 
 def by_name(dataset):
@@ -75,7 +75,7 @@ def test_kohyas_folders_mean_what_its_documentation_says(tmp_path):
         if text:
             (tmp_path / name).with_suffix(".txt").write_text(text)
     for upscale in (False, True):
-        found = by_name(read(tmp_path, handling=Handling(upscale=upscale)))
+        found = by_name(read(tmp_path, handling=Augmentation(upscale=upscale)))
         for name, size, _, repeats, caption, own, enlarged in KOHYA:
             example = found[name]
             assert (example.repeats, example.captions) == (repeats, (caption,)), name
@@ -264,7 +264,7 @@ def test_masks_and_source_pictures_are_found_by_folded_names(tmp_path):
     for name in ("IMG_1.PNG", f"{ZOE_APART}.png", "b.png"):
         draw(tmp_path / "d" / name)
     for name in ("img_1-MaskLabel.png", f"Masks/{ZOE}.png", "Masks/nobody.png"):
-        draw(tmp_path / "d" / name, colour="white")
+        draw(tmp_path / "d" / name, color="white")
     for name in ("img_1.jpg", f"{ZOE}.png", "B.png", "nobody.png"):
         draw(tmp_path / "c" / name)
     (tmp_path / "c" / "b.arw").write_bytes(b"raw")
@@ -352,7 +352,7 @@ def test_masks_by_name_by_folder_and_by_transparency(tmp_path, kind):
         draw(tmp_path / name)
     Image.new("RGBA", (64, 64), (9, 9, 9, 0)).save(tmp_path / "clear.png")
     for name in ("a-masklabel.png", "sub/masks/b.png", "masks/c.webp", "masks/nobody.png"):
-        draw(tmp_path / name, colour="white")
+        draw(tmp_path / name, color="white")
     dataset = read(tmp_path, masks=kind)
     files = {"a.png": "a-masklabel.png", "sub/b.jpg": "sub/masks/b.png", "c.png": "masks/c.webp"}
     expected = {"plain.png": None, "clear.png": "clear.png (alpha)" if kind == "alpha" else None}
@@ -371,7 +371,7 @@ def test_a_folder_of_pictures_that_is_called_masks_is_no_folder_of_masks(tmp_pat
 
 def test_masks_may_lie_in_a_folder_of_their_own(tmp_path):
     draw(tmp_path / "d" / "sub" / "a.jpg")
-    draw(tmp_path / "m" / "sub" / "a.png", colour="white")
+    draw(tmp_path / "m" / "sub" / "a.png", color="white")
     assert masks_of(read(tmp_path / "d", mask_folder=str(tmp_path / "m"))) == {"sub/a.jpg": "sub/a.png"}
 
 
@@ -414,8 +414,8 @@ def test_the_fingerprint_follows_what_is_learnt(folder, tmp_path, change):
         {"trigger": "other"},
         {"resolution": 128},
         {"repeats": 2},
-        {"handling": Handling(flip=True)},
-        {"handling": Handling(keep_tokens=1)},
+        {"handling": Augmentation(flip=True)},
+        {"handling": Augmentation(keep_tokens=1)},
         {"validation_folder": "sub"},
     ],
     ids=str,
@@ -478,7 +478,7 @@ def test_an_empty_folder_and_one_of_ruins_are_refused(tmp_path):
 
 
 def test_combined_datasets_keep_triggers_repeats_and_ways(folder, tmp_path):
-    first = read(folder, "one", 64, handling=Handling(flip=True))
+    first = read(folder, "one", 64, handling=Augmentation(flip=True))
     both = combine(first, read(folder, "two", 0, 3))
     assert [captions.plain(example) for example in both.examples[::3]] == ["one, a red picture", "two, a red picture"]
     assert [example.handling.flip for example in both.examples] == [True] * 3 + [False] * 3
@@ -502,7 +502,7 @@ def test_pipes_and_locked_folders_stop_nobody(tmp_path):
 def test_pictures_on_wires_need_as_many_masks_or_one():
     pictures = [np.zeros((64, 64, 3), np.uint8)] * 3
     mask = np.full((32, 32), 255, np.uint8)
-    made = from_arrays(pictures, ["a"], "sks", 0, [mask], Handling(flip=True))
+    made = from_arrays(pictures, ["a"], "sks", 0, [mask], Augmentation(flip=True))
     assert [example.mask.open().size for example in made.examples] == [(64, 64)] * 3
     assert all(example.handling.flip for example in made.examples)
     with pytest.raises(DatasetError, match="2 masks"):

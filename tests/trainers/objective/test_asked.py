@@ -6,7 +6,7 @@ import pytest
 import torch
 from graft_pack.trainers.engine import gradient_check, step
 from graft_pack.trainers.errors import SettingsError
-from graft_pack.trainers.objective.custom import Asked, draw_asked
+from graft_pack.trainers.objective.custom import CustomDraw, draw_custom
 from graft_pack.trainers.objective.noise import draw_noise, draw_sigmas
 from graft_pack.trainers.objective.options import NATIVE, Objective
 from graft_pack.trainers.rng import generator
@@ -41,21 +41,21 @@ OTHERS = [
 ]
 
 
-def on(parameterisation):
+def on(parameterization):
     """A Host whose network predicts that."""
-    kind = {"eps": "epsilon", "v": "v_prediction"}[parameterisation]
+    kind = {"eps": "epsilon", "v": "v_prediction"}[parameterization]
     return replace(make_host(), denoiser=DiffusersDenoiser(make_unet(), kind))
 
 
-def parts_of(plan, host):
+def micro_batches(plan, host):
     shown = [item.show(0) for item in plan.train]
-    return shown, next(step.parts_of(shown, plan.recipe, 0, 0, host))
+    return shown, next(step.micro_batches(shown, plan.recipe, 0, 0, host))
 
 
 def test_natively_nothing_else_is_drawn(monkeypatch):
-    monkeypatch.setattr(step, "draw_asked", None)
+    monkeypatch.setattr(step, "draw_custom", None)
     with planned(objective=Objective()) as (plan, host):
-        shown, part = parts_of(plan, host)
+        shown, part = micro_batches(plan, host)
         assert len(part) == 4
         source = generator("step", plan.recipe.seed, 0, 0)
         assert torch.equal(part[3], draw_sigmas(host.denoiser.sigmas(), len(shown), source))
@@ -65,9 +65,9 @@ def test_natively_nothing_else_is_drawn(monkeypatch):
 def test_a_native_objective_by_the_other_way_gives_the_same_bits():
     """Draws and losses: what is asked for departs from the native loss, and is not another loss beside it."""
     with planned() as (plan, host):
-        shown, (_, x0, noise, sigma) = parts_of(plan, host)
+        shown, (_, x0, noise, sigma) = micro_batches(plan, host)
         source = generator("step", plan.recipe.seed, 0, 0)
-        again = draw_asked(NATIVE, host.denoiser, tuple(x0.shape), source)
+        again = draw_custom(NATIVE, host.denoiser, tuple(x0.shape), source)
         assert torch.equal(again[0], sigma)
         assert torch.equal(again[1], noise)
         native = step.losses_of(host, shown, x0, noise, sigma)
@@ -105,7 +105,7 @@ def test_losses_are_the_formulas(objective, kind):
     """On noise and velocity models; the network's input has the added noise, the target the noise alone."""
     host = on(kind)
     with planned(objective=objective) as (plan, _), host.denoiser.training("auto"):
-        shown, (_, x0, noise, sigma, asked) = parts_of(plan, host)
+        shown, (_, x0, noise, sigma, asked) = micro_batches(plan, host)
         losses = step.losses_of(host, shown, x0, noise, sigma, asked)
         wide = sigma.view(-1, 1, 1, 1)
         with torch.no_grad():
@@ -119,18 +119,18 @@ def test_losses_are_the_formulas(objective, kind):
 def test_the_input_is_perturbed_by_so_much_and_the_target_is_not():
     gamma = 0.3
     shape = (200, 4, 8, 8)
-    _, noise, asked = draw_asked(Objective(input_perturbation=gamma), make_host().denoiser, shape, generator("i"))
+    _, noise, asked = draw_custom(Objective(input_perturbation=gamma), make_host().denoiser, shape, generator("i"))
     extra = asked.added - noise
     assert float(extra.std()) == pytest.approx(gamma, rel=0.02)
     assert abs(float((extra * noise).mean())) <= 0.01
-    assert torch.equal(noise, draw_asked(Objective(loss="L1"), make_host().denoiser, shape, generator("i"))[1])
+    assert torch.equal(noise, draw_custom(Objective(loss="L1"), make_host().denoiser, shape, generator("i"))[1])
 
 
 def test_an_offset_and_a_pyramid_are_part_of_the_target():
     for objective in (Objective(noise_offset=0.1), Objective(pyramid_discount=0.3)):
-        _, noise, asked = draw_asked(objective, make_host().denoiser, (2, 4, 8, 8), generator("i"))
+        _, noise, asked = draw_custom(objective, make_host().denoiser, (2, 4, 8, 8), generator("i"))
         assert torch.equal(asked.added, noise)
-        assert not torch.equal(noise, draw_asked(NATIVE, make_host().denoiser, (2, 4, 8, 8), generator("i"))[1])
+        assert not torch.equal(noise, draw_custom(NATIVE, make_host().denoiser, (2, 4, 8, 8), generator("i"))[1])
 
 
 @pytest.mark.parametrize("objective", [ALL, *OTHERS], ids=range(5))
@@ -149,7 +149,7 @@ def test_each_example_keeps_its_own_draws():
     with planned(micro_batch=2, objective=Objective(noise_offset=0.1)) as (plan, host):
         shown = [item.show(0) for item in plan.train]
         levels = host.denoiser.sigmas()
-        for _, _, noise, sigma, asked in step.parts_of(shown, plan.recipe, 0, 0, host):
+        for _, _, noise, sigma, asked in step.micro_batches(shown, plan.recipe, 0, 0, host):
             assert torch.equal(asked.added, noise)
             assert torch.equal(asked.t, torch.searchsorted(levels, sigma) / 1000)
 
@@ -164,7 +164,7 @@ def test_gradients_of_losses_are_finite_differences(objective, kind):
     error = error * torch.tensor([0.05, 1.0, 20.0], dtype=torch.float64).view(3, 1, 1, 1)
     target = torch.randn(3, 2, 3, 3, generator=source, dtype=torch.float64)
     mask = torch.rand(3, 1, 3, 3, generator=source, dtype=torch.float64)
-    asked = Asked(objective, torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64), target)
+    asked = CustomDraw(objective, torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64), target)
     sigma = torch.tensor([0.1, 1.0, 8.0], dtype=torch.float64)
     prediction = (target + error).requires_grad_(True)
     assert torch.autograd.gradcheck(lambda one: asked.losses(denoiser, one, target, sigma, mask), prediction)
@@ -206,7 +206,7 @@ def test_a_training_with_an_objective_resumes_to_the_bit(objective, tmp_path):
 
 def test_what_makes_no_sense_for_the_model_is_refused_before_anything_is_encoded(tmp_path):
     host = make_host()
-    host.denoiser.parameterisation = "flow"
+    host.denoiser.parameterization = "flow"
     with pytest.raises(SettingsError, match="'min-SNR' is made for noise and velocity models"):
         run_session(tmp_path, host=host, objective=Objective(weighting="min-SNR"))
     assert host.codec.calls == 0

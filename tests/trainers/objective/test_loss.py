@@ -12,7 +12,7 @@ from graft_pack.trainers.objective.losses import (
     pseudo_huber,
 )
 from graft_pack.trainers.objective.noise import add_offset, add_pyramid, draw_noise, draw_sigmas, spread_sigmas
-from graft_pack.trainers.objective.targets import parameterisation
+from graft_pack.trainers.objective.targets import parameterization
 from graft_pack.trainers.rng import generator
 
 
@@ -48,19 +48,19 @@ def test_velocities_are_residuals_of_unit_variance(kind, sigma_data):
     source = torch.Generator().manual_seed(0)
     x0, noise = torch.randn(2, 1, 100_000, generator=source, dtype=torch.float64)
     for sigma in (0.01, 0.5, 1.0, 30.0):
-        target = parameterisation(kind, sigma_data).target(x0 * sigma_data, noise, torch.tensor([[sigma]]))
+        target = parameterization(kind, sigma_data).target(x0 * sigma_data, noise, torch.tensor([[sigma]]))
         assert float(target.var()) == pytest.approx(1.0, rel=0.02)
 
 
 def test_flow_points_from_the_latent_to_the_scaled_noise():
     x0, noise = torch.randn(2, 2, 4, dtype=torch.float64)
-    target = parameterisation("flow", noise_scale=0.5).target(x0, noise, torch.ones(2, 1))
+    target = parameterization("flow", noise_scale=0.5).target(x0, noise, torch.ones(2, 1))
     assert torch.allclose(x0 + target, 0.5 * noise)
 
 
 def test_an_unknown_objective_is_refused():
     with pytest.raises(ModelError, match="Unheard.*no known training objective"):
-        parameterisation("Unheard")
+        parameterization("Unheard")
 
 
 def test_draws_are_decided_by_their_names():
@@ -109,7 +109,7 @@ def test_huber_is_the_square_of_small_errors_and_the_size_of_large_ones():
 
 
 @pytest.mark.parametrize("penalty", LOSSES)
-def test_a_mask_is_normalised_by_its_area_for_every_loss(penalty):
+def test_a_mask_is_normalized_by_its_area_for_every_loss(penalty):
     prediction, target = torch.randn(2, 3, 4, 8, 8)
     penalise = LOSSES[penalty] if penalty != "Huber" else lambda error: pseudo_huber(error, torch.ones(len(error)))
     half = torch.zeros(3, 1, 8, 8)

@@ -41,9 +41,9 @@ def test_debiased_is_the_one_of_the_paper():
 
 
 @pytest.mark.parametrize("name", SNR_WEIGHTS)
-def test_a_weight_means_the_same_for_every_parameterisation(name):
+def test_a_weight_means_the_same_for_every_parameterization(name):
     """The losses of one and the same error of the latent, weighted, are equal: their targets say by how much."""
-    from graft_pack.trainers.objective.targets import parameterisation
+    from graft_pack.trainers.objective.targets import parameterization
 
     source = torch.Generator().manual_seed(0)
     x0, noise, error = torch.randn(3, 6, 50, generator=source, dtype=torch.float64)
@@ -52,8 +52,8 @@ def test_a_weight_means_the_same_for_every_parameterisation(name):
     for kind in ("eps", "v", "edm", "x0"):
         # The same x_t, explained by another latent and, with it, by another noise.
         wide = sigma[:, None]
-        other = parameterisation(kind).target(x0 + error, noise - error / wide, wide)
-        loss = ((other - parameterisation(kind).target(x0, noise, wide)) ** 2).mean(1)
+        other = parameterization(kind).target(x0 + error, noise - error / wide, wide)
+        loss = ((other - parameterization(kind).target(x0, noise, wide)) ** 2).mean(1)
         found[kind] = loss * weights(name, sigma, kind, weighting=name)
     for kind, losses in found.items():
         assert torch.allclose(losses, found["x0"], rtol=1e-9), kind

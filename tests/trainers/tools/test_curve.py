@@ -5,15 +5,15 @@ import math
 import numpy as np
 import pytest
 from graft_pack.trainers.runs.history import smoothed
-from graft_pack.trainers.runs.loss_by_timestep import LevelLosses
+from graft_pack.trainers.runs.loss_by_timestep import LossByTimestep
 from graft_pack.trainers.tools.plots import plot, plot_levels
 
 # Of figure.FIRST and figure.SECOND.
 BLUE, AMBER = np.array([0x60, 0x96, 0xD6]) / 255, np.array([0xF0, 0xB0, 0x40]) / 255
 
 
-def count(image, colour):
-    return int((np.abs(image - colour).max(axis=2) < 0.02).sum())
+def count(image, color):
+    return int((np.abs(image - color).max(axis=2) < 0.02).sum())
 
 
 def test_smoothing_is_a_weighted_mean_of_what_came_before():
@@ -43,7 +43,7 @@ def test_little_or_nothing_to_draw(values):
 
 def learnt(steps, speed, pictures=4):
     """Losses by noise level of a run that gets better, least where there is much noise."""
-    kept = LevelLosses()
+    kept = LossByTimestep()
     for step in range(1, steps + 1):
         times = [(7 * step + 31 * number) % 100 / 100 for number in range(pictures)]
         kept.add(step, times, [(1.1 - t) * (0.3 + math.exp(-speed * step)) for t in times])
