@@ -8,6 +8,7 @@ import pytest
 import torch
 from graft_pack.trainers.engine.gradient_check import directional_error
 from graft_pack.trainers.engine.resolve import Options, resolve
+from graft_pack.trainers.engine.summary import summarize
 from graft_pack.trainers.engine.trainable_modules import TrainableModules
 from graft_pack.trainers.errors import ModelError, SettingsError
 from graft_pack.trainers.families import family_of
@@ -328,7 +329,7 @@ def test_defaults_are_those_of_the_field():
     assert (lora.learning_rate, lora.ema_decay, lora.max_grad_norm) == (1e-4, 0.0, 1.0)
     assert "weight_dtype" not in lora.deciding() and "weight_dtype" not in plain.deciding()
     assert settled(weight_dtype="bf16").deciding()["weight_dtype"] == "bf16"
-    assert "on all weights in fp32" in plain.summary()
+    assert "on all weights in fp32" in summarize(plain)
 
 
 @pytest.mark.parametrize(

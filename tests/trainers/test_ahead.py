@@ -81,7 +81,7 @@ def test_a_batch_that_is_asked_for_again_is_shown_again():
     """As a step does that memory ran out for, while the next batch is at hand."""
     with planned(items([]), **FIELDS) as (plan, _):
         first, second = ([(0, 0), (1, 0)], [(2, 0), (3, 0)])
-        ahead = Prefetcher(plan)
+        ahead = Prefetcher(plan.samples, plan.prefetch)
         ahead.set_upcoming([first, second])
         for batch in (first, first, second, first):
             found = ahead.get(batch)

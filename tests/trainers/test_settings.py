@@ -4,6 +4,7 @@ from dataclasses import fields, replace
 
 import pytest
 from graft_pack.trainers.engine.resolve import UNSET, Options, resolve
+from graft_pack.trainers.engine.summary import summarize
 from graft_pack.trainers.errors import SettingsError
 from graft_pack.trainers.families import FAMILIES, family_of, is_attention
 from graft_pack.trainers.recipe.recipe import Recipe
@@ -266,11 +267,11 @@ def test_oft_needs_blocks_of_two():
 @pytest.mark.parametrize("kind, scale", [("LoRA", "scale 2"), ("rsLoRA", "scale 4"), ("LoHa", "scale 2")])
 def test_the_effective_scale_is_shown(kind, scale):
     recipe = resolved(Options().adding("adapter", {"type": kind, "alpha": 8.0}))
-    assert f"(effective {scale})" in recipe.summary()
+    assert f"(effective {scale})" in summarize(recipe)
 
 
 def test_types_without_alpha_show_no_scale():
-    assert "scale" not in resolved(Options().adding("adapter", {"type": "IA3"})).summary()
+    assert "scale" not in summarize(resolved(Options().adding("adapter", {"type": "IA3"})))
 
 
 def test_the_node_nearest_the_trainer_wins():

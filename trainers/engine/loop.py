@@ -73,7 +73,7 @@ def train(plan: Plan, run: Run, host: Host, state: State) -> State:
     batches = plan.batches(state.batches)
     upcoming = list(itertools.islice(batches, recipe.accumulation))
     next_shares = _shares(host, upcoming)
-    prefetcher = Prefetcher(plan)
+    prefetcher = Prefetcher(plan.samples, plan.prefetch)
     saved = state.step
 
     def keep() -> None:

@@ -24,6 +24,7 @@ from ..runs import earlier, run_lock, tensorboard
 from ..runs.checkpoint import State
 from ..runs.notes import Notes, read_notes, write_notes
 from ..runs.run import PAUSED, STOPPED, Products, Run
+from .summary import summarize
 from .trainable_modules import TrainableModules
 
 if TYPE_CHECKING:
@@ -214,7 +215,7 @@ def _run(recipe: Recipe, task: Task, host: Host, folders: Folders, run: Run, sta
     if finished:
         log.info("Graft: run %s is already finished at step %d.", run.name, state.step)
         return _finished(recipe, host, method, parts, run, state, export)
-    log.info("Graft: run %s, from step %d to %d: %s", run.name, state.step, recipe.steps, recipe.summary())
+    log.info("Graft: run %s, from step %d to %d: %s", run.name, state.step, recipe.steps, summarize(recipe))
     return _train(recipe, task, host, folders, parts, run, state, export)
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ..engine.plan import Plan
     from .items import Sample
 
 Batch = list[tuple[int, int]]
@@ -19,12 +19,13 @@ class Prefetcher:
     when. No more than one batch is held, since many accumulated ones may be large.
 
     Args:
-        plan: its `prefetch` says whether there is a thread at all.
+        samples: gives the samples of a batch.
+        threaded: fetch ahead in a thread; without it each batch is fetched when asked for.
     """
 
-    def __init__(self, plan: Plan):
-        self._plan = plan
-        self._pool = ThreadPoolExecutor(1, "graft-ahead") if plan.prefetch else None
+    def __init__(self, samples: Callable[[Batch], list[Sample]], threaded: bool = True):
+        self._samples = samples
+        self._pool = ThreadPoolExecutor(1, "graft-ahead") if threaded else None
         self._coming: list[Batch] = []
         self._held: tuple[Batch, Future] | None = None
 
@@ -42,12 +43,12 @@ class Prefetcher:
         if held is not None and held[0] is batch:
             found = held[1].result()
         else:
-            found = self._plan.samples(batch)
+            found = self._samples(batch)
         if self._pool is not None:
             places = [place for place, one in enumerate(self._coming) if one is batch]
             rest = self._coming[places[0] + 1 :] if places else []
             if rest:
-                self._held = rest[0], self._pool.submit(self._plan.samples, rest[0])
+                self._held = rest[0], self._pool.submit(self._samples, rest[0])
         return found
 
     def close(self) -> None:

@@ -7,7 +7,6 @@ import json
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from ..methods import METHODS
 from ..objective.options import Objective
 
 # Deciding fields of a recipe that came after the first runs, each with the value that means what was done before it:
@@ -169,30 +168,6 @@ class Recipe:
         """Hash that names the run: recipe, dataset content and base."""
         text = json.dumps([self.deciding(), dataset, base], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
-
-    def summary(self) -> str:
-        """What was chosen or filled in, in one line."""
-        scale = METHODS[self.method].scale(self.rank, self.alpha)
-        strength = "" if scale is None else f"alpha {self.alpha:g} (effective scale {scale:g}), "
-        size = f"rank {self.rank}, {strength}on {self.targets}, " if self.rank else ""
-        if METHODS[self.method].in_backward:
-            size = f"on {self.targets} in {self.weight_dtype}, "
-        word = ""
-        if self.embedding_name:
-            start = f"{self.embedding_vectors} vectors from '{self.embedding_init}'"
-            word = f"embedding:{self.embedding_name} ({start}, learning rate {self.embedding_learning_rate:g}), "
-        return (
-            f"{self.method} for {self.family}, {self.optimizer}, learning rate {self.learning_rate:g} {self.schedule}, "
-            f"{size}{self._text_summary()}{word}"
-            f"batch {self.batch_size} x {self.accumulation}, resolution {self.resolution}, seed {self.seed}"
-            + "".join(f", {name} {value}" for name, value in self.objective.set_fields().items())
-        )
-
-    def _text_summary(self) -> str:
-        if not self.text_encoder:
-            return ""
-        rank = f"rank {self.text_encoder_rank}, " if self.text_encoder_rank else ""
-        return f"text encoder too ({rank}learning rate {self.text_encoder_learning_rate:g}), "
 
     def as_json(self) -> dict[str, Any]:
         """All fields, JSON-able."""

@@ -14,6 +14,7 @@ from ....trainers.data.scan import shortened
 from ....trainers.engine.job import export_job
 from ....trainers.engine.resolve import Options, resolve
 from ....trainers.engine.session import is_finished, run_recipe
+from ....trainers.engine.summary import summarize
 from ....trainers.errors import OutOfMemory
 from ....trainers.families import family_of
 from ....trainers.memory.oom import in_one_line, is_out_of_memory
@@ -217,7 +218,7 @@ def _summary(result, recipe) -> str:
     stopped = f", stopped before {recipe.steps}" if result.step < recipe.steps else ""
     return (
         f"Run {result.run.name}: {result.step} steps {how}{stopped}; "
-        f"loss of the last tenth {sum(tail) / len(tail):.4f}; {recipe.summary()}.{_missing(result)}"
+        f"loss of the last tenth {sum(tail) / len(tail):.4f}; {summarize(recipe)}.{_missing(result)}"
     )
 
 
