@@ -18,8 +18,8 @@ import json
 import tempfile
 from pathlib import Path
 
-from .bench.apart import OPTION, apart
 from .bench.memory import Peak
+from .bench.subprocess_run import OPTION, subprocess_run
 
 MODEL = "SD1 middling"
 BAR = 1.10
@@ -152,7 +152,7 @@ def main():
                 folder = Path(scratch) / name
             ways = (("plain", {}), ("at once", AT_ONCE))
             found[name] = tuple(
-                apart("tests.bench_memory", how, name=name, steps=args.steps, folder=str(folder / way))
+                subprocess_run("tests.bench_memory", how, name=name, steps=args.steps, folder=str(folder / way))
                 for way, how in ways
             )
     print(table(found))

@@ -21,10 +21,10 @@ from pathlib import Path
 from tests.support.host import find_comfyui, read_version
 
 from . import contestants, estimate, offload, report, start
-from .apart import OPTION, apart
 from .contestants import Case
+from .interleaved import Turn, rounds
 from .memory import peak_of
-from .turns import Turn, rounds
+from .subprocess_run import OPTION, subprocess_run
 
 MIDDLING = "SD1 middling"
 TINY = ("SD1", "SDXL", "Flux as in diffusers", "SD3")
@@ -79,7 +79,7 @@ def main() -> None:
 
 def _apart(kind: str, case: Case, **more) -> dict:
     """What `_one` gives, from a process of its own."""
-    return apart("tests.bench", kind=kind, case=asdict(case), **more)
+    return subprocess_run("tests.bench", kind=kind, case=asdict(case), **more)
 
 
 def _one(kind: str, case: dict, **more) -> dict:

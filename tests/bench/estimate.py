@@ -15,8 +15,8 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from .apart import OPTION, apart
 from .memory import Peak
+from .subprocess_run import OPTION, subprocess_run
 
 MODEL = "SD1 middling"
 BAR = 0.15
@@ -106,7 +106,9 @@ def _middle(rows: list[dict[str, float]], said: str, taken: str) -> dict[str, fl
 
 def run(steps: int = 5, tries: int = 3) -> str:
     """The table, made anew."""
-    found = {name: [apart("tests.bench.estimate", name=name, steps=steps) for _ in range(tries)] for name in CASES}
+    found = {
+        name: [subprocess_run("tests.bench.estimate", name=name, steps=steps) for _ in range(tries)] for name in CASES
+    }
     return table(found)
 
 

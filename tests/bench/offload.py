@@ -19,9 +19,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from . import contestants, memory
-from .apart import OPTION, apart
 from .contestants import Case
-from .turns import Turn, rounds
+from .interleaved import Turn, rounds
+from .subprocess_run import OPTION, subprocess_run
 
 MODEL = "SD1 middling"
 # The last as large as SD1's own pictures of 512 x 512.
@@ -37,7 +37,7 @@ KINDS = {
 _OWN = 1  # of (seconds, seconds of processor time)
 
 
-_apart = functools.partial(apart, "tests.bench.offload")
+_apart = functools.partial(subprocess_run, "tests.bench.offload")
 
 
 def table(count: int) -> str:

@@ -26,8 +26,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from . import report
-from .apart import OPTION, apart
-from .turns import Turn, repeat, rounds
+from .interleaved import Turn, repeat, rounds
+from .subprocess_run import OPTION, subprocess_run
 
 MIDDLING = "SD1 middling"
 # Seconds.
@@ -74,7 +74,7 @@ def _encoding(found: dict[str, dict[str, list]]) -> str:
     return "\n".join(lines)
 
 
-_apart = functools.partial(apart, "tests.bench.start")
+_apart = functools.partial(subprocess_run, "tests.bench.start")
 
 
 # In a real server

@@ -14,7 +14,7 @@ from graft_pack.trainers.regex import PatternError, Patterns, regex_problem
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tests.support.hostile import safetensors
+from tests.support.malformed import safetensors
 
 PATH = "input_blocks.4.1.transformer_blocks.0.attn1.to_q"
 # Each of them doubles the time of a matcher that backtracks with each repeat.

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from tests.support import hostile, runs
+from tests.support import malformed, runs
 from tests.toy import world
 
 # What ComfyUI itself writes to: its log, its database, its previews.
@@ -51,8 +51,8 @@ def set_up(server):
         server.path("models", folder).mkdir(parents=True, exist_ok=True)
         server.path("output", folder).mkdir(parents=True, exist_ok=True)
         server.path("output", folder, "way-out").symlink_to(canary)
-    server.path("models", "loras", "sound.safetensors").write_bytes(hostile.safetensors(hostile.lora()))
-    word = hostile.safetensors({"emb_params": np.ones((1, 768))})
+    server.path("models", "loras", "sound.safetensors").write_bytes(malformed.safetensors(malformed.lora()))
+    word = malformed.safetensors({"emb_params": np.ones((1, 768))})
     server.path("models", "embeddings", "sound.safetensors").write_bytes(word)
     return canary
 
@@ -78,10 +78,10 @@ def test_hostile_and_broken_inputs(make_server, trials):
     times = []
     rows = collections.Counter()
     with server:
-        known = hostile.known_nodes(server)
-        server.run(hostile.training_of(server, 2))
+        known = malformed.known_nodes(server)
+        server.run(malformed.training_of(server, 2))
         assert runs.states_of(runs.find_run(server, "kept")) == [1, 2]
-        corpus = hostile.every(known, "kept")
+        corpus = malformed.every(known, "kept")
         assert len(corpus) >= 300
         process = server.process.pid
         for trial in chosen(corpus, trials(QUICK, None)):

@@ -21,7 +21,7 @@ from tests.support.diffusers_host import (
     same_state,
     state_of,
 )
-from tests.trainers.test_loop import first_turns, planned
+from tests.unit.test_loop import first_turns, planned
 
 # One of everything that goes together.
 ALL = Objective(

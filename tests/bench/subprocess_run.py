@@ -12,7 +12,7 @@ from typing import Any
 OPTION = "--one"
 
 
-def apart(module: str, environment: dict[str, str] | None = None, **order: Any) -> Any:
+def subprocess_run(module: str, environment: dict[str, str] | None = None, **order: Any) -> Any:
     """What a module's `_one` gives for an order, from a process of its own; both are JSON-able."""
     command = [sys.executable, "-m", module, OPTION, json.dumps(order)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(environment or {})})

@@ -32,7 +32,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_by_library
 from safetensors.torch import save
 
-from tests.support import hostile, odd_files
+from tests.support import malformed, odd_files
 
 FEW = settings(max_examples=40)
 PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
@@ -104,7 +104,7 @@ ROWS = st.dictionaries(
 @example({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}, 8)
 @example({"a": {"dtype": "F4", "shape": [16], "data_offsets": [0, 8]}}, 8)
 def test_headers_of_any_content_are_refused_or_read_as_the_library_reads_them(folder, rows, size):
-    data = hostile.safetensors(rows=rows, data=bytes(size))
+    data = malformed.safetensors(rows=rows, data=bytes(size))
     ours = read(folder, data)
     if ours is not None:
         assert_alike(ours, by_library(data))
@@ -116,9 +116,9 @@ def test_what_is_sound_is_read(folder, shapes):
     assert_alike(read(folder, save(made)), made)
 
 
-@pytest.mark.parametrize("what", hostile.lying())
+@pytest.mark.parametrize("what", malformed.lying())
 def test_lying_files_are_refused_with_their_reason(folder, what):
-    data, says = hostile.lying()[what]
+    data, says = malformed.lying()[what]
     path = folder / "lying.safetensors"
     path.write_bytes(data)
     for reader in (files.read_header, files.read_metadata, files.read_tensors):
@@ -130,7 +130,7 @@ def test_lying_files_are_refused_with_their_reason(folder, what):
 def test_nothing_is_reserved_for_what_a_header_says(folder, monkeypatch):
     """A terabyte by its shape: the library is not even asked."""
     monkeypatch.setattr("safetensors.safe_open", None)
-    data = hostile.safetensors(rows={"a": hostile.row([2**40], 0, 2**42)}, data=b"1234")
+    data = malformed.safetensors(rows={"a": malformed.row([2**40], 0, 2**42)}, data=b"1234")
     assert read(folder, data) is None
 
 
@@ -157,9 +157,9 @@ def test_a_state_of_any_content_is_taken_or_passed_over(tmp_path_factory, plain)
             assert str(folder) in error.message
 
 
-@pytest.mark.parametrize("what", hostile.SPOILT_STATES)
+@pytest.mark.parametrize("what", malformed.SPOILT_STATES)
 def test_of_a_spoilt_state_the_one_before_is_taken(tmp_path, what, caplog):
-    spoil, logged = hostile.SPOILT_STATES[what]
+    spoil, logged = malformed.SPOILT_STATES[what]
     run = Run(*(str(tmp_path / name) for name in ("run", "loras", "words")))
     for step in (1, 2):
         state = State(step, step, trainables={"a": torch.ones(3)}, optimizer={0: {"step": 1, "exp_avg": torch.ones(3)}})
