@@ -49,7 +49,7 @@ class Group:
         return number
 
     def abort(self) -> None:
-        """Tell the other processes that this one ends. Their next collective call raises PeerLostError."""
+        """Tell the other processes that this one ends, so that their next `all_reduce` raises PeerLostError."""
 
     def all_reduce_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
         """Replace each gradient by its sum over all processes. If no process has a gradient, it stays None."""
@@ -169,7 +169,7 @@ class Command(Enum):
 
 
 class PreviewSkipped(Exception):
-    """Raised by the preview sampler if a user command should not wait for the previews."""
+    """Signal from the preview sampler that a user command should not wait for the previews."""
 
 
 class TextEncoder(Protocol):

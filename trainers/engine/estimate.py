@@ -80,13 +80,14 @@ class Estimate:
 
 
 def estimate(plan: Plan, host: Host, updater: ParameterUpdater, position: int, steps: int) -> Estimate | None:
-    """Estimate memory and time of the remaining steps. Return None if they are few or cannot be measured.
-
-    With several processes nothing is measured either.
+    """Estimate memory and time of the remaining steps.
 
     Args:
         position: number of batches that were trained on before.
         steps: number of remaining steps.
+
+    Returns:
+        The estimate; None for few steps, for several processes, or if the measurement fails.
     """
     if steps < _LEAST_STEPS or host.group.world_size > 1:
         return None

@@ -67,7 +67,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Task:
-    """A checked training task, complete before anything is encoded.
+    """Checked input of a training, complete before anything is encoded.
 
     Attributes:
         dataset: with the embedding's placeholder inserted into the captions, if an embedding is trained.
@@ -139,7 +139,7 @@ def _find_run(recipe: Recipe, task: Task, folders: Folders, name: str) -> Run:
 
 
 def _hold(run: Run, recipe: Recipe, name: str, stack: ExitStack) -> tuple[State, bool]:
-    """Lock a run until the stack closes. Return the state to resume from, and whether the run is finished.
+    """Lock a run until the stack closes. Return the state to resume from, and True if the run is finished.
 
     Raises:
         RunError: the run is not finished and cannot be locked, or its path contains a link.
@@ -157,7 +157,7 @@ def _hold(run: Run, recipe: Recipe, name: str, stack: ExitStack) -> tuple[State,
 
 
 def _read(run: Run, recipe: Recipe, name: str) -> tuple[State, bool]:
-    """Return the state to resume from, and whether the run is finished."""
+    """Return the state to resume from, and True if the run is finished."""
     state = State()
     # A paused run has already started over.
     if name or recipe.on_existing != "start over" or run.halted_as(PAUSED, recipe.steps):

@@ -24,7 +24,7 @@ _SMALL = 1 << 16
 
 
 class ParameterUpdater:
-    """Updates a plan's trainables from their gradients.
+    """Optimizer, loss scaler and gradient clipping for a plan's trainables.
 
     An optimizer step within the backward never holds the gradients of all weights at once (LOMO, Lv et al. 2023). The
     result is the same if a step is exactly one backward, the optimizer treats each parameter alone, and nothing is
