@@ -2,8 +2,8 @@
 
     accelerate launch [its options] <this file> <job folder> [ComfyUI's options, such as --cpu]
 
-The job runs in the ComfyUI folder that contains this pack, or in the one that COMFYUI_PATH names. Start the job again
-to resume it, also with more or fewer processes.
+The job uses the ComfyUI folder that contains this pack; COMFYUI_PATH can name another one. Start the job again to
+resume it, also with more or fewer processes.
 """
 
 import contextlib

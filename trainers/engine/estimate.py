@@ -306,7 +306,7 @@ class _Dry:
                 return (*found, f"micro_batch {size}")
         if size < self._size:
             found.append(f"micro_batch {size}")
-        # Two blocks are on the device at a time: the one that runs, and the next one that is transferred.
+        # Offloading keeps two blocks on the device: the running block, and the next block during its transfer.
         frozen = {id(weight) for weight in list_frozen(placed_trees(self._plan, self._host), self._trained)}
         sizes = [bytes_of(one for one in block.parameters() if id(one) in frozen) for block in blocks]
         offloaded = sum(sizes) - 2 * max(sizes, default=0)

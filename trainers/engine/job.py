@@ -50,7 +50,7 @@ class Job:
     """Content of a job folder.
 
     Attributes:
-        base: JSON object by which the host finds its model again.
+        base: JSON object that the host needs to find its model again.
         cache: folder of the latents and conditionings.
         start: path of the adapter file in the job to start from; empty if there is none, or if the recipe names one of
             the host's list.
