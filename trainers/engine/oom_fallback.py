@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 Outcome = TypeVar("Outcome")
 
-# When no fallback is left, try pictures with sides scaled by these factors, to tell the user what fits.
+# If no fallback is left, try pictures cropped to these shares of their sides, to tell the user what fits.
 _SHARES = (0.75, 0.5, 0.25)
 
 
@@ -186,7 +186,7 @@ class OOMFallback:
         return ""
 
     def _fitting(self, item: DatasetItem, share: float) -> tuple[int, int] | None:
-        """Return (width, height) of an item scaled by `share`, in pixels, if a step on it alone fits; else None."""
+        """Return (width, height) in pixels of an item cropped to `share` of its sides; None if a step does not fit."""
         shown = [crop_sample(item.show(0), share)]
         trainables = [one for one in self._kept() if one.requires_grad]
         try:
