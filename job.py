@@ -1,9 +1,9 @@
-"""Runs what Graft Export Job wrote, without a graph, on as many processes and machines as accelerate starts.
+"""Run a job folder written by Graft Export Job, without a graph, on all processes that accelerate starts.
 
     accelerate launch [its options] <this file> <job folder> [ComfyUI's options, such as --cpu]
 
-ComfyUI is the one that this pack lies in, or the one that COMFYUI_PATH names. Started again, with more processes or
-fewer, it goes on where it was.
+The job uses the ComfyUI folder that contains this pack; COMFYUI_PATH can name another one. Start the job again to
+resume it, also with more or fewer processes.
 """
 
 import contextlib
@@ -15,12 +15,12 @@ import sys
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
-# So the graph starts it for processes of its own, with a seat for each.
+# Module name of this file in a process that the graph starts. GRAFT_SEAT then holds its folder, environment and pipe.
 SEATED = "graft_job"
 
 
 def find_comfyui():
-    """The folder of ComfyUI's main.py; ends the program where there is none."""
+    """Return the folder of ComfyUI's main.py. End the program if there is none."""
     found = os.environ.get("COMFYUI_PATH") or os.path.dirname(os.path.dirname(HERE))
     if not os.path.isfile(os.path.join(found, "main.py")) or not os.path.isdir(os.path.join(found, "comfy")):
         sys.exit(f"There is no ComfyUI in '{found}'. Set COMFYUI_PATH to the folder that holds its main.py.")
@@ -28,10 +28,11 @@ def find_comfyui():
 
 
 def search_path(folder, entries):
-    """Put ComfyUI's folder in front of the entries of a search path, and what node packs have added behind them.
+    """Return a search path with ComfyUI's folder first and the entries of node packs last.
 
     A process that the graph starts inherits the server's path. ComfyUI and node packs put folders in front of it while
-    they load: `utils.py` in ComfyUI's `comfy` would hide ComfyUI's `utils`, and this pack's `nodes` ComfyUI's `nodes`.
+    they load. Then `utils.py` in ComfyUI's `comfy` would hide ComfyUI's `utils`, and this pack's `nodes` would hide
+    ComfyUI's `nodes`.
     """
     left_out = {os.path.realpath(path) for path in (HERE, folder, os.path.join(folder, "comfy"))}
     packs = tuple(
@@ -39,21 +40,21 @@ def search_path(folder, entries):
     )
     real = {entry: os.path.realpath(entry or ".") for entry in entries}
     kept = [entry for entry in real if real[entry] not in left_out]
-    # Sorting keeps the order of entries that are alike.
+    # The sort is stable: within each group, entries keep their order.
     return [folder, *sorted(kept, key=lambda entry: real[entry].startswith(packs))]
 
 
 def enter_comfyui(folder, arguments):
-    """Makes ComfyUI importable, and has it read its options from the arguments."""
+    """Make ComfyUI importable, and let it parse its options from the arguments."""
     sys.path[:] = search_path(folder, sys.path)
     sys.argv = [os.path.join(folder, "main.py"), *arguments]
     importlib.import_module("comfy.options").enable_args_parsing()
-    # As main.py does, before ComfyUI's `nodes` puts `comfy` in front of the search path.
+    # Import it early, as main.py does: later ComfyUI's `nodes` puts `comfy` in front of the search path.
     importlib.import_module("utils.extra_config")
 
 
 def load_pack():
-    """The pack as ComfyUI imports it, whatever its folder is called; the name to import its modules by."""
+    """Import the pack as ComfyUI does, whatever its folder's name. Return the module name of the pack."""
     name = HERE.replace(".", "_x_")
     spec = importlib.util.spec_from_file_location(name, os.path.join(HERE, "__init__.py"))
     module = importlib.util.module_from_spec(spec)
@@ -63,10 +64,10 @@ def load_pack():
 
 
 def options_of_accelerate(arguments):
-    """List ComfyUI's options that `accelerate launch` got as its own. Warn where it started one process for several."""
+    """Return ComfyUI options that `accelerate launch` took as its own. Warn if it starts one process for several."""
     if os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("1", "true"):
         return []
-    # accelerate gives each of several processes a rank. With --cpu it gives an address only, and starts one process.
+    # With several processes, accelerate sets RANK in each. With --cpu it sets only an address, and starts one process.
     if "MASTER_ADDR" in os.environ and "RANK" not in os.environ:
         logging.warning(
             "Graft: `accelerate launch --cpu` starts one process, whatever --num_processes says. For several put --cpu "
@@ -77,7 +78,7 @@ def options_of_accelerate(arguments):
 
 @contextlib.contextmanager
 def telling(seat):
-    """Within it what fails is told to the graph, which would only see that this process is gone."""
+    """Send an error in the block to the graph, which would otherwise only see that this process has ended."""
     try:
         yield
     except Exception as error:
@@ -87,7 +88,7 @@ def telling(seat):
 
 
 def main(seat=None):
-    """The exit status: 0 when the job is done, 1 for an error, 130 when it was interrupted."""
+    """Run the job. Return the exit status: 0 if the job is done, 1 for an error, 130 if it was interrupted."""
     if seat is not None:
         os.environ.update(seat["environment"])
         folder, arguments, comfyui = seat["folder"], sys.argv[1:], seat["comfyui"]
@@ -99,7 +100,7 @@ def main(seat=None):
     with telling(seat):
         enter_comfyui(comfyui, arguments)
         name = load_pack()
-        # Before ComfyUI looks for its device: it takes the one that is this process's.
+        # Create the group before ComfyUI chooses its device: ComfyUI then takes this process's device.
         group = importlib.import_module(f"{name}.trainers.distributed.accelerate_group").AccelerateGroup(
             "--cpu" in arguments
         )

@@ -1,16 +1,16 @@
-"""The errors a user meets: each says what is wrong, with which input or file, and the cure."""
+"""Errors for the user. Each names the problem, the input or file, and the cure."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 
 class GraftError(ValueError):
-    """Something the user can put right.
+    """Error that the user can fix.
 
     Args:
-        message: what is wrong, naming the file where there is one.
-        cure: what to do about it, a full sentence.
-        input: name of the node input it concerns, empty when none.
+        message: the problem, with the file's name if there is one.
+        cure: the fix, in a full sentence.
+        input: name of the node input to blame; empty for none.
     """
 
     def __init__(self, message: str, cure: str = "", input: str = ""):
@@ -21,44 +21,45 @@ class GraftError(ValueError):
 
 
 class DatasetError(GraftError):
-    """A folder, image or caption cannot be used."""
+    """Unusable folder, image or caption."""
 
 
 class SettingsError(GraftError):
-    """Settings that are out of range or contradict each other."""
+    """Settings out of range, or contradictory settings."""
 
 
 class ModelError(GraftError):
-    """The connected model cannot be trained, or an adapter does not fit it."""
+    """Model that cannot be trained, or adapter that does not fit the model."""
 
 
 class NumbersError(GraftError):
-    """A loss or a gradient is not finite."""
+    """Loss or gradient that is not finite."""
 
 
 class OutOfMemory(GraftError):
-    """Memory ran out, and nothing is left that would save some."""
+    """Lack of memory that no fallback can cure."""
 
 
 class RunError(GraftError):
-    """A run folder cannot be read or written."""
+    """Run folder or file that cannot be read or written."""
 
 
 class RunHeldError(RunError):
-    """Another process holds the run: it trains or deletes it."""
+    """Run that another process has locked, to train or to delete it."""
 
 
 @contextmanager
 def needing(package: str, what: str, otherwise: str, input: str) -> Iterator[None]:
-    """Says which package an import inside the block is missing.
+    """Turn an ImportError in the block into a SettingsError that names the missing package.
 
     Args:
-        what: needs it.
-        otherwise: what can be done in place of installing it.
-        input: name of the node input that asked for it.
+        package: name of the package on PyPI.
+        what: the feature that needs the package; subject of the message.
+        otherwise: what the user can do instead of installing it; end of the message.
+        input: name of the node input that selects the feature.
 
     Raises:
-        SettingsError: in place of ImportError.
+        SettingsError: the block raised ImportError.
     """
     try:
         yield
@@ -71,7 +72,7 @@ def needing(package: str, what: str, otherwise: str, input: str) -> Iterator[Non
 
 
 class PeerLostError(GraftError):
-    """One of the processes that train together has ended, and with it the attempt."""
+    """End of another process in the process group, which ends training in this process too."""
 
     def __init__(self):
         super().__init__(

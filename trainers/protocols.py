@@ -1,6 +1,6 @@
-"""The three things training needs from a host: a denoiser, a text encoder and an image codec.
+"""Protocols between training and its host: denoiser, text encoder, image codec, process group, callbacks.
 
-ComfyUI's implementation is `nodes/host/`; the tests hold one over diffusers.
+`nodes/host/` implements them for ComfyUI. The tests have an implementation for diffusers.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 
 class Group:
-    """The processes of a training, seen from one of them; this one is alone.
+    """Process group of a training, as one process sees it. This base class is a group of one process.
 
     Attributes:
-        rank: its number among them, from 0.
-        world: how many there are.
-        sharded: whether they hold the denoiser's frozen weights in shares.
-        paired: whether all of them have to make the same passes through the denoiser at this moment.
+        rank: index of this process, from 0.
+        world_size: number of processes.
+        sharded: the denoiser's frozen weights are sharded over the processes.
+        lockstep: all processes must run the same forward passes of the denoiser now.
     """
 
     rank = 0
@@ -37,50 +37,55 @@ class Group:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the one that opens the run, saves, and tells the host."""
+        """Report whether this is the main process, which opens the run, saves, and reports to the host."""
         return self.rank == 0
 
     def all_reduce(self, number: float = 0.0) -> float:
-        """Waits until all have come here; the sum of their numbers, the same to the bit in each.
+        """Wait for all processes and return the sum of their numbers, the same to the bit in each process.
 
         Raises:
-            Parted: one of them has left instead.
+            PeerLostError: another process has ended.
         """
         return number
 
     def abort(self) -> None:
-        """Tells the others, who are on their way to a meeting, that this one leaves."""
+        """Tell the other processes that this one ends, so that their next `all_reduce` raises PeerLostError."""
 
     def all_reduce_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        """Puts the sum over all processes in place of each gradient; none where none has one."""
+        """Replace each gradient by its sum over all processes. If no process has a gradient, it stays None."""
 
     def broadcast(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Gives all the leader's values."""
+        """Copy the main process's values into the tensors of all processes."""
 
     def gather(self, values: list[float], whole: int) -> list[float]:
-        """The numbers of a step's examples, so many, of which each process has those of its rows."""
+        """Gather one number per sample of a step from all processes.
+
+        Args:
+            values: the numbers of this process's samples.
+            whole: number of samples over all processes.
+        """
         return values
 
     def broadcast_text(self, text: str) -> str:
-        """The leader's text, in all of them. Raises Parted as `meet` does."""
+        """Return the main process's text in all processes. Raise PeerLostError as `all_reduce` does."""
         return text
 
     def shard(self, tree: nn.Module, keep: Iterable[torch.Tensor], needs_input_grad: bool) -> None:
-        """Shares the frozen weights of a tree's blocks out, as `shards.Shards` says; not where one trains alone."""
+        """Shard the frozen weights of a tree's blocks, see `fsdp.ShardedWeights`. Do nothing with one process."""
 
     @contextmanager
     def main_process_only(self) -> Iterator[bool]:
-        """Within it the one that leads works alone, which is told True; the others have nothing to do meanwhile.
+        """Let only the main process work in the block: it gets True, the others get False.
 
-        All have to come to it, since the weights that it needs may be theirs.
+        All processes must enter the block, because the main process may need their shards of the weights.
 
         Raises:
-            Parted: one of them has left.
+            PeerLostError: another process has ended.
         """
         yield self.is_main
 
     def reset_after_failure(self) -> None:
-        """Lets the denoiser be asked again after a pass that did not come to its end."""
+        """Reset the denoiser after an interrupted forward pass."""
 
 
 ALONE = Group()
@@ -88,16 +93,17 @@ ALONE = Group()
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What one example is conditioned on.
+    """Conditioning of one sample.
 
     Attributes:
         tensors: the text encoder's output by the host's own names, each [1, ...].
         original_size: (width, height) of the picture before scaling, pixels.
         crop: (left, top) of the crop in the scaled picture, pixels.
         target_size: (width, height) of the crop that is trained on, pixels.
-        source: None, or the unscaled latent [1, C, ...] of the picture that this one is made of.
-        hole: None, or [1, 1, H, W] over pixels: 1 where an inpainting model is to fill the picture.
-        around: with a hole, the unscaled latent [1, C, ...] of the picture with the hole grey.
+        source: unscaled latent [1, C, ...] of the source image for an edit model; None for none.
+        inpaint_mask: [1, 1, H, W] in pixels, 1 where an inpainting model fills the picture; None for none.
+        masked_image_latent: with an inpaint mask, the unscaled latent [1, C, ...] of the picture with the masked area
+            grey.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -109,17 +115,17 @@ class Conditioning:
     masked_image_latent: torch.Tensor | None = None
 
 
-# What a denoiser may take beside noise and text.
+# Kinds of extra conditioning that a denoiser takes besides text: an inpaint mask, or a source image.
 HOLE = "hole"
 SOURCE = "source"
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """How a model wants its pictures cut.
+    """Picture sizes that a model is trained at.
 
     Attributes:
-        resolution: side of the square whose area a picture is scaled to, pixels.
+        resolution: a picture is scaled to the area of a square of this side, pixels.
         step: width and height of every bucket are multiples of this, pixels.
     """
 
@@ -128,20 +134,20 @@ class Geometry:
 
     @property
     def side(self) -> int:
-        """Of the square that is drawn at this resolution, pixels."""
+        """Return the side of a square picture sampled at this resolution, pixels."""
         return max(self.step, self.resolution // self.step * self.step)
 
 
 @dataclass(frozen=True)
 class PreviewRequest:
-    """Pictures to be drawn by the host's own sampler.
+    """Request to sample preview pictures with the host's own sampler.
 
     Attributes:
-        prompts: one picture each.
-        negative: the negative prompt, shared.
+        prompts: one picture per prompt.
         size: (width, height) in pixels.
         seed: noise seed of the first picture; picture i uses seed + i.
-        beside: examples whose source picture or hole the pictures are drawn with, one after the other; empty for none.
+        negative: the negative prompt of all pictures.
+        beside: conditionings with the source image or inpaint mask for the pictures, used in turn; empty for none.
     """
 
     prompts: tuple[str, ...]
@@ -156,107 +162,110 @@ class PreviewRequest:
 
 
 class Command(Enum):
-    """What may be asked of a training while it runs; all else that ends it early is an exception of the host's."""
+    """User commands to a running training. Anything else that ends it early is an exception of the host."""
 
-    SAVE = "save"  # write what there is, and go on
-    STOP = "stop"  # this step was the last: what was reached is the result
+    SAVE = "save"  # save now and continue
+    STOP = "stop"  # end after this step; its state is the result
 
 
 class PreviewSkipped(Exception):
-    """Raised by what draws previews: something was asked that should not wait until they are drawn."""
+    """Signal from the preview sampler that a user command should not wait for the previews."""
 
 
 class TextEncoder(Protocol):
-    """Turns captions, as literal text, into conditioning tensors."""
+    """Text encoder: turns captions, as literal text, into conditioning tensors."""
 
     def encode(self, caption: str) -> dict[str, torch.Tensor]:
-        """The conditioning tensors of one caption, each [1, ...] on the CPU, ordinary tensors."""
+        """Encode one caption. Return its conditioning tensors, each [1, ...] on the CPU, no inference tensors."""
 
     def form(self, caption: str) -> Hashable:
-        """Captions of one form can be encoded together; None for one that has to be encoded alone."""
+        """Return a key: captions with equal keys can be encoded in one batch. None if a caption needs its own batch."""
 
     def encode_all(self, captions: Sequence[str]) -> list[dict[str, torch.Tensor]]:
-        """As `encode` for each of several captions of one form, but for rounding."""
+        """Encode several captions of equal `form` in one batch. The result equals `encode`'s except for rounding."""
 
     def count_tokens(self, caption: str) -> int:
-        """Number of tokens of the caption without start, end and padding."""
+        """Return the number of tokens of the caption, without start, end and padding."""
 
     def fingerprint(self) -> str:
-        """Hash that changes with weights, waiting patches and clip skip."""
+        """Return a hash of the weights, the pending patches and the clip skip."""
 
     def embedded_digest(self, texts: Sequence[str], without: Sequence[str] = ()) -> str:
-        """Hash of the embedding files that texts call by `embedding:<name>`; empty where they call none.
+        """Return a hash of the embedding files that texts use by `embedding:<name>`; empty if they use none.
 
         Args:
-            without: names that stand for something else.
+            without: names to ignore, because they do not stand for a file.
         """
 
-    # What follows is asked only where a word or the encoder itself is trained.
+    # Training uses the members below only if it trains an embedding or the text encoder itself.
 
     module: torch.nn.Module
     device: torch.device
 
     def is_word(self, name: str) -> bool:
-        """Whether the vocabulary holds a name as a whole."""
+        """Report whether a name is a single token of the vocabulary."""
 
     def start_vectors(self, text: str) -> dict[str, torch.Tensor]:
-        """The vocabulary's vectors of a text's tokens, [tokens, width] by encoder; encoders take new words.
+        """Return the embedding vectors of a text's tokens, [tokens, width] by encoder that supports new embeddings.
 
-        Raises ModelError when none of the encoders does.
+        Raises:
+            ModelError: none of the encoders supports them.
         """
 
     def median_norms(self) -> dict[str, float]:
-        """Median norm of the vocabulary's vectors by encoder."""
+        """Return the median norm of the vocabulary's vectors, by encoder."""
 
     def training(self) -> AbstractContextManager:
-        """Places the encoder and gives it a private tree, `module`; within the denoiser's `training` only."""
+        """Load the encoder and build its private copy, `module`. Use it only within the denoiser's `training`."""
 
     def attach(self, name: str, vectors: dict[str, torch.Tensor]) -> None:
-        """From now on `embedding:<name>` in a caption stands for these vectors, [n, width] by encoder."""
+        """Let `embedding:<name>` in captions stand for these vectors from now on, [n, width] by encoder."""
 
     def encoders(self) -> list[str]:
-        """Keys of the encoders that can be trained, each the name of a module in `module`.
+        """Return the keys of the trainable encoders. Each is the name of a submodule of `module`.
 
-        Raises ModelError when there is none.
+        Raises:
+            ModelError: there is none.
         """
 
     def adapter_name(self, path: str) -> str:
-        """Name of a module, by its path in `module`, in kohya's adapter files."""
+        """Return the name that kohya's adapter files use for the submodule at `path` in `module`."""
 
     def own_name(self, path: str) -> str:
-        """Name of a module, by its path in `module`, in the host's files of any method."""
+        """Return the name that the host's files, of any method, use for the submodule at `path` in `module`."""
 
     def published_name(self, path: str) -> str | None:
-        """Path of a module in its encoder as transformers publishes it; None where that has no such module."""
+        """Return the path of a submodule in the encoder as transformers publishes it; None if it has none there."""
 
     def encode_live(self, captions: Sequence[str]) -> list[dict[str, torch.Tensor]]:
-        """As `encode` for each of several captions, through the private tree, with its graph."""
+        """Encode several captions as `encode` does, but through `module` and with the autograd graph."""
 
 
 class ImageCodec(Protocol):
-    """Turns pictures into latents.
+    """Image codec, such as a VAE: turns pictures into latents.
 
     Attributes:
-        pixels_at_once: of pictures of one size that are to be encoded together; less than a picture's for one alone.
+        pixels_at_once: largest number of pixels in a batch of pictures of one size. If a picture has more, it is
+            encoded alone.
     """
 
     pixels_at_once: int
 
     def encode(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """[B, H, W, 3] float in 0..1 -> mean and log-variance of the unscaled latents' posterior.
+        """Encode pixels [B, H, W, 3], float in 0..1, to mean and log-variance of the unscaled latents' posterior.
 
-        Each [B, C, (T,) h, w], float32 on the CPU; the log-variance is None where the codec has no posterior.
+        Each is [B, C, (T,) h, w], float32 on the CPU. The log-variance is None if the codec has no posterior.
         """
 
     def fingerprint(self) -> str:
-        """Hash that changes with the weights and their dtype."""
+        """Return a hash of the weights and their dtype."""
 
 
 class Denoiser(Protocol):
-    """A frozen pretrained denoiser whose module tree may be given adapters.
+    """Frozen pretrained denoiser. Training may add adapters to its module tree.
 
     Attributes:
-        takes: what it takes beside noise and text: HOLE, SOURCE, or empty for nothing.
+        conditioning_kind: the extra conditioning besides text: HOLE, SOURCE, or empty for none.
     """
 
     module: torch.nn.Module
@@ -269,94 +278,100 @@ class Denoiser(Protocol):
     compute_dtype: torch.dtype
 
     def geometry(self, resolution: int) -> Geometry:
-        """Cut of the pictures for a wished resolution, 0 for the model's own."""
+        """Return the picture sizes for a resolution; 0 for the model's own resolution."""
 
     def check_inputs(self, latent: torch.Tensor, conditioning: dict[str, torch.Tensor]) -> None:
-        """Raises ModelError when a codec's latent or an encoder's output does not fit this model."""
+        """Raise ModelError if the codec's latent or the text encoder's output does not fit this model."""
 
     def sigmas(self) -> torch.Tensor:
-        """The model's noise levels in rising order, [N] float32."""
+        """Return the model's noise levels in rising order, [N] float32."""
 
     def scale_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """VAE latents as the model wants them (scale and shift, exactly once)."""
+        """Apply the model's scale and shift to VAE latents. Call it exactly once."""
 
     def add_noise(self, x0: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        """x_t for x0 and noise [B, C, ...] at sigma [B]."""
+        """Return x_t for x0 and noise [B, C, ...] at sigma [B]."""
 
     def predict(self, x_t: torch.Tensor, sigma: torch.Tensor, conditioning: Sequence[Conditioning]) -> torch.Tensor:
-        """The network's raw output for x_t [B, C, ...] at sigma [B], each example on its own conditioning."""
+        """Return the network's raw output for x_t [B, C, ...] at sigma [B], each sample with its own conditioning."""
 
     def preview(self, request: PreviewRequest) -> list[Image.Image]:
-        """Pictures by the model as trained so far. May raise Hurried."""
+        """Sample pictures with the model as trained so far. May raise PreviewSkipped."""
 
     def make_room(self, weights: bool = False) -> None:
-        """Lets go of what lies on the device beside the training; weights: also of weights that the tree gave up."""
+        """Free device memory that training does not use, such as other models and caches.
+
+        Args:
+            weights: also unload the host's copy of this model, whose weights training has offloaded or sharded.
+        """
 
     def free_memory(self) -> int | None:
-        """Bytes that the device has for what is not on it yet; None where the host cannot tell."""
+        """Return the free memory of the device in bytes; None if the host cannot tell."""
 
     def pin(self, weight: torch.Tensor) -> bool:
-        """Locks a weight's memory on the CPU where it is, so that the device reads it by itself; within `training`.
+        """Pin a weight's CPU memory in place, so that the device can read it directly. Use it only within `training`.
 
-        False where the host does not, or not any more of it. Undone when the training ends.
+        Return False if the host does not pin memory, or its limit is reached. The memory is unpinned when training
+        ends.
         """
 
     def training(self, compute_dtype: str, offloaded: bool = False) -> AbstractContextManager:
-        """Places the weights and sets what the host needs for a backward; undoes it in any case.
+        """Load the weights and prepare the host for a backward in the block. Undo both afterwards in any case.
 
         Args:
-            away: whether the weights of blocks (`autograd.blocks_of`) stay off the device, marked as `offload.place`
-                knows them; whoever asks for that brings them there.
+            offloaded: keep the weights of blocks (`autograd.blocks_of`) off the device, marked by
+                `offload.mark_offloaded`. The caller then moves them to the device.
         """
 
     def adapter_name(self, path: str) -> str:
-        """Name of a module, by its path in `module`, in kohya's adapter files."""
+        """Return the name that kohya's adapter files use for the submodule at `path` in `module`."""
 
     def own_name(self, path: str) -> str:
-        """Name of a module or a bare parameter, by its path in `module`, in the host's files of any method."""
+        """Return the name that the host's files, of any method, use for the submodule or parameter at `path`."""
 
     def published_name(self, path: str) -> str | None:
-        """Path of a module in the model as diffusers publishes it; None where it has no such module."""
+        """Return the path of a submodule in the model as diffusers publishes it; None if it has none there."""
 
     def published_splits(self, path: str) -> tuple[LayerSplit, ...]:
-        """The layers that diffusers has for a module, where it cuts the model otherwise; none where that is unknown."""
+        """Return the layers into which diffusers splits a submodule; empty if it does not, or if that is unknown."""
 
     def check_adapter(self, tensors: dict[str, torch.Tensor]) -> list[str]:
-        """Keys of an adapter file that the host would not use."""
+        """Return the keys of an adapter file that the host would not use."""
 
     def fingerprint(self) -> str:
-        """Hash of what makes this base: keys, shapes, dtypes, weights, waiting patches."""
+        """Return a hash of the base: keys, shapes, dtypes, weights, pending patches."""
 
 
 def earlier_fingerprint(part: Denoiser | TextEncoder | ImageCodec) -> str:
-    """The fingerprint that versions before gave a part of a base, by which the files they made are found.
+    """Return the fingerprint that earlier versions gave a part of a base, to find the files that they made.
 
-    A host without such a past has no method `earlier_fingerprint`, and its fingerprint stands for both.
+    A host without earlier versions has no method `earlier_fingerprint`; then return the current fingerprint.
     """
     return getattr(part, "earlier_fingerprint", part.fingerprint)()
 
 
 def embedded_digest(text: TextEncoder, texts: Sequence[str], without: Sequence[str] = ()) -> str:
-    """As the text encoder's own; empty for a host without embedding files."""
+    """Return `text.embedded_digest(texts, without)`; empty for a host without embedding files."""
     given = getattr(text, "embedded_digest", None)
     return given(texts, without) if given is not None else ""
 
 
 def base_digest(*fingerprints: str) -> str:
-    """One hash of the fingerprints of a base's parts: denoiser, text encoder, codec, and what it starts from."""
+    """Hash the fingerprints of a base's parts: denoiser, text encoder, codec, and the adapter to start from."""
     return hashlib.sha256("|".join(fingerprints).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Host:
-    """The three parts together, and what the host wants to be asked while training runs.
+    """The host's three models, and its callbacks during training.
 
     Attributes:
         report: called with (event name, payload) after each event; may raise to interrupt.
-        asked: called after each step; what was asked since, None for nothing.
-        heed: called within a step where it can be given up; may raise to interrupt.
-        group: the processes that train together.
-        graph: what the run was queued as, JSON-able, kept beside its recipe; None for nothing. It decides nothing.
+        next_command: called after each step; returns the user's next command, None for none.
+        check_interrupt: called within a step wherever the step can be abandoned; may raise to interrupt.
+        group: the process group.
+        graph: the ComfyUI graph that queued the run, JSON-able, saved next to the recipe; None for none. It has no
+            effect on training.
     """
 
     denoiser: Denoiser
@@ -369,9 +384,9 @@ class Host:
     graph: dict[str, Any] | None = None
 
     def report_phase(self, name: str) -> None:
-        """Report the work between two steps or before the first; may raise to interrupt, as `report` does.
+        """Report a phase of work before the first step or between steps. May raise to interrupt, as `report` does.
 
         Args:
-            name: "loading", "gradients", "measuring", "previews", or "training" when the steps go on.
+            name: "loading", "gradients", "measuring", "previews", or "training" when the steps continue.
         """
         self.report("phase", {"name": name})

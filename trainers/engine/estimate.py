@@ -1,8 +1,8 @@
-"""What the steps of a run will take of memory and time, measured by a few passes that train nothing before the first.
+"""Estimate of a run's memory and time per step, measured by a few passes before step 1.
 
-A pass is a forward and backward of one picture, and one of two, of the largest size: what a picture takes and what is
-needed whatever their number follow from the two. What the optimiser keeps and takes is measured on copies of what is
-trained. The run itself is what it would have been without, to the bit.
+A pass is a forward and a backward, with one and with two pictures of the largest size. The two peaks give the fixed
+memory and the memory per picture. The optimizer's state, peak and time are measured on copies of the trainables. The
+measurement does not change the run, to the bit.
 """
 
 from __future__ import annotations
@@ -43,29 +43,28 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Fewer steps than this tell by themselves before an estimate would.
+# For fewer steps, an estimate is not worth its time.
 _LEAST_STEPS = 50
-# Batches among which the largest pictures are looked for.
+# Number of batches to search for the largest pictures.
 _MOST_BATCHES = 256
-# How often a pass is timed at the most, and seconds after which it is not once more.
+# Time a pass at most _TRIES times, and stop after _LONG seconds.
 _TRIES = 3
 _LONG = 1.0
-# Bytes of what is trained, copied to see what its optimiser takes.
+# Bytes of trainables to copy for measuring the optimizer.
 _SCRATCH = 64 * 1024 * 1024
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What the steps of a run take.
+    """Memory and time of a run's steps.
 
     Attributes:
-        memory: bytes on the device at the most: weights, what is trained, what the optimiser keeps, activations; None
-            where memory ran out before that was known.
-        missing: of these, bytes that are not taken yet; None likewise.
-        free: bytes that the device has for them; None where it does not tell.
-        seconds: of a step; None where it does not fit as it is.
-        cures: of Graft Memory Options, what would make it fit, all of them together; empty where it fits or nothing is
-            known to help.
+        memory: peak bytes on the device: weights, trainables, optimizer state, activations; None if memory ran out
+            during the measurement.
+        missing: bytes of `memory` that are not allocated yet; None as for `memory`.
+        free: free bytes on the device; None if the device does not report them.
+        seconds: seconds per step; None if a step does not fit.
+        cures: settings of Graft Memory Options that together make a step fit; empty if it fits, or if none would help.
     """
 
     memory: int | None
@@ -76,33 +75,36 @@ class Estimate:
 
     @property
     def fits(self) -> bool:
-        """Whether there is memory enough, as far as is known."""
+        """Report whether the memory suffices, as far as is known."""
         return self.missing is not None and (self.free is None or self.missing <= self.free)
 
 
 def estimate(plan: Plan, host: Host, updater: ParameterUpdater, position: int, steps: int) -> Estimate | None:
-    """What the steps that are left will take; None where they are few, or where it cannot be measured.
+    """Estimate memory and time of the remaining steps.
 
     Args:
-        position: batches that were shown before.
-        steps: that are left.
+        position: number of batches that were trained on before.
+        steps: number of remaining steps.
+
+    Returns:
+        The estimate; None for few steps, for several processes, or if the measurement fails.
     """
     if steps < _LEAST_STEPS or host.group.world_size > 1:
         return None
     host.report_phase("measuring")
-    # Of those that will be shown: no other captions are encoded.
+    # Measure with upcoming batches, so that no other captions are encoded.
     coming = min(_MOST_BATCHES, steps * plan.recipe.accumulation)
     batches = [batch for _, batch in itertools.islice(plan.batches(position), coming)]
     try:
         return _Dry(plan, host, updater, batches).estimate()
     except (RuntimeError, MemoryError, TypeError, GraftError) as error:
-        # The steps themselves say better what is wrong, if anything is.
+        # If something is wrong, the steps raise a better error.
         log.warning("Graft: what a step takes could not be measured: %s", in_one_line(error))
         return None
 
 
 def say(found: Estimate, steps: int) -> str:
-    """An estimate in words."""
+    """Describe an estimate in one sentence for the log."""
     if found.memory is None:
         parts = ["a step takes more memory than the device has"]
     else:
@@ -122,7 +124,7 @@ def _in_minutes(seconds: float) -> str:
 
 @dataclass(frozen=True)
 class _Moves:
-    """What the optimiser takes: bytes that it keeps, bytes that it needs while it moves, seconds."""
+    """Cost of an optimizer step: bytes of optimizer state, temporary bytes during the step, seconds."""
 
     kept: int
     passing: int
@@ -130,7 +132,7 @@ class _Moves:
 
 
 class _Dry:
-    """The passes of one estimate."""
+    """The trial passes of one estimate."""
 
     def __init__(self, plan: Plan, host: Host, updater: ParameterUpdater, batches: list[Batch]):
         self._plan = plan
@@ -151,7 +153,7 @@ class _Dry:
         self._account = DevicePeakMemory(self._device)
 
     def estimate(self) -> Estimate:
-        """Of the plan as it is, and what would help where that does not fit."""
+        """Estimate the plan as it is. If it does not fit, search for settings that would help."""
         free = self._host.denoiser.free_memory()
         there = bytes_of(self._held()) + bytes_of(self._mover.tensors()) + self._average
         one, more = self._line()
@@ -167,25 +169,31 @@ class _Dry:
         return Estimate(int(memory), int(memory) - there, free, seconds)
 
     def _held(self) -> list[torch.Tensor]:
-        """What lies on the device between steps."""
+        """Return the weights and buffers that stay on the device between steps."""
         weights = [one for tree in self._trees for one in (*tree.parameters(), *tree.buffers())]
         return [one for one in weights if not is_offloaded(one) and one.device.type == self._device.type]
 
     def _whole(self, one: float, more: float, size: int) -> float:
-        """Bytes at the most, from what a pass of one picture takes and what each further one adds."""
+        """Return the peak bytes of a step.
+
+        Args:
+            one: peak bytes of a pass with one picture.
+            more: bytes that each further picture adds.
+            size: number of pictures in a pass.
+        """
         trained = bytes_of(self._trained)
         a_pass = one if size == 1 else one + (size - 1) * more
         if self._mover.in_backward:
-            # Each is moved while activations are still there.
+            # The optimizer steps while activations are still in memory.
             most = a_pass + self._moves.passing
         else:
             most = max(a_pass, bytes_of(self._held()) + trained + self._moves.passing)
         return most + self._moves.kept + self._average
 
     def _line(self) -> tuple[float, float]:
-        """(bytes of a pass of one picture with all that is held, bytes that each further one adds).
+        """Return (peak bytes of a pass with one picture, weights included; bytes that each further picture adds).
 
-        Infinite where there is no memory even for one.
+        The first is infinite if not even one picture fits.
         """
         one = self._peak(1)
         if self._size == 1 or math.isinf(one):
@@ -193,10 +201,10 @@ class _Dry:
         return one, self._peak(2) - one
 
     def _peak(self, size: int) -> float:
-        """Bytes at the most in a pass of so many pictures, with all that is held; infinite where it does not fit."""
+        """Return the peak bytes of a pass with `size` pictures, weights included; infinite if it does not fit."""
         self._host.check_interrupt()
         try:
-            # A second pass begins with the gradients of the first.
+            # If gradients accumulate, run a second pass: it starts with the gradients of the first in memory.
             work = functools.partial(self._passes, size, 1 + self._several)
             return self._account.peak_of(work, self._held(), self._away())
         except (RuntimeError, MemoryError) as error:
@@ -209,7 +217,10 @@ class _Dry:
         return [one for tree in self._trees for one in tree.parameters() if is_offloaded(one)]
 
     def _try(self) -> tuple[float, int]:
-        """(seconds of a step of the plan as it is, bytes of a pass at the most; 0 where only counting would tell)."""
+        """Time the plan as it is. Return (seconds per step, peak bytes of a pass).
+
+        The peak is 0 if the device does not report it: tracking the tensors instead would distort the time.
+        """
         work = functools.partial(self._passes, self._size, 1)
         took: list[float] = []
         most = 0
@@ -226,13 +237,13 @@ class _Dry:
         return seconds, most and most + waiting
 
     def _usual_share(self) -> float:
-        """Pixels of a usual picture over those of the ones that are tried."""
+        """Return the mean area of the dataset's pictures, divided by the area of the measured ones."""
         areas = [(_area(item), item.repeats) for item in self._plan.train]
         usual = sum(area * repeats for area, repeats in areas) / sum(repeats for _, repeats in areas)
         return usual / _area(self._plan.train[self._batch[0][0]])
 
     def _passes(self, size: int, times: int) -> None:
-        """Forward and backward of so many pictures at once, some times; nothing of it stays."""
+        """Run forward and backward of `size` pictures at once, `times` times. Discard the gradients."""
         plan, host = self._plan, self._host
         shown = plan.samples(self._batch[:size])
         recipe = replace(plan.recipe, micro_batch=0)
@@ -252,18 +263,18 @@ class _Dry:
                 parameter.grad = None
 
     def _measure_moves(self) -> _Moves:
-        """What moving all takes, from some of them."""
+        """Measure an optimizer step on copies of some trainables, and scale the result to all of them."""
         parameters = self._trained
         recipe = self._plan.recipe
         apart = isinstance(self._mover.optimizer, PerParameterOptimizer)
         some = _some_of(parameters, apart)
         share = sum(one.numel() for one in parameters) / sum(one.numel() for one in some)
-        # With their values: some optimisers keep less of what is zero.
+        # Copy the values too: some optimizers keep less state for zeros.
         copies = [torch.nn.Parameter(one.detach().to(_full(one.dtype), copy=True)) for one in some]
         group = {"params": copies, "lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
         optimizer = OPTIMIZERS[recipe.optimizer].make([group], recipe)
         work = _Move(optimizer, copies)
-        # What it keeps is made at the first.
+        # The first step creates the optimizer state.
         work()
         kept = bytes_of(_tensors_in(optimizer.state.values()))
         held = [*copies, *(one.grad for one in copies), *_tensors_in(optimizer.state.values())]
@@ -277,7 +288,7 @@ class _Dry:
         return _Moves(int(kept * share), int(passing if apart else passing * share), seconds * share)
 
     def _cures(self, there_is: float, one: float, more: float) -> tuple[str, ...]:
-        """What would fit into so many bytes, tried in the order in which it costs time."""
+        """Find settings with which a step fits into `there_is` bytes, cheapest in time first."""
         found = []
         size = self._size
         blocks = [block for tree in self._trees for block in blocks_of(tree)]
@@ -287,7 +298,7 @@ class _Dry:
             if self._fits(one, more, size, there_is):
                 return tuple(found)
         if size > 1 and not self._several:
-            # The gradients of the first part of a batch wait while the others are computed.
+            # With micro-batches, the gradients of the first stay in memory while the others are computed.
             one += bytes_of(self._trained)
         while size > 1 and not self._mover.in_backward:
             size //= 2
@@ -295,7 +306,7 @@ class _Dry:
                 return (*found, f"micro_batch {size}")
         if size < self._size:
             found.append(f"micro_batch {size}")
-        # Of what stays away one block is computed with while the next comes.
+        # Offloading keeps two blocks on the device: the running block, and the next block during its transfer.
         frozen = {id(weight) for weight in list_frozen(placed_trees(self._plan, self._host), self._trained)}
         sizes = [bytes_of(one for one in block.parameters() if id(one) in frozen) for block in blocks]
         offloaded = sum(sizes) - 2 * max(sizes, default=0)
@@ -304,7 +315,10 @@ class _Dry:
         return ()
 
     def _ways_to_forget(self, blocks: list[nn.Module]) -> list[tuple[bool, list[str]]]:
-        """(whether attention is kept, the fields that make it so) of what forgets more than now, the least first."""
+        """List stronger checkpointing settings than the current ones, weakest first.
+
+        Each is (whether attention outputs are kept, the options that select it).
+        """
         plainly = all(is_checkpointed(block) for block in blocks)
         kept = any(keeps_attention(block) for block in blocks)
         ways = [] if plainly else [(True, ALL_BUT_ATTENTION)]
@@ -316,12 +330,12 @@ class _Dry:
 
     def _fits(self, one: float, more: float, size: int, there_is: float) -> bool:
         memory = self._whole(one, more, size)
-        # Where there is no account of what is free, what was tried still tells.
+        # If free memory is unknown, `there_is` is infinite: it fits if the trial pass has run.
         return math.isfinite(memory) and memory <= there_is
 
 
 class _Move:
-    """A step of an optimiser by gradients that are not zero."""
+    """An optimizer step with non-zero gradients."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]):
         self._optimizer = optimizer
@@ -333,7 +347,7 @@ class _Move:
 
 
 def _largest(plan: Plan, batches: list[Batch], size: int) -> Batch:
-    """As many members of one batch as are computed at once: of the largest pictures, and of a whole one if possible."""
+    """Return up to `size` members of the batch with the largest pictures; among equals, of a full batch."""
     found = max(batches, key=lambda batch: (_area(plan.train[batch[0][0]]), min(len(batch), size)))
     return found[:size]
 
@@ -343,7 +357,7 @@ def _area(item: DatasetItem) -> int:
 
 
 def _some_of(parameters: list[nn.Parameter], apart: bool) -> list[nn.Parameter]:
-    """Those that stand for all: the largest where each is moved by itself, else as many as are quickly copied."""
+    """Choose trainables to measure: the largest if each is updated alone, else the first ones up to _SCRATCH bytes."""
     if apart:
         return [max(parameters, key=lambda one: one.numel())]
     found = []
@@ -365,7 +379,7 @@ def _tensors_in(slots: Iterable[dict]) -> list[torch.Tensor]:
 
 
 def _wait(device: torch.device) -> None:
-    """Until the device has done what it was given."""
+    """Wait until the device has finished its queued work."""
     synchronise = getattr(getattr(torch, device.type, None), "synchronize", None)
     if synchronise is not None:
         synchronise()

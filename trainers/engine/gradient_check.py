@@ -1,4 +1,4 @@
-"""Whether the gradient that training would use is right: directional derivatives against finite differences."""
+"""Gradient check: autograd's directional derivatives against finite differences."""
 
 from __future__ import annotations
 
@@ -18,25 +18,27 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# A derivative that is off by more than this stops the run.
+# A larger relative error of the derivative stops the run.
 BAR = 0.05
-# Exact gradients miss the difference by 1.2e-4 at most in fp32 on a CPU. The bar itself would let much pass: what is
-# wrong across the gradient hardly shows along it, an error of 5 % of its length as 5 % of 5 %.
+# Correct gradients differ from the finite difference by at most 1.2e-4 in fp32 on a CPU. BAR itself is too loose: an
+# error perpendicular to the gradient, 5 % of its length, changes the derivative along it by only 5 % of 5 %.
 TOLERANCE = BAR**2
-# Trainables in half precision round the difference itself.
+# Half-precision trainables round the finite difference itself.
 TOLERANCE_HALF = 0.8 * BAR
-# By how much the loss may change with gradients being recorded: an operation in place that did not take place.
+# Largest relative difference between the losses with and without autograd recording. A larger one means that an
+# in-place operation had no effect.
 TOLERANCE_RECORDED = 1e-3
 _STEP = 0.1
 _SHORTER = (_STEP / 8, _STEP / 40)
 _LONGEST = 64 * _STEP
 _ROUNDING = 16 * torch.finfo(torch.float32).eps
-# Share of a derivative that rounding may come to; where it is more, longer steps are tried first.
+# Try longer steps first if rounding may exceed this share of the derivative.
 _EXCUSED = 0.15 * BAR
-# Share at which a shorter step tells nothing: the bound is some ten times what is seen.
+# Skip a shorter step if rounding may exceed this share of the derivative. The bound is about ten times the rounding
+# that is observed.
 _DROWNED = 0.5
 
-# What PyTorch says where it has no gradient, and not for lack of memory or for shapes that do not fit.
+# Parts of PyTorch's messages for a missing gradient, to tell it from lack of memory or a shape mismatch.
 _NO_GRADIENT = (
     "inplace operation",
     "no autograd formula",
@@ -50,12 +52,12 @@ _BLOCK = re.compile(r"^.*?\.\d+(?=\.)")
 def directional_error(
     loss: Callable[[], torch.Tensor], parameters: list[nn.Parameter], step: float = 1e-2, seed: int = 0
 ) -> tuple[float, float]:
-    """Compares autograd with a Richardson-refined central difference along one direction.
+    """Compare autograd with a Richardson-refined central difference along one direction.
 
     Args:
-        loss: gives the scalar loss; called once with and four times without gradients.
-        parameters: those that are varied, at the point of interest.
-        step: length of the longest difference; the refinement uses half of it too.
+        loss: returns the scalar loss; called once with and four times without gradients.
+        parameters: the parameters to vary, at the point to check.
+        step: length of the longer difference; the refinement also uses half of it.
 
     Returns:
         (relative error, finite difference).
@@ -70,10 +72,10 @@ def _gradients(loss: torch.Tensor, parameters: list) -> list[torch.Tensor]:
 
 
 def _slope(parameters: list, gradients: list, seed: int) -> tuple[float, list]:
-    """By autograd, along a direction of length one, and that direction.
+    """Return autograd's derivative along a direction of length one, and the direction.
 
-    It is half random, half the gradient's own: a random one alone has next to no slope among many parameters, and the
-    difference would drown in the rounding of the loss.
+    The direction is half random, half the gradient's. Among many parameters, a purely random direction has almost no
+    slope, and the difference would vanish in the loss's rounding.
     """
     source = generator("direction", seed)
     noise = [torch.randn(p.shape, generator=source, dtype=torch.float32).to(p) for p in parameters]
@@ -89,7 +91,7 @@ def _refined(loss: Callable, parameters: list, exact: float, directions: list, s
 
 
 def _exact(tensor: torch.Tensor) -> torch.Tensor:
-    """In float64, on the CPU since not every device has it."""
+    """Convert a tensor to float64, on the CPU because not every device supports it."""
     return tensor.detach().to("cpu").double()
 
 
@@ -114,24 +116,25 @@ def _central(loss: Callable, parameters: list, directions: list, step: float) ->
 def check_gradient(
     loss: Callable[[], torch.Tensor], trainables: dict[str, nn.Parameter], tolerance: float = TOLERANCE
 ) -> float:
-    """The self-check before step 1, at a small non-zero adapter: of all trainables, then block by block.
+    """Check the gradient before step 1, at small random changes of the trainables: of all of them, then per block.
 
-    Puts the trainables back.
+    The trainables' values are restored afterwards.
 
     Args:
-        loss: of one batch, the same at every call, in float32 or better.
+        loss: returns the loss of one batch, the same at every call, in float32 or better.
+        tolerance: largest relative error.
 
     Returns:
-        The relative error over all of them.
+        The relative error over all trainables.
 
     Raises:
-        ModelError: no gradient can be had, or it is above the tolerance; with the blocks that are off.
+        ModelError: the model has no gradient, or its error is above the tolerance. The error names the wrong blocks.
     """
     parameters = list(trainables.values())
     kept = [parameter.detach().clone() for parameter in parameters]
     source = generator("check", 0)
     rounded = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    # A difference of losses would drown in what these round away.
+    # TF32 rounds more than the loss differences that are compared.
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     try:
         with torch.no_grad():
@@ -192,14 +195,14 @@ def _check(loss: Callable, trainables: dict[str, nn.Parameter], tolerance: float
 def _compare(
     loss: Callable, parameters: list, gradients: list, tolerance: float, value: float, quick: bool = False
 ) -> tuple[float, bool]:
-    """(share by which a slope is off the finite difference, whether that is too much).
+    """Return (relative error of the derivative against the finite difference, whether it is too large).
 
-    Never more than the bar is let pass, unless the loss depends so little on the parameters that the longest step shows
-    nothing but rounding.
+    An error above BAR never passes, unless the loss depends so little on the parameters that even the longest step
+    shows only rounding.
 
     Args:
-        value: of the loss, whose rounding the difference holds.
-        quick: half as many evaluations where they are enough, as they are for most.
+        value: the loss, which determines the rounding of the difference.
+        quick: try half the evaluations first; for most blocks they suffice.
     """
     slope, directions = _slope(parameters, gradients, 0)
     noise = _ROUNDING * abs(value)
@@ -208,7 +211,7 @@ def _compare(
         first *= 4
 
     def passes(difference: float, step: float) -> bool:
-        # A shorter step than the usual excuses no more: what is wrong stays wrong, whatever the step.
+        # A step shorter than _STEP gets no larger allowance: a wrong gradient is wrong at every step length.
         allowed = tolerance * abs(difference) + noise / max(step, _STEP)
         if noise / first <= BAR * abs(difference):
             allowed = min(allowed, BAR * abs(difference))
@@ -216,7 +219,7 @@ def _compare(
 
     if quick and passes(_central(loss, parameters, directions, first / 2), first):
         return 0.0, False
-    # Shorter ones where the loss is far from straight.
+    # Try shorter steps last, for a loss that is far from linear.
     longer = [_STEP * 4**power for power in range(3, 0, -1)]
     share = math.inf
     shorter = [step for step in _SHORTER if noise / step <= _DROWNED * abs(slope)]
@@ -228,7 +231,7 @@ def _compare(
 
 
 def _by_block(trainables: dict[str, nn.Parameter]) -> dict[str, list[str]]:
-    """Names of trainables by the block they belong to; what is in none is a block of its own, named "the rest"."""
+    """Group the trainables' names by block. Names outside any block form the block "the rest"."""
     found: dict[str, list[str]] = {}
     for name in trainables:
         match = _BLOCK.match(name)

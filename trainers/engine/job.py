@@ -1,7 +1,7 @@
-"""A training as a folder that another machine, or several, can run: recipe, dataset, and what was encoded of it.
+"""Job folders: a training that other machines can run, with recipe, dataset, cached latents and conditionings.
 
-No picture is in it, and no weight: latents and conditionings stand for the pictures and captions, and the base is told
-by the names and hashes of its files. What is read of a job is checked like anything that came from elsewhere.
+A job holds no pictures and no base weights. It names the base by its files' names and hashes. `read_job` treats a job
+as untrusted input.
 """
 
 from __future__ import annotations
@@ -35,25 +35,26 @@ _FILE = "job.json"
 _CACHE = "cache"
 _START = "start.safetensors"
 
-# Folders that become a job or were one, by this version and those before.
+# Temporary names of new and replaced job folders, of this and of earlier versions.
 _TEMPORARY = re.compile(r"\..+-[0-9a-f]{8}\.(?:(?:[0-9a-f]{8}\.)?(?:new|old)|(?:[0-9a-f]{8}\.)?new\.[0-9a-f]{8}\.tmp)")
 
-# Of job.json: a line each for some hundred thousand pictures.
+# Largest job.json in bytes: room for some hundred thousand pictures.
 _LIMIT = 512 * 1024 * 1024
 
-# Caches in a job are needed, all of them.
+# Never prune the cache of a job: the job needs all of it.
 _NO_LIMIT = 1 << 62
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a job's folder tells.
+    """Content of a job folder.
 
     Attributes:
-        base: what the host wrote to find its model again.
+        base: JSON object that the host needs to find its model again.
         cache: folder of the latents and conditionings.
-        embedded: hash of the embedding files that its texts call; None in jobs of versions before.
-        start: the adapter that it starts from, empty where it is one of the host's list or there is none.
+        start: path of the adapter file in the job to start from; empty if there is none, or if the recipe names one of
+            the host's list.
+        embedded: hash of the embedding files that the captions use; None in jobs of earlier versions.
     """
 
     recipe: Recipe
@@ -64,7 +65,7 @@ class Job:
     embedded: str | None = None
 
     def folders(self, host: Folders) -> Folders:
-        """The host's folders, with the job's own for what it brings along."""
+        """Return the host's folders, with the job's own cache and start adapter."""
         adapter_of = (lambda name: self.start) if self.start else host.adapter_of
         return replace(host, cache=self.cache, cache_limit=_NO_LIMIT, adapter_of=adapter_of)
 
@@ -72,12 +73,12 @@ class Job:
 def export_job(
     parent: str, recipe: Recipe, dataset: Dataset, host: Host, folders: Folders, base: dict[str, Any]
 ) -> str:
-    """Encodes what is not yet cached and writes a job into a folder of its own below `parent`; its path.
+    """Encode what is not cached yet, write a job into a new folder in `parent`, and return the folder's path.
 
-    The folder is named as the run will be. What was there under that name is replaced when the new one is whole.
+    The folder gets the name of the run. An existing job of that name is replaced after the new one is complete.
 
     Raises:
-        GraftError: recipe, dataset and base do not go together, something cannot be encoded, or not be written.
+        GraftError: recipe, dataset and base do not fit together, or something cannot be encoded or written.
     """
     task = task_of(recipe, dataset, host, folders)
     path = os.path.join(parent, f"{safe_name(recipe.name or task.label)}-{task.identity[:8]}")
@@ -96,10 +97,10 @@ def export_job(
 def write_local_job(
     path: str, recipe: Recipe, dataset: Dataset, host: Host, folders: Folders, base: dict[str, Any]
 ) -> None:
-    """The same for processes on this machine, which share its caches and its list of adapters.
+    """Write a job for processes on this machine, which share its caches and its list of adapters.
 
     Raises:
-        GraftError: as `export_job`.
+        GraftError: as in `export_job`.
     """
     task = task_of(recipe, dataset, host, folders)
     since = run_lock.earliest_start(folders.runs)
@@ -108,7 +109,7 @@ def write_local_job(
 
 
 def _marked(dataset: Dataset, prepared: Prepared) -> Dataset:
-    """The dataset whose examples know that they are left out: without its pictures that cannot be found out again."""
+    """Mark the examples that `prepare` has left out. A job has no pictures, so it cannot detect them again."""
     reasons = {row.name: row for row in prepared.left_out}
 
     def marked(example: Example) -> Example:
@@ -136,17 +137,17 @@ def _write(folder: str, recipe: Recipe, dataset: Dataset, base: dict, cache: str
 
 
 def _copy(source: str, target: str) -> None:
-    """Raises RunError when the file cannot be copied."""
+    """Copy a file. Raise RunError if that fails."""
     with files.replacing(target) as temporary:
         shutil.copyfile(source, temporary)
 
 
 @contextmanager
 def _replaced(path: str):
-    """As `files.new_folder`, in place of what is there."""
+    """Yield a temporary folder that replaces the job at `path` after the block, like `files.new_folder`."""
     parent, name = os.path.split(path)
     _sweep_folders(parent)
-    # Names of its own: another ComfyUI may export the same job at this moment.
+    # Unique names: another ComfyUI may export the same job at the same time.
     token = secrets.token_hex(4)
     fresh, old = (os.path.join(parent, f".{name}.{token}.{kind}") for kind in ("new", "old"))
     with files.new_folder(fresh) as temporary:
@@ -164,7 +165,7 @@ def _replaced(path: str):
 
 
 def _check_replaceable(path: str) -> None:
-    """Refuse to replace what is no job. Raises RunError naming it."""
+    """Raise RunError if `path` exists and is not a job."""
     if os.path.exists(path) and not _is_job(path):
         raise RunError(
             f"'{path}' takes the place of the job and is no job itself.", "Move it away, or give the run another name."
@@ -172,13 +173,13 @@ def _check_replaceable(path: str) -> None:
 
 
 def _remove_job(folder: str) -> None:
-    """Remove a folder if it is a job; whatever else has its name stays."""
+    """Remove a folder if it is a job. Anything else of that name stays."""
     if _is_job(folder):
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _is_job(folder: str) -> bool:
-    """Tell whether a folder, no link, says that it is a job, or is empty."""
+    """Report whether a path is a job folder or an empty folder, and not a link."""
     if files.is_link(folder) or not os.path.isdir(folder):
         return False
     path = os.path.join(folder, _FILE)
@@ -191,21 +192,21 @@ def _is_job(folder: str) -> bool:
 
 
 def _sweep_folders(parent: str) -> None:
-    """Remove what exports that were killed left, once nothing in it changed for `files.OLD` seconds."""
+    """Remove the temporary folders of killed exports, if nothing in them changed for `files.OLD` seconds."""
     for entry in os.scandir(parent) if os.path.isdir(parent) else ():
         if _TEMPORARY.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
             try:
                 times = [os.lstat(os.path.join(at, one)).st_mtime for at, _, held in os.walk(entry) for one in held]
                 newest = max(times, default=entry.stat(follow_symlinks=False).st_mtime)
             except FileNotFoundError:
-                # Its owner works on it.
+                # Another process is writing it.
                 continue
             if time.time() - newest > files.OLD:
                 shutil.rmtree(entry.path, ignore_errors=True)
 
 
 def _move_or_restore(fresh: str, path: str, old: str) -> None:
-    """Gives a folder its name; where that fails, what had it before has it again. Raises OSError."""
+    """Rename `fresh` to `path`. If that fails, rename `old` back to `path` and raise OSError."""
     try:
         os.rename(fresh, path)
     except OSError:
@@ -235,20 +236,20 @@ def _example_as_json(example: Example) -> dict[str, Any]:
     return row
 
 
-# What of an example stands in JSON as it is.
+# Fields of an example that JSON holds unchanged.
 _PLAIN = ("captions", "size", "digest", "trigger", "repeats", "held_out", "weight", "prior")
 _BESIDE = ("handling", "name", "mask", "anchor", "control", "left_out")
 
 
 def read_job(folder: str, is_local: bool = False) -> Job:
-    """The job in a folder.
+    """Read the job in a folder.
 
     Args:
-        is_local: whether this machine's graph has just written it by `write_local_job`: it may name the shared cache.
-            Any other job must bring along all that it needs.
+        is_local: this machine has just written the job with `write_local_job`, so it may name the shared cache. Any
+            other job must contain everything it needs.
 
     Raises:
-        RunError: there is none, or it is damaged, of another version, or leads out of its folder.
+        RunError: the folder holds no job; or the job is damaged, has another version, or uses files outside its folder.
     """
     path = os.path.join(folder, _FILE)
     if not os.path.isfile(path):
@@ -272,7 +273,7 @@ def read_job(folder: str, is_local: bool = False) -> Job:
         base = value["base"]
         if not isinstance(base, dict):
             raise ValueError("its base is no object")
-        # Last: what else is wrong with it says more.
+        # Verify the checksum last: the other errors say more.
         files.read_own_json(path)
         if "start" in value and (not os.path.isfile(start) or files.file_hash(start) != value["start"]):
             raise RunError(f"The file '{start}' is not the one that was exported.", "Export the job again.")
@@ -290,12 +291,12 @@ def _check_own(job: str, cache: str, start_from: str) -> None:
     """Refuse a job that uses files outside its own folder.
 
     Args:
-        job: path of its file.
-        cache: the path that it gives.
-        start_from: an adapter of the host's list, by its name there.
+        job: path of its job.json.
+        cache: the cache folder that it names.
+        start_from: name of an adapter in the host's list; empty if the job brings the adapter along, or has none.
 
     Raises:
-        RunError: naming the path.
+        RunError: the job uses such a file. The error names the path.
     """
     parts = re.split(r"[/\\]", start_from)
     leaves = ".." in parts or not parts[0] or ":" in parts[0] if start_from else False
@@ -309,7 +310,7 @@ def _check_own(job: str, cache: str, start_from: str) -> None:
 
 
 def _recipe_of(values: dict[str, Any]) -> Recipe:
-    """Raises ValueError, TypeError or SettingsError for what is no recipe."""
+    """Decode a recipe. Raise ValueError, TypeError or SettingsError for an invalid one."""
     objective = _made(Objective, values["objective"])
     recipe = _made(Recipe, {**values, "objective": objective})
     check_recipe(recipe)
@@ -326,11 +327,11 @@ def _dataset_of(value: dict[str, Any]) -> Dataset:
 def _example_of(row: dict[str, Any]) -> Example:
     unknown = row.keys() - {*_PLAIN, *_BESIDE}
     if unknown:
-        # Of a later version: left aside, the run would be another.
+        # A field of a later version. Ignoring it would train another run.
         raise ValueError(f"{min(unknown)} is unknown")
     plain = {name: row[name] for name in _PLAIN}
     mask, anchor, control = row["mask"], row["anchor"], row["control"]
-    # Jobs of before say nothing of it.
+    # Jobs of earlier versions lack this field.
     left_out = row.get("left_out")
     made = {
         "source": _Absent(_text(row["name"]), _text(row["digest"])),
@@ -344,21 +345,21 @@ def _example_of(row: dict[str, Any]) -> Example:
 
 
 class _Absent(Source):
-    """A picture that was encoded before the job left."""
+    """Picture that a job does not contain, because its latent is in the job's cache."""
 
     def __init__(self, name: str, digest: str):
         self.name = name
         self.digest = digest
 
     def open(self):
-        """Raises RunError: there is none. Not one of the errors that leave a picture out: this would be another run."""
+        """Raise RunError. Another error type would leave the picture out of training, and so train another run."""
         raise RunError(
             f"What was encoded of the picture '{self.name}' is missing or damaged, and a job holds no pictures.",
             "Export the job again.",
         )
 
 
-# By how a dataclass says it; all others are made before they come here.
+# Type checks by the annotation of a dataclass field. Fields of other types are decoded by the callers.
 _KINDS: dict[str, Callable[[Any], bool]] = {
     "str": lambda value: isinstance(value, str),
     "bool": lambda value: isinstance(value, bool),
@@ -368,7 +369,11 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
 
 
 def _made(kind: type, values: dict[str, Any]) -> Any:
-    """A dataclass of JSON's values; lists become tuples. Raises ValueError for a field of another kind, or unknown."""
+    """Make a dataclass from JSON values; lists become tuples.
+
+    Raises:
+        ValueError: a field is unknown, missing or has another type.
+    """
     known = {field.name: field for field in fields(kind)}
     unknown = values.keys() - known.keys()
     if unknown:

@@ -1,4 +1,4 @@
-"""The training loop, to be read from top to bottom."""
+"""The training loop. Read it from top to bottom."""
 
 from __future__ import annotations
 
@@ -36,24 +36,24 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# The loss that is usual is the median of so many before; with fewer than the least there is none yet.
+# The spike check takes the median of the last _USUAL_LOSSES losses. With fewer than _LEAST_LOSSES it is off.
 _USUAL_LOSSES = 100
 _LEAST_LOSSES = 20
 
 
 def train(plan: Plan, run: Run, host: Host, state: State) -> State:
-    """Trains from `state` to the recipe's last step, or until asked to stop; whatever interrupts it is saved first.
+    """Train from `state` to the recipe's last step, or until the user stops. Save the progress before an error leaves.
 
     Args:
-        state: where to go on from; step 0 for a new run.
+        state: the state to resume from; step 0 for a new run.
 
     Returns:
-        The final state, saved.
+        The final state, which is also saved.
 
     Raises:
-        NumbersError: a loss or gradient is not finite, naming the pictures of the batch.
-        Parted: one of the processes that train together has ended.
-        Anything that `host.report` raises to interrupt.
+        NumbersError: a loss or gradient is not finite. The error names the pictures of the batch.
+        PeerLostError: another process of the group has ended.
+        Any exception that `host.report` raises to interrupt.
     """
     recipe = plan.recipe
     group = host.group
@@ -93,24 +93,32 @@ def train(plan: Plan, run: Run, host: Host, state: State) -> State:
         if state.step == 0 and recipe.preview_every:
             preview(plan, run, host, state.step)
         while state.step < recipe.steps:
+            # Set the learning rates of this step.
             started = time.perf_counter()
             share = factor(state.step)
             _set_rates(updater.optimizer, groups, plan, share, state)
             rate = kind.effective_rate(updater.optimizer, recipe.learning_rate * share)
+
+            # Take the batches of this step, one per gradient accumulation. Prefetch those of the next step.
             number = state.step + 1
             window, shares = upcoming, next_shares
             upcoming = list(itertools.islice(batches, recipe.accumulation)) if number < recipe.steps else []
             next_shares = _shares(host, upcoming)
             prefetcher.set_upcoming([mine for _, mine in (*shares, *next_shares) if mine])
+
+            # Forward and backward. After an out-of-memory error the fallback repeats the step with less memory.
             highest = _highest_loss(state.losses, recipe.loss_spike_factor)
             updater.begin(state.step, highest)
             loss, names, seen = oom_fallback.run(
                 _gradients, updater.discard_gradients, number, host, window, state.step, updater, shares, prefetcher.get
             )
-            # None moves before all have their gradients: a step that one of them could not do is nobody's.
+
+            # Sum over the processes before any of them updates: if one fails, none of them takes the step.
             loss = group.all_reduce(loss)
             seen = [group.gather(values, sum(len(batch) for _, batch in window)) for values in seen]
             group.all_reduce_gradients(parameters)
+
+            # Clip the gradient and update the parameters. Skip the update if the loss spikes.
             with updater.small_work(host.denoiser.device):
                 spike = highest < loss < math.inf
                 if spike:
@@ -124,6 +132,8 @@ def train(plan: Plan, run: Run, host: Host, state: State) -> State:
                     plan.renormalize(share)
                     if average is not None:
                         average.step(parameters)
+
+            # Record the step.
             state.step += 1
             state.batches += len(window)
             state.losses.append(loss)
@@ -142,7 +152,8 @@ def train(plan: Plan, run: Run, host: Host, state: State) -> State:
             run.log(event)
             if spike:
                 _tell_spike(run, host, number, loss, highest, names)
-            # Before the host is told, and may interrupt: what is resumed would not be validated at this step again.
+
+            # Validate before `host.report`, which may interrupt: a resumed run would not validate this step again.
             if plan.validation and _due(state.step, recipe.validate_every, recipe.steps):
                 with averaged(average, parameters), group.main_process_only() as mine:
                     if mine:
@@ -151,21 +162,25 @@ def train(plan: Plan, run: Run, host: Host, state: State) -> State:
             if _due(state.step, recipe.preview_every, recipe.steps):
                 with averaged(average, parameters):
                     preview(plan, run, host, state.step)
+
+            # Save when due, or when the user asks for it.
             asked = _agreed(host)
             if (state.step % recipe.save_every == 0 or asked is Command.SAVE) and state.step < recipe.steps:
                 keep()
             if asked is Command.STOP:
                 break
+
+        # Save the last step and tell the host if the user stopped the run.
         if saved != state.step or not run.states():
             keep()
         if state.step < recipe.steps:
             run.note_halt(STOPPED, state.step, recipe.steps)
             host.report("stopped", {"step": state.step, "steps": recipe.steps})
-        # Whoever is done waits for what the leader writes.
+        # Wait until the main process has written its files.
         group.all_reduce()
     except BaseException:
-        # The host interrupts by an exception of its own, which on some versions is no Exception.
-        # Weights that an interrupted step has half moved belong to no step; the last save stands then.
+        # Not `Exception`: some ComfyUI versions interrupt with another BaseException.
+        # If the step has updated only some of the weights, keep the last save: such weights belong to no step.
         if state.step > saved and not updater.step_in_progress and group.is_main:
             _keep_before_leaving(keep)
         raise
@@ -176,7 +191,7 @@ def train(plan: Plan, run: Run, host: Host, state: State) -> State:
 
 
 def _warn_of_rate(warning: str, plan: Plan, run: Run, host: Host, state: State) -> None:
-    """Tell the log, the run and the page about a learning rate that the optimizer cannot mean."""
+    """Warn in the log, the run and the page about a learning rate that does not suit the optimizer."""
     if not warning or not host.group.is_main:
         return
     log.warning("Graft: %s", warning)
@@ -187,7 +202,7 @@ def _warn_of_rate(warning: str, plan: Plan, run: Run, host: Host, state: State) 
 
 
 def _estimate(plan: Plan, run: Run, host: Host, updater: ParameterUpdater, state: State) -> None:
-    """Tells what the steps that are left will take."""
+    """Report the memory and time that the remaining steps will take."""
     steps = plan.recipe.steps - state.step
     found = estimate(plan, host, updater, state.batches, steps)
     if found is None:
@@ -199,14 +214,14 @@ def _estimate(plan: Plan, run: Run, host: Host, updater: ParameterUpdater, state
 
 
 def _agreed(host: Host) -> Command | None:
-    """What was asked of the leader, in all processes."""
+    """Return the user's command, which the main process receives and shares with all processes."""
     kinds = [None, *Command]
     asked = host.next_command() if host.group.is_main else None
     return kinds[round(host.group.all_reduce(kinds.index(asked)))]
 
 
 def _highest_loss(losses: Sequence[float], factor: float) -> float:
-    """The loss above which a step is left out: so many times the median of those before."""
+    """Return the loss above which a step is skipped: `factor` times the median of the last losses, or infinity."""
     if not factor or len(losses) < _LEAST_LOSSES:
         return math.inf
     return factor * statistics.median(losses[-_USUAL_LOSSES:])
@@ -223,9 +238,10 @@ def _tell_spike(run: Run, host: Host, step: int, loss: float, highest: float, na
 
 
 def _set_rates(optimizer, groups: Sequence[Group], plan: Plan, share: float, state: State) -> None:
-    """The learning rates of a step; a group whose time is over is frozen, so that nothing is computed for it.
+    """Set the step's learning rates. Freeze the groups that have reached their last step, to save their backward.
 
-    It stays so when more steps move its end: what was trained since counts on it.
+    A frozen group stays frozen even if a resumed run has more steps, and so a later end for the group: the other
+    trainables have adapted to it since. `share` is the schedule's factor on the learning rates.
     """
     for held, group in zip(optimizer.param_groups, groups, strict=True):
         held["lr"] = group.learning_rate * share
@@ -238,7 +254,7 @@ def _set_rates(optimizer, groups: Sequence[Group], plan: Plan, share: float, sta
 
 
 def _shares(host: Host, window: list) -> list[tuple[int, list]]:
-    """(place of the first, members) of this process's part of each batch of a window."""
+    """Return this process's part of each batch in the window, as (index of its first member, members)."""
     rows = rows_of([len(batch) for _, batch in window], host.group.rank, host.group.world_size)
     return [(own.start, batch[own]) for (_, batch), own in zip(window, rows, strict=True)]
 
@@ -252,16 +268,18 @@ def _gradients(
     shares: list[tuple[int, list]] | None = None,
     shown: Callable[[list], list[Sample]] | None = None,
 ) -> tuple[float, list[str], tuple[list[float], list[float]]]:
-    """Gives the mover the gradient of the mean over all examples of a window of their losses, each times its factor.
+    """Run forward and backward over a window. The loss is the mean over all its samples, each times its factor.
 
-    Of several processes each does its share, and the sum of all is that gradient.
+    Each process computes its part of the window. The sum of the gradients over all processes is the whole gradient.
 
     Args:
-        shares: this process's, as `_shares` gives them.
-        shown: gives a batch's showings, as `plan.shown` does.
+        window: the batches of one optimizer step, each (epoch, members).
+        shares: this process's parts of the batches, as `_shares` returns them.
+        shown: returns the samples of a batch, as `plan.samples` does.
 
     Returns:
-        The mean or this process's share of it, the names of all examples, and t and native loss of each of its own.
+        The mean loss (with several processes, this process's part of the sum), the names of all samples in the window,
+        and (t, native loss) of this process's samples as two lists.
     """
     shown = shown or plan.samples
     shares = shares or _shares(host, window)
@@ -273,15 +291,15 @@ def _gradients(
         for part, counts in forward_passes(plan, host, window, shares, step, shown):
             host.check_interrupt()
             for losses in loss_terms(plan, host, *part, watch=seen.append if counts else None):
-                # A text without the word that is all that is trained, such as a dropped caption, teaches nothing.
+                # If only an embedding is trained, a caption without it (a dropped one) has no gradient.
                 if losses.requires_grad:
                     updater.backward(losses.sum() / total)
                 sums.append(losses.detach().sum())
     if not seen:
-        # More processes than pictures.
+        # This process has no sample: there are more processes than samples.
         return 0.0, names, ([], [])
     sigmas, plain = (torch.cat(parts) for parts in zip(*seen, strict=True))
-    # Read once at the end: each reading makes the device wait for the next part.
+    # Copy all losses from the device at once: each copy would make the device wait for the next micro-batch.
     values = torch.cat([torch.stack(sums), plain]).tolist()
     times = times_of(host.denoiser, sigmas)
     return sum(values[: len(sums)]) / total, names, (times, values[len(sums) :])
@@ -306,7 +324,7 @@ def _not_finite(loss: float, names: list[str], step: int) -> NumbersError:
 
 
 def _capture(state: State, plan: Plan, updater: ParameterUpdater, average) -> None:
-    """Brings the live values into the state: themselves, no copies, which all weights have no room for."""
+    """Put the live tensors into the state. They are not copied: full fine-tuning has no memory for a copy."""
     state.trainables = {name: parameter.detach() for name, parameter in plan.trainables.items()}
     state.constants = {name: tensor.detach() for name, tensor in plan.constants.items()}
     state.optimizer, state.groups, state.scaler = updater.state_of()
@@ -318,10 +336,10 @@ def _capture(state: State, plan: Plan, updater: ParameterUpdater, average) -> No
 
 
 def _restore(state: State, plan: Plan, updater: ParameterUpdater, average) -> None:
-    """Brings the state into the live values, and lets go of its own; a new run begins as it is.
+    """Load the state into the live tensors and free the state's own. At step 0 only start the moving average.
 
     Raises:
-        GraftError: the state's trainables are not this run's.
+        GraftError: the state has other trainables than this run, or the state of another optimizer.
     """
     if state.step == 0:
         if plan.recipe.ema_decay:
@@ -350,7 +368,7 @@ def _restore(state: State, plan: Plan, updater: ParameterUpdater, average) -> No
 
 
 def _ema_updates(state: State, factor: float) -> int:
-    """Updates of the average up to a state; earlier versions did not save it, so steps left out are found again."""
+    """Return the number of updates of the moving average. Recount it for states of earlier versions, which lack it."""
     if state.ema_updates is not None:
         return state.ema_updates
     losses = state.losses
@@ -368,7 +386,7 @@ def _result(state: State) -> dict[str, torch.Tensor]:
 
 
 def _keep_before_leaving(keep: Callable[[], None]) -> None:
-    """Saves; a failure of that is logged, so that the first error is the one that is shown."""
+    """Save before an error ends the run. Log a failure to save, so that the user sees the first error."""
     try:
         keep()
     except Exception:

@@ -1,4 +1,4 @@
-"""What is tried when memory runs out, one thing after another: each costs time, and none of them changes the result."""
+"""Fallbacks after an out-of-memory error, cheapest first. Each costs time. None of them changes the result."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ log = logging.getLogger(__name__)
 
 Outcome = TypeVar("Outcome")
 
-# Of a picture's sides, tried when nothing else is left, to tell what would fit.
+# If no fallback is left, try pictures cropped to these shares of their sides, to tell the user what fits.
 _SHARES = (0.75, 0.5, 0.25)
 
 
 def trees_of(plan: Plan, host: Host) -> list[nn.Module]:
-    """The trees that gradients go through."""
+    """Return the module trees that gradients pass through."""
     return [tree for tree, _ in placed_trees(plan, host)]
 
 
 def placed_trees(plan: Plan, host: Host) -> list[Tree]:
-    """The same, each with where it is computed."""
+    """Return the module trees that gradients pass through, each with its device."""
     owners = [host.denoiser, host.text] if plan.recipe.live_text else [host.denoiser]
     return [(owner.module, owner.device) for owner in owners]
 
 
 def offload_blocks(plan: Plan, run: Run, host: Host) -> str | None:
-    """Keeps the frozen weights of blocks off the device; what was done, None where nothing was left to do."""
+    """Offload the frozen weights of blocks. Return a description for the log; None if nothing was left to offload."""
     trees = placed_trees(plan, host)
     count, size = offload_trees(
         trees, plan.trainables.values(), run.folder, host.denoiser.pin, plan.recipe.keeps_attention
@@ -57,32 +57,32 @@ def offload_blocks(plan: Plan, run: Run, host: Host) -> str | None:
 
 
 class OOMFallback:
-    """The rungs of one run.
+    """The out-of-memory fallbacks of one run.
 
     Attributes:
-        plan: with the micro-batch that fits.
+        plan: the run's plan, with the micro-batch that fits.
     """
 
     def __init__(self, plan: Plan, run: Run, host: Host, in_backward: bool):
         self.plan = plan
         self._run = run
         self._host = host
-        # Gradients that wait for each other are what moving within the backward does without.
+        # With updates in the backward, gradients cannot accumulate over micro-batches.
         self._splits = not in_backward
         self._freed = False
         self._climbed: list[str] = []
 
     def run(self, work: Callable[..., Outcome], undo: Callable[[], None], step: int, *args) -> Outcome:
-        """Does the work until memory is enough for it, one rung higher after each time that it was not.
+        """Call `work`. After each out-of-memory error, apply the next fallback and call it again.
 
         Args:
-            work: called with the plan and the further arguments.
-            undo: called after work that failed; whatever it raises ends the attempt.
-            step: that is worked on.
+            work: called with the plan and `args`.
+            undo: called after each out-of-memory error; an error that it raises ends the attempt.
+            step: number of the step, for messages.
 
         Raises:
-            OutOfMemory: there is no rung left.
-            Whatever else the work raises.
+            OutOfMemory: no fallback is left.
+            Any other error of `work`.
         """
         while True:
             try:
@@ -91,10 +91,10 @@ class OOMFallback:
                 if not is_out_of_memory(error):
                     raise
                 said = in_one_line(error)
-            # Here and not above: the exception holds on to all that the work had on the device.
+            # Outside the except block: the exception keeps the tensors of `work` alive.
             undo()
             if self._host.group.lockstep:
-                # The others are in the midst of the step, and would not repeat it.
+                # The other processes are within the step and would not repeat it.
                 raise self._refusal(said, step)
             self._climb(said, step)
 
@@ -172,10 +172,10 @@ class OOMFallback:
         )
 
     def _what_fits(self) -> str:
-        """A sentence that names a size of pictures for which memory is enough, measured; empty if none was found."""
+        """Measure a picture size that fits in memory. Return a sentence that names it; empty if none fits."""
         if not self._splits or self._host.group.lockstep:
-            # All gradients at once need more than training does, which moves by each as it comes; and one process
-            # alone has not the weights to try it.
+            # Updates in the backward need less memory than this trial, which holds all gradients at once. And with
+            # sharded weights, one process alone cannot run a forward pass.
             return ""
         largest = max(self.plan.train, key=lambda item: item.bucket[0] * item.bucket[1])
         for share in _SHARES:
@@ -186,7 +186,7 @@ class OOMFallback:
         return ""
 
     def _fitting(self, item: DatasetItem, share: float) -> tuple[int, int] | None:
-        """(width, height) of an item whose sides are cut to a share, if a step on it alone has memory enough."""
+        """Return (width, height) in pixels of an item cropped to `share` of its sides; None if a step does not fit."""
         shown = [crop_sample(item.show(0), share)]
         trainables = [one for one in self._kept() if one.requires_grad]
         try:
@@ -194,7 +194,7 @@ class OOMFallback:
                 for losses in loss_terms(self.plan, self._host, *part):
                     torch.autograd.grad(losses.sum(), trainables, allow_unused=True)
         except (RuntimeError, ValueError, MemoryError) as error:
-            # The error that is shown is the one that led here.
+            # Only log it: the user sees the error that led here.
             log.info("Graft: pictures of %d %% of the sides do not fit: %s", round(100 * share), in_one_line(error))
             return None
         latent, whole = shown[0].latent.shape, item.show(0).latent.shape

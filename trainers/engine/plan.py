@@ -1,4 +1,4 @@
-"""What the loop works on: items that can be shown again and again, trainables, and what becomes of them."""
+"""Input of the training loop: dataset items, trainables, and functions that export or switch off the trainables."""
 
 from __future__ import annotations
 
@@ -21,19 +21,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plan:
-    """What the loop works on.
+    """Input of the training loop.
 
     Attributes:
-        trainables: by name, float32 unless the recipe says otherwise, already part of the denoiser's or the text
-            encoder's tree.
-        export: from the trainables' values and the step to what is handed on.
-        groups: of the trainables, all of them; empty for one group with the recipe's learning rate.
-        settle: called with the step's factor on the learning rates after every optimiser step, to keep trainables
-            where they must be.
-        frozen: gives a context in which the denoiser predicts as the base did before it was given trainables.
-        constants: tensors of the tree that are not trained and that a resumed run must find again.
-        in_backward: whether trainables are moved as soon as their gradients are there, where that comes to the same.
-        prefetch: whether the next batch is fetched while this one is computed; items are then shown by two threads.
+        train, validation: items to train on, and items for the validation loss.
+        trainables: parameters by name, float32 unless the recipe says otherwise. They are already part of the
+            denoiser's or the text encoder's tree.
+        export: makes the adapter and the embedding from the trainables' values and the step.
+        groups: parameter groups that cover all trainables; empty for one group with the recipe's learning rate.
+        renormalize: called after every optimizer step with the schedule's factor on the learning rates. It pulls the
+            vectors of an embedding back to the usual norm.
+        switched_off: returns a context in which the denoiser predicts as the frozen base, without the trainables.
+        constants: tensors of the tree that are not trained, but that a resumed run must restore.
+        in_backward: step the optimizer within the backward if the result is the same.
+        prefetch: fetch the next batch while the device computes this one. Two threads then call `DatasetItem.show`.
     """
 
     recipe: Recipe
@@ -49,11 +50,14 @@ class Plan:
     prefetch: bool = True
 
     def all_groups(self) -> Sequence[Group]:
-        """The groups, or the one that stands for none."""
+        """Return the parameter groups: `groups`, or one group of all trainables if `groups` is empty."""
         return self.groups or (Group(tuple(self.trainables), self.recipe.learning_rate),)
 
     def batches(self, position: int) -> Iterator[tuple[int, list[tuple[int, int]]]]:
-        """(epoch, batch) without end, starting after so many batches; a member is (place in `train`, its turn)."""
+        """Yield (epoch, batch) without end, after skipping `position` batches.
+
+        Each member of a batch is (index in `train`, number of the item's visit).
+        """
         items = self.train
         buckets = [item.bucket for item in items]
         repeats = [item.repeats for item in items]
@@ -61,5 +65,5 @@ class Plan:
         return batches_from(position, buckets, repeats, self.recipe.batch_size, self.recipe.seed, prior)
 
     def samples(self, batch: list[tuple[int, int]]) -> list[Sample]:
-        """The showings of a batch."""
+        """Return the samples of a batch."""
         return [self.train[index].show(turn) for index, turn in batch]

@@ -1,4 +1,4 @@
-"""What is found out before the first step, and not after the last."""
+"""Checks that run before training starts."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
     from ..protocols import Host
     from .plan import Plan
 
-# Batches among which one is looked for that teaches something.
+# Number of batches to search for one whose loss depends on the trainables.
 _TRIED = 64
 
 
 def check_gradients(plan: Plan, host: Host) -> None:
-    """Checks the gradient where the user asked for it, or where the family is not described.
+    """Check the gradient if the user asks for it, or if Graft has no description of the model family.
 
     Raises:
-        ModelError: it is none, or not the loss's.
+        ModelError: the model has no gradient, or a wrong one.
     """
     wanted = plan.recipe.gradient_check
     if wanted == "off" or (wanted == "auto" and host.denoiser.family != "general"):
@@ -38,7 +38,7 @@ def _check_gradients(plan: Plan, host: Host) -> None:
     denoiser = host.denoiser
     before = denoiser.compute_dtype
     half = any(parameter.dtype.itemsize < 4 for parameter in plan.trainables.values())
-    # Half precision would round the difference itself away.
+    # In half precision, rounding would hide the finite difference.
     denoiser.compute_dtype = torch.promote_types(before, torch.float32)
     try:
         number = _teaching(plan, host)
@@ -48,9 +48,9 @@ def _check_gradients(plan: Plan, host: Host) -> None:
 
 
 def _teaching(plan: Plan, host: Host) -> int:
-    """The first batch whose loss depends on what is trained, 0 where none is found.
+    """Return the index of the first batch whose loss depends on the trainables; 0 if none is found.
 
-    Where a word alone is trained, one whose captions were dropped does not.
+    If only an embedding is trained, a batch of dropped captions does not depend on it.
     """
     if METHODS[plan.recipe.method].trains_model:
         return 0
@@ -59,10 +59,10 @@ def _teaching(plan: Plan, host: Host) -> int:
 
 
 def check_keys(plan: Plan, host: Host) -> None:
-    """Makes sure that the host would read what is trained.
+    """Check that the host reads all keys of the exported adapter.
 
     Raises:
-        ModelError: naming a key that it would not.
+        ModelError: the host does not read a key. The error names it.
     """
     values = {name: parameter.detach() for name, parameter in plan.trainables.items()}
     adapter = plan.export(values, 0).adapter

@@ -1,4 +1,4 @@
-"""Sample pictures drawn by what is trained, as it goes."""
+"""Preview pictures, sampled with the trainables during training."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 def preview(plan: Plan, run: Run, host: Host, step: int) -> None:
-    """Draws and keeps the pictures of a step; left out where memory does not do for them."""
+    """Sample and save the preview pictures of a step. Skip them if there is not enough memory."""
     recipe = plan.recipe
     if not recipe.preview_prompts:
         return
@@ -62,7 +62,7 @@ def _preview(plan: Plan, run: Run, host: Host, step: int) -> None:
 
 
 def _drawn(host: Host, request: PreviewRequest) -> list[Image.Image]:
-    """The pictures; where memory runs out, once more with all else off the device."""
+    """Sample the pictures. After an out-of-memory error, move everything else off the device and try once more."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         try:
             return host.denoiser.preview(request)
@@ -75,9 +75,9 @@ def _drawn(host: Host, request: PreviewRequest) -> list[Image.Image]:
 
 
 def _beside(plan: Plan) -> tuple[Conditioning, ...]:
-    """What previews are drawn with where the model takes a source picture or a hole: those of the first examples.
+    """Return conditionings for the previews of a model that takes a source image or an inpaint mask; else none.
 
-    Of the usual shape, and held out ones before those that are trained on.
+    They come from the first dataset items of the most common bucket, validation items first.
     """
     bucket = _usual_bucket(plan)
     found = []

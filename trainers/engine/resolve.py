@@ -1,4 +1,4 @@
-"""From what the user set to a recipe: the options as they are chained, and the defaults that fill in the rest."""
+"""Recipes from user settings: chained option nodes, and defaults for the options that the user leaves alone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .validation import check_option, check_recipe
 if TYPE_CHECKING:
     from ..families import Family
 
-# The value of a field that the user left alone: it is then decided by family, method and optimiser.
+# Each option's value for "not set". Family, method and optimizer then decide.
 UNSET: dict[str, dict[str, Any]] = {
     "run": {
         "name": "",
@@ -86,18 +86,18 @@ UNSET: dict[str, dict[str, Any]] = {
     "objective": objective.UNSET,
 }
 
-# Which layers an adapter is put on.
+# The layers that get an adapter.
 TARGETS = ("attention", "attention + feed-forward", "all linear", "linear + conv", "patterns")
 
 
 class Options(dict):
-    """Set fields only, as {(kind, field): value}; option nodes chain them."""
+    """Options that the user has set, as {(kind, field): value}. Option nodes chain them."""
 
     def adding(self, kind: str, values: dict[str, Any]) -> Options:
-        """These options with a node's set fields on top: the node nearest the trainer wins.
+        """Return these options with a node's set fields on top. The node nearest the trainer wins.
 
         Raises:
-            SettingsError: a field the kind does not have, or a value out of range.
+            SettingsError: the kind has no such field, or a value is out of range.
         """
         merged = Options(self)
         for name, value in values.items():
@@ -109,7 +109,7 @@ class Options(dict):
         return merged
 
     def value(self, kind: str, name: str, default: Any) -> Any:
-        """The field as set, else the default."""
+        """Return the field's value if it is set, else the default."""
         return self.get((kind, name), default)
 
 
@@ -126,20 +126,20 @@ def resolve(
     trigger: str,
     word: EmbeddingSpec | None = None,
 ) -> Recipe:
-    """The recipe of a node's widgets and its options.
+    """Build the recipe from a node's widgets and its options.
 
     Args:
-        learning_rate: 0 for the family's, method's and optimiser's default.
-        rank: not looked at where the method has none.
-        resolution: 0 for the family's own.
-        word: that the node itself trains; None for the one of the pivotal options, if there is one.
+        learning_rate: 0 for the default of family, method and optimizer.
+        rank: ignored if the method has no rank.
+        resolution: 0 for the family's default.
+        word: the embedding that the node itself trains; None for the embedding of the pivotal options, if any.
 
     Raises:
-        SettingsError: a value out of range, or two that contradict each other.
+        SettingsError: a value is out of range, or two values contradict each other.
     """
     get = options.value
     if method == "LoRA":
-        # What trains an adapter trains it of the type that was chosen.
+        # The node trains an adapter: the adapter options choose its type.
         method = get("adapter", "type", method)
     kind = METHODS.get(method, Method())
     if not kind.ranked:
@@ -187,7 +187,7 @@ def resolve(
         beta2=get("optimizer", "beta2", optimizer_kind.beta2),
         num_cycles=get("optimizer", "num_cycles", 1),
         power=get("optimizer", "power", 1.0),
-        # An unknown method is refused with the others' names, in `check_recipe`.
+        # `check_recipe` refuses an unknown method and lists the known ones.
         targets=get("adapter", "targets", "patterns" if patterns else kind.default_targets),
         target_patterns=patterns,
         dropout=get("adapter", "dropout", 0.0),
@@ -230,10 +230,10 @@ def resolve(
 
 
 def _trains_text_encoder(options: Options) -> bool:
-    """Whether the text encoder is trained too.
+    """Report whether the text encoder is trained too.
 
     Raises:
-        SettingsError: it is said how, but not that.
+        SettingsError: text encoder options are set, but `text_encoder` is off.
     """
     wanted = options.value("adapter", "text_encoder", "off") == "on"
     for name in ("text_encoder_rank", "text_encoder_learning_rate"):
@@ -247,10 +247,13 @@ def _trains_text_encoder(options: Options) -> bool:
 
 
 def _pivotal(options: Options, alone: bool) -> EmbeddingSpec | None:
-    """The word of the pivotal options, None when none is set.
+    """Return the embedding of the pivotal options; None if none of them is set.
+
+    Args:
+        alone: the node trains its own embedding, and nothing else.
 
     Raises:
-        SettingsError: they say how, but not which; or the node trains a word of its own.
+        SettingsError: the options have no name, or the node trains its own embedding.
     """
     fields = {name for kind, name in options if kind == "pivotal"}
     if not fields:
@@ -277,10 +280,11 @@ def _pivotal(options: Options, alone: bool) -> EmbeddingSpec | None:
 
 
 def _word_rate(word: EmbeddingSpec, optimizer: str, rate: float, alone: bool) -> float:
-    """The learning rate of a word's vectors, 0 without a word.
+    """Return the learning rate of the embedding's vectors; 0 without an embedding.
 
     Args:
-        rate: of the recipe; the word's too where it is trained alone, or where the optimiser finds its rate itself.
+        rate: the recipe's learning rate. It is also the embedding's default if the embedding is trained alone, or if
+            the optimizer finds its learning rate itself.
     """
     if not word.name:
         return 0.0

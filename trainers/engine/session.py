@@ -1,4 +1,4 @@
-"""One training from dataset to adapter: caches, run, adapter layers, loop, export."""
+"""One training from dataset to adapter: find the run, fill the caches, inject the trainables, train, export."""
 
 from __future__ import annotations
 
@@ -42,16 +42,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Result:
-    """What training gives.
+    """Result of a training.
 
     Attributes:
-        adapter: in the host's names; None where nothing of the model was trained.
-        embedding: None where none was trained.
-        losses: of each step.
-        levels: the loss by noise level.
-        run: its folder.
-        resumed_from: step it went on from; equal to `step` when it was already finished.
-        step: the last one; fewer than the recipe's where it was stopped.
+        adapter: with the host's key names; None if no weight of the model was trained.
+        embedding: None if no embedding was trained.
+        losses: one per step.
+        levels: the loss per timestep bucket.
+        run: the run on disk.
+        resumed_from: the step from which training resumed; equal to `step` if the run was already finished.
+        step: the last step; below the recipe's `steps` if the user stopped the run.
         left_out: files of the dataset that were not trained on.
     """
 
@@ -67,16 +67,16 @@ class Result:
 
 @dataclass(frozen=True)
 class Task:
-    """What is to be trained, settled before anything is encoded.
+    """Checked input of a training, complete before anything is encoded.
 
     Attributes:
-        dataset: as it is trained on.
-        start: the adapter that it starts from, None for none.
-        identity: names the run.
-        earlier: named it in versions before; empty where what they made is another base's.
-        embedded: hash of the embedding files that its texts call; empty where they call none.
-        label: of its folder, where the user gave no name.
-        made_from: the dataset's name, and digests of it and of the base, to tell runs apart by.
+        dataset: with the embedding's placeholder inserted into the captions, if an embedding is trained.
+        start: the adapter to start from; None for none.
+        identity: hash that names the run.
+        earlier: the identity that earlier versions gave the run; empty if their runs belong to another base.
+        embedded: hash of the embedding files that the captions use; empty if they use none.
+        label: name of the run's folder if the user gave none.
+        made_from: the dataset's name, and digests of the dataset and the base, to tell runs apart.
     """
 
     dataset: Dataset
@@ -89,10 +89,10 @@ class Task:
 
 
 def task_of(recipe: Recipe, dataset: Dataset, host: Host, folders: Folders) -> Task:
-    """What a recipe means for a dataset and a base.
+    """Check that recipe, dataset and base fit together, and return the task.
 
     Raises:
-        GraftError: they do not go together, with the input and the cure.
+        GraftError: they do not fit. The error names the input and the cure.
     """
     if recipe.embedding_name:
         textual_inversion.check_word(recipe, host.text)
@@ -115,10 +115,10 @@ def task_of(recipe: Recipe, dataset: Dataset, host: Host, folders: Folders) -> T
 
 
 def _embedded(recipe: Recipe, dataset: Dataset, host: Host) -> str:
-    """Hash of the embedding files that captions, class prompts and the words that are started from call."""
+    """Return a hash of the embedding files that captions, class prompts and the embedding's init text use."""
     anchors = (one.anchor.prompt for one in dataset.examples if one.anchor is not None)
     texts = dict.fromkeys(text for one in dataset.examples for text in (*one.captions, one.trigger))
-    # What is learnt is no file, though one of its name may lie there from an earlier training.
+    # The trained embedding is not a file, even if an earlier training has left a file of its name.
     own = (recipe.embedding_name,) if recipe.embedding_name else ()
     found = embedded_digest(host.text, (*texts, *dict.fromkeys(anchors)), own)
     start = embedded_digest(host.text, (recipe.embedding_init,)) if recipe.embedding_name else ""
@@ -133,16 +133,16 @@ def _find_run(recipe: Recipe, task: Task, folders: Folders, name: str) -> Run:
         return run
     before = Run.open(folders, recipe, task.earlier, task.label)
     is_known = before.identity() == task.earlier
-    # With embeddings the base alone does not tell which files it was made with.
+    # If captions use embedding files, the base does not tell with which files the earlier run was made.
     is_ours = is_known and (not task.embedded or earlier.claim(folders.runs, task.earlier, task.identity))
     return before if is_ours else run
 
 
 def _hold(run: Run, recipe: Recipe, name: str, stack: ExitStack) -> tuple[State, bool]:
-    """Hold a run until the stack ends; the state that it goes on from, and whether nothing is left to do.
+    """Lock a run until the stack closes. Return the state to resume from, and True if the run is finished.
 
     Raises:
-        RunError: the run is not finished, and cannot be held; or it goes through a link.
+        RunError: the run is not finished and cannot be locked, or its path contains a link.
     """
     run.refuse_links()
     refused = None
@@ -157,9 +157,9 @@ def _hold(run: Run, recipe: Recipe, name: str, stack: ExitStack) -> tuple[State,
 
 
 def _read(run: Run, recipe: Recipe, name: str) -> tuple[State, bool]:
-    """The state that a run goes on from, and whether nothing is left to do."""
+    """Return the state to resume from, and True if the run is finished."""
     state = State()
-    # Paused, it is in the midst of starting over.
+    # A paused run has already started over.
     if name or recipe.on_existing != "start over" or run.halted_as(PAUSED, recipe.steps):
         state = run.load(recipe.steps) or state
     stopped = run.halted_as(STOPPED, recipe.steps)
@@ -167,24 +167,24 @@ def _read(run: Run, recipe: Recipe, name: str) -> tuple[State, bool]:
 
 
 def is_finished(recipe: Recipe, dataset: Dataset, host: Host, folders: Folders) -> bool:
-    """Whether `run_recipe` would return a run as it is. Raises as that does."""
+    """Report whether `run_recipe` would return a finished run without training. Raise the same errors."""
     run = _find_run(recipe, task_of(recipe, dataset, host, folders), folders, "")
     return _read(run, recipe, "")[1]
 
 
 def run_recipe(recipe: Recipe, dataset: Dataset, host: Host, folders: Folders, name: str = "") -> Result:
-    """Trains what a recipe says, goes on with an unfinished run, or returns a finished one.
+    """Train a recipe, resume an unfinished run, or return a finished run.
 
-    A run that was stopped is finished for the steps it was to have then; other steps go on with it.
-
-    Must be called outside torch's inference mode.
+    A run that the user stopped counts as finished for its number of steps at that time. With another number of steps,
+    it resumes. Call this outside torch's inference mode.
 
     Args:
-        name: of the run, where it is known already; `on_existing` is then not asked.
+        name: name of the run, if it is known already; `on_existing` is then ignored.
 
     Raises:
-        GraftError: with the input and the cure; RunHeldError where another process trains the run.
-        Anything that `host.report` raises to interrupt; what was reached is saved first.
+        GraftError: training is not possible. The error names the input and the cure.
+        RunHeldError: another process trains the run.
+        Any exception that `host.report` raises to interrupt; the progress is saved first.
     """
     task = task_of(recipe, dataset, host, folders)
     with ExitStack() as stack:
@@ -220,7 +220,7 @@ def _run(recipe: Recipe, task: Task, host: Host, folders: Folders, run: Run, sta
 
 
 def _train(recipe, task: Task, host, folders, parts, run, state, export) -> Result:
-    # Imported here: the loop imports torch, which the nodes that only describe datasets do not need.
+    # Import here: the loop imports torch, which nodes that only describe datasets do not need.
     from ..distributed.fsdp import check_shards
     from ..memory.autograd import blocks_of
     from ..memory.checkpointing import checkpoint_blocks
@@ -229,7 +229,7 @@ def _train(recipe, task: Task, host, folders, parts, run, state, export) -> Resu
     from .plan import Plan
     from .preflight import check_gradients, check_keys
 
-    # A package that is not installed is missed before anything is encoded.
+    # Fail on a missing package before anything is encoded.
     OPTIMIZERS[recipe.optimizer].load()
     shares = recipe.shard == "on" and host.group.world_size > 1
     if shares:
@@ -263,7 +263,7 @@ def _train(recipe, task: Task, host, folders, parts, run, state, export) -> Resu
         run.check_room(sum(one.nbytes for one in trainables.values()), OPTIMIZERS[recipe.optimizer].slots)
         notes = Notes()
         if recipe.on_existing == "start over" and state.step == 0:
-            # Only now, when all that could be refused has been: what is there is lost with this.
+            # This deletes the old run. Do it only after all checks that can fail.
             notes = read_notes(run)
             run.clear()
         run.write_recipe(recipe, task.identity, facts)
@@ -287,12 +287,12 @@ def _train(recipe, task: Task, host, folders, parts, run, state, export) -> Resu
             METHODS[recipe.method].in_backward,
         )
         if recipe.offload == "on":
-            # Before anything is computed: until now the weights of blocks were nowhere near the device.
+            # Offload before the first forward: until now, the blocks' weights are not on the device.
             log.info(
                 "Graft: %s.", offload_blocks(plan, run, host) or "nothing is frozen that could be kept off the device"
             )
         if shares:
-            # A word alone is in some captions and not in others; an adapter is in every pass.
+            # An adapter has a gradient in every pass. An embedding alone has one only if the caption contains it.
             keep = [*trainables.values(), *parts.read_later()]
             host.group.shard(denoiser.module, keep, needs_input_grad=not METHODS[recipe.method].trains_model)
             denoiser.make_room(weights=True)
@@ -304,12 +304,12 @@ def _train(recipe, task: Task, host, folders, parts, run, state, export) -> Resu
         writes = recipe.tensorboard == "on" and host.group.is_main
         with tensorboard.writing(run, state.step) if writes else nullcontext():
             state = train(plan, run, host, state)
-        # Within: the files of some types are made beside the weights.
+        # Export inside the context: the files of some adapter types need the base weights.
         return _result(export, state, run, resumed_from, prepared.left_out)
 
 
 def _tell_damaged(run: Run, host: Host, step: int) -> None:
-    """Tell of the saved states that were passed over for the one that training goes on from."""
+    """Report the damaged saved states that were skipped to find the one to resume from."""
     for row in run.damaged:
         event = {"event": "damaged state", "step": step, **row}
         run.log(event)
@@ -318,10 +318,10 @@ def _tell_damaged(run: Run, host: Host, step: int) -> None:
 
 @contextmanager
 def _training(recipe: Recipe, host: Host, offloaded: bool) -> Iterator[None]:
-    """The denoiser in training, and the text encoder where something of it is trained.
+    """Prepare the denoiser for training in the block, and the text encoder if an embedding or its weights are trained.
 
     Args:
-        away: whether the denoiser's blocks stay off the device.
+        offloaded: keep the weights of the denoiser's blocks off the device.
     """
     with ExitStack() as stack:
         stack.enter_context(host.denoiser.training(recipe.compute_dtype, offloaded))
@@ -331,10 +331,10 @@ def _training(recipe: Recipe, host: Host, offloaded: bool) -> Iterator[None]:
 
 
 def _finished(recipe, host, method, parts, run, state, export) -> Result:
-    """The result of a run that has nothing left to do."""
+    """Return the result of a finished run."""
     if not method.needs_base:
         return _result(export, state, run, state.step)
-    # Nothing is computed, and where the training had not the room this has none either.
+    # Keep the weights off the device if training did: nothing is computed here, and they may not fit.
     with _training(recipe, host, recipe.offload == "on" or recipe.shard == "on"):
         parts.inject()
         for name, tensor in parts.constants().items():
@@ -343,10 +343,10 @@ def _finished(recipe, host, method, parts, run, state, export) -> Result:
 
 
 def _result(export, state: State, run: Run, resumed_from: int, left_out: tuple[LeftOut, ...] = ()) -> Result:
-    # Whoever trained is done: what an optimiser knows is on disk, and a whole difference may take the weights' place.
+    # Free the optimizer state, which is saved on disk: the difference of a full fine-tune may need the memory.
     state.optimizer = {}
     values = state.ema or state.trainables
-    # Who trained along knows of no result.
+    # Only the main process has values to export.
     made = export(values, state.step) if values else Products()
     adapter = made.adapter.taken() if isinstance(made.adapter, LazyAdapter) else made.adapter
     return Result(
@@ -355,7 +355,7 @@ def _result(export, state: State, run: Run, resumed_from: int, left_out: tuple[L
 
 
 def _keep_still(factor: float) -> None:
-    """What is trained stays where the optimiser puts it."""
+    """Do nothing: stand in for `Plan.renormalize` if no embedding is trained."""
 
 
 def _counts(prepared: Prepared) -> dict[str, int]:
@@ -367,10 +367,10 @@ def _counts(prepared: Prepared) -> dict[str, int]:
 
 
 def _bases(host: Host, start: Adapter | None) -> tuple[str, str]:
-    """Hash of the base and of what it starts from, and the same as versions before had it."""
+    """Return the hash of the base and the adapter to start from, and the same hash as earlier versions computed it."""
     more = []
     if host.denoiser.conditioning_kind == HOLE:
-        # Holes came later: a run that was fed blank pictures is another one.
+        # Earlier versions gave inpainting models no inpaint mask. Such a run must not be resumed.
         more.append("holes")
     if start is not None:
         more.append(tensors_hash(start if start.native is None else start.native.all_tensors()))
@@ -380,7 +380,7 @@ def _bases(host: Host, start: Adapter | None) -> tuple[str, str]:
 
 
 def _checkpoint(module, recipe: Recipe) -> int:
-    """Switches checkpointing on where the recipe or the model's size asks for it; the number of blocks."""
+    """Turn activation checkpointing on if the recipe or the model's size asks for it. Return the number of blocks."""
     from ..memory.autograd import blocks_of
     from ..memory.checkpointing import checkpoint_blocks
 
@@ -394,7 +394,7 @@ def _checkpoint(module, recipe: Recipe) -> int:
 
 
 def _network(method, recipe: Recipe) -> dict:
-    """What kohya's metadata say of the adapter's type."""
+    """Return kohya's metadata for the adapter's type."""
     module, args = method.network
     return {
         "network_module": module,
@@ -405,7 +405,7 @@ def _network(method, recipe: Recipe) -> dict:
 
 
 def _exporter(method, parts: TrainableModules, recipe: Recipe, host: Host, dataset: Dataset, run: Run, identity: str):
-    """A function from the trainables' values and the step to what is handed on, with its metadata."""
+    """Return a function that makes the adapter and the embedding, with metadata, from the values and the step."""
 
     def export(values: dict[str, torch.Tensor], step: int) -> Products:
         facts = {
@@ -443,7 +443,7 @@ def _exporter(method, parts: TrainableModules, recipe: Recipe, host: Host, datas
             if isinstance(tensors, FullDiff):
                 adapter = LazyAdapter(tensors, metadata)
             else:
-                # Made at once where the trees are there, since it may be made of them.
+                # Convert at once while the modules are loaded, since the conversion may read them; else on demand.
                 native = functools.partial(parts.native, own)
                 adapter = Adapter(tensors, metadata, native() if parts.are_there else native)
         embedding = None

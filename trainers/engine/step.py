@@ -1,4 +1,4 @@
-"""From a batch to its losses: noised, predicted, compared; everything that a gradient goes through."""
+"""Loss of a batch: add noise, predict, compare with the target. Every gradient passes through this module."""
 
 from __future__ import annotations
 
@@ -30,12 +30,15 @@ Watch = Callable[[tuple[torch.Tensor, torch.Tensor]], None]
 def micro_batches(
     shown: list[Sample], recipe: Recipe, step: int, number: int, host: Host, place: int = 0, whole: int = 0
 ) -> Iterator[tuple]:
-    """Splits a batch into micro-batches; noise and levels are drawn for the whole batch, whatever the split.
+    """Split a batch into micro-batches. Noise and sigmas are drawn for the whole batch, so the split changes nothing.
 
-    Each is what `_losses` takes after the host.
+    Each micro-batch is the tuple of arguments that `losses_of` takes after the host.
 
     Args:
-        place, whole: where the showings lie in a batch of so many, of which other processes have the others; 0 for all.
+        shown: the samples of the batch that this process computes.
+        number: index of the batch among the step's accumulated batches.
+        place: index of the first of these samples in the whole batch.
+        whole: size of the whole batch over all processes; 0 if `shown` is the whole batch.
     """
     latents = torch.cat([one.latent for one in shown])
     source = generator("step", recipe.seed, step, number)
@@ -62,14 +65,16 @@ def forward_passes(
     step: int,
     shown: Callable[[list], list[Sample]],
 ) -> Iterator[tuple[tuple, bool]]:
-    """What of a window a process computes at once, each as `parts_of` gives it, and whether it counts.
+    """Yield the micro-batches of a window that this process computes, each as (micro-batch, whether it counts).
 
-    Where the processes have to make the same passes, each part is one picture, with something to be preserved beside it
-    if any picture has, and who has fewer pictures shows one again that counts for nothing.
+    With sharded weights, all processes must run the same forward passes. Each micro-batch is then one sample. If any
+    dataset item has a prior target, every sample gets one. A process with fewer samples than the others repeats one
+    with loss factor 0; that one does not count.
 
     Args:
-        shares: (place of the first, members) of each batch of the window.
-        shown: gives the showings of some members.
+        window: the batches of one optimizer step, each (epoch, members).
+        shares: this process's part of each batch, as (index of its first member, members).
+        shown: returns the samples of some members.
     """
     lockstep = host.group.lockstep
     recipe = replace(plan.recipe, micro_batch=1) if lockstep else plan.recipe
@@ -81,7 +86,7 @@ def forward_passes(
                 yield part, True
     most = -(-sum(sizes) // host.group.world_size)
     if lockstep and sum(len(mine) for _, mine in shares) < most:
-        # Not by `shown`, which would let go of what it has fetched ahead.
+        # Not `shown`: the prefetcher would discard the batch that it has fetched ahead.
         spare = [replace(one, factor=0.0) for one in plan.samples(window[0][1][:1])]
         spare = [replace(one, anchor=replace(one.anchor, factor=0.0)) if one.anchor else one for one in spare]
         for part in micro_batches(fill(spare), recipe, step, 0, host, 0, sizes[0]):
@@ -89,7 +94,7 @@ def forward_passes(
 
 
 def _anchored(shown: list[Sample]) -> list[Sample]:
-    """The showings, each with something to be preserved beside it, which counts for nothing where there was none."""
+    """Return the samples, all with a prior target. A sample without one gets itself, with loss factor 0."""
     return [one if one.anchor is not None else replace(one, anchor=replace(one, factor=0.0)) for one in shown]
 
 
@@ -103,7 +108,7 @@ def loss_terms(
     asked: CustomDraw | None = None,
     watch: Watch | None = None,
 ) -> Iterator[torch.Tensor]:
-    """The losses of the examples and of what is preserved beside them, each [B] float32 with a graph of its own."""
+    """Yield the losses of the samples, then those of their prior targets. Each is [B] float32 with its own graph."""
     yield losses_of(host, shown, x0, noise, sigma, asked, watch)
     rows = [row for row, one in enumerate(shown) if one.anchor is not None]
     if rows:
@@ -119,10 +124,13 @@ def losses_of(
     asked: CustomDraw | None = None,
     watch: Watch | None = None,
 ) -> torch.Tensor:
-    """The loss of each example, [B] float32, with its graph: the native one, or what was asked for instead.
+    """Return the loss of each sample, [B] float32, with its graph.
 
     Args:
-        watch: told the noise levels [B] as they came, and the native losses without factors [B] on the device.
+        x0, noise: [B, C, ...].
+        sigma: [B].
+        asked: the draws of a custom objective, which then replaces the model's native loss; None for the native loss.
+        watch: called with sigma [B] as passed in, and the native losses [B] without factors, on the device.
     """
     denoiser = host.denoiser
     levels = sigma
@@ -147,12 +155,15 @@ def losses_of(
 def prior_losses(
     plan: Plan, host: Host, shown: list[Sample], x0: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor
 ) -> torch.Tensor:
-    """How far the prediction for each class prompt is from the frozen base's, [B] float32, with its graph."""
+    """Return the loss between the predictions with and without the trainables for each prior target's prompt.
+
+    [B] float32, with its graph through the prediction with the trainables.
+    """
     denoiser = host.denoiser
     x0, noise, sigma = (values.to(denoiser.device) for values in (x0, noise, sigma))
     x_t = denoiser.add_noise(x0, noise, sigma)
     with OutOfPlace():
-        # Encoded once with the trainables and once without: the text encoder may be trained too.
+        # Encode the prompts with and without the trainables: the text encoder may be trained too.
         with torch.no_grad(), plan.switched_off():
             target = denoiser.predict(x_t, sigma, _conditionings(host, shown))
         prediction = denoiser.predict(x_t, sigma, _conditionings(host, shown))
@@ -160,7 +171,7 @@ def prior_losses(
 
 
 def _conditionings(host: Host, shown: list[Sample]) -> list[Conditioning]:
-    """What each showing is conditioned on; captions that were not encoded before are encoded once each."""
+    """Return the conditioning of each sample. Encode each distinct caption once if the text encoder runs live."""
     captions = list(dict.fromkeys(one.caption for one in shown if one.caption is not None))
     encoded = dict(zip(captions, host.text.encode_live(captions), strict=True)) if captions else {}
     return [
@@ -183,16 +194,16 @@ def _factors(shown: list[Sample], x0: torch.Tensor) -> torch.Tensor | float:
 
 
 def batch_loss(plan: Plan, host: Host, number: int = 0) -> torch.Tensor:
-    """The mean loss of one of the run's batches, with its graph; the same at every call."""
+    """Return the mean loss of the run's batch `number`, with its graph. Every call draws the same noise."""
     _, batch = next(plan.batches(number))
     parts = micro_batches(plan.samples(batch), plan.recipe, 0, 0, host)
     return sum(losses.sum() for part in parts for losses in loss_terms(plan, host, *part)) / len(batch)
 
 
 def crop_sample(shown: Sample, share: float) -> Sample:
-    """A showing of the upper left of its picture, each side a share of the whole one's."""
+    """Crop a sample's latent to its upper left, each side to a share of the whole side."""
     height, width = shown.latent.shape[-2:]
-    # Networks that halve what they see, or take it in patches, want sides that can be halved.
+    # Networks that downsample or patchify need even sides.
     least = max(1, int(min(height, width) * share))
     even = next(number for number in (8, 4, 2, 1) if not height % number and not width % number and number <= least)
     sides = [max(1, int(side * share)) // even * even for side in (height, width)]
@@ -205,10 +216,10 @@ def crop_sample(shown: Sample, share: float) -> Sample:
 
 
 def fixed_losses(items: Sequence[DatasetItem], recipe: Recipe, host: Host) -> torch.Tensor:
-    """Losses of items at fixed noise and evenly spread noise levels, [items, levels] float32, without gradients.
+    """Return losses of items at fixed noise and evenly spread noise levels, [items, levels] float32, no gradients.
 
-    Always the model's own loss, whatever the objective of the training: numbers of runs with other weights, noise or
-    penalties can be compared with each other.
+    This is the model's native loss even if the run trains another objective. So runs with other loss weights, noise or
+    penalties can be compared.
     """
     rows = []
     with torch.no_grad():

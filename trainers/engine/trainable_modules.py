@@ -1,4 +1,4 @@
-"""The trees that a method is applied to: the denoiser's, and each text encoder's where that is trained too."""
+"""Module trees that a training method is applied to: the denoiser, and each text encoder that is trained too."""
 
 from __future__ import annotations
 
@@ -27,21 +27,22 @@ if TYPE_CHECKING:
 
 Value = TypeVar("Value")
 
-# Before the names of a text encoder's trainables; the denoiser's have none.
+# Prefix of the names of text encoder trainables. Names of denoiser trainables have no prefix.
 PREFIX = "text/"
 
 
 @dataclass(frozen=True)
 class TrainableModule:
-    """One tree and how it is trained.
+    """A module tree and its training settings.
 
     Attributes:
-        component: the tree's name in diffusers' pipelines: empty for the denoiser, `text_encoder`, `text_encoder_2`.
-        prefix: before its trainables' names in the run.
-        start: what the paths of its layers start with.
-        recipe: with the part's own rank, alpha and learning rate.
-        tree: gives the module; None outside training.
-        names: of a layer by its path, in the host's files and in the model as diffusers publishes it.
+        component: the tree's name in diffusers' pipelines: `text_encoder`, `text_encoder_2`; empty for the denoiser.
+        prefix: prefix of its trainables' names in the run.
+        start: prefix of its layers' paths.
+        recipe: the run's recipe with this tree's own rank, alpha and learning rate.
+        tree: returns the module; None outside training.
+        names: two functions from a layer's path to its name: in the host's files, and in the model as diffusers
+            publishes it.
     """
 
     component: str
@@ -53,14 +54,14 @@ class TrainableModule:
     names: tuple[Callable[[str], str], Callable[[str], str | None]]
 
     def select(self, values: dict[str, Value]) -> dict[str, Value]:
-        """What of a run's values is this part's, under the names that the method knows."""
+        """Select this tree's entries from a run's values. Their keys lose the prefix, as the method expects."""
         start = self.prefix + self.start
         found = {name: value for name, value in values.items() if name.startswith(start)}
         return {name[len(self.prefix) :]: value for name, value in found.items() if "/" not in name[len(self.prefix) :]}
 
 
 class TrainableModules:
-    """A method on all trees of a run."""
+    """A training method applied to all module trees of a run."""
 
     def __init__(self, method: Method, recipe: Recipe, host: Host):
         self._method = method
@@ -70,15 +71,15 @@ class TrainableModules:
 
     @property
     def are_there(self) -> bool:
-        """Whether there are trees: within training alone."""
+        """Report whether the trees exist, which they do only during training."""
         return any(part.tree() is not None for part in self._parts)
 
     def inject(self) -> dict[str, nn.Parameter]:
-        """Adds the trainables to the trees; within training only.
+        """Add the trainables to the trees. Call this during training only.
 
         Raises:
-            ModelError: a tree has no layer that the targets take in.
-            SettingsError: a pattern chooses nothing in any of them, or the method is not offered on what is chosen.
+            ModelError: the targets match no layer of a tree.
+            SettingsError: a pattern matches no layer in any tree, or the method does not support a matched layer.
         """
         method = self._method
         choosing = [(part, self._choice(part)) for part in self._parts]
@@ -93,9 +94,10 @@ class TrainableModules:
         return found
 
     def _choice(self, part: TrainableModule) -> Recipe:
-        """The recipe by which a part's layers are chosen.
+        """Return the recipe that selects a tree's layers.
 
-        Patterns that name none of a text encoder's layers are about the denoiser: the usual ones are taken then.
+        If patterns match no layer of a text encoder, they are meant for the denoiser. The text encoder then gets the
+        method's default targets.
         """
         recipe = part.recipe
         usual = replace(recipe, targets=self._method.default_targets, target_patterns=())
@@ -103,7 +105,7 @@ class TrainableModules:
         return recipe if named or not part.component else usual
 
     def constants(self) -> dict[str, torch.Tensor]:
-        """What `inject` put into the trees that is not trained."""
+        """Return the tensors that `inject` added to the trees but that are not trained."""
         found = {}
         for part in self._parts:
             made = self._method.constants(part.tree())
@@ -111,11 +113,11 @@ class TrainableModules:
         return found
 
     def read_later(self) -> list[nn.Parameter]:
-        """The frozen weights that the adapter's file is made of, beside which training goes on."""
+        """Return the frozen weights that `export` reads."""
         return [weight for part in self._parts for weight in self._method.read_later(part.tree())]
 
     def groups(self, trainables: dict[str, nn.Parameter]) -> list[Group]:
-        """Which trainables share a learning rate."""
+        """Return the parameter groups: trainables that share a learning rate."""
         found = []
         for part in self._parts:
             for group in self._method.groups(part.select(trainables), part.recipe):
@@ -123,15 +125,15 @@ class TrainableModules:
         return found
 
     def start(self, trainables: dict[str, nn.Parameter], adapter: Adapter) -> None:
-        """Gives the trainables the values of an adapter file.
+        """Load an adapter file's values into the trainables.
 
         Raises:
-            ModelError: it is of another type, other ranks or other layers.
+            ModelError: the adapter has another type, other ranks or other layers.
         """
         adapter = self._on_own_layers(adapter)
         left = set(adapter)
         if adapter.native is not None:
-            # What the host would read of it is the same once more.
+            # Count only the tensors in peft's form. Those in the host's form repeat them.
             left = {f"{of} {name}" for of, held in adapter.native.by_component().items() for name in held.tensors}
         for part in self._parts:
             held = adapter if adapter.native is None else _adapter_of(adapter, part.component)
@@ -146,14 +148,14 @@ class TrainableModules:
             )
 
     def _on_own_layers(self, adapter: Adapter) -> Adapter:
-        """An adapter on diffusers' layers as one on the denoiser's own; any other as it is."""
+        """Convert an adapter for diffusers' split layers to the denoiser's own layers. Return any other unchanged."""
         if adapter.native is None or not adapter.native.is_cut:
             return adapter
         paths = [path for path, _ in self._parts[0].tree().named_modules()]
         return Adapter(adapter, adapter.metadata, joined(adapter.native, paths, self._cuts_of))
 
     def export(self, values: dict[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-        """The adapter file's tensors from the trainables' values."""
+        """Return the adapter file's tensors, made from the trainables' values."""
         made = [
             self._method.export(part.select(values), part.recipe, part.names[0], part.tree()) for part in self._parts
         ]
@@ -162,7 +164,7 @@ class TrainableModules:
         return {name: tensor for one in made for name, tensor in one.items()}
 
     def native(self, values: dict[str, torch.Tensor]) -> PeftAdapter | None:
-        """The same as peft has it; None where there is no such form."""
+        """Return the adapter in peft's form; None if the method has no such form."""
         made = {
             part.component: self._method.native(part.select(values), part.recipe, part.names[1], part.tree())
             for part in self._parts
@@ -172,7 +174,7 @@ class TrainableModules:
 
     @contextmanager
     def switched_off(self) -> Iterator[None]:
-        """Within it the trees predict as the frozen base, to the bit."""
+        """Switch the trainables off in the block: the trees predict as the frozen base does, to the bit."""
         with ExitStack() as stack:
             for part in self._parts:
                 stack.enter_context(self._method.switched_off(part.tree()))
@@ -180,10 +182,10 @@ class TrainableModules:
 
 
 def _adapter_of(adapter: Adapter, component: str) -> Adapter:
-    """The part of an adapter in peft's form that is one tree's.
+    """Return one tree's part of an adapter in peft's form.
 
     Raises:
-        ModelError: it has none.
+        ModelError: the adapter has nothing for this tree.
     """
     native = adapter.native.by_component().get(component)
     if native is None:
@@ -216,7 +218,7 @@ def _parts_of(method: Method, recipe: Recipe, host: Host) -> Iterator[TrainableM
 
 
 def _encoder(text, key: str) -> nn.Module | None:
-    """One encoder, in a tree of its own so that its paths start with its key."""
+    """Return one text encoder, wrapped in a ModuleDict so that its paths start with its key."""
     from torch import nn
 
     return None if text.module is None else nn.ModuleDict({key: getattr(text.module, key)})

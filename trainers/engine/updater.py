@@ -1,4 +1,4 @@
-"""From gradients to a step: after the backward for all at once, or within it for each as soon as it is there."""
+"""Optimizer steps: after the backward for all parameters, or within it for each parameter as its gradient arrives."""
 
 from __future__ import annotations
 
@@ -19,22 +19,21 @@ if TYPE_CHECKING:
     from ..protocols import Host
     from .plan import Plan
 
-# Mean numbers of a trainable: up to here a CPU has done with it before a second thread has woken up.
+# Mean size of a trainable up to which one CPU thread is fastest: it is done before a second thread wakes up.
 _SMALL = 1 << 16
 
 
 class ParameterUpdater:
-    """Moves a plan's trainables.
+    """Optimizer, loss scaler and gradient clipping for a plan's trainables.
 
-    Within the backward the gradients of all weights never lie beside one another. It comes to the same where a step is
-    exactly one backward, nothing is clipped, which needs the norm of all of them, and the optimiser takes each by
-    itself (Lv et al. 2023, LOMO).
+    An optimizer step within the backward never holds the gradients of all weights at once (LOMO, Lv et al. 2023). The
+    result is the same if a step is exactly one backward, the optimizer treats each parameter alone, and nothing is
+    clipped: clipping needs the norm of all gradients.
 
     Attributes:
-        moving: whether some trainables have moved by a step that is not done: they belong to no step, and are not to be
-            saved.
-        optimiser: one of torch's kind, or `Apart`.
-        in_backward: whether moves happen within the backward.
+        step_in_progress: some trainables are updated by a step that is not done. They must not be saved then.
+        optimizer: a torch optimizer, or a `PerParameterOptimizer`.
+        in_backward: updates happen within the backward.
     """
 
     def __init__(self, plan: Plan, host: Host):
@@ -45,7 +44,7 @@ class ParameterUpdater:
         self._trainables = plan.trainables
         self._parameters = list(plan.trainables.values())
         self._scaler = _loss_scaler(host)
-        # With others the gradient is known only when all have come to their end.
+        # With several processes, the gradient is known only after the all-reduce.
         alone = host.group.world_size == 1
         self.in_backward = alone and kind.apart and not self._scaler.is_enabled() and _is_one_backward(plan)
         half = any(parameter.dtype.itemsize < 4 for parameter in self._parameters)
@@ -63,15 +62,15 @@ class ParameterUpdater:
             self._hooks = [one.register_post_accumulate_grad_hook(self._move) for one in self._parameters]
 
     def begin(self, step: int, highest: float = math.inf) -> None:
-        """Called before a step's gradients; by a loss above the highest nothing is moved."""
+        """Start a step, before its backward. A loss above `highest` updates nothing."""
         self._norms = {}
         self._highest = highest
         if isinstance(self.optimizer, PerParameterOptimizer):
             self.optimizer.begin(step)
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Accumulates gradients, or moves by them at once."""
-        # By a loss that is no number, or too high, nothing may be moved, and the loop will refuse it.
+        """Run the backward: accumulate gradients, or update the parameters at once if `in_backward` is set."""
+        # A loss that is not finite or too high must not update anything. The loop rejects or skips the step later.
         if self.in_backward:
             value = float(loss.detach())
             if not math.isfinite(value) or value > self._highest:
@@ -79,10 +78,10 @@ class ParameterUpdater:
         self._scaler.scale(loss).backward()
 
     def discard_gradients(self) -> None:
-        """Lets go of the gradients of a step that could not be computed to its end.
+        """Discard the gradients of an unfinished step.
 
         Raises:
-            OutOfMemory: some weights have moved by it already.
+            OutOfMemory: the step has already updated some weights.
         """
         if self.step_in_progress:
             raise OutOfMemory(
@@ -96,7 +95,7 @@ class ParameterUpdater:
             parameter.grad = None
 
     def norm(self) -> float:
-        """The norm of the whole gradient, which is clipped to the recipe's limit (0: not at all)."""
+        """Return the norm of the whole gradient, and clip the gradient to the recipe's `max_grad_norm` (0: no clip)."""
         if self.in_backward:
             parts = [self._norms[one] for one in self._parameters if one in self._norms]
             return float(torch.stack([part.cpu() for part in parts]).double().norm()) if parts else 0.0
@@ -105,14 +104,14 @@ class ParameterUpdater:
         return float(torch.nn.utils.clip_grad_norm_(self._parameters, limit))
 
     def should_abort(self, loss: float, norm: float) -> bool:
-        """Whether a step is not to be made, or what was moved of it not to be kept.
+        """Report whether training must end, because the loss or the gradient norm is not finite.
 
-        Under fp16 loss scaling an infinite gradient is ordinary: the scaler skips that step and lowers its factor.
+        With fp16 loss scaling, an infinite gradient is normal: the scaler skips the step and lowers its factor.
         """
         return not (math.isfinite(loss) and (math.isfinite(norm) or self._scaler.is_enabled()))
 
     def step(self) -> None:
-        """Moves all that has not moved yet; the step is under way until `done`."""
+        """Update all trainables that were not updated within the backward. The step is in progress until `done`."""
         self.step_in_progress = True
         if self.in_backward:
             return
@@ -122,23 +121,23 @@ class ParameterUpdater:
             parameter.grad = None
 
     def done(self) -> None:
-        """The step is over, whatever else belonged to it included."""
+        """Mark the step as done. Call it after everything else that belongs to the step, such as the EMA update."""
         self.step_in_progress = False
 
     def close(self) -> None:
-        """Leaves the trainables as they are."""
+        """Remove the gradient hooks."""
         for hook in self._hooks:
             hook.remove()
 
     def state_of(self) -> tuple[dict[int, dict[str, Any]], list[dict[str, Any]], dict[str, float]]:
-        """Of the optimiser's parameters by place, of its groups, and of the loss scaling."""
+        """Return the state of the optimizer's parameters by index, of its groups, and of the loss scaler."""
         found = (
             self.optimizer.state_of() if isinstance(self.optimizer, PerParameterOptimizer) else state_of(self.optimizer)
         )
         return *found, dict(self._scaler.state_dict())
 
     def restore(self, slots: dict[int, dict[str, Any]], groups: list[dict[str, Any]], scaler: dict[str, float]) -> None:
-        """Takes what `state_of` found."""
+        """Restore what `state_of` returned."""
         if isinstance(self.optimizer, PerParameterOptimizer):
             self.optimizer.restore(slots, groups)
         else:
@@ -148,7 +147,7 @@ class ParameterUpdater:
 
     @contextmanager
     def small_work(self, device: torch.device) -> Iterator[None]:
-        """One thread on a CPU where the trainables are many and small, as an adapter's are."""
+        """Use one CPU thread in the block if the trainables are on average small, as those of an adapter are."""
         threads = torch.get_num_threads()
         numbers = sum(parameter.numel() for parameter in self._parameters)
         if device.type != "cpu" or threads == 1 or numbers > _SMALL * len(self._parameters):
@@ -162,7 +161,7 @@ class ParameterUpdater:
 
     @contextmanager
     def updates_disabled(self) -> Iterator[None]:
-        """Within it gradients that would move something are let go of instead."""
+        """Disable updates within the backward in the block: discard the gradients instead."""
         self._rests = True
         try:
             yield
@@ -170,7 +169,7 @@ class ParameterUpdater:
             self._rests = False
 
     def tensors(self) -> list[torch.Tensor]:
-        """What the optimiser keeps so far."""
+        """Return the tensors of the optimizer's state."""
         slots, _, _ = self.state_of()
         return [value for kept in slots.values() for value in kept.values() if torch.is_tensor(value)]
 
@@ -185,13 +184,13 @@ class ParameterUpdater:
 
 
 def _loss_scaler(host: Host):
-    """Dynamic loss scaling for fp16 compute (Micikevicius et al. 2018), idle otherwise."""
+    """Return a dynamic loss scaler (Micikevicius et al. 2018), enabled only for fp16 compute."""
     half = getattr(host.denoiser, "compute_dtype", None) is torch.float16
     return torch.amp.GradScaler(host.denoiser.device.type, enabled=half)
 
 
 def _is_one_backward(plan: Plan) -> bool:
-    """Whether it is wanted, and each step is one backward without clipping."""
+    """Return True if the plan asks for updates in the backward, and each step is one backward without clipping."""
     recipe = plan.recipe
     whole = recipe.accumulation == 1 and not 0 < recipe.micro_batch < recipe.batch_size
     clipped = recipe.max_grad_norm > 0

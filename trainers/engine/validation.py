@@ -1,4 +1,4 @@
-"""What a run can be made with: the ranges of its numbers, and what contradicts what."""
+"""Recipe validation: ranges and incompatible options."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..optimizers import OPTIMIZERS, SCHEDULES
 if TYPE_CHECKING:
     from ..recipe.recipe import Recipe
 
-# By the recipe's names; the numbers a run can be made with.
+# Allowed (lowest, highest) value by recipe field.
 _RANGES = {
     "steps": (1, 10_000_000),
     "rank": (1, 4096),
@@ -51,12 +51,12 @@ _RANGES = {
     "text_encoder_learning_rate": (0.0, 100.0),
 }
 
-# The fields of a word, by the recipe's names, and the inputs they are set by.
+# Recipe fields of an embedding, and the node inputs that set them.
 _WORD = {"embedding_vectors": "vectors", "embedding_learning_rate": "learning_rate", "embedding_stop": "stop_fraction"}
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """Raises SettingsError for a value out of range, or two that contradict each other."""
+    """Raise SettingsError for a value out of range, or for two values that contradict each other."""
     for field, known in (("method", METHODS), ("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
         if getattr(recipe, field) not in known:
             raise SettingsError(
@@ -65,7 +65,7 @@ def check_recipe(recipe: Recipe) -> None:
     absent = set() if METHODS[recipe.method].ranked else {"rank", "alpha"}
     absent |= set() if recipe.embedding_name else set(_WORD)
     for field in [field for field in _RANGES if field not in absent]:
-        # The resolution is a widget of the dataset's node, which this one knows by the wire it came over.
+        # The dataset node has the resolution widget. On the training node, the error belongs to the input `dataset`.
         _check_range(field, getattr(recipe, field), "dataset" if field == "resolution" else _WORD.get(field, field))
     _check_name(recipe.name)
     OPTIMIZERS[recipe.optimizer].check(recipe)
@@ -136,7 +136,7 @@ def _check_range(field: str, value: Any, input: str) -> None:
 
 
 def check_option(kind: str, name: str, value: Any) -> None:
-    """Refuses a set field at the node it was set on."""
+    """Raise SettingsError for an option's value out of range, at the option node that sets it."""
     field = f"preview_{name}" if kind == "preview" else name
     if kind == "pivotal":
         field = next((theirs for theirs, ours in _WORD.items() if ours == name), name)
