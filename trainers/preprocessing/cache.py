@@ -166,7 +166,7 @@ class Cache:
 
 
 class _Foreign(Exception):
-    """Raised for a shard of another version of the pack, and for a file that is not a shard."""
+    """Error for a shard of another version of the pack, or a file that is not a shard."""
 
 
 def _sums(path: str) -> dict[str, int]:

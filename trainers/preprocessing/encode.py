@@ -307,7 +307,7 @@ class _Together:
 
 
 class Unreadable(Exception):
-    """Raised for a picture that cannot be trained on, while the others can."""
+    """Error for a picture that cannot be trained on, while the others can."""
 
     def __init__(self, row: LeftOut):
         super().__init__(str(row))

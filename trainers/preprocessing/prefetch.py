@@ -13,7 +13,7 @@ Batch = list[tuple[int, int]]
 
 
 class Prefetcher:
-    """Samples of batches; a thread prefetches one batch.
+    """Prefetcher of the samples of batches; its thread fetches one batch ahead.
 
     A sample depends only on its item and the number of the visit. It is therefore the same to the bit, regardless of
     the thread and the time of the fetch. No more than one batch is held, since many accumulated batches may be large.
