@@ -1,1 +1,1 @@
-"""From a folder to batches: scan, captions, crops, caches, order."""
+"""Datasets: folder scans, captions, masks, buckets, class images and reports."""

@@ -1,4 +1,4 @@
-"""Which shape a picture is trained in: aspect-ratio buckets.
+"""Aspect-ratio buckets: the sizes that pictures are cropped to.
 
 Source: NovelAI, "Improvements on Stable Diffusion" (2022); kohya sd-scripts' documented rules.
 """
@@ -15,13 +15,13 @@ from ..protocols import Geometry
 
 @dataclass(frozen=True)
 class Crop:
-    """How a picture is cut; all in pixels.
+    """Crop of a picture; all values in pixels.
 
     Attributes:
-        scaled: (width, height) the whole picture is scaled to.
-        offset: (left, top) of the cut in the scaled picture.
-        bucket: (width, height) of the cut.
-        flip: whether the picture is mirrored first; the offset is that in the mirrored picture.
+        scaled: (width, height) that the whole picture is scaled to.
+        offset: (left, top) of the crop in the scaled picture.
+        bucket: (width, height) of the crop.
+        flip: whether the picture is mirrored first; the offset then refers to the mirrored picture.
     """
 
     scaled: tuple[int, int]
@@ -31,18 +31,18 @@ class Crop:
 
     @property
     def kept(self) -> float:
-        """Share of the scaled picture's area that is trained on."""
+        """Fraction of the scaled picture's area that the crop keeps."""
         return self.bucket[0] * self.bucket[1] / (self.scaled[0] * self.scaled[1])
 
     def mirrored(self) -> Crop:
-        """The same part of the picture, seen in a mirror."""
+        """Return the crop that shows the same part of the picture mirrored."""
         left = self.scaled[0] - self.bucket[0] - self.offset[0]
         return Crop(self.scaled, (left, self.offset[1]), self.bucket, not self.flip)
 
 
 @functools.lru_cache(maxsize=64)
 def bucket_sizes(geometry: Geometry) -> tuple[tuple[int, int], ...]:
-    """All (width, height) in multiples of the step, within the area, with sides from half to twice the resolution."""
+    """List all (width, height) in multiples of the step, within the area, sides from half to twice the resolution."""
     area = geometry.resolution**2
     step = geometry.step
     low = max(step, geometry.resolution // 2 // step * step)
@@ -59,12 +59,12 @@ def bucket_sizes(geometry: Geometry) -> tuple[tuple[int, int], ...]:
 
 
 def choose_crops(size: tuple[int, int], geometries: Sequence[Geometry], name: str, upscale: bool = False) -> list[Crop]:
-    """The cuts of a picture for one or several resolutions, no two alike.
+    """Choose the crops of a picture for one or several resolutions, without duplicates.
 
-    Unless it may be enlarged, a picture is cut for the resolutions it reaches; one that reaches none has one cut.
+    Without `upscale`, a picture gets a crop for each resolution that it reaches; one crop if it reaches none.
 
     Raises:
-        DatasetError: a side is shorter than the step, and it may not be enlarged.
+        DatasetError: a side is shorter than the step, and `upscale` is off.
     """
     first = None
     usual = []
@@ -81,17 +81,17 @@ def _by_resolution(geometry: Geometry) -> int:
 
 
 def choose_crop(size: tuple[int, int], geometry: Geometry, name: str, upscale: bool = False) -> Crop:
-    """The cut of a picture: the bucket of the nearest aspect ratio, centred, enlarged only if asked.
+    """Choose the crop of a picture: the bucket of the nearest aspect ratio, centered, enlarged only with `upscale`.
 
-    A picture smaller than its bucket gets one of its own size, rounded down to the step.
+    A picture smaller than its bucket gets a bucket of its own size, rounded down to the step.
 
     Args:
         size: (width, height) of the picture, pixels.
-        name: for the error.
+        name: of the picture, for the error.
         upscale: whether a small picture is enlarged to fill its bucket.
 
     Raises:
-        DatasetError: a side is shorter than the step, and it may not be enlarged.
+        DatasetError: a side is shorter than the step, and `upscale` is off.
     """
     width, height = size
     if min(size) < geometry.step and not upscale:
@@ -112,12 +112,15 @@ def choose_crop(size: tuple[int, int], geometry: Geometry, name: str, upscale: b
 
 @functools.lru_cache(maxsize=4096)
 def _nearest_bucket(aspect: float, geometry: Geometry) -> tuple[int, int]:
-    """Nearest by the logarithm, so that of the picture the most is kept, lying or standing; the largest of equals."""
+    """Return the bucket nearest in log aspect ratio, the largest of equals.
+
+    The logarithm treats landscape and portrait alike, so the crop keeps most of the picture.
+    """
     return min(bucket_sizes(geometry), key=lambda b: (abs(_log_ratio(b) - _log(aspect)), -b[0] * b[1]))
 
 
 def _own_bucket(size: tuple[int, int], geometry: Geometry) -> tuple[int, int]:
-    """Largest bucket within the picture and within the area, in the picture's own shape."""
+    """Return the largest bucket within the picture and within the area, in the picture's own shape."""
     step = geometry.step
     shrink = min(1.0, geometry.resolution / (size[0] * size[1]) ** 0.5)
     longest = max(step, geometry.resolution * 2 // step * step)

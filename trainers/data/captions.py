@@ -1,4 +1,4 @@
-"""Captions: the files they are read from, and how a caption is varied from one showing to the next."""
+"""Captions: reading them from files, and varying them between visits."""
 
 from __future__ import annotations
 
@@ -21,38 +21,38 @@ if TYPE_CHECKING:
 
     from .examples import Example
 
-# In the order they are looked for.
+# In the order of the search.
 SUFFIXES = (".txt", ".caption", ".json")
 METADATA = ("metadata.jsonl", "metadata.csv")
 
-# The names under which captioning tools keep a caption in JSON, the best first.
+# JSON fields in which captioning tools store captions, the best first.
 _FIELDS = ("caption", "captions", "text", "prompt", "description", "tags")
 FIELDS_IN_WORDS = f"{', '.join(_FIELDS[:-1])} or {_FIELDS[-1]}"
 _LIMIT = 16 * 1024 * 1024
-# Characters: some hundred times what a text encoder takes at once, and each time it is encoded costs as much.
+# In characters: some hundred times what a text encoder takes at once. The cost of encoding grows with it.
 _LONGEST = 10_000
 
-# How many captions a varying dataset is worth encoding in all, and the bounds for one picture.
+# Number of captions worth encoding for a whole varying dataset, and the bounds for one picture.
 _BUDGET = 2048
 _FEWEST = 4
 _MOST = 64
 
 
 def is_caption_file(name: str) -> bool:
-    """Whether a file's name says that it holds captions."""
+    """Return True if a file's name marks it as a caption file."""
     return posixpath.splitext(name)[1].lower() in SUFFIXES or posixpath.basename(name).lower() in METADATA
 
 
 def read_sidecar(path: str, name: str, lines_are_variants: bool) -> tuple[str, ...]:
-    """The captions in a file beside a picture; empty when it holds none.
+    """Read the captions from a file beside a picture; return none if it holds none.
 
     Args:
-        path: ending in one of SUFFIXES.
-        name: for the error.
-        lines_are_variants: whether each line of a text is a caption of its own.
+        path: ends in one of SUFFIXES.
+        name: file name for the error.
+        lines_are_variants: whether each line of a text is a separate caption.
 
     Raises:
-        DatasetError: naming the file, when it cannot be read as text or JSON.
+        DatasetError: the file cannot be read as text or JSON. The error names the file.
     """
     text = _read_text(path, name)
     if not path.lower().endswith(".json"):
@@ -65,12 +65,12 @@ def read_sidecar(path: str, name: str, lines_are_variants: bool) -> tuple[str, .
 
 
 def read_metadata(path: str, name: str, lines_are_variants: bool) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """(file_name, captions) of each row of a Hugging Face metadata file; rows without a caption have none.
+    """Yield (file_name, captions) for each row of a Hugging Face metadata file; a row without a caption has none.
 
     Source: Hugging Face datasets, "Create an image dataset" (imagefolder).
 
     Raises:
-        DatasetError: naming the file and the line.
+        DatasetError: a line cannot be read. The error names the file and the line.
     """
     text = _read_text(path, name)
     rows = _csv_rows(text, name) if path.lower().endswith(".csv") else _jsonl_rows(text, name)
@@ -84,13 +84,13 @@ def read_metadata(path: str, name: str, lines_are_variants: bool) -> Iterator[tu
 
 
 def _named_alike(row: dict) -> dict:
-    """A row whose fields' names have neither spaces around them nor capitals."""
+    """Return a row with stripped, lower-case field names; of two equal names, the first one counts."""
     return {key.strip().lower() if isinstance(key, str) else key: value for key, value in reversed(row.items())}
 
 
 def _csv_rows(text: str, name: str) -> Iterator[tuple[int, dict]]:
     head = text.split("\n", 1)[0]
-    # Spreadsheets write semicolons where a comma stands in numbers.
+    # Where numbers have a decimal comma, spreadsheets separate fields by semicolons.
     between = next((mark for mark in ",;\t" if mark in head), ",")
     reader = csv.DictReader(io.StringIO(text), delimiter=between, skipinitialspace=True)
     try:
@@ -101,7 +101,7 @@ def _csv_rows(text: str, name: str) -> Iterator[tuple[int, dict]]:
 
 
 def _jsonl_rows(text: str, name: str) -> Iterator[tuple[int, dict]]:
-    # Not by splitlines: a caption may hold characters that it takes for the end of a line.
+    # splitlines() would also split at characters that a caption may hold.
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -115,7 +115,7 @@ def _jsonl_rows(text: str, name: str) -> Iterator[tuple[int, dict]]:
 
 
 def _from_json(value, lines_are_variants: bool) -> tuple[str, ...]:
-    """Captions in a JSON value: a text, a list of texts, or an object with one of the known fields."""
+    """Return the captions in a JSON value: a string, a list of strings, or an object with one of the known fields."""
     if isinstance(value, str):
         return variants_of(value, lines_are_variants)
     if isinstance(value, list):
@@ -134,10 +134,10 @@ def _from_json(value, lines_are_variants: bool) -> tuple[str, ...]:
 
 
 def variants_of(text: str, lines_are_variants: bool) -> tuple[str, ...]:
-    """The captions in a text: the whole of it in one line, or each of its lines; none when it holds no word.
+    """Return the captions in a text: all of it in one line, or each of its lines; none if it holds no word.
 
     Raises:
-        DatasetError: something in it is no character, or a caption is too long.
+        DatasetError: the text holds an invalid character, or a caption is too long.
     """
     if not is_text(text):
         raise DatasetError("A caption holds half a character.", "Write it anew, as UTF-8 text.", "captions")
@@ -156,7 +156,7 @@ def variants_of(text: str, lines_are_variants: bool) -> tuple[str, ...]:
 def _read_text(path: str, name: str) -> str:
     try:
         with open(path, "rb") as file:
-            # Asked first: a read with a limit would reserve the whole of it for every short caption.
+            # Check the size first: a read with a limit would allocate the whole limit for every short caption.
             size = os.fstat(file.fileno()).st_size
             data = file.read() if size <= _LIMIT else b""
     except OSError as error:
@@ -173,8 +173,8 @@ def _read_text(path: str, name: str) -> str:
 
 
 def _encoding_of(data: bytes) -> str:
-    """The encoding of a text, by its mark, or by where its zeros are, which UTF-8 has nowhere."""
-    # The mark of UTF-32 begins as that of UTF-16 does.
+    """Detect a text's encoding by its byte order mark, or by the positions of zero bytes, which UTF-8 text lacks."""
+    # Test UTF-32 first: its mark begins with that of UTF-16.
     if data.startswith((b"\xff\xfe\x00\x00", b"\x00\x00\xfe\xff")):
         return "utf-32"
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
@@ -182,12 +182,12 @@ def _encoding_of(data: bytes) -> str:
     pairs = len(data) // 2
     even, odd = data[::2].count(0), data[1::2].count(0)
     if len(data) % 4 == 0 and pairs:
-        # No character is beyond 0x10ffff: a high byte of 0, and the next of at most 0x10.
+        # No character is beyond 0x10ffff, so the high byte is 0 and the next one at most 0x10.
         for encoding, high, next_high, low in (("utf-32-le", 3, 2, 0), ("utf-32-be", 0, 1, 3)):
             if not any(data[high::4]) and max(data[next_high::4]) <= 0x10 and any(data[low::4]):
                 return encoding
     if len(data) % 2 == 0 and pairs:
-        # Taken for UTF-16 where most letters have a zero, and it stands on the same side of nearly all of them.
+        # In UTF-16 most letters have a zero byte, and nearly all of these bytes are on the same side.
         for encoding, zeros, others in (("utf-16-le", odd, even), ("utf-16-be", even, odd)):
             if 2 * zeros >= pairs and 10 * others <= zeros:
                 return encoding
@@ -199,7 +199,7 @@ def _unreadable(name: str, why: str, cure: str) -> DatasetError:
 
 
 def with_trigger(caption: str, trigger: str) -> str:
-    """Puts the trigger in front unless the caption holds it; `[trigger]` is replaced by it."""
+    """Put the trigger in front unless the caption holds it; replace `[trigger]` by it."""
     if "[trigger]" in caption:
         return caption.replace("[trigger]", trigger).strip()
     if not trigger or holds_words(caption, trigger):
@@ -208,14 +208,14 @@ def with_trigger(caption: str, trigger: str) -> str:
 
 
 def holds_words(caption: str, words: str) -> bool:
-    """Whether a caption holds some words as whole words, whatever their case and Unicode form."""
+    """Return True if a caption holds `words` as whole words, regardless of case and Unicode form."""
     words = composed(words)
     pattern = starts_word(words) + re.escape(words) + ends_word(words)
     return re.search(pattern, composed(caption), re.IGNORECASE) is not None
 
 
 def plain(example: Example) -> str:
-    """The caption as it stands, with its trigger: the first variant and alternatives, nothing moved or dropped."""
+    """Return the unvaried caption with its trigger: the first variant and alternatives, nothing moved or dropped."""
     caption = example.captions[0]
     if example.handling.wildcards:
         caption = _resolve(caption, None)
@@ -223,10 +223,10 @@ def plain(example: Example) -> str:
 
 
 def variant_count(example: Example, pictures: int) -> int:
-    """Among how many versions of its caption a picture's showings choose.
+    """Return the number of versions of a caption that the visits of a picture choose from.
 
     Args:
-        pictures: in the whole dataset; the fewer there are, the more versions of each are worth encoding.
+        pictures: number in the whole dataset; the fewer there are, the more versions of each are worth encoding.
     """
     handling = example.handling
     lines = len(example.captions)
@@ -243,11 +243,11 @@ def _varies(example: Example) -> bool:
 
 
 def variant(example: Example, number: int) -> str:
-    """Version `number` of a caption: the same for every run and seed, so that runs share what is encoded.
+    """Return version `number` of a caption, the same for every run and seed, so that runs share cached encodings.
 
-    A line of the caption's file is chosen in turn, then one of each `{a|b}`, then the trigger is put in; of the
-    comma-separated parts the trigger and the first `keep_tokens` stay where they are, and each other one may be
-    dropped, the rest shuffled.
+    Take a line of the caption file, in rotation. Replace each `{a|b}` by one of its parts, drawn at random. Put in the
+    trigger. Of the comma-separated parts, the trigger and the first `keep_tokens` keep their places. Drop some of the
+    other parts at random, and shuffle the rest.
     """
     import numpy as np
 
@@ -262,7 +262,7 @@ def variant(example: Example, number: int) -> str:
     full = with_trigger(caption, example.trigger)
     if not handling.shuffle_tags and not handling.tag_dropout:
         return full
-    # A trigger put in front is no part of what the user wrote, so it does not count among the kept.
+    # The user did not write a trigger that was put in front, so it does not count among the kept parts.
     added = full != caption and "[trigger]" not in caption
     return _move_tags(example, caption if added else full, added, draw)
 
@@ -273,7 +273,7 @@ def _move_tags(example: Example, caption: str, added: bool, draw: np.random.Rand
     kept = tags[: handling.keep_tokens]
     rest = []
     for tag in tags[handling.keep_tokens :]:
-        # Drawn for each, so that whether one stays does not hang on the others.
+        # Draw for each tag, so that dropping one does not depend on the others.
         dropped = draw.random_sample() < handling.tag_dropout
         if not dropped or (example.trigger and holds_words(tag, example.trigger)):
             rest.append(tag)
@@ -288,13 +288,13 @@ _MARKS = re.compile(r"([{}|])")
 
 @dataclass
 class _Wildcard:
-    """An open `{` of a caption, and what stands behind it so far.
+    """Unclosed `{` of a caption, and the text after it so far.
 
     Attributes:
-        start: its place among the caption's tokens.
-        level: one more than that of the wildcards in it.
-        parts: what stands between its `|`, each in pieces: texts, and lists of pieces of what was closed in it.
-        plain: whether all braces in it are wildcards themselves.
+        start: index of the `{` among the caption's tokens.
+        level: one more than the highest level of the wildcards in it; 0 if it has none.
+        parts: the text between its `|`, each part a list of pieces: texts, and lists of pieces of closed inner braces.
+        plain: whether all inner braces are wildcards themselves.
     """
 
     start: int
@@ -304,21 +304,21 @@ class _Wildcard:
 
 
 def _resolve(caption: str, draw: np.random.RandomState | None) -> str:
-    """Replace each `{a|b}` by one of its parts, inner ones first; by the first one when nothing is drawn."""
+    """Replace each `{a|b}` by one of its parts, inner ones first; take the first part if `draw` is None."""
     tokens = _MARKS.split(caption)
     sizes = {}
     _join_wildcards(tokens, lambda one: sizes.setdefault((one.level, one.start), len(one.parts)) and 0)
-    # The order of the draws decides the caption: innermost first, from left to right, then those around them.
+    # The order of the draws decides the caption: innermost first, from left to right, then the enclosing ones.
     chosen = {start: draw.randint(sizes[level, start]) if draw is not None else 0 for level, start in sorted(sizes)}
     return " ".join(_join_wildcards(tokens, lambda one: chosen[one.start]).split())
 
 
 def _join_wildcards(tokens: list[str], choose: Callable[[_Wildcard], int]) -> str:
-    """A caption with each wildcard replaced by one of its parts; braces that are none stay.
+    """Replace each wildcard of a caption by one of its parts; leave other braces as they are.
 
     Args:
-        tokens: the caption, cut at `{`, `|` and `}`.
-        choose: gives the place of a wildcard's part.
+        tokens: the caption, split at `{`, `|` and `}`.
+        choose: returns the index of a wildcard's part.
     """
     whole = _Wildcard(-1)
     open_ones = [whole]
@@ -352,7 +352,7 @@ def _as_written(given: _Wildcard) -> list:
 
 
 def _texts(pieces: list) -> Iterator[str]:
-    """The texts in pieces, which may lie deeper than functions can call themselves."""
+    """Yield the texts in nested pieces, without recursion, since they may nest deeper than Python's limit."""
     pending = [iter(pieces)]
     while pending:
         piece = next(pending[-1], None)
@@ -365,15 +365,15 @@ def _texts(pieces: list) -> Iterator[str]:
 
 
 def variant_of_turn(example: Example, count: int, seed: int, place: int, turn: int) -> int | None:
-    """Which version of its caption a showing has; None where the caption is dropped.
+    """Return the number of the caption version for a visit, or None if the caption is dropped.
 
-    Every version is shown once before one is shown again.
+    Every version is used once before one is used again.
 
     Args:
-        count: of versions, as `variant_count` gives it.
-        seed: of the run.
-        place: of the picture in the dataset.
-        turn: how often it was shown before.
+        count: number of versions, from `variant_count`.
+        seed: the run's.
+        place: identifies the picture's stream of random numbers.
+        turn: number of earlier visits.
     """
     import numpy as np
 

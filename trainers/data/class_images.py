@@ -1,4 +1,4 @@
-"""Class images on disk: drawn once by the base itself, found again by what decides them.
+"""Class images on disk: drawn once by the base itself, found again by a hash of their settings.
 
 Source: Ruiz et al. 2022, "DreamBooth": samples of the frozen model for the class prompt supervise its own prior.
 """
@@ -21,7 +21,7 @@ from .pictures import FileSource, measure_file, reading
 if TYPE_CHECKING:
     from PIL import Image
 
-# Sampling steps where nothing is said.
+# Default number of sampling steps.
 STEPS = 20
 
 _SETTINGS = "settings.json"
@@ -29,7 +29,7 @@ _SETTINGS = "settings.json"
 
 @dataclass(frozen=True)
 class Drawing:
-    """What decides what a class image shows, besides its number.
+    """Settings that determine, with an image's number, the content of a class image.
 
     Attributes:
         prompt: the class prompt, literal.
@@ -50,21 +50,21 @@ class Drawing:
     seed: int
 
     def digest(self) -> str:
-        """Hash of all of it."""
+        """Return the hash of all settings."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 class ClassImages:
-    """The class images of one drawing, numbered PNG files in a folder of their own.
+    """Class images of one drawing: numbered PNG files in a folder of their own.
 
-    A file appears whole or not at all, so that whatever interrupts the drawing, what is there stays good.
+    A file appears whole or not at all, so an interruption leaves only sound files.
 
     Attributes:
         folder: absolute path.
 
     Args:
         root: the folder that holds the folders of all drawings.
-        earlier: the same as versions before describe it; their folder is used where there is no newer one.
+        earlier: the same drawing as earlier versions describe it; its folder is used if there is no newer one.
     """
 
     def __init__(self, root: str, drawing: Drawing, earlier: Drawing | None = None):
@@ -74,18 +74,18 @@ class ClassImages:
         self.folder = next((folder for folder in folders if os.path.isdir(folder)), folders[0])
 
     def path(self, number: int) -> str:
-        """Of an image's file."""
+        """Return the path of an image's file."""
         return os.path.join(self.folder, f"{number:05}.png")
 
     def missing(self, numbers: Sequence[int]) -> list[int]:
-        """Those of the numbers of which there is no sound picture of the right size."""
-        # The folder of all class images lies in the output folder, which may be a link itself.
+        """Return the numbers that have no sound picture of the right size."""
+        # Start at the output folder, which holds the folder of all class images and may itself be a link.
         files.refuse_links(os.path.dirname(os.path.dirname(self.folder)), self.folder)
         files.sweep(self.folder)
         return [number for number in numbers if self._measured(number) is None]
 
     def _measured(self, number: int) -> str | None:
-        """The content hash of an image; None when it is not there, damaged or of another size."""
+        """Return the content hash of an image; None if the image is missing, damaged or of another size."""
         from PIL import Image
 
         path = self.path(number)
@@ -93,14 +93,14 @@ class ClassImages:
         try:
             size, digest, _ = measure_file(path, name)
             with reading(name), Image.open(path) as image:
-                # By the file's own checksums; decoding hundreds of pictures at every queueing would take too long.
+                # verify() uses the file's own checksums; decoding hundreds at every queueing would be too slow.
                 image.verify()
         except DatasetError:
             return None
         return digest if size == self.drawing.size else None
 
     def write(self, number: int, picture: Image.Image) -> None:
-        """Keeps an image.
+        """Write an image.
 
         Raises:
             RunError: the folder cannot be written.
@@ -112,10 +112,10 @@ class ClassImages:
             picture.save(temporary, format="PNG")
 
     def dataset(self, numbers: Sequence[int], resolution: int) -> Dataset:
-        """Images as a dataset; each has the class prompt as its caption.
+        """Return images as a dataset; each has the class prompt as its caption.
 
         Raises:
-            RunError: one is gone.
+            RunError: an image is missing, damaged or of another size.
         """
         name = os.path.basename(self.folder)
         examples = []

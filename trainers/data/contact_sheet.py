@@ -1,4 +1,4 @@
-"""A dataset at a glance: one picture with its buckets, its tags, and its pictures as they will be cut."""
+"""Contact sheet: a dataset's buckets, tags and cropped pictures in one image."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _COLUMNS = 6
 _LIMIT = 60
 _LINE = 15
 _CAPTION_LINES = 2
-# Below a picture: its name, its cuts, its caption, what to look after.
+# Below a picture: its name, its crops, its caption, its flags.
 _TEXT = (3 + _CAPTION_LINES) * _LINE + 8
 _LETTERS = 11
 _BARS = 12
@@ -35,10 +35,11 @@ _RED = (230, 40, 40)
 
 
 def contact_sheet(findings: Findings) -> np.ndarray:
-    """[H, W, 3] float32 in 0..1: above the buckets and the tags with their numbers, below the pictures.
+    """Draw a dataset's contact sheet, [H, W, 3] float32 in 0..1.
 
-    A picture is shown whole, what is cut away dark, what a mask excludes red, and small in its corner the source
-    picture that it is made of; those with something to look after come first and are framed in amber.
+    The buckets and the tags are at the top with their numbers, the pictures below. Each picture is shown whole: dark
+    outside its worst crop, red where a mask excludes it, and with its source picture small in its corner. Pictures
+    with flags come first and have an amber frame.
     """
     from PIL import Image, ImageDraw
 
@@ -61,7 +62,7 @@ def contact_sheet(findings: Findings) -> np.ndarray:
 
 
 def chosen(findings: Findings) -> list[Finding]:
-    """The examples that are drawn: all if they fit, else the flagged ones first and an even choice of the rest."""
+    """Select the examples to draw: all if they fit, else the flagged ones first and an even choice of the rest."""
     rows = findings.rows
     if len(rows) <= _LIMIT:
         return sorted(rows, key=lambda row: (row.example.prior, not row.flags))
@@ -74,7 +75,7 @@ def chosen(findings: Findings) -> list[Finding]:
 
 @functools.lru_cache(maxsize=4)
 def letters(size: int = _LETTERS) -> ImageFont.ImageFont:
-    """DejaVu, which comes with matplotlib and has letters for most alphabets; Pillow's own where it is missing.
+    """Load DejaVu, which comes with matplotlib and has letters for most alphabets; Pillow's own font if it is missing.
 
     Args:
         size: in pixels.
@@ -146,7 +147,7 @@ def _draw_cell(sheet: Image.Image, draw, finding: Finding, corner: tuple[int, in
     repeats = f" x{example.repeats}" if example.repeats > 1 else ""
     held = "  validation" if example.held_out else "  class image" if example.prior else ""
     caption = _wrapped(draw, finding.caption or "(no caption)", width, _CAPTION_LINES)
-    # Of a long name the end tells more than the folder it begins with.
+    # The end of a long name says more than the folder at its beginning.
     lines = [(_fitting(draw, example.source.name, width, keep_end=True), _INK)]
     lines.append((_fitting(draw, f"{cuts}{repeats}{held}", width), _FAINT))
     lines += [(line, _INK) for line in caption]
@@ -156,7 +157,7 @@ def _draw_cell(sheet: Image.Image, draw, finding: Finding, corner: tuple[int, in
 
 
 def _draw_source(sheet: Image.Image, draw, control: Example, corner: tuple[int, int]) -> None:
-    """The source picture, whole and framed in blue, in the lower left of its picture's cell."""
+    """Paste the source picture, whole and framed in blue, into the lower left of its picture's cell."""
     from PIL import Image
 
     small = control.source.open()
@@ -167,7 +168,7 @@ def _draw_source(sheet: Image.Image, draw, control: Example, corner: tuple[int, 
 
 
 def _overlaid(finding: Finding) -> Image.Image:
-    """The whole picture within a cell, dark where its worst cut takes away, red where its mask excludes it."""
+    """Return the whole picture, scaled to a cell: dark outside its worst crop, red where its mask excludes it."""
     from PIL import Image, ImageDraw
 
     crop = min(finding.crops, key=lambda one: one.kept)
@@ -195,7 +196,7 @@ def _overlaid(finding: Finding) -> Image.Image:
 
 
 def _printable(draw: ImageDraw.ImageDraw, text: str) -> str:
-    """One line of what the font can draw: names of files may hold anything."""
+    """Return the text in one line, with only what the font can draw; file names may hold anything."""
     from PIL import ImageFont
 
     kind = "utf-8" if isinstance(draw.font, ImageFont.FreeTypeFont) else "latin-1"
@@ -203,7 +204,7 @@ def _printable(draw: ImageDraw.ImageDraw, text: str) -> str:
 
 
 def _fitting(draw: ImageDraw.ImageDraw, line: str, width: int, keep_end: bool = False) -> str:
-    """The longest beginning of a line that fits a width, or the longest end."""
+    """Shorten a line to the longest beginning, or the longest end, that fits a width."""
     line = _printable(draw, line)
     line = line[-400:] if keep_end else line[:400]
     if draw.textlength(line) <= width:
@@ -214,7 +215,7 @@ def _fitting(draw: ImageDraw.ImageDraw, line: str, width: int, keep_end: bool = 
 
 
 def _wrapped(draw: ImageDraw.ImageDraw, text: str, width: int, most: int) -> list[str]:
-    """A text in as many lines of a width as it needs, the last of `most` shortened."""
+    """Wrap a text to a width in at most `most` lines; shorten the last one."""
     words = _printable(draw, text[:1000]).split()
     lines: list[str] = []
     while words and len(lines) < most - 1:

@@ -1,6 +1,6 @@
 """Warnings about a dataset that the user sees when a training starts.
 
-A warning is a dict that JSON can hold: `kind`, `text` in English, and the values that the text names. A page that does
+A warning is a JSON-serializable dict: `kind`, `text` in English, and the values that the text names. A page that does
 not know the kind shows the text.
 """
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from .buckets import Crop
     from .examples import Example, LeftOut
 
-# Names in one warning; the rest is counted.
+# Number of names in one warning; the text counts the others.
 _NAMED = 8
-# A picture that is enlarged more than this looks blurred.
+# A picture that is enlarged by more than this factor looks blurred.
 _BLURRED = 1.5
-# A side this much larger or smaller than the model's own is unusual.
+# A resolution that is larger or smaller than the model's own by this factor is unusual.
 _UNUSUAL = 1.5
 
 
@@ -33,10 +33,10 @@ def warn_of_skipped(left_out: Sequence[LeftOut], total: int) -> dict[str, Any] |
 
 
 def warn_of_enlarged(pictures: Sequence[tuple[Example, Crop]]) -> dict[str, Any] | None:
-    """Warn of pictures that are enlarged so far that they look blurred, with the smallest side.
+    """Warn of pictures that are enlarged so far that they look blurred; give the smallest side.
 
     Args:
-        pictures: each example with one of its cuts.
+        pictures: each example with one of its crops.
     """
     sizes: dict[str, tuple[int, int]] = {}
     for example, crop in pictures:
@@ -63,7 +63,7 @@ def warn_of_resolution(resolution: int, family: str) -> dict[str, Any] | None:
 
     Args:
         resolution: side of the training square in pixels.
-        family: the model's, by name; an unknown one has no usual resolution.
+        family: name of the model's family; an unknown family has no usual resolution.
     """
     known = family_of(family)
     if known is GENERAL or known.resolution / _UNUSUAL <= resolution <= known.resolution * _UNUSUAL:

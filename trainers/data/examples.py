@@ -1,4 +1,4 @@
-"""What a dataset is: pictures by reference, captions, repeats; no pixels are held."""
+"""Datasets: sources of pictures, captions and repeats; they hold no decoded pixels."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How pictures and captions are varied from one showing to the next; the defaults vary nothing.
+    """Variation of pictures and captions between visits; the defaults vary nothing.
 
     Attributes:
-        shuffle_tags: puts the comma-separated parts of a caption into another order.
-        keep_tokens: so many parts at the beginning are neither moved nor dropped, besides the trigger.
-        tag_dropout: chance of each other part to be left out, 0..1.
-        caption_dropout: chance of the whole caption to be empty, 0..1.
-        wildcards: `{a|b}` in a caption becomes `a` or `b`.
-        caption_variants: how many versions of a varying caption are encoded, 0 for a number by the dataset's size.
-        flip: half of the showings are mirrored.
-        upscale: small pictures are enlarged to the resolution.
-        resolutions: further ones, pixels, besides the dataset's own.
-        mask_minimum: least loss weight where the mask is black, 0..1.
+        shuffle_tags: shuffle the comma-separated parts of a caption.
+        keep_tokens: number of first parts, besides the trigger, that are neither moved nor dropped.
+        tag_dropout: probability of dropping each other part, 0..1.
+        caption_dropout: probability of an empty caption, 0..1.
+        wildcards: replace `{a|b}` in a caption by `a` or `b`.
+        caption_variants: number of encoded versions of a varying caption, 0 to derive it from the dataset's size.
+        flip: mirror half of the visits.
+        upscale: enlarge small pictures to the resolution.
+        resolutions: additional resolutions, pixels, besides the dataset's own.
+        mask_minimum: lowest loss weight where the mask is black, 0..1.
     """
 
     shuffle_tags: bool = False
@@ -51,10 +51,10 @@ class Augmentation:
 
 
 def read_resolutions(text: str) -> tuple[int, ...]:
-    """The numbers in a text such as "512, 768"; rising, none twice.
+    """Parse a text such as "512, 768" into ascending numbers without duplicates.
 
     Raises:
-        DatasetError: something else in it, or a number that is no resolution.
+        DatasetError: a part is not a number, or the number is not a resolution.
     """
     found = set()
     for part in text.replace(",", " ").split():
@@ -68,11 +68,11 @@ def read_resolutions(text: str) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Anchor:
-    """What the model must go on predicting for a subject's class, learnt beside an example without class images.
+    """Prior target of an example: the frozen base's own prediction for a class prompt. It needs no class images.
 
     Attributes:
         prompt: the class prompt, literal; the frozen base's own prediction for it is the target.
-        weight: of that loss, beside 1 for the example's own.
+        weight: of the prior loss; the example's own loss has weight 1.
     """
 
     prompt: str
@@ -84,21 +84,21 @@ class Example:
     """One picture and its captions.
 
     Attributes:
-        source: where the pixels come from; `.name`, `.open()` -> PIL RGB upright.
+        source: source of the pixels; `.name`, `.open()` -> PIL RGB upright.
         captions: literal texts without the trigger, variants of each other; at least one, which may be empty.
         size: (width, height) upright, pixels.
         digest: hash of the picture's content.
-        trigger: the word that stands for what is learnt; empty for none.
-        repeats: how often it is shown in an epoch.
+        trigger: the word for the subject; empty for none.
+        repeats: visits in an epoch.
         mask: None, or a source whose picture is the loss weight (white counts, black does not), with a `.digest`.
-        handling: how it is varied.
-        held_out: whether it serves validation alone.
+        handling: variation between visits.
+        held_out: whether the example serves only validation.
         weight: factor on its loss.
-        prior: whether it is a class image, drawn one to one with those that are none.
-        anchor: None, or what is to be preserved beside it.
-        control: None, or the source picture that it is made of, as an example without words.
-        left_out: None, or why it is not trained on, where that is known before anything is opened. It keeps its place,
-            and the dataset its fingerprint.
+        prior: whether it is a class image; batches draw class images one to one with the others.
+        anchor: None, or its prior target.
+        control: None, or the source picture that it is made of, as an example with an empty caption.
+        left_out: None, or the reason for not training on it, if known before any file is opened. The example keeps its
+            place, and the dataset keeps its fingerprint.
     """
 
     source: Source
@@ -118,7 +118,7 @@ class Example:
 
 
 class Source:
-    """Where a picture comes from.
+    """Source of a picture.
 
     Attributes:
         name: for reports and errors.
@@ -129,13 +129,13 @@ class Source:
     digest: str
 
     def open(self) -> Image.Image:
-        """The picture, upright, RGB."""
+        """Return the picture, upright, RGB."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A file that is not trained on, and why."""
+    """File that is not trained on, with the reason."""
 
     name: str
     reason: str
@@ -146,15 +146,15 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Examples and how to show them.
+    """Examples with their trigger and resolution.
 
     Attributes:
         examples: in a stable order.
-        trigger: the one word of all examples, for the records; empty when there is none or more than one.
+        trigger: the trigger of all examples, for the records; empty if there is none or more than one.
         resolution: side of the training square in pixels, 0 for the model's own.
         name: for file names and reports.
-        left_out: files that could have been examples and are not.
-        warnings: sentences about what is used but may not be meant so.
+        left_out: files that look like examples but cannot be used.
+        warnings: sentences about content that is used but may not be intended.
     """
 
     examples: tuple[Example, ...]
@@ -165,7 +165,7 @@ class Dataset:
     warnings: tuple[str, ...] = ()
 
     def fingerprint(self) -> str:
-        """Hash of everything here that decides what is learnt."""
+        """Return a hash of everything in the dataset that affects training."""
         ways: dict[Augmentation, str] = {}
         rows = []
         for example in self.examples:
@@ -180,7 +180,7 @@ class Dataset:
 
 
 def _later_marks(example: Example) -> list:
-    """What came later to an example's row: nothing where it is not used, so that runs made before are found."""
+    """Return the later additions to an example's row; none if unused, so that runs of earlier versions are found."""
     marks = []
     if example.prior or example.weight != 1.0:
         marks.append(["prior" if example.prior else "weight", example.weight])
@@ -192,10 +192,10 @@ def _later_marks(example: Example) -> list:
 
 
 def combine(a: Dataset, b: Dataset) -> Dataset:
-    """Both datasets as one; each example keeps its own trigger, repeats and handling.
+    """Join two datasets; each example keeps its own trigger, repeats and handling.
 
     Raises:
-        DatasetError: when both name a resolution and the two differ.
+        DatasetError: both have a resolution, and the two differ.
     """
     if a.resolution and b.resolution and a.resolution != b.resolution:
         raise DatasetError(

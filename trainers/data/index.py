@@ -1,4 +1,4 @@
-"""What is known of the files in a folder, kept on disk: a second look reads only what changed."""
+"""Index of the files in a folder, kept on disk, so that the next scan reads only the changed files."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ log = logging.getLogger(__name__)
 
 _VERSION = 1
 
-# A file written so shortly before it was read may be written again without its times telling.
+# In nanoseconds: a file written this shortly before a read may be written again with the same timestamps.
 _SETTLED = 2_000_000_000
 
 
 class Index:
-    """Facts by file, each valid while the file's size, times and place on disk stay the same.
+    """Facts by file, each valid while the file's size, timestamps and inode stay the same.
 
     Args:
-        folder: where indices are kept; None to keep nothing.
-        of: absolute path of the folder that is described.
+        folder: folder of all indices; None to keep nothing.
+        of: absolute path of the described folder.
     """
 
     def __init__(self, folder: str | None, of: str):
@@ -54,11 +54,11 @@ class Index:
         make: Callable[[], dict],
         sound: Callable[[dict], bool] = lambda facts: True,
     ) -> dict:
-        """The facts of a file, made when the file is new or changed.
+        """Return the facts of a file; make them if the file is new or changed.
 
         Args:
-            make: gives them, JSON-able; what it raises is passed on and not kept.
-            sound: whether facts that were kept are such as it gives; those that are not are made anew.
+            make: returns the facts, JSON-serializable. Its exceptions pass through, and nothing is stored then.
+            sound: returns True if stored facts are valid; invalid ones are made again.
         """
         row = self._known.get(name)
         mark = mark_of(stat)
@@ -66,13 +66,13 @@ class Index:
             started = time.time_ns()
             row = [mark, make()]
             if started - max(stat.st_mtime_ns, stat.st_ctime_ns) < _SETTLED:
-                # Used now, but not kept: the mark would not tell a later content from this one.
+                # Use it now, but do not store it: the mark might also match a later content.
                 row[0] = None
         self._used[name] = row
         return row[1]
 
     def save(self) -> None:
-        """Keeps what was asked for; what was not is forgotten. A disk that cannot be written costs time alone."""
+        """Store the facts that were used, and forget the others. A failed write only costs time."""
         if self._path is None:
             return
         kept = {name: row for name, row in self._used.items() if row[0] is not None}
@@ -85,12 +85,12 @@ class Index:
 
 
 def _is_row(row) -> bool:
-    """Whether a row is [mark, facts] as `facts` keeps them."""
+    """Return True if a row is [mark, facts] as `facts` stores them."""
     if not isinstance(row, list) or len(row) != 2 or not isinstance(row[0], list) or not isinstance(row[1], dict):
         return False
     return all(type(number) is int for number in row[0])
 
 
 def mark_of(stat: os.stat_result) -> list[int]:
-    """What tells one state of a file from another without reading it."""
+    """Return the size, the times (ns) and the inode, which identify a file's state without reading it."""
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]

@@ -1,4 +1,4 @@
-"""The files in a folder and below it, as they are before anything is read of them."""
+"""Listing of the files in a folder and below it; reads no file's content."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ from .pictures import is_picture
 
 @dataclass(frozen=True)
 class File:
-    """A regular file, by its relative name.
+    """Regular file in a listing.
 
     Attributes:
-        stat: as it was when it was listed.
+        path: path to open it by.
+        name: relative to the listed folder, with forward slashes.
+        stat: status when it was listed.
     """
 
     path: str
@@ -29,7 +31,13 @@ class File:
 
 @dataclass(frozen=True)
 class Listing:
-    """Regular files below a folder, by their relative names with forward slashes, in a stable order."""
+    """Regular files in a folder and below it.
+
+    Attributes:
+        root: the folder, links resolved.
+        files: by relative name with forward slashes, in a stable order.
+        left_out: skipped files and folders, with reasons.
+    """
 
     root: str
     files: dict[str, File]
@@ -37,19 +45,19 @@ class Listing:
 
 
 def stem_of(name: str) -> str:
-    """A relative name without its suffix."""
+    """Return a relative name without its suffix."""
     return posixpath.splitext(name)[0]
 
 
 def fold(name: str) -> str:
-    """A name with case and Unicode form folded: what Windows and macOS take for the same file."""
+    """Return a name with case and Unicode form folded; Windows and macOS treat equal results as the same file."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFD", name).casefold())
 
 
 class Owners:
-    """Pictures by stem, exactly or else with case and Unicode form folded.
+    """Pictures by stem, matched exactly, or else with case and Unicode form folded.
 
-    A name that is some picture's own is no other's.
+    A file whose stem is a picture's exact stem belongs to no other picture.
     """
 
     def __init__(self, stems: Iterable[str]):
@@ -59,12 +67,16 @@ class Owners:
             self._folded.setdefault(fold(stem), []).append(stem)
 
     def of(self, stem: str) -> tuple[str, ...]:
-        """Stems of the pictures that a file with this stem is for."""
+        """Return the stems of the pictures that a file with this stem belongs to."""
         return (stem,) if stem in self._exact else tuple(self._folded.get(fold(stem), ()))
 
 
 def list_folder(folder: str) -> Listing:
-    """The files in a folder and below it; nothing outside it is followed, what is passed over is named."""
+    """List the files in a folder and below it.
+
+    The listing follows no link that leads out of the folder and no link to a folder. It records skipped files in
+    `left_out`, but skips names that begin with a dot silently.
+    """
     root = os.path.realpath(folder)
     listing = Listing(root, {}, [])
     pending = [("", root)]

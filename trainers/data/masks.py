@@ -1,4 +1,4 @@
-"""Which of a folder's files are masks, and of which pictures."""
+"""Mask files in a folder, and the pictures that they belong to."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ _SUFFIX = "-masklabel"
 
 @dataclass(frozen=True)
 class OwnMasks:
-    """The masks in a listing: those by the picture's stem, all files, and those of no picture."""
+    """Masks in a listing.
+
+    Attributes:
+        by_stem: the mask of each picture, by the picture's stem.
+        files: names of all mask files.
+        lonely: names of masks without a picture.
+    """
 
     by_stem: dict[str, File]
     files: set[str]
@@ -21,7 +27,10 @@ class OwnMasks:
 
 
 def own_masks(listing: Listing) -> OwnMasks:
-    """Finds `name-masklabel.png` beside `name`, and `masks/name.png` for `name` beside the folder or below it."""
+    """Find masks by their names: a suffix beside the picture, or a folder of masks.
+
+    `a/name-masklabel.png` is the mask of the picture `a/name`, and `a/masks/b/name.png` that of `a/b/name`.
+    """
     owners = Owners(stem_of(name) for name in listing.files if is_picture(name))
     found: dict[str, File] = {}
     files: set[str] = set()
@@ -45,7 +54,7 @@ def own_masks(listing: Listing) -> OwnMasks:
                 folders.setdefault("/".join(parts[: depth + 1]), []).append((name, owner))
                 break
     for members in folders.values():
-        # A folder of masks has at least one picture's; else it is a folder of pictures that happens to be called so.
+        # If none of its files matches a picture, it is a folder of pictures that happens to be called so.
         if not any(owners.of(owner) for _, owner in members):
             continue
         for name, owner in members:
@@ -59,6 +68,6 @@ def own_masks(listing: Listing) -> OwnMasks:
 
 
 def mask_owner(name: str) -> str:
-    """The stem of the picture that a file in a folder of masks is for."""
+    """Return the stem of the picture that a file in a folder of masks belongs to."""
     stem = stem_of(name)
     return stem[: -len(_SUFFIX)] if stem.lower().endswith(_SUFFIX) else stem

@@ -1,4 +1,4 @@
-"""Finding pictures that look alike, by a perceptual hash.
+"""Detection of pictures that look alike, by a perceptual hash.
 
 Source: Zauner, "Implementation and Benchmarking of Perceptual Image Hash Functions" (2010): the DCT hash.
 """
@@ -24,13 +24,14 @@ log = logging.getLogger(__name__)
 
 _SIDE = 32
 _LOW = 8
-# Of 64 bits; and of the colours of an 8x8 thumbnail, 0..255, which tells flat pictures apart that share a hash.
+# Maximum distances: bits of 64, and the mean color difference (0..255) of 8x8 thumbnails. The thumbnails
+# distinguish flat pictures with the same hash.
 _BITS = 8
 _COLOURS = 16.0
 
 
 def signature(picture: Image.Image) -> bytes:
-    """8 bytes of DCT hash and the 192 of an 8x8 thumbnail, of a picture in RGB."""
+    """Return the 8 bytes of DCT hash and the 192 bytes of 8x8 thumbnail of a picture in RGB."""
     from PIL import Image
 
     grey = np.asarray(picture.convert("L").resize((_SIDE, _SIDE), Image.LANCZOS), dtype=np.float64)
@@ -45,11 +46,11 @@ def signature(picture: Image.Image) -> bytes:
 def signatures(
     examples: Sequence[Example], folder: str | None, tick: Callable[[int, int], None]
 ) -> tuple[list[bytes | None], list[LeftOut]]:
-    """The signature of each example, None for those that cannot be decoded, which are named.
+    """Return the signature of each example, None if it cannot be decoded, and the files that cannot be decoded.
 
     Args:
-        folder: where signatures are kept from one call to the next; None to keep none.
-        tick: called with (done, total); may raise to interrupt, what was made is kept.
+        folder: keeps signatures between calls; None to keep none.
+        tick: called with (done, total); may raise to interrupt. The folder keeps the signatures made so far.
     """
     path = os.path.join(folder, "likeness.json") if folder else None
     known = _read(path)
@@ -95,7 +96,7 @@ def _write(path: str, known: dict[str, str]) -> None:
 
 
 def find_near_duplicates(found: Sequence[bytes | None]) -> list[tuple[int, int]]:
-    """Pairs (i, j), i < j, of signatures that differ little; of each j the first i alone."""
+    """Return pairs (i, j), i < j, of signatures that differ little; for each j only the first i."""
     rows = [index for index, one in enumerate(found) if one is not None]
     if len(rows) < 2:
         return []
@@ -116,5 +117,5 @@ _COUNTS = np.array([bin(value).count("1") for value in range(256)], dtype=np.uin
 
 
 def _bits(values: np.ndarray) -> np.ndarray:
-    """How many bits are set in each uint64."""
+    """Count the bits that are set in each uint64."""
     return _COUNTS[values.view(np.uint8).reshape(-1, 8)].sum(1)

@@ -1,4 +1,4 @@
-"""Opening pictures as a viewer shows them, and cutting them to a bucket."""
+"""Pictures as a viewer shows them, upright and in RGB; masks and transparency."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
-# Pillow knows a format by the file's content; these are the endings under which people keep the formats it reads.
+# File name suffixes of the formats that Pillow reads. Pillow itself recognizes a format by the file's content.
 SUFFIXES = (
     *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".mpo", ".webp"),
     *(".bmp", ".dib", ".gif", ".avif", ".avifs", ".tif", ".tiff", ".heic", ".heif", ".hif"),
 )
 
-# Pictures all the same, but nothing here opens them; they are named in the report instead of passed over.
+# Picture formats that nothing here opens. The report names these files.
 _UNREAD = (
     *(".jxl", ".jp2", ".j2k", ".jpf", ".jpx", ".psd", ".psb", ".xcf", ".kra", ".svg", ".eps", ".ai", ".pdf", ".tga"),
     *(".exr", ".hdr", ".raw", ".dng", ".cr2", ".cr3", ".crw", ".nef", ".nrw", ".arw", ".srf", ".sr2", ".raf", ".orf"),
@@ -34,33 +34,33 @@ _UNREAD = (
     *(".ico", ".icns", ".cur", ".pcx", ".ppm", ".pgm", ".pbm", ".pnm", ".dds", ".qoi", ".wmf", ".emf", ".ktx", ".wdp"),
 )
 _VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".wmv", ".mpg", ".mpeg", ".flv", ".3gp", ".gifv")
-# What systems and other programs leave beside pictures, and nobody takes for a part of a dataset.
+# Files that systems and other programs leave beside pictures. The report does not name them.
 _QUIET = (
     *(".npz", ".npy", ".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".db", ".ini", ".log", ".tmp", ".lnk", ".url"),
     *(".md", ".py", ".sh", ".bat", ".yaml", ".yml", ".toml", ".html"),
 )
 
-# Decoding takes at most BYTES_PER_PIXEL, beside the file's own bytes; a file with more pixels is taken for a bomb.
-# WebP needs 16: its library keeps two frames of 4 bytes a pixel, and hands over a third, which Pillow copies.
-# AVIF, progressive JPEG and libtiff need up to 12, all others 8: the decoded picture, and the same turned or in RGB.
+# Decoding takes at most BYTES_PER_PIXEL, beside the file's own bytes. A file above PIXEL_LIMIT counts as a bomb.
+# WebP needs 16: its library keeps two frames of 4 bytes a pixel and returns a third, which Pillow copies.
+# AVIF, progressive JPEG and libtiff need up to 12, all others 8: the decoded picture and a rotated or RGB copy.
 PIXEL_LIMIT = 178_956_970
 BYTES_PER_PIXEL = 16
 BYTE_LIMIT = 2 * 1024**3
 
-_STRIP = 1 << 18  # pixels that are converted at once
+_STRIP = 1 << 18  # pixels converted at once
 _TURNED = (5, 6, 7, 8)
 _ORIENTATION = 0x0112
-_WIDTH, _HEIGHT = 256, 257  # TIFF's tags of the stored size
+_WIDTH, _HEIGHT = 256, 257  # TIFF tags of the stored size
 
 
 class FileSource(Source):
-    """A picture file, opened when needed.
+    """Picture file, opened on demand.
 
     Args:
         path: of the file.
         name: for reports and errors.
-        root: the folder it must lie in, links followed, whenever it is opened.
-        digest: hash of the content that is expected; empty to take what is there.
+        root: the folder that must contain the file, links resolved, at every opening.
+        digest: expected hash of the content; empty to accept any content.
     """
 
     __slots__ = ("digest", "name", "path", "root")
@@ -72,22 +72,22 @@ class FileSource(Source):
         self.digest = digest
 
     def open(self) -> Image.Image:
-        """Raises DatasetError naming the file when it is no picture, or not the one that was there before."""
+        """Decode the file. Raise DatasetError with its name if it is not a picture or has changed since the scan."""
         with reading(self.name):
             return upright_rgb(self._decoded())
 
     def alpha(self) -> Image.Image:
-        """The picture's opacity, upright, one channel; white where it has none. Raises as `open`."""
+        """Return the picture's opacity, upright, one channel; white if it has no transparency. Raise as `open`."""
         with reading(self.name):
             return _alpha(self._decoded())
 
     def weight(self) -> Image.Image:
-        """The picture as a mask, upright, one channel: black where it is black or clear. Raises as `open`."""
+        """Return the picture as a mask, upright, one channel: black where black or transparent. Raise as `open`."""
         with reading(self.name):
             return _weight(self._decoded())
 
     def _decoded(self) -> Image.Image:
-        """The picture, upright, in the file's own mode."""
+        """Decode the picture, upright, in the file's own mode."""
         if not is_below(self.path, self.root):
             raise OSError("it is a link that leads out of the folder")
         data = read_bytes(self.path)
@@ -99,12 +99,12 @@ class FileSource(Source):
 
 
 class MaskSource(Source):
-    """A mask file: white counts, black and clear do not.
+    """Mask file: white counts in the loss, black and transparent do not.
 
     Args:
         of: the file.
-        is_clear: whether part of it is clear. The digest then says so: earlier versions took clear for white, and what
-            they made of such a mask must not be found again.
+        is_clear: whether part of it is transparent. The digest then says so: earlier versions read transparent as
+            white, and the weights that they cached for such a mask must not be found again.
     """
 
     __slots__ = ("_of", "digest", "name")
@@ -115,12 +115,12 @@ class MaskSource(Source):
         self.digest = f"clear {of.digest}" if is_clear else of.digest
 
     def open(self) -> Image.Image:
-        """The weight of each pixel, one channel, upright. Raises as `FileSource.open`."""
+        """Return the weight of each pixel, one channel, upright. Raise as `FileSource.open`."""
         return self._of.weight()
 
 
 class AlphaSource(Source):
-    """The opacity of another source's picture, as a mask."""
+    """Opacity of another source's picture, used as a mask."""
 
     __slots__ = ("_of", "digest", "name")
 
@@ -130,12 +130,12 @@ class AlphaSource(Source):
         self.digest = f"alpha {of.digest}"
 
     def open(self) -> Image.Image:
-        """The opacity, white where the picture is opaque."""
+        """Return the opacity, white where the picture is opaque."""
         return self._of.alpha()
 
 
 class ArraySource(Source):
-    """A picture that came over a graph's wire; compressed in memory, since a batch may be large."""
+    """Picture from a node's input, compressed in memory, since a batch may be large."""
 
     def __init__(self, array: np.ndarray, name: str):
         from PIL import Image
@@ -144,11 +144,11 @@ class ArraySource(Source):
         Image.fromarray(array).save(buffer, format="PNG", compress_level=1)
         self._png = buffer.getvalue()
         self.name = name
-        # Of the pixels, not of the compressed bytes: those change with the library that compresses.
+        # Hash the pixels, not the compressed bytes, which change with the library that compresses.
         self.digest = hashlib.sha256(f"{array.shape}".encode() + array.tobytes()).hexdigest()
 
     def open(self) -> Image.Image:
-        """The picture in RGB."""
+        """Return the picture in RGB."""
         from PIL import Image
 
         with Image.open(io.BytesIO(self._png)) as image:
@@ -156,7 +156,7 @@ class ArraySource(Source):
 
 
 def read_bytes(path: str) -> bytes:
-    """A file's content. Raises OSError, also when it is too large for a picture."""
+    """Read a file's content. Raise OSError, also if the file is too large for a picture."""
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size > BYTE_LIMIT:
@@ -165,10 +165,11 @@ def read_bytes(path: str) -> bytes:
 
 
 def measure_file(path: str, name: str) -> tuple[tuple[int, int], str, bool]:
-    """Upright (width, height) in pixels, content hash and whether there is transparency; from the file's head alone.
+    """Return a file's upright (width, height) in pixels, content hash and transparency, without decoding its pixels.
 
     Raises:
-        DatasetError: naming the file, when it cannot be a picture; that its pixels can be decoded is not said yet.
+        DatasetError: the file cannot be a picture. The error names the file. Success does not prove that its pixels
+            can be decoded.
     """
     with reading(name):
         data = read_bytes(path)
@@ -177,7 +178,7 @@ def measure_file(path: str, name: str) -> tuple[tuple[int, int], str, bool]:
         with _opened(data) as image:
             _check_size(image)
             size = _stored_size(image)
-            # Pillow decodes a whole PNG to look for an orientation, which hardly any has.
+            # For a PNG, Pillow decodes the whole file to look for an orientation, which hardly any PNG has.
             marked = image.format != "PNG" or any(mark in data for mark in (b"eXIf", b"Raw profile", b"rientation"))
             if marked and image.getexif().get(_ORIENTATION, 1) in _TURNED:
                 size = (size[1], size[0])
@@ -186,12 +187,12 @@ def measure_file(path: str, name: str) -> tuple[tuple[int, int], str, bool]:
 
 
 def is_clear(source: FileSource) -> bool:
-    """Whether a part of a picture is not opaque; decodes it. Raises DatasetError as `open`."""
+    """Decode a picture and return True if part of it is not opaque. Raise DatasetError as `open`."""
     return source.alpha().getextrema()[0] < 255
 
 
 def _stored_size(image: Image.Image) -> tuple[int, int]:
-    """(width, height) before any turn; Pillow swaps the sides of a turned TIFF when it opens it, since version 11."""
+    """Return (width, height) before rotation; since version 11, Pillow swaps them when it opens a rotated TIFF."""
     tags = getattr(image, "tag_v2", None)
     if image.format == "TIFF" and tags is not None:
         return int(tags[_WIDTH]), int(tags[_HEIGHT])
@@ -202,7 +203,7 @@ _HEIF = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 
 def _opened(data: bytes) -> Image.Image:
-    """The picture in a file's bytes, not decoded yet. Raises OSError and what Pillow raises."""
+    """Open the picture in a file's bytes without decoding it. Raise OSError or Pillow's errors."""
     from PIL import Image
 
     if data[4:8] == b"ftyp" and data[8:12] in _HEIF and b"avif" not in data[8:64]:
@@ -222,7 +223,7 @@ def _check_size(image: Image.Image) -> None:
 
 
 class reading:
-    """Turns whatever Pillow or the file system raises into an error that names the file."""
+    """Context that turns any error of Pillow or the file system into an error that names the file."""
 
     def __init__(self, name: str):
         self.name = name
@@ -230,7 +231,7 @@ class reading:
 
     def __enter__(self):
         self._quiet.__enter__()
-        # Large pictures are measured by ourselves; warnings for odd but readable files would only alarm.
+        # `_check_size` refuses large pictures; warnings about odd but readable files would only alarm.
         warnings.simplefilter("ignore")
         return self
 
@@ -238,7 +239,7 @@ class reading:
         from PIL import Image, UnidentifiedImageError
 
         self._quiet.__exit__(kind, error, trace)
-        # Decoders raise many kinds for a damaged file; only interruption and programming errors are let through.
+        # Decoders raise many kinds of errors for a damaged file, so convert all but interruptions and DatasetError.
         if error is None or isinstance(error, DatasetError) or not isinstance(error, Exception):
             return False
         if isinstance(error, UnidentifiedImageError):
@@ -261,27 +262,27 @@ def _has_alpha(image: Image.Image) -> bool:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """The picture decoded and turned as its EXIF orientation says, in its own mode."""
+    """Decode the picture and rotate it by its EXIF orientation, in its own mode."""
     from PIL import ImageOps
 
     _scale_transparent_value(image)
     image.load()
-    # Pillow turns a TIFF while it decodes it, and version 10.0 leaves the tag, which would turn it once more.
+    # Pillow rotates a TIFF while decoding, and version 10.0 leaves the tag, which would rotate it once more.
     if image.format != "TIFF":
-        # In place, or a copy is made of a picture that lies as it should.
+        # Without in_place, Pillow copies even a picture that needs no rotation.
         ImageOps.exif_transpose(image, in_place=True)
     return image
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """An upright picture as a viewer shows it: 16 bits scaled, transparency on white, RGB."""
+    """Convert an upright picture to what a viewer shows: 16 bits scaled, transparency on white, RGB."""
     if image.mode == "RGB" and not _has_alpha(image):
         return image
     return _by_strips(image, "RGB", lambda strip: _on_white(*strip))
 
 
 def _weight(image: Image.Image) -> Image.Image:
-    """The brightness of an upright picture, black where it is clear, one channel."""
+    """Return the brightness of an upright picture, black where it is transparent, one channel."""
     from PIL import ImageChops
 
     def convert(strip) -> Image.Image:
@@ -300,10 +301,10 @@ def _alpha(image: Image.Image) -> Image.Image:
 
 
 def _by_strips(image: Image.Image, mode: str, convert: Callable[[tuple], Image.Image]) -> Image.Image:
-    """A picture converted strip by strip: each step of a conversion makes a copy, and of a strip that is little.
+    """Convert a picture strip by strip, because each step of a conversion makes a copy, which is small for a strip.
 
     Args:
-        convert: from (RGB, opacity or None) of a strip to the strip in the mode that is wanted.
+        convert: maps (RGB, opacity or None) of a strip to the strip in `mode`.
     """
     from PIL import Image
 
@@ -330,7 +331,7 @@ def _on_white(rgb: Image.Image, alpha: Image.Image | None) -> Image.Image:
 
 
 def _splitter(image: Image.Image) -> Callable[[Image.Image], tuple[Image.Image, Image.Image | None]]:
-    """A function from a strip of a picture to its colours in RGB and its opacity, None where all of it is opaque."""
+    """Return a function that splits a strip of a picture into RGB and opacity, None if the picture is opaque."""
     if image.mode.startswith("I") or image.mode == "F":
         return _deep_splitter(image)
     if image.mode == "CMYK":
@@ -347,9 +348,9 @@ def _splitter(image: Image.Image) -> Callable[[Image.Image], tuple[Image.Image, 
 
 
 def _scale_transparent_value(image: Image.Image) -> None:
-    """Bring the value that a PNG declares clear to the range that Pillow decodes its samples to.
+    """Scale the value that a PNG declares transparent to the range of the decoded samples.
 
-    Pillow widens samples of 2 and 4 bits and narrows those of 16 in colour, and leaves this value as it is.
+    Pillow widens samples of 2 and 4 bits and narrows color samples of 16 bits, but leaves this value unchanged.
     """
     value = image.info.get("transparency")
     if image.format != "PNG" or value is None or not image.tile:
@@ -363,7 +364,10 @@ def _scale_transparent_value(image: Image.Image) -> None:
 
 
 def _from_cmyk(image: Image.Image) -> Callable[[Image.Image], Image.Image]:
-    """By the profile the file carries, without which its inks mean little; by Pillow's plain rule otherwise."""
+    """Return a function that converts a CMYK strip to RGB: by the file's color profile, else by Pillow's plain rule.
+
+    Without a profile the values of the inks mean little.
+    """
     from PIL import ImageCms
 
     profile = image.info.get("icc_profile")
@@ -378,12 +382,12 @@ def _from_cmyk(image: Image.Image) -> Callable[[Image.Image], Image.Image]:
 
 
 def _deep_splitter(image: Image.Image) -> Callable[[Image.Image], tuple[Image.Image, Image.Image | None]]:
-    """For pictures of more than 8 bits a sample, which are scaled to 8."""
+    """Return a splitter for pictures of more than 8 bits per sample, which scales them to 8."""
     from PIL import Image
 
     top = 65535.0
     if image.mode == "F":
-        # Float pictures come in 0..1 or 0..255. An integer's range is its mode's: a dark one says nothing of it.
+        # Float pictures are in 0..1 or 0..255. For integers the mode decides, since a dark picture's maximum is low.
         top = 1.0 if np.max([_values(image.crop(box)).max() for box in _strips(image)]) <= 1.0 else 255.0
     key = image.info.get("transparency")
 
@@ -402,12 +406,12 @@ def _values(strip: Image.Image) -> np.ndarray:
 
 
 def as_weight(mask: Image.Image) -> Image.Image:
-    """A mask in one channel; without a copy where it is already."""
+    """Return a mask in one channel; do not copy a mask that already has one."""
     return mask if mask.mode == "L" else mask.convert("L")
 
 
 def why_unread(name: str) -> str:
-    """Why a file in a folder of pictures is no picture that is read; empty for one that is, or that nobody asks for."""
+    """Return the reason why a file is not read as a picture; empty for a picture or a file to pass over."""
     suffix = os.path.splitext(name)[1].lower()
     if suffix in SUFFIXES or suffix in _QUIET:
         return ""
@@ -419,5 +423,5 @@ def why_unread(name: str) -> str:
 
 
 def is_picture(path: str) -> bool:
-    """Whether a file's name says it is a picture."""
+    """Return True if a file's name has a picture's suffix."""
     return os.path.splitext(path)[1].lower() in SUFFIXES

@@ -1,4 +1,4 @@
-"""Prior preservation: what keeps a subject's class as it was while the subject is learnt.
+"""Prior preservation: class images or a prior target keep a subject's class unchanged while the subject is learned.
 
 Source: Ruiz et al. 2022, "DreamBooth: Fine Tuning Text-to-Image Diffusion Models for Subject-Driven Generation".
 """
@@ -18,20 +18,22 @@ if TYPE_CHECKING:
     from .examples import Example, LeftOut
 
 
-# How a class can be preserved, the usual way first.
+# Methods of prior preservation, the usual one first.
 PRIORS = ("class images", "differential")
 
 
 def add_class_images(dataset: Dataset, class_dataset: Dataset, weight: float) -> Dataset:
-    """The dataset with class images, which are drawn one to one with its own and have the weight in the loss.
+    """Add class images to a dataset, with a weight in the loss.
 
-    The loss of a batch of B is (1/B) sum w_i l_i with w = 1 for the dataset's own images and the weight for class
-    images. Class images keep their own captions and never get the dataset's trigger. Those that were marked to be held
-    out are left aside: what is measured is the subject. Weight 0 gives the dataset as it is.
+    Batches draw class images one to one with the dataset's own images. The loss of a batch of B is
+    (1/B) sum w_i l_i, with w = 1 for the dataset's own images and the weight for class images. Class images keep their
+    own captions and never get the dataset's trigger. Class images that are marked as held out are dropped, because
+    validation measures the subject. Weight 0 returns the dataset unchanged.
 
     Raises:
-        DatasetError: naming the input, when there is no class image, or a caption of one calls the subject up.
-        SettingsError: a weight below 0.
+        DatasetError: there is no class image, or a class image's caption holds the subject's trigger. The
+            error names the input.
+        SettingsError: the weight is not between 0 and 1000.
     """
     if not 0.0 <= weight <= 1000.0:
         raise SettingsError(f"The prior weight is {weight}.", "It must lie between 0 and 1000; 1 is usual.", "weight")
@@ -54,7 +56,7 @@ def add_class_images(dataset: Dataset, class_dataset: Dataset, weight: float) ->
 
 
 def _refuse_subject(dataset: Dataset, classes: Sequence[Example]) -> None:
-    """Raises DatasetError when a class image's caption holds a trigger of the dataset: both would be the subject."""
+    """Raise DatasetError if a class image's caption holds a trigger of the dataset: both would mean the subject."""
     triggers = {example.trigger for example in dataset.examples if example.trigger and not example.prior}
     for example in classes:
         said = captions.plain(example)
@@ -70,14 +72,14 @@ def _refuse_subject(dataset: Dataset, classes: Sequence[Example]) -> None:
 
 
 def add_prior_target(dataset: Dataset, class_prompt: str, weight: float) -> Dataset:
-    """The dataset with each example of the subject anchored to the frozen base's own prediction for a class prompt.
+    """Give each example of the subject a prior target: the frozen base's own prediction for a class prompt.
 
-    Beside an example's loss l that of its anchor counts, on the same noised latent: l + weight |eps(x_t, class prompt)
-    - eps_base(x_t, class prompt)|^2. No class image is needed; a step costs about twice as much. Weight 0 gives the
-    dataset as it is.
+    The loss l of an example becomes l + weight |eps(x_t, class prompt) - eps_base(x_t, class prompt)|^2, on the same
+    noised latent x_t. This needs no class images, and a step costs about twice as much. Weight 0 returns the dataset
+    unchanged.
 
     Raises:
-        SettingsError: no class prompt.
+        SettingsError: the class prompt is empty.
     """
     if weight == 0.0:
         return dataset
@@ -88,10 +90,10 @@ def add_prior_target(dataset: Dataset, class_prompt: str, weight: float) -> Data
 
 
 def checked_prompt(prompt: str, input: str) -> str:
-    """A prompt in one line.
+    """Return a prompt in one line.
 
     Raises:
-        SettingsError: naming the input, when it is empty.
+        SettingsError: the prompt is empty. The error names the input.
     """
     joined = " ".join(prompt.split())
     if not joined:
@@ -102,10 +104,10 @@ def checked_prompt(prompt: str, input: str) -> str:
 
 
 def captioned(dataset: Dataset, prompt: str, input: str) -> Dataset:
-    """The dataset with a prompt as the caption of each image that has none of its own.
+    """Use a prompt as the caption of each image that has no caption of its own.
 
     Args:
-        input: that the prompt came from, for the error.
+        input: name of the prompt's input, for the error.
 
     Raises:
         SettingsError: images have no caption, and the prompt is empty.
@@ -118,7 +120,7 @@ def captioned(dataset: Dataset, prompt: str, input: str) -> Dataset:
 
 
 def refuse_if_one_sided(dataset: Dataset, usable: Sequence[Example], left_out: Sequence[LeftOut]) -> None:
-    """Raises DatasetError when of the subject's images or of the class images none can be trained on."""
+    """Raise DatasetError if all images of the subject, or all class images, are left out."""
     for prior, name in ((False, "images of the subject"), (True, "class images")):
         count = sum(example.prior == prior for example in dataset.examples)
         if count and not any(example.prior == prior for example in usable):

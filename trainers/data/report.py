@@ -1,4 +1,4 @@
-"""What is worth knowing of a dataset before it is trained on."""
+"""Dataset report: contents and problems to look at before training."""
 
 from __future__ import annotations
 
@@ -29,12 +29,13 @@ _TAGS = 20
 
 @dataclass
 class Finding:
-    """What was found of one example.
+    """Results of inspecting one example.
 
     Attributes:
-        crops: its cuts, one for each resolution it reaches.
-        tokens: of its plain caption; -1 when nobody counted.
-        flags: what to look after, in a few words each.
+        crops: one crop for each resolution that the picture reaches.
+        caption: the plain caption with its trigger.
+        tokens: tokens of the longest caption; -1 if not counted.
+        flags: problems to look at, in a few words each.
     """
 
     example: Example
@@ -45,20 +46,20 @@ class Finding:
 
     @property
     def kept(self) -> float:
-        """Share of the picture that its worst cut keeps."""
+        """Fraction of the picture that its worst crop keeps."""
         return min(crop.kept for crop in self.crops)
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What was found of a dataset.
+    """Results of inspecting a dataset.
 
     Attributes:
-        rows: of the examples that can be trained on, in order.
-        left_out: of those that cannot, and of the files that are no examples.
+        rows: results of the examples that can be trained on, in order.
+        left_out: examples that cannot be trained on, and files that are not examples.
         pairs: names of pictures that look alike.
-        buckets: pictures in each bucket.
-        tags: how often each comma-separated part occurs.
+        buckets: number of crops in each bucket.
+        tags: number of captions that hold each comma-separated part.
     """
 
     dataset: Dataset
@@ -77,12 +78,12 @@ def inspect(
     signatures_folder: str | None = None,
     tick: Callable[[int, int], None] = lambda done, total: None,
 ) -> Findings:
-    """Looks at every picture and caption of a dataset.
+    """Inspect every picture and caption of a dataset.
 
     Args:
         geometries: by resolution; 0 is the dataset's own.
-        count_tokens: tokens of a caption; None when no text encoder is connected.
-        signatures_folder: where it is kept what pictures look like.
+        count_tokens: returns the number of tokens of a caption; None if no text encoder is connected.
+        signatures_folder: folder that keeps the pictures' signatures between calls; None to keep none.
         tick: called with (done, total); may raise to interrupt.
     """
     marks, broken = signatures(dataset.examples, signatures_folder, tick)
@@ -144,21 +145,21 @@ def _tags(rows: Sequence[Finding]) -> Counter:
     found: Counter = Counter()
     for row in rows:
         for text in row.example.captions:
-            # Once for each caption, and in its order, so that the report is the same at every look.
+            # Count a tag once per caption, in the caption's order, so that every report has the same order.
             found.update(dict.fromkeys(tag.strip() for tag in text.split(",") if tag.strip()).keys())
     return found
 
 
 def common_tags(findings: Findings, most: int) -> list[tuple[str, int]]:
-    """The most frequent tags; none that occurs once, as the parts of captions in sentences do."""
+    """Return the most frequent tags; leave out tags that occur once, as the parts of full sentences do."""
     return [(tag, number) for tag, number in findings.tags.most_common(most) if number > 1]
 
 
 def report(findings: Findings, cache_bytes: int = -1) -> str:
-    """What a dataset holds, and what may go wrong with it, as a list of plain lines.
+    """Return a dataset's contents and possible problems as a list of plain lines.
 
     Args:
-        cache_bytes: what all cached latents and texts take; -1 to leave it out.
+        cache_bytes: size of all cached latents and conditionings; -1 to leave it out.
     """
     dataset = findings.dataset
     rows = findings.rows
@@ -204,12 +205,12 @@ def report(findings: Findings, cache_bytes: int = -1) -> str:
         lines.append(f"Most frequent of {len(findings.tags)} tags: {shown}")
     if cache_bytes >= 0:
         lines.append(f"All cached latents and texts take {cache_bytes / 1e6:.0f} MB; they may be deleted at any time.")
-    # As a list, since a node that shows text may take it for Markdown and join the lines.
+    # Format as a list: a node that renders Markdown would join plain lines.
     return "\n".join(f"- {line}" for line in lines)
 
 
 def warnings(findings: Findings, family: str) -> list[dict[str, Any]]:
-    """List the warnings that can be given before a training is set up.
+    """List the warnings that are known before training is set up.
 
     Args:
         family: name of the model's family, empty without a model.
@@ -224,7 +225,7 @@ def warnings(findings: Findings, family: str) -> list[dict[str, Any]]:
 
 
 def _prior_lines(rows: Sequence[Finding], epoch: int) -> list[str]:
-    """What is preserved, and how."""
+    """Describe the class images and the prior targets, with their weights."""
     classes = [row for row in rows if row.example.prior]
     lines = []
     if classes:
@@ -269,7 +270,7 @@ def _token_lines(rows: Sequence[Finding]) -> list[str]:
 
 
 def _way_lines(findings: Findings) -> list[str]:
-    """What varies from one showing to the next."""
+    """Describe the variation between visits."""
     lines = []
     for way in dict.fromkeys(row.example.handling for row in findings.rows):
         parts = []

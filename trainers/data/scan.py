@@ -1,4 +1,4 @@
-"""From a folder, or from pictures on a wire, to a dataset: which pictures, which captions, which masks, how often."""
+"""Scan of a folder, or of pictures from a node's inputs, into a dataset with captions, masks and repeats."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ if TYPE_CHECKING:
 
 MASKS = ("auto", "alpha", "off")
 _MOST_REPEATS = 1_000_000
-# More are hardly meant: "202311_shoot" is a date.
+# Higher numbers are probably not intended: "202311_shoot" is a date.
 _USUAL_REPEATS = 100
 
-# kohya's name for a folder whose pictures are repeated: "20_sls frog".
+# kohya's name for a folder with repeats: "20_sls frog".
 _REPEAT_FOLDER = re.compile(r"(\d{1,6})_(.*)")
 
 
 @dataclass(frozen=True)
 class ScanOptions:
-    """How a folder is read.
+    """Options for reading a folder.
 
     Attributes:
-        lines_are_variants: each line of a caption file is a caption of its own.
-        masks: one of MASKS: mask files where there are some, these or else transparency, none.
-        mask_folder: absolute path of a folder of masks; empty for one named 'masks' in the dataset's folder.
-        validation_folder: a folder inside, by its relative name, whose pictures are held out; empty for none.
+        lines_are_variants: each line of a caption file is a separate caption.
+        masks: one of MASKS: "auto" uses mask files, "alpha" uses mask files or else transparency, "off" uses none.
+        mask_folder: absolute path of a folder of masks; empty for a folder named 'masks' in the dataset's folder.
+        validation_folder: relative name of a folder inside, whose pictures are held out; empty for none.
         control_folder: absolute path of a folder of source pictures; empty for none.
     """
 
@@ -60,21 +60,22 @@ def scan_folder(
     index_folder: str | None = None,
     tick: Callable[[int, int], None] = lambda done, total: None,
 ) -> Dataset:
-    """The dataset of a folder.
+    """Read a folder as a dataset, with every picture in it and below it.
 
-    Every picture in it and below it is taken. A folder named `N_name` repeats its pictures N times, and `name` is the
-    caption of those that have none of their own (kohya's rule).
+    A folder named `N_name` repeats its pictures N times. `name` becomes the caption of those pictures that have no
+    caption of their own (kohya's rule).
 
     Args:
         folder: absolute path.
-        trigger: word for the thing to be learnt, may be empty.
+        trigger: word for the subject, may be empty.
         resolution: pixels, 0 for the model's own.
-        repeats: how often each picture is shown in an epoch, times what its folder's name says.
-        index_folder: where it is kept what is known of the files; None to read all of them each time.
-        tick: called with (done, total) pictures; may raise to interrupt, what was read is kept.
+        repeats: visits of each picture in an epoch, multiplied by the number in its folder's name.
+        index_folder: folder that keeps the index of known files; None to read all files each time.
+        tick: called with (done, total) pictures; may raise to interrupt. The index keeps the pictures read so far.
 
     Raises:
-        DatasetError: no such folder, or nothing in it can be trained on.
+        DatasetError: the folder does not exist, it holds no picture to train on, or the validation folder holds none
+            or all of the pictures.
     """
     if not os.path.isdir(folder):
         raise DatasetError(f"There is no folder '{folder}'.", "Choose a folder below ComfyUI's input folder.", "folder")
@@ -130,13 +131,13 @@ def _refuse_if_nothing_held_out(examples: list[Example], reading: ScanOptions) -
 
 
 def shortened(left_out: Iterable[LeftOut], most: int = 5) -> str:
-    """The first few, in one line."""
+    """Join the first `most` files in one line, and add the number of the others."""
     rows = [str(row) for row in left_out]
     return "; ".join(rows[:most]) + (f"; and {len(rows) - most} more" if len(rows) > most else "")
 
 
 class _Reader:
-    """Reads examples out of a listing; what cannot be one goes to `left_out` with its reason."""
+    """Reader of examples from a listing; adds unusable files to `left_out` with their reasons."""
 
     def __init__(self, listing, trigger, repeats, handling, reading, masks, left_out, controls):
         self._listing = listing
@@ -200,7 +201,7 @@ class _Reader:
         return self._metadata.get(file.name, ())
 
     def _masks_apart(self, apart: Listing) -> tuple[str, dict[str, File]]:
-        """The root of a folder of masks, and the masks by their pictures' stems."""
+        """Return the root of a folder of masks, and its masks by the stems of their pictures."""
         owners = Owners(stem_of(name) for name in self._listing.files if is_picture(name))
         found: dict[str, File] = {}
         self._left_out += apart.left_out
@@ -213,12 +214,13 @@ class _Reader:
         return apart.root, found
 
     def _find_sidecars(self) -> dict[str, list[File]]:
-        """The caption files of each picture, by its name, in the order in which they are asked; others are named.
+        """Return the caption files of each picture, by its name, in the order to try them.
 
-        A file is the caption of the picture of its stem; else of the one whose whole name it begins with, as in
-        `a.png.txt`; else of one of those that differ in case or Unicode form alone.
+        A file belongs to the picture with the file's stem; else to the picture whose whole name is the file's stem, as
+        in `a.png.txt`; else to pictures whose names differ only in case or Unicode form. Caption files without a
+        picture go to `left_out`.
         """
-        # Whatever has a caption file: of a file that cannot be read it is no wonder that nobody asks for its caption.
+        # Include unread formats, so that their captions are not reported as captions without a picture.
         names = [name for name in self._listing.files if not captions.is_caption_file(name)]
         by_stem: dict[str, list[str]] = {}
         for name in names:
@@ -238,7 +240,7 @@ class _Reader:
 
     @staticmethod
     def _owners_of(stem: str, by_stem: dict[str, list[str]], stems: Owners, wholes: Owners) -> tuple[int, list[str]]:
-        """How near a caption file's name comes to its pictures' (0 nearest), and their names."""
+        """Return the distance of a caption file's name to its pictures' names (0 is nearest), and these names."""
         for kind, of in enumerate(
             (
                 by_stem.get(stem, ()),
@@ -261,7 +263,7 @@ class _Reader:
             texts_found = False
             try:
                 for wanted, texts in captions.read_metadata(file.path, name, self._reading.lines_are_variants):
-                    # Looked up among what was listed, so that no row leads out of the folder.
+                    # Look up only among listed files, so that no row leads out of the folder.
                     target = posixpath.normpath(posixpath.join(posixpath.dirname(name), wanted.replace("\\", "/")))
                     of = owners.of(target)
                     if not of:
@@ -279,7 +281,7 @@ class _Reader:
         return found
 
     def warnings(self) -> tuple[str, ...]:
-        """Questions about repeats that a folder's name gives and that are hardly meant."""
+        """Return questions about folder names whose repeats are probably not intended."""
         return tuple(
             f"The name of the folder '{folder}' says that an epoch shows each of its {_counted(count)} {times} times. "
             f"If {times} is a date or a number, rename it, such as to '{folder.replace('_', '-', 1)}'."
@@ -287,7 +289,7 @@ class _Reader:
         )
 
     def _of_folder(self, name: str) -> tuple[int, str, str]:
-        """Repeats and class tokens by the name of the nearest folder that gives them, and that name."""
+        """Return repeats, class tokens and name of the nearest folder that has repeats in its name."""
         folders = [os.path.basename(self._listing.root), *name.split("/")[:-1]]
         for folder in reversed(folders):
             match = _REPEAT_FOLDER.fullmatch(folder)
@@ -322,11 +324,11 @@ def _measure(file: File) -> dict:
 
 
 def _mask_of(file: File, root: str, index: Index) -> MaskSource:
-    """A mask file as a source. Raises DatasetError."""
+    """Return a mask file as a source. Raise DatasetError if it cannot be read."""
 
     def measure() -> dict:
         facts = _measure(file)
-        # The head says that a mask can be clear; only its pixels say that it is, and most are opaque all over.
+        # The file's head says only that a mask may be transparent. Check the pixels, since most masks are opaque.
         clear = facts["alpha"] and is_clear(FileSource(file.path, file.name, root, facts["digest"]))
         return {**facts, "clear": clear}
 
@@ -335,12 +337,12 @@ def _mask_of(file: File, root: str, index: Index) -> MaskSource:
 
 
 def _are_mask_facts(facts: dict) -> bool:
-    """Whether facts are those of a mask; earlier versions did not ask whether it is clear."""
+    """Return True if facts are those of a mask; earlier versions did not store `clear`."""
     return _are_facts(facts) and (not facts["alpha"] or isinstance(facts.get("clear"), bool))
 
 
 def _are_facts(facts: dict) -> bool:
-    """Whether facts read from a file are what `_measured` keeps there."""
+    """Return True if facts from a file have the form that `_measured` stores."""
     size = facts.get("size")
     if not isinstance(size, list) or len(size) != 2 or not all(type(side) is int and side > 0 for side in size):
         return False
@@ -348,7 +350,7 @@ def _are_facts(facts: dict) -> bool:
 
 
 def reason_of(error: DatasetError, name: str) -> str:
-    """An error's own words without the name they are said of, for a list that begins with it."""
+    """Return an error's message without the file's name, for a list whose rows begin with that name."""
     for opening in (f"The picture '{name}' ", f"The caption file '{name}' "):
         if error.message.startswith(opening):
             return error.message[len(opening) :].rstrip(".")
@@ -365,16 +367,16 @@ def from_arrays(
     lines_are_variants: bool = False,
     controls: list[np.ndarray] = (),
 ) -> Dataset:
-    """The dataset of pictures that came over wires.
+    """Make a dataset from pictures that arrive at a node's inputs.
 
     Args:
         images: each [H, W, 3] uint8.
         texts: one caption for all, or one for each picture.
-        masks: none, or one [H, W] uint8 for each picture; white counts in the loss, black does not.
-        controls: none, or the source picture of each.
+        masks: none, one for all, or one for each picture, [H, W] uint8; white counts in the loss, black does not.
+        controls: none, or one source picture for each picture.
 
     Raises:
-        DatasetError: no picture, or numbers of captions, masks or source pictures that do not fit.
+        DatasetError: there is no picture, or the number of captions, masks or source pictures does not match.
     """
     if not images:
         raise DatasetError("No picture arrived.", "Connect an IMAGE output with at least one picture.", "images")
@@ -425,7 +427,7 @@ def _mask_source(mask: np.ndarray, shape: tuple[int, int], index: int) -> ArrayS
 
 
 def folder_fingerprint(folder: str, *others: str) -> str:
-    """Hash of names, sizes and times of all files in folders, to tell cheaply whether one may have changed."""
+    """Hash names, sizes and times of all files in folders, to detect cheaply that one may have changed."""
     total = hashlib.sha256()
     for place in (folder, *others):
         if place:
@@ -435,7 +437,7 @@ def folder_fingerprint(folder: str, *others: str) -> str:
 
 
 def check_captions(dataset: Dataset) -> None:
-    """Raises DatasetError when an example has nothing to be conditioned on."""
+    """Raise DatasetError if an example has neither a caption nor a trigger."""
     bare = [example.source.name for example in dataset.examples if not captions.plain(example)]
     if bare:
         shown = ", ".join(bare[:5]) + (" ..." if len(bare) > 5 else "")

@@ -1,4 +1,4 @@
-"""Source pictures: what a model that edits is shown beside the noise of the picture it is to make of it."""
+"""Source pictures: input, beside the noise, of a model that edits them into the training pictures."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from .pictures import FileSource, is_picture, why_unread
 if TYPE_CHECKING:
     from .examples import Source
 
-# Sides' ratios that differ by no more are those of pictures that show the same place.
+# Two pictures have the same shape, so that positions match, if their aspect ratios differ by at most this fraction.
 _ALIKE = 0.02
 
 
 class SourceImages:
-    """The source pictures in a folder, each by the name of the picture that is to become of it.
+    """Source pictures in a folder, each named like the picture that it becomes.
 
     Args:
-        folder: absolute path; empty for none.
-        listing: of the dataset's folder, in which the other may lie.
+        folder: absolute path; empty for no source pictures.
+        listing: of the dataset's folder, which may contain the folder of source pictures.
     """
 
     def __init__(self, folder: str, listing: Listing):
@@ -57,25 +57,25 @@ class SourceImages:
         self._stems = {stem_of(name) for name in self.outside(listing).files if is_picture(name)}
 
     def outside(self, listing: Listing) -> Listing:
-        """The dataset's folder without the source pictures in it."""
+        """Return the listing of the dataset's folder without the source pictures in it."""
         if not self._inside:
             return listing
         files = {name: file for name, file in listing.files.items() if not name.startswith(self._inside)}
         return replace(listing, files=files)
 
     def of(self, name: str, measure: Callable[[File], dict]) -> Example | None:
-        """The source picture of a picture, by its relative name; None where no folder of them was chosen.
+        """Return the source picture of a picture, by its relative name; None if no folder of them was chosen.
 
         Args:
-            measure: the size and digest of a file.
+            measure: returns the size and digest of a file.
 
         Raises:
-            DatasetError: it has none, or one that cannot be read.
+            DatasetError: the picture has no source picture, or its source picture cannot be read.
         """
         if not self.wanted:
             return None
         stem = stem_of(name)
-        # As other trainers pair them: by the bare name too, whatever folders it is in.
+        # Match the bare name too, in any folder, as other trainers do.
         found = self._found.get(stem) or self._found.get(posixpath.basename(stem)) or self._by_folded_name(stem)
         if found is None:
             raise DatasetError("it has no source picture of its name", "Add it, or take the picture out.", "folder")
@@ -89,7 +89,7 @@ class SourceImages:
         return control_of(source, tuple(facts["size"]))
 
     def _by_folded_name(self, stem: str) -> File | None:
-        """The source picture whose name differs in case or Unicode form alone, unless it is another picture's own."""
+        """Return the source picture whose name differs only in case or Unicode form, unless it is another's own."""
         for wanted in (stem, posixpath.basename(stem)):
             file = self._folded.get(fold(wanted))
             if file is not None and stem_of(file.name) not in self._stems:
@@ -97,16 +97,16 @@ class SourceImages:
         return None
 
     def lonely(self) -> list[LeftOut]:
-        """The source pictures of no picture, and the files that are none."""
+        """Return the source pictures without a picture, and the files that are not source pictures."""
         names = sorted(file.name for file in self._found.values() if file.name not in self._used)
         return self._left_out + [LeftOut(name, "a source picture without the picture it becomes") for name in names]
 
 
 def control_of(source: Source, size: tuple[int, int]) -> Example:
-    """A source picture as an example of its own, without words."""
+    """Return a source picture as an example with an empty caption."""
     return Example(source, ("",), size, source.digest)
 
 
 def is_alike(one: tuple[int, int], other: tuple[int, int]) -> bool:
-    """Whether pictures of two sizes (width, height) have the same shape."""
+    """Return True if pictures of two sizes (width, height) have the same shape."""
     return abs(one[0] / one[1] - other[0] / other[1]) <= _ALIKE * one[0] / one[1]

@@ -1,1 +1,1 @@
-"""Examples to batches: crops, latents and conditionings, caches, the sampler, prefetching."""
+"""Preprocessing of examples into batches: crops, latents, conditionings, caches, the sampler, prefetching."""

@@ -1,7 +1,7 @@
-"""Tensors on disk, each made once and found again by what decides it.
+"""Tensor cache on disk: each entry is made once and found again by the hash of its inputs.
 
-Entries lie in shards, safetensors files of some dozens each. A shard is written whole or not at all, and carries a
-checksum of every tensor: one that does not match is made anew.
+Entries lie in shards, safetensors files of some dozens of entries each. A shard is written whole or not at all, and
+holds a checksum of every tensor. An entry with a wrong checksum is made again.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ log = logging.getLogger(__name__)
 
 _FORMAT = "graft cache 1"
 _SUFFIX = ".safetensors"
-# Every version's format, and the start of a shard's file after the length of its header.
+# Prefix of every version's format, and the start of a shard's file after the length of its header.
 _FORMATS = "graft cache "
 _HEAD = b'{"__metadata__":{"format":"graft cache '
-# Names of shards, and of the files of one entry each that the first version wrote.
+# Names of shards, and of the first version's files, which hold one entry each.
 _NAME = re.compile(r"(?:[0-9a-f]{24}|[0-9a-f]{64})\.safetensors")
 
-# A shard is written when it holds so much, or when its first entry has waited so long: what a kill can cost.
+# Write a shard at this number of entries, bytes, or seconds since its first entry; a kill can cost this much.
 _ENTRIES = 32
 _BYTES = 64 * 1024 * 1024
 _SECONDS = 5.0
@@ -42,7 +42,7 @@ _SECONDS = 5.0
 
 @dataclass
 class _Place:
-    """Where an entry lies, under which key, and the checksum of each of its tensors."""
+    """Location of an entry: its shard, its key there, and the checksum of each of its tensors."""
 
     path: str
     key: str
@@ -52,7 +52,7 @@ class _Place:
 class Cache:
     """Tensors by key in the shards of a folder; several processes may share it.
 
-    What is put is kept in memory until a shard is full: call `flush` when done.
+    `put` keeps tensors in memory until a shard is full. Call `flush` after the last one.
     """
 
     def __init__(self, folder: str):
@@ -76,9 +76,10 @@ class Cache:
                 _remove_own(path)
 
     def missing(self, keys: Iterable[str]) -> set[str]:
-        """Those of the keys that have no sound entry; what lies on disk is read and compared with its checksums.
+        """Return the keys without a sound entry, after comparing the entries on disk with their checksums.
 
-        A damaged shard is removed after its sound entries were put elsewhere. The shards that were used are marked so.
+        Remove a damaged shard after writing its sound entries to another one. Mark the intact shards that hold
+        the keys as used now.
         """
         wanted = dict.fromkeys(keys)
         self._asked.update(wanted)
@@ -105,7 +106,7 @@ class Cache:
         _remove_own(path)
 
     def _sound(self, path: str, keys: Iterable[str]) -> dict[str, dict[str, torch.Tensor]]:
-        """The tensors of those keys of a shard that are as they were written; its header is read once for all."""
+        """Return the tensors of those keys of a shard whose checksums match; read the header once for all keys."""
         places = {key: self._places[key] for key in keys}
         stored = {key: {name: f"{place.key}/{name}" for name in place.sums} for key, place in places.items()}
         try:
@@ -116,21 +117,21 @@ class Cache:
         return {key: entry for key, entry in found.items() if _sums_of(entry) == self._places[key].sums}
 
     def find_as(self, key: str, earlier: str) -> None:
-        """Let an entry that is kept under a key of earlier versions be found by its key of today."""
+        """Make an entry with an earlier version's key available under its key of today."""
         if key not in self._places and key not in self._pending and earlier in self._places:
             self._places[key] = self._places[earlier]
 
     def get(self, key: str) -> dict[str, torch.Tensor] | None:
-        """The tensors of a key, None when absent or damaged."""
+        """Return the tensors of a key, None if they are absent or damaged."""
         if key in self._pending:
             return self._pending[key]
         return self._sound(self._places[key].path, [key]).get(key) if key in self._places else None
 
     def copy_asked(self, folder: str) -> None:
-        """Puts all entries that were asked for, and could be made, into another folder.
+        """Copy all entries that exist, of the keys given to `missing`, into another folder.
 
         Raises:
-            RunError: one of them is gone, or the folder cannot be written.
+            RunError: an entry is gone, or the folder cannot be written.
         """
         other = Cache(folder)
         for key in self._asked:
@@ -143,7 +144,7 @@ class Cache:
         other.flush()
 
     def put(self, key: str, tensors: dict[str, torch.Tensor]) -> None:
-        """Keeps tensors under a key."""
+        """Store tensors under a key."""
         if not self._pending:
             self._since = time.monotonic()
         self._pending[key] = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
@@ -152,7 +153,7 @@ class Cache:
             self.flush()
 
     def flush(self) -> None:
-        """Writes what is pending as a shard."""
+        """Write the pending entries as a shard."""
         if not self._pending:
             return
         flat = {f"{key}/{name}": value for key, entry in self._pending.items() for name, value in entry.items()}
@@ -165,15 +166,15 @@ class Cache:
 
 
 class _Foreign(Exception):
-    """A shard that another version of the pack has written, or that is none."""
+    """Error for a shard of another version of the pack, or a file that is not a shard."""
 
 
 def _sums(path: str) -> dict[str, int]:
-    """The checksums in a shard, by `<key>/<tensor>`.
+    """Read the checksums in a shard, by `<key>/<tensor>`.
 
     Raises:
-        _Foreign: it is of another format.
-        RunError, ValueError: it is damaged.
+        _Foreign: the shard has another format.
+        RunError, ValueError: the shard is damaged.
     """
     header = files.read_header(path)
     metadata = header.pop("__metadata__", {})
@@ -190,7 +191,7 @@ def _sums(path: str) -> dict[str, int]:
 def _shards(folder: str) -> list[str]:
     if not os.path.isdir(folder):
         return []
-    # Younger ones may be another process's that is writing now.
+    # Removes only old temporary files: another process may be writing the younger ones.
     files.sweep(folder)
     entries = [entry for entry in os.scandir(folder) if entry.name.endswith(_SUFFIX)]
     return [entry.path for entry in entries if entry.is_file(follow_symlinks=False)]
@@ -208,7 +209,7 @@ def _checksum(tensor: torch.Tensor) -> int:
 
 
 def _touch(path: str) -> None:
-    """Marks a shard as used now; a file system that does not allow it only prunes it earlier."""
+    """Mark a shard as used now; if the file system refuses, the shard is only pruned earlier."""
     try:
         os.utime(path)
     except OSError as error:
@@ -216,7 +217,7 @@ def _touch(path: str) -> None:
 
 
 def _remove_own(path: str) -> bool:
-    """Remove a cache file that says so itself, and tell whether it is gone; leave any other file alone."""
+    """Remove a file that identifies itself as a cache file, and report whether it is gone; leave other files alone."""
     if not _is_own(path):
         log.warning("Graft: %s does not say that it is a cache file of Graft's, and stays. Remove it yourself.", path)
         return False
@@ -229,13 +230,13 @@ def _remove_own(path: str) -> bool:
 
 
 def _is_own(path: str) -> bool:
-    """Tell whether a file's own header names a format of the cache, or an empty file has a shard's name."""
+    """Return True if a file's header names a format of the cache, or if an empty file has a shard's name."""
     if files.is_link(path):
         return False
     try:
         with open(path, "rb") as file:
             start = file.read(8 + len(_HEAD))
-        # A damaged shard may have no header that can be read.
+        # A damaged shard may have no readable header.
         if start[8:] == _HEAD or (not start and _NAME.fullmatch(os.path.basename(path))):
             return True
         metadata = files.read_metadata(path)
@@ -246,15 +247,15 @@ def _is_own(path: str) -> bool:
 
 
 def cache_size(folder: str) -> int:
-    """Bytes of all cache files in a folder and below it."""
+    """Return the bytes of all cache files in a folder and below it."""
     return sum(size for _, size, _ in _cache_files(folder))
 
 
 def prune(folder: str, limit: int, since: float) -> int:
-    """Removes the files of a cache that were not used for longest until at most `limit` bytes are left.
+    """Remove the least recently used cache files until at most `limit` bytes are left.
 
     Args:
-        since: a time (seconds of the epoch); what was used after it stays, whatever the limit.
+        since: a time (seconds since the epoch); files used at or after it stay, regardless of the limit.
 
     Returns:
         Bytes removed.
@@ -271,7 +272,7 @@ def prune(folder: str, limit: int, since: float) -> int:
 
 
 def _cache_files(folder: str) -> list[tuple[float, int, str]]:
-    """(last use, bytes, path) of each file."""
+    """List (last use, bytes, path) of each cache file."""
     found = []
     for directory, _, names in os.walk(folder):
         for name in names:
@@ -279,7 +280,7 @@ def _cache_files(folder: str) -> list[tuple[float, int, str]]:
             try:
                 status = os.stat(path)
             except OSError:
-                # Another process pruned it meanwhile.
+                # Another process has pruned it meanwhile.
                 continue
             if _NAME.fullmatch(name) and not files.is_link(path):
                 found.append((status.st_mtime, status.st_size, path))
@@ -287,5 +288,5 @@ def _cache_files(folder: str) -> list[tuple[float, int, str]]:
 
 
 def key_of(*parts) -> str:
-    """Hash of JSON-able parts."""
+    """Return the hash of JSON-serializable parts."""
     return hashlib.sha256(json.dumps(parts).encode("utf-8", "surrogatepass")).hexdigest()

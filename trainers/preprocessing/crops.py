@@ -1,4 +1,4 @@
-"""How each picture of a dataset is cut, and which of them are held out."""
+"""Crops of a dataset's pictures, and the split into training and validation."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CroppedDataset:
-    """An example, its place in the dataset, and its cuts, one for each resolution."""
+    """Example with its place in the dataset and its crops, one for each resolution."""
 
     place: int
     example: Example
     crops: tuple[Crop, ...]
 
     def all_crops(self) -> list[Crop]:
-        """The cuts, and the mirrored ones where it is flipped."""
+        """Return the crops, and their mirror images if the example is flipped."""
         mirrored = [crop.mirrored() for crop in self.crops] if self.example.handling.flip else []
         return [*self.crops, *mirrored]
 
     def stream(self, crop: Crop) -> str:
-        """Names the stream of random numbers of one of its cuts."""
+        """Name the stream of random numbers of one of the crops."""
         return f"{self.place}/{crop.bucket[0]}x{crop.bucket[1]}"
 
 
 def cut_dataset(dataset: Dataset, geometries: dict[int, Geometry]) -> tuple[list[CroppedDataset], list[LeftOut]]:
-    """The cuts of each example, and the examples that have none.
+    """Crop each example; return the cropped examples, and the examples that cannot be cropped.
 
     Args:
         geometries: by resolution; 0 is the dataset's own.
@@ -60,18 +60,20 @@ def cut_dataset(dataset: Dataset, geometries: dict[int, Geometry]) -> tuple[list
 
 
 def all_resolutions(dataset: Dataset) -> list[int]:
-    """The further resolutions of a dataset's examples, and 0 for its own."""
+    """List the additional resolutions of a dataset's examples, and 0 for its own."""
     return sorted({0, *(side for example in dataset.examples for side in example.handling.resolutions)})
 
 
 def held_out(cuts: list[CroppedDataset], recipe: Recipe) -> set[int]:
-    """Places of the examples that serve validation: those marked, and a share of the rest by content and seed alone.
+    """Return the places of the validation examples: the marked ones, and a fraction of the rest.
+
+    Only content and seed decide which of the rest are held out.
 
     Raises:
-        SettingsError: nothing would be left to train on.
+        SettingsError: nothing is left to train on.
     """
     marked = {cut.place for cut in cuts if cut.example.held_out}
-    # Validation measures how well the subject is learnt; class images are all trained on.
+    # Validation measures how well the subject is learned, so all class images are trained on.
     rest = [cut for cut in cuts if cut.place not in marked and not cut.example.prior]
     count = round(recipe.validation_fraction * len(rest))
     if recipe.validation_fraction > 0:
@@ -90,14 +92,14 @@ def held_out(cuts: list[CroppedDataset], recipe: Recipe) -> set[int]:
 
 
 def control_crop(control: Example, size: tuple[int, int], crop: Crop, step: int) -> Crop:
-    """How a source picture is cut beside a cut of the picture it becomes.
+    """Choose the crop of a source picture for a crop of the picture that it becomes.
 
-    One of the same shape is cut alike, so that each place stays over itself; any other keeps what it can of its own
-    shape, at as many pixels.
+    A source picture of the same shape gets the same crop, so that positions match. Any other keeps as much as possible
+    of its own shape, at about as many pixels.
 
     Args:
-        size: (width, height) of the picture it becomes.
-        step: of both sides, pixels.
+        size: (width, height) of the picture that it becomes.
+        step: both sides of the crop are multiples of it, pixels.
     """
     if is_alike(control.size, size):
         return crop

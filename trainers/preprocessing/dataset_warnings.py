@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 def list_warnings(
     dataset: Dataset, recipe: Recipe, training: Sequence[CroppedDataset], left_out: Sequence[LeftOut]
 ) -> list[dict[str, Any]]:
-    """List what a user should look at before a long training.
+    """List the warnings that a user should read before a long training.
 
     Args:
         training: the pictures that are trained on.
-        left_out: all files that are not, those of the scan included.
+        left_out: all files that are not trained on, with those of the scan.
     """
     pictures = [(cut.example, crop) for cut in training for crop in cut.crops]
     found = [

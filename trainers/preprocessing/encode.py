@@ -1,7 +1,7 @@
-"""The latents of pictures and the conditionings of captions, each encoded once, several at a time where the host can.
+"""Latents of pictures and conditionings of captions, each encoded once, in batches if the host can.
 
-What is encoded together follows from all that is wanted, and not from what of it is missing: what is interrupted and
-begun again gives the same bits.
+A batch depends on all requested entries, not on the missing ones alone. An encoding that is interrupted and started
+again therefore gives the same bits.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ log = logging.getLogger(__name__)
 Given = TypeVar("Given")
 Made = TypeVar("Made")
 
-# Captions: from 4 on the processor gains no more, and what is interrupted is lost.
+# Captions per batch. The CPU gains nothing above 4, and an interruption loses the batch.
 _CAPTIONS = 8
 
 
 class LatentCache:
-    """The posterior of each example's cut, as the codec gives it: mean and log-variance, or the mean alone."""
+    """Posterior of each example's crop, as the codec gives it: mean and log-variance, or the mean alone."""
 
     def __init__(self, cache: Cache, codec: ImageCodec):
         self._cache = cache
@@ -48,18 +48,19 @@ class LatentCache:
         self._together = _Together()
 
     def key(self, example: Example, crop: Crop) -> str:
-        """What decides an example's latent: content, cut, codec with its dtype."""
+        """Return the key of an example's latent: content, crop, codec with its dtype."""
         return _latent_key(self._base, example, crop)
 
     def fill(self, rows: Iterable[tuple[Example, list[Crop]]], tick: Callable[[str], None]) -> list[LeftOut | None]:
-        """Encodes what is missing; for each example None, or why it cannot be trained on.
+        """Encode missing latents; return for each example None, or the reason for not training on it.
 
         Args:
-            rows: each example with its cuts.
-            tick: called with an example's name before it is encoded; may raise to interrupt, what was encoded is kept.
+            rows: each example with its crops.
+            tick: called with an example's name before it is encoded; may raise to interrupt. The cache keeps
+                finished entries.
 
         Raises:
-            DatasetError: naming the picture, when its latent is not finite.
+            DatasetError: a latent is not finite. The error names the picture.
         """
         rows = list(rows)
         owners: dict[str, list[tuple[int, Crop]]] = {}
@@ -73,7 +74,7 @@ class LatentCache:
         try:
             for batch in self._batches(owners, missing):
                 self._encode({key: owners[key][0] for key in batch}, missing, pictures)
-            # Of a picture that is there twice, and could not be opened, the other one may be sound.
+            # If a picture could not be opened, its duplicate in another file may be sound.
             for key in [key for key in owners if key in missing]:
                 for owner in owners[key][1:]:
                     self._encode({key: owner}, missing, pictures)
@@ -82,7 +83,7 @@ class LatentCache:
         return [pictures.problems.get(place) for place in range(len(rows))]
 
     def _batches(self, owners: dict[str, list[tuple[int, Crop]]], missing: set[str]) -> list[list[str]]:
-        """Keys of cuts of one size, in the order of the list, as many as the codec takes; those with one missing."""
+        """Group keys of crops of one size, in list order, up to the codec's limit; return groups with a missing key."""
         found: list[list[str]] = []
         open_ones: dict[tuple[int, int], list[str]] = {}
         for key, ((_, crop), *_) in owners.items():
@@ -95,7 +96,7 @@ class LatentCache:
         return [batch for batch in found if not missing.isdisjoint(batch)]
 
     def _encode(self, batch: dict[str, tuple[int, Crop]], missing: set[str], pictures: _Pictures) -> None:
-        """Encodes a batch, and keeps what of it is missing."""
+        """Encode a batch, and store its missing entries."""
         import torch
 
         arrays = {key: pictures.cut(place, crop, key in missing) for key, (place, crop) in batch.items()}
@@ -119,14 +120,14 @@ class LatentCache:
         import torch
 
         mean, spread = self._codec.encode(torch.from_numpy(np.stack(arrays)))
-        # Cloned: what is kept until a shard is full must not hold the whole batch.
+        # Clone: an entry waits in memory until a shard is full, and must not keep the whole batch alive.
         found = [{"mean": row.float().cpu().clone()} for row in mean.split(1)]
         for row, one in zip(() if spread is None else spread.split(1), found, strict=spread is not None):
             one["logvar"] = row.float().cpu().clone()
         return found
 
     def get(self, key: str) -> dict[str, torch.Tensor]:
-        """`mean` [1, C, ...] and, where there is a posterior, `logvar` of a key that was filled."""
+        """Return `mean` [1, C, ...] and, if there is a posterior, `logvar` of a key that was filled."""
         tensors = self._cache.get(key)
         if tensors is None:
             raise RunError(f"The cached latent {key} is gone.", "Queue again; it will be made anew.")
@@ -138,18 +139,18 @@ def _latent_key(base: str, example: Example, crop: Crop) -> str:
 
 
 def earlier_base(cache: Cache, part: ImageCodec | TextEncoder) -> str:
-    """The fingerprint by which a cache has what earlier versions encoded; empty where that was another's."""
+    """Return the fingerprint of earlier versions' cache entries; empty if another model used that fingerprint first."""
     base, before = part.fingerprint(), earlier_fingerprint(part)
-    # Beside the caches of all kinds, which are one folder to who clears them.
+    # Keep the claim in the folder of all kinds of caches, since users clear that folder as a whole.
     is_ours = before != base and earlier.claim(os.path.dirname(cache.folder), before, base)
     return before if is_ours else ""
 
 
 class _Pictures:
-    """Opens the pictures of a filling, the last one kept for its next cut.
+    """Pictures of one `fill`; keeps the last opened one for its next crop.
 
     Attributes:
-        problems: by place, why a picture that is needed cannot be trained on.
+        problems: by place, the reason for not training on a needed picture.
     """
 
     def __init__(self, examples: Sequence[Example], tick: Callable[[str], None]):
@@ -160,11 +161,11 @@ class _Pictures:
         self._last: tuple[int, Image.Image] | None = None
 
     def name(self, place: int) -> str:
-        """Of the picture's file."""
+        """Return the name of the picture's file."""
         return self._examples[place].source.name
 
     def cut(self, place: int, crop: Crop, is_needed: bool) -> np.ndarray | None:
-        """[H, W, 3] of a picture, None where it cannot be had; what is needed is told of first."""
+        """Return [H, W, 3] of a picture, None if it cannot be read; call `tick` before the first needed crop."""
         if place in self.problems:
             return None
         if is_needed and place not in self._told:
@@ -180,7 +181,7 @@ class _Pictures:
     def _opened(self, place: int) -> Image.Image:
         if self._last is None or self._last[0] != place:
             example = self._examples[place]
-            # Let go of before the next one is decoded, or two large ones are held.
+            # Release it before decoding the next one, so that two large pictures are never held at once.
             self._last = None
             picture = opened(example.source)
             if picture.size != example.size:
@@ -190,7 +191,7 @@ class _Pictures:
 
 
 class TextCache:
-    """The conditioning tensors of each caption."""
+    """Conditioning tensors of each caption."""
 
     def __init__(self, cache: Cache, encoder: TextEncoder):
         self._cache = cache
@@ -201,14 +202,14 @@ class TextCache:
         self._together = _Together()
 
     def fill(self, captions: Iterable[str], tick: Callable[[str], None]) -> None:
-        """Encodes the captions that are missing.
+        """Encode the missing captions.
 
         Raises:
-            DatasetError: naming the caption, when its conditioning is not finite.
+            DatasetError: a conditioning is not finite. The error names the caption.
         """
         wanted = {self._key(caption): caption for caption in captions}
         for key, caption in wanted.items():
-            # Earlier keys do not say which embedding files a caption was encoded with.
+            # Earlier keys do not include the embedding files that a caption was encoded with.
             if self._earlier and not self._embedded[caption]:
                 self._cache.find_as(key, key_of("text 1", self._earlier, caption))
         missing = self._cache.missing(wanted)
@@ -225,12 +226,12 @@ class TextCache:
             self._cache.flush()
 
     def _batches(self, wanted: dict[str, str], missing: set[str]) -> Iterator[list[str]]:
-        """Keys of captions that the encoder takes together, out of so many in a row; those with one missing."""
+        """Yield groups of keys that the encoder takes together, from `_CAPTIONS` in a row, each with a missing key."""
         keys = list(wanted)
         for start in range(0, len(keys), _CAPTIONS):
             row = keys[start : start + _CAPTIONS]
             if missing.isdisjoint(row):
-                # Nothing is asked of them: an encoder has to cut them into tokens to know.
+                # Skip `form`, since an encoder has to tokenize the captions for it.
                 continue
             groups: dict[object, list[str]] = {}
             for key in row:
@@ -244,7 +245,7 @@ class TextCache:
         return self._encoder.encode_all(captions)
 
     def get(self, caption: str) -> dict[str, torch.Tensor]:
-        """The tensors of a caption that was filled."""
+        """Return the tensors of a caption that was filled."""
         tensors = self._cache.get(self._key(caption))
         if tensors is None:
             raise RunError(f"The cached conditioning of '{caption}' is gone.", "Queue again; it will be made anew.")
@@ -252,7 +253,7 @@ class TextCache:
 
     def _key(self, caption: str) -> str:
         if caption not in self._embedded:
-            # Once: a file that is replaced meanwhile must not change the key that was filled.
+            # Compute it once: a file that is replaced later must not change the key that was filled.
             self._embedded[caption] = embedded_digest(self._encoder, (caption,))
         embedded = self._embedded[caption]
         return key_of("text 1", self._base, caption, *([embedded] if embedded else []))
@@ -271,21 +272,21 @@ def _finite(caption: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.T
 
 
 class _Together:
-    """Makes several at once, and fewer where that fails, down to the one that it fails for.
+    """Batched calls that fall back to smaller batches on failure, down to single items.
 
-    How many memory was enough for is remembered: each try that it is not enough for takes as long as one that it is.
+    The object remembers a batch size that fits into memory, because each failed try takes as long as a successful one.
     """
 
     def __init__(self):
         self._most = 0
 
     def make(self, given: Sequence[Given], make: Callable[[Sequence[Given]], list[Made]]) -> list[Made]:
-        """What is made of each.
+        """Return the results of all items, in order.
 
         Raises:
-            RuntimeError, MemoryError: as it is raised for one alone.
+            RuntimeError, MemoryError: a single item fails with it.
         """
-        # Not above: it takes torch along, which those that only describe datasets do not need.
+        # Import it here: it imports torch, which callers that only describe datasets do not need.
         from ..memory.oom import is_out_of_memory
 
         found: list[Made] = []
@@ -306,7 +307,7 @@ class _Together:
 
 
 class Unreadable(Exception):
-    """A picture that cannot be trained on, while the others can."""
+    """Error for a picture that cannot be trained on, while the others can."""
 
     def __init__(self, row: LeftOut):
         super().__init__(str(row))
@@ -314,7 +315,7 @@ class Unreadable(Exception):
 
 
 def opened(source: Source) -> Image.Image:
-    """The picture. Raises Unreadable."""
+    """Open the picture of a source. Raise Unreadable if that fails."""
     try:
         return source.open()
     except DatasetError as error:

@@ -1,4 +1,4 @@
-"""Holes: the part of a picture that an inpainting model is to fill, and what is left of the picture around it."""
+"""Inpaint masks, and latents of the masked pictures, for training inpainting models."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ if TYPE_CHECKING:
     from ..data.examples import Example
     from ..protocols import ImageCodec
 
-# Of a picture without a mask; each has to be encoded.
+# Number of drawn masks for a picture without a mask; each needs a latent of its own.
 HOLES = 4
 _GREY = 0.5
 
 
 class InpaintMaskCache:
-    """The holes of each example's cut, and the latents of the cut with the hole grey.
+    """Inpaint masks of each example's crop, and the latents of the crop with the masked part gray.
 
-    As the host's own node prepares them (nodes.py, InpaintModelConditioning): grey within, by halves rounded masks.
+    ComfyUI's own node prepares them in the same way (nodes.py, InpaintModelConditioning): masks rounded to 0 or 1,
+    gray inside.
     """
 
     def __init__(self, cache: Cache, codec: ImageCodec):
@@ -40,20 +41,21 @@ class InpaintMaskCache:
         self._earlier = earlier_base(cache, codec)
 
     def key(self, example: Example, crop: Crop, number: int) -> str:
-        """What decides a hole and the latent: content, cut, codec, and the mask or the number of the hole drawn."""
+        """Return the key of a mask and its latent: content, crop, codec, and the mask or the number of a drawn one."""
         return _hole_key(self._base, example, crop, number)
 
     @staticmethod
     def count(example: Example) -> int:
-        """How many holes an example has: its mask, or those drawn."""
+        """Return the number of inpaint masks of an example: one if it has a mask, else the number of drawn masks."""
         return HOLES if example.mask is None else 1
 
     def fill(self, rows: Iterable[tuple[Example, list[Crop]]], tick: Callable[[str], None]) -> list[LeftOut | None]:
-        """Makes what is missing; for each example None, or why it cannot be trained on.
+        """Encode missing latents; return for each example None, or the reason for not training on it.
 
         Args:
-            rows: each example with its cuts.
-            tick: called with an example's name before it is encoded; may raise to interrupt, what was made is kept.
+            rows: each example with its crops.
+            tick: called with an example's name before it is encoded; may raise to interrupt. The cache keeps
+                finished entries.
         """
         rows = list(rows)
         places = [(row, crop, number) for row in rows for crop in row[1] for number in range(self.count(row[0]))]
@@ -102,7 +104,7 @@ class InpaintMaskCache:
             self._cache.put(self.key(example, crop, number), tensors)
 
     def get(self, key: str) -> dict[str, torch.Tensor]:
-        """`hole` [1, 1, H, W] uint8 over pixels, 1 where it is to be filled, and `around`, a latent [1, C, ...]."""
+        """Return `hole`, [1, 1, H, W] uint8 over pixels, 1 where to fill, and `around`, a latent [1, C, ...]."""
         tensors = self._cache.get(key)
         if tensors is None:
             raise RunError(f"The cached hole {key} is gone.", "Queue again; it will be made anew.")
@@ -110,14 +112,16 @@ class InpaintMaskCache:
 
 
 def random_hole(size: tuple[int, int], seed: str, number: int) -> Image.Image:
-    """A mask as inpainting models are trained on: strokes, boxes, both, or the whole picture (Suvorov et al. 2022).
+    """Draw a mask as inpainting models are trained on: strokes, boxes, both, or the whole picture.
+
+    Source: Suvorov et al. 2022.
 
     Args:
         size: (width, height), pixels.
-        number: which of the four kinds, over and over.
+        number: selects one of the four kinds, in rotation.
 
     Returns:
-        One channel, white where the picture is to be filled.
+        One channel, white where to fill the picture.
     """
     from PIL import Image, ImageDraw
 

@@ -1,4 +1,4 @@
-"""Dataset items: examples that give a sample for each visit."""
+"""Dataset items, and the samples that they give for each visit."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sample:
-    """One showing of an example.
+    """One visit of an example.
 
     Attributes:
         latent: scaled, [1, C, ...].
-        conditioning: what it is conditioned on; without tensors where the text is encoded at every step.
+        conditioning: the denoiser's; has no tensors if the text encoder runs at every step.
         weight: None, or the loss weights [1, 1, ...] of the latent's positions.
-        caption: the text, where it is encoded at every step.
-        factor: on its loss; the prior weight for a class image.
-        anchor: None, or the same latent conditioned on its class prompt, what the frozen base predicts for which is to
-            be preserved.
+        caption: the text, if the text encoder runs at every step.
+        factor: factor on the sample's loss; the prior weight for a class image.
+        anchor: None, or the same latent conditioned on the class prompt. Training preserves the frozen base's
+            prediction for it.
     """
 
     latent: torch.Tensor
@@ -36,15 +36,15 @@ class Sample:
 
 @dataclass(frozen=True)
 class DatasetItem:
-    """One example, ready: everything but its latent and text, which are fetched when needed.
+    """One crop of an example; it fetches its latent and its conditioning when needed.
 
     Attributes:
         name: for errors.
         bucket: (width, height) in pixels; items of one bucket can be batched.
-        repeats: how often an epoch shows it.
-        show: gives a showing by its turn, how often the run showed the item before; by None the one that never varies.
+        repeats: visits in an epoch.
+        show: returns the sample of a visit, by the number of earlier visits in the run; by None, the unvaried sample.
         prior: whether it is a class image.
-        anchored: whether what the frozen base predicts for a prompt of its own is preserved beside it.
+        anchored: whether it has a prior target.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Tensors kept at hand between steps within a budget: a step reads no file, and memory does not grow with the data."""
+"""In-memory cache of tensors within a byte budget: saves file reads at each step, does not grow with the data."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BUDGET = 512 * 1024 * 1024
 
 
 class LRUCache:
-    """Values by key, the least recently used forgotten when their bytes exceed the budget."""
+    """Values by key; evicts the least recently used ones when their bytes exceed the budget."""
 
     def __init__(self, budget: int = BUDGET):
         self._budget = budget
@@ -21,7 +21,7 @@ class LRUCache:
         self._values: OrderedDict[str, dict[str, torch.Tensor]] = OrderedDict()
 
     def get(self, key: str, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """The value of a key, made when it is not at hand; callers must not change it."""
+        """Return the value of a key; make it if it is not cached. Callers must not change it."""
         if key in self._values:
             self._values.move_to_end(key)
             return self._values[key]

@@ -1,4 +1,4 @@
-"""What masks weigh, kept in the cache beside latents and conditionings."""
+"""Loss weights of masks, cached beside latents and conditionings."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
 
 
 class MaskCache:
-    """The loss weights of each mask's cut, [1, 1, h, w] float32 in 0..1, over the positions of a latent."""
+    """Loss weights of each mask's crop, [1, 1, h, w] float32 in 0..1, one for each position of a latent."""
 
     def __init__(self, cache: Cache):
         self._cache = cache
 
     def key(self, example: Example, crop: Crop, shape: tuple[int, int]) -> str:
-        """What decides a mask's weights: content, cut, (h, w) of the latent."""
+        """Return the key of a mask's weights: content, crop, (h, w) of the latent."""
         return key_of("mask 1", example.mask.digest, crop.scaled, crop.offset, crop.bucket, crop.flip, shape)
 
     def fill(self, rows: Iterable[tuple[Example, Crop, tuple[int, int]]]) -> list[LeftOut | None]:
-        """Makes what is missing; for each row None, or why the example cannot be trained on."""
+        """Compute missing weights; return for each row None, or the reason for not training on the example."""
         rows = list(rows)
         missing = self._cache.missing(self.key(*row) for row in rows)
         outcome = []
@@ -48,7 +48,7 @@ class MaskCache:
         return outcome
 
     def get(self, key: str) -> torch.Tensor:
-        """The weights of a key that was filled."""
+        """Return the weights of a key that was filled."""
         tensors = self._cache.get(key)
         if tensors is None:
             raise RunError(f"The cached mask {key} is gone.", "Queue again; it will be made anew.")
@@ -56,7 +56,7 @@ class MaskCache:
 
 
 def _mask_weights(example: Example, crop: Crop, shape: tuple[int, int]) -> torch.Tensor:
-    """A mask, cut like its picture, each latent position the mean of the pixels it stands for."""
+    """Crop a mask like its picture, and give each latent position the mean of its pixels."""
     import numpy as np
     import torch
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def cut(image: Image.Image, crop: Crop) -> Image.Image:
-    """The picture mirrored, scaled and cropped as `crop` says; Lanczos, as the field does."""
+    """Return the picture mirrored, scaled and cropped as `crop` says, with Lanczos, as is usual in the field."""
     from PIL import Image
 
     if crop.flip:
@@ -22,7 +22,7 @@ def cut(image: Image.Image, crop: Crop) -> Image.Image:
     width, height = crop.bucket
     if image.size == crop.scaled:
         return image.crop((left, top, left + width, top + height))
-    # Scaled from the part that stays: the whole of a very long picture, enlarged, would fill the memory.
+    # Resize only the part that stays: the whole of a very long picture, enlarged, would fill the memory.
     x = image.width / crop.scaled[0]
     y = image.height / crop.scaled[1]
     right, bottom = min(image.width, (left + width) * x), min(image.height, (top + height) * y)
@@ -30,5 +30,5 @@ def cut(image: Image.Image, crop: Crop) -> Image.Image:
 
 
 def to_array(image: Image.Image) -> np.ndarray:
-    """[H, W, 3] float32 in 0..1."""
+    """Return a picture as [H, W, 3] float32 in 0..1."""
     return np.asarray(image.convert("RGB"), dtype=np.float32) / 255.0

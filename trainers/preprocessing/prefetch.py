@@ -1,4 +1,4 @@
-"""The next batch's latents and texts, fetched while the device works on this one."""
+"""Prefetching of the next batch's latents and conditionings while the device computes."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ Batch = list[tuple[int, int]]
 
 
 class Prefetcher:
-    """Showings of batches, one batch of them fetched ahead by a thread.
+    """Prefetcher of the samples of batches; its thread fetches one batch ahead.
 
-    What is shown follows from an item's place and turn alone, so it is the same to the bit whoever fetches it, and
-    when. No more than one batch is held, since many accumulated ones may be large.
+    A sample depends only on its item and the number of the visit. It is therefore the same to the bit, regardless of
+    the thread and the time of the fetch. No more than one batch is held, since many accumulated batches may be large.
 
     Args:
-        samples: gives the samples of a batch.
-        threaded: fetch ahead in a thread; without it each batch is fetched when asked for.
+        samples: returns the samples of a batch.
+        threaded: prefetch in a thread; if False, `get` fetches each batch.
     """
 
     def __init__(self, samples: Callable[[Batch], list[Sample]], threaded: bool = True):
@@ -30,14 +30,14 @@ class Prefetcher:
         self._held: tuple[Batch, Future] | None = None
 
     def set_upcoming(self, batches: list[Batch]) -> None:
-        """The batches that will be asked for from now on, in their order."""
+        """Set the batches that `get` will return from now on, in their order."""
         self._coming = batches
 
     def get(self, batch: Batch) -> list[Sample]:
-        """The showings of a batch, while those of the next one begin to be fetched; asked again, they are fetched anew.
+        """Return the samples of a batch, and start to fetch the next one; a repeated call fetches the batch anew.
 
         Raises:
-            Whatever fetching this batch raises, also where it was fetched ahead.
+            Exception: any error of fetching this batch, also if it was prefetched.
         """
         held, self._held = self._held, None
         if held is not None and held[0] is batch:
@@ -52,7 +52,7 @@ class Prefetcher:
         return found
 
     def close(self) -> None:
-        """Waits for what is being fetched, and lets go of it."""
+        """Wait for a fetch in progress, and discard its result."""
         self._held = None
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)

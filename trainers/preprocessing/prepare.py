@@ -1,4 +1,4 @@
-"""From a dataset to items: cut, encoded or found in the caches, and varied at every showing."""
+"""Preparation of a dataset: crops, cached encodings, and dataset items that vary at every visit."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ _CACHES = ("latents", "text", "masks", "holes")
 
 @dataclass(frozen=True)
 class Prepared:
-    """A dataset ready for the loop.
+    """Dataset that is ready for the training loop.
 
     Attributes:
         training, validation: items.
-        places: in the dataset, of the examples that are either.
+        places: places in the dataset of the examples that are in either.
         left_out: files that are not trained on.
-        facts: for the run's record, JSON-able.
+        facts: for the run's record, JSON-serializable.
     """
 
     training: list[DatasetItem]
@@ -70,11 +70,11 @@ def prepare(
     copy: str = "",
     used_since: float = math.inf,
 ) -> Prepared:
-    """Encodes what is not yet cached and gives the examples as the loop wants them.
+    """Encode uncached pictures and captions, and return the examples as dataset items.
 
     Args:
-        copy: a folder for a cache of just what this training needs, empty for none.
-        used_since: keep what was used after this time (seconds of the epoch): other trainings that run need it.
+        copy: folder for a cache of only what this training needs; empty for none.
+        used_since: keep cache files used after this time (seconds since the epoch); other running trainings need them.
 
     Raises:
         DatasetError: nothing is left to train on, or something cannot be encoded.
@@ -143,18 +143,18 @@ def _refuse_if_empty(dataset: Dataset, cuts: list[CroppedDataset], left_out: lis
 
 
 class _ItemMaker:
-    """Fills the caches and makes items that draw from them."""
+    """Maker of dataset items: fills the caches, and makes items that read from them."""
 
     def __init__(self, dataset: Dataset, recipe: Recipe, host: Host, folder: str):
         self._pictures = len(dataset.examples)
         for name in _CACHES:
-            # The folder that holds all caches may be a link: the output folder's, or the one of a job.
+            # The parent of the cache folder may itself be a link: the pack's folder of outputs, or a job's folder.
             refuse_links(os.path.dirname(folder), os.path.join(folder, name))
         self._recipe = recipe
         self._host = host
         self._caches = {name: Cache(os.path.join(folder, name)) for name in ("latents", "text", "masks")}
         self._latents = LatentCache(self._caches["latents"], host.codec)
-        # Where the text encoder changes while training, nothing that it gave before is of use.
+        # If the text encoder changes during training, its earlier conditionings are of no use.
         self._texts = None if recipe.live_text else TextCache(self._caches["text"], host.text)
         self._masks = MaskCache(self._caches["masks"])
         self._holes = None
@@ -162,13 +162,13 @@ class _ItemMaker:
             self._caches["holes"] = Cache(os.path.join(folder, "holes"))
             self._holes = InpaintMaskCache(self._caches["holes"], host.codec)
         self._keep = LRUCache()
-        # The loop fetches a batch ahead in a thread; caches and what is at hand are for one at a time.
+        # The loop prefetches in a thread, and the caches serve only one thread at a time.
         self._lock = threading.Lock()
         self._done = 0
         self._some_caption = ""
 
     def _ticking(self, rest: int) -> Callable[[str], None]:
-        """Tells of each thing that is encoded from now on; at most so many are."""
+        """Return a callback that reports each encoded entry to the host; at most `rest` more are expected."""
         total = self._done + rest
 
         def tick(name: str) -> None:
@@ -178,14 +178,14 @@ class _ItemMaker:
         return tick
 
     def copy(self, folder: str) -> None:
-        """Puts what is needed into another cache."""
+        """Copy the needed entries into another cache."""
         for name, cache in self._caches.items():
             cache.copy_asked(os.path.join(folder, name))
 
     def encode_pictures(self, cuts: list[CroppedDataset], left_out: list[LeftOut]) -> list[CroppedDataset]:
-        """Those of the cuts that have latents and masks; the others go to `left_out`."""
+        """Return the examples that have latents and masks; add the others to `left_out`."""
         rows = [(cut.example, cut.all_crops()) for cut in cuts]
-        # The captions are counted later.
+        # The captions are not counted yet.
         outcome = self._latents.fill(rows, self._ticking(2 * len(cuts)))
         found = _sound(cuts, outcome, left_out)
         found = self._with_masks(found, left_out)
@@ -209,7 +209,7 @@ class _ItemMaker:
         return control_crop(cut.example.control, cut.example.size, crop, step)
 
     def beside_facts(self, cuts: list[CroppedDataset]) -> dict[str, int]:
-        """How many pictures have a source or a hole beside them; nothing where there is no such thing."""
+        """Count the pictures with a source picture or an inpaint mask; leave out the kinds that are not used."""
         paired = sum(cut.example.control is not None for cut in cuts)
         found = {"source_pictures": paired} if paired else {}
         if self._holes is not None:
@@ -243,7 +243,7 @@ class _ItemMaker:
         return tuple(self._latents.get(self._latents.key(example, crop))["mean"].shape[-2:])
 
     def encode_captions(self, training: list[CroppedDataset], validation: list[CroppedDataset]) -> None:
-        """Encodes the captions that the run will show, those of validation, and the anchors' prompts."""
+        """Encode the captions that the run will use, those of validation, and the prompts of prior targets."""
         if self._texts is None:
             return
         wanted = dict.fromkeys(captions.plain(cut.example) for cut in validation)
@@ -271,7 +271,7 @@ class _ItemMaker:
         self._texts.fill(wanted, self._ticking(len(wanted)))
 
     def _shown(self, cut: CroppedDataset, crop: Crop, count: int, times: int) -> list[int]:
-        """The versions of a caption that so many showings need."""
+        """Return the versions of a caption that `times` visits need."""
         if times >= count:
             return list(range(count))
         return sorted({self._version(cut, crop, count, turn) for turn in range(times)} - {None})
@@ -280,13 +280,13 @@ class _ItemMaker:
         return captions.variant_of_turn(cut.example, count, self._recipe.seed, cut.stream(crop), turn)
 
     def check_inputs(self, cut: CroppedDataset) -> None:
-        """Lets the denoiser refuse a codec or an encoder that is not its own."""
+        """Let the denoiser refuse a codec or an encoder that does not belong to it."""
         latent = self._latents.get(self._latents.key(cut.example, cut.crops[0]))["mean"]
         text = self._host.text.encode("") if self._texts is None else self._texts.get(self._some_caption)
         self._host.denoiser.check_inputs(latent, text)
 
     def latent_kind(self, cuts: list[CroppedDataset]) -> str:
-        """What the cache holds of the pictures, in words."""
+        """Describe the cached latents: posteriors to sample from, or means alone."""
         first = self._latents.get(self._latents.key(cuts[0].example, cuts[0].crops[0]))
         if "logvar" in first:
             return "mean and log-variance, sampled anew at every showing"
@@ -294,7 +294,7 @@ class _ItemMaker:
         return "mean alone: the VAE has no posterior"
 
     def item(self, cut: CroppedDataset, crop: Crop) -> DatasetItem:
-        """One cut of an example as the loop wants it."""
+        """Return one crop of an example as a dataset item."""
         from .items import DatasetItem
 
         def show(turn: int | None) -> Sample:
@@ -326,16 +326,16 @@ class _ItemMaker:
         return Sample(latent, conditioning, weight, self._live(caption), example.weight, anchor)
 
     def _conditioning(self, caption: str, example: Example, drawn: Crop) -> Conditioning:
-        """What a showing is conditioned on; without tensors where the text is encoded at every step."""
+        """Return the conditioning of a visit; it has no tensors if the text encoder runs at every step."""
         tensors = {}
         if self._texts is not None:
             tensors = self._keep.get(f"text {caption}", lambda: self._texts.get(caption))
         return Conditioning(tensors, example.size, drawn.offset, drawn.bucket)
 
     def _beside(self, cut: CroppedDataset, crop: Crop, drawn: Crop, turn: int | None) -> dict[str, torch.Tensor]:
-        """The source picture of a showing, or its hole: by seed, place and turn alone, and validation's is the first.
+        """Return the source picture's latent or the inpaint mask of a visit, by seed, place and visit number alone.
 
-        Means of the posterior, as the host's own nodes give them.
+        Validation gets the first mask. Latents are means of the posterior, as ComfyUI's own nodes give them.
         """
         example = cut.example
         if example.control is not None:
@@ -351,9 +351,9 @@ class _ItemMaker:
         return caption if self._texts is None else None
 
     def _draw(self, cut: CroppedDataset, crop: Crop, turn: int | None):
-        """(caption, cut, source of the latent's noise) of a showing: by seed, place and turn alone.
+        """Return (caption, crop, generator of the latent's noise) of a visit, by seed, place and visit number alone.
 
-        Validation has no turn: the plain caption, no mirror, the mean.
+        Validation has no visit number: it gets the plain caption, no mirroring, and the mean.
         """
         example = cut.example
         if turn is None:
@@ -369,7 +369,7 @@ class _ItemMaker:
         return caption, crop.mirrored() if flipped else crop, generator("posterior", seed, place, turn)
 
     def _latent(self, key: str, source: torch.Generator | None) -> torch.Tensor:
-        """The posterior's mean, or a sample of it."""
+        """Return the posterior's mean, or a sample of the posterior if a generator is given."""
         import torch
 
         found = self._keep.get(f"latent {key}", lambda: self._latents.get(key))
@@ -386,6 +386,6 @@ class _ItemMaker:
 
 
 def _sound(cuts: list[CroppedDataset], outcome: list[LeftOut | None], left_out: list[LeftOut]) -> list[CroppedDataset]:
-    """The cuts without a problem; those of the others go to `left_out`."""
+    """Return the examples without a problem; add the problems of the others to `left_out`."""
     left_out.extend(problem for problem in outcome if problem is not None)
     return [cut for cut, problem in zip(cuts, outcome, strict=True) if problem is None]

@@ -1,4 +1,4 @@
-"""Which examples make up which batch: a pure function of seed and position, so that resuming needs no state."""
+"""Batch order as a pure function of seed and position, so that resuming needs no state."""
 
 from __future__ import annotations
 
@@ -9,44 +9,44 @@ import numpy as np
 
 from ..rng import stream_seed
 
-# Showings that are laid out at once, in 4 bytes each: those of 10,000 pictures that are repeated 200 times.
+# Number of visits laid out at once, in 4 bytes each: those of 10,000 pictures with 200 repeats.
 _LAID_OUT = 1 << 21
 
 
 @dataclass(frozen=True)
 class _Rounds:
-    """Showings of some examples, laid out in rounds: one as a rule, several where their number is out of the ordinary.
+    """Visits of some examples, laid out in rounds: usually one, several if there are more than `_LAID_OUT` visits.
 
-    Each of several rounds holds an even share of every example's showings.
+    Each of several rounds holds an even part of every example's visits.
 
     Attributes:
-        repeats: int64, how often each example is shown in all rounds together.
+        repeats: int64, visits of each example in all rounds together.
     """
 
     repeats: np.ndarray
 
     @property
     def total(self) -> int:
-        """Showings in all rounds."""
+        """Number of visits in all rounds."""
         return int(self.repeats.sum())
 
     @property
     def count(self) -> int:
-        """How many rounds there are."""
+        """Number of rounds."""
         return max(1, -(-self.total // _LAID_OUT))
 
     def before(self, number: int) -> np.ndarray:
-        """How often each example is shown in the rounds before one."""
+        """Return the number of visits of each example in the rounds before round `number`."""
         return self.repeats * number // self.count
 
     def of(self, number: int) -> np.ndarray:
-        """How often each example is shown in a round."""
+        """Return the number of visits of each example in round `number`."""
         return self.before(number + 1) - self.before(number)
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """The order of a dataset's showings; the arguments are those of `epoch_batches`."""
+    """Order of a dataset's visits; the arguments are those of `epoch_batches`."""
 
     buckets: list
     own: _Rounds
@@ -62,7 +62,7 @@ class _Layout:
         return cls(list(buckets), own, classes, batch_size, seed)
 
     def sizes(self, epoch: int, number: int) -> dict:
-        """Showings in each bucket of a round."""
+        """Count the visits in each bucket of a round."""
         shown = self.own.of(number)
         if self.classes.total:
             shown = shown + self._class_counts(epoch, number)
@@ -72,11 +72,11 @@ class _Layout:
         return found
 
     def batch_count(self, epoch: int, number: int) -> int:
-        """Batches of a round."""
+        """Count the batches of a round."""
         return sum(-(-size // self.batch_size) for size in self.sizes(epoch, number).values())
 
     def batches(self, epoch: int, number: int) -> Iterator[np.ndarray]:
-        """The batches of a round, each an array of example indices."""
+        """Return the batches of a round, each an array of example indices."""
         seed = stream_seed("order", self.seed, epoch, number) if number else stream_seed("order", self.seed, epoch)
         rng = np.random.RandomState(seed % (2**32))
         shown = self.own.of(number)
@@ -96,28 +96,28 @@ class _Layout:
             starts.append(np.arange(begin, begin + len(members), self.batch_size))
         members = np.concatenate(rows) if rows else np.zeros(0, dtype=np.int32)
         first = np.concatenate(starts) if starts else np.zeros(0, dtype=np.int64)
-        # Shuffled as the list of batches would be: the draws depend on how many there are alone.
+        # This draws as shuffling the list of batches would: the draws depend only on their number.
         ends = np.append(first[1:], len(members))
         order = np.arange(len(first))
         rng.shuffle(order)
         return (members[first[place] : ends[place]] for place in order)
 
     def shown_before(self, epoch: int, number: int) -> np.ndarray:
-        """How often each example was shown before a round."""
+        """Count the visits of each example before a round."""
         shown = epoch * self.own.repeats + self.own.before(number)
         if self.classes.total:
             shown = shown + self._class_shown(self._class_start(epoch, number))
         return shown
 
     def _class_start(self, epoch: int, number: int) -> int:
-        """How many class images were shown before a round: as many as of the others."""
+        """Count the visits of class images before a round: as many as of the other examples."""
         return epoch * self.own.total + int(self.own.before(number).sum())
 
     def _class_members(self, epoch: int, number: int) -> dict:
-        """The class images of a round by bucket, in their order.
+        """Return the class images of a round by bucket, in their order.
 
-        They are dealt deck by deck, each deck all of them in an order of its own, on and on over the epochs: none is
-        shown again before the others had their turn.
+        They come from shuffled decks, one after another over all epochs. Each deck holds every class image as often as
+        its repeats say, so all of them have their visits before the next deck begins.
         """
         if not self.classes.total:
             return {}
@@ -132,12 +132,12 @@ class _Layout:
         return found
 
     def _class_counts(self, epoch: int, number: int) -> np.ndarray:
-        """How often a round shows each class image."""
+        """Count the visits of each class image in a round."""
         start = self._class_start(epoch, number)
         return self._class_shown(start + int(self.own.of(number).sum())) - self._class_shown(start)
 
     def _class_shown(self, count: int) -> np.ndarray:
-        """How often each class image is among the first so many."""
+        """Count each class image among the first `count` visits of class images."""
         decks, rest = divmod(count, self.classes.total)
         number = self._round_at(rest)
         before = self.classes.before(number)
@@ -148,7 +148,7 @@ class _Layout:
         return shown
 
     def _round_at(self, rest: int) -> int:
-        """The round of a deck that holds its showing number `rest`."""
+        """Return the round of a deck that holds the deck's visit number `rest`."""
         low, high = 0, self.classes.count - 1
         while low < high:
             middle = (low + high + 1) // 2
@@ -156,14 +156,14 @@ class _Layout:
         return low
 
     def _deck(self, deck: int, number: int) -> np.ndarray:
-        """A round of a deck of class images, shuffled."""
+        """Return a round of a deck of class images, shuffled."""
         seed = stream_seed("prior", self.seed, deck, number) if number else stream_seed("prior", self.seed, deck)
         rng = np.random.RandomState(seed % (2**32))
         places = np.arange(len(self.classes.repeats), dtype=np.int32)
         return rng.permutation(np.repeat(places, self.classes.of(number)))
 
     def _deal(self, start: int, count: int) -> np.ndarray:
-        """The class images number `start` to `start + count`."""
+        """Return `count` class images, from visit number `start` of class images on."""
         deck, rest = divmod(start, self.classes.total)
         number = self._round_at(rest)
         skipped = rest - int(self.classes.before(number).sum())
@@ -185,14 +185,14 @@ def epoch_batches(
     epoch: int,
     prior: Sequence[bool] = (),
 ) -> list[list[int]]:
-    """The batches of one epoch: every example as often as its repeats say, each batch from one bucket.
+    """Return the batches of one epoch: every example as often as its repeats say, each batch from one bucket.
 
-    A bucket's last batch may be smaller than `batch_size`: no example is dropped. With class images an epoch holds as
-    many of them as of the others, and spreads them evenly over each bucket's batches.
+    A bucket's last batch may be smaller than `batch_size`, since no example is dropped. With class images, an epoch
+    holds as many of them as of the others, and spreads them evenly over each bucket's batches.
 
     Args:
         buckets: the bucket of each example, anything hashable.
-        repeats: how often each example is shown; of a class image, how often in a round of all class images.
+        repeats: visits of each example in an epoch; of a class image, visits in a deck of all class images.
         seed, epoch: decide the order, the same on every machine.
         prior: whether each example is a class image; empty for none.
 
@@ -204,11 +204,11 @@ def epoch_batches(
 
 
 def _spread(members: np.ndarray, classes: np.ndarray | None) -> np.ndarray:
-    """Both in their orders, the second evenly among the first, so that every stretch is as mixed as the whole."""
+    """Merge both, each in its order, the second evenly among the first: every stretch is as mixed as the whole."""
     if classes is None:
         return members
     places = [(np.arange(len(rows)) + 0.5) / max(1, len(rows)) for rows in (members, classes)]
-    # Stable: of equal places that of the first comes first.
+    # Stable: at equal positions, `members` comes first.
     return np.concatenate([members, classes])[np.argsort(np.concatenate(places), kind="stable")]
 
 
@@ -220,15 +220,15 @@ def batches_from(
     seed: int,
     prior: Sequence[bool] = (),
 ) -> Iterator[tuple[int, list[tuple[int, int]]]]:
-    """(epoch, batch) without end, starting after `position` batches.
+    """Yield (epoch, batch) without end, starting after `position` batches.
 
-    Each member of a batch is (example index, turn): how often the run showed that example before. Memory does not grow
-    with the repeats: showings beyond `_LAID_OUT` are laid out round by round.
+    Each member of a batch is (example index, number of earlier visits of that example in the run). Memory does not
+    grow with the repeats: more visits than `_LAID_OUT` are laid out round by round.
     """
     layout = _Layout.make(buckets, repeats, batch_size, seed, prior)
     epoch = 0
     if not layout.classes.total:
-        # Epochs are of one length then: those before are counted at once.
+        # Without class images all epochs have the same length, so skip the earlier ones at once.
         an_epoch = sum(layout.batch_count(0, number) for number in range(layout.own.count))
         epoch, position = divmod(position, max(1, an_epoch))
     while True:
@@ -252,7 +252,7 @@ def batches_from(
 def turns_within(
     batches: int, buckets: Sequence, repeats: Sequence[int], batch_size: int, prior: Sequence[bool] = ()
 ) -> list[int]:
-    """An upper bound of how often each example is shown in so many batches."""
+    """Return an upper bound of the number of visits of each example in `batches` batches."""
     sizes: dict = {}
     for index, bucket in enumerate(buckets):
         if not (prior and prior[index]):
