@@ -53,7 +53,7 @@ class FullDiff(Mapping):
         return len(self._pairs)
 
     def taken(self) -> dict[str, torch.Tensor]:
-        """Compute all differences, in place of the trained values where their memory allows it. Those are lost."""
+        """Compute all differences. They overwrite the trained values, except where those need a copy first."""
         made: dict[str, torch.Tensor] = {}
         first: dict[int, str] = {}
         for key, (trained, base) in self._pairs.items():

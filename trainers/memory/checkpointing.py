@@ -26,8 +26,8 @@ def checkpoint_blocks(blocks: list[nn.Module], keep_attention: bool = False) -> 
     Args:
         blocks: blocks of a private tree, from `blocks_of`.
         keep_attention: keep the outputs of attention, so that attention is computed only once. The results have the
-            same bits. Attention saves the most computation per byte kept: for n tokens its computation grows with n
-            squared, its output with n.
+            same bits. Keeping attention saves the most computation per byte: for n tokens its computation grows with
+            n squared, its output with n.
     """
     for block in blocks:
         if not is_checkpointed(block):

@@ -144,7 +144,7 @@ class Run:
 
     @classmethod
     def open(cls, folders: Folders, recipe: Recipe, identity: str, label: str) -> Run:
-        """Return the run with an identity, or a new one if the recipe's `on_existing` is "new".
+        """Return the run with an identity. If `on_existing` is "new", return a new run or an interrupted new one.
 
         Args:
             folders: the folders to search.
@@ -470,7 +470,7 @@ def _numbers(folder: str, pattern: re.Pattern) -> list[int]:
 
 
 def _prune(folder: str, pattern: re.Pattern, keep: int, written: int) -> None:
-    """Remove old files but the last `keep` up to step `written`. Files of later steps, from a longer run, stay."""
+    """Remove all but the last `keep` files up to step `written`. Files of later steps, from a longer run, stay."""
     stem = pattern.pattern.split("-")[0]
     older = [number for number in _numbers(folder, pattern) if number <= written]
     for number in older[:-keep]:

@@ -1,4 +1,4 @@
-"""Lock of a run: prevents two processes, or two computers with one output folder, from training or deleting it at once.
+"""Lock of a run, so that two processes, or two computers with one output folder, never train or delete it at once.
 
 The lock is a file next to the run's folder. Its holder keeps an operating system lock on the file, writes a record of
 itself into it and touches it every few seconds. The operating system releases its lock when a process dies, so a killed
@@ -247,7 +247,7 @@ def read_holder(path: str) -> Holder | None:
 
 
 def find_holder(folder: str) -> Holder | None:
-    """Return the live holder of a run's lock, None if there is none. Do not take the lock."""
+    """Return the live holder of a run's lock, None if there is none, without taking the lock."""
     path = lock_path(folder)
     with suppress(OSError):
         holder = read_holder(path)
