@@ -1,1 +1,1 @@
-"""What training is: data, objective, method, loop, run and formats; nothing here knows ComfyUI."""
+"""Training without ComfyUI: data, objective, method, loop, run and file formats. Nothing here imports ComfyUI."""

@@ -1,4 +1,4 @@
-"""What is known of each model family that the model itself does not say: defaults, and which layers are attention."""
+"""Facts about each model family that the model itself does not hold: defaults and names of attention layers."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LayerSplit:
-    """One layer of diffusers' out of a checkpoint's.
+    """Layer of a diffusers model that corresponds to some rows of a checkpoint's layer.
 
     Attributes:
-        name: its path in diffusers' model.
-        rows: [out, ...] of the checkpoint's layer -> [part of out, ...] of diffusers', in its order.
+        name: path of the layer in the diffusers model.
+        rows: takes the checkpoint layer's tensor [out, ...] and returns the rows of the diffusers layer,
+            [part of out, ...], in the order that diffusers uses.
     """
 
     name: str
@@ -29,18 +30,18 @@ SplitsOf = Callable[[str], tuple[LayerSplit, ...]]
 
 @dataclass(frozen=True)
 class Family:
-    """Defaults of a family.
+    """Defaults of a model family.
 
     Attributes:
-        name: as reports and metadata show it.
-        resolution: side of the square it was trained at, pixels.
-        lora_learning_rate: for alpha = rank.
-        full_learning_rate: where all weights are trained.
-        attention: patterns a module path must match in part to be an attention projection; none: every Linear.
-        feed_forward: the same for the two projections of a feed-forward part.
-        among: patterns of which a module path must match one to be trained at all; none: every path.
-        diffusers_names: whether its LoRA files carry diffusers' module names (SD1, SD2) or the model's own.
-        preview_cfg, preview_scheduler: for sample pictures.
+        name: name in reports and metadata.
+        resolution: side of the square that the model was trained at, in pixels.
+        lora_learning_rate: default for adapters with alpha = rank.
+        full_learning_rate: default for full training.
+        attention: patterns for attention projections; a module path must contain a match of one. Empty: every Linear.
+        feed_forward: patterns for the projections of feed-forward layers, matched in the same way.
+        among: patterns for all modules that may be trained, matched in the same way. Empty: every module.
+        diffusers_names: True if its LoRA files use diffusers' module names (SD1, SD2), False if they use the model's.
+        preview_cfg, preview_scheduler: defaults for sample pictures.
     """
 
     name: str
@@ -59,7 +60,7 @@ _UNET_ATTENTION = (r"\.attn[12]\.to_(q|k|v|out\.0)$",)
 
 GENERAL = Family("general")
 
-# CLIP's text transformers, whose layers are what the field's files have names for.
+# CLIP text transformers. Common adapter files have names for their layers only.
 TEXT_ENCODER = Family(
     "text encoder",
     attention=(r"\.self_attn\.(q|k|v|out)_proj$",),
@@ -85,13 +86,13 @@ FAMILIES = {
                 name,
                 1024,
                 full_learning_rate=5e-6,
-                # The two layers of a single stream hold its feed-forward part as well.
+                # The two linear layers of a single-stream block also contain its feed-forward layers.
                 attention=(r"_attn\.(qkv|proj)$", r"single_blocks\.\d+\.linear[12]$"),
                 feed_forward=(r"_mlp\.[02]$",),
                 preview_cfg=cfg,
                 preview_scheduler="simple",
             )
-            # Flux was distilled to draw without a second, unconditional pass; Chroma needs one.
+            # Flux is distilled to sample without an unconditional pass; Chroma needs one.
             for name, cfg in (("Flux", 1.0), ("Flux 2", 1.0), ("Chroma", 4.0))
         ),
         _transformer(
@@ -124,12 +125,12 @@ FAMILIES = {
             preview_scheduler="normal",
         ),
         _transformer("AuraFlow", (r"\.attn\.w[12][qkvo]$",), (r"\.mlp[CX]?\.c_(fc1|fc2|proj)$",), preview_cfg=3.5),
-        # Made for video of 832 x 480 and 1280 x 720; this many pixels are in the smaller.
+        # Wan was made for video of 832 x 480 and 1280 x 720. A square of side 640 has about the area of the first.
         _transformer("Wan", (r"\.(self|cross)_attn\.[qkvo]$",), (r"\.ffn\.[02]$",), resolution=640, preview_cfg=6.0),
         *(
             _transformer(
                 name,
-                # Not those of Anima's adapter, which turns one text encoder's tokens into another's.
+                # Exclude Anima's own adapter, which converts one text encoder's tokens into another's.
                 (r"^blocks\..*\.(self|cross)_attn\.(q_proj|k_proj|v_proj|output_proj)$",),
                 (r"^blocks\..*\.mlp\.layer[12]$",),
                 preview_cfg=4.0,
@@ -141,22 +142,22 @@ FAMILIES = {
 
 
 def family_of(name: str) -> Family:
-    """The family of a name, the general one when it is not described here."""
+    """Return the family with this name, or GENERAL if it is not in FAMILIES."""
     return FAMILIES.get(name, GENERAL)
 
 
 def is_trained(path: str, family: Family) -> bool:
-    """Whether a module path is one that the family lets be trained."""
+    """Report whether the family allows a module to be trained, by its path."""
     return not family.among or any(re.search(pattern, path) for pattern in family.among)
 
 
 def is_attention(path: str, family: Family) -> bool:
-    """Whether a module path is an attention projection of the family."""
+    """Report whether a module is an attention projection of the family, by its path."""
     if not family.attention:
         return True
     return any(re.search(pattern, path) for pattern in family.attention)
 
 
 def is_feed_forward(path: str, family: Family) -> bool:
-    """Whether a module path is a projection of a feed-forward part of the family."""
+    """Report whether a module is a projection in a feed-forward layer of the family, by its path."""
     return any(re.search(pattern, path) for pattern in family.feed_forward)

@@ -1,9 +1,10 @@
 """Regular expressions from users and files, matched in time linear in the text.
 
-Python's own matcher backtracks, for hours on some patterns, and holds the interpreter's lock meanwhile. Here the
-pattern becomes a nondeterministic automaton, all of whose states are followed at once (Thompson 1968), and each set of
-states is worked out once for each character (a lazy deterministic automaton, as in RE2). Python's own parser reads the
-pattern, so the syntax is its own, without what no such automaton can hold: look-around, backreferences, atomic groups.
+Python's matcher backtracks. Some patterns keep it busy for hours while it holds the interpreter lock. This module
+compiles patterns into a nondeterministic automaton and follows all of its states at once (Thompson 1968). It computes
+the transition of each set of states once per character (a lazy deterministic automaton, as in RE2). Python's own parser
+reads the patterns, so the syntax is Python's, except for features that such an automaton cannot express: look-around,
+backreferences and atomic groups.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ except ImportError:  # Python before 3.11
 from .errors import SettingsError
 
 _LONGEST = 300
-# States of one pattern, in which a repeat with bounds is laid out, and of all patterns together.
+# Limits on the states of one pattern, where bounded repeats are unrolled, and of all patterns together.
 _MOST_STATES = 1000
 _MOST_TOGETHER = 500_000
-# States that patterns may be in at once, on average over a text.
+# Limit on states that are active at once, averaged over a text.
 _MOST_LIVE = 2000
-# States in all kept sets together.
+# Limit on states in all cached sets together.
 _KEPT = 200_000
-# As plain numbers: their class is slow.
+# Plain integers, because operations on `re.RegexFlag` are slow.
 _IGNORECASE, _DOTALL = int(re.IGNORECASE), int(re.DOTALL)
 _OTHER_FLAGS = ~int(re.IGNORECASE | re.DOTALL | re.VERBOSE | re.UNICODE)
 
@@ -55,17 +56,17 @@ _UNSUPPORTED = {
 
 
 class PatternError(SettingsError):
-    """A pattern that cannot be used; the message continues a sentence that begins with the pattern.
+    """Error about an unusable pattern. Its message continues a sentence that begins with the pattern.
 
     Attributes:
-        pattern: empty where the message is about all of them together.
+        pattern: the refused pattern; empty if the message is about all patterns together.
     """
 
     pattern = ""
 
 
 def regex_problem(pattern: str) -> str:
-    """The reason to refuse a regular expression, to follow its name in a sentence; empty for a usable one."""
+    """Return the reason to refuse a regular expression, as the rest of a sentence; empty for a usable one."""
     try:
         Patterns([pattern])
     except PatternError as error:
@@ -75,7 +76,7 @@ def regex_problem(pattern: str) -> str:
 
 @functools.lru_cache(maxsize=8)
 def search_patterns(patterns: tuple[str, ...]) -> Patterns:
-    """Patterns that may stand anywhere in a text."""
+    """Return cached `Patterns` that match anywhere in a text."""
     return Patterns(patterns)
 
 
@@ -83,16 +84,16 @@ class Patterns:
     """Several regular expressions, matched together.
 
     Args:
-        whole: match as peft matches the keys of `rank_pattern`: the whole text, or all behind one of its points.
-            Otherwise anywhere in the text, as `re.search` does.
-        budget: of states to look at, in all texts together.
+        whole: match as peft matches the keys of `rank_pattern`: the whole text, or everything after one of its dots.
+            If False, match anywhere in the text, as `re.search` does.
+        budget: maximum number of states to visit, over all texts together.
 
     Raises:
-        PatternError: one is not usable.
+        PatternError: a pattern is unusable.
     """
 
     def __init__(self, patterns: Sequence[str], whole: bool = False, budget: float = math.inf):
-        # Of each state: the letter it takes or a test of one, None where it takes none; and where it leads to.
+        # Per state: the character that it consumes or a test for it (None if it consumes none), and the next states.
         self._tests: list[str | Callable[[str], bool] | None] = []
         self._edges: list[list[int]] = []
         self._conditions: dict[int, Callable[[str, str], bool]] = {}
@@ -114,10 +115,10 @@ class Patterns:
         self._kept = 0
 
     def first(self, text: str) -> int | None:
-        """The place of the first pattern that matches, None where none does.
+        """Return the index of the first pattern that matches, None if none does.
 
         Raises:
-            PatternError: following all their states would take too long.
+            PatternError: the search visits too many states.
         """
         found = None
         key = (frozenset([self._start]), "")
@@ -137,7 +138,11 @@ class Patterns:
         return found
 
     def _step(self, key: tuple[frozenset[int], str], letter: str) -> tuple:
-        """(the next set and the letter before it, the first pattern that ends here, states looked at)."""
+        """Compute one transition of a set of states.
+
+        Returns:
+            (next key: the next set and the character before it; first pattern that ends here; states visited).
+        """
         live = self._closure(*key, letter)
         ends = [self._ends[state] for state in live if state in self._ends]
         after = set()
@@ -157,7 +162,7 @@ class Patterns:
         return made
 
     def _closure(self, states: frozenset[int], before: str, letter: str) -> set[int]:
-        """The states that are reached without a letter, at a place between two letters."""
+        """Return the given states and those reachable without a character, at a position between two characters."""
         live = set(states)
         pending = [state for state in states if self._tests[state] is None]
         while pending:
@@ -169,7 +174,7 @@ class Patterns:
                 pending += [other for other in new if self._tests[other] is None]
         return live
 
-    # From a pattern to states, from its end to its beginning.
+    # Compilation builds the states of a pattern from its end to its beginning.
 
     def _compile(self, pattern: str, number: int, whole: bool) -> int:
         if len(pattern) > _LONGEST:
@@ -203,10 +208,10 @@ class Patterns:
             raise PatternError("is one pattern too many")
 
     def _sequence(self, items, after: int, flags: int) -> int:
-        """The state before a sequence of the parser's items.
+        """Compile a sequence of parser items and return its first state.
 
         Args:
-            after: the state behind it.
+            after: the state that follows the sequence.
         """
         for op, value in reversed(list(items)):
             after = self._item(op, value, after, flags)
@@ -239,7 +244,7 @@ class Patterns:
             for _ in range(high - low):
                 before = self._state(edges=[after, self._sequence(items, before, flags)])
         for _ in range(low):
-            # Counted, since what is repeated may be empty.
+            # Count each repetition: an empty item adds no states and would evade the limit.
             self._count()
             before = self._sequence(items, before, flags)
         return before
@@ -251,7 +256,7 @@ def _check_flags(flags: int) -> None:
 
 
 def _letters(text: str) -> Iterator[str]:
-    """The letters of a text, and an empty one for its end. A last line's end is marked: `$` matches before it too."""
+    r"""Yield the characters of a text, then an empty string. A final line feed becomes "\n$": `$` matches before it."""
     yield from text[:-1]
     if text:
         yield "\n$" if text[-1] == "\n" else text[-1]
@@ -273,7 +278,7 @@ _AT: dict[object, Callable[[str, str], bool]] = {
 
 
 def _test_of(op, value, flags: int) -> Callable[[str], bool]:
-    """What asks whether an item of one letter takes it."""
+    """Return the test of a parser item that consumes one character."""
     if op is ops.ANY:
         return (lambda letter: True) if flags & _DOTALL else (lambda letter: letter != "\n")
     if op is ops.NOT_LITERAL:

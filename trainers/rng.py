@@ -10,13 +10,13 @@ if TYPE_CHECKING:
 
 
 def stream_seed(*parts) -> int:
-    """A 63-bit seed from any parts; independent streams for different parts."""
+    """Return a 63-bit seed derived from any values. Different values give independent random streams."""
     digest = hashlib.sha256(repr(parts).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 
 def generator(*parts) -> torch.Generator:
-    """A CPU generator seeded by any parts; on the CPU so that every device sees the same noise."""
+    """Return a generator seeded with `stream_seed`. It is on the CPU, so that every device gets the same noise."""
     import torch
 
     return torch.Generator().manual_seed(stream_seed(*parts))

@@ -1,4 +1,4 @@
-"""What texts and names of files may hold, whoever wrote them: the same on every system."""
+"""Checks of texts and file names from users and files, with the same result on every operating system."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ import unicodedata
 
 from .errors import SettingsError
 
-# Names that Windows keeps for devices, with whatever ending.
+# Names that Windows reserves for devices, with any extension.
 _RESERVED = re.compile(r"(?:con|prn|aux|nul|com\d|lpt\d)(?:\..*)?", re.IGNORECASE)
-# Control characters but for tabs and ends of lines, and halves of characters, which no file and no encoder takes.
+# Control characters except tabs and line ends, and lone surrogates, which no file and no text encoder accepts.
 _NO_TEXT = re.compile("[\x00-\x08\x0e-\x1f\x7f\ud800-\udfff]")
-# What no name can hold on Windows, or what leads elsewhere there.
+# Characters that Windows forbids in names or reads as path separators.
 _NO_NAME = re.compile(r'[<>:"|?*\\]')
 _LONGEST_PART = 150
 _DEEPEST = 20
 
 
-# Letters of scripts that write words without spaces between them (Thai to Khmer, Chinese, Japanese), or with endings
-# right behind them (Korean): between these a word may begin and end anywhere.
+# Letters of scripts that write words without spaces (Thai to Khmer, Chinese, Japanese) or attach endings to words
+# (Korean). A word may begin and end anywhere between these letters.
 _UNSPACED = (
     "\u0e00-\u0fff\u1000-\u109f\u1100-\u11ff\u1780-\u17ff\u1950-\u19df\u1a20-\u1aad\u3005-\u3007\u3031-\u3035"
     "\u3040-\u31ff\u3400-\u4dbf\u4e00-\u9fff\ua960-\ua97f\ua980-\ua9df\uaa60-\uaadf\uac00-\ud7ff\uf900-\ufaff"
     "\uff66-\uffdc\U0001b000-\U0001b16f\U00020000-\U0003ffff"
 )
-# What changes the character before it: accents, vowel signs, joiners and shades of emoji. None of it is \w.
+# Characters that modify the one before: accents, vowel signs, joiners and emoji skin tones. None of them matches \w.
 _MARKS = (
     "\u0300-\u036f\u0483-\u0489\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7\u0610-\u061a\u064b-\u065f\u0670\u06d6-\u06dc"
     "\u06df-\u06e4\u06e7\u06e8\u06ea-\u06ed\u0900-\u0903\u093a-\u094f\u0951-\u0957\u0962\u0963\u0981-\u0983\u09bc-\u09cd"
@@ -34,39 +34,40 @@ _MARKS = (
     "\u0e47-\u0e4e\u0eb1\u0eb4-\u0ebc\u0ec8-\u0ece\u102b-\u103e\u17b4-\u17d3\u1ab0-\u1aff\u1dc0-\u1dff\u200d\u20d0-\u20ff"
     "\u3099\u309a\ufe20-\ufe2f\U0001f3fb-\U0001f3ff"
 )
-# A character within a word of a script that puts spaces between words.
+# A character inside a word, in a script that puts spaces between words.
 SPACED = f"(?:(?![{_UNSPACED}])[\\w{_MARKS}])"
 
 
 def starts_word(words: str) -> str:
-    """A regular expression for the place before some words: nothing there makes them the end of a longer word."""
+    """Return a regular expression that matches before `words` unless they are the end of a longer word."""
     joined = rf"(?<![\w{_MARKS}])|(?<=[{_UNSPACED}])" if re.match(SPACED, words) else ""
     return rf"(?<!\u200d)(?:{joined})"
 
 
 def ends_word(words: str) -> str:
-    """A regular expression for the place behind some words: nothing there makes them the start of a longer word."""
+    """Return a regular expression that matches after `words` unless they are the start of a longer word."""
     return f"(?![{_MARKS}])" + (f"(?!{SPACED})" if re.match(SPACED, words[-1:]) else "")
 
 
 def composed(text: str) -> str:
-    """A text whose accents are part of their letters, as most systems write them (Unicode's form C)."""
+    """Return a text in Unicode's normalization form C, which most systems write: letters with composed accents."""
     return unicodedata.normalize("NFC", text)
 
 
 def is_windows_reserved(name: str) -> bool:
-    """Whether Windows keeps a name for a device."""
+    """Report whether Windows reserves a name for a device."""
     return _RESERVED.fullmatch(name) is not None
 
 
 def check_text(text: str, input: str, most: int) -> None:
-    """Refuses what is no text.
+    """Check that a text is short enough and has no control characters or lone surrogates.
 
     Args:
-        most: characters.
+        input: name of the node's input, for the error.
+        most: maximum number of characters.
 
     Raises:
-        SettingsError: naming the input.
+        SettingsError: the text is refused; the error names the input.
     """
     if len(text) > most:
         raise SettingsError(f"The text has {len(text)} characters.", f"At most {most} are taken: shorten it.", input)
@@ -80,15 +81,15 @@ def check_text(text: str, input: str, most: int) -> None:
 
 
 def is_text(text: str) -> bool:
-    """Whether each character of a text is a whole one, which files and text encoders can take."""
+    """Report whether a text has no lone surrogates, which files and text encoders do not accept."""
     return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def check_file_name(name: str, input: str) -> None:
-    """Refuses a name, or subfolders and a name, of a file to be written, that would not be one on every system.
+    """Check that a file name, with or without subfolders, is valid on every operating system.
 
     Raises:
-        SettingsError: naming the input.
+        SettingsError: the name is refused; the error names the input.
     """
     check_text(name, input, _DEEPEST * _LONGEST_PART)
     parts = name.split("/")
@@ -117,17 +118,17 @@ def _unusable(name: str, why: str, input: str) -> SettingsError:
 
 
 def safe_name(text: str) -> str:
-    """A folder name from any text."""
+    """Return a valid folder name made from any text."""
     name = re.sub(r"[^\w.-]+", "-", text).strip("-. ")[:60] or "run"
     return f"run-{name}" if is_windows_reserved(name) else name
 
 
 def is_below(path: str, root: str) -> bool:
-    """Whether a path, links followed, lies in a folder, links followed."""
+    """Report whether a path is a folder or lies below it, after links in both are resolved."""
     real = os.path.realpath(path)
     base = os.path.realpath(root)
     try:
         return os.path.commonpath([real, base]) == base
     except ValueError:
-        # Another drive.
+        # The paths are on different drives.
         return False

@@ -1,1 +1,1 @@
-"""Several processes that train together, by accelerate and FSDP2."""
+"""Training with several processes, through accelerate and FSDP2."""

@@ -1,4 +1,4 @@
-"""Several processes, on one machine or many, by Hugging Face accelerate."""
+"""Process group on one machine or several, through Hugging Face accelerate."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Of one message of gradients: large enough to fill a network, small beside a model.
+# Bytes of one gradient bucket: large enough to use the network's bandwidth, small compared with a model.
 _BYTES = 64 * 1024 * 1024
 
-# A process waits so long for the others: the leader may be drawing previews or writing a large state meanwhile.
+# Timeout of collectives: the main process may be drawing previews or saving a large state meanwhile.
 _WAIT = timedelta(hours=2)
 
 
 class AccelerateGroup(Group):
-    """The processes that `accelerate launch`, `torchrun` or the graph has started; environment variables name them.
+    """Process group started by `accelerate launch`, `torchrun` or the graph and described by environment variables.
 
     Attributes:
-        local_rank: its number among those of its machine.
-        device: of its messages.
+        local_rank: index of this process among those on its machine.
+        device: device of the tensors that it communicates.
     """
 
     def __init__(self, cpu: bool):
@@ -51,7 +51,7 @@ class AccelerateGroup(Group):
         self._shards: ShardedWeights | None = None
 
     def all_reduce(self, number: float = 0.0) -> float:
-        """As Group says."""
+        """Wait for all processes and return the sum of their numbers; raise PeerLostError if one has aborted."""
         total, left = self._sum(number, 0.0)
         if left:
             self._left = True
@@ -59,29 +59,29 @@ class AccelerateGroup(Group):
         return total
 
     def abort(self) -> None:
-        """As Group says; nothing where the group is no more."""
+        """Tell the other processes that this one leaves. Do nothing if the group is already broken."""
         if self._left:
             return
         self._left = True
         if self.sharded:
-            # They may wait for a share of some weights, where no word would reach them.
+            # The others may be waiting for shards of weights, where no message would reach them.
             self._break()
             return
-        # Nobody is there to be told then, and what this one leaves for is what counts.
+        # If the others are gone too, keep the error that made this process leave.
         with suppress(PeerLostError):
             self._sum(0.0, 1.0)
 
     def _break(self) -> None:
-        """Lets the others find the connection closed, in whatever they wait.
+        """Close the connection, so that the other processes fail wherever they wait.
 
-        GPUs find so only when the process is gone, and what started it ends the others.
+        GPU backends notice only when this process exits; then the launcher ends the others.
         """
         if self.device.type == "cpu":
             self._state.destroy_process_group()
 
     def _sum(self, *numbers: float) -> list[float]:
         if self.world_size == 1:
-            # Not every device that trains alone has numbers of this size.
+            # Some devices have no float64. A single process does not need them to.
             return list(numbers)
         import torch
         from accelerate.utils import reduce
@@ -90,7 +90,7 @@ class AccelerateGroup(Group):
             return reduce(torch.tensor(numbers, dtype=torch.float64, device=self.device), "sum").tolist()
 
     def gather(self, values: list[float], whole: int) -> list[float]:
-        """As Group says."""
+        """Gather the values of all processes into a list of length `whole`, by summing zero-padded lists."""
         first = whole * self.rank // self.world_size
         mine = [0.0] * whole
         mine[first : first + len(values)] = values
@@ -98,22 +98,23 @@ class AccelerateGroup(Group):
 
     @contextmanager
     def _connected(self) -> Iterator[None]:
-        """Within it what torch says of a broken connection means that another process is gone: nobody can be told."""
+        """Raise PeerLostError for torch's errors about a broken connection: another process is gone."""
         try:
             yield
         except RuntimeError as error:
             self._left = True
-            # Those that wait for this one are not to wait until it has written what was reached.
+            # Release the processes that wait for this one now, before it saves its progress.
             self._break()
             if "out of memory" in str(error):
                 raise
             raise PeerLostError() from error
 
     def all_reduce_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        """As Group says, in messages of some megabytes.
+        """Replace each gradient by its sum over all processes, in buckets of some megabytes.
 
         Raises:
-            OutOfMemory: there is no room here for the messages.
+            OutOfMemory: this process has no memory for the buckets.
+            PeerLostError: another process has no memory for them, or has left.
         """
         if self.world_size == 1:
             return
@@ -125,7 +126,7 @@ class AccelerateGroup(Group):
         with self._connected():
             *present, lacking = reduce(torch.tensor([*present, float(bool(short))], device=self.device), "sum").tolist()
         if lacking:
-            # All know it here, before any of them sends what another has no room for.
+            # All processes learn it here, before any of them sends a bucket that another has no memory for.
             self._left = True
             raise PeerLostError() if not short else _no_room(short)
         with self._connected():
@@ -135,7 +136,7 @@ class AccelerateGroup(Group):
                 _spread_out(reduce(flat, "sum"), some)
 
     def broadcast(self, tensors: Iterable[torch.Tensor]) -> None:
-        """As Group says."""
+        """Overwrite the tensors with the main process's values, in place."""
         if self.world_size == 1:
             return
         import torch
@@ -146,7 +147,7 @@ class AccelerateGroup(Group):
                 tensor.copy_(broadcast(tensor.detach().to(self.device).contiguous()))
 
     def broadcast_text(self, text: str) -> str:
-        """As Group says."""
+        """Return the main process's text in every process."""
         self.all_reduce()
         if self.world_size == 1:
             return text
@@ -160,7 +161,7 @@ class AccelerateGroup(Group):
             return bytes(broadcast(sent).tolist()).decode()
 
     def shard(self, tree: nn.Module, keep: Iterable[torch.Tensor], needs_input_grad: bool) -> None:
-        """As Group says."""
+        """Shard the frozen weights of a tree's blocks with `ShardedWeights`. A single process keeps them whole."""
         if self.world_size == 1:
             return
         from .fsdp import ShardedWeights
@@ -177,17 +178,17 @@ class AccelerateGroup(Group):
 
     @property
     def sharded(self) -> bool:
-        """As Group says."""
+        """Return True if the frozen weights are sharded."""
         return self._shards is not None
 
     @property
     def lockstep(self) -> bool:
-        """As Group says."""
+        """Return True if all processes must make the same forward passes at this moment."""
         return self._shards is not None and not self._shards.alone
 
     @contextmanager
     def main_process_only(self) -> Iterator[bool]:
-        """As Group says."""
+        """Yield True in the main process and False in the others. Sharded groups serve their shards meanwhile."""
         if self._shards is None:
             yield self.is_main
             return
@@ -195,12 +196,12 @@ class AccelerateGroup(Group):
             yield mine
 
     def reset_after_failure(self) -> None:
-        """As Group says."""
+        """Reset the sharded weights after an interrupted forward pass."""
         if self._shards is not None:
             self._shards.reset_after_failure()
 
     def broadcast_int(self, number: int) -> int:
-        """The leader's number, in all of them. Raises Parted as `meet` does."""
+        """Return the main process's number in every process. Raise PeerLostError if a process has left."""
         import torch
         from accelerate.utils import broadcast
 
@@ -208,25 +209,25 @@ class AccelerateGroup(Group):
             return int(broadcast(torch.tensor([number], device=self.device)))
 
     def gather_shares(self, whole: torch.Tensor, share: torch.Tensor, asynchronous: bool):
-        """Puts `whole` together from what each process has of it; torch's handle where that is waited for later.
+        """All-gather `whole` from the shard of each process. Return torch's handle if `asynchronous`.
 
         Raises:
-            Parted: one of them has left.
+            PeerLostError: a process has left.
         """
         from torch import distributed
 
-        # The older name, and the one that it has since.
+        # Newer versions of torch renamed the function.
         gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
         with self._connected():
             return gather(whole, share, async_op=asynchronous)
 
     def close(self) -> None:
-        """Lets go of the connections."""
+        """Destroy the process group."""
         self._state.destroy_process_group()
 
 
 def _shortage(parameters: Sequence[torch.nn.Parameter], device: torch.device) -> str:
-    """What is said where there is no room for a message of gradients and what comes back, empty where there is."""
+    """Return the error message if memory cannot hold a gradient bucket and its sum, else an empty string."""
     import torch
 
     largest = max((sum(one.nbytes for one in some) for some in _messages(parameters)), default=0)
@@ -253,7 +254,7 @@ def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
 
 
 def _messages(parameters: Sequence[torch.nn.Parameter]) -> Iterable[list[torch.nn.Parameter]]:
-    """The parameters in the same order, as many at a time as one message holds, of one dtype and device each."""
+    """Yield the parameters in order, in buckets of at most `_BYTES`, each with one dtype and one device."""
     held: list[torch.nn.Parameter] = []
     size = 0
     for one in parameters:

@@ -1,4 +1,4 @@
-"""Runs as the other processes of a group see them: read, never written."""
+"""Read-only runs, for the processes of a group that are not the main process."""
 
 from __future__ import annotations
 
@@ -14,46 +14,46 @@ if TYPE_CHECKING:
 
 
 class Follower(Run):
-    """A run as those know it who train along and keep nothing of it."""
+    """A run in a process other than the main process: it reads the run's folder and writes nothing."""
 
     def check_identity(self, identity: str) -> None:
-        """The leader has."""
+        """Do nothing: the main process has checked it."""
 
     def clear(self) -> None:
-        """The leader does."""
+        """Do nothing: the main process does it."""
 
     def write_recipe(self, recipe, identity, facts) -> None:
-        """The leader does."""
+        """Do nothing: the main process does it."""
 
     def note_halt(self, how, step, steps) -> None:
-        """The leader does."""
+        """Do nothing: the main process does it."""
 
     def forget_halt(self) -> None:
-        """The leader does."""
+        """Do nothing: the main process does it."""
 
     def save(self, state, products, keep_last) -> str:
-        """The leader does."""
+        """Do nothing: the main process does it."""
         return ""
 
     def check_room(self, values, slots) -> None:
-        """The leader does."""
+        """Do nothing: the main process does it."""
 
     def log(self, event) -> None:
-        """The leader does."""
+        """Do nothing: the main process does it."""
 
     def forget_after(self, step) -> None:
-        """The leader does."""
+        """Do nothing: the main process does it."""
 
     def save_samples(self, step, pictures) -> list[str]:
-        """The leader does."""
+        """Do nothing: the main process does it."""
         return []
 
 
 def follow(group: Group, folders: Folders) -> tuple[Run, State, bool]:
-    """The leader's run, the state that it goes on from, and whether nothing is left to do.
+    """Receive from the main process its run, the state to resume from, and whether the run is finished.
 
     Raises:
-        RunError: its folder cannot be read here: it has to lie where all machines see it.
+        RunError: this process cannot read the run's folder, which must be on storage that all machines share.
     """
     name, step, finished = json.loads(group.broadcast_text(""))
     run = Follower.named(folders, name)
@@ -62,5 +62,5 @@ def follow(group: Group, folders: Folders) -> tuple[Run, State, bool]:
 
 
 def lead(group: Group, run: Run, state: State, finished: bool) -> None:
-    """Tells the others which run it is and where it goes on."""
+    """Tell the other processes the run's name, the step to resume from and whether the run is finished."""
     group.broadcast_text(json.dumps([run.name, state.step, finished]))

@@ -1,8 +1,9 @@
-"""Frozen weights of blocks in shares, one in each process, put together by PyTorch's FSDP2 while a block is computed.
+"""Frozen weights of blocks, sharded over the processes with PyTorch's FSDP2, which gathers a block while it runs.
 
-All processes have to come to the same blocks in the same order, forward and backward: whoever has a block's weights put
-together needs everyone's share. In a step they therefore make the same passes (`forward.passes_of`); what one of them
-does alone is its turn, in which the others hand it what it asks for. What is trained is whole in each.
+Gathering a block needs the shards of all processes, so all of them must reach the same blocks in the same order, in the
+forward and the backward. Within a step they therefore make the same passes (`engine.step.forward_passes`). If the main
+process works alone (`main_process_only`), the others serve the shards that it asks for. Trained weights are not
+sharded: each process has all of them.
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ if TYPE_CHECKING:
 
     from .accelerate_group import AccelerateGroup
 
-# In place of a block's number: the turn is over.
+# Sent instead of a block's number: the main process has finished its work alone.
 _OVER = -1
 
 
 def check_shards() -> None:
-    """Refuses a PyTorch whose FSDP2 lacks what is needed here.
+    """Check that PyTorch's FSDP2 has the functions that this module needs.
 
     Raises:
-        SettingsError: naming the option.
+        SettingsError: it lacks one; the error names the option.
     """
     try:
         from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -51,26 +52,27 @@ def check_shards() -> None:
 
 
 class ShardedWeights:
-    """The blocks of a tree whose weights are kept in shares, as one of the processes sees them.
+    """Sharded blocks of a module tree, seen from one process.
 
     Attributes:
-        blocks: how many.
-        divided: bytes of the weights that were shared out, in all processes together.
-        whole: bytes of the blocks' frozen weights that each process keeps whole.
-        alone: whether it is this process's turn.
+        blocks: number of sharded blocks.
+        divided: bytes of the sharded weights, over all processes together.
+        whole: bytes of the blocks' frozen weights that every process keeps whole.
+        alone: whether this is the main process and it works alone, inside `main_process_only`.
     """
 
     def __init__(self, tree: nn.Module, keep: Iterable[torch.Tensor], group: AccelerateGroup, needs_input_grad: bool):
-        """Shares the weights out; those of a block are on the device for the time of that, all together.
+        """Shard the weights block by block. While it shards a block, all of its weights are on the device.
 
         Args:
-            tree: private, as `Denoiser.module`; whatever of it is not shared out is put on the device.
+            tree: a private tree such as `Denoiser.module`. Everything that is not sharded is placed on the device.
             keep: parameters that stay whole, frozen or not.
-            through: whether gradients are to reach the tree's input, so that each pass has a backward through all
-                blocks, whatever it is about.
+            group: the process group.
+            needs_input_grad: whether gradients must reach the tree's input, so that every pass has a backward
+                through all blocks, whatever it computes.
 
         Raises:
-            ModelError: nothing can be shared out.
+            ModelError: the tree has no weights that can be sharded.
         """
         from torch.distributed import group as groups
         from torch.distributed.device_mesh import DeviceMesh
@@ -93,15 +95,15 @@ class ShardedWeights:
         self.blocks = len(self._blocks)
         self.divided = sum(one.nbytes for one in shared_out)
         self.whole = sum(one.nbytes for one in {*frozen} - shared_out)
-        # Whatever is changed in place behind a block is changed by `OutOfPlace`, which makes a new tensor of it.
+        # The warning is about in-place changes of a block's output. `OutOfPlace` turns those into new tensors.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         mesh = DeviceMesh.from_group(groups.WORLD, group.device.type)
         rest = {*tree.parameters()} - shared_out
         for number, block in enumerate(self._blocks):
             fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=rest)
             block.set_custom_all_gather(_Gather(self, number))
-            # Left alone it would fetch what it guesses comes next, by what each process has computed before: not the
-            # same in all. Itself is fetched already.
+            # By default FSDP2 prefetches by the order that each process has computed, which differs between processes.
+            # The block itself is gathered already, so naming it turns prefetching off.
             block.set_modules_to_backward_prefetch([block])
         fully_shard(tree, mesh=mesh, reshard_after_forward=True, ignored_params=rest)
         onload(tree, group.device)
@@ -109,10 +111,10 @@ class ShardedWeights:
             tree.register_forward_pre_hook(_let_through)
 
     def gather(self, number: int, whole: torch.Tensor, share: torch.Tensor, asynchronous: bool):
-        """Puts a block's weights together from the shares of all.
+        """All-gather a block's weights from the shards of all processes.
 
         Raises:
-            Parted: one of the processes has left.
+            PeerLostError: a process has left.
         """
         self._begun = True
         if self.alone:
@@ -121,7 +123,7 @@ class ShardedWeights:
 
     @contextmanager
     def main_process_only(self) -> Iterator[bool]:
-        """As `Group.turn`."""
+        """Yield True in the main process and False in the others, which first serve shards until it has finished."""
         if not self._group.is_main:
             self._serve()
             yield False
@@ -133,7 +135,7 @@ class ShardedWeights:
             self.alone = False
             raise
         except BaseException:
-            # What it is left by is what counts, also where nobody is there any more to be told.
+            # Keep the original error even if the other processes are gone.
             with suppress(PeerLostError):
                 self._end_turn()
             raise
@@ -141,24 +143,24 @@ class ShardedWeights:
 
     def _end_turn(self) -> None:
         self.alone = False
-        # A pass that was given up, whoever caught the error, leaves a block put together here and nowhere else.
+        # An interrupted pass leaves a block gathered in this process only, even if other code caught the error.
         self.reset_after_failure()
         self._group.broadcast_int(_OVER)
 
     def _serve(self) -> None:
-        """Hands out what is asked for until the turn is over."""
+        """Take part in gathering the blocks that the main process asks for, until it has finished."""
         while (number := self._group.broadcast_int(_OVER)) != _OVER:
             self._blocks[number].unshard()
             self._blocks[number].reshard()
 
     def reset_after_failure(self) -> None:
-        """As `Group.mend`."""
+        """Reset FSDP2's state after an interrupted forward pass."""
         if self._begun:
             self._tree.reset_iter_state()
 
 
 class _Gather:
-    """How FSDP2 has the weights of one block put together: by bytes, which every backend can send."""
+    """All-gather function that FSDP2 calls for one block. It sends bytes, which every backend supports."""
 
     def __init__(self, shards: ShardedWeights, number: int):
         self._shards = shards
@@ -173,15 +175,15 @@ class _Gather:
 
 
 def _divisible(tree: nn.Module, device: torch.device, keep: Iterable[torch.Tensor]) -> set[nn.Parameter]:
-    """The weights that can be shared out: those that could be kept off the device, have parts, and one place alone."""
+    """Return the weights that can be sharded: they can be offloaded, are no scalars, and occur only once."""
     frozen = Counter(list_frozen([(tree, device)], keep))
     return {one for one, places in frozen.items() if one.dim() > 0 and places == 1}
 
 
 def _let_through(tree: nn.Module, args: tuple) -> tuple:
-    """The network's first input as one that gradients are wanted of."""
+    """Return the inputs with a first one that requires gradients (forward pre-hook)."""
     if not torch.is_grad_enabled():
         return args
     first, *others = args
-    # A copy: a network may write into what it is given, but not into a leaf.
+    # Clone it: a network may write into its input, but autograd forbids that for a leaf.
     return (first.detach().requires_grad_().clone(), *others)

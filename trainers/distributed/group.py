@@ -1,8 +1,8 @@
-"""The processes that train together, and what the loop asks of them; unless told otherwise one trains alone.
+"""Division of each step's samples between the processes that train together.
 
-All of them hold the same trainables and the same optimiser, compute the gradient of their share of each batch, and move
-by the sum. So the result is the single process's, up to the order in which numbers are added. What is written is
-written by the one that leads.
+All processes hold the same trained weights and the same optimizer state. Each computes the gradients of its part of a
+batch, and every process steps with the sum. So the result equals a single process's, up to the order of additions. Only
+the main process writes files.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ log = logging.getLogger(__name__)
 
 
 def rows_of(sizes: Sequence[int], rank: int, world_size: int) -> list[slice]:
-    """Which rows of each of some batches one of several processes computes.
+    """Return the rows of each batch that one process computes.
 
-    The rows of all are dealt as one row of examples, in stretches that differ by one at most.
+    Concatenates the rows of all batches and splits them into contiguous ranges whose lengths differ by at most one.
 
     Args:
-        sizes: of the batches.
+        sizes: sizes of the batches.
+        rank: index of the process.
+        world_size: number of processes.
     """
     total = sum(sizes)
     first, last = total * rank // world_size, total * (rank + 1) // world_size
@@ -37,7 +39,7 @@ def rows_of(sizes: Sequence[int], rank: int, world_size: int) -> list[slice]:
 
 
 def report_idle(group: Group, pictures: int) -> None:
-    """Says so where there are more processes than pictures in a step."""
+    """Log a warning if there are more processes than pictures in a step."""
     if group.is_main and group.world_size > pictures:
         log.warning(
             "Graft: %d processes, but %d pictures a step: some have nothing to do. Raise batch_size, or start fewer.",

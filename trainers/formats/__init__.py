@@ -1,1 +1,1 @@
-"""The files that are written and read: adapters, their metadata, anything in safetensors."""
+"""File formats: safetensors and JSON, adapters, embeddings and their metadata."""

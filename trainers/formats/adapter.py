@@ -1,4 +1,4 @@
-"""An adapter in memory: a dict of tensors in names the host reads, with metadata beside them."""
+"""Adapters in memory: a dict of tensors under the host's keys, with metadata."""
 
 from __future__ import annotations
 
@@ -18,21 +18,24 @@ if TYPE_CHECKING:
 
     from .full_diff import FullDiff
 
-# As the node offers them.
+# Values of the node's `format` input.
 FORMATS = ("kohya", "diffusers", "peft")
-# Characters; a layer's path has some hundred.
+# Maximum length of a key in characters. A layer's path has about a hundred.
 _LONGEST_KEY = 1000
 
 
 class Adapter(dict):
-    """Tensors by key, nothing else as items, so that the host's own nodes take it.
+    """Tensors by key. The dict has no other items, so that the host's own nodes accept it.
 
     Args:
-        native: or what makes it when it is first asked for: peft takes a second to import, and few ask.
+        tensors: tensors under the host's keys.
+        metadata: metadata of the file.
+        native: the adapter in peft's form, or a function that creates it on first access. Importing peft takes a
+            second, and few callers need this form.
 
     Attributes:
-        metadata: of the file.
-        native: the same as peft has it; None where that is not known, and lost when another node copies the dict.
+        metadata: metadata of the file.
+        native: the adapter in peft's form. None if it is unknown; lost if another node copies the dict.
     """
 
     def __init__(
@@ -52,7 +55,7 @@ class Adapter(dict):
         return self._native
 
     def made_by(self) -> str | None:
-        """The adapter type that made it, None where the file does not say."""
+        """Return the training method that made the adapter, None if the file does not name it."""
         try:
             method = files.parse_json(self.metadata["graft_recipe"])["method"]
         except (KeyError, TypeError, ValueError):
@@ -63,10 +66,11 @@ class Adapter(dict):
 
 
 class LazyAdapter(Mapping):
-    """An adapter whose tensors are made one by one when they are asked for, and never lie beside one another.
+    """Adapter that computes each tensor on access and never holds two of them at once.
 
     Attributes:
-        metadata, native: as of an Adapter; there is no such native form.
+        metadata: metadata of the file.
+        native: always None, because it has no peft form.
     """
 
     native = None
@@ -85,18 +89,18 @@ class LazyAdapter(Mapping):
         return len(self._tensors)
 
     def taken(self) -> Adapter:
-        """All of it, as nodes hand it on; what it was made of is lost."""
+        """Compute all tensors and return them as an Adapter. The trained weights are overwritten."""
         return Adapter(self._tensors.taken(), self.metadata)
 
 
 def load_adapter(path: str) -> Adapter:
-    """The adapter of a safetensors file of any layout, in the names the host reads.
+    """Load an adapter from a safetensors file of any layout and convert it to the host's keys.
 
-    One of peft's types that the host has no form of comes without tensors, with its `native` form only.
+    If the host has no form for an adapter type of peft's, the result has no tensors, only its `native` form.
 
     Raises:
-        ModelError: the file holds no tensors, lacks what says how strong they are, or they do not fit each other.
-        RunError: it cannot be read.
+        ModelError: the file holds no tensors, has no scale for a layer, or has tensors that do not fit each other.
+        RunError: the file cannot be read.
     """
     tensors, metadata = files.read_tensors(path)
     if not tensors:
@@ -122,19 +126,21 @@ def load_adapter(path: str) -> Adapter:
 
 
 def save_adapter(path: str, adapter: Mapping[str, torch.Tensor], title: str, format: str = "kohya") -> None:
-    """Writes an adapter with `ss_*` and ModelSpec metadata.
+    """Write an adapter with `ss_*` and ModelSpec metadata.
 
-    Adapters that carry no metadata (made by another node) are written all the same.
+    Accepts adapters without metadata too, which other nodes make.
 
     Args:
-        path: of the file, or with "peft" of the weights in the folder to be made.
+        path: path of the file; for "peft", of the weight file in the folder to create.
+        adapter: tensors under the host's keys.
+        title: title for the metadata.
         format: one of FORMATS.
 
     Raises:
-        ModelError: the adapter has no such form, or is not whole.
-        RunError: the file cannot be written, or is not what was written.
+        ModelError: the adapter has no such form, is empty or is not finite.
+        RunError: the file cannot be written, or does not hold all tensors afterwards.
     """
-    # Not asked for where the host's own form is wanted: it may have to be made.
+    # Do not access `native` for "kohya": the access may have to create it.
     native = None if format == "kohya" else getattr(adapter, "native", None)
     if format != "kohya" and native is None:
         raise ModelError(

@@ -1,4 +1,4 @@
-"""Adapter files of other trainers in the names the host reads.
+"""Conversion of adapter files from other trainers to the host's keys.
 
 Sources of the layouts: kohya sd-scripts (networks/lora.py), OneTrainer (modules/util/convert/lora), ai-toolkit
 (toolkit/network_mixins.py), diffusers (loaders/lora_pipeline.py), peft (utils/save_and_load.py).
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Module paths with points, as OneTrainer keeps them (its own and the OMI layout) and as diffusers saves a UNet's.
+# Prefixes of dotted module paths, from OneTrainer (its own and the OMI layout) and from diffusers' UNets, with kohya's.
 _DOTTED = {
     "unet.": "lora_unet_",
     "lora_unet.": "lora_unet_",
@@ -39,17 +39,19 @@ _KOHYA = {
     "lora.down.weight": "lora_down.weight",
     "lora.up.weight": "lora_up.weight",
 }
-# kohya's prefixes of several text encoders, by diffusers' names of the components.
+# kohya's prefixes for models with several text encoders, by diffusers' component names.
 _TEXT = {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
-# Embeddings that OneTrainer bundles with an adapter.
+# Prefix of embeddings that OneTrainer bundles with an adapter.
 _BUNDLED = "bundle_emb."
 
 
 def host_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors with the names the host does not read put into kohya's; all others as they are.
+    """Rename tensors whose keys the host cannot read to kohya's keys. Keep all other keys.
+
+    Leaves out bundled embeddings.
 
     Raises:
-        ModelError: the host has no form of what they are.
+        ModelError: the file holds a DoRA in peft's form, which the host cannot read.
     """
     found = {}
     for name, tensor in tensors.items():
@@ -69,7 +71,7 @@ def host_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def _host_name(name: str) -> str:
     prefix = next((prefix for prefix in _DOTTED if name.startswith(prefix)), None)
     match = _END.search(name)
-    # Attention processors of older diffusers, and peft's names below a prefix, are read by the host itself.
+    # The host itself reads attention processors of older diffusers versions, and peft's names after a prefix.
     if prefix is None or match is None or ".processor." in name or "base_model." in name:
         return name
     path = name[len(prefix) : match.start()].replace(".", "_")
@@ -78,10 +80,10 @@ def _host_name(name: str) -> str:
 
 
 def host_tensors(native: PeftAdapter) -> dict[str, torch.Tensor]:
-    """peft's tensors in the host's names, with the scale in them; empty for types that need the model's weights.
+    """Convert an adapter in peft's form to the host's keys, with its scales. Empty if the host has no such form.
 
     Raises:
-        ModelError: it is not said how strong a layer is.
+        ModelError: the configuration has no scale for a layer.
     """
     found = {}
     for component, one in native.by_component().items():
@@ -101,24 +103,25 @@ def host_tensors(native: PeftAdapter) -> dict[str, torch.Tensor]:
 
 
 def _host_tensors(native: PeftAdapter, text: str) -> dict[str, torch.Tensor]:
-    """Of one component.
+    """Convert the tensors of one component.
 
     Args:
-        text: kohya's prefix for a text encoder.
+        native: the component's adapter.
+        text: kohya's prefix if the component is a text encoder.
     """
     import torch
 
     found = {}
     for name, tensor in native.tensors.items():
         match = _END.search(name)
-        # The host takes the three factors of a decomposed convolution in another order.
+        # The host expects the three factors of a decomposed convolution in another order.
         if match is None or match["end"] == "lokr_t2":
             return {}
         place = name[: match.start()]
         end = _KOHYA.get(match["end"], match["end"])
         layer = f"transformer.{place}" if native.is_cut else _host_layer(place, text)
         if end == "lokr_w1":
-            # Readers ignore alpha beside two whole factors.
+            # Readers ignore alpha if both factors are full matrices, so put the scale into the first.
             tensor = tensor * native.scales[place]
         elif end in ("lora_down.weight", "hada_w1_b"):
             found[f"{layer}.alpha"] = torch.tensor(float(native.scales[place] * tensor.shape[0]))

@@ -1,4 +1,4 @@
-"""Layers as diffusers cuts them: what a checkpoint keeps in one layer may be several there, or have its rows turned."""
+"""Conversion between a checkpoint's layers and diffusers', which may split a layer or order its rows differently."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from ..families import LayerSplit, SplitsOf
 if TYPE_CHECKING:
     from .peft_format import PeftAdapter
 
-# peft's tensors that have a row for each output; A has none of them.
+# peft's tensors with one row per output. A is not among them.
 _BY_OUTPUT = ("lora_B.", "lora_magnitude_vector")
 _LISTS = ("target_modules",)
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 
 
 def with_splits(native: PeftAdapter, splits_of: SplitsOf) -> PeftAdapter:
-    """An adapter that knows how diffusers cuts its layers; as it was where diffusers publishes one of them nowhere.
+    """Add diffusers' layers to an adapter. Return it unchanged if diffusers has no match for one of its layers.
 
     Args:
-        cuts_of: of a layer by its path in the checkpoint; none where diffusers has no such layer.
+        native: the adapter, on the checkpoint's layers.
+        splits_of: returns diffusers' layers for a path in the checkpoint, an empty tuple if there are none.
     """
     if native.published:
         return native
@@ -31,7 +32,7 @@ def with_splits(native: PeftAdapter, splits_of: SplitsOf) -> PeftAdapter:
 
 
 def cut(native: PeftAdapter) -> PeftAdapter:
-    """The adapter on diffusers' layers: A is each part's, of B each part has its rows. The same differences exactly."""
+    """Convert an adapter to diffusers' layers. Each part gets a copy of A and its own rows of B, which is exact."""
     tensors, scales = {}, {}
     for name, tensor in native.tensors.items():
         place, end = _split(name)
@@ -44,13 +45,15 @@ def cut(native: PeftAdapter) -> PeftAdapter:
 
 
 def joined(native: PeftAdapter, paths: Iterable[str], splits_of: SplitsOf) -> PeftAdapter:
-    """The way back, onto a checkpoint's layers.
+    """Convert an adapter from diffusers' layers to a checkpoint's layers: the inverse of `cut`.
 
     Args:
-        paths: of the checkpoint's layers that are wanted; what is of no other stays as it is.
+        native: the adapter, on diffusers' layers.
+        paths: paths of the checkpoint's layers to convert to. Tensors of other layers stay as they are.
+        splits_of: returns diffusers' layers for a path in the checkpoint.
 
     Raises:
-        ModelError: the parts of a layer were trained apart, with an A or a strength for each.
+        ModelError: the parts of a layer were trained separately, each with its own A or scale.
     """
     import torch
 
@@ -88,13 +91,13 @@ def _refuse_if_apart(path: str, cuts: tuple[LayerSplit, ...], native: PeftAdapte
 
 
 def _split(name: str) -> tuple[str, str]:
-    """(layer, rest) of a tensor's name: `a.b.lora_A.weight` is `lora_A.weight` of `a.b`."""
+    """Split a tensor's name into (layer, rest): `a.b.lora_A.weight` gives (`a.b`, `lora_A.weight`)."""
     place, _, end = name.partition(".lora_")
     return place, f"lora_{end}"
 
 
 def _renamed(config: dict[str, Any], cuts: dict[str, tuple[LayerSplit, ...]]) -> dict[str, Any]:
-    """peft's configuration with layers named as diffusers cuts them."""
+    """Return peft's configuration with diffusers' names of the layers."""
     made = dict(config)
     for name in _LISTS:
         made[name] = sorted(part.name for path in config[name] for part in cuts[path])

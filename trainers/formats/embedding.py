@@ -1,7 +1,7 @@
-"""Textual-inversion embeddings: vectors for each text encoder, and the files that hold them.
+"""Textual-inversion embeddings: vectors for each text encoder, and their files.
 
-Source: the layouts that ComfyUI (`comfy/sd1_clip.py:load_embed`), A1111 and diffusers read. One encoder: a single
-tensor under `emb_params`. Several: `clip_l` and `clip_g`, one tensor each.
+Source: the layouts that ComfyUI (`comfy/sd1_clip.py:load_embed`), A1111 and diffusers read. For one encoder, a file has
+a single tensor `emb_params`; for several encoders, one tensor each, `clip_l` and `clip_g`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 SINGLE = "emb_params"
 
-# A prompt has places for 75 at a time.
+# A prompt has 75 tokens per chunk.
 _MOST_VECTORS = 1000
 
 # Width of a vector by the encoder's key.
@@ -27,8 +27,8 @@ class Embedding(dict):
     """Vectors [n, width] float32 by the encoder's key (`clip_l`, `clip_g`, `clip_h`).
 
     Attributes:
-        name: what follows `embedding:` in prompts.
-        metadata: for its file.
+        name: name after `embedding:` in prompts.
+        metadata: metadata of its file.
     """
 
     def __init__(self, vectors: dict[str, torch.Tensor], name: str, metadata: dict[str, str] | None = None):
@@ -38,12 +38,12 @@ class Embedding(dict):
 
     @property
     def count(self) -> int:
-        """Vectors in each encoder."""
+        """Number of vectors in each encoder."""
         return max(len(vectors) for vectors in self.values())
 
 
 def file_tensors(embedding: Embedding) -> dict[str, torch.Tensor]:
-    """The tensors of an embedding's file."""
+    """Return the tensors of an embedding's file, float32 on the CPU."""
     import torch
 
     ready = {key: value.detach().to("cpu", torch.float32).contiguous().clone() for key, value in embedding.items()}
@@ -51,7 +51,7 @@ def file_tensors(embedding: Embedding) -> dict[str, torch.Tensor]:
 
 
 def save_embedding(path: str, embedding: Embedding, title: str) -> None:
-    """Writes an embedding in the host's layout with ModelSpec metadata."""
+    """Write an embedding in the host's layout with ModelSpec metadata."""
     from .metadata import stamped
 
     tensors = file_tensors(embedding)
@@ -59,11 +59,11 @@ def save_embedding(path: str, embedding: Embedding, title: str) -> None:
 
 
 def load_embedding(path: str, name: str) -> Embedding:
-    """The embedding of a safetensors file.
+    """Load an embedding from a safetensors file.
 
     Raises:
-        ModelError: its tensors are no embedding's.
-        RunError: it cannot be read.
+        ModelError: the file's tensors are not a valid embedding for CLIP.
+        RunError: the file cannot be read.
     """
     tensors, metadata = files.read_tensors(path)
     found = {key: value for key, value in tensors.items() if key in WIDTHS}

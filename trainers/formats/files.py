@@ -1,4 +1,4 @@
-"""Safetensors and JSON files, written so that a reader never sees half of one."""
+"""Safetensors and JSON files, written atomically, with checksums."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# The entry of a file's metadata, or of a JSON object, that holds its checksums.
+# Key of the checksums in a safetensors file's metadata, and of the checksum in a JSON object.
 CHECKSUMS = "graft_checksums"
 _CHECKSUM = "checksum"
 
-# The format's names of torch's dtypes.
+# safetensors' names of torch's dtypes.
 _DTYPES = {
     "float64": "F64",
     "float32": "F32",
@@ -43,14 +43,14 @@ _DTYPES = {
     "uint8": "U8",
     "bool": "BOOL",
 }
-# Bytes of a number, by the format's name; what it has besides is of parts of bytes or of no use in an adapter.
+# Bytes per element, by safetensors' name. Its other dtypes have sub-byte elements or no use in an adapter.
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "BOOL": 1}
 _BYTES |= {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1}
-# Bytes of a file that are mapped at a time while it is read.
+# Bytes of a file to map at a time while reading it.
 _MAPPED_LIMIT = 64 * 1024 * 1024
 _HEADER_LIMIT = 64 * 1024 * 1024
 _MOST_DIMENSIONS = 32
-# Seconds after which a half-written file is no one's any more: whoever writes one touches it all the time.
+# Seconds after which a temporary file counts as abandoned: a live writer modifies its file more often.
 OLD = 3600.0
 _CHUNK = 1 << 20
 # Names of temporary files: see `replacing`.
@@ -58,20 +58,21 @@ _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{1,8}\.tmp", re.DOTALL)
 
 
 def is_link(path: str) -> bool:
-    """Tell whether a path is a symbolic link or a junction."""
-    # Python before 3.12 knows no junctions.
+    """Report whether a path is a symbolic link or a junction."""
+    # Python before 3.12 cannot detect junctions.
     is_junction = getattr(os.path, "isjunction", None)
     return os.path.islink(path) or (is_junction is not None and is_junction(path))
 
 
 def refuse_links(root: str, path: str) -> None:
-    """Refuse a path that goes through a link below a folder; the folder itself may be a link.
+    """Check that no part of a path below a folder is a link. The folder itself may be a link.
 
     Args:
         root: the folder; `path` starts with it.
+        path: the path to check.
 
     Raises:
-        RunError: naming the link.
+        RunError: a part is a link; the error names it.
     """
     part = root
     for name in os.path.relpath(path, root).split(os.sep):
@@ -85,7 +86,7 @@ def refuse_links(root: str, path: str) -> None:
 
 
 def find_link(folder: str) -> str | None:
-    """Return the path of a link anywhere in a folder, None if it holds none."""
+    """Return the path of the first link found anywhere in a folder, None if there is none."""
     for directory, folders, names in os.walk(folder):
         for name in (*folders, *names):
             path = os.path.join(directory, name)
@@ -96,10 +97,10 @@ def find_link(folder: str) -> str | None:
 
 @contextmanager
 def replacing(path: str) -> Iterator[str]:
-    """A temporary path in the same folder that takes the place of `path` when the block ends well.
+    """Yield a temporary path in the same folder. Move that file to `path` if the block succeeds.
 
     Raises:
-        RunError: the folder cannot be written or the disk is full; `path` is then as it was.
+        RunError: the folder cannot be written or the disk is full. `path` is then unchanged.
     """
     folder = os.path.dirname(path)
     temporary = os.path.join(folder, f".{os.path.basename(path)}.{secrets.token_hex(4)}.tmp")
@@ -121,10 +122,14 @@ def replacing(path: str) -> Iterator[str]:
 
 
 def check_room(folder: str, needed: int) -> None:
-    """Finds out before anything is worked on that a folder, there or to be made, cannot take what will be written.
+    """Check in advance that a folder, which need not exist yet, is writable and has enough free space.
+
+    Args:
+        folder: path of the folder.
+        needed: bytes that will be written.
 
     Raises:
-        RunError: nothing can be written there, or less than so many bytes.
+        RunError: the folder is not writable or has less free space.
     """
     present = os.path.abspath(folder)
     while not os.path.isdir(present) and os.path.dirname(present) != present:
@@ -146,10 +151,10 @@ def check_room(folder: str, needed: int) -> None:
 
 @contextmanager
 def new_folder(path: str) -> Iterator[str]:
-    """A temporary folder beside `path` that becomes it when the block ends well, and is gone otherwise.
+    """Yield a temporary folder next to `path`. Rename it to `path` if the block succeeds, else remove it.
 
     Raises:
-        RunError: it cannot be made, or there is something at `path`.
+        RunError: the folder cannot be created, or `path` exists already.
     """
     temporary = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.{secrets.token_hex(4)}.tmp")
     try:
@@ -167,7 +172,7 @@ def new_folder(path: str) -> Iterator[str]:
 
 
 def _sync_folder(folder: str) -> None:
-    """Makes the renaming itself durable, where the system lets a folder be opened."""
+    """Sync a folder to disk, so that a rename in it survives a crash. Do nothing if the system cannot."""
     try:
         handle = os.open(folder, os.O_RDONLY)
     except OSError:
@@ -183,18 +188,21 @@ def _sync_folder(folder: str) -> None:
 def write_tensors(
     path: str, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str], checksums: bool = True
 ) -> None:
-    """Writes a safetensors file atomically; tensors may be on any device and in any layout.
+    """Write a safetensors file atomically. Tensors may be on any device and in any memory layout.
 
-    One tensor after the other, each asked for twice, so that a mapping may make them as they are needed: the library
-    takes a copy of all of them at once, for which there is no room beside all weights.
-    Source of the layout: github.com/huggingface/safetensors, "Format".
+    Writes one tensor after the other, so that a mapping can compute each on access. The safetensors library instead
+    copies all tensors at once, and memory may not hold them in addition to the model's weights.
+    Source of the format: github.com/huggingface/safetensors, "Format".
 
     Args:
-        checksums: whether to add them to the metadata, for `read_tensors` to compare.
+        path: path of the file.
+        tensors: tensors by name; each is accessed several times.
+        metadata: texts by name.
+        checksums: whether to add checksums to the metadata, for `read_tensors` to compare.
     """
     rows: dict[str, dict] = {}
     sizes = {name: tensors[name].element_size() for name in tensors}
-    # Large numbers first, as the library has them: each then begins at a multiple of its size.
+    # Sort by element size, largest first, as the library does: every tensor is then aligned to its element size.
     order = sorted(sizes, key=lambda name: (-sizes[name], name))
     end = 0
     for name in order:
@@ -202,7 +210,7 @@ def write_tensors(
         start, end = end, end + tensor.numel() * tensor.element_size()
         rows[name] = {"dtype": _dtype_name(tensor), "shape": list(tensor.shape), "data_offsets": [start, end]}
     sums = dict.fromkeys(sorted(order) if checksums else (), 0)
-    # Of the same length with the sums, which are known when all is written.
+    # The checksums are known only after writing, but this header with zeros has the same length.
     header, entry = _header(rows, metadata, end, sums)
     with replacing(path) as temporary:
         with open(temporary, "wb") as file:
@@ -221,12 +229,14 @@ def write_tensors(
 def _header(
     rows: dict[str, dict], metadata: dict[str, str], size: int, sums: dict[str, int], own: int = 0
 ) -> tuple[bytes, str]:
-    """The header of a file with its checksums, and the entry of its metadata that holds them.
+    """Return the header of a file, and the metadata entry with the checksums.
 
     Args:
+        rows: header entry of each tensor.
+        metadata: texts by name.
         size: bytes of all tensors.
-        sums: of the tensors by name, in the order of their names.
-        own: of the header itself, whose entry counts as zeros.
+        sums: checksums of the tensors by name, sorted by name.
+        own: checksum of the header itself, computed with zeros in place of the checksum entry.
     """
     entry = f"1:{len(sums)}:{size}:{own:08x}:" + "".join(f"{total:08x}" for total in sums.values())
     plain = {name: text for name, text in metadata.items() if name != CHECKSUMS}
@@ -236,18 +246,18 @@ def _header(
 
 
 def _blanked(header: bytes, entry: str) -> bytes:
-    """A header with zeros in place of the entry of its checksums."""
+    """Return a header with zeros in place of its checksum entry."""
     return header.replace(entry.encode(), b"0" * len(entry), 1)
 
 
 def _checksum(name: str, row: dict, data: memoryview) -> int:
-    """CRC-32 over a tensor's name, dtype, shape and bytes."""
+    """Return the CRC-32 of a tensor's name, dtype, shape and bytes."""
     return zlib.crc32(data, zlib.crc32(f"{name}|{row['dtype']}|{row['shape']}".encode("utf-8", "surrogatepass")))
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether all numbers of a tensor are."""
-    # Through float: not all of the small floats can be asked.
+    """Report whether all elements of a tensor are finite."""
+    # Some one-byte dtypes do not support isfinite, so convert them to float32.
     return bool((tensor.float() if tensor.dtype.itemsize == 1 else tensor).isfinite().all())
 
 
@@ -259,7 +269,7 @@ def _dtype_name(tensor: torch.Tensor) -> str:
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
-    """The numbers of a tensor on any device and in any layout, in the order of its places."""
+    """Return the bytes of a tensor's elements in row-major order, from any device and memory layout."""
     import torch
 
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
@@ -269,16 +279,17 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
 def read_tensors(
     path: str, names: Iterable[str] | None = None, strict: bool = False
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors on the CPU, all or those of some names, and metadata of a safetensors file.
+    """Read tensors (on the CPU) and metadata from a safetensors file.
 
-    Tensors are compared with the checksums that `write_tensors` has put into the file; other files have none.
+    Compares the tensors with the checksums that `write_tensors` wrote. Other programs' files have none.
 
     Args:
-        strict: whether to refuse a changed header too, which otherwise is only logged: users edit metadata.
+        path: path of the file.
+        names: names of the tensors to read, None for all.
+        strict: whether to refuse a changed header too. Otherwise it is only logged, because users edit metadata.
 
     Raises:
-        RunError: naming the file, when it is missing, no sound safetensors file, not as it was written, or without
-            one of the names.
+        RunError: the file is missing, invalid or damaged, or lacks one of the names. The error names the file.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -289,12 +300,12 @@ def read_tensors(
     try:
         tensors = {}
         while left:
-            # Opened anew every so often: what is mapped counts as this process's memory until it is closed.
+            # Reopen the file now and then: mapped pages count as this process's memory until it is closed.
             with safe_open(path, framework="pt", device="cpu") as file:
                 mapped = 0
                 while left and mapped < _MAPPED_LIMIT:
                     name = left.pop()
-                    # Copied: what is mapped keeps the file from being replaced or removed on Windows.
+                    # Copy the tensor: on Windows, a mapped file cannot be replaced or removed.
                     tensors[name] = file.get_tensor(name).clone()
                     mapped += tensors[name].nbytes
                     if name in sums and sums[name] != f"{_checksum(name, header[name], bytes_of(tensors[name])):08x}":
@@ -305,24 +316,27 @@ def read_tensors(
 
 
 def read_metadata(path: str) -> dict[str, str]:
-    """Metadata of a safetensors file without reading its tensors or checksums; empty when it has none.
+    """Return the metadata of a safetensors file without its checksums, empty if it has none. Do not read tensors.
 
     Raises:
-        RunError: naming the file, when it is missing or no sound safetensors file.
+        RunError: the file is missing or invalid; the error names it.
     """
     metadata = read_header(path).get("__metadata__", {})
     return {name: text for name, text in metadata.items() if name != CHECKSUMS}
 
 
 def _sums(path: str, raw: bytes, header: dict[str, dict], entry: str, strict: bool) -> dict[str, str]:
-    """The checksums of a file's tensors by name; empty where it has none, or another program put other tensors in.
+    """Return the checksums of a file's tensors by name, empty if it has none or they belong to other tensors.
 
     Args:
-        raw: the header as it stands in the file.
-        entry: of its metadata, empty in files of others and of earlier versions.
+        path: path of the file.
+        raw: the header's bytes.
+        header: entries of the tensors by name.
+        entry: checksum entry of the metadata, empty in files of other programs and of earlier versions.
+        strict: whether to refuse a changed header.
 
     Raises:
-        RunError: the header was changed, and `strict`.
+        RunError: the header was changed and `strict` is set.
     """
     if not entry:
         return {}
@@ -346,16 +360,16 @@ def _changed(path: str, what: str) -> RunError:
 
 
 def read_header(path: str) -> dict[str, dict]:
-    """The header of a safetensors file: what is known of each tensor by its name, and `__metadata__`.
+    """Return the header of a safetensors file: an entry per tensor, and `__metadata__` if the file has metadata.
 
     Raises:
-        RunError: naming the file, when it is missing, no safetensors file, or its header and its bytes do not agree.
+        RunError: the file is missing or not safetensors, or its header does not match its size. The error names it.
     """
     return _read_header(path)[1]
 
 
 def _read_header(path: str) -> tuple[bytes, dict[str, dict]]:
-    """The header of a file as it stands there, and what it says. Raises as `read_header` does."""
+    """Return the header of a file as bytes and as parsed JSON. Raise RunError as `read_header` does."""
     try:
         with open(path, "rb") as file:
             size = struct.unpack("<Q", _exactly(file, 8))[0]
@@ -385,7 +399,7 @@ def _exactly(file: BinaryIO, size: int) -> bytes:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object whose names are all different: of two of a name each reader might take another."""
+    """Build a JSON object and refuse duplicate names, because readers differ in which of them they take."""
     found = dict(pairs)
     if len(found) < len(pairs):
         raise ValueError("a name stands twice in its header")
@@ -393,13 +407,14 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_header(header: Any, present: int) -> None:
-    """Refuses a header that lies, before anything is reserved for what it says.
+    """Check a header before any memory is allocated for the tensors that it describes.
 
     Args:
-        present: bytes behind it.
+        header: the parsed header.
+        present: number of bytes that follow the header.
 
     Raises:
-        ValueError: it is none, or not of so many bytes.
+        ValueError: the header is invalid or does not match the number of bytes.
     """
     if not isinstance(header, dict):
         raise ValueError("its header is no object")
@@ -417,7 +432,7 @@ def _check_header(header: Any, present: int) -> None:
 
 
 def _span(name: str, row: Any) -> tuple[int, int]:
-    """Where a tensor's bytes lie. Raises ValueError when they are not as many as its shape and dtype need."""
+    """Return start and end of a tensor's bytes. Raise ValueError if the entry is invalid or the size is wrong."""
     shown = name[:80]
     try:
         dtype, shape, (start, stop) = row["dtype"], row["shape"], row["data_offsets"]
@@ -436,13 +451,14 @@ def _span(name: str, row: Any) -> tuple[int, int]:
 
 
 def parse_json(text: str | bytes, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None):
-    """The value of a JSON text from anywhere.
+    """Parse JSON from an untrusted source.
 
     Args:
-        pairs: makes a value of an object's pairs; may raise ValueError.
+        text: the JSON text.
+        pairs: builds the value of an object from its pairs; may raise ValueError.
 
     Raises:
-        ValueError: it is none, or nested too deeply to be read.
+        ValueError: the text is not JSON or is nested too deeply.
     """
     try:
         return json.loads(text, object_pairs_hook=pairs)
@@ -451,7 +467,7 @@ def parse_json(text: str | bytes, pairs: Callable[[list[tuple[str, Any]]], Any] 
 
 
 def write_json(path: str, value) -> None:
-    """Writes readable JSON atomically."""
+    """Write indented JSON atomically."""
     with replacing(path) as temporary:
         with open(temporary, "w", encoding="utf-8") as file:
             json.dump(value, file, indent=1, sort_keys=True)
@@ -459,10 +475,10 @@ def write_json(path: str, value) -> None:
 
 
 def read_json(path: str):
-    """The value in a JSON file.
+    """Return the value in a JSON file.
 
     Raises:
-        RunError: naming the file, when it is not JSON.
+        RunError: the file cannot be read or is not JSON; the error names it.
     """
     try:
         with open(path, encoding="utf-8") as file:
@@ -477,10 +493,10 @@ def write_own_json(path: str, value: dict[str, Any]) -> None:
 
 
 def read_own_json(path: str) -> Any:
-    """Return the value in a JSON file, without its checksum; files of earlier versions have none.
+    """Return the value in a JSON file without its checksum. Files of earlier versions have no checksum.
 
     Raises:
-        RunError: naming the file, when it is not JSON, or not as it was written.
+        RunError: the file is not JSON or does not match its checksum; the error names it.
     """
     value = read_json(path)
     if not isinstance(value, dict) or _CHECKSUM not in value:
@@ -495,13 +511,13 @@ def read_own_json(path: str) -> Any:
 
 
 def _json_sum(value: dict[str, Any]) -> str:
-    # Read back first: names that are numbers become texts, and sort otherwise.
+    # Convert to JSON and back first: integer keys become strings, which sort differently.
     text = json.dumps(json.loads(json.dumps(value)), sort_keys=True)
     return f"{zlib.crc32(text.encode()):08x}"
 
 
 def file_hash(path: str) -> str:
-    """SHA-256 of a file."""
+    """Return the SHA-256 of a file."""
     total = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(_CHUNK):
@@ -510,18 +526,19 @@ def file_hash(path: str) -> str:
 
 
 def sweep(folder: str, older_than: float = OLD) -> None:
-    """Remove temporary files of `replacing` that a killed process left in a folder, once they are old.
+    """Remove old temporary files of `replacing` that a killed process left in a folder.
 
     Args:
-        older_than: seconds; younger files stay. 0 only where no other process can write there, as in the folder of a
-            run that is held.
+        folder: the folder to search; its subfolders stay as they are.
+        older_than: seconds; younger files stay. Use 0 only if no other process can write to the folder, for example
+            while this process holds the run.
     """
     if not os.path.isdir(folder):
         return
     for entry in os.scandir(folder):
         if not _TEMPORARY.fullmatch(entry.name) or is_link(entry.path):
             continue
-        # Another process may finish or sweep it meanwhile.
+        # Another process may rename or remove the file meanwhile.
         with suppress(FileNotFoundError):
             aged = not older_than or time.time() - entry.stat(follow_symlinks=False).st_mtime > older_than
             if aged and entry.is_file(follow_symlinks=False):

@@ -1,4 +1,4 @@
-"""Whole differences: what changed of each weight, in the names the host reads, made one tensor at a time."""
+"""Full differences: trained minus base weights under the host's keys, computed one tensor at a time."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ if TYPE_CHECKING:
 
 
 def difference_key(name: str, names: Collection[str], name_of: Callable[[str], str]) -> str:
-    """The host's key for the difference of a parameter.
+    """Return the host's key for the difference of a parameter.
 
-    The host finds a layer by its `.weight`; `.diff` is then of the weight and `.diff_b` of the bias beside it. All
-    other parameters, such as the scale of a norm, it finds by their whole names.
+    The host finds a layer by its `.weight`: `.diff` belongs to the weight and `.diff_b` to the bias of the same layer.
+    It finds all other parameters, such as the scale of a norm, by their full names.
 
     Args:
-        name: of the parameter in its tree.
-        names: of all parameters of the tree.
-        name_of: a path's name in the file.
+        name: name of the parameter in its module tree.
+        names: names of all parameters in the tree.
+        name_of: returns the name of a path in the file.
     """
     path, _, leaf = name.rpartition(".")
     if leaf == "weight":
@@ -29,9 +29,9 @@ def difference_key(name: str, names: Collection[str], name_of: Callable[[str], s
 
 
 class FullDiff(Mapping):
-    """Trained minus base by the host's key, float32 on the CPU.
+    """Mapping from the host's keys to trained minus base weights, float32 on the CPU.
 
-    Each is made when it is asked for: together they weigh as much as the model.
+    It computes each difference on access, because together they are as large as the model.
     """
 
     def __init__(self, pairs: dict[str, tuple[torch.Tensor, torch.Tensor]]):
@@ -39,7 +39,7 @@ class FullDiff(Mapping):
 
     @classmethod
     def joined(cls, parts: Iterable[FullDiff]) -> FullDiff:
-        """Those of several trees together."""
+        """Merge the differences of several module trees."""
         return cls({key: pair for part in parts for key, pair in part._pairs.items()})
 
     def __getitem__(self, key: str) -> torch.Tensor:
@@ -53,12 +53,12 @@ class FullDiff(Mapping):
         return len(self._pairs)
 
     def taken(self) -> dict[str, torch.Tensor]:
-        """All of them, each in the place of its trained values wherever these can become it; those are lost."""
+        """Compute all differences. They overwrite the trained values, except where those need a copy first."""
         made: dict[str, torch.Tensor] = {}
         first: dict[int, str] = {}
         for key, (trained, base) in self._pairs.items():
             if id(trained) in first:
-                # A weight that two layers share: files hold it under both names.
+                # Two layers share this weight. The file holds it under both names.
                 made[key] = made[first[id(trained)]].clone()
                 continue
             first[id(trained)] = key
@@ -70,7 +70,7 @@ class FullDiff(Mapping):
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
-    """The same values, float32 on the CPU; itself where it is that already."""
+    """Return the values as float32 on the CPU. A tensor that is float32 on the CPU keeps its memory."""
     import torch
 
     return tensor.detach().to("cpu", torch.float32)

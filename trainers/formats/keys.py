@@ -1,4 +1,4 @@
-"""The layers of an adapter: its tensors by layer, their ends in kohya's words whatever the file's own are."""
+"""Layers of an adapter: its tensors grouped by layer, with kohya's key suffixes whatever the file's layout."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ UP, DOWN, MID, ALPHA = "lora_up.weight", "lora_down.weight", "lora_mid.weight", 
 DORA = "dora_scale"
 WHOLE, BIAS = "diff", "diff_b"
 
-# What a key may end with, as the host's loaders know it (comfy/weight_adapter, comfy/lora.py); the longest that fits.
+# Key suffixes that the host's loaders know (comfy/weight_adapter, comfy/lora.py). The longest match applies.
 _ENDS = {
     ".lora_up.weight": UP,
     ".lora_down.weight": DOWN,
@@ -32,7 +32,7 @@ _ENDS = {
     "_lora.down.weight": DOWN,
     ".lora_linear_layer.up.weight": UP,
     ".lora_linear_layer.down.weight": DOWN,
-    # A norm's difference in the words of LyCORIS.
+    # LyCORIS' names for the full difference of a norm.
     ".w_norm": WHOLE,
     ".b_norm": BIAS,
 }
@@ -42,13 +42,13 @@ _SAME = re.compile(
 )
 
 _UNET, _TEXT, _SECOND, _T5 = "unet", "te1", "te2", "te3"
-# Where a layer is, whatever the layout calls it; what comes first wins.
+# Network of a layer by key prefix, for all layouts. The first match applies.
 _PREFIXES = {
     "text_encoders.clip_g.transformer.": _SECOND,
     "text_encoders.t5xxl.transformer.": _T5,
     "text_encoders.clip_l.transformer.": _TEXT,
     "text_encoders.clip_h.transformer.": _TEXT,
-    # The host's own weights.
+    # Prefixes of the host's own weights.
     "clip_g.transformer.": _SECOND,
     "t5xxl.transformer.": _T5,
     "clip_l.transformer.": _TEXT,
@@ -70,7 +70,7 @@ _PREFIXES = {
     "lycoris_": _UNET,
 }
 
-# Files name one model's layers in different ways; the first part of a path tells which.
+# Layouts by the first part of a layer's path: files name the layers of one model in different ways.
 _LAYOUTS = {
     "input_blocks": "the UNet's own",
     "middle_block": "the UNet's own",
@@ -96,7 +96,11 @@ Layers = dict[str, dict[str, "torch.Tensor"]]
 
 
 def split(tensors: dict[str, torch.Tensor]) -> tuple[Layers, list[str]]:
-    """(tensors by layer's name and end, keys that are no layer's)."""
+    """Group tensors by layer.
+
+    Returns:
+        (tensors by layer name and key suffix, keys that belong to no layer).
+    """
     found: Layers = {}
     others = []
     for key, tensor in tensors.items():
@@ -108,8 +112,8 @@ def split(tensors: dict[str, torch.Tensor]) -> tuple[Layers, list[str]]:
     return found, others
 
 
-# Pairs of factors, of which the columns of the first are as many as the rows of the second; with a core between them
-# the rows of both are as many as the core's.
+# (first factor, second factor, core). Without a core, the first has as many columns as the second has rows. With a
+# core [r1, r2, kh, kw], the first has r1 rows and the second r2 rows.
 _FACTORS = (
     ("hada_w1_a", "hada_w1_b", "hada_t1"),
     ("hada_w2_a", "hada_w2_b", "hada_t2"),
@@ -120,14 +124,15 @@ _GLORA = ("a1.weight", "a2.weight", "b1.weight", "b2.weight")
 
 
 def check_parts(tensors: dict[str, torch.Tensor], whose: str, input: str) -> None:
-    """Refuses an adapter whose parts do not fit each other: the host would leave out a layer with a line in its log.
+    """Check that the tensors of each layer fit each other. The host would skip a wrong layer and only log a line.
 
     Args:
-        whose: what it is called in the error, at a sentence's beginning.
-        input: of the node.
+        tensors: tensors of the adapter.
+        whose: name of the adapter at the start of the error message.
+        input: name of the node's input, for the error.
 
     Raises:
-        ModelError: naming the layer.
+        ModelError: the tensors of a layer do not fit; the error names the layer.
     """
     for name, held in split(tensors)[0].items():
         why = _misfit(held)
@@ -138,7 +143,7 @@ def check_parts(tensors: dict[str, torch.Tensor], whose: str, input: str) -> Non
 
 
 def _misfit(held: dict[str, torch.Tensor]) -> str:
-    """Why a layer's tensors do not fit each other; empty when they do."""
+    """Return the reason why a layer's tensors do not fit each other, empty if they do."""
     for end, tensor in held.items():
         if end == ALPHA and tensor.numel() != 1:
             return f"alpha is {list(tensor.shape)} and no number"
@@ -168,7 +173,7 @@ def _misfit(held: dict[str, torch.Tensor]) -> str:
 
 
 def _misfit_of_pairs(held: dict[str, torch.Tensor]) -> str:
-    """Of the two products of a LoHa or LoKr, and of the parts of OFT and GLoRA."""
+    """Return the reason why the tensors of a LoHa, LoKr, OFT or GLoRA layer do not fit, empty if they do."""
     if any(end.startswith("hada_") for end in held):
         if not {"hada_w1_a", "hada_w2_a"} <= held.keys():
             return f"{'hada_w2_a' if 'hada_w1_a' in held else 'hada_w1_a'} is missing"
@@ -200,17 +205,19 @@ def _misfit_of_pairs(held: dict[str, torch.Tensor]) -> str:
 
 
 def _product_shape(held: dict[str, torch.Tensor], first: str, second: str, core: str) -> tuple[int, ...]:
-    """Of two factors, with the kernel of the core between them."""
+    """Return the shape of the product of two factors, with the core's kernel size if there is a core."""
     if core in held:
         return (held[first].shape[1], held[second].shape[1], *held[core].shape[2:])
     return (held[first].shape[0], held[second][0].numel())
 
 
 def shape_of(held: dict[str, torch.Tensor]) -> tuple[int, ...] | None:
-    """The shape of what a layer's tensors add, flat where they do not say a kernel; None where they do not add.
+    """Return the shape of the difference that a layer's tensors add to a weight, None if they do not add one.
+
+    The shape is flat, [out, in * kernel], if the tensors do not hold the kernel's size.
 
     Args:
-        held: by their ends, fitting each other.
+        held: tensors of the layer by key suffix, which fit each other.
     """
     if UP in held and DOWN in held:
         middle = held.get(MID)
@@ -229,13 +236,13 @@ def shape_of(held: dict[str, torch.Tensor]) -> tuple[int, ...] | None:
 
 
 def misfit_of_layer(held: dict[str, torch.Tensor], shape: tuple[int, ...]) -> str:
-    """Why a layer's tensors do not fit a weight; empty when they do.
+    """Return the reason why a layer's tensors do not fit a weight, empty if they do.
 
-    ComfyUI multiplies them out and reshapes the product, or turns the weight, and reports a failure in its log alone.
+    ComfyUI multiplies the factors and reshapes the product, or rotates the weight, and only logs a failure.
 
     Args:
-        held: by their ends, in kohya's words.
-        shape: of the weight, [out, in, ...].
+        held: tensors of the layer by kohya's key suffix.
+        shape: shape of the weight, [out, in, ...].
     """
     layer = f"the layer {list(shape)}"
     inner = math.prod(shape[1:])
@@ -249,7 +256,7 @@ def misfit_of_layer(held: dict[str, torch.Tensor], shape: tuple[int, ...]) -> st
         return f"the shape {list(found)}, {layer}"
     if "oft_blocks" in held:
         *steps, count, size, _ = held["oft_blocks"].shape
-        # Each step of BOFT takes rows apart that lie twice as far from each other as in the step before.
+        # Each step of BOFT combines rows that lie twice as far apart as in the step before.
         apart = steps and (size % 2 or shape[0] % (size * 2 ** (min(steps[0], 32) - 1)))
         if count * size != shape[0] or apart:
             return f"oft_blocks {list(held['oft_blocks'].shape)} for {count * size} rows, {layer}"
@@ -293,29 +300,29 @@ def _parted(key: str) -> tuple[str, str | None]:
 
 
 def common_name(name: str) -> tuple[str, str]:
-    """(which network, the layer's path with low lines): the same for a layer under all names of one layout."""
+    """Return (network, path with underscores) of a layer. All names of a layer within one layout give the same."""
     prefix = next((prefix for prefix in _PREFIXES if name.startswith(prefix)), "")
     path = name[len(prefix) :]
     if ".processor." in path:
         path = path.replace(".processor.", ".")
-        # As the oldest files of diffusers call an attention's output.
+        # The oldest files of diffusers name an attention's output without its index.
         path += ".0" if path.endswith(".to_out") else ""
     return _PREFIXES.get(prefix, ""), path.replace(".", "_")
 
 
 def is_text(name: str) -> bool:
-    """Whether a layer is a text encoder's."""
+    """Report whether a layer belongs to a text encoder."""
     return common_name(name)[0] in (_TEXT, _SECOND, _T5) or name.startswith("text_encoders.")
 
 
 def layouts(names) -> set[str]:
-    """The ways in which layers of a diffusion model are named."""
+    """Return the layouts that the names of a diffusion model's layers follow."""
     matches = (_FIRST.match(path) for network, path in map(common_name, names) if network in (_UNET, ""))
     return {_LAYOUTS[match[1]] for match in matches if match is not None}
 
 
 def block_of(name: str) -> str:
-    """The block a layer is in, as one says it: `input_blocks.4`, `double_blocks.7`, `te1 layers.3`."""
+    """Return the name of a layer's block: `input_blocks.4`, `double_blocks.7`, `te1 layers.3`."""
     network, path = common_name(name)
     match = _BLOCK.match(path)
     if match is None:
@@ -326,7 +333,7 @@ def block_of(name: str) -> str:
 
 
 def type_of(tensors: dict[str, torch.Tensor]) -> str:
-    """The adapter type of a layer, from what there is of it."""
+    """Return the adapter type of a layer, derived from the key suffixes of its tensors."""
     ends = tensors.keys()
     if DORA in ends:
         return "DoRA"

@@ -1,4 +1,4 @@
-"""Adapter tensors in kohya's names: `<module>.lora_down.weight`, `.lora_up.weight`, `.alpha` and their kin."""
+"""Adapter tensors with kohya's names: `<module>.lora_down.weight`, `.lora_up.weight`, `.alpha` and so on."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ if TYPE_CHECKING:
 
 
 def to_kohya(layers: dict[str, dict[str, torch.Tensor]], name_of: Callable[[str], str]) -> dict[str, torch.Tensor]:
-    """The tensors of an adapter file.
+    """Return the tensors of an adapter file.
 
     Args:
-        layers: by module path, the layer's tensors by what follows its name: `lora_down.weight`, `alpha`, ...
-        name_of: a module path's name in the file.
+        layers: tensors by module path and key suffix: {path: {"lora_down.weight": tensor, "alpha": tensor, ...}}.
+        name_of: returns the name of a module path in the file.
 
     Returns:
-        Contiguous, unshared float32 tensors on the CPU.
+        Contiguous float32 tensors on the CPU that share no memory.
     """
     tensors = {}
     for path in sorted(layers):
@@ -28,12 +28,12 @@ def to_kohya(layers: dict[str, dict[str, torch.Tensor]], name_of: Callable[[str]
 
 
 def lora_tensors(down: torch.Tensor, up: torch.Tensor, alpha: float) -> dict[str, torch.Tensor]:
-    """A LoRA layer's tensors.
+    """Return the tensors of a LoRA layer by key suffix.
 
     Args:
         down: [r, in, ...].
         up: [out, r, ...].
-        alpha: effective scale is alpha / r.
+        alpha: the layer's effective scale is alpha / r.
     """
     import torch
 
@@ -41,7 +41,7 @@ def lora_tensors(down: torch.Tensor, up: torch.Tensor, alpha: float) -> dict[str
 
 
 def own(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy of one's own, float32 on the CPU, contiguous."""
+    """Return a contiguous float32 copy on the CPU that shares no memory with the tensor."""
     import torch
 
     return tensor.detach().to("cpu", torch.float32).contiguous().clone()

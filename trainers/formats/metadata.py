@@ -1,6 +1,6 @@
 """Metadata of an adapter file: kohya's `ss_*` fields and ModelSpec 1.0.1.
 
-Source: github.com/Stability-AI/ModelSpec; the field names kohya sd-scripts writes and other tools read.
+Sources: github.com/Stability-AI/ModelSpec; the field names that kohya's sd-scripts writes and other tools read.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ _ARCHITECTURES = {
 }
 
 
-# The run that made a file.
+# Field with the identity of the run that made a file.
 IDENTITY = "graft_identity"
 
 
 def describe_training(given: dict, kind: str) -> dict[str, str]:
-    """Metadata of what was trained.
+    """Return the metadata of a trained file.
 
     Args:
-        kind: ModelSpec's word for it: "lora", "textual-inversion".
-        given: `ss_*` fields by name without the prefix, and `family`, `parameterisation`,
-            `resolution` (pixels), `trigger`, `recipe` (JSON-able), `identity` (of the run), `thumbnail` (data URI).
+        given: `ss_*` fields without that prefix, and `family`, `parameterisation`, `resolution` (pixels), `trigger`,
+            `recipe` (JSON-compatible), `identity` (of the run) and `thumbnail` (data URI).
+        kind: ModelSpec's name of the kind of file: "lora" or "textual-inversion".
     """
     facts = dict(given)
     identity = facts.pop("identity")
@@ -64,9 +64,9 @@ def describe_training(given: dict, kind: str) -> dict[str, str]:
     return fields
 
 
-# Where a merged, resized or extracted adapter comes from.
+# Field with the origin of a merged, resized or extracted adapter.
 MADE = "graft_made"
-# Of one training or one file alone.
+# Fields that belong to a single training or file, so that derived files do not inherit them.
 _OWN = (
     IDENTITY,
     "graft_recipe",
@@ -87,12 +87,12 @@ _TRIGGER = "modelspec.trigger_phrase"
 
 
 def derived(made: dict, sources: list[dict[str, str]], rank: int | None) -> dict[str, str]:
-    """Metadata of an adapter made of others: what all of them say alike, their triggers, and where it comes from.
+    """Return the metadata of an adapter made from others: the fields they agree on, their triggers and its origin.
 
     Args:
-        made: how, JSON-able.
-        sources: the others' metadata.
-        rank: of all layers, None where they differ or there is none.
+        made: description of the operation, JSON-compatible.
+        sources: metadata of the source adapters.
+        rank: rank of all layers; None if they differ or have none.
     """
     first = sources[0] if sources else {}
     alike = {name for name in first if all(other.get(name) == first[name] for other in sources)}
@@ -108,7 +108,7 @@ def derived(made: dict, sources: list[dict[str, str]], rank: int | None) -> dict
 
 
 def title_of(metadata: dict[str, str]) -> str:
-    """What an adapter is called; empty when it does not say."""
+    """Return an adapter's title from its metadata, empty if it has none."""
     return metadata.get("modelspec.title") or metadata.get("ss_output_name") or ""
 
 
@@ -120,7 +120,7 @@ def _history(metadata: dict[str, str]) -> dict:
 
 
 def stamped(metadata: dict[str, str], tensors: Mapping[str, torch.Tensor], title: str) -> dict[str, str]:
-    """The metadata of a file about to be written: with title, date and the hash of its tensors."""
+    """Return a copy of metadata with title, date and the hash of the tensors added, ready to write."""
     fields = dict(metadata)
     fields["modelspec.title"] = title
     fields["modelspec.date"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -130,7 +130,7 @@ def stamped(metadata: dict[str, str], tensors: Mapping[str, torch.Tensor], title
 
 
 def data_uri(path: str) -> str:
-    """A picture file as a data URI: JPEG of at most 256 pixels a side."""
+    """Return a picture file as a data URI: a JPEG of at most 256 pixels per side."""
     import base64
     import io
 
@@ -145,7 +145,7 @@ def data_uri(path: str) -> str:
 
 
 def tensors_hash(tensors: Mapping[str, torch.Tensor]) -> str:
-    """Hash over names, dtypes, shapes and bytes of tensors."""
+    """Return the SHA-256 of the tensors' names, dtypes, shapes and bytes."""
     import torch
 
     total = hashlib.sha256()

@@ -1,4 +1,4 @@
-"""An adapter as peft has it, beside the form the host reads: peft's folders and diffusers' files, both ways."""
+"""Adapters in peft's form: reading and writing of peft's folders and diffusers' LoRA files."""
 
 from __future__ import annotations
 
@@ -17,40 +17,40 @@ from .diffusers_split import cut
 if TYPE_CHECKING:
     import torch
 
-# Of what scales a layer: far beyond what is of use, and within what float32 can multiply.
+# Limit on ranks and alphas: far beyond useful values, and safe to multiply in float32.
 _LARGEST = 1e9
-# States of all keys of a pattern over all layers: a key for each layer of a large model takes a tenth.
+# Limit on automaton states to visit per pattern. One key per layer of a large model needs a tenth of it.
 _MOST_LOOKED_AT = 50_000_000
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 
 _PEFT = "base_model.model."
-# The prefixes of a diffusers file, by component.
+# Key prefixes in a diffusers file, by component.
 _PREFIXES = {"": "unet.", "text_encoder": "text_encoder.", "text_encoder_2": "text_encoder_2."}
 _TRANSFORMER = "transformer."
-# Around CLIP's text transformer, up to transformers 5.5 and in encoders with a projection; diffusers' files have it.
+# Wrapper of CLIP's text transformer, in transformers up to 5.5, in encoders with a projection and in diffusers' files.
 _WRAPPER = "text_model."
-# The top modules of the UNets that diffusers publishes.
+# Top-level modules of UNets in diffusers.
 _PUBLISHED = re.compile(r"(down_blocks|mid_block|up_blocks|conv_in|conv_out|time_embedding|add_embedding)\b")
-# What diffusers' own loader takes.
+# peft types that diffusers' own loader accepts.
 _DIFFUSERS_TYPES = ("LORA",)
 _LORA_CONFIG = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "use_dora", "bias")
 
 
 @dataclass(frozen=True)
 class PeftAdapter:
-    """An adapter in peft's own terms.
+    """Adapter in peft's form.
 
     Attributes:
-        method: key into the methods.
-        config: what `adapter_config.json` holds.
-        tensors: by `<module path>.<peft's name>`, float32 on the CPU.
-        published: whether paths are those of the model as diffusers publishes it; otherwise the checkpoint's own.
-        scales: by module path, the effective scale of the low-rank product; empty where there is none.
-        text: the same of each text encoder, by its component's name in diffusers' pipelines.
-        cuts: by the checkpoint's own path, the layers that diffusers has for it; empty where that is not known.
-        is_cut: whether paths are of those layers.
+        method: name of the training method.
+        config: content of `adapter_config.json`.
+        tensors: float32 tensors on the CPU by `<module path>.<peft's name>`.
+        published: True if module paths are diffusers', False if they are the checkpoint's own.
+        scales: effective scale of the low-rank product by module path; empty if there is none.
+        text: adapters of the text encoders, by component name in diffusers' pipelines.
+        cuts: diffusers' layers by the checkpoint's module path; empty if they are unknown.
+        is_cut: whether the tensors belong to the layers in `cuts`.
     """
 
     method: str
@@ -63,17 +63,21 @@ class PeftAdapter:
     is_cut: bool = False
 
     def by_component(self) -> dict[str, PeftAdapter]:
-        """All of it by component; the denoiser's is the empty one."""
+        """Return the adapters by component name. The denoiser has the empty name."""
         return {"": self, **self.text}
 
     def all_tensors(self) -> dict[str, torch.Tensor]:
-        """The tensors of all components, by `<component> <name>` for a text encoder's."""
+        """Return the tensors of all components, with names `<component> <name>` for text encoders."""
         parts = self.by_component().items()
         return {f"{of} {name}".lstrip(): tensor for of, one in parts for name, tensor in one.tensors.items()}
 
 
 def write_peft(folder: str, native: PeftAdapter, metadata: dict[str, str]) -> list[str]:
-    """A folder that `PeftModel.from_pretrained` takes, one in it for each text encoder; the paths of the weights."""
+    """Write a folder for `PeftModel.from_pretrained`, with a subfolder for each text encoder.
+
+    Returns:
+        Paths of the weight files.
+    """
     with files.new_folder(folder) as temporary:
         for component, one in native.by_component().items():
             tensors = {_PEFT + _as_saved(name): tensor for name, tensor in one.tensors.items()}
@@ -83,10 +87,10 @@ def write_peft(folder: str, native: PeftAdapter, metadata: dict[str, str]) -> li
 
 
 def diffusers_form(native: PeftAdapter) -> PeftAdapter:
-    """The adapter on the layers that diffusers has.
+    """Return the adapter for diffusers' layers.
 
     Raises:
-        ModelError: diffusers has no such type, or it is not known how it cuts the model.
+        ModelError: diffusers' loader does not know the adapter type, or diffusers' layers of this model are unknown.
     """
     if native.config["peft_type"] not in _DIFFUSERS_TYPES:
         raise ModelError(
@@ -106,10 +110,12 @@ def diffusers_form(native: PeftAdapter) -> PeftAdapter:
 
 
 def write_diffusers(path: str, native: PeftAdapter, metadata: dict[str, str]) -> None:
-    """A file that diffusers' `load_lora_weights` takes, its scale worked into B so that no reader can miss it.
+    """Write a file for diffusers' `load_lora_weights`. It multiplies B by the scale, so that no reader can miss it.
 
     Args:
-        native: as `diffusers_form` has it.
+        path: path of the file.
+        native: adapter from `diffusers_form`.
+        metadata: metadata of the file.
     """
     tensors, described = {}, {}
     for component, one in native.by_component().items():
@@ -127,25 +133,27 @@ def write_diffusers(path: str, native: PeftAdapter, metadata: dict[str, str]) ->
 
 
 def _unwrapped(value: Any) -> Any:
-    """A value of a configuration with layers named by what CLIP's paths end in, with and without the wrapper."""
+    """Return a config value with CLIP's wrapper removed from layer names, so that they match with and without it."""
     if isinstance(value, dict):
         return {name.removeprefix(_WRAPPER): number for name, number in value.items()}
     return [name.removeprefix(_WRAPPER) for name in value] if isinstance(value, list) else value
 
 
 def _as_saved(name: str) -> str:
-    # peft keeps a magnitude as a module and saves it as a plain tensor.
+    # peft holds DoRA's magnitude as a module but saves it as a plain tensor.
     return name.removesuffix(".weight") if name.endswith("lora_magnitude_vector.weight") else name
 
 
 def read_native(path: str, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> PeftAdapter | None:
-    """What a file of peft's or diffusers' layout holds, None for any other layout.
+    """Return the adapter in a file with peft's or diffusers' layout, None for any other layout.
 
     Args:
-        path: of the file; peft's configuration lies beside it.
+        path: path of the file; peft's configuration is in the same folder.
+        tensors: tensors of the file.
+        metadata: metadata of the file.
 
     Raises:
-        ModelError: peft's configuration is missing, or is of a type that is not known here.
+        ModelError: peft's configuration is missing or names an unknown adapter type.
     """
     if all(name.startswith(_PEFT) for name in tensors):
         found = _native(path, _peft_config(path), tensors, _PEFT)
@@ -162,12 +170,12 @@ def read_native(path: str, tensors: dict[str, torch.Tensor], metadata: dict[str,
             found = _native(path, _diffusers_config(path, metadata, prefix), own, prefix)
             found = replace(found, is_cut=prefix == _TRANSFORMER)
             parts[component] = _as_published(component, found)
-    # What is a text encoder's alone is read by the host as it is.
+    # If the file has only text encoder layers, the host reads it as it is.
     return replace(parts.pop(""), text=parts) if "" in parts else None
 
 
 def _peft_text(folder: str) -> dict[str, PeftAdapter]:
-    """What lies in the folders inside peft's for the text encoders."""
+    """Read the text encoders' adapters from the subfolders of peft's folder."""
     found = {}
     for component in _PREFIXES:
         path = os.path.join(folder, component, WEIGHTS)
@@ -178,7 +186,7 @@ def _peft_text(folder: str) -> dict[str, PeftAdapter]:
 
 
 def _as_published(component: str, native: PeftAdapter) -> PeftAdapter:
-    """A text encoder's with its layers' names as transformers has them now; anything else as it is."""
+    """Return a text encoder's adapter with layer names of present transformers versions, others unchanged."""
     if not component:
         return native
     cut = len(_WRAPPER) if component == "text_encoder" else 0
@@ -222,10 +230,10 @@ def _diffusers_config(path: str, metadata: dict[str, str], prefix: str) -> dict[
 
 
 def _checked(config: Any, path: str) -> dict[str, Any]:
-    """peft's configuration as it comes from a file.
+    """Check a peft configuration from a file and return it.
 
     Raises:
-        ModelError: something that is read of it is of another kind.
+        ModelError: a field that Graft reads has an invalid value.
     """
     if not isinstance(config, dict):
         raise _strange(path, "no object")
@@ -240,7 +248,7 @@ def _checked(config: Any, path: str) -> dict[str, Any]:
         if pattern is not None and not isinstance(pattern, dict):
             raise _strange(path, f"{name} is no object")
         for key, value in (pattern or {}).items():
-            # A rank divides.
+            # A rank is a divisor, so it must be positive.
             if not _is_number(value) or (name == "rank_pattern" and value <= 0):
                 raise _strange(path, f"the {name} of {key[:80]} is {value!r:.40}")
     return config
@@ -273,7 +281,7 @@ def _method_of(config: dict[str, Any], path: str) -> str:
 
 
 def _scales_of(places: set[str], config: dict[str, Any], path: str) -> dict[str, float]:
-    """Effective scales of layers by peft's rules; none where the type has none."""
+    """Return the effective scale of each layer by peft's rules, empty if the adapter type has no scale."""
     alpha = config.get("lora_alpha", config.get("alpha"))
     if not config.get("r") or alpha is None:
         return {}
@@ -284,10 +292,10 @@ def _scales_of(places: set[str], config: dict[str, Any], path: str) -> dict[str,
 
 
 def _by_pattern(places: set[str], config: dict[str, Any], name: str, default: float, path: str) -> dict[str, float]:
-    """The value of each layer: of the first key of a pattern of peft's that its path ends with.
+    """Return each layer's value from `rank_pattern` or `alpha_pattern`: the first key that matches its path's end.
 
     Raises:
-        ModelError: a key is no regular expression that can be used.
+        ModelError: a key is not a usable regular expression.
     """
     pattern = config.get(name)
     if not pattern:

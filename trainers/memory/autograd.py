@@ -1,7 +1,7 @@
 """Exact gradients through modules that were written for inference.
 
-Three things stand in the way and are put right here: weights made under inference mode, residuals added in
-place, and the wish to leave the graph's own module as it was.
+This module solves three problems. Weights may have been created under inference mode. Models add residuals in place.
+Training must not change the module that the ComfyUI graph holds.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ _OUT_OF_PLACE[torch.Tensor.__itruediv__] = torch.div
 
 
 class OutOfPlace(TorchFunctionMode):
-    """Answers `x += y` and its kin with a new tensor while gradients are recorded.
+    """Mode that replaces in-place arithmetic such as `x += y` by a new tensor while gradients are recorded.
 
-    A tensor that is changed in place after autograd saved it makes the gradient fail, or, when the change is
-    repeated in a checkpoint's recomputation, silently wrong. Holds for statements that rebind their left side;
-    the gradient checks of the tests say for each architecture whether that is so.
+    If code changes a tensor in place after autograd saved it, the backward fails. If a checkpoint's recomputation
+    repeats the change, the gradient is silently wrong. The replacement is correct only for statements that rebind
+    their left side. The gradient checks in the tests cover this for each architecture.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        # Every call of torch's comes by here; most are none of the two kinds, and have no keywords.
+        # Every torch call passes through here, so calls that need no change and have no keywords return first.
         plain = _OUT_OF_PLACE.get(func)
         if plain is None:
             if not kwargs:
                 return func(*args)
             if kwargs.get("out") is not None and torch.is_grad_enabled() and _recorded(args):
-                # Into a given tensor autograd does not record at all.
+                # Autograd does not record operations that write to `out`.
                 kwargs = {name: value for name, value in kwargs.items() if name != "out"}
             return func(*args, **kwargs)
         if not torch.is_grad_enabled():
             return func(*args, **(kwargs or {}))
         result = plain(*args, **(kwargs or {}))
-        # In place would have kept the dtype; so must this, or activations grow under half precision.
+        # The in-place operation keeps the dtype. Without this cast, activations would grow under half precision.
         return result if result.dtype == args[0].dtype else result.to(args[0].dtype)
 
 
@@ -54,9 +54,9 @@ def _recorded(args) -> bool:
 
 
 def own_weights(module: nn.Module) -> None:
-    """Replaces parameters and buffers made under inference mode by ordinary ones of the same values.
+    """Replace parameters and buffers created under inference mode by ordinary ones with the same values.
 
-    One at a time, so that the weights are never held twice. Must be called outside inference mode.
+    Replaces them one at a time, so that memory never holds all weights twice. Call it outside inference mode.
     """
     done: dict[int, torch.Tensor] = {}
     for owner in module.modules():
@@ -78,13 +78,13 @@ def _ordinary_buffer(tensor):
 
 
 def private_tree(module: nn.Module) -> nn.Module:
-    """A copy of a module's structure over the same storages; what is done to it does not reach the original.
+    """Copy a module's structure over the same storages. Changes to the copy's structure do not reach the original.
 
     Args:
-        module: with ordinary weights (see `own_weights`).
+        module: a module with ordinary weights (see `own_weights`).
 
     Returns:
-        A tree of frozen parameters, to inject adapters into.
+        A module tree with frozen parameters, ready for adapters.
     """
     memo: dict[int, object] = {}
     for tensor in module.parameters():
@@ -95,9 +95,10 @@ def private_tree(module: nn.Module) -> nn.Module:
 
 
 def blocks_of(module: nn.Module) -> list[nn.Module]:
-    """The modules at which activations are worth forgetting: the members of the outermost lists of blocks.
+    """Return the modules that are worth checkpointing: the members of the outermost lists of blocks.
 
-    A member that is a `Sequential` is taken apart, since some models iterate over it instead of calling it.
+    A `Sequential` member is replaced by its own members, because some models iterate over it instead of calling it.
+    Blocks without parameters are left out.
     """
     from torch import nn
 

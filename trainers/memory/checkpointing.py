@@ -1,4 +1,4 @@
-"""Activation checkpointing of blocks, with the out-of-place rule inside the recomputed part."""
+"""Activation checkpointing of blocks, with in-place operations replaced inside the recomputed part."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-# As it comes by, whatever stands in its place in `torch.nn.functional`.
+# The function that a torch function mode receives, even if other code replaced `torch.nn.functional`'s.
 _ATTENTION = torch._C._nn.scaled_dot_product_attention
 
 
 def checkpoint_blocks(blocks: list[nn.Module], keep_attention: bool = False) -> None:
-    """Makes each block forget its activations and compute them again in the backward.
+    """Checkpoint each block: drop its activations in the forward and recompute them in the backward.
 
-    Source: Chen et al. 2016. Only on a private tree: the block's `forward` is set on the instance.
+    Source: Chen et al. 2016. Use it only on a private tree, because it sets `forward` on the block instance.
 
     Args:
-        blocks: of a private tree, as `blocks_of` gives them.
-        keep_attention: whether what attention gives is kept, so that it is computed once; same bits. Of all that a
-            block computes it is the dearest for the memory that it takes: of n tokens work grows as n squared, what
-            is kept as n.
+        blocks: blocks of a private tree, from `blocks_of`.
+        keep_attention: keep the outputs of attention, so that attention is computed only once. The results have the
+            same bits. Keeping attention saves the most computation per byte: for n tokens its computation grows with
+            n squared, its output with n.
     """
     for block in blocks:
         if not is_checkpointed(block):
@@ -35,7 +35,7 @@ def checkpoint_blocks(blocks: list[nn.Module], keep_attention: bool = False) -> 
 
 
 def forget_attention(blocks: list[nn.Module]) -> int:
-    """Has checkpointed blocks compute attention again too; how many did not."""
+    """Make checkpointed blocks recompute attention too. Return the number of blocks that this changed."""
     keeping = [block for block in blocks if keeps_attention(block)]
     for block in keeping:
         block.forward.keep_attention = False
@@ -44,7 +44,7 @@ def forget_attention(blocks: list[nn.Module]) -> int:
 
 @contextmanager
 def checkpointed(blocks: list[nn.Module], keep_attention: bool = False) -> Iterator[None]:
-    """Within it the blocks are as `checkpoint_blocks` makes them anew, afterwards as they were."""
+    """Checkpoint the blocks inside the context. Restore their previous forwards and settings on exit."""
     before = {block: vars(block).get("forward") for block in blocks if not is_checkpointed(block)}
     keeping = {block: block.forward.keep_attention for block in blocks if is_checkpointed(block)}
     for block in keeping:
@@ -63,17 +63,17 @@ def checkpointed(blocks: list[nn.Module], keep_attention: bool = False) -> Itera
 
 
 def keeps_attention(block: nn.Module) -> bool:
-    """Whether a checkpointed block keeps what attention gives."""
+    """Report whether a checkpointed block keeps the outputs of attention."""
     return is_checkpointed(block) and block.forward.keep_attention
 
 
 def is_checkpointed(block: nn.Module) -> bool:
-    """Whether `checkpoint_blocks` was there."""
+    """Report whether `checkpoint_blocks` wrapped the block's forward."""
     return isinstance(vars(block).get("forward"), _Checkpointed)
 
 
 class _Checkpointed:
-    """A block's forward under checkpointing, with the out-of-place rule inside the recomputed part."""
+    """A block's forward under checkpointing, with `OutOfPlace` inside the recomputed part."""
 
     def __init__(self, forward, keep_attention: bool = False):
         self.forward = forward
@@ -84,7 +84,7 @@ class _Checkpointed:
             return self.forward(*args, **kwargs)
         from torch.utils.checkpoint import checkpoint
 
-        # What a model notes in its option dicts on the way must be the same when the block is run again.
+        # Models write to their option dicts during the forward. The recomputation must see the same values.
         args = tuple(_snapshot(value) for value in args)
         kwargs = {name: _snapshot(value) for name, value in kwargs.items()}
         modes = _Attentions() if self.keep_attention else OutOfPlace
@@ -96,24 +96,24 @@ class _Checkpointed:
 
 
 class _Attentions:
-    """What the attentions of one pass of a block gave, from its forward until it is run again.
+    """Attention outputs of one forward of a block, kept until the recomputation.
 
-    Called for the mode of each time that the block is run.
+    `checkpoint` calls this object once per run of the block, to get the mode for that run.
     """
 
     def __init__(self):
-        # One row for each attention: what notes it, and what answers with it.
+        # One (saving, replaying) pair of contexts per attention call.
         self._rows: list[tuple] = []
         self._runs = 0
 
     def __call__(self) -> OutOfPlace:
         self._runs += 1
-        # Whoever goes back through the same graph once more finds nothing kept.
+        # A second backward through the same graph finds no kept outputs, so it recomputes attention too.
         return _KeepingAttention(self._rows, self._runs == 1) if self._runs <= 2 else OutOfPlace()
 
 
 class _KeepingAttention(OutOfPlace):
-    """The out-of-place rule; attention is computed when the block is run first, and answered from then on."""
+    """`OutOfPlace` mode that saves attention outputs in the first run and replays them in the recomputation."""
 
     def __init__(self, rows: list[tuple], first: bool):
         super().__init__()
@@ -125,7 +125,7 @@ class _KeepingAttention(OutOfPlace):
         if func is not _ATTENTION or not torch.is_grad_enabled():
             return super().__torch_function__(func, types, args, kwargs)
         if self._first:
-            # Around each alone: what watches all operations of a block costs more than attention on few tokens.
+            # One context per attention: a mode around the whole block costs more than attention on few tokens.
             self._rows.append(_noting_and_answering())
         noting, answering = self._rows[self._place]
         self._place += 1
@@ -142,7 +142,7 @@ def _noting_and_answering() -> tuple:
 def _keeps(context, operation, *args, **kwargs):
     from torch.utils.checkpoint import CheckpointPolicy
 
-    # Each backend has one of its own; where it is made of other operations, these are computed again.
+    # Each fused backend has its own operator. If attention is composed of other operators, those are recomputed.
     kept = operation.name().startswith("aten::_scaled_dot_product_")
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 

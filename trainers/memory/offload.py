@@ -1,4 +1,4 @@
-"""Frozen weights kept off the device, each block's brought there while it runs, and the next one's meanwhile."""
+"""Block offloading: copy each block's frozen weights to the device while it runs and prefetch the next block's."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# On a Parameter whose numbers are kept off the device.
+# Attribute that marks a Parameter whose data is offloaded.
 _MARK = "graft_offloaded"
 
-# A tree and where it is computed.
+# A module tree and the device that computes it.
 Tree = tuple["nn.Module", torch.device]
 # (module, name) of a weight.
 _Row = tuple["nn.Module", str]
@@ -35,21 +35,21 @@ def offload_trees(
     pin: Callable[[torch.Tensor], bool],
     keep_attention: bool = False,
 ) -> tuple[int, int]:
-    """Keeps the frozen weights of blocks off their device; they go one way, to it, since nothing changes them.
+    """Offload the frozen weights of blocks. Weights are never copied back, because nothing changes them.
 
-    From a GPU they go to the CPU's memory, from there to a file that the system maps and that is gone with the process.
-    All else of the trees is put on the device. The blocks are checkpointed, or the backward would hold every block's
-    copy until it comes by. Whatever was done to trees before is not done again.
+    Weights of a GPU's trees go to CPU memory. Weights of the CPU's trees go to a memory-mapped file that disappears
+    with the process. All other weights are placed on the device. The blocks are checkpointed; without this, autograd
+    would hold the copies of all blocks until the backward. Blocks that are already offloaded stay as they are.
 
     Args:
-        trees: private ones.
-        keep: what stays, frozen or not.
-        folder: for the file.
-        pin: locks the memory of a tensor on the CPU, so that a device can read it by itself; False where it does not.
-        keep_attention: what `checkpoint_blocks` is told.
+        trees: private trees with their devices.
+        keep: tensors that stay on the device, frozen or not.
+        folder: folder for the mapped file.
+        pin: locks a CPU tensor's memory, so that the device can read it directly; returns False if it cannot.
+        keep_attention: passed to `checkpoint_blocks`.
 
     Returns:
-        Number of blocks, and bytes of their weights.
+        Number of newly offloaded blocks, and bytes of their weights.
     """
     stay = {id(tensor) for tensor in keep}
     count = size = 0
@@ -65,16 +65,16 @@ def offload_trees(
 
 
 def list_frozen(trees: Sequence[Tree], keep: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-    """The weights that `offload_trees` would keep away."""
+    """Return the weights that `offload_trees` would offload."""
     stay = {id(tensor) for tensor in keep}
     rows = [row for tree, _ in trees for own in _streamable(tree, stay).values() for row in own]
     return [owner._parameters[name] for owner, name in rows]
 
 
 def mark_offloaded(tree: nn.Module, device: torch.device) -> None:
-    """Puts a tree whose weights are elsewhere on the device, but for those of its blocks, which are marked.
+    """Place a tree on the device, except for the weights of its blocks. Mark those as offloaded.
 
-    `offload_trees` is to follow, when what is trained is in the tree.
+    Call `offload_trees` afterwards, when the tree contains the trained modules.
     """
     for owner, name in (row for rows in _streamable(tree, set()).values() for row in rows):
         setattr(owner._parameters[name], _MARK, True)
@@ -82,7 +82,7 @@ def mark_offloaded(tree: nn.Module, device: torch.device) -> None:
 
 
 def onload(tree: nn.Module, device: torch.device) -> None:
-    """Puts on the device what was held back of a tree and is still its own."""
+    """Place on the device the weights that `mark_offloaded` left out and that the tree still holds."""
     for parameter in tree.parameters():
         if is_offloaded(parameter):
             delattr(parameter, _MARK)
@@ -90,22 +90,22 @@ def onload(tree: nn.Module, device: torch.device) -> None:
 
 
 def is_on_other_device(tree: nn.Module) -> bool:
-    """Whether some weights of a tree are kept off the device."""
+    """Report whether some weights of a tree are offloaded."""
     return any(is_offloaded(parameter) for parameter in tree.parameters())
 
 
 def bytes_here(tree: nn.Module) -> int:
-    """Of the weights of a tree that are not kept off the device."""
+    """Return the bytes of a tree's weights that are not offloaded."""
     return sum(parameter.nbytes for parameter in tree.parameters() if not is_offloaded(parameter))
 
 
 def is_offloaded(weight: torch.Tensor) -> bool:
-    """Whether a weight is kept off the device."""
+    """Report whether a weight is marked as offloaded."""
     return hasattr(weight, _MARK)
 
 
 def place(tree: nn.Module, device: torch.device) -> None:
-    """As `tree.to(device)`, but for what is kept off the device."""
+    """Do the same as `tree.to(device)`, but leave offloaded weights on the CPU."""
     if not is_on_other_device(tree):
         tree.to(device)
         return
@@ -118,27 +118,27 @@ def place(tree: nn.Module, device: torch.device) -> None:
             if type(parameter.data) is torch.Tensor:
                 _move(owner, name, parameter.data.to(home), replaced)
             else:
-                # Quantised weights, which are in no block's stream, know by themselves how they are moved.
+                # Quantized weights are never offloaded. They implement their own move to a device.
                 owner.to(home)
         for name, tensor in owner._buffers.items():
             if tensor is None or tensor.device == device:
                 continue
             there = tensor.data.to(device)
             try:
-                # The tensor itself stays where it can: it may be what a run keeps of a method's constants.
+                # Keep the tensor object if possible: a run's state may refer to it as a constant of the method.
                 tensor.data = there
             except RuntimeError:
                 owner._buffers[name] = there
 
 
 def _move(owner: nn.Module, name: str, there: torch.Tensor, replaced: _Replaced) -> None:
-    """Gives a weight other numbers, in the same Parameter wherever the two devices allow it.
+    """Replace a weight's data by `there`. Keep the same Parameter object if the two devices allow it.
 
     Args:
-        replaced: by identity, a Parameter and what took its place where they do not; modules may share one.
+        replaced: old and new Parameter by the old one's id, for devices that do not allow it; modules may share one.
 
     Raises:
-        RunError: it is a trained one, and they do not.
+        RunError: the devices do not allow it and the weight is trained.
     """
     parameter = owner._parameters[name]
     try:
@@ -157,7 +157,7 @@ def _move(owner: nn.Module, name: str, there: torch.Tensor, replaced: _Replaced)
 
 
 def _streamable(tree: nn.Module, stay: set[int]) -> dict[nn.Module, list[_Row]]:
-    """The rows of each block that is not streamed yet: weights of its own that are not trained."""
+    """Return the frozen weights of each block that is not offloaded yet, without those used outside the blocks."""
     blocks = blocks_of(tree)
     inner = {id(owner) for block in blocks for owner in block.modules()}
     shared = {id(one) for owner in tree.modules() if id(owner) not in inner for one in owner._parameters.values()}
@@ -170,7 +170,7 @@ def _frozen(block: nn.Module, stay: set[int]) -> list[_Row]:
         for name, parameter in owner._parameters.items():
             if parameter is None or parameter.requires_grad or id(parameter) in stay:
                 continue
-            # Quantised weights are more than their numbers.
+            # Quantized weights hold more than their data, so they stay.
             if type(parameter) is torch.nn.Parameter and type(parameter.data) is torch.Tensor:
                 found.append((owner, name))
     return found
@@ -181,8 +181,8 @@ def _is_streamed(block: nn.Module) -> bool:
 
 
 def _stream(held: dict[nn.Module, list[_Row]], device: torch.device, folder: str, pin, keep_attention: bool) -> int:
-    """Has the weights of blocks come while the blocks run; bytes of the weights."""
-    # Weights that two blocks share are moved once, and come with either.
+    """Offload the weights of blocks and fetch them while the blocks run. Return the bytes of the weights."""
+    # A weight that two blocks share is moved once and fetched with either block.
     weights = {id(one): one for rows in held.values() for one in _weights(rows)}
     if device.type == "cpu":
         homes, carrier = map_weights(list(weights.values()), folder)
@@ -201,7 +201,7 @@ def _stream(held: dict[nn.Module, list[_Row]], device: torch.device, folder: str
     checkpoint_blocks(list(held), keep_attention)
     conveyor = BlockPrefetcher(carrier)
     for block, rows in held.items():
-        # Within what is run again in the backward.
+        # Inside the checkpointed forward, so that the recomputation fetches the weights too.
         block.forward.forward = OffloadedForward(rows, conveyor, block.forward.forward)
     return size
 
@@ -211,34 +211,34 @@ def _weights(rows: list[_Row]) -> list[nn.Parameter]:
 
 
 class BlockPrefetcher:
-    """Brings the weights of blocks when they are asked for, and those of the block that is likely next ahead of it.
+    """Fetcher of the running block's weights that prefetches the weights of the probable next block.
 
-    Likely is what came next the last time that these two blocks came one after the other: so it knows the backward,
-    where they come in reverse, from the forward. A block that nobody expected is waited for. Beside what whoever asks
-    holds, never more than one block's weights are there or on their way.
+    It predicts the block that followed the last time the same two blocks ran in succession. The pair tells a forward
+    from a backward, which runs the blocks in reverse. If the prediction was wrong, the caller waits for the copy.
+    Besides the weights that the caller holds, at most one block's weights are on the device or in transfer.
 
     Args:
-        carrier: to the device.
+        carrier: copies weights to the device.
     """
 
     def __init__(self, carrier: WeightTransfer):
         self._carrier = carrier
         self._homes: list[list[torch.Tensor]] = []
         self._next: dict[tuple[int, int], int] = {}
-        # The last two that came.
+        # Numbers of the last two blocks that ran.
         self._path = (-1, -1)
         self._coming: tuple[int, Any] | None = None
         self._held: tuple[int, list[torch.Tensor]] | None = None
         self._ahead = True
 
     def add(self, homes: list[torch.Tensor]) -> int:
-        """The number by which a block's weights are asked for; where they lie is asked at each time."""
+        """Register a block's weights and return its number. The weights' location is read at each fetch."""
         self._homes.append(homes)
         return len(self._homes) - 1
 
     def enter(self, number: int) -> list[torch.Tensor]:
-        """A block's weights on the device."""
-        # What comes during a preview may be wanted in a step.
+        """Return a block's weights on the device and start to prefetch the next block's."""
+        # A training step may use weights that a preview fetched, so they must not be inference tensors.
         with torch.inference_mode(False), torch.no_grad():
             here = self._fetch(number)
             self._next[self._path] = number
@@ -252,7 +252,7 @@ class BlockPrefetcher:
         return here
 
     def leave(self, number: int, here: list[torch.Tensor]) -> None:
-        """A block is done for now; its weights are kept where it is expected to be the next again."""
+        """Note that a block is done. Keep its weights if the same block is expected to run next."""
         if self._path[1] == number and self._next.get(self._path) == number and self._ahead:
             self._held = (number, here)
 
@@ -268,7 +268,7 @@ class BlockPrefetcher:
             return self._carrier.finish(coming[1])
         if coming is not None:
             self._carrier.leave(self._of(coming[0]))
-        # Before others come in their place.
+        # Free these copies before the new ones are allocated.
         held = coming = None
         return self._carrier.finish(self._carrier.start(self._of(number)))
 
@@ -276,16 +276,16 @@ class BlockPrefetcher:
         try:
             self._coming = (number, self._carrier.start(self._of(number)))
         except torch.OutOfMemoryError:
-            # The block that runs may still have room.
+            # Continue without prefetching: the block that runs may still fit.
             log.info("Graft: there is no room for a second block: each is waited for from now on.")
             self._ahead = False
 
 
 class OffloadedForward:
-    """A block's forward, with its weights on the device while it runs.
+    """A block's forward that puts the block's weights on the device while it runs.
 
-    Other Parameters take their places: autograd notes a Parameter, not its numbers, and would find those gone in the
-    backward if they were taken out of the same one.
+    It assigns temporary Parameters instead of changing the data of the originals. Autograd saves the Parameter, not
+    its data, so the backward would find no data if the original were emptied after the forward.
     """
 
     def __init__(self, rows: list[_Row], conveyor: BlockPrefetcher, forward: Callable):

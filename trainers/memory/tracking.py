@@ -1,4 +1,4 @@
-"""How many bytes a piece of work holds at once: by its tensors, by the device's own account, by the system's."""
+"""Peak memory of a function, in bytes: from its tensors, the device's allocator or the operating system."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# Bytes that a process may grow by for many reasons, such as what is imported when it is first needed.
+# Growth up to this many bytes is noise: for example, modules that are imported on first use.
 _NOTHING = 64 * 1024 * 1024
 
 
 class TensorTracker(TorchDispatchMode):
-    """Counts within its block, the backward included: each storage once, from when it is first seen until it is gone.
+    """Context that counts the bytes of live tensor storages, also during the backward.
 
-    What libraries take for themselves while an operation runs is not seen.
+    Counts each storage once, from the first operation that touches it until it is freed. It does not see the
+    workspace that a library allocates while an operation runs.
 
     Args:
-        held: tensors that are there before, whether or not anything is done with them.
-        passed_over: tensors whose storages are no part of it.
-        device: whose storages alone are counted, None for all.
+        held: tensors that exist already; they count even if no operation touches them.
+        passed_over: tensors whose storages do not count.
+        device: count only storages on devices of this type; None counts all.
 
     Attributes:
-        peak: most bytes of all storages that were seen so far and lived at once.
+        peak: most bytes of counted storages that were alive at the same time.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class TensorTracker(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         found = func(*args, **(kwargs or {}))
         for value in (*args, found):
-            # Operations on many tensors at once take and give lists of them.
+            # Foreach operations take and return lists of tensors.
             for tensor in value if isinstance(value, (list, tuple)) else (value,):
                 if torch.is_tensor(tensor):
                     self._see(tensor)
@@ -64,26 +65,26 @@ class TensorTracker(TorchDispatchMode):
         self._bytes += storage.nbytes() - (known[1] if known else 0)
         self._live[key] = StorageWeakRef(storage), storage.nbytes()
         if self._bytes > self.peak:
-            # What is gone is looked for only where it may matter.
+            # Look for freed storages only when the count exceeds the peak: only then can they change the result.
             self._live = {key: row for key, row in self._live.items() if not row[0].expired()}
             self._bytes = sum(size for _, size in self._live.values())
             self.peak = max(self.peak, self._bytes)
 
 
 def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
-    """Of the storages below tensors, each once."""
+    """Return the bytes of the tensors' storages, counting each storage once."""
     return sum({one.untyped_storage()._cdata: one.untyped_storage().nbytes() for one in tensors}.values())
 
 
 class ProcessMemory:
-    """The process's resident memory since this was made, in bytes.
+    """Growth of the process's resident memory since this object was created, in bytes.
 
     Raises:
-        OSError: the system does not tell, as only Linux does.
+        OSError: the system does not report it; only Linux does.
     """
 
     def __init__(self):
-        # What nobody refers to any more may go at any moment, and would hide as much of what is taken.
+        # Garbage that Python frees during the measurement would hide new allocations of the same size.
         gc.collect()
         self.before = _status("VmRSS")
         self.restart()
@@ -91,12 +92,12 @@ class ProcessMemory:
             raise OSError("this system does not forget the largest so far")
 
     def restart(self) -> None:
-        """Forgets the largest so far."""
+        """Reset the peak to the present size."""
         Path("/proc/self/clear_refs").write_text("5")
 
     @property
     def most(self) -> int:
-        """The largest since, over what there was at first."""
+        """Peak since the last `restart`, minus the size at creation."""
         return _status("VmHWM") - self.before
 
 
@@ -108,10 +109,11 @@ def _status(field: str) -> int:
 
 
 class DevicePeakMemory:
-    """What pieces of work take of a device at the most, over what there was when this was made.
+    """Peak memory of functions on a device, minus the memory in use when this object was created.
 
-    By the device's allocator where that keeps account. On a CPU by the system, which sees what libraries take for
-    themselves, and by the tensors, which the system does not see where a process uses again what it has freed.
+    Reads the statistics of the device's allocator if it has any. On a CPU it takes the larger of two numbers: the
+    process's resident memory, which includes workspaces of libraries, and the tensors' storages, because resident
+    memory does not grow when the process reuses memory it has freed.
     """
 
     def __init__(self, device: torch.device):
@@ -135,12 +137,13 @@ class DevicePeakMemory:
         offloaded: Iterable[torch.Tensor] = (),
         count: bool = True,
     ) -> int:
-        """Bytes at the most while work is done.
+        """Run `work` and return its peak memory in bytes.
 
         Args:
-            held: tensors that were there when this was made, which are part of it.
-            away: tensors whose storages are no part of it.
-            count: whether the tensors are counted, which takes time; 0 where there is no other way then.
+            held: tensors that existed when this object was created and belong to the result.
+            offloaded: tensors whose storages do not count.
+            count: count tensors where the allocator has no statistics, which takes time. Without it the result is 0
+                if nothing else can measure.
         """
         if self._kind is not None:
             self._kind.reset_peak_memory_stats(self._device)

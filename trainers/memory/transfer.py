@@ -1,4 +1,4 @@
-"""How weights that are kept off a device get there: ahead of their time where the device can, else when asked for."""
+"""Transfers of offloaded weights to the device: in advance if the device has streams, otherwise on demand."""
 
 from __future__ import annotations
 
@@ -13,60 +13,61 @@ import torch
 from ..errors import RunError
 from ..formats.files import bytes_of
 
-# Numbers of a mapped weight begin at multiples of this, as fast kernels want them.
+# Alignment of a mapped weight in bytes; fast kernels need it.
 _ALIGNMENT = 64
 
-# What a device's module must have for copies beside what is computed; MPS and DirectML have none of it.
+# Functions that a device's torch module needs for copies during computation; MPS and DirectML lack them.
 _STREAMS = ("Stream", "stream", "current_stream")
 
 
 class WeightTransfer(Protocol):
-    """Brings weights to where they are computed with."""
+    """Interface of a transfer, which copies weights to the device that computes with them."""
 
     def start(self, homes: Sequence[torch.Tensor]) -> Any:
-        """Lets weights begin to come; what `finish` takes. Let go of instead, they come in vain."""
+        """Start the transfer of weights and return a handle for `finish`. A dropped handle wastes the transfer."""
 
     def finish(self, load: Any) -> list[torch.Tensor]:
-        """The weights, there for whatever is computed from now on."""
+        """Return the weights, ready for all computation that is queued from now on."""
 
     def leave(self, homes: Sequence[torch.Tensor]) -> None:
-        """Nothing of these is needed for now."""
+        """Note that these weights are not needed for now."""
 
 
 def transfer_to(device: torch.device) -> WeightTransfer:
-    """The best that a device allows, but a CPU, for which `map_weights` makes one."""
+    """Return the fastest transfer that a device supports. For a CPU, call `map_weights` instead."""
     api = getattr(torch, device.type, None)
     return StreamTransfer(device, api) if all(hasattr(api, name) for name in _STREAMS) else SyncTransfer(device)
 
 
 class SyncTransfer:
-    """Copies when asked for: for devices that do one thing after the other."""
+    """Transfer that copies on demand, for devices without streams."""
 
     def __init__(self, device: torch.device):
         self._device = device
 
     def start(self, homes: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        """Nothing yet."""
+        """Return the weights unchanged; `finish` copies them."""
         return homes
 
     def finish(self, load: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Copies of them."""
+        """Copy the weights to the device."""
         return [home.to(self._device) for home in load]
 
     def leave(self, homes: Sequence[torch.Tensor]) -> None:
-        """The copies are whoever's that has them."""
+        """Do nothing: the caller owns the copies."""
 
 
 class StreamTransfer:
-    """Copies on a stream of its own while another block is computed.
+    """Transfer that copies on a side stream while the main stream computes another block.
 
-    Room for a copy is taken on the stream that computes, and the copy waits for that: of what lies there, whatever was
-    computed with it before is then done, and it can be given back at once to what is computed next. Room of the side
-    stream's own would be held until the copies are over, while the program, which runs ahead of its device, takes more.
+    It allocates each copy on the compute stream and makes the side stream wait for that stream. So earlier computation
+    with the same memory is finished before the copy overwrites it, and later computation can reuse the memory at once.
+    If the side stream owned the memory, the allocator would hold it until the copies are done; meanwhile the program,
+    which runs ahead of the device, would allocate more.
 
     Args:
-        device: the target.
-        api: the device's own module, such as torch.cuda.
+        device: the target device.
+        api: the device's torch module, such as torch.cuda.
     """
 
     def __init__(self, device: torch.device, api: ModuleType):
@@ -75,7 +76,7 @@ class StreamTransfer:
         self._side = api.Stream(device)
 
     def start(self, homes: Sequence[torch.Tensor]) -> _Load:
-        """Begins to copy; from memory that is not pinned the program itself may have to wait."""
+        """Start the copies on the side stream. If the source memory is not pinned, this call may block."""
         there = [torch.empty_like(home, device=self._device) for home in homes]
         self._side.wait_stream(self._api.current_stream(self._device))
         load = _Load(there, self._keep_room)
@@ -86,19 +87,19 @@ class StreamTransfer:
         return load
 
     def finish(self, load: _Load) -> list[torch.Tensor]:
-        """Makes what is computed from now on wait for the copies; the program does not."""
+        """Make the compute stream wait for the copies; the program itself does not wait."""
         self._api.current_stream(self._device).wait_event(load.arrived)
         return load.take()
 
     def leave(self, homes: Sequence[torch.Tensor]) -> None:
-        """The copies are whoever's that has them."""
+        """Do nothing: the caller owns the copies."""
 
     def _keep_room(self, copy: torch.Tensor) -> None:
         copy.record_stream(self._side)
 
 
 class _Load:
-    """Copies under way."""
+    """Copies in transfer."""
 
     def __init__(self, there: list[torch.Tensor], keep_room: Callable[[torch.Tensor], None]):
         self._there = there
@@ -110,39 +111,39 @@ class _Load:
         return there
 
     def __del__(self):
-        # Nobody waited for them: their room must not be another's while they are still being written.
+        # Nobody waited for these copies. The allocator must not reuse their memory while they are being written.
         for copy in self._there:
             self._keep_room(copy)
 
 
 class MmapTransfer:
-    """Weights in a mapped file, of which the system is told what will be read and what may go."""
+    """Transfer for weights in a memory-mapped file: advises the system which pages to read and which to drop."""
 
     def __init__(self, file: mmap.mmap, numbers: torch.Tensor):
         self._file = file
         self._start = numbers.data_ptr()
-        # Windows has no such advice, and takes back pages by itself.
+        # Windows has no `madvise`. It reclaims pages by itself.
         self._can = hasattr(file, "madvise")
 
     def start(self, homes: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        """Has the system read them from the disk."""
+        """Ask the system to read the weights from disk."""
         if self._can:
             for start, length in self._spans(homes):
                 self._file.madvise(mmap.MADV_WILLNEED, start, length)
         return homes
 
     def finish(self, load: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Themselves."""
+        """Return the mapped weights themselves."""
         return list(load)
 
     def leave(self, homes: Sequence[torch.Tensor]) -> None:
-        """Takes their pages out of this process; the file has them."""
+        """Drop the weights' pages from this process; the file still holds them."""
         if self._can:
             for start, length in self._spans(homes):
                 self._file.madvise(mmap.MADV_DONTNEED, start, length)
 
     def _spans(self, homes: Sequence[torch.Tensor]) -> Iterator[tuple[int, int]]:
-        """(start, length) of the pages that hold them, neighbours as one."""
+        """Yield (start, length) in bytes of the pages that hold the weights, with adjacent ranges merged."""
         page = mmap.PAGESIZE
         begun = ended = 0
         for start, stop in sorted((home.data_ptr() - self._start, home.nbytes) for home in homes):
@@ -158,10 +159,10 @@ class MmapTransfer:
 
 
 def map_weights(weights: Sequence[torch.Tensor], folder: str) -> tuple[list[torch.Tensor], MmapTransfer]:
-    """The weights in one file without a name, mapped: the system may drop it from memory whenever it has to.
+    """Write weights to one unnamed temporary file and map it. The system can drop its pages when memory is short.
 
     Returns:
-        The same numbers there, in shapes and dtypes as before, and their carrier.
+        Mapped tensors with the same values, shapes and dtypes, and their transfer.
 
     Raises:
         RunError: the file cannot be written.
@@ -173,10 +174,10 @@ def map_weights(weights: Sequence[torch.Tensor], folder: str) -> tuple[list[torc
                 file.write(bytes(-file.tell() % _ALIGNMENT))
                 starts.append(file.tell())
                 file.write(bytes_of(weight))
-            # A file of no bytes cannot be mapped.
+            # An empty file cannot be mapped.
             file.write(b"\0")
             file.flush()
-            # The numbers are only read; torch wants memory that could be written to.
+            # Code only reads the weights, but torch requires writable memory.
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     except OSError as error:
         raise RunError(

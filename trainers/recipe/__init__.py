@@ -1,1 +1,1 @@
-"""The recipe: all options of a run, and its identity."""
+"""Recipe of a run: all of its options, and its identity."""

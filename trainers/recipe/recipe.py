@@ -1,4 +1,4 @@
-"""The recipe: everything a run is made with, every default filled in, and which of it names the run."""
+"""Recipe: all settings of a run with every default filled in, and the run identity that follows from them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 from ..objective.options import Objective
 
-# Deciding fields of a recipe that came after the first runs, each with the value that means what was done before it:
-# at that value it is no part of a run's identity, so that runs made before are still found.
+# Fields added after the first release that affect the result, each with the value that reproduces older behavior.
+# A field with that value is left out of the run's identity, so that Graft still finds older runs.
 LATER: dict[str, Any] = {
     "targets": "attention",
     "target_patterns": (),
@@ -36,7 +36,7 @@ LATER: dict[str, Any] = {
     "loss_spike_factor": 0.0,
 }
 
-# What checkpointed blocks compute again.
+# Values of `Recipe.recompute`.
 EVERYTHING = "everything"
 ALL_BUT_ATTENTION = "all but attention"
 RECOMPUTED = (EVERYTHING, ALL_BUT_ATTENTION)
@@ -44,15 +44,15 @@ RECOMPUTED = (EVERYTHING, ALL_BUT_ATTENTION)
 
 @dataclass(frozen=True)
 class EmbeddingSpec:
-    """A word to be learnt.
+    """Settings of an embedding to train.
 
     Attributes:
-        name: what follows `embedding:` in prompts.
-        init_text: words whose vectors it starts from.
-        vectors: how many stand for it in each text encoder.
+        name: name after `embedding:` in prompts.
+        init_text: text whose token vectors initialize the embedding.
+        vectors: number of vectors in each text encoder.
         learning_rate: 0 for the default.
-        stop: fraction of the run at which it is frozen; 0 for never.
-        templates: key of `inversion.TEMPLATES`, for pictures without a caption.
+        stop: fraction of the run after which the embedding is frozen; 0 for never.
+        templates: key of `textual_inversion.TEMPLATES`, for pictures without a caption.
     """
 
     name: str
@@ -65,22 +65,22 @@ class EmbeddingSpec:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything a run is made with. Fields that decide its result make up `identity`; the rest may change.
+    """All settings of a run. Fields that affect its result make up `identity`; the others may change on resume.
 
     Attributes:
-        targets: one of TARGETS; with "patterns" the layers of `target_patterns`.
-        block_ranks, block_learning_rates: (pattern, value) pairs; the first whose pattern is in a layer's path holds.
-        lora_plus_ratio: B's learning rate over A's.
-        text_encoder_rank, text_encoder_learning_rate: 0 where no text encoder is trained.
-        weight_dtype: what all weights are trained in, "fp32" or "bf16"; adapters are always in fp32.
-        loss_spike_factor: a step whose loss is so many times the usual one is left out; 0 for none.
-        offload: "on" to keep frozen weights off the device from the start.
-        tensorboard: "on" for event files beside the log.
-        preview_every: steps between previews; 0 for the last step alone.
-        start_from: an adapter in the host's list, empty for none. What is in it is part of the base it trains on.
-        processes: how many train it together on one machine.
-        shard: "on" for the frozen weights of blocks in shares, one in each process.
-        recompute: what checkpointed blocks compute again, of RECOMPUTED.
+        targets: one of TARGETS; with "patterns", the layers that match `target_patterns`.
+        block_ranks, block_learning_rates: (pattern, value) pairs; the first pattern found in a layer's path applies.
+        lora_plus_ratio: learning rate of B divided by that of A.
+        text_encoder_rank, text_encoder_learning_rate: 0 if no text encoder is trained.
+        weight_dtype: dtype of full training, "fp32" or "bf16"; adapters always train in fp32.
+        loss_spike_factor: skip a step whose loss is this many times the usual loss; 0 skips none.
+        offload: "on" to offload frozen weights from the start.
+        tensorboard: "on" to write TensorBoard event files next to the log.
+        preview_every: steps between previews; 0 draws them only after the last step.
+        start_from: an adapter in the host's list, empty for none. Its weights become part of the base model.
+        processes: number of processes on one machine that train together.
+        shard: "on" to shard the frozen weights of blocks over the processes.
+        recompute: part of checkpointed blocks that the backward recomputes, one of RECOMPUTED.
     """
 
     method: str
@@ -122,7 +122,7 @@ class Recipe:
     power: float
     weight_dtype: str
     loss_spike_factor: float
-    # What follows does not decide the result.
+    # The fields below do not affect the result.
     steps: int
     name: str
     on_existing: str
@@ -149,26 +149,31 @@ class Recipe:
 
     @property
     def live_text(self) -> bool:
-        """Whether what the text encoder gives changes while training, so that captions are encoded at every step."""
+        """Return True if training changes the text encoder's output, so that every step must encode its captions."""
         return bool(self.embedding_name) or self.text_encoder
 
     @property
     def keeps_attention(self) -> bool:
-        """Whether checkpointed blocks keep what attention gives."""
+        """Return True if checkpointed blocks keep the outputs of attention."""
         return self.recompute == ALL_BUT_ATTENTION
 
     def deciding(self) -> dict[str, Any]:
-        """The fields that decide the result; those that came later only where they are not at their old value."""
+        """Return the fields that affect the result, without fields of LATER that have their old value."""
         names = [field.name for field in fields(self)]
         values = {name: getattr(self, name) for name in names[: names.index("steps")]}
         values["objective"] = self.objective.set_fields()
         return {name: value for name, value in values.items() if name not in LATER or value != LATER[name]}
 
     def identity(self, dataset: str, base: str) -> str:
-        """Hash that names the run: recipe, dataset content and base."""
+        """Return the run's identity: the SHA-256 of the deciding fields, the dataset and the base model.
+
+        Args:
+            dataset: hash of the dataset's content.
+            base: hash of the base model.
+        """
         text = json.dumps([self.deciding(), dataset, base], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def as_json(self) -> dict[str, Any]:
-        """All fields, JSON-able."""
+        """Return all fields as JSON-compatible values."""
         return asdict(self)

@@ -1,4 +1,4 @@
-"""A moment of training as a file: written whole or not at all, and read strictly."""
+"""Saved training states: files that are written atomically and validated strictly when read."""
 
 from __future__ import annotations
 
@@ -15,29 +15,31 @@ if TYPE_CHECKING:
 
 _VERSION = 1
 
-# What a state says in plain numbers; a field that is added here is written and read below.
+# JSON fields of a state file. Code below must write and read every field that is listed here.
 _FIELDS = {"version", "step", "batches", "losses", "validation", "optimiser", "groups", "scaler", "frozen", "levels"}
 _FIELDS |= {"ema_updates"}
 
 
 @dataclass
 class State:
-    """A moment of training, complete: continuing from it gives the same bits as never having stopped.
+    """Complete state of training. A run resumed from it gives the same bits as an uninterrupted run.
 
-    Noise, order and timesteps are functions of seed and step and need no state of their own.
+    Noise, sample order and timesteps are functions of seed and step, so the state does not hold them.
 
     Attributes:
-        step: optimiser steps done.
-        batches: batches drawn so far.
-        losses: of each step.
-        trainables, ema: values by name; `ema` is empty without averaging.
-        ema_updates: how often the average was updated; None without averaging, and in files of earlier versions.
-        constants: what was drawn at the start and is not trained, by name.
-        optimiser: of each parameter by its place: {place: {name: tensor or number}}.
-        groups: of each of the optimiser's groups, the numbers that training changed; empty in older files.
-        scaler: fp16 loss scaling, empty otherwise.
-        frozen: names of trainables whose time was over before the run's.
-        levels: the loss by noise level; of the steps that older files do not tell of, nothing.
+        step: number of optimizer steps done.
+        batches: number of batches drawn so far.
+        losses: loss of each step.
+        validation: (step, loss) of each validation.
+        trainables: values of trained tensors by name.
+        ema: their exponential moving averages by name; empty without EMA.
+        ema_updates: number of updates of the average; None without EMA and in files of earlier versions.
+        constants: untrained tensors that were drawn at the start, by name.
+        optimizer: the optimizer's state per parameter index: {index: {name: tensor or number}}.
+        groups: per parameter group of the optimizer, the numbers that training changed; empty in older files.
+        scaler: state of the fp16 loss scaler, empty without fp16.
+        frozen: names of trainables that were frozen before the end of the run.
+        levels: loss by timestep; it lacks the steps that older files did not record.
     """
 
     step: int = 0
@@ -56,7 +58,7 @@ class State:
 
 
 def write_state(path: str, state: State) -> None:
-    """Writes a state atomically, as a safetensors file whose metadata hold what is no tensor."""
+    """Write a state atomically, as a safetensors file that keeps everything but tensors in its metadata."""
     import torch
 
     tensors = {}
@@ -88,18 +90,19 @@ def write_state(path: str, state: State) -> None:
 
 
 def read_state(path: str, step: int) -> State:
-    """The state in a file.
+    """Read a state from a file.
 
     Args:
-        step: that its name says.
+        path: path of the file.
+        step: the step in the file's name.
 
     Raises:
-        RunError: it is of another version, damaged, or another step's.
+        RunError: the file has another version, is damaged, or holds another step.
     """
     tensors, metadata = files.read_tensors(path, strict=True)
     try:
         if metadata.keys() != {"state"}:
-            # Among them may be the checksums, under a damaged name.
+            # An unknown key may be the checksums under a damaged name.
             raise ValueError(f"its metadata hold {sorted(metadata)!r:.100}")
         plain = files.parse_json(metadata["state"])
         if plain["version"] != _VERSION:
@@ -136,7 +139,7 @@ def read_state(path: str, step: int) -> State:
 
 
 def _check_plain(plain: dict, step: int) -> None:
-    """Raises ValueError for what is no state's, or another step's."""
+    """Raise ValueError if the JSON fields of a state are invalid or belong to another step."""
     unknown = plain.keys() - _FIELDS
     if unknown:
         raise ValueError(f"it holds {min(unknown)}, which this version does not know")
@@ -150,7 +153,7 @@ def _check_plain(plain: dict, step: int) -> None:
 
 
 def _numbers_in(values: dict[str, Any]) -> dict[str, Any]:
-    """Numbers by name. Raises ValueError when there is anything else, or what only the recipe may set."""
+    """Return a copy of a dict of numbers. Raise ValueError for other values and for keys that only the recipe sets."""
     plain = all(value is None or isinstance(value, (bool, int, float)) for value in values.values())
     if not plain or values.keys() & {"params", "lr"}:
         raise ValueError("it holds something else where numbers by name are kept")

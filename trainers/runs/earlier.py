@@ -1,7 +1,7 @@
-"""Files of earlier versions, which know a base by samples of its weights: two bases may look alike to them.
+"""Use of files that an earlier version wrote, which identify a base model by a fingerprint of sampled weights.
 
-Whoever asks first is taken for the base that they were made with, and is written down. A base of other weights that
-looks alike is refused from then on.
+Two base models may share such a fingerprint. The first one that asks for the files counts as the one that made them,
+and `bases.json` records its full fingerprint. From then on, `claim` refuses every other base model.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ _FILE = "bases.json"
 
 
 def claim(folder: str, sampled: str, whole: str) -> bool:
-    """Whether what an earlier version made in a folder may be used.
+    """Report whether a base model may use the files that an earlier version wrote into a folder.
 
     Args:
-        sampled: the fingerprint that it was made with.
-        whole: the fingerprint of all that decides it.
+        folder: the folder, which also holds the record of claims.
+        sampled: the fingerprint from sampled weights, which the earlier version used.
+        whole: the fingerprint from all weights.
     """
     if sampled == whole:
         return True
@@ -33,7 +34,7 @@ def claim(folder: str, sampled: str, whole: str) -> bool:
         try:
             files.write_json(path, known)
         except RunError as error:
-            # Where nothing can be written nothing is overwritten either.
+            # Continue without the record: an unwritable folder cannot be overwritten either.
             log.debug("Graft: %s", error)
     return known[sampled] == whole
 

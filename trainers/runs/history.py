@@ -1,4 +1,4 @@
-"""The history of runs: what it shows of each in short, and how one is taken out of it."""
+"""History of runs: a summary of each run, and deletion of a run."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Of a curve that is drawn a few hundred pixels wide.
+# Maximum number of points in a loss curve, which the panel draws a few hundred pixels wide.
 _MOST_POINTS = 240
-# As the panel smooths: each loss counts so many times as much as the one after it.
+# Weight of each loss relative to the next one, the same as in the panel.
 _SMOOTHING = 0.96
-# What counts as the loss at an end: the mean over so much of the run.
+# The final loss is the mean over the last 1/_SHARE of the run.
 _SHARE = 10
 
 _FACTS = ("images", "validation_images", "class_images", "layers", "checkpointed_blocks", "made_from")
@@ -45,13 +45,14 @@ _REMOVED_NAME = re.compile(re.escape(_REMOVED) + "[0-9a-f]{16}")
 
 @dataclass(frozen=True)
 class Losses:
-    """How the loss of a run went.
+    """Losses of a run, in summary.
 
     Attributes:
-        final: mean over the last tenth of its steps; None before the first step.
-        best, best_step: the lowest mean over any tenth, and the step that tenth ends with.
-        checked: (step, loss) on the pictures that were held out.
-        curve: (step, smoothed loss); of long runs every so many steps, and the last.
+        final: mean over the last tenth of the steps; None before the first step.
+        best: lowest mean over any window of a tenth of the steps; None before the first step.
+        best_step: last step of that window.
+        checked: (step, loss) of each validation on the held-out pictures.
+        curve: (step, smoothed loss); for long runs only every n-th step, and always the last.
     """
 
     final: float | None
@@ -63,16 +64,16 @@ class Losses:
 
 @dataclass(frozen=True)
 class Summary:
-    """What the history shows of a run.
+    """Summary of a run for the history.
 
     Attributes:
-        picture: path of its last sample picture, None where it drew none.
-        recipe: every setting.
-        facts: what recipe.json holds besides: counts of pictures and layers, what the run is made from.
-        has_graph: whether it is kept what the run was queued as.
+        picture: path of its last sample picture, None if it has none.
+        recipe: all settings.
+        facts: further facts from recipe.json: numbers of pictures and layers, and what the run was made from.
+        has_graph: whether the run's folder holds the queued workflow.
         size: bytes of its folder.
-        notes: the user's.
-        saves: steps of which there is a save, rising.
+        notes: title and note from the user.
+        saves: steps with a save, in ascending order.
     """
 
     record: Record
@@ -87,10 +88,12 @@ class Summary:
 
 
 def list_summaries(folders: Folders, text: str, first: int, count: int) -> tuple[list[Summary], int]:
-    """A page of the history, the run that changed last first, and how many runs there are in all.
+    """Return one page of the history, newest change first, and the total number of matching runs.
 
     Args:
-        text: what a run's name, title or note holds, whatever the case; empty for every run.
+        text: text to find in a run's name, title or note, ignoring case; empty matches every run.
+        first: index of the page's first run.
+        count: maximum number of runs on the page.
     """
     names = [one.name for one in list_records(folders, MOST_RUNS) if _holds(folders, one.name, text.lower())]
     found = []
@@ -98,7 +101,7 @@ def list_summaries(folders: Folders, text: str, first: int, count: int) -> tuple
         try:
             found.append(summary_of(folders, find_run(folders, name)))
         except (RunError, OSError):
-            # It was removed since.
+            # The run was removed meanwhile.
             continue
     return found, len(names)
 
@@ -111,7 +114,7 @@ def _holds(folders: Folders, name: str, text: str) -> bool:
 
 
 def summary_of(folders: Folders, run: Run) -> Summary:
-    """What the history shows of a run. Raises RunError when its recipe is none, OSError when it was removed."""
+    """Return the summary of a run. Raise RunError if its recipe is invalid, OSError if the run was removed."""
     value = read_recipe(run)
     facts = {name: value[name] for name in _FACTS if name in value}
     record = record_of(run)
@@ -121,7 +124,7 @@ def summary_of(folders: Folders, run: Run) -> Summary:
 
 
 def losses_of(run: Run) -> Losses:
-    """How a run's loss went, from its log; read again only when that has changed."""
+    """Return a run's losses from its log. The result is cached until the log changes."""
     path = log_path(run)
     if path is None:
         return _describe((), ())
@@ -135,7 +138,7 @@ def _read_losses(path: str, size: int, changed: int) -> Losses:
     for event in _events(path, size):
         rows = {"step": steps, "validation": checked}.get(event["event"])
         step, loss = event.get("step"), event.get("loss")
-        # A log may be anyone's: only what rises step by step makes a curve.
+        # The log may come from elsewhere: accept only rows with ascending steps and finite losses.
         if rows is None or type(step) is not int or not _is_number(loss) or (rows and step <= rows[-1][0]):
             continue
         rows.append((step, float(loss)))
@@ -146,7 +149,7 @@ def _events(path: str, size: int) -> Iterator[dict[str, Any]]:
     with open(path, "rb") as file:
         if size > _LOG_LIMIT:
             file.seek(size - _LOG_LIMIT)
-            # What the limit cut through is no line.
+            # Skip the line that the limit cut in two.
             file.readline()
         for line in file:
             event = event_of(line)
@@ -155,7 +158,7 @@ def _events(path: str, size: int) -> Iterator[dict[str, Any]]:
 
 
 def _is_number(value: Any) -> bool:
-    # Whole numbers may be larger than any float.
+    # An integer may be too large for a float.
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
@@ -173,7 +176,7 @@ def _describe(steps: Iterable[tuple[int, float]], checked: Iterable[tuple[int, f
 
 
 def _thinned(points: list[tuple[int, float]]) -> tuple[tuple[int, float], ...]:
-    """At most _MOST_POINTS of them, evenly, the last among them."""
+    """Return at most _MOST_POINTS points, evenly spaced and including the last."""
     every = -(-len(points) // _MOST_POINTS) or 1
     return tuple(point for place, point in enumerate(points) if (len(points) - 1 - place) % every == 0)
 
@@ -182,21 +185,21 @@ def _size(folder: str) -> int:
     total = 0
     for directory, _, names in os.walk(folder):
         for name in names:
-            # A training may remove one meanwhile.
+            # A running training may remove a file meanwhile.
             with suppress(FileNotFoundError):
                 total += os.lstat(os.path.join(directory, name)).st_size
     return total
 
 
 def delete_run(run: Run) -> None:
-    """Takes a run's folder away: recipe, log, states, saves and sample pictures. What was picked for loaders stays.
+    """Delete a run's folder: recipe, log, states, saves and sample pictures. Saves copied for the loaders stay.
 
-    The folder is renamed first, so that the run is there whole or not at all. What cannot be removed after that is
-    tried again with the next one.
+    Renames the folder first, so that the run disappears as a whole. If some files cannot be removed after that, the
+    next deletion tries again.
 
     Raises:
-        RunHeldError: a process, here or on another computer, trains it.
-        RunError: it cannot be taken away, or does not say that it is a run; it is as it was.
+        RunHeldError: a process trains it, on this computer or another.
+        RunError: the folder cannot be renamed or has no valid recipe; nothing has changed.
     """
     read_recipe(run)
     parent = os.path.dirname(run.folder)
@@ -217,9 +220,9 @@ def delete_run(run: Run) -> None:
 
 
 def smoothed(values: Sequence[float], smoothing: float) -> list[float]:
-    """A moving average that forgets: each value counts `smoothing` times as much as the one after it.
+    """Return the exponential moving average: each value has `smoothing` times the weight of the next one.
 
-    It begins at the first value, not at 0; what is no number is passed over.
+    The average starts at the first value, not at 0. It skips NaN and infinite values.
     """
     total = weight = 0.0
     found = []

@@ -1,4 +1,4 @@
-"""The loss by noise level, as a run goes on: kept in few numbers, however long it is."""
+"""Loss per timestep bucket over the course of a run, in constant memory."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ if TYPE_CHECKING:
 
     from ..protocols import Denoiser
 
-# In a LOSS_MAP, beside the losses of the steps, under this name; whoever knows only those passes it over.
+# Key in a LOSS_MAP, next to the losses per step. Nodes that know only those ignore it.
 BY_TIMESTEP = "by_timestep"
 
-BUCKETS = 20  # equal parts of t
-_MOST = 16  # spans; with more, each two neighbours become one
+BUCKETS = 20  # buckets of equal width in t
+_MOST = 16  # spans; beyond this, pairs of adjacent spans are merged
 
 
 @dataclass
 class LossByTimestep:
-    """The model's own loss of each picture that was trained on, by noise level and by span of steps.
+    """Loss of the trained pictures in the model's own parameterization, by timestep bucket and span of steps.
 
-    The mean squared error of the prediction, whatever is trained by: with masks, but without weighting, Huber's bend or
-    prior weight. So it can be compared between runs, as the validation loss can.
+    The loss is the mean squared error of the prediction with masks, whatever objective the run uses. It has no loss
+    weighting, no Huber loss and no prior weight. So it can be compared between runs, like the validation loss.
 
-    t is 0 (picture) to 1 (noise), as in `objective.timesteps`.
+    t runs from 0 (picture) to 1 (noise), as in `objective.timesteps`.
 
     Attributes:
-        span: steps in each span.
-        sums, counts: [spans][BUCKETS] of losses and pictures; the last span may not be over.
+        span: number of steps per span.
+        sums, counts: sums of losses and numbers of pictures, [spans][BUCKETS]; the last span may be incomplete.
     """
 
     span: int = 1
@@ -41,10 +41,10 @@ class LossByTimestep:
     counts: list[list[int]] = field(default_factory=list)
 
     def add(self, step: int, times: Sequence[float], losses: Sequence[float]) -> None:
-        """Takes a step's pictures in; what is not a number is passed over.
+        """Add the losses of a step's pictures, except NaN and infinite ones.
 
         Args:
-            step: the first is 1.
+            step: number of the step, from 1.
             times, losses: t and loss of each picture.
         """
         while (step - 1) // self.span >= _MOST:
@@ -61,7 +61,7 @@ class LossByTimestep:
                 self.counts[(step - 1) // self.span][bucket] += 1
 
     def means(self, first: int, last: int) -> list[float]:
-        """The mean loss of each bucket over the spans first to last, nan where no picture was at those levels."""
+        """Return the mean loss per bucket over the spans `first` to `last` (inclusive), NaN for empty buckets."""
         found = []
         for bucket in range(BUCKETS):
             total = sum(row[bucket] for row in self.sums[first : last + 1])
@@ -70,12 +70,12 @@ class LossByTimestep:
         return found
 
     def as_json(self) -> dict[str, Any]:
-        """JSON-able; `of_json` gives the same again, to the bit."""
+        """Return JSON-compatible values. `of_json` restores them to the same bits."""
         return asdict(self)
 
     @classmethod
     def of_json(cls, value: Any) -> LossByTimestep:
-        """Raises ValueError for anything that `as_json` does not give."""
+        """Restore losses from the values of `as_json`. Raise ValueError for anything else."""
         if not isinstance(value, Mapping) or value.keys() != {"span", "sums", "counts"}:
             raise ValueError("no losses by noise level")
         span, sums, counts = value["span"], value["sums"], value["counts"]
@@ -87,7 +87,7 @@ class LossByTimestep:
 
 
 def times_of(denoiser: Denoiser, sigma: torch.Tensor) -> list[float]:
-    """t of noise levels [B] of the model's own, 0 to 1."""
+    """Return t, from 0 to 1, for noise levels sigma [B] of the model."""
     import torch
 
     levels = denoiser.sigmas()
@@ -96,14 +96,14 @@ def times_of(denoiser: Denoiser, sigma: torch.Tensor) -> list[float]:
 
 
 def _halved(rows: list[list]) -> list[list]:
-    """Each two rows added up; the last may have none beside it."""
+    """Add up pairs of adjacent rows; an odd last row stays as it is."""
     pairs = [rows[place : place + 2] for place in range(0, len(rows), 2)]
     return [[sum(column) for column in zip(*pair, strict=True)] for pair in pairs]
 
 
 def _is_table(rows: Any, kinds: tuple[type, ...]) -> bool:
     def is_number(one: Any) -> bool:
-        # Whole numbers may be larger than any float.
+        # An integer may be too large for a float.
         return type(one) in kinds and abs(one) <= sys.float_info.max
 
     return isinstance(rows, list) and all(

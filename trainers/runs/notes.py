@@ -1,4 +1,4 @@
-"""A title and a note that the user gives a run, kept in its folder."""
+"""Title and note that the user gives a run, stored in its folder."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ _FILE_LIMIT = 64 * 1024
 
 @dataclass(frozen=True)
 class Notes:
-    """What the user calls a run, and says of it; both may be empty. Neither decides anything."""
+    """User's title and note for a run. Both may be empty, and neither affects the training."""
 
     title: str = ""
     note: str = ""
 
 
 def parse_notes(title, note) -> Notes:
-    """Notes from what a page sent.
+    """Check the title and the note that a web page sent, and return them as Notes.
 
     Raises:
-        SettingsError: one is no text, too long, or holds control characters.
+        SettingsError: one is not a string, is too long or contains control characters.
     """
     for name, value, limit in (("title", title, TITLE_LIMIT), ("note", note, NOTE_LIMIT)):
         if not isinstance(value, str):
             raise SettingsError(f"The {name} is no text.", "Send a string.", name)
         check_text(value, name, limit)
-    # A title stands in one line.
+    # Put the title on one line.
     return Notes(" ".join(title.split()), note.strip())
 
 
 def read_notes(run: Run) -> Notes:
-    """Notes of a run; empty where there are none, or where the file holds something else."""
+    """Return the notes of a run, empty if the file is missing or invalid."""
     path = _path(run)
     try:
         if not os.path.isfile(path) or not is_below(path, run.folder) or os.path.getsize(path) > _FILE_LIMIT:
@@ -52,7 +52,7 @@ def read_notes(run: Run) -> Notes:
 
 
 def write_notes(run: Run, notes: Notes) -> None:
-    """Keep notes in a run's folder. The folder's time stays: the history is sorted by it.
+    """Write notes into a run's folder. Restore the folder's modification time, because the history sorts by it.
 
     Raises:
         RunError: the folder cannot be written.

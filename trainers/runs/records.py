@@ -1,4 +1,4 @@
-"""What is told of the runs on disk; whatever lies there is read strictly, and nothing is written."""
+"""Read-only access to the runs on disk, with strict checks of every file."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from ..formats.files import parse_json, read_own_json
 from ..text import is_below
 from .run import STOPPED, Folders, Run, is_name
 
-# So many are told of, those that changed last.
+# Maximum number of runs to list, newest change first.
 MOST_RUNS = 1000
 
-# A run's recipe and a line of its log are some hundred bytes to some ten thousand; more was not written by a run.
+# Limits in bytes. A run writes recipes and log lines of some hundred to some ten thousand bytes.
 _RECIPE_LIMIT = 4 * 1024 * 1024
 _LINE_LIMIT = 64 * 1024
 _TAIL_LIMIT = 4 * 1024 * 1024
@@ -24,13 +24,14 @@ _GRAPH_LIMIT = 32 * 1024 * 1024
 
 @dataclass(frozen=True)
 class Record:
-    """A run, as its folder tells.
+    """Progress of a run, from its folder.
 
     Attributes:
-        step: of the last state.
-        steps: it is to have.
+        name: name of its folder.
+        step: step of its last state.
+        steps: number of steps in its recipe.
         status: "finished", "stopped", "paused" or "unfinished".
-        changed: when its folder changed last, seconds of the epoch.
+        changed: modification time of its folder, seconds since the epoch.
     """
 
     name: str
@@ -41,10 +42,10 @@ class Record:
 
 
 def find_run(folders: Folders, name: str) -> Run:
-    """The run of a name.
+    """Return the run with a name.
 
     Raises:
-        RunError: it cannot be a run's name, there is none, or its folder is a link or leads out of the runs'.
+        RunError: the name is invalid, no such run exists, or its folder is a link or leads out of the runs folder.
     """
     if is_name(name):
         run = Run.named(folders, name)
@@ -56,20 +57,20 @@ def find_run(folders: Folders, name: str) -> Run:
 
 
 def list_records(folders: Folders, most: int) -> list[Record]:
-    """The runs there are, the one that changed last first; damaged ones are left out."""
+    """Return the records of at most `most` runs, newest change first, without damaged runs."""
     names = os.listdir(folders.runs) if os.path.isdir(folders.runs) else []
     found = []
     for name in names:
         try:
             found.append(record_of(find_run(folders, name)))
         except (RunError, OSError):
-            # An OSError: it was removed since the folder was listed, or is not for this user to read.
+            # OSError: the run was removed after the folder was listed, or this user may not read it.
             continue
     return sorted(found, key=lambda one: (-one.changed, one.name))[:most]
 
 
 def record_of(run: Run) -> Record:
-    """What a run's folder tells in short. Raises RunError when its recipe is none."""
+    """Return the record of a run. Raise RunError if its recipe is invalid."""
     steps = read_recipe(run)["recipe"]["steps"]
     step = max((number for number in run.states() if number <= steps), default=0)
     return Record(run.name, step, steps, _status(run, step, steps), os.stat(run.folder).st_mtime)
@@ -85,7 +86,7 @@ def _status(run: Run, step: int, steps: int) -> str:
 
 
 def read_recipe(run: Run) -> dict[str, Any]:
-    """A run's recipe.json. Raises RunError when it is not what a run writes."""
+    """Return the content of a run's recipe.json. Raise RunError if it is invalid."""
     path = run.recipe_path
     try:
         if os.path.getsize(path) > _RECIPE_LIMIT:
@@ -101,7 +102,7 @@ def read_recipe(run: Run) -> dict[str, Any]:
 
 
 def read_graph(run: Run) -> dict[str, Any]:
-    """What a run was queued as, {"prompt", "workflow"}. Raises RunError where that was not kept."""
+    """Return a run's queued prompt and workflow, {"prompt", "workflow"}. Raise RunError if they were not saved."""
     path = run.graph_path
     if not has_graph(run) or os.path.getsize(path) > _GRAPH_LIMIT:
         raise RunError(
@@ -114,18 +115,18 @@ def read_graph(run: Run) -> dict[str, Any]:
 
 
 def has_graph(run: Run) -> bool:
-    """Whether it is kept what a run was queued as."""
+    """Report whether a run's folder holds the workflow that it was queued with."""
     return os.path.isfile(run.graph_path) and is_below(run.graph_path, run.folder)
 
 
 def log_path(run: Run) -> str | None:
-    """Path of a run's log, None where it has none of its own."""
+    """Return the path of a run's log, None if it has none or the path leads out of its folder."""
     path = os.path.join(run.folder, "metrics.jsonl")
     return path if os.path.isfile(path) and is_below(path, run.folder) else None
 
 
 def read_events(run: Run, most: int) -> list[dict[str, Any]]:
-    """The last events of a run's log, oldest first; what is no event is left out."""
+    """Return the last events of a run's log, oldest first, without invalid lines."""
     path = log_path(run)
     if path is None:
         return []
@@ -133,14 +134,14 @@ def read_events(run: Run, most: int) -> list[dict[str, Any]]:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - _TAIL_LIMIT))
         lines = file.read(_TAIL_LIMIT).splitlines()
-    # What the limit cut through is no line.
+    # Skip the line that the limit cut in two.
     lines = lines[1:] if size > _TAIL_LIMIT else lines
     events = (event_of(line) for line in lines[-most:])
     return [event for event in events if event is not None]
 
 
 def event_of(line: bytes) -> dict[str, Any] | None:
-    """The event in a line of a log, None where it is none."""
+    """Parse a line of a log. Return None if it is not an event."""
     if len(line) > _LINE_LIMIT:
         return None
     try:
@@ -151,7 +152,7 @@ def event_of(line: bytes) -> dict[str, Any] | None:
 
 
 def jsonable(value: Any) -> Any:
-    """A value of JSON without the numbers that JSON has not: they become None, which browsers can read."""
+    """Return a copy of a value with NaN and infinities replaced by None, so that browsers can parse its JSON."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

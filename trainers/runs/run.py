@@ -1,4 +1,4 @@
-"""A run's folder: its recipe, its log, its states, its pictures."""
+"""Folder of a run: its recipe, log, states, saves and sample pictures."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-STOPPED = "stopped"  # what was reached is the result
-PAUSED = "paused"  # it is to go on when the same graph is queued again
+STOPPED = "stopped"  # the steps done so far are the result
+PAUSED = "paused"  # the run resumes when the same graph is queued again
 
 _HALT = "halted.json"
 _GRAPH = "workflow.json"
@@ -44,15 +44,15 @@ _RECIPE = "recipe.json"
 
 @dataclass(frozen=True)
 class Folders:
-    """Where things are written.
+    """Folders that training writes to.
 
     Attributes:
-        runs: one folder each run.
+        runs: contains one folder per run.
         cache: latents and conditionings, shared by all runs.
-        adapters: where the host's loaders look for adapters; a run's saves come there when one is picked.
-        embeddings: where its tokenizers look for embeddings.
-        adapter_of: the path of an adapter of the host's list, by its name there.
-        cache_limit: bytes; past this the caches of earlier runs make room.
+        adapters: the host's adapter folder; a run's save is copied there when the user picks it.
+        embeddings: the host's embedding folder.
+        cache_limit: bytes; if the cache grows beyond this, entries of earlier runs are removed.
+        adapter_of: returns the path of an adapter by its name in the host's list.
     """
 
     runs: str
@@ -65,11 +65,11 @@ class Folders:
 
 @dataclass(frozen=True)
 class Products:
-    """What a run makes at a step.
+    """Trained files of a run at one step.
 
     Attributes:
-        adapter: in the host's names; None where nothing of the model is trained.
-        embedding: None where none is trained.
+        adapter: adapter with the host's names; None if the run trains nothing of the model.
+        embedding: None if the run trains no embedding.
     """
 
     adapter: Adapter | LazyAdapter | None = None
@@ -78,12 +78,12 @@ class Products:
 
 @dataclass(frozen=True)
 class Halt:
-    """That a run was asked to end before its last step.
+    """Record that the user ended a run before its last step.
 
     Attributes:
         how: STOPPED or PAUSED.
-        step: the last one that was done.
-        steps: it was to have.
+        step: last step that was done.
+        steps: number of steps that the run was to have.
     """
 
     how: str
@@ -95,10 +95,10 @@ class Run:
     """One run on disk.
 
     Attributes:
-        folder: for recipe, log, states and pictures.
-        adapters, embeddings: folders for what it saves; the host's loaders do not list them (see saves.py).
-        damaged: the states that the last `load` passed over, each {"state": step, "reason": text}.
-        followers: called with each event after it was logged.
+        folder: folder for recipe, log, states and pictures.
+        adapters, embeddings: folders for its saves, which the host's loaders do not list (see saves.py).
+        damaged: damaged states that the last `load` skipped, each {"state": step, "reason": text}.
+        followers: functions that `log` calls with each event after writing it.
     """
 
     def __init__(self, folder: str, adapters: str, embeddings: str):
@@ -112,7 +112,7 @@ class Run:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Hold the run within the block: no other process trains or deletes it meanwhile.
+        """Hold the run's lock inside the context, so that no other process trains or deletes the run.
 
         Raises:
             RunHeldError: another process holds it.
@@ -121,7 +121,7 @@ class Run:
         self._lock = run_lock.acquire(self.folder)
         try:
             for folder in self._folders:
-                # Whoever wrote here held the run before, and is gone.
+                # Temporary files are left over from an earlier holder, because only the holder writes here.
                 files.sweep(folder, older_than=0.0)
             yield
         finally:
@@ -129,13 +129,13 @@ class Run:
             lock.release()
 
     def _check_held(self) -> None:
-        """Raise RunHeldError where another process took the run over."""
+        """Raise RunHeldError if another process has taken the run over."""
         if self._lock is not None:
             self._lock.check()
 
     @property
     def recipe_path(self) -> str:
-        """What the run is made with; a folder that has none is no run."""
+        """Path of the recipe. A folder without a recipe is not a run."""
         return os.path.join(self.folder, _RECIPE)
 
     @property
@@ -144,16 +144,22 @@ class Run:
 
     @classmethod
     def open(cls, folders: Folders, recipe: Recipe, identity: str, label: str) -> Run:
-        """The run of an identity, as the recipe's `on_existing` wants it.
+        """Return the run with an identity. If `on_existing` is "new", return a new run or an interrupted new one.
 
         Args:
-            label: name when the user gave none.
+            folders: the folders to search.
+            recipe: supplies the name, the number of steps and `on_existing`.
+            identity: the recipe's identity; its first eight digits are part of the folder's name.
+            label: name of the run if the recipe has none.
+
+        Raises:
+            RunError: the folder belongs to another run.
         """
         base = f"{safe_name(recipe.name or label)}-{identity[:8]}"
         run = cls.named(folders, base)
         number = 2
         while recipe.on_existing == "new" and (os.path.exists(run.folder) or run_lock.find_holder(run.folder)):
-            # A new run that was interrupted is the one to go on with, or each attempt would start another.
+            # Resume a new run that was interrupted; otherwise each attempt would start another run.
             done = run.reached(recipe.steps) or run.halted_as(STOPPED, recipe.steps)
             interrupted = (number > 2 and not done) or run.halted_as(PAUSED, recipe.steps)
             if interrupted and not run_lock.find_holder(run.folder):
@@ -165,16 +171,16 @@ class Run:
 
     @classmethod
     def named(cls, folders: Folders, name: str) -> Run:
-        """The run of a folder's name, whether it is there or not."""
+        """Return the run with a folder name, whether the folder exists or not."""
         folder = os.path.join(folders.runs, name)
         return cls(folder, os.path.join(folder, "adapters"), os.path.join(folder, "embeddings"))
 
     def reached(self, steps: int) -> bool:
-        """Whether a state of at least so many steps is kept."""
+        """Report whether a state of at least this many steps exists."""
         return max(self.states(), default=0) >= steps
 
     def identity(self) -> str:
-        """The identity in its recipe; empty where the folder holds none."""
+        """Return the identity in the run's recipe file, empty if there is none."""
         try:
             value = files.read_json(self.recipe_path) if os.path.exists(self.recipe_path) else {}
         except RunError as error:
@@ -184,7 +190,7 @@ class Run:
         return found if isinstance(found, str) else ""
 
     def check_identity(self, identity: str) -> None:
-        """Raises RunError when the folder belongs to something else (a hash of eight digits may collide)."""
+        """Raise RunError if the folder belongs to another run. Hashes of eight digits can collide."""
         path = self.recipe_path
         if not os.path.exists(path):
             return
@@ -205,12 +211,12 @@ class Run:
             log.warning("Graft: %s It will be written anew.", damaged)
 
     def clear(self) -> None:
-        """Remove the files that an earlier run of the same identity wrote, and folders that are then empty.
+        """Remove the files that an earlier run with the same identity wrote, and the folders that become empty.
 
-        Files of other names stay: the user has put them there.
+        Files with other names stay, because the user put them there.
 
         Raises:
-            RunError: a file cannot be removed, and would be taken for the new run's, or there is a link.
+            RunError: a link is in the folder, or a file cannot be removed and would count as the new run's.
         """
         self._check_held()
         self.refuse_links()
@@ -229,7 +235,7 @@ class Run:
                 os.rmdir(folder)
 
     def _written(self) -> Iterator[str]:
-        """Paths of the files there that a run writes, by their names."""
+        """Yield the paths of existing files whose names a run writes."""
         plain = {_RECIPE, _GRAPH, _HALT, _LOG}
         for name in _listed(self.folder):
             if name in plain or _STATE.fullmatch(name):
@@ -241,10 +247,10 @@ class Run:
             yield from (os.path.join(folder, name) for name in _listed(folder) if _PRODUCT.fullmatch(name))
 
     def refuse_links(self) -> None:
-        """Refuse a link in place of one of the run's folders, or anywhere in the folder of its states.
+        """Check that no folder of the run is a link and that its main folder contains no link.
 
         Raises:
-            RunError: naming the link.
+            RunError: there is a link; the error names it.
         """
         self._check_folders()
         link = files.find_link(self.folder)
@@ -256,10 +262,10 @@ class Run:
             files.refuse_links(os.path.dirname(folder), folder)
 
     def write_recipe(self, recipe: Recipe, identity: str, facts: dict) -> None:
-        """Keeps what the run is made with.
+        """Write the recipe with the run's identity and further facts.
 
         Raises:
-            RunError: the file cannot be written, or a link takes the place of something of the run's.
+            RunError: the file cannot be written, or a file or folder of the run is a link.
         """
         self._check_held()
         self.refuse_links()
@@ -268,25 +274,31 @@ class Run:
 
     @property
     def graph_path(self) -> str:
-        """What the run was queued as, where the host said so."""
+        """Path of the workflow that the run was queued with, if the host provided it."""
         return os.path.join(self.folder, _GRAPH)
 
     def write_graph(self, graph: dict) -> None:
-        """Keeps what the run was queued as last, which decides nothing of it."""
+        """Write the workflow that the run was queued with last. It does not affect the training."""
         files.write_own_json(self.graph_path, graph)
 
     def note_halt(self, how: str, step: int, steps: int) -> None:
-        """Keeps that the run was asked to end at a step, STOPPED or PAUSED."""
+        """Record that the user ended the run at a step.
+
+        Args:
+            how: STOPPED or PAUSED.
+            step: last step that was done.
+            steps: number of steps that the run was to have.
+        """
         self._check_held()
         files.write_own_json(os.path.join(self.folder, _HALT), {"how": how, "step": step, "steps": steps})
 
     def halted_as(self, how: str, steps: int) -> Halt | None:
-        """How the run was asked to end while it was to have so many steps, None if it was not or else."""
+        """Return the run's halt if it has this kind and this number of steps, else None."""
         halt = self.halt()
         return halt if halt is not None and halt.how == how and halt.steps == steps else None
 
     def halt(self) -> Halt | None:
-        """How the run was asked to end, if nothing was trained since."""
+        """Return the record of an early end, None if there is none or it is damaged. Resuming removes it."""
         path = os.path.join(self.folder, _HALT)
         if not os.path.exists(path):
             return None
@@ -301,10 +313,10 @@ class Run:
             return None
 
     def forget_halt(self) -> None:
-        """Lets the run go on to its last step.
+        """Remove the record of an early end, so that the run continues to its last step.
 
         Raises:
-            RunError: the file that says otherwise cannot be removed.
+            RunError: the file cannot be removed.
         """
         path = os.path.join(self.folder, _HALT)
         try:
@@ -314,11 +326,15 @@ class Run:
             raise RunError(f"The file '{path}' cannot be removed ({error}).", "Remove it.") from error
 
     def states(self) -> list[int]:
-        """Steps of which a state is kept, rising."""
+        """Return the steps with a saved state, in ascending order."""
         return _numbers(self.folder, _STATE)
 
     def save(self, state: State, products: Products, keep_last: int) -> str:
-        """Writes what was made and the state, then removes those older than the last K; the first product's path."""
+        """Write products and state, then remove all but the last `keep_last` of each.
+
+        Returns:
+            Path of the first product.
+        """
         self._check_held()
         from ..formats.adapter import save_adapter
         from ..formats.embedding import save_embedding
@@ -340,7 +356,7 @@ class Run:
         return paths[0]
 
     def load(self, limit: int) -> State | None:
-        """The latest sound state of at most `limit` steps, None when there is none; `damaged` tells of others."""
+        """Return the latest valid state of at most `limit` steps, None if there is none. List others in `damaged`."""
         self.damaged = []
         for step in reversed(self.states()):
             if step > limit:
@@ -353,24 +369,24 @@ class Run:
         return None
 
     def check_room(self, values: int, slots: int) -> None:
-        """Refuses to begin where not even one save could be written.
+        """Check that the disk has space for at least one save.
 
         Args:
-            values: bytes of what is trained.
-            slots: how many numbers the optimiser keeps for each, at least.
+            values: bytes of the trained weights.
+            slots: minimum number of values that the optimizer keeps per trained value.
 
         Raises:
-            RunError: naming the folder.
+            RunError: the space is too small; the error names the folder.
         """
         files.check_room(self.folder, values * (1 + slots))
         for folder in (self.adapters, self.embeddings):
             files.check_room(folder, 0)
 
     def log(self, event: dict) -> None:
-        """Appends one line to metrics.jsonl, and tells the followers.
+        """Append an event as one line to metrics.jsonl and pass it to the followers.
 
         Raises:
-            RunError: it cannot be written, or was removed with its folder; no part of the line stays.
+            RunError: the file cannot be written, or its folder was removed. No partial line remains.
         """
         self._check_held()
         path = os.path.join(self.folder, _LOG)
@@ -391,7 +407,7 @@ class Run:
             follow(event)
 
     def forget_after(self, step: int) -> None:
-        """Drops the log's lines of steps that will be done again."""
+        """Remove the log's lines after a step, because those steps will be repeated."""
         path = os.path.join(self.folder, _LOG)
         if not os.path.exists(path):
             return
@@ -402,7 +418,7 @@ class Run:
                 file.writelines(lines)
 
     def save_samples(self, step: int, pictures: list[Image.Image]) -> list[str]:
-        """Writes sample pictures; their paths."""
+        """Write sample pictures as PNG and return their paths."""
         self._check_held()
         paths = []
         folder = os.path.join(self.folder, "samples")
@@ -415,12 +431,12 @@ class Run:
         return paths
 
     def samples(self) -> list[str]:
-        """Paths of the sample pictures, in the order of their steps and prompts."""
+        """Return the paths of the sample pictures, ordered by step and prompt."""
         folder = os.path.join(self.folder, "samples")
         return [os.path.join(folder, name) for name in sorted(_listed(folder)) if _SAMPLE.fullmatch(name)]
 
     def last_sample(self, step: int) -> str | None:
-        """Path of the last sample picture up to a step, the first prompt's; None where there is none."""
+        """Return the path of the last sample picture up to a step, for the first prompt; None if there is none."""
         folder = os.path.join(self.folder, "samples")
         names = [name for name in _listed(folder) if _SAMPLE.fullmatch(name)]
         names = [name for name in names if int(_SAMPLE.fullmatch(name).group(1)) <= step]
@@ -430,17 +446,17 @@ class Run:
         return os.path.join(folder, f"{last}-1.png")
 
     def thumbnail(self, step: int) -> str | None:
-        """The last sample picture up to a step as a small data URI, None where there is none."""
+        """Return the last sample picture up to a step as a small data URI, None if there is none."""
         path = self.last_sample(step)
         return None if path is None else data_uri(path)
 
     def state_path(self, step: int) -> str:
-        """Of the state after a step."""
+        """Return the path of the state after a step."""
         return os.path.join(self.folder, f"state-{step:08d}.safetensors")
 
 
 def is_name(text: str) -> bool:
-    """Whether a text can be the name of a run's folder: one part of a path, on any system."""
+    """Report whether a text is a valid name of a run's folder: a single path component on every system."""
     return _NAME.fullmatch(text) is not None and not is_windows_reserved(text)
 
 
@@ -454,7 +470,7 @@ def _numbers(folder: str, pattern: re.Pattern) -> list[int]:
 
 
 def _prune(folder: str, pattern: re.Pattern, keep: int, written: int) -> None:
-    """Leaves the last `keep` files up to the one just written; those of a longer run lie beyond it and stay."""
+    """Remove all but the last `keep` files up to step `written`. Files of later steps, from a longer run, stay."""
     stem = pattern.pattern.split("-")[0]
     older = [number for number in _numbers(folder, pattern) if number <= written]
     for number in older[:-keep]:

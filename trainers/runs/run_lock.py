@@ -1,8 +1,9 @@
-"""A lock on a run, so that two processes, or two computers on one output folder, never train or delete it at once.
+"""Lock of a run, so that two processes, or two computers with one output folder, never train or delete it at once.
 
-The lock is a file beside the run's folder. Its holder keeps the operating system's lock on it, writes into it who it
-is, and touches it every few seconds. The operating system frees its lock when a process dies, so a killed training is
-no obstacle. Where the file system has no such locks, or does not pass them on to other computers, the record decides.
+The lock is a file next to the run's folder. Its holder keeps an operating system lock on the file, writes a record of
+itself into it and touches it every few seconds. The operating system releases its lock when a process dies, so a killed
+training does not block the run. If the file system has no such locks, or does not share them between computers, the
+record decides.
 """
 
 from __future__ import annotations
@@ -23,29 +24,29 @@ from ..formats.files import parse_json
 
 log = logging.getLogger(__name__)
 
-# Seconds between two signs of life, and without one after which another computer's lock counts as left behind.
+# Seconds between two heartbeats, and seconds without a heartbeat after which another computer's lock is stale.
 HEARTBEAT = 5.0
 LIMIT = 60.0
 
 _RECORD_LIMIT = 4096
 _TRIES = 20
 _SUFFIX = ".lock"
-# On Windows a locked byte cannot be read by others: this one lies beyond the record.
+# Other processes cannot read a locked byte on Windows, so lock one beyond the record.
 _LOCKED_BYTE = 1 << 30
 
 
 @dataclass(frozen=True)
 class Holder:
-    """The process that holds a lock.
+    """Process that holds a lock.
 
     Attributes:
         host: name of its computer.
-        system: changes with every start of the computer; processes with the same one share a kernel.
-        space: of its process id; ids of different containers do not compare.
-        process: its id.
-        started: when the process started, in the kernel's own count; empty where that is not known.
-        since: when it took the lock, seconds of the epoch.
-        token: differs with every taking.
+        system: changes with every boot of the computer; processes with the same value share a kernel.
+        space: namespace of its process id; ids of different containers cannot be compared.
+        process: process id.
+        started: start time of the process in the kernel's units; empty if unknown.
+        since: time when it took the lock, seconds since the epoch.
+        token: unique for each time that a lock is taken.
     """
 
     host: str
@@ -58,14 +59,14 @@ class Holder:
 
     @classmethod
     def here(cls) -> Holder:
-        """This process."""
+        """Return a record of this process with a new token."""
         process = os.getpid()
         return cls(
             platform.node(), _system(), _process_space(), process, _started(process), time.time(), secrets.token_hex(8)
         )
 
     def is_alive(self) -> bool | None:
-        """Whether the process runs on this computer; None where that cannot be told."""
+        """Report whether the process still runs; None if this computer cannot tell."""
         if not self.started or (self.system, self.space) != (_system(), _process_space()):
             return None
         return _started(self.process) == self.started
@@ -76,10 +77,10 @@ class Holder:
 
 
 class RunLock:
-    """A lock that is held; `acquire` makes one.
+    """Lock that this process holds. Call `acquire` to create one.
 
     Attributes:
-        holder: this process.
+        holder: record of this process.
     """
 
     def __init__(self, path: str, name: str, descriptor: int, holder: Holder):
@@ -95,12 +96,12 @@ class RunLock:
         self._thread.start()
 
     def check(self) -> None:
-        """Make sure that the lock is still held, before something is written.
+        """Check that this process still holds the lock. Call it before each write to the run.
 
         Raises:
-            RunHeldError: another computer took it over, because this one gave no sign of life for so long.
+            RunHeldError: another computer took the lock over, because this one sent no heartbeat for too long.
         """
-        # Not by a clock that stands still while the computer sleeps.
+        # Use the wall clock: a monotonic clock may stop while the computer sleeps.
         if abs(time.time() - self._beaten) > 2 * HEARTBEAT:
             self._beat()
         if self._lost:
@@ -114,7 +115,7 @@ class RunLock:
         self._ended.set()
         self._thread.join()
         if os.name == "nt":
-            # Windows removes no open file. If another process has opened it meanwhile, it stays, as that one's.
+            # Windows cannot remove an open file. If another process has opened it meanwhile, that process keeps it.
             os.close(self._descriptor)
             self._remove_own()
         else:
@@ -132,7 +133,7 @@ class RunLock:
             self._beat()
 
     def _beat(self) -> None:
-        """Give a sign of life, if the lock is still this process's."""
+        """Touch the lock file if this process still holds the lock."""
         with self._mutex:
             if self._ended.is_set() or self._lost:
                 return
@@ -141,24 +142,24 @@ class RunLock:
                 if found is not None and found.token != self.holder.token:
                     self._lost = True
                     return
-                # Removed by hand, or with the folder above it, it is no one else's.
+                # If the file was removed, by hand or with its folder, nobody else holds the lock.
                 if found is not None:
                     os.utime(self._path)
             except OSError as error:
-                # A network share may be away for a moment; past the limit `check` asks again.
+                # A network share may be unavailable for a moment. `check` tries again later.
                 log.debug("Graft: the lock %s cannot be touched: %s", self._path, error)
                 return
             self._beaten = time.time()
 
 
 def lock_path(folder: str) -> str:
-    """Path of the lock of a run's folder."""
+    """Return the path of the lock file for a run's folder."""
     parent, name = os.path.split(os.path.abspath(folder))
     return os.path.join(parent, f".{name}{_SUFFIX}")
 
 
 def acquire(folder: str) -> RunLock:
-    """Take the lock of a run's folder, which need not exist.
+    """Take the lock of a run's folder. The folder need not exist.
 
     Raises:
         RunHeldError: another process holds it.
@@ -176,7 +177,7 @@ def acquire(folder: str) -> RunLock:
                 raise
             if lock is not None:
                 return lock
-            # It was removed or replaced meanwhile.
+            # Another process removed or replaced the file meanwhile.
             os.close(descriptor)
         raise OSError("it changes all the time, or cannot be removed")
     except OSError as error:
@@ -187,7 +188,7 @@ def acquire(folder: str) -> RunLock:
 
 
 def _take(path: str, name: str, descriptor: int) -> RunLock | None:
-    """Take the lock whose file is open; None where that file is not the lock any more.
+    """Take the lock through its open file. Return None if the path no longer leads to this file.
 
     Raises:
         RunHeldError: another process holds it.
@@ -203,7 +204,7 @@ def _take(path: str, name: str, descriptor: int) -> RunLock | None:
             f"Options. If that computer was switched off, the run is free {LIMIT:g} s after its last sign of life.",
         )
     if locked is False:
-        # Its process is gone: a child of it, or the server of a network share, still keeps the old file locked.
+        # The holder is gone, but its child process or a network share's server still keeps the old file locked.
         _remove(path)
         return None
     own = Holder.here()
@@ -215,13 +216,15 @@ def _take(path: str, name: str, descriptor: int) -> RunLock | None:
 
 
 def _is_left_behind(path: str, holder: Holder | None, locked: bool | None) -> bool:
-    """Whether nobody holds a lock.
+    """Report whether a lock is stale, so that nobody holds it.
 
     Args:
-        locked: whether this process could lock the file; None where the file system has no locks.
+        path: path of the lock file.
+        holder: the record in it, None if it has none.
+        locked: whether this process could lock the file; None if the file system has no locks.
     """
     if holder is None:
-        # Fresh, or written by no one yet.
+        # The file is new, or its holder has not written a record yet.
         return locked is not False
     if holder.system == _system():
         if locked:
@@ -235,7 +238,7 @@ def _is_left_behind(path: str, holder: Holder | None, locked: bool | None) -> bo
 
 
 def read_holder(path: str) -> Holder | None:
-    """The record in a lock file; None where there is none."""
+    """Return the record in a lock file, None if there is no file or no valid record."""
     try:
         with open(path, "rb") as file:
             return _parse(file.read(_RECORD_LIMIT))
@@ -244,7 +247,7 @@ def read_holder(path: str) -> Holder | None:
 
 
 def find_holder(folder: str) -> Holder | None:
-    """The process that holds the lock of a run's folder, without taking it; None for none, or one that is gone."""
+    """Return the live holder of a run's lock, None if there is none, without taking the lock."""
     path = lock_path(folder)
     with suppress(OSError):
         holder = read_holder(path)
@@ -256,7 +259,10 @@ def find_holder(folder: str) -> Holder | None:
 
 
 def earliest_start(parent: str) -> float:
-    """When the first of the trainings that now hold a run in a folder began, seconds of the epoch; now for none."""
+    """Return the earliest time at which a present holder locked a run in a folder, seconds since the epoch.
+
+    Returns the present time if no run is locked.
+    """
     names = os.listdir(parent) if os.path.isdir(parent) else []
     runs = [name[1 : -len(_SUFFIX)] for name in names if name.startswith(".") and name.endswith(_SUFFIX)]
     holders = [find_holder(os.path.join(parent, run)) for run in runs]
@@ -264,7 +270,7 @@ def earliest_start(parent: str) -> float:
 
 
 def _parse(data: bytes) -> Holder | None:
-    """The record in a lock file's bytes; None for anything else."""
+    """Parse the bytes of a lock file. Return None if they are not a valid record."""
     try:
         value = parse_json(data)
         holder = Holder(**value)
@@ -276,7 +282,7 @@ def _parse(data: bytes) -> Holder | None:
 
 
 def _age(path: str) -> float:
-    """Seconds since the last sign of life, by the clock of the disk: those of two computers may differ."""
+    """Return the seconds since the last heartbeat, by the file system's clock, because computers' clocks may differ."""
     probe = os.path.join(os.path.dirname(path), f".graft.{secrets.token_hex(4)}.tmp")
     with open(probe, "wb"):
         pass
@@ -310,7 +316,7 @@ def _lock_file(descriptor: int) -> bool | None:
     """Take the operating system's lock on an open file.
 
     Returns:
-        False where another process has it, None where the file system has no locks.
+        True if taken, False if another process has it, None if the file system has no locks.
     """
     try:
         if os.name == "nt":
@@ -331,10 +337,10 @@ def _lock_file(descriptor: int) -> bool | None:
 
 
 def _system() -> str:
-    """What differs between computers, and where the system tells it between two starts of one."""
+    """Return an id that differs between computers and, if the system provides one, between boots of a computer."""
     address = uuid.getnode()
     if address >> 40 & 1:
-        # No network card was found: the number is drawn anew in each process.
+        # Without a network card, Python draws a random number in each process.
         address = 0
     return _read_text("/proc/sys/kernel/random/boot_id") or f"{platform.system()} {platform.node()} {address:x}"
 
@@ -347,8 +353,8 @@ def _process_space() -> str:
 
 
 def _started(process: int) -> str:
-    """When a process started, by Linux's own count; empty where it does not run, or the system does not tell."""
-    # The command's name before it may hold spaces and brackets.
+    """Return a process's start time in Linux's units, empty if it does not run or the system does not report it."""
+    # The command name may contain spaces and parentheses, so split after its last one.
     row = _read_text(f"/proc/{process}/stat").rpartition(")")[2].split()
     # A zombie has ended.
     return row[19] if len(row) > 19 and row[0] not in "ZX" else ""

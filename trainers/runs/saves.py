@@ -1,4 +1,4 @@
-"""Saves of a run: one file a step, in the run's folder until one is picked for the host's loaders."""
+"""Saves of a run: one file per step in the run's folder. Picking a save copies it to where the host's loaders look."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _MOST_NAMES = 100
 
 
 def list_saves(folders: Folders, run: Run) -> dict[int, list[str]]:
-    """Paths of a run's saves by step, rising: its adapter, its embedding, or both.
+    """Return the paths of a run's saves by step, in ascending order: its adapter, its embedding or both.
 
-    Runs of earlier versions have theirs below the folders that the host's loaders read.
+    Earlier versions put them into subfolders of the folders that the host's loaders read.
     """
     places = ((run.adapters, run.folder), (run.embeddings, run.folder))
     earlier = ((os.path.join(root, run.name), root) for root in (folders.adapters, folders.embeddings))
@@ -35,12 +35,16 @@ def list_saves(folders: Folders, run: Run) -> dict[int, list[str]]:
 
 
 def pick_save(folders: Folders, run: Run, step: int) -> dict[str, str]:
-    """Copy the saves of a step to where the host's loaders list them; {"adapter" or "embedding": name in that list}.
+    """Copy the saves of a step to the folders that the host's loaders list.
 
-    The name is the run's title, or its name where it has none, and the step. A save that is listed already stays.
+    The file name consists of the run's title (its name if it has no title) and the step. Saves that are in such a
+    folder already are not copied.
+
+    Returns:
+        {"adapter" or "embedding": name in the loader's list}.
 
     Raises:
-        RunError: there is no save of that step, or the file cannot be written.
+        RunError: the run has no save of that step, or the file cannot be written.
     """
     paths = list_saves(folders, run).get(step)
     if not paths:
@@ -59,7 +63,7 @@ def _title(run: Run) -> str:
 
 
 def _copy(path: str, root: str, title: str, step: int) -> str:
-    """Copy a save into a folder under a free name; its path. The same file is not copied twice."""
+    """Copy a save into a folder under a free name and return its path. Reuse an existing copy with the same content."""
     for number in range(1, _MOST_NAMES):
         ending = "" if number == 1 else f"-{number}"
         target = os.path.join(root, f"{title}-step-{step}{ending}.safetensors")

@@ -1,4 +1,4 @@
-"""A run's events for TensorBoard, by torch's own writer; the package is imported only where they are asked for."""
+"""TensorBoard event files of a run, through torch's writer, which is imported only if the recipe asks for them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 _FLUSH = 10  # seconds
 
-# By kind of event: where its numbers are shown, and under which name the event has them.
+# Per kind of event: {tag in TensorBoard: key in the event}.
 _SCALARS = {
     "step": {
         "loss/training": "loss",
@@ -32,10 +32,10 @@ _SCALARS = {
 
 
 def load() -> type[SummaryWriter]:
-    """Torch's writer.
+    """Import torch's SummaryWriter.
 
     Raises:
-        SettingsError: the package tensorboard is not installed, with what to install.
+        SettingsError: the package tensorboard is not installed; the error names what to install.
     """
     cure = "or set tensorboard in Graft Run Options to off"
     with needing("tensorboard", "Writing TensorBoard's event files", cure, "tensorboard"):
@@ -46,13 +46,17 @@ def load() -> type[SummaryWriter]:
 
 @contextmanager
 def writing(run: Run, step: int) -> Iterator[None]:
-    """Writes what the run logs within the block, from after a step on, to its folder `tensorboard`.
+    """Write the events that the run logs inside the context to its folder `tensorboard`.
 
-    TensorBoard forgets what an earlier, interrupted part wrote of steps that are done again.
+    After an interruption, TensorBoard discards the old events of the steps that are repeated.
+
+    Args:
+        run: the run, which gets a follower inside the context.
+        step: the step that the run resumes from, 0 for a new run.
 
     Raises:
-        SettingsError: as `load`.
-        RunError: nothing can be written there.
+        SettingsError: the package tensorboard is not installed.
+        RunError: the files cannot be written.
     """
     folder = os.path.join(run.folder, "tensorboard")
     with _telling(folder):
@@ -70,7 +74,7 @@ def writing(run: Run, step: int) -> Iterator[None]:
         try:
             writer.close()
         except OSError as error:
-            # What the training ends with is what is shown.
+            # Only log this error, so that it does not hide the one that ended the training.
             log.warning("Graft: the last of TensorBoard's events could not be written to '%s': %s", folder, error)
 
 
