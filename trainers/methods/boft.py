@@ -1,4 +1,4 @@
-"""BOFT: rotates blocks of a layer's inputs and scales its outputs (Liu et al. 2024), with peft."""
+"""BOFT: a rotation of blocks of a layer's inputs and a scale on its outputs (Liu et al. 2024), with peft."""
 
 from __future__ import annotations
 

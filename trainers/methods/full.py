@@ -1,4 +1,4 @@
-"""Full fine-tuning: trains all weights of the model or a selection of them."""
+"""Full fine-tuning of all weights of the model or a selection of them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _FROZEN = "frozen_"
 
 
 class FullFineTune(Method):
-    """Trains a copy of W, and of norms, convolutions and biases. Exports W - W0.
+    """Training of a copy of W, and of norms, convolutions and biases. The export is W - W0.
 
     The frozen weights stay in memory, shared with the graph's model. The export subtracts them, and prior preservation
     predicts with them.

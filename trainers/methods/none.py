@@ -20,7 +20,7 @@ _OF_ADAPTERS = {
 
 
 class NoMethod(Method):
-    """Trains nothing in the model."""
+    """A method that trains nothing in the model."""
 
     name = "embedding"
     ranked = False

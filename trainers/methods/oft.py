@@ -1,4 +1,4 @@
-"""OFT: rotates each block of a layer's inputs (Qiu et al. 2023), with peft."""
+"""OFT: a rotation of each block of a layer's inputs (Qiu et al. 2023), with peft."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ class Layer:
     """One adapted layer, as its export sees it.
 
     Attributes:
-        path: of the module in its tree.
+        path: of the module in the model.
         values: the trainables by peft's name for them (`lora_A`, `hada_w1_a`, ...), float32 on the CPU.
         rank, alpha: of this layer.
         scale: effective scale of the layer's difference, or None if the method has no alpha.

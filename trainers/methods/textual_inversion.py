@@ -1,4 +1,4 @@
-"""Textual inversion: trains the vectors of a new embedding (Gal et al. 2022), alone or together with an adapter.
+"""Textual inversion: training of a new embedding (Gal et al. 2022), alone or together with an adapter.
 
 Captions that reach the text encoder name the embedding as ComfyUI does, `embedding:<name>`.
 """
@@ -73,7 +73,7 @@ def is_addressable(name: str) -> bool:
 def check_name(name: str, input: str = "name") -> None:
     """Refuse a name that a prompt cannot address.
 
-    ComfyUI reads `embedding:<name>` up to the next space. So the name must not contain an end, a weight or a path.
+    ComfyUI reads `embedding:<name>` up to the next space. So the name must not contain a space, a weight or a path.
 
     Raises:
         SettingsError: the name is invalid. The error names the input.
