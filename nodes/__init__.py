@@ -1,4 +1,4 @@
-"""What the graph sees: the list of nodes."""
+"""The pack's ComfyUI extension: the list of its nodes."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ NODES = [
 
 
 class GraftExtension(ComfyExtension):
-    """The pack, as ComfyUI asks for it."""
+    """The extension that ComfyUI loads."""
 
     async def get_node_list(self) -> list[type]:
-        # Here and not in `on_load`, which older hosts do not call.
+        # Register here and not in `on_load`, which older ComfyUI versions do not call.
         paths.register()
         routes.register()
         validation.register(find_faults)

@@ -1,4 +1,4 @@
-"""Nodes that apply, load and save what was trained."""
+"""Nodes that apply, load and save adapters."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _block_strengths(text: str) -> Pairs:
 
 
 class GraftApplyAdapter(io.ComfyNode):
-    """An adapter put on a model."""
+    """Node that applies an adapter to a model."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -104,7 +104,7 @@ class GraftApplyAdapter(io.ComfyNode):
 
 
 class GraftLoadAdapter(io.ComfyNode):
-    """An adapter from a file."""
+    """Node that loads an adapter from a file."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -126,7 +126,7 @@ class GraftLoadAdapter(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, adapter_name) -> str | float:
-        """Changes with the file; a name that comes over a wire is not known yet."""
+        """Return a value that changes with the file. A name from a link is not known yet."""
         return paths.file_state(adapter_name, paths.adapter_path)
 
     @classmethod
@@ -136,7 +136,7 @@ class GraftLoadAdapter(io.ComfyNode):
 
 
 class GraftSaveAdapter(io.ComfyNode):
-    """An adapter written to output/loras."""
+    """Node that writes an adapter to output/loras."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:

@@ -1,4 +1,4 @@
-"""What nodes refuse: values of widgets before anything runs, and what is no such thing when it arrives over a wire."""
+"""Input checks of the nodes: widget values before a prompt runs, and linked values when a node executes."""
 
 from __future__ import annotations
 
@@ -16,39 +16,40 @@ from ..trainers.text import check_text
 
 Rule = Callable[[Any], object]
 
-# Characters of a text in one line, and of one in several.
+# Maximum number of characters of a text in one line, and of a text in several lines.
 _LINE = 10_000
 _LINES = 100_000
 
 
 def checked(**rules: Rule | None) -> classmethod:
-    """A node's `validate_inputs`: each number in its range, each text one that can be used, or why not.
+    """Build a node's `validate_inputs`, which returns True or the reasons why widget values are invalid.
 
-    The host checks no more than what is smaller or larger, which NaN is not, on some versions no choice, and not at all
-    what is named here. A value that comes over a wire is not known yet and passes. The host shows the answer at each
-    input that is named here; `nodes/host/server/validation.py` leaves it at those that are at fault.
+    ComfyUI itself checks only whether a number is too small or too large, which NaN is not. Some of its versions check
+    no choices, and none checks the inputs that are named here. A value from a link is not known yet and passes. ComfyUI
+    shows the result at every input that is named here; `nodes/host/server/validation.py` reduces that to the inputs at
+    fault.
 
     Args:
-        rules: by input's name, what raises GraftError for a value that cannot be used; a choice that has one is looked
-            up there, since its list may be old. None where nothing but kind, range, length or list matters.
+        rules: by input name, a function that raises GraftError for an invalid value, or None if kind, range, length and
+            list of choices suffice. A choice with a rule is checked by the rule alone, since its list may be outdated.
     """
 
     def validate_inputs(cls, **values: Any) -> bool | str:
         return "\n".join(_faults(cls, rules, values).values()) or True
 
     named = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("cls", *rules)]
-    # The host hands over what stands in the signature.
+    # ComfyUI passes the inputs that the signature names.
     validate_inputs.__signature__ = inspect.Signature(named)
     validate_inputs.graft_rules = rules
     return classmethod(validate_inputs)
 
 
 def find_faults(node: type, values: Mapping[str, Any]) -> dict[str, str]:
-    """Check the values of a node that has `checked` inputs; return an error for each input at fault, by its name.
+    """Check the values of a node that has `checked` inputs. Return an error for each input at fault, by its name.
 
     Args:
-        node: any class; one without such inputs has no faults.
-        values: by input's name, None for what comes over a wire.
+        node: any class. One without such inputs has no faults.
+        values: by input name, None for a value from a link.
     """
     rules = getattr(getattr(node, "validate_inputs", None), "graft_rules", {})
     return _faults(node, rules, values) if rules else {}
@@ -59,7 +60,7 @@ def _faults(node: Any, rules: Mapping[str, Rule | None], values: Mapping[str, An
     faults = {}
     for given in schema.inputs:
         value = values.get(given.id)
-        # A node that takes lists is given its widgets' values in lists too.
+        # A node that takes lists gets the values of its widgets in lists too.
         value = value[0] if schema.is_input_list and isinstance(value, (list, tuple)) and value else value
         if given.id not in rules or value is None:
             continue
@@ -87,20 +88,22 @@ def _check(given, value: Any, rule: Rule | None) -> None:
 
 
 def check_number(value: float, low: float, high: float, input: str) -> None:
-    """Raises SettingsError for what is no number between two."""
+    """Raise SettingsError unless a value is a finite number within the bounds."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not math.isfinite(value) or not low <= value <= high:
         raise SettingsError(f"{str(value)[:80]} is no number between {low:g} and {high:g}.", "Set it anew.", input)
 
 
 def check_arrived(node, values: Mapping[str, Any]) -> None:
-    """Refuses what a socket cannot mean: prompts that were not made by the browser hold anything, a wire any number.
+    """Refuse linked values that a socket cannot accept.
+
+    Prompts that a browser did not make can hold anything, and a link can bring any number.
 
     Args:
-        values: by input's name.
+        values: by input name.
 
     Raises:
-        ModelError, SettingsError: naming the input.
+        ModelError, SettingsError: a value is refused. The error names the input.
     """
     if not values:
         return
@@ -148,7 +151,7 @@ def _is_tensor(value: Any, *dimensions: int) -> bool:
     return isinstance(value, torch.Tensor) and (not dimensions or value.dim() in dimensions)
 
 
-# By socket, what is said of it and what it is known by.
+# By socket type: the description for errors, and the test that a value must pass.
 _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "MODEL": ("a model", lambda value: hasattr(value, "model") and hasattr(value, "clone")),
     "CLIP": ("a text encoder", lambda value: hasattr(value, "cond_stage_model") and hasattr(value, "tokenizer")),

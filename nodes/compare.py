@@ -1,4 +1,4 @@
-"""The node that draws the same prompts with several adapters."""
+"""The node that renders the same prompts with several adapters."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .schema import CATEGORY, Adapter, describe, named
 
 
 class GraftCompare(io.ComfyNode):
-    """A grid of pictures: prompts by adapters, saves of a run, and strengths."""
+    """Node that draws a grid of images: prompts by adapters, saves of a run, and strengths."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -60,11 +60,11 @@ class GraftCompare(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, files="", **_) -> list | float:
-        """Changes with the files that are meant, and embedding files: a run may have made more of them."""
+        """Return a value that changes with the adapter and embedding files. A run may have written new ones."""
         from .host.actions.compare import states_of
         from .host.model.embeddings import file_states
 
-        # What comes over a wire is not known yet.
+        # A value from a link is not known yet.
         return [*states_of(files), *file_states()] if isinstance(files, str) else float("nan")
 
     @classmethod

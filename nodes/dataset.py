@@ -1,4 +1,4 @@
-"""Nodes that bring pictures and captions together and show them."""
+"""Nodes that build datasets of images and captions and show them."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def _trigger() -> io.String.Input:
 
 
 def _mask_folder(choice: str) -> str:
-    """The absolute path of a folder of masks, empty where none was chosen. Raises DatasetError as `dataset_path`."""
+    """Return the absolute path of the mask folder, empty if none is set. Raises DatasetError as `dataset_path` does."""
     return paths.dataset_path(choice, "mask_folder") if not isinstance(choice, str) or choice.strip() else ""
 
 
 class GraftLoadDataset(io.ComfyNode):
-    """A folder of pictures with captions beside them."""
+    """Node that loads a folder of images with captions beside them."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -105,7 +105,7 @@ class GraftLoadDataset(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, folder, mask_folder="", control_folder="", **others) -> str | float:
-        """Changes with any file in the folders; a folder that comes over a wire is not known yet."""
+        """Return a value that changes with any file in the folders. A folder from a link is not known yet."""
         if not all(isinstance(name, str) for name in (folder, mask_folder, control_folder)):
             return float("nan")
         controls = paths.control_path(folder, control_folder)
@@ -148,7 +148,7 @@ class GraftLoadDataset(io.ComfyNode):
 
 
 class GraftDatasetFromImages(io.ComfyNode):
-    """Pictures and captions that come over wires."""
+    """Node that builds a dataset from linked images and captions."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -201,10 +201,10 @@ class GraftDatasetFromImages(io.ComfyNode):
 
 
 def _eight_bits(batches, input: str) -> list:
-    """Each float tensor in 0..1 of batches, or a mask alone, as a uint8 array; alpha is dropped.
+    """Convert the images of float batches in 0..1, or single masks, to uint8 arrays without alpha.
 
     Raises:
-        DatasetError: naming the input, where a number is none.
+        DatasetError: a number is not finite. The error names the input.
     """
     return [_picture(one, input) for batch in batches for one in (batch if batch.ndim > 2 else batch[None])]
 
@@ -221,7 +221,7 @@ def _picture(values, input: str):
 
 
 class GraftCombineDatasets(io.ComfyNode):
-    """Two datasets as one."""
+    """Node that joins two datasets."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -247,7 +247,7 @@ class GraftCombineDatasets(io.ComfyNode):
 
 
 class GraftInspectDataset(io.ComfyNode):
-    """What training will see."""
+    """Node that shows a dataset as training will use it."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:

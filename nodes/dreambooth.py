@@ -1,4 +1,4 @@
-"""Nodes that learn a subject and keep its class as it was."""
+"""Nodes that train a subject and preserve its class."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _prior_weight(name: str) -> io.Float.Input:
 
 
 class GraftClassImages(io.ComfyNode):
-    """Pictures of a class, drawn by the graph's own base."""
+    """Node that renders class images with the graph's own model."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -72,7 +72,7 @@ class GraftClassImages(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **values) -> list:
-        """Changes when an embedding file that a prompt calls is replaced."""
+        """Return a value that changes when an embedding file that a prompt names is replaced."""
         from .host.model.embeddings import file_states
 
         return file_states()
@@ -114,7 +114,7 @@ class GraftClassImages(io.ComfyNode):
 
 
 class GraftPriorPreservation(io.ComfyNode):
-    """Class images beside a subject's."""
+    """Node that adds class images to the images of a subject."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -144,7 +144,7 @@ class GraftPriorPreservation(io.ComfyNode):
 
 
 class GraftTrainDreamBooth(Trainer):
-    """A subject learnt from a few images."""
+    """Node that trains a subject from a few images."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:

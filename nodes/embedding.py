@@ -1,4 +1,4 @@
-"""Nodes that apply, load and save words that were trained."""
+"""Nodes that apply, load and save embeddings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _CATEGORY = f"{CATEGORY}/embedding"
 
 
 class GraftApplyEmbedding(io.ComfyNode):
-    """A word given to a CLIP."""
+    """Node that adds an embedding to a CLIP."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -40,7 +40,7 @@ class GraftApplyEmbedding(io.ComfyNode):
 
 
 class GraftLoadEmbedding(io.ComfyNode):
-    """A word from a file."""
+    """Node that loads an embedding from a file."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -63,7 +63,7 @@ class GraftLoadEmbedding(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, embedding_name) -> str | float:
-        """Changes with the file; a name that comes over a wire is not known yet."""
+        """Return a value that changes with the file. A name from a link is not known yet."""
         return paths.file_state(embedding_name, paths.embedding_path)
 
     @classmethod
@@ -73,7 +73,7 @@ class GraftLoadEmbedding(io.ComfyNode):
 
 
 class GraftSaveEmbedding(io.ComfyNode):
-    """A word written to output/embeddings."""
+    """Node that writes an embedding to output/embeddings."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:

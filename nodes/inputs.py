@@ -1,4 +1,4 @@
-"""Inputs and outputs that several nodes have, each made in one place."""
+"""Inputs and outputs that several nodes share."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ TOP_SEED = 0xFFFFFFFFFFFFFFFF
 
 
 def base(model: str) -> list:
-    """What a checkpoint loader gives.
+    """Return the inputs for the outputs of a checkpoint loader: model, clip and vae.
 
     Args:
-        model: what is said of the model.
+        model: tooltip of the model.
     """
     return [
         io.Model.Input("model", tooltip=model),
@@ -24,7 +24,7 @@ def base(model: str) -> list:
 
 
 def steps(default: int = 1000) -> io.Int.Input:
-    """Of the optimiser."""
+    """Return the input for the number of optimizer steps."""
     return io.Int.Input(
         "steps",
         default=default,
@@ -35,12 +35,12 @@ def steps(default: int = 1000) -> io.Int.Input:
 
 
 def learning_rate(tooltip: str) -> io.Float.Input:
-    """0 for a default, which the tooltip tells."""
+    """Return the input for the learning rate. 0 stands for a default, which the tooltip names."""
     return io.Float.Input("learning_rate", default=0.0, min=0.0, max=10.0, step=0.0000001, round=False, tooltip=tooltip)
 
 
 def rank() -> io.Int.Input:
-    """Of a LoRA."""
+    """Return the input for the rank of a LoRA."""
     return io.Int.Input(
         "rank",
         default=16,
@@ -51,37 +51,37 @@ def rank() -> io.Int.Input:
 
 
 def batch_size(default: int = 1, tooltip: str = "Pictures in a step.") -> io.Int.Input:
-    """Of a training step."""
+    """Return the input for the batch size of a training step."""
     return io.Int.Input("batch_size", default=default, min=1, max=1024, tooltip=tooltip)
 
 
 def seed(tooltip: str = "Decides start, order and noise. Another seed is another run.") -> io.Int.Input:
-    """One that stays as it is from one Run to the next: the frontend would otherwise make each a new run."""
+    """Return a seed input that stays fixed. The frontend would otherwise change it and start a new run each time."""
     return io.Int.Input("seed", default=0, min=0, max=TOP_SEED, control_after_generate=False, tooltip=tooltip)
 
 
 def resolution(tooltip: str) -> io.Int.Input:
-    """Side of a square in pixels, 0 for the model's own."""
+    """Return the input for the side of a square in pixels. 0 stands for the model's own resolution."""
     return io.Int.Input("resolution", default=0, min=0, max=8192, step=8, tooltip=tooltip)
 
 
 def sampling_steps(default: int) -> io.Int.Input:
-    """Of a node that draws."""
+    """Return the input for the number of sampling steps."""
     return io.Int.Input("steps", default=default, min=1, max=1000, tooltip="Sampling steps.")
 
 
 def cfg() -> io.Float.Input:
-    """Of a node that draws, 0 for the family's own."""
+    """Return the input for the guidance scale. 0 stands for the default of the model's family."""
     return io.Float.Input("cfg", default=0.0, min=0.0, max=100.0, step=0.1, tooltip="Guidance. 0: the family's own.")
 
 
 def negative_prompt() -> io.String.Input:
-    """Of a node that draws."""
+    """Return the input for the negative prompt."""
     return io.String.Input("negative_prompt", default="", multiline=True, tooltip="What not to draw.")
 
 
 def sampler() -> list:
-    """Of a node that draws, as the family is drawn with where they are left alone."""
+    """Return the inputs for sampler and scheduler. "auto" stands for the default of the model's family."""
     return [
         io.Combo.Input("sampler_name", options=["auto", *SAMPLERS], default="auto", tooltip="auto: euler."),
         io.Combo.Input("scheduler", options=["auto", *SCHEDULERS], default="auto", tooltip="auto: the family's own."),
@@ -89,7 +89,7 @@ def sampler() -> list:
 
 
 def trained() -> list:
-    """What comes out of a trainer of the model."""
+    """Return the outputs of a node that trains the model."""
     return [
         io.Model.Output("trained_model", display_name="model"),
         io.Clip.Output("trained_clip", display_name="clip"),

@@ -1,4 +1,4 @@
-"""The node that takes a training elsewhere."""
+"""The node that exports a training job for other machines."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .schema import CATEGORY, Dataset, describe, named, options_input, usually
 
 
 class GraftExportJob(io.ComfyNode):
-    """A training written as a folder, in place of being done here."""
+    """Node that writes a training job to a folder instead of running it."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -53,7 +53,10 @@ class GraftExportJob(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **values) -> float:
-        """Never the same: the folder may have been removed, and files the graph names may have changed."""
+        """Return NaN, so that ComfyUI always runs the node.
+
+        The folder may have been removed, and files that the graph names may have changed.
+        """
         return float("nan")
 
     @classmethod

@@ -1,4 +1,4 @@
-"""What the option nodes share: fields that start unset, what may be set, and the way of what is set to the trainer."""
+"""Base class and fields of the option nodes: unset values, validation, and the merge with upstream options."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ _MANY = 10_000_000
 
 
 def auto(name: str, options: list[str], tooltip: str) -> io.Combo.Input:
-    """A choice that starts at `auto`, which leaves it to model, method and optimiser."""
+    """Return a choice with the default `auto`, which leaves the value to model, method and optimizer."""
     return io.Combo.Input(name, options=["auto", *options], default="auto", tooltip=tooltip)
 
 
 def count(name: str, tooltip: str, unset: int = 0, top: int = _MANY) -> io.Int.Input:
-    """A whole number from its unset value on."""
+    """Return an integer input whose minimum is its unset value."""
     return io.Int.Input(name, default=unset, min=unset, max=top, tooltip=tooltip)
 
 
 def number(name: str, tooltip: str, unset: float, top: float, step: float) -> io.Float.Input:
-    """A number from its unset value on, kept to all its digits."""
+    """Return a float input whose minimum is its unset value. It is not rounded."""
     return io.Float.Input(name, default=unset, min=unset, max=top, step=step, round=False, tooltip=tooltip)
 
 
 def rules(kind: str, *names: str) -> dict:
-    """Rules for an option node's fields, as they hold when they are set."""
+    """Return rules for an option node's fields. An unset value is always valid."""
 
     def rule_of(name: str):
         return lambda value: value == UNSET[kind][name] or check_option(kind, name, value)
@@ -38,7 +38,7 @@ def rules(kind: str, *names: str) -> dict:
 
 
 class OptionNode(io.ComfyNode):
-    """What the option nodes share: they add their set fields to those that arrive."""
+    """Base class of the option nodes. It adds the fields that the user set to the upstream options."""
 
     kind = ""
 
@@ -49,7 +49,7 @@ class OptionNode(io.ComfyNode):
 
 
 def _later(built):
-    """Marks a field that came after its node had landed: optional, behind the socket, so that old graphs stay valid."""
+    """Mark a field that a later version added. It is optional and follows the socket, so old graphs stay valid."""
     built.optional = True
     return built
 
@@ -57,12 +57,12 @@ def _later(built):
 def option_schema(
     node_id: str, title: str, aliases: list[str], description: str, inputs: list, later: tuple = (), words: str = ""
 ) -> io.Schema:
-    """An option node's schema.
+    """Return an option node's schema.
 
     Args:
-        inputs: the fields that it landed with.
-        later: those that came since.
-        words: behind the title, as `describe` takes them.
+        inputs: the fields of the node's first version.
+        later: the fields that were added since.
+        words: as for `describe`.
     """
     return describe(
         node_id=node_id,

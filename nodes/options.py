@@ -20,7 +20,7 @@ from .schema import advanced
 
 
 class GraftRunOptions(OptionNode):
-    """Name, saving and validation of a run."""
+    """Node that sets name, saves and validation of a run."""
 
     kind = "run"
 
@@ -74,7 +74,7 @@ class GraftRunOptions(OptionNode):
 
 
 class GraftPreviewOptions(OptionNode):
-    """Sample pictures while training."""
+    """Node that sets the preview images during training."""
 
     kind = "preview"
 
@@ -108,7 +108,7 @@ class GraftPreviewOptions(OptionNode):
 
 
 class GraftOptimizerOptions(OptionNode):
-    """How the weights are moved."""
+    """Node that sets optimizer, schedule, gradient accumulation and clipping."""
 
     kind = "optimizer"
 
@@ -174,7 +174,7 @@ class GraftOptimizerOptions(OptionNode):
 
 
 class GraftMemoryOptions(OptionNode):
-    """What to do when memory is short."""
+    """Node that sets the trade of speed for memory."""
 
     kind = "memory"
 
@@ -217,7 +217,7 @@ class GraftMemoryOptions(OptionNode):
 
 
 class GraftAdapterOptions(OptionNode):
-    """What kind of adapter is trained, and where it is put."""
+    """Node that sets the type of adapter, its layers, ranks and learning rates."""
 
     kind = "adapter"
 
@@ -293,14 +293,14 @@ class GraftAdapterOptions(OptionNode):
 
     @classmethod
     def fingerprint_inputs(cls, start_from, options=None, **values) -> str | float:
-        """Changes with the file that is started from; a name that comes over a wire is not known yet."""
+        """Return a value that changes with the file of `start_from`. A name from a link is not known yet."""
         if start_from == "auto":
             return ""
         return paths.file_state(start_from, paths.adapter_path)
 
 
 class GraftObjectiveOptions(OptionNode):
-    """What the loss looks at."""
+    """Node that sets timesteps, weighting, loss and noise."""
 
     kind = "objective"
 
@@ -362,7 +362,7 @@ class GraftObjectiveOptions(OptionNode):
 
 
 class GraftPivotalOptions(OptionNode):
-    """A word trained beside the model."""
+    """Node that sets an embedding that is trained together with the adapter."""
 
     kind = "pivotal"
 

@@ -1,4 +1,4 @@
-"""The pack's sockets, the small additions to ComfyUI's schema classes, and the way errors are shown."""
+"""The pack's socket types, additions to ComfyUI's schema classes, and the node and input in error messages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .checks import check_arrived
 
 CATEGORY = "graft"
 
-# Name of what the page is told of an input's unset value.
+# Key under which an input tells the web page the meaning of its unset value.
 _UNSET = "graft_unset"
 
 Dataset = io.Custom("GRAFT_DATASET")
@@ -25,13 +25,14 @@ LossMap = io.Custom("LOSS_MAP")
 
 
 class Trainer(io.ComfyNode):
-    """A node that trains. What it hands on is decided by its inputs, but for a run that was stopped early."""
+    """Base class of the nodes that train. Equal inputs give equal outputs, unless a run was stopped early."""
 
     @classmethod
     def fingerprint_inputs(cls, **values) -> list:
-        """Changes where the host would answer from its cache, and must not.
+        """Return a value that changes when ComfyUI must not use its cached outputs.
 
-        A stopped run was told to go on, or one was deleted, or an embedding file that a prompt calls was replaced.
+        That is the case when a stopped run is to resume, a run was deleted, or an embedding file that a prompt names
+        was replaced.
         """
         from .host.model.embeddings import file_states
         from .host.server.control import REGISTRY
@@ -43,10 +44,10 @@ def describe(aliases: list[str], words: str = "", **given) -> io.Schema:
     """Describe a node to ComfyUI.
 
     Args:
-        aliases: other words by which it is found when nodes are searched; hosts before 0.33 have no place for them.
-        words: the one or two of them that stand behind its title, in parentheses. Hosts before 0.33 search ids and
-            titles alone, and of a title no word that begins behind the 30th character.
-        given: what ComfyUI's own schema takes.
+        aliases: other words for the node search. ComfyUI before 0.33 has no field for them.
+        words: one or two of them that follow the title in parentheses. ComfyUI before 0.33 searches only ids and
+            titles, and in a title no word that begins after the 30th character.
+        given: the arguments of ComfyUI's schema.
     """
     if words:
         given["display_name"] = f"{given['display_name']} ({words})"
@@ -58,23 +59,23 @@ def describe(aliases: list[str], words: str = "", **given) -> io.Schema:
 
 
 def title_of(display_name: str) -> str:
-    """Return a node's title without the words that it is found by, as errors and help pages name it."""
+    """Return a node's title without the search words, as errors and help pages use it."""
     return display_name.partition(" (")[0]
 
 
 def usually(built, usual: str, **when: str):
-    """Tell the page the value that an unset number stands for.
+    """Tell the web page the value that an unset number stands for.
 
     Args:
-        usual: as the page shows it.
-        when: widgets that have to have these values for it, on the node and on all nodes of the pack that lead to it.
+        usual: the value, as the page shows it.
+        when: widget values that this default requires, on the node and on all nodes of the pack upstream.
     """
     built.extra_dict = {**(built.extra_dict or {}), _UNSET: {"value": built.default, "usual": usual, "when": when}}
     return built
 
 
 def _mark_unset(built) -> None:
-    """Tell the page of a number whose default stands for another value, which the tooltip says: `0: 500.`"""
+    """Tell the web page about a number whose default stands for another value, read from the tooltip: `0: 500.`"""
     default = getattr(built, "default", None)
     if isinstance(default, bool) or default not in (0, -1) or _UNSET in (built.extra_dict or {}):
         return
@@ -85,33 +86,33 @@ def _mark_unset(built) -> None:
 
 
 def advanced(built):
-    """Marks an input as advanced; as an attribute, since older hosts do not know the argument."""
+    """Mark an input as advanced, in `extra_dict` because older ComfyUI versions do not have the argument."""
     built.extra_dict = {**(built.extra_dict or {}), "advanced": True}
     return built
 
 
 def options_input():
-    """The optional input that chains option nodes."""
+    """Return the optional input that chains option nodes."""
     return Options.Input("options", optional=True, tooltip="Settings from Graft option nodes; may be chained.")
 
 
 def execution_id(node: type[io.ComfyNode]) -> str | None:
-    """Of the node that executes, also inside subgraphs; None outside a graph."""
+    """Return the id of the executing node, also inside subgraphs. None outside a graph."""
     return node.hidden.unique_id if node.hidden is not None else None
 
 
 @contextmanager
 def named(node: type[io.ComfyNode], **arrived) -> Iterator[None]:
-    """Lets an error say which node and which input it comes from.
+    """Add the node's title and the input to errors that the block raises.
 
     Args:
-        arrived: what came in over sockets, by input; refused when it is something else.
+        arrived: linked values by input name. Values of a wrong type are refused.
     """
     try:
         check_arrived(node, arrived)
         yield
     except GraftError as error:
-        # Asked anew: the class that executes is a locked copy, on which the host's own accessor cannot store it.
+        # ComfyUI executes a locked copy of the class, and its own accessor cannot store the schema there.
         schema = node.define_schema()
         title = title_of(schema.display_name)
         identity = execution_id(node)
@@ -123,7 +124,7 @@ def named(node: type[io.ComfyNode], **arrived) -> Iterator[None]:
 
 
 def _input_of(error: GraftError, inputs: list[str]) -> str:
-    """The node's own input that an error concerns: trouble with a picture came in as the dataset here."""
+    """Return the node's input that an error concerns. An error about an image concerns the input `dataset`."""
     if error.input in inputs:
         return error.input
     return "dataset" if isinstance(error, DatasetError) and "dataset" in inputs else ""

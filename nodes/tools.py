@@ -1,4 +1,4 @@
-"""Nodes that work on adapters: merge, resize, extract, inspect."""
+"""Nodes that work on adapters and losses: merge, resize, extract, inspect, plot."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _weight(name: str, of: str) -> io.Float.Input:
 
 
 class GraftMergeAdapters(io.ComfyNode):
-    """Two adapters as one."""
+    """Node that merges two adapters."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -93,7 +93,7 @@ class GraftMergeAdapters(io.ComfyNode):
 
 
 class GraftResizeAdapter(io.ComfyNode):
-    """An adapter of smaller rank."""
+    """Node that reduces the rank of an adapter."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -124,7 +124,7 @@ class GraftResizeAdapter(io.ComfyNode):
 
 
 class GraftExtractAdapter(io.ComfyNode):
-    """The difference of two models as an adapter."""
+    """Node that extracts the difference of two models as an adapter."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -178,7 +178,7 @@ class GraftExtractAdapter(io.ComfyNode):
 
 
 class GraftInspectAdapter(io.ComfyNode):
-    """What an adapter is."""
+    """Node that reports the type, strength and fit of an adapter."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -218,7 +218,7 @@ class GraftInspectAdapter(io.ComfyNode):
 
 
 class GraftPlotLoss(io.ComfyNode):
-    """The loss of a run as a picture."""
+    """Node that plots the loss of one or two runs."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -275,10 +275,10 @@ class GraftPlotLoss(io.ComfyNode):
 
 
 def _levels_of(name: str, loss: dict) -> tuple[LossByTimestep, int]:
-    """What arrived at an input has by noise level, and of how many steps.
+    """Return the losses by timestep in a loss map, and its number of steps.
 
     Raises:
-        SettingsError: nothing.
+        SettingsError: the map has no losses by timestep. The error names the input.
     """
     from ..trainers.runs.loss_by_timestep import BY_TIMESTEP, LossByTimestep
 

@@ -14,7 +14,7 @@ _CATEGORY = f"{CATEGORY}/train"
 
 
 class GraftTrainLoRA(Trainer):
-    """A LoRA trained on the graph's own MODEL."""
+    """Node that trains a LoRA on the graph's own MODEL."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -68,7 +68,7 @@ class GraftTrainLoRA(Trainer):
 
 
 class GraftTrainEmbedding(Trainer):
-    """A new word for the graph's own CLIP."""
+    """Node that trains a new embedding for the graph's own CLIP."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -159,7 +159,7 @@ class GraftTrainEmbedding(Trainer):
 
 
 class GraftFineTune(Trainer):
-    """All weights of the graph's own MODEL."""
+    """Node that trains all weights of a copy of the graph's own MODEL."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:

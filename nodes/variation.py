@@ -1,4 +1,4 @@
-"""How a dataset varies its pictures and captions: the inputs of every node that makes one, and what they mean."""
+"""Inputs for augmentation of images and captions, shared by all nodes that build a dataset."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from .schema import advanced
 
 
 def widgets() -> list:
-    """How pictures and captions are varied: the same inputs on every node that makes a dataset, in `handling`'s order.
+    """Return the augmentation inputs, in the order of the parameters of `handling`.
 
-    All are optional and vary nothing until they are set.
+    All are optional, and their defaults change nothing.
     """
     return [
         io.Boolean.Input(
@@ -108,7 +108,7 @@ def widgets() -> list:
     ]
 
 
-# What is checked of those inputs before anything runs.
+# Rules for these inputs, for `checked`.
 CHECKED = {
     "tag_dropout": None,
     "caption_dropout": None,
@@ -130,7 +130,11 @@ def handling(
     more_resolutions="",
     mask_minimum=0.0,
 ) -> Augmentation:
-    """`lines_are_variants` is settled when captions are read; it is taken so that both can be given the same inputs."""
+    """Build the augmentation from the inputs.
+
+    It ignores `lines_are_variants`, which applies when captions are read. It accepts it so that callers can pass all
+    inputs.
+    """
     return Augmentation(
         shuffle_tags=shuffle_tags,
         keep_tokens=keep_tokens,

@@ -1,4 +1,4 @@
-"""What is trainable: one file a method, registered here."""
+"""Training methods: adapter types, full fine-tuning and none. One file per method, registered here."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .pissa import PiSSA
 
 __all__ = ["ADAPTERS", "METHODS", "Method"]
 
-# The adapter types, as the widget offers them.
+# The adapter types that the widget offers.
 ADAPTERS: dict[str, Method] = {
     method.name: method for method in (LoRA(), LoCon(), DoRA(), RsLoRA(), PiSSA(), LoHa(), LoKr(), OFT(), BOFT(), IA3())
 }

@@ -1,4 +1,4 @@
-"""What every method of training offers."""
+"""The interface that every training method implements."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ if TYPE_CHECKING:
 
 
 class Method:
-    """A way to make a frozen tree trainable; has no state of its own.
+    """A way to add trainable parameters to a frozen module. It has no state of its own.
 
     Attributes:
-        name: as the widget and the recipe have it.
-        default_targets: which layers, where the user does not say.
-        needs_base: whether a file of it can only be made beside the weights it was trained on.
-        ranked: whether a rank means anything to it.
-        trains_model: whether it moves anything of the model at all.
-        max_grad_norm, ema_decay: where the user does not say.
-        in_backward: whether the gradients of its trainables, held together, would weigh: each is then moved as soon as
-            its gradient is there, wherever that comes to the same.
-        network: what kohya's `ss_network_module` and `ss_network_args` say of it.
+        name: the name in the widget and in the recipe.
+        ranked: whether the method uses a rank.
+        default_targets: the target layers if the user sets none.
+        needs_base: whether an export needs the weights that the method was trained on.
+        trains_model: whether the method changes the model. False if only an embedding is trained.
+        max_grad_norm, ema_decay: defaults if the user sets none.
+        in_backward: whether all gradients together would take much memory. If so, the optimizer updates each parameter
+            as soon as its gradient is ready, wherever that gives the same result.
+        network: (`ss_network_module`, `ss_network_args`) of kohya's metadata.
     """
 
     name: str
@@ -46,48 +46,48 @@ class Method:
     network: tuple[str, dict[str, str]] = ("networks.lora", {})
 
     def check(self, recipe: Recipe) -> None:
-        """Raises SettingsError when the recipe asks for what this method does not have."""
+        """Raise SettingsError if the recipe sets an option that this method does not have."""
 
     def scale(self, rank: int, alpha: float) -> float | None:
-        """The effective scale of the difference; None where there is no alpha."""
+        """Return the effective scale of the difference, or None if the method has no alpha."""
         return None
 
     def usual_rate(self, family: Family) -> float:
-        """The learning rate for AdamW where the user gives none."""
+        """Return the default learning rate for AdamW."""
         return family.lora_learning_rate
 
     def names(self, owner: Denoiser | TextEncoder) -> tuple[Callable[[str], str], Callable[[str], str | None]]:
-        """A module path's name in the host's files, and in the model as it is published.
+        """Return two functions that name a module path: in ComfyUI's files, and in the model as diffusers published it.
 
         Args:
-            owner: of the tree.
+            owner: the model that the module belongs to.
         """
         return owner.adapter_name, owner.published_name
 
     def matching(self, module: nn.Module, family: Family, recipe: Recipe) -> list[str]:
-        """Paths of the modules in a tree that the recipe's targets take in, those of rank 0 too."""
+        """List the paths of the modules that the recipe's targets match, including those of rank 0."""
         return self.targets(module, family, recipe)
 
     def targets(self, module: nn.Module, family: Family, recipe: Recipe) -> list[str]:
-        """Paths of the modules in a tree that are adapted, sorted."""
+        """List the paths of the modules to adapt, sorted."""
         raise NotImplementedError
 
     def inject(self, module: nn.Module, targets: list[str], recipe: Recipe) -> dict[str, nn.Parameter]:
-        """Adds the trainables to a private tree and returns them by name, in a stable order.
+        """Add the trainables to a private module and return them by name, in a stable order.
 
-        Float32, whatever the tree is kept in, unless the recipe says otherwise.
+        They are float32, whatever the module's dtype, unless the recipe sets another dtype.
         """
         raise NotImplementedError
 
     @contextmanager
     def switched_off(self, module: nn.Module) -> Iterator[None]:
-        """Within it the tree that `inject` was given predicts as the frozen base, to the bit.
+        """Make the module that `inject` changed predict as the frozen base within the block, bit for bit.
 
-        Here for peft's layers, whose own switch is used. Not through peft's `enable_adapters`: that also stops the
-        gradients, and those of a group that is over would start again with it.
+        This version serves peft's layers: it sets their own switch. It does not call peft's `enable_adapters`, which
+        also turns gradients off and on: parameters of a group that has ended would get gradients again.
 
         Raises:
-            SettingsError: the method has nothing of that kind to switch off.
+            SettingsError: the module has no peft layers to switch off.
         """
         from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -108,11 +108,11 @@ class Method:
                 layer._disable_adapters = off
 
     def constants(self, module: nn.Module) -> dict[str, torch.Tensor]:
-        """What `inject` put into the tree that is not trained and that a run must find again to the bit."""
+        """Return the tensors that `inject` added but does not train. A resumed run needs the same bits."""
         return {}
 
     def read_later(self, module: nn.Module) -> list[nn.Parameter]:
-        """The frozen weights that a file of it is made of, where `needs_base` says so."""
+        """Return the frozen weights that an export reads, or none unless `needs_base` is set."""
         if not self.needs_base:
             return []
         from peft.tuners.tuners_utils import BaseTunerLayer
@@ -121,7 +121,7 @@ class Method:
         return [weight for layer in layers for weight in layer.get_base_layer().parameters()]
 
     def groups(self, trainables: dict[str, nn.Parameter], recipe: Recipe) -> list[Group]:
-        """Which trainables share a learning rate: all, unless a method says otherwise."""
+        """Group the trainables by learning rate. By default they form one group."""
         return [Group(tuple(trainables), recipe.learning_rate)]
 
     def start(
@@ -132,13 +132,13 @@ class Method:
         recipe: Recipe,
         names: tuple[Callable[[str], str], Callable[[str], str | None]],
     ) -> set[str]:
-        """Gives the trainables the values of an adapter file; the names of the file's tensors that were taken.
+        """Copy an adapter file's values into the trainables and return the names of the tensors that were used.
 
         Args:
-            names: of a module in the host's files, and in the model as diffusers published it.
+            names: functions that name a module in ComfyUI's files, and in the model as diffusers published it.
 
         Raises:
-            ModelError: it is of another type, other ranks or other layers.
+            ModelError: the file has another type, other ranks or other layers.
         """
         raise NotImplementedError
 
@@ -149,11 +149,11 @@ class Method:
         name_of: Callable[[str], str],
         module: nn.Module | None = None,
     ) -> Mapping[str, torch.Tensor]:
-        """The adapter file's tensors from the trainables' values (as `inject` names them).
+        """Return the tensors of the adapter file, given the values of the trainables (named as by `inject`).
 
         Args:
-            name_of: a module path's name in the file.
-            module: the tree they belong to; needed where `needs_base` says so.
+            name_of: function from a module path to its name in the file.
+            module: the module that the trainables belong to. Required if `needs_base` is set.
         """
         raise NotImplementedError
 
@@ -164,5 +164,5 @@ class Method:
         published_name: Callable[[str], str | None],
         module: nn.Module | None = None,
     ) -> PeftAdapter | None:
-        """The same as peft has it, for the formats that want it so; None where there is no such form."""
+        """Return the export in peft's format for the formats that need it, or None if peft has no such format."""
         return None

@@ -1,4 +1,4 @@
-"""BOFT: blocks of a layer's inputs are rotated and its outputs scaled (Liu et al. 2024), by peft."""
+"""BOFT: a rotation of blocks of a layer's inputs and a scale on its outputs (Liu et al. 2024), with peft."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ if TYPE_CHECKING:
 class BOFT(Rotation):
     """s W R, the identity at the start.
 
-    With one butterfly factor, which is what peft computes where its CUDA extension is missing: a run must not
-    depend on that.
+    It has one butterfly factor, as peft computes it without its CUDA extension. A run must not depend on whether the
+    extension is installed.
     """
 
     name = "BOFT"
-    # On 3x3 convolutions peft makes matrices of (9 C)^2 numbers.
+    # On 3x3 convolutions peft builds matrices of (9 C)^2 numbers.
     kinds = frozenset({LINEAR})
     zero_init = frozenset({"boft_R"})
     one_init = frozenset({"boft_s"})
     network = ("lycoris.kohya", {"algo": "boft"})
 
     def inject(self, module: nn.Module, targets: list[str], recipe: Recipe) -> dict[str, nn.Parameter]:
-        """As for every type, but nothing is compiled."""
+        """Inject as every peft type does, but compile no extension."""
         with _without_compile():
             return super().inject(module, targets, recipe)
 
     def config(self, recipe: Recipe, layers: dict[str, nn.Module], ranks: dict[str, int]) -> Any:
-        """BOFT of peft, with the largest block of at most the rank that fits all layers."""
+        """Return peft's BOFT configuration, with the largest block up to the rank that divides all widths."""
         from peft import BOFTConfig
 
         widths = {layer.in_features for layer in layers.values()}
@@ -52,14 +52,14 @@ class BOFT(Rotation):
         return BOFTConfig(boft_block_size=size, boft_n_butterfly_factor=1)
 
     def changed(self, layer: nn.Module, weight: torch.Tensor) -> torch.Tensor:
-        """As peft merges it."""
+        """Return the weight as peft merges it."""
         rotation, scale = layer.get_delta_weight("default")
         return (rotation.cpu() @ weight.t()).t() * scale.cpu()
 
 
 @contextmanager
 def _without_compile() -> Iterator[None]:
-    """Keeps peft from building a CUDA extension, which with one butterfly factor computes nothing else."""
+    """Keep peft from building a CUDA extension, which computes the same with one butterfly factor."""
     from peft.tuners.boft import layer
 
     kept = layer.get_fbd_cuda

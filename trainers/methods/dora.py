@@ -1,4 +1,4 @@
-"""DoRA: LoRA on the direction of each row of a weight, with its length trained apart (Liu et al. 2024)."""
+"""DoRA: LoRA on the direction of each row of a weight, with a separate trainable magnitude (Liu et al. 2024)."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 _MAGNITUDE = "lora_magnitude_vector"
 _SQUARES = "row_squares"
-# Of |W + s B A|^2: a row of zeros has no direction. It stays as it is, where 0 / 0 would spoil all others.
+# Lower bound of |W + s B A|^2. A row of zeros has no direction: it stays zero, where 0 / 0 would spread NaN.
 _LEAST = 1e-20
 
 
 def _row_squares(layer: nn.Module) -> torch.Tensor:
-    """|W|^2 of each row of the frozen weight, [out], in at least float32."""
+    """Return |W|^2 of each row of the frozen weight, [out], in float32 or better."""
     import torch
 
     weight = layer.base_layer.weight
@@ -30,15 +30,15 @@ def _row_squares(layer: nn.Module) -> torch.Tensor:
 
 
 def _forward(layer: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-    """m (W + s B A) / |W + s B A| by row, on peft's parameters.
+    """Return a forward that computes m (W + s B A) / |W + s B A| by row, on peft's parameters.
 
-    peft holds the norm constant in the backward, as the paper's section 4.3 proposes to save memory; the gradient
-    is then not that of the loss. Here the norm is worked out from the narrow factors, which needs no [out, in]
-    matrix, and its gradient is exact.
+    peft holds the norm constant in the backward pass, as section 4.3 of the paper proposes to save memory. Its gradient
+    is then not the gradient of the loss. This forward computes the norm from the narrow factors: that needs no
+    [out, in] matrix, and the gradient is exact.
     """
     base, down, up, drop, scale = parts_of(layer)
     magnitude = layer.lora_magnitude_vector["default"]
-    # A buffer, to go where the layer goes.
+    # A buffer moves with the layer between devices.
     layer.register_buffer(_SQUARES, _row_squares(layer), persistent=False)
 
     def forward(x: torch.Tensor) -> torch.Tensor:
@@ -58,24 +58,27 @@ def _forward(layer: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 class DoRA(LoRA):
-    """m (W + s B A) / |W + s B A|, with m the rows' lengths at the start."""
+    """m (W + s B A) / |W + s B A|, where m starts as the norms of the rows of W."""
 
     name = "DoRA"
     needs_base = True
     variant = {"use_dora": True}
 
     def start_value(self, stem: str, layer: nn.Module, shape: torch.Size, seed: int, name: str) -> torch.Tensor:
-        """The rows' lengths for the magnitude."""
+        """Start the magnitude at the norms of the rows, and the other trainables as LoRA does."""
         if stem == _MAGNITUDE:
             return _row_squares(layer).sqrt().view(shape)
         return super().start_value(stem, layer, shape, seed, name)
 
     def finish(self, layer: nn.Module, recipe: Recipe) -> None:
-        """Puts the exact forward on peft's layer; on the private tree only."""
+        """Replace the forward of peft's layer by the exact one. The layer belongs to the private module."""
         layer.forward = _forward(layer)
 
     def export_layer(self, layer: Layer) -> dict[str, torch.Tensor]:
-        """The host divides by |W| where training divides by |W + s B A|: its magnitude makes up for that."""
+        """Return LoRA's tensors and a magnitude that is corrected for ComfyUI's norm.
+
+        ComfyUI divides by |W|, training by |W + s B A|.
+        """
         weight = layer.weight().flatten(1).double()
         a = layer.values["lora_A"].flatten(1).double()
         b = layer.values["lora_B"].flatten(1).double()

@@ -1,4 +1,4 @@
-"""Dropout of an adapter's inputs that a resumed run repeats to the bit."""
+"""Dropout on an adapter's inputs that a resumed run repeats bit for bit."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ if TYPE_CHECKING:
 def dropping_out(
     trees: Sequence[nn.Module], device: torch.device, recipe: Recipe, step: int, rank: int = 0
 ) -> Iterator[None]:
-    """Lets the trees' adapters drop inputs within the block, drawn from seed and step alone.
+    """Enable the adapters' dropout within the block, drawn from the seed and the step alone.
 
-    The frozen network's own dropout stays off, and so does the adapters' outside the block: in previews, in
-    validation and in gradient checks.
+    The dropout of the frozen network stays off. Outside the block the adapters' dropout is off too: in previews,
+    validation and gradient checks.
 
     Args:
-        rank: of the process: each drops others, or all pictures of a step would lose the same inputs.
+        rank: rank of the process. Each process draws its own masks: otherwise all samples of a step would lose the
+            same inputs.
     """
     if not recipe.dropout:
         yield
@@ -34,7 +35,7 @@ def dropping_out(
 
     named = [pair for tree in trees for pair in tree.named_modules()]
     layers = [layer for name, layer in named if name.endswith(".lora_dropout.default")]
-    # torch's dropout draws from torch's own source, and checkpointing puts just that back when it computes again.
+    # torch's dropout draws from torch's global generator. Checkpointing restores that generator before it recomputes.
     with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type=device.type):
         torch.manual_seed(stream_seed("dropout", recipe.seed, step, *([rank] if rank else [])))
         for layer in layers:

@@ -1,4 +1,4 @@
-"""All weights of the model, or a part of them: full fine-tuning."""
+"""Full fine-tuning of all weights of the model or a selection of them."""
 
 from __future__ import annotations
 
@@ -23,16 +23,15 @@ if TYPE_CHECKING:
     from ..protocols import Denoiser, TextEncoder
     from ..recipe.recipe import Recipe
 
-# Beside each trained parameter its frozen one is kept under its name with this in front: a buffer, so that it goes
-# where the tree goes.
+# Prefix of the buffer that keeps a parameter's frozen value beside the trained one. A buffer moves with its module.
 _FROZEN = "frozen_"
 
 
 class FullFineTune(Method):
-    """W itself, in a copy of its own; norms, convolutions and biases too. What is handed on is W - W0.
+    """Training of a copy of W, and of norms, convolutions and biases. The export is W - W0.
 
-    The frozen weights stay where they are, shared with the graph's model: they are what the difference is from, and
-    what is asked where a class is to be preserved.
+    The frozen weights stay in memory, shared with the graph's model. The export subtracts them, and prior preservation
+    predicts with them.
     """
 
     name = "all weights"
@@ -44,7 +43,7 @@ class FullFineTune(Method):
     in_backward = True
 
     def check(self, recipe: Recipe) -> None:
-        """Refuses what says how an adapter is made."""
+        """Raise SettingsError if the recipe sets an option of adapters."""
         asked = {
             "alpha": recipe.alpha != 0,
             "dropout": recipe.dropout != 0,
@@ -62,22 +61,25 @@ class FullFineTune(Method):
                 )
 
     def usual_rate(self, family: Family) -> float:
-        """Far below an adapter's, which starts from nothing."""
+        """Return the family's rate for full fine-tuning, far below an adapter's rate: an adapter starts from zero."""
         return family.full_learning_rate
 
     def names(self, owner: Denoiser | TextEncoder) -> tuple[Callable[[str], str], Callable[[str], str | None]]:
-        """The model's own paths: only by those does the host find parameters that are no layer's weight."""
+        """Return functions that give the model's own paths and the published ones.
+
+        ComfyUI finds parameters that are no layer's weight only by the model's own paths.
+        """
         return owner.own_name, owner.published_name
 
     def matching(self, module: nn.Module, family: Family, recipe: Recipe) -> list[str]:
-        """Modules with parameters of their own that the recipe names."""
+        """List the modules with own parameters that the recipe's targets match."""
         return [path for path, layer in module.named_modules() if _is_meant(path, layer, family, recipe)]
 
     def targets(self, module: nn.Module, family: Family, recipe: Recipe) -> list[str]:
-        """The modules that hold parameters of their own and that the recipe names, those with a rate of 0 left out.
+        """List the modules to train: those that `matching` returns, except those with a learning rate of 0.
 
         Raises:
-            ModelError: there is none, or its weights are kept in a form that cannot be moved.
+            ModelError: no module matches, or the weights of one have a form that cannot be trained.
         """
         meant = self.matching(module, family, recipe)
         chosen = [path for path in meant if value_for(path, recipe.block_learning_rates, 1.0) > 0]
@@ -93,7 +95,7 @@ class FullFineTune(Method):
         return sorted(chosen)
 
     def inject(self, module: nn.Module, targets: list[str], recipe: Recipe) -> dict[str, nn.Parameter]:
-        """Trainable copies in the place of the frozen parameters; float32, or bfloat16 where the recipe says so."""
+        """Replace the frozen parameters by trainable copies, in float32, or in bfloat16 if the recipe sets it."""
         import torch
 
         dtype = torch.bfloat16 if recipe.weight_dtype == "bf16" else torch.float32
@@ -114,7 +116,7 @@ class FullFineTune(Method):
 
     @contextmanager
     def switched_off(self, module: nn.Module) -> Iterator[None]:
-        """Puts the frozen parameters in the place of the trained ones for the block."""
+        """Put the frozen parameters in the place of the trained ones within the block."""
         import torch
 
         held = []
@@ -128,7 +130,7 @@ class FullFineTune(Method):
                 owner._parameters[leaf] = trained
 
     def groups(self, trainables: dict[str, nn.Parameter], recipe: Recipe) -> list[Group]:
-        """By the learning rate of the block."""
+        """Group the trainables by the learning rate of their block."""
         rates: dict[float, list[str]] = {}
         for name in trainables:
             path = name.rpartition(".")[0]
@@ -144,10 +146,12 @@ class FullFineTune(Method):
         recipe: Recipe,
         names: tuple[Callable[[str], str], Callable[[str], str | None]],
     ) -> set[str]:
-        """The frozen weights and the difference in a file; a weight that it does not name starts as it is.
+        """Set the trainables to the frozen weights plus a file's differences and return the keys that were used.
+
+        A weight that the file lacks keeps its value.
 
         Raises:
-            ModelError: it is no whole difference, or one of weights that are not trained here.
+            ModelError: the file holds no full differences, or none for the weights that this run trains.
         """
         import torch
 
@@ -175,13 +179,13 @@ class FullFineTune(Method):
         name_of: Callable[[str], str],
         module: nn.Module | None = None,
     ) -> FullDiff:
-        """The differences from the frozen weights in `module`."""
+        """Return the differences from the frozen weights in `module`."""
         places = _places(module, name_of)
         return FullDiff({key: (tensors[name], frozen) for key, (name, frozen) in sorted(places.items())})
 
 
 def _own(layer: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """A module's own parameters of real numbers, without those of its parts."""
+    """Yield the floating-point parameters of a module, without those of its submodules."""
     for leaf, parameter in layer._parameters.items():
         if parameter is not None and parameter.is_floating_point():
             yield leaf, parameter
@@ -193,7 +197,7 @@ def _is_meant(path: str, layer: nn.Module, family: Family, recipe: Recipe) -> bo
     if recipe.targets == FullFineTune.default_targets:
         return True
     if recipe.targets == "patterns":
-        # Norms and bare parameters as well, which are of no kind that an adapter could be put on.
+        # Patterns also match norms and bare parameters, which have no kind because no adapter fits them.
         return matches(path, recipe.target_patterns)
     kind = kind_of(layer)
     return kind is not None and is_target(path, kind, family, recipe)
@@ -216,7 +220,7 @@ def _joined(path: str, leaf: str) -> str:
 
 
 def _frozen_of(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, torch.Tensor]]:
-    """(path, module, parameter's own name, its frozen values) of all that is trained."""
+    """Yield (path, module, parameter name, frozen values) of every trained parameter."""
     for path, owner in module.named_modules():
         for name, frozen in owner._buffers.items():
             if name.startswith(_FROZEN):
@@ -224,7 +228,7 @@ def _frozen_of(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, torch.T
 
 
 def _places(module: nn.Module, name_of: Callable[[str], str]) -> dict[str, tuple[str, torch.Tensor]]:
-    """By the host's key: (the trainable's name, its frozen values); two keys where layers share a weight."""
+    """Map ComfyUI's key to (name of the trainable, frozen values). Layers that share a weight have one key each."""
     names = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     first: dict[int, str] = {}
     found = {}

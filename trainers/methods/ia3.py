@@ -1,4 +1,4 @@
-"""IA3: a learned factor on each output of a layer, or input of a feed-forward one (Liu et al. 2022), by peft."""
+"""IA3: a trained factor on each output or input of a layer (Liu et al. 2022), with peft."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
     from ..recipe.recipe import Recipe
 
-# What projects a feed-forward part's inner activation back: the paper scales that activation.
+# The output projections of feed-forward blocks. The paper scales the inner activation, which is their input.
 _INWARD = re.compile(r"(\.ff\.net\.2|mlp\.2|mlp\.fc2|\.wo)$")
 
 
 class IA3(PeftMethod):
-    """l * (W x + b), or W (l * x) + b in a feed-forward part; l is one at the start."""
+    """l * (W x + b), or W (l * x) + b on the output projection of a feed-forward block. l is one at the start."""
 
     name = "IA3"
     kinds = frozenset({LINEAR})
@@ -30,14 +30,18 @@ class IA3(PeftMethod):
     network = ("lycoris.kohya", {"algo": "ia3"})
 
     def config(self, recipe: Recipe, layers: dict[str, nn.Module], ranks: dict[str, int]) -> Any:
-        """IA3 of peft."""
+        """Return peft's IA3 configuration."""
         from peft import IA3Config
 
         inward = [path for path in layers if _INWARD.search(path)]
         return IA3Config(target_modules=list(layers), feedforward_modules=inward)
 
     def export_layer(self, layer: Layer) -> dict[str, torch.Tensor]:
-        """Outputs: the row lengths of a DoRA without difference, and the bias; inputs: the whole difference."""
+        """Return the layer's tensors in ComfyUI's file.
+
+        Factors on outputs become a DoRA with a difference of zero: its magnitudes are the scaled norms of the rows, and
+        the bias has its own difference. Factors on inputs become a full difference.
+        """
         import torch
 
         weight = layer.weight()

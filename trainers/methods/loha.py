@@ -1,4 +1,4 @@
-"""LoHa: the elementwise product of two low-rank differences (Hyeon-Woo et al. 2022), by peft."""
+"""LoHa: the elementwise product of two low-rank differences (Hyeon-Woo et al. 2022), with peft."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ class LoHa(PeftMethod):
     network = ("lycoris.kohya", {"algo": "loha"})
 
     def config(self, recipe: Recipe, layers: dict[str, nn.Module], ranks: dict[str, int]) -> Any:
-        """LoHa of peft; convolutions as flat matrices, which all readers rebuild alike."""
+        """Return peft's LoHa configuration. Convolutions become flat matrices, which all readers rebuild alike."""
         from peft import LoHaConfig
 
         return LoHaConfig(r=recipe.rank, alpha=recipe.alpha, rank_pattern=ranks, alpha_pattern=alphas_of(ranks, recipe))
 
     def export_layer(self, layer: Layer) -> dict[str, torch.Tensor]:
-        """LyCORIS's tensors, with alpha."""
+        """Return LyCORIS's tensors, with alpha."""
         import torch
 
         return {**{name: layer.values[name] for name in _FACTORS}, "alpha": torch.tensor(layer.alpha)}
 
     def values_of_host(self, tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], float] | None:
-        """The factors, at the scale that the file's alpha gives them."""
+        """Return the factors and the scale that the file's alpha gives them."""
         if not {*_FACTORS} <= tensors.keys() <= {*_FACTORS, "alpha"}:
             return None
         values = {name: tensors[name].float() for name in _FACTORS}

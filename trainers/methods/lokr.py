@@ -1,4 +1,4 @@
-"""LoKr: a Kronecker product as the difference, its larger factor of low rank (Yeh et al. 2023), by peft."""
+"""LoKr: a Kronecker product as the difference, its larger factor of low rank (Yeh et al. 2023), with peft."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ class LoKr(PeftMethod):
     needs_base = True
 
     def config(self, recipe: Recipe, layers: dict[str, nn.Module], ranks: dict[str, int]) -> Any:
-        """LoKr of peft."""
+        """Return peft's LoKr configuration."""
         from peft import LoKrConfig
 
         return LoKrConfig(r=recipe.rank, alpha=recipe.alpha, rank_pattern=ranks, alpha_pattern=alphas_of(ranks, recipe))
 
     def export_layer(self, layer: Layer) -> dict[str, torch.Tensor]:
-        """LyCORIS's tensors with the scale in the first factor: readers ignore alpha beside two whole factors.
+        """Return LyCORIS's tensors, with the scale in the first factor: readers ignore alpha beside two whole factors.
 
-        A convolution's second factor is written whole, [out, in, kh, kw]: readers rebuild its decompositions
-        differently.
+        The second factor of a convolution is written whole, [out, in, kh, kw], because readers rebuild its
+        decompositions differently.
         """
         found = {"lokr_w1": layer.values["lokr_w1"] * layer.scale}
         kernel = layer.adapted.base_layer.weight.shape[2:]

@@ -1,4 +1,4 @@
-"""LoRA: a low-rank difference on each adapted layer (Hu et al. 2021), by peft."""
+"""LoRA: a low-rank difference on each adapted layer (Hu et al. 2021), with peft."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def parts_of(layer: nn.Module) -> tuple:
-    """(frozen layer, A, B, dropout, scale) of a LoRA layer of peft."""
+    """Return (frozen layer, A, B, dropout, scale) of peft's LoRA layer."""
     return (
         layer.base_layer,
         layer.lora_A["default"],
@@ -28,12 +28,12 @@ def parts_of(layer: nn.Module) -> tuple:
 
 
 def _linear(layer: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A forward of one's own over peft's parameters: one product less, no pass to scale, none the slow way round.
+    """Return a forward for a linear layer that uses peft's parameters and takes less time.
 
-    peft scales and adds the adapter's output in passes of their own over the whole activation, forward and
-    backward; here the scale goes on the narrow middle and the sum into the product. A product whose last size is the
-    rank takes a CPU up to five times as long as its transpose. So the middle is [r, rows] and B goes in turned, by
-    which autograd's own products are that way round as well.
+    peft scales the adapter's output and adds it in separate passes over the whole activation, forward and backward.
+    This forward scales the narrow middle activation and adds within the matrix product. On a CPU, a product whose last
+    size is the rank takes up to five times as long as its transpose. So the middle activation is [r, rows] and B is
+    transposed: autograd's own products then have the fast orientation as well.
     """
     from torch import nn
 
@@ -41,11 +41,11 @@ def _linear(layer: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     drops = not isinstance(drop, nn.Identity)
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        # One view for both, and the narrow product before the wide one, whose gradient then comes first: to that
-        # autograd adds the other in place.
+        # One view serves both products. The narrow product comes before the wide one, so that the gradient of the wide
+        # one is ready first and autograd adds the other to it in place.
         rows = x.flatten(0, -2)
         narrow = rows.to(down.weight.dtype)
-        # The factors themselves: calling the modules around them takes longer than a narrow product does.
+        # Use the factors: a call of their modules takes longer than a narrow product.
         middle = down.weight.mm((drop(narrow) if drops else narrow).t())
         out = base(rows)
         if scale != 1.0:
@@ -59,10 +59,11 @@ def _linear(layer: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def _convolution(layer: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The same for a convolution, whose B is a product over the channels.
+    """Return a forward for a convolution, which computes B as a matrix product over the channels.
 
-    The frozen one comes last and is added to: checkpointing computes a block again up to the last of what the backward
-    needs, and of a block that ends with a convolution, as those of U-Nets do, it then leaves that one out.
+    The frozen convolution runs last and the adapter's output is added to it. Checkpointing recomputes a block up to the
+    last tensor that the backward pass needs. In a block that ends with a convolution, such as a U-Net's, it can then
+    skip that convolution.
     """
     base, down, up, drop, scale = parts_of(layer)
 
@@ -90,7 +91,7 @@ class LoRA(PeftMethod):
     variant: dict[str, Any] = {}
 
     def config(self, recipe: Recipe, layers: dict[str, nn.Module], ranks: dict[str, int]) -> Any:
-        """LoRA of peft, in the type's variant."""
+        """Return peft's LoRA configuration, in this type's variant."""
         from peft import LoraConfig
 
         return LoraConfig(
@@ -103,15 +104,15 @@ class LoRA(PeftMethod):
         )
 
     def finish(self, layer: nn.Module, recipe: Recipe) -> None:
-        """Puts the lean forward on peft's layer; on the private tree only."""
+        """Replace the forward of peft's layer by the faster one. The layer belongs to the private module."""
         layer.forward = (_linear if layer.lora_A["default"].weight.dim() == 2 else _convolution)(layer)
 
     def export_layer(self, layer: Layer) -> dict[str, torch.Tensor]:
-        """kohya's tensors, with the alpha that gives this scale where scale is alpha / rank."""
+        """Return kohya's tensors, with the alpha that gives this layer's scale as alpha / rank."""
         return lora_tensors(layer.values["lora_A"], layer.values["lora_B"], layer.scale * layer.rank)
 
     def values_of_host(self, tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], float] | None:
-        """A and B, at the scale that the file's alpha gives them."""
+        """Return A and B, and the scale that the file's alpha gives them."""
         if not {"lora_down.weight", "lora_up.weight"} <= tensors.keys() <= {*lora_tensors(None, None, 1.0)}:
             return None
         down = tensors["lora_down.weight"]
@@ -120,18 +121,18 @@ class LoRA(PeftMethod):
 
 
 class LoCon(LoRA):
-    """LoRA on every Linear and every convolution, unless the targets say otherwise."""
+    """LoRA whose default targets are all linear layers and convolutions."""
 
     name = "LoRA with conv"
     default_targets = "linear + conv"
 
 
 class RsLoRA(LoRA):
-    """The file says alpha * sqrt(rank), since readers divide by the rank."""
+    """LoRA with the scale alpha / sqrt(rank). Its file says alpha * sqrt(rank), because readers divide by the rank."""
 
     name = "rsLoRA"
     variant = {"use_rslora": True}
 
     def scale(self, rank: int, alpha: float) -> float:
-        """alpha / sqrt(rank)."""
+        """Return alpha / sqrt(rank)."""
         return alpha / rank**0.5

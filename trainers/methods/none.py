@@ -1,11 +1,11 @@
-"""Nothing of the model: it stays frozen while something beside it, such as a word, is trained."""
+"""No adapter: the model stays frozen while an embedding is trained."""
 
 from __future__ import annotations
 
 from ..errors import SettingsError
 from .base import Method
 
-# Fields that say what an adapter is like, with the values they have where nothing is said.
+# Options of adapters, with their values if the user sets none.
 _OF_ADAPTERS = {
     "alpha": 0.0,
     "target_patterns": (),
@@ -20,14 +20,14 @@ _OF_ADAPTERS = {
 
 
 class NoMethod(Method):
-    """No module is adapted."""
+    """A method that trains nothing in the model."""
 
     name = "embedding"
     ranked = False
     trains_model = False
 
     def check(self, recipe):
-        """Raises SettingsError when something is said of an adapter, which there is none of."""
+        """Raise SettingsError if the recipe sets an option of adapters."""
         for field, unset in _OF_ADAPTERS.items():
             if getattr(recipe, field) != unset:
                 raise SettingsError(
@@ -37,13 +37,13 @@ class NoMethod(Method):
                 )
 
     def targets(self, module, family, recipe):
-        """None."""
+        """Return no targets."""
         return []
 
     def inject(self, module, targets, recipe):
-        """Nothing is added."""
+        """Add nothing."""
         return {}
 
     def groups(self, trainables, recipe):
-        """None."""
+        """Return no groups."""
         return []

@@ -1,4 +1,4 @@
-"""OFT: each block of a layer's inputs is rotated (Qiu et al. 2023), by peft."""
+"""OFT: a rotation of each block of a layer's inputs (Qiu et al. 2023), with peft."""
 
 from __future__ import annotations
 
@@ -15,20 +15,24 @@ if TYPE_CHECKING:
 
 
 class OFT(Rotation):
-    """W R, with R of Cayley's form and the identity at the start."""
+    """W R, where R has Cayley's form and is the identity at the start."""
 
     name = "OFT"
-    # On larger kernels peft's is not the identity at the start.
+    # On larger kernels, peft's OFT is not the identity at the start.
     kinds = frozenset({LINEAR, POINT})
     zero_init = frozenset({"oft_R"})
     network = ("lycoris.kohya", {"algo": "diag-oft"})
 
     def config(self, recipe: Recipe, layers: dict[str, nn.Module], ranks: dict[str, int]) -> Any:
-        """OFT of peft, exactly orthogonal: its series approximation adds in place, which autograd is kept from."""
+        """Return peft's OFT configuration with exact orthogonality.
+
+        peft's series approximation (Cayley-Neumann) calls `R.add_()` without using its result. Under `OutOfPlace` that
+        addition has no effect.
+        """
         from peft import OFTConfig
 
         return OFTConfig(r=0, oft_block_size=recipe.rank, use_cayley_neumann=False)
 
     def changed(self, layer: nn.Module, weight: torch.Tensor) -> torch.Tensor:
-        """As peft merges it."""
+        """Return the weight as peft merges it."""
         return (layer.get_delta_weight("default").cpu() @ weight.t()).t()

@@ -1,4 +1,4 @@
-"""Patterns that choose layers by their paths, as users write them: one a line, some with a value."""
+"""Regular expressions from users that choose layers by path, one per line, some with a value."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ if TYPE_CHECKING:
 Value = TypeVar("Value", int, float)
 Pairs = tuple[tuple[str, float], ...]
 
-# Each is searched for in the path of each layer.
+# Each pattern is searched for in the path of each layer, so their number is limited.
 _MOST = 256
 
 
 def parse_patterns(text: str, input: str) -> tuple[str, ...]:
-    """Regular expressions, apart by lines or spaces.
+    """Parse regular expressions, separated by lines or spaces.
 
     Raises:
-        SettingsError: one is none.
+        SettingsError: a pattern is invalid, or there are too many.
     """
     patterns = tuple(_words(text, input))
     for pattern in patterns:
@@ -31,10 +31,10 @@ def parse_patterns(text: str, input: str) -> tuple[str, ...]:
 
 
 def parse_pairs(text: str, kind: Callable[[str], Value], low: Value, high: Value, input: str) -> tuple:
-    """`pattern=value` pairs, apart by lines or spaces, as ((pattern, value), ...).
+    """Parse `pattern=value` pairs, separated by lines or spaces, into ((pattern, value), ...).
 
     Raises:
-        SettingsError: no pair, no pattern, or a value out of range.
+        SettingsError: an item is no pair, a pattern is invalid, a value is out of range, or there are too many.
     """
     pairs = []
     for word in _words(text, input):
@@ -74,30 +74,30 @@ def _check_pattern(pattern: str, input: str) -> None:
 
 
 def matches(path: str, patterns: Iterable[str]) -> bool:
-    """Whether a path holds one of the patterns."""
+    """Return True if one of the patterns occurs in the path."""
     return search_patterns(tuple(patterns)).first(path) is not None
 
 
 def value_for(path: str, pairs: Iterable[tuple[str, Value]], default: Value) -> Value:
-    """The value of the first pair whose pattern is in a path."""
+    """Return the value of the first pair whose pattern occurs in the path."""
     pairs = tuple(pairs)
     place = search_patterns(tuple(pattern for pattern, _ in pairs)).first(path) if pairs else None
     return default if place is None else pairs[place][1]
 
 
 def rank_of(path: str, recipe: Recipe) -> int:
-    """A layer's rank; 0 where it is left out."""
+    """Return a layer's rank. 0 excludes the layer."""
     return value_for(path, recipe.block_ranks, recipe.rank)
 
 
 def check_used(recipe: Recipe, paths: Iterable[str]) -> None:
-    """Refuses patterns that choose nothing: a slip of the pen would otherwise train something else in silence.
+    """Refuse patterns that match nothing. A typing error would otherwise train other layers without notice.
 
     Args:
-        paths: of all modules that could have been meant.
+        paths: paths of all modules that a pattern can match.
 
     Raises:
-        SettingsError: naming the pattern.
+        SettingsError: a pattern matches no path. The message names it.
     """
     paths = list(paths)
     check_pairs([(pattern, None) for pattern in recipe.target_patterns], paths, "target_patterns")
@@ -106,10 +106,10 @@ def check_used(recipe: Recipe, paths: Iterable[str]) -> None:
 
 
 def check_pairs(pairs: Iterable[tuple], paths: list[str], input: str) -> None:
-    """Refuses a pattern that is in no path.
+    """Refuse a pattern that occurs in no path.
 
     Raises:
-        SettingsError: naming it.
+        SettingsError: a pattern matches no path. The message names it.
     """
     for pattern, _ in pairs:
         search = Patterns([pattern])

@@ -1,4 +1,4 @@
-"""What the adapter types share: injection by peft, start values from the seed or a file, ranks, rates, files."""
+"""Base class of the adapter types: injection by peft, start values, ranks, learning rates and files."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ _NAME = re.compile(r"(?P<path>.+)\.(?P<stem>\w+)\.default(?P<end>\.weight)?")
 
 
 def adapted_path(name: str) -> str:
-    """The path of the module that a trainable belongs to."""
+    """Return the path of the module that a trainable belongs to."""
     return _NAME.fullmatch(name)["path"]
 
 
 def uniform(shape: torch.Size, seed: int, name: str) -> torch.Tensor:
-    """Start values as peft and kohya draw them: uniform within 1 / sqrt(inputs), [r, inputs, ...] float32."""
+    """Draw start values as peft and kohya do: uniform within 1 / sqrt(inputs), [r, inputs, ...] float32."""
     import torch
 
     bound = (shape.numel() / shape[0]) ** -0.5
@@ -41,7 +41,7 @@ def uniform(shape: torch.Size, seed: int, name: str) -> torch.Tensor:
 
 
 def _switchable(layer: nn.Module, forward: Callable) -> Callable:
-    """A forward of our own that minds peft's switch, by which differential prior preservation asks the frozen base."""
+    """Wrap a forward so that it obeys peft's switch. Differential prior preservation turns adapters off with it."""
 
     def switched(x: torch.Tensor) -> torch.Tensor:
         return layer.base_layer(x) if layer.disable_adapters else forward(x)
@@ -53,11 +53,12 @@ class PeftMethod(Method):
     """An adapter type of peft.
 
     Attributes:
-        kinds: of layers for which its file is read rightly by the host.
-        zeros, ones: trainables that start so; all others are drawn.
-        raised: trainables whose learning rate LoRA+ raises; empty where there is no such thing.
-        strength: the trainable that a scale can be worked into; empty where there is no scale.
-        has_rank, has_dropout: whether ranks by block, alpha and dropout mean anything.
+        kinds: the kinds of layers for which ComfyUI reads the adapter's file correctly.
+        zero_init, one_init: trainables that start at zero or one. All others start at random.
+        lora_plus_params: trainables with LoRA+'s higher learning rate. Empty if the type has none.
+        has_rank: whether the type uses alpha and ranks by block.
+        has_dropout: whether the type uses dropout.
+        scale_param: the trainable that can absorb a scale. Empty if the type has no scale.
     """
 
     kinds: frozenset[str] = frozenset()
@@ -68,22 +69,22 @@ class PeftMethod(Method):
     has_dropout = False
     scale_param = ""
 
-    # What a type says of itself.
+    # Overridden by each adapter type.
 
     def config(self, recipe: Recipe, layers: dict[str, nn.Module], ranks: dict[str, int]) -> Any:
-        """peft's configuration, but for the targets.
+        """Return peft's configuration, without the targets.
 
         Args:
-            layers: the frozen ones, by path.
-            ranks: by path, those that differ from the recipe's.
+            layers: the frozen layers, by path.
+            ranks: by path, the ranks that differ from the recipe's.
         """
         raise NotImplementedError
 
     def finish(self, layer: nn.Module, recipe: Recipe) -> None:
-        """Called with peft's layer once its trainables have their start values."""
+        """Change peft's layer after its trainables have their start values."""
 
     def start_value(self, stem: str, layer: nn.Module, shape: torch.Size, seed: int, name: str) -> torch.Tensor:
-        """A trainable's start, float32."""
+        """Return the start value of a trainable, float32."""
         import torch
 
         if stem in self.zero_init:
@@ -93,29 +94,29 @@ class PeftMethod(Method):
         return uniform(shape, seed, name)
 
     def export_layer(self, layer: Layer) -> dict[str, torch.Tensor]:
-        """A layer's tensors in the host's file, by what follows the layer's name."""
+        """Return a layer's tensors in ComfyUI's file, by the part of the key after the layer's name."""
         raise NotImplementedError
 
     def peft_layer(self, layer: Layer) -> dict[str, torch.Tensor]:
-        """A layer's trainables as peft keeps them, by peft's name."""
+        """Return a layer's trainables by peft's name for them."""
         return layer.values
 
     def native_recipe(self, recipe: Recipe) -> Recipe:
-        """The recipe whose configuration describes `native_layer`."""
+        """Return the recipe whose configuration describes the tensors of `peft_layer`."""
         return recipe
 
     def values_of_host(self, tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], float] | None:
-        """(what `native_layer` gives, its scale) from a layer of a file, None where that does not determine it."""
+        """Return (tensors of `peft_layer`, their scale) from a file's layer, or None if the file does not fix them."""
         return None
 
     def load_layer(self, values: dict[str, torch.Tensor], layer: nn.Module) -> dict[str, torch.Tensor]:
-        """The inverse of `native_layer`; may set what of the layer is constant."""
+        """Convert the tensors of `peft_layer` back into trainables. May also set the layer's constants."""
         return values
 
-    # What all have in common.
+    # Shared by all adapter types.
 
     def check(self, recipe: Recipe) -> None:
-        """Refuses options that this type does not have."""
+        """Raise SettingsError if the recipe sets an option that this type does not have."""
         asked = {
             "dropout": recipe.dropout != 0 and not self.has_dropout,
             "alpha": recipe.alpha != recipe.rank and not self.has_rank,
@@ -131,19 +132,19 @@ class PeftMethod(Method):
                 )
 
     def scale(self, rank: int, alpha: float) -> float | None:
-        """alpha / rank."""
+        """Return alpha / rank, or None if the type has no rank."""
         return alpha / rank if self.has_rank else None
 
     def matching(self, module: nn.Module, family: Family, recipe: Recipe) -> list[str]:
-        """Adaptable layers that the recipe names."""
+        """List the adaptable layers that the recipe's targets match."""
         return list(meant_layers(module, family, recipe))
 
     def targets(self, module: nn.Module, family: Family, recipe: Recipe) -> list[str]:
-        """The layers that the recipe names, those of rank 0 left out.
+        """List the layers to adapt: those that the recipe's targets match, except those of rank 0.
 
         Raises:
-            ModelError: there is none.
-            SettingsError: one is of a kind on which this type is not offered.
+            ModelError: no layer matches.
+            SettingsError: this type does not support the kind of a layer.
         """
         kinds = {path: kind for path, kind in meant_layers(module, family, recipe).items() if rank_of(path, recipe) > 0}
         if not kinds:
@@ -163,20 +164,20 @@ class PeftMethod(Method):
         return sorted(kinds)
 
     def inject(self, module: nn.Module, targets: list[str], recipe: Recipe) -> dict[str, nn.Parameter]:
-        """peft's layers at the targets; what is drawn is drawn from the recipe's seed."""
+        """Put peft's layers at the targets, with random values drawn from the recipe's seed."""
         import torch
         from peft import inject_adapter_in_model
 
         config = self._config(recipe, {path: module.get_submodule(path) for path in targets})
         exactly = "|".join(re.escape(path) for path in targets)
         config.target_modules = f"(?:{exactly})"
-        # peft draws before it is told what, and warns of block sizes that it fits to the layer.
+        # peft draws random values at construction, and warns about block sizes that it adapts to the layer.
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
                 inject_adapter_in_model(config, module)
             except NotImplementedError as error:
-                # A type that starts from the base's weights, on quantised ones that count for no other library.
+                # The type reads the base's weights, and these are quantized in a way that only ComfyUI can read.
                 raise ModelError(
                     f"{recipe.method} reads the base's weights, and this ComfyUI does not give peft the numbers of "
                     f"quantised ones ({error}).",
@@ -191,14 +192,14 @@ class PeftMethod(Method):
                 continue
             layer = module.get_submodule(match["path"])
             start = self.start_value(match["stem"], layer, parameter.shape, recipe.seed, name)
-            # peft makes them in the base's dtype, which may be eight bits: drawn anew, in full.
+            # peft creates them in the base's dtype, which may have eight bits. Replace them by float32 values.
             parameter.data = start.to(parameter.device)
             parameter.requires_grad_(True)
             trainables[name] = parameter
         for path in targets:
             layer = module.get_submodule(path)
             self.finish(layer, recipe)
-            # peft makes them dropping; what is drawn, checked or validated before the first step must not.
+            # peft leaves dropout on. Previews, checks and validation before the first step must not drop anything.
             layer.eval()
             if "forward" in vars(layer):
                 layer.forward = _switchable(layer, layer.forward)
@@ -209,7 +210,7 @@ class PeftMethod(Method):
         return self.config(recipe, layers, {path: rank for path, rank in ranks.items() if rank != recipe.rank})
 
     def groups(self, trainables: dict[str, nn.Parameter], recipe: Recipe) -> list[Group]:
-        """By learning rate: that of the block, times LoRA+'s ratio for B (Hayou et al. 2024)."""
+        """Group by learning rate: the block's rate, times LoRA+'s ratio for B (Hayou et al. 2024)."""
         rates: dict[float, list[str]] = {}
         for name in trainables:
             match = _NAME.fullmatch(name)
@@ -227,7 +228,7 @@ class PeftMethod(Method):
         recipe: Recipe,
         names: tuple[Callable[[str], str], Callable[[str], str | None]],
     ) -> set[str]:
-        """Gives the trainables an adapter file's values."""
+        """Copy an adapter file's values into the trainables and return the names of the tensors that were used."""
         import torch
 
         values, used = self._start_values(trainables, module, adapter, recipe, names)
@@ -264,7 +265,7 @@ class PeftMethod(Method):
         return values, used
 
     def _held(self, path: str, adapter: Adapter, names) -> tuple[str | None, dict[str, torch.Tensor]]:
-        """A layer's name in an adapter, and what is there of it."""
+        """Return a layer's name in the adapter file and its tensors there."""
         name_of, published_name = names
         if adapter.native is None:
             place, tensors = name_of(path), adapter
@@ -288,7 +289,7 @@ class PeftMethod(Method):
         return held
 
     def _is_alike(self, other: str) -> bool:
-        """Whether another type's file is also one of this: the same but for the default targets."""
+        """Return True if a file of another type also fits this type: the two differ only in their default targets."""
         from . import METHODS
 
         kind = type(METHODS.get(other))
@@ -298,7 +299,7 @@ class PeftMethod(Method):
         return all(same)
 
     def layers(self, tensors: dict[str, torch.Tensor], recipe: Recipe, module: nn.Module | None) -> list[Layer]:
-        """The trainables' values by layer, sorted by path."""
+        """Group the values of the trainables by layer, sorted by path."""
         values: dict[str, dict[str, torch.Tensor]] = {}
         for name, tensor in tensors.items():
             match = _NAME.fullmatch(name)
@@ -318,7 +319,7 @@ class PeftMethod(Method):
         name_of: Callable[[str], str],
         module: nn.Module | None = None,
     ) -> dict[str, torch.Tensor]:
-        """The host's tensors."""
+        """Return the tensors of ComfyUI's file."""
         found = {layer.path: self.export_layer(layer) for layer in self.layers(tensors, recipe, module)}
         return to_kohya(found, name_of)
 
@@ -329,7 +330,7 @@ class PeftMethod(Method):
         published_name: Callable[[str], str | None],
         module: nn.Module | None = None,
     ) -> PeftAdapter:
-        """peft's tensors and configuration, in diffusers' names where it publishes the model with these layers."""
+        """Return peft's tensors and configuration, with diffusers' names if it has the same layers."""
         layers = self.layers(tensors, recipe, module)
         places = {layer.path: published_name(layer.path) for layer in layers}
         published = all(place is not None for place in places.values())
@@ -349,7 +350,7 @@ class PeftMethod(Method):
 
 
 def _renamed(config: dict[str, Any], places: dict[str, str]) -> dict[str, Any]:
-    """A configuration's own JSON-able values with layers named as published."""
+    """Return a configuration's JSON-able values with the layers renamed."""
     made = {name: sorted(value) if isinstance(value, (set, tuple)) else value for name, value in config.items()}
     for name in ("rank_pattern", "alpha_pattern"):
         if made.get(name):
@@ -362,7 +363,7 @@ def _renamed(config: dict[str, Any], places: dict[str, str]) -> dict[str, Any]:
 
 
 def _stems(trainables: dict[str, Any], path: str) -> list[tuple[str, str]]:
-    """(name, peft's short name) of a layer's trainables."""
+    """List (name, peft's short name) of a layer's trainables."""
     matches = (_NAME.fullmatch(name) for name in trainables)
     return [(match.string, match["stem"]) for match in matches if match["path"] == path]
 

@@ -1,4 +1,4 @@
-"""PiSSA: LoRA that starts as the weight's principal part (Meng et al. 2024)."""
+"""PiSSA: LoRA that starts at the principal singular components of the weight (Meng et al. 2024)."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _START = ("start_A", "start_B")
 
 
 def _forward(layer: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-    """W + s (B A - B0 A0), the frozen weight left as it is.
+    """Return a forward that computes W + s (B A - B0 A0) and leaves the frozen weight unchanged.
 
-    peft takes B0 A0 out of the weight instead, which would copy every targeted weight and round it.
+    peft subtracts B0 A0 from the weight instead, which would copy and round every targeted weight.
     """
     base, down, up, drop, scale = parts_of(layer)
 
@@ -39,9 +39,9 @@ def _forward(layer: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 class PiSSA(LoRA):
-    """W - s B0 A0 + s B A, where s B0 A0 is the weight's best approximation of the rank.
+    """W - s B0 A0 + s B A, where s B0 A0 is the best approximation of W of that rank.
 
-    Its files hold the difference s (B A - B0 A0), a LoRA of twice the rank, since readers know W and not W - s B0 A0.
+    Its files hold the difference s (B A - B0 A0), a LoRA of twice the rank: readers know W, but not W - s B0 A0.
     """
 
     name = "PiSSA"
@@ -50,7 +50,7 @@ class PiSSA(LoRA):
     needs_base = True
 
     def finish(self, layer: nn.Module, recipe: Recipe) -> None:
-        """peft's own start values; the weight that it changes for them is put back."""
+        """Let peft compute its start values, then restore the weight that peft changes for them."""
         import torch
 
         weight = layer.base_layer.weight
@@ -58,7 +58,7 @@ class PiSSA(LoRA):
         scale = layer.scaling["default"]
         for factor in (layer.lora_A, layer.lora_B):
             factor["default"].weight.data = factor["default"].weight.data.float()
-        # Its randomised SVD draws from torch's own source.
+        # peft's randomized SVD draws from torch's global generator.
         with torch.random.fork_rng(devices=[kept.device] if kept.device.type != "cpu" else []):
             torch.manual_seed(generator("pissa", recipe.seed, *kept.shape).initial_seed())
             weight.data = kept.float()
@@ -72,17 +72,17 @@ class PiSSA(LoRA):
         layer.forward = _forward(layer)
 
     def constants(self, module: nn.Module) -> dict[str, torch.Tensor]:
-        """A0 and B0."""
+        """Return A0 and B0."""
         return {name: buffer for name, buffer in module.named_buffers() if name.rpartition(".")[2] in _START}
 
     def export_layer(self, layer: Layer) -> dict[str, torch.Tensor]:
-        """[A; A0] and [B, -B0] at the same scale."""
+        """Return [A; A0] and [B, -B0] at the same scale."""
         doubled = self.peft_layer(layer)
         values = {"lora_A": doubled["lora_A"], "lora_B": doubled["lora_B"]}
         return super().export_layer(replace(layer, values=values, rank=2 * layer.rank))
 
     def peft_layer(self, layer: Layer) -> dict[str, torch.Tensor]:
-        """A LoRA of twice the rank."""
+        """Return a LoRA of twice the rank."""
         import torch
 
         start_a, start_b = (own(getattr(layer.adapted, name)) for name in _START)
@@ -92,7 +92,7 @@ class PiSSA(LoRA):
         }
 
     def load_layer(self, values: dict[str, torch.Tensor], layer: nn.Module) -> dict[str, torch.Tensor]:
-        """Parts the two halves; the second is what it started as."""
+        """Split the tensors into halves: A and B to train, and the start values A0 and B0."""
         if values["lora_A"].shape[0] % 2:
             return values
         a, start_a = values["lora_A"].chunk(2)
@@ -103,6 +103,6 @@ class PiSSA(LoRA):
         return {"lora_A": a, "lora_B": b}
 
     def native_recipe(self, recipe: Recipe) -> Recipe:
-        """Twice the rank at the same scale."""
+        """Return the recipe with twice the rank and the same scale."""
         ranks = tuple((pattern, 2 * rank) for pattern, rank in recipe.block_ranks)
         return replace(recipe, rank=2 * recipe.rank, alpha=2 * recipe.alpha, block_ranks=ranks)

@@ -1,4 +1,4 @@
-"""What OFT and BOFT share: weights whose inputs are rotated, exported to the host as whole differences."""
+"""Base class of OFT and BOFT, which rotate a layer's inputs and export full differences."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 class Rotation(PeftMethod):
     """An orthogonal change of a weight. The recipe's rank is the size of the rotated blocks.
 
-    peft rotates a layer's inputs and the host's own key for such adapters rotates outputs, so the host gets the
-    difference itself.
+    peft rotates the inputs of a layer. ComfyUI's key for such adapters rotates outputs, so the export holds the full
+    difference.
     """
 
     needs_base = True
     has_rank = False
 
     def check(self, recipe: Recipe) -> None:
-        """A block of one cannot turn."""
+        """Raise SettingsError if the block size is below 2: a block of one cannot rotate."""
         super().check(recipe)
         if recipe.rank < 2:
             raise SettingsError(
@@ -38,11 +38,11 @@ class Rotation(PeftMethod):
             )
 
     def changed(self, layer: nn.Module, weight: torch.Tensor) -> torch.Tensor:
-        """The weight [out, in] as peft's layer makes it with the trainables it holds."""
+        """Return the weight [out, in] that peft's layer computes from its current trainables."""
         raise NotImplementedError
 
     def export_layer(self, layer: Layer) -> dict[str, torch.Tensor]:
-        """The whole difference."""
+        """Return the full difference."""
         import torch
 
         weight = layer.weight()
@@ -53,13 +53,13 @@ class Rotation(PeftMethod):
 
 @contextmanager
 def _holding(layer: Layer) -> Iterator[None]:
-    """Lends the layer's exported values to peft's layer: they may be an average of what it trains."""
+    """Put the exported values into peft's layer within the block. They may be an average of its trainables."""
     held = {}
     for name, parameter in layer.adapted.named_parameters():
         stem = name.split(".")[0]
         if stem in layer.values:
             held[name] = (parameter, parameter.data)
-            # Where peft's layer is, whose own index tables cannot be mixed with another device's.
+            # peft's layer has index tables on its device, so the values must be there as well.
             parameter.data = layer.values[stem].to(parameter.device)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Layers that can be adapted: their kinds, which of them a recipe means, and what an export sees of one."""
+"""Layers that can be adapted: their kinds, the selection by a recipe, and the data that an export reads."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class Layer:
     """One adapted layer, as its export sees it.
 
     Attributes:
-        path: of the module in the tree.
+        path: of the module in the model.
         values: the trainables by peft's name for them (`lora_A`, `hada_w1_a`, ...), float32 on the CPU.
         rank, alpha: of this layer.
-        scale: effective scale of its difference; None where there is no alpha.
-        adapted: peft's layer with the frozen one as `base_layer`; None where only the values are known.
+        scale: effective scale of the layer's difference, or None if the method has no alpha.
+        adapted: peft's layer, with the frozen one as `base_layer`. None if only the values are known.
     """
 
     path: str
@@ -41,16 +41,16 @@ class Layer:
     adapted: nn.Module | None
 
     def weight(self) -> torch.Tensor:
-        """The frozen weight, [out, in, ...] float32 on the CPU."""
+        """Return the frozen weight, [out, in, ...] float32 on the CPU."""
         return own(self.adapted.base_layer.weight)
 
     def bias(self) -> torch.Tensor | None:
-        """The frozen bias, [out] float32 on the CPU."""
+        """Return the frozen bias, [out] float32 on the CPU, or None if the layer has none."""
         return None if self.adapted.base_layer.bias is None else own(self.adapted.base_layer.bias)
 
 
 def kind_of(layer: nn.Module) -> str | None:
-    """The kind of a layer that can be adapted, None for any other."""
+    """Return the kind of a layer that can be adapted, or None for any other layer."""
     from torch import nn
 
     if getattr(layer, "weight", None) is None:
@@ -63,23 +63,23 @@ def kind_of(layer: nn.Module) -> str | None:
 
 
 def alpha_of(rank: int, recipe: Recipe) -> float:
-    """A layer's alpha: in proportion to its rank, so that the recipe's scale is every layer's."""
+    """Return a layer's alpha. It is proportional to the layer's rank, so that every layer has the recipe's scale."""
     return recipe.alpha * rank / recipe.rank
 
 
 def alphas_of(ranks: dict[str, int], recipe: Recipe) -> dict[str, float]:
-    """The alphas of layers by path."""
+    """Return the alphas of layers by path."""
     return {path: alpha_of(rank, recipe) for path, rank in ranks.items()}
 
 
 def meant_layers(module: nn.Module, family: Family, recipe: Recipe) -> dict[str, str]:
-    """Kinds of the adaptable layers that the recipe's targets take in, by path."""
+    """Return the kinds of the adaptable layers that the recipe's targets match, by path."""
     kinds = {path: kind_of(layer) for path, layer in module.named_modules() if is_trained(path, family)}
     return {path: kind for path, kind in kinds.items() if kind and is_target(path, kind, family, recipe)}
 
 
 def is_target(path: str, kind: str, family: Family, recipe: Recipe) -> bool:
-    """Whether the recipe's targets take a layer in."""
+    """Return True if the recipe's targets match a layer."""
     if recipe.targets == "patterns":
         return matches(path, recipe.target_patterns)
     if recipe.targets == "linear + conv":
@@ -94,5 +94,5 @@ def is_target(path: str, kind: str, family: Family, recipe: Recipe) -> bool:
 
 
 def largest_divisor(limit: int, *sizes: int) -> int:
-    """The largest number of at most `limit` that divides all sizes."""
+    """Return the largest number up to `limit` that divides all sizes."""
     return max(number for number in range(1, limit + 1) if all(size % number == 0 for size in sizes))

@@ -1,6 +1,6 @@
-"""Textual inversion: a word of new vectors is learnt (Gal et al. 2022), alone or together with an adapter.
+"""Textual inversion: training of a new embedding (Gal et al. 2022), alone or together with an adapter.
 
-Captions that reach the text encoder name the word as the host does, `embedding:<name>`.
+Captions that reach the text encoder name the embedding as ComfyUI does, `embedding:<name>`.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from ..recipe.recipe import Recipe
 
 PREFIX = "embedding/"
-# The usual learning rate of words' vectors; without the weight decay of the rest.
+# Default learning rate of embedding vectors. They have no weight decay.
 EMBEDDING_RATE = 5e-4
 _IDENTIFIER = "embedding:"
 
-# What stands for the caption of a picture that has none; {} is the word. Worded here, after the idea of Gal et al.
+# Captions for images that have none. {} stands for the embedding. Our own wording, after the idea of Gal et al.
 TEMPLATES = {
     "object": (
         "a photo of {}",
@@ -62,21 +62,21 @@ _ENDINGS = (".safetensors", ".pt", ".bin")
 
 
 def is_addressable(name: str) -> bool:
-    """Tell whether a prompt can call the embedding of a file that is there, in a folder too.
+    """Return True if a prompt can name this existing embedding file, which may be in a folder.
 
-    ComfyUI reads the name up to the next white space and cuts commas at its end; round brackets and a colon in them
-    are weights, and a backslash takes that meaning from them.
+    ComfyUI reads the name up to the next white space and cuts commas from its end. Parentheses with a colon set
+    weights, and a backslash escapes them.
     """
     return bool(name) and name == name.strip(",") and re.search(r"[\s()\\\0:]", name) is None
 
 
 def check_name(name: str, input: str = "name") -> None:
-    """Refuses a name that a prompt could not address.
+    """Refuse a name that a prompt cannot address.
 
-    The host reads `embedding:<name>` up to the next space, so nothing in it may end it, weight it or lead elsewhere.
+    ComfyUI reads `embedding:<name>` up to the next space. So the name must not contain a space, a weight or a path.
 
     Raises:
-        SettingsError: naming the input.
+        SettingsError: the name is invalid. The error names the input.
     """
     sound = _NAME.fullmatch(name) is not None and not name.endswith(".") and not is_windows_reserved(name)
     if sound and not name.lower().endswith(_ENDINGS):
@@ -90,13 +90,13 @@ def check_name(name: str, input: str = "name") -> None:
 
 
 def check_word(recipe: Recipe, text: TextEncoder) -> None:
-    """Refuses a name that already means something, and start words that are none.
+    """Refuse a name that already has a meaning, and an init text without tokens.
 
     Raises:
-        SettingsError: naming the input.
-        ModelError: the text encoder cannot be given new words.
+        SettingsError: the name or the init text is invalid. The error names the input.
+        ModelError: the text encoder cannot take new embeddings.
     """
-    # A word beside an adapter was set on an option node, which is known here by the wire it came over.
+    # An embedding beside an adapter is set on an option node, so errors name the input `options`.
     own = not METHODS[recipe.method].trains_model
     check_name(recipe.embedding_name, "name" if own else "options")
     if text.is_word(recipe.embedding_name):
@@ -115,23 +115,24 @@ def check_word(recipe: Recipe, text: TextEncoder) -> None:
 
 
 def insert_placeholder(dataset: Dataset, name: str, templates: str) -> Dataset:
-    """The dataset with the word in every caption.
+    """Return the dataset with the embedding in every caption.
 
-    In captions it stands where the trigger, the bare name or `[trigger]` stands; a caption without any gets it in front
-    where the dataset has a trigger. A picture without a caption gets the templates, shown in turn. Class images stay.
+    In captions the embedding replaces the trigger, the bare name or `[trigger]`. A caption without any of them gets the
+    embedding in front if the dataset has a trigger. An image without a caption gets the templates, one per visit. Class
+    images stay unchanged.
 
     Args:
         templates: key of TEMPLATES.
 
     Raises:
-        DatasetError: naming the files whose caption does not hold it, in a dataset without a trigger.
+        DatasetError: captions lack the embedding in a dataset without a trigger. The message names their files.
     """
     word = _IDENTIFIER + name
     found = []
     lacking = []
     for example in dataset.examples:
         if example.prior:
-            # A class image shows the class, not the thing.
+            # A class image shows the class, not the subject.
             found.append(example)
             continue
         texts = tuple(_renamed(text, example, name) for text in example.captions if text)
@@ -155,20 +156,20 @@ def _renamed(caption: str, example: Example, name: str) -> str:
     longest = sorted(names, key=len, reverse=True)
     prefixed = starts_word(_IDENTIFIER) + _IDENTIFIER
     words = (f"(?:{prefixed}|{starts_word(one)}){re.escape(one)}{ends_word(one)}" for one in longest)
-    # A name may hold what a caption puts right behind it: `my-word-style` would be another word.
+    # Names may contain '-' and '.': without the space, `my-word-style` would name another embedding.
     pattern = re.compile(rf"(?<!:)(?:{'|'.join(words)})(?=([\w.-]?))", re.IGNORECASE)
     if not pattern.search(caption):
-        # Accents may be letters of their own there.
+        # Accents may be separate characters in the caption.
         other = composed(caption)
         caption = other if pattern.search(other) else caption
     return pattern.sub(lambda match: _IDENTIFIER + name + (" " if match.group(1) else ""), caption)
 
 
 def refuse_preservation(dataset: Dataset) -> None:
-    """Refuses class images beside a word that is trained alone: no weight moves, so that there is nothing to preserve.
+    """Refuse class images if only an embedding is trained: no weight changes, so there is nothing to preserve.
 
     Raises:
-        DatasetError: it has some.
+        DatasetError: the dataset has class images or anchors.
     """
     if any(example.prior or example.anchor is not None for example in dataset.examples):
         raise DatasetError(
@@ -179,10 +180,10 @@ def refuse_preservation(dataset: Dataset) -> None:
 
 
 def start(text: TextEncoder, recipe: Recipe) -> dict[str, nn.Parameter]:
-    """The vectors as they start: those of the start words, from the first again when there are fewer words.
+    """Create the embedding vectors from the vectors of the init text, repeated if it has fewer tokens.
 
     Returns:
-        `embedding/<encoder>`: [vectors, width] float32, in the text encoder's training tree.
+        `embedding/<encoder>`: [vectors, width] float32, added to the training copy of the text encoder.
     """
     import torch
 
@@ -196,16 +197,16 @@ def start(text: TextEncoder, recipe: Recipe) -> dict[str, nn.Parameter]:
 
 
 def group(vectors: dict[str, nn.Parameter], recipe: Recipe) -> Group:
-    """The vectors' own group: no weight decay, which would pull them towards no word at all."""
+    """Return the parameter group of the vectors. It has no weight decay, which would pull them towards zero."""
     until = round(recipe.embedding_stop * recipe.steps) if recipe.embedding_stop else None
     return Group(tuple(vectors), recipe.embedding_learning_rate, 0.0, until)
 
 
 def renormalizing(vectors: dict[str, nn.Parameter], text: TextEncoder, recipe: Recipe) -> Callable[[float], None]:
-    """A function to be called after each step, that draws the vectors' norms towards the vocabulary's median.
+    """Return a function that pulls the norms of the vectors towards the vocabulary's median after each step.
 
-    Without it they grow until one word drowns all others of a prompt. The pull is 100 times the learning rate, at most
-    the whole way: the rule of cloneofsimo's lora, where pivotal tuning of diffusion models comes from.
+    Without it the norms grow until the embedding drowns out the rest of a prompt. The pull is 100 times the learning
+    rate, at most 1. The rule comes from cloneofsimo's lora, which introduced pivotal tuning of diffusion models.
     """
     import torch
 
@@ -224,10 +225,10 @@ def renormalizing(vectors: dict[str, nn.Parameter], text: TextEncoder, recipe: R
 
 
 def made_of(values: dict[str, torch.Tensor], recipe: Recipe, metadata: dict[str, str]) -> Embedding:
-    """The embedding in the trainables' values.
+    """Build the embedding from the values of the trainables.
 
     Raises:
-        ModelError: there is none among them.
+        ModelError: the values hold no embedding.
     """
     vectors = {name[len(PREFIX) :]: value for name, value in values.items() if name.startswith(PREFIX)}
     if not vectors:

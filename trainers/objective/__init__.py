@@ -1,1 +1,1 @@
-"""What the model is asked for: its own parameterisation, noise levels and loss."""
+"""The training objective: parameterization, timesteps, noise, weighting and loss."""

@@ -1,4 +1,4 @@
-"""What a batch is drawn and measured by where something else than the model's own loss is asked for."""
+"""Random draws and losses of a batch under an objective that differs from the model's own."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CustomDraw:
-    """The part of a batch's draws that only the objective knows of.
+    """The draws of a batch that only a custom objective needs.
 
     Attributes:
-        t: of each example, 0 for picture to 1 for noise, [B].
-        added: the noise that is put on the latents; the target knows of less where the input is perturbed.
+        objective: the objective.
+        t: of each sample, 0 (image) to 1 (noise), [B].
+        added: the noise that is added to the latents. With input perturbation it is more than the target's noise.
     """
 
     objective: Objective
@@ -32,7 +33,7 @@ class CustomDraw:
     added: torch.Tensor
 
     def part(self, start: int, stop: int) -> CustomDraw:
-        """That of some of the examples."""
+        """Return the draws of the samples from `start` to `stop`."""
         return CustomDraw(self.objective, self.t[start:stop], self.added[start:stop])
 
     def losses(
@@ -43,7 +44,12 @@ class CustomDraw:
         sigma: torch.Tensor,
         weight: torch.Tensor | None,
     ) -> torch.Tensor:
-        """The weighted loss of each example, [B]; `weight` as for `example_losses`, the others on the device."""
+        """Return the weighted loss of each sample, [B].
+
+        Args:
+            prediction, target, sigma: on the device.
+            weight: as for `example_losses`.
+        """
         objective = self.objective
         kind = denoiser.parameterization
         sigma = sigma / denoiser.sigma_data
@@ -59,7 +65,7 @@ class CustomDraw:
 def draw_custom(
     objective: Objective, denoiser: Denoiser, shape: tuple[int, ...], source: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor, CustomDraw]:
-    """Levels sigma [B] and noise of a batch of latents of that shape, on the CPU, and what goes with them."""
+    """Draw (noise levels sigma [B], noise, custom draws) for a batch of latents of a shape, on the CPU."""
     sigma, t = draw_levels(objective, denoiser.sigmas(), denoiser.parameterization, shape, source)
     noise = draw_noise(shape, source)
     if objective.noise_offset:

@@ -1,4 +1,4 @@
-"""From prediction and target to one number for each example."""
+"""Losses: one number per sample from prediction and target."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def squared(error: torch.Tensor) -> torch.Tensor:
-    """The error's square."""
+    """Return the squared error."""
     return error**2
 
 
@@ -20,13 +20,13 @@ def example_losses(
     weight: torch.Tensor | None = None,
     penalty: Callable[[torch.Tensor], torch.Tensor] = squared,
 ) -> torch.Tensor:
-    """Mean penalty of each example's error, its square unless said otherwise, in float32 or better.
+    """Return the mean penalty of each sample's error, in float32 or better.
 
     Args:
         prediction, target: [B, C, ...].
-        weight: None, or [B, 1, ...] weights of positions; the error is divided by their mean, so a small
-            mask does not shrink the loss.
-        penalty: from the error [B, C, ...] to what it costs, of the same shape.
+        weight: None, or [B, 1, ...] weights of positions. The error is divided by their mean, so a small mask does
+            not shrink the loss.
+        penalty: maps the error [B, C, ...] to penalties of the same shape. By default the square.
 
     Returns:
         [B].
@@ -42,23 +42,23 @@ def example_losses(
 
 
 def absolute(error: torch.Tensor) -> torch.Tensor:
-    """The error's size."""
+    """Return the absolute error."""
     return error.abs()
 
 
 def pseudo_huber(error: torch.Tensor, width: torch.Tensor) -> torch.Tensor:
-    """2 c (sqrt(e^2 + c^2) - c): the square of small errors, 2 c |e| of large ones (Charbonnier et al. 1997).
+    """Return 2 c (sqrt(e^2 + c^2) - c): e^2 for small errors, 2 c |e| for large ones (Charbonnier et al. 1997).
 
     Args:
         error: [B, C, ...].
-        width: c of each example, [B].
+        width: c of each sample, [B].
     """
     width = width.view(-1, *[1] * (error.ndim - 1))
-    # The same as the difference above, which float32 would round away where the error is small.
+    # Equal to the difference above, which float32 rounds away for small errors.
     return 2 * width * error**2 / ((error**2 + width**2).sqrt() + width)
 
 
-# Of the widget. Huber's width follows the noise level, so it is given apart.
+# The losses that the widget offers. Huber also takes a width, which follows the noise level.
 LOSSES: dict[str, Callable] = {"MSE": squared, "Huber": pseudo_huber, "L1": absolute}
 
 
@@ -74,7 +74,7 @@ def _constant(c: float, sigma: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     return c + 0 * t
 
 
-# How the width goes from 1 at no noise to c at the most, as in kohya sd-scripts (Khrapov et al. 2024).
+# Schedules of the width, from 1 without noise to c at the most noise, as in kohya sd-scripts (Khrapov et al. 2024).
 HUBER_SCHEDULES: dict[str, Callable] = {
     "auto": _by_snr,
     "snr": _by_snr,
@@ -84,13 +84,14 @@ HUBER_SCHEDULES: dict[str, Callable] = {
 
 
 def huber_width(schedule: str, c: float, sigma: torch.Tensor, t: torch.Tensor, flow: bool) -> torch.Tensor:
-    """Huber's width for each example, [B].
+    """Return Huber's width for each sample, [B].
 
     Args:
-        schedule: in HUBER_SCHEDULES; "auto" is exponential for flow models, else by signal-to-noise ratio.
+        schedule: key of HUBER_SCHEDULES. "auto" is exponential for flow models, otherwise by signal-to-noise ratio.
         c: the width at the most noise.
-        sigma: noise levels in units of the data's deviation, [B].
-        t: the same in 0..1, [B].
+        sigma: noise levels in units of the data's standard deviation, [B].
+        t: the noise levels in 0..1, [B].
+        flow: whether the model predicts flow.
     """
     if schedule == "auto" and flow:
         schedule = "exponential"

@@ -1,4 +1,4 @@
-"""Noise and noise levels, drawn from seeds and positions alone so that a resumed run draws the same."""
+"""Noise and noise levels, drawn from given generators so that a resumed run draws the same."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def draw_sigmas(levels: torch.Tensor, count: int, source: torch.Generator) -> torch.Tensor:
-    """`count` noise levels, uniform over the model's own levels, [count] float32."""
+    """Draw `count` noise levels, uniform over the model's own levels, [count] float32."""
     import torch
 
     index = torch.randint(len(levels), (count,), generator=source)
@@ -18,7 +18,7 @@ def draw_sigmas(levels: torch.Tensor, count: int, source: torch.Generator) -> to
 
 
 def spread_sigmas(levels: torch.Tensor, count: int) -> torch.Tensor:
-    """`count` fixed noise levels at the middles of equal parts of the model's own levels, [count]."""
+    """Return `count` fixed noise levels, at the centers of equal intervals of the model's own levels, [count]."""
     import torch
 
     middles = (torch.arange(count) + 0.5) / count
@@ -26,14 +26,14 @@ def spread_sigmas(levels: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def draw_noise(shape: tuple[int, ...], source: torch.Generator) -> torch.Tensor:
-    """Unit normal noise, float32 on the CPU."""
+    """Draw unit normal noise, float32 on the CPU."""
     import torch
 
     return torch.randn(shape, generator=source)
 
 
 def add_offset(noise: torch.Tensor, strength: float, source: torch.Generator) -> torch.Tensor:
-    """Noise [B, C, ...] with a normal number more in every channel, so that brightness is learnt (Guttenberg 2023)."""
+    """Add one normal number to each channel of noise [B, C, ...], so that brightness is trained (Guttenberg 2023)."""
     import torch
 
     shape = (*noise.shape[:2], *[1] * (noise.ndim - 2))
@@ -41,9 +41,9 @@ def add_offset(noise: torch.Tensor, strength: float, source: torch.Generator) ->
 
 
 def add_pyramid(noise: torch.Tensor, discount: float, source: torch.Generator) -> torch.Tensor:
-    """Noise [B, C, ..., h, w] with coarser and coarser noise on it, back at unit deviation for each example.
+    """Add coarser and coarser noise to noise [B, C, ..., h, w], then scale each sample to unit standard deviation.
 
-    Each is two to four times coarser than the one before, a ratio that is drawn too, and `discount` times as strong
+    Each level is two to four times coarser than the one before, by a random ratio, and `discount` times as strong
     (Whitaker 2023, "Multi-resolution noise for diffusion model training").
     """
     import torch

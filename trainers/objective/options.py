@@ -1,4 +1,4 @@
-"""What is asked of the loss beyond the model's own: which levels, which noise, which weights and which penalty."""
+"""Options of the objective: timesteps, noise, weighting and loss that differ from the model's own."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .losses import HUBER_SCHEDULES, LOSSES
 from .timesteps import TIMESTEPS
 from .weighting import WEIGHTINGS
 
-# The value of a field that was left alone.
+# The value that means "not set", per field.
 UNSET: dict[str, Any] = {
     "timesteps": "auto",
     "min_timestep": 0,
@@ -50,7 +50,7 @@ _REGISTRIES = {
     "huber_schedule": HUBER_SCHEDULES,
 }
 
-# Fields that mean something only beside certain choices of another one.
+# Fields that have an effect only with certain values of another field.
 _NEEDED = {
     "min_snr_gamma": ("weighting", ("min-SNR",)),
     "timestep_mean": ("timesteps", ("logit-normal", "shifted", "resolution-shifted")),
@@ -62,7 +62,7 @@ _NEEDED = {
 
 
 def check_range(name: str, value: Any) -> None:
-    """Raises SettingsError for a number that a field cannot have."""
+    """Raise SettingsError if a number is out of its field's range."""
     if name in RANGES and not RANGES[name][0] <= value <= RANGES[name][1]:
         low, high = RANGES[name]
         raise SettingsError(f"{name} is {value}.", f"It must lie between {low} and {high}.", name)
@@ -70,21 +70,21 @@ def check_range(name: str, value: Any) -> None:
 
 @dataclass(frozen=True)
 class Objective:
-    """Departures from the model's own loss; as it stands here there is none.
+    """A training objective. The defaults are the model's own loss.
 
     Attributes:
-        timesteps, weighting, loss, huber_schedule: names in TIMESTEPS, WEIGHTINGS, LOSSES and HUBER_SCHEDULES.
+        timesteps, weighting, loss, huber_schedule: keys of TIMESTEPS, WEIGHTINGS, LOSSES and HUBER_SCHEDULES.
         min_timestep, max_timestep: bounds of t, 0 to 1000 over the model's levels.
-        timestep_mean, timestep_std: of the normal numbers whose sigmoid is drawn.
-        timestep_shift: factor on the odds of noise; of "shifted".
-        min_snr_gamma: where the signal-to-noise ratio is cut; of "min-SNR".
-        huber_c: the error at which Huber turns from square to absolute, where the schedule is lowest.
-        noise_offset: deviation of a value that is the same all over a channel (Guttenberg 2023).
-        pyramid_discount: factor on each coarser noise (Whitaker 2023); 0 for none.
-        input_perturbation: deviation of noise that the target does not know of (Ning et al. 2023).
+        timestep_mean, timestep_std: of the normal distribution whose sigmoid gives the timesteps.
+        timestep_shift: factor on the odds of noise, for "shifted".
+        min_snr_gamma: upper bound of the signal-to-noise ratio, for "min-SNR".
+        huber_c: the error at which Huber turns from square to absolute, at the lowest point of the schedule.
+        noise_offset: standard deviation of a value that is added to a whole channel (Guttenberg 2023).
+        pyramid_discount: factor on each coarser noise (Whitaker 2023), 0 for none.
+        input_perturbation: standard deviation of noise that the target does not contain (Ning et al. 2023).
 
     Raises:
-        SettingsError: a value out of range, or two that contradict each other.
+        SettingsError: a value is out of range, or two values contradict each other.
     """
 
     timesteps: str = "uniform"
@@ -124,7 +124,7 @@ class Objective:
             )
 
     def set_fields(self) -> dict[str, Any]:
-        """The fields that decide the result, JSON-able; none of them when nothing was asked."""
+        """Return the fields that change the result, JSON-able. Empty for the model's own loss."""
         return {
             name: value
             for name, value in asdict(self).items()
@@ -132,7 +132,7 @@ class Objective:
         }
 
     def kohya_metadata(self) -> dict[str, Any]:
-        """The fields that kohya's metadata has, by its names without `ss_`; None for what is not in use."""
+        """Return the fields that kohya's metadata has, by its names without `ss_`. Fields not in use are None."""
         huber = self.loss == "Huber"
         return {
             "noise_offset": self.noise_offset or None,
@@ -146,15 +146,15 @@ class Objective:
         }
 
     def _uses(self, name: str) -> bool:
-        """Whether a field that needs a choice beside it has that choice."""
+        """Return True if the field that `name` depends on has one of the required values."""
         other, choices = _NEEDED[name]
         return getattr(self, other) in choices
 
     def check(self, parameterization: str) -> None:
-        """Refuses what has no meaning for a model of that parameterisation.
+        """Refuse options that have no meaning for a model of that parameterization.
 
         Raises:
-            SettingsError: signal-to-noise weights on flow, or flow's on another model.
+            SettingsError: signal-to-noise weights on a flow model, or flow weights on another model.
         """
         flow = parameterization == "flow"
         other = [name for name, known in WEIGHTINGS.items() if known.fits("flow" if flow else "eps")]
@@ -173,12 +173,12 @@ class Objective:
             )
 
 
-# The model's own loss over all its levels alike.
+# The model's own loss, uniform over all its levels.
 NATIVE = Objective()
 
 
 def objective_of(chosen: Mapping[str, Any]) -> Objective:
-    """The objective of the fields that were set.
+    """Build the objective from the fields that the user set.
 
     Raises:
         SettingsError: as Objective does, and for a field that would have no effect.

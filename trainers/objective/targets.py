@@ -1,7 +1,7 @@
-"""What the network itself predicts, for each way of noising; one small class each.
+"""Native training targets: one small class for each parameterization.
 
-Notation: x0 the latent, n unit noise, s the noise level sigma. The targets are what makes the host's own
-`calculate_denoised` give back x0 exactly (the tests hold them against it).
+Notation: x0 the latent, n unit noise, s the noise level sigma. With these targets as model output, ComfyUI's
+`calculate_denoised` returns x0 exactly (tests compare the two).
 
 Sources: Ho et al. 2020 (eps); Salimans & Ho 2022 (v); Karras et al. 2022 (EDM); Liu et al. 2022 (rectified flow).
 """
@@ -22,7 +22,7 @@ class Parameterization:
     """A native target.
 
     Attributes:
-        sigma_data: the data's standard deviation the model was built for.
+        sigma_data: the standard deviation of the data that the model was built for.
         noise_scale: factor on the noise of flow models.
     """
 
@@ -30,7 +30,7 @@ class Parameterization:
     noise_scale: float = 1.0
 
     def target(self, x0: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        """What the raw output should be; x0 and noise [B, ...], sigma broadcastable to them."""
+        """Return the target of the raw output. x0 and noise are [B, ...], sigma is broadcastable to them."""
         raise NotImplementedError
 
 
@@ -50,7 +50,7 @@ class V(Parameterization):
 
 
 class Edm(V):
-    """EDM's residual: the velocity with the other sign."""
+    """EDM's residual: the velocity with the opposite sign."""
 
     def target(self, x0, noise, sigma):
         return -super().target(x0, noise, sigma)
@@ -64,7 +64,7 @@ class X0(Parameterization):
 
 
 class Flow(Parameterization):
-    """The straight path's direction, n - x0."""
+    """The direction of the straight path, n - x0."""
 
     def target(self, x0, noise, sigma):
         return self.noise_scale * noise - x0
@@ -74,10 +74,10 @@ _KINDS = {"eps": Eps, "v": V, "edm": Edm, "x0": X0, "flow": Flow}
 
 
 def parameterization(kind: str, sigma_data: float = 1.0, noise_scale: float = 1.0) -> Parameterization:
-    """The parameterisation of a name.
+    """Return the parameterization of that name.
 
     Raises:
-        ModelError: an unknown name; guessing would train towards something else.
+        ModelError: the name is unknown. A guess would train towards a wrong target.
     """
     if kind not in _KINDS:
         raise ModelError(

@@ -1,7 +1,8 @@
-"""Which noise levels a training sees, and how often: one small class each, and the registry.
+"""Timestep distributions: one small class for each, and their registry.
 
-t runs from 0 (picture) to 1 (noise), as 0 to 1000 in the widgets. On models that add noise to the picture it is a
-level's place among the model's levels; on flow models it is the share of noise itself, which the shifts are made for.
+t runs from 0 (image) to 1 (noise), or 0 to 1000 in the widgets. On models that add noise to the image, t is the
+index of a level divided by the number of levels. On flow models, t is the fraction of noise, which the shifts are
+made for.
 
 Sources: Esser et al. 2024 (logit-normal, shift); Black Forest Labs' Flux (shift by the number of tokens).
 """
@@ -20,16 +21,19 @@ if TYPE_CHECKING:
 
 
 class Uniform:
-    """Each of the model's own levels as often as any other."""
+    """Uniform over the model's own levels."""
 
     def draw(
         self, times: torch.Tensor, count: int, source: torch.Generator, objective: Objective, tokens: float
     ) -> torch.Tensor:
-        """Indices of `count` levels.
+        """Draw the indices of `count` levels.
 
         Args:
-            times: t of the levels that there are, [N] rising.
-            tokens: patches of the latent, for whoever looks at its size.
+            times: t of the available levels, [N] rising.
+            count: number of draws.
+            source: generator.
+            objective: gives mean, standard deviation and shift.
+            tokens: number of patches of the latent, for distributions that depend on its size.
 
         Returns:
             [count] of 0..N-1.
@@ -40,7 +44,7 @@ class Uniform:
 
 
 class LogitNormal(Uniform):
-    """The place among the model's own levels is the sigmoid of a normal number."""
+    """Logit-normal: the relative index among the model's own levels is the sigmoid of a normal number."""
 
     def draw(self, times, count, source, objective, tokens):
         place = sigmoids(count, objective.timestep_mean, objective.timestep_std, source)
@@ -48,17 +52,17 @@ class LogitNormal(Uniform):
 
 
 class Sigmoid(LogitNormal):
-    """The same with mean 0 and deviation 1, under the name that kohya and ai-toolkit give it."""
+    """Logit-normal with mean 0 and standard deviation 1, under the name that kohya and ai-toolkit use."""
 
 
 class Shifted(Uniform):
-    """t is a logit-normal number, shifted towards noise by a factor on its odds.
+    """Logit-normal t, shifted towards noise by a factor on its odds.
 
-    On flow models this takes the place of the model's own shift: the same numbers as in other trainers.
+    On flow models this replaces the model's own shift, so the numbers mean the same as in other trainers.
     """
 
     def factor(self, objective: Objective, tokens: float) -> float:
-        """The factor on the odds t / (1 - t)."""
+        """Return the factor on the odds t / (1 - t)."""
         return objective.timestep_shift
 
     def draw(self, times, count, source, objective, tokens):
@@ -66,13 +70,13 @@ class Shifted(Uniform):
 
         t = sigmoids(count, objective.timestep_mean, objective.timestep_std, source)
         t = shift(t, self.factor(objective, tokens))
-        # Into the bounds rather than cut off at them, as kohya does.
+        # Scale into the bounds instead of clamping, as kohya does.
         t = times[0] + t * (times[-1] - times[0])
         return torch.bucketize(t, (times[1:] + times[:-1]) / 2)
 
 
 class ResolutionShifted(Shifted):
-    """Shifted more for larger pictures, by Flux's line: mu 0.5 at 256 tokens, 1.15 at 4096; the factor is exp(mu)."""
+    """Shifted more for larger images, by Flux's line: mu 0.5 at 256 tokens, 1.15 at 4096. The factor is exp(mu)."""
 
     def factor(self, objective: Objective, tokens: float) -> float:
         slope = (1.15 - 0.5) / (4096 - 256)
@@ -95,11 +99,12 @@ def draw_levels(
     shape: tuple[int, ...],
     source: torch.Generator,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The noise levels of a batch and their t.
+    """Draw the noise levels of a batch and their t.
 
     Args:
-        levels: all the model has, [N] rising.
-        shape: of the batch's latents, [B, C, ..., h, w]; a token is two by two of its positions.
+        levels: all levels of the model, [N] rising.
+        parameterization: of the model.
+        shape: of the batch's latents, [B, C, ..., h, w]. A token covers two by two positions.
 
     Returns:
         sigma [B], each one of `levels`, and t [B] in 0..1, float32.
@@ -124,22 +129,22 @@ def draw_levels(
 
 
 def level_times(levels: torch.Tensor, parameterization: str) -> torch.Tensor:
-    """The t of each level, [N] rising in 0..1."""
+    """Return the t of each level, [N] rising in 0..1."""
     import torch
 
     if parameterization != "flow":
         return torch.arange(len(levels)) / len(levels)
-    # Cosmos counts sigma / (sigma + 1), which is its share of noise.
+    # Cosmos has sigmas above 1. Its fraction of noise is sigma / (sigma + 1).
     return levels if float(levels[-1]) <= 1.0 else levels / (1 + levels)
 
 
 def sigmoids(count: int, mean: float, std: float, source: torch.Generator) -> torch.Tensor:
-    """Sigmoids of normal numbers, [count] float32 in 0..1."""
+    """Draw sigmoids of normal numbers, [count] float32 in 0..1."""
     import torch
 
     return torch.sigmoid(mean + std * torch.randn(count, generator=source))
 
 
 def shift(t: torch.Tensor, factor: float) -> torch.Tensor:
-    """t with its odds t / (1 - t) multiplied."""
+    """Return t with its odds t / (1 - t) multiplied by a factor."""
     return factor * t / (1 + (factor - 1) * t)

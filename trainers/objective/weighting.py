@@ -1,7 +1,7 @@
-"""What an example's loss counts for, by its noise level: one small class each, and the registry.
+"""Loss weights by noise level: one small class for each, and their registry.
 
-The signal-to-noise ratio is (sigma_data / sigma)^2. A weight by it is meant for the error of the latent; each
-parameterisation's loss is that error times a factor of its own, by which the weight is divided:
+The signal-to-noise ratio (snr) is (sigma_data / sigma)^2. Weights by snr are defined for the error of the latent.
+The loss of each parameterization is that error times a factor, so the weight is divided by that factor:
 
     loss of x0 = error,  of eps = error * snr,  of v and EDM = error * (snr + 1)
 
@@ -18,30 +18,31 @@ if TYPE_CHECKING:
 
     from .options import Objective
 
-# Where the ratio is cut, as kohya does: the first levels would have next to no weight otherwise.
+# Upper bound of the ratio, as in kohya. Without it the first levels would have almost no weight.
 _DEBIASED_TOP = 1000.0
 
 
 class Native:
-    """The model's own: every example counts the same."""
+    """The model's own weighting: every sample counts the same."""
 
     def fits(self, parameterization: str) -> bool:
-        """Whether it has a meaning for a model of that parameterisation."""
+        """Return True if the weighting has a meaning for a model of that parameterization."""
         return True
 
     def weights(self, sigma: torch.Tensor, t: torch.Tensor, kind: str, objective: Objective) -> torch.Tensor:
-        """The weights of a batch, [B].
+        """Return the weights of a batch, [B].
 
         Args:
-            sigma: noise levels in units of the data's deviation, [B].
-            t: the same in 0..1, the share of noise on flow models, [B].
-            kind: the parameterisation.
+            sigma: noise levels in units of the data's standard deviation, [B].
+            t: the noise levels in 0..1, the fraction of noise on flow models, [B].
+            kind: the parameterization.
+            objective: gives the parameters of the weighting.
         """
         return t**0
 
 
 class MinSNR(Native):
-    """The ratio, cut at gamma: nearly clean levels do not outweigh all others."""
+    """The ratio, clamped at gamma so that nearly clean levels do not outweigh all others."""
 
     def fits(self, parameterization):
         return parameterization != "flow"
@@ -52,7 +53,7 @@ class MinSNR(Native):
 
 
 class Debiased(Native):
-    """The root of the ratio: for eps 1 / sqrt(snr). (For v other trainers differ: kohya takes 1 / (snr + 1).)"""
+    """The root of the ratio: 1 / sqrt(snr) for eps. (For v other trainers differ: kohya takes 1 / (snr + 1).)"""
 
     def fits(self, parameterization):
         return parameterization != "flow"
@@ -92,7 +93,7 @@ WEIGHTINGS = {
 
 
 def loss_factor(snr: torch.Tensor, kind: str) -> torch.Tensor:
-    """A parameterisation's loss in units of the latent's squared error, [B]."""
+    """Return the factor between a parameterization's loss and the squared error of the latent, [B]."""
     if kind == "eps":
         return snr
     if kind == "x0":

@@ -1,4 +1,4 @@
-"""How trainables are moved: groups of them, the optimisers, the learning-rate schedules, and what resuming needs."""
+"""Optimizers, parameter groups, learning-rate schedules, averages and saved optimizer state."""
 
 from .groups import Group, parameter_groups
 from .registry import OPTIMIZERS, default_learning_rate, finds_its_rate

@@ -1,4 +1,4 @@
-"""The moving average of the trainables, which is what is drawn, measured and handed on instead of them."""
+"""Exponential moving average of the trainables. Previews, validation and exports use it in their place."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ if TYPE_CHECKING:
 
 
 class MovingAverage:
-    """diffusers' exponential moving average, in float32 whatever the trainables are kept in.
+    """diffusers' exponential moving average, in float32 whatever the dtype of the trainables.
 
-    Its decay rises as (1 + n) / (10 + n) over its updates n to the one that is asked for, so that a short run is no
-    average of its start. A step that is left out is no update.
+    The decay rises as (1 + n) / (10 + n) over the updates n up to the requested decay, so that the average of a short
+    run is not dominated by its start. A skipped step does not count as an update.
 
     Attributes:
         shadow_params: the averages, in the order of the trainables.
-        updates: so far.
+        updates: number of updates so far.
     """
 
     def __init__(self, decay: float):
@@ -29,7 +29,7 @@ class MovingAverage:
 
     @property
     def shadow_params(self) -> list[torch.Tensor]:
-        """The averages themselves, no copies."""
+        """Return the averages themselves, not copies."""
         return self._model.shadow_params
 
     @property
@@ -37,30 +37,30 @@ class MovingAverage:
         return self._model.optimization_step
 
     def step(self, parameters: list) -> None:
-        """Takes the trainables in."""
+        """Update the averages with the current trainables."""
         self._model.step(parameters)
 
     def start(self, parameters: list) -> None:
-        """Begins at the trainables."""
-        # Not by diffusers' constructor, which keeps their dtype: in bfloat16 an average would stand still.
+        """Start the averages at the current trainables."""
+        # diffusers' constructor keeps the dtype, and in bfloat16 an average would not change.
         self._model.shadow_params = [parameter.detach().float().clone() for parameter in parameters]
 
     def go_on(self, values: list[torch.Tensor], updates: int) -> None:
-        """Go on from averages after so many updates."""
+        """Continue from given averages and their number of updates."""
         self._model.shadow_params = values
         self._model.optimization_step = updates
 
     def store(self, parameters: list) -> None:
-        """Nothing: the values change places, so that no third copy of them is held."""
+        """Do nothing: `copy_to` swaps the tensors, so no third copy is needed."""
 
     def copy_to(self, parameters: list) -> None:
-        """Lends the averages to the trainables."""
+        """Put the averages into the trainables."""
         for parameter, average in zip(parameters, self.shadow_params, strict=True):
             self._kept.append(parameter.data)
             parameter.data = average.to(parameter.dtype)
 
     def restore(self, parameters: list) -> None:
-        """Gives both their own back."""
+        """Put the trainables' own values back."""
         for parameter, kept in zip(parameters, self._kept, strict=True):
             parameter.data = kept.to(parameter.device)
         self._kept = []
@@ -68,7 +68,7 @@ class MovingAverage:
 
 @contextmanager
 def averaged(average, parameters: list) -> Iterator[None]:
-    """Lends an average, if there is one, to the trainables for the block."""
+    """Put the averages into the trainables within the block. Does nothing if `average` is None."""
     if average is None:
         yield
         return

@@ -1,4 +1,4 @@
-"""Trainables that are moved alike."""
+"""Parameter groups."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Group:
-    """Trainables that are moved alike.
+    """Trainables with the same learning rate and weight decay.
 
     Attributes:
-        names: in the order in which the optimiser holds them.
+        names: in the order in which the optimizer holds them.
         learning_rate: before the schedule's factor.
         weight_decay: None for the recipe's.
-        until: the step at which they are frozen; None for never.
+        until: the step at which the group is frozen, None for never.
     """
 
     names: tuple[str, ...]
@@ -30,7 +30,7 @@ class Group:
 
 
 def parameter_groups(groups: Sequence[Group], trainables: dict[str, torch.nn.Parameter], recipe: Recipe) -> list[dict]:
-    """The groups as torch's optimisers take them."""
+    """Return the groups as torch's optimizers take them."""
     made = []
     for group in groups:
         decay = recipe.weight_decay if group.weight_decay is None else group.weight_decay

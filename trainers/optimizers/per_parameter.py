@@ -1,4 +1,4 @@
-"""An optimiser that moves every parameter by an instance of its own, when its gradient is there."""
+"""An optimizer that updates each parameter as soon as its gradient is ready."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 
 class PerParameterOptimizer:
-    """What the loop and torch's gradient scaler ask of an optimiser, over one instance for each parameter.
+    """One optimizer instance per parameter, behind the interface that the loop and torch's gradient scaler use.
 
-    A parameter in half precision is raised to float32, moved there and rounded back stochastically; what its optimiser
-    keeps of it is float32 throughout.
+    A half-precision parameter is converted to float32, updated and rounded back stochastically. Its optimizer state is
+    always float32.
 
     Attributes:
-        param_groups: as `parameter_groups` makes them; their rates are those of the next step.
+        param_groups: as `parameter_groups` makes them. Their learning rates are those of the next step.
     """
 
     def __init__(self, kind: Optimizer, groups: list[dict], names: dict[torch.nn.Parameter, str], recipe: Recipe):
@@ -38,18 +38,18 @@ class PerParameterOptimizer:
         }
 
     def begin(self, step: int) -> None:
-        """Called before the moves of a step: rounding is drawn from its number."""
+        """Set the number of the coming step, which seeds the rounding."""
         self._step = step
 
     def step(self) -> None:
-        """Moves all that have a gradient."""
+        """Update all parameters that have a gradient."""
         for parameter in self._own:
             if parameter.grad is not None:
                 self.move(parameter)
 
     @torch.no_grad()
     def move(self, parameter: torch.nn.Parameter) -> None:
-        """Moves one, and forgets its gradient."""
+        """Update one parameter and discard its gradient."""
         own, held = self._own[parameter], self._held[parameter]
         own.param_groups[0]["lr"] = self._groups[parameter]["lr"]
         if held is parameter:
@@ -66,19 +66,19 @@ class PerParameterOptimizer:
         parameter.grad = None
 
     def state_of(self) -> tuple[dict[int, dict[str, Any]], list[dict[str, Any]]]:
-        """As `state_of` of one optimiser for all: a run may go on with either."""
+        """Return the state in the form of `state_of` for a single optimizer. A run can continue with either."""
         slots, groups = {}, []
         for place, own in enumerate(self._own.values()):
             mine, _ = state_of(own)
             if 0 in mine:
                 slots[place] = mine[0]
         for group in self.param_groups:
-            # A group's numbers follow from rates and steps, which its members share.
+            # The group's numbers depend on rates and steps alone, so all members have the same.
             groups.append(state_of(self._own[group["params"][0]])[1][0])
         return slots, groups
 
     def restore(self, slots: dict[int, dict[str, Any]], groups: list[dict[str, Any]]) -> None:
-        """Takes what `state_of` found, or that of one optimiser for all."""
+        """Restore a state from `state_of`, of this class or of a single optimizer."""
         numbers = {id(group): kept for group, kept in zip(self.param_groups, groups, strict=False)}
         for place, (parameter, own) in enumerate(self._own.items()):
             kept = numbers.get(id(self._groups[parameter]))
@@ -86,7 +86,7 @@ class PerParameterOptimizer:
 
 
 def _held(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
-    """What a parameter's own optimiser moves: itself, or a float32 that holds its values for the move alone."""
+    """Return the tensor that the optimizer updates: the parameter, or a float32 that is empty between updates."""
     if parameter.dtype.itemsize >= 4:
         return parameter
     return torch.nn.Parameter(_nothing(parameter))

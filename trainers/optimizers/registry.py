@@ -1,4 +1,4 @@
-"""The optimisers, one small class each, and their registry; a library is imported only when its optimiser is chosen."""
+"""The optimizers: one small class for each, and their registry. Their libraries are imported on demand."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ if TYPE_CHECKING:
 
 
 def needs(package: str) -> AbstractContextManager[None]:
-    """Says which package an import inside the block is missing. Raises SettingsError in place of ImportError."""
+    """Turn an ImportError in the block into a SettingsError that names the missing package."""
     return needing(package, "This optimizer", "or choose another optimizer in Graft Optimizer Options", "optimizer")
 
 
 class Optimizer:
-    """An optimiser as the recipe and the loop need it.
+    """An optimizer, as the recipe and the loop use it.
 
     Attributes:
-        learning_rate: its own default; None for the family's and method's times `rate_factor`.
-        weight_decay, beta1, beta2: its defaults; 0 for a beta that it does not have.
-        apart: whether it moves each parameter by that parameter's gradient alone, so that one can be moved before the
-            next one's gradient is there.
-        slots: numbers it keeps for each one that is trained, at least.
-        averages: whether it keeps an average of the parameters by itself.
+        learning_rate: its own default. None for the default of family and method times `rate_factor`.
+        rate_factor: factor on the default of family and method.
+        weight_decay, beta1, beta2: defaults. 0 for a beta that the optimizer does not have.
+        apart: whether the update of a parameter depends on that parameter's gradient alone, so that it can run before
+            the next gradient is ready.
+        slots: minimum number of state values per trained number.
+        averages: whether the optimizer itself keeps an average of the parameters.
     """
 
     learning_rate: float | None = None
@@ -41,40 +42,40 @@ class Optimizer:
     averages = False
 
     def load(self) -> type[torch.optim.Optimizer]:
-        """Its class.
+        """Return the optimizer's class.
 
         Raises:
-            SettingsError: the package is not installed, with what to install.
+            SettingsError: the package is not installed. The message names it.
         """
         raise NotImplementedError
 
     def make(self, groups: list[dict], recipe: Recipe) -> torch.optim.Optimizer:
-        """An optimiser of `parameter_groups`."""
+        """Build an optimizer for the groups of `parameter_groups`."""
         return self.load()(groups, lr=recipe.learning_rate, betas=(recipe.beta1, recipe.beta2))
 
     def check(self, recipe: Recipe) -> None:
-        """Raises SettingsError for settings that it cannot go with."""
+        """Raise SettingsError if the recipe has settings that this optimizer cannot use."""
 
     def mistaken_rate(self, rate: float) -> str:
-        """A warning about a learning rate of the recipe that is far from what this optimizer takes, empty for none."""
+        """Return a warning if the recipe's learning rate is far from this optimizer's range, else an empty string."""
         return ""
 
     def effective_rate(self, optimizer: torch.optim.Optimizer, rate: float) -> float:
-        """The learning rate of the next step.
+        """Return the learning rate of the next step.
 
         Args:
-            optimiser: made by `make`.
+            optimizer: made by `make`.
             rate: the recipe's times the schedule's factor.
         """
         return rate
 
     def average(self, optimizer: torch.optim.Optimizer, parameters: list) -> ScheduleFreeAverage | None:
-        """The average of the parameters that it keeps by itself, None for none."""
+        """Return the average that the optimizer itself keeps, or None if it keeps none."""
         return None
 
 
 class AdamW(Optimizer):
-    """Loshchilov & Hutter 2019, by torch."""
+    """AdamW (Loshchilov & Hutter 2019), from torch."""
 
     slots = 2
 
@@ -90,15 +91,15 @@ class AdamW(Optimizer):
             "weight_decay": recipe.weight_decay,
         }
         try:
-            # One kernel for all parameters instead of a dozen each.
+            # One kernel for all parameters instead of a dozen for each.
             return self.load()(groups, **values, fused=True)
         except RuntimeError:
-            # Not on every device, nor in every version of torch.
+            # Some devices and versions of torch have no fused kernel.
             return self.load()(groups, **values)
 
 
 class AdamW8bit(Optimizer):
-    """With its moments in eight bits (Dettmers et al. 2022), by bitsandbytes."""
+    """AdamW with moments in eight bits (Dettmers et al. 2022), from bitsandbytes."""
 
     def load(self):
         with needs("bitsandbytes"):
@@ -107,7 +108,7 @@ class AdamW8bit(Optimizer):
 
 
 class PagedAdamW8bit(Optimizer):
-    """The same, with moments that leave the graphics card when memory runs short."""
+    """AdamW8bit with moments that leave the GPU when its memory runs short."""
 
     def load(self):
         with needs("bitsandbytes"):
@@ -116,7 +117,7 @@ class PagedAdamW8bit(Optimizer):
 
 
 class Adafactor(Optimizer):
-    """Moments by rows and columns (Shazeer & Stern 2018), by transformers; the rate is the recipe's, not its own."""
+    """Adafactor: moments by rows and columns (Shazeer & Stern 2018), from transformers, with the recipe's rate."""
 
     weight_decay = 0.0
     beta1 = 0.0
@@ -147,12 +148,12 @@ class Adafactor(Optimizer):
 
 
 class Prodigy(Optimizer):
-    """Finds the learning rate by itself; the recipe's is a factor on it (Mishchenko & Defazio 2023)."""
+    """Prodigy: finds the learning rate itself. The recipe's rate is a factor on it (Mishchenko & Defazio 2023)."""
 
     learning_rate = 1.0
-    # The rate it finds is one for all.
+    # Prodigy finds one rate for all parameters.
     apart = False
-    # Factors that its users set, with some room.
+    # The range of factors that its users set, with a margin.
     least, most = 0.1, 10.0
 
     def load(self):
@@ -181,7 +182,7 @@ class Prodigy(Optimizer):
         return rate * float(optimizer.param_groups[0]["d"])
 
     def make(self, groups, recipe):
-        # As its authors advise for diffusion models. The decay is the groups'.
+        # Its authors recommend these for diffusion models. The groups hold the weight decay.
         return self.load()(
             groups,
             lr=recipe.learning_rate,
@@ -192,9 +193,10 @@ class Prodigy(Optimizer):
 
 
 class Lion(Optimizer):
-    """The sign of a momentum (Chen et al. 2023), by lion-pytorch.
+    """Lion: the sign of a momentum (Chen et al. 2023), from lion-pytorch.
 
-    Its steps are larger than AdamW's: a third of the rate and three times the decay, which is their advice's mild end.
+    Its steps are larger than AdamW's. The defaults are a third of the rate and three times the decay, the mild end of
+    the authors' advice.
     """
 
     rate_factor = 1 / 3
@@ -208,7 +210,7 @@ class Lion(Optimizer):
 
 
 class CAME(Optimizer):
-    """Adafactor with a confidence in its steps (Luo et al. 2023), by came-pytorch."""
+    """CAME: Adafactor with a confidence in its steps (Luo et al. 2023), from came-pytorch."""
 
     weight_decay = 0.0
 
@@ -218,14 +220,14 @@ class CAME(Optimizer):
         return CAME
 
     def make(self, groups, recipe):
-        # The third is of the confidence; its authors' value.
+        # The third beta belongs to the confidence. The value is the authors'.
         return self.load()(groups, lr=recipe.learning_rate, betas=(recipe.beta1, recipe.beta2, 0.9999))
 
 
 class AdamWScheduleFree(Optimizer):
-    """AdamW that averages in place of a falling schedule (Defazio et al. 2024), by schedulefree."""
+    """AdamW that averages the weights instead of lowering the rate (Defazio et al. 2024), from schedulefree."""
 
-    # Its average is asked of the one that moves all.
+    # `average` reads the state of one optimizer for all parameters.
     apart = False
     averages = True
 
@@ -281,15 +283,15 @@ OPTIMIZERS: dict[str, Optimizer] = {
 
 
 def default_learning_rate(name: str, usual: float) -> float:
-    """The rate of an optimiser where the user gave none.
+    """Return an optimizer's default learning rate.
 
     Args:
-        usual: of the family and the method, for AdamW.
+        usual: the default of family and method for AdamW.
     """
     optimizer = OPTIMIZERS.get(name, OPTIMIZERS["AdamW"])
     return optimizer.learning_rate or usual * optimizer.rate_factor
 
 
 def finds_its_rate(name: str) -> bool:
-    """Whether an optimiser's learning rate is a factor on one that it finds itself (Prodigy)."""
+    """Return True if an optimizer finds its learning rate itself and takes the recipe's as a factor (Prodigy)."""
     return name in OPTIMIZERS and OPTIMIZERS[name].learning_rate is not None

@@ -1,4 +1,4 @@
-"""The average that schedule-free optimisers keep, lent to the trainables as the loop's moving average is."""
+"""The average of schedule-free optimizers, with the interface of the moving average."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ if TYPE_CHECKING:
 
 
 class ScheduleFreeAverage:
-    """The point x of schedule-free, which is what is saved and drawn; the gradient is taken at another, y.
+    """The point x of schedule-free, for saves and previews. The gradient is taken at another point, y.
 
-    The trainables hold y throughout. The library's own way there and back, eval() and train(), rounds: a training
-    would depend on how often it is looked at. So x is made aside, and y put back as it was.
+    The trainables hold y throughout. The library's own conversions, eval() and train(), round: the result of a run
+    would depend on how often it is previewed. So this class computes x separately and puts the unchanged y back.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, parameters: list):
@@ -23,29 +23,29 @@ class ScheduleFreeAverage:
 
     @property
     def shadow_params(self) -> list[torch.Tensor]:
-        """x of every parameter."""
+        """Return x of every parameter."""
         found = []
         for parameter in self._parameters:
             y = parameter.detach()
-            # Asked for anew: what is restored comes as another dict.
+            # Look it up each time: restoring a saved state replaces the dict.
             z = self._optimizer.state.get(parameter, {}).get("z")
-            # One that was never moved has no z; all three are the same then.
+            # A parameter without an update has no z. Then x, y and z are equal.
             found.append(y.clone() if z is None else y.lerp(z, 1 - 1 / self._beta1))
         return found
 
     def step(self, parameters: list) -> None:
-        """Nothing: the optimiser's own step has averaged."""
+        """Do nothing: the optimizer's own step updates the average."""
 
     def store(self, parameters: list) -> None:
-        """Keeps y."""
+        """Keep a copy of y."""
         self._kept = [parameter.detach().clone() for parameter in parameters]
 
     def copy_to(self, parameters: list) -> None:
-        """Puts x in its place."""
+        """Put x into the trainables."""
         self._put(self.shadow_params, parameters)
 
     def restore(self, parameters: list) -> None:
-        """Puts y back."""
+        """Put y back into the trainables."""
         self._put(self._kept, parameters)
         self._kept = []
 

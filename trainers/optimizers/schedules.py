@@ -1,4 +1,4 @@
-"""How the learning rate goes over the steps; by diffusers where it has them."""
+"""Learning-rate schedules, from diffusers where it has them."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Course:
-    """The length and form of a schedule.
+    """The length and shape of a schedule.
 
     Attributes:
-        warmup_steps: over which the rate rises from 0.
-        steps: in all.
-        num_cycles: of "cosine with restarts".
-        power: of "polynomial".
+        warmup_steps: steps over which the rate rises from 0.
+        steps: in total.
+        num_cycles: for "cosine with restarts".
+        power: for "polynomial".
     """
 
     warmup_steps: int
@@ -45,12 +45,15 @@ def _by_diffusers(name: str) -> Callable[[Course], Callable[[int], float]]:
 def _constant(course: Course) -> Callable[[int], float]:
     if course.warmup_steps:
         return _by_diffusers("constant_with_warmup")(course)
-    # What most train with: the first step need not wait for a library to say 1.
+    # The most common schedule. Importing diffusers for it would delay the first step.
     return lambda step: 1.0
 
 
 def _rex(course: Course) -> Callable[[int], float]:
-    """High for long, then falling fast to 0 (Chen et al. 2021): (1 - p) / (1/2 + (1 - p) / 2) at progress p."""
+    """Return the REX schedule: high for long, then falling fast to 0 (Chen et al. 2021).
+
+    At progress p the factor is (1 - p) / (1/2 + (1 - p) / 2).
+    """
 
     def factor(step: int) -> float:
         if step < course.warmup_steps:
@@ -61,7 +64,7 @@ def _rex(course: Course) -> Callable[[int], float]:
     return factor
 
 
-# By the widget's names.
+# Keys are the names in the widget.
 SCHEDULES: dict[str, Callable[[Course], Callable[[int], float]]] = {
     "constant": _constant,
     "linear": _by_diffusers("linear"),
@@ -75,10 +78,9 @@ SCHEDULES: dict[str, Callable[[Course], Callable[[int], float]]] = {
 def lr_factor(
     schedule: str, warmup_steps: int, steps: int, num_cycles: int = 1, power: float = 1.0
 ) -> Callable[[int], float]:
-    """The schedule's factor on the learning rate, by step from 0.
+    """Return the schedule's factor on the learning rate as a function of the step, counted from 0.
 
-    It is a function of the step alone, so resuming needs none of its state. Past the last step it keeps the
-    last step's value.
+    It depends on the step alone, so a resumed run needs no state. After the last step it keeps the last step's value.
     """
     factor = SCHEDULES[schedule](Course(warmup_steps, max(1, steps), num_cycles, power))
     return lambda step: float(factor(min(step, max(0, steps - 1))))

@@ -1,4 +1,4 @@
-"""An optimiser's whole state, as numbers and tensors that a file can hold."""
+"""Optimizer state as numbers and tensors that a file can hold."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-# What the recipe and the schedule set, anew at each start.
+# Fields that the recipe and the schedule set at each start.
 _GIVEN = {"params", "lr", "weight_decay"}
 
 
 def state_of(optimizer: torch.optim.Optimizer) -> tuple[dict[int, dict[str, Any]], list[dict[str, Any]]]:
-    """What an optimiser has come to know.
+    """Return the state of an optimizer.
 
     Returns:
-        Of each parameter, by its place in the groups, {name: tensor or number}; and of each group the numbers that
-        are no longer as it was made with (Prodigy's rate, schedule-free's weights, counts of steps).
+        Per parameter, by its index over all groups, {name: tensor or number}. Per group, the numbers that differ from
+        the values it was made with (Prodigy's rate, schedule-free's weights, counts of steps).
     """
-    # Not its state_dict: bitsandbytes packs tensors into dicts of its own there.
+    # Not `state_dict`: bitsandbytes packs tensors into nested dicts there.
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     slots = {}
     for place, parameter in enumerate(parameters):
@@ -39,10 +39,11 @@ def _changed(name: str, value: Any, defaults: dict[str, Any]) -> bool:
 def restore_optimizer(
     optimizer: torch.optim.Optimizer, slots: dict[int, dict[str, Any]], groups: list[dict[str, Any]]
 ) -> None:
-    """Gives a newly made optimiser what `state_of` found.
+    """Restore a state from `state_of` into a new optimizer.
 
     Args:
-        groups: empty in files of before they were kept; AdamW, the only optimiser there was, needs none.
+        slots: state per parameter.
+        groups: empty in old files, written when AdamW was the only optimizer, which needs none.
     """
     made = optimizer.state_dict()["param_groups"]
     for group, kept in zip(made, groups, strict=False):

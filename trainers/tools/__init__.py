@@ -1,1 +1,1 @@
-"""What is done with adapters once they are trained: merged, resized, extracted, looked at."""
+"""Tools for trained adapters: merge, resize, extract, inspect, compare and plot."""

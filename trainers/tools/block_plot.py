@@ -1,4 +1,4 @@
-"""An adapter at a glance: how much it changes each block of the model."""
+"""A bar plot of how much an adapter changes each block of the model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MOST = 36
 
 
 def picture(findings: Findings) -> np.ndarray:
-    """[H, W, 3] float32 in 0..1: a bar for each block, its norm beside it; of text encoders in another colour."""
+    """Draw one bar per block with its norm, text encoders in another color, as [H, W, 3] float32 in 0..1."""
     rows = joined(block_norms(findings), _MOST)
     made = figure.blank(_WIDTH, _HEAD + _ROW * max(4, len(rows)))
     height = made.get_figheight()
@@ -53,10 +53,10 @@ def _number(value: float) -> str:
 
 
 def joined(rows: list[tuple[str, float]], most: int) -> list[tuple[str, float]]:
-    """At most so many rows, neighbours of one kind taken together, and what is too much of many kinds at the end."""
+    """Reduce rows to at most `most`: join neighbors of one kind, and put surplus kinds into a last row."""
     kinds = [list(part) for _, part in itertools.groupby(rows, key=lambda row: _stem(row[0]))]
     if len(kinds) > most:
-        # No model's blocks are of so many kinds.
+        # No known model has blocks of so many kinds.
         rest = [row for part in kinds[most - 1 :] for row in part]
         return [_together(part) for part in kinds[: most - 1]] + [(f"{len(rest)} others", _total(rest))]
     step = 1

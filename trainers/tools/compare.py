@@ -1,4 +1,4 @@
-"""Pictures in a grid, a row for each prompt and a column for each way to draw it, with labels."""
+"""A labelled grid of images: one row per prompt, one column per adapter setting."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ if TYPE_CHECKING:
 _GAP = 4
 _BACK = (40, 40, 44)
 _INK = (235, 235, 235)
-# Letters are a share of a picture's side, so that they are read at the size at which the grid is looked at.
+# The font size is this fraction of an image's width, so that labels stay readable when the grid is scaled down.
 _LETTERS = 24
 _LEAST = 11
-_SIDE = 0.5  # width of the prompts beside a row, of a picture's width
+_SIDE = 0.5  # width of the prompt column, relative to an image's width
 _LINES = 4
 
 
 def grid(rows: Sequence[str], columns: Sequence[str], pictures: Sequence[Sequence[Image.Image]]) -> np.ndarray:
-    """[H, W, 3] float32 in 0..1.
+    """Draw the grid as [H, W, 3] float32 in 0..1.
 
     Args:
         rows: labels on the left.
         columns: labels above.
-        pictures: of each row, of each column; all of one size.
+        pictures: images by row and column, all of one size.
     """
     from PIL import Image, ImageDraw
 
@@ -59,10 +59,10 @@ def _write(pen: ImageDraw.ImageDraw, lines: list[str], corner: tuple[int, int], 
 
 
 def _wrapped(pen: ImageDraw.ImageDraw, text: str, width: int, font, most: int = _LINES) -> list[str]:
-    """A text in lines of at most so many pixels; what is beyond the last line is left out, and marked so."""
+    """Wrap a text into at most `most` lines of `width` pixels. "..." marks a shortened text."""
     lines = [""]
     for word in text.split():
-        # A word that is longer than a line is cut.
+        # Split a word that is longer than a line.
         for part in _cut(pen, word, width, font):
             longer = f"{lines[-1]} {part}".strip()
             if pen.textlength(longer, font=font) <= width:

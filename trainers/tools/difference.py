@@ -1,4 +1,4 @@
-"""What a layer of an adapter adds to its weight: two factors, or the whole of it."""
+"""The difference that an adapter adds to a layer's weight, as two factors or in full."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 _HADA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
-# What says how a weight is to be changed, and not by how much.
+# Tensors that change a weight relative to its value, so that the difference depends on the weight.
 _RELATIVE = {
     DORA: "DoRA magnitudes (dora_scale)",
     "oft_blocks": "rotations (oft_blocks)",
@@ -26,16 +26,16 @@ _RELATIVE = {
 }
 
 
-# Numbers of a difference that is multiplied out, 0.5 GB in float32 and several times that at work: all layers of the
-# models there are have fewer, and a file of some kilobytes can ask for any number.
+# Upper bound of the numbers in a difference, 0.5 GB in float32 and several times that during the computation. All
+# layers of known models are smaller, but a file of some kilobytes can ask for any size.
 _MOST_NUMBERS = 2**27
 
 
 def check_size(shape: Iterable[int], name: str = "", input: str = "adapter") -> None:
-    """Refuse to multiply out a difference that no layer has.
+    """Refuse to multiply out a difference that is larger than any known layer.
 
     Raises:
-        ModelError: naming the layer and the size.
+        ModelError: it is too large. The message names the layer and the size.
     """
     shape = list(shape)
     numbers = math.prod(shape)
@@ -51,13 +51,13 @@ def check_size(shape: Iterable[int], name: str = "", input: str = "adapter") -> 
 
 @dataclass(frozen=True)
 class Difference:
-    """What is added to a layer, float32.
+    """A difference that is added to a layer, float32.
 
     Attributes:
-        up, down: [out, r] and [r, in, ...]; their product is the difference, the scale in it.
-        whole: [out, in, ...], or [n] of a norm, in place of factors; None too where only the bias changes.
+        up, down: [out, r] and [r, in, ...]. Their product is the difference, scale included.
+        whole: [out, in, ...], or [n] for a norm, instead of factors. Also None if only the bias changes.
         bias: [out] or None.
-        certain: whether the shape is the layer's own; else it is a matrix [out, all the rest].
+        certain: whether the shape is the layer's own. If False, it is a matrix [out, everything else].
     """
 
     up: torch.Tensor | None = None
@@ -68,24 +68,24 @@ class Difference:
 
     @property
     def shape(self) -> tuple[int, ...] | None:
-        """Of the weight's difference, None where there is none."""
+        """Return the shape of the weight's difference, or None if there is none."""
         if self.up is not None:
             return (self.up.shape[0], *self.down.shape[1:])
         return None if self.whole is None else tuple(self.whole.shape)
 
     @property
     def rank(self) -> int | None:
-        """Of the factors."""
+        """Return the rank of the factors, or None if there are none."""
         return None if self.up is None else self.up.shape[1]
 
     def to(self, device) -> Difference:
-        """The same on a device."""
+        """Return a copy on a device."""
         parts = {name: getattr(self, name) for name in ("up", "down", "whole", "bias")}
         moved = {name: None if part is None else part.to(device) for name, part in parts.items()}
         return Difference(**moved, certain=self.certain)
 
     def value(self) -> torch.Tensor:
-        """The whole of it, in `shape`."""
+        """Return the full difference, in `shape`."""
         if self.up is None:
             return self.whole
         check_size(self.shape)
@@ -93,13 +93,13 @@ class Difference:
 
 
 def differences(adapter: dict[str, torch.Tensor], input: str) -> dict[str, Difference]:
-    """By layer's name, what an adapter adds.
+    """Return the difference of each layer of an adapter, by the layer's name.
 
     Args:
-        input: of the node, for errors.
+        input: the node's input, for errors.
 
     Raises:
-        ModelError: it cannot be told without the model's weights, or a key is not known.
+        ModelError: the difference depends on the model's weights, or a key is unknown.
     """
     if not adapter:
         raise ModelError(
@@ -118,13 +118,13 @@ def differences(adapter: dict[str, torch.Tensor], input: str) -> dict[str, Diffe
 
 
 def difference(name: str, tensors: dict[str, torch.Tensor], input: str) -> Difference:
-    """What one layer adds.
+    """Return the difference of one layer.
 
     Args:
-        tensors: by what their keys end with, in kohya's words.
+        tensors: by the end of their keys, in kohya's names.
 
     Raises:
-        ModelError: naming the layer.
+        ModelError: the difference depends on the weight, or the tensors do not fit. The message names the layer.
     """
     for end, what in _RELATIVE.items():
         if end in tensors:
@@ -179,7 +179,7 @@ def _hadamard(held, bias) -> Difference:
             for core, left, right in (("hada_t1", a, b), ("hada_t2", c, d))
         )
         return Difference(whole=first * second * scale, bias=bias)
-    # A convolution's factors are flat.
+    # LoHa stores a convolution's factors as flat matrices.
     return Difference(whole=(a @ b) * (c @ d) * scale, bias=bias, certain=False)
 
 
@@ -202,7 +202,7 @@ def _kronecker(held, bias) -> Difference:
 
 
 def limited(given: Difference, rank: int, energy: float, trim: bool = False) -> Difference:
-    """The best of a rank or an energy, as factors; norms and biases as they are."""
+    """Return the best approximation within a rank and an energy, as factors. Norms and biases stay unchanged."""
     if given.shape is None or len(given.shape) < 2:
         return given
     if given.up is not None:
@@ -213,9 +213,9 @@ def limited(given: Difference, rank: int, energy: float, trim: bool = False) -> 
 
 
 def file_tensors(given: Difference) -> dict[str, torch.Tensor]:
-    """A layer's tensors in the host's file, by what follows its name."""
+    """Return a layer's tensors in ComfyUI's file, by the part of the key after the layer's name."""
     if given.up is None and not given.certain:
-        # As factors it fits a convolution too, whatever its kernel.
+        # Factors fit a convolution as well, whatever its kernel size.
         given = limited(given, 0, 1.0, trim=True)
     found = {} if given.bias is None else {BIAS: given.bias}
     if given.up is not None:
@@ -225,7 +225,7 @@ def file_tensors(given: Difference) -> dict[str, torch.Tensor]:
 
 
 def fitted(given: Difference, shape: tuple[int, ...]) -> Difference:
-    """The same in another shape of as many numbers."""
+    """Return the difference in another shape with the same number of elements."""
     if given.shape == shape:
         return given
     if given.up is not None:
@@ -234,5 +234,5 @@ def fitted(given: Difference, shape: tuple[int, ...]) -> Difference:
 
 
 def alike(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
-    """Whether two shapes are one layer's: the same, or one of them flat."""
+    """Return True if two shapes can belong to one layer: they are equal, or one of them is the flat form."""
     return a == b or (a[0] == b[0] and math.prod(a) == math.prod(b) and 2 in (len(a), len(b)))

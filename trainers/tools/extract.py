@@ -1,4 +1,4 @@
-"""An adapter out of two models: the difference of each weight, as factors or whole."""
+"""Extraction of an adapter from two models: the difference of each weight, as factors or in full."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 LOW, FULL, NONE = "low-rank", "whole", "leave out"
-# As the node offers them.
+# The options that the node offers.
 CONV = (LOW, FULL, NONE)
 REST = (FULL, NONE)
 _SHOWN = 5
@@ -27,13 +27,13 @@ _SHOWN = 5
 
 @dataclass(frozen=True)
 class Extraction:
-    """What of a difference is kept.
+    """Options of an extraction.
 
     Attributes:
-        rank: of a layer at most; 0 for no limit.
-        energy: part of the squared singular values that a layer keeps, in 0..1.
+        rank: maximum rank per layer, 0 for no limit.
+        energy: fraction of the squared singular values that each layer keeps, in 0..1.
         conv: one of CONV, for convolutions with a kernel.
-        rest: one of REST, for norms, biases and whatever else is no matrix.
+        rest: one of REST, for norms, biases and everything else that is not a matrix.
     """
 
     rank: int
@@ -47,7 +47,7 @@ class Extraction:
 
 @dataclass
 class Tally:
-    """What was done, for the report; squares are of differences' norms."""
+    """Counts for the report. `total` and `held` are sums of squared norms of differences."""
 
     layers: int = 0
     unchanged: int = 0
@@ -58,12 +58,12 @@ class Tally:
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight that two models have.
+    """A weight that both models have.
 
     Attributes:
-        name: of its layer in the file.
-        end: WHOLE for the layer's weight, BIAS for its bias; empty for what an adapter cannot hold.
-        change: what one has more than the other, float32 on any device.
+        name: the layer's name in the file.
+        end: WHOLE for the layer's weight, BIAS for its bias, empty if an adapter cannot hold it.
+        change: tuned minus base, float32 on any device.
     """
 
     name: str
@@ -72,10 +72,10 @@ class Weight:
 
 
 def extract(weights: Iterable[Weight], how: Extraction, metadata: list[dict[str, str]]) -> tuple[Adapter, str]:
-    """(adapter, report) of weights that come one at a time.
+    """Return (adapter, report) from an iterator of weights.
 
     Raises:
-        ModelError: they are all the same, or nothing of what differs was asked for.
+        ModelError: all weights are equal, or the options exclude everything that differs.
     """
     tally = Tally()
     found: dict[str, dict[str, torch.Tensor]] = {}
@@ -107,7 +107,7 @@ def _refuse(tally: Tally) -> None:
 
 
 def _kept(weight: Weight, how: Extraction, tally: Tally) -> dict[str, torch.Tensor]:
-    """The tensors of a weight's difference by their ends; nothing where it is zero or left out."""
+    """Return the tensors of a weight's difference by the ends of their keys. Empty if it is zero or excluded."""
     change = weight.change
     square = float(change.double().square().sum())
     if square == 0:
@@ -134,7 +134,7 @@ def _kept(weight: Weight, how: Extraction, tally: Tally) -> dict[str, torch.Tens
 
 
 def _low(change: torch.Tensor, how: Extraction) -> Difference:
-    """As factors, or whole where that is no larger and loses nothing."""
+    """Return factors, or the full difference if that is not larger and loses nothing."""
     whole = Difference(whole=change)
     full = min(change.shape[0], change[0].numel())
     if how.energy == 1 and (how.rank == 0 or how.rank >= full):

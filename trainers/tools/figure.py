@@ -1,4 +1,4 @@
-"""What all plots have in common: the canvas, the colours, and the way to an array."""
+"""Canvas, colors and array conversion, shared by all plots."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ if TYPE_CHECKING:
 DPI = 100
 LETTERS = 8
 BACK, INK, FAINT = "#28282c", "#ebebeb", "#96969b"
-# Of one thing and another beside it.
+# Colors of the first and the second series.
 FIRST, SECOND = "#6096d6", "#f0b040"
 
 
 def blank(width: float, height: float) -> Figure:
-    """An empty figure of a size in inches, drawn in memory."""
+    """Return an empty figure of a size in inches, drawn in memory."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -26,7 +26,7 @@ def blank(width: float, height: float) -> Figure:
 
 
 def as_array(figure: Figure) -> np.ndarray:
-    """[H, W, 3] float32 in 0..1."""
+    """Render a figure as [H, W, 3] float32 in 0..1."""
     import numpy as np
 
     figure.canvas.draw()

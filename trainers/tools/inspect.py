@@ -1,4 +1,4 @@
-"""An adapter looked at: what it is, how strong it is where, what it says of itself, and whether it fits."""
+"""Inspection of an adapter: its type, its norm per block, its metadata and its fit to a model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,14 @@ _SHOWN = 5
 
 
 class Fit(Protocol):
-    """How an adapter fits a model: its kind, keys that are used and not, parts of another size, weights' paths."""
+    """The fit of an adapter to a model.
+
+    Attributes:
+        model: the kind of the model.
+        read, unread: number of keys that the model uses, and the keys that it does not use.
+        misfits: (weight's key, mismatch) of tensors of another size.
+        paths: the paths of the model's weights by layer name.
+    """
 
     model: str
     read: int
@@ -33,12 +40,13 @@ class Fit(Protocol):
 
 @dataclass(frozen=True)
 class Row:
-    """A layer.
+    """One layer of an adapter.
 
     Attributes:
+        name, block: of the layer.
         kind: adapter type.
-        rank, scale: of its factors, None where there are none.
-        norm: of what it adds to the weight (Frobenius); None where that is not known without the weight.
+        rank, scale: of its factors, None if it has none.
+        norm: Frobenius norm of its difference, None if that depends on the weight.
     """
 
     name: str
@@ -51,12 +59,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Findings:
-    """What there is to be said of an adapter.
+    """The facts about an adapter.
 
     Attributes:
-        others: keys that are no layer's.
-        numbers, size: in its tensors, and their bytes.
-        method: the type it was trained as, where it says so.
+        rows: its layers.
+        others: keys that belong to no layer.
+        numbers, size: count of numbers in its tensors, and their bytes.
+        metadata: of its file.
+        method: the type it was trained as, None if unknown.
     """
 
     rows: list[Row]
@@ -68,10 +78,10 @@ class Findings:
 
 
 def look(adapter: dict[str, torch.Tensor], paths: dict[str, str] | None = None) -> Findings:
-    """Reads an adapter; whatever cannot be told of a layer is left open.
+    """Inspect an adapter. Values that cannot be determined for a layer are None.
 
     Args:
-        paths: of the connected model's weights by layer's name; blocks are then called as the model calls them.
+        paths: the paths of the connected model's weights by layer name. Blocks then get the model's names.
     """
     layers, others = split(adapter)
     rows = [_row(name, tensors, (paths or {}).get(name, name)) for name, tensors in layers.items()]
@@ -97,7 +107,7 @@ def _row(name: str, tensors: dict[str, torch.Tensor], path: str) -> Row:
 
 
 def _norm(given: Difference) -> float:
-    """Of the weight's part and the bias's together; of factors without their product."""
+    """Return the norm of weight difference and bias together. Factors are not multiplied out."""
     squares = 0.0
     if given.up is not None:
         up, down = given.up.double(), given.down.flatten(1).double()
@@ -106,11 +116,11 @@ def _norm(given: Difference) -> float:
         squares = float(given.whole.double().square().sum())
     if given.bias is not None:
         squares += float(given.bias.double().square().sum())
-    # Rounding may leave less than nothing; what is not a number is passed on.
+    # Rounding may give a negative square. NaN is passed on.
     return math.sqrt(squares) if not squares < 0 else 0.0
 
 
-# A model from its input to its output.
+# The order of blocks in a model, from input to output.
 _FIRST = ("input", "down", "double", "middle", "mid", "transformer", "joint", "output", "up", "single")
 
 
@@ -119,7 +129,7 @@ def _order(row: Row) -> tuple:
 
 
 def block_order(block: str) -> tuple:
-    """Sorts blocks as the model runs them, text encoders last."""
+    """Return a sort key for blocks: in the order in which the model runs them, text encoders last."""
     text = bool(re.match(r"te\d ", block))
     stem, number = re.fullmatch(r"(.*?)(?:\.(\d+))?", block).groups()
     place = next((index for index, word in enumerate(_FIRST) if stem.startswith(f"{word}_")), len(_FIRST))
@@ -127,7 +137,7 @@ def block_order(block: str) -> tuple:
 
 
 def block_norms(findings: Findings) -> list[tuple[str, float]]:
-    """(block, norm of what is added to all its weights), in the model's order."""
+    """Return (block, norm of the differences of all its weights), in the model's order."""
     squares: dict[str, float] = {}
     for row in findings.rows:
         if row.norm is not None:
@@ -136,13 +146,13 @@ def block_norms(findings: Findings) -> list[tuple[str, float]]:
 
 
 def report(findings: Findings, fit: Fit | None) -> str:
-    """The findings in words."""
+    """Return a report as text."""
     lines = [*_described(findings), *_origin(findings.metadata), *_fitting(fit)]
     return "\n".join(lines)
 
 
 def headline(findings: Findings) -> str:
-    """Types, ranks and layers in one line."""
+    """Return types, ranks and number of layers in one line."""
     ranks = sorted({row.rank for row in findings.rows if row.rank is not None})
     kinds = " + ".join(kind for kind, _ in Counter(row.kind for row in findings.rows).most_common())
     told = f", rank {_span(ranks)}" if ranks else ""
@@ -187,7 +197,7 @@ def _described(findings: Findings) -> list[str]:
 
 
 def _origin(metadata: dict[str, str]) -> list[str]:
-    """What the file says of itself."""
+    """Return the lines about the file's own metadata."""
     told = {
         "Title": title_of(metadata),
         "Trigger": metadata.get("modelspec.trigger_phrase"),
@@ -200,7 +210,7 @@ def _origin(metadata: dict[str, str]) -> list[str]:
         "Licence": metadata.get("modelspec.license"),
     }
     lines = [f"{name}: {' '.join(str(value).split())[:300]}" for name, value in told.items() if value]
-    # A file may say anything.
+    # The metadata of a file can hold anything.
     with contextlib.suppress(KeyError, ValueError, TypeError, AttributeError):
         lines.append("Made by " + _made(parse_json(metadata[MADE])))
     return lines or ["It carries no metadata."]

@@ -1,4 +1,4 @@
-"""Two adapters as one: their differences added, or merged by what peft has for it."""
+"""Merging of two adapters, by a weighted sum of their differences or by one of peft's methods."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ _ARCHITECTURE = "modelspec.architecture"
 
 @dataclass(frozen=True)
 class Merging:
-    """How two adapters are merged.
+    """Options of a merge.
 
     Attributes:
-        weights: of both.
+        weights: of the two adapters.
         method: one of METHODS.
-        rank: of the result at most; 0 for what holds all of it.
-        density: part of the numbers that TIES, DARE and pruning keep, in 0..1.
-        seed: of what DARE leaves out.
+        rank: maximum rank of the result, 0 for the rank that loses nothing.
+        density: fraction of the numbers that TIES, DARE and pruning keep, in 0..1.
+        seed: for the numbers that DARE drops.
     """
 
     weights: tuple[float, float]
@@ -61,17 +61,17 @@ def merge(
     device: str | torch.device = "cpu",
     tick: Callable[[int, int], None] = lambda done, total: None,
 ) -> Adapter:
-    """One adapter of two; a layer that one of them has not is the other's alone.
+    """Merge two adapters. A layer that only one of them has comes from that one.
 
-    Two LoRAs are added exactly, their factors side by side. All else is brought to whole differences first, and written
-    as such unless a rank asks for factors.
+    Two LoRAs are added exactly by concatenating their factors. Everything else becomes full differences first, and is
+    written in that form unless `rank` asks for factors.
 
     Args:
-        device: where singular values are worked out.
-        tick: told of (layers done, layers there are).
+        device: computes the singular values.
+        tick: called with (layers done, layers in total).
 
     Raises:
-        ModelError: a layer's difference is not known without the model's weights, or they are for different models.
+        ModelError: a layer's difference depends on the model's weights, or the adapters are for different models.
     """
     given = [differences(adapter, input) for adapter, input in zip((a, b), _INPUTS, strict=True)]
     sources = [getattr(adapter, "metadata", {}) for adapter in (a, b)]
@@ -157,7 +157,7 @@ def _of_one_shape(name: str, parts: list[tuple[Difference, float]]) -> list[tupl
                 "Merge adapters of the same model.",
                 "adapter_b",
             )
-    # A flat one takes the other's shape.
+    # A flat difference takes the shape of the other.
     shape = max((one.shape for one, _ in parts if one.shape is not None and one.certain), key=len, default=None)
     if shape is None:
         return parts
@@ -165,17 +165,17 @@ def _of_one_shape(name: str, parts: list[tuple[Difference, float]]) -> list[tupl
 
 
 def _mixed(parts: list[tuple[torch.Tensor, float]], how: Merging, seed: int) -> torch.Tensor | None:
-    """Tensors of one shape by the method; drawn and chosen on the CPU, the same on every machine."""
+    """Merge tensors of one shape. Draws and choices run on the CPU, so that every machine gives the same result."""
     if not parts:
         return None
     import torch
     from peft.utils import merge_utils
 
-    # peft elects signs before it multiplies by the weights: a negative one is then counted on the wrong side.
+    # peft elects signs before it multiplies by the weights, so a negative weight would vote for the wrong sign.
     tensors = [-tensor.cpu() if weight < 0 else tensor.cpu() for tensor, weight in parts]
     weights = torch.tensor([abs(weight) for _, weight in parts])
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        # peft says in a warning that a density of 1 leaves nothing out.
+        # peft warns that a density of 1 drops nothing.
         warnings.simplefilter("ignore")
         torch.manual_seed(seed)
         if how.method == TIES:

@@ -1,4 +1,4 @@
-"""The loss of one run or two as a picture: step by step, or by noise level."""
+"""Plots of the loss of one or two runs, by step or by timestep."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ if TYPE_CHECKING:
     from ..runs.loss_by_timestep import LossByTimestep
 
 _WIDTH, _HEIGHT = 9.0, 5.0
-_RAW = 0.3  # opacity
-# Of the first steps and of the last.
+_RAW = 0.3  # opacity of unsmoothed losses
+# Line styles of the first quarter of the steps and of the last.
 _LOOKS = ({"alpha": 0.55, "linestyle": "--"}, {})
 
 
 def plot(losses: Mapping[str, Sequence[float]], smoothing: float, logarithmic: bool) -> np.ndarray:
-    """[H, W, 3] float32 in 0..1: each step's loss thin, smoothed thick.
+    """Plot the loss per step, thin, and smoothed, thick, as [H, W, 3] float32 in 0..1.
 
     Args:
-        losses: of each step, by the run's label; at most two.
-        smoothing: as `smoothed` takes it; 0 draws the losses alone.
+        losses: loss of each step, by the run's label. At most two runs.
+        smoothing: as for `smoothed`. 0 draws the unsmoothed losses alone.
+        logarithmic: whether the loss axis is logarithmic.
     """
     made = figure.blank(_WIDTH, _HEIGHT)
     axes = _axes(made, "step", "loss", logarithmic)
@@ -36,7 +37,7 @@ def plot(losses: Mapping[str, Sequence[float]], smoothing: float, logarithmic: b
         axes.plot(steps, values, color=color, linewidth=0.8, alpha=_RAW if smoothing else 1.0)
         if smoothing:
             axes.plot(steps, smoothed(values, smoothing), color=color, linewidth=2.0)
-        # The label of its own: a line of no points.
+        # An empty line carries the label.
         axes.plot([], [], color=color, linewidth=2.0, label=label)
     if len(losses) > 1:
         _legend(axes)
@@ -44,10 +45,11 @@ def plot(losses: Mapping[str, Sequence[float]], smoothing: float, logarithmic: b
 
 
 def plot_levels(runs: Mapping[str, tuple[LossByTimestep, int]], logarithmic: bool) -> np.ndarray:
-    """[H, W, 3] float32 in 0..1: the mean loss by timestep, of the first quarter of the steps and of the last.
+    """Plot the mean loss by timestep for the first and the last quarter of the steps, [H, W, 3] float32 in 0..1.
 
     Args:
-        runs: losses by noise level and the number of steps, by the run's label; at most two.
+        runs: (losses by timestep, number of steps), by the run's label. At most two runs.
+        logarithmic: whether the loss axis is logarithmic.
     """
     made = figure.blank(_WIDTH, _HEIGHT)
     axes = _axes(made, "timestep: 0 picture, 1000 noise", "loss, not weighted", logarithmic)
@@ -67,7 +69,7 @@ def plot_levels(runs: Mapping[str, tuple[LossByTimestep, int]], logarithmic: boo
 
 
 def _quarters(levels: LossByTimestep) -> list[tuple[int, int]]:
-    """(first, last) of the spans of the first quarter and of the last; one alone where there is only one span."""
+    """Return (first, last) span of the first quarter and of the last quarter. One pair if there is only one span."""
     told = [place for place, counts in enumerate(levels.counts) if any(counts)]
     most = max(1, len(told) // 4)
     found = [(told[0], told[most - 1]), (told[-most], told[-1])]

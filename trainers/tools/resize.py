@@ -1,4 +1,4 @@
-"""An adapter of smaller rank: of each layer the part that holds most of it."""
+"""Reduction of an adapter to a smaller rank by singular values."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ def resize(
     device: str | torch.device = "cpu",
     tick: Callable[[int, int], None] = lambda done, total: None,
 ) -> Adapter:
-    """Every layer as a LoRA of at most a rank, by singular values; those that are small enough stay as they are.
+    """Turn every layer into a LoRA of limited rank. Layers that are small enough stay unchanged.
 
     Args:
-        rank: 0 for no limit.
-        energy: part of the squared singular values that a layer keeps, in 0..1 (kohya's sv_fro is its root).
-        device: where singular values are worked out.
-        tick: told of (layers done, layers there are).
+        rank: maximum rank, 0 for no limit.
+        energy: fraction of the squared singular values that each layer keeps, in 0..1 (kohya's sv_fro is its root).
+        device: computes the singular values.
+        tick: called with (layers done, layers in total).
 
     Raises:
-        ModelError: a layer's difference is not known without the model's weights.
+        ModelError: a layer's difference depends on the model's weights.
     """
     check(energy)
     given = differences(adapter, "adapter")
@@ -53,7 +53,11 @@ def resize(
 
 
 def check(energy: float) -> None:
-    """Refuses an energy that keeps nothing."""
+    """Refuse an energy outside 0 < energy <= 1.
+
+    Raises:
+        SettingsError: naming the input.
+    """
     if not 0 < energy <= 1:
         raise SettingsError(
             f"energy is {energy:g}; it is the part that is kept, above 0 and at most 1.",
@@ -63,7 +67,7 @@ def check(energy: float) -> None:
 
 
 def _is_small(given: Difference, rank: int, energy: float) -> bool:
-    """Whether there is nothing to take away."""
+    """Return True if the limits remove nothing from this layer."""
     if given.shape is None or len(given.shape) < 2:
         return True
     fits = given.rank is not None and given.rank <= rank

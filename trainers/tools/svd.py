@@ -1,4 +1,4 @@
-"""Low rank by singular values: of a matrix, and of two factors without ever multiplying them out."""
+"""Low-rank approximation by singular values, of a matrix or of two factors without their product."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-# Singular values below this part of the largest are what rounding left.
+# Singular values below this fraction of the largest are rounding errors.
 _ROUNDING = 1e-6
 
 
 def kept(values: torch.Tensor, rank: int, energy: float) -> int:
-    """How many singular values are kept, at least one.
+    """Return the number of singular values to keep, at least one.
 
     Args:
         values: [n], the largest first.
-        rank: at most so many; 0 for all.
-        energy: in 0..1, of the sum of their squares (kohya's sv_fro is its root); 1 for all.
+        rank: maximum number, 0 for all.
+        energy: fraction of the sum of their squares to keep, in 0..1 (kohya's sv_fro is its root). 1 for all.
     """
     count = len(values)
     if energy < 1:
@@ -27,15 +27,16 @@ def kept(values: torch.Tensor, rank: int, energy: float) -> int:
 
 
 def significant(values: torch.Tensor) -> int:
-    """How many singular values are more than rounding, at least one."""
+    """Return the number of singular values that exceed rounding errors, at least one."""
     return max(1, int((values > _ROUNDING * values[0]).sum()))
 
 
 def factor(matrix: torch.Tensor, rank: int, energy: float, trim: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """The best (up [out, k], down [k, in]) of a matrix [out, in] (Eckart and Young 1936), alike in size.
+    """Return the best factors (up [out, k], down [k, in]) of a matrix [out, in] (Eckart and Young 1936).
 
+    Both factors have the square roots of the singular values.
     Args:
-        trim: whether singular values that are only rounding go too.
+        trim: whether to drop singular values that are only rounding errors too.
     """
     import torch
 
@@ -46,12 +47,12 @@ def factor(matrix: torch.Tensor, rank: int, energy: float, trim: bool = False) -
 def refactor(
     up: torch.Tensor, down: torch.Tensor, rank: int, energy: float, trim: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same for up @ down of [out, r] and [r, in], at the cost of the factors: no [out, in] is made."""
+    """Return the same for up @ down of [out, r] and [r, in], at the cost of the factors: no [out, in] is built."""
     import torch
 
     if up.shape[1] >= min(up.shape[0], down.shape[1]):
         return factor(up @ down, rank, energy, trim)
-    # In double: what two adapters have in common is then told from rounding.
+    # Double precision separates shared directions of two adapters from rounding errors.
     left, upper = torch.linalg.qr(up.double())
     right, lower = torch.linalg.qr(down.double().t())
     u, s, v = torch.linalg.svd(upper @ lower.t())
