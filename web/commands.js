@@ -1,4 +1,4 @@
-// What can be asked of the training that runs, and the history, as the host's commands: for its menu and for keys.
+// ComfyUI commands, for its menu and its key bindings: control the running training, open the history.
 import { t, text } from "./texts.js";
 
 export const TAB = "graft-history";
@@ -18,13 +18,13 @@ export function makeCommands({ openHistory, store, routes, toasts }) {
     const none = t("Nor was a training stopped or paused since the server started.");
     return toasts.show("info", t("Nothing is training"), none);
   };
-  // [id, picture, name, work]
+  // [id, icon, name, action]
   const commands = [
     ["Graft.OpenHistory", "pi-chart-line", text("Graft: Open run history"), openHistory],
     ["Graft.Stop", "pi-stop", text("Graft: Stop training and keep the result"), () => ask("stop")],
     ["Graft.Save", "pi-save", text("Graft: Save training now"), () => ask("save")],
     ["Graft.Pause", "pi-pause", text("Graft: Pause or resume training"), pauseOrResume],
   ];
-  // The texts come after the commands do.
+  // Translate late: the texts load after the commands are registered.
   return commands.map(([id, icon, name, work]) => ({ id, icon: `pi ${icon}`, label: () => t(name), function: work }));
 }

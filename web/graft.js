@@ -1,4 +1,5 @@
-// What the pack adds to the page: a live panel on every training node and on the subgraphs that hold one, the history of runs, commands and short notes.
+// Entry point of the pack's page extension: live panels on training nodes and their subgraphs, the history of runs,
+// commands and toasts.
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { makeCommands, TAB } from "./commands.js";
@@ -16,17 +17,17 @@ import { forgetChanged, learn, showUnset, UnsetFields } from "./unset.js";
 
 const EVENT = "graft.progress";
 const TRAINERS = new Set(["GraftTrainLoRA", "GraftTrainEmbedding", "GraftTrainDreamBooth", "GraftFineTune"]);
-const PAUSE = 100; // milliseconds between two updates of the panels, at least
-const LOOK = 2000; // and between two looks at the runs on disk
-const READ = 300; // and between two readings of the graph
+const PAUSE = 100; // minimum milliseconds between two updates of the panels
+const LOOK = 2000; // minimum milliseconds between two reads of the runs on disk
+const READ = 300; // minimum milliseconds between two reads of the graph
 
-// After these the history shows something else of a run.
+// Events after which the history's view of a run is outdated.
 const MILESTONES = new Set(["run", "validation", "sample", "saved", "done", "paused", "cancelled", "failed"]);
 
 let history = null;
 let fields = null;
 let prompt = {}; // the graph as Run would queue it
-let opened = 0; // how often a graph was opened
+let opened = 0; // number of graphs opened so far
 const panels = new WeakMap();
 const routes = new Routes(api, app);
 const show = throttled(showAll, PAUSE);
@@ -39,7 +40,7 @@ const commands = makeCommands({ openHistory, store, routes, toasts });
 function hear(message, training) {
   toasts.hear(message, training);
   history?.progress(training);
-  // A run that has just begun is on disk when its first step is done.
+  // A new run is on disk once its first step is done.
   if (MILESTONES.has(message.event) || (message.event === "step" && history?.misses(training.run))) refresh();
   if (message.event === "begin") read();
 }
@@ -80,7 +81,7 @@ function rootGraph() {
   return app.rootGraph ?? app.graph;
 }
 
-// Reads the graph as Run would queue it: what its trainers would train is what tells their panels' runs apart.
+// Read the graph as Run would queue it. The panels choose runs by what the graph's trainers would train.
 async function look() {
   for (const node of allNodes(rootGraph())) offerPanel(node);
   if (!store.list().length) return;
@@ -96,7 +97,7 @@ async function look() {
 
 function showAll() {
   const root = rootGraph();
-  const shown = new Map(); // panel -> [training, whether the graph's values are its own]
+  const shown = new Map(); // panel -> [training, whether the graph's values match it]
   const trainings = store.list();
   for (const [id, { class_type: kind }] of Object.entries(prompt)) {
     if (!TRAINERS.has(kind)) continue;
@@ -104,8 +105,8 @@ function showAll() {
     if (training?.settings) learn(pathOf(root, id).at(-1), training.settings);
     for (const node of training ? pathOf(root, id) : []) {
       const panel = panels.get(node);
-      // Inside subgraphs one node may stand for several trainings, and a subgraph may hold several: the one that runs
-      // is shown, else the one that ran last.
+      // A node in a subgraph may stand for several trainings, and a subgraph may hold several trainers. Show the
+      // running training, else the last one.
       const [known] = shown.get(panel) ?? [];
       const isLater = trainings.indexOf(training) > trainings.indexOf(known);
       if (panel && (!known || training.isLive > known.isLive || (training.isLive === known.isLive && isLater))) {
@@ -120,8 +121,8 @@ function showAll() {
   fields?.refresh();
 }
 
-// The training that a node's panel is to show, and whether Run would train the same: the one that runs there, else the
-// last one with the node's own inputs, else the one that the panel has shown since the graph was opened.
+// Return the training for a node's panel, and whether Run would train the same: the one that runs there, else the last
+// one with the node's own inputs, else the one that the panel has shown since the graph was opened.
 function choose(trainings, id) {
   const isHere = (training) => training.node === id && training.workflow !== "" && training.workflow === rootGraph()?.id;
   const isSame = (training) =>
@@ -144,21 +145,21 @@ function offerPanel(node) {
 function addPanel(node) {
   const panel = new Panel(routes);
   const widget = node.addDOMWidget("graft_panel", "graft.panel", panel.element, {
-    serialize: false, // not in the prompt
+    serialize: false, // omitted from the prompt
     hideOnZoom: false,
     getMinHeight: () => HEIGHT,
     getValue: () => "",
     setValue: () => {},
   });
-  widget.serialize = false; // nor in the workflow
+  widget.serialize = false; // and from the workflow
   if (node.subgraph) leaveOut(node);
-  // Sample pictures are in the panel: the host's own preview of them would make the node longer (see panel.css too).
+  // The panel shows the sample pictures: ComfyUI's own preview would make the node longer (see panel.css too).
   node.onDrawBackground = () => {};
   node.setSize([Math.max(node.size[0], WIDTH), node.computeSize()[1]]);
   panels.set(node, panel);
 }
 
-// A subgraph's node lists the widgets that it shows of its inner nodes: the panel is none of those.
+// Remove the panel from the subgraph node's saved list of inner widgets, to which it does not belong.
 function leaveOut(node) {
   const { onSerialize } = node;
   node.onSerialize = function (data) {
@@ -178,7 +179,7 @@ app.registerExtension({
     await loadTexts(api, app);
     addHistory();
     api.addEventListener(EVENT, ({ detail }) => store.take(detail));
-    // What the host answers from its cache trains nothing and tells nothing.
+    // Cached nodes send no training messages, so read the graph here.
     api.addEventListener("execution_cached", read);
     api.addEventListener("reconnected", () => restore());
     fields = new UnsetFields((id) => app.canvas?.graph?.getNodeById(id));

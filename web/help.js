@@ -1,4 +1,4 @@
-// Help pages name the pack's folder as the registry calls it; where it is called otherwise their links are put right.
+// Repair of links in help pages, which assume the registry's folder name, if the pack's folder has another name.
 const NAMED = /^(?:.*\/)?extensions\/graft\//;
 
 function rehome({ target }) {

@@ -1,4 +1,4 @@
-// The report of Graft Inspect Dataset, shown in the node: its warnings first.
+// The report of Graft Inspect Dataset inside the node, warnings first.
 import { keepKeys, make } from "./panel/make.js";
 import { listWarnings } from "./panel/words.js";
 import { t } from "./texts.js";
@@ -12,13 +12,13 @@ export function addReport(node) {
   show(make("p", {}, t("Press Run: what training will see is told here.")));
   keepKeys(element);
   const widget = node.addDOMWidget("graft_report", "graft.report", element, {
-    serialize: false, // not in the prompt
+    serialize: false, // omitted from the prompt
     hideOnZoom: false,
     getMinHeight: () => HEIGHT,
     getValue: () => "",
     setValue: () => {},
   });
-  widget.serialize = false; // nor in the workflow
+  widget.serialize = false; // and from the workflow
   const { onExecuted } = node;
   node.onExecuted = function (output) {
     onExecuted?.call(this, output);

@@ -1,4 +1,4 @@
-// The pack's entries in ComfyUI's settings dialog. The server reads them where the host keeps settings.
+// The pack's entries in ComfyUI's settings dialog. The server reads the values from ComfyUI's settings file.
 import { app } from "../../scripts/app.js";
 
 app.registerExtension({

@@ -1,9 +1,9 @@
-// The pack's own texts in the language of ComfyUI's page. The English ones stand in the code and are the keys;
-// locales/<language>/main.json has the others, and where it has none English is shown.
+// The pack's texts in the language of ComfyUI's page. The English texts in the code are the keys of
+// locales/<language>/main.json; a missing translation falls back to English.
 
 let table = {};
 
-// To be awaited before anything is shown; another language takes effect when the page is loaded again.
+// Load the translations; await this before anything is shown. Another language needs a reload of the page.
 export async function loadTexts(api, app) {
   const language = app.ui.settings.getSettingValue("Comfy.Locale") ?? "en";
   if (language === "en") return;
@@ -15,10 +15,10 @@ export async function loadTexts(api, app) {
   }
 }
 
-// A text, with values in the places that $name marks in it.
+// Return the translation of a text, with values in place of its $name markers.
 export function t(text, values = {}) {
   return (table[text] ?? text).replace(/\$(\w+)/g, (whole, name) => values[name] ?? whole);
 }
 
-// Marks a text that is translated where it is shown.
+// Mark a text for translation where it is shown.
 export const text = (english) => english;

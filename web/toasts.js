@@ -1,25 +1,25 @@
-// Short notes in the host's own way: what trainings came to, also where their node is not seen.
+// Toasts about the outcome of trainings, also for nodes out of view.
 import { keyOf } from "./panel/store.js";
 import { t } from "./texts.js";
 
 const LIFE = 5000; // milliseconds
-const LONG_LIFE = 15000; // of what has to be read
-const PAUSE = 60000; // milliseconds between two notes of saves that nobody asked for
+const LONG_LIFE = 15000; // milliseconds for messages that take time to read
+const PAUSE = 60000; // milliseconds between two toasts about automatic saves
 
 export class Toasts {
-  // host: app.extensionManager's part that shows them.
+  // host: returns the part of app.extensionManager that shows toasts.
   constructor(host) {
     this._host = host;
-    this._asked = new Set(); // trainings that were asked to save
-    this._resumed = new Set(); // those that go on, once they do a step
-    this._told = -Infinity; // when a save was last noted
+    this._asked = new Set(); // trainings with a save command
+    this._resumed = new Set(); // resumed trainings before their first step
+    this._told = -Infinity; // time of the last toast about a save
   }
 
   show(severity, summary, detail) {
     this._host().add({ severity, summary, detail, life: severity === "error" ? LONG_LIFE : LIFE });
   }
 
-  // Does what may fail; an error is shown.
+  // Run work that may fail, and show its error.
   async attempt(work) {
     try {
       await work();
@@ -28,7 +28,7 @@ export class Toasts {
     }
   }
 
-  // A message of a training, and the training as it is with it.
+  // Handle a message; the training already includes it.
   hear(message, training) {
     const key = keyOf(message);
     this[`_on_${message.event}`]?.(training, message, key);
@@ -47,7 +47,7 @@ export class Toasts {
     if (step && step < steps) this._resumed.add(key);
   }
 
-  // Only now: a run that was stopped is returned without a step.
+  // Wait for a step: a stopped run is returned without one.
   _on_step(training, message, key) {
     if (this._resumed.delete(key)) this._note("info", t("Training resumed"), training, training.resumedFrom);
   }

@@ -1,20 +1,20 @@
-// Numbers that are left unset, 0 or -1 in the workflow, are shown as "auto" with the value that is used, as far as it is known.
+// Display of unset numbers, 0 or -1 in the workflow, as "auto" with the effective value if it is known.
 import { formatRate } from "./panel/words.js";
 import { t } from "./texts.js";
 
 const RATE = /learning_rate$/;
 const WORD_FIELDS = { vectors: "embedding_vectors", learning_rate: "embedding_learning_rate", stop_fraction: "embedding_stop" };
 
-// A widget's name in a run's settings, by the node's type, where it is not the widget's own.
+// A widget's name in a run's settings by the node's type, if it differs from the widget's own name.
 const FIELDS = {
   GraftPreviewOptions: (name) => `preview_${name}`,
   GraftPivotalOptions: (name) => WORD_FIELDS[name],
 };
 
-// Node -> the settings of the last run that it was part of: {values, trainer, print}.
+// node -> settings of the last run that it was part of: {values, trainer, print}
 const known = new WeakMap();
 
-// What the server says of an input that may be left unset, {value, usual}; undefined for others.
+// Return the server's {value, usual} of an input that may be left unset; undefined for others.
 function unsetOf(node, name) {
   const { input } = node.constructor.nodeData ?? {};
   return (input?.required?.[name] ?? input?.optional?.[name])?.[1]?.graft_unset;
@@ -28,7 +28,7 @@ function format(name, value) {
   return RATE.test(name) ? formatRate(value) : String(Number(value.toPrecision(6)));
 }
 
-// The text in place of a widget's number, "" where its number is shown.
+// Return the text shown instead of a widget's number, "" if the number itself is shown.
 export function textOf(node, widget) {
   const unset = unsetOf(node, widget.name);
   if (!unset || Number(widget.value) !== unset.value) return "";
@@ -40,7 +40,7 @@ export function textOf(node, widget) {
   return usual ? t("auto ($value)", { value: usual }) : t("auto");
 }
 
-// The usual value holds as long as nothing that the page cannot judge decides otherwise.
+// Return the usual value, unless an input that the page cannot judge may change it.
 function usualOf(node, { usual, when = {} }) {
   const holds = Object.entries(when).every(([name, wanted]) =>
     [...listUpstream(node)].every((one) => {
@@ -55,7 +55,7 @@ function isOurs(node) {
   return node.comfyClass?.startsWith("Graft");
 }
 
-// All nodes that lead to one, itself included.
+// Return all nodes upstream of a node, and the node itself.
 function listUpstream(node, found = new Set()) {
   if (!node || found.has(node)) return found;
   found.add(node);
@@ -63,7 +63,7 @@ function listUpstream(node, found = new Set()) {
   return found;
 }
 
-// Changes with any value that may decide the settings.
+// Return a fingerprint of all values that may decide the settings.
 function printOf(trainer) {
   const isOwn = (node, { name }) => node === trainer && name !== "train";
   return JSON.stringify(
@@ -74,14 +74,14 @@ function printOf(trainer) {
   );
 }
 
-// Learns a run's settings for the trainer that made it and for what leads to it.
+// Record a run's settings for its trainer and all nodes upstream.
 export function learn(trainer, values) {
   if (known.get(trainer)?.values === values) return;
   const row = { values, trainer, print: printOf(trainer) };
   for (const node of listUpstream(trainer)) known.set(node, row);
 }
 
-// Forgets settings that other values than the graph's decided.
+// Forget settings once the values that decided them have changed in the graph.
 export function forgetChanged(nodes) {
   for (const node of nodes) {
     const row = known.get(node);
@@ -89,7 +89,7 @@ export function forgetChanged(nodes) {
   }
 }
 
-// Shows the unset numbers of a new node, on the canvas.
+// Show the unset numbers of a new node on the canvas.
 export function showUnset(node) {
   for (const widget of node.widgets ?? []) {
     if (!unsetOf(node, widget.name)) continue;
@@ -101,7 +101,7 @@ export function showUnset(node) {
         return (!this.computedDisabled && textOf(node, this)) || drawn.call(this);
       },
     });
-    // Nodes 2.0 of older pages rounds to three digits what it is not told to keep.
+    // Nodes 2.0 in older frontends rounds to three digits without this option.
     widget.options.maxFractionDigits ??= Math.max(3, widget.options.precision ?? 0);
   }
 }
@@ -114,9 +114,9 @@ function findGetter(object, name) {
   return null;
 }
 
-// Shows them in Nodes 2.0, whose fields are elements of the page: a text lies over each field that is not typed into.
+// Texts for unset numbers in Nodes 2.0, whose fields are HTML elements: a text covers each field until it is edited.
 export class UnsetFields {
-  // nodeOf: the node of an id in the graph that is shown.
+  // nodeOf: returns the node of an id in the visible graph.
   constructor(nodeOf) {
     this._nodeOf = nodeOf;
     this._isAsked = false;

@@ -1,1 +1,1 @@
-"""The only place that imports ComfyUI: it meets `trainers` through the protocols there."""
+"""The only package that imports ComfyUI. It implements the protocols of `trainers`."""

@@ -1,4 +1,4 @@
-"""Where datasets may lie and where the pack writes: below ComfyUI's own folders."""
+"""Paths of datasets and of the pack's output, all below ComfyUI's own folders or folders that the user allowed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from . import settings
 _EMBEDDINGS = "embeddings"
 _USUAL_PREFIX = "adapter"
 
-# Enough for any collection; a root that holds more is no folder of datasets, and the browser waits for this list.
+# No dataset root holds more folders than this, and the browser waits for the list.
 _MOST_FOLDERS = 20_000
 _SAVE = re.compile(r"step-\d{8}\.safetensors")
 _SAVE_NAME = re.compile(r"([^/\\]+)[/\\](step-\d{8}\.safetensors)")
@@ -32,12 +32,12 @@ _LONGEST_PATH = 4096
 
 
 def register() -> None:
-    """Makes output/embeddings a place the host looks for embeddings, from the moment the pack loads."""
+    """Add output/embeddings to ComfyUI's embedding folders as soon as the pack loads."""
     folder_paths.add_model_folder_path(_EMBEDDINGS, os.path.join(folder_paths.get_output_directory(), _EMBEDDINGS))
 
 
 def folders() -> Folders:
-    """Where runs, caches, adapters and embeddings go."""
+    """Return the folders of runs, caches, adapters and embeddings."""
     output = folder_paths.get_output_directory()
     graft = os.path.join(output, "graft")
     return Folders(
@@ -51,30 +51,30 @@ def folders() -> Folders:
 
 
 def index_folder() -> str:
-    """Folder of what is known of the files in datasets' folders. Raises RunError when it is a link."""
+    """Return the folder of the index over the files of datasets. Raises RunError if it is a link."""
     folder = os.path.join(folders().cache, "index")
     refuse_links(folders().runs, folder)
     return folder
 
 
 def jobs_folder() -> str:
-    """Where jobs for other machines are written."""
+    """Return the folder of jobs for other machines."""
     return os.path.join(folders().runs, "jobs")
 
 
 def class_images_folder() -> str:
-    """Where class images are kept; not among the caches, since drawing them takes long and they can be looked at."""
+    """Return the folder of class images. It is not in the cache: drawing is slow, and users may look at the images."""
     return os.path.join(folders().runs, "class_images")
 
 
 def shown_output(path: str) -> dict[str, str]:
-    """A picture below the output folder as a node shows it in the browser."""
+    """Return the description with which a node shows a picture below the output folder in the browser."""
     folder, filename = os.path.split(os.path.relpath(path, folder_paths.get_output_directory()))
     return {"filename": filename, "subfolder": folder.replace(os.sep, "/"), "type": "output"}
 
 
 def _roots() -> dict[str, str]:
-    """Allowed roots of datasets by the name they are shown with; the input folder has none."""
+    """Return the allowed roots of datasets by the prefix of their choices. The input folder has an empty prefix."""
     roots = {"": folder_paths.get_input_directory()}
     if "datasets" in folder_paths.folder_names_and_paths:
         for path in folder_paths.get_folder_paths("datasets"):
@@ -83,9 +83,9 @@ def _roots() -> dict[str, str]:
 
 
 def dataset_choices() -> list[str]:
-    """Folders below the roots that hold pictures, or a folder that does: relative names with forward slashes.
+    """Return the names of all folders below the roots that hold pictures at any depth.
 
-    Folders below what the user allowed by a setting are named by their absolute paths.
+    Names are relative and have forward slashes. Folders below the roots from the user's settings have absolute paths.
     """
     found = set()
     for name, root in _roots().items():
@@ -99,7 +99,7 @@ def dataset_choices() -> list[str]:
 
 
 def _picture_folders(root: str) -> set[str]:
-    """Relative names of the folders at and below a root that hold pictures, at any depth; '.' for the root itself."""
+    """Return the relative names of the folders at and below a root that hold pictures at any depth; '.' is the root."""
     found = set()
     pending = [(".", root)]
     visited = 0
@@ -110,14 +110,14 @@ def _picture_folders(root: str) -> set[str]:
         try:
             with os.scandir(directory) as entries:
                 for entry in entries:
-                    # The kind of an entry is only asked for where its name leaves it open: a folder may be large.
+                    # Ask for the kind of an entry only if its name does not tell: a folder may be large.
                     if not holds and is_picture(entry.name):
                         holds = True
                     elif not is_picture(entry.name) and not entry.name.startswith(".") and _is_folder(entry):
                         below = entry.name if relative == "." else f"{relative}/{entry.name}"
                         pending.append((below, entry.path))
         except OSError:
-            # Not for this user to read, or gone meanwhile.
+            # This user cannot read the folder, or it was removed meanwhile.
             continue
         if holds:
             parts = relative.split("/")
@@ -133,13 +133,13 @@ def _is_folder(entry: os.DirEntry) -> bool:
 
 
 def dataset_path(choice: str, input: str = "folder") -> str:
-    """The absolute path of a choice.
+    """Return the absolute path of a choice.
 
     Args:
-        input: of the node, for errors.
+        input: name of the node's input, for errors.
 
     Raises:
-        DatasetError: it lies outside the roots, or is no folder.
+        DatasetError: the path lies outside the roots, or is not a folder.
     """
     if not _is_possible(choice):
         raise DatasetError(
@@ -159,7 +159,7 @@ def dataset_path(choice: str, input: str = "folder") -> str:
         if os.path.isdir(path):
             return os.path.realpath(path)
     if len(allowed) < len(candidates):
-        # A link in one root that leads elsewhere, say, whatever the other roots lack.
+        # For example, a link in one root leads elsewhere and the other roots have no such folder.
         raise DatasetError(
             f"The folder '{_shown(choice)}' lies outside the folders that datasets may come from.",
             "Put it below ComfyUI's input folder (a link that leads elsewhere does not count), add its parent as "
@@ -174,10 +174,12 @@ def dataset_path(choice: str, input: str = "folder") -> str:
 
 
 def control_path(folder: str, choice: str) -> str:
-    """The absolute path of a folder of source pictures: inside a dataset's, or a choice of its own; empty for none.
+    """Return the absolute path of a folder of source images, or an empty string if none is chosen.
+
+    The folder lies inside the dataset's folder, or is a choice of its own.
 
     Raises:
-        DatasetError: there is none of that name in either place.
+        DatasetError: neither place has a folder of that name.
     """
     wanted = choice.strip() if isinstance(choice, str) else choice
     if wanted == "":
@@ -189,12 +191,12 @@ def control_path(folder: str, choice: str) -> str:
 
 
 def _is_possible(name: str) -> bool:
-    """Whether the file system can be asked for a name at all; a prompt that no browser made may hold anything."""
+    """Report whether a name can be passed to the file system. Prompts sent without a browser may hold anything."""
     return isinstance(name, str) and "\0" not in name and len(name) <= _LONGEST_PATH
 
 
 def _shown(name: str) -> str:
-    """A name for an error, which may be anything."""
+    """Return a name in a printable, shortened form for an error message."""
     name = str(name)
     return name if name.isprintable() and len(name) <= 200 else ascii(name[:200])[1:-1]
 
@@ -204,12 +206,12 @@ def _is_allowed(path: str) -> bool:
 
 
 def adapter_choices() -> list[str]:
-    """The host's list of LoRA files."""
+    """Return ComfyUI's list of LoRA files."""
     return folder_paths.get_filename_list("loras")
 
 
 def adapter_path(name: str) -> str:
-    """The absolute path of a LoRA file in the host's list, or of a run's save, RUN/step-00001000.safetensors.
+    """Return the absolute path of a file in ComfyUI's LoRA list, or of a run's save, RUN/step-00001000.safetensors.
 
     Raises ModelError as `_listed` does.
     """
@@ -217,7 +219,7 @@ def adapter_path(name: str) -> str:
 
 
 def save_choices() -> list[str]:
-    """Saves of all runs as `adapter_path` takes them, those that the host's list has not."""
+    """Return the saves of all runs, named as `adapter_path` takes them. ComfyUI's list does not hold these files."""
     places = folders()
     found = []
     for record in list_records(places, MOST_RUNS):
@@ -228,7 +230,7 @@ def save_choices() -> list[str]:
 
 
 def _save_path(name: str) -> str | None:
-    """The path of a run's save; None where the name is none, or the host lists a file of that name."""
+    """Return the path of a run's save, or None if the name is not a save's or ComfyUI lists a file of that name."""
     match = _SAVE_NAME.fullmatch(name) if _is_possible(name) else None
     if match is None or folder_paths.get_full_path("loras", name) is not None:
         return None
@@ -241,15 +243,15 @@ def _save_path(name: str) -> str | None:
 
 
 def embedding_path(name: str) -> str:
-    """The absolute path of an embedding file in the host's list. Raises ModelError as `_listed` does."""
+    """Return the absolute path of a file in ComfyUI's embedding list. Raises ModelError as `_listed` does."""
     return _listed(_EMBEDDINGS, name, "embedding", "embedding_name")
 
 
 def _listed(kind: str, name: str, what: str, input: str) -> str:
-    """The absolute path of a file in one of the host's lists.
+    """Return the absolute path of a file in one of ComfyUI's lists.
 
     Raises:
-        ModelError: there is none of that name, or it is of a format that is not read.
+        ModelError: the list has no such name, or the file's format is not supported.
     """
     path = folder_paths.get_full_path(kind, name) if _is_possible(name) else None
     if path is None:
@@ -266,10 +268,10 @@ def _listed(kind: str, name: str, what: str, input: str) -> str:
 
 
 def file_state(name: str, find: Callable[[str], str]) -> str | float:
-    """What changes with a file in a list of the host's; for a name that is not known yet, what is never the same.
+    """Return a value that changes with a listed file. It is NaN, never equal to itself, while the name is unknown.
 
     Args:
-        find: gives the path of a name, as `adapter_path` and `embedding_path` do.
+        find: returns the path of a name, as `adapter_path` and `embedding_path` do.
     """
     if not isinstance(name, str):
         return float("nan")
@@ -278,10 +280,10 @@ def file_state(name: str, find: Callable[[str], str]) -> str | float:
 
 
 def load_named_adapter(name: str) -> Adapter:
-    """The adapter of a LoRA file in the host's list.
+    """Return the adapter of a LoRA file in ComfyUI's list.
 
     Raises:
-        ModelError: there is none of that name, or it cannot be read.
+        ModelError: the list has no such name, or the file cannot be read.
     """
     try:
         adapter = load_adapter(adapter_path(name))
@@ -297,15 +299,15 @@ def load_named_adapter(name: str) -> Adapter:
 
 
 def embedding_choices() -> list[str]:
-    """The host's list of embedding files."""
+    """Return ComfyUI's list of embedding files."""
     return folder_paths.get_filename_list(_EMBEDDINGS)
 
 
 def load_named_embedding(name: str) -> Embedding:
-    """The embedding of a file in the host's list, under the name that prompts call it by.
+    """Return the embedding of a file in ComfyUI's list, under the name that prompts use for it.
 
     Raises:
-        ModelError: there is none of that name, or it cannot be read.
+        ModelError: the list has no such name, or the file cannot be read.
     """
     called = os.path.splitext(name)[0].replace("\\", "/")
     path = embedding_path(name)
@@ -325,13 +327,13 @@ def load_named_embedding(name: str) -> Embedding:
 
 
 def save_named_embedding(embedding: Embedding, name: str) -> str:
-    """Writes an embedding below output/embeddings, where prompts find it by its name; its path.
+    """Write an embedding below output/embeddings, where prompts find it by its name, and return its path.
 
-    The same run trained further takes the place of what it wrote before; nothing else is overwritten, and no name is
-    given that another folder holds, since the host would take either.
+    The same run, trained further, replaces its earlier file. Nothing else is overwritten. A name that another embedding
+    folder holds is refused, because ComfyUI would take either file.
 
     Raises:
-        SettingsError: the name cannot be addressed, or it is taken.
+        SettingsError: prompts cannot use the name, or it is taken.
     """
     name = name.strip() or embedding.name
     check_name(name)
@@ -358,7 +360,7 @@ def _files_called(folder: str, name: str) -> list[str]:
 
 
 def _same_run(path: str, embedding: Embedding) -> bool:
-    """Whether a file was written by the run that an embedding comes from, or holds the same vectors."""
+    """Report whether a file was written by the run that made an embedding, or holds the same vectors."""
     try:
         known = read_metadata(path).get(IDENTITY)
         if known is not None and known == embedding.metadata.get(IDENTITY):
@@ -371,23 +373,23 @@ def _same_run(path: str, embedding: Embedding) -> bool:
 
 
 def check_prefix(prefix: str) -> None:
-    """Raises SettingsError for a prefix that is no name, or no subfolders and a name, on every system."""
+    """Raise SettingsError unless a prefix is a file name, with or without subfolders, that every system accepts."""
     check_file_name(prefix.strip() or _USUAL_PREFIX, "filename_prefix")
 
 
 def new_adapter_path(prefix: str, format: str) -> str:
-    """A free path below output/loras for a prefix, counted up as the host's own Save nodes do.
+    """Return a free path below output/loras for a prefix, numbered as ComfyUI's Save nodes number theirs.
 
     Args:
-        format: "peft" for the weights in a folder of that name.
+        format: "peft" puts the weights into a folder of that name.
 
     Raises:
-        SettingsError: the prefix leads out of that folder, or is no name.
+        SettingsError: the prefix leads out of output/loras, or is not a valid name.
     """
     root = folders().adapters
     check_prefix(prefix)
     wanted = prefix.strip() or _USUAL_PREFIX
-    # Before the host is asked, which makes the folder.
+    # Check before the call below, in which ComfyUI creates the folder.
     if not is_below(os.path.join(root, os.path.dirname(wanted)), root):
         raise SettingsError(
             f"The file name '{prefix}' leads out of {root}.", "Use a folder that is no link.", "filename_prefix"
@@ -405,6 +407,6 @@ def new_adapter_path(prefix: str, format: str) -> str:
 
 
 def title_of(path: str) -> str:
-    """What a saved adapter is called: its file, or its folder where the file has peft's name."""
+    """Return the title of a saved adapter: its file name, or its folder's name if the file has peft's name."""
     parent, name = os.path.split(path)
     return os.path.splitext(os.path.basename(parent) if name == WEIGHTS else name)[0].rstrip("_")

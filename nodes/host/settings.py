@@ -1,4 +1,4 @@
-"""What the user set in ComfyUI's settings dialog, read where the host keeps it."""
+"""The user's values from ComfyUI's settings dialog, read from the file that ComfyUI keeps them in."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ...trainers.formats.files import read_json
 
 log = logging.getLogger(__name__)
 
-# With several users only the first one's count: what they allow holds for the whole server.
+# With several users, only the default user's settings count: they hold for the whole server.
 _USER = "default"
 _FILE = "comfy.settings.json"
 
@@ -22,7 +22,7 @@ CACHE_LIMIT = "Graft.CacheLimit"
 
 
 def preference(name: str, default: Any) -> Any:
-    """The value of a setting, `default` when it was never set or is of another type."""
+    """Return the value of a setting, or `default` if it was never set or has another type."""
     path = os.path.join(folder_paths.get_user_directory(), _USER, _FILE)
     if not os.path.isfile(path):
         return default
@@ -36,19 +36,19 @@ def preference(name: str, default: Any) -> Any:
 
 
 def dataset_roots() -> list[str]:
-    """Absolute paths of the folders below which the user allowed datasets, links followed."""
+    """Return the absolute real paths of the folders below which the user allowed datasets."""
     roots = []
     for part in preference(DATASET_ROOTS, "").replace("\n", ";").split(";"):
         path = os.path.expanduser(part.strip().strip('"'))
         if not os.path.isabs(path) or not os.path.isdir(path):
             continue
         real = os.path.realpath(path)
-        # A whole disk is no folder of datasets: listing it would take minutes.
+        # Skip the root of a disk: listing it would take minutes.
         if os.path.dirname(real) != real:
             roots.append(real)
     return list(dict.fromkeys(roots))
 
 
 def cache_limit() -> int:
-    """Bytes that cached latents and texts may take."""
+    """Return the limit of the latent and text cache in bytes."""
     return int(max(0.0, float(preference(CACHE_LIMIT, 50.0))) * 1024**3)

@@ -1,4 +1,4 @@
-// One run in the list of the history.
+// A run in the list of the history.
 import { make, mark, say } from "../panel/make.js";
 import { formatLoss } from "../panel/words.js";
 import { t, text } from "../texts.js";
@@ -13,18 +13,18 @@ const STATES = {
   unfinished: text("Unfinished"),
 };
 
-// What state a run is in, and how far it is, in words.
+// Return a run's state and progress in words.
 export function stateOf({ status, step, steps }) {
   return `${t(STATES[status])}, ${t("$step of $steps steps", { step, steps })}`;
 }
 
-// Its losses in words.
+// Return a run's losses in words.
 export function lossesOf({ final, best, best_step: step }) {
   if (final === null) return t("Loss: no step done yet.");
   return t("$final, best $best at step $step", { final: formatLoss(final), best: formatLoss(best), step });
 }
 
-// A button that is a picture; its name is said and shown beside the pointer.
+// Return an icon button; its name is its label for screen readers and its tooltip.
 export function iconButton(icon, name, act) {
   const picture = make("i", { class: `pi ${icon}`, "aria-hidden": "true" });
   const button = make("button", { type: "button", class: "graft-icon", "aria-label": name, title: name }, picture);
@@ -32,13 +32,13 @@ export function iconButton(icon, name, act) {
   return button;
 }
 
-// What a run is called: as the user named it, else as its folder.
+// Return a run's title: the user's name for it, else its folder.
 export function titleOf({ title, name }) {
   return title || name;
 }
 
 export class Card {
-  // acts: {imageUrl, choose, show, use, edit, open, remove}, what its parts do.
+  // acts: {imageUrl, choose, show, use, edit, open, remove}, the actions of its parts.
   constructor(run, acts) {
     this.run = run;
     this._acts = acts;
@@ -78,7 +78,7 @@ export class Card {
     this.update(run);
   }
 
-  // Shows the run as it is now.
+  // Show the run in its current state.
   update(run) {
     this.run = run;
     this.element.dataset.run = run.name;
@@ -102,7 +102,7 @@ export class Card {
     this._remove.disabled = run.status === "running";
   }
 
-  // Shows how far it is, without what is read from its folder.
+  // Show the progress only, without the data from the run's folder.
   progress(step, steps) {
     say(this._state, stateOf({ ...this.run, step, steps }));
   }
@@ -124,7 +124,7 @@ export class Card {
     const address = this._acts.imageUrl(picture, changed);
     const known = this._picture.querySelector("img");
     if (known) mark(known, "src", address);
-    // What it shows cannot be put into words; whose it is stands beside it.
+    // The alt text is empty: the run's name stands beside the picture.
     else this._picture.replaceChildren(make("img", { src: address, alt: "", loading: "lazy", decoding: "async" }));
   }
 }

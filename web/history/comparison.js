@@ -1,4 +1,4 @@
-// One run looked at, or several beside each other: curves, sample pictures, recipes.
+// Details of one run, or several runs side by side: curves, sample pictures, recipes.
 import { make, openDialog, say } from "../panel/make.js";
 import { makeChoice, makePick, makeThumb, markPicked, nameOf } from "../panel/strip.js";
 import { samplesByStep } from "../panel/training.js";
@@ -9,7 +9,7 @@ import { iconButton, lossesOf, stateOf, titleOf } from "./card.js";
 import { drawCurves } from "./plot.js";
 import { compare } from "./recipes.js";
 
-// Opens over the page. runs: as the history lists them, each with its samples and saves; acts: {imageUrl, open, use}.
+// Open the dialog. runs: as the history lists them, each with its samples and saves; acts: {imageUrl, open, use}.
 export function openComparison(runs, acts) {
   const title = runs.length > 1 ? t("Compare runs") : titleOf(runs[0]);
   const close = iconButton("pi-times", t("Close"), () => dialog.close());
@@ -36,7 +36,7 @@ function makeHead(...names) {
   return make("thead", {}, make("tr", {}, ...names.map((name) => make("th", { scope: "col" }, name))));
 }
 
-// Something wide that scrolls by itself, with the keys too.
+// Return a wide element that scrolls by itself, also with the keyboard.
 function makeScroller(label, content) {
   return make("div", { class: "graft-scroller", role: "region", "aria-label": label, tabindex: 0 }, content);
 }
@@ -74,7 +74,7 @@ function makeChart(runs) {
   return make("div", {}, place, said);
 }
 
-// The losses at a step, in words.
+// Return the losses at a step in words.
 function pointed(runs, step) {
   const losses = runs.map(({ name, title, curve }) => {
     const [, loss] = curve.findLast(([one]) => one <= step) ?? [];
@@ -83,7 +83,7 @@ function pointed(runs, step) {
   return t("Step $step: $losses", { step, losses: losses.join(", ") });
 }
 
-// A row of pictures for each run, with a column for each step of any; nothing where none has pictures.
+// Return a row of pictures per run and a column per step of any run; nothing if no run has pictures.
 function makeSamples(runs, acts) {
   const known = runs.map((run) => samplesByStep(run.samples));
   const steps = [...new Set(known.flatMap((one) => [...one.keys()]))].sort((a, b) => a - b);
@@ -108,7 +108,7 @@ function makeSamples(runs, acts) {
   return [heading, makeScroller(t("Sample pictures"), table)];
 }
 
-// A button for each saved step of one run; nothing for several, or where none is saved.
+// Return a button for each saved step of one run; nothing for several runs, or without saves.
 function makeSaves(runs, use) {
   const [{ saves }] = runs;
   if (runs.length > 1 || !saves.length) return [];

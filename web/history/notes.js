@@ -1,11 +1,11 @@
-// The title and the note of a run, as the user writes them.
+// Dialog for a run's title and note.
 import { make, openDialog } from "../panel/make.js";
 import { t } from "../texts.js";
 
 const TITLE_LIMIT = 80;
 const NOTE_LIMIT = 2000;
 
-// Opens over the page; save: called with {title, note}, and may fail, which leaves the dialog open.
+// Open the dialog. save: called with {title, note}; if it fails, the dialog stays open.
 export function openNotes(run, save) {
   const title = make("input", { type: "text", maxlength: TITLE_LIMIT, placeholder: run.name });
   const note = make("textarea", { maxlength: NOTE_LIMIT, rows: 5 });

@@ -1,11 +1,11 @@
-// Curves of runs as vector graphics: they follow the theme by themselves.
+// Curves of runs as SVG, which follows the theme by itself.
 import { ticksOf, widen } from "../panel/chart.js";
 
 const SPACE = "http://www.w3.org/2000/svg";
 const [LEFT, RIGHT, TOP, BOTTOM] = [44, 10, 10, 20];
 const HEIGHT = 220;
 
-// An element of a vector graphic.
+// Return an SVG element.
 function draw(tag, attributes = {}, ...children) {
   const element = document.createElementNS(SPACE, tag);
   for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
@@ -13,7 +13,7 @@ function draw(tag, attributes = {}, ...children) {
   return element;
 }
 
-// A small curve without axes, for those who see; what it says stands beside it in words.
+// Return a small curve without axes, hidden from screen readers: the text beside it says the same.
 export function drawSpark(curve) {
   const [width, height] = [100, 24];
   const svg = draw("svg", { class: "graft-spark", viewBox: `0 0 ${width} ${height}`, preserveAspectRatio: "none" });
@@ -25,8 +25,8 @@ export function drawSpark(curve) {
   return svg;
 }
 
-// Draws the curves of runs over each other; the dots are validation losses.
-// label: the same in words; point: called with the step under the pointer, null where there is none.
+// Draw the curves of runs over each other; the dots are validation losses.
+// label: the curves in words; point: called with the step under the pointer, or null.
 export function drawCurves(runs, width, label, point) {
   const svg = draw("svg", { class: "graft-curves", width, height: HEIGHT, role: "img", "aria-label": label });
   const shown = runs.filter(({ curve, checked }) => curve.length || checked.length);
@@ -69,7 +69,7 @@ function drawAxes(svg, frame, width) {
   svg.append(draw("text", { x: width - RIGHT, y, "text-anchor": "end" }, String(frame.last)));
 }
 
-// Where steps and losses are; across and down: [place of the first or lowest, of the last or highest].
+// Return the scales of steps and losses. across, down: [position of the first or lowest, of the last or highest].
 function frameOf(runs, across, down) {
   const points = runs.flatMap(({ curve, checked }) => [...curve, ...checked]);
   let [first, last, low, high] = [Infinity, -Infinity, Infinity, -Infinity];

@@ -1,11 +1,11 @@
-// Recipes as rows of text, and what differs among them.
+// Recipes as rows of text, and the differences among them.
 import { formatRate } from "../panel/words.js";
 import { t } from "../texts.js";
 
-// Settings that only say where a run's files are called.
+// Settings that only decide the names of a run's files.
 const PASSED_OVER = new Set(["recipe.name", "recipe.on_existing"]);
 
-// {name: text} of everything that a run was made with, nested names with points between: objective.loss.
+// Return {name: text} of everything that made a run, nested names joined by points: objective.loss.
 function flatten(run) {
   const rows = {};
   const add = (name, value) => {
@@ -24,12 +24,12 @@ function flatten(run) {
 function textOf(value) {
   if (Array.isArray(value)) return value.map(textOf).join(", ");
   if (typeof value === "number" && !Number.isInteger(value)) return String(Number(value.toPrecision(6)));
-  // Digests are told apart by their first digits.
+  // The first digits suffice to tell digests apart.
   if (typeof value === "string" && /^[0-9a-f]{40,}$/.test(value)) return value.slice(0, 8);
   return value === null || value === undefined ? "" : String(value);
 }
 
-// [name, texts by run, whether they differ] of every setting, by name.
+// Return [name, texts by run, whether they differ] of every setting, sorted by name.
 export function compare(runs) {
   const rows = runs.map(flatten);
   const names = [...new Set(rows.flatMap((one) => Object.keys(one)))].sort();
@@ -39,7 +39,7 @@ export function compare(runs) {
   });
 }
 
-// What a run trained, in a line: LoRA, SD1, rank 16, 1e-4.
+// Return the main settings of a run in one line: LoRA, SD1, rank 16, 1e-4.
 export function shortly({ recipe }) {
   const rate = recipe.learning_rate || recipe.embedding_learning_rate;
   const parts = [recipe.method, recipe.family, recipe.rank ? `${t("rank")} ${recipe.rank}` : "", rate ? formatRate(rate) : ""];

@@ -1,5 +1,4 @@
-// The history of runs in the sidebar: those on disk, found by name or note, chosen to be compared, named, used, opened,
-// deleted.
+// Sidebar tab with the history of runs on disk: search by name or note, select and compare, rename, use, open, delete.
 import { keepKeys, make, say } from "../panel/make.js";
 import { formatBytes } from "../panel/words.js";
 import { t } from "../texts.js";
@@ -17,13 +16,13 @@ export class History {
     this._app = app;
     this._toasts = toasts;
     this._cards = new Map();
-    this._chosen = new Map(); // name -> run; kept while another name is searched for
+    this._chosen = new Map(); // name -> run; kept during a search for other names
     this._asked = 0;
     this._isBusy = false;
     this._build();
   }
 
-  // Puts it into an element of the host's, which may ask for it more than once.
+  // Attach the tab to an element of ComfyUI's, which may ask more than once.
   render(element) {
     if (this.element.parentElement === element) return;
     element.classList.add("graft-tab");
@@ -35,17 +34,17 @@ export class History {
     return this.element.isConnected;
   }
 
-  // Reads the runs again, as many as are shown.
+  // Read the shown runs again.
   async refresh() {
     await this._read(0, Math.max(PAGE, this._cards.size));
   }
 
-  // How far a training is that is heard of.
+  // Show the progress of a training that sent a message.
   progress({ run, step, steps, isLive }) {
     if (isLive && this.isSeen) this._cards.get(run)?.progress(step, steps);
   }
 
-  // Whether it should show a run and does not.
+  // Report whether a run is missing from the visible list.
   misses(name) {
     return this.isSeen && !this._search.value && !this._cards.has(name);
   }
@@ -91,7 +90,7 @@ export class History {
     const searched = this._search.value.trim();
     try {
       const { runs, total } = await this._routes.listHistory(searched, from, count);
-      // A later question has its own answer.
+      // A later search replaces this answer.
       if (asked !== this._asked) return;
       if (from === 0) this._dropAllBut(new Set(runs.map(({ name }) => name)));
       runs.forEach((run, place) => this._place(run, from + place));
@@ -135,7 +134,7 @@ export class History {
     }
     if (this._chosen.has(run.name)) this._chosen.set(run.name, run);
     card.box.checked = this._chosen.has(run.name);
-    // Moved only where it has another place: what is focused would lose the focus.
+    // Move a card only if its place changed: a moved element loses the focus.
     const there = this._list.children[place];
     if (there !== card.element) this._list.insertBefore(card.element, there ?? null);
   }
@@ -182,7 +181,7 @@ export class History {
     });
   }
 
-  // Puts a save where loaders list it, and a loader for it into the graph.
+  // Copy a save to where loaders list it, and add a loader for it to the graph.
   async _use(run, step) {
     await this._try(async () => {
       const { adapter, embedding } = await this._routes.pickSave(run.name, step);
@@ -222,12 +221,12 @@ export class History {
       this._chosen.delete(name);
       await this.refresh();
       this._toasts.show("success", t("Run deleted"), name);
-      // With a keyboard one goes on where one was.
+      // Focus a neighbor, so that keyboard users keep their place.
       (this._cards.get(names[place + 1] ?? names[place - 1]) ?? this._search).focus();
     });
   }
 
-  // One thing at a time: what is pressed twice is done once.
+  // Ignore a second press until the first action is done.
   async _try(work) {
     if (this._isBusy) return;
     this._isBusy = true;

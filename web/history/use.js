@@ -1,6 +1,6 @@
-// A saved step, put to use in the graph that is open.
+// Use of a saved step in the open graph.
 
-// Adds the host's own loader with a LoRA chosen, in the middle of what is seen.
+// Add ComfyUI's own loader with a LoRA chosen, in the middle of the visible area.
 export function addLoader(app, name) {
   const node = window.LiteGraph.createNode("LoraLoader");
   const [x, y, width, height] = app.canvas.visible_area;

@@ -1,28 +1,28 @@
-// The chart of a loss: what each step had, thin; smoothed, thick; measured on pictures kept apart, with dots.
+// The loss chart: thin line for each step, thick line smoothed, dots for the validation loss.
 
-const SCALE = 2; // pixels of the canvas for one of the page's: the graph is zoomed into
+const SCALE = 2; // canvas pixels per page pixel, since users zoom into the graph
 const FONT = "10px system-ui, sans-serif";
 const LEFT = 38;
 const RIGHT = 8;
 const TOP = 8;
 const BOTTOM = 16;
-const OUTLIERS = 0.01; // share of the losses that may lie beyond the chart's edge, on either side
+const OUTLIERS = 0.01; // fraction of the losses that may lie beyond the chart's edge, on either side
 
 export class Chart {
-  // colours: a function that gives those of now, {raw, smooth, checked, line, text}.
+  // colours: function that returns the current {raw, smooth, checked, line, text}.
   constructor(canvas, colours) {
     this._canvas = canvas;
     this._colours = colours;
     this._size = [0, 0];
   }
 
-  // Takes the canvas's size in the page, which is not asked for at each drawing: the page would be laid out for it.
+  // Set the canvas's size on the page. Reading it at each drawing would force a layout.
   resize(width, height) {
     this._size = [Math.round(width), Math.round(height)];
     [this._canvas.width, this._canvas.height] = this._size.map((side) => side * SCALE);
   }
 
-  // Draws a curve; pointed: the step under the pointer, null for none.
+  // Draw a curve; pointed: the step under the pointer, or null.
   draw(curve, pointed) {
     const [width, height] = this._size;
     const pen = this._canvas.getContext("2d");
@@ -44,7 +44,7 @@ export class Chart {
     pen.restore();
   }
 
-  // The step at a place across the canvas, 0 at its left and 1 at its right.
+  // Return the step at a horizontal position on the canvas, 0 at its left and 1 at its right.
   stepAt(curve, share) {
     const [width] = this._size;
     const { first, last } = rangeOf(curve);
@@ -73,13 +73,13 @@ function frameOf(curve, width, height) {
   return { first, last, low, high, right, bottom, x, y };
 }
 
-// A range of losses with some room; of one step there is one value, or two that differ in their last digit.
+// Return a range of losses with a margin; a single step has one value, or two that differ in the last digit.
 export function widen(low, high) {
   const room = Math.max((high - low) * 0.06, Math.abs(high) * 0.02) || 1;
   return [low - room, high + room];
 }
 
-// Round numbers within a range, so many or so, each with its text.
+// Return about `count` round numbers within a range, each with its text.
 export function ticksOf(low, high, count = 4) {
   const rough = (high - low) / count;
   const power = 10 ** Math.floor(Math.log10(rough));
@@ -115,7 +115,7 @@ function drawAxes(pen, frame, colours) {
   pen.fillText(String(frame.last), frame.right, frame.bottom + 13);
 }
 
-// For each column of pixels that holds points: its lowest, highest and last value.
+// Return the lowest, highest and last value for each pixel column that holds points.
 function columnsOf(curve, values, frame) {
   const columns = [];
   let column = null;

@@ -1,7 +1,7 @@
-// The loss of a run, step by step, with a smoothed line beside it.
+// A run's loss per step, with a smoothed curve.
 
-const MOST = 16384; // points; past this every second one is dropped
-const WEIGHT = 0.04; // of a new loss in the smoothed one
+const MOST = 16384; // points; beyond this, every second one is dropped
+const WEIGHT = 0.04; // weight of a new loss in the smoothed one
 
 export class Curve {
   constructor() {
@@ -17,10 +17,10 @@ export class Curve {
     return this.steps.length;
   }
 
-  // Adds a step's loss; what is no number, and steps that are there, are passed over.
+  // Add a step's loss; skip values that are not finite, and steps that are already there.
   add(step, loss) {
     if (!Number.isFinite(loss) || step <= (this.steps.at(-1) ?? -1)) return;
-    // An average of few losses is not drawn to zero, where it starts.
+    // Correct the bias toward zero, at which the average starts.
     this._mean += WEIGHT * (loss - this._mean);
     this._weight += WEIGHT * (1 - this._weight);
     this.steps.push(step);
@@ -33,7 +33,7 @@ export class Curve {
     if (Number.isFinite(loss) && step > (this.validation.at(-1)?.[0] ?? -1)) this.validation.push([step, loss]);
   }
 
-  // Puts what was before the points there are in front of them: pairs of step and loss, rising.
+  // Insert earlier points before the existing ones: pairs of step and loss, rising.
   prepend(points, validation) {
     const [steps, losses, later] = [this.steps, this.losses, this.validation];
     Object.assign(this, new Curve());
@@ -43,7 +43,7 @@ export class Curve {
     for (const [step, loss] of later) this.addValidation(step, loss);
   }
 
-  // Place of the last point at or before a step, 0 where there is none.
+  // Return the index of the last point at or before a step, 0 if there is none.
   find(step) {
     let [low, high] = [0, this.length];
     while (low < high) {

@@ -1,7 +1,7 @@
-// Where a training is in the page's graph, and whether a node there would train the same.
+// Lookup of a training's nodes in the page's graph, and comparison of their inputs.
 
-// The nodes on the way to an execution id, "12" or "1:2:3" for a node inside subgraphs: the outermost first, the node
-// itself last; empty where there is no such node.
+// Return the nodes on the path to an execution id, "12" or "1:2:3" for a node inside subgraphs: outermost first, the
+// node itself last; empty if there is no such node.
 export function pathOf(root, id) {
   const path = [];
   let graph = root;
@@ -14,7 +14,7 @@ export function pathOf(root, id) {
   return path;
 }
 
-// Every node of a graph and of the subgraphs that stand in it.
+// Yield every node of a graph and of its subgraphs.
 export function* allNodes(graph, seen = new Set()) {
   if (!graph || seen.has(graph)) return;
   seen.add(graph);
@@ -24,8 +24,8 @@ export function* allNodes(graph, seen = new Set()) {
   }
 }
 
-// Whether a node of a prompt has the inputs that a training was queued with, and so have all nodes before it.
-// sources: {id: {class_type, inputs}}, what decides a run; inputs that are not in it decide nothing.
+// Report whether a node of a prompt, and all nodes upstream, have the inputs that a training was queued with.
+// sources: {id: {class_type, inputs}}, the inputs that decide a run; other inputs do not matter.
 export function hasSources(prompt, id, sources, node) {
   const seen = new Set();
   const isSame = (mine, theirs) => {
@@ -45,7 +45,7 @@ export function hasSources(prompt, id, sources, node) {
   return isSame(id, node);
 }
 
-// A value as another node's output, [id, slot]; null for what is none.
+// Return a value that links to another node's output, [id, slot], else null.
 function linkOf(value, prompt) {
   return Array.isArray(value) && value.length === 2 && Object.hasOwn(prompt, value[0]) ? value : null;
 }

@@ -1,6 +1,6 @@
-// Elements of the page. Texts are set as texts, never as markup: names of files, runs and errors are anyone's.
+// Page elements. Text is set as text, never as markup: file names, run names and errors are untrusted.
 
-// An element with attributes and children; a child that is a string becomes text, one that is null is left out.
+// Return an element with attributes and children; string children become text, null children are dropped.
 export function make(tag, attributes = {}, ...children) {
   const element = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
@@ -8,16 +8,16 @@ export function make(tag, attributes = {}, ...children) {
   return element;
 }
 
-// Keys that act on what is focused in an element are no shortcuts of the graph's.
+// Keep keys that act on a focused element from the graph's shortcuts.
 export function keepKeys(element) {
   element.addEventListener("keydown", (event) => {
     if (["Enter", " ", "Delete", "Backspace"].includes(event.key)) event.stopPropagation();
   });
 }
 
-// Opens over the page what is gone once it is closed: by its own close(), by Escape or by a press beside it.
+// Open a modal dialog that is removed once closed: by its own close(), by Escape or by a press beside it.
 export function openDialog(dialog) {
-  // The graph's own shortcuts are not meant meanwhile.
+  // Keep all keys from the graph's shortcuts meanwhile.
   dialog.addEventListener("keydown", (event) => event.stopPropagation());
   dialog.addEventListener("click", (event) => {
     if (event.target === dialog) dialog.close();
@@ -27,12 +27,12 @@ export function openDialog(dialog) {
   dialog.showModal();
 }
 
-// Sets a text where it changed, so that nothing is laid out again for nothing.
+// Set a text if it changed, to avoid needless layout.
 export function say(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
 
-// Sets an attribute where it changed.
+// Set an attribute if it changed.
 export function mark(element, name, value) {
   if (element.getAttribute(name) !== String(value)) element.setAttribute(name, value);
 }

@@ -1,4 +1,4 @@
-// What the panel and the history ask of the server.
+// The server routes that the panel and the history call.
 
 const MOST_EVENTS = 5000;
 
@@ -8,32 +8,32 @@ export class Routes {
     this._app = app;
   }
 
-  // What trainings told last, in order, and those that run.
+  // Return the last messages of trainings in order, the running trainings, and the runs.
   listTold() {
     return this._json("/graft/runs");
   }
 
-  // A run's sample pictures and the end of its log.
+  // Return a run with its sample pictures and the end of its log.
   readRun(name, events = MOST_EVENTS) {
     return this._json(`/graft/runs/${encodeURIComponent(name)}?events=${events}`);
   }
 
-  // Keeps what the user calls a run and says of it: {title, note}.
+  // Save the user's title and note for a run: {title, note}.
   describeRun(name, notes) {
     return this._post(`/graft/runs/${encodeURIComponent(name)}/describe`, notes);
   }
 
-  // Copies a save to where loaders list it; its name there, as {adapter} or {embedding}.
+  // Copy a save to where loaders list it, and return its name there as {adapter} or {embedding}.
   pickSave(name, step) {
     return this._post(`/graft/runs/${encodeURIComponent(name)}/pick`, { step });
   }
 
-  // A page of the runs on disk, those that changed last first; text: what their names and notes hold.
+  // Return a page of the runs on disk, the last changed first; text: a part of their names or notes.
   listHistory(text, from, count) {
     return this._json(`/graft/history?${new URLSearchParams({ text, from, count })}`);
   }
 
-  // What a run was queued as.
+  // Return the graph that a run was queued with.
   readWorkflow(name) {
     return this._json(`/graft/runs/${encodeURIComponent(name)}/workflow`);
   }
@@ -42,12 +42,12 @@ export class Routes {
     return this._post(`/graft/runs/${encodeURIComponent(name)}/delete`);
   }
 
-  // Asks a training to "stop", "save" or "pause".
+  // Send a training the command "stop", "save" or "pause".
   ask(training, wish) {
     return this._post(`/graft/nodes/${encodeURIComponent(training.node)}/${wish}`);
   }
 
-  // Queues a training's prompt again, as it was; where the server has forgotten it, the graph as it is now.
+  // Queue a training's original prompt again; if the server has forgotten it, queue the current graph.
   async resume(training) {
     const answer = training.run ? await this._post(`/graft/runs/${encodeURIComponent(training.run)}/resume`) : {};
     if (!answer.prompt) return this._app.queuePrompt(0, 1);
@@ -55,7 +55,7 @@ export class Routes {
     return this._api.queuePrompt(0, { output: answer.prompt, workflow });
   }
 
-  // Address of a sample picture; `version` changes when a picture of the same name may be another.
+  // Return the URL of a sample picture; `version` changes if another picture may have the same name.
   imageUrl(sample, version) {
     const query = new URLSearchParams({ ...sample, version });
     return this._api.apiURL(`/view?${query}`);

@@ -1,10 +1,10 @@
-// All trainings that the page has heard of.
+// All trainings that sent messages to the page.
 import { Training } from "./training.js";
 
 const MOST = 64;
 
 export class Store {
-  // changed: called after anything changed; heard: with each message that is new, and its training.
+  // changed: called after any change; heard: called with each new message and its training.
   constructor(routes, changed, heard) {
     this._routes = routes;
     this._changed = changed;
@@ -13,25 +13,25 @@ export class Store {
     this._waiting = null;
   }
 
-  // Those there are, the one that told something last at the end.
+  // Return the trainings, the one with the latest message last.
   list() {
     return [...this._trainings.values()];
   }
 
-  // A message of a training; it waits while older ones are being fetched.
+  // Handle a message of a training; while older messages are being fetched, queue it.
   take(message) {
     if (this._waiting) {
       this._waiting.push(message);
       return;
     }
     const training = this._apply(message);
-    // A run that starts has nothing to remember yet.
+    // A run that starts at step 0 has no past.
     if (message.event === "run" && message.step) training.hasPast = true;
     this._heard(message, training);
     this._changed();
   }
 
-  // Learns from the server what the page has missed: before it was opened, or while it was cut off.
+  // Fetch the messages that the page missed before it was opened or while it was disconnected.
   async restore() {
     if (this._waiting) return;
     this._waiting = [];
@@ -70,7 +70,7 @@ export class Store {
     for (const [key, training] of this._trainings) if (training.isLive && !running.has(key)) training.lose();
   }
 
-  // Fetches what was before this page listened, once, for a training that is looked at.
+  // Fetch the steps before this page listened, once, for a visible training.
   async recall(training) {
     if (!training.hasPast) return;
     training.hasPast = false;
@@ -83,7 +83,7 @@ export class Store {
   }
 }
 
-// What tells trainings apart.
+// Return the key that identifies a training.
 export function keyOf({ workflow, node, inputs = "" }) {
   return `${workflow} ${node} ${inputs}`;
 }

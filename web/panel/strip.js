@@ -1,12 +1,12 @@
-// The sample pictures of a training in a row, by step, the base's own first.
+// A training's sample pictures in a row by step, the base model's first.
 import { make, mark } from "./make.js";
 import { t } from "../texts.js";
 import { openViewer } from "./viewer.js";
 
-const MOST_NEW = 12; // pictures that are added at once: a hundred would hold the page up
+const MOST_NEW = 12; // pictures added per frame: a hundred at once would block the page
 
 export class Strip {
-  // address: a function from where a picture is to its address.
+  // address: function from a picture's description to its URL.
   constructor(address) {
     this._address = address;
     this._prompt = 0;
@@ -19,7 +19,7 @@ export class Strip {
   }
 
   show(training) {
-    // Asking how far it is scrolled makes the page lay itself out: not at each step.
+    // Do not read the scroll position at each step: it forces a layout.
     if (training === this._training && training.shown === this._seen) return;
     this._seen = training.shown;
     if (training !== this._training) {
@@ -80,14 +80,14 @@ export class Strip {
   }
 }
 
-// What a step's picture is called.
+// Return the name of a step's picture.
 export function nameOf(step) {
   return step === 0 ? t("Base") : t("Step $step", { step });
 }
 
-// A picture that is enlarged when it is pressed, with a caption where one is given.
+// Return a button with a picture that opens enlarged when pressed, with an optional caption.
 export function makeThumb(name, caption, open) {
-  // What it is called is said; the picture itself cannot be put into words.
+  // The alt text is empty: the button's label has the name.
   const image = make("img", { alt: "", loading: "lazy", decoding: "async" });
   const label = t("$name, enlarge", { name });
   const button = make("button", { type: "button", class: "graft-thumb", "aria-label": label }, image, caption);
@@ -95,7 +95,7 @@ export function makeThumb(name, caption, open) {
   return { button, image };
 }
 
-// What prompts are picked in: a button for each, of which one is pressed.
+// Return a group of buttons to choose a prompt; one of them is pressed.
 export function makeChoice(...buttons) {
   return make("div", { class: "graft-choice", role: "group", "aria-label": t("Prompt of the pictures") }, ...buttons);
 }

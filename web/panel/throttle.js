@@ -1,6 +1,6 @@
-// Work that is asked for often and done seldom.
+// Throttling of work that is requested often.
 
-// A function that has `work` done soon, at most once in so many milliseconds and only while the page is seen.
+// Return a function that runs `work` soon, at most once per `pause` milliseconds and only while the page is visible.
 export function throttled(work, pause) {
   let waiting = false;
   let last = -Infinity;

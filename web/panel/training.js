@@ -1,14 +1,14 @@
-// One training, as its messages tell it.
+// The state of one training, built from its messages.
 import { t } from "../texts.js";
 import { Curve } from "./curve.js";
 import { formatBytes, formatRate } from "./words.js";
 
 const LIVE = new Set(["preparing", "drawing", "caching", "working", "training"]);
-const PACES = 15; // steps whose median tells how long the next ones take
+const PACES = 15; // number of recent steps whose median duration predicts the next
 const RESUMABLE = new Set(["stopped", "paused", "cancelled"]);
 const SAMPLE = /^step-(\d+)-(\d+)\.png$/;
 
-// What a message changes, by its event. A message of an unknown event changes nothing.
+// State changes by event. Unknown events change nothing.
 const HANDLERS = {
   run(training, { name, step, steps, settings }) {
     Object.assign(training, { run: name, step, steps, resumedFrom: step, settings: settings ?? null });
@@ -16,7 +16,7 @@ const HANDLERS = {
   warnings(training, { warnings }) {
     training.warnings = warnings;
   },
-  // Work between two steps or before the first, by its name; "training" when the steps go on.
+  // Work between two steps or before the first, by name; "training" when the steps continue.
   phase(training, { name }) {
     training.work = name === "training" ? "" : name;
     if (training.phase !== "training") training.phase = name === "training" ? "training" : "working";
@@ -37,7 +37,7 @@ const HANDLERS = {
     training.measured = seconds;
     if (fits) return;
     const figures = { missing: formatBytes(missing ?? 0), free: formatBytes(free ?? 0) };
-    // Memory may have run out before it was known how much is missing.
+    // missing is null if memory ran out before it could be measured.
     const said = missing === null
       ? t("A step needs more memory than there is.")
       : t("A step needs $missing more than now, and $free are free.", figures);
@@ -86,7 +86,7 @@ const HANDLERS = {
   },
 };
 
-// Step -> where its pictures are, of a run's sample pictures.
+// Return a Map from step to the sample pictures of that step.
 export function samplesByStep(samples) {
   const found = new Map();
   for (const sample of samples) {
@@ -102,8 +102,8 @@ function median(values) {
 }
 
 export class Training {
-  // node: its execution id; workflow: id of the workflow it was queued from, "" where that is not known;
-  // sources: the nodes of its prompt that decide it, where they are known.
+  // node: execution id; workflow: id of the workflow that queued it, "" if unknown;
+  // sources: the nodes of its prompt that decide its result, if known.
   constructor({ node, workflow, prompt_id, sources = null }) {
     this.node = node;
     this.workflow = workflow;
@@ -120,23 +120,23 @@ export class Training {
     this.file = "";
     this.epoch = null;
     this.lr = null;
-    this.measured = null; // seconds a step, as they were measured before the first
-    this.paces = []; // seconds of the last steps; the first step warms up and is not one of them
-    this.warmUp = null; // seconds of that first step
-    this.memory = null; // [bytes in use, bytes there are]
+    this.measured = null; // seconds per step, measured before the first step
+    this.paces = []; // seconds of the last steps, without the first, which warms up
+    this.warmUp = null; // seconds of the first step
+    this.memory = null; // [bytes in use, total bytes]
     this.asked = null;
     this.isSaving = false;
-    this.hasPast = false; // its run has a log of steps that were not told here
+    this.hasPast = false; // whether the run's log has steps that this page did not receive
     this.isNothing = false;
     this.message = "";
     this.cure = "";
-    this.note = ""; // what happened on the way
-    this.work = ""; // name of what is done between the steps, "" for the steps themselves
-    this.warnings = []; // of the dataset and the settings
-    this.settings = null; // the run's, by the recipe's names
+    this.note = ""; // the last notable event
+    this.work = ""; // name of the work between steps, "" during the steps
+    this.warnings = []; // about the dataset and the settings
+    this.settings = null; // the run's settings, by the recipe's names
     this.curve = new Curve();
-    this.samples = new Map(); // step -> where its pictures are
-    this.shown = 0; // changes with them
+    this.samples = new Map(); // step -> its pictures
+    this.shown = 0; // counter of changes to samples
     this.version = 0;
   }
 
@@ -148,7 +148,7 @@ export class Training {
     return RESUMABLE.has(this.phase);
   }
 
-  // Seconds that a step usually takes, null while that is not known.
+  // The usual seconds per step, null if unknown.
   get pace() {
     if (this.paces.length) return median(this.paces);
     if (this.warmUp === null) return this.measured;
@@ -169,15 +169,15 @@ export class Training {
     this.version += 1;
   }
 
-  // The server no longer knows of it: it was restarted, or crashed.
+  // Mark the training as lost: the server was restarted or crashed.
   lose() {
     this.phase = "lost";
     this.version += 1;
   }
 
-  // Adds what was before this page listened, from a run's log and pictures.
+  // Add the steps before this page listened, from the run's log and pictures.
   remember({ events, samples }) {
-    // Until it has gone on, the log may hold steps that it will do again.
+    // Skip later steps of a resumed run: its log may hold steps that it will repeat.
     const isOld = ({ step }) => step <= (this.isLive ? Math.max(this.step, this.resumedFrom) : this.steps);
     const of = (kind) => events.filter((one) => one.event === kind && isOld(one)).map(({ step, loss }) => [step, loss]);
     this.curve.prepend(of("step"), of("validation"));

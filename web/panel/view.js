@@ -1,4 +1,4 @@
-// What one node's panel looks like.
+// The panel of one training node.
 import { Chart } from "./chart.js";
 import { keepKeys, make, mark, say } from "./make.js";
 import { Strip } from "./strip.js";
@@ -10,7 +10,7 @@ export const WIDTH = 380;
 
 const QUARTERS = 4;
 
-// [name, text of a training and the place in its curve, swatch of the chart's line]
+// [name, function of a training and an index into its curve that returns the text, swatch of the chart's line]
 const FACTS = [
   [text("Loss"), (training, place) => words.formatLoss(training.curve.losses[place]), "raw"],
   [text("Smoothed"), (training, place) => words.formatLoss(training.curve.smooth[place]), "smooth"],
@@ -36,13 +36,13 @@ export class Panel {
     this._showReady();
   }
 
-  // The training that is shown, null for none.
+  // The shown training, or null.
   get training() {
     return this._training;
   }
 
-  // Shows a training as it is now, where anything changed.
-  // isSame: whether the node's inputs are those it was queued with; steps: how many the node asks for.
+  // Show the current state of a training if it changed.
+  // isSame: whether the node's inputs match the training's; steps: number of steps set on the node.
   show(training, isSame, steps) {
     const remark = words.remark(training, isSame, steps);
     if (training === this._training && training.version === this._seen && remark === this._remark) return;
@@ -112,7 +112,7 @@ export class Panel {
       this._point((event.clientX - box.left) / Math.max(1, box.width));
     });
     this._canvas.addEventListener("pointerleave", () => this._point(null));
-    // Its colour goes over to another when the theme is changed (panel.css); what is drawn does not by itself.
+    // A change of theme starts a color transition on the canvas (panel.css). Redraw when it ends.
     this._canvas.addEventListener("transitionend", () => this._drawChart());
     new ResizeObserver(([{ contentRect }]) => {
       this._chart.resize(contentRect.width, contentRect.height);
@@ -139,7 +139,7 @@ export class Panel {
 
   _render() {
     const training = this._training;
-    // First: it asks for the theme's colours, which is quick as long as nothing was changed.
+    // Draw first: reading the theme's colors is cheap only before other changes to the page.
     this._drawChart();
     this.element.dataset.phase = training.phase;
     say(this._state, words.describe(training));
@@ -198,7 +198,7 @@ export class Panel {
     mark(this._state, "title", run && t("Run $name", { name: run }));
   }
 
-  // What is said aloud: when something happens and at each quarter, not at each step.
+  // Announce to screen readers at each event and quarter, not at each step.
   _announce() {
     const { phase, step, steps } = this._training;
     const quarter = steps ? Math.floor((QUARTERS * step) / steps) : 0;
@@ -214,7 +214,7 @@ export class Panel {
     if (this._training) this._chart.draw(this._training.curve, this._pointed);
   }
 
-  // As the theme has them now: the swatches' own.
+  // Return the swatches' current colors, which follow the theme.
   _readColours() {
     const found = {};
     for (const { swatch } of this._facts) {

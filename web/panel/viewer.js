@@ -1,8 +1,8 @@
-// A sample picture at its full size beside the base's own.
+// A full-size sample picture beside the base model's.
 import { make, mark, openDialog, say } from "./make.js";
 import { t } from "../texts.js";
 
-// Opens over the page. pictures: [{name, url}], the base's own first; place: which of them.
+// Open the viewer. pictures: [{name, url}], the base model's first; place: index of the chosen one.
 export function openViewer(pictures, place) {
   const [base, chosen] = [makeFigure(), makeFigure()];
   const back = make("button", { type: "button" }, t("Earlier"));

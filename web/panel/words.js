@@ -1,4 +1,4 @@
-// Numbers and states as the panel says them.
+// Texts for the panel's numbers and states.
 import { t, text } from "../texts.js";
 
 const NONE = "\u2013";
@@ -43,7 +43,7 @@ export function formatEpoch(epoch) {
   return epoch === null ? NONE : String(epoch + 1);
 }
 
-// Work between two steps or before the first, by the name that the server tells.
+// Work between two steps or before the first, by the server's name for it.
 const WORK = {
   loading: text("Loading the model"),
   gradients: text("Checking gradients"),
@@ -51,7 +51,7 @@ const WORK = {
   previews: text("Drawing sample pictures"),
 };
 
-// Warnings by their kind; of an unknown kind the server's own English is shown.
+// Warnings by kind; for an unknown kind, the server's English text is shown.
 const WARNINGS = {
   skipped: text("$count of $total files skipped: $names"),
   enlarged: text("Enlarged pictures, the smallest from $smallest to $side pixels: $names"),
@@ -59,12 +59,12 @@ const WARNINGS = {
   resolution: text("resolution $resolution is far from the $usual pixels that $family was made for."),
 };
 
-// A training's warnings, a line each.
+// Return a training's warnings, one line each.
 export function listWarnings(training) {
   return training.warnings.map((warning) => (WARNINGS[warning.kind] ? t(WARNINGS[warning.kind], warning) : warning.text));
 }
 
-// What a training is doing, in a line.
+// Return the training's current activity in one line.
 export function describe(training) {
   const { step, steps, saved, done, total } = training;
   if (training.isLive && training.asked) {
@@ -89,7 +89,7 @@ export function describe(training) {
   return said[training.phase];
 }
 
-// What can be done about it, or is good to know; empty where nothing is.
+// Return advice about the training's state; empty if there is none.
 export function advise(training) {
   const { phase, saved } = training;
   if (phase === "training") return training.note;
@@ -105,7 +105,7 @@ export function advise(training) {
   return "";
 }
 
-// How a training differs from what Run would train; empty where it does not.
+// Return the difference between a training and what Run would train; empty if there is none.
 export function remark(training, isSame, steps) {
   if (!isSame) {
     return training.isLive
@@ -116,7 +116,7 @@ export function remark(training, isSame, steps) {
   return goesOn ? t("Run goes on to step $steps.", { steps }) : "";
 }
 
-// The chart for those who do not see it.
+// Return the chart in words, for screen readers.
 export function describeCurve(training) {
   const { curve } = training;
   if (!curve.length) return t("Loss: no step done yet.");

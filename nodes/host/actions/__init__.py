@@ -1,1 +1,1 @@
-"""The calls behind the nodes, one file an action."""
+"""Implementations of the nodes, one file per action."""

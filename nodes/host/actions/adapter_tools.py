@@ -1,4 +1,4 @@
-"""The adapter tools beside the host: on its device, one layer at a time, and the weights of two MODELs."""
+"""Adapter tools on ComfyUI's device, one layer at a time, and extraction from two MODELs."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Singular values of a layer need its matrix several times over, in float32.
+# The SVD of a layer needs its matrix this many times, in float32.
 _COPIES = 8
 
 
 def merge_adapters(a: dict, b: dict, how: Merging, node: str) -> Adapter:
-    """`merge` on the host's device."""
+    """Merge adapters with `merge` on ComfyUI's device."""
     return merge(a, b, how, _device_for([*a.values(), *b.values()]), counter(node))
 
 
 def resize_adapter(adapter: dict, rank: int, energy: float, node: str) -> Adapter:
-    """`resize` on the host's device."""
+    """Resize an adapter with `resize` on ComfyUI's device."""
     return resize(adapter, rank, energy, _device_for(adapter.values()), counter(node))
 
 
 def _device_for(tensors) -> torch.device:
-    """The host's device, with room for the largest layer."""
+    """Return ComfyUI's device, after making room for the largest layer."""
     device = comfy.model_management.get_torch_device()
     largest = max((tensor.numel() for tensor in tensors), default=0)
     comfy.model_management.free_memory(_COPIES * 4 * largest, device)
@@ -58,10 +58,10 @@ def extract_adapter(
     how: Extraction,
     node: str,
 ) -> tuple[Adapter, str]:
-    """(adapter, report) of what the first of each has more than the second, patches that wait on them included.
+    """Return (adapter, report) of the first of each pair minus the second, patches included.
 
     Raises:
-        ModelError: they are of different architectures, or one CLIP is missing.
+        ModelError: the two are of different architectures, or one CLIP is missing.
     """
     given = _patchers(models, clips)
     total = sum(len(one.model.state_dict()) for one, _, _ in given)
@@ -73,7 +73,7 @@ def extract_adapter(
 
 
 def _patchers(models, clips) -> list[tuple[ModelPatcher, ModelPatcher, Callable[[str], tuple[str, str]]]]:
-    """(tuned, base, from a weight's key to its place in the file), compared and with their weights in place."""
+    """Return checked (tuned, base, function from a weight's key to its place in the file), with weights in place."""
     if (clips[0] is None) != (clips[1] is None):
         missing = "clip_tuned" if clips[0] is None else "clip_base"
         raise ModelError(
@@ -106,13 +106,13 @@ def _check_alike(tuned: ModelPatcher, base: ModelPatcher, input: str) -> None:
 
 
 def _weights(patcher: ModelPatcher) -> dict[str, torch.Tensor]:
-    """What training changes, by key: buffers and the sampling's tables are left aside."""
+    """Return the weights that training changes, by key, without buffers and the sampling's tables."""
     whole = dict(patcher.model.named_parameters())
     return {key: value for key, value in whole.items() if not key.startswith("model_sampling.")}
 
 
 def _differing(given, tick, total: int) -> Iterator[Weight]:
-    """One weight at a time, worked out on the host's device as the host itself patches it."""
+    """Yield one weight's difference at a time, computed on ComfyUI's device as ComfyUI itself patches it."""
     done = 0
     for tuned, base, name_of in given:
         keys = sorted(_weights(base))
@@ -122,7 +122,7 @@ def _differing(given, tick, total: int) -> Iterator[Weight]:
             tick(done, total)
             done += 1
             if _same(*(one[key] for one in waiting)):
-                # Without working it out: the difference would be exactly 0.
+                # Skip the computation: the difference would be exactly 0.
                 continue
             values = [_value(key, one[key], device) for one in waiting]
             name, end = name_of(key)
@@ -136,7 +136,7 @@ def _same(a: list, b: list) -> bool:
 
 
 def _value(key: str, patches: list, device: torch.device) -> torch.Tensor:
-    """A weight with its patches, a float32 tensor of its own: as the host's own patch_weight_to_device has it."""
+    """Return a weight with its patches as a new float32 tensor, as ComfyUI's patch_weight_to_device computes it."""
     weight, convert = patches[0]
     value = comfy.model_management.cast_to_device(weight, device, torch.float32, copy=True)
     value = convert(value, inplace=True)
@@ -144,7 +144,7 @@ def _value(key: str, patches: list, device: torch.device) -> torch.Tensor:
 
 
 def model_names(model: ModelPatcher) -> Callable[[str], tuple[str, str]]:
-    """From a MODEL's weight key to (its layer's name, its end) in an adapter file, in the names training writes."""
+    """Return a function from a MODEL's weight key to (layer name, suffix), as training writes them to adapter files."""
     published = {}
     if family_of(families.family_name(model)).diffusers_names:
         names = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
@@ -159,7 +159,7 @@ def model_names(model: ModelPatcher) -> Callable[[str], tuple[str, str]]:
             weight = path.removesuffix(".bias") + ".weight"
             if f"diffusion_model.{weight}" in known:
                 return name_of(f"diffusion_model.{weight}")[0], BIAS
-        # A parameter by its own name, as the host reads it.
+        # A bare parameter has its own name, as ComfyUI reads it.
         return key, WHOLE
 
     known = {key for key, _ in model.model.named_parameters()}
@@ -167,7 +167,7 @@ def model_names(model: ModelPatcher) -> Callable[[str], tuple[str, str]]:
 
 
 def text_names(clip: CLIP) -> Callable[[str], tuple[str, str]]:
-    """The same for a CLIP: kohya's names where there are any, the host's general ones elsewhere."""
+    """Return the same function for a CLIP: kohya's names if there are any, else ComfyUI's general ones."""
     names = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {})
     several = any(name.startswith("lora_te2_") for name in names)
     wanted = ("lora_te1_", "lora_te2_", "lora_te3_") if several else ("lora_te_",)
@@ -178,7 +178,7 @@ def text_names(clip: CLIP) -> Callable[[str], tuple[str, str]]:
         weight = key.removesuffix(".bias") + ".weight" if key.endswith(".bias") else key
         end = BIAS if weight != key else WHOLE
         if not weight.endswith(".weight") or weight not in known:
-            # The host reads nothing but weights and their biases here.
+            # ComfyUI reads only weights and their biases here.
             return f"text_encoders.{key}", ""
         return kohya.get(weight, f"text_encoders.{weight.removesuffix('.weight')}"), end
 

@@ -1,4 +1,4 @@
-"""Class images by the graph's own base: those that are on disk are taken, the missing ones drawn."""
+"""Class images from the graph's own base model: images on disk are reused, missing ones are drawn."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ClassImageRequest:
-    """The values on a node that has class images drawn; unset ones are the family's own.
+    """A node's request for class images; unset values are the family's own.
 
     Attributes:
         cfg: 0 for the family's.
         resolution: 0 for the family's.
         sampler_name, scheduler: "auto" for euler and the family's.
-        batch_size: pictures side by side; no part of what decides a picture.
-        first: number of the first picture; `count` is beyond the last.
+        batch_size: images drawn at once; it does not affect any image.
+        first: number of the first image; `count` is one past the last.
     """
 
     prompt: str
@@ -57,13 +57,13 @@ class ClassImageRequest:
 
 @dataclass(frozen=True)
 class Made:
-    """Class images that are there.
+    """Class images on disk.
 
     Attributes:
-        dataset: of exactly as many as were wished.
-        drawn: how many of them were not there before.
-        folder: where they are.
-        shown: for the node's `ui`.
+        dataset: exactly the requested images.
+        drawn: number of images that were missing before.
+        folder: folder of the images.
+        shown: descriptions for the node's `ui`.
     """
 
     dataset: Dataset
@@ -72,18 +72,18 @@ class Made:
     shown: list[dict[str, str]]
 
     def batch(self) -> torch.Tensor:
-        """[N, H, W, 3] float32 in 0..1."""
+        """Return the images as [N, H, W, 3] float32 in 0..1."""
         import torch
 
         return torch.stack([torch.from_numpy(to_array(one.source.open())) for one in self.dataset.examples])
 
 
 def make(model: ModelPatcher, clip: CLIP, vae: VAE, wish: ClassImageRequest, node: str) -> Made:
-    """Class images as wished; each is kept as soon as it is drawn, so that what interrupts this loses nothing.
+    """Make the requested class images. Each is saved as soon as it is drawn, so an interruption loses nothing.
 
     Raises:
-        GraftError: with input and cure.
-        The host's interruption.
+        GraftError: names the input and the cure.
+        InterruptProcessingException: ComfyUI's interruption.
     """
     check_sockets(model, clip, vae)
     family = family_of(families.family_name(model))
@@ -106,7 +106,7 @@ def make(model: ModelPatcher, clip: CLIP, vae: VAE, wish: ClassImageRequest, nod
     )
     sampled = sampled_patcher_digest(model), text.earlier_fingerprint(), codec.earlier_fingerprint()
     before = replace(drawing, base=base_digest(*sampled))
-    # Earlier versions did not look at embedding files.
+    # Earlier versions did not consider embedding files.
     is_ours = not embedded and claim(paths.folders().runs, before.base, drawing.base)
     images = ClassImages(paths.class_images_folder(), drawing, before if is_ours else None)
     numbers = range(wish.first, wish.count)
@@ -119,7 +119,7 @@ def make(model: ModelPatcher, clip: CLIP, vae: VAE, wish: ClassImageRequest, nod
 def _draw(images: ClassImages, missing: list[int], wish: ClassImageRequest, model, clip, vae, node: str) -> None:
     if not missing:
         return
-    # Imported here: the host's samplers are not needed where all is drawn.
+    # Import late: ComfyUI's samplers are not needed if all images exist.
     from ..model.sampling import ClassSampler
 
     drawing = images.drawing

@@ -1,4 +1,4 @@
-"""The same prompts drawn with several adapters, files and strengths, in a grid."""
+"""A grid of images: the same prompts drawn with several adapters, files and strengths."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ BASE = "base"
 
 @dataclass(frozen=True)
 class CompareRequest:
-    """The values on a node that compares.
+    """The values on a comparing node.
 
     Attributes:
-        prompts: one a line.
-        strengths: numbers with commas or spaces between them.
-        files: names of the host's LoRA files, one a line; `*` and `?` stand for others.
+        prompts: one per line.
+        strengths: numbers separated by commas or spaces.
+        files: names in ComfyUI's LoRA list, one per line; `*` and `?` are wildcards.
         cfg, resolution: 0 for the family's.
         sampler_name, scheduler: "auto" for euler and the family's.
     """
@@ -59,28 +59,28 @@ class CompareRequest:
 
 @dataclass(frozen=True)
 class Column:
-    """One way to draw; without an adapter it is the model as it came."""
+    """A column of the grid; without an adapter it shows the model as it came."""
 
     label: str
     adapter: Mapping[str, torch.Tensor] | str | None
     strength: float
 
     def open(self) -> Mapping[str, torch.Tensor]:
-        """The adapter; one that is a file's name is read now, so that no more than one is held at a time."""
+        """Return the adapter. A file is read only now, so that at most one is in memory."""
         return paths.load_named_adapter(self.adapter) if isinstance(self.adapter, str) else self.adapter
 
 
 def compare(
     model: ModelPatcher, clip: CLIP, vae: VAE, wish: CompareRequest, adapters: Mapping[str, Mapping | None], node: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(grid [1, H, W, 3], pictures [N, h, w, 3] row by row), float32 in 0..1.
+    """Return (grid [1, H, W, 3], pictures [N, h, w, 3] row by row), float32 in 0..1.
 
     Args:
-        adapters: by the label they get; None where none is connected.
+        adapters: connected adapters by their label, None for an input without one.
 
     Raises:
-        GraftError: with input and cure.
-        The host's interruption.
+        GraftError: names the input and the cure.
+        InterruptProcessingException: ComfyUI's interruption.
     """
     from ..model.sampling import PromptSampler
 
@@ -97,7 +97,7 @@ def compare(
             "Write fewer prompts, files or strengths.",
             "prompts",
         )
-    # Asked so that the node executes again when an embedding file that they call is replaced.
+    # Record the embedding files that the prompts call, so that the node runs again if one is replaced.
     ComfyText(clip).embedded_digest((*prompts, wish.negative))
     request = _request(model, vae, wish, prompts)
     tick = gallery(node, total)
@@ -124,11 +124,11 @@ def _request(model: ModelPatcher, vae: VAE, wish: CompareRequest, prompts: tuple
 
 
 def columns_of(wish: CompareRequest, adapters: Mapping[str, Mapping | None]) -> list[Column]:
-    """Every adapter and file at every strength; the model as it came once, where a strength is 0.
+    """Return a column for every adapter and file at every strength, and one for the plain model if a strength is 0.
 
     Raises:
-        SettingsError: a strength is no number, or there is nothing to compare.
-        ModelError: there is no such file.
+        SettingsError: a strength is not a number, or there is nothing to compare.
+        ModelError: a file does not exist.
     """
     strengths = strengths_of(wish.strengths)
     sources: dict[str, Mapping | str] = {label: one for label, one in adapters.items() if one is not None}
@@ -150,7 +150,7 @@ def columns_of(wish: CompareRequest, adapters: Mapping[str, Mapping | None]) -> 
 
 
 def strengths_of(text: str) -> list[float]:
-    """The numbers of a text, each once. Raises SettingsError when there is none, or what is none."""
+    """Return the numbers in a text, each once. Raises SettingsError if it holds none, or anything else."""
     found: list[float] = []
     for word in re.split(r"[\s,;]+", text.strip()):
         try:
@@ -171,13 +171,13 @@ def strengths_of(text: str) -> list[float]:
 
 
 def files_of(text: str) -> list[str]:
-    """Names in the host's list of LoRA files and saves of runs, as written and those of a pattern, each once.
+    """Return the listed LoRA files and saves of runs that a text names or matches by pattern, each once.
 
-    Raises SettingsError for a line that fits none.
+    Raises SettingsError for a line without a match.
     """
-    # Most texts mean no save of a run: those are looked for where a line has a folder.
+    # List the saves of runs only if a line has a folder: most texts name none.
     choices = paths.adapter_choices() + (paths.save_choices() if "/" in text.replace("\\", "/") else [])
-    # Windows has other separators in that list.
+    # On Windows, ComfyUI's list has backslashes.
     plain = {name.replace(os.sep, "/"): name for name in choices}
     found: list[str] = []
     for line in text.splitlines():
@@ -196,7 +196,7 @@ def files_of(text: str) -> list[str]:
 
 
 def states_of(text: str) -> list:
-    """What changes with the files that a text means; what cannot be found says so when the node executes."""
+    """Return values that change with the files of a text; missing files raise when the node executes."""
     try:
         return [(name, paths.file_state(name, paths.adapter_path)) for name in files_of(text)]
     except SettingsError:
@@ -204,7 +204,7 @@ def states_of(text: str) -> list:
 
 
 def _labels(names: list[str]) -> list[str]:
-    """What tells files apart: their names, with the folder where two are called the same; a save by its step."""
+    """Return distinct labels of files: their names, with the folder for duplicates; a save is labeled by its step."""
     short = [_shown(os.path.splitext(os.path.basename(name))[0]) for name in names]
     whole = [f"{os.path.dirname(name)} {label}".strip() for name, label in zip(names, short, strict=True)]
     return [one if short.count(one) == 1 else other for one, other in zip(short, whole, strict=True)]

@@ -1,4 +1,4 @@
-"""DreamBooth: a subject from a few images, its class kept as it was (Ruiz et al. 2022)."""
+"""DreamBooth: learn a subject from a few images while its class is preserved (Ruiz et al. 2022)."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is learnt, and how its class is preserved.
+    """A subject, and the way in which its class is preserved.
 
     Attributes:
-        class_images: how many there should be; 0 for none.
-        prior_weight: of the class in the loss; 0 preserves nothing.
+        class_images: requested number; 0 for none.
+        prior_weight: weight of the class in the loss; 0 preserves nothing.
         prior: one of trainers.data.prior.PRIORS.
     """
 
@@ -51,11 +51,11 @@ def train(
     options: Options | None,
     node: str,
 ) -> training.TrainOutput:
-    """Draws the class images that are missing, then trains as every other method does.
+    """Draw the missing class images, then train as every other method does.
 
     Raises:
-        GraftError: with input and cure.
-        The host's interruption, after what was reached was saved.
+        GraftError: names the input and the cure.
+        InterruptProcessingException: ComfyUI's interruption, after progress was saved.
     """
     return run_controlled(
         node, lambda _: _train(model, clip, vae, dataset, subject, class_dataset, widgets, options, node)
@@ -67,7 +67,7 @@ def _train(model, clip, vae, dataset, subject, class_dataset, widgets, options, 
     _check_method(widgets.method)
     instance = prior.captioned(dataset, subject.instance_prompt, "instance_prompt")
     instance = replace(instance, trigger=dataset.trigger or " ".join(subject.instance_prompt.split()))
-    # Before hundreds of pictures are drawn for nothing.
+    # Fail here, before hundreds of images are drawn in vain.
     OPTIMIZERS[training.build_recipe(model, instance, widgets, options).optimizer].load()
     preserved, note = _preserved(model, clip, vae, instance, subject, class_dataset, node)
     done = training.train(model, clip, vae, preserved, widgets, options, node)
@@ -80,7 +80,7 @@ def _check_method(name: str) -> None:
 
 
 def _preserved(model, clip, vae, dataset: Dataset, subject: Subject, given: Dataset | None, node: str):
-    """(the dataset with what preserves the class, what to tell of it)."""
+    """Return (dataset with the data that preserves the class, note for the user)."""
     if subject.prior_weight == 0:
         return dataset, "The class is not preserved: prior_weight is 0."
     if subject.prior == "differential":
@@ -95,7 +95,7 @@ def _preserved(model, clip, vae, dataset: Dataset, subject: Subject, given: Data
 
 
 def _classes(model, clip, vae, dataset: Dataset, subject: Subject, given: Dataset | None, node: str):
-    """(class images, given and made, what to tell of them)."""
+    """Return (class images, both given and drawn, note for the user)."""
     usable = 0
     if given is not None:
         given = prior.captioned(given, subject.class_prompt, "class_prompt")
@@ -103,7 +103,7 @@ def _classes(model, clip, vae, dataset: Dataset, subject: Subject, given: Datase
     if usable >= subject.class_images:
         return given, f"{usable} class images were given."
     _check_class(dataset, subject)
-    # From the number on that was not given: those that are may be the first of the same drawing.
+    # Number the drawn images after the given ones, which may be the first images of the same drawing.
     count = subject.class_images
     wish = class_images.ClassImageRequest(subject.class_prompt, count, resolution=dataset.resolution, first=usable)
     made = class_images.make(model, clip, vae, wish, node)
@@ -113,10 +113,10 @@ def _classes(model, clip, vae, dataset: Dataset, subject: Subject, given: Datase
 
 
 def _check_class(dataset: Dataset, subject: Subject) -> None:
-    """Refuses a class prompt that calls the subject up, before anything is drawn for it.
+    """Refuse a class prompt that holds a trigger or the instance prompt, before anything is drawn for it.
 
     Raises:
-        SettingsError: naming the input.
+        SettingsError: names the input.
     """
     said = prior.checked_prompt(subject.class_prompt, "class_prompt")
     words = {example.trigger for example in dataset.examples} | {" ".join(subject.instance_prompt.split())}

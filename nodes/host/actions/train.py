@@ -1,4 +1,4 @@
-"""From sockets and widgets to a training and back."""
+"""Training from a node's inputs and widgets to its outputs."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainInputs:
-    """The values on a training node; rank 0 and a word where a word alone is trained."""
+    """The values on a training node; rank is 0 and `word` is set if only an embedding is trained."""
 
     method: str
     steps: int
@@ -61,7 +61,7 @@ class TrainInputs:
 
 @dataclass(frozen=True)
 class TrainOutput:
-    """What a training node hands on; adapter and embedding are None where none was trained."""
+    """The outputs of a training node; adapter and embedding are None if none was trained."""
 
     model: ModelPatcher
     clip: CLIP
@@ -80,11 +80,11 @@ def train(
     options: Options | None,
     node: str,
 ) -> TrainOutput:
-    """Trains, resumes or returns a finished run; model and clip come out with what was trained applied.
+    """Train or resume a run, or return a finished one. The returned model and clip have the result applied.
 
     Raises:
-        GraftError: with input and cure.
-        The host's interruption, after what was reached was saved.
+        GraftError: names the input and the cure.
+        InterruptProcessingException: ComfyUI's interruption, after progress was saved.
     """
     return run_controlled(node, lambda training: _train(model, clip, vae, dataset, widgets, options, training))
 
@@ -119,25 +119,25 @@ def _train(model, clip, vae, dataset, widgets, options, training: Training) -> T
 
 
 def _graph(training: Training) -> dict[str, Any] | None:
-    """What the training was queued as, None where the host was started to keep no workflows in what it writes."""
+    """Return the queued graph; None without one, or if ComfyUI was started with --disable-metadata."""
     return None if args.disable_metadata else graph_of(training.prompt) or None
 
 
 def _result_of(recipe: Recipe, dataset: Dataset, host: Host, node: str) -> Result:
-    """Trains here, or by processes of its own whose finished run is then read."""
+    """Train here, or in separate processes, and return the result of the finished run."""
     folders = paths.folders()
     if recipe.processes == 1 or is_finished(recipe, dataset, host, folders):
         return run_recipe(recipe, dataset, host, folders)
     name, step = launcher.train(recipe, dataset, host, node)
     result = run_recipe(recipe, dataset, host, folders, name)
     if host.graph is not None:
-        # Those processes have it from no page.
+        # The processes have no page from which to get the graph.
         result.run.write_graph(host.graph)
     return replace(result, resumed_from=step)
 
 
 def _out_of_memory(error: Exception) -> OutOfMemory:
-    """Of what comes before the first step or after the last: within one the loop deals with it."""
+    """Return the error for memory that ran out before the first step or after the last; the loop handles its steps."""
     return OutOfMemory(
         f"Memory ran out while the training was prepared or its result was made ({in_one_line(error)}).",
         "Close other programs, or take a smaller model or a lower resolution. What was saved stays: queue the graph "
@@ -155,11 +155,11 @@ def export(
     options: Options | None,
     node: str,
 ) -> str:
-    """Writes what `train` would do as a job for other machines; its folder.
+    """Write the training that `train` would run as a job for other machines, and return its folder.
 
     Raises:
-        GraftError: with input and cure.
-        The host's interruption; nothing of the job stays then.
+        GraftError: names the input and the cure.
+        InterruptProcessingException: ComfyUI's interruption; the job's files are then removed.
     """
     check_sockets(model, clip, vae)
     tick = counter(node)
@@ -178,10 +178,10 @@ def export(
 
 
 def build_recipe(model: ModelPatcher, dataset: Dataset, widgets: TrainInputs, options: Options | None) -> Recipe:
-    """The recipe of a node, before anything was loaded for it.
+    """Return a node's recipe before anything is loaded for it.
 
     Raises:
-        SettingsError: a value out of range, or two that contradict each other.
+        SettingsError: a value is out of range, or two values contradict each other.
     """
     return resolve(
         options or Options(),
@@ -199,9 +199,9 @@ def build_recipe(model: ModelPatcher, dataset: Dataset, widgets: TrainInputs, op
 
 
 def with_picture(recipe: Recipe, dataset: Dataset) -> Recipe:
-    """Draw one sample picture after the last step where no previews are set, for the page's history of runs.
+    """Draw one sample picture after the last step if no previews are set, for the page's history of runs.
 
-    Its prompt is the word that is learnt, the dataset's trigger, or the first caption.
+    Its prompt is the trained embedding, the dataset's trigger, or the first caption.
     """
     if recipe.preview_prompts:
         return recipe
@@ -229,7 +229,7 @@ def _missing(result) -> str:
 
 
 def geometries(dataset: Dataset, model: ModelPatcher | None, vae: VAE | None) -> dict[int, Geometry]:
-    """How pictures will be cut for a model, by resolution, 0 for the dataset's own; without a model as for SD1."""
+    """Return the geometry of a model's crops by resolution, 0 for the dataset's own; without a model, that of SD1."""
     factor = int(vae.spacial_compression_encode()) if vae is not None else 8
     found = {}
     for side in all_resolutions(dataset):
@@ -248,10 +248,10 @@ def family_name(model: ModelPatcher | None) -> str:
 
 
 def token_counter(clip: CLIP | None) -> Callable[[str], int] | None:
-    """Counts a caption's tokens, None without a text encoder."""
+    """Return a function that counts a caption's tokens, or None without a text encoder."""
     return ComfyText(clip).count_tokens if clip is not None else None
 
 
 def nothing(reason: str) -> ExecutionBlocker:
-    """An output that stops whatever uses it, saying why."""
+    """Return an output that blocks its consumers and shows them the reason."""
     return ExecutionBlocker(reason)

@@ -1,1 +1,1 @@
-"""Training in processes of its own: launcher, worker, provenance of the model."""
+"""Training in separate processes: launcher, worker, provenance of the model."""

@@ -1,7 +1,7 @@
-"""A training in the graph by several processes on this machine, each with a GPU of its own.
+"""Launcher of a graph's training in several processes on this machine, each with its own GPU.
 
-Each of them runs the pack's job.py as a machine elsewhere would. The graph waits, shows what the one that leads tells,
-and hands on what is asked.
+Each process runs the pack's job.py as another machine would. The graph waits, shows the events of the main process,
+and forwards the user's commands.
 """
 
 from __future__ import annotations
@@ -45,23 +45,22 @@ log = logging.getLogger(__name__)
 _JOB = os.path.join(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))), "job.py")
 _SEATED = "graft_job"
 
-# How long the graph waits at a time; how long it lets processes save and leave before it ends them, when the user
-# cancelled, and when one of them failed.
+# Seconds: of one wait, for processes to save and exit after the user cancelled, and for the same after one failed.
 _PAUSE = 0.05
 _GRACE = 4.5
 _LONG_GRACE = 60.0
 
 
 def check_count(count: int) -> None:
-    """Refuses more processes than there are GPUs, and GPUs that have no way to tell each other anything.
+    """Refuse more processes than there are GPUs, and GPUs that cannot communicate.
 
     Raises:
-        SettingsError: naming the option.
+        SettingsError: names the option.
     """
     device = comfy.model_management.get_torch_device()
     if device.type == "cpu":
         return
-    # Of the kind's own module: torch.accelerator is not in every version that the host takes.
+    # Use the device type's own module: ComfyUI runs with versions of torch that lack torch.accelerator.
     kind = getattr(torch, device.type, None)
     there = 1 if kind is None else kind.device_count()
     if count > there:
@@ -80,20 +79,20 @@ def check_count(count: int) -> None:
 
 
 def train(recipe: Recipe, dataset: Dataset, host: Host, node: str) -> tuple[str, int]:
-    """Trains a recipe by its number of processes to the end of its run; the run's name and the step it went on from.
+    """Train a recipe to the end of its run in its number of processes. Return the run's name and its start step.
 
     Raises:
-        GraftError: of any of the processes, or that one was lost; what was reached is saved.
-        The host's interruption, after what was reached was saved and the processes have ended.
+        GraftError: a process raised it, or a process was lost; progress is saved.
+        InterruptProcessingException: ComfyUI's interruption, after progress was saved and the processes have ended.
     """
     check_count(recipe.processes)
-    # The files are this machine's own.
+    # The model's files are on this machine, so the job need not list them.
     base = provenance.describe(node, host, files=False)
-    # Where the host clears up after a server that was killed.
+    # ComfyUI empties this folder after a server that was killed.
     folder = os.path.join(folder_paths.get_temp_directory(), f"graft-{secrets.token_hex(6)}")
     try:
         write_local_job(folder, recipe, dataset, host, paths.folders(), base)
-        # The processes put their own copies on the devices.
+        # The processes put their own copies of the model on the devices.
         comfy.model_management.unload_all_models()
         comfy.model_management.soft_empty_cache()
         crew = WorkerGroup(folder, recipe.processes)
@@ -107,10 +106,10 @@ def train(recipe: Recipe, dataset: Dataset, host: Host, node: str) -> tuple[str,
 
 @dataclass
 class Worker:
-    """One process.
+    """A process of the training.
 
     Attributes:
-        last: what it said before it ended, None while it has not.
+        last: its final message, None while there is none.
     """
 
     process: BaseProcess
@@ -118,7 +117,7 @@ class Worker:
     last: tuple | None = None
 
     def messages(self) -> Iterator[tuple]:
-        """What it has said since."""
+        """Yield the messages that arrived since the last call."""
         try:
             while self.pipe.poll():
                 word = self.pipe.recv()
@@ -129,7 +128,7 @@ class Worker:
             return
 
     def say(self, word: str) -> None:
-        """Tells it something; one that has ended does not hear it."""
+        """Send a message; a process that has ended ignores it."""
         try:
             self.pipe.send(word)
         except (BrokenPipeError, OSError) as error:
@@ -137,19 +136,19 @@ class Worker:
 
     @property
     def failed(self) -> bool:
-        """Whether it ended otherwise than by being done."""
+        """Report whether the process ended in any way but done."""
         said = self.last is not None and self.last[0] != "done"
         return said or self.process.exitcode not in (None, 0)
 
 
 class WorkerGroup:
-    """The processes of one training, and what the graph knows of them."""
+    """The processes of one training."""
 
     def __init__(self, folder: str, count: int):
         from torch import multiprocessing
         from torch.distributed import TCPStore
 
-        # Where they find each other; the system chooses a port that is free.
+        # Rendezvous of the processes; the system chooses a free port.
         self._store = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
         self._members: list[Worker] = []
         self._run = ("", 0)
@@ -174,7 +173,7 @@ class WorkerGroup:
             raise
 
     def attend(self, host: Host) -> tuple[str, int]:
-        """Waits until all are done. Raises as `train`."""
+        """Wait until all processes are done. Raises as `train`."""
         stopping = False
         until = math.inf
         try:
@@ -186,7 +185,7 @@ class WorkerGroup:
                     self._members[0].say(asked.value)
                 stopping = stopping or asked is Command.STOP
                 if until == math.inf and any(member.failed for member in self._members):
-                    # The others learn of it, and the one that leads saves.
+                    # The others learn of it, and the main process saves.
                     until = time.monotonic() + _LONG_GRACE
             self._hear(host.report)
         except comfy.model_management.InterruptProcessingException:
@@ -196,11 +195,11 @@ class WorkerGroup:
         return self._run
 
     def _runs(self) -> bool:
-        """Whether one has still something to say: what they do after their last word is of no account."""
+        """Report whether a process may still send a message; its work after the final message does not matter."""
         return any(member.process.exitcode is None and member.last is None for member in self._members)
 
     def _hear(self, report: Callable[[str, dict], None]) -> None:
-        """Passes on what is said for a moment."""
+        """Wait briefly, and forward the messages that arrive."""
         from multiprocessing.connection import wait
 
         live = [member for member in self._members if member.process.exitcode is None]
@@ -218,7 +217,7 @@ class WorkerGroup:
         report(event, payload)
 
     def _leave(self, host: Host) -> None:
-        """Lets all save and end, within some seconds."""
+        """Let all processes save and end within a few seconds."""
         for member in self._members:
             member.say("leave")
 
@@ -227,7 +226,7 @@ class WorkerGroup:
                 try:
                     host.report(event, payload)
                 except comfy.model_management.InterruptProcessingException:
-                    # Cancelled twice.
+                    # The user cancelled twice.
                     return
 
         until = time.monotonic() + _GRACE
@@ -236,7 +235,7 @@ class WorkerGroup:
         self._hear(note)
 
     def _raise_cause(self) -> None:
-        """Raises what the training failed by: what one said of itself, or that one ended without a word."""
+        """Raise the training's error: one that a process reported, or the loss of a process."""
         said = [member.last for member in self._members if member.last is not None]
         for word in said:
             if word[0] == "failed":
@@ -255,7 +254,7 @@ class WorkerGroup:
                 raise error()
 
     def end(self) -> None:
-        """Ends those that still run, and waits until they have."""
+        """Kill the processes that still run, and wait until they have ended."""
         for member in self._members:
             if member.process.is_alive():
                 member.process.kill()
@@ -278,7 +277,7 @@ def _opened(path: str) -> Image.Image:
 
 
 def _environment(rank: int, count: int, port: int) -> dict[str, str]:
-    """What torch looks for in the processes that a launcher has started."""
+    """Return the environment variables that torch expects in the processes of a launcher."""
     found = {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
@@ -286,7 +285,7 @@ def _environment(rank: int, count: int, port: int) -> dict[str, str]:
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),
-        # The graph keeps the store, and they only connect to it.
+        # The graph hosts the store; the processes only connect to it.
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RESTART_COUNT": "0",
     }
@@ -297,7 +296,7 @@ def _environment(rank: int, count: int, port: int) -> dict[str, str]:
 
 @contextmanager
 def _nameless_main() -> Iterator[None]:
-    """Within it a new process does not run ComfyUI's main.py, as it would to find what it is to run there."""
+    """Hide ComfyUI's main.py from new processes, which multiprocessing would run in each of them."""
     main = sys.modules["__main__"]
     sys.modules["__main__"] = types.ModuleType("__main__")
     try:

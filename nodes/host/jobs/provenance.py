@@ -1,8 +1,8 @@
-"""Where a graph's model comes from: ComfyUI's own nodes that lead to it, written down and done again elsewhere.
+"""Provenance of a graph's model: the ComfyUI nodes that lead to it, recorded and executed again elsewhere.
 
-A MODEL does not know its file. The graph does: the nodes from the loaders to the trainer's sockets, with their widgets.
-ComfyUI's own are done again as they stand, LoRAs and ModelSampling nodes among them. Whether the same came out is asked
-of the weights afterwards.
+A MODEL does not know its file. The graph does: it holds the nodes from the loaders to the trainer's sockets, with their
+widgets. ComfyUI's own nodes are executed again as they stand, LoRA and ModelSampling nodes among them. The weights'
+fingerprints then show whether the same model came out.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ if TYPE_CHECKING:
 SOCKETS = ("model", "clip", "vae")
 
 _CORE = ("nodes", "comfy_extras.")
-# More nodes than this between a loader and a trainer were made by no one.
+# Limit of the nodes between a loader and a trainer; no user makes more.
 _MOST_NODES = 500
 
 
 def describe(node: str, host: Host, files: bool) -> dict[str, Any]:
-    """What leads to the model, the text encoder and the VAE of a node that is executing; JSON-able.
+    """Return the nodes that lead to the model, text encoder and VAE of the executing node; JSON-able.
 
     Args:
-        host: what arrived at that node; its fingerprints are what is loaded again is held against.
-        files: whether to name the files with their hashes, which takes reading them whole: for other machines.
+        host: the node's inputs. Their fingerprints are compared with those of the inputs that are loaded again.
+        files: list the files with their hashes, for other machines. This reads every file whole.
 
     Raises:
-        ModelError: it cannot be known, or nodes of other packs are among it.
+        ModelError: the provenance is unknown, or includes nodes of other packs.
     """
     context = get_executing_context()
     prompt = running_prompt(context.prompt_id) if context is not None else None
@@ -60,7 +60,7 @@ def describe(node: str, host: Host, files: bool) -> dict[str, Any]:
 
 
 def fingerprints(host: Host) -> dict[str, str]:
-    """Of a host's model, text encoder and VAE, by socket."""
+    """Return the fingerprints of a host's model, text encoder and VAE, by socket."""
     return {
         "model": host.denoiser.fingerprint(),
         "clip": host.text.fingerprint(),
@@ -69,7 +69,7 @@ def fingerprints(host: Host) -> dict[str, str]:
 
 
 def earlier_fingerprints(host: Host) -> dict[str, str]:
-    """The same as versions before had them."""
+    """Return the same fingerprints as earlier versions computed them."""
     parts = {"model": host.denoiser, "clip": host.text, "vae": host.codec}
     return {socket: earlier_fingerprint(part) for socket, part in parts.items()}
 
@@ -79,7 +79,7 @@ def _is_link(value: Any) -> bool:
 
 
 def _collect(prompt: dict, start: str, socket: str, found: dict[str, dict]) -> None:
-    """Adds a node and all that lead to it. Raises ModelError as `describe` does."""
+    """Add a node and all nodes that lead to it. Raises ModelError as `describe` does."""
     pending = [start]
     while pending:
         identity = pending.pop()
@@ -101,7 +101,7 @@ def _collect(prompt: dict, start: str, socket: str, found: dict[str, dict]) -> N
 
 
 def _refuse_writer(kind: str, socket: str = "") -> None:
-    """Refuse a node that writes files: a job does again only what leads to a model. Raises ModelError."""
+    """Refuse a node that writes files: a job executes only nodes that lead to a model. Raises ModelError."""
     if getattr(nodes.NODE_CLASS_MAPPINGS[kind], "OUTPUT_NODE", False):
         raise ModelError(
             f"The job's model comes through a {kind}, which writes files.",
@@ -116,7 +116,7 @@ def _is_core(kind: str) -> bool:
 
 
 def _files_of(found: dict[str, dict]) -> list[dict[str, Any]]:
-    """The files that the nodes' widgets name, each with its list at the host, its size and its hash."""
+    """Return the files that the nodes' widgets name, each with its ComfyUI list, its size and its hash."""
     rows = {}
     for node in found.values():
         for name, value in node["inputs"].items():
@@ -129,7 +129,7 @@ def _files_of(found: dict[str, dict]) -> list[dict[str, Any]]:
 
 
 def _list_of(kind: str, name: str, value: Any) -> str | None:
-    """Which of the host's lists of files a widget chooses from, None for none."""
+    """Return the ComfyUI file list that a widget chooses from, or None."""
     if not isinstance(value, str):
         return None
     declared = nodes.NODE_CLASS_MAPPINGS[kind].INPUT_TYPES()
@@ -145,10 +145,10 @@ def _list_of(kind: str, name: str, value: Any) -> str | None:
 
 
 def check_files(base: dict[str, Any]) -> None:
-    """Finds out whether the files of a base are here and the same.
+    """Check that the files of a base exist here and are the same.
 
     Raises:
-        ModelError: naming each that is not, with the hash it should have.
+        ModelError: a file is missing or differs; the message gives its name and the expected hash.
     """
     for row in base["files"]:
         name, kind, wanted = row["name"], row["list"], row["sha256"]
@@ -166,10 +166,10 @@ def check_files(base: dict[str, Any]) -> None:
 
 
 def load(base: dict[str, Any]) -> dict[str, Any]:
-    """The model, text encoder and VAE of a base, by socket.
+    """Return the model, text encoder and VAE of a base, by socket.
 
     Raises:
-        ModelError: it names a node that this ComfyUI does not have as its own, or what is not there.
+        ModelError: the base names a node that is missing from it, or that this ComfyUI does not have as its own.
     """
     if any(node["class_type"] not in nodes.NODE_CLASS_MAPPINGS for node in base["nodes"].values()):
         asyncio.run(nodes.init_builtin_extra_nodes())
@@ -191,7 +191,7 @@ def _output(graph: dict[str, dict], link: list, done: dict[str, tuple], path: tu
         values = {
             name: _output(graph, value, done, (*path, identity)) if _is_link(value) else value
             for name, value in inputs.items()
-            # The host, too, passes by what a node does not know.
+            # ComfyUI also ignores inputs that a node does not declare.
             if any(name in declared.get(group, {}) for group in ("required", "optional"))
         }
         done[identity] = _executed(made, values)
@@ -199,7 +199,7 @@ def _output(graph: dict[str, dict], link: list, done: dict[str, tuple], path: tu
 
 
 def _executed(made: type, values: dict[str, Any]) -> tuple:
-    """What a node gives, of either kind of class that the host has."""
+    """Return a node's outputs, for both of ComfyUI's kinds of node classes."""
     runs = getattr(made if hasattr(made, "define_schema") else made(), made.FUNCTION)
     result = runs(**values)
     if inspect.isawaitable(result):

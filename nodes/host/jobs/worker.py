@@ -1,4 +1,4 @@
-"""A job run in a process of its own: ComfyUI's model code without its server, alone or in a group."""
+"""A job in its own process: ComfyUI's model code without its server, alone or in a process group."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ Report = Callable[[str, dict[str, Any]], None]
 
 
 def main(folder: str, group: AccelerateGroup, seat: dict[str, Any] | None) -> int:
-    """Runs the job in a folder to its end; the process's exit status.
+    """Run the job in a folder to its end, and return the exit status.
 
     Args:
-        seat: what the graph gave a process that it started, None outside a graph.
+        seat: data from the graph for a process that it started, None outside a graph.
     """
-    # Not by the host's own function, which takes other arguments in each version and writes a file. In place of what
-    # libraries have put there meanwhile, which would say everything twice.
+    # ComfyUI's own logging setup takes other arguments in each version and writes a file. `force` removes the handlers
+    # of libraries, which would print every line twice.
     logging.basicConfig(level=logging.INFO if group.is_main else logging.WARNING, format="%(message)s", force=True)
     pipe = None if seat is None else seat["pipe"]
     with REGISTRY.register("") as training, _interruptible(pipe, training):
@@ -77,19 +77,19 @@ def _run(folder: str, group: AccelerateGroup, report: Report, training: Training
     except PeerLostError:
         raise
     except BaseException:
-        # Whoever is on the way to a meeting would wait for this one.
+        # Other processes on the way to an all-reduce would wait for this one.
         group.abort()
         raise
 
 
 def _host(job: Job, group: AccelerateGroup, report: Report, training: Training) -> Host:
-    """The host with the job's base, which is made sure of."""
+    """Return the host with the job's base, after a check of its fingerprints."""
     base = provenance.load(job.base)
     check_sockets(**base)
     text = ComfyText(base["clip"])
     denoiser = ComfyDenoiser(base["model"], text, base["vae"])
     host = Host(denoiser, text, ComfyCodec(base["vae"]), report, training.next_command, check_interrupt, group)
-    # Jobs of versions before have fingerprints of another kind.
+    # Jobs of earlier versions have fingerprints of another kind.
     before = provenance.earlier_fingerprints(host)
     for socket, found in provenance.fingerprints(host).items():
         if job.base["fingerprints"].get(socket) not in (found, before[socket]):
@@ -103,7 +103,7 @@ def _host(job: Job, group: AccelerateGroup, report: Report, training: Training) 
 
 
 def _check_embeddings(job: Job, embedded: str) -> None:
-    """Raise ModelError where the embedding files that the job's texts call are not those it was made with."""
+    """Raise ModelError if the embedding files that the job's texts call are not those that it was made with."""
     if job.embedded is not None and job.embedded != embedded:
         raise ModelError(
             "The job's captions call an embedding (embedding:NAME) whose file is missing here, or is another one.",
@@ -113,7 +113,7 @@ def _check_embeddings(job: Job, embedded: str) -> None:
 
 
 def _set_paths() -> None:
-    """As ComfyUI's main.py does with its options and files before it starts its server."""
+    """Set ComfyUI's paths from its options and files, as its main.py does before it starts the server."""
     root = os.path.dirname(os.path.abspath(folder_paths.__file__))
     usual = os.path.join(root, "extra_model_paths.yaml")
     for path in ([usual] if os.path.isfile(usual) else []) + list(
@@ -135,7 +135,7 @@ def _set_paths() -> None:
 
 @contextmanager
 def _interruptible(pipe, training: Training):
-    """Lets signals, or words of the graph, interrupt where the host's own Cancel does."""
+    """Let signals, or messages of the graph, interrupt where ComfyUI's own Cancel does."""
     if pipe is not None:
         threading.Thread(target=_listen, args=(pipe, training), daemon=True).start()
 
@@ -151,7 +151,7 @@ def _interruptible(pipe, training: Training):
 
 
 def _listen(pipe, training: Training) -> None:
-    """What the graph says; a graph that is no more ends this process at once."""
+    """Execute the graph's messages; if the graph is gone, end this process at once."""
     while True:
         try:
             word = pipe.recv()
@@ -164,14 +164,14 @@ def _listen(pipe, training: Training) -> None:
 
 
 class _Terminal:
-    """What a job run by hand tells, on the terminal, by the process that leads."""
+    """The output of a job that was started by hand, printed by the main process."""
 
     def __init__(self, group: AccelerateGroup):
         self._group = group
         self._step = 0
 
     def __call__(self, event: str, payload: dict) -> None:
-        """One event; raises the host's interruption after a signal."""
+        """Handle one event; raise ComfyUI's interruption after a signal."""
         if event == "step":
             self._step = payload["step"]
         check_interrupt()
@@ -202,7 +202,7 @@ class _Terminal:
 
 
 class _Relay:
-    """The same for the graph that started this process, which tells its pages."""
+    """The output of a job that a graph started, sent to the graph and from there to its pages."""
 
     def __init__(self, group: AccelerateGroup, pipe, training: Training):
         self._group = group
@@ -210,7 +210,7 @@ class _Relay:
         self._training = training
 
     def __call__(self, event: str, payload: dict) -> None:
-        """One event, without its pictures: those are on disk."""
+        """Send one event without its pictures, which are on disk."""
         if event == "step":
             self._training.step = payload["step"]
         if self._group.is_main:

@@ -7,10 +7,10 @@ from . import families
 
 
 def check_sockets(model, clip, vae) -> None:
-    """Refuses what cannot be trained before anything is read.
+    """Refuse inputs that cannot be trained before any file is read.
 
     Raises:
-        ModelError: a checkpoint without text encoder or VAE, or a model whose weights cannot be trained through.
+        ModelError: the checkpoint lacks a text encoder or VAE, or the model's format has no gradients.
     """
     for name, value in (("model", model), ("clip", clip), ("vae", vae)):
         if value is None:

@@ -1,9 +1,8 @@
-"""Checksums of whole tensors, each computed once as long as the tensor stays what it is.
+"""Checksums of whole tensors, computed once as long as a tensor does not change.
 
-A model of 2 GB takes seconds. So a checksum is remembered for the place that a tensor has: a name in a module, or the
-tensor itself. It holds while the memory is the same and was not written to. ComfyUI moves weights between devices, and
-puts patched ones in their place and back: then a sum of all numbers, several times as fast, decides whether they are
-the same.
+A model of 2 GB takes seconds. So a checksum is cached by module and weight name, or by the tensor itself. It is valid
+while the tensor has the same memory and nothing wrote to it. ComfyUI moves weights between devices, and swaps patched
+weights in and out. Then a sum of all numbers, several times as fast, decides whether the weights are the same.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 log = logging.getLogger(__name__)
 
-# Bytes that are brought to the CPU at a time, from which on it is said how long it took, and the most threads.
+# Bytes copied to the CPU at a time, bytes from which on the duration is logged, and the limit of threads.
 _CHUNK = 64 * 1024 * 1024
 _TOLD = 1024**3
 _THREADS = 8
@@ -31,12 +30,12 @@ _THREADS = 8
 
 @dataclass
 class _Known:
-    """A checksum, and what tells that it still holds.
+    """A checksum, and the evidence that it is still valid.
 
     Attributes:
-        memory: a weak reference to the tensor's memory; an address alone could be another tensor's by now.
-        mark: changes when the tensor is another part of that memory, or was written to by torch.
-        sums: of the numbers, by part of the tensor.
+        memory: weak reference to the tensor's storage; another tensor could have reused a bare address.
+        mark: changes if the tensor is another view of that storage, or if torch wrote to it.
+        sums: sums of the numbers, one for each plain tensor inside.
     """
 
     memory: StorageWeakRef
@@ -45,13 +44,13 @@ class _Known:
     checksum: bytes
 
 
-# What is remembered has to outlive the nodes that ask.
+# The caches must outlive the nodes that use them.
 _BY_MODULE: weakref.WeakKeyDictionary[torch.nn.Module, dict[str, _Known]] = weakref.WeakKeyDictionary()
 _BY_TENSOR = WeakIdKeyDictionary()
 
 
 def module_checksums(module: torch.nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) -> dict[str, bytes]:
-    """The checksum of each of a module's weights, by name."""
+    """Return the checksum of each of a module's weights, by name."""
     known = _BY_MODULE.setdefault(module, {})
     weights = dict(weights)
     missing = {name: tensor for name, tensor in weights.items() if not _holds(known.get(name), tensor)}
@@ -67,7 +66,7 @@ def module_checksums(module: torch.nn.Module, weights: Iterable[tuple[str, torch
 
 
 def tensor_checksum(tensor: torch.Tensor) -> bytes:
-    """The checksum of a tensor that is no module's."""
+    """Return the checksum of a tensor that belongs to no module."""
     known = _BY_TENSOR.get(tensor)
     if not _holds(known, tensor):
         known = _BY_TENSOR[tensor] = _compute(tensor)
@@ -83,7 +82,8 @@ def _holds(known: _Known | None, tensor: torch.Tensor) -> bool:
         return True
     places = [[where for where, _ in one[1:]] for one in (mark, known.mark)]
     is_written_to = not known.memory.expired() and places[0] == places[1]
-    # In other memory it was moved, or put back after a patch: a sum tells, which would not tell rows that were swapped.
+    # After a write, read the tensor again: a sum misses swapped rows. A sum suffices for a tensor that was moved, or
+    # restored after a patch.
     if is_written_to or mark[0] != known.mark[0] or _sums(parts) != known.sums:
         return False
     known.memory, known.mark = StorageWeakRef(parts[0].untyped_storage()), mark
@@ -102,11 +102,11 @@ def _compute(tensor: torch.Tensor) -> _Known:
 
 
 def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """The plain tensors that a tensor consists of: quantized ones hold numbers and scales."""
+    """Return the plain tensors inside a tensor: a quantized one holds numbers and scales."""
     if hasattr(tensor, "__tensor_flatten__"):
         names, _ = tensor.__tensor_flatten__()
         return [part for name in names for part in _parts(getattr(tensor, name))]
-    # Of other subclasses what they hold, not what they show.
+    # Hash the stored data of other subclasses, not their view of it.
     return [tensor.detach().as_subclass(torch.Tensor)]
 
 
@@ -116,7 +116,7 @@ def _shapes(tensor: torch.Tensor, parts: list[torch.Tensor]) -> tuple:
 
 def _mark(tensor: torch.Tensor, parts: list[torch.Tensor]) -> tuple:
     def written(part: torch.Tensor) -> int:
-        # What was made in inference mode has no count of writes.
+        # Inference tensors have no version counter.
         return -1 if part.is_inference() else part._version
 
     where = (None if part.is_meta else (part.data_ptr(), part.stride(), str(part.device)) for part in parts)
@@ -124,19 +124,19 @@ def _mark(tensor: torch.Tensor, parts: list[torch.Tensor]) -> tuple:
 
 
 def _bytes(part: torch.Tensor) -> torch.Tensor:
-    """[bytes] uint8, on the tensor's device; nothing of a tensor without numbers."""
+    """Return the bytes as [bytes] uint8 on the tensor's device; empty for meta and empty tensors."""
     if part.is_meta or part.numel() == 0:
         return torch.zeros(0, dtype=torch.uint8)
     return part.contiguous().reshape(-1).view(torch.uint8)
 
 
 def _sums(parts: list[torch.Tensor]) -> tuple[int, ...]:
-    """The sum of each part's bytes, in words of eight."""
+    """Return the sum of each part's bytes, read as 64-bit words."""
     found = []
     for part in parts:
         flat = _bytes(part)
         words = flat.numel() // 8 * 8
-        # A view of part of a tensor may begin between two words.
+        # A view may start at an address that is not a multiple of 8.
         whole = flat[:words] if flat.data_ptr() % 8 == 0 else flat[:words].clone()
         found.append(int(whole.view(torch.int64).sum()) + int(flat[words:].sum()) if flat.numel() else 0)
     return tuple(found)

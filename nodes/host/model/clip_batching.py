@@ -1,7 +1,7 @@
-"""Captions through a CLIP in training: at once where an encoder is trained, once each where it is not.
+"""Batched CLIP encoding in training: one pass for all captions if an encoder is trained, cached outputs if not.
 
-What the host does around its encoders (chunks, joining, padding) stays its own; only the calls of the encoders inside
-are answered from what was computed for all captions together.
+ComfyUI's own code around its encoders (chunks, joining, padding) still runs. Only the calls of the inner encoders
+return results that were computed for all captions together.
 """
 
 from __future__ import annotations
@@ -21,30 +21,30 @@ if TYPE_CHECKING:
 
     from ....trainers.preprocessing.lru_cache import LRUCache
 
-# Encoders of which each row of a batch is known to be what it is alone: tests hold it.
+# Encoders whose rows do not depend on the rest of the batch; tests check it.
 _ROW_BY_ROW = (*WIDTHS, "t5xxl")
 
 
 def encode_together(clip: CLIP, tokens: Sequence[dict], keep: LRUCache) -> list[dict[str, torch.Tensor]]:
-    """What the host encodes from each of the tokens, with its graph.
+    """Return ComfyUI's encoding of each set of tokens, with its autograd graph.
 
     Args:
-        clip: whose module is a private tree.
-        tokens: as `clip.tokenize` gives them for literal captions.
-        keep: for what encoders give in which nothing is trained.
+        clip: a CLIP whose module is a private tree.
+        tokens: results of `clip.tokenize` for literal captions.
+        keep: cache for the outputs of encoders without trained parameters.
     """
     return _each(clip, tokens, WIDTHS, keep)
 
 
 def encode_alike(clip: CLIP, tokens: Sequence[dict]) -> list[dict[str, torch.Tensor]]:
-    """What the host encodes from each of the tokens, all of one form."""
+    """Return ComfyUI's encoding of each set of tokens, all of one form."""
     return _each(clip, tokens, _ROW_BY_ROW, None)
 
 
 def form_of(clip: CLIP, tokens: dict) -> Hashable:
-    """Number and lengths of the chunks for each encoder; None where one is to be encoded alone.
+    """Return number and lengths of the chunks for each encoder; None for tokens that must be encoded alone.
 
-    That is where a place holds no number but vectors, and where no encoder is known to answer row by row.
+    That is so if a place holds vectors instead of a number, or if no encoder is known to compute row by row.
     """
     found = []
     for key, _ in _inner(clip, [tokens]):
@@ -56,7 +56,7 @@ def form_of(clip: CLIP, tokens: dict) -> Hashable:
 
 
 def _each(clip: CLIP, tokens: Sequence[dict], keys: Collection[str], keep: LRUCache | None) -> list[dict]:
-    """Args: keys: of the encoders that are asked once for all."""
+    """Encode each set of tokens; the encoders in `keys` run once for all."""
     together = {key: _Rows(inner, tokens, key) for key, inner in _inner(clip, tokens) if key in keys}
     found = []
     for number, one in enumerate(tokens):
@@ -66,7 +66,7 @@ def _each(clip: CLIP, tokens: Sequence[dict], keys: Collection[str], keep: LRUCa
 
 
 def encoded(clip: CLIP, tokens: dict) -> dict[str, torch.Tensor]:
-    """What the host encodes from tokens, under the names that its conditioning nodes use."""
+    """Return ComfyUI's encoding of tokens, under the names that its conditioning nodes use."""
     import torch
 
     found = clip.encode_from_tokens(tokens, return_pooled=True, return_dict=True)
@@ -75,7 +75,7 @@ def encoded(clip: CLIP, tokens: dict) -> dict[str, torch.Tensor]:
 
 
 def _inner(clip: CLIP, tokens: Sequence[dict]) -> Iterator[tuple[str, torch.nn.Module]]:
-    """(key, encoder) of each part of a CLIP that tokens are made for."""
+    """Yield (key, encoder) of each part of a CLIP that has tokens."""
     for name in tokens[0]:
         for key in (name, f"clip_{name}"):
             inner = getattr(clip.cond_stage_model, key, None)
@@ -88,14 +88,14 @@ def _name(key: str, tokens: dict) -> str:
 
 
 def _sections(tokens: dict, key: str) -> list[list]:
-    """Lists of what stands for each place of each chunk, as the host passes them to an encoder."""
+    """Return the chunks as lists of tokens, as ComfyUI passes them to an encoder."""
     return [[place[0] for place in chunk] for chunk in tokens[_name(key, tokens)]]
 
 
 class _Rows:
-    """What an encoder gives for the chunks of all captions, computed when the host first asks for one's.
+    """An encoder's outputs for the chunks of all captions, computed at ComfyUI's first call.
 
-    Not before: only then has the host placed the weights and set from which layer it takes what it gives.
+    Not earlier: ComfyUI places the weights and sets the output layer just before that call.
     """
 
     def __init__(self, inner: torch.nn.Module, tokens: Sequence[dict], key: str):
@@ -107,9 +107,9 @@ class _Rows:
         self._found: tuple | None = None
 
     def answer(self, number: int, wanted: list[list]):
-        """Of caption `number`."""
+        """Return the outputs for caption `number`."""
         start, stop = self._spans[number]
-        # A prompt with weights would want one row more; captions have none.
+        # ComfyUI asks for one more row for a prompt with weights; captions have none.
         if not self._together or len(wanted) != stop - start:
             return self._ask(wanted)
         if self._found is None:
@@ -121,7 +121,7 @@ class _Rows:
 def _answered(
     clip: CLIP, tokens: Sequence[dict], number: int, together: dict[str, _Rows], keep: LRUCache | None
 ) -> Iterator[None]:
-    """Lets the encoders answer caption `number` from what is computed already."""
+    """Let the encoders answer caption `number` with results that are computed already."""
     changed = []
     try:
         for key, inner in _inner(clip, tokens):
@@ -145,7 +145,7 @@ def _answer(inner, key: str, number: int, rows: _Rows | None, keep: LRUCache | N
 
 
 def _slice(value, start: int, stop: int):
-    """Rows of whatever an encoder gives: a tuple of tensors, dicts of them, or nothing."""
+    """Return a range of rows of an encoder's output: a tuple of tensors, dicts of tensors, or None."""
     if isinstance(value, tuple):
         return tuple(_slice(part, start, stop) for part in value)
     if isinstance(value, dict):
@@ -154,7 +154,7 @@ def _slice(value, start: int, stop: int):
 
 
 class _Kept(dict):
-    """What an encoder gave, as `Keep` measures it."""
+    """An encoder's output in a form that `LRUCache` can measure."""
 
     def __init__(self, value: tuple):
         import torch

@@ -1,4 +1,4 @@
-"""Newer hosts' own kernels have no backward: while a model is trained they are told, and kept away from them."""
+"""Patches of newer ComfyUI versions for training: no kernels without a backward, and the training flag."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _NAMES = tuple(
 
 @contextmanager
 def differentiable() -> Iterator[None]:
-    """Within it calls for rotary embeddings reach the kernels' own reference in PyTorch, which autograd records.
+    """Replace ComfyUI's kernels for rotary embeddings by their PyTorch reference, which autograd can record.
 
-    The host asks `model_management.in_training` in some models before it takes a kernel, and in others not at all.
+    Some models of ComfyUI check `model_management.in_training` before they use a kernel; others do not.
     """
     try:
         kitchen, plain = importlib.import_module(_KITCHEN), importlib.import_module(_PLAIN)
@@ -38,7 +38,7 @@ def differentiable() -> Iterator[None]:
 
 @contextmanager
 def training_flag(value: bool) -> Iterator[None]:
-    """Within it newer hosts know that a model is trained, or that it is not; older ones do not ask."""
+    """Tell newer ComfyUI versions that a model is or is not being trained; older versions have no such flag."""
     management = comfy.model_management
     if not hasattr(management, "in_training"):
         yield

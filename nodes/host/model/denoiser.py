@@ -1,4 +1,4 @@
-"""ComfyUI's MODEL as a denoiser for training: its own module, its own conditioning, exact gradients."""
+"""ComfyUI's MODEL as a denoiser for training, with its own module and conditioning and exact gradients."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class ComfyDenoiser:
-    """The graph's MODEL, trained on a private tree over its own weights; the graph's stays as it was.
+    """The graph's MODEL, trained through a private tree over its own weights. The graph's MODEL does not change.
 
     Attributes:
         module: the private tree; only within `training`.
-        compute_dtype: of activations; only within `training`.
+        compute_dtype: dtype of activations; only within `training`.
     """
 
     def __init__(self, model: ModelPatcher, text: ComfyText, vae: VAE):
@@ -73,15 +73,15 @@ class ComfyDenoiser:
         self._sampler: sampling.PreviewSampler | None = None
 
     def geometry(self, resolution: int) -> Geometry:
-        """Buckets in multiples that VAE and network both divide."""
+        """Return the geometry. Its bucket sides are multiples that suit both VAE and network."""
         factor = int(self._vae.spacial_compression_encode())
         return families.geometry(self._model, factor, resolution)
 
     def check_inputs(self, latent: torch.Tensor, conditioning: dict[str, torch.Tensor]) -> None:
-        """Names a VAE or text encoder of another family, before it fails somewhere inside the network.
+        """Detect a VAE or text encoder of another family before the network fails inside.
 
         Raises:
-            ModelError: the latent's channels, or the width of the text, are not this model's.
+            ModelError: this model takes another number of latent channels, or another text width.
         """
         name = type(self._model.model).__name__
         wanted = self._model.get_model_object("latent_format").latent_channels
@@ -102,22 +102,22 @@ class ComfyDenoiser:
             )
 
     def sigmas(self) -> torch.Tensor:
-        """The noise levels of the model's own sampling object, ModelSampling nodes included."""
+        """Return the noise levels of the model's own sampling object, ModelSampling nodes included."""
         return self._sampling.sigmas.detach().to("cpu", torch.float32).clone()
 
     def scale_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """By the model's own latent format."""
-        # Within training by the base as it was loaded: the host may unload the shared one meanwhile, and with it
-        # what an upstream node put in place of the latent format.
+        """Scale latents by the model's own latent format."""
+        # In training, use the loaded base: ComfyUI may unload the shared model meanwhile, and an upstream node's latent
+        # format with it.
         return (self._base or self._model.model).process_latent_in(latents)
 
     def add_noise(self, x0: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        """By the model's own sampling object."""
+        """Add noise by the model's own sampling object."""
         with torch.no_grad():
             return self._sampling.noise_scaling(sigma.view(-1, *[1] * (x0.ndim - 1)), noise, x0)
 
     def predict(self, x_t: torch.Tensor, sigma: torch.Tensor, conditioning: Sequence[Conditioning]) -> torch.Tensor:
-        """The raw output; examples whose conditionings the host would not join run one after the other."""
+        """Return the raw output. Samples whose conditionings ComfyUI would not batch run one after the other."""
         conds = [self._conds(x_t[index : index + 1], one) for index, one in enumerate(conditioning)]
         groups = _joinable(conds)
         if len(groups) == 1:
@@ -130,7 +130,7 @@ class ComfyDenoiser:
         return torch.cat([parts[index] for index in range(len(conds))])
 
     def _conds(self, x_t: torch.Tensor, conditioning: Conditioning) -> dict:
-        """One example's inputs beside x_t and timestep, as the host's own sampler would make them."""
+        """Return one sample's inputs besides x_t and timestep, as ComfyUI's own sampler makes them."""
         width, height = conditioning.original_size
         target_width, target_height = conditioning.target_size
         facts = {
@@ -142,7 +142,7 @@ class ComfyDenoiser:
             "target_height": target_height,
             **self._guidance,
             **families.beside_values(self._beside, conditioning, self.device),
-            # As the host gives it for text encoders that have none; some models ask for it by name.
+            # ComfyUI passes None for text encoders without a pooled output; some models look the name up.
             "pooled_output": None,
             "noise": x_t,
             "latent_image": torch.zeros_like(x_t),
@@ -150,14 +150,14 @@ class ComfyDenoiser:
             "prompt_type": "positive",
         }
         tensors = {name: tensor.to(self.device) for name, tensor in conditioning.tensors.items()}
-        # Text that was encoded with its graph keeps it.
+        # Text that was encoded with an autograd graph keeps its graph.
         with torch.set_grad_enabled(torch.is_grad_enabled() and _trained(tensors.values())):
             found = self._base.extra_conds(**{**facts, **tensors})
             return {name: cond.process_cond(batch_size=1, area=None) for name, cond in found.items()}
 
     def _forward(self, x_t: torch.Tensor, sigma: torch.Tensor, conds: list[dict]) -> torch.Tensor:
         dtype = self.compute_dtype
-        # Asked each time: a method may have put weights of another dtype into the tree.
+        # Check at each call: a method may have put weights of another dtype into the tree.
         _cast_where_needed(self._casting, dtype)
         trained = _trained(cond.cond for one in conds for cond in one.values())
         with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
@@ -173,7 +173,7 @@ class ComfyDenoiser:
             t = self._sampling.timestep(sigma).float()
             t = self._base.process_timestep(t, x=x_t, **extra)
         if hasattr(self.module, "clear_kv_cache"):
-            # What the network remembers of the text belongs to the weights of an earlier step.
+            # The network's text cache holds results of an earlier step's weights.
             self.module.clear_kv_cache()
         with self._autocast():
             options = self._step_options(sigma, context)
@@ -198,11 +198,11 @@ class ComfyDenoiser:
 
     @contextmanager
     def training(self, compute_dtype: str, offloaded: bool = False) -> Iterator[None]:
-        """Has the host place the weights, builds the private tree, and forgets it afterwards in any case.
+        """Let ComfyUI place the weights, build the private tree, and discard it at the end in any case.
 
         Args:
             compute_dtype: "auto" for the dtype the model computes in, or "fp32", "bf16", "fp16".
-            away: as the protocol has it.
+            offloaded: keep the weights of blocks off the device, as the protocol says.
         """
         with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
             self._model = classic(self._model)
@@ -218,7 +218,7 @@ class ComfyDenoiser:
             quantized.as_linears(self.module)
             if offloaded:
                 mark_offloaded(self.module, self.device)
-            # Listed once: looking for them takes longer than asking them.
+            # List the layers once: searching the tree takes longer than checking their dtypes.
             self._casting = [layer for layer in self.module.modules() if hasattr(layer, "comfy_cast_weights")]
             self._base = _over(base, self.module)
             self._options = _transformer_options(self._model)
@@ -234,17 +234,17 @@ class ComfyDenoiser:
                 comfy.model_management.soft_empty_cache()
 
     def preview(self, request: PreviewRequest) -> list[Image.Image]:
-        """By the host's own sampler on the tree as trained so far."""
+        """Draw with ComfyUI's own sampler on the tree as trained so far."""
         _cast_where_needed(self._casting, _inference_dtype(self._base))
         try:
             with compat.training_flag(False):
                 return self._sampler.draw(request)
         finally:
-            # Drawing may have made the host move the tree to make room.
+            # ComfyUI may have moved the tree to make room while it sampled.
             place(self.module, self.device)
 
     def make_room(self, weights: bool = False) -> None:
-        """By the host's own means; the graph's own model too, where the tree has left its weights."""
+        """Free device memory through ComfyUI. With `weights`, free also the graph's weights that the tree gave up."""
         management = comfy.model_management
         mine = [entry for entry in management.current_loaded_models if entry.model is self._model]
         gc.collect()
@@ -252,26 +252,26 @@ class ComfyDenoiser:
         management.soft_empty_cache()
 
     def free_memory(self) -> int | None:
-        """By the host's own account, what torch holds in reserve included; of DirectML it knows nothing."""
+        """Return ComfyUI's count of free bytes, torch's reserve included; None on DirectML, where it has none."""
         if getattr(comfy.model_management, "directml_enabled", None):
             return None
         return int(comfy.model_management.get_free_memory(self.device))
 
     def pin(self, weight: torch.Tensor) -> bool:
-        """By the host's own means and within its own bounds."""
+        """Pin a weight through ComfyUI and within ComfyUI's limits."""
         return self._pins.add(weight)
 
     def adapter_name(self, path: str) -> str:
-        """kohya's name of a module: diffusers' module names where the family's files carry those."""
+        """Return kohya's name of a module, in diffusers' module names if the family's files use those."""
         name = self.published_name(path) if family_of(self.family).diffusers_names else None
         return "lora_unet_" + (name or path).replace(".", "_")
 
     def own_name(self, path: str) -> str:
-        """As in the model's own checkpoint."""
+        """Return the module's name in the model's own checkpoint."""
         return f"diffusion_model.{path}"
 
     def published_name(self, path: str) -> str | None:
-        """Path in diffusers' UNet, for the families whose layout the host's own map knows."""
+        """Return the module's path in diffusers' UNet, for the families whose layout ComfyUI's map covers."""
         name = self._diffusers_names.get(f"{path}.weight")
         return None if name is None else name[: -len(".weight")]
 
@@ -281,7 +281,7 @@ class ComfyDenoiser:
         return {ours: theirs for theirs, ours in names.items()}
 
     def published_splits(self, path: str) -> tuple[LayerSplit, ...]:
-        """By the host's own map of a transformer's weights; none for other families."""
+        """Return the splits of a layer in ComfyUI's diffusers map of a transformer; none for other families."""
         return self._cuts.get(f"{path}.weight", ())
 
     @functools.cached_property
@@ -289,26 +289,26 @@ class ComfyDenoiser:
         return families.diffusers_splits(self._model)
 
     def check_adapter(self, tensors: dict[str, torch.Tensor]) -> list[str]:
-        """Keys that the host's own LoRA loader would not use on this model."""
+        """Return the keys that ComfyUI's own LoRA loader would not use on this model."""
         return unread_keys(self._model, self._text and self._text.clip, tensors)
 
     def fingerprint(self) -> str:
-        """Of the MODEL as it arrived."""
+        """Return the fingerprint of the MODEL as it arrived."""
         return self._fingerprint
 
     def earlier_fingerprint(self) -> str:
-        """Of samples of its weights, as versions before had it."""
+        """Return the fingerprint that earlier versions computed from samples of the weights."""
         return self._earlier_fingerprint
 
 
 def _check_trainable(base, device: torch.device | None) -> None:
-    """Refuses what would train wrongly or fail halfway.
+    """Refuse a model that would train wrongly or fail halfway.
 
     Args:
-        device: that all weights have to be on; None where they may be away.
+        device: device that must hold all weights; None if weights may be offloaded.
 
     Raises:
-        ModelError: weights that stay off the device, or a model that does more around its network than is known.
+        ModelError: weights lie off the device, or the model does more around its network than training reproduces.
     """
     if not families.is_reproduced(base):
         raise ModelError(
@@ -346,7 +346,7 @@ def _inference_dtype(base) -> torch.dtype:
 
 
 def _cast_where_needed(layers: list[torch.nn.Module], dtype: torch.dtype) -> None:
-    """Lets the host's layers cast weights that are kept in another dtype; on the private tree only."""
+    """Let ComfyUI's layers cast weights that are stored in another dtype; on the private tree only."""
     for layer in layers:
         weight = getattr(layer, "weight", None)
         if weight is not None and weight.dtype != dtype:
@@ -354,7 +354,7 @@ def _cast_where_needed(layers: list[torch.nn.Module], dtype: torch.dtype) -> Non
 
 
 def _over(base, tree: torch.nn.Module):
-    """The host's BaseModel with the private tree in place of its own network; everything else shared."""
+    """Return a copy of ComfyUI's BaseModel with the private tree as its network; everything else is shared."""
     other = copy.copy(base)
     other._modules = dict(base._modules)
     other._modules["diffusion_model"] = tree
@@ -362,7 +362,7 @@ def _over(base, tree: torch.nn.Module):
 
 
 def _transformer_options(model: ModelPatcher) -> dict:
-    """The options the MODEL carries, with attention by PyTorch, whose backward is exact and repeatable."""
+    """Return the MODEL's transformer options with PyTorch's attention, whose backward is exact and repeatable."""
     options = dict(model.model_options.get("transformer_options", {}))
     wrappers = {}
     comfy.patcher_extension.merge_nested_dicts(wrappers, options.get("wrappers", {}), copy_dict1=False)
@@ -377,7 +377,7 @@ def _pytorch_attention(function, *args, **kwargs):
 
 
 def _trained(values: Iterable) -> bool:
-    """Whether gradients are wanted through one of the values, lists of tensors among them."""
+    """Report whether a value, or a tensor in a list among the values, requires a gradient."""
     parts = (part for value in values for part in (value if isinstance(value, list) else [value]))
     return any(torch.is_tensor(part) and part.requires_grad for part in parts)
 
@@ -386,13 +386,13 @@ def _cast(value, device, dtype):
     if isinstance(value, list):
         return [_cast(part, device, dtype) for part in value]
     if torch.is_tensor(value):
-        # As the host does: whole numbers keep their dtype, all else takes the activations'.
+        # As in ComfyUI: integers keep their dtype, all other tensors get the dtype of the activations.
         return value.to(device) if value.dtype in (torch.int, torch.long) else value.to(device, dtype)
     return value
 
 
 def _joinable(conds: list[dict]) -> list[list[int]]:
-    """Groups of examples that the host itself would run as one batch, by its own rule."""
+    """Return groups of sample indices that ComfyUI itself would run as one batch, by ComfyUI's own rule."""
     groups: list[list[int]] = []
     for index, cond in enumerate(conds):
         for group in groups:

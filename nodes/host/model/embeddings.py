@@ -1,6 +1,6 @@
-"""Words of new vectors on a CLIP in the graph: `embedding:<name>` is answered from memory, all else by the host.
+"""Trained embeddings on a CLIP in the graph: `embedding:<name>` is read from memory, all other names by ComfyUI.
 
-The tokenizer is copied, so that only the CLIP that was handed on knows the word.
+The tokenizer is copied, so only the returned CLIP knows the new name.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ if TYPE_CHECKING:
 _ATTACHED = "graft_words"
 _IDENTIFIER = "embedding:"
 _PUNCTUATION = re.compile(r"[\s,|{}()\[\]<>:;]+")
-# As the host tries them.
+# ComfyUI tries these endings in this order.
 _ENDINGS = ("", ".safetensors", ".pt", ".bin")
 _LONGEST_NAME = 256
 _MOST_NAMES = 256
 
-# Names of embedding files that trainings of this server have called: nodes are asked for changes before they run.
+# Embedding files that trainings of this server have used. ComfyUI checks nodes for changes before they run.
 _CALLED: set[str] = set()
 
 
 def encoders(clip: CLIP) -> list[str]:
-    """Keys of a CLIP's encoders that embeddings are made for.
+    """Return the keys of a CLIP's encoders that can take embeddings.
 
     Raises:
-        ModelError: it has none.
+        ModelError: no encoder can.
     """
     found = [key for key in WIDTHS if hasattr(clip.tokenizer, key) and hasattr(clip.cond_stage_model, key)]
     if not found:
@@ -51,7 +51,7 @@ def encoders(clip: CLIP) -> list[str]:
 
 
 def apply_embedding(clip: CLIP, embedding: Embedding) -> CLIP:
-    """A clone of the CLIP that reads `embedding:<name>` in prompts.
+    """Return a clone of the CLIP that reads `embedding:<name>` in prompts.
 
     Raises:
         ModelError: the embedding was made for other text encoders.
@@ -72,7 +72,7 @@ def apply_embedding(clip: CLIP, embedding: Embedding) -> CLIP:
 
 
 def with_embedding(tokenizer, name: str, vectors: dict[str, torch.Tensor]):
-    """A copy of a CLIP's tokenizer that answers `embedding:<name>` with vectors, [n, width] by encoder."""
+    """Return a copy of a CLIP's tokenizer that reads `embedding:<name>` as vectors, [n, width] by encoder."""
     other = copy.copy(tokenizer)
     for key, inner in vars(tokenizer).items():
         if hasattr(inner, "_try_get_embedding"):
@@ -84,22 +84,22 @@ def with_embedding(tokenizer, name: str, vectors: dict[str, torch.Tensor]):
 def _with_embedding(inner, name: str, vectors: torch.Tensor | None):
     other = copy.copy(inner)
     if other.embedding_directory is None:
-        # The host looks for embeddings only where there is a place for them.
+        # ComfyUI looks up embeddings only if the tokenizer has a directory.
         other.embedding_directory = []
     other._try_get_embedding = _answering(other._try_get_embedding, name, vectors, inner.embedding_size)
     return other
 
 
 def _answering(ask: Callable, name: str, vectors: torch.Tensor | None, width: int) -> Callable:
-    """The host's look-up with one more name. An encoder that the word has no vectors for reads nothing there."""
+    """Return ComfyUI's look-up with one more name. An encoder without vectors for the name reads no tokens there."""
     import torch
 
     found = vectors if vectors is not None else torch.zeros(0, width)
-    # Newer hosts are given the name back too; how many values this one takes is what it gives where there is nothing.
+    # Newer ComfyUI versions return the name too. An unknown name shows how many values this version returns.
     named = len(ask("graft-is-asking-for-nothing")) == 3
 
     def answer(wanted: str) -> tuple:
-        # As the host does with the name of a file: up to the first space; commas after it are read on.
+        # As ComfyUI reads file names: up to the first space, with trailing commas left over.
         word, *rest = wanted.split() or [""]
         stripped = word.rstrip(",")
         if stripped != name:
@@ -111,7 +111,7 @@ def _answering(ask: Callable, name: str, vectors: torch.Tensor | None, width: in
 
 
 def spaced(caption: str, names: Iterable[str]) -> str:
-    """A caption in which each `embedding:<name>` of some names stands between spaces, where alone the host finds it."""
+    """Put spaces around each known `embedding:<name>` in a caption, since ComfyUI finds names only between spaces."""
     spread = re.sub(r"(?<!\s)(embedding:)", r" \1", caption)
     for name in names:
         spread = re.sub(rf"(embedding:{re.escape(name)}){ends_word(name)}(?!-|\.{SPACED})(?=\S)", r"\1 ", spread)
@@ -119,23 +119,23 @@ def spaced(caption: str, names: Iterable[str]) -> str:
 
 
 def called_names(text: str) -> set[str]:
-    """The names that a text may call embeddings by.
+    """Return all names that a text may use for embeddings.
 
-    More than the host would take, since wildcards and weights leave a caption in other forms: what stands behind
-    `embedding:` up to a space, and each part of it between commas, brackets, bars and colons.
+    The result holds more names than ComfyUI would read, because wildcards and weights change the caption. It holds the
+    text after `embedding:` up to a space, and each part of it between commas, brackets, bars and colons.
     """
     found: dict[str, None] = {}
     for run in re.findall(rf"{_IDENTIFIER}(\S+)", text):
-        # One that begins with alternatives may go on behind spaces.
+        # A run that begins with alternatives may go on after spaces.
         parts = _PUNCTUATION.split(text if run.startswith("{") else run)
-        # Newer hosts cut a name there, and all of them try it without its commas.
+        # Newer ComfyUI versions end a name at < or [. All versions also try a name without its commas.
         names = (part.strip(",") for part in (re.split(r"[<\[]", run)[0], *parts))
         found.update(dict.fromkeys(name for name in names if name and len(name) <= _LONGEST_NAME))
     return set(list(found)[:_MOST_NAMES])
 
 
 def file_digest(tokenizer, name: str) -> str:
-    """Hash of the vectors that the host's files hold under a name, for each encoder of a tokenizer; empty for none."""
+    """Return a hash of the vectors in ComfyUI's files of a name, for all encoders of a tokenizer; empty for no file."""
     total = hashlib.sha256()
     is_there = False
     for key, inner in sorted(vars(tokenizer).items()):
@@ -152,7 +152,7 @@ def file_digest(tokenizer, name: str) -> str:
 
 
 def file_states() -> list[tuple]:
-    """The state on disk of each embedding file that a training here has called; changes when one is replaced."""
+    """Return the state on disk of each embedding file that a training has used. It changes if a file is replaced."""
     if not _CALLED:
         return []
     import folder_paths
@@ -170,12 +170,12 @@ def file_states() -> list[tuple]:
 
 
 def names_of(tokenizer) -> list[str]:
-    """The words attached to a tokenizer."""
+    """Return the names of the embeddings attached to a tokenizer."""
     return list(getattr(tokenizer, _ATTACHED, {}))
 
 
 def attached_digest(tokenizer) -> str:
-    """Hash of the words attached to a tokenizer; empty when there are none."""
+    """Return a hash of the embeddings attached to a tokenizer; empty without any."""
     attached = getattr(tokenizer, _ATTACHED, {})
     if not attached:
         return ""

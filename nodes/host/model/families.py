@@ -1,4 +1,4 @@
-"""Which family and which parameterisation a loaded MODEL is, read from its own classes."""
+"""Family and parameterization of a loaded MODEL, read from its own classes."""
 
 from __future__ import annotations
 
@@ -38,20 +38,20 @@ _FAMILIES = {
     "Anima": "Anima",
 }
 
-# Ways in which a model takes a picture, beside HOLE.
+# Kinds of conditioning on an image, besides HOLE.
 CONCAT = "concat"
 REFERENCE = "reference"
 
-# Those whose class tells the network where the picture lies behind the text.
+# Models whose class tells the network that the image tokens come after the text.
 _PLACED_BEHIND = {"LongCatImage"}
 
-# The host's maps of diffusers' names, for the families whose LoRA files diffusers reads in its own cut of the layers.
+# ComfyUI's maps of diffusers' names, for families whose layers diffusers splits otherwise in LoRA files.
 _DIFFUSERS_MAPS = {"SD3": "mmdit_to_diffusers", "Flux": "flux_to_diffusers"}
 
-# Of the node packs that load them (ComfyUI-GGUF, ComfyUI-nunchaku), in their classes' or modules' names.
+# Words in the class or module names of the packs that load these formats (ComfyUI-GGUF, ComfyUI-nunchaku).
 _FORMATS = {"ggml": "GGUF", "gguf": "GGUF", "nunchaku": "Nunchaku", "svdq": "Nunchaku"}
 
-# By the name of the class that defines what is noised, fed and made of the output; LCM's network predicts the noise.
+# Keys are names of the class that defines noising, network input and output. LCM's network predicts the noise.
 _OBJECTIVE = ("noise_scaling", "calculate_input", "calculate_denoised")
 _PARAMETERISATIONS = {
     "EPS": "eps",
@@ -65,7 +65,7 @@ _PARAMETERISATIONS = {
 
 
 def family_name(model: ModelPatcher) -> str:
-    """Name of the family in `trainers.families`, "general" when it is not described."""
+    """Return the name of the family in `trainers.families`, or "general" for a model without a description."""
     for kind in type(model.model.model_config).__mro__:
         if kind.__name__ in _FAMILIES:
             name = _FAMILIES[kind.__name__]
@@ -74,7 +74,7 @@ def family_name(model: ModelPatcher) -> str:
 
 
 def parameterization_name(model: ModelPatcher) -> str:
-    """Name in `trainers.objective`, or that of the unknown class, which is refused there."""
+    """Return the name in `trainers.objective`, or the name of an unknown class, which is refused there."""
     sampling = model.get_model_object("model_sampling")
     for kind in type(sampling).__mro__:
         if any(name in vars(kind) for name in _OBJECTIVE):
@@ -83,7 +83,7 @@ def parameterization_name(model: ModelPatcher) -> str:
 
 
 def diffusers_splits(model: ModelPatcher) -> dict[str, tuple[LayerSplit, ...]]:
-    """The layers that diffusers has for a transformer's, by the weight's name in the checkpoint."""
+    """Return diffusers' layers for a transformer's weights, by the weight's name in the checkpoint."""
     known = _DIFFUSERS_MAPS.get(family_name(model))
     if known is None:
         return {}
@@ -92,7 +92,7 @@ def diffusers_splits(model: ModelPatcher) -> dict[str, tuple[LayerSplit, ...]]:
         if not theirs.endswith(".weight"):
             continue
         ours, rows = (place, None) if isinstance(place, str) else place[:2]
-        # A newer host's map knows names of other models for the same weight; the family's own come first.
+        # Newer ComfyUI maps hold other models' names for the same weight; the family's own names come first.
         if rows is not None or ours not in found:
             found.setdefault(ours, []).append(
                 LayerSplit(theirs.removesuffix(".weight"), functools.partial(_rows_of, place))
@@ -101,7 +101,7 @@ def diffusers_splits(model: ModelPatcher) -> dict[str, tuple[LayerSplit, ...]]:
 
 
 def _rows_of(place: str | tuple, values: torch.Tensor) -> torch.Tensor:
-    """What is at a place of the host's map: all rows, some of them, or all turned about."""
+    """Return the rows of a weight that an entry of ComfyUI's map refers to: all, a range, or all reordered."""
     if isinstance(place, str):
         return values
     if place[1] is not None:
@@ -110,10 +110,10 @@ def _rows_of(place: str | tuple, values: torch.Tensor) -> torch.Tensor:
 
 
 def beside(model: ModelPatcher) -> str:
-    """What the model takes beside noise and text: HOLE, CONCAT, REFERENCE, or empty for nothing.
+    """Return the model's image conditioning: HOLE, CONCAT, REFERENCE, or empty for none.
 
-    HOLE is a mask and what is left around it, CONCAT a source picture in further channels of the input, REFERENCE one
-    in further tokens. Read from the host's own class, as far as it says what it asks for.
+    HOLE is a mask and the image around it. CONCAT is a source image in extra input channels. REFERENCE is a source
+    image in extra tokens. The result is read from ComfyUI's own class, as far as the class declares its inputs.
     """
     base = model.model
     kinds = {kind.__name__ for kind in type(base).__mro__}
@@ -121,7 +121,7 @@ def beside(model: ModelPatcher) -> str:
     if "mask" in getattr(base, "concat_keys", ()):
         return HOLE
     if "Flux" in kinds and config.get("in_channels", 0) > config.get("out_channels", 0) > 0:
-        # By the rule of its concat_cond: a picture, or a picture and 64 channels of mask.
+        # The rule of Flux's concat_cond: an image, or an image and 64 mask channels.
         return HOLE if config["in_channels"] > 2 * config["out_channels"] else CONCAT
     if "IP2P" in kinds:
         return CONCAT
@@ -132,17 +132,17 @@ def beside(model: ModelPatcher) -> str:
 
 
 def _mentions(kind: type, method: str, word: str) -> bool:
-    """Whether the method of a class, or one that it goes on to in a base, has a word as an argument or a text."""
+    """Report whether a class's method, or a base's, has a word as a constant or a variable name."""
     codes = [vars(one)[method].__code__ for one in kind.__mro__ if hasattr(vars(one).get(method), "__code__")]
     return any(word in code.co_consts or word in code.co_varnames for code in codes)
 
 
 def beside_values(kind: str, conditioning: Conditioning, device: torch.device | None = None) -> dict:
-    """What an example has beside noise and text, by the names under which the host's own nodes give it.
+    """Return a sample's image conditioning, under the names that ComfyUI's own nodes use.
 
     Args:
-        kind: of `beside`.
-        device: to put it on; None to leave it where it is.
+        kind: result of `beside`.
+        device: target device; None to leave the tensors where they are.
     """
     found = {}
     if kind == HOLE and conditioning.inpaint_mask is not None:
@@ -163,14 +163,14 @@ def beside_values(kind: str, conditioning: Conditioning, device: torch.device | 
 
 
 def is_reproduced(base) -> bool:
-    """Whether training does around the network what the host's class does there."""
+    """Report whether training reproduces all that ComfyUI's class does around the network."""
     return type(base)._apply_model is BaseModel._apply_model or type(base).__name__ in _PLACED_BEHIND
 
 
 def token_positions(base, context: torch.Tensor | None) -> dict[str, dict[str, float]]:
-    """Options about the places of a picture's parts, for networks that count them from the text's end on.
+    """Return position options for networks that number image tokens from the end of the text.
 
-    As `LongCatImage._apply_model` gives them, which leaves what the MODEL already says.
+    The values are those of `LongCatImage._apply_model`, which keeps options that the MODEL already sets.
 
     Args:
         context: [B, tokens, width].
@@ -182,19 +182,19 @@ def token_positions(base, context: torch.Tensor | None) -> dict[str, dict[str, f
 
 
 def guidance(model: ModelPatcher) -> dict[str, float]:
-    """What a network that was distilled to be guided is told while it is trained, if it is told at all.
+    """Return the guidance conditioning for training, which guidance-distilled networks read.
 
-    1 is no guidance: what is learnt is the pictures, not pictures drawn with guidance. Chroma takes such a number too,
-    but was trained with the one that the host gives where nobody says another.
+    1 means no guidance: training learns the pictures, not pictures drawn with guidance. Chroma reads a guidance value
+    too, but was trained with ComfyUI's default, so it gets none here.
     """
     unguided = any(kind.__name__ == "Chroma" for kind in type(model.model).__mro__)
     return {} if unguided else {"guidance": 1.0}
 
 
 def few_steps(model: ModelPatcher) -> str:
-    """By what one knows that a model was distilled to draw in a few steps, empty where nothing says so.
+    """Return the evidence that a model was distilled to draw in a few steps, or an empty string.
 
-    Turbo and Lightning models of SDXL, and Z-Image-Turbo, look like those they were made from.
+    SDXL Turbo, SDXL Lightning and Z-Image-Turbo look like the models they were made from, so they are not recognized.
     """
     if type(model.model.model_config).__name__ == "FluxSchnell":
         return "a Flux schnell"
@@ -206,24 +206,24 @@ def few_steps(model: ModelPatcher) -> str:
 
 
 def hidden_format(model: ModelPatcher) -> str:
-    """Name of a format whose loader keeps the weights in a form of its own, by the names of its classes; else empty."""
+    """Return the format whose loader stores weights in its own form, judged by class names; empty for none."""
     parts = {type(model), *(type(part) for part in model.model.diffusion_model.modules())}
     names = " ".join(f"{kind.__module__}.{kind.__qualname__}" for part in parts for kind in part.__mro__).lower()
     return next((name for word, name in _FORMATS.items() if word in names), "")
 
 
 def geometry(model: ModelPatcher, factor: int, resolution: int) -> Geometry:
-    """How pictures are cut for a model.
+    """Return the geometry of a model's crops.
 
     Args:
-        factor: pixels a side for one latent position.
-        resolution: wished, 0 for the model's own.
+        factor: pixels per side of one latent position.
+        resolution: requested resolution, 0 for the model's own.
     """
     return Geometry(resolution or family_of(family_name(model)).resolution, factor * latent_step(model))
 
 
 def latent_step(model: ModelPatcher) -> int:
-    """Multiple that a latent's width and height must have: its down-samplings, or its patch size."""
+    """Return the multiple that a latent's width and height must have, from the down-samplings or the patch size."""
     config = model.model.model_config.unet_config
     if "channel_mult" in config:
         return 2 ** (len(config["channel_mult"]) - 1)
@@ -234,7 +234,7 @@ def latent_step(model: ModelPatcher) -> int:
 
 
 def drawing(family: Family, cfg: float, sampler_name: str, scheduler: str) -> tuple[float, str, str]:
-    """(cfg, sampler, scheduler) of a node that draws, unset ones (0, "auto") as the family is drawn with."""
+    """Return a node's (cfg, sampler, scheduler), with the family's values for unset ones (0, "auto")."""
     return (
         cfg or family.preview_cfg,
         "euler" if sampler_name == "auto" else sampler_name,

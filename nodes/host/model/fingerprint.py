@@ -1,10 +1,10 @@
-"""Fingerprints of what arrives over a graph's wires: weights by checksums of all numbers, everything else by value.
+"""Fingerprints of a graph's inputs: checksums of whole weights, and the values of everything else.
 
-They must be the same in another process and whatever the host has loaded meanwhile, so nothing is hashed by
-address, and what a clone's patches have put in place on the shared model is seen through.
+A fingerprint must be the same in another process, whatever ComfyUI has loaded meanwhile. So no address is hashed, and
+patches that a clone has applied to the shared model do not count.
 
-Versions before sampled 32 numbers of each weight. Their fingerprints are still computed: files that those versions made
-are found by them.
+Earlier versions sampled 32 numbers of each weight. Their fingerprints are still computed to find the files that those
+versions wrote.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ _SAMPLES = 32
 _SAMPLING = "model_sampling"
 _PLAIN = (str, int, float, bool, bytes, type(None), torch.dtype)
 
-# What waits on a patcher and changes what its model answers.
+# Attributes of a patcher that change its model's output.
 _WAITING = ("patches", "object_patches", "model_options", "wrappers", "weight_wrapper_patches", "injections")
 
 
 @dataclass(frozen=True)
 class _Reading:
-    """The way from weights to what stands for them in a hash.
+    """Functions that turn weights into bytes for a hash.
 
     Attributes:
-        weights: of some of a module's weights, by name and in their order.
-        tensor: of one that is no module's.
-        module: of all weights of a module.
+        weights: for some weights of a module, by name and in their order.
+        tensor: for a tensor that belongs to no module.
+        module: for all weights of a module.
     """
 
     weights: Callable[[torch.nn.Module, list[tuple[str, torch.Tensor]]], dict[str, bytes]]
@@ -48,16 +48,16 @@ class _Reading:
 
 
 def patcher_digest(patcher: ModelPatcher, idle: Collection[str] = ()) -> str:
-    """Hash of a patcher's base and of all that waits on it: patches with strengths, object patches, options.
+    """Return a hash of a patcher's base and of all that it applies: patches with strengths, object patches, options.
 
     Args:
-        idle: weights that decide nothing.
+        idle: names of weights that do not affect the result.
     """
     return _patcher_digest(patcher, idle, _WHOLE)
 
 
 def sampled_patcher_digest(patcher: ModelPatcher, idle: Collection[str] = ()) -> str:
-    """The same as versions before computed it, of samples."""
+    """Return the hash that earlier versions computed for a patcher, from samples of its weights."""
     return _patcher_digest(patcher, idle, _SAMPLED)
 
 
@@ -81,12 +81,12 @@ def _patcher_digest(patcher: ModelPatcher, idle: Collection[str], reading: _Read
 
 
 def module_digest(module: torch.nn.Module) -> str:
-    """Hash of a module's keys, shapes, dtypes and weights."""
+    """Return a hash of a module's keys, shapes, dtypes and weights."""
     return _module_digest(module, _WHOLE)
 
 
 def sampled_module_digest(module: torch.nn.Module) -> str:
-    """The same as versions before computed it, of samples."""
+    """Return the hash that earlier versions computed for a module, from samples of its weights."""
     return _module_digest(module, _SAMPLED)
 
 
@@ -99,10 +99,10 @@ def _module_digest(module: torch.nn.Module, reading: _Reading) -> str:
 
 
 def _base_weights(patcher: ModelPatcher) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and value of each weight as it was loaded, also while a clone's patches are applied in place."""
+    """Yield name and value of each weight as loaded, even while a clone's patches are applied in place."""
     backup = patcher.backup
     for name, weight in sorted(patcher.model.state_dict().items()):
-        # The sampling object is swapped on the shared model while a clone that patches it is loaded.
+        # ComfyUI swaps the sampling object on the shared model while it has loaded a clone that patches it.
         if name.startswith(f"{_SAMPLING}."):
             continue
         kept = backup.get(name)
@@ -110,7 +110,7 @@ def _base_weights(patcher: ModelPatcher) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _sampling_of(patcher: ModelPatcher) -> Any:
-    """The patcher's own sampling object, though a clone's may sit on the shared model now."""
+    """Return the patcher's own sampling object, even while a clone's object is on the shared model."""
     if _SAMPLING in patcher.object_patches:
         return patcher.object_patches[_SAMPLING]
     if _SAMPLING in patcher.object_patches_backup:
@@ -132,10 +132,10 @@ def _sample(tensor: torch.Tensor) -> bytes:
 
 
 def _feed(total, value: Any, seen: dict[int, Any], reading: _Reading) -> None:
-    """Adds any value to a hash by its content, never by its address; what was met before counts once.
+    """Add a value to a hash by its content, never by its address. An object that occurs again adds only its kind.
 
     Args:
-        seen: what was met, by identity; it holds the values so that no identity is given to another one meanwhile.
+        seen: objects met so far, by id. It holds the objects so that Python cannot reuse an id.
     """
     if isinstance(value, _PLAIN):
         total.update(f"{type(value).__name__}:{value!r};".encode())
@@ -160,7 +160,7 @@ def _feed(total, value: Any, seen: dict[int, Any], reading: _Reading) -> None:
 
 
 def _kind(value: Any) -> str:
-    """A name that says what a value is: its own for functions and classes, its classes' for the rest."""
+    """Return the qualified name of a function or class, or the names of the classes of any other value."""
     own = getattr(value, "__qualname__", None)
     if own is not None:
         return f"{getattr(value, '__module__', '')}.{own}"
@@ -168,7 +168,7 @@ def _kind(value: Any) -> str:
 
 
 def _parts(value: Any, reading: _Reading) -> list:
-    """What of an object decides what it does: a function's defaults and closure, an object's own fields."""
+    """Return the parts of an object that decide its behavior, such as a function's defaults and closure, or fields."""
     if isinstance(value, torch.nn.Module):
         return [_fields(value), reading.module(value)]
     if isinstance(value, functools.partial):
@@ -186,13 +186,13 @@ def _closure(function) -> list:
         try:
             found.append(cell.cell_contents)
         except ValueError:
-            # A name that is bound only later.
+            # The name is bound later.
             continue
     return found
 
 
 def _fields(value: Any) -> dict[str, Any]:
-    """Fields that are plain, tensors, or containers; others may hold the host's own moving parts."""
+    """Return an object's plain, tensor and container fields. Others may hold ComfyUI's own changing state."""
     kept = (*_PLAIN, torch.Tensor, list, tuple, dict)
     return {name: field for name, field in getattr(value, "__dict__", {}).items() if isinstance(field, kept)}
 

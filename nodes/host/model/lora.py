@@ -1,4 +1,4 @@
-"""Applying an adapter as ComfyUI's own LoRA loader does, and saying what it would not read."""
+"""Adapters applied as ComfyUI's own LoRA loader applies them, and reports of keys that it would not use."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ def apply_adapter(
     blocks: Pairs = (),
     span: tuple[float, float] = lora_schedule.WHOLE,
 ) -> tuple[ModelPatcher, CLIP | None]:
-    """Clones of model and clip with the adapter waiting on them; strength 0 gives back what came in.
+    """Return clones of model and clip that apply the adapter; strength 0 returns the inputs.
 
     Args:
-        blocks: patterns of layers' paths and what the strengths are multiplied by there.
-        span: (start, end) in 0..1 of sampling; the text encoder knows none.
+        blocks: patterns of layer paths, each with the factor for the strengths there.
+        span: (start, end) in 0..1 of sampling; it does not affect the text encoder.
 
     Raises:
-        ModelError: the adapter is for another architecture, or for a larger or smaller one.
-        SettingsError: a pattern is in no layer's path, or the range is empty.
+        ModelError: the adapter is for another architecture, or for a larger or smaller model.
+        SettingsError: a pattern matches no layer's path, or the range is empty.
     """
     start, end = span
     if start >= end:
@@ -82,13 +82,13 @@ def apply_adapter(
 
 
 def path_of(key) -> str:
-    """A layer's path as patterns see it, from a patch's key, which is a weight's or starts with one."""
+    """Return a layer's path as patterns see it, from a patch's key: a weight's key, or a tuple that starts with one."""
     name = key if isinstance(key, str) else key[0]
     return name.removeprefix("diffusion_model.").removesuffix(".weight").removesuffix(".bias")
 
 
 def _by_strength(patches: dict, strength: float, blocks: Pairs) -> list[tuple[dict, float]]:
-    """(patches, strength) for each strength that is not 0."""
+    """Return (patches, strength) for each strength other than 0."""
     found: dict[float, dict] = {}
     for key, patch in patches.items():
         wanted = strength * value_for(path_of(key), blocks, 1.0)
@@ -98,13 +98,13 @@ def _by_strength(patches: dict, strength: float, blocks: Pairs) -> list[tuple[di
 
 
 def classic(model: ModelPatcher, input: str = "model") -> ModelPatcher:
-    """The model with its weights in place; newer hosts keep them elsewhere until a layer is run.
+    """Return a patcher that keeps the model's weights in place. Newer ComfyUI versions load them only as layers run.
 
     Args:
-        input: of the node, for the error.
+        input: name of the node's input, for the error.
 
     Raises:
-        ModelError: the node that loaded it gave the host no way to do so.
+        ModelError: the node that loaded the model does not support it.
     """
     if not (hasattr(model, "is_dynamic") and model.is_dynamic()):
         return model
@@ -120,14 +120,14 @@ def classic(model: ModelPatcher, input: str = "model") -> ModelPatcher:
 
 @dataclass(frozen=True)
 class Fit:
-    """How an adapter fits a model.
+    """An adapter's fit to a model.
 
     Attributes:
-        model: its kind, as the host tells it from its checkpoint.
-        read: keys that the host uses.
-        unread: keys that it leaves aside; those of a text encoder are not counted where none is connected.
-        misfits: (weight's key, what does not fit), for parts of another size.
-        paths: by layer's name in the adapter, the path of the weight it is for.
+        model: the model's kind, as ComfyUI detects it from the checkpoint.
+        read: number of keys that ComfyUI uses.
+        unread: keys that ComfyUI ignores, without a text encoder's keys if none is connected.
+        misfits: (weight's key, reason) of parts of another size.
+        paths: path of the weight, by the layer's name in the adapter.
     """
 
     model: str
@@ -138,20 +138,20 @@ class Fit:
 
 
 def fit(model: ModelPatcher, clip: CLIP | None, adapter: dict[str, torch.Tensor]) -> Fit:
-    """What the host would do with an adapter."""
+    """Return the use that ComfyUI would make of an adapter."""
     patches, read = _load(model, clip, adapter)
     unread = [key for key in sorted(adapter) if key not in read and (clip is not None or not _is_text(key))]
     misfits = _misfits(model, clip, adapter, patches)
-    # Of formats that the host renames first, the names are not known here.
+    # ComfyUI renames the keys of some formats first; their names are unknown here.
     paths = {name: path_of(key) for name, key in _names(model, clip).items()}
     return Fit(type(model.model.model_config).__name__, len(read), unread, misfits, paths)
 
 
 def _check_shapes(model: ModelPatcher, clip: CLIP | None, adapter: dict[str, torch.Tensor], patches: dict) -> None:
-    """Refuse an adapter for the same layers in another size, which the host would leave out with a line in its log.
+    """Refuse an adapter whose layers have another size, which ComfyUI would only log and skip.
 
     Raises:
-        ModelError: naming a layer.
+        ModelError: a layer does not fit; the message names it.
     """
     for key, what in _misfits(model, clip, adapter, patches):
         text = clip is not None and key in dict(clip.cond_stage_model.named_parameters())
@@ -167,7 +167,7 @@ def _check_shapes(model: ModelPatcher, clip: CLIP | None, adapter: dict[str, tor
 def _misfits(
     model: ModelPatcher, clip: CLIP | None, adapter: dict[str, torch.Tensor], patches: dict
 ) -> list[tuple[str, str]]:
-    """(weight's key, what does not fit) of parts of another size, in the model and the text encoder."""
+    """Return (weight's key, reason) of parts of another size, in the model and the text encoder."""
     weights = dict(model.model.named_parameters())
     if clip is not None:
         weights.update(clip.cond_stage_model.named_parameters())
@@ -180,21 +180,21 @@ def _misfits(
             continue
         shape = list(weights[key].shape)
         if span is not None:
-            # A part of a weight that holds several layers: where it starts, and how long it is, in one direction.
+            # The weight holds several layers; span is (dimension, start, length) of this one.
             shape[span[0]] = span[2]
         what = misfit_of_layer(held, tuple(shape))
         if what:
             found[key] = what
-    # Of formats that the host renames first, the names are not known here.
+    # ComfyUI renames the keys of some formats first; their names are unknown here.
     for key, what in _misfits_of_patches(weights, patches):
         found.setdefault(key, what)
     return list(found.items())
 
 
 def _misfits_of_patches(weights: dict[str, torch.Tensor], patches: dict) -> Iterator[tuple[str, str]]:
-    """(weight's key, what does not fit) of the host's patches."""
+    """Yield (weight's key, reason) of ComfyUI's patches that do not fit."""
     for key, patch in patches.items():
-        # The live weight: what a quantised one is stored as has other numbers.
+        # Use the live parameter: a quantized weight is stored with another number of elements.
         weight = weights.get(key) if isinstance(key, str) else None
         if weight is None:
             continue
@@ -206,7 +206,7 @@ def _misfits_of_patches(weights: dict[str, torch.Tensor], patches: dict) -> Iter
 
 
 def _size_of(patch) -> int | None:
-    """Numbers in the difference that a patch makes; None for kinds that bring their own shape or none."""
+    """Return the number of elements in a patch's difference; None for kinds with their own shape or without one."""
     if isinstance(patch, tuple):
         return patch[1][0].numel() if patch[0] == "diff" and len(patch[1]) == 1 else None
     if getattr(patch, "name", "") != "lora":
@@ -218,31 +218,31 @@ def _size_of(patch) -> int | None:
 
 
 def unread_keys(model: ModelPatcher, clip: CLIP | None, adapter: dict[str, torch.Tensor]) -> list[str]:
-    """Keys of an adapter that the host's own loader would leave aside."""
+    """Return the keys of an adapter that ComfyUI's own loader would ignore."""
     _, read = _load(model, clip, adapter)
     return sorted(key for key in adapter if key not in read)
 
 
 def _load(model: ModelPatcher, clip: CLIP | None, adapter: dict[str, torch.Tensor]) -> tuple[dict, set[str]]:
-    """The host's patches by weight key, and the adapter keys that went into them."""
+    """Return ComfyUI's patches by weight key, and the adapter keys that it used for them."""
     names = _names(model, clip)
     converted = _Watched(comfy.lora_convert.convert_lora(dict(adapter)))
     patches = comfy.lora.load_lora(converted, names, log_missing=False)
     read = converted.read
     if set(converted) != set(adapter):
-        # The host renamed keys of a format it converts; which of ours each came from is not known.
+        # ComfyUI renamed the keys of a format that it converts, so the origin of each key is unknown.
         read = set(adapter) if patches else set()
     return patches, read
 
 
 def _names(model: ModelPatcher, clip: CLIP | None) -> dict:
-    """The host's weight keys by all the names for them that it reads."""
+    """Return ComfyUI's weight keys by all the names under which it reads them."""
     names = comfy.lora.model_lora_keys_unet(model.model, {})
     return names if clip is None else comfy.lora.model_lora_keys_clip(clip.cond_stage_model, names)
 
 
 class _Watched(dict):
-    """A dict that notes which of its keys were taken."""
+    """A dict that records the keys that were read."""
 
     def __init__(self, values: dict):
         super().__init__(values)

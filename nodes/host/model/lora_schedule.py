@@ -1,7 +1,7 @@
-"""An adapter that acts in a part of sampling only: the host's own weight hooks, switched by the noise level.
+"""Adapters that act in a part of sampling only: ComfyUI's own weight hooks, switched by the noise level.
 
-The host patches hooked weights in place when the first step within the range comes and puts them back after the last;
-steps outside run on the weights as they are. It keeps hooks on conditionings; here they come from the MODEL alone.
+ComfyUI patches hooked weights in place at the first step within the range, and restores them after the last. Steps
+outside the range run on the unpatched weights. ComfyUI keeps hooks on conditionings; here the MODEL supplies them.
 """
 
 from __future__ import annotations
@@ -28,36 +28,36 @@ WHOLE = (0.0, 1.0)
 def add_in_range(
     model: ModelPatcher, parts: Iterable[tuple[dict, float]], span: tuple[float, float]
 ) -> tuple[ModelPatcher, set]:
-    """A clone with patches that act within a part of sampling, and the keys of those that found a weight.
+    """Return a clone with patches that act in a part of sampling, and the keys of the patches that found a weight.
 
     Args:
-        model: with its weights in place.
+        model: classic patcher, with its weights in place.
         parts: (patches by weight key, strength).
-        span: (start, end) in 0..1 of sampling, as the host's percent_to_sigma takes them.
+        span: (start, end) in 0..1 of sampling, as ComfyUI's percent_to_sigma takes them.
     """
     hook = comfy.hooks.WeightHook(1.0, 0.0)
-    # Its weights are handed over here, not looked for when sampling starts.
+    # The weights are set below, so ComfyUI need not load them when sampling starts.
     hook.need_weight_init = False
     out = model.clone()
     used = set()
     for patches, strength in parts:
         used.update(out.add_hook_patches(hook, patches, strength))
     if used:
-        # Each has a key of its own: several ranges may lie on one MODEL.
+        # Use a unique key: several ranges may be on one MODEL.
         key = f"{_KEY}_{uuid.uuid4().hex}"
         out.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, key, _Within(hook, span))
     return out, used
 
 
 def refuse_ranged(model: ModelPatcher, input: str, what: str) -> None:
-    """Names an adapter upstream that is there for a part of sampling only.
+    """Refuse a model that carries an adapter for a part of sampling only.
 
     Args:
-        input: of the node.
-        what: cannot go with it.
+        input: name of the node's input.
+        what: the operation that cannot use such a model.
 
     Raises:
-        ModelError: there is one.
+        ModelError: the model carries such an adapter.
     """
     keys = model.wrappers.get(WrappersMP.CALC_COND_BATCH, {})
     if any(isinstance(key, str) and key.startswith(_KEY) for key in keys):
@@ -69,13 +69,13 @@ def refuse_ranged(model: ModelPatcher, input: str, what: str) -> None:
 
 
 class _Within:
-    """What wraps the host's prediction for all conditionings of a step."""
+    """A wrapper around ComfyUI's prediction that adds a hook to all conditionings of a step within the range."""
 
     def __init__(self, hook: comfy.hooks.WeightHook, span: tuple[float, float]):
         self._hook = hook
         self._span = span
         self._alone = _with_hook(None, hook)
-        # The host patches anew whenever it is given another group: one for each that comes in.
+        # ComfyUI patches again for every new hook group, so keep one joined group for each group that comes in.
         self._joined: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
     def __call__(self, executor, model, conds: list, x: torch.Tensor, timestep: torch.Tensor, model_options: dict):
@@ -87,7 +87,7 @@ class _Within:
         return executor(model, conds, x, timestep, model_options)
 
     def _holds(self, sampling, sigma: float) -> bool:
-        """By the rule that the host's ControlNets go by, ends included."""
+        """Report whether sigma is in the range, ends included, by the rule of ComfyUI's ControlNets."""
         start, end = (float(sampling.percent_to_sigma(percent)) for percent in self._span)
         return end <= sigma <= start
 
@@ -102,7 +102,7 @@ class _Within:
 def _with_hook(given: comfy.hooks.HookGroup | None, hook: comfy.hooks.WeightHook) -> comfy.hooks.HookGroup:
     made = comfy.hooks.HookGroup()
     for one in given.hooks if given is not None else ():
-        # The same and no clones: the host moves their keyframes on as sampling goes.
+        # Add the same hooks, not clones: ComfyUI advances their keyframes during sampling.
         made.add(one)
     made.add(hook)
     return made

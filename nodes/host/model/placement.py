@@ -1,4 +1,4 @@
-"""Where the host has a model's weights while it is trained: on the device whole, or where they are when not in use."""
+"""Placement of a model's weights during training: whole on the device, or offloaded."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ import torch
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
 
-# Bytes, more than any device has.
+# More bytes than any device has.
 EVERYTHING = 1e20
 
 
 @contextmanager
 def placed(model: ModelPatcher, offloaded: bool) -> Iterator[None]:
-    """Within it the weights are in place, with all that waits on the model counted in.
+    """Keep the weights in place, with all the model's patches applied, within the context.
 
     Args:
         model: a classic patcher.
-        away: whether they stay where the host keeps what is not in use, and go from there again as they were; else
-            they are put on the device whole, and left there to the host.
+        offloaded: keep the weights on ComfyUI's offload device, and unpatch them afterwards. Otherwise put the whole
+            model on the device, and leave it there for ComfyUI to manage.
     """
     management = comfy.model_management
     if not offloaded:
         management.load_models_gpu([model], memory_required=EVERYTHING, force_full_load=True)
         yield
         return
-    # The graph's own with them: it shares its weights with this one.
+    # Unload the graph's model too: it shares its weights with this one.
     management.free_memory(EVERYTHING, model.load_device)
     model.unpatch_model(model.offload_device)
     beside = model.model_patches_models()
@@ -39,7 +39,7 @@ def placed(model: ModelPatcher, offloaded: bool) -> Iterator[None]:
     model.model_patches_to(model.load_device)
     model.model_patches_to(model.model_dtype())
     try:
-        # The host's loading, without its list of what is loaded: from there it would be moved to the device.
+        # Patch without adding the model to ComfyUI's list of loaded models: ComfyUI would move it to the device.
         model.patch_model(model.offload_device)
         yield
     finally:
@@ -47,25 +47,25 @@ def placed(model: ModelPatcher, offloaded: bool) -> Iterator[None]:
 
 
 class Pins:
-    """Weights whose memory is locked."""
+    """Weights whose memory is pinned."""
 
     def __init__(self):
         self._weights: list[torch.Tensor] = []
 
     def add(self, weight: torch.Tensor) -> bool:
-        """Whether the host locked it: it does so for some devices, and up to a bound."""
+        """Pin a weight and report whether ComfyUI did: it pins for some devices, and up to a limit."""
         pin = getattr(comfy.model_management, "pin_memory", None)
         if pin is None or not pin(weight.detach()):
             return False
-        # Its memory as it is now: it must be the same that is unlocked, and must not be freed before.
+        # Keep this tensor: the same memory must be unpinned, and must not be freed earlier.
         self._weights.append(weight.detach())
         return True
 
     def clear(self) -> None:
-        """Unlocks them."""
+        """Unpin all weights."""
         try:
             if self._weights:
-                # The device may still be reading. Only for CUDA does the host lock memory.
+                # The device may still be reading. ComfyUI pins memory for CUDA only.
                 torch.cuda.synchronize()
         finally:
             while self._weights:
@@ -74,7 +74,7 @@ class Pins:
 
 @contextmanager
 def pinning() -> Iterator[Pins]:
-    """Pins that are undone in any case."""
+    """Provide pins that are released at the end in any case."""
     pins = Pins()
     try:
         yield pins

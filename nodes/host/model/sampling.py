@@ -1,4 +1,4 @@
-"""Pictures by ComfyUI's own sampler: of a model in training, and for class images."""
+"""Image sampling with ComfyUI's own sampler: previews in training, class images and comparisons."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 SAMPLERS = comfy.samplers.KSampler.SAMPLERS
 SCHEDULERS = comfy.samplers.KSampler.SCHEDULERS
 
-# What belongs to the graph's patcher and is already part of the tree.
+# State of the graph's patcher that the private tree already contains.
 _BAKED = ("patches", "backup", "backup_buffers", "object_patches", "object_patches_backup", "pinned")
 
 
-# Samplers that draw no noise on the way. The others draw it for a whole batch from one seed, so that a picture would
-# hang on those beside it: they draw one after the other.
+# Samplers that draw no noise while sampling. The others draw noise for a whole batch from one seed, so an image would
+# depend on its neighbors in the batch: they sample one image at a time.
 _NOISELESS = {
     "euler",
     "euler_cfg_pp",
@@ -55,7 +55,7 @@ _NOISELESS = {
 
 
 class _Sampler:
-    """Draws with a patcher as the host's own sampling nodes do."""
+    """A sampler that draws with a patcher as ComfyUI's own sampling nodes do."""
 
     def __init__(self, patcher: ModelPatcher, text: ComfyText, vae: VAE):
         self._patcher = patcher
@@ -63,9 +63,9 @@ class _Sampler:
         self._vae = vae
 
     def _latents(self, request: PreviewRequest) -> list[torch.Tensor]:
-        """Latents [1, C, ...] of each of the request's prompts; picture i has the seed + i."""
+        """Return latents [1, C, ...], one for each prompt of the request; picture i has the seed + i."""
         negative = self._text.prompt(request.negative)
-        # All texts first, so that the text encoder need not make room in between.
+        # Encode all texts first, so that the text encoder need not make room in between.
         positives = [self._text.prompt(prompt) for prompt in request.prompts]
         found = []
         for index, positive in enumerate(positives):
@@ -75,11 +75,11 @@ class _Sampler:
         return found
 
     def _values(self, request: PreviewRequest, index: int) -> dict:
-        """What a prompt is drawn with beside its text."""
+        """Return the conditioning values of a prompt other than its text."""
         return {}
 
     def _sample(self, positive: list, negative: list, request: PreviewRequest, seeds: Sequence[int]) -> torch.Tensor:
-        """Latents [len(seeds), C, ...] of one prompt, the noise of each by its own seed alone."""
+        """Return latents [len(seeds), C, ...] of one prompt. The noise of each depends on its own seed alone."""
         factor = int(self._vae.spacial_compression_encode())
         channels = self._patcher.get_model_object("latent_format").latent_channels
         latent = torch.zeros(len(seeds), channels, request.size[1] // factor, request.size[0] // factor)
@@ -101,14 +101,14 @@ class _Sampler:
 
 
 class ClassSampler(_Sampler):
-    """Draws class images with the graph's own model: several of one prompt side by side, where that changes none."""
+    """A sampler of class images with the graph's model. It batches images only where that changes none of them."""
 
     def __init__(self, patcher: ModelPatcher, text: ComfyText, vae: VAE):
         super().__init__(patcher, text, vae)
         self._literal: dict[str, list] = {}
 
     def draw(self, request: PreviewRequest, numbers: Sequence[int]) -> list[Image.Image]:
-        """Pictures of the request's one prompt, taken literally as captions are; picture i has the seed + i."""
+        """Return pictures of the request's one prompt, read literally as captions are; picture i has the seed + i."""
         (prompt,) = request.prompts
         with torch.no_grad():
             if prompt not in self._literal:
@@ -121,16 +121,16 @@ class ClassSampler(_Sampler):
 
 
 class PromptSampler(_Sampler):
-    """Draws with one of the graph's models, whatever waits on it."""
+    """A sampler that draws with one of the graph's models, including the patches that wait on it."""
 
     def draw(self, request: PreviewRequest) -> list[Image.Image]:
-        """One picture for each prompt."""
+        """Return one picture for each prompt."""
         with torch.no_grad():
             return [_picture(self._vae.decode(latent)) for latent in self._latents(request)]
 
 
 class PreviewSampler(_Sampler):
-    """Draws with the private tree itself, so that no second copy of the weights is patched for it."""
+    """A sampler that draws with the private tree itself, so that no second copy of the weights is patched."""
 
     def __init__(self, model: ModelPatcher, base, text: ComfyText, vae: VAE, beside: str = ""):
         super().__init__(model.clone(), text, vae)
@@ -142,7 +142,7 @@ class PreviewSampler(_Sampler):
         base.current_weight_patches_uuid = self._patcher.patches_uuid
 
     def draw(self, request: PreviewRequest) -> list[Image.Image]:
-        """One picture for each prompt."""
+        """Return one picture for each prompt."""
         with torch.no_grad():
             if is_on_other_device(self._patcher.model.diffusion_model):
                 self._call_loaded()
@@ -158,7 +158,7 @@ class PreviewSampler(_Sampler):
         return families.beside_values(self._beside, request.beside[index % len(request.beside)])
 
     def _call_loaded(self) -> None:
-        """Has the host take the tree for loaded, so that it moves nothing: blocks fetch their weights by themselves."""
+        """Mark the tree as loaded, so that ComfyUI moves nothing: offloaded blocks fetch their weights themselves."""
         tree = self._patcher.model.diffusion_model
         base = self._patcher.model
         base.device = self._patcher.load_device
@@ -167,7 +167,7 @@ class PreviewSampler(_Sampler):
         base.model_loaded_weight_memory = self._patcher.size = max(1, bytes_here(tree))
 
     def _forget(self) -> None:
-        """Takes the tree off the host's list of loaded models: the host must not unload what is being trained."""
+        """Remove the tree from ComfyUI's list of loaded models: ComfyUI must not unload it during training."""
         loaded = getattr(comfy.model_management, "current_loaded_models", [])
         for entry in list(loaded):
             if entry.model is self._patcher:
@@ -177,14 +177,14 @@ class PreviewSampler(_Sampler):
 
 
 def _check_interrupt(step: int, x0, x, total: int) -> None:
-    """Lets a drawing that is not wanted any more end after the step it is in."""
+    """End sampling after the current step if the user cancelled, or if the preview is no longer wanted."""
     control.check_interrupt()
     if control.is_hurried():
         raise PreviewSkipped
 
 
 def _picture(pixels: torch.Tensor) -> Image.Image:
-    """[1, (T,) H, W, 3] in 0..1 -> PIL."""
+    """Convert the first frame of [1, (T,) H, W, 3] in 0..1 to a PIL image."""
     from PIL import Image
 
     frame = pixels.reshape(-1, *pixels.shape[-3:])[0]

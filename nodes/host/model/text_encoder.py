@@ -1,4 +1,4 @@
-"""ComfyUI's CLIP as a text encoder for training: literal captions, words of new vectors, exact gradients."""
+"""ComfyUI's CLIP as a text encoder for training: literal captions, trainable embeddings, exact gradients."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
     from comfy.sd import CLIP
 
 
-# Checkpoints of SD1 and SDXL, which make no use of it, come without: it then holds whatever was in memory before.
+# SD1 and SDXL checkpoints lack this weight, which they do not use: it then holds uninitialized memory.
 _PROJECTION = "clip_l.transformer.text_projection.weight"
 
 
 class ComfyText:
-    """The graph's CLIP, trained on a private tree over its own weights; the graph's stays as it was.
+    """The graph's CLIP, trained through a private tree over its own weights. The graph's CLIP does not change.
 
     Attributes:
-        clip: the graph's.
+        clip: the graph's CLIP.
         module: the private tree; only within `training`.
-        device: where it computes; only within `training`.
+        device: device that computes; only within `training`.
     """
 
     def __init__(self, clip: CLIP):
@@ -43,15 +43,15 @@ class ComfyText:
         self.device: torch.device | None = None
 
     def encode(self, caption: str) -> dict[str, torch.Tensor]:
-        """The host's own conditioning of a literal caption: `cross_attn`, `pooled_output` and what else it gives."""
+        """Return ComfyUI's conditioning of a literal caption: `cross_attn`, `pooled_output` and any other tensors."""
         return self._settled(conditioning_tensors(self.clip, _literal_tokens(self.clip, caption)))
 
     def form(self, caption: str) -> Hashable:
-        """The shape of its tokens; None for what stands for vectors or for what is not known to be taken together."""
+        """Return the shape of a caption's tokens; None if it holds vectors, or no encoder is known to batch safely."""
         return form_of(self.clip, _literal_tokens(self.clip, caption))
 
     def encode_all(self, captions: Sequence[str]) -> list[dict[str, torch.Tensor]]:
-        """As `encode` for each of several captions of one form."""
+        """Encode several captions of one form as `encode` does each."""
         import torch
 
         with torch.no_grad():
@@ -59,50 +59,50 @@ class ComfyText:
         return [self._settled(_on_cpu(one)) for one in found]
 
     def _settled(self, found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Without what a weight that decides nothing has made of it."""
+        """Replace a pooled output that an uninitialized, unused projection made non-finite."""
         import torch
 
         pooled = found.get("pooled_output")
         if pooled is not None and self._idle() and not pooled.isfinite().all():
-            # No model of such an encoder alone looks at it.
+            # No model with such an encoder alone reads it.
             found["pooled_output"] = torch.zeros_like(pooled)
         return found
 
     def encode_live(self, captions: Sequence[str]) -> list[dict[str, torch.Tensor]]:
-        """As `encode` for each caption, through the private tree, with its graph where something is trained."""
+        """Encode captions as `encode` does, through the private tree, with gradients if something is trained."""
         names = embeddings.names_of(self._live.tokenizer)
         tokens = [_literal_tokens(self._live, embeddings.spaced(caption, names)) for caption in captions]
         if any(part.requires_grad for part in (*self._trained, *self.module.parameters())):
             return encode_together(self._live, tokens, self._keep)
-        # Nothing of it is trained any more, so that a caption need be encoded but once.
+        # Nothing in the encoder is trained, so encode each caption once.
         pairs = zip(captions, tokens, strict=True)
         return [self._keep.get(caption, functools.partial(encoded, self._live, one)) for caption, one in pairs]
 
     def prompt(self, prompt: str) -> list:
-        """A prompt as a CLIPTextEncode node would give it, by the tree as trained so far where it is in training."""
+        """Return a prompt's conditioning as a CLIPTextEncode node does; in training, by the tree as trained so far."""
         if self._live is not None:
             return self._live.encode_from_tokens_scheduled(self._live.tokenize(prompt))
-        # Kept, so that the encoder is loaded once.
+        # Cache the result, so that the encoder is loaded once.
         if prompt not in self._prompts:
             self._prompts[prompt] = self.clip.encode_from_tokens_scheduled(self.clip.tokenize(prompt))
         return self._prompts[prompt]
 
     def encode_for_sampling(self, caption: str) -> list:
-        """The conditioning of a literal caption as the host's sampler takes it."""
+        """Return the conditioning of a literal caption in the form that ComfyUI's sampler takes."""
         return self.clip.encode_from_tokens_scheduled(_literal_tokens(self.clip, caption))
 
     def count_tokens(self, caption: str) -> int:
-        """Tokens of the longest encoder, without start, end and padding."""
+        """Return the number of tokens in the encoder with the most, without start, end and padding."""
         tokens = _literal_tokens(self.clip, caption, return_word_ids=True)
         counts = [sum(1 for chunk in chunks for token in chunk if token[2] > 0) for chunks in tokens.values()]
         return max(counts, default=0)
 
     def is_word(self, name: str) -> bool:
-        """Whether one of the encoders has a name as a single token."""
+        """Return True if one of the encoders has the name as a single token."""
         return any(len(_ids(self._tokenizer(key), name)) == 1 for key in self.encoders())
 
     def start_vectors(self, text: str) -> dict[str, torch.Tensor]:
-        """[tokens, width] float32 on the CPU by encoder; `embedding:` in the text gives that embedding's own."""
+        """Return [tokens, width] float32 on the CPU by encoder. `embedding:NAME` in the text gives its own vectors."""
         import torch
 
         found = {}
@@ -116,17 +116,17 @@ class ComfyText:
         return found
 
     def median_norms(self) -> dict[str, float]:
-        """Median norm of the vocabulary's vectors by encoder."""
+        """Return the median norm of the vocabulary's vectors by encoder."""
         return {key: float(self._table(key).float().norm(dim=-1).median()) for key in self.encoders()}
 
     def attach(self, name: str, vectors: dict[str, torch.Tensor]) -> None:
-        """Lets the live encoder read `embedding:<name>` as these vectors."""
+        """Let the private tree's encoder read `embedding:<name>` as these vectors."""
         self._live.tokenizer = embeddings.with_embedding(self._live.tokenizer, name, vectors)
         self._trained += vectors.values()
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """Loads the encoder whole, builds the private tree, and forgets it afterwards in any case."""
+        """Load the whole encoder, build the private tree, and discard it at the end in any case."""
         import comfy.model_management
         import torch
 
@@ -140,14 +140,14 @@ class ComfyText:
             own_weights(clip.patcher.model)
             self.module = private_tree(clip.patcher.model)
             for key in WIDTHS:
-                # The host computes CLIP in float32 and would make it from the stored weights at every pass, each of
-                # which the graph then holds until its backward: made once it takes no more, and no time.
+                # ComfyUI computes CLIP in float32. It would cast the weights at every pass, and autograd would keep
+                # each copy until the backward. Casting once takes no more memory, and saves the time.
                 getattr(self.module, key, torch.nn.Identity()).float()
             self.device = clip.patcher.load_device
-            # The weights are in place, and the tree is nothing that the host knows how to load.
+            # The weights are in place, and ComfyUI cannot load a private tree.
             clip.cond_stage_model = self.module
             patcher = clip.patcher
-            # Without the clip itself: in a cycle its tree, in float32, would stay until Python looks for such.
+            # Do not capture `clip`: the cycle would keep its float32 tree until Python's garbage collector runs.
             clip.load_model = lambda *args, **kwargs: patcher
             self._live = clip
             try:
@@ -159,11 +159,11 @@ class ComfyText:
                 self.module = None
 
     def fingerprint(self) -> str:
-        """Changes with weights, patches, clip skip, tokenizer options and attached words."""
+        """Return a hash that changes with weights, patches, clip skip, tokenizer options and attached embeddings."""
         return self._described(patcher_digest(self.clip.patcher, self._idle()))
 
     def earlier_fingerprint(self) -> str:
-        """With samples of its weights, as versions before had it."""
+        """Return the fingerprint that earlier versions computed from samples of the weights."""
         return self._described(sampled_patcher_digest(self.clip.patcher, self._idle()))
 
     def _described(self, weights: str) -> str:
@@ -173,7 +173,7 @@ class ComfyText:
         return f"{own}|{attached}" if attached else own
 
     def embedded_digest(self, texts: Sequence[str], without: Sequence[str] = ()) -> str:
-        """Of the vectors that the host finds for the names, in each encoder; attached words are in the fingerprint."""
+        """Return a hash of the embedding files that texts call, in each encoder; `fingerprint` covers attached ones."""
         skipped = {*without, *embeddings.names_of(self.clip.tokenizer)}
         found = []
         for name in sorted({name for text in texts for name in embeddings.called_names(text)} - skipped):
@@ -183,27 +183,27 @@ class ComfyText:
         return hashlib.sha256("|".join(filter(None, found)).encode()).hexdigest() if any(found) else ""
 
     def _idle(self) -> tuple[str, ...]:
-        """Weights that decide nothing: what CLIP-L pools is of use beside another kind of encoder alone."""
+        """Return the weights without effect: CLIP-L's projection matters only beside an encoder that is not CLIP."""
         parts = {name for name, _ in self.clip.cond_stage_model.named_children()}
         return (_PROJECTION,) if parts <= {"clip_l", "clip_g"} else ()
 
     def encoders(self) -> list[str]:
-        """Keys of its CLIP parts."""
+        """Return the keys of the CLIP parts."""
         return embeddings.encoders(self.clip)
 
     def adapter_name(self, path: str) -> str:
-        """kohya's name: its prefix tells two encoders apart, and what is beside a T5 from what is alone."""
+        """Return kohya's name of a module: prefix lora_te_ for one encoder without T5, else lora_te1_, lora_te2_."""
         key, _, inner = path.partition(".transformer.")
         keys = self.encoders()
         alone = len(keys) == 1 and not hasattr(self.clip.cond_stage_model, "t5xxl")
         return f"lora_te{'' if alone else keys.index(key) + 1}_" + inner.replace(".", "_")
 
     def own_name(self, path: str) -> str:
-        """As the host names it beside the model's own."""
+        """Return the module's name in ComfyUI's files that hold the denoiser too."""
         return f"text_encoders.{path}"
 
     def published_name(self, path: str) -> str | None:
-        """Its path in transformers' CLIP: only the encoder with a projection has the transformer in a wrapper."""
+        """Return a module's path in transformers' CLIP. Only the encoder with a projection wraps the transformer."""
         key, _, inner = path.partition(".transformer.")
         return inner if key == "clip_g" else inner.removeprefix("text_model.")
 
@@ -219,7 +219,7 @@ def _fits(row: torch.Tensor, width: int) -> bool:
 
 
 def _ids(tokenizer, text: str) -> list:
-    """A literal text's tokens, without start, end and padding: numbers, or the vectors of an embedding."""
+    """Return a literal text's tokens without start, end and padding: numbers, or an embedding's vectors."""
     chunks = tokenizer.tokenize_with_weights(text, return_word_ids=True, disable_weights=True) if text else []
     return [token for chunk in chunks for token, _, word in chunk if word > 0]
 
@@ -228,12 +228,12 @@ def _literal_tokens(clip: CLIP, text: str, **options) -> dict:
     try:
         return clip.tokenize(text, disable_weights=True, **options)
     except TypeError:
-        # Encoders that never weight their words pass that argument on themselves, and it would arrive twice.
+        # Encoders that never weight their words pass disable_weights themselves, so it would arrive twice.
         return clip.tokenize(text, **options)
 
 
 def conditioning_tensors(clip: CLIP, tokens: dict) -> dict[str, torch.Tensor]:
-    """What the host encodes from tokens, as ordinary tensors on the CPU."""
+    """Return ComfyUI's encoding of tokens as ordinary tensors on the CPU."""
     import torch
 
     with torch.no_grad():

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from comfy.sd import VAE
 
 
-# Of pictures that are encoded together. On a processor more would be slower: what is larger than its caches, and than
-# what the C library keeps, is fetched from the system anew by every layer.
+# Pixels of the pictures that are encoded together. Larger batches are slower on a CPU: every layer gets a tensor from
+# the system anew if it exceeds the CPU's caches and the memory that the C library keeps.
 _PIXELS_ON_CPU = 4 * 64 * 64
 _PIXELS = 2 * 1024 * 1024
 
@@ -21,7 +21,7 @@ class ComfyCodec:
     """The graph's VAE, unchanged.
 
     Attributes:
-        pixels_at_once: none for a VAE that takes a batch for the frames of a video.
+        pixels_at_once: 0 for a VAE that reads a batch as the frames of a video.
     """
 
     def __init__(self, vae: VAE):
@@ -30,17 +30,17 @@ class ComfyCodec:
 
     @property
     def factor(self) -> int:
-        """Pixels a side for one latent position."""
+        """Return the pixels per side of one latent position."""
         return int(self._vae.spacial_compression_encode())
 
     def encode(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """[B, H, W, 3] in 0..1 -> mean and log-variance of the host's latents, float32 on the CPU, unscaled.
+        """Encode [B, H, W, 3] in 0..1 to mean and log-variance of ComfyUI's latents, float32 on the CPU, unscaled.
 
-        The host answers with the posterior's mode alone, so the moments are caught on their way into the regulariser.
-        A VAE without one (TAESD, most video VAEs), or one that encoded in tiles, gives no log-variance.
+        ComfyUI returns the posterior's mode only, so a hook records the moments on their way into the regularizer. The
+        log-variance is None if the VAE has no regularizer (TAESD, most video VAEs), or if it encoded in tiles.
 
         Raises:
-            RuntimeError: of several pictures, when the host's memory was enough for tiles alone; fewer may need none.
+            RuntimeError: memory sufficed for tiles only, with several pictures; fewer pictures may need no tiles.
         """
         import torch
 
@@ -50,7 +50,7 @@ class ComfyCodec:
         if isinstance(regulariser, torch.nn.Module):
             hook = regulariser.register_forward_pre_hook(lambda module, given: caught.append(given[0]))
         try:
-            # As a graph has it: what the host does in tiles it changes in place, which it may not do outside.
+            # As in a graph: ComfyUI's tiles change inference tensors in place, which torch forbids outside this mode.
             with torch.inference_mode():
                 mean = self._vae.encode(pixels)
         finally:
@@ -62,11 +62,11 @@ class ComfyCodec:
         return mean, _log_variance(caught, mean)
 
     def fingerprint(self) -> str:
-        """Changes with weights and dtype."""
+        """Return a fingerprint that changes with weights and dtype."""
         return f"{module_digest(self._vae.first_stage_model)}|{self._vae.vae_dtype}"
 
     def earlier_fingerprint(self) -> str:
-        """Of samples of its weights, as versions before had it."""
+        """Return the fingerprint that earlier versions computed from samples of the weights."""
         return f"{sampled_module_digest(self._vae.first_stage_model)}|{self._vae.vae_dtype}"
 
 
@@ -79,15 +79,15 @@ def _pixels_at_once(vae: VAE) -> int:
 
 
 def _is_whole(caught: list[torch.Tensor], mean: torch.Tensor) -> bool:
-    """Whether what was caught, in one pass or in several, is of just the pictures that the mean is of."""
+    """Report whether the recorded moments, of one pass or several, cover exactly the pictures of the mean."""
     rows = sum(len(one) for one in caught)
     return rows == len(mean) and all(one.shape[2:] == mean.shape[2:] for one in caught)
 
 
 def _log_variance(caught: list[torch.Tensor], mean: torch.Tensor) -> torch.Tensor | None:
-    """The second half of the moments, if the first half is the mean that the host gave; None otherwise.
+    """Return the second half of the moments if the first half equals ComfyUI's mean, else None.
 
-    Clamped as the field does (Rombach et al. 2022, DiagonalGaussianDistribution).
+    Clamped as in Rombach et al. 2022, DiagonalGaussianDistribution.
     """
     import torch
 

@@ -1,1 +1,1 @@
-"""The page: messages, control, progress, routes."""
+"""Communication with ComfyUI's page: messages, commands, progress, routes."""

@@ -1,4 +1,4 @@
-"""What is asked of the trainings that run, from outside them: stop and keep, save now, pause."""
+"""User commands to running trainings: stop and keep, save now, pause."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ log = logging.getLogger(__name__)
 
 Outcome = TypeVar("Outcome")
 
-# So many runs are remembered with the prompt they were last in.
+# Limit of the runs whose last prompt is remembered.
 _MOST_PROMPTS = 256
 
-# Letters of an error that is not one of ours.
+# Limit of characters in the message of an unexpected error.
 _MOST_SAID = 2000
 
 
 class UserCommand(Enum):
-    """What can be asked of a training."""
+    """A command of the user to a training."""
 
     SAVE = "save"
     STOP = "stop"
@@ -39,17 +39,17 @@ class UserCommand(Enum):
 
 
 class Training:
-    """One that runs. The execution thread moves it on; any thread may ask something of it.
+    """A running training. The execution thread advances it; any thread may send it a command.
 
     Attributes:
-        node: its execution id, also inside subgraphs.
-        prompt: id of the prompt it is in, empty outside one.
-        workflow: id of the workflow that prompt was queued from, empty where it came from no page.
-        sources: what decides its result, as `sources_of` collects it; None where that is not known.
-        inputs: digest of the sources, which tells it from others of the same node.
+        node: the node's execution id, also inside subgraphs.
+        prompt: id of its prompt, empty outside one.
+        workflow: id of the workflow that the prompt was queued from, empty if no page queued it.
+        sources: the inputs that decide its result, as `sources_of` collects them; None if unknown.
+        inputs: digest of the sources, which distinguishes it from others of the same node.
         run: the run, None until it is open.
-        step, steps: done, and of the whole run.
-        saved: the last step of which there is a state.
+        step, steps: steps done, and steps of the whole run.
+        saved: last step with a saved state.
     """
 
     def __init__(self, node: str, prompt: str, workflow: str = ""):
@@ -69,22 +69,22 @@ class Training:
 
     @property
     def end(self) -> UserCommand | None:
-        """How it was asked to end, STOP or PAUSE; None while it was not."""
+        """The command that ends it, STOP or PAUSE; None without one."""
         return self._end
 
     def send(self, event: str, payload: dict[str, Any]) -> None:
-        """Tells the pages something of it."""
+        """Send an event of the training to the pages."""
         where = {"node": self.node, "prompt_id": self.prompt, "workflow": self.workflow, "inputs": self.inputs}
         send({**where, "event": event, **payload})
 
     def opened(self, run: Run, step: int, steps: int) -> None:
-        """It works on a run from now on, from a step that is saved."""
+        """Record the run that the training works on from now on, and the saved step that it starts from."""
         self.run = run
         self.step = self.saved = step
         self.steps = steps
 
     def ask(self, wish: UserCommand) -> None:
-        """Asks for something; of STOP and PAUSE the later one holds."""
+        """Record a command; of STOP and PAUSE, the later one wins."""
         with self._lock:
             if wish is UserCommand.SAVE:
                 self._save = True
@@ -92,7 +92,7 @@ class Training:
                 self._end = wish
 
     def next_command(self) -> Command | None:
-        """What the loop is to do after a step; a save is asked for once."""
+        """Return the loop's command after a step; a save is returned once."""
         with self._lock:
             if self._end is UserCommand.STOP:
                 return Command.STOP
@@ -100,16 +100,16 @@ class Training:
             return Command.SAVE if save else None
 
     def check_interrupt(self) -> None:
-        """Raises the host's interruption, once, for a pause, and for a stop with nothing trained that could be kept."""
+        """Raise ComfyUI's interruption once, for a pause, or for a stop before the first step."""
         ends = self._end is UserCommand.PAUSE or (self._end is UserCommand.STOP and not self.step)
         if ends and not self._leaving:
-            # What is reached is saved on the way out, which is reported like any other save.
+            # The loop saves its progress on the way out and reports that save, which must not raise again.
             self._leaving = True
             raise comfy.model_management.InterruptProcessingException()
 
 
 class TrainingRegistry:
-    """Where those who ask find the trainings that run."""
+    """The running trainings, for the routes and nodes that look them up."""
 
     def __init__(self):
         self._lock = threading.Lock()
@@ -125,12 +125,12 @@ class TrainingRegistry:
 
     @property
     def lifted(self) -> int:
-        """How often a stopped run was told to go on, or one deleted: the host must not answer from its cache then."""
+        """The number of resumed or deleted runs. When it changes, ComfyUI must not answer from its cache."""
         return self._lifted
 
     @contextmanager
     def register(self, node: str) -> Iterator[Training]:
-        """A training that can be found as long as the block lasts."""
+        """Register a training within the context."""
         context = get_executing_context()
         prompt = context.prompt_id if context is not None else ""
         training = Training(node, prompt, workflow_of(prompt))
@@ -145,20 +145,20 @@ class TrainingRegistry:
                 self._running.remove(training)
 
     def all(self) -> list[Training]:
-        """Those that run."""
+        """Return the running trainings."""
         with self._lock:
             return list(self._running)
 
     def of_run(self, name: str) -> Training | None:
-        """The one that works on a run."""
+        """Return the training that works on a run."""
         return next((one for one in self.all() if one.run is not None and one.run.name == name), None)
 
     def of_node(self, node: str) -> Training | None:
-        """The one of a node, also before its run is open."""
+        """Return the training of a node, also before its run is open."""
         return next((one for one in self.all() if one.node == node), None)
 
     def remember(self, run: str, prompt: str) -> None:
-        """Keeps which prompt a run was last in."""
+        """Remember the last prompt of a run."""
         with self._lock:
             self._prompts.pop(run, None)
             self._prompts[run] = prompt
@@ -166,20 +166,20 @@ class TrainingRegistry:
                 del self._prompts[next(iter(self._prompts))]
 
     def prompt_of(self, run: str) -> str:
-        """Id of the prompt that a run was last in, empty when this server does not know."""
+        """Return the id of a run's last prompt, empty if this server does not know it."""
         with self._lock:
             return self._prompts.get(run, "")
 
     def forget(self, run: str) -> None:
-        """A run was deleted: its graph, queued again, is to train, and not to be answered from the host's cache."""
+        """Forget a deleted run. Its graph, queued again, must train and not be answered from ComfyUI's cache."""
         with self._lock:
             self._prompts.pop(run, None)
             self._lifted += 1
 
     def resume(self, run: Run) -> None:
-        """Lets a stopped run go on when its graph is queued again.
+        """Let a stopped run continue when its graph is queued again.
 
-        Raises RunError as `Run.forget_halt` does, RunHeldError where another process trains it.
+        Raises RunError as `Run.forget_halt` does, and RunHeldError if another process trains it.
         """
         with run.held():
             run.forget_halt()
@@ -187,30 +187,30 @@ class TrainingRegistry:
             self._lifted += 1
 
 
-# The routes of the one server and the nodes that it executes have to meet somewhere.
+# The routes of the one server and the nodes that it executes share this registry.
 REGISTRY = TrainingRegistry()
 
 
 def check_interrupt() -> None:
-    """Raises the host's interruption when the user cancelled, or asked of the training here what ends it now."""
+    """Raise ComfyUI's interruption if the user cancelled, or if a command ends the current training now."""
     comfy.model_management.throw_exception_if_processing_interrupted()
     if REGISTRY.current is not None:
         REGISTRY.current.check_interrupt()
 
 
 def is_hurried() -> bool:
-    """Whether what can be left out should be: the training here was asked to stop."""
+    """Report whether optional work should be skipped because the current training was told to stop."""
     return REGISTRY.current is not None and REGISTRY.current.end is UserCommand.STOP
 
 
 def run_controlled(node: str, work: Callable[[Training], Outcome]) -> Outcome:
-    """Does the work of a training node, which can then be asked to stop, save and pause.
+    """Run the work of a training node, which can then be stopped, saved and paused.
 
     Args:
-        work: called with the training; within another `attended` of the same node with that one's.
+        work: called with the training. A nested `run_controlled` uses the outer one's training.
 
     Raises:
-        The host's interruption, also for a pause: the prompt ends with it, and the next one runs.
+        InterruptProcessingException: ComfyUI's interruption, also for a pause: it ends the prompt, and the next runs.
     """
     outer = REGISTRY.current
     if outer is not None:
@@ -226,7 +226,7 @@ def run_controlled(node: str, work: Callable[[Training], Outcome]) -> Outcome:
         except Exception as error:
             _tell_failed(training, error)
             raise
-    # Here and not above: an exception that is being handled holds on to all that the training had on the device.
+    # Not inside `except`: an exception being handled keeps all that the training had on the device.
     _note_pause(training)
     _free_device()
     raise comfy.model_management.InterruptProcessingException()
@@ -250,13 +250,13 @@ def _tell_failed(training: Training, error: Exception) -> None:
 def _note_pause(training: Training) -> None:
     log.info("Graft: paused at step %d. Queue the same graph again to go on.", training.saved)
     name = "" if training.run is None else training.run.name
-    # Where nothing is saved there is nothing to go on with, and what lies in the folder may be an earlier run's.
+    # Without a saved state there is nothing to resume, and the folder's files may be of an earlier run.
     if training.saved:
         try:
             with training.run.held():
                 training.run.note_halt(PAUSED, training.saved, training.steps)
         except RunError:
-            # It goes on without; only a run that starts over or is new each time would not know that it should.
+            # The run still resumes without the note, unless it is set to start over or to be new each time.
             log.exception("Graft: that run %s is paused could not be kept.", name)
     training.send("paused", {"run": name, "step": training.saved, "steps": training.steps})
 

@@ -1,4 +1,4 @@
-"""Messages to the browser, through the host's server where there is one."""
+"""Messages to the browser through ComfyUI's server, if there is one."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from ....trainers.runs.records import jsonable
 EVENT = "graft.progress"
 BEGIN = "begin"
 
-# So many nodes' messages are kept for pages that are opened later, those of the nodes that ran last.
+# Limit of the nodes whose messages are kept for pages that open later; the nodes that ran last stay.
 _MOST_NODES = 64
 _ID_LIMIT = 64
-# More nodes or letters than these before a trainer are not told to the pages.
+# Limits of nodes and characters; larger prompts are not sent to the pages.
 _MOST_SOURCES = 500
 _SOURCES_LIMIT = 256 * 1024
 
-# Widgets that change nothing of what a run is, by the class of their node; None: all of that node's. A run goes on
-# with other values of them (the fields of a recipe from `steps` on, but for those that choose the run).
+# Widgets that do not affect a run's identity, by node class; None for all widgets of a class. A run resumes with other
+# values of them (the fields of a recipe from `steps` on, except for those that choose the run).
 _TRAINERS = ("GraftTrainLoRA", "GraftTrainEmbedding", "GraftTrainDreamBooth", "GraftFineTune")
 _RUN_FIELDS = {"save_every", "keep_last", "validate_every", "gradient_check", "tensorboard", "processes"}
 _NEUTRAL: dict[str, set[str] | None] = {
@@ -32,9 +32,9 @@ _NEUTRAL: dict[str, set[str] | None] = {
 
 
 class MessageStore:
-    """The last message of each kind of each training: what a page that is opened later has to know.
+    """The last message of each kind of each training, for pages that open later.
 
-    A training is told apart by its workflow, its node and what it trains: templates have fixed workflow ids.
+    Workflow, node and inputs identify a training: templates have fixed workflow ids.
     """
 
     def __init__(self):
@@ -42,13 +42,13 @@ class MessageStore:
         self._nodes: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {}
 
     def note(self, message: dict[str, Any]) -> None:
-        """Keeps a message; one that begins a training takes the place of all that the same one told before."""
+        """Store a message; a BEGIN message replaces all earlier messages of the same training."""
         key = (message["workflow"], message["node"], message.get("inputs", ""))
         with self._lock:
             kept = self._nodes.pop(key, {})
             if message["event"] == BEGIN:
                 kept = {}
-            # At the end again: the order is the one they came in.
+            # Move the event to the end, to keep the order of arrival.
             kept.pop(message["event"], None)
             kept[message["event"]] = message
             self._nodes[key] = kept
@@ -56,17 +56,17 @@ class MessageStore:
                 del self._nodes[next(iter(self._nodes))]
 
     def messages(self) -> list[dict[str, Any]]:
-        """What is kept, in the order of the nodes' last messages and of each node's."""
+        """Return the stored messages, in the order of the nodes' last messages and of each node's."""
         with self._lock:
             return [message for kept in self._nodes.values() for message in kept.values()]
 
 
-# The routes of the one server and the nodes that it executes have to meet somewhere.
+# The routes of the one server and the nodes that it executes share this store.
 MESSAGES = MessageStore()
 
 
 def prompt_server():
-    """The host's server, None where the host is used without one."""
+    """Return ComfyUI's server, or None if ComfyUI runs without one."""
     try:
         from server import PromptServer
     except ImportError:
@@ -75,21 +75,21 @@ def prompt_server():
 
 
 def _running(prompt: str) -> tuple | None:
-    """(number, id, prompt, extra data, outputs) of a running prompt, on newer hosts with more behind; None for none."""
+    """Return a running prompt as (number, id, prompt, extra data, outputs, ...), or None if it does not run."""
     running = getattr(getattr(prompt_server(), "prompt_queue", None), "currently_running", {})
     return next((item for item in list(running.values()) if item[1] == prompt), None)
 
 
 def workflow_of(prompt: str) -> str:
-    """Id of the workflow that a running prompt was queued from; empty where it came from no page."""
+    """Return the id of the workflow that a running prompt was queued from; empty if no page queued it."""
     found = graph_of(prompt).get("workflow", {}).get("id")
     return found if isinstance(found, str) and len(found) <= _ID_LIMIT else ""
 
 
 def graph_of(prompt: str) -> dict[str, dict[str, Any]]:
-    """What a running prompt was queued as, under the host's own names: `prompt`, and `workflow` if a page queued it."""
+    """Return a running prompt under ComfyUI's own names: `prompt`, and `workflow` if a page queued it."""
     item = _running(prompt)
-    # Anyone may have written the extra data.
+    # The extra data is untrusted.
     found: Any = item[3] if item is not None else None
     for name in ("extra_pnginfo", "workflow"):
         found = found.get(name) if isinstance(found, dict) else None
@@ -98,16 +98,16 @@ def graph_of(prompt: str) -> dict[str, dict[str, Any]]:
 
 
 def running_prompt(prompt: str) -> dict[str, Any] | None:
-    """The nodes of a running prompt, by id; None where it does not run on this server."""
+    """Return the nodes of a running prompt, by id; None if it does not run on this server."""
     item = _running(prompt)
     return item[2] if item is not None else None
 
 
 def sources_of(prompt: str, node: str) -> dict[str, dict[str, Any]] | None:
-    """Collect what decides a node's result in a running prompt: the node and those before it, by id.
+    """Collect the inputs that decide a node's result in a running prompt: the node and those before it, by id.
 
-    Each is {"class_type", "inputs"} without the widgets that change nothing of a run. None where the prompt does not
-    run here, or is too large to be told to the pages.
+    Each is {"class_type", "inputs"} without the widgets that do not affect the run. Return None if the prompt does not
+    run here, or is too large for the pages.
     """
     nodes = running_prompt(prompt) or {}
     found: dict[str, dict[str, Any]] = {}
@@ -133,20 +133,20 @@ def sources_of(prompt: str, node: str) -> dict[str, dict[str, Any]] | None:
 
 
 def _is_link(value: Any, nodes: dict[str, Any]) -> bool:
-    """Whether an input's value is another node's output, [id, slot]."""
+    """Report whether an input's value is another node's output, [id, slot]."""
     return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and value[0] in nodes
 
 
 def digest_of(sources: dict[str, dict[str, Any]] | None) -> str:
-    """Digest of what `sources_of` collects; empty for None."""
+    """Return the digest of the result of `sources_of`; empty for None."""
     return "" if sources is None else hashlib.sha256(json.dumps(sources, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def send(message: dict[str, Any]) -> None:
-    """A message of a training node to all pages that listen, and to those that are opened later.
+    """Send a message of a training node to all open pages, and keep it for pages that open later.
 
     Args:
-        message: with at least node, prompt_id, workflow and event.
+        message: holds at least node, prompt_id, workflow and event.
     """
     plain = jsonable(message)
     MESSAGES.note(plain)

@@ -1,4 +1,4 @@
-"""Telling the browser and the terminal how training goes, and hearing from them that it should stop."""
+"""Training progress in the browser and the terminal, and the user's interruption."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ log = logging.getLogger(__name__)
 _PAUSE = 0.1
 _PREVIEW_SIDE = 512
 
-# What is told at most every _PAUSE seconds, and how each says that it is the last.
+# Events sent at most once in _PAUSE seconds, with the payload keys whose equality marks the last one.
 _OFTEN = {"step": ("step", "steps"), "cache": ("done", "total")}
 
 
 class Progress:
-    """Passes events of a run on; raises the host's own interruption when the user cancels or pauses.
+    """A callable that sends a run's events to the page and raises ComfyUI's interruption on cancel or pause.
 
     Args:
-        training: at the desk.
-        steps: of the whole run.
+        training: the registered training.
+        steps: steps of the whole run.
     """
 
     def __init__(self, training: Training, steps: int):
@@ -36,7 +36,7 @@ class Progress:
         self._losses: list[float] = []
 
     def __call__(self, event: str, payload: dict) -> None:
-        """One event; pictures go to the node's preview too, what comes often is told at most ten times a second."""
+        """Send one event; pictures also go to the node's preview, and frequent events at most ten times a second."""
         if event == "run":
             self._training.opened(Run.named(paths.folders(), payload["name"]), payload["step"], payload["steps"])
             REGISTRY.remember(payload["name"], self._training.prompt)
@@ -60,7 +60,7 @@ class Progress:
         self._training.send(event, self._shown(event, payload))
 
     def _shown(self, event: str, payload: dict) -> dict:
-        """An event as the pages get it: no pictures but where they are, and the losses of steps that were not told."""
+        """Return an event as the pages get it: paths in place of pictures, and the losses of all unsent steps."""
         if event == "sample":
             return {"step": payload["step"], "samples": [paths.shown_output(path) for path in payload["paths"]]}
         if event == "step":
@@ -70,14 +70,14 @@ class Progress:
 
 
 def _memory() -> tuple[int, int]:
-    """(in use, there is) on the device that trains, bytes, whoever uses it."""
+    """Return (bytes in use by any program, total bytes) of the training device."""
     device = comfy.model_management.get_torch_device()
     total = comfy.model_management.get_total_memory(device)
     return total - comfy.model_management.get_free_memory(device), total
 
 
 def log_step(payload: dict) -> None:
-    """Tells the terminal of some twenty steps of a run."""
+    """Log about twenty steps of a run."""
     every = max(1, payload["steps"] // 20)
     if payload["step"] % every == 0 or payload["step"] == payload["steps"]:
         log.info(
@@ -91,7 +91,7 @@ def log_step(payload: dict) -> None:
 
 
 def counter(node: str):
-    """A function of (done, total) that moves a node's progress bar and raises the host's own interruption."""
+    """Return a function of (done, total) that moves a node's progress bar and raises ComfyUI's interruption."""
     bar = None
 
     def tick(done: int, total: int) -> None:
@@ -106,7 +106,7 @@ def counter(node: str):
 
 
 def gallery(node: str, total: int):
-    """A function of (done, picture) that moves a node's bar, shows the picture and raises the host's interruption."""
+    """Return a function of (done, picture) that moves a node's bar, shows the picture and raises the interruption."""
     bar = comfy.utils.ProgressBar(total, node_id=node)
 
     def tick(done: int, picture=None) -> None:

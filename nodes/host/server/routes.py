@@ -1,21 +1,20 @@
-"""Routes under /graft/: the runs there are, and what can be asked of one.
+"""HTTP routes under /graft/: the runs, and commands to one run.
 
-GET  /graft/runs                 those that run, those on disk, and what training nodes told last (the panel's messages)
-GET  /graft/history?text=&from=N&count=N   a page of the runs on disk: how their loss went, recipes, a picture of each
-GET  /graft/runs/RUN?events=N    a run: its recipe, where it is, its last events and sample pictures
-GET  /graft/runs/RUN/workflow    what it was queued as: the prompt, and the workflow if a page queued it
-POST /graft/runs/RUN/stop        finish now; what was reached is saved and handed on
-POST /graft/runs/RUN/save        save now and go on
+GET  /graft/runs                 running trainings, runs on disk, and training nodes' last messages (for the panel)
+GET  /graft/history?text=&from=N&count=N   a page of the runs on disk: their losses, recipes, a picture of each
+GET  /graft/runs/RUN?events=N    a run: its recipe, its progress, its last events and sample pictures
+GET  /graft/runs/RUN/workflow    the queued graph: the prompt, and the workflow if a page queued it
+POST /graft/runs/RUN/stop        finish now; save the progress and return it as the result
+POST /graft/runs/RUN/save        save now and continue
 POST /graft/runs/RUN/pause       save, end the prompt, free the device
-POST /graft/runs/RUN/resume      let a stopped run go on, and give the prompt that is to be queued for it
-POST /graft/runs/RUN/delete      remove its folder with its saves, unless a server trains it; what was picked stays
-POST /graft/runs/RUN/describe    {"title", "note"}: what the user calls it and says of it
-POST /graft/runs/RUN/pick        {"step"}: copy a save to where loaders list it; the name there, by kind
-POST /graft/nodes/NODE/stop      as for a run, by the node's execution id; so for save and pause
+POST /graft/runs/RUN/resume      let a stopped run continue, and return the prompt to queue for it
+POST /graft/runs/RUN/delete      remove its folder with its saves, unless a server trains it; picked saves stay
+POST /graft/runs/RUN/describe    {"title", "note"}: the user's name and note for it
+POST /graft/runs/RUN/pick        {"step"}: copy a save to where loaders list it; return the name there, by kind
+POST /graft/nodes/NODE/stop      as for a run, by the node's execution id; save and pause likewise
 
-A POST carries a JSON object, empty where nothing is said of it, and is taken from the host's own pages and from
-programs alone; the page's address has to be one of this server's (`is_own_host`). Errors are {"error": text} with the
-status that fits.
+A POST carries a JSON object, empty if there is nothing to say. Only ComfyUI's own pages and programs may send one, and
+the page's address must be one of this server's (`is_own_host`). Errors are {"error": text} with the fitting status.
 """
 
 from __future__ import annotations
@@ -57,12 +56,12 @@ _MOST_EVENTS = 5000
 _BODY_LIMIT = 16 * 1024
 _BODY = "graft_body"
 _HOST = re.compile(r"(?:(?P<name>[\w.-]+)|\[(?P<address>[0-9a-fA-F:.]+)\])(?::[0-9]{1,5})?", re.ASCII)
-# Behind the machine's own name in local networks; nobody can register a name under them.
+# Domains after the machine's name in local networks; nobody can register a name under them.
 _LOCAL_ENDINGS = ("local", "lan", "home", "home.arpa", "internal", "localdomain")
 
 
 class _Refusal(Exception):
-    """An answer that is an error, with its HTTP status."""
+    """An error response with its HTTP status."""
 
     def __init__(self, status: int, message: str):
         super().__init__(message)
@@ -70,7 +69,7 @@ class _Refusal(Exception):
 
 
 def register() -> None:
-    """Adds the routes to the host's, where it has a server and has not got them yet."""
+    """Add the routes to ComfyUI's server, if there is one and it lacks them."""
     server = prompt_server()
     routes = getattr(server, "routes", None)
     if routes is None or any(getattr(route, "path", "").startswith(_PREFIX) for route in routes):
@@ -88,7 +87,7 @@ def register() -> None:
 
 
 def _answering(work: Callable[[web.Request], Awaitable[dict[str, Any]]]) -> Handler:
-    """A handler that answers with what the work gives, or with what it refuses."""
+    """Return a handler that responds with the result of the work, or with its error."""
 
     async def handle(request: web.Request) -> web.Response:
         try:
@@ -106,14 +105,14 @@ def _answering(work: Callable[[web.Request], Awaitable[dict[str, Any]]]) -> Hand
 
 
 def _answer(status: int, value: dict[str, Any]) -> web.Response:
-    # Names of folders and files are anyone's: as JSON that is never taken for a page they do nothing.
+    # Names of folders and files are untrusted; as JSON that no browser takes for a page they are harmless.
     headers = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
     text = json.dumps(records.jsonable(value), allow_nan=False)
     return web.Response(status=status, text=text, content_type="application/json", headers=headers)
 
 
 async def _check_post(request: web.Request) -> None:
-    """Refuses what another site's page could send, and what is no JSON object."""
+    """Refuse requests that another site's page could send, and bodies that are not JSON objects."""
     if not is_same_origin(request.headers):
         raise _Refusal(
             403,
@@ -134,32 +133,32 @@ async def _check_post(request: web.Request) -> None:
 
 
 def is_same_origin(headers) -> bool:
-    """Tell whether a request comes from a page of this server, or from no page at all.
+    """Report whether a request comes from a page of this server, or from no page at all.
 
-    A browser says so itself in Sec-Fetch-Site, which no page can set; without TLS it only tells the page's Origin. A
-    page of another site can give its own name this server's address afterwards (DNS rebinding). It is then of the same
-    origin for the browser, so the name has to be one of this server's too.
+    A browser sends this in Sec-Fetch-Site, which no page can set; without TLS it sends the page's Origin only. A page
+    of another site can point its own name to this server's address later (DNS rebinding). The browser then treats it
+    as same origin, so the name must also be one of this server's.
     """
     site = headers.get("Sec-Fetch-Site")
     origin = headers.get("Origin")
     host = headers.get("Host", "")
     if site is None and origin is None:
-        # A program's: browsers tell at least one of them with every POST.
+        # A program sent it: browsers send at least one of them with every POST.
         return True
     if site is None:
         same = bool(host) and origin in (f"http://{host}", f"https://{host}")
     else:
         same = site == "same-origin"
-    # A certificate vouches for the name: a proxy with TLS stands in between, or the host has TLS itself.
+    # A certificate vouches for the name: a TLS proxy is in front, or ComfyUI has TLS itself.
     by_tls = site is not None and (origin or "").startswith("https://")
     return same and (by_tls or is_own_host(host))
 
 
 def is_own_host(host: str) -> bool:
-    """Tell whether a Host header names this server: by address, by a loopback name, or by a name it was given.
+    """Report whether a Host header names this server: by address, by a loopback name, or by a configured name.
 
-    Names are those of ComfyUI's --listen and --enable-cors-header, the machine's own, and those in GRAFT_HOSTS. An
-    address is always right: who types one asks no name server.
+    Configured names are those of ComfyUI's --listen and --enable-cors-header, the machine's own, and those in
+    GRAFT_HOSTS. Any address is accepted, because a browser asks no name server for it.
     """
     match = _HOST.fullmatch(host)
     if match is None:
@@ -169,7 +168,7 @@ def is_own_host(host: str) -> bool:
         return True
     cors = getattr(args, "enable_cors_header", None) or ""
     if cors == "*":
-        # The host itself answers every page then.
+        # ComfyUI itself then answers every page.
         return True
     given = [*(args.listen or "").split(","), *os.environ.get("GRAFT_HOSTS", "").split(","), _host_of(cors)]
     machine = socket.gethostname().lower()
@@ -309,14 +308,14 @@ async def _pick_save(request: web.Request) -> dict[str, Any]:
 
 
 def _prompt(prompt_id: str) -> dict[str, Any] | None:
-    """A prompt as it was queued, for POST /prompt; None when the host has forgotten it."""
+    """Return a prompt as it was queued, for POST /prompt; None if ComfyUI has forgotten it."""
     queue = getattr(prompt_server(), "prompt_queue", None)
     if queue is None or not prompt_id:
         return None
     entry = queue.get_history(prompt_id=prompt_id).get(prompt_id)
     if entry is None:
         return None
-    # (number, id, prompt, extra data, outputs), on newer hosts with more behind.
+    # (number, id, prompt, extra data, outputs, ...); newer versions append more.
     prompt = entry["prompt"][2]
     return prompt if isinstance(prompt, dict) else None
 
@@ -329,7 +328,7 @@ async def _found(request: web.Request):
 
 
 async def _aside(work: Callable, *values) -> Any:
-    """Reads files without keeping the server from everything else."""
+    """Run file access in a thread, so that the server can do other work."""
     return await asyncio.get_running_loop().run_in_executor(None, partial(work, *values))
 
 

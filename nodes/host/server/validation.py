@@ -21,10 +21,10 @@ _MARK = "graft_validation"
 
 
 def register(find_faults: FindFaults) -> None:
-    """Wrap ComfyUI's validation, once. A version whose function takes other arguments stays as it is.
+    """Wrap ComfyUI's validation once. Leave a version whose function takes other arguments as it is.
 
     Args:
-        find_faults: finds the errors of a node's values by input, none for a node of another pack.
+        find_faults: returns the errors of a node's values by input, none for a node of another pack.
     """
     import execution
 
@@ -50,7 +50,7 @@ def _wrap(validate: Callable, find_faults: FindFaults) -> Callable:
 
 
 def _keep_faults(errors: list[dict[str, Any]], faults: dict[str, str]) -> None:
-    """Leave one error for each faulty input, with that input's own message; all where no fault is known."""
+    """Keep one error for each faulty input, with that input's own message; keep all if no fault is known."""
     if not faults:
         return
     kept = []
