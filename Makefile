@@ -60,6 +60,7 @@ bench: $(STAMP)  ## a step against the bare model and its peers, waiting, the me
 lint: $(STAMP)  ## check the style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m tests.support.language
 
 chromium:  # for the browser tests; they say so themselves where it cannot be installed
 	@if command -v chromium >/dev/null && command -v chromedriver >/dev/null; then \

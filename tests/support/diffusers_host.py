@@ -20,7 +20,7 @@ class DiffusersDenoiser:
     noise_scale = 1.0
     sigma_data = 1.0
     family = "SD1"
-    takes = ""
+    conditioning_kind = ""
 
     def __init__(self, unet, prediction_type="epsilon"):
         self._unet = unet.requires_grad_(False).eval()

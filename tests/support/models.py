@@ -120,7 +120,8 @@ def learning_word(name: str, checkpointing: bool = False, model=None, clip=None,
     from graft_pack.nodes.host.model.denoiser import ComfyDenoiser
     from graft_pack.nodes.host.model.text_encoder import ComfyText
     from graft_pack.trainers.engine.plan import Plan
-    from graft_pack.trainers.memory import autograd, checkpointing
+    from graft_pack.trainers.memory import autograd
+    from graft_pack.trainers.memory.checkpointing import checkpoint_blocks
     from graft_pack.trainers.methods import textual_inversion
     from graft_pack.trainers.preprocessing.items import DatasetItem
     from graft_pack.trainers.protocols import Host
@@ -133,8 +134,8 @@ def learning_word(name: str, checkpointing: bool = False, model=None, clip=None,
     captions = captions or [f"a photo of embedding:{WORD}", f"one embedding:{WORD}, on a beach"]
     with denoiser.training("auto", settings.offload == "on"), encoder.training():
         if checkpointing:
-            checkpointing.checkpoint_blocks(autograd.blocks_of(denoiser.module), settings.keeps_attention)
-            checkpointing.checkpoint_blocks(autograd.blocks_of(encoder.module), settings.keeps_attention)
+            checkpoint_blocks(autograd.blocks_of(denoiser.module), settings.keeps_attention)
+            checkpoint_blocks(autograd.blocks_of(encoder.module), settings.keeps_attention)
         vectors = textual_inversion.start(encoder, settings)
         items = []
         for number, caption in enumerate(captions):
@@ -157,7 +158,8 @@ def with_text(name: str, checkpointing: bool = False, model=None, clip=None, spr
     from graft_pack.trainers.engine.plan import Plan
     from graft_pack.trainers.engine.trainable_modules import TrainableModules
     from graft_pack.trainers.formats.adapter import Adapter
-    from graft_pack.trainers.memory import autograd, checkpointing
+    from graft_pack.trainers.memory import autograd
+    from graft_pack.trainers.memory.checkpointing import checkpoint_blocks
     from graft_pack.trainers.methods import METHODS
     from graft_pack.trainers.preprocessing.items import DatasetItem
     from graft_pack.trainers.protocols import Host
@@ -171,8 +173,8 @@ def with_text(name: str, checkpointing: bool = False, model=None, clip=None, spr
     parts = TrainableModules(METHODS[settings.method], settings, host)
     with denoiser.training("auto", settings.offload == "on"), encoder.training():
         if checkpointing:
-            checkpointing.checkpoint_blocks(autograd.blocks_of(denoiser.module), settings.keeps_attention)
-            checkpointing.checkpoint_blocks(autograd.blocks_of(encoder.module), settings.keeps_attention)
+            checkpoint_blocks(autograd.blocks_of(denoiser.module), settings.keeps_attention)
+            checkpoint_blocks(autograd.blocks_of(encoder.module), settings.keeps_attention)
         trainables = parts.inject()
         if spread:
             scatter(trainables, spread)
@@ -308,7 +310,8 @@ def in_training(
     from graft_pack.nodes.host.model.denoiser import ComfyDenoiser
     from graft_pack.trainers.engine.plan import Plan
     from graft_pack.trainers.families import family_of
-    from graft_pack.trainers.memory import autograd, checkpointing
+    from graft_pack.trainers.memory import autograd
+    from graft_pack.trainers.memory.checkpointing import checkpoint_blocks
     from graft_pack.trainers.methods import METHODS
     from graft_pack.trainers.protocols import Host
 
@@ -318,7 +321,7 @@ def in_training(
     with denoiser.training(settings.compute_dtype, settings.offload == "on"):
         dtype = denoiser.compute_dtype
         if checkpointing:
-            checkpointing.checkpoint_blocks(autograd.blocks_of(denoiser.module), settings.keeps_attention)
+            checkpoint_blocks(autograd.blocks_of(denoiser.module), settings.keeps_attention)
         targets = method.targets(denoiser.module, family_of(denoiser.family), settings)
         trainables = method.inject(denoiser.module, targets, settings)
         if spread:

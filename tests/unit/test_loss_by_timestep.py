@@ -97,10 +97,10 @@ def test_it_is_the_models_own_loss_whatever_is_trained_by(tmp_path):
     """With and without a weighting, a penalty and micro-batches the draws are the same, and nothing has moved yet."""
     fields = {"steps": 1, "batch_size": 2, "accumulation": 3}
     own = run_session(tmp_path / "own", **fields)
-    assert sum(map(sum, own.levels.counts)) == 6
-    assert sum(map(sum, own.levels.sums)) / 6 == pytest.approx(own.losses[0], rel=1e-5)
+    assert sum(map(sum, own.loss_by_timestep.counts)) == 6
+    assert sum(map(sum, own.loss_by_timestep.sums)) / 6 == pytest.approx(own.losses[0], rel=1e-5)
     asked = Objective(weighting="min-SNR", min_snr_gamma=5.0, loss="Huber")
     other = run_session(tmp_path / "other", micro_batch=1, objective=asked, **fields)
     assert other.losses[0] != pytest.approx(own.losses[0], rel=0.05)
-    assert other.levels.counts == own.levels.counts
-    assert other.levels.sums[0] == pytest.approx(own.levels.sums[0], rel=1e-4)
+    assert other.loss_by_timestep.counts == own.loss_by_timestep.counts
+    assert other.loss_by_timestep.sums[0] == pytest.approx(own.loss_by_timestep.sums[0], rel=1e-4)

@@ -260,7 +260,7 @@ def test_states_from_before_some_of_it_was_kept_load(tmp_path):
     files.write_tensors(path, tensors, {"state": json.dumps(plain)})
     resumed = run_session(tmp_path, steps=4)
     assert resumed.resumed_from == 2
-    assert [any(counts) for counts in resumed.levels.counts] == [False, False, True, True]
+    assert [any(counts) for counts in resumed.loss_by_timestep.counts] == [False, False, True, True]
     assert same_tensors(resumed.adapter, run_session(tmp_path / "straight", steps=4).adapter)
 
 

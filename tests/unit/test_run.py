@@ -36,7 +36,7 @@ def make_state(step=7):
         ema={"a.b": torch.randn(3, 2), "c/d": torch.randn(1)},
         optimizer={0: {"step": torch.tensor(7.0), "exp_avg": torch.randn(3, 2)}, 1: {"d": 0.5, "k": 3}},
         scaler={"scale": 65536.0, "_growth_tracker": 3},
-        levels=LossByTimestep(2, [[1 / 3] * BUCKETS], [[1] * BUCKETS]),
+        loss_by_timestep=LossByTimestep(2, [[1 / 3] * BUCKETS], [[1] * BUCKETS]),
     )
 
 

@@ -48,7 +48,7 @@ class Result:
         adapter: with the host's key names; None if no weight of the model was trained.
         embedding: None if no embedding was trained.
         losses: one per step.
-        levels: the loss per timestep bucket.
+        loss_by_timestep: the loss per timestep bucket.
         run: the run on disk.
         resumed_from: the step from which training resumed; equal to `step` if the run was already finished.
         step: the last step; below the recipe's `steps` if the user stopped the run.
@@ -58,7 +58,7 @@ class Result:
     adapter: Adapter | None
     embedding: Embedding | None
     losses: list[float]
-    levels: LossByTimestep
+    loss_by_timestep: LossByTimestep
     run: Run
     resumed_from: int
     step: int

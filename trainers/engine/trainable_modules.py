@@ -66,7 +66,7 @@ class TrainableModules:
     def __init__(self, method: Method, recipe: Recipe, host: Host):
         self._method = method
         self._parts = list(_parts_of(method, recipe, host))
-        self._cuts_of = host.denoiser.published_splits
+        self._splits_of = host.denoiser.published_splits
         self.layers = 0
 
     @property
@@ -149,10 +149,10 @@ class TrainableModules:
 
     def _on_own_layers(self, adapter: Adapter) -> Adapter:
         """Convert an adapter for diffusers' split layers to the denoiser's own layers. Return any other unchanged."""
-        if adapter.native is None or not adapter.native.is_cut:
+        if adapter.native is None or not adapter.native.is_split:
             return adapter
         paths = [path for path, _ in self._parts[0].tree().named_modules()]
-        return Adapter(adapter, adapter.metadata, joined(adapter.native, paths, self._cuts_of))
+        return Adapter(adapter, adapter.metadata, joined(adapter.native, paths, self._splits_of))
 
     def export(self, values: dict[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
         """Return the adapter file's tensors, made from the trainables' values."""
@@ -170,7 +170,7 @@ class TrainableModules:
             for part in self._parts
         }
         first = made.pop("")
-        return None if first is None else replace(with_splits(first, self._cuts_of), text=made)
+        return None if first is None else replace(with_splits(first, self._splits_of), text=made)
 
     @contextmanager
     def switched_off(self) -> Iterator[None]:

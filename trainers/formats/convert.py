@@ -119,7 +119,7 @@ def _host_tensors(native: PeftAdapter, text: str) -> dict[str, torch.Tensor]:
             return {}
         place = name[: match.start()]
         end = _KOHYA.get(match["end"], match["end"])
-        layer = f"transformer.{place}" if native.is_cut else _host_layer(place, text)
+        layer = f"transformer.{place}" if native.is_split else _host_layer(place, text)
         if end == "lokr_w1":
             # Readers ignore alpha if both factors are full matrices, so put the scale into the first.
             tensor = tensor * native.scales[place]

@@ -27,11 +27,11 @@ def with_splits(native: PeftAdapter, splits_of: SplitsOf) -> PeftAdapter:
     """
     if native.published:
         return native
-    cuts = {place: splits_of(place) for place in {_split(name)[0] for name in native.tensors}}
-    return replace(native, cuts=cuts) if all(cuts.values()) else native
+    splits = {place: splits_of(place) for place in {_split(name)[0] for name in native.tensors}}
+    return replace(native, splits=splits) if all(splits.values()) else native
 
 
-def cut(native: PeftAdapter) -> PeftAdapter:
+def split_layers(native: PeftAdapter) -> PeftAdapter:
     """Convert an adapter to diffusers' layers. Each part gets a copy of A and its own rows of B, which is exact."""
     tensors, scales = {}, {}
     for name, tensor in native.tensors.items():
@@ -41,11 +41,11 @@ def cut(native: PeftAdapter) -> PeftAdapter:
             tensors[f"{part.name}.{end}"] = own.contiguous().clone()
             if place in native.scales:
                 scales[part.name] = native.scales[place]
-    return replace(native, config=_renamed(native.config, native.splits), tensors=tensors, scales=scales, is_cut=True)
+    return replace(native, config=_renamed(native.config, native.splits), tensors=tensors, scales=scales, is_split=True)
 
 
 def joined(native: PeftAdapter, paths: Iterable[str], splits_of: SplitsOf) -> PeftAdapter:
-    """Convert an adapter from diffusers' layers to a checkpoint's layers: the inverse of `cut`.
+    """Convert an adapter from diffusers' layers to a checkpoint's layers: the inverse of `split`.
 
     Args:
         native: the adapter, on diffusers' layers.
@@ -60,29 +60,29 @@ def joined(native: PeftAdapter, paths: Iterable[str], splits_of: SplitsOf) -> Pe
     left = dict(native.tensors)
     tensors, scales = {}, dict(native.scales)
     for path in paths:
-        cuts = splits_of(path)
-        names = [[name for name in left if _split(name)[0] == part.name] for part in cuts]
-        if not cuts or not all(names):
+        splits = splits_of(path)
+        names = [[name for name in left if _split(name)[0] == part.name] for part in splits]
+        if not splits or not all(names):
             continue
-        _refuse_if_apart(path, cuts, native)
+        _refuse_if_apart(path, splits, native)
         for name in names[0]:
             end = _split(name)[1]
-            parts = [left.pop(f"{part.name}.{end}") for part in cuts]
+            parts = [left.pop(f"{part.name}.{end}") for part in splits]
             if not end.startswith(_BY_OUTPUT):
                 tensors[f"{path}.{end}"] = parts[0]
                 continue
             whole = torch.empty(sum(map(len, parts)), *parts[0].shape[1:], dtype=parts[0].dtype)
-            for part, values in zip(cuts, parts, strict=True):
+            for part, values in zip(splits, parts, strict=True):
                 whole[part.rows(torch.arange(len(whole)))] = values
             tensors[f"{path}.{end}"] = whole
-        scales[path] = native.scales.get(cuts[0].name)
-    return replace(native, tensors={**left, **tensors}, scales=scales, is_cut=False)
+        scales[path] = native.scales.get(splits[0].name)
+    return replace(native, tensors={**left, **tensors}, scales=scales, is_split=False)
 
 
-def _refuse_if_apart(path: str, cuts: tuple[LayerSplit, ...], native: PeftAdapter) -> None:
-    firsts = [native.tensors.get(f"{part.name}.lora_A.weight") for part in cuts]
+def _refuse_if_apart(path: str, splits: tuple[LayerSplit, ...], native: PeftAdapter) -> None:
+    firsts = [native.tensors.get(f"{part.name}.lora_A.weight") for part in splits]
     alike = all(one is not None and one.shape == firsts[0].shape and bool((one == firsts[0]).all()) for one in firsts)
-    if not alike or len({native.scales.get(part.name) for part in cuts}) > 1:
+    if not alike or len({native.scales.get(part.name) for part in splits}) > 1:
         raise ModelError(
             f"The adapter to start from has several parts of its own for {path}, which here is one layer.",
             "It was trained in diffusers. Apply it with Graft Apply Adapter before the training node instead.",
@@ -96,12 +96,12 @@ def _split(name: str) -> tuple[str, str]:
     return place, f"lora_{end}"
 
 
-def _renamed(config: dict[str, Any], cuts: dict[str, tuple[LayerSplit, ...]]) -> dict[str, Any]:
+def _renamed(config: dict[str, Any], splits: dict[str, tuple[LayerSplit, ...]]) -> dict[str, Any]:
     """Return peft's configuration with diffusers' names of the layers."""
     made = dict(config)
     for name in _LISTS:
-        made[name] = sorted(part.name for path in config[name] for part in cuts[path])
+        made[name] = sorted(part.name for path in config[name] for part in splits[path])
     for name in _PATTERNS:
         if config.get(name):
-            made[name] = {part.name: value for path, value in config[name].items() for part in cuts[path]}
+            made[name] = {part.name: value for path, value in config[name].items() for part in splits[path]}
     return made

@@ -12,7 +12,7 @@ from ..errors import ModelError, RunError
 from ..families import LayerSplit
 from ..regex import PatternError, Patterns
 from . import files
-from .diffusers_split import cut
+from .diffusers_split import split_layers
 
 if TYPE_CHECKING:
     import torch
@@ -49,8 +49,8 @@ class PeftAdapter:
         published: True if module paths are diffusers', False if they are the checkpoint's own.
         scales: effective scale of the low-rank product by module path; empty if there is none.
         text: adapters of the text encoders, by component name in diffusers' pipelines.
-        cuts: diffusers' layers by the checkpoint's module path; empty if they are unknown.
-        is_cut: whether the tensors belong to the layers in `cuts`.
+        splits: diffusers' layers by the checkpoint's module path; empty if they are unknown.
+        is_split: whether the tensors belong to the layers in `splits`.
     """
 
     method: str
@@ -59,8 +59,8 @@ class PeftAdapter:
     published: bool
     scales: dict[str, float]
     text: dict[str, PeftAdapter] = field(default_factory=dict)
-    cuts: dict[str, tuple[LayerSplit, ...]] = field(default_factory=dict)
-    is_cut: bool = False
+    splits: dict[str, tuple[LayerSplit, ...]] = field(default_factory=dict)
+    is_split: bool = False
 
     def by_component(self) -> dict[str, PeftAdapter]:
         """Return the adapters by component name. The denoiser has the empty name."""
@@ -98,7 +98,7 @@ def diffusers_form(native: PeftAdapter) -> PeftAdapter:
             "Save it as 'peft' and load it by peft onto the pipeline's UNet.",
             "format",
         )
-    if native.published or native.is_cut:
+    if native.published or native.is_split:
         return native
     if not native.splits:
         raise ModelError(
@@ -106,7 +106,7 @@ def diffusers_form(native: PeftAdapter) -> PeftAdapter:
             "Save it as 'kohya' or as 'peft'.",
             "format",
         )
-    return cut(native)
+    return split_layers(native)
 
 
 def write_diffusers(path: str, native: PeftAdapter, metadata: dict[str, str]) -> None:
@@ -119,7 +119,7 @@ def write_diffusers(path: str, native: PeftAdapter, metadata: dict[str, str]) ->
     """
     tensors, described = {}, {}
     for component, one in native.by_component().items():
-        prefix = _TRANSFORMER if one.is_cut else _PREFIXES[component]
+        prefix = _TRANSFORMER if one.is_split else _PREFIXES[component]
         for name, tensor in one.tensors.items():
             place = name.split(".lora_")[0]
             scaled = tensor * one.scales[place] if ".lora_B." in name else tensor
@@ -168,7 +168,7 @@ def read_native(path: str, tensors: dict[str, torch.Tensor], metadata: dict[str,
         own = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         if own:
             found = _native(path, _diffusers_config(path, metadata, prefix), own, prefix)
-            found = replace(found, is_cut=prefix == _TRANSFORMER)
+            found = replace(found, is_split=prefix == _TRANSFORMER)
             parts[component] = _as_published(component, found)
     # If the file has only text encoder layers, the host reads it as it is.
     return replace(parts.pop(""), text=parts) if "" in parts else None

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 HOLES = 4
 _GREY = 0.5
 
+# Names on disk of what `Conditioning` takes.
+_STORED_NAMES = {"inpaint_mask": "hole", "masked_image_latent": "around"}
+
 
 class InpaintMaskCache:
     """Inpaint masks of each example's crop, and the latents of the crop with the masked part gray.
@@ -100,15 +103,19 @@ class InpaintMaskCache:
             mean, _ = self._codec.encode(around)
             if not torch.isfinite(mean).all():
                 raise DatasetError("the VAE gives no finite latent for it", "Use a VAE that runs in float32.", "vae")
-            tensors = {"hole": within.to(torch.uint8), "around": mean.float().cpu()}
+            tensors = {
+                _STORED_NAMES["inpaint_mask"]: within.to(torch.uint8),
+                _STORED_NAMES["masked_image_latent"]: mean.float().cpu(),
+            }
             self._cache.put(self.key(example, crop, number), tensors)
 
     def get(self, key: str) -> dict[str, torch.Tensor]:
-        """Return `hole`, [1, 1, H, W] uint8 over pixels, 1 where to fill, and `around`, a latent [1, C, ...]."""
+        """Return `inpaint_mask` [1, 1, H, W], uint8 over pixels, 1 where to fill, and
+        `masked_image_latent` [1, C, ...]."""
         tensors = self._cache.get(key)
         if tensors is None:
-            raise RunError(f"The cached hole {key} is gone.", "Queue again; it will be made anew.")
-        return tensors
+            raise RunError(f"The cached inpaint mask {key} is gone.", "Queue again; it will be made anew.")
+        return {name: tensors[stored] for name, stored in _STORED_NAMES.items()}
 
 
 def random_hole(size: tuple[int, int], seed: str, number: int) -> Image.Image:

@@ -39,7 +39,7 @@ class State:
         groups: per parameter group of the optimizer, the numbers that training changed; empty in older files.
         scaler: state of the fp16 loss scaler, empty without fp16.
         frozen: names of trainables that were frozen before the end of the run.
-        levels: loss by timestep; it lacks the steps that older files did not record.
+        loss_by_timestep: loss by timestep; it lacks the steps that older files did not record.
     """
 
     step: int = 0
@@ -53,7 +53,7 @@ class State:
     groups: list[dict[str, Any]] = field(default_factory=list)
     scaler: dict[str, float] = field(default_factory=dict)
     frozen: list[str] = field(default_factory=list)
-    levels: LossByTimestep = field(default_factory=LossByTimestep)
+    loss_by_timestep: LossByTimestep = field(default_factory=LossByTimestep)
     ema_updates: int | None = None
 
 
@@ -117,7 +117,7 @@ def read_state(path: str, step: int) -> State:
             groups=[_numbers_in(group) for group in plain.get("groups", [])],
             scaler=_numbers_in(plain["scaler"]),
             frozen=[str(name) for name in plain.get("frozen", [])],
-            levels=LossByTimestep.of_json(plain["levels"]) if "levels" in plain else LossByTimestep(),
+            loss_by_timestep=LossByTimestep.of_json(plain["levels"]) if "levels" in plain else LossByTimestep(),
             ema_updates=plain.get("ema_updates"),
         )
         for name, tensor in tensors.items():

@@ -30,10 +30,10 @@ from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 from functools import partial
 from typing import Any
-from urllib.parse import urlsplit
 
 from aiohttp import web
 from comfy.cli_args import args
+from yarl import URL
 
 from ....trainers.errors import GraftError, RunError, RunHeldError, SettingsError
 from ....trainers.runs import history, records
@@ -186,7 +186,7 @@ def _is_address(name: str) -> bool:
 
 def _host_of(origin: str) -> str:
     try:
-        return urlsplit(origin).hostname or ""
+        return URL(origin).host or ""
     except ValueError:
         return ""
 
