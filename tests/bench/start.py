@@ -287,7 +287,7 @@ def _one(kind: str, **more) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--readme", action="store_true", help="puts the tables into README.md")
+    parser.add_argument("--docs", action="store_true", help="puts the tables into docs/benchmarks.md")
     parser.add_argument(OPTION, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
@@ -295,8 +295,8 @@ def main() -> None:
         return
     text = measure(args.repeats)
     print(text)
-    if args.readme:
-        report.put_into_readme(text)
+    if args.docs:
+        report.put_into_docs(text)
 
 
 if __name__ == "__main__":
