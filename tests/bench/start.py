@@ -1,6 +1,6 @@
 """How long a user waits: for the first step, for a finished run, and for what is encoded before either.
 
-    python -m tests.bench.start [--repeats N] [--readme]
+    python -m tests.bench.start [--repeats N] [--docs]
 
 In a real server on the small base, from queueing to the answer; in a process of its own on the 45 M-parameter layout of
 SD1 with a text encoder and a VAE as large as SD1's, from where the node begins. *Just started* is a server or process
