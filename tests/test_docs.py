@@ -10,6 +10,7 @@ from tests.support.host import ROOT
 
 HELP = ROOT / "web" / "docs"
 README = ROOT / "README.md"
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *HELP.glob("**/*.md")]
 
 # vue-i18n, which shows the locale files, reads these as syntax.
 SYNTAX = re.compile(r"[@|{}]")
@@ -180,14 +181,29 @@ def test_readme_lists_every_node(schemas):
     assert sorted(re.findall(r"^\| \*\*([^*]+)\*\*", table, re.M)) == sorted(map(title_of, schemas.values()))
 
 
-@pytest.mark.parametrize("path", sorted([*ROOT.glob("*.md"), *HELP.glob("**/*.md")]), ids=lambda path: path.name)
+def test_readme_is_short_and_links_every_page():
+    text = README.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 200
+    for page in ROOT.glob("docs/*.md"):
+        assert f"(docs/{page.name})" in text, page.name
+
+
+@pytest.mark.parametrize("path", sorted(PAGES), ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_links_lead_somewhere(path):
-    """Files that a document links to or shows are there; in help pages nothing outside is linked."""
-    for target in re.findall(r"\]\(([^)#\s]+)", path.read_text(encoding="utf-8")):
+    """Check the files and headings that a page links to. Help pages link nothing outside the pack."""
+    for target, heading in re.findall(r"\]\(([^)#\s]+)(?:#([\w-]+))?", path.read_text(encoding="utf-8")):
         if target.startswith("extensions/graft/"):
             # In the help viewer links are the page's own; only pictures are looked for beside the text.
             target = f"../{target.removeprefix('extensions/graft/')}"
         if target.startswith(("http:", "https:")):
             assert HELP not in path.parents, target
             continue
-        assert (path.parent / target.replace("%20", " ")).exists(), target
+        linked = path.parent / target.replace("%20", " ")
+        assert linked.exists(), target
+        assert not heading or heading in list_anchors(linked), f"{target}#{heading}"
+
+
+def list_anchors(path):
+    """Return the anchors of a page's headings as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}

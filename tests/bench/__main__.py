@@ -1,6 +1,6 @@
 """A training step against the bare model, against core's Train LoRA node and against diffusers' script.
 
-    python -m tests.bench [--rounds N] [--threads N] [--model NAME] [--batch N] [--picture FILE] [--readme]
+    python -m tests.bench [--rounds N] [--threads N] [--model NAME] [--batch N] [--picture FILE] [--docs]
 
 The limit is what no trainer of activations can go below: forward and backward of the bare model where the latent
 requires a gradient and no parameter or text does. Each case runs in a process of its own, in which all contestants take
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="one of the batches alone")
     parser.add_argument("--picture", type=Path, help="a PNG of the table")
     parser.add_argument(
-        "--readme", action="store_true", help="puts the tables into README.md, in place of these cases'"
+        "--docs", action="store_true", help="puts the tables into docs/benchmarks.md, in place of these cases'"
     )
     parser.add_argument(OPTION, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -73,8 +73,8 @@ def main() -> None:
     if args.picture:
         args.picture.parent.mkdir(parents=True, exist_ok=True)
         report.draw(found, args.picture)
-    if args.readme:
-        report.put_into_readme(text)
+    if args.docs:
+        report.put_into_docs(text)
 
 
 def _apart(kind: str, case: Case, **more) -> dict:

@@ -1,4 +1,4 @@
-"""The figures as lines, as a picture and as a part of README."""
+"""Figures as lines, as a picture and as a part of docs/benchmarks.md."""
 
 from __future__ import annotations
 
@@ -130,9 +130,9 @@ def draw(found: dict[Case, dict], path: Path) -> None:
     figure.savefig(path)
 
 
-def put_into_readme(text: str) -> None:
+def put_into_docs(text: str) -> None:
     """Each part between the marks in place of the one that begins alike; what was not measured now stays as it is."""
-    path = ROOT / "README.md"
+    path = ROOT / "docs" / "benchmarks.md"
     whole = path.read_text(encoding="utf-8")
     head, rest = whole.split(BEGIN)
     known, tail = rest.split(END)

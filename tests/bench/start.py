@@ -1,6 +1,6 @@
 """How long a user waits: for the first step, for a finished run, and for what is encoded before either.
 
-    python -m tests.bench.start [--repeats N] [--readme]
+    python -m tests.bench.start [--repeats N] [--docs]
 
 In a real server on the small base, from queueing to the answer; in a process of its own on the 45 M-parameter layout of
 SD1 with a text encoder and a VAE as large as SD1's, from where the node begins. *Just started* is a server or process
@@ -287,7 +287,7 @@ def _one(kind: str, **more) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--readme", action="store_true", help="puts the tables into README.md")
+    parser.add_argument("--docs", action="store_true", help="puts the tables into docs/benchmarks.md")
     parser.add_argument(OPTION, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
@@ -295,8 +295,8 @@ def main() -> None:
         return
     text = measure(args.repeats)
     print(text)
-    if args.readme:
-        report.put_into_readme(text)
+    if args.docs:
+        report.put_into_docs(text)
 
 
 if __name__ == "__main__":

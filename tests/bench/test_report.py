@@ -1,4 +1,4 @@
-"""What the bench leaves in README, and what it says of the bars."""
+"""Tests of the tables that the benchmark writes, and of its verdicts."""
 
 import pytest
 

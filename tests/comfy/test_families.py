@@ -274,8 +274,8 @@ def test_what_cannot_be_trained_is_refused(name):
             check_gradient(training.losses, training.plan.trainables)
 
 
-def test_readme_has_the_table_of_exactly_these_classes():
-    page = make_families.README.read_text(encoding="utf-8")
+def test_models_page_lists_exactly_these_classes():
+    page = make_families.PAGE.read_text(encoding="utf-8")
     assert list(make_families.read_rows(page)) == list(networks.CLASSES)
     for name in (*networks.ALIKE, *networks.LEFT_OUT):
         assert f"`{name}`" in page, name

@@ -105,7 +105,7 @@ def documented(page):
     )
 
 
-README = documented("README.md")
+GUIDE = documented("docs/multi-gpu.md")
 HELP = documented("web/docs/GraftExportJob.md")
 
 
@@ -122,11 +122,11 @@ def launch(server, job, command, *more):
     )
 
 
-def test_readme_and_help_give_the_same_commands():
-    (gpus,) = README
+def test_guide_and_help_give_the_same_commands():
+    (gpus,) = GUIDE
     shown = [re.sub(r"output/graft/jobs/\S+", "FOLDER", gpus), "python custom_nodes/graft/job.py FOLDER"]
     assert shown == HELP
-    for page in ("README.md", "web/docs/GraftExportJob.md"):
+    for page in ("docs/multi-gpu.md", "web/docs/GraftExportJob.md"):
         # Two processes on the CPU, as the tests here run them.
         assert f"`{HELP[0]} --cpu`" in (ROOT / page).read_text(encoding="utf-8")
 
@@ -135,11 +135,11 @@ def events_of(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_job_by_readmes_example_is_what_the_graph_would_have_trained(server, dataset, alone):
+def test_documented_job_command_trains_what_the_graph_would(server, dataset, alone):
     job = exported(server, graph_of(server, dataset, "spread", STEPS, kind="GraftExportJob"))
     assert sorted(os.listdir(job)) == ["cache", "job.json"]
     assert runs.list_runs(server, "spread") == []
-    done = launch(server, job, README[0], "--cpu")
+    done = launch(server, job, GUIDE[0], "--cpu")
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"done after step {STEPS}" in done.stdout + done.stderr
     run = runs.find_run(server, "spread")

@@ -1,4 +1,4 @@
-"""README's table of the models that can be trained, measured on each class of the host's own in small.
+"""Table of trainable model classes in docs/models.md, measured on a small copy of each of ComfyUI's classes.
 
     python -m tests.support.make_families
 
@@ -15,8 +15,8 @@ from pathlib import Path
 from . import models, networks, pack
 from .host import ROOT
 
-README = ROOT / "README.md"
-HEADING = "Models"
+PAGE = ROOT / "docs" / "models.md"
+HEADING = "Measured classes"
 HEAD = "| class | predicts | layers | gradient | checkpointed | applied | unread keys |"
 LEFT_OUT_HEAD = "| not in the table | why |"
 LARGE = {"steps": 3, "learning_rate": 5e-2, "batch_size": 2}
@@ -129,7 +129,7 @@ def show(name: str, row: Row) -> str:
 
 
 def read_rows(page: str) -> dict[str, str]:
-    """{class: line} of the table in a README."""
+    """{class: line} of the table on the page."""
     section = page.split(f"\n## {HEADING}\n")[1].split("\n## ")[0].split(LEFT_OUT_HEAD)[0]
     return {match.group(1): match.group(0) for match in re.finditer(r"^\| `(\w+)` \|.*$", section, re.M)}
 
@@ -148,7 +148,7 @@ def list_others() -> list[str]:
 def main():
     pack.use_comfy()
     pack.load_pack()
-    page = README.read_text(encoding="utf-8")
+    page = PAGE.read_text(encoding="utf-8")
     rows = read_rows(page)
     here = set(list_classes())
     for name in networks.CLASSES:
@@ -157,8 +157,9 @@ def main():
             print(rows[name], flush=True)
     lines = [HEAD, "|" + "---|" * (HEAD.count("|") - 1), *(rows[name] for name in networks.CLASSES if name in rows)]
     before = page[: page.index(HEAD)]
-    after = page[page.index("\n## ", len(before)) :]
-    README.write_text("\n".join([before + lines[0], *lines[1:], "", *list_others(), after]), encoding="utf-8")
+    end = page.find("\n## ", len(before))
+    after = page[end:] if end >= 0 else ""
+    PAGE.write_text("\n".join([before + lines[0], *lines[1:], "", *list_others(), after]), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Pictures of the history of runs for README: trainings on the tiny base, listed and compared, in both themes.
+"""Pictures of the history of runs for docs/runs.md: trainings on the tiny base, listed and compared, in both themes.
 
     python -m tests.support.make_history_pictures
 

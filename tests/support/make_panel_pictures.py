@@ -1,4 +1,4 @@
-"""Pictures of the live panel, in ComfyUI's two themes and renderers: the suite takes them, and README shows them.
+"""Pictures of the live panel, in ComfyUI's two themes and renderers, for docs/runs.md and the suite.
 
     python -m tests.support.make_panel_pictures
 
@@ -92,7 +92,7 @@ def run_and_take(browser, server, name, steps):
 
 
 def write(taken, name, folder):
-    """Writes the pictures of a renderer as README shows them; their paths."""
+    """Writes the pictures of a renderer for docs/runs.md; their paths."""
     paths = []
     for theme, picture in taken.items():
         paths.append(Path(folder) / f"panel_{theme}_{name}.jpg")

@@ -62,9 +62,10 @@ def test_the_archive_holds_the_pack_and_not_the_tests():
     archived, ignored = list_archived()
     assert "tests/conftest.py" in ignored
     assert {"__init__.py", "LICENSE", "README.md", "pyproject.toml", "requirements.txt"} <= archived
-    shipped = r"(nodes|trainers|web|locales|example_workflows|subgraphs)/.*\.(py|js|css|json|md|html|jpg|png|webp)$"
+    folders = "nodes|trainers|web|locales|example_workflows|subgraphs"
+    shipped = rf"({folders})/.*\.(py|js|css|json|md|html|jpg|png|webp)$|docs/[^/]+\.md$"
     assert not [path for path in ignored if re.match(shipped, path)]
-    assert {path.split("/")[0] for path in archived if "/" in path} == set(re.findall(r"\w+", shipped.split(")")[0]))
+    assert {path.split("/")[0] for path in archived if "/" in path} == {*folders.split("|"), "docs"}
     assert not [path for path in archived if path.endswith(".safetensors")]
 
 

@@ -17,7 +17,7 @@ from tests.support.server import PromptInterrupted
 
 pytestmark = [pytest.mark.browser, pytest.mark.server]
 
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "runs.md"
 LONG = 3000
 SHORT = 6
 
@@ -91,10 +91,10 @@ def count_dots(page):
 
 
 def check_looks(page, panel, new_renderer, folder):
-    """The pictures that README shows, of this panel: in each theme it is drawn, and in that theme's shades."""
+    """Check the panel pictures of docs/runs.md: the panel is drawn in each theme, in the theme's shades."""
     taken = make_panel_pictures.take_looks(page)
     written = make_panel_pictures.write(taken, "nodes2" if new_renderer else "canvas", folder)
-    assert all((README.parent / "assets" / path.name).exists() and path.name in README.read_text() for path in written)
+    assert all((ROOT / "assets" / path.name).exists() and path.name in PAGE.read_text() for path in written)
     shades = {theme: np.asarray(picture.convert("L"), dtype=float) for theme, picture in taken.items()}
     assert np.median(shades["dark"]) < 80 and np.median(shades["light"]) > 175
     # Lines, letters and pictures: neither theme leaves them in the other's colours, nor out.
