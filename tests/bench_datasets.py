@@ -1,12 +1,11 @@
-"""What many pictures cost: looking at their folder, and the memory that training on them takes.
+"""Cost of large datasets: the scan of their folder, and the memory of training on them.
 
     python -m tests.bench_datasets [--pictures N]
 
-A folder of small pictures with a caption each is made in a temporary folder. It is looked at as ComfyUI does when the
-node is opened and when a graph is queued. Then the engine trains for two epochs on some of the pictures and on all of
-them, each in a process of its own. Captions are encoded at the size SD1's are, so that what is kept at hand between
-steps reaches its limit; the network and the VAE are tiny. Files come out of the system's cache: they were written a
-moment ago.
+The benchmark writes small pictures, each with a caption, into a temporary folder. It scans the folder as ComfyUI does
+when a node is opened and when a graph is queued. Then the engine trains for two epochs on some of the pictures and on
+all of them, each in its own process. Captions are encoded at SD1's size, so that the cache between steps reaches its
+limit; the network and the VAE are tiny. Files come out of the system's page cache because they were just written.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""What training all weights takes of memory, against what it cannot do without.
+"""Memory of full fine-tuning against its lower bound.
 
     python -m tests.bench_memory [--steps N]
 
-It cannot do without the base, the trained weights, what the optimiser and the average keep of them, and what a forward
-and backward take whose gradients are dropped as soon as they are there: activations and the largest layer's gradient.
-That last part is measured, the others are counted. Each case runs in a process of its own, with saves on the way, and
-ends with the adapter as the node hands it on.
+The lower bound is the base, the trained weights, the state that the optimizer and the average keep for them, and the
+memory of a forward and backward that drops each gradient at once: activations and the largest layer's gradient. The
+last part is measured, the others are counted. Each case runs in its own process, with saves on the way, and ends with
+the adapter as the node hands it on.
 
-Twice: with the system's allocator as it is, which keeps some of what was freed to itself, and so that it gives all of
-it back at once, which shows what the tensors take.
+Each case runs twice: with the system's allocator as it is, which keeps some freed memory to itself, and with an
+allocator setting that returns all of it at once, which shows the memory of the tensors.
 """
 
 from __future__ import annotations

@@ -113,7 +113,7 @@ def describe_step(title, step, seconds):
 
 
 def draw_comparison(server, workflow, entry, path):
-    """What it was shown, and the same prompt and seeds before and after, one row each; writes a PNG."""
+    """Write a PNG with three rows: the training pictures, then the same prompt and seeds before and after training."""
     shown = [Image.open(picture) for picture in sorted((CONCEPTS / CONCEPT).glob("*.png"))[:PICTURES]]
     rows = [("what it was shown", shown)]
     for title in ("Before", "After"):

@@ -1,9 +1,9 @@
-"""How far adapters of SDXL and Flux scale over processes, on paper and in simulation: `python -m tests.scaling`.
+"""Estimate how adapters of SDXL and Flux scale over processes, computed and simulated: `python -m tests.scaling`.
 
-Counted: what is synchronised in a step, from the real networks (built without weights) and the pack's own choice of
-layers, and the weights of blocks that `shard` has put together for every picture. Measured here: drawing the noise of a
-whole batch, which each process does. Assumed, and said so in the table: arithmetic, networks, and how much processes
-differ from step to step. Nothing here was measured on GPUs.
+Counted: the data that a step synchronizes, from the real networks (built without weights) and the pack's own choice of
+layers, and the block weights that `shard` gathers for every picture. Measured here: drawing the noise of a whole batch,
+which each process does. Assumed, and stated in the table: arithmetic, networks, and how much processes differ from step
+to step. Nothing here was measured on GPUs.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ OVERHEAD = 0.015
 
 @dataclass(frozen=True)
 class Network:
-    """What lies between processes.
+    """The network between processes.
 
     Attributes:
-        rate: bytes a second that each process can send and receive of a ring.
-        latency: seconds of one message.
+        rate: bytes per second that each process can send and receive in a ring.
+        latency: seconds per message.
     """
 
     name: str
@@ -49,14 +49,14 @@ A_MACHINE = 8
 
 @dataclass(frozen=True)
 class Work:
-    """What a step is made of.
+    """The work of one step.
 
     Attributes:
-        numbers: of the adapter.
-        blocks: how many the network has.
+        numbers: parameters of the adapter.
+        blocks: number of blocks in the network.
         weights: bytes of the frozen weights of all blocks, in bf16.
-        seconds: of a picture, forward and backward.
-        latent: its shape.
+        seconds: per picture, forward and backward.
+        latent: shape of the latent.
     """
 
     name: str

@@ -61,7 +61,7 @@ def test_arrows_point_one_way(path):
 
 
 def _leaves(path, level, folder):
-    """Whether a relative import of that level climbs out of a top folder."""
+    """Report whether a relative import of that level climbs out of a top folder."""
     return level > len(path.relative_to(ROOT / folder).parts)
 
 
@@ -127,7 +127,7 @@ def test_importing_the_trainers_needs_no_host_and_no_heavy_library():
 
 
 def contract(info):
-    """What users' workflows hold of a node: id, inputs in order with their kind and choices, outputs in order."""
+    """Return what users' workflows hold of a node: id, inputs with kind and choices, outputs, both in order."""
     rows = {}
     for group in ("required", "optional"):
         for name in info["input_order"].get(group, []):
@@ -172,7 +172,7 @@ def test_the_contract_is_frozen(server):
 
 
 def _assert_no_tighter(now, frozen):
-    """What a saved workflow holds stays valid, and an untouched field keeps its meaning."""
+    """Check that a saved workflow's values stay valid, and that an untouched field keeps its meaning."""
     assert now.get("default") == frozen.get("default")
     if frozen.get("min") is not None:
         assert now["min"] <= frozen["min"]

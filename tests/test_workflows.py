@@ -104,7 +104,7 @@ def holds(group, nodes):
 
 
 def crosses(start, stop, box):
-    """Whether a straight line goes through a box, its edge of 20 left out for titles."""
+    """Report whether a straight line crosses a box, ignoring its edge of 20 for titles."""
     left, top, width, height = box
     for share in np.linspace(0, 1, 200):
         x, y = (a + share * (b - a) for a, b in zip(start, stop, strict=True))
@@ -160,7 +160,7 @@ def test_before_and_after_differ_in_nothing_but_the_training(server):
     checkpoint, trainer = by_title["Checkpoint"][0], by_title["Train"][0]
 
     def trace(title):
-        """What a node is given, with the trainer's model and clip read as the checkpoint's."""
+        """Return a node's inputs, replacing the trainer's model and clip by the checkpoint's."""
         node, entry = by_title[title]
         rows = {}
         for name, value in entry["inputs"].items():

@@ -78,7 +78,7 @@ def main() -> None:
 
 
 def _apart(kind: str, case: Case, **more) -> dict:
-    """What `_one` gives, from a process of its own."""
+    """Return the result of `_one`, run in its own process."""
     return subprocess_run("tests.bench", kind=kind, case=asdict(case), **more)
 
 

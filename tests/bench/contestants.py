@@ -26,13 +26,13 @@ _SIGMA = 0.7
 
 @dataclass(frozen=True)
 class Case:
-    """What is trained on.
+    """The model, batch and options that a benchmark trains with.
 
     Attributes:
-        model: in `models.SIZES`.
-        batch: examples of a step.
-        checkpointing: whether activations are forgotten at the blocks.
-        side: of the latents; 0 for the model's.
+        model: key in `models.SIZES`.
+        batch: samples per step.
+        checkpointing: True to checkpoint the activations of each block.
+        side: side of the latents; 0 for the model's own.
     """
 
     model: str
@@ -79,7 +79,7 @@ def forward(case: Case, stand: Callable[[], None]) -> None:
 
 
 def limit(case: Case, stand: Callable[[], None]) -> None:
-    """What no trainer can go below: forward and backward where the latent wants a gradient, no weight and no text."""
+    """Run the lower bound of any trainer: forward, and backward to the latent alone, with no weight gradients and no text."""
     with _bare(case) as network:
         _forward_and_backward(network, case, stand)
 
@@ -188,7 +188,7 @@ def core(case: Case, stand: Callable[[], None], bypass: bool = False) -> None:
 
 
 def has_bypass() -> bool:
-    """Whether the host's node can leave the weights as they are."""
+    """Report whether the host's node can train without patching the weights."""
     from comfy_extras import nodes_train
 
     return "bypass_mode" in inspect.signature(nodes_train.TrainLoraNode.execute).parameters

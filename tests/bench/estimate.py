@@ -1,10 +1,10 @@
-"""What a run says of its steps before the first, against what they then take.
+"""Compare a run's estimate before the first step with the steps that follow.
 
     python -m tests.bench.estimate [--steps N]
 
-Memory is the process's largest resident memory over what there was before the model was made; time is the clock's
-median of the steps. Each case runs in a process of its own. Programs that run beside it change the time between the
-estimate and the steps: of several tries the middle one counts.
+Memory is the process's peak resident memory minus its memory before the model was made. Time is the median wall time
+of the steps. Each case runs in its own process. Other programs on the machine change the time between the estimate
+and the steps, so the median of several tries counts.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ def timed(call: Callable[[], None]) -> tuple[float, float]:
 
 
 def rounds(turns: dict[str, Turn], count: int, warm_up: int) -> dict[str, list[tuple[float, float]]]:
-    """What each contestant's steps took, round by round; the warm-up is not in it."""
+    """Return each contestant's step times, round by round, without the warm-up."""
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in turns}
     for number in range(warm_up + count):
         for name, turn in turns.items():

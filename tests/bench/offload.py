@@ -1,9 +1,9 @@
-"""What memory options cost and what they spare: `python -m tests.bench.offload`.
+"""Time and memory cost of the memory options: `python -m tests.bench.offload`.
 
-Checkpointing, with attention kept and without, and frozen blocks off the device. On a CPU these go to a file. The
-graph's own MODEL stays in memory beside it, as it does on a computer with a GPU, so the process gets smaller by
-activations alone; what a GPU would be spared is told by how much of the blocks' weights was in memory at once. Steps
-are compared by processor time, in turns, as in the other tables; each peak is that of a process of its own.
+Covers checkpointing with and without kept attention, and offload of frozen blocks. On a CPU, offloaded blocks go to a
+file. The graph's own MODEL stays in memory beside it, as on a computer with a GPU, so the process shrinks by
+activations alone. The share of the blocks' weights that was in memory at once shows what a GPU would save. Steps are
+compared by interleaved processor time, as in the other tables. Each peak is that of its own process.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ def median(rows: list) -> float:
 
 
 def verdict(rows: dict[str, list]) -> str:
-    """Which bars a case holds."""
+    """Return the bars that a case holds or misses."""
     if median(rows["limit"]) < BAR_FROM:
         return "limit < 250 ms"
     missed = [name for name, bar in BARS.items() if ratio(rows, name)[0] > bar]
@@ -82,7 +82,7 @@ def steps(found: dict[Case, dict], threads: int, rounds: int, host: str) -> str:
 
 
 def growth(found: dict[Case, dict], host: str) -> str:
-    """How a step's cost grows with pictures and with their size."""
+    """Return a table of the growth of a step's cost with batch size and latent size."""
     one, many, wide = found.items()
     lines = [f"| ComfyUI {host}, from | to | model's operations | limit | step |", "|---|---|---|---|---|"]
     for (case, rows), words in ((many, "pictures in a batch"), (wide, "times the side")):

@@ -1,13 +1,13 @@
-"""How long a user waits: for the first step, for a finished run, and for what is encoded before either.
+"""Waiting time of a user: for the first step, for a finished run, and for the encoding before either.
 
     python -m tests.bench.start [--repeats N] [--readme]
 
-In a real server on the small base, from queueing to the answer; in a process of its own on the 45 M-parameter layout of
-SD1 with a text encoder and a VAE as large as SD1's, from where the node begins. *Just started* is a server or process
-that has trained nothing yet: what it has to import then is part of it. Medians of the processor time of that process,
-which is what the clock would say of an idle machine.
+Measured from queueing to the answer in a real server on the small base. Measured from the start of the node in its own
+process on the 45 M-parameter layout of SD1, with a text encoder and a VAE as large as SD1's. *Just started* is a server
+or process that has trained nothing yet, so its imports count. The numbers are medians of that process's processor time,
+which equals wall time on an idle machine.
 
-What is encoded one at a time and together takes turns.
+Encoding one item at a time and encoding several together are measured in turns.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ OPTION = "--one"
 
 
 def subprocess_run(module: str, environment: dict[str, str] | None = None, **order: Any) -> Any:
-    """What a module's `_one` gives for an order, from a process of its own; both are JSON-able."""
+    """Run a module's `_one` for an order in its own process and return the result; both are JSON-serializable."""
     command = [sys.executable, "-m", module, OPTION, json.dumps(order)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(environment or {})})
     if done.returncode:

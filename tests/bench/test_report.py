@@ -1,4 +1,4 @@
-"""What the bench leaves in README, and what it says of the bars."""
+"""Tests of the tables that the bench writes into README, and of its verdicts on the bars."""
 
 import pytest
 

@@ -68,7 +68,7 @@ def extract(tuned, base, rank=0, energy=1.0, conv="low-rank", rest="whole", **cl
 
 
 def through_a_file(comfy, adapter, model, name, strength=1.0):
-    """What core's LoraLoader adds to the weights from the file that Graft Save Adapter's writer makes of it."""
+    """Save the adapter with Graft Save Adapter's writer; return what core's LoraLoader then adds to the weights."""
     import nodes
 
     path = comfy.base / "models" / "loras" / f"tools-{name}.safetensors"
@@ -96,7 +96,7 @@ def summed(*parts):
 
 
 def assert_own(adapter):
-    """What a LORA_MODEL's tensors have to be."""
+    """Check that a LORA_MODEL's tensors are contiguous, float32, on the CPU, and share no storage."""
     tensors = list(adapter.values())
     assert all(one.is_contiguous() and one.dtype == torch.float32 and one.device.type == "cpu" for one in tensors)
     assert len({one.untyped_storage().data_ptr() for one in tensors}) == len(tensors)

@@ -1,4 +1,4 @@
-"""What every adapter type has to hold, on every kind of layer it is offered on."""
+"""Tests that every adapter type passes on every kind of layer that supports it."""
 
 import os
 import warnings
@@ -328,7 +328,7 @@ def run_session(folder, report=None, **fields):
 
 
 class Stopped(Exception):
-    """What a test interrupts a run with."""
+    """The exception that interrupts a run in a test."""
 
 
 def stop_at_two(event, payload):
@@ -586,7 +586,7 @@ def test_ia3_scales_the_inner_activation_of_a_feed_forward_part(model):
 
 @pytest.mark.parametrize("kind", ["PiSSA", "OFT", "IA3"])
 def test_the_self_check_holds_where_the_start_is_not_zero(kind, model):
-    """What a user of an undescribed family gets before step 1."""
+    """Run the gradient check that a user of an unknown model family gets before step 1."""
     with models.in_training(model, "SD1", method=kind) as training:
         assert check_gradient(training.losses, training.plan.trainables) <= 5e-3
 

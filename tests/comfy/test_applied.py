@@ -1,4 +1,4 @@
-"""What was trained is what is applied, and the graph's own MODEL stays as it was."""
+"""Tests that applying the saved adapter gives the trained weights, and that the graph's own MODEL stays unchanged."""
 
 import logging
 
@@ -19,7 +19,7 @@ LARGE = {"steps": 6, "learning_rate": 2e-2, "batch_size": 2}
 
 
 class Stop(Exception):
-    """What a test interrupts training with."""
+    """The exception that interrupts training in a test."""
 
 
 def make_model(name):
@@ -224,7 +224,7 @@ def test_a_saved_adapter_comes_back_bit_for_bit(tmp_path):
 
 
 def snapshot(module):
-    """What an onlooker could see change in a module tree, but for the weights' identity."""
+    """Return everything visible that could change in a module tree, except the identity of the weights."""
     return {
         "keys": list(module.state_dict()),
         "classes": [type(part) for part in module.modules()],

@@ -111,7 +111,7 @@ def sample(model, name, cfg=1.0, hooks=None):
 
 
 def predictions(model, name, steps):
-    """What a MODEL predicts for the x of each step."""
+    """Return a MODEL's predictions for the x of each step."""
     one = models.conditioning(name, 9)
     return [models.denoised(model, x, sigma, one) for sigma, x, _ in steps]
 

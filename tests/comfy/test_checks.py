@@ -1,4 +1,4 @@
-"""What nodes refuse before anything runs, and of what comes over wires."""
+"""Tests of checks on inputs before a node runs, and on values that arrive over wires."""
 
 import asyncio
 import inspect

@@ -131,7 +131,7 @@ def test_a_batch_predicts_what_its_members_do(name):
 
 @pytest.mark.parametrize("name", models.FAMILIES)
 def test_captions_of_different_length_share_a_batch(name):
-    """Where the host would not join them they run in groups, and come back in their order."""
+    """Captions that the host cannot join run in separate groups, and their results come back in order."""
     x, sigma, conditionings = batch_of(name)
     tokens, width = models.FAMILIES[name].context
     for row, length in ((0, 2 * tokens), (2, tokens + 3)):

@@ -24,7 +24,7 @@ def graph_of(server, name, steps=STEPS, **options):
 
 
 def mount(folder, flags=0, options=""):
-    """Whether it was."""
+    """Mount a tmpfs on a folder and return True if it worked."""
     return LIBC.mount(b"none", os.fsencode(folder), b"tmpfs", flags, options.encode()) == 0
 
 

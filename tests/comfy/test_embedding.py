@@ -34,7 +34,7 @@ def vectors_for(clip, count=2, seed=3):
 
 
 def conditioned(clip, prompt):
-    """What CLIPTextEncode gives: (cross attention, pooled)."""
+    """Return the output of CLIPTextEncode: (cross attention, pooled)."""
     with torch.no_grad():
         context, rest = clip.encode_from_tokens_scheduled(clip.tokenize(prompt))[0]
     return context, rest["pooled_output"]

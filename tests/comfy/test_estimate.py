@@ -1,4 +1,4 @@
-"""What a run says before its first step is what its steps then take, and the run is the same for having said it."""
+"""Tests that a run's estimate matches the cost of its steps, and that estimating does not change the run."""
 
 import gc
 import json
@@ -113,7 +113,7 @@ def test_the_run_is_the_same_to_the_bit(kind, tmp_path, monkeypatch):
 
 
 def told_of(training, free):
-    """What is told on a device with so many bytes free."""
+    """Return the estimates that a device with so many free bytes reports."""
     training.denoiser.free_memory = lambda: free
     told = []
 

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("comfy")
 
 @pytest.fixture
 def row(name):
-    """What was measured on a class, once for all tests here."""
+    """Return the measurements of a class, made once for all tests here."""
     if name not in make_families.list_classes():
         pytest.skip("this ComfyUI has no such class")
     return make_families.measure(name)

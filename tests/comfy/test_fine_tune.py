@@ -125,7 +125,7 @@ def test_core_applies_what_was_trained(name, comfy, tmp_path, caplog):
 
 
 class Stop(Exception):
-    """What a test interrupts training with."""
+    """The exception that interrupts training in a test."""
 
 
 @pytest.mark.parametrize("interrupted", [False, True], ids=["finished", "interrupted"])

@@ -57,7 +57,7 @@ def test_checkpointing_changes_no_gradient(name):
 
 @pytest.mark.parametrize("name", models.ARCHITECTURES)
 def test_checkpointing_forgets_activations(name):
-    """What is kept for the backward is less, or the switch does nothing."""
+    """Fewer tensors are saved for the backward with checkpointing; otherwise the switch does nothing."""
     kept = []
     for checkpointing in (False, True):
         total = 0
@@ -132,7 +132,7 @@ def test_without_the_cure_in_the_recomputation_flux_is_silently_wrong(monkeypatc
 
 
 def test_the_self_check_finds_a_wrong_gradient(monkeypatch):
-    """What stands between a user of an undescribed architecture and a training that learns nothing."""
+    """This check stops a training of an unknown architecture that would learn nothing."""
     monkeypatch.setattr(autograd, "OutOfPlace", nullcontext)
     with models.in_training(make_model("Flux", torch.float32, 1), "Flux", True) as training:
         with pytest.raises(ModelError, match="wrong"):

@@ -1,4 +1,4 @@
-"""What a model takes beside noise and text: the hole of an inpainting model, the source picture of one that edits."""
+"""Tests of model inputs beside noise and text: the inpaint mask, and the source image of an edit model."""
 
 from dataclasses import replace
 
@@ -115,7 +115,7 @@ def test_a_model_says_what_it_takes(name):
 
 
 def from_core(name, codec, source, picture, mask):
-    """What core's own nodes put beside a text."""
+    """Return the conditioning that core's own nodes add to a text."""
     from nodes import InpaintModelConditioning
 
     class Vae:

@@ -1,4 +1,4 @@
-"""What a user may connect by mistake, and what is unusual but right."""
+"""Tests of wrong connections that a user may make, and of unusual but valid ones."""
 
 import pytest
 import torch

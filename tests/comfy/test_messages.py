@@ -1,4 +1,4 @@
-"""What training nodes tell the pages, and what is kept of it for pages that are opened later."""
+"""Tests of the messages that training nodes send to the pages, and of those kept for pages that open later."""
 
 import dataclasses
 import math
@@ -17,7 +17,7 @@ def browser(comfy, monkeypatch):
 
 @pytest.fixture
 def sent(browser, monkeypatch):
-    """What went to the pages, in order."""
+    """Return the list of messages sent to the pages, in order."""
     messages = []
     server = SimpleNamespace(send_sync=lambda event, message: messages.append((event, message)))
     monkeypatch.setattr(browser, "prompt_server", lambda: server)

@@ -36,7 +36,7 @@ OUTCOMES = ("finished", "stopped", "paused", "cancelled", "raised", "not a numbe
 
 
 class Fault(Exception):
-    """That something in the pack itself goes wrong."""
+    """An error inside the pack itself."""
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def trees(graph):
 
 
 def outline(graph):
-    """What an onlooker could see of the graph's objects and of torch, but for the numbers."""
+    """Return everything visible of the graph's objects and of torch, except numbers."""
     import comfy.model_management
 
     model, clip, _ = graph
@@ -134,7 +134,7 @@ def outline(graph):
 
 
 def seen(graph):
-    """What the graph's MODEL, CLIP and VAE give, as one vector."""
+    """Return the outputs of the graph's MODEL, CLIP and VAE as one vector."""
     model, clip, vae = graph
     context = toy.encode(clip, "a red circle")
     latent = toy.draw_noise(3)

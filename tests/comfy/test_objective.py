@@ -194,7 +194,7 @@ def test_the_objective_is_known_by_the_checkpoints_keys(name, keys, kind, most):
 
 @pytest.mark.parametrize("assumed", ["v", "eps"])
 def test_training_on_zero_terminal_snr_follows_v_and_not_eps(assumed, tmp_path):
-    """What the keys say is what lowers the model's own loss; with the noise as target it stays where it was."""
+    """Training lowers the model's own loss with the target that the keys name; with noise as target the loss stays."""
     model = models.patcher("SDXL", keys={"v_pred": EMPTY, "ztsnr": EMPTY})
     fields = {"steps": 40, "learning_rate": 1e-2, "batch_size": 2, "ema_decay": 0.0}
     with models.in_training(model, "SDXL", method="all weights", targets="all weights", **fields) as training:

@@ -22,7 +22,7 @@ ON = {"offload": "on"}
 
 
 class Stopped(Exception):
-    """What a test interrupts a run with."""
+    """The exception that interrupts a run in a test."""
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def gradients(training, folder, count=2):
 
 
 def same(steps, other):
-    """Whether gradients are the same to the bit, and some not zero."""
+    """Report whether gradients are bit-identical and at least one is not zero."""
     assert any(one.any() for one in steps[0])
     return all(torch.equal(a, b) for one, two in zip(steps, other, strict=True) for a, b in zip(one, two, strict=True))
 
@@ -101,7 +101,7 @@ def test_attention_is_kept_where_that_is_wanted(checkpointing, near, tmp_path):
 @pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_bits_are_the_same_with_copies_and_two_blocks_are_there_at_most(name, ahead, near, far, request, tmp_path):
-    """What computed with a weight that is away would find no number."""
+    """A layer that computes with an offloaded weight would read no valid numbers."""
     if not ahead:
         request.getfixturevalue("one_by_one")
     with models.in_training(models.patcher(name), name, False, 0.1, **ON) as training:

@@ -88,7 +88,7 @@ class Device:
         return found
 
     def fits(self, x_t):
-        """Whether a forward with this has room."""
+        """Report whether a forward with this input fits into memory."""
         if self._rung is None:
             return True
         blocks = autograd.blocks_of(self._training.denoiser.module)
@@ -171,7 +171,7 @@ def test_attention_that_is_kept_is_given_up_before_anything_else(checkpointing, 
 
 @pytest.mark.parametrize("rung", ["free", "checkpointing", "offload"])
 def test_gradients_of_a_step_that_failed_are_not_kept(rung, enough, tmp_path):
-    """Where it failed half way, with the gradients of some of its pictures there."""
+    """The step fails half way, after some of its pictures have added their gradients."""
     values, told, _ = trained("Flux in small parts", tmp_path, rung, "later")
     assert models.distance(values, enough("Flux in small parts")) <= 1e-5
 

@@ -1,4 +1,4 @@
-"""Who may ask something of a training, and routes on hosts with and without a server."""
+"""Tests of access to a training over HTTP, and of routes on hosts with and without a server."""
 
 import sys
 from types import SimpleNamespace

@@ -66,7 +66,7 @@ def test_without_the_guard_it_does(tmp_path):
 
 
 def test_a_resumed_run_leaves_out_the_same_steps(tmp_path):
-    """What is usual is told by the losses before, which are part of the state."""
+    """Spike detection depends on earlier losses, which are part of the saved state."""
     whole = trained("LoRA", tmp_path / "whole", 10.0)
     trained("LoRA", tmp_path / "parts", 10.0, steps=SPIKE - 2)
     parts = trained("LoRA", tmp_path / "parts", 10.0, resume=True)

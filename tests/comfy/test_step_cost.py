@@ -1,6 +1,6 @@
-"""What a training step costs over the bare model, counted and in ratios: a busy machine changes none of them.
+"""Cost of a training step over the bare model, counted and as ratios, so that a busy machine changes nothing.
 
-`make bench` has the seconds, and the peers.
+`make bench` measures seconds, and other trainers.
 """
 
 from dataclasses import replace
@@ -87,7 +87,7 @@ def test_memory_is_the_bare_models_and_the_adapters(model, narrow, monkeypatch):
 
 
 def test_a_step_of_many_pictures_has_no_more_operations_than_one():
-    """What grows with a batch is the tensors, not their number."""
+    """A larger batch makes tensors larger and adds no operations."""
     few, many = (counted(Case("SD1", batch), "attention", counting.Counter()).operations for batch in (1, 4))
     assert many <= 1.1 * few
 

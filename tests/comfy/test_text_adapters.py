@@ -21,7 +21,7 @@ def of_text(trainables):
 
 
 def encoded(clip, caption=CAPTION):
-    """What the host's encoder gives for a literal caption, as one vector each."""
+    """Return the outputs of the host's encoder for a literal caption, each as one vector."""
     from graft_pack.nodes.host.model.text_encoder import ComfyText
 
     return ComfyText(clip).encode(caption)
@@ -275,7 +275,7 @@ def test_types_without_text_layers_do_not_exist():
 
 
 class Stopped(Exception):
-    """What a test interrupts a run with."""
+    """The exception that interrupts a run in a test."""
 
 
 def stop_at_two(event, payload):

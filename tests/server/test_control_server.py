@@ -219,7 +219,7 @@ def finished(server, tiny_base, dataset):
 
 
 def told(server, graph):
-    """What the trainer of a graph told last: {event: message}, in order."""
+    """Queue a graph and return the last messages of its trainer: {event: message}, in order."""
     workflow = f"workflow-{time.monotonic_ns()}"
     queued = server.queue(graph, {"extra_pnginfo": {"workflow": {"id": workflow}}})
     server.poll(lambda: server.get(f"/history/{queued}"), 120, "the prompt")

@@ -238,7 +238,7 @@ def test_a_folder_elsewhere_needs_the_users_leave(server, tiny_base, folder, tmp
 
 
 def test_a_datasets_entry_of_the_host_is_a_root(comfy, tmp_path, monkeypatch):
-    """What extra_model_paths.yaml calls 'datasets' is shown by its folder's name."""
+    """The folder that extra_model_paths.yaml calls 'datasets' appears under its folder's name."""
     import folder_paths
     from graft_pack.nodes.host import paths
     from graft_pack.trainers.errors import DatasetError

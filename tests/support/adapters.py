@@ -23,7 +23,7 @@ def make_adapter(name: str, seed: int = 0, spread: float = 0.2, **fields):
 
 
 def differences(patcher) -> dict[str, torch.Tensor]:
-    """What the patches that wait on a patcher add to its weights, by key, as the host works them out."""
+    """Return what a patcher's pending patches add to its weights, by key, computed by the host."""
     import comfy.lora
 
     weights = dict(patcher.model.named_parameters())
@@ -37,7 +37,7 @@ def differences(patcher) -> dict[str, torch.Tensor]:
 
 
 def added(model, adapter, clip=None, strength: float = 1.0) -> dict[str, torch.Tensor]:
-    """What an adapter adds to a MODEL's weights when the host's own loader puts it on."""
+    """Return what an adapter adds to a MODEL's weights when the host's own loader applies it."""
     import comfy.sd
 
     applied, text = comfy.sd.load_lora_for_models(model, clip, dict(adapter), strength, strength)

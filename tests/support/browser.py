@@ -305,7 +305,7 @@ class Page:
         return self.driver.execute_script("return document.body.innerText")
 
     def list_violations(self, selector):
-        """What axe finds of serious or critical impact in a part of the page: [(rule, elements)]."""
+        """Return axe's findings of serious or critical impact in a part of the page: [(rule, elements)]."""
         if not self.js("return typeof axe === 'object';"):
             source = importlib.resources.files("axe_core_python").joinpath("axe.min.js").read_text(encoding="utf-8")
             self.driver.execute_script(source)

@@ -1,7 +1,7 @@
-"""How pytest finds the tests: folders are folders, and a test module's name is `tests...`.
+"""Pytest collection: folders are plain folders, and a test module's name is `tests...`.
 
-Without this pytest would take the repo root, which has an `__init__.py`, for a package of tests, import
-ComfyUI's door to the pack under the name of the checkout's folder, and name every module below it.
+Without this, pytest takes the repository root, which has an `__init__.py`, for a package of tests. It then imports
+the pack's ComfyUI entry point under the name of the checkout's folder, and names every module below it.
 """
 
 import importlib

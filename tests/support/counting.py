@@ -1,4 +1,4 @@
-"""What a piece of work takes, counted and not timed: operations, bytes of the tensors that live at once, readings."""
+"""Counters of a task's cost instead of timings: operations, bytes of live tensors, device reads."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ class Crew:
         self.exitcodes = []
 
     def do(self, task, timeout=240, **arguments):
-        """What each process answers, None for one that has not; `exitcodes` tells how they ended."""
+        """Run a task in every process and return each answer, None where there is none; `exitcodes` tells how they ended."""
         from torch.distributed import TCPStore
 
         context = multiprocessing.get_context("forkserver")
@@ -196,7 +196,7 @@ def fail(group, folder, fields, rank, where="part", memory=0):
 
 
 def in_a_pass(tree):
-    """Whether FSDP2 believes that a tree in shares is in the midst of a forward."""
+    """Report whether FSDP2 believes that a sharded tree is in the middle of a forward."""
     return hasattr(tree, "_get_fsdp_state") and tree._get_fsdp_state()._state_ctx.iter_forward_root is not None
 
 

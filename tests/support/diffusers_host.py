@@ -424,7 +424,7 @@ def state_of(result):
 
 
 def same_state(a, b):
-    """Whether two states are the same to the bit, optimiser and average included."""
+    """Report whether two states are bit-identical, optimizer and average included."""
     plain = ("step", "batches", "losses", "validation", "scaler", "groups", "levels")
     if any(getattr(a, name) != getattr(b, name) for name in plain):
         return False
@@ -434,5 +434,5 @@ def same_state(a, b):
 
 
 def same_tensors(a, b):
-    """Whether two dicts of tensors are the same to the bit."""
+    """Report whether two dicts of tensors are bit-identical."""
     return a.keys() == b.keys() and all(torch.equal(torch.as_tensor(a[k]), torch.as_tensor(b[k])) for k in a)

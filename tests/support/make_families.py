@@ -25,13 +25,13 @@ STEP = 0.002  # of finite differences
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured on a class.
+    """Measurements of a model class.
 
     Attributes:
-        parameterisation: what it predicts.
-        layers: that are adapted by default.
+        parameterisation: the prediction type.
+        layers: number of layers adapted by default.
         plain, checkpointed: the gradient's relative error against finite differences, the larger of those of A and B.
-        apart: how far the gradients with and without checkpointing are from each other.
+        apart: distance between the gradients with and without checkpointing.
         effect: of three steps, |trained - base| / |base|.
         applied: |applied - trained| / |trained - base|, where core has applied the file.
         unread: keys of the file that core does not read.

@@ -46,7 +46,7 @@ def train(server, steps):
 
 
 def cut(page, picture, selector):
-    """What an element takes up of a picture of the page."""
+    """Crop a picture of the page to one element."""
     box = page.js("const {left, top, right, bottom} = document.querySelector(args[0]).getBoundingClientRect();"
                   "return [left, top, right, bottom];", selector)  # fmt: skip
     return picture.crop(tuple(round(side) for side in box))

@@ -81,7 +81,7 @@ def _describe(name, tooltip):
 
 
 def list_page_texts():
-    """What the page's scripts show, in order."""
+    """Return the texts that the page's scripts show, in order."""
     found = {}
     for path in sorted((ROOT / "web").rglob("*.js")):
         for match in SHOWN.finditer(path.read_text(encoding="utf-8")):
@@ -129,7 +129,7 @@ def list_missing(files, table):
 
 
 def list_stale(files, table):
-    """What a table translates and nothing says any more."""
+    """Return the entries of a translation table that no text uses any more."""
     rows = [row for tree in files.values() for row in list_texts(tree)]
     return sorted(set(table) - {place for place, _ in rows} - {text for _, text in rows})
 

@@ -416,7 +416,7 @@ def lora(up=(32, 4), down=(4, 32), name=LAYER, value=0.01, alpha=4.0):
 
 
 def row(shape, start, stop, dtype="F32"):
-    """What a header says of a tensor."""
+    """Return a header's entry for a tensor."""
     return {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
 
 
@@ -725,7 +725,7 @@ _MADE = {}
 
 
 def _as_there(aim, folder, other):
-    """Where a link leads; one within its folder leads to the same place of another, which holds that file then."""
+    """Return a link's target; one inside its folder is mapped to the same place in `other`, and its file is copied there."""
     if not aim.is_relative_to(folder):
         return aim
     inner = other / aim.relative_to(folder)
@@ -960,7 +960,7 @@ def _resuming(what, spoil, trained, says, files, taken=True):
 
 
 def _caches(trained):
-    """What lies in the caches of the whole server."""
+    """Write malformed entries into the caches of the whole server."""
     foreign = safetensors({"k/mean": np.ones(4)}, {"format": "graft cache 99", "sums": "{}"})
     for what, (data, logged) in {
         "another format": (foreign, "left aside: it is of the format 'graft cache 99'"),

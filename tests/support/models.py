@@ -226,7 +226,7 @@ def kl_vae(channels: int):
 
 
 class SmallVae:
-    """What the denoiser asks of a VAE when no picture is coded."""
+    """The part of a VAE that the denoiser uses when it encodes no picture."""
 
     def spacial_compression_encode(self) -> int:
         return 8

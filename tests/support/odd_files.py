@@ -16,12 +16,12 @@ SIZE = (96, 64)
 
 @dataclass(frozen=True)
 class Odd:
-    """What is expected of a file.
+    """The expected result for a file.
 
     Attributes:
-        picture: [H, W, 3] uint8 as a viewer shows it, None where it cannot be trained on.
-        reason: part of what the report says of it, where it cannot.
-        tolerance: largest mean difference of the decoded pixels, of 255.
+        picture: [H, W, 3] uint8 as a viewer shows it, None if the file cannot be trained on.
+        reason: part of the report's text about it, if it cannot.
+        tolerance: largest mean difference of the decoded pixels, in units of 255.
     """
 
     picture: np.ndarray | None

@@ -64,7 +64,7 @@ def use_comfy():
 
 
 def set_arguments(base):
-    """What a server gets on its command line; read when comfy.model_management and folder_paths are imported."""
+    """Set a server's command-line arguments, which comfy.model_management and folder_paths read on import."""
     early = {"comfy.model_management", "folder_paths"} & set(sys.modules)
     if early:
         raise RuntimeError(f"{' and '.join(sorted(early))} imported before use_comfy()")

@@ -124,7 +124,7 @@ class PanelView:
             return [...document.querySelectorAll('.graft-panel .graft-thumb')].map(thumb => thumb.textContent);""")
 
     def has_host_preview(self):
-        """Whether the host shows a picture of its own in the trainer."""
+        """Report whether the host shows its own preview picture in the trainer."""
         return self.page.js("""
             const whole = document.querySelector('.lg-node:has(.graft-panel)');
             const images = [...(whole?.querySelectorAll('img') ?? [])];
@@ -133,7 +133,7 @@ class PanelView:
                 || trainer.widgets.some(widget => widget.name.startsWith('$$'));""")
 
     def is_drawn(self):
-        """Whether the chart holds the colour of its smoothed line."""
+        """Report whether the chart contains the color of its smoothed line."""
         return self.page.js("""
             const canvas = document.querySelector('.graft-panel canvas');
             const swatch = document.querySelector('.graft-panel [data-line=smooth]');
@@ -156,7 +156,7 @@ class PanelView:
             time.sleep(0.1)
 
     def list_cramped(self):
-        """What is cut off, lies over its neighbour or sticks out of the panel or the node."""
+        """Return the elements that are cut off, cover their neighbor or stick out of the panel or the node."""
         return self.page.js("""
             const panel = document.querySelector('.graft-panel');
             const seen = [...panel.children].filter(
@@ -183,7 +183,7 @@ class PanelView:
             return found;""")
 
     def state(self):
-        """What the page knows of the training that is shown."""
+        """Return the page's state of the training that it shows."""
         return self.page.js("""
             const training = document.querySelector('.graft-panel').graftTraining;
             return {run: training.run, step: training.step, steps: training.steps, points: training.curve.steps,
@@ -226,7 +226,7 @@ class PanelView:
         raise AssertionError(f"no button {name}: {self.buttons()}")
 
     def where(self):
-        """What a message of this node's training says of where it comes from."""
+        """Return the origin fields of a message from this node's training."""
         return self.page.js("""
             const node = app.graph.nodes.find(node => node.type === 'GraftTrainLoRA');
             return {node: String(node.id), workflow: app.graph.id, prompt_id: 'made-up'};""")

@@ -39,7 +39,7 @@ class Published:
 
 
 def picked(tensors, place):
-    """What is at a place of the host's map: a name, a part of a tensor along a dimension, or one turned about."""
+    """Return the value at a place of the host's map: by name, as a slice along a dimension, or transformed."""
     if isinstance(place, str):
         return tensors[place]
     value = tensors[place[0]]

@@ -83,15 +83,15 @@ def started_at(server, graph):
 
 
 def same(a, b):
-    """Whether two dicts of tensors are the same bits."""
+    """Report whether two dicts of tensors are bit-identical."""
     return a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
 
 
 def list_unreadable(folder, known=None):
-    """What below a folder cannot be read for what its name says it is; files on their way to a name are passed over.
+    """Return the files below a folder that cannot be read as their name says; unfinished temporary files are skipped.
 
     Args:
-        known: {path: what changes with its file}; what is in it is not read again, and what was read is added.
+        known: {path: marker that changes with its file}. Known files are not read again; files read now are added.
     """
     found = []
     known = {} if known is None else known

@@ -185,7 +185,7 @@ class ComfyServer:
         self.post("/queue", {"clear": True})
 
     def is_idle(self):
-        """Whether nothing runs and nothing waits."""
+        """Report whether nothing runs and nothing waits."""
         queue = self.get("/queue")
         return not queue["queue_running"] and not queue["queue_pending"]
 

@@ -11,10 +11,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 
 class Streams:
-    """What torch.cuda has of streams, on a device that does everything at once.
+    """The stream functions of torch.cuda, on a device that does everything at once.
 
     Attributes:
-        calls: (stream, what it was asked) in order, the names of streams being "computing" and "side".
+        calls: (stream, call) in order; the streams are named "computing" and "side".
     """
 
     def __init__(self):
@@ -31,7 +31,7 @@ class Streams:
 
     @contextmanager
     def stream(self, stream):
-        """What is done within it is done on a stream."""
+        """Run the block on a stream."""
         self.calls.append((stream.name, "begin"))
         yield
         self.calls.append((stream.name, "end"))

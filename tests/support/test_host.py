@@ -1,4 +1,4 @@
-"""Where ComfyUI comes from, without downloading it again."""
+"""Tests of finding ComfyUI without downloading it again."""
 
 import zipfile
 

@@ -46,7 +46,7 @@ def test_the_licence_is_whole():
 
 
 def list_archived():
-    """What the registry's archive holds, {path}; and what of the sources it leaves out."""
+    """Return the paths in the registry's archive, and the source paths that it leaves out."""
     command = ["git", "ls-files", "--cached", "--others", "-z"]
 
     def ask(*more):

@@ -153,7 +153,7 @@ def _list_inputs(schema):
 
 
 def _find_default(schema, name):
-    """What the editor shows in a widget that the workflow says nothing about."""
+    """Return the value that the editor shows in a widget that the workflow does not set."""
     kind, options = _split(dict(_list_inputs(schema))[name])
     choices = kind if isinstance(kind, list) else options.get("options")
     if "default" in options:

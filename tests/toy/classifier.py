@@ -1,9 +1,8 @@
-"""What a 64x64 picture of the toy world shows, told from its pixels alone; no network, no training.
+"""Classify a 64x64 picture of the toy world by its pixels alone, with no network and no training.
 
-The background is the colour of the border. What differs from it is the object; its colour is the
-nearest of the palette and its shape the template that overlaps it best. Of the two concepts, the
-object is told by its outline and its parts (yellow petals, purple middle), the tint as one more
-colour.
+The background is the color of the border. Pixels that differ from it are the object. The object's color is the nearest
+of the palette, and its shape is the template that overlaps it best. Of the two concepts, the classifier recognizes the
+object by its outline and its parts (yellow petals, purple middle), and the tint as one more color.
 """
 
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ TEMPLATE_ANGLES = (-10, -5, 0, 5, 10)
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a picture shows; overlap is the intersection over union with the shape's template."""
+    """The content of a picture; overlap is the intersection over union with the shape's template."""
 
     shape: str
     color: str
@@ -84,7 +83,7 @@ def find_shape(cover):
 
 
 def is_toy(pixels, cover):
-    """Whether the object has the outline of a flower, yellow petals and a purple middle."""
+    """Report whether the object has the outline of a flower, yellow petals and a purple middle."""
     mask = cover > 0.5
     if mask.sum() < 300 or _overlap(mask, _toy_templates()).max() < TOY_OVERLAP:
         return False
@@ -95,9 +94,9 @@ def is_toy(pixels, cover):
 
 
 def has_toy_parts(picture):
-    """Whether the object in a picture [64, 64, 3] has the flower's yellow rim and purple middle.
+    """Report whether the object in a picture [64, 64, 3] has the flower's yellow rim and purple middle.
 
-    In any outline, and however pale the middle's purple is: what a half-learnt subject leaves in its class.
+    The outline may be any, and the purple of the middle may be pale: a half-learned subject leaves this in its class.
     """
     pixels = np.asarray(picture, dtype=float)
     mask = find_object(pixels, find_background(pixels)[1]) > 0.5

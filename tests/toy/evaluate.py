@@ -1,9 +1,9 @@
-"""How good the tiny base is: what the real host draws for prompts, told by the pixel classifier.
+"""Measure the tiny base: let the real host draw prompts, and classify the pictures by their pixels.
 
     COMFYUI_PATH=... python -m tests.toy.evaluate [CHECKPOINT] [--count 64] [--sheet sheet.png]
 
-Without a checkpoint the shipped weights are assembled into .cache/toy. The prompts are shape-colour
-pairs the base has never seen together, euler 20 steps, cfg 4.
+Without a checkpoint the shipped weights are assembled into .cache/toy. The prompts are shape-color pairs that the base
+has never seen together, drawn with euler, 20 steps, cfg 4.
 """
 
 import argparse

@@ -34,7 +34,7 @@ LOG_EVERY_STEPS = 25
 
 @dataclass(frozen=True)
 class Plan:
-    """How a network is trained; counts are in pictures."""
+    """Training settings of a network; counts are in pictures."""
 
     samples: int
     batch: int

@@ -297,7 +297,7 @@ def _pad_axis(tensor, axis, length):
 
 
 def _parts(name):
-    """Which axes of a UNet parameter hold two halves, each active in its own first channels."""
+    """Return the axes of a UNet parameter that hold two halves, each active in its own first channels."""
     if ".ff.net.0.proj." in name:
         return {0: 2}
     if name.startswith("output_blocks.") and name.endswith(("0.in_layers.0.weight", "0.in_layers.0.bias")):

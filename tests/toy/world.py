@@ -178,7 +178,7 @@ def _finish(canvas):
 
 
 def mask(scene):
-    """How much of each pixel the shape covers: [64, 64] float in 0..1."""
+    """Return the fraction of each pixel that the shape covers: [64, 64] float in 0..1."""
     return _coverage(INSIDE[scene.shape](*_grid(scene)))[:, :, 0]
 
 
@@ -208,7 +208,7 @@ def _flower(u, v):
 
 
 def toy_mask(scene):
-    """How much of each pixel the new object covers: [64, 64] float in 0..1."""
+    """Return the fraction of each pixel that the new object covers: [64, 64] float in 0..1."""
     return _coverage(_flower(*_grid(scene)))[:, :, 0]
 
 

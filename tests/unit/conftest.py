@@ -1,4 +1,4 @@
-"""What the engine's tests share."""
+"""Fixtures shared by the engine's tests."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What versions before made under fingerprints of samples is found, and taken for one base alone."""
+"""Tests that files of earlier versions, under fingerprints of sampled weights, are found and used for one base only."""
 
 import os
 from dataclasses import dataclass, replace

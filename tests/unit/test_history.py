@@ -1,4 +1,4 @@
-"""What the history shows of a run, from whatever lies in its folder, and how a run is deleted."""
+"""Tests of the history's view of a run, whatever its folder holds, and of deleting a run."""
 
 import json
 import os

@@ -192,7 +192,7 @@ def test_a_process_that_fails_before_it_has_begun_tells_the_graph_why(tmp_path):
 
 @pytest.fixture
 def program():
-    """What job.py defines, without running it."""
+    """Return the names that job.py defines, without running it."""
     return runpy.run_path(str(ROOT / "job.py"))
 
 

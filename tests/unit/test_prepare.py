@@ -87,7 +87,7 @@ def read(folder, resolution=64, trigger="sks", reading=None, **handling):
 
 
 def batches(prepared, host, steps, **fields):
-    """What reaches the model in so many steps of a run: rows of (latent, conditioning, weight)."""
+    """Return the model's inputs in so many steps of a run: rows of (latent, conditioning, weight)."""
     recipe = models.recipe("SD1", **{"batch_size": 1, "steps": steps, **fields})
     plan = Plan(recipe, prepared.training, prepared.validation, {}, dict)
     drawn = plan.batches(0)

@@ -1,4 +1,4 @@
-"""What is told of the runs on disk: only of those, and whatever lies there."""
+"""Tests of the list of runs on disk: it contains runs only, whatever else lies there."""
 
 import os
 import sys

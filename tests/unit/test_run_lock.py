@@ -161,7 +161,7 @@ def test_a_damaged_lock_is_no_obstacle(run, record):
 
 
 def test_a_process_id_that_was_given_anew_is_no_holder(run, monkeypatch):
-    """Where the file system has no locks, the record alone decides."""
+    """On a file system without locks, the record alone decides."""
     monkeypatch.setattr(run_lock, "_lock_file", lambda descriptor: None)
     here = vars(run_lock.Holder.here())
     write_record(run, **{**here, "started": "1"})

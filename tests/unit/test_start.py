@@ -1,4 +1,4 @@
-"""What a run does not do before its first step, counted: nothing is imported, read or encoded that is not needed."""
+"""Tests of the work before a run's first step, counted: no needless import, read or encoding."""
 
 import sys
 from dataclasses import replace

@@ -189,7 +189,7 @@ def test_pivotal_tuning_freezes_the_word_and_goes_on_with_the_adapter(tmp_path):
 
 
 def test_a_frozen_word_stays_frozen_when_steps_are_added(tmp_path):
-    """What was trained since counts on it."""
+    """Later training relies on the frozen embedding."""
     first = run_session(tmp_path, **{**PIVOTAL, "steps": 4})
     more = run_session(tmp_path, **{**PIVOTAL, "steps": 12})
     assert more.resumed_from == 4

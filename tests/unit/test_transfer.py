@@ -1,4 +1,4 @@
-"""What is asked of a device's streams and of the system, in which order: no device is there to be measured."""
+"""Tests of the calls to a device's streams and to the system, and of their order; no device is needed."""
 
 import gc
 import mmap

@@ -1,4 +1,4 @@
-"""What was written elsewhere, by anyone: each parser gives what is sound, or says by name what is not, and no more."""
+"""Tests of files from untrusted sources: each parser returns valid data or names the fault, and does nothing else."""
 
 import json
 import ntpath

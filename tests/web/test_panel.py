@@ -84,7 +84,7 @@ def test_a_run_fills_the_panel(opened, page, server, new_renderer, tmp_path):
 
 
 def count_dots(page):
-    """How many sockets of Graft's own types the trainer shows in a colour; on the canvas they are no elements."""
+    """Count the sockets of Graft's own types that the trainer shows in a color; on the canvas they are not elements."""
     return page.js("""
         const dots = document.querySelectorAll('.lg-node:has(.graft-panel) [style*="color-datatype-GRAFT_"]');
         return [...dots].filter(dot => getComputedStyle(dot).backgroundColor !== 'rgba(0, 0, 0, 0)').length;""")

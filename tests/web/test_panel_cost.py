@@ -1,4 +1,4 @@
-"""What the live panel costs the page, and whether all can use it: time, memory, and what axe finds."""
+"""Tests of the live panel's cost in time and memory, and of its accessibility as axe measures it."""
 
 import math
 import time
@@ -83,10 +83,11 @@ class Thread:
         return 1000 * next(metric["value"] for metric in metrics if metric["name"] == "TaskDuration")
 
     def longest(self, where, messages):
-        """What the longest task took at most while messages were shown.
+        """Return an upper bound of the longest task's time while messages were shown.
 
-        The browser's own figure grows with what else the machine does. The thread's working time does not, but counts
-        all tasks. The longest one is below both.
+        The browser's own figure grows with the load of the machine. The thread's working time does not, but it counts
+        all
+        tasks. The longest task is below both.
         """
         began = self.work()
         told = self.page.js(FEED, where, messages)

@@ -168,7 +168,7 @@ def test_wildcards_become_one_of_their_parts(caption, expected):
 
 
 def reference_of_wildcards(caption, draw):
-    """What wildcards become by definition: all innermost at once, from left to right, until there are none."""
+    """Resolve wildcards by their definition: all innermost ones at once, left to right, until none is left."""
     while True:
         chosen = lambda match: (parts := match.group(1).split("|"))[draw.randint(len(parts)) if draw else 0]  # noqa: E731
         found = re.sub(r"\{([^{}]*\|[^{}]*)\}", chosen, caption)

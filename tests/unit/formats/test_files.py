@@ -256,7 +256,7 @@ def test_files_of_others_and_edited_ones_are_read(tmp_path, caplog):
 
 
 def test_checksums_are_made_anew_for_each_file(tmp_path):
-    """What was read of one file and is written into another carries none of its checksums along."""
+    """Metadata that was read from one file and written into another carries no checksums along."""
     one, other = str(tmp_path / "1.safetensors"), str(tmp_path / "2.safetensors")
     files.write_tensors(one, TENSORS, {"k": "v"})
     files.write_tensors(other, {"n": torch.ones(2)}, files.read_header(one)["__metadata__"])

@@ -1,4 +1,4 @@
-"""Which noise levels are drawn: against diffusers, closed forms, and statistics of fixed seeds."""
+"""Tests of timestep sampling: against diffusers, closed forms, and statistics of fixed seeds."""
 
 import math
 

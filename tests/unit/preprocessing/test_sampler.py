@@ -1,4 +1,4 @@
-"""Which pictures make up which batch."""
+"""Tests of the assignment of pictures to batches."""
 
 import hashlib
 import json
@@ -75,7 +75,7 @@ def test_order_of_earlier_versions_is_kept():
 
 @pytest.mark.parametrize("prior", [(), [False] * 4 + [True] * 3])
 def test_rounds_show_each_picture_by_its_repeats(monkeypatch, prior):
-    """What is too much to lay out at once is laid out in rounds, and nothing else changes."""
+    """A schedule too large to lay out at once is laid out in rounds, and nothing else changes."""
     monkeypatch.setattr(order, "_LAID_OUT", 5)
     repeats = [7, 2, 11, 3, 1, 30, 4]
     straight = list(islice(batches_from(0, BUCKETS, repeats, 2, 7, prior), 200))
