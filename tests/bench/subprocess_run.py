@@ -1,4 +1,4 @@
-"""Work in a process of its own, so that no other work's memory, threads and imports are in what is measured."""
+"""Runs in a separate process, so that a measurement excludes other work's memory, threads and imports."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import subprocess
 import sys
 from typing import Any
 
-# Behind it an order: the arguments of that module's `_one`.
+# Followed by an order: the arguments of that module's `_one`.
 OPTION = "--one"
 
 
