@@ -1,4 +1,4 @@
-"""The floor plan holds: who may import whom, what is never used, and the frozen contract of the nodes."""
+"""Tests of the code structure: allowed imports, forbidden calls, and the frozen contract of the nodes."""
 
 import ast
 import json
@@ -29,7 +29,7 @@ SNAPSHOT = Path(__file__).with_name("contract.json")
 
 
 def imports_of(path):
-    """(level, module) of each import in a file."""
+    """Yield (level, module) of each import in a file."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -89,7 +89,7 @@ LAZY = {"accelerate", "diffusers", "peft", "matplotlib", "transformers"}
 
 
 def test_processes_are_started_in_one_place():
-    """Several GPUs need several processes, by torch.multiprocessing; whatever else wants some has to say why here."""
+    """Several GPUs need several processes, by torch.multiprocessing; any other use must be justified here."""
     wanted = {"multiprocessing", "torch.multiprocessing", "concurrent.futures.ProcessPoolExecutor"}
     found = set()
     for path in SHIPPED:
@@ -140,7 +140,7 @@ def contract(info):
 
 
 def _choices(name, kind, rest):
-    """A combo's fixed strings; lists of files and of the host's samplers are not ours to freeze."""
+    """Return a combo's fixed strings; lists of files and of the host's samplers are not ours to freeze."""
     if name in {"folder", "adapter_name", "embedding_name", "sampler_name", "scheduler"}:
         return None
     if isinstance(kind, list):
@@ -149,9 +149,9 @@ def _choices(name, kind, rest):
 
 
 def test_the_contract_is_frozen(server):
-    """New nodes, inputs and choices may come, the last in order; nothing that landed may change.
+    """New nodes, inputs and choices may be added, new inputs last; nothing already released may change.
 
-    After a wanted addition, write the snapshot anew: GRAFT_WRITE_CONTRACT=1.
+    After an intended addition, rewrite the snapshot: GRAFT_WRITE_CONTRACT=1.
     """
     found = {name: contract(info) for name, info in server.object_info().items() if name.startswith("Graft")}
     if os.environ.get("GRAFT_WRITE_CONTRACT"):
@@ -191,12 +191,12 @@ def test_every_input_and_node_is_explained(server):
 
 
 def test_the_pack_adds_little_to_the_start(server, make_server):
-    """At most 0.3 s, by the host's own figures; medians of processes are in `make bench`."""
+    """At most 0.3 s, by the host's own figures; `make bench` has medians of processes."""
     seconds = _seconds_added(server)
     for number in range(3):
         if seconds <= 0.3:
             return
-        # Other work on the machine adds to the figure, and nothing takes from it: the least of a few counts.
+        # Other load on the machine only adds to the figure, so the least of a few counts.
         with make_server(f"start {number}") as another:
             seconds = min(seconds, _seconds_added(another))
     assert seconds <= 0.3
