@@ -166,7 +166,8 @@ def picture_seconds(work: Work, world: int, between: Network, shares: bool) -> f
     """Return the seconds of a picture.
 
     With sharded weights, the next block's weights arrive while one block computes; only the first block's are waited
-    for."""
+    for.
+    """
     if not shares:
         return work.seconds
     gathering = gather_seconds(work, world, between)

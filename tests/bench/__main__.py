@@ -106,7 +106,8 @@ def _in_turns(works: dict, count: int, threads: int) -> dict[str, list]:
 def _able(turns: dict[str, Turn]) -> dict[str, Turn]:
     """Return the contestants that make a first step.
 
-    On some hosts core's node has no gradient for Flux unless it checkpoints."""
+    On some hosts core's node has no gradient for Flux unless it checkpoints.
+    """
     found = {}
     for name, turn in turns.items():
         try:

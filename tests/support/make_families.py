@@ -28,7 +28,7 @@ class Row:
     """Measurements of a model class.
 
     Attributes:
-        parameterisation: the prediction type.
+        parameterization: the prediction type.
         layers: number of layers adapted by default.
         plain, checkpointed: the gradient's relative error against finite differences, the larger of those of A and B.
         apart: distance between the gradients with and without checkpointing.

@@ -79,7 +79,7 @@ class _Comparisons(ast.NodeTransformer):
 
 
 def _rewrite_comparisons(margins):
-    """Make pytest compare through `margins` in all asserts that it rewrites from now on, with its own bytecode cache."""
+    """Make pytest compare through `margins` in all asserts that it rewrites from now on, with a separate cache."""
     import builtins
 
     setattr(builtins, NAME, margins.compare)

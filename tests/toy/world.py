@@ -200,7 +200,7 @@ TOY_MIDDLE = PALETTE["purple"]
 
 
 def _flower(u, v):
-    """Inside test of a disc with five round petals."""
+    """Report which points lie in a disc with five round petals."""
     inside = u * u + v * v < 0.36
     for angle in np.pi / 2 + np.arange(5) * 2 * np.pi / 5:
         inside |= (u - 0.62 * np.cos(angle)) ** 2 + (v - 0.62 * np.sin(angle)) ** 2 < 0.16

@@ -135,7 +135,7 @@ def test_a_runs_workflow_is_opened(history, page, made, graph, renderer):
     assert opened["id"] == graph["id"] and len(opened["nodes"]) == len(graph["nodes"])
     names = {node["type"]: node["widgets"].get("name") for node in page.list_nodes()}
     assert names["GraftRunOptions"] == FIRST
-    # Its panel recognizes it: the workflow is the one that queued it.
+    # Its panel recognizes it, because this workflow queued it.
     panels.look_at(page)
     panels.PanelView(page).wait("finished")
     # A program leaves the prompt alone; the page makes a graph of it.

@@ -32,7 +32,7 @@ def write_png(path, size, depth, color, rows, *chunks):
     """Write a PNG by the standard; Pillow writes few of its modes.
 
     Args:
-        colour: the standard's color type.
+        color: the standard's color type.
         rows: the samples' bytes of each row.
         chunks: (kind, data) before the pixels.
     """
