@@ -108,7 +108,7 @@ _STREAMS = dict(
 
 
 def _by_params(name: str, params: str, **config) -> Callable:
-    """Return a builder like `_of` for a network with a dataclass of parameters; fields an older host lacks are skipped."""
+    """Return a builder like `_of` for a network with a dataclass of parameters; skip fields an older host lacks."""
     return functools.partial(_build_by_params, name, params, config)
 
 
