@@ -259,7 +259,7 @@ def test_a_weight_of_two_layers_is_trained_once_and_named_twice():
 
 
 def test_what_is_handed_on_at_the_end_is_the_file(tmp_path):
-    """In place of the weights there; the test makes it tensor by tensor."""
+    """The adapter replaces the trained weights in place; the export computes it tensor by tensor."""
     with models.in_training(make_model("SD1"), "SD1", **LARGE) as training:
         state = models.train(training, tmp_path)
         lazy = training.plan.export(state.trainables, 0).adapter

@@ -190,7 +190,7 @@ def test_stop_does_not_wait_for_a_preview(server, straight, dataset, name):
     stopped = asked.after["stopped"]["step"]
     # The page does not receive every quick step: the command goes out at the second step, or at the next received one.
     assert 2 <= stopped <= 4
-    # The pictures before the first step took that long, and no other slow work follows.
+    # `drawn` is the time of the pictures before the first step, with no other slow work in it.
     assert asked.took < 0.5 * drawn, (asked.took, drawn)
     drawn_before = [f"step-{step:08}-{number}.png" for step in range(0, stopped, 2) for number in (1, 2)]
     assert [path.name for path in sorted(asked.run.glob("samples/*"))] == drawn_before
