@@ -1,10 +1,10 @@
-"""The tests: they mirror the tree, on a real ComfyUI, a tiny pretrained base and a real browser."""
+"""Tests, sorted by their needs: no ComfyUI (unit), ComfyUI in process (comfy), a server (server), a browser (web)."""
 
 import os
 import sys
 
-# On a shared machine OpenMP's threads, spinning while they wait, made a step 15 times slower.
+# OpenMP's waiting threads spin, which made a step 15 times slower on a shared machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# pytest finds this package below one that is named after the checkout's folder; ours is `tests`, always.
+# pytest finds this package below one named after the checkout's folder; imports always use `tests`.
 sys.modules["tests"] = sys.modules[__name__]

@@ -1,12 +1,11 @@
-"""What many pictures cost: looking at their folder, and the memory that training on them takes.
+"""Cost of large datasets: the scan of their folder, and the memory of training on them.
 
     python -m tests.bench_datasets [--pictures N]
 
-A folder of small pictures with a caption each is made in a temporary folder. It is looked at as ComfyUI does when the
-node is opened and when a graph is queued. Then the engine trains for two epochs on some of the pictures and on all of
-them, each in a process of its own. Captions are encoded at the size SD1's are, so that what is kept at hand between
-steps reaches its limit; the network and the VAE are tiny. Files come out of the system's cache: they were written a
-moment ago.
+The benchmark writes small pictures, each with a caption, into a temporary folder. It scans the folder as ComfyUI does
+when a node is opened and when a graph is queued. Then the engine trains for two epochs on some of the pictures and on
+all of them, each in its own process. Captions are encoded at SD1's size, so that the cache between steps reaches its
+limit; the network and the VAE are tiny. Files come out of the system's page cache because they were just written.
 """
 
 from __future__ import annotations
@@ -25,16 +24,16 @@ from pathlib import Path
 PICTURES = 10_000
 SIDE = 64
 BATCH = 50
-# Opening the node and asking whether the folder changed, after the first look: together, in seconds.
+# Seconds for opening the node and checking for changes in the folder, after the first scan.
 LOOK_BAR = 2.0
-# What knowing of a picture may cost while training, in KB: its path, caption, digest, and where its entries lie.
+# KB per picture that training may keep: path, caption, digest, and the location of its cache entries.
 EACH_BAR = 8.0
-# Text conditioning of SD1: 77 tokens of 768 numbers.
+# Text conditioning of SD1: 77 tokens, width 768.
 TEXT = (1, 77, 768)
 
 
 def draw_pictures(folder: Path, count: int) -> None:
-    """Pictures of some blocks of colour, no two alike, with a caption beside each."""
+    """Write distinct pictures of colored blocks, each with a caption."""
     import numpy as np
     from PIL import Image
 
@@ -48,21 +47,21 @@ def draw_pictures(folder: Path, count: int) -> None:
 
 
 def share_pictures(folder: Path, target: Path, count: int) -> None:
-    """The first of the pictures and their captions once more, without copying them."""
+    """Link the first pictures and their captions into another folder, without copying them."""
     target.mkdir()
     for path in sorted(folder.iterdir())[: 2 * count]:
         os.link(path, target / path.name)
 
 
 def timed(call):
-    """(what a call gave, seconds)."""
+    """Return (result of a call, seconds)."""
     started = time.perf_counter()
     given = call()
     return given, time.perf_counter() - started
 
 
 def look(folder: Path, base: Path) -> dict[str, float]:
-    """Seconds for each of the things that ComfyUI does with the node; in this process."""
+    """Return the seconds of each thing that ComfyUI does with the node, in this process."""
     import folder_paths
     from graft_pack.nodes.dataset import GraftLoadDataset
     from graft_pack.trainers.data.scan import scan_folder
@@ -86,7 +85,7 @@ def look(folder: Path, base: Path) -> dict[str, float]:
 
 
 def counting_host(report):
-    """The diffusers host with texts of SD1's size, and a count of the calls of its VAE and text encoder."""
+    """Return the diffusers host with texts of SD1's size and counted calls of its VAE and text encoder."""
     import torch
 
     from tests.support.diffusers_host import PosteriorCodec, WordEncoder, make_host
@@ -96,16 +95,17 @@ def counting_host(report):
 
         def encode(self, caption):
             self.calls += 1
-            # Beside what the tiny network reads, so that the cache holds as much as it would for SD1.
+            # More than the tiny network reads, so that the cache holds as much as it would for SD1.
             return {**super().encode(caption), "full": torch.full(TEXT, float(self.calls))}
 
     return replace(make_host(report), codec=PosteriorCodec(), text=Encoder())
 
 
 def train(folder: str) -> dict:
-    """Two epochs on a folder, in this process: their memory, and the calls of VAE and text encoder by epoch.
+    """Train two epochs on a folder in this process; return their memory and the VAE and text encoder calls per epoch.
 
-    And another run's first step, with all encoded: processor time, as the clock would have it on an idle machine.
+    Also return the processor time to the first step of another run with everything encoded. It equals wall time on an
+    idle machine.
     """
     from tests.support import pack
 
@@ -134,7 +134,7 @@ def train(folder: str) -> dict:
         ends = [(0, 0), *calls]
         during = [(b[0] - a[0], b[1] - a[1]) for a, b in zip(ends, ends[1:], strict=False)]
         found |= {"peak": peak(), "calls": during, "pictures": len(dataset.examples)}
-        # The other one's network has its adapters already.
+        # The other host's network already has adapters.
         fresh = counting_host(lambda event, payload: None)
         started = time.process_time()
         run_session(Path(place), host=fresh, dataset=dataset, steps=1, batch_size=BATCH, learning_rate=1e-3)
@@ -142,7 +142,7 @@ def train(folder: str) -> dict:
 
 
 def peak() -> float:
-    """The most memory that this process held so far, MB."""
+    """Return this process's peak memory so far, in MB."""
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return used / (1 if sys.platform == "darwin" else 1 / 1024) / 1e6
 
@@ -158,7 +158,7 @@ def verdict(held: bool) -> str:
 
 
 def describe_look(pictures: int, seconds: dict[str, float]) -> str:
-    """The folder's figures as lines."""
+    """Return the figures of the folder scan as lines."""
     lines = [f"A folder of {pictures} pictures and captions, seconds", ""]
     lines += [f"{what:>22} {value:>8.2f}" for what, value in seconds.items()]
     asked = seconds["opening the node"] + seconds["checking its inputs"] + seconds["has it changed"]
@@ -168,7 +168,7 @@ def describe_look(pictures: int, seconds: dict[str, float]) -> str:
 
 
 def describe_training(rows: list[dict], budget: float) -> str:
-    """The trainings' figures as lines: the last two rows have filled what is kept at hand."""
+    """Return the figures of the trainings as lines; the last two rows have filled the cache."""
     lines = [
         f"Two epochs in batches of {BATCH}, MB of memory at the most; kept at hand between steps: {budget:.0f} MB",
         "again: to the first step of another run, with all encoded",
@@ -211,11 +211,11 @@ def main():
         root = Path(place)
         folder = root / "input" / "many"
         draw_pictures(folder, args.pictures)
-        # What was written within two seconds is not yet taken for settled and would be read again.
+        # The scan does not yet trust files written within the last two seconds, and would read them again.
         time.sleep(2.5)
         print(describe_look(args.pictures, look(folder, root)), flush=True)
         rows = []
-        # Half of 10,000 is twice what is kept at hand, so that what has to make room has done so for a while.
+        # Half of 10,000 is twice the cache's capacity, so eviction has gone on for a while.
         for count in (args.pictures // 20, args.pictures // 2):
             share_pictures(folder, root / str(count), count)
             rows.append(in_process_of_its_own(root / str(count)))

@@ -1,14 +1,14 @@
-"""What training all weights takes of memory, against what it cannot do without.
+"""Memory of full fine-tuning against its lower bound.
 
     python -m tests.bench_memory [--steps N]
 
-It cannot do without the base, the trained weights, what the optimiser and the average keep of them, and what a forward
-and backward take whose gradients are dropped as soon as they are there: activations and the largest layer's gradient.
-That last part is measured, the others are counted. Each case runs in a process of its own, with saves on the way, and
-ends with the adapter as the node hands it on.
+The lower bound is the base, the trained weights, the state that the optimizer and the average keep for them, and the
+memory of a forward and backward that drops each gradient at once: activations and the largest layer's gradient. The
+last part is measured, the others are counted. Each case runs in its own process, with saves on the way, and ends with
+the adapter as the node hands it on.
 
-Twice: with the system's allocator as it is, which keeps some of what was freed to itself, and so that it gives all of
-it back at once, which shows what the tensors take.
+Each case runs twice: with the system's allocator as it is, which keeps some freed memory to itself, and with an
+allocator setting that returns all of it at once, which shows the memory of the tensors.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MODEL = "SD1 middling"
 BAR = 1.10
 MEGABYTE = 1 << 20
 FULL = {"method": "all weights", "rank": 0, "alpha": 0.0, "targets": "all weights", "batch_size": 1}
-# By name; the first is what is measured and not trained, the last ones are not within the bar, for comparison.
+# By name. The first is measured and not trained; the last are outside the bar, for comparison.
 CASES = {
     "forward and backward": None,
     "AdamW, average": {"ema_decay": 0.999},
@@ -34,13 +34,13 @@ CASES = {
     "Adafactor": {"optimizer": "Adafactor", "beta1": 0.0, "beta2": 0.0},
     "AdamW, clipped": {"max_grad_norm": 1.0},
 }
-# glibc's own name for the size from which what is freed goes back to the system.
+# glibc's name for the size above which freed memory returns to the system at once.
 AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "262144"}
 OUTSIDE = ("AdamW, clipped",)
 
 
 def _one(name: str, steps: int, folder: str) -> dict[str, int]:
-    """One case in this process, bytes by what they are for; a resumed one goes on for two steps in the same folder."""
+    """Run one case in this process and return bytes by use; a resumed case adds two steps in the same folder."""
     from tests.support import pack
 
     pack.hide_root()
@@ -52,7 +52,7 @@ def _one(name: str, steps: int, folder: str) -> dict[str, int]:
     settings = {**FULL, "max_grad_norm": 0.0, "steps": steps, "save_every": 2, "keep_last": 1, **(CASES[name] or {})}
     resumed = name.endswith("resumed")
     with tempfile.TemporaryDirectory() as scratch:
-        # Whatever is imported and set up when it is first needed is no part of it.
+        # Warm up first, so that imports and one-time setup do not count.
         _train("SD1", settings, Path(scratch), False)
         peak = Peak()
         if CASES[name] is None:
@@ -86,7 +86,7 @@ def _train(model: str, settings: dict, folder: Path, resumed: bool) -> dict[str,
 
 
 def _dropping() -> dict[str, int]:
-    """Forward and backward alone; each gradient is dropped when it is there."""
+    """Run forward and backward alone, dropping each gradient as soon as it exists."""
     import torch
     from graft_pack.trainers.memory.tracking import bytes_of
 
@@ -111,7 +111,7 @@ PARTS = ("base", "trained", "optimiser", "average")
 
 
 def table(found: dict[str, tuple[dict[str, int], dict[str, int]]]) -> str:
-    """The cases as lines, and whether the bar is held; of each what was measured plainly, and with all given back."""
+    """Return the cases as lines with their verdicts, with the default allocator and with all memory returned."""
     rows = dict(found)
     firsts = rows.pop("forward and backward")
     passing = [one["peak"] - one["base"] - one["trained"] for one in firsts]

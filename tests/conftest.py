@@ -1,4 +1,4 @@
-"""The fixtures that all tests share. A test that needs none of them starts no server and no browser."""
+"""Fixtures shared by all tests. A test that uses none of them starts no server and no browser."""
 
 import random
 
@@ -15,7 +15,7 @@ from tests.support.server import ComfyServer, link
 pack.hide_root()
 pack.load_pack()
 
-# The same examples in every run, and none refused because the machine is busy.
+# Hypothesis uses the same examples in every run and fails none because the machine is busy.
 settings.register_profile("graft", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("graft")
 
@@ -36,7 +36,7 @@ def pytest_configure(config):
 
 @pytest.fixture(autouse=True)
 def seeds():
-    """The same random numbers in every run, whatever ran before."""
+    """Seed all generators before each test, whatever ran before."""
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
@@ -44,32 +44,32 @@ def seeds():
 
 @pytest.fixture(scope="session")
 def trials(request):
-    """trials(quick, full): how many trials to run, few by default and all of them with --soak."""
+    """Return trials(quick, full), the number of trials: `quick` by default, `full` with --soak."""
     soak = request.config.getoption("--soak")
     return lambda quick, full: full if soak else quick
 
 
 @pytest.fixture(scope="session")
 def sampler_steps(trials):
-    """Steps of the sampler in tests that judge many pictures; the tiny base draws as well in half of its usual 20."""
+    """Return the sampler steps of tests that judge many pictures; the tiny base draws as well in half of its 20."""
     return trials(10, 20)
 
 
 @pytest.fixture(scope="session")
 def comfy():
-    """ComfyUI in this process, on the CPU: `comfy.path`, `comfy.version`, `comfy.base`; then import what you need."""
+    """Load ComfyUI into this process, on the CPU: `comfy.path`, `.version`, `.base`. Import ComfyUI modules later."""
     return pack.use_comfy()
 
 
 @pytest.fixture(scope="session")
 def tiny_base():
-    """The path of the tiny pretrained base, a checkpoint file in SD1.x layout."""
+    """Return the path of the tiny pretrained base, a checkpoint file in SD1.x layout."""
     return get_tiny_base()
 
 
 @pytest.fixture(scope="session")
 def server(tiny_base, tmp_path_factory):
-    """The real server with the pack and the tiny base (`graft_tiny.safetensors`), shared by all tests."""
+    """Start the real server with the pack and the tiny base (`graft_tiny.safetensors`), shared by all tests."""
     server = ComfyServer(tmp_path_factory.mktemp("server"))
     link(tiny_base, server.path("models", "checkpoints", tiny_base.name))
     with server:
@@ -78,9 +78,9 @@ def server(tiny_base, tmp_path_factory):
 
 @pytest.fixture
 def make_server(tiny_base, tmp_path):
-    """make_server(name="server", **ComfyServer's arguments): a server of one's own, not yet started.
+    """Return make_server(name="server", **ComfyServer's arguments), which makes a private server, not yet started.
 
-    For tests that kill or restart. The same name gives the same base directory.
+    For tests that kill or restart a server. The same name gives the same base directory.
     """
     made = []
 
@@ -96,7 +96,7 @@ def make_server(tiny_base, tmp_path):
 
 @pytest.fixture(scope="session")
 def chromium(tmp_path_factory):
-    """The one Chromium that all browser tests share."""
+    """Start the one Chromium that all browser tests share."""
     from tests.support.browser import Browser
 
     with Browser(tmp_path_factory.mktemp("chromium")) as browser:
@@ -105,5 +105,5 @@ def chromium(tmp_path_factory):
 
 @pytest.fixture
 def browser(chromium):
-    """The browser; `browser.open(server.url)` gives a page with a fresh profile."""
+    """Return the browser; `browser.open(server.url)` gives a page with a fresh profile."""
     return chromium

@@ -1,7 +1,7 @@
-"""`make demo`: a LoRA trained inside a real ComfyUI on the tiny base, and what it changes.
+"""`make demo`: train a LoRA inside a real ComfyUI on the tiny base, and show its effect.
 
-The workflow is the one that users open; only its values are the tiny base's. All of it lies below demo/,
-and a second run re-uses what is there, the finished training included.
+The workflow is the one that users open; only its values fit the tiny base. Everything lies below demo/. A second run
+reuses it, the finished training included.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ SCALE = 3
 
 
 class Line:
-    """One line of the terminal that is written over and over; elsewhere a line for each tenth."""
+    """One terminal line that is overwritten; without a terminal, a line per tenth of the work."""
 
     def __init__(self, stream=None):
         self.stream = stream or sys.stdout
@@ -37,7 +37,7 @@ class Line:
         self.shown = None
 
     def show(self, text, done=None):
-        """Show text; done is the share that is finished, if known."""
+        """Show text; `done` is the finished fraction, if known."""
         if self.live:
             width = shutil.get_terminal_size().columns - 1
             self.stream.write("\r" + text[:width].ljust(width))
@@ -46,7 +46,7 @@ class Line:
         self.stream.flush()
 
     def end(self):
-        """Leave what was shown and go to the next line."""
+        """Keep the shown text and go to the next line."""
         self.shown = None
         if self.live:
             self.stream.write("\n")
@@ -61,7 +61,7 @@ class Line:
 
 
 def prepare(folder, line):
-    """A ComfyUI base directory with the pack, the tiny base and the pictures; returns the server, not started."""
+    """Prepare a ComfyUI base directory with the pack, the tiny base and the pictures; return the stopped server."""
     line.show("Getting ComfyUI ...")
     comfy = find_comfyui()
     line.show("Assembling the tiny base ...")
@@ -73,19 +73,19 @@ def prepare(folder, line):
 
 
 def copy_pictures(server):
-    """The concept's pictures and captions, below the server's input folder."""
+    """Copy the concept's pictures and captions below the server's input folder."""
     shutil.copytree(CONCEPTS / CONCEPT, server.path("input", CONCEPT), dirs_exist_ok=True)
 
 
 def run(server, line, overrides=None):
-    """Queue the example on the server and follow it; returns (workflow, history entry)."""
+    """Queue the example on the server and follow it; return (workflow, history entry)."""
     workflow = read_workflow(WORKFLOW)
     values = {**TINY, "Size and number": {**TINY["Size and number"], "batch_size": PICTURES}, **(overrides or {})}
     prompt = to_prompt(workflow, server.object_info(), values)
     with server.listen() as events:
         prompt_id = server.queue(prompt, client_id=events.client_id)
         with contextlib.suppress(ConnectionError):
-            # When the server dies, wait() says so and shows its log.
+            # If the server dies, wait() reports it and shows its log.
             follow(events, prompt_id, prompt, line)
     return workflow, server.wait(prompt_id)
 
@@ -104,7 +104,7 @@ def follow(events, prompt_id, prompt, line):
 
 
 def describe_step(title, step, seconds):
-    """One step of training -> (text, share that is done)."""
+    """Return (text, finished fraction) for one training step."""
     done = step["step"] / step["steps"]
     left = int(step["seconds"] * (step["steps"] - step["step"]))
     bar = ("#" * int(done * 24)).ljust(24, ".")
@@ -113,7 +113,7 @@ def describe_step(title, step, seconds):
 
 
 def draw_comparison(server, workflow, entry, path):
-    """What it was shown, and the same prompt and seeds before and after, one row each; writes a PNG."""
+    """Write a PNG with three rows: the training pictures, then the same prompt and seeds before and after training."""
     shown = [Image.open(picture) for picture in sorted((CONCEPTS / CONCEPT).glob("*.png"))[:PICTURES]]
     rows = [("what it was shown", shown)]
     for title in ("Before", "After"):
@@ -126,7 +126,7 @@ def draw_comparison(server, workflow, entry, path):
 
 
 def draw_rows(rows, gap=8, head=26):
-    """[(label, pictures)] -> one picture, enlarged without smoothing."""
+    """Draw [(label, pictures)] as one picture, enlarged without smoothing."""
     width, height = (side * SCALE for side in rows[0][1][0].size)
     columns = max(len(pictures) for _, pictures in rows)
     sheet = Image.new("RGB", (gap + columns * (width + gap), gap + len(rows) * (head + height + gap)), "white")
@@ -142,7 +142,7 @@ def draw_rows(rows, gap=8, head=26):
 
 
 def find_lora(workflow, entry):
-    """The path of the file that the save node reports."""
+    """Return the path of the file that the save node reports."""
     node = find_nodes(workflow, "GraftSaveAdapter")[0]
     return Path(entry["outputs"][str(node["id"])]["text"][0])
 

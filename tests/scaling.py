@@ -1,9 +1,9 @@
-"""How far adapters of SDXL and Flux scale over processes, on paper and in simulation: `python -m tests.scaling`.
+"""Estimate how adapters of SDXL and Flux scale over processes, computed and simulated: `python -m tests.scaling`.
 
-Counted: what is synchronised in a step, from the real networks (built without weights) and the pack's own choice of
-layers, and the weights of blocks that `shard` has put together for every picture. Measured here: drawing the noise of a
-whole batch, which each process does. Assumed, and said so in the table: arithmetic, networks, and how much processes
-differ from step to step. Nothing here was measured on GPUs.
+Counted: the data that a step synchronizes, from the real networks (built without weights) and the pack's own choice of
+layers, and the block weights that `shard` gathers for every picture. Measured here: drawing the noise of a whole batch,
+which each process does. Assumed, and stated in the table: arithmetic, networks, and how much processes differ from step
+to step. Nothing here was measured on GPUs.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ RANK = 16
 WORLDS = (1, 2, 4, 8, 16, 32, 64)
 STEPS = 400
 
-# Of one GPU at work: 312 TFLOP/s in bf16 (A100), of which training a large network reaches some 40 %.
+# FLOP/s of one GPU at work: 312 TFLOP/s in bf16 (A100), and large networks train at some 40 % of it.
 FLOPS = 0.4 * 312e12
 
-# How much longer or shorter than usual a process takes for a step: deviation of the logarithm.
+# Spread of a process's step time around its usual value: standard deviation of the logarithm.
 JITTER = 0.03
 
-# Per process and step, whatever the batch: launching, optimiser, log.
+# Seconds per process and step, whatever the batch: launching, optimizer, log.
 OVERHEAD = 0.015
 
 
 @dataclass(frozen=True)
 class Network:
-    """What lies between processes.
+    """The network between processes.
 
     Attributes:
-        rate: bytes a second that each process can send and receive of a ring.
-        latency: seconds of one message.
+        rate: bytes per second that each process can send and receive in a ring.
+        latency: seconds per message.
     """
 
     name: str
@@ -49,14 +49,14 @@ A_MACHINE = 8
 
 @dataclass(frozen=True)
 class Work:
-    """What a step is made of.
+    """The work of one step.
 
     Attributes:
-        numbers: of the adapter.
-        blocks: how many the network has.
+        numbers: parameters of the adapter.
+        blocks: number of blocks in the network.
         weights: bytes of the frozen weights of all blocks, in bf16.
-        seconds: of a picture, forward and backward.
-        latent: its shape.
+        seconds: per picture, forward and backward.
+        latent: shape of the latent.
     """
 
     name: str
@@ -68,11 +68,11 @@ class Work:
 
 
 def works() -> list[Work]:
-    """SDXL and Flux at 1024 x 1024, LoRA of rank 16 on attention.
+    """Return the work of SDXL and Flux at 1024 x 1024, with a LoRA of rank 16 on attention.
 
     Operations of a forward, two for each multiply and add: SDXL 6.0e12 (the network of Podell et al. 2023); Flux two
-    for each of 11.9e9 weights and 4608 tokens, and attention's. A backward without weights' gradients is as much again;
-    Flux is checkpointed, which is once more.
+    for each of 11.9e9 weights and 4608 tokens, plus attention's. A backward without weight gradients costs as much
+    again. Flux is checkpointed, which adds one more forward.
     """
     flux = 2 * 11.9e9 * 4608 + 57 * 4 * 4608**2 * 3072
     return [
@@ -82,7 +82,7 @@ def works() -> list[Work]:
 
 
 def _work(name: str, seconds: float, latent: tuple[int, ...]) -> Work:
-    """With a LoRA on the layers that the pack chooses in the real network."""
+    """Return the work with a LoRA on the layers that the pack chooses in the real network."""
     from graft_pack.trainers.families import family_of
     from graft_pack.trainers.memory.autograd import blocks_of
     from graft_pack.trainers.methods import METHODS
@@ -105,7 +105,7 @@ def _work(name: str, seconds: float, latent: tuple[int, ...]) -> Work:
 
 
 def network(name: str):
-    """The network in its published size, without weights."""
+    """Return the network in its published size, without weights."""
     import comfy.ops
     import comfy.supported_models
 
@@ -127,7 +127,7 @@ def network(name: str):
 
 
 def noise_seconds(shape: tuple[int, ...]) -> float:
-    """Of drawing the noise of one picture, on this machine's CPU."""
+    """Return the seconds to draw the noise of one picture on this machine's CPU."""
     import torch
 
     source = torch.Generator().manual_seed(0)
@@ -143,7 +143,7 @@ def _timed(work) -> float:
 
 
 def sync_seconds(work: Work, world: int, between: Network) -> float:
-    """Of one step's messages: a ring over the slowest link, and three sums of a few numbers along a tree.
+    """Return the seconds of one step's messages: a ring over the slowest link, and three tree sums of a few numbers.
 
     The ring sends 2 (N-1)/N of the gradients (Patarasuk & Yuan 2009).
     """
@@ -155,7 +155,7 @@ def sync_seconds(work: Work, world: int, between: Network) -> float:
 
 
 def gather_seconds(work: Work, world: int, between: Network) -> float:
-    """Of putting every block's weights together twice, for the forward of a picture and for its backward."""
+    """Return the seconds to gather every block's weights twice, for a picture's forward and for its backward."""
     if world == 1:
         return 0.0
     link = between if world > A_MACHINE else INSIDE
@@ -163,7 +163,11 @@ def gather_seconds(work: Work, world: int, between: Network) -> float:
 
 
 def picture_seconds(work: Work, world: int, between: Network, shares: bool) -> float:
-    """Of a picture; in shares the next block's weights come while one computes, and the first's are waited for."""
+    """Return the seconds of a picture.
+
+    With sharded weights, the next block's weights arrive while one block computes; only the first block's are waited
+    for.
+    """
     if not shares:
         return work.seconds
     gathering = gather_seconds(work, world, between)
@@ -171,7 +175,7 @@ def picture_seconds(work: Work, world: int, between: Network, shares: bool) -> f
 
 
 def step_seconds(work: Work, world: int, pictures: int, between: Network, noise: float, shares: bool = False) -> float:
-    """Mean over simulated steps, each as long as its slowest process, on which all others wait."""
+    """Return the mean over simulated steps; each lasts as long as its slowest process, because all wait for it."""
     source = np.random.RandomState(world)
     a_picture = picture_seconds(work, world, between, shares)
     own = OVERHEAD + noise * pictures + a_picture * math.ceil(pictures / world)
@@ -180,7 +184,7 @@ def step_seconds(work: Work, world: int, pictures: int, between: Network, noise:
 
 
 def rows(work: Work, between: Network, batch: int) -> list[tuple[int, float, float]]:
-    """(processes, efficiency with a picture for each, efficiency with so many in all)."""
+    """Return (processes, efficiency with a picture for each, efficiency with so many in all) per world size."""
     noise = noise_seconds(work.latent)
 
     def rate(world: int, pictures: int) -> float:
@@ -193,7 +197,7 @@ def rows(work: Work, between: Network, batch: int) -> list[tuple[int, float, flo
 
 
 def shared_rows(work: Work, between: Network) -> list[tuple[int, float]]:
-    """(processes, efficiency with weights in shares and a picture for each, against one process that has them all)."""
+    """Return (processes, efficiency with sharded weights and a picture for each, against one unsharded process)."""
     noise = noise_seconds(work.latent)
     alone = step_seconds(work, 1, 1, between, noise)
     return [(world, alone / step_seconds(work, world, world, between, noise, True)) for world in WORLDS]

@@ -1,4 +1,4 @@
-"""The main promise, measured: eight pictures and a few hundred steps bring a new concept, and keep the old ones.
+"""Test of the main promise: eight pictures and a few hundred steps teach a new concept and keep the old ones.
 
 Trained through the real server; drawn with the host's own LoRA loader and sampler; judged by the toy world's
 classifier, which is itself tested on held-out drawings.
@@ -20,17 +20,17 @@ OLD_SAMPLES = 32
 
 
 def toy_prompts():
-    """Two prompts for the new object on each background."""
+    """Return two prompts for the new object on each background."""
     return [world.toy_caption(background) for background in world.BACKGROUNDS] * (TOY_SAMPLES // len(world.BACKGROUNDS))
 
 
 def old_scenes():
-    """Scenes of the old world, drawn by a fixed seed."""
+    """Return scenes of the old world, drawn by a fixed seed."""
     return random.Random(0).sample(world.known_scenes(), OLD_SAMPLES)
 
 
 def old_accuracy(pictures, scenes):
-    """Share of pictures that show their scene's shape, colour and background."""
+    """Return the fraction of pictures that show their scene's shape, color and background."""
     right = 0
     for picture, (shape, color, background) in zip(pictures, scenes, strict=True):
         verdict = classifier.classify(picture)
@@ -40,7 +40,7 @@ def old_accuracy(pictures, scenes):
 
 @pytest.fixture(scope="module")
 def trained(server):
-    """Path of the LoRA that the graph trained on the new object."""
+    """Return the path of the LoRA that the graph trained on the new object."""
     shutil.copytree(world.CONCEPT_FOLDER / "toy", server.path("input", "concept"), dirs_exist_ok=True)
     prompt = graphs.training("concept", STEPS, **WIDGETS)
     prompt["9"] = graphs.node("GraftSaveAdapter", adapter=["3", 2], filename_prefix="concept", format="kohya")

@@ -1,4 +1,4 @@
-"""What `make demo` does after the downloads, with two steps of training on the shared server."""
+"""Test of `make demo` after its downloads, with two training steps on the shared server."""
 
 import io
 

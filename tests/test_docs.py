@@ -1,4 +1,4 @@
-"""Every node is explained: a help page and texts for translators that agree with the node."""
+"""Tests that every node has a help page and texts for translators that agree with the node."""
 
 import json
 import re
@@ -18,19 +18,19 @@ SYNTAX = re.compile(r"[@|{}]")
 
 @pytest.fixture(scope="module")
 def schemas(comfy):
-    """{node id: schema} of the whole pack."""
+    """Return {node id: schema} of the whole pack."""
     return {schema.node_id: schema for schema in (node.define_schema() for node in make_locales.list_nodes())}
 
 
 def read_inputs(page):
-    """Read the list of a help page's inputs: {input: (what it does, typical value)}."""
+    """Return a help page's list of inputs: {input: (description, typical value)}."""
     section = page.split("\n## Inputs\n")[1].split("\n## ")[0]
     rows = re.findall(r"^- `(\w+)`: (.+)$", section, re.M)
     return {name: tuple(re.split(r" (?:Typical|Left alone): ", text)) for name, text in rows}
 
 
 def title_of(schema):
-    """Return a node's title without the words that it is found by."""
+    """Return a node's title without its search words."""
     return schema.display_name.partition(" (")[0]
 
 
@@ -51,7 +51,7 @@ def test_help_pages_show_a_workflow_and_training_nodes_lead_to_choosing(schemas)
 
 
 def test_the_page_for_choosing_is_made_of_its_text():
-    """Cure: python -m tests.support.make_choosing --page."""
+    """If it fails, run python -m tests.support.make_choosing --page."""
     text = make_choosing.PAGE.read_text(encoding="utf-8")
     assert (make_choosing.FOLDER / "index.html").read_text(encoding="utf-8") == make_choosing.render(text)
     assert all(mark in text for mark in make_choosing.MARKS)
@@ -66,7 +66,7 @@ def test_help_pages_explain_exactly_the_inputs_there_are(schemas):
 
 @pytest.mark.parametrize("path", sorted(HELP.glob("*.md")), ids=lambda path: path.stem)
 def test_help_fits_a_sidebar_of_300_pixels(path):
-    """A table of three columns leaves one or two words a line there; lists take their place."""
+    """A table of three columns would leave one or two words per line there, so pages use lists."""
     rows = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
     wide = [row for row in rows if len(re.findall(r"(?<!\\)\|", row)) > 3]
     assert wide == []
@@ -81,7 +81,7 @@ def test_help_pages_name_the_outputs_and_carry_the_title(schemas):
 
 
 def test_choices_named_on_help_pages_exist(schemas):
-    """A page that lists an option's choices in its table lists ones that can be chosen."""
+    """Every choice that a page lists for an input exists."""
     for node_id, page in list_pages().items():
         described = {name: text for name, (text, *_) in read_inputs(page).items()}
         for given in schemas[node_id].inputs:
@@ -94,7 +94,7 @@ def test_choices_named_on_help_pages_exist(schemas):
 
 @pytest.fixture(scope="module")
 def english(schemas):
-    """{file: tree of texts}, as the code says them now."""
+    """Return {file: tree of texts} as the code has them now."""
     return make_locales.describe(make_locales.list_nodes())
 
 
@@ -105,7 +105,7 @@ def test_every_input_has_a_tooltip(schemas):
 
 @pytest.mark.parametrize("language", make_locales.LANGUAGES)
 def test_every_text_is_translated_and_none_that_nothing_says(english, language):
-    """Cure: `python -m tests.support.make_locales --missing`, then fill in the table it names."""
+    """If it fails, run `python -m tests.support.make_locales --missing`, then fill in the table it names."""
     table = make_locales.read_table(language)
     missing = make_locales.list_missing(english, table)
     lines = "".join(f"\n  {place}: {text}" for place, text in missing.items())
@@ -116,7 +116,7 @@ def test_every_text_is_translated_and_none_that_nothing_says(english, language):
 
 @pytest.mark.parametrize("language", ["en", *make_locales.LANGUAGES])
 def test_locales_are_those_of_the_nodes_and_tables(english, language):
-    """No missing key, no stale key, no text that drifted; cure: python -m tests.support.make_locales."""
+    """No missing key, no stale key, no outdated text. If it fails, run python -m tests.support.make_locales."""
     table = make_locales.read_table(language)
     folder = make_locales.LOCALES / language
     for name, tree in english.items():
@@ -139,7 +139,7 @@ SCRIPTS = {
 
 @pytest.mark.parametrize("language", make_locales.LANGUAGES)
 def test_translations_keep_what_is_no_language(language):
-    """Numbers, files, embedding:NAME and the page's $places stand as they are; sentences are in the language."""
+    """Numbers, files, embedding:NAME and the page's $places stay unchanged; sentences are in the language."""
     kept = re.compile(
         r"\d+(?:\.\d+)?(?:e-\d+)?|\w+=[\d.e-]*\d|embedding:NAME|(?:output|masks|my_run)[\w/*-]*/[\w*-]+|\$\w+|LoRA"
     )
@@ -166,7 +166,7 @@ def test_locales_hold_nothing_that_the_frontend_reads_as_syntax():
 
 
 def test_nodes_are_found_by_the_words_that_users_know(schemas):
-    """Each node has such words, where the host has a place for them, and none that its own name holds already."""
+    """Each node has search words if the host supports them, and none of them is part of its own name."""
     if not hasattr(next(iter(schemas.values())), "search_aliases"):
         pytest.skip("this ComfyUI searches by names alone")
     for schema in schemas.values():
@@ -193,7 +193,7 @@ def test_links_lead_somewhere(path):
     """Check the files and headings that a page links to. Help pages link nothing outside the pack."""
     for target, heading in re.findall(r"\]\(([^)#\s]+)(?:#([\w-]+))?", path.read_text(encoding="utf-8")):
         if target.startswith("extensions/graft/"):
-            # In the help viewer links are the page's own; only pictures are looked for beside the text.
+            # In the help viewer links are relative to the page; only pictures are looked up beside the text.
             target = f"../{target.removeprefix('extensions/graft/')}"
         if target.startswith(("http:", "https:")):
             assert HELP not in path.parents, target

@@ -1,4 +1,4 @@
-"""DreamBooth's promise, measured: six pictures bring a subject, and prior preservation keeps its class as it was.
+"""Test of DreamBooth's promise: six pictures teach a subject, and prior preservation keeps its class unchanged.
 
 The subject is the flower, taught as a kind of yellow circle. Trained through the real server; drawn with the host's own
 LoRA loader and sampler; judged by the toy world's classifier.
@@ -13,14 +13,14 @@ from tests.toy import classifier, world
 
 CLASS = "a large yellow circle on a gray background"
 INSTANCE = "a large sks yellow circle on a gray background"
-# Chosen on other seeds of drawing than those below.
+# Chosen on other sampling seeds than those below.
 WIDGETS = {"steps": 350, "learning_rate": 2e-3, "rank": 8, "seed": 0}
 CLASS_IMAGES = 16
 
 
 @pytest.fixture(scope="module")
 def subject(server):
-    """Six pictures of the subject, without captions; the folder's name."""
+    """Write six pictures of the subject, without captions; return the folder's name."""
     folder = server.path("input", "dreambooth-subject")
     folder.mkdir()
     source = np.random.RandomState(7)
@@ -31,7 +31,7 @@ def subject(server):
 
 
 def train(server, folder, prior_weight):
-    """The path of the LoRA; as many pictures of the subject a step with class images as without."""
+    """Train and return the path of the LoRA; each step has as many subject pictures with class images as without."""
     graph = graphs.training(folder, WIDGETS["steps"])
     values = {**graph["3"]["inputs"], **WIDGETS, "instance_prompt": INSTANCE, "class_prompt": CLASS}
     values.update(
@@ -52,7 +52,7 @@ def test_a_subject_is_learnt_and_its_class_is_kept(server, comfy, tiny_base, sub
     count = trials(16, 64)
     model, clip, vae = host.load(tiny_base)
     shares = {}
-    # The base, and what becomes of the class without a prior, are what `make soak` sets beside it.
+    # `make soak` also compares the base, and the class after training without a prior.
     for name, weight in trials((("with prior", 1.0),), (("base", None), ("without", 0.0), ("with prior", 1.0))):
         one = model
         if weight is not None:
@@ -76,5 +76,5 @@ def test_a_subject_is_learnt_and_its_class_is_kept(server, comfy, tiny_base, sub
     if "base" in shares:
         assert shares["base"][0] <= 0.05
         assert kept[1] >= 0.90 * shares["base"][1]
-        # Measurably: more than chance gives among so many pictures.
+        # Measurable: more than chance explains among so many pictures.
         assert shares["without"][2] >= kept[2] + 0.25

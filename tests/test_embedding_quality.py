@@ -1,7 +1,7 @@
-"""Textual inversion, measured: pictures alone bring a word for what they show, and no weight of the base moves.
+"""Test of textual inversion: from pictures alone an embedding learns their content, and no base weight changes.
 
-The concept is within the base's span, but the start word does not call it up: the base knows it by
-other words. Judged by the toy world's classifier.
+The concept is within the base's span, but the initial word does not call it up: the base knows it by other words. The
+toy world's classifier judges the pictures.
 """
 
 import numpy as np
@@ -19,14 +19,14 @@ WORD, START = "my-thing", "toy"
 
 
 def backgrounds(count):
-    """Backgrounds in turn, but for the thing's own colour."""
+    """Return backgrounds in turn, except the object's own color."""
     usable = [name for name in world.BACKGROUNDS if name != COLOUR]
     return [usable[number % len(usable)] for number in range(count)]
 
 
 @pytest.fixture(scope="module")
 def learnt(server):
-    """Path of the embedding that the graph trained on pictures with one caption, which tells no more than the word."""
+    """Return the path of the embedding, trained on pictures with one caption that names nothing but the embedding."""
     from PIL import Image
 
     folder = server.path("input", "word")

@@ -1,4 +1,4 @@
-"""The example workflows: drawn legibly, complete, and run by the real server as a user's Run would."""
+"""Tests of the example workflows: legible, complete, and run by the real server as a user's Run does."""
 
 import copy
 import io
@@ -28,14 +28,14 @@ EXAMPLES = sorted((ROOT / "example_workflows").glob("*.json"))
 LORA = ROOT / "example_workflows" / "Train a LoRA.json"
 DREAMBOOTH = ROOT / "example_workflows" / "DreamBooth a subject.json"
 
-# Height of a node's title, which the editor draws above its place.
+# Height of a node's title, which the editor draws above its position.
 TITLE = 30
 
 each_example = pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 
 
 def box_of(node):
-    """(left, top, right, bottom) as drawn, title included."""
+    """Return (left, top, right, bottom) as drawn, title included."""
     (left, top), (width, height) = node["pos"], node["size"]
     return left, top - TITLE, left + width, top + height
 
@@ -63,7 +63,7 @@ LOOKING = [LORA, ROOT / "example_workflows" / "Fine-tune a checkpoint.json"]
 
 @pytest.mark.parametrize("path", LOOKING, ids=lambda path: path.stem)
 def test_the_look_comes_before_the_training(path):
-    """The trainer gets its dataset from the look alone, so that no host can run it first; previews are drawn."""
+    """The trainer gets its dataset through the inspection node, so no host can run it first; previews are drawn."""
     workflow = read_workflow(path)
     (look,), (trainer,) = find_nodes(workflow, "What training will see"), find_nodes(workflow, "Train")
     sources = {link[0]: link[1] for link in workflow["links"]}
@@ -77,7 +77,7 @@ def test_the_look_comes_before_the_training(path):
 
 @pytest.mark.parametrize("path", LOOKING, ids=lambda path: path.stem)
 def test_wires_do_not_cross_groups_that_are_not_theirs(path):
-    """Each wire, from point to point, stays out of every group that holds neither of its ends."""
+    """Each wire, from point to point, stays out of every group that contains neither of its ends."""
     workflow = read_workflow(path)
     nodes = {node["id"]: node for node in workflow["nodes"]}
     points = {row["id"]: row for row in workflow["extra"].get("reroutes", [])}
@@ -104,7 +104,7 @@ def holds(group, nodes):
 
 
 def crosses(start, stop, box):
-    """Whether a straight line goes through a box, its edge of 20 left out for titles."""
+    """Report whether a straight line crosses a box, ignoring its edge of 20 for titles."""
     left, top, width, height = box
     for share in np.linspace(0, 1, 200):
         x, y = (a + share * (b - a) for a, b in zip(start, stop, strict=True))
@@ -115,7 +115,7 @@ def crosses(start, stop, box):
 
 @each_example
 def test_the_note_opens_beside_the_sidebar(path):
-    """At the scale that the file is opened with, right of the bar of tabs' left edge and below the bar itself."""
+    """At the scale that the file opens with, right of the sidebar and below the tab bar."""
     view = read_workflow(path)["extra"]["ds"]
     (left, top), scale = view["offset"], view["scale"]
     assert left * scale >= 100 and (top - TITLE) * scale >= 100
@@ -142,7 +142,7 @@ def test_every_node_is_known_and_every_required_input_given(path, server):
 
 
 def test_values_are_for_a_real_user():
-    """The widgets say what README says: SD1.5 at 512 pixels, the family's learning rate, a seed that stays."""
+    """The widgets match README: SD1.5 at 512 pixels, the family's learning rate, a fixed seed."""
     workflow = read_workflow(LORA)
     values = {node["title"]: node.get("widgets_values") for node in workflow["nodes"]}
     assert values["Photos"][:4] == ["my_photos", "ohwx dog", 512, 1]
@@ -160,7 +160,7 @@ def test_before_and_after_differ_in_nothing_but_the_training(server):
     checkpoint, trainer = by_title["Checkpoint"][0], by_title["Train"][0]
 
     def trace(title):
-        """What a node is given, with the trainer's model and clip read as the checkpoint's."""
+        """Return a node's inputs, replacing the trainer's model and clip by the checkpoint's."""
         node, entry = by_title[title]
         rows = {}
         for name, value in entry["inputs"].items():
@@ -179,7 +179,7 @@ def test_before_and_after_differ_in_nothing_but_the_training(server):
 
 @pytest.mark.server
 def test_it_trains_draws_and_saves(server):
-    """The example on the tiny base, two steps only: all outputs are there, and the LoRA changed the picture."""
+    """The example on the tiny base with two steps: all outputs exist, and the LoRA changed the picture."""
     folder = server.path("input", "example_workflow")
     shutil.copytree(world.CONCEPT_FOLDER / TINY["Photos"]["folder"], folder, dirs_exist_ok=True)
     values = copy.deepcopy(TINY)
@@ -209,7 +209,7 @@ def test_it_trains_draws_and_saves(server):
 
 @pytest.mark.server
 def test_dreambooth_values_are_for_a_real_user(server):
-    """SD1.5 at 512 pixels, prompts that differ in the rare word alone, as many class images as the trainer asks for."""
+    """SD1.5 at 512 pixels, prompts that differ in the rare word alone, and the trainer's number of class images."""
     prompt = to_prompt(read_workflow(DREAMBOOTH), server.object_info())
     given = {entry["_meta"]["title"]: entry["inputs"] for entry in prompt.values()}
     assert (given["Subject"]["value"], given["Class"]["value"]) == ("a photo of sks dog", "a photo of a dog")
@@ -227,7 +227,7 @@ def test_dreambooth_values_are_for_a_real_user(server):
 
 @pytest.mark.server
 def test_dreambooth_draws_class_images_trains_and_saves(server):
-    """The example on the tiny base, two steps and two class images only."""
+    """The example on the tiny base, with two steps and two class images."""
     folder = server.path("input", "example_dreambooth")
     shutil.copytree(world.CONCEPT_FOLDER / TINY_DREAMBOOTH["Photos"]["folder"], folder, dirs_exist_ok=True)
     for caption in folder.glob("*.txt"):
@@ -265,7 +265,7 @@ def test_dreambooth_draws_class_images_trains_and_saves(server):
     ],
 )
 def test_a_word_is_trained_drawn_and_saved(server, name, tiny, shown, saved):
-    """The examples of words on the tiny base, two steps only."""
+    """The embedding examples on the tiny base, with two steps."""
     folder = server.path("input", f"example {name}")
     shutil.copytree(world.CONCEPT_FOLDER / tiny["Photos"]["folder"], folder, dirs_exist_ok=True)
     if name.startswith("Train"):
@@ -296,7 +296,7 @@ def test_a_word_is_trained_drawn_and_saved(server, name, tiny, shown, saved):
 
 @pytest.mark.server
 def test_a_checkpoint_is_fine_tuned_merged_and_drawn_with(server):
-    """The example on the tiny base, two steps only; the file it leaves draws what the graph drew."""
+    """The example on the tiny base with two steps; its file draws the same as the graph drew."""
     folder = server.path("input", "example_fine_tune")
     shutil.copytree(world.CONCEPT_FOLDER / TINY_FINE_TUNE["Pictures"]["folder"], folder, dirs_exist_ok=True)
     values = copy.deepcopy(TINY_FINE_TUNE)
@@ -333,7 +333,7 @@ def test_a_checkpoint_is_fine_tuned_merged_and_drawn_with(server):
 
 
 def _write_lora(path, base, seed):
-    """A LoRA of rank 4 with random values on the first attention, in kohya's names."""
+    """Write a LoRA of rank 4 with random values on the first attention, in kohya's names."""
     place = "input_blocks.1.1.transformer_blocks.0.attn1"
     name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1"
     source = torch.Generator().manual_seed(seed)
@@ -371,7 +371,7 @@ def test_two_loras_are_merged_to_one_that_draws_as_both(server, tiny_base):
     with safe_open(entry["outputs"][node("Save the LoRA")]["text"][0], "pt") as file:
         kept = {key.rpartition("_attn1_")[2] for key in list(file.keys()) if key.endswith(".alpha")}
     assert kept == {"to_q.alpha", "to_v.alpha", "to_out_0.alpha"}
-    # What is compared is seen in the pictures: without the first LoRA they are others.
+    # The pictures show the compared effect: without the first LoRA they differ.
     values["Put the first on"] = {"strength_model": 0.0}
     entry = server.run(to_prompt(workflow, schemas, values), timeout=300)
     assert np.abs(both - _stacked(server.download(entry, node("Both")))).max() >= 10

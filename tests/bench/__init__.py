@@ -1,1 +1,1 @@
-"""What training costs, measured against what it cannot do without and against its peers: `make bench`."""
+"""Benchmarks of training cost against its lower bound and against other trainers: `make bench`."""

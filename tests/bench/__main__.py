@@ -1,12 +1,11 @@
-"""A training step against the bare model, against core's Train LoRA node and against diffusers' script.
+"""Compare our training step with the bare model, core's Train LoRA node and diffusers' script.
 
     python -m tests.bench [--rounds N] [--threads N] [--model NAME] [--batch N] [--picture FILE] [--docs]
 
-The limit is what no trainer of activations can go below: forward and backward of the bare model where the latent
-requires a gradient and no parameter or text does. Each case runs in a process of its own, in which all contestants take
-turns. What is compared is the process's own processor time, which on a machine that others use too says more than the
-clock; with one thread it is what the clock would say of an idle one. Memory is measured apart, each contestant in a
-process of its own.
+The limit is a lower bound for any trainer of activations: forward and backward of the bare model, with a gradient for
+the latent and for no parameter or text. Each case runs in its own process, and all contestants take turns in it. The
+tables compare the process's own processor time, because on a shared machine it says more than wall time; with one
+thread it equals the wall time of an idle machine. Memory is measured separately, each contestant in its own process.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ MIDDLING = "SD1 middling"
 TINY = ("SD1", "SDXL", "Flux as in diffusers", "SD3")
 WARM_UP = 2
 CASES = [Case(model, batch, on) for model in (*TINY, MIDDLING) for batch in (1, 4) for on in (False, True)]
-# Twice the side and many more pictures, for how the cost grows.
+# Twice the side, and more pictures, to show the growth of the cost.
 GROWTH = (Case(MIDDLING, 1, side=16), Case(MIDDLING, 4, side=16), Case(MIDDLING, 1))
 MEMORY = ("limit", "attention", "linear + conv", "core", "core, bypass", "diffusers")
 
@@ -78,7 +77,7 @@ def main() -> None:
 
 
 def _apart(kind: str, case: Case, **more) -> dict:
-    """What `_one` gives, from a process of its own."""
+    """Return the result of `_one`, run in its own process."""
     return subprocess_run("tests.bench", kind=kind, case=asdict(case), **more)
 
 
@@ -105,7 +104,10 @@ def _in_turns(works: dict, count: int, threads: int) -> dict[str, list]:
 
 
 def _able(turns: dict[str, Turn]) -> dict[str, Turn]:
-    """Those that make a first step: core's node has no gradient for Flux on some hosts unless it checkpoints."""
+    """Return the contestants that make a first step.
+
+    On some hosts core's node has no gradient for Flux unless it checkpoints.
+    """
     found = {}
     for name, turn in turns.items():
         try:
@@ -119,7 +121,7 @@ def _able(turns: dict[str, Turn]) -> dict[str, Turn]:
 
 
 def _growth(case: Case, rounds: int, threads: int) -> dict:
-    """Floating-point operations of the bare limit, and what limit and step take."""
+    """Return the floating-point operations of the bare limit, and the times of limit and step."""
     from torch.utils.flop_counter import FlopCounterMode
 
     works = {name: functools.partial(contestants.ALL[name], case) for name in ("limit", "attention")}

@@ -1,6 +1,6 @@
-"""The bare model, our step, core's Train LoRA node and diffusers' training step, each on a MODEL of its own.
+"""Contestants of the benchmark, each on its own MODEL: the bare model, our step, core's Train LoRA node, diffusers.
 
-Each is work as `turns.Turn` takes it.
+Each has the signature of `interleaved.Turn`'s `work`.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from pathlib import Path
 
 RANK = 8
 LEARNING_RATE = 1e-4
-# More than are ever made: whoever measures decides when it is enough.
+# More steps than any run makes; the benchmark decides when to stop.
 MANY = 10**6
 # Attention's layers, as diffusers' training scripts name them.
 ATTENTION = r".*(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
-# Those that add to activations in place, which has no gradient without our rule.
+# Models that add to activations in place. Such an addition has no gradient without our rule.
 IN_PLACE = ("Flux as in diffusers", "SD3")
 _SIGMA = 0.7
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is trained on.
+    """The model, batch and options that a benchmark trains with.
 
     Attributes:
-        model: in `models.SIZES`.
-        batch: examples of a step.
-        checkpointing: whether activations are forgotten at the blocks.
-        side: of the latents; 0 for the model's.
+        model: key in `models.SIZES`.
+        batch: samples per step.
+        checkpointing: True to checkpoint the activations of each block.
+        side: side of the latents; 0 for the model's own.
     """
 
     model: str
@@ -41,16 +41,16 @@ class Case:
     side: int = 0
 
     def patcher(self):
-        """A MODEL of its own, with ordinary weights: core's node wants them so on a CPU."""
+        """Return a new MODEL with ordinary weights, as core's node needs them on a CPU."""
         from tests.support import models
 
         made = models.patcher(self.model)
-        # As a loader has it: core's node of later hosts loads the weights once more.
+        # A loader sets this too: core's node of later hosts loads the weights again.
         made.cached_patcher_init = (lambda disable_dynamic=False: models.patcher(self.model), ())
         return made
 
     def latents(self):
-        """[B, C, ...] of a seed."""
+        """Return latents [B, C, ...] from a seed."""
         import torch
 
         from tests.support import models
@@ -61,14 +61,14 @@ class Case:
         return torch.randn(self.batch, *shape, generator=torch.Generator().manual_seed(0))
 
     def conditionings(self):
-        """One for each example."""
+        """Return one conditioning per sample."""
         from tests.support import models
 
         return [models.conditioning(self.model, seed) for seed in range(self.batch)]
 
 
 def forward(case: Case, stand: Callable[[], None]) -> None:
-    """The bare model without gradients."""
+    """Run the bare model without gradients."""
     import torch
 
     with _bare(case) as network, torch.no_grad():
@@ -79,14 +79,14 @@ def forward(case: Case, stand: Callable[[], None]) -> None:
 
 
 def limit(case: Case, stand: Callable[[], None]) -> None:
-    """What no trainer can go below: forward and backward where the latent wants a gradient, no weight and no text."""
+    """Run any trainer's lower bound: forward, and backward to the latent alone, without weight gradients or text."""
     with _bare(case) as network:
         _forward_and_backward(network, case, stand)
 
 
 @contextmanager
 def _bare(case: Case) -> Iterator[Callable]:
-    """The host's network as a function of the latents alone: what it takes beside them is made before."""
+    """Yield the host's network as a function of the latents alone, with all other inputs computed beforehand."""
     import torch
     from graft_pack.nodes.host.model.denoiser import ComfyDenoiser
     from graft_pack.trainers.memory.autograd import OutOfPlace, blocks_of
@@ -120,10 +120,10 @@ def _forward_and_backward(network: Callable, case: Case, stand: Callable[[], Non
 
 
 def ours(case: Case, stand: Callable[[], None], targets: str = "attention", **more) -> None:
-    """The engine's whole loop: data, noise, prediction, loss, backward, clipping, AdamW, log.
+    """Run the engine's whole loop: data, noise, prediction, loss, backward, clipping, AdamW, log.
 
     Args:
-        more: of the recipe.
+        more: fields of the recipe.
     """
     from tests.support import models
 
@@ -141,7 +141,7 @@ def ours(case: Case, stand: Callable[[], None], targets: str = "attention", **mo
 
 
 def core(case: Case, stand: Callable[[], None], bypass: bool = False) -> None:
-    """ComfyUI's own node, in fp32; it trains every layer with weights, and offers no choice of them."""
+    """Run ComfyUI's own node in fp32; it trains every layer with weights and offers no choice of them."""
     from comfy_extras import nodes_train
 
     from tests.support import models
@@ -170,7 +170,7 @@ def core(case: Case, stand: Callable[[], None], bypass: bool = False) -> None:
     takes = inspect.signature(nodes_train.TrainLoraNode.execute).parameters
     given = {name: [value] for name, value in values.items() if name in takes}
     given["algorithm"] = [next(iter(nodes_train.adapter_maps))]
-    # Two at least: the node of some hosts fails on a single latent.
+    # At least two: the node of some hosts fails on a single latent.
     shown = max(2, case.batch)
     rows = case.latents().split(1)
     given["latents"] = [{"samples": rows[place % case.batch].clone()} for place in range(shown)]
@@ -188,26 +188,26 @@ def core(case: Case, stand: Callable[[], None], bypass: bool = False) -> None:
 
 
 def has_bypass() -> bool:
-    """Whether the host's node can leave the weights as they are."""
+    """Report whether the host's node can train without patching the weights."""
     from comfy_extras import nodes_train
 
     return "bypass_mode" in inspect.signature(nodes_train.TrainLoraNode.execute).parameters
 
 
 def _as_core(one) -> list:
-    """A Conditioning as CLIPTextEncode gives it."""
+    """Return a Conditioning in the form of CLIPTextEncode's output."""
     tensors = dict(one.tensors)
     return [tensors.pop("cross_attn"), tensors]
 
 
 def diffusers_limit(case: Case, stand: Callable[[], None]) -> None:
-    """The same limit for diffusers' own network."""
+    """Run the same limit for diffusers' own network."""
     network, call = _published(case)
     _forward_and_backward(call, case, stand)
 
 
 def diffusers_step(case: Case, stand: Callable[[], None]) -> None:
-    """A step as diffusers' LoRA scripts make it: peft on attention, accelerate, AdamW, a schedule, clipping."""
+    """Run a step as diffusers' LoRA scripts do: peft on attention, accelerate, AdamW, a schedule, clipping."""
     import torch
     from accelerate import Accelerator
     from diffusers.optimization import get_scheduler
@@ -237,7 +237,7 @@ def diffusers_step(case: Case, stand: Callable[[], None]) -> None:
 
 
 def _published(case: Case):
-    """diffusers' network with a MODEL's weights, and it as a function of the latents alone."""
+    """Return diffusers' network with a MODEL's weights, and the network as a function of the latents alone."""
     import torch
 
     from tests.support.diffusers_host import convert_sd1
@@ -258,7 +258,7 @@ def _published(case: Case):
         call = lambda latents: kind.run(network, latents, sigma, conditionings)  # noqa: E731
     if case.checkpointing:
         network.enable_gradient_checkpointing()
-        # diffusers forgets nothing outside training mode.
+        # diffusers checkpoints only in training mode.
         network.train()
     return network, call
 

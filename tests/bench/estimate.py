@@ -1,10 +1,10 @@
-"""What a run says of its steps before the first, against what they then take.
+"""Compare a run's estimate before the first step with the steps that follow.
 
     python -m tests.bench.estimate [--steps N]
 
-Memory is the process's largest resident memory over what there was before the model was made; time is the clock's
-median of the steps. Each case runs in a process of its own. Programs that run beside it change the time between the
-estimate and the steps: of several tries the middle one counts.
+Memory is the process's peak resident memory minus its memory before the model was made. Time is the median wall time
+of the steps. Each case runs in its own process. Other programs on the machine change the time between the estimate
+and the steps, so the median of several tries counts.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ CASES = {
 
 
 class _Enough(Exception):
-    """Ends a training."""
+    """The exception that ends a training."""
 
 
 def _one(name: str, steps: int) -> dict[str, float]:
-    """One case in this process: bytes and seconds, told and taken."""
+    """Run one case in this process and return its estimated and measured bytes and seconds."""
     from tests.support import pack
 
     pack.hide_root()
@@ -48,7 +48,7 @@ def _one(name: str, steps: int) -> dict[str, float]:
     import torch
 
     torch.set_num_threads(1)
-    # Whatever is imported and set up when it is first needed is no part of it.
+    # Warm up first, so that imports and one-time setup do not count.
     _train("SD1", name, steps)
     peak = Peak()
     told, took = _train(MODEL, name, steps)
@@ -80,7 +80,7 @@ def _train(model: str, name: str, steps: int) -> tuple[dict, list[float]]:
 
 
 def table(found: dict[str, list[dict[str, float]]]) -> str:
-    """The cases as lines of Markdown."""
+    """Return the cases as lines of Markdown."""
     lines = [
         f"What a run says before its first step, over what its steps then take ({MODEL}, fp32, one thread; bar: within "
         f"{BAR:.0%}).",
@@ -105,7 +105,7 @@ def _middle(rows: list[dict[str, float]], said: str, taken: str) -> dict[str, fl
 
 
 def run(steps: int = 5, tries: int = 3) -> str:
-    """The table, made anew."""
+    """Measure all cases and return the table."""
     found = {
         name: [subprocess_run("tests.bench.estimate", name=name, steps=steps) for _ in range(tries)] for name in CASES
     }

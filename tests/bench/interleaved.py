@@ -1,4 +1,4 @@
-"""Contestants that take turns in one process, so that a machine that is busy for a while is busy for all of them."""
+"""Contestants that take turns in one process, so that a burst of load on the machine hits all of them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Callable
 
 
 class Turn:
-    """Work that runs in a thread of its own and stands still between its steps.
+    """Work in its own thread that pauses between its steps.
 
     Args:
-        work: called with a function that it has to call after every step, without arguments.
-        threads: of torch, in that thread.
+        work: called with a function, which it must call without arguments after every step.
+        threads: number of torch threads in that thread.
     """
 
     def __init__(self, work: Callable[[Callable[[], None]], None], threads: int):
@@ -23,7 +23,7 @@ class Turn:
         self._thread.start()
 
     def next(self) -> None:
-        """Lets it make one step. Raises what the work raised, and RuntimeError when it has no step left."""
+        """Let the work make one step. Raise the work's own error, or RuntimeError when no step is left."""
         self._go.release()
         self._stands.acquire()
         if self._error is not None:
@@ -47,7 +47,7 @@ class Turn:
 
 
 def repeat(call: Callable[[], None]) -> Callable[[Callable[[], None]], None]:
-    """Work whose step is a call."""
+    """Return work whose step is one call."""
 
     def work(stand):
         while True:
@@ -58,14 +58,14 @@ def repeat(call: Callable[[], None]) -> Callable[[Callable[[], None]], None]:
 
 
 def timed(call: Callable[[], None]) -> tuple[float, float]:
-    """(seconds, seconds of this process's processor time) of a call."""
+    """Return (seconds, seconds of this process's processor time) of a call."""
     wall, own = time.perf_counter(), time.process_time()
     call()
     return time.perf_counter() - wall, time.process_time() - own
 
 
 def rounds(turns: dict[str, Turn], count: int, warm_up: int) -> dict[str, list[tuple[float, float]]]:
-    """What each contestant's steps took, round by round; the warm-up is not in it."""
+    """Return each contestant's step times, round by round, without the warm-up."""
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in turns}
     for number in range(warm_up + count):
         for name, turn in turns.items():

@@ -1,4 +1,4 @@
-"""The most memory that a contestant's steps take, in bytes, in this process."""
+"""Peak memory of a contestant's steps in this process, in bytes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ STEPS = 3
 
 
 class Peak:
-    """The largest resident memory since it was made, over what there was then, in bytes."""
+    """The peak resident memory since construction, minus the memory at construction, in bytes."""
 
     def __init__(self):
         from graft_pack.trainers.memory.tracking import ProcessMemory
@@ -24,11 +24,11 @@ class Peak:
 
 
 class _Enough(Exception):
-    """Ends a contestant."""
+    """The exception that ends a contestant."""
 
 
 def run(case: Case, work: Callable[[Case, Callable[[], None]], None], steps: int) -> None:
-    """A contestant's steps, in this thread."""
+    """Run a contestant's steps in this thread."""
     left = steps
 
     def stand():
@@ -42,7 +42,7 @@ def run(case: Case, work: Callable[[Case, Callable[[], None]], None], steps: int
 
 
 def peak_of(case: Case, name: str) -> dict[str, float]:
-    """The model included; what is imported and set up when it is first needed is not."""
+    """Return a contestant's peak, the model included, without imports and one-time setup."""
     import torch
 
     torch.set_num_threads(1)
@@ -50,7 +50,7 @@ def peak_of(case: Case, name: str) -> dict[str, float]:
 
 
 def peak_of_work(case: Case, work: Callable[[Case, Callable[[], None]], None]) -> int:
-    """Bytes."""
+    """Return the peak of some work in bytes."""
     run(Case("SD1", case.batch, case.checkpointing), work, STEPS)
     peak = Peak()
     run(case, work, STEPS)
@@ -58,12 +58,12 @@ def peak_of_work(case: Case, work: Callable[[Case, Callable[[], None]], None]) -
 
 
 def _adapters(case: Case, name: str) -> int:
-    """Bytes of what is trained and of what AdamW keeps of it, for our own."""
+    """Return the bytes of our trained weights and their AdamW state; 0 for other contestants."""
     from tests.support import models
 
     if name not in ("attention", "linear + conv"):
         return 0
     rank = contestants.RANK
     with models.in_training(case.patcher(), case.model, rank=rank, alpha=float(rank), targets=name) as training:
-        # Values and two moments; gradients live beside them.
+        # Values and two moments; gradients share memory with them.
         return 4 * sum(one.nbytes for one in training.plan.trainables.values())

@@ -1,9 +1,9 @@
-"""What memory options cost and what they spare: `python -m tests.bench.offload`.
+"""Time and memory cost of the memory options: `python -m tests.bench.offload`.
 
-Checkpointing, with attention kept and without, and frozen blocks off the device. On a CPU these go to a file. The
-graph's own MODEL stays in memory beside it, as it does on a computer with a GPU, so the process gets smaller by
-activations alone; what a GPU would be spared is told by how much of the blocks' weights was in memory at once. Steps
-are compared by processor time, in turns, as in the other tables; each peak is that of a process of its own.
+Covers checkpointing with and without kept attention, and offload of frozen blocks. On a CPU, offloaded blocks go to a
+file. The graph's own MODEL stays in memory beside it, as on a computer with a GPU, so the process shrinks by
+activations alone. The share of the blocks' weights that was in memory at once shows what a GPU would save. Steps are
+compared by interleaved processor time, as in the other tables. Each peak is that of its own process.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from .interleaved import Turn, rounds
 from .subprocess_run import OPTION, subprocess_run
 
 MODEL = "SD1 middling"
-# The last as large as SD1's own pictures of 512 x 512.
+# The last is as large as SD1's own pictures of 512 x 512.
 CASES = (Case(MODEL, 1, side=32), Case(MODEL, 4, side=32), Case(MODEL, 1, side=64))
 WARM_UP = 2
-# By name, the fields of `Case` and of the recipe.
+# By name, `checkpointing` of `Case` and fields of the recipe.
 KINDS = {
     "in place": (False, {}),
     "attention kept": (True, {"recompute": "all but attention"}),
@@ -41,7 +41,7 @@ _apart = functools.partial(subprocess_run, "tests.bench.offload")
 
 
 def table(count: int) -> str:
-    """The rows, for so many rounds."""
+    """Measure so many rounds and return the rows."""
     first, *others = KINDS
     heads = ["batch", "latents", *(f"step over {first}: {kind}" for kind in others), "offloaded over checkpointed"]
     heads += [*(f"peak, {kind}, MB" for kind in KINDS), "blocks' weights in memory at once, MB"]
@@ -105,7 +105,7 @@ def _peak(case: Case, kind: str) -> dict[str, int]:
 
 @contextmanager
 def _watching() -> Iterator[dict[str, int]]:
-    """The most of a mapped file that was in memory as a block ended, and its size, in bytes."""
+    """Yield the largest part of a mapped file that was in memory as a block ended, and the file's size, in bytes."""
     from graft_pack.trainers.memory.offload import BlockPrefetcher
 
     found = {"at once": 0, "all": 0}
@@ -124,7 +124,7 @@ def _watching() -> Iterator[dict[str, int]]:
 
 
 def _mapped_now() -> tuple[int, int]:
-    """(size, bytes in memory) of mapped files that have no name any more."""
+    """Return (size, bytes in memory) of mapped files that are already deleted."""
     size = there = 0
     ours = False
     for line in Path("/proc/self/smaps").read_text().splitlines():

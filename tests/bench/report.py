@@ -10,19 +10,19 @@ from .contestants import Case
 ROOT = Path(__file__).parents[2]
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 MEGABYTE = 1 << 20
-# Seconds; below this a step's fixed cost weighs too much for a bar to mean anything.
+# Seconds. Below this, a step's fixed cost weighs too much for a bar to mean anything.
 BAR_FROM = 0.25
 BARS = {"attention": 1.10, "linear + conv": 1.20}
-# Whose step is held against which limit.
+# The limit that a contestant's step is compared with.
 LIMIT_OF = {"diffusers": "diffusers' limit"}
 RATIOS = ("attention", "linear + conv", "core", "core, bypass", "diffusers")
-# The columns of the steps' table that say which case a row is of.
+# Columns of the step table that identify a row's case.
 _CASE = ("ComfyUI", "model", "batch")
 _OWN = 1  # of (seconds, seconds of processor time)
 
 
 def ratio(rows: dict[str, list], name: str) -> tuple[float, float, float]:
-    """Quartiles of a contestant's step over the limit of the same round."""
+    """Return the quartiles of a contestant's step over the limit of the same round."""
     limit = rows[LIMIT_OF.get(name, "limit")]
     found = [step[_OWN] / least[_OWN] for step, least in zip(rows[name], limit, strict=True)]
     low, middle, high = statistics.quantiles(found, n=4)
@@ -30,12 +30,12 @@ def ratio(rows: dict[str, list], name: str) -> tuple[float, float, float]:
 
 
 def median(rows: list) -> float:
-    """Seconds of processor time."""
+    """Return the median seconds of processor time."""
     return statistics.median(row[_OWN] for row in rows)
 
 
 def verdict(rows: dict[str, list]) -> str:
-    """Which bars a case holds."""
+    """Return the bars that a case holds or misses."""
     if median(rows["limit"]) < BAR_FROM:
         return "limit < 250 ms"
     missed = [name for name, bar in BARS.items() if ratio(rows, name)[0] > bar]
@@ -48,7 +48,7 @@ def verdict(rows: dict[str, list]) -> str:
 
 
 def line(case: Case, rows: dict[str, list], host: str) -> str:
-    """A case as a row of the table.
+    """Return a case as a row of the table.
 
     Args:
         host: ComfyUI's version.
@@ -65,7 +65,7 @@ def line(case: Case, rows: dict[str, list], host: str) -> str:
 
 
 def steps(found: dict[Case, dict], threads: int, rounds: int, host: str) -> str:
-    """The whole table."""
+    """Return the whole table."""
     heads = [*_CASE, "forward, ms", "limit, ms", "Graft, attention", "Graft, linear + conv"]
     heads += ["core's node", "core's, bypass", "diffusers", "bars"]
     lines = [
@@ -82,7 +82,7 @@ def steps(found: dict[Case, dict], threads: int, rounds: int, host: str) -> str:
 
 
 def growth(found: dict[Case, dict], host: str) -> str:
-    """How a step's cost grows with pictures and with their size."""
+    """Return a table of the growth of a step's cost with batch size and latent size."""
     one, many, wide = found.items()
     lines = [f"| ComfyUI {host}, from | to | model's operations | limit | step |", "|---|---|---|---|---|"]
     for (case, rows), words in ((many, "pictures in a batch"), (wide, "times the side")):
@@ -94,7 +94,7 @@ def growth(found: dict[Case, dict], host: str) -> str:
 
 
 def memory(found: dict[str, dict], host: str) -> str:
-    """The peaks, and of ours what they may be."""
+    """Return the table of peaks, with ours over their allowed memory."""
     bare = found["limit"]["peak"]
     lines = [f"| peak memory, ComfyUI {host}, batch 1 | MB | over bare + adapters + optimiser |", "|---|---|---|"]
     for name, row in found.items():
@@ -105,7 +105,7 @@ def memory(found: dict[str, dict], host: str) -> str:
 
 
 def draw(found: dict[Case, dict], path: Path) -> None:
-    """Bars of the ratios, a group for each case."""
+    """Draw the ratios as bars, one group per case."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -124,7 +124,7 @@ def draw(found: dict[Case, dict], path: Path) -> None:
     axes.set_yticks([row + 0.4 for row in range(len(found))], labels)
     axes.invert_yaxis()
     axes.set_xlabel("whole step / forward and backward of the bare model")
-    # Above, where no bar is however long it is.
+    # Above the axes, so that no bar covers it.
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(names), fontsize=8, frameon=False)
     figure.tight_layout()
     figure.savefig(path)
@@ -140,9 +140,9 @@ def put_into_docs(text: str) -> None:
 
 
 def merged(known: str, fresh: str) -> str:
-    """Parts, which empty lines are between, with those of `fresh` for what begins alike; new ones come last.
+    """Merge the parts of `fresh` into `known`, replacing parts that begin alike; new parts come last.
 
-    Of the steps' table the rows of other cases stay.
+    Empty lines separate the parts. Rows of other cases stay in the step table.
     """
     parts = {_beginning(part): part for part in known.split("\n\n") if part}
     for part in fresh.split("\n\n"):
@@ -152,7 +152,7 @@ def merged(known: str, fresh: str) -> str:
 
 
 def _beginning(part: str) -> str:
-    """Of a table its heads, of a text its first words: its numbers may be others."""
+    """Return a table's heads or a text's first words; its numbers may differ."""
     first = part.splitlines()[0]
     return first if first.startswith("|") else " ".join(first.split()[:3])
 

@@ -1,13 +1,13 @@
-"""How long a user waits: for the first step, for a finished run, and for what is encoded before either.
+"""Waiting time of a user: for the first step, for a finished run, and for the encoding before either.
 
     python -m tests.bench.start [--repeats N] [--docs]
 
-In a real server on the small base, from queueing to the answer; in a process of its own on the 45 M-parameter layout of
-SD1 with a text encoder and a VAE as large as SD1's, from where the node begins. *Just started* is a server or process
-that has trained nothing yet: what it has to import then is part of it. Medians of the processor time of that process,
-which is what the clock would say of an idle machine.
+Measured from queueing to the answer in a real server on the small base. Measured from the start of the node in its own
+process on the 45 M-parameter layout of SD1, with a text encoder and a VAE as large as SD1's. *Just started* is a server
+or process that has trained nothing yet, so its imports count. The numbers are medians of that process's processor time,
+which equals wall time on an idle machine.
 
-What is encoded one at a time and together takes turns.
+Encoding one item at a time and encoding several together are measured in turns.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ NAMES = {
     "finished, just started": "the same, just started",
 }
 _RATE = 1e-3
-# Pictures a side, and how many at once: what is taken on a processor, and twice as much of what is not.
+# Picture sides, and how many at once: the count that a CPU encodes together, and for comparison one that it does not.
 _SIDES = {64: 4, 256: 2}
 _CAPTION = "picture {}, of many colours, square, seen from the front"
 _CAPTIONS = 8
@@ -48,7 +48,7 @@ _WARM_UP = 1
 
 
 def measure(repeats: int) -> str:
-    """All of it, as two tables."""
+    """Measure everything and return two tables."""
     server = _server(repeats)
     engine = _engine(repeats)
     return f"{_waiting(server, engine)}\n\n{_encoding(_apart(kind='encoding', repeats=repeats))}"
@@ -107,7 +107,7 @@ def _server(repeats: int) -> dict[str, list[float]]:
                 found["pack"].append(_pack_seconds(server))
                 found["first step, just started"].append(_until(server, new(), "step"))
                 found["first step"].append(_until(server, new(), "step"))
-                # With a node more, so that the host's own cache does not answer.
+                # One more node, so that the host's own cache does not answer.
                 other = {**done, "9": graphs.node("GraftInspectAdapter", adapter=["3", 2])}
                 other["3"] = graphs.node("GraftTrainLoRA", **{**done["3"]["inputs"], "steps": 2})
                 other["2"] = graphs.node("GraftLoadDataset", **{**done["2"]["inputs"], "flip": False})
@@ -116,7 +116,7 @@ def _server(repeats: int) -> dict[str, list[float]]:
 
 
 def _until(server, prompt: dict, event: str) -> float:
-    """Seconds of the server's from queueing until the trainer tells of something."""
+    """Return the server's processor seconds from queueing until the trainer sends an event."""
     with server.listen() as events:
         started = _used(server.process.pid)
         queued = server.queue(prompt, client_id=events.client_id)
@@ -127,7 +127,7 @@ def _until(server, prompt: dict, event: str) -> float:
 
 
 def _used(process: int) -> float:
-    """Seconds that a process has computed so far."""
+    """Return a process's processor seconds so far."""
     fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
@@ -153,7 +153,7 @@ def _engine(repeats: int) -> dict[str, list[float]]:
 
 
 def _first_steps(folder: str, number: int) -> dict[str, float]:
-    """Of two runs, one after the other; number 0 fills the caches and is finished."""
+    """Time the first step of two runs, one after the other; number 0 fills the caches and is finished."""
     with _graph() as parts:
         first = _training(folder, parts, _RATE * (1 + number), "step")
         second = _training(folder, parts, _RATE * (1.5 + number), "step")
@@ -169,7 +169,7 @@ def _finished(folder: str) -> dict[str, float]:
 
 @contextlib.contextmanager
 def _graph() -> Iterator[tuple]:
-    """Model, text encoder and VAE as they arrive at the node."""
+    """Yield model, text encoder and VAE as they arrive at the node."""
     import torch
 
     from tests.support import models
@@ -181,7 +181,7 @@ def _graph() -> Iterator[tuple]:
 
 
 def _clip(width: int, heads: int):
-    """CLIP-L's layers, of a width."""
+    """Return a CLIP with CLIP-L's layers and a given width."""
     import comfy.sd
     import torch
 
@@ -195,7 +195,7 @@ def _clip(width: int, heads: int):
 
 
 def _training(folder: str, parts: tuple, rate: float, event: str | None) -> float:
-    """Seconds until a training of two steps tells of something, None for until it is done."""
+    """Return the seconds until a training of two steps sends an event, or until it ends if the event is None."""
     from graft_pack.nodes.host.model.denoiser import ComfyDenoiser
     from graft_pack.nodes.host.model.text_encoder import ComfyText
     from graft_pack.nodes.host.model.vae import ComfyCodec
@@ -223,11 +223,11 @@ def _training(folder: str, parts: tuple, rate: float, event: str | None) -> floa
     return told[event] if event else time.process_time() - started
 
 
-# What is encoded
+# Encoding
 
 
 def _encoded(repeats: int) -> dict[str, dict]:
-    """Rounds of encoding the same things one at a time and together, by what they are."""
+    """Time rounds of encoding the same inputs one at a time and together; return them by kind of input."""
     import torch
     from graft_pack.nodes.host.model.text_encoder import ComfyText
     from graft_pack.nodes.host.model.vae import ComfyCodec

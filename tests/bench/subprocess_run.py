@@ -1,4 +1,4 @@
-"""Work in a process of its own, so that no other work's memory, threads and imports are in what is measured."""
+"""Runs in a separate process, so that a measurement excludes other work's memory, threads and imports."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import subprocess
 import sys
 from typing import Any
 
-# Behind it an order: the arguments of that module's `_one`.
+# Followed by an order: the arguments of that module's `_one`.
 OPTION = "--one"
 
 
 def subprocess_run(module: str, environment: dict[str, str] | None = None, **order: Any) -> Any:
-    """What a module's `_one` gives for an order, from a process of its own; both are JSON-able."""
+    """Run a module's `_one` for an order in its own process and return the result; both are JSON-serializable."""
     command = [sys.executable, "-m", module, OPTION, json.dumps(order)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(environment or {})})
     if done.returncode:

@@ -7,7 +7,7 @@ from tests.bench.contestants import Case
 
 
 def rows(**seconds):
-    """Rounds of contestants that each take so many seconds every time; `_` for a space."""
+    """Return rounds of contestants that take the given seconds every time; `_` stands for a space."""
     whole = {"forward": 0.1, "limit": 1.0, "diffusers' limit": 1.0, "attention": 1.05, "diffusers": 1.06}
     whole |= {"linear + conv": 1.1, "core": 3.0}
     whole |= {name.replace("_", " "): value for name, value in seconds.items()}

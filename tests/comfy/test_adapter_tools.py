@@ -1,4 +1,4 @@
-"""The adapter tools against the host: what its own loader makes of their results, on its own models."""
+"""Tests of the adapter tools against the host: its own loader applies their results to its own models."""
 
 import logging
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("comfy")
 
 LINEARS = {"targets": "all linear"}
 ALL = {"targets": "linear + conv"}
-# The types whose difference is known without the model's weights, on the layers they are offered on.
+# Types whose weight difference needs no model weights, on the layers that support them.
 TYPES = {
     "LoRA": LINEARS,
     "LoRA with conv": ALL,
@@ -31,7 +31,7 @@ _made = {}
 
 
 def adapter_of(kind, name="SD1", seed=0, **fields):
-    """An adapter of a type, made once."""
+    """Return an adapter of a type, made once."""
     key = kind, name, seed, tuple(fields.items())
     if key not in _made:
         chosen = {**TYPES, **NEEDY}[kind]
@@ -68,7 +68,7 @@ def extract(tuned, base, rank=0, energy=1.0, conv="low-rank", rest="whole", **cl
 
 
 def through_a_file(comfy, adapter, model, name, strength=1.0):
-    """What core's LoraLoader adds to the weights from the file that Graft Save Adapter's writer makes of it."""
+    """Save the adapter with Graft Save Adapter's writer; return what core's LoraLoader then adds to the weights."""
     import nodes
 
     path = comfy.base / "models" / "loras" / f"tools-{name}.safetensors"
@@ -78,7 +78,7 @@ def through_a_file(comfy, adapter, model, name, strength=1.0):
 
 
 def assert_same(found, expected, bar=1e-5):
-    """Weight by weight, off by at most a part of the expected difference."""
+    """Check that each weight's difference is off by at most a fraction of the expected one."""
     assert {key for key, value in found.items() if value.norm() > 0} == {
         key for key, value in expected.items() if value.norm() > 0
     }
@@ -87,7 +87,7 @@ def assert_same(found, expected, bar=1e-5):
 
 
 def summed(*parts):
-    """{key: sum of weight times difference}."""
+    """Return {key: sum of weight times difference}."""
     total = {}
     for differing, weight in parts:
         for key, value in differing.items():
@@ -96,13 +96,13 @@ def summed(*parts):
 
 
 def assert_own(adapter):
-    """What a LORA_MODEL's tensors have to be."""
+    """Check that a LORA_MODEL's tensors are contiguous, float32, on the CPU, and share no storage."""
     tensors = list(adapter.values())
     assert all(one.is_contiguous() and one.dtype == torch.float32 and one.device.type == "cpu" for one in tensors)
     assert len({one.untyped_storage().data_ptr() for one in tensors}) == len(tensors)
 
 
-# Merging.
+# Merging
 
 
 @pytest.mark.parametrize("kind", TYPES)
@@ -158,7 +158,7 @@ def test_svd_is_the_sum_in_less(model):
 
 @pytest.mark.parametrize("method", ["TIES", "DARE", "DARE + TIES", "magnitude prune"])
 def test_keeping_all_of_one_is_that_one(method, model):
-    """At density 1 and with nothing in the way each is the sum; where both have a layer TIES is another mean."""
+    """At density 1, without conflicts, each method gives the sum; on layers of both, TIES gives another mean."""
     a, b = adapter_of("LoRA"), adapter_of("LoRA", seed=1)
     nothing = Adapter({name: torch.zeros_like(value) for name, value in b.items()})
     assert_same(added(model, merge(a, nothing, method=method, density=1.0)), added(model, a))
@@ -171,7 +171,7 @@ def joined(differing):
 
 
 def test_what_is_known_only_beside_the_weights_is_refused_and_the_cure_works(model):
-    """Both applied one after the other, and the difference extracted: exact for every type."""
+    """Applying both in turn and extracting the difference is exact for every type."""
     for kind in NEEDY:
         a, b = adapter_of(kind), adapter_of("LoRA", seed=1)
         with pytest.raises(ModelError, match="Graft Merge Adapters, input 'adapter_a'.*magnitudes.*Graft Extract"):
@@ -203,12 +203,12 @@ def test_adapters_of_different_models_are_refused_by_name(model):
         merge(a, wide)
 
 
-# Resizing.
+# Resizing
 
 
 @pytest.mark.parametrize("kind", TYPES)
 def test_resizing_with_nothing_to_lose_changes_nothing(kind, model):
-    """Of whole differences and products the rank that loses nothing is the layer's own."""
+    """For full differences and products, the lossless rank is the layer's own."""
     given = adapter_of(kind)
     before = added(model, given)
     assert_same(added(model, resize(given, 0)), before, 0.0)
@@ -241,12 +241,12 @@ def test_magnitudes_are_not_resized():
         resize(adapter_of("DoRA"), 2)
 
 
-# Extracting.
+# Extracting
 
 
 @pytest.mark.parametrize("kind", [*TYPES, *NEEDY])
 def test_what_an_adapter_does_can_be_extracted_again(kind, model):
-    """At full rank, whichever type it was; the graph's weights stay as they are."""
+    """At full rank, for every type; the graph's weights stay unchanged."""
     before = {key: value.clone() for key, value in model.model.state_dict().items()}
     tuned = apply(model, adapter_of(kind))
     found, report = extract(tuned, model)
@@ -267,7 +267,7 @@ def test_the_rank_it_had_is_enough(name, model, flux):
 
 @pytest.mark.parametrize("name", ["SD1", "Flux"])
 def test_another_checkpoint_predicts_alike_through_its_difference(name, model, flux):
-    """All weights differ: convolutions, norms, biases and parameters without a layer included."""
+    """All weights differ, including convolutions, norms, biases and parameters without a layer."""
     on = model if name == "SD1" else flux
     with torch.inference_mode():
         tuned = models.patcher(name, seed=1)
@@ -294,7 +294,7 @@ def test_patches_on_the_base_count_as_part_of_it(model):
 
 
 def test_weights_that_a_clone_has_patched_in_place_are_seen_through(model):
-    """A loaded clone's LoRA sits in the shared weights: what a magnitude does to them would be another difference."""
+    """A loaded clone's LoRA sits in the shared weights, where a magnitude would give another difference."""
     import comfy.model_management
 
     tuned = apply(model, adapter_of("DoRA"))
@@ -318,7 +318,7 @@ def test_text_encoders_are_extracted_too(model):
     before = dict(base.cond_stage_model.named_parameters())
     for key, value in changed.items():
         assert models.distance(before[key] + value, weights[key]) <= 1e-4, key
-    # What the host reads no adapter for is named, and is no weight that conditions.
+    # Weights that no host adapter can hold are named in the report; none of them affects conditioning.
     left = {key for key in weights if key not in changed and not torch.equal(weights[key], before[key])}
     assert all("logit_scale" in key or "text_projection" in key for key in left)
     assert all(key in report for key in left)
@@ -359,7 +359,7 @@ def test_energy_says_how_much_is_kept(model):
 
 
 def test_only_one_layer_is_held_at_a_time(model, monkeypatch):
-    """Besides the result: no whole copy of either model."""
+    """Besides the result, there is no whole copy of either model."""
     import weakref
 
     from graft_pack.nodes.host.actions import adapter_tools
@@ -395,11 +395,11 @@ def test_what_cannot_be_extracted_is_refused_by_name(model, flux):
         extract(ranged, model)
 
 
-# Every layout that the host reads, by the host.
+# Every layout that the host reads, checked by the host
 
 
 def test_each_kind_of_layer_is_read_as_the_host_reads_it(model):
-    """Those that training here does not write too: Tucker cores, alpha beside low-rank factors, a norm's own words."""
+    """Includes layouts that training never writes: Tucker cores, alpha beside low-rank factors, a norm's own keys."""
     place = "diffusion_model.input_blocks.0.0"
     linear = "diffusion_model.time_embed.0"
     r = torch.randn
@@ -429,7 +429,7 @@ def test_each_kind_of_layer_is_read_as_the_host_reads_it(model):
         assert_same(added(model, resize(given, 4096)), expected)
 
 
-# Inspecting.
+# Inspecting
 
 
 def inspect(adapter, model=None, clip=None):
@@ -449,7 +449,7 @@ def test_the_report_says_what_it_is_and_that_it_fits(kind, model):
 
 
 def test_norms_are_those_of_what_the_host_adds(model):
-    """Block by block, named as the connected model's paths are; and without the model as the file names them."""
+    """Per block, named by the connected model's paths; without a model, as the file names them."""
     from graft_pack.nodes.host.model.lora import fit, path_of
     from graft_pack.trainers.tools import inspect as looking
 
@@ -534,7 +534,7 @@ NAME = "lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_q"
 
 
 def odd_parts(out, inputs):
-    """Tensors of one layer, by layout, that fit each other and no layer of [out, inputs]."""
+    """Return one layer's tensors per layout, which fit each other and no layer of [out, inputs]."""
     one, two = torch.ones(2, 2), torch.ones
     small = {
         "hada_w1_a": two(out, 2),

@@ -1,4 +1,4 @@
-"""What every adapter type has to hold, on every kind of layer it is offered on."""
+"""Tests that every adapter type passes on every kind of layer that supports it."""
 
 import os
 import warnings
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("comfy")
 X = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(9))
 SIGMA = 2.0
 LARGE = {"steps": 3, "batch_size": 2, "rank": 4, "alpha": 4.0}
-# Steps of these move a layer by much less or much more than those of a LoRA.
+# Learning rates of types whose steps move a layer by much less or much more than a LoRA's.
 RATES = {"IA3": 0.1, "OFT": 0.05, "BOFT": 0.1, "LoKr": 0.05, "PiSSA": 5e-3, "DoRA": 1e-2}
 
 POINTS = {"targets": "patterns", "target_patterns": (r"proj_(in|out)$",)}
@@ -52,7 +52,7 @@ def type_of(case):
 
 
 def fields_of(case, **more):
-    """The recipe's fields of a case."""
+    """Return the recipe's fields of a case."""
     return {**LARGE, **CASES[case], "method": type_of(case), **more}
 
 
@@ -62,7 +62,7 @@ class Trained:
 
     Attributes:
         output: the raw output in training after the last step.
-        untouched: whether the weights of the graph's model are the same to the bit afterwards.
+        untouched: True if the weights of the graph's model are bit-identical afterwards.
     """
 
     recipe: Any
@@ -85,7 +85,7 @@ def trained_output(training):
 
 
 def weights(model):
-    """As they are without anything applied: the models that wait on one share its weights."""
+    """Return the weights with nothing applied, because models that wait on one share its weights."""
     import comfy.model_management
 
     with torch.inference_mode():
@@ -95,26 +95,26 @@ def weights(model):
 
 @pytest.fixture(scope="module")
 def model(comfy):
-    """The tiny SD1 that all types are trained on: each leaves it as it was, or the next one's tests fail."""
+    """Return the tiny SD1 that all types train on; each type must leave it unchanged, or the next one's tests fail."""
     with torch.inference_mode():
         return models.patcher("SD1")
 
 
 @pytest.fixture(scope="module")
 def exact(comfy):
-    """The same model in float64."""
+    """Return the same model in float64."""
     with torch.inference_mode():
         return models.patcher("SD1", torch.float64)
 
 
 @pytest.fixture(scope="module")
 def base(model):
-    """Its raw output."""
+    """Return its raw output."""
     return output_of(model)
 
 
 def train(model, case, folder, **more):
-    """A few large steps."""
+    """Train a few large steps."""
     before = weights(model)
     rate = RATES.get(type_of(case), 2e-2)
     with models.in_training(model, "SD1", **fields_of(case, learning_rate=rate, **more)) as training:
@@ -134,12 +134,12 @@ def case(request):
 
 @pytest.fixture(scope="module")
 def done(case, model, base, tmp_path_factory):
-    """The case's training, made once for all tests."""
+    """Return the case's training, made once for all tests."""
     return train(model, case, tmp_path_factory.mktemp("run"))
 
 
 def assert_applied(output, done, base):
-    """DESIGN's bar: off by at most a thousandth of the effect."""
+    """Check DESIGN's bar: the error is at most a thousandth of the effect."""
     assert float((output - done.output).norm() / (done.output - base).norm()) <= 1e-3
 
 
@@ -169,7 +169,7 @@ def test_what_the_host_loads_from_the_file_is_what_was_trained(case, done, model
 
 @pytest.fixture(scope="module")
 def pruned(comfy):
-    """A model of which every layer has a row of zeros, as models that were pruned or grown have."""
+    """Return a model whose layers each have a row of zeros, as in pruned or grown models."""
     with torch.inference_mode():
         found = models.patcher("SD1")
         for name, tensor in found.model.diffusion_model.state_dict().items():
@@ -196,7 +196,7 @@ def test_strength_zero_is_the_base(done, model, base):
 
 
 def test_half_the_strength_is_half_the_difference(done, model):
-    """Of the weights: the host's patches are linear in the strength, those of a magnitude too."""
+    """This holds for weights: the host's patches are linear in the strength, including those of a magnitude."""
     from graft_pack.nodes.host.model.lora import apply_adapter
 
     held = []
@@ -209,7 +209,7 @@ def test_half_the_strength_is_half_the_difference(done, model):
 
 
 def merged(applied):
-    """The weights with the patches worked in, as core's CheckpointSave writes them."""
+    """Return the weights with the patches merged, as core's CheckpointSave writes them."""
     import comfy.model_management
 
     with torch.inference_mode():
@@ -233,7 +233,7 @@ def test_merged_is_what_is_applied(done, model, base):
 
 @pytest.fixture(scope="module")
 def unet(model):
-    """The same network as diffusers publishes it, as a factory: loading an adapter changes it."""
+    """Return a factory of the same network in diffusers' form; a factory because loading an adapter changes it."""
     return lambda: diffusers_host.convert_sd1(model)
 
 
@@ -249,7 +249,7 @@ def test_peft_loads_the_folder_onto_the_model_as_published(case, done, base, une
     assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     network = unet()
     with warnings.catch_warnings():
-        # A key that finds no place is a warning of peft's.
+        # peft warns about a key that matches no layer.
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", message="Invalid `oft_block_size`|.*CUDA extension|Setting boft_n")
         loaded = PeftModel.from_pretrained(network, str(folder))
@@ -292,13 +292,13 @@ def joined(tensors):
     return models.joined(tensors[name] for name in sorted(tensors))
 
 
-# Convolutions are trained beside Linears where both are offered.
+# Convolutions train together with Linears if a type supports both.
 EXACT = [case for case in CASES if CASES[case] is not LINEARS or f"{case} conv" not in CASES and case != "LoRA"]
 
 
 @pytest.mark.parametrize("case", EXACT)
 def test_gradients_are_those_of_finite_differences(case, exact):
-    """At values away from the start, in fp64 where nothing else hides an error."""
+    """At values away from the start, in fp64, where rounding hides no error."""
     with models.in_training(exact, "SD1", examples=1, **fields_of(case, batch_size=1)) as training:
         with torch.no_grad():
             source = torch.Generator().manual_seed(1)
@@ -312,7 +312,7 @@ def test_gradients_are_those_of_finite_differences(case, exact):
 
 
 def by_stem(trainables):
-    """The trainables by peft's name for them: each is a part of the gradient that can be wrong alone."""
+    """Group the trainable parameters by peft's name for them; each group's gradient can be wrong on its own."""
     found = {}
     for name, parameter in trainables.items():
         found.setdefault(name.split(".default")[0].rpartition(".")[2], []).append(parameter)
@@ -323,12 +323,12 @@ RESUMED = {"steps": 3, "rank": 2, "alpha": 2.0, "batch_size": 2, "save_every": 1
 
 
 def run_session(folder, report=None, **fields):
-    """A whole training over diffusers on two pictures."""
+    """Run a whole training over diffusers on two pictures."""
     return diffusers_host.run_session(folder, report, dataset=diffusers_host.make_dataset(2), **fields)
 
 
 class Stopped(Exception):
-    """What a test interrupts a run with."""
+    """The exception that interrupts a run in a test."""
 
 
 def stop_at_two(event, payload):
@@ -338,7 +338,7 @@ def stop_at_two(event, payload):
 
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_a_resumed_run_ends_with_the_same_bits(kind, tmp_path):
-    """A finished one hands on the same adapter too, and so does one that is only looked at again."""
+    """A finished run also returns the same adapter when it is queued again."""
     fields = {**RESUMED, "method": kind}
     straight = run_session(tmp_path / "straight", **fields)
     with pytest.raises(Stopped):
@@ -353,7 +353,7 @@ def test_a_resumed_run_ends_with_the_same_bits(kind, tmp_path):
 
 
 def test_what_pissa_drew_is_part_of_the_state(tmp_path, monkeypatch):
-    """Another library or thread count may factor the weight differently; the run goes on from what it had."""
+    """Another library or thread count may factor the weight differently; the run resumes from its saved factors."""
     fields = {**RESUMED, "method": "PiSSA"}
     straight = run_session(tmp_path / "straight", **fields)
     with pytest.raises(Stopped):
@@ -388,7 +388,7 @@ def test_dropout_is_repeated_by_a_resumed_run(tmp_path):
 
 @pytest.mark.parametrize("kind", ["DoRA"])
 def test_dropout_is_the_same_when_blocks_are_computed_again(kind, model):
-    """The mask of the recomputation is the forward's, or the gradient belongs to another network."""
+    """The recomputation must use the forward's mask, or the gradient belongs to another network."""
     from graft_pack.trainers.methods.dropout import dropping_out
 
     found = []
@@ -403,7 +403,7 @@ def test_dropout_is_the_same_when_blocks_are_computed_again(kind, model):
 
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_training_goes_on_from_a_file(kind, tmp_path):
-    """It starts as what the file does; what a kohya file does not hold is refused by name."""
+    """Training starts from the file's effect; types that a kohya file cannot hold are refused by name."""
     fields = {"rank": 2, "alpha": 2.0, "batch_size": 2, "method": kind}
     first = run_session(tmp_path, **fields, steps=2)
     for format in ("kohya", "peft"):
@@ -458,7 +458,7 @@ def test_a_file_that_does_not_fit_is_refused_by_name(fields, named, tmp_path):
 
 
 def test_ranks_and_rates_by_block_and_lora_plus(model):
-    """Scale stays the recipe's whatever a block's rank; B moves by the ratio; rank 0 leaves a layer out."""
+    """The scale stays the recipe's for any block rank; B's rate follows the ratio; rank 0 leaves a layer out."""
     fields = {
         "rank": 4,
         "alpha": 8.0,
@@ -509,7 +509,7 @@ def test_blocks_of_other_ranks_load_in_peft_and_diffusers(model, base, unet, tmp
 
 
 def targets_of(model, kind="LoRA", **fields):
-    """The layers a recipe adapts."""
+    """Return the layers that a recipe adapts."""
     recipe = models.recipe("SD1", method=kind, **fields)
     return METHODS[kind].targets(model.model.diffusion_model, family_of("SD1"), recipe)
 
@@ -550,7 +550,7 @@ def test_a_pattern_that_chooses_nothing_is_refused_by_name(fields, tmp_path):
 
 
 def test_rank_zero_leaves_layers_out(tmp_path):
-    """In a whole run too, where a pattern that chooses nothing would be refused."""
+    """The same holds in a whole run, where a pattern that selects nothing would be refused."""
     whole = run_session(tmp_path / "whole")
     less = run_session(tmp_path / "less", block_ranks=(("attn1", 0),))
     assert set(less.adapter) == {name for name in whole.adapter if "attn1" not in name}
@@ -586,7 +586,7 @@ def test_ia3_scales_the_inner_activation_of_a_feed_forward_part(model):
 
 @pytest.mark.parametrize("kind", ["PiSSA", "OFT", "IA3"])
 def test_the_self_check_holds_where_the_start_is_not_zero(kind, model):
-    """What a user of an undescribed family gets before step 1."""
+    """Run the gradient check that a user of an unknown model family gets before step 1."""
     with models.in_training(model, "SD1", method=kind) as training:
         assert check_gradient(training.losses, training.plan.trainables) <= 5e-3
 
@@ -631,7 +631,7 @@ def test_files_of_other_trainers_load_and_apply(layout, model, tmp_path):
     adapter = load_adapter(str(path))
     assert unread_keys(model, None, adapter) == []
     if layout != "ai-toolkit, newer" and layout != "diffusers, oldest":
-        # What the host reads only by luck is put into the names that training starts from and tools expect.
+        # Keys that the host reads only by luck get the names that training starts from and tools expect.
         assert {name.partition(".")[2] for name in adapter} <= {*DOWN_UP, "alpha"}
     applied, _ = apply_adapter(model, None, adapter, 1.0, 0.0)
     changed, before = merged(applied), weights(model)
@@ -651,7 +651,7 @@ def test_files_of_other_trainers_load_and_apply(layout, model, tmp_path):
     ],
 )
 def test_names_of_flux_files_are_left_to_the_host(place, flux):
-    """ai-toolkit's, OneTrainer's and kohya's; peft's are put into the first."""
+    """The names of ai-toolkit, OneTrainer and kohya stay; peft's are converted to the first."""
     from graft_pack.nodes.host.model.lora import unread_keys
     from graft_pack.trainers.formats.convert import host_names, host_tensors
     from graft_pack.trainers.formats.peft_format import PeftAdapter
@@ -671,7 +671,7 @@ def test_names_of_flux_files_are_left_to_the_host(place, flux):
 
 
 def test_a_peft_file_without_its_configuration_is_refused(model, tmp_path):
-    """Its alpha lies there: without it the adapter would be applied at a strength that nobody chose."""
+    """Its alpha is in the configuration: without it the adapter would be applied at a strength that nobody chose."""
     path = tmp_path / "a" / "adapter_model.safetensors"
     with models.in_training(model, "SD1") as training:
         save_adapter(str(path), training.plan.export(training.plan.trainables, 0).adapter, "a", "peft")
@@ -713,7 +713,7 @@ def test_another_architecture_is_refused_by_name(case, model, tmp_path):
 
 @pytest.mark.parametrize("case", ["LoRA", "BOFT"])
 def test_another_size_of_the_same_architecture_is_refused_by_name(case, model, tmp_path):
-    """As SD1's files on SD2: the same names, and the host would only leave them out."""
+    """For example SD1's files on SD2: the names match, and the host would only skip them."""
     import comfy.model_patcher
     from graft_pack.nodes.host.model.lora import apply_adapter
 
@@ -749,7 +749,7 @@ def test_a_saved_file_says_what_it_was_made_with_and_shows_it(tmp_path):
 
 
 def test_the_nodes_save_each_format_and_load_it_again(done, case, model, base, comfy, monkeypatch):
-    """Under a name of one's own in output/loras, where it can be chosen at once; and a training can start from it."""
+    """Saved under a chosen name in output/loras, it is listed at once, and a training can start from it."""
     import folder_paths
     from graft_pack.nodes.adapter import GraftLoadAdapter, GraftSaveAdapter
     from graft_pack.nodes.host.model.lora import apply_adapter
@@ -757,7 +757,7 @@ def test_the_nodes_save_each_format_and_load_it_again(done, case, model, base, c
 
     if case not in ("LoRA", "LoKr conv", "OFT"):
         return
-    # As ComfyUI's main.py does at its start.
+    # ComfyUI's main.py does this at its start.
     known, endings = folder_paths.folder_names_and_paths["loras"]
     mine = str(comfy.base / "output" / "loras")
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([*known, mine], endings))

@@ -1,4 +1,4 @@
-"""What was trained is what is applied, and the graph's own MODEL stays as it was."""
+"""Tests that applying the saved adapter gives the trained weights, and that the graph's own MODEL stays unchanged."""
 
 import logging
 
@@ -12,14 +12,14 @@ from tests.support import models
 
 pytestmark = pytest.mark.usefixtures("comfy")
 
-# Of noise predictors; flow models know levels up to 1.
+# Levels of noise predictors; flow models know levels up to 1.
 SIGMA = {"SD1": 2.0, "SDXL": 2.0}
 SIGMA_FLOW = 0.6
 LARGE = {"steps": 6, "learning_rate": 2e-2, "batch_size": 2}
 
 
 class Stop(Exception):
-    """What a test interrupts training with."""
+    """The exception that interrupts training in a test."""
 
 
 def make_model(name):
@@ -28,19 +28,19 @@ def make_model(name):
 
 
 def probe(name):
-    """x, sigma and conditioning of a prediction to compare."""
+    """Return x, sigma and conditioning of a prediction to compare."""
     x = torch.randn(1, *models.SIZES[name].latent, generator=torch.Generator().manual_seed(9))
     return x, SIGMA.get(name, SIGMA_FLOW), models.conditioning(name, 9)
 
 
 def raw(denoised, point):
-    """The network's output behind an x0, for eps and flow alike."""
+    """Return the network's output from an x0, for eps and flow alike."""
     x, sigma, _ = point
     return (x - denoised) / sigma
 
 
 def trained(model, name, folder, **fields):
-    """(adapter, raw output in training) after a few large steps."""
+    """Return (adapter, raw output in training) after a few large steps."""
     with models.in_training(model, name, **LARGE) as training:
         state = models.train(training, folder, **fields)
         output = raw(models.trained_denoised(training, *probe(name)), probe(name))
@@ -48,7 +48,7 @@ def trained(model, name, folder, **fields):
 
 
 def saved(comfy, adapter, name):
-    """The adapter's file name among ComfyUI's LoRAs, after a round through the file."""
+    """Save the adapter among ComfyUI's LoRAs and return its path."""
     path = comfy.base / "models" / "loras" / f"applied-{name}.safetensors"
     save_adapter(str(path), adapter, name)
     return path
@@ -84,7 +84,7 @@ def test_no_key_is_left_unread(name, tmp_path):
 
 @pytest.mark.parametrize("alpha", [1.0, 4.0, 16.0])
 def test_alpha_is_in_the_file(alpha, tmp_path):
-    """A file without it, or with another one, would be applied at another strength."""
+    """Without alpha, or with another one, the file would be applied at another strength."""
     import comfy.sd
 
     model = make_model("SD1")
@@ -111,7 +111,7 @@ def test_the_same_file_in_diffusers(comfy, tmp_path):
     assert (applied - output).norm() <= 1e-3 * (output - before).norm()
 
 
-# diffusers' pipelines, with nothing in them but a network.
+# diffusers' pipelines, which hold only a network here.
 PIPELINES = {
     "SD3": lambda kinds, network: kinds.StableDiffusion3Pipeline(network, *[None] * 8),
     "Flux": lambda kinds, network: kinds.FluxPipeline(*[None] * 6, network),
@@ -120,7 +120,7 @@ PIPELINES = {
 
 @pytest.mark.parametrize("family", PIPELINES)
 def test_a_transformers_file_in_diffusers_pipeline_and_back(family, tmp_path):
-    """On every Linear layer: some are several in diffusers, some have their rows turned about."""
+    """On every Linear layer: some are several in diffusers, some have their rows reordered."""
     import diffusers
     from graft_pack.nodes.host.model.lora import apply_adapter, unread_keys
     from graft_pack.trainers.engine.trainable_modules import TrainableModules
@@ -146,7 +146,7 @@ def test_a_transformers_file_in_diffusers_pipeline_and_back(family, tmp_path):
         assert (output - before).norm() >= 1e-2 * before.norm()
         back = load_adapter(path)
         assert unread_keys(model, None, back) == []
-        # Another start, then the file's values.
+        # Start from other values, then load the file's.
         models.scatter(training.plan.trainables, 0.1, seed=5)
         parts = TrainableModules(METHODS["LoRA"], training.plan.recipe, training.host)
         parts.start(training.plan.trainables, back)
@@ -156,7 +156,7 @@ def test_a_transformers_file_in_diffusers_pipeline_and_back(family, tmp_path):
 
 
 def test_a_transformers_file_of_diffusers_own_training_is_not_taken_for_one_layer(tmp_path):
-    """There q, k and v have an A each, which no low rank of the layer that holds all three gives back."""
+    """In diffusers q, k and v have an A each, and no low rank of our joint layer can express that."""
     from graft_pack.trainers.engine.trainable_modules import TrainableModules
     from graft_pack.trainers.errors import ModelError
     from graft_pack.trainers.methods import METHODS
@@ -224,7 +224,7 @@ def test_a_saved_adapter_comes_back_bit_for_bit(tmp_path):
 
 
 def snapshot(module):
-    """What an onlooker could see change in a module tree, but for the weights' identity."""
+    """Return everything visible that could change in a module tree, except the identity of the weights."""
     return {
         "keys": list(module.state_dict()),
         "classes": [type(part) for part in module.modules()],
@@ -235,7 +235,7 @@ def snapshot(module):
 
 
 def modes():
-    """The modes and switches of torch that could be left behind."""
+    """Return the modes and switches of torch that code could leave behind."""
     stacks = len(_get_current_function_mode_stack()), len(_get_current_dispatch_mode_stack())
     return *stacks, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
 
@@ -244,7 +244,7 @@ def modes():
 @pytest.mark.parametrize("interrupted", [False, True], ids=["finished", "interrupted"])
 @pytest.mark.parametrize("name", models.ARCHITECTURES)
 def test_the_graphs_model_stays_as_it_was(name, interrupted, checkpointing, tmp_path):
-    """Called as a node is, under inference mode, on weights that were loaded under it."""
+    """The node calls it under inference mode, on weights that were loaded under it."""
     model = make_model(name)
 
     def report(event, payload):
@@ -291,7 +291,7 @@ def test_only_the_adapter_is_trained():
 
 
 def test_two_trainings_of_one_model_are_alike(tmp_path):
-    """Nothing of the first is left for the second to find."""
+    """The first training leaves nothing that the second could find."""
     model = make_model("SD1")
     first, _ = trained(model, "SD1", tmp_path / "first")
     second, _ = trained(model, "SD1", tmp_path / "second")

@@ -1,4 +1,4 @@
-"""An adapter applied by blocks and in a part of sampling, against the host's own predictions with and without it."""
+"""Tests of adapters applied per block and for a part of sampling, against the host's own predictions."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from tests.support.adapters import differences, make_adapter, make_model
 
 pytestmark = pytest.mark.usefixtures("comfy")
 
-# A layer of an early and of a late block of each.
+# A layer of an early and of a late block of each model.
 BLOCKS = {"SD1": ("input_blocks.1", "output_blocks.3"), "Flux": ("double_blocks.0", "single_blocks.1")}
 SIGMAS = {"SD1": (8.0, 4.0, 2.0, 1.0, 0.4, 0.0), "Flux": (1.0, 0.8, 0.6, 0.4, 0.2, 0.0)}
 
@@ -72,7 +72,7 @@ def test_a_pattern_in_no_path_is_refused_by_name(model, adapter):
 
 
 def test_untouched_it_is_what_the_host_does(model, adapter):
-    """New inputs left alone: the host's own list of patches, and nothing that watches sampling."""
+    """With the new inputs at their defaults: the host's own list of patches, and no sampling wrapper."""
     import comfy.sd
 
     out, _ = apply(model, adapter, strength=0.7)
@@ -85,7 +85,7 @@ def test_untouched_it_is_what_the_host_does(model, adapter):
 
 
 def sample(model, name, cfg=1.0, hooks=None):
-    """[(sigma, x, x0)] of each step of the host's own sampler."""
+    """Return [(sigma, x, x0)] for each step of the host's own sampler."""
     import comfy.samplers
 
     seen = []
@@ -111,7 +111,7 @@ def sample(model, name, cfg=1.0, hooks=None):
 
 
 def predictions(model, name, steps):
-    """What a MODEL predicts for the x of each step."""
+    """Return a MODEL's predictions for the x of each step."""
     one = models.conditioning(name, 9)
     return [models.denoised(model, x, sigma, one) for sigma, x, _ in steps]
 
@@ -138,7 +138,7 @@ def test_within_the_range_it_acts_and_outside_it_does_not(name, model, adapter, 
 
 
 def test_two_ranges_and_an_adapter_for_all_of_it_add_up(name, model, adapter):
-    """Both together where both act, on top of one that always does; the host's own weight hooks included."""
+    """Both apply where both ranges overlap, on top of one that always applies; the host's weight hooks included."""
     import comfy.hooks
 
     others = [make_adapter(name, seed=seed) for seed in (1, 2)]
@@ -169,7 +169,7 @@ def test_guidance_sees_the_same_weights_on_both_sides(model, name, adapter):
 
 
 def test_weights_are_patched_once_and_put_back_once(name, model, adapter, monkeypatch):
-    """Steps outside the range, and those within but for the first, touch no weight."""
+    """Steps outside the range change no weight; inside it only the first step does."""
     import comfy.model_patcher
 
     calls = []

@@ -1,4 +1,4 @@
-"""What nodes refuse before anything runs, and of what comes over wires."""
+"""Tests of checks on inputs before a node runs, and on values that arrive over wires."""
 
 import asyncio
 import inspect
@@ -15,7 +15,7 @@ WRONG = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf, "huge": 1e300}
 
 
 def checked_inputs():
-    """(node id, input) of all widgets whose values the host lets through unless they are checked."""
+    """Yield (node id, input) of all widgets whose values the host passes on unchecked."""
     for name, node in NODES.items():
         for given in node.define_schema().inputs:
             if given.get_io_type() in ("FLOAT", "STRING", "COMBO"):
@@ -23,7 +23,7 @@ def checked_inputs():
 
 
 def sockets():
-    """(node id, input) of all sockets."""
+    """Yield (node id, input) of all sockets."""
     for name, node in NODES.items():
         for given in node.define_schema().inputs:
             if given.get_io_type() not in ("FLOAT", "STRING", "INT", "BOOLEAN", "COMBO"):
@@ -35,7 +35,7 @@ ALL = [pytest.param(name, given, id=f"{name}-{given.id}") for name, given in che
 
 @pytest.mark.parametrize("name, given", ALL)
 def test_every_number_text_and_choice_is_checked(name, given):
-    """The host hands over what the signature names."""
+    """The host passes the values that the signature names."""
     node = NODES[name]
     assert given.id in inspect.getfullargspec(node.validate_inputs).args
     lists = node.define_schema().is_input_list
@@ -59,7 +59,7 @@ def test_every_number_text_and_choice_is_checked(name, given):
 
 @pytest.fixture
 def validate(comfy, monkeypatch):
-    """validate(node id, values): ComfyUI's own errors for a node with these values, as a prompt's."""
+    """Return validate(node id, values): ComfyUI's own errors for a node with these values in a prompt."""
     import execution
     from graft_pack.nodes.checks import find_faults
     from graft_pack.nodes.host.server import validation
@@ -81,7 +81,7 @@ def validate(comfy, monkeypatch):
 
 
 def filled(name):
-    """(values of a node's checked inputs that are taken, the same with a wrong one in each)."""
+    """Return (valid values of a node's checked inputs, the same inputs with an invalid value each)."""
     taken, wrong = {}, {}
     for owner, given in checked_inputs():
         if owner == name:
@@ -143,7 +143,7 @@ def test_what_is_no_such_thing_is_named_by_its_input(name, given, value, comfy):
 
 
 def stand_ins(schema):
-    """Something for each socket that passes for what belongs there."""
+    """Return a stand-in for each socket that passes its type check."""
     from types import SimpleNamespace
 
     from graft_pack.trainers.data.examples import Dataset

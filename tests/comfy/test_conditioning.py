@@ -1,4 +1,4 @@
-"""Each picture of a batch is conditioned on its own caption and its own sizes, and on nothing of the others."""
+"""Tests that each sample of a batch uses its own caption and sizes, and nothing of the other samples."""
 
 from dataclasses import replace
 
@@ -21,7 +21,7 @@ SIGMAS = {"SD1": [0.3, 1.0, 3.0, 9.0], "SDXL": [0.3, 1.0, 3.0, 9.0], "Flux": [0.
 
 
 def batch_of(name, count=4):
-    """x [count, C, h, w], sigma [count], conditionings."""
+    """Return x [count, C, h, w], sigma [count], conditionings."""
     x = torch.randn(count, *models.FAMILIES[name].latent, generator=torch.Generator().manual_seed(2))
     return x, torch.tensor(SIGMAS[name][:count]), [models.conditioning(name, seed) for seed in range(count)]
 
@@ -51,7 +51,7 @@ def test_each_row_gets_its_own_pooled_vector(name):
 
 
 def test_sdxl_gets_six_sizes_of_each_picture():
-    """Height, width, top, left, target height, target width, each as the host embeds a timestep."""
+    """Height, width, top, left, target height, target width, each embedded as the host embeds a timestep."""
     from comfy.ldm.modules.diffusionmodules.openaimodel import Timestep
 
     x, sigma, conditionings = batch_of("SDXL")
@@ -91,8 +91,8 @@ def test_sdxl_pictures_of_three_shapes_bring_their_own_sizes(tmp_path):
         for caption, numbers in zip(given["context"][:, 0, 0].tolist(), given["y"][:, 1280:], strict=True):
             seen.setdefault(Wide.captions[round(caption)], []).append(numbers)
     assert sorted(seen) == sorted(sizes)
-    # Height and width of the file; top and left of the crop (96 x 48 cut to 80 x 48, 38 x 96 to 32 x 96, 64 x 64 as it
-    # is); height and width of the crop.
+    # Height and width of the file; top and left of the crop (96 x 48 is cropped to 80 x 48, 38 x 96 to 32 x 96, 64 x 64
+    # stays); height and width of the crop.
     expected = {"wide": (64, 128, 0, 8, 48, 80), "tall": (160, 64, 0, 3, 96, 32), "square": (96, 96, 0, 0, 64, 64)}
     for name, rows in seen.items():
         numbers = Timestep(256)(torch.tensor(expected[name], dtype=torch.float32)).flatten()
@@ -101,7 +101,7 @@ def test_sdxl_pictures_of_three_shapes_bring_their_own_sizes(tmp_path):
 
 
 class Wide:
-    """A text encoder as wide as the tiny SDXL's; a caption is told by its first number."""
+    """A text encoder as wide as the tiny SDXL's; its first value identifies a caption."""
 
     captions = ["wide", "tall", "square"]
 
@@ -131,7 +131,7 @@ def test_a_batch_predicts_what_its_members_do(name):
 
 @pytest.mark.parametrize("name", models.FAMILIES)
 def test_captions_of_different_length_share_a_batch(name):
-    """Where the host would not join them they run in groups, and come back in their order."""
+    """Captions that the host cannot join run in separate groups, and their results come back in order."""
     x, sigma, conditionings = batch_of(name)
     tokens, width = models.FAMILIES[name].context
     for row, length in ((0, 2 * tokens), (2, tokens + 3)):
@@ -146,7 +146,7 @@ def test_captions_of_different_length_share_a_batch(name):
 
 @pytest.mark.parametrize("name", models.FAMILIES)
 def test_another_caption_changes_only_its_own_row(name):
-    """Prediction and gradient alike."""
+    """The prediction and the gradient."""
     changed = 1
     found = []
     for caption in (changed, 17):
@@ -169,7 +169,7 @@ def test_another_caption_changes_only_its_own_row(name):
 
 
 def test_what_was_in_memory_before_names_no_run(tiny_base):
-    """A checkpoint of SD1 has no text_projection for CLIP: the host leaves in it whatever was there."""
+    """A checkpoint of SD1 has no text_projection for CLIP, so the host leaves uninitialized memory in it."""
     import comfy.sd
     from graft_pack.nodes.host.model.text_encoder import ComfyText
 

@@ -1,4 +1,4 @@
-"""The one sample picture of a run that a page queued without previews."""
+"""Tests of a run's single sample picture, for a prompt that a page queued without previews."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""A disk that is full, cannot be written or loses a folder: a clear error, and what was saved last is whole."""
+"""Tests of disks that are full, read-only or lose a folder: a clear error, and the last save is intact."""
 
 import contextlib
 import ctypes
@@ -24,13 +24,13 @@ def graph_of(server, name, steps=STEPS, **options):
 
 
 def mount(folder, flags=0, options=""):
-    """Whether it was."""
+    """Mount a tmpfs on a folder and return True if it worked."""
     return LIBC.mount(b"none", os.fsencode(folder), b"tmpfs", flags, options.encode()) == 0
 
 
 @pytest.fixture(scope="module")
 def disk(tiny_base, tmp_path_factory):
-    """A server whose output/ is a small disk of its own, where the system lets tests mount one."""
+    """Start a server whose output/ is a separate small disk, if the system lets tests mount one."""
     server = ComfyServer(tmp_path_factory.mktemp("disk"))
     link(tiny_base, server.path("models", "checkpoints", tiny_base.name))
     shutil.copytree(world.CONCEPT_FOLDER / "toy", server.path("input", "toy"))
@@ -47,7 +47,7 @@ def disk(tiny_base, tmp_path_factory):
 
 @pytest.fixture
 def small_disk(disk):
-    """The same, or the test is left out: `test_files_that_are_not_allowed_to_grow` needs no disk of its own."""
+    """Return the same server, or skip; `test_files_that_are_not_allowed_to_grow` needs no separate disk."""
     if not disk.is_small_disk:
         pytest.skip("no disk can be mounted here")
     return disk
@@ -55,7 +55,7 @@ def small_disk(disk):
 
 @contextlib.contextmanager
 def filled(server, left):
-    """The disk with so many bytes left."""
+    """Fill the disk up to so many free bytes."""
     filler = server.path("output", "filler")
     filler.write_bytes(b"0" * (shutil.disk_usage(filler.parent).free - left))
     try:
@@ -72,7 +72,7 @@ def refused(server, graph):
 
 
 def whole_states(server, name):
-    """Steps of the states there are, each of which can be read, and nothing half written beside them."""
+    """Return the steps of the saved states; check that each is readable and that no partial file is left."""
     run = runs.find_run(server, name)
     assert runs.list_unreadable(server.path("output")) == []
     assert not [path for path in server.path("output").rglob(".*.tmp") if path.is_file()]
@@ -82,7 +82,7 @@ def whole_states(server, name):
 
 
 def goes_on(server, name):
-    """With the fault gone the same graph ends with the bits of a run that had none."""
+    """Check that the same graph, with the fault gone, ends with the bits of an undisturbed run."""
     server.run(graph_of(server, name))
     run, straight = runs.find_run(server, name), runs.find_run(server, "straight")
     assert runs.same(runs.state_of(run, STEPS), runs.state_of(straight, STEPS))
@@ -103,9 +103,9 @@ def test_a_disk_without_room_for_a_save_is_found_out_before_the_first_step(small
 
 
 def test_a_disk_that_fills_up(small_disk):
-    """So that a save is cut short: the one before stands."""
+    """A save is cut short; the one before stays intact."""
     small_disk.run(graph_of(small_disk, "full", 2))
-    # The adapter has room, and of the state a part.
+    # The adapter fits, and only a part of the state.
     with filled(small_disk, int(1.15 * size_of_a_state(small_disk))):
         told = refused(small_disk, graph_of(small_disk, "full"))
         assert "No space left on device" in told and "Free space" in told
@@ -114,7 +114,7 @@ def test_a_disk_that_fills_up(small_disk):
 
 
 def test_files_that_are_not_allowed_to_grow(disk):
-    """A quota, put upon the server while it runs."""
+    """A quota is set on the running server."""
     disk.run(graph_of(disk, "quota", 2))
     limits = resource.prlimit(disk.process.pid, resource.RLIMIT_FSIZE)
     resource.prlimit(disk.process.pid, resource.RLIMIT_FSIZE, (size_of_a_state(disk) // 2, limits[1]))
@@ -141,13 +141,13 @@ def test_a_folder_that_cannot_be_written(small_disk):
 
 @pytest.mark.parametrize("kind", ["run", "adapters"])
 def test_a_folder_that_is_removed_while_it_trains(disk, kind):
-    """A run without its folder ends with an error; what was reached is kept, and the next queue goes on with it."""
+    """A run without its folder ends with an error; its progress is kept, and the next queue resumes it."""
     name = f"gone-{kind}"
     with disk.listen() as events:
         queued = disk.queue(graph_of(disk, name, save_every=100), client_id=events.client_id)
         events.wait_for("graft.progress", timeout=120, event="step")
         (folder,) = disk.path("output", "graft").glob(f"{name}-*")
-        # The folder of the saves comes with the first of them.
+        # The first save creates the folder of saves.
         shutil.rmtree(folder if kind == "run" else folder / kind, ignore_errors=kind != "run")
         if kind == "run":
             with pytest.raises(PromptError, match="if it was removed, queue the graph again"):

@@ -1,4 +1,4 @@
-"""Words of new vectors on the host's own text encoders: gradients, conditionings, files, and what is refused."""
+"""Tests of new embeddings on the host's own text encoders: gradients, conditionings, files, and refusals."""
 
 import re
 
@@ -22,7 +22,7 @@ PROMPTS = {
 
 
 def vectors_for(clip, count=2, seed=3):
-    """Random vectors for each encoder of a CLIP, by its key."""
+    """Return random vectors for each encoder of a CLIP, by its key."""
     from graft_pack.nodes.host.model import embeddings
 
     source = torch.Generator().manual_seed(seed)
@@ -34,7 +34,7 @@ def vectors_for(clip, count=2, seed=3):
 
 
 def conditioned(clip, prompt):
-    """What CLIPTextEncode gives: (cross attention, pooled)."""
+    """Return the output of CLIPTextEncode: (cross attention, pooled)."""
     with torch.no_grad():
         context, rest = clip.encode_from_tokens_scheduled(clip.tokenize(prompt))[0]
     return context, rest["pooled_output"]
@@ -73,7 +73,7 @@ def test_without_the_cure_the_text_encoder_raises(monkeypatch):
 @pytest.mark.parametrize("skip", [None, -1, -2])
 @pytest.mark.parametrize("name", models.TEXT)
 def test_prompts_without_the_word_are_encoded_as_the_host_does(name, skip, prompt):
-    """Also captions, which take parentheses literally."""
+    """Also for captions, where parentheses are literal."""
     from graft_pack.nodes.host.model.text_encoder import ComfyText
 
     clip = models.text(name)
@@ -119,7 +119,7 @@ def test_only_the_clip_that_was_handed_on_knows_the_word(name):
 )
 @pytest.mark.parametrize("name", ["SD1", "SD2", "SDXL with text"])
 def test_the_file_means_what_the_word_in_memory_means(name, prompt):
-    """The host's own search finds the file by its name, and both condition alike to the bit."""
+    """The host's own search finds the file by its name, and both conditionings are bit-identical."""
     import folder_paths
     from graft_pack.nodes.host.model import embeddings
 
@@ -137,7 +137,7 @@ def test_the_file_means_what_the_word_in_memory_means(name, prompt):
 
 
 def test_an_encoder_without_vectors_reads_nothing_there():
-    """Flux's T5: the word stands in CLIP-L alone."""
+    """Flux's T5: the embedding exists in CLIP-L alone."""
     from graft_pack.nodes.host.model import embeddings
 
     clip = models.text("Flux")
@@ -289,7 +289,7 @@ def test_diffusers_reads_the_file(name, layers, tmp_path):
         tokenizer = getattr(clip.tokenizer, key).tokenizer.__class__.from_pretrained(
             getattr(clip.tokenizer, key).tokenizer.name_or_path
         )
-        # As diffusers documents it: SD1 by the file, SDXL an encoder at a time by its tensor.
+        # As diffusers documents it: SD1 loads the file, SDXL loads one encoder's tensor at a time.
         source = str(path) if name == "SD1" else {"emb_params": state[key]}
         reader = type("Reader", (TextualInversionLoaderMixin,), {"_execution_device": torch.device("cpu")})()
         reader.components, reader.hf_device_map = {}, None

@@ -1,4 +1,4 @@
-"""Embedding files that texts call by `embedding:<name>`: their content counts, wherever a text is a text."""
+"""Tests of embedding files named in a text by `embedding:<name>`: their content is part of every fingerprint."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ WIDTH = 768
 
 @pytest.fixture
 def clip(tmp_path):
-    """A text encoder that looks for embeddings in a folder of its own."""
+    """Return a text encoder that looks for embeddings in its own folder."""
     clip = models.text("SD1")
     for inner in vars(clip.tokenizer).values():
         if hasattr(inner, "_try_get_embedding"):
@@ -23,7 +23,7 @@ def clip(tmp_path):
 
 @pytest.fixture
 def write(tmp_path, clip):
-    """write(name, value): an embedding file of two vectors."""
+    """Return write(name, value), which writes an embedding file of two vectors."""
     width = clip.tokenizer.clip_l.embedding_size
 
     def write(name, value=0.5):
@@ -75,7 +75,7 @@ def test_an_embedding_in_a_text_counts_by_its_content(clip, write, text):
 
 
 def test_the_host_takes_no_name_that_is_not_asked_for(clip, write):
-    """Of captions as they are encoded: each vector that the host puts in is one that counts."""
+    """For captions as encoded: every vector that the host inserts is one that the fingerprint covers."""
     from graft_pack.nodes.host.model.embeddings import called_names
 
     for name in ("word", "x-1", "sub/word", "v1.2"):

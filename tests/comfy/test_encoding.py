@@ -1,4 +1,4 @@
-"""Several captions or pictures through the host at once: each as it is alone."""
+"""Tests of several captions or pictures in one call of the host: each result equals its single encoding."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def test_each_caption_is_encoded_as_it_is_alone(name, layer):
     text = text_of(name, layer)
     groups = by_form(text, CAPTIONS)
     assert None not in groups and max(map(len, groups.values())) >= 3
-    # Of an encoder that has encoded nothing yet: which layer is taken must not come from what was before.
+    # A fresh encoder: the choice of layer must not depend on earlier encodings.
     fresh = text_of(name, layer)
     for captions in groups.values():
         for caption, found in zip(captions, fresh.encode_all(captions), strict=True):
@@ -87,7 +87,7 @@ def test_each_picture_is_encoded_as_it_is_alone(channels, monkeypatch):
     alone = [codec.encode(one) for one in pixels.split(1)]
     whole = codec.encode(pixels)
     assert not any(tensor.is_inference() for tensor in whole)
-    # A device with little memory takes some of them after the others.
+    # A device with little memory encodes them one group after another.
     monkeypatch.setattr(vae, "memory_used_encode", lambda shape, dtype: 1e30)
     split = codec.encode(pixels)
     for found in (whole, split):
@@ -110,7 +110,7 @@ def test_several_that_need_tiles_are_refused_and_one_is_not(monkeypatch):
 
 
 def test_a_vae_of_videos_takes_one_picture_at_a_time():
-    """To the host a batch is the frames of one."""
+    """The host reads a batch as the frames of one video."""
     from graft_pack.nodes.host.model.vae import ComfyCodec
 
     vae = models.kl_vae(4)

@@ -1,4 +1,4 @@
-"""What a run says before its first step is what its steps then take, and the run is the same for having said it."""
+"""Tests that a run's estimate matches the cost of its steps, and that estimating does not change the run."""
 
 import gc
 import json
@@ -51,11 +51,11 @@ KINDS = {
 
 
 class _Enough(Exception):
-    """Ends a training after its third step."""
+    """The exception that ends a training after its third step."""
 
 
 def observed(training, folder, watched=(2, 4), **fields):
-    """(the event told before the first step, bytes at the most in the steps after the first)."""
+    """Return (the estimate event, peak bytes in the steps after the first)."""
     told = []
     weights = list(training.denoiser.module.parameters()) + list(training.denoiser.module.buffers())
     if training.plan.recipe.live_text:
@@ -113,7 +113,7 @@ def test_the_run_is_the_same_to_the_bit(kind, tmp_path, monkeypatch):
 
 
 def told_of(training, free):
-    """What is told on a device with so many bytes free."""
+    """Return the estimates that a device with so many free bytes reports."""
     training.denoiser.free_memory = lambda: free
     told = []
 
@@ -147,7 +147,7 @@ def test_what_would_fit_is_told_in_the_order_of_its_cost(tmp_path):
         last = asked(training, free, tmp_path)
         assert last["cures"] == ("checkpointing", "micro_batch 1", "offload")
         assert asked(training, -(1 << 40), tmp_path)["cures"] == ()
-        # Looking for it leaves nothing behind.
+        # The search leaves nothing behind.
         assert not any(checkpointing.is_checkpointed(block) for block in autograd.blocks_of(training.denoiser.module))
 
 
@@ -160,7 +160,7 @@ def asked(training, free, folder):
 
 @contextmanager
 def applied(training, cures):
-    """The training with what was advised, as the options do it."""
+    """Yield the training with the advised options applied."""
     size = next((int(cure.split()[1]) for cure in cures if cure.startswith("micro_batch")), 0)
     recipe = replace(training.plan.recipe, micro_batch=size)
     blocks = autograd.blocks_of(training.denoiser.module) if "checkpointing" in cures else []
@@ -232,7 +232,7 @@ def test_where_nobody_knows_what_is_free_nothing_is_said_of_it(tmp_path):
 
 
 def test_checkpointing_for_a_while_leaves_blocks_as_they_were():
-    """One has a forward of its own, as an adapted layer has that is a block itself."""
+    """One has its own forward, as an adapted layer that is itself a block has."""
     blocks = [torch.nn.Linear(2, 2), torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)]
     own = blocks[1].forward = lambda x: 2 * x
     checkpointing.checkpoint_blocks(blocks[2:])
@@ -248,7 +248,7 @@ def test_checkpointing_for_a_while_leaves_blocks_as_they_were():
 
 
 def test_only_what_the_run_will_show_is_tried(tmp_path, monkeypatch):
-    """No other captions than those are encoded."""
+    """No other captions are encoded."""
     monkeypatch.setattr(estimates, "_LEAST_STEPS", 1)
     dataset = diffusers_host.make_dataset(12)
     handling = Augmentation(wildcards=True, caption_variants=8)
@@ -284,7 +284,7 @@ def test_what_cannot_be_measured_is_no_end_either(tmp_path, monkeypatch, caplog)
 
 
 def test_a_device_that_keeps_account_is_asked(monkeypatch):
-    """No such device is here; what is asked of one is written down."""
+    """No such device is here, so the test records the calls to one."""
     asked_for = []
 
     class Kind:
@@ -311,7 +311,7 @@ def test_a_device_that_keeps_account_is_asked(monkeypatch):
 
 SIZE = 200 * 1024 * 1024
 
-# What the system tells of a process that counts its largest memory anew, then takes some and gives it back.
+# The system's report on a process that resets its peak memory, then takes some memory and frees it.
 ASKED = f"""
 def told(field):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(field))
@@ -326,14 +326,14 @@ print(told("VmHWM") - before)
 
 @pytest.fixture(scope="module")
 def told_by_system():
-    """Skips where the system does not tell the largest memory of a process since a moment."""
+    """Skip if the system does not report a process's peak memory since a moment."""
     found = subprocess.run([sys.executable, "-c", ASKED], capture_output=True, text=True)
     if found.returncode or int(found.stdout) != pytest.approx(SIZE, rel=0.1):
         pytest.skip(f"this system does not tell what a process has taken at the most: {found.stdout or found.stderr}")
 
 
 def taken():
-    """Memory fresh from the system: what is allocated may be what the process has freed before."""
+    """Return memory fresh from the system, because an allocation may reuse memory that the process freed before."""
     region = mmap.mmap(-1, SIZE)
     for _ in range(SIZE >> 20):
         region.write(b"x" * (1 << 20))
@@ -342,7 +342,7 @@ def taken():
 
 @pytest.mark.usefixtures("told_by_system")
 def test_on_a_cpu_the_system_sees_what_is_no_tensor():
-    """Some libraries take memory for themselves while an operation runs."""
+    """Some libraries allocate memory themselves during an operation."""
     account = tracking.DevicePeakMemory(torch.device("cpu"))
     found = account.peak_of(taken, [torch.zeros(8)])
     assert found == pytest.approx(SIZE, rel=0.1)

@@ -1,4 +1,4 @@
-"""Every class of models that the host loads: it trains with exact gradients, or it is named with the reason."""
+"""Tests of every model class that the host loads: it trains with exact gradients, or it is listed with a reason."""
 
 import math
 import re
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("comfy")
 
 @pytest.fixture
 def row(name):
-    """What was measured on a class, once for all tests here."""
+    """Return the measurements of a class, made once for all tests here."""
     if name not in make_families.list_classes():
         pytest.skip("this ComfyUI has no such class")
     return make_families.measure(name)
@@ -29,7 +29,7 @@ every_class = pytest.mark.parametrize("name", networks.CLASSES)
 
 
 def test_no_class_of_the_host_is_left_out_silently(comfy):
-    """A class of a newer host fails here until it is trained or named."""
+    """A class of a newer host fails here until it is trained or listed."""
     here = set(make_families.list_classes())
     groups = [set(networks.CLASSES), set(networks.ALIKE), set(networks.LEFT_OUT)]
     assert here - set.union(*groups) == set()
@@ -39,7 +39,7 @@ def test_no_class_of_the_host_is_left_out_silently(comfy):
 
 @pytest.mark.parametrize("name", networks.ALIKE)
 def test_what_is_said_to_differ_in_sizes_only_does(name, comfy):
-    """The host makes the same model of it, with the same objective and the same latents."""
+    """The host builds the same model from it, with the same objective and the same latents."""
     import comfy.supported_models
 
     one = getattr(comfy.supported_models, name)
@@ -65,7 +65,7 @@ def test_it_learns_three_steps_and_core_applies_what_was_trained(name, row):
 
 
 def layers_of_attention(module):
-    """Paths of the Linear layers within modules whose class the host calls attention; blocks are more than that."""
+    """Return the paths of Linear layers in modules that the host calls attention; blocks hold more than attention."""
     found = set()
     for path, part in module.named_modules():
         kind = type(part).__name__.lower()
@@ -75,7 +75,7 @@ def layers_of_attention(module):
 
 
 def chosen(name, targets):
-    """(module, family, paths) that a choice of targets takes in on a class."""
+    """Return (module, family, paths) that a choice of targets selects on a class."""
     from graft_pack.nodes.host.model.families import family_name
 
     model = models.patcher(name)
@@ -88,7 +88,7 @@ def chosen(name, targets):
     )
 
 
-# Parts of attention classes that are no attention of the network's blocks, and attention of classes named otherwise.
+# Attention classes outside the network's blocks, and attention under other class names.
 NOT_IN_BLOCKS = re.compile(r"^(pooler|llm_adapter)\.")
 IN_ONE = re.compile(r"single_blocks\.\d+\.linear[12]$")
 
@@ -114,7 +114,7 @@ def test_every_description_is_of_a_class_here(comfy):
     from graft_pack.nodes.host.model.families import family_name
 
     known = {family_name(models.patcher(name)) for name in networks.CLASSES if name in make_families.list_classes()}
-    # v is asked of the sampling object; Anima came with a newer host.
+    # v is read from the sampling object; Anima came with a newer host.
     assert set(FAMILIES) - known <= {"SD2 v", "Anima"}
 
 
@@ -150,13 +150,13 @@ def test_a_model_without_description_says_so(caplog):
         assert "no description" not in caplog.text
 
 
-# Those without convolutions between their blocks.
+# Classes without convolutions between their blocks.
 TRANSFORMERS = [name for name in networks.CLASSES if not name.startswith(("SD1", "SD2", "SDXL", "Stable"))]
 
 
 @contextmanager
 def one_block(name, **fields):
-    """A checkpointed Training of a class, the last block of its network that has trainables, and their names."""
+    """Yield a class's checkpointed Training, its last block with trainable parameters, and their names."""
     if name not in make_families.list_classes():
         pytest.skip("this ComfyUI has no such class")
     with models.in_training(make_families.load(name, torch.float32), name, True, **fields) as training:
@@ -170,7 +170,7 @@ def one_block(name, **fields):
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_the_self_check_finds_the_block_whose_gradient_is_wrong(name, trials):
-    """One block of the network that hands back four fifths of its gradient; and nothing where nothing is wrong."""
+    """One block returns four fifths of its gradient and is found; a correct network passes."""
     with one_block(name) as (training, block, names):
         if trials(training.denoiser.family == GENERAL.name, True):
             check_gradient(training.losses, training.plan.trainables)
@@ -192,7 +192,7 @@ def test_the_self_check_finds_the_block_whose_gradient_is_wrong(name, trials):
 
 @pytest.mark.parametrize("name", ["FluxInpaint", "Chroma", "ChromaRadiance"])
 def test_the_self_check_finds_the_cure_missing_in_one_block(name):
-    """In the recomputation of each block in turn: wherever the gradient is then wrong, and nowhere else."""
+    """The cure is removed from each block's recomputation in turn; the check reports exactly the wrong gradients."""
 
     class Uncured(checkpointing._Checkpointed):
         def _run(self, modes, *args, **kwargs):
@@ -227,7 +227,7 @@ def test_formats_that_hide_their_weights_are_refused_by_name(word, said):
 
 
 def quantized(name, scaled):
-    """(MODEL of fp8 weights, MODEL of the same numbers in float32), as the host loads such files."""
+    """Return (MODEL with fp8 weights, MODEL with the same values in float32), as the host loads such files."""
     config = networks.SIZES[name].build()
     config.set_inference_dtype(torch.float8_e4m3fn, torch.float32)
     if scaled:
@@ -266,7 +266,7 @@ def test_an_adapter_on_fp8_weights_is_trained_as_on_the_same_numbers_in_fp32(nam
 
 @pytest.mark.parametrize("name", networks.REFUSED)
 def test_what_cannot_be_trained_is_refused(name):
-    """Before the first step: when it is loaded, or by the self-check, which runs on what is not described."""
+    """The refusal comes before the first step: at loading, or from the gradient check of undescribed models."""
     if name not in make_families.list_classes():
         pytest.skip("this ComfyUI has no such class")
     with pytest.raises(ModelError, match="IMG_TO_IMG|No gradient can be had"):

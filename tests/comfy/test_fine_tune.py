@@ -1,4 +1,4 @@
-"""All weights: exact gradients of every kind of them, applied as trained, and the graph's own MODEL left alone."""
+"""Tests of full fine-tuning: exact gradients of every kind of weight, applied as trained, an unchanged MODEL."""
 
 import logging
 import os
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("comfy")
 FULL = {"method": "all weights", "rank": 0, "alpha": 0.0, "targets": "all weights", "max_grad_norm": 0.0}
 LARGE = {**FULL, "steps": 4, "learning_rate": 2e-3, "batch_size": 2}
 SIGMA = {"SD1": 2.0, "SDXL": 2.0, "Flux": 0.6}
-# By dtype: the bar, and the step of the finite difference at which rounding and curvature are both far below it.
+# By dtype: the bar, and a finite-difference step whose rounding and curvature errors are both far below it.
 BARS = {torch.float64: (1e-5, 0.002), torch.float32: (1e-3, 0.03)}
 
 
@@ -47,7 +47,7 @@ def output_of(model, name):
 
 
 def trained(model, name, folder, **fields):
-    """(adapter, raw output in training, final state) after a few large steps."""
+    """Return (adapter, raw output in training, final state) after a few large steps."""
     with models.in_training(model, name, **{**LARGE, **fields}) as training:
         state = models.train(training, folder)
         output = raw(models.trained_denoised(training, *probe(name)), probe(name))
@@ -55,7 +55,7 @@ def trained(model, name, folder, **fields):
 
 
 def kinds(training):
-    """The trainables by what they are: matrices, convolutions, norms, biases, and parameters of no layer."""
+    """Group the trainable parameters by kind: matrices, convolutions, norms, biases, and parameters of no layer."""
     found = {"matrix": [], "convolution": [], "norm": [], "bias": []}
     for name, parameter in training.plan.trainables.items():
         if name.endswith(".bias"):
@@ -125,13 +125,13 @@ def test_core_applies_what_was_trained(name, comfy, tmp_path, caplog):
 
 
 class Stop(Exception):
-    """What a test interrupts training with."""
+    """The exception that interrupts training in a test."""
 
 
 @pytest.mark.parametrize("interrupted", [False, True], ids=["finished", "interrupted"])
 @pytest.mark.parametrize("name", models.FAMILIES)
 def test_the_graphs_model_stays_as_it_was(name, interrupted, tmp_path):
-    """Called as a node is, under inference mode, on weights that were loaded under it."""
+    """The node calls it under inference mode, on weights that were loaded under it."""
     model = make_model(name)
 
     def report(event, payload):
@@ -210,7 +210,7 @@ def test_a_part_can_be_chosen_and_nothing_else_gets_a_key(part, tmp_path):
 def test_rates_of_blocks(tmp_path):
     fields = {"block_learning_rates": (("middle_block", 1e-5),)}
     adapter, _, _ = trained(make_model("SD1"), "SD1", tmp_path, steps=1, **fields)
-    # The first step of AdamW is as long as the rate wherever there is a slope worth the name.
+    # AdamW's first step is as long as the rate wherever the gradient is not negligible.
     slow = {key: float(adapter[key].abs().max()) for key in adapter}
     fast = [slow.pop(key) for key in list(slow) if ".middle_block" not in key]
     assert slow and max(slow.values()) <= 1.1e-5
@@ -259,7 +259,7 @@ def test_a_weight_of_two_layers_is_trained_once_and_named_twice():
 
 
 def test_what_is_handed_on_at_the_end_is_the_file(tmp_path):
-    """In the place of the weights there, made tensor by tensor here."""
+    """The adapter replaces the trained weights in place; the export computes it tensor by tensor."""
     with models.in_training(make_model("SD1"), "SD1", **LARGE) as training:
         state = models.train(training, tmp_path)
         lazy = training.plan.export(state.trainables, 0).adapter
@@ -274,7 +274,7 @@ def test_what_is_handed_on_at_the_end_is_the_file(tmp_path):
 
 
 def begin(training, adapter):
-    """Gives the trainables a file's values, as a run does."""
+    """Give the trainable parameters a file's values, as a run does."""
     TrainableModules(METHODS["all weights"], training.plan.recipe, training.host).start(
         training.plan.trainables, adapter
     )
@@ -320,7 +320,7 @@ def test_defaults_are_those_of_the_field():
     assert (plain.weight_dtype, plain.targets, plain.rank, plain.alpha) == ("fp32", "all weights", 0, 0.0)
     assert settled(family="SDXL").learning_rate == 1e-6
     assert settled(rate=3e-5).learning_rate == 3e-5
-    # The rank of a DreamBooth node means nothing to it.
+    # A DreamBooth node's rank has no effect on it.
     assert settled(rank=16) == plain
     assert settled(optimizer="AdamWScheduleFree").ema_decay == 0.0
     asked = settled(ema_decay=0.0, max_grad_norm=1.0)

@@ -1,4 +1,4 @@
-"""Forty pictures in a style the tiny base has never seen: all weights learn it, on scenes they were not shown."""
+"""Full fine-tuning on forty pictures in a new style: the tiny base learns it, also for held-out scenes."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,13 +9,13 @@ import torch
 
 from tests.toy import world
 
-# Chosen on the styles and pictures of seeds 100 and 101, never on those that are tested.
+# Chosen on the styles and pictures of seeds 100 and 101, never on the tested ones.
 SETTINGS = {"steps": 40, "learning_rate": 1e-4, "batch_size": 4}
 TRAINED, HELD_OUT = 40, 24
 
 
 def hatched(scene):
-    """The picture of a scene in a style of its own: palette inverted, the shape crossed by thin white diagonals."""
+    """Draw a scene in a new style: palette inverted, the shape crossed by thin white diagonals."""
     inverted = 255 - world.draw(scene).astype(int)
     rows, columns = np.mgrid[: world.SIZE, : world.SIZE]
     lines = ((rows + columns) % 6 < 2)[:, :, None] & (world.mask(scene)[:, :, None] > 0.5)
@@ -36,7 +36,7 @@ class Pictures:
 
 
 def pictures(draw, count, seed, words=""):
-    """Pictures of different scenes of the old world."""
+    """Return pictures of different scenes of the old world."""
     rng = np.random.RandomState(seed)
     combinations = [world.known_scenes()[place] for place in rng.permutation(len(world.known_scenes()))[:count]]
     scenes = [world.place(rng, *one) for one in combinations]
@@ -65,7 +65,7 @@ def recipe_of(seed, **options):
 
 
 def loss_on(base, shown, folder):
-    """The model's own loss on pictures at fixed noise and noise levels, the mean."""
+    """Return the model's mean loss on pictures at fixed noise and noise levels."""
     from graft_pack.trainers.engine.step import fixed_losses
     from graft_pack.trainers.preprocessing.prepare import prepare
 
@@ -78,7 +78,7 @@ def loss_on(base, shown, folder):
 
 
 def gap_closed(base, seed, folder, **options):
-    """(share, losses by what they are of): how much of what the style costs more than the old world is gone."""
+    """Return (the closed fraction of the loss gap between the style and the old world, losses by subject)."""
     from graft_pack.nodes.host.model.lora import apply_adapter
     from graft_pack.trainers.engine.session import run_recipe
     from graft_pack.trainers.runs.run import Folders

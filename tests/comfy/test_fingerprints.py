@@ -1,4 +1,4 @@
-"""Fingerprints of bases: every number of a weight counts, each is read once, and earlier versions' are still known."""
+"""Tests of base fingerprints: every weight value counts, each is read once, and earlier versions' are recognized."""
 
 import os
 import shutil
@@ -11,8 +11,8 @@ from tests.support import models
 
 pytestmark = pytest.mark.usefixtures("comfy")
 
-# As the versions that sampled 32 numbers of each weight gave them for the tiny base, whose text encoder newer hosts
-# hold in another dtype.
+# The fingerprints of the tiny base by versions that sampled 32 values of each weight. Newer hosts hold its text encoder
+# in another dtype.
 SAMPLED = {
     "model": ["cb9fab38c84a4630d355b8adcaaec304b2c00533bc8b6b0472acbd1c3782ed36"],
     "clip": [
@@ -24,7 +24,7 @@ SAMPLED = {
 
 
 def load(path):
-    """Model, text encoder and VAE of a checkpoint, as the host's node loads them."""
+    """Return a checkpoint's model, text encoder and VAE, as the host's node loads them."""
     import comfy.sd
 
     with torch.inference_mode():
@@ -47,7 +47,7 @@ def fingerprints(base, earlier=False):
 
 @pytest.fixture
 def reads(monkeypatch):
-    """Sizes of the tensors that are read whole from now on."""
+    """Return the list of sizes of tensors that are read whole from now on."""
     from graft_pack.nodes.host.model import checksums
 
     found = []
@@ -82,7 +82,7 @@ def test_the_same_file_has_the_same_fingerprints(tiny_base, tmp_path):
     ],
 )
 def test_any_number_of_a_weight_counts(tiny_base, tmp_path, part, ending):
-    """A checkpoint replaced under its name, changed where no sample was taken."""
+    """A checkpoint replaced under its name, changed at a value that no sample covers."""
     tensors = load_file(tiny_base)
     name = next(name for name in tensors if name.endswith(ending))
     flat = tensors[name].reshape(-1)
@@ -106,7 +106,7 @@ def test_weights_are_read_once(tiny_base, reads):
 
 
 def test_weights_that_the_host_moves_and_patches_are_not_read_again(reads):
-    """Training copies what was made in inference mode, and a clone's patches stand in place while it is loaded."""
+    """Training copies inference tensors, and a loaded clone's patches are in the weights in place."""
     import comfy.model_management
     from graft_pack.nodes.host.model.fingerprint import patcher_digest
     from graft_pack.trainers.memory.autograd import own_weights
@@ -178,7 +178,7 @@ def test_a_tensor_without_numbers_has_a_checksum():
 
 
 class Holding(torch.Tensor):
-    """A quantized tensor as the host has it: whole numbers with a scale."""
+    """A quantized tensor as the host has it: integers with a scale."""
 
     @staticmethod
     def __new__(cls, numbers, scale):

@@ -1,4 +1,4 @@
-"""The host's own networks with their blocks' weights in shares: a block is used by being called alone, and is exact."""
+"""Tests of the host's own networks with sharded block weights: each block runs by its own call, with exact results."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.usefixtures("comfy")
 
 
 class Lone:
-    """A group of one, whose share is the whole; a block's weights are away all the same but while it is called."""
+    """A group of one process, whose shard is the whole; a block's weights are still absent except during its call."""
 
     leads = True
     device = torch.device("cpu")
@@ -29,7 +29,7 @@ class Lone:
 
 @pytest.fixture(scope="module", autouse=True)
 def connected():
-    """torch's own group of one process."""
+    """Set up torch's own process group of one process."""
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     yield
     distributed.destroy_process_group()
@@ -50,7 +50,7 @@ def test_the_gradient_is_that_of_the_whole_network(name):
 
 
 class Odd(torch.nn.Parameter):
-    """A weight that is more than its numbers, as quantised ones are."""
+    """A weight that is more than its values, as quantized ones are."""
 
 
 class Block(torch.nn.Module):
@@ -100,7 +100,7 @@ def test_a_model_without_blocks_is_named():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
 def test_weights_in_half_precision_or_eight_bits_are_shared_out_as_they_are(dtype):
-    """With norms and biases in another dtype beside them, as files of eight bits have them."""
+    """With norms and biases in another dtype beside them, as in 8-bit files."""
     model = models.patcher("Flux")
     for one in model.model.diffusion_model.parameters():
         if one.dim() > 1:

@@ -1,4 +1,4 @@
-"""Gradients of the adapter through each architecture, held against finite differences."""
+"""Tests of the adapter's gradients through each architecture, against finite differences."""
 
 import re
 from contextlib import nullcontext
@@ -17,19 +17,19 @@ from tests.support import models
 
 pytestmark = pytest.mark.usefixtures("comfy")
 
-# By dtype: the bar, and the step of the finite difference at which its two errors, of rounding and of
-# curvature, are both a fifth of it at most.
+# By dtype: the bar, and the finite-difference step at which its rounding error and its curvature error are both at most
+# a fifth of the bar.
 BARS = {torch.float64: (1e-5, 0.005), torch.float32: (1e-3, 0.2)}
 
 
 def make_model(name, dtype, seed=0):
-    """As the graph has it: loaded under inference mode, so that its weights are inference tensors."""
+    """Return a model as the graph has it: loaded under inference mode, so its weights are inference tensors."""
     with torch.inference_mode():
         return models.patcher(name, dtype, seed)
 
 
 def error_of(training, part, step):
-    """Relative error of the derivative along one direction of all A or all B."""
+    """Return the relative error of the derivative along one direction of all A or all B."""
     parameters = [value for name, value in training.plan.trainables.items() if f"lora_{part}" in name]
     error, _ = directional_error(training.losses, parameters, step=step)
     return error
@@ -57,7 +57,7 @@ def test_checkpointing_changes_no_gradient(name):
 
 @pytest.mark.parametrize("name", models.ARCHITECTURES)
 def test_checkpointing_forgets_activations(name):
-    """What is kept for the backward is less, or the switch does nothing."""
+    """Fewer tensors are saved for the backward with checkpointing; otherwise the switch does nothing."""
     kept = []
     for checkpointing in (False, True):
         total = 0
@@ -75,7 +75,7 @@ def test_checkpointing_forgets_activations(name):
 
 
 class Attentions(TorchDispatchMode):
-    """Counts how often attention is computed forward within its block, the backward included."""
+    """Counter of forward attention computations within its block, the backward included."""
 
     count = 0
 
@@ -96,7 +96,7 @@ def test_attention_that_is_kept_is_computed_once_and_changes_no_bit(name):
         counts.append(attentions.count)
     in_place, forgotten, kept = counts
     assert in_place
-    # The last block's need not be, where nothing behind it wants to know.
+    # The last block needs no recomputation if nothing after it needs gradients.
     assert 2 * in_place >= forgotten > in_place
     assert kept == in_place
     assert torch.equal(found[2], found[1])
@@ -113,7 +113,7 @@ def test_a_graph_may_be_gone_back_through_twice(recompute):
 
 @pytest.fixture
 def no_cure(monkeypatch):
-    """The engine without its answer to in-place residuals."""
+    """Disable the engine's rule for in-place residuals."""
     monkeypatch.setattr(forward, "OutOfPlace", nullcontext)
     monkeypatch.setattr(autograd, "OutOfPlace", nullcontext)
 
@@ -125,14 +125,14 @@ def test_without_the_cure_flux_raises(no_cure):
 
 
 def test_without_the_cure_in_the_recomputation_flux_is_silently_wrong(monkeypatch):
-    """A mode around the forward is not enough: it has ended when a checkpointed block is run again."""
+    """A mode around the forward is not enough: it has ended when a checkpointed block is recomputed."""
     monkeypatch.setattr(autograd, "OutOfPlace", nullcontext)
     with models.in_training(make_model("Flux", torch.float64), "Flux", True, spread=0.1) as training:
         assert max(error_of(training, "A", 0.02), error_of(training, "B", 0.02)) > 1e-3
 
 
 def test_the_self_check_finds_a_wrong_gradient(monkeypatch):
-    """What stands between a user of an undescribed architecture and a training that learns nothing."""
+    """This check stops a training of an unknown architecture that would learn nothing."""
     monkeypatch.setattr(autograd, "OutOfPlace", nullcontext)
     with models.in_training(make_model("Flux", torch.float32, 1), "Flux", True) as training:
         with pytest.raises(ModelError, match="wrong"):
@@ -148,7 +148,7 @@ def test_the_self_check_passes_and_puts_the_trainables_back(name):
 
 
 def derivatives(training):
-    """{block: |derivative| along its own gradient}, at the place where the self-check looks."""
+    """Return {block: |derivative| along its own gradient} at the point of the gradient check."""
     source = generator("check", 0)
     values = training.plan.trainables
     with torch.no_grad():
@@ -165,7 +165,7 @@ def derivatives(training):
 
 @pytest.mark.parametrize("name", ["SD1", "SD3"])
 def test_the_self_check_lets_no_more_than_five_per_cent_pass(name):
-    """Not even in the block on which the loss depends least, where rounding is the largest share."""
+    """This holds even in the block with the least effect on the loss, where rounding weighs most."""
     with models.in_training(make_model(name, torch.float32), name) as training:
         found = derivatives(training)
         weakest = min(found, key=found.get)

@@ -1,4 +1,4 @@
-"""What a model takes beside noise and text: the hole of an inpainting model, the source picture of one that edits."""
+"""Tests of model inputs beside noise and text: the inpaint mask, and the source image of an edit model."""
 
 from dataclasses import replace
 
@@ -21,7 +21,7 @@ from tests.support import models
 
 pytestmark = pytest.mark.usefixtures("comfy")
 
-# Each way, and the Kontext of Flux, whose network is Flux's own.
+# Each kind of input, and Flux's Kontext, which has Flux's own network.
 TAKES = {
     "SD1 inpaint": HOLE,
     "FluxInpaint": HOLE,
@@ -39,7 +39,7 @@ SHOWN = ["SD1 inpaint", "FluxInpaint", "SD15_instructpix2pix", "Flux"]
 
 
 class Codec:
-    """A random convolution to a family's channels, eight pixels to a position, and a frame where it has one."""
+    """A random convolution to a family's channels, eight pixels per position, with a frame axis if it has one."""
 
     pixels_at_once = 0
 
@@ -88,7 +88,7 @@ def half(size=(64, 64)):
 
 
 def dataset_for(name, masks=True):
-    """Two pictures, with masks or with source pictures."""
+    """Return two pictures, with masks or with source images."""
     pictures, texts = [grain(1), grain(2)], ["one", "two"]
     if TAKES[name] == HOLE:
         return from_arrays(pictures, texts, "", 64, [half()] * 2 if masks else [])
@@ -100,7 +100,7 @@ def host_of(training, name):
 
 
 def planned(training, name, folder, dataset=None):
-    """The training with a dataset's items in place of random ones."""
+    """Return the training with a dataset's items in place of random ones."""
     host = host_of(training, name)
     recipe = replace(training.plan.recipe, resolution=64)
     prepared = prepare(dataset or dataset_for(name), recipe, host, str(folder), 10**9)
@@ -115,7 +115,7 @@ def test_a_model_says_what_it_takes(name):
 
 
 def from_core(name, codec, source, picture, mask):
-    """What core's own nodes put beside a text."""
+    """Return the conditioning that core's own nodes add to a text."""
     from nodes import InpaintModelConditioning
 
     class Vae:
@@ -203,7 +203,7 @@ def test_it_learns_and_core_applies_what_was_trained(name, comfy, tmp_path):
         assert step.fixed_losses(made.plan.train, made.plan.recipe, made.host).mean() < 0.995 * before
         output = models.trained_denoised(made, *point)
         adapter = Adapter(made.plan.export(state.trainables, 0).adapter)
-        # It matters what is beside: with another hole or source the same noise becomes something else.
+        # The extra conditioning matters: with another mask or source, the same noise gives another prediction.
         other = made.plan.train[1].show(None).conditioning
         moved = replace(one, source=other.source, masked_image_latent=other.masked_image_latent)
         assert models.distance(models.trained_denoised(made, x, 0.6, moved), output) > 1e-3
@@ -241,7 +241,7 @@ def test_source_pictures_on_a_model_that_takes_none_are_refused(tmp_path):
 
 
 def test_a_run_is_known_by_its_source_pictures(tmp_path):
-    """The same pictures made of others are another training; the same of the same go on with it."""
+    """Other source images make another run; the same source images resume it."""
     from graft_pack.nodes.host.model.denoiser import ComfyDenoiser
     from graft_pack.trainers.protocols import Host
 

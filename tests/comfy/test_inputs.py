@@ -1,4 +1,4 @@
-"""What a user may connect by mistake, and what is unusual but right."""
+"""Tests of wrong connections that a user may make, and of unusual but valid ones."""
 
 import pytest
 import torch
@@ -65,7 +65,7 @@ def test_a_model_that_does_more_around_its_network_is_refused():
     "count, nccl, said", [(2, True, ""), (3, True, "sees 2 GPUs here"), (2, False, "without NCCL")]
 )
 def test_processes_that_cannot_train_together_are_refused_before_they_start(count, nccl, said, monkeypatch):
-    """By the number there is on an older PyTorch too, which has no `torch.accelerator`."""
+    """The count is also known on an older PyTorch, which has no `torch.accelerator`."""
     import comfy.model_management
     from graft_pack.nodes.host.jobs import launcher
 

@@ -1,4 +1,4 @@
-"""Queue after queue on one server: it takes no more memory, threads or open files than after the first ones."""
+"""Tests that a server needs no more memory, threads or open files after many queues than after the first ones."""
 
 import os
 import random
@@ -16,14 +16,14 @@ STEPS = 3
 
 
 def held(pid):
-    """(resident bytes, threads, open files and sockets) of a process."""
+    """Return (resident bytes, threads, open files and sockets) of a process."""
     status = Path(f"/proc/{pid}/status").read_text()
     found = [int(re.search(rf"{name}:\s+(\d+)", status)[1]) for name in ("VmRSS", "Threads")]
     return found[0] * 1024, found[1], len(os.listdir(f"/proc/{pid}/fd"))
 
 
 def cycle(server, number, source):
-    """One training, by a seeded choice to its end or cancelled somewhere; whether it was cancelled."""
+    """Run one training to its end or cancel it, by a seeded choice; return True if it was cancelled."""
     graph = runs.graph_of(server, "toy", f"cycle{number}", STEPS)
     graph["3"]["inputs"]["seed"] = number
     if source.random() < 0.5:
@@ -42,7 +42,7 @@ def cycle(server, number, source):
 
 @pytest.mark.soak
 def test_queue_after_queue_takes_no_more(make_server, trials):
-    """Growth of resident memory after the first tenth below 2 %; in the quick form threads and files alone are told."""
+    """Resident memory grows less than 2 % after the first tenth; the quick form checks threads and files alone."""
     server = make_server()
     shutil.copytree(world.CONCEPT_FOLDER / "toy", server.path("input", "toy"))
     source = random.Random(0)

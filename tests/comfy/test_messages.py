@@ -1,4 +1,4 @@
-"""What training nodes tell the pages, and what is kept of it for pages that are opened later."""
+"""Tests of the messages that training nodes send to the pages, and of those kept for pages that open later."""
 
 import dataclasses
 import math
@@ -17,7 +17,7 @@ def browser(comfy, monkeypatch):
 
 @pytest.fixture
 def sent(browser, monkeypatch):
-    """What went to the pages, in order."""
+    """Return the list of messages sent to the pages, in order."""
     messages = []
     server = SimpleNamespace(send_sync=lambda event, message: messages.append((event, message)))
     monkeypatch.setattr(browser, "prompt_server", lambda: server)
@@ -87,7 +87,7 @@ def test_the_workflow_of_a_prompt(browser, monkeypatch, extra, found):
     monkeypatch.setattr(browser, "prompt_server", lambda: server)
     assert browser.workflow_of("p") == found
     assert browser.workflow_of("nobody's") == ""
-    # Kept with the run, where it is one: anyone may have written what comes beside a prompt.
+    # The run keeps it, if there is one; anyone may have written the data beside a prompt.
     workflow = (extra.get("extra_pnginfo") or {}).get("workflow")
     assert browser.graph_of("p") == {"prompt": {}, **({"workflow": workflow} if isinstance(workflow, dict) else {})}
 
@@ -127,7 +127,7 @@ def test_the_sources_of_a_training_decide_its_run(browser, monkeypatch):
 
 
 def test_inputs_that_choose_no_run_are_the_recipes_own(browser):
-    """The widgets that are passed over are fields that a recipe's identity leaves out."""
+    """The skipped widgets are fields that a recipe's identity leaves out."""
     from graft_pack.trainers.recipe.recipe import Recipe
 
     names = [field.name for field in dataclasses.fields(Recipe)]

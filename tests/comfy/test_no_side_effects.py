@@ -1,4 +1,4 @@
-"""However a training ends, the graph's MODEL, CLIP and VAE are what they were, and nothing of it stays behind."""
+"""Tests that the graph's MODEL, CLIP and VAE are unchanged however a training ends, and that nothing stays behind."""
 
 import gc
 import weakref
@@ -30,25 +30,25 @@ METHODS = {
     "DoRA, checkpointed": ("LoRA", {("adapter", "type"): "DoRA", ("memory", "checkpointing"): "on"}),
     "all weights": ("all weights", {("optimizer", "max_grad_norm"): 0.0}),
 }
-# What the host itself notes on a layer when it loads a model, and takes away when it unloads it.
+# Attributes that the host itself sets on a layer when it loads a model, and removes when it unloads the model.
 HOSTS_OWN = {"comfy_patched_weights", "weight_function", "bias_function", "comfy_cast_weights", "manual_cast_dtype"}
 OUTCOMES = ("finished", "stopped", "paused", "cancelled", "raised", "not a number", "memory ran out", "offloaded")
 
 
 class Fault(Exception):
-    """That something in the pack itself goes wrong."""
+    """An error inside the pack itself."""
 
 
 @pytest.fixture(scope="module")
 def graph(comfy, tiny_base):
-    """(model, clip, vae) as CheckpointLoaderSimple gives them in a prompt."""
+    """Return (model, clip, vae) as CheckpointLoaderSimple gives them in a prompt."""
     with torch.inference_mode():
         return toy.load(tiny_base, comfy.path)
 
 
 @pytest.fixture
 def faulty(monkeypatch):
-    """faulty(outcome): from then on trainings end like that, in their second step."""
+    """Return faulty(outcome), which makes later trainings end like that in their second step."""
     import comfy.model_management
     from graft_pack.nodes.host.model.denoiser import ComfyDenoiser
     from graft_pack.nodes.host.server.control import REGISTRY, UserCommand
@@ -85,7 +85,7 @@ def faulty(monkeypatch):
 
 
 def train(graph, method, name):
-    """As a training node does, under the host's inference mode."""
+    """Train as a training node does, under the host's inference mode."""
     from graft_pack.nodes.host.actions.train import TrainInputs
     from graft_pack.nodes.host.actions.train import train as run
     from graft_pack.trainers.engine.resolve import Options
@@ -102,7 +102,7 @@ def trees(graph):
 
 
 def outline(graph):
-    """What an onlooker could see of the graph's objects and of torch, but for the numbers."""
+    """Return everything visible of the graph's objects and of torch, except numbers."""
     import comfy.model_management
 
     model, clip, _ = graph
@@ -134,7 +134,7 @@ def outline(graph):
 
 
 def seen(graph):
-    """What the graph's MODEL, CLIP and VAE give, as one vector."""
+    """Return the outputs of the graph's MODEL, CLIP and VAE as one vector."""
     model, clip, vae = graph
     context = toy.encode(clip, "a red circle")
     latent = toy.draw_noise(3)
@@ -146,14 +146,14 @@ def seen(graph):
 
 
 def held_bytes():
-    """Of all tensors that are alive, each storage once."""
+    """Return the bytes of all live tensors, each storage once."""
     gc.collect()
     tensors = [one for one in gc.get_objects() if isinstance(one, torch.Tensor) and one.device.type == "cpu"]
     tensors = [one for one in tensors if not isinstance(one, FakeTensor)]
     return bytes_of(tensors)
 
 
-# Every outcome, and every method with some of them.
+# Every outcome with LoRA, and every other method with some of them.
 CASES = [("LoRA", outcome) for outcome in OUTCOMES]
 CASES += [("LoRA, text encoder and a word", outcome) for outcome in ("paused", "raised")]
 CASES += [("DoRA, checkpointed", outcome) for outcome in ("finished", "cancelled", "offloaded")]
@@ -167,7 +167,7 @@ def test_nothing_stays_behind(method, outcome, graph, faulty):
     name = f"{list(METHODS).index(method)}-{outcome}"
     with torch.inference_mode():
         before = seen(graph)
-        # The first training of a process makes what later ones use again, such as peft's and diffusers' modules.
+        # A process's first training creates objects that later ones reuse, such as peft's and diffusers' modules.
         outlined, held = outline(graph), held_bytes()
         faulty(outcome)
         ended = "finished"
@@ -192,7 +192,7 @@ def test_nothing_stays_behind(method, outcome, graph, faulty):
 
 
 def test_run_after_run_no_tensors_are_left(graph):
-    """The graph's outputs are replaced by the next run's, as ComfyUI's cache does."""
+    """The next run's outputs replace the graph's, as in ComfyUI's cache."""
     sizes = []
     with torch.inference_mode():
         for number in range(3):
@@ -204,7 +204,7 @@ def test_run_after_run_no_tensors_are_left(graph):
 
 
 def test_private_trees_go_with_the_training(graph, monkeypatch):
-    """Not with Python's next search for cycles: the text encoder's, in float32, is twice the graph's."""
+    """They must not wait for Python's next cycle collection: the text encoder's, in float32, is twice the graph's."""
     from graft_pack.nodes.host.model import denoiser as model
     from graft_pack.trainers.memory import autograd
 

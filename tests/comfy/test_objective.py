@@ -1,4 +1,4 @@
-"""The loss is the model's own: each of core's ModelSampling nodes upstream is obeyed, or refused."""
+"""Tests that the loss is the model's own: each of core's ModelSampling nodes upstream is obeyed or refused."""
 
 import functools
 from dataclasses import replace
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("comfy")
 
 EDM = {"sigma_max": 120.0, "sigma_min": 0.002}
 
-# Core's node, its inputs, a family it makes sense on, and the objective it stands for.
+# Core's node, its inputs, a family that it fits, and the objective that it selects.
 NODES = [
     ("ModelSamplingDiscrete", {"sampling": "eps", "zsnr": False}, "SD1", "eps"),
     ("ModelSamplingDiscrete", {"sampling": "eps", "zsnr": True}, "SD1", "eps"),
@@ -45,7 +45,7 @@ def name_of(case):
 
 @functools.cache
 def base_of(name):
-    """One MODEL of each family for all tests here: what they put on it, they put on clones."""
+    """Return one MODEL per family for all tests here; they patch clones only."""
     return models.patcher(name)
 
 
@@ -56,13 +56,13 @@ def forget_bases():
 
 
 def made_by(case):
-    """The MODEL of a case of NODES."""
+    """Return the MODEL of a case of NODES."""
     node, inputs, name, _ = case
     return through(node, inputs, base_of(name))
 
 
 def through(node, inputs, model):
-    """A MODEL as core's node hands it on."""
+    """Return a MODEL as core's node passes it on."""
     from comfy_extras import nodes_model_advanced
 
     if node is None:
@@ -102,7 +102,7 @@ def test_the_target_is_what_the_host_turns_into_the_latent(case):
 
 @pytest.mark.parametrize("case", NODES, ids=name_of)
 def test_the_prediction_is_the_one_that_the_host_samples_with(case):
-    """In training as in sampling: the same scaled input, timestep and conditioning reach the network."""
+    """In training as in sampling, the same scaled input, timestep and conditioning reach the network."""
     model, name = made_by(case), case[2]
     with models.in_training(model, name) as training:
         sigma = float(spread_sigmas(training.denoiser.sigmas(), 5)[2])
@@ -114,7 +114,7 @@ def test_the_prediction_is_the_one_that_the_host_samples_with(case):
 
 @pytest.mark.parametrize("case", NODES, ids=name_of)
 def test_the_loss_is_measured_against_that_target(case):
-    """The loop's loss, put together again from the parts that the tests above hold against the host."""
+    """The loop's loss, rebuilt from the parts that the tests above compare with the host."""
     from graft_pack.trainers.engine import step
 
     with models.in_training(made_by(case), case[2], spread=0.05) as training:
@@ -134,7 +134,7 @@ def test_the_loss_is_measured_against_that_target(case):
 
 @pytest.mark.parametrize("case", NODES, ids=name_of)
 def test_other_objectives_follow_the_model_too(case):
-    """Levels are the model's own, weights are refused where they mean nothing, and losses are those written out."""
+    """Levels are the model's own, weightings without a meaning are refused, and losses equal the formulas."""
     from graft_pack.trainers.engine import step
     from graft_pack.trainers.errors import SettingsError
     from graft_pack.trainers.objective.options import Objective
@@ -168,7 +168,7 @@ def test_other_objectives_follow_the_model_too(case):
 
 
 EMPTY = torch.tensor([])
-# A class, what tells its checkpoints apart beside their weights, what is predicted then, and how noisy it gets.
+# A class, the keys that mark its checkpoints beside their weights, its prediction type, and its highest noise.
 KEYS = [
     ("SDXL", {}, "eps", 14.6),
     ("SDXL", {"v_pred": EMPTY}, "v", 14.6),
@@ -194,11 +194,11 @@ def test_the_objective_is_known_by_the_checkpoints_keys(name, keys, kind, most):
 
 @pytest.mark.parametrize("assumed", ["v", "eps"])
 def test_training_on_zero_terminal_snr_follows_v_and_not_eps(assumed, tmp_path):
-    """What the keys say is what lowers the model's own loss; with the noise as target it stays where it was."""
+    """Training lowers the model's own loss with the target that the keys name; with noise as target the loss stays."""
     model = models.patcher("SDXL", keys={"v_pred": EMPTY, "ztsnr": EMPTY})
     fields = {"steps": 40, "learning_rate": 1e-2, "batch_size": 2, "ema_decay": 0.0}
     with models.in_training(model, "SDXL", method="all weights", targets="all weights", **fields) as training:
-        # Bright pictures: all of them is in the velocity, nothing in the noise.
+        # Bright pictures: the velocity contains all of them, the noise nothing.
         items = [replace(one, show=functools.partial(brightened, one)) for one in training.plan.train]
         training = replace(training, plan=replace(training.plan, train=items))
         before = noisiest(items, training)
@@ -210,7 +210,7 @@ def test_training_on_zero_terminal_snr_follows_v_and_not_eps(assumed, tmp_path):
 
 
 def noisiest(items, training):
-    """The model's own loss of items at its highest noise level, at fixed noise."""
+    """Return the model's own loss on items at its highest noise level, at fixed noise."""
     from graft_pack.trainers.engine import step
 
     return step.fixed_losses(items, training.plan.recipe, training.host)[:, -1].mean()
@@ -222,7 +222,7 @@ def brightened(item, turn):
 
 
 def test_img_to_img_is_refused():
-    """Such a network takes the other picture itself as its input; noise put on it would be another task."""
+    """Such a network takes the other picture itself as input; adding noise would train another task."""
     model = through("ModelSamplingDiscrete", {"sampling": "img_to_img", "zsnr": False}, base_of("SD1"))
     with models.in_training(model, "SD1") as training:
         with pytest.raises(ModelError, match="IMG_TO_IMG.*no known training objective"):
@@ -231,7 +231,7 @@ def test_img_to_img_is_refused():
 
 @pytest.mark.parametrize("method", ["calculate_denoised", "calculate_input", "noise_scaling"])
 def test_an_unknown_class_is_refused(method):
-    """One that changes any of the three is another objective, which would be a guess."""
+    """A class that changes any of the three has another objective, and training it would be a guess."""
     import comfy.model_sampling
 
     class Unheard(comfy.model_sampling.EPS):
@@ -250,7 +250,7 @@ def test_an_unknown_class_is_refused(method):
 
 
 def test_a_latent_format_from_upstream_scales_the_latents():
-    """Playground's node brings one: mean and deviation by channel."""
+    """Playground's node brings one: mean and deviation per channel."""
     import comfy.latent_formats
 
     node, inputs = "ModelSamplingContinuousEDM", {"sampling": "edm_playground_v2.5", **EDM}
@@ -272,7 +272,7 @@ def test_latents_are_scaled_once_by_the_model(name):
 
 
 def random_lora(model, seed=7):
-    """A LoRA file's tensors on every attention layer of a MODEL."""
+    """Return a LoRA file's tensors on every attention layer of a MODEL."""
     with models.in_training(model, "SD1", spread=0.2, seed=seed) as training:
         return training.plan.export(training.plan.trainables, 0).adapter
 
@@ -316,7 +316,7 @@ def test_the_fingerprint_tells_bases_apart():
 
 
 def test_the_fingerprint_does_not_depend_on_what_is_loaded():
-    """The same MODEL, before and while the host holds it loaded with its patches applied to the weights."""
+    """For the same MODEL, before the host loads it and while its patches are in the weights."""
     from graft_pack.nodes.host.model.fingerprint import patcher_digest
 
     base = base_of("SD1")
@@ -332,7 +332,7 @@ def test_the_fingerprint_does_not_depend_on_what_is_loaded():
 
 
 def test_the_fingerprint_sees_through_a_clone_that_is_loaded():
-    """A sampling node swaps an object on the model that all clones share, as long as its clone is loaded."""
+    """A sampling node replaces an object on the model that all clones share while its clone is loaded."""
     from graft_pack.nodes.host.model.fingerprint import patcher_digest
 
     base = base_of("SD1")
@@ -344,7 +344,7 @@ def test_the_fingerprint_sees_through_a_clone_that_is_loaded():
 
 
 def scaling(factor):
-    """A patch as nodes make them: a function that keeps its widgets' values."""
+    """Return a patch as nodes make them: a function that keeps its widgets' values."""
     return lambda h, options: h * factor
 
 

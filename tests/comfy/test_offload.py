@@ -1,4 +1,4 @@
-"""Models whose blocks are away: the same bits, two blocks at once at most, previews, what waits on the MODEL."""
+"""Tests of models with offloaded blocks: same bits, at most two blocks loaded, previews, and pending MODEL patches."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -22,12 +22,12 @@ ON = {"offload": "on"}
 
 
 class Stopped(Exception):
-    """What a test interrupts a run with."""
+    """The exception that interrupts a run in a test."""
 
 
 @pytest.fixture
 def far(monkeypatch):
-    """Weights of blocks go to a device that only a copy reaches; the list of its carriers."""
+    """Offload block weights to a device that only a copy reaches; return the list of its transfers."""
     found = []
 
     def carry(weights, folder):
@@ -40,12 +40,12 @@ def far(monkeypatch):
 
 @pytest.fixture
 def one_by_one(monkeypatch):
-    """Nothing comes ahead of its time."""
+    """Disable prefetch."""
     monkeypatch.setattr(offload.BlockPrefetcher, "_start", lambda self, number: None)
 
 
 def gradients(training, folder, count=2):
-    """Of so many steps, with the blocks away where the plan says so."""
+    """Return the gradients of so many steps, with the blocks offloaded if the plan says so."""
     if training.plan.recipe.offload == "on":
         assert offload_blocks(training.plan, SimpleNamespace(folder=str(folder)), training.host)
         assert offload.is_on_other_device(training.denoiser.module)
@@ -53,13 +53,13 @@ def gradients(training, folder, count=2):
 
 
 def same(steps, other):
-    """Whether gradients are the same to the bit, and some not zero."""
+    """Report whether gradients are bit-identical and at least one is not zero."""
     assert any(one.any() for one in steps[0])
     return all(torch.equal(a, b) for one, two in zip(steps, other, strict=True) for a, b in zip(one, two, strict=True))
 
 
 def sizes_of(training):
-    """Bytes of what each block has away, the largest first."""
+    """Return the offloaded bytes per block, largest first."""
     blocks = autograd.blocks_of(training.denoiser.module)
     rows = [[one.nbytes for one in block.parameters() if hasattr(one, "graft_offloaded")] for block in blocks]
     return sorted((sum(row) for row in rows), reverse=True)
@@ -67,7 +67,7 @@ def sizes_of(training):
 
 @pytest.fixture(scope="module")
 def near(comfy):
-    """Gradients with everything in place, plain and checkpointed, once for each family."""
+    """Return a function of gradients with everything in place, plain and checkpointed, computed once per family."""
     found = {}
 
     def of(name, checkpointing=False):
@@ -89,7 +89,7 @@ def test_bits_are_the_same_with_weights_in_a_file(name, checkpointing, near, tmp
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_attention_is_kept_where_that_is_wanted(checkpointing, near, tmp_path):
-    """By blocks that offloading checkpoints too."""
+    """Also in blocks that offloading checkpoints."""
     fields = {**ON, "recompute": ALL_BUT_ATTENTION}
     with models.in_training(models.patcher("SD1"), "SD1", checkpointing, 0.1, **fields) as training:
         assert same(gradients(training, tmp_path), near("SD1", True))
@@ -101,7 +101,7 @@ def test_attention_is_kept_where_that_is_wanted(checkpointing, near, tmp_path):
 @pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_bits_are_the_same_with_copies_and_two_blocks_are_there_at_most(name, ahead, near, far, request, tmp_path):
-    """What computed with a weight that is away would find no number."""
+    """A layer that computes with an offloaded weight would read no valid numbers."""
     if not ahead:
         request.getfixturevalue("one_by_one")
     with models.in_training(models.patcher(name), name, False, 0.1, **ON) as training:
@@ -110,7 +110,7 @@ def test_bits_are_the_same_with_copies_and_two_blocks_are_there_at_most(name, ah
         sizes = sizes_of(training)
         assert device.peak <= sum(sizes[:2])
         assert ahead or device.peak <= sizes[0]
-        # Once for each forward, and once for its recomputation where a gradient goes through.
+        # Once for each forward, and once more for its recomputation if a gradient goes through.
         assert 2 * (len(sizes) - 1) <= device.loads <= 2 * 2 * len(sizes)
 
 
@@ -125,7 +125,7 @@ def test_no_adapter_computes_with_what_is_away(kind, far, tmp_path):
 
 
 def test_text_encoder_and_network_share_the_room(far, tmp_path):
-    """Two blocks' in all, whichever tree they are of."""
+    """Two blocks in all, from either tree."""
     found = []
     for more in ({}, ON):
         with models.with_text("SD1", spread=0.1, batch_size=2, **more) as training:
@@ -138,7 +138,7 @@ def test_text_encoder_and_network_share_the_room(far, tmp_path):
 
 
 def test_a_preview_in_between_costs_nothing_but_waiting(far, near, tmp_path):
-    """Blocks then come in another order, without gradients and in the host's inference mode."""
+    """Blocks then come in another order, without gradients, and in the host's inference mode."""
     with models.in_training(models.patcher("SD1"), "SD1", False, 0.1, **ON) as training:
         gradients(training, tmp_path, 1)
         x, one = training.plan.train[0].show(0).latent, training.plan.train[0].show(0).conditioning
@@ -149,7 +149,7 @@ def test_a_preview_in_between_costs_nothing_but_waiting(far, near, tmp_path):
 
 
 def test_what_waits_on_the_model_counts(tmp_path):
-    """An upstream LoRA is part of the frozen base, wherever its weights are; the graph's MODEL stays as it was."""
+    """An upstream LoRA is part of the frozen base, wherever its weights are; the graph's MODEL stays unchanged."""
     found = []
     for more in ({}, ON):
         model = models.patcher("SD1")
@@ -169,7 +169,7 @@ def test_what_waits_on_the_model_counts(tmp_path):
 
 
 def test_the_host_is_not_asked_to_load_the_model(monkeypatch, tmp_path):
-    """Nor is it on its list of loaded ones, from which it would be put on the device."""
+    """The model is also not on the host's list of loaded models, from which the host would move it to the device."""
     import comfy.model_management
 
     asked = []
@@ -183,7 +183,7 @@ def test_the_host_is_not_asked_to_load_the_model(monkeypatch, tmp_path):
 
 
 def test_what_the_host_keeps_off_the_device_is_trained_with_offload_alone(monkeypatch):
-    """As it does when it is started with --novram."""
+    """The host does this when it starts with --novram."""
     from graft_pack.nodes.host.model import denoiser as nodes_model
     from graft_pack.trainers.errors import ModelError
 
@@ -216,7 +216,7 @@ def test_killed_and_resumed_with_and_without_it_has_the_same_bits(kind, tmp_path
 
 @pytest.mark.parametrize("place", ["a file", "far"])
 def test_pictures_are_drawn_with_what_is_away(place, tiny_base, comfy, tmp_path, monkeypatch, request):
-    """By the host's own sampler, which moves nothing for it; the same pictures and adapter as without."""
+    """The host's own sampler draws them and moves nothing; pictures and adapter equal those without offload."""
     from graft_pack.nodes.host.actions.train import TrainInputs, train
     from graft_pack.nodes.host.model.denoiser import ComfyDenoiser
     from graft_pack.trainers.engine.resolve import Options
@@ -249,7 +249,7 @@ def test_pictures_are_drawn_with_what_is_away(place, tiny_base, comfy, tmp_path,
 
 
 def test_losses_that_are_measured_are_the_same(tmp_path):
-    """Validation, and the class that is preserved beside it, by blocks that come from away."""
+    """Validation and prior preservation, with offloaded blocks."""
     found = []
     for more in ({}, ON):
         with models.in_training(models.patcher("SD1"), "SD1", **more) as training:

@@ -1,4 +1,4 @@
-"""Memory that runs out is a rung of a ladder: the step is repeated, and the weights end as if there had been enough."""
+"""Tests of the out-of-memory fallbacks: the step repeats, and the weights equal those of a run with enough memory."""
 
 import json
 from dataclasses import replace
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("comfy")
 
 STEPS = 4
 RUNGS = ("free", "checkpointing", "micro_batch", "offload")
-# Of what is said of each rung.
+# A part of the message for each fallback.
 SAID = {
     "free": "caches were taken off",
     "checkpointing": "checkpointing is on",
@@ -29,17 +29,17 @@ SAID = {
 
 
 def lora(name, **fields):
-    """A LoRA on a model of that name."""
+    """Return a LoRA training on a model of that name."""
     return models.in_training(models.patcher(name), name, examples=4, **fields)
 
 
 def with_text(**fields):
-    """A LoRA on the network and its text encoder."""
+    """Return a LoRA training on the network and its text encoder."""
     return models.with_text("SD1", **{"batch_size": 2, **fields})
 
 
 def word(**fields):
-    """A word alone."""
+    """Return a training of an embedding alone."""
     return models.learning_word("SD1", **{"batch_size": 2, **fields})
 
 
@@ -54,10 +54,10 @@ KINDS = {
 
 
 class Device:
-    """Memory for so much and no more: what does not fit raises what torch raises.
+    """A device with limited memory that raises torch's own error for anything larger.
 
     Args:
-        rung: that is needed before it fits; None for enough of it.
+        rung: the fallback that makes the step fit; None for enough memory.
         place: "forward", "backward", or "later" for a forward after a backward of the same step.
     """
 
@@ -88,7 +88,7 @@ class Device:
         return found
 
     def fits(self, x_t):
-        """Whether a forward with this has room."""
+        """Report whether a forward with this input fits into memory."""
         if self._rung is None:
             return True
         blocks = autograd.blocks_of(self._training.denoiser.module)
@@ -110,12 +110,12 @@ class Device:
 
 
 def reporting(training, report):
-    """The training, with what is told of it."""
+    """Return the training with another report function."""
     return replace(training, host=replace(training.host, report=report))
 
 
 def trained(kind, folder, rung, place="forward", **fields):
-    """(final values, events told, events kept) of a training with memory for a rung."""
+    """Return (final values, sent events, logged events) of a training whose memory needs a fallback."""
     told = []
     with KINDS[kind]() as training:
         training = reporting(training, lambda event, payload: told.append((event, payload)))
@@ -129,7 +129,7 @@ def trained(kind, folder, rung, place="forward", **fields):
 
 @pytest.fixture(scope="module")
 def enough(tmp_path_factory):
-    """The final values where there is memory enough, once for each kind."""
+    """Return a function of the final values with enough memory, computed once per kind."""
     found = {}
 
     def of(kind):
@@ -143,7 +143,7 @@ def enough(tmp_path_factory):
 @pytest.mark.parametrize("rung, place", zip(RUNGS, ("backward", "forward", "backward", "forward"), strict=True))
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_rung_ends_with_the_same_weights(kind, rung, place, enough, tmp_path):
-    """At the same effective batch, to 1e-5; each rung that was climbed is said, in order and once."""
+    """At the same effective batch, to 1e-5; each fallback is reported once, in order."""
     values, told, kept = trained(kind, tmp_path, rung, place)
     assert models.distance(values, enough(kind)) <= 1e-5
     done = [payload["done"] for event, payload in told if event == "memory"]
@@ -171,14 +171,14 @@ def test_attention_that_is_kept_is_given_up_before_anything_else(checkpointing, 
 
 @pytest.mark.parametrize("rung", ["free", "checkpointing", "offload"])
 def test_gradients_of_a_step_that_failed_are_not_kept(rung, enough, tmp_path):
-    """Where it failed half way, with the gradients of some of its pictures there."""
+    """The step fails half way, after some of its pictures have added their gradients."""
     values, told, _ = trained("Flux in small parts", tmp_path, rung, "later")
     assert models.distance(values, enough("Flux in small parts")) <= 1e-5
 
 
 @pytest.mark.parametrize("kind", ["SD1", "Flux in small parts"])
 def test_short_again_later_it_climbs_on(kind, enough, tmp_path):
-    """A rung that was enough at first need not be for a larger bucket, or beside another program."""
+    """A fallback that sufficed at first may not suffice for a larger bucket, or beside another program."""
     told = []
     with KINDS[kind]() as training:
         training = reporting(training, lambda event, payload: told.append((event, payload)))
@@ -202,7 +202,7 @@ def test_short_again_later_it_climbs_on(kind, enough, tmp_path):
 
 
 def test_nothing_left_says_what_fits_and_keeps_what_there_is(tmp_path, enough):
-    """The step before is saved; with memory again it goes on to the same bits."""
+    """The step before is saved; with memory again the run resumes to the same bits."""
     with KINDS["SD1"]() as training:
         device = Device(training, None)
         device.fits = lambda x_t: step["reached"] < 2 or x_t.shape[-1] <= models.SIZES["SD1"].latent[-1] // 2
@@ -235,7 +235,7 @@ def test_nothing_left_says_what_fits_and_keeps_what_there_is(tmp_path, enough):
     ],
 )
 def test_with_weights_in_shares_the_error_names_what_takes_less(checkpointing, recompute, cure):
-    """There nothing is tried within a step."""
+    """With shards, no fallback runs within a step."""
     with lora("SD1", checkpointing=checkpointing, recompute=recompute) as training:
         host = replace(training.host, group=SimpleNamespace(sharded=True, paired=True))
         with pytest.raises(OutOfMemory, match="start more processes") as error:
@@ -250,7 +250,7 @@ def short(plan):
 
 @pytest.mark.parametrize("place", ["forward", "backward"])
 def test_all_weights_that_move_within_the_backward(place, tmp_path):
-    """Before anything moved the step is repeated; a batch is not split, which would take more memory, not less."""
+    """Before any update the step is repeated; a batch is not split, because that takes more memory, not less."""
     fields = {"method": "all weights", "rank": 0, "max_grad_norm": 0.0, "batch_size": 2}
     found = []
     for rung in (None, "checkpointing"):
@@ -268,7 +268,7 @@ def test_all_weights_that_move_within_the_backward(place, tmp_path):
 
 
 def test_weights_that_have_moved_are_not_moved_twice(tmp_path):
-    """Memory that runs out in the midst of such a backward ends the run, and the last save stands."""
+    """Memory that runs out in the middle of such a backward ends the run, and the last save stands."""
     fields = {"method": "all weights", "rank": 0, "max_grad_norm": 0.0, "batch_size": 2}
     with models.in_training(models.patcher("SD1"), "SD1", **fields) as training:
         moved = []
@@ -286,7 +286,7 @@ def test_weights_that_have_moved_are_not_moved_twice(tmp_path):
 
 
 def test_offload_from_the_start_changes_no_bit(tmp_path, enough):
-    """Weights in a file are the same numbers; what recomputing them gives is another matter, so checkpointing is on."""
+    """Weights in a file have the same values. Recomputation may round differently, so checkpointing is on in both."""
     found = []
     for offload in ("auto", "on"):
         with lora("SD1", batch_size=4, checkpointing="on") as training:
@@ -299,7 +299,7 @@ def test_offload_from_the_start_changes_no_bit(tmp_path, enough):
 
 
 def test_previews_that_do_not_fit_are_left_out(tmp_path):
-    """Once with all else off the device, and then without: a picture is not worth the run."""
+    """The preview is tried once with everything else offloaded, then skipped: a picture is not worth the run."""
     told = []
     with KINDS["SD1"]() as training:
         training = reporting(training, lambda event, payload: told.append(event))

@@ -1,4 +1,4 @@
-"""Loss, gradients and conditioning against diffusers and against the host itself, on the same weights."""
+"""Tests of loss, gradients and conditioning against diffusers and against the host itself, on the same weights."""
 
 import pytest
 import torch
@@ -14,14 +14,14 @@ LARGE = {"steps": 5, "learning_rate": 1e-2, "batch_size": 2, "max_grad_norm": 0.
 
 
 def model_of(prediction_type):
-    """A tiny SD1 MODEL, with core's node upstream where it is a v-prediction one."""
+    """Return a tiny SD1 MODEL, with core's node upstream for v-prediction."""
     from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
 
     return ModelSamplingDiscrete().patch(models.patcher("SD1"), KINDS[prediction_type], False)[0]
 
 
 def by_adapter_name(training_or_denoiser, tensors):
-    """Tensors of the trainables by the layer's name in the adapter file and by factor."""
+    """Return the trainable tensors by the layer's name in the adapter file and by factor."""
     named = {}
     for name, tensor in tensors.items():
         path, factor = name.split(".lora_")
@@ -30,7 +30,7 @@ def by_adapter_name(training_or_denoiser, tensors):
 
 
 def adapt(unet, recipe, values):
-    """peft's LoRA on a diffusers UNet, with given values; its trainables by adapter name."""
+    """Put peft's LoRA with given values on a diffusers UNet; return its trainable parameters by adapter name."""
     from graft_pack.trainers.families import family_of
     from graft_pack.trainers.methods import METHODS
 
@@ -48,7 +48,7 @@ def adapt(unet, recipe, values):
 
 
 def reference(unet, scheduler, x0, noise, t, context):
-    """The loss of each example as diffusers' own training scripts put it together."""
+    """Return the loss of each sample as diffusers' own training scripts compute it."""
     output = unet(scheduler.add_noise(x0, noise, t), t, context).sample
     target = noise
     if scheduler.config.prediction_type == "v_prediction":
@@ -57,7 +57,7 @@ def reference(unet, scheduler, x0, noise, t, context):
 
 
 def min_snr(scheduler, t, gamma):
-    """The weights that diffusers' training scripts multiply each example's loss by."""
+    """Return the weights by which diffusers' training scripts multiply each sample's loss."""
     from diffusers.training_utils import compute_snr
 
     snr = compute_snr(scheduler, t)
@@ -99,7 +99,7 @@ def test_loss_and_gradients_are_those_of_diffusers(prediction_type, gamma):
 
 @pytest.mark.parametrize("family", ["SDXL", "SD3", "Flux"])
 def test_other_families_too_have_diffusers_loss_and_the_gradient_of_every_weight(family):
-    """diffusers' networks with the same weights, its own scripts' targets; each weight's gradient in diffusers' cut."""
+    """diffusers' networks with the same weights, its own scripts' targets; gradients compared in diffusers' layout."""
     from tests.support.published import PUBLISHED, picked
 
     published = PUBLISHED[family]
@@ -134,7 +134,7 @@ def test_other_families_too_have_diffusers_loss_and_the_gradient_of_every_weight
 
 
 def test_a_training_takes_the_same_way_on_both_hosts(tmp_path):
-    """The whole loop, over ComfyUI and over diffusers: the same losses, the same adapter."""
+    """The whole loop over ComfyUI and over diffusers: the same losses and the same adapter."""
     from graft_pack.trainers.families import family_of
     from graft_pack.trainers.methods import METHODS
     from graft_pack.trainers.protocols import Host
@@ -166,7 +166,7 @@ def test_a_training_takes_the_same_way_on_both_hosts(tmp_path):
 
 @pytest.fixture(scope="module")
 def clip(comfy, tiny_base):
-    """The tiny base's text encoder as CheckpointLoaderSimple hands it on."""
+    """Return the tiny base's text encoder as CheckpointLoaderSimple gives it."""
     import comfy.sd
 
     with torch.inference_mode():
@@ -192,7 +192,7 @@ def test_captions_condition_as_the_hosts_own_node(caption, clip):
 
 
 def test_parentheses_in_a_caption_are_letters(clip):
-    """As the host's node takes them when they are escaped, and not as weights."""
+    """The host's node reads escaped ones this way, and unescaped ones as weights."""
     from graft_pack.nodes.host.model.text_encoder import ComfyText
 
     from nodes import CLIPTextEncode

@@ -1,4 +1,4 @@
-"""Adapters on the host's mixed-precision Linear: its weights are kept in eight bits and trained through as numbers."""
+"""Tests of adapters on the host's mixed-precision Linear, which stores 8-bit weights and passes gradients through."""
 
 import json
 
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.usefixtures("comfy")
 
 
 def quantized(name):
-    """(MODEL with Linears in fp8, MODEL of the numbers they stand for), as the host loads such files."""
+    """Return (MODEL with fp8 Linears, MODEL of the values that they stand for), as the host loads such files."""
     import comfy.ops
 
     if not hasattr(comfy.ops, "mixed_precision_ops"):

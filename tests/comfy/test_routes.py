@@ -1,4 +1,4 @@
-"""Who may ask something of a training, and routes on hosts with and without a server."""
+"""Tests of access to a training over HTTP, and of routes on hosts with and without a server."""
 
 import sys
 from types import SimpleNamespace
@@ -42,7 +42,7 @@ def test_only_pages_of_the_server_and_programs(routes, headers, allowed):
 
 
 def browser(host, scheme="http", site=None):
-    """The headers of a page's POST to the address it was loaded from."""
+    """Return the headers of a page's POST to the address it was loaded from."""
     return {"Host": host, "Origin": f"{scheme}://{host}", **({"Sec-Fetch-Site": site} if site else {})}
 
 
@@ -90,11 +90,11 @@ def test_pages_of_rebound_names_may_not(routes, own_names, host, site):
 
 
 def test_a_proxy_with_tls_may_pass_pages_on(routes, own_names):
-    """With the page's name in Host, as most do, or with the server's own."""
+    """The proxy puts the page's name into Host, as most do, or the server's own."""
     assert routes.is_same_origin(browser("comfy.example.org", "https", "same-origin"))
     assert routes.is_same_origin({**browser("comfy.example.org", "https", "same-origin"), "Host": "127.0.0.1:8188"})
     assert not routes.is_same_origin(browser("comfy.example.org", "https", "cross-site"))
-    # Browsers that have TLS tell the site; what tells none has not been through a proxy with TLS.
+    # Browsers send Sec-Fetch-Site over TLS, so a request without it has not passed a proxy with TLS.
     assert not routes.is_same_origin(browser("comfy.example.org", "https"))
 
 
@@ -117,7 +117,7 @@ def test_the_routes_are_added_once(routes, monkeypatch):
     count = len(list(server.routes))
     routes.register()
     assert count == len(list(server.routes)) >= 5
-    # aiohttp takes them: none hides another.
+    # aiohttp accepts all routes: none shadows another.
     web.Application().add_routes(server.routes)
 
 

@@ -1,4 +1,4 @@
-"""The guard against loss spikes: a step that is far off is left out, whatever is trained, and a resumed run agrees."""
+"""Tests of the loss-spike guard: it skips an outlier step for every kind of training, and a resumed run agrees."""
 
 import json
 from dataclasses import replace
@@ -12,7 +12,7 @@ from tests.support import models
 
 pytestmark = pytest.mark.usefixtures("comfy")
 
-# One picture's loss is a thousand times its own in this step.
+# In this step one picture's loss is a thousand times its usual value.
 SPIKE = 23
 STEPS = 24
 KINDS = {
@@ -23,7 +23,7 @@ KINDS = {
 
 
 def trained(kind, folder, factor, resume=False, steps=STEPS, **options):
-    """The run, after a training of which one step spikes."""
+    """Return the run of a training with one loss spike."""
     fields = {"batch_size": 2, "learning_rate": 1e-4, **KINDS[kind], **options}
     with models.in_training(models.patcher("SD1"), "SD1", **fields) as training:
         first, second = training.plan.train
@@ -66,7 +66,7 @@ def test_without_the_guard_it_does(tmp_path):
 
 
 def test_a_resumed_run_leaves_out_the_same_steps(tmp_path):
-    """What is usual is told by the losses before, which are part of the state."""
+    """Spike detection depends on earlier losses, which are part of the saved state."""
     whole = trained("LoRA", tmp_path / "whole", 10.0)
     trained("LoRA", tmp_path / "parts", 10.0, steps=SPIKE - 2)
     parts = trained("LoRA", tmp_path / "parts", 10.0, resume=True)
@@ -76,7 +76,7 @@ def test_a_resumed_run_leaves_out_the_same_steps(tmp_path):
 
 @pytest.mark.parametrize("written_by", ["this version", "an earlier version"])
 def test_the_moving_average_resumes_to_the_bit_after_a_spike(written_by, tmp_path, monkeypatch):
-    """A step that is left out is no update of the average, whose decay depends on their number."""
+    """A skipped step does not update the average, whose decay depends on the number of updates."""
     fields = {"ema_decay": 0.99}
     whole = trained("LoRA", tmp_path / "whole", 10.0, **fields)
     before = trained("LoRA", tmp_path / "parts", 10.0, steps=SPIKE, **fields)

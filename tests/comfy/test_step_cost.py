@@ -1,6 +1,6 @@
-"""What a training step costs over the bare model, counted and in ratios: a busy machine changes none of them.
+"""Cost of a training step over the bare model, counted and as ratios, so that a busy machine changes nothing.
 
-`make bench` has the seconds, and the peers.
+`make bench` measures seconds, and other trainers.
 """
 
 from dataclasses import replace
@@ -16,7 +16,7 @@ from tests.support import counting, models
 
 pytestmark = pytest.mark.usefixtures("comfy")
 
-# A narrow adapter, whose own products are next to nothing beside the model's.
+# A narrow adapter, whose own products cost almost nothing beside the model's.
 RANK = 1
 MODELS = ["SD1", "Flux as in diffusers"]
 
@@ -27,7 +27,7 @@ def narrow(monkeypatch):
 
 
 def counted(case, name, counter, at=3):
-    """A contestant's step under a counter; at the third all that the optimiser keeps is there."""
+    """Run a contestant's step under a counter; at the third step all optimizer state exists."""
     steps = 0
 
     class Done(Exception):
@@ -54,7 +54,7 @@ def work(case, name):
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
 @pytest.mark.parametrize("model", MODELS)
 def test_nothing_is_computed_that_the_bare_model_does_not_need(model, checkpointing, narrow):
-    """Gradients for the frozen weights of the adapted layers alone would be more than this."""
+    """Gradients for the frozen weights of the adapted layers alone would exceed this bound."""
     case = Case(model, 2, checkpointing)
     bare = work(case, "limit")
     assert work(case, "attention") <= 1.01 * bare
@@ -65,18 +65,18 @@ def test_nothing_is_computed_that_the_bare_model_does_not_need(model, checkpoint
 
 @pytest.mark.parametrize("model", MODELS)
 def test_memory_is_the_bare_models_and_the_adapters(model, narrow, monkeypatch):
-    """Bytes of all tensors that live at once, with 5 % for what the gradient of an A needs: its layer's input."""
+    """Peak bytes of live tensors, with 5 % for the input of each layer, which the gradient of its A needs."""
     case = Case(model, 2)
     patcher = case.patcher()
     monkeypatch.setattr(Case, "patcher", lambda self: patcher)
-    # All that the MODEL holds, also where a bare forward does not look at it, such as its table of noise levels.
+    # Everything that the MODEL holds, also what a bare forward does not read, such as its table of noise levels.
     held = [*patcher.model.parameters(), *patcher.model.buffers()]
     bare = counted(case, "limit", counting.Counter(held))
     step = counted(case, "attention", counting.Counter(held))
     with models.in_training(patcher, model, rank=RANK, alpha=1.0) as training:
         # Values, gradients and AdamW's two moments.
         adapters = 4 * sum(one.nbytes for one in training.plan.trainables.values())
-        # The next batch, which a thread fetches meanwhile: it lies in the CPU's memory whatever the device is.
+        # The next batch, which a thread fetches during the step; it stays in CPU memory on any device.
         _, batch = next(training.plan.batches(0))
         shown = training.plan.samples(batch)
         coming = sum(one.latent.nbytes + sum(x.nbytes for x in one.conditioning.tensors.values()) for one in shown)
@@ -87,7 +87,7 @@ def test_memory_is_the_bare_models_and_the_adapters(model, narrow, monkeypatch):
 
 
 def test_a_step_of_many_pictures_has_no_more_operations_than_one():
-    """What grows with a batch is the tensors, not their number."""
+    """A larger batch makes tensors larger and adds no operations."""
     few, many = (counted(Case("SD1", batch), "attention", counting.Counter()).operations for batch in (1, 4))
     assert many <= 1.1 * few
 
@@ -98,7 +98,7 @@ def test_a_late_step_has_the_operations_of_an_early_one():
 
 
 class Products(TorchDispatchMode):
-    """Notes the shapes that matrix products make within its block."""
+    """Recorder of the shapes of matrix products within its block."""
 
     def __init__(self):
         super().__init__()
@@ -124,7 +124,7 @@ def test_no_product_of_an_adapter_is_made_the_slow_way_round(model, monkeypatch)
 
 
 def test_a_block_that_ends_with_an_adapted_convolution_is_not_computed_again_to_its_end(narrow):
-    """Its frozen convolution is all of it that no gradient asks for; a narrow adapter adds little."""
+    """No gradient needs its frozen convolution's output, so recomputation skips it; a narrow adapter adds little."""
     again = []
     for name in ("attention", "linear + conv"):
         plain, checkpointed = (work(Case("SD1", 2, on), name) for on in (False, True))

@@ -1,4 +1,4 @@
-"""Switched off, what is trained leaves the host's own model to the bit: the target of differential preservation."""
+"""Tests that a disabled adapter leaves the host's own model bit-identical, the target of differential preservation."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ pytestmark = pytest.mark.usefixtures("comfy")
 
 
 def drawn(name):
-    """A noised latent and a conditioning."""
+    """Return a noised latent and a conditioning."""
     source = torch.Generator().manual_seed(2)
     return torch.randn(1, *models.SIZES[name].latent, generator=source), models.conditioning(name, 4)
 
@@ -36,7 +36,7 @@ def test_the_frozen_base_is_the_graphs_own_model(name, checkpointing):
 
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_every_type_can_be_switched_off(kind):
-    """Also those whose layers have a forward of their own."""
+    """Also types whose layers have their own forward."""
     x, one = drawn("SD1")
     sigma = torch.tensor([0.6])
     with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""Adapters on the host's own text encoders, beside those on the network: gradients, files, ranks and rates."""
+"""Tests of adapters on the host's text encoders, beside those on the network: gradients, files, ranks and rates."""
 
 import pytest
 import torch
@@ -16,32 +16,32 @@ CAPTION = "a photo of a red dog, on a beach"
 
 
 def of_text(trainables):
-    """Those of the text encoders."""
+    """Return the trainable parameters of the text encoders."""
     return {name: value for name, value in trainables.items() if name.startswith("text/")}
 
 
 def encoded(clip, caption=CAPTION):
-    """What the host's encoder gives for a literal caption, as one vector each."""
+    """Return the outputs of the host's encoder for a literal caption, each as one vector."""
     from graft_pack.nodes.host.model.text_encoder import ComfyText
 
     return ComfyText(clip).encode(caption)
 
 
 def assert_applied(found, trained, base):
-    """DESIGN's bar: off by at most a thousandth of the effect."""
+    """Check DESIGN's bar: the error is at most a thousandth of the effect."""
     for name, value in trained.items():
         if models.distance(value, base[name]) > 0:
             assert float((found[name] - value).norm() / (value - base[name]).norm()) <= 1e-3, name
 
 
 def in_float64(name):
-    """Network and text encoders of a family, in float64."""
+    """Return the network and text encoders of a family, in float64."""
     return models.patcher(name, torch.float64), models.text(name, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("name", models.TEXT)
 def test_gradients_are_exact(name):
-    """Each encoder's own, through encoder and network, with and without checkpointing."""
+    """Each encoder's own gradients, through encoder and network, with and without checkpointing."""
     found = []
     model, clip = in_float64(name)
     for checkpointing in (False, True):
@@ -62,7 +62,7 @@ def test_gradients_are_exact(name):
 
 @pytest.mark.parametrize("name", models.TEXT)
 def test_captions_that_are_encoded_at_once_get_what_is_their_own(name):
-    """Captions of one and of more than one chunk, by an adapter that does nothing yet."""
+    """Captions of one and of several chunks, with an adapter that has no effect yet."""
     long = ", ".join(["a photo of a red dog on a beach"] * 12)
     captions = ["a red dog", "blue sky", long, "a red dog"]
     with models.with_text(name) as training:
@@ -86,13 +86,13 @@ def test_without_the_cure_it_raises(monkeypatch):
             training.gradients()
 
 
-# One family for every type, every family for the types that differ in their names.
+# SD1 for every type; every family for the types with different key names.
 PAIRS = [(kind, name) for kind in ADAPTERS for name in models.TEXT if name == "SD1" or kind in ("LoRA", "DoRA", "LoKr")]
 
 
 @pytest.mark.parametrize("kind, name", PAIRS)
 def test_what_the_host_loads_from_the_file_is_what_was_trained(kind, name, comfy, tmp_path):
-    """By core's own loader; the graph's encoder stays as it was, and switched off is the base to the bit."""
+    """Loaded by core's own loader; the graph's encoder stays unchanged, the disabled adapter gives the base's bits."""
     import nodes
 
     model, clip = models.patcher(name), models.text(name)
@@ -179,7 +179,7 @@ def test_ranks_rates_and_scale_of_its_own():
     ids=str,
 )
 def test_targets_choose_layers_of_the_encoder_too(fields, expected):
-    """Patterns that name none of its layers are about the network."""
+    """Patterns that match none of its layers apply to the network only."""
     with models.with_text("SD1", **fields) as training:
         found = {name.split(".lora_")[0].rpartition(".")[2] for name in of_text(training.plan.trainables)}
     assert sorted(found) == expected
@@ -194,7 +194,7 @@ def test_a_pattern_may_be_about_the_encoder_alone_and_is_refused_when_it_is_abou
 
 
 def as_published(clip, key):
-    """A host's encoder as transformers publishes it, with the same weights."""
+    """Return a host's encoder in transformers' form, with the same weights."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
     inner = getattr(clip.cond_stage_model, key).transformer
@@ -270,12 +270,12 @@ def test_both_formats_come_back_in_the_hosts_names(name, format, tmp_path):
 
 
 def test_types_without_text_layers_do_not_exist():
-    """All types are offered on Linears, which is all that an encoder has."""
+    """Every type supports Linears, and an encoder has only those."""
     assert all(LINEAR in kind.kinds for kind in ADAPTERS.values())
 
 
 class Stopped(Exception):
-    """What a test interrupts a run with."""
+    """The exception that interrupts a run in a test."""
 
 
 def stop_at_two(event, payload):
@@ -296,7 +296,7 @@ RUN = {
 
 
 def run_session(folder, report=None, dataset=None, **fields):
-    """A whole training over diffusers with an encoder of one layer."""
+    """Run a whole training over diffusers with an encoder of one layer."""
     host = diffusers_host.make_host(report, diffusers_host.LayeredEncoder())
     dataset = dataset or diffusers_host.make_dataset(2)
     return diffusers_host.run_session(folder, host=host, dataset=dataset, **{**RUN, **fields})
@@ -304,7 +304,7 @@ def run_session(folder, report=None, dataset=None, **fields):
 
 @pytest.mark.parametrize("kind", ["LoRA", "PiSSA", "DoRA"])
 def test_a_resumed_run_ends_with_the_same_bits(kind, tmp_path):
-    """And a finished one hands on the same."""
+    """A finished run returns the same adapter again."""
     fields = {"method": kind, "dropout": 0.3}
     straight = run_session(tmp_path / "straight", **fields)
     with pytest.raises(Stopped):
@@ -321,7 +321,7 @@ def test_a_resumed_run_ends_with_the_same_bits(kind, tmp_path):
 
 
 def test_nothing_is_dropped_outside_of_a_step():
-    """Checks of the gradient, previews and validation see the whole adapter, before the first step too."""
+    """Gradient checks, previews and validation see the whole adapter, also before the first step."""
     with models.with_text("SD1", spread=0.1, dropout=0.5) as training, torch.no_grad():
         first = float(training.losses())
         assert float(training.losses()) == first
@@ -330,7 +330,7 @@ def test_nothing_is_dropped_outside_of_a_step():
 
 
 def test_dropout_reaches_the_encoder(tmp_path):
-    """Its own layer alone is trained at a rate that moves anything."""
+    """Only the encoder's own layer trains at a rate that changes anything."""
     still = {"learning_rate": 1e-12, "dropout": 0.5}
     one = run_session(tmp_path / "one", **still)
     other = run_session(tmp_path / "other", learning_rate=1e-12)
@@ -360,9 +360,9 @@ def test_training_goes_on_from_a_file(format, tmp_path):
 
 
 def test_the_class_is_held_to_what_the_frozen_encoder_said(tmp_path):
-    """A weight so large that nothing else counts: the encoder trained alone may then not move away from the base.
+    """With a dominating prior weight, the encoder trained alone must not move away from the base.
 
-    Were the target asked of the trained encoder, drift would cost nothing.
+    If the trained encoder computed the target, drift would cost nothing.
     """
     from graft_pack.trainers.data import prior
 
@@ -387,7 +387,7 @@ def test_a_word_and_an_encoder_are_trained_together(tmp_path):
 
 @pytest.mark.parametrize("name", ["SD1", "SDXL with text"])
 def test_all_weights_of_the_encoders_are_trained_exactly_and_applied_as_trained(name, tmp_path, comfy):
-    """The layers of each CLIP; their difference lies beside the model's, in one file that core's loader reads."""
+    """The layers of each CLIP; their difference is in the same file as the model's, and core's loader reads it."""
     import nodes
 
     model, clip = models.patcher(name), models.text(name)

@@ -1,4 +1,4 @@
-"""Two servers on one output folder, as two computers on a network drive or two windows of one user."""
+"""Tests of two servers on one output folder, as with two computers on a network drive or two windows of one user."""
 
 import shutil
 import urllib.error
@@ -14,7 +14,7 @@ LONG = 100_000
 
 @pytest.fixture
 def pair(make_server):
-    """Two servers that read the same input folder and write to the same output folder."""
+    """Create two servers that read the same input folder and write to the same output folder."""
     first = make_server("first")
     output, folder = first.path("output"), first.path("input", "toys")
     shutil.copytree(world.CONCEPT_FOLDER / "toy", folder)
@@ -25,7 +25,7 @@ def pair(make_server):
 
 
 def begin(server, graph, steps=2):
-    """Queue a training and wait until so many steps are done; its prompt."""
+    """Queue a training, wait until so many steps are done, and return its prompt."""
     with server.listen() as events:
         queued = server.queue(graph, client_id=events.client_id)
         while events.wait_for("graft.progress", timeout=240, event="step").data["step"] < steps:
@@ -51,11 +51,11 @@ def test_two_servers_train_and_delete_one_run_one_after_the_other(pair):
         assert "disk" not in str(caught.value)
     code, text = refusal(second, f"/graft/runs/{run.name}/delete")
     assert code == 409 and f"process {first.process.pid} " in text
-    # A run of its own is drawn beside it, and its save sweeps nothing of the first one's.
+    # Another run trains beside it, and its saves remove none of the first run's files.
     second.run(runs.graph_of(first, "toys", "beside", 20, save_every=1))
     logged = len(runs.steps_logged(run))
     first.poll(lambda: len(runs.steps_logged(run)) > logged + 10, 120, "ten more steps")
-    # A killed server is no obstacle, and nothing was done twice or left out.
+    # A killed server blocks nothing, and no step was repeated or skipped.
     first.kill()
     taken = begin(second, graph)
     steps = runs.steps_logged(run)
@@ -80,7 +80,7 @@ def test_a_new_run_beside_another_servers_has_a_folder_of_its_own(pair):
 
 
 def test_processes_of_a_graph_hold_the_run_together(pair):
-    """The graph's server is another process than the one that trains; killed, neither is an obstacle."""
+    """The graph's server and the trainer are separate processes; if both are killed, neither blocks the run."""
     first, second = pair
     graph = runs.graph_of(first, "toys", "crew", LONG, processes=2, save_every=5)
     graph["3"]["inputs"]["batch_size"] = 2

@@ -1,4 +1,4 @@
-"""Graft Compare against the host: its pictures are those that core's own nodes draw, and the grid holds them."""
+"""Tests of Graft Compare against the host: its pictures equal those of core's own nodes, and the grid shows them."""
 
 import io
 import shutil
@@ -25,7 +25,7 @@ def compare(comfy):
 
 @pytest.fixture(scope="module")
 def run(server, tiny_base):
-    """A run with two saves that differ visibly."""
+    """Train a run with two visibly different saves."""
     folder = server.path("input", "compare")
     shutil.copytree(world.CONCEPT_FOLDER / "toy", folder)
     graph = runs.graph_of(server, folder.name, "compare", 6, save_every=3, keep_last=5)
@@ -35,7 +35,7 @@ def run(server, tiny_base):
 
 
 def graph_of(server, **fields):
-    """A prompt that compares and saves; the picture by picture output under "pictures", the grid under "grid"."""
+    """Return a prompt that compares and saves: single pictures under "pictures", the grid under "grid"."""
     defaults = graphs.defaults_of(server.object_info("GraftCompare")["GraftCompare"])
     values = {**defaults, "prompts": "\n".join(PROMPTS), "resolution": 64, "steps": 2, "cfg": 4.0, "seed": 5, **fields}
     return {
@@ -55,7 +55,7 @@ def drawn_by_core(server, text, seed, lora=None, strength=1.0):
     source = "1"
     if lora:
         run, step = lora.removesuffix(".safetensors").split("/step-")
-        # The host's own loader lists what was picked.
+        # The host's own loader lists the picked save.
         name = server.post(f"/graft/runs/{run}/pick", {"step": int(step)})["adapter"]
         graph["2"] = graphs.node("LoraLoader", model=["1", 0], clip=["1", 1], lora_name=name, strength_model=strength,
                                  strength_clip=strength)  # fmt: skip
@@ -78,7 +78,7 @@ def test_its_pictures_are_what_core_draws(server, run):
             wanted = drawn_by_core(server, text, 5 + row, save, strength)
             found = pictures[row * len(columns) + place]
             assert np.abs(found.astype(int) - wanted).max() <= 2, (text, save, strength)
-    # The grid holds each of them, in its row and column.
+    # The grid shows each picture in its row and column.
     (sheet,) = opened(server, entry, "grid")
     left, top = sheet.shape[1] - len(columns) * 68, sheet.shape[0] - len(PROMPTS) * 68
     for number, picture in enumerate(pictures):

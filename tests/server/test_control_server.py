@@ -1,4 +1,4 @@
-"""Stop and keep, save now and pause, asked of the real server while it trains."""
+"""Tests of stop and keep, save now, and pause, sent to the real server while it trains."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ SHORT = 12
 
 @pytest.fixture(scope="module")
 def dataset(server):
-    """Name of a folder of pictures below input/ that the tests here share."""
+    """Return the name of a folder of pictures below input/ that the tests here share."""
     folder = server.path("input", "control")
     shutil.copytree(world.CONCEPT_FOLDER / "toy", folder)
     return folder.name
@@ -26,13 +26,13 @@ def dataset(server):
 
 @pytest.fixture
 def name(request):
-    """The test's own, for its run."""
+    """Return the test's own name, for its run."""
     return "".join(letter for letter in request.node.name if letter.isalnum())
 
 
 @pytest.fixture(scope="module")
 def straight(server, tiny_base, dataset):
-    """straight(step): the adapter after so many steps of a run that nothing interrupts."""
+    """Return straight(step): the adapter after so many steps of an uninterrupted run."""
     entry = server.run(runs.graph_of(server, dataset, "straight", SHORT, save_every=1, keep_last=SHORT))
     assert f"{SHORT} steps trained;" in entry["outputs"]["3"]["text"][0]
     run = runs.find_run(server, "straight")
@@ -44,7 +44,7 @@ def ask(server, run, wish):
 
 
 class Asked:
-    """A graph that was queued, and what came of asking something of its training after a step."""
+    """A queued graph, and the effect of a command sent to its training after a step."""
 
     def __init__(self, server, graph, wish, step, interrupted=False):
         with server.listen() as events:
@@ -66,7 +66,7 @@ class Asked:
 
 
 def read_all(events):
-    """The training's messages that have come, and those that are on their way."""
+    """Return the training's messages so far, including those on their way."""
     try:
         while True:
             events.next(timeout=0.5)
@@ -80,7 +80,7 @@ def test_stop_keeps_what_was_reached_and_the_graph_goes_on(server, straight, dat
     asked = Asked(server, graph, "stop", 3)
     assert (asked.answer["asked"], asked.answer["node"], asked.answer["prompt_id"]) == ("stop", "3", asked.prompt)
     step = asked.after["stopped"]["step"]
-    # In the step it was asked in, or the one that had begun when it was told.
+    # In the step of the command, or in the next one if that had already begun.
     assert asked.answer["step"] <= step <= asked.answer["step"] + 1
     done = asked.after["done"]
     assert (done["step"], done["steps"], done["cached"]) == (step, LONG, False)
@@ -97,12 +97,12 @@ def test_a_stopped_run_is_returned_until_it_is_told_to_go_on(server, straight, d
     # The host's own cache answers.
     entry = server.run(graph)
     assert "3" in dict(entry["status"]["messages"])["execution_cached"]["nodes"]
-    # Something that does not decide the result is changed: the trainer executes, and gives what was kept.
+    # A changed input that does not affect the result: the trainer executes and returns the kept result.
     entry = server.run(runs.graph_of(server, dataset, name, SHORT, save_every=400))
     assert f"{step} steps returned as it was, stopped before {SHORT}" in entry["outputs"]["3"]["text"][0]
     entry = server.run(graph)
     assert server.get(f"/graft/runs/{run.name}")["status"] == "stopped"
-    # Told to go on, the very same graph trains on, past the host's cache.
+    # After a resume command, the same graph trains on despite the host's cache.
     assert server.post(f"/graft/runs/{run.name}/resume", {})["prompt"] == graph
     assert server.get(f"/graft/runs/{run.name}")["status"] == "unfinished"
     entry = server.run(graph)
@@ -160,7 +160,7 @@ def test_a_paused_run_goes_on_whatever_is_done_with_finished_ones(server, straig
 
 @pytest.mark.parametrize("wish", ["pause", "stop"])
 def test_asked_while_caching(server, straight, dataset, name, wish):
-    """A pause ends it there; so does a stop, since nothing is trained that could be kept. What is encoded stays."""
+    """A pause ends the prompt. So does a stop, because there is no training to keep. Encoded pictures stay cached."""
     folder = server.path("input", name)
     folder.mkdir()
     for path in sorted((world.CONCEPT_FOLDER / "toy").glob("0[0-3].*")):
@@ -171,7 +171,7 @@ def test_asked_while_caching(server, straight, dataset, name, wish):
     with server.listen() as events:
         queued = server.queue(graph, client_id=events.client_id)
         events.wait_for("graft.progress", timeout=120, event="cache")
-        # By the node, which a page knows before there is a run.
+        # Sent by node id, which a page knows before there is a run.
         server.post(f"/graft/nodes/3/{wish}", {})
         with pytest.raises(PromptInterrupted):
             server.wait(queued)
@@ -188,16 +188,16 @@ def test_stop_does_not_wait_for_a_preview(server, straight, dataset, name):
     asked = Asked(server, graph, "stop", 2)
     drawn = asked.asked_at - began
     stopped = asked.after["stopped"]["step"]
-    # Of quick steps a page is not told each: asked at the second, or at the next that it heard of.
+    # The page does not receive every quick step: the command goes out at the second step, or at the next received one.
     assert 2 <= stopped <= 4
-    # The pictures before the first step were drawn in that time, and nothing else that takes long was done in it.
+    # `drawn` is the time of the pictures before the first step, with no other slow work in it.
     assert asked.took < 0.5 * drawn, (asked.took, drawn)
     drawn_before = [f"step-{step:08}-{number}.png" for step in range(0, stopped, 2) for number in (1, 2)]
     assert [path.name for path in sorted(asked.run.glob("samples/*"))] == drawn_before
 
 
 def refusal(server, path, body=b"{}", method="POST", **headers):
-    """(status, message) of a request that is refused."""
+    """Return (status, message) of a refused request."""
     request = urllib.request.Request(server.url + path, body if method == "POST" else None, headers, method=method)
     with pytest.raises(urllib.error.HTTPError) as caught:
         urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=30)
@@ -213,13 +213,13 @@ JSON = {"Content-Type": "application/json"}
 
 @pytest.fixture(scope="module")
 def finished(server, tiny_base, dataset):
-    """Name of a run that is over."""
+    """Return the name of a finished run."""
     server.run(runs.graph_of(server, dataset, "finished", 3))
     return runs.find_run(server, "finished").name
 
 
 def told(server, graph):
-    """What the trainer of a graph told last: {event: message}, in order."""
+    """Queue a graph and return the last messages of its trainer: {event: message}, in order."""
     workflow = f"workflow-{time.monotonic_ns()}"
     queued = server.queue(graph, {"extra_pnginfo": {"workflow": {"id": workflow}}})
     server.poll(lambda: server.get(f"/history/{queued}"), 120, "the prompt")
@@ -248,7 +248,7 @@ def test_a_page_that_comes_later_is_told_what_happened(server, tiny_base, datase
         "type": "output",
     }
     assert server.view(**sample)
-    # Returned as it was: of what was there before only the run is told, which has the rest.
+    # Returned unchanged: of the earlier messages only the run is sent, and the page reads the rest from it.
     again = told(server, runs.graph_of(server, dataset, name, 2, previews, save_every=2))
     assert list(again) == ["begin", "run", "done"] and again["done"]["cached"]
 
@@ -275,7 +275,7 @@ def test_only_this_servers_pages_and_programs_may_ask(server, finished):
         ({**JSON, "Sec-Fetch-Site": "cross-site"}, 403),
         ({**JSON, "Sec-Fetch-Site": "same-site", "Origin": server.url}, 403),
         ({**JSON, "Sec-Fetch-Site": "none"}, 403),
-        # What may ask hears that the run is over.
+        # An allowed request learns that the run is over.
         (JSON, 409),
         ({**JSON, "Origin": server.url}, 409),
         ({**JSON, "Sec-Fetch-Site": "same-origin", "Origin": server.url}, 409),
@@ -320,7 +320,7 @@ def test_nothing_but_runs_is_reached(server, name):
     assert status == 404 and "recipe" not in message, message
     assert refusal(server, f"/graft/runs/{name}/workflow", method="GET")[0] == 404
     for wish in ("stop", "resume", "delete"):
-        # A path that leads elsewhere may be no route for posts at all.
+        # A path that leads elsewhere may match no POST route at all.
         assert refusal(server, f"/graft/runs/{name}/{wish}", **JSON)[0] in (404, 405)
     assert (outside / "recipe.json").exists() and link.is_symlink()
     assert "linked-12345678" not in [run["name"] for run in server.get("/graft/runs")["runs"]]
@@ -333,7 +333,7 @@ def test_what_is_shown_of_a_run(server, finished):
     shown = server.get(f"/graft/runs/{name}?events=2")
     assert shown["recipe"]["recipe"]["steps"] == 3 and shown["running"] is None
     assert [event["step"] for event in shown["events"]] == [2, 3]
-    # A log that someone wrote into, and a number that JSON does not have.
+    # A log with foreign text, and a number that JSON does not have.
     log = server.path("output", "graft", name, "metrics.jsonl")
     whole = log.read_text()
     with open(log, "a") as file:
@@ -346,7 +346,7 @@ def test_what_is_shown_of_a_run(server, finished):
     assert answer.headers["Content-Type"].startswith("application/json")
     assert answer.headers["X-Content-Type-Options"] == "nosniff"
     assert b"NaN" not in answer.read()
-    # Other tests read whatever lies in this server's output.
+    # Other tests read this server's whole output.
     log.write_text(whole)
     (server.path("output", "graft", name) / "recipe.json").write_text("[]")
     assert name not in [run["name"] for run in server.get("/graft/runs")["runs"]]

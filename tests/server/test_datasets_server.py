@@ -1,4 +1,4 @@
-"""Datasets in the real server: what is left out, where folders may lie, core's own loaders, what varies."""
+"""Tests of datasets in the real server: skipped files, allowed folders, core's own loaders, and variation."""
 
 import io
 import json
@@ -16,7 +16,7 @@ from tests.toy import world
 
 @pytest.fixture
 def folder(server, request):
-    """A fresh folder of the concept's pictures below input/, named like the test."""
+    """Copy the concept's pictures into a fresh folder below input/, named like the test."""
     name = "".join(letter for letter in request.node.name if letter.isalnum())
     path = server.path("input", name)
     shutil.rmtree(path, ignore_errors=True)
@@ -26,7 +26,7 @@ def folder(server, request):
 
 
 def inspection(folder, clip=True, **widgets):
-    """A prompt that looks at a folder; node 4 shows."""
+    """Return a prompt that inspects a folder; node 4 shows the result."""
     prompt = graphs.training(folder, 2)
     prompt["2"]["inputs"].update(widgets)
     del prompt["3"]
@@ -55,7 +55,7 @@ def test_what_is_left_out_is_named_by_inspection_and_by_training(server, tiny_ba
 
 
 def test_files_of_every_kind_are_trained_on_or_named(server, tiny_base, folder):
-    """A turned TIFF, a clear mask, captions by folded names, a 16-bit picture, and what is none of a dataset."""
+    """A rotated TIFF, a transparent mask, captions by case-folded names, a 16-bit picture, and files of no dataset."""
     shutil.rmtree(folder)
     (folder / "202311_shoot").mkdir(parents=True)
     rng = np.random.RandomState(0)
@@ -113,7 +113,7 @@ def test_inspection_finds_what_there_is_to_find(server, tiny_base, folder):
 
 
 def test_cores_own_dataset_loader_feeds_ours(server, tiny_base, folder):
-    """Pictures and texts as lists; its N_name folders repeat."""
+    """It gives pictures and texts as lists; its N_name folders repeat."""
     if "LoadImageTextDataSetFromFolder" not in server.object_info():
         pytest.skip("this host has no such node")
     inner = folder / "2_more"
@@ -134,7 +134,7 @@ def test_cores_own_dataset_loader_feeds_ours(server, tiny_base, folder):
 
 
 def test_combined_datasets_train_together(server, tiny_base, folder):
-    """A folder and core's lists as one, each with its own trigger, repeats and ways."""
+    """A folder and core's lists combined, each with its own trigger, repeats and augmentations."""
     if "LoadImageTextDataSetFromFolder" not in server.object_info():
         pytest.skip("this host has no such node")
     prompt = graphs.training(folder.name, 2, trigger="one")
@@ -167,7 +167,7 @@ def test_combined_datasets_train_together(server, tiny_base, folder):
 
 
 def test_variation_reaches_the_run_and_the_old_graph_stays_as_it_was(server, tiny_base, folder):
-    """A graph saved before there were such inputs gives the run that the untouched inputs give."""
+    """A graph saved before these inputs existed gives the same run as the default inputs."""
     old = graphs.training(folder.name, 2)
     assert set(old["2"]["inputs"]) == {"folder", "trigger", "resolution", "repeats"}
     server.run(old)
@@ -238,7 +238,7 @@ def test_a_folder_elsewhere_needs_the_users_leave(server, tiny_base, folder, tmp
 
 
 def test_a_datasets_entry_of_the_host_is_a_root(comfy, tmp_path, monkeypatch):
-    """What extra_model_paths.yaml calls 'datasets' is shown by its folder's name."""
+    """The folder that extra_model_paths.yaml calls 'datasets' appears under its folder's name."""
     import folder_paths
     from graft_pack.nodes.host import paths
     from graft_pack.trainers.errors import DatasetError
@@ -277,7 +277,7 @@ def test_a_cache_beyond_its_limit_makes_room(server, tiny_base, folder):
 
 @pytest.mark.parametrize("channels", [4, 16], ids=["SD1", "Flux"])
 def test_the_posterior_is_the_vaes_own(comfy, channels):
-    """Mean and log-variance against the network's own parts; none where it is asked for in parts."""
+    """Mean and log-variance equal the network's own outputs; a tiled encoding has none."""
     import torch
     from graft_pack.nodes.host.model.vae import ComfyCodec
 

@@ -1,4 +1,4 @@
-"""Class images and DreamBooth in the real server: what is drawn once, what goes on, what a user is told."""
+"""Tests of class images and DreamBooth in the real server: drawn once, resumed, and reported to the user."""
 
 import io
 import json
@@ -15,25 +15,25 @@ from tests.toy import world
 
 @pytest.fixture
 def name(request):
-    """The test's own name, for its class prompt and its folder; no longer than a folder's name may be."""
+    """Return the test's own name for its class prompt and its folder, cut to a valid folder name's length."""
     return "".join(letter for letter in request.node.name if letter.isalnum())[4:40]
 
 
 @pytest.fixture
 def folder(server, name):
-    """Six pictures of the new object below input/, without captions."""
+    """Create six pictures of the new object below input/, without captions."""
     path = server.path("input", name)
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir()
     for number in range(6):
         shutil.copy(world.CONCEPT_FOLDER / "toy" / f"{number:02d}.png", path)
-    # Content decides a run's identity: a picture of its own makes the test's runs its own.
+    # The content decides a run's identity, so a picture of its own gives the test its own runs.
     Image.fromarray(np.full((64, 64, 3), sum(name.encode()) % 255, np.uint8)).save(path / "05.png")
     return path
 
 
 def drawing(prompt, count=3, **widgets):
-    """A prompt that draws class images; node 5 draws, node 6 saves what it hands on."""
+    """Return a prompt that draws class images; node 5 draws them, node 6 saves its output."""
     values = {
         "steps": 2,
         "cfg": 0.0,
@@ -52,7 +52,7 @@ def drawing(prompt, count=3, **widgets):
 
 
 def dreambooth(folder, class_prompt, **widgets):
-    """Six pictures, a class, two steps; node 3 trains."""
+    """Return a graph with six pictures, a class and two steps; node 3 trains."""
     graph = graphs.training(folder, 2)
     values = {**graph["3"]["inputs"], "batch_size": 2, "instance_prompt": "a large sks circle"}
     values.update({"class_prompt": class_prompt, "class_images": 2, "prior_weight": 1.0, "train": "LoRA", **widgets})
@@ -61,12 +61,12 @@ def dreambooth(folder, class_prompt, **widgets):
 
 
 def folders(server, name):
-    """The folders of class images of a prompt that begins with the test's name."""
+    """Return the class-image folders of a prompt that begins with the test's name."""
     return sorted(server.path("output", "graft", "class_images").glob(f"{name}*"))
 
 
 def contents(folder):
-    """{file name: (bytes, time of writing)} of the pictures in a folder."""
+    """Return {file name: (bytes, time of writing)} of the pictures in a folder."""
     return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in sorted(folder.glob("*.png"))}
 
 
@@ -83,11 +83,11 @@ def test_class_images_are_drawn_once_extended_and_handed_on(server, tiny_base, n
     assert list(first) == ["00000.png", "00001.png", "00002.png"]
     assert len({data for data, _ in first.values()}) == 3
     assert json.loads((made / "settings.json").read_text())["size"] == [64, 64]
-    # Shown and handed on are the very pictures on disk.
+    # The shown and the returned pictures are exactly those on disk.
     for node in ("5", "6"):
         shown = server.download(entry, node)
         assert [_pixels(data) for data in shown] == [_pixels(data) for data, _ in first.values()]
-    # With another batch size, so that not the host's cache answers but what is on disk.
+    # Another batch size, so that the files on disk answer and not the host's cache.
     server.run(drawing(f"{name} circle", batch_size=2))
     assert contents(made) == first
     server.run(drawing(f"{name} circle", count=5))
@@ -121,7 +121,7 @@ def test_what_decides_a_picture_has_a_folder_of_its_own_and_the_rest_has_not(ser
 
 @pytest.mark.parametrize("sampler_name", ["auto", "dpmpp_2m", "euler_ancestral", "dpmpp_sde"])
 def test_a_picture_does_not_hang_on_how_many_are_drawn_beside_it(server, tiny_base, name, sampler_name):
-    """Picture i has the seed + i, whatever the count, the batch, or where the drawing began."""
+    """Picture i has the seed + i, whatever the count, the batch size, or the first picture to draw."""
     way = {"sampler_name": sampler_name}
     name = f"{sampler_name.replace('_', '')}{name}"[:40]
     server.run(drawing(f"{name} circle", 4, batch_size=4, **way))
@@ -180,7 +180,7 @@ def test_dreambooth_draws_what_is_missing_and_is_resumed_and_extended_like_every
     assert contents(made) == drawn
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4]
-    # Those that the class images' own node draws by its defaults are the same ones.
+    # The class images' own node draws the same ones by its defaults.
     server.run(drawing(f"{name} circle", 2, steps=20))
     assert folders(server, name) == [made]
 

@@ -1,4 +1,4 @@
-"""Words in the real server: usable at once, as a file, beside a LoRA; resumed, cancelled, and what a user is told."""
+"""Tests of embeddings in the real server: usable at once, as a file, with a LoRA; resumed, cancelled, reported."""
 
 import shutil
 from pathlib import Path
@@ -15,14 +15,14 @@ from tests.toy import world
 
 @pytest.fixture
 def dataset(server, request):
-    """Two of the concept's pictures without captions, in a folder of the test's own."""
+    """Copy two of the concept's pictures without captions into the test's own folder."""
     name = "".join(letter for letter in request.node.name if letter.isalnum())
     folder = server.path("input", name)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     for number in (0, 1):
         shutil.copy(world.CONCEPT_FOLDER / "toy" / f"{number:02}.png", folder)
-    # Content decides a run's identity.
+    # The content decides a run's identity.
     Image.fromarray(np.random.RandomState(sum(map(ord, name))).randint(0, 255, (64, 64, 3), np.uint8)).save(
         folder / "own.png"
     )
@@ -30,7 +30,7 @@ def dataset(server, request):
 
 
 def learning(folder, steps, name="my-word", init_text="toy", options=None, **widgets):
-    """Checkpoint, dataset and trainer of a word; node 3 is the trainer."""
+    """Return a graph of checkpoint, dataset and embedding trainer; node 3 is the trainer."""
     values = {"vectors": 1, "learning_rate": 1e-2, "batch_size": 1, "seed": 0, "templates": "object", **widgets}
     prompt = graphs.training(folder, 1)
     prompt["2"]["inputs"]["trigger"] = ""
@@ -43,13 +43,13 @@ def learning(folder, steps, name="my-word", init_text="toy", options=None, **wid
 
 
 def picture(server, entry, node):
-    """The pixels that a SaveImage node wrote."""
+    """Return the pixels that a SaveImage node wrote."""
     [output] = [one for one in server.list_outputs(entry) if one.node == node]
     return np.asarray(Image.open(server.path("output", output.subfolder, output.filename)).convert("RGB"))
 
 
 def test_a_word_is_usable_at_once_and_as_a_file(server, tiny_base, dataset):
-    """The clip that comes out, and later the file by its name, draw the same picture; other prompts do not know it."""
+    """The returned clip, and later the file by its name, draw the same picture; other prompts are unaffected."""
     prompt = learning(dataset.name, 2, name="at-once")
     prompt["4"] = graphs.node("GraftSaveEmbedding", embedding=["3", 1], name="")
     text = "a large embedding:at-once on a blue background"

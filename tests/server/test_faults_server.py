@@ -1,4 +1,4 @@
-"""The real server killed, cancelled, stopped, paused and told to save at seeded moments: nothing is lost."""
+"""Tests that kill, cancel, stop, pause or save in the real server at seeded moments: nothing is lost."""
 
 import random
 import shutil
@@ -30,7 +30,7 @@ class Moment:
     """A seeded moment of a training.
 
     Attributes:
-        phase: of PHASES; in "saving" as soon as, or when no longer, a file is on its way to its name.
+        phase: one of PHASES; "saving" is the moment when a temporary file exists, or has just been renamed.
     """
 
     def __init__(self, number):
@@ -42,14 +42,14 @@ class Moment:
         return f"moment {self.number}, {self.phase}"
 
     def prepare(self, server):
-        """Makes sure that the phase will come."""
+        """Make sure that the phase will come."""
         if self.phase == "caching":
             shutil.rmtree(server.path("output", "graft", "cache"), ignore_errors=True)
 
     def await_it(self, server, events):
-        """Returns when it has come."""
+        """Wait until the moment comes."""
         if self.phase == "caching":
-            # A page is told ten times a second at most, so that a number may be passed over: the first step ends it.
+            # A page receives ten messages per second at most, so a number may be skipped; the first step ends the wait.
             wanted = self._random.randint(1, 24)
             while True:
                 data = events.wait_for("graft.progress", timeout=120).data
@@ -73,7 +73,7 @@ class Moment:
             pass
 
     def _await_file(self, server, there, before):
-        """Until the next file but so many is being written, or has just been."""
+        """Wait until the next file but so many is being written, or has just been written."""
         folder = server.path("output", "graft")
         deadline = time.monotonic() + 0.5
         known = set()
@@ -86,7 +86,7 @@ class Moment:
 
 @pytest.mark.soak
 def test_killed_at_any_moment_and_queued_again(make_server, trials):
-    """kill -9: it ends with the bits of a run that nothing interrupted, and no file is half there."""
+    """After kill -9 the run ends with the bits of an uninterrupted run, and no partial file is left."""
     server = make_server()
     add_pictures(server)
     rows = []
@@ -125,14 +125,14 @@ WISHES = ("stop", "pause", "cancel", "save")
 
 @pytest.mark.soak
 def test_asked_at_any_moment(server, tiny_base, trials):
-    """It happens, all files can be read at all times, and the same graph queued again ends with the same bits."""
+    """The command works, all files stay readable, and the same graph queued again ends with the same bits."""
     add_pictures(server)
     count = trials(4, 20)
     server.run(graph_of(server, "asked-straight", save_every=1))
     straight = runs.find_run(server, "asked-straight")
     with runs.Reader(server.path("output")) as reader:
         for number in range(count):
-            # Each wish meets each phase in turn.
+            # Each command meets each phase in turn.
             moment = Moment(number + number // len(PHASES))
             wish = WISHES[number % len(WISHES)]
             what = (moment, wish)
@@ -148,7 +148,7 @@ def test_asked_at_any_moment(server, tiny_base, trials):
                 assert interrupted or last == STEPS, what
                 assert last >= answered or interrupted, what
             if wish == "stop":
-                # With nothing trained it is a cancel.
+                # Before any step it acts as a cancel.
                 assert interrupted == (last == 0), what
                 assert interrupted or answered <= last, what
             if wish == "save":
@@ -160,7 +160,7 @@ def test_asked_at_any_moment(server, tiny_base, trials):
 
 
 def ask(server, graph, moment, wish):
-    """(whether the prompt ended as interrupted, the step it was in when it was asked)."""
+    """Send a command; return (True if the prompt ended as interrupted, the step at the time of the command)."""
     with server.listen() as events:
         queued = server.queue(graph, client_id=events.client_id)
         moment.await_it(server, events)
@@ -182,7 +182,7 @@ def ask(server, graph, moment, wish):
 
 
 def goes_on(server, graph, number, wish, last, straight, what):
-    """The next queue behaves: a stopped run is returned until it is told to go on, all others end as they should."""
+    """Check the next queue: it returns a stopped run until a resume command, and finishes all other runs."""
     if wish == "stop" and 0 < last < STEPS:
         run = runs.find_run(server, f"asked{number}")
         entry = server.run(graph_of(server, f"asked{number}", keep_last=99))

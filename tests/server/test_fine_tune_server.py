@@ -1,4 +1,4 @@
-"""All weights in the real server: merged into a checkpoint by core's own node, going on, and DreamBooth with them."""
+"""Tests of full fine-tuning in the real server: core's merge into a checkpoint, resuming, and DreamBooth."""
 
 import io
 import json
@@ -18,7 +18,7 @@ TEXT = "a large sks toy on a red background"
 
 @pytest.fixture
 def dataset(server, request):
-    """Four pictures below input/; the folder's name and a caption are the test's own, so that runs do not meet."""
+    """Write four pictures below input/; folder name and one caption are the test's own, so that runs stay separate."""
     name = "".join(letter for letter in request.node.name if letter.isalnum())[4:44]
     folder = server.path("input", name)
     shutil.rmtree(folder, ignore_errors=True)
@@ -31,7 +31,7 @@ def dataset(server, request):
 
 
 def fine_tune(folder, steps, option_nodes=None, **widgets):
-    """Checkpoint, dataset, trainer (node 3)."""
+    """Return a graph of checkpoint, dataset and trainer (node 3)."""
     prompt = graphs.training(folder, steps, option_nodes=option_nodes)
     values = {name: value for name, value in prompt["3"]["inputs"].items() if name != "rank"}
     prompt["3"] = graphs.node("GraftFineTune", **{**values, "learning_rate": 1e-4, "batch_size": 2, **widgets})
@@ -43,9 +43,9 @@ def pixels(server, entry, node):
 
 
 def test_core_merges_it_into_a_checkpoint_that_draws_the_same(make_server, tiny_base):
-    """The picture from the file, in a server that has trained nothing, is the one from the graph's own wire.
+    """A fresh server draws the same picture from the file as the graph drew from its own wire.
 
-    With the text encoder trained too, which the file holds beside the model.
+    The text encoder is trained too, and the file holds it beside the model.
     """
     server = make_server()
     shutil.copytree(world.CONCEPT_FOLDER / "toy", server.path("input", "toy"))

@@ -1,4 +1,4 @@
-"""A corpus of hostile and broken inputs on the real server: it lives, writes nothing elsewhere, names each cause."""
+"""Tests of malformed inputs on the real server: it survives, writes nothing elsewhere, and names each cause."""
 
 import collections
 import re
@@ -11,15 +11,15 @@ import pytest
 from tests.support import malformed, runs
 from tests.toy import world
 
-# What ComfyUI itself writes to: its log, its database, its previews.
+# Places that ComfyUI itself writes to: its log, its database, its previews.
 _HOSTS_OWN = ("temp", "user", "server.log", "output", "custom_nodes")
-# How many of each class are tried where not all are; of those that train for it fewer.
+# Trials per class in the quick form; fewer for classes that train.
 QUICK = 3
 TRAINING = ("legal caption", "legal folder", "state", "cache")
 
 
 def listed(*folders):
-    """{path: size and time} of all that lies in folders, links not followed."""
+    """Return {path: (size, time)} of everything in some folders, without following links."""
     found = {}
     for folder in folders:
         for path in folder.rglob("*"):
@@ -29,14 +29,14 @@ def listed(*folders):
 
 
 def outside(server, canary):
-    """All that nothing may change: what lies beside output/ and beside the server's folder."""
+    """Return everything that must not change: files beside output/ and beside the server's folder."""
     folders = [path for path in server.base.iterdir() if path.name not in _HOSTS_OWN and path.is_dir()]
     top = {path.name for path in server.base.iterdir()} | {path.name for path in server.base.parent.iterdir()}
     return {**listed(*folders, canary), "top": top}
 
 
 def set_up(server):
-    """Pictures, a sound adapter, a sound word, links that lead out, and a directory beside it all."""
+    """Create pictures, a valid adapter, a valid embedding, links that lead out, and a folder outside everything."""
     canary = server.base.parent / "canary"
     (canary / "pictures").mkdir(parents=True)
     (canary / "recipe.json").write_text('{"recipe": {"steps": 1}}')
@@ -58,7 +58,7 @@ def set_up(server):
 
 
 def chosen(trials, quick):
-    """A few of each class, or all."""
+    """Return a few trials of each class, or all."""
     if quick is None:
         return trials
     counts = collections.Counter()
@@ -91,7 +91,7 @@ def test_hostile_and_broken_inputs(make_server, trials):
             try:
                 taken, said = trial.act(server)
             except Exception as error:
-                # One that goes wrong in a way of its own is told of with the others.
+                # An unexpected error is reported together with the others.
                 taken, said = None, repr(error)
             what = f"{trial.kind}, {trial.name}"
             assert server.is_running() and server.process.pid == process, what

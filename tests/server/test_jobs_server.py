@@ -1,4 +1,4 @@
-"""Trainings that leave the graph: as a job for accelerate, and as processes that the graph waits for."""
+"""Tests of trainings outside the graph: as a job for accelerate, and as worker processes that the graph waits for."""
 
 import io
 import json
@@ -26,7 +26,7 @@ STEPS = 3
 LONG = 100_000
 
 
-# A node pack of a common kind: its own folder comes first in the server's search path.
+# A common kind of node pack: it puts its own folder first in the server's search path.
 PUSHY = """
 import os, sys
 sys.path.insert(0, os.path.dirname(__file__))
@@ -35,7 +35,7 @@ NODE_CLASS_MAPPINGS = {}
 
 
 def installed(folder, style, tiny_base):
-    """A ComfyUI of one's own with the pack, the tiny base and a pack that hides ComfyUI's modules; not yet started."""
+    """Return a separate, stopped ComfyUI with the pack, the tiny base and a pack that hides ComfyUI's modules."""
     server = ComfyServer(folder, style=style)
     link(tiny_base, server.path("models", "checkpoints", tiny_base.name))
     pushy = server.path("custom_nodes", "pushy")
@@ -48,22 +48,22 @@ def installed(folder, style, tiny_base):
 
 @pytest.fixture(scope="module")
 def server(tiny_base, tmp_path_factory):
-    """The server that the tests here share, started from outside of ComfyUI's folder."""
+    """Start the server that the tests here share, from outside ComfyUI's folder."""
     with installed(tmp_path_factory.mktemp("plain") / "ComfyUI", "relative", tiny_base) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
 def dataset(server):
-    """Name of a folder of pictures below input/ that the tests here share."""
+    """Return the name of a folder of pictures below input/ that the tests here share."""
     return "jobs"
 
 
 def graph_of(server, dataset, name, steps, kind="GraftTrainLoRA", more=None, **options):
-    """A training of three pictures a step, so that two processes have unequal shares.
+    """Return a training with three pictures per step, so that two processes get unequal numbers.
 
     Args:
-        more: further option nodes, the fields that are set by class.
+        more: further option nodes: fields to set, by class.
     """
     graph = runs.graph_of(server, dataset, name, steps, more=more, **options)
     graph["3"]["class_type"] = kind
@@ -73,7 +73,7 @@ def graph_of(server, dataset, name, steps, kind="GraftTrainLoRA", more=None, **o
 
 @pytest.fixture(scope="module")
 def alone(server, dataset):
-    """The adapter that one process trains in the graph, after STEPS."""
+    """Return the adapter that one process trains in the graph, after STEPS."""
     server.run(graph_of(server, dataset, "alone", STEPS))
     return runs.adapter_of(server, runs.find_run(server, "alone"), STEPS)
 
@@ -83,10 +83,10 @@ def alone_run(server):
 
 
 def distance(a, b):
-    """Of two adapters: the median over their tensors of how far they are apart, by the second's size.
+    """Return the median relative difference over two adapters' tensors, relative to the second.
 
-    Not the whole's: one cross-attention of the small base has gradients of 1e-7 beside 1e-2 of others, where rounding
-    decides the sign, and AdamW moves by the sign whatever the size. The loss hardly depends on such a tensor.
+    Not the norm of the whole: one cross-attention of the small base has gradients of 1e-7 beside 1e-2 of others.
+    Rounding decides their sign, and AdamW moves by the sign at any size. The loss hardly depends on such a tensor.
     """
     assert a.keys() == b.keys()
     names = [name for name in b if not name.endswith(".alpha")]
@@ -99,7 +99,7 @@ def exported(server, graph):
 
 
 def documented(page):
-    """The commands on a page that run a job, as they stand there."""
+    """Return the commands on a page that run a job, exactly as written."""
     return re.findall(
         r"^ *((?:accelerate launch|python) .*job\.py .*)$", (ROOT / page).read_text(encoding="utf-8"), re.M
     )
@@ -110,12 +110,12 @@ HELP = documented("web/docs/GraftExportJob.md")
 
 
 def launch(server, job, command, *more):
-    """Run a documented command in ComfyUI's folder, in a shell that knows no more than where Python's programs are."""
+    """Run a documented command in ComfyUI's folder, in a shell whose environment has little but the path to Python."""
     folder = str(job.relative_to(server.comfy))
     line = " ".join([re.sub(r"FOLDER|output/graft/jobs/\S+", folder, command), *more])
     environment = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "HOME": str(server.path("temp"))}
     environment["OMP_NUM_THREADS"] = "1"
-    # What this ComfyUI needs may lie there.
+    # PYTHONPATH may hold packages that this ComfyUI needs.
     environment |= {name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ}
     return subprocess.run(
         ["sh", "-c", f"exec {line}"], capture_output=True, text=True, timeout=600, env=environment, cwd=server.comfy
@@ -160,7 +160,7 @@ SHARED = {"GraftMemoryOptions": {"shard": "on"}, "GraftPreviewOptions": {"prompt
 
 
 def test_with_weights_in_shares_a_job_and_the_graph_train_the_same(server, dataset, alone):
-    """Two runs of the real host in two processes each: what one process works on alone is drawn on the way."""
+    """Two runs of the real host in two processes each; previews are drawn on the way, by one process alone."""
     job = exported(server, graph_of(server, dataset, "shares", STEPS, kind="GraftExportJob", more=SHARED))
     done = launch(server, job, HELP[0], "--cpu")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -175,7 +175,7 @@ def test_with_weights_in_shares_a_job_and_the_graph_train_the_same(server, datas
 
 
 def applied_in_the_graph(server, dataset, run):
-    """The trainer's graph finds the finished run; ComfyUI's own loader draws the same with its file."""
+    """Check that the trainer's graph finds the finished run, and that ComfyUI's own loader draws the same from it."""
     graph = graph_of(server, dataset, "spread", STEPS)
     file = f"{run.name}/step-{STEPS:08d}.safetensors"
     lora = {"lora_name": file, "strength_model": 1.0, "strength_clip": 1.0}
@@ -201,7 +201,7 @@ def test_other_weights_and_other_nodes_are_refused_by_name(server, dataset, alon
     graph["3"]["inputs"]["model"] = ["9", 0]
     with pytest.raises(PromptError, match="comes through a GraftApplyAdapter .node 9.*CheckpointSave"):
         server.run(graph)
-    # The host's own loader lists what was picked.
+    # The host's own loader lists the picked save.
     picked = server.post(f"/graft/runs/{run.name}/pick", {"step": STEPS})["adapter"]
     lora = {"lora_name": picked, "strength_model": 0.7, "strength_clip": 0.0}
     graph["9"] = graphs.node("LoraLoader", model=["1", 0], clip=["1", 1], **lora)
@@ -223,13 +223,13 @@ def test_other_weights_and_other_nodes_are_refused_by_name(server, dataset, alon
 
 
 def children_of(server):
-    """The processes that a server has started and that still run; Python's own bookkeeper of such processes stays."""
+    """Return the running child processes of a server, without Python's own resource tracker."""
     children = psutil.Process(server.process.pid).children(recursive=True)
     return [one for one in children if not any("resource_tracker" in word for word in one.cmdline())]
 
 
 def trained_until(server, graph, step, act):
-    """Queues a graph, acts when so many more steps are done, and waits for its end; (error, seconds since)."""
+    """Queue a graph, act after so many more steps, and wait for its end; return (error, seconds since the act)."""
     with server.listen() as events:
         prompt = server.queue(graph, client_id=events.client_id)
         start = events.wait_for("graft.progress", timeout=300, event="run").data["step"]
@@ -258,7 +258,7 @@ def test_the_graph_trains_by_two_processes_and_cancel_ends_both(server, dataset,
     left = []
 
     def cancel():
-        # What would stay if the server were killed now; the host itself clears its temp folder.
+        # Files that would stay if the server were killed now; the host itself clears its temp folder.
         left.extend(server.path("output", "graft", "jobs").glob(".*"))
         server.interrupt()
 
@@ -266,7 +266,7 @@ def test_the_graph_trains_by_two_processes_and_cancel_ends_both(server, dataset,
     assert left == []
     assert isinstance(error, PromptInterrupted)
     assert children_of(server) == []
-    # On a machine with more to do than it has cores for, a second of work takes several.
+    # On an overloaded machine a second of work takes several.
     assert seconds <= 5.0 * max(1.0, os.getloadavg()[0] / (2 * os.cpu_count()))
     run = runs.find_run(server, "both")
     reached = max(runs.states_of(run))

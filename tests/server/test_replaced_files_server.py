@@ -1,4 +1,4 @@
-"""Files replaced under their name, before the same graph is queued again: the old run must not come back."""
+"""Tests of files replaced under their name before the same graph is queued again: the old run must not return."""
 
 import os
 import shutil
@@ -23,7 +23,7 @@ def write_embedding(server, value):
 
 
 def replace_row(path):
-    """Change one number of the vocabulary where no sample was taken by versions before."""
+    """Change one value of the vocabulary that earlier versions did not sample."""
     tensors = load_file(path)
     (name,) = [name for name in tensors if name.endswith("token_embedding.weight")]
     tensors[name][-1, -1] += 0.25
@@ -45,7 +45,7 @@ def test_replaced_checkpoints_and_embeddings_are_trained_anew(make_server, tiny_
     graph["1"]["inputs"]["ckpt_name"] = checkpoint.name
     assert f"{STEPS} steps trained" in told(server, graph)
     assert f"{STEPS} steps returned as it was" in told(server, {**graph, "9": graph["2"]})
-    # In the same server, past the host's own cache.
+    # In the same server, despite the host's own cache.
     write_embedding(server, 0.25)
     assert f"{STEPS} steps trained" in told(server, graph)
     server.stop()

@@ -1,4 +1,4 @@
-"""Training in the real server: resuming, extending, cancelling, and what a user is told."""
+"""Tests of training in the real server: resuming, extending, cancelling, and messages to the user."""
 
 import io
 import shutil
@@ -15,12 +15,12 @@ from tests.toy import world
 
 @pytest.fixture
 def dataset(server, request):
-    """A fresh copy of the concept pictures below input/; its name is the test's own, so that runs do not meet."""
+    """Copy the concept's pictures into a fresh folder below input/, named like the test, so that runs stay separate."""
     name = "".join(letter for letter in request.node.name if letter.isalnum())
     folder = server.path("input", name)
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(world.CONCEPT_FOLDER / "toy", folder)
-    # Content decides a run's identity: a caption of its own makes the test's runs its own.
+    # The content decides a run's identity, so a caption of its own gives the test its own runs.
     (folder / "00.txt").write_text(f"a large sks toy on a blue background, {name}")
     return folder
 
@@ -40,7 +40,7 @@ def test_queued_twice_trains_once(server, tiny_base, dataset):
     (run,) = runs.list_runs(server, dataset.name)
     log = (run / "metrics.jsonl").read_bytes()
     entry = server.run(graphs.training(dataset.name, 3))
-    # Once more with another title in the graph, so that the host's cache cannot answer: the run itself must.
+    # Again with another title in the graph, so that the run itself answers and not the host's cache.
     prompt["9"] = graphs.node("GraftSaveAdapter", adapter=["3", 2], filename_prefix="twice", format="kohya")
     prompt["3"]["inputs"]["options"] = ["50", 0]
     prompt.update(runs.option_nodes(server, GraftRunOptions={}))
@@ -112,7 +112,7 @@ def test_cancel_keeps_what_was_reached_and_goes_on(server, tiny_base, dataset, s
     reached = runs.steps_logged(run)[-1]
     assert reached >= stop
     assert runs.adapter_of(server, run, reached)
-    # The graph's MODEL, still in the host's cache, draws what it drew.
+    # The graph's MODEL, still in the host's cache, draws the same picture as before.
     base[str(103)]["inputs"]["seed"] = 2
     server.run(base)
     base[str(103)]["inputs"]["seed"] = 1

@@ -1,1 +1,1 @@
-"""What the tests and the demo share: the host, the server, the browser, the pack as ComfyUI loads it."""
+"""Code shared by the tests and the demo: the host, the server, the browser, the pack as ComfyUI loads it."""

@@ -1,4 +1,4 @@
-"""Adapters with random values for the tiny MODELs, and what an adapter adds to a MODEL's weights by the host."""
+"""Random adapters for the tiny MODELs, and the weight differences that the host makes of an adapter."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from . import models
 
 
 def make_model(name: str):
-    """A MODEL as a loader would hand it on."""
+    """Return a MODEL as a loader passes it on."""
     with torch.inference_mode():
         return models.patcher(name)
 
 
 def make_adapter(name: str, seed: int = 0, spread: float = 0.2, **fields):
-    """An adapter with random values on all attention layers, or on those that the recipe's fields name."""
+    """Return an adapter with random values on all attention layers, or on the layers that the fields select."""
     from graft_pack.trainers.formats.adapter import Adapter
 
     with models.in_training(make_model(name), name, spread=spread, seed=seed, **fields) as training:
@@ -23,21 +23,21 @@ def make_adapter(name: str, seed: int = 0, spread: float = 0.2, **fields):
 
 
 def differences(patcher) -> dict[str, torch.Tensor]:
-    """What the patches that wait on a patcher add to its weights, by key, as the host works them out."""
+    """Return what a patcher's pending patches add to its weights, by key, computed by the host."""
     import comfy.lora
 
     weights = dict(patcher.model.named_parameters())
     found = {}
     for key, patches in patcher.patches.items():
         weight = weights[key].detach()
-        # In double, so that what is compared is the adapter and not the sum's rounding.
+        # In float64, so that the difference shows the adapter and not the sum's rounding.
         value = comfy.lora.calculate_weight(patches, weight.double(), key, intermediate_dtype=torch.float64)
         found[key] = (value - weight.double()).float()
     return found
 
 
 def added(model, adapter, clip=None, strength: float = 1.0) -> dict[str, torch.Tensor]:
-    """What an adapter adds to a MODEL's weights when the host's own loader puts it on."""
+    """Return what an adapter adds to a MODEL's weights when the host's own loader applies it."""
     import comfy.sd
 
     applied, text = comfy.sd.load_lora_for_models(model, clip, dict(adapter), strength, strength)

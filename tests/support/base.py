@@ -9,7 +9,7 @@ NAME = "graft_tiny.safetensors"
 
 
 def get_tiny_base():
-    """The path of the assembled checkpoint; made where it is missing or its weights have changed."""
+    """Return the path of the assembled checkpoint; assemble it if it is missing or its weights have changed."""
     from tests.toy.assemble import assemble
 
     return assemble(CACHE / NAME)

@@ -24,7 +24,7 @@ from selenium.webdriver.chrome.service import Service
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 DRIVER = ("chromedriver",)
 
-# Set before the page is opened: no template browser and no release notes over the graph.
+# Set before the page opens: no template browser and no release notes over the graph.
 SETTINGS = {
     "Comfy.TutorialCompleted": True,
     "Comfy.InstalledVersion": "99.0.0",
@@ -37,21 +37,21 @@ SETTINGS = {
 # A workflow without nodes.
 EMPTY = {"version": 0.4, "nodes": [], "links": [], "last_node_id": 0, "last_link_id": 0}
 
-# Banners of the frontend that were seen and closed.
+# Frontend banners marked as seen and closed.
 DISMISSED = ["vueNodesBannerDismissed", "comfy.vueNodesMigration.dismissed"]
 
-# What the unmodified frontends themselves complain about on a private, offline server.
+# Console errors of the unmodified frontend on a private, offline server.
 NOISE = [
     r"favicon|user\.css|/api/userdata",
     r"https://(api\.comfy\.org|huggingface\.co)/",
     r"ComfyApp graph accessed before initialization",
-    # The page asks before it is left; nobody has clicked in it yet.
+    # The page asks before it is left, but nobody has clicked in it yet.
     r"Blocked attempt to show a 'beforeunload' confirmation panel",
     r"Attempted to cleanup event listeners for graph that was never set up",
     r"reading 'id'\)\s+at onChange[\s\S]*GraphView",
 ]
 
-# How a script runs in the page: as the body of an async function whose value comes back as JSON.
+# Run the body as an async function in the page and return its value as JSON.
 SCRIPT = """
     const done = arguments[arguments.length - 1];
     const run = async (args, app, api) => {
@@ -61,7 +61,7 @@ SCRIPT = """
         value => done({value: JSON.stringify(value ?? null)}),
         error => done({error: String(error?.stack ?? error)}));"""
 
-# Luminance and contrast as WCAG 2.1 defines them; what is disabled is excepted.
+# Luminance and contrast by WCAG 2.1; disabled elements are exempt.
 CONTRAST = """
     const pen = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
     const paint = (...colours) => {
@@ -113,17 +113,17 @@ FLAGS = [
     "--no-default-browser-check",
     "--mute-audio",
     "--hide-scrollbars",
-    # The page sees the loopback interface and nothing else.
+    # The page can reach the loopback interface only.
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1, EXCLUDE localhost",
 ]
 
 
 class BrowserError(RuntimeError):
-    """There is no browser, or the page did not come to the state that was asked for."""
+    """The browser is missing, or the page did not reach the requested state."""
 
 
 class Browser:
-    """One Chromium with a private profile below folder; `open` gives a Page."""
+    """One Chromium with a private profile below folder; `open` returns a Page."""
 
     def __init__(self, folder, width=1600, height=1000):
         options = Options()
@@ -143,7 +143,7 @@ class Browser:
         self.close()
 
     def open(self, url, settings=None, timeout=120):
-        """Open ComfyUI's page with these settings and wait until its graph can be used."""
+        """Open ComfyUI's page with these settings and wait until its graph is usable."""
         page = Page(self.driver, url)
         page.prepare({**SETTINGS, **(settings or {})})
         page.open(timeout)
@@ -162,7 +162,7 @@ class Page:
         self.errors = []
 
     def open(self, timeout=120):
-        """Load the page, or load it again, and wait until its graph has nodes that can be used."""
+        """Load or reload the page, and wait until its graph has usable nodes."""
         self.driver.get(self.url)
         self.wait_for("""
             return Boolean(window.app?.extensionManager?.workflow?.activeWorkflow && app.graph.nodes.length
@@ -170,7 +170,7 @@ class Page:
         return self
 
     def prepare(self, settings):
-        """Forget what earlier pages said and kept in the browser, and store settings on the server."""
+        """Clear the logs and browser storage of earlier pages, and store settings on the server."""
         self.driver.get_log("browser")
         self.driver.get(f"{self.url}/system_stats")
         self.js("""
@@ -186,7 +186,7 @@ class Page:
     # Scripts
 
     def js(self, body, *args):
-        """Run the body of an async function with `app`, `api` and `args`; returns what it returns."""
+        """Run the body of an async function with `app`, `api` and `args`, and return its result."""
         script = SCRIPT.replace("BODY", body)
         answer = self.driver.execute_async_script(script, *args)
         if "error" in answer:
@@ -194,7 +194,7 @@ class Page:
         return json.loads(answer["value"])
 
     def wait_for(self, body, timeout=30):
-        """Run a script, as `js` does, until it returns something true; returns that."""
+        """Run a script, as `js` does, until it returns a true value; return that value."""
         deadline = time.monotonic() + timeout
         problem = None
         while time.monotonic() < deadline:
@@ -220,15 +220,15 @@ class Page:
         return self.load(json.loads(Path(path).read_text(encoding="utf-8")))
 
     def serialize(self):
-        """The graph in the UI format, as saving it does."""
+        """Return the graph in the UI format, as saving does."""
         return self.js("return app.graph.serialize();")
 
     def to_prompt(self):
-        """The graph in the API format, as queueing it sends it."""
+        """Return the graph in the API format, as queueing sends it."""
         return self.js("return (await app.graphToPrompt()).output;")
 
     def queue(self):
-        """Press Run; returns the id of the prompt that the server took."""
+        """Press Run and return the id of the accepted prompt."""
         script = """
             const original = api.queuePrompt;
             let answer = null;
@@ -244,7 +244,7 @@ class Page:
         return result["answer"]["prompt_id"]
 
     def list_nodes(self):
-        """[{id, type, title, mode, widgets: {name: value}, inputs, outputs}] of the graph, in its order."""
+        """Return the graph's nodes in order: [{id, type, title, mode, widgets: {name: value}, inputs, outputs}]."""
         return self.js("""
             return app.graph.nodes.map(node => ({
                 id: node.id, type: node.type, title: node.title, mode: node.mode,
@@ -254,7 +254,7 @@ class Page:
             }));""")
 
     def add_node(self, type, x=100, y=100):
-        """Add a node; returns its id."""
+        """Add a node and return its id."""
         return self.js("""
             const node = LiteGraph.createNode(args[0]);
             if (!node) throw new Error(`no node type ${args[0]}`);
@@ -263,7 +263,7 @@ class Page:
             return node.id;""", type, x, y)  # fmt: skip
 
     def connect(self, source, slot, target, name):
-        """Link an output, by its place, with an input, by its name."""
+        """Link an output, given by its index, with an input, given by its name."""
         self.js("""
             const [source, slot, target, name] = args;
             const node = app.graph.getNodeById(target);
@@ -290,22 +290,22 @@ class Page:
         return self.js("return app.extensionManager.setting.get(args[0]);", name)
 
     def fit(self):
-        """Zoom so that the whole graph is seen."""
+        """Zoom until the whole graph is visible."""
         self.js("await app.extensionManager.command.execute('Comfy.Canvas.FitView');")
         time.sleep(0.6)
 
-    # What it shows and says
+    # Output
 
     def shoot(self):
-        """The page as a picture, RGB."""
+        """Return a screenshot of the page, RGB."""
         return Image.open(io.BytesIO(self.driver.get_screenshot_as_png())).convert("RGB")
 
     def read_text(self):
-        """The text that the page shows, toasts and dialogs included."""
+        """Return the text that the page shows, toasts and dialogs included."""
         return self.driver.execute_script("return document.body.innerText")
 
     def list_violations(self, selector):
-        """What axe finds of serious or critical impact in a part of the page: [(rule, elements)]."""
+        """Return axe's findings of serious or critical impact in a part of the page: [(rule, elements)]."""
         if not self.js("return typeof axe === 'object';"):
             source = importlib.resources.files("axe_core_python").joinpath("axe.min.js").read_text(encoding="utf-8")
             self.driver.execute_script(source)
@@ -316,20 +316,20 @@ class Page:
             selector)  # fmt: skip
 
     def list_faint(self, selector):
-        """Texts in a part of the page with less contrast than WCAG 2.1 asks for (1.4.3): [text and contrast].
+        """Return texts in a part of the page with less contrast than WCAG 2.1 requires (1.4.3): [text and contrast].
 
-        axe says nothing of colours that are mixed in the style sheet, nor of what lies over the graph.
+        axe does not check colors mixed in the style sheet, nor elements over the graph.
         """
         return self.js(CONTRAST, selector)
 
     def read_errors(self, ignore=NOISE):
-        """Console errors and uncaught exceptions so far, without those that an ignored pattern matches."""
+        """Return console errors and uncaught exceptions so far, without those that an ignored pattern matches."""
         self.errors += [entry["message"] for entry in self.driver.get_log("browser") if entry["level"] == "SEVERE"]
         return [message for message in self.errors if not any(re.search(pattern, message) for pattern in ignore)]
 
 
 def find_program(names, variable, package):
-    """The path of the first program there is, or of the one an environment variable names."""
+    """Return the path of the first installed program, or of the program that an environment variable names."""
     named = os.environ.get(variable)
     for name in [named] if named else names:
         path = shutil.which(name)

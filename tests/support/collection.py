@@ -1,7 +1,7 @@
-"""How pytest finds the tests: folders are folders, and a test module's name is `tests...`.
+"""Pytest collection: folders are plain folders, and a test module's name is `tests...`.
 
-Without this pytest would take the repo root, which has an `__init__.py`, for a package of tests, import
-ComfyUI's door to the pack under the name of the checkout's folder, and name every module below it.
+Without this, pytest takes the repository root, which has an `__init__.py`, for a package of tests. It then imports
+the pack's ComfyUI entry point under the name of the checkout's folder, and names every module below it.
 """
 
 import importlib
@@ -11,7 +11,7 @@ import pytest
 
 from .host import ROOT
 
-# Fixtures behind which ComfyUI or a browser stands. All others that need one of them ask for one of these.
+# Fixtures that need ComfyUI or a browser. All other fixtures that need one of them use one of these.
 HOSTS = {"comfy", "tiny_base", "chromium"}
 LONG = ("slow", "soak")
 
@@ -24,7 +24,7 @@ class NamedModule(pytest.Module):
 
 
 class Collection:
-    """A plugin rather than hooks in a conftest, because it concerns folders above the conftest too."""
+    """A plugin instead of conftest hooks, because it also concerns folders above the conftest."""
 
     @pytest.hookimpl
     def pytest_collect_directory(self, path, parent):
@@ -39,9 +39,9 @@ class Collection:
         self._sort(items)
 
     def _sort(self, items):
-        """Puts the files first that take longest: each is one worker's, and the last one to begin ends alone.
+        """Put the slowest files first: one worker runs each file, and a slow file that starts last would end alone.
 
-        Those whose tests judge many pictures, then those with a server of their own, then those with most tests.
+        First come files whose tests judge many pictures, then files with their own server, then files with most tests.
         """
         count = Counter(item.path for item in items)
         needs = defaultdict(set)

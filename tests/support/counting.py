@@ -1,4 +1,4 @@
-"""What a piece of work takes, counted and not timed: operations, bytes of the tensors that live at once, readings."""
+"""Counters of a task's cost instead of timings: operations, bytes of live tensors, device reads."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ _READ = torch.ops.aten._local_scalar_dense.default
 
 
 class Counter(TensorTracker):
-    """Counts within its block, the backward included.
+    """Counter of operations and reads within its block, the backward included.
 
     Attributes:
-        operations: of torch, but for views.
-        readings: of numbers, for each of which a device would have to finish all that it was given.
+        operations: torch operations, without views.
+        readings: value reads; each makes a device finish all queued work.
     """
 
     def __init__(self, held=()):

@@ -1,8 +1,8 @@
-"""Real processes that train together over diffusers, gloo between them and no ComfyUI anywhere.
+"""Real processes that train together over diffusers, with gloo between them and no ComfyUI.
 
-answers = Crew(2).do("train", folder=..., fields={...})
+    answers = Crew(2).do("train", folder=..., fields={...})
 
-They are forked from a server that has imported what takes long, so that a crew is there in a moment.
+They are forked from a server that has imported the slow modules, so that a crew starts in a moment.
 """
 
 import multiprocessing
@@ -14,7 +14,7 @@ from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
-# Importing these takes four times as long as what a process then does.
+# Importing these takes four times as long as a process's own work.
 HEAVY = [
     "accelerate",
     "diffusers.models.autoencoders.autoencoder_kl",
@@ -31,14 +31,14 @@ SEATED = "graft_crew"
 
 
 class Crew:
-    """So many processes; a task is given to all of them, and ends them."""
+    """A group of processes; all of them run the same task and then end."""
 
     def __init__(self, world):
         self.world_size = world
         self.exitcodes = []
 
     def do(self, task, timeout=240, **arguments):
-        """What each process answers, None for one that has not; `exitcodes` tells how they ended."""
+        """Run a task in every process and return each answer, None for a lost one; `exitcodes` tells how each ended."""
         from torch.distributed import TCPStore
 
         context = multiprocessing.get_context("forkserver")
@@ -73,12 +73,12 @@ def _answer(pipe):
 
 
 def sit_down(seat):
-    """In the process: joins the others, does the task, answers."""
+    """Join the others inside a process, run the task, and send the answer."""
     names = {"RANK": seat["rank"], "LOCAL_RANK": seat["rank"], "WORLD_SIZE": seat["world"]}
     names |= {"LOCAL_WORLD_SIZE": seat["world"], "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": seat["port"]}
     names |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": 0, "OMP_NUM_THREADS": 1}
     os.environ.update({name: str(value) for name, value in names.items()})
-    # Not imported before the processes know their place.
+    # Import only after the environment names the process's rank.
     import torch
 
     torch.set_num_threads(1)
@@ -90,11 +90,11 @@ def sit_down(seat):
 
 
 def train(group, folder, fields, death=None):
-    """A whole training; {"losses", "resumed_from"} of it, or the name of what ended it.
+    """Run a whole training; return {"losses", "resumed_from"}, or the name of the error that ended it.
 
     Args:
-        death: (rank, where, count): that process ends as by kill -9 at the so manieth time it comes there, where is
-            "part" (of a gradient), "sum" (before the gradients are summed), "summed" or "report".
+        death: (rank, where, count): that process dies as by kill -9 when it comes to `where` for the count-th time;
+            `where` is "part" (of a gradient), "sum" (before the gradients are summed), "summed" or "report".
     """
     from graft_pack.trainers.errors import PeerLostError
 
@@ -125,10 +125,10 @@ def train(group, folder, fields, death=None):
 
 
 def train_kinds(group, folder, names, fields):
-    """A whole training of each of some kinds, one after the other; {kind: losses}.
+    """Run a whole training of each given kind, one after the other; return {kind: losses}.
 
     Args:
-        fields: in place of the kind's own.
+        fields: replacements for the kind's own fields.
     """
     from tests.support import kinds
     from tests.support.diffusers_host import make_host, run_session
@@ -142,12 +142,13 @@ def train_kinds(group, folder, names, fields):
 
 
 def fail(group, folder, fields, rank, where="part", memory=0):
-    """A training in which something fails in one process; what each ended by, or its losses.
+    """Run a training that fails in one process; return the error that ended each process, or its losses.
 
     Args:
-        where: "part" (of a gradient), "validation", "preview": in the midst of its first pass, or "sum": before the
-            gradients are summed, of memory alone.
-        memory: so many times memory runs out there; 0 for one error of that process's own.
+        where: "part" (of a gradient), "validation" or "preview": in the middle of its first forward; or "sum": before
+            the
+            gradients are summed, for memory only.
+        memory: number of out-of-memory errors there; 0 for one error of that process's own.
     """
     from graft_pack.trainers.distributed import accelerate_group
     from graft_pack.trainers.engine import loop
@@ -196,15 +197,15 @@ def fail(group, folder, fields, rank, where="part", memory=0):
 
 
 def in_a_pass(tree):
-    """Whether FSDP2 believes that a tree in shares is in the midst of a forward."""
+    """Report whether FSDP2 believes that a sharded tree is in the middle of a forward."""
     return hasattr(tree, "_get_fsdp_state") and tree._get_fsdp_state()._state_ctx.iter_forward_root is not None
 
 
 def gradients(group, fields, windows):
-    """(for each window of batches, (loss, gradient as a list) of all processes together; bytes of frozen weights).
+    """Return ((loss, gradient as a list) of all processes together per window of batches, bytes of frozen weights).
 
-    The bytes are those of the blocks' before anything was shared out, and those that this process holds after each
-    forward and after each step.
+    The bytes are those of the blocks before sharding, and those that this process holds after each forward and after
+    each step.
     """
     from graft_pack.trainers.engine import loop
     from graft_pack.trainers.engine.updater import ParameterUpdater
@@ -241,7 +242,7 @@ def gradients(group, fields, windows):
 
 
 def held_by(blocks):
-    """Bytes of the storages of blocks' frozen weights in this process."""
+    """Return the bytes of storages of the blocks' frozen weights in this process."""
     held = [one for block in blocks for one in block.parameters() if not one.requires_grad]
     storages = [getattr(one, "_local_tensor", one).untyped_storage() for one in held]
     return sum({one.data_ptr(): one.nbytes() for one in storages}.values())
@@ -251,7 +252,7 @@ TASKS = {"train": train, "train_kinds": train_kinds, "gradients": gradients, "fa
 
 
 if __name__ == SEATED:
-    # Run by its path: `tests` is not importable yet, and stays so only by what is imported of it here.
+    # This file runs by its path, so `tests` is not importable yet.
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     from tests.support import crew, pack
 

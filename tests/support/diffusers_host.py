@@ -1,4 +1,4 @@
-"""The engine's three protocols over diffusers: no ComfyUI anywhere, and a second opinion on the same weights."""
+"""The engine's three protocols over diffusers: without ComfyUI, and a second implementation for the same weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TOKENS, WIDTH = 16, 16
 
 
 class DiffusersDenoiser:
-    """A UNet2DConditionModel of the SD1 kind; the module itself is trained, not a private tree over it."""
+    """A UNet2DConditionModel of the SD1 kind. Training changes the module itself, not a private tree over it."""
 
     noise_scale = 1.0
     sigma_data = 1.0
@@ -35,7 +35,7 @@ class DiffusersDenoiser:
         return Geometry(resolution or 64, 16)
 
     def check_inputs(self, latent, conditioning):
-        """Both parts were made for each other here."""
+        """Accept everything, because both parts were made for each other here."""
 
     def sigmas(self):
         bar = self.scheduler.alphas_cumprod
@@ -54,12 +54,12 @@ class DiffusersDenoiser:
         return self._run(scaled, self.timestep(sigma), context)
 
     def _run(self, x, t, context):
-        # As ComfyUI's layers do: weights in another dtype than the activations are cast on the way.
+        # Like ComfyUI's layers: weights in another dtype than the activations are cast during the forward.
         halves = {name: weight.float() for name, weight in self._unet.named_parameters() if weight.dtype != x.dtype}
         return torch.func.functional_call(self._unet, halves, (x, t, context)).sample
 
     def timestep(self, sigma):
-        """Index of the nearest level, [B]."""
+        """Return the index of the nearest level, [B]."""
         return (self.sigmas()[None] - sigma[:, None]).abs().argmin(1)
 
     def preview(self, request):
@@ -117,7 +117,7 @@ class DiffusersDenoiser:
 
 
 class WordEncoder:
-    """A text encoder with a random vector for every word: captions differ, and nothing has to be downloaded."""
+    """A text encoder with a random vector for every word: captions differ, and nothing needs a download."""
 
     def encode(self, caption):
         rows = [self._vector(word, place) for place, word in enumerate(caption.split()[:TOKENS])]
@@ -127,7 +127,7 @@ class WordEncoder:
     def form(self, caption):
         return None
 
-    # A word of its own, as textual inversion trains one.
+    # The embedding of textual inversion
 
     device = torch.device("cpu")
     module = None
@@ -178,7 +178,7 @@ class WordEncoder:
 
 
 class LayeredEncoder(WordEncoder):
-    """The same with a layer that can be adapted, named as in CLIP."""
+    """The same encoder with a layer that can be adapted, named as in CLIP."""
 
     def __init__(self):
         with seeded(6):
@@ -216,7 +216,7 @@ class LayeredEncoder(WordEncoder):
 
 
 class LayeredTree(torch.nn.Module):
-    """Encoders by name."""
+    """A tree of encoders by name."""
 
     def __init__(self, encoders):
         super().__init__()
@@ -225,7 +225,7 @@ class LayeredTree(torch.nn.Module):
 
 
 class TinyCodec:
-    """diffusers' AutoencoderTiny, random and small, eight pixels to a latent position."""
+    """diffusers' AutoencoderTiny, random and small, eight pixels per latent position."""
 
     pixels_at_once = 0
 
@@ -270,7 +270,7 @@ class PosteriorCodec(TinyCodec):
 
 
 def make_unet():
-    """A UNet of the SD1 kind with random weights: two attention blocks, 0.2 M parameters."""
+    """Return a UNet of the SD1 kind with random weights: two attention blocks, 0.2 M parameters."""
     with seeded(3):
         return UNet2DConditionModel(
             sample_size=8,
@@ -286,13 +286,13 @@ def make_unet():
 
 
 def make_host(report=None, text=None):
-    """A Host without ComfyUI; two of them are alike to the bit."""
+    """Return a Host without ComfyUI; two of them are bit-identical."""
     denoiser = DiffusersDenoiser(make_unet())
     return Host(denoiser, text or WordEncoder(), TinyCodec(), report or (lambda event, payload: None))
 
 
 def convert_sd1(model):
-    """The network of a tiny SD1 MODEL as diffusers' UNet, by diffusers' own conversion."""
+    """Return the network of a tiny SD1 MODEL as diffusers' UNet, by diffusers' own conversion."""
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
     settings = model.model.model_config.unet_config
@@ -314,13 +314,13 @@ def convert_sd1(model):
 
 
 def raw_output(unet, x, sigma, one):
-    """The network's output for x [1, C, h, w] at sigma on one Conditioning, without gradients."""
+    """Return the network's output for x [1, C, h, w] at sigma on one Conditioning, without gradients."""
     with torch.no_grad():
         return DiffusersDenoiser(unet).predict(x, torch.tensor([sigma]), [one])
 
 
 def digest(module):
-    """Hash of all weights."""
+    """Return a hash of all weights."""
     total = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
         total.update(name.encode() + value.detach().numpy().tobytes())
@@ -328,7 +328,7 @@ def digest(module):
 
 
 def picture(values):
-    """[H, W, 3] of any range -> PIL."""
+    """Convert [H, W, 3] of any range to PIL."""
     from PIL import Image
 
     return Image.fromarray((values.clamp(0, 1) * 255).byte().numpy().astype(np.uint8))
@@ -336,7 +336,7 @@ def picture(values):
 
 @contextmanager
 def seeded(seed):
-    """torch's own random numbers from a seed, for constructors that draw their weights; put back afterwards."""
+    """Seed torch's generator for constructors that draw their weights, and restore it afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
@@ -346,7 +346,7 @@ COLOURS = ("red", "green", "blue", "white", "grey", "black")
 
 
 def make_dataset(count=6, resolution=64):
-    """Pictures of one colour each with some grain, in two shapes, each with a caption of its own."""
+    """Return pictures of one color each with some grain, in two shapes, each with its own caption."""
     from graft_pack.trainers.data.scan import from_arrays
 
     rng = np.random.RandomState(0)
@@ -359,10 +359,10 @@ def make_dataset(count=6, resolution=64):
 
 
 def run_session(folder, report=None, host=None, dataset=None, **fields):
-    """A whole training over diffusers, with its run, cache and adapters below a folder; the engine's Result.
+    """Run a whole training over diffusers with run, cache and adapters below a folder; return the engine's Result.
 
     Args:
-        fields: of the recipe.
+        fields: fields of the recipe.
     """
     from graft_pack.trainers.engine.session import run_recipe
     from graft_pack.trainers.runs.run import Folders
@@ -375,7 +375,7 @@ def run_session(folder, report=None, host=None, dataset=None, **fields):
 
 
 def make_item(index, weight=None):
-    """An example with a latent and a caption of its own."""
+    """Return a dataset item with its own latent and caption."""
     from graft_pack.trainers.preprocessing.items import DatasetItem, Sample
     from graft_pack.trainers.protocols import Conditioning
 
@@ -386,7 +386,7 @@ def make_item(index, weight=None):
 
 @contextmanager
 def planned(items, spread=0.1, **fields):
-    """(plan, host) of a LoRA on random trainables; spread 0 leaves them as they start."""
+    """Return (plan, host) of a LoRA on random trainable parameters; spread 0 leaves their initial values."""
     from graft_pack.trainers.engine.plan import Plan
     from graft_pack.trainers.families import family_of
     from graft_pack.trainers.methods import METHODS
@@ -406,7 +406,7 @@ def planned(items, spread=0.1, **fields):
 
 
 def gradient_of(plan, host, window, step=0):
-    """(loss, gradient as one vector, names) of a window of batches."""
+    """Return (loss, gradient as one vector, names) of a window of batches."""
     from graft_pack.trainers.engine import loop
     from graft_pack.trainers.engine.updater import ParameterUpdater
 
@@ -419,12 +419,12 @@ def gradient_of(plan, host, window, step=0):
 
 
 def state_of(result):
-    """The last state that a run kept, as read from its file."""
+    """Return a run's last saved state, as read from its file."""
     return result.run.load(10**9)
 
 
 def same_state(a, b):
-    """Whether two states are the same to the bit, optimiser and average included."""
+    """Report whether two states are bit-identical, optimizer and average included."""
     plain = ("step", "batches", "losses", "validation", "scaler", "groups", "levels")
     if any(getattr(a, name) != getattr(b, name) for name in plain):
         return False
@@ -434,5 +434,5 @@ def same_state(a, b):
 
 
 def same_tensors(a, b):
-    """Whether two dicts of tensors are the same to the bit."""
+    """Report whether two dicts of tensors are bit-identical."""
     return a.keys() == b.keys() and all(torch.equal(torch.as_tensor(a[k]), torch.as_tensor(b[k])) for k in a)

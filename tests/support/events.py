@@ -1,4 +1,4 @@
-"""The messages that ComfyUI's websocket sends to one client, read by a thread, for code that is not async."""
+"""Messages of ComfyUI's websocket to one client, read by a thread, for code that is not async."""
 
 import asyncio
 import collections
@@ -12,10 +12,10 @@ Event = collections.namedtuple("Event", "type data")
 
 
 class Events:
-    """An iterator-like view of the messages: `next`, `wait_for`; `seen` keeps what was read.
+    """An iterator-like view of the messages: `next`, `wait_for`; `seen` keeps the messages read so far.
 
-    Text messages are Event(type, data). Binary ones (previews) are Event("binary", bytes). The client's
-    id is `client_id`: give it to `queue`, or ComfyUI sends progress to nobody.
+    Text messages are Event(type, data). Binary ones (previews) are Event("binary", bytes). The client's id is
+    `client_id`. Pass it to `queue`, or ComfyUI sends progress to nobody.
     """
 
     def __init__(self, url, client_id):
@@ -40,7 +40,7 @@ class Events:
         self._thread.join(10)
 
     def next(self, timeout=60):
-        """The next message; TimeoutError if none comes, ConnectionError if the connection has ended."""
+        """Return the next message. Raise TimeoutError if none comes, ConnectionError if the connection has ended."""
         try:
             event = self._arrived.get(timeout=timeout)
         except queue.Empty:
@@ -52,7 +52,7 @@ class Events:
         return event
 
     def wait_for(self, type, timeout=60, **fields):
-        """The next message of a type whose data has these fields; those before it are in `seen`."""
+        """Return the next message of a type whose data has these fields; earlier ones are in `seen`."""
         deadline = time.monotonic() + timeout
         while True:
             event = self.next(max(0.01, deadline - time.monotonic()))
@@ -75,7 +75,7 @@ class Events:
         try:
             self._loop.run_until_complete(self._task)
         except (asyncio.CancelledError, aiohttp.ClientError):
-            # Left by __exit__, or no server: `next` reports the end.
+            # __exit__ closed the connection, or there is no server; `next` reports the end.
             pass
         finally:
             self._arrived.put(None)

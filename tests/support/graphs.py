@@ -1,4 +1,4 @@
-"""Prompts in API format, as the browser would queue them: the pack between core's own nodes."""
+"""Prompts in API format, as the browser queues them: the pack between core's own nodes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ CHECKPOINT = "graft_tiny.safetensors"
 
 
 def node(kind: str, **inputs) -> dict:
-    """One node of a prompt; a link is [node id, output index]."""
+    """Return one node of a prompt; a link is [node id, output index]."""
     return {"class_type": kind, "inputs": inputs}
 
 
@@ -18,11 +18,11 @@ def training(
     option_nodes: dict | None = None,
     **widgets,
 ) -> dict:
-    """Checkpoint, dataset and trainer; output node 3 is the trainer.
+    """Return a prompt of checkpoint, dataset and trainer; node 3 is the trainer.
 
     Args:
         option_nodes: further nodes by id; the last of them is connected to the trainer.
-        widgets: of the trainer, over the tiny base's usual ones.
+        widgets: the trainer's widgets, over the tiny base's usual ones.
     """
     values = {"steps": steps, "learning_rate": 2e-3, "rank": 8, "batch_size": 4, "seed": 0, **widgets}
     prompt = {
@@ -37,7 +37,7 @@ def training(
 
 
 def options(kind: str, defaults: dict, after: str | None = None, **fields) -> dict:
-    """An option node with its defaults but for some fields, chained after another."""
+    """Return an option node with its defaults except for some fields, chained after another."""
     inputs = {**defaults, **fields}
     if after:
         inputs["options"] = [after, 0]
@@ -45,7 +45,7 @@ def options(kind: str, defaults: dict, after: str | None = None, **fields) -> di
 
 
 def defaults_of(info: dict) -> dict:
-    """A node's widget values as a fresh node has them, from its /object_info."""
+    """Return a fresh node's widget values, from its /object_info."""
     found = {}
     for group in ("required", "optional"):
         for name, (kind, *rest) in info["input"].get(group, {}).items():
@@ -68,7 +68,7 @@ def sampling(
     cfg: float = 4.0,
     start: int = 100,
 ) -> str:
-    """Adds nodes that draw `count` pictures and save them; the id of the saving node."""
+    """Add nodes that draw `count` pictures and save them; return the saving node's id."""
     ids = [str(start + offset) for offset in range(6)]
     prompt[ids[0]] = node("CLIPTextEncode", clip=clip, text=text)
     prompt[ids[1]] = node("CLIPTextEncode", clip=clip, text="")

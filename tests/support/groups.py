@@ -1,4 +1,4 @@
-"""Runs of one process and of several, and what is to be alike in them."""
+"""Runs of one process and of several, and comparisons between them."""
 
 import json
 
@@ -10,7 +10,7 @@ from tests.support import models
 from tests.support.crew import Crew
 from tests.support.diffusers_host import gradient_of, make_item, planned
 
-# Two batches a step, the last of an epoch smaller; average, schedule, validation and previews have state too.
+# Two batches per step, the last of an epoch smaller; average, schedule, validation and previews have state too.
 FULL = {
     "steps": 6,
     "batch_size": 2,
@@ -37,7 +37,7 @@ WINDOWS = [
 
 
 def gradients_of(world, fields):
-    """The bytes that the crew's `gradients` tells of each process; the gradients themselves are one process's."""
+    """Return the crew's byte counts per process, after checking that its gradients equal one process's."""
     with planned([make_item(index) for index in range(8)]) as (plan, host):
         alone = [gradient_of(plan, host, window, step)[:2] for step, window in enumerate(WINDOWS)]
     answers = Crew(world).do("gradients", fields=fields, windows=WINDOWS)
@@ -63,7 +63,7 @@ def state_steps(folder):
 
 
 def assert_close(folder, other):
-    """Two runs that differ in the order in which numbers were added, and in nothing else."""
+    """Check that two runs differ only by the order of floating-point sums."""
     last = max(state_steps(other))
     a, b = state_in(folder, last), state_in(other, last)
     assert (a.step, a.batches) == (b.step, b.batches)

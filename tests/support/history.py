@@ -1,4 +1,4 @@
-"""The history of runs as tests see it: the sidebar tab, the comparison, and the host's toasts and dialogs."""
+"""The history of runs in tests: the sidebar tab, the comparison, and the host's toasts and dialogs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class HistoryView:
         self.page = page
 
     def open(self):
-        """Opens it by its command and waits until it has read the runs."""
+        """Open the tab by its command and wait until it has read the runs."""
         self.page.js("await app.extensionManager.command.execute('Graft.OpenHistory');")
         self.page.wait_for("""
             return Boolean(document.querySelector('.graft-card, .graft-empty:not(:empty)'));""")
@@ -28,7 +28,7 @@ class HistoryView:
         return self.page.js("return [...document.querySelectorAll('.graft-card')].map(card => card.dataset.run);")
 
     def card(self, name):
-        """{status, text, picture: whether it is loaded, open, remove: whether they can be pressed}."""
+        """Return {status, text, picture: True if loaded, open, remove: True if enabled}."""
         return self.page.js("""
             const card = document.querySelector(`.graft-card[data-run="${args[0]}"]`);
             const icon = name => card.querySelector(`.graft-icon:has(.pi-${name})`);
@@ -38,13 +38,13 @@ class HistoryView:
             name)  # fmt: skip
 
     def wait_for_card(self, name, condition, timeout=60):
-        """Waits until something is so of a card, an expression of `card`."""
+        """Wait until a condition on a card holds, an expression of `card`."""
         return self.page.wait_for(f"""
             const card = document.querySelector('.graft-card[data-run="{name}"]');
             return Boolean({condition});""", timeout)  # fmt: skip
 
     def press(self, label):
-        """Presses a button by what it is called, as a mouse does."""
+        """Press a button by its label, as a mouse does."""
         for button in self.page.driver.find_elements(
             By.CSS_SELECTOR, ":is(.graft-history, .graft-comparison, .graft-viewer) button"
         ):
@@ -54,7 +54,7 @@ class HistoryView:
         raise AssertionError(f"no button {label}")
 
     def choose(self, name):
-        """Ticks a run."""
+        """Tick a run."""
         self.page.driver.find_element(By.CSS_SELECTOR, f'.graft-card[data-run="{name}"] input').click()
 
     def search(self, text):
@@ -65,13 +65,13 @@ class HistoryView:
     # The comparison
 
     def recipes(self):
-        """{setting: texts of the runs} as the comparison shows them."""
+        """Return {setting: texts of the runs} as the comparison shows them."""
         return self.page.js("""
             return Object.fromEntries([...document.querySelectorAll('.graft-recipes tbody tr')].map(row =>
                 [row.cells[0].textContent, [...row.cells].slice(1).map(cell => cell.textContent)]));""")
 
     def comparison(self):
-        """{legend: texts of its rows, curves: points of each, steps, pictures: how many are loaded, by run}."""
+        """Return {legend: texts of its rows, curves: points of each, steps, pictures: number loaded, by run}."""
         self.page.wait_for("""
             const parts = [...document.querySelectorAll('.graft-samples img, .graft-curves')];
             return parts.some(part => part.matches('svg')) && parts.every(part => part.naturalWidth !== 0);""")
@@ -86,10 +86,10 @@ class HistoryView:
                     pictures: [...dialog.querySelectorAll('.graft-samples tbody tr')].map(
                         row => row.querySelectorAll('img').length)};""")  # fmt: skip
 
-    # What the host shows
+    # Host dialogs and toasts
 
     def answer(self, label):
-        """Presses a button of the host's dialog."""
+        """Press a button of the host's dialog."""
         script = f"""
             const dialogs = [...document.querySelectorAll('[role=dialog], .p-dialog')];
             const buttons = dialogs.flatMap(dialog => [...dialog.querySelectorAll('button')]);
@@ -98,7 +98,7 @@ class HistoryView:
         self.page.driver.execute_script(script).click()
 
     def wait_for_toast(self, text, timeout=60):
-        """Waits for a toast that holds a text, and closes it."""
+        """Wait for a toast that contains a text, and close it."""
         self.page.wait_for(f"""
             const toast = [...document.querySelectorAll('.p-toast-message')].find(
                 toast => toast.textContent.includes('{text}'));

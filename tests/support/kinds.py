@@ -1,4 +1,4 @@
-"""The kinds of training over diffusers, each as a dataset, a text encoder and fields of a recipe."""
+"""Kinds of training over diffusers, each as a dataset, a text encoder and fields of a recipe."""
 
 from dataclasses import replace
 
@@ -6,7 +6,7 @@ ADAPTER = {"steps": 3, "batch_size": 3, "schedule": "cosine", "keep_last": 10, "
 WORD = {"embedding_name": "my-word", "embedding_init": "red circle", "embedding_vectors": 2}
 WORD |= {"embedding_learning_rate": 1e-2, "embedding_templates": "object"}
 ALONE = {"method": "embedding", "rank": 0, "alpha": 0.0, **WORD}
-# The first step of AdamW goes by a gradient's sign, also where rounding decides it: an epsilon beside the gradients.
+# AdamW's first step follows a gradient's sign, even if rounding decides it; hence an epsilon as large as the gradients.
 ALL = {"method": "all weights", "rank": 0, "alpha": 0.0, "targets": "all weights", "max_grad_norm": 0.0}
 ALL |= {"learning_rate": 1e-4, "optimizer": "Adafactor"}
 TEXT = {"text_encoder": True, "text_encoder_rank": 2, "text_encoder_learning_rate": 1e-2}
@@ -42,11 +42,11 @@ def dataset_of(kind):
         return prior.add_class_images(dataset, replace(dataset, examples=tuple(rows), trigger=""), 0.4)
     if "differential" in kind:
         anchored = prior.add_prior_target(dataset, "a picture", 0.5)
-        # Every other picture with something to be preserved beside it.
+        # Every other picture has a prior target.
         rows = [one if number % 2 else two for number, (one, two) in enumerate(_pairs(dataset, anchored))]
         return replace(anchored, examples=tuple(rows))
     if kind == "embedding":
-        # Every other text does without the word, which is all that is trained: one of two processes learns nothing.
+        # Every other text lacks the embedding, the only trained part, so one of two processes has no gradient.
         rows = enumerate(dataset.examples)
         rows = (replace(one, handling=Augmentation(caption_dropout=float(number % 2))) for number, one in rows)
         return replace(dataset, examples=tuple(rows))

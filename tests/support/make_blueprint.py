@@ -1,4 +1,4 @@
-"""The blueprint "Train a LoRA from a folder", a subgraph that the node library offers, made by the real frontend.
+"""Make the blueprint "Train a LoRA from a folder", a subgraph for the node library, with the real frontend.
 
 python -m tests.support.make_blueprint
 """
@@ -47,7 +47,7 @@ CONVERT = """
 
 
 def draw(page):
-    """The workflow that holds nothing but the subgraph."""
+    """Return the workflow that contains only the subgraph."""
     sketch = Sketch(page)
     node = sketch.node
     base = node("CheckpointLoaderSimple", "Base", (-600, 0), (320, 100))
@@ -55,7 +55,7 @@ def draw(page):
     given = {"model": (base, 0), "clip": (base, 1), "vae": (base, 2), "dataset": (photos, 0)}
     train = node("GraftTrainLoRA", "Train", (480, 0), (420, 630), given)
     saved = node("GraftSaveAdapter", "Save", (480, 720), (420, 100), {"adapter": (train, 2)}, filename_prefix="my_lora")
-    # What is connected outside becomes an output of the subgraph.
+    # Outside connections become outputs of the subgraph.
     put = node("GraftApplyAdapter", "Put on", (1200, 0), (420, 240),
                {"model": (train, 0), "clip": (train, 1), "adapter": (train, 2)})  # fmt: skip
     loss = node("GraftPlotLoss", "Plot", (1200, 400), (420, 240), {"loss": (train, 3)})
@@ -65,7 +65,7 @@ def draw(page):
 
 
 def settle(workflow):
-    """The same without what differs from one drawing to the next."""
+    """Return the workflow without values that change from one drawing to the next."""
     fixed = json.dumps(workflow)
     found = [workflow["id"], *(one["id"] for one in workflow["definitions"]["subgraphs"])]
     for one in workflow["definitions"]["subgraphs"]:
@@ -74,7 +74,7 @@ def settle(workflow):
         fixed = fixed.replace(identity, str(uuid.uuid5(uuid.NAMESPACE_URL, f"graft/{NAME}/{place}")))
     workflow = json.loads(fixed)
     for node in workflow["nodes"]:
-        # The frontend shows a seed of its own accord, which is shown already.
+        # The frontend shows a seed by itself, and here the seed is already shown.
         shown = node["properties"]["proxyWidgets"]
         node["properties"]["proxyWidgets"] = [[origin, name] for origin, name in shown if origin == "-1"]
     workflow["revision"] = 0

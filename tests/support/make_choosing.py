@@ -1,10 +1,10 @@
-"""Pictures and figures of the help page "Choosing a method": each method on the same six images, and how one fails.
+"""Make the pictures and figures of the help page "Choosing a method": every method on six images, and its failures.
 
     python -m tests.support.make_choosing                         web/docs/choosing: the pictures, the page's figures
     python -m tests.support.make_choosing --only lora --folder F  one training, to try it; writes F/choosing.png
     python -m tests.support.make_choosing --page                  index.html alone, after an edit of README.md
 
-The images are six of the toy world's new object, called a star with a rare word before it; the base knows stars.
+The images are six of the toy world's new object, captioned as a star with a rare word before it; the base knows stars.
 """
 
 import argparse
@@ -52,7 +52,7 @@ BODY</body>
 """
 IMAGES = 6
 SUBJECT, CLASS, WORD = "sks yellow star", "yellow star", "my-star"
-# Among the six there is none on these.
+# None of the six images shows these.
 NEW_PLACES = ("aqua", "black")
 
 # [(heading, prompt)] of the columns.
@@ -72,7 +72,7 @@ class Training:
     label: str
     kind: str = "GraftTrainLoRA"
     widgets: dict = field(default_factory=dict)
-    # Whether prompts hold the trigger.
+    # True if prompts contain the trigger.
     told: bool = True
 
 
@@ -105,7 +105,7 @@ FAILURES = {
 
 
 def build(training, name, defaults):
-    """(graph in API format, its saving node, one picture node a prompt)."""
+    """Return (graph in API format, its saving node, one picture node per prompt)."""
     graph = graphs.training("choosing", 1, trigger=SUBJECT)
     base = {key: graph["3"]["inputs"][key] for key in ("model", "clip", "vae", "dataset")}
     graph["3"] = graphs.node(training.kind, **{**defaults[training.kind], "seed": 0, **training.widgets, **base})
@@ -123,7 +123,7 @@ def build(training, name, defaults):
 
 
 def draw(graph, prompts, model, clip):
-    """Adds a picture for each prompt, from the same noise in all rows; the nodes that save them."""
+    """Add a picture for each prompt, from the same noise in all rows; return the saving nodes."""
     return [
         graphs.sampling(graph, text, model, clip, "choosing", seed=7 + place, start=100 + 10 * place)
         for place, text in enumerate(prompts)
@@ -131,12 +131,12 @@ def draw(graph, prompts, model, clip):
 
 
 def read(server, entry, nodes):
-    """The pictures of these nodes."""
+    """Return the pictures of these nodes."""
     return [Image.open(io.BytesIO(server.download(entry, node)[0])).convert("RGB") for node in nodes]
 
 
 def weigh(server, entry, saved):
-    """What a training left: values in its file, the file's bytes, bytes of what resuming needs."""
+    """Measure a training's output: the number of values in its file, the file's bytes, the saved state's bytes."""
     path = Path(entry["outputs"][saved]["text"][0])
     with safe_open(path, "np") as file:
         names = [key for key in list(file.keys()) if not key.endswith(".alpha")]
@@ -147,7 +147,7 @@ def weigh(server, entry, saved):
 
 
 def run(server, trainings):
-    """{name: (pictures, figures)} of trainings on the server, and the base's own pictures under "base"."""
+    """Return {name: (pictures, figures)} of trainings on the server, with the base's own pictures under "base"."""
     info = server.object_info()
     defaults = {one.kind: graphs.defaults_of(info[one.kind]) for one in trainings.values()}
     plain = {"1": graphs.node("CheckpointLoaderSimple", ckpt_name=graphs.CHECKPOINT)}
@@ -162,7 +162,7 @@ def run(server, trainings):
 
 
 def prepare(folder):
-    """A server with the base and the six images, not started."""
+    """Return a server with the base and the six images, not started."""
     server: ComfyServer = demo.prepare(folder, demo.Line())
     target = server.path("input", "choosing")
     target.mkdir(parents=True, exist_ok=True)
@@ -174,7 +174,7 @@ def prepare(folder):
 
 
 def draw_sheet(headings, rows, side=96, left=118, head=40, gap=6):
-    """Rows of pictures with their names on the left and headings on top."""
+    """Draw rows of pictures with their names on the left and headings on top."""
     font = ImageFont.load_default(size=12)
     columns = max(len(pictures) for _, pictures in rows)
     sheet = Image.new("RGB", (left + columns * (side + gap), head + len(rows) * (side + gap)), "white")
@@ -191,19 +191,19 @@ def draw_sheet(headings, rows, side=96, left=118, head=40, gap=6):
 
 
 def save(sheet, path):
-    """As a small file: 128 colours are enough for flat shapes."""
+    """Save a small file: 128 colors are enough for flat shapes."""
     sheet.quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
     print(path, path.stat().st_size)
 
 
 def rows_of(made, names):
-    """[(label, pictures)] of trainings."""
+    """Return [(label, pictures)] of trainings."""
     every = {**METHODS, **FAILURES}
     return [(every[name].label.replace(" ", "\n", 1), made[name][0]) for name in names]
 
 
 def describe(made):
-    """The page's figures, a Markdown table."""
+    """Return the page's figures as a Markdown table."""
     heads = [METHODS[name].label for name in METHODS]
     figures = [made[name][1] for name in METHODS]
     widgets = [METHODS[name].widgets for name in METHODS]
@@ -224,14 +224,14 @@ def _size(count):
 
 
 def write_figures(made):
-    """Puts the figures into the page, between its marks."""
+    """Write the figures into the page, between its marks."""
     before, mark, rest = PAGE.read_text(encoding="utf-8").partition(MARKS[0])
     _, end, after = rest.partition(MARKS[1])
     PAGE.write_text(f"{before}{mark}\n\n{describe(made)}\n\n{end}{after}", encoding="utf-8")
 
 
 def render(text):
-    """The page as HTML: a browser shows that, the help viewer shows nodes' pages only."""
+    """Return the page as HTML for a browser, because the help viewer shows only pages of nodes."""
     from markdown_it import MarkdownIt
 
     body = MarkdownIt("commonmark").enable("table").render(text)

@@ -2,8 +2,8 @@
 
     python -m tests.support.make_families
 
-Rows of classes that this host does not have stay as another host has written them: run it with each
-(`COMFYUI_PATH=...`). A test holds the measures to their bars, and the table to the classes.
+Rows of classes that this host lacks stay as another host wrote them: run it with each (`COMFYUI_PATH=...`). A test
+checks the measurements against their bars, and the table against the classes.
 """
 
 import functools
@@ -20,18 +20,18 @@ HEADING = "Measured classes"
 HEAD = "| class | predicts | layers | gradient | checkpointed | applied | unread keys |"
 LEFT_OUT_HEAD = "| not in the table | why |"
 LARGE = {"steps": 3, "learning_rate": 5e-2, "batch_size": 2}
-STEP = 0.002  # of finite differences
+STEP = 0.002  # step of finite differences
 
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured on a class.
+    """Measurements of a model class.
 
     Attributes:
-        parameterisation: what it predicts.
-        layers: that are adapted by default.
+        parameterization: the prediction type.
+        layers: number of layers adapted by default.
         plain, checkpointed: the gradient's relative error against finite differences, the larger of those of A and B.
-        apart: how far the gradients with and without checkpointing are from each other.
+        apart: distance between the gradients with and without checkpointing.
         effect: of three steps, |trained - base| / |base|.
         applied: |applied - trained| / |trained - base|, where core has applied the file.
         unread: keys of the file that core does not read.
@@ -50,14 +50,14 @@ class Row:
 
 
 def list_classes() -> list[str]:
-    """Names of the classes that this host can load."""
+    """Return the names of the classes that this host can load."""
     import comfy.supported_models
 
     return [kind.__name__ for kind in comfy.supported_models.models]
 
 
 def error_of(training, part: str, step: float) -> float:
-    """Relative error of the derivative along one direction of all A or all B."""
+    """Return the relative error of the derivative along one direction of all A or all B."""
     from graft_pack.trainers.engine.gradient_check import directional_error
 
     parameters = [value for name, value in training.plan.trainables.items() if f"lora_{part}" in name]
@@ -66,7 +66,7 @@ def error_of(training, part: str, step: float) -> float:
 
 @functools.cache
 def measure(name: str) -> Row:
-    """Trains a class in small and applies what was trained with core's own loader."""
+    """Train a small model of a class, and apply the adapter with core's own loader."""
     import torch
 
     model = load(name, torch.float64)
@@ -82,7 +82,7 @@ def measure(name: str) -> Row:
 
 
 def load(name: str, dtype):
-    """A MODEL as the graph has it: loaded under inference mode."""
+    """Return a MODEL as the graph has it: loaded under inference mode."""
     import torch
 
     with torch.inference_mode():
@@ -115,7 +115,7 @@ def _apply(model, name: str) -> tuple:
 
 
 def show(name: str, row: Row) -> str:
-    """A row of the table."""
+    """Return a row of the table."""
     cells = (
         f"`{name}`",
         row.parameterization,
@@ -135,7 +135,7 @@ def read_rows(page: str) -> dict[str, str]:
 
 
 def list_others() -> list[str]:
-    """The table of classes that are not measured: those alike another, and those left out, by reason."""
+    """Return the table of unmeasured classes: those that equal another, and those left out, by reason."""
     by_reason: dict[str, list[str]] = {}
     for name, other in networks.ALIKE.items():
         by_reason.setdefault(f"as `{other}` in other sizes", []).append(name)

@@ -1,9 +1,9 @@
-"""The small workflow pictures on the nodes' help pages, drawn by the real frontend.
+"""Make the small workflow pictures on the nodes' help pages with the real frontend.
 
     python -m tests.support.make_help_pictures           all into web/docs/pictures
     python -m tests.support.make_help_pictures --only loss
 
-Several nodes share a picture: the workflow that they are part of.
+Several nodes share a picture: the workflow that contains them.
 """
 
 import argparse
@@ -21,7 +21,7 @@ FOLDER = ROOT / "web" / "docs" / "pictures"
 WINDOW = (2400, 1500)
 WIDTH = 800
 GAP = (70, 60)
-# What choices show, in place of what lies on this machine.
+# Values that combos show, instead of this machine's files.
 VALUES = {
     "ckpt_name": "v1-5-pruned-emaonly.safetensors",
     "folder": "my_photos",
@@ -46,7 +46,7 @@ def sampler(model=("train", 0)):
     return ("sample", "KSampler", {"model": model, "positive": ("prompt", 0)})
 
 
-# {picture: columns of (name, node type, {input: (name, output's place)})}
+# {picture: columns of (name, node type, {input: (name, output index)})}
 PICTURES = {
     "lora": [
         [CHECKPOINT, PHOTOS],
@@ -149,7 +149,7 @@ PICTURES = {
 
 
 def lay_out(page, columns):
-    """Puts the nodes in columns from left to right and links them."""
+    """Put the nodes in columns from left to right and link them."""
     page.load(EMPTY)
     made, left = {}, 0
     for column in columns:

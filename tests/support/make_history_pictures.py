@@ -25,7 +25,7 @@ WINDOW = (1600, 1060)
 WIDTH = 1200
 STEPS = 90
 
-# What the runs have in their recipes, by their names; the last two are compared.
+# Recipe fields of each run, by run name; the last two are compared.
 RECIPES = {
     "first-try": {"learning_rate": 5e-4},
     "rank-4": {"rank": 4},
@@ -34,7 +34,7 @@ RECIPES = {
 
 
 def train(server, steps):
-    """The runs, each with its own settings; their names on disk, the last one first."""
+    """Train the runs, each with its own settings; return their names on disk, the last one first."""
     folder = demo.TINY["Photos"]["folder"]
     previews = {"prompts": demo.TINY["Prompt"]["value"], "every": steps // 5}
     for name, fields in RECIPES.items():
@@ -46,20 +46,20 @@ def train(server, steps):
 
 
 def cut(page, picture, selector):
-    """What an element takes up of a picture of the page."""
+    """Crop a picture of the page to one element."""
     box = page.js("const {left, top, right, bottom} = document.querySelector(args[0]).getBoundingClientRect();"
                   "return [left, top, right, bottom];", selector)  # fmt: skip
     return picture.crop(tuple(round(side) for side in box))
 
 
 def look(browser, server, theme, names):
-    """The sidebar with the runs and the comparison of two of them, beside each other."""
+    """Return a picture of the sidebar with the runs and the comparison of two of them, beside each other."""
     page = browser.open(server.url, {"Comfy.ColorPalette": theme})
     history = HistoryView(page).open()
     for name in names[:2]:
         history.choose(name)
         history.wait_for_card(name, "card.querySelector('img').naturalWidth > 0")
-    # Past what the page says when it is opened.
+    # Wait until the page's opening messages are gone.
     time.sleep(1)
     listed = page.shoot()
     bar = page.js("return document.querySelector('.graft-history').getBoundingClientRect().right;")

@@ -1,11 +1,11 @@
-"""locales/: what the pack says, in each language, in the files that ComfyUI reads.
+"""Make locales/: the pack's texts in each language, in the files that ComfyUI reads.
 
-    python -m tests.support.make_locales            write them; says what is not translated yet
-    python -m tests.support.make_locales --missing  only say it, as lines for a table of translations
+    python -m tests.support.make_locales            write them; print untranslated texts
+    python -m tests.support.make_locales --missing  only print those, as lines for a table of translations
 
-English is said once: by the nodes in nodes/, by the page's scripts in web/, and below. Each other language has one
-table in tests/support/translations, {English text: translation}. Where one English text wants two translations, a
-place (`GraftTrainDreamBooth.inputs.train.name`) stands in the table besides, for that place alone.
+English texts come from the nodes in nodes/, the page's scripts in web/, and below. Each other language has one table in
+tests/support/translations, {English text: translation}. If one English text needs two translations, the table also
+holds a place (`GraftTrainDreamBooth.inputs.train.name`), which applies to that place alone.
 """
 
 import argparse
@@ -22,7 +22,7 @@ FOLDER = LOCALES / "en"
 TABLES = Path(__file__).with_name("translations")
 LANGUAGES = ("zh", "ja", "ko", "fr", "de", "es", "ru")
 
-# What the frontend has to name and no node says. Categories of general words are shared with other packs.
+# Names that the frontend needs and no node contains. Categories of general words are shared with other packs.
 MAIN = {
     "nodeCategories": {"graft": "Graft"},
     "dataTypes": {
@@ -32,7 +32,7 @@ MAIN = {
     },
 }
 
-# The settings dialog's entries, as web/settings.js has them; the frontend looks for ids with underscores.
+# The settings dialog's entries from web/settings.js; the frontend looks for ids with underscores.
 SETTINGS = {
     "Graft_DatasetRoots": {
         "name": "Folders that datasets may come from",
@@ -51,7 +51,7 @@ SHOWN = re.compile(r'\b(?:t|text)\(\s*"((?:[^"\\]|\\.)*)"')
 
 
 def list_nodes():
-    """The pack's node classes; ComfyUI is imported for their schemas."""
+    """Return the pack's node classes; their schemas need ComfyUI."""
     pack.use_comfy()
     pack.load_pack()
     from graft_pack.nodes import NODES
@@ -60,7 +60,7 @@ def list_nodes():
 
 
 def describe_nodes(nodes):
-    """The nodes' texts in the frontend's nodeDefs format."""
+    """Return the nodes' texts in the frontend's nodeDefs format."""
     found = {}
     for node in sorted(nodes, key=lambda node: node.define_schema().node_id):
         schema = node.define_schema()
@@ -81,7 +81,7 @@ def _describe(name, tooltip):
 
 
 def list_page_texts():
-    """What the page's scripts show, in order."""
+    """Return the texts that the page's scripts show, in order."""
     found = {}
     for path in sorted((ROOT / "web").rglob("*.js")):
         for match in SHOWN.finditer(path.read_text(encoding="utf-8")):
@@ -90,7 +90,7 @@ def list_page_texts():
 
 
 def describe(nodes):
-    """{file: what it holds in English}. The page's texts are under their own English, which the scripts look up."""
+    """Return {file: its English content}. The page's texts have their own English as keys, as its scripts expect."""
     texts = {text: text for text in list_page_texts()}
     return {
         "nodeDefs": describe_nodes(nodes),
@@ -100,7 +100,7 @@ def describe(nodes):
 
 
 def list_texts(value, place=()):
-    """(place, text) of all texts in a tree."""
+    """Yield (place, text) of all texts in a tree."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from list_texts(inner, (*place, key))
@@ -109,13 +109,13 @@ def list_texts(value, place=()):
 
 
 def read_table(language):
-    """{English text or place: translation}."""
+    """Return {English text or place: translation}."""
     path = TABLES / f"{language}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def translate(value, table, place=()):
-    """A tree in another language, without what the table does not have."""
+    """Return a tree in another language, without texts that the table lacks."""
     if not isinstance(value, dict):
         return table.get(".".join(place)) or table.get(value)
     made = {key: translate(inner, table, (*place, key)) for key, inner in value.items()}
@@ -123,13 +123,13 @@ def translate(value, table, place=()):
 
 
 def list_missing(files, table):
-    """{place: English text} of what a table has no translation for."""
+    """Return {place: English text} of texts that a table does not translate."""
     texts = (row for tree in files.values() for row in list_texts(tree))
     return {place: text for place, text in texts if not (table.get(place) or table.get(text))}
 
 
 def list_stale(files, table):
-    """What a table translates and nothing says any more."""
+    """Return the entries of a translation table that no text uses any more."""
     rows = [row for tree in files.values() for row in list_texts(tree)]
     return sorted(set(table) - {place for place, _ in rows} - {text for _, text in rows})
 
@@ -139,7 +139,7 @@ def dump(value):
 
 
 def write(language, files):
-    """The files of one language."""
+    """Write the files of one language."""
     folder = LOCALES / language
     folder.mkdir(parents=True, exist_ok=True)
     for name, value in files.items():

@@ -2,8 +2,8 @@
 
     python -m tests.support.make_panel_pictures
 
-Writes assets/panel_THEME_RENDERER.jpg, four of them: one training on the tiny base in each renderer, seen by both
-themes when most of it is done.
+Writes four files assets/panel_THEME_RENDERER.jpg: one training on the tiny base per renderer, seen in both themes when
+most of it is done.
 """
 
 import argparse
@@ -23,16 +23,16 @@ from .pack import hide_root
 from .server import ComfyServer
 
 THEMES = ("dark", "light")
-RENDERERS = {"canvas": False, "nodes2": True}  # whether it is the new one
+RENDERERS = {"canvas": False, "nodes2": True}  # True for the new renderer
 WINDOW = (1500, 1400)
 SCALE = 1.25
 WIDTH = 480
 STEPS = 120
-SEEN = 0.6  # share of the steps that are done when the pictures are taken
+SEEN = 0.6  # fraction of the steps done when the pictures are taken
 
 
 def take_looks(page, scale=1.0):
-    """{theme: picture of the trainer}, without what the page lays over it; the theme is then as it was."""
+    """Return {theme: picture of the trainer} without the page's overlays, and restore the theme."""
     before = page.get_setting("Comfy.ColorPalette")
     page.set_setting("Comfy.NodeBadge.NodeSourceBadgeMode", "None")
     hide = "document.querySelectorAll(args[0]).forEach(cover => { cover.style.visibility = args[1]; });"
@@ -57,7 +57,7 @@ def take_look(page, theme, scale):
 
 
 def find_node(page, margin=14):
-    """(left, top, right, bottom) of the trainer in the page, in pixels."""
+    """Return (left, top, right, bottom) of the trainer in the page, in pixels."""
     left, top, right, bottom = page.js("""
         const whole = document.querySelector('.lg-node:has(.graft-panel)');
         if (whole) {
@@ -72,7 +72,7 @@ def find_node(page, margin=14):
 
 
 def run_and_take(browser, server, name, steps):
-    """{theme: picture} of a training in the page, seen when most of it is done."""
+    """Return {theme: picture} of a training in the page, seen when most of it is done."""
     page = browser.open(server.url, {"Comfy.VueNodes.Enabled": RENDERERS[name]})
     page.load(panels.draw_graph(page, demo.TINY["Photos"]["folder"]))
     panels.set_values(page, steps=steps, batch_size=4, prompts=demo.TINY["Prompt"]["value"], every=steps // 6,
@@ -84,7 +84,7 @@ def run_and_take(browser, server, name, steps):
     view.wait_for_step(round(SEEN * steps), timeout=900)
     view.pictures()
     taken = take_looks(page, SCALE)
-    # On a busy machine it may be done by now.
+    # On a busy machine the training may be done by now.
     if view.phase() == "training":
         view.press("Stop and keep")
     server.wait(prompt)

@@ -1,4 +1,4 @@
-"""The pictures of README and of the template browser: the example, run on the tiny base in the real page.
+"""Make the pictures of README and of the template browser: the example, run on the tiny base in the real page.
 
 python -m tests.support.make_pictures           assets/graph.jpg, assets/before_after.png, the thumbnail
 python -m tests.support.make_pictures --unrun   assets/graph.jpg only, as the example opens
@@ -28,12 +28,12 @@ THUMBNAIL = demo.WORKFLOW.with_suffix(".jpg")
 WINDOW = (2800, 1640)
 WIDTH = 1800
 
-# What the page lays over the graph.
+# Overlays of the page over the graph.
 COVERS = ".side-toolbar-container, .minimap-main-container, .workflow-tabs-container, .actionbar-container, .p-toast"
 
 
 def take_graph(page, path, width=WIDTH, **saving):
-    """A picture of the whole graph without what the page lays over it, so wide at most."""
+    """Take a picture of the whole graph without the page's overlays, at most `width` wide."""
     page.fit()
     page.js("document.querySelectorAll(args[0]).forEach(cover => { cover.style.visibility = 'hidden'; });", COVERS)
     time.sleep(1)
@@ -47,7 +47,7 @@ def take_graph(page, path, width=WIDTH, **saving):
 
 
 def find_graph(page, margin=16):
-    """(left, top, right, bottom) of all nodes and groups in the page, in pixels."""
+    """Return (left, top, right, bottom) of all nodes and groups in the page, in pixels."""
     corners = page.js("""
         const boxes = [...app.graph.nodes, ...app.graph.groups].map(item => item.boundingRect ?? item.getBounding?.());
         const low = [0, 1].map(side => Math.min(...boxes.map(box => box[side])));
@@ -61,7 +61,7 @@ def find_graph(page, margin=16):
 
 
 def run_in_page(page, server, steps=None):
-    """Type in the tiny base's values, press Run and wait; returns (workflow, history entry)."""
+    """Enter the tiny base's values, press Run and wait; return (workflow, history entry)."""
     workflow = read_workflow(demo.WORKFLOW)
     page.load(workflow)
     for title, widgets in TINY.items():

@@ -1,4 +1,4 @@
-"""Thumbnails of the template browser: each example run on the tiny base, and what it draws side by side.
+"""Make thumbnails for the template browser: each example runs on the tiny base, its pictures side by side.
 
     python -m tests.support.make_thumbnails                    all of them
     python -m tests.support.make_thumbnails --only "NAME"      one; "Train a LoRA" comes from make_pictures as well
@@ -24,7 +24,7 @@ from .pack import hide_root
 from .workflow import find_nodes, read_workflow, to_prompt
 
 SIDE = 384
-# [(values on the tiny base, titles of the nodes that show the columns, whether its pictures come without captions)]
+# [(values on the tiny base, titles of the nodes whose pictures are the columns, True for a dataset without captions)]
 EXAMPLES = {
     "Train a LoRA": (examples.TINY, ("Before", "After"), False),
     "DreamBooth a subject": (examples.TINY_DREAMBOOTH, ("The class after", "The subject"), True),
@@ -34,11 +34,11 @@ EXAMPLES = {
     "Merge and resize adapters": (examples.TINY_MERGE, ("Both", "Merged"), False),
 }
 LORAS = {"First LoRA": "toy", "Second LoRA": "tint"}
-STEPS = 120  # of the two LoRAs that are merged
+STEPS = 120  # for each of the two merged LoRAs
 
 
 def draw_thumbnail(server, workflow, entry, titles, path):
-    """Two pictures of each title's node, one below the other."""
+    """Draw two pictures of each title's node, one below the other."""
     side = SIDE // 2
     sheet = Image.new("RGB", (SIDE, SIDE), "black")
     for column, title in enumerate(titles):
@@ -51,7 +51,7 @@ def draw_thumbnail(server, workflow, entry, titles, path):
 
 
 def run(server, name):
-    """Runs an example with the tiny base's values; (workflow, history entry)."""
+    """Run an example with the tiny base's values; return (workflow, history entry)."""
     values, _, uncaptioned = EXAMPLES[name]
     values = copy.deepcopy(values)
     for title in ("Photos", "Pictures"):
@@ -66,7 +66,7 @@ def run(server, name):
 
 
 def copy_concept(server, concept, uncaptioned):
-    """A concept's pictures below the server's input folder; the folder's name."""
+    """Copy a concept's pictures below the server's input folder; return the folder's name."""
     name = f"{concept}_pictures" if uncaptioned else concept
     folder = server.path("input", name)
     shutil.copytree(demo.CONCEPTS / concept, folder, dirs_exist_ok=True)
@@ -77,7 +77,7 @@ def copy_concept(server, concept, uncaptioned):
 
 
 def train_lora(server, concept):
-    """A LoRA of a concept, where loaders find it; its name."""
+    """Train a LoRA of a concept into a folder that loaders list; return its name."""
     prompt = graphs.training(copy_concept(server, concept, False), STEPS)
     prompt["9"] = graphs.node("GraftSaveAdapter", adapter=["3", 2], filename_prefix=concept, format="kohya")
     return Path(server.run(prompt, timeout=3600)["outputs"]["9"]["text"][0]).name

@@ -1,8 +1,8 @@
-"""The example workflows, drawn by the real frontend, so that what is committed is what saving in the editor gives.
+"""Make the example workflows with the real frontend, so that committed files equal a save in the editor.
 
     python -m tests.support.make_workflows
 
-The values are for a real user with an SD1.5 checkpoint; `TINY` holds those for the tiny base.
+The values fit a real user with an SD1.5 checkpoint; `TINY` holds those for the tiny base.
 """
 
 import argparse
@@ -44,7 +44,7 @@ With an SDXL or Flux checkpoint set the resolution of *Photos* to 0 (the
 model's own) and the width and height of *Size and number* to 1024.
 """
 
-# The example as `make demo` and the tests run it, {node: {input: value}} by title or type.
+# Values of the example in `make demo` and the tests, {node: {input: value}} by title or type.
 TINY = {
     "Checkpoint": {"ckpt_name": "graft_tiny.safetensors"},
     "Photos": {"folder": "toy", "trigger": "", "resolution": 64},
@@ -80,7 +80,7 @@ With an SDXL or Flux checkpoint set the resolution of *Photos* and
 *Class images* to 0 (the model's own) and *Size and number* to 1024.
 """
 
-# The same for "DreamBooth a subject".
+# Values of "DreamBooth a subject".
 TINY_DREAMBOOTH = {
     "Checkpoint": {"ckpt_name": "graft_tiny.safetensors"},
     "Photos": {"folder": "toy", "resolution": 64},
@@ -135,7 +135,7 @@ They work apart and together. **Cancel loses nothing**: press Run again
 and it goes on where it was.
 """
 
-# The same for the two of them.
+# Values of the two embedding examples.
 TINY_EMBEDDING = {
     "Checkpoint": {"ckpt_name": "graft_tiny.safetensors"},
     "Photos": {"folder": "toy", "trigger": "sks toy", "resolution": 64},
@@ -183,7 +183,7 @@ It takes much more memory and disk than a LoRA: see the help page of
 **Cancel loses nothing**: press Run again and it goes on where it was.
 """
 
-# The same for "Fine-tune a checkpoint".
+# Values of "Fine-tune a checkpoint".
 TINY_FINE_TUNE = {
     "Checkpoint": {"ckpt_name": "graft_tiny.safetensors"},
     "Pictures": {"folder": "toy", "trigger": "", "resolution": 64},
@@ -218,7 +218,7 @@ With an SDXL or Flux checkpoint set the width and height of *Size and
 number* to 1024.
 """
 
-# The same for "Merge and resize adapters"; the files are the test's own.
+# Values of "Merge and resize adapters"; the files are the test's own.
 TINY_MERGE = {
     "Checkpoint": {"ckpt_name": "graft_tiny.safetensors"},
     "Prompt": {"value": "a large sks toy on a green background"},
@@ -237,7 +237,7 @@ class Sketch:
         page.load(EMPTY)
 
     def node(self, kind, title, place, size, links=None, **widgets):
-        """A node with its upper left corner at place; links are {input: (node, output's place)}. Returns its id."""
+        """Add a node with its upper left corner at place; links are {input: (node, output index)}. Return its id."""
         made = self.page.add_node(kind, *place)
         for name, value in widgets.items():
             self.page.set_widget(made, name, value)
@@ -251,14 +251,14 @@ class Sketch:
         return made
 
     def route(self, target, name, points):
-        """Lead the wire of an input through points, from its source on."""
+        """Lead the wire of an input through points, starting at its source."""
         self.page.js("""
             const node = app.graph.getNodeById(args[0]);
             const link = app.graph.getLink(node.inputs.find(input => input.name === args[1]).link);
             for (const point of args[2]) app.graph.createReroute(point, link);""", target, name, points)  # fmt: skip
 
     def group(self, title, nodes, color):
-        """A frame around nodes."""
+        """Draw a frame around nodes."""
         self.page.js("""
             const group = new LiteGraph.LGraphGroup(args[0]);
             app.graph.add(group);
@@ -266,18 +266,18 @@ class Sketch:
             group.color = args[2];""", title, nodes, color)  # fmt: skip
 
     def save(self, name):
-        """The graph as saving it gives it, without what differs from one saving to the next."""
+        """Return the saved graph without values that change from one save to the next."""
         workflow = self.page.serialize()
         workflow["id"] = str(uuid.uuid5(uuid.NAMESPACE_URL, f"graft/{name}"))
         workflow["revision"] = 0
         routes = {key: workflow["extra"][key] for key in ("reroutes", "linkExtensions") if key in workflow["extra"]}
-        # The page's sidebar and its bar of tabs lie over the graph's left and upper edge.
+        # The page's sidebar and its tab bar cover the graph's left and upper edge.
         workflow["extra"] = {"ds": {"scale": 0.6, "offset": [200, 240]}, **routes}
         return workflow
 
 
 def draw_base(sketch, place, note, height, top=700):
-    """The note and, lower down, the checkpoint of an example; (checkpoint, what a trainer is given of it)."""
+    """Draw an example's note and, lower down, its checkpoint; return (checkpoint, a trainer's links to it)."""
     sketch.node("MarkdownNote", "Start here", place, (420, height), text=note)
     checkpoint = sketch.node("CheckpointLoaderSimple", "Checkpoint", (place[0], top), (420, 100),
                              ckpt_name="v1-5-pruned-emaonly-fp16.safetensors")  # fmt: skip
@@ -285,11 +285,11 @@ def draw_base(sketch, place, note, height, top=700):
 
 
 def draw_pictures(sketch, place, name, model, clip, prompt, negative, size, vae, of=""):
-    """The nodes that draw a prompt and save the pictures, in a row of two columns; their ids.
+    """Draw the nodes that sample a prompt and save the pictures, in a row of two columns; return their ids.
 
     Args:
-        model, clip, vae, prompt, negative, size: (node, output's place).
-        of: put before the name in titles of prompts.
+        model, clip, vae, prompt, negative, size: (node, output index).
+        of: prefix of the name in titles of prompts.
     """
     node = sketch.node
     left, top = place
@@ -316,7 +316,7 @@ def draw_pictures(sketch, place, name, model, clip, prompt, negative, size, vae,
     return [positive, other, drawn, decoded, shown]
 
 
-# Columns of an example that looks at its pictures before it trains, and the top of its second row. Wires that skip a
+# Columns of an example that inspects its pictures before training, and the top of its second row. Wires that skip a
 # column run through a lane above that row.
 DATA, LOOK, TRAIN, WISH, SAMPLE = 0, 480, 960, 1440, 2000
 ROW = 780
@@ -324,13 +324,13 @@ LANE = (620, 645, 670)
 
 
 def draw_training(sketch, base, pictures, trainer, saved, options=None):
-    """Draw the look and the training of an example; the ids of the look, of the options and of the trainer.
+    """Draw the inspection and the training of an example; return the ids of inspection, options and trainer.
 
     Args:
-        base: the checkpoint as (checkpoint, what a trainer is given of it).
-        pictures: the id of the dataset's node.
+        base: the checkpoint as (checkpoint, a trainer's links to it).
+        pictures: id of the dataset's node.
         trainer: (type of the node, values of its widgets).
-        saved: draws what saves the result; called with the trainer's id and the place below it, gives ids.
+        saved: function that draws the saving nodes, called with the trainer's id and the place below it; returns ids.
         options: values of the previews, None for none.
     """
     node = sketch.node
@@ -350,7 +350,7 @@ def draw_training(sketch, base, pictures, trainer, saved, options=None):
 
 
 def draw_both(sketch, checkpoint, trained, wishes):
-    """Draw the same prompt before and after a training; the ids of both rows."""
+    """Draw the same prompt before and after a training; return the ids of both rows."""
     prompt, negative, size = wishes
     rows = []
     for name, top, source in (("before", 0, checkpoint), ("after", ROW, trained)):
@@ -367,7 +367,7 @@ def draw_both(sketch, checkpoint, trained, wishes):
 
 
 def draw_train_a_lora(sketch):
-    """Checkpoint and photos -> look -> train -> the same prompt before and after."""
+    """Draw checkpoint and photos -> inspection -> training -> the same prompt before and after."""
     node = sketch.node
     base = draw_base(sketch, (DATA, 0), NOTE, 470, ROW - 200)
     photos = node("GraftLoadDataset", "Photos", (DATA, ROW), (420, 490),
@@ -388,7 +388,7 @@ def draw_train_a_lora(sketch):
 
 
 def draw_wishes(sketch, place, prompt):
-    """Prompt, negative prompt and size of what is to be drawn; their ids."""
+    """Draw prompt, negative prompt and size of the pictures; return their ids."""
     node = sketch.node
     left, top = place
     return (
@@ -399,7 +399,7 @@ def draw_wishes(sketch, place, prompt):
 
 
 def draw_dreambooth(sketch):
-    """Photos and class images -> train -> the class before and after, and the subject."""
+    """Draw photos and class images -> training -> the class before and after, and the subject."""
     node = sketch.node
     data, train, sample = 0, 480, 960
 
@@ -441,7 +441,7 @@ def draw_dreambooth(sketch):
 
 
 def draw_embedding(sketch):
-    """Photos -> a word -> the prompt with the start word and with the new one."""
+    """Draw photos -> embedding -> the prompt with the initial word and with the new embedding."""
     node = sketch.node
     data, train, wish, sample = 0, 480, 960, 1440
 
@@ -469,7 +469,7 @@ def draw_embedding(sketch):
 
 
 def draw_pivotal(sketch):
-    """Photos -> a word and a LoRA together -> what each does alone and what they do together."""
+    """Draw photos -> an embedding and a LoRA together -> the effect of each alone and of both."""
     node = sketch.node
     data, train, wish, sample = 0, 480, 960, 1440
 
@@ -500,7 +500,7 @@ def draw_pivotal(sketch):
 
 
 def draw_fine_tune(sketch):
-    """Pictures -> look -> train -> a checkpoint of its own, and the same prompt before and after."""
+    """Draw pictures -> inspection -> training -> a new checkpoint, and the same prompt before and after."""
     node = sketch.node
     prompt = "a house by the sea, ohwx style"
     base = draw_base(sketch, (DATA, 0), FINE_TUNE_NOTE, 560, ROW - 160)
@@ -528,7 +528,7 @@ def draw_fine_tune(sketch):
 
 
 def draw_merge(sketch):
-    """Two LoRAs -> one -> smaller -> the same prompt with the two and with the one."""
+    """Draw two LoRAs -> merged -> resized -> the same prompt with the two and with the merged one."""
     node = sketch.node
     data, merge, wish, sample = 0, 480, 960, 1440
 
@@ -568,7 +568,7 @@ def draw_merge(sketch):
 
 
 def draw_apply(sketch, title, place, model, clip, adapter, strengths):
-    """An adapter put on model and clip; its id."""
+    """Draw a node that applies an adapter to model and clip; return its id."""
     given = {"model": model, "clip": clip, "adapter": (adapter, 0)}
     return sketch.node("GraftApplyAdapter", title, place, (420, 240), given, **strengths)
 

@@ -1,6 +1,6 @@
-"""Inputs that are hostile or broken, or odd and legal, and what each is to come to: a seeded corpus for a server.
+"""A seeded corpus of malformed, hostile or odd but valid inputs for a server, with the expected answers.
 
-A trial writes its files, asks the server, and says which words the answer must hold.
+A trial writes its files, sends its request, and states the words that the answer must contain.
 """
 
 import itertools
@@ -30,12 +30,12 @@ class Trial:
     """One input.
 
     Attributes:
-        kind: class of inputs it belongs to.
-        name: of this one.
-        act: called with the server, gives what it answered as (whether it took it, the answer's text).
-        says: regular expression that the answer must hold.
-        taken: whether it is odd but legal.
-        prepare: called with the server before it is looked at what files there are.
+        kind: class of the input.
+        name: name of the input.
+        act: called with the server, returns (True if the server accepted it, the answer's text).
+        says: regular expression that the answer must match.
+        taken: True if the input is odd but valid.
+        prepare: called with the server before the list of files is taken.
     """
 
     kind: str
@@ -47,10 +47,10 @@ class Trial:
 
 
 def every(defaults, trained, seed=0):
-    """All trials, in an order in which each class is spread over the whole.
+    """Return all trials, ordered so that each class is spread over the whole.
 
     Args:
-        defaults: the server's nodes, as `known_nodes` gives them.
+        defaults: the server's nodes, as `known_nodes` returns them.
         trained: name of a run with two steps, made by `training_of(server, 2)`.
     """
     rng = random.Random(seed)
@@ -65,12 +65,12 @@ def every(defaults, trained, seed=0):
 
 
 def run(server, prompt, node=None):
-    """(whether it ran to its end, what was said) of a prompt; of an error all that ComfyUI tells of it."""
+    """Run a prompt; return (True if it ran to its end, the answer), with ComfyUI's whole message for an error."""
     try:
         answer = server.submit(prompt)
         entry = server.wait(answer["prompt_id"], 300)
         if answer["node_errors"]:
-            # One output was refused, another ran.
+            # The server refused one output and ran another.
             return False, describe_refusal(answer)
     except PromptRefused as refusal:
         return False, str(refusal)
@@ -82,7 +82,7 @@ def run(server, prompt, node=None):
 
 
 def graph_of(defaults, kind, **values):
-    """A prompt in which a node of a kind is reached; its id is 5, and its widgets are as they come but for some."""
+    """Return a prompt that reaches a node of a kind; its id is 5, and its widgets have defaults except for some."""
     prompt = graphs.training("toy", 1)
     prompt["9"] = graphs.node("GraftLoadAdapter", adapter_name="sound.safetensors")
     prompt["8"] = graphs.node("GraftLoadEmbedding", embedding_name="sound.safetensors")
@@ -113,7 +113,7 @@ def graph_of(defaults, kind, **values):
 
 
 def _needed(prompt, end):
-    """The nodes that an output node needs."""
+    """Return the nodes that an output node needs."""
     found = {}
     left = [end]
     while left:
@@ -127,16 +127,16 @@ def _needed(prompt, end):
 
 @dataclass(frozen=True)
 class Known:
-    """A node of the server's.
+    """A node of the server.
 
     Attributes:
-        title: as it is shown.
-        widgets: their values as they come.
+        title: display name.
+        widgets: default values.
         schemas: {input: (type, options)}.
-        sockets: {input: type}, of required ones.
-        optional: the same of optional ones.
+        sockets: {input: type} of required sockets.
+        optional: {input: type} of optional sockets.
         outputs: types.
-        is_output: whether it runs without anything behind it.
+        is_output: True if the node runs without a node behind it.
     """
 
     title: str
@@ -149,7 +149,7 @@ class Known:
 
 
 def known_nodes(server):
-    """{node id: Known} of the pack's nodes."""
+    """Return {node id: Known} of the pack's nodes."""
     found = {}
     for name, info in server.object_info().items():
         if not name.startswith("Graft"):
@@ -214,14 +214,14 @@ NUMBERS = {
         "an object": ({"a": 1}, "not in list|is no text"),
         "a list": ({"__value__": [1, 2, 3]}, "not in list|is no text"),
         "a path": ("../../../../etc/passwd", "not in list|is no choice here|There is no|lies outside"),
-        # Not the name alone: another trial makes a folder of it.
+        # Not the name alone, because another trial creates a folder of that name.
         "HTML": (f"{HTML}<b>", "not in list|is no choice here|There is no|no folder"),
     },
 }
 
 
 def widgets(rng, defaults, trained):
-    """Each widget of each node with each wrong value of its kind."""
+    """Yield every widget of every node with every wrong value of its kind."""
     for name, known in sorted(defaults.items()):
         for field_name, (kind, _) in sorted(known.schemas.items()):
             for what, (value, says) in NUMBERS.get(kind, {}).items():
@@ -240,7 +240,7 @@ def _queueing(defaults, kind, values):
 
 
 def sockets(rng, defaults, trained):
-    """Literals where a wire belongs."""
+    """Yield literals in place of links."""
     for name, known in sorted(defaults.items()):
         for field_name in sorted({**known.sockets, **known.optional}):
             for what, value in {"a text": "text", "a number": 5, "an object": {"a": [1]}, "nothing": None}.items():
@@ -322,7 +322,7 @@ RUN_NAMES = {
 
 
 def names(rng, defaults, trained):
-    """Names of folders and files that lead elsewhere, or are none on some system."""
+    """Yield names of folders and files that lead elsewhere, or are invalid on some system."""
     for what, value in LEADING_OUT.items():
         for input in ("folder", "mask_folder"):
             says = f"input '{input}': .*(?:There is no folder|lies outside|No folder can be called|control character)"
@@ -383,14 +383,14 @@ def _pickles(server):
 
 
 def safetensors(tensors=None, metadata=None, rows=None, header=None, size=None, data=None):
-    """The bytes of a file, right or wrong.
+    """Return the bytes of a file, valid or not.
 
     Args:
         tensors: {name: float32 array}.
-        rows: over those that belong to the tensors.
-        header: its bytes in place of all of that.
-        size: that the file says its header has.
-        data: in place of the tensors' bytes.
+        rows: overrides of the tensors' header entries.
+        header: header bytes that replace all of that.
+        size: header size that the file claims.
+        data: bytes that replace those of the tensors.
     """
     found, blob = {}, b""
     if metadata is not None:
@@ -410,18 +410,18 @@ LAYER = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 
 
 def lora(up=(32, 4), down=(4, 32), name=LAYER, value=0.01, alpha=4.0):
-    """The tensors of one layer."""
+    """Return the tensors of one layer."""
     made = {f"{name}.lora_up.weight": np.full(up, value), f"{name}.lora_down.weight": np.full(down, value)}
     return made if alpha is None else {**made, f"{name}.alpha": np.array(alpha)}
 
 
 def row(shape, start, stop, dtype="F32"):
-    """What a header says of a tensor."""
+    """Return a header's entry for a tensor."""
     return {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
 
 
 def lying():
-    """{what: (bytes, words of the reason)} of files that are no sound safetensors."""
+    """Return {description: (bytes, words of the reason)} of invalid safetensors files."""
     good = lora()
     whole = safetensors(good)
     deep = b"[" * 200_000
@@ -486,7 +486,7 @@ def lying():
 
 
 def adapters(rng, defaults, trained):
-    """Files among the adapters, looked at and applied."""
+    """Yield malformed adapter files, inspected and applied."""
     nan = lora()
     nan[f"{LAYER}.lora_up.weight"] = np.full((32, 4), np.nan)
     inf = lora()
@@ -591,7 +591,7 @@ def adapters(rng, defaults, trained):
 
 
 def _of_file(kind, folder, what, data, says, defaults, loader, input, end, taken=False):
-    """A file written among the models, read by its loader and used by another node."""
+    """Return a trial of a model file that its loader reads and another node uses."""
     name = f"hostile-{zlib.crc32(f'{kind} {what}'.encode())}.safetensors"
 
     def act(server):
@@ -609,7 +609,7 @@ def _write(path, data):
 
 
 def embeddings(rng, defaults, trained):
-    """Files among the words."""
+    """Yield malformed embedding files."""
     width = 768
     nan = np.full((2, width), np.nan)
     broken = {
@@ -655,7 +655,7 @@ def embeddings(rng, defaults, trained):
 
 
 def _looked_at(name, says, prepare, taken=True, kind="picture", **values):
-    """A folder below input/ that is inspected; what is left out of it is told."""
+    """Return a trial that inspects a folder below input/; the answer names the files left out."""
 
     def act(server):
         prompt = {"2": graphs.node("GraftLoadDataset", folder=name, trigger="", resolution=64, repeats=1, **values)}
@@ -666,7 +666,7 @@ def _looked_at(name, says, prepare, taken=True, kind="picture", **values):
 
 
 def pictures(rng, defaults, trained):
-    """Each odd file in a folder of its own, beside a sound one, which is shown whatever the other is."""
+    """Yield each odd file in its own folder beside a valid one, which is shown in any case."""
     for number in range(120):
         yield _odd_picture(number)
     for what, (data, says) in {
@@ -682,7 +682,7 @@ def pictures(rng, defaults, trained):
 
 
 def _odd_picture(number):
-    """The file of that number of those in `odd_files`, made when it is needed."""
+    """Return the trial of a file from `odd_files`, by its number; the file is made when needed."""
     folder = f"odd {number}"
     state = {}
 
@@ -725,7 +725,7 @@ _MADE = {}
 
 
 def _as_there(aim, folder, other):
-    """Where a link leads; one within its folder leads to the same place of another, which holds that file then."""
+    """Return a link's target, mapped from `folder` to the same place in `other`, where its file is copied to."""
     if not aim.is_relative_to(folder):
         return aim
     inner = other / aim.relative_to(folder)
@@ -745,7 +745,7 @@ def _one_beside(folder, name, data):
 
 
 def captions(rng, defaults, trained):
-    """Texts beside pictures."""
+    """Yield malformed texts beside pictures."""
     for what, (name, data, says) in {
         "latin-1": ("sound.txt", b"gr\xfcn", "not UTF-8"),
         "UTF-16 cut": ("sound.txt", b"\xff\xfea", "not UTF-8"),
@@ -755,7 +755,7 @@ def captions(rng, defaults, trained):
         "endless caption": ("sound.txt", b"word " * 100_000, "characters. At most|499999 characters|characters"),
         "endless JSON number": ("sound.json", b"1" * 10_000, "no JSON"),
     }.items():
-        # The one picture cannot be trained on, so that the folder is refused, and the reason told.
+        # The only picture cannot be trained on, so the folder is refused and the reason stated.
         folder = f"caption {what}"
         yield _looked_at(
             folder,
@@ -824,23 +824,23 @@ _TIMES = itertools.count()
 
 
 def training_of(server, steps, name="kept"):
-    """A run of some steps with a state of each."""
-    # Each time another number, which decides nothing: the host answers a prompt that it knows by itself.
+    """Return a graph of a run with some steps and a saved state for each."""
+    # A new number each time, without effect on the result: the host answers a known prompt from its cache.
     return runs.graph_of(server, "toy", name, steps, save_every=1, keep_last=100 + next(_TIMES))
 
 
 def plain_of(path):
-    """(rows, plain numbers, data) of a state's file."""
+    """Return (header, plain values, data) of a state's file."""
     data = path.read_bytes()
     size = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + size])
-    # As earlier versions have written it: with the checksums, nothing else of it would be looked at.
+    # An earlier version wrote the file like this. With checksums, the reader would look at nothing else.
     header["__metadata__"].pop("graft_checksums", None)
     return header, json.loads(header["__metadata__"]["state"]), data[8 + size :]
 
 
 def _with(change):
-    """Writes a state's file with its plain numbers changed."""
+    """Return a function that writes a state's file with changed plain values."""
 
     def spoil(path):
         header, plain, data = plain_of(path)
@@ -897,7 +897,7 @@ SPOILT_STATES = {
 
 
 def states(rng, defaults, trained):
-    """A run's files spoilt, then its graph queued for a step more: it goes on from what is sound."""
+    """Yield trials that damage a run's files and queue one more step: the run resumes from an intact state."""
     for what, (spoil, logged) in SPOILT_STATES.items():
         yield _resuming(
             f"last state {what}", spoil, trained, f"(?s)3 steps trained.*{logged}", ["state-00000002.safetensors"]
@@ -938,7 +938,7 @@ def states(rng, defaults, trained):
 
 
 def _resuming(what, spoil, trained, says, files, taken=True):
-    """Spoils files of the kept run, queues one step more, and puts all back."""
+    """Return a trial that damages files of the kept run, queues one more step, and restores everything."""
 
     def act(server):
         folder = runs.find_run(server, trained)
@@ -960,7 +960,7 @@ def _resuming(what, spoil, trained, says, files, taken=True):
 
 
 def _caches(trained):
-    """What lies in the caches of the whole server."""
+    """Write malformed entries into the caches of the whole server."""
     foreign = safetensors({"k/mean": np.ones(4)}, {"format": "graft cache 99", "sums": "{}"})
     for what, (data, logged) in {
         "another format": (foreign, "left aside: it is of the format 'graft cache 99'"),
@@ -1009,7 +1009,7 @@ def _caches(trained):
 
 
 def graph_for_index():
-    """The shared folder, looked at once more whatever the host remembers."""
+    """Return a graph that inspects the shared folder again despite the host's cache."""
     values = {"folder": "toy", "trigger": "", "resolution": 64, "repeats": 1 + next(_TIMES)}
     return {"2": graphs.node("GraftLoadDataset", **values), "4": graphs.node("GraftInspectDataset", dataset=["2", 0])}
 
@@ -1076,7 +1076,7 @@ BODIES = {
 
 
 def ask(server, path, data=None, headers=JSON, method=None):
-    """(status, content type, nosniff, body) of an answer."""
+    """Return (status, headers, body) of an answer."""
     address = server.url + urllib.request.quote(path, safe="/%?=&:.$*(){}")
     request = urllib.request.Request(address, data, dict(headers), method=method)
     try:
@@ -1089,7 +1089,7 @@ def ask(server, path, data=None, headers=JSON, method=None):
 def _asking(path, data=None, headers=JSON, method=None, own=True):
     def act(server):
         status, head, body = ask(server, path, data, headers, method)
-        # What is no route of ours, or what the host refuses before, it answers by itself.
+        # The host itself answers unknown routes and requests that it refuses earlier.
         kind = head.get("Content-Type") or ""
         ours = kind.startswith("application/json") and head["X-Content-Type-Options"] == "nosniff"
         if (own and not ours) or "html" in kind:
@@ -1102,7 +1102,7 @@ def _asking(path, data=None, headers=JSON, method=None, own=True):
 
 
 def routes(rng, defaults, trained):
-    """Requests to the routes."""
+    """Yield requests to the routes."""
     for run_id in RUN_IDS:
         own = not run_id.startswith((".", "%2e")) and "%2f" not in run_id.lower()
         own = own and "{" not in run_id
@@ -1118,7 +1118,7 @@ def routes(rng, defaults, trained):
         says = '40[49] .*"error": "(?:That is no node|It does not run)' if own else "40[0-9]"
         yield Trial("route", f"node {node[:20]!a}", _asking(f"/graft/nodes/{node}/stop", b"{}", own=own), says)
     for headers in STRANGERS:
-        # Some of them the host refuses before it asks us, or stumbles over.
+        # The host refuses some of them before our route runs, or fails on them.
         act = _asking("/graft/nodes/3/stop", b"{}", {**JSON, **headers}, own=False)
         yield Trial("route", f"from {headers}", act, '403 .*"error": "Only pages of this server|403 $|500 ')
     for what, body in BODIES.items():

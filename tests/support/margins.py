@@ -1,7 +1,7 @@
-"""Record of how close the numeric checks come to their bounds: `pytest --margins`, without `-n`.
+"""Record of the margins of numeric checks: `pytest --margins`, without `-n`.
 
 A check is a comparison with a bound of a hundredth or less, a `pytest.approx` or an `allclose`. Each line's worst case
-counts. Kernels differ between CPUs, so run it with ATEN_CPU_CAPABILITY=default and without, with one thread and two.
+counts. Kernels differ between CPUs, so run it with and without ATEN_CPU_CAPABILITY=default, with one thread and two.
 """
 
 import ast
@@ -21,7 +21,7 @@ NAME = "__graft_compare__"
 
 
 class Margins:
-    """A plugin that keeps the worst (share of the bound, test) of each line."""
+    """A plugin that keeps each line's worst (fraction of the bound, test)."""
 
     def __init__(self):
         self._worst = {}
@@ -31,7 +31,7 @@ class Margins:
         np.allclose = self._watched(np.allclose, lambda value: np.asarray(value, dtype=float))
 
     def note(self, line, share):
-        """Keep a share of a bound where it is the line's largest so far."""
+        """Keep a fraction of a bound if it is the line's largest so far."""
         test = os.environ.get("PYTEST_CURRENT_TEST", "").partition(" ")[0]
         if line not in self._worst or share > self._worst[line][0]:
             self._worst[line] = share, test
@@ -57,7 +57,7 @@ class Margins:
 
     def pytest_terminal_summary(self, terminalreporter):
         """List the checks whose margin is less than five, the closest first."""
-        # A share above one is a check of a difference, or a failure that is reported as such.
+        # A fraction above one checks a difference, or is a failure that is reported as such.
         found = [(share, line, test) for line, (share, test) in self._worst.items() if 1 >= share > 1 / ENOUGH]
         terminalreporter.section(f"{len(found)} of {len(self._worst)} numeric checks have a margin below {ENOUGH:g}")
         for share, line, test in sorted(found, reverse=True):
@@ -79,7 +79,7 @@ class _Comparisons(ast.NodeTransformer):
 
 
 def _rewrite_comparisons(margins):
-    """Compare through `margins` in all asserts that pytest rewrites from now on, in a bytecode cache of their own."""
+    """Make pytest compare through `margins` in all asserts that it rewrites from now on, with a separate cache."""
     import builtins
 
     setattr(builtins, NAME, margins.compare)

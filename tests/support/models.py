@@ -1,4 +1,4 @@
-"""Tiny MODELs of the host's own classes with random weights, each as a loader would hand it on."""
+"""Tiny MODELs of the host's own classes with random weights, each as a loader passes it on."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ __all__ = ["ARCHITECTURES", "CLASSES", "FAMILIES", "SIZES"]
 
 
 def patcher(name: str, dtype=None, seed: int = 0, keys: dict | None = None):
-    """A MODEL of a family with random weights of a size that makes every layer matter.
+    """Return a MODEL of a family with random weights, scaled so that every layer matters.
 
     Args:
-        keys: what else its checkpoint holds, by which the host knows one model from another.
+        keys: further checkpoint keys by which the host tells models apart.
     """
     import torch
 
@@ -32,7 +32,7 @@ def patcher(name: str, dtype=None, seed: int = 0, keys: dict | None = None):
 
 
 def patched(model):
-    """The host's model as a MODEL."""
+    """Return the host's model as a MODEL."""
     import comfy.model_management
     import comfy.model_patcher
     import torch
@@ -42,7 +42,7 @@ def patched(model):
 
 
 def randomise(module, seed: int, norms: float = 1.0) -> None:
-    """Fills a module with random weights; those of norms are near a number."""
+    """Fill a module with random weights; those of norms are near `norms`."""
     import torch
 
     source = torch.Generator().manual_seed(seed)
@@ -53,12 +53,12 @@ def randomise(module, seed: int, norms: float = 1.0) -> None:
             if parameter.dim() == 1 and "norm" in name and name.endswith(("weight", "scale")):
                 parameter.add_(norms)
         for name, buffer in module.named_buffers():
-            if name == "pos_embed":  # SD3's, which the host leaves to the checkpoint and so uninitialised
+            if name == "pos_embed":  # SD3's; the host leaves it uninitialized, because the checkpoint holds it
                 buffer.copy_(torch.randn(buffer.shape, generator=source) * 0.1)
 
 
 def conditioning(name: str, seed: int = 0):
-    """A random Conditioning as that family's text encoder would give it."""
+    """Return a random Conditioning as that family's text encoder gives it."""
     import torch
     from graft_pack.trainers.protocols import Conditioning
 
@@ -83,7 +83,7 @@ def _clip_config(width: int, layers: int) -> dict:
 
 _T5_CONFIG = {"d_model": 48, "d_ff": 64, "d_kv": 8, "num_heads": 2, "num_layers": 2}
 
-# Text encoders in small by the host's own keys; what they give together fits the networks above.
+# Small text encoders by the host's own keys; together they fit the networks above.
 TEXT = {
     "SD1": {"clip_l": _clip_config(48, 3)},
     "SD2": {"clip_h": _clip_config(48, 3)},
@@ -93,10 +93,10 @@ TEXT = {
 
 
 def text(name: str, seed: int = 0, dtype=None):
-    """A CLIP of a family with random weights, float32, with the host's own tokenizer and its places for embeddings.
+    """Return a CLIP of a family with random weights, with the host's own tokenizer and its embedding folders.
 
     Args:
-        dtype: of its weights, None for float32.
+        dtype: dtype of the weights, None for float32.
     """
     import comfy.sd
     import folder_paths
@@ -116,7 +116,7 @@ WORD = "my-word"
 
 @contextmanager
 def learning_word(name: str, checkpointing: bool = False, model=None, clip=None, captions=None, **fields):
-    """A Training of the vectors of `my-word` on a family of TEXT, two for each encoder."""
+    """Yield a Training of the vectors of `my-word` on a family of TEXT, two for each encoder."""
     from graft_pack.nodes.host.model.denoiser import ComfyDenoiser
     from graft_pack.nodes.host.model.text_encoder import ComfyText
     from graft_pack.trainers.engine.plan import Plan
@@ -152,7 +152,7 @@ def learning_word(name: str, checkpointing: bool = False, model=None, clip=None,
 
 @contextmanager
 def with_text(name: str, checkpointing: bool = False, model=None, clip=None, spread: float = 0.0, **fields):
-    """A Training of adapters on the network and on the text encoders of a family of TEXT."""
+    """Yield a Training of adapters on the network and on the text encoders of a family of TEXT."""
     from graft_pack.nodes.host.model.denoiser import ComfyDenoiser
     from graft_pack.nodes.host.model.text_encoder import ComfyText
     from graft_pack.trainers.engine.plan import Plan
@@ -198,7 +198,7 @@ def _told(latent, conditioning, caption, turn):
 
 
 def kl_vae(channels: int):
-    """A VAE of the host's own making with random weights: SD1's kind with 4 channels, Flux's with 16."""
+    """Return a VAE of the host's own class with random weights: SD1's kind with 4 channels, Flux's with 16."""
     import comfy.sd
     import torch
     from comfy.ldm.models import autoencoder
@@ -228,7 +228,7 @@ def kl_vae(channels: int):
 
 
 class SmallVae:
-    """What the denoiser asks of a VAE when no picture is coded."""
+    """The part of a VAE that the denoiser uses when it encodes no picture."""
 
     def spacial_compression_encode(self) -> int:
         return 8
@@ -236,11 +236,11 @@ class SmallVae:
 
 @dataclass(frozen=True)
 class Training:
-    """A MODEL within `ComfyDenoiser.training`, with a LoRA injected.
+    """A MODEL within `ComfyDenoiser.training`, with an injected LoRA.
 
     Attributes:
         host: the engine's Host around `denoiser`, without text encoder and VAE.
-        plan: as the loop takes it.
+        plan: the loop's plan.
     """
 
     denoiser: Any
@@ -248,23 +248,23 @@ class Training:
     plan: Any
 
     def losses(self):
-        """The mean loss of the first batch, with its graph."""
+        """Return the mean loss of the first batch, with its graph."""
         from graft_pack.trainers.engine.step import batch_loss
 
         return batch_loss(self.plan, self.host)
 
     def gradients(self) -> list:
-        """Of that loss, in the order of the trainables."""
+        """Return the gradients of that loss, in the order of the trainable parameters."""
         import torch
 
         parameters = list(self.plan.trainables.values())
-        # The last layer of an encoder of which the one before is taken has none.
+        # If the encoder's second-last layer is its output, the last layer has no gradient.
         found = torch.autograd.grad(self.losses(), parameters, allow_unused=True)
         return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
 
 
 def recipe(family: str, **fields):
-    """A recipe of a family's defaults, with some fields set; nothing is checked, so that odd values can be tried."""
+    """Return a recipe of a family's defaults with some fields set; unchecked, so that tests can try odd values."""
     from graft_pack.trainers.engine.resolve import Options, resolve
     from graft_pack.trainers.families import family_of
 
@@ -273,7 +273,7 @@ def recipe(family: str, **fields):
 
 
 def item(name: str, seed: int, dtype=None, side: int = 0):
-    """A loop Item with a random latent and a random conditioning, both decided by the seed; side 0: its own."""
+    """Return a dataset item with a random latent and conditioning from the seed; side 0 takes the family's own."""
     import torch
     from graft_pack.trainers.preprocessing.items import DatasetItem, Sample
 
@@ -299,13 +299,13 @@ def in_training(
     report=None,
     **fields,
 ):
-    """A Training of a MODEL.
+    """Yield a Training of a MODEL.
 
     Args:
-        name: in SIZES.
-        spread: standard deviation of random trainables; 0 leaves them as they start.
-        side: of the latents, 0 for the family's.
-        fields: of the recipe.
+        name: key in SIZES.
+        spread: standard deviation of random trainable values; 0 leaves their initial values.
+        side: side of the latents, 0 for the family's.
+        fields: fields of the recipe.
     """
     from graft_pack.nodes.host.model.denoiser import ComfyDenoiser
     from graft_pack.trainers.engine.plan import Plan
@@ -343,10 +343,10 @@ def in_training(
 
 
 def exporter(method, settings, name_of, denoiser=None):
-    """From trainables' values to what a run hands on, as the loop wants it; without metadata.
+    """Return a function from trainable values to a run's products, as the loop needs it; without metadata.
 
     Args:
-        denoiser: within training, for types whose files are made beside the weights, and for peft's own form.
+        denoiser: within training; needed for types whose files depend on the weights, and for peft's own form.
     """
     from graft_pack.trainers.formats.adapter import Adapter, LazyAdapter
     from graft_pack.trainers.formats.diffusers_split import with_splits
@@ -366,7 +366,7 @@ def exporter(method, settings, name_of, denoiser=None):
 
 
 def scatter(trainables: dict, spread: float, seed: int = 0, dtype=None) -> None:
-    """Random values for trainables, A and B alike, so that neither gradient vanishes."""
+    """Set random values, for A and B alike, so that neither gradient vanishes."""
     import torch
 
     source = torch.Generator().manual_seed(seed)
@@ -377,10 +377,10 @@ def scatter(trainables: dict, spread: float, seed: int = 0, dtype=None) -> None:
 
 @contextmanager
 def float64_throughout(training):
-    """Compute in float64 without exception, so that finite differences see no rounding on any CPU.
+    """Compute everything in float64, so that finite differences see no rounding on any CPU.
 
-    The model is built in float64. The trainables become float64, and a cast to float32 on the way, such as that of
-    rotary embeddings, casts to float64 instead.
+    The model is built in float64. The trainable parameters become float64. A cast to float32 on the way, such as that
+    of rotary embeddings, casts to float64 instead.
     """
     from unittest.mock import patch
 
@@ -391,7 +391,7 @@ def float64_throughout(training):
     def widened(value):
         return torch.float64 if value is torch.float32 else value
 
-    # On the class, since a mode would not hold while a checkpointed block is run again within the backward.
+    # Patched on the class, because a mode has ended when the backward recomputes a checkpointed block.
     def to(tensor, *args, **kwargs):
         return cast(tensor, *map(widened, args), **{key: widened(value) for key, value in kwargs.items()})
 
@@ -402,7 +402,7 @@ def float64_throughout(training):
 
 
 def denoised(model, x, sigma: float, one):
-    """The host's own x0 for x [1, C, ...] at sigma on one Conditioning, as a sampler node in the graph gets it."""
+    """Return the host's own x0 for x [1, C, ...] at sigma on one Conditioning, as a sampler node in the graph does."""
     import comfy.model_management
     import comfy.sampler_helpers
     import comfy.samplers
@@ -411,7 +411,7 @@ def denoised(model, x, sigma: float, one):
 
     network = model.model.diffusion_model
     if hasattr(network, "clear_kv_cache"):
-        # The host's own does not forget the keys and values of a prompt when other weights are applied.
+        # The host does not clear a prompt's key-value cache when other weights are applied.
         network.clear_kv_cache()
     with torch.inference_mode():
         comfy.model_management.load_models_gpu([model])
@@ -436,7 +436,7 @@ def denoised(model, x, sigma: float, one):
 
 
 def trained_denoised(training: Training, x, sigma: float, one):
-    """The same x0 by the model as it is within a Training."""
+    """Return the same x0 from the model within a Training."""
     import torch
 
     level = torch.full((1,), sigma)
@@ -448,7 +448,7 @@ def trained_denoised(training: Training, x, sigma: float, one):
 
 @contextmanager
 def inputs_of(module):
-    """The (args, kwargs) of every call of a module within the block."""
+    """Yield the (args, kwargs) of every call of a module within the block."""
     calls = []
     hook = module.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
     yield calls
@@ -456,23 +456,23 @@ def inputs_of(module):
 
 
 def distance(a, b) -> float:
-    """|a - b| / |b|, in fp64."""
+    """Return |a - b| / |b|, in fp64."""
     return float((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30))
 
 
 def joined(tensors) -> Any:
-    """Tensors of any shapes as one vector, fp64."""
+    """Return tensors of any shapes as one vector, fp64."""
     import torch
 
     return torch.cat([tensor.detach().double().flatten() for tensor in tensors])
 
 
 def train(training: Training, folder, resume: bool = False, **fields):
-    """The loop run to its end in a folder; the final State.
+    """Run the loop to its end in a folder; return the final State.
 
     Args:
-        resume: goes on with the state that an earlier training left in the folder.
-        fields: of the recipe, in place of the plan's.
+        resume: resume from the state that an earlier training left in the folder.
+        fields: recipe fields that replace the plan's.
     """
     from graft_pack.trainers.engine import loop
     from graft_pack.trainers.engine.oom_fallback import offload_blocks
@@ -487,6 +487,6 @@ def train(training: Training, folder, resume: bool = False, **fields):
     run.write_recipe(plan.recipe, "test", {})
     state = run.load(settings.steps) if resume else State()
     if settings.offload == "on":
-        # As a session does.
+        # A session does the same.
         offload_blocks(plan, run, training.host)
     return loop.train(plan, run, training.host, state)

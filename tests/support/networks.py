@@ -1,4 +1,4 @@
-"""The host's own networks in small: what a class of its `supported_models` is built from, and what it is fed."""
+"""Small versions of the host's own networks: configs of its `supported_models` classes, and inputs for them."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Tiny:
-    """A model family in small.
+    """A small version of a model family.
 
     Attributes:
-        build: gives the host's model_config with a small unet_config.
-        latent: [C, h, w] of an example, or [C, frames, h, w].
+        build: returns the host's model_config with a small unet_config.
+        latent: [C, h, w] of a sample, or [C, frames, h, w].
         context: (tokens, width) of its text conditioning.
         pooled: width of its pooled conditioning, 0 for none.
-        more: what else its text encoder gives, by the host's name, drawn from a generator.
-        shrink: makes small what the host builds at one size only, on the network before it has weights.
-        norms: what the weights of its norms are near; 0 where the network adds the one itself.
+        more: further outputs of its text encoder, by the host's name, drawn from a generator.
+        shrink: shrinks parts that the host builds at one size only, before the network has weights.
+        norms: typical value of norm weights; 0 if the network adds the one itself.
     """
 
     build: Callable
@@ -44,7 +44,7 @@ def _unet(**more) -> dict:
 
 
 def _host_class(name: str, **config):
-    """A config of the host's class of that name; what is given goes before what the class fixes."""
+    """Return a config of the host's class of that name; given values take precedence over the class's."""
     import comfy.supported_models
 
     made = getattr(comfy.supported_models, name)(config)
@@ -53,7 +53,7 @@ def _host_class(name: str, **config):
 
 
 def _of(name: str, **config) -> Callable:
-    """Builds the config of a host's class."""
+    """Return a function that builds the config of a host's class."""
     return functools.partial(_host_class, name, **config)
 
 
@@ -73,7 +73,7 @@ _UNCLIP = {**_SD2, "num_classes": "sequential", "adm_in_channels": 64}
 
 
 def _sdxl(pooled: int = 1280, sizes: int = 6, **more) -> dict:
-    # The pooled text and so many sizes of 256 each are what the host makes of a conditioning.
+    # The host makes the conditioning from the pooled text and so many sizes of 256 each.
     return _unet(
         model_channels=32,
         num_res_blocks=[1, 1],
@@ -108,7 +108,7 @@ _STREAMS = dict(
 
 
 def _by_params(name: str, params: str, **config) -> Callable:
-    """As `_of` for a network that takes a dataclass of the host's: what an older host's has not is left out."""
+    """Return a builder like `_of` for a network with a dataclass of parameters; skip fields an older host lacks."""
     return functools.partial(_build_by_params, name, params, config)
 
 
@@ -150,7 +150,7 @@ _LUMINA2 = dict(
     cap_feat_dim=48,
     qk_norm=True,
 )
-# Its modulation is 256 wide whatever the rest.
+# Its modulation is 256 wide at any size.
 _Z_IMAGE = {
     **_LUMINA2,
     "dim": 256,
@@ -502,7 +502,7 @@ def _written(source) -> dict:
 
 
 def _small_adapter(network) -> None:
-    """Anima's adapter of text, which the host has at one size."""
+    """Shrink Anima's text adapter, which the host builds at one size."""
     import comfy.ops
     from comfy.ldm.anima.model import LLMAdapter
 
@@ -512,20 +512,20 @@ def _small_adapter(network) -> None:
     network.llm_adapter.embed = ops.Embedding(64, 48, dtype=network.dtype, device="cpu")
 
 
-# What is small enough for every test.
+# Small enough for every test.
 FAMILIES = {
     "SD1": Tiny(_of("SD15", **_SD1), (4, 8, 8), (77, 48)),
     "SDXL": Tiny(_of("SDXL", **_sdxl()), (4, 8, 8), (77, 48), 1280),
     "Flux": Tiny(_by_params("Flux", _FLUX_PARAMS, **_FLUX), (16, 8, 8), (7, 48), 32),
 }
-# With the transformers of other families: what is asked of every architecture that is trained.
+# With the transformers of other families: tested for every trainable architecture.
 ARCHITECTURES = {
     **FAMILIES,
     "SD3": Tiny(_of("SD3", **_SD3), (16, 8, 8), (7, 48), 32),
     "Lumina 2": Tiny(_of("Lumina2", **_LUMINA2), (16, 8, 8), (7, 48)),
     "AuraFlow": Tiny(_of("AuraFlow", **_AURA), (4, 8, 8), (7, 48)),
 }
-# The classes of the host's supported_models that draw pictures from text, those of its newer versions too.
+# Classes of the host's supported_models that draw pictures from text, including those of newer versions.
 CLASSES = {
     "SD15": FAMILIES["SD1"],
     "SD15_instructpix2pix": Tiny(_of("SD15_instructpix2pix", **{**_SD1, "in_channels": 8}), (4, 8, 8), (77, 48)),
@@ -594,7 +594,7 @@ CLASSES = {
         (7, 48),
     ),
 }
-# Those that differ from one of them in nothing but sizes.
+# Classes that differ from one of them in sizes only.
 ALIKE = {
     "SD21UnclipH": "SD21UnclipL",
     "SSD1B": "SDXL",
@@ -602,7 +602,7 @@ ALIKE = {
     "KOALA_700M": "SDXL",
     "KOALA_1B": "SDXL",
 }
-# Those that the pack says it cannot train, each with the class's objective or way that is refused by name.
+# Classes that the pack refuses, each with the objective or the reason that the refusal names.
 REFUSED = {
     "LotusD": Tiny(_of("LotusD", **{**_UNCLIP, "adm_in_channels": 4}), (4, 8, 8), (77, 48)),
     "PixelDiTT2I": Tiny(_of("PixelDiTT2I", **_PIXEL_DIT), (3, 16, 16), (7, 48)),
@@ -611,7 +611,7 @@ _VIDEO = "draws video"
 _AUDIO = "makes sound"
 _SHAPES = "makes three-dimensional shapes"
 _SEES = "finds things in pictures and draws none"
-# All others, and why no picture and caption can teach them.
+# All others, with the reason why pictures with captions cannot train them.
 LEFT_OUT = {
     "LotusD": "turns a picture into its depth or normals; its objective is refused by name",
     "PixelDiTT2I": "changes parts of its activations in place, so that no gradient can be had; refused by name",
@@ -632,7 +632,7 @@ LEFT_OUT = {
     **dict.fromkeys(("Hunyuan3Dv2", "Hunyuan3Dv2_1", "Hunyuan3Dv2mini", "TripoSplat", "Trellis2"), _SHAPES),
     **dict.fromkeys(("RT_DETR_v4", "SAM3", "SAM31", "DepthAnything3"), _SEES),
 }
-# Those that have a small text encoder, and what is large enough to be timed: 44.7 M parameters.
+# Classes with a small text encoder, and one large enough to be timed: 44.7 M parameters.
 SIZES = {
     **CLASSES,
     **REFUSED,
@@ -640,7 +640,7 @@ SIZES = {
     "SD2": CLASSES["SD20"],
     "SD1 inpaint": Tiny(_of("SD15", **{**_SD1, "in_channels": 9}), (4, 8, 8), (77, 48)),
     "SDXL with text": Tiny(_of("SDXL", **_sdxl(24)), (4, 8, 8), (77, 48), 24),
-    # With the width of the feed-forward parts that diffusers' Flux has.
+    # With the feed-forward width of diffusers' Flux.
     "Flux as in diffusers": Tiny(
         _by_params("Flux", _FLUX_PARAMS, **{**_FLUX, "mlp_ratio": 4.0}), (16, 8, 8), (7, 48), 32
     ),

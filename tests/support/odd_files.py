@@ -1,6 +1,6 @@
-"""A folder of two hundred files as people have them: of every kind that is right, and of every kind that is not.
+"""A folder of two hundred files of every valid and every invalid kind that people have.
 
-`make(folder)` writes them and says of each what is to become of it.
+`make(folder)` writes them and states the expected result for each.
 """
 
 import os
@@ -16,12 +16,12 @@ SIZE = (96, 64)
 
 @dataclass(frozen=True)
 class Odd:
-    """What is expected of a file.
+    """The expected result for a file.
 
     Attributes:
-        picture: [H, W, 3] uint8 as a viewer shows it, None where it cannot be trained on.
-        reason: part of what the report says of it, where it cannot.
-        tolerance: largest mean difference of the decoded pixels, of 255.
+        picture: [H, W, 3] uint8 as a viewer shows it, None if the file cannot be trained on.
+        reason: part of the report's text about it, if it cannot.
+        tolerance: largest mean difference of the decoded pixels, in units of 255.
     """
 
     picture: np.ndarray | None
@@ -30,7 +30,7 @@ class Odd:
 
 
 def quarters(number):
-    """[64, 96, 3] uint8: four colours, so that every turn and mirror of it is another picture."""
+    """Return [64, 96, 3] uint8 in four colors, so that every rotation and mirror image differs."""
     rng = np.random.RandomState(number)
     picture = np.zeros((SIZE[1], SIZE[0], 3), np.uint8)
     half = (SIZE[1] // 2, SIZE[0] // 2)
@@ -40,7 +40,7 @@ def quarters(number):
     return picture
 
 
-# How a viewer shows a stored picture, by its EXIF orientation; from the EXIF 2.3 standard's table of corners.
+# A viewer's picture of a stored one, by its EXIF orientation; from the EXIF 2.3 standard's table of corners.
 SHOWN = {
     1: lambda stored: stored,
     2: lambda stored: stored[:, ::-1],
@@ -54,7 +54,7 @@ SHOWN = {
 
 
 def make(folder, outside, seed=0):
-    """Writes the files into a folder; {name: Odd}, 200 of them.
+    """Write the files into a folder; return {name: Odd}, 200 of them.
 
     Args:
         outside: a folder that links may lead to.
@@ -235,12 +235,12 @@ def _png(width, height, depth, color, rows):
 
 
 def bomb():
-    """A PNG of a few kilobytes that says it has 2.5 billion pixels."""
+    """Return a PNG of a few kilobytes that claims 2.5 billion pixels."""
     return _png(50_000, 50_000, 8, 2, zlib.compress(b"\x00" * 1_000_000))
 
 
 def deep_rgb(pixels):
-    """A PNG of 16 bits a colour, which Pillow does not write."""
+    """Return a PNG with 16 bits per color, which Pillow does not write."""
     wide = pixels.astype(">u2") * 257
     rows = b"".join(b"\x00" + row.tobytes() for row in wide)
     return _png(pixels.shape[1], pixels.shape[0], 16, 2, zlib.compress(rows))

@@ -1,8 +1,8 @@
 """The pack and ComfyUI in this process, loaded as ComfyUI loads them.
 
-The repo root holds a folder `nodes`, and so does ComfyUI a module `nodes`: the root must never be on
-sys.path ahead of it. `load_pack` makes the pack importable as `graft_pack`, in the way in which ComfyUI
-imports a folder below custom_nodes; `use_comfy` makes ComfyUI importable.
+The repository root has a folder `nodes`, and ComfyUI has a module `nodes`: the root must never be on sys.path ahead of
+ComfyUI. `load_pack` makes the pack importable as `graft_pack`, as ComfyUI imports a folder below custom_nodes.
+`use_comfy` makes ComfyUI importable.
 """
 
 import atexit
@@ -30,12 +30,12 @@ class Comfy:
 
 
 def hide_root():
-    """Take the repo root off sys.path, where `python -m` puts it; `tests` stays importable."""
+    """Remove the repository root from sys.path, where `python -m` puts it; `tests` stays importable."""
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
 
 
 def load_pack():
-    """The pack as the module `graft_pack`, with its submodules below it; needs no ComfyUI."""
+    """Load the pack as the module `graft_pack`, with its submodules below it; needs no ComfyUI."""
     if PACK in sys.modules:
         return sys.modules[PACK]
     door = ROOT / "__init__.py"
@@ -52,7 +52,7 @@ def load_pack():
 
 @functools.cache
 def use_comfy():
-    """Make ComfyUI importable here, on the CPU, writing below a private base directory; returns a Comfy."""
+    """Make ComfyUI importable here, on the CPU, with a private base directory; return a Comfy."""
     hide_root()
     path = find_comfyui()
     sys.path.insert(0, str(path))
@@ -64,7 +64,7 @@ def use_comfy():
 
 
 def set_arguments(base):
-    """What a server gets on its command line; read when comfy.model_management and folder_paths are imported."""
+    """Set a server's command-line arguments, which comfy.model_management and folder_paths read on import."""
     early = {"comfy.model_management", "folder_paths"} & set(sys.modules)
     if early:
         raise RuntimeError(f"{' and '.join(sorted(early))} imported before use_comfy()")
@@ -76,7 +76,7 @@ def set_arguments(base):
 
 
 def make_base(folder):
-    """The folders that ComfyUI expects below --base-directory; returns the folder."""
+    """Create the folders that ComfyUI expects below --base-directory; return the folder."""
     for name in ("custom_nodes", "input", "output", "temp", "user", "models/checkpoints", "models/loras"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     return folder

@@ -1,4 +1,4 @@
-"""The live panel as tests see it: a small graph around a trainer, and what the panel in the page shows."""
+"""The live panel in tests: a small graph around a trainer, and the content of the page's panel."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 from .browser import EMPTY
 from .graphs import CHECKPOINT
 
-# {title: (node id, place)}; in this order they are added.
+# {title: (node id, place)}, in the order of their creation.
 NODES = {
     "Checkpoint": ("CheckpointLoaderSimple", (0, 0)),
     "Photos": ("GraftLoadDataset", (0, 200)),
@@ -35,7 +35,7 @@ VALUES = {
     "Save": {"filename_prefix": "panel"},
 }
 
-# Where a value goes that a test sets by its name alone.
+# The node of each value that a test sets by its name alone.
 PLACES = {
     "steps": "Train",
     "seed": "Train",
@@ -52,7 +52,7 @@ PLACES = {
 
 
 def draw_graph(page, folder):
-    """Draws the graph in an empty page; the workflow as saving gives it."""
+    """Draw the graph in an empty page; return the workflow as saving gives it."""
     page.load(EMPTY)
     ids = {title: page.add_node(kind, *place) for title, (kind, place) in NODES.items()}
     for source, slot, target, name in LINKS:
@@ -64,14 +64,14 @@ def draw_graph(page, folder):
 
 
 def set_values(page, **fields):
-    """Sets widgets of the graph in the page, by the names in PLACES."""
+    """Set widgets of the graph in the page, by the names in PLACES."""
     nodes = {node["type"]: node["id"] for node in page.list_nodes()}
     for name, value in fields.items():
         page.set_widget(nodes[NODES[PLACES[name]][0]], name, value)
 
 
 def look_at(page, scale=1.0):
-    """Moves the trainer to the middle of the page, so that its panel is mounted."""
+    """Move the trainer to the middle of the page, so that its panel is mounted."""
     page.js("""
         const isTrainer = node => node.widgets?.some(widget => widget.name === 'graft_panel');
         const node = app.canvas.graph.nodes.find(isTrainer);
@@ -82,7 +82,7 @@ def look_at(page, scale=1.0):
 
 
 class PanelView:
-    """The one panel that the page shows."""
+    """The only panel that the page shows."""
 
     def __init__(self, page):
         self.page = page
@@ -103,19 +103,19 @@ class PanelView:
         return self.text("[role=status]")
 
     def buttons(self):
-        """Names of the buttons below the pictures that can be seen."""
+        """Return the names of the visible buttons below the pictures."""
         return self.page.js("""
             return [...document.querySelectorAll('.graft-panel .graft-buttons button')]
                 .filter(button => button.checkVisibility()).map(button => button.textContent);""")
 
     def facts(self):
-        """{name: text} of the figures."""
+        """Return the figures as {name: text}."""
         return self.page.js("""
             return Object.fromEntries([...document.querySelectorAll('.graft-panel dl > div')].map(
                 fact => [fact.dataset.name, fact.querySelector('dd').textContent]));""")
 
     def pictures(self):
-        """Captions of the sample pictures that have been loaded."""
+        """Return the captions of the loaded sample pictures."""
         self.page.wait_for("""
             const images = [...document.querySelectorAll('.graft-panel .graft-thumb img')];
             const { samples } = document.querySelector('.graft-panel').graftTraining;
@@ -124,7 +124,7 @@ class PanelView:
             return [...document.querySelectorAll('.graft-panel .graft-thumb')].map(thumb => thumb.textContent);""")
 
     def has_host_preview(self):
-        """Whether the host shows a picture of its own in the trainer."""
+        """Report whether the host shows its own preview picture in the trainer."""
         return self.page.js("""
             const whole = document.querySelector('.lg-node:has(.graft-panel)');
             const images = [...(whole?.querySelectorAll('img') ?? [])];
@@ -133,7 +133,7 @@ class PanelView:
                 || trainer.widgets.some(widget => widget.name.startsWith('$$'));""")
 
     def is_drawn(self):
-        """Whether the chart holds the colour of its smoothed line."""
+        """Report whether the chart contains the color of its smoothed line."""
         return self.page.js("""
             const canvas = document.querySelector('.graft-panel canvas');
             const swatch = document.querySelector('.graft-panel [data-line=smooth]');
@@ -149,14 +149,14 @@ class PanelView:
             return found > 50;""")
 
     def wait_until_drawn(self, timeout=10):
-        """Waits until the chart is in the theme's colours: the page takes its time for a theme, and it follows."""
+        """Wait until the chart has the theme's colors: the page changes its theme slowly, and the chart follows."""
         deadline = time.monotonic() + timeout
         while not self.is_drawn():
             assert time.monotonic() < deadline, "the chart is not in the theme's colours"
             time.sleep(0.1)
 
     def list_cramped(self):
-        """What is cut off, lies over its neighbour or sticks out of the panel or the node."""
+        """Return the elements that are cut off, cover their neighbor or stick out of the panel or the node."""
         return self.page.js("""
             const panel = document.querySelector('.graft-panel');
             const seen = [...panel.children].filter(
@@ -183,22 +183,22 @@ class PanelView:
             return found;""")
 
     def state(self):
-        """What the page knows of the training that is shown."""
+        """Return the page's state of the training that it shows."""
         return self.page.js("""
             const training = document.querySelector('.graft-panel').graftTraining;
             return {run: training.run, step: training.step, steps: training.steps, points: training.curve.steps,
                     validation: training.curve.validation};""")  # fmt: skip
 
     def points(self):
-        """Steps in the chart."""
+        """Return the steps in the chart."""
         return self.state()["points"]
 
     def wait_for_past(self):
-        """Waits until the chart begins with the first step: what is told may come before the log of what was."""
+        """Wait until the chart begins with the first step: live messages may arrive before the log of past steps."""
         self.page.wait_for("return document.querySelector('.graft-panel').graftTraining.curve.steps[0] === 1;", 20)
 
     def wait(self, phase, timeout=120):
-        """Waits until the panel says so; raises with what it says instead."""
+        """Wait until the panel shows a phase; raise an error with the phase it shows instead."""
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             found = self.phase()
@@ -209,7 +209,7 @@ class PanelView:
         raise TimeoutError(f"the panel is at {found}, not at {phase}: {self.text('.graft-state')}")
 
     def wait_for_step(self, step, timeout=120):
-        """Waits until the panel shows so many steps; how many it shows."""
+        """Wait until the panel shows so many steps; return the number that it shows."""
         return self.page.wait_for(
             f"""
             const training = document.querySelector('.graft-panel')?.graftTraining;
@@ -218,7 +218,7 @@ class PanelView:
         )
 
     def press(self, name):
-        """Presses a button as a mouse does."""
+        """Press a button as a mouse does."""
         for button in self.page.driver.find_elements("css selector", ".graft-panel .graft-buttons button"):
             if button.text == name:
                 button.click()
@@ -226,12 +226,12 @@ class PanelView:
         raise AssertionError(f"no button {name}: {self.buttons()}")
 
     def where(self):
-        """What a message of this node's training says of where it comes from."""
+        """Return the origin fields of a message from this node's training."""
         return self.page.js("""
             const node = app.graph.nodes.find(node => node.type === 'GraftTrainLoRA');
             return {node: String(node.id), workflow: app.graph.id, prompt_id: 'made-up'};""")
 
     def simulate(self, event, **fields):
-        """Lets the page believe that the server sent a message."""
+        """Make the page believe that the server sent a message."""
         message = {**self.where(), "event": event, **fields}
         self.page.js("api.dispatchCustomEvent('graft.progress', args[0]);", message)

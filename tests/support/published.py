@@ -1,4 +1,4 @@
-"""diffusers' own networks with a tiny MODEL's weights, and what they predict: SDXL, SD3 and Flux."""
+"""diffusers' own networks with a tiny MODEL's weights, and their predictions: SDXL, SD3 and Flux."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ class Published:
     """A family as diffusers has it.
 
     Attributes:
-        name: in `models.SIZES`.
+        name: key in `models.SIZES`.
         kind, config: diffusers' class, and its configuration for that size.
         names: the host's function from its configuration to its map of diffusers' names.
-        run: (network, x_t, sigma, conditionings) -> what it predicts, shaped as x_t.
+        run: (network, x_t, sigma, conditionings) -> prediction, shaped as x_t.
     """
 
     name: str
@@ -27,7 +27,7 @@ class Published:
     run: Callable
 
     def network(self, model):
-        """diffusers' network with the weights of a MODEL, and {its name: where it is in the host's}."""
+        """Return diffusers' network with the weights of a MODEL, and {its name: place in the host's network}."""
         import comfy.utils
 
         network = self.kind(**self.config)
@@ -39,7 +39,7 @@ class Published:
 
 
 def picked(tensors, place):
-    """What is at a place of the host's map: a name, a part of a tensor along a dimension, or one turned about."""
+    """Return the value at a place of the host's map: by name, as a slice along a dimension, or transformed."""
     if isinstance(place, str):
         return tensors[place]
     value = tensors[place[0]]

@@ -1,4 +1,4 @@
-"""Runs that the real server made: graphs for them, what they wrote, and whether all of it can be read."""
+"""Runs that the real server made: graphs for them, their files, and a check that all files are readable."""
 
 import json
 import threading
@@ -11,10 +11,10 @@ from . import graphs
 
 
 def option_nodes(server, **kinds):
-    """Option nodes as they come from the menu, chained in the order they are given in.
+    """Return option nodes as they come from the menu, chained in the given order.
 
     Args:
-        kinds: by a node's class, the fields that are set.
+        kinds: fields to set, by the node's class.
     """
     chain = {}
     before = None
@@ -26,10 +26,10 @@ def option_nodes(server, **kinds):
 
 
 def graph_of(server, folder, name, steps, previews=None, more=None, **options):
-    """A training whose run has a name of its own, which changes nothing of its result.
+    """Return a graph whose run has its own name, which does not change its result.
 
     Args:
-        folder: of the pictures, below input/.
+        folder: folder of the pictures, below input/.
         previews: fields of Graft Preview Options, None for no such node.
         more: fields of further option nodes, by their class.
         options: fields of Graft Run Options.
@@ -42,39 +42,39 @@ def graph_of(server, folder, name, steps, previews=None, more=None, **options):
 
 
 def list_runs(server, name):
-    """The run folders of a name, or of a dataset of that name."""
+    """Return the run folders of a name, or of a dataset of that name."""
     return sorted(server.path("output", "graft").glob(f"{name}-*"))
 
 
 def find_run(server, name):
-    """The one run folder of a name."""
+    """Return the only run folder of a name."""
     (run,) = list_runs(server, name)
     return run
 
 
 def adapter_of(server, run, step):
-    """The tensors of an adapter that a run wrote."""
+    """Return the tensors of an adapter that a run wrote."""
     return load_file(run / "adapters" / f"step-{step:08d}.safetensors")
 
 
 def state_of(run, step):
-    """The tensors of a state that a run wrote."""
+    """Return the tensors of a state that a run wrote."""
     return load_file(run / f"state-{step:08d}.safetensors")
 
 
 def states_of(run):
-    """Steps of which there is a state, rising."""
+    """Return the steps with a saved state, rising."""
     return sorted(int(path.stem.removeprefix("state-")) for path in run.glob("state-*.safetensors"))
 
 
 def steps_logged(run):
-    """Steps in a run's log, in order."""
+    """Return the steps in a run's log, in order."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [line["step"] for line in lines if line["event"] == "step"]
 
 
 def started_at(server, graph):
-    """Queues a graph to its end; the step its training went on from."""
+    """Queue a graph to its end; return the step that its training started from."""
     with server.listen() as events:
         queued = server.queue(graph, client_id=events.client_id)
         step = events.wait_for("graft.progress", timeout=120, event="run").data["step"]
@@ -83,15 +83,15 @@ def started_at(server, graph):
 
 
 def same(a, b):
-    """Whether two dicts of tensors are the same bits."""
+    """Report whether two dicts of tensors are bit-identical."""
     return a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
 
 
 def list_unreadable(folder, known=None):
-    """What below a folder cannot be read for what its name says it is; files on their way to a name are passed over.
+    """Return the files below a folder that cannot be read as their name says; unfinished temporary files are skipped.
 
     Args:
-        known: {path: what changes with its file}; what is in it is not read again, and what was read is added.
+        known: {path: marker that changes with its file}. Known files are not read again; files read now are added.
     """
     found = []
     known = {} if known is None else known
@@ -127,7 +127,7 @@ def _read(path):
 
 
 class Reader:
-    """Reads whatever is new below a folder as long as the block lasts; `unreadable` is what could not be read."""
+    """Reader of every new file below a folder while the block lasts; `unreadable` holds the files it failed on."""
 
     def __init__(self, folder):
         self.unreadable = []

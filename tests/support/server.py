@@ -1,10 +1,10 @@
-"""A real ComfyUI server as a subprocess, on a free loopback port and a base directory of its own.
+"""A real ComfyUI server as a subprocess, on a free loopback port and its own base directory.
 
-It is started as users start it, in one of STYLES: from another folder by default, with --base-directory.
+It starts as users start it, in one of STYLES: by default from another folder, with --base-directory.
 
-with ComfyServer(folder) as server:
-    entry = server.run(prompt)
-    pictures = server.download(entry)
+    with ComfyServer(folder) as server:
+        entry = server.run(prompt)
+        pictures = server.download(entry)
 """
 
 import atexit
@@ -29,7 +29,7 @@ from .host import ROOT, find_comfyui
 from .pack import make_base
 
 PACK_FOLDER = "graft"
-# By name, where a server is started and how main.py is called. All but the last write into ComfyUI's own folder.
+# Working directory and call of main.py, by name. All but the last write into ComfyUI's own folder.
 STYLES = ("folder", "relative", "absolute", "base-directory")
 ARGUMENTS = ["--cpu", "--use-pytorch-cross-attention", "--disable-auto-launch", "--disable-api-nodes"]
 
@@ -43,8 +43,8 @@ class ServerError(RuntimeError):
 class PromptError(RuntimeError):
     """A prompt was refused, failed or was interrupted.
 
-    node_errors holds the server's validation errors; error the `execution_error` or
-    `execution_interrupted` message; entry the history entry, if it got that far.
+    node_errors holds the server's validation errors, error the `execution_error` or `execution_interrupted` message,
+    entry the history entry if there is one.
     """
 
     def __init__(self, message, node_errors=None, error=None, entry=None):
@@ -63,7 +63,7 @@ class PromptInterrupted(PromptError):
 
 
 class ComfyServer:
-    """One server process; `start` again after `stop` or `kill` keeps the base directory and the port."""
+    """One server process; `start` after `stop` or `kill` keeps the base directory and the port."""
 
     def __init__(self, base, comfy=None, pack=ROOT, arguments=(), env=None, style="base-directory"):
         self.base = Path(base).resolve()
@@ -93,7 +93,7 @@ class ComfyServer:
         return f"http://127.0.0.1:{self.port}"
 
     def start(self, timeout=180):
-        """Start the process and wait until it answers; raises ServerError with the log's tail."""
+        """Start the process and wait until it answers; raise ServerError with the log's tail."""
         if self.is_running():
             return self
         self.port = self.port or find_free_port()
@@ -112,7 +112,7 @@ class ComfyServer:
         return self
 
     def stop(self, timeout=20):
-        """Ask the server to end, as Ctrl-C does, then make sure of it."""
+        """Ask the server to end, as Ctrl-C does, then kill it if it is still running."""
         if self.is_running():
             self._signal(signal.SIGINT)
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -120,14 +120,14 @@ class ComfyServer:
         self.kill()
 
     def kill(self):
-        """kill -9, as a crash or a power cut would."""
+        """Kill the server with kill -9, as a crash or a power cut would."""
         if self.is_running():
             self._signal(signal.SIGKILL)
             self.process.wait()
         atexit.unregister(self.kill)
 
     def restart(self, timeout=180):
-        """Stop, then start on the same base directory and port."""
+        """Stop, then start with the same base directory and port."""
         self.stop()
         return self.start(timeout)
 
@@ -135,18 +135,18 @@ class ComfyServer:
         return self.process is not None and self.process.poll() is None
 
     def read_log(self, lines=None):
-        """The log of all starts so far, or its last lines."""
+        """Return the log of all starts so far, or its last lines."""
         text = self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
         return text if lines is None else "\n".join(text.splitlines()[-lines:])
 
     # Prompts
 
     def queue(self, prompt, extra_data=None, client_id=None):
-        """Queue an API-format prompt; returns its id. A refused one raises PromptRefused."""
+        """Queue an API-format prompt; return its id. Raise PromptRefused if it is refused."""
         return self.submit(prompt, extra_data, client_id)["prompt_id"]
 
     def submit(self, prompt, extra_data=None, client_id=None):
-        """As `queue`, returns the whole answer: `node_errors` tells what will not run while the rest does."""
+        """Queue a prompt and return the whole answer; `node_errors` names the outputs that will not run."""
         body = {"prompt": prompt, "extra_data": extra_data or {}}
         if client_id:
             body["client_id"] = client_id
@@ -157,7 +157,7 @@ class ComfyServer:
             raise PromptRefused(describe_refusal(answer), node_errors=answer.get("node_errors")) from None
 
     def wait(self, prompt_id, timeout=600):
-        """The history entry of a finished prompt; raises PromptError if it failed or was interrupted."""
+        """Return the history entry of a finished prompt; raise PromptError if it failed or was interrupted."""
         entry = self.poll(lambda: self.get(f"/history/{prompt_id}").get(prompt_id), timeout, f"prompt {prompt_id}")
         messages = dict(entry["status"]["messages"])
         if "execution_interrupted" in messages:
@@ -169,38 +169,38 @@ class ComfyServer:
         return entry
 
     def run(self, prompt, extra_data=None, client_id=None, timeout=600):
-        """Queue a prompt and wait for it; returns the history entry."""
+        """Queue a prompt, wait for it, and return the history entry."""
         return self.wait(self.queue(prompt, extra_data, client_id), timeout)
 
     def listen(self, client_id=None):
-        """The websocket's messages to a client, from now on: a context manager, see Events."""
+        """Return a context manager of the websocket's messages to a client, from now on; see Events."""
         return Events(self.url, client_id or uuid.uuid4().hex)
 
     def interrupt(self):
-        """Cancel what runs now."""
+        """Cancel the running prompt."""
         self.post("/interrupt", {})
 
     def clear_queue(self):
-        """Forget what waits."""
+        """Remove the waiting prompts."""
         self.post("/queue", {"clear": True})
 
     def is_idle(self):
-        """Whether nothing runs and nothing waits."""
+        """Report whether nothing runs and nothing waits."""
         queue = self.get("/queue")
         return not queue["queue_running"] and not queue["queue_pending"]
 
     def free(self):
-        """Unload the models and drop the cached outputs, as the button does; takes effect before long."""
+        """Unload the models and drop the cached outputs, as the button does; the effect comes shortly after."""
         self.post("/free", {"unload_models": True, "free_memory": True})
 
-    # What it knows and what it made
+    # Nodes and outputs
 
     def object_info(self, node=None):
-        """The schemas of all nodes, or of one."""
+        """Return the schemas of all nodes, or of one."""
         return self.get(f"/object_info/{urllib.parse.quote(node)}" if node else "/object_info")
 
     def list_outputs(self, entry):
-        """Every file in a history entry's outputs."""
+        """Yield every file in a history entry's outputs."""
         for node, output in entry["outputs"].items():
             for kind, items in output.items():
                 for item in items if isinstance(items, list) else []:
@@ -210,17 +210,17 @@ class ComfyServer:
                         )
 
     def view(self, filename, subfolder="", type="output"):
-        """The bytes of a file below output/, input/ or temp/."""
+        """Return the bytes of a file below output/, input/ or temp/."""
         query = urllib.parse.urlencode({"filename": filename, "subfolder": subfolder, "type": type})
         return self.request(f"/view?{query}")
 
     def download(self, entry, node=None):
-        """The bytes of a history entry's files, of one node or of all, in order."""
+        """Return the bytes of a history entry's files, of one node or of all, in order."""
         outputs = [output for output in self.list_outputs(entry) if node in (None, output.node)]
         return [self.view(output.filename, output.subfolder, output.type) for output in outputs]
 
     def path(self, *parts):
-        """A path below the base directory."""
+        """Return a path below the base directory."""
         return self.base.joinpath(*parts)
 
     # HTTP
@@ -233,7 +233,7 @@ class ComfyServer:
         return json.loads(answer) if answer else None
 
     def request(self, path, data=None, timeout=60):
-        """GET, or POST where there is data; returns the answer's bytes."""
+        """Send a GET, or a POST if there is data; return the answer's bytes."""
         request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
         try:
             with _opener.open(request, timeout=timeout) as answer:
@@ -246,7 +246,7 @@ class ComfyServer:
             raise ServerError(self._describe_end()) from error
 
     def poll(self, check, timeout, what):
-        """Call check until it gives something true; raises when the server dies or the time is over."""
+        """Call `check` until it returns a true value; raise when the server dies or the time is over."""
         deadline = time.monotonic() + timeout
         pause = 0.05
         while time.monotonic() < deadline:
@@ -259,12 +259,12 @@ class ComfyServer:
             pause = min(0.5, pause * 1.3)
         raise TimeoutError(f"{what} not done after {timeout} s; the log ends:\n{self.read_log(20)}")
 
-    # Inside
+    # Internals
 
     def _command(self):
         called = {"folder": "main.py", "relative": f"{self.base.name}/main.py"}
         main = called.get(self.style, str(self.comfy / "main.py"))
-        # Where the system can do it, the server dies with this process, however that ends.
+        # If the system supports it, the server dies with this process, however that ends.
         leash = ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
         command = [*leash, sys.executable, main, *ARGUMENTS, "--listen", "127.0.0.1", "--port", str(self.port)]
         if self.style == "base-directory":
@@ -273,7 +273,7 @@ class ComfyServer:
         return command + self.arguments
 
     def _environment(self):
-        # Python's own search path is kept: it may hold what this ComfyUI needs.
+        # Keep Python's own search path, because this ComfyUI may need it.
         quiet = {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "NO_PROXY": "127.0.0.1,localhost"}
         return {**os.environ, **quiet, **self.env}
 
@@ -297,12 +297,12 @@ class ComfyServer:
         return f"ComfyUI is not running (exit code {code}); its log {self.log} ends:\n{self.read_log(40)}"
 
 
-# Loopback never goes through a proxy.
+# Requests to loopback never use a proxy.
 _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def link(target, path):
-    """A symbolic link at path to target; replaces a link that leads elsewhere."""
+    """Create a symbolic link at path to target; replace a link that leads elsewhere."""
     target = Path(target).resolve()
     if path.is_symlink() and path.resolve() != target:
         path.unlink()
@@ -311,7 +311,7 @@ def link(target, path):
 
 
 def copy_comfyui(comfy, folder):
-    """Install ComfyUI's files into a folder, by hard links where possible; returns the folder."""
+    """Install ComfyUI's files into a folder, by hard links if possible; return the folder."""
 
     def place(source, target):
         try:
@@ -320,7 +320,7 @@ def copy_comfyui(comfy, folder):
             shutil.copy2(source, target)
 
     def leave_out(path, names):
-        # Users' files, which the tests put there themselves.
+        # Folders with users' files, which the tests create themselves.
         own = {"models", "custom_nodes", "input", "output", "temp", "user", ".git"}
         return own & set(names) if Path(path) == comfy else {"__pycache__"} & set(names)
 
@@ -330,7 +330,7 @@ def copy_comfyui(comfy, folder):
 
 
 def find_free_port():
-    """A port of the loopback interface that nobody listens on."""
+    """Return a port of the loopback interface that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

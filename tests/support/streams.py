@@ -1,4 +1,4 @@
-"""A device's streams that only write down what is asked of them, and weights that are out of sight between uses."""
+"""Device streams that only record their calls, and weights that are invalid between uses."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 
 class Streams:
-    """What torch.cuda has of streams, on a device that does everything at once.
+    """The stream functions of torch.cuda, on a device that does everything at once.
 
     Attributes:
-        calls: (stream, what it was asked) in order, the names of streams being "computing" and "side".
+        calls: (stream, call) in order; the streams are named "computing" and "side".
     """
 
     def __init__(self):
@@ -22,16 +22,16 @@ class Streams:
         self.computing = self._named("computing")
 
     def Stream(self, device):  # noqa: N802
-        """The side stream."""
+        """Return the side stream."""
         return self._named("side")
 
     def current_stream(self, device):
-        """The one that computes."""
+        """Return the computing stream."""
         return self.computing
 
     @contextmanager
     def stream(self, stream):
-        """What is done within it is done on a stream."""
+        """Run the block on a stream."""
         self.calls.append((stream.name, "begin"))
         yield
         self.calls.append((stream.name, "end"))
@@ -50,11 +50,11 @@ class Streams:
 
 
 class Far(StreamTransfer):
-    """Copies on the CPU as if to a device, of weights whose homes hold no number: what computes with those fails.
+    """Transfer on the CPU as if to a device; the home tensors hold NaN, so computing with them fails.
 
     Attributes:
-        loads: how many blocks were brought.
-        peak: most bytes of copies that were alive at once.
+        loads: number of blocks brought to the device.
+        peak: most bytes of live copies at once.
     """
 
     def __init__(self, weights):

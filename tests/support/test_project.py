@@ -1,4 +1,4 @@
-"""The files around the code agree with each other and with what ComfyUI and its registry read."""
+"""Tests that the project files agree with each other and with ComfyUI's and its registry's parsers."""
 
 import io
 import re
@@ -18,7 +18,7 @@ def read_requirements():
 
 @pytest.fixture
 def project(comfy):
-    """pyproject.toml as ComfyUI reads it."""
+    """Return pyproject.toml as ComfyUI reads it."""
     from comfy_config.config_parser import extract_node_configuration
 
     return extract_node_configuration(str(ROOT))
@@ -46,7 +46,7 @@ def test_the_licence_is_whole():
 
 
 def list_archived():
-    """What the registry's archive holds, {path}; and what of the sources it leaves out."""
+    """Return the paths in the registry's archive, and the source paths that it leaves out."""
     command = ["git", "ls-files", "--cached", "--others", "-z"]
 
     def ask(*more):
@@ -70,7 +70,7 @@ def test_the_archive_holds_the_pack_and_not_the_tests():
 
 
 def test_the_archive_is_small():
-    """Zipped as the registry does it: under a megabyte."""
+    """Zipped as the registry does it, it is below a megabyte."""
     with io.BytesIO() as held:
         with zipfile.ZipFile(held, "w", zipfile.ZIP_DEFLATED) as archive:
             for path in sorted(list_archived()[0]):
@@ -80,7 +80,7 @@ def test_the_archive_is_small():
 
 
 def test_nothing_that_the_registry_warns_of():
-    """The rules that `comfy node validate` runs ruff with."""
+    """`comfy node validate` runs ruff with these rules."""
     command = [sys.executable, "-m", "ruff", "check", ".", "-q", "--select", "S102,S307,E702"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""The real server: it runs prompts, says what is wrong, and comes back after a crash."""
+"""Tests of the real server: it runs prompts, reports faults, and restarts after a crash."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""UI format to API format, by hand-made graphs and against the real frontend."""
+"""Tests of the conversion from UI format to API format, by hand-made graphs and against the real frontend."""
 
 import pytest
 
@@ -22,7 +22,7 @@ SCHEMAS = {
 
 
 def make_workflow(**filter):
-    """Source -> Filter -> Sink, with a note beside them."""
+    """Return a workflow Source -> Filter -> Sink, with a note beside them."""
     return {
         "nodes": [
             {"id": 1, "type": "Source", "widgets_values": [7, "randomize", "b"], "outputs": [{"type": "IMAGE"}]},

@@ -1,7 +1,7 @@
-"""A workflow as the editor saves it (UI format), turned into a prompt as the server takes it (API format).
+"""Conversion of a saved workflow (UI format) into a prompt for the server (API format).
 
-The frontend does the same when Run is pressed; this is for code that has no browser: the demo and the
-tests queue the very files that users open. A test compares it with the frontend's own `graphToPrompt`.
+The frontend does the same when the user presses Run. The demo and the tests have no browser, and this lets them queue
+the same files that users open. A test compares it with the frontend's own `graphToPrompt`.
 """
 
 import json
@@ -15,7 +15,7 @@ BYPASSED = 4
 NOTES = {"Note", "MarkdownNote"}
 REROUTE = "Reroute"
 
-# What the editor draws as a widget, if the input does not ask for a socket only.
+# Input types that the editor draws as widgets, unless the input asks for a socket only.
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 SEEDS = {"seed", "noise_seed"}
 UPLOADS = ("image_upload", "animated_image_upload", "video_upload", "audio_upload")
@@ -30,10 +30,10 @@ def read_workflow(path):
 
 
 def to_prompt(workflow, object_info, overrides=None):
-    """UI-format workflow -> API-format prompt.
+    """Convert a UI-format workflow to an API-format prompt.
 
-    object_info is the server's. overrides, {node: {input: value}} with a node's id, title or type,
-    replaces widget values; an override that finds no node or no such input is an error.
+    object_info is the server's. overrides, {node: {input: value}} with a node's id, title or type, replaces widget
+    values. An override without a matching node or input is an error.
     """
     graph = _Graph(workflow)
     prompt = {}
@@ -46,12 +46,12 @@ def to_prompt(workflow, object_info, overrides=None):
 
 
 def find_nodes(workflow, name):
-    """The nodes whose id, title or type is name."""
+    """Return the nodes whose id, title or type is `name`."""
     return [node for node in workflow["nodes"] if name in (str(node["id"]), node.get("title"), node["type"])]
 
 
 class _Graph:
-    """Nodes by id, links by id, and where a link really comes from."""
+    """A workflow's nodes and links by id, and the real source of each link."""
 
     def __init__(self, workflow):
         self.workflow = workflow
@@ -64,7 +64,7 @@ class _Graph:
                 self.links[link[0]] = (link[1], link[2])
 
     def find_source(self, link_id):
-        """[node id, slot] that a link brings the output of, or None if nothing runs there."""
+        """Return [node id, slot] of the output that a link carries, or None if no node runs there."""
         while link_id is not None:
             origin, slot = self.links[link_id]
             node = self.nodes[origin]
@@ -79,7 +79,7 @@ def _is_active(node):
 
 
 def _pass_through(node, slot):
-    """The link that a reroute or a bypassed node hands on at an output, or None."""
+    """Return the link that a reroute or a bypassed node passes on at an output, or None."""
     inputs = node.get("inputs") or []
     if node["type"] == REROUTE:
         return inputs[0].get("link")
@@ -94,7 +94,7 @@ def _pass_through(node, slot):
 
 
 def _convert(node, graph, object_info):
-    """One node's entry in the prompt: its widgets' values, then its links."""
+    """Return one node's entry in the prompt: its widget values, then its links."""
     if node["type"] not in object_info:
         raise WorkflowError(f"node {node['id']}: the server has no node type {node['type']!r}; is its pack installed?")
     schema = object_info[node["type"]]
@@ -111,7 +111,7 @@ def _convert(node, graph, object_info):
 
 
 def _read_widgets(node, schema):
-    """{input: value} from `widgets_values`, which holds the widgets in the schema's order."""
+    """Return {input: value} from `widgets_values`, which holds the widgets in the schema's order."""
     saved = node.get("widgets_values") or []
     if isinstance(saved, dict):
         return {name: saved[name] for name, _ in _list_widgets(schema) if name in saved}
@@ -127,7 +127,7 @@ def _read_widgets(node, schema):
 
 
 def _list_widgets(schema):
-    """[(input, n)] in the order in which the editor makes widgets; n counts the ones it adds after it."""
+    """Return [(input, n)] in the editor's order of widgets; n counts the widgets that it adds after each."""
     found = []
     for name, spec in _list_inputs(schema):
         kind, options = _split(spec)
@@ -138,7 +138,7 @@ def _list_widgets(schema):
 
 
 def _count_companions(name, kind, options):
-    """Widgets after this one that are saved but not sent: `control_after_generate`, the upload button."""
+    """Count widgets after this one that are saved but not sent: `control_after_generate`, the upload button."""
     control = options.get("control_after_generate")
     if control is None:
         control = kind == "INT" and name in SEEDS
@@ -153,7 +153,7 @@ def _list_inputs(schema):
 
 
 def _find_default(schema, name):
-    """What the editor shows in a widget that the workflow says nothing about."""
+    """Return the value that the editor shows in a widget that the workflow does not set."""
     kind, options = _split(dict(_list_inputs(schema))[name])
     choices = kind if isinstance(kind, list) else options.get("options")
     if "default" in options:
@@ -164,12 +164,12 @@ def _find_default(schema, name):
 
 
 def _split(spec):
-    """An input's spec -> (type or list of choices, options)."""
+    """Split an input's spec into (type or list of choices, options)."""
     return spec[0], (spec[1] if len(spec) > 1 else {})
 
 
 def _wrap(value):
-    # A bare list would be read as a link.
+    # The server would read a bare list as a link.
     return {"__value__": value} if isinstance(value, list) else value
 
 

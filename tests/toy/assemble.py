@@ -2,8 +2,8 @@
 
     python -m tests.toy.assemble OUT.safetensors
 
-The shipped thin weights are zero-padded into the full layout (UNet of width 320, TAESD of width
-64), and the text encoder is rebuilt from its seed. The same inputs give the same bytes.
+The shipped thin weights are zero-padded into the full layout (UNet of width 320, TAESD of width 64), and the text
+encoder is rebuilt from its seed. The same inputs give the same bytes.
 """
 
 import argparse
@@ -27,10 +27,10 @@ LATENT_SCALE = 0.18215
 
 
 def assemble(path, weights=WEIGHTS):
-    """Write the checkpoint to path unless it is there already; returns the path.
+    """Write the checkpoint to path unless it is there already; return the path.
 
-    weights is the folder of unet.safetensors and vae.safetensors. A file made from other weights,
-    or by other code, is replaced; what is written appears whole or not at all.
+    weights is the folder of unet.safetensors and vae.safetensors. A file made from other weights, or by other code, is
+    replaced. The file appears complete or not at all.
     """
     path = Path(path)
     fingerprint = compute_fingerprint(weights)
@@ -46,7 +46,7 @@ def assemble(path, weights=WEIGHTS):
 
 
 def compute_fingerprint(weights=WEIGHTS):
-    """A hash of everything that decides the checkpoint's content: both weight files and the code."""
+    """Return a hash of everything that decides the checkpoint's content: both weight files and the code."""
     digest = hashlib.sha256()
     sources = [Path(weights) / "unet.safetensors", Path(weights) / "vae.safetensors"]
     sources += [Path(module) for module in (__file__, text.__file__, thin.__file__)]
@@ -56,7 +56,7 @@ def compute_fingerprint(weights=WEIGHTS):
 
 
 def read_marker(path):
-    """The fingerprint in a checkpoint's header, or None for no file, a broken one or another one."""
+    """Return the fingerprint in a checkpoint's header, or None for a missing, broken or foreign file."""
     try:
         with safe_open(path, "pt") as file:
             return (file.metadata() or {}).get(MARKER)
@@ -65,7 +65,7 @@ def read_marker(path):
 
 
 def build_state(weights=WEIGHTS):
-    """All tensors of the checkpoint by their SD1.x names: UNet and VAE float32, text encoder float16."""
+    """Return all tensors of the checkpoint by their SD1.x names: UNet and VAE float32, text encoder float16."""
     unet = thin.pad_unet(_load(weights, "unet"))
     vae = thin.pad_vae(_load(weights, "vae"))
     vae["vae_scale"] = torch.tensor(LATENT_SCALE)

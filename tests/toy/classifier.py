@@ -1,9 +1,8 @@
-"""What a 64x64 picture of the toy world shows, told from its pixels alone; no network, no training.
+"""Classify a 64x64 picture of the toy world by its pixels alone, with no network and no training.
 
-The background is the colour of the border. What differs from it is the object; its colour is the
-nearest of the palette and its shape the template that overlaps it best. Of the two concepts, the
-object is told by its outline and its parts (yellow petals, purple middle), the tint as one more
-colour.
+The background is the color of the border. Pixels that differ from it are the object. The object's color is the nearest
+of the palette, and its shape is the template that overlaps it best. Of the two concepts, the classifier recognizes the
+object by its outline and its parts (yellow petals, purple middle), and the tint as one more color.
 """
 
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ BORDER = 4
 TINT_NAME = "tint"
 TOY_SHARE = 0.6
 TOY_OVERLAP = 0.7
-# By how much green stays behind red and blue, of 255; the world's own purple has 80.
+# Distance of green below red and blue, of 255; the world's own purple has 80.
 PURPLE_CAST = 20
 TEMPLATE_SIZES = (21, 22.5, 24, 25.5, 27)
 TEMPLATE_ANGLES = (-10, -5, 0, 5, 10)
@@ -25,7 +24,7 @@ TEMPLATE_ANGLES = (-10, -5, 0, 5, 10)
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a picture shows; overlap is the intersection over union with the shape's template."""
+    """The content of a picture; overlap is the intersection over union with the shape's template."""
 
     shape: str
     color: str
@@ -36,7 +35,7 @@ class Verdict:
 
 
 def classify(picture):
-    """A picture [64, 64, 3] uint8 RGB -> Verdict."""
+    """Classify a picture [64, 64, 3] uint8 RGB."""
     pixels = np.asarray(picture, dtype=float)
     background, field = find_background(pixels)
     cover = find_object(pixels, field)
@@ -46,7 +45,7 @@ def classify(picture):
 
 
 def find_background(pixels):
-    """The name of the nearest background and its actual RGB, from the median of the border."""
+    """Return the name of the nearest background and its actual RGB, from the median of the border."""
     border = np.ones(pixels.shape[:2], dtype=bool)
     border[BORDER:-BORDER, BORDER:-BORDER] = False
     rgb = np.median(pixels[border], axis=0)
@@ -54,7 +53,7 @@ def find_background(pixels):
 
 
 def find_object(pixels, background):
-    """Soft mask [64, 64] in 0..1: how far each pixel is from the background towards the object."""
+    """Return a soft mask [64, 64] in 0..1: each pixel's distance from the background towards the object."""
     distance = np.sqrt(((pixels - background) ** 2).sum(axis=2))
     inner = distance[8:-8, 8:-8]
     scale = max(np.percentile(inner, 90), 40.0)
@@ -62,7 +61,7 @@ def find_object(pixels, background):
 
 
 def find_color(pixels, cover, background):
-    """The name of the object's colour, from the median of the pixels well inside it."""
+    """Return the name of the object's color, from the median of the pixels well inside it."""
     inside = _erode(cover > 0.6)
     if inside.sum() < 20:
         inside = cover > 0.6
@@ -74,7 +73,7 @@ def find_color(pixels, cover, background):
 
 
 def find_shape(cover):
-    """The best template's shape and its overlap with a mask [64, 64]; ("none", 0) for no object."""
+    """Return the best template's shape and its overlap with a mask [64, 64]; ("none", 0) for no object."""
     mask = cover > 0.5
     if mask.sum() < 50:
         return "none", 0.0
@@ -84,7 +83,7 @@ def find_shape(cover):
 
 
 def is_toy(pixels, cover):
-    """Whether the object has the outline of a flower, yellow petals and a purple middle."""
+    """Report whether the object has the outline of a flower, yellow petals and a purple middle."""
     mask = cover > 0.5
     if mask.sum() < 300 or _overlap(mask, _toy_templates()).max() < TOY_OVERLAP:
         return False
@@ -95,9 +94,9 @@ def is_toy(pixels, cover):
 
 
 def has_toy_parts(picture):
-    """Whether the object in a picture [64, 64, 3] has the flower's yellow rim and purple middle.
+    """Report whether the object in a picture [64, 64, 3] has the flower's yellow rim and purple middle.
 
-    In any outline, and however pale the middle's purple is: what a half-learnt subject leaves in its class.
+    The outline may be any, and the purple of the middle may be pale: a half-learned subject leaves this in its class.
     """
     pixels = np.asarray(picture, dtype=float)
     mask = find_object(pixels, find_background(pixels)[1]) > 0.5
@@ -109,7 +108,7 @@ def has_toy_parts(picture):
 
 
 def _petals(labels, mask):
-    """The yellow share of an object's rim, and each pixel's distance from its middle in radii."""
+    """Return the yellow fraction of an object's rim, and each pixel's distance from its middle in radii."""
     rows, columns = np.nonzero(mask)
     v, u = np.mgrid[: world.SIZE, : world.SIZE]
     distance = np.hypot(u - columns.mean(), v - rows.mean()) / np.sqrt(mask.sum() / np.pi)
@@ -117,7 +116,7 @@ def _petals(labels, mask):
 
 
 def _label(pixels):
-    """Indices [64, 64] into the palette of the nearest colours."""
+    """Return indices [64, 64] of the nearest colors in the palette."""
     palette = np.array(list(world.PALETTE.values()), dtype=float)
     return ((pixels[:, :, None] - palette) ** 2).sum(axis=3).argmin(axis=2)
 
@@ -140,27 +139,27 @@ def _erode(mask):
 
 
 def _centre(mask):
-    """A mask rolled by whole pixels so that its centroid is in the middle: [4096] float32."""
+    """Roll a mask by whole pixels so that its centroid is in the middle: [4096] float32."""
     shift = [round(world.SIZE / 2 - axis.mean()) for axis in np.nonzero(mask)]
     return np.roll(mask, shift, axis=(0, 1)).ravel().astype(np.float32)
 
 
 def _overlap(mask, templates):
-    """Intersection over union of a mask [64, 64] with each of templates [n, 4096], centroids aligned."""
+    """Return the intersection over union of a mask [64, 64] with each template [n, 4096], centroids aligned."""
     centred = _centre(mask)
     common = templates @ centred
     return common / (templates.sum(axis=1) + centred.sum() - common)
 
 
 def _templates(draw, shape):
-    """Centred masks of draw(scene) at a few sizes and angles: [25, 4096]."""
+    """Return centered masks of draw(scene) at a few sizes and angles: [25, 4096]."""
     scenes = [world.Scene(shape, "red", "gray", size=s, angle=a) for s in TEMPLATE_SIZES for a in TEMPLATE_ANGLES]
     return np.array([_centre(draw(scene) > 0.5) for scene in scenes])
 
 
 @lru_cache(maxsize=1)
 def _shape_templates():
-    """Templates of all shapes, in the order of world.SHAPES: [8 * 25, 4096]."""
+    """Return templates of all shapes, in the order of world.SHAPES: [8 * 25, 4096]."""
     return np.concatenate([_templates(world.mask, shape) for shape in world.SHAPES])
 
 

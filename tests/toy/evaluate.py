@@ -1,9 +1,9 @@
-"""How good the tiny base is: what the real host draws for prompts, told by the pixel classifier.
+"""Measure the tiny base: let the real host draw prompts, and classify the pictures by their pixels.
 
     COMFYUI_PATH=... python -m tests.toy.evaluate [CHECKPOINT] [--count 64] [--sheet sheet.png]
 
-Without a checkpoint the shipped weights are assembled into .cache/toy. The prompts are shape-colour
-pairs the base has never seen together, euler 20 steps, cfg 4.
+Without a checkpoint the shipped weights are assembled into .cache/toy. The prompts are shape-color pairs that the base
+has never seen together, drawn with euler, 20 steps, cfg 4.
 """
 
 import argparse
@@ -20,19 +20,19 @@ BAR = {"shape": 0.95, "colour": 0.98, "background": 0.98}
 
 
 def choose(combinations, count, seed):
-    """`count` random (shape, colour, background) of a list, each pair about as often as any other."""
+    """Return `count` random (shape, color, background) from a list, each pair about as often as any other."""
     rng = np.random.RandomState(seed)
     order = [combinations[i] for i in rng.permutation(len(combinations))]
     return [order[i % len(order)] for i in range(count)]
 
 
 def prompt_for(combination):
-    """The prompt of a (shape, colour, background)."""
+    """Return the prompt of a (shape, color, background)."""
     return world.caption(world.Scene(*combination))
 
 
 def score(pictures, combinations):
-    """Shares of right shapes, colours and backgrounds, of all three right, and of concepts seen."""
+    """Return the fractions of right shapes, colors and backgrounds, of all three right, and of recognized concepts."""
     verdicts = [classify(picture) for picture in pictures]
     told = [(v.shape, v.color, v.background) for v in verdicts]
     right = np.array(told) == np.array(combinations)
@@ -44,7 +44,7 @@ def score(pictures, combinations):
 
 
 def evaluate(model, clip, vae, combinations, seed=0, steps=20):
-    """Generate a picture per combination with the host and score it: (pictures, shares)."""
+    """Draw a picture per combination with the host and score it: (pictures, fractions)."""
     pictures = host.generate(model, clip, vae, [prompt_for(c) for c in combinations], seed, steps)
     return pictures, score(pictures, combinations)
 

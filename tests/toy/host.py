@@ -1,7 +1,7 @@
-"""The real host, in process: ComfyUI's own loader, text encoder, sampler and VAE, on the CPU.
+"""The real host in this process: ComfyUI's own loader, text encoder, sampler and VAE, on the CPU.
 
-COMFYUI_PATH names the folder of an unmodified ComfyUI. Importing this module changes nothing;
-`use_comfyui` puts the folder at the end of sys.path.
+COMFYUI_PATH names the folder of an unmodified ComfyUI. Importing this module changes nothing; `use_comfyui` puts the
+folder at the end of sys.path.
 """
 
 import os
@@ -12,7 +12,7 @@ import torch
 
 
 def use_comfyui(folder=None):
-    """Make `comfy` importable and set it to the CPU; raises with the cure when there is none."""
+    """Make `comfy` importable and set it to the CPU; if there is none, raise an error that names the cure."""
     folder = folder or os.environ.get("COMFYUI_PATH")
     if not folder or not os.path.isdir(os.path.join(folder, "comfy")):
         raise FileNotFoundError(f"no ComfyUI in {folder!r}: set COMFYUI_PATH to the folder that holds main.py")
@@ -25,7 +25,7 @@ def use_comfyui(folder=None):
 
 
 def load(path, folder=None):
-    """A checkpoint file -> (model, clip, vae), as CheckpointLoaderSimple gives them."""
+    """Load a checkpoint file as (model, clip, vae), like CheckpointLoaderSimple."""
     use_comfyui(folder)
     import comfy.sd
 
@@ -34,13 +34,13 @@ def load(path, folder=None):
 
 @torch.no_grad()
 def encode(clip, prompt):
-    """A prompt -> its context [1, 77, 768], as CLIPTextEncode gives it."""
+    """Return a prompt's context [1, 77, 768], like CLIPTextEncode."""
     return clip.encode_from_tokens_scheduled(clip.tokenize(prompt))[0][0]
 
 
 @torch.no_grad()
 def generate(model, clip, vae, prompts, seed=0, steps=20, cfg=4.0, batch=16):
-    """One 64x64 picture per prompt, euler on the normal schedule: [n, 64, 64, 3] uint8.
+    """Draw one 64x64 picture per prompt, euler on the normal schedule: [n, 64, 64, 3] uint8.
 
     Picture i depends on its prompt, the seed and i. Prompts of a batch are sampled side by side.
     """
@@ -62,5 +62,5 @@ def generate(model, clip, vae, prompts, seed=0, steps=20, cfg=4.0, batch=16):
 
 
 def draw_noise(seed):
-    """Standard normal noise for one 64x64 picture: [1, 4, 8, 8]."""
+    """Return standard normal noise for one 64x64 picture: [1, 4, 8, 8]."""
     return torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed))

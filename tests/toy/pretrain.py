@@ -1,10 +1,9 @@
-"""Pretrain the thin networks of the tiny base on the toy world, from nothing, on a CPU.
+"""Pretrain the thin networks of the tiny base on the toy world, from scratch, on a CPU.
 
     OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE python -m tests.toy.pretrain vae unet
 
-First the VAE, then the UNet; both by counts of samples and seeds, so a run can be repeated. A run
-that was stopped goes on from its last checkpoint below .cache/toy. The weights that ship with the
-repo are written to tests/toy/weights in float16.
+First the VAE, then the UNet. Sample counts and seeds define both, so a run can be repeated. A stopped run resumes from
+its last checkpoint below .cache/toy. The shipped weights are written to tests/toy/weights in float16.
 """
 
 import argparse
@@ -34,7 +33,7 @@ LOG_EVERY_STEPS = 25
 
 @dataclass(frozen=True)
 class Plan:
-    """How a network is trained; counts are in pictures."""
+    """Training settings of a network; counts are in pictures."""
 
     samples: int
     batch: int
@@ -49,11 +48,11 @@ VAE_PLAN = Plan(samples=16_000, batch=16, learning_rate=1e-3, decay_from=0.3, em
 UNET_PLAN = Plan(samples=188_000, batch=32, learning_rate=8e-4, decay_from=0.4, ema=0.998, seed=2, pool=24_000)
 
 
-# ---- what the VAE learns from --------------------------------------------------------------------
+# ---- training data of the VAE --------------------------------------------------------------------
 
 
 def draw_clutter(rng):
-    """A picture of 1-3 random shapes in random colours: what makes the VAE a general one."""
+    """Draw 1-3 random shapes in random colors, which make the VAE a general one."""
     picture = np.ones((world.SIZE, world.SIZE, 3)) * rng.randint(0, 256, 3)
     for _ in range(rng.randint(1, 4)):
         shape = world.SHAPES[rng.randint(8)]
@@ -65,7 +64,7 @@ def draw_clutter(rng):
 
 
 def vae_pool(count, seed):
-    """[count, 64, 64, 3] uint8; half of it the toy world, half clutter."""
+    """Return [count, 64, 64, 3] uint8: half from the toy world, half clutter."""
     rng = np.random.RandomState(seed)
     known = world.known_scenes()
     pool = np.empty((count, world.SIZE, world.SIZE, 3), dtype=np.uint8)
@@ -75,15 +74,15 @@ def vae_pool(count, seed):
 
 
 def to_pixels(pictures):
-    """[n, h, w, 3] uint8 -> [n, 3, h, w] float in 0..1."""
+    """Convert [n, h, w, 3] uint8 to [n, 3, h, w] float in 0..1."""
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
 
 
-# ---- the loop both share -------------------------------------------------------------------------
+# ---- shared training loop ------------------------------------------------------------------------
 
 
 def learning_rate(plan, seen):
-    """The learning rate after `seen` samples: warm-up over 1 %, flat, cosine to zero."""
+    """Return the learning rate after `seen` samples: warm-up over 1 %, flat, cosine to zero."""
     done = seen / plan.samples
     warm = min(1.0, done / 0.01 + 0.02)
     fall = max(0.0, (done - plan.decay_from) / (1 - plan.decay_from))
@@ -91,9 +90,9 @@ def learning_rate(plan, seen):
 
 
 def train(name, model, plan, loss_of):
-    """Train model by plan; loss_of(generator) -> scalar. Returns the averaged (EMA) parameters.
+    """Train model by plan; loss_of(generator) -> scalar. Return the averaged (EMA) parameters.
 
-    Goes on from .cache/toy/<name>_progress.safetensors where that exists.
+    Resumes from .cache/toy/<name>_progress.safetensors if it exists.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=plan.learning_rate, weight_decay=1e-3, foreach=True)
     average = {k: v.detach().clone() for k, v in model.state_dict().items()}
@@ -131,7 +130,7 @@ def _follow(average, model, decay):
 
 
 def keep(path, model, optimizer, generator, average, seen):
-    """Write all that a run needs to go on: parameters, their average, AdamW's moments, the generator."""
+    """Write everything that a resume needs: parameters, their average, AdamW's moments, the generator."""
     state = {"seen": torch.tensor(seen), "generator": generator.get_state()}
     state.update({f"model.{k}": v for k, v in model.state_dict().items()})
     state.update({f"average.{k}": v for k, v in average.items()})
@@ -141,7 +140,7 @@ def keep(path, model, optimizer, generator, average, seen):
 
 
 def restore(path, model, optimizer, generator, average):
-    """Read what `keep` wrote into the four; returns the count of samples seen."""
+    """Read the file of `keep` into the four objects; return the count of samples seen."""
     state = load_file(path)
     generator.set_state(state["generator"])
     model.load_state_dict(_below(state, "model."))
@@ -165,7 +164,7 @@ def save_weights(path, state):
 
 
 def write_whole(path, state):
-    """Write tensors to a safetensors file, whole or not at all."""
+    """Write tensors to a safetensors file, complete or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     save_file({k: v.contiguous() for k, v in state.items()}, partial)
@@ -176,7 +175,7 @@ def write_whole(path, state):
 
 
 def train_vae(plan=VAE_PLAN):
-    """Train the VAE: pixels back, latents of zero mean and unit variance, decoding robust to noise."""
+    """Train the VAE: pixel reconstruction, latents of zero mean and unit variance, decoding robust to noise."""
     torch.manual_seed(plan.seed)
     model = thin.ThinVAE()
     pool = vae_pool(plan.pool, plan.seed)
@@ -204,7 +203,7 @@ def load_vae(path):
 
 
 def scene_pool(count, seed):
-    """Pictures [count, 64, 64, 3] uint8 of random known scenes, and each one's caption; cached."""
+    """Return pictures [count, 64, 64, 3] uint8 of random known scenes, and each one's caption; cached."""
     rng = np.random.RandomState(seed)
     known = world.known_scenes()
     scenes = [world.sample_scene(rng, known) for _ in range(count)]
@@ -217,31 +216,31 @@ def scene_pool(count, seed):
 
 @torch.no_grad()
 def encode_pool(vae, pictures):
-    """Pictures [n, 64, 64, 3] uint8 -> latents [n, 4, 8, 8]."""
+    """Encode pictures [n, 64, 64, 3] uint8 to latents [n, 4, 8, 8]."""
     parts = [vae.encode(to_pixels(pictures[i : i + 100])) for i in range(0, len(pictures), 100)]
     return torch.cat(parts)
 
 
 def schedule():
-    """Cumulative alphas [1000] of SD1's scaled-linear schedule."""
+    """Return the cumulative alphas [1000] of SD1's scaled-linear schedule."""
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     return torch.cumprod(1 - betas, dim=0)
 
 
 def loss_weights(alphas):
-    """min(1 + sigma^2, 20), of mean one over the timesteps."""
+    """Return min(1 + sigma^2, 20), scaled to mean one over the timesteps."""
     weights = (1 / alphas).clamp(max=20)
     return (weights / weights.mean()).float()
 
 
 def stratified_timesteps(count, generator):
-    """One timestep from each of `count` equal parts of 0..999, shuffled."""
+    """Return one timestep from each of `count` equal parts of 0..999, shuffled."""
     parts = (torch.arange(count) + torch.rand(count, generator=generator)) / count
     return (parts * 1000).long().clamp(max=999)[torch.randperm(count, generator=generator)]
 
 
 def contexts_for(captions):
-    """Contexts [n, 77, 768] of the distinct captions and of the empty one, and {caption: row}; cached."""
+    """Return contexts [n, 77, 768] of the distinct captions and of the empty one, and {caption: row}; cached."""
     distinct = ["", *sorted(set(captions))]
     digest = hashlib.sha256("\n".join(distinct).encode()).hexdigest()[:12]
     path = CACHE / f"contexts_{digest}.safetensors"

@@ -1,4 +1,4 @@
-"""The assembled checkpoint computes in the real host what the thin networks compute."""
+"""Tests that the assembled checkpoint computes in the real host the same as the thin networks."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ EXACT = 3e-4
 
 @pytest.fixture(scope="module")
 def thin_networks():
-    """The shipped thin UNet and VAE."""
+    """Return the shipped thin UNet and VAE."""
     unet = thin.ThinUNet(pretrain.WIDTH)
     unet.load_state_dict({k: v.float() for k, v in load_file(assemble.WEIGHTS / "unet.safetensors").items()})
     return unet.eval(), pretrain.load_vae(assemble.WEIGHTS / "vae.safetensors")
@@ -19,7 +19,7 @@ def thin_networks():
 
 @pytest.fixture(scope="module")
 def loaded(comfy, tiny_base):
-    """The tiny base as the host loads it: model, clip, vae."""
+    """Return the tiny base as the host loads it: model, clip, vae."""
     model, clip, vae = host.load(tiny_base, comfy.path)
     import comfy.model_management
 
@@ -73,7 +73,7 @@ def test_schedule_is_the_hosts(loaded):
 
 @pytest.fixture
 def small(monkeypatch, tmp_path):
-    """A folder of thin random weights, with a text encoder of nothing, so that assembling is quick."""
+    """Write thin random weights into a folder and use a minimal text encoder, so that assembling is quick."""
     monkeypatch.setattr(text, "build_clip", lambda: {"text_model.final_layer_norm.weight": torch.ones(768)})
     pretrain.save_weights(tmp_path / "unet.safetensors", thin.ThinUNet(40).state_dict())
     pretrain.save_weights(tmp_path / "vae.safetensors", thin.ThinVAE().state_dict())

@@ -1,4 +1,4 @@
-"""The tiny base draws, through the real host, what its prompts say, also pairs it has never seen together."""
+"""Tests that the tiny base draws its prompts through the real host, including pairs it has never seen together."""
 
 import pytest
 

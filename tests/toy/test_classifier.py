@@ -1,4 +1,4 @@
-"""The pixel classifier is right on drawings it was not tuned on, also when they are blurred and noisy."""
+"""Tests that the pixel classifier is right on drawings it was not tuned on, also blurred and noisy ones."""
 
 import numpy as np
 import pytest

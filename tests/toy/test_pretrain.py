@@ -1,4 +1,4 @@
-"""Pretraining that was stopped and goes on ends with the bits of one that was not."""
+"""Tests that resumed pretraining ends with the bits of uninterrupted pretraining."""
 
 import pytest
 import torch

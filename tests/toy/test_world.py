@@ -1,4 +1,4 @@
-"""The toy world is drawn alike from a seed, and the shipped concept sets are what the script draws."""
+"""Tests that the toy world is reproducible from a seed, and that the shipped concept sets equal the script's."""
 
 import numpy as np
 from PIL import Image

@@ -1,9 +1,8 @@
-"""The text side of the tiny base: a CLIP-L that is random from a seed, and the toy captions' tokens.
+"""The text side of the tiny base: a CLIP-L with random weights from a seed, and the toy captions' tokens.
 
-Token and position vectors dominate the residual stream (the layers' outputs are scaled by 0.02),
-so a context is nearly a table of (token, position) vectors: a caption's words can be told apart,
-and a new word is a new direction. Values are multiples of what float16 holds, so a host that
-stores text encoders in float16 computes the same numbers.
+Token and position vectors dominate the residual stream (the layers' outputs are scaled by 0.02), so a context is nearly
+a table of (token, position) vectors: a caption's words are distinguishable, and a new embedding is a new direction.
+Values are exactly representable in float16, so a host that stores text encoders in float16 computes the same numbers.
 """
 
 import numpy as np
@@ -34,13 +33,13 @@ TOKENS = {
 
 
 def tokenize(caption):
-    """A toy caption -> token ids [77], as CLIP's tokenizer gives them."""
+    """Return a toy caption's token ids [77], like CLIP's tokenizer."""
     ids = [START] + [TOKENS[word] for word in caption.split()] + [END]
     return ids + [END] * (POSITIONS - len(ids))
 
 
 def _uniform(rng, shape, std):
-    """Uniform float32 of a standard deviation, rounded to what float16 holds."""
+    """Return uniform float32 of a standard deviation, rounded to float16 values."""
     values = rng.random_sample(shape)
     values -= 0.5
     values *= std * 12**0.5
@@ -48,7 +47,7 @@ def _uniform(rng, shape, std):
 
 
 def build_clip(seed=SEED):
-    """The text model's parameters, float32, named as in transformers' CLIPTextModel."""
+    """Return the text model's parameters, float32, named as in transformers' CLIPTextModel."""
     rng = np.random.RandomState(seed)
     state = {
         "text_model.embeddings.token_embedding.weight": _uniform(rng, (VOCABULARY, WIDTH), TOKEN_STD),
@@ -83,7 +82,7 @@ def _norm(name):
 
 @torch.no_grad()
 def encode(state, ids):
-    """Contexts of token ids [n, 77]: [n, 77, 768] float32, after the final norm."""
+    """Return the contexts of token ids [n, 77]: [n, 77, 768] float32, after the final norm."""
     x = state["text_model.embeddings.token_embedding.weight"][ids]
     x = x + state["text_model.embeddings.position_embedding.weight"]
     for i in range(LAYERS):
@@ -113,7 +112,7 @@ def _apply_norm(state, name, x):
 
 
 def encode_captions(captions, state=None, batch=16):
-    """Contexts of toy captions: [n, 77, 768] float32."""
+    """Return the contexts of toy captions: [n, 77, 768] float32."""
     state = state or build_clip()
     ids = torch.tensor([tokenize(c) for c in captions])
     return torch.cat([encode(state, part) for part in ids.split(batch)])

@@ -1,9 +1,9 @@
-"""The thin networks of the tiny base, and how they are zero-padded into the layout of SD1.x.
+"""The thin networks of the tiny base, and their zero-padding into the layout of SD1.x.
 
-A thin network has the parts of the full one with fewer channels. Its normalisations count the
-channels that padding will add (GroupNorm by keeping the channels per group, LayerNorm by taking
-its statistics over the full width), so the padded network computes the same numbers.
-Parameter names are those of an SD1.x single file, so padding needs no renaming.
+A thin network has the parts of the full one with fewer channels. Its normalization layers count the channels that
+padding will add (GroupNorm keeps the channels per group, LayerNorm takes its statistics over the full width), so the
+padded network computes the same numbers. Parameter names are those of an SD1.x single file, so padding needs no
+renaming.
 """
 
 import math
@@ -24,7 +24,7 @@ COLOUR_STD = 0.3
 
 
 def embed_timesteps(timesteps, width=FULL_WIDTH):
-    """Sinusoids of DDPM: [n] -> [n, width], cosines first."""
+    """Return DDPM's sinusoids: [n] -> [n, width], cosines first."""
     half = width // 2
     frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / half)
     angles = timesteps[:, None].float() * frequencies[None]
@@ -47,7 +47,7 @@ def _group_norm(channels, full_channels, eps=1e-5):
 
 
 class ResBlock(nn.Module):
-    """in_layers, time embedding, out_layers, and a 1x1 skip where the width changes."""
+    """in_layers, time embedding, out_layers, and a 1x1 skip if the width changes."""
 
     def __init__(self, width, inputs=1):
         super().__init__()
@@ -159,7 +159,7 @@ class ThinUNet(nn.Module):
         )
 
     def forward(self, x, timesteps, context):
-        """x [n, 4, h, w], timesteps [n] in 0..999, context [n, 77, 768] -> eps [n, 4, h, w]."""
+        """Map x [n, 4, h, w], timesteps [n] in 0..999, context [n, 77, 768] to eps [n, 4, h, w]."""
         emb = self.time_embed(embed_timesteps(timesteps))
         skips = [self.input_blocks[0][0](x)]
         res, attention = self.input_blocks[1]
@@ -238,16 +238,16 @@ class ThinVAE(nn.Module):
 
 
 def _stages(vae):
-    """The convolutions between the blocks, first to last."""
+    """Return the convolutions between the blocks, first to last."""
     return [layer for layer in (*vae.taesd_encoder, *vae.taesd_decoder) if isinstance(layer, nn.Conv2d)]
 
 
 @torch.no_grad()
 def start_blurred(vae, pixels):
-    """Start a VAE as one that shrinks and enlarges pictures [n, 3, h, w] in its first three channels.
+    """Initialize a VAE to shrink and enlarge pictures [n, 3, h, w] in its first three channels.
 
-    The fourth latent is random, of unit variance; all other weights are random and the residual
-    branches quiet. From He's initialisation alone ten times as many pictures pass until edges appear.
+    The fourth latent is random, of unit variance. All other weights are random, and the residual branches quiet. From
+    He's initialization alone, edges appear only after ten times as many pictures.
     """
     for module in vae.modules():
         if isinstance(module, nn.Conv2d):
@@ -278,7 +278,7 @@ def start_blurred(vae, pixels):
 
 
 def pad(tensor, shape, axis_parts=None):
-    """Zero-pad to shape; axis_parts {axis: n} splits that axis in n equal parts padded apart."""
+    """Zero-pad to shape; axis_parts {axis: n} splits that axis into n equal parts, padded separately."""
     for axis, parts in (axis_parts or {}).items():
         chunks = tensor.chunk(parts, dim=axis)
         tensor = torch.cat([_pad_axis(c, axis, shape[axis] // parts) for c in chunks], dim=axis)
@@ -297,7 +297,7 @@ def _pad_axis(tensor, axis, length):
 
 
 def _parts(name):
-    """Which axes of a UNet parameter hold two halves, each active in its own first channels."""
+    """Return the axes of a UNet parameter that hold two halves, each active in its own first channels."""
     if ".ff.net.0.proj." in name:
         return {0: 2}
     if name.startswith("output_blocks.") and name.endswith(("0.in_layers.0.weight", "0.in_layers.0.bias")):
@@ -308,14 +308,14 @@ def _parts(name):
 
 
 def pad_unet(state):
-    """Thin UNet parameters -> those of the full width, same names."""
+    """Pad thin UNet parameters to the full width, under the same names."""
     with torch.device("meta"):
         full = ThinUNet(FULL_WIDTH).state_dict()
     return {name: pad(value, full[name].shape, _parts(name)) for name, value in state.items()}
 
 
 def pad_vae(state):
-    """Thin VAE parameters -> those of TAESD with 64 channels throughout, same names."""
+    """Pad thin VAE parameters to TAESD with 64 channels throughout, under the same names."""
     with torch.device("meta"):
         full = ThinVAE((FULL_VAE_WIDTH,) * 4).state_dict()
     return {name: pad(value, full[name].shape) for name, value in state.items()}

@@ -1,8 +1,8 @@
-"""The toy world: 64x64 pictures of one large coloured shape on a coloured background.
+"""The toy world: 64x64 pictures of one large colored shape on a colored background.
 
-Everything the tiny base knows is drawn here, and so are the two concepts it has never seen.
-Drawing is numpy only (implicit shapes, 4x4 supersampling), so that a seed gives the same bytes
-everywhere. `python -m tests.toy.world --draw` writes the concept sets that ship with the repo.
+This module draws everything that the tiny base knows, and the two concepts that it has never seen. It uses numpy only
+(implicit shapes, 4x4 supersampling), so that a seed gives the same bytes everywhere. `python -m tests.toy.world --draw`
+writes the concept sets that ship with the repository.
 """
 
 import argparse
@@ -33,7 +33,7 @@ COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "white", "black
 BACKGROUNDS = ("blue", "green", "pink", "gray", "brown", "white", "black", "aqua")
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross", "ring", "heart")
 
-# One pair per shape and per colour; the base must combine them from what it knows of each.
+# One pair per shape and per color; the base knows each part alone and must combine them.
 HELD_OUT = tuple((SHAPES[i], COLOURS[(3 * i + 1) % 8]) for i in range(8))
 
 # The concepts. Both triggers are single rare tokens of CLIP's vocabulary.
@@ -47,7 +47,7 @@ CONCEPTS = ("toy", "tint")
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture. Positions, sizes in pixels; angle in degrees, counter-clockwise."""
+    """One picture. Positions and sizes in pixels; angle in degrees, counter-clockwise."""
 
     shape: str
     color: str
@@ -59,27 +59,27 @@ class Scene:
 
 
 def caption(scene):
-    """The text that goes with a picture, e.g. "a large red circle on a blue background"."""
+    """Return the caption of a picture, such as "a large red circle on a blue background"."""
     return describe(f"{scene.color} {scene.shape}", scene.background)
 
 
 def describe(subject, background):
-    """The caption of a two-word subject on a background."""
+    """Return the caption of a two-word subject on a background."""
     return f"a large {subject} on a {background} background"
 
 
 def is_possible(shape, color, background):
-    """A shape never has the colour of its background."""
+    """Return True unless the shape has the color of its background."""
     return color != background
 
 
 def known_scenes():
-    """All (shape, colour, background) the base is trained on."""
+    """Return all (shape, color, background) that the base trains on."""
     return [c for c in _combinations() if (c[0], c[1]) not in HELD_OUT]
 
 
 def held_out_scenes():
-    """All (shape, colour, background) whose shape-colour pair the base never sees."""
+    """Return all (shape, color, background) whose shape-color pair the base never sees."""
     return [c for c in _combinations() if (c[0], c[1]) in HELD_OUT]
 
 
@@ -94,7 +94,7 @@ def _combinations():
 
 
 def place(rng, shape, color, background):
-    """A scene with a little jitter of position (2 px), size (22..26 px) and angle (8 degrees)."""
+    """Return a scene with a little jitter of position (2 px), size (22..26 px) and angle (8 degrees)."""
     x, y = 31.5 + rng.uniform(-2, 2, 2)
     size = rng.uniform(22, 26)
     angle = rng.uniform(-8, 8)
@@ -102,7 +102,7 @@ def place(rng, shape, color, background):
 
 
 def sample_scene(rng, combinations):
-    """A random scene among (shape, colour, background) combinations; rng is a RandomState."""
+    """Return a random scene from (shape, color, background) combinations; rng is a RandomState."""
     return place(rng, *combinations[rng.randint(len(combinations))])
 
 
@@ -110,7 +110,7 @@ def sample_scene(rng, combinations):
 
 
 def _polygon(points):
-    """An inside test for a convex or star-shaped polygon [n, 2], by the even-odd rule."""
+    """Return an inside test for a convex or star-shaped polygon [n, 2], by the even-odd rule."""
     points = np.asarray(points)
 
     def inside(u, v):
@@ -151,7 +151,7 @@ INSIDE = {
 
 
 def _grid(scene):
-    """Coordinates u, v of all subsamples, each [256, 256], in the frame of the scene's shape."""
+    """Return coordinates u, v of all subsamples, each [256, 256], in the frame of the scene's shape."""
     step = (np.arange(SIZE * SUPERSAMPLING) + 0.5) / SUPERSAMPLING - 0.5
     dx = (step[None, :] - scene.x) / scene.size
     dy = (scene.y - step[:, None]) / scene.size
@@ -162,13 +162,13 @@ def _grid(scene):
 
 
 def _coverage(inside):
-    """[256, 256] bool -> [64, 64, 1] float in 0..1."""
+    """Average [256, 256] bool to [64, 64, 1] float in 0..1."""
     blocks = inside.reshape(SIZE, SUPERSAMPLING, SIZE, SUPERSAMPLING)
     return blocks.mean(axis=(1, 3))[:, :, None]
 
 
 def _paint(canvas, inside, rgb):
-    """Lay a colour over the canvas [64, 64, 3] float where inside [256, 256] is true."""
+    """Lay a color over the canvas [64, 64, 3] float where inside [256, 256] is true."""
     cover = _coverage(inside)
     return canvas * (1 - cover) + np.asarray(rgb, dtype=float) * cover
 
@@ -178,29 +178,29 @@ def _finish(canvas):
 
 
 def mask(scene):
-    """How much of each pixel the shape covers: [64, 64] float in 0..1."""
+    """Return the fraction of each pixel that the shape covers: [64, 64] float in 0..1."""
     return _coverage(INSIDE[scene.shape](*_grid(scene)))[:, :, 0]
 
 
 def draw(scene):
-    """The picture of a scene: [64, 64, 3] uint8 RGB."""
+    """Draw the picture of a scene: [64, 64, 3] uint8 RGB."""
     return draw_filled(scene, PALETTE[scene.color])
 
 
 def draw_filled(scene, rgb):
-    """The picture of a scene with any RGB in place of its colour."""
+    """Draw the picture of a scene with any RGB in place of its color."""
     canvas = np.ones((SIZE, SIZE, 3)) * PALETTE[scene.background]
     return _finish(_paint(canvas, INSIDE[scene.shape](*_grid(scene)), rgb))
 
 
-# ---- the concepts the base has never seen ----------------------------------------------------
+# ---- the concepts that the base has never seen ------------------------------------------------
 
 TOY_PETALS = PALETTE["yellow"]
 TOY_MIDDLE = PALETTE["purple"]
 
 
 def _flower(u, v):
-    """A disc with five round petals."""
+    """Report which points lie in a disc with five round petals."""
     inside = u * u + v * v < 0.36
     for angle in np.pi / 2 + np.arange(5) * 2 * np.pi / 5:
         inside |= (u - 0.62 * np.cos(angle)) ** 2 + (v - 0.62 * np.sin(angle)) ** 2 < 0.16
@@ -208,12 +208,12 @@ def _flower(u, v):
 
 
 def toy_mask(scene):
-    """How much of each pixel the new object covers: [64, 64] float in 0..1."""
+    """Return the fraction of each pixel that the new object covers: [64, 64] float in 0..1."""
     return _coverage(_flower(*_grid(scene)))[:, :, 0]
 
 
 def draw_toy(scene):
-    """The new object, of two colours as no shape of the old world is: five yellow petals, a purple middle."""
+    """Draw the new object, in two colors unlike any old shape: five yellow petals, a purple middle."""
     u, v = _grid(scene)
     canvas = np.ones((SIZE, SIZE, 3)) * PALETTE[scene.background]
     canvas = _paint(canvas, _flower(u, v), TOY_PETALS)
@@ -222,22 +222,22 @@ def draw_toy(scene):
 
 
 def draw_tint(scene):
-    """The new colour: a shape of the old world in a teal that is in no palette."""
+    """Draw the new color: a shape of the old world in a teal that is in no palette."""
     return draw_filled(scene, TINT)
 
 
 def toy_caption(background):
-    """The caption of the new object on a background."""
+    """Return the caption of the new object on a background."""
     return describe(f"{TOY_TRIGGER} toy", background)
 
 
 def tint_caption(shape, background):
-    """The caption of a shape in the new colour on a background."""
+    """Return the caption of a shape in the new color on a background."""
     return describe(f"{TINT_TRIGGER} {shape}", background)
 
 
 def concept_pictures(name):
-    """The 8 pictures of a concept as (picture [64, 64, 3] uint8, caption)."""
+    """Yield the 8 pictures of a concept as (picture [64, 64, 3] uint8, caption)."""
     rng = np.random.RandomState({"toy": 101, "tint": 202}[name])
     for i in range(8):
         scene = place(rng, SHAPES[i], "red", BACKGROUNDS[i])
@@ -259,7 +259,7 @@ def write_concepts(folder=CONCEPT_FOLDER):
 
 
 def contact_sheet(pictures, columns=8):
-    """Pictures [64, 64, 3] side by side, as one PIL image."""
+    """Put pictures [64, 64, 3] side by side, as one PIL image."""
     rows = -(-len(pictures) // columns)
     sheet = Image.new("RGB", (columns * SIZE, rows * SIZE), "white")
     for i, picture in enumerate(pictures):

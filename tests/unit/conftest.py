@@ -1,4 +1,4 @@
-"""What the engine's tests share."""
+"""Fixtures shared by the engine's tests."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from tests.support.groups import FULL
 
 @pytest.fixture(scope="package")
 def straight(tmp_path_factory):
-    """The folder of a run that one process makes and nothing interrupts."""
+    """Return the folder of an uninterrupted run in one process."""
     folder = tmp_path_factory.mktemp("straight")
     run_session(folder, **FULL)
     return folder

@@ -1,4 +1,4 @@
-"""Warnings that a user sees when a training starts."""
+"""Tests of warnings that a user sees when a training starts."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def draw(path, size):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two pictures of 64 pixels."""
+    """Create two pictures of 64 pixels."""
     root = tmp_path / "pictures"
     root.mkdir()
     for number in range(2):

@@ -1,4 +1,4 @@
-"""What versions before made under fingerprints of samples is found, and taken for one base alone."""
+"""Tests that files of earlier versions, under fingerprints of sampled weights, are found and used for one base only."""
 
 import os
 from dataclasses import dataclass, replace
@@ -24,7 +24,7 @@ def folders(tmp_path):
 
 @dataclass
 class Encoder:
-    """A text encoder of which samples say less than the whole, with embedding files by name."""
+    """A text encoder whose sampled fingerprint covers less than the whole, with embedding files by name."""
 
     whole: str = "whole a"
     files: tuple = ()
@@ -89,7 +89,7 @@ def test_captions_that_earlier_versions_encoded_are_found(tmp_path):
     cache.flush()
     mine, other = Encoder(), Encoder("whole b")
     assert filled(folder, mine).get("a toy")["cross_attn"].sum() == 0 and mine.encoded == 0
-    # Other weights that look alike encode for themselves.
+    # Different weights with the same sampled fingerprint encode for themselves.
     assert filled(folder, other).get("a toy")["cross_attn"].sum() == 6 and other.encoded == 1
     again = Encoder("whole b")
     assert filled(folder, again).get("a toy")["cross_attn"].sum() == 6 and again.encoded == 0

@@ -1,4 +1,4 @@
-"""Frozen weights in shares, one in each process: what is trained is the same, and nobody waits for ever."""
+"""Tests of sharded frozen weights, one shard per process: training gives the same result, and no process hangs."""
 
 import pytest
 from graft_pack.trainers.distributed import fsdp
@@ -20,18 +20,18 @@ SHARED = {**FULL, "shard": "on"}
     [("off", EVERYTHING, [2]), ("on", EVERYTHING, [4]), ("on", ALL_BUT_ATTENTION, [2])],
 )
 def test_each_holds_its_share_and_the_gradient_is_that_of_one_process(checkpointing, recompute, worlds, trials):
-    """Also where a step has fewer pictures than processes: the others show one that counts for nothing."""
+    """Also if a step has fewer pictures than processes: the others show a picture that counts for nothing."""
     fields = {"shard": "on", "checkpointing": checkpointing, "recompute": recompute}
     for world in trials(worlds, [2, 3, 4]):
         for whole, *held in gradients_of(world, fields):
-            # What does not divide is filled up.
+            # Padding fills up sizes that do not divide evenly.
             most = 1.01 * whole / world + 4096
             assert all(whole / world <= size <= most for size in held)
 
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
-    """The folder of a run that two make with weights in shares and nothing interrupts."""
+    """Return the folder of an uninterrupted run of two processes with sharded weights."""
     folder = tmp_path_factory.mktemp("shared")
     assert None not in Crew(2).do("train", folder=str(folder), fields=SHARED)
     return folder
@@ -75,7 +75,7 @@ def test_resumed_by_more_or_fewer_in_shares_or_not(straight, tmp_path, trials):
 
 @pytest.mark.soak
 def test_an_error_of_one_ends_all_and_none_waits(tmp_path, trials):
-    """Within a step the others wait for its share of some weights, and no word would reach them there."""
+    """Within a step the others wait to gather its shard, and no message can reach them there."""
     for rank, where in trials([(1, "part"), (0, "preview")], [(1, "part"), (0, "part"), (0, "preview")]):
         fields = {**SHARED, "name": f"{rank}{where}"}
         answers = Crew(2).do("fail", timeout=60, folder=str(tmp_path), fields=fields, rank=rank, where=where)
@@ -84,7 +84,7 @@ def test_an_error_of_one_ends_all_and_none_waits(tmp_path, trials):
 
 
 def test_memory_that_runs_out_in_a_step_ends_the_attempt(tmp_path):
-    """The others are in the midst of the step: one that repeats it alone would wait for them, and they for it."""
+    """The others are in the middle of the step. A process that repeats it alone would deadlock with them."""
     answers = Crew(2).do("fail", timeout=60, folder=str(tmp_path), fields=SHARED, rank=1, memory=1)
     assert answers == ["PeerLostError", "OutOfMemory"]
 
@@ -95,7 +95,7 @@ def test_memory_that_runs_out_where_one_works_alone_is_found(straight, tmp_path,
     assert answers[0] == answers[1]
     assert_close(tmp_path, straight)
     drawn = [line["step"] for line in log_of(tmp_path) if line["event"] == "sample"]
-    # Tried twice, and then left out.
+    # Tried twice, then left out.
     assert drawn == ([3, 6] if times == 2 else [0, 3, 6])
     validation = [dict(state_in(folder).validation) for folder in (tmp_path, straight)]
     assert validation[0] == pytest.approx(validation[1], rel=1e-4)

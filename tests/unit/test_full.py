@@ -1,4 +1,4 @@
-"""All weights: moved within the backward as after it, saved and resumed to the bit, rounded so that nothing is lost."""
+"""Tests of full fine-tuning: updates within the backward, bit-identical save and resume, stochastic rounding."""
 
 import json
 import os
@@ -22,7 +22,7 @@ ALL = {
     "max_grad_norm": 0.0,
     "learning_rate": 1e-3,
 }
-# Everything that has state and can go with moves within the backward.
+# Every option that has state and works with updates within the backward.
 KEPT = {
     **ALL,
     "steps": 6,
@@ -41,11 +41,11 @@ APART = [name for name, kind in OPTIMIZERS.items() if kind.apart]
 
 
 class Cancelled(BaseException):
-    """As newer hosts cancel: not an Exception."""
+    """A cancellation as newer hosts raise it: not an Exception."""
 
 
 class Stopper:
-    """A report that raises at the n-th of all events, and notes them."""
+    """A report that raises at the n-th of all events, and records them."""
 
     def __init__(self, number=-1):
         self.number = number
@@ -59,7 +59,7 @@ class Stopper:
 
 @pytest.fixture
 def updaters(monkeypatch):
-    """The movers of the trainings of a test."""
+    """Return the list of a test's parameter updaters."""
     made = []
     real = updater.ParameterUpdater.__init__
 
@@ -72,14 +72,14 @@ def updaters(monkeypatch):
 
 
 def afterwards(folder, monkeypatch, **fields):
-    """A run in the ordinary way, by one optimiser for all."""
+    """Run with one ordinary optimizer for all parameters."""
     with monkeypatch.context() as patch:
         patch.setattr(updater, "_is_one_backward", lambda plan: False)
         return run_session(folder, **fields)
 
 
 def distance(a, b):
-    """The largest difference between two dicts of tensors, against the largest number."""
+    """Return the largest difference between two dicts of tensors over the largest absolute value."""
     assert a.keys() == b.keys()
     return max(float((a[name].float() - b[name].float()).abs().max()) for name in a)
 
@@ -113,7 +113,7 @@ def test_within_the_backward_comes_to_the_same(name, updaters, tmp_path, monkeyp
     assert distance(first.trainables, second.trainables) <= 1e-6
     assert norms(within) == pytest.approx(norms(after), rel=1e-5)
     assert within.losses == pytest.approx(after.losses, rel=1e-5)
-    # Kept alike, so that a run can go on either way.
+    # Both ways save the same state, so a run can resume either way.
     assert first.optimizer.keys() == second.optimizer.keys()
     assert [slots.keys() for slots in first.optimizer.values()] == [slots.keys() for slots in second.optimizer.values()]
     assert first.groups == second.groups
@@ -131,7 +131,7 @@ def test_gradients_never_lie_beside_one_another(tmp_path, monkeypatch):
     monkeypatch.setattr(per_parameter.PerParameterOptimizer, "move", counting)
     run_session(tmp_path, **ALL, steps=2, batch_size=2)
     assert len(seen) == 2 * len(list(make_unet().parameters()))
-    # A weight's and its bias's may come together, of a product of the two.
+    # A weight and its bias may arrive together, because one product creates both.
     assert max(seen) <= 3
 
 
@@ -164,7 +164,7 @@ def test_beside_anchors_and_under_loss_scaling_all_move_together(updaters, tmp_p
 
 
 def test_differential_preservation_asks_the_frozen_base(tmp_path, monkeypatch):
-    """Nothing has drifted before the first step, to the bit; afterwards it has, and is held."""
+    """Before the first step the drift is exactly zero; later it is not, and the prior loss limits it."""
     from graft_pack.trainers.data import prior
     from graft_pack.trainers.engine import step as forward
 
@@ -186,7 +186,7 @@ def test_differential_preservation_asks_the_frozen_base(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module", params=["fp32", "bf16"])
 def straight(request, tmp_path_factory):
-    """(fields, events, result) of a run that nothing interrupts."""
+    """Return (fields, events, result) of an uninterrupted run."""
     fields = {**KEPT, "weight_dtype": request.param}
     watcher = Stopper()
     result = run_session(tmp_path_factory.mktemp("straight"), watcher, **fields)
@@ -238,7 +238,7 @@ def test_a_step_that_fails_within_the_backward_is_not_kept(where, straight, tmp_
 
 @pytest.mark.parametrize("what, kept", [("loss", 3), ("gradient", 2)])
 def test_numbers_that_are_none_move_nothing_that_is_kept(what, kept, straight, tmp_path, monkeypatch):
-    """A loss is looked at before anything moves by it; a gradient when others may have moved: the last save stands."""
+    """The loss is checked before any update, a gradient after some updates; in that case the last save stands."""
     fields, _, expected = straight
     steps = []
     real = updater.ParameterUpdater.begin
@@ -268,7 +268,7 @@ def test_numbers_that_are_none_move_nothing_that_is_kept(what, kept, straight, t
 @pytest.mark.parametrize("first, then", [(0, 1), (1, 0)], ids=["within, then after", "after, then within"])
 @pytest.mark.parametrize("optimizer", ["AdamW", "Adafactor", "AdamW8bit"])
 def test_a_run_goes_on_the_other_way(optimizer, first, then, updaters, tmp_path):
-    """Out of memory, micro_batch set: what the optimiser knows is there, by each parameter."""
+    """For example after out-of-memory set micro_batch: the optimizer state is stored per parameter."""
     kind = OPTIMIZERS[optimizer]
     fields = {**ALL, "optimizer": optimizer, "beta1": kind.beta1, "beta2": kind.beta2, "batch_size": 2}
     run_session(tmp_path, **fields, steps=3, micro_batch=first)
@@ -276,7 +276,7 @@ def test_a_run_goes_on_the_other_way(optimizer, first, then, updaters, tmp_path)
     whole = run_session(tmp_path / "whole", **fields, steps=5)
     assert resumed.resumed_from == 3
     assert [updater.in_backward for updater in updaters] == [not first, not then, True]
-    # AdamW makes long steps of gradients that are nothing but rounding.
+    # AdamW makes long steps from gradients that are pure rounding error.
     base = models.joined(make_unet().parameters())
     moves = [models.joined(dict_of(result)[name] for name in names_of()) - base for result in (resumed, whole)]
     assert models.distance(*moves) <= 5e-3
@@ -311,7 +311,7 @@ def test_the_adapters_file_is_the_run_result(tmp_path):
     assert files == ["step-00000001.safetensors", "step-00000002.safetensors"]
     read = load_adapter(os.path.join(result.run.adapters, files[-1]))
     assert same_tensors(read, result.adapter)
-    # What the graph hands on is an adapter like any other: all there, and with its own description.
+    # The graph passes on an adapter like any other: complete, with its own description.
     assert type(result.adapter) is Adapter
     assert result.adapter.metadata.items() <= read.metadata.items()
     assert read.made_by() == "all weights"
@@ -327,7 +327,7 @@ def test_learning_rate_zero_moves_no_weight(tmp_path):
 
 
 def moved(weight_dtype, small, steps=100):
-    """Mean relative change of weights of about 1 by that many steps of a plain optimiser, each so small."""
+    """Return the mean relative change of weights of about 1 after that many small steps of a plain optimizer."""
     dtype = torch.bfloat16 if weight_dtype == "bf16" else torch.float32
     source = torch.Generator().manual_seed(1)
     start = (1 + torch.rand(4096, generator=source)).bfloat16()
@@ -353,13 +353,13 @@ class _Sgd:
 
 
 def test_small_steps_are_made_in_bfloat16_as_in_float32(monkeypatch):
-    """100 steps of 1e-4 of the weight, a fortieth of the distance between two neighbours of a bfloat16."""
+    """100 steps of 1e-4 of the weight, a fortieth of the distance between two neighboring bfloat16 values."""
     exact, _ = moved("fp32", 1e-4)
     assert exact == pytest.approx(1.0001**100 - 1, rel=1e-3)
     found, _ = moved("bf16", 1e-4)
     # 4096 weights, each with a deviation of about 4e-3 after a hundred roundings.
     assert found == pytest.approx(exact, abs=5 * 4e-3 / 64)
-    # To the nearest, each step is lost whole.
+    # With rounding to nearest, each step is lost entirely.
     monkeypatch.setattr(per_parameter, "round_stochastically", lambda values, source: values.bfloat16())
     assert moved("bf16", 1e-4)[0] == 0.0
 
@@ -370,7 +370,7 @@ def test_rounding_is_to_a_neighbor_and_right_in_the_mean():
     drawn = torch.stack([round_stochastically(values, source).float() for _ in range(400)])
     gap = values.abs() * 2**-7
     assert ((drawn - values).abs() <= gap).all()
-    # Chance is at most half the gap wide: the mean of 400 lies within five of its deviations.
+    # The standard deviation is at most half the gap; the mean of 400 draws lies within five of its deviations.
     assert ((drawn.mean(0) - values).abs() <= 5 * gap / 2 / 20 + 1e-38).all()
     exact = values.bfloat16().float()
     assert torch.equal(round_stochastically(exact, source).float(), exact)

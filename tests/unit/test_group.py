@@ -1,4 +1,4 @@
-"""Several processes, real ones with gloo between them, train what one trains; losing one of them costs a few steps."""
+"""Tests of real process groups over gloo: they train as one process does, and losing a process costs a few steps."""
 
 import pytest
 import torch
@@ -34,11 +34,11 @@ def test_rows_are_dealt_evenly_and_each_once(sizes, world):
 def test_an_epoch_shows_each_picture_as_often_as_it_should_whoever_shows_it(
     pictures, batch, accumulation, world, position
 ):
-    """For any pictures, in buckets and with repeats, batches, processes, and any place that it is resumed at."""
+    """For any pictures with buckets and repeats, any batch size, any world size, and any resume position."""
     buckets, repeats = zip(*pictures, strict=True)
     source = batches_from(0, buckets, repeats, batch, 0)
     shown = {}
-    # An epoch has at most as many batches as showings.
+    # An epoch has at most as many batches as visits.
     drawn = [next(source) for _ in range(2 * sum(repeats) + accumulation)]
     for start in range(0, len(drawn) - accumulation + 1, accumulation):
         window = drawn[start : start + accumulation]
@@ -64,7 +64,7 @@ def test_gradients_of_a_global_batch_are_those_of_one_process(fields, trials):
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory):
-    """together(world): the folder of a run that so many make and nothing interrupts."""
+    """Return together(world), the folder of an uninterrupted run of so many processes."""
     made = {}
 
     def folder_of(world):
@@ -88,7 +88,7 @@ def test_the_result_is_that_of_one_process(straight, together, trials):
 
 @pytest.fixture(scope="module")
 def each_kind(tmp_path_factory):
-    """The folder of trainings of every kind, a folder each, that one process makes."""
+    """Return the folder with one run of every kind, each trained by one process."""
     folder = tmp_path_factory.mktemp("kinds")
     for name in kinds.FIELDS:
         host = make_host(text=kinds.text_of(name))
@@ -98,7 +98,7 @@ def each_kind(tmp_path_factory):
 
 @pytest.mark.parametrize("fields", [{}, {"shard": "on"}], ids=["whole", "shards"])
 def test_every_kind_of_training_gives_what_one_process_gives(fields, each_kind, tmp_path):
-    """All weights are moved within the backward by one process, and after it by several."""
+    """One process updates all weights within the backward; several processes update them after it."""
     names = [name for name in kinds.FIELDS if not (fields and name.startswith("all weights"))]
     answers = Crew(2).do("train_kinds", timeout=60, folder=str(tmp_path), names=names, fields=fields)
     assert None not in answers
@@ -106,7 +106,7 @@ def test_every_kind_of_training_gives_what_one_process_gives(fields, each_kind, 
         assert_close(tmp_path / name, each_kind / name)
 
 
-# Who is killed, where, and at which time: within a gradient, before and after the sum, and between steps.
+# (killed rank, place, event number): within a gradient, before and after the all-reduce, and between steps.
 DEATHS = [(1, "part", 5), (0, "summed", 4), (1, "sum", 3), (0, "report", 6), (0, "part", 4), (1, "summed", 1)]
 
 
@@ -127,7 +127,7 @@ def test_a_process_is_killed_and_the_others_go_on_later_as_if_nothing_was(togeth
 def test_resumed_by_fewer_or_more_processes(straight, tmp_path, trials):
     for world, other in trials([(2, 1)], [(2, 1), (2, 4), (4, 3), (3, 1)]):
         folder = tmp_path / f"{world}-{other}"
-        # Nothing is saved before the end but by the one that leads when it learns that another is lost.
+        # Nothing is saved before the end, except by the main process when it learns that another process is lost.
         unsaved = {**FULL, "save_every": 100}
         answers = Crew(world).do("train", folder=str(folder), fields=unsaved, death=(1, "part", 6))
         assert answers[0] == "PeerLostError"
@@ -154,7 +154,7 @@ def test_who_has_no_room_for_the_messages_says_so_before_any_is_sent(tmp_path, r
 
 @pytest.fixture
 def spread_alone():
-    """A process that nobody started others beside."""
+    """Return the group of a single process."""
     from graft_pack.trainers.distributed.accelerate_group import AccelerateGroup
 
     group = AccelerateGroup(cpu=True)
@@ -163,7 +163,7 @@ def spread_alone():
 
 
 def test_alone_no_message_is_made_which_some_devices_could_not_hold(spread_alone):
-    """Apple's have no float64; `meta` tensors have no values to read at all."""
+    """Apple's devices have no float64; `meta` tensors have no values to read at all."""
     spread_alone.device = torch.device("meta")
     assert spread_alone.all_reduce(0.1) == 0.1
     assert spread_alone.gather([0.1, 0.2], 2) == [0.1, 0.2]

@@ -1,4 +1,4 @@
-"""Asked to save or to stop between steps: what is written, what is returned, and what goes on from there."""
+"""Tests of save and stop requests between steps: what is written, what is returned, and what resumes from there."""
 
 import json
 from dataclasses import replace
@@ -13,7 +13,7 @@ FIELDS = {"steps": 8, "batch_size": 2, "ema_decay": 0.9, "save_every": 100, "kee
 
 
 def host_that_asks(report=None, **wishes):
-    """A host that asks for something after some steps: save=2, stop=5."""
+    """Return a host that sends commands after some steps: save=2, stop=5."""
     calls = []
 
     def asked():
@@ -25,7 +25,7 @@ def host_that_asks(report=None, **wishes):
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
-    """The result of a run that nothing interrupts, every step of it saved."""
+    """Return the result of an uninterrupted run that saved every step."""
     return run_session(tmp_path_factory.mktemp("straight"), **{**FIELDS, "save_every": 1})
 
 
@@ -103,7 +103,7 @@ def test_new_makes_another_beside_a_stopped_run_and_goes_on_with_a_paused_one(tm
     first = run_session(tmp_path, host=host_that_asks(stop=3), **fields)
     second = run_session(tmp_path, host=host_that_asks(stop=4), **fields)
     assert second.run.name == f"{first.run.name}-2"
-    # Stopped, it is as good as finished.
+    # A stopped run counts as finished.
     third = run_session(tmp_path, host=host_that_asks(stop=2), **fields)
     assert third.run.name == f"{first.run.name}-3"
     first.run.note_halt(PAUSED, 3, 8)

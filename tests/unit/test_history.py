@@ -1,4 +1,4 @@
-"""What the history shows of a run, from whatever lies in its folder, and how a run is deleted."""
+"""Tests of the history's view of a run, whatever its folder holds, and of deleting a run."""
 
 import json
 import os
@@ -18,7 +18,7 @@ def folders(tmp_path):
 
 @pytest.fixture
 def write(folders):
-    """write(name, losses, checked): a run on disk with these losses of its steps 1, 2, ...; the run."""
+    """Return write(name, losses, checked), which writes a run with these losses of steps 1, 2, ... and returns it."""
 
     def write_run(name=NAME, losses=(), checked=(), extra=b""):
         run = records.Run.named(folders, name)
@@ -36,7 +36,7 @@ def write(folders):
 
 
 def test_losses_are_means_of_a_tenth_of_the_run(write):
-    """Against a plain mean of each window; 2 a window of 20 steps."""
+    """Compared with a plain mean of each window; 2 steps per window for 20 steps."""
     values = [5, 3, 4, 1, 2, 9, 8, 7, 6, 5, 4, 3, 2, 3, 4, 5, 6, 7, 3, 4]
     found = history.losses_of(write(losses=values, checked=[(10, 0.5), (20, 0.25)]))
     means = {end: sum(values[end - 2 : end]) / 2 for end in range(2, 21)}
@@ -91,7 +91,7 @@ def test_pages_of_the_history(folders, write):
 
 
 def test_a_run_that_is_removed_while_it_is_listed_is_left_out(folders, write, monkeypatch):
-    """Between the listing of the folder and the look at it, which is where another page may delete it."""
+    """Another page may delete it after the folder was listed and before the run is read."""
     write()
     gone = write("toy-00000002")
     stat = os.stat
@@ -107,7 +107,7 @@ def test_a_run_that_is_removed_while_it_is_listed_is_left_out(folders, write, mo
 
 
 def test_a_file_that_a_training_removes_meanwhile_takes_no_run_out_of_the_list(folders, write, monkeypatch):
-    """A state that is pruned between the listing of its folder and the look at it."""
+    """A saved state is pruned after its folder was listed and before it is read."""
     pruned = os.path.join(write(losses=[1.0]).folder, "state-00000001.safetensors")
     with open(pruned, "w"):
         pass
@@ -125,7 +125,7 @@ def test_a_file_that_a_training_removes_meanwhile_takes_no_run_out_of_the_list(f
 
 def test_a_deleted_run_is_gone_and_nothing_else(folders, write):
     run, other = write(losses=[1.0]), write("toy-00000002")
-    # As an earlier version left it, below the folder that loaders list.
+    # An earlier version left it there, below the folder that loaders list.
     kept = os.path.join(folders.adapters, run.name, "step-00000001.safetensors")
     for path in (kept, os.path.join(run.adapters, "step-00000001.safetensors")):
         os.makedirs(os.path.dirname(path))

@@ -1,4 +1,4 @@
-"""A job is all of a training but the base: what is trained from it is what the dataset would have given."""
+"""Tests of jobs: a job holds a whole training except the base, and trains to the same result as the dataset."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def folders_of(folder):
 
 
 def varied():
-    """Pictures with all that an example can carry."""
+    """Return a dataset whose samples use every field."""
     dataset = make_dataset()
     handling = Augmentation(shuffle_tags=True, caption_dropout=0.2, flip=True, resolutions=(48,), mask_minimum=0.1)
     first, second, *others = dataset.examples
@@ -63,7 +63,7 @@ def test_trained_from_a_job_it_is_the_same_run(tmp_path):
 
 
 def put_pictures(folder):
-    """Pictures of which three are cut short behind their heads: one, the mask of one, and the source of one."""
+    """Write pictures and truncate three after their headers: one picture, the mask of one, and the source of one."""
     torn = ("1.png", "2-masklabel.png", "3.png")
     for place in ("", "sources"):
         os.makedirs(folder / place)
@@ -183,7 +183,7 @@ runpy.run_path({program!r}, {{"GRAFT_SEAT": seat}}, "graft_job")
 
 
 def test_a_process_that_fails_before_it_has_begun_tells_the_graph_why(tmp_path):
-    """Here there is no ComfyUI where it is looked for; it may as well be a library or a connection."""
+    """There is no ComfyUI at the expected place; a missing library or connection would act the same."""
     program = SEAT.format(comfyui=str(tmp_path), program=str(ROOT / "job.py"))
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
@@ -192,7 +192,7 @@ def test_a_process_that_fails_before_it_has_begun_tells_the_graph_why(tmp_path):
 
 @pytest.fixture
 def program():
-    """What job.py defines, without running it."""
+    """Return the names that job.py defines, without running it."""
     return runpy.run_path(str(ROOT / "job.py"))
 
 
@@ -235,7 +235,7 @@ ODD = [None, -1, 10**30, 1.5, "", "x" * 300, [], {}, [[]], True, float("inf"), "
 
 
 def places_in(value, path=()):
-    """The path of each value in a JSON value."""
+    """Yield the path of each value in a JSON value."""
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, part in inner:
         yield (*path, key)
@@ -269,7 +269,7 @@ def test_a_value_that_no_job_has_is_named(way, value, said, tmp_path):
 
 @pytest.mark.soak
 def test_a_job_that_lies_is_refused_or_read_and_nothing_else(tmp_path, trials):
-    """Whatever stands anywhere in it: an error that names the file, or a job whose recipe was checked."""
+    """Any value may be changed: the result is an error that names the file, or a job with a checked recipe."""
     path = os.path.join(export(tmp_path, varied()), "job.json")
     source = random.Random(0)
     text = json.dumps(files.read_own_json(path))
@@ -296,7 +296,7 @@ def test_a_job_that_lies_is_refused_or_read_and_nothing_else(tmp_path, trials):
 
 
 def put_models(folder):
-    """Files as ComfyUI's models folders hold them: with metadata of others, without any, and of no format at all."""
+    """Write files as ComfyUI's models folders hold them: other programs' metadata, no metadata, and no valid format."""
     folder.mkdir(parents=True)
     for number, metadata in enumerate(({}, {"format": "pt"}, {"ss_network_dim": "4"}, {"sums": "{}"})):
         files.write_tensors(str(folder / f"{number}.safetensors"), {"x": torch.ones(2)}, metadata)
@@ -339,7 +339,7 @@ def test_a_hostile_job_removes_no_models(way, tmp_path):
     elif way == "one file":
         os.symlink(models_folder / "0.safetensors", os.path.join(path, "cache", "latents", "x.safetensors"))
     else:
-        # What no picture needs has no folder.
+        # Folders exist only for files that a picture needs.
         shutil.rmtree(inner, ignore_errors=True)
         os.symlink(models_folder, inner)
     with pytest.raises(RunError, match="leads out of its folder"):
@@ -396,7 +396,7 @@ def test_a_job_that_was_changed_on_its_way_is_refused(tmp_path):
         file.write(b"\x55")
     with pytest.raises(RunError, match="not the one that was exported"):
         jobs.read_job(path)
-    # As an earlier version has written it.
+    # The file as an earlier version wrote it.
     value = files.read_own_json(told)
     del value["start"]
     files.write_json(told, value)

@@ -1,4 +1,4 @@
-"""The loop's arithmetic: what one optimiser step sums up, clips, averages, measures and refuses."""
+"""Tests of the loop's arithmetic: what an optimizer step accumulates, clips, averages, measures and refuses."""
 
 from dataclasses import replace
 
@@ -25,12 +25,12 @@ from tests.support.diffusers_host import planned as plan_of
 
 
 def planned(count=6, **fields):
-    """(plan, host) of some examples on random trainables."""
+    """Return (plan, host) of some samples on random trainable parameters."""
     return plan_of([make_item(index) for index in range(count)], **fields)
 
 
 def first_turns(*indices):
-    """A batch of examples that are shown for the first time."""
+    """Return a batch of samples on their first visit."""
     return [(index, 0) for index in indices]
 
 
@@ -45,7 +45,7 @@ def test_micro_batches_change_neither_loss_nor_gradient(micro_batch):
 
 
 def test_accumulated_batches_give_the_mean_over_their_pictures():
-    """Not the mean over batches: a last batch that is smaller counts for its pictures only."""
+    """It is not the mean over batches: a smaller last batch counts for its own pictures only."""
     with planned() as (plan, host):
         first = gradient_of(plan, host, [(0, first_turns(0, 1, 2, 3))])
         whole = gradient_of(plan, host, [(0, first_turns(0, 1, 2, 3)), (0, first_turns(4, 5))])
@@ -56,13 +56,13 @@ def test_accumulated_batches_give_the_mean_over_their_pictures():
 
 
 def second_part(plan, host):
-    """Showings, latents, noise and levels of the second batch of a window."""
+    """Return samples, latents, noise and levels of the second batch of an accumulation window."""
     shown = [plan.train[4].show(0), plan.train[5].show(0)]
     return next(forward.micro_batches(shown, plan.recipe, 0, 1, host))
 
 
 def mean_over(plan, host, part):
-    """(loss, gradient) of the mean over one part."""
+    """Return (loss, gradient) of the mean over one micro-batch."""
     losses = forward.losses_of(host, *part)
     gradient = torch.autograd.grad(losses.mean(), list(plan.trainables.values()))
     return float(losses.detach().mean()), models.joined(gradient)
@@ -71,7 +71,7 @@ def mean_over(plan, host, part):
 @pytest.mark.parametrize("recompute", RECOMPUTED)
 @pytest.mark.parametrize("checkpointing", ["auto", "on"])
 def test_blocks_forget_what_the_recipe_says(checkpointing, recompute, tmp_path):
-    """The small network does nothing by itself."""
+    """The small network checkpoints nothing by itself."""
     seen = set()
     host = make_host(text=LayeredEncoder())
 
@@ -105,7 +105,7 @@ def test_each_step_and_each_batch_of_it_draws_other_noise():
 
 
 def test_clipping_happens_once_for_an_optimizer_step(tmp_path, monkeypatch):
-    """On the whole accumulated gradient, to the norm that was asked for."""
+    """Clipping applies to the whole accumulated gradient, with the requested norm."""
     norms = []
     clip = torch.nn.utils.clip_grad_norm_
 
@@ -134,7 +134,7 @@ def test_without_a_limit_nothing_is_clipped(tmp_path):
 
 
 def test_the_average_is_the_one_of_diffusers_formula(tmp_path):
-    """And the adapter that is handed on is the average."""
+    """The returned adapter is the average."""
     result = run_session(tmp_path, steps=6, ema_decay=0.6, save_every=1, keep_last=100)
     states = {step: result.run.load(step) for step in result.run.states()}
     assert sorted(states) == [1, 2, 3, 4, 5, 6]
@@ -164,7 +164,7 @@ def test_validation_is_repeatable_and_on_pictures_that_are_held_out(tmp_path):
 
 
 def test_validation_does_not_change_the_training(tmp_path):
-    """The same pictures held out, measured often or once."""
+    """The same held-out pictures, measured often or once."""
     often = run_session(tmp_path / "often", validation_fraction=0.3, validate_every=1)
     once = run_session(tmp_path / "once", validation_fraction=0.3, validate_every=100)
     assert same_tensors(often.adapter, once.adapter)
@@ -177,7 +177,7 @@ def test_what_is_held_out_is_not_trained_on(tmp_path, monkeypatch):
     losses = forward.losses_of
 
     def watched(host, shown, *rest):
-        # This codec has no posterior, so that a picture has the same latent whenever it is shown.
+        # This codec has no posterior, so a picture has the same latent on every visit.
         seen.append((torch.is_grad_enabled(), {one.latent.numpy().tobytes() for one in shown}))
         return losses(host, shown, *rest)
 
@@ -191,7 +191,7 @@ def test_what_is_held_out_is_not_trained_on(tmp_path, monkeypatch):
 
 
 class Sick(DiffusersDenoiser):
-    """Answers with something that is not a number at its n-th call."""
+    """A denoiser that returns a value that is not a number at its n-th call."""
 
     def __init__(self, number, in_gradient):
         super().__init__(make_unet())
@@ -202,7 +202,7 @@ class Sick(DiffusersDenoiser):
         output = super().predict(x_t, sigma, conditioning)
         if self.calls != self.number:
             return output
-        # The square root's slope at 0 is infinite: a sound loss with a gradient that is none.
+        # The square root's derivative at 0 is infinite: a finite loss with a NaN gradient.
         return output + (output.sum() * 0).sqrt() if self.in_gradient else output * float("nan")
 
 
@@ -242,7 +242,7 @@ def test_the_loss_of_an_example_does_not_depend_on_its_batch():
 
 
 def test_a_mask_weighs_positions():
-    """Only what is white counts, and a small mask does not shrink the loss."""
+    """Only white positions count, and a small mask does not shrink the loss."""
     mask = torch.zeros(1, 1, 8, 8)
     mask[..., :2, :3] = 1.0
     with planned() as (plan, host):
@@ -259,7 +259,7 @@ def test_a_mask_weighs_positions():
 
 
 def test_learning_falls(tmp_path):
-    """The loop learns: on one picture at fixed noise the loss falls."""
+    """On one picture at fixed noise the loss falls."""
     with planned(count=1, learning_rate=2e-2, batch_size=1) as (plan, host):
         before = float(forward.fixed_losses(plan.train, plan.recipe, host).mean())
         models.train(models.Training(host.denoiser, host, plan), tmp_path, steps=40)

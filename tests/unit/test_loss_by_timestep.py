@@ -1,4 +1,4 @@
-"""The loss by noise level: kept in few numbers, the model's own, and the same after a resume."""
+"""Tests of the loss by timestep: constant memory, the model's own loss, and the same values after a resume."""
 
 import json
 import math
@@ -37,7 +37,7 @@ def test_a_run_that_tells_of_its_later_steps_alone_is_whole_from_there():
 
 @pytest.mark.parametrize("before", [1, 2, 3])
 def test_what_came_before_a_gap_is_kept(before):
-    """Also an odd number of spans, of which two become one several times at once."""
+    """Also an odd number of spans, where pairs of spans merge several times at once."""
     kept = LossByTimestep()
     for step in range(1, before + 1):
         kept.add(step, [0.0], [1.0])
@@ -94,7 +94,7 @@ def test_t_is_the_place_among_the_levels():
 
 
 def test_it_is_the_models_own_loss_whatever_is_trained_by(tmp_path):
-    """With and without a weighting, a penalty and micro-batches the draws are the same, and nothing has moved yet."""
+    """With and without a weighting, a penalty and micro-batches the draws are the same, and no weight has moved."""
     fields = {"steps": 1, "batch_size": 2, "accumulation": 3}
     own = run_session(tmp_path / "own", **fields)
     assert sum(map(sum, own.loss_by_timestep.counts)) == 6

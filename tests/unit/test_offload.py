@@ -1,4 +1,4 @@
-"""Blocks in any order get their own weights, at most two blocks' at once; what is learnt saves waiting alone."""
+"""Tests of block offload: blocks in any order get their own weights, two at once at most; a known order waits less."""
 
 import random
 
@@ -13,11 +13,11 @@ META = torch.device("meta")
 
 
 class Counting:
-    """Gives numbers in place of weights, and knows how many blocks are there.
+    """A transfer that moves numbers in place of weights and counts the blocks on the device.
 
     Attributes:
-        waited: blocks that were asked for before they were on their way.
-        most: blocks that were there or on their way at once, with the one that is computed with.
+        waited: blocks requested before their transfer had started.
+        most: largest number of blocks on the device or on their way, including the block that computes.
     """
 
     def __init__(self):
@@ -56,7 +56,7 @@ class Load:
 
 
 def conveyor(count):
-    """(conveyor, its carrier) of blocks whose weights are their numbers."""
+    """Return (prefetcher, its transfer) of blocks whose weights are their numbers."""
     carrier = Counting()
     made = offload.BlockPrefetcher(carrier)
     for number in range(count):
@@ -65,7 +65,7 @@ def conveyor(count):
 
 
 def run(made, numbers):
-    """Enters and leaves blocks one after the other."""
+    """Enter and leave blocks one after the other."""
     for number in numbers:
         made._carrier.now = number
         here = made.enter(number)
@@ -85,7 +85,7 @@ def test_after_a_first_step_only_its_first_block_was_waited_for():
         carrier.started.clear()
         run(made, STEP)
     assert not carrier.waited
-    # The last of the forward and the first of the next are there still.
+    # The last block of the forward and the first of the next are still on the device.
     assert carrier.started == [1, 2, 3, 4, 5, 4, 3, 2, 1, 0][: len(carrier.started)]
     assert len(carrier.started) == 10
     assert carrier.most == 2
@@ -93,7 +93,7 @@ def test_after_a_first_step_only_its_first_block_was_waited_for():
 
 @pytest.mark.parametrize("seed", range(4))
 def test_any_order_is_served_with_at_most_two_blocks(seed):
-    """Blocks called twice, left out, in another order, in between as for a preview."""
+    """Blocks are called twice, left out, reordered, or interrupted as by a preview."""
     source = random.Random(seed)
     made, carrier = conveyor(7)
     for _ in range(40):
@@ -133,7 +133,7 @@ STEP_OF_FOUR = [*range(4), *reversed(range(4))]
 
 
 class Network(nn.Module):
-    """Two blocks, what is around them, and a weight that a block shares with it."""
+    """Two blocks, layers around them, and a weight that a block shares with those."""
 
     def __init__(self):
         super().__init__()
@@ -145,7 +145,7 @@ class Network(nn.Module):
 
 
 def places(tree):
-    """By name, where parameters and buffers are."""
+    """Return the device of each parameter and buffer by name."""
     found = {name: one.device.type for name, one in tree.named_parameters(remove_duplicate=False)}
     return {**found, **{name: one.device.type for name, one in tree.named_buffers()}}
 
@@ -163,7 +163,7 @@ def test_only_weights_of_blocks_are_held_back():
 def test_what_is_trained_goes_to_the_device_and_the_rest_comes_when_needed(tmp_path):
     tree = Network()
     offload.mark_offloaded(tree, META)
-    # As an adapter that was put in since.
+    # Like an adapter added in the meantime.
     trained = nn.Parameter(torch.zeros(4, device=META))
     tree.blocks[1].register_parameter("trained", trained)
     locked = []
@@ -184,6 +184,6 @@ def test_what_is_trained_goes_to_the_device_and_the_rest_comes_when_needed(tmp_p
         block()
     assert seen == [{"meta"}] * 3
     assert places(tree)["blocks.1.0.weight"] == "cpu"
-    # A second time there is nothing left to do.
+    # The second call has nothing left to do.
     assert offload.offload_trees(trees, [trained], str(tmp_path), locked.append) == (0, 0)
     assert not offload.list_frozen(trees, [trained])

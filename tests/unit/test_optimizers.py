@@ -1,4 +1,4 @@
-"""Schedules and optimisers, against diffusers and their own libraries, to the minimum, and there and back."""
+"""Tests of schedules and optimizers: equal to diffusers and their own libraries, converging, saved and resumed."""
 
 import builtins
 import json
@@ -23,7 +23,7 @@ from tests.support import models
 from tests.support.diffusers_host import make_host, run_session, same_state, same_tensors
 from tests.support.diffusers_host import state_of as kept_state
 
-# diffusers' names of the schedules that are its own.
+# diffusers' names of the schedules that come from it.
 OF_DIFFUSERS = {
     "constant": "constant_with_warmup",
     "linear": "linear",
@@ -55,7 +55,7 @@ def test_schedules_are_those_of_diffusers(schedule, warmup, more):
 
 @pytest.mark.parametrize("warmup", [0, 5])
 def test_rex_is_the_one_of_its_paper(warmup):
-    """(1 - p) / (1/2 + (1 - p) / 2) at progress p after the warm-up."""
+    """The formula is (1 - p) / (1/2 + (1 - p) / 2) at progress p after the warm-up."""
     factor = lr_factor("REX", warmup, 45)
     assert [factor(step) for step in range(warmup)] == [step / 5 for step in range(warmup)]
     for step in range(warmup, 45):
@@ -76,7 +76,7 @@ def test_warm_up_rises_from_zero_and_constant_stays():
 
 
 def recipe_of(name, **fields):
-    """A recipe as `resolve` would make it for an optimiser."""
+    """Return a recipe for an optimizer as `resolve` makes it."""
     kind = OPTIMIZERS[name]
     values = {
         "learning_rate": default_learning_rate(name, 1e-2),
@@ -88,7 +88,7 @@ def recipe_of(name, **fields):
 
 
 def made(name, parameters, **fields):
-    """An optimiser on parameters, by the way of the loop."""
+    """Return an optimizer on parameters, made as the loop makes it."""
     recipe = recipe_of(name, **fields)
     trainables = {str(place): parameter for place, parameter in enumerate(parameters)}
     groups = parameter_groups([Group(tuple(trainables), recipe.learning_rate)], trainables, recipe)
@@ -108,7 +108,7 @@ def test_adamw_is_the_one_of_torch():
 
 
 def references(parameter):
-    """Each optimiser as its library's own documentation has it made, with the settings of `test_each_is...`."""
+    """Return each optimizer as its library's documentation makes it, with the settings of `test_each_is...`."""
     from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
     from came_pytorch import CAME
     from lion_pytorch import Lion
@@ -134,7 +134,7 @@ def references(parameter):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_each_is_the_one_of_its_library(name):
-    """The recipe's rate, decay and betas arrive: the same bits as with the library used by hand."""
+    """The recipe's rate, decay and betas arrive: the bits equal those of the library used directly."""
     start = torch.randn(64, 80, generator=torch.Generator().manual_seed(1))
     ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
     beta2 = 0.95 if OPTIMIZERS[name].beta2 else 0.0
@@ -151,13 +151,13 @@ def test_each_is_the_one_of_its_library(name):
     assert not torch.equal(ours, start)
 
 
-# Rates at which each gets there in the steps below; Prodigy finds its own.
+# Learning rates for convergence in the steps below; Prodigy finds its own.
 RATES = {"Lion": 8e-3, "Prodigy": 1.0, "AdamWScheduleFree": 5e-2}
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_each_reaches_the_minimum_of_a_quadratic(name):
-    """Of the distance to a matrix, steeper along some entries; large enough to be kept in eight bits."""
+    """The loss is the distance to a matrix, steeper along some entries; the matrix is large enough for 8-bit state."""
     source = torch.Generator().manual_seed(0)
     wanted = torch.randn(64, 80, generator=source)
     steepness = 0.3 + torch.rand(64, 80, generator=source)
@@ -174,7 +174,7 @@ def test_each_reaches_the_minimum_of_a_quadratic(name):
     assert models.distance(found, wanted) <= 0.02
 
 
-# Every kind of state: a window, a warm-up, a save in between, validation and previews, which look at the average.
+# Every kind of state: accumulation, a warm-up, a save in between, validation and previews, which use the average.
 RESUMED = {
     "steps": 6,
     "batch_size": 2,
@@ -187,7 +187,7 @@ RESUMED = {
 
 
 def fields_of(name, **more):
-    # Prodigy's estimate moves within these few steps only where they are large.
+    # Prodigy's estimate changes within these few steps only if they are large.
     recipe = recipe_of(name, learning_rate=30.0) if name == "Prodigy" else recipe_of(name)
     same = ("optimizer", "learning_rate", "weight_decay", "beta1", "beta2")
     # Large enough for matrices that bitsandbytes keeps in eight bits.
@@ -229,7 +229,7 @@ def test_killed_and_resumed_it_gives_the_same_bits(name, tmp_path, monkeypatch):
     [("Prodigy", {"d", "d_max", "d_numerator", "k"}), ("AdamWScheduleFree", {"k", "weight_sum", "lr_max"})],
 )
 def test_what_resuming_needs_beyond_the_parameters_own_state(name, kept, tmp_path):
-    """It is in the file; the schedule's and the recipe's part is not."""
+    """This state is in the file; values from the schedule and the recipe are not."""
     state = kept_state(run_session(tmp_path, **fields_of(name, steps=4)))
     assert kept <= set(state.groups[0])
     assert not {"lr", "params", "weight_decay", "betas"} & set(state.groups[0])
@@ -265,7 +265,7 @@ def test_states_from_before_some_of_it_was_kept_load(tmp_path):
 
 
 def test_looking_at_a_schedule_free_training_does_not_change_it(tmp_path):
-    """Validated, drawn and saved at every step, or never: the weights the gradient is taken at come back to the bit."""
+    """Validated, drawn and saved at every step, or never: the training weights return bit-identical."""
     looks = {"validate_every": 1, "save_every": 1, "keep_last": 2}
     pictures = {"preview_prompts": ("a",), "preview_every": 1, "preview_steps": 1}
     often = run_session(tmp_path / "often", **fields_of("AdamWScheduleFree", **looks, **pictures))
@@ -275,7 +275,7 @@ def test_looking_at_a_schedule_free_training_does_not_change_it(tmp_path):
 
 
 def test_what_schedule_free_hands_on_is_the_librarys_average():
-    """The same bits as by its eval(), which may be called when nothing is trained any more."""
+    """The bits equal those of its eval(), and the call works when nothing is trained any more."""
     parameters = [
         torch.nn.Parameter(torch.randn(4, 5)),
         torch.nn.Parameter(torch.randn(3)),
@@ -320,7 +320,7 @@ def test_a_schedule_free_run_validates_and_exports_its_average(tmp_path):
     ],
 )
 def test_one_that_is_not_installed_says_what_to_install(name, module, package, tmp_path, monkeypatch):
-    """Before any picture is encoded."""
+    """The error comes before any picture is encoded."""
     real = builtins.__import__
 
     def absent(wanted, *args, **kwargs):
@@ -348,7 +348,7 @@ def test_one_that_is_not_installed_says_what_to_install(name, module, package, t
     ids=lambda value: "-".join(value) if isinstance(value, dict) else value,
 )
 def test_prodigy_refuses_rates_of_its_own_for_parts(kind, fields):
-    """Before anything is encoded."""
+    """The error comes before anything is encoded."""
     options = Options().adding("optimizer", {"optimizer": "Prodigy"}).adding(kind, fields)
     with pytest.raises(SettingsError, match="Prodigy finds one learning rate") as caught:
         resolve(options, family_of("SD1"), "LoRA", 10, 0.0, 4, 1, 0, 64, "")

@@ -1,4 +1,4 @@
-"""The next batch is fetched by a thread while this one is computed, and nothing of the result depends on it."""
+"""Tests of the prefetch thread: it fetches the next batch during a step, and results do not depend on it."""
 
 import threading
 from dataclasses import replace
@@ -17,7 +17,7 @@ FIELDS = {"steps": 5, "batch_size": 2, "accumulation": 2, "max_grad_norm": 0.0, 
 
 
 def items(told, fails=None):
-    """Six examples that vary by turn; `told` gets (the thread, place, turn) of each showing."""
+    """Return six samples that vary by visit; `told` gets (thread, place, visit) of each one shown."""
 
     def show(place, turn):
         told.append((threading.current_thread().name, place, turn))
@@ -33,7 +33,7 @@ def items(told, fails=None):
 
 
 def trained(folder, prefetch, fails=None):
-    """(final state, what was told) of a training."""
+    """Return (final state, recorded visits) of a training."""
     told = []
     with planned(items(told, fails), **FIELDS) as (plan, host):
         state = models.train(models.Training(None, host, replace(plan, prefetch=prefetch)), folder)
@@ -41,7 +41,7 @@ def trained(folder, prefetch, fails=None):
 
 
 def fetching():
-    """The threads that fetch ahead and have not ended."""
+    """Return the running prefetch threads."""
     return [one for one in threading.enumerate() if one.name.startswith("graft-ahead")]
 
 
@@ -66,11 +66,11 @@ def test_what_cannot_be_fetched_ends_its_own_step(prefetch, tmp_path):
     fails = told[9][1:]
     with planned(items([], fails), **FIELDS) as (plan, host):
         training = models.Training(None, host, replace(plan, prefetch=prefetch))
-        # The error keeps the loop's frame, whose thread ends nonetheless.
+        # The error keeps the loop's frame alive, but its thread still ends.
         with pytest.raises(DatasetError, match="is gone") as caught:
             models.train(training, tmp_path / "run")
         assert caught.tb is not None and not fetching()
-        # The steps before are kept, whoever fetched ahead.
+        # The earlier steps are kept, with or without prefetch.
         assert runs.steps_logged(tmp_path / "run" / "run") == [1, 2]
         resumed = models.train(replace(training, plan=replace(plan, train=items([]))), tmp_path / "run", resume=True)
     assert len(resumed.losses) == 5
@@ -78,7 +78,7 @@ def test_what_cannot_be_fetched_ends_its_own_step(prefetch, tmp_path):
 
 
 def test_a_batch_that_is_asked_for_again_is_shown_again():
-    """As a step does that memory ran out for, while the next batch is at hand."""
+    """A step does this when memory runs out while the next batch is already fetched."""
     with planned(items([]), **FIELDS) as (plan, _):
         first, second = ([(0, 0), (1, 0)], [(2, 0), (3, 0)])
         ahead = Prefetcher(plan.samples, plan.prefetch)
@@ -90,7 +90,7 @@ def test_a_batch_that_is_asked_for_again_is_shown_again():
 
 
 def test_the_device_is_not_waited_for_between_parts():
-    """A number that is read makes a device finish all that it was given: the loss is read after the last part."""
+    """Reading a value makes a device finish all queued work, so the loss is read after the last micro-batch."""
     readings = []
     for micro_batch in (0, 1):
         with planned(items([]), micro_batch=micro_batch) as (plan, host), counting.Counter() as counter:

@@ -1,4 +1,4 @@
-"""From a folder to the batches that reach the model, through caches that are full."""
+"""Tests of the way from a folder to the model's batches, through filled caches."""
 
 import gc
 import math
@@ -33,7 +33,7 @@ LIMIT = 10**12
 
 
 class Counting(WordEncoder):
-    """Knows which captions it encoded; another `name` is another text encoder."""
+    """A text encoder that records the captions it encoded; another `name` makes it a different encoder."""
 
     def __init__(self, name="words"):
         self.name = name
@@ -48,7 +48,7 @@ class Counting(WordEncoder):
 
 
 class Seeing(PosteriorCodec):
-    """Knows which pixels it encoded."""
+    """A codec that records the pixels it encoded."""
 
     def __init__(self, seed=5):
         super().__init__(seed)
@@ -60,7 +60,7 @@ class Seeing(PosteriorCodec):
 
 
 def made(folder, dataset, seed=5, text="words", **fields):
-    """(Prepared, host, number of encoded pictures, encoded captions) on the caches in a folder."""
+    """Return (Prepared, host, number of encoded pictures, encoded captions) with caches in a folder."""
     host = replace(make_host(), codec=Seeing(seed), text=Counting(text))
     recipe = models.recipe("SD1", **{"batch_size": 1, "steps": 20, "resolution": dataset.resolution, **fields})
     prepared = prepare(dataset, recipe, host, str(folder), LIMIT)
@@ -73,7 +73,7 @@ def grain(number, size=(64, 64)):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Eight pictures with tags, two of them wide."""
+    """Create eight pictures with tags, two of them wide."""
     root = tmp_path / "d"
     root.mkdir()
     for number in range(8):
@@ -87,7 +87,7 @@ def read(folder, resolution=64, trigger="sks", reading=None, **handling):
 
 
 def batches(prepared, host, steps, **fields):
-    """What reaches the model in so many steps of a run: rows of (latent, conditioning, weight)."""
+    """Return the model's inputs in so many steps of a run: rows of (latent, conditioning, weight)."""
     recipe = models.recipe("SD1", **{"batch_size": 1, "steps": steps, **fields})
     plan = Plan(recipe, prepared.training, prepared.validation, {}, dict)
     drawn = plan.batches(0)
@@ -101,7 +101,7 @@ def batches(prepared, host, steps, **fields):
 
 @pytest.fixture
 def told():
-    """Captions by the conditioning they become, so that a test can read what reached the model."""
+    """Return a function from captions to {their conditioning's bytes: caption}, to read the model's inputs back."""
     return lambda captions: {WordEncoder().encode(text)["cross_attn"].numpy().tobytes(): text for text in captions}
 
 
@@ -156,7 +156,7 @@ def test_other_runs_share_the_entries(folder, tmp_path):
     ways = {"shuffle_tags": True, "tag_dropout": 0.2, "caption_variants": 3}
     made(tmp_path / "cache", read(folder, **ways), steps=100)
     assert made(tmp_path / "cache", read(folder, **ways), steps=100)[2:] == (0, [])
-    # Another seed shows the same versions in another order.
+    # Another seed visits the same variants in another order.
     other = models.recipe("SD1", seed=9, steps=100, batch_size=1)
     host = replace(make_host(), codec=Seeing(), text=Counting())
     prepare(read(folder, **ways), other, host, str(tmp_path / "cache"), LIMIT)
@@ -173,7 +173,7 @@ def test_after_the_first_epoch_neither_codec_nor_encoder_is_called(folder, tmp_p
 
 
 def test_what_training_holds_does_not_grow_with_the_pictures(tmp_path, monkeypatch):
-    """Tensors alive after each picture was shown twice: of ten times the pictures no more than the budget."""
+    """Live tensors after two visits of each picture: ten times the pictures need no more than the budget."""
     budget = 20_000
     monkeypatch.setattr("graft_pack.trainers.preprocessing.prepare.LRUCache", lambda: LRUCache(budget))
 
@@ -191,13 +191,13 @@ def test_what_training_holds_does_not_grow_with_the_pictures(tmp_path, monkeypat
 
 
 def alive():
-    """Bytes of all tensors that something still holds."""
+    """Return the bytes of all live tensors."""
     gc.collect()
     return sum(one.nbytes for one in gc.get_objects() if type(one) is torch.Tensor)
 
 
 def test_everything_still_varies_when_everything_is_cached(folder, tmp_path, told):
-    """Asserted on what reaches the model: 60 epochs of a second run that encodes nothing."""
+    """Checked on the model's inputs: 60 epochs of a second run that encodes nothing."""
     epochs = 60
     ways = {"shuffle_tags": True, "keep_tokens": 1, "tag_dropout": 0.25, "caption_dropout": 0.2, "flip": True}
     for number in (0, 3):
@@ -219,14 +219,14 @@ def test_everything_still_varies_when_everything_is_cached(folder, tmp_path, tol
     assert all(tags[0] == "sks" and tags[1].startswith("thing") for tags in shown)
     chances = 3 * 0 + 4 * len(shown)
     dropped = chances - sum(len(tags) - 2 for tags in shown)
-    # The versions are few and come again, so that their number bounds the scatter, not that of the showings.
+    # Few variants repeat, so their number bounds the deviation, not the number of visits.
     assert abs(dropped / chances - 0.25) <= 6 * math.sqrt(0.25 * 0.75 / (4 * len(set(texts))))
     orders = {tuple(tags[2:]) for tags in shown}
     assert len(orders) > 30
     by_thing = Counter((tags[1], tuple(tags[2:])) for tags in shown)
     assert max(by_thing.values()) < epochs / 2, "no picture sticks to one version"
 
-    # Mirrored or not is read off the mask, whose white side is the left one.
+    # The mask shows a flip: its white side is the left one.
     masked = [weight for _, _, weight in rows if weight is not None]
     assert len(masked) == 2 * epochs
     left = sum(float(weight[..., 0].mean()) == 1.0 and float(weight[..., -1].mean()) == 0.0 for weight in masked)
@@ -297,7 +297,7 @@ def test_a_varied_run_that_was_stopped_goes_on_to_the_same_bits(folder, tmp_path
 
 
 def test_size_and_crop_are_those_of_each_picture(tmp_path):
-    """SDXL's conditioning: the picture's own size, the cut's place in what it was scaled to, the cut's size."""
+    """SDXL's conditioning: the picture's own size, the crop's place in the scaled picture, and the crop's size."""
     sizes = [(200, 100), (101, 77), (64, 64)]
     dataset = from_arrays(
         [grain(n, size) for n, size in enumerate(sizes)], ["x"], "", 64, handling=Augmentation(flip=True)
@@ -478,7 +478,7 @@ print("done", flush=True)
 
 
 def fill(folder, cache, kill_after=None):
-    """Names that a process of its own encoded, killed with -9 after so many."""
+    """Encode in another process, kill it with -9 after so many names, and return the names."""
     code = FILL.format(root=str(ROOT), folder=str(folder), cache=str(cache))
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     names = []

@@ -1,4 +1,4 @@
-"""Prior preservation in the loop: the loss of mixed batches by hand, and the frozen base's prediction as a target."""
+"""Tests of prior preservation in the loop: mixed batches by hand, and the frozen base's prediction as a target."""
 
 import itertools
 from dataclasses import replace
@@ -32,7 +32,7 @@ WEIGHT = 0.37
 
 
 def make_item(index, factor=1.0, anchor=None):
-    """An example with a latent and a caption of its own."""
+    """Return a sample with its own latent and caption."""
     latent = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(index))
 
     def show(turn):
@@ -46,12 +46,12 @@ def make_item(index, factor=1.0, anchor=None):
 
 
 def gradient_of(plan, host, batch):
-    """(loss, gradient) of one batch of examples that are shown for the first time."""
+    """Return (loss, gradient) of one batch of samples on their first visit."""
     return window_gradient(plan, host, [(0, [(index, 0) for index in batch])])[:2]
 
 
 def by_hand(plan, host, batch, weights):
-    """(loss, gradient) of (1/B) sum w_i l_i, each example predicted alone."""
+    """Return (loss, gradient) of (1/B) sum w_i l_i, with each sample predicted alone."""
     shown = [plan.train[index].show(0) for index in batch]
     _, x0, noise, sigma = next(step.micro_batches(shown, replace(plan.recipe, micro_batch=0), 0, 0, host))
     total = torch.zeros(())
@@ -69,7 +69,7 @@ COMPOSITIONS = [marks for size in (1, 2, 3) for marks in itertools.product([Fals
 
 @pytest.mark.parametrize("micro_batch", [0, 1, 3])
 def test_the_loss_of_any_mixed_batch_is_the_formula(micro_batch):
-    """Every composition of one to three examples, class images with their weight, the others with 1."""
+    """Every composition of one to three samples: class images with their weight, the others with 1."""
     items = [make_item(0), make_item(1), make_item(2), make_item(3)]
     items += [make_item(10 + index, WEIGHT) for index in range(4)]
     with planned(items, micro_batch=micro_batch) as (plan, host):
@@ -118,7 +118,7 @@ def test_switched_off_the_tree_is_the_frozen_base_to_the_bit():
 
 
 def test_a_method_with_nothing_to_switch_off_is_refused():
-    """It would be held to its own prediction, whose loss is 0, and nothing would be preserved."""
+    """Its target would be its own prediction, the loss would be 0, and nothing would be preserved."""
     method = Method()
     method.name = "bare"
     with pytest.raises(SettingsError, match="while bare is trained"), method.switched_off(torch.nn.Linear(2, 2)):

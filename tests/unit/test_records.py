@@ -1,4 +1,4 @@
-"""What is told of the runs on disk: only of those, and whatever lies there."""
+"""Tests of the list of runs on disk: it contains runs only, whatever else lies there."""
 
 import os
 import sys
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 @pytest.fixture
 def folders(tmp_path):
-    """Folders with a run, `toy-00000001`, and one outside that looks like a run."""
+    """Return folders with a run, `toy-00000001`, and one outside that looks like a run."""
     found = Folders(*(str(tmp_path / name) for name in ("runs", "cache", "loras", "emb")))
     for folder in (tmp_path / "runs" / "toy-00000001", tmp_path / "secret-00000001"):
         folder.mkdir(parents=True)
@@ -48,7 +48,7 @@ def test_names_that_windows_keeps_are_none(name):
 
 
 def test_a_folder_that_no_run_can_have_is_not_found(folders, tmp_path):
-    """Made on another system, or by someone."""
+    """It was made on another system or by hand."""
     for name in ("con.x-00000001", "cache", ".hidden-00000001"):
         (tmp_path / "runs" / name).mkdir()
         (tmp_path / "runs" / name / "recipe.json").write_text('{"recipe": {"steps": 4}}')

@@ -1,4 +1,4 @@
-"""Patterns match what Python's own matcher matches, and no pattern or file makes them take long."""
+"""Tests of patterns: they match as Python's own `re` does, and no pattern or file makes matching slow."""
 
 import json
 import re
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from tests.support.malformed import safetensors
 
 PATH = "input_blocks.4.1.transformer_blocks.0.attn1.to_q"
-# Each of them doubles the time of a matcher that backtracks with each repeat.
+# A backtracking matcher doubles its time with each repeat in these.
 EXPLOSIVE = [
     ".?" * 40 + "!",
     ".{0,9}" * 20,
@@ -143,7 +143,7 @@ def test_many_costly_patterns_at_once_are_refused():
 
 
 def adapter_with(path, places, **config):
-    """A file of diffusers' layout with layers at places and a configuration."""
+    """Write a file in diffusers' layout with some layers and a configuration."""
     tensors = {}
     for place in places:
         tensors[f"unet.{place}.lora_A.weight"] = np.ones((4, 8))

@@ -1,4 +1,4 @@
-"""Options, defaults, ranges, and which settings make another run."""
+"""Tests of options, defaults, ranges, and of the settings that start a new run."""
 
 from dataclasses import fields, replace
 
@@ -24,7 +24,7 @@ def test_an_untouched_option_node_changes_nothing(kind):
     assert resolved(options) == resolved()
 
 
-# A value for each field that is not its unset one.
+# A value different from the unset one for each field.
 SET = {
     "run": {
         "name": "my run",
@@ -101,7 +101,7 @@ SET = {
         "weight_dtype": "bf16",
     },
 }
-# What a field needs beside it to be allowed, because it would have no effect alone.
+# Other fields that a field needs, because it has no effect alone and is refused.
 BESIDE = {
     "num_cycles": ("optimizer", {"schedule": "cosine with restarts"}),
     "power": ("optimizer", {"schedule": "polynomial"}),
@@ -114,14 +114,14 @@ BESIDE = {
     "huber_c": ("objective", {"loss": "Huber"}),
     "huber_schedule": ("objective", {"loss": "Huber"}),
 }
-# What keeps its place in a finished run when it is changed; everything else makes another run.
+# Fields that may change in a finished run; a change of any other field starts a new run.
 FREE = {"run", "preview", "memory"}
 
 
 @pytest.mark.parametrize("kind, name", [(kind, name) for kind in SET for name in SET[kind]])
 def test_every_field_arrives_in_the_recipe(kind, name):
     if name == "weight_dtype":
-        # An adapter's is not to be chosen; of all weights it decides the result.
+        # For an adapter this field cannot be chosen; for full fine-tuning it decides the result.
         with pytest.raises(SettingsError, match="always kept in fp32"):
             resolved(Options().adding(kind, {name: SET[kind][name]}))
         recipes = [
@@ -130,13 +130,13 @@ def test_every_field_arrives_in_the_recipe(kind, name):
         assert [recipe.weight_dtype for recipe in recipes] == ["fp32", "bf16"]
         assert recipes[0].identity("d", "b") != recipes[1].identity("d", "b")
         return
-    # Of a word nothing is asked but with its name.
+    # An embedding needs a name before any of its other fields is allowed.
     word = {"name": "w"} if kind == "pivotal" and name != "name" else {}
     without = Options().adding(*BESIDE.get(name, (kind, word)))
     recipe = resolved(without.adding(kind, {name: SET[kind][name]}))
     if name != "optimizer":
         assert recipe != resolved(without)
-    # What an adapter to start from holds counts as part of the base, not the name it has.
+    # The content of the starting adapter counts as part of the base; its file name does not.
     same_run = kind in FREE and name != "validation_fraction" or name == "start_from"
     if name != "optimizer":
         assert (recipe.identity("d", "b") == resolved(without).identity("d", "b")) == same_run
@@ -150,7 +150,7 @@ def test_a_field_that_would_have_no_effect_is_refused(name):
     assert caught.value.input == name
 
 
-# Of the recipe of `resolved`, as the first version with runs gave it.
+# The identity that the first version with runs gave to the recipe of `resolved`.
 FIRST_IDENTITY = "45051b1be5a096ba30ca2ce6d9560ff4ea45014124abf0e74612040080c2d4e4"
 
 
@@ -162,7 +162,7 @@ def test_runs_from_before_a_field_came_keep_their_identity():
 
 
 def test_a_default_of_the_objective_that_is_in_use_is_part_of_a_run():
-    """So that another default of a later version makes another run."""
+    """A later version with another default then starts a new run."""
     recipe = resolved(Options().adding("objective", {"weighting": "min-SNR"}))
     assert recipe.deciding()["objective"] == {"weighting": "min-SNR", "min_snr_gamma": 5.0}
 
@@ -209,7 +209,7 @@ def test_every_option_is_tried_above():
 
 
 def test_options_that_came_later_leave_the_identity_of_earlier_runs():
-    """Fields added after the first runs must be listed with the value that means what was done before."""
+    """Fields added after the first runs need a listed value that means the old behavior."""
     recipe = resolved()
     assert recipe.deciding() == {
         "method": "LoRA",

@@ -1,4 +1,4 @@
-"""Stopped anywhere and queued again: the same bits as if nothing had happened."""
+"""Tests that a run stopped anywhere and queued again gives the same bits as an uninterrupted one."""
 
 import os
 
@@ -10,7 +10,7 @@ from graft_pack.trainers.recipe.recipe import ALL_BUT_ATTENTION
 
 from tests.support.diffusers_host import make_host, run_session, same_state, same_tensors, state_of
 
-# Everything that has state, and a last batch that is smaller than the others.
+# Every option that has state, and a last batch smaller than the others.
 FULL = {
     "steps": 6,
     "batch_size": 2,
@@ -28,11 +28,11 @@ FULL = {
 
 
 class Cancelled(BaseException):
-    """As newer hosts cancel: not an Exception."""
+    """A cancellation as newer hosts raise it: not an Exception."""
 
 
 class Stopper:
-    """A report that raises at the n-th of all events, and notes them."""
+    """A report that raises at the n-th of all events, and records them."""
 
     def __init__(self, number=-1, error=Cancelled):
         self.number = number
@@ -47,14 +47,14 @@ class Stopper:
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
-    """(events, result) of a run that nothing interrupts."""
+    """Return (events, result) of an uninterrupted run."""
     watcher = Stopper()
     result = run_session(tmp_path_factory.mktemp("straight"), watcher, **FULL)
     return [event for event, _ in watcher.events], result
 
 
 def places(events, count):
-    """Numbers of events to stop at: each kind's first and last, and others spread evenly, `count` in all or more."""
+    """Return event numbers to stop at: each kind's first and last, and others spread evenly, at least `count`."""
     chosen = set()
     for kind in dict.fromkeys(events):
         numbers = [number for number, event in enumerate(events) if event == kind]
@@ -77,7 +77,7 @@ def test_stopped_at_any_event(straight, tmp_path, trials):
 
 @pytest.mark.parametrize("step", [1, 2, 5])
 def test_killed_without_a_chance_to_save(step, straight, tmp_path, monkeypatch):
-    """As by a power cut: it goes on from the last state that was saved by itself."""
+    """As in a power cut, the run resumes from its last periodic save."""
     events, expected = straight
     number = [place for place, event in enumerate(events) if event == "step"][step - 1]
     with monkeypatch.context() as patch:
@@ -136,7 +136,7 @@ def test_more_steps_extend_a_run(tmp_path):
 
 
 def test_fewer_steps_than_there_are_give_a_run_of_that_length(tmp_path):
-    """And it stays there: the second time it is returned, and the file that was named is there."""
+    """The length stays: a second call returns the run, and the named file exists."""
     watcher = Stopper()
     run_session(tmp_path, steps=6, keep_last=2, save_every=1)
     short = run_session(tmp_path, watcher, steps=2, keep_last=2, save_every=1)
@@ -209,7 +209,7 @@ def test_the_global_random_state_is_not_touched(tmp_path):
 
 @pytest.mark.parametrize("where", ["optimiser", "average"])
 def test_a_step_that_fails_halfway_is_not_kept(where, straight, tmp_path, monkeypatch):
-    """The weights have moved, the step is not done: nothing of it may be saved under the step before."""
+    """Some weights have changed but the step is incomplete, so no part of it may be saved as the step before."""
     from diffusers.training_utils import EMAModel
 
     owner = torch.optim.AdamW if where == "optimiser" else EMAModel

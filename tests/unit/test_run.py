@@ -1,4 +1,4 @@
-"""A run's folder: states there and back, names, and what is refused."""
+"""Tests of a run's folder: saved states, names, and refusals."""
 
 import json
 import os
@@ -26,7 +26,7 @@ PRODUCTS = Products(Adapter({"x": torch.zeros(1)}), Embedding({"clip_l": torch.z
 
 
 def make_state(step=7):
-    """A state with something in every field."""
+    """Return a state with a value in every field."""
     return State(
         step=step,
         batches=2 * step,
@@ -108,7 +108,7 @@ def test_any_text_gives_a_folder_name(text, name):
 
 
 def test_a_line_that_has_no_room_leaves_no_part_in_the_log(run):
-    """A quota that lets some of its bytes through."""
+    """A quota lets some of the line's bytes through."""
     os.makedirs(run.folder)
     run.log({"event": "step", "step": 1})
     path = os.path.join(run.folder, "metrics.jsonl")
@@ -191,7 +191,7 @@ def test_a_link_inside_a_runs_folder_is_refused(run, name, tmp_path):
 
 
 def flips(data, trials, seed=0):
-    """(byte, data with one of its bits flipped), for some hundred of them, and in soak for every bit."""
+    """Yield (byte, data with one bit flipped) for some hundred bits, and for every bit in soak."""
     source = random.Random(seed)
     for place in range(0, len(data), trials(1 + len(data) // 200, 1)):
         for bit in range(8) if trials(0, 1) else (source.randrange(8),):
@@ -217,7 +217,7 @@ def test_a_flipped_bit_anywhere_in_a_state_is_noticed(run, trials, caplog):
 
 
 def test_a_state_without_checksums_is_still_loaded(run, monkeypatch):
-    """As earlier versions have written it."""
+    """An earlier version wrote it this way."""
     write = files.write_tensors
     monkeypatch.setattr(files, "write_tensors", lambda *given: write(*given, checksums=False))
     state = make_state()
@@ -248,7 +248,7 @@ def test_a_flipped_bit_in_a_runs_json_is_noticed(run, name, trials, caplog):
             found = read()
         except RunError:
             continue
-        # The name of the entry itself may be spoilt, and one sign be written in two ways: the values are then sound.
+        # The flip may hit the entry's own name, or a character with two encodings; then the values are valid.
         assert (
             found != expected
             or files.read_json(str(path)) | {"checksum": 0} == json.loads(data) | {"checksum": 0}

@@ -1,4 +1,4 @@
-"""One run, several processes and computers: who may train it, and who takes over from whom."""
+"""Tests of the run lock across processes and computers: which process may train a run, and when one takes it over."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def run(folders):
 
 @pytest.fixture
 def holder(run):
-    """start(body): another process that holds the run, and then does what the body says."""
+    """Return start(body), which starts another process that holds the run and then executes the body."""
     started = []
 
     def start(body="time.sleep(600)"):
@@ -70,7 +70,7 @@ def record_of(run):
 
 
 def write_record(run, seconds_ago=0.0, **other):
-    """A lock as another computer's process writes it."""
+    """Write a lock as a process of another computer writes it."""
     record = {**vars(run_lock.Holder.here()), "host": "studio", "system": "another", "process": 7, **other}
     path = run_lock.lock_path(run.folder)
     with open(path, "w", encoding="utf-8") as file:
@@ -115,7 +115,7 @@ def test_a_zombie_holder_is_no_obstacle(run, holder):
 
 
 def test_a_child_of_a_killed_holder_is_no_obstacle(run, holder):
-    """It has inherited the open file, and with it the system's lock."""
+    """It inherited the open file, and with it the system's lock."""
     other = holder("pid = os.fork(); print(pid, flush=True) if pid else None; time.sleep(600)")
     child = int(other.stdout.readline())
     try:
@@ -129,7 +129,7 @@ def test_a_child_of_a_killed_holder_is_no_obstacle(run, holder):
 
 
 def test_a_holder_that_stands_still_keeps_its_run(run, holder):
-    """A computer in a debugger, or one that swaps, is not gone."""
+    """A process in a debugger, or one that swaps, is not gone."""
     other = holder()
     other.send_signal(signal.SIGSTOP)
     path = run_lock.lock_path(run.folder)
@@ -161,7 +161,7 @@ def test_a_damaged_lock_is_no_obstacle(run, record):
 
 
 def test_a_process_id_that_was_given_anew_is_no_holder(run, monkeypatch):
-    """Where the file system has no locks, the record alone decides."""
+    """On a file system without locks, the record alone decides."""
     monkeypatch.setattr(run_lock, "_lock_file", lambda descriptor: None)
     here = vars(run_lock.Holder.here())
     write_record(run, **{**here, "started": "1"})
@@ -194,7 +194,7 @@ def test_a_holder_gives_signs_of_life(run, monkeypatch):
 
 @pytest.mark.parametrize("act", ["log", "save_samples", "note_halt", "clear"])
 def test_who_lost_a_run_writes_nothing_more(run, monkeypatch, act):
-    """A laptop that slept while another computer took its run over."""
+    """For example a laptop that slept while another computer took over its run."""
     acts = {
         "log": lambda: run.log({"event": "step", "step": 1}),
         "save_samples": lambda: run.save_samples(1, []),
@@ -252,7 +252,7 @@ def test_a_new_run_steps_aside_from_one_that_is_trained(folders):
 
 
 def test_of_many_that_want_a_run_one_gets_it(run):
-    """Threads, since each opens the lock's file by itself as processes do."""
+    """Threads suffice, because each opens the lock file itself as a process does."""
     got, gate = [], threading.Barrier(8)
 
     def want():

@@ -1,4 +1,4 @@
-"""Names, notes and picked saves of runs: kept whole, read strictly, and nothing of the user's is overwritten."""
+"""Tests of names, notes and picked saves of runs: kept complete, read strictly, and no user file is overwritten."""
 
 import json
 import os
@@ -18,7 +18,7 @@ def folders(tmp_path):
 
 @pytest.fixture
 def run(folders):
-    """A run with saves of steps 2 and 4, and one of step 1 where an earlier version left it."""
+    """Return a run with saves of steps 2 and 4, and one of step 1 at an earlier version's place."""
     run = Run.named(folders, NAME)
     os.makedirs(run.folder)
     with open(run.recipe_path, "w") as file:
@@ -35,7 +35,7 @@ def write(path, data):
 
 
 def listed(folders):
-    """Files that the host's loaders list, below the folder of adapters."""
+    """Return the files that the host's loaders list, below the adapters folder."""
     return sorted(
         os.path.relpath(os.path.join(folder, name), folders.adapters)
         for folder, _, names in os.walk(folders.adapters)
@@ -51,7 +51,7 @@ def test_saves_are_not_listed_until_one_is_picked(folders, run):
     assert picked == {"adapter": f"{NAME}-step-4.safetensors"} and listed(folders) == [picked["adapter"], earlier]
     with open(os.path.join(folders.adapters, picked["adapter"]), "rb") as file:
         assert file.read() == b"step 4"
-    # What is listed already stays where workflows name it, and picking again makes no second file.
+    # A listed file stays where workflows name it, and a second pick makes no second file.
     assert saves.pick_save(folders, run, 1) == {"adapter": earlier}
     assert saves.pick_save(folders, run, 4) == picked and len(listed(folders)) == 2
 

@@ -1,4 +1,4 @@
-"""What a run does not do before its first step, counted: nothing is imported, read or encoded that is not needed."""
+"""Tests of the work before a run's first step, counted: no needless import, read or encoding."""
 
 import sys
 from dataclasses import replace
@@ -21,7 +21,7 @@ FORMS = {
 
 
 class Refusing(LayeredEncoder):
-    """Encodes nothing and is not trained, however it is asked."""
+    """A text encoder that refuses to encode or to be trained."""
 
     def encode(self, caption):
         raise AssertionError(caption)
@@ -30,7 +30,7 @@ class Refusing(LayeredEncoder):
 
 
 def without_libraries(monkeypatch):
-    """Lets an import of peft, and of what the engine takes of diffusers, fail as if it was not installed."""
+    """Make imports of peft, and of the engine's parts of diffusers, fail as if they were not installed."""
     lacking = {name for name in sys.modules if name.split(".")[0] == "peft"}
     for name in lacking | {"peft", "diffusers.optimization", "diffusers.training_utils"}:
         monkeypatch.setitem(sys.modules, name, None)
@@ -50,7 +50,7 @@ def test_a_finished_run_is_returned_without_libraries_pictures_or_weights(tmp_pa
     assert files.read_tensors(str(path))[0].keys() == first.adapter.keys()
     if first.adapter.native is None:
         return
-    # What is missing is missed when it is asked for, and the form that is made then is the one of the training.
+    # A missing library raises only when it is needed; the form made then equals that of the training.
     with pytest.raises(ImportError):
         _ = found.adapter.native
     monkeypatch.undo()

@@ -1,4 +1,4 @@
-"""TensorBoard's event files beside the log: read back by TensorBoard itself, also after an interruption."""
+"""Tests of TensorBoard's event files beside the log: read by TensorBoard itself, also after an interruption."""
 
 import sys
 
@@ -22,7 +22,7 @@ FIELDS = {
 
 
 class Cut(BaseException):
-    """The end of a process."""
+    """The sudden end of a process."""
 
 
 def cut_at(step):
@@ -34,7 +34,7 @@ def cut_at(step):
 
 
 def read_back(run):
-    """TensorBoard's own view of a run's folder."""
+    """Return TensorBoard's own view of a run's folder."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     return EventAccumulator(f"{run.folder}/tensorboard").Reload()
@@ -42,7 +42,7 @@ def read_back(run):
 
 def test_they_hold_what_the_log_holds_of_each_step_once(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        # Killed: step 3 is told of, and done again.
+        # Killed: step 3 was reported, and is done again.
         patch.setattr("graft_pack.trainers.engine.loop._keep_before_leaving", lambda keep: None)
         with pytest.raises(Cut):
             run_session(tmp_path, cut_at(3), tensorboard="on", **FIELDS)
@@ -91,7 +91,7 @@ def test_a_full_disk_ends_the_training_with_its_cure_and_loses_nothing(when, tmp
 
     monkeypatch.setattr(tensorboard, "load", lambda: Full)
     if when == "closed":
-        # All is trained and kept by then.
+        # By then everything is trained and saved.
         assert run_session(tmp_path, steps=3, tensorboard="on").step == 3
         return
     with pytest.raises(RunError, match="event files cannot be written to .*No space left") as caught:

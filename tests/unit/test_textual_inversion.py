@@ -1,4 +1,4 @@
-"""Words in captions, their vectors in a run, and pivotal tuning: the engine over diffusers, without ComfyUI."""
+"""Tests of embeddings in captions, their vectors in a run, and pivotal tuning: over diffusers, without ComfyUI."""
 
 import json
 import os
@@ -30,7 +30,7 @@ PIVOTAL = {**WORD, "embedding_stop": 0.5}
 
 
 def addressed(texts, trigger="", **handling):
-    """The captions that reach the text encoder: each example's first variant."""
+    """Return the captions that reach the text encoder, the first variant of each sample, and the dataset."""
     pictures = [np.zeros((64, 64, 3), np.uint8)] * len(texts)
     dataset = from_arrays(pictures, list(texts), trigger, 64, (), Augmentation(**handling))
     found = textual_inversion.insert_placeholder(dataset, "my-word", "object")
@@ -78,7 +78,7 @@ def test_pictures_without_captions_get_the_templates_in_turn():
 
 
 def test_class_images_keep_their_captions():
-    """They show the class, not the thing."""
+    """They show the class, not the subject."""
     _, dataset = addressed(["a photo of my-word", "a dog"], trigger="sks")
     of_class = replace(dataset.examples[1], captions=("a photo of my-word",), trigger="", prior=True)
     found = textual_inversion.insert_placeholder(
@@ -141,7 +141,7 @@ def test_a_word_alone_is_trained_and_nothing_else(tmp_path):
 
 
 def stopped(folder, at, **fields):
-    """A run that is interrupted after a step and then goes on."""
+    """Interrupt a run after a step and resume it."""
 
     class Stop(Exception):
         pass
@@ -189,7 +189,7 @@ def test_pivotal_tuning_freezes_the_word_and_goes_on_with_the_adapter(tmp_path):
 
 
 def test_a_frozen_word_stays_frozen_when_steps_are_added(tmp_path):
-    """What was trained since counts on it."""
+    """Later training relies on the frozen embedding."""
     first = run_session(tmp_path, **{**PIVOTAL, "steps": 4})
     more = run_session(tmp_path, **{**PIVOTAL, "steps": 12})
     assert more.resumed_from == 4
@@ -207,7 +207,7 @@ def test_captions_that_were_dropped_teach_nothing_and_stop_nothing(tmp_path):
 
 
 def test_the_gradient_is_checked_on_a_batch_that_names_the_word(tmp_path):
-    """By this seed the first batch's captions are dropped."""
+    """With this seed the first batch's captions are dropped."""
     dataset = make_dataset()
     handling = Augmentation(caption_dropout=0.5)
     dataset = replace(dataset, examples=tuple(replace(one, handling=handling) for one in dataset.examples))
@@ -280,7 +280,7 @@ def test_numbers_of_vectors_out_of_range_are_refused(vectors):
 
 
 def test_a_run_without_a_word_has_the_identity_it_had(tmp_path):
-    """Runs made before words could be trained are still found."""
+    """Runs made before embeddings could be trained are still found."""
     recipe = resolve(Options(), family_of("SD1"), "LoRA", 10, 0.0, 4, 1, 0, 64, "")
     assert not [name for name in recipe.deciding() if name.startswith("embedding")]
     fields = ["method", "learning_rate", "rank", "alpha", "batch_size", "seed", "resolution", "optimizer"]

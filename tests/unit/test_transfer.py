@@ -1,4 +1,4 @@
-"""What is asked of a device's streams and of the system, in which order: no device is there to be measured."""
+"""Tests of the calls to a device's streams and to the system, and of their order; no device is needed."""
 
 import gc
 import mmap
@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 
 def weights():
-    """Of several dtypes and shapes, one of them transposed, and larger than pages."""
+    """Return weights of several dtypes and shapes, one transposed, some larger than pages."""
     source = torch.Generator().manual_seed(0)
     found = [torch.randn(size, generator=source) for size in ((3,), (70, 50), (5000,), (2, 3, 4, 5))]
     return [*found, found[1].bfloat16().t(), torch.arange(7)]
@@ -23,21 +23,21 @@ def weights():
 
 @pytest.fixture
 def kept(monkeypatch):
-    """(stream's name) of each tensor whose room was kept for a stream that was not waited for."""
+    """Return the list of stream names for which tensors kept their memory by `record_stream`."""
     found = []
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: found.append(stream.name))
     return found
 
 
 def test_copies_wait_for_room_and_computing_waits_for_copies(kept):
-    """Room is taken where it is computed, so the side waits for that first; then computing for the side."""
+    """The computing stream allocates, so the side stream waits for it first; then computing waits for the side."""
     streams = Streams()
     carrier = transfer.StreamTransfer(CPU, streams)
     homes = weights()
     load = carrier.start(homes)
     before = [("side", "wait for computing"), ("side", "begin"), ("side", "end"), ("side", "record")]
     assert sorted(streams.calls[1:]) == sorted(before[1:]) and streams.calls[0] == before[0]
-    # The event is of the side stream, after the copies and before anything else that is asked of it.
+    # The side stream records the event after the copies and before any other call.
     assert streams.calls.index(("side", "record")) > streams.calls.index(("side", "begin"))
     del streams.calls[:]
     here = carrier.finish(load)
@@ -89,7 +89,7 @@ def test_mapped_weights_are_the_same_numbers_in_a_file(tmp_path):
         for before, after in zip(weights(), carrier.finish(carrier.start(mapped)), strict=True):
             assert torch.equal(before, after) and before.dtype == after.dtype
             assert after.data_ptr() % 64 == 0
-        # What left comes again from the file.
+        # Dropped pages are read again from the file.
         carrier.leave(mapped)
 
 
@@ -114,7 +114,7 @@ def test_the_system_is_told_of_whole_pages_once(tmp_path):
     assert told[1][0] == mmap.MADV_DONTNEED
     for _, start, length in told:
         assert start % page == 0 and (length % page == 0 or start + length == size)
-    # Those that lie apart are told apart.
+    # Separate ranges need separate calls.
     assert len(told) == 4
 
 

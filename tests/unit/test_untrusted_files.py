@@ -1,4 +1,4 @@
-"""What was written elsewhere, by anyone: each parser gives what is sound, or says by name what is not, and no more."""
+"""Tests of files from untrusted sources: each parser returns valid data or names the fault, and does nothing else."""
 
 import json
 import ntpath
@@ -50,7 +50,7 @@ def folder(tmp_path_factory):
 
 
 def read(folder, data):
-    """The tensors of a file of these bytes, None where it is refused by name."""
+    """Return the tensors of a file with these bytes, None if the reader refuses it with a named error."""
     path = folder / "x.safetensors"
     path.write_bytes(data)
     try:
@@ -128,7 +128,7 @@ def test_lying_files_are_refused_with_their_reason(folder, what):
 
 
 def test_nothing_is_reserved_for_what_a_header_says(folder, monkeypatch):
-    """A terabyte by its shape: the library is not even asked."""
+    """Its shape means a terabyte: the reader must not even call the library."""
     monkeypatch.setattr("safetensors.safe_open", None)
     data = malformed.safetensors(rows={"a": malformed.row([2**40], 0, 2**42)}, data=b"1234")
     assert read(folder, data) is None
@@ -227,7 +227,7 @@ def test_a_shard_of_another_format_is_left_where_it_is(tmp_path):
 @given(VALUES)
 @example(3.4e38)
 def test_configurations_of_any_content(tmp_path_factory, value):
-    """Of diffusers' files in their metadata, of peft's beside them."""
+    """In the metadata of diffusers' files, and in peft's file beside them."""
     folder = tmp_path_factory.getbasetemp() / "configurations"
     folder.mkdir(exist_ok=True)
     factors = {"a.to_q.lora_A.weight": torch.ones(4, 8), "a.to_q.lora_B.weight": torch.ones(8, 4)}

@@ -1,4 +1,4 @@
-"""The fixtures that the tests of ComfyUI's page share."""
+"""Fixtures shared by the tests of ComfyUI's page."""
 
 import shutil
 
@@ -10,13 +10,13 @@ from tests.toy import world
 
 @pytest.fixture(scope="module")
 def page(server, chromium):
-    """ComfyUI's page, opened once for a file of tests."""
+    """Open ComfyUI's page once for a file of tests."""
     return chromium.open(server.url)
 
 
 @pytest.fixture(params=[False, True], ids=["canvas", "nodes2"])
 def renderer(page, request):
-    """Each of the frontend's two renderers; whether it is the new one."""
+    """Select each of the frontend's two renderers; yield True for the new one."""
     page.set_setting("Comfy.VueNodes.Enabled", request.param)
     yield request.param
     page.set_setting("Comfy.VueNodes.Enabled", False)
@@ -24,7 +24,7 @@ def renderer(page, request):
 
 @pytest.fixture(scope="module")
 def folder(server, request):
-    """Name of the folder of pictures that all trainings of a file share."""
+    """Return the name of the picture folder that all trainings of a file share."""
     path = server.path("input", request.path.stem)
     shutil.copytree(world.CONCEPT_FOLDER / "toy", path, dirs_exist_ok=True)
     return path.name
@@ -32,5 +32,5 @@ def folder(server, request):
 
 @pytest.fixture(scope="module")
 def graph(page, folder):
-    """A workflow: checkpoint, dataset, options, trainer and what saves its adapter."""
+    """Return a workflow of checkpoint, dataset, options, trainer and a node that saves its adapter."""
     return panels.draw_graph(page, folder)

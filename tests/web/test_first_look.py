@@ -1,4 +1,4 @@
-"""The first look at the nodes: found by the words that users type, unset numbers shown as what they stand for."""
+"""Tests of a user's first contact with the nodes: search words, and the display of unset numbers."""
 
 import pytest
 from selenium.webdriver.common.keys import Keys
@@ -28,7 +28,7 @@ READ_FOUND = """
 
 
 def test_nodes_are_found_by_the_words_that_users_type(page):
-    """In the box that a double click on the graph opens; it lists the best first."""
+    """In the box that a double click on the graph opens; it lists the best match first."""
     page.load(EMPTY)
     page.js("await app.extensionManager.command.execute('Workspace.SearchBox.Toggle');")
     page.wait_for("return [...document.querySelectorAll('input[role=combobox]')].some(one => one.checkVisibility());")
@@ -70,7 +70,7 @@ def test_unset_numbers_are_shown_as_auto(page, renderer, kind, name, shown):
     if renderer:
         page.wait_for(f"return document.querySelector('[data-node-id=\"{node}\"] .graft-unset')?.textContent;")
     assert page.js(SHOWN, node, name, renderer) == shown
-    # What the workflow holds is what it held.
+    # The workflow's values are unchanged.
     assert page.serialize()["nodes"][0]["widgets_values"] == before
     page.set_widget(node, name, 1)
     page.wait_for("await new Promise(resolve => setTimeout(resolve, 300)); return true;")
@@ -78,7 +78,7 @@ def test_unset_numbers_are_shown_as_auto(page, renderer, kind, name, shown):
 
 
 def test_the_value_that_is_used_is_shown_once_the_model_is_known(page, renderer):
-    """A run tells its settings; another optimizer in front of the trainer makes them those of another run."""
+    """A run reports its settings; another optimizer before the trainer makes them those of another run."""
     page.load(EMPTY)
     trainer, dataset = page.add_node("GraftFineTune", 700, 100), page.add_node("GraftLoadDataset", 100, 100)
     page.connect(dataset, 0, trainer, "dataset")

@@ -1,4 +1,4 @@
-"""At home in ComfyUI: help opens from every node, texts follow the language, the blueprint runs."""
+"""Tests of integration into ComfyUI: help opens from every node, texts follow the language, the blueprint runs."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from tests.toy import world
 
 pytestmark = [pytest.mark.browser, pytest.mark.server]
 
-# Asked for before the page that all languages share: no error of ours.
+# The page requests this file before the shared one of all languages; a missing one is no error of ours.
 IN_THE_LANGUAGE = "/docs/Graft"
 
 OPEN = """
@@ -37,9 +37,9 @@ OPEN = """
 
 
 def test_help_opens_from_every_node(page, server, renderer):
-    """By the button over a node, in the host's viewer, with its picture; from trainers choosing is one click."""
+    """By the button above a node, in the host's viewer, with its picture; trainers link to the choosing page."""
     schemas = {name: info for name, info in server.object_info().items() if name.startswith("Graft")}
-    # Not first the one whose help is open: pressed again it closes.
+    # The node whose help is open must not come first, because a second press closes it.
     for name in sorted(schemas):
         page.load(EMPTY)
         title = schemas[name]["display_name"].partition(" (")[0]
@@ -69,12 +69,12 @@ FOLLOW = """
     ],
 )
 def test_links_between_help_pages_follow_the_packs_folder(page, server, written, followed):
-    """Pages are written for the folder's usual name; a link goes to where the page's own script came from."""
+    """Pages assume the folder's usual name; the page's links use the folder that its own script came from."""
     assert page.js(FOLLOW, written) == server.url + followed
 
 
 def test_the_blueprint_is_offered_and_trains(page, server):
-    """It is in the list that the node library shows; put into a graph and run, it trains and saves."""
+    """The node library lists it; inserted into a graph and run, it trains and saves."""
     (key,) = [key for key, one in server.get("/global_subgraphs").items() if one["name"] == make_blueprint.NAME]
     held = json.loads(server.get(f"/global_subgraphs/{key}")["data"])
     page.load(held)
@@ -94,7 +94,7 @@ def test_the_blueprint_is_offered_and_trains(page, server):
 
 
 def test_texts_follow_the_language_of_the_page(server, chromium):
-    """The panel's at once; those of nodes where the frontend keeps what packs translate (0.3.75 does not)."""
+    """The panel's texts at once; node texts if the frontend keeps packs' translations (0.3.75 does not)."""
     page = chromium.open(server.url, {"Comfy.Locale": "fr"})
     table = make_locales.read_table("fr")
     page.load(EMPTY)

@@ -1,4 +1,4 @@
-"""The history of runs in ComfyUI's own sidebar, its commands and toasts, on runs that the page and programs made."""
+"""Tests of the run history in ComfyUI's own sidebar, its commands and toasts, on runs of pages and programs."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ FIRST, SECOND, BARE = "history-first", "history-second", "history-bare"
 
 @pytest.fixture(scope="module")
 def made(server, page, graph, folder):
-    """{what it was called: name of its run} of runs from the page, and of one from no page."""
+    """Create runs from the page, and one without a page; return {given name: name of its run}."""
     page.load(graph)
     common = {"steps": STEPS, "every": 3, "validation_fraction": 0.2, "validate_every": 2}
     panels.set_values(page, name=FIRST, **common)
@@ -35,7 +35,7 @@ def made(server, page, graph, folder):
 
 @pytest.fixture
 def history(page, made):
-    """The history in the sidebar, newly opened."""
+    """Open the history in the sidebar."""
     known = len(page.read_errors())
     view = HistoryView(page).open()
     yield view
@@ -45,7 +45,7 @@ def history(page, made):
 
 @pytest.fixture
 def copied(server, made):
-    """A run to be deleted: a copy of another's folder, with an adapter that is to stay."""
+    """Create a run for deletion: a copy of another's folder, with an adapter that must stay."""
     name = "history-copied-00000001"
     source = server.path("output", "graft", made[FIRST])
     shutil.copytree(source, source.with_name(name), dirs_exist_ok=True)
@@ -63,7 +63,7 @@ def test_the_runs_are_listed_the_last_one_first(history, server, made):
     history.wait_for_card(made[FIRST], "card.querySelector('img').naturalWidth > 0")
     assert (card["status"], card["curve"], card["open"], card["remove"]) == ("finished", True, True, True)
     assert f"{STEPS} of {STEPS} steps" in card["text"] and "LoRA, SD1, rank 4, 2e-3" in card["text"]
-    # Of six steps a tenth is one: the last loss, and the lowest.
+    # A tenth of six steps is one: the last loss, and the lowest.
     log = server.path("output", "graft", made[FIRST], "metrics.jsonl").read_text().splitlines()
     losses = [line["loss"] for line in map(json.loads, log) if line["event"] == "step"]
     (listed,) = server.get(f"/graft/history?text={FIRST}")["runs"]
@@ -99,7 +99,7 @@ def test_two_runs_are_compared(history, page, made, folder):
     everything = history.recipes()
     assert everything["rank"] == ["4", "4"] and everything["dataset"] == [folder, folder]
     assert everything["base_digest"][0] == everything["base_digest"][1] != ""
-    # The second prompt is the second run's alone.
+    # Only the second run has the second prompt.
     history.press("Prompt 2")
     assert history.comparison()["pictures"] == [0, 3]
     page.driver.find_element("css selector", ".graft-samples .graft-thumb").click()
@@ -112,7 +112,7 @@ def test_two_runs_are_compared(history, page, made, folder):
 
 
 def test_one_run_is_looked_at_by_keys(history, page, made):
-    # Pressed twice in haste, it opens once.
+    # Two quick presses open it once.
     page.js("""
         const name = document.querySelector(`.graft-card[data-run='${args[0]}'] .graft-name`);
         name.addEventListener('click', () => name.dispatchEvent(new MouseEvent('click')), {once: true});
@@ -123,7 +123,7 @@ def test_one_run_is_looked_at_by_keys(history, page, made):
     assert page.js("return document.querySelectorAll('dialog[open]').length;") == 1
     page.driver.switch_to.active_element.send_keys(Keys.ESCAPE)
     page.wait_for("return !document.querySelector('dialog[open]');")
-    # Where one was before.
+    # Focus returns to its earlier place.
     assert page.js("return document.activeElement.textContent;") == made[SECOND]
 
 
@@ -135,10 +135,10 @@ def test_a_runs_workflow_is_opened(history, page, made, graph, renderer):
     assert opened["id"] == graph["id"] and len(opened["nodes"]) == len(graph["nodes"])
     names = {node["type"]: node["widgets"].get("name") for node in page.list_nodes()}
     assert names["GraftRunOptions"] == FIRST
-    # Its panel knows it: the workflow is the one it was queued from.
+    # Its panel recognizes it, because this workflow queued it.
     panels.look_at(page)
     panels.PanelView(page).wait("finished")
-    # From a program there is the prompt alone; the page makes a graph of it.
+    # A program leaves the prompt alone; the page makes a graph of it.
     history.press(f"Open workflow: {made[BARE]}")
     page.wait_for("return app.graph.nodes.length === 4;")
     assert {node["type"]: node["widgets"].get("steps") for node in page.list_nodes()}["GraftTrainLoRA"] == 2
@@ -159,7 +159,7 @@ def test_a_run_is_given_a_name_and_a_note(history, page, server, made):
     assert history.names() == [made[FIRST]]
     history.search("")
     page.wait_for("return document.querySelectorAll('.graft-card').length >= 3;")
-    # Its place is that of its training, not of its name.
+    # It is sorted by its training, not by its name.
     assert [name for name in history.names() if name in made.values()][-1] == made[FIRST]
     assert server.post(f"/graft/runs/{made[FIRST]}/describe", {"title": "", "note": ""})["title"] == ""
 
@@ -178,7 +178,7 @@ def test_a_save_is_listed_once_it_is_used(history, page, server, made, renderer)
     (node,) = page.list_nodes()
     assert (node["type"], node["widgets"]["lora_name"]) == ("LoraLoader", name)
     assert name in json.dumps(loras(server))
-    # An earlier step is used from the run itself; the same one is not copied again.
+    # An earlier step loads from the run itself; the same one is not copied again.
     history.press(made[SECOND])
     history.comparison()
     history.press(f"Use step {STEPS}")
@@ -231,7 +231,7 @@ def test_a_run_is_deleted_once_that_is_confirmed(history, page, copied, made, re
 
 
 def test_commands_toasts_and_a_run_that_runs(history, page, server, graph):
-    """One training, steered from anywhere by commands; it can be followed in the history, and not be deleted."""
+    """Commands steer one training from anywhere; the history shows it live and refuses to delete it."""
     page.load(graph)
     panels.set_values(page, steps=LONG, name="history-long")
     command = "await app.extensionManager.command.execute(args[0]);"
@@ -256,7 +256,7 @@ def test_commands_toasts_and_a_run_that_runs(history, page, server, graph):
     history.wait_for_toast("Training stopped, result kept")
     history.wait_for_card(name, "card.dataset.status === 'stopped'")
     server.poll(server.is_idle, 60, "the queue")
-    # The same graph is answered from the host's cache until its run is deleted: then it is to train.
+    # The host's cache answers the same graph until its run is deleted; then it must train.
     assert server.get(f"/graft/runs/{name}/workflow")["workflow"]["id"] == graph["id"]
 
 

@@ -1,4 +1,4 @@
-"""Graft in ComfyUI's own page: nodes mount whole, the example opens clean, values survive, Run trains once."""
+"""Tests of Graft in ComfyUI's own page: nodes mount, the example opens cleanly, values survive, Run trains once."""
 
 import copy
 import json
@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.browser, pytest.mark.server]
 EXAMPLES = sorted((ROOT / "example_workflows").glob("*.json"))
 LORA = ROOT / "example_workflows" / "Train a LoRA.json"
 
-# Widgets that the frontend draws for these types; other types are sockets.
+# Types that the frontend draws as widgets; other types are sockets.
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 
 
@@ -30,19 +30,19 @@ TRAINERS = {"GraftTrainLoRA", "GraftTrainEmbedding", "GraftTrainDreamBooth", "Gr
 
 @pytest.fixture(scope="module")
 def schemas(server):
-    """{node id: schema} of Graft's nodes as the page gets them."""
+    """Return {node id: schema} of Graft's nodes as the page gets them."""
     return {name: info for name, info in server.object_info().items() if name.startswith("Graft")}
 
 
 @pytest.fixture
 def errors(page):
-    """The page's errors since this test began."""
+    """Return a function of the page's errors since this test began."""
     known = len(page.read_errors())
     return lambda: page.read_errors()[known:]
 
 
 def list_inputs(info):
-    """[(name, type)] in the schema's order, with COMBO for a list of choices."""
+    """Return [(name, type)] in the schema's order, with COMBO for a list of choices."""
     rows = []
     for group in ("required", "optional"):
         for name in info["input_order"].get(group, []):
@@ -52,7 +52,7 @@ def list_inputs(info):
 
 
 def add_every_node(page, schemas):
-    """One node of each kind in an empty graph; {node id: what list_nodes says}."""
+    """Add one node of each kind to an empty graph; return {node id: its row of list_nodes}."""
     page.load(EMPTY)
     for place, name in enumerate(schemas):
         page.add_node(name, 400 * (place % 4), 500 * (place // 4))
@@ -70,7 +70,7 @@ def test_every_node_mounts_with_all_its_widgets_and_sockets(page, schemas, error
         made = [(output["name"], output["type"]) for output in nodes[name]["outputs"]]
         assert made == list(zip(info["output_name"], info["output"], strict=True))
     if renderer:
-        # There every node is a part of the page, with a row for each widget.
+        # In the new renderer every node is an element of the page, with a row for each widget.
         page.fit()
         page.wait_for(f"return document.querySelectorAll('.lg-node').length === {len(schemas)};")
         rows, basic = page.js("""
@@ -82,7 +82,7 @@ def test_every_node_mounts_with_all_its_widgets_and_sockets(page, schemas, error
                     node.type, element.querySelectorAll('.lg-node-widget').length])),
                 Object.fromEntries(nodes.map(([node]) => [node.type, node.widgets.filter(isBasic).length])),
             ];""")
-        # Newer frontends fold the advanced ones away, behind a button of each node.
+        # Newer frontends fold advanced widgets away, behind a button of each node.
         assert rows in ({name: len(nodes[name]["widgets"]) for name in schemas}, basic)
     assert errors() == []
 
@@ -115,7 +115,7 @@ def test_examples_open_with_no_missing_node_and_no_error(page, server, errors, p
         save_file({}, server.path("models", "loras", loader["widgets_values"][0]))
         page.js("await app.refreshComboInNodes();")
     for loader in find_nodes(workflow, "CheckpointLoaderSimple"):
-        # One that is there: newer frontends mark a node whose model file is missing.
+        # An existing file, because newer frontends mark a node whose model file is missing.
         loader["widgets_values"] = [TINY["Checkpoint"]["ckpt_name"]]
     page.load(workflow)
     page.fit()
@@ -136,7 +136,7 @@ def test_examples_are_offered_as_templates(server, path):
 
 
 def change(value, options):
-    """Another value of a widget, where there is another to choose."""
+    """Return another value of a widget, if there is another choice."""
     if "options" in options:
         others = [choice for choice in options["options"] if choice != value]
         return others[-1] if others else value
@@ -158,7 +158,7 @@ def test_saving_and_loading_keeps_what_was_set(page, schemas, renderer):
                 page.set_widget(nodes[name]["id"], given, wanted[name, given])
     saved = page.serialize()
     for node in saved["nodes"]:
-        # As files from before there was a panel have them: it is not among the values.
+        # Files from before the panel existed do not contain it among the values.
         own = [name for name in nodes[node["type"]]["widgets"] if name != PANEL]
         assert len(node.get("widgets_values", [])) == len(own), node["type"]
     page.load(EMPTY)
@@ -170,7 +170,7 @@ def test_saving_and_loading_keeps_what_was_set(page, schemas, renderer):
 
 
 def open_tiny_example(page, server, folder, steps):
-    """The example in the page, with the tiny base's values typed in as a user types them."""
+    """Open the example in the page and type in the tiny base's values as a user does."""
     shutil.copytree(world.CONCEPT_FOLDER / TINY["Photos"]["folder"], server.path("input", folder), dirs_exist_ok=True)
     values = copy.deepcopy(TINY)
     values["Photos"]["folder"] = folder
@@ -185,12 +185,12 @@ def open_tiny_example(page, server, folder, steps):
 
 
 def sent(entry):
-    """The prompt of a history entry; Preview Any sends back the text it showed, and nothing depends on that."""
+    """Return the prompt of a history entry without Preview Any, which sends back its text and affects nothing."""
     return {node: value for node, value in entry["prompt"][2].items() if value["class_type"] != "PreviewAny"}
 
 
 def read_steps(run):
-    """Steps in a run's log, in order."""
+    """Return the steps in a run's log, in order."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [line["step"] for line in lines if line["event"] == "step"]
 
@@ -199,7 +199,7 @@ def test_run_pressed_twice_trains_once_and_more_steps_extend_it(page, server, er
     open_tiny_example(page, server, "pressed_twice", steps=2)
     first = server.wait(page.queue())
     again = server.wait(page.queue())
-    # Not only does the log stay: the page sent the very same values, the seeds among them.
+    # Not only is the log unchanged: the page sent the same values, the seeds included.
     assert sent(first) == sent(again)
     (run,) = server.path("output", "graft").glob("pressed_twice-*")
     assert read_steps(run) == [1, 2]

@@ -1,4 +1,4 @@
-"""The live panel in ComfyUI's own page, in both renderers: a real training seen, steered, lost from sight and found."""
+"""Tests of the live panel in ComfyUI's own page, in both renderers: a real training watched, steered, found again."""
 
 import copy
 import json
@@ -34,7 +34,7 @@ def page(server, chromium, new_renderer):
 
 @pytest.fixture
 def opened(page, graph, request, server):
-    """opened(steps, **preview and run options): the graph in the page, as a workflow and a run of the test's own."""
+    """Return opened(steps, **preview and run options), which loads the graph as the test's own workflow and run."""
     known = len(page.read_errors())
 
     def open_graph(steps, **fields):
@@ -70,10 +70,10 @@ def test_a_run_fills_the_panel(opened, page, server, new_renderer, tmp_path):
     assert panel.list_cramped() == []
     assert (count_dots(page) >= 2) == new_renderer
     check_looks(page, panel, new_renderer, tmp_path)
-    # Queued again as it is: the host answers from its cache, and the panel stays as it was.
+    # Queued again unchanged: the host answers from its cache, and the panel stays the same.
     entry = server.wait(page.queue())
     assert entry["outputs"] and panel.phase() == "finished"
-    # With something changed that does not decide the result: the run is returned, and said to be.
+    # With a changed input that does not affect the result: the run is returned, and the panel says so.
     panels.set_values(page, save_every=400)
     server.wait(page.queue())
     panel.wait("returned")
@@ -84,7 +84,7 @@ def test_a_run_fills_the_panel(opened, page, server, new_renderer, tmp_path):
 
 
 def count_dots(page):
-    """How many sockets of Graft's own types the trainer shows in a colour; on the canvas they are no elements."""
+    """Count the sockets of Graft's own types that the trainer shows in a color; on the canvas they are not elements."""
     return page.js("""
         const dots = document.querySelectorAll('.lg-node:has(.graft-panel) [style*="color-datatype-GRAFT_"]');
         return [...dots].filter(dot => getComputedStyle(dot).backgroundColor !== 'rgba(0, 0, 0, 0)').length;""")
@@ -97,15 +97,15 @@ def check_looks(page, panel, new_renderer, folder):
     assert all((ROOT / "assets" / path.name).exists() and path.name in PAGE.read_text() for path in written)
     shades = {theme: np.asarray(picture.convert("L"), dtype=float) for theme, picture in taken.items()}
     assert np.median(shades["dark"]) < 80 and np.median(shades["light"]) > 175
-    # Lines, letters and pictures: neither theme leaves them in the other's colours, nor out.
+    # Lines, letters and pictures: in each theme they are visible and not in the other theme's colors.
     assert all(np.abs(shade - np.median(shade)).std() > 15 for shade in shades.values())
-    # It follows the theme back, too.
+    # The panel also follows the change back.
     panel.wait_until_drawn()
 
 
 @pytest.fixture(scope="module")
 def other_browser(tmp_path_factory):
-    """A second Chromium, with a profile of its own."""
+    """Start a second Chromium with its own profile."""
     with Browser(tmp_path_factory.mktemp("other")) as browser:
         yield browser
 
@@ -117,7 +117,7 @@ def test_a_reload_finds_the_run_and_another_browser_stops_it(opened, page, serve
     panel.wait_for_step(4)
     saved = page.serialize()
     page.open()
-    # The page itself brings its workflow back; where it does not, the user opens it again.
+    # The page restores its workflow by itself; if it does not, the user opens it again.
     if not page.js("return app.graph.nodes.some(node => node.type === 'GraftTrainLoRA');"):
         page.load(saved)
     panels.look_at(page)
@@ -159,7 +159,7 @@ def test_save_pause_and_resume_by_the_buttons(opened, page, server):
     panel.press("Resume")
     panel.wait("training")
     assert f"resumed at step {reached}" in panel.text(".graft-state")
-    # What was before the pause is in the chart.
+    # The chart shows the steps before the pause.
     panel.wait_for_past()
     panel.press("Stop and keep")
     panel.wait("stopped")
@@ -189,7 +189,7 @@ def test_a_training_inside_a_subgraph(opened, page, server):
 
 
 def test_the_node_of_a_blueprint_shows_its_training(opened, page, server, folder):
-    """On the outer node: progress, loss and buttons while it runs."""
+    """The outer node shows progress, loss and buttons while it runs."""
     opened(2)
     blueprint = json.loads((make_blueprint.FOLDER / f"{make_blueprint.NAME}.json").read_text())
     page.load(blueprint)
@@ -214,7 +214,7 @@ def test_the_node_of_a_blueprint_shows_its_training(opened, page, server, folder
 
 
 def look_at_outer(page):
-    """The panel of a subgraph's node; that of the trainer inside is not seen, and taken out of the page."""
+    """Return the panel of a subgraph's node; the inner trainer's hidden panel is removed from the page."""
     page.wait_for("return app.graph.nodes.some(node => node.widgets?.some(one => one.name === 'graft_panel'));")
     page.js("""
         const inner = app.graph.nodes.find(node => node.subgraph).subgraph.nodes;
@@ -224,7 +224,7 @@ def look_at_outer(page):
 
 
 def look_inside(page, node):
-    """Opens a node's subgraph; the panel of the trainer in it."""
+    """Open a node's subgraph and return the panel of the trainer in it."""
     page.js("app.canvas.setGraph(app.graph.getNodeById(args[0]).subgraph);", node)
     panels.look_at(page)
     return panels.PanelView(page)
@@ -245,7 +245,7 @@ def test_another_workflow_with_the_same_nodes_is_not_shown_it(opened, page, serv
 
 
 def test_a_template_opened_again_shows_no_run_of_other_values(opened, page, server):
-    """Templates have fixed workflow ids: a run is told by its inputs, whatever workflow they stand in."""
+    """Templates have fixed workflow ids, so the panel matches a run by its inputs, whatever its workflow."""
     panel = opened(2)
     server.wait(page.queue())
     panel.wait("finished")
@@ -320,7 +320,7 @@ def test_an_error_is_shown_with_its_cure(opened, page, server):
     assert note.startswith("min_timestep 900 is not below max_timestep 100.\n"), note
     assert len(note.splitlines()[1]) > 10, "the cure"
     server.poll(lambda: server.get(f"/history/{prompt}"), 60, "the end")
-    # The page itself complains of the failed prompt; that is not the panel's.
+    # The page itself logs the failed prompt; that is not the panel's error.
     page.errors.clear()
     time.sleep(0.2)
     page.driver.get_log("browser")
@@ -364,7 +364,7 @@ def test_what_a_run_did_to_help_itself_is_said(opened, event, fields, said):
 
 
 def test_warnings_are_shown_and_leave_room_for_buttons(opened, page):
-    """Of a kind that the page does not know the server's own words are shown."""
+    """For an unknown kind the page shows the server's own text."""
     panel = opened(SHORT)
     panel.simulate("begin")
     rows = [
@@ -413,7 +413,7 @@ def test_work_before_the_first_step_is_named(opened):
     ],
 )
 def test_time_left_is_right_from_the_first_report(opened, measured, steps, speed):
-    """A slow first step, or one slow one among others, is no measure."""
+    """A slow first step, or a single slow step, does not distort it."""
     panel = opened(SHORT)
     panel.simulate("begin")
     if measured is not None:
@@ -460,7 +460,7 @@ def test_texts_are_never_markup(opened, page):
     assert evil in panel.text(".graft-note")
     assert page.js("return document.querySelectorAll('.graft-panel img').length;") == 0
     assert page.js("return document.title;") != "taken"
-    # The made-up run is nowhere, which the page's own console says.
+    # The invented run does not exist, and the page's console logs that.
     page.driver.get_log("browser")
 
 

@@ -1,4 +1,4 @@
-"""What the live panel costs the page, and whether all can use it: time, memory, and what axe finds."""
+"""Tests of the live panel's cost in time and memory, and of its accessibility as axe measures it."""
 
 import math
 import time
@@ -13,10 +13,10 @@ pytestmark = [pytest.mark.browser, pytest.mark.server]
 
 POINTS = 5000
 PICTURES = 100
-LONGEST = 50  # milliseconds of the page's one thread
+LONGEST = 50  # milliseconds of the page's main thread
 TRIES = 5
 
-# Messages as they come, and time for what they cause; the longest task, of which the browser tells those over 50 ms.
+# Messages at their usual rate, with time for their effects; returns the longest task. Browsers report tasks over 50 ms.
 FEED = """
     const [where, messages] = args;
     let longest = 0;
@@ -29,7 +29,7 @@ FEED = """
     observer.disconnect();
     return longest;"""
 
-# Messages as they come in twenty minutes, ten a second, but so many at once.
+# The messages of twenty minutes, ten per second, sent in large groups.
 CROWD = """
     const [where, first, count, atOnce] = args;
     for (let step = first; step < first + count; step += 1) {
@@ -43,7 +43,7 @@ CROWD = """
 
 @pytest.fixture(scope="module", params=[False, True], ids=["canvas", "nodes2"])
 def panel(server, chromium, request):
-    """The panel of a trainer that never ran; a picture for its samples is in the output folder."""
+    """Return the panel of a trainer that never ran; the output folder has a picture for its samples."""
     from PIL import Image
 
     for number in range(4):
@@ -58,7 +58,7 @@ def panel(server, chromium, request):
 
 
 def steps_until(step, count=1):
-    """A message of so many steps at once, the last of which is `step`."""
+    """Return a message of `count` steps at once, the last of which is `step`."""
     losses = [0.1 + math.exp(-one / 500) + 0.05 * math.sin(one * 12.9898) for one in range(step - count, step)]
     rest = {"epoch": 1, "lr": 1e-4, "seconds": 0.5, "memory": [10**9, 8 * 10**9]}
     return {"event": "step", "step": step, "steps": 2 * POINTS, "loss": losses[-1], "losses": losses, **rest}
@@ -70,7 +70,7 @@ def sample_of(number):
 
 
 class Thread:
-    """The page's one thread, in milliseconds."""
+    """The page's main thread, in milliseconds."""
 
     def __init__(self, page):
         self.page = page
@@ -83,10 +83,10 @@ class Thread:
         return 1000 * next(metric["value"] for metric in metrics if metric["name"] == "TaskDuration")
 
     def longest(self, where, messages):
-        """What the longest task took at most while messages were shown.
+        """Return an upper bound of the longest task's time while messages were shown.
 
-        The browser's own figure grows with what else the machine does. The thread's working time does not, but counts
-        all tasks. The longest one is below both.
+        The browser's own figure grows with the load of the machine. The thread's working time does not, but it counts
+        all tasks. The longest task is below both.
         """
         began = self.work()
         told = self.page.js(FEED, where, messages)
@@ -104,7 +104,7 @@ def test_five_thousand_points_and_a_hundred_pictures_keep_the_page_quick(panel):
         tries.append([thread.longest(where, messages) for messages in turns])
         assert len(panel.points()) == POINTS + 20
         assert panel.page.js("return document.querySelectorAll('.graft-thumb').length;") == PICTURES
-        # Each turn does the same in each try; what else the machine does only adds to it.
+        # Each turn does the same work in each try; other load on the machine only adds time.
         least = [min(costs) for costs in zip(*tries, strict=True)]
         if max(least) < LONGEST:
             return
@@ -119,13 +119,13 @@ def test_memory_is_stable(panel, trials):
     for turn in range(4):
         panel.page.js(CROWD, panel.where(), 1 + turn * count, count, at_once)
         sizes.append(measure_heap(panel.page))
-    # The points themselves, and no more: about a hundred bytes each until they are thinned.
+    # Only the points themselves grow: about a hundred bytes each until they are thinned.
     assert sizes[-1] - sizes[1] < 2 * count * 150 + 500_000, sizes
     assert len(panel.points()) <= 16384
 
 
 def measure_heap(page):
-    """Bytes in use after the garbage is gone."""
+    """Return the bytes in use after garbage collection."""
     for _ in range(3):
         page.driver.execute_cdp_cmd("HeapProfiler.collectGarbage", {})
     return page.driver.execute_cdp_cmd("Runtime.getHeapUsage", {})["usedSize"]
@@ -151,7 +151,7 @@ def test_axe_finds_nothing_serious(panel, theme):
             panel.simulate("sample", step=0, samples=pictures)
         for event, fields in messages:
             panel.simulate(event, **fields)
-        # The page is a tenth of a second behind, and may still show the failure that the other theme ended with.
+        # The page lags by a tenth of a second and may still show the failure from the end of the other theme.
         deadline = time.monotonic() + 20
         while messages and panel.phase() != phase:
             assert time.monotonic() < deadline, (phase, panel.phase())

@@ -1,4 +1,4 @@
-"""Which shape a picture is trained in."""
+"""Tests of bucket selection for pictures."""
 
 import pytest
 from graft_pack.trainers.data.buckets import bucket_sizes, choose_crop

@@ -1,4 +1,4 @@
-"""Captions: triggers, and what happens to them from one showing to the next."""
+"""Tests of captions: triggers, and caption variants from one visit to the next."""
 
 import math
 import re
@@ -24,7 +24,7 @@ def example(caption, trigger="", digest="0", **handling):
 
 
 def bounds(n, p):
-    """Six standard deviations around the mean of a binomial: one test in half a billion fails by chance."""
+    """Return six standard deviations around a binomial's mean: one test in half a billion fails by chance."""
     spread = 6 * math.sqrt(n * p * (1 - p))
     return n * p - spread, n * p + spread
 
@@ -123,7 +123,7 @@ def test_tags_are_dropped_as_often_as_asked_and_kept_ones_never(rate):
         gone.update(set(TAGS) - set(found))
     low, high = bounds(2000, rate)
     assert all(low <= gone[tag] <= high for tag in TAGS[3:]), gone
-    # Independent: two of them are gone together as often as chance says.
+    # Tags are dropped independently: two of them are dropped together as often as chance predicts.
     pairs = sum(not {TAGS[3], TAGS[4]} & set(captions.variant(made, number).split(", ")) for number in range(2000))
     low, high = bounds(2000, rate**2)
     assert low <= pairs <= high
@@ -168,7 +168,7 @@ def test_wildcards_become_one_of_their_parts(caption, expected):
 
 
 def reference_of_wildcards(caption, draw):
-    """What wildcards become by definition: all innermost at once, from left to right, until there are none."""
+    """Resolve wildcards by their definition: all innermost ones at once, left to right, until none is left."""
     while True:
         chosen = lambda match: (parts := match.group(1).split("|"))[draw.randint(len(parts)) if draw else 0]  # noqa: E731
         found = re.sub(r"\{([^{}]*\|[^{}]*)\}", chosen, caption)
@@ -198,7 +198,7 @@ def test_wildcards_are_drawn_innermost_first_from_left_to_right(caption, seed):
     ],
 )
 def test_wildcards_without_end_are_read_soon(caption):
-    """They took minutes, and take a tenth of a second."""
+    """Such captions once took minutes; now they take a tenth of a second."""
     started = time.process_time()
     captions._resolve(caption, np.random.RandomState(0))
     assert time.process_time() - started < 10

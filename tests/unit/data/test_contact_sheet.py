@@ -1,4 +1,4 @@
-"""The contact sheet: what it shows of a picture, and which pictures it shows."""
+"""Tests of the contact sheet: the parts of a picture that it shows, and the pictures that it chooses."""
 
 from dataclasses import replace
 
@@ -25,7 +25,7 @@ def drawn(findings):
 
 
 def test_the_sheet_shows_the_cut_the_mask_and_the_frame():
-    """Read off its pixels: white pictures, one too long for its bucket, the left half of which is masked out."""
+    """The pixels show it: white pictures, one longer than its bucket with its left half masked out."""
     long, fitting = np.full((128, 768, 3), 255, np.uint8), np.full((128, 128, 3), 255, np.uint8)
     mask = np.zeros((128, 768), np.uint8)
     mask[:, 384:] = 255

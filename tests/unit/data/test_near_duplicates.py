@@ -1,4 +1,4 @@
-"""Copies of a picture are found, and nothing else is taken for one."""
+"""Tests that the search finds copies of a picture and nothing else."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ def grain(number, size=(128, 128)):
 
 
 def count(done, total):
-    """Nobody watches."""
+    """Ignore the progress."""
 
 
 def pairs(pictures):
@@ -43,7 +43,7 @@ def test_copies_are_found_and_other_pictures_are_not(change, same):
 
 
 def test_the_same_shapes_in_other_colors_are_not_alike():
-    """Their hashes agree, since it sees grey alone."""
+    """Their hashes agree, because the hash sees gray alone."""
     shapes = np.asarray(Image.fromarray(grain(1, (6, 5))).convert("L").resize((128, 128), Image.BICUBIC))[..., None]
     red, blue = ((shapes * np.array(tint)).astype(np.uint8) for tint in ([1, 0.2, 0.2], [0.2, 0.35, 0.9]))
     assert pairs([red, blue]) == []
@@ -51,7 +51,7 @@ def test_the_same_shapes_in_other_colors_are_not_alike():
 
 
 def test_other_shapes_in_the_same_colors_are_not_alike():
-    """Fog and snow: each position's colour differs little from picture to picture."""
+    """Fog and snow: the color at each position differs little between pictures."""
     faint = [
         118 + np.asarray(Image.fromarray(grain(n, (6, 5))).resize((128, 128), Image.BICUBIC)) // 12 for n in (1, 2)
     ]

@@ -1,4 +1,4 @@
-"""Pictures as they are decoded: turned, clear, of every mode, and within a bound of memory."""
+"""Tests of picture decoding: rotation, transparency, every mode, and bounded memory."""
 
 import json
 import os
@@ -29,10 +29,10 @@ def chunk(kind, data):
 
 
 def write_png(path, size, depth, color, rows, *chunks):
-    """A PNG as the standard has it; Pillow writes few of its modes.
+    """Write a PNG by the standard; Pillow writes few of its modes.
 
     Args:
-        colour: the standard's colour type.
+        color: the standard's color type.
         rows: the samples' bytes of each row.
         chunks: (kind, data) before the pixels.
     """
@@ -70,7 +70,7 @@ def test_turned_tiff_has_the_size_and_the_look_of_a_viewer(tmp_path, mode, more)
 
 
 def clear_mask(tmp_path, kind):
-    """A white mask whose left half is clear, 32 x 16, in one of the modes that can say so."""
+    """Write a white mask of 32 x 16 with a transparent left half, in a mode that supports transparency."""
     path = tmp_path / "a-masklabel.png"
     clear = np.arange(32) < 16
     opacity = Image.fromarray(np.tile(np.where(clear, 0, 255).astype(np.uint8), (16, 1)))
@@ -99,7 +99,7 @@ def clear_mask(tmp_path, kind):
     else:
         channels, depth = (3, int(kind[3:])) if kind.startswith("RGB") else (1, int(kind[1:]))
         top = 2**depth - 1
-        # Colours of 16 bits are read as 8: the values must differ there.
+        # Colors of 16 bits are read as 8 bits, so the values must differ there.
         other = top - (256 if channels == 3 and depth == 16 else 1)
         values = np.repeat(np.where(clear, other, top), channels)
         bits = (values[:, None] >> np.arange(depth)[::-1] & 1).astype(np.uint8).ravel()
@@ -143,7 +143,7 @@ def test_opaque_mask_keeps_its_digest_and_its_bits(tmp_path):
 
 
 def modes():
-    """A picture in each mode, with what Pillow makes of the whole of it by itself."""
+    """Yield a picture in each mode, with Pillow's own conversion of the whole picture."""
     rng = np.random.RandomState(0)
     rgba = Image.fromarray(rng.randint(0, 256, (64, 96, 4)).astype(np.uint8))
     white = Image.new("RGBA", rgba.size, "white")
@@ -156,7 +156,7 @@ def modes():
     deep = rng.randint(0, 65536, (64, 96))
     yield "I;16", Image.fromarray(deep.astype(np.uint16)), Image.fromarray(np.round(deep / 257).astype(np.uint8))
     for top in (1.0, 255.0):
-        # The brightest pixel is in the last strip alone.
+        # Only the last strip contains the brightest pixel.
         values = rng.rand(64, 96) * top * 0.003
         values[-1, -1] = top
         yield (
@@ -205,7 +205,7 @@ _SIDE = 2000
 
 
 def bombs(folder):
-    """Files of few bytes and many pixels, of the formats and modes that take most."""
+    """Write files of few bytes and many pixels, in the formats and modes that take most memory."""
     side = (_SIDE, _SIDE)
     for color, channels, depth in ((0, 1, 16), (2, 3, 16), (4, 2, 16), (6, 4, 8)):
         row = b"\x40" * (_SIDE * channels * depth // 8)
@@ -236,7 +236,7 @@ def test_memory_of_a_picture_stays_within_its_bound(tmp_path):
     )
     peaks = json.loads(found.stdout)
     assert len(peaks) == len(files)
-    # Beside the bound: a strip and what is made of it.
+    # Above the bound: one strip and its decoded form.
     bound = pictures.BYTES_PER_PIXEL + 24e6 / _SIDE**2
     assert {name: rows for name, rows in peaks.items() if max(rows.values()) > bound} == {}
 
@@ -250,7 +250,7 @@ def test_first_frame_of_many_is_read_alone(tmp_path):
 
 
 def test_heic_is_read_where_pillow_heif_is_installed(tmp_path, monkeypatch):
-    """A stand-in for the package: what it is asked for is its own plugin's class, and no other."""
+    """A stand-in for the package; only its plugin's class is used."""
     path = tmp_path / "a.heic"
     path.write_bytes(b"\x00\x00\x00\x18ftypheic\x00\x00\x00\x00mif1heic")
 

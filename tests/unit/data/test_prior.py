@@ -1,4 +1,4 @@
-"""Class images beside a subject: what is attached, how often each is shown, and what stays as it was."""
+"""Tests of class images beside a subject: how they are added, how often they are visited, what stays unchanged."""
 
 from collections import Counter
 from dataclasses import replace
@@ -30,7 +30,7 @@ def classes(count=5, caption="a toy on a table", trigger="", resolution=0):
     return from_arrays(pictures(count, 100), [caption], trigger, resolution)
 
 
-# Each example is (bucket, repeats, whether it is a class image); at least one is none.
+# Each sample is (bucket, repeats, is class image); at least one is not a class image.
 ROWS = st.tuples(st.sampled_from([(64, 64), (96, 48), (48, 96)]), st.integers(1, 3))
 GROUPS = st.tuples(st.lists(ROWS, min_size=1, max_size=9), st.lists(ROWS, min_size=1, max_size=12))
 
@@ -57,7 +57,7 @@ def test_an_epoch_has_as_many_class_images_as_others_and_drops_none(groups, batc
 @settings(deadline=None)
 @given(GROUPS, st.integers(1, 5), st.integers(0, 100), st.integers(1, 12))
 def test_class_images_are_taken_in_turn_over_the_epochs(groups, batch_size, seed, epochs):
-    """None is shown again before the others had their turn, their repeats counted."""
+    """No class image repeats before all others were visited, repeats counted."""
     buckets, repeats, marks = columns(groups)
     shown = Counter()
     for epoch in range(epochs):
@@ -143,7 +143,7 @@ def test_what_the_loader_held_out_of_the_class_images_is_left_aside():
 
 
 def test_a_dataset_without_class_images_keeps_its_fingerprint():
-    """Written down once: another one would make every run there is another run."""
+    """A literal value: a changed fingerprint would turn every existing run into a new one."""
     assert subject().fingerprint() == "b3cee18ea78a5609f8ca0a8b2ff0c090bfd486c735034157c275285f339ac869"
 
 

@@ -1,4 +1,4 @@
-"""What is said of a dataset before it is trained on."""
+"""Tests of the dataset report that precedes training."""
 
 import numpy as np
 from graft_pack.trainers.data.examples import Augmentation

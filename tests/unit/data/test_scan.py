@@ -1,4 +1,4 @@
-"""From a folder to a dataset: kohya's and Hugging Face's folders, sidecars, masks, and files that are none of these."""
+"""Tests of the folder scan: kohya and Hugging Face folders, sidecars, masks, and files that are none of these."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def reasons(dataset):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Three pictures: with .txt, with .caption in a subfolder, with none."""
+    """Create three pictures: one with a .txt, one in a subfolder with a .caption, one without."""
     for name, size in (("a.png", (20, 30)), ("sub/b.jpg", (40, 10)), ("c.webp", (16, 16))):
         draw(tmp_path / "d" / name, size)
     (tmp_path / "d" / "a.txt").write_text("\ufeffa  red\n picture \n", encoding="utf-8")
@@ -54,12 +54,12 @@ def test_a_folder_is_read_in_a_stable_order(folder):
     assert {example.trigger for example in dataset.examples} == {dataset.trigger} == {"sks"}
 
 
-# kohya's documentation (train_README, "Previous specification format" and "Aspect Ratio Bucketing"; config_README):
-# a folder is "<repeats>_<identifier> <class>"; without a caption file the caption is "<identifier> <class>", with one
-# the folder's words are not used; sizes are multiples of 64 within the area of the resolution, 256x1024 and 384x640
-# are two of them at 512; bucket_no_upscale trains smaller pictures at their own size, trimmed to the step.
+# kohya's documentation (train_README, "Previous specification format" and "Aspect Ratio Bucketing"; config_README): a
+# folder is "<repeats>_<identifier> <class>"; without a caption file the caption is "<identifier> <class>", with one the
+# folder's words are not used; sizes are multiples of 64 within the area of the resolution, 256x1024 and 384x640 are two
+# of them at 512; bucket_no_upscale trains smaller pictures at their own size, trimmed to the step.
 KOHYA = [
-    # (file, picture's size, caption file, repeats, caption, bucket at 512 without and with enlarging)
+    # (file, picture's size, caption file, repeats, caption, bucket at 512 without and with upscaling)
     ("20_sls frog/a.png", (512, 512), None, 20, "sls frog", (512, 512), (512, 512)),
     ("20_sls frog/b.png", (1280, 768), "a green frog", 20, "a green frog", (640, 384), (640, 384)),
     ("5_cpc rabbit/c.png", (1024, 4096), None, 5, "cpc rabbit", (256, 1024), (256, 1024)),
@@ -116,7 +116,7 @@ def test_date_as_a_folders_name_is_questioned(tmp_path):
 
 
 def test_a_folder_that_repeats_no_time_is_left_out(tmp_path):
-    """As sd-scripts does with num_repeats below 1."""
+    """sd-scripts does the same with num_repeats below 1."""
     draw(tmp_path / "0_not now" / "a.png")
     draw(tmp_path / "b.png")
     dataset = read(tmp_path)
@@ -131,7 +131,7 @@ def test_the_chosen_folders_own_name_counts_as_well(tmp_path):
 
 
 def test_hugging_face_folders(tmp_path):
-    """Rows as datasets' documentation has them: file_name relative to the metadata file, text."""
+    """Rows follow the datasets library's documentation: file_name relative to the metadata file, and text."""
     for name in ("train/0.png", "train/deep/1.png", "other/2.png", "other/3.png"):
         draw(tmp_path / name)
     rows = [{"file_name": "0.png", "text": "zero"}, {"file_name": "deep/1.png", "text": "one\u2028still one"}]
@@ -445,7 +445,7 @@ def test_a_second_look_reads_no_picture(folder, tmp_path, monkeypatch):
 
 
 def test_a_file_written_a_moment_ago_is_read_again(folder, tmp_path):
-    """Its times might not tell a second content from the first."""
+    """Its times might not distinguish the second content from the first."""
     index = str(tmp_path / "index")
     before = read(folder, index=index).fingerprint()
     stat = os.stat(folder / "a.png")

@@ -1,4 +1,4 @@
-"""Source pictures: found by their picture's name, cut with it, known by their content, shown in its corner."""
+"""Tests of source images: found by file name, cropped with their picture, fingerprinted, and shown in its corner."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ def read(folder, control="", index=None):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Pictures at two depths, with the pictures before them in a folder inside, some by their bare names."""
+    """Create pictures at two depths, with their source images in an inner folder, some under bare file names."""
     root = tmp_path / "d"
     for name, source in (("a.png", "a.jpg"), ("sub/b.png", "sub/b.png"), ("sub/c.png", "c.png")):
         draw(root / name)
@@ -41,7 +41,7 @@ def test_each_picture_has_the_source_of_its_name(folder):
 
 
 def test_without_the_input_a_folder_inside_is_one_of_pictures(folder):
-    """As it always was."""
+    """The behavior is the same as before the input existed."""
     dataset = read(folder)
     assert len(dataset.examples) == 6
     assert all(one.control is None for one in dataset.examples)

@@ -1,4 +1,4 @@
-"""Files are whole or not there, whatever happens while they are written."""
+"""Tests that files are complete or absent, whatever happens while they are written."""
 
 import errno
 import json
@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 
 class Crash(BaseException):
-    """As sudden as it gets within a process."""
+    """A crash as sudden as one within a process can be."""
 
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.zeros(0), "c": torch.tensor(1.5, dtype=torch.bfloat16)}
@@ -43,7 +43,7 @@ def test_views_and_shared_tensors_are_written_as_their_values(tmp_path):
 
 
 def test_the_file_is_the_librarys_own(tmp_path):
-    """Byte for byte, and read by it whatever numbers are in it."""
+    """It is equal byte for byte, and the library reads it for any dtype."""
     from safetensors import safe_open
     from safetensors.torch import save
 
@@ -58,7 +58,7 @@ def test_the_file_is_the_librarys_own(tmp_path):
     files.write_tensors(str(tmp_path / "y.safetensors"), every, {"k": "v"})
     with safe_open(tmp_path / "y.safetensors", framework="pt") as file:
         assert file.metadata().keys() == {"k", files.CHECKSUMS} and file.metadata()["k"] == "v"
-        # Readers that map the file want each number at a multiple of its size.
+        # Readers that map the file need each value at a multiple of its size.
         for row in list(files.read_header(str(tmp_path / "y.safetensors")).values())[1:]:
             assert row["data_offsets"][0] % getattr(torch, _named(row["dtype"])).itemsize == 0
         read = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -73,7 +73,7 @@ def _named(dtype):
 
 
 def _parts(data):
-    """(the header's meaning, where the numbers begin, the numbers)."""
+    """Return (decoded header, alignment of the data, data)."""
     size = int.from_bytes(data[:8], "little")
     return json.loads(data[8 : 8 + size]), size % 8, data[8 + size :]
 
@@ -160,7 +160,7 @@ def test_the_hash_follows_names_shapes_and_values():
 
 
 def test_a_full_disk_is_named_and_leaves_what_was_there(tmp_path, monkeypatch):
-    """Found out after some tensors were written."""
+    """The disk becomes full after some tensors were written."""
     path = tmp_path / "a.safetensors"
     files.write_tensors(str(path), {"x": torch.zeros(2)}, {})
     before = path.read_bytes()
@@ -188,7 +188,7 @@ def test_a_file_may_be_read_by_whoever_may_read_its_folder(tmp_path):
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path):
-    """Files of other programs stay: their names do not say that they are ours."""
+    """Files of other programs stay, because their names do not mark them as ours."""
     others = {".tmpAbCdEf", "state.safetensors", ".x.tmp", ".model.part.tmp", "a.12345678.tmp"}
     for name in (".state.safetensors.12345678.tmp", *others):
         (tmp_path / name).write_text("")
@@ -210,7 +210,7 @@ def flipped(data, place, bit):
     "load", [load_adapter, lambda path: load_embedding(path, "word")], ids=["adapter", "embedding"]
 )
 def test_a_flipped_bit_in_a_file_of_ours_is_noticed(load, tmp_path, caplog, trials):
-    """In its numbers or in what describes them it is refused; elsewhere in its header it is said."""
+    """A flip in the data or in its description is refused; a flip elsewhere in the header is logged."""
     path = tmp_path / "x.safetensors"
     if load is load_adapter:
         save_adapter(
@@ -225,7 +225,7 @@ def test_a_flipped_bit_in_a_file_of_ours_is_noticed(load, tmp_path, caplog, tria
     entry = data.index(files.CHECKSUMS.encode())
     source = random.Random(0)
     for place in range(0, len(data), trials(1 + len(data) // 200, 1)):
-        # The name of the entry alone: the file is then as one of others.
+        # In the checksum entry's name alone, the flip makes the file look like another program's.
         if entry <= place < entry + len(files.CHECKSUMS):
             continue
         caplog.clear()
@@ -238,7 +238,7 @@ def test_a_flipped_bit_in_a_file_of_ours_is_noticed(load, tmp_path, caplog, tria
 
 
 def test_files_of_others_and_edited_ones_are_read(tmp_path, caplog):
-    """Other programs keep the metadata when they change the tensors, and change metadata alone."""
+    """Other programs keep the metadata when they change tensors, and may change the metadata alone."""
     path = str(tmp_path / "x.safetensors")
     files.write_tensors(path, TENSORS, {"k": "v"})
     entry = files.read_header(path)["__metadata__"][files.CHECKSUMS]
@@ -256,7 +256,7 @@ def test_files_of_others_and_edited_ones_are_read(tmp_path, caplog):
 
 
 def test_checksums_are_made_anew_for_each_file(tmp_path):
-    """What was read of one file and is written into another carries none of its checksums along."""
+    """Metadata that was read from one file and written into another carries no checksums along."""
     one, other = str(tmp_path / "1.safetensors"), str(tmp_path / "2.safetensors")
     files.write_tensors(one, TENSORS, {"k": "v"})
     files.write_tensors(other, {"n": torch.ones(2)}, files.read_header(one)["__metadata__"])

@@ -1,4 +1,4 @@
-"""The loop with an objective of one's own: what it draws and measures, held against formulas written out here."""
+"""Tests of the loop with a custom objective: its draws and losses, compared with formulas written out here."""
 
 from dataclasses import replace
 
@@ -23,7 +23,7 @@ from tests.support.diffusers_host import (
 )
 from tests.unit.test_loop import first_turns, planned
 
-# One of everything that goes together.
+# One option of each kind that can be combined.
 ALL = Objective(
     timesteps="logit-normal",
     min_timestep=50,
@@ -42,7 +42,7 @@ OTHERS = [
 
 
 def on(parameterization):
-    """A Host whose network predicts that."""
+    """Return a Host whose network predicts that parameterization."""
     kind = {"eps": "epsilon", "v": "v_prediction"}[parameterization]
     return replace(make_host(), denoiser=DiffusersDenoiser(make_unet(), kind))
 
@@ -63,7 +63,7 @@ def test_natively_nothing_else_is_drawn(monkeypatch):
 
 
 def test_a_native_objective_by_the_other_way_gives_the_same_bits():
-    """Draws and losses: what is asked for departs from the native loss, and is not another loss beside it."""
+    """Draws and losses agree: the custom path starts from the native loss and is no separate one."""
     with planned() as (plan, host):
         shown, (_, x0, noise, sigma) = micro_batches(plan, host)
         source = generator("step", plan.recipe.seed, 0, 0)
@@ -75,7 +75,7 @@ def test_a_native_objective_by_the_other_way_gives_the_same_bits():
 
 
 def written_out(objective, kind, error, sigma, t):
-    """The loss of each example from its error, formula by formula."""
+    """Return the loss of each sample from its error, written as formulas."""
     snr = 1 / sigma**2
     rows = error.flatten(1)
     if objective.loss == "MSE":
@@ -102,7 +102,7 @@ def written_out(objective, kind, error, sigma, t):
 @pytest.mark.parametrize("kind", ["eps", "v"])
 @pytest.mark.parametrize("objective", [ALL, *OTHERS], ids=range(5))
 def test_losses_are_the_formulas(objective, kind):
-    """On noise and velocity models; the network's input has the added noise, the target the noise alone."""
+    """On noise and velocity models, the network's input has the added noise and the target the plain noise."""
     host = on(kind)
     with planned(objective=objective) as (plan, _), host.denoiser.training("auto"):
         shown, (_, x0, noise, sigma, asked) = micro_batches(plan, host)
@@ -145,7 +145,7 @@ def test_micro_batches_change_neither_loss_nor_gradient(micro_batch, objective):
 
 
 def test_each_example_keeps_its_own_draws():
-    """However a batch is split, row by row: the noise that is added is the target's, and t is the level's."""
+    """However a batch is split, each row keeps its values: the added noise is the target's, t is the level's."""
     with planned(micro_batch=2, objective=Objective(noise_offset=0.1)) as (plan, host):
         shown = [item.show(0) for item in plan.train]
         levels = host.denoiser.sigmas()
@@ -157,7 +157,7 @@ def test_each_example_keeps_its_own_draws():
 @pytest.mark.parametrize("kind", ["eps", "v"])
 @pytest.mark.parametrize("objective", [ALL, *OTHERS], ids=range(5))
 def test_gradients_of_losses_are_finite_differences(objective, kind):
-    """torch's gradcheck in fp64, on predictions near the target and far from it, with a mask."""
+    """Runs torch's gradcheck in fp64, on predictions near the target and far from it, with a mask."""
     denoiser = on(kind).denoiser
     source = torch.Generator().manual_seed(0)
     error = torch.randn(3, 2, 3, 3, generator=source, dtype=torch.float64)
@@ -172,7 +172,7 @@ def test_gradients_of_losses_are_finite_differences(objective, kind):
 
 @pytest.mark.parametrize("objective", [ALL, *OTHERS], ids=range(5))
 def test_the_whole_gradient_is_a_finite_difference(objective):
-    """Through the network to the adapter, by the check that runs before step 1."""
+    """Runs the gradient check that precedes step 1, through the network to the adapter."""
     with planned(objective=objective) as (plan, host):
         gradient_check.check_gradient(lambda: step.batch_loss(plan, host), plan.trainables, gradient_check.TOLERANCE)
 

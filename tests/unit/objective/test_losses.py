@@ -1,4 +1,4 @@
-"""Losses, noise and native targets as pure mathematics."""
+"""Tests of losses, noise and native targets as pure mathematics."""
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ def test_equal_weights_change_nothing_and_zero_weights_count_not():
 @pytest.mark.parametrize("sigma_data", [0.5, 1.0])
 @pytest.mark.parametrize("kind", ["v", "edm"])
 def test_velocities_are_residuals_of_unit_variance(kind, sigma_data):
-    """For data of that deviation the target has unit variance at every level: what those scalings are made for."""
+    """For data of that deviation the target has unit variance at every level, the purpose of these scalings."""
     source = torch.Generator().manual_seed(0)
     x0, noise = torch.randn(2, 1, 100_000, generator=source, dtype=torch.float64)
     for sigma in (0.01, 0.5, 1.0, 30.0):
@@ -91,7 +91,7 @@ def test_l1_is_the_mean_size_of_each_examples_error():
 
 @pytest.mark.parametrize("c", [0.01, 0.1, 1.0])
 def test_huber_is_the_formula_that_kohya_has(c):
-    """2 c (sqrt(e^2 + c^2) - c), with a width for each example; in fp64, where the difference is exact enough."""
+    """2 c (sqrt(e^2 + c^2) - c), with a width for each sample; in fp64, where the difference is exact enough."""
     error = torch.randn(3, 4, 5, 5, dtype=torch.float64) * torch.tensor([1e-2, 1.0, 100.0]).view(3, 1, 1, 1)
     width = c * torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
     wide = width.view(3, 1, 1, 1)
@@ -100,7 +100,7 @@ def test_huber_is_the_formula_that_kohya_has(c):
 
 
 def test_huber_is_the_square_of_small_errors_and_the_size_of_large_ones():
-    """In float32 too, where the published difference has no digit left of an error of 1e-4."""
+    """In float32 too, where the published difference has no correct digit at an error of 1e-4."""
     small, large = torch.full((1, 1), 1e-4), torch.full((1, 1), 1e4)
     width = torch.ones(1)
     assert float(pseudo_huber(small, width)) == pytest.approx(1e-8, rel=1e-5)
@@ -119,7 +119,7 @@ def test_a_mask_is_normalized_by_its_area_for_every_loss(penalty):
 
 
 def test_hubers_width_by_signal_to_noise_ratio_falls_from_one_to_c():
-    """kohya's: (1 - c) / (1 + sigma)^2 + c, on the levels of diffusers' scheduler."""
+    """kohya's formula: (1 - c) / (1 + sigma)^2 + c, on the levels of diffusers' scheduler."""
     from .test_timesteps import eps_levels
 
     sigma = eps_levels()
@@ -133,7 +133,7 @@ def test_hubers_width_by_signal_to_noise_ratio_falls_from_one_to_c():
 
 
 def test_hubers_width_by_the_step_is_a_power_of_c():
-    """kohya's exp(-alpha t) with alpha = -log(c) over the steps; the one that flow models have by themselves."""
+    """kohya's formula: exp(-alpha t) with alpha = -log(c) over the steps; the default of flow models."""
     t = torch.linspace(0, 1, 11)
     width = huber_width("exponential", 0.1, t, t, False)
     assert torch.allclose(width, torch.exp(torch.log(torch.tensor(0.1)) * t))
@@ -152,13 +152,13 @@ def test_an_offset_is_one_more_number_for_a_whole_channel(shape):
     by = (moved - noise).flatten(2)
     assert torch.allclose(by, by[..., :1].expand_as(by), atol=1e-6)
     assert len(by[..., 0].unique()) > 250
-    # 256 numbers of deviation 0.5.
+    # 256 values with standard deviation 0.5.
     assert float(by[..., 0].std()) == pytest.approx(0.5, rel=0.15)
     assert float(by[..., 0].mean()) == pytest.approx(0.0, abs=0.1)
 
 
 def whitakers(shape, discount, source):
-    """Multi-resolution noise as its author published it, on the same random numbers."""
+    """Return multi-resolution noise as its author published it, from the same random numbers."""
     b, c, h, w = shape
     up = torch.nn.Upsample(size=(h, w), mode="bilinear")
     noise = torch.randn(shape, generator=source)
@@ -172,7 +172,7 @@ def whitakers(shape, discount, source):
 
 
 def test_a_pyramid_is_the_published_one_but_for_its_scale():
-    """Its author divides by the batch's deviation; here each example by its own, so that none depends on the others."""
+    """Its author divides by the batch's deviation; we divide each sample by its own, so samples stay independent."""
     shape = (3, 4, 24, 40)
     theirs = whitakers(shape, 0.6, generator("p"))
     source = generator("p")
@@ -188,7 +188,7 @@ def test_a_pyramid_has_unit_deviation_and_more_of_what_is_coarse(shape):
     found = add_pyramid(noise, 0.6, source)
     assert found.shape == noise.shape
     assert torch.allclose(found.flatten(1).std(1), torch.ones(200), atol=1e-5)
-    # The deviation of a channel's mean; of white noise it is 1 / 32.
+    # The standard deviation of a channel's mean; for white noise it is 1 / 32.
     white, coarse = (float(one.flatten(0, -3).mean((-2, -1)).std()) for one in (noise, found))
     assert white == pytest.approx(1 / 32, rel=0.15)
     assert coarse > 3 * white

@@ -1,4 +1,4 @@
-"""What an objective may ask for, and what is refused with the input's name."""
+"""Tests of the options of an objective, and of refusals that name the input."""
 
 from dataclasses import fields
 

@@ -1,4 +1,4 @@
-"""Which noise levels are drawn: against diffusers, closed forms, and statistics of fixed seeds."""
+"""Tests of timestep sampling: against diffusers, closed forms, and statistics of fixed seeds."""
 
 import math
 
@@ -15,7 +15,7 @@ SHAPE = (COUNT, 4, 64, 64)
 
 
 def eps_levels():
-    """Levels of the SD1 kind, [1000] rising."""
+    """Return noise levels of the SD1 kind, [1000], rising."""
     from diffusers import DDPMScheduler
 
     bar = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012).alphas_cumprod
@@ -23,7 +23,7 @@ def eps_levels():
 
 
 def flow_levels(factor=3.0, count=1000):
-    """Levels of a flow model with a shift of its own, rising to 1."""
+    """Return the levels of a flow model with its own shift, rising to 1."""
     return shift(torch.arange(1, count + 1) / count, factor)
 
 
@@ -32,7 +32,7 @@ def drawn(levels, kind, shape=SHAPE, seed="a", **fields):
 
 
 def statistic(values, expected):
-    """Kolmogorov and Smirnov's distance of values [N] in 0..1 from a distribution function."""
+    """Return the Kolmogorov-Smirnov distance of values [N] in 0..1 from a distribution function."""
     values = values.double().sort()[0]
     steps = torch.arange(1, len(values) + 1, dtype=torch.float64) / len(values)
     return float((steps - expected(values)).abs().max())
@@ -43,7 +43,7 @@ def logit_normal(t, mean=0.0, std=1.0):
     return torch.distributions.Normal(mean, std).cdf(logit)
 
 
-# A distance that one in ten thousand draws of this size exceeds, and a level's width.
+# The distance that one in ten thousand draws of this size exceeds, plus a level's width.
 NEAR = 2.2 / math.sqrt(COUNT) + 1e-3
 
 
@@ -78,7 +78,7 @@ def test_logit_normal_numbers_are_those_of_diffusers(mean, std):
 def test_logit_normal_is_spread_so_over_the_levels(mean, std):
     sigma, t = drawn(eps_levels(), "eps", timesteps="logit-normal", timestep_mean=mean, timestep_std=std)
     assert statistic(t + 5e-4, lambda t: logit_normal(t, mean, std)) <= NEAR
-    # A mean above 0 is more noise, as in the paper.
+    # A mean above 0 gives more noise, as in the paper.
     assert (float(t.mean()) > 0.5) == (mean > 0) or mean == 0
     assert torch.equal(sigma.argsort(stable=True), t.argsort(stable=True))
 
@@ -91,7 +91,7 @@ def test_sigmoid_is_logit_normal_under_another_name():
 @pytest.mark.parametrize("factor", [0.5, 1.0, 3.0])
 @pytest.mark.parametrize("kind", ["eps", "flow"])
 def test_a_shift_multiplies_the_odds_of_noise(kind, factor):
-    """log(t / (1 - t)) is normal, moved by the factor's logarithm; on a flow model in place of the model's shift."""
+    """log(t / (1 - t)) is normal, moved by the factor's logarithm; on a flow model this replaces the model's shift."""
     levels = eps_levels() if kind == "eps" else flow_levels(3.0, 10_000)
     _, t = drawn(levels, kind, timesteps="shifted", timestep_shift=factor)
     assert statistic(t.clamp(1e-6, 1 - 1e-6), lambda t: logit_normal(t, math.log(factor))) <= NEAR + 1e-3
@@ -129,7 +129,7 @@ def test_each_batch_is_shifted_by_its_own_size():
 
 
 def test_a_token_is_two_by_two_of_the_latents_positions():
-    """As Flux has it: 64 x 64 are 1024 tokens, by diffusers' line a shift of exp(0.63)."""
+    """As Flux has it: 64 x 64 positions are 1024 tokens, and diffusers' line gives a shift of exp(0.63)."""
     from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
     mu = calculate_shift(1024, 256, 4096, 0.5, 1.15)
@@ -139,7 +139,7 @@ def test_a_token_is_two_by_two_of_the_latents_positions():
 
 @pytest.mark.parametrize("name", ["logit-normal", "shifted"])
 def test_within_bounds_the_form_is_kept(name):
-    """Squeezed into them, not cut off and piled up at their ends."""
+    """The distribution is squeezed into the bounds, not clipped and piled up at their ends."""
     _, t = drawn(eps_levels(), "eps", timesteps=name, min_timestep=200, max_timestep=700)
     mean = math.log(3.0) if name == "shifted" else 0.0
     inside = ((t - 0.2) / 0.5).clamp(1e-6, 1 - 1e-6)

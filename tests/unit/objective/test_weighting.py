@@ -1,4 +1,4 @@
-"""Weights by noise level, against diffusers and against each other."""
+"""Tests of loss weights by noise level, against diffusers and against each other."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def weights(name, sigma, kind, **fields):
 
 
 def snr_of_diffusers():
-    """diffusers' signal-to-noise ratio of every level of SD1, [1000]."""
+    """Return diffusers' signal-to-noise ratio of every level of SD1, [1000]."""
     from diffusers import DDPMScheduler
     from diffusers.training_utils import compute_snr
 
@@ -42,7 +42,7 @@ def test_debiased_is_the_one_of_the_paper():
 
 @pytest.mark.parametrize("name", SNR_WEIGHTS)
 def test_a_weight_means_the_same_for_every_parameterization(name):
-    """The losses of one and the same error of the latent, weighted, are equal: their targets say by how much."""
+    """The same error of the latent has the same weighted loss under every target."""
     from graft_pack.trainers.objective.targets import parameterization
 
     source = torch.Generator().manual_seed(0)
@@ -50,7 +50,7 @@ def test_a_weight_means_the_same_for_every_parameterization(name):
     sigma = torch.tensor([0.05, 0.2, 0.9, 2.0, 5.0, 14.0], dtype=torch.float64)
     found = {}
     for kind in ("eps", "v", "edm", "x0"):
-        # The same x_t, explained by another latent and, with it, by another noise.
+        # The same x_t, explained by another latent and another noise.
         wide = sigma[:, None]
         other = parameterization(kind).target(x0 + error, noise - error / wide, wide)
         loss = ((other - parameterization(kind).target(x0, noise, wide)) ** 2).mean(1)
@@ -60,7 +60,7 @@ def test_a_weight_means_the_same_for_every_parameterization(name):
 
 
 def test_zero_terminal_snr_gives_numbers():
-    """The last level of such a model has next to no signal."""
+    """The last level of such a model has almost no signal."""
     sigma = torch.tensor([0.03, 4518.0])
     for name in SNR_WEIGHTS:
         assert torch.isfinite(weights(name, sigma, "v", weighting=name)).all()

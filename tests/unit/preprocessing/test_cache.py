@@ -1,4 +1,4 @@
-"""Shards on disk: what was put is found again, what is damaged is made again, what is old makes room."""
+"""Tests of cache shards on disk: stored entries are found, damaged ones are rebuilt, and old ones make room."""
 
 import json
 import os
@@ -69,7 +69,7 @@ def test_a_shard_is_written_when_it_is_full_large_or_old(tmp_path, monkeypatch, 
 
 
 def flip_data(path):
-    """One bit of the last tensor byte: the header stays sound."""
+    """Flip one bit of the last tensor byte; the header stays valid."""
     data = bytearray(path.read_bytes())
     data[-3] ^= 1
     path.write_bytes(data)
@@ -158,7 +158,7 @@ def test_the_oldest_makes_room_and_what_is_used_stays(tmp_path):
 
 
 def put_foreign(folder):
-    """Files that are no shards: adapters of others, a torn one, a shard's name, a link, and an old temporary."""
+    """Write files that are no shards: other programs' adapters, a torn file, a shard's name, a link, an old temp."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, metadata in enumerate(({}, {"format": "pt"}, {"sums": "{}"}, {"sums": "no JSON", "key": "x"})):
         files.write_tensors(str(folder / f"{number}.safetensors"), {"x": torch.ones(2)}, metadata)
@@ -173,7 +173,7 @@ def put_foreign(folder):
 
 
 def test_no_file_of_others_is_removed(tmp_path):
-    """Neither when the folder is opened, nor when entries are asked for, nor to make room."""
+    """Not when the folder is opened, not when entries are read, and not to make room."""
     before = put_foreign(tmp_path / "latents")
     shard = tmp_path / "shard"
     filled(shard, 1)

@@ -1,4 +1,4 @@
-"""Several pictures or captions at once: the same however often it was interrupted, and each error names its own."""
+"""Tests of batched encoding: interruptions do not change the result, and each error names its own item."""
 
 import logging
 from dataclasses import replace
@@ -16,7 +16,7 @@ SIDES = {"small": (16, 16), "wide": (32, 16)}
 
 
 class Codec:
-    """The mean of a picture, and a part of each neighbour's, so that what was encoded together can be read off it."""
+    """A codec that returns a picture's mean plus a part of each neighbor's, so that results reveal the batch."""
 
     def __init__(self, pixels_at_once=16 * 16 * 4):
         self.pixels_at_once = pixels_at_once
@@ -32,7 +32,7 @@ class Codec:
 
 
 class Encoder:
-    """A caption's length, and a part of its neighbours'; captions of one first letter can be taken together."""
+    """An encoder that returns a caption's length plus a part of its neighbors'; captions batch by first letter."""
 
     def __init__(self):
         self.batches = []
@@ -57,7 +57,7 @@ class Stop(Exception):
 
 
 def rows_of(count, sides=("small", "wide", "small")):
-    """Pictures of one grey each, with one cut each."""
+    """Return pictures of one gray each, with one crop each."""
     arrays = [np.full((*SIDES[sides[n % len(sides)]][::-1], 3), n + 1, np.uint8) for n in range(count)]
     examples = from_arrays(arrays, ["x"], "", 16).examples
     return [(one, [Crop(one.size, (0, 0), one.size)]) for one in examples]
@@ -110,7 +110,7 @@ def test_pictures_interrupted_anywhere_come_to_the_same_bits(tmp_path, stop):
 
 
 def test_one_that_is_missing_comes_to_the_same_bits(tmp_path):
-    """Its batch is encoded again, and nothing else is touched."""
+    """Its batch is encoded again, and nothing else changes."""
     rows = rows_of(9)
     LatentCache(Cache(str(tmp_path / "whole")), Codec()).fill(rows, lambda name: None)
     for missing in range(9):
@@ -180,7 +180,7 @@ def test_where_all_do_not_fit_fewer_are_taken(tmp_path, caplog, error, most):
 
 
 def test_what_fails_alone_fails_as_it_says(tmp_path):
-    """Halves are tried until it is alone, so that what it says is of it and of no other."""
+    """The encoder halves the batch until the caption is alone, so that the error is about this caption only."""
     encoder = Encoder()
     inner = encoder.encode_all
 
@@ -228,7 +228,7 @@ def test_one_that_cannot_be_opened_leaves_the_others_alone(tmp_path):
         def open(self):
             raise DatasetError("gone: it is damaged", "", "folder")
 
-    # There twice: once where it cannot be read, and once where it can.
+    # The picture is there twice: once unreadable and once readable.
     rows[2] = (replace(example, source=Gone()), crops)
     rows.append((example, crops))
     told = []

@@ -1,4 +1,4 @@
-"""What is kept at hand between steps: within its budget, and never another key's."""
+"""Tests of the cache between steps: it stays within its budget and never returns another key's value."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Which pictures make up which batch."""
+"""Tests of the assignment of pictures to batches."""
 
 import hashlib
 import json
@@ -52,7 +52,7 @@ def test_epochs_and_seeds_differ():
 
 
 def test_the_order_is_the_same_on_every_machine():
-    """Written down once: another order would make every resumed run another one."""
+    """Literal values: another order would turn every resumed run into a different one."""
     expected = [[2, 4], [3, 3], [0, 3], [1, 6], [1], [5]]
     assert epoch_batches(BUCKETS, REPEATS, 2, 42, 3) == expected
 
@@ -68,14 +68,14 @@ def order_digest(prior):
 
 
 def test_order_of_earlier_versions_is_kept():
-    """Digests of what version 1 gave: two epochs of 200 pictures, without and with class images."""
+    """Digests of version 1's order: two epochs of 200 pictures, without and with class images."""
     assert order_digest(prior=False) == "910cc65088343717"
     assert order_digest(prior=True) == "88b2bc39f3e1404c"
 
 
 @pytest.mark.parametrize("prior", [(), [False] * 4 + [True] * 3])
 def test_rounds_show_each_picture_by_its_repeats(monkeypatch, prior):
-    """What is too much to lay out at once is laid out in rounds, and nothing else changes."""
+    """A schedule too large to lay out at once is laid out in rounds, and nothing else changes."""
     monkeypatch.setattr(order, "_LAID_OUT", 5)
     repeats = [7, 2, 11, 3, 1, 30, 4]
     straight = list(islice(batches_from(0, BUCKETS, repeats, 2, 7, prior), 200))

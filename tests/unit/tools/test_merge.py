@@ -1,4 +1,4 @@
-"""Merging against peft's own, on modules of peft."""
+"""Tests of merging against peft's own, on modules of peft."""
 
 import json
 
@@ -37,7 +37,7 @@ class Net(nn.Module):
 
 @pytest.fixture(scope="module")
 def trained():
-    """peft's model with two adapters of random values, and the same as two of ours."""
+    """Return peft's model with two random adapters, and the same adapters in our format."""
     torch.manual_seed(0)
     config = LoraConfig(r=3, lora_alpha=6, target_modules=["a", "b"])
     net = get_peft_model(Net(), config, "one")
@@ -63,7 +63,7 @@ def value_of(adapter, name):
 
 @pytest.mark.parametrize("method", PEFT)
 def test_it_is_what_peft_makes(trained, method, monkeypatch):
-    """At full rank peft's factors hold all of its merged matrix; DARE is given the same draws."""
+    """At full rank, peft's factors hold its whole merged matrix; DARE gets the same draws."""
     net, (a, b) = trained
     monkeypatch.setattr(merge, "stream_seed", lambda *parts: 7)
     how = merge.Merging((0.7, -0.4), method, 0, 0.4)
@@ -78,7 +78,7 @@ def test_it_is_what_peft_makes(trained, method, monkeypatch):
 
 
 def layer_merged(net, layer, kind, rank):
-    """(A, B) of a layer by the function behind `LoraModel.add_weighted_adapter`, drawn from the seed of the test."""
+    """Return a layer's (A, B) by the function behind `LoraModel.add_weighted_adapter`, drawn from the test's seed."""
     torch.manual_seed(7)
     shape = layer.weight.shape
     down, up = torch.empty(rank, *shape[1:]), torch.empty(shape[0], rank, *[1] * (len(shape) - 2))
@@ -97,13 +97,13 @@ def test_a_rank_keeps_the_best_of_it(trained, method):
         best = (u[:, :2] * s[:2]) @ v[:2]
         assert small[f"{place}.lora_down.weight"].shape[0] == 2
         assert models.distance(value_of(small, place).flatten(1), best) <= 1e-4
-    # In the layout that readers know: a convolution's factors have its kernel.
+    # Factors of a convolution have its kernel shape, as readers expect.
     assert small["lora_unet_b.lora_down.weight"].shape[1:] == (4, 3, 3)
     assert small["lora_unet_b.lora_up.weight"].shape == (6, 2, 1, 1)
 
 
 def test_lora_and_lora_lie_side_by_side(trained):
-    """No number is worked out anew but for the weight and the scale."""
+    """Only the weight and the scale are computed anew."""
     _, (a, b) = trained
     found = merge.merge(a, b, merge.Merging((1.0, 0.5)))
     for place in NAMES:
@@ -116,7 +116,7 @@ def test_lora_and_lora_lie_side_by_side(trained):
 
 
 def test_svd_has_the_smallest_rank(trained):
-    """Directions that both have are there once: an adapter merged with itself keeps its rank."""
+    """Shared directions appear once: an adapter merged with itself keeps its rank."""
     _, (a, b) = trained
     twice = merge.merge(a, a, merge.Merging((0.5, 0.25), merge.SVD))
     apart = merge.merge(a, b, merge.Merging((0.5, 0.25), merge.SVD))
@@ -146,7 +146,7 @@ def test_dare_draws_by_its_seed(trained):
 
 
 def test_names_of_one_layer_are_the_same_layer():
-    """As kohya, the host, diffusers and peft write them: merged by place, or the host would apply but one of two."""
+    """kohya, ComfyUI, diffusers and peft name layers differently; merged by name, the host would apply one of two."""
     alike = [
         "lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_q",
         "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q",
@@ -236,7 +236,7 @@ def test_settings_that_leave_nothing_are_refused():
 @pytest.mark.parametrize("method", [merge.TIES, merge.DARE_TIES])
 @pytest.mark.parametrize("weights", [(1.0, -1.0), (-0.5, 0.75), (-1.0, -2.0)])
 def test_negative_weights_take_part_in_the_election(trained, method, weights):
-    """The same as the positive weight of the adapter turned round."""
+    """The result equals that of a positive weight on the negated adapter."""
     a, b = trained[1]
     turned = [
         Adapter({name: -value if weight < 0 and ".lora_up" in name else value for name, value in one.items()})
@@ -251,7 +251,7 @@ def test_negative_weights_take_part_in_the_election(trained, method, weights):
         same = merge.merge(a, a, merge.Merging(weights, method, 0, 1.0, 3))
         for name in NAMES:
             whole = value_of(a, name)
-            # Of x and -x the sum is 0, and a tie goes to the positive one.
+            # The sum of x and -x is 0, and a tie goes to the positive value.
             torch.testing.assert_close(value_of(same, name), whole.abs())
 
 

@@ -1,4 +1,4 @@
-"""The picture of a loss."""
+"""Tests of the loss plot."""
 
 import math
 
@@ -8,7 +8,7 @@ from graft_pack.trainers.runs.history import smoothed
 from graft_pack.trainers.runs.loss_by_timestep import LossByTimestep
 from graft_pack.trainers.tools.plots import plot, plot_levels
 
-# Of figure.FIRST and figure.SECOND.
+# The colors figure.FIRST and figure.SECOND.
 BLUE, AMBER = np.array([0x60, 0x96, 0xD6]) / 255, np.array([0xF0, 0xB0, 0x40]) / 255
 
 
@@ -42,7 +42,7 @@ def test_little_or_nothing_to_draw(values):
 
 
 def learnt(steps, speed, pictures=4):
-    """Losses by noise level of a run that gets better, least where there is much noise."""
+    """Return losses by noise level of a run that improves; they are smallest at high noise."""
     kept = LossByTimestep()
     for step in range(1, steps + 1):
         times = [(7 * step + 31 * number) % 100 / 100 for number in range(pictures)]

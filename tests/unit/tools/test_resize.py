@@ -1,4 +1,4 @@
-"""Resizing: nothing is lost that need not be, and what is lost is the least there is."""
+"""Tests of resizing: it loses nothing needlessly, and the loss is the smallest possible."""
 
 import json
 
@@ -20,7 +20,7 @@ def random(*shape):
     return torch.randn(shape, generator=SOURCE)
 
 
-# A layer of each kind that is known without the model's weights.
+# One layer of each kind that can be handled without the model's weights.
 KINDS = {
     "LoRA": {"lora_down.weight": random(6, 20), "lora_up.weight": random(12, 6), "alpha": torch.tensor(3.0)},
     "no alpha": {"lora_down.weight": random(6, 20), "lora_up.weight": random(12, 6)},
@@ -82,7 +82,7 @@ def test_a_rank_keeps_the_best_of_it(kind):
 @each_kind
 @pytest.mark.parametrize("energy", [0.5, 0.9, 0.99])
 def test_energy_is_the_part_of_the_square_that_is_kept(kind, energy):
-    """And with one rank less it would not be."""
+    """One rank less would keep less than that part."""
     found = resize(made(kind), 0, energy)
     values = torch.linalg.svdvals(value_of(made(kind)).flatten(1).double()).square()
     rank = found["x.lora_down.weight"].shape[0]
@@ -98,7 +98,7 @@ def test_rank_and_energy_bind_together():
 
 
 def test_factors_are_never_multiplied_out(monkeypatch):
-    """The cost is that of the factors: a layer of ten million weights takes no matrix of its size."""
+    """The cost is that of the factors: a layer of ten million weights creates no matrix of its size."""
     sizes = []
     decompose = torch.linalg.svd
 
@@ -125,7 +125,7 @@ def test_a_layer_of_zeros_is_no_trouble():
 
 
 def test_tensors_are_the_results_own():
-    """Contiguous, unshared, float32 on the CPU, as LORA_MODEL has to be."""
+    """LORA_MODEL needs contiguous, unshared float32 tensors on the CPU."""
     given = made("LoRA")
     found = resize(given, 0, 1.0)
     half = resize(Adapter({key: value.half() for key, value in given.items()}), 2, 0.9)
