@@ -10,7 +10,7 @@ import pytest
 from tests.support import graphs
 from tests.toy import classifier, world
 
-SHAPE, COLOUR = "heart", "purple"
+SHAPE, COLOR = "heart", "purple"
 PICTURES = 16
 SAMPLES = 16
 STEPS = 50
@@ -20,7 +20,7 @@ WORD, START = "my-thing", "toy"
 
 def backgrounds(count):
     """Return backgrounds in turn, except the object's own color."""
-    usable = [name for name in world.BACKGROUNDS if name != COLOUR]
+    usable = [name for name in world.BACKGROUNDS if name != COLOR]
     return [usable[number % len(usable)] for number in range(count)]
 
 
@@ -33,7 +33,7 @@ def learnt(server):
     folder.mkdir(exist_ok=True)
     rng = np.random.RandomState(0)
     for number, background in enumerate(backgrounds(PICTURES)):
-        Image.fromarray(world.draw(world.place(rng, SHAPE, COLOUR, background))).save(folder / f"{number:02}.png")
+        Image.fromarray(world.draw(world.place(rng, SHAPE, COLOR, background))).save(folder / f"{number:02}.png")
         (folder / f"{number:02}.txt").write_text(f"a large {WORD}")
     prompt = graphs.training("word", 1)
     base = {"model": ["1", 0], "clip": ["1", 1], "vae": ["1", 2], "dataset": ["2", 0]}
@@ -57,9 +57,9 @@ def test_pictures_alone_bring_a_word_for_what_they_show(comfy, tiny_base, learnt
         prompts = [world.describe(word, background) for background in backgrounds(SAMPLES)]
         pictures = host.generate(model, encoder, vae, prompts, seed=5, steps=sampler_steps)
         verdicts = [classifier.classify(picture) for picture in pictures]
-        shares[name] = sum((one.shape, one.color) == (SHAPE, COLOUR) for one in verdicts) / SAMPLES
+        shares[name] = sum((one.shape, one.color) == (SHAPE, COLOR) for one in verdicts) / SAMPLES
     with capsys.disabled():
-        print(f"\n{STEPS} steps on {PICTURES} pictures: {COLOUR} {SHAPE} drawn for")
+        print(f"\n{STEPS} steps on {PICTURES} pictures: {COLOR} {SHAPE} drawn for")
         for name, share in shares.items():
             print(f"  the {name:12} {share:4.0%}")
     assert shares["start word"] <= 0.20

@@ -13,7 +13,7 @@ _RESERVED = re.compile(r"(?:con|prn|aux|nul|com\d|lpt\d)(?:\..*)?", re.IGNORECAS
 # Control characters except tabs and line ends, and lone surrogates, which no file and no text encoder accepts.
 _NO_TEXT = re.compile("[\x00-\x08\x0e-\x1f\x7f\ud800-\udfff]")
 # Characters that Windows forbids in names or reads as path separators.
-_NO_NAME = re.compile(r'[<>:"|?*\\]')
+_NO_NAME = re.compile(r'[<>:"|?*\\\x00-\x1f]')
 _LONGEST_PART = 150
 _DEEPEST = 20
 

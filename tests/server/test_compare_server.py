@@ -146,7 +146,7 @@ def test_a_loss_that_tells_of_no_timesteps_is_refused_with_input_and_cure(comfy)
 def test_columns_have_names_that_tell_them_apart(compare, monkeypatch):
     names = ["a-00000001/step-00000003.safetensors", "b/step-00000003.safetensors", "other.safetensors"]
     monkeypatch.setattr(compare.paths, "adapter_choices", lambda: names)
-    wish = compare.Wish("x", "1, 0 1,-0.5", "*", "", 1, 0.0, "auto", "auto", 0, 0)
+    wish = compare.CompareRequest("x", "1, 0 1,-0.5", "*", "", 1, 0.0, "auto", "auto", 0, 0)
     columns = compare.columns_of(wish, {"adapter": {"key": None}, "adapter b": None})
     assert [column.label for column in columns] == [
         "base",

@@ -342,7 +342,7 @@ def seeded(seed):
         yield
 
 
-COLOURS = ("red", "green", "blue", "white", "grey", "black")
+COLORS = ("red", "green", "blue", "white", "grey", "black")
 
 
 def make_dataset(count=6, resolution=64):
@@ -354,7 +354,7 @@ def make_dataset(count=6, resolution=64):
     for index in range(count):
         shape = (64, 64, 3) if index % 3 else (48, 96, 3)
         arrays.append((rng.rand(*shape) * 60 + 30 * index).astype(np.uint8))
-    captions = [f"a {COLOURS[index % 6]} picture {index}" for index in range(count)]
+    captions = [f"a {COLORS[index % 6]} picture {index}" for index in range(count)]
     return from_arrays(arrays, captions, "sks", resolution)
 
 
@@ -425,7 +425,7 @@ def state_of(result):
 
 def same_state(a, b):
     """Report whether two states are bit-identical, optimizer and average included."""
-    plain = ("step", "batches", "losses", "validation", "scaler", "groups", "levels")
+    plain = ("step", "batches", "losses", "validation", "scaler", "groups", "loss_by_timestep")
     if any(getattr(a, name) != getattr(b, name) for name in plain):
         return False
     slots = [(a.trainables, b.trainables), (a.ema, b.ema)]

@@ -68,7 +68,7 @@ def find_color(pixels, cover, background):
     if not inside.any():
         return background
     rgb = np.median(pixels[inside], axis=0)
-    colors = {name: world.PALETTE[name] for name in world.COLOURS}
+    colors = {name: world.PALETTE[name] for name in world.COLORS}
     return _nearest(rgb, {**colors, TINT_NAME: world.TINT})
 
 

@@ -15,7 +15,7 @@ def test_held_out_pairs_are_never_trained_on():
     trained = {(shape, color) for shape, color, _ in world.known_scenes()}
     assert not trained & set(world.HELD_OUT)
     assert {shape for shape, _ in trained} == set(world.SHAPES)
-    assert {color for _, color in trained} == set(world.COLOURS)
+    assert {color for _, color in trained} == set(world.COLORS)
 
 
 def test_shipped_concepts_are_what_the_script_draws():

@@ -18,7 +18,7 @@ CONTEXT_WIDTH = 768
 LATENT_CHANNELS = 4
 FULL_VAE_WIDTH = 64
 VAE_WIDTHS = (16, 32, 48, 64)
-COLOUR_STD = 0.3
+COLOR_STD = 0.3
 
 # ---- UNet --------------------------------------------------------------------------------------
 
@@ -264,12 +264,12 @@ def start_blurred(vae, pixels):
         for i in range(3):
             conv.weight[i, i, taps, taps] = 1 / len(range(3)[taps]) ** 2
     to_latents, from_latents = vae.taesd_encoder[-1], vae.taesd_decoder[1]
-    to_latents.weight[:3] /= COLOUR_STD
-    to_latents.bias[:3] = -0.5 / COLOUR_STD
+    to_latents.weight[:3] /= COLOR_STD
+    to_latents.bias[:3] = -0.5 / COLOR_STD
     latents = vae.encode(pixels)[:, 3]
     to_latents.weight[3] /= latents.std()
     to_latents.bias[3] = -latents.mean() / latents.std()
-    from_latents.weight[:3] *= COLOUR_STD
+    from_latents.weight[:3] *= COLOR_STD
     from_latents.bias[:3] = 0.5
     vae.taesd_decoder[-1].weight[:, 3:] = 0
 

@@ -29,12 +29,12 @@ PALETTE = {
     "brown": (120, 75, 40),
     "aqua": (90, 205, 220),
 }
-COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "white", "black")
+COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "white", "black")
 BACKGROUNDS = ("blue", "green", "pink", "gray", "brown", "white", "black", "aqua")
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross", "ring", "heart")
 
 # One pair per shape and per color; the base knows each part alone and must combine them.
-HELD_OUT = tuple((SHAPES[i], COLOURS[(3 * i + 1) % 8]) for i in range(8))
+HELD_OUT = tuple((SHAPES[i], COLORS[(3 * i + 1) % 8]) for i in range(8))
 
 # The concepts. Both triggers are single rare tokens of CLIP's vocabulary.
 TOY_TRIGGER = "sks"
@@ -87,7 +87,7 @@ def _combinations():
     return [
         (shape, color, background)
         for shape in SHAPES
-        for color in COLOURS
+        for color in COLORS
         for background in BACKGROUNDS
         if is_possible(shape, color, background)
     ]

@@ -20,7 +20,7 @@ def host_that_asks(report=None, **wishes):
         calls.append(None)
         return next((Command(wish) for wish, step in wishes.items() if step == len(calls)), None)
 
-    return replace(make_host(report), asked=asked)
+    return replace(make_host(report), next_command=asked)
 
 
 @pytest.fixture(scope="module")

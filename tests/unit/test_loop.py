@@ -79,9 +79,7 @@ def test_blocks_forget_what_the_recipe_says(checkpointing, recompute, tmp_path):
         if event == "step":
             blocks = [block for part in (host.denoiser, host.text) for block in autograd.blocks_of(part.module)]
             assert len(blocks) > len(autograd.blocks_of(host.denoiser.module))
-            seen.update(
-                (checkpointing.is_checkpointed(block), checkpointing.keeps_attention(block)) for block in blocks
-            )
+            seen.update((is_checkpointed(block), keeps_attention(block)) for block in blocks)
 
     fields = {"text_encoder": True, "text_encoder_rank": 2, "text_encoder_learning_rate": 1e-3, "steps": 1}
     host_told = replace(host, report=report)

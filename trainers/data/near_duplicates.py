@@ -27,7 +27,7 @@ _LOW = 8
 # Maximum distances: bits of 64, and the mean color difference (0..255) of 8x8 thumbnails. The thumbnails
 # distinguish flat pictures with the same hash.
 _BITS = 8
-_COLOURS = 16.0
+_COLORS = 16.0
 
 
 def signature(picture: Image.Image) -> bytes:
@@ -107,7 +107,7 @@ def find_near_duplicates(found: Sequence[bytes | None]) -> list[tuple[int, int]]
     for place in range(1, len(rows)):
         near = np.flatnonzero(_bits(hashes[:place] ^ hashes[place]) <= _BITS)
         for other in near:
-            if np.abs(thumbs[other] - thumbs[place]).mean() <= _COLOURS:
+            if np.abs(thumbs[other] - thumbs[place]).mean() <= _COLORS:
                 pairs.append((rows[other], rows[place]))
                 break
     return pairs

@@ -53,7 +53,7 @@ _FORMATS = {"ggml": "GGUF", "gguf": "GGUF", "nunchaku": "Nunchaku", "svdq": "Nun
 
 # Keys are names of the class that defines noising, network input and output. LCM's network predicts the noise.
 _OBJECTIVE = ("noise_scaling", "calculate_input", "calculate_denoised")
-_PARAMETERISATIONS = {
+_PARAMETERIZATIONS = {
     "EPS": "eps",
     "V_PREDICTION": "v",
     "EDM": "edm",
@@ -78,7 +78,7 @@ def parameterization_name(model: ModelPatcher) -> str:
     sampling = model.get_model_object("model_sampling")
     for kind in type(sampling).__mro__:
         if any(name in vars(kind) for name in _OBJECTIVE):
-            return _PARAMETERISATIONS.get(kind.__name__, kind.__name__)
+            return _PARAMETERIZATIONS.get(kind.__name__, kind.__name__)
     return type(sampling).__name__
 
 
