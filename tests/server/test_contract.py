@@ -9,7 +9,7 @@ SNAPSHOT = ROOT / "tests" / "contract.json"
 
 
 def contract(info):
-    """Describe a node as users' workflows hold it: id, inputs in order with their kind and choices, outputs in order."""
+    """Describe a node as users' workflows hold it: id, inputs with their kind and choices, outputs, in order."""
     rows = {}
     for group in ("required", "optional"):
         for name in info["input_order"].get(group, []):

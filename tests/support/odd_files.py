@@ -187,7 +187,7 @@ def _damaged(folder, outside, number):
         (f"nothing-{number}.png", b"", "it is empty"),
         (f"a text-{number}.png", b"dear diary, this is no picture", "no known picture format"),
         (f"page-{number}.jpg", b"<!doctype html><html>404</html>", "no known picture format"),
-        (f"phone-{number}.heic", b"\x00\x00\x00\x18ftypheic", "this format is not read"),
+        (f"phone-{number}.heic", b"\x00\x00\x00\x18ftypheic", "Pillow does not read HEIC by itself"),
         (f"half a head-{number}.png", b"\x89PNG\r\n\x1a\n\x00\x00", "cannot be read"),
     ):
         with open(os.path.join(folder, name), "wb") as file:

@@ -1,5 +1,6 @@
 """Tests of merging against peft's own, on modules of peft."""
 
+import copy
 import json
 
 import pytest
@@ -81,9 +82,12 @@ def layer_merged(net, layer, kind, rank):
     """Return a layer's (A, B) by the function behind `LoraModel.add_weighted_adapter`, drawn from the test's seed."""
     torch.manual_seed(7)
     shape = layer.weight.shape
+    # peft elects signs before it weights: the negative weight is folded into the second adapter here.
+    folded = copy.deepcopy(layer)
+    folded.lora_B["two"].weight.data.neg_()
     down, up = torch.empty(rank, *shape[1:]), torch.empty(shape[0], rank, *[1] * (len(shape) - 2))
     return net.base_model._svd_generalized_task_arithmetic_weighted_adapter(
-        kind, ["one", "two"], [0.7, -0.4], rank, layer, down, up, 0.4, "total", full_matrices=False
+        kind, ["one", "two"], [0.7, 0.4], rank, folded, down, up, 0.4, "total", full_matrices=False
     )
 
 
