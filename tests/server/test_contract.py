@@ -54,7 +54,7 @@ def test_the_contract_is_frozen(server):
 
 
 def _assert_no_tighter(now, frozen):
-    """What a saved workflow holds stays valid, and an untouched field keeps its meaning."""
+    """Check that saved values stay valid, and that an untouched field keeps its meaning."""
     assert now.get("default") == frozen.get("default")
     if frozen.get("min") is not None:
         assert now["min"] <= frozen["min"]

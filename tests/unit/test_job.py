@@ -371,8 +371,7 @@ def test_an_export_replaces_nothing_but_jobs(tmp_path):
         export(tmp_path)
     assert contents(tmp_path / "elsewhere") == before
     os.remove(path)
-    with pytest.raises(RunError, match="cannot be written"):
-        export(tmp_path)
+    export(tmp_path)
     for ending in ("new", "old"):
         assert contents(tmp_path / "jobs" / f".{os.path.basename(path)}.{ending}") == before
 

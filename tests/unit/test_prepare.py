@@ -461,7 +461,7 @@ from tests.support.diffusers_host import PosteriorCodec, make_host
 from tests.support import models
 from dataclasses import replace
 from graft_pack.trainers.data.scan import scan_folder
-from graft_pack.trainers.prepare import prepare
+from graft_pack.trainers.preprocessing.prepare import prepare
 
 class Slow(PosteriorCodec):
     def encode(self, pixels):
@@ -469,7 +469,8 @@ class Slow(PosteriorCodec):
         return super().encode(pixels)
 
 def report(event, payload):
-    print("tick", payload["name"], flush=True)
+    if event == "cache":
+        print("tick", payload["name"], flush=True)
 
 host = replace(make_host(report), codec=Slow())
 prepare(scan_folder({folder!r}, "sks", 64, 1), models.recipe("SD1", steps=1), host, {cache!r}, 10**12)

@@ -191,10 +191,15 @@ def _is_job(folder: str) -> bool:
         return False
 
 
+def _is_part_of_job(folder: str) -> bool:
+    """Report whether a folder is a job, or holds nothing but what a half-written job holds."""
+    return _is_job(folder) or set(os.listdir(folder)) <= {_CACHE, _START, _FILE}
+
+
 def _sweep_folders(parent: str) -> None:
     """Remove the temporary folders of killed exports, if nothing in them changed for `files.OLD` seconds."""
     for entry in os.scandir(parent) if os.path.isdir(parent) else ():
-        if _TEMPORARY.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
+        if _TEMPORARY.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False) and _is_part_of_job(entry.path):
             try:
                 times = [os.lstat(os.path.join(at, one)).st_mtime for at, _, held in os.walk(entry) for one in held]
                 newest = max(times, default=entry.stat(follow_symlinks=False).st_mtime)

@@ -179,7 +179,7 @@ import json, sys, types
 package = types.ModuleType("graft_pack")
 package.__path__ = [sys.argv[1]]
 sys.modules["graft_pack"] = package
-from graft_pack.trainers.data import likeness, pixels
+from graft_pack.trainers.data import near_duplicates, pictures
 from PIL import Image, ImageCms
 
 def memory(key):
@@ -189,12 +189,12 @@ found = {}
 for path in sys.argv[3:]:
     open("/proc/self/clear_refs", "w").write("5")
     before = memory("VmRSS")
-    size, digest, _ = pixels.measure_file(path, path)
-    file = pixels.FileSource(path, path, sys.argv[2], digest)
+    size, digest, _ = pictures.measure_file(path, path)
+    file = pictures.FileSource(path, path, sys.argv[2], digest)
     rows = found[path] = {}
     for kind, use in (
-        ("likeness", lambda: likeness.signature(file.open())),
-        ("mask", pixels.MaskSource(file, True).open),
+        ("likeness", lambda: near_duplicates.signature(file.open())),
+        ("mask", pictures.MaskSource(file, True).open),
         ("alpha", file.alpha),
     ):
         use()
