@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
-from ..trainers.data import examples, scan
+from ..trainers.data import arrays, examples, scan
 from ..trainers.errors import DatasetError
 from . import inputs, variation
 from .checks import checked
@@ -196,7 +196,7 @@ class GraftDatasetFromImages(io.ComfyNode):
             lines = ways.get("lines_are_variants", False)
             handling = variation.handling(**ways)
             return io.NodeOutput(
-                scan.from_arrays(pictures, captions, trigger[0], resolution[0], weights, handling, lines, controls)
+                arrays.from_arrays(pictures, captions, trigger[0], resolution[0], weights, handling, lines, controls)
             )
 
 

@@ -11,13 +11,15 @@ import folder_paths
 from ...trainers.data.pictures import is_picture
 from ...trainers.errors import DatasetError, ModelError, RunError, SettingsError
 from ...trainers.formats.adapter import Adapter, load_adapter
+from ...trainers.formats.atomic import refuse_links
 from ...trainers.formats.embedding import Embedding, file_tensors, load_embedding, save_embedding
-from ...trainers.formats.files import read_metadata, read_tensors, refuse_links
+from ...trainers.formats.files import read_metadata, read_tensors
 from ...trainers.formats.metadata import IDENTITY
 from ...trainers.formats.peft_format import WEIGHTS
 from ...trainers.methods.textual_inversion import check_name, is_addressable
+from ...trainers.runs.folders import Folders
 from ...trainers.runs.records import MOST_RUNS, find_run, list_records
-from ...trainers.runs.run import Folders, Run
+from ...trainers.runs.run import Run
 from ...trainers.text import check_file_name, is_below
 from . import settings
 

@@ -9,7 +9,7 @@ from typing import Any
 import folder_paths
 
 from ...trainers.errors import RunError
-from ...trainers.formats.files import read_json
+from ...trainers.formats.json_files import read_json
 
 log = logging.getLogger(__name__)
 

@@ -202,7 +202,7 @@ def _training(folder: str, parts: tuple, rate: float, event: str | None) -> floa
     from graft_pack.trainers.data.scan import scan_folder
     from graft_pack.trainers.engine.session import run_recipe
     from graft_pack.trainers.protocols import Host
-    from graft_pack.trainers.runs.run import Folders
+    from graft_pack.trainers.runs.folders import Folders
 
     from tests.support import models
     from tests.toy import world

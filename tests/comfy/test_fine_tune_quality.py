@@ -30,7 +30,7 @@ class Pictures:
     captions: list[str]
 
     def dataset(self) -> Any:
-        from graft_pack.trainers.data.scan import from_arrays
+        from graft_pack.trainers.data.arrays import from_arrays
 
         return from_arrays(self.arrays, self.captions, "", 64)
 
@@ -81,7 +81,7 @@ def gap_closed(base, seed, folder, **options):
     """Return (the closed fraction of the loss gap between the style and the old world, losses by subject)."""
     from graft_pack.nodes.host.model.lora import apply_adapter
     from graft_pack.trainers.engine.session import run_recipe
-    from graft_pack.trainers.runs.run import Folders
+    from graft_pack.trainers.runs.folders import Folders
 
     style = pictures(hatched, TRAINED + HELD_OUT, seed, ", hatched")
     shown, kept = (

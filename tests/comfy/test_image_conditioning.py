@@ -5,7 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from graft_pack.trainers.data.scan import ScanOptions, from_arrays, scan_folder
+from graft_pack.trainers.data.arrays import from_arrays
+from graft_pack.trainers.data.scan import ScanOptions, scan_folder
 from graft_pack.trainers.engine import step
 from graft_pack.trainers.engine.gradient_check import directional_error
 from graft_pack.trainers.engine.plan import Plan
@@ -14,7 +15,7 @@ from graft_pack.trainers.errors import DatasetError
 from graft_pack.trainers.formats.adapter import Adapter, save_adapter
 from graft_pack.trainers.preprocessing.prepare import prepare
 from graft_pack.trainers.protocols import HOLE, SOURCE
-from graft_pack.trainers.runs.run import Folders
+from graft_pack.trainers.runs.folders import Folders
 from PIL import Image
 
 from tests.support import models

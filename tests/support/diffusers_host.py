@@ -347,7 +347,7 @@ COLORS = ("red", "green", "blue", "white", "grey", "black")
 
 def make_dataset(count=6, resolution=64):
     """Return pictures of one color each with some grain, in two shapes, each with its own caption."""
-    from graft_pack.trainers.data.scan import from_arrays
+    from graft_pack.trainers.data.arrays import from_arrays
 
     rng = np.random.RandomState(0)
     arrays = []
@@ -365,7 +365,7 @@ def run_session(folder, report=None, host=None, dataset=None, **fields):
         fields: fields of the recipe.
     """
     from graft_pack.trainers.engine.session import run_recipe
-    from graft_pack.trainers.runs.run import Folders
+    from graft_pack.trainers.runs.folders import Folders
 
     from tests.support import models
 

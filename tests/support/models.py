@@ -125,7 +125,7 @@ def learning_word(name: str, checkpointing: bool = False, model=None, clip=None,
     from graft_pack.trainers.methods import textual_inversion
     from graft_pack.trainers.preprocessing.items import DatasetItem
     from graft_pack.trainers.protocols import Host
-    from graft_pack.trainers.runs.run import Products
+    from graft_pack.trainers.runs.folders import Products
 
     encoder = ComfyText(clip or text(name))
     denoiser = ComfyDenoiser(model or patcher(name), encoder, SmallVae())
@@ -163,7 +163,7 @@ def with_text(name: str, checkpointing: bool = False, model=None, clip=None, spr
     from graft_pack.trainers.methods import METHODS
     from graft_pack.trainers.preprocessing.items import DatasetItem
     from graft_pack.trainers.protocols import Host
-    from graft_pack.trainers.runs.run import Products
+    from graft_pack.trainers.runs.folders import Products
 
     encoder = ComfyText(clip or text(name))
     denoiser = ComfyDenoiser(model or patcher(name), encoder, SmallVae())
@@ -351,7 +351,7 @@ def exporter(method, settings, name_of, denoiser=None):
     from graft_pack.trainers.formats.adapter import Adapter, LazyAdapter
     from graft_pack.trainers.formats.diffusers_split import with_splits
     from graft_pack.trainers.formats.full_diff import FullDiff
-    from graft_pack.trainers.runs.run import Products
+    from graft_pack.trainers.runs.folders import Products
 
     def export(values, step):
         module = denoiser.module if denoiser else None

@@ -7,12 +7,12 @@ import pytest
 import torch
 from graft_pack.trainers.data.class_images import ClassImages, Drawing
 from graft_pack.trainers.engine import session
-from graft_pack.trainers.formats import files
+from graft_pack.trainers.formats import json_files
 from graft_pack.trainers.preprocessing.cache import Cache, key_of
 from graft_pack.trainers.preprocessing.encode import TextCache
 from graft_pack.trainers.protocols import earlier_fingerprint, embedded_digest
 from graft_pack.trainers.runs.earlier import claim
-from graft_pack.trainers.runs.run import Folders
+from graft_pack.trainers.runs.folders import Folders
 
 from tests.support import models
 
@@ -63,7 +63,7 @@ def find(folders, given, **recipe):
 
 def write_run(folders, identity):
     run = find(folders, task(identity, ""))
-    files.write_json(run.recipe_path, {"identity": identity, "recipe": {"steps": 3}})
+    json_files.write_json(run.recipe_path, {"identity": identity, "recipe": {"steps": 3}})
     return run
 
 

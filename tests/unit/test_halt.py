@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 from graft_pack.trainers.protocols import Command, PreviewSkipped
-from graft_pack.trainers.runs.run import PAUSED, STOPPED, Halt
+from graft_pack.trainers.runs.folders import Halt
+from graft_pack.trainers.runs.run import PAUSED, STOPPED
 
 from tests.support.diffusers_host import make_host, run_session, same_state, same_tensors, state_of
 

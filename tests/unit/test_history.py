@@ -6,7 +6,7 @@ import os
 import pytest
 from graft_pack.trainers.errors import RunError
 from graft_pack.trainers.runs import history, records
-from graft_pack.trainers.runs.run import Folders
+from graft_pack.trainers.runs.folders import Folders
 
 NAME = "toy-00000001"
 

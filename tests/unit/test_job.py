@@ -16,9 +16,9 @@ from graft_pack.trainers.data.scan import ScanOptions, scan_folder
 from graft_pack.trainers.engine import job as jobs
 from graft_pack.trainers.engine.session import run_recipe
 from graft_pack.trainers.errors import RunError
-from graft_pack.trainers.formats import files
+from graft_pack.trainers.formats import files, json_files
 from graft_pack.trainers.protocols import SOURCE
-from graft_pack.trainers.runs.run import Folders
+from graft_pack.trainers.runs.folders import Folders
 
 from tests.support import models
 from tests.support.diffusers_host import make_dataset, make_host, same_state, state_of
@@ -257,12 +257,12 @@ def places_in(value, path=()):
 )
 def test_a_value_that_no_job_has_is_named(way, value, said, tmp_path):
     path = os.path.join(export(tmp_path), "job.json")
-    held = files.read_own_json(path)
+    held = json_files.read_own_json(path)
     holder = held
     for key in way[:-1]:
         holder = holder[key]
     holder[way[-1]] = value
-    files.write_json(path, held)
+    json_files.write_json(path, held)
     with pytest.raises(RunError, match=f"job.json' is damaged .*({said})"):
         jobs.read_job(os.path.dirname(path))
 
@@ -272,7 +272,7 @@ def test_a_job_that_lies_is_refused_or_read_and_nothing_else(tmp_path, trials):
     """Any value may be changed: the result is an error that names the file, or a job with a checked recipe."""
     path = os.path.join(export(tmp_path, varied()), "job.json")
     source = random.Random(0)
-    text = json.dumps(files.read_own_json(path))
+    text = json.dumps(json_files.read_own_json(path))
     places = [place for place in places_in(json.loads(text)) if place[0] != "base"]
     refused = 0
     for _ in range(trials(150, 5000)):
@@ -396,7 +396,7 @@ def test_a_job_that_was_changed_on_its_way_is_refused(tmp_path):
     with pytest.raises(RunError, match="not the one that was exported"):
         jobs.read_job(path)
     # The file as an earlier version wrote it.
-    value = files.read_own_json(told)
+    value = json_files.read_own_json(told)
     del value["start"]
-    files.write_json(told, value)
+    json_files.write_json(told, value)
     jobs.read_job(path)

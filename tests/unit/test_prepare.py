@@ -13,8 +13,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from graft_pack.trainers.data.arrays import from_arrays
 from graft_pack.trainers.data.examples import Augmentation, combine
-from graft_pack.trainers.data.scan import ScanOptions, from_arrays, scan_folder
+from graft_pack.trainers.data.scan import ScanOptions, scan_folder
 from graft_pack.trainers.engine import step as forward
 from graft_pack.trainers.engine.plan import Plan
 from graft_pack.trainers.engine.session import run_recipe
@@ -22,7 +23,7 @@ from graft_pack.trainers.errors import DatasetError, SettingsError
 from graft_pack.trainers.preprocessing.lru_cache import LRUCache
 from graft_pack.trainers.preprocessing.prepare import prepare
 from graft_pack.trainers.protocols import HOLE, SOURCE
-from graft_pack.trainers.runs.run import Folders
+from graft_pack.trainers.runs.folders import Folders
 from PIL import Image
 
 from tests.support import models, odd_files

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from graft_pack.trainers.data import prior
-from graft_pack.trainers.data.scan import from_arrays
+from graft_pack.trainers.data.arrays import from_arrays
 from graft_pack.trainers.engine import gradient_check, step
 from graft_pack.trainers.errors import DatasetError, SettingsError
 from graft_pack.trainers.methods import Method

@@ -178,11 +178,11 @@ def test_what_to_do_with_an_existing_run(on_existing, from_step, runs, tmp_path)
 
 
 def test_a_folder_of_another_run_is_refused(tmp_path):
-    from graft_pack.trainers.formats import files
+    from graft_pack.trainers.formats import json_files
 
     result = run_session(tmp_path, steps=1)
     path = os.path.join(result.run.folder, "recipe.json")
-    files.write_own_json(path, {**files.read_own_json(path), "identity": "another"})
+    json_files.write_own_json(path, {**json_files.read_own_json(path), "identity": "another"})
     with pytest.raises(RunError, match="belongs to another run"):
         run_session(tmp_path, steps=2)
 

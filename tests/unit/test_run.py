@@ -10,13 +10,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from graft_pack.trainers.errors import RunError
-from graft_pack.trainers.formats import files
+from graft_pack.trainers.formats import files, json_files
 from graft_pack.trainers.formats.adapter import Adapter
 from graft_pack.trainers.formats.embedding import Embedding
 from graft_pack.trainers.runs.checkpoint import State
+from graft_pack.trainers.runs.folders import Halt, Products
 from graft_pack.trainers.runs.loss_by_timestep import BUCKETS, LossByTimestep
 from graft_pack.trainers.runs.records import read_events, read_graph
-from graft_pack.trainers.runs.run import Halt, Products, Run
+from graft_pack.trainers.runs.run import Run
 from graft_pack.trainers.text import safe_name
 from PIL import Image
 
@@ -251,6 +252,6 @@ def test_a_flipped_bit_in_a_runs_json_is_noticed(run, name, trials, caplog):
         # The flip may hit the entry's own name, or a character with two encodings; then the values are valid.
         assert (
             found != expected
-            or files.read_json(str(path)) | {"checksum": 0} == json.loads(data) | {"checksum": 0}
-            or ("checksum" not in files.read_json(str(path)))
+            or json_files.read_json(str(path)) | {"checksum": 0} == json.loads(data) | {"checksum": 0}
+            or ("checksum" not in json_files.read_json(str(path)))
         ), (place, spoilt)

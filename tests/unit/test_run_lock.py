@@ -11,10 +11,11 @@ import time
 
 import pytest
 from graft_pack.trainers.errors import RunError, RunHeldError
-from graft_pack.trainers.formats import files
+from graft_pack.trainers.formats import json_files
 from graft_pack.trainers.recipe.recipe import Recipe
 from graft_pack.trainers.runs import history, run_lock
-from graft_pack.trainers.runs.run import Folders, Run
+from graft_pack.trainers.runs.folders import Folders
+from graft_pack.trainers.runs.run import Run
 
 from tests.support import pack
 
@@ -229,7 +230,7 @@ def recipe(**other):
 
 
 def test_a_run_that_is_trained_is_not_deleted(run, holder):
-    files.write_json(run.recipe_path, {"identity": "1", "recipe": {"steps": 3}})
+    json_files.write_json(run.recipe_path, {"identity": "1", "recipe": {"steps": 3}})
     other = holder()
     with pytest.raises(RunHeldError, match=str(other.pid)):
         history.delete_run(run)

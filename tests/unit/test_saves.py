@@ -6,7 +6,8 @@ import os
 import pytest
 from graft_pack.trainers.errors import RunError, SettingsError
 from graft_pack.trainers.runs import history, notes, records, saves
-from graft_pack.trainers.runs.run import Folders, Run
+from graft_pack.trainers.runs.folders import Folders
+from graft_pack.trainers.runs.run import Run
 
 NAME = "toy-00000001"
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from graft_pack.trainers.data import captions
+from graft_pack.trainers.data.arrays import from_arrays
 from graft_pack.trainers.data.examples import Augmentation
-from graft_pack.trainers.data.scan import from_arrays
 from graft_pack.trainers.engine.resolve import Options, resolve
 from graft_pack.trainers.errors import DatasetError, SettingsError
 from graft_pack.trainers.families import family_of

@@ -23,7 +23,8 @@ from graft_pack.trainers.methods.textual_inversion import check_name
 from graft_pack.trainers.preprocessing.cache import Cache
 from graft_pack.trainers.runs import records
 from graft_pack.trainers.runs.checkpoint import State
-from graft_pack.trainers.runs.run import Products, Run
+from graft_pack.trainers.runs.folders import Products
+from graft_pack.trainers.runs.run import Run
 from graft_pack.trainers.text import check_file_name, check_text, is_text, is_windows_reserved
 from graft_pack.trainers.tools.difference import difference
 from hypothesis import example, given, settings

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ..errors import DatasetError
-from ..formats.files import parse_json
+from ..formats.json_files import parse_json
 from ..rng import stream_seed
 from ..text import composed, ends_word, is_text, starts_word
 

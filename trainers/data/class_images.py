@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from ..errors import DatasetError, RunError
-from ..formats import files
+from ..formats import atomic, json_files
 from ..text import safe_name
 from .examples import Dataset, Example
 from .pictures import FileSource, measure_file, reading
@@ -80,8 +80,8 @@ class ClassImages:
     def missing(self, numbers: Sequence[int]) -> list[int]:
         """Return the numbers that have no sound picture of the right size."""
         # Start at the output folder, which holds the folder of all class images and may itself be a link.
-        files.refuse_links(os.path.dirname(os.path.dirname(self.folder)), self.folder)
-        files.sweep(self.folder)
+        atomic.refuse_links(os.path.dirname(os.path.dirname(self.folder)), self.folder)
+        atomic.sweep(self.folder)
         return [number for number in numbers if self._measured(number) is None]
 
     def _measured(self, number: int) -> str | None:
@@ -107,8 +107,8 @@ class ClassImages:
         """
         settings = os.path.join(self.folder, _SETTINGS)
         if not os.path.exists(settings):
-            files.write_json(settings, asdict(self.drawing))
-        with files.replacing(self.path(number)) as temporary:
+            json_files.write_json(settings, asdict(self.drawing))
+        with atomic.replacing(self.path(number)) as temporary:
             picture.save(temporary, format="PNG")
 
     def dataset(self, numbers: Sequence[int], resolution: int) -> Dataset:

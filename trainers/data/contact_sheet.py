@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .pictures import as_weight
+from .pixel_formats import as_weight
 from .report import common_tags
 
 if TYPE_CHECKING:

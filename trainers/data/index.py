@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 
 from ..errors import RunError
-from ..formats import files
+from ..formats import json_files
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class Index:
         if not os.path.exists(self._path):
             return {}
         try:
-            value = files.read_own_json(self._path)
+            value = json_files.read_own_json(self._path)
         except RunError as error:
             log.warning("Graft: %s The folder will be read anew.", error)
             return {}
@@ -79,7 +79,7 @@ class Index:
         if kept == self._known:
             return
         try:
-            files.write_own_json(self._path, {"version": _VERSION, "files": kept})
+            json_files.write_own_json(self._path, {"version": _VERSION, "files": kept})
         except RunError as error:
             log.warning("Graft: %s The folder will be read anew next time.", error)
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import DatasetError, RunError
-from ..formats import files
+from ..formats import json_files
 from .examples import Example, LeftOut
 from .scan import reason_of
 
@@ -78,7 +78,7 @@ def _read(path: str | None) -> dict[str, str]:
     if path is None or not os.path.exists(path):
         return {}
     try:
-        value = files.read_own_json(path)
+        value = json_files.read_own_json(path)
     except RunError as error:
         log.warning("Graft: %s It will be made anew.", error)
         return {}
@@ -90,7 +90,7 @@ def _read(path: str | None) -> dict[str, str]:
 
 def _write(path: str, known: dict[str, str]) -> None:
     try:
-        files.write_own_json(path, known)
+        json_files.write_own_json(path, known)
     except RunError as error:
         log.warning("Graft: %s", error)
 

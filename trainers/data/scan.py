@@ -16,11 +16,11 @@ from .examples import Augmentation, Dataset, Example, LeftOut
 from .index import Index, mark_of
 from .listing import File, Listing, Owners, list_folder, stem_of
 from .masks import mask_owner, own_masks
-from .pictures import AlphaSource, ArraySource, FileSource, MaskSource, is_clear, is_picture, measure_file, why_unread
-from .source_images import SourceImages, control_of
+from .pictures import AlphaSource, FileSource, MaskSource, is_clear, is_picture, measure_file, why_unread
+from .source_images import SourceImages
 
 if TYPE_CHECKING:
-    import numpy as np
+    pass
 
 MASKS = ("auto", "alpha", "off")
 _MOST_REPEATS = 1_000_000
@@ -355,75 +355,6 @@ def reason_of(error: DatasetError, name: str) -> str:
         if error.message.startswith(opening):
             return error.message[len(opening) :].rstrip(".")
     return error.message.rstrip(".")
-
-
-def from_arrays(
-    images: list[np.ndarray],
-    texts: list[str],
-    trigger: str,
-    resolution: int,
-    masks: list[np.ndarray] = (),
-    handling: Augmentation | None = None,
-    lines_are_variants: bool = False,
-    controls: list[np.ndarray] = (),
-) -> Dataset:
-    """Make a dataset from pictures that arrive at a node's inputs.
-
-    Args:
-        images: each [H, W, 3] uint8.
-        texts: one caption for all, or one for each picture.
-        masks: none, one for all, or one for each picture, [H, W] uint8; white counts in the loss, black does not.
-        controls: none, or one source picture for each picture.
-
-    Raises:
-        DatasetError: there is no picture, or the number of captions, masks or source pictures does not match.
-    """
-    if not images:
-        raise DatasetError("No picture arrived.", "Connect an IMAGE output with at least one picture.", "images")
-    if len(texts) not in (1, len(images)):
-        raise DatasetError(
-            f"{len(texts)} captions arrived for {len(images)} pictures.",
-            "Give one caption for all pictures, or exactly one for each.",
-            "captions",
-        )
-    if masks and len(masks) not in (1, len(images)):
-        raise DatasetError(
-            f"{len(masks)} masks arrived for {len(images)} pictures.",
-            "Give one mask for all pictures, or exactly one for each.",
-            "masks",
-        )
-    if controls and len(controls) != len(images):
-        raise DatasetError(
-            f"{len(controls)} source pictures arrived for {len(images)} pictures.",
-            "Give each picture the one that it is made of.",
-            "control_images",
-        )
-    trigger = trigger.strip()
-    examples = []
-    for index, image in enumerate(images):
-        source = ArraySource(image, f"image {index + 1}")
-        text = texts[index if len(texts) > 1 else 0]
-        mask = None
-        if masks:
-            mask_array = masks[index if len(masks) > 1 else 0]
-            mask = _mask_source(mask_array, image.shape[:2], index)
-        size = (image.shape[1], image.shape[0])
-        variants = captions.variants_of(text, lines_are_variants) or ("",)
-        control = None
-        if controls:
-            height, width = controls[index].shape[:2]
-            control = control_of(ArraySource(controls[index], f"source image {index + 1}"), (width, height))
-        ways = handling or Augmentation()
-        examples.append(Example(source, variants, size, source.digest, trigger, 1, mask, ways, control=control))
-    return Dataset(tuple(examples), trigger, resolution, "images")
-
-
-def _mask_source(mask: np.ndarray, shape: tuple[int, int], index: int) -> ArraySource:
-    import numpy as np
-    from PIL import Image
-
-    picture = Image.fromarray(mask).resize((shape[1], shape[0]), Image.BILINEAR)
-    return ArraySource(np.asarray(picture.convert("RGB")), f"mask {index + 1}")
 
 
 def folder_fingerprint(folder: str, *others: str) -> str:

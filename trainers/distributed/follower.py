@@ -10,7 +10,7 @@ from ..runs.checkpoint import State, read_state
 from ..runs.run import Run
 
 if TYPE_CHECKING:
-    from ..runs.run import Folders
+    from ..runs.folders import Folders
 
 
 class Follower(Run):

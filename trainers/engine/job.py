@@ -11,23 +11,21 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import MISSING, asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from ..data.examples import Anchor, Augmentation, Dataset, Example, LeftOut, Source
+from ..data.examples import Dataset, Example
 from ..errors import GraftError, RunError
-from ..formats import files
-from ..objective.options import Objective
+from ..formats import atomic, json_files
 from ..preprocessing.prepare import Prepared, prepare
 from ..protocols import Host
 from ..recipe.recipe import Recipe
 from ..runs import run_lock
-from ..runs.run import Folders
+from ..runs.folders import Folders
 from ..text import safe_name
+from .job_json import check_text_field, dataset_as_json, decode_dataset, decode_recipe
 from .session import task_of
-from .validation import check_recipe
 
 _FORMAT = "graft job 1"
 _FORMATS = "graft job "
@@ -82,7 +80,7 @@ def export_job(
     """
     task = task_of(recipe, dataset, host, folders)
     path = os.path.join(parent, f"{safe_name(recipe.name or task.label)}-{task.identity[:8]}")
-    files.refuse_links(os.path.dirname(parent), path)
+    atomic.refuse_links(os.path.dirname(parent), path)
     _check_replaceable(path)
     with _replaced(path) as temporary:
         copy = os.path.join(temporary, _CACHE)
@@ -125,32 +123,32 @@ def _write(folder: str, recipe: Recipe, dataset: Dataset, base: dict, cache: str
     value = {
         "format": _FORMAT,
         "recipe": recipe.as_json(),
-        "dataset": _dataset_as_json(dataset),
+        "dataset": dataset_as_json(dataset),
         "base": base,
         "cache": cache,
         "embedded": embedded,
     }
     start = os.path.join(folder, _START)
     if os.path.isfile(start):
-        value["start"] = files.file_hash(start)
-    files.write_own_json(os.path.join(folder, _FILE), value)
+        value["start"] = atomic.file_hash(start)
+    json_files.write_own_json(os.path.join(folder, _FILE), value)
 
 
 def _copy(source: str, target: str) -> None:
     """Copy a file. Raise RunError if that fails."""
-    with files.replacing(target) as temporary:
+    with atomic.replacing(target) as temporary:
         shutil.copyfile(source, temporary)
 
 
 @contextmanager
 def _replaced(path: str):
-    """Yield a temporary folder that replaces the job at `path` after the block, like `files.new_folder`."""
+    """Yield a temporary folder that replaces the job at `path` after the block, like `atomic.new_folder`."""
     parent, name = os.path.split(path)
     _sweep_folders(parent)
     # Unique names: another ComfyUI may export the same job at the same time.
     token = secrets.token_hex(4)
     fresh, old = (os.path.join(parent, f".{name}.{token}.{kind}") for kind in ("new", "old"))
-    with files.new_folder(fresh) as temporary:
+    with atomic.new_folder(fresh) as temporary:
         yield temporary
     try:
         if os.path.exists(path):
@@ -180,13 +178,13 @@ def _remove_job(folder: str) -> None:
 
 def _is_job(folder: str) -> bool:
     """Report whether a path is a job folder or an empty folder, and not a link."""
-    if files.is_link(folder) or not os.path.isdir(folder):
+    if atomic.is_link(folder) or not os.path.isdir(folder):
         return False
     path = os.path.join(folder, _FILE)
     try:
         if not os.path.exists(path):
             return not os.listdir(folder)
-        return os.path.getsize(path) <= _LIMIT and str(files.read_json(path)["format"]).startswith(_FORMATS)
+        return os.path.getsize(path) <= _LIMIT and str(json_files.read_json(path)["format"]).startswith(_FORMATS)
     except (OSError, RunError, LookupError, TypeError):
         return False
 
@@ -197,7 +195,7 @@ def _is_part_of_job(folder: str) -> bool:
 
 
 def _sweep_folders(parent: str) -> None:
-    """Remove the temporary folders of killed exports, if nothing in them changed for `files.OLD` seconds."""
+    """Remove the temporary folders of killed exports, if nothing in them changed for `atomic.OLD` seconds."""
     for entry in os.scandir(parent) if os.path.isdir(parent) else ():
         if _TEMPORARY.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False) and _is_part_of_job(entry.path):
             try:
@@ -206,7 +204,7 @@ def _sweep_folders(parent: str) -> None:
             except FileNotFoundError:
                 # Another process is writing it.
                 continue
-            if time.time() - newest > files.OLD:
+            if time.time() - newest > atomic.OLD:
                 shutil.rmtree(entry.path, ignore_errors=True)
 
 
@@ -218,32 +216,6 @@ def _move_or_restore(fresh: str, path: str, old: str) -> None:
         if os.path.exists(old):
             os.rename(old, path)
         raise
-
-
-def _dataset_as_json(dataset: Dataset) -> dict[str, Any]:
-    return {
-        "examples": [_example_as_json(example) for example in dataset.examples],
-        "trigger": dataset.trigger,
-        "resolution": dataset.resolution,
-        "name": dataset.name,
-        "left_out": [asdict(one) for one in dataset.left_out],
-    }
-
-
-def _example_as_json(example: Example) -> dict[str, Any]:
-    row = {name: getattr(example, name) for name in _PLAIN}
-    row["handling"] = asdict(example.handling)
-    row["name"] = example.source.name
-    row["mask"] = [example.mask.name, example.mask.digest] if example.mask is not None else None
-    row["anchor"] = asdict(example.anchor) if example.anchor is not None else None
-    row["control"] = _example_as_json(example.control) if example.control is not None else None
-    row["left_out"] = asdict(example.left_out) if example.left_out is not None else None
-    return row
-
-
-# Fields of an example that JSON holds unchanged.
-_PLAIN = ("captions", "size", "digest", "trigger", "repeats", "held_out", "weight", "prior")
-_BESIDE = ("handling", "name", "mask", "anchor", "control", "left_out")
 
 
 def read_job(folder: str, is_local: bool = False) -> Job:
@@ -263,15 +235,15 @@ def read_job(folder: str, is_local: bool = False) -> Job:
         )
     if os.path.getsize(path) > _LIMIT:
         raise RunError(f"The file '{path}' is too large to be a job.", "Export it again.")
-    value = files.read_json(path)
+    value = json_files.read_json(path)
     try:
         if value["format"] != _FORMAT:
             raise RunError(
                 f"The job '{path}' is of the format {value['format']!r:.40}.", "Export it again with this version."
             )
-        recipe = _recipe_of(value["recipe"])
-        dataset = _dataset_of(value["dataset"])
-        cache = _text(value["cache"])
+        recipe = decode_recipe(value["recipe"])
+        dataset = decode_dataset(value["dataset"])
+        cache = check_text_field(value["cache"])
         start = os.path.join(folder, _START)
         if not is_local:
             _check_own(path, cache, "" if os.path.isfile(start) else recipe.start_from)
@@ -279,11 +251,11 @@ def read_job(folder: str, is_local: bool = False) -> Job:
         if not isinstance(base, dict):
             raise ValueError("its base is no object")
         # Verify the checksum last: the other errors say more.
-        files.read_own_json(path)
-        if "start" in value and (not os.path.isfile(start) or files.file_hash(start) != value["start"]):
+        json_files.read_own_json(path)
+        if "start" in value and (not os.path.isfile(start) or atomic.file_hash(start) != value["start"]):
             raise RunError(f"The file '{start}' is not the one that was exported.", "Export the job again.")
         cache = cache or os.path.join(folder, _CACHE)
-        embedded = _text(value["embedded"]) if "embedded" in value else None
+        embedded = check_text_field(value["embedded"]) if "embedded" in value else None
         return Job(recipe, dataset, base, cache, start if os.path.isfile(start) else "", embedded)
     except RunError:
         raise
@@ -305,100 +277,10 @@ def _check_own(job: str, cache: str, start_from: str) -> None:
     """
     parts = re.split(r"[/\\]", start_from)
     leaves = ".." in parts or not parts[0] or ":" in parts[0] if start_from else False
-    link = files.find_link(os.path.dirname(job))
+    link = atomic.find_link(os.path.dirname(job))
     path = link or cache or (start_from if leaves else "")
     if path:
         raise RunError(
             f"The job '{job}' leads out of its folder: {'the link ' if link else ''}'{path:.200}'.",
             "Copy the whole folder that Graft Export Job wrote, without links, or export the job again.",
         )
-
-
-def _recipe_of(values: dict[str, Any]) -> Recipe:
-    """Decode a recipe. Raise ValueError, TypeError or SettingsError for an invalid one."""
-    objective = _made(Objective, values["objective"])
-    recipe = _made(Recipe, {**values, "objective": objective})
-    check_recipe(recipe)
-    return recipe
-
-
-def _dataset_of(value: dict[str, Any]) -> Dataset:
-    examples = tuple(_example_of(row) for row in value["examples"])
-    left_out = tuple(_made(LeftOut, row) for row in value["left_out"])
-    made = {name: value[name] for name in ("trigger", "resolution", "name")}
-    return _made(Dataset, {**made, "examples": examples, "left_out": left_out})
-
-
-def _example_of(row: dict[str, Any]) -> Example:
-    unknown = row.keys() - {*_PLAIN, *_BESIDE}
-    if unknown:
-        # A field of a later version. Ignoring it would train another run.
-        raise ValueError(f"{min(unknown)} is unknown")
-    plain = {name: row[name] for name in _PLAIN}
-    mask, anchor, control = row["mask"], row["anchor"], row["control"]
-    # Jobs of earlier versions lack this field.
-    left_out = row.get("left_out")
-    made = {
-        "source": _Absent(_text(row["name"]), _text(row["digest"])),
-        "handling": _made(Augmentation, row["handling"]),
-        "mask": None if mask is None else _Absent(_text(mask[0]), _text(mask[1])),
-        "anchor": None if anchor is None else _made(Anchor, anchor),
-        "control": None if control is None else _example_of(control),
-        "left_out": None if left_out is None else _made(LeftOut, left_out),
-    }
-    return _made(Example, {**plain, **made})
-
-
-class _Absent(Source):
-    """Picture that a job does not contain, because its latent is in the job's cache."""
-
-    def __init__(self, name: str, digest: str):
-        self.name = name
-        self.digest = digest
-
-    def open(self):
-        """Raise RunError. Another error type would leave the picture out of training, and so train another run."""
-        raise RunError(
-            f"What was encoded of the picture '{self.name}' is missing or damaged, and a job holds no pictures.",
-            "Export the job again.",
-        )
-
-
-# Type checks by the annotation of a dataclass field. Fields of other types are decoded by the callers.
-_KINDS: dict[str, Callable[[Any], bool]] = {
-    "str": lambda value: isinstance(value, str),
-    "bool": lambda value: isinstance(value, bool),
-    "int": lambda value: type(value) is int,
-    "float": lambda value: type(value) in (int, float),
-}
-
-
-def _made(kind: type, values: dict[str, Any]) -> Any:
-    """Make a dataclass from JSON values; lists become tuples.
-
-    Raises:
-        ValueError: a field is unknown, missing or has another type.
-    """
-    known = {field.name: field for field in fields(kind)}
-    unknown = values.keys() - known.keys()
-    if unknown:
-        raise ValueError(f"{min(unknown)} is unknown")
-    for name, field in known.items():
-        if name not in values and field.default is MISSING and field.default_factory is MISSING:
-            raise ValueError(f"{name} is missing")
-        check = _KINDS.get(field.type)
-        if name in values and check is not None and not check(values[name]):
-            raise ValueError(f"{name} is {values[name]!r:.80}")
-        if name in values and str(field.type).startswith("tuple") and not isinstance(values[name], (list, tuple)):
-            raise ValueError(f"{name} is no list")
-    return kind(**{name: _tuples(value) for name, value in values.items()})
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(part) for part in value) if isinstance(value, list) else value
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{value!r:.80} is no text")
-    return value

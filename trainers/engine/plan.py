@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..recipe.recipe import Recipe
-    from ..runs.run import Products
+    from ..runs.folders import Products
 
 
 @dataclass(frozen=True)

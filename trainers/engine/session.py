@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 from collections.abc import Iterator
@@ -14,28 +13,27 @@ from ..data.scan import check_captions
 from ..distributed.follower import follow, lead
 from ..errors import RunError
 from ..formats.adapter import Adapter, LazyAdapter, load_adapter
-from ..formats.full_diff import FullDiff
-from ..formats.metadata import describe_training, tensors_hash
+from ..formats.metadata import tensors_hash
 from ..methods import METHODS, textual_inversion
 from ..optimizers import OPTIMIZERS
 from ..preprocessing.prepare import Prepared, prepare
 from ..protocols import HOLE, base_digest, earlier_fingerprint, embedded_digest
 from ..runs import earlier, run_lock, tensorboard
 from ..runs.checkpoint import State
+from ..runs.folders import Products
 from ..runs.notes import Notes, read_notes, write_notes
-from ..runs.run import PAUSED, STOPPED, Products, Run
+from ..runs.run import PAUSED, STOPPED, Run
+from .export import make_exporter
 from .summary import summarize
 from .trainable_modules import TrainableModules
 
 if TYPE_CHECKING:
-    import torch
-
     from ..data.examples import Dataset, LeftOut
     from ..formats.embedding import Embedding
     from ..protocols import Host
     from ..recipe.recipe import Recipe
+    from ..runs.folders import Folders
     from ..runs.loss_by_timestep import LossByTimestep
-    from ..runs.run import Folders
 
 log = logging.getLogger(__name__)
 
@@ -201,7 +199,7 @@ def _run(recipe: Recipe, task: Task, host: Host, folders: Folders, run: Run, sta
     method = METHODS[recipe.method]
     parts = TrainableModules(method, recipe, host)
     task = replace(task, identity=run.identity() or task.identity)
-    export = _exporter(method, parts, recipe, host, task.dataset, run, task.identity)
+    export = make_exporter(method, parts, recipe, host, task.dataset, run, task.identity)
     host.report(
         "run",
         {
@@ -391,64 +389,3 @@ def _checkpoint(module, recipe: Recipe) -> int:
     blocks = blocks_of(module)
     checkpoint_blocks(blocks, recipe.keeps_attention)
     return len(blocks)
-
-
-def _network(method, recipe: Recipe) -> dict:
-    """Return kohya's metadata for the adapter's type."""
-    module, args = method.network
-    return {
-        "network_module": module,
-        "network_args": args,
-        "network_dim": recipe.rank,
-        "network_alpha": recipe.alpha,
-    }
-
-
-def _exporter(method, parts: TrainableModules, recipe: Recipe, host: Host, dataset: Dataset, run: Run, identity: str):
-    """Return a function that makes the adapter and the embedding, with metadata, from the values and the step."""
-
-    def export(values: dict[str, torch.Tensor], step: int) -> Products:
-        facts = {
-            "family": host.denoiser.family,
-            "parameterisation": host.denoiser.parameterization,
-            "recipe": recipe.as_json(),
-            "identity": identity,
-            "thumbnail": run.thumbnail(step),
-            "trigger": dataset.trigger,
-            "resolution": recipe.resolution,
-            "base_model_version": "sd_v1" if host.denoiser.family == "SD1" else host.denoiser.family,
-            **(_network(method, recipe) if method.ranked else {}),
-            "learning_rate": recipe.learning_rate,
-            "unet_lr": recipe.learning_rate,
-            "text_encoder_lr": recipe.text_encoder_learning_rate if recipe.text_encoder else None,
-            "optimizer": recipe.optimizer,
-            "lr_scheduler": recipe.schedule,
-            "lr_warmup_steps": recipe.warmup_steps,
-            "max_grad_norm": recipe.max_grad_norm,
-            "total_batch_size": recipe.batch_size,
-            "gradient_accumulation_steps": recipe.accumulation,
-            "num_train_images": sum(one.repeats for one in dataset.examples if not one.prior),
-            "num_reg_images": sum(one.prior for one in dataset.examples),
-            "steps": step,
-            "max_train_steps": recipe.steps,
-            "seed": recipe.seed,
-            "v2": host.denoiser.family.startswith("SD2"),
-            **recipe.objective.kohya_metadata(),
-        }
-        own = {name: value for name, value in values.items() if not name.startswith(textual_inversion.PREFIX)}
-        adapter = None
-        if own:
-            tensors = parts.export(own)
-            metadata = describe_training(facts, "lora" if method.ranked else "difference")
-            if isinstance(tensors, FullDiff):
-                adapter = LazyAdapter(tensors, metadata)
-            else:
-                # Convert at once while the modules are loaded, since the conversion may read them; else on demand.
-                native = functools.partial(parts.native, own)
-                adapter = Adapter(tensors, metadata, native() if parts.are_there else native)
-        embedding = None
-        if recipe.embedding_name:
-            embedding = textual_inversion.made_of(values, recipe, describe_training(facts, "textual-inversion"))
-        return Products(adapter, embedding)
-
-    return export

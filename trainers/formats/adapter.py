@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from ..errors import ModelError, RunError
-from . import files
+from . import files, json_files
 from .convert import host_names, host_tensors
 from .keys import check_parts
 from .metadata import stamped
@@ -57,7 +57,7 @@ class Adapter(dict):
     def made_by(self) -> str | None:
         """Return the training method that made the adapter, None if the file does not name it."""
         try:
-            method = files.parse_json(self.metadata["graft_recipe"])["method"]
+            method = json_files.parse_json(self.metadata["graft_recipe"])["method"]
         except (KeyError, TypeError, ValueError):
             method = None
         if isinstance(method, str):

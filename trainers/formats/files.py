@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
 import os
-import re
-import secrets
-import shutil
 import struct
-import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ..errors import RunError
+from .atomic import replacing
+from .json_files import parse_json, unique_keys
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +22,6 @@ log = logging.getLogger(__name__)
 
 # Key of the checksums in a safetensors file's metadata, and of the checksum in a JSON object.
 CHECKSUMS = "graft_checksums"
-_CHECKSUM = "checksum"
 
 # safetensors' names of torch's dtypes.
 _DTYPES = {
@@ -50,139 +45,6 @@ _BYTES |= {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1}
 _MAPPED_LIMIT = 64 * 1024 * 1024
 _HEADER_LIMIT = 64 * 1024 * 1024
 _MOST_DIMENSIONS = 32
-# Seconds after which a temporary file counts as abandoned: a live writer modifies its file more often.
-OLD = 3600.0
-_CHUNK = 1 << 20
-# Names of temporary files: see `replacing`.
-_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{1,8}\.tmp", re.DOTALL)
-
-
-def is_link(path: str) -> bool:
-    """Report whether a path is a symbolic link or a junction."""
-    # Python before 3.12 cannot detect junctions.
-    is_junction = getattr(os.path, "isjunction", None)
-    return os.path.islink(path) or (is_junction is not None and is_junction(path))
-
-
-def refuse_links(root: str, path: str) -> None:
-    """Check that no part of a path below a folder is a link. The folder itself may be a link.
-
-    Args:
-        root: the folder; `path` starts with it.
-        path: the path to check.
-
-    Raises:
-        RunError: a part is a link; the error names it.
-    """
-    part = root
-    for name in os.path.relpath(path, root).split(os.sep):
-        part = os.path.join(part, name)
-        if is_link(part):
-            raise RunError(
-                f"'{part}' is a link. Graft reads and writes through no link inside '{root}'.",
-                "Remove the link, or put the folder in its place. To use another disk, move the whole output folder "
-                "(--output-directory).",
-            )
-
-
-def find_link(folder: str) -> str | None:
-    """Return the path of the first link found anywhere in a folder, None if there is none."""
-    for directory, folders, names in os.walk(folder):
-        for name in (*folders, *names):
-            path = os.path.join(directory, name)
-            if is_link(path):
-                return path
-    return None
-
-
-@contextmanager
-def replacing(path: str) -> Iterator[str]:
-    """Yield a temporary path in the same folder. Move that file to `path` if the block succeeds.
-
-    Raises:
-        RunError: the folder cannot be written or the disk is full. `path` is then unchanged.
-    """
-    folder = os.path.dirname(path)
-    temporary = os.path.join(folder, f".{os.path.basename(path)}.{secrets.token_hex(4)}.tmp")
-    try:
-        os.makedirs(folder, exist_ok=True)
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(folder)
-    except OSError as error:
-        raise RunError(
-            f"The file '{path}' cannot be written ({error}).",
-            "Free space on that disk, or make the folder writable.",
-        ) from error
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-
-
-def check_room(folder: str, needed: int) -> None:
-    """Check in advance that a folder, which need not exist yet, is writable and has enough free space.
-
-    Args:
-        folder: path of the folder.
-        needed: bytes that will be written.
-
-    Raises:
-        RunError: the folder is not writable or has less free space.
-    """
-    present = os.path.abspath(folder)
-    while not os.path.isdir(present) and os.path.dirname(present) != present:
-        present = os.path.dirname(present)
-    probe = os.path.join(present, f".graft.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(probe, "wb"):
-            pass
-        os.remove(probe)
-        free = shutil.disk_usage(present).free
-    except OSError as error:
-        raise RunError(f"The folder '{present}' cannot be written ({error}).", "Make it writable.") from error
-    if free < needed:
-        raise RunError(
-            f"The disk of '{folder}' has {free / 1e6:.0f} MB left, of which a save takes {needed / 1e6:.0f} MB.",
-            "Free space on that disk.",
-        )
-
-
-@contextmanager
-def new_folder(path: str) -> Iterator[str]:
-    """Yield a temporary folder next to `path`. Rename it to `path` if the block succeeds, else remove it.
-
-    Raises:
-        RunError: the folder cannot be created, or `path` exists already.
-    """
-    temporary = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.{secrets.token_hex(4)}.tmp")
-    try:
-        os.makedirs(temporary)
-        yield temporary
-        os.rename(temporary, path)
-        _sync_folder(os.path.dirname(path))
-    except OSError as error:
-        raise RunError(
-            f"The folder '{path}' cannot be written ({error}).",
-            "Free space on that disk, make the folder above it writable, or choose another name.",
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _sync_folder(folder: str) -> None:
-    """Sync a folder to disk, so that a rename in it survives a crash. Do nothing if the system cannot."""
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(handle)
-    except OSError:
-        return
-    finally:
-        os.close(handle)
 
 
 def write_tensors(
@@ -376,7 +238,7 @@ def _read_header(path: str) -> tuple[bytes, dict[str, dict]]:
             if size > _HEADER_LIMIT:
                 raise ValueError(f"a header of {size} bytes")
             raw = _exactly(file, size)
-            header = parse_json(raw.decode("utf-8"), _unique)
+            header = parse_json(raw.decode("utf-8"), unique_keys)
             present = os.fstat(file.fileno()).st_size - 8 - size
         _check_header(header, present)
         return raw, header
@@ -396,14 +258,6 @@ def _exactly(file: BinaryIO, size: int) -> bytes:
     if len(data) < size:
         raise ValueError(f"it ends after {len(data)} of {size} bytes of its head")
     return data
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Build a JSON object and refuse duplicate names, because readers differ in which of them they take."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a name stands twice in its header")
-    return found
 
 
 def _check_header(header: Any, present: int) -> None:
@@ -448,98 +302,3 @@ def _span(name: str, row: Any) -> tuple[int, int]:
     if needed != stop - start:
         raise ValueError(f"{shown} has {stop - start} bytes where its shape and dtype need {needed}")
     return start, stop
-
-
-def parse_json(text: str | bytes, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None):
-    """Parse JSON from an untrusted source.
-
-    Args:
-        text: the JSON text.
-        pairs: builds the value of an object from its pairs; may raise ValueError.
-
-    Raises:
-        ValueError: the text is not JSON or is nested too deeply.
-    """
-    try:
-        return json.loads(text, object_pairs_hook=pairs)
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
-
-
-def write_json(path: str, value) -> None:
-    """Write indented JSON atomically."""
-    with replacing(path) as temporary:
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(value, file, indent=1, sort_keys=True)
-            file.write("\n")
-
-
-def read_json(path: str):
-    """Return the value in a JSON file.
-
-    Raises:
-        RunError: the file cannot be read or is not JSON; the error names it.
-    """
-    try:
-        with open(path, encoding="utf-8") as file:
-            return parse_json(file.read())
-    except (OSError, ValueError) as error:
-        raise RunError(f"The file '{path}' cannot be read as JSON ({error}).", "Remove or restore it.") from error
-
-
-def write_own_json(path: str, value: dict[str, Any]) -> None:
-    """Write a JSON object atomically, with a checksum that `read_own_json` compares."""
-    write_json(path, {**value, _CHECKSUM: _json_sum(value)})
-
-
-def read_own_json(path: str) -> Any:
-    """Return the value in a JSON file without its checksum. Files of earlier versions have no checksum.
-
-    Raises:
-        RunError: the file is not JSON or does not match its checksum; the error names it.
-    """
-    value = read_json(path)
-    if not isinstance(value, dict) or _CHECKSUM not in value:
-        return value
-    given = value.pop(_CHECKSUM)
-    if given != _json_sum(value):
-        raise RunError(
-            f"The file '{path}' is not as it was written: it is damaged, or was edited.",
-            f"Restore it or remove it. If you edited it on purpose, remove its entry {_CHECKSUM}.",
-        )
-    return value
-
-
-def _json_sum(value: dict[str, Any]) -> str:
-    # Convert to JSON and back first: integer keys become strings, which sort differently.
-    text = json.dumps(json.loads(json.dumps(value)), sort_keys=True)
-    return f"{zlib.crc32(text.encode()):08x}"
-
-
-def file_hash(path: str) -> str:
-    """Return the SHA-256 of a file."""
-    total = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            total.update(chunk)
-    return total.hexdigest()
-
-
-def sweep(folder: str, older_than: float = OLD) -> None:
-    """Remove old temporary files of `replacing` that a killed process left in a folder.
-
-    Args:
-        folder: the folder to search; its subfolders stay as they are.
-        older_than: seconds; younger files stay. Use 0 only if no other process can write to the folder, for example
-            while this process holds the run.
-    """
-    if not os.path.isdir(folder):
-        return
-    for entry in os.scandir(folder):
-        if not _TEMPORARY.fullmatch(entry.name) or is_link(entry.path):
-            continue
-        # Another process may rename or remove the file meanwhile.
-        with suppress(FileNotFoundError):
-            aged = not older_than or time.time() - entry.stat(follow_symlinks=False).st_mtime > older_than
-            if aged and entry.is_file(follow_symlinks=False):
-                os.remove(entry.path)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from .files import parse_json
+from .json_files import parse_json
 
 if TYPE_CHECKING:
     import torch

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ModelError, RunError
 from ..families import LayerSplit
 from ..regex import PatternError, Patterns
-from . import files
+from . import atomic, files, json_files
 from .diffusers_split import split_layers
 
 if TYPE_CHECKING:
@@ -78,11 +78,11 @@ def write_peft(folder: str, native: PeftAdapter, metadata: dict[str, str]) -> li
     Returns:
         Paths of the weight files.
     """
-    with files.new_folder(folder) as temporary:
+    with atomic.new_folder(folder) as temporary:
         for component, one in native.by_component().items():
             tensors = {_PEFT + _as_saved(name): tensor for name, tensor in one.tensors.items()}
             files.write_tensors(os.path.join(temporary, component, WEIGHTS), tensors, metadata)
-            files.write_json(os.path.join(temporary, component, CONFIG), one.config)
+            json_files.write_json(os.path.join(temporary, component, CONFIG), one.config)
     return [os.path.join(folder, component, WEIGHTS) for component in native.by_component()]
 
 
@@ -215,12 +215,12 @@ def _peft_config(path: str) -> dict[str, Any]:
             f"Put the {CONFIG} it came with beside it.",
             "adapter_name",
         )
-    return _checked(files.read_json(beside), beside)
+    return _checked(json_files.read_json(beside), beside)
 
 
 def _diffusers_config(path: str, metadata: dict[str, str], prefix: str) -> dict[str, Any]:
     try:
-        found = files.parse_json(metadata["lora_adapter_metadata"])
+        found = json_files.parse_json(metadata["lora_adapter_metadata"])
     except ValueError as error:
         raise RunError(f"The metadata of '{path}' is damaged ({error}).", "Restore the file.") from error
     if not isinstance(found, dict):

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..errors import RunError
-from ..formats import files
+from ..formats import atomic, files, json_files
 
 if TYPE_CHECKING:
     import torch
@@ -180,7 +180,7 @@ def _sums(path: str) -> dict[str, int]:
     metadata = header.pop("__metadata__", {})
     if metadata.get("format") != _FORMAT:
         raise _Foreign(f"its format is {metadata.get('format', 'not given')[:40]!r}.")
-    sums = files.parse_json(metadata.get("sums", ""))
+    sums = json_files.parse_json(metadata.get("sums", ""))
     if not isinstance(sums, dict) or sums.keys() != header.keys():
         raise ValueError("its checksums are not those of its tensors")
     if not all(type(total) is int for total in sums.values()):
@@ -192,7 +192,7 @@ def _shards(folder: str) -> list[str]:
     if not os.path.isdir(folder):
         return []
     # Removes only old temporary files: another process may be writing the younger ones.
-    files.sweep(folder)
+    atomic.sweep(folder)
     entries = [entry for entry in os.scandir(folder) if entry.name.endswith(_SUFFIX)]
     return [entry.path for entry in entries if entry.is_file(follow_symlinks=False)]
 
@@ -231,7 +231,7 @@ def _remove_own(path: str) -> bool:
 
 def _is_own(path: str) -> bool:
     """Return True if a file's header names a format of the cache, or if an empty file has a shard's name."""
-    if files.is_link(path):
+    if atomic.is_link(path):
         return False
     try:
         with open(path, "rb") as file:
@@ -282,7 +282,7 @@ def _cache_files(folder: str) -> list[tuple[float, int, str]]:
             except OSError:
                 # Another process has pruned it meanwhile.
                 continue
-            if _NAME.fullmatch(name) and not files.is_link(path):
+            if _NAME.fullmatch(name) and not atomic.is_link(path):
                 found.append((status.st_mtime, status.st_size, path))
     return found
 

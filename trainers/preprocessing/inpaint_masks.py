@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from ..data.examples import LeftOut
-from ..data.pictures import as_weight
+from ..data.pixel_formats import as_weight
 from ..data.scan import reason_of
 from ..errors import DatasetError, RunError
 from .cache import Cache, key_of

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from ..data.examples import LeftOut
-from ..data.pictures import as_weight
+from ..data.pixel_formats import as_weight
 from ..errors import RunError
 from .cache import Cache, key_of
 from .encode import Unreadable, opened

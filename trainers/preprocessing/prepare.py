@@ -15,7 +15,7 @@ from ..data.examples import LeftOut
 from ..data.prior import refuse_if_one_sided
 from ..data.scan import shortened
 from ..errors import DatasetError
-from ..formats.files import refuse_links
+from ..formats.atomic import refuse_links
 from ..protocols import HOLE, SOURCE, Conditioning
 from ..rng import stream_seed
 from .cache import Cache, cache_size, prune

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RunError
-from ..formats import files
+from ..formats import files, json_files
 from .loss_by_timestep import LossByTimestep
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def read_state(path: str, step: int) -> State:
         if metadata.keys() != {"state"}:
             # An unknown key may be the checksums under a damaged name.
             raise ValueError(f"its metadata hold {sorted(metadata)!r:.100}")
-        plain = files.parse_json(metadata["state"])
+        plain = json_files.parse_json(metadata["state"])
         if plain["version"] != _VERSION:
             raise RunError(f"The state '{path}' is of version {plain['version']!r:.40}.", "Start the run over.")
         _check_plain(plain, step)

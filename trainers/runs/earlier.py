@@ -10,7 +10,7 @@ import logging
 import os
 
 from ..errors import RunError
-from ..formats import files
+from ..formats import json_files
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ def claim(folder: str, sampled: str, whole: str) -> bool:
     if sampled not in known:
         known[sampled] = whole
         try:
-            files.write_json(path, known)
+            json_files.write_json(path, known)
         except RunError as error:
             # Continue without the record: an unwritable folder cannot be overwritten either.
             log.debug("Graft: %s", error)
@@ -43,7 +43,7 @@ def _read(path: str) -> dict[str, str]:
     if not os.path.exists(path):
         return {}
     try:
-        value = files.read_json(path)
+        value = json_files.read_json(path)
     except RunError as error:
         log.warning("Graft: %s It is written anew.", error)
         return {}

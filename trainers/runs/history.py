@@ -17,10 +17,11 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RunError
-from ..formats.files import is_link
+from ..formats.atomic import is_link
+from .folders import Folders
 from .notes import Notes, read_notes
 from .records import MOST_RUNS, Record, event_of, find_run, has_graph, list_records, log_path, read_recipe, record_of
-from .run import Folders, Run
+from .run import Run
 from .saves import list_saves
 
 if TYPE_CHECKING:

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import RunError
-from ..formats.files import parse_json, read_own_json
+from ..formats.json_files import parse_json, read_own_json
 from ..text import is_below
-from .run import STOPPED, Folders, Run, is_name
+from .file_names import is_name
+from .folders import Folders
+from .run import STOPPED, Run
 
 # Maximum number of runs to list, newest change first.
 MOST_RUNS = 1000

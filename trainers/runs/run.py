@@ -5,24 +5,22 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RunError
-from ..formats import files
+from ..formats import atomic, json_files
 from ..formats.metadata import data_uri
-from ..text import is_windows_reserved, safe_name
+from ..text import safe_name
 from . import run_lock
 from .checkpoint import State, read_state, write_state
+from .file_names import EVENT_FILE, SAMPLE_FILE, SAVE_FILE, STATE_FILE, list_names, list_steps, prune, step_of
+from .folders import Folders, Halt, Products
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from ..formats.adapter import Adapter, LazyAdapter
-    from ..formats.embedding import Embedding
     from ..recipe.recipe import Recipe
 
 log = logging.getLogger(__name__)
@@ -32,63 +30,8 @@ PAUSED = "paused"  # the run resumes when the same graph is queued again
 
 _HALT = "halted.json"
 _GRAPH = "workflow.json"
-_NAME = re.compile(r"\w[\w.-]{0,63}-[0-9a-f]{8}(?:-[0-9]{1,6})?")
-
-_STATE = re.compile(r"state-(\d{8})\.safetensors")
-_SAMPLE = re.compile(r"step-(\d{8})-\d+\.png")
-_PRODUCT = re.compile(r"step-(\d{8})\.safetensors")
-_EVENTS = re.compile(r"events\.out\.tfevents\..+")
 _LOG = "metrics.jsonl"
 _RECIPE = "recipe.json"
-
-
-@dataclass(frozen=True)
-class Folders:
-    """Folders that training writes to.
-
-    Attributes:
-        runs: contains one folder per run.
-        cache: latents and conditionings, shared by all runs.
-        adapters: the host's adapter folder; a run's save is copied there when the user picks it.
-        embeddings: the host's embedding folder.
-        cache_limit: bytes; if the cache grows beyond this, entries of earlier runs are removed.
-        adapter_of: returns the path of an adapter by its name in the host's list.
-    """
-
-    runs: str
-    cache: str
-    adapters: str
-    embeddings: str
-    cache_limit: int = 50 * 1024**3
-    adapter_of: Callable[[str], str] = str
-
-
-@dataclass(frozen=True)
-class Products:
-    """Trained files of a run at one step.
-
-    Attributes:
-        adapter: adapter with the host's names; None if the run trains nothing of the model.
-        embedding: None if the run trains no embedding.
-    """
-
-    adapter: Adapter | LazyAdapter | None = None
-    embedding: Embedding | None = None
-
-
-@dataclass(frozen=True)
-class Halt:
-    """Record that the user ended a run before its last step.
-
-    Attributes:
-        how: STOPPED or PAUSED.
-        step: last step that was done.
-        steps: number of steps that the run was to have.
-    """
-
-    how: str
-    step: int
-    steps: int
 
 
 class Run:
@@ -122,7 +65,7 @@ class Run:
         try:
             for folder in self._folders:
                 # Temporary files are left over from an earlier holder, because only the holder writes here.
-                files.sweep(folder, older_than=0.0)
+                atomic.sweep(folder, older_than=0.0)
             yield
         finally:
             lock, self._lock = self._lock, None
@@ -182,7 +125,7 @@ class Run:
     def identity(self) -> str:
         """Return the identity in the run's recipe file, empty if there is none."""
         try:
-            value = files.read_json(self.recipe_path) if os.path.exists(self.recipe_path) else {}
+            value = json_files.read_json(self.recipe_path) if os.path.exists(self.recipe_path) else {}
         except RunError as error:
             log.warning("Graft: %s", error)
             return ""
@@ -194,11 +137,11 @@ class Run:
         path = self.recipe_path
         if not os.path.exists(path):
             return
-        value = files.read_json(path)
+        value = json_files.read_json(path)
         if not isinstance(value, dict) or not isinstance(value.get("identity"), str):
             raise RunError(f"The file '{path}' is no recipe.", "Restore it, or remove the run's folder.")
         try:
-            files.read_own_json(path)
+            json_files.read_own_json(path)
             damaged = ""
         except RunError as error:
             damaged = error.message
@@ -237,14 +180,14 @@ class Run:
     def _written(self) -> Iterator[str]:
         """Yield the paths of existing files whose names a run writes."""
         plain = {_RECIPE, _GRAPH, _HALT, _LOG}
-        for name in _listed(self.folder):
-            if name in plain or _STATE.fullmatch(name):
+        for name in list_names(self.folder):
+            if name in plain or STATE_FILE.fullmatch(name):
                 yield os.path.join(self.folder, name)
-        for inner, pattern in (("samples", _SAMPLE), ("tensorboard", _EVENTS)):
+        for inner, pattern in (("samples", SAMPLE_FILE), ("tensorboard", EVENT_FILE)):
             folder = os.path.join(self.folder, inner)
-            yield from (os.path.join(folder, name) for name in _listed(folder) if pattern.fullmatch(name))
+            yield from (os.path.join(folder, name) for name in list_names(folder) if pattern.fullmatch(name))
         for folder in (self.adapters, self.embeddings):
-            yield from (os.path.join(folder, name) for name in _listed(folder) if _PRODUCT.fullmatch(name))
+            yield from (os.path.join(folder, name) for name in list_names(folder) if SAVE_FILE.fullmatch(name))
 
     def refuse_links(self) -> None:
         """Check that no folder of the run is a link and that its main folder contains no link.
@@ -253,13 +196,13 @@ class Run:
             RunError: there is a link; the error names it.
         """
         self._check_folders()
-        link = files.find_link(self.folder)
+        link = atomic.find_link(self.folder)
         if link is not None:
-            files.refuse_links(self.folder, link)
+            atomic.refuse_links(self.folder, link)
 
     def _check_folders(self) -> None:
         for folder in self._folders:
-            files.refuse_links(os.path.dirname(folder), folder)
+            atomic.refuse_links(os.path.dirname(folder), folder)
 
     def write_recipe(self, recipe: Recipe, identity: str, facts: dict) -> None:
         """Write the recipe with the run's identity and further facts.
@@ -270,7 +213,7 @@ class Run:
         self._check_held()
         self.refuse_links()
         value = {"identity": identity, "recipe": recipe.as_json(), **facts}
-        files.write_own_json(self.recipe_path, value)
+        json_files.write_own_json(self.recipe_path, value)
 
     @property
     def graph_path(self) -> str:
@@ -279,7 +222,7 @@ class Run:
 
     def write_graph(self, graph: dict) -> None:
         """Write the workflow that the run was queued with last. It does not affect the training."""
-        files.write_own_json(self.graph_path, graph)
+        json_files.write_own_json(self.graph_path, graph)
 
     def note_halt(self, how: str, step: int, steps: int) -> None:
         """Record that the user ended the run at a step.
@@ -290,7 +233,7 @@ class Run:
             steps: number of steps that the run was to have.
         """
         self._check_held()
-        files.write_own_json(os.path.join(self.folder, _HALT), {"how": how, "step": step, "steps": steps})
+        json_files.write_own_json(os.path.join(self.folder, _HALT), {"how": how, "step": step, "steps": steps})
 
     def halted_as(self, how: str, steps: int) -> Halt | None:
         """Return the run's halt if it has this kind and this number of steps, else None."""
@@ -303,7 +246,7 @@ class Run:
         if not os.path.exists(path):
             return None
         try:
-            value = files.read_own_json(path)
+            value = json_files.read_own_json(path)
             halt = Halt(value["how"], value["step"], value["steps"])
             if halt.how not in (STOPPED, PAUSED) or type(halt.step) is not int or type(halt.steps) is not int:
                 raise ValueError("no such values")
@@ -327,7 +270,7 @@ class Run:
 
     def states(self) -> list[int]:
         """Return the steps with a saved state, in ascending order."""
-        return _numbers(self.folder, _STATE)
+        return list_steps(self.folder, STATE_FILE)
 
     def save(self, state: State, products: Products, keep_last: int) -> str:
         """Write products and state, then remove all but the last `keep_last` of each.
@@ -350,9 +293,9 @@ class Run:
                 paths.append(os.path.join(folder, f"step-{state.step:08d}.safetensors"))
                 write(paths[-1], product, title)
         write_state(self.state_path(state.step), state)
-        _prune(self.folder, _STATE, keep_last, state.step)
+        prune(self.folder, STATE_FILE, keep_last, state.step)
         for path in paths:
-            _prune(os.path.dirname(path), _PRODUCT, keep_last, state.step)
+            prune(os.path.dirname(path), SAVE_FILE, keep_last, state.step)
         return paths[0]
 
     def load(self, limit: int) -> State | None:
@@ -378,9 +321,9 @@ class Run:
         Raises:
             RunError: the space is too small; the error names the folder.
         """
-        files.check_room(self.folder, values * (1 + slots))
+        atomic.check_room(self.folder, values * (1 + slots))
         for folder in (self.adapters, self.embeddings):
-            files.check_room(folder, 0)
+            atomic.check_room(folder, 0)
 
     def log(self, event: dict) -> None:
         """Append an event as one line to metrics.jsonl and pass it to the followers.
@@ -391,7 +334,7 @@ class Run:
         self._check_held()
         path = os.path.join(self.folder, _LOG)
         before = None
-        files.refuse_links(os.path.dirname(self.folder), path)
+        atomic.refuse_links(os.path.dirname(self.folder), path)
         try:
             with open(path, "ab") as file:
                 before = file.tell()
@@ -412,8 +355,8 @@ class Run:
         if not os.path.exists(path):
             return
         with open(path, "rb") as file:
-            lines = [line for line in file if _step_of(line) <= step]
-        with files.replacing(path) as temporary:
+            lines = [line for line in file if step_of(line) <= step]
+        with atomic.replacing(path) as temporary:
             with open(temporary, "wb") as file:
                 file.writelines(lines)
 
@@ -422,10 +365,10 @@ class Run:
         self._check_held()
         paths = []
         folder = os.path.join(self.folder, "samples")
-        files.refuse_links(os.path.dirname(self.folder), folder)
+        atomic.refuse_links(os.path.dirname(self.folder), folder)
         for index, picture in enumerate(pictures):
             path = os.path.join(folder, f"step-{step:08d}-{index + 1}.png")
-            with files.replacing(path) as temporary:
+            with atomic.replacing(path) as temporary:
                 picture.save(temporary, format="PNG")
             paths.append(path)
         return paths
@@ -433,13 +376,13 @@ class Run:
     def samples(self) -> list[str]:
         """Return the paths of the sample pictures, ordered by step and prompt."""
         folder = os.path.join(self.folder, "samples")
-        return [os.path.join(folder, name) for name in sorted(_listed(folder)) if _SAMPLE.fullmatch(name)]
+        return [os.path.join(folder, name) for name in sorted(list_names(folder)) if SAMPLE_FILE.fullmatch(name)]
 
     def last_sample(self, step: int) -> str | None:
         """Return the path of the last sample picture up to a step, for the first prompt; None if there is none."""
         folder = os.path.join(self.folder, "samples")
-        names = [name for name in _listed(folder) if _SAMPLE.fullmatch(name)]
-        names = [name for name in names if int(_SAMPLE.fullmatch(name).group(1)) <= step]
+        names = [name for name in list_names(folder) if SAMPLE_FILE.fullmatch(name)]
+        names = [name for name in names if int(SAMPLE_FILE.fullmatch(name).group(1)) <= step]
         if not names:
             return None
         last = max(name.rpartition("-")[0] for name in names)
@@ -453,37 +396,3 @@ class Run:
     def state_path(self, step: int) -> str:
         """Return the path of the state after a step."""
         return os.path.join(self.folder, f"state-{step:08d}.safetensors")
-
-
-def is_name(text: str) -> bool:
-    """Report whether a text is a valid name of a run's folder: a single path component on every system."""
-    return _NAME.fullmatch(text) is not None and not is_windows_reserved(text)
-
-
-def _listed(folder: str) -> list[str]:
-    return os.listdir(folder) if os.path.isdir(folder) else []
-
-
-def _numbers(folder: str, pattern: re.Pattern) -> list[int]:
-    matches = (pattern.fullmatch(name) for name in _listed(folder))
-    return sorted(int(match.group(1)) for match in matches if match)
-
-
-def _prune(folder: str, pattern: re.Pattern, keep: int, written: int) -> None:
-    """Remove all but the last `keep` files up to step `written`. Files of later steps, from a longer run, stay."""
-    stem = pattern.pattern.split("-")[0]
-    older = [number for number in _numbers(folder, pattern) if number <= written]
-    for number in older[:-keep]:
-        path = os.path.join(folder, f"{stem}-{number:08d}.safetensors")
-        try:
-            os.remove(path)
-        except OSError as error:
-            log.warning("Graft: the old file %s cannot be removed: %s", path, error)
-
-
-def _step_of(line: bytes) -> int:
-    try:
-        step = files.parse_json(line).get("step", 0)
-    except (ValueError, AttributeError):
-        step = None
-    return step if type(step) is int else 1 << 62

@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 
 from ..errors import RunError, RunHeldError
-from ..formats.files import parse_json
+from ..formats.json_files import parse_json
 
 log = logging.getLogger(__name__)
 

@@ -8,10 +8,11 @@ import re
 import shutil
 
 from ..errors import RunError
-from ..formats import files
+from ..formats import atomic
 from ..text import is_below, safe_name
+from .folders import Folders
 from .notes import read_notes
-from .run import Folders, Run
+from .run import Run
 
 _SAVE = re.compile(r"step-(\d{8})\.safetensors")
 _MOST_NAMES = 100
@@ -68,8 +69,8 @@ def _copy(path: str, root: str, title: str, step: int) -> str:
         ending = "" if number == 1 else f"-{number}"
         target = os.path.join(root, f"{title}-step-{step}{ending}.safetensors")
         if not os.path.lexists(target):
-            files.check_room(root, os.path.getsize(path))
-            with files.replacing(target) as temporary:
+            atomic.check_room(root, os.path.getsize(path))
+            with atomic.replacing(target) as temporary:
                 shutil.copyfile(path, temporary)
             return target
         if os.path.isfile(target) and not os.path.islink(target) and filecmp.cmp(path, target, shallow=False):

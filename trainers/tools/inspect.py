@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from ..errors import ModelError
-from ..formats.files import parse_json
+from ..formats.json_files import parse_json
 from ..formats.keys import ALPHA, DORA, DOWN, block_of, is_text, split, type_of
 from ..formats.metadata import MADE, title_of
 from .difference import Difference, difference

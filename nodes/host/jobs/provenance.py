@@ -18,7 +18,7 @@ from comfy_execution.utils import get_executing_context
 import nodes
 
 from ....trainers.errors import ModelError
-from ....trainers.formats.files import file_hash
+from ....trainers.formats.atomic import file_hash
 from ....trainers.protocols import earlier_fingerprint
 from ..server.messages import running_prompt
 

@@ -8,8 +8,8 @@ from collections import Counter
 import numpy as np
 import pytest
 from graft_pack.trainers.data import captions
+from graft_pack.trainers.data.arrays import from_arrays
 from graft_pack.trainers.data.examples import Augmentation, Example
-from graft_pack.trainers.data.scan import from_arrays
 from graft_pack.trainers.errors import DatasetError
 from hypothesis import example as case
 from hypothesis import given, settings

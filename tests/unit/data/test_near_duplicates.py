@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 from graft_pack.trainers.data import near_duplicates
+from graft_pack.trainers.data.arrays import from_arrays
 from graft_pack.trainers.data.near_duplicates import find_near_duplicates, signatures
-from graft_pack.trainers.data.scan import from_arrays
 from PIL import Image
 
 

@@ -10,7 +10,7 @@ import zlib
 
 import numpy as np
 import pytest
-from graft_pack.trainers.data import pictures
+from graft_pack.trainers.data import pictures, pixel_formats
 from graft_pack.trainers.data.pictures import FileSource, MaskSource, measure_file
 from graft_pack.trainers.errors import DatasetError
 from PIL import Image, PngImagePlugin
@@ -58,7 +58,7 @@ def in_mode(picture, mode):
 @pytest.mark.parametrize("mode", TIFF_MODES)
 def test_turned_tiff_has_the_size_and_the_look_of_a_viewer(tmp_path, mode, more):
     picture = in_mode(Image.fromarray(odd_files.quarters(1)), mode)
-    upright = np.asarray(pictures.upright_rgb(picture))
+    upright = np.asarray(pixel_formats.upright_rgb(picture))
     for orientation, shown in odd_files.SHOWN.items():
         path = tmp_path / f"{orientation}.tif"
         pages = {"append_images": [picture]} if more.get("save_all") else {}
@@ -168,9 +168,9 @@ def modes():
 
 def test_strips_give_the_bits_of_the_whole(monkeypatch):
     for strip in (1, 500, 1 << 18):
-        monkeypatch.setattr(pictures, "_STRIP", strip)
+        monkeypatch.setattr(pixel_formats, "_STRIP", strip)
         for name, picture, whole in modes():
-            made = np.asarray(pictures.upright_rgb(picture))
+            made = np.asarray(pixel_formats.upright_rgb(picture))
             assert np.array_equal(made, np.asarray(whole.convert("RGB"))), (name, strip)
 
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from graft_pack.trainers.data import contact_sheet, prior
 from graft_pack.trainers.data import report as inspect
+from graft_pack.trainers.data.arrays import from_arrays
 from graft_pack.trainers.data.captions import plain
 from graft_pack.trainers.data.examples import combine
-from graft_pack.trainers.data.scan import from_arrays
 from graft_pack.trainers.errors import DatasetError, SettingsError
 from graft_pack.trainers.preprocessing.sampler import batches_from, epoch_batches, turns_within
 from graft_pack.trainers.protocols import Geometry

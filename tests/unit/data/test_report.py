@@ -1,9 +1,10 @@
 """Tests of the dataset report that precedes training."""
 
 import numpy as np
+from graft_pack.trainers.data.arrays import from_arrays
 from graft_pack.trainers.data.examples import Augmentation
 from graft_pack.trainers.data.report import common_tags, inspect, report
-from graft_pack.trainers.data.scan import ScanOptions, from_arrays, scan_folder
+from graft_pack.trainers.data.scan import ScanOptions, scan_folder
 from graft_pack.trainers.protocols import Geometry
 from PIL import Image
 

@@ -6,9 +6,10 @@ import os
 import numpy as np
 import pytest
 from graft_pack.trainers.data import captions, scan
+from graft_pack.trainers.data.arrays import from_arrays
 from graft_pack.trainers.data.buckets import choose_crop
 from graft_pack.trainers.data.examples import Augmentation, combine
-from graft_pack.trainers.data.scan import MASKS, ScanOptions, check_captions, from_arrays, scan_folder
+from graft_pack.trainers.data.scan import MASKS, ScanOptions, check_captions, scan_folder
 from graft_pack.trainers.errors import DatasetError
 from graft_pack.trainers.protocols import Geometry
 from PIL import Image

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 from graft_pack.trainers.data import contact_sheet, scan
+from graft_pack.trainers.data.arrays import from_arrays
 from graft_pack.trainers.data.buckets import choose_crop
 from graft_pack.trainers.data.report import inspect, report
-from graft_pack.trainers.data.scan import ScanOptions, from_arrays, scan_folder
+from graft_pack.trainers.data.scan import ScanOptions, scan_folder
 from graft_pack.trainers.errors import DatasetError
 from graft_pack.trainers.preprocessing import crops, inpaint_masks
 from graft_pack.trainers.protocols import Geometry

@@ -9,7 +9,7 @@ import struct
 import pytest
 import torch
 from graft_pack.trainers.errors import ModelError, RunError
-from graft_pack.trainers.formats import files
+from graft_pack.trainers.formats import atomic, files, json_files
 from graft_pack.trainers.formats.adapter import Adapter, load_adapter, save_adapter
 from graft_pack.trainers.formats.embedding import Embedding, load_embedding, save_embedding
 from graft_pack.trainers.formats.kohya import lora_tensors, to_kohya
@@ -87,23 +87,23 @@ def test_numbers_that_the_format_does_not_know_are_refused_and_nothing_is_left(t
 @pytest.mark.parametrize("moment", ["fsync", "replace"])
 def test_a_crash_while_writing_leaves_the_old_file(moment, tmp_path, monkeypatch):
     path = tmp_path / "x.json"
-    files.write_json(str(path), {"old": 1})
+    json_files.write_json(str(path), {"old": 1})
 
     def crash(*args):
         raise Crash
 
     monkeypatch.setattr(files.os, moment, crash)
     with pytest.raises(Crash):
-        files.write_json(str(path), {"new": 2})
+        json_files.write_json(str(path), {"new": 2})
     monkeypatch.undo()
-    assert files.read_json(str(path)) == {"old": 1}
+    assert json_files.read_json(str(path)) == {"old": 1}
     assert os.listdir(tmp_path) == ["x.json"]
 
 
 def test_a_block_that_fails_leaves_nothing(tmp_path):
     path = str(tmp_path / "x.bin")
     with pytest.raises(Crash):
-        with files.replacing(path) as temporary:
+        with atomic.replacing(path) as temporary:
             open(temporary, "wb").close()
             raise Crash
     assert os.listdir(tmp_path) == []
@@ -112,7 +112,7 @@ def test_a_block_that_fails_leaves_nothing(tmp_path):
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match=r"x\.json.*cannot be written"):
-        files.write_json(str(tmp_path / "file" / "x.json"), {})
+        json_files.write_json(str(tmp_path / "file" / "x.json"), {})
 
 
 @pytest.mark.parametrize("content", [b"", b"junk", b"\xff" * 40, b"{" * 5000])
@@ -194,9 +194,9 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
         (tmp_path / name).write_text("")
     (tmp_path / ".folder.12345678.tmp").mkdir()
     (tmp_path / ".link.12345678.tmp").symlink_to(tmp_path / "state.safetensors")
-    files.sweep(str(tmp_path))
+    atomic.sweep(str(tmp_path))
     assert len(os.listdir(tmp_path)) == 8, "others may be writing them"
-    files.sweep(str(tmp_path), older_than=0.0)
+    atomic.sweep(str(tmp_path), older_than=0.0)
     assert set(os.listdir(tmp_path)) == {*others, ".folder.12345678.tmp", ".link.12345678.tmp"}
 
 

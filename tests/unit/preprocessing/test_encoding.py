@@ -6,8 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from graft_pack.trainers.data.arrays import from_arrays
 from graft_pack.trainers.data.buckets import Crop
-from graft_pack.trainers.data.scan import from_arrays
 from graft_pack.trainers.errors import DatasetError
 from graft_pack.trainers.preprocessing.cache import Cache
 from graft_pack.trainers.preprocessing.encode import LatentCache, TextCache

@@ -1,0 +1,131 @@
+"""Recipes and datasets of exported jobs as JSON, decoded strictly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import MISSING, asdict, fields
+from typing import Any
+
+from ..data.examples import Anchor, Augmentation, Dataset, Example, LeftOut, Source
+from ..errors import RunError
+from ..objective.options import Objective
+from ..recipe.recipe import Recipe
+from .validation import check_recipe
+
+
+def dataset_as_json(dataset: Dataset) -> dict[str, Any]:
+    return {
+        "examples": [_example_as_json(example) for example in dataset.examples],
+        "trigger": dataset.trigger,
+        "resolution": dataset.resolution,
+        "name": dataset.name,
+        "left_out": [asdict(one) for one in dataset.left_out],
+    }
+
+
+def _example_as_json(example: Example) -> dict[str, Any]:
+    row = {name: getattr(example, name) for name in _PLAIN}
+    row["handling"] = asdict(example.handling)
+    row["name"] = example.source.name
+    row["mask"] = [example.mask.name, example.mask.digest] if example.mask is not None else None
+    row["anchor"] = asdict(example.anchor) if example.anchor is not None else None
+    row["control"] = _example_as_json(example.control) if example.control is not None else None
+    row["left_out"] = asdict(example.left_out) if example.left_out is not None else None
+    return row
+
+
+# Fields of an example that JSON holds unchanged.
+_PLAIN = ("captions", "size", "digest", "trigger", "repeats", "held_out", "weight", "prior")
+
+
+_BESIDE = ("handling", "name", "mask", "anchor", "control", "left_out")
+
+
+def decode_recipe(values: dict[str, Any]) -> Recipe:
+    """Decode a recipe. Raise ValueError, TypeError or SettingsError for an invalid one."""
+    objective = _made(Objective, values["objective"])
+    recipe = _made(Recipe, {**values, "objective": objective})
+    check_recipe(recipe)
+    return recipe
+
+
+def decode_dataset(value: dict[str, Any]) -> Dataset:
+    examples = tuple(_example_of(row) for row in value["examples"])
+    left_out = tuple(_made(LeftOut, row) for row in value["left_out"])
+    made = {name: value[name] for name in ("trigger", "resolution", "name")}
+    return _made(Dataset, {**made, "examples": examples, "left_out": left_out})
+
+
+def _example_of(row: dict[str, Any]) -> Example:
+    unknown = row.keys() - {*_PLAIN, *_BESIDE}
+    if unknown:
+        # A field of a later version. Ignoring it would train another run.
+        raise ValueError(f"{min(unknown)} is unknown")
+    plain = {name: row[name] for name in _PLAIN}
+    mask, anchor, control = row["mask"], row["anchor"], row["control"]
+    # Jobs of earlier versions lack this field.
+    left_out = row.get("left_out")
+    made = {
+        "source": _Absent(check_text_field(row["name"]), check_text_field(row["digest"])),
+        "handling": _made(Augmentation, row["handling"]),
+        "mask": None if mask is None else _Absent(check_text_field(mask[0]), check_text_field(mask[1])),
+        "anchor": None if anchor is None else _made(Anchor, anchor),
+        "control": None if control is None else _example_of(control),
+        "left_out": None if left_out is None else _made(LeftOut, left_out),
+    }
+    return _made(Example, {**plain, **made})
+
+
+class _Absent(Source):
+    """Picture that a job does not contain, because its latent is in the job's cache."""
+
+    def __init__(self, name: str, digest: str):
+        self.name = name
+        self.digest = digest
+
+    def open(self):
+        """Raise RunError. Another error type would leave the picture out of training, and so train another run."""
+        raise RunError(
+            f"What was encoded of the picture '{self.name}' is missing or damaged, and a job holds no pictures.",
+            "Export the job again.",
+        )
+
+
+# Type checks by the annotation of a dataclass field. Fields of other types are decoded by the callers.
+_KINDS: dict[str, Callable[[Any], bool]] = {
+    "str": lambda value: isinstance(value, str),
+    "bool": lambda value: isinstance(value, bool),
+    "int": lambda value: type(value) is int,
+    "float": lambda value: type(value) in (int, float),
+}
+
+
+def _made(kind: type, values: dict[str, Any]) -> Any:
+    """Make a dataclass from JSON values; lists become tuples.
+
+    Raises:
+        ValueError: a field is unknown, missing or has another type.
+    """
+    known = {field.name: field for field in fields(kind)}
+    unknown = values.keys() - known.keys()
+    if unknown:
+        raise ValueError(f"{min(unknown)} is unknown")
+    for name, field in known.items():
+        if name not in values and field.default is MISSING and field.default_factory is MISSING:
+            raise ValueError(f"{name} is missing")
+        check = _KINDS.get(field.type)
+        if name in values and check is not None and not check(values[name]):
+            raise ValueError(f"{name} is {values[name]!r:.80}")
+        if name in values and str(field.type).startswith("tuple") and not isinstance(values[name], (list, tuple)):
+            raise ValueError(f"{name} is no list")
+    return kind(**{name: _tuples(value) for name, value in values.items()})
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(part) for part in value) if isinstance(value, list) else value
+
+
+def check_text_field(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r:.80} is no text")
+    return value

@@ -1,0 +1,87 @@
+"""JSON files, parsed strictly and written atomically, with checksums for Graft's own."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+from ..errors import RunError
+from .atomic import replacing
+
+_CHECKSUM = "checksum"
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build a JSON object and refuse duplicate names, because readers differ in which of them they take."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name stands twice in its header")
+    return found
+
+
+def parse_json(text: str | bytes, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None):
+    """Parse JSON from an untrusted source.
+
+    Args:
+        text: the JSON text.
+        pairs: builds the value of an object from its pairs; may raise ValueError.
+
+    Raises:
+        ValueError: the text is not JSON or is nested too deeply.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=pairs)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def write_json(path: str, value) -> None:
+    """Write indented JSON atomically."""
+    with replacing(path) as temporary:
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump(value, file, indent=1, sort_keys=True)
+            file.write("\n")
+
+
+def read_json(path: str):
+    """Return the value in a JSON file.
+
+    Raises:
+        RunError: the file cannot be read or is not JSON; the error names it.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            return parse_json(file.read())
+    except (OSError, ValueError) as error:
+        raise RunError(f"The file '{path}' cannot be read as JSON ({error}).", "Remove or restore it.") from error
+
+
+def write_own_json(path: str, value: dict[str, Any]) -> None:
+    """Write a JSON object atomically, with a checksum that `read_own_json` compares."""
+    write_json(path, {**value, _CHECKSUM: _json_sum(value)})
+
+
+def read_own_json(path: str) -> Any:
+    """Return the value in a JSON file without its checksum. Files of earlier versions have no checksum.
+
+    Raises:
+        RunError: the file is not JSON or does not match its checksum; the error names it.
+    """
+    value = read_json(path)
+    if not isinstance(value, dict) or _CHECKSUM not in value:
+        return value
+    given = value.pop(_CHECKSUM)
+    if given != _json_sum(value):
+        raise RunError(
+            f"The file '{path}' is not as it was written: it is damaged, or was edited.",
+            f"Restore it or remove it. If you edited it on purpose, remove its entry {_CHECKSUM}.",
+        )
+    return value
+
+
+def _json_sum(value: dict[str, Any]) -> str:
+    # Convert to JSON and back first: integer keys become strings, which sort differently.
+    text = json.dumps(json.loads(json.dumps(value)), sort_keys=True)
+    return f"{zlib.crc32(text.encode()):08x}"
