@@ -55,6 +55,11 @@ def find_faults(node: type, values: Mapping[str, Any]) -> dict[str, str]:
     return _faults(node, rules, values) if rules else {}
 
 
+def title_of(display_name: str) -> str:
+    """Return a node's title without the search words, as errors and help pages use it."""
+    return display_name.partition(" (")[0]
+
+
 def _faults(node: Any, rules: Mapping[str, Rule | None], values: Mapping[str, Any]) -> dict[str, str]:
     schema = node.define_schema()
     faults = {}
@@ -67,7 +72,7 @@ def _faults(node: Any, rules: Mapping[str, Rule | None], values: Mapping[str, An
         try:
             _check(given, value, rules[given.id])
         except GraftError as error:
-            faults[given.id] = f"{schema.display_name}, input '{given.id}': {error}"
+            faults[given.id] = f"{title_of(schema.display_name)}, input '{given.id}': {error}"
     return faults
 
 

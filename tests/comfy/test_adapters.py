@@ -454,7 +454,8 @@ def test_a_file_that_does_not_fit_is_refused_by_name(fields, named, tmp_path):
     with pytest.raises(ModelError, match=named) as caught:
         run_session(tmp_path / "second", **{"rank": 2, "alpha": 2.0, "steps": 1, "start_from": str(path), **fields})
     assert caught.value.input == "start_from"
-    assert not (tmp_path / "second" / "runs").exists()
+    runs = tmp_path / "second" / "runs"
+    assert not [path for path in runs.iterdir() if path.is_dir()], "no run has begun"
 
 
 def test_ranks_and_rates_by_block_and_lora_plus(model):
@@ -723,7 +724,7 @@ def test_another_size_of_the_same_architecture_is_refused_by_name(case, model, t
     config.set_inference_dtype(torch.float32, None)
     cpu = torch.device("cpu")
     other = comfy.model_patcher.ModelPatcher(config.get_model({}, "", device="cpu"), cpu, cpu)
-    with pytest.raises(ModelError, match="made for another model: its part for .*attn2.*numbers"):
+    with pytest.raises(ModelError, match="made for another model: its part for .*attn2.* (has the shape|numbers)"):
         apply_adapter(other, None, adapter, 1.0, 1.0)
 
 
