@@ -23,9 +23,14 @@ LORA = ROOT / "example_workflows" / "Train a LoRA.json"
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 
 
-# The widget that training nodes have besides those of their schema.
-PANEL = "graft_panel"
-TRAINERS = {"GraftTrainLoRA", "GraftTrainEmbedding", "GraftTrainDreamBooth", "GraftFineTune"}
+# The widget that some nodes have besides those of their schema; it is never saved.
+DRAWN = {
+    "GraftTrainLoRA": "graft_panel",
+    "GraftTrainEmbedding": "graft_panel",
+    "GraftTrainDreamBooth": "graft_panel",
+    "GraftFineTune": "graft_panel",
+    "GraftInspectDataset": "graft_report",
+}
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +68,8 @@ def test_every_node_mounts_with_all_its_widgets_and_sockets(page, schemas, error
     nodes = add_every_node(page, schemas)
     for name, info in schemas.items():
         inputs = list_inputs(info)
-        widgets = [given for given, kind in inputs if kind in WIDGETS] + [PANEL] * (name in TRAINERS)
+        widgets = [given for given, kind in inputs if kind in WIDGETS]
+        widgets += [DRAWN[name]] if name in DRAWN else []
         assert list(nodes[name]["widgets"]) == widgets
         sockets = {given["name"]: given["type"] for given in nodes[name]["inputs"]}
         assert sockets == dict(inputs)
@@ -158,8 +164,8 @@ def test_saving_and_loading_keeps_what_was_set(page, schemas, renderer):
                 page.set_widget(nodes[name]["id"], given, wanted[name, given])
     saved = page.serialize()
     for node in saved["nodes"]:
-        # Files from before the panel existed do not contain it among the values.
-        own = [name for name in nodes[node["type"]]["widgets"] if name != PANEL]
+        # Files from before panel and report existed do not contain them among the values.
+        own = [name for name in nodes[node["type"]]["widgets"] if name != DRAWN.get(node["type"])]
         assert len(node.get("widgets_values", [])) == len(own), node["type"]
     page.load(EMPTY)
     page.load(saved)
