@@ -283,7 +283,7 @@ def test_only_this_servers_pages_and_programs_may_ask(server, finished):
         assert refusal(server, path, **headers)[0] == status, headers
     for body in (b"[]", b"{", b"\xff", b"1", b"[" * 4000):
         assert refusal(server, path, body, **JSON)[0] == 400, body
-    assert refusal(server, path, b"{" + b" " * 5000 + b"}", **JSON)[0] == 413
+    assert refusal(server, path, b"{" + b" " * 17000 + b"}", **JSON)[0] == 413
     assert refusal(server, path, method="GET")[0] in (404, 405)
 
 

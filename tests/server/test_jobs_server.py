@@ -177,8 +177,8 @@ def test_with_weights_in_shares_a_job_and_the_graph_train_the_same(server, datas
 def applied_in_the_graph(server, dataset, run):
     """Check that the trainer's graph finds the finished run, and that ComfyUI's own loader draws the same from it."""
     graph = graph_of(server, dataset, "spread", STEPS)
-    file = f"{run.name}/step-{STEPS:08d}.safetensors"
-    lora = {"lora_name": file, "strength_model": 1.0, "strength_clip": 1.0}
+    picked = server.post(f"/graft/runs/{run.name}/pick", {"step": STEPS})["adapter"]
+    lora = {"lora_name": picked, "strength_model": 1.0, "strength_clip": 1.0}
     graph["8"] = graphs.node("LoraLoader", model=["1", 0], clip=["1", 1], **lora)
     drawn = {}
     for place, (name, source) in enumerate({"trained": "3", "loaded": "8", "base": "1"}.items()):
