@@ -73,7 +73,7 @@ REBOUND += ["127.0.0.1.nip.io:8188", "evil.example:8188@localhost", "[", "[::1",
 def own_names(routes, monkeypatch):
     monkeypatch.setattr(routes.args, "listen", "0.0.0.0,gpu.listen")
     monkeypatch.setattr(routes.args, "enable_cors_header", "https://cors.example", raising=False)
-    monkeypatch.setattr(routes.socket, "gethostname", lambda: "Workstation")
+    monkeypatch.setattr(routes.platform, "node", lambda: "Workstation")
     monkeypatch.setenv("GRAFT_HOSTS", "other.name, comfy.box")
 
 

@@ -24,8 +24,8 @@ import ipaddress
 import json
 import logging
 import os
+import platform
 import re
-import socket
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 from functools import partial
@@ -171,7 +171,7 @@ def is_own_host(host: str) -> bool:
         # ComfyUI itself then answers every page.
         return True
     given = [*(args.listen or "").split(","), *os.environ.get("GRAFT_HOSTS", "").split(","), _host_of(cors)]
-    machine = socket.gethostname().lower()
+    machine = platform.node().lower()
     known = {one.strip().lower() for one in given} | {machine} | {f"{machine}.{ending}" for ending in _LOCAL_ENDINGS}
     return bool(name) and name in known
 
