@@ -21,6 +21,11 @@ _LINE = 10_000
 _LINES = 100_000
 
 
+def title_of(display_name: str) -> str:
+    """Return a node's title without the search words, as errors and help pages use it."""
+    return display_name.partition(" (")[0]
+
+
 def checked(**rules: Rule | None) -> classmethod:
     """Build a node's `validate_inputs`, which returns True or the reasons why widget values are invalid.
 
@@ -67,7 +72,7 @@ def _faults(node: Any, rules: Mapping[str, Rule | None], values: Mapping[str, An
         try:
             _check(given, value, rules[given.id])
         except GraftError as error:
-            faults[given.id] = f"{schema.display_name}, input '{given.id}': {error}"
+            faults[given.id] = f"{title_of(schema.display_name)}, input '{given.id}': {error}"
     return faults
 
 

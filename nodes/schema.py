@@ -10,7 +10,7 @@ from dataclasses import fields
 from comfy_api.latest import io
 
 from ..trainers.errors import DatasetError, GraftError
-from .checks import check_arrived
+from .checks import check_arrived, title_of
 
 CATEGORY = "graft"
 
@@ -56,11 +56,6 @@ def describe(aliases: list[str], words: str = "", **given) -> io.Schema:
     for built in given["inputs"]:
         _mark_unset(built)
     return io.Schema(**given)
-
-
-def title_of(display_name: str) -> str:
-    """Return a node's title without the search words, as errors and help pages use it."""
-    return display_name.partition(" (")[0]
 
 
 def usually(built, usual: str, **when: str):
