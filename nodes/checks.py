@@ -21,6 +21,11 @@ _LINE = 10_000
 _LINES = 100_000
 
 
+def title_of(display_name: str) -> str:
+    """Return a node's title without the search words, as errors and help pages use it."""
+    return display_name.partition(" (")[0]
+
+
 def checked(**rules: Rule | None) -> classmethod:
     """Build a node's `validate_inputs`, which returns True or the reasons why widget values are invalid.
 

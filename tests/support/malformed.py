@@ -170,7 +170,7 @@ def known_nodes(server):
             if prompt_name in widgets:
                 widgets[prompt_name] = "a photo of a toy"
         found[name] = Known(
-            info["display_name"],
+            info["display_name"].partition(" (")[0],
             widgets,
             schemas,
             sockets["required"],
