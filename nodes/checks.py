@@ -60,11 +60,6 @@ def find_faults(node: type, values: Mapping[str, Any]) -> dict[str, str]:
     return _faults(node, rules, values) if rules else {}
 
 
-def title_of(display_name: str) -> str:
-    """Return a node's title without the search words, as errors and help pages use it."""
-    return display_name.partition(" (")[0]
-
-
 def _faults(node: Any, rules: Mapping[str, Rule | None], values: Mapping[str, Any]) -> dict[str, str]:
     schema = node.define_schema()
     faults = {}

@@ -11,7 +11,7 @@ import pytest
 def browser(comfy, monkeypatch):
     from graft_pack.nodes.host.server import messages as browser
 
-    monkeypatch.setattr(browser, "BOARD", browser.MessageStore())
+    monkeypatch.setattr(browser, "MESSAGES", browser.MessageStore())
     return browser
 
 
