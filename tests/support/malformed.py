@@ -778,7 +778,7 @@ def captions(rng, defaults, trained):
             b'{"file_name": "sound.png", "text": "\\udfff"}',
             "half a char",
         ),
-        "a table of NUL": ("metadata.csv", b"file_name,text\n\0,\0\n", "no CSV|not there|names no"),
+        "a table of NUL": ("metadata.csv", b"file_name,text\n\0,\0\n", "no CSV|not there|names no|holds NUL"),
         "a field without end": ("metadata.csv", b'file_name,text\nsound.png,"' + b"a" * 300_000, "no CSV|characters"),
     }.items():
         folder = f"caption {what}"
