@@ -10,13 +10,15 @@ import contextlib
 import importlib
 import importlib.util
 import logging
+import multiprocessing
 import os
 import sys
+import threading
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
-# Module name of this file in a process that the graph starts. GRAFT_SEAT then holds its folder, environment and pipe.
-SEATED = "graft_job"
+# Module name of this file in a process that the graph starts. GRAFT_WORKER then holds its folder, environment and pipe.
+WORKER = "graft_job"
 
 
 def find_comfyui():
@@ -76,28 +78,37 @@ def options_of_accelerate(arguments):
     return [] if "--cpu" in arguments else ["--cpu"]
 
 
+def end_with_parent():
+    """Wait for the end of the graph's server, then end this process: it would wait for the others without end."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
 @contextlib.contextmanager
-def telling(seat):
+def reporting(given):
     """Send an error in the block to the graph, which would otherwise only see that this process has ended."""
     try:
         yield
     except Exception as error:
-        if seat is not None:
-            seat["pipe"].send(("failed", "", f"{type(error).__name__}: {error}", "", ""))
+        if given is not None:
+            given["pipe"].send(("failed", "", f"{type(error).__name__}: {error}", "", ""))
         raise
 
 
-def main(seat=None):
+def main(given=None):
     """Run the job. Return the exit status: 0 if the job is done, 1 for an error, 130 if it was interrupted."""
-    if seat is not None:
-        os.environ.update(seat["environment"])
-        folder, arguments, comfyui = seat["folder"], sys.argv[1:], seat["comfyui"]
+    if given is not None:
+        threading.Thread(target=end_with_parent, daemon=True).start()
+        os.environ.update(given["environment"])
+        folder, arguments, comfyui = given["folder"], sys.argv[1:], given["comfyui"]
     elif len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         sys.exit(__doc__)
     else:
         folder, comfyui = os.path.abspath(sys.argv[1]), find_comfyui()
         arguments = [*sys.argv[2:], *options_of_accelerate(sys.argv[2:])]
-    with telling(seat):
+    with reporting(given):
         enter_comfyui(comfyui, arguments)
         name = load_pack()
         # Create the group before ComfyUI chooses its device: ComfyUI then takes this process's device.
@@ -105,10 +116,10 @@ def main(seat=None):
             "--cpu" in arguments
         )
         headless = importlib.import_module(f"{name}.nodes.host.jobs.worker")
-    return headless.main(folder, group, seat)
+    return headless.main(folder, group, given)
 
 
 if __name__ == "__main__":
     sys.exit(main())
-elif __name__ == SEATED:
-    sys.exit(main(globals()["GRAFT_SEAT"]))
+elif __name__ == WORKER:
+    sys.exit(main(globals()["GRAFT_WORKER"]))

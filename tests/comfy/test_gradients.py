@@ -8,7 +8,7 @@ import torch
 from graft_pack.trainers.engine import step as forward
 from graft_pack.trainers.engine.gradient_check import _by_block, check_gradient, directional_error
 from graft_pack.trainers.errors import ModelError
-from graft_pack.trainers.memory import autograd
+from graft_pack.trainers.memory import checkpointing as blocks
 from graft_pack.trainers.recipe.recipe import ALL_BUT_ATTENTION, RECOMPUTED
 from graft_pack.trainers.rng import generator
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -115,7 +115,7 @@ def test_a_graph_may_be_gone_back_through_twice(recompute):
 def no_cure(monkeypatch):
     """Disable the engine's rule for in-place residuals."""
     monkeypatch.setattr(forward, "OutOfPlace", nullcontext)
-    monkeypatch.setattr(autograd, "OutOfPlace", nullcontext)
+    monkeypatch.setattr(blocks, "OutOfPlace", nullcontext)
 
 
 def test_without_the_cure_flux_raises(no_cure):
@@ -126,14 +126,14 @@ def test_without_the_cure_flux_raises(no_cure):
 
 def test_without_the_cure_in_the_recomputation_flux_is_silently_wrong(monkeypatch):
     """A mode around the forward is not enough: it has ended when a checkpointed block is recomputed."""
-    monkeypatch.setattr(autograd, "OutOfPlace", nullcontext)
+    monkeypatch.setattr(blocks, "OutOfPlace", nullcontext)
     with models.in_training(make_model("Flux", torch.float64), "Flux", True, spread=0.1) as training:
         assert max(error_of(training, "A", 0.02), error_of(training, "B", 0.02)) > 1e-3
 
 
 def test_the_self_check_finds_a_wrong_gradient(monkeypatch):
     """This check stops a training of an unknown architecture that would learn nothing."""
-    monkeypatch.setattr(autograd, "OutOfPlace", nullcontext)
+    monkeypatch.setattr(blocks, "OutOfPlace", nullcontext)
     with models.in_training(make_model("Flux", torch.float32, 1), "Flux", True) as training:
         with pytest.raises(ModelError, match="wrong"):
             check_gradient(training.losses, training.plan.trainables)

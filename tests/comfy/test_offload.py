@@ -7,6 +7,7 @@ import pytest
 import torch
 from graft_pack.trainers.engine.oom_fallback import offload_blocks
 from graft_pack.trainers.memory import autograd, offload
+from graft_pack.trainers.memory.checkpointing import is_checkpointed, keeps_attention
 from graft_pack.trainers.methods import ADAPTERS
 from graft_pack.trainers.recipe.recipe import ALL_BUT_ATTENTION
 
@@ -94,8 +95,8 @@ def test_attention_is_kept_where_that_is_wanted(checkpointing, near, tmp_path):
     with models.in_training(models.patcher("SD1"), "SD1", checkpointing, 0.1, **fields) as training:
         assert same(gradients(training, tmp_path), near("SD1", True))
         blocks = autograd.blocks_of(training.denoiser.module)
-        assert all(checkpointing.keeps_attention(block) for block in blocks if checkpointing.is_checkpointed(block))
-        assert any(checkpointing.keeps_attention(block) for block in blocks)
+        assert all(keeps_attention(block) for block in blocks if is_checkpointed(block))
+        assert any(keeps_attention(block) for block in blocks)
 
 
 @pytest.mark.parametrize("ahead", [False, True])

@@ -237,9 +237,9 @@ def test_nothing_left_says_what_fits_and_keeps_what_there_is(tmp_path, enough):
 def test_with_weights_in_shares_the_error_names_what_takes_less(checkpointing, recompute, cure):
     """With shards, no fallback runs within a step."""
     with lora("SD1", checkpointing=checkpointing, recompute=recompute) as training:
-        host = replace(training.host, group=SimpleNamespace(sharded=True, paired=True))
+        host = replace(training.host, group=SimpleNamespace(sharded=True, lockstep=True))
         with pytest.raises(OutOfMemory, match="start more processes") as error:
-            OOMFallback(training.plan, None, host, False).attempt(short, lambda: None, 1)
+            OOMFallback(training.plan, None, host, False).run(short, lambda: None, 1)
     assert ("Graft Memory Options" in str(error.value)) == (cure is not None)
     assert (cure or "") in str(error.value)
 

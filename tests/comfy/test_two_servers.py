@@ -82,10 +82,10 @@ def test_a_new_run_beside_another_servers_has_a_folder_of_its_own(pair):
 def test_processes_of_a_graph_hold_the_run_together(pair):
     """The graph's server and the trainer are separate processes; if both are killed, neither blocks the run."""
     first, second = pair
-    graph = runs.graph_of(first, "toys", "crew", LONG, processes=2, save_every=5)
+    graph = runs.graph_of(first, "toys", "processes", LONG, processes=2, save_every=5)
     graph["3"]["inputs"]["batch_size"] = 2
     begin(first, graph)
-    run = runs.find_run(first, "crew")
+    run = runs.find_run(first, "processes")
     with pytest.raises(PromptError, match=f"'{run.name}' is in use"):
         second.run(graph)
     first.kill()

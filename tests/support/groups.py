@@ -7,8 +7,8 @@ import torch
 from graft_pack.trainers.runs.checkpoint import read_state
 
 from tests.support import models
-from tests.support.crew import Crew
 from tests.support.diffusers_host import gradient_of, make_item, planned
+from tests.support.process_group import ProcessGroup
 
 # Two batches per step, the last of an epoch smaller; average, schedule, validation and previews have state too.
 FULL = {
@@ -37,10 +37,10 @@ WINDOWS = [
 
 
 def gradients_of(world, fields):
-    """Return the crew's byte counts per process, after checking that its gradients equal one process's."""
+    """Return the byte counts per process, after checking that its gradients equal one process's."""
     with planned([make_item(index) for index in range(8)]) as (plan, host):
         alone = [gradient_of(plan, host, window, step)[:2] for step, window in enumerate(WINDOWS)]
-    answers = Crew(world).do("gradients", fields=fields, windows=WINDOWS)
+    answers = ProcessGroup(world).run("gradients", fields=fields, windows=WINDOWS)
     assert all(found == answers[0][0] for found, _ in answers)
     for (loss, gradient), (expected, whole) in zip(answers[0][0], alone, strict=True):
         assert loss == pytest.approx(expected, rel=1e-6)

@@ -16,7 +16,7 @@ from . import assemble, host, world
 from .classifier import classify
 
 CACHE = Path(__file__).parents[2] / ".cache" / "toy"
-BAR = {"shape": 0.95, "colour": 0.98, "background": 0.98}
+BAR = {"shape": 0.95, "color": 0.98, "background": 0.98}
 
 
 def choose(combinations, count, seed):
@@ -36,7 +36,7 @@ def score(pictures, combinations):
     verdicts = [classify(picture) for picture in pictures]
     told = [(v.shape, v.color, v.background) for v in verdicts]
     right = np.array(told) == np.array(combinations)
-    shares = {name: float(right[:, i].mean()) for i, name in enumerate(("shape", "colour", "background"))}
+    shares = {name: float(right[:, i].mean()) for i, name in enumerate(("shape", "color", "background"))}
     shares["all"] = float(right.all(axis=1).mean())
     shares["toy"] = float(np.mean([v.toy for v in verdicts]))
     shares["tint"] = float(np.mean([v.tint for v in verdicts]))

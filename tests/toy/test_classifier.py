@@ -25,7 +25,7 @@ def finish(request):
 def test_old_world(finish):
     rng = np.random.RandomState(12345)
     combinations = world.known_scenes() + world.held_out_scenes()
-    right = {"shape": 0, "colour": 0, "background": 0}
+    right = {"shape": 0, "color": 0, "background": 0}
     alarms = 0
     for _ in range(COUNT):
         scene = world.sample_scene(rng, combinations)

@@ -7,9 +7,9 @@ from graft_pack.trainers.errors import SettingsError
 from graft_pack.trainers.recipe.recipe import ALL_BUT_ATTENTION, EVERYTHING
 
 from tests.support import models
-from tests.support.crew import Crew
 from tests.support.diffusers_host import run_session, same_state
 from tests.support.groups import FULL, assert_close, gradients_of, log_of, state_in, state_steps
+from tests.support.process_group import ProcessGroup
 
 SHARED = {**FULL, "shard": "on"}
 
@@ -33,7 +33,7 @@ def test_each_holds_its_share_and_the_gradient_is_that_of_one_process(checkpoint
 def shared(tmp_path_factory):
     """Return the folder of an uninterrupted run of two processes with sharded weights."""
     folder = tmp_path_factory.mktemp("shared")
-    assert None not in Crew(2).do("train", folder=str(folder), fields=SHARED)
+    assert None not in ProcessGroup(2).run("train", folder=str(folder), fields=SHARED)
     return folder
 
 
@@ -51,11 +51,11 @@ def test_a_process_is_killed_and_the_run_goes_on_as_if_nothing_was(shared, strai
     deaths = [(1, "part", 5), (0, "part", 4), (1, "summed", 3), (0, "report", 8)]
     for number, death in enumerate(trials(deaths[:1], deaths)):
         folder = tmp_path / str(number)
-        crew = Crew(2)
-        answers = crew.do("train", folder=str(folder), fields=SHARED, death=death)
-        assert crew.exitcodes[death[0]] == -9
+        group = ProcessGroup(2)
+        answers = group.run("train", folder=str(folder), fields=SHARED, death=death)
+        assert group.exitcodes[death[0]] == -9
         assert answers[1 - death[0]] == "PeerLostError"
-        crew.do("train", folder=str(folder), fields=SHARED)
+        group.run("train", folder=str(folder), fields=SHARED)
         assert same_state(state_in(folder), state_in(shared)), death
 
 
@@ -63,13 +63,14 @@ def test_a_process_is_killed_and_the_run_goes_on_as_if_nothing_was(shared, strai
 def test_resumed_by_more_or_fewer_in_shares_or_not(straight, tmp_path, trials):
     for number, (world, fields) in enumerate(trials([(1, SHARED)], [(1, SHARED), (2, FULL), (3, SHARED)])):
         folder = tmp_path / str(number)
-        assert Crew(2).do("train", folder=str(folder), fields=SHARED, death=(1, "sum", 4))[0] == "PeerLostError"
+        answers = ProcessGroup(2).run("train", folder=str(folder), fields=SHARED, death=(1, "sum", 4))
+        assert answers[0] == "PeerLostError"
         reached = max(state_steps(folder))
         assert 0 < reached < 6
         if world == 1:
             assert run_session(folder, **fields).resumed_from == reached
         else:
-            assert Crew(world).do("train", folder=str(folder), fields=fields)[0]["resumed_from"] == reached
+            assert ProcessGroup(world).run("train", folder=str(folder), fields=fields)[0]["resumed_from"] == reached
         assert_close(folder, straight)
 
 
@@ -78,20 +79,21 @@ def test_an_error_of_one_ends_all_and_none_waits(tmp_path, trials):
     """Within a step the others wait to gather its shard, and no message can reach them there."""
     for rank, where in trials([(1, "part"), (0, "preview")], [(1, "part"), (0, "part"), (0, "preview")]):
         fields = {**SHARED, "name": f"{rank}{where}"}
-        answers = Crew(2).do("fail", timeout=60, folder=str(tmp_path), fields=fields, rank=rank, where=where)
+        answers = ProcessGroup(2).run("fail", timeout=60, folder=str(tmp_path), fields=fields, rank=rank, where=where)
         assert answers[rank] == "KeyError"
         assert answers[1 - rank] == "PeerLostError"
 
 
 def test_memory_that_runs_out_in_a_step_ends_the_attempt(tmp_path):
     """The others are in the middle of the step. A process that repeats it alone would deadlock with them."""
-    answers = Crew(2).do("fail", timeout=60, folder=str(tmp_path), fields=SHARED, rank=1, memory=1)
+    answers = ProcessGroup(2).run("fail", timeout=60, folder=str(tmp_path), fields=SHARED, rank=1, memory=1)
     assert answers == ["PeerLostError", "OutOfMemory"]
 
 
 @pytest.mark.parametrize("where, times", [("preview", 1), ("preview", 2), ("validation", 1)])
 def test_memory_that_runs_out_where_one_works_alone_is_found(straight, tmp_path, where, times):
-    answers = Crew(2).do("fail", timeout=60, folder=str(tmp_path), fields=SHARED, rank=0, where=where, memory=times)
+    failing = {"fields": SHARED, "rank": 0, "where": where, "memory": times}
+    answers = ProcessGroup(2).run("fail", timeout=60, folder=str(tmp_path), **failing)
     assert answers[0] == answers[1]
     assert_close(tmp_path, straight)
     drawn = [line["step"] for line in log_of(tmp_path) if line["event"] == "sample"]

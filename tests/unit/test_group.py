@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support import kinds
-from tests.support.crew import Crew
 from tests.support.diffusers_host import make_host, run_session, same_state
 from tests.support.groups import FULL, assert_close, gradients_of, log_of, state_in, state_steps
+from tests.support.process_group import ProcessGroup
 
 
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=6), st.integers(1, 70))
@@ -70,7 +70,7 @@ def together(tmp_path_factory):
     def folder_of(world):
         if world not in made:
             made[world] = tmp_path_factory.mktemp(f"of{world}")
-            assert None not in Crew(world).do("train", folder=str(made[world]), fields=FULL)
+            assert None not in ProcessGroup(world).run("train", folder=str(made[world]), fields=FULL)
         return made[world]
 
     return folder_of
@@ -100,7 +100,7 @@ def each_kind(tmp_path_factory):
 def test_every_kind_of_training_gives_what_one_process_gives(fields, each_kind, tmp_path):
     """One process updates all weights within the backward; several processes update them after it."""
     names = [name for name in kinds.FIELDS if not (fields and name.startswith("all weights"))]
-    answers = Crew(2).do("train_kinds", timeout=60, folder=str(tmp_path), names=names, fields=fields)
+    answers = ProcessGroup(2).run("train_kinds", timeout=60, folder=str(tmp_path), names=names, fields=fields)
     assert None not in answers
     for name in names:
         assert_close(tmp_path / name, each_kind / name)
@@ -114,12 +114,12 @@ DEATHS = [(1, "part", 5), (0, "summed", 4), (1, "sum", 3), (0, "report", 6), (0,
 def test_a_process_is_killed_and_the_others_go_on_later_as_if_nothing_was(together, straight, tmp_path, trials):
     for number, death in enumerate(trials(DEATHS[:2], DEATHS)):
         folder = tmp_path / str(number)
-        crew = Crew(2)
-        answers = crew.do("train", folder=str(folder), fields=FULL, death=death)
-        assert crew.exitcodes[death[0]] == -9
+        group = ProcessGroup(2)
+        answers = group.run("train", folder=str(folder), fields=FULL, death=death)
+        assert group.exitcodes[death[0]] == -9
         assert answers[death[0]] is None
         assert answers[1 - death[0]] == "PeerLostError"
-        crew.do("train", folder=str(folder), fields=FULL)
+        group.run("train", folder=str(folder), fields=FULL)
         assert same_state(state_in(folder), state_in(together(2))), death
 
 
@@ -129,26 +129,27 @@ def test_resumed_by_fewer_or_more_processes(straight, tmp_path, trials):
         folder = tmp_path / f"{world}-{other}"
         # Nothing is saved before the end, except by the main process when it learns that another process is lost.
         unsaved = {**FULL, "save_every": 100}
-        answers = Crew(world).do("train", folder=str(folder), fields=unsaved, death=(1, "part", 6))
+        answers = ProcessGroup(world).run("train", folder=str(folder), fields=unsaved, death=(1, "part", 6))
         assert answers[0] == "PeerLostError"
         reached = max(state_steps(folder))
         if other == 1:
             assert run_session(folder, **FULL).resumed_from == reached
         else:
-            assert Crew(other).do("train", folder=str(folder), fields=FULL)[0]["resumed_from"] == reached
+            assert ProcessGroup(other).run("train", folder=str(folder), fields=FULL)[0]["resumed_from"] == reached
         assert 0 < reached < 6
         assert_close(folder, straight)
 
 
 def test_an_error_of_one_ends_all_and_none_waits(tmp_path):
-    answers = Crew(2).do("fail", folder=str(tmp_path), fields={**FULL, "preview_prompts": ()}, rank=1)
+    answers = ProcessGroup(2).run("fail", folder=str(tmp_path), fields={**FULL, "preview_prompts": ()}, rank=1)
     assert answers == ["PeerLostError", "KeyError"]
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_who_has_no_room_for_the_messages_says_so_before_any_is_sent(tmp_path, rank):
     fields = {**FULL, "preview_prompts": ()}
-    answers = Crew(2).do("fail", timeout=60, folder=str(tmp_path), fields=fields, rank=rank, where="sum", memory=1)
+    failing = {"fields": fields, "rank": rank, "where": "sum", "memory": 1}
+    answers = ProcessGroup(2).run("fail", timeout=60, folder=str(tmp_path), **failing)
     assert (answers[rank], answers[1 - rank]) == ("OutOfMemory", "PeerLostError")
 
 

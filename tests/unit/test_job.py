@@ -170,21 +170,21 @@ def test_a_missing_latent_is_named_and_none_is_left_out(tmp_path):
         run_recipe(job.recipe, job.dataset, make_host(), job.folders(folders_of(tmp_path / "there")))
 
 
-SEAT = """
+WORKER = """
 import runpy
 
 class Pipe:
     def send(self, word):
         print(word)
 
-seat = {{"folder": "", "comfyui": {comfyui!r}, "environment": {{}}, "pipe": Pipe()}}
-runpy.run_path({program!r}, {{"GRAFT_SEAT": seat}}, "graft_job")
+given = {{"folder": "", "comfyui": {comfyui!r}, "environment": {{}}, "pipe": Pipe()}}
+runpy.run_path({program!r}, {{"GRAFT_WORKER": given}}, "graft_job")
 """
 
 
 def test_a_process_that_fails_before_it_has_begun_tells_the_graph_why(tmp_path):
     """There is no ComfyUI at the expected place; a missing library or connection would act the same."""
-    program = SEAT.format(comfyui=str(tmp_path), program=str(ROOT / "job.py"))
+    program = WORKER.format(comfyui=str(tmp_path), program=str(ROOT / "job.py"))
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert done.stdout.startswith("('failed', '', \"ModuleNotFoundError: No module named 'comfy'")

@@ -18,6 +18,7 @@ import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import comfy.model_management
@@ -42,8 +43,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_JOB = os.path.join(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))), "job.py")
-_SEATED = "graft_job"
+_JOB = str(Path(__file__).resolve().parents[3] / "job.py")
+_WORKER = "graft_job"
 
 # Seconds: of one wait, for processes to save and exit after the user cancelled, and for the same after one failed.
 _PAUSE = 0.05
@@ -95,11 +96,11 @@ def train(recipe: Recipe, dataset: Dataset, host: Host, node: str) -> tuple[str,
         # The processes put their own copies of the model on the devices.
         comfy.model_management.unload_all_models()
         comfy.model_management.soft_empty_cache()
-        crew = WorkerGroup(folder, recipe.processes)
+        workers = WorkerGroup(folder, recipe.processes)
         try:
-            return crew.attend(host)
+            return workers.attend(host)
         finally:
-            crew.end()
+            workers.end()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -156,13 +157,13 @@ class WorkerGroup:
         try:
             for rank in range(count):
                 ours, theirs = context.Pipe()
-                seat = {
+                given = {
                     "folder": folder,
                     "comfyui": os.path.dirname(os.path.abspath(folder_paths.__file__)),
                     "environment": _environment(rank, count, self._store.port),
                     "pipe": theirs,
                 }
-                arguments = (_JOB, {"GRAFT_SEAT": seat}, _SEATED)
+                arguments = (_JOB, {"GRAFT_WORKER": given}, _WORKER)
                 member = context.Process(target=runpy.run_path, args=arguments, daemon=True)
                 with _nameless_main():
                     member.start()

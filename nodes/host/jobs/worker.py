@@ -40,16 +40,16 @@ DONE, FAILED, INTERRUPTED = 0, 1, 130
 Report = Callable[[str, dict[str, Any]], None]
 
 
-def main(folder: str, group: AccelerateGroup, seat: dict[str, Any] | None) -> int:
+def main(folder: str, group: AccelerateGroup, given: dict[str, Any] | None) -> int:
     """Run the job in a folder to its end, and return the exit status.
 
     Args:
-        seat: data from the graph for a process that it started, None outside a graph.
+        given: data from the graph for a process that it started, None outside a graph.
     """
     # ComfyUI's own logging setup takes other arguments in each version and writes a file. `force` removes the handlers
     # of libraries, which would print every line twice.
     logging.basicConfig(level=logging.INFO if group.is_main else logging.WARNING, format="%(message)s", force=True)
-    pipe = None if seat is None else seat["pipe"]
+    pipe = None if given is None else given["pipe"]
     with REGISTRY.register("") as training, _interruptible(pipe, training):
         told = _Terminal(group) if pipe is None else _Relay(group, pipe, training)
         try:

@@ -1,8 +1,8 @@
 """Real processes that train together over diffusers, with gloo between them and no ComfyUI.
 
-    answers = Crew(2).do("train", folder=..., fields={...})
+    answers = ProcessGroup(2).run("train", folder=..., fields={...})
 
-They are forked from a server that has imported the slow modules, so that a crew starts in a moment.
+They are forked from a server that has imported the slow modules, so that a group starts in a moment.
 """
 
 import multiprocessing
@@ -27,17 +27,17 @@ HEAVY = [
     "torch.distributed",
     "transformers.optimization",
 ]
-SEATED = "graft_crew"
+WORKER = "graft_process_group"
 
 
-class Crew:
+class ProcessGroup:
     """A group of processes; all of them run the same task and then end."""
 
     def __init__(self, world):
         self.world_size = world
         self.exitcodes = []
 
-    def do(self, task, timeout=240, **arguments):
+    def run(self, task, timeout=240, **arguments):
         """Run a task in every process and return each answer, None for a lost one; `exitcodes` tells how each ended."""
         from torch.distributed import TCPStore
 
@@ -47,9 +47,9 @@ class Crew:
         members = []
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
-            seat = {"rank": rank, "world": self.world_size, "port": store.port, "pipe": theirs}
-            seat |= {"task": task, "arguments": arguments}
-            member = context.Process(target=runpy.run_path, args=(__file__, {"SEAT": seat}, SEATED), daemon=True)
+            given = {"rank": rank, "world": self.world_size, "port": store.port, "pipe": theirs}
+            given |= {"task": task, "arguments": arguments}
+            member = context.Process(target=runpy.run_path, args=(__file__, {"GIVEN": given}, WORKER), daemon=True)
             member.start()
             theirs.close()
             members.append((member, ours))
@@ -72,10 +72,10 @@ def _answer(pipe):
         return None
 
 
-def sit_down(seat):
+def join(given):
     """Join the others inside a process, run the task, and send the answer."""
-    names = {"RANK": seat["rank"], "LOCAL_RANK": seat["rank"], "WORLD_SIZE": seat["world"]}
-    names |= {"LOCAL_WORLD_SIZE": seat["world"], "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": seat["port"]}
+    names = {"RANK": given["rank"], "LOCAL_RANK": given["rank"], "WORLD_SIZE": given["world"]}
+    names |= {"LOCAL_WORLD_SIZE": given["world"], "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": given["port"]}
     names |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": 0, "OMP_NUM_THREADS": 1}
     os.environ.update({name: str(value) for name, value in names.items()})
     # Import only after the environment names the process's rank.
@@ -85,7 +85,7 @@ def sit_down(seat):
     from graft_pack.trainers.distributed.accelerate_group import AccelerateGroup
 
     group = AccelerateGroup(cpu=True)
-    seat["pipe"].send(TASKS[seat["task"]](group, **seat["arguments"]))
+    given["pipe"].send(TASKS[given["task"]](group, **given["arguments"]))
     group.close()
 
 
@@ -251,11 +251,11 @@ def held_by(blocks):
 TASKS = {"train": train, "train_kinds": train_kinds, "gradients": gradients, "fail": fail}
 
 
-if __name__ == SEATED:
+if __name__ == WORKER:
     # This file runs by its path, so `tests` is not importable yet.
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-    from tests.support import crew, pack
+    from tests.support import pack, process_group
 
     pack.hide_root()
     pack.load_pack()
-    crew.sit_down(globals()["SEAT"])
+    process_group.join(globals()["GIVEN"])
