@@ -80,12 +80,12 @@ def test_sdxl_pictures_of_three_shapes_bring_their_own_sizes(tmp_path):
     with models.in_training(models.patcher("SDXL"), "SDXL", batch_size=2, resolution=64) as training:
         host = replace(training.host, codec=TinyCodec(), text=Wide())
         prepared = prepare(dataset, training.plan.recipe, host, str(tmp_path / "cache"), 10**9)
-        plan = Plan(training.plan.recipe, prepared.training, [], {}, dict)
+        plan = Plan(recipe=training.plan.recipe, train=prepared.training, trainables={}, export=dict)
         with models.inputs_of(training.denoiser.module) as calls:
             for step, (_, batch) in zip(range(6), plan.batches(0), strict=False):
                 shown = plan.samples(batch)
-                for part in forward.micro_batches(shown, plan.recipe, step, 0, host):
-                    forward.losses_of(host, *part)
+                for part in forward.micro_batches(shown, plan.recipe, host, forward.BatchRows(step)):
+                    forward.losses_of(host, part)
     seen = {}
     for _, given in calls:
         for caption, numbers in zip(given["context"][:, 0, 0].tolist(), given["y"][:, 1280:], strict=True):

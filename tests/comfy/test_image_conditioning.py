@@ -283,7 +283,7 @@ def test_previews_are_drawn_beside_the_first_examples(name, tmp_path):
     with denoiser.training("auto"), torch.no_grad():
         host = Host(denoiser, Words(name), Codec(name))
         items = prepare(dataset_for(name), recipe, host, str(tmp_path), 10**9).training
-        beside = _beside(Plan(recipe, items, [], {}, dict))
+        beside = _beside(Plan(recipe=recipe, train=items, trainables={}, export=dict))
         assert len(beside) == 2
         request = PreviewRequest(("a", "b", "c"), (64, 64), 1, 1.0, "euler", "simple", 0, beside=beside)
         with models.inputs_of(denoiser.module) as calls:

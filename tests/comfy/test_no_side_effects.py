@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -55,18 +56,18 @@ def faulty(monkeypatch):
     from graft_pack.trainers.engine import loop
 
     def arrange(outcome):
-        real = loop._gradients
+        real = loop.accumulate_gradients
 
-        def gradients(plan, host, window, step, updater, shares, shown):
-            if step == 1:
+        def gradients(plan, host, window, updater, samples_of):
+            if window.step == 1:
                 if outcome == "raised":
                     raise Fault("in the second step")
                 if outcome == "cancelled":
                     comfy.model_management.interrupt_current_processing(True)
                 if outcome in ("stopped", "paused"):
                     REGISTRY.of_node("7").ask(UserCommand.STOP if outcome == "stopped" else UserCommand.PAUSE)
-            found = real(plan, host, window, step, updater, shares, shown)
-            return (float("nan"), *found[1:]) if outcome == "not a number" and step == 1 else found
+            losses = real(plan, host, window, updater, samples_of)
+            return replace(losses, mean=float("nan")) if outcome == "not a number" and window.step == 1 else losses
 
         def predict(self, x_t, sigma, conditioning):
             short = outcome == "memory ran out" or not any(
@@ -76,7 +77,7 @@ def faulty(monkeypatch):
                 raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
             return real_predict(self, x_t, sigma, conditioning)
 
-        monkeypatch.setattr(loop, "_gradients", gradients)
+        monkeypatch.setattr(loop, "accumulate_gradients", gradients)
         real_predict = ComfyDenoiser.predict
         if outcome in ("memory ran out", "offloaded"):
             monkeypatch.setattr(ComfyDenoiser, "predict", predict)

@@ -120,11 +120,12 @@ def test_the_loss_is_measured_against_that_target(case):
     with models.in_training(made_by(case), case[2], spread=0.05) as training:
         plan, denoiser = training.plan, training.denoiser
         shown = [item.show(0) for item in plan.train]
-        _, x0, noise, sigma = next(step.micro_batches(shown, plan.recipe, 0, 0, training.host))
+        batch = next(step.micro_batches(shown, plan.recipe, training.host))
+        x0, noise, sigma = batch.x0, batch.noise, batch.sigma
         with torch.no_grad():
             raw = denoiser.predict(denoiser.add_noise(x0, noise, sigma), sigma, [one.conditioning for one in shown])
         target = kind_of(denoiser).target(x0, noise, sigma.view(-1, 1, 1, 1))
-        losses = step.losses_of(training.host, shown, x0, noise, sigma)
+        losses = step.losses_of(training.host, batch)
         assert torch.allclose(losses, ((raw - target) ** 2).mean((1, 2, 3)), rtol=1e-5)
         losses.sum().backward()
         gradients = models.joined(p.grad for p in plan.trainables.values())
@@ -150,8 +151,9 @@ def test_other_objectives_follow_the_model_too(case):
     with models.in_training(made_by(case), case[2], spread=0.05, objective=objective) as training:
         denoiser = training.denoiser
         shown = [item.show(0) for item in training.plan.train]
-        _, x0, noise, sigma, asked = next(step.micro_batches(shown, training.plan.recipe, 0, 0, training.host))
-        losses = step.losses_of(training.host, shown, x0, noise, sigma, asked).detach()
+        batch = next(step.micro_batches(shown, training.plan.recipe, training.host))
+        x0, noise, sigma, asked = batch.x0, batch.noise, batch.sigma, batch.custom
+        losses = step.losses_of(training.host, batch).detach()
         with torch.no_grad():
             x_t = denoiser.add_noise(x0, asked.added, sigma)
             raw = denoiser.predict(x_t, sigma, [one.conditioning for one in shown])

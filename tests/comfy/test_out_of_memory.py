@@ -184,17 +184,17 @@ def test_short_again_later_it_climbs_on(kind, enough, tmp_path):
         training = reporting(training, lambda event, payload: told.append((event, payload)))
         device = Device(training, None)
         needed = {2: "checkpointing", 3: "offload"}
-        original = loop._gradients
+        original = loop.accumulate_gradients
 
-        def gradients(plan, host, window, step, updater, *given):
-            device._rung = needed.get(step, device._rung)
-            return original(plan, host, window, step, updater, *given)
+        def gradients(plan, host, window, *given):
+            device._rung = needed.get(window.step, device._rung)
+            return original(plan, host, window, *given)
 
-        loop._gradients = gradients
+        loop.accumulate_gradients = gradients
         try:
             state = models.train(training, tmp_path, steps=STEPS, learning_rate=1e-3)
         finally:
-            loop._gradients = original
+            loop.accumulate_gradients = original
         values = models.joined(state.trainables.values()).clone()
     assert models.distance(values, enough(kind)) <= 1e-5
     steps = [payload["step"] for event, payload in told if event == "memory"]

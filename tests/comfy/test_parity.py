@@ -79,9 +79,9 @@ def test_loss_and_gradients_are_those_of_diffusers(prediction_type, gamma):
     unet = diffusers_host.convert_sd1(model)
     with models.in_training(model, "SD1", spread=0.1, examples=4, batch_size=4, objective=objective) as training:
         shown = [item.show(0) for item in training.plan.train]
-        part = next(step.micro_batches(shown, training.plan.recipe, 0, 0, training.host))
-        _, x0, noise, sigma = part[:4]
-        losses = step.losses_of(training.host, *part)
+        batch = next(step.micro_batches(shown, training.plan.recipe, training.host))
+        x0, noise, sigma = batch.x0, batch.noise, batch.sigma
+        losses = step.losses_of(training.host, batch)
         losses.mean().backward()
         values = by_adapter_name(training.denoiser, training.plan.trainables)
     t = (((1 - scheduler.alphas_cumprod) / scheduler.alphas_cumprod).sqrt()[None] - sigma[:, None]).abs().argmin(1)
@@ -109,9 +109,9 @@ def test_other_families_too_have_diffusers_loss_and_the_gradient_of_every_weight
     with models.in_training(model, published.name, examples=3, batch_size=3, **whole) as training:
         shown = [item.show(0) for item in training.plan.train]
         conditionings = [one.conditioning for one in shown]
-        part = next(step.micro_batches(shown, training.plan.recipe, 0, 0, training.host))
-        _, x0, noise, sigma = part[:4]
-        losses = step.losses_of(training.host, *part)
+        batch = next(step.micro_batches(shown, training.plan.recipe, training.host))
+        x0, noise, sigma = batch.x0, batch.noise, batch.sigma
+        losses = step.losses_of(training.host, batch)
         losses.mean().backward()
         gradients = {
             name: value.grad.clone() for name, value in training.plan.trainables.items() if value.grad is not None
@@ -155,7 +155,7 @@ def test_a_training_takes_the_same_way_on_both_hosts(tmp_path):
             for key, parameter in by_adapter_name(denoiser, trainables).items():
                 parameter.copy_(values[key])
         export = models.exporter(method, recipe, denoiser.adapter_name)
-        plan = Plan(recipe, training.plan.train, [], trainables, export)
+        plan = Plan(recipe=recipe, train=training.plan.train, trainables=trainables, export=export)
         other = models.Training(denoiser, Host(denoiser, None, None), plan)
         theirs = models.train(other, tmp_path / "theirs")
         other_adapter = plan.export(theirs.trainables, 0).adapter

@@ -402,20 +402,29 @@ def planned(items, spread=0.1, **fields):
         if spread:
             models.scatter(trainables, spread)
         export = models.exporter(method, recipe, host.denoiser.adapter_name)
-        yield Plan(recipe, items, [], trainables, export, switched_off=lambda: method.switched_off(module)), host
+        plan = Plan(
+            recipe=recipe,
+            train=items,
+            trainables=trainables,
+            export=export,
+            switched_off=lambda: method.switched_off(module),
+        )
+        yield plan, host
 
 
-def gradient_of(plan, host, window, step=0):
-    """Return (loss, gradient as one vector, names) of a window of batches."""
+def gradient_of(plan, host, batches, step=0):
+    """Return (loss, gradient as one vector, names) of a step's batches."""
     from graft_pack.trainers.engine import loop
+    from graft_pack.trainers.engine.plan import Window
     from graft_pack.trainers.engine.updater import ParameterUpdater
 
     from tests.support import models
 
     for parameter in plan.trainables.values():
         parameter.grad = None
-    loss, names, _ = loop._gradients(plan, host, window, step, ParameterUpdater(plan, host))
-    return loss, models.joined(p.grad for p in plan.trainables.values()), names
+    window = Window.of(step, batches, host.group)
+    losses = loop.accumulate_gradients(plan, host, window, ParameterUpdater(plan, host))
+    return losses.mean, models.joined(p.grad for p in plan.trainables.values()), losses.names
 
 
 def state_of(result):

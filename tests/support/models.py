@@ -144,9 +144,15 @@ def learning_word(name: str, checkpointing: bool = False, model=None, clip=None,
             items.append(
                 DatasetItem(f"picture {number}", (64, 64), 1, functools.partial(_told, shown.latent, bare, caption))
             )
-        settle = textual_inversion.renormalizing(vectors, encoder, settings)
         export = lambda values, step: Products(None, textual_inversion.made_of(values, settings, {}))  # noqa: E731
-        plan = Plan(settings, items, [], vectors, export, [textual_inversion.group(vectors, settings)], settle)
+        plan = Plan(
+            recipe=settings,
+            train=items,
+            trainables=vectors,
+            export=export,
+            groups=[textual_inversion.group(vectors, settings)],
+            renormalize=textual_inversion.renormalizing(vectors, encoder, settings),
+        )
         yield Training(denoiser, Host(denoiser, encoder, None), plan)
 
 
@@ -186,8 +192,14 @@ def with_text(name: str, checkpointing: bool = False, model=None, clip=None, spr
                 DatasetItem(f"picture {number}", (64, 64), 1, functools.partial(_told, shown.latent, bare, caption))
             )
         export = lambda values, step: Products(Adapter(parts.export(values), None, parts.native(values)))  # noqa: E731
-        groups = parts.groups(trainables)
-        plan = Plan(settings, items, [], trainables, export, groups, switched_off=parts.switched_off)
+        plan = Plan(
+            recipe=settings,
+            train=items,
+            trainables=trainables,
+            export=export,
+            groups=parts.groups(trainables),
+            switched_off=parts.switched_off,
+        )
         yield Training(denoiser, host, plan)
 
 
@@ -329,11 +341,10 @@ def in_training(
         items = [item(name, seed, dtype, side) for seed in range(examples)]
         export = exporter(method, settings, method.names(denoiser)[0], denoiser)
         plan = Plan(
-            settings,
-            items,
-            [],
-            trainables,
-            export,
+            recipe=settings,
+            train=items,
+            trainables=trainables,
+            export=export,
             switched_off=functools.partial(method.switched_off, denoiser.module),
             constants=method.constants(denoiser.module),
             in_backward=method.in_backward,

@@ -208,6 +208,7 @@ def gradients(group, fields, windows):
     each step.
     """
     from graft_pack.trainers.engine import loop
+    from graft_pack.trainers.engine.plan import Window
     from graft_pack.trainers.engine.updater import ParameterUpdater
     from graft_pack.trainers.memory.autograd import blocks_of
     from graft_pack.trainers.memory.checkpointing import checkpoint_blocks
@@ -230,11 +231,12 @@ def gradients(group, fields, windows):
             checkpoint_blocks(blocks, plan.recipe.keeps_attention)
         if plan.recipe.shard == "on":
             group.shard(host.denoiser.module, plan.trainables.values(), needs_input_grad=False)
-        for step, window in enumerate(windows):
+        for step, batches in enumerate(windows):
             for parameter in plan.trainables.values():
                 parameter.grad = None
-            share, *_ = loop._gradients(plan, host, window, step, Watched(plan, host))
-            loss = group.all_reduce(share)
+            window = Window.of(step, batches, group)
+            losses = loop.accumulate_gradients(plan, host, window, Watched(plan, host))
+            loss = group.all_reduce(losses.mean)
             group.all_reduce_gradients(list(plan.trainables.values()))
             found.append((loss, models.joined(one.grad for one in plan.trainables.values()).tolist()))
             sizes.append(held_by(blocks))

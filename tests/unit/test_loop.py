@@ -57,14 +57,14 @@ def test_accumulated_batches_give_the_mean_over_their_pictures():
 
 
 def second_part(plan, host):
-    """Return samples, latents, noise and levels of the second batch of an accumulation window."""
+    """Return the one micro-batch of the second batch of an accumulation window."""
     shown = [plan.train[4].show(0), plan.train[5].show(0)]
-    return next(forward.micro_batches(shown, plan.recipe, 0, 1, host))
+    return next(forward.micro_batches(shown, plan.recipe, host, forward.BatchRows(0, 1)))
 
 
 def mean_over(plan, host, part):
     """Return (loss, gradient) of the mean over one micro-batch."""
-    losses = forward.losses_of(host, *part)
+    losses = forward.losses_of(host, part)
     gradient = torch.autograd.grad(losses.mean(), list(plan.trainables.values()))
     return float(losses.detach().mean()), models.joined(gradient)
 
@@ -94,11 +94,11 @@ def test_each_step_and_each_batch_of_it_draws_other_noise():
         drawn = []
         shown = [item.show(0) for item in plan.train[:2]]
         for step, number in ((0, 0), (0, 1), (1, 0)):
-            _, _, noise, sigma = next(forward.micro_batches(shown, plan.recipe, step, number, host))
-            again = next(forward.micro_batches(shown, plan.recipe, step, number, host))
-            assert torch.equal(noise, again[2])
-            assert torch.equal(sigma, again[3])
-            drawn += [noise[0], noise[1]]
+            rows = forward.BatchRows(step, number)
+            batch, again = (next(forward.micro_batches(shown, plan.recipe, host, rows)) for _ in range(2))
+            assert torch.equal(batch.noise, again.noise)
+            assert torch.equal(batch.sigma, again.sigma)
+            drawn += [batch.noise[0], batch.noise[1]]
     for index, one in enumerate(drawn):
         assert not any(torch.equal(one, other) for other in drawn[:index])
 
@@ -175,10 +175,10 @@ def test_what_is_held_out_is_not_trained_on(tmp_path, monkeypatch):
     seen = []
     losses = forward.losses_of
 
-    def watched(host, shown, *rest):
+    def watched(host, batch, *rest):
         # This codec has no posterior, so a picture has the same latent on every visit.
-        seen.append((torch.is_grad_enabled(), {one.latent.numpy().tobytes() for one in shown}))
-        return losses(host, shown, *rest)
+        seen.append((torch.is_grad_enabled(), {sample.latent.numpy().tobytes() for sample in batch.samples}))
+        return losses(host, batch, *rest)
 
     monkeypatch.setattr(forward, "losses_of", watched)
     run_session(tmp_path, steps=12, validation_fraction=0.3)
@@ -233,11 +233,12 @@ def test_numbers_that_are_none_at_the_first_step_leave_nothing(tmp_path):
 def test_the_loss_of_an_example_does_not_depend_on_its_batch():
     with planned() as (plan, host):
         shown = [item.show(0) for item in plan.train]
-        whole = next(forward.micro_batches(shown, plan.recipe, 0, 0, host))
-        losses = forward.losses_of(host, *whole).detach()
+        whole = next(forward.micro_batches(shown, plan.recipe, host))
+        losses = forward.losses_of(host, whole).detach()
         for row in range(len(shown)):
-            part = [value[row : row + 1] for value in whole]
-            assert models.distance(forward.losses_of(host, *part).detach(), losses[row : row + 1]) <= 1e-5
+            values = (whole.samples, whole.x0, whole.noise, whole.sigma)
+            part = forward.MicroBatch(*(value[row : row + 1] for value in values))
+            assert models.distance(forward.losses_of(host, part).detach(), losses[row : row + 1]) <= 1e-5
 
 
 def test_a_mask_weighs_positions():
@@ -245,16 +246,15 @@ def test_a_mask_weighs_positions():
     mask = torch.zeros(1, 1, 8, 8)
     mask[..., :2, :3] = 1.0
     with planned() as (plan, host):
-        part = next(forward.micro_batches([plan.train[0].show(0), plan.train[1].show(0)], plan.recipe, 0, 0, host))
-        masked = [plan.train[0].show(0), make_item(1, mask).show(0)]
-        plain = forward.losses_of(host, *part).detach()
-        losses = forward.losses_of(host, masked, *part[1:]).detach()
-        shown, x0, noise, sigma = part
+        batch = next(forward.micro_batches([plan.train[0].show(0), plan.train[1].show(0)], plan.recipe, host))
+        masked = replace(batch, samples=[plan.train[0].show(0), make_item(1, mask).show(0)])
+        plain = forward.losses_of(host, batch).detach()
+        losses = forward.losses_of(host, masked).detach()
         with torch.no_grad():
-            x_t = host.denoiser.add_noise(x0, noise, sigma)
-            output = host.denoiser.predict(x_t, sigma, [one.conditioning for one in shown])
+            x_t = host.denoiser.add_noise(batch.x0, batch.noise, batch.sigma)
+            output = host.denoiser.predict(x_t, batch.sigma, [sample.conditioning for sample in batch.samples])
     assert torch.allclose(losses[0], plain[0])
-    assert torch.allclose(losses[1], ((output - noise) ** 2)[1, :, :2, :3].mean())
+    assert torch.allclose(losses[1], ((output - batch.noise) ** 2)[1, :, :2, :3].mean())
 
 
 def test_learning_falls(tmp_path):

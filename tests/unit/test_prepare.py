@@ -90,13 +90,14 @@ def read(folder, resolution=64, trigger="sks", reading=None, **handling):
 def batches(prepared, host, steps, **fields):
     """Return the model's inputs in so many steps of a run: rows of (latent, conditioning, weight)."""
     recipe = models.recipe("SD1", **{"batch_size": 1, "steps": steps, **fields})
-    plan = Plan(recipe, prepared.training, prepared.validation, {}, dict)
+    items = {"train": prepared.training, "validation": prepared.validation}
+    plan = Plan(recipe=recipe, **items, trainables={}, export=dict)
     drawn = plan.batches(0)
     rows = []
     for step in range(steps):
         _, batch = next(drawn)
-        for part in forward.micro_batches(plan.samples(batch), recipe, step, 0, host):
-            rows += [(part[1][place], one.conditioning, one.weight) for place, one in enumerate(part[0])]
+        for part in forward.micro_batches(plan.samples(batch), recipe, host, forward.BatchRows(step)):
+            rows += [(part.x0[place], one.conditioning, one.weight) for place, one in enumerate(part.samples)]
     return rows
 
 
@@ -176,7 +177,7 @@ def test_after_the_first_epoch_neither_codec_nor_encoder_is_called(folder, tmp_p
 def test_what_training_holds_does_not_grow_with_the_pictures(tmp_path, monkeypatch):
     """Live tensors after two visits of each picture: ten times the pictures need no more than the budget."""
     budget = 20_000
-    monkeypatch.setattr("graft_pack.trainers.preprocessing.prepare.LRUCache", lambda: LRUCache(budget))
+    monkeypatch.setattr("graft_pack.trainers.preprocessing.samples.LRUCache", lambda: LRUCache(budget))
 
     def held(count):
         pictures = [grain(number) for number in range(count)]
@@ -346,7 +347,8 @@ def test_no_small_bucket_is_dropped_and_repeats_balance(tmp_path):
     dataset = from_arrays([grain(n, size) for n, size in enumerate(sizes)], ["x"], "", 64)
     examples = [replace(one, repeats=1 + place % 3) for place, one in enumerate(dataset.examples)]
     prepared, *_ = made(tmp_path, replace(dataset, examples=tuple(examples)), batch_size=4)
-    plan = Plan(models.recipe("SD1", batch_size=4), prepared.training, [], {}, dict)
+    recipe = models.recipe("SD1", batch_size=4)
+    plan = Plan(recipe=recipe, train=prepared.training, trainables={}, export=dict)
     shown = Counter()
     for epoch, batch in plan.batches(0):
         if epoch == 5:

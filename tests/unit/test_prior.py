@@ -40,7 +40,7 @@ def make_item(index, factor=1.0, anchor=None):
         if anchor is not None:
             held = Sample(latent, Conditioning(WordEncoder().encode("a picture")), factor=anchor)
         conditioning = Conditioning(WordEncoder().encode(f"picture {index}"))
-        return Sample(latent, conditioning, factor=factor, anchor=held)
+        return Sample(latent, conditioning, factor=factor, prior_target=held)
 
     return DatasetItem(f"picture {index}", (64, 64), 1, show, factor != 1.0)
 
@@ -53,7 +53,8 @@ def gradient_of(plan, host, batch):
 def by_hand(plan, host, batch, weights):
     """Return (loss, gradient) of (1/B) sum w_i l_i, with each sample predicted alone."""
     shown = [plan.train[index].show(0) for index in batch]
-    _, x0, noise, sigma = next(step.micro_batches(shown, replace(plan.recipe, micro_batch=0), 0, 0, host))
+    whole = next(step.micro_batches(shown, replace(plan.recipe, micro_batch=0), host))
+    x0, noise, sigma = whole.x0, whole.noise, whole.sigma
     total = torch.zeros(())
     for row, (one, weight) in enumerate(zip(shown, weights, strict=True)):
         part = slice(row, row + 1)
@@ -87,9 +88,10 @@ def test_batches_of_an_epoch_sum_up_to_diffusers_sum_of_means():
     items = [make_item(0), make_item(1), make_item(10, WEIGHT), make_item(11, WEIGHT)]
     with planned(items) as (plan, host):
         shown = [item.show(0) for item in items]
-        part = next(step.micro_batches(shown, plan.recipe, 0, 0, host))
-        plain = step.losses_of(host, [replace(one, factor=1.0) for one in shown], *part[1:]).detach()
-        loss = step.losses_of(host, *part).detach().mean()
+        batch = next(step.micro_batches(shown, plan.recipe, host))
+        without_factors = replace(batch, samples=[replace(sample, factor=1.0) for sample in shown])
+        plain = step.losses_of(host, without_factors).detach()
+        loss = step.losses_of(host, batch).detach().mean()
     assert float(loss) == pytest.approx(float(plain[:2].mean() + WEIGHT * plain[2:].mean()) / 2, rel=1e-6)
 
 
@@ -133,7 +135,8 @@ def test_anchored_examples_add_the_weighted_distance_from_the_base(micro_batch):
         loss, gradient = gradient_of(plan, host, [0, 1, 2])
         own, slope = by_hand(plan, host, [0, 1, 2], [1.0, 1.0, 1.0])
         shown = [item.show(0) for item in items]
-        _, x0, noise, sigma = next(step.micro_batches(shown, replace(plan.recipe, micro_batch=0), 0, 0, host))
+        whole = next(step.micro_batches(shown, replace(plan.recipe, micro_batch=0), host))
+        x0, noise, sigma = whole.x0, whole.noise, whole.sigma
         said = [Conditioning(WordEncoder().encode("a picture"))]
         total = torch.zeros(())
         for row, weight in ((0, WEIGHT), (2, 2 * WEIGHT)):
@@ -151,8 +154,8 @@ def test_anchored_examples_add_the_weighted_distance_from_the_base(micro_batch):
 
 def test_at_the_start_nothing_has_drifted():
     with planned([make_item(0, anchor=1.0)], spread=0.0) as (plan, host):
-        part = next(step.micro_batches([plan.train[0].show(0)], plan.recipe, 0, 0, host))
-        own, drift = list(step.loss_terms(plan, host, *part))
+        batch = next(step.micro_batches([plan.train[0].show(0)], plan.recipe, host))
+        own, drift = list(step.loss_terms(plan, host, batch))
     assert float(drift.detach()) == 0.0
     assert float(own.detach()) > 0.0
 
@@ -182,13 +185,13 @@ def test_class_images_reach_the_loop_with_weight_and_without_trigger(tmp_path):
         text = "a picture" if item.prior else "sks, " + dataset.examples[place].captions[0]
         assert torch.equal(shown.conditioning.tensors["cross_attn"], encoder.encode(text)["cross_attn"])
         assert shown.factor == (WEIGHT if item.prior else 1.0)
-        assert (shown.anchor is None) == item.prior
-        if shown.anchor is not None:
-            held = shown.anchor
+        assert (shown.prior_target is None) == item.prior
+        if shown.prior_target is not None:
+            held = shown.prior_target
             assert torch.equal(held.conditioning.tensors["cross_attn"], encoder.encode("a picture of it")["cross_attn"])
             assert torch.equal(held.latent, shown.latent)
             assert held.factor == 0.25
-        assert item.show(None).anchor is None, "validation measures the subject alone"
+        assert item.show(None).prior_target is None, "validation measures the subject alone"
 
 
 def test_validation_holds_no_class_image_out(tmp_path):

@@ -43,7 +43,7 @@ def read_back(run):
 def test_they_hold_what_the_log_holds_of_each_step_once(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         # Killed: step 3 was reported, and is done again.
-        patch.setattr("graft_pack.trainers.engine.loop._keep_before_leaving", lambda keep: None)
+        patch.setattr("graft_pack.trainers.engine.checkpointer.Checkpointer.save_after_error", lambda *given: None)
         with pytest.raises(Cut):
             run_session(tmp_path, cut_at(3), tensorboard="on", **FIELDS)
     result = run_session(tmp_path, tensorboard="on", **FIELDS)

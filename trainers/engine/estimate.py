@@ -245,7 +245,7 @@ class _Dry:
     def _passes(self, size: int, times: int) -> None:
         """Run forward and backward of `size` pictures at once, `times` times. Discard the gradients."""
         plan, host = self._plan, self._host
-        shown = plan.samples(self._batch[:size])
+        samples = plan.samples(self._batch[:size])
         recipe = replace(plan.recipe, micro_batch=0)
         try:
             with (
@@ -254,8 +254,8 @@ class _Dry:
                 self._mover.updates_disabled(),
             ):
                 for _ in range(times):
-                    for part in micro_batches(shown, recipe, 0, 0, host):
-                        for losses in loss_terms(plan, host, *part):
+                    for batch in micro_batches(samples, recipe, host):
+                        for losses in loss_terms(plan, host, batch):
                             if losses.requires_grad:
                                 losses.sum().backward()
         finally:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from ..formats.adapter import Adapter, LazyAdapter
 from ..formats.full_diff import FullDiff
 from ..formats.metadata import describe_training
-from ..methods import textual_inversion
+from ..methods import METHODS, textual_inversion
 from ..runs.folders import Products
 from ..runs.run import Run
 from .trainable_modules import TrainableModules
@@ -21,33 +22,55 @@ if TYPE_CHECKING:
     from ..recipe.recipe import Recipe
 
 
-def _network(method, recipe: Recipe) -> dict:
-    """Return kohya's metadata for the adapter's type."""
-    module, args = method.network
-    return {
-        "network_module": module,
-        "network_args": args,
-        "network_dim": recipe.rank,
-        "network_alpha": recipe.alpha,
-    }
+@dataclass(frozen=True)
+class Exporter:
+    """Function that makes the adapter and the embedding of a run, with metadata, from the trainables' values.
 
+    Attributes:
+        modules: the trees that the trainables belong to.
+        identity: hash that names the run.
+    """
 
-def make_exporter(
-    method, parts: TrainableModules, recipe: Recipe, host: Host, dataset: Dataset, run: Run, identity: str
-):
-    """Return a function that makes the adapter and the embedding, with metadata, from the values and the step."""
+    recipe: Recipe
+    modules: TrainableModules
+    host: Host
+    dataset: Dataset
+    run: Run
+    identity: str
 
-    def export(values: dict[str, torch.Tensor], step: int) -> Products:
-        facts = {
-            "family": host.denoiser.family,
-            "parameterisation": host.denoiser.parameterization,
+    def __call__(self, values: dict[str, torch.Tensor], step: int) -> Products:
+        """Return the products of a step."""
+        facts = self._facts(step)
+        weights = {name: value for name, value in values.items() if not name.startswith(textual_inversion.PREFIX)}
+        adapter = self._adapter(weights, facts) if weights else None
+        embedding = None
+        if self.recipe.embedding_name:
+            metadata = describe_training(facts, "textual-inversion")
+            embedding = textual_inversion.made_of(values, self.recipe, metadata)
+        return Products(adapter, embedding)
+
+    def _adapter(self, weights: dict[str, torch.Tensor], facts: dict[str, Any]) -> Adapter:
+        tensors = self.modules.export(weights)
+        metadata = describe_training(facts, "lora" if METHODS[self.recipe.method].ranked else "difference")
+        if isinstance(tensors, FullDiff):
+            return LazyAdapter(tensors, metadata)
+        # Convert at once while the modules are loaded, since the conversion may read them; else on demand.
+        native = functools.partial(self.modules.native, weights)
+        return Adapter(tensors, metadata, native() if self.modules.are_there else native)
+
+    def _facts(self, step: int) -> dict[str, Any]:
+        """Return the facts that `describe_training` turns into metadata."""
+        recipe, family = self.recipe, self.host.denoiser.family
+        return {
+            "family": family,
+            "parameterisation": self.host.denoiser.parameterization,
             "recipe": recipe.as_json(),
-            "identity": identity,
-            "thumbnail": run.thumbnail(step),
-            "trigger": dataset.trigger,
+            "identity": self.identity,
+            "thumbnail": self.run.thumbnail(step),
+            "trigger": self.dataset.trigger,
             "resolution": recipe.resolution,
-            "base_model_version": "sd_v1" if host.denoiser.family == "SD1" else host.denoiser.family,
-            **(_network(method, recipe) if method.ranked else {}),
+            "base_model_version": "sd_v1" if family == "SD1" else family,
+            **_network(recipe),
             "learning_rate": recipe.learning_rate,
             "unet_lr": recipe.learning_rate,
             "text_encoder_lr": recipe.text_encoder_learning_rate if recipe.text_encoder else None,
@@ -57,28 +80,25 @@ def make_exporter(
             "max_grad_norm": recipe.max_grad_norm,
             "total_batch_size": recipe.batch_size,
             "gradient_accumulation_steps": recipe.accumulation,
-            "num_train_images": sum(one.repeats for one in dataset.examples if not one.prior),
-            "num_reg_images": sum(one.prior for one in dataset.examples),
+            "num_train_images": sum(example.repeats for example in self.dataset.examples if not example.prior),
+            "num_reg_images": sum(example.prior for example in self.dataset.examples),
             "steps": step,
             "max_train_steps": recipe.steps,
             "seed": recipe.seed,
-            "v2": host.denoiser.family.startswith("SD2"),
+            "v2": family.startswith("SD2"),
             **recipe.objective.kohya_metadata(),
         }
-        own = {name: value for name, value in values.items() if not name.startswith(textual_inversion.PREFIX)}
-        adapter = None
-        if own:
-            tensors = parts.export(own)
-            metadata = describe_training(facts, "lora" if method.ranked else "difference")
-            if isinstance(tensors, FullDiff):
-                adapter = LazyAdapter(tensors, metadata)
-            else:
-                # Convert at once while the modules are loaded, since the conversion may read them; else on demand.
-                native = functools.partial(parts.native, own)
-                adapter = Adapter(tensors, metadata, native() if parts.are_there else native)
-        embedding = None
-        if recipe.embedding_name:
-            embedding = textual_inversion.made_of(values, recipe, describe_training(facts, "textual-inversion"))
-        return Products(adapter, embedding)
 
-    return export
+
+def _network(recipe: Recipe) -> dict[str, Any]:
+    """Return kohya's metadata for the adapter's type; empty for a method without ranks."""
+    method = METHODS[recipe.method]
+    if not method.ranked:
+        return {}
+    module, args = method.network
+    return {
+        "network_module": module,
+        "network_args": args,
+        "network_dim": recipe.rank,
+        "network_alpha": recipe.alpha,
+    }

@@ -29,8 +29,8 @@ log = logging.getLogger(__name__)
 
 Outcome = TypeVar("Outcome")
 
-# If no fallback is left, try pictures cropped to these shares of their sides, to tell the user what fits.
-_SHARES = (0.75, 0.5, 0.25)
+# If no fallback is left, try pictures cropped to these fractions of their sides, to tell the user what fits.
+_FRACTIONS = (0.75, 0.5, 0.25)
 
 
 def trees_of(plan: Plan, host: Host) -> list[nn.Module]:
@@ -68,9 +68,9 @@ class OOMFallback:
         self._run = run
         self._host = host
         # With updates in the backward, gradients cannot accumulate over micro-batches.
-        self._splits = not in_backward
-        self._freed = False
-        self._climbed: list[str] = []
+        self._can_split = not in_backward
+        self._has_made_room = False
+        self._applied: list[str] = []
 
     def run(self, work: Callable[..., Outcome], undo: Callable[[], None], step: int, *args) -> Outcome:
         """Call `work`. After each out-of-memory error, apply the next fallback and call it again.
@@ -90,33 +90,41 @@ class OOMFallback:
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                said = in_one_line(error)
+                message = in_one_line(error)
             # Outside the except block: the exception keeps the tensors of `work` alive.
             undo()
             if self._host.group.lockstep:
                 # The other processes are within the step and would not repeat it.
-                raise self._refusal(said, step)
-            self._climb(said, step)
+                raise self._refusal(message, step)
+            self._apply_next(message, step)
 
-    def _climb(self, said: str, step: int) -> None:
-        for rung in (self._free, self._checkpoint, self._forget, self._halve, self._offload):
-            done = rung()
-            if done is not None:
-                self._climbed.append(done)
-                self._tell(said, done, step)
+    def _apply_next(self, message: str, step: int) -> None:
+        """Apply the next fallback that has anything left to do."""
+        fallbacks = (
+            self._make_room,
+            self._checkpoint,
+            self._recompute_attention,
+            self._halve_micro_batch,
+            self._offload,
+        )
+        for fallback in fallbacks:
+            description = fallback()
+            if description is not None:
+                self._applied.append(description)
+                self._report(message, description, step)
                 return
-        raise self._refusal(said, step)
+        raise self._refusal(message, step)
 
-    def _tell(self, said: str, done: str, step: int) -> None:
-        log.warning("Graft: memory ran out in step %d (%s): %s. The step is repeated.", step, said, done)
-        event = {"event": "memory", "step": step, "done": done, "said": said}
+    def _report(self, message: str, description: str, step: int) -> None:
+        log.warning("Graft: memory ran out in step %d (%s): %s. The step is repeated.", step, message, description)
+        event = {"event": "memory", "step": step, "done": description, "said": message}
         self._run.log(event)
         self._host.report("memory", event)
 
-    def _free(self) -> str | None:
-        if self._freed:
+    def _make_room(self) -> str | None:
+        if self._has_made_room:
             return None
-        self._freed = True
+        self._has_made_room = True
         self._host.denoiser.make_room()
         return "other models and caches were taken off the device"
 
@@ -127,32 +135,32 @@ class OOMFallback:
         checkpoint_blocks(blocks, self.plan.recipe.keeps_attention)
         return f"checkpointing is on for {len(blocks)} blocks"
 
-    def _forget(self) -> str | None:
+    def _recompute_attention(self) -> str | None:
         count = forget_attention(self._blocks())
         return f"attention is computed again in {count} blocks" if count else None
 
-    def _halve(self) -> str | None:
+    def _halve_micro_batch(self) -> str | None:
         recipe = self.plan.recipe
         size = min(recipe.micro_batch or recipe.batch_size, recipe.batch_size) // 2
-        if not size or not self._splits:
+        if not size or not self._can_split:
             return None
         self.plan = replace(self.plan, recipe=replace(recipe, micro_batch=size))
         return f"{size} of {recipe.batch_size} pictures of a batch are computed at a time"
 
     def _offload(self) -> str | None:
-        if self._host.group.sharded or not list_frozen(placed_trees(self.plan, self._host), self._kept()):
+        if self._host.group.sharded or not list_frozen(placed_trees(self.plan, self._host), self._trainables()):
             return None
         return offload_blocks(self.plan, self._run, self._host)
 
     def _blocks(self) -> list[nn.Module]:
         return [block for tree in trees_of(self.plan, self._host) for block in blocks_of(tree)]
 
-    def _kept(self) -> list[torch.Tensor]:
+    def _trainables(self) -> list[torch.Tensor]:
         return list(self.plan.trainables.values())
 
-    def _refusal(self, said: str, step: int) -> OutOfMemory:
+    def _refusal(self, message: str, step: int) -> OutOfMemory:
         recipe = self.plan.recipe
-        tried = f", although {'; '.join(self._climbed)}" if self._climbed else ""
+        tried = f", although {'; '.join(self._applied)}" if self._applied else ""
         cures = ["lower the resolution of the dataset"]
         if self._host.group.sharded:
             cures.append("start more processes")
@@ -165,7 +173,7 @@ class OOMFallback:
         elif recipe.rank:
             cures.append("choose a lower rank or fewer layers (targets of Graft Adapter Options)")
         return OutOfMemory(
-            f"Memory ran out in step {step} ({said}){tried}.",
+            f"Memory ran out in step {step} ({message}){tried}.",
             f"{self._what_fits()}To train with what there is, {', or '.join(cures)}. "
             "What was saved stays: queue the graph again to go on.",
             "dataset",
@@ -173,29 +181,30 @@ class OOMFallback:
 
     def _what_fits(self) -> str:
         """Measure a picture size that fits in memory. Return a sentence that names it; empty if none fits."""
-        if not self._splits or self._host.group.lockstep:
+        if not self._can_split or self._host.group.lockstep:
             # Updates in the backward need less memory than this trial, which holds all gradients at once. And with
             # sharded weights, one process alone cannot run a forward pass.
             return ""
         largest = max(self.plan.train, key=lambda item: item.bucket[0] * item.bucket[1])
-        for share in _SHARES:
+        for fraction in _FRACTIONS:
             self._host.denoiser.make_room()
-            size = self._fitting(largest, share)
+            size = self._size_if_fits(largest, fraction)
             if size is not None:
                 return f"Pictures of {size[0]} x {size[1]} do fit. "
         return ""
 
-    def _fitting(self, item: DatasetItem, share: float) -> tuple[int, int] | None:
-        """Return (width, height) in pixels of an item cropped to `share` of its sides; None if a step does not fit."""
-        shown = [crop_sample(item.show(0), share)]
-        trainables = [one for one in self._kept() if one.requires_grad]
+    def _size_if_fits(self, item: DatasetItem, fraction: float) -> tuple[int, int] | None:
+        """Return (width, height) in pixels of an item cropped to a fraction of its sides; None if it does not fit."""
+        sample = item.show(0)
+        cropped = crop_sample(sample, fraction)
+        trainables = [parameter for parameter in self._trainables() if parameter.requires_grad]
         try:
-            for part in micro_batches(shown, self.plan.recipe, 0, 0, self._host):
-                for losses in loss_terms(self.plan, self._host, *part):
+            for batch in micro_batches([cropped], self.plan.recipe, self._host):
+                for losses in loss_terms(self.plan, self._host, batch):
                     torch.autograd.grad(losses.sum(), trainables, allow_unused=True)
         except (RuntimeError, ValueError, MemoryError) as error:
             # Only log it: the user sees the error that led here.
-            log.info("Graft: pictures of %d %% of the sides do not fit: %s", round(100 * share), in_one_line(error))
+            log.info("Graft: pictures of %d %% of the sides do not fit: %s", round(100 * fraction), in_one_line(error))
             return None
-        latent, whole = shown[0].latent.shape, item.show(0).latent.shape
+        latent, whole = cropped.latent.shape, sample.latent.shape
         return tuple(side * latent[axis] // whole[axis] for side, axis in zip(item.bucket, (-1, -2), strict=True))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from ..distributed.group import rows_of
+from ..methods import textual_inversion
 from ..optimizers import Group
 from ..preprocessing.items import DatasetItem, Sample
 from ..preprocessing.sampler import batches_from
@@ -15,11 +17,52 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from .. import protocols
+    from ..preprocessing.prefetch import Batch
     from ..recipe.recipe import Recipe
     from ..runs.folders import Products
 
 
 @dataclass(frozen=True)
+class Window:
+    """The batches of one optimizer step, and the rows of them that this process computes.
+
+    A batch is a list of members (index in `Plan.train`, number of the item's visit).
+
+    Attributes:
+        step: index of the step.
+        batches: the accumulated batches, each (epoch, members).
+        rows: this process's rows of each batch, as (index of the first one, members).
+    """
+
+    step: int
+    batches: list[tuple[int, Batch]]
+    rows: list[tuple[int, Batch]]
+
+    @classmethod
+    def of(cls, step: int, batches: list[tuple[int, Batch]], group: protocols.Group) -> Window:
+        """Return a window with the rows that fall to this process of the group."""
+        rows = rows_of([len(members) for _, members in batches], group.rank, group.world_size)
+        own = [(part.start, members[part]) for (_, members), part in zip(batches, rows, strict=True)]
+        return cls(step, batches, own)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Return the number of samples in each batch, over all processes."""
+        return [len(members) for _, members in self.batches]
+
+    @property
+    def size(self) -> int:
+        """Return the number of samples in all batches, over all processes."""
+        return sum(self.sizes)
+
+    @property
+    def epoch(self) -> int:
+        """Return the epoch of the last batch."""
+        return self.batches[-1][0]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """Input of the training loop.
 
@@ -39,9 +82,9 @@ class Plan:
 
     recipe: Recipe
     train: Sequence[DatasetItem]
-    validation: Sequence[DatasetItem]
     trainables: dict[str, nn.Parameter]
     export: Callable[[dict[str, torch.Tensor], int], Products]
+    validation: Sequence[DatasetItem] = ()
     groups: Sequence[Group] = ()
     renormalize: Callable[[float], None] = lambda factor: None
     switched_off: Callable[[], AbstractContextManager] = nullcontext
@@ -53,17 +96,24 @@ class Plan:
         """Return the parameter groups: `groups`, or one group of all trainables if `groups` is empty."""
         return self.groups or (Group(tuple(self.trainables), self.recipe.learning_rate),)
 
-    def batches(self, position: int) -> Iterator[tuple[int, list[tuple[int, int]]]]:
-        """Yield (epoch, batch) without end, after skipping `position` batches.
+    def with_embedding(self, host: protocols.Host) -> Plan:
+        """Return the plan with the vectors of the recipe's embedding among its trainables."""
+        vectors = textual_inversion.start(host.text, self.recipe)
+        return replace(
+            self,
+            trainables=self.trainables | vectors,
+            groups=[*self.groups, textual_inversion.group(vectors, self.recipe)],
+            renormalize=textual_inversion.renormalizing(vectors, host.text, self.recipe),
+        )
 
-        Each member of a batch is (index in `train`, number of the item's visit).
-        """
+    def batches(self, position: int) -> Iterator[tuple[int, Batch]]:
+        """Yield (epoch, members) of each batch without end, after skipping `position` batches."""
         items = self.train
         buckets = [item.bucket for item in items]
         repeats = [item.repeats for item in items]
         prior = [item.prior for item in items]
         return batches_from(position, buckets, repeats, self.recipe.batch_size, self.recipe.seed, prior)
 
-    def samples(self, batch: list[tuple[int, int]]) -> list[Sample]:
+    def samples(self, batch: Batch) -> list[Sample]:
         """Return the samples of a batch."""
-        return [self.train[index].show(turn) for index, turn in batch]
+        return [self.train[index].show(visit) for index, visit in batch]

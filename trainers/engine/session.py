@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..data.scan import check_captions
 from ..distributed.follower import follow, lead
 from ..errors import RunError
 from ..formats.adapter import Adapter, LazyAdapter, load_adapter
-from ..formats.metadata import tensors_hash
 from ..methods import METHODS, textual_inversion
 from ..optimizers import OPTIMIZERS
 from ..preprocessing.prepare import Prepared, prepare
-from ..protocols import HOLE, base_digest, earlier_fingerprint, embedded_digest
+from ..protocols import base_digest, embedded_digest
 from ..runs import earlier, run_lock, tensorboard
 from ..runs.checkpoint import State
 from ..runs.folders import Products
 from ..runs.notes import Notes, read_notes, write_notes
 from ..runs.run import PAUSED, STOPPED, Run
-from .export import make_exporter
+from .export import Exporter
+from .plan import Plan
 from .summary import summarize
 from .trainable_modules import TrainableModules
 
@@ -102,25 +101,33 @@ def task_of(recipe: Recipe, dataset: Dataset, host: Host, folders: Folders) -> T
     recipe.objective.check(host.denoiser.parameterization)
     start = load_adapter(folders.adapter_of(recipe.start_from)) if recipe.start_from else None
     pictures, embedded = dataset.fingerprint(), _embedded(recipe, dataset, host)
-    base, before = _bases(host, start)
-    may_be_ours = earlier.claim(folders.runs, before, base)
+    base, earlier_base = earlier.base_digests(host, start)
+    may_be_ours = earlier.claim(folders.runs, earlier_base, base)
     if embedded:
         base = base_digest(base, f"embeddings {embedded}")
     label = dataset.name if method.trains_model else recipe.embedding_name
     made_from = {"dataset": dataset.name, "dataset_digest": pictures, "base_digest": base}
-    found_by = recipe.identity(pictures, before) if may_be_ours else ""
-    return Task(dataset, start, recipe.identity(pictures, base), found_by, embedded, label, made_from)
+    return Task(
+        dataset=dataset,
+        start=start,
+        identity=recipe.identity(pictures, base),
+        earlier=recipe.identity(pictures, earlier_base) if may_be_ours else "",
+        embedded=embedded,
+        label=label,
+        made_from=made_from,
+    )
 
 
 def _embedded(recipe: Recipe, dataset: Dataset, host: Host) -> str:
     """Return a hash of the embedding files that captions, class prompts and the embedding's init text use."""
-    anchors = (one.anchor.prompt for one in dataset.examples if one.anchor is not None)
-    texts = dict.fromkeys(text for one in dataset.examples for text in (*one.captions, one.trigger))
+    examples = dataset.examples
+    class_prompts = dict.fromkeys(example.anchor.prompt for example in examples if example.anchor is not None)
+    texts = dict.fromkeys(text for example in examples for text in (*example.captions, example.trigger))
     # The trained embedding is not a file, even if an earlier training has left a file of its name.
     own = (recipe.embedding_name,) if recipe.embedding_name else ()
-    found = embedded_digest(host.text, (*texts, *dict.fromkeys(anchors)), own)
+    used = embedded_digest(host.text, (*texts, *class_prompts), own)
     start = embedded_digest(host.text, (recipe.embedding_init,)) if recipe.embedding_name else ""
-    return f"{found} from {start}" if start else found
+    return f"{used} from {start}" if start else used
 
 
 def _find_run(recipe: Recipe, task: Task, folders: Folders, name: str) -> Run:
@@ -129,28 +136,28 @@ def _find_run(recipe: Recipe, task: Task, folders: Folders, name: str) -> Run:
     run = Run.open(folders, recipe, task.identity, task.label)
     if not task.earlier or task.earlier == task.identity or os.path.exists(run.recipe_path):
         return run
-    before = Run.open(folders, recipe, task.earlier, task.label)
-    is_known = before.identity() == task.earlier
+    earlier_run = Run.open(folders, recipe, task.earlier, task.label)
+    exists = earlier_run.identity() == task.earlier
     # If captions use embedding files, the base does not tell with which files the earlier run was made.
-    is_ours = is_known and (not task.embedded or earlier.claim(folders.runs, task.earlier, task.identity))
-    return before if is_ours else run
+    is_ours = exists and (not task.embedded or earlier.claim(folders.runs, task.earlier, task.identity))
+    return earlier_run if is_ours else run
 
 
-def _hold(run: Run, recipe: Recipe, name: str, stack: ExitStack) -> tuple[State, bool]:
+def _lock(run: Run, recipe: Recipe, name: str, stack: ExitStack) -> tuple[State, bool]:
     """Lock a run until the stack closes. Return the state to resume from, and True if the run is finished.
 
     Raises:
         RunError: the run is not finished and cannot be locked, or its path contains a link.
     """
     run.refuse_links()
-    refused = None
+    lock_error = None
     try:
         stack.enter_context(run.held())
     except RunError as error:
-        refused = error
+        lock_error = error
     state, finished = _read(run, recipe, name)
-    if refused is not None and not finished:
-        raise refused
+    if lock_error is not None and not finished:
+        raise lock_error
     return state, finished
 
 
@@ -188,19 +195,43 @@ def run_recipe(recipe: Recipe, dataset: Dataset, host: Host, folders: Folders, n
     with ExitStack() as stack:
         if host.group.is_main:
             run = _find_run(recipe, task, folders, name)
-            state, finished = _hold(run, recipe, name, stack)
+            state, finished = _lock(run, recipe, name, stack)
             lead(host.group, run, state, finished)
         else:
             run, state, finished = follow(host.group, folders)
-        return _run(recipe, task, host, folders, run, state, finished)
+        return _run(_Session.of(recipe, task, host, folders, run), state, finished)
 
 
-def _run(recipe: Recipe, task: Task, host: Host, folders: Folders, run: Run, state: State, finished: bool) -> Result:
-    method = METHODS[recipe.method]
-    parts = TrainableModules(method, recipe, host)
-    task = replace(task, identity=run.identity() or task.identity)
-    export = make_exporter(method, parts, recipe, host, task.dataset, run, task.identity)
-    host.report(
+@dataclass(frozen=True)
+class _Session:
+    """A training and all that its stages use."""
+
+    recipe: Recipe
+    task: Task
+    host: Host
+    folders: Folders
+    run: Run
+    modules: TrainableModules
+    export: Exporter
+
+    @classmethod
+    def of(cls, recipe: Recipe, task: Task, host: Host, folders: Folders, run: Run) -> _Session:
+        """Return the session of a task that trains into a run. The identity that the run has on disk counts."""
+        task = replace(task, identity=run.identity() or task.identity)
+        modules = TrainableModules(METHODS[recipe.method], recipe, host)
+        export = Exporter(recipe, modules, host, task.dataset, run, task.identity)
+        return cls(recipe, task, host, folders, run, modules, export)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Report whether the frozen weights are sharded over several processes."""
+        return self.recipe.shard == "on" and self.host.group.world_size > 1
+
+
+def _run(session: _Session, state: State, finished: bool) -> Result:
+    """Train the session's run from a state, or export it if it is finished."""
+    recipe, run = session.recipe, session.run
+    session.host.report(
         "run",
         {
             "name": run.name,
@@ -212,101 +243,103 @@ def _run(recipe: Recipe, task: Task, host: Host, folders: Folders, run: Run, sta
     )
     if finished:
         log.info("Graft: run %s is already finished at step %d.", run.name, state.step)
-        return _finished(recipe, host, method, parts, run, state, export)
+        return _export_finished(session, state)
     log.info("Graft: run %s, from step %d to %d: %s", run.name, state.step, recipe.steps, summarize(recipe))
-    return _train(recipe, task, host, folders, parts, run, state, export)
+    return _train(session, state)
 
 
-def _train(recipe, task: Task, host, folders, parts, run, state, export) -> Result:
+def _train(session: _Session, state: State) -> Result:
     # Import here: the loop imports torch, which nodes that only describe datasets do not need.
-    from ..distributed.fsdp import check_shards
-    from ..memory.autograd import blocks_of
-    from ..memory.checkpointing import checkpoint_blocks
     from .loop import train
-    from .oom_fallback import offload_blocks
-    from .plan import Plan
     from .preflight import check_gradients, check_keys
 
-    # Fail on a missing package before anything is encoded.
-    OPTIMIZERS[recipe.optimizer].load()
-    shares = recipe.shard == "on" and host.group.world_size > 1
-    if shares:
-        check_shards()
-    if recipe.tensorboard == "on":
-        tensorboard.load()
-    denoiser = host.denoiser
+    recipe, host, run, folders = session.recipe, session.host, session.run, session.folders
+    _check_packages(session)
     resumed_from = state.step
     since = run_lock.earliest_start(folders.runs)
-    prepared = prepare(task.dataset, recipe, host, folders.cache, folders.cache_limit, used_since=since)
+    prepared = prepare(session.task.dataset, recipe, host, folders.cache, folders.cache_limit, used_since=since)
     host.report_phase("loading")
-    with _training(recipe, host, recipe.offload == "on" or shares):
-        blocks = _checkpoint(denoiser.module, recipe)
-        if blocks and recipe.live_text:
-            checkpoint_blocks(blocks_of(host.text.module), recipe.keeps_attention)
-        trainables = parts.inject()
-        constants = parts.constants()
-        if task.start is not None and state.step == 0:
-            parts.start(trainables, task.start)
-        groups = parts.groups(trainables)
-        renormalize = _keep_still
-        if recipe.embedding_name:
-            vectors = textual_inversion.start(host.text, recipe)
-            trainables |= vectors
-            groups.append(textual_inversion.group(vectors, recipe))
-            renormalize = textual_inversion.renormalizing(vectors, host.text, recipe)
-        facts = {"layers": parts.layers, "checkpointed_blocks": blocks, **_counts(prepared), **prepared.facts}
-        facts["made_from"] = task.made_from
-        if host.group.world_size > 1:
-            facts["processes"] = host.group.world_size
-        run.check_room(sum(one.nbytes for one in trainables.values()), OPTIMIZERS[recipe.optimizer].slots)
-        notes = Notes()
-        if recipe.on_existing == "start over" and state.step == 0:
-            # This deletes the old run. Do it only after all checks that can fail.
-            notes = read_notes(run)
-            run.clear()
-        run.write_recipe(recipe, task.identity, facts)
-        if notes != Notes():
-            write_notes(run, notes)
-        if host.graph is not None:
-            run.write_graph(host.graph)
-        run.forget_after(state.step)
-        _tell_damaged(run, host, state.step)
-        run.forget_halt()
-        plan = Plan(
-            recipe,
-            prepared.training,
-            prepared.validation,
-            trainables,
-            export,
-            groups,
-            renormalize,
-            parts.switched_off,
-            constants,
-            METHODS[recipe.method].in_backward,
-        )
-        if recipe.offload == "on":
-            # Offload before the first forward: until now, the blocks' weights are not on the device.
-            log.info(
-                "Graft: %s.", offload_blocks(plan, run, host) or "nothing is frozen that could be kept off the device"
-            )
-        if shares:
-            # An adapter has a gradient in every pass. An embedding alone has one only if the caption contains it.
-            keep = [*trainables.values(), *parts.read_later()]
-            host.group.shard(denoiser.module, keep, needs_input_grad=not METHODS[recipe.method].trains_model)
-            denoiser.make_room(weights=True)
-        elif recipe.shard == "on":
-            log.info("Graft: shard is on, but one process trains: it holds all weights.")
+    with session.modules.training(recipe.offload == "on" or session.is_sharded):
+        block_count = session.modules.checkpoint()
+        plan = _make_plan(session, prepared, state.step)
+        _write_run(session, plan, state.step, _facts(session, prepared, block_count))
+        _place_weights(session, plan)
         if state.step == 0:
             check_gradients(plan, host)
         check_keys(plan, host)
-        writes = recipe.tensorboard == "on" and host.group.is_main
-        with tensorboard.writing(run, state.step) if writes else nullcontext():
+        writes_events = recipe.tensorboard == "on" and host.group.is_main
+        with tensorboard.writing(run, state.step) if writes_events else nullcontext():
             state = train(plan, run, host, state)
         # Export inside the context: the files of some adapter types need the base weights.
-        return _result(export, state, run, resumed_from, prepared.left_out)
+        return _result(session, state, resumed_from, prepared.left_out)
 
 
-def _tell_damaged(run: Run, host: Host, step: int) -> None:
+def _check_packages(session: _Session) -> None:
+    """Fail on a missing package before anything is encoded."""
+    from ..distributed.fsdp import check_shards
+
+    OPTIMIZERS[session.recipe.optimizer].load()
+    if session.is_sharded:
+        check_shards()
+    if session.recipe.tensorboard == "on":
+        tensorboard.load()
+
+
+def _make_plan(session: _Session, prepared: Prepared, step: int) -> Plan:
+    """Add the trainables to the models, and return the loop's plan. At step 0 load the adapter to start from."""
+    modules, start = session.modules, session.task.start
+    trainables = modules.inject()
+    constants = modules.constants()
+    if start is not None and step == 0:
+        modules.start(trainables, start)
+    plan = Plan(
+        recipe=session.recipe,
+        train=prepared.training,
+        validation=prepared.validation,
+        trainables=trainables,
+        export=session.export,
+        groups=modules.groups(trainables),
+        switched_off=modules.switched_off,
+        constants=constants,
+        in_backward=METHODS[session.recipe.method].in_backward,
+    )
+    return plan.with_embedding(session.host) if session.recipe.embedding_name else plan
+
+
+def _facts(session: _Session, prepared: Prepared, block_count: int) -> dict[str, Any]:
+    """Return the facts of the run's record, JSON-serializable."""
+    facts = {
+        "layers": session.modules.layers,
+        "checkpointed_blocks": block_count,
+        **prepared.counts(),
+        **prepared.facts,
+        "made_from": session.task.made_from,
+    }
+    if session.host.group.world_size > 1:
+        facts["processes"] = session.host.group.world_size
+    return facts
+
+
+def _write_run(session: _Session, plan: Plan, step: int, facts: dict[str, Any]) -> None:
+    """Write the run's record before the first step. Delete the old run if the recipe starts over."""
+    recipe, run = session.recipe, session.run
+    run.check_room(sum(value.nbytes for value in plan.trainables.values()), OPTIMIZERS[recipe.optimizer].slots)
+    notes = Notes()
+    if recipe.on_existing == "start over" and step == 0:
+        # This deletes the old run. Do it only after all checks that can fail.
+        notes = read_notes(run)
+        run.clear()
+    run.write_recipe(recipe, session.task.identity, facts)
+    if notes != Notes():
+        write_notes(run, notes)
+    if session.host.graph is not None:
+        run.write_graph(session.host.graph)
+    run.forget_after(step)
+    _report_damaged(run, session.host, step)
+    run.forget_halt()
+
+
+def _report_damaged(run: Run, host: Host, step: int) -> None:
     """Report the damaged saved states that were skipped to find the one to resume from."""
     for row in run.damaged:
         event = {"event": "damaged state", "step": step, **row}
@@ -314,78 +347,51 @@ def _tell_damaged(run: Run, host: Host, step: int) -> None:
         host.report("damaged state", event)
 
 
-@contextmanager
-def _training(recipe: Recipe, host: Host, offloaded: bool) -> Iterator[None]:
-    """Prepare the denoiser for training in the block, and the text encoder if an embedding or its weights are trained.
+def _place_weights(session: _Session, plan: Plan) -> None:
+    """Offload or shard the frozen weights as the recipe says."""
+    from .oom_fallback import offload_blocks
 
-    Args:
-        offloaded: keep the weights of the denoiser's blocks off the device.
-    """
-    with ExitStack() as stack:
-        stack.enter_context(host.denoiser.training(recipe.compute_dtype, offloaded))
-        if recipe.live_text:
-            stack.enter_context(host.text.training())
-        yield
+    recipe, host = session.recipe, session.host
+    if recipe.offload == "on":
+        # Offload before the first forward: until now, the blocks' weights are not on the device.
+        description = offload_blocks(plan, session.run, host)
+        log.info("Graft: %s.", description or "nothing is frozen that could be kept off the device")
+    if session.is_sharded:
+        # An adapter has a gradient in every pass. An embedding alone has one only if the caption contains it.
+        keep = [*plan.trainables.values(), *session.modules.read_later()]
+        host.group.shard(host.denoiser.module, keep, needs_input_grad=not METHODS[recipe.method].trains_model)
+        host.denoiser.make_room(weights=True)
+    elif recipe.shard == "on":
+        log.info("Graft: shard is on, but one process trains: it holds all weights.")
 
 
-def _finished(recipe, host, method, parts, run, state, export) -> Result:
+def _export_finished(session: _Session, state: State) -> Result:
     """Return the result of a finished run."""
-    if not method.needs_base:
-        return _result(export, state, run, state.step)
+    recipe, modules = session.recipe, session.modules
+    if not METHODS[recipe.method].needs_base:
+        return _result(session, state, state.step)
     # Keep the weights off the device if training did: nothing is computed here, and they may not fit.
-    with _training(recipe, host, recipe.offload == "on" or recipe.shard == "on"):
-        parts.inject()
-        for name, tensor in parts.constants().items():
+    with modules.training(recipe.offload == "on" or recipe.shard == "on"):
+        modules.inject()
+        for name, tensor in modules.constants().items():
             tensor.copy_(state.constants[name])
-        return _result(export, state, run, state.step)
+        return _result(session, state, state.step)
 
 
-def _result(export, state: State, run: Run, resumed_from: int, left_out: tuple[LeftOut, ...] = ()) -> Result:
+def _result(session: _Session, state: State, resumed_from: int, left_out: tuple[LeftOut, ...] = ()) -> Result:
     # Free the optimizer state, which is saved on disk: the difference of a full fine-tune may need the memory.
     state.optimizer = {}
     values = state.ema or state.trainables
     # Only the main process has values to export.
-    made = export(values, state.step) if values else Products()
-    adapter = made.adapter.taken() if isinstance(made.adapter, LazyAdapter) else made.adapter
+    products = session.export(values, state.step) if values else Products()
+    adapter = products.adapter.taken() if isinstance(products.adapter, LazyAdapter) else products.adapter
     return Result(
-        adapter, made.embedding, state.losses, state.loss_by_timestep, run, resumed_from, state.step, left_out
+        adapter=adapter,
+        embedding=products.embedding,
+        losses=state.losses,
+        loss_by_timestep=state.loss_by_timestep,
+        run=session.run,
+        resumed_from=resumed_from,
+        step=state.step,
+        left_out=left_out,
     )
-
-
-def _keep_still(factor: float) -> None:
-    """Do nothing: stand in for `Plan.renormalize` if no embedding is trained."""
-
-
-def _counts(prepared: Prepared) -> dict[str, int]:
-    subject = [item for item in prepared.training if not item.prior]
-    training, validation = ({item.name for item in items} for items in (subject, prepared.validation))
-    classes = {item.name for item in prepared.training if item.prior}
-    counts = {"images": len(training | validation), "validation_images": len(validation)}
-    return {**counts, "class_images": len(classes)} if classes else counts
-
-
-def _bases(host: Host, start: Adapter | None) -> tuple[str, str]:
-    """Return the hash of the base and the adapter to start from, and the same hash as earlier versions computed it."""
-    more = []
-    if host.denoiser.conditioning_kind == HOLE:
-        # Earlier versions gave inpainting models no inpaint mask. Such a run must not be resumed.
-        more.append("holes")
-    if start is not None:
-        more.append(tensors_hash(start if start.native is None else start.native.all_tensors()))
-    parts = (host.denoiser, host.text, host.codec)
-    whole, before = [part.fingerprint() for part in parts], [earlier_fingerprint(part) for part in parts]
-    return base_digest(*whole, *more), base_digest(*before, *more)
-
-
-def _checkpoint(module, recipe: Recipe) -> int:
-    """Turn activation checkpointing on if the recipe or the model's size asks for it. Return the number of blocks."""
-    from ..memory.autograd import blocks_of
-    from ..memory.checkpointing import checkpoint_blocks
-
-    size = sum(parameter.numel() for parameter in module.parameters())
-    wanted = recipe.checkpointing == "on" or (recipe.checkpointing == "auto" and size > 1_500_000_000)
-    if not wanted:
-        return 0
-    blocks = blocks_of(module)
-    checkpoint_blocks(blocks, recipe.keeps_attention)
-    return len(blocks)

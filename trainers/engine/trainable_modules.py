@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 Value = TypeVar("Value")
 
+# With checkpointing "auto", denoisers with more parameters are checkpointed.
+_LARGE_MODEL = 1_500_000_000
+
 # Prefix of the names of text encoder trainables. Names of denoiser trainables have no prefix.
 PREFIX = "text/"
 
@@ -65,6 +68,8 @@ class TrainableModules:
 
     def __init__(self, method: Method, recipe: Recipe, host: Host):
         self._method = method
+        self._recipe = recipe
+        self._host = host
         self._parts = list(_parts_of(method, recipe, host))
         self._splits_of = host.denoiser.published_splits
         self.layers = 0
@@ -73,6 +78,38 @@ class TrainableModules:
     def are_there(self) -> bool:
         """Report whether the trees exist, which they do only during training."""
         return any(part.tree() is not None for part in self._parts)
+
+    @contextmanager
+    def training(self, offloaded: bool) -> Iterator[None]:
+        """Build the denoiser's tree in the block, and the text encoder's if an embedding or its weights are trained.
+
+        Args:
+            offloaded: keep the weights of the denoiser's blocks off the device.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(self._host.denoiser.training(self._recipe.compute_dtype, offloaded))
+            if self._recipe.live_text:
+                stack.enter_context(self._host.text.training())
+            yield
+
+    def checkpoint(self) -> int:
+        """Turn activation checkpointing on if the recipe or the denoiser's size asks for it.
+
+        Returns:
+            The number of the denoiser's checkpointed blocks.
+        """
+        from ..memory.autograd import blocks_of
+        from ..memory.checkpointing import checkpoint_blocks
+
+        recipe, denoiser = self._recipe, self._host.denoiser
+        size = sum(parameter.numel() for parameter in denoiser.module.parameters())
+        if recipe.checkpointing != "on" and not (recipe.checkpointing == "auto" and size > _LARGE_MODEL):
+            return 0
+        blocks = blocks_of(denoiser.module)
+        checkpoint_blocks(blocks, recipe.keeps_attention)
+        if blocks and recipe.live_text:
+            checkpoint_blocks(blocks_of(self._host.text.module), recipe.keeps_attention)
+        return len(blocks)
 
     def inject(self) -> dict[str, nn.Parameter]:
         """Add the trainables to the trees. Call this during training only.

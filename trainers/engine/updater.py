@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import statistics
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
 # Mean size of a trainable up to which one CPU thread is fastest: it is done before a second thread wakes up.
 _SMALL = 1 << 16
+# The spike check takes the median of the last _MEDIAN_OVER losses. With fewer than _LEAST_LOSSES it is off.
+_MEDIAN_OVER = 100
+_LEAST_LOSSES = 20
 
 
 class ParameterUpdater:
@@ -183,6 +187,13 @@ class ParameterUpdater:
         self.optimizer.move(parameter)
 
 
+def loss_limit(losses: Sequence[float], factor: float) -> float:
+    """Return the loss above which a step is skipped: `factor` times the median of the last losses, or infinity."""
+    if not factor or len(losses) < _LEAST_LOSSES:
+        return math.inf
+    return factor * statistics.median(losses[-_MEDIAN_OVER:])
+
+
 def _loss_scaler(host: Host):
     """Return a dynamic loss scaler (Micikevicius et al. 2018), enabled only for fp16 compute."""
     half = getattr(host.denoiser, "compute_dtype", None) is torch.float16
@@ -194,4 +205,4 @@ def _is_one_backward(plan: Plan) -> bool:
     recipe = plan.recipe
     whole = recipe.accumulation == 1 and not 0 < recipe.micro_batch < recipe.batch_size
     clipped = recipe.max_grad_norm > 0
-    return plan.in_backward and whole and not clipped and not any(item.anchored for item in plan.train)
+    return plan.in_backward and whole and not clipped and not any(item.has_prior_target for item in plan.train)

@@ -127,7 +127,7 @@ class Cache:
             return self._pending[key]
         return self._sound(self._places[key].path, [key]).get(key) if key in self._places else None
 
-    def copy_asked(self, folder: str) -> None:
+    def copy_used(self, folder: str) -> None:
         """Copy all entries that exist, of the keys given to `missing`, into another folder.
 
         Raises:

@@ -6,8 +6,9 @@ import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ..data import captions
 from ..data.buckets import Crop, choose_crop, choose_crops
-from ..data.examples import Example, LeftOut
+from ..data.examples import LeftOut
 from ..data.scan import reason_of
 from ..data.source_images import is_alike
 from ..errors import DatasetError, SettingsError
@@ -15,12 +16,11 @@ from ..protocols import Geometry
 
 if TYPE_CHECKING:
     from ..data.examples import Dataset, Example
-    from ..protocols import Geometry
     from ..recipe.recipe import Recipe
 
 
 @dataclass(frozen=True)
-class CroppedDataset:
+class CroppedExample:
     """Example with its place in the dataset and its crops, one for each resolution."""
 
     place: int
@@ -36,27 +36,37 @@ class CroppedDataset:
         """Name the stream of random numbers of one of the crops."""
         return f"{self.place}/{crop.bucket[0]}x{crop.bucket[1]}"
 
+    def caption_number(self, crop: Crop, count: int, seed: int, visit: int) -> int | None:
+        """Return the number of the caption version for a visit of a crop, or None if the caption is dropped.
 
-def cut_dataset(dataset: Dataset, geometries: dict[int, Geometry]) -> tuple[list[CroppedDataset], list[LeftOut]]:
+        Args:
+            count: number of versions, from `captions.variant_count`.
+            seed: the run's.
+            visit: number of earlier visits of the crop.
+        """
+        return captions.variant_of_turn(self.example, count, seed, self.stream(crop), visit)
+
+
+def crop_examples(dataset: Dataset, geometries: dict[int, Geometry]) -> tuple[list[CroppedExample], list[LeftOut]]:
     """Crop each example; return the cropped examples, and the examples that cannot be cropped.
 
     Args:
         geometries: by resolution; 0 is the dataset's own.
     """
-    found = []
+    examples = []
     left_out = []
     for place, example in enumerate(dataset.examples):
         if example.left_out is not None:
             left_out.append(example.left_out)
             continue
-        wanted = [geometries[resolution] for resolution in (0, *example.handling.resolutions)]
+        sizes = [geometries[resolution] for resolution in (0, *example.handling.resolutions)]
         try:
-            crops = choose_crops(example.size, wanted, example.source.name, example.handling.upscale)
+            crops = choose_crops(example.size, sizes, example.source.name, example.handling.upscale)
         except DatasetError as error:
             left_out.append(LeftOut(example.source.name, reason_of(error, example.source.name)))
             continue
-        found.append(CroppedDataset(place, example, tuple(crops)))
-    return found, left_out
+        examples.append(CroppedExample(place, example, tuple(crops)))
+    return examples, left_out
 
 
 def all_resolutions(dataset: Dataset) -> list[int]:
@@ -64,7 +74,7 @@ def all_resolutions(dataset: Dataset) -> list[int]:
     return sorted({0, *(side for example in dataset.examples for side in example.handling.resolutions)})
 
 
-def held_out(cuts: list[CroppedDataset], recipe: Recipe) -> set[int]:
+def held_out(examples: list[CroppedExample], recipe: Recipe) -> set[int]:
     """Return the places of the validation examples: the marked ones, and a fraction of the rest.
 
     Only content and seed decide which of the rest are held out.
@@ -72,9 +82,9 @@ def held_out(cuts: list[CroppedDataset], recipe: Recipe) -> set[int]:
     Raises:
         SettingsError: nothing is left to train on.
     """
-    marked = {cut.place for cut in cuts if cut.example.held_out}
+    marked = {cropped.place for cropped in examples if cropped.example.held_out}
     # Validation measures how well the subject is learned, so all class images are trained on.
-    rest = [cut for cut in cuts if cut.place not in marked and not cut.example.prior]
+    rest = [cropped for cropped in examples if cropped.place not in marked and not cropped.example.prior]
     count = round(recipe.validation_fraction * len(rest))
     if recipe.validation_fraction > 0:
         count = max(1, count)
@@ -85,24 +95,24 @@ def held_out(cuts: list[CroppedDataset], recipe: Recipe) -> set[int]:
             "validation_fraction",
         )
 
-    def rank(cut: CroppedDataset) -> str:
-        return hashlib.sha256(f"{recipe.seed}{cut.example.digest}".encode()).hexdigest()
+    def rank(cropped: CroppedExample) -> str:
+        return hashlib.sha256(f"{recipe.seed}{cropped.example.digest}".encode()).hexdigest()
 
-    return marked | {cut.place for cut in sorted(rest, key=rank)[:count]}
+    return marked | {cropped.place for cropped in sorted(rest, key=rank)[:count]}
 
 
-def control_crop(control: Example, size: tuple[int, int], crop: Crop, step: int) -> Crop:
-    """Choose the crop of a source picture for a crop of the picture that it becomes.
+def source_crop(source: Example, size: tuple[int, int], crop: Crop, step: int) -> Crop:
+    """Choose the crop of a source image for a crop of the picture that it becomes.
 
-    A source picture of the same shape gets the same crop, so that positions match. Any other keeps as much as possible
+    A source image of the same shape gets the same crop, so that positions match. Any other keeps as much as possible
     of its own shape, at about as many pixels.
 
     Args:
         size: (width, height) of the picture that it becomes.
         step: both sides of the crop are multiples of it, pixels.
     """
-    if is_alike(control.size, size):
+    if is_alike(source.size, size):
         return crop
     side = max(step, round((crop.bucket[0] * crop.bucket[1]) ** 0.5))
-    own = choose_crop(control.size, Geometry(side, step), control.source.name, upscale=True)
+    own = choose_crop(source.size, Geometry(side, step), source.source.name, upscale=True)
     return own.mirrored() if crop.flip else own

@@ -22,7 +22,7 @@ class Sample:
         weight: None, or the loss weights [1, 1, ...] of the latent's positions.
         caption: the text, if the text encoder runs at every step.
         factor: factor on the sample's loss; the prior weight for a class image.
-        anchor: None, or the same latent conditioned on the class prompt. Training preserves the frozen base's
+        prior_target: None, or the same latent conditioned on the class prompt. Training preserves the frozen base's
             prediction for it.
     """
 
@@ -31,7 +31,7 @@ class Sample:
     weight: torch.Tensor | None = None
     caption: str | None = None
     factor: float = 1.0
-    anchor: Sample | None = None
+    prior_target: Sample | None = None
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class DatasetItem:
         repeats: visits in an epoch.
         show: returns the sample of a visit, by the number of earlier visits in the run; by None, the unvaried sample.
         prior: whether it is a class image.
-        anchored: whether it has a prior target.
+        has_prior_target: whether it has a prior target.
     """
 
     name: str
@@ -52,4 +52,4 @@ class DatasetItem:
     repeats: int
     show: Callable[[int | None], Sample]
     prior: bool = False
-    anchored: bool = False
+    has_prior_target: bool = False

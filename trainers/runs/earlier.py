@@ -8,9 +8,16 @@ from __future__ import annotations
 
 import logging
 import os
+from typing import TYPE_CHECKING
 
 from ..errors import RunError
 from ..formats import json_files
+from ..formats.metadata import tensors_hash
+from ..protocols import HOLE, base_digest, earlier_fingerprint
+
+if TYPE_CHECKING:
+    from ..formats.adapter import Adapter
+    from ..protocols import Host
 
 log = logging.getLogger(__name__)
 
@@ -48,3 +55,17 @@ def _read(path: str) -> dict[str, str]:
         log.warning("Graft: %s It is written anew.", error)
         return {}
     return {name: one for name, one in value.items() if isinstance(one, str)} if isinstance(value, dict) else {}
+
+
+def base_digests(host: Host, start: Adapter | None) -> tuple[str, str]:
+    """Return the hash of the base and the adapter to start from, and the same hash as earlier versions computed it."""
+    additions = []
+    if host.denoiser.conditioning_kind == HOLE:
+        # Earlier versions gave inpainting models no inpaint mask. Such a run must not be resumed.
+        additions.append("holes")
+    if start is not None:
+        additions.append(tensors_hash(start if start.native is None else start.native.all_tensors()))
+    parts = (host.denoiser, host.text, host.codec)
+    fingerprints = [part.fingerprint() for part in parts]
+    earlier_fingerprints = [earlier_fingerprint(part) for part in parts]
+    return base_digest(*fingerprints, *additions), base_digest(*earlier_fingerprints, *additions)

@@ -82,9 +82,9 @@ def test_a_source_is_cut_as_its_picture_or_in_its_own_shape(flip):
     picture = np.zeros((100, 200, 3), np.uint8)
     one = from_arrays([picture] * 3, ["x"], "", 0, controls=[picture, picture[::2, ::2], picture[:, 50:150]])
     same, smaller, square = (example.control for example in one.examples)
-    assert crops.control_crop(same, size, crop, 16) == crop
-    assert crops.control_crop(smaller, size, crop, 16) == crop
-    own = crops.control_crop(square, size, crop, 16)
+    assert crops.source_crop(same, size, crop, 16) == crop
+    assert crops.source_crop(smaller, size, crop, 16) == crop
+    own = crops.source_crop(square, size, crop, 16)
     assert own.bucket[0] == own.bucket[1]
     assert own.flip == flip
     assert own.bucket[0] * own.bucket[1] <= crop.bucket[0] * crop.bucket[1] * 1.1

@@ -49,29 +49,28 @@ def on(parameterization):
 
 def micro_batches(plan, host):
     shown = [item.show(0) for item in plan.train]
-    return shown, next(step.micro_batches(shown, plan.recipe, 0, 0, host))
+    return shown, next(step.micro_batches(shown, plan.recipe, host))
 
 
 def test_natively_nothing_else_is_drawn(monkeypatch):
     monkeypatch.setattr(step, "draw_custom", None)
     with planned(objective=Objective()) as (plan, host):
-        shown, part = micro_batches(plan, host)
-        assert len(part) == 4
+        shown, batch = micro_batches(plan, host)
+        assert batch.custom is None
         source = generator("step", plan.recipe.seed, 0, 0)
-        assert torch.equal(part[3], draw_sigmas(host.denoiser.sigmas(), len(shown), source))
-        assert torch.equal(part[2], draw_noise(tuple(part[1].shape), source))
+        assert torch.equal(batch.sigma, draw_sigmas(host.denoiser.sigmas(), len(shown), source))
+        assert torch.equal(batch.noise, draw_noise(tuple(batch.x0.shape), source))
 
 
 def test_a_native_objective_by_the_other_way_gives_the_same_bits():
     """Draws and losses agree: the custom path starts from the native loss and is no separate one."""
     with planned() as (plan, host):
-        shown, (_, x0, noise, sigma) = micro_batches(plan, host)
+        _, batch = micro_batches(plan, host)
         source = generator("step", plan.recipe.seed, 0, 0)
-        again = draw_custom(NATIVE, host.denoiser, tuple(x0.shape), source)
-        assert torch.equal(again[0], sigma)
-        assert torch.equal(again[1], noise)
-        native = step.losses_of(host, shown, x0, noise, sigma)
-        assert torch.equal(step.losses_of(host, shown, x0, noise, sigma, again[2]), native)
+        sigma, noise, custom = draw_custom(NATIVE, host.denoiser, tuple(batch.x0.shape), source)
+        assert torch.equal(sigma, batch.sigma)
+        assert torch.equal(noise, batch.noise)
+        assert torch.equal(step.losses_of(host, replace(batch, custom=custom)), step.losses_of(host, batch))
 
 
 def written_out(objective, kind, error, sigma, t):
@@ -105,8 +104,9 @@ def test_losses_are_the_formulas(objective, kind):
     """On noise and velocity models, the network's input has the added noise and the target the plain noise."""
     host = on(kind)
     with planned(objective=objective) as (plan, _), host.denoiser.training("auto"):
-        shown, (_, x0, noise, sigma, asked) = micro_batches(plan, host)
-        losses = step.losses_of(host, shown, x0, noise, sigma, asked)
+        shown, batch = micro_batches(plan, host)
+        x0, noise, sigma, asked = batch.x0, batch.noise, batch.sigma, batch.custom
+        losses = step.losses_of(host, batch)
         wide = sigma.view(-1, 1, 1, 1)
         with torch.no_grad():
             raw = host.denoiser.predict(x0 + wide * asked.added, sigma, [one.conditioning for one in shown])
@@ -149,9 +149,9 @@ def test_each_example_keeps_its_own_draws():
     with planned(micro_batch=2, objective=Objective(noise_offset=0.1)) as (plan, host):
         shown = [item.show(0) for item in plan.train]
         levels = host.denoiser.sigmas()
-        for _, _, noise, sigma, asked in step.micro_batches(shown, plan.recipe, 0, 0, host):
-            assert torch.equal(asked.added, noise)
-            assert torch.equal(asked.t, torch.searchsorted(levels, sigma) / 1000)
+        for batch in step.micro_batches(shown, plan.recipe, host):
+            assert torch.equal(batch.custom.added, batch.noise)
+            assert torch.equal(batch.custom.t, torch.searchsorted(levels, batch.sigma) / 1000)
 
 
 @pytest.mark.parametrize("kind", ["eps", "v"])

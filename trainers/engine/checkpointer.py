@@ -1,0 +1,125 @@
+"""Saves of a run: restore the live tensors from the last save, and capture them in the next one."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..errors import GraftError
+from ..runs.checkpoint import State
+from ..runs.run import Run
+from .updater import ParameterUpdater, loss_limit
+
+if TYPE_CHECKING:
+    from ..protocols import Host
+    from .plan import Plan
+
+log = logging.getLogger(__name__)
+
+
+class Checkpointer:
+    """Saves of one run, of the weights, the constants, the optimizer and the moving average.
+
+    Attributes:
+        saved_step: the step of the last save.
+    """
+
+    def __init__(self, plan: Plan, run: Run, host: Host, updater: ParameterUpdater, average):
+        self._plan = plan
+        self._run = run
+        self._host = host
+        self._updater = updater
+        self._average = average
+        self.saved_step = 0
+
+    def restore(self, state: State) -> None:
+        """Load the state into the live tensors and free the state's own. At step 0 only start the moving average.
+
+        Raises:
+            GraftError: the state has other trainables than this run, or the state of another optimizer.
+        """
+        self.saved_step = state.step
+        plan = self._plan
+        if state.step == 0:
+            if plan.recipe.ema_decay:
+                self._average.start(list(plan.trainables.values()))
+            return
+        if not (
+            _have_equal_shapes(state.trainables, plan.trainables)
+            and _have_equal_shapes(state.constants, plan.constants)
+        ):
+            raise GraftError(
+                f"The saved state of step {state.step} has other layers than this model.",
+                "Start the run over (on_existing in Graft Run Options).",
+            )
+        with torch.no_grad():
+            for name, parameter in plan.trainables.items():
+                parameter.copy_(state.trainables.pop(name))
+            for name, tensor in plan.constants.items():
+                tensor.copy_(state.constants[name])
+        try:
+            self._restore_optimizer(state)
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise GraftError(
+                f"The saved state of step {state.step} is not this optimiser's ({error!r:.200}).", "Start the run over."
+            ) from error
+
+    def _restore_optimizer(self, state: State) -> None:
+        """Restore the optimizer and the moving average."""
+        recipe = self._plan.recipe
+        self._updater.restore(state.optimizer, state.groups, state.scaler)
+        state.optimizer = {}
+        if recipe.ema_decay:
+            averages = [state.ema.pop(name).to(live.device) for name, live in self._plan.trainables.items()]
+            self._average.go_on(averages, _ema_updates(state, recipe.loss_spike_factor))
+
+    def save(self, state: State) -> None:
+        """Write the state and the files of its step. Processes other than the main one write nothing."""
+        if not self._host.group.is_main:
+            self.saved_step = state.step
+            return
+        self._capture(state)
+        products = self._plan.export(state.ema or state.trainables, state.step)
+        path = self._run.save(state, products, self._plan.recipe.keep_last)
+        self.saved_step = state.step
+        self._host.report("saved", {"step": state.step, "path": path})
+
+    def save_after_error(self, state: State) -> None:
+        """Save before an error ends the run. Log a failure to save, so that the user sees the first error.
+
+        If the step has updated only some of the weights, keep the last save: such weights belong to no step.
+        """
+        if state.step <= self.saved_step or self._updater.step_in_progress or not self._host.group.is_main:
+            return
+        try:
+            self.save(state)
+        except Exception:
+            log.exception("Graft: what was trained so far could not be saved.")
+
+    def _capture(self, state: State) -> None:
+        """Put the live tensors into the state. They are not copied: full fine-tuning has no memory for a copy."""
+        plan, average = self._plan, self._average
+        state.trainables = {name: parameter.detach() for name, parameter in plan.trainables.items()}
+        state.constants = {name: tensor.detach() for name, tensor in plan.constants.items()}
+        state.optimizer, state.groups, state.scaler = self._updater.state_of()
+        state.ema = {}
+        if average is not None:
+            state.ema = dict(zip(plan.trainables, average.shadow_params, strict=True))
+        if plan.recipe.ema_decay:
+            state.ema_updates = average.updates
+
+
+def _ema_updates(state: State, factor: float) -> int:
+    """Return the number of updates of the moving average. Recount it for states of earlier versions, which lack it."""
+    if state.ema_updates is not None:
+        return state.ema_updates
+    losses = state.losses
+    skipped = (loss_limit(losses[:place], factor) < loss for place, loss in enumerate(losses))
+    return state.step - (sum(skipped) if factor else 0)
+
+
+def _have_equal_shapes(saved: dict[str, torch.Tensor], live: dict[str, torch.Tensor]) -> bool:
+    shapes = [{name: tuple(value.shape) for name, value in values.items()} for values in (saved, live)]
+    return shapes[0] == shapes[1]

@@ -1,0 +1,138 @@
+"""Samples of a dataset, read from its caches and varied at every visit."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from ..data import captions
+from ..protocols import Conditioning
+from ..rng import generator, stream_seed
+from .items import DatasetItem, Sample
+from .lru_cache import LRUCache
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..data.buckets import Crop
+    from ..data.examples import Example
+    from ..protocols import Denoiser
+    from ..recipe.recipe import Recipe
+    from .crops import CroppedExample
+    from .dataset_caches import DatasetCaches
+
+
+class SampleReader:
+    """Reader of a dataset's samples. All variation depends on seed, place and visit number alone.
+
+    A visit number is the number of earlier visits in the run. Validation has none: it gets the plain caption, no
+    mirroring, the mean of the latent, and the first inpaint mask.
+
+    Args:
+        picture_count: number of pictures in the whole dataset, see `captions.variant_count`.
+    """
+
+    def __init__(self, caches: DatasetCaches, recipe: Recipe, denoiser: Denoiser, picture_count: int):
+        self._caches = caches
+        self._recipe = recipe
+        self._denoiser = denoiser
+        self._picture_count = picture_count
+        self._memory = LRUCache()
+        # The loop prefetches in a thread, and the caches serve only one thread at a time.
+        self._lock = threading.Lock()
+
+    def items(self, examples: list[CroppedExample]) -> list[DatasetItem]:
+        """Return every crop of every example as a dataset item."""
+        return [self._item(cropped, crop) for cropped in examples for crop in cropped.crops]
+
+    def _item(self, cropped: CroppedExample, crop: Crop) -> DatasetItem:
+        def show(visit: int | None) -> Sample:
+            with self._lock:
+                return self._sample(cropped, crop, visit)
+
+        example = cropped.example
+        return DatasetItem(
+            name=example.source.name,
+            bucket=crop.bucket,
+            repeats=example.repeats,
+            show=show,
+            prior=example.prior,
+            has_prior_target=example.anchor is not None,
+        )
+
+    def _sample(self, cropped: CroppedExample, crop: Crop, visit: int | None) -> Sample:
+        example = cropped.example
+        caption, drawn, source = self._draw(cropped, crop, visit)
+        key = self._caches.latents.key(example, drawn)
+        latent = self._denoiser.scale_latents(self._latent(key, source))
+        images = self._image_conditioning(cropped, crop, drawn, visit)
+        conditioning = self._conditioning(caption, example, drawn, images)
+        weight = self._weight(example, drawn, latent)
+        prior_target = None
+        if visit is not None and example.anchor is not None:
+            prompt = example.anchor.prompt
+            target_conditioning = self._conditioning(prompt, example, drawn, images)
+            prior_target = Sample(latent, target_conditioning, weight, self._live(prompt), example.anchor.weight)
+        return Sample(latent, conditioning, weight, self._live(caption), example.weight, prior_target)
+
+    def _draw(self, cropped: CroppedExample, crop: Crop, visit: int | None) -> tuple[str, Crop, torch.Generator | None]:
+        """Return (caption, crop, generator of the latent's noise) of a visit."""
+        example, seed, stream = cropped.example, self._recipe.seed, cropped.stream(crop)
+        if visit is None:
+            return captions.plain(example), crop, None
+        count = captions.variant_count(example, self._picture_count)
+        number = cropped.caption_number(crop, count, seed, visit)
+        caption = "" if number is None else captions.variant(example, number)
+        is_flipped = example.handling.flip and stream_seed("flip", seed, stream, visit) % 2 == 1
+        return caption, crop.mirrored() if is_flipped else crop, generator("posterior", seed, stream, visit)
+
+    def _latent(self, key: str, source: torch.Generator | None) -> torch.Tensor:
+        """Return the posterior's mean, or a sample of the posterior if a generator is given."""
+        import torch
+
+        posterior = self._memory.get(f"latent {key}", lambda: self._caches.latents.get(key))
+        mean = posterior["mean"]
+        if source is None or "logvar" not in posterior:
+            return mean
+        noise = torch.randn(mean.shape, generator=source)
+        return mean + torch.exp(0.5 * posterior["logvar"]) * noise
+
+    def _conditioning(
+        self, caption: str, example: Example, crop: Crop, images: dict[str, torch.Tensor]
+    ) -> Conditioning:
+        """Return the conditioning of a visit; it has no tensors if the text encoder runs at every step."""
+        texts = self._caches.texts
+        tensors = {} if texts is None else self._memory.get(f"text {caption}", lambda: texts.get(caption))
+        return replace(Conditioning(tensors, example.size, crop.offset, crop.bucket), **images)
+
+    def _image_conditioning(
+        self, cropped: CroppedExample, crop: Crop, drawn: Crop, visit: int | None
+    ) -> dict[str, torch.Tensor]:
+        """Return the source image's latent or the inpaint mask of a visit, by `Conditioning`'s names.
+
+        Latents are means of the posterior, as ComfyUI's own nodes give them.
+        """
+        example, masks = cropped.example, self._caches.inpaint_masks
+        if example.control is not None:
+            key = self._caches.latents.key(example.control, self._caches.source_crop(cropped, drawn))
+            return {"source": self._latent(key, None)}
+        if masks is None:
+            return {}
+        seed = stream_seed("hole", self._recipe.seed, cropped.stream(crop), visit) if visit is not None else 0
+        key = masks.key(example, drawn, seed % masks.count(example))
+        return self._memory.get(f"hole {key}", lambda: masks.get(key))
+
+    def _weight(self, example: Example, crop: Crop, latent: torch.Tensor) -> torch.Tensor | None:
+        """Return the loss weights [1, 1, ...] of a latent's positions; None without a mask."""
+        if example.mask is None:
+            return None
+        shape = tuple(latent.shape[-2:])
+        key = self._caches.masks.key(example, crop, shape)
+        stored = self._memory.get(f"mask {key}", lambda: {"": self._caches.masks.get(key)})
+        weight = stored[""].clamp_min(example.handling.mask_minimum)
+        return weight.view(1, 1, *[1] * (latent.ndim - 4), *shape)
+
+    def _live(self, caption: str) -> str | None:
+        """Return the caption if the text encoder runs at every step."""
+        return caption if self._caches.texts is None else None
