@@ -8,13 +8,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError, SettingsError
-from ..formats.kohya import own, to_kohya
-from ..formats.peft_format import PeftAdapter
+from ..formats.kohya import to_kohya
 from ..optimizers import Group
 from ..rng import generator
+from .adapter_files import StartValues, list_layers, to_peft
 from .base import Method
 from .patterns import rank_of, value_for
-from .targets import Layer, alpha_of, meant_layers
+from .targets import Layer, meant_layers, parse_name
 
 if TYPE_CHECKING:
     import torch
@@ -22,14 +22,8 @@ if TYPE_CHECKING:
 
     from ..families import Family
     from ..formats.adapter import Adapter
+    from ..formats.peft_format import PeftAdapter
     from ..recipe.recipe import Recipe
-
-_NAME = re.compile(r"(?P<path>.+)\.(?P<stem>\w+)\.default(?P<end>\.weight)?")
-
-
-def adapted_path(name: str) -> str:
-    """Return the path of the module that a trainable belongs to."""
-    return _NAME.fullmatch(name)["path"]
 
 
 def uniform(shape: torch.Size, seed: int, name: str) -> torch.Tensor:
@@ -117,14 +111,14 @@ class PeftMethod(Method):
 
     def check(self, recipe: Recipe) -> None:
         """Raise SettingsError if the recipe sets an option that this type does not have."""
-        asked = {
+        refused = {
             "dropout": recipe.dropout != 0 and not self.has_dropout,
             "alpha": recipe.alpha != recipe.rank and not self.has_rank,
             "block_ranks": bool(recipe.block_ranks) and not self.has_rank,
             "lora_plus_ratio": recipe.lora_plus_ratio != 1 and not self.lora_plus_params,
         }
-        for name, refused in asked.items():
-            if refused:
+        for name, is_refused in refused.items():
+            if is_refused:
                 raise SettingsError(
                     f"The adapter type {self.name} has no {name}.",
                     f"Leave {name} unset, or choose the type LoRA.",
@@ -165,12 +159,25 @@ class PeftMethod(Method):
 
     def inject(self, module: nn.Module, targets: list[str], recipe: Recipe) -> dict[str, nn.Parameter]:
         """Put peft's layers at the targets, with random values drawn from the recipe's seed."""
+        self._add_layers(module, targets, recipe)
+        trainables = self._start_trainables(module, set(targets), recipe.seed)
+        for path in targets:
+            layer = module.get_submodule(path)
+            self.finish(layer, recipe)
+            # peft leaves dropout on. Previews, checks and validation before the first step must not drop anything.
+            layer.eval()
+            if "forward" in vars(layer):
+                layer.forward = _switchable(layer, layer.forward)
+        return dict(sorted(trainables.items()))
+
+    def _add_layers(self, module: nn.Module, targets: list[str], recipe: Recipe) -> None:
+        """Replace the target layers by peft's layers around them."""
         import torch
         from peft import inject_adapter_in_model
 
         config = self._config(recipe, {path: module.get_submodule(path) for path in targets})
-        exactly = "|".join(re.escape(path) for path in targets)
-        config.target_modules = f"(?:{exactly})"
+        alternatives = "|".join(re.escape(path) for path in targets)
+        config.target_modules = f"(?:{alternatives})"
         # peft draws random values at construction, and warns about block sizes that it adapts to the layer.
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -184,26 +191,21 @@ class PeftMethod(Method):
                     "Choose the type LoRA, or load the base in 16 or 32 bits.",
                     "options",
                 ) from error
-        wanted = set(targets)
+
+    def _start_trainables(self, module: nn.Module, targets: set[str], seed: int) -> dict[str, nn.Parameter]:
+        """Give the trainables of peft's layers their start values, and return them by name."""
         trainables = {}
         for name, parameter in module.named_parameters():
-            match = _NAME.fullmatch(name)
-            if match is None or match["path"] not in wanted:
+            parsed = parse_name(name)
+            if parsed is None or parsed.path not in targets:
                 continue
-            layer = module.get_submodule(match["path"])
-            start = self.start_value(match["stem"], layer, parameter.shape, recipe.seed, name)
+            layer = module.get_submodule(parsed.path)
+            start = self.start_value(parsed.stem, layer, parameter.shape, seed, name)
             # peft creates them in the base's dtype, which may have eight bits. Replace them by float32 values.
             parameter.data = start.to(parameter.device)
             parameter.requires_grad_(True)
             trainables[name] = parameter
-        for path in targets:
-            layer = module.get_submodule(path)
-            self.finish(layer, recipe)
-            # peft leaves dropout on. Previews, checks and validation before the first step must not drop anything.
-            layer.eval()
-            if "forward" in vars(layer):
-                layer.forward = _switchable(layer, layer.forward)
-        return dict(sorted(trainables.items()))
+        return trainables
 
     def _config(self, recipe: Recipe, layers: dict[str, nn.Module]) -> Any:
         ranks = {path: rank_of(path, recipe) for path in layers}
@@ -213,9 +215,9 @@ class PeftMethod(Method):
         """Group by learning rate: the block's rate, times LoRA+'s ratio for B (Hayou et al. 2024)."""
         rates: dict[float, list[str]] = {}
         for name in trainables:
-            match = _NAME.fullmatch(name)
-            rate = value_for(match["path"], recipe.block_learning_rates, recipe.learning_rate)
-            if match["stem"] in self.lora_plus_params:
+            parsed = parse_name(name)
+            rate = value_for(parsed.path, recipe.block_learning_rates, recipe.learning_rate)
+            if parsed.stem in self.lora_plus_params:
                 rate *= recipe.lora_plus_ratio
             rates.setdefault(rate, []).append(name)
         return [Group(tuple(names), rate) for rate, names in rates.items()]
@@ -229,88 +231,7 @@ class PeftMethod(Method):
         names: tuple[Callable[[str], str], Callable[[str], str | None]],
     ) -> set[str]:
         """Copy an adapter file's values into the trainables and return the names of the tensors that were used."""
-        import torch
-
-        values, used = self._start_values(trainables, module, adapter, recipe, names)
-        with torch.no_grad():
-            for name, parameter in trainables.items():
-                if values[name].shape != parameter.shape:
-                    raise _unlike(
-                        f"has {_NAME.fullmatch(name)['path']} with {tuple(values[name].shape)} where this run has "
-                        f"{tuple(parameter.shape)}",
-                        "Set rank and block_ranks to those it was trained with.",
-                    )
-                parameter.copy_(values[name])
-        return used
-
-    def _start_values(self, trainables, module, adapter, recipe, names) -> tuple[dict[str, torch.Tensor], set[str]]:
-        made_by = adapter.made_by()
-        if made_by is not None and not self._is_alike(made_by):
-            raise _unlike(f"is of the type {made_by}, this run of {self.name}", f"Choose the type {made_by}.")
-        values = {}
-        used = set()
-        for path in sorted({adapted_path(name) for name in trainables}):
-            place, found = self._held(path, adapter, names)
-            used |= {f"{place}.{end}" for end in found}
-            held, strength = self._values_held(place, found, adapter.native)
-            rank = rank_of(path, recipe)
-            scale = self.scale(rank, alpha_of(rank, recipe))
-            if self.scale_param and strength != scale:
-                held = {**held, self.scale_param: held[self.scale_param] * (strength / scale)}
-            held = self.load_layer(held, module.get_submodule(path))
-            values.update({name: held.get(stem) for name, stem in _stems(trainables, path)})
-        missing = [name for name, value in values.items() if value is None]
-        if missing:
-            raise _unlike(f"lacks {missing[0]}", "Choose the targets it was trained with.")
-        return values, used
-
-    def _held(self, path: str, adapter: Adapter, names) -> tuple[str | None, dict[str, torch.Tensor]]:
-        """Return a layer's name in the adapter file and its tensors there."""
-        name_of, published_name = names
-        if adapter.native is None:
-            place, tensors = name_of(path), adapter
-        else:
-            place, tensors = published_name(path) if adapter.native.published else path, adapter.native.tensors
-        start = f"{place}."
-        found = {key[len(start) :]: value for key, value in tensors.items() if key.startswith(start)}
-        if not found:
-            raise _unlike(f"has nothing for {path}", "Choose the targets it was trained with.")
-        return place, found
-
-    def _values_held(self, place, found, native) -> tuple[dict[str, torch.Tensor], float | None]:
-        if native is not None:
-            return {end.removesuffix(".weight"): tensor for end, tensor in found.items()}, native.scales.get(place)
-        held = self.values_of_host(found)
-        if held is None:
-            raise _unlike(
-                f"does not hold what {self.name} trains",
-                "Start from the peft folder that Graft Save Adapter writes.",
-            )
-        return held
-
-    def _is_alike(self, other: str) -> bool:
-        """Return True if a file of another type also fits this type: the two differ only in their default targets."""
-        from . import METHODS
-
-        kind = type(METHODS.get(other))
-        same = [
-            getattr(kind, name, None) is getattr(type(self), name) for name in ("export_layer", "scale", "load_layer")
-        ]
-        return all(same)
-
-    def layers(self, tensors: dict[str, torch.Tensor], recipe: Recipe, module: nn.Module | None) -> list[Layer]:
-        """Group the values of the trainables by layer, sorted by path."""
-        values: dict[str, dict[str, torch.Tensor]] = {}
-        for name, tensor in tensors.items():
-            match = _NAME.fullmatch(name)
-            values.setdefault(match["path"], {})[match["stem"]] = own(tensor)
-        made = []
-        for path in sorted(values):
-            rank = rank_of(path, recipe)
-            alpha = alpha_of(rank, recipe)
-            adapted = None if module is None else module.get_submodule(path)
-            made.append(Layer(path, values[path], rank, alpha, self.scale(rank, alpha), adapted))
-        return made
+        return StartValues(self, adapter, recipe, names).copy_to(trainables, module)
 
     def export(
         self,
@@ -320,8 +241,8 @@ class PeftMethod(Method):
         module: nn.Module | None = None,
     ) -> dict[str, torch.Tensor]:
         """Return the tensors of ComfyUI's file."""
-        found = {layer.path: self.export_layer(layer) for layer in self.layers(tensors, recipe, module)}
-        return to_kohya(found, name_of)
+        layers = list_layers(self, tensors, recipe, module)
+        return to_kohya({layer.path: self.export_layer(layer) for layer in layers}, name_of)
 
     def native(
         self,
@@ -331,42 +252,7 @@ class PeftMethod(Method):
         module: nn.Module | None = None,
     ) -> PeftAdapter:
         """Return peft's tensors and configuration, with diffusers' names if it has the same layers."""
-        layers = self.layers(tensors, recipe, module)
-        places = {layer.path: published_name(layer.path) for layer in layers}
-        published = all(place is not None for place in places.values())
-        if not published:
-            places = {path: path for path in places}
-        ends = {_NAME.fullmatch(name)["stem"]: _NAME.fullmatch(name)["end"] or "" for name in tensors}
-        found, scales = {}, {}
-        for layer in layers:
-            place = places[layer.path]
-            for stem, tensor in self.peft_layer(layer).items():
-                found[f"{place}.{stem}{ends[stem]}"] = own(tensor)
-            if layer.scale is not None:
-                scales[place] = layer.scale
+        layers = list_layers(self, tensors, recipe, module)
         frozen = {layer.path: layer.adapted and layer.adapted.base_layer for layer in layers}
         config = self._config(self.native_recipe(recipe), frozen).to_dict()
-        return PeftAdapter(self.name, _renamed(config, places), found, published, scales)
-
-
-def _renamed(config: dict[str, Any], places: dict[str, str]) -> dict[str, Any]:
-    """Return a configuration's JSON-able values with the layers renamed."""
-    made = {name: sorted(value) if isinstance(value, (set, tuple)) else value for name, value in config.items()}
-    for name in ("rank_pattern", "alpha_pattern"):
-        if made.get(name):
-            made[name] = {places[path]: value for path, value in made[name].items()}
-    if made.get("feedforward_modules"):
-        made["feedforward_modules"] = sorted(places[path] for path in made["feedforward_modules"])
-    made["target_modules"] = sorted(places.values())
-    made["inference_mode"] = True
-    return made
-
-
-def _stems(trainables: dict[str, Any], path: str) -> list[tuple[str, str]]:
-    """List (name, peft's short name) of a layer's trainables."""
-    matches = (_NAME.fullmatch(name) for name in trainables)
-    return [(match.string, match["stem"]) for match in matches if match["path"] == path]
-
-
-def _unlike(how: str, cure: str) -> ModelError:
-    return ModelError(f"The adapter to start from {how}.", cure, "start_from")
+        return to_peft(self, tensors, layers, config, published_name)

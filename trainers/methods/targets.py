@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..families import is_attention, is_feed_forward, is_trained
 from ..formats.kohya import own
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
     from ..families import Family
     from ..recipe.recipe import Recipe
+
+_NAME = re.compile(r"(?P<path>.+)\.(?P<stem>\w+)\.default(?P<ending>\.weight)?")
 
 LINEAR = "linear"
 POINT = "1x1 convolution"
@@ -47,6 +50,26 @@ class Layer:
     def bias(self) -> torch.Tensor | None:
         """Return the frozen bias, [out] float32 on the CPU, or None if the layer has none."""
         return None if self.adapted.base_layer.bias is None else own(self.adapted.base_layer.bias)
+
+
+class TrainableName(NamedTuple):
+    """A trainable's name as peft gives it.
+
+    Attributes:
+        path: of the adapted layer in the model.
+        stem: peft's short name, such as `lora_A`.
+        ending: ".weight" or empty.
+    """
+
+    path: str
+    stem: str
+    ending: str
+
+
+def parse_name(name: str) -> TrainableName | None:
+    """Split a parameter's name; return None if it is no trainable of peft's."""
+    match = _NAME.fullmatch(name)
+    return None if match is None else TrainableName(match["path"], match["stem"], match["ending"] or "")
 
 
 def kind_of(layer: nn.Module) -> str | None:
