@@ -55,22 +55,22 @@ class Load:
         self._there.remove(self.number)
 
 
-def conveyor(count):
+def prefetcher_of(count):
     """Return (prefetcher, its transfer) of blocks whose weights are their numbers."""
-    carrier = Counting()
-    made = offload.BlockPrefetcher(carrier)
+    transfer = Counting()
+    prefetcher = offload.BlockPrefetcher(transfer)
     for number in range(count):
-        assert made.add([torch.tensor(number)]) == number
-    return made, carrier
+        assert prefetcher.add([torch.tensor(number)]) == number
+    return prefetcher, transfer
 
 
-def run(made, numbers):
+def run(prefetcher, transfer, numbers):
     """Enter and leave blocks one after the other."""
     for number in numbers:
-        made._carrier.now = number
-        here = made.enter(number)
+        transfer.now = number
+        here = prefetcher.enter(number)
         assert here.number == number
-        made.leave(number, here)
+        prefetcher.leave(number, here)
         del here
 
 
@@ -78,24 +78,24 @@ STEP = [*range(6), *reversed(range(6))]
 
 
 def test_after_a_first_step_only_its_first_block_was_waited_for():
-    made, carrier = conveyor(6)
-    run(made, STEP)
+    prefetcher, transfer = prefetcher_of(6)
+    run(prefetcher, transfer, STEP)
     for _ in range(3):
-        carrier.waited.clear()
-        carrier.started.clear()
-        run(made, STEP)
-    assert not carrier.waited
+        transfer.waited.clear()
+        transfer.started.clear()
+        run(prefetcher, transfer, STEP)
+    assert not transfer.waited
     # The last block of the forward and the first of the next are still on the device.
-    assert carrier.started == [1, 2, 3, 4, 5, 4, 3, 2, 1, 0][: len(carrier.started)]
-    assert len(carrier.started) == 10
-    assert carrier.most == 2
+    assert transfer.started == [1, 2, 3, 4, 5, 4, 3, 2, 1, 0][: len(transfer.started)]
+    assert len(transfer.started) == 10
+    assert transfer.most == 2
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_any_order_is_served_with_at_most_two_blocks(seed):
     """Blocks are called twice, left out, reordered, or interrupted as by a preview."""
     source = random.Random(seed)
-    made, carrier = conveyor(7)
+    prefetcher, transfer = prefetcher_of(7)
     for _ in range(40):
         numbers = list(range(7))
         kind = source.choice(["step", "preview", "some", "twice", "mixed"])
@@ -105,28 +105,28 @@ def test_any_order_is_served_with_at_most_two_blocks(seed):
             numbers = [*numbers, *source.sample(numbers, 3)]
         elif kind == "mixed":
             source.shuffle(numbers)
-        run(made, numbers if kind == "preview" else [*numbers, *reversed(numbers)])
-    assert carrier.most == 2
+        run(prefetcher, transfer, numbers if kind == "preview" else [*numbers, *reversed(numbers)])
+    assert transfer.most == 2
 
 
 def test_a_block_within_a_block_gets_its_own():
-    made, _ = conveyor(3)
+    prefetcher, transfer = prefetcher_of(3)
     for _ in range(3):
-        outer = made.enter(0)
-        inner = made.enter(1)
+        outer = prefetcher.enter(0)
+        inner = prefetcher.enter(1)
         assert (outer.number, inner.number) == (0, 1)
-        made.leave(1, inner)
+        prefetcher.leave(1, inner)
         assert outer.number == 0
-        made.leave(0, outer)
-        run(made, [2])
+        prefetcher.leave(0, outer)
+        run(prefetcher, transfer, [2])
 
 
 def test_without_room_for_a_second_each_is_waited_for():
-    made, carrier = conveyor(4)
-    run(made, STEP_OF_FOUR * 2)
-    carrier.fails = True
-    run(made, STEP_OF_FOUR * 2)
-    assert not carrier._there, "none is kept either"
+    prefetcher, transfer = prefetcher_of(4)
+    run(prefetcher, transfer, STEP_OF_FOUR * 2)
+    transfer.fails = True
+    run(prefetcher, transfer, STEP_OF_FOUR * 2)
+    assert not transfer._there, "none is kept either"
 
 
 STEP_OF_FOUR = [*range(4), *reversed(range(4))]

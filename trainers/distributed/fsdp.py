@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .accelerate_group import AccelerateGroup
 
 # Sent instead of a block's number: the main process has finished its work alone.
-_OVER = -1
+_DONE = -1
 
 
 def check_shards() -> None:
@@ -39,11 +39,12 @@ def check_shards() -> None:
     try:
         from torch.distributed.fsdp import FSDPModule, fully_shard
     except ImportError:
-        found = False
+        is_supported = False
     else:
-        found = "ignored_params" in inspect.signature(fully_shard).parameters
-        found = found and all(hasattr(FSDPModule, name) for name in ("set_custom_all_gather", "reset_iter_state"))
-    if not found:
+        methods = ("set_custom_all_gather", "reset_iter_state")
+        is_supported = "ignored_params" in inspect.signature(fully_shard).parameters
+        is_supported = is_supported and all(hasattr(FSDPModule, name) for name in methods)
+    if not is_supported:
         raise SettingsError(
             f"shard is on, and PyTorch {torch.__version__} cannot do what it needs.",
             "Set shard in Graft Memory Options to off, or take a newer PyTorch: 2.14 is known to do.",
@@ -74,52 +75,56 @@ class ShardedWeights:
         Raises:
             ModelError: the tree has no weights that can be sharded.
         """
-        from torch.distributed import group as groups
-        from torch.distributed.device_mesh import DeviceMesh
-        from torch.distributed.fsdp import fully_shard
-
         self.alone = False
         self._group = group
         self._tree = tree
-        self._begun = False
+        self._has_gathered = False
         candidates = blocks_of(tree)
-        shared_out = _divisible(tree, group.device, keep)
-        self._blocks = [block for block in candidates if any(one in shared_out for one in block.parameters())]
+        sharded = _shardable(tree, group.device, keep)
+        self._blocks = [block for block in candidates if any(weight in sharded for weight in block.parameters())]
         if not self._blocks:
             raise ModelError(
                 f"The model ({type(tree).__name__}) has no blocks whose weights could be shared out.",
                 "Set shard in Graft Memory Options to off.",
                 "options",
             )
-        frozen = [one for block in candidates for one in block.parameters() if not one.requires_grad]
+        frozen = [weight for block in candidates for weight in block.parameters() if not weight.requires_grad]
         self.blocks = len(self._blocks)
-        self.divided = sum(one.nbytes for one in shared_out)
-        self.whole = sum(one.nbytes for one in {*frozen} - shared_out)
+        self.divided = sum(weight.nbytes for weight in sharded)
+        self.whole = sum(weight.nbytes for weight in {*frozen} - sharded)
+        self._shard(sharded)
+        onload(tree, group.device)
+        if needs_input_grad:
+            tree.register_forward_pre_hook(_require_input_grad)
+
+    def _shard(self, sharded: set[nn.Parameter]) -> None:
+        """Hand the blocks to FSDP2, which shards these weights and leaves all others alone."""
+        from torch.distributed import group as groups
+        from torch.distributed.device_mesh import DeviceMesh
+        from torch.distributed.fsdp import fully_shard
+
         # The warning is about in-place changes of a block's output. `OutOfPlace` turns those into new tensors.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-        mesh = DeviceMesh.from_group(groups.WORLD, group.device.type)
-        rest = {*tree.parameters()} - shared_out
+        mesh = DeviceMesh.from_group(groups.WORLD, self._group.device.type)
+        ignored = {*self._tree.parameters()} - sharded
         for number, block in enumerate(self._blocks):
-            fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=rest)
-            block.set_custom_all_gather(_Gather(self, number))
+            fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=ignored)
+            block.set_custom_all_gather(_AllGather(self, number))
             # By default FSDP2 prefetches by the order that each process has computed, which differs between processes.
             # The block itself is gathered already, so naming it turns prefetching off.
             block.set_modules_to_backward_prefetch([block])
-        fully_shard(tree, mesh=mesh, reshard_after_forward=True, ignored_params=rest)
-        onload(tree, group.device)
-        if needs_input_grad:
-            tree.register_forward_pre_hook(_let_through)
+        fully_shard(self._tree, mesh=mesh, reshard_after_forward=True, ignored_params=ignored)
 
-    def gather(self, number: int, whole: torch.Tensor, share: torch.Tensor, asynchronous: bool):
+    def gather(self, number: int, whole: torch.Tensor, shard: torch.Tensor, asynchronous: bool):
         """All-gather a block's weights from the shards of all processes.
 
         Raises:
             PeerLostError: a process has left.
         """
-        self._begun = True
+        self._has_gathered = True
         if self.alone:
             self._group.broadcast_int(number)
-        return self._group.gather_shares(whole, share, asynchronous)
+        return self._group.gather_shares(whole, shard, asynchronous)
 
     @contextmanager
     def main_process_only(self) -> Iterator[bool]:
@@ -137,50 +142,50 @@ class ShardedWeights:
         except BaseException:
             # Keep the original error even if the other processes are gone.
             with suppress(PeerLostError):
-                self._end_turn()
+                self._end_work_alone()
             raise
-        self._end_turn()
+        self._end_work_alone()
 
-    def _end_turn(self) -> None:
+    def _end_work_alone(self) -> None:
         self.alone = False
         # An interrupted pass leaves a block gathered in this process only, even if other code caught the error.
         self.reset_after_failure()
-        self._group.broadcast_int(_OVER)
+        self._group.broadcast_int(_DONE)
 
     def _serve(self) -> None:
         """Take part in gathering the blocks that the main process asks for, until it has finished."""
-        while (number := self._group.broadcast_int(_OVER)) != _OVER:
+        while (number := self._group.broadcast_int(_DONE)) != _DONE:
             self._blocks[number].unshard()
             self._blocks[number].reshard()
 
     def reset_after_failure(self) -> None:
         """Reset FSDP2's state after an interrupted forward pass."""
-        if self._begun:
+        if self._has_gathered:
             self._tree.reset_iter_state()
 
 
-class _Gather:
+class _AllGather:
     """All-gather function that FSDP2 calls for one block. It sends bytes, which every backend supports."""
 
-    def __init__(self, shards: ShardedWeights, number: int):
-        self._shards = shards
+    def __init__(self, weights: ShardedWeights, number: int):
+        self._weights = weights
         self._number = number
 
     def allocate(self, size, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         return torch.empty(*size, dtype=dtype, device=device)
 
     def __call__(self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group, async_op: bool = False):
-        whole, share = output_tensor.view(torch.uint8), input_tensor.view(torch.uint8)
-        return self._shards.gather(self._number, whole, share, async_op)
+        whole, shard = output_tensor.view(torch.uint8), input_tensor.view(torch.uint8)
+        return self._weights.gather(self._number, whole, shard, async_op)
 
 
-def _divisible(tree: nn.Module, device: torch.device, keep: Iterable[torch.Tensor]) -> set[nn.Parameter]:
+def _shardable(tree: nn.Module, device: torch.device, keep: Iterable[torch.Tensor]) -> set[nn.Parameter]:
     """Return the weights that can be sharded: they can be offloaded, are no scalars, and occur only once."""
     frozen = Counter(list_frozen([(tree, device)], keep))
-    return {one for one, places in frozen.items() if one.dim() > 0 and places == 1}
+    return {weight for weight, count in frozen.items() if weight.dim() > 0 and count == 1}
 
 
-def _let_through(tree: nn.Module, args: tuple) -> tuple:
+def _require_input_grad(tree: nn.Module, args: tuple) -> tuple:
     """Return the inputs with a first one that requires gradients (forward pre-hook)."""
     if not torch.is_grad_enabled():
         return args

@@ -25,6 +25,7 @@ _MARK = "graft_offloaded"
 Tree = tuple["nn.Module", torch.device]
 # (module, name) of a weight.
 _Row = tuple["nn.Module", str]
+_Pin = Callable[[torch.Tensor], bool]
 _Replaced = dict[int, tuple["nn.Parameter", "nn.Parameter"]]
 
 
@@ -32,7 +33,7 @@ def offload_trees(
     trees: Sequence[Tree],
     keep: Iterable[torch.Tensor],
     folder: str,
-    pin: Callable[[torch.Tensor], bool],
+    pin: _Pin,
     keep_attention: bool = False,
 ) -> tuple[int, int]:
     """Offload the frozen weights of blocks. Weights are never copied back, because nothing changes them.
@@ -51,23 +52,23 @@ def offload_trees(
     Returns:
         Number of newly offloaded blocks, and bytes of their weights.
     """
-    stay = {id(tensor) for tensor in keep}
+    kept = {id(tensor) for tensor in keep}
     count = size = 0
     for device in dict.fromkeys(device for _, device in trees):
-        here = [tree for tree, its in trees if its == device]
-        held = {block: rows for tree in here for block, rows in _streamable(tree, stay).items() if rows}
-        if held:
-            count += len(held)
-            size += _stream(held, device, folder, pin, keep_attention)
-        for tree in here:
+        own = [tree for tree, tree_device in trees if tree_device == device]
+        blocks = {block: rows for tree in own for block, rows in _offloadable(tree, kept).items() if rows}
+        if blocks:
+            count += len(blocks)
+            size += _offload(blocks, device, folder, pin, keep_attention)
+        for tree in own:
             place(tree, device)
     return count, size
 
 
 def list_frozen(trees: Sequence[Tree], keep: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     """Return the weights that `offload_trees` would offload."""
-    stay = {id(tensor) for tensor in keep}
-    rows = [row for tree, _ in trees for own in _streamable(tree, stay).values() for row in own]
+    kept = {id(tensor) for tensor in keep}
+    rows = [row for tree, _ in trees for block_rows in _offloadable(tree, kept).values() for row in block_rows]
     return [owner._parameters[name] for owner, name in rows]
 
 
@@ -76,7 +77,7 @@ def mark_offloaded(tree: nn.Module, device: torch.device) -> None:
 
     Call `offload_trees` afterwards, when the tree contains the trained modules.
     """
-    for owner, name in (row for rows in _streamable(tree, set()).values() for row in rows):
+    for owner, name in (row for rows in _offloadable(tree, set()).values() for row in rows):
         setattr(owner._parameters[name], _MARK, True)
     place(tree, device)
 
@@ -123,16 +124,16 @@ def place(tree: nn.Module, device: torch.device) -> None:
         for name, tensor in owner._buffers.items():
             if tensor is None or tensor.device == device:
                 continue
-            there = tensor.data.to(device)
+            moved = tensor.data.to(device)
             try:
                 # Keep the tensor object if possible: a run's state may refer to it as a constant of the method.
-                tensor.data = there
+                tensor.data = moved
             except RuntimeError:
-                owner._buffers[name] = there
+                owner._buffers[name] = moved
 
 
-def _move(owner: nn.Module, name: str, there: torch.Tensor, replaced: _Replaced) -> None:
-    """Replace a weight's data by `there`. Keep the same Parameter object if the two devices allow it.
+def _move(owner: nn.Module, name: str, data: torch.Tensor, replaced: _Replaced) -> None:
+    """Replace a weight's data. Keep the same Parameter object if the old and the new device allow it.
 
     Args:
         replaced: old and new Parameter by the old one's id, for devices that do not allow it; modules may share one.
@@ -142,67 +143,74 @@ def _move(owner: nn.Module, name: str, there: torch.Tensor, replaced: _Replaced)
     """
     parameter = owner._parameters[name]
     try:
-        parameter.data = there
+        parameter.data = data
     except RuntimeError as error:
         if parameter.requires_grad:
             raise RunError(
-                f"What is trained cannot be moved from {parameter.device} to {there.device} ({error}).",
+                f"What is trained cannot be moved from {parameter.device} to {data.device} ({error}).",
                 "Leave offload of Graft Memory Options alone on this device.",
                 "options",
             ) from error
-        other = parameter, torch.nn.Parameter(there, requires_grad=False)
-        owner._parameters[name] = replaced.setdefault(id(parameter), other)[1]
+        pair = parameter, torch.nn.Parameter(data, requires_grad=False)
+        owner._parameters[name] = replaced.setdefault(id(parameter), pair)[1]
         if is_offloaded(parameter):
             setattr(owner._parameters[name], _MARK, True)
 
 
-def _streamable(tree: nn.Module, stay: set[int]) -> dict[nn.Module, list[_Row]]:
-    """Return the frozen weights of each block that is not offloaded yet, without those used outside the blocks."""
+def _offloadable(tree: nn.Module, kept: set[int]) -> dict[nn.Module, list[_Row]]:
+    """Return the frozen weights of each block that is not offloaded yet, without those used outside the blocks.
+
+    Args:
+        kept: ids of tensors to leave out.
+    """
     blocks = blocks_of(tree)
     inner = {id(owner) for block in blocks for owner in block.modules()}
-    shared = {id(one) for owner in tree.modules() if id(owner) not in inner for one in owner._parameters.values()}
-    return {block: _frozen(block, stay | shared) for block in blocks if not _is_streamed(block)}
+    outer = [owner for owner in tree.modules() if id(owner) not in inner]
+    shared = {id(weight) for owner in outer for weight in owner._parameters.values()}
+    return {block: _frozen(block, kept | shared) for block in blocks if not _is_offloaded(block)}
 
 
-def _frozen(block: nn.Module, stay: set[int]) -> list[_Row]:
-    found = []
+def _frozen(block: nn.Module, kept: set[int]) -> list[_Row]:
+    rows = []
     for owner in block.modules():
         for name, parameter in owner._parameters.items():
-            if parameter is None or parameter.requires_grad or id(parameter) in stay:
+            if parameter is None or parameter.requires_grad or id(parameter) in kept:
                 continue
             # Quantized weights hold more than their data, so they stay.
             if type(parameter) is torch.nn.Parameter and type(parameter.data) is torch.Tensor:
-                found.append((owner, name))
-    return found
+                rows.append((owner, name))
+    return rows
 
 
-def _is_streamed(block: nn.Module) -> bool:
+def _is_offloaded(block: nn.Module) -> bool:
     return isinstance(getattr(block.forward, "forward", None), OffloadedForward)
 
 
-def _stream(held: dict[nn.Module, list[_Row]], device: torch.device, folder: str, pin, keep_attention: bool) -> int:
+def _offload(
+    blocks: dict[nn.Module, list[_Row]], device: torch.device, folder: str, pin: _Pin, keep_attention: bool
+) -> int:
     """Offload the weights of blocks and fetch them while the blocks run. Return the bytes of the weights."""
     # A weight that two blocks share is moved once and fetched with either block.
-    weights = {id(one): one for rows in held.values() for one in _weights(rows)}
+    weights = {id(weight): weight for rows in blocks.values() for weight in _weights(rows)}
     if device.type == "cpu":
-        homes, carrier = map_weights(list(weights.values()), folder)
+        homes, transfer = map_weights(list(weights.values()), folder)
     else:
-        homes, carrier = [weight.detach().to("cpu") for weight in weights.values()], transfer_to(device)
+        homes, transfer = [weight.detach().to("cpu") for weight in weights.values()], transfer_to(device)
         for home in homes:
             pin(home)
     size = sum(home.nbytes for home in homes)
-    new = dict(zip(weights, homes, strict=True))
+    new_data = dict(zip(weights, homes, strict=True))
     replaced: _Replaced = {}
-    for owner, name in (row for rows in held.values() for row in rows):
+    for owner, name in (row for rows in blocks.values() for row in rows):
         weight = owner._parameters[name]
-        if id(weight) in new:
-            _move(owner, name, new[id(weight)], replaced)
+        if id(weight) in new_data:
+            _move(owner, name, new_data[id(weight)], replaced)
             setattr(owner._parameters[name], _MARK, True)
-    checkpoint_blocks(list(held), keep_attention)
-    conveyor = BlockPrefetcher(carrier)
-    for block, rows in held.items():
+    checkpoint_blocks(list(blocks), keep_attention)
+    prefetcher = BlockPrefetcher(transfer)
+    for block, rows in blocks.items():
         # Inside the checkpointed forward, so that the recomputation fetches the weights too.
-        block.forward.forward = OffloadedForward(rows, conveyor, block.forward.forward)
+        block.forward.forward = OffloadedForward(rows, prefetcher, block.forward.forward)
     return size
 
 
@@ -218,18 +226,19 @@ class BlockPrefetcher:
     Besides the weights that the caller holds, at most one block's weights are on the device or in transfer.
 
     Args:
-        carrier: copies weights to the device.
+        transfer: copies weights to the device.
     """
 
-    def __init__(self, carrier: WeightTransfer):
-        self._carrier = carrier
+    def __init__(self, transfer: WeightTransfer):
+        self._transfer = transfer
         self._homes: list[list[torch.Tensor]] = []
         self._next: dict[tuple[int, int], int] = {}
         # Numbers of the last two blocks that ran.
-        self._path = (-1, -1)
-        self._coming: tuple[int, Any] | None = None
-        self._held: tuple[int, list[torch.Tensor]] | None = None
-        self._ahead = True
+        self._last_two = (-1, -1)
+        # The block in transfer, and the block whose weights wait on the device, each with its number.
+        self._incoming: tuple[int, Any] | None = None
+        self._kept: tuple[int, list[torch.Tensor]] | None = None
+        self._has_room = True
 
     def add(self, homes: list[torch.Tensor]) -> int:
         """Register a block's weights and return its number. The weights' location is read at each fetch."""
@@ -240,45 +249,45 @@ class BlockPrefetcher:
         """Return a block's weights on the device and start to prefetch the next block's."""
         # A training step may use weights that a preview fetched, so they must not be inference tensors.
         with torch.inference_mode(False), torch.no_grad():
-            here = self._fetch(number)
-            self._next[self._path] = number
-            before = self._path[1]
-            self._path = (before, number)
-            expected = self._next.get(self._path)
+            weights = self._fetch(number)
+            self._next[self._last_two] = number
+            before = self._last_two[1]
+            self._last_two = (before, number)
+            expected = self._next.get(self._last_two)
             if before not in (-1, number, expected):
-                self._carrier.leave(self._of(before))
-            if expected not in (None, number) and self._ahead:
+                self._transfer.leave(self._homes_of(before))
+            if expected not in (None, number) and self._has_room:
                 self._start(expected)
-        return here
+        return weights
 
-    def leave(self, number: int, here: list[torch.Tensor]) -> None:
+    def leave(self, number: int, weights: list[torch.Tensor]) -> None:
         """Note that a block is done. Keep its weights if the same block is expected to run next."""
-        if self._path[1] == number and self._next.get(self._path) == number and self._ahead:
-            self._held = (number, here)
+        if self._last_two[1] == number and self._next.get(self._last_two) == number and self._has_room:
+            self._kept = (number, weights)
 
-    def _of(self, number: int) -> list[torch.Tensor]:
+    def _homes_of(self, number: int) -> list[torch.Tensor]:
         return [home.detach() for home in self._homes[number]]
 
     def _fetch(self, number: int) -> list[torch.Tensor]:
-        held, self._held = self._held, None
-        coming, self._coming = self._coming, None
-        if held is not None and held[0] == number:
-            return held[1]
-        if coming is not None and coming[0] == number:
-            return self._carrier.finish(coming[1])
-        if coming is not None:
-            self._carrier.leave(self._of(coming[0]))
+        kept, self._kept = self._kept, None
+        incoming, self._incoming = self._incoming, None
+        if kept is not None and kept[0] == number:
+            return kept[1]
+        if incoming is not None and incoming[0] == number:
+            return self._transfer.finish(incoming[1])
+        if incoming is not None:
+            self._transfer.leave(self._homes_of(incoming[0]))
         # Free these copies before the new ones are allocated.
-        held = coming = None
-        return self._carrier.finish(self._carrier.start(self._of(number)))
+        kept = incoming = None
+        return self._transfer.finish(self._transfer.start(self._homes_of(number)))
 
     def _start(self, number: int) -> None:
         try:
-            self._coming = (number, self._carrier.start(self._of(number)))
+            self._incoming = (number, self._transfer.start(self._homes_of(number)))
         except torch.OutOfMemoryError:
             # Continue without prefetching: the block that runs may still fit.
             log.info("Graft: there is no room for a second block: each is waited for from now on.")
-            self._ahead = False
+            self._has_room = False
 
 
 class OffloadedForward:
@@ -288,20 +297,20 @@ class OffloadedForward:
     its data, so the backward would find no data if the original were emptied after the forward.
     """
 
-    def __init__(self, rows: list[_Row], conveyor: BlockPrefetcher, forward: Callable):
+    def __init__(self, rows: list[_Row], prefetcher: BlockPrefetcher, forward: Callable):
         self._rows = rows
-        self._conveyor = conveyor
+        self._prefetcher = prefetcher
         self._homes = _weights(rows)
-        self._number = conveyor.add(self._homes)
+        self._number = prefetcher.add(self._homes)
         self.forward = forward
 
     def __call__(self, *args, **kwargs):
-        here = self._conveyor.enter(self._number)
+        weights = self._prefetcher.enter(self._number)
         try:
-            for (owner, name), weight in zip(self._rows, here, strict=True):
+            for (owner, name), weight in zip(self._rows, weights, strict=True):
                 owner._parameters[name] = torch.nn.Parameter(weight, requires_grad=False)
             return self.forward(*args, **kwargs)
         finally:
             for (owner, name), home in zip(self._rows, self._homes, strict=True):
                 owner._parameters[name] = home
-            self._conveyor.leave(self._number, here)
+            self._prefetcher.leave(self._number, weights)
