@@ -35,44 +35,55 @@ def from_arrays(
     Raises:
         DatasetError: there is no picture, or the number of captions, masks or source pictures does not match.
     """
-    if not images:
-        raise DatasetError("No picture arrived.", "Connect an IMAGE output with at least one picture.", "images")
-    if len(texts) not in (1, len(images)):
-        raise DatasetError(
-            f"{len(texts)} captions arrived for {len(images)} pictures.",
-            "Give one caption for all pictures, or exactly one for each.",
-            "captions",
-        )
-    if masks and len(masks) not in (1, len(images)):
-        raise DatasetError(
-            f"{len(masks)} masks arrived for {len(images)} pictures.",
-            "Give one mask for all pictures, or exactly one for each.",
-            "masks",
-        )
-    if controls and len(controls) != len(images):
-        raise DatasetError(
-            f"{len(controls)} source pictures arrived for {len(images)} pictures.",
-            "Give each picture the one that it is made of.",
-            "control_images",
-        )
+    _check_counts(len(images), len(texts), len(masks), len(controls))
     trigger = trigger.strip()
+    handling = handling or Augmentation()
     examples = []
     for index, image in enumerate(images):
         source = ArraySource(image, f"image {index + 1}")
         text = texts[index if len(texts) > 1 else 0]
-        mask = None
-        if masks:
-            mask_array = masks[index if len(masks) > 1 else 0]
-            mask = _mask_source(mask_array, image.shape[:2], index)
-        size = (image.shape[1], image.shape[0])
-        variants = captions.variants_of(text, lines_are_variants) or ("",)
-        control = None
-        if controls:
-            height, width = controls[index].shape[:2]
-            control = control_of(ArraySource(controls[index], f"source image {index + 1}"), (width, height))
-        ways = handling or Augmentation()
-        examples.append(Example(source, variants, size, source.digest, trigger, 1, mask, ways, control=control))
+        mask = _mask_source(masks[index if len(masks) > 1 else 0], image.shape[:2], index) if masks else None
+        example = Example(
+            source=source,
+            captions=captions.variants_of(text, lines_are_variants) or ("",),
+            size=(image.shape[1], image.shape[0]),
+            digest=source.digest,
+            trigger=trigger,
+            mask=mask,
+            handling=handling,
+            control=_source_image(controls[index], index) if controls else None,
+        )
+        examples.append(example)
     return Dataset(tuple(examples), trigger, resolution, "images")
+
+
+def _check_counts(images: int, texts: int, masks: int, controls: int) -> None:
+    """Raise DatasetError if there is no picture, or if a number does not match the number of pictures."""
+    if not images:
+        raise DatasetError("No picture arrived.", "Connect an IMAGE output with at least one picture.", "images")
+    if texts not in (1, images):
+        raise DatasetError(
+            f"{texts} captions arrived for {images} pictures.",
+            "Give one caption for all pictures, or exactly one for each.",
+            "captions",
+        )
+    if masks and masks not in (1, images):
+        raise DatasetError(
+            f"{masks} masks arrived for {images} pictures.",
+            "Give one mask for all pictures, or exactly one for each.",
+            "masks",
+        )
+    if controls and controls != images:
+        raise DatasetError(
+            f"{controls} source pictures arrived for {images} pictures.",
+            "Give each picture the one that it is made of.",
+            "control_images",
+        )
+
+
+def _source_image(image: np.ndarray, index: int) -> Example:
+    height, width = image.shape[:2]
+    return control_of(ArraySource(image, f"source image {index + 1}"), (width, height))
 
 
 def _mask_source(mask: np.ndarray, shape: tuple[int, int], index: int) -> ArraySource:

@@ -144,6 +144,14 @@ class LeftOut:
         return f"{self.name}: {self.reason}"
 
 
+def reason_of(error: DatasetError, name: str) -> str:
+    """Return an error's message without the file's name, for a list whose rows begin with that name."""
+    for opening in (f"The picture '{name}' ", f"The caption file '{name}' "):
+        if error.message.startswith(opening):
+            return error.message[len(opening) :].rstrip(".")
+    return error.message.rstrip(".")
+
+
 @dataclass(frozen=True)
 class Dataset:
     """Examples with their trigger and resolution.

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
-import posixpath
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..errors import DatasetError
 from . import captions
-from .examples import Augmentation, Dataset, Example, LeftOut
+from .caption_files import CaptionFiles
+from .examples import Augmentation, Dataset, Example, LeftOut, reason_of
 from .index import Index, mark_of
 from .listing import File, Listing, Owners, list_folder, stem_of
 from .masks import mask_owner, own_masks
@@ -20,7 +20,7 @@ from .pictures import AlphaSource, FileSource, MaskSource, is_clear, is_picture,
 from .source_images import SourceImages
 
 if TYPE_CHECKING:
-    pass
+    from .examples import Source
 
 MASKS = ("auto", "alpha", "off")
 _MOST_REPEATS = 1_000_000
@@ -48,6 +48,12 @@ class ScanOptions:
     mask_folder: str = ""
     validation_folder: str = ""
     control_folder: str = ""
+
+    @property
+    def held_out_prefix(self) -> str:
+        """Return the prefix of the names of pictures that are held out; empty for none."""
+        folder = self.validation_folder.strip().replace("\\", "/").strip("/")
+        return f"{folder}/" if folder else ""
 
 
 def scan_folder(
@@ -79,33 +85,44 @@ def scan_folder(
     """
     if not os.path.isdir(folder):
         raise DatasetError(f"There is no folder '{folder}'.", "Choose a folder below ComfyUI's input folder.", "folder")
-    reading = reading or ScanOptions()
+    options = reading or ScanOptions()
     listing = list_folder(folder)
-    controls = SourceImages(reading.control_folder, listing)
-    listing = controls.outside(listing)
-    left_out = list(listing.left_out)
-    masks = own_masks(listing)
-    pictures = [file for name, file in listing.files.items() if is_picture(name) and name not in masks.files]
-    left_out += [LeftOut(name, "a mask without its picture") for name in masks.lonely]
-    left_out += [
+    sources = SourceImages(options.control_folder, listing)
+    listing = sources.outside(listing)
+    captions_of = CaptionFiles(listing, options.lines_are_variants)
+    masks = _Masks(listing, options)
+    shared = _Shared(trigger.strip(), repeats, handling or Augmentation(), options.held_out_prefix)
+    reader = _Reader(listing, shared, captions_of, masks, sources)
+    index = Index(index_folder, folder)
+    try:
+        examples = reader.read(masks.pictures, index, tick)
+    finally:
+        index.save()
+    left_out = (
+        *listing.left_out,
+        *masks.without_picture,
+        *_unread(listing),
+        *captions_of.left_out,
+        *masks.left_out,
+        *reader.left_out,
+        *sources.lonely(),
+    )
+    _refuse_if_empty(folder, examples, left_out)
+    _refuse_if_nothing_held_out(examples, options)
+    name = os.path.basename(os.path.normpath(folder))
+    return Dataset(tuple(examples), shared.trigger, resolution, name, left_out, reader.warnings())
+
+
+def _unread(listing: Listing) -> list[LeftOut]:
+    """List the files that are neither pictures nor captions, with their reasons."""
+    return [
         LeftOut(name, reason)
         for name in listing.files
         if not captions.is_caption_file(name) and (reason := why_unread(name))
     ]
-    reader = _Reader(listing, trigger.strip(), repeats, handling or Augmentation(), reading, masks, left_out, controls)
-    index = Index(index_folder, folder)
-    try:
-        examples = reader.examples(pictures, index, tick)
-    finally:
-        index.save()
-    left_out += controls.lonely()
-    name = os.path.basename(os.path.normpath(folder))
-    _refuse_if_empty(folder, examples, left_out)
-    _refuse_if_nothing_held_out(examples, reading)
-    return Dataset(tuple(examples), trigger.strip(), resolution, name, tuple(left_out), reader.warnings())
 
 
-def _refuse_if_empty(folder: str, examples: list[Example], left_out: list[LeftOut]) -> None:
+def _refuse_if_empty(folder: str, examples: list[Example], left_out: Sequence[LeftOut]) -> None:
     if examples:
         return
     if not left_out:
@@ -117,14 +134,14 @@ def _refuse_if_empty(folder: str, examples: list[Example], left_out: list[LeftOu
     )
 
 
-def _refuse_if_nothing_held_out(examples: list[Example], reading: ScanOptions) -> None:
-    if not reading.validation_folder.strip():
+def _refuse_if_nothing_held_out(examples: list[Example], options: ScanOptions) -> None:
+    if not options.validation_folder.strip():
         return
     held = sum(example.held_out for example in examples)
     if held in (0, len(examples)):
         what = "holds no picture" if held == 0 else "holds all pictures"
         raise DatasetError(
-            f"The validation folder '{reading.validation_folder}' {what} of the dataset.",
+            f"The validation folder '{options.validation_folder}' {what} of the dataset.",
             "Name a folder inside the dataset's folder, such as 'validation', and leave pictures to train on outside.",
             "validation_folder",
         )
@@ -136,149 +153,115 @@ def shortened(left_out: Iterable[LeftOut], most: int = 5) -> str:
     return "; ".join(rows[:most]) + (f"; and {len(rows) - most} more" if len(rows) > most else "")
 
 
+@dataclass(frozen=True)
+class _Shared:
+    """Settings that all examples of a folder share."""
+
+    trigger: str
+    repeats: int
+    handling: Augmentation
+    held_out_prefix: str
+
+
+class _Masks:
+    """Masks of a folder's pictures, from the folder itself or from a folder of masks.
+
+    Attributes:
+        pictures: the folder's pictures that are no masks.
+        without_picture: masks in the folder that belong to no picture.
+        left_out: files in the folder of masks that are not used.
+    """
+
+    def __init__(self, listing: Listing, options: ScanOptions):
+        own = own_masks(listing)
+        self.pictures = [file for name, file in listing.files.items() if is_picture(name) and name not in own.files]
+        self.without_picture = [LeftOut(name, "a mask without its picture") for name in own.lonely]
+        self.left_out: list[LeftOut] = []
+        self._use_alpha = options.masks == "alpha"
+        self._by_stem = {} if options.masks == "off" else own.by_stem
+        self._root = listing.root
+        if options.masks != "off" and options.mask_folder:
+            folder = list_folder(options.mask_folder)
+            self._root = folder.root
+            self._by_stem = self._match(folder, listing)
+
+    def _match(self, folder: Listing, listing: Listing) -> dict[str, File]:
+        """Return the masks of a folder of masks by the stems of their pictures."""
+        owners = Owners(stem_of(name) for name in listing.files if is_picture(name))
+        by_stem: dict[str, File] = {}
+        self.left_out += folder.left_out
+        for name, file in folder.files.items():
+            stems = owners.of(mask_owner(name)) if is_picture(name) else ()
+            by_stem.update(dict.fromkeys(stems, file))
+            reason = "a mask without its picture" if is_picture(name) else why_unread(name)
+            if not stems and reason:
+                self.left_out.append(LeftOut(name, reason))
+        return by_stem
+
+    def of(self, source: FileSource, has_alpha: bool, index: Index) -> Source | None:
+        """Return the mask of a picture. Raise DatasetError if it cannot be read."""
+        file = self._by_stem.get(stem_of(source.name))
+        if file is not None:
+            try:
+                return _mask_source(file, self._root, index)
+            except DatasetError as error:
+                reason = f"its mask {file.name} {reason_of(error, file.name)}"
+                raise DatasetError(reason, "Save the mask again, or remove it.") from error
+        return AlphaSource(source) if self._use_alpha and has_alpha else None
+
+
 class _Reader:
-    """Reader of examples from a listing; adds unusable files to `left_out` with their reasons."""
+    """Reader of the examples of a folder.
 
-    def __init__(self, listing, trigger, repeats, handling, reading, masks, left_out, controls):
-        self._listing = listing
-        self._trigger = trigger
-        self._repeats = repeats
-        self._handling = handling
-        self._reading = reading
-        self._left_out: list[LeftOut] = left_out
+    Attributes:
+        left_out: pictures that are not trained on, with their reasons.
+    """
+
+    def __init__(
+        self, listing: Listing, shared: _Shared, caption_files: CaptionFiles, masks: _Masks, sources: SourceImages
+    ):
+        self.left_out: list[LeftOut] = []
+        self._root = listing.root
+        self._shared = shared
+        self._caption_files = caption_files
+        self._masks = masks
+        self._sources = sources
+        # (repeats, pictures) of folders with unusually many repeats.
         self._unusual: dict[str, tuple[int, int]] = {}
-        self._controls: SourceImages = controls
-        self._sidecars = self._find_sidecars()
-        self._metadata = self._read_metadata()
-        self._masks = {} if reading.masks == "off" else masks.by_stem
-        self._mask_root = listing.root
-        if reading.masks != "off" and reading.mask_folder:
-            self._mask_root, self._masks = self._masks_apart(list_folder(reading.mask_folder))
-        self._held = reading.validation_folder.strip().replace("\\", "/").strip("/")
 
-    def examples(self, pictures: list[File], index: Index, tick: Callable[[int, int], None]) -> list[Example]:
-        found = []
+    def read(self, pictures: list[File], index: Index, tick: Callable[[int, int], None]) -> list[Example]:
+        """Return the pictures as examples; add unusable ones to `left_out`."""
+        examples = []
         for number, file in enumerate(pictures):
             tick(number, len(pictures))
             try:
-                found.append(self._example(file, index))
+                examples.append(self._example(file, index))
             except DatasetError as error:
-                self._left_out.append(LeftOut(file.name, reason_of(error, file.name)))
+                self.left_out.append(LeftOut(file.name, reason_of(error, file.name)))
         tick(len(pictures), len(pictures))
-        return found
+        return examples
 
     def _example(self, file: File, index: Index) -> Example:
+        shared = self._shared
         facts = _measured(file, index)
-        size = tuple(facts["size"])
-        source = FileSource(file.path, file.name, self._listing.root, facts["digest"])
-        times, words, folder = self._of_folder(file.name)
-        if times > _USUAL_REPEATS:
-            self._unusual[folder] = (times, self._unusual.get(folder, (times, 0))[1] + 1)
-        if times == 0:
+        source = FileSource(file.path, file.name, self._root, facts["digest"])
+        repeats, class_tokens, folder = self._of_folder(file.name)
+        if repeats > _USUAL_REPEATS:
+            self._unusual[folder] = (repeats, self._unusual.get(folder, (repeats, 0))[1] + 1)
+        if repeats == 0:
             raise DatasetError("its folder's name repeats it 0 times", "Rename the folder.", "folder")
-        texts = self._captions(file) or captions.variants_of(words, False) or ("",)
-        mask = self._mask(file, source, facts["alpha"], index)
-        held = bool(self._held) and file.name.startswith(f"{self._held}/")
-        control = self._controls.of(file.name, lambda found: _measured(found, index))
         return Example(
-            source,
-            texts,
-            size,
-            facts["digest"],
-            self._trigger,
-            min(_MOST_REPEATS, self._repeats * times),
-            mask,
-            self._handling,
-            held,
-            control=control,
+            source=source,
+            captions=self._caption_files.of(file.name) or captions.variants_of(class_tokens, False) or ("",),
+            size=tuple(facts["size"]),
+            digest=facts["digest"],
+            trigger=shared.trigger,
+            repeats=min(_MOST_REPEATS, shared.repeats * repeats),
+            mask=self._masks.of(source, facts["alpha"], index),
+            handling=shared.handling,
+            held_out=bool(shared.held_out_prefix) and file.name.startswith(shared.held_out_prefix),
+            control=self._sources.of(file.name, lambda source_file: _measured(source_file, index)),
         )
-
-    def _captions(self, file: File) -> tuple[str, ...]:
-        for sidecar in self._sidecars.get(file.name, ()):
-            found = captions.read_sidecar(sidecar.path, sidecar.name, self._reading.lines_are_variants)
-            if found:
-                return found
-        return self._metadata.get(file.name, ())
-
-    def _masks_apart(self, apart: Listing) -> tuple[str, dict[str, File]]:
-        """Return the root of a folder of masks, and its masks by the stems of their pictures."""
-        owners = Owners(stem_of(name) for name in self._listing.files if is_picture(name))
-        found: dict[str, File] = {}
-        self._left_out += apart.left_out
-        for name, file in apart.files.items():
-            of = owners.of(mask_owner(name)) if is_picture(name) else ()
-            found.update(dict.fromkeys(of, file))
-            reason = "a mask without its picture" if is_picture(name) else why_unread(name)
-            if not of and reason:
-                self._left_out.append(LeftOut(name, reason))
-        return apart.root, found
-
-    def _find_sidecars(self) -> dict[str, list[File]]:
-        """Return the caption files of each picture, by its name, in the order to try them.
-
-        A file belongs to the picture with the file's stem; else to the picture whose whole name is the file's stem, as
-        in `a.png.txt`; else to pictures whose names differ only in case or Unicode form. Caption files without a
-        picture go to `left_out`.
-        """
-        # Include unread formats, so that their captions are not reported as captions without a picture.
-        names = [name for name in self._listing.files if not captions.is_caption_file(name)]
-        by_stem: dict[str, list[str]] = {}
-        for name in names:
-            by_stem.setdefault(stem_of(name), []).append(name)
-        stems, wholes = Owners(by_stem), Owners(names)
-        found: dict[str, list[tuple[tuple[int, int], File]]] = {}
-        for name, file in self._listing.files.items():
-            stem, suffix = posixpath.splitext(name)
-            if suffix.lower() not in captions.SUFFIXES:
-                continue
-            kind, of = self._owners_of(stem, by_stem, stems, wholes)
-            for owner in of:
-                found.setdefault(owner, []).append(((kind, captions.SUFFIXES.index(suffix.lower())), file))
-            if not of:
-                self._left_out.append(LeftOut(name, "a caption without its picture"))
-        return {name: [file for _, file in sorted(rows, key=lambda row: row[0])] for name, rows in found.items()}
-
-    @staticmethod
-    def _owners_of(stem: str, by_stem: dict[str, list[str]], stems: Owners, wholes: Owners) -> tuple[int, list[str]]:
-        """Return the distance of a caption file's name to its pictures' names (0 is nearest), and these names."""
-        for kind, of in enumerate(
-            (
-                by_stem.get(stem, ()),
-                wholes.of(stem) if (stem,) == wholes.of(stem) else (),
-                [name for one in stems.of(stem) for name in by_stem[one]],
-                wholes.of(stem),
-            )
-        ):
-            if of:
-                return kind, list(of)
-        return 0, []
-
-    def _read_metadata(self) -> dict[str, tuple[str, ...]]:
-        found: dict[str, tuple[str, ...]] = {}
-        owners = Owners(name for name in self._listing.files if is_picture(name))
-        for name, file in self._listing.files.items():
-            if posixpath.basename(name).lower() not in captions.METADATA:
-                continue
-            missing = []
-            texts_found = False
-            try:
-                for wanted, texts in captions.read_metadata(file.path, name, self._reading.lines_are_variants):
-                    # Look up only among listed files, so that no row leads out of the folder.
-                    target = posixpath.normpath(posixpath.join(posixpath.dirname(name), wanted.replace("\\", "/")))
-                    of = owners.of(target)
-                    if not of:
-                        missing.append(wanted)
-                    for picture in of if texts else ():
-                        found.setdefault(picture, texts)
-                    texts_found = texts_found or bool(texts)
-                if not texts_found:
-                    self._left_out.append(LeftOut(name, f"no row has a caption under {captions.FIELDS_IN_WORDS}"))
-            except DatasetError as error:
-                self._left_out.append(LeftOut(name, reason_of(error, name)))
-            if missing:
-                shown = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
-                self._left_out.append(LeftOut(name, f"it names {len(missing)} pictures that are not there: {shown}"))
-        return found
 
     def warnings(self) -> tuple[str, ...]:
         """Return questions about folder names whose repeats are probably not intended."""
@@ -290,24 +273,12 @@ class _Reader:
 
     def _of_folder(self, name: str) -> tuple[int, str, str]:
         """Return repeats, class tokens and name of the nearest folder that has repeats in its name."""
-        folders = [os.path.basename(self._listing.root), *name.split("/")[:-1]]
+        folders = [os.path.basename(self._root), *name.split("/")[:-1]]
         for folder in reversed(folders):
             match = _REPEAT_FOLDER.fullmatch(folder)
             if match:
                 return int(match.group(1)), match.group(2).strip(), folder
         return 1, "", ""
-
-    def _mask(self, file: File, source: FileSource, transparent: bool, index: Index):
-        found = self._masks.get(stem_of(file.name))
-        if found is not None:
-            try:
-                return _mask_of(found, self._mask_root, index)
-            except DatasetError as error:
-                reason = f"its mask {found.name} {reason_of(error, found.name)}"
-                raise DatasetError(reason, "Save the mask again, or remove it.") from error
-        if self._reading.masks == "alpha" and transparent:
-            return AlphaSource(source)
-        return None
 
 
 def _counted(pictures: int) -> str:
@@ -323,7 +294,7 @@ def _measure(file: File) -> dict:
     return {"size": list(size), "digest": digest, "alpha": transparent}
 
 
-def _mask_of(file: File, root: str, index: Index) -> MaskSource:
+def _mask_source(file: File, root: str, index: Index) -> MaskSource:
     """Return a mask file as a source. Raise DatasetError if it cannot be read."""
 
     def measure() -> dict:
@@ -347,14 +318,6 @@ def _are_facts(facts: dict) -> bool:
     if not isinstance(size, list) or len(size) != 2 or not all(type(side) is int and side > 0 for side in size):
         return False
     return isinstance(facts.get("digest"), str) and isinstance(facts.get("alpha"), bool)
-
-
-def reason_of(error: DatasetError, name: str) -> str:
-    """Return an error's message without the file's name, for a list whose rows begin with that name."""
-    for opening in (f"The picture '{name}' ", f"The caption file '{name}' "):
-        if error.message.startswith(opening):
-            return error.message[len(opening) :].rstrip(".")
-    return error.message.rstrip(".")
 
 
 def folder_fingerprint(folder: str, *others: str) -> str:

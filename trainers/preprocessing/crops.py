@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..data import captions
 from ..data.buckets import Crop, choose_crop, choose_crops
-from ..data.examples import LeftOut
-from ..data.scan import reason_of
+from ..data.examples import LeftOut, reason_of
 from ..data.source_images import is_alike
 from ..errors import DatasetError, SettingsError
 from ..protocols import Geometry

@@ -11,8 +11,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
-from ..data.examples import LeftOut
-from ..data.scan import reason_of
+from ..data.examples import LeftOut, reason_of
 from ..errors import DatasetError, RunError
 from ..protocols import earlier_fingerprint, embedded_digest
 from ..runs import earlier

@@ -6,9 +6,8 @@ import random
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
-from ..data.examples import LeftOut
+from ..data.examples import LeftOut, reason_of
 from ..data.pixel_formats import as_weight
-from ..data.scan import reason_of
 from ..errors import DatasetError, RunError
 from .cache import Cache, key_of
 from .encode import earlier_base

@@ -1,0 +1,108 @@
+"""Caption files and metadata tables in a folder, and the pictures that they belong to."""
+
+from __future__ import annotations
+
+import posixpath
+
+from ..errors import DatasetError
+from . import captions
+from .examples import LeftOut, reason_of
+from .listing import File, Listing, Owners, stem_of
+from .pictures import is_picture
+
+
+class CaptionFiles:
+    """Captions of a folder's pictures, from caption files beside them and from metadata tables.
+
+    Attributes:
+        left_out: caption files without a picture, and tables that cannot be used.
+    """
+
+    def __init__(self, listing: Listing, lines_are_variants: bool):
+        self._listing = listing
+        self._lines_are_variants = lines_are_variants
+        self.left_out: list[LeftOut] = []
+        self._sidecars = self._find_sidecars()
+        self._metadata = self._read_tables()
+
+    def of(self, name: str) -> tuple[str, ...]:
+        """Return the captions of a picture: those of its first caption file with any, else of a table; may be empty."""
+        for file in self._sidecars.get(name, ()):
+            texts = captions.read_sidecar(file.path, file.name, self._lines_are_variants)
+            if texts:
+                return texts
+        return self._metadata.get(name, ())
+
+    def _find_sidecars(self) -> dict[str, list[File]]:
+        """Return the caption files of each picture, by its name, in the order to try them.
+
+        A file belongs to the picture with the file's stem; else to the picture whose whole name is the file's stem, as
+        in `a.png.txt`; else to pictures whose names differ only in case or Unicode form. Caption files without a
+        picture go to `left_out`.
+        """
+        # Include unread formats, so that their captions are not reported as captions without a picture.
+        owners = _SidecarOwners([name for name in self._listing.files if not captions.is_caption_file(name)])
+        ranked: dict[str, list[tuple[tuple[int, int], File]]] = {}
+        for name, file in self._listing.files.items():
+            stem, suffix = posixpath.splitext(name)
+            if suffix.lower() not in captions.SUFFIXES:
+                continue
+            distance, pictures = owners.of(stem)
+            for picture in pictures:
+                ranked.setdefault(picture, []).append(((distance, captions.SUFFIXES.index(suffix.lower())), file))
+            if not pictures:
+                self.left_out.append(LeftOut(name, "a caption without its picture"))
+        return {name: [file for _, file in sorted(rows, key=lambda row: row[0])] for name, rows in ranked.items()}
+
+    def _read_tables(self) -> dict[str, tuple[str, ...]]:
+        """Return the captions that metadata tables give, by the picture's name."""
+        texts: dict[str, tuple[str, ...]] = {}
+        owners = Owners(name for name in self._listing.files if is_picture(name))
+        for name, file in self._listing.files.items():
+            if posixpath.basename(name).lower() in captions.METADATA:
+                self._read_table(file, owners, texts)
+        return texts
+
+    def _read_table(self, file: File, owners: Owners, texts: dict[str, tuple[str, ...]]) -> None:
+        """Add a table's captions to `texts`, except for pictures that have some already."""
+        name = file.name
+        missing = []
+        has_caption = False
+        try:
+            for picture, variants in captions.read_metadata(file.path, name, self._lines_are_variants):
+                # Look up only among listed files, so that no row leads out of the folder.
+                target = posixpath.normpath(posixpath.join(posixpath.dirname(name), picture.replace("\\", "/")))
+                pictures = owners.of(target)
+                if not pictures:
+                    missing.append(picture)
+                for owner in pictures if variants else ():
+                    texts.setdefault(owner, variants)
+                has_caption = has_caption or bool(variants)
+            if not has_caption:
+                self.left_out.append(LeftOut(name, f"no row has a caption under {captions.FIELDS_IN_WORDS}"))
+        except DatasetError as error:
+            self.left_out.append(LeftOut(name, reason_of(error, name)))
+        if missing:
+            examples = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
+            self.left_out.append(LeftOut(name, f"it names {len(missing)} pictures that are not there: {examples}"))
+
+
+class _SidecarOwners:
+    """Pictures that a caption file belongs to, by the file's stem."""
+
+    def __init__(self, names: list[str]):
+        self._by_stem: dict[str, list[str]] = {}
+        for name in names:
+            self._by_stem.setdefault(stem_of(name), []).append(name)
+        self._stems, self._names = Owners(self._by_stem), Owners(names)
+
+    def of(self, stem: str) -> tuple[int, list[str]]:
+        """Return the distance of a caption file's name to its pictures' names (0 is nearest), and these names."""
+        same_name = self._names.of(stem)
+        kinds = (
+            self._by_stem.get(stem, ()),
+            same_name if (stem,) == same_name else (),
+            [name for owner in self._stems.of(stem) for name in self._by_stem[owner]],
+            same_name,
+        )
+        return next(((distance, list(pictures)) for distance, pictures in enumerate(kinds) if pictures), (0, []))
