@@ -248,10 +248,19 @@ def places_in(value, path=()):
         (("recipe", "batch_size"), 0, "batch_size"),
         (("recipe", "learning_rate"), -1.0, "learning_rate"),
         (("recipe", "optimizer"), "none such", "optimizer"),
-        (("recipe", "steps"), 1.5, "steps is 1.5"),
-        (("dataset", "trigger"), 5, "trigger is 5"),
-        (("dataset", "examples", 0, "captions"), "a, b", "captions is no list"),
+        (("recipe", "steps"), 1.5, r"got `float` - at `\$\.steps`"),
+        (("dataset", "trigger"), 5, r"got `int` - at `\$\.trigger`"),
+        (("dataset", "examples", 0, "captions"), "a, b", r"got `str` - at `\$\.captions`"),
+        (("dataset", "examples", 0, "captions"), [5], r"got `int` - at `\$\.captions\[0\]`"),
+        (("dataset", "examples", 0, "size"), [64], r"length 2, got 1 - at `\$\.size`"),
+        (("dataset", "examples", 0, "weight"), 10**400, r"out of range - at `\$\.weight`"),
+        (("dataset", "examples", 0, "repeats"), True, r"got `bool` - at `\$\.repeats`"),
+        (("dataset", "examples", 0, "handling", "flip"), 1, r"got `int` - at `\$\.flip`"),
         (("dataset", "examples", 0, "more"), 1, "more is unknown"),
+        (("dataset", "examples", 0, "handling", "more"), 1, "more is unknown"),
+        (("recipe", "objective", "more"), 1, "more is unknown"),
+        (("recipe", "block_ranks"), [["x", 1.5]], r"got `float` - at `\$\.block_ranks\[0\]\[1\]`"),
+        (("recipe", "learning_rate"), float("nan"), "learning_rate"),
     ],
     ids=lambda value: ".".join(map(str, value)) if isinstance(value, tuple) else None,
 )
@@ -265,6 +274,25 @@ def test_a_value_that_no_job_has_is_named(way, value, said, tmp_path):
     json_files.write_json(path, held)
     with pytest.raises(RunError, match=f"job.json' is damaged .*({said})"):
         jobs.read_job(os.path.dirname(path))
+
+
+def test_a_job_of_any_depth_is_refused_or_read(tmp_path):
+    """Newer versions of Python parse deeper JSON than functions can recurse."""
+    path = os.path.join(export(tmp_path), "job.json")
+    value = json_files.read_own_json(path)
+    head, tail = json.dumps({**value["dataset"]["examples"][0], "control": "INNER"}).split('"INNER"')
+    value["dataset"]["examples"] = "ROWS"
+    text = json.dumps(value)
+    refused = []
+    for depth in (1, *range(200, 1000, 40), 10_000):
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(text.replace('"ROWS"', f"[{head * depth}null{tail * depth}]"))
+        try:
+            jobs.read_job(os.path.dirname(path))
+        except RunError as error:
+            assert path in str(error)
+            refused.append(depth)
+    assert 1 not in refused and 10_000 in refused
 
 
 @pytest.mark.soak

@@ -18,6 +18,7 @@ from graft_pack.trainers.optimizers import (
     parameter_groups,
     state_of,
 )
+from graft_pack.trainers.optimizers.ema import MovingAverage
 
 from tests.support import models
 from tests.support.diffusers_host import make_host, run_session, same_state, same_tensors
@@ -53,6 +54,21 @@ def test_schedules_are_those_of_diffusers(schedule, warmup, more):
         reference.step()
 
 
+@pytest.mark.parametrize("more", [{}, {"num_cycles": 3, "power": 1.3}], ids=["plain", "more"])
+@pytest.mark.parametrize("warmup, steps", [(0, 1), (0, 300), (7, 300), (40, 30)])
+@pytest.mark.parametrize("schedule", OF_DIFFUSERS)
+def test_schedules_equal_diffusers_to_the_last_bit(schedule, warmup, steps, more):
+    """A resumed run has the rates of a run of earlier versions, which took their schedules from diffusers."""
+    from diffusers.optimization import get_scheduler
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    reference = get_scheduler(
+        OF_DIFFUSERS[schedule], optimizer, num_warmup_steps=warmup, num_training_steps=steps, **more
+    )
+    factor = lr_factor(schedule, warmup, steps, **more)
+    assert [factor(step) for step in range(steps)] == [reference.lr_lambdas[0](step) for step in range(steps)]
+
+
 @pytest.mark.parametrize("warmup", [0, 5])
 def test_rex_is_the_one_of_its_paper(warmup):
     """The formula is (1 - p) / (1/2 + (1 - p) / 2) at progress p after the warm-up."""
@@ -73,6 +89,28 @@ def test_past_its_end_a_schedule_stays_where_it_was(schedule):
 def test_warm_up_rises_from_zero_and_constant_stays():
     factor = lr_factor("constant", 4, 10)
     assert [factor(step) for step in range(6)] == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("decay", [0.3, 0.999])
+def test_the_moving_average_equals_diffusers_to_the_last_bit(decay, dtype):
+    """A resumed run has the average of a run of earlier versions, which took it from diffusers."""
+    from diffusers.training_utils import EMAModel
+
+    source = torch.Generator().manual_seed(0)
+    parameters = [torch.nn.Parameter(torch.randn(501, generator=source).to(dtype)) for _ in range(2)]
+    average = MovingAverage(decay)
+    average.start(parameters)
+    reference = EMAModel([parameter.float() for parameter in parameters], decay=decay)
+    for step in range(30):
+        # An embedding that has reached its last step is frozen.
+        parameters[1].requires_grad_(step < 20)
+        for parameter in parameters:
+            parameter.data += torch.randn(501, generator=source).to(dtype) / 100
+        average.step(parameters)
+        reference.step(parameters)
+        assert all(map(torch.equal, average.shadow_params, reference.shadow_params))
+    assert average.updates == 30
 
 
 def recipe_of(name, **fields):

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from graft_pack.trainers.formats import files
 from graft_pack.trainers.formats.adapter import save_adapter
-from graft_pack.trainers.optimizers import lr_factor
+from graft_pack.trainers.optimizers import SCHEDULES, lr_factor
 from graft_pack.trainers.preprocessing import cache as caches
 from graft_pack.trainers.preprocessing.cache import Cache
 
@@ -59,12 +59,14 @@ def test_a_finished_run_is_returned_without_libraries_pictures_or_weights(tmp_pa
     assert made.all_tensors().keys() == expected.all_tensors().keys()
 
 
-def test_a_constant_rate_needs_no_library(monkeypatch):
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_schedule_needs_no_library(schedule, monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers.optimization", None)
-    factor = lr_factor("constant", 0, 5)
-    assert [factor(step) for step in range(7)] == [1.0] * 7
-    with pytest.raises(ImportError):
-        lr_factor("constant", 2, 5)
+    for warmup in (0, 2):
+        factor = lr_factor(schedule, warmup, 5)
+        assert factor(warmup) == 1.0
+        if schedule == "constant":
+            assert [factor(step) for step in range(warmup, 7)] == [1.0] * (7 - warmup)
 
 
 def test_a_shard_is_read_once_however_much_of_it_is_wanted(tmp_path, monkeypatch):

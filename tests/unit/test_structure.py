@@ -158,7 +158,7 @@ def _calls_torch_load(node):
     return node.func.attr == "load" and isinstance(node.func.value, ast.Name) and node.func.value.id == "torch"
 
 
-LAZY = {"accelerate", "diffusers", "peft", "matplotlib", "transformers"}
+LAZY = {"accelerate", "diffusers", "imagehash", "matplotlib", "msgspec", "peft", "transformers"}
 
 
 def test_processes_are_started_in_one_place():

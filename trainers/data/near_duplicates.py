@@ -1,7 +1,4 @@
-"""Detection of pictures that look alike, by a perceptual hash.
-
-Source: Zauner, "Implementation and Benchmarking of Perceptual Image Hash Functions" (2010): the DCT hash.
-"""
+"""Detection of pictures that look alike, by a perceptual hash: the DCT hash of imagehash (Zauner 2010)."""
 
 from __future__ import annotations
 
@@ -22,7 +19,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_SIDE = 32
+# Sides of the hash and of the thumbnails.
 _LOW = 8
 # Maximum distances: bits of 64, and the mean color difference (0..255) of 8x8 thumbnails. The thumbnails
 # distinguish flat pictures with the same hash.
@@ -32,13 +29,10 @@ _COLORS = 16.0
 
 def signature(picture: Image.Image) -> bytes:
     """Return the 8 bytes of DCT hash and the 192 bytes of 8x8 thumbnail of a picture in RGB."""
+    import imagehash
     from PIL import Image
 
-    grey = np.asarray(picture.convert("L").resize((_SIDE, _SIDE), Image.LANCZOS), dtype=np.float64)
-    steps = np.arange(_SIDE)
-    basis = np.cos(np.pi * (2 * steps[None] + 1) * steps[:_LOW, None] / (2 * _SIDE))
-    low = basis @ grey @ basis.T
-    bits = low.flatten() > np.median(low.flatten()[1:])
+    bits = imagehash.phash(picture, hash_size=_LOW).hash
     small = np.asarray(picture.resize((_LOW, _LOW), Image.BOX))
     return np.packbits(bits).tobytes() + small.tobytes()
 
@@ -113,6 +107,7 @@ def find_near_duplicates(found: Sequence[bytes | None]) -> list[tuple[int, int]]
     return pairs
 
 
+# numpy 1 has no bitwise_count.
 _COUNTS = np.array([bin(value).count("1") for value in range(256)], dtype=np.uint8)
 
 

@@ -91,6 +91,7 @@ class AccelerateGroup(Group):
 
     def gather(self, values: list[float], whole: int) -> list[float]:
         """Gather the values of all processes into a list of length `whole`, by summing zero-padded lists."""
+        # accelerate's `gather` needs lists of one length, but these may differ by one. Its `gather_object` pickles.
         first = whole * self.rank // self.world_size
         mine = [0.0] * whole
         mine[first : first + len(values)] = values

@@ -259,9 +259,9 @@ def read_job(folder: str, is_local: bool = False) -> Job:
         return Job(recipe, dataset, base, cache, start if os.path.isfile(start) else "", embedded)
     except RunError:
         raise
-    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        said = error.message if isinstance(error, GraftError) else f"{error!r:.200}"
-        raise RunError(f"The job '{path}' is damaged ({said}).", "Export it again.") from error
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+        reason = error.message if isinstance(error, GraftError) else f"{error!r:.200}"
+        raise RunError(f"The job '{path}' is damaged ({reason}).", "Export it again.") from error
 
 
 def _check_own(job: str, cache: str, start_from: str) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import MISSING, asdict, fields
+from dataclasses import asdict, fields
 from typing import Any
 
 from ..data.examples import Anchor, Augmentation, Dataset, Example, LeftOut, Source
@@ -43,17 +42,17 @@ _BESIDE = ("handling", "name", "mask", "anchor", "control", "left_out")
 
 def decode_recipe(values: dict[str, Any]) -> Recipe:
     """Decode a recipe. Raise ValueError, TypeError or SettingsError for an invalid one."""
-    objective = _made(Objective, values["objective"])
-    recipe = _made(Recipe, {**values, "objective": objective})
+    objective = _decode(Objective, values["objective"])
+    recipe = _decode(Recipe, {**values, "objective": objective})
     check_recipe(recipe)
     return recipe
 
 
 def decode_dataset(value: dict[str, Any]) -> Dataset:
     examples = tuple(_example_of(row) for row in value["examples"])
-    left_out = tuple(_made(LeftOut, row) for row in value["left_out"])
-    made = {name: value[name] for name in ("trigger", "resolution", "name")}
-    return _made(Dataset, {**made, "examples": examples, "left_out": left_out})
+    left_out = tuple(_decode(LeftOut, row) for row in value["left_out"])
+    plain = {name: value[name] for name in ("trigger", "resolution", "name")}
+    return _decode(Dataset, {**plain, "examples": examples, "left_out": left_out})
 
 
 def _example_of(row: dict[str, Any]) -> Example:
@@ -67,13 +66,13 @@ def _example_of(row: dict[str, Any]) -> Example:
     left_out = row.get("left_out")
     made = {
         "source": _Absent(check_text_field(row["name"]), check_text_field(row["digest"])),
-        "handling": _made(Augmentation, row["handling"]),
+        "handling": _decode(Augmentation, row["handling"]),
         "mask": None if mask is None else _Absent(check_text_field(mask[0]), check_text_field(mask[1])),
-        "anchor": None if anchor is None else _made(Anchor, anchor),
+        "anchor": None if anchor is None else _decode(Anchor, anchor),
         "control": None if control is None else _example_of(control),
-        "left_out": None if left_out is None else _made(LeftOut, left_out),
+        "left_out": None if left_out is None else _decode(LeftOut, left_out),
     }
-    return _made(Example, {**plain, **made})
+    return _decode(Example, {**plain, **made})
 
 
 class _Absent(Source):
@@ -91,33 +90,20 @@ class _Absent(Source):
         )
 
 
-# Type checks by the annotation of a dataclass field. Fields of other types are decoded by the callers.
-_KINDS: dict[str, Callable[[Any], bool]] = {
-    "str": lambda value: isinstance(value, str),
-    "bool": lambda value: isinstance(value, bool),
-    "int": lambda value: type(value) is int,
-    "float": lambda value: type(value) in (int, float),
-}
-
-
-def _made(kind: type, values: dict[str, Any]) -> Any:
-    """Make a dataclass from JSON values; lists become tuples.
+def _decode(kind: type, values: dict[str, Any]) -> Any:
+    """Make a dataclass from JSON values; lists become tuples. Fields may also hold objects that are already decoded.
 
     Raises:
-        ValueError: a field is unknown, missing or has another type.
+        ValueError: a field is unknown, missing or has another type. The error names it.
     """
-    known = {field.name: field for field in fields(kind)}
-    unknown = values.keys() - known.keys()
+    import msgspec
+
+    unknown = values.keys() - {field.name for field in fields(kind)}
     if unknown:
+        # msgspec ignores unknown fields of dataclasses.
         raise ValueError(f"{min(unknown)} is unknown")
-    for name, field in known.items():
-        if name not in values and field.default is MISSING and field.default_factory is MISSING:
-            raise ValueError(f"{name} is missing")
-        check = _KINDS.get(field.type)
-        if name in values and check is not None and not check(values[name]):
-            raise ValueError(f"{name} is {values[name]!r:.80}")
-        if name in values and str(field.type).startswith("tuple") and not isinstance(values[name], (list, tuple)):
-            raise ValueError(f"{name} is no list")
+    # Only check: msgspec turns 1 into 1.0 where a float belongs, and the run identity distinguishes the two.
+    msgspec.convert(values, kind)
     return kind(**{name: _tuples(value) for name, value in values.items()})
 
 

@@ -11,44 +11,45 @@ if TYPE_CHECKING:
 
 
 class MovingAverage:
-    """diffusers' exponential moving average, in float32 whatever the dtype of the trainables.
+    """Exponential moving average, in float32 whatever the dtype of the trainables.
 
     The decay rises as (1 + n) / (10 + n) over the updates n up to the requested decay, so that the average of a short
     run is not dominated by its start. A skipped step does not count as an update.
 
     Attributes:
-        shadow_params: the averages, in the order of the trainables.
+        shadow_params: the averages themselves, in the order of the trainables.
         updates: number of updates so far.
     """
 
     def __init__(self, decay: float):
-        from diffusers.training_utils import EMAModel
-
-        self._model = EMAModel([], decay=decay, use_ema_warmup=False)
+        self.shadow_params: list[torch.Tensor] = []
+        self.updates = 0
+        self._decay = decay
         self._kept: list[torch.Tensor] = []
 
-    @property
-    def shadow_params(self) -> list[torch.Tensor]:
-        """Return the averages themselves, not copies."""
-        return self._model.shadow_params
-
-    @property
-    def updates(self) -> int:
-        return self._model.optimization_step
-
     def step(self, parameters: list) -> None:
-        """Update the averages with the current trainables."""
-        self._model.step(parameters)
+        """Update the averages with the current trainables. A frozen trainable's average is the trainable itself."""
+        import torch
+
+        # The first update replaces the start.
+        decay = min(self._decay, (1 + self.updates) / (10 + self.updates)) if self.updates else 0.0
+        self.updates += 1
+        with torch.no_grad():
+            for average, parameter in zip(self.shadow_params, parameters, strict=True):
+                if parameter.requires_grad:
+                    # Not `lerp_`: it rounds differently from the runs of earlier versions and refuses bfloat16.
+                    average.sub_((average - parameter).mul_(1 - decay))
+                else:
+                    average.copy_(parameter)
 
     def start(self, parameters: list) -> None:
-        """Start the averages at the current trainables."""
-        # diffusers' constructor keeps the dtype, and in bfloat16 an average would not change.
-        self._model.shadow_params = [parameter.detach().float().clone() for parameter in parameters]
+        """Start the averages at the current trainables, in float32: in bfloat16 an average would not change."""
+        self.shadow_params = [parameter.detach().float().clone() for parameter in parameters]
 
     def go_on(self, values: list[torch.Tensor], updates: int) -> None:
         """Continue from given averages and their number of updates."""
-        self._model.shadow_params = values
-        self._model.optimization_step = updates
+        self.shadow_params = values
+        self.updates = updates
 
     def store(self, parameters: list) -> None:
         """Do nothing: `copy_to` swaps the tensors, so no third copy is needed."""

@@ -1,9 +1,17 @@
-"""Learning-rate schedules, from diffusers where it has them."""
+"""Learning-rate schedules: factors on the learning rate as functions of the step, without state.
+
+The schedules that diffusers has too give the same values to the last bit. diffusers and torch make them around an
+optimizer only.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+
+# The polynomial schedule ends at this factor.
+_LEAST = 1e-7
 
 
 @dataclass(frozen=True)
@@ -22,55 +30,52 @@ class Course:
     num_cycles: int = 1
     power: float = 1.0
 
+    @property
+    def length(self) -> int:
+        """Return the number of steps after the warm-up."""
+        return max(1, self.steps - self.warmup_steps)
 
-def _by_diffusers(name: str) -> Callable[[Course], Callable[[int], float]]:
-    def make(course: Course) -> Callable[[int], float]:
-        import torch
-        from diffusers.optimization import get_scheduler
-
-        dummy = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-        scheduler = get_scheduler(
-            name,
-            dummy,
-            num_warmup_steps=course.warmup_steps,
-            num_training_steps=course.steps,
-            num_cycles=course.num_cycles,
-            power=course.power,
-        )
-        return scheduler.lr_lambdas[0]
-
-    return make
+    def progress(self, step: int) -> float:
+        """Return the progress from 0 to 1 after the warm-up."""
+        return (step - self.warmup_steps) / self.length
 
 
-def _constant(course: Course) -> Callable[[int], float]:
-    if course.warmup_steps:
-        return _by_diffusers("constant_with_warmup")(course)
-    # The most common schedule. Importing diffusers for it would delay the first step.
-    return lambda step: 1.0
+def _constant(course: Course, step: int) -> float:
+    return 1.0
 
 
-def _rex(course: Course) -> Callable[[int], float]:
+def _linear(course: Course, step: int) -> float:
+    return (course.steps - step) / course.length
+
+
+def _cosine(course: Course, step: int) -> float:
+    return 0.5 * (1 + math.cos(math.pi * course.progress(step)))
+
+
+def _cosine_with_restarts(course: Course, step: int) -> float:
+    return 0.5 * (1 + math.cos(math.pi * (course.num_cycles * course.progress(step) % 1.0)))
+
+
+def _polynomial(course: Course, step: int) -> float:
+    return (1 - _LEAST) * (1 - course.progress(step)) ** course.power + _LEAST
+
+
+def _rex(course: Course, step: int) -> float:
     """Return the REX schedule: high for long, then falling fast to 0 (Chen et al. 2021).
 
     At progress p the factor is (1 - p) / (1/2 + (1 - p) / 2).
     """
-
-    def factor(step: int) -> float:
-        if step < course.warmup_steps:
-            return step / course.warmup_steps
-        left = 1 - (step - course.warmup_steps) / max(1, course.steps - course.warmup_steps)
-        return max(0.0, left / (0.5 + 0.5 * left))
-
-    return factor
+    left = 1 - course.progress(step)
+    return left / (0.5 + 0.5 * left)
 
 
-# Keys are the names in the widget.
-SCHEDULES: dict[str, Callable[[Course], Callable[[int], float]]] = {
+# Keys are the names in the widget. The functions give the factor after the warm-up.
+SCHEDULES: dict[str, Callable[[Course, int], float]] = {
     "constant": _constant,
-    "linear": _by_diffusers("linear"),
-    "cosine": _by_diffusers("cosine"),
-    "cosine with restarts": _by_diffusers("cosine_with_restarts"),
-    "polynomial": _by_diffusers("polynomial"),
+    "linear": _linear,
+    "cosine": _cosine,
+    "cosine with restarts": _cosine_with_restarts,
+    "polynomial": _polynomial,
     "REX": _rex,
 }
 
@@ -82,5 +87,11 @@ def lr_factor(
 
     It depends on the step alone, so a resumed run needs no state. After the last step it keeps the last step's value.
     """
-    factor = SCHEDULES[schedule](Course(warmup_steps, max(1, steps), num_cycles, power))
-    return lambda step: float(factor(min(step, max(0, steps - 1))))
+    course = Course(warmup_steps, max(1, steps), num_cycles, power)
+    after_warmup = SCHEDULES[schedule]
+
+    def factor(step: int) -> float:
+        step = min(step, course.steps - 1)
+        return step / warmup_steps if step < warmup_steps else after_warmup(course, step)
+
+    return factor

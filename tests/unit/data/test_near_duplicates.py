@@ -1,5 +1,7 @@
 """Tests that the search finds copies of a picture and nothing else."""
 
+import io
+
 import numpy as np
 import pytest
 from graft_pack.trainers.data import near_duplicates
@@ -10,6 +12,12 @@ from PIL import Image
 
 def grain(number, size=(128, 128)):
     return np.random.RandomState(number).randint(0, 255, (size[1], size[0], 3)).astype(np.uint8)
+
+
+def recompressed(image):
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=40)
+    return Image.open(file).convert("RGB")
 
 
 def count(done, total):
@@ -27,11 +35,12 @@ def pairs(pictures):
     [
         (lambda image: image.resize((112, 112), Image.LANCZOS), True),
         (lambda image: image.point(lambda value: min(255, value + 6)), True),
+        (recompressed, True),
         (lambda image: image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), False),
         (lambda image: image.point(lambda value: 255 - value), False),
         (lambda image: image.transpose(Image.Transpose.ROTATE_90), False),
     ],
-    ids=["smaller", "brighter", "mirrored", "negative", "turned"],
+    ids=["smaller", "brighter", "recompressed", "mirrored", "negative", "turned"],
 )
 def test_copies_are_found_and_other_pictures_are_not(change, same):
     def smooth(number):
@@ -40,6 +49,19 @@ def test_copies_are_found_and_other_pictures_are_not(change, same):
     pictures = [np.asarray(smooth(number)) for number in range(30)]
     pictures.append(np.asarray(change(smooth(7))))
     assert pairs(pictures) == ([(7, 30)] if same else [])
+
+
+def photo(number):
+    """Return a picture with coarse and fine shapes, each twice as faint as the next coarser ones."""
+    sizes = [(4, 3), (9, 8), (30, 28), (120, 110)]
+    shapes = [Image.fromarray(grain(10 * number + level, size)) for level, size in enumerate(sizes)]
+    layers = [np.asarray(shape.resize((256, 256), Image.BICUBIC)) / 2**level for level, shape in enumerate(shapes)]
+    return Image.fromarray((sum(layers) * 0.5).astype(np.uint8))
+
+
+def test_a_cropped_photo_is_a_copy():
+    """The crop removes 5 % of each length."""
+    assert pairs([np.asarray(photo(n)) for n in range(4)] + [np.asarray(photo(2).crop((6, 6, 250, 250)))]) == [(2, 4)]
 
 
 def test_the_same_shapes_in_other_colors_are_not_alike():
