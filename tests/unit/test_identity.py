@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from graft_pack.trainers.engine.resolve import Options, resolve
+from graft_pack.trainers.engine.resolve import Options, RecipeInputs, resolve
 from graft_pack.trainers.families import family_of
 from graft_pack.trainers.recipe.recipe import EmbeddingSpec
 
@@ -114,7 +114,7 @@ def chain(nodes):
 
 
 def build(family, method, word, widgets, nodes):
-    return resolve(chain(nodes), family_of(family), method, **{**WIDGETS, **widgets}, word=word)
+    return resolve(chain(nodes), family_of(family), RecipeInputs(method, **{**WIDGETS, **widgets}, embedding=word))
 
 
 def recipe_with(kind, name):
