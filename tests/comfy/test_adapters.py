@@ -792,7 +792,7 @@ def test_the_option_node_hands_on_what_was_set():
     assert GraftAdapterOptions.execute(**unset).args[0] == {}
     found = GraftAdapterOptions.execute(**{**unset, "type": "LoKr", "block_ranks": "attn2=2"}).args[0]
     assert found == {("adapter", "type"): "LoKr", ("adapter", "block_ranks"): "attn2=2"}
-    with pytest.raises(SettingsError, match="Graft Adapter Options, input 'block_ranks'.*no pattern=value"):
+    with pytest.raises(SettingsError, match="Graft Adapter Options, input 'block_ranks'.*not pattern=value"):
         GraftAdapterOptions.execute(**{**unset, "block_ranks": "attn2"})
     assert "no adapter 'gone'" in GraftAdapterOptions.validate_inputs(start_from="gone")
     assert GraftAdapterOptions.validate_inputs(start_from="auto") is True

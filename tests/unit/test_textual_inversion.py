@@ -273,9 +273,9 @@ def test_pivotal_options_say_which_word(tmp_path):
     recipe = resolve(options, *base)
     assert (recipe.embedding_vectors, recipe.embedding_stop, recipe.embedding_learning_rate) == (2, 0.5, 5e-4)
     assert recipe.learning_rate == 1e-4
-    with pytest.raises(SettingsError, match="not its name"):
+    with pytest.raises(SettingsError, match="have no name for the embedding"):
         resolve(Options().adding("pivotal", {"init_text": "dog"}), *base)
-    with pytest.raises(SettingsError, match="trains its own word"):
+    with pytest.raises(SettingsError, match="trains its own embedding"):
         resolve(
             options, family_of("SD1"), RecipeInputs("embedding", 10, 0.0, 0, 1, 0, 64, "", EmbeddingSpec("w", "dog", 1))
         )

@@ -28,10 +28,11 @@ class Options(dict):
             SettingsError: the node has no such input, or a value is out of range.
         """
         merged = Options(self)
+        known = OPTIONS[node]
         for name, value in values.items():
-            if name not in OPTIONS[node]:
-                raise SettingsError(f"There is no {node} option '{name}'.", f"Known are {', '.join(OPTIONS[node])}.")
-            if value != OPTIONS[node][name].unset:
+            if name not in known:
+                raise SettingsError(f"There is no {node} option '{name}'.", f"Known options: {', '.join(known)}.")
+            if value != known[name].unset:
                 check_option(node, name, value)
                 merged[(node, name)] = value
         return merged
@@ -112,8 +113,8 @@ def _check_adapter_type(options: Options, method: Method) -> None:
     """Raise SettingsError for a type of adapter if the method trains all weights."""
     if method.in_backward and ("adapter", "type") in options:
         raise SettingsError(
-            "type is set, but all weights are trained and no adapter: it would have no effect.",
-            "Leave type of Graft Adapter Options alone, or train a LoRA.",
+            "type is set, but this node trains all weights, not an adapter: it would have no effect.",
+            "Leave type unset in Graft Adapter Options, or train a LoRA.",
             "type",
         )
 
@@ -124,8 +125,8 @@ def _check_text_encoder(options: Options) -> None:
     for name in ("text_encoder_rank", "text_encoder_learning_rate"):
         if not trained and ("adapter", name) in options:
             raise SettingsError(
-                f"{name} is set, but the text encoder is not trained: it would have no effect.",
-                f"In Graft Adapter Options set text_encoder to on, or leave {name} alone.",
+                f"{name} is set, but text_encoder is off: it would have no effect.",
+                f"In Graft Adapter Options set text_encoder to on, or leave {name} unset.",
                 name,
             )
 
@@ -145,13 +146,13 @@ def _embedding_fields(options: Options, embedding: EmbeddingSpec | None) -> dict
     pivotal = options.values_of("pivotal")
     if pivotal and embedding is not None:
         raise SettingsError(
-            "Graft Pivotal Options are for a trainer of the model, beside which they train a word.",
-            "Take them out: this node trains its own word.",
+            "Graft Pivotal Options add an embedding to the training of a model, and this node trains no model.",
+            "Remove them from this node's options: it trains its own embedding.",
             "options",
         )
     if pivotal and not pivotal.get("name", "").strip():
         raise SettingsError(
-            "Graft Pivotal Options say how to train a word, but not its name.", "Set name there.", "options"
+            "Graft Pivotal Options have no name for the embedding.", "Set name in Graft Pivotal Options.", "options"
         )
     if pivotal:
         return {}
@@ -182,7 +183,7 @@ def _with_defaults(fields: dict[str, Any], family: Family, method: Method, alone
     rate = default_learning_rate(optimizer, EMBEDDING_RATE if alone else method.usual_rate(family))
     embedding_rate = default_learning_rate(optimizer, EMBEDDING_RATE)
     if alone or finds_its_rate(optimizer):
-        # A rate of all that is trained.
+        # One rate serves everything that is trained.
         embedding_rate = fields.get("learning_rate", rate)
     settled: dict[str, Any] = {}
     # `check_recipe` refuses an unknown optimizer.

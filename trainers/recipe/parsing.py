@@ -42,8 +42,8 @@ def parse_pairs(text: str, kind: Callable[[str], Value], low: Value, high: Value
             number = None
         if not pattern or number is None or not low <= number <= high:
             raise SettingsError(
-                f"'{word[:80]}' in {input} is no pattern=value with a value between {low} and {high}.",
-                "Write one a line, such as middle_block=8.",
+                f"'{word[:80]}' in {input} is not pattern=value with a value between {low} and {high}.",
+                "Write one per line, such as middle_block=8.",
                 input,
             )
         _check_pattern(pattern, input)
@@ -68,7 +68,7 @@ def check_run_name(name: str) -> None:
     if not re.fullmatch(r"[\w][\w .-]{0,99}", name) or name.rstrip(". ") != name:
         raise SettingsError(
             f"The run name '{name}' cannot be a folder name.",
-            "Use letters, digits, spaces, points, dashes and underscores, and no point or space at the end.",
+            "Use letters, digits, spaces, dots, dashes and underscores, and no dot or space at the end.",
             "name",
         )
 
@@ -77,7 +77,7 @@ def _words(text: str, input: str) -> list[str]:
     words = text.split()
     if len(words) > _MOST:
         raise SettingsError(
-            f"{input} holds {len(words)} patterns.", f"At most {_MOST} are taken: use some that fit more layers.", input
+            f"{input} holds {len(words)} patterns.", f"Use at most {_MOST}, each for more layers.", input
         )
     return words
 
