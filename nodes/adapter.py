@@ -5,7 +5,8 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..trainers.formats.adapter import FORMATS, save_adapter
-from ..trainers.methods.patterns import Pairs, parse_pairs
+from ..trainers.methods.patterns import Pairs
+from ..trainers.recipe.parsing import parse_pairs
 from .checks import checked
 from .host import paths
 from .schema import CATEGORY, Adapter, advanced, describe, named

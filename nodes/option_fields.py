@@ -1,46 +1,58 @@
-"""Base class and fields of the option nodes: unset values, validation, and the merge with upstream options."""
+"""Base class and widgets of the option nodes: ranges, choices and checks of their options, and the merge upstream."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 from comfy_api.latest import io
 
-from ..trainers.engine.resolve import UNSET
 from ..trainers.engine.resolve import Options as Chosen
-from ..trainers.engine.validation import check_option
+from ..trainers.engine.validation import check_option, choices_of
+from ..trainers.option import Option
+from ..trainers.recipe.options import OPTIONS
+from .checks import Rule
 from .schema import CATEGORY, Options, describe, named, options_input
 
 _CATEGORY = f"{CATEGORY}/options"
-_MANY = 10_000_000
 
 
-def auto(name: str, options: list[str], tooltip: str) -> io.Combo.Input:
-    """Return a choice with the default `auto`, which leaves the value to model, method and optimizer."""
-    return io.Combo.Input(name, options=["auto", *options], default="auto", tooltip=tooltip)
+def rules(node: str) -> dict[str, Rule | None]:
+    """Return the rules for an option node's choices, texts and floats. An unset value is always valid."""
+    return {
+        name: None if declared.unset == "auto" else _rule_of(node, declared)
+        for name, declared in OPTIONS[node].items()
+        if not isinstance(declared.unset, int)
+    }
 
 
-def count(name: str, tooltip: str, unset: int = 0, top: int = _MANY) -> io.Int.Input:
-    """Return an integer input whose minimum is its unset value."""
-    return io.Int.Input(name, default=unset, min=unset, max=top, tooltip=tooltip)
-
-
-def number(name: str, tooltip: str, unset: float, top: float, step: float) -> io.Float.Input:
-    """Return a float input whose minimum is its unset value. It is not rounded."""
-    return io.Float.Input(name, default=unset, min=unset, max=top, step=step, round=False, tooltip=tooltip)
-
-
-def rules(kind: str, *names: str) -> dict:
-    """Return rules for an option node's fields. An unset value is always valid."""
-
-    def rule_of(name: str):
-        return lambda value: value == UNSET[kind][name] or check_option(kind, name, value)
-
-    return {name: rule_of(name) for name in names}
+def _rule_of(node: str, declared: Option) -> Rule:
+    return lambda value: value == declared.unset or check_option(node, declared.input, value)
 
 
 class OptionNode(io.ComfyNode):
-    """Base class of the option nodes. It adds the fields that the user set to the upstream options."""
+    """Base class of the option nodes. It adds the inputs that the user set to the upstream options."""
 
     kind = ""
+
+    @classmethod
+    def widget(cls, name: str, tooltip: str, **display: Any):
+        """Return the widget of one of the node's options: a choice, a text, or a number that is not rounded.
+
+        Args:
+            display: arguments of ComfyUI's input class, such as `step`. For a choice, `options` are those of the host.
+        """
+        declared = OPTIONS[cls.kind][name]
+        if declared.unset == "auto":
+            choices = display.pop("options", None) or choices_of(declared.offered or declared.choices)
+            offered = ["auto", *(choice for choice in choices if choice != "auto")]
+            return io.Combo.Input(name, options=offered, default="auto", tooltip=tooltip, **display)
+        if isinstance(declared.unset, str):
+            return io.String.Input(name, default="", tooltip=tooltip, **display)
+        low, high = declared.bounds
+        if isinstance(declared.unset, int):
+            return io.Int.Input(name, default=declared.unset, min=low, max=high, tooltip=tooltip, **display)
+        return io.Float.Input(name, default=declared.unset, min=low, max=high, round=False, tooltip=tooltip, **display)
 
     @classmethod
     def execute(cls, options=None, **values) -> io.NodeOutput:
@@ -49,19 +61,19 @@ class OptionNode(io.ComfyNode):
 
 
 def _later(built):
-    """Mark a field that a later version added. It is optional and follows the socket, so old graphs stay valid."""
+    """Mark an input that a later version added. It is optional and follows the socket, so old graphs stay valid."""
     built.optional = True
     return built
 
 
 def option_schema(
-    node_id: str, title: str, aliases: list[str], description: str, inputs: list, later: tuple = (), words: str = ""
+    node_id: str, title: str, aliases: list[str], description: str, inputs: list, later: Iterable = (), words: str = ""
 ) -> io.Schema:
     """Return an option node's schema.
 
     Args:
-        inputs: the fields of the node's first version.
-        later: the fields that were added since.
+        inputs: the widgets of the node's first version.
+        later: the widgets that were added since.
         words: as for `describe`.
     """
     return describe(

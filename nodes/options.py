@@ -4,18 +4,10 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..trainers.engine.resolve import TARGETS
-from ..trainers.methods import ADAPTERS
-from ..trainers.objective.losses import HUBER_SCHEDULES, LOSSES
-from ..trainers.objective.timesteps import TIMESTEPS
-from ..trainers.objective.weighting import WEIGHTINGS
-from ..trainers.optimizers import OPTIMIZERS, SCHEDULES
-from ..trainers.recipe.recipe import RECOMPUTED
 from .checks import checked
 from .host import paths
 from .host.model.sampling import SAMPLERS, SCHEDULERS
-from .inputs import TOP_SEED
-from .option_fields import OptionNode, auto, count, number, option_schema, rules
+from .option_fields import OptionNode, option_schema, rules
 from .schema import advanced
 
 
@@ -32,45 +24,37 @@ class GraftRunOptions(OptionNode):
             ["save every", "checkpoints", "validation", "resume"],
             "Names a run, and says how often it is saved and validated. Untouched fields change nothing.",
             [
-                io.String.Input("name", default="", tooltip="Name of the run's folder. Empty: the dataset's name."),
-                auto(
-                    "on_existing",
-                    ["resume", "start over", "new"],
-                    "What to do when this very run exists. auto: resume, or return it when finished.",
+                cls.widget("name", "Name of the run's folder. Empty: the dataset's name."),
+                cls.widget(
+                    "on_existing", "What to do when this very run exists. auto: resume, or return it when finished."
                 ),
-                count("save_every", "Save state and adapter every so many steps. 0: 500."),
-                count("keep_last", "How many of those are kept. 0: 2.", top=10_000),
-                number("validation_fraction", "Share of the pictures held out to measure on. 0: none.", 0.0, 0.9, 0.01),
-                count("validate_every", "Measure on them every so many steps. 0: 50."),
+                cls.widget("save_every", "Save state and adapter every so many steps. 0: 500."),
+                cls.widget("keep_last", "How many of those are kept. 0: 2."),
+                cls.widget("validation_fraction", "Share of the pictures held out to measure on. 0: none.", step=0.01),
+                cls.widget("validate_every", "Measure on them every so many steps. 0: 50."),
                 advanced(
-                    auto(
+                    cls.widget(
                         "gradient_check",
-                        ["on", "off"],
                         "Compare the gradient with finite differences before step 1. "
                         "auto: only for models the pack has no description for.",
                     )
                 ),
             ],
             (
-                auto(
-                    "tensorboard",
-                    ["on", "off"],
-                    "Write TensorBoard's event files too. They need the package tensorboard. auto: off.",
+                cls.widget(
+                    "tensorboard", "Write TensorBoard's event files too. They need the package tensorboard. auto: off."
                 ),
                 advanced(
-                    count(
+                    cls.widget(
                         "processes",
                         "Train by so many processes on this machine, one for each GPU; batch_size is of all together. "
                         "0: 1.",
-                        top=64,
                     )
                 ),
             ),
         )
 
-    validate_inputs = checked(
-        **rules("run", "name", "validation_fraction"), on_existing=None, gradient_check=None, tensorboard=None
-    )
+    validate_inputs = checked(**rules("run"))
 
 
 class GraftPreviewOptions(OptionNode):
@@ -86,25 +70,18 @@ class GraftPreviewOptions(OptionNode):
             ["sample images", "preview while training", "samples"],
             "Draws sample pictures while training, the first before step 1. Without prompts there are none.",
             [
-                io.String.Input("prompts", default="", multiline=True, tooltip="One prompt a line."),
-                count("every", "Draw every so many steps. 0: 100."),
-                count("steps", "Sampling steps. 0: 20.", top=1000),
-                number("cfg", "Guidance. 0: the family's own.", 0.0, 100.0, 0.1),
-                auto("sampler_name", list(SAMPLERS), "auto: euler."),
-                auto("scheduler", list(SCHEDULERS), "auto: the family's own."),
-                io.Int.Input(
-                    "seed",
-                    default=-1,
-                    min=-1,
-                    max=TOP_SEED,
-                    control_after_generate=False,
-                    tooltip="Noise of the first picture. -1: 0.",
-                ),
+                cls.widget("prompts", "One prompt a line.", multiline=True),
+                cls.widget("every", "Draw every so many steps. 0: 100."),
+                cls.widget("steps", "Sampling steps. 0: 20."),
+                cls.widget("cfg", "Guidance. 0: the family's own.", step=0.1),
+                cls.widget("sampler_name", "auto: euler.", options=list(SAMPLERS)),
+                cls.widget("scheduler", "auto: the family's own.", options=list(SCHEDULERS)),
+                cls.widget("seed", "Noise of the first picture. -1: 0.", control_after_generate=False),
             ],
             words="Samples",
         )
 
-    validate_inputs = checked(**rules("preview", "prompts", "cfg"), sampler_name=None, scheduler=None)
+    validate_inputs = checked(**rules("preview"))
 
 
 class GraftOptimizerOptions(OptionNode):
@@ -120,57 +97,38 @@ class GraftOptimizerOptions(OptionNode):
             ["optimiser", "adamw", "prodigy", "adafactor", "lr scheduler", "ema"],
             "Optimiser, schedule, accumulation and clipping. Untouched fields change nothing.",
             [
-                auto(
-                    "optimizer",
-                    list(OPTIMIZERS),
-                    "auto: AdamW. Most others need a package; the error names it where it is missing.",
+                cls.widget(
+                    "optimizer", "auto: AdamW. Most others need a package; the error names it where it is missing."
                 ),
-                number("weight_decay", "-1: the optimizer's own, 0.01 for AdamW.", -1.0, 10.0, 0.001),
-                auto("schedule", list(SCHEDULES), "How the learning rate goes over the steps. auto: constant."),
-                count("warmup_steps", "Steps of rising learning rate at the start. -1: none.", unset=-1),
-                count("accumulation", "Batches for one optimiser step. 0: 1.", top=4096),
-                number("max_grad_norm", "Gradients are clipped to this norm; 0 never clips. -1: 1.", -1.0, 1e6, 0.1),
-                number(
-                    "ema_decay",
-                    "Moving average of the weights, such as 0.999; 0: none. -1: none.",
-                    -1.0,
-                    0.99999,
-                    0.001,
-                ),
+                cls.widget("weight_decay", "-1: the optimizer's own, 0.01 for AdamW.", step=0.001),
+                cls.widget("schedule", "How the learning rate goes over the steps. auto: constant."),
+                cls.widget("warmup_steps", "Steps of rising learning rate at the start. -1: none."),
+                cls.widget("accumulation", "Batches for one optimiser step. 0: 1."),
+                cls.widget("max_grad_norm", "Gradients are clipped to this norm; 0 never clips. -1: 1.", step=0.1),
+                cls.widget("ema_decay", "Moving average of the weights, such as 0.999; 0: none. -1: none.", step=0.001),
             ],
             (
                 advanced(
-                    number("beta1", "Decay of the momentum. -1: the optimizer's own, mostly 0.9.", -1.0, 0.99999, 0.001)
+                    cls.widget("beta1", "Decay of the momentum. -1: the optimizer's own, mostly 0.9.", step=0.001)
                 ),
                 advanced(
-                    number(
-                        "beta2",
-                        "Decay of the second moment. -1: the optimizer's own, mostly 0.999.",
-                        -1.0,
-                        0.999999,
-                        0.0001,
+                    cls.widget(
+                        "beta2", "Decay of the second moment. -1: the optimizer's own, mostly 0.999.", step=0.0001
                     )
                 ),
-                advanced(count("num_cycles", "Falls of the schedule cosine with restarts. 0: 1.", top=10_000)),
-                advanced(number("power", "Exponent of the schedule polynomial. 0: 1, a line.", 0.0, 100.0, 0.1)),
+                advanced(cls.widget("num_cycles", "Falls of the schedule cosine with restarts. 0: 1.")),
+                advanced(cls.widget("power", "Exponent of the schedule polynomial. 0: 1, a line.", step=0.1)),
                 advanced(
-                    number(
+                    cls.widget(
                         "loss_spike_factor",
                         "A step whose loss is over so many times the usual one is left out, such as 20. 0: none.",
-                        0.0,
-                        1e6,
-                        1.0,
+                        step=1.0,
                     )
                 ),
             ),
         )
 
-    validate_inputs = checked(
-        **rules("optimizer", "weight_decay", "max_grad_norm", "ema_decay", "beta1", "beta2", "power"),
-        **rules("optimizer", "loss_spike_factor"),
-        optimizer=None,
-        schedule=None,
-    )
+    validate_inputs = checked(**rules("optimizer"))
 
 
 class GraftMemoryOptions(OptionNode):
@@ -186,34 +144,28 @@ class GraftMemoryOptions(OptionNode):
             ["vram", "gradient checkpointing", "block swap", "low vram", "offload"],
             "Trades time for memory; a run may go on with other values. Untouched fields change nothing.",
             [
-                auto(
+                cls.widget(
                     "checkpointing",
-                    ["on", "off"],
                     "Forget activations and compute them again in the backward. auto: on for large models.",
                 ),
-                auto("compute_dtype", ["fp32", "bf16", "fp16"], "auto: what the model computes in anyway."),
-                count(
-                    "micro_batch", "Pictures computed at once; the batch stays as it is. 0: the whole batch.", top=4096
-                ),
+                cls.widget("compute_dtype", "auto: what the model computes in anyway."),
+                cls.widget("micro_batch", "Pictures computed at once; the batch stays as it is. 0: the whole batch."),
             ],
             (
-                auto(
+                cls.widget(
                     "offload",
-                    ["on", "off"],
                     "Keep frozen blocks off the device but for the one that is computed and the next. "
                     "auto: when memory ran out.",
                 ),
-                auto(
-                    "shard",
-                    ["on", "off"],
-                    "With several processes: each keeps its share of the frozen weights of blocks. auto: off.",
+                cls.widget(
+                    "shard", "With several processes: each keeps its share of the frozen weights of blocks. auto: off."
                 ),
-                auto("recompute", list(RECOMPUTED), "What checkpointing computes again. auto: everything."),
+                cls.widget("recompute", "What checkpointing computes again. auto: everything."),
             ),
             words="VRAM",
         )
 
-    validate_inputs = checked(checkpointing=None, compute_dtype=None, offload=None, shard=None, recompute=None)
+    validate_inputs = checked(**rules("memory"))
 
 
 class GraftAdapterOptions(OptionNode):
@@ -229,66 +181,56 @@ class GraftAdapterOptions(OptionNode):
             ["network type", "dora", "locon", "loha", "lokr", "pissa", "rank", "alpha", "lycoris"],
             "Type, layers, ranks and rates of the adapter. Untouched fields change nothing.",
             [
-                auto("type", list(ADAPTERS), "auto: LoRA."),
-                number("alpha", "The effective scale is alpha / rank. 0: alpha equals the rank.", 0.0, 1e6, 0.1),
-                auto("targets", list(TARGETS), "Which layers. auto: attention; with LoRA with conv all of them."),
-                number("dropout", "Share of an adapter's inputs that a step drops. 0: none.", 0.0, 0.95, 0.01),
-                auto("text_encoder", ["on", "off"], "Train the text encoder too. auto: off."),
-                count("text_encoder_rank", "Its own rank. 0: the model's.", top=1024),
-                number("text_encoder_learning_rate", "Its own learning rate. 0: the model's.", 0.0, 10.0, 0.0000001),
-                auto(
+                cls.widget("type", "auto: LoRA."),
+                cls.widget("alpha", "The effective scale is alpha / rank. 0: alpha equals the rank.", step=0.1),
+                cls.widget("targets", "Which layers. auto: attention; with LoRA with conv all of them."),
+                cls.widget("dropout", "Share of an adapter's inputs that a step drops. 0: none.", step=0.01),
+                cls.widget("text_encoder", "Train the text encoder too. auto: off."),
+                cls.widget("text_encoder_rank", "Its own rank. 0: the model's."),
+                cls.widget("text_encoder_learning_rate", "Its own learning rate. 0: the model's.", step=0.0000001),
+                cls.widget(
                     "start_from",
-                    paths.adapter_choices(),
                     "An adapter of the same type and ranks to go on from. auto: none.",
+                    options=paths.adapter_choices(),
                 ),
                 advanced(
-                    io.String.Input(
+                    cls.widget(
                         "target_patterns",
-                        default="",
+                        "Parts of layers' paths, one a line, such as attn2; regular expressions work.",
                         multiline=True,
-                        tooltip="Parts of layers' paths, one a line, such as attn2; regular expressions work.",
                     )
                 ),
                 advanced(
-                    io.String.Input(
+                    cls.widget(
                         "block_ranks",
-                        default="",
+                        "Other ranks for some layers, one a line, such as middle_block=8. Rank 0 leaves out.",
                         multiline=True,
-                        tooltip="Other ranks for some layers, one a line, such as middle_block=8. Rank 0 leaves out.",
                     )
                 ),
                 advanced(
-                    io.String.Input(
+                    cls.widget(
                         "block_learning_rates",
-                        default="",
+                        "Other learning rates for some layers, one a line, such as input_blocks=5e-5.",
                         multiline=True,
-                        tooltip="Other learning rates for some layers, one a line, such as input_blocks=5e-5.",
                     )
                 ),
                 advanced(
-                    number("lora_plus_ratio", "LoRA+: B's learning rate over A's, such as 16. 0: 1.", 0.0, 1e4, 0.1)
+                    cls.widget("lora_plus_ratio", "LoRA+: B's learning rate over A's, such as 16. 0: 1.", step=0.1)
                 ),
             ],
             later=(
                 advanced(
-                    auto(
-                        "weight_dtype",
-                        ["fp32", "bf16"],
-                        "What all weights are trained in; bf16 is rounded stochastically. auto: fp32.",
+                    cls.widget(
+                        "weight_dtype", "What all weights are trained in; bf16 is rounded stochastically. auto: fp32."
                     )
                 ),
             ),
             words="LoRA",
         )
 
+    # The widget's list of files may be outdated, so the rule looks for the file.
     validate_inputs = checked(
-        start_from=lambda name: name == "auto" or paths.adapter_path(name),
-        **rules("adapter", "target_patterns", "block_ranks", "block_learning_rates"),
-        **rules("adapter", "alpha", "dropout", "text_encoder_learning_rate", "lora_plus_ratio"),
-        type=None,
-        targets=None,
-        text_encoder=None,
-        weight_dtype=None,
+        **{**rules("adapter"), "start_from": lambda name: name == "auto" or paths.adapter_path(name)}
     )
 
     @classmethod
@@ -312,53 +254,35 @@ class GraftObjectiveOptions(OptionNode):
             ["min snr", "noise offset", "timestep sampling", "huber", "loss"],
             "Noise levels, weights, loss and noise, in place of the model's own. Untouched fields change nothing.",
             [
-                auto("timesteps", list(TIMESTEPS), "Which noise levels are drawn. auto: all the model has, alike."),
-                count("min_timestep", "Least noise, of 1000. 0: from the first level.", top=1000),
-                count("max_timestep", "Most noise, of 1000. 0: to the last level.", top=1000),
-                auto("weighting", list(WEIGHTINGS), "What a noise level counts for. auto: native, all the same."),
-                number("min_snr_gamma", "Gamma of min-SNR. 0: 5.", 0.0, 1000.0, 0.1),
-                auto("loss", list(LOSSES), "How an error is measured. auto: MSE."),
-                number("noise_offset", "Lets brightness be learnt, such as 0.05. 0: none.", 0.0, 1.0, 0.01),
-                number(
-                    "input_perturbation",
-                    "Noise that the target does not know of, such as 0.1. 0: none.",
-                    0.0,
-                    1.0,
-                    0.01,
+                cls.widget("timesteps", "Which noise levels are drawn. auto: all the model has, alike."),
+                cls.widget("min_timestep", "Least noise, of 1000. 0: from the first level."),
+                cls.widget("max_timestep", "Most noise, of 1000. 0: to the last level."),
+                cls.widget("weighting", "What a noise level counts for. auto: native, all the same."),
+                cls.widget("min_snr_gamma", "Gamma of min-SNR. 0: 5.", step=0.1),
+                cls.widget("loss", "How an error is measured. auto: MSE."),
+                cls.widget("noise_offset", "Lets brightness be learnt, such as 0.05. 0: none.", step=0.01),
+                cls.widget(
+                    "input_perturbation", "Noise that the target does not know of, such as 0.1. 0: none.", step=0.01
                 ),
-                number("pyramid_discount", "Multi-resolution noise, such as 0.3. 0: none.", 0.0, 0.99, 0.01),
+                cls.widget("pyramid_discount", "Multi-resolution noise, such as 0.3. 0: none.", step=0.01),
                 advanced(
-                    io.Float.Input(
-                        "timestep_mean",
-                        default=0.0,
-                        min=-10.0,
-                        max=10.0,
-                        step=0.1,
-                        round=False,
-                        tooltip="Mean of logit-normal timesteps; above 0 for more noise. 0: 0.",
+                    cls.widget(
+                        "timestep_mean", "Mean of logit-normal timesteps; above 0 for more noise. 0: 0.", step=0.1
                     )
                 ),
-                advanced(number("timestep_std", "Deviation of logit-normal timesteps. 0: 1.", 0.0, 10.0, 0.1)),
-                advanced(number("timestep_shift", "Factor of shifted timesteps. 0: 3.", 0.0, 100.0, 0.1)),
-                advanced(number("huber_c", "Where Huber turns from square to absolute. 0: 0.1.", 0.0, 1.0, 0.01)),
+                advanced(cls.widget("timestep_std", "Deviation of logit-normal timesteps. 0: 1.", step=0.1)),
+                advanced(cls.widget("timestep_shift", "Factor of shifted timesteps. 0: 3.", step=0.1)),
+                advanced(cls.widget("huber_c", "Where Huber turns from square to absolute. 0: 0.1.", step=0.01)),
                 advanced(
-                    auto(
+                    cls.widget(
                         "huber_schedule",
-                        [name for name in HUBER_SCHEDULES if name != "auto"],
                         "How Huber's width falls with noise. auto: snr, or exponential for flow models.",
                     )
                 ),
             ],
         )
 
-    validate_inputs = checked(
-        **rules("objective", "min_snr_gamma", "noise_offset", "input_perturbation", "pyramid_discount"),
-        **rules("objective", "timestep_mean", "timestep_std", "timestep_shift", "huber_c"),
-        timesteps=None,
-        weighting=None,
-        loss=None,
-        huber_schedule=None,
-    )
+    validate_inputs = checked(**rules("objective"))
 
 
 class GraftPivotalOptions(OptionNode):
@@ -374,22 +298,16 @@ class GraftPivotalOptions(OptionNode):
             ["pivotal tuning", "textual inversion", "ti"],
             "Pivotal tuning: trains a word together with the LoRA, then freezes it. Without a name nothing changes.",
             [
-                io.String.Input(
-                    "name",
-                    default="",
-                    tooltip="The word, written in prompts as embedding:NAME. Empty: none is trained.",
-                ),
-                io.String.Input(
-                    "init_text", default="", tooltip="What it is, in a word or two: where learning starts."
-                ),
-                count("vectors", "How many of a prompt's 75 places it takes. 0: 2.", top=64),
-                number("learning_rate", "Of the word alone. 0: 5e-4.", 0.0, 10.0, 0.0000001),
-                number("stop_fraction", "Share of the steps after which it is frozen. 0: 0.5.", 0.0, 1.0, 0.01),
+                cls.widget("name", "The word, written in prompts as embedding:NAME. Empty: none is trained."),
+                cls.widget("init_text", "What it is, in a word or two: where learning starts."),
+                cls.widget("vectors", "How many of a prompt's 75 places it takes. 0: 2."),
+                cls.widget("learning_rate", "Of the word alone. 0: 5e-4.", step=0.0000001),
+                cls.widget("stop_fraction", "Share of the steps after which it is frozen. 0: 0.5.", step=0.01),
             ],
             words="Tuning",
         )
 
-    validate_inputs = checked(**rules("pivotal", "name", "init_text", "learning_rate", "stop_fraction"))
+    validate_inputs = checked(**rules("pivotal"))
 
 
 NODES = [

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from graft_pack.trainers.engine.gradient_check import check_gradient, directional_error
-from graft_pack.trainers.engine.resolve import TARGETS
 from graft_pack.trainers.errors import ModelError, SettingsError
 from graft_pack.trainers.families import family_of
 from graft_pack.trainers.formats import files
 from graft_pack.trainers.formats.adapter import FORMATS, Adapter, load_adapter, save_adapter
 from graft_pack.trainers.methods import ADAPTERS, METHODS
+from graft_pack.trainers.recipe.options import TARGETS
 
 from tests.support import diffusers_host, models
 
@@ -786,12 +786,13 @@ def test_the_nodes_save_each_format_and_load_it_again(done, case, model, base, c
 
 def test_the_option_node_hands_on_what_was_set():
     from graft_pack.nodes.options import GraftAdapterOptions
-    from graft_pack.trainers.engine.resolve import UNSET
+    from graft_pack.trainers.recipe.options import OPTIONS
 
-    assert GraftAdapterOptions.execute(**UNSET["adapter"]).args[0] == {}
-    found = GraftAdapterOptions.execute(**{**UNSET["adapter"], "type": "LoKr", "block_ranks": "attn2=2"}).args[0]
+    unset = {name: option.unset for name, option in OPTIONS["adapter"].items()}
+    assert GraftAdapterOptions.execute(**unset).args[0] == {}
+    found = GraftAdapterOptions.execute(**{**unset, "type": "LoKr", "block_ranks": "attn2=2"}).args[0]
     assert found == {("adapter", "type"): "LoKr", ("adapter", "block_ranks"): "attn2=2"}
-    with pytest.raises(SettingsError, match="Graft Adapter Options, input 'block_ranks'.*no pattern=value"):
-        GraftAdapterOptions.execute(**{**UNSET["adapter"], "block_ranks": "attn2"})
+    with pytest.raises(SettingsError, match="Graft Adapter Options, input 'block_ranks'.*not pattern=value"):
+        GraftAdapterOptions.execute(**{**unset, "block_ranks": "attn2"})
     assert "no adapter 'gone'" in GraftAdapterOptions.validate_inputs(start_from="gone")
     assert GraftAdapterOptions.validate_inputs(start_from="auto") is True

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from graft_pack.trainers.errors import GraftError
+from graft_pack.trainers.recipe.options import OPTIONS
 
 from tests.support import make_locales
 
@@ -60,6 +61,13 @@ def test_every_number_text_and_choice_is_checked(name, given):
         assert isinstance(answer, str) and answer.startswith(f"{title}, input '{given.id}': "), (value, answer)
         assert len(answer) < 1000
     assert ask(None) is True
+
+
+@pytest.mark.parametrize("kind", OPTIONS)
+def test_an_option_node_has_a_widget_for_each_of_its_options(kind):
+    schema = NODES[f"Graft{kind.capitalize()}Options"].define_schema()
+    defaults = {given.id: given.default for given in schema.inputs if given.id != "options"}
+    assert defaults == {name: option.unset for name, option in OPTIONS[kind].items()}
 
 
 @pytest.fixture

@@ -7,12 +7,12 @@ import pytest
 
 @pytest.fixture
 def recipe(comfy):
-    from graft_pack.trainers.engine.resolve import Options, resolve
+    from graft_pack.trainers.engine.resolve import Options, RecipeInputs, resolve
     from graft_pack.trainers.families import family_of
 
     def make(options=None, **fields):
         options = Options(options or {})
-        return resolve(options, family_of("SD1"), "LoRA", 4, 0.0, 4, 1, 0, 64, fields.get("trigger", ""))
+        return resolve(options, family_of("SD1"), RecipeInputs("LoRA", 4, 0.0, 4, 1, 0, 64, fields.get("trigger", "")))
 
     return make
 

@@ -14,7 +14,7 @@ from graft_pack.trainers.data.examples import Augmentation
 from graft_pack.trainers.engine import estimate as estimates
 from graft_pack.trainers.memory import autograd, checkpointing, tracking
 from graft_pack.trainers.optimizers import OPTIMIZERS
-from graft_pack.trainers.recipe.recipe import ALL_BUT_ATTENTION, EVERYTHING
+from graft_pack.trainers.recipe.options import ALL_BUT_ATTENTION, EVERYTHING
 
 from tests.support import diffusers_host, models
 

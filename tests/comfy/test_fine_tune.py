@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from graft_pack.trainers.engine.gradient_check import directional_error
-from graft_pack.trainers.engine.resolve import Options, resolve
+from graft_pack.trainers.engine.resolve import Options, RecipeInputs, resolve
 from graft_pack.trainers.engine.summary import summarize
 from graft_pack.trainers.engine.trainable_modules import TrainableModules
 from graft_pack.trainers.errors import ModelError, SettingsError
@@ -311,7 +311,7 @@ def settled(rank=0, method="all weights", family="SD1", rate=0.0, **options):
     for name, value in options.items():
         kind = "optimizer" if name in ("ema_decay", "max_grad_norm", "optimizer") else "adapter"
         chosen = chosen.adding(kind, {name: value})
-    return resolve(chosen, family_of(family), method, 10, rate, rank, 1, 0, 64, "")
+    return resolve(chosen, family_of(family), RecipeInputs(method, 10, rate, rank, 1, 0, 64, ""))
 
 
 def test_defaults_are_those_of_the_field():

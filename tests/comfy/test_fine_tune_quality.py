@@ -54,14 +54,14 @@ def make_host(model, clip, vae):
 
 
 def recipe_of(seed, **options):
-    from graft_pack.trainers.engine.resolve import Options, resolve
+    from graft_pack.trainers.engine.resolve import Options, RecipeInputs, resolve
     from graft_pack.trainers.families import family_of
 
     chosen = Options()
     for name, value in options.items():
         chosen = chosen.adding("optimizer", {name: value})
     steps, rate, batch = SETTINGS["steps"], SETTINGS["learning_rate"], SETTINGS["batch_size"]
-    return resolve(chosen, family_of("SD1"), "all weights", steps, rate, 0, batch, seed, 64, "")
+    return resolve(chosen, family_of("SD1"), RecipeInputs("all weights", steps, rate, 0, batch, seed, 64, ""))
 
 
 def loss_on(base, shown, folder):

@@ -9,7 +9,7 @@ from graft_pack.trainers.engine import step as forward
 from graft_pack.trainers.engine.gradient_check import _by_block, check_gradient, directional_error
 from graft_pack.trainers.errors import ModelError
 from graft_pack.trainers.memory import checkpointing as blocks
-from graft_pack.trainers.recipe.recipe import ALL_BUT_ATTENTION, RECOMPUTED
+from graft_pack.trainers.recipe.options import ALL_BUT_ATTENTION, RECOMPUTED
 from graft_pack.trainers.rng import generator
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -1,6 +1,5 @@
 """Tests of the messages that training nodes send to the pages, and of those kept for pages that open later."""
 
-import dataclasses
 import math
 from types import SimpleNamespace
 
@@ -128,12 +127,13 @@ def test_the_sources_of_a_training_decide_its_run(browser, monkeypatch):
 
 def test_inputs_that_choose_no_run_are_the_recipes_own(browser):
     """The skipped widgets are fields that a recipe's identity leaves out."""
-    from graft_pack.trainers.recipe.recipe import Recipe
+    from graft_pack.trainers.recipe.options import RECIPE_OPTIONS
 
-    names = [field.name for field in dataclasses.fields(Recipe)]
-    free = set(names[names.index("steps") :])
-    assert browser._NEUTRAL["GraftRunOptions"] | {"steps"} < free
-    assert free - browser._NEUTRAL["GraftRunOptions"] >= {"name", "on_existing", "start_from"}
+    free = {name for name, option in RECIPE_OPTIONS.items() if not option.decides}
+    skipped = {"save_every", "keep_last", "validate_every", "gradient_check", "tensorboard", "processes"}
+    assert browser._NEUTRAL["GraftRunOptions"] == skipped
+    assert skipped | {"steps"} < free
+    assert free - skipped >= {"name", "on_existing", "start_from"}
 
 
 def test_where_the_host_keeps_no_workflows_none_is_kept(browser, monkeypatch):

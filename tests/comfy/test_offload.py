@@ -9,7 +9,7 @@ from graft_pack.trainers.engine.oom_fallback import offload_blocks
 from graft_pack.trainers.memory import autograd, offload
 from graft_pack.trainers.memory.checkpointing import is_checkpointed, keeps_attention
 from graft_pack.trainers.methods import ADAPTERS
-from graft_pack.trainers.recipe.recipe import ALL_BUT_ATTENTION
+from graft_pack.trainers.recipe.options import ALL_BUT_ATTENTION
 
 from tests.support import models
 from tests.support.diffusers_host import make_dataset, run_session, same_state, same_tensors, state_of

@@ -11,7 +11,7 @@ from graft_pack.trainers.engine.oom_fallback import OOMFallback
 from graft_pack.trainers.errors import OutOfMemory
 from graft_pack.trainers.memory import autograd, checkpointing
 from graft_pack.trainers.memory.oom import is_out_of_memory
-from graft_pack.trainers.recipe.recipe import ALL_BUT_ATTENTION, EVERYTHING
+from graft_pack.trainers.recipe.options import ALL_BUT_ATTENTION, EVERYTHING
 
 from tests.support import models
 

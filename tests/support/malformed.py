@@ -371,7 +371,7 @@ def names(rng, defaults, trained):
         yield Trial("text of numbers", f"{value[:9]!a}", act, "input 'more_resolutions': .*is no resolution")
     for value in ("attn2=nan", "attn2=inf", "=4", "attn2", "attn2=4=", "a=-1"):
         act = _queueing(defaults, "GraftAdapterOptions", {"block_learning_rates": value})
-        yield Trial("text of numbers", value, act, "input 'block_learning_rates': .*no pattern=value")
+        yield Trial("text of numbers", value, act, "input 'block_learning_rates': .*not pattern=value")
 
 
 def _pickles(server):

@@ -277,10 +277,10 @@ class Training:
 
 def recipe(family: str, **fields):
     """Return a recipe of a family's defaults with some fields set; unchecked, so that tests can try odd values."""
-    from graft_pack.trainers.engine.resolve import Options, resolve
+    from graft_pack.trainers.engine.resolve import Options, RecipeInputs, resolve
     from graft_pack.trainers.families import family_of
 
-    made = resolve(Options(), family_of(family), "LoRA", 10, 0.0, 4, 2, 0, 64, "")
+    made = resolve(Options(), family_of(family), RecipeInputs("LoRA", 10, 0.0, 4, 2, 0, 64, ""))
     return replace(made, **fields)
 
 

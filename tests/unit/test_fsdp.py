@@ -4,7 +4,7 @@ import pytest
 from graft_pack.trainers.distributed import fsdp
 from graft_pack.trainers.engine.validation import check_recipe
 from graft_pack.trainers.errors import SettingsError
-from graft_pack.trainers.recipe.recipe import ALL_BUT_ATTENTION, EVERYTHING
+from graft_pack.trainers.recipe.options import ALL_BUT_ATTENTION, EVERYTHING
 
 from tests.support import models
 from tests.support.diffusers_host import run_session, same_state

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from graft_pack.trainers.engine import loop
-from graft_pack.trainers.engine.resolve import Options, resolve
+from graft_pack.trainers.engine.resolve import Options, RecipeInputs, resolve
 from graft_pack.trainers.errors import SettingsError
 from graft_pack.trainers.families import family_of
 from graft_pack.trainers.optimizers import (
@@ -389,7 +389,7 @@ def test_prodigy_refuses_rates_of_its_own_for_parts(kind, fields):
     """The error comes before anything is encoded."""
     options = Options().adding("optimizer", {"optimizer": "Prodigy"}).adding(kind, fields)
     with pytest.raises(SettingsError, match="Prodigy finds one learning rate") as caught:
-        resolve(options, family_of("SD1"), "LoRA", 10, 0.0, 4, 1, 0, 64, "")
+        resolve(options, family_of("SD1"), RecipeInputs("LoRA", 10, 0.0, 4, 1, 0, 64, ""))
     assert caught.value.input == "optimizer"
 
 

@@ -3,10 +3,11 @@
 from dataclasses import fields, replace
 
 import pytest
-from graft_pack.trainers.engine.resolve import UNSET, Options, resolve
+from graft_pack.trainers.engine.resolve import Options, RecipeInputs, resolve
 from graft_pack.trainers.engine.summary import summarize
 from graft_pack.trainers.errors import SettingsError
 from graft_pack.trainers.families import FAMILIES, family_of, is_attention
+from graft_pack.trainers.recipe.options import OPTIONS
 from graft_pack.trainers.recipe.recipe import Recipe
 
 from tests.support import models
@@ -14,12 +15,12 @@ from tests.support import models
 
 def resolved(options=None, method="LoRA", **widgets):
     values = {"steps": 10, "learning_rate": 0.0, "rank": 4, "batch_size": 1, "seed": 0, "resolution": 0, "trigger": ""}
-    return resolve(options or Options(), family_of("SD1"), method, **{**values, **widgets})
+    return resolve(options or Options(), family_of("SD1"), RecipeInputs(method, **{**values, **widgets}))
 
 
-@pytest.mark.parametrize("kind", UNSET)
+@pytest.mark.parametrize("kind", OPTIONS)
 def test_an_untouched_option_node_changes_nothing(kind):
-    options = Options().adding(kind, UNSET[kind])
+    options = Options().adding(kind, {name: option.unset for name, option in OPTIONS[kind].items()})
     assert options == {}
     assert resolved(options) == resolved()
 
@@ -122,7 +123,7 @@ FREE = {"run", "preview", "memory"}
 def test_every_field_arrives_in_the_recipe(kind, name):
     if name == "weight_dtype":
         # For an adapter this field cannot be chosen; for full fine-tuning it decides the result.
-        with pytest.raises(SettingsError, match="always kept in fp32"):
+        with pytest.raises(SettingsError, match="always train in fp32"):
             resolved(Options().adding(kind, {name: SET[kind][name]}))
         recipes = [
             resolved(options, method="all weights") for options in (Options(), Options().adding(kind, {name: "bf16"}))
@@ -205,7 +206,9 @@ def test_what_an_optimizer_cannot_go_with_is_refused(optimizer, field, value):
 
 
 def test_every_option_is_tried_above():
-    assert {kind: set(values) for kind, values in UNSET.items()} == {kind: set(values) for kind, values in SET.items()}
+    assert {kind: set(values) for kind, values in OPTIONS.items()} == {
+        kind: set(values) for kind, values in SET.items()
+    }
 
 
 def test_options_that_came_later_leave_the_identity_of_earlier_runs():
@@ -331,7 +334,7 @@ def test_defaults_are_those_of_the_family():
     assert resolved().learning_rate == family_of("SD1").lora_learning_rate
     assert resolved().resolution == 512
     assert resolved().alpha == 4.0
-    assert resolve(Options(), family_of("Flux"), "LoRA", 1, 0.0, 4, 1, 0, 0, "").preview_cfg == 1.0
+    assert resolve(Options(), family_of("Flux"), RecipeInputs("LoRA", 1, 0.0, 4, 1, 0, 0, "")).preview_cfg == 1.0
 
 
 def test_a_recipe_can_be_written_down():

@@ -7,7 +7,7 @@ import torch
 from graft_pack.trainers.engine import loop
 from graft_pack.trainers.errors import RunError
 from graft_pack.trainers.optimizers.ema import MovingAverage
-from graft_pack.trainers.recipe.recipe import ALL_BUT_ATTENTION
+from graft_pack.trainers.recipe.options import ALL_BUT_ATTENTION
 
 from tests.support.diffusers_host import make_host, run_session, same_state, same_tensors, state_of
 

@@ -10,7 +10,7 @@ import torch
 from graft_pack.trainers.data import captions
 from graft_pack.trainers.data.arrays import from_arrays
 from graft_pack.trainers.data.examples import Augmentation
-from graft_pack.trainers.engine.resolve import Options, resolve
+from graft_pack.trainers.engine.resolve import Options, RecipeInputs, resolve
 from graft_pack.trainers.errors import DatasetError, SettingsError
 from graft_pack.trainers.families import family_of
 from graft_pack.trainers.methods import textual_inversion
@@ -239,35 +239,46 @@ def test_class_images_beside_a_word_alone_are_refused(tmp_path):
 def test_options_that_a_word_alone_cannot_go_with_are_refused(kind, fields, message):
     options = Options().adding(kind, fields)
     with pytest.raises(SettingsError, match=message):
-        resolve(options, family_of("SD1"), "embedding", 10, 0.0, 0, 1, 0, 64, "", EmbeddingSpec("w", "dog", 1))
+        resolve(
+            options, family_of("SD1"), RecipeInputs("embedding", 10, 0.0, 0, 1, 0, 64, "", EmbeddingSpec("w", "dog", 1))
+        )
 
 
 def test_an_optimizer_that_finds_its_rate_finds_the_words_too():
     options = (
         Options().adding("pivotal", {"name": "w", "init_text": "dog"}).adding("optimizer", {"optimizer": "Prodigy"})
     )
-    recipe = resolve(options, family_of("SD1"), "LoRA", 10, 0.5, 4, 1, 0, 64, "")
+    recipe = resolve(options, family_of("SD1"), RecipeInputs("LoRA", 10, 0.5, 4, 1, 0, 64, ""))
     assert recipe.embedding_learning_rate == recipe.learning_rate == 0.5
 
 
+def alone(vectors=1):
+    """Return the inputs of a node that trains an embedding alone."""
+    return RecipeInputs("embedding", 10, 0.0, 0, 1, 0, 64, "", EmbeddingSpec("w", "dog", vectors))
+
+
 def test_the_word_has_no_weight_decay_and_a_rate_of_its_own(tmp_path):
-    recipe = resolve(Options(), family_of("SD1"), "embedding", 10, 0.0, 0, 1, 0, 64, "", EmbeddingSpec("w", "dog", 1))
+    recipe = resolve(
+        Options(), family_of("SD1"), RecipeInputs("embedding", 10, 0.0, 0, 1, 0, 64, "", EmbeddingSpec("w", "dog", 1))
+    )
     assert recipe.learning_rate == recipe.embedding_learning_rate == 5e-4
     group = textual_inversion.group({"embedding/clip_l": torch.nn.Parameter(torch.ones(1, 4))}, recipe)
     assert (group.learning_rate, group.weight_decay, group.until) == (5e-4, 0.0, None)
 
 
 def test_pivotal_options_say_which_word(tmp_path):
-    base = (family_of("SD1"), "LoRA", 10, 0.0, 4, 1, 0, 64, "")
+    base = (family_of("SD1"), RecipeInputs("LoRA", 10, 0.0, 4, 1, 0, 64, ""))
     assert resolve(Options(), *base).embedding_name == ""
     options = Options().adding("pivotal", {"name": "w", "init_text": "dog"})
     recipe = resolve(options, *base)
     assert (recipe.embedding_vectors, recipe.embedding_stop, recipe.embedding_learning_rate) == (2, 0.5, 5e-4)
     assert recipe.learning_rate == 1e-4
-    with pytest.raises(SettingsError, match="not its name"):
+    with pytest.raises(SettingsError, match="have no name for the embedding"):
         resolve(Options().adding("pivotal", {"init_text": "dog"}), *base)
-    with pytest.raises(SettingsError, match="trains its own word"):
-        resolve(options, family_of("SD1"), "embedding", 10, 0.0, 0, 1, 0, 64, "", EmbeddingSpec("w", "dog", 1))
+    with pytest.raises(SettingsError, match="trains its own embedding"):
+        resolve(
+            options, family_of("SD1"), RecipeInputs("embedding", 10, 0.0, 0, 1, 0, 64, "", EmbeddingSpec("w", "dog", 1))
+        )
     with pytest.raises(SettingsError, match="cannot be addressed"):
         Options().adding("pivotal", {"name": "two words"})
 
@@ -275,13 +286,17 @@ def test_pivotal_options_say_which_word(tmp_path):
 @pytest.mark.parametrize("vectors", [0, 65])
 def test_numbers_of_vectors_out_of_range_are_refused(vectors):
     with pytest.raises(SettingsError, match="embedding_vectors") as error:
-        resolve(Options(), family_of("SD1"), "embedding", 10, 0.0, 0, 1, 0, 64, "", EmbeddingSpec("w", "dog", vectors))
+        resolve(
+            Options(),
+            family_of("SD1"),
+            RecipeInputs("embedding", 10, 0.0, 0, 1, 0, 64, "", EmbeddingSpec("w", "dog", vectors)),
+        )
     assert error.value.input == "vectors"
 
 
 def test_a_run_without_a_word_has_the_identity_it_had(tmp_path):
     """Runs made before embeddings could be trained are still found."""
-    recipe = resolve(Options(), family_of("SD1"), "LoRA", 10, 0.0, 4, 1, 0, 64, "")
+    recipe = resolve(Options(), family_of("SD1"), RecipeInputs("LoRA", 10, 0.0, 4, 1, 0, 64, ""))
     assert not [name for name in recipe.deciding() if name.startswith("embedding")]
     fields = ["method", "learning_rate", "rank", "alpha", "batch_size", "seed", "resolution", "optimizer"]
     fields += ["weight_decay", "schedule", "warmup_steps", "accumulation", "max_grad_norm", "ema_decay"]

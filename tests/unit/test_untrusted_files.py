@@ -18,9 +18,9 @@ from graft_pack.trainers.errors import DatasetError, GraftError, ModelError, Run
 from graft_pack.trainers.formats import files, keys
 from graft_pack.trainers.formats.adapter import Adapter, load_adapter
 from graft_pack.trainers.formats.embedding import load_embedding
-from graft_pack.trainers.methods.patterns import parse_pairs
 from graft_pack.trainers.methods.textual_inversion import check_name
 from graft_pack.trainers.preprocessing.cache import Cache
+from graft_pack.trainers.recipe.parsing import parse_pairs
 from graft_pack.trainers.runs import records
 from graft_pack.trainers.runs.checkpoint import State
 from graft_pack.trainers.runs.folders import Products

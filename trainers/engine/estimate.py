@@ -28,7 +28,7 @@ from ..memory.tracking import DevicePeakMemory, bytes_of
 from ..methods.dropout import dropping_out
 from ..optimizers import OPTIMIZERS
 from ..optimizers.per_parameter import PerParameterOptimizer
-from ..recipe.recipe import ALL_BUT_ATTENTION, EVERYTHING
+from ..recipe.options import ALL_BUT_ATTENTION, EVERYTHING
 from .oom_fallback import placed_trees, trees_of
 from .step import loss_terms, micro_batches
 

@@ -1,76 +1,18 @@
-"""Regular expressions from users that choose layers by path, one per line, some with a value."""
+"""Layers by path: the regular expressions that users choose them with, some with a value."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, TypeVar
 
 from ..errors import SettingsError
-from ..regex import Patterns, regex_problem, search_patterns
+from ..regex import Patterns, search_patterns
 
 if TYPE_CHECKING:
     from ..recipe.recipe import Recipe
 
 Value = TypeVar("Value", int, float)
 Pairs = tuple[tuple[str, float], ...]
-
-# Each pattern is searched for in the path of each layer, so their number is limited.
-_MOST = 256
-
-
-def parse_patterns(text: str, input: str) -> tuple[str, ...]:
-    """Parse regular expressions, separated by lines or spaces.
-
-    Raises:
-        SettingsError: a pattern is invalid, or there are too many.
-    """
-    patterns = tuple(_words(text, input))
-    for pattern in patterns:
-        _check_pattern(pattern, input)
-    return patterns
-
-
-def parse_pairs(text: str, kind: Callable[[str], Value], low: Value, high: Value, input: str) -> tuple:
-    """Parse `pattern=value` pairs, separated by lines or spaces, into ((pattern, value), ...).
-
-    Raises:
-        SettingsError: an item is no pair, a pattern is invalid, a value is out of range, or there are too many.
-    """
-    pairs = []
-    for word in _words(text, input):
-        pattern, equals, value = word.rpartition("=")
-        try:
-            number = kind(value)
-        except ValueError:
-            number = None
-        if not pattern or number is None or not low <= number <= high:
-            raise SettingsError(
-                f"'{word[:80]}' in {input} is no pattern=value with a value between {low} and {high}.",
-                "Write one a line, such as middle_block=8.",
-                input,
-            )
-        _check_pattern(pattern, input)
-        pairs.append((pattern, number))
-    return tuple(pairs)
-
-
-def _words(text: str, input: str) -> list[str]:
-    words = text.split()
-    if len(words) > _MOST:
-        raise SettingsError(
-            f"{input} holds {len(words)} patterns.", f"At most {_MOST} are taken: use some that fit more layers.", input
-        )
-    return words
-
-
-def _check_pattern(pattern: str, input: str) -> None:
-    why = regex_problem(pattern)
-    if why:
-        raise SettingsError(
-            f"'{pattern[:80]}' in {input} {why}.",
-            "Use a part of the layers' paths, such as middle_block or attn2.",
-            input,
-        )
 
 
 def matches(path: str, patterns: Iterable[str]) -> bool:

@@ -7,65 +7,21 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..errors import SettingsError
+from ..option import Option, option, options_of
 from .losses import HUBER_SCHEDULES, LOSSES
 from .timesteps import TIMESTEPS
 from .weighting import WEIGHTINGS
 
-# The value that means "not set", per field.
-UNSET: dict[str, Any] = {
-    "timesteps": "auto",
-    "min_timestep": 0,
-    "max_timestep": 0,
-    "weighting": "auto",
-    "min_snr_gamma": 0.0,
-    "loss": "auto",
-    "noise_offset": 0.0,
-    "input_perturbation": 0.0,
-    "pyramid_discount": 0.0,
-    "timestep_mean": 0.0,
-    "timestep_std": 0.0,
-    "timestep_shift": 0.0,
-    "huber_c": 0.0,
-    "huber_schedule": "auto",
-}
-
-RANGES: dict[str, tuple[float, float]] = {
-    "min_timestep": (0, 1000),
-    "max_timestep": (1, 1000),
-    "min_snr_gamma": (0.0, 1000.0),
-    "noise_offset": (0.0, 1.0),
-    "input_perturbation": (0.0, 1.0),
-    "pyramid_discount": (0.0, 0.99),
-    "timestep_mean": (-10.0, 10.0),
-    "timestep_std": (0.01, 10.0),
-    "timestep_shift": (0.01, 100.0),
-    "huber_c": (1e-4, 1.0),
-}
+_NORMAL = ("timesteps", ("logit-normal", "shifted", "resolution-shifted"))
+_HUBER = ("loss", ("Huber",))
 
 
-_REGISTRIES = {
-    "timesteps": TIMESTEPS,
-    "weighting": WEIGHTINGS,
-    "loss": LOSSES,
-    "huber_schedule": HUBER_SCHEDULES,
-}
-
-# Fields that have an effect only with certain values of another field.
-_NEEDED = {
-    "min_snr_gamma": ("weighting", ("min-SNR",)),
-    "timestep_mean": ("timesteps", ("logit-normal", "shifted", "resolution-shifted")),
-    "timestep_std": ("timesteps", ("logit-normal", "shifted", "resolution-shifted")),
-    "timestep_shift": ("timesteps", ("shifted",)),
-    "huber_c": ("loss", ("Huber",)),
-    "huber_schedule": ("loss", ("Huber",)),
-}
+def _choice(default: str, choices: Mapping[str, Any] | tuple[str, ...], **more: Any) -> Any:
+    return option("objective", unset="auto", choices=tuple(choices), default=default, before=default, **more)
 
 
-def check_range(name: str, value: Any) -> None:
-    """Raise SettingsError if a number is out of its field's range."""
-    if name in RANGES and not RANGES[name][0] <= value <= RANGES[name][1]:
-        low, high = RANGES[name]
-        raise SettingsError(f"{name} is {value}.", f"It must lie between {low} and {high}.", name)
+def _number(default: float, low: float, high: float, **more: Any) -> Any:
+    return option("objective", unset=type(low)(0), range=(low, high), default=default, before=default, **more)
 
 
 @dataclass(frozen=True)
@@ -87,39 +43,38 @@ class Objective:
         SettingsError: a value is out of range, or two values contradict each other.
     """
 
-    timesteps: str = "uniform"
-    min_timestep: int = 0
-    max_timestep: int = 1000
-    weighting: str = "native"
-    min_snr_gamma: float = 5.0
-    loss: str = "MSE"
-    noise_offset: float = 0.0
-    input_perturbation: float = 0.0
-    pyramid_discount: float = 0.0
-    timestep_mean: float = 0.0
-    timestep_std: float = 1.0
-    timestep_shift: float = 3.0
-    huber_c: float = 0.1
-    huber_schedule: str = "auto"
+    timesteps: str = _choice("uniform", TIMESTEPS)
+    min_timestep: int = _number(0, 0, 1000)
+    max_timestep: int = _number(1000, 1, 1000)
+    weighting: str = _choice("native", WEIGHTINGS)
+    min_snr_gamma: float = _number(5.0, 0.0, 1000.0, needs=("weighting", ("min-SNR",)))
+    loss: str = _choice("MSE", LOSSES)
+    noise_offset: float = _number(0.0, 0.0, 1.0)
+    input_perturbation: float = _number(0.0, 0.0, 1.0)
+    pyramid_discount: float = _number(0.0, 0.0, 0.99)
+    timestep_mean: float = _number(0.0, -10.0, 10.0, needs=_NORMAL)
+    timestep_std: float = _number(1.0, 0.01, 10.0, needs=_NORMAL)
+    timestep_shift: float = _number(3.0, 0.01, 100.0, needs=("timesteps", ("shifted",)))
+    huber_c: float = _number(0.1, 1e-4, 1.0, needs=_HUBER)
+    huber_schedule: str = _choice("auto", HUBER_SCHEDULES, needs=_HUBER)
 
     def __post_init__(self):
-        for name, known in _REGISTRIES.items():
-            if getattr(self, name) not in known:
-                raise SettingsError(
-                    f"Unknown {name} '{getattr(self, name)}'.", f"Choose one of {', '.join(known)}.", name
-                )
-        for name in RANGES:
-            check_range(name, getattr(self, name))
+        for name, declared in OBJECTIVE_OPTIONS.items():
+            value = getattr(self, name)
+            if declared.choices and value not in declared.choices:
+                raise SettingsError(f"Unknown {name} '{value}'.", f"Choose one of {', '.join(declared.choices)}.", name)
+        for name, declared in OBJECTIVE_OPTIONS.items():
+            declared.check_range(getattr(self, name), name)
         if self.min_timestep >= self.max_timestep:
             raise SettingsError(
                 f"min_timestep {self.min_timestep} is not below max_timestep {self.max_timestep}.",
-                "Widen the range in Graft Objective Options; 0 and 0 take all of it.",
+                "Widen the range in Graft Objective Options; 0 and 0 select all of it.",
                 "min_timestep",
             )
         if self.pyramid_discount and self.noise_offset:
             raise SettingsError(
                 "pyramid_discount and noise_offset are both set.",
-                "Use one of them in Graft Objective Options: the pyramid's coarsest noise is an offset already.",
+                "Use one of them in Graft Objective Options: the pyramid's coarsest noise already is an offset.",
                 "noise_offset",
             )
 
@@ -128,7 +83,7 @@ class Objective:
         return {
             name: value
             for name, value in asdict(self).items()
-            if value != getattr(NATIVE, name) or (name in _NEEDED and self._uses(name))
+            if value != OBJECTIVE_OPTIONS[name].before or (OBJECTIVE_OPTIONS[name].needs and self._uses(name))
         }
 
     def kohya_metadata(self) -> dict[str, Any]:
@@ -147,7 +102,7 @@ class Objective:
 
     def _uses(self, name: str) -> bool:
         """Return True if the field that `name` depends on has one of the required values."""
-        other, choices = _NEEDED[name]
+        other, choices = OBJECTIVE_OPTIONS[name].needs
         return getattr(self, other) in choices
 
     def check(self, parameterization: str) -> None:
@@ -167,11 +122,14 @@ class Objective:
             )
         if flow and self.huber_schedule == "snr":
             raise SettingsError(
-                "The huber_schedule 'snr' follows a signal-to-noise ratio, which is no measure for flow models.",
+                "The huber_schedule 'snr' needs a signal-to-noise ratio, which flow models do not have.",
                 "In Graft Objective Options choose exponential or constant.",
                 "huber_schedule",
             )
 
+
+# Options by field.
+OBJECTIVE_OPTIONS: dict[str, Option] = options_of(Objective)
 
 # The model's own loss, uniform over all its levels.
 NATIVE = Objective()
@@ -183,12 +141,13 @@ def objective_of(chosen: Mapping[str, Any]) -> Objective:
     Raises:
         SettingsError: as Objective does, and for a field that would have no effect.
     """
-    made = Objective(**chosen)
-    for name, (other, choices) in _NEEDED.items():
-        if name in chosen and not made._uses(name):
+    objective = Objective(**chosen)
+    for name, declared in OBJECTIVE_OPTIONS.items():
+        if declared.needs and name in chosen and not objective._uses(name):
+            other, choices = declared.needs
             raise SettingsError(
-                f"{name} is set, but {other} is {getattr(made, other)}: it would have no effect.",
-                f"In Graft Objective Options set {other} to {' or '.join(choices)}, or leave {name} alone.",
+                f"{name} is set, but {other} is {getattr(objective, other)}: it would have no effect.",
+                f"In Graft Objective Options set {other} to {' or '.join(choices)}, or leave {name} unset.",
                 name,
             )
-    return made
+    return objective

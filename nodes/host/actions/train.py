@@ -12,7 +12,7 @@ from comfy_execution.graph_utils import ExecutionBlocker
 
 from ....trainers.data.scan import shortened
 from ....trainers.engine.job import export_job
-from ....trainers.engine.resolve import Options, resolve
+from ....trainers.engine.resolve import Options, RecipeInputs, resolve
 from ....trainers.engine.session import is_finished, run_recipe
 from ....trainers.engine.summary import summarize
 from ....trainers.errors import OutOfMemory
@@ -183,9 +183,7 @@ def build_recipe(model: ModelPatcher, dataset: Dataset, widgets: TrainInputs, op
     Raises:
         SettingsError: a value is out of range, or two values contradict each other.
     """
-    return resolve(
-        options or Options(),
-        family_of(families.family_name(model)),
+    inputs = RecipeInputs(
         widgets.method,
         widgets.steps,
         widgets.learning_rate,
@@ -196,6 +194,7 @@ def build_recipe(model: ModelPatcher, dataset: Dataset, widgets: TrainInputs, op
         dataset.trigger,
         widgets.word,
     )
+    return resolve(options or Options(), family_of(families.family_name(model)), inputs)
 
 
 def with_picture(recipe: Recipe, dataset: Dataset) -> Recipe:

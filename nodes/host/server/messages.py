@@ -7,6 +7,7 @@ import json
 import threading
 from typing import Any
 
+from ....trainers.recipe.options import OPTIONS
 from ....trainers.runs.records import jsonable
 
 EVENT = "graft.progress"
@@ -20,9 +21,9 @@ _MOST_SOURCES = 500
 _SOURCES_LIMIT = 256 * 1024
 
 # Widgets that do not affect a run's identity, by node class; None for all widgets of a class. A run resumes with other
-# values of them (the fields of a recipe from `steps` on, except for those that choose the run).
+# values of them. `name` and `on_existing` do not affect the identity either, but they choose the run.
 _TRAINERS = ("GraftTrainLoRA", "GraftTrainEmbedding", "GraftTrainDreamBooth", "GraftFineTune")
-_RUN_FIELDS = {"save_every", "keep_last", "validate_every", "gradient_check", "tensorboard", "processes"}
+_RUN_FIELDS = {name for name, option in OPTIONS["run"].items() if not option.decides} - {"name", "on_existing"}
 _NEUTRAL: dict[str, set[str] | None] = {
     **{trainer: {"steps"} for trainer in _TRAINERS},
     "GraftRunOptions": _RUN_FIELDS,

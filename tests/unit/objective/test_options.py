@@ -4,7 +4,7 @@ from dataclasses import fields
 
 import pytest
 from graft_pack.trainers.errors import SettingsError
-from graft_pack.trainers.objective.options import NATIVE, RANGES, UNSET, Objective, objective_of
+from graft_pack.trainers.objective.options import NATIVE, OBJECTIVE_OPTIONS, Objective, objective_of
 from graft_pack.trainers.objective.weighting import WEIGHTINGS
 
 
@@ -15,14 +15,16 @@ def test_nothing_chosen_is_native():
         NATIVE.check(kind)
 
 
-def test_every_field_can_be_left_alone():
-    assert set(UNSET) == {field.name for field in fields(Objective)}
-    assert set(RANGES) <= set(UNSET)
+def test_every_field_is_declared_as_an_option_with_a_range_or_choices():
+    assert list(OBJECTIVE_OPTIONS) == [field.name for field in fields(Objective)]
+    assert all(option.choices or option.range for option in OBJECTIVE_OPTIONS.values())
+    assert all(option.default == option.before for option in OBJECTIVE_OPTIONS.values())
 
 
-@pytest.mark.parametrize("name", RANGES)
+@pytest.mark.parametrize("name", [name for name, option in OBJECTIVE_OPTIONS.items() if option.range])
 def test_what_is_out_of_range_is_refused_by_name(name):
-    for value in (RANGES[name][0] - 1, RANGES[name][1] + 1):
+    low, high = OBJECTIVE_OPTIONS[name].range
+    for value in (low - 1, high + 1):
         with pytest.raises(SettingsError, match=f"{name} is {value}") as caught:
             Objective(**{name: value})
         assert caught.value.input == name
@@ -70,6 +72,6 @@ def test_every_weighting_fits_some_model():
 def test_hubers_width_by_signal_to_noise_is_refused_on_flow():
     Objective(loss="Huber", huber_schedule="snr").check("v")
     Objective(loss="Huber").check("flow")
-    with pytest.raises(SettingsError, match="no measure for flow") as caught:
+    with pytest.raises(SettingsError, match="which flow models do not have") as caught:
         Objective(loss="Huber", huber_schedule="snr").check("flow")
     assert caught.value.input == "huber_schedule"
