@@ -30,24 +30,30 @@ class GraftRunOptions(OptionNode):
             "GraftRunOptions",
             "Graft Run Options",
             ["save every", "checkpoints", "validation", "resume"],
-            "Names a run, and says how often it is saved and validated. Untouched fields change nothing.",
+            "Names a run, and sets how often it is saved and validated. Untouched fields change nothing.",
             [
                 io.String.Input("name", default="", tooltip="Name of the run's folder. Empty: the dataset's name."),
                 auto(
                     "on_existing",
                     ["resume", "start over", "new"],
-                    "What to do when this very run exists. auto: resume, or return it when finished.",
+                    "What to do if the same run exists already. auto: resume it, or return it if it is finished.",
                 ),
-                count("save_every", "Save state and adapter every so many steps. 0: 500."),
-                count("keep_last", "How many of those are kept. 0: 2.", top=10_000),
-                number("validation_fraction", "Share of the pictures held out to measure on. 0: none.", 0.0, 0.9, 0.01),
-                count("validate_every", "Measure on them every so many steps. 0: 50."),
+                count("save_every", "Steps between saves of the adapter and of the state for a resume. 0: 500."),
+                count("keep_last", "Number of saves to keep. 0: 2.", top=10_000),
+                number(
+                    "validation_fraction",
+                    "Fraction of the pictures held out from training, to measure with. 0: none.",
+                    0.0,
+                    0.9,
+                    0.01,
+                ),
+                count("validate_every", "Steps between measurements on the held-out pictures. 0: 50."),
                 advanced(
                     auto(
                         "gradient_check",
                         ["on", "off"],
-                        "Compare the gradient with finite differences before step 1. "
-                        "auto: only for models the pack has no description for.",
+                        "Compare the gradient with finite differences before step 1. auto: only for models that Graft "
+                        "has no description of.",
                     )
                 ),
             ],
@@ -55,13 +61,13 @@ class GraftRunOptions(OptionNode):
                 auto(
                     "tensorboard",
                     ["on", "off"],
-                    "Write TensorBoard's event files too. They need the package tensorboard. auto: off.",
+                    "Also write TensorBoard's event files. This needs the Python package tensorboard. auto: off.",
                 ),
                 advanced(
                     count(
                         "processes",
-                        "Train by so many processes on this machine, one for each GPU; batch_size is of all together. "
-                        "0: 1.",
+                        "Number of processes on this machine, one per GPU. batch_size counts the pictures of all "
+                        "together. 0: 1.",
                         top=64,
                     )
                 ),
@@ -84,14 +90,15 @@ class GraftPreviewOptions(OptionNode):
             "GraftPreviewOptions",
             "Graft Preview Options",
             ["sample images", "preview while training", "samples"],
-            "Draws sample pictures while training, the first before step 1. Without prompts there are none.",
+            "Draws sample pictures during training, the first ones before step 1. Without prompts it draws none "
+            "during training.",
             [
-                io.String.Input("prompts", default="", multiline=True, tooltip="One prompt a line."),
-                count("every", "Draw every so many steps. 0: 100."),
+                io.String.Input("prompts", default="", multiline=True, tooltip="One prompt per line."),
+                count("every", "Steps between drawings. 0: 100."),
                 count("steps", "Sampling steps. 0: 20.", top=1000),
-                number("cfg", "Guidance. 0: the family's own.", 0.0, 100.0, 0.1),
+                number("cfg", "Guidance. 0: the default of the model's family.", 0.0, 100.0, 0.1),
                 auto("sampler_name", list(SAMPLERS), "auto: euler."),
-                auto("scheduler", list(SCHEDULERS), "auto: the family's own."),
+                auto("scheduler", list(SCHEDULERS), "auto: the default of the model's family."),
                 io.Int.Input(
                     "seed",
                     default=-1,
@@ -118,18 +125,25 @@ class GraftOptimizerOptions(OptionNode):
             "GraftOptimizerOptions",
             "Graft Optimizer Options",
             ["optimiser", "adamw", "prodigy", "adafactor", "lr scheduler", "ema"],
-            "Optimiser, schedule, accumulation and clipping. Untouched fields change nothing.",
+            "Sets the optimizer, the learning-rate schedule, accumulation and clipping. Untouched fields change "
+            "nothing.",
             [
                 auto(
                     "optimizer",
                     list(OPTIMIZERS),
-                    "auto: AdamW. Most others need a package; the error names it where it is missing.",
+                    "auto: AdamW. Most others need a Python package; if it is missing, the error names it.",
                 ),
-                number("weight_decay", "-1: the optimizer's own, 0.01 for AdamW.", -1.0, 10.0, 0.001),
-                auto("schedule", list(SCHEDULES), "How the learning rate goes over the steps. auto: constant."),
-                count("warmup_steps", "Steps of rising learning rate at the start. -1: none.", unset=-1),
-                count("accumulation", "Batches for one optimiser step. 0: 1.", top=4096),
-                number("max_grad_norm", "Gradients are clipped to this norm; 0 never clips. -1: 1.", -1.0, 1e6, 0.1),
+                number(
+                    "weight_decay",
+                    "Pulls the weights towards zero. -1: the optimizer's own, 0.01 for AdamW.",
+                    -1.0,
+                    10.0,
+                    0.001,
+                ),
+                auto("schedule", list(SCHEDULES), "Course of the learning rate over the steps. auto: constant."),
+                count("warmup_steps", "Steps at the start in which the learning rate rises. -1: none.", unset=-1),
+                count("accumulation", "Batches per training step. 0: 1.", top=4096),
+                number("max_grad_norm", "Clips longer gradients to this norm; 0 never clips. -1: 1.", -1.0, 1e6, 0.1),
                 number(
                     "ema_decay",
                     "Moving average of the weights, such as 0.999; 0: none. -1: none.",
@@ -151,12 +165,14 @@ class GraftOptimizerOptions(OptionNode):
                         0.0001,
                     )
                 ),
-                advanced(count("num_cycles", "Falls of the schedule cosine with restarts. 0: 1.", top=10_000)),
+                advanced(
+                    count("num_cycles", "Number of falls in the schedule cosine with restarts. 0: 1.", top=10_000)
+                ),
                 advanced(number("power", "Exponent of the schedule polynomial. 0: 1, a line.", 0.0, 100.0, 0.1)),
                 advanced(
                     number(
                         "loss_spike_factor",
-                        "A step whose loss is over so many times the usual one is left out, such as 20. 0: none.",
+                        "Skips a step whose loss exceeds the usual loss by this factor, such as 20. 0: none.",
                         0.0,
                         1e6,
                         1.0,
@@ -184,31 +200,34 @@ class GraftMemoryOptions(OptionNode):
             "GraftMemoryOptions",
             "Graft Memory Options",
             ["vram", "gradient checkpointing", "block swap", "low vram", "offload"],
-            "Trades time for memory; a run may go on with other values. Untouched fields change nothing.",
+            "Trades time for memory. A run can continue with other values. Untouched fields change nothing.",
             [
                 auto(
                     "checkpointing",
                     ["on", "off"],
-                    "Forget activations and compute them again in the backward. auto: on for large models.",
+                    "Drop activations and recompute them in the backward pass: less memory, more time. auto: on for "
+                    "large models.",
                 ),
-                auto("compute_dtype", ["fp32", "bf16", "fp16"], "auto: what the model computes in anyway."),
+                auto("compute_dtype", ["fp32", "bf16", "fp16"], "Precision of the computation. auto: the model's own."),
                 count(
-                    "micro_batch", "Pictures computed at once; the batch stays as it is. 0: the whole batch.", top=4096
+                    "micro_batch",
+                    "Pictures computed at once; the batch size stays the same. 0: the whole batch.",
+                    top=4096,
                 ),
             ],
             (
                 auto(
                     "offload",
                     ["on", "off"],
-                    "Keep frozen blocks off the device but for the one that is computed and the next. "
-                    "auto: when memory ran out.",
+                    "Keep frozen blocks off the device, except the one that computes and the next. auto: after memory "
+                    "ran out.",
                 ),
                 auto(
                     "shard",
                     ["on", "off"],
-                    "With several processes: each keeps its share of the frozen weights of blocks. auto: off.",
+                    "With several processes: each keeps only a shard of the blocks' frozen weights. auto: off.",
                 ),
-                auto("recompute", list(RECOMPUTED), "What checkpointing computes again. auto: everything."),
+                auto("recompute", list(RECOMPUTED), "The part that checkpointing recomputes. auto: everything."),
             ),
             words="VRAM",
         )
@@ -231,22 +250,30 @@ class GraftAdapterOptions(OptionNode):
             [
                 auto("type", list(ADAPTERS), "auto: LoRA."),
                 number("alpha", "The effective scale is alpha / rank. 0: alpha equals the rank.", 0.0, 1e6, 0.1),
-                auto("targets", list(TARGETS), "Which layers. auto: attention; with LoRA with conv all of them."),
-                number("dropout", "Share of an adapter's inputs that a step drops. 0: none.", 0.0, 0.95, 0.01),
+                auto(
+                    "targets", list(TARGETS), "Layers to adapt. auto: attention, or linear + conv for LoRA with conv."
+                ),
+                number("dropout", "Fraction of the adapter's inputs that each step drops. 0: none.", 0.0, 0.95, 0.01),
                 auto("text_encoder", ["on", "off"], "Train the text encoder too. auto: off."),
-                count("text_encoder_rank", "Its own rank. 0: the model's.", top=1024),
-                number("text_encoder_learning_rate", "Its own learning rate. 0: the model's.", 0.0, 10.0, 0.0000001),
+                count("text_encoder_rank", "Rank for the text encoder. 0: the model's.", top=1024),
+                number(
+                    "text_encoder_learning_rate",
+                    "Learning rate for the text encoder. 0: the model's.",
+                    0.0,
+                    10.0,
+                    0.0000001,
+                ),
                 auto(
                     "start_from",
                     paths.adapter_choices(),
-                    "An adapter of the same type and ranks to go on from. auto: none.",
+                    "Adapter to continue from, with the same type and ranks. auto: none.",
                 ),
                 advanced(
                     io.String.Input(
                         "target_patterns",
                         default="",
                         multiline=True,
-                        tooltip="Parts of layers' paths, one a line, such as attn2; regular expressions work.",
+                        tooltip="Parts of layer paths, one per line, such as attn2. Regular expressions work.",
                     )
                 ),
                 advanced(
@@ -254,7 +281,8 @@ class GraftAdapterOptions(OptionNode):
                         "block_ranks",
                         default="",
                         multiline=True,
-                        tooltip="Other ranks for some layers, one a line, such as middle_block=8. Rank 0 leaves out.",
+                        tooltip="Other ranks for some layers, one per line, such as middle_block=8. Rank 0 leaves a "
+                        "layer out.",
                     )
                 ),
                 advanced(
@@ -262,11 +290,17 @@ class GraftAdapterOptions(OptionNode):
                         "block_learning_rates",
                         default="",
                         multiline=True,
-                        tooltip="Other learning rates for some layers, one a line, such as input_blocks=5e-5.",
+                        tooltip="Other learning rates for some layers, one per line, such as input_blocks=5e-5.",
                     )
                 ),
                 advanced(
-                    number("lora_plus_ratio", "LoRA+: B's learning rate over A's, such as 16. 0: 1.", 0.0, 1e4, 0.1)
+                    number(
+                        "lora_plus_ratio",
+                        "LoRA+: learning rate of B divided by that of A, such as 16. 0: 1.",
+                        0.0,
+                        1e4,
+                        0.1,
+                    )
                 ),
             ],
             later=(
@@ -274,7 +308,7 @@ class GraftAdapterOptions(OptionNode):
                     auto(
                         "weight_dtype",
                         ["fp32", "bf16"],
-                        "What all weights are trained in; bf16 is rounded stochastically. auto: fp32.",
+                        "Precision of the weights in full fine-tuning; bf16 uses stochastic rounding. auto: fp32.",
                     )
                 ),
             ),
@@ -310,18 +344,30 @@ class GraftObjectiveOptions(OptionNode):
             "GraftObjectiveOptions",
             "Graft Objective Options",
             ["min snr", "noise offset", "timestep sampling", "huber", "loss"],
-            "Noise levels, weights, loss and noise, in place of the model's own. Untouched fields change nothing.",
+            "Sets the noise levels, their weights, the loss and added noise. Untouched fields change nothing.",
             [
-                auto("timesteps", list(TIMESTEPS), "Which noise levels are drawn. auto: all the model has, alike."),
-                count("min_timestep", "Least noise, of 1000. 0: from the first level.", top=1000),
-                count("max_timestep", "Most noise, of 1000. 0: to the last level.", top=1000),
-                auto("weighting", list(WEIGHTINGS), "What a noise level counts for. auto: native, all the same."),
+                auto(
+                    "timesteps",
+                    list(TIMESTEPS),
+                    "Distribution of the noise levels. auto: all levels of the model, equally often.",
+                ),
+                count("min_timestep", "Lowest trained noise level, of 1000. 0: from the first level.", top=1000),
+                count("max_timestep", "Highest trained noise level, of 1000. 0: to the last level.", top=1000),
+                auto(
+                    "weighting", list(WEIGHTINGS), "Weight of each noise level in the loss. auto: native, all the same."
+                ),
                 number("min_snr_gamma", "Gamma of min-SNR. 0: 5.", 0.0, 1000.0, 0.1),
-                auto("loss", list(LOSSES), "How an error is measured. auto: MSE."),
-                number("noise_offset", "Lets brightness be learnt, such as 0.05. 0: none.", 0.0, 1.0, 0.01),
+                auto("loss", list(LOSSES), "The error function. auto: MSE."),
+                number(
+                    "noise_offset",
+                    "Lets the model learn very dark and very bright pictures, such as 0.05. 0: none.",
+                    0.0,
+                    1.0,
+                    0.01,
+                ),
                 number(
                     "input_perturbation",
-                    "Noise that the target does not know of, such as 0.1. 0: none.",
+                    "Noise added to the input but not to the target, such as 0.1. 0: none.",
                     0.0,
                     1.0,
                     0.01,
@@ -340,12 +386,20 @@ class GraftObjectiveOptions(OptionNode):
                 ),
                 advanced(number("timestep_std", "Deviation of logit-normal timesteps. 0: 1.", 0.0, 10.0, 0.1)),
                 advanced(number("timestep_shift", "Factor of shifted timesteps. 0: 3.", 0.0, 100.0, 0.1)),
-                advanced(number("huber_c", "Where Huber turns from square to absolute. 0: 0.1.", 0.0, 1.0, 0.01)),
+                advanced(
+                    number(
+                        "huber_c",
+                        "Error at which the Huber loss turns from squared to absolute. 0: 0.1.",
+                        0.0,
+                        1.0,
+                        0.01,
+                    )
+                ),
                 advanced(
                     auto(
                         "huber_schedule",
                         [name for name in HUBER_SCHEDULES if name != "auto"],
-                        "How Huber's width falls with noise. auto: snr, or exponential for flow models.",
+                        "How that error falls with noise. auto: snr, or exponential for flow models.",
                     )
                 ),
             ],
@@ -372,19 +426,27 @@ class GraftPivotalOptions(OptionNode):
             "GraftPivotalOptions",
             "Graft Pivotal Options",
             ["pivotal tuning", "textual inversion", "ti"],
-            "Pivotal tuning: trains a word together with the LoRA, then freezes it. Without a name nothing changes.",
+            "Pivotal tuning: trains a new embedding together with the LoRA, then freezes it. Without a name nothing "
+            "changes.",
             [
                 io.String.Input(
                     "name",
                     default="",
-                    tooltip="The word, written in prompts as embedding:NAME. Empty: none is trained.",
+                    tooltip="Name of the embedding. Prompts write it as embedding:NAME. Empty: no embedding is "
+                    "trained.",
                 ),
                 io.String.Input(
-                    "init_text", default="", tooltip="What it is, in a word or two: where learning starts."
+                    "init_text", default="", tooltip="What it shows, in a word or two. Training starts from there."
                 ),
-                count("vectors", "How many of a prompt's 75 places it takes. 0: 2.", top=64),
-                number("learning_rate", "Of the word alone. 0: 5e-4.", 0.0, 10.0, 0.0000001),
-                number("stop_fraction", "Share of the steps after which it is frozen. 0: 0.5.", 0.0, 1.0, 0.01),
+                count("vectors", "Number of a prompt's 75 tokens that the embedding takes. 0: 2.", top=64),
+                number("learning_rate", "Learning rate of the embedding alone. 0: 5e-4.", 0.0, 10.0, 0.0000001),
+                number(
+                    "stop_fraction",
+                    "Fraction of the steps after which the embedding is frozen. 0: 0.5.",
+                    0.0,
+                    1.0,
+                    0.01,
+                ),
             ],
             words="Tuning",
         )

@@ -88,7 +88,7 @@ def advanced(built):
 
 def options_input():
     """Return the optional input that chains option nodes."""
-    return Options.Input("options", optional=True, tooltip="Settings from Graft option nodes; may be chained.")
+    return Options.Input("options", optional=True, tooltip="Settings from Graft option nodes. You can chain them.")
 
 
 def execution_id(node: type[io.ComfyNode]) -> str | None:

@@ -145,7 +145,7 @@ def dataset_path(choice: str, input: str = "folder") -> str:
     """
     if not _is_possible(choice):
         raise DatasetError(
-            f"No folder can be called '{_shown(choice)}'.", "Choose one below ComfyUI's input folder.", input
+            f"'{_shown(choice)}' is not a valid folder name.", "Choose a folder below ComfyUI's input folder.", input
         )
     wanted = choice.strip()
     if not wanted:
@@ -259,12 +259,14 @@ def _listed(kind: str, name: str, what: str, input: str) -> str:
     if path is None:
         raise ModelError(
             f"There is no {what} '{_shown(name)}' in ComfyUI's {kind} folders.",
-            "Choose one of the list; press R to refresh it.",
+            "Choose one from the list. Press R to refresh it.",
             input,
         )
     if not path.lower().endswith(".safetensors"):
         raise ModelError(
-            f"The {what} '{name}' is no .safetensors file.", "Other formats can hide programs and are not read.", input
+            f"The {what} '{name}' is not a .safetensors file.",
+            "Convert it. Graft reads no other format, because others can hide programs.",
+            input,
         )
     return path
 
@@ -293,8 +295,9 @@ def load_named_adapter(name: str) -> Adapter:
         raise ModelError(error.message, error.cure, "adapter_name") from error
     if not adapter:
         raise ModelError(
-            f"The adapter '{name}' is a {adapter.made_by()} of peft's, which is nothing without the model's weights.",
-            "Apply the kohya file of that training, or train on from this one (start_from in Graft Adapter Options).",
+            f"Cannot apply '{name}': a {adapter.made_by()} in peft's format depends on the model's weights.",
+            "Load the kohya file of that training, or continue training from this file (start_from in Graft Adapter "
+            "Options).",
             "adapter_name",
         )
     return adapter
@@ -316,8 +319,8 @@ def load_named_embedding(name: str) -> Embedding:
     if not is_addressable(called):
         raise ModelError(
             f"No prompt can call the embedding '{name}': ComfyUI reads embedding:NAME up to the next space, and "
-            "brackets, colons, backslashes and a comma at the end mean something else there.",
-            "Rename the file to letters, digits, '-', '_' and '.', such as "
+            "brackets, colons, backslashes and a comma at the end have another meaning there.",
+            "Rename the file: use letters, digits, '-', '_' and '.' only, such as "
             f"'{re.sub('[^A-Za-z0-9_.-]+', '-', os.path.basename(called)).strip('-.') or 'word'}.safetensors', and "
             "choose it again.",
             "embedding_name",
@@ -345,7 +348,7 @@ def save_named_embedding(embedding: Embedding, name: str) -> str:
             if os.path.realpath(taken) == os.path.realpath(path) and _same_run(taken, embedding):
                 continue
             raise SettingsError(
-                f"There is an embedding '{name}' already: {taken}.",
+                f"An embedding '{name}' exists already: {taken}.",
                 "Choose another name, or move that file away.",
                 "name",
             )
@@ -394,14 +397,14 @@ def new_adapter_path(prefix: str, format: str) -> str:
     # Check before the call below, in which ComfyUI creates the folder.
     if not is_below(os.path.join(root, os.path.dirname(wanted)), root):
         raise SettingsError(
-            f"The file name '{prefix}' leads out of {root}.", "Use a folder that is no link.", "filename_prefix"
+            f"The file name '{prefix}' leads out of {root}.", "Use a folder that is not a link.", "filename_prefix"
         )
     try:
         folder, filename, counter, _, _ = folder_paths.get_save_image_path(wanted, root)
     except Exception as error:
         raise SettingsError(
-            f"The file name '{prefix}' cannot be used ({error}).",
-            "Use a name, or a subfolder and a name, below ComfyUI's output/loras.",
+            f"Cannot use the file name '{prefix}' ({error}).",
+            "Use a name, or subfolder/name, below ComfyUI's output/loras.",
             "filename_prefix",
         ) from error
     place = os.path.join(folder, f"{filename}_{counter:05}_")

@@ -87,13 +87,13 @@ def compare(
     check_sockets(model, clip, vae)
     prompts = tuple(line.strip() for line in wish.prompts.splitlines() if line.strip())
     if not prompts:
-        raise SettingsError("There is no prompt to draw.", "Write one or more, each on a line of its own.", "prompts")
+        raise SettingsError("There is no prompt to draw.", "Write one or more prompts, one per line.", "prompts")
     columns = columns_of(wish, adapters)
     total = len(prompts) * len(columns)
     if total > _MOST_PICTURES:
         raise SettingsError(
-            f"That would be {total} pictures, {len(prompts)} prompts with {len(columns)} columns each; "
-            f"{_MOST_PICTURES} are the most.",
+            f"{len(prompts)} prompts with {len(columns)} columns each make {total} pictures; the limit is "
+            f"{_MOST_PICTURES}.",
             "Write fewer prompts, files or strengths.",
             "prompts",
         )
@@ -159,8 +159,8 @@ def strengths_of(text: str) -> list[float]:
             number = float("nan")
         if not abs(number) <= _TOP_STRENGTH:
             raise SettingsError(
-                f"'{word[:40]}' is no strength.",
-                f"Write numbers from -{_TOP_STRENGTH:g} to {_TOP_STRENGTH:g} with commas between them: 0, 0.5, 1.",
+                f"'{word[:40]}' is not a strength.",
+                f"Write numbers from -{_TOP_STRENGTH:g} to {_TOP_STRENGTH:g}, separated by commas, such as 0, 0.5, 1.",
                 "strengths",
             )
         if number not in found:
@@ -187,8 +187,8 @@ def files_of(text: str) -> list[str]:
         fitting = [wanted] if wanted in plain else sorted(fnmatch.filter(plain, wanted))
         if not fitting:
             raise SettingsError(
-                f"No LoRA file is called '{wanted[:80]}'.",
-                "Write a name as Graft Load Adapter lists it; * stands for anything: my_run-1a2b3c4d/*.",
+                f"No LoRA file matches '{wanted[:80]}'.",
+                "Write a name as Graft Load Adapter lists it. * matches anything, as in my_run-1a2b3c4d/*.",
                 "files",
             )
         found += [plain[name] for name in fitting if plain[name] not in found]

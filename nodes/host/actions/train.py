@@ -139,9 +139,9 @@ def _result_of(recipe: Recipe, dataset: Dataset, host: Host, node: str) -> Resul
 def _out_of_memory(error: Exception) -> OutOfMemory:
     """Return the error for memory that ran out before the first step or after the last; the loop handles its steps."""
     return OutOfMemory(
-        f"Memory ran out while the training was prepared or its result was made ({in_one_line(error)}).",
-        "Close other programs, or take a smaller model or a lower resolution. What was saved stays: queue the graph "
-        "again to go on.",
+        f"Memory ran out before the first step or after the last one ({in_one_line(error)}).",
+        "Close other programs, or use a smaller model or a lower resolution. Saved progress is kept: queue the graph "
+        "again to continue.",
         "model",
     )
 
@@ -214,7 +214,7 @@ def with_picture(recipe: Recipe, dataset: Dataset) -> Recipe:
 
 def _summary(result, recipe) -> str:
     tail = result.losses[-max(1, len(result.losses) // 10) :]
-    how = "returned as it was" if result.resumed_from == result.step else "trained"
+    how = "returned without training" if result.resumed_from == result.step else "trained"
     stopped = f", stopped before {recipe.steps}" if result.step < recipe.steps else ""
     return (
         f"Run {result.run.name}: {result.step} steps {how}{stopped}; "
@@ -225,7 +225,7 @@ def _summary(result, recipe) -> str:
 def _missing(result) -> str:
     if not result.left_out:
         return ""
-    return f" Left out of the dataset: {shortened(result.left_out)}."
+    return f" Skipped files: {shortened(result.left_out)}."
 
 
 def geometries(dataset: Dataset, model: ModelPatcher | None, vae: VAE | None) -> dict[int, Geometry]:

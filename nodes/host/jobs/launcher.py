@@ -67,14 +67,14 @@ def check_count(count: int) -> None:
     if count > there:
         raise SettingsError(
             f"processes is {count}, but PyTorch sees {there} GPUs here.",
-            "Set processes in Graft Run Options to at most that, or run the job elsewhere (Graft Export Job).",
+            f"Set processes in Graft Run Options to at most {there}, or run the job elsewhere (Graft Export Job).",
             "options",
         )
     by_nccl = comfy.model_management.is_nvidia() or comfy.model_management.is_amd()
     if by_nccl and not torch.distributed.is_nccl_available():
         raise SettingsError(
-            "PyTorch is built without NCCL here, by which GPUs train together; on Windows it always is.",
-            "Set processes in Graft Run Options to 1, or run the job under Linux (Graft Export Job).",
+            "This PyTorch is built without NCCL, which several GPUs need to train together. On Windows it always is.",
+            "Set processes in Graft Run Options to 1, or run the job on Linux (Graft Export Job).",
             "options",
         )
 
@@ -245,7 +245,7 @@ class WorkerGroup:
             if member.last is None:
                 raise RunError(
                     f"Process {rank} of the training was lost (exit code {member.process.exitcode}).",
-                    "What was saved stays: queue the graph again to go on.",
+                    "Saved progress is kept: queue the graph again to continue.",
                 )
         for kind, error in (
             ("interrupted", comfy.model_management.InterruptProcessingException),

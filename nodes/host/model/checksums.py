@@ -61,7 +61,7 @@ def module_checksums(module: torch.nn.Module, weights: Iterable[tuple[str, torch
         known.update(zip(missing, pool.map(_compute, missing.values()), strict=True))
     if size >= _TOLD:
         took = time.monotonic() - started
-        log.info("Graft: %.1f GB of weights were checked in %.1f s, once for this model.", size / 1e9, took)
+        log.info("Graft: computed checksums of %.1f GB of weights in %.1f s, once for this model.", size / 1e9, took)
     return {name: known[name].checksum for name in weights}
 
 

@@ -96,7 +96,7 @@ class ComfyDenoiser:
         context = conditioning.get("cross_attn")
         if isinstance(width, int) and context is not None and context.shape[-1] != width:
             raise ModelError(
-                f"The text encoder gives {context.shape[-1]} numbers a token; the model ({name}) takes {width}.",
+                f"The text encoder gives {context.shape[-1]} numbers per token; the model ({name}) takes {width}.",
                 "Connect the text encoder that belongs to the model.",
                 "clip",
             )
@@ -179,7 +179,9 @@ class ComfyDenoiser:
             options = self._step_options(sigma, context)
             output = self.module(x.to(dtype), t, context=context, control=None, transformer_options=options, **extra)
         if isinstance(output, (list, tuple)):
-            raise ModelError("The model answers with several latents at once.", "It cannot be trained yet.", "model")
+            raise ModelError(
+                "Cannot train a model that returns several latents at once.", "Use another model.", "model"
+            )
         return output.to(torch.promote_types(output.dtype, torch.float32))
 
     def _autocast(self):
@@ -312,14 +314,14 @@ def _check_trainable(base, device: torch.device | None) -> None:
     """
     if not families.is_reproduced(base):
         raise ModelError(
-            f"A {type(base).__name__} does more around its network than training reproduces.",
-            "It cannot be trained yet. Please report the model's name.",
+            f"Cannot train a {type(base).__name__} yet: ComfyUI does more around its network than training reproduces.",
+            "Use another model. Please report the name of this one.",
             "model",
         )
     elsewhere = {parameter.device.type for parameter in base.diffusion_model.parameters()}
     if device is not None and elsewhere - {device.type}:
         raise ModelError(
-            f"The host keeps a part of the model off {device}.",
+            f"ComfyUI keeps a part of the model off {device}.",
             "Switch offload on (Graft Memory Options), or start ComfyUI without --novram and --lowvram.",
             "model",
         )
@@ -328,15 +330,16 @@ def _check_trainable(base, device: torch.device | None) -> None:
 def _warn(model: ModelPatcher, family: str) -> None:
     if family == GENERAL.name:
         log.info(
-            "Graft: a %s has no description here. Every linear layer is adapted, the gradient checked before step 1.",
+            "Graft: no description of the model class %s. Graft adapts every linear layer, and checks the gradient "
+            "before step 1.",
             type(model.model.model_config).__name__,
         )
     distilled = families.few_steps(model)
     if distilled:
         log.warning(
-            "Graft: this model was distilled to draw in a few steps (%s). Training with its usual loss undoes that "
-            "little by little: it will need more steps to draw. Rather train on the model it was made from and use the "
-            "LoRA here, or keep training short and at a low learning rate.",
+            "Graft: this model was distilled to draw in a few steps (%s). Training with its usual loss gradually "
+            "undoes that: it will need more steps to draw. Train on the model that it was made from and apply the LoRA "
+            "here, or keep training short, with a low learning rate.",
             distilled,
         )
 

@@ -235,7 +235,7 @@ def run_controlled(node: str, work: Callable[[Training], Outcome]) -> Outcome:
 def _tell_cancelled(training: Training) -> None:
     nothing = training.end is UserCommand.STOP and not training.step
     if nothing:
-        log.info("Graft: stopped before the first step: nothing was trained that could be kept.")
+        log.info("Graft: stopped before the first step. There is no result to keep.")
     training.send("cancelled", {"step": training.step, "saved": training.saved, "nothing": nothing})
 
 
@@ -248,7 +248,7 @@ def _tell_failed(training: Training, error: Exception) -> None:
 
 
 def _note_pause(training: Training) -> None:
-    log.info("Graft: paused at step %d. Queue the same graph again to go on.", training.saved)
+    log.info("Graft: paused at step %d. Queue the same graph again to continue.", training.saved)
     name = "" if training.run is None else training.run.name
     # Without a saved state there is nothing to resume, and the folder's files may be of an earlier run.
     if training.saved:
@@ -257,7 +257,7 @@ def _note_pause(training: Training) -> None:
                 training.run.note_halt(PAUSED, training.saved, training.steps)
         except RunError:
             # The run still resumes without the note, unless it is set to start over or to be new each time.
-            log.exception("Graft: that run %s is paused could not be kept.", name)
+            log.exception("Graft: cannot record that run %s is paused.", name)
     training.send("paused", {"run": name, "step": training.saved, "steps": training.steps})
 
 

@@ -99,7 +99,7 @@ def _answering(work: Callable[[web.Request], Awaitable[dict[str, Any]]]) -> Hand
         except GraftError as error:
             return _answer(500, {"error": str(error)})
         except FileNotFoundError:
-            return _answer(404, {"error": "It was removed meanwhile."})
+            return _answer(404, {"error": "The run or one of its files was removed meanwhile."})
 
     return handle
 
@@ -116,19 +116,19 @@ async def _check_post(request: web.Request) -> None:
     if not is_same_origin(request.headers):
         raise _Refusal(
             403,
-            "Only pages of this server may ask this. Open ComfyUI by its IP address or localhost, or name the host in "
-            "the environment variable GRAFT_HOSTS.",
+            "Only pages of this server may send this request. Open ComfyUI by its IP address or localhost, or add the "
+            "host name to the environment variable GRAFT_HOSTS.",
         )
     if request.content_type != "application/json":
         raise _Refusal(415, "Send a JSON object, with the content type application/json.")
     if (request.content_length or 0) > _BODY_LIMIT:
-        raise _Refusal(413, "The body is too long.")
+        raise _Refusal(413, f"The body is longer than {_BODY_LIMIT} bytes.")
     try:
         body = json.loads(await request.content.read(_BODY_LIMIT) or b"{}")
     except (ValueError, RecursionError):
         body = None
     if not isinstance(body, dict):
-        raise _Refusal(400, "The body is no JSON object.")
+        raise _Refusal(400, "The body is not a JSON object.")
     request[_BODY] = body
 
 
@@ -246,13 +246,13 @@ async def _ask_run(request: web.Request) -> dict[str, Any]:
 async def _ask_node(request: web.Request) -> dict[str, Any]:
     node = request.match_info["node"]
     if _NODE.fullmatch(node) is None:
-        raise _Refusal(404, "That is no node's id.")
+        raise _Refusal(404, "This is not a valid node id.")
     return _ask(REGISTRY.of_node(node), request)
 
 
 def _ask(training: Training | None, request: web.Request) -> dict[str, Any]:
     if training is None:
-        raise _Refusal(409, "It does not run.")
+        raise _Refusal(409, "The training is not running.")
     wish = UserCommand(request.match_info["wish"])
     training.ask(wish)
     training.send("asked", {"wish": wish.value, "step": training.step})
@@ -262,7 +262,7 @@ def _ask(training: Training | None, request: web.Request) -> dict[str, Any]:
 async def _resume_run(request: web.Request) -> dict[str, Any]:
     run = await _found(request)
     if REGISTRY.of_run(run.name) is not None:
-        raise _Refusal(409, "It runs already.")
+        raise _Refusal(409, "The run is training already.")
     halt = run.halt()
     if halt is not None and halt.how == STOPPED:
         try:
@@ -276,7 +276,7 @@ async def _resume_run(request: web.Request) -> dict[str, Any]:
 async def _delete_run(request: web.Request) -> dict[str, Any]:
     run = await _found(request)
     if REGISTRY.of_run(run.name) is not None:
-        raise _Refusal(409, "It runs: stop it first.")
+        raise _Refusal(409, "The run is training. Stop it first.")
     try:
         await _aside(history.delete_run, run)
     except RunError as error:
@@ -300,7 +300,7 @@ async def _pick_save(request: web.Request) -> dict[str, Any]:
     run = await _found(request)
     step = request[_BODY].get("step")
     if type(step) is not int:
-        raise _Refusal(400, "The step is no number.")
+        raise _Refusal(400, "The step is not a number.")
     try:
         return {"run": run.name, "step": step, **await _aside(pick_save, paths.folders(), run, step)}
     except RunError as error:
@@ -334,7 +334,7 @@ async def _aside(work: Callable, *values) -> Any:
 
 def _number(text: str, most: int) -> int:
     if not re.fullmatch(r"[0-9]{1,9}", text):
-        raise _Refusal(400, "That is no number.")
+        raise _Refusal(400, "The query has a value that is not a number.")
     return min(int(text), most)
 
 
