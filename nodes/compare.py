@@ -92,11 +92,11 @@ class GraftCompare(io.ComfyNode):
 
         arrived = {"model": model, "clip": clip, "vae": vae, "adapter": adapter, "adapter_b": adapter_b, "cfg": cfg}
         with named(cls, **arrived):
-            wish = CompareRequest(
+            request = CompareRequest(
                 prompts, strengths, files, negative_prompt, steps, cfg, sampler_name, scheduler, resolution, seed
             )
             adapters = {"adapter": adapter, "adapter b": adapter_b}
-            image, pictures = compare(model, clip, vae, wish, adapters, cls.hidden.unique_id)
+            image, pictures = compare(model, clip, vae, request, adapters, cls.hidden.unique_id)
             return io.NodeOutput(image, pictures, ui=ui.PreviewImage(image, cls=cls))
 
 

@@ -113,8 +113,8 @@ class GraftLoadDataset(io.ComfyNode):
         """Return a value that changes with any file in the folders. A folder from a link is not known yet."""
         if not all(isinstance(name, str) for name in (folder, mask_folder, control_folder)):
             return float("nan")
-        controls = paths.control_path(folder, control_folder)
-        return scan.folder_fingerprint(paths.dataset_path(folder), _mask_folder(mask_folder), controls)
+        sources = paths.control_path(folder, control_folder)
+        return scan.folder_fingerprint(paths.dataset_path(folder), _mask_folder(mask_folder), sources)
 
     @classmethod
     def execute(
@@ -144,7 +144,7 @@ class GraftLoadDataset(io.ComfyNode):
                 trigger,
                 resolution,
                 repeats,
-                variation.handling(**varying),
+                variation.augmentation(**varying),
                 reading,
                 paths.index_folder(),
                 counter(cls.hidden.unique_id),
@@ -196,12 +196,12 @@ class GraftDatasetFromImages(io.ComfyNode):
         with named(cls, images=images, masks=masks, control_images=control_images):
             pictures = _eight_bits(images, "images")
             weights = _eight_bits(masks or [], "masks")
-            controls = _eight_bits(control_images or [], "control_images")
+            sources = _eight_bits(control_images or [], "control_images")
             ways = {name: values[0] for name, values in varying.items()}
             lines = ways.get("lines_are_variants", False)
-            handling = variation.handling(**ways)
+            augmentation = variation.augmentation(**ways)
             return io.NodeOutput(
-                arrays.from_arrays(pictures, captions, trigger[0], resolution[0], weights, handling, lines, controls)
+                arrays.from_arrays(pictures, captions, trigger[0], resolution[0], weights, augmentation, lines, sources)
             )
 
 
@@ -303,8 +303,8 @@ class GraftInspectDataset(io.ComfyNode):
             report = inspect.report(findings, cache_size(paths.folders().cache))
             warnings = inspect.warnings(findings, train.family_name(model))
             image = torch.from_numpy(picture)[None]
-            shown = {**ui.PreviewImage(image, cls=cls).as_dict(), "text": (report,), "warnings": warnings}
-            return io.NodeOutput(image, report, dataset, ui=shown)
+            ui_output = {**ui.PreviewImage(image, cls=cls).as_dict(), "text": (report,), "warnings": warnings}
+            return io.NodeOutput(image, report, dataset, ui=ui_output)
 
 
 NODES = [GraftLoadDataset, GraftDatasetFromImages, GraftCombineDatasets, GraftInspectDataset]

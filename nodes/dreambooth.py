@@ -98,7 +98,7 @@ class GraftClassImages(io.ComfyNode):
         from .host.actions.class_images import ClassImageRequest, make
 
         with named(cls, model=model, clip=clip, vae=vae, cfg=cfg):
-            wish = ClassImageRequest(
+            request = ClassImageRequest(
                 class_prompt,
                 count,
                 steps,
@@ -110,8 +110,8 @@ class GraftClassImages(io.ComfyNode):
                 scheduler,
                 batch_size,
             )
-            made = make(model, clip, vae, wish, cls.hidden.unique_id)
-            return io.NodeOutput(made.dataset, made.batch(), ui={"images": made.shown, "animated": (False,)})
+            drawn = make(model, clip, vae, request, cls.hidden.unique_id)
+            return io.NodeOutput(drawn.dataset, drawn.batch(), ui={"images": drawn.previews, "animated": (False,)})
 
 
 class GraftPriorPreservation(io.ComfyNode):

@@ -158,8 +158,8 @@ class GraftTrainEmbedding(Trainer):
         from .host.actions import train
 
         with named(cls, model=model, clip=clip, vae=vae, dataset=dataset, options=options):
-            word = EmbeddingSpec(name.strip(), init_text.strip(), vectors, templates=templates)
-            widgets = train.TrainInputs("embedding", steps, learning_rate, 0, batch_size, seed, word)
+            spec = EmbeddingSpec(name.strip(), init_text.strip(), vectors, templates=templates)
+            widgets = train.TrainInputs("embedding", steps, learning_rate, 0, batch_size, seed, spec)
             done = train.train(model, clip, vae, dataset, widgets, options, cls.hidden.unique_id)
             return io.NodeOutput(done.clip, done.embedding, done.loss, ui=done.ui)
 

@@ -9,7 +9,7 @@ from .schema import advanced
 
 
 def widgets() -> list:
-    """Return the augmentation inputs, in the order of the parameters of `handling`.
+    """Return the augmentation inputs, in the order of the parameters of `augmentation`.
 
     All are optional, and their defaults change nothing.
     """
@@ -121,7 +121,7 @@ CHECKED = {
 }
 
 
-def handling(
+def augmentation(
     shuffle_tags=False,
     keep_tokens=0,
     tag_dropout=0.0,

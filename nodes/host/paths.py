@@ -69,7 +69,7 @@ def class_images_folder() -> str:
     return os.path.join(folders().runs, "class_images")
 
 
-def shown_output(path: str) -> dict[str, str]:
+def ui_image(path: str) -> dict[str, str]:
     """Return the description with which a node shows a picture below the output folder in the browser."""
     folder, filename = os.path.split(os.path.relpath(path, folder_paths.get_output_directory()))
     return {"filename": filename, "subfolder": folder.replace(os.sep, "/"), "type": "output"}
@@ -145,7 +145,9 @@ def dataset_path(choice: str, input: str = "folder") -> str:
     """
     if not _is_possible(choice):
         raise DatasetError(
-            f"'{_shown(choice)}' is not a valid folder name.", "Choose a folder below ComfyUI's input folder.", input
+            f"'{_printable(choice)}' is not a valid folder name.",
+            "Choose a folder below ComfyUI's input folder.",
+            input,
         )
     wanted = choice.strip()
     if not wanted:
@@ -163,13 +165,14 @@ def dataset_path(choice: str, input: str = "folder") -> str:
     if len(allowed) < len(candidates):
         # For example, a link in one root leads elsewhere and the other roots have no such folder.
         raise DatasetError(
-            f"The folder '{_shown(choice)}' lies outside the folders that datasets may come from.",
+            f"The folder '{_printable(choice)}' lies outside the folders that datasets may come from.",
             "Put it below ComfyUI's input folder (a link that leads elsewhere does not count), add its parent as "
             "'datasets' in extra_model_paths.yaml, or allow it in ComfyUI's settings under Graft.",
             input,
         )
     raise DatasetError(
-        f"There is no folder '{_shown(choice)}' below ComfyUI's input folder ({folder_paths.get_input_directory()}).",
+        f"There is no folder '{_printable(choice)}' below ComfyUI's input folder "
+        f"({folder_paths.get_input_directory()}).",
         "Create it and put pictures into it, or choose another.",
         input,
     )
@@ -197,7 +200,7 @@ def _is_possible(name: str) -> bool:
     return isinstance(name, str) and "\0" not in name and len(name) <= _LONGEST_PATH
 
 
-def _shown(name: str) -> str:
+def _printable(name: str) -> str:
     """Return a name in a printable, shortened form for an error message."""
     name = str(name)
     return name if name.isprintable() and len(name) <= 200 else ascii(name[:200])[1:-1]
@@ -258,7 +261,7 @@ def _listed(kind: str, name: str, what: str, input: str) -> str:
     path = folder_paths.get_full_path(kind, name) if _is_possible(name) else None
     if path is None:
         raise ModelError(
-            f"There is no {what} '{_shown(name)}' in ComfyUI's {kind} folders.",
+            f"There is no {what} '{_printable(name)}' in ComfyUI's {kind} folders.",
             "Choose one from the list. Press R to refresh it.",
             input,
         )

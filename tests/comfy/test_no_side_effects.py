@@ -64,7 +64,7 @@ def faulty(monkeypatch):
                 if outcome == "cancelled":
                     comfy.model_management.interrupt_current_processing(True)
                 if outcome in ("stopped", "paused"):
-                    REGISTRY.of_node("7").ask(UserCommand.STOP if outcome == "stopped" else UserCommand.PAUSE)
+                    REGISTRY.of_node("7").submit(UserCommand.STOP if outcome == "stopped" else UserCommand.PAUSE)
             found = real(plan, host, window, step, updater, shares, shown)
             return (float("nan"), *found[1:]) if outcome == "not a number" and step == 1 else found
 

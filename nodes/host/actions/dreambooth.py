@@ -106,8 +106,8 @@ def _classes(model, clip, vae, dataset: Dataset, subject: Subject, given: Datase
     _check_class(dataset, subject)
     # Number the drawn images after the given ones, which may be the first images of the same drawing.
     count = subject.class_images
-    wish = class_images.ClassImageRequest(subject.class_prompt, count, resolution=dataset.resolution, first=usable)
-    made = class_images.make(model, clip, vae, wish, node)
+    request = class_images.ClassImageRequest(subject.class_prompt, count, resolution=dataset.resolution, first=usable)
+    made = class_images.make(model, clip, vae, request, node)
     classes = made.dataset if given is None else combine(given, replace(made.dataset, resolution=given.resolution))
     kept = len(made.dataset.examples) - made.drawn
     return classes, f"Class images: {usable} from class_dataset, {kept} reused and {made.drawn} drawn in {made.folder}."
@@ -119,12 +119,12 @@ def _check_class(dataset: Dataset, subject: Subject) -> None:
     Raises:
         SettingsError: names the input.
     """
-    said = prior.checked_prompt(subject.class_prompt, "class_prompt")
-    words = {example.trigger for example in dataset.examples} | {" ".join(subject.instance_prompt.split())}
-    for word in sorted(words - {""}):
-        if captions.holds_words(said, word):
+    class_prompt = prior.checked_prompt(subject.class_prompt, "class_prompt")
+    triggers = {example.trigger for example in dataset.examples} | {" ".join(subject.instance_prompt.split())}
+    for trigger in sorted(triggers - {""}):
+        if captions.holds_words(class_prompt, trigger):
             raise SettingsError(
-                f"The class_prompt '{said}' contains '{word}', which stands for the subject.",
+                f"The class_prompt '{class_prompt}' contains '{trigger}', which stands for the subject.",
                 "Write the class alone, such as 'a photo of a dog' for 'a photo of sks dog'.",
                 "class_prompt",
             )

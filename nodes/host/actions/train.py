@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainInputs:
-    """The values on a training node; rank is 0 and `word` is set if only an embedding is trained."""
+    """The values on a training node; rank is 0 and `embedding_spec` is set if only an embedding is trained."""
 
     method: str
     steps: int
@@ -56,7 +56,7 @@ class TrainInputs:
     rank: int
     batch_size: int
     seed: int
-    word: EmbeddingSpec | None = None
+    embedding_spec: EmbeddingSpec | None = None
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ def build_recipe(model: ModelPatcher, dataset: Dataset, widgets: TrainInputs, op
         widgets.seed,
         dataset.resolution,
         dataset.trigger,
-        widgets.word,
+        widgets.embedding_spec,
     )
 
 

@@ -51,14 +51,14 @@ def main(folder: str, group: AccelerateGroup, given: dict[str, Any] | None) -> i
     logging.basicConfig(level=logging.INFO if group.is_main else logging.WARNING, format="%(message)s", force=True)
     pipe = None if given is None else given["pipe"]
     with REGISTRY.register("") as training, _interruptible(pipe, training):
-        told = _Terminal(group) if pipe is None else _Relay(group, pipe, training)
+        output = _Terminal(group) if pipe is None else _Relay(group, pipe, training)
         try:
-            result = _run(folder, group, told, training, pipe is not None)
+            result = _run(folder, group, output, training, pipe is not None)
         except comfy.model_management.InterruptProcessingException:
-            return told.interrupted()
+            return output.interrupted()
         except Exception as error:
-            return told.failed(error)
-    told.done(result)
+            return output.failed(error)
+    output.done(result)
     group.close()
     return DONE
 
@@ -155,13 +155,13 @@ def _listen(pipe, training: Training) -> None:
     """Execute the graph's messages; if the graph is gone, end this process at once."""
     while True:
         try:
-            word = pipe.recv()
+            message = pipe.recv()
         except (EOFError, OSError):
             os._exit(FAILED)
-        if word == "leave":
+        if message == "leave":
             comfy.model_management.interrupt_current_processing()
         else:
-            training.ask(UserCommand(word))
+            training.submit(UserCommand(message))
 
 
 class _Terminal:

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# The engine's kind of conditioning by image, for the kinds in `families`; all others take a source image.
+_KINDS = {"": "", families.HOLE: HOLE}
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -57,8 +59,8 @@ class ComfyDenoiser:
         self._vae = vae
         self._sampling = self._model.get_model_object("model_sampling")
         self.family = families.family_name(self._model)
-        self._beside = families.beside(self._model)
-        self.conditioning_kind = "" if not self._beside else HOLE if self._beside == families.HOLE else SOURCE
+        self._image_conditioning = families.image_conditioning(self._model)
+        self.conditioning_kind = _KINDS.get(self._image_conditioning, SOURCE)
         self.parameterization = families.parameterization_name(self._model)
         self.sigma_data = float(getattr(self._sampling, "sigma_data", 1.0))
         self.noise_scale = float(getattr(self._sampling, "noise_scale", 1.0))
@@ -141,7 +143,7 @@ class ComfyDenoiser:
             "target_width": target_width,
             "target_height": target_height,
             **self._guidance,
-            **families.beside_values(self._beside, conditioning, self.device),
+            **families.image_conditioning_values(self._image_conditioning, conditioning, self.device),
             # ComfyUI passes None for text encoders without a pooled output; some models look the name up.
             "pooled_output": None,
             "noise": x_t,
@@ -194,8 +196,8 @@ class ComfyDenoiser:
         options = options["transformer_options"]
         options["cond_or_uncond"] = [0]
         options["sigmas"] = sigma
-        for name, told in families.token_positions(self._base, context).items():
-            options[name] = {**told, **options.get(name, {})}
+        for name, positions in families.token_positions(self._base, context).items():
+            options[name] = {**positions, **options.get(name, {})}
         return options
 
     @contextmanager
@@ -224,7 +226,9 @@ class ComfyDenoiser:
             self._casting = [layer for layer in self.module.modules() if hasattr(layer, "comfy_cast_weights")]
             self._base = _over(base, self.module)
             self._options = _transformer_options(self._model)
-            self._sampler = sampling.PreviewSampler(self._model, self._base, self._text, self._vae, self._beside)
+            self._sampler = sampling.PreviewSampler(
+                self._model, self._base, self._text, self._vae, self._image_conditioning
+            )
             try:
                 with compat.training_flag(True), compat.differentiable():
                     yield
@@ -284,10 +288,10 @@ class ComfyDenoiser:
 
     def published_splits(self, path: str) -> tuple[LayerSplit, ...]:
         """Return the splits of a layer in ComfyUI's diffusers map of a transformer; none for other families."""
-        return self._cuts.get(f"{path}.weight", ())
+        return self._splits.get(f"{path}.weight", ())
 
     @functools.cached_property
-    def _cuts(self) -> dict[str, tuple[LayerSplit, ...]]:
+    def _splits(self) -> dict[str, tuple[LayerSplit, ...]]:
         return families.diffusers_splits(self._model)
 
     def check_adapter(self, tensors: dict[str, torch.Tensor]) -> list[str]:
