@@ -25,7 +25,7 @@ def find_comfyui():
     """Return the folder of ComfyUI's main.py. End the program if there is none."""
     found = os.environ.get("COMFYUI_PATH") or os.path.dirname(os.path.dirname(HERE))
     if not os.path.isfile(os.path.join(found, "main.py")) or not os.path.isdir(os.path.join(found, "comfy")):
-        sys.exit(f"There is no ComfyUI in '{found}'. Set COMFYUI_PATH to the folder that holds its main.py.")
+        sys.exit(f"There is no ComfyUI in '{found}'. Set COMFYUI_PATH to the folder that contains its main.py.")
     return os.path.abspath(found)
 
 
@@ -72,8 +72,8 @@ def options_of_accelerate(arguments):
     # With several processes, accelerate sets RANK in each. With --cpu it sets only an address, and starts one process.
     if "MASTER_ADDR" in os.environ and "RANK" not in os.environ:
         logging.warning(
-            "Graft: `accelerate launch --cpu` starts one process, whatever --num_processes says. For several put --cpu "
-            "behind the job's folder: accelerate launch --multi_gpu --num_processes 2 job.py FOLDER --cpu"
+            "Graft: `accelerate launch --cpu` starts one process, whatever --num_processes says. For several processes "
+            "put --cpu after the job's folder: accelerate launch --multi_gpu --num_processes 2 job.py FOLDER --cpu"
         )
     return [] if "--cpu" in arguments else ["--cpu"]
 
@@ -115,8 +115,8 @@ def main(given=None):
         group = importlib.import_module(f"{name}.trainers.distributed.accelerate_group").AccelerateGroup(
             "--cpu" in arguments
         )
-        headless = importlib.import_module(f"{name}.nodes.host.jobs.worker")
-    return headless.main(folder, group, given)
+        worker = importlib.import_module(f"{name}.nodes.host.jobs.worker")
+    return worker.main(folder, group, given)
 
 
 if __name__ == "__main__":

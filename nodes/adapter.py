@@ -34,9 +34,9 @@ class GraftApplyAdapter(io.ComfyNode):
             words="LoRA",
             aliases=["apply lora", "lora loader", "block weight", "lbw"],
             category=_CATEGORY,
-            description="Puts an adapter on a model and a text encoder. Strength 0 leaves them as they are.",
+            description="Applies an adapter to a model and a text encoder. Strength 0 leaves them unchanged.",
             inputs=[
-                io.Model.Input("model", tooltip="The model."),
+                io.Model.Input("model", tooltip="The model to apply the adapter to."),
                 Adapter.Input("adapter", tooltip="From a training or loading node."),
                 io.Float.Input(
                     "strength_model",
@@ -44,7 +44,7 @@ class GraftApplyAdapter(io.ComfyNode):
                     min=-_TOP_STRENGTH,
                     max=_TOP_STRENGTH,
                     step=0.01,
-                    tooltip="How strongly on the model.",
+                    tooltip="Strength on the model.",
                 ),
                 io.Float.Input(
                     "strength_clip",
@@ -52,21 +52,27 @@ class GraftApplyAdapter(io.ComfyNode):
                     min=-_TOP_STRENGTH,
                     max=_TOP_STRENGTH,
                     step=0.01,
-                    tooltip="How strongly on the text encoder.",
+                    tooltip="Strength on the text encoder.",
                 ),
-                io.Clip.Input("clip", optional=True, tooltip="The text encoder, for adapters that have a part for it."),
+                io.Clip.Input("clip", optional=True, tooltip="The text encoder, if the adapter has a part for it."),
                 advanced(
                     io.String.Input(
                         "block_strengths",
                         multiline=True,
                         default="",
                         optional=True,
-                        tooltip="pattern=strength, one a line, such as middle_block=0.5: multiplies the strength of "
-                        "layers whose path holds the pattern. The first that fits counts.",
+                        tooltip="pattern=strength, one per line, such as middle_block=0.5. Multiplies the strength of "
+                        "layers whose path contains the pattern. The first match counts.",
                     )
                 ),
-                _percent("start_percent", 0.0, "Sampling is done so far when the adapter begins to act on the model."),
-                _percent("end_percent", 1.0, "Sampling is done so far when the adapter ceases to act on the model."),
+                _percent(
+                    "start_percent",
+                    0.0,
+                    "Part of sampling (0 to 1) after which the adapter starts to act on the model.",
+                ),
+                _percent(
+                    "end_percent", 1.0, "Part of sampling (0 to 1) after which the adapter stops acting on the model."
+                ),
             ],
             outputs=[
                 io.Model.Output("model_out", display_name="model"),
@@ -150,7 +156,7 @@ class GraftSaveAdapter(io.ComfyNode):
             description="Writes an adapter below output/loras, where ComfyUI's LoRA loaders find it.",
             inputs=[
                 Adapter.Input("adapter", tooltip="From a training node."),
-                io.String.Input("filename_prefix", default="graft", tooltip="Name, or subfolder/name."),
+                io.String.Input("filename_prefix", default="graft", tooltip="File name, or subfolder/name."),
                 io.Combo.Input(
                     "format",
                     options=list(FORMATS),

@@ -81,12 +81,14 @@ def _check(given, value: Any, rule: Rule | None) -> None:
     if kind == "FLOAT":
         check_number(value, given.min, given.max, given.id)
     elif not isinstance(value, str):
-        raise SettingsError(f"A value of the type {type(value).__name__} is no text.", "Set it anew.", given.id)
+        raise SettingsError(f"The value is of type {type(value).__name__}, not a text.", "Enter a text.", given.id)
     elif kind == "STRING":
         check_text(value, given.id, _LINES if given.multiline else _LINE)
     elif rule is None and value not in given.options:
         raise SettingsError(
-            f"{value[:80]!r} is no choice here.", f"Choose one of {', '.join(map(str, given.options))}.", given.id
+            f"{value[:80]!r} is not one of the choices.",
+            f"Choose one of {', '.join(map(str, given.options))}.",
+            given.id,
         )
     if rule is not None:
         rule(value)
@@ -96,7 +98,9 @@ def check_number(value: float, low: float, high: float, input: str) -> None:
     """Raise SettingsError unless a value is a finite number within the bounds."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not math.isfinite(value) or not low <= value <= high:
-        raise SettingsError(f"{str(value)[:80]} is no number between {low:g} and {high:g}.", "Set it anew.", input)
+        raise SettingsError(
+            f"{str(value)[:80]} is not a number between {low:g} and {high:g}.", "Enter a number in this range.", input
+        )
 
 
 def check_arrived(node, values: Mapping[str, Any]) -> None:
@@ -128,17 +132,17 @@ def check_arrived(node, values: Mapping[str, Any]) -> None:
             if not fits(one):
                 _refuse(one, what, given.id)
             if kind == "LORA_MODEL":
-                check_parts(one, "What arrived", given.id)
+                check_parts(one, "The connected adapter", given.id)
 
 
 def _refuse(value: Any, what: str, input: str) -> None:
     if value is None:
         raise ModelError(
-            f"The {input} that arrived is empty: the loaded file holds none.",
-            "Load it with a loader of its own and connect that.",
+            f"The connected {input} is empty: the loaded file contains none.",
+            "Load it with a separate loader node, and connect that.",
             input,
         )
-    raise ModelError(f"A value of the type {type(value).__name__} arrived where {what} belongs.", "Connect one.", input)
+    raise ModelError(f"The connected value is of type {type(value).__name__}, not {what}.", f"Connect {what}.", input)
 
 
 def _is_adapter(value: Any) -> bool:

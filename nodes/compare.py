@@ -23,28 +23,30 @@ class GraftCompare(io.ComfyNode):
             description="Draws the same prompts with several adapters, with the saves of a run, and at several "
             "strengths, as one labelled picture. All pictures of a row start from the same noise.",
             inputs=[
-                *inputs.base("The model, without the adapters that are to be compared."),
-                io.String.Input("prompts", default="", multiline=True, tooltip="One a line: a row of pictures each."),
+                *inputs.base("The model, without the adapters that you compare."),
+                io.String.Input(
+                    "prompts", default="", multiline=True, tooltip="One prompt per line. Each gives a row of pictures."
+                ),
                 io.String.Input(
                     "strengths",
                     default="0, 1",
-                    tooltip="Numbers with commas between them. 0 is the model as it came, drawn once.",
+                    tooltip="Numbers separated by commas. 0 is the unchanged model, drawn once.",
                 ),
                 io.String.Input(
                     "files",
                     default="",
                     multiline=True,
-                    tooltip="LoRA files as Graft Load Adapter lists them, one a line; * stands for anything: "
-                    "my_run-1a2b3c4d/* are the saves of a run.",
+                    tooltip="LoRA files as Graft Load Adapter lists them, one per line. * matches anything: "
+                    "my_run-1a2b3c4d/* means all saves of that run.",
                 ),
                 inputs.negative_prompt(),
                 inputs.sampling_steps(20),
                 inputs.cfg(),
                 *inputs.sampler(),
-                inputs.resolution("Side in pixels. 0: what the model was made for."),
-                inputs.seed("Noise of the first row; the others count up from it."),
+                inputs.resolution("Side in pixels. 0: the model's own resolution."),
+                inputs.seed("Seed for the noise of the first row. Each next row adds 1."),
                 Adapter.Input("adapter", optional=True, tooltip="From a training or loading node."),
-                Adapter.Input("adapter_b", optional=True, tooltip="Another, beside the first."),
+                Adapter.Input("adapter_b", optional=True, tooltip="A second adapter to compare."),
             ],
             outputs=[
                 io.Image.Output("image", display_name="image"),
@@ -90,11 +92,11 @@ class GraftCompare(io.ComfyNode):
 
         arrived = {"model": model, "clip": clip, "vae": vae, "adapter": adapter, "adapter_b": adapter_b, "cfg": cfg}
         with named(cls, **arrived):
-            wish = CompareRequest(
+            request = CompareRequest(
                 prompts, strengths, files, negative_prompt, steps, cfg, sampler_name, scheduler, resolution, seed
             )
             adapters = {"adapter": adapter, "adapter b": adapter_b}
-            image, pictures = compare(model, clip, vae, wish, adapters, cls.hidden.unique_id)
+            image, pictures = compare(model, clip, vae, request, adapters, cls.hidden.unique_id)
             return io.NodeOutput(image, pictures, ui=ui.PreviewImage(image, cls=cls))
 
 

@@ -16,7 +16,7 @@ _CATEGORY = f"{CATEGORY}/dataset"
 
 def _resolution() -> io.Int.Input:
     return inputs.resolution(
-        "Side in pixels of the square whose area pictures are scaled to. 0: what the model was made for."
+        "Side in pixels of a square; pictures are scaled to its area. 0: the model's own resolution."
     )
 
 
@@ -24,7 +24,7 @@ def _trigger() -> io.String.Input:
     return io.String.Input(
         "trigger",
         default="",
-        tooltip="The word that will call up what is learnt. Put in front of every caption that does not hold it.",
+        tooltip="The word that calls up the learned subject. Captions that do not contain it get it in front.",
     )
 
 
@@ -51,26 +51,30 @@ class GraftLoadDataset(io.ComfyNode):
                     "folder",
                     options=choices,
                     default=choices[0] if choices else None,
-                    tooltip="A folder below ComfyUI's input folder, or below a 'datasets' folder of the host.",
+                    tooltip="A folder below ComfyUI's input folder, below a 'datasets' entry of "
+                    "extra_model_paths.yaml, or below a folder that ComfyUI's settings allow.",
                 ),
                 _trigger(),
                 _resolution(),
-                io.Int.Input("repeats", default=1, min=1, max=10000, tooltip="How often an epoch shows each picture."),
+                io.Int.Input(
+                    "repeats", default=1, min=1, max=10000, tooltip="Number of times that an epoch visits each picture."
+                ),
                 *variation.widgets(),
                 io.Combo.Input(
                     "masks",
                     options=list(scan.MASKS),
                     default=scan.MASKS[0],
                     optional=True,
-                    tooltip="auto: name-masklabel.png or masks/name.png where there is one; alpha: else transparency; "
-                    "off: none.",
+                    tooltip="auto: mask files (name-masklabel.png or masks/name.png), if there are any. alpha: these, "
+                    "or else transparency. off: none.",
                 ),
                 advanced(
                     io.String.Input(
                         "mask_folder",
                         default="",
                         optional=True,
-                        tooltip="Masks by their pictures' names, in a folder of its own. Empty: 'masks' inside.",
+                        tooltip="Folder of masks that are named like their pictures. Empty: the folder 'masks' inside "
+                        "the dataset's folder.",
                     )
                 ),
                 advanced(
@@ -78,15 +82,16 @@ class GraftLoadDataset(io.ComfyNode):
                         "validation_folder",
                         default="",
                         optional=True,
-                        tooltip="A folder inside whose pictures are not trained on but measure how well it goes.",
+                        tooltip="A folder inside the dataset's folder. Its pictures are not trained on: they measure "
+                        "the training.",
                     )
                 ),
                 io.String.Input(
                     "control_folder",
                     default="",
                     optional=True,
-                    tooltip="For models that edit pictures: a folder, inside or of its own, of the pictures before the "
-                    "edit, each under the name of the one it becomes.",
+                    tooltip="For models that edit pictures: the folder of source pictures, inside the dataset's "
+                    "folder or elsewhere. Each has the name of its result picture.",
                 ),
             ],
             outputs=[Dataset.Output("dataset", display_name="dataset")],
@@ -108,8 +113,8 @@ class GraftLoadDataset(io.ComfyNode):
         """Return a value that changes with any file in the folders. A folder from a link is not known yet."""
         if not all(isinstance(name, str) for name in (folder, mask_folder, control_folder)):
             return float("nan")
-        controls = paths.control_path(folder, control_folder)
-        return scan.folder_fingerprint(paths.dataset_path(folder), _mask_folder(mask_folder), controls)
+        sources = paths.control_path(folder, control_folder)
+        return scan.folder_fingerprint(paths.dataset_path(folder), _mask_folder(mask_folder), sources)
 
     @classmethod
     def execute(
@@ -139,7 +144,7 @@ class GraftLoadDataset(io.ComfyNode):
                 trigger,
                 resolution,
                 repeats,
-                variation.handling(**varying),
+                variation.augmentation(**varying),
                 reading,
                 paths.index_folder(),
                 counter(cls.hidden.unique_id),
@@ -158,7 +163,7 @@ class GraftDatasetFromImages(io.ComfyNode):
             words="Captions",
             aliases=["training images", "captions", "batch to dataset"],
             category=_CATEGORY,
-            description="Makes a dataset of pictures in the graph, with one caption for all or one for each.",
+            description="Makes a dataset from pictures in the graph, with one caption for all or one for each.",
             is_input_list=True,
             inputs=[
                 io.Image.Input("images", tooltip="Pictures, as a batch or a list."),
@@ -170,12 +175,12 @@ class GraftDatasetFromImages(io.ComfyNode):
                 ),
                 _trigger(),
                 _resolution(),
-                io.Mask.Input("masks", optional=True, tooltip="Where it counts: white is learnt, black is not."),
+                io.Mask.Input("masks", optional=True, tooltip="Masks: white is learned, black is not."),
                 *variation.widgets(),
                 io.Image.Input(
                     "control_images",
                     optional=True,
-                    tooltip="For models that edit pictures: the pictures before the edit, one for each.",
+                    tooltip="For models that edit pictures: the source pictures, one for each picture in images.",
                 ),
             ],
             outputs=[Dataset.Output("dataset", display_name="dataset")],
@@ -191,12 +196,12 @@ class GraftDatasetFromImages(io.ComfyNode):
         with named(cls, images=images, masks=masks, control_images=control_images):
             pictures = _eight_bits(images, "images")
             weights = _eight_bits(masks or [], "masks")
-            controls = _eight_bits(control_images or [], "control_images")
+            sources = _eight_bits(control_images or [], "control_images")
             ways = {name: values[0] for name, values in varying.items()}
             lines = ways.get("lines_are_variants", False)
-            handling = variation.handling(**ways)
+            augmentation = variation.augmentation(**ways)
             return io.NodeOutput(
-                arrays.from_arrays(pictures, captions, trigger[0], resolution[0], weights, handling, lines, controls)
+                arrays.from_arrays(pictures, captions, trigger[0], resolution[0], weights, augmentation, lines, sources)
             )
 
 
@@ -212,8 +217,8 @@ def _eight_bits(batches, input: str) -> list:
 def _picture(values, input: str):
     if not values.isfinite().all():
         raise DatasetError(
-            "A picture or mask holds numbers that are not finite.",
-            "Look at what made it; a VAE in half precision gives such pictures.",
+            "A picture or mask contains numbers that are not finite.",
+            "Check the node that made it. A VAE in half precision can give such pictures.",
             input,
         )
     array = (values[..., :3] if values.ndim == 3 else values).clamp(0, 1) * 255.0
@@ -257,11 +262,13 @@ class GraftInspectDataset(io.ComfyNode):
             words="Preview",
             aliases=["preview dataset", "check dataset", "contact sheet", "buckets"],
             category=_CATEGORY,
-            description="Shows the pictures as they will be cropped, with captions, and reports what to look after. "
-            "Hands the dataset on unchanged: a trainer connected to it waits for the report.",
+            description="Shows the cropped pictures with their captions, and reports problems. Returns the dataset "
+            "unchanged: a trainer connected to it waits for the report.",
             inputs=[
-                Dataset.Input("dataset", tooltip="The dataset to look at."),
-                io.Model.Input("model", optional=True, tooltip="Gives resolution and bucket step."),
+                Dataset.Input("dataset", tooltip="The dataset to inspect."),
+                io.Model.Input(
+                    "model", optional=True, tooltip="Gives the resolution and the step between picture shapes."
+                ),
                 io.Clip.Input("clip", optional=True, tooltip="Counts the captions' tokens."),
                 io.Vae.Input("vae", optional=True, tooltip="Gives the size of a latent."),
             ],
@@ -296,8 +303,8 @@ class GraftInspectDataset(io.ComfyNode):
             report = inspect.report(findings, cache_size(paths.folders().cache))
             warnings = inspect.warnings(findings, train.family_name(model))
             image = torch.from_numpy(picture)[None]
-            shown = {**ui.PreviewImage(image, cls=cls).as_dict(), "text": (report,), "warnings": warnings}
-            return io.NodeOutput(image, report, dataset, ui=shown)
+            ui_output = {**ui.PreviewImage(image, cls=cls).as_dict(), "text": (report,), "warnings": warnings}
+            return io.NodeOutput(image, report, dataset, ui=ui_output)
 
 
 NODES = [GraftLoadDataset, GraftDatasetFromImages, GraftCombineDatasets, GraftInspectDataset]

@@ -20,7 +20,7 @@ def _prior_weight(name: str) -> io.Float.Input:
         min=0.0,
         max=100.0,
         step=0.01,
-        tooltip="How much the class counts beside the subject, which counts 1. 0: the class is not preserved.",
+        tooltip="Weight of the class in the loss; the subject counts 1. 0: the class is not preserved.",
     )
 
 
@@ -35,21 +35,22 @@ class GraftClassImages(io.ComfyNode):
             words="Regularization",
             aliases=["regularization images", "regularisation images", "reg images", "prior preservation"],
             category=_DATASET,
-            description="Draws pictures of a class with the graph's own model, for prior preservation. "
-            "They are kept on disk: queued again none is drawn, a larger count draws the missing ones.",
+            description="Draws pictures of a class with the graph's own model, for prior preservation, and keeps them "
+            "on disk. Queued again, the node draws only missing pictures.",
             inputs=[
-                *inputs.base("The model that will be trained: it draws its own idea of the class."),
+                *inputs.base("The model that you will train. It draws what it knows of the class."),
                 io.String.Input(
                     "class_prompt",
                     default="",
                     multiline=True,
-                    tooltip="The class without the subject's word: a photo of a dog. It is also their caption.",
+                    tooltip="The class without the subject's rare word, such as a photo of a dog. It is also the "
+                    "pictures' caption.",
                 ),
-                io.Int.Input("count", default=200, min=1, max=100_000, tooltip="How many pictures there should be."),
+                io.Int.Input("count", default=200, min=1, max=100_000, tooltip="Number of pictures in total."),
                 inputs.sampling_steps(class_images.STEPS),
                 inputs.cfg(),
-                inputs.resolution("Side in pixels, as the dataset's. 0: what the model was made for."),
-                inputs.seed("Noise of the first picture; the others count up from it."),
+                inputs.resolution("Side in pixels; use the dataset's. 0: the model's own resolution."),
+                inputs.seed("Seed for the noise of the first picture. Each next picture adds 1."),
                 inputs.negative_prompt(),
                 *inputs.sampler(),
                 io.Int.Input(
@@ -57,7 +58,7 @@ class GraftClassImages(io.ComfyNode):
                     default=1,
                     min=1,
                     max=256,
-                    tooltip="Pictures drawn side by side: faster on a graphics card, and takes more memory.",
+                    tooltip="Pictures drawn at once. More are faster on a graphics card, and take more memory.",
                 ),
             ],
             outputs=[
@@ -97,7 +98,7 @@ class GraftClassImages(io.ComfyNode):
         from .host.actions.class_images import ClassImageRequest, make
 
         with named(cls, model=model, clip=clip, vae=vae, cfg=cfg):
-            wish = ClassImageRequest(
+            request = ClassImageRequest(
                 class_prompt,
                 count,
                 steps,
@@ -109,8 +110,8 @@ class GraftClassImages(io.ComfyNode):
                 scheduler,
                 batch_size,
             )
-            made = make(model, clip, vae, wish, cls.hidden.unique_id)
-            return io.NodeOutput(made.dataset, made.batch(), ui={"images": made.shown, "animated": (False,)})
+            drawn = make(model, clip, vae, request, cls.hidden.unique_id)
+            return io.NodeOutput(drawn.dataset, drawn.batch(), ui={"images": drawn.previews, "animated": (False,)})
 
 
 class GraftPriorPreservation(io.ComfyNode):
@@ -124,10 +125,10 @@ class GraftPriorPreservation(io.ComfyNode):
             words="Regularization",
             aliases=["regularization", "regularisation", "reg images", "class images"],
             category=_DATASET,
-            description="Puts class images beside a subject's, one to one, so that a trainer learns the subject and "
-            "keeps its class as it was.",
+            description="Adds class images to a subject's images, one to one, so that a trainer learns the subject "
+            "and keeps its class unchanged.",
             inputs=[
-                Dataset.Input("dataset", tooltip="The subject's images, with the word that calls it up."),
+                Dataset.Input("dataset", tooltip="The subject's images, captioned with its rare word."),
                 Dataset.Input("class_dataset", tooltip="Images of the class, captioned without that word."),
                 _prior_weight("weight"),
             ],
@@ -154,27 +155,29 @@ class GraftTrainDreamBooth(Trainer):
             words="Training",
             aliases=["dreambooth", "db", "subject training", "finetune", "train"],
             category=_TRAIN,
-            description="Learns a subject from a few images under a rare word, and keeps its class as it was. "
-            "The queue is busy while it runs. Queued again, it goes on where it was, or returns what is finished.",
+            description="Learns a subject from a few images under a rare word, and keeps its class unchanged. The "
+            "queue is busy until training is done. Queued again, it resumes, or returns the finished run.",
             inputs=[
-                *inputs.base("The model to train on; LoRAs that wait on it count as part of it."),
-                Dataset.Input("dataset", tooltip="The subject's images. Captions of their own are kept."),
+                *inputs.base("The model to train on. LoRAs applied before it count as part of it."),
+                Dataset.Input("dataset", tooltip="The subject's images. Images that have captions keep them."),
                 io.String.Input(
                     "instance_prompt",
                     default="",
-                    tooltip="The caption of images without one, a rare word and its class: a photo of sks dog.",
+                    tooltip="Caption of images without one: a rare word and the class, such as a photo of sks dog.",
                 ),
                 io.String.Input(
                     "class_prompt",
                     default="",
-                    tooltip="The class without that word: a photo of a dog. Class images are drawn for it.",
+                    tooltip="The class without the rare word, such as a photo of a dog. Class images are drawn from "
+                    "it.",
                 ),
                 io.Int.Input(
                     "class_images",
                     default=200,
                     min=0,
                     max=100_000,
-                    tooltip="How many class images there should be; the missing ones are drawn. 0: none, no prior.",
+                    tooltip="Number of class images in total; missing ones are drawn. 0: none, and the class is not "
+                    "preserved.",
                 ),
                 _prior_weight("prior_weight"),
                 io.Combo.Input(
@@ -193,9 +196,11 @@ class GraftTrainDreamBooth(Trainer):
                     train="LoRA",
                 ),
                 inputs.rank(),
-                inputs.batch_size(2, "Pictures in a step, class images included: 2 is one of each."),
+                inputs.batch_size(2, "Pictures per step, class images included: 2 is one of each."),
                 inputs.seed(),
-                Dataset.Input("class_dataset", optional=True, tooltip="Class images of your own, or of another node."),
+                Dataset.Input(
+                    "class_dataset", optional=True, tooltip="Your own class images, or those of another node."
+                ),
                 options_input(),
                 advanced(
                     io.Combo.Input(
@@ -203,8 +208,8 @@ class GraftTrainDreamBooth(Trainer):
                         options=list(prior.PRIORS),
                         default=prior.PRIORS[0],
                         optional=True,
-                        tooltip="differential: without class images the class is held to what the model predicted "
-                        "for class_prompt before. A step takes about twice as long.",
+                        tooltip="How to preserve the class. differential: no class images; the loss holds the model "
+                        "to its predictions for class_prompt before training. A step takes about twice as long.",
                     )
                 ),
             ],

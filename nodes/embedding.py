@@ -22,9 +22,11 @@ class GraftApplyEmbedding(io.ComfyNode):
             display_name="Graft Apply Embedding",
             aliases=["textual inversion", "ti", "apply textual inversion"],
             category=_CATEGORY,
-            description="Lets prompts behind the clip write embedding:NAME for a word that was trained.",
+            description="Adds a trained embedding to a text encoder, so that its prompts can write embedding:NAME.",
             inputs=[
-                io.Clip.Input("clip", tooltip="The text encoder of the model family the word was trained for."),
+                io.Clip.Input(
+                    "clip", tooltip="The text encoder of the model family that the embedding was trained for."
+                ),
                 Embedding.Input("embedding", tooltip="From a training or loading node."),
             ],
             outputs=[io.Clip.Output("clip_out", display_name="clip")],
@@ -82,11 +84,11 @@ class GraftSaveEmbedding(io.ComfyNode):
             display_name="Graft Save Embedding",
             aliases=["save textual inversion", "ti"],
             category=_CATEGORY,
-            description="Writes a word below output/embeddings, where every prompt finds it as embedding:NAME.",
+            description="Writes an embedding below output/embeddings, where every prompt finds it as embedding:NAME.",
             inputs=[
                 Embedding.Input("embedding", tooltip="From a training node."),
                 io.String.Input(
-                    "name", default="", tooltip="What prompts will call it. Empty: the name it was trained with."
+                    "name", default="", tooltip="Its name in prompts. Empty: the name it was trained with."
                 ),
             ],
             outputs=[io.String.Output("path", display_name="path")],

@@ -30,7 +30,7 @@ def steps(default: int = 1000) -> io.Int.Input:
         default=default,
         min=1,
         max=1_000_000,
-        tooltip="Optimiser steps. More steps later go on with the same run.",
+        tooltip="Number of training steps. A larger number later continues the same run.",
     )
 
 
@@ -46,16 +46,19 @@ def rank() -> io.Int.Input:
         default=16,
         min=1,
         max=1024,
-        tooltip="Size of the LoRA. Alpha equals it, so the effective scale is 1, unless options say otherwise.",
+        tooltip="Size of the LoRA. Alpha equals the rank, so the effective scale is 1, unless options set another "
+        "alpha.",
     )
 
 
-def batch_size(default: int = 1, tooltip: str = "Pictures in a step.") -> io.Int.Input:
+def batch_size(default: int = 1, tooltip: str = "Pictures per step.") -> io.Int.Input:
     """Return the input for the batch size of a training step."""
     return io.Int.Input("batch_size", default=default, min=1, max=1024, tooltip=tooltip)
 
 
-def seed(tooltip: str = "Decides start, order and noise. Another seed is another run.") -> io.Int.Input:
+def seed(
+    tooltip: str = "Determines the start, the order of the pictures and the noise. Another seed makes another run.",
+) -> io.Int.Input:
     """Return a seed input that stays fixed. The frontend would otherwise change it and start a new run each time."""
     return io.Int.Input("seed", default=0, min=0, max=TOP_SEED, control_after_generate=False, tooltip=tooltip)
 
@@ -72,19 +75,28 @@ def sampling_steps(default: int) -> io.Int.Input:
 
 def cfg() -> io.Float.Input:
     """Return the input for the guidance scale. 0 stands for the default of the model's family."""
-    return io.Float.Input("cfg", default=0.0, min=0.0, max=100.0, step=0.1, tooltip="Guidance. 0: the family's own.")
+    return io.Float.Input(
+        "cfg", default=0.0, min=0.0, max=100.0, step=0.1, tooltip="Guidance. 0: the default of the model's family."
+    )
 
 
 def negative_prompt() -> io.String.Input:
     """Return the input for the negative prompt."""
-    return io.String.Input("negative_prompt", default="", multiline=True, tooltip="What not to draw.")
+    return io.String.Input(
+        "negative_prompt", default="", multiline=True, tooltip="Text that the pictures should avoid."
+    )
 
 
 def sampler() -> list:
     """Return the inputs for sampler and scheduler. "auto" stands for the default of the model's family."""
     return [
         io.Combo.Input("sampler_name", options=["auto", *SAMPLERS], default="auto", tooltip="auto: euler."),
-        io.Combo.Input("scheduler", options=["auto", *SCHEDULERS], default="auto", tooltip="auto: the family's own."),
+        io.Combo.Input(
+            "scheduler",
+            options=["auto", *SCHEDULERS],
+            default="auto",
+            tooltip="auto: the default of the model's family.",
+        ),
     ]
 
 

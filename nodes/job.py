@@ -20,20 +20,22 @@ class GraftExportJob(io.ComfyNode):
             words="Training",
             aliases=["accelerate", "multi-gpu", "multiple gpus", "distributed training", "remote training", "train"],
             category=f"{CATEGORY}/train",
-            description="Writes what a trainer would do into a folder of its own, with all pictures and captions "
-            "encoded, to be run on other machines or several GPUs by the pack's job.py. Takes a trainer's place.",
+            description="Writes a training into a folder, to run it on several GPUs or other machines with Graft's "
+            "job.py. It encodes all pictures and captions, and trains nothing. Put it in the place of a trainer.",
             inputs=[
-                *inputs.base("The model to train on, as ComfyUI's own nodes load and change it."),
+                *inputs.base("The model to train on. Only ComfyUI's own nodes may load and change it."),
                 Dataset.Input("dataset", tooltip="Pictures and captions."),
                 inputs.steps(),
                 usually(
-                    inputs.learning_rate("0: the default of the model's family. Too high shows as burnt pictures."),
+                    inputs.learning_rate(
+                        "0: the default of the model's family. If it is too high, pictures look burnt."
+                    ),
                     "1e-4",
                     optimizer="auto",
                     train="LoRA",
                 ),
                 inputs.rank(),
-                inputs.batch_size(tooltip="Pictures in a step, of all processes together."),
+                inputs.batch_size(tooltip="Pictures per step, over all processes together."),
                 inputs.seed(),
                 options_input(),
                 io.Combo.Input(
@@ -41,7 +43,7 @@ class GraftExportJob(io.ComfyNode):
                     options=["LoRA", "all weights"],
                     default="LoRA",
                     optional=True,
-                    tooltip="What is trained; all weights have no rank.",
+                    tooltip="Train a LoRA, or all weights of the model. rank has no effect on all weights.",
                 ),
             ],
             outputs=[io.String.Output("path", display_name="path")],

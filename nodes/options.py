@@ -22,33 +22,39 @@ class GraftRunOptions(OptionNode):
             "GraftRunOptions",
             "Graft Run Options",
             ["save every", "checkpoints", "validation", "resume"],
-            "Names a run, and says how often it is saved and validated. Untouched fields change nothing.",
+            "Names a run, and sets how often it is saved and validated. Untouched fields change nothing.",
             [
                 cls.widget("name", "Name of the run's folder. Empty: the dataset's name."),
                 cls.widget(
-                    "on_existing", "What to do when this very run exists. auto: resume, or return it when finished."
+                    "on_existing",
+                    "What to do if the same run exists already. auto: resume it, or return it if it is finished.",
                 ),
-                cls.widget("save_every", "Save state and adapter every so many steps. 0: 500."),
-                cls.widget("keep_last", "How many of those are kept. 0: 2."),
-                cls.widget("validation_fraction", "Share of the pictures held out to measure on. 0: none.", step=0.01),
-                cls.widget("validate_every", "Measure on them every so many steps. 0: 50."),
+                cls.widget("save_every", "Steps between saves of the adapter and of the state for a resume. 0: 500."),
+                cls.widget("keep_last", "Number of saves to keep. 0: 2."),
+                cls.widget(
+                    "validation_fraction",
+                    "Fraction of the pictures held out from training, to measure with. 0: none.",
+                    step=0.01,
+                ),
+                cls.widget("validate_every", "Steps between measurements on the held-out pictures. 0: 50."),
                 advanced(
                     cls.widget(
                         "gradient_check",
-                        "Compare the gradient with finite differences before step 1. "
-                        "auto: only for models the pack has no description for.",
+                        "Compare the gradient with finite differences before step 1. auto: only for models that "
+                        "Graft has no description of.",
                     )
                 ),
             ],
             (
                 cls.widget(
-                    "tensorboard", "Write TensorBoard's event files too. They need the package tensorboard. auto: off."
+                    "tensorboard",
+                    "Also write TensorBoard's event files. This needs the Python package tensorboard. auto: off.",
                 ),
                 advanced(
                     cls.widget(
                         "processes",
-                        "Train by so many processes on this machine, one for each GPU; batch_size is of all together. "
-                        "0: 1.",
+                        "Number of processes on this machine, one per GPU. batch_size counts the pictures of all "
+                        "together. 0: 1.",
                     )
                 ),
             ),
@@ -68,14 +74,15 @@ class GraftPreviewOptions(OptionNode):
             "GraftPreviewOptions",
             "Graft Preview Options",
             ["sample images", "preview while training", "samples"],
-            "Draws sample pictures while training, the first before step 1. Without prompts there are none.",
+            "Draws sample pictures during training, the first ones before step 1. Without prompts it draws "
+            "none during training.",
             [
-                cls.widget("prompts", "One prompt a line.", multiline=True),
-                cls.widget("every", "Draw every so many steps. 0: 100."),
+                cls.widget("prompts", "One prompt per line.", multiline=True),
+                cls.widget("every", "Steps between drawings. 0: 100."),
                 cls.widget("steps", "Sampling steps. 0: 20."),
-                cls.widget("cfg", "Guidance. 0: the family's own.", step=0.1),
+                cls.widget("cfg", "Guidance. 0: the default of the model's family.", step=0.1),
                 cls.widget("sampler_name", "auto: euler.", options=list(SAMPLERS)),
-                cls.widget("scheduler", "auto: the family's own.", options=list(SCHEDULERS)),
+                cls.widget("scheduler", "auto: the default of the model's family.", options=list(SCHEDULERS)),
                 cls.widget("seed", "Noise of the first picture. -1: 0.", control_after_generate=False),
             ],
             words="Samples",
@@ -95,16 +102,21 @@ class GraftOptimizerOptions(OptionNode):
             "GraftOptimizerOptions",
             "Graft Optimizer Options",
             ["optimiser", "adamw", "prodigy", "adafactor", "lr scheduler", "ema"],
-            "Optimiser, schedule, accumulation and clipping. Untouched fields change nothing.",
+            "Sets the optimizer, the learning-rate schedule, accumulation and clipping. Untouched fields "
+            "change nothing.",
             [
                 cls.widget(
-                    "optimizer", "auto: AdamW. Most others need a package; the error names it where it is missing."
+                    "optimizer", "auto: AdamW. Most others need a Python package; if it is missing, the error names it."
                 ),
-                cls.widget("weight_decay", "-1: the optimizer's own, 0.01 for AdamW.", step=0.001),
-                cls.widget("schedule", "How the learning rate goes over the steps. auto: constant."),
-                cls.widget("warmup_steps", "Steps of rising learning rate at the start. -1: none."),
-                cls.widget("accumulation", "Batches for one optimiser step. 0: 1."),
-                cls.widget("max_grad_norm", "Gradients are clipped to this norm; 0 never clips. -1: 1.", step=0.1),
+                cls.widget(
+                    "weight_decay",
+                    "Pulls the weights towards zero. -1: the optimizer's own, 0.01 for AdamW.",
+                    step=0.001,
+                ),
+                cls.widget("schedule", "Course of the learning rate over the steps. auto: constant."),
+                cls.widget("warmup_steps", "Steps at the start in which the learning rate rises. -1: none."),
+                cls.widget("accumulation", "Batches per training step. 0: 1."),
+                cls.widget("max_grad_norm", "Clips longer gradients to this norm; 0 never clips. -1: 1.", step=0.1),
                 cls.widget("ema_decay", "Moving average of the weights, such as 0.999; 0: none. -1: none.", step=0.001),
             ],
             (
@@ -116,12 +128,12 @@ class GraftOptimizerOptions(OptionNode):
                         "beta2", "Decay of the second moment. -1: the optimizer's own, mostly 0.999.", step=0.0001
                     )
                 ),
-                advanced(cls.widget("num_cycles", "Falls of the schedule cosine with restarts. 0: 1.")),
+                advanced(cls.widget("num_cycles", "Number of falls in the schedule cosine with restarts. 0: 1.")),
                 advanced(cls.widget("power", "Exponent of the schedule polynomial. 0: 1, a line.", step=0.1)),
                 advanced(
                     cls.widget(
                         "loss_spike_factor",
-                        "A step whose loss is over so many times the usual one is left out, such as 20. 0: none.",
+                        "Skips a step whose loss exceeds the usual loss by this factor, such as 20. 0: none.",
                         step=1.0,
                     )
                 ),
@@ -142,25 +154,28 @@ class GraftMemoryOptions(OptionNode):
             "GraftMemoryOptions",
             "Graft Memory Options",
             ["vram", "gradient checkpointing", "block swap", "low vram", "offload"],
-            "Trades time for memory; a run may go on with other values. Untouched fields change nothing.",
+            "Trades time for memory. A run can continue with other values. Untouched fields change nothing.",
             [
                 cls.widget(
                     "checkpointing",
-                    "Forget activations and compute them again in the backward. auto: on for large models.",
+                    "Drop activations and recompute them in the backward pass: less memory, more time. auto: "
+                    "on for large models.",
                 ),
-                cls.widget("compute_dtype", "auto: what the model computes in anyway."),
-                cls.widget("micro_batch", "Pictures computed at once; the batch stays as it is. 0: the whole batch."),
+                cls.widget("compute_dtype", "Precision of the computation. auto: the model's own."),
+                cls.widget(
+                    "micro_batch", "Pictures computed at once; the batch size stays the same. 0: the whole batch."
+                ),
             ],
             (
                 cls.widget(
                     "offload",
-                    "Keep frozen blocks off the device but for the one that is computed and the next. "
-                    "auto: when memory ran out.",
+                    "Keep frozen blocks off the device, except the one that computes and the next. auto: "
+                    "after memory ran out.",
                 ),
                 cls.widget(
-                    "shard", "With several processes: each keeps its share of the frozen weights of blocks. auto: off."
+                    "shard", "With several processes: each keeps only a shard of the blocks' frozen weights. auto: off."
                 ),
-                cls.widget("recompute", "What checkpointing computes again. auto: everything."),
+                cls.widget("recompute", "The part that checkpointing recomputes. auto: everything."),
             ),
             words="VRAM",
         )
@@ -183,45 +198,50 @@ class GraftAdapterOptions(OptionNode):
             [
                 cls.widget("type", "auto: LoRA."),
                 cls.widget("alpha", "The effective scale is alpha / rank. 0: alpha equals the rank.", step=0.1),
-                cls.widget("targets", "Which layers. auto: attention; with LoRA with conv all of them."),
-                cls.widget("dropout", "Share of an adapter's inputs that a step drops. 0: none.", step=0.01),
+                cls.widget("targets", "Layers to adapt. auto: attention, or linear + conv for LoRA with conv."),
+                cls.widget("dropout", "Fraction of the adapter's inputs that each step drops. 0: none.", step=0.01),
                 cls.widget("text_encoder", "Train the text encoder too. auto: off."),
-                cls.widget("text_encoder_rank", "Its own rank. 0: the model's."),
-                cls.widget("text_encoder_learning_rate", "Its own learning rate. 0: the model's.", step=0.0000001),
+                cls.widget("text_encoder_rank", "Rank for the text encoder. 0: the model's."),
+                cls.widget(
+                    "text_encoder_learning_rate", "Learning rate for the text encoder. 0: the model's.", step=0.0000001
+                ),
                 cls.widget(
                     "start_from",
-                    "An adapter of the same type and ranks to go on from. auto: none.",
+                    "Adapter to continue from, with the same type and ranks. auto: none.",
                     options=paths.adapter_choices(),
                 ),
                 advanced(
                     cls.widget(
                         "target_patterns",
-                        "Parts of layers' paths, one a line, such as attn2; regular expressions work.",
+                        "Parts of layer paths, one per line, such as attn2. Regular expressions work.",
                         multiline=True,
                     )
                 ),
                 advanced(
                     cls.widget(
                         "block_ranks",
-                        "Other ranks for some layers, one a line, such as middle_block=8. Rank 0 leaves out.",
+                        "Other ranks for some layers, one per line, such as middle_block=8. Rank 0 leaves a layer out.",
                         multiline=True,
                     )
                 ),
                 advanced(
                     cls.widget(
                         "block_learning_rates",
-                        "Other learning rates for some layers, one a line, such as input_blocks=5e-5.",
+                        "Other learning rates for some layers, one per line, such as input_blocks=5e-5.",
                         multiline=True,
                     )
                 ),
                 advanced(
-                    cls.widget("lora_plus_ratio", "LoRA+: B's learning rate over A's, such as 16. 0: 1.", step=0.1)
+                    cls.widget(
+                        "lora_plus_ratio", "LoRA+: learning rate of B divided by that of A, such as 16. 0: 1.", step=0.1
+                    )
                 ),
             ],
             later=(
                 advanced(
                     cls.widget(
-                        "weight_dtype", "What all weights are trained in; bf16 is rounded stochastically. auto: fp32."
+                        "weight_dtype",
+                        "Precision of the weights in full fine-tuning; bf16 uses stochastic rounding. auto: fp32.",
                     )
                 ),
             ),
@@ -252,17 +272,25 @@ class GraftObjectiveOptions(OptionNode):
             "GraftObjectiveOptions",
             "Graft Objective Options",
             ["min snr", "noise offset", "timestep sampling", "huber", "loss"],
-            "Noise levels, weights, loss and noise, in place of the model's own. Untouched fields change nothing.",
+            "Sets the noise levels, their weights, the loss and added noise. Untouched fields change nothing.",
             [
-                cls.widget("timesteps", "Which noise levels are drawn. auto: all the model has, alike."),
-                cls.widget("min_timestep", "Least noise, of 1000. 0: from the first level."),
-                cls.widget("max_timestep", "Most noise, of 1000. 0: to the last level."),
-                cls.widget("weighting", "What a noise level counts for. auto: native, all the same."),
-                cls.widget("min_snr_gamma", "Gamma of min-SNR. 0: 5.", step=0.1),
-                cls.widget("loss", "How an error is measured. auto: MSE."),
-                cls.widget("noise_offset", "Lets brightness be learnt, such as 0.05. 0: none.", step=0.01),
                 cls.widget(
-                    "input_perturbation", "Noise that the target does not know of, such as 0.1. 0: none.", step=0.01
+                    "timesteps", "Distribution of the noise levels. auto: all levels of the model, equally often."
+                ),
+                cls.widget("min_timestep", "Lowest trained noise level, of 1000. 0: from the first level."),
+                cls.widget("max_timestep", "Highest trained noise level, of 1000. 0: to the last level."),
+                cls.widget("weighting", "Weight of each noise level in the loss. auto: native, all the same."),
+                cls.widget("min_snr_gamma", "Gamma of min-SNR. 0: 5.", step=0.1),
+                cls.widget("loss", "The error function. auto: MSE."),
+                cls.widget(
+                    "noise_offset",
+                    "Lets the model learn very dark and very bright pictures, such as 0.05. 0: none.",
+                    step=0.01,
+                ),
+                cls.widget(
+                    "input_perturbation",
+                    "Noise added to the input but not to the target, such as 0.1. 0: none.",
+                    step=0.01,
                 ),
                 cls.widget("pyramid_discount", "Multi-resolution noise, such as 0.3. 0: none.", step=0.01),
                 advanced(
@@ -272,11 +300,15 @@ class GraftObjectiveOptions(OptionNode):
                 ),
                 advanced(cls.widget("timestep_std", "Deviation of logit-normal timesteps. 0: 1.", step=0.1)),
                 advanced(cls.widget("timestep_shift", "Factor of shifted timesteps. 0: 3.", step=0.1)),
-                advanced(cls.widget("huber_c", "Where Huber turns from square to absolute. 0: 0.1.", step=0.01)),
+                advanced(
+                    cls.widget(
+                        "huber_c", "Error at which the Huber loss turns from squared to absolute. 0: 0.1.", step=0.01
+                    )
+                ),
                 advanced(
                     cls.widget(
                         "huber_schedule",
-                        "How Huber's width falls with noise. auto: snr, or exponential for flow models.",
+                        "How that error falls with noise. auto: snr, or exponential for flow models.",
                     )
                 ),
             ],
@@ -296,13 +328,18 @@ class GraftPivotalOptions(OptionNode):
             "GraftPivotalOptions",
             "Graft Pivotal Options",
             ["pivotal tuning", "textual inversion", "ti"],
-            "Pivotal tuning: trains a word together with the LoRA, then freezes it. Without a name nothing changes.",
+            "Pivotal tuning: trains a new embedding together with the LoRA, then freezes it. Without a name "
+            "nothing changes.",
             [
-                cls.widget("name", "The word, written in prompts as embedding:NAME. Empty: none is trained."),
-                cls.widget("init_text", "What it is, in a word or two: where learning starts."),
-                cls.widget("vectors", "How many of a prompt's 75 places it takes. 0: 2."),
-                cls.widget("learning_rate", "Of the word alone. 0: 5e-4.", step=0.0000001),
-                cls.widget("stop_fraction", "Share of the steps after which it is frozen. 0: 0.5.", step=0.01),
+                cls.widget(
+                    "name", "Name of the embedding. Prompts write it as embedding:NAME. Empty: no embedding is trained."
+                ),
+                cls.widget("init_text", "What it shows, in a word or two. Training starts from there."),
+                cls.widget("vectors", "Number of a prompt's 75 tokens that the embedding takes. 0: 2."),
+                cls.widget("learning_rate", "Learning rate of the embedding alone. 0: 5e-4.", step=0.0000001),
+                cls.widget(
+                    "stop_fraction", "Fraction of the steps after which the embedding is frozen. 0: 0.5.", step=0.01
+                ),
             ],
             words="Tuning",
         )

@@ -37,7 +37,7 @@ class Trainer(io.ComfyNode):
         from .host.model.embeddings import file_states
         from .host.server.control import REGISTRY
 
-        return [REGISTRY.lifted, *file_states()]
+        return [REGISTRY.cache_version, *file_states()]
 
 
 def describe(aliases: list[str], words: str = "", **given) -> io.Schema:
@@ -74,9 +74,9 @@ def _mark_unset(built) -> None:
     default = getattr(built, "default", None)
     if isinstance(default, bool) or default not in (0, -1) or _UNSET in (built.extra_dict or {}):
         return
-    told = re.search(rf"(?:^|[.;] ){default:g}: (.+?)(?:[,;]|\.?$|\. )", built.tooltip or "")
-    if told:
-        usual = told.group(1)
+    unset = re.search(rf"(?:^|[.;] ){default:g}: (.+?)(?:[,;]|\.?$|\. )", built.tooltip or "")
+    if unset:
+        usual = unset.group(1)
         usually(built, usual if usual == "none" or usual[0].isdigit() else "")
 
 
@@ -88,7 +88,7 @@ def advanced(built):
 
 def options_input():
     """Return the optional input that chains option nodes."""
-    return Options.Input("options", optional=True, tooltip="Settings from Graft option nodes; may be chained.")
+    return Options.Input("options", optional=True, tooltip="Settings from Graft option nodes. You can chain them.")
 
 
 def execution_id(node: type[io.ComfyNode]) -> str | None:

@@ -32,14 +32,12 @@ def _energy() -> io.Float.Input:
         min=0.001,
         max=1.0,
         step=0.001,
-        tooltip="Part of each layer's squared singular values that is kept. 1: all that the rank allows.",
+        tooltip="Fraction of each layer's squared singular values to keep. 1: everything that the rank allows.",
     )
 
 
 def _weight(name: str, of: str) -> io.Float.Input:
-    return io.Float.Input(
-        name, default=1.0, min=-_TOP_WEIGHT, max=_TOP_WEIGHT, step=0.01, tooltip=f"How much of {of} goes in."
-    )
+    return io.Float.Input(name, default=1.0, min=-_TOP_WEIGHT, max=_TOP_WEIGHT, step=0.01, tooltip=f"Weight of {of}.")
 
 
 class GraftMergeAdapters(io.ComfyNode):
@@ -53,29 +51,29 @@ class GraftMergeAdapters(io.ComfyNode):
             words="LoRA",
             aliases=["merge lora", "lora merge", "ties", "dare", "svd"],
             category=_CATEGORY,
-            description="Makes one adapter of two, of any types whose difference is known without the model.",
+            description="Merges two adapters into one. Refuses types that need the model's weights.",
             inputs=[
                 Adapter.Input("adapter_a", tooltip="The first adapter."),
                 Adapter.Input("adapter_b", tooltip="The second, for the same model."),
-                _weight("weight_a", "the first"),
-                _weight("weight_b", "the second"),
+                _weight("weight_a", "the first adapter"),
+                _weight("weight_b", "the second adapter"),
                 io.Combo.Input(
                     "method",
                     options=list(merge.METHODS),
                     default=merge.SUM,
-                    tooltip="weighted sum: as if both were applied. SVD: the same in the smallest rank. The others "
+                    tooltip="weighted sum: the same as applying both. SVD: the same in the smallest rank. The others "
                     "keep a part of each, so that two subjects or styles disturb each other less.",
                 ),
-                _rank("Of the result at most. 0: as large as it takes to lose nothing."),
+                _rank("Maximum rank per layer of the result. 0: large enough to lose nothing."),
                 io.Float.Input(
                     "density",
                     default=0.5,
                     min=0.01,
                     max=1.0,
                     step=0.01,
-                    tooltip="Part of the numbers that TIES, DARE and magnitude prune keep of each adapter.",
+                    tooltip="Fraction of each adapter's values that TIES, DARE and magnitude prune keep.",
                 ),
-                inputs.seed("Decides what DARE leaves out."),
+                inputs.seed("Determines the values that DARE drops."),
             ],
             outputs=[Adapter.Output("adapter", display_name="adapter")],
             hidden=[io.Hidden.unique_id],
@@ -103,10 +101,10 @@ class GraftResizeAdapter(io.ComfyNode):
             words="LoRA",
             aliases=["resize lora", "lora rank", "svd", "shrink lora"],
             category=_CATEGORY,
-            description="Makes an adapter smaller: of each layer the part that holds most of it.",
+            description="Makes an adapter smaller: in each layer it keeps the part with most of the effect.",
             inputs=[
-                Adapter.Input("adapter", tooltip="The adapter. What is no LoRA becomes one."),
-                _rank("Of each layer at most. 0: no limit.", 16),
+                Adapter.Input("adapter", tooltip="The adapter. Other types become a LoRA."),
+                _rank("Maximum rank per layer. 0: no limit.", 16),
                 _energy(),
             ],
             outputs=[Adapter.Output("resized", display_name="adapter")],
@@ -134,11 +132,11 @@ class GraftExtractAdapter(io.ComfyNode):
             words="LoRA",
             aliases=["extract lora", "model difference", "svd"],
             category=_CATEGORY,
-            description="Makes an adapter of what one model has more than another. LoRAs on either count.",
+            description="Makes an adapter from the difference of two models. LoRAs applied to either model count.",
             inputs=[
-                io.Model.Input("model_tuned", tooltip="The trained or merged model, or one with adapters on it."),
-                io.Model.Input("model_base", tooltip="The model that the adapter is to be applied to."),
-                _rank("Of each layer at most. 0: no limit.", 32),
+                io.Model.Input("model_tuned", tooltip="The trained or merged model, or a model with adapters applied."),
+                io.Model.Input("model_base", tooltip="The model to which you will apply the adapter."),
+                _rank("Maximum rank per layer. 0: no limit.", 32),
                 _energy(),
                 io.Combo.Input(
                     "conv",
@@ -150,10 +148,11 @@ class GraftExtractAdapter(io.ComfyNode):
                     "norms_and_biases",
                     options=list(extract.REST),
                     default=extract.FULL,
-                    tooltip="What is no matrix: exactly, which few programs besides ComfyUI read, or not at all.",
+                    tooltip="Weights that are no matrices: as whole differences, which few programs besides ComfyUI "
+                    "read, or not at all.",
                 ),
                 io.Clip.Input("clip_tuned", optional=True, tooltip="The trained model's text encoder."),
-                io.Clip.Input("clip_base", optional=True, tooltip="The text encoder that it is compared with."),
+                io.Clip.Input("clip_base", optional=True, tooltip="The text encoder to compare it with."),
             ],
             outputs=[
                 Adapter.Output("adapter", display_name="adapter"),
@@ -188,10 +187,10 @@ class GraftInspectAdapter(io.ComfyNode):
             words="LoRA",
             aliases=["lora info", "lora metadata", "block weights"],
             category=_CATEGORY,
-            description="Shows how much an adapter changes each block, what it is, and whether it fits a model.",
+            description="Shows an adapter's type, how much it changes each block, and whether it fits a model.",
             inputs=[
-                Adapter.Input("adapter", tooltip="The adapter to look at."),
-                io.Model.Input("model", optional=True, tooltip="Tells whether the adapter fits, and names its blocks."),
+                Adapter.Input("adapter", tooltip="The adapter to inspect."),
+                io.Model.Input("model", optional=True, tooltip="Shows whether the adapter fits, and names its blocks."),
                 io.Clip.Input("clip", optional=True, tooltip="The same for the adapter's text-encoder part."),
             ],
             outputs=[
@@ -227,7 +226,7 @@ class GraftPlotLoss(io.ComfyNode):
             display_name="Graft Plot Loss",
             aliases=["loss graph", "loss curve", "training curve"],
             category=_CATEGORY,
-            description="Draws the loss by step, or by timestep; of another run beside it, to compare two settings.",
+            description="Draws the loss by step or by timestep. A second run beside it compares two settings.",
             inputs=[
                 LossMap.Input("loss", tooltip="From a training node."),
                 io.Float.Input(
@@ -236,17 +235,19 @@ class GraftPlotLoss(io.ComfyNode):
                     min=0.0,
                     max=0.999,
                     step=0.001,
-                    tooltip="How much earlier steps count in the thick line: 0.96 is about the last 25. 0: none.",
+                    tooltip="Weight of earlier steps in the thick line: 0.96 is about the last 25. 0: no such line.",
                 ),
-                io.Boolean.Input("log_scale", default=False, tooltip="Equal factors of loss look equally high."),
-                LossMap.Input("loss_b", optional=True, tooltip="Of another run."),
+                io.Boolean.Input(
+                    "log_scale", default=False, tooltip="Logarithmic scale: equal ratios of the loss get equal heights."
+                ),
+                LossMap.Input("loss_b", optional=True, tooltip="The loss of another run."),
                 io.Combo.Input(
                     "plot",
                     options=[_BY_STEP, _BY_TIMESTEP],
                     default=_BY_STEP,
                     optional=True,
-                    tooltip="loss: of each step. loss by timestep: at which noise levels it is high, and where "
-                    "training lowers it; without weighting.",
+                    tooltip="loss: each step. loss by timestep: the mean at each noise level, early and late in "
+                    "training, without weighting.",
                 ),
             ],
             outputs=[io.Image.Output("image", display_name="image")],
@@ -287,7 +288,7 @@ def _levels_of(name: str, loss: dict) -> tuple[LossByTimestep, int]:
         if any(map(any, levels.counts)):
             return levels, len(loss["loss"])
     raise SettingsError(
-        "What arrived has no loss by timestep: its run was finished before that was kept, or another node made it.",
+        "The connected loss has no loss by timestep: its run finished before Graft kept it, or another node made it.",
         "Set plot to loss, or train that run for more steps.",
         name,
     )

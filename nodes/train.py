@@ -24,15 +24,15 @@ class GraftTrainLoRA(Trainer):
             words="Training",
             aliases=["lora training", "lora trainer", "finetune", "fine-tune", "train", "locon", "dora"],
             category=_CATEGORY,
-            description="Trains a LoRA on the pictures of a dataset and hands the model on with it applied. "
-            "The queue is busy while it runs. Queued again, it goes on where it was, or returns what is finished.",
+            description="Trains a LoRA on a dataset, and returns the model with the LoRA applied. The queue is busy "
+            "until training is done. Queued again, it resumes, or returns the finished run.",
             inputs=[
-                *inputs.base("The model to train on; LoRAs that wait on it count as part of it."),
+                *inputs.base("The model to train on. LoRAs applied before it count as part of it."),
                 Dataset.Input("dataset", tooltip="Pictures and captions."),
                 inputs.steps(),
                 usually(
                     inputs.learning_rate(
-                        "0: the default of the model's family (1e-4). Too high shows as burnt pictures."
+                        "0: the default of the model's family (1e-4). If it is too high, pictures look burnt."
                     ),
                     "1e-4",
                     optimizer="auto",
@@ -63,7 +63,7 @@ class GraftTrainLoRA(Trainer):
             done = train.train(model, clip, vae, dataset, widgets, options, cls.hidden.unique_id)
             embedding = done.embedding
             if embedding is None:
-                embedding = train.nothing("No embedding was trained: connect Graft Pivotal Options to train one.")
+                embedding = train.nothing("This run trained no embedding. Connect Graft Pivotal Options to train one.")
             return io.NodeOutput(done.model, done.clip, done.adapter, done.loss, embedding, ui=done.ui)
 
 
@@ -78,45 +78,51 @@ class GraftTrainEmbedding(Trainer):
             words="Training",
             aliases=["textual inversion", "ti", "embedding training", "train", "finetune"],
             category=_CATEGORY,
-            description="Textual inversion: learns vectors for a new word and changes no weight. "
-            "Prompts behind the clip that comes out write it as embedding:NAME.",
+            description="Textual inversion: learns a new embedding and changes no weight of the model. Prompts "
+            "connected to the clip output write it as embedding:NAME.",
             inputs=[
-                *inputs.base("The model the word is learnt for."),
-                Dataset.Input("dataset", tooltip="Pictures; captions, if any, name the word where the thing is named."),
+                *inputs.base("The model that the embedding is for."),
+                Dataset.Input(
+                    "dataset",
+                    tooltip="Pictures, with or without captions. Each caption must contain the "
+                    "embedding's name or the trigger.",
+                ),
                 io.String.Input(
                     "name",
                     default="my-word",
-                    tooltip="The word, written in prompts as embedding:NAME between spaces. No word that exists.",
+                    tooltip="Name of the embedding. Prompts write it as embedding:NAME between spaces. Choose a name "
+                    "that does not exist yet.",
                 ),
                 io.String.Input(
                     "init_text",
                     default="",
-                    tooltip="What it is, in a word or two, such as dog or oil painting: where learning starts.",
+                    tooltip="What it shows, in a word or two, such as dog or oil painting. Training starts from there.",
                 ),
                 io.Int.Input(
                     "vectors",
                     default=1,
                     min=1,
                     max=64,
-                    tooltip="How many of a prompt's 75 places it takes. More hold more, and need more pictures.",
+                    tooltip="Number of a prompt's 75 tokens that the embedding takes. More vectors hold more, and "
+                    "need more pictures.",
                 ),
                 inputs.steps(),
                 usually(
                     inputs.learning_rate(
-                        "0: the default, 5e-4. Too high shows as pictures that only look like noise or one colour."
+                        "0: the default, 5e-4. If it is too high, pictures become noise or a single color."
                     ),
                     "5e-4",
                     optimizer="auto",
                 ),
                 inputs.batch_size(),
-                inputs.seed("Decides order and noise. Another seed is another run."),
+                inputs.seed("Determines the order of the pictures and the noise. Another seed makes another run."),
                 options_input(),
                 io.Combo.Input(
                     "templates",
                     options=list(TEMPLATES),
                     default="object",
                     optional=True,
-                    tooltip="What pictures without a caption are called: a photo of it, or something in its style.",
+                    tooltip="Captions for pictures without one. object: a photo of it; style: something in its style.",
                 ),
             ],
             outputs=[
@@ -152,8 +158,8 @@ class GraftTrainEmbedding(Trainer):
         from .host.actions import train
 
         with named(cls, model=model, clip=clip, vae=vae, dataset=dataset, options=options):
-            word = EmbeddingSpec(name.strip(), init_text.strip(), vectors, templates=templates)
-            widgets = train.TrainInputs("embedding", steps, learning_rate, 0, batch_size, seed, word)
+            spec = EmbeddingSpec(name.strip(), init_text.strip(), vectors, templates=templates)
+            widgets = train.TrainInputs("embedding", steps, learning_rate, 0, batch_size, seed, spec)
             done = train.train(model, clip, vae, dataset, widgets, options, cls.hidden.unique_id)
             return io.NodeOutput(done.clip, done.embedding, done.loss, ui=done.ui)
 
@@ -169,18 +175,20 @@ class GraftFineTune(Trainer):
             words="Checkpoint Training",
             aliases=["finetune", "full finetune", "fine-tuning", "train checkpoint", "train"],
             category=_CATEGORY,
-            description="Trains all weights of the model on the pictures of a dataset and hands the model on with what "
-            "changed applied. The queue is busy while it runs. Queued again, it goes on where it was, or returns what "
-            "is finished.",
+            description="Trains all weights of the model on a dataset, and returns the model with the result applied. "
+            "The queue is busy until training is done. Queued again, it resumes, or returns the finished run.",
             inputs=[
-                *inputs.base("The model to train; LoRAs that wait on it count as part of it. It stays as it is."),
-                Dataset.Input("dataset", tooltip="Pictures and captions; some hundred and more."),
+                *inputs.base(
+                    "The model to train. LoRAs applied before it count as part of it. The input stays unchanged."
+                ),
+                Dataset.Input("dataset", tooltip="Pictures and captions, best some hundred or more."),
                 inputs.steps(),
                 inputs.learning_rate(
-                    "0: the default of the model's family (SD1.5 5e-6, SDXL 1e-6). Too high forgets what it knew."
+                    "0: the default of the model's family (SD1.5 5e-6, SDXL 1e-6). If it is too high, the model "
+                    "forgets what it knew."
                 ),
                 inputs.batch_size(),
-                inputs.seed("Decides order and noise. Another seed is another run."),
+                inputs.seed("Determines the order of the pictures and the noise. Another seed makes another run."),
                 options_input(),
             ],
             outputs=inputs.trained(),

@@ -9,7 +9,7 @@ from .schema import advanced
 
 
 def widgets() -> list:
-    """Return the augmentation inputs, in the order of the parameters of `handling`.
+    """Return the augmentation inputs, in the order of the parameters of `augmentation`.
 
     All are optional, and their defaults change nothing.
     """
@@ -18,7 +18,7 @@ def widgets() -> list:
             "shuffle_tags",
             default=False,
             optional=True,
-            tooltip="Puts the comma-separated parts of a caption into another order at each showing.",
+            tooltip="Shuffles the comma-separated parts of a caption at each visit.",
         ),
         io.Int.Input(
             "keep_tokens",
@@ -26,7 +26,8 @@ def widgets() -> list:
             min=0,
             max=1000,
             optional=True,
-            tooltip="So many parts at a caption's beginning are neither moved nor dropped, besides the trigger.",
+            tooltip="Number of parts at the start of a caption that are neither moved nor dropped. A trigger put in "
+            "front does not count.",
         ),
         io.Float.Input(
             "tag_dropout",
@@ -35,7 +36,7 @@ def widgets() -> list:
             max=1.0,
             step=0.01,
             optional=True,
-            tooltip="Chance of each comma-separated part to be left out at a showing. Typical: 0.1.",
+            tooltip="Chance of dropping each comma-separated part at a visit. Typical: 0.1.",
         ),
         io.Float.Input(
             "caption_dropout",
@@ -44,14 +45,14 @@ def widgets() -> list:
             max=1.0,
             step=0.01,
             optional=True,
-            tooltip="Chance of a showing without any caption, trigger included. Typical: 0.05 to 0.1.",
+            tooltip="Chance of a visit with no caption at all, not even the trigger. Typical: 0.05 to 0.1.",
         ),
         advanced(
             io.Boolean.Input(
                 "wildcards",
                 default=False,
                 optional=True,
-                tooltip="Of words in braces with bars between them one is chosen. Off: braces are text.",
+                tooltip="Chooses one of several words in braces, separated by bars. Off: braces are text.",
             )
         ),
         advanced(
@@ -59,7 +60,8 @@ def widgets() -> list:
                 "lines_are_variants",
                 default=False,
                 optional=True,
-                tooltip="Each line of a caption is a caption of its own, shown in turn. Off: it is one caption.",
+                tooltip="Each line of a caption is a separate caption, and they take turns. Off: all lines are one "
+                "caption.",
             )
         ),
         advanced(
@@ -69,21 +71,22 @@ def widgets() -> list:
                 min=0,
                 max=10000,
                 optional=True,
-                tooltip="How many versions of a varying caption are encoded. 0: 4 to 64, fewer for more pictures.",
+                tooltip="Number of encoded versions of a varying caption. 0: 4 to 64, fewer with more pictures.",
             )
         ),
         io.Boolean.Input(
             "flip",
             default=False,
             optional=True,
-            tooltip="Mirrors half of the showings. Not for faces, text, or anything that has a left and a right.",
+            tooltip="Mirrors the picture at half of the visits. Not for faces, text, or anything with a left and a "
+            "right.",
         ),
         advanced(
             io.Boolean.Input(
                 "upscale",
                 default=False,
                 optional=True,
-                tooltip="Enlarges small pictures to the resolution. Off: they are trained at their own size.",
+                tooltip="Enlarges small pictures to the resolution. Off: they train at their own size.",
             )
         ),
         advanced(
@@ -91,7 +94,8 @@ def widgets() -> list:
                 "more_resolutions",
                 default="",
                 optional=True,
-                tooltip="Further resolutions, such as 512, 768: each picture is trained at each that it reaches.",
+                tooltip="Further resolutions, such as 512, 768. A picture trains at each one that it is large enough "
+                "for.",
             )
         ),
         advanced(
@@ -102,7 +106,7 @@ def widgets() -> list:
                 max=1.0,
                 step=0.01,
                 optional=True,
-                tooltip="Least weight in the loss where a mask is black. Typical: 0 to 0.1.",
+                tooltip="Smallest weight in the loss where a mask is black. Typical: 0 to 0.1.",
             )
         ),
     ]
@@ -117,7 +121,7 @@ CHECKED = {
 }
 
 
-def handling(
+def augmentation(
     shuffle_tags=False,
     keep_tokens=0,
     tag_dropout=0.0,

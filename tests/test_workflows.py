@@ -247,7 +247,7 @@ def test_dreambooth_draws_class_images_trains_and_saves(server):
     assert len(entry["outputs"][node("Class images")]["images"]) == 2
     text = entry["outputs"][node("Train")]["text"][0]
     assert "2 steps trained" in text
-    assert "2 class images were given" in text
+    assert "Class images: 2 from class_dataset" in text
     before, after, subject = (
         server.download(entry, node(title)) for title in ("The class before", "The class after", "The subject")
     )

@@ -15,7 +15,7 @@ export function makeCommands({ openHistory, store, routes, toasts }) {
     if (live()) return ask("pause");
     const halted = store.list().findLast((training) => training.isResumable);
     if (halted) return toasts.attempt(() => routes.resume(halted));
-    const none = t("Nor was a training stopped or paused since the server started.");
+    const none = t("No training was stopped or paused since the server started.");
     return toasts.show("info", t("Nothing is training"), none);
   };
   // [id, icon, name, action]

@@ -90,7 +90,7 @@ async function look() {
     const { output } = await app.graphToPrompt();
     if (graph === opened) prompt = output;
   } catch (error) {
-    console.warn("Graft: the graph could not be read:", error.message);
+    console.warn("Graft: cannot read the graph:", error.message);
   }
   show();
 }

@@ -9,7 +9,7 @@ const HEIGHT = 150;
 export function addReport(node) {
   const element = make("section", { class: "graft-report", "aria-label": t("Report"), tabindex: 0 });
   const show = (...children) => element.replaceChildren(...children);
-  show(make("p", {}, t("Press Run: what training will see is told here.")));
+  show(make("p", {}, t("Press Run to see here what training will see.")));
   keepKeys(element);
   const widget = node.addDOMWidget("graft_report", "graft.report", element, {
     serialize: false, // omitted from the prompt

@@ -11,7 +11,7 @@ export async function loadTexts(api, app) {
     const answer = await api.fetchApi("/i18n");
     table = (await answer.json())[language]?.graft?.texts ?? {};
   } catch (error) {
-    console.warn("Graft: texts stay in English", error);
+    console.warn("Graft: cannot load the translations; texts stay in English:", error);
   }
 }
 

@@ -69,7 +69,7 @@ def class_images_folder() -> str:
     return os.path.join(folders().runs, "class_images")
 
 
-def shown_output(path: str) -> dict[str, str]:
+def ui_image(path: str) -> dict[str, str]:
     """Return the description with which a node shows a picture below the output folder in the browser."""
     folder, filename = os.path.split(os.path.relpath(path, folder_paths.get_output_directory()))
     return {"filename": filename, "subfolder": folder.replace(os.sep, "/"), "type": "output"}
@@ -145,7 +145,9 @@ def dataset_path(choice: str, input: str = "folder") -> str:
     """
     if not _is_possible(choice):
         raise DatasetError(
-            f"No folder can be called '{_shown(choice)}'.", "Choose one below ComfyUI's input folder.", input
+            f"'{_printable(choice)}' is not a valid folder name.",
+            "Choose a folder below ComfyUI's input folder.",
+            input,
         )
     wanted = choice.strip()
     if not wanted:
@@ -163,13 +165,14 @@ def dataset_path(choice: str, input: str = "folder") -> str:
     if len(allowed) < len(candidates):
         # For example, a link in one root leads elsewhere and the other roots have no such folder.
         raise DatasetError(
-            f"The folder '{_shown(choice)}' lies outside the folders that datasets may come from.",
+            f"The folder '{_printable(choice)}' lies outside the folders that datasets may come from.",
             "Put it below ComfyUI's input folder (a link that leads elsewhere does not count), add its parent as "
             "'datasets' in extra_model_paths.yaml, or allow it in ComfyUI's settings under Graft.",
             input,
         )
     raise DatasetError(
-        f"There is no folder '{_shown(choice)}' below ComfyUI's input folder ({folder_paths.get_input_directory()}).",
+        f"There is no folder '{_printable(choice)}' below ComfyUI's input folder "
+        f"({folder_paths.get_input_directory()}).",
         "Create it and put pictures into it, or choose another.",
         input,
     )
@@ -197,7 +200,7 @@ def _is_possible(name: str) -> bool:
     return isinstance(name, str) and "\0" not in name and len(name) <= _LONGEST_PATH
 
 
-def _shown(name: str) -> str:
+def _printable(name: str) -> str:
     """Return a name in a printable, shortened form for an error message."""
     name = str(name)
     return name if name.isprintable() and len(name) <= 200 else ascii(name[:200])[1:-1]
@@ -258,13 +261,15 @@ def _listed(kind: str, name: str, what: str, input: str) -> str:
     path = folder_paths.get_full_path(kind, name) if _is_possible(name) else None
     if path is None:
         raise ModelError(
-            f"There is no {what} '{_shown(name)}' in ComfyUI's {kind} folders.",
-            "Choose one of the list; press R to refresh it.",
+            f"There is no {what} '{_printable(name)}' in ComfyUI's {kind} folders.",
+            "Choose one from the list. Press R to refresh it.",
             input,
         )
     if not path.lower().endswith(".safetensors"):
         raise ModelError(
-            f"The {what} '{name}' is no .safetensors file.", "Other formats can hide programs and are not read.", input
+            f"The {what} '{name}' is not a .safetensors file.",
+            "Convert it. Graft reads no other format, because others can hide programs.",
+            input,
         )
     return path
 
@@ -293,8 +298,9 @@ def load_named_adapter(name: str) -> Adapter:
         raise ModelError(error.message, error.cure, "adapter_name") from error
     if not adapter:
         raise ModelError(
-            f"The adapter '{name}' is a {adapter.made_by()} of peft's, which is nothing without the model's weights.",
-            "Apply the kohya file of that training, or train on from this one (start_from in Graft Adapter Options).",
+            f"Cannot apply '{name}': a {adapter.made_by()} in peft's format depends on the model's weights.",
+            "Load the kohya file of that training, or continue training from this file (start_from in Graft Adapter "
+            "Options).",
             "adapter_name",
         )
     return adapter
@@ -316,8 +322,8 @@ def load_named_embedding(name: str) -> Embedding:
     if not is_addressable(called):
         raise ModelError(
             f"No prompt can call the embedding '{name}': ComfyUI reads embedding:NAME up to the next space, and "
-            "brackets, colons, backslashes and a comma at the end mean something else there.",
-            "Rename the file to letters, digits, '-', '_' and '.', such as "
+            "brackets, colons, backslashes and a comma at the end have another meaning there.",
+            "Rename the file: use letters, digits, '-', '_' and '.' only, such as "
             f"'{re.sub('[^A-Za-z0-9_.-]+', '-', os.path.basename(called)).strip('-.') or 'word'}.safetensors', and "
             "choose it again.",
             "embedding_name",
@@ -345,7 +351,7 @@ def save_named_embedding(embedding: Embedding, name: str) -> str:
             if os.path.realpath(taken) == os.path.realpath(path) and _same_run(taken, embedding):
                 continue
             raise SettingsError(
-                f"There is an embedding '{name}' already: {taken}.",
+                f"An embedding '{name}' exists already: {taken}.",
                 "Choose another name, or move that file away.",
                 "name",
             )
@@ -394,14 +400,14 @@ def new_adapter_path(prefix: str, format: str) -> str:
     # Check before the call below, in which ComfyUI creates the folder.
     if not is_below(os.path.join(root, os.path.dirname(wanted)), root):
         raise SettingsError(
-            f"The file name '{prefix}' leads out of {root}.", "Use a folder that is no link.", "filename_prefix"
+            f"The file name '{prefix}' leads out of {root}.", "Use a folder that is not a link.", "filename_prefix"
         )
     try:
         folder, filename, counter, _, _ = folder_paths.get_save_image_path(wanted, root)
     except Exception as error:
         raise SettingsError(
-            f"The file name '{prefix}' cannot be used ({error}).",
-            "Use a name, or a subfolder and a name, below ComfyUI's output/loras.",
+            f"Cannot use the file name '{prefix}' ({error}).",
+            "Use a name, or subfolder/name, below ComfyUI's output/loras.",
             "filename_prefix",
         ) from error
     place = os.path.join(folder, f"{filename}_{counter:05}_")

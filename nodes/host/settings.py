@@ -29,7 +29,7 @@ def preference(name: str, default: Any) -> Any:
     try:
         value = read_json(path).get(name, default)
     except (RunError, AttributeError) as error:
-        log.warning("Graft: ComfyUI's settings cannot be read, so the usual ones hold: %s", error)
+        log.warning("Graft: cannot read ComfyUI's settings; Graft uses its defaults: %s", error)
         return default
     same = isinstance(value, type(default)) or (isinstance(default, float) and isinstance(value, int))
     return value if same and not isinstance(value, bool) else default

@@ -391,7 +391,7 @@ def test_what_cannot_be_extracted_is_refused_by_name(model, flux):
     from graft_pack.nodes.host.model.lora import apply_adapter
 
     ranged, _ = apply_adapter(model, None, adapter_of("LoRA"), 1.0, 0.0, (), (0.0, 0.5))
-    with pytest.raises(ModelError, match="input 'model_tuned'.*a part of sampling, which an extraction"):
+    with pytest.raises(ModelError, match="input 'model_tuned'.*a part of sampling only; extraction"):
         extract(ranged, model)
 
 

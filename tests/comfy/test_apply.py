@@ -188,12 +188,12 @@ def test_weights_are_patched_once_and_put_back_once(name, model, adapter, monkey
 def test_strength_zero_and_the_whole_range_are_the_ordinary_ways(model, adapter):
     assert apply(model, adapter, strength=0.0, start_percent=0.3)[0] is model
     assert apply(model, adapter, start_percent=0.0, end_percent=1.0)[0].wrappers == model.wrappers
-    with pytest.raises(SettingsError, match="input 'start_percent'.*0.6 is not before end_percent 0.5"):
+    with pytest.raises(SettingsError, match="input 'start_percent'.*0.6 is not less than end_percent 0.5"):
         apply(model, adapter, start_percent=0.6, end_percent=0.5)
 
 
 def test_training_on_it_is_refused_by_name(name, model, adapter):
     ranged, _ = apply(model, adapter, end_percent=0.5)
-    with pytest.raises(ModelError, match="a part of sampling, which training"):
+    with pytest.raises(ModelError, match="a part of sampling only; training"):
         with models.in_training(ranged, name):
             pass

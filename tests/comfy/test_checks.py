@@ -151,7 +151,7 @@ def test_what_is_no_such_thing_is_named_by_its_input(name, given, value, comfy):
         value = [value]
     else:
         others |= stand_ins(schema)
-    with pytest.raises(GraftError, match=f"{plain_title(schema)}, input '{given.id}': A value of the type"):
+    with pytest.raises(GraftError, match=f"{plain_title(schema)}, input '{given.id}': The connected value is of type"):
         node.execute(**{**others, given.id: value})
 
 
@@ -175,5 +175,5 @@ def test_numbers_that_are_none_are_named_by_the_input_they_came_in_by(name, comf
     given = {one: [torch.zeros(1, 8, 8, 3)] for one in ("images", "control_images")} | {"masks": [torch.zeros(8, 8)]}
     NODES["GraftDatasetFromImages"].execute(**others, **given)
     given[name] = [given[name][0] * math.nan]
-    with pytest.raises(GraftError, match=f"input '{name}': A picture or mask holds numbers that are not finite"):
+    with pytest.raises(GraftError, match=f"input '{name}': A picture or mask contains numbers that are not finite"):
         NODES["GraftDatasetFromImages"].execute(**others, **given)

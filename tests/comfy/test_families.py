@@ -144,7 +144,7 @@ def test_an_lcm_node_upstream_is_warned_of(caplog):
 def test_a_model_without_description_says_so(caplog):
     caplog.set_level("INFO")
     with models.in_training(models.patcher("Omnigen2"), "Omnigen2"):
-        assert "Omnigen2 has no description here" in caplog.text
+        assert "no description of the model class Omnigen2" in caplog.text
     caplog.clear()
     with models.in_training(models.patcher("SD1"), "SD1"):
         assert "no description" not in caplog.text

@@ -27,7 +27,7 @@ def test_a_text_encoder_of_another_family_is_named(family):
     denoiser = ComfyDenoiser(models.patcher(family), None, models.SmallVae())
     latent = torch.zeros(1, *models.FAMILIES[family].latent)
     denoiser.check_inputs(latent, models.conditioning(family).tensors)
-    with pytest.raises(ModelError, match="2048 numbers a token.*takes 48.*Connect the text encoder") as caught:
+    with pytest.raises(ModelError, match="2048 numbers per token.*takes 48.*Connect the text encoder") as caught:
         denoiser.check_inputs(latent, {"cross_attn": torch.zeros(1, 77, 2048)})
     assert caught.value.input == "clip"
 

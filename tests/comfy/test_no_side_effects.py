@@ -65,7 +65,7 @@ def faulty(monkeypatch):
                 if outcome == "cancelled":
                     comfy.model_management.interrupt_current_processing(True)
                 if outcome in ("stopped", "paused"):
-                    REGISTRY.of_node("7").ask(UserCommand.STOP if outcome == "stopped" else UserCommand.PAUSE)
+                    REGISTRY.of_node("7").submit(UserCommand.STOP if outcome == "stopped" else UserCommand.PAUSE)
             losses = real(plan, host, window, updater, samples_of)
             return replace(losses, mean=float("nan")) if outcome == "not a number" and window.step == 1 else losses
 

@@ -109,9 +109,9 @@ def test_adapters_by_wire_and_a_run_that_has_made_more(server, run):
     [
         ({"prompts": " \n "}, "input 'prompts': There is no prompt"),
         ({}, "input 'files': There is nothing to compare"),
-        ({"files": "nosuch*"}, "input 'files': No LoRA file is called 'nosuch*'"),
-        ({"strengths": "1, strong"}, "input 'strengths': 'strong' is no strength"),
-        ({"strengths": "nan"}, "input 'strengths': 'nan' is no strength"),
+        ({"files": "nosuch*"}, "input 'files': No LoRA file matches 'nosuch*'"),
+        ({"strengths": "1, strong"}, "input 'strengths': 'strong' is not a strength"),
+        ({"strengths": "nan"}, "input 'strengths': 'nan' is not a strength"),
         ({"files": "*", "prompts": "x\n" * 300}, "pictures, 300 prompts"),
     ],
 )
@@ -138,7 +138,7 @@ def test_the_loss_of_a_run_is_drawn(server, run):
 def test_a_loss_that_tells_of_no_timesteps_is_refused_with_input_and_cure(comfy):
     from graft_pack.nodes.tools import GraftPlotLoss
 
-    with pytest.raises(SettingsError, match="input 'loss': What arrived has no loss by timestep") as caught:
+    with pytest.raises(SettingsError, match="input 'loss': The connected loss has no loss by timestep") as caught:
         GraftPlotLoss.execute({"loss": [0.5, 0.25]}, 0.5, False, plot="loss by timestep")
     assert "Set plot to loss" in caught.value.cure
 

@@ -99,7 +99,7 @@ def test_a_stopped_run_is_returned_until_it_is_told_to_go_on(server, straight, d
     assert "3" in dict(entry["status"]["messages"])["execution_cached"]["nodes"]
     # A changed input that does not affect the result: the trainer executes and returns the kept result.
     entry = server.run(runs.graph_of(server, dataset, name, SHORT, save_every=400))
-    assert f"{step} steps returned as it was, stopped before {SHORT}" in entry["outputs"]["3"]["text"][0]
+    assert f"{step} steps returned without training, stopped before {SHORT}" in entry["outputs"]["3"]["text"][0]
     entry = server.run(graph)
     assert server.get(f"/graft/runs/{run.name}")["status"] == "stopped"
     # After a resume command, the same graph trains on despite the host's cache.

@@ -174,10 +174,10 @@ def test_variation_reaches_the_run_and_the_old_graph_stays_as_it_was(server, tin
     new = graphs.training(folder.name, 2)
     defaults = graphs.defaults_of(server.object_info("GraftLoadDataset")["GraftLoadDataset"])
     new["2"]["inputs"] = {**defaults, **old["2"]["inputs"]}
-    assert "returned as it was" in server.run(new)["outputs"]["3"]["text"][0]
+    assert "returned without training" in server.run(new)["outputs"]["3"]["text"][0]
     varied = graphs.training(folder.name, 2)
     varied["2"]["inputs"].update(flip=True, caption_dropout=0.5, more_resolutions="48, 32")
-    assert "returned as it was" not in server.run(varied)["outputs"]["3"]["text"][0]
+    assert "returned without training" not in server.run(varied)["outputs"]["3"]["text"][0]
     assert len(list(server.path("output", "graft").glob(f"{folder.name}-*"))) == 2
 
 

@@ -160,7 +160,7 @@ def test_dreambooth_draws_what_is_missing_and_is_resumed_and_extended_like_every
     graph = dreambooth(folder.name, f"{name} circle")
     entry = server.run(graph)
     assert "2 steps trained" in text_of(entry)
-    assert "0 given, 0 found and 2 drawn" in text_of(entry)
+    assert "0 from class_dataset, 0 reused and 2 drawn" in text_of(entry)
     (made,) = folders(server, name)
     (run,) = runs.list_runs(server, folder.name)
     recipe = json.loads((run / "recipe.json").read_text())
@@ -173,8 +173,8 @@ def test_dreambooth_draws_what_is_missing_and_is_resumed_and_extended_like_every
         "GraftRunOptions", **graphs.defaults_of(server.object_info("GraftRunOptions")["GraftRunOptions"])
     )
     entry = server.run(graph)
-    assert "returned as it was" in text_of(entry)
-    assert "2 found and 0 drawn" in text_of(entry)
+    assert "returned without training" in text_of(entry)
+    assert "2 reused and 0 drawn" in text_of(entry)
     server.run(dreambooth(folder.name, f"{name} circle", steps=4))
     assert runs.list_runs(server, folder.name) == [run]
     assert contents(made) == drawn
@@ -193,15 +193,15 @@ def test_class_images_of_ones_own_count_and_the_rest_is_drawn(server, tiny_base,
         shutil.copy(world.CONCEPT_FOLDER / "tint" / f"{number:02d}.png", own)
     graph = dreambooth(folder.name, f"{name} circle", class_images=3, class_dataset=["4", 0])
     graph["4"] = graphs.node("GraftLoadDataset", folder=own.name, trigger="", resolution=64, repeats=1)
-    assert "2 given, 0 found and 1 drawn" in text_of(server.run(graph))
+    assert "2 from class_dataset, 0 reused and 1 drawn" in text_of(server.run(graph))
     graph["3"]["inputs"]["class_images"] = 1
-    assert "2 class images were given" in text_of(server.run(graph))
+    assert "Class images: 2 from class_dataset." in text_of(server.run(graph))
 
 
 def test_what_is_drawn_besides_given_class_images_is_never_the_same_as_those(server, tiny_base, folder, name):
     graph = dreambooth(folder.name, f"{name} circle", class_images=2, class_dataset=["5", 0])
     graph["5"] = drawing(f"{name} circle", 1, steps=20)["5"]
-    assert "1 given, 0 found and 1 drawn" in text_of(server.run(graph))
+    assert "1 from class_dataset, 0 reused and 1 drawn" in text_of(server.run(graph))
     (made,) = folders(server, name)
     assert list(contents(made)) == ["00000.png", "00001.png"]
     (run,) = runs.list_runs(server, folder.name)
@@ -215,10 +215,10 @@ def test_without_a_prior_it_is_a_training_on_the_prompt_alone(server, tiny_base,
     assert not folders(server, name)
     assert len(runs.list_runs(server, folder.name)) == 1
     assert "2 steps trained" in texts[0]
-    assert all("returned as it was" in text for text in texts[1:])
+    assert all("returned without training" in text for text in texts[1:])
     assert all("class is not preserved" in text for text in texts)
     text = text_of(server.run(dreambooth(folder.name, f"{name} circle", prior="differential")))
-    assert f"Held to what the model predicted for '{name} circle', weight 1" in text
+    assert f"The class is held to the base model's predictions for '{name} circle', weight 1" in text
     assert len(runs.list_runs(server, folder.name)) == 2
     assert not folders(server, name)
 
@@ -249,14 +249,14 @@ def test_prior_preservation_for_any_trainer_and_in_the_report(server, tiny_base,
     graph["3"]["inputs"]["dataset"] = ["2", 0]
     plain = server.run(graph)
     graph["3"]["inputs"]["dataset"] = ["6", 0]
-    assert "returned as it was" in text_of(server.run(graph))
+    assert "returned without training" in text_of(server.run(graph))
     assert "2 steps trained" in text_of(plain)
 
 
 @pytest.mark.parametrize(
     "widgets, words",
     [
-        ({"train": "all weights"}, ["'train'", "'all weights' is not there yet", "Choose 'LoRA'"]),
+        ({"train": "all weights"}, ["'train'", "Cannot train 'all weights'", "Choose 'LoRA'"]),
         ({"instance_prompt": ""}, ["'instance_prompt'", "is empty", "a photo of sks dog"]),
         ({"class_prompt": " "}, ["'class_prompt'", "is empty", "a photo of a dog"]),
         ({"class_prompt": "a large sks circle"}, ["'class_prompt'", "stands for the subject", "the class alone"]),

@@ -82,7 +82,7 @@ def test_more_steps_extend_a_word_and_its_file(server, tiny_base, dataset):
     assert not np.array_equal(load_file(path)["emb_params"], before)
     other = learning(dataset.name, 1, name="much-longer", seed=9)
     other["4"] = first["4"]
-    with pytest.raises(PromptError, match="There is an embedding 'much-longer' already"):
+    with pytest.raises(PromptError, match="An embedding 'much-longer' exists already"):
         server.run(other, timeout=300)
 
 
@@ -100,7 +100,7 @@ def test_a_cancelled_word_is_kept_and_goes_on(server, tiny_base, dataset):
     assert load_file(file)["emb_params"].shape == (1, 768)
     prompt["3"]["inputs"]["steps"] = step
     entry = server.run(prompt, timeout=300)
-    assert "returned as it was" in entry["outputs"]["3"]["text"][0]
+    assert "returned without training" in entry["outputs"]["3"]["text"][0]
 
 
 def test_a_word_beside_a_lora(server, tiny_base, dataset):

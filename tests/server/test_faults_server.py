@@ -115,7 +115,7 @@ def test_killed_at_any_moment_and_queued_again(make_server, trials):
             assert not list(run.rglob(".*.tmp")), moment
             rows.append((moment, resumed, left))
         entry = server.run(graph_of(server, "straight"))
-        assert "returned as it was" in entry["outputs"]["3"]["text"][0]
+        assert "returned without training" in entry["outputs"]["3"]["text"][0]
     for moment, resumed, left in rows:
         print(f"{moment}: {left} files half written and not in place, went on from step {resumed}, same bits")
 
@@ -186,7 +186,9 @@ def goes_on(server, graph, number, wish, last, straight, what):
     if wish == "stop" and 0 < last < STEPS:
         run = runs.find_run(server, f"asked{number}")
         entry = server.run(graph_of(server, f"asked{number}", keep_last=99))
-        assert f"{last} steps returned as it was, stopped before {STEPS}" in entry["outputs"]["3"]["text"][0], what
+        assert f"{last} steps returned without training, stopped before {STEPS}" in entry["outputs"]["3"]["text"][0], (
+            what
+        )
         server.post(f"/graft/runs/{run.name}/resume", {})
     entry = server.run(graph)
     run = runs.find_run(server, f"asked{number}")

@@ -104,7 +104,7 @@ def test_cancelled_it_keeps_what_was_reached_and_goes_on_to_the_same_bits(server
     returned = server.run(
         fine_tune(dataset.name, reached + 2, runs.option_nodes(server, GraftPreviewOptions={})), timeout=300
     )
-    assert "returned as it was" in returned["outputs"]["3"]["text"][0]
+    assert "returned without training" in returned["outputs"]["3"]["text"][0]
 
 
 def test_dreambooth_trains_all_weights_and_says_with_what(server, tiny_base, dataset):
@@ -113,7 +113,7 @@ def test_dreambooth_trains_all_weights_and_says_with_what(server, tiny_base, dat
     prompt = fine_tune(dataset.name, 2)
     values = {**prompt["3"]["inputs"], "rank": 16, "learning_rate": 0.0, "instance_prompt": "a large sks circle"}
     values.update(class_prompt="a large circle", class_images=2, prior_weight=1.0, train="all weights")
-    for prior, words in (("class images", "2 drawn"), ("differential", "Held to what the model predicted")):
+    for prior, words in (("class images", "2 drawn"), ("differential", "held to the base model's predictions")):
         prompt["3"] = graphs.node("GraftTrainDreamBooth", **values, prior=prior)
         entry = server.run(prompt, timeout=600)
         text = entry["outputs"]["3"]["text"][0]

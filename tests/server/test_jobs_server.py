@@ -185,7 +185,7 @@ def applied_in_the_graph(server, dataset, run):
         ids = (graph, "a large sks toy", [source, 0], [source, 1], name)
         drawn[name] = graphs.sampling(*ids, steps=2, start=100 + 10 * place)
     entry = server.run(graph)
-    assert "returned as it was" in entry["outputs"]["3"]["text"][0]
+    assert "returned without training" in entry["outputs"]["3"]["text"][0]
     found = {name: io.BytesIO(server.download(entry, node=number)[0]) for name, number in drawn.items()}
     pictures = {name: np.asarray(Image.open(file)) for name, file in found.items()}
     assert np.array_equal(pictures["trained"], pictures["loaded"])
@@ -218,7 +218,7 @@ def test_other_weights_and_other_nodes_are_refused_by_name(server, dataset, alon
     (job / "job.json").write_text(json.dumps(value))
     done = launch(server, job, HELP[1], "--cpu")
     assert done.returncode != 0
-    assert "is another one than the job was made with" in done.stdout + done.stderr
+    assert "differs from the one that the job was made with" in done.stdout + done.stderr
     assert runs.list_runs(server, "refused") == []
 
 

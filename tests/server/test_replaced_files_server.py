@@ -44,7 +44,7 @@ def test_replaced_checkpoints_and_embeddings_are_trained_anew(make_server, tiny_
     graph = runs.graph_of(server, "toys", "replaced", STEPS)
     graph["1"]["inputs"]["ckpt_name"] = checkpoint.name
     assert f"{STEPS} steps trained" in told(server, graph)
-    assert f"{STEPS} steps returned as it was" in told(server, {**graph, "9": graph["2"]})
+    assert f"{STEPS} steps returned without training" in told(server, {**graph, "9": graph["2"]})
     # In the same server, despite the host's own cache.
     write_embedding(server, 0.25)
     assert f"{STEPS} steps trained" in told(server, graph)
@@ -55,7 +55,7 @@ def test_replaced_checkpoints_and_embeddings_are_trained_anew(make_server, tiny_
     write_embedding(server, 0.5)
     assert f"{STEPS} steps trained" in told(server, graph)
     write_embedding(server, 0.25)
-    assert f"{STEPS} steps returned as it was" in told(server, graph)
+    assert f"{STEPS} steps returned without training" in told(server, graph)
     found = runs.list_runs(server, "replaced")
     assert len(found) == 4
     first, second = (runs.adapter_of(server, run, STEPS) for run in found[:2])

@@ -45,7 +45,7 @@ def test_queued_twice_trains_once(server, tiny_base, dataset):
     prompt["3"]["inputs"]["options"] = ["50", 0]
     prompt.update(runs.option_nodes(server, GraftRunOptions={}))
     entry = server.run(prompt)
-    assert "returned as it was" in entry["outputs"]["3"]["text"][0]
+    assert "returned without training" in entry["outputs"]["3"]["text"][0]
     assert runs.list_runs(server, dataset.name) == [run]
     assert (run / "metrics.jsonl").read_bytes() == log
 
@@ -62,7 +62,7 @@ def test_untouched_options_change_nothing(server, tiny_base, dataset):
     entry = server.run(
         graphs.training(dataset.name, 2, option_nodes=runs.option_nodes(server, **dict.fromkeys(ALL_OPTIONS, {})))
     )
-    assert "returned as it was" in entry["outputs"]["3"]["text"][0]
+    assert "returned without training" in entry["outputs"]["3"]["text"][0]
     assert len(runs.list_runs(server, dataset.name)) == 1
 
 
@@ -72,7 +72,7 @@ def test_previews_and_memory_do_not_restart(server, tiny_base, dataset):
     memory = runs.option_nodes(server, GraftMemoryOptions={"checkpointing": "on", "micro_batch": 1})
     for chain in (previews, memory):
         entry = server.run(graphs.training(dataset.name, 2, option_nodes=chain))
-        assert "returned as it was" in entry["outputs"]["3"]["text"][0]
+        assert "returned without training" in entry["outputs"]["3"]["text"][0]
     entry = server.run(graphs.training(dataset.name, 4, option_nodes=previews))
     (run,) = runs.list_runs(server, dataset.name)
     assert runs.steps_logged(run) == [1, 2, 3, 4]

@@ -212,7 +212,7 @@ def describe(made):
         ("learning rate", [f"{one['learning_rate']:g}" for one in widgets]),
         ("numbers in the file", [f"{one['values']:,}" for one in figures]),
         ("size of the file", [_size(one["file"]) for one in figures]),
-        ("kept to resume: what is trained, optimiser", [_size(one["state"]) for one in figures]),
+        ("kept to resume: trained values, optimizer", [_size(one["state"]) for one in figures]),
     ]
     lines = ["", *(" | ".join(cells) for cells in [heads, ["---"] * len(heads), *(row for _, row in rows)])]
     names = ["", "measured here", "---", *(name for name, _ in rows)]

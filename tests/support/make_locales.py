@@ -36,13 +36,13 @@ MAIN = {
 SETTINGS = {
     "Graft_DatasetRoots": {
         "name": "Folders that datasets may come from",
-        "tooltip": "Absolute paths, separated by semicolons, besides ComfyUI's input folder. Press R afterwards: the "
-        "folders below them can then be chosen in Graft Load Dataset.",
+        "tooltip": "Absolute paths, separated by semicolons, in addition to ComfyUI's input folder. Press R "
+        "afterwards, then choose a folder below them in Graft Load Dataset.",
     },
     "Graft_CacheLimit": {
         "name": "Size limit of cached latents and texts (GB)",
-        "tooltip": "When a run starts, what was not used for longest is removed until output/graft/cache is no larger. "
-        "What that run needs always stays.",
+        "tooltip": "When a run starts, Graft deletes the least recently used files in output/graft/cache until it is "
+        "no larger. It never deletes files that the run needs.",
     },
 }
 

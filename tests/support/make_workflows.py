@@ -32,13 +32,13 @@ Set three things, then press **Run**:
 2. **Photos** - put 8 to 30 into a folder below ComfyUI's input folder
    (beside each name.png a name.txt with its caption, if you like),
    press **R**, and choose the folder.
-3. **Trigger and prompt** - the word that calls up what is learnt
-   (*ohwx dog*), and a prompt that holds it, in *Prompt* and *Previews*.
+3. **Trigger and prompt** - the word that calls up the learned subject
+   (*ohwx dog*), and a prompt that contains it, in *Prompt* and *Previews*.
 
 *What training will see* comes first: **Cancel** if pictures or captions
 are not right. *Before* and *After* draw the same prompt with the same seed, without and
-with what was learnt. ComfyUI's queue is busy while it trains.
-**Cancel loses nothing**: press Run again and it goes on where it was.
+with the LoRA. ComfyUI's queue is busy while it trains.
+**Cancel loses nothing**: press Run again, and the run continues.
 
 With an SDXL or Flux checkpoint set the resolution of *Photos* to 0 (the
 model's own) and the width and height of *Size and number* to 1024.
@@ -69,12 +69,12 @@ Set three things, then press **Run**:
 3. **Subject and class** - a rare word and what it is (*a photo of sks dog*),
    and the same without that word (*a photo of a dog*).
 
-*Class images* first draws dogs with the checkpoint as it is. They are kept
-in output/graft/class_images: another Run finds them there.
+*Class images* first draws dogs with the unchanged checkpoint and keeps them
+in output/graft/class_images. Another Run uses them again.
 
 *The class before* and *The class after* draw the class prompt with the same
-seed: they should stay alike. *The subject* is what was learnt.
-**Cancel loses nothing**: press Run again and it goes on where it was.
+seed: they should look alike. *The subject* shows the learned subject.
+**Cancel loses nothing**: press Run again, and the run continues.
 
 With an SDXL or Flux checkpoint set the resolution of *Photos* and
 *Class images* to 0 (the model's own) and *Size and number* to 1024.
@@ -99,40 +99,41 @@ TINY_DREAMBOOTH = {
 EMBEDDING_NOTE = """\
 # Teach the model a new word
 
-Nothing of the model is changed: a few numbers are learnt that a prompt
-calls up as **embedding:my-dog**.
+The model itself does not change. Training learns a few numbers, an
+embedding, which prompts call up as **embedding:my-dog**.
 
 1. **Checkpoint** - the SD1.5 file in your models/checkpoints.
 2. **Photos** - 4 to 20 of one thing, in a folder below ComfyUI's input
    folder; press **R** and choose it. They need no captions.
-3. **The word** - in *Train*: its name, what it is (*dog*), and
-   *templates*, which is *style* for a style. In *Prompt* write it with
+3. **The word** - in *Train*: its name, what it shows (*dog*), and
+   *templates* (*style* for a style). In *Prompt* write it with
    a **space before and after** it.
 
-*Before* draws the prompt without the word, *After* the one with it, from
-the same seed. The word is saved to output/embeddings, where every prompt
-finds it from then on. **Cancel loses nothing**: press Run again.
+*Before* draws the prompt without the word, *After* the prompt with it,
+from the same seed. The embedding is saved to output/embeddings, where
+every prompt finds it. **Cancel loses nothing**: press Run again.
 
-A word calls up what the model can draw already. For what it has never
-seen train a LoRA, or both: see *Pivotal tuning*.
+An embedding calls up what the model can draw already. For something that
+it has never seen, train a LoRA, or both: see *Pivotal tuning*.
 """
 
 PIVOTAL_NOTE = """\
-# A new word and a LoRA, trained together
+# An embedding and a LoRA, trained together
 
-The word (*embedding:my-dog*) learns what the thing is, the LoRA what the
-model could not draw. After half of the steps the word is frozen.
+The embedding (*embedding:my-dog*) learns what the thing is, the LoRA
+learns what the model could not draw. After half of the steps the
+embedding is frozen.
 
 1. **Checkpoint** - the SD1.5 file in your models/checkpoints.
 2. **Photos** - 8 to 30 of one thing, in a folder below ComfyUI's input
-   folder; press **R** and choose it. The *trigger* stands for the word
-   in captions.
-3. **The word** - its name and what it is, and a prompt that holds it
-   with a **space before and after**.
+   folder; press **R** and choose it. The *trigger* stands for the
+   embedding in captions.
+3. **The word** - the embedding's name, what it shows, and a prompt that
+   contains it with a **space before and after**.
 
-Two files are saved, one in output/loras and one in output/embeddings.
-They work apart and together. **Cancel loses nothing**: press Run again
-and it goes on where it was.
+The result is two files, one in output/loras and one in
+output/embeddings. They work apart and together.
+**Cancel loses nothing**: press Run again, and the run continues.
 """
 
 # Values of the two embedding examples.
@@ -163,24 +164,24 @@ TINY_PIVOTAL = {
 FINE_TUNE_NOTE = """\
 # Fine-tune a checkpoint
 
-Every weight of the model is trained, and the result is a **checkpoint
-of its own**.
+This trains every weight of the model. The result is a **checkpoint of
+its own**.
 
 1. **Checkpoint** - the SD1.5 file in your models/checkpoints.
 2. **Pictures** - 40 and more in one style, each name.png with its
    caption in name.txt, in a folder below ComfyUI's input folder; press
    **R** and choose it.
 3. **Trigger and prompt** - words for the style (*ohwx style*), and a
-   prompt that holds them, in *Prompt* and *Previews*.
+   prompt that contains them, in *Prompt* and *Previews*.
 
 *The new checkpoint* is ComfyUI's own node: it writes model, text
 encoder and VAE to output/checkpoints, where every checkpoint loader
-finds them. *Save what changed* writes the difference alone, which LoRA
-loaders take at any strength; bypass the one you do not want.
+finds them. *Save what changed* writes only the difference, which LoRA
+loaders apply at any strength. Bypass the node that you do not need.
 
 It takes much more memory and disk than a LoRA: see the help page of
-*Train*. The checkpoint in the graph stays as it is.
-**Cancel loses nothing**: press Run again and it goes on where it was.
+*Train*. The checkpoint in the graph stays unchanged.
+**Cancel loses nothing**: press Run again, and the run continues.
 """
 
 # Values of "Fine-tune a checkpoint".
@@ -204,15 +205,16 @@ MERGE_NOTE = """\
 2. **LoRAs** - choose two files in *First LoRA* and *Second LoRA*.
 3. **Prompt** - with the words that call up both.
 
-*Merge* makes one of them. As it stands that is their plain sum; if the
-two disturb each other, try the method **TIES**, or lower a weight.
-*Resize* takes away what does little: less *energy*, a smaller file.
+*Merge* combines them into one LoRA, here by their plain sum. If the two
+disturb each other, try the method **TIES**, or lower a weight.
+*Resize* removes the parts with little effect: less *energy*, a smaller
+file.
 *What it is* shows where in the model the result is strong, and
 whether it fits the checkpoint.
 
-*Both* draws with the two side by side, *Merged* with the one file that
-*Save the LoRA* writes to output/loras. With the plain sum and all of the
-energy they are the same picture.
+*Both* draws with the two LoRAs, *Merged* with the merged file that
+*Save the LoRA* writes to output/loras. With the plain sum and *energy* 1
+the two pictures are the same.
 
 With an SDXL or Flux checkpoint set the width and height of *Size and
 number* to 1024.

@@ -183,11 +183,11 @@ def known_nodes(server):
 
 NUMBERS = {
     "FLOAT": {
-        "nan": (math.nan, "nan is no number between"),
-        "nan as text": ("nan", "nan is no number between"),
-        "infinite": (math.inf, "inf is no number between"),
-        "minus infinite": (-math.inf, "-inf is no number between"),
-        "huge": (1e308, "is no number between"),
+        "nan": (math.nan, "nan is not a number between"),
+        "nan as text": ("nan", "nan is not a number between"),
+        "infinite": (math.inf, "inf is not a number between"),
+        "minus infinite": (-math.inf, "-inf is not a number between"),
+        "huge": (1e308, "is not a number between"),
         "a word": ("much", "Failed to convert an input value to a FLOAT"),
         "an object": ({"a": 1}, "Failed to convert an input value to a FLOAT"),
         "nothing": (None, "Failed to convert an input value to a FLOAT"),
@@ -206,16 +206,16 @@ NUMBERS = {
         "NUL": ("a\0b", r"control character '\\x00'"),
         "escape": ("\x1b[2J\x07", r"control character '\\x1b'"),
         "half a character": ("\ud800", r"control character '\\ud800'"),
-        "a megabyte": ("a" * 1_000_000, "has 1000000 characters|no name|No folder can be"),
+        "a megabyte": ("a" * 1_000_000, "has 1000000 characters|no name|is not a valid folder name"),
     },
     "COMBO": {
-        "unknown": ("no such choice", "not in list|is no choice here|There is no"),
-        "a number": (5, "not in list|is no text"),
-        "an object": ({"a": 1}, "not in list|is no text"),
-        "a list": ({"__value__": [1, 2, 3]}, "not in list|is no text"),
-        "a path": ("../../../../etc/passwd", "not in list|is no choice here|There is no|lies outside"),
+        "unknown": ("no such choice", "not in list|is not one of the choices|There is no"),
+        "a number": (5, "not in list|not a text"),
+        "an object": ({"a": 1}, "not in list|not a text"),
+        "a list": ({"__value__": [1, 2, 3]}, "not in list|not a text"),
+        "a path": ("../../../../etc/passwd", "not in list|is not one of the choices|There is no|lies outside"),
         # Not the name alone, because another trial creates a folder of that name.
-        "HTML": (f"{HTML}<b>", "not in list|is no choice here|There is no|no folder"),
+        "HTML": (f"{HTML}<b>", "not in list|is not one of the choices|There is no|no folder"),
     },
 }
 
@@ -247,7 +247,7 @@ def sockets(rng, defaults, trained):
                 if value is None and field_name in known.optional:
                     continue
                 says = f"Error: {known.title} .node 5., input '{field_name}': "
-                says += "The \\w+ that arrived is empty" if value is None else "A value of the type"
+                says += "The connected \\w+ is empty" if value is None else "The connected value is of type"
                 yield Trial(
                     "socket", f"{name}.{field_name} {what}", _queueing(defaults, name, {field_name: value}), says
                 )
@@ -325,7 +325,9 @@ def names(rng, defaults, trained):
     """Yield names of folders and files that lead elsewhere, or are invalid on some system."""
     for what, value in LEADING_OUT.items():
         for input in ("folder", "mask_folder"):
-            says = f"input '{input}': .*(?:There is no folder|lies outside|No folder can be called|control character)"
+            says = (
+                f"input '{input}': .*(?:There is no folder|lies outside|is not a valid folder name|control character)"
+            )
             act = _queueing(defaults, "GraftLoadDataset", {input: value})
             yield Trial("folder", f"{input} {what}", act, says)
         for name in (value, f"{value}.safetensors"):
@@ -337,10 +339,10 @@ def names(rng, defaults, trained):
         yield Trial("file name", f"start_from {what}", act, "input 'start_from': There is no adapter")
     for value in ("sound.pt", "sound.ckpt"):
         act = _queueing(defaults, "GraftLoadAdapter", {"adapter_name": value})
-        yield Trial("file name", f"pickle {value}", act, "is no .safetensors file.*hide programs", prepare=_pickles)
+        yield Trial("file name", f"pickle {value}", act, "is not a .safetensors file.*hide programs", prepare=_pickles)
     for what, value in FILE_NAMES.items():
         act = _queueing(defaults, "GraftSaveAdapter", {"filename_prefix": value})
-        yield Trial("prefix", what, act, "input 'filename_prefix': .*(?:cannot be used|leads out of)")
+        yield Trial("prefix", what, act, "input 'filename_prefix': .*(?:Cannot use|leads out of)")
     for what, value in WORDS.items():
         act = _queueing(defaults, "GraftSaveEmbedding", {"name": value})
         yield Trial("word", f"saved {what}", act, "input 'name': The embedding name .*cannot be addressed")
@@ -1115,7 +1117,7 @@ def routes(rng, defaults, trained):
         yield Trial("route", f"workflow of {run_id[:40]!a}", _asking(f"/graft/runs/{run_id}/workflow", own=own), says)
     for node in NODE_IDS:
         own = "%2f" not in node
-        says = '40[49] .*"error": "(?:That is no node|It does not run)' if own else "40[0-9]"
+        says = '40[49] .*"error": "(?:This is not a valid node|The training is not running)' if own else "40[0-9]"
         yield Trial("route", f"node {node[:20]!a}", _asking(f"/graft/nodes/{node}/stop", b"{}", own=own), says)
     for headers in STRANGERS:
         # The host refuses some of them before our route runs, or fails on them.
@@ -1123,15 +1125,15 @@ def routes(rng, defaults, trained):
         yield Trial("route", f"from {headers}", act, '403 .*"error": "Only pages of this server|403 $|500 ')
     for what, body in BODIES.items():
         act = _asking("/graft/nodes/3/stop", body)
-        yield Trial("route", f"body {what}", act, '400 .*"error": "The body is no JSON object')
+        yield Trial("route", f"body {what}", act, '400 .*"error": "The body is not a JSON object')
     act = _asking("/graft/nodes/3/stop", b"{" + b" " * 10**6 + b"}")
-    yield Trial("route", "body of a megabyte", act, '413 .*"error": "The body is too long')
+    yield Trial("route", "body of a megabyte", act, '413 .*"error": "The body is longer than')
     for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", "text/html", ""):
         act = _asking("/graft/nodes/3/stop", b"{}", {"Content-Type": kind})
         yield Trial("route", f"as {kind}", act, '415 .*"error": "Send a JSON object')
     for number in ("-1", "NaN", "1e9", "9" * 20, "%3Cb%3E", "1;2", "%d9%a5", "0x10", ""):
         act = _asking(f"/graft/runs/RUN?events={number}")
-        yield Trial("route", f"events {number}", act, '40[04] .*"error": "That is no number')
+        yield Trial("route", f"events {number}", act, '40[04] .*"error": "The query has a value that is not a number')
     for method in ("PUT", "DELETE", "PATCH"):
         act = _asking("/graft/runs", None, {}, method, own=False)
         yield Trial("route", method, act, "40[345]")

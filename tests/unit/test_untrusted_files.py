@@ -267,7 +267,7 @@ def test_factors_that_are_taken_can_be_multiplied(shapes):
     two = {"lora_up.weight", "lora_down.weight"}
     fits = two <= shapes.keys() and shapes.keys() <= two | {"alpha"} and _multiply(held)
     try:
-        keys.check_parts(held, "What arrived", "adapter")
+        keys.check_parts(held, "The adapter", "adapter")
     except ModelError as error:
         assert "layer layer" in error.message
         assert not fits, error

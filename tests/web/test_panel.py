@@ -287,8 +287,8 @@ def test_values_changed_after_a_run_are_said(opened, page, server):
     panel.wait("finished")
     for values, said in (
         ({"save_every": 9, "every": 7}, ""),
-        ({"steps": 5}, "Run goes on to step 5."),
-        ({"steps": 2, "seed": 8}, "Values were changed since. Run trains with the new ones."),
+        ({"steps": 5}, "Press Run to continue to step 5."),
+        ({"steps": 2, "seed": 8}, "You changed values since. Run trains with the new values."),
         ({"seed": 0}, ""),
     ):
         panels.set_values(page, **values)
@@ -349,14 +349,15 @@ def test_an_error_is_shown_with_its_cure(opened, page, server):
                 "fits": False,
                 "cures": ["checkpointing", "offload"],
             },
-            "needs 3.0 GB more than now, and 2.0 GB are free. Graft Memory Options would help: checkpointing, offload.",
+            "needs 3.0 GB more memory than is in use now, but only 2.0 GB are free. It would fit with these Graft "
+            "Memory Options: checkpointing, offload.",
         ),
         (
             "estimate",
             {"seconds": None, "missing": None, "free": None, "fits": False, "cures": []},
-            "A step needs more memory than there is.",
+            "A step needs more memory than the device has.",
         ),
-        ("spike", {"loss": 9.0, "highest": 1.0, "pictures": ["a.png"]}, "Step 3 was left out"),
+        ("spike", {"loss": 9.0, "highest": 1.0, "pictures": ["a.png"]}, "Skipped step 3"),
     ],
 )
 def test_what_a_run_did_to_help_itself_is_said(opened, event, fields, said):
@@ -383,7 +384,7 @@ def test_warnings_are_shown_and_leave_room_for_buttons(opened, page):
     time.sleep(0.25)
     assert panel.text(".graft-note").splitlines() == [
         "2 of 4 files skipped: a.png: broken; b.png: too small",
-        "batch_size 8 is larger than the dataset: a step shows all 2 pictures at most.",
+        "batch_size 8 is larger than the dataset: a step uses at most all 2 pictures.",
         "Something that came later.",
     ]
     assert panel.list_cramped() == []

@@ -98,7 +98,7 @@ export class Card {
     this._spark.replaceChildren(...(run.curve.length > 1 ? [drawSpark(run.curve)] : []));
     this._showPicture(run);
     this._open.disabled = !run.has_graph;
-    mark(this._open, "title", run.has_graph ? t("Open workflow") : t("No workflow is kept with this run"));
+    mark(this._open, "title", run.has_graph ? t("Open workflow") : t("This run has no saved workflow"));
     this._remove.disabled = run.status === "running";
   }
 

@@ -118,7 +118,7 @@ function makeSaves(runs, use) {
     return button;
   });
   const heading = make("div", { class: "graft-heading" }, make("h3", {}, t("Saved steps")));
-  const meaning = t("Copies it to where LoRA loaders list it, and adds a loader.");
+  const meaning = t("Copies the saved step to where LoRA loaders list it, and adds a loader.");
   return [heading, make("p", { class: "graft-quiet" }, meaning), make("div", { class: "graft-buttons" }, ...buttons)];
 }
 
@@ -144,9 +144,9 @@ function makeRecipes(runs) {
   const rows = compare(runs);
   const isOne = runs.length === 1;
   const body = make("tbody");
-  const none = make("p", { class: "graft-quiet" }, t("Their recipes are the same."));
+  const none = make("p", { class: "graft-quiet" }, t("All settings are the same."));
   const head = makeHead(t("Setting"), ...runs.map(titleOf));
-  const name = isOne ? t("Settings") : t("What differs in their recipes");
+  const name = isOne ? t("Settings") : t("Different settings");
   const scroller = makeScroller(name, make("table", { class: "graft-recipes" }, head, body));
   const show = (all) => {
     const shown = rows.filter(([, , differs]) => all || differs);

@@ -95,10 +95,10 @@ export class History {
       if (from === 0) this._dropAllBut(new Set(runs.map(({ name }) => name)));
       runs.forEach((run, place) => this._place(run, from + place));
       this._more.hidden = this._cards.size >= total;
-      const nothing = searched ? t("No run's name or note holds this.") : t("No run yet. Whatever you train appears here.");
+      const nothing = searched ? t("No run has this in its name or note.") : t("No runs yet. Your trainings appear here.");
       this._say(this._cards.size ? "" : nothing);
     } catch (error) {
-      if (asked === this._asked) this._say(t("The runs could not be read: $problem", { problem: error.message }));
+      if (asked === this._asked) this._say(t("Cannot read the runs: $problem", { problem: error.message }));
     }
     this._showFoot();
   }
@@ -209,8 +209,8 @@ export class History {
     const size = formatBytes(run.size);
     const sure = await this._app.extensionManager.dialog.confirm({
       title: t("Delete this run?"),
-      message: t("$name: its settings, loss, saved steps and sample pictures are deleted ($size).", { name, size }),
-      hint: t("What lies in output/loras and output/embeddings stays."),
+      message: t("This deletes the settings, loss, saved steps and sample pictures of $name ($size).", { name, size }),
+      hint: t("Files in output/loras and output/embeddings stay."),
       type: "delete",
     });
     if (!sure) return;

@@ -39,7 +39,7 @@ export class Store {
     try {
       found = await this._routes.listTold();
     } catch (error) {
-      console.warn("Graft: what trains now could not be read:", error.message);
+      console.warn("Graft: cannot read the running trainings:", error.message);
     }
     const waiting = this._waiting;
     this._waiting = null;

@@ -39,16 +39,16 @@ const HANDLERS = {
     const figures = { missing: formatBytes(missing ?? 0), free: formatBytes(free ?? 0) };
     // missing is null if memory ran out before it could be measured.
     const said = missing === null
-      ? t("A step needs more memory than there is.")
-      : t("A step needs $missing more than now, and $free are free.", figures);
-    const cure = cures.length ? t("Graft Memory Options would help: $cures.", { cures: cures.join(", ") }) : "";
+      ? t("A step needs more memory than the device has.")
+      : t("A step needs $missing more memory than is in use now, but only $free are free.", figures);
+    const cure = cures.length ? t("It would fit with these Graft Memory Options: $cures.", { cures: cures.join(", ") }) : "";
     training.note = `${said} ${cure}`.trim();
   },
   memory(training, { step, done }) {
     training.note = t("Memory ran out in step $step: $done.", { step, done });
   },
   spike(training, { step }) {
-    training.note = t("Step $step was left out: its loss was far above the usual.", { step });
+    training.note = t("Skipped step $step: its loss was far above the usual.", { step });
   },
   rate(training, { optimizer, learning_rate }) {
     const figures = { optimizer, rate: formatRate(learning_rate) };

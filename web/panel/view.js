@@ -156,7 +156,7 @@ export class Panel {
   _waitingFor() {
     const { phase, file } = this._training;
     if (phase === "caching" && file) return file;
-    return this._training.isLive ? t("The first loss comes with the first step.") : t("No step was done.");
+    return this._training.isLive ? t("The loss appears after the first step.") : t("No step was done.");
   }
 
   _showBar() {

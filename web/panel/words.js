@@ -55,7 +55,7 @@ const WORK = {
 const WARNINGS = {
   skipped: text("$count of $total files skipped: $names"),
   enlarged: text("Enlarged pictures, the smallest from $smallest to $side pixels: $names"),
-  batch: text("batch_size $batch is larger than the dataset: a step shows all $count pictures at most."),
+  batch: text("batch_size $batch is larger than the dataset: a step uses at most all $count pictures."),
   resolution: text("resolution $resolution is far from the $usual pixels that $family was made for."),
 };
 
@@ -79,7 +79,7 @@ export function describe(training) {
       ? t("Training, resumed at step $step", { step: training.resumedFrom })
       : t("Training"),
     finished: t("Finished"),
-    returned: t("Finished before: returned as it was"),
+    returned: t("Already finished: returned the saved result"),
     stopped: t("Stopped and kept at step $step", { step }),
     paused: saved ? t("Paused at step $step", { step: saved }) : t("Paused before the first step"),
     cancelled: training.isNothing ? t("Stopped before the first step") : t("Cancelled at step $step", { step }),
@@ -94,14 +94,14 @@ export function advise(training) {
   const { phase, saved } = training;
   if (phase === "training") return training.note;
   if (phase === "failed") return training.cure;
-  if (phase === "stopped") return t("Run returns what was kept. Resume trains on to the last step.");
-  if (phase === "paused") return t("Resume or Run goes on, to the same bits.");
+  if (phase === "stopped") return t("Run returns the saved result. Resume continues to the last step.");
+  if (phase === "paused") return t("Press Resume or Run to continue. The pause does not change the result.");
   if (phase === "cancelled") {
-    if (training.isNothing) return t("There was nothing yet to keep. Run starts again.");
-    if (!saved) return t("Resume or Run starts again.");
-    return t("Saved at step $step: Resume or Run goes on from there.", { step: saved });
+    if (training.isNothing) return t("There was no result to keep yet. Press Run to start again.");
+    if (!saved) return t("Press Resume or Run to start again.");
+    return t("Saved at step $step. Press Resume or Run to continue from there.", { step: saved });
   }
-  if (phase === "lost") return t("Run goes on from the last save.");
+  if (phase === "lost") return t("Press Run to continue from the last save.");
   return "";
 }
 
@@ -109,11 +109,11 @@ export function advise(training) {
 export function remark(training, isSame, steps) {
   if (!isSame) {
     return training.isLive
-      ? t("It was queued with other values than those shown here.")
-      : t("Values were changed since. Run trains with the new ones.");
+      ? t("This training was queued with other values than the node shows.")
+      : t("You changed values since. Run trains with the new values.");
   }
   const goesOn = !training.isLive && Number.isInteger(steps) && training.steps > 0 && steps > training.steps;
-  return goesOn ? t("Run goes on to step $steps.", { steps }) : "";
+  return goesOn ? t("Press Run to continue to step $steps.", { steps }) : "";
 }
 
 // Return the chart in words, for screen readers.

@@ -68,7 +68,7 @@ def extract_adapter(
     tick = counter(node)
     with torch.no_grad():
         adapter, report = extract(_differing(given, tick, total), how, [])
-    log.info("Graft: extracted. %s", report.replace("\n", "; "))
+    log.info("Graft: extracted an adapter. %s", report.replace("\n", "; "))
     return adapter, report
 
 
@@ -77,10 +77,10 @@ def _patchers(models, clips) -> list[tuple[ModelPatcher, ModelPatcher, Callable[
     if (clips[0] is None) != (clips[1] is None):
         missing = "clip_tuned" if clips[0] is None else "clip_base"
         raise ModelError(
-            f"{missing} is not connected, the other text encoder is.", "Connect both, or neither.", missing
+            f"{missing} is not connected, but the other text encoder is.", "Connect both, or neither.", missing
         )
-    refuse_ranged(models[0], "model_tuned", "an extraction")
-    refuse_ranged(models[1], "model_base", "an extraction")
+    refuse_ranged(models[0], "model_tuned", "extraction")
+    refuse_ranged(models[1], "model_base", "extraction")
     tuned, base = classic(models[0], "model_tuned"), classic(models[1], "model_base")
     _check_alike(tuned, base, "model_tuned")
     found = [(tuned, base, model_names(base))]
@@ -99,8 +99,8 @@ def _check_alike(tuned: ModelPatcher, base: ModelPatcher, input: str) -> None:
     if odd:
         sizes = " and ".join(str(list(one[odd[0]])) if odd[0] in one else "missing" for one in shapes)
         raise ModelError(
-            f"The two are of different architectures ({names[0]} and {names[1]}): {odd[0]} is {sizes}.",
-            "Connect a model and the one it was trained from.",
+            f"The two inputs have different architectures ({names[0]} and {names[1]}): {odd[0]} is {sizes}.",
+            "Connect a trained model and the model it was trained from.",
             input,
         )
 

@@ -56,7 +56,7 @@ class ClassImageRequest:
 
 
 @dataclass(frozen=True)
-class Made:
+class ClassImageSet:
     """Class images on disk.
 
     Attributes:
@@ -69,7 +69,7 @@ class Made:
     dataset: Dataset
     drawn: int
     folder: str
-    shown: list[dict[str, str]]
+    previews: list[dict[str, str]]
 
     def batch(self) -> torch.Tensor:
         """Return the images as [N, H, W, 3] float32 in 0..1."""
@@ -78,7 +78,7 @@ class Made:
         return torch.stack([torch.from_numpy(to_array(one.source.open())) for one in self.dataset.examples])
 
 
-def make(model: ModelPatcher, clip: CLIP, vae: VAE, wish: ClassImageRequest, node: str) -> Made:
+def make(model: ModelPatcher, clip: CLIP, vae: VAE, request: ClassImageRequest, node: str) -> ClassImageSet:
     """Make the requested class images. Each is saved as soon as it is drawn, so an interruption loses nothing.
 
     Raises:
@@ -87,44 +87,44 @@ def make(model: ModelPatcher, clip: CLIP, vae: VAE, wish: ClassImageRequest, nod
     """
     check_sockets(model, clip, vae)
     family = family_of(families.family_name(model))
-    geometry = families.geometry(model, int(vae.spacial_compression_encode()), wish.resolution)
-    cfg, sampler_name, scheduler = families.drawing(family, wish.cfg, wish.sampler_name, wish.scheduler)
-    prompt = checked_prompt(wish.prompt, "class_prompt")
+    geometry = families.geometry(model, int(vae.spacial_compression_encode()), request.resolution)
+    cfg, sampler_name, scheduler = families.drawing(family, request.cfg, request.sampler_name, request.scheduler)
+    prompt = checked_prompt(request.prompt, "class_prompt")
     text, codec = ComfyText(clip), ComfyCodec(vae)
-    embedded = text.embedded_digest((prompt, wish.negative))
+    embedded = text.embedded_digest((prompt, request.negative))
     more = [f"embeddings {embedded}"] if embedded else []
     drawing = Drawing(
         prompt=prompt,
-        negative=wish.negative,
+        negative=request.negative,
         base=base_digest(patcher_digest(model), text.fingerprint(), codec.fingerprint(), *more),
         size=(geometry.side, geometry.side),
-        steps=wish.steps,
+        steps=request.steps,
         cfg=cfg,
         sampler_name=sampler_name,
         scheduler=scheduler,
-        seed=wish.seed,
+        seed=request.seed,
     )
     sampled = sampled_patcher_digest(model), text.earlier_fingerprint(), codec.earlier_fingerprint()
     before = replace(drawing, base=base_digest(*sampled))
     # Earlier versions did not consider embedding files.
     is_ours = not embedded and claim(paths.folders().runs, before.base, drawing.base)
     images = ClassImages(paths.class_images_folder(), drawing, before if is_ours else None)
-    numbers = range(wish.first, wish.count)
+    numbers = range(request.first, request.count)
     missing = images.missing(numbers)
-    _draw(images, missing, wish, model, clip, vae, node)
-    shown = [paths.shown_output(images.path(number)) for number in numbers]
-    return Made(images.dataset(numbers, geometry.resolution), len(missing), images.folder, shown)
+    _draw(images, missing, request, model, clip, vae, node)
+    previews = [paths.ui_image(images.path(number)) for number in numbers]
+    return ClassImageSet(images.dataset(numbers, geometry.resolution), len(missing), images.folder, previews)
 
 
-def _draw(images: ClassImages, missing: list[int], wish: ClassImageRequest, model, clip, vae, node: str) -> None:
+def _draw(images: ClassImages, missing: list[int], request: ClassImageRequest, model, clip, vae, node: str) -> None:
     if not missing:
         return
     # Import late: ComfyUI's samplers are not needed if all images exist.
     from ..model.sampling import ClassSampler
 
     drawing = images.drawing
-    log.info("Graft: drawing %d of %d class images for '%s'.", len(missing), wish.count, drawing.prompt)
-    request = PreviewRequest(
+    log.info("Graft: drawing %d of %d class images for '%s'.", len(missing), request.count, drawing.prompt)
+    preview = PreviewRequest(
         (drawing.prompt,),
         drawing.size,
         drawing.steps,
@@ -135,12 +135,12 @@ def _draw(images: ClassImages, missing: list[int], wish: ClassImageRequest, mode
         drawing.negative,
     )
     sampler = ClassSampler(model, ComfyText(clip), vae)
-    tick = gallery(node, wish.count)
-    done = wish.count - len(missing)
-    for start in range(0, len(missing), wish.batch_size):
-        numbers = missing[start : start + wish.batch_size]
+    tick = gallery(node, request.count)
+    done = request.count - len(missing)
+    for start in range(0, len(missing), request.batch_size):
+        numbers = missing[start : start + request.batch_size]
         tick(done)
-        for number, picture in zip(numbers, sampler.draw(request, numbers), strict=True):
+        for number, picture in zip(numbers, sampler.draw(preview, numbers), strict=True):
             images.write(number, picture)
             done += 1
             tick(done, picture)

@@ -71,7 +71,12 @@ class Column:
 
 
 def compare(
-    model: ModelPatcher, clip: CLIP, vae: VAE, wish: CompareRequest, adapters: Mapping[str, Mapping | None], node: str
+    model: ModelPatcher,
+    clip: CLIP,
+    vae: VAE,
+    request: CompareRequest,
+    adapters: Mapping[str, Mapping | None],
+    node: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (grid [1, H, W, 3], pictures [N, h, w, 3] row by row), float32 in 0..1.
 
@@ -85,21 +90,21 @@ def compare(
     from ..model.sampling import PromptSampler
 
     check_sockets(model, clip, vae)
-    prompts = tuple(line.strip() for line in wish.prompts.splitlines() if line.strip())
+    prompts = tuple(line.strip() for line in request.prompts.splitlines() if line.strip())
     if not prompts:
-        raise SettingsError("There is no prompt to draw.", "Write one or more, each on a line of its own.", "prompts")
-    columns = columns_of(wish, adapters)
+        raise SettingsError("There is no prompt to draw.", "Write one or more prompts, one per line.", "prompts")
+    columns = columns_of(request, adapters)
     total = len(prompts) * len(columns)
     if total > _MOST_PICTURES:
         raise SettingsError(
-            f"That would be {total} pictures, {len(prompts)} prompts with {len(columns)} columns each; "
-            f"{_MOST_PICTURES} are the most.",
+            f"{len(prompts)} prompts with {len(columns)} columns each make {total} pictures; the limit is "
+            f"{_MOST_PICTURES}.",
             "Write fewer prompts, files or strengths.",
             "prompts",
         )
     # Record the embedding files that the prompts call, so that the node runs again if one is replaced.
-    ComfyText(clip).embedded_digest((*prompts, wish.negative))
-    request = _request(model, vae, wish, prompts)
+    ComfyText(clip).embedded_digest((*prompts, request.negative))
+    preview = _preview_request(model, vae, request, prompts)
     tick = gallery(node, total)
     drawn = []
     for column in columns:
@@ -107,7 +112,7 @@ def compare(
         given, text = model, clip
         if column.adapter is not None:
             given, text = apply_adapter(model, clip, column.open(), column.strength, column.strength)
-        drawn.append(PromptSampler(given, ComfyText(text), vae).draw(request))
+        drawn.append(PromptSampler(given, ComfyText(text), vae).draw(preview))
         tick(len(drawn) * len(prompts), drawn[-1][0])
     rows = list(zip(*drawn, strict=True))
     image = grid(prompts, [column.label for column in columns], rows)
@@ -115,24 +120,26 @@ def compare(
     return torch.from_numpy(image)[None], batch
 
 
-def _request(model: ModelPatcher, vae: VAE, wish: CompareRequest, prompts: tuple[str, ...]) -> PreviewRequest:
+def _preview_request(
+    model: ModelPatcher, vae: VAE, request: CompareRequest, prompts: tuple[str, ...]
+) -> PreviewRequest:
     family = family_of(families.family_name(model))
-    geometry = families.geometry(model, int(vae.spacial_compression_encode()), wish.resolution)
-    cfg, sampler_name, scheduler = families.drawing(family, wish.cfg, wish.sampler_name, wish.scheduler)
+    geometry = families.geometry(model, int(vae.spacial_compression_encode()), request.resolution)
+    cfg, sampler_name, scheduler = families.drawing(family, request.cfg, request.sampler_name, request.scheduler)
     size = (geometry.side, geometry.side)
-    return PreviewRequest(prompts, size, wish.steps, cfg, sampler_name, scheduler, wish.seed, wish.negative)
+    return PreviewRequest(prompts, size, request.steps, cfg, sampler_name, scheduler, request.seed, request.negative)
 
 
-def columns_of(wish: CompareRequest, adapters: Mapping[str, Mapping | None]) -> list[Column]:
+def columns_of(request: CompareRequest, adapters: Mapping[str, Mapping | None]) -> list[Column]:
     """Return a column for every adapter and file at every strength, and one for the plain model if a strength is 0.
 
     Raises:
         SettingsError: a strength is not a number, or there is nothing to compare.
         ModelError: a file does not exist.
     """
-    strengths = strengths_of(wish.strengths)
+    strengths = strengths_of(request.strengths)
     sources: dict[str, Mapping | str] = {label: one for label, one in adapters.items() if one is not None}
-    names = files_of(wish.files)
+    names = files_of(request.files)
     sources.update(zip(_labels(names), names, strict=True))
     if not sources:
         raise SettingsError(
@@ -144,8 +151,8 @@ def columns_of(wish: CompareRequest, adapters: Mapping[str, Mapping | None]) -> 
     for label, source in sources.items():
         for strength in strengths:
             if strength:
-                said = f"{label} at {strength:g}" if len([one for one in strengths if one]) > 1 else label
-                columns.append(Column(said, source, strength))
+                label_at = f"{label} at {strength:g}" if len([one for one in strengths if one]) > 1 else label
+                columns.append(Column(label_at, source, strength))
     return columns
 
 
@@ -159,8 +166,8 @@ def strengths_of(text: str) -> list[float]:
             number = float("nan")
         if not abs(number) <= _TOP_STRENGTH:
             raise SettingsError(
-                f"'{word[:40]}' is no strength.",
-                f"Write numbers from -{_TOP_STRENGTH:g} to {_TOP_STRENGTH:g} with commas between them: 0, 0.5, 1.",
+                f"'{word[:40]}' is not a strength.",
+                f"Write numbers from -{_TOP_STRENGTH:g} to {_TOP_STRENGTH:g}, separated by commas, such as 0, 0.5, 1.",
                 "strengths",
             )
         if number not in found:
@@ -187,8 +194,8 @@ def files_of(text: str) -> list[str]:
         fitting = [wanted] if wanted in plain else sorted(fnmatch.filter(plain, wanted))
         if not fitting:
             raise SettingsError(
-                f"No LoRA file is called '{wanted[:80]}'.",
-                "Write a name as Graft Load Adapter lists it; * stands for anything: my_run-1a2b3c4d/*.",
+                f"No LoRA file matches '{wanted[:80]}'.",
+                "Write a name as Graft Load Adapter lists it. * matches anything, as in my_run-1a2b3c4d/*.",
                 "files",
             )
         found += [plain[name] for name in fitting if plain[name] not in found]
@@ -205,11 +212,11 @@ def states_of(text: str) -> list:
 
 def _labels(names: list[str]) -> list[str]:
     """Return distinct labels of files: their names, with the folder for duplicates; a save is labeled by its step."""
-    short = [_shown(os.path.splitext(os.path.basename(name))[0]) for name in names]
+    short = [_short_label(os.path.splitext(os.path.basename(name))[0]) for name in names]
     whole = [f"{os.path.dirname(name)} {label}".strip() for name, label in zip(names, short, strict=True)]
     return [one if short.count(one) == 1 else other for one, other in zip(short, whole, strict=True)]
 
 
-def _shown(name: str) -> str:
+def _short_label(name: str) -> str:
     save = re.fullmatch(r"step-0*(\d+)", name)
     return f"step {save.group(1)}" if save else name

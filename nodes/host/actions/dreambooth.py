@@ -76,7 +76,7 @@ def _train(model, clip, vae, dataset, subject, class_dataset, widgets, options, 
 
 def _check_method(name: str) -> None:
     if name not in METHODS:
-        raise SettingsError(f"Training '{name}' is not there yet.", "Choose 'LoRA'.", "train")
+        raise SettingsError(f"Cannot train '{name}'.", "Choose 'LoRA'.", "train")
 
 
 def _preserved(model, clip, vae, dataset: Dataset, subject: Subject, given: Dataset | None, node: str):
@@ -86,7 +86,8 @@ def _preserved(model, clip, vae, dataset: Dataset, subject: Subject, given: Data
     if subject.prior == "differential":
         _check_class(dataset, subject)
         return prior.add_prior_target(dataset, subject.class_prompt, subject.prior_weight), (
-            f"Held to what the model predicted for '{subject.class_prompt}', weight {subject.prior_weight:g}."
+            f"The class is held to the base model's predictions for '{subject.class_prompt}', weight "
+            f"{subject.prior_weight:g}."
         )
     if subject.class_images == 0:
         return dataset, "The class is not preserved: class_images is 0."
@@ -101,15 +102,15 @@ def _classes(model, clip, vae, dataset: Dataset, subject: Subject, given: Datase
         given = prior.captioned(given, subject.class_prompt, "class_prompt")
         usable = sum(not example.held_out for example in given.examples)
     if usable >= subject.class_images:
-        return given, f"{usable} class images were given."
+        return given, f"Class images: {usable} from class_dataset."
     _check_class(dataset, subject)
     # Number the drawn images after the given ones, which may be the first images of the same drawing.
     count = subject.class_images
-    wish = class_images.ClassImageRequest(subject.class_prompt, count, resolution=dataset.resolution, first=usable)
-    made = class_images.make(model, clip, vae, wish, node)
+    request = class_images.ClassImageRequest(subject.class_prompt, count, resolution=dataset.resolution, first=usable)
+    made = class_images.make(model, clip, vae, request, node)
     classes = made.dataset if given is None else combine(given, replace(made.dataset, resolution=given.resolution))
     kept = len(made.dataset.examples) - made.drawn
-    return classes, f"Class images: {usable} given, {kept} found and {made.drawn} drawn in {made.folder}."
+    return classes, f"Class images: {usable} from class_dataset, {kept} reused and {made.drawn} drawn in {made.folder}."
 
 
 def _check_class(dataset: Dataset, subject: Subject) -> None:
@@ -118,12 +119,12 @@ def _check_class(dataset: Dataset, subject: Subject) -> None:
     Raises:
         SettingsError: names the input.
     """
-    said = prior.checked_prompt(subject.class_prompt, "class_prompt")
-    words = {example.trigger for example in dataset.examples} | {" ".join(subject.instance_prompt.split())}
-    for word in sorted(words - {""}):
-        if captions.holds_words(said, word):
+    class_prompt = prior.checked_prompt(subject.class_prompt, "class_prompt")
+    triggers = {example.trigger for example in dataset.examples} | {" ".join(subject.instance_prompt.split())}
+    for trigger in sorted(triggers - {""}):
+        if captions.holds_words(class_prompt, trigger):
             raise SettingsError(
-                f"The class_prompt '{said}' holds '{word}', which stands for the subject.",
+                f"The class_prompt '{class_prompt}' contains '{trigger}', which stands for the subject.",
                 "Write the class alone, such as 'a photo of a dog' for 'a photo of sks dog'.",
                 "class_prompt",
             )

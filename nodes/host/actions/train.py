@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainInputs:
-    """The values on a training node; rank is 0 and `word` is set if only an embedding is trained."""
+    """The values on a training node; rank is 0 and `embedding_spec` is set if only an embedding is trained."""
 
     method: str
     steps: int
@@ -56,7 +56,7 @@ class TrainInputs:
     rank: int
     batch_size: int
     seed: int
-    word: EmbeddingSpec | None = None
+    embedding_spec: EmbeddingSpec | None = None
 
 
 @dataclass(frozen=True)
@@ -139,9 +139,9 @@ def _result_of(recipe: Recipe, dataset: Dataset, host: Host, node: str) -> Resul
 def _out_of_memory(error: Exception) -> OutOfMemory:
     """Return the error for memory that ran out before the first step or after the last; the loop handles its steps."""
     return OutOfMemory(
-        f"Memory ran out while the training was prepared or its result was made ({in_one_line(error)}).",
-        "Close other programs, or take a smaller model or a lower resolution. What was saved stays: queue the graph "
-        "again to go on.",
+        f"Memory ran out before the first step or after the last one ({in_one_line(error)}).",
+        "Close other programs, or use a smaller model or a lower resolution. Saved progress is kept: queue the graph "
+        "again to continue.",
         "model",
     )
 
@@ -192,7 +192,7 @@ def build_recipe(model: ModelPatcher, dataset: Dataset, widgets: TrainInputs, op
         widgets.seed,
         dataset.resolution,
         dataset.trigger,
-        widgets.word,
+        widgets.embedding_spec,
     )
     return resolve(options or Options(), family_of(families.family_name(model)), inputs)
 
@@ -213,7 +213,7 @@ def with_picture(recipe: Recipe, dataset: Dataset) -> Recipe:
 
 def _summary(result, recipe) -> str:
     tail = result.losses[-max(1, len(result.losses) // 10) :]
-    how = "returned as it was" if result.resumed_from == result.step else "trained"
+    how = "returned without training" if result.resumed_from == result.step else "trained"
     stopped = f", stopped before {recipe.steps}" if result.step < recipe.steps else ""
     return (
         f"Run {result.run.name}: {result.step} steps {how}{stopped}; "
@@ -224,7 +224,7 @@ def _summary(result, recipe) -> str:
 def _missing(result) -> str:
     if not result.left_out:
         return ""
-    return f" Left out of the dataset: {shortened(result.left_out)}."
+    return f" Skipped files: {shortened(result.left_out)}."
 
 
 def geometries(dataset: Dataset, model: ModelPatcher | None, vae: VAE | None) -> dict[int, Geometry]:

@@ -67,14 +67,14 @@ def check_count(count: int) -> None:
     if count > there:
         raise SettingsError(
             f"processes is {count}, but PyTorch sees {there} GPUs here.",
-            "Set processes in Graft Run Options to at most that, or run the job elsewhere (Graft Export Job).",
+            f"Set processes in Graft Run Options to at most {there}, or run the job elsewhere (Graft Export Job).",
             "options",
         )
     by_nccl = comfy.model_management.is_nvidia() or comfy.model_management.is_amd()
     if by_nccl and not torch.distributed.is_nccl_available():
         raise SettingsError(
-            "PyTorch is built without NCCL here, by which GPUs train together; on Windows it always is.",
-            "Set processes in Graft Run Options to 1, or run the job under Linux (Graft Export Job).",
+            "This PyTorch is built without NCCL, which several GPUs need to train together. On Windows it always is.",
+            "Set processes in Graft Run Options to 1, or run the job on Linux (Graft Export Job).",
             "options",
         )
 
@@ -98,7 +98,7 @@ def train(recipe: Recipe, dataset: Dataset, host: Host, node: str) -> tuple[str,
         comfy.model_management.soft_empty_cache()
         workers = WorkerGroup(folder, recipe.processes)
         try:
-            return workers.attend(host)
+            return workers.wait(host)
         finally:
             workers.end()
     finally:
@@ -121,25 +121,25 @@ class Worker:
         """Yield the messages that arrived since the last call."""
         try:
             while self.pipe.poll():
-                word = self.pipe.recv()
-                if word[0] != "event":
-                    self.last = word
-                yield word
+                message = self.pipe.recv()
+                if message[0] != "event":
+                    self.last = message
+                yield message
         except (EOFError, OSError):
             return
 
-    def say(self, word: str) -> None:
+    def send(self, message: str) -> None:
         """Send a message; a process that has ended ignores it."""
         try:
-            self.pipe.send(word)
+            self.pipe.send(message)
         except (BrokenPipeError, OSError) as error:
             log.debug("Graft: %s", error)
 
     @property
     def failed(self) -> bool:
         """Report whether the process ended in any way but done."""
-        said = self.last is not None and self.last[0] != "done"
-        return said or self.process.exitcode not in (None, 0)
+        is_unfinished = self.last is not None and self.last[0] != "done"
+        return is_unfinished or self.process.exitcode not in (None, 0)
 
 
 class WorkerGroup:
@@ -151,7 +151,7 @@ class WorkerGroup:
 
         # Rendezvous of the processes; the system chooses a free port.
         self._store = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
-        self._members: list[Worker] = []
+        self._workers: list[Worker] = []
         self._run = ("", 0)
         context = multiprocessing.get_context("spawn")
         try:
@@ -164,31 +164,31 @@ class WorkerGroup:
                     "pipe": theirs,
                 }
                 arguments = (_JOB, {"GRAFT_WORKER": given}, _WORKER)
-                member = context.Process(target=runpy.run_path, args=arguments, daemon=True)
+                process = context.Process(target=runpy.run_path, args=arguments, daemon=True)
                 with _nameless_main():
-                    member.start()
+                    process.start()
                 theirs.close()
-                self._members.append(Worker(member, ours))
+                self._workers.append(Worker(process, ours))
         except BaseException:
             self.end()
             raise
 
-    def attend(self, host: Host) -> tuple[str, int]:
+    def wait(self, host: Host) -> tuple[str, int]:
         """Wait until all processes are done. Raises as `train`."""
         stopping = False
         until = math.inf
         try:
             while self._runs() and time.monotonic() < until:
-                self._hear(host.report)
+                self._forward_messages(host.report)
                 host.check_interrupt()
-                asked = host.next_command()
-                if asked is Command.SAVE or (asked is Command.STOP and not stopping):
-                    self._members[0].say(asked.value)
-                stopping = stopping or asked is Command.STOP
-                if until == math.inf and any(member.failed for member in self._members):
-                    # The others learn of it, and the main process saves.
+                command = host.next_command()
+                if command is Command.SAVE or (command is Command.STOP and not stopping):
+                    self._workers[0].send(command.value)
+                stopping = stopping or command is Command.STOP
+                if until == math.inf and any(worker.failed for worker in self._workers):
+                    # The other processes stop too, and the main process saves.
                     until = time.monotonic() + _LONG_GRACE
-            self._hear(host.report)
+            self._forward_messages(host.report)
         except comfy.model_management.InterruptProcessingException:
             self._leave(host)
             raise
@@ -197,20 +197,20 @@ class WorkerGroup:
 
     def _runs(self) -> bool:
         """Report whether a process may still send a message; its work after the final message does not matter."""
-        return any(member.process.exitcode is None and member.last is None for member in self._members)
+        return any(worker.process.exitcode is None and worker.last is None for worker in self._workers)
 
-    def _hear(self, report: Callable[[str, dict], None]) -> None:
+    def _forward_messages(self, report: Callable[[str, dict], None]) -> None:
         """Wait briefly, and forward the messages that arrive."""
         from multiprocessing.connection import wait
 
-        live = [member for member in self._members if member.process.exitcode is None]
-        wait([member.pipe for member in live] + [member.process.sentinel for member in live], _PAUSE)
-        for member in self._members:
-            for word in member.messages():
-                if word[0] == "event":
-                    self._pass_on(*word[1:], report)
+        live = [worker for worker in self._workers if worker.process.exitcode is None]
+        wait([worker.pipe for worker in live] + [worker.process.sentinel for worker in live], _PAUSE)
+        for worker in self._workers:
+            for message in worker.messages():
+                if message[0] == "event":
+                    self._forward(*message[1:], report)
 
-    def _pass_on(self, event: str, payload: dict, report: Callable[[str, dict], None]) -> None:
+    def _forward(self, event: str, payload: dict, report: Callable[[str, dict], None]) -> None:
         if event == "run":
             self._run = (payload["name"], payload["step"])
         if event == "sample":
@@ -219,8 +219,8 @@ class WorkerGroup:
 
     def _leave(self, host: Host) -> None:
         """Let all processes save and end within a few seconds."""
-        for member in self._members:
-            member.say("leave")
+        for worker in self._workers:
+            worker.send("leave")
 
         def note(event: str, payload: dict) -> None:
             if event == "saved":
@@ -232,38 +232,38 @@ class WorkerGroup:
 
         until = time.monotonic() + _GRACE
         while self._runs() and time.monotonic() < until:
-            self._hear(note)
-        self._hear(note)
+            self._forward_messages(note)
+        self._forward_messages(note)
 
     def _raise_cause(self) -> None:
         """Raise the training's error: one that a process reported, or the loss of a process."""
-        said = [member.last for member in self._members if member.last is not None]
-        for word in said:
-            if word[0] == "failed":
-                raise _error_of(*word[1:])
-        for rank, member in enumerate(self._members):
-            if member.last is None:
+        final = [worker.last for worker in self._workers if worker.last is not None]
+        for message in final:
+            if message[0] == "failed":
+                raise _error_of(*message[1:])
+        for rank, worker in enumerate(self._workers):
+            if worker.last is None:
                 raise RunError(
-                    f"Process {rank} of the training was lost (exit code {member.process.exitcode}).",
-                    "What was saved stays: queue the graph again to go on.",
+                    f"Process {rank} of the training was lost (exit code {worker.process.exitcode}).",
+                    "Saved progress is kept: queue the graph again to continue.",
                 )
         for kind, error in (
             ("interrupted", comfy.model_management.InterruptProcessingException),
             ("parted", PeerLostError),
         ):
-            if any(word[0] == kind for word in said):
+            if any(message[0] == kind for message in final):
                 raise error()
 
     def end(self) -> None:
         """Kill the processes that still run, and wait until they have ended."""
-        for member in self._members:
-            if member.process.is_alive():
-                member.process.kill()
-        for member in self._members:
-            member.process.join()
-            member.process.close()
-            member.pipe.close()
-        self._members = []
+        for worker in self._workers:
+            if worker.process.is_alive():
+                worker.process.kill()
+        for worker in self._workers:
+            worker.process.join()
+            worker.process.close()
+            worker.pipe.close()
+        self._workers = []
 
 
 def _error_of(kind: str, message: str, cure: str, given: str) -> Exception:

@@ -48,8 +48,8 @@ def describe(node: str, host: Host, files: bool) -> dict[str, Any]:
     links = {socket: inputs.get(socket) for socket in SOCKETS}
     if not all(_is_link(link) for link in links.values()):
         raise ModelError(
-            "Which files the model comes from cannot be known: the node was not found in the prompt that runs.",
-            "Put the loaders and this node into the graph itself, not behind nodes that make others while they run.",
+            "Cannot find out which files the model comes from: this node is not in the prompt that is running.",
+            "Put the loaders and this node into the graph itself, not behind nodes that create others while they run.",
             "model",
         )
     found: dict[str, dict] = {}
@@ -90,9 +90,9 @@ def _collect(prompt: dict, start: str, socket: str, found: dict[str, dict]) -> N
         kind, inputs = prompt[identity]["class_type"], prompt[identity]["inputs"]
         if not _is_core(kind):
             raise ModelError(
-                f"The {socket} comes through a {kind} (node {identity}), which is no node of ComfyUI's own: "
-                "elsewhere it could not be done again.",
-                "Save what comes out of it (CheckpointSave, or Graft Save Adapter and LoraLoader) and load that.",
+                f"The {socket} comes through a {kind} (node {identity}). It is not one of ComfyUI's own nodes and "
+                "cannot run again elsewhere.",
+                "Save its output (CheckpointSave, or Graft Save Adapter and LoraLoader) and load that.",
                 socket,
             )
         _refuse_writer(kind, socket)
@@ -155,13 +155,13 @@ def check_files(base: dict[str, Any]) -> None:
         path = folder_paths.get_full_path(kind, name) if kind in folder_paths.folder_names_and_paths else None
         if path is None:
             raise ModelError(
-                f"ComfyUI's {kind} folders hold no '{name}' ({row['bytes'] / 1e6:.0f} MB, SHA-256 {wanted}).",
-                "Copy it there, under that name.",
+                f"ComfyUI's {kind} folders do not contain '{name}' ({row['bytes'] / 1e6:.0f} MB, SHA-256 {wanted}).",
+                "Copy the file there, under this name.",
             )
         if os.path.getsize(path) != row["bytes"] or file_hash(path) != wanted:
             raise ModelError(
-                f"The file '{path}' is another one than the job was made with (SHA-256 {wanted}).",
-                "Copy that one there, or export the job again.",
+                f"The file '{path}' differs from the one that the job was made with (SHA-256 {wanted}).",
+                "Copy the job's file there, or export the job again.",
             )
 
 
@@ -180,7 +180,7 @@ def load(base: dict[str, Any]) -> dict[str, Any]:
 def _output(graph: dict[str, dict], link: list, done: dict[str, tuple], path: tuple[str, ...]) -> Any:
     identity, place = link
     if identity in path or identity not in graph:
-        raise ModelError(f"The job's node {identity} leads nowhere.", "Export the job again.")
+        raise ModelError(f"The job's node {identity} is missing, or depends on itself.", "Export the job again.")
     if identity not in done:
         kind, inputs = graph[identity]["class_type"], graph[identity]["inputs"]
         if not _is_core(kind):

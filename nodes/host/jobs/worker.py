@@ -51,14 +51,14 @@ def main(folder: str, group: AccelerateGroup, given: dict[str, Any] | None) -> i
     logging.basicConfig(level=logging.INFO if group.is_main else logging.WARNING, format="%(message)s", force=True)
     pipe = None if given is None else given["pipe"]
     with REGISTRY.register("") as training, _interruptible(pipe, training):
-        told = _Terminal(group) if pipe is None else _Relay(group, pipe, training)
+        output = _Terminal(group) if pipe is None else _Relay(group, pipe, training)
         try:
-            result = _run(folder, group, told, training, pipe is not None)
+            result = _run(folder, group, output, training, pipe is not None)
         except comfy.model_management.InterruptProcessingException:
-            return told.interrupted()
+            return output.interrupted()
         except Exception as error:
-            return told.failed(error)
-    told.done(result)
+            return output.failed(error)
+    output.done(result)
     group.close()
     return DONE
 
@@ -94,9 +94,9 @@ def _host(job: Job, group: AccelerateGroup, report: Report, training: Training) 
     for socket, found in provenance.fingerprints(host).items():
         if job.base["fingerprints"].get(socket) not in (found, before[socket]):
             raise ModelError(
-                f"The {socket} that was loaded is not the one that the job was made with.",
-                "Start ComfyUI's options as they were then (such as --fp32-vae), take the same version of ComfyUI, or "
-                "export the job again.",
+                f"The loaded {socket} differs from the one that the job was made with.",
+                "Use the same options of ComfyUI as then (such as --fp32-vae) and the same version, or export the job "
+                "again.",
                 socket,
             )
     return host
@@ -106,8 +106,9 @@ def _check_embeddings(job: Job, embedded: str) -> None:
     """Raise ModelError if the embedding files that the job's texts call are not those that it was made with."""
     if job.embedded is not None and job.embedded != embedded:
         raise ModelError(
-            "The job's captions call an embedding (embedding:NAME) whose file is missing here, or is another one.",
-            "Copy the file into ComfyUI's models/embeddings from where the job was exported, or export the job again.",
+            "The job's captions use an embedding (embedding:NAME) whose file is missing here, or differs.",
+            "Copy the file from the machine that exported the job into ComfyUI's models/embeddings, or export the job "
+            "again.",
             "clip",
         )
 
@@ -154,13 +155,13 @@ def _listen(pipe, training: Training) -> None:
     """Execute the graph's messages; if the graph is gone, end this process at once."""
     while True:
         try:
-            word = pipe.recv()
+            message = pipe.recv()
         except (EOFError, OSError):
             os._exit(FAILED)
-        if word == "leave":
+        if message == "leave":
             comfy.model_management.interrupt_current_processing()
         else:
-            training.ask(UserCommand(word))
+            training.submit(UserCommand(message))
 
 
 class _Terminal:
@@ -182,11 +183,11 @@ class _Terminal:
         elif event == "run":
             log.info("Graft: %d processes; the run is in %s", self._group.world_size, payload["folder"])
         elif event == "saved":
-            log.info("Graft: step %d is saved: %s", payload["step"], payload["path"])
+            log.info("Graft: saved step %d: %s", payload["step"], payload["path"])
 
     def interrupted(self) -> int:
         if self._group.is_main:
-            log.info("Graft: interrupted after step %d; it is saved. Start the job again to go on.", self._step)
+            log.info("Graft: interrupted after step %d, which is saved. Start the job again to continue.", self._step)
         return INTERRUPTED
 
     def failed(self, error: Exception) -> int:

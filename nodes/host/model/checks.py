@@ -15,16 +15,16 @@ def check_sockets(model, clip, vae) -> None:
     for name, value in (("model", model), ("clip", clip), ("vae", vae)):
         if value is None:
             raise ModelError(
-                f"The {name} that arrived is empty: the loaded file holds none.",
-                "Load it with a loader of its own and connect that.",
+                f"The connected {name} is empty: the loaded file contains none.",
+                "Load it with a separate loader node, and connect that.",
                 name,
             )
     if not hasattr(model, "get_model_object") or not hasattr(model.model, "diffusion_model"):
-        raise ModelError(f"A {type(model).__name__} is no model that can be trained.", "Load the original.", "model")
+        raise ModelError(f"Cannot train a {type(model).__name__}.", "Load the original checkpoint.", "model")
     hidden = families.hidden_format(model)
     if hidden:
         raise ModelError(
-            f"The model is loaded in the format {hidden}, whose weights no training goes through yet.",
-            "Load the original with ComfyUI's own loader; fp8 is fine.",
+            f"Cannot train a model that is loaded in the format {hidden}.",
+            "Load the original checkpoint with ComfyUI's own loader; fp8 works.",
             "model",
         )

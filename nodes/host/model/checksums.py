@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 # Bytes copied to the CPU at a time, bytes from which on the duration is logged, and the limit of threads.
 _CHUNK = 64 * 1024 * 1024
-_TOLD = 1024**3
+_LOGGED_SIZE = 1024**3
 _THREADS = 8
 
 
@@ -59,9 +59,9 @@ def module_checksums(module: torch.nn.Module, weights: Iterable[tuple[str, torch
     started, size = time.monotonic(), sum(tensor.nbytes for tensor in missing.values())
     with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
         known.update(zip(missing, pool.map(_compute, missing.values()), strict=True))
-    if size >= _TOLD:
+    if size >= _LOGGED_SIZE:
         took = time.monotonic() - started
-        log.info("Graft: %.1f GB of weights were checked in %.1f s, once for this model.", size / 1e9, took)
+        log.info("Graft: computed checksums of %.1f GB of weights in %.1f s, once for this model.", size / 1e9, took)
     return {name: known[name].checksum for name in weights}
 
 

@@ -99,7 +99,7 @@ class _Rows:
     """
 
     def __init__(self, inner: torch.nn.Module, tokens: Sequence[dict], key: str):
-        self._ask = inner.encode
+        self._encode = inner.encode
         sections = [_sections(one, key) for one in tokens]
         self._rows = [section for one in sections for section in one]
         self._spans = list(itertools.pairwise([0, *itertools.accumulate(len(one) for one in sections)]))
@@ -111,9 +111,9 @@ class _Rows:
         start, stop = self._spans[number]
         # ComfyUI asks for one more row for a prompt with weights; captions have none.
         if not self._together or len(wanted) != stop - start:
-            return self._ask(wanted)
+            return self._encode(wanted)
         if self._found is None:
-            self._found = self._ask(self._rows)
+            self._found = self._encode(self._rows)
         return _slice(self._found, start, stop)
 
 
@@ -140,8 +140,8 @@ def _answer(inner, key: str, number: int, rows: _Rows | None, keep: LRUCache | N
         return functools.partial(rows.answer, number)
     if keep is None or any(parameter.requires_grad for parameter in inner.parameters()):
         return None
-    ask = inner.encode
-    return lambda wanted: keep.get(f"{key} {wanted}", lambda: _Kept(ask(wanted))).value
+    encode = inner.encode
+    return lambda wanted: keep.get(f"{key} {wanted}", lambda: _Kept(encode(wanted))).value
 
 
 def _slice(value, start: int, stop: int):

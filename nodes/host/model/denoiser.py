@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# The engine's kind of conditioning by image, for the kinds in `families`; all others take a source image.
+_KINDS = {"": "", families.HOLE: HOLE}
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -57,8 +59,8 @@ class ComfyDenoiser:
         self._vae = vae
         self._sampling = self._model.get_model_object("model_sampling")
         self.family = families.family_name(self._model)
-        self._beside = families.beside(self._model)
-        self.conditioning_kind = "" if not self._beside else HOLE if self._beside == families.HOLE else SOURCE
+        self._image_conditioning = families.image_conditioning(self._model)
+        self.conditioning_kind = _KINDS.get(self._image_conditioning, SOURCE)
         self.parameterization = families.parameterization_name(self._model)
         self.sigma_data = float(getattr(self._sampling, "sigma_data", 1.0))
         self.noise_scale = float(getattr(self._sampling, "noise_scale", 1.0))
@@ -96,7 +98,7 @@ class ComfyDenoiser:
         context = conditioning.get("cross_attn")
         if isinstance(width, int) and context is not None and context.shape[-1] != width:
             raise ModelError(
-                f"The text encoder gives {context.shape[-1]} numbers a token; the model ({name}) takes {width}.",
+                f"The text encoder gives {context.shape[-1]} numbers per token; the model ({name}) takes {width}.",
                 "Connect the text encoder that belongs to the model.",
                 "clip",
             )
@@ -141,7 +143,7 @@ class ComfyDenoiser:
             "target_width": target_width,
             "target_height": target_height,
             **self._guidance,
-            **families.beside_values(self._beside, conditioning, self.device),
+            **families.image_conditioning_values(self._image_conditioning, conditioning, self.device),
             # ComfyUI passes None for text encoders without a pooled output; some models look the name up.
             "pooled_output": None,
             "noise": x_t,
@@ -179,7 +181,9 @@ class ComfyDenoiser:
             options = self._step_options(sigma, context)
             output = self.module(x.to(dtype), t, context=context, control=None, transformer_options=options, **extra)
         if isinstance(output, (list, tuple)):
-            raise ModelError("The model answers with several latents at once.", "It cannot be trained yet.", "model")
+            raise ModelError(
+                "Cannot train a model that returns several latents at once.", "Use another model.", "model"
+            )
         return output.to(torch.promote_types(output.dtype, torch.float32))
 
     def _autocast(self):
@@ -192,8 +196,8 @@ class ComfyDenoiser:
         options = options["transformer_options"]
         options["cond_or_uncond"] = [0]
         options["sigmas"] = sigma
-        for name, told in families.token_positions(self._base, context).items():
-            options[name] = {**told, **options.get(name, {})}
+        for name, positions in families.token_positions(self._base, context).items():
+            options[name] = {**positions, **options.get(name, {})}
         return options
 
     @contextmanager
@@ -222,7 +226,9 @@ class ComfyDenoiser:
             self._casting = [layer for layer in self.module.modules() if hasattr(layer, "comfy_cast_weights")]
             self._base = _over(base, self.module)
             self._options = _transformer_options(self._model)
-            self._sampler = sampling.PreviewSampler(self._model, self._base, self._text, self._vae, self._beside)
+            self._sampler = sampling.PreviewSampler(
+                self._model, self._base, self._text, self._vae, self._image_conditioning
+            )
             try:
                 with compat.training_flag(True), compat.differentiable():
                     yield
@@ -282,10 +288,10 @@ class ComfyDenoiser:
 
     def published_splits(self, path: str) -> tuple[LayerSplit, ...]:
         """Return the splits of a layer in ComfyUI's diffusers map of a transformer; none for other families."""
-        return self._cuts.get(f"{path}.weight", ())
+        return self._splits.get(f"{path}.weight", ())
 
     @functools.cached_property
-    def _cuts(self) -> dict[str, tuple[LayerSplit, ...]]:
+    def _splits(self) -> dict[str, tuple[LayerSplit, ...]]:
         return families.diffusers_splits(self._model)
 
     def check_adapter(self, tensors: dict[str, torch.Tensor]) -> list[str]:
@@ -312,14 +318,14 @@ def _check_trainable(base, device: torch.device | None) -> None:
     """
     if not families.is_reproduced(base):
         raise ModelError(
-            f"A {type(base).__name__} does more around its network than training reproduces.",
-            "It cannot be trained yet. Please report the model's name.",
+            f"Cannot train a {type(base).__name__} yet: ComfyUI does more around its network than training reproduces.",
+            "Use another model. Please report the name of this one.",
             "model",
         )
     elsewhere = {parameter.device.type for parameter in base.diffusion_model.parameters()}
     if device is not None and elsewhere - {device.type}:
         raise ModelError(
-            f"The host keeps a part of the model off {device}.",
+            f"ComfyUI keeps a part of the model off {device}.",
             "Switch offload on (Graft Memory Options), or start ComfyUI without --novram and --lowvram.",
             "model",
         )
@@ -328,15 +334,16 @@ def _check_trainable(base, device: torch.device | None) -> None:
 def _warn(model: ModelPatcher, family: str) -> None:
     if family == GENERAL.name:
         log.info(
-            "Graft: a %s has no description here. Every linear layer is adapted, the gradient checked before step 1.",
+            "Graft: no description of the model class %s. Graft adapts every linear layer, and checks the gradient "
+            "before step 1.",
             type(model.model.model_config).__name__,
         )
     distilled = families.few_steps(model)
     if distilled:
         log.warning(
-            "Graft: this model was distilled to draw in a few steps (%s). Training with its usual loss undoes that "
-            "little by little: it will need more steps to draw. Rather train on the model it was made from and use the "
-            "LoRA here, or keep training short and at a low learning rate.",
+            "Graft: this model was distilled to draw in a few steps (%s). Training with its usual loss gradually "
+            "undoes that: it will need more steps to draw. Train on the model that it was made from and apply the LoRA "
+            "here, or keep training short, with a low learning rate.",
             distilled,
         )
 

@@ -43,8 +43,8 @@ def encoders(clip: CLIP) -> list[str]:
     found = [key for key in WIDTHS if hasattr(clip.tokenizer, key) and hasattr(clip.cond_stage_model, key)]
     if not found:
         raise ModelError(
-            f"The text encoder ({type(clip.cond_stage_model).__name__}) has no CLIP part that could take a new word.",
-            "Embeddings are for SD1, SD2, SDXL, SD3 and Flux; train a LoRA for this model instead.",
+            f"The text encoder ({type(clip.cond_stage_model).__name__}) has no CLIP part, which an embedding needs.",
+            "Embeddings work for SD1, SD2, SDXL, SD3 and Flux. Train a LoRA for this model instead.",
             "clip",
         )
     return found
@@ -61,7 +61,7 @@ def apply_embedding(clip: CLIP, embedding: Embedding) -> CLIP:
         if key not in embedding or embedding[key].shape[-1] != width:
             made = ", ".join(f"{name} ({value.shape[-1]} wide)" for name, value in embedding.items())
             raise ModelError(
-                f"The embedding '{embedding.name}' is for other text encoders: it holds {made}, and this CLIP wants "
+                f"The embedding '{embedding.name}' is for other text encoders: it contains {made}, and this CLIP needs "
                 f"{key} ({width} wide).",
                 "Connect the CLIP of the model family it was trained on, or choose another embedding.",
                 "embedding",

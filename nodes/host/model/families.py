@@ -97,7 +97,7 @@ def diffusers_splits(model: ModelPatcher) -> dict[str, tuple[LayerSplit, ...]]:
             found.setdefault(ours, []).append(
                 LayerSplit(theirs.removesuffix(".weight"), functools.partial(_rows_of, place))
             )
-    return {ours: tuple(cuts) for ours, cuts in found.items()}
+    return {ours: tuple(splits) for ours, splits in found.items()}
 
 
 def _rows_of(place: str | tuple, values: torch.Tensor) -> torch.Tensor:
@@ -109,7 +109,7 @@ def _rows_of(place: str | tuple, values: torch.Tensor) -> torch.Tensor:
     return place[2](values) if len(place) > 2 else values
 
 
-def beside(model: ModelPatcher) -> str:
+def image_conditioning(model: ModelPatcher) -> str:
     """Return the model's image conditioning: HOLE, CONCAT, REFERENCE, or empty for none.
 
     HOLE is a mask and the image around it. CONCAT is a source image in extra input channels. REFERENCE is a source
@@ -126,22 +126,22 @@ def beside(model: ModelPatcher) -> str:
     if "IP2P" in kinds:
         return CONCAT
     network = type(base.diffusion_model)
-    asks = _mentions(type(base), "extra_conds", "reference_latents")
-    takes = any(_mentions(network, name, "ref_latents") for name in ("forward", "_forward"))
-    return REFERENCE if asks and takes else ""
+    requests_reference = _mentions(type(base), "extra_conds", "reference_latents")
+    accepts_reference = any(_mentions(network, name, "ref_latents") for name in ("forward", "_forward"))
+    return REFERENCE if requests_reference and accepts_reference else ""
 
 
-def _mentions(kind: type, method: str, word: str) -> bool:
+def _mentions(kind: type, method: str, name: str) -> bool:
     """Report whether a class's method, or a base's, has a word as a constant or a variable name."""
     codes = [vars(one)[method].__code__ for one in kind.__mro__ if hasattr(vars(one).get(method), "__code__")]
-    return any(word in code.co_consts or word in code.co_varnames for code in codes)
+    return any(name in code.co_consts or name in code.co_varnames for code in codes)
 
 
-def beside_values(kind: str, conditioning: Conditioning, device: torch.device | None = None) -> dict:
+def image_conditioning_values(kind: str, conditioning: Conditioning, device: torch.device | None = None) -> dict:
     """Return a sample's image conditioning, under the names that ComfyUI's own nodes use.
 
     Args:
-        kind: result of `beside`.
+        kind: result of `image_conditioning`.
         device: target device; None to leave the tensors where they are.
     """
     found = {}

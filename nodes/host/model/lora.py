@@ -47,7 +47,7 @@ def apply_adapter(
     start, end = span
     if start >= end:
         raise SettingsError(
-            f"start_percent {start:g} is not before end_percent {end:g}: the adapter would never act.",
+            f"start_percent {start:g} is not less than end_percent {end:g}, so the adapter would never act.",
             "Set a smaller start_percent, or strength_model 0 to switch it off.",
             "start_percent",
         )
@@ -56,7 +56,7 @@ def apply_adapter(
     if not patches:
         raise ModelError(
             f"The adapter fits no layer of the connected model ({type(model.model).__name__}).",
-            "It was made for another: connect the model family it was trained on, or choose another adapter.",
+            "Connect a model of the family that it was trained on, or choose another adapter.",
             "adapter",
         )
     check_pairs(blocks, [path_of(key) for key in patches], "block_strengths")
@@ -112,7 +112,7 @@ def classic(model: ModelPatcher, input: str = "model") -> ModelPatcher:
         return model.clone(disable_dynamic=True)
     except RuntimeError as error:
         raise ModelError(
-            f"The model's weights cannot be put in place ({error}).",
+            f"Cannot load the model's weights in place ({error}).",
             "Load it with one of ComfyUI's own loaders, or start ComfyUI with --disable-dynamic-vram.",
             input,
         ) from error
@@ -159,7 +159,7 @@ def _check_shapes(model: ModelPatcher, clip: CLIP | None, adapter: dict[str, tor
         raise ModelError(
             f"The adapter was made for another model: its part for {key} has {what} in the connected "
             f"{type(owner).__name__}.",
-            "Connect the model family it was trained on, or choose another adapter.",
+            "Connect a model of the family that it was trained on, or choose another adapter.",
             "adapter",
         )
 

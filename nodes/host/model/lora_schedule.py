@@ -62,8 +62,8 @@ def refuse_ranged(model: ModelPatcher, input: str, what: str) -> None:
     keys = model.wrappers.get(WrappersMP.CALC_COND_BATCH, {})
     if any(isinstance(key, str) and key.startswith(_KEY) for key in keys):
         raise ModelError(
-            f"The model carries an adapter for a part of sampling, which {what} cannot count as part of it.",
-            "Set start_percent to 0 and end_percent to 1 in the Graft Apply Adapter before this node.",
+            f"The model has an adapter that acts in a part of sampling only; {what} cannot include it.",
+            "In the Graft Apply Adapter before this node, set start_percent to 0 and end_percent to 1.",
             input,
         )
 

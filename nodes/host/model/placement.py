@@ -33,9 +33,9 @@ def placed(model: ModelPatcher, offloaded: bool) -> Iterator[None]:
     # Unload the graph's model too: it shares its weights with this one.
     management.free_memory(EVERYTHING, model.load_device)
     model.unpatch_model(model.offload_device)
-    beside = model.model_patches_models()
-    if beside:
-        management.load_models_gpu(beside)
+    patch_models = model.model_patches_models()
+    if patch_models:
+        management.load_models_gpu(patch_models)
     model.model_patches_to(model.load_device)
     model.model_patches_to(model.model_dtype())
     try:

@@ -70,8 +70,8 @@ class _Sampler:
         found = []
         for index, positive in enumerate(positives):
             more = self._values(request, index)
-            told = [[[text, {**values, **more}] for text, values in one] for one in (positive, negative)]
-            found.append(self._sample(*told, request, [(request.seed + index) % 2**64]))
+            conditionings = [[[text, {**values, **more}] for text, values in one] for one in (positive, negative)]
+            found.append(self._sample(*conditionings, request, [(request.seed + index) % 2**64]))
         return found
 
     def _values(self, request: PreviewRequest, index: int) -> dict:
@@ -132,9 +132,9 @@ class PromptSampler(_Sampler):
 class PreviewSampler(_Sampler):
     """A sampler that draws with the private tree itself, so that no second copy of the weights is patched."""
 
-    def __init__(self, model: ModelPatcher, base, text: ComfyText, vae: VAE, beside: str = ""):
+    def __init__(self, model: ModelPatcher, base, text: ComfyText, vae: VAE, image_conditioning: str = ""):
         super().__init__(model.clone(), text, vae)
-        self._beside = beside
+        self._image_conditioning = image_conditioning
         self._patcher.model = base
         for name in _BAKED:
             if hasattr(self._patcher, name):
@@ -155,7 +155,7 @@ class PreviewSampler(_Sampler):
     def _values(self, request: PreviewRequest, index: int) -> dict:
         if not request.beside:
             return {}
-        return families.beside_values(self._beside, request.beside[index % len(request.beside)])
+        return families.image_conditioning_values(self._image_conditioning, request.beside[index % len(request.beside)])
 
     def _call_loaded(self) -> None:
         """Mark the tree as loaded, so that ComfyUI moves nothing: offloaded blocks fetch their weights themselves."""
@@ -179,7 +179,7 @@ class PreviewSampler(_Sampler):
 def _check_interrupt(step: int, x0, x, total: int) -> None:
     """End sampling after the current step if the user cancelled, or if the preview is no longer wanted."""
     control.check_interrupt()
-    if control.is_hurried():
+    if control.should_skip_optional_work():
         raise PreviewSkipped
 
 

@@ -44,7 +44,7 @@ class ComfyText:
 
     def encode(self, caption: str) -> dict[str, torch.Tensor]:
         """Return ComfyUI's conditioning of a literal caption: `cross_attn`, `pooled_output` and any other tensors."""
-        return self._settled(conditioning_tensors(self.clip, _literal_tokens(self.clip, caption)))
+        return self._with_finite_pooled(conditioning_tensors(self.clip, _literal_tokens(self.clip, caption)))
 
     def form(self, caption: str) -> Hashable:
         """Return the shape of a caption's tokens; None if it holds vectors, or no encoder is known to batch safely."""
@@ -56,9 +56,9 @@ class ComfyText:
 
         with torch.no_grad():
             found = encode_alike(self.clip, [_literal_tokens(self.clip, caption) for caption in captions])
-        return [self._settled(_on_cpu(one)) for one in found]
+        return [self._with_finite_pooled(_on_cpu(one)) for one in found]
 
-    def _settled(self, found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _with_finite_pooled(self, found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Replace a pooled output that an uninitialized, unused projection made non-finite."""
         import torch
 
@@ -221,7 +221,7 @@ def _fits(row: torch.Tensor, width: int) -> bool:
 def _ids(tokenizer, text: str) -> list:
     """Return a literal text's tokens without start, end and padding: numbers, or an embedding's vectors."""
     chunks = tokenizer.tokenize_with_weights(text, return_word_ids=True, disable_weights=True) if text else []
-    return [token for chunk in chunks for token, _, word in chunk if word > 0]
+    return [token for chunk in chunks for token, _, word_id in chunk if word_id > 0]
 
 
 def _literal_tokens(clip: CLIP, text: str, **options) -> dict:

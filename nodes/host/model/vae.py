@@ -58,7 +58,7 @@ class ComfyCodec:
                 hook.remove()
         mean = mean.float().cpu().clone()
         if len(pixels) > 1 and caught and not _is_whole(caught, mean):
-            raise RuntimeError("There was not enough memory: the VAE encoded in tiles.")
+            raise RuntimeError("Not enough memory: the VAE encoded in tiles.")
         return mean, _log_variance(caught, mean)
 
     def fingerprint(self) -> str:

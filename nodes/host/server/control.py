@@ -27,7 +27,7 @@ Outcome = TypeVar("Outcome")
 _MOST_PROMPTS = 256
 
 # Limit of characters in the message of an unexpected error.
-_MOST_SAID = 2000
+_MESSAGE_LIMIT = 2000
 
 
 class UserCommand(Enum):
@@ -83,13 +83,13 @@ class Training:
         self.step = self.saved = step
         self.steps = steps
 
-    def ask(self, wish: UserCommand) -> None:
+    def submit(self, command: UserCommand) -> None:
         """Record a command; of STOP and PAUSE, the later one wins."""
         with self._lock:
-            if wish is UserCommand.SAVE:
+            if command is UserCommand.SAVE:
                 self._save = True
             else:
-                self._end = wish
+                self._end = command
 
     def next_command(self) -> Command | None:
         """Return the loop's command after a step; a save is returned once."""
@@ -115,7 +115,7 @@ class TrainingRegistry:
         self._lock = threading.Lock()
         self._running: list[Training] = []
         self._prompts: dict[str, str] = {}
-        self._lifted = 0
+        self._cache_version = 0
         self._current: ContextVar[Training | None] = ContextVar("graft_training", default=None)
 
     @property
@@ -124,9 +124,9 @@ class TrainingRegistry:
         return self._current.get()
 
     @property
-    def lifted(self) -> int:
+    def cache_version(self) -> int:
         """The number of resumed or deleted runs. When it changes, ComfyUI must not answer from its cache."""
-        return self._lifted
+        return self._cache_version
 
     @contextmanager
     def register(self, node: str) -> Iterator[Training]:
@@ -174,7 +174,7 @@ class TrainingRegistry:
         """Forget a deleted run. Its graph, queued again, must train and not be answered from ComfyUI's cache."""
         with self._lock:
             self._prompts.pop(run, None)
-            self._lifted += 1
+            self._cache_version += 1
 
     def resume(self, run: Run) -> None:
         """Let a stopped run continue when its graph is queued again.
@@ -184,7 +184,7 @@ class TrainingRegistry:
         with run.held():
             run.forget_halt()
         with self._lock:
-            self._lifted += 1
+            self._cache_version += 1
 
 
 # The routes of the one server and the nodes that it executes share this registry.
@@ -198,7 +198,7 @@ def check_interrupt() -> None:
         REGISTRY.current.check_interrupt()
 
 
-def is_hurried() -> bool:
+def should_skip_optional_work() -> bool:
     """Report whether optional work should be skipped because the current training was told to stop."""
     return REGISTRY.current is not None and REGISTRY.current.end is UserCommand.STOP
 
@@ -221,10 +221,10 @@ def run_controlled(node: str, work: Callable[[Training], Outcome]) -> Outcome:
             return work(training)
         except comfy.model_management.InterruptProcessingException:
             if training.end is not UserCommand.PAUSE:
-                _tell_cancelled(training)
+                _report_cancelled(training)
                 raise
         except Exception as error:
-            _tell_failed(training, error)
+            _report_failed(training, error)
             raise
     # Not inside `except`: an exception being handled keeps all that the training had on the device.
     _note_pause(training)
@@ -232,23 +232,23 @@ def run_controlled(node: str, work: Callable[[Training], Outcome]) -> Outcome:
     raise comfy.model_management.InterruptProcessingException()
 
 
-def _tell_cancelled(training: Training) -> None:
+def _report_cancelled(training: Training) -> None:
     nothing = training.end is UserCommand.STOP and not training.step
     if nothing:
-        log.info("Graft: stopped before the first step: nothing was trained that could be kept.")
+        log.info("Graft: stopped before the first step. There is no result to keep.")
     training.send("cancelled", {"step": training.step, "saved": training.saved, "nothing": nothing})
 
 
-def _tell_failed(training: Training, error: Exception) -> None:
+def _report_failed(training: Training, error: Exception) -> None:
     if isinstance(error, GraftError):
-        told = {"message": error.message, "cure": error.cure, "input": error.input}
+        report = {"message": error.message, "cure": error.cure, "input": error.input}
     else:
-        told = {"message": f"{type(error).__name__}: {error}"[:_MOST_SAID], "cure": "", "input": ""}
-    training.send("failed", {**told, "step": training.step, "saved": training.saved})
+        report = {"message": f"{type(error).__name__}: {error}"[:_MESSAGE_LIMIT], "cure": "", "input": ""}
+    training.send("failed", {**report, "step": training.step, "saved": training.saved})
 
 
 def _note_pause(training: Training) -> None:
-    log.info("Graft: paused at step %d. Queue the same graph again to go on.", training.saved)
+    log.info("Graft: paused at step %d. Queue the same graph again to continue.", training.saved)
     name = "" if training.run is None else training.run.name
     # Without a saved state there is nothing to resume, and the folder's files may be of an earlier run.
     if training.saved:
@@ -257,7 +257,7 @@ def _note_pause(training: Training) -> None:
                 training.run.note_halt(PAUSED, training.saved, training.steps)
         except RunError:
             # The run still resumes without the note, unless it is set to start over or to be new each time.
-            log.exception("Graft: that run %s is paused could not be kept.", name)
+            log.exception("Graft: cannot record that run %s is paused.", name)
     training.send("paused", {"run": name, "step": training.saved, "steps": training.steps})
 
 

@@ -57,12 +57,12 @@ class Progress:
             if time.monotonic() - self._sent < _PAUSE and done < total:
                 return
             self._sent = time.monotonic()
-        self._training.send(event, self._shown(event, payload))
+        self._training.send(event, self._page_payload(event, payload))
 
-    def _shown(self, event: str, payload: dict) -> dict:
+    def _page_payload(self, event: str, payload: dict) -> dict:
         """Return an event as the pages get it: paths in place of pictures, and the losses of all unsent steps."""
         if event == "sample":
-            return {"step": payload["step"], "samples": [paths.shown_output(path) for path in payload["paths"]]}
+            return {"step": payload["step"], "samples": [paths.ui_image(path) for path in payload["paths"]]}
         if event == "step":
             losses, self._losses = self._losses, []
             return {**payload, "losses": losses, "memory": _memory()}

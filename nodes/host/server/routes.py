@@ -50,7 +50,7 @@ Handler = Callable[[web.Request], Awaitable[web.Response]]
 
 _PREFIX = "/graft/"
 _NODE = re.compile(r"[0-9A-Za-z_.-]{1,32}(?::[0-9A-Za-z_.-]{1,32}){0,15}")
-_WISHES = "|".join(wish.value for wish in UserCommand)
+_COMMANDS = "|".join(command.value for command in UserCommand)
 _MOST_SUMMARIES = 200
 _MOST_EVENTS = 5000
 _BODY_LIMIT = 16 * 1024
@@ -78,12 +78,12 @@ def register() -> None:
     routes.get(f"{_PREFIX}history")(_answering(_list_history))
     routes.get(f"{_PREFIX}runs/{{run}}")(_answering(_show_run))
     routes.get(f"{_PREFIX}runs/{{run}}/workflow")(_answering(_show_graph))
-    routes.post(f"{_PREFIX}runs/{{run}}/{{wish:{_WISHES}}}")(_answering(_ask_run))
+    routes.post(f"{_PREFIX}runs/{{run}}/{{command:{_COMMANDS}}}")(_answering(_command_run))
     routes.post(f"{_PREFIX}runs/{{run}}/resume")(_answering(_resume_run))
     routes.post(f"{_PREFIX}runs/{{run}}/delete")(_answering(_delete_run))
     routes.post(f"{_PREFIX}runs/{{run}}/describe")(_answering(_describe_run))
     routes.post(f"{_PREFIX}runs/{{run}}/pick")(_answering(_pick_save))
-    routes.post(f"{_PREFIX}nodes/{{node}}/{{wish:{_WISHES}}}")(_answering(_ask_node))
+    routes.post(f"{_PREFIX}nodes/{{node}}/{{command:{_COMMANDS}}}")(_answering(_command_node))
 
 
 def _answering(work: Callable[[web.Request], Awaitable[dict[str, Any]]]) -> Handler:
@@ -99,7 +99,7 @@ def _answering(work: Callable[[web.Request], Awaitable[dict[str, Any]]]) -> Hand
         except GraftError as error:
             return _answer(500, {"error": str(error)})
         except FileNotFoundError:
-            return _answer(404, {"error": "It was removed meanwhile."})
+            return _answer(404, {"error": "The run or one of its files was removed meanwhile."})
 
     return handle
 
@@ -116,19 +116,19 @@ async def _check_post(request: web.Request) -> None:
     if not is_same_origin(request.headers):
         raise _Refusal(
             403,
-            "Only pages of this server may ask this. Open ComfyUI by its IP address or localhost, or name the host in "
-            "the environment variable GRAFT_HOSTS.",
+            "Only pages of this server may send this request. Open ComfyUI by its IP address or localhost, or add the "
+            "host name to the environment variable GRAFT_HOSTS.",
         )
     if request.content_type != "application/json":
         raise _Refusal(415, "Send a JSON object, with the content type application/json.")
     if (request.content_length or 0) > _BODY_LIMIT:
-        raise _Refusal(413, "The body is too long.")
+        raise _Refusal(413, f"The body is longer than {_BODY_LIMIT} bytes.")
     try:
         body = json.loads(await request.content.read(_BODY_LIMIT) or b"{}")
     except (ValueError, RecursionError):
         body = None
     if not isinstance(body, dict):
-        raise _Refusal(400, "The body is no JSON object.")
+        raise _Refusal(400, "The body is not a JSON object.")
     request[_BODY] = body
 
 
@@ -192,7 +192,7 @@ def _host_of(origin: str) -> str:
 
 
 async def _list_runs(request: web.Request) -> dict[str, Any]:
-    found = await _aside(records.list_records, paths.folders(), records.MOST_RUNS)
+    found = await _in_thread(records.list_records, paths.folders(), records.MOST_RUNS)
     return {
         "running": [_training_as_json(one) for one in REGISTRY.all()],
         "runs": [_record_as_json(record) for record in found],
@@ -204,21 +204,21 @@ async def _list_history(request: web.Request) -> dict[str, Any]:
     first = _number(request.query.get("from", "0"), records.MOST_RUNS)
     count = _number(request.query.get("count", "50"), _MOST_SUMMARIES)
     text = request.query.get("text", "")
-    found, total = await _aside(history.list_summaries, paths.folders(), text, first, count)
+    found, total = await _in_thread(history.list_summaries, paths.folders(), text, first, count)
     return {"runs": [_summary_as_json(one) for one in found], "total": total}
 
 
 async def _show_run(request: web.Request) -> dict[str, Any]:
     most = _number(request.query.get("events", "200"), _MOST_EVENTS)
     run = await _found(request)
-    record, recipe, events, notes, saves = await _aside(_read, run, most)
+    record, recipe, events, notes, saves = await _in_thread(_read, run, most)
     running = REGISTRY.of_run(run.name)
     return {
         **_record_as_json(record),
         "running": None if running is None else _training_as_json(running),
         "recipe": recipe,
         "events": events,
-        "samples": [paths.shown_output(path) for path in run.samples()],
+        "samples": [paths.ui_image(path) for path in run.samples()],
         **asdict(notes),
         "saves": saves,
         "prompt": REGISTRY.prompt_of(run.name),
@@ -233,40 +233,40 @@ def _read(run, most: int):
 async def _show_graph(request: web.Request) -> dict[str, Any]:
     run = await _found(request)
     try:
-        return await _aside(records.read_graph, run)
+        return await _in_thread(records.read_graph, run)
     except RunError as error:
         raise _Refusal(404, str(error)) from error
 
 
-async def _ask_run(request: web.Request) -> dict[str, Any]:
+async def _command_run(request: web.Request) -> dict[str, Any]:
     run = await _found(request)
-    return _ask(REGISTRY.of_run(run.name), request)
+    return _send_command(REGISTRY.of_run(run.name), request)
 
 
-async def _ask_node(request: web.Request) -> dict[str, Any]:
+async def _command_node(request: web.Request) -> dict[str, Any]:
     node = request.match_info["node"]
     if _NODE.fullmatch(node) is None:
-        raise _Refusal(404, "That is no node's id.")
-    return _ask(REGISTRY.of_node(node), request)
+        raise _Refusal(404, "This is not a valid node id.")
+    return _send_command(REGISTRY.of_node(node), request)
 
 
-def _ask(training: Training | None, request: web.Request) -> dict[str, Any]:
+def _send_command(training: Training | None, request: web.Request) -> dict[str, Any]:
     if training is None:
-        raise _Refusal(409, "It does not run.")
-    wish = UserCommand(request.match_info["wish"])
-    training.ask(wish)
-    training.send("asked", {"wish": wish.value, "step": training.step})
-    return {"asked": wish.value, **_training_as_json(training)}
+        raise _Refusal(409, "The training is not running.")
+    command = UserCommand(request.match_info["command"])
+    training.submit(command)
+    training.send("asked", {"wish": command.value, "step": training.step})
+    return {"asked": command.value, **_training_as_json(training)}
 
 
 async def _resume_run(request: web.Request) -> dict[str, Any]:
     run = await _found(request)
     if REGISTRY.of_run(run.name) is not None:
-        raise _Refusal(409, "It runs already.")
+        raise _Refusal(409, "The run is training already.")
     halt = run.halt()
     if halt is not None and halt.how == STOPPED:
         try:
-            await _aside(REGISTRY.resume, run)
+            await _in_thread(REGISTRY.resume, run)
         except RunHeldError as error:
             raise _Refusal(409, str(error)) from error
     prompt_id = REGISTRY.prompt_of(run.name)
@@ -276,9 +276,9 @@ async def _resume_run(request: web.Request) -> dict[str, Any]:
 async def _delete_run(request: web.Request) -> dict[str, Any]:
     run = await _found(request)
     if REGISTRY.of_run(run.name) is not None:
-        raise _Refusal(409, "It runs: stop it first.")
+        raise _Refusal(409, "The run is training. Stop it first.")
     try:
-        await _aside(history.delete_run, run)
+        await _in_thread(history.delete_run, run)
     except RunError as error:
         raise _Refusal(409, str(error)) from error
     REGISTRY.forget(run.name)
@@ -292,7 +292,7 @@ async def _describe_run(request: web.Request) -> dict[str, Any]:
         notes = parse_notes(body.get("title", ""), body.get("note", ""))
     except SettingsError as error:
         raise _Refusal(400, str(error)) from error
-    await _aside(write_notes, run, notes)
+    await _in_thread(write_notes, run, notes)
     return {"run": run.name, **asdict(notes)}
 
 
@@ -300,9 +300,9 @@ async def _pick_save(request: web.Request) -> dict[str, Any]:
     run = await _found(request)
     step = request[_BODY].get("step")
     if type(step) is not int:
-        raise _Refusal(400, "The step is no number.")
+        raise _Refusal(400, "The step is not a number.")
     try:
-        return {"run": run.name, "step": step, **await _aside(pick_save, paths.folders(), run, step)}
+        return {"run": run.name, "step": step, **await _in_thread(pick_save, paths.folders(), run, step)}
     except RunError as error:
         raise _Refusal(409, str(error)) from error
 
@@ -322,19 +322,19 @@ def _prompt(prompt_id: str) -> dict[str, Any] | None:
 
 async def _found(request: web.Request):
     try:
-        return await _aside(records.find_run, paths.folders(), request.match_info["run"])
+        return await _in_thread(records.find_run, paths.folders(), request.match_info["run"])
     except RunError as error:
         raise _Refusal(404, str(error)) from error
 
 
-async def _aside(work: Callable, *values) -> Any:
+async def _in_thread(work: Callable, *values) -> Any:
     """Run file access in a thread, so that the server can do other work."""
     return await asyncio.get_running_loop().run_in_executor(None, partial(work, *values))
 
 
 def _number(text: str, most: int) -> int:
     if not re.fullmatch(r"[0-9]{1,9}", text):
-        raise _Refusal(400, "That is no number.")
+        raise _Refusal(400, "The query has a value that is not a number.")
     return min(int(text), most)
 
 
@@ -346,7 +346,7 @@ def _summary_as_json(summary: history.Summary) -> dict[str, Any]:
     return {
         **_record_as_json(summary.record),
         **asdict(summary.losses),
-        "picture": None if summary.picture is None else paths.shown_output(summary.picture),
+        "picture": None if summary.picture is None else paths.ui_image(summary.picture),
         "recipe": summary.recipe,
         "facts": summary.facts,
         "has_graph": summary.has_graph,
