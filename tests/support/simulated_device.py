@@ -300,9 +300,8 @@ class SimulatedDevice:
         before = [block.writes, *block.reads.items()] if written else [block.writes]
         for number, tick in before:
             if number != now.stream_id and now.known.get(number, 0) < tick:
-                self.usage.hazards.append(
-                    f"stream {now.stream_id} {'writes' if written else 'reads'} what stream {number} uses, at {_place()}"
-                )
+                does = "writes" if written else "reads"
+                self.usage.hazards.append(f"stream {now.stream_id} {does} what stream {number} uses, at {_place()}")
         if written:
             block.writes = (now.stream_id, now.tick)
             block.reads = {}
@@ -681,6 +680,9 @@ def comfy_on(device: torch.device, state: str = "NORMAL_VRAM"):
     values = {"get_torch_device": lambda: device, "is_nvidia": lambda: False, "is_amd": lambda: False}
     values |= {"get_free_memory": get_free_memory, "get_total_memory": get_total_memory}
     if device.type == NAME:
+        # Text encoders compute on a GPU that can compute in half precision; models keep the dtype of their files.
+        values |= {"should_use_fp16": lambda device=None, *args, **kwargs: device is None}
+        values |= {"should_use_bf16": lambda *args, **kwargs: False}
         values |= {"cpu_state": management.CPUState.GPU, "vram_state": management.VRAMState[state]}
     before = {name: getattr(management, name) for name in values}
     management.current_loaded_models.clear()
