@@ -10,7 +10,6 @@ backreferences and atomic groups.
 from __future__ import annotations
 
 import functools
-import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 
@@ -31,6 +30,8 @@ _MOST_TOGETHER = 500_000
 _MOST_LIVE = 2000
 # Limit on states in all cached sets together.
 _KEPT = 200_000
+# Limit on states to visit, about ten seconds of work. 960 keys, one per layer of a large model, visit a fifth of it.
+_MOST_VISITED = 4_000_000
 # Plain integers, because operations on `re.RegexFlag` are slow.
 _IGNORECASE, _DOTALL = int(re.IGNORECASE), int(re.DOTALL)
 _OTHER_FLAGS = ~int(re.IGNORECASE | re.DOTALL | re.VERBOSE | re.UNICODE)
@@ -80,19 +81,26 @@ def search_patterns(patterns: tuple[str, ...]) -> Patterns:
     return Patterns(patterns)
 
 
+class Budget:
+    """Number of states that searches may still visit. Searches for one user or one file share it."""
+
+    def __init__(self, states: int | None = None):
+        self.left = _MOST_VISITED if states is None else states
+
+
 class Patterns:
     """Several regular expressions, matched together.
 
     Args:
         whole: match as peft matches the keys of `rank_pattern`: the whole text, or everything after one of its dots.
             If False, match anywhere in the text, as `re.search` does.
-        budget: maximum number of states to visit, over all texts together.
+        budget: limit on the states to visit, over all texts together; an own one by default.
 
     Raises:
         PatternError: a pattern is unusable.
     """
 
-    def __init__(self, patterns: Sequence[str], whole: bool = False, budget: float = math.inf):
+    def __init__(self, patterns: Sequence[str], whole: bool = False, budget: Budget | None = None):
         # Per state: the character that it consumes or a test for it (None if it consumes none), and the next states.
         self._tests: list[str | Callable[[str], bool] | None] = []
         self._edges: list[list[int]] = []
@@ -107,7 +115,7 @@ class Patterns:
                 error.pattern = pattern
                 raise
         self._room = _MOST_STATES
-        self._left = budget
+        self._budget = budget or Budget()
         fork = self._state(edges=entries)
         self._anywhere = not whole
         self._start = self._sequence(parser.parse(r"(?:.*\.)?"), fork, 0) if whole else fork
@@ -131,7 +139,7 @@ class Patterns:
                 found = end
             if found == 0 or not key[0]:
                 break
-            if work > _MOST_LIVE * (len(text) + 1) or self._left < 0:
+            if work > _MOST_LIVE * (len(text) + 1) or self._budget.left < 0:
                 raise PatternError(
                     "The patterns can match in too many ways at once.", "Use fewer, or some without repeats."
                 )
@@ -153,7 +161,7 @@ class Patterns:
         if self._anywhere and letter:
             after.add(self._start)
         made = ((frozenset(after), letter[:1]), min(ends, default=None), len(live))
-        self._left -= len(live)
+        self._budget.left -= len(live)
         self._kept += len(after) + 1
         if self._kept > _KEPT:
             self._sets.clear()

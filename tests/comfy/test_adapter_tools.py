@@ -571,6 +571,8 @@ def odd_parts(out, inputs):
         "DoRA of another length": {**lora, "dora_scale": two(out * 2, 1)},
         "DoRA of more dimensions": {**lora, "dora_scale": two(out, 1, 1, 1)},
         "difference": {"diff": two(out, inputs * 2)},
+        "weight": {"set_weight": two(out * 2, inputs)},
+        "weight of one number": {"set_weight": torch.ones(1)},
     }
 
 

@@ -1,5 +1,6 @@
 """Tests of stop and keep, save now, and pause, sent to the real server while it trains."""
 
+import http.client
 import json
 import shutil
 import time
@@ -285,6 +286,33 @@ def test_only_this_servers_pages_and_programs_may_ask(server, finished):
         assert refusal(server, path, body, **JSON)[0] == 400, body
     assert refusal(server, path, b"{" + b" " * 17000 + b"}", **JSON)[0] == 413
     assert refusal(server, path, method="GET")[0] in (404, 405)
+
+
+def post_in_parts(server, path, parts, chunked):
+    """POST a body whose parts arrive some time apart, with its length in the headers or not; return the status."""
+    connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=30)
+    connection.putrequest("POST", path)
+    connection.putheader("Content-Type", "application/json")
+    length = ("Transfer-Encoding", "chunked") if chunked else ("Content-Length", str(sum(map(len, parts))))
+    connection.putheader(*length)
+    connection.endheaders()
+    for part in parts:
+        connection.send(b"%x\r\n%s\r\n" % (len(part), part) if chunked else part)
+        time.sleep(0.05)
+    if chunked:
+        connection.send(b"0\r\n\r\n")
+    with connection.getresponse() as answer:
+        return answer.status, answer.read()
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_body_that_arrives_in_parts_is_read_whole(server, finished, chunked):
+    note = "n" * 1500
+    body = json.dumps({"note": note}).encode()
+    path = f"/graft/runs/{finished}/describe"
+    status, answer = post_in_parts(server, path, [body[:700], body[700:1400], body[1400:]], chunked)
+    assert status == 200 and json.loads(answer)["note"] == note
+    assert post_in_parts(server, path, [b"{" + b" " * 9000, b" " * 9000 + b"}"], chunked)[0] == 413
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from graft_pack.trainers.errors import ModelError, SettingsError
 from graft_pack.trainers.formats.adapter import load_adapter
 from graft_pack.trainers.methods.patterns import check_pairs, matches, value_for
 from graft_pack.trainers.recipe.parsing import parse_pairs, parse_patterns
-from graft_pack.trainers.regex import PatternError, Patterns, regex_problem
+from graft_pack.trainers.regex import Budget, PatternError, Patterns, regex_problem
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -91,10 +91,11 @@ def test_work_grows_with_the_text_alone(pattern):
     """Counted in states, not in seconds."""
     looked_at = []
     for length in (60, 120):
-        patterns = Patterns([pattern], budget=10**9)
+        budget = Budget(10**9)
+        patterns = Patterns([pattern], budget=budget)
         for number in range(3):
             patterns.first("a" * length + str(number))
-        looked_at.append(10**9 - patterns._left)
+        looked_at.append(10**9 - budget.left)
     assert looked_at[1] < 2.5 * looked_at[0] < 2.5 * 60 * 1000
 
 
@@ -141,6 +142,36 @@ def test_many_costly_patterns_at_once_are_refused():
     patterns = tuple(".?" * 90 + f"!{number}" for number in range(200))
     with pytest.raises(PatternError, match="too many ways at once"):
         matches("a" * 100, patterns)
+
+
+WANDERING = [f"(?:a|[a-y]{{0,9}}){{0,9}}[a-y]*z{number}" for number in range(4)]
+
+
+def test_searches_share_one_budget(monkeypatch):
+    budget = Budget(5000)
+    Patterns(WANDERING, budget=budget).first("a" * 5)
+    with pytest.raises(PatternError, match="too many ways at once"):
+        Patterns(WANDERING, budget=budget).first("a" * 60)
+    path = "a" * 60 + "z0z1z2z3"
+    budget = Budget()
+    Patterns(WANDERING[:1], budget=budget).first(path)
+    monkeypatch.setattr(regex, "_MOST_VISITED", int(1.5 * (Budget().left - budget.left)))
+    check_pairs([(WANDERING[0], 4)], [path], "block_ranks")
+    with pytest.raises(SettingsError, match="too many ways at once") as error:
+        check_pairs([(pattern, 4) for pattern in WANDERING], [path], "block_ranks")
+    assert error.value.input == "block_ranks"
+
+
+def test_all_patterns_of_a_file_share_one_budget(tmp_path, monkeypatch):
+    keys = dict.fromkeys(WANDERING, 2)
+    one = adapter_with(tmp_path / "one.safetensors", ["mid_block." + "a" * 60], rank_pattern=keys)
+    both = adapter_with(tmp_path / "both.safetensors", ["mid_block." + "a" * 60], rank_pattern=keys, alpha_pattern=keys)
+    budget = Budget()
+    Patterns(WANDERING, whole=True, budget=budget).first("mid_block." + "a" * 60)
+    monkeypatch.setattr(regex, "_MOST_VISITED", int(1.5 * (Budget().left - budget.left)))
+    assert load_adapter(one).native.scales
+    with pytest.raises(ModelError, match="too many ways at once"):
+        load_adapter(both)
 
 
 def adapter_with(path, places, **config):

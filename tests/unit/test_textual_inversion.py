@@ -109,15 +109,28 @@ def test_names_that_a_prompt_can_address_pass(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["my word", "my\tword", "a(b)", "(a", "a:1.2", "a\\b", "word,", ",word", "a\u3000b", ""]
+    "name",
+    [
+        "my word",
+        "my\tword",
+        "a(b)",
+        "(a",
+        "a:1.2",
+        "a\\b",
+        "word,",
+        ",word",
+        "a\u3000b",
+        "",
+        "[word]",
+        "word[1]",
+        "a<b",
+    ],
 )
 def test_file_names_that_no_prompt_can_call_are_known(name):
     assert not textual_inversion.is_addressable(name)
 
 
-@pytest.mark.parametrize(
-    "name", ["word", "folder/word-1.5", "a,b", "[word]", "{word}", "w\u00f6rter", "EasyNegative_v2"]
-)
+@pytest.mark.parametrize("name", ["word", "folder/word-1.5", "a,b", "{word}", "w\u00f6rter", "EasyNegative_v2"])
 def test_file_names_that_a_prompt_can_call_pass(name):
     assert textual_inversion.is_addressable(name)
 

@@ -43,6 +43,8 @@ _QUIET = (
 # WebP needs 16: its library keeps two frames of 4 bytes a pixel and returns a third, which Pillow copies.
 # AVIF, progressive JPEG and libtiff need up to 12, all others 8: the decoded picture and a rotated or RGB copy.
 PIXEL_LIMIT = 178_956_970
+# Limit of JPEG. Conversion takes memory for whole rows.
+SIDE_LIMIT = 65_535
 BYTES_PER_PIXEL = 16
 BYTE_LIMIT = 2 * 1024**3
 _TURNED = (5, 6, 7, 8)
@@ -217,6 +219,8 @@ def _opened(data: bytes) -> Image.Image:
 def _check_size(image: Image.Image) -> None:
     if image.width * image.height > PIXEL_LIMIT:
         raise OSError(f"{image.width}x{image.height} is more than {PIXEL_LIMIT} pixels; scale it down")
+    if max(image.size) > SIDE_LIMIT:
+        raise OSError(f"{image.width}x{image.height} has a side of more than {SIDE_LIMIT} pixels; crop it")
 
 
 class reading:

@@ -246,8 +246,12 @@ def misfit_of_layer(held: dict[str, torch.Tensor], shape: tuple[int, ...]) -> st
     """
     layer = f"the layer {list(shape)}"
     inner = math.prod(shape[1:])
-    if "reshape_weight" in held or "set_weight" in held:
+    if "reshape_weight" in held:
         return ""
+    if "set_weight" in held:
+        # ComfyUI copies the values into the weight, which would also spread a single number over it.
+        is_alike = tuple(held["set_weight"].shape) == tuple(shape)
+        return "" if is_alike else f"set_weight {list(held['set_weight'].shape)}, {layer}"
     found = shape_of(held)
     if found is not None and WHOLE in held:
         if found != tuple(shape):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError, RunError
 from ..families import LayerSplit
-from ..regex import PatternError, Patterns
+from ..regex import Budget, PatternError, Patterns
 from . import atomic, files, json_files
 from .diffusers_split import split_layers
 
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 # Limit on ranks and alphas: far beyond useful values, and safe to multiply in float32.
 _LARGEST = 1e9
-# Limit on automaton states to visit per pattern. One key per layer of a large model needs a tenth of it.
-_MOST_LOOKED_AT = 50_000_000
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -155,9 +153,10 @@ def read_native(path: str, tensors: dict[str, torch.Tensor], metadata: dict[str,
     Raises:
         ModelError: peft's configuration is missing or names an unknown adapter type.
     """
+    budget = Budget()
     if all(name.startswith(_PEFT) for name in tensors):
-        found = _native(path, _peft_config(path), tensors, _PEFT)
-        return replace(found, text=_peft_text(os.path.dirname(path)))
+        found = _native(path, _peft_config(path), tensors, _PEFT, budget)
+        return replace(found, text=_peft_text(os.path.dirname(path), budget))
     prefixes = [("", _TRANSFORMER), *_PREFIXES.items()]
     if "lora_adapter_metadata" not in metadata or not all(
         name.startswith(tuple(prefix for _, prefix in prefixes)) for name in tensors
@@ -167,21 +166,22 @@ def read_native(path: str, tensors: dict[str, torch.Tensor], metadata: dict[str,
     for component, prefix in prefixes:
         own = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         if own:
-            found = _native(path, _diffusers_config(path, metadata, prefix), own, prefix)
+            found = _native(path, _diffusers_config(path, metadata, prefix), own, prefix, budget)
             found = replace(found, is_split=prefix == _TRANSFORMER)
             parts[component] = _as_published(component, found)
     # If the file has only text encoder layers, the host reads it as it is.
     return replace(parts.pop(""), text=parts) if "" in parts else None
 
 
-def _peft_text(folder: str) -> dict[str, PeftAdapter]:
+def _peft_text(folder: str, budget: Budget) -> dict[str, PeftAdapter]:
     """Read the text encoders' adapters from the subfolders of peft's folder."""
     found = {}
     for component in _PREFIXES:
         path = os.path.join(folder, component, WEIGHTS)
         if component and os.path.exists(path):
             tensors, _ = files.read_tensors(path)
-            found[component] = _as_published(component, _native(path, _peft_config(path), tensors, _PEFT))
+            native = _native(path, _peft_config(path), tensors, _PEFT, budget)
+            found[component] = _as_published(component, native)
     return found
 
 
@@ -195,10 +195,12 @@ def _as_published(component: str, native: PeftAdapter) -> PeftAdapter:
     return replace(native, tensors=tensors, scales=scales, published=True)
 
 
-def _native(path: str, config: dict[str, Any], tensors: dict[str, torch.Tensor], prefix: str) -> PeftAdapter:
+def _native(
+    path: str, config: dict[str, Any], tensors: dict[str, torch.Tensor], prefix: str, budget: Budget
+) -> PeftAdapter:
     held = {name[len(prefix) :].replace(".default.", "."): tensor for name, tensor in tensors.items()}
     places = {_place_of(name) for name in held}
-    scales = _scales_of(places, config, path)
+    scales = _scales_of(places, config, path, budget)
     published = all(_PUBLISHED.match(place) for place in places)
     return PeftAdapter(_method_of(config, path), config, held, published, scales)
 
@@ -237,6 +239,8 @@ def _checked(config: Any, path: str) -> dict[str, Any]:
     """
     if not isinstance(config, dict):
         raise _strange(path, "no object")
+    if not isinstance(config.get("peft_type", ""), str):
+        raise _strange(path, f"peft_type is {config['peft_type']!r:.40}")
     rank = config.get("r")
     if rank is not None and (type(rank) is not int or not 0 <= rank <= 2**20):
         raise _strange(path, f"r is {rank!r:.40}")
@@ -280,18 +284,20 @@ def _method_of(config: dict[str, Any], path: str) -> str:
     return known[kind]
 
 
-def _scales_of(places: set[str], config: dict[str, Any], path: str) -> dict[str, float]:
+def _scales_of(places: set[str], config: dict[str, Any], path: str, budget: Budget) -> dict[str, float]:
     """Return the effective scale of each layer by peft's rules, empty if the adapter type has no scale."""
     alpha = config.get("lora_alpha", config.get("alpha"))
     if not config.get("r") or alpha is None:
         return {}
-    rank_of = _by_pattern(places, config, "rank_pattern", config["r"], path)
-    alpha_of = _by_pattern(places, config, "alpha_pattern", alpha, path)
+    rank_of = _by_pattern(places, config, "rank_pattern", config["r"], path, budget)
+    alpha_of = _by_pattern(places, config, "alpha_pattern", alpha, path, budget)
     root = 0.5 if config.get("use_rslora") else 1
     return {place: alpha_of[place] / rank_of[place] ** root for place in places}
 
 
-def _by_pattern(places: set[str], config: dict[str, Any], name: str, default: float, path: str) -> dict[str, float]:
+def _by_pattern(
+    places: set[str], config: dict[str, Any], name: str, default: float, path: str, budget: Budget
+) -> dict[str, float]:
     """Return each layer's value from `rank_pattern` or `alpha_pattern`: the first key that matches its path's end.
 
     Raises:
@@ -302,7 +308,7 @@ def _by_pattern(places: set[str], config: dict[str, Any], name: str, default: fl
         return dict.fromkeys(places, default)
     values = list(pattern.values())
     try:
-        keys = Patterns(list(pattern), whole=True, budget=_MOST_LOOKED_AT)
+        keys = Patterns(list(pattern), whole=True, budget=budget)
         found = {place: keys.first(place) for place in places}
     except PatternError as error:
         key = f"The key {error.pattern[:80]!r} {error.message}." if error.pattern else error.message

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, TypeVar
 
 from ..errors import SettingsError
-from ..regex import Patterns, search_patterns
+from ..regex import Budget, PatternError, Patterns, search_patterns
 
 if TYPE_CHECKING:
     from ..recipe.recipe import Recipe
@@ -51,11 +51,16 @@ def check_pairs(pairs: Iterable[tuple], paths: list[str], input: str) -> None:
     """Refuse a pattern that occurs in no path.
 
     Raises:
-        SettingsError: a pattern matches no path. The message names it.
+        SettingsError: a pattern matches no path. The message names it. Or the search takes too long.
     """
+    budget = Budget()
     for pattern, _ in pairs:
-        search = Patterns([pattern])
-        if not any(search.first(path) is not None for path in paths):
+        search = Patterns([pattern], budget=budget)
+        try:
+            is_used = any(search.first(path) is not None for path in paths)
+        except PatternError as error:
+            raise SettingsError(error.message, error.cure, input) from error
+        if not is_used:
             raise SettingsError(
                 f"The pattern '{pattern}' of {input} is in no layer's path.",
                 f"The paths look like {paths[0]}." if paths else "",

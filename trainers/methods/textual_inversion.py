@@ -64,10 +64,10 @@ _ENDINGS = (".safetensors", ".pt", ".bin")
 def is_addressable(name: str) -> bool:
     """Return True if a prompt can name this existing embedding file, which may be in a folder.
 
-    ComfyUI reads the name up to the next white space and cuts commas from its end. Parentheses with a colon set
-    weights, and a backslash escapes them.
+    ComfyUI reads the name up to the next white space and cuts commas from its end. Newer versions also end it at < and
+    [. Parentheses with a colon set weights, and a backslash escapes them.
     """
-    return bool(name) and name == name.strip(",") and re.search(r"[\s()\\\0:]", name) is None
+    return bool(name) and name == name.strip(",") and re.search(r"[\s()\\\0:<\[]", name) is None
 
 
 def check_name(name: str, input: str = "name") -> None:

@@ -169,18 +169,23 @@ def _factors(held) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _hadamard(held, bias) -> Difference:
-    import torch
-
     a, b, c, d = (held[name] for name in _HADA)
     scale = float(held[ALPHA]) / b.shape[0] if ALPHA in held else 1.0
     if "hada_t1" in held:
-        first, second = (
-            torch.einsum("i j ..., j r, i p -> p r ...", held[core], right, left)
-            for core, left, right in (("hada_t1", a, b), ("hada_t2", c, d))
-        )
+        first, second = _tucker(held["hada_t1"], a, b), _tucker(held["hada_t2"], c, d)
         return Difference(whole=first * second * scale, bias=bias)
     # LoHa stores a convolution's factors as flat matrices.
     return Difference(whole=(a @ b) * (c @ d) * scale, bias=bias, certain=False)
+
+
+def _tucker(core: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Return the product [out, in, ...] of a core [i, j, ...], [i, out] and [j, in]."""
+    import torch
+
+    # The product is computed in two steps. The step between is bounded too.
+    check_size((core.shape[0], right.shape[1], *core.shape[2:]))
+    between = torch.einsum("i j ..., j r -> i r ...", core, right)
+    return torch.einsum("i r ..., i p -> p r ...", between, left)
 
 
 def _kronecker(held, bias) -> Difference:
@@ -194,7 +199,7 @@ def _kronecker(held, bias) -> Difference:
         left, right = held["lokr_w2_a"], held["lokr_w2_b"]
         dim = right.shape[0]
         core = held.get("lokr_t2")
-        second = left @ right if core is None else torch.einsum("i j ..., j r, i p -> p r ...", core, right, left)
+        second = left @ right if core is None else _tucker(core, left, right)
     # Readers ignore alpha beside two whole factors.
     scale = float(held[ALPHA]) / dim if ALPHA in held and dim is not None else 1.0
     first = first.view(*first.shape, *[1] * (second.dim() - 2))

@@ -110,8 +110,12 @@ def _norm(given: Difference) -> float:
     """Return the norm of weight difference and bias together. Factors are not multiplied out."""
     squares = 0.0
     if given.up is not None:
-        up, down = given.up.double(), given.down.flatten(1).double()
-        squares = float(((up.t() @ up) * (down @ down.t())).sum())
+        if given.rank >= min(given.up.shape[0], given.down[0].numel()):
+            # The factors are larger than their product, and their Gram matrices larger still.
+            squares = float(given.value().double().square().sum())
+        else:
+            up, down = given.up.double(), given.down.flatten(1).double()
+            squares = float(((up.t() @ up) * (down @ down.t())).sum())
     elif given.whole is not None:
         squares = float(given.whole.double().square().sum())
     if given.bias is not None:

@@ -124,14 +124,15 @@ def called_names(text: str) -> set[str]:
     The result holds more names than ComfyUI would read, because wildcards and weights change the caption. It holds the
     text after `embedding:` up to a space, and each part of it between commas, brackets, bars and colons.
     """
-    found: dict[str, None] = {}
-    for run in re.findall(rf"{_IDENTIFIER}(\S+)", text):
+    runs = dict.fromkeys(re.findall(rf"{_IDENTIFIER}(\S+)", text))
+    # Newer ComfyUI versions end a name at < or [.
+    parts = [part for run in runs for part in (re.split(r"[<\[]", run)[0], *_PUNCTUATION.split(run))]
+    if any(run.startswith("{") for run in runs):
         # A run that begins with alternatives may go on after spaces.
-        parts = _PUNCTUATION.split(text if run.startswith("{") else run)
-        # Newer ComfyUI versions end a name at < or [. All versions also try a name without its commas.
-        names = (part.strip(",") for part in (re.split(r"[<\[]", run)[0], *parts))
-        found.update(dict.fromkeys(name for name in names if name and len(name) <= _LONGEST_NAME))
-    return set(list(found)[:_MOST_NAMES])
+        parts += _PUNCTUATION.split(text)
+    # All versions also try a name without its commas.
+    names = dict.fromkeys(part.strip(",") for part in parts)
+    return set([name for name in names if name and len(name) <= _LONGEST_NAME][:_MOST_NAMES])
 
 
 def file_digest(tokenizer, name: str) -> str:

@@ -121,15 +121,23 @@ async def _check_post(request: web.Request) -> None:
         )
     if request.content_type != "application/json":
         raise _Refusal(415, "Send a JSON object, with the content type application/json.")
-    if (request.content_length or 0) > _BODY_LIMIT:
-        raise _Refusal(413, f"The body is longer than {_BODY_LIMIT} bytes.")
     try:
-        body = json.loads(await request.content.read(_BODY_LIMIT) or b"{}")
+        body = json.loads(await _read_body(request) or b"{}")
     except (ValueError, RecursionError):
         body = None
     if not isinstance(body, dict):
         raise _Refusal(400, "The body is not a JSON object.")
     request[_BODY] = body
+
+
+async def _read_body(request) -> bytes:
+    """Return the whole body, which may arrive in several parts and without its length in the headers."""
+    data = b""
+    while chunk := await request.content.read(_BODY_LIMIT + 1 - len(data)):
+        data += chunk
+        if len(data) > _BODY_LIMIT:
+            raise _Refusal(413, f"The body is longer than {_BODY_LIMIT} bytes.")
+    return data
 
 
 def is_same_origin(headers) -> bool:

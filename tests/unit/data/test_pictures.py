@@ -210,6 +210,8 @@ def bombs(folder):
     for color, channels, depth in ((0, 1, 16), (2, 3, 16), (4, 2, 16), (6, 4, 8)):
         row = b"\x40" * (_SIDE * channels * depth // 8)
         write_png(folder / f"{color}-{depth}.png", side, depth, color, [row] * _SIDE)
+    columns = _SIDE * _SIDE // 64
+    write_png(folder / "wide.png", (columns, 64), 16, 6, [b"\x40" * (8 * columns)] * 64)
     clear = (b"PLTE", bytes(768)), (b"tRNS", bytes(256))
     write_png(folder / "palette.png", side, 8, 3, [bytes(_SIDE)] * _SIDE, *clear)
     for mode in ("I;16", "I", "F"):
@@ -239,6 +241,13 @@ def test_memory_of_a_picture_stays_within_its_bound(tmp_path):
     # Above the bound: one strip and its decoded form.
     bound = pictures.BYTES_PER_PIXEL + 24e6 / _SIDE**2
     assert {name: rows for name, rows in peaks.items() if max(rows.values()) > bound} == {}
+
+
+@pytest.mark.parametrize("size", [(70_000, 1), (1, 70_000)])
+def test_a_picture_of_one_long_row_or_column_is_refused(tmp_path, size):
+    write_png(tmp_path / "a.png", size, 16, 0, [bytes(2 * size[0])] * size[1])
+    with pytest.raises(DatasetError, match=f"{size[0]}x{size[1]} has a side of more than 65535 pixels"):
+        pictures.measure_file(str(tmp_path / "a.png"), "a.png")
 
 
 def test_first_frame_of_many_is_read_alone(tmp_path):

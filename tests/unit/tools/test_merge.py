@@ -10,6 +10,7 @@ from graft_pack.trainers.formats.adapter import Adapter
 from graft_pack.trainers.formats.keys import common_name, split
 from graft_pack.trainers.tools import merge
 from graft_pack.trainers.tools.difference import difference, differences
+from graft_pack.trainers.tools.inspect import look
 from graft_pack.trainers.tools.resize import resize
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -280,6 +281,20 @@ def test_products_larger_than_any_layer_are_refused(method):
         },
         {"lokr_w1": (300, 300), "lokr_w2": (200, 200)},
         {"lokr_w1": (1, 1), "lokr_w2_a": (LARGE, 1), "lokr_w2_b": (1, LARGE)},
+        {
+            "hada_t1": (LARGE, 1, 1, 1),
+            "hada_w1_a": (LARGE, 1),
+            "hada_w1_b": (1, LARGE),
+            "hada_t2": (1, 1, 1, 1),
+            "hada_w2_a": (1, 1),
+            "hada_w2_b": (1, LARGE),
+        },
+        {
+            "lokr_w1": (1, 1),
+            "lokr_w2_a": (LARGE, 1),
+            "lokr_w2_b": (1, LARGE),
+            "lokr_t2": (LARGE, 1, 1, 1),
+        },
         {"lora_up.weight": (4, 4), "lora_mid.weight": (LARGE, 1, 1, 1), "lora_down.weight": (1, LARGE)},
     ],
 )
@@ -287,6 +302,14 @@ def test_large_products_of_every_layout_are_refused(tensors):
     given = {f"x.{end}": torch.ones(shape) for end, shape in tensors.items()}
     with pytest.raises(ModelError, match=r"\[60000, 60000.*\]: multiplied out it would take 14.4 GB"):
         differences(given, "adapter")
+
+
+def test_a_norm_takes_no_more_memory_than_factors_and_product():
+    """A rank far above the layer's sides gives small products of large factors."""
+    source = torch.Generator().manual_seed(0)
+    up, down = torch.randn(1, LARGE, generator=source), torch.randn(LARGE, 1, generator=source)
+    (row,) = look({"x.lora_up.weight": up, "x.lora_down.weight": down}).rows
+    assert row.norm == pytest.approx(float((up.double() @ down.double()).abs()), rel=1e-3)
 
 
 def test_large_factors_are_resized_without_their_product():
