@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from graft_pack.trainers.engine import loop
+from graft_pack.trainers.engine.checkpointer import Checkpointer
 from graft_pack.trainers.engine.resolve import Options, RecipeInputs, resolve
 from graft_pack.trainers.errors import SettingsError
 from graft_pack.trainers.families import family_of
@@ -250,7 +250,7 @@ def test_killed_and_resumed_it_gives_the_same_bits(name, tmp_path, monkeypatch):
     straight = run_session(tmp_path / "straight", **fields_of(name))
     assert len(set(straight.losses)) == 6
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_keep_before_leaving", lambda keep: None)
+        patch.setattr(Checkpointer, "save_after_error", lambda *given: None)
         with pytest.raises(Killed):
             run_session(tmp_path / "cut", kill_after(5), **fields_of(name))
     resumed = run_session(tmp_path / "cut", **fields_of(name))

@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from graft_pack.trainers.engine import loop
+from graft_pack.trainers.engine.checkpointer import Checkpointer
 from graft_pack.trainers.errors import RunError
 from graft_pack.trainers.optimizers.ema import MovingAverage
 from graft_pack.trainers.recipe.options import ALL_BUT_ATTENTION
@@ -82,7 +82,7 @@ def test_killed_without_a_chance_to_save(step, straight, tmp_path, monkeypatch):
     events, expected = straight
     number = [place for place, event in enumerate(events) if event == "step"][step - 1]
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_keep_before_leaving", lambda keep: None)
+        patch.setattr(Checkpointer, "save_after_error", lambda *given: None)
         with pytest.raises(Cancelled):
             run_session(tmp_path, Stopper(number), **FULL)
     resumed = run_session(tmp_path, **FULL)
@@ -107,7 +107,7 @@ def test_the_log_tells_each_step_once(straight, tmp_path, monkeypatch):
     events, expected = straight
     number = [place for place, event in enumerate(events) if event == "step"][4]
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_keep_before_leaving", lambda keep: None)
+        patch.setattr(Checkpointer, "save_after_error", lambda *given: None)
         with pytest.raises(Cancelled):
             run_session(tmp_path, Stopper(number), **FULL)
     resumed = run_session(tmp_path, **FULL)
