@@ -1,6 +1,6 @@
 """Cost of large datasets: the scan of their folder, and the memory of training on them.
 
-    python -m tests.bench_datasets [--pictures N]
+    python -m benchmarks.datasets [--pictures N]
 
 The benchmark writes small pictures, each with a caption, into a temporary folder. It scans the folder as ComfyUI does
 when a node is opened and when a graph is queued. Then the engine trains for two epochs on some of the pictures and on
@@ -148,7 +148,7 @@ def peak() -> float:
 
 
 def in_process_of_its_own(folder: Path) -> dict:
-    command = [sys.executable, "-m", "tests.bench_datasets", "--train", str(folder)]
+    command = [sys.executable, "-m", "benchmarks.datasets", "--train", str(folder)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -1,6 +1,6 @@
 """Pictures of the history of runs for docs/runs.md: trainings on the tiny base, listed and compared, in both themes.
 
-    python -m tests.support.make_history_pictures
+    python -m docs.build.make_history_pictures
 
 Writes assets/history-dark.jpg and assets/history-light.jpg: the sidebar and the comparison beside each other.
 """
@@ -14,12 +14,12 @@ from pathlib import Path
 from PIL import Image
 
 from tests import demo
+from tests.support import runs
+from tests.support.browser import Browser
+from tests.support.history import HistoryView
+from tests.support.pack import hide_root
 
-from . import runs
-from .browser import Browser
-from .history import HistoryView
 from .make_pictures import PICTURES
-from .pack import hide_root
 
 WINDOW = (1600, 1060)
 WIDTH = 1200

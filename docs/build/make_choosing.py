@@ -1,8 +1,8 @@
 """Make the pictures and figures of the help page "Choosing a method": every method on six images, and its failures.
 
-    python -m tests.support.make_choosing                         web/docs/choosing: the pictures, the page's figures
-    python -m tests.support.make_choosing --only lora --folder F  one training, to try it; writes F/choosing.webp
-    python -m tests.support.make_choosing --page                  index.html alone, after an edit of README.md
+    python -m docs.build.make_choosing                         web/docs/choosing: the pictures, the page's figures
+    python -m docs.build.make_choosing --only lora --folder F  one training, to try it; writes F/choosing.webp
+    python -m docs.build.make_choosing --page                  index.html alone, after an edit of README.md
 
 The images are six of the toy world's new object, captioned as a star with a rare word before it; the base knows stars.
 """
@@ -20,18 +20,17 @@ from PIL import Image, ImageDraw, ImageFont
 from safetensors import safe_open
 
 from tests import demo
+from tests.support import graphs
+from tests.support.host import ROOT
+from tests.support.pack import hide_root
+from tests.support.server import ComfyServer
 from tests.toy import world
-
-from . import graphs
-from .host import ROOT
-from .pack import hide_root
-from .server import ComfyServer
 
 FOLDER = ROOT / "web" / "docs" / "choosing"
 PAGE = FOLDER / "README.md"
 MARKS = ("<!-- figures -->", "<!-- end of figures -->")
 SHELL = """<!DOCTYPE html>
-<!-- Made from README.md by tests/support/make_choosing.py. -->
+<!-- Made from README.md by docs/build/make_choosing.py. -->
 <html lang="en">
 <head>
 <meta charset="utf-8">

@@ -1,6 +1,6 @@
 """Make the blueprint "Train a LoRA from a folder", a subgraph for the node library, with the real frontend.
 
-python -m tests.support.make_blueprint
+python -m docs.build.make_blueprint
 """
 
 import json
@@ -9,11 +9,12 @@ import tempfile
 import uuid
 from pathlib import Path
 
-from .browser import Browser
-from .host import ROOT
+from tests.support.browser import Browser
+from tests.support.host import ROOT
+from tests.support.pack import hide_root
+from tests.support.server import ComfyServer
+
 from .make_workflows import Sketch
-from .pack import hide_root
-from .server import ComfyServer
 
 FOLDER = ROOT / "subgraphs"
 NAME = "Train a LoRA from a folder"

@@ -1,6 +1,6 @@
 """Pictures of the live panel, in ComfyUI's two themes and renderers, for docs/runs.md and the suite.
 
-    python -m tests.support.make_panel_pictures
+    python -m docs.build.make_panel_pictures
 
 Writes four files assets/panel_THEME_RENDERER.jpg: one training on the tiny base per renderer, seen in both themes when
 most of it is done.
@@ -15,12 +15,12 @@ from pathlib import Path
 from PIL import Image
 
 from tests import demo
+from tests.support import panel as panels
+from tests.support.browser import Browser
+from tests.support.pack import hide_root
+from tests.support.server import ComfyServer
 
-from . import panel as panels
-from .browser import Browser
 from .make_pictures import COVERS, PICTURES
-from .pack import hide_root
-from .server import ComfyServer
 
 THEMES = ("dark", "light")
 RENDERERS = {"canvas": False, "nodes2": True}  # True for the new renderer

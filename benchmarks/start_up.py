@@ -1,6 +1,6 @@
 """Waiting time of a user: for the first step, for a finished run, and for the encoding before either.
 
-    python -m tests.bench.start [--repeats N] [--docs]
+    python -m benchmarks.start_up [--repeats N] [--docs]
 
 Measured from queueing to the answer in a real server on the small base. Measured from the start of the node in its own
 process on the 45 M-parameter layout of SD1, with a text encoder and a VAE as large as SD1's. *Just started* is a server
@@ -74,7 +74,7 @@ def _encoding(found: dict[str, dict[str, list]]) -> str:
     return "\n".join(lines)
 
 
-_apart = functools.partial(subprocess_run, "tests.bench.start")
+_apart = functools.partial(subprocess_run, "benchmarks.start_up")
 
 
 # In a real server

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .contestants import Case
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 MEGABYTE = 1 << 20
 # Seconds. Below this, a step's fixed cost weighs too much for a bar to mean anything.

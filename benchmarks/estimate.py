@@ -1,6 +1,6 @@
 """Compare a run's estimate before the first step with the steps that follow.
 
-    python -m tests.bench.estimate [--steps N]
+    python -m benchmarks.estimate [--steps N]
 
 Memory is the process's peak resident memory minus its memory before the model was made. Time is the median wall time
 of the steps. Each case runs in its own process. Other programs on the machine change the time between the estimate
@@ -15,7 +15,7 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from .memory import Peak
+from .peak_memory import Peak
 from .subprocess_run import OPTION, subprocess_run
 
 MODEL = "SD1 middling"
@@ -107,7 +107,7 @@ def _middle(rows: list[dict[str, float]], said: str, taken: str) -> dict[str, fl
 def run(steps: int = 5, tries: int = 3) -> str:
     """Measure all cases and return the table."""
     found = {
-        name: [subprocess_run("tests.bench.estimate", name=name, steps=steps) for _ in range(tries)] for name in CASES
+        name: [subprocess_run("benchmarks.estimate", name=name, steps=steps) for _ in range(tries)] for name in CASES
     }
     return table(found)
 

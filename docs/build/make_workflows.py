@@ -1,6 +1,6 @@
 """Make the example workflows with the real frontend, so that committed files equal a save in the editor.
 
-    python -m tests.support.make_workflows
+    python -m docs.build.make_workflows
 
 The values fit a real user with an SD1.5 checkpoint; `TINY` holds those for the tiny base.
 """
@@ -12,9 +12,9 @@ import tempfile
 import uuid
 from pathlib import Path
 
-from .browser import EMPTY, Browser
-from .host import ROOT
-from .server import ComfyServer
+from tests.support.browser import EMPTY, Browser
+from tests.support.host import ROOT
+from tests.support.server import ComfyServer
 
 FOLDER = ROOT / "example_workflows"
 

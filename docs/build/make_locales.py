@@ -1,10 +1,10 @@
 """Make locales/: the pack's texts in each language, in the files that ComfyUI reads.
 
-    python -m tests.support.make_locales            write them; print untranslated texts
-    python -m tests.support.make_locales --missing  only print those, as lines for a table of translations
+    python -m docs.build.make_locales            write them; print untranslated texts
+    python -m docs.build.make_locales --missing  only print those, as lines for a table of translations
 
 English texts come from the nodes in nodes/, the page's scripts in web/, and below. Each other language has one table in
-tests/support/translations, {English text: translation}. If one English text needs two translations, the table also
+docs/build/translations, {English text: translation}. If one English text needs two translations, the table also
 holds a place (`GraftTrainDreamBooth.inputs.train.name`), which applies to that place alone.
 """
 
@@ -14,8 +14,8 @@ import re
 import sys
 from pathlib import Path
 
-from . import pack
-from .host import ROOT
+from tests.support import pack
+from tests.support.host import ROOT
 
 LOCALES = ROOT / "locales"
 FOLDER = LOCALES / "en"

@@ -1,7 +1,7 @@
 """Make the small workflow pictures on the nodes' help pages with the real frontend.
 
-    python -m tests.support.make_help_pictures           all into web/docs/pictures
-    python -m tests.support.make_help_pictures --only loss
+    python -m docs.build.make_help_pictures           all into web/docs/pictures
+    python -m docs.build.make_help_pictures --only loss
 
 Several nodes share a picture: the workflow that contains them.
 """
@@ -11,11 +11,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-from .browser import EMPTY, Browser
-from .host import ROOT
+from tests.support.browser import EMPTY, Browser
+from tests.support.host import ROOT
+from tests.support.pack import hide_root
+from tests.support.server import ComfyServer
+
 from .make_pictures import take_graph
-from .pack import hide_root
-from .server import ComfyServer
 
 FOLDER = ROOT / "web" / "docs" / "pictures"
 WINDOW = (2400, 1500)

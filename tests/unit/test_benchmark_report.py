@@ -2,8 +2,8 @@
 
 import pytest
 
-from tests.bench import report
-from tests.bench.contestants import Case
+from benchmarks import report
+from benchmarks.contestants import Case
 
 
 def rows(**seconds):

@@ -1,7 +1,7 @@
 """Make thumbnails for the template browser: each example runs on the tiny base, its pictures side by side.
 
-    python -m tests.support.make_thumbnails                    all of them
-    python -m tests.support.make_thumbnails --only "NAME"      one; "Train a LoRA" comes from make_pictures as well
+    python -m docs.build.make_thumbnails                    all of them
+    python -m docs.build.make_thumbnails --only "NAME"      one; "Train a LoRA" comes from make_pictures as well
 
 The columns are the example's own pictures, such as before on the left and after on the right.
 """
@@ -17,11 +17,11 @@ from pathlib import Path
 from PIL import Image
 
 from tests import demo
+from tests.support import graphs
+from tests.support.pack import hide_root
+from tests.support.workflow import find_nodes, read_workflow, to_prompt
 
-from . import graphs
 from . import make_workflows as examples
-from .pack import hide_root
-from .workflow import find_nodes, read_workflow, to_prompt
 
 SIDE = 384
 # [(values on the tiny base, titles of the nodes whose pictures are the columns, True for a dataset without captions)]

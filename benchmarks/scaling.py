@@ -1,4 +1,4 @@
-"""Estimate how adapters of SDXL and Flux scale over processes, computed and simulated: `python -m tests.scaling`.
+"""Estimate how adapters of SDXL and Flux scale over processes, computed and simulated: `python -m benchmarks.scaling`.
 
 Counted: the data that a step synchronizes, from the real networks (built without weights) and the pack's own choice of
 layers, and the block weights that `shard` gathers for every picture. Measured here: drawing the noise of a whole batch,

@@ -1,6 +1,6 @@
 """Table of trainable model classes in docs/models.md, measured on a small copy of each of ComfyUI's classes.
 
-    python -m tests.support.make_families
+    python -m docs.build.make_families
 
 Rows of classes that this host lacks stay as another host wrote them: run it with each (`COMFYUI_PATH=...`). A test
 checks the measurements against their bars, and the table against the classes.
@@ -12,8 +12,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import models, networks, pack
-from .host import ROOT
+from tests.support import models, networks, pack
+from tests.support.host import ROOT
 
 PAGE = ROOT / "docs" / "models.md"
 HEADING = "Measured classes"

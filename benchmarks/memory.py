@@ -1,6 +1,6 @@
 """Memory of full fine-tuning against its lower bound.
 
-    python -m tests.bench_memory [--steps N]
+    python -m benchmarks.memory [--steps N]
 
 The lower bound is the base, the trained weights, the state that the optimizer and the average keep for them, and the
 memory of a forward and backward that drops each gradient at once: activations and the largest layer's gradient. The
@@ -18,8 +18,8 @@ import json
 import tempfile
 from pathlib import Path
 
-from .bench.memory import Peak
-from .bench.subprocess_run import OPTION, subprocess_run
+from .peak_memory import Peak
+from .subprocess_run import OPTION, subprocess_run
 
 MODEL = "SD1 middling"
 BAR = 1.10
@@ -152,7 +152,7 @@ def main():
                 folder = Path(scratch) / name
             ways = (("plain", {}), ("at once", AT_ONCE))
             found[name] = tuple(
-                subprocess_run("tests.bench_memory", how, name=name, steps=args.steps, folder=str(folder / way))
+                subprocess_run("benchmarks.memory", how, name=name, steps=args.steps, folder=str(folder / way))
                 for way, how in ways
             )
     print(table(found))

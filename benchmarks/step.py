@@ -1,6 +1,6 @@
 """Compare our training step with the bare model, core's Train LoRA node and diffusers' script.
 
-    python -m tests.bench [--rounds N] [--threads N] [--model NAME] [--batch N] [--picture FILE] [--docs]
+    python -m benchmarks.step [--rounds N] [--threads N] [--model NAME] [--batch N] [--picture FILE] [--docs]
 
 The limit is a lower bound for any trainer of activations: forward and backward of the bare model, with a gradient for
 the latent and for no parameter or text. Each case runs in its own process, and all contestants take turns in it. The
@@ -19,10 +19,10 @@ from pathlib import Path
 
 from tests.support.host import find_comfyui, read_version
 
-from . import contestants, estimate, offload, report, start
+from . import contestants, estimate, offload, report, start_up
 from .contestants import Case
 from .interleaved import Turn, rounds
-from .memory import peak_of
+from .peak_memory import peak_of
 from .subprocess_run import OPTION, subprocess_run
 
 MIDDLING = "SD1 middling"
@@ -66,7 +66,7 @@ def main() -> None:
         told.append(offload.table(args.rounds))
         told.append(estimate.run())
     if not args.model:
-        told.append(start.measure(args.rounds))
+        told.append(start_up.measure(args.rounds))
     text = "\n\n".join(told)
     print("\n" + text)
     if args.picture:
@@ -78,7 +78,7 @@ def main() -> None:
 
 def _apart(kind: str, case: Case, **more) -> dict:
     """Return the result of `_one`, run in its own process."""
-    return subprocess_run("tests.bench", kind=kind, case=asdict(case), **more)
+    return subprocess_run("benchmarks.step", kind=kind, case=asdict(case), **more)
 
 
 def _one(kind: str, case: dict, **more) -> dict:

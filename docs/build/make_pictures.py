@@ -1,7 +1,7 @@
 """Make the pictures of README and of the template browser: the example, run on the tiny base in the real page.
 
-python -m tests.support.make_pictures           assets/graph.jpg, assets/before_after.png, the thumbnail
-python -m tests.support.make_pictures --unrun   assets/graph.jpg only, as the example opens
+python -m docs.build.make_pictures           assets/graph.jpg, assets/before_after.png, the thumbnail
+python -m docs.build.make_pictures --unrun   assets/graph.jpg only, as the example opens
 """
 
 import argparse
@@ -13,14 +13,14 @@ from pathlib import Path
 from PIL import Image
 
 from tests import demo
+from tests.support.browser import Browser
+from tests.support.host import ROOT
+from tests.support.pack import hide_root
+from tests.support.server import ComfyServer
+from tests.support.workflow import find_nodes, read_workflow
 
-from .browser import Browser
-from .host import ROOT
 from .make_thumbnails import EXAMPLES, draw_thumbnail
 from .make_workflows import TINY
-from .pack import hide_root
-from .server import ComfyServer
-from .workflow import find_nodes, read_workflow
 
 PICTURES = ROOT / "assets"
 THUMBNAIL = demo.WORKFLOW.with_suffix(".jpg")

@@ -1,4 +1,4 @@
-"""Time and memory cost of the memory options: `python -m tests.bench.offload`.
+"""Time and memory cost of the memory options: `python -m benchmarks.offload`.
 
 Covers checkpointing with and without kept attention, and offload of frozen blocks. On a CPU, offloaded blocks go to a
 file. The graph's own MODEL stays in memory beside it, as on a computer with a GPU, so the process shrinks by
@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from . import contestants, memory
+from . import contestants, peak_memory
 from .contestants import Case
 from .interleaved import Turn, rounds
 from .subprocess_run import OPTION, subprocess_run
@@ -37,7 +37,7 @@ KINDS = {
 _OWN = 1  # of (seconds, seconds of processor time)
 
 
-_apart = functools.partial(subprocess_run, "tests.bench.offload")
+_apart = functools.partial(subprocess_run, "benchmarks.offload")
 
 
 def table(count: int) -> str:
@@ -99,7 +99,7 @@ def _steps(case: Case, count: int) -> dict[str, list]:
 
 def _peak(case: Case, kind: str) -> dict[str, int]:
     with _watching() as found:
-        peak = memory.peak_of_work(case, _work(kind))
+        peak = peak_memory.peak_of_work(case, _work(kind))
     return {"peak": peak, **found}
 
 
