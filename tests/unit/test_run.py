@@ -138,13 +138,14 @@ def test_starting_over_removes_what_a_run_writes_and_nothing_else(run):
         with open(path, "w") as file:
             file.write("the user's")
     run.clear()
-    walked = [row for folder in run._folders for row in os.walk(folder)]
+    folders = (run.folder, run.adapters, run.embeddings)
+    walked = [row for folder in folders for row in os.walk(folder)]
     left = [os.path.join(place, name) for place, _, names in walked for name in names]
     assert sorted(left) == sorted(theirs)
     for path in theirs:
         os.remove(path)
     run.clear()
-    assert not any(os.path.exists(folder) for folder in run._folders)
+    assert not any(os.path.exists(folder) for folder in folders)
 
 
 @pytest.mark.parametrize("place", ["folder", "adapters", "embeddings"])
