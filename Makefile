@@ -53,9 +53,9 @@ soak: $(STAMP)  ## run the long trials at their full counts
 	$(BIN)/pytest tests --soak -m soak -s --timeout 7200
 
 bench: $(STAMP)  ## a step against the bare model and its peers, waiting, the memory of all weights, a folder of 10,000 pictures
-	$(BIN)/python -m tests.bench --picture .cache/bench.png
-	$(BIN)/python -m tests.bench_memory
-	$(BIN)/python -m tests.bench_datasets
+	$(BIN)/python -m benchmarks.step --picture .cache/bench.png
+	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python -m benchmarks.datasets
 
 lint: $(STAMP)  ## check the style
 	$(BIN)/ruff check .

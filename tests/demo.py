@@ -13,9 +13,9 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from docs.build.make_workflows import TINY
 from tests.support.base import get_tiny_base
 from tests.support.host import ROOT, HostError, find_comfyui
-from tests.support.make_workflows import TINY
 from tests.support.pack import hide_root
 from tests.support.server import ComfyServer, PromptError, ServerError, link
 from tests.support.workflow import WorkflowError, find_nodes, read_workflow, to_prompt

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from tests.support import make_choosing, make_locales
+from docs.build import make_choosing, make_locales
 from tests.support.host import ROOT
 
 HELP = ROOT / "web" / "docs"
@@ -51,7 +51,7 @@ def test_help_pages_show_a_workflow_and_training_nodes_lead_to_choosing(schemas)
 
 
 def test_the_page_for_choosing_is_made_of_its_text():
-    """If it fails, run python -m tests.support.make_choosing --page."""
+    """If it fails, run python -m docs.build.make_choosing --page."""
     text = make_choosing.PAGE.read_text(encoding="utf-8")
     assert (make_choosing.FOLDER / "index.html").read_text(encoding="utf-8") == make_choosing.render(text)
     assert all(mark in text for mark in make_choosing.MARKS)
@@ -105,18 +105,18 @@ def test_every_input_has_a_tooltip(schemas):
 
 @pytest.mark.parametrize("language", make_locales.LANGUAGES)
 def test_every_text_is_translated_and_none_that_nothing_says(english, language):
-    """If it fails, run `python -m tests.support.make_locales --missing`, then fill in the table it names."""
+    """If it fails, run `python -m docs.build.make_locales --missing`, then fill in the table it names."""
     table = make_locales.read_table(language)
     missing = make_locales.list_missing(english, table)
     lines = "".join(f"\n  {place}: {text}" for place, text in missing.items())
-    assert not missing, f"tests/support/translations/{language}.json has no translation of{lines}"
+    assert not missing, f"docs/build/translations/{language}.json has no translation of{lines}"
     stale = make_locales.list_stale(english, table)
-    assert not stale, f"tests/support/translations/{language}.json translates what nothing says any more: {stale}"
+    assert not stale, f"docs/build/translations/{language}.json translates what nothing says any more: {stale}"
 
 
 @pytest.mark.parametrize("language", ["en", *make_locales.LANGUAGES])
 def test_locales_are_those_of_the_nodes_and_tables(english, language):
-    """No missing key, no stale key, no outdated text. If it fails, run python -m tests.support.make_locales."""
+    """No missing key, no stale key, no outdated text. If it fails, run python -m docs.build.make_locales."""
     table = make_locales.read_table(language)
     folder = make_locales.LOCALES / language
     for name, tree in english.items():

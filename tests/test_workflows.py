@@ -12,8 +12,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from tests.support.host import ROOT
-from tests.support.make_workflows import (
+from docs.build.make_workflows import (
     TINY,
     TINY_DREAMBOOTH,
     TINY_EMBEDDING,
@@ -21,6 +20,7 @@ from tests.support.make_workflows import (
     TINY_MERGE,
     TINY_PIVOTAL,
 )
+from tests.support.host import ROOT
 from tests.support.workflow import NOTES, find_nodes, read_workflow, to_prompt
 from tests.toy import world
 

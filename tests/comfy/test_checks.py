@@ -9,7 +9,7 @@ import torch
 from graft_pack.trainers.errors import GraftError
 from graft_pack.trainers.recipe.options import OPTIONS
 
-from tests.support import make_locales
+from docs.build import make_locales
 
 NODES = {node.define_schema().node_id: node for node in make_locales.list_nodes()}
 WRONG = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf, "huge": 1e300}

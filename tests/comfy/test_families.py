@@ -12,7 +12,8 @@ from graft_pack.trainers.families import FAMILIES, GENERAL, family_of
 from graft_pack.trainers.memory import autograd, checkpointing
 from graft_pack.trainers.methods import METHODS
 
-from tests.support import make_families, models, networks
+from docs.build import make_families
+from tests.support import models, networks
 
 pytestmark = pytest.mark.usefixtures("comfy")
 

@@ -6,7 +6,8 @@ from graft_pack.trainers.distributed.fsdp import ShardedWeights
 from graft_pack.trainers.errors import ModelError
 from torch import distributed
 
-from tests.support import make_families, models, networks
+from docs.build import make_families
+from tests.support import models, networks
 
 pytestmark = pytest.mark.usefixtures("comfy")
 

@@ -1,6 +1,8 @@
 """Tests of model inputs beside noise and text: the inpaint mask, and the source image of an edit model."""
 
+from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -268,29 +270,37 @@ def test_a_run_is_known_by_its_source_pictures(tmp_path):
     assert runs[2].resumed_from == 0
 
 
+class DrawingVae(models.SmallVae):
+    """A VAE that decodes every latent to a black picture."""
+
+    def decode(self, latent):
+        return torch.zeros(1, 64, 64, 3)
+
+
 @pytest.mark.parametrize("name", ["Flux", "SD1 inpaint"])
 def test_previews_are_drawn_beside_the_first_examples(name, tmp_path):
-    from graft_pack.trainers.engine.previews import _beside
-    from graft_pack.trainers.protocols import PreviewRequest
+    from graft_pack.trainers.engine.previews import preview
 
     encoder = models.text("Flux" if name == "Flux" else "SD1")
     from graft_pack.nodes.host.model.denoiser import ComfyDenoiser
     from graft_pack.nodes.host.model.text_encoder import ComfyText
     from graft_pack.trainers.protocols import Host
 
-    denoiser = ComfyDenoiser(models.patcher(name), ComfyText(encoder), models.SmallVae())
-    recipe = models.recipe(denoiser.family, resolution=64, preview_prompts=("a", "b", "c"))
+    denoiser = ComfyDenoiser(models.patcher(name), ComfyText(encoder), DrawingVae())
+    drawing = {"preview_steps": 1, "preview_cfg": 1.0, "preview_scheduler": "simple"}
+    recipe = models.recipe(denoiser.family, resolution=64, preview_prompts=("a", "b", "c"), **drawing)
+    run = SimpleNamespace(save_samples=lambda step, pictures: [], log=lambda event: None)
     with denoiser.training("auto"), torch.no_grad():
         host = Host(denoiser, Words(name), Codec(name))
         items = prepare(dataset_for(name), recipe, host, str(tmp_path), 10**9).training
-        beside = _beside(Plan(recipe=recipe, train=items, trainables={}, export=dict))
-        assert len(beside) == 2
-        request = PreviewRequest(("a", "b", "c"), (64, 64), 1, 1.0, "euler", "simple", 0, beside=beside)
+        usual = Counter(item.bucket for item in items).most_common(1)[0][0]
+        first = [item.show(None).conditioning for item in items if item.bucket == usual]
+        assert len(first) == 2
         with models.inputs_of(denoiser.module) as calls:
-            denoiser._sampler._latents(request)
+            preview(Plan(recipe=recipe, train=items, trainables={}, export=dict), run, host, 0)
     assert len(calls) == 3
     for place, (given, more) in enumerate(calls):
-        one = beside[place % 2]
+        one = first[place % 2]
         if name == "Flux":
             assert models.distance(more["ref_latents"][0], denoiser.scale_latents(one.source)) <= 1e-6
         else:

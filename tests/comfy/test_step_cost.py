@@ -10,8 +10,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.bench import contestants
-from tests.bench.contestants import Case
+from benchmarks import contestants
+from benchmarks.contestants import Case
 from tests.support import counting, models
 
 pytestmark = pytest.mark.usefixtures("comfy")

@@ -13,7 +13,7 @@ import tokenize
 
 from .host import ROOT
 
-FOLDERS = ("trainers", "nodes", "tests", "benchmarks")
+FOLDERS = ("trainers", "nodes", "tests", "benchmarks", "docs")
 # A first line is a noun phrase or an imperative.
 OPENINGS = re.compile(r"(What|Which|How|Where|Who|Whoever|Whether|That)\b")
 # Names that were replaced by the field's own; as identifiers they are not to come back.

@@ -18,6 +18,7 @@ from pathlib import Path
 from .host import ROOT, find_comfyui, read_version
 
 PACK = "graft_pack"
+BESIDE = ("benchmarks", "docs")
 
 
 @dataclass(frozen=True)
@@ -30,22 +31,29 @@ class Comfy:
 
 
 def hide_root():
-    """Remove the repository root from sys.path, where `python -m` puts it; `tests` stays importable."""
+    """Remove the repository root from sys.path, where `python -m` puts it; BESIDE and `tests` stay importable."""
+    for name in BESIDE:
+        _load(name, ROOT / name)
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
 
 
 def load_pack():
     """Load the pack as the module `graft_pack`, with its submodules below it; needs no ComfyUI."""
-    if PACK in sys.modules:
-        return sys.modules[PACK]
-    door = ROOT / "__init__.py"
-    spec = importlib.util.spec_from_file_location(PACK, door, submodule_search_locations=[str(ROOT)])
+    return _load(PACK, ROOT)
+
+
+def _load(name, folder):
+    """Import a package from its folder, wherever that is; return it as it is if it was imported before."""
+    if name in sys.modules:
+        return sys.modules[name]
+    door = folder / "__init__.py"
+    spec = importlib.util.spec_from_file_location(name, door, submodule_search_locations=[str(folder)])
     module = importlib.util.module_from_spec(spec)
-    sys.modules[PACK] = module
+    sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
     except BaseException:
-        del sys.modules[PACK]
+        del sys.modules[name]
         raise
     return module
 

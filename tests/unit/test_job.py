@@ -42,10 +42,10 @@ def varied():
     return replace(dataset, examples=(first, second, *others))
 
 
-def export(folder, dataset=None, **fields):
+def export(folder, dataset=None, base=BASE, **fields):
     recipe = models.recipe("SD1", **{**FIELDS, **fields})
     dataset = dataset or make_dataset()
-    return jobs.export_job(str(folder / "jobs"), recipe, dataset, make_host(), folders_of(folder), BASE)
+    return jobs.export_job(str(folder / "jobs"), recipe, dataset, make_host(), folders_of(folder), base)
 
 
 def test_trained_from_a_job_it_is_the_same_run(tmp_path):
@@ -119,19 +119,20 @@ def test_exported_again_it_replaces_what_was_there(tmp_path):
     assert jobs.read_job(path).recipe.steps == 5
 
 
-def test_an_export_that_ends_early_leaves_what_was_there(tmp_path, monkeypatch):
+def test_an_export_that_ends_early_leaves_what_was_there(tmp_path):
     path = export(tmp_path)
     before = sorted(os.listdir(path))
 
     class Cancelled(BaseException):
         pass
 
-    def cancel(event, payload):
-        raise Cancelled
+    class Cancelling(dict):
+        def items(self):
+            """Cancel while the last file is written."""
+            raise Cancelled
 
-    monkeypatch.setattr(jobs, "_write", lambda *given: cancel("", {}))
     with pytest.raises(Cancelled):
-        export(tmp_path, steps=9)
+        export(tmp_path, base={"nodes": Cancelling(a=1)}, steps=9)
     assert os.listdir(tmp_path / "jobs") == [os.path.basename(path)]
     assert sorted(os.listdir(path)) == before
     assert jobs.read_job(path).recipe.steps == 3

@@ -5,10 +5,10 @@ import shutil
 
 import pytest
 
-from tests.support import make_blueprint, make_locales
+from docs.build import make_blueprint, make_locales
+from docs.build.make_workflows import TINY
 from tests.support.browser import EMPTY
 from tests.support.host import read_version
-from tests.support.make_workflows import TINY
 from tests.toy import world
 
 pytestmark = [pytest.mark.browser, pytest.mark.server]

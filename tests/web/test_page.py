@@ -7,10 +7,10 @@ import shutil
 import pytest
 from safetensors.numpy import save_file
 
-from tests.support import make_locales
+from docs.build import make_locales
+from docs.build.make_workflows import TINY
 from tests.support.browser import EMPTY
 from tests.support.host import ROOT
-from tests.support.make_workflows import TINY
 from tests.support.workflow import find_nodes, read_workflow
 from tests.toy import world
 

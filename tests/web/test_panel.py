@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from selenium.webdriver.common.by import By
 
-from tests.support import graphs, make_blueprint, make_panel_pictures
+from docs.build import make_blueprint, make_panel_pictures
+from tests.support import graphs
 from tests.support import panel as panels
 from tests.support.browser import EMPTY, Browser
 from tests.support.host import ROOT

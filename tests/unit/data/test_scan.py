@@ -327,14 +327,14 @@ def test_metadata_without_a_column_of_captions_is_named(tmp_path):
     assert "no row has a caption under caption, captions, text" in reasons(read(tmp_path))["metadata.csv"]
 
 
-def test_a_caption_file_of_many_megabytes_is_no_caption(tmp_path, monkeypatch):
-    monkeypatch.setattr(captions, "_LIMIT", 10)
-    for name, text in (("a", "ten bytes!"), ("b", "eleven byte")):
+def test_a_caption_file_of_many_megabytes_is_no_caption(tmp_path):
+    limit = 16 * 1024 * 1024
+    for name, size in (("a", limit), ("b", limit + 1)):
         draw(tmp_path / f"{name}.png")
-        (tmp_path / f"{name}.txt").write_text(text)
+        (tmp_path / f"{name}.txt").write_text("a caption".ljust(size))
     dataset = read(tmp_path)
-    assert texts_of(dataset) == {"a.png": ("ten bytes!",)}
-    assert "b.txt' cannot be read (it is larger than 10 bytes" in reasons(dataset)["b.png"]
+    assert texts_of(dataset) == {"a.png": ("a caption",)}
+    assert f"b.txt' cannot be read (it is larger than {limit} bytes" in reasons(dataset)["b.png"]
 
 
 def test_neither_caption_nor_trigger_is_refused_by_name(folder):

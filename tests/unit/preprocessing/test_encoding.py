@@ -119,7 +119,7 @@ def test_one_that_is_missing_comes_to_the_same_bits(tmp_path):
         filled = LatentCache(cache, Codec())
         for place, (example, (crop,)) in enumerate(rows):
             if place != missing:
-                filled._cache.put(filled.key(example, crop), {"mean": torch.tensor([[float(place)]])})
+                cache.put(filled.key(example, crop), {"mean": torch.tensor([[float(place)]])})
         cache.flush()
         codec, told = Codec(), []
         LatentCache(Cache(str(folder)), codec).fill(rows, told.append)

@@ -1,0 +1,1 @@
+"""Documentation. `docs.build` holds the scripts that write generated files."""

@@ -1,1 +1,0 @@
-"""Benchmarks of training cost against its lower bound and against other trainers: `make bench`."""
