@@ -54,6 +54,24 @@ def fold(name: str) -> str:
     return unicodedata.normalize("NFC", unicodedata.normalize("NFD", name).casefold())
 
 
+def path_inside(listing: Listing, root: str) -> str:
+    """Return a folder's path relative to a listing's root: "./" for the root itself, empty for a folder outside.
+
+    Args:
+        root: the folder, links resolved.
+    """
+    if not is_below(root, listing.root):
+        return ""
+    return posixpath.relpath(root.replace("\\", "/"), listing.root.replace("\\", "/")) + "/"
+
+
+def without_folder(listing: Listing, inside: str) -> Listing:
+    """Return a listing without the files in one of its folders, and without the skipped files in it."""
+    files = {name: file for name, file in listing.files.items() if not name.startswith(inside)}
+    left_out = [row for row in listing.left_out if not row.name.startswith(inside)]
+    return Listing(listing.root, files, left_out)
+
+
 class Owners:
     """Pictures by stem, matched exactly, or else with case and Unicode form folded.
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import DatasetError
 from . import captions
 from .buckets import Crop, bucket_sizes, choose_crops
-from .dataset_warnings import warn_of_enlarged, warn_of_resolution, warn_of_skipped
+from .dataset_warnings import warn_of_enlarged, warn_of_resolution, warn_of_scan, warn_of_skipped
 from .examples import LeftOut
 from .near_duplicates import find_near_duplicates, signatures
 from .scan import reason_of, shortened
@@ -218,6 +218,7 @@ def warnings(findings: Findings, family: str) -> list[dict[str, Any]]:
     dataset = findings.dataset
     found = [
         warn_of_skipped(findings.left_out, len(dataset.examples) + len(dataset.left_out)),
+        *warn_of_scan(dataset),
         warn_of_enlarged([(row.example, crop) for row in findings.rows for crop in row.crops]),
         warn_of_resolution(findings.geometry.resolution, family),
     ]

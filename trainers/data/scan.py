@@ -14,7 +14,7 @@ from . import captions
 from .caption_files import CaptionFiles
 from .examples import Augmentation, Dataset, Example, LeftOut, reason_of
 from .index import Index, mark_of
-from .listing import File, Listing, Owners, list_folder, stem_of
+from .listing import File, Listing, Owners, list_folder, path_inside, stem_of, without_folder
 from .masks import mask_owner, own_masks
 from .pictures import AlphaSource, FileSource, MaskSource, is_clear, is_picture, measure_file, why_unread
 from .source_images import SourceImages
@@ -80,15 +80,15 @@ def scan_folder(
         tick: called with (done, total) pictures; may raise to interrupt. The index keeps the pictures read so far.
 
     Raises:
-        DatasetError: the folder does not exist, it holds no picture to train on, or the validation folder holds none
-            or all of the pictures.
+        DatasetError: the folder does not exist, it holds no picture to train on, the validation folder holds none or
+            all of the pictures, or the folder of masks or of source pictures is the folder itself.
     """
     if not os.path.isdir(folder):
         raise DatasetError(f"There is no folder '{folder}'.", "Choose a folder below ComfyUI's input folder.", "folder")
     options = reading or ScanOptions()
     listing = list_folder(folder)
     sources = SourceImages(options.control_folder, listing)
-    listing = sources.outside(listing)
+    listing = _without_masks(sources.outside(listing), options.mask_folder)
     captions_of = CaptionFiles(listing, options.lines_are_variants)
     masks = _Masks(listing, options)
     shared = _Shared(trigger.strip(), repeats, handling or Augmentation(), options.held_out_prefix)
@@ -111,6 +111,18 @@ def scan_folder(
     _refuse_if_nothing_held_out(examples, options)
     name = os.path.basename(os.path.normpath(folder))
     return Dataset(tuple(examples), shared.trigger, resolution, name, left_out, reader.warnings())
+
+
+def _without_masks(listing: Listing, mask_folder: str) -> Listing:
+    """Return a listing without the folder of masks, whose pictures must not be trained on even if masks are off."""
+    inside = path_inside(listing, os.path.realpath(mask_folder)) if mask_folder else ""
+    if inside == "./":
+        raise DatasetError(
+            "The folder of masks is the dataset's own, so every picture would be its own mask.",
+            "Put the masks into a folder of their own, under the names of their pictures.",
+            "mask_folder",
+        )
+    return without_folder(listing, inside) if inside else listing
 
 
 def _unread(listing: Listing) -> list[LeftOut]:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..errors import DatasetError
-from ..text import is_below
 from .examples import Example, LeftOut
-from .listing import File, Listing, fold, list_folder, stem_of
+from .listing import File, Listing, fold, list_folder, path_inside, stem_of, without_folder
 from .pictures import FileSource, is_picture, why_unread
 
 if TYPE_CHECKING:
@@ -40,8 +38,7 @@ class SourceImages:
             return
         files = list_folder(folder)
         self._root = files.root
-        if is_below(files.root, listing.root):
-            self._inside = posixpath.relpath(files.root.replace("\\", "/"), listing.root.replace("\\", "/")) + "/"
+        self._inside = path_inside(listing, files.root)
         if self._inside == "./":
             raise DatasetError(
                 "The folder of source pictures is the dataset's own.",
@@ -53,15 +50,12 @@ class SourceImages:
                 self._found.setdefault(stem_of(name), file)
                 self._folded.setdefault(fold(stem_of(name)), file)
         unread = (LeftOut(name, reason) for name in files.files if (reason := why_unread(name)))
-        self._left_out += [*(() if self._inside else files.left_out), *unread]
+        self._left_out += [*files.left_out, *unread]
         self._stems = {stem_of(name) for name in self.outside(listing).files if is_picture(name)}
 
     def outside(self, listing: Listing) -> Listing:
         """Return the listing of the dataset's folder without the source pictures in it."""
-        if not self._inside:
-            return listing
-        files = {name: file for name, file in listing.files.items() if not name.startswith(self._inside)}
-        return replace(listing, files=files)
+        return without_folder(listing, self._inside) if self._inside else listing
 
     def of(self, name: str, measure: Callable[[File], dict]) -> Example | None:
         """Return the source picture of a picture, by its relative name; None if no folder of them was chosen.

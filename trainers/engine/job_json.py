@@ -19,6 +19,7 @@ def dataset_as_json(dataset: Dataset) -> dict[str, Any]:
         "resolution": dataset.resolution,
         "name": dataset.name,
         "left_out": [asdict(one) for one in dataset.left_out],
+        "warnings": list(dataset.warnings),
     }
 
 
@@ -52,7 +53,9 @@ def decode_dataset(value: dict[str, Any]) -> Dataset:
     examples = tuple(_example_of(row) for row in value["examples"])
     left_out = tuple(_decode(LeftOut, row) for row in value["left_out"])
     plain = {name: value[name] for name in ("trigger", "resolution", "name")}
-    return _decode(Dataset, {**plain, "examples": examples, "left_out": left_out})
+    # Jobs of earlier versions lack the warnings.
+    warnings = value.get("warnings", [])
+    return _decode(Dataset, {**plain, "examples": examples, "left_out": left_out, "warnings": warnings})
 
 
 def _example_of(row: dict[str, Any]) -> Example:

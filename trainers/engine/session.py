@@ -19,8 +19,8 @@ from ..protocols import base_digest, embedded_digest
 from ..runs import earlier, run_lock, tensorboard
 from ..runs.checkpoint import State
 from ..runs.folders import Products
-from ..runs.notes import Notes, read_notes, write_notes
 from ..runs.run import PAUSED, STOPPED, Run
+from ..runs.saves import SAVES_IN_FOLDER
 from .export import Exporter
 from .plan import Plan
 from .summary import summarize
@@ -324,14 +324,12 @@ def _write_run(session: _Session, plan: Plan, step: int, facts: dict[str, Any]) 
     """Write the run's record before the first step. Delete the old run if the recipe starts over."""
     recipe, run = session.recipe, session.run
     run.check_room(sum(value.nbytes for value in plan.trainables.values()), OPTIMIZERS[recipe.optimizer].slots)
-    notes = Notes()
     if recipe.on_existing == "start over" and step == 0:
-        # This deletes the old run. Do it only after all checks that can fail.
-        notes = read_notes(run)
+        # This deletes the old run, except the user's notes. Do it only after all checks that can fail.
         run.clear()
+    # Earlier versions saved elsewhere. A run that started with this version has none of those saves.
+    facts[SAVES_IN_FOLDER] = step == 0 or run.fact(SAVES_IN_FOLDER) is True
     run.write_recipe(recipe, session.task.identity, facts)
-    if notes != Notes():
-        write_notes(run, notes)
     if session.host.graph is not None:
         run.write_graph(session.host.graph)
     run.forget_after(step)
@@ -342,9 +340,9 @@ def _write_run(session: _Session, plan: Plan, step: int, facts: dict[str, Any]) 
 def _report_damaged(run: Run, host: Host, step: int) -> None:
     """Report the damaged saved states that were skipped to find the one to resume from."""
     for row in run.damaged:
-        event = {"event": "damaged state", "step": step, **row}
-        run.log(event)
-        host.report("damaged state", event)
+        run.log({"event": "damaged state", "step": step, **row})
+    if run.damaged:
+        host.report("damaged state", {"step": step, "states": [row["state"] for row in run.damaged]})
 
 
 def _place_weights(session: _Session, plan: Plan) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import zlib
 from collections.abc import Callable
 from typing import Any
 
 from ..errors import RunError
 from .atomic import replacing
+
+log = logging.getLogger(__name__)
 
 _CHECKSUM = "checksum"
 
@@ -56,6 +60,18 @@ def read_json(path: str):
             return parse_json(file.read())
     except (OSError, ValueError) as error:
         raise RunError(f"The file '{path}' cannot be read as JSON ({error}).", "Remove or restore it.") from error
+
+
+def read_object(path: str) -> dict[str, Any]:
+    """Return the JSON object in a file, empty if the file is missing, unreadable or holds something else."""
+    if not os.path.exists(path):
+        return {}
+    try:
+        value = read_json(path)
+    except RunError as error:
+        log.warning("Graft: %s", error)
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def write_own_json(path: str, value: dict[str, Any]) -> None:

@@ -134,8 +134,6 @@ def _report_warnings(
     dataset: Dataset, recipe: Recipe, host: Host, training: list[CroppedExample], left_out: tuple[LeftOut, ...]
 ) -> None:
     """Report files that are not trained on, and what looks unintended in the dataset."""
-    for text in dataset.warnings:
-        log.warning("Graft: %s", text)
     if left_out:
         log.warning("Graft: %d files are not trained on: %s", len(left_out), shortened(left_out, 50))
     warnings = list_warnings(dataset, recipe, training, left_out)

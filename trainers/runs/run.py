@@ -124,13 +124,11 @@ class Run:
 
     def identity(self) -> str:
         """Return the identity in the run's recipe file, empty if there is none."""
-        try:
-            value = json_files.read_json(self.recipe_path) if os.path.exists(self.recipe_path) else {}
-        except RunError as error:
-            log.warning("Graft: %s", error)
-            return ""
-        found = value.get("identity") if isinstance(value, dict) else None
-        return found if isinstance(found, str) else ""
+        return str(self.fact("identity") or "")
+
+    def fact(self, name: str) -> Any:
+        """Return a value in the run's recipe file, None if there is none."""
+        return json_files.read_object(self.recipe_path).get(name)
 
     def check_identity(self, identity: str) -> None:
         """Raise RunError if the folder belongs to another run. Hashes of eight digits can collide."""
