@@ -72,8 +72,8 @@ def options_of_accelerate(arguments):
     # With several processes, accelerate sets RANK in each. With --cpu it sets only an address, and starts one process.
     if "MASTER_ADDR" in os.environ and "RANK" not in os.environ:
         logging.warning(
-            "Graft: `accelerate launch --cpu` starts one process, whatever --num_processes says. For several put --cpu "
-            "behind the job's folder: accelerate launch --multi_gpu --num_processes 2 job.py FOLDER --cpu"
+            "Graft: `accelerate launch --cpu` ignores --num_processes and starts one process. For several, put --cpu "
+            "after the job's folder: accelerate launch --multi_gpu --num_processes 2 job.py FOLDER --cpu"
         )
     return [] if "--cpu" in arguments else ["--cpu"]
 

@@ -67,7 +67,7 @@ def test_the_first_pattern_counts_and_the_text_encoder_has_blocks_too():
 def test_a_pattern_in_no_path_is_refused_by_name(model, adapter):
     with pytest.raises(SettingsError, match="Graft Apply Adapter, input 'block_strengths'.*'midle_block'.*no layer"):
         apply(model, adapter, block_strengths="midle_block=0.5")
-    with pytest.raises(SettingsError, match="no pattern=value with a value between -100"):
+    with pytest.raises(SettingsError, match="not pattern=value with a value between -100"):
         apply(model, adapter, block_strengths="attn=nan")
 
 

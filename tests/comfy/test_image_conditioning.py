@@ -237,7 +237,7 @@ def test_holes_are_drawn_where_there_is_no_mask_and_differ_from_turn_to_turn(tmp
 
 def test_source_pictures_on_a_model_that_takes_none_are_refused(tmp_path):
     with models.in_training(models.patcher("SD1"), "SD1") as training:
-        with pytest.raises(DatasetError, match=r"source pictures, and this model \(SD1\) takes none.*Kontext"):
+        with pytest.raises(DatasetError, match=r"source pictures, but this model \(SD1\) takes none.*Kontext"):
             planned(training, "SD1", tmp_path, dataset_for("Flux"))
 
 

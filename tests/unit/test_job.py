@@ -166,7 +166,7 @@ def test_a_missing_latent_is_named_and_none_is_left_out(tmp_path):
     sums = {name: total for name, total in json.loads(metadata["sums"]).items() if name in tensors}
     files.write_tensors(shard, tensors, {**metadata, "sums": json.dumps(sums)})
     job = jobs.read_job(path)
-    with pytest.raises(RunError, match=r"the picture 'image \d+' is missing or damaged, and a job holds no pictures"):
+    with pytest.raises(RunError, match=r"the picture 'image \d+' is missing or damaged, and a job has no pictures"):
         run_recipe(job.recipe, job.dataset, make_host(), job.folders(folders_of(tmp_path / "there")))
 
 
@@ -227,7 +227,7 @@ def test_accelerates_cpu_is_comfyuis_and_starts_one_process(
 
 
 def test_a_folder_without_a_job_is_said_to_be_none(tmp_path):
-    with pytest.raises(RunError, match=r"no job in .* Give the folder"):
+    with pytest.raises(RunError, match=r"no job in .* Use the folder"):
         jobs.read_job(str(tmp_path))
 
 
@@ -360,7 +360,7 @@ def test_an_export_replaces_nothing_but_jobs(tmp_path):
     path = export(tmp_path)
     shutil.rmtree(path)
     before = put_models(tmp_path / "jobs" / os.path.basename(path))
-    with pytest.raises(RunError, match="is no job itself"):
+    with pytest.raises(RunError, match="exists and is not a job"):
         export(tmp_path)
     assert contents(tmp_path / "jobs" / os.path.basename(path)) == before
     for ending in ("new", "old"):
@@ -386,14 +386,14 @@ def test_a_job_that_was_changed_on_its_way_is_refused(tmp_path):
         text = file.read()
     with open(told, "w", encoding="utf-8") as file:
         file.write(text.replace('"repeats": 1', '"repeats": 9', 1))
-    with pytest.raises(RunError, match="not as it was written"):
+    with pytest.raises(RunError, match="does not match its checksum"):
         jobs.read_job(path)
     with open(told, "w", encoding="utf-8") as file:
         file.write(text)
     with open(start, "r+b") as file:
         file.seek(-3, os.SEEK_END)
         file.write(b"\x55")
-    with pytest.raises(RunError, match="not the one that was exported"):
+    with pytest.raises(RunError, match="has changed since the export"):
         jobs.read_job(path)
     # The file as an earlier version wrote it.
     value = json_files.read_own_json(told)

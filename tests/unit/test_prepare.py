@@ -375,7 +375,7 @@ def test_a_mask_that_leaves_nothing_is_named(tmp_path):
     dataset = from_arrays([grain(1), grain(2)], ["x"], "", 64, masks)
     prepared, *_ = made(tmp_path / "a", dataset)
     assert [item.name for item in prepared.training] == ["image 2"]
-    assert "mask leaves nothing" in str(prepared.left_out)
+    assert "mask excludes the whole crop" in str(prepared.left_out)
     lifted = from_arrays([grain(1), grain(2)], ["x"], "", 64, masks, Augmentation(mask_minimum=0.1))
     assert len(made(tmp_path / "b", lifted)[0].training) == 2
 

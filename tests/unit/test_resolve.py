@@ -122,7 +122,7 @@ FREE = {"run", "preview", "memory"}
 def test_every_field_arrives_in_the_recipe(kind, name):
     if name == "weight_dtype":
         # For an adapter this field cannot be chosen; for full fine-tuning it decides the result.
-        with pytest.raises(SettingsError, match="always kept in fp32"):
+        with pytest.raises(SettingsError, match="always train in fp32"):
             resolved(Options().adding(kind, {name: SET[kind][name]}))
         recipes = [
             resolved(options, method="all weights") for options in (Options(), Options().adding(kind, {name: "bf16"}))

@@ -52,7 +52,7 @@ def from_arrays(
     if controls and len(controls) != len(images):
         raise DatasetError(
             f"{len(controls)} source pictures arrived for {len(images)} pictures.",
-            "Give each picture the one that it is made of.",
+            "Connect exactly one source picture for each picture.",
             "control_images",
         )
     trigger = trigger.strip()

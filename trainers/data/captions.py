@@ -60,7 +60,7 @@ def read_sidecar(path: str, name: str, lines_are_variants: bool) -> tuple[str, .
     try:
         value = parse_json(text)
     except ValueError as error:
-        raise _unreadable(name, f"it is no JSON: {error}", "Correct it, or remove it.") from error
+        raise _unreadable(name, f"it is not JSON: {error}", "Correct it, or remove it.") from error
     return _from_json(value, lines_are_variants)
 
 
@@ -79,7 +79,7 @@ def read_metadata(path: str, name: str, lines_are_variants: bool) -> Iterator[tu
         file = row.get("file_name")
         file = file.strip() if isinstance(file, str) else file
         if not isinstance(file, str) or not file:
-            raise _unreadable(name, f"line {number} names no file_name", "Correct it, or remove the file.")
+            raise _unreadable(name, f"line {number} has no file_name", "Correct it, or remove the file.")
         yield file, _from_json(row, lines_are_variants)
 
 
@@ -97,7 +97,7 @@ def _csv_rows(text: str, name: str) -> Iterator[tuple[int, dict]]:
         for row in reader:
             yield reader.line_num, row
     except csv.Error as error:
-        raise _unreadable(name, f"line {reader.line_num} is no CSV: {error}", "Correct it.") from error
+        raise _unreadable(name, f"line {reader.line_num} is not CSV: {error}", "Correct the line.") from error
 
 
 def _jsonl_rows(text: str, name: str) -> Iterator[tuple[int, dict]]:
@@ -108,9 +108,9 @@ def _jsonl_rows(text: str, name: str) -> Iterator[tuple[int, dict]]:
         try:
             row = parse_json(line)
         except ValueError as error:
-            raise _unreadable(name, f"line {number} is no JSON: {error}", "Correct it.") from error
+            raise _unreadable(name, f"line {number} is not JSON: {error}", "Correct the line.") from error
         if not isinstance(row, dict):
-            raise _unreadable(name, f"line {number} is no JSON object", "Correct it.")
+            raise _unreadable(name, f"line {number} is not a JSON object", "Correct the line.")
         yield number, row
 
 
@@ -140,16 +140,16 @@ def variants_of(text: str, lines_are_variants: bool) -> tuple[str, ...]:
         DatasetError: the text holds an invalid character, or a caption is too long.
     """
     if not is_text(text):
-        raise DatasetError("A caption holds half a character.", "Write it anew, as UTF-8 text.", "captions")
+        raise DatasetError(
+            "A caption contains half of a character (a lone surrogate).", "Write it again as UTF-8 text.", "captions"
+        )
     if "\0" in text:
-        raise DatasetError("A caption holds NUL characters.", "Write it anew, as UTF-8 text.", "captions")
+        raise DatasetError("A caption contains NUL characters.", "Write it again as UTF-8 text.", "captions")
     parts = text.splitlines() if lines_are_variants else [text]
     found = tuple(joined for joined in (" ".join(part.split()) for part in parts) if joined)
     longest = max(map(len, found), default=0)
     if longest > _LONGEST:
-        raise DatasetError(
-            f"A caption has {longest} characters.", f"At most {_LONGEST} are taken: shorten it.", "captions"
-        )
+        raise DatasetError(f"A caption has {longest} characters.", f"Shorten it to at most {_LONGEST}.", "captions")
     return found
 
 
@@ -168,7 +168,7 @@ def _read_text(path: str, name: str) -> str:
     except UnicodeDecodeError as error:
         raise _unreadable(name, f"it is not UTF-8 text: {error}", "Save it with the encoding UTF-8.") from error
     if "\0" in text:
-        raise _unreadable(name, "it holds NUL characters, which no text has", "Save it with the encoding UTF-8.")
+        raise _unreadable(name, "it contains NUL characters, so it is not text", "Save it with the encoding UTF-8.")
     return text
 
 

@@ -122,7 +122,9 @@ class ClassImages:
         for number in numbers:
             digest = self._measured(number)
             if digest is None:
-                raise RunError(f"The class image '{self.path(number)}' is gone.", "Queue again; it will be drawn anew.")
+                raise RunError(
+                    f"The class image '{self.path(number)}' is missing.", "Queue the graph again to draw it."
+                )
             source = FileSource(self.path(number), f"{name}/{number:05}.png", self.folder, digest)
             examples.append(Example(source, (self.drawing.prompt,), self.drawing.size, digest))
         return Dataset(tuple(examples), "", resolution, safe_name(self.drawing.prompt))

@@ -111,7 +111,7 @@ def _counted(number: int, what: str) -> str:
 
 def _draw_legend(draw: ImageDraw.ImageDraw, top: int, paired: bool) -> None:
     left = 8
-    marks = [("dark: cut away", _FAINT), ("red: masked out", _RED), ("amber frame: look after", _AMBER)]
+    marks = [("dark: cropped", _FAINT), ("red: masked out", _RED), ("amber frame: check it", _AMBER)]
     if paired:
         marks.append(("blue corner: source picture", _BAR))
     for text, color in marks:

@@ -60,7 +60,9 @@ def read_resolutions(text: str) -> tuple[int, ...]:
     for part in text.replace(",", " ").split():
         if not part.isdecimal() or not 8 <= int(part) <= 16384:
             raise DatasetError(
-                f"'{part}' is no resolution.", "Write numbers of pixels between commas: 512, 768.", "more_resolutions"
+                f"'{part}' is not a resolution.",
+                "Write numbers of pixels, separated by commas: 512, 768.",
+                "more_resolutions",
             )
         found.add(int(part))
     return tuple(sorted(found))
@@ -199,7 +201,7 @@ def combine(a: Dataset, b: Dataset) -> Dataset:
     """
     if a.resolution and b.resolution and a.resolution != b.resolution:
         raise DatasetError(
-            f"The datasets '{a.name}' and '{b.name}' want different resolutions, {a.resolution} and {b.resolution}.",
+            f"The datasets '{a.name}' and '{b.name}' have different resolutions, {a.resolution} and {b.resolution}.",
             "Give both the same resolution, or 0.",
             "dataset_b",
         )

@@ -114,4 +114,4 @@ def _take(listing: Listing, entry: os.DirEntry, name: str) -> None:
     elif entry.is_symlink() and stat.S_ISDIR(found.st_mode):
         listing.left_out.append(LeftOut(name, "a link to a folder; links to folders are not followed"))
     elif is_picture(name):
-        listing.left_out.append(LeftOut(name, "no regular file"))
+        listing.left_out.append(LeftOut(name, "not a regular file"))

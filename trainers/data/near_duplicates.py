@@ -80,7 +80,7 @@ def _read(path: str | None) -> dict[str, str]:
     try:
         value = json_files.read_own_json(path)
     except RunError as error:
-        log.warning("Graft: %s It will be made anew.", error)
+        log.warning("Graft: %s Graft computes the signatures again.", error)
         return {}
     if not isinstance(value, dict):
         return {}

@@ -180,7 +180,7 @@ def report(findings: Findings, cache_bytes: int = -1) -> str:
         lines.append(f"{len(findings.left_out)} left out: {shortened(findings.left_out, 20)}")
     lines += _trigger_lines(findings)
     lines += _named("without a caption of their own", [row for row in rows if not any(row.example.captions)])
-    lines += _named("with neither caption nor trigger (training will refuse)", [r for r in rows if not r.caption])
+    lines += _named("with neither caption nor trigger (training refuses them)", [r for r in rows if not r.caption])
     lines += _named("smaller than their bucket's usual size", [row for row in rows if "small" in row.flags])
     lines += _named("enlarged", [row for row in rows if "enlarged" in row.flags])
     worst = sorted((row for row in rows if row.kept < _KEPT), key=lambda row: row.kept)
@@ -191,11 +191,11 @@ def report(findings: Findings, cache_bytes: int = -1) -> str:
         lines.append(f"{len(findings.pairs)} look like another picture: {shown}{more}")
     paired = [row for row in rows if row.example.control is not None]
     if paired:
-        lines.append(f"{len(paired)} of {len(rows)} with a source picture, small in their corner.")
+        lines.append(f"{len(paired)} of {len(rows)} with a source picture, drawn small in the corner.")
         lines += _named("with a source picture of another shape", [row for row in paired if _SHAPE in row.flags])
     masked = [row for row in rows if row.example.mask is not None]
     if masked:
-        lines.append(f"{len(masked)} with a mask; red in the picture is not learnt.")
+        lines.append(f"{len(masked)} with a mask; training ignores the red parts.")
         lines += _named("with a mask of another shape", [row for row in rows if "mask of another shape" in row.flags])
     lines += _token_lines(rows)
     lines += _way_lines(findings)
@@ -204,7 +204,7 @@ def report(findings: Findings, cache_bytes: int = -1) -> str:
         shown = ", ".join(f"{tag} ({number})" for tag, number in common)
         lines.append(f"Most frequent of {len(findings.tags)} tags: {shown}")
     if cache_bytes >= 0:
-        lines.append(f"All cached latents and texts take {cache_bytes / 1e6:.0f} MB; they may be deleted at any time.")
+        lines.append(f"All cached latents and texts take {cache_bytes / 1e6:.0f} MB; you can delete them at any time.")
     # Format as a list: a node that renders Markdown would join plain lines.
     return "\n".join(f"- {line}" for line in lines)
 
@@ -233,11 +233,13 @@ def _prior_lines(rows: Sequence[Finding], epoch: int) -> list[str]:
         said = sorted({row.caption for row in classes})
         shown = ", ".join(f"'{caption}'" for caption in said[:_SHOWN]) + (" ..." if len(said) > _SHOWN else "")
         lines.append(
-            f"{len(classes)} class images besides, weight {weights}; an epoch shows {epoch} of them, all in turn. "
+            f"Plus {len(classes)} class images, weight {weights}; an epoch shows {epoch} of them, in turn. "
             f"Their captions: {shown}"
         )
     anchors = sorted({(a.prompt, a.weight) for row in rows if (a := row.example.anchor) is not None})
-    lines += [f"Held to what the model predicts for '{prompt}', weight {weight:g}." for prompt, weight in anchors]
+    lines += [
+        f"Prior target: the model's own prediction for '{prompt}', weight {weight:g}." for prompt, weight in anchors
+    ]
     return lines
 
 
@@ -252,7 +254,7 @@ def _trigger_lines(findings: Findings) -> list[str]:
     triggers = sorted({row.example.trigger for row in findings.rows if row.example.trigger})
     lines = [f"Trigger: {', '.join(triggers) or 'none'}"]
     lacking = [row for row in findings.rows if any(row.example.captions) and _lacks_trigger(row.example)]
-    return lines + _named("whose caption does not hold the trigger (it is put in front)", lacking)
+    return lines + _named("with a caption without the trigger (Graft puts it in front)", lacking)
 
 
 def _lacks_trigger(example: Example) -> bool:
@@ -262,10 +264,10 @@ def _lacks_trigger(example: Example) -> bool:
 
 def _token_lines(rows: Sequence[Finding]) -> list[str]:
     if not rows or rows[0].tokens < 0:
-        return ["Captions' tokens: connect clip to count them."]
+        return ["Connect clip to count the tokens of the captions."]
     lines = [f"Longest caption: {max(row.tokens for row in rows)} tokens."]
     long = sorted((row for row in rows if row.tokens > _CHUNK), key=lambda row: -row.tokens)
-    what = f"with a caption beyond {_CHUNK} tokens (encoded in parts, none is cut)"
+    what = f"with a caption of more than {_CHUNK} tokens (encoded in parts, not cut)"
     return lines + _named(what, long, lambda row: f" ({row.tokens})")
 
 
@@ -290,7 +292,7 @@ def _way_lines(findings: Findings) -> list[str]:
             lines.append("Varied: " + ", ".join(parts) + ".")
     versions = [captions.variant_count(row.example, len(findings.dataset.examples)) for row in findings.rows]
     if versions and max(versions) > 1:
-        lines.append(f"Up to {max(versions)} versions of a caption are encoded.")
+        lines.append(f"Graft encodes up to {max(versions)} versions of a caption.")
     return lines
 
 

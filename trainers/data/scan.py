@@ -111,7 +111,7 @@ def _refuse_if_empty(folder: str, examples: list[Example], left_out: list[LeftOu
     if not left_out:
         raise DatasetError(f"The folder '{folder}' holds no picture.", "Put PNG, JPEG or WebP files into it.", "folder")
     raise DatasetError(
-        f"The folder '{folder}' holds no picture that can be trained on: {shortened(left_out)}.",
+        f"The folder '{folder}' holds no picture to train on: {shortened(left_out)}.",
         "Save the pictures again as PNG or JPEG, or choose another folder.",
         "folder",
     )
@@ -125,7 +125,7 @@ def _refuse_if_nothing_held_out(examples: list[Example], reading: ScanOptions) -
         what = "holds no picture" if held == 0 else "holds all pictures"
         raise DatasetError(
             f"The validation folder '{reading.validation_folder}' {what} of the dataset.",
-            "Name a folder inside the dataset's folder, such as 'validation', and leave pictures to train on outside.",
+            "Name a folder inside the dataset's folder, such as 'validation'. Keep pictures to train on outside it.",
             "validation_folder",
         )
 
@@ -277,14 +277,14 @@ class _Reader:
                 self._left_out.append(LeftOut(name, reason_of(error, name)))
             if missing:
                 shown = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
-                self._left_out.append(LeftOut(name, f"it names {len(missing)} pictures that are not there: {shown}"))
+                self._left_out.append(LeftOut(name, f"it names {len(missing)} missing pictures: {shown}"))
         return found
 
     def warnings(self) -> tuple[str, ...]:
         """Return questions about folder names whose repeats are probably not intended."""
         return tuple(
-            f"The name of the folder '{folder}' says that an epoch shows each of its {_counted(count)} {times} times. "
-            f"If {times} is a date or a number, rename it, such as to '{folder.replace('_', '-', 1)}'."
+            f"The folder name '{folder}' repeats its {_counted(count)} {times} times in an epoch. "
+            f"If {times} is a date or a number, rename the folder, such as to '{folder.replace('_', '-', 1)}'."
             for folder, (times, count) in self._unusual.items()
         )
 
@@ -374,6 +374,6 @@ def check_captions(dataset: Dataset) -> None:
         shown = ", ".join(bare[:5]) + (" ..." if len(bare) > 5 else "")
         raise DatasetError(
             f"{len(bare)} of {len(dataset.examples)} pictures have neither a caption nor a trigger: {shown}.",
-            "Write a caption into a .txt file beside each picture, or set the dataset's trigger.",
+            "Write a caption into a .txt file next to each picture, or set the dataset's trigger.",
             "dataset",
         )

@@ -44,8 +44,8 @@ class SourceImages:
             self._inside = posixpath.relpath(files.root.replace("\\", "/"), listing.root.replace("\\", "/")) + "/"
         if self._inside == "./":
             raise DatasetError(
-                "The folder of source pictures is the dataset's own.",
-                "Put the source pictures into a folder of their own, under the names of the pictures they become.",
+                "The folder of source pictures is the dataset's own folder.",
+                "Put the source pictures into another folder, each under the name of the picture it becomes.",
                 "control_folder",
             )
         for name, file in files.files.items():
@@ -78,7 +78,7 @@ class SourceImages:
         # Match the bare name too, in any folder, as other trainers do.
         found = self._found.get(stem) or self._found.get(posixpath.basename(stem)) or self._by_folded_name(stem)
         if found is None:
-            raise DatasetError("it has no source picture of its name", "Add it, or take the picture out.", "folder")
+            raise DatasetError("it has no source picture of its name", "Add one, or remove the picture.", "folder")
         self._used.add(found.name)
         try:
             facts = measure(found)

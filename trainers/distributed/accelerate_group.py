@@ -169,11 +169,11 @@ class AccelerateGroup(Group):
         self.all_reduce()
         self._shards = made = ShardedWeights(tree, keep, self, needs_input_grad)
         log.info(
-            "Graft: the frozen weights of %d blocks (%.1f MB) are shared out over %d processes%s.",
+            "Graft: sharded the frozen weights of %d blocks (%.1f MB) over %d processes%s.",
             made.blocks,
             made.divided / 1e6,
             self.world_size,
-            f"; {made.whole / 1e6:.1f} MB of them stay whole in each" if made.whole else "",
+            f"; {made.whole / 1e6:.1f} MB of them are whole in each" if made.whole else "",
         )
 
     @property
@@ -238,11 +238,11 @@ def _shortage(parameters: Sequence[torch.nn.Parameter], device: torch.device) ->
     return ""
 
 
-def _no_room(said: str) -> OutOfMemory:
+def _no_room(reason: str) -> OutOfMemory:
     return OutOfMemory(
-        f"Memory ran out before the gradients were summed ({said.splitlines()[0][:200]}).",
-        "Lower the resolution of the dataset, or set checkpointing to on (Graft Memory Options). What was saved stays: "
-        "queue the graph again to go on.",
+        f"Memory ran out before the processes summed their gradients ({reason.splitlines()[0][:200]}).",
+        "Lower the resolution of the dataset, or set checkpointing to on (Graft Memory Options). Graft has kept the "
+        "saves: queue the graph again to resume.",
         "dataset",
     )
 

@@ -45,8 +45,8 @@ def check_shards() -> None:
         found = found and all(hasattr(FSDPModule, name) for name in ("set_custom_all_gather", "reset_iter_state"))
     if not found:
         raise SettingsError(
-            f"shard is on, and PyTorch {torch.__version__} cannot do what it needs.",
-            "Set shard in Graft Memory Options to off, or take a newer PyTorch: 2.14 is known to do.",
+            f"shard is on, but PyTorch {torch.__version__} does not support it.",
+            "Set shard in Graft Memory Options to off, or install a newer PyTorch: 2.14 works.",
             "options",
         )
 
@@ -87,7 +87,7 @@ class ShardedWeights:
         self._blocks = [block for block in candidates if any(one in shared_out for one in block.parameters())]
         if not self._blocks:
             raise ModelError(
-                f"The model ({type(tree).__name__}) has no blocks whose weights could be shared out.",
+                f"The model ({type(tree).__name__}) has no blocks to shard.",
                 "Set shard in Graft Memory Options to off.",
                 "options",
             )

@@ -86,7 +86,7 @@ class _Absent(Source):
     def open(self):
         """Raise RunError. Another error type would leave the picture out of training, and so train another run."""
         raise RunError(
-            f"What was encoded of the picture '{self.name}' is missing or damaged, and a job holds no pictures.",
+            f"The encoded data of the picture '{self.name}' is missing or damaged, and a job has no pictures.",
             "Export the job again.",
         )
 
@@ -117,7 +117,7 @@ def _made(kind: type, values: dict[str, Any]) -> Any:
         if name in values and check is not None and not check(values[name]):
             raise ValueError(f"{name} is {values[name]!r:.80}")
         if name in values and str(field.type).startswith("tuple") and not isinstance(values[name], (list, tuple)):
-            raise ValueError(f"{name} is no list")
+            raise ValueError(f"{name} is not a list")
     return kind(**{name: _tuples(value) for name, value in values.items()})
 
 
@@ -127,5 +127,5 @@ def _tuples(value: Any) -> Any:
 
 def check_text_field(value: Any) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{value!r:.80} is no text")
+        raise ValueError(f"{value!r:.80} is not a text")
     return value

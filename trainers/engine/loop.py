@@ -229,9 +229,7 @@ def _highest_loss(losses: Sequence[float], factor: float) -> float:
 
 def _tell_spike(run: Run, host: Host, step: int, loss: float, highest: float, names: list[str]) -> None:
     pictures = sorted(set(names))
-    log.warning(
-        "Graft: step %d is left out: its loss %.4g is above %.4g (%s).", step, loss, highest, ", ".join(pictures)
-    )
+    log.warning("Graft: skipped step %d: its loss %.4g is above %.4g (%s).", step, loss, highest, ", ".join(pictures))
     event = {"event": "spike", "step": step, "loss": loss, "highest": highest, "pictures": pictures}
     run.log(event)
     host.report("spike", event)
@@ -317,8 +315,8 @@ def _not_finite(loss: float, names: list[str], step: int) -> NumbersError:
     what = "gradient" if math.isfinite(loss) else "loss"
     return NumbersError(
         f"The {what} of step {step + 1} is not finite (pictures: {', '.join(sorted(set(names)))}).",
-        "Nothing of that step was kept. Lower learning_rate, compute in fp32 or bf16 (Graft Memory Options), "
-        "or take those pictures out.",
+        "Graft discarded that step. Lower learning_rate, compute in fp32 or bf16 (Graft Memory Options), "
+        "or remove those pictures.",
         "learning_rate",
     )
 
@@ -363,7 +361,7 @@ def _restore(state: State, plan: Plan, updater: ParameterUpdater, average) -> No
             average.go_on(averages, _ema_updates(state, plan.recipe.loss_spike_factor))
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise GraftError(
-            f"The saved state of step {state.step} is not this optimiser's ({error!r:.200}).", "Start the run over."
+            f"The saved state of step {state.step} does not fit this optimizer ({error!r:.200}).", "Start the run over."
         ) from error
 
 
@@ -390,7 +388,7 @@ def _keep_before_leaving(keep: Callable[[], None]) -> None:
     try:
         keep()
     except Exception:
-        log.exception("Graft: what was trained so far could not be saved.")
+        log.exception("Graft: cannot save the progress after an error.")
 
 
 def _due(step: int, every: int, last: int) -> bool:

@@ -102,7 +102,7 @@ class Options(dict):
         merged = Options(self)
         for name, value in values.items():
             if name not in UNSET[kind]:
-                raise SettingsError(f"There is no {kind} option '{name}'.", f"Known are {', '.join(UNSET[kind])}.")
+                raise SettingsError(f"There is no {kind} option '{name}'.", f"Known options: {', '.join(UNSET[kind])}.")
             if value != UNSET[kind][name]:
                 check_option(kind, name, value)
                 merged[(kind, name)] = value
@@ -146,8 +146,8 @@ def resolve(
         rank = 0
     if kind.in_backward and ("adapter", "type") in options:
         raise SettingsError(
-            "type is set, but all weights are trained and no adapter: it would have no effect.",
-            "Leave type of Graft Adapter Options alone, or train a LoRA.",
+            "type is set, but this node trains all weights, not an adapter: it would have no effect.",
+            "Leave type unset in Graft Adapter Options, or train a LoRA.",
             "type",
         )
     patterns = parse_patterns(get("adapter", "target_patterns", ""), "target_patterns")
@@ -239,8 +239,8 @@ def _trains_text_encoder(options: Options) -> bool:
     for name in ("text_encoder_rank", "text_encoder_learning_rate"):
         if not wanted and ("adapter", name) in options:
             raise SettingsError(
-                f"{name} is set, but the text encoder is not trained: it would have no effect.",
-                f"In Graft Adapter Options set text_encoder to on, or leave {name} alone.",
+                f"{name} is set, but text_encoder is off: it would have no effect.",
+                f"In Graft Adapter Options set text_encoder to on, or leave {name} unset.",
                 name,
             )
     return wanted
@@ -260,15 +260,15 @@ def _pivotal(options: Options, alone: bool) -> EmbeddingSpec | None:
         return None
     if alone:
         raise SettingsError(
-            "Graft Pivotal Options are for a trainer of the model, beside which they train a word.",
-            "Take them out: this node trains its own word.",
+            "Graft Pivotal Options add an embedding to the training of a model, and this node trains no model.",
+            "Remove them from this node's options: it trains its own embedding.",
             "options",
         )
     get = options.value
     name = get("pivotal", "name", "").strip()
     if not name:
         raise SettingsError(
-            "Graft Pivotal Options say how to train a word, but not its name.", "Set name there.", "options"
+            "Graft Pivotal Options have no name for the embedding.", "Set name in Graft Pivotal Options.", "options"
         )
     return EmbeddingSpec(
         name,

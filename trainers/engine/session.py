@@ -286,16 +286,14 @@ def _train(recipe, task: Task, host, folders, parts, run, state, export) -> Resu
         )
         if recipe.offload == "on":
             # Offload before the first forward: until now, the blocks' weights are not on the device.
-            log.info(
-                "Graft: %s.", offload_blocks(plan, run, host) or "nothing is frozen that could be kept off the device"
-            )
+            log.info("Graft: %s.", offload_blocks(plan, run, host) or "offload is on, but no weights are frozen")
         if shares:
             # An adapter has a gradient in every pass. An embedding alone has one only if the caption contains it.
             keep = [*trainables.values(), *parts.read_later()]
             host.group.shard(denoiser.module, keep, needs_input_grad=not METHODS[recipe.method].trains_model)
             denoiser.make_room(weights=True)
         elif recipe.shard == "on":
-            log.info("Graft: shard is on, but one process trains: it holds all weights.")
+            log.info("Graft: shard is on, but only one process trains: it holds all weights.")
         if state.step == 0:
             check_gradients(plan, host)
         check_keys(plan, host)

@@ -73,18 +73,18 @@ def check_recipe(recipe: Recipe) -> None:
         if getattr(recipe, field) != plain and recipe.schedule != schedule:
             raise SettingsError(
                 f"{field} is set, but schedule is {recipe.schedule}: it would have no effect.",
-                f"In Graft Optimizer Options set schedule to {schedule}, or leave {field} alone.",
+                f"In Graft Optimizer Options set schedule to {schedule}, or leave {field} unset.",
                 field,
             )
     if (recipe.targets == "patterns") != bool(recipe.target_patterns):
         raise SettingsError(
-            f"targets is '{recipe.targets}' and target_patterns {'set' if recipe.target_patterns else 'empty'}.",
+            f"targets is '{recipe.targets}', but target_patterns is {'set' if recipe.target_patterns else 'empty'}.",
             "Write patterns and choose 'patterns' or 'auto', or leave target_patterns empty.",
             "target_patterns",
         )
     if 0 < recipe.loss_spike_factor <= 1:
         raise SettingsError(
-            f"loss_spike_factor is {recipe.loss_spike_factor:g}: ordinary steps would be left out too.",
+            f"loss_spike_factor is {recipe.loss_spike_factor:g}: it would skip ordinary steps too.",
             "Set it above 1, such as 10, or to 0 for none.",
             "loss_spike_factor",
         )
@@ -98,14 +98,13 @@ def _check_shard(recipe: Recipe) -> None:
         return
     if METHODS[recipe.method].in_backward:
         raise SettingsError(
-            "shard is on, but all weights are trained: each process moves all of them, and only frozen ones can be "
-            "shared out.",
+            "shard is on, but this node trains all weights, and Graft can shard only frozen weights.",
             "Set shard in Graft Memory Options to off, or train a LoRA.",
             "options",
         )
     if recipe.offload == "on":
         raise SettingsError(
-            "shard and offload are both on: frozen weights are either shared out or kept off the device.",
+            "shard and offload are both on, but Graft can only do one of them with frozen weights.",
             "Set one of them in Graft Memory Options to off.",
             "options",
         )
@@ -116,14 +115,14 @@ def _check_precision(recipe: Recipe) -> None:
         return
     if METHODS[recipe.method].ranked or not METHODS[recipe.method].trains_model:
         raise SettingsError(
-            f"weight_dtype is {recipe.weight_dtype}, but what is trained is small and always kept in fp32.",
-            "Leave weight_dtype of Graft Adapter Options alone: it is for training all weights.",
+            f"weight_dtype is {recipe.weight_dtype}, but adapters and embeddings always train in fp32.",
+            "Leave weight_dtype unset in Graft Adapter Options: it is for training all weights.",
             "weight_dtype",
         )
     if not OPTIMIZERS[recipe.optimizer].apart:
         raise SettingsError(
-            f"weight_dtype is {recipe.weight_dtype}: one weight after the other is then moved in fp32 and rounded, but "
-            f"{recipe.optimizer} has to see all of them at once.",
+            f"weight_dtype is {recipe.weight_dtype}, so Graft updates the weights one by one, but "
+            f"{recipe.optimizer} needs all of them at once.",
             "Set weight_dtype to fp32, or choose another optimizer in Graft Optimizer Options, such as AdamW.",
             "weight_dtype",
         )
@@ -162,6 +161,6 @@ def _check_name(name: str) -> None:
     if not re.fullmatch(r"[\w][\w .-]{0,99}", name) or name.rstrip(". ") != name:
         raise SettingsError(
             f"The run name '{name}' cannot be a folder name.",
-            "Use letters, digits, spaces, points, dashes and underscores, and no point or space at the end.",
+            "Use letters, digits, spaces, dots, dashes and underscores, and no dot or space at the end.",
             "name",
         )

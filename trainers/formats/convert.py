@@ -57,12 +57,12 @@ def host_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     for name, tensor in tensors.items():
         if "lora_magnitude_vector" in name:
             raise ModelError(
-                "The file holds a DoRA whose magnitude needs the model's weights before the host can read it.",
+                "The file holds a DoRA in peft's form, which ComfyUI cannot read without the model's weights.",
                 "Load it with diffusers or peft, or use the kohya file of that training.",
                 "adapter_name",
             )
         if name.startswith(_BUNDLED):
-            log.warning("Graft: the adapter file carries an embedding, %s, which is left aside.", name)
+            log.warning("Graft: ignored the embedding %s in the adapter file.", name)
             continue
         found[_host_name(name)] = tensor
     return found
@@ -90,9 +90,8 @@ def host_tensors(native: PeftAdapter) -> dict[str, torch.Tensor]:
         lacking = sorted({name.split(".lora_")[0] for name in one.tensors if ".lora_A." in name} - one.scales.keys())
         if lacking:
             raise ModelError(
-                f"The adapter's configuration does not say how strong its layer {lacking[0][:200]} is: it has no r or "
-                "no alpha.",
-                "Put the configuration it came with beside it.",
+                f"The adapter's configuration has no r or no alpha for its layer {lacking[0][:200]}.",
+                "Put the configuration that belongs to the file next to it.",
                 "adapter_name",
             )
         made = _host_tensors(one, _TEXT.get(component, "") if len(native.text) > 1 else "lora_te_")

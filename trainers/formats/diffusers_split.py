@@ -84,7 +84,7 @@ def _refuse_if_apart(path: str, splits: tuple[LayerSplit, ...], native: PeftAdap
     alike = all(one is not None and one.shape == firsts[0].shape and bool((one == firsts[0]).all()) for one in firsts)
     if not alike or len({native.scales.get(part.name) for part in splits}) > 1:
         raise ModelError(
-            f"The adapter to start from has several parts of its own for {path}, which here is one layer.",
+            f"The adapter to start from has separate parts for {path}, which is one layer in this model.",
             "It was trained in diffusers. Apply it with Graft Apply Adapter before the training node instead.",
             "start_from",
         )

@@ -83,12 +83,12 @@ def load_embedding(path: str, name: str) -> Embedding:
     for key, value in vectors.items():
         why = "" if len(value) <= _MOST_VECTORS else f"has {len(value)} vectors, more than {_MOST_VECTORS}"
         if not value.is_floating_point():
-            why = f"is of {value.dtype} and no vectors"
+            why = f"has the dtype {value.dtype}, which cannot hold vectors"
         elif not files.is_finite(value):
-            why = "holds numbers that are not finite"
+            why = "has values that are not finite"
         if why:
             raise ModelError(
-                f"The file '{path}' holds no sound embedding: its {key} {why}.",
+                f"The file '{path}' holds no valid embedding: its {key} {why}.",
                 "Restore it, or choose another file.",
                 "embedding_name",
             )

@@ -17,7 +17,7 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Build a JSON object and refuse duplicate names, because readers differ in which of them they take."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError("a name stands twice in its header")
+        raise ValueError("a name occurs twice in its header")
     return found
 
 
@@ -75,8 +75,8 @@ def read_own_json(path: str) -> Any:
     given = value.pop(_CHECKSUM)
     if given != _json_sum(value):
         raise RunError(
-            f"The file '{path}' is not as it was written: it is damaged, or was edited.",
-            f"Restore it or remove it. If you edited it on purpose, remove its entry {_CHECKSUM}.",
+            f"The file '{path}' does not match its checksum: it is damaged, or was edited.",
+            f"Restore it or remove it. If you edited it on purpose, remove its entry '{_CHECKSUM}'.",
         )
     return value
 

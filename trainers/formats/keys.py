@@ -138,7 +138,7 @@ def check_parts(tensors: dict[str, torch.Tensor], whose: str, input: str) -> Non
         why = _misfit(held)
         if why:
             raise ModelError(
-                f"{whose} is no sound adapter: of its layer {name[:200]} {why}.", "Take another copy of it.", input
+                f"{whose} is not a valid adapter: in its layer {name[:200]}, {why}.", "Get another copy of it.", input
             )
 
 
@@ -146,11 +146,11 @@ def _misfit(held: dict[str, torch.Tensor]) -> str:
     """Return the reason why a layer's tensors do not fit each other, empty if they do."""
     for end, tensor in held.items():
         if end == ALPHA and tensor.numel() != 1:
-            return f"alpha is {list(tensor.shape)} and no number"
+            return f"alpha has the shape {list(tensor.shape)} and is not a number"
         if not tensor.numel():
             return f"{end} is empty"
     if DORA in held and held[DORA].dim() < 2:
-        return f"{DORA} is {list(held[DORA].shape)} and no [out, 1] or [1, in]"
+        return f"{DORA} has the shape {list(held[DORA].shape)} instead of [out, 1] or [1, in]"
     if UP in held or DOWN in held:
         return _misfit_of_lora(held)
     for first, second, core in _FACTORS:
@@ -187,20 +187,20 @@ def _misfit_of_pairs(held: dict[str, torch.Tensor]) -> str:
             if whole not in held and factor not in held:
                 return f"{whole} is missing"
             if whole in held and held[whole].dim() < 2:
-                return f"{whole} is {list(held[whole].shape)} and no matrix"
+                return f"{whole} has the shape {list(held[whole].shape)} and is not a matrix"
         if "lokr_w1" in held and held["lokr_w1"].dim() != 2:
-            return f"lokr_w1 is {list(held['lokr_w1'].shape)} and no matrix"
+            return f"lokr_w1 has the shape {list(held['lokr_w1'].shape)} and is not a matrix"
     if "oft_blocks" in held:
         shape = held["oft_blocks"].shape
         if len(shape) not in (3, 4) or shape[-1] != shape[-2]:
-            return f"oft_blocks is {list(shape)}, where it has square blocks"
+            return f"oft_blocks has the shape {list(shape)}, but its blocks must be square"
     elif "rescale" in held:
         return "oft_blocks is missing"
     missing = [name for name in _GLORA if name not in held]
     if missing and len(missing) < len(_GLORA):
         return f"{missing[0]} is missing"
     if not missing and any(held[name].dim() < 2 for name in _GLORA):
-        return "a factor is no matrix"
+        return "a factor is not a matrix"
     return ""
 
 

@@ -95,14 +95,14 @@ def diffusers_form(native: PeftAdapter) -> PeftAdapter:
     if native.config["peft_type"] not in _DIFFUSERS_TYPES:
         raise ModelError(
             f"diffusers' loader does not know the adapter type {native.method}.",
-            "Save it as 'peft' and load it by peft onto the pipeline's UNet.",
+            "Save it as 'peft' and load it with peft onto the pipeline's UNet.",
             "format",
         )
     if native.published or native.is_split:
         return native
     if not native.splits:
         raise ModelError(
-            "This model's layers have other names, or are cut otherwise, in diffusers.",
+            "diffusers names or splits this model's layers in an unknown way.",
             "Save it as 'kohya' or as 'peft'.",
             "format",
         )
@@ -211,8 +211,8 @@ def _peft_config(path: str) -> dict[str, Any]:
     beside = os.path.join(os.path.dirname(path), CONFIG)
     if not os.path.exists(beside):
         raise ModelError(
-            f"The file '{path}' is peft's and lies without its {CONFIG}, which holds its alpha.",
-            f"Put the {CONFIG} it came with beside it.",
+            f"The file '{path}' has peft's layout, but its {CONFIG}, which holds the alpha, is missing.",
+            f"Put the {CONFIG} that belongs to it into the same folder.",
             "adapter_name",
         )
     return _checked(json_files.read_json(beside), beside)
@@ -224,7 +224,7 @@ def _diffusers_config(path: str, metadata: dict[str, str], prefix: str) -> dict[
     except ValueError as error:
         raise RunError(f"The metadata of '{path}' is damaged ({error}).", "Restore the file.") from error
     if not isinstance(found, dict):
-        raise RunError(f"The metadata of '{path}' is damaged (no object).", "Restore the file.")
+        raise RunError(f"The metadata of '{path}' is damaged (it is not an object).", "Restore the file.")
     config = {name[len(prefix) :]: value for name, value in found.items() if name.startswith(prefix)}
     return _checked({"peft_type": "LORA", **config}, path)
 
@@ -236,7 +236,7 @@ def _checked(config: Any, path: str) -> dict[str, Any]:
         ModelError: a field that Graft reads has an invalid value.
     """
     if not isinstance(config, dict):
-        raise _strange(path, "no object")
+        raise _strange(path, "it is not an object")
     rank = config.get("r")
     if rank is not None and (type(rank) is not int or not 0 <= rank <= 2**20):
         raise _strange(path, f"r is {rank!r:.40}")
@@ -246,7 +246,7 @@ def _checked(config: Any, path: str) -> dict[str, Any]:
     for name in ("rank_pattern", "alpha_pattern"):
         pattern = config.get(name)
         if pattern is not None and not isinstance(pattern, dict):
-            raise _strange(path, f"{name} is no object")
+            raise _strange(path, f"{name} is not an object")
         for key, value in (pattern or {}).items():
             # A rank is a divisor, so it must be positive.
             if not _is_number(value) or (name == "rank_pattern" and value <= 0):
@@ -260,7 +260,7 @@ def _is_number(value: Any) -> bool:
 
 def _strange(path: str, why: str) -> ModelError:
     return ModelError(
-        f"The configuration of the adapter '{path}' is not peft's ({why}).",
+        f"The configuration of the adapter '{path}' is invalid ({why}).",
         "Restore it, or choose another adapter.",
         "adapter_name",
     )
@@ -273,8 +273,8 @@ def _method_of(config: dict[str, Any], path: str) -> str:
     known = {"LOHA": "LoHa", "LOKR": "LoKr", "OFT": "OFT", "BOFT": "BOFT", "IA3": "IA3"}
     if kind not in known:
         raise ModelError(
-            f"The adapter '{path}' is of peft's type {kind}.",
-            f"Known are LORA, {', '.join(known)}; load others with peft itself.",
+            f"The adapter '{path}' has peft's type {kind}, which Graft does not support.",
+            f"Graft supports LORA, {', '.join(known)}. Load others with peft itself.",
             "adapter_name",
         )
     return known[kind]
@@ -308,7 +308,7 @@ def _by_pattern(places: set[str], config: dict[str, Any], name: str, default: fl
         key = f"The key {error.pattern[:80]!r} {error.message}." if error.pattern else error.message
         raise ModelError(
             f"The {name} of the adapter '{path}' cannot be used. {key}",
-            "Save it anew with the layers' whole paths as keys, or choose another adapter.",
+            "Save it again with the layers' full paths as keys, or choose another adapter.",
             "adapter_name",
         ) from error
     return {place: default if number is None else values[number] for place, number in found.items()}

@@ -146,8 +146,8 @@ def _move(owner: nn.Module, name: str, there: torch.Tensor, replaced: _Replaced)
     except RuntimeError as error:
         if parameter.requires_grad:
             raise RunError(
-                f"What is trained cannot be moved from {parameter.device} to {there.device} ({error}).",
-                "Leave offload of Graft Memory Options alone on this device.",
+                f"Graft cannot move trained weights from {parameter.device} to {there.device} ({error}).",
+                "Leave offload unset in Graft Memory Options on this device.",
                 "options",
             ) from error
         other = parameter, torch.nn.Parameter(there, requires_grad=False)
@@ -277,7 +277,7 @@ class BlockPrefetcher:
             self._coming = (number, self._carrier.start(self._of(number)))
         except torch.OutOfMemoryError:
             # Continue without prefetching: the block that runs may still fit.
-            log.info("Graft: there is no room for a second block: each is waited for from now on.")
+            log.info("Graft: no memory for prefetching the next block. From now on, each block waits for its weights.")
             self._ahead = False
 
 

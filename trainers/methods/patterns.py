@@ -45,8 +45,8 @@ def parse_pairs(text: str, kind: Callable[[str], Value], low: Value, high: Value
             number = None
         if not pattern or number is None or not low <= number <= high:
             raise SettingsError(
-                f"'{word[:80]}' in {input} is no pattern=value with a value between {low} and {high}.",
-                "Write one a line, such as middle_block=8.",
+                f"'{word[:80]}' in {input} is not pattern=value with a value between {low} and {high}.",
+                "Write one per line, such as middle_block=8.",
                 input,
             )
         _check_pattern(pattern, input)
@@ -58,7 +58,7 @@ def _words(text: str, input: str) -> list[str]:
     words = text.split()
     if len(words) > _MOST:
         raise SettingsError(
-            f"{input} holds {len(words)} patterns.", f"At most {_MOST} are taken: use some that fit more layers.", input
+            f"{input} holds {len(words)} patterns.", f"Use at most {_MOST}, each for more layers.", input
         )
     return words
 
@@ -115,7 +115,7 @@ def check_pairs(pairs: Iterable[tuple], paths: list[str], input: str) -> None:
         search = Patterns([pattern])
         if not any(search.first(path) is not None for path in paths):
             raise SettingsError(
-                f"The pattern '{pattern}' of {input} is in no layer's path.",
+                f"The pattern '{pattern}' of {input} matches no layer's path.",
                 f"The paths look like {paths[0]}." if paths else "",
                 input,
             )

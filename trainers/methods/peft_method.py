@@ -149,15 +149,15 @@ class PeftMethod(Method):
         kinds = {path: kind for path, kind in meant_layers(module, family, recipe).items() if rank_of(path, recipe) > 0}
         if not kinds:
             raise ModelError(
-                f"No trainable layer of the kind '{recipe.targets}' was found in the model ({type(module).__name__}).",
-                "Choose other targets. Quantised formats that hide their layers (GGUF, Nunchaku) cannot be trained; "
-                "load the original.",
+                f"The model ({type(module).__name__}) has no trainable layer of the kind '{recipe.targets}'.",
+                "Choose other targets. Graft cannot train quantized formats that hide their layers (GGUF, Nunchaku): "
+                "load the original checkpoint.",
                 "model",
             )
         for path, kind in kinds.items():
             if kind not in self.kinds:
                 raise SettingsError(
-                    f"The adapter type {self.name} is not offered on a {kind} such as {path}.",
+                    f"The adapter type {self.name} does not support a {kind} such as {path}.",
                     f"Choose targets of the kinds {' and '.join(sorted(self.kinds))}, or the type LoRA with conv.",
                     "targets",
                 )
@@ -179,8 +179,8 @@ class PeftMethod(Method):
             except NotImplementedError as error:
                 # The type reads the base's weights, and these are quantized in a way that only ComfyUI can read.
                 raise ModelError(
-                    f"{recipe.method} reads the base's weights, and this ComfyUI does not give peft the numbers of "
-                    f"quantised ones ({error}).",
+                    f"{recipe.method} reads the base's weights, and this ComfyUI does not give peft the values of "
+                    f"quantized weights ({error}).",
                     "Choose the type LoRA, or load the base in 16 or 32 bits.",
                     "options",
                 ) from error
@@ -236,9 +236,9 @@ class PeftMethod(Method):
             for name, parameter in trainables.items():
                 if values[name].shape != parameter.shape:
                     raise _unlike(
-                        f"has {_NAME.fullmatch(name)['path']} with {tuple(values[name].shape)} where this run has "
-                        f"{tuple(parameter.shape)}",
-                        "Set rank and block_ranks to those it was trained with.",
+                        f"has the shape {tuple(values[name].shape)} for {_NAME.fullmatch(name)['path']}, but this run "
+                        f"has {tuple(parameter.shape)}",
+                        "Use the rank and block_ranks it was trained with.",
                     )
                 parameter.copy_(values[name])
         return used
@@ -246,7 +246,7 @@ class PeftMethod(Method):
     def _start_values(self, trainables, module, adapter, recipe, names) -> tuple[dict[str, torch.Tensor], set[str]]:
         made_by = adapter.made_by()
         if made_by is not None and not self._is_alike(made_by):
-            raise _unlike(f"is of the type {made_by}, this run of {self.name}", f"Choose the type {made_by}.")
+            raise _unlike(f"has the type {made_by}, but this run trains {self.name}", f"Choose the type {made_by}.")
         values = {}
         used = set()
         for path in sorted({adapted_path(name) for name in trainables}):
@@ -261,7 +261,7 @@ class PeftMethod(Method):
             values.update({name: held.get(stem) for name, stem in _stems(trainables, path)})
         missing = [name for name, value in values.items() if value is None]
         if missing:
-            raise _unlike(f"lacks {missing[0]}", "Choose the targets it was trained with.")
+            raise _unlike(f"lacks {missing[0]}", "Use the targets it was trained with.")
         return values, used
 
     def _held(self, path: str, adapter: Adapter, names) -> tuple[str | None, dict[str, torch.Tensor]]:
@@ -274,7 +274,7 @@ class PeftMethod(Method):
         start = f"{place}."
         found = {key[len(start) :]: value for key, value in tensors.items() if key.startswith(start)}
         if not found:
-            raise _unlike(f"has nothing for {path}", "Choose the targets it was trained with.")
+            raise _unlike(f"has no tensors for {path}", "Use the targets it was trained with.")
         return place, found
 
     def _values_held(self, place, found, native) -> tuple[dict[str, torch.Tensor], float | None]:
@@ -283,7 +283,7 @@ class PeftMethod(Method):
         held = self.values_of_host(found)
         if held is None:
             raise _unlike(
-                f"does not hold what {self.name} trains",
+                f"does not have the tensors that {self.name} trains",
                 "Start from the peft folder that Graft Save Adapter writes.",
             )
         return held

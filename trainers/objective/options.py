@@ -113,13 +113,13 @@ class Objective:
         if self.min_timestep >= self.max_timestep:
             raise SettingsError(
                 f"min_timestep {self.min_timestep} is not below max_timestep {self.max_timestep}.",
-                "Widen the range in Graft Objective Options; 0 and 0 take all of it.",
+                "Widen the range in Graft Objective Options; 0 and 0 select all of it.",
                 "min_timestep",
             )
         if self.pyramid_discount and self.noise_offset:
             raise SettingsError(
                 "pyramid_discount and noise_offset are both set.",
-                "Use one of them in Graft Objective Options: the pyramid's coarsest noise is an offset already.",
+                "Use one of them in Graft Objective Options: the pyramid's coarsest noise already is an offset.",
                 "noise_offset",
             )
 
@@ -167,7 +167,7 @@ class Objective:
             )
         if flow and self.huber_schedule == "snr":
             raise SettingsError(
-                "The huber_schedule 'snr' follows a signal-to-noise ratio, which is no measure for flow models.",
+                "The huber_schedule 'snr' needs a signal-to-noise ratio, which flow models do not have.",
                 "In Graft Objective Options choose exponential or constant.",
                 "huber_schedule",
             )
@@ -188,7 +188,7 @@ def objective_of(chosen: Mapping[str, Any]) -> Objective:
         if name in chosen and not made._uses(name):
             raise SettingsError(
                 f"{name} is set, but {other} is {getattr(made, other)}: it would have no effect.",
-                f"In Graft Objective Options set {other} to {' or '.join(choices)}, or leave {name} alone.",
+                f"In Graft Objective Options set {other} to {' or '.join(choices)}, or leave {name} unset.",
                 name,
             )
     return made

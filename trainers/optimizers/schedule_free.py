@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 class ScheduleFreeAverage:
     """The point x of schedule-free, for saves and previews. The gradient is taken at another point, y.
 
-    The trainables hold y throughout. The library's own conversions, eval() and train(), round: the result of a run
+    The trainables hold y throughout. The library's own conversions between x and y round: the result of a run
     would depend on how often it is previewed. So this class computes x separately and puts the unchanged y back.
     """
 

@@ -70,9 +70,9 @@ class Cache:
                     key, _, tensor = name.partition("/")
                     self._places.setdefault(key, _Place(path, key, {})).sums[tensor] = total
             except _Foreign as other:
-                log.warning("Graft: the cache shard %s is left aside: %s", path, other)
+                log.warning("Graft: ignored the cache shard %s: %s", path, other)
             except (RunError, ValueError) as error:
-                log.warning("Graft: the cache shard %s is damaged; what it held will be made again. %s", path, error)
+                log.warning("Graft: the cache shard %s is damaged. Graft computes its entries again. %s", path, error)
                 _remove_own(path)
 
     def missing(self, keys: Iterable[str]) -> set[str]:
@@ -96,7 +96,7 @@ class Cache:
         return {key for key in wanted if key not in self._places and key not in self._pending}
 
     def _drop_shard(self, path: str, damaged: int) -> None:
-        log.warning("Graft: %d entries of the cache shard %s are damaged and will be made again.", damaged, path)
+        log.warning("Graft: %d entries of the cache shard %s are damaged. Graft computes them again.", damaged, path)
         for key in [key for key, place in self._places.items() if place.path == path]:
             tensors = self._sound(path, [key]).get(key)
             del self._places[key]
@@ -139,7 +139,7 @@ class Cache:
                 continue
             tensors = self.get(key)
             if tensors is None:
-                raise RunError(f"The cached entry {key} is gone.", "Queue again; it will be made anew.")
+                raise RunError(f"The cached entry {key} is missing.", "Queue the graph again to compute it.")
             other.put(key, tensors)
         other.flush()
 
@@ -182,9 +182,9 @@ def _sums(path: str) -> dict[str, int]:
         raise _Foreign(f"its format is {metadata.get('format', 'not given')[:40]!r}.")
     sums = json_files.parse_json(metadata.get("sums", ""))
     if not isinstance(sums, dict) or sums.keys() != header.keys():
-        raise ValueError("its checksums are not those of its tensors")
+        raise ValueError("its checksums belong to other tensors")
     if not all(type(total) is int for total in sums.values()):
-        raise ValueError("its checksums are no numbers")
+        raise ValueError("its checksums are not numbers")
     return sums
 
 
@@ -219,7 +219,7 @@ def _touch(path: str) -> None:
 def _remove_own(path: str) -> bool:
     """Remove a file that identifies itself as a cache file, and report whether it is gone; leave other files alone."""
     if not _is_own(path):
-        log.warning("Graft: %s does not say that it is a cache file of Graft's, and stays. Remove it yourself.", path)
+        log.warning("Graft: %s is not marked as Graft's cache file, so Graft keeps it. Remove it yourself.", path)
         return False
     try:
         os.remove(path)

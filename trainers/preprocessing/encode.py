@@ -109,7 +109,7 @@ class LatentCache:
             if not all(torch.isfinite(value).all() for value in found.values()):
                 raise DatasetError(
                     f"The VAE gives no finite latent for the picture '{pictures.name(batch[key][0])}'.",
-                    "Use a VAE that runs in float32 (start ComfyUI with --fp32-vae), or take the picture out.",
+                    "Use a VAE that runs in float32 (start ComfyUI with --fp32-vae), or remove the picture.",
                     "vae",
                 )
             self._cache.put(key, found)
@@ -130,7 +130,7 @@ class LatentCache:
         """Return `mean` [1, C, ...] and, if there is a posterior, `logvar` of a key that was filled."""
         tensors = self._cache.get(key)
         if tensors is None:
-            raise RunError(f"The cached latent {key} is gone.", "Queue again; it will be made anew.")
+            raise RunError(f"The cached latent {key} is missing.", "Queue the graph again to compute it.")
         return tensors
 
 
@@ -185,7 +185,9 @@ class _Pictures:
             self._last = None
             picture = opened(example.source)
             if picture.size != example.size:
-                raise Unreadable(LeftOut(self.name(place), f"it is {picture.size} when decoded, not {example.size}"))
+                raise Unreadable(
+                    LeftOut(self.name(place), f"its size is {picture.size} when decoded, not {example.size}")
+                )
             self._last = place, picture
         return self._last[1]
 
@@ -248,7 +250,9 @@ class TextCache:
         """Return the tensors of a caption that was filled."""
         tensors = self._cache.get(self._key(caption))
         if tensors is None:
-            raise RunError(f"The cached conditioning of '{caption}' is gone.", "Queue again; it will be made anew.")
+            raise RunError(
+                f"The cached conditioning of '{caption}' is missing.", "Queue the graph again to compute it."
+            )
         return tensors
 
     def _key(self, caption: str) -> str:
@@ -299,7 +303,7 @@ class _Together:
             except (RuntimeError, MemoryError) as error:
                 if len(some) == 1:
                     raise
-                log.warning("Graft: %d could not be encoded at once; fewer are tried. %s", len(some), error)
+                log.warning("Graft: cannot encode %d inputs at once. Graft tries fewer. %s", len(some), error)
                 size = len(some) // 2
                 if is_out_of_memory(error):
                     self._most = size

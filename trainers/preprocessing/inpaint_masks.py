@@ -114,7 +114,7 @@ class InpaintMaskCache:
         `masked_image_latent` [1, C, ...]."""
         tensors = self._cache.get(key)
         if tensors is None:
-            raise RunError(f"The cached inpaint mask {key} is gone.", "Queue again; it will be made anew.")
+            raise RunError(f"The cached inpaint mask {key} is missing.", "Queue the graph again to compute it.")
         return {name: tensors[stored] for name, stored in _STORED_NAMES.items()}
 
 

@@ -96,12 +96,12 @@ def prepare(
         maker.copy(copy)
     removed = prune(cache_folder, cache_limit, started)
     if removed:
-        log.info("Graft: %.1f GB of the oldest cached latents and texts were removed.", removed / 1e9)
+        log.info("Graft: removed %.1f GB of the oldest cached latents and texts.", removed / 1e9)
     for warning in dataset.warnings:
         log.warning("Graft: %s", warning)
     everything = (*dataset.left_out, *left_out)
     if everything:
-        log.warning("Graft: %d files are not trained on: %s", len(everything), shortened(everything, 50))
+        log.warning("Graft: skipped %d files: %s", len(everything), shortened(everything, 50))
     warnings = list_warnings(dataset, recipe, training, everything)
     for warning in warnings:
         if warning["kind"] != "skipped":
@@ -126,8 +126,8 @@ def prepare(
 def _refuse_sources(dataset: Dataset, host: Host) -> None:
     if host.denoiser.conditioning_kind != SOURCE and any(example.control is not None for example in dataset.examples):
         raise DatasetError(
-            f"The dataset has source pictures, and this model ({host.denoiser.family}) takes none.",
-            "Leave control_folder empty, or take a model that edits pictures, such as Flux Kontext or Qwen-Image-Edit.",
+            f"The dataset has source pictures, but this model ({host.denoiser.family}) takes none.",
+            "Leave control_folder empty, or use a model that edits pictures, such as Flux Kontext or Qwen-Image-Edit.",
             "dataset",
         )
 
@@ -135,9 +135,9 @@ def _refuse_sources(dataset: Dataset, host: Host) -> None:
 def _refuse_if_empty(dataset: Dataset, cuts: list[CroppedDataset], left_out: list[LeftOut]) -> None:
     if not cuts:
         raise DatasetError(
-            f"None of the {len(dataset.examples)} pictures of '{dataset.name}' can be trained on: "
+            f"Graft cannot train on any of the {len(dataset.examples)} pictures of '{dataset.name}': "
             f"{shortened(left_out)}.",
-            "Take larger or sound pictures, or let small ones be enlarged (upscale).",
+            "Replace damaged pictures. Replace small ones, or turn on upscale.",
             "dataset",
         )
 
@@ -230,7 +230,7 @@ class _ItemMaker:
         for place, row, problem in zip(owners, rows, self._masks.fill(rows), strict=True):
             example = row[0]
             if problem is None and not example.handling.mask_minimum and not self._counts(row):
-                problem = LeftOut(example.source.name, "its mask leaves nothing of the part that is trained on")
+                problem = LeftOut(example.source.name, "its mask excludes the whole crop")
             if problem is not None:
                 problems.setdefault(place, problem)
         left_out.extend(problems.values())
@@ -290,7 +290,7 @@ class _ItemMaker:
         first = self._latents.get(self._latents.key(cuts[0].example, cuts[0].crops[0]))
         if "logvar" in first:
             return "mean and log-variance, sampled anew at every showing"
-        log.info("Graft: this VAE has no posterior that can be sampled; the mean of each picture is trained on.")
+        log.info("Graft: this VAE has no posterior to sample; training uses the mean of each picture.")
         return "mean alone: the VAE has no posterior"
 
     def item(self, cut: CroppedDataset, crop: Crop) -> DatasetItem:

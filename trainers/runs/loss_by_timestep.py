@@ -77,12 +77,12 @@ class LossByTimestep:
     def of_json(cls, value: Any) -> LossByTimestep:
         """Restore losses from the values of `as_json`. Raise ValueError for anything else."""
         if not isinstance(value, Mapping) or value.keys() != {"span", "sums", "counts"}:
-            raise ValueError("no losses by noise level")
+            raise ValueError("its levels are not losses by timestep")
         span, sums, counts = value["span"], value["sums"], value["counts"]
         if type(span) is not int or span < 1 or not _is_table(sums, (int, float)) or not _is_table(counts, (int,)):
-            raise ValueError("losses by noise level that are no numbers")
+            raise ValueError("its losses by timestep are not numbers")
         if len(sums) != len(counts) or len(sums) > _MOST or any(one < 0 for row in counts for one in row):
-            raise ValueError("losses by noise level that do not go with their counts")
+            raise ValueError("its losses by timestep do not match their counts")
         return cls(span, [[float(one) for one in row] for row in sums], [list(row) for row in counts])
 
 

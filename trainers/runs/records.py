@@ -55,7 +55,7 @@ def find_run(folders: Folders, name: str) -> Run:
         same = os.path.realpath(run.folder) == direct and is_below(run.recipe_path, run.folder)
         if same and os.path.isfile(run.recipe_path):
             return run
-    raise RunError("There is no such run.", "GET /graft/runs lists those there are.")
+    raise RunError("There is no such run.", "GET /graft/runs lists the existing runs.")
 
 
 def list_records(folders: Folders, most: int) -> list[Record]:
@@ -95,11 +95,11 @@ def read_recipe(run: Run) -> dict[str, Any]:
             raise ValueError("it is too large")
         value = read_own_json(path)
         if type(value["recipe"]["steps"]) is not int:
-            raise ValueError("its steps are no number")
+            raise ValueError("its 'steps' is not a number")
     except (OSError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, RunError):
             raise
-        raise RunError(f"The file '{path}' is no recipe ({error}).", "Remove or restore it.") from error
+        raise RunError(f"The file '{path}' is not a recipe ({error}).", "Remove or restore it.") from error
     return value
 
 
@@ -107,12 +107,10 @@ def read_graph(run: Run) -> dict[str, Any]:
     """Return a run's queued prompt and workflow, {"prompt", "workflow"}. Raise RunError if they were not saved."""
     path = run.graph_path
     if not has_graph(run) or os.path.getsize(path) > _GRAPH_LIMIT:
-        raise RunError(
-            "No workflow is kept with this run.", "Runs that were made before workflows were kept have none."
-        )
+        raise RunError("This run has no saved workflow.", "Early versions of Graft did not save it.")
     value = read_own_json(path)
     if not isinstance(value, dict):
-        raise RunError(f"The file '{path}' is no workflow.", "Remove it.")
+        raise RunError(f"The file '{path}' is not a workflow.", "Remove it.")
     return {name: value[name] for name in ("prompt", "workflow") if isinstance(value.get(name), dict)}
 
 

@@ -75,7 +75,7 @@ def writing(run: Run, step: int) -> Iterator[None]:
             writer.close()
         except OSError as error:
             # Only log this error, so that it does not hide the one that ended the training.
-            log.warning("Graft: the last of TensorBoard's events could not be written to '%s': %s", folder, error)
+            log.warning("Graft: cannot write the last TensorBoard events to '%s': %s", folder, error)
 
 
 def _write(writer: SummaryWriter, run: Run, event: dict[str, Any]) -> None:

@@ -26,9 +26,7 @@ def picture(findings: Findings) -> np.ndarray:
     height = made.get_figheight()
     axes = made.add_axes((0.34, 0.12 / height, 0.53, 1 - (_HEAD + 0.05) / height), facecolor=figure.BACK)
     made.text(0.03, 1 - 0.24 / height, headline(findings), color=figure.INK, fontsize=figure.LETTERS + 2)
-    made.text(
-        0.03, 1 - 0.47 / height, "norm of what is added to each block", color=figure.FAINT, fontsize=figure.LETTERS
-    )
+    made.text(0.03, 1 - 0.47 / height, "norm of the change of each block", color=figure.FAINT, fontsize=figure.LETTERS)
     finite = [value if math.isfinite(value) else 0.0 for _, value in rows]
     colors = [figure.SECOND if _is_text(block) else figure.FIRST for block, _ in rows]
     axes.barh(range(len(rows)), finite, color=colors, height=0.72)
@@ -44,7 +42,7 @@ def picture(findings: Findings) -> np.ndarray:
     for side in axes.spines.values():
         side.set_visible(False)
     if not rows:
-        axes.text(0, 1, "nothing that could be measured", fontsize=figure.LETTERS, color=figure.FAINT)
+        axes.text(0, 1, "no norms to show", fontsize=figure.LETTERS, color=figure.FAINT)
     return figure.as_array(made)
 
 

@@ -96,11 +96,11 @@ def _refuse(tally: Tally) -> None:
     if not tally.left_out:
         raise ModelError(
             "The two models have the same weights: there is nothing to extract.",
-            "Connect the trained model, or the one with the adapter applied, as model_tuned.",
+            "Connect the trained model, or the model with the adapter, as model_tuned.",
             "model_tuned",
         )
     raise ModelError(
-        f"All that differs is left out, such as {tally.left_out[0]}.",
+        f"The options leave out all differences, such as {tally.left_out[0]}.",
         "Set conv to 'low-rank' or norms_and_biases to 'whole'.",
         "norms_and_biases",
     )
@@ -152,5 +152,5 @@ def _report(tally: Tally, tensors: dict[str, torch.Tensor]) -> str:
     ]
     if tally.left_out:
         more = " ..." if len(tally.left_out) > _SHOWN else ""
-        lines.append(f"Left out though it differs: {', '.join(tally.left_out[:_SHOWN])}{more}")
+        lines.append(f"Differences left out: {', '.join(tally.left_out[:_SHOWN])}{more}")
     return "\n".join(lines)

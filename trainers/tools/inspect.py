@@ -161,8 +161,8 @@ def headline(findings: Findings) -> str:
 
 def _described(findings: Findings) -> list[str]:
     if not findings.rows and not findings.others:
-        kind = findings.method or "type that is not known here"
-        return [f"Nothing that could be applied: a {kind} in peft's form needs the model's weights."]
+        method = findings.method or "an unknown type"
+        return [f"No layers to apply: {method} in peft's form needs the model's weights."]
     kinds = Counter(row.kind for row in findings.rows)
     named = ", ".join(f"{kind} ({_counted(number, 'layer')})" for kind, number in kinds.most_common())
     lines = [f"Type: {named}" + (f"; trained as {findings.method}" if findings.method else "")]
@@ -183,16 +183,16 @@ def _described(findings: Findings) -> list[str]:
         whole = math.sqrt(sum(norm**2 for norm in norms))
         lines.append(f"Norm of all differences: {whole:.4g}; the largest {most.norm:.4g}, at {most.name}")
         if not math.isfinite(whole):
-            lines.append("NOT FINITE: it will draw black pictures. Train it again at a lower learning rate.")
+            lines.append("NOT FINITE: it gives black pictures. Train it again at a lower learning rate.")
         elif whole == 0:
             lines.append("It changes nothing: all differences are zero.")
     if any(row.kind == "DoRA" for row in findings.rows):
-        lines.append("Of DoRA the norms are those of the low-rank part alone; the magnitudes need the model's weights.")
+        lines.append("The norms of DoRA cover only the low-rank part; the magnitudes need the model's weights.")
     unknown = [row.name for row in findings.rows if row.norm is None]
     return (
         lines
-        + _named("layers whose norm is not known without the model's weights", unknown)
-        + _named("keys that belong to no layer", findings.others)
+        + _named("layers need the model's weights for their norm", unknown)
+        + _named("keys belong to no layer", findings.others)
     )
 
 
@@ -213,12 +213,12 @@ def _origin(metadata: dict[str, str]) -> list[str]:
     # The metadata of a file can hold anything.
     with contextlib.suppress(KeyError, ValueError, TypeError, AttributeError):
         lines.append("Made by " + _made(parse_json(metadata[MADE])))
-    return lines or ["It carries no metadata."]
+    return lines or ["It has no metadata."]
 
 
 def _made(made: dict) -> str:
     how = ", ".join(f"{name} {value}" for name, value in made.items() if name not in ("tool", "of"))
-    sources = [one.get("title") or one.get("trained") or "an adapter without title" for one in made.get("of", [])]
+    sources = [one.get("title") or one.get("trained") or "an untitled adapter" for one in made.get("of", [])]
     return f"{made.get('tool')} ({how})" + (f" of {' and '.join(map(str, sources))}" if sources else "")
 
 
@@ -227,7 +227,10 @@ def _fitting(fit: Fit | None) -> list[str]:
         return ["Connect a model to see whether it fits."]
     total = fit.read + len(fit.unread)
     if not fit.read:
-        return [f"DOES NOT FIT the connected model ({fit.model}): none of its {total} keys. It was made for another."]
+        return [
+            f"DOES NOT FIT the connected model ({fit.model}): it has none of the adapter's {total} keys. "
+            "The adapter is for another model."
+        ]
     lines = [f"Fits the connected model ({fit.model}): {fit.read} of {total} keys."]
     lines += _named("keys fit no layer", fit.unread)
     if fit.misfits:

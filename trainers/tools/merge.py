@@ -48,7 +48,7 @@ class Merging:
             raise SettingsError("Both weights are 0: nothing is left.", "Set weight_a or weight_b.", "weight_a")
         if self.method not in (SUM, SVD) and not 0 < self.density <= 1:
             raise SettingsError(
-                f"density is {self.density:g}; it is the part that is kept, above 0 and at most 1.",
+                f"density is {self.density:g}; it is the fraction to keep, above 0 and at most 1.",
                 "Set 0.5, or 1 to keep all.",
                 "density",
             )
@@ -111,8 +111,8 @@ def _check_related(given: list[dict[str, Difference]], sources: list[dict[str, s
     if all(ways) and not ways[0] & ways[1]:
         raise ModelError(
             f"The adapters name their layers in different ways (adapter_a as {_listed(ways[0])}, adapter_b as "
-            f"{_listed(ways[1])}): they are for different models, or which layer is which is not known.",
-            "If both fit one model, put them on it with Graft Apply Adapter, one after the other, and take the "
+            f"{_listed(ways[1])}): they are for different models, or Graft cannot match their layers.",
+            "If both fit one model, apply them to it with Graft Apply Adapter, one after the other, and extract the "
             "difference with Graft Extract Adapter.",
             "adapter_b",
         )
@@ -149,11 +149,11 @@ def _merged(name: str, parts: list[tuple[Difference, float]], how: Merging, seed
 def _of_one_shape(name: str, parts: list[tuple[Difference, float]]) -> list[tuple[Difference, float]]:
     shapes = [one.shape for one, _ in parts if one.shape is not None]
     biases = [tuple(one.bias.shape) for one, _ in parts if one.bias is not None]
-    for found in (shapes, biases):
-        if len(found) == 2 and not alike(*found):
+    for pair in (shapes, biases):
+        if len(pair) == 2 and not alike(*pair):
             raise ModelError(
-                f"The adapters were made for different models: adapter_a's layer {name} is {list(found[0])}, "
-                f"adapter_b's {list(found[1])}.",
+                f"The adapters are for different models: the layer {name} has the shape {list(pair[0])} in adapter_a "
+                f"and {list(pair[1])} in adapter_b.",
                 "Merge adapters of the same model.",
                 "adapter_b",
             )

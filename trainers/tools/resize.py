@@ -60,7 +60,7 @@ def check(energy: float) -> None:
     """
     if not 0 < energy <= 1:
         raise SettingsError(
-            f"energy is {energy:g}; it is the part that is kept, above 0 and at most 1.",
+            f"energy is {energy:g}; it is the fraction to keep, above 0 and at most 1.",
             "Set 1 to keep all that the rank allows, or 0.95.",
             "energy",
         )

@@ -114,7 +114,7 @@ def test_class_images_keep_their_captions_and_never_get_the_trigger():
     "others", [classes(trigger="sks"), classes(caption="a photo of an SKS toy")], ids=["trigger", "caption"]
 )
 def test_a_class_image_that_calls_the_subject_up_is_refused(others):
-    with pytest.raises(DatasetError, match="holds the trigger 'sks'") as caught:
+    with pytest.raises(DatasetError, match="contains the subject's trigger 'sks'") as caught:
         prior.add_class_images(subject(), others, 1.0)
     assert caught.value.input == "class_dataset"
 
@@ -189,8 +189,8 @@ def test_inspection_shows_class_images_as_such():
     findings = inspect.inspect(dataset, {0: Geometry(64, 16)}, None)
     report = inspect.report(findings)
     assert "3 pictures, 3 in an epoch" in report
-    assert "5 class images besides, weight 0.5; an epoch shows 3 of them, all in turn" in report
+    assert "Plus 5 class images, weight 0.5; an epoch shows 3 of them, in turn" in report
     assert "'a toy on a table'" in report
-    assert "Held to what the model predicts for 'a toy', weight 2." in report
+    assert "Prior target: the model's own prediction for 'a toy', weight 2." in report
     assert [row.example.prior for row in contact_sheet.chosen(findings)] == [False] * 3 + [True] * 5
     assert contact_sheet.contact_sheet(findings).ndim == 3

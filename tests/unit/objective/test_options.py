@@ -70,6 +70,6 @@ def test_every_weighting_fits_some_model():
 def test_hubers_width_by_signal_to_noise_is_refused_on_flow():
     Objective(loss="Huber", huber_schedule="snr").check("v")
     Objective(loss="Huber").check("flow")
-    with pytest.raises(SettingsError, match="no measure for flow") as caught:
+    with pytest.raises(SettingsError, match="which flow models do not have") as caught:
         Objective(loss="Huber", huber_schedule="snr").check("flow")
     assert caught.value.input == "huber_schedule"
