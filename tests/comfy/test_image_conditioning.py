@@ -93,7 +93,7 @@ def dataset_for(name, masks=True):
     pictures, texts = [grain(1), grain(2)], ["one", "two"]
     if TAKES[name] == HOLE:
         return from_arrays(pictures, texts, "", 64, [half()] * 2 if masks else [])
-    return from_arrays(pictures, texts, "", 64, controls=[grain(11), grain(12)])
+    return from_arrays(pictures, texts, "", 64, source_images=[grain(11), grain(12)])
 
 
 def host_of(training, name):

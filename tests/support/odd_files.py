@@ -198,10 +198,10 @@ def _damaged(folder, outside, number):
 def _sizes(folder, outside, number):
     name = f"dot-{number}.png"
     _save(folder, name, Image.new("RGB", (1, 1), "red"))
-    yield name, Odd(None, "1x1: too small")
+    yield name, Odd(None, "too small (1x1)")
     name = f"thread-{number}.png"
     _save(folder, name, Image.new("RGB", (20000, 10), "red"))
-    yield name, Odd(None, "20000x10: too small")
+    yield name, Odd(None, "too small (20000x10)")
     name = f"bomb-{number}.png"
     with open(os.path.join(folder, name), "wb") as file:
         file.write(bomb())

@@ -101,7 +101,7 @@ def test_entries_of_earlier_versions_go_into_jobs_under_their_new_keys(tmp_path)
     cache.flush()
     cache.find_as("new", "old")
     assert cache.missing(["new"]) == set()
-    cache.copy_asked(str(tmp_path / "job"))
+    cache.copy_requested(str(tmp_path / "job"))
     assert Cache(str(tmp_path / "job")).get("new")["x"].sum() == 2
 
 

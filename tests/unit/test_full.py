@@ -37,7 +37,7 @@ KEPT = {
     "preview_every": 3,
     "preview_steps": 2,
 }
-APART = [name for name, kind in OPTIMIZERS.items() if kind.apart]
+APART = [name for name, kind in OPTIMIZERS.items() if kind.per_parameter]
 
 
 class Cancelled(BaseException):

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from graft_pack.trainers.data.examples import Anchor, Augmentation
+from graft_pack.trainers.data.examples import Augmentation, PriorTarget
 from graft_pack.trainers.data.scan import ScanOptions, scan_folder
 from graft_pack.trainers.engine import job as jobs
 from graft_pack.trainers.engine.session import run_recipe
@@ -38,7 +38,7 @@ def varied():
     handling = Augmentation(shuffle_tags=True, caption_dropout=0.2, flip=True, resolutions=(48,), mask_minimum=0.1)
     first, second, *others = dataset.examples
     first = replace(first, handling=handling, mask=second.source, captions=("a, b, c", "d \u00e9"), repeats=2)
-    second = replace(second, weight=0.5, anchor=Anchor("a picture", 0.3))
+    second = replace(second, weight=0.5, anchor=PriorTarget("a picture", 0.3))
     return replace(dataset, examples=(first, second, *others))
 
 
@@ -250,7 +250,7 @@ def places_in(value, path=()):
         (("recipe", "optimizer"), "none such", "optimizer"),
         (("recipe", "steps"), 1.5, "steps is 1.5"),
         (("dataset", "trigger"), 5, "trigger is 5"),
-        (("dataset", "examples", 0, "captions"), "a, b", "captions is no list"),
+        (("dataset", "examples", 0, "captions"), "a, b", "captions is not a list"),
         (("dataset", "examples", 0, "more"), 1, "more is unknown"),
     ],
     ids=lambda value: ".".join(map(str, value)) if isinstance(value, tuple) else None,
@@ -342,7 +342,7 @@ def test_a_hostile_job_removes_no_models(way, tmp_path):
         # Folders exist only for files that a picture needs.
         shutil.rmtree(inner, ignore_errors=True)
         os.symlink(models_folder, inner)
-    with pytest.raises(RunError, match="leads out of its folder"):
+    with pytest.raises(RunError, match="uses a file outside its folder"):
         run_job(path, tmp_path / "there")
     assert contents(models_folder) == before
 
@@ -352,7 +352,7 @@ def test_a_job_starts_from_no_file_outside_it(name, tmp_path):
     path = export(tmp_path)
     value = json.loads((tmp_path / "jobs" / os.path.basename(path) / "job.json").read_text())
     edited(os.path.join(path, "job.json"), recipe={**value["recipe"], "start_from": name})
-    with pytest.raises(RunError, match="leads out of its folder"):
+    with pytest.raises(RunError, match="uses a file outside its folder"):
         jobs.read_job(path)
 
 

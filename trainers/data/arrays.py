@@ -8,7 +8,7 @@ from ..errors import DatasetError
 from . import captions
 from .examples import Augmentation, Dataset, Example
 from .pictures import ArraySource
-from .source_images import control_of
+from .source_images import source_image_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,7 +22,7 @@ def from_arrays(
     masks: list[np.ndarray] = (),
     handling: Augmentation | None = None,
     lines_are_variants: bool = False,
-    controls: list[np.ndarray] = (),
+    source_images: list[np.ndarray] = (),
 ) -> Dataset:
     """Make a dataset from pictures that arrive at a node's inputs.
 
@@ -30,7 +30,7 @@ def from_arrays(
         images: each [H, W, 3] uint8.
         texts: one caption for all, or one for each picture.
         masks: none, one for all, or one for each picture, [H, W] uint8; white counts in the loss, black does not.
-        controls: none, or one source picture for each picture.
+        source_images: none, or one source picture for each picture.
 
     Raises:
         DatasetError: there is no picture, or the number of captions, masks or source pictures does not match.
@@ -49,9 +49,9 @@ def from_arrays(
             "Give one mask for all pictures, or exactly one for each.",
             "masks",
         )
-    if controls and len(controls) != len(images):
+    if source_images and len(source_images) != len(images):
         raise DatasetError(
-            f"{len(controls)} source pictures arrived for {len(images)} pictures.",
+            f"{len(source_images)} source pictures arrived for {len(images)} pictures.",
             "Connect exactly one source picture for each picture.",
             "control_images",
         )
@@ -66,12 +66,16 @@ def from_arrays(
             mask = _mask_source(mask_array, image.shape[:2], index)
         size = (image.shape[1], image.shape[0])
         variants = captions.variants_of(text, lines_are_variants) or ("",)
-        control = None
-        if controls:
-            height, width = controls[index].shape[:2]
-            control = control_of(ArraySource(controls[index], f"source image {index + 1}"), (width, height))
-        ways = handling or Augmentation()
-        examples.append(Example(source, variants, size, source.digest, trigger, 1, mask, ways, control=control))
+        source_image = None
+        if source_images:
+            height, width = source_images[index].shape[:2]
+            source_image = source_image_of(
+                ArraySource(source_images[index], f"source image {index + 1}"), (width, height)
+            )
+        augmentation = handling or Augmentation()
+        examples.append(
+            Example(source, variants, size, source.digest, trigger, 1, mask, augmentation, control=source_image)
+        )
     return Dataset(tuple(examples), trigger, resolution, "images")
 
 

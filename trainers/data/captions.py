@@ -120,14 +120,14 @@ def _from_json(value, lines_are_variants: bool) -> tuple[str, ...]:
         return variants_of(value, lines_are_variants)
     if isinstance(value, list):
         texts = [text for text in value if isinstance(text, str)]
-        return tuple(found for text in texts for found in variants_of(text, lines_are_variants))
+        return tuple(variant for text in texts for variant in variants_of(text, lines_are_variants))
     if isinstance(value, dict):
         value = _named_alike(value)
         for field in _FIELDS:
-            found = value.get(field)
-            if field == "tags" and isinstance(found, list):
-                found = ", ".join(tag for tag in found if isinstance(tag, str))
-            captions = _from_json(found, lines_are_variants) if isinstance(found, (str, list)) else ()
+            content = value.get(field)
+            if field == "tags" and isinstance(content, list):
+                content = ", ".join(tag for tag in content if isinstance(tag, str))
+            captions = _from_json(content, lines_are_variants) if isinstance(content, (str, list)) else ()
             if captions:
                 return captions
     return ()
@@ -146,11 +146,11 @@ def variants_of(text: str, lines_are_variants: bool) -> tuple[str, ...]:
     if "\0" in text:
         raise DatasetError("A caption contains NUL characters.", "Write it again as UTF-8 text.", "captions")
     parts = text.splitlines() if lines_are_variants else [text]
-    found = tuple(joined for joined in (" ".join(part.split()) for part in parts) if joined)
-    longest = max(map(len, found), default=0)
+    variants = tuple(joined for joined in (" ".join(part.split()) for part in parts) if joined)
+    longest = max(map(len, variants), default=0)
     if longest > _LONGEST:
         raise DatasetError(f"A caption has {longest} characters.", f"Shorten it to at most {_LONGEST}.", "captions")
-    return found
+    return variants
 
 
 def _read_text(path: str, name: str) -> str:
@@ -307,10 +307,12 @@ def _resolve(caption: str, draw: np.random.RandomState | None) -> str:
     """Replace each `{a|b}` by one of its parts, inner ones first; take the first part if `draw` is None."""
     tokens = _MARKS.split(caption)
     sizes = {}
-    _join_wildcards(tokens, lambda one: sizes.setdefault((one.level, one.start), len(one.parts)) and 0)
+    _join_wildcards(
+        tokens, lambda wildcard: sizes.setdefault((wildcard.level, wildcard.start), len(wildcard.parts)) and 0
+    )
     # The order of the draws decides the caption: innermost first, from left to right, then the enclosing ones.
     chosen = {start: draw.randint(sizes[level, start]) if draw is not None else 0 for level, start in sorted(sizes)}
-    return " ".join(_join_wildcards(tokens, lambda one: chosen[one.start]).split())
+    return " ".join(_join_wildcards(tokens, lambda wildcard: chosen[wildcard.start]).split())
 
 
 def _join_wildcards(tokens: list[str], choose: Callable[[_Wildcard], int]) -> str:
@@ -321,16 +323,16 @@ def _join_wildcards(tokens: list[str], choose: Callable[[_Wildcard], int]) -> st
         choose: returns the index of a wildcard's part.
     """
     whole = _Wildcard(-1)
-    open_ones = [whole]
+    open_wildcards = [whole]
     for place, token in enumerate(tokens):
-        inner = open_ones[-1]
+        inner = open_wildcards[-1]
         if token == "{":
-            open_ones.append(_Wildcard(place))
+            open_wildcards.append(_Wildcard(place))
         elif token == "|" and inner is not whole:
             inner.parts.append([])
         elif token == "}" and inner is not whole:
-            open_ones.pop()
-            outer = open_ones[-1]
+            open_wildcards.pop()
+            outer = open_wildcards[-1]
             if inner.plain and len(inner.parts) > 1:
                 outer.level = max(outer.level, inner.level + 1)
                 outer.parts[-1].append(inner.parts[choose(inner)])
@@ -340,13 +342,13 @@ def _join_wildcards(tokens: list[str], choose: Callable[[_Wildcard], int]) -> st
         else:
             inner.parts[-1].append(token)
     return "".join(
-        _texts([_as_written(unclosed) if unclosed is not whole else whole.parts[0] for unclosed in open_ones])
+        _texts([_as_written(unclosed) if unclosed is not whole else whole.parts[0] for unclosed in open_wildcards])
     )
 
 
-def _as_written(given: _Wildcard) -> list:
-    pieces = ["{", given.parts[0]]
-    for part in given.parts[1:]:
+def _as_written(wildcard: _Wildcard) -> list:
+    pieces = ["{", wildcard.parts[0]]
+    for part in wildcard.parts[1:]:
         pieces += ["|", part]
     return pieces
 
@@ -364,7 +366,7 @@ def _texts(pieces: list) -> Iterator[str]:
             pending.append(iter(piece))
 
 
-def variant_of_turn(example: Example, count: int, seed: int, place: int, turn: int) -> int | None:
+def variant_of_visit(example: Example, count: int, seed: int, place: int, visit: int) -> int | None:
     """Return the number of the caption version for a visit, or None if the caption is dropped.
 
     Every version is used once before one is used again.
@@ -373,14 +375,14 @@ def variant_of_turn(example: Example, count: int, seed: int, place: int, turn: i
         count: number of versions, from `variant_count`.
         seed: the run's.
         place: identifies the picture's stream of random numbers.
-        turn: number of earlier visits.
+        visit: number of earlier visits.
     """
     import numpy as np
 
-    draw = np.random.RandomState(stream_seed("dropout", seed, place, turn) % (2**32))
+    draw = np.random.RandomState(stream_seed("dropout", seed, place, visit) % (2**32))
     if draw.random_sample() < example.handling.caption_dropout:
         return None
     if count == 1:
         return 0
-    cycle = np.random.RandomState(stream_seed("variants", seed, place, turn // count) % (2**32))
-    return int(cycle.permutation(count)[turn % count])
+    cycle = np.random.RandomState(stream_seed("variants", seed, place, visit // count) % (2**32))
+    return int(cycle.permutation(count)[visit % count])

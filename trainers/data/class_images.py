@@ -69,8 +69,10 @@ class ClassImages:
 
     def __init__(self, root: str, drawing: Drawing, earlier: Drawing | None = None):
         self.drawing = drawing
-        described = [drawing] if earlier is None else [drawing, earlier]
-        folders = [os.path.join(root, f"{safe_name(one.prompt)}-{one.digest()[:16]}") for one in described]
+        drawings = [drawing] if earlier is None else [drawing, earlier]
+        folders = [
+            os.path.join(root, f"{safe_name(described.prompt)}-{described.digest()[:16]}") for described in drawings
+        ]
         self.folder = next((folder for folder in folders if os.path.isdir(folder)), folders[0])
 
     def path(self, number: int) -> str:

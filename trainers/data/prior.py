@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import DatasetError, SettingsError
 from . import captions
-from .examples import Anchor, Dataset, combine
+from .examples import Dataset, PriorTarget, combine
 from .scan import shortened
 
 if TYPE_CHECKING:
@@ -84,8 +84,8 @@ def add_prior_target(dataset: Dataset, class_prompt: str, weight: float) -> Data
     if weight == 0.0:
         return dataset
     prompt = checked_prompt(class_prompt, "class_prompt")
-    held = Anchor(prompt, weight)
-    rows = (example if example.prior else replace(example, anchor=held) for example in dataset.examples)
+    target = PriorTarget(prompt, weight)
+    rows = (example if example.prior else replace(example, anchor=target) for example in dataset.examples)
     return replace(dataset, examples=tuple(rows))
 
 
@@ -114,8 +114,8 @@ def captioned(dataset: Dataset, prompt: str, input: str) -> Dataset:
     """
     if all(any(example.captions) for example in dataset.examples):
         return dataset
-    words = (checked_prompt(prompt, input),)
-    named = (example if any(example.captions) else replace(example, captions=words) for example in dataset.examples)
+    caption = (checked_prompt(prompt, input),)
+    named = (example if any(example.captions) else replace(example, captions=caption) for example in dataset.examples)
     return replace(dataset, examples=tuple(named))
 
 

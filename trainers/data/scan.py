@@ -81,8 +81,8 @@ def scan_folder(
         raise DatasetError(f"There is no folder '{folder}'.", "Choose a folder below ComfyUI's input folder.", "folder")
     reading = reading or ScanOptions()
     listing = list_folder(folder)
-    controls = SourceImages(reading.control_folder, listing)
-    listing = controls.outside(listing)
+    source_images = SourceImages(reading.control_folder, listing)
+    listing = source_images.outside(listing)
     left_out = list(listing.left_out)
     masks = own_masks(listing)
     pictures = [file for name, file in listing.files.items() if is_picture(name) and name not in masks.files]
@@ -92,13 +92,15 @@ def scan_folder(
         for name in listing.files
         if not captions.is_caption_file(name) and (reason := why_unread(name))
     ]
-    reader = _Reader(listing, trigger.strip(), repeats, handling or Augmentation(), reading, masks, left_out, controls)
+    reader = _Reader(
+        listing, trigger.strip(), repeats, handling or Augmentation(), reading, masks, left_out, source_images
+    )
     index = Index(index_folder, folder)
     try:
         examples = reader.examples(pictures, index, tick)
     finally:
         index.save()
-    left_out += controls.lonely()
+    left_out += source_images.lonely()
     name = os.path.basename(os.path.normpath(folder))
     _refuse_if_empty(folder, examples, left_out)
     _refuse_if_nothing_held_out(examples, reading)
@@ -120,9 +122,9 @@ def _refuse_if_empty(folder: str, examples: list[Example], left_out: list[LeftOu
 def _refuse_if_nothing_held_out(examples: list[Example], reading: ScanOptions) -> None:
     if not reading.validation_folder.strip():
         return
-    held = sum(example.held_out for example in examples)
-    if held in (0, len(examples)):
-        what = "holds no picture" if held == 0 else "holds all pictures"
+    count = sum(example.held_out for example in examples)
+    if count in (0, len(examples)):
+        what = "holds no picture" if count == 0 else "holds all pictures"
         raise DatasetError(
             f"The validation folder '{reading.validation_folder}' {what} of the dataset.",
             "Name a folder inside the dataset's folder, such as 'validation'. Keep pictures to train on outside it.",
@@ -139,7 +141,7 @@ def shortened(left_out: Iterable[LeftOut], most: int = 5) -> str:
 class _Reader:
     """Reader of examples from a listing; adds unusable files to `left_out` with their reasons."""
 
-    def __init__(self, listing, trigger, repeats, handling, reading, masks, left_out, controls):
+    def __init__(self, listing, trigger, repeats, handling, reading, masks, left_out, source_images):
         self._listing = listing
         self._trigger = trigger
         self._repeats = repeats
@@ -147,39 +149,39 @@ class _Reader:
         self._reading = reading
         self._left_out: list[LeftOut] = left_out
         self._unusual: dict[str, tuple[int, int]] = {}
-        self._controls: SourceImages = controls
+        self._source_images: SourceImages = source_images
         self._sidecars = self._find_sidecars()
         self._metadata = self._read_metadata()
         self._masks = {} if reading.masks == "off" else masks.by_stem
         self._mask_root = listing.root
         if reading.masks != "off" and reading.mask_folder:
-            self._mask_root, self._masks = self._masks_apart(list_folder(reading.mask_folder))
-        self._held = reading.validation_folder.strip().replace("\\", "/").strip("/")
+            self._mask_root, self._masks = self._masks_in_folder(list_folder(reading.mask_folder))
+        self._validation_prefix = reading.validation_folder.strip().replace("\\", "/").strip("/")
 
     def examples(self, pictures: list[File], index: Index, tick: Callable[[int, int], None]) -> list[Example]:
-        found = []
+        examples = []
         for number, file in enumerate(pictures):
             tick(number, len(pictures))
             try:
-                found.append(self._example(file, index))
+                examples.append(self._example(file, index))
             except DatasetError as error:
                 self._left_out.append(LeftOut(file.name, reason_of(error, file.name)))
         tick(len(pictures), len(pictures))
-        return found
+        return examples
 
     def _example(self, file: File, index: Index) -> Example:
         facts = _measured(file, index)
         size = tuple(facts["size"])
         source = FileSource(file.path, file.name, self._listing.root, facts["digest"])
-        times, words, folder = self._of_folder(file.name)
+        times, class_tokens, folder = self._of_folder(file.name)
         if times > _USUAL_REPEATS:
             self._unusual[folder] = (times, self._unusual.get(folder, (times, 0))[1] + 1)
         if times == 0:
             raise DatasetError("its folder's name repeats it 0 times", "Rename the folder.", "folder")
-        texts = self._captions(file) or captions.variants_of(words, False) or ("",)
+        texts = self._captions(file) or captions.variants_of(class_tokens, False) or ("",)
         mask = self._mask(file, source, facts["alpha"], index)
-        held = bool(self._held) and file.name.startswith(f"{self._held}/")
-        control = self._controls.of(file.name, lambda found: _measured(found, index))
+        held_out = bool(self._validation_prefix) and file.name.startswith(f"{self._validation_prefix}/")
+        source_image = self._source_images.of(file.name, lambda picture: _measured(picture, index))
         return Example(
             source,
             texts,
@@ -189,29 +191,29 @@ class _Reader:
             min(_MOST_REPEATS, self._repeats * times),
             mask,
             self._handling,
-            held,
-            control=control,
+            held_out,
+            control=source_image,
         )
 
     def _captions(self, file: File) -> tuple[str, ...]:
         for sidecar in self._sidecars.get(file.name, ()):
-            found = captions.read_sidecar(sidecar.path, sidecar.name, self._reading.lines_are_variants)
-            if found:
-                return found
+            texts = captions.read_sidecar(sidecar.path, sidecar.name, self._reading.lines_are_variants)
+            if texts:
+                return texts
         return self._metadata.get(file.name, ())
 
-    def _masks_apart(self, apart: Listing) -> tuple[str, dict[str, File]]:
+    def _masks_in_folder(self, listing: Listing) -> tuple[str, dict[str, File]]:
         """Return the root of a folder of masks, and its masks by the stems of their pictures."""
         owners = Owners(stem_of(name) for name in self._listing.files if is_picture(name))
-        found: dict[str, File] = {}
-        self._left_out += apart.left_out
-        for name, file in apart.files.items():
+        by_stem: dict[str, File] = {}
+        self._left_out += listing.left_out
+        for name, file in listing.files.items():
             of = owners.of(mask_owner(name)) if is_picture(name) else ()
-            found.update(dict.fromkeys(of, file))
+            by_stem.update(dict.fromkeys(of, file))
             reason = "a mask without its picture" if is_picture(name) else why_unread(name)
             if not of and reason:
                 self._left_out.append(LeftOut(name, reason))
-        return apart.root, found
+        return listing.root, by_stem
 
     def _find_sidecars(self) -> dict[str, list[File]]:
         """Return the caption files of each picture, by its name, in the order to try them.
@@ -226,17 +228,17 @@ class _Reader:
         for name in names:
             by_stem.setdefault(stem_of(name), []).append(name)
         stems, wholes = Owners(by_stem), Owners(names)
-        found: dict[str, list[tuple[tuple[int, int], File]]] = {}
+        sidecars: dict[str, list[tuple[tuple[int, int], File]]] = {}
         for name, file in self._listing.files.items():
             stem, suffix = posixpath.splitext(name)
             if suffix.lower() not in captions.SUFFIXES:
                 continue
             kind, of = self._owners_of(stem, by_stem, stems, wholes)
             for owner in of:
-                found.setdefault(owner, []).append(((kind, captions.SUFFIXES.index(suffix.lower())), file))
+                sidecars.setdefault(owner, []).append(((kind, captions.SUFFIXES.index(suffix.lower())), file))
             if not of:
                 self._left_out.append(LeftOut(name, "a caption without its picture"))
-        return {name: [file for _, file in sorted(rows, key=lambda row: row[0])] for name, rows in found.items()}
+        return {name: [file for _, file in sorted(rows, key=lambda row: row[0])] for name, rows in sidecars.items()}
 
     @staticmethod
     def _owners_of(stem: str, by_stem: dict[str, list[str]], stems: Owners, wholes: Owners) -> tuple[int, list[str]]:
@@ -245,7 +247,7 @@ class _Reader:
             (
                 by_stem.get(stem, ()),
                 wholes.of(stem) if (stem,) == wholes.of(stem) else (),
-                [name for one in stems.of(stem) for name in by_stem[one]],
+                [name for match in stems.of(stem) for name in by_stem[match]],
                 wholes.of(stem),
             )
         ):
@@ -254,13 +256,13 @@ class _Reader:
         return 0, []
 
     def _read_metadata(self) -> dict[str, tuple[str, ...]]:
-        found: dict[str, tuple[str, ...]] = {}
+        texts_by_picture: dict[str, tuple[str, ...]] = {}
         owners = Owners(name for name in self._listing.files if is_picture(name))
         for name, file in self._listing.files.items():
             if posixpath.basename(name).lower() not in captions.METADATA:
                 continue
             missing = []
-            texts_found = False
+            has_texts = False
             try:
                 for wanted, texts in captions.read_metadata(file.path, name, self._reading.lines_are_variants):
                     # Look up only among listed files, so that no row leads out of the folder.
@@ -269,16 +271,16 @@ class _Reader:
                     if not of:
                         missing.append(wanted)
                     for picture in of if texts else ():
-                        found.setdefault(picture, texts)
-                    texts_found = texts_found or bool(texts)
-                if not texts_found:
+                        texts_by_picture.setdefault(picture, texts)
+                    has_texts = has_texts or bool(texts)
+                if not has_texts:
                     self._left_out.append(LeftOut(name, f"no row has a caption under {captions.FIELDS_IN_WORDS}"))
             except DatasetError as error:
                 self._left_out.append(LeftOut(name, reason_of(error, name)))
             if missing:
-                shown = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
-                self._left_out.append(LeftOut(name, f"it names {len(missing)} missing pictures: {shown}"))
-        return found
+                listed = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
+                self._left_out.append(LeftOut(name, f"it names {len(missing)} missing pictures: {listed}"))
+        return texts_by_picture
 
     def warnings(self) -> tuple[str, ...]:
         """Return questions about folder names whose repeats are probably not intended."""
@@ -298,12 +300,12 @@ class _Reader:
         return 1, "", ""
 
     def _mask(self, file: File, source: FileSource, transparent: bool, index: Index):
-        found = self._masks.get(stem_of(file.name))
-        if found is not None:
+        mask = self._masks.get(stem_of(file.name))
+        if mask is not None:
             try:
-                return _mask_of(found, self._mask_root, index)
+                return _mask_of(mask, self._mask_root, index)
             except DatasetError as error:
-                reason = f"its mask {found.name} {reason_of(error, found.name)}"
+                reason = f"its mask {mask.name} {reason_of(error, mask.name)}"
                 raise DatasetError(reason, "Save the mask again, or remove it.") from error
         if self._reading.masks == "alpha" and transparent:
             return AlphaSource(source)
@@ -371,9 +373,9 @@ def check_captions(dataset: Dataset) -> None:
     """Raise DatasetError if an example has neither a caption nor a trigger."""
     bare = [example.source.name for example in dataset.examples if not captions.plain(example)]
     if bare:
-        shown = ", ".join(bare[:5]) + (" ..." if len(bare) > 5 else "")
+        listed = ", ".join(bare[:5]) + (" ..." if len(bare) > 5 else "")
         raise DatasetError(
-            f"{len(bare)} of {len(dataset.examples)} pictures have neither a caption nor a trigger: {shown}.",
+            f"{len(bare)} of {len(dataset.examples)} pictures have neither a caption nor a trigger: {listed}.",
             "Write a caption into a .txt file next to each picture, or set the dataset's trigger.",
             "dataset",
         )

@@ -167,13 +167,13 @@ class AccelerateGroup(Group):
         from .fsdp import ShardedWeights
 
         self.all_reduce()
-        self._shards = made = ShardedWeights(tree, keep, self, needs_input_grad)
+        self._shards = shards = ShardedWeights(tree, keep, self, needs_input_grad)
         log.info(
             "Graft: sharded the frozen weights of %d blocks (%.1f MB) over %d processes%s.",
-            made.blocks,
-            made.divided / 1e6,
+            shards.blocks,
+            shards.divided / 1e6,
             self.world_size,
-            f"; {made.whole / 1e6:.1f} MB of them are whole in each" if made.whole else "",
+            f"; {shards.whole / 1e6:.1f} MB of them are whole in each" if shards.whole else "",
         )
 
     @property

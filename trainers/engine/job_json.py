@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import MISSING, asdict, fields
 from typing import Any
 
-from ..data.examples import Anchor, Augmentation, Dataset, Example, LeftOut, Source
+from ..data.examples import Augmentation, Dataset, Example, LeftOut, PriorTarget, Source
 from ..errors import RunError
 from ..objective.options import Objective
 from ..recipe.recipe import Recipe
@@ -69,7 +69,7 @@ def _example_of(row: dict[str, Any]) -> Example:
         "source": _Absent(check_text_field(row["name"]), check_text_field(row["digest"])),
         "handling": _made(Augmentation, row["handling"]),
         "mask": None if mask is None else _Absent(check_text_field(mask[0]), check_text_field(mask[1])),
-        "anchor": None if anchor is None else _made(Anchor, anchor),
+        "anchor": None if anchor is None else _made(PriorTarget, anchor),
         "control": None if control is None else _example_of(control),
         "left_out": None if left_out is None else _made(LeftOut, left_out),
     }

@@ -46,7 +46,7 @@ class ParameterUpdater:
         self._scaler = _loss_scaler(host)
         # With several processes, the gradient is known only after the all-reduce.
         alone = host.group.world_size == 1
-        self.in_backward = alone and kind.apart and not self._scaler.is_enabled() and _is_one_backward(plan)
+        self.in_backward = alone and kind.per_parameter and not self._scaler.is_enabled() and _is_one_backward(plan)
         half = any(parameter.dtype.itemsize < 4 for parameter in self._parameters)
         groups = parameter_groups(plan.all_groups(), plan.trainables, recipe)
         if self.in_backward or half:

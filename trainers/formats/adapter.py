@@ -160,7 +160,7 @@ def save_adapter(path: str, adapter: Mapping[str, torch.Tensor], title: str, for
         write_diffusers(path, native, metadata)
     else:
         files.write_tensors(path, tensors, metadata)
-    written = sum(len(files.read_header(one).keys() - {"__metadata__"}) for one in paths)
+    written = sum(len(files.read_header(file).keys() - {"__metadata__"}) for file in paths)
     if written != len(tensors):
         raise RunError(f"The file '{path}' holds {written} of {len(tensors)} tensors.", "Save it again.")
 

@@ -287,18 +287,18 @@ def _check_header(header: Any, present: int) -> None:
 
 def _span(name: str, row: Any) -> tuple[int, int]:
     """Return start and end of a tensor's bytes. Raise ValueError if the entry is invalid or the size is wrong."""
-    shown = name[:80]
+    label = name[:80]
     try:
         dtype, shape, (start, stop) = row["dtype"], row["shape"], row["data_offsets"]
-        whole = len(shape) <= _MOST_DIMENSIONS and isinstance(shape, list)
-        whole = whole and all(type(number) is int and 0 <= number < 2**63 for number in (*shape, start, stop))
+        complete = len(shape) <= _MOST_DIMENSIONS and isinstance(shape, list)
+        complete = complete and all(type(number) is int and 0 <= number < 2**63 for number in (*shape, start, stop))
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"its header entry for {shown} is incomplete") from error
-    if not whole or not isinstance(dtype, str):
-        raise ValueError(f"its header entry for {shown} is incomplete")
+        raise ValueError(f"its header entry for {label} is incomplete") from error
+    if not complete or not isinstance(dtype, str):
+        raise ValueError(f"its header entry for {label} is incomplete")
     if dtype not in _BYTES:
-        raise ValueError(f"{shown} has the unknown dtype {dtype[:20]}")
+        raise ValueError(f"{label} has the unknown dtype {dtype[:20]}")
     needed = _BYTES[dtype] * math.prod(shape)
     if needed != stop - start:
-        raise ValueError(f"{shown} has {stop - start} bytes, but its shape and dtype need {needed}")
+        raise ValueError(f"{label} has {stop - start} bytes, but its shape and dtype need {needed}")
     return start, stop

@@ -101,15 +101,15 @@ def split(tensors: dict[str, torch.Tensor]) -> tuple[Layers, list[str]]:
     Returns:
         (tensors by layer name and key suffix, keys that belong to no layer).
     """
-    found: Layers = {}
+    layers: Layers = {}
     others = []
     for key, tensor in tensors.items():
         name, end = _parted(key)
         if end is None:
             others.append(key)
         else:
-            found.setdefault(name, {})[end] = tensor
-    return found, others
+            layers.setdefault(name, {})[end] = tensor
+    return layers, others
 
 
 # (first factor, second factor, core). Without a core, the first has as many columns as the second has rows. With a
@@ -248,17 +248,17 @@ def misfit_of_layer(held: dict[str, torch.Tensor], shape: tuple[int, ...]) -> st
     inner = math.prod(shape[1:])
     if "reshape_weight" in held or "set_weight" in held:
         return ""
-    found = shape_of(held)
-    if found is not None and WHOLE in held:
-        if found != tuple(shape):
-            return f"the shape {list(found)}, {layer}"
-    elif found is not None and (found[0] != shape[0] or math.prod(found[1:]) != inner):
-        return f"the shape {list(found)}, {layer}"
+    own_shape = shape_of(held)
+    if own_shape is not None and WHOLE in held:
+        if own_shape != tuple(shape):
+            return f"the shape {list(own_shape)}, {layer}"
+    elif own_shape is not None and (own_shape[0] != shape[0] or math.prod(own_shape[1:]) != inner):
+        return f"the shape {list(own_shape)}, {layer}"
     if "oft_blocks" in held:
         *steps, count, size, _ = held["oft_blocks"].shape
         # Each step of BOFT combines rows that lie twice as far apart as in the step before.
-        apart = steps and (size % 2 or shape[0] % (size * 2 ** (min(steps[0], 32) - 1)))
-        if count * size != shape[0] or apart:
+        misaligned = steps and (size % 2 or shape[0] % (size * 2 ** (min(steps[0], 32) - 1)))
+        if count * size != shape[0] or misaligned:
             return f"oft_blocks {list(held['oft_blocks'].shape)} for {count * size} rows, {layer}"
     if "rescale" in held and "oft_blocks" in held and held["rescale"].numel() not in (1, shape[0]):
         return f"rescale {list(held['rescale'].shape)}, {layer}"
@@ -268,7 +268,7 @@ def misfit_of_layer(held: dict[str, torch.Tensor], shape: tuple[int, ...]) -> st
         inputs = shape[1] if len(shape) > 1 else 1
         new = a1[1] == a2[0] and b1[1] == b2[0] and (a1[0], a2[1], b1[0], b2[1]) == (inputs, inputs, shape[0], inner)
         if not old and not new:
-            return f"the factors {', '.join(str(list(one)) for one in (a1, a2, b1, b2))}, {layer}"
+            return f"the factors {', '.join(str(list(size)) for size in (a1, a2, b1, b2))}, {layer}"
     if DORA in held:
         ones = [1] * (len(shape) - 2)
         if len(shape) < 2 or list(held[DORA].shape) not in ([shape[0], 1, *ones], [1, shape[1], *ones]):

@@ -69,7 +69,7 @@ class PeftAdapter:
     def all_tensors(self) -> dict[str, torch.Tensor]:
         """Return the tensors of all components, with names `<component> <name>` for text encoders."""
         parts = self.by_component().items()
-        return {f"{of} {name}".lstrip(): tensor for of, one in parts for name, tensor in one.tensors.items()}
+        return {f"{of} {name}".lstrip(): tensor for of, part in parts for name, tensor in part.tensors.items()}
 
 
 def write_peft(folder: str, native: PeftAdapter, metadata: dict[str, str]) -> list[str]:
@@ -79,10 +79,10 @@ def write_peft(folder: str, native: PeftAdapter, metadata: dict[str, str]) -> li
         Paths of the weight files.
     """
     with atomic.new_folder(folder) as temporary:
-        for component, one in native.by_component().items():
-            tensors = {_PEFT + _as_saved(name): tensor for name, tensor in one.tensors.items()}
+        for component, part in native.by_component().items():
+            tensors = {_PEFT + _as_saved(name): tensor for name, tensor in part.tensors.items()}
             files.write_tensors(os.path.join(temporary, component, WEIGHTS), tensors, metadata)
-            json_files.write_json(os.path.join(temporary, component, CONFIG), one.config)
+            json_files.write_json(os.path.join(temporary, component, CONFIG), part.config)
     return [os.path.join(folder, component, WEIGHTS) for component in native.by_component()]
 
 
@@ -118,14 +118,14 @@ def write_diffusers(path: str, native: PeftAdapter, metadata: dict[str, str]) ->
         metadata: metadata of the file.
     """
     tensors, described = {}, {}
-    for component, one in native.by_component().items():
-        prefix = _TRANSFORMER if one.is_split else _PREFIXES[component]
-        for name, tensor in one.tensors.items():
+    for component, part in native.by_component().items():
+        prefix = _TRANSFORMER if part.is_split else _PREFIXES[component]
+        for name, tensor in part.tensors.items():
             place = name.split(".lora_")[0]
-            scaled = tensor * one.scales[place] if ".lora_B." in name else tensor
+            scaled = tensor * part.scales[place] if ".lora_B." in name else tensor
             wrapped = _WRAPPER + name.removeprefix(_WRAPPER) if component else name
             tensors[prefix + _as_saved(wrapped)] = scaled
-        config = {name: _unwrapped(one.config[name]) for name in _LORA_CONFIG if name in one.config}
+        config = {name: _unwrapped(part.config[name]) for name in _LORA_CONFIG if name in part.config}
         config.update(lora_alpha=config["r"], alpha_pattern=config["rank_pattern"])
         described.update({prefix + name: value for name, value in config.items()})
     text = json.dumps(described, sort_keys=True)
@@ -156,8 +156,8 @@ def read_native(path: str, tensors: dict[str, torch.Tensor], metadata: dict[str,
         ModelError: peft's configuration is missing or names an unknown adapter type.
     """
     if all(name.startswith(_PEFT) for name in tensors):
-        found = _native(path, _peft_config(path), tensors, _PEFT)
-        return replace(found, text=_peft_text(os.path.dirname(path)))
+        adapter = _native(path, _peft_config(path), tensors, _PEFT)
+        return replace(adapter, text=_peft_text(os.path.dirname(path)))
     prefixes = [("", _TRANSFORMER), *_PREFIXES.items()]
     if "lora_adapter_metadata" not in metadata or not all(
         name.startswith(tuple(prefix for _, prefix in prefixes)) for name in tensors
@@ -167,22 +167,22 @@ def read_native(path: str, tensors: dict[str, torch.Tensor], metadata: dict[str,
     for component, prefix in prefixes:
         own = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         if own:
-            found = _native(path, _diffusers_config(path, metadata, prefix), own, prefix)
-            found = replace(found, is_split=prefix == _TRANSFORMER)
-            parts[component] = _as_published(component, found)
+            adapter = _native(path, _diffusers_config(path, metadata, prefix), own, prefix)
+            adapter = replace(adapter, is_split=prefix == _TRANSFORMER)
+            parts[component] = _as_published(component, adapter)
     # If the file has only text encoder layers, the host reads it as it is.
     return replace(parts.pop(""), text=parts) if "" in parts else None
 
 
 def _peft_text(folder: str) -> dict[str, PeftAdapter]:
     """Read the text encoders' adapters from the subfolders of peft's folder."""
-    found = {}
+    adapters = {}
     for component in _PREFIXES:
         path = os.path.join(folder, component, WEIGHTS)
         if component and os.path.exists(path):
             tensors, _ = files.read_tensors(path)
-            found[component] = _as_published(component, _native(path, _peft_config(path), tensors, _PEFT))
-    return found
+            adapters[component] = _as_published(component, _native(path, _peft_config(path), tensors, _PEFT))
+    return adapters
 
 
 def _as_published(component: str, native: PeftAdapter) -> PeftAdapter:
@@ -208,24 +208,24 @@ def _place_of(name: str) -> str:
 
 
 def _peft_config(path: str) -> dict[str, Any]:
-    beside = os.path.join(os.path.dirname(path), CONFIG)
-    if not os.path.exists(beside):
+    config_path = os.path.join(os.path.dirname(path), CONFIG)
+    if not os.path.exists(config_path):
         raise ModelError(
             f"The file '{path}' has peft's layout, but its {CONFIG}, which holds the alpha, is missing.",
             f"Put the {CONFIG} that belongs to it into the same folder.",
             "adapter_name",
         )
-    return _checked(json_files.read_json(beside), beside)
+    return _checked(json_files.read_json(config_path), config_path)
 
 
 def _diffusers_config(path: str, metadata: dict[str, str], prefix: str) -> dict[str, Any]:
     try:
-        found = json_files.parse_json(metadata["lora_adapter_metadata"])
+        fields = json_files.parse_json(metadata["lora_adapter_metadata"])
     except ValueError as error:
         raise RunError(f"The metadata of '{path}' is damaged ({error}).", "Restore the file.") from error
-    if not isinstance(found, dict):
+    if not isinstance(fields, dict):
         raise RunError(f"The metadata of '{path}' is damaged (it is not an object).", "Restore the file.")
-    config = {name[len(prefix) :]: value for name, value in found.items() if name.startswith(prefix)}
+    config = {name[len(prefix) :]: value for name, value in fields.items() if name.startswith(prefix)}
     return _checked({"peft_type": "LORA", **config}, path)
 
 
@@ -236,21 +236,21 @@ def _checked(config: Any, path: str) -> dict[str, Any]:
         ModelError: a field that Graft reads has an invalid value.
     """
     if not isinstance(config, dict):
-        raise _strange(path, "it is not an object")
+        raise _invalid_config(path, "it is not an object")
     rank = config.get("r")
     if rank is not None and (type(rank) is not int or not 0 <= rank <= 2**20):
-        raise _strange(path, f"r is {rank!r:.40}")
+        raise _invalid_config(path, f"r is {rank!r:.40}")
     for name in ("lora_alpha", "alpha"):
         if config.get(name) is not None and not _is_number(config[name]):
-            raise _strange(path, f"{name} is {config[name]!r:.40}")
+            raise _invalid_config(path, f"{name} is {config[name]!r:.40}")
     for name in ("rank_pattern", "alpha_pattern"):
         pattern = config.get(name)
         if pattern is not None and not isinstance(pattern, dict):
-            raise _strange(path, f"{name} is not an object")
+            raise _invalid_config(path, f"{name} is not an object")
         for key, value in (pattern or {}).items():
             # A rank is a divisor, so it must be positive.
             if not _is_number(value) or (name == "rank_pattern" and value <= 0):
-                raise _strange(path, f"the {name} of {key[:80]} is {value!r:.40}")
+                raise _invalid_config(path, f"the {name} of {key[:80]} is {value!r:.40}")
     return config
 
 
@@ -258,7 +258,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST
 
 
-def _strange(path: str, why: str) -> ModelError:
+def _invalid_config(path: str, why: str) -> ModelError:
     return ModelError(
         f"The configuration of the adapter '{path}' is invalid ({why}).",
         "Restore it, or choose another adapter.",
@@ -303,7 +303,7 @@ def _by_pattern(places: set[str], config: dict[str, Any], name: str, default: fl
     values = list(pattern.values())
     try:
         keys = Patterns(list(pattern), whole=True, budget=_MOST_LOOKED_AT)
-        found = {place: keys.first(place) for place in places}
+        matches = {place: keys.first(place) for place in places}
     except PatternError as error:
         key = f"The key {error.pattern[:80]!r} {error.message}." if error.pattern else error.message
         raise ModelError(
@@ -311,4 +311,4 @@ def _by_pattern(places: set[str], config: dict[str, Any], name: str, default: fl
             "Save it again with the layers' full paths as keys, or choose another adapter.",
             "adapter_name",
         ) from error
-    return {place: default if number is None else values[number] for place, number in found.items()}
+    return {place: default if number is None else values[number] for place, number in matches.items()}

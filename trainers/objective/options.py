@@ -183,12 +183,12 @@ def objective_of(chosen: Mapping[str, Any]) -> Objective:
     Raises:
         SettingsError: as Objective does, and for a field that would have no effect.
     """
-    made = Objective(**chosen)
+    objective = Objective(**chosen)
     for name, (other, choices) in _NEEDED.items():
-        if name in chosen and not made._uses(name):
+        if name in chosen and not objective._uses(name):
             raise SettingsError(
-                f"{name} is set, but {other} is {getattr(made, other)}: it would have no effect.",
+                f"{name} is set, but {other} is {getattr(objective, other)}: it would have no effect.",
                 f"In Graft Objective Options set {other} to {' or '.join(choices)}, or leave {name} unset.",
                 name,
             )
-    return made
+    return objective

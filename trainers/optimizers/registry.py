@@ -26,8 +26,8 @@ class Optimizer:
         learning_rate: its own default. None for the default of family and method times `rate_factor`.
         rate_factor: factor on the default of family and method.
         weight_decay, beta1, beta2: defaults. 0 for a beta that the optimizer does not have.
-        apart: whether the update of a parameter depends on that parameter's gradient alone, so that it can run before
-            the next gradient is ready.
+        per_parameter: whether the update of a parameter depends on that parameter's gradient alone, so that it can run
+            before the next gradient is ready.
         slots: minimum number of state values per trained number.
         averages: whether the optimizer itself keeps an average of the parameters.
     """
@@ -37,7 +37,7 @@ class Optimizer:
     weight_decay = 0.01
     beta1 = 0.9
     beta2 = 0.999
-    apart = True
+    per_parameter = True
     slots = 0
     averages = False
 
@@ -152,7 +152,7 @@ class Prodigy(Optimizer):
 
     learning_rate = 1.0
     # Prodigy finds one rate for all parameters.
-    apart = False
+    per_parameter = False
     # The range of factors that its users set, with a margin.
     least, most = 0.1, 10.0
 
@@ -228,7 +228,7 @@ class AdamWScheduleFree(Optimizer):
     """AdamW that averages the weights instead of lowering the rate (Defazio et al. 2024), from schedulefree."""
 
     # `average` reads the state of one optimizer for all parameters.
-    apart = False
+    per_parameter = False
     averages = True
 
     def load(self):
@@ -237,9 +237,9 @@ class AdamWScheduleFree(Optimizer):
         return AdamWScheduleFree
 
     def make(self, groups, recipe):
-        made = super().make(groups, recipe)
-        made.train()
-        return made
+        optimizer = super().make(groups, recipe)
+        optimizer.train()
+        return optimizer
 
     def check(self, recipe):
         name = "AdamWScheduleFree averages the weights instead of lowering the learning rate"

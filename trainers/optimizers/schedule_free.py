@@ -24,14 +24,14 @@ class ScheduleFreeAverage:
     @property
     def shadow_params(self) -> list[torch.Tensor]:
         """Return x of every parameter."""
-        found = []
+        averages = []
         for parameter in self._parameters:
             y = parameter.detach()
             # Look it up each time: restoring a saved state replaces the dict.
             z = self._optimizer.state.get(parameter, {}).get("z")
             # A parameter without an update has no z. Then x, y and z are equal.
-            found.append(y.clone() if z is None else y.lerp(z, 1 - 1 / self._beta1))
-        return found
+            averages.append(y.clone() if z is None else y.lerp(z, 1 - 1 / self._beta1))
+        return averages
 
     def step(self, parameters: list) -> None:
         """Do nothing: the optimizer's own step updates the average."""

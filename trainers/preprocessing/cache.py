@@ -57,7 +57,7 @@ class Cache:
 
     def __init__(self, folder: str):
         self.folder = folder
-        self._asked: dict[str, None] = {}
+        self._requested: dict[str, None] = {}
         self._places: dict[str, _Place] = {}
         self._pending: dict[str, dict[str, torch.Tensor]] = {}
         self._since = 0.0
@@ -82,7 +82,7 @@ class Cache:
         the keys as used now.
         """
         wanted = dict.fromkeys(keys)
-        self._asked.update(wanted)
+        self._requested.update(wanted)
         by_path: dict[str, list[str]] = {}
         for key in wanted:
             if key not in self._pending and key in self._places:
@@ -113,8 +113,8 @@ class Cache:
             tensors, _ = files.read_tensors(path, [full for names in stored.values() for full in names.values()])
         except RunError:
             return {}
-        found = {key: {name: tensors[full] for name, full in names.items()} for key, names in stored.items()}
-        return {key: entry for key, entry in found.items() if _sums_of(entry) == self._places[key].sums}
+        entries = {key: {name: tensors[full] for name, full in names.items()} for key, names in stored.items()}
+        return {key: entry for key, entry in entries.items() if _sums_of(entry) == self._places[key].sums}
 
     def find_as(self, key: str, earlier: str) -> None:
         """Make an entry with an earlier version's key available under its key of today."""
@@ -127,14 +127,14 @@ class Cache:
             return self._pending[key]
         return self._sound(self._places[key].path, [key]).get(key) if key in self._places else None
 
-    def copy_asked(self, folder: str) -> None:
+    def copy_requested(self, folder: str) -> None:
         """Copy all entries that exist, of the keys given to `missing`, into another folder.
 
         Raises:
             RunError: an entry is gone, or the folder cannot be written.
         """
         other = Cache(folder)
-        for key in self._asked:
+        for key in self._requested:
             if key not in self._pending and key not in self._places:
                 continue
             tensors = self.get(key)
@@ -273,7 +273,7 @@ def prune(folder: str, limit: int, since: float) -> int:
 
 def _cache_files(folder: str) -> list[tuple[float, int, str]]:
     """List (last use, bytes, path) of each cache file."""
-    found = []
+    rows = []
     for directory, _, names in os.walk(folder):
         for name in names:
             path = os.path.join(directory, name)
@@ -283,8 +283,8 @@ def _cache_files(folder: str) -> list[tuple[float, int, str]]:
                 # Another process has pruned it meanwhile.
                 continue
             if _NAME.fullmatch(name) and not atomic.is_link(path):
-                found.append((status.st_mtime, status.st_size, path))
-    return found
+                rows.append((status.st_mtime, status.st_size, path))
+    return rows
 
 
 def key_of(*parts) -> str:

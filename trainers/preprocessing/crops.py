@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class CroppedDataset:
+class CroppedExample:
     """Example with its place in the dataset and its crops, one for each resolution."""
 
     place: int
@@ -37,13 +37,13 @@ class CroppedDataset:
         return f"{self.place}/{crop.bucket[0]}x{crop.bucket[1]}"
 
 
-def cut_dataset(dataset: Dataset, geometries: dict[int, Geometry]) -> tuple[list[CroppedDataset], list[LeftOut]]:
+def cut_dataset(dataset: Dataset, geometries: dict[int, Geometry]) -> tuple[list[CroppedExample], list[LeftOut]]:
     """Crop each example; return the cropped examples, and the examples that cannot be cropped.
 
     Args:
         geometries: by resolution; 0 is the dataset's own.
     """
-    found = []
+    cropped = []
     left_out = []
     for place, example in enumerate(dataset.examples):
         if example.left_out is not None:
@@ -55,8 +55,8 @@ def cut_dataset(dataset: Dataset, geometries: dict[int, Geometry]) -> tuple[list
         except DatasetError as error:
             left_out.append(LeftOut(example.source.name, reason_of(error, example.source.name)))
             continue
-        found.append(CroppedDataset(place, example, tuple(crops)))
-    return found, left_out
+        cropped.append(CroppedExample(place, example, tuple(crops)))
+    return cropped, left_out
 
 
 def all_resolutions(dataset: Dataset) -> list[int]:
@@ -64,7 +64,7 @@ def all_resolutions(dataset: Dataset) -> list[int]:
     return sorted({0, *(side for example in dataset.examples for side in example.handling.resolutions)})
 
 
-def held_out(cuts: list[CroppedDataset], recipe: Recipe) -> set[int]:
+def held_out(cuts: list[CroppedExample], recipe: Recipe) -> set[int]:
     """Return the places of the validation examples: the marked ones, and a fraction of the rest.
 
     Only content and seed decide which of the rest are held out.
@@ -85,13 +85,13 @@ def held_out(cuts: list[CroppedDataset], recipe: Recipe) -> set[int]:
             "validation_fraction",
         )
 
-    def rank(cut: CroppedDataset) -> str:
+    def rank(cut: CroppedExample) -> str:
         return hashlib.sha256(f"{recipe.seed}{cut.example.digest}".encode()).hexdigest()
 
     return marked | {cut.place for cut in sorted(rest, key=rank)[:count]}
 
 
-def control_crop(control: Example, size: tuple[int, int], crop: Crop, step: int) -> Crop:
+def source_image_crop(source_image: Example, size: tuple[int, int], crop: Crop, step: int) -> Crop:
     """Choose the crop of a source picture for a crop of the picture that it becomes.
 
     A source picture of the same shape gets the same crop, so that positions match. Any other keeps as much as possible
@@ -101,8 +101,8 @@ def control_crop(control: Example, size: tuple[int, int], crop: Crop, step: int)
         size: (width, height) of the picture that it becomes.
         step: both sides of the crop are multiples of it, pixels.
     """
-    if is_alike(control.size, size):
+    if is_alike(source_image.size, size):
         return crop
     side = max(step, round((crop.bucket[0] * crop.bucket[1]) ** 0.5))
-    own = choose_crop(control.size, Geometry(side, step), control.source.name, upscale=True)
+    own = choose_crop(source_image.size, Geometry(side, step), source_image.source.name, upscale=True)
     return own.mirrored() if crop.flip else own

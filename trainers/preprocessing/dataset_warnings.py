@@ -10,11 +10,11 @@ from ..data.dataset_warnings import warn_of_enlarged, warn_of_resolution, warn_o
 if TYPE_CHECKING:
     from ..data.examples import Dataset, LeftOut
     from ..recipe.recipe import Recipe
-    from .crops import CroppedDataset
+    from .crops import CroppedExample
 
 
 def list_warnings(
-    dataset: Dataset, recipe: Recipe, training: Sequence[CroppedDataset], left_out: Sequence[LeftOut]
+    dataset: Dataset, recipe: Recipe, training: Sequence[CroppedExample], left_out: Sequence[LeftOut]
 ) -> list[dict[str, Any]]:
     """List the warnings that a user should read before a long training.
 
@@ -23,16 +23,16 @@ def list_warnings(
         left_out: all files that are not trained on, with those of the scan.
     """
     pictures = [(cut.example, crop) for cut in training for crop in cut.crops]
-    found = [
+    candidates = [
         warn_of_skipped(left_out, len(dataset.examples) + len(dataset.left_out)),
         warn_of_enlarged(pictures),
         _warn_of_batch(recipe, [cut for cut in training if not cut.example.prior]),
         warn_of_resolution(recipe.resolution, recipe.family),
     ]
-    return [warning for warning in found if warning]
+    return [warning for warning in candidates if warning]
 
 
-def _warn_of_batch(recipe: Recipe, subject: Sequence[CroppedDataset]) -> dict[str, Any] | None:
+def _warn_of_batch(recipe: Recipe, subject: Sequence[CroppedExample]) -> dict[str, Any] | None:
     """Warn of a batch that is larger than the dataset."""
     showings = sum(cut.example.repeats * len(cut.crops) for cut in subject)
     if recipe.batch_size <= showings:

@@ -19,13 +19,13 @@ from ..formats.atomic import refuse_links
 from ..protocols import HOLE, SOURCE, Conditioning
 from ..rng import stream_seed
 from .cache import Cache, cache_size, prune
-from .crops import CroppedDataset, all_resolutions, control_crop, cut_dataset, held_out
+from .crops import CroppedExample, all_resolutions, cut_dataset, held_out, source_image_crop
 from .dataset_warnings import list_warnings
 from .encode import LatentCache, TextCache
 from .inpaint_masks import InpaintMaskCache
 from .lru_cache import LRUCache
 from .mask_weights import MaskCache
-from .sampler import turns_within
+from .sampler import visits_within
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -132,7 +132,7 @@ def _refuse_sources(dataset: Dataset, host: Host) -> None:
         )
 
 
-def _refuse_if_empty(dataset: Dataset, cuts: list[CroppedDataset], left_out: list[LeftOut]) -> None:
+def _refuse_if_empty(dataset: Dataset, cuts: list[CroppedExample], left_out: list[LeftOut]) -> None:
     if not cuts:
         raise DatasetError(
             f"Graft cannot train on any of the {len(dataset.examples)} pictures of '{dataset.name}': "
@@ -180,9 +180,9 @@ class _ItemMaker:
     def copy(self, folder: str) -> None:
         """Copy the needed entries into another cache."""
         for name, cache in self._caches.items():
-            cache.copy_asked(os.path.join(folder, name))
+            cache.copy_requested(os.path.join(folder, name))
 
-    def encode_pictures(self, cuts: list[CroppedDataset], left_out: list[LeftOut]) -> list[CroppedDataset]:
+    def encode_pictures(self, cuts: list[CroppedExample], left_out: list[LeftOut]) -> list[CroppedExample]:
         """Return the examples that have latents and masks; add the others to `left_out`."""
         rows = [(cut.example, cut.all_crops()) for cut in cuts]
         # The captions are not counted yet.
@@ -191,24 +191,24 @@ class _ItemMaker:
         found = self._with_masks(found, left_out)
         return self._with_holes(self._with_sources(found, left_out), left_out)
 
-    def _with_sources(self, cuts: list[CroppedDataset], left_out: list[LeftOut]) -> list[CroppedDataset]:
+    def _with_sources(self, cuts: list[CroppedExample], left_out: list[LeftOut]) -> list[CroppedExample]:
         paired = [cut for cut in cuts if cut.example.control is not None]
         rows = [(cut.example.control, [self._control_crop(cut, crop) for crop in cut.all_crops()]) for cut in paired]
         outcome = self._latents.fill(rows, self._ticking(len(paired) + len(cuts)))
         kept = {cut.place for cut in _sound(paired, outcome, left_out)}
         return [cut for cut in cuts if cut.example.control is None or cut.place in kept]
 
-    def _with_holes(self, cuts: list[CroppedDataset], left_out: list[LeftOut]) -> list[CroppedDataset]:
+    def _with_holes(self, cuts: list[CroppedExample], left_out: list[LeftOut]) -> list[CroppedExample]:
         if self._holes is None:
             return cuts
         rows = [(cut.example, cut.all_crops()) for cut in cuts]
         return _sound(cuts, self._holes.fill(rows, self._ticking(2 * len(cuts))), left_out)
 
-    def _control_crop(self, cut: CroppedDataset, crop: Crop) -> Crop:
+    def _control_crop(self, cut: CroppedExample, crop: Crop) -> Crop:
         step = self._host.denoiser.geometry(self._recipe.resolution).step
-        return control_crop(cut.example.control, cut.example.size, crop, step)
+        return source_image_crop(cut.example.control, cut.example.size, crop, step)
 
-    def beside_facts(self, cuts: list[CroppedDataset]) -> dict[str, int]:
+    def beside_facts(self, cuts: list[CroppedExample]) -> dict[str, int]:
         """Count the pictures with a source picture or an inpaint mask; leave out the kinds that are not used."""
         paired = sum(cut.example.control is not None for cut in cuts)
         found = {"source_pictures": paired} if paired else {}
@@ -217,7 +217,7 @@ class _ItemMaker:
             found.update(holes_by_mask=masked, holes_drawn=len(cuts) - masked)
         return found
 
-    def _with_masks(self, cuts: list[CroppedDataset], left_out: list[LeftOut]) -> list[CroppedDataset]:
+    def _with_masks(self, cuts: list[CroppedExample], left_out: list[LeftOut]) -> list[CroppedExample]:
         rows = []
         owners = []
         for cut in cuts:
@@ -242,7 +242,7 @@ class _ItemMaker:
     def _shape(self, example: Example, crop: Crop) -> tuple[int, int]:
         return tuple(self._latents.get(self._latents.key(example, crop))["mean"].shape[-2:])
 
-    def encode_captions(self, training: list[CroppedDataset], validation: list[CroppedDataset]) -> None:
+    def encode_captions(self, training: list[CroppedExample], validation: list[CroppedExample]) -> None:
         """Encode the captions that the run will use, those of validation, and the prompts of prior targets."""
         if self._texts is None:
             return
@@ -250,7 +250,7 @@ class _ItemMaker:
         wanted.update((cut.example.anchor.prompt, None) for cut in training if cut.example.anchor is not None)
         recipe = self._recipe
         pairs = [(cut, crop) for cut in training for crop in cut.crops]
-        turns = turns_within(
+        turns = visits_within(
             recipe.steps * recipe.accumulation,
             [crop.bucket for _, crop in pairs],
             [cut.example.repeats for cut, _ in pairs],
@@ -270,22 +270,22 @@ class _ItemMaker:
         self._some_caption = next(iter(wanted))
         self._texts.fill(wanted, self._ticking(len(wanted)))
 
-    def _shown(self, cut: CroppedDataset, crop: Crop, count: int, times: int) -> list[int]:
+    def _shown(self, cut: CroppedExample, crop: Crop, count: int, times: int) -> list[int]:
         """Return the versions of a caption that `times` visits need."""
         if times >= count:
             return list(range(count))
         return sorted({self._version(cut, crop, count, turn) for turn in range(times)} - {None})
 
-    def _version(self, cut: CroppedDataset, crop: Crop, count: int, turn: int) -> int | None:
-        return captions.variant_of_turn(cut.example, count, self._recipe.seed, cut.stream(crop), turn)
+    def _version(self, cut: CroppedExample, crop: Crop, count: int, turn: int) -> int | None:
+        return captions.variant_of_visit(cut.example, count, self._recipe.seed, cut.stream(crop), turn)
 
-    def check_inputs(self, cut: CroppedDataset) -> None:
+    def check_inputs(self, cut: CroppedExample) -> None:
         """Let the denoiser refuse a codec or an encoder that does not belong to it."""
         latent = self._latents.get(self._latents.key(cut.example, cut.crops[0]))["mean"]
         text = self._host.text.encode("") if self._texts is None else self._texts.get(self._some_caption)
         self._host.denoiser.check_inputs(latent, text)
 
-    def latent_kind(self, cuts: list[CroppedDataset]) -> str:
+    def latent_kind(self, cuts: list[CroppedExample]) -> str:
         """Describe the cached latents: posteriors to sample from, or means alone."""
         first = self._latents.get(self._latents.key(cuts[0].example, cuts[0].crops[0]))
         if "logvar" in first:
@@ -293,7 +293,7 @@ class _ItemMaker:
         log.info("Graft: this VAE has no posterior to sample; training uses the mean of each picture.")
         return "mean alone: the VAE has no posterior"
 
-    def item(self, cut: CroppedDataset, crop: Crop) -> DatasetItem:
+    def item(self, cut: CroppedExample, crop: Crop) -> DatasetItem:
         """Return one crop of an example as a dataset item."""
         from .items import DatasetItem
 
@@ -305,7 +305,7 @@ class _ItemMaker:
         anchored = example.anchor is not None
         return DatasetItem(example.source.name, crop.bucket, example.repeats, show, example.prior, anchored)
 
-    def _show(self, cut: CroppedDataset, crop: Crop, turn: int | None) -> Sample:
+    def _show(self, cut: CroppedExample, crop: Crop, turn: int | None) -> Sample:
         from .items import Sample
 
         example = cut.example
@@ -332,7 +332,7 @@ class _ItemMaker:
             tensors = self._keep.get(f"text {caption}", lambda: self._texts.get(caption))
         return Conditioning(tensors, example.size, drawn.offset, drawn.bucket)
 
-    def _beside(self, cut: CroppedDataset, crop: Crop, drawn: Crop, turn: int | None) -> dict[str, torch.Tensor]:
+    def _beside(self, cut: CroppedExample, crop: Crop, drawn: Crop, turn: int | None) -> dict[str, torch.Tensor]:
         """Return the source picture's latent or the inpaint mask of a visit, by seed, place and visit number alone.
 
         Validation gets the first mask. Latents are means of the posterior, as ComfyUI's own nodes give them.
@@ -350,7 +350,7 @@ class _ItemMaker:
     def _live(self, caption: str) -> str | None:
         return caption if self._texts is None else None
 
-    def _draw(self, cut: CroppedDataset, crop: Crop, turn: int | None):
+    def _draw(self, cut: CroppedExample, crop: Crop, turn: int | None):
         """Return (caption, crop, generator of the latent's noise) of a visit, by seed, place and visit number alone.
 
         Validation has no visit number: it gets the plain caption, no mirroring, and the mean.
@@ -385,7 +385,7 @@ class _ItemMaker:
         return found[""].clamp_min(example.handling.mask_minimum)
 
 
-def _sound(cuts: list[CroppedDataset], outcome: list[LeftOut | None], left_out: list[LeftOut]) -> list[CroppedDataset]:
+def _sound(cuts: list[CroppedExample], outcome: list[LeftOut | None], left_out: list[LeftOut]) -> list[CroppedExample]:
     """Return the examples without a problem; add the problems of the others to `left_out`."""
     left_out.extend(problem for problem in outcome if problem is not None)
     return [cut for cut, problem in zip(cuts, outcome, strict=True) if problem is None]

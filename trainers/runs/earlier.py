@@ -47,4 +47,4 @@ def _read(path: str) -> dict[str, str]:
     except RunError as error:
         log.warning("Graft: %s Graft writes it again.", error)
         return {}
-    return {name: one for name, one in value.items() if isinstance(one, str)} if isinstance(value, dict) else {}
+    return {name: base for name, base in value.items() if isinstance(base, str)} if isinstance(value, dict) else {}

@@ -61,14 +61,14 @@ def find_run(folders: Folders, name: str) -> Run:
 def list_records(folders: Folders, most: int) -> list[Record]:
     """Return the records of at most `most` runs, newest change first, without damaged runs."""
     names = os.listdir(folders.runs) if os.path.isdir(folders.runs) else []
-    found = []
+    records = []
     for name in names:
         try:
-            found.append(record_of(find_run(folders, name)))
+            records.append(record_of(find_run(folders, name)))
         except (RunError, OSError):
             # OSError: the run was removed after the folder was listed, or this user may not read it.
             continue
-    return sorted(found, key=lambda one: (-one.changed, one.name))[:most]
+    return sorted(records, key=lambda record: (-record.changed, record.name))[:most]
 
 
 def record_of(run: Run) -> Record:

@@ -129,8 +129,8 @@ class Run:
         except RunError as error:
             log.warning("Graft: %s", error)
             return ""
-        found = value.get("identity") if isinstance(value, dict) else None
-        return found if isinstance(found, str) else ""
+        identity = value.get("identity") if isinstance(value, dict) else None
+        return identity if isinstance(identity, str) else ""
 
     def check_identity(self, identity: str) -> None:
         """Raise RunError if the folder belongs to another run. Hashes of eight digits can collide."""

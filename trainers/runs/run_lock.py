@@ -124,8 +124,8 @@ class RunLock:
 
     def _remove_own(self) -> None:
         with suppress(OSError):
-            found = read_holder(self._path)
-            if found is not None and found.token == self.holder.token:
+            holder = read_holder(self._path)
+            if holder is not None and holder.token == self.holder.token:
                 _remove(self._path)
 
     def _beat_until_end(self) -> None:
@@ -138,12 +138,12 @@ class RunLock:
             if self._ended.is_set() or self._lost:
                 return
             try:
-                found = read_holder(self._path)
-                if found is not None and found.token != self.holder.token:
+                holder = read_holder(self._path)
+                if holder is not None and holder.token != self.holder.token:
                     self._lost = True
                     return
                 # If the file was removed, by hand or with its folder, nobody else holds the lock.
-                if found is not None:
+                if holder is not None:
                     os.utime(self._path)
             except OSError as error:
                 # A network share may be unavailable for a moment. `check` tries again later.
@@ -277,7 +277,7 @@ def _parse(data: bytes) -> Holder | None:
     except (ValueError, TypeError):
         return None
     kinds = {"process": (int,), "since": (int, float)}
-    sound = all(type(getattr(holder, one.name)) in kinds.get(one.name, (str,)) for one in fields(Holder))
+    sound = all(type(getattr(holder, field.name)) in kinds.get(field.name, (str,)) for field in fields(Holder))
     return holder if sound else None
 
 

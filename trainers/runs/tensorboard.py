@@ -80,8 +80,8 @@ def writing(run: Run, step: int) -> Iterator[None]:
 
 def _write(writer: SummaryWriter, run: Run, event: dict[str, Any]) -> None:
     step = event.get("step", 0)
-    for shown, name in _SCALARS.get(event["event"], {}).items():
-        writer.add_scalar(shown, event[name], step)
+    for tag, name in _SCALARS.get(event["event"], {}).items():
+        writer.add_scalar(tag, event[name], step)
     if event["event"] == "sample":
         import numpy as np
         from PIL import Image

@@ -217,11 +217,11 @@ def file_tensors(given: Difference) -> dict[str, torch.Tensor]:
     if given.up is None and not given.certain:
         # Factors fit a convolution as well, whatever its kernel size.
         given = limited(given, 0, 1.0, trim=True)
-    found = {} if given.bias is None else {BIAS: given.bias}
+    tensors = {} if given.bias is None else {BIAS: given.bias}
     if given.up is not None:
         up = given.up.view(*given.up.shape, *[1] * (given.down.dim() - 2))
-        return {**lora_tensors(given.down, up, given.rank), **found}
-    return found if given.whole is None else {WHOLE: given.whole, **found}
+        return {**lora_tensors(given.down, up, given.rank), **tensors}
+    return tensors if given.whole is None else {WHOLE: given.whole, **tensors}
 
 
 def fitted(given: Difference, shape: tuple[int, ...]) -> Difference:

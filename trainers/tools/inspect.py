@@ -18,7 +18,7 @@ from .difference import Difference, difference
 if TYPE_CHECKING:
     import torch
 
-_SHOWN = 5
+_LISTED = 5
 
 
 class Fit(Protocol):
@@ -155,8 +155,8 @@ def headline(findings: Findings) -> str:
     """Return types, ranks and number of layers in one line."""
     ranks = sorted({row.rank for row in findings.rows if row.rank is not None})
     kinds = " + ".join(kind for kind, _ in Counter(row.kind for row in findings.rows).most_common())
-    told = f", rank {_span(ranks)}" if ranks else ""
-    return f"{kinds or 'nothing'}{told}, {_counted(len(findings.rows), 'layer')}"
+    rank = f", rank {_span(ranks)}" if ranks else ""
+    return f"{kinds or 'nothing'}{rank}, {_counted(len(findings.rows), 'layer')}"
 
 
 def _described(findings: Findings) -> list[str]:
@@ -198,7 +198,7 @@ def _described(findings: Findings) -> list[str]:
 
 def _origin(metadata: dict[str, str]) -> list[str]:
     """Return the lines about the file's own metadata."""
-    told = {
+    fields = {
         "Title": title_of(metadata),
         "Trigger": metadata.get("modelspec.trigger_phrase"),
         "Made for": metadata.get("modelspec.architecture"),
@@ -209,17 +209,17 @@ def _origin(metadata: dict[str, str]) -> list[str]:
         "Description": metadata.get("modelspec.description"),
         "Licence": metadata.get("modelspec.license"),
     }
-    lines = [f"{name}: {' '.join(str(value).split())[:300]}" for name, value in told.items() if value]
+    lines = [f"{name}: {' '.join(str(value).split())[:300]}" for name, value in fields.items() if value]
     # The metadata of a file can hold anything.
     with contextlib.suppress(KeyError, ValueError, TypeError, AttributeError):
-        lines.append("Made by " + _made(parse_json(metadata[MADE])))
+        lines.append("Made by " + _describe_origin(parse_json(metadata[MADE])))
     return lines or ["It has no metadata."]
 
 
-def _made(made: dict) -> str:
-    how = ", ".join(f"{name} {value}" for name, value in made.items() if name not in ("tool", "of"))
-    sources = [one.get("title") or one.get("trained") or "an untitled adapter" for one in made.get("of", [])]
-    return f"{made.get('tool')} ({how})" + (f" of {' and '.join(map(str, sources))}" if sources else "")
+def _describe_origin(origin: dict) -> str:
+    how = ", ".join(f"{name} {value}" for name, value in origin.items() if name not in ("tool", "of"))
+    sources = [source.get("title") or source.get("trained") or "an untitled adapter" for source in origin.get("of", [])]
+    return f"{origin.get('tool')} ({how})" + (f" of {' and '.join(map(str, sources))}" if sources else "")
 
 
 def _fitting(fit: Fit | None) -> list[str]:
@@ -242,7 +242,7 @@ def _fitting(fit: Fit | None) -> list[str]:
 def _named(what: str, names: list[str]) -> list[str]:
     if not names:
         return []
-    return [f"{len(names)} {what}: {', '.join(names[:_SHOWN])}{' ...' if len(names) > _SHOWN else ''}"]
+    return [f"{len(names)} {what}: {', '.join(names[:_LISTED])}{' ...' if len(names) > _LISTED else ''}"]
 
 
 def _span(values: list) -> str:

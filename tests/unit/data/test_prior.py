@@ -12,7 +12,7 @@ from graft_pack.trainers.data.arrays import from_arrays
 from graft_pack.trainers.data.captions import plain
 from graft_pack.trainers.data.examples import combine
 from graft_pack.trainers.errors import DatasetError, SettingsError
-from graft_pack.trainers.preprocessing.sampler import batches_from, epoch_batches, turns_within
+from graft_pack.trainers.preprocessing.sampler import batches_from, epoch_batches, visits_within
 from graft_pack.trainers.protocols import Geometry
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -80,7 +80,7 @@ def test_going_on_from_any_place_is_the_same_and_turns_count_showings(groups, ba
         for index, turn in batch:
             assert turn == shown[index]
             shown[index] += 1
-    bound = turns_within(len(straight), buckets, repeats, batch_size, marks)
+    bound = visits_within(len(straight), buckets, repeats, batch_size, marks)
     assert all(shown[index] <= bound[index] for index in range(len(buckets)))
 
 
