@@ -338,8 +338,8 @@ def test_an_error_is_shown_with_its_cure(opened, page, server):
     [
         (
             "memory",
-            {"done": "checkpointing is on for 5 blocks"},
-            "ran out in step 3: checkpointing is on for 5 blocks.",
+            {"done": "turned on checkpointing for 5 blocks"},
+            "ran out in step 3: turned on checkpointing for 5 blocks.",
         ),
         (
             "estimate",

@@ -140,7 +140,7 @@ def _refuse_if_empty(folder: str, examples: list[Example], left_out: Sequence[Le
     if not left_out:
         raise DatasetError(f"The folder '{folder}' holds no picture.", "Put PNG, JPEG or WebP files into it.", "folder")
     raise DatasetError(
-        f"The folder '{folder}' holds no picture that can be trained on: {shortened(left_out)}.",
+        f"The folder '{folder}' holds no picture to train on: {shortened(left_out)}.",
         "Save the pictures again as PNG or JPEG, or choose another folder.",
         "folder",
     )
@@ -149,12 +149,12 @@ def _refuse_if_empty(folder: str, examples: list[Example], left_out: Sequence[Le
 def _refuse_if_nothing_held_out(examples: list[Example], options: ScanOptions) -> None:
     if not options.validation_folder.strip():
         return
-    held = sum(example.held_out for example in examples)
-    if held in (0, len(examples)):
-        what = "holds no picture" if held == 0 else "holds all pictures"
+    count = sum(example.held_out for example in examples)
+    if count in (0, len(examples)):
+        what = "holds no picture" if count == 0 else "holds all pictures"
         raise DatasetError(
             f"The validation folder '{options.validation_folder}' {what} of the dataset.",
-            "Name a folder inside the dataset's folder, such as 'validation', and leave pictures to train on outside.",
+            "Name a folder inside the dataset's folder, such as 'validation'. Keep pictures to train on outside it.",
             "validation_folder",
         )
 
@@ -278,8 +278,8 @@ class _Reader:
     def warnings(self) -> tuple[str, ...]:
         """Return questions about folder names whose repeats are probably not intended."""
         return tuple(
-            f"The name of the folder '{folder}' says that an epoch shows each of its {_counted(count)} {times} times. "
-            f"If {times} is a date or a number, rename it, such as to '{folder.replace('_', '-', 1)}'."
+            f"The folder name '{folder}' repeats its {_counted(count)} {times} times in an epoch. "
+            f"If {times} is a date or a number, rename the folder, such as to '{folder.replace('_', '-', 1)}'."
             for folder, (times, count) in self._unusual.items()
         )
 
@@ -346,9 +346,9 @@ def check_captions(dataset: Dataset) -> None:
     """Raise DatasetError if an example has neither a caption nor a trigger."""
     bare = [example.source.name for example in dataset.examples if not captions.plain(example)]
     if bare:
-        shown = ", ".join(bare[:5]) + (" ..." if len(bare) > 5 else "")
+        listed = ", ".join(bare[:5]) + (" ..." if len(bare) > 5 else "")
         raise DatasetError(
-            f"{len(bare)} of {len(dataset.examples)} pictures have neither a caption nor a trigger: {shown}.",
-            "Write a caption into a .txt file beside each picture, or set the dataset's trigger.",
+            f"{len(bare)} of {len(dataset.examples)} pictures have neither a caption nor a trigger: {listed}.",
+            "Write a caption into a .txt file next to each picture, or set the dataset's trigger.",
             "dataset",
         )

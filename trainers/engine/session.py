@@ -353,14 +353,14 @@ def _place_weights(session: _Session, plan: Plan) -> None:
     if recipe.offload == "on":
         # Offload before the first forward: until now, the blocks' weights are not on the device.
         description = offload_blocks(plan, session.run, host)
-        log.info("Graft: %s.", description or "nothing is frozen that could be kept off the device")
+        log.info("Graft: %s.", description or "offload is on, but no weights are frozen")
     if session.is_sharded:
         # An adapter has a gradient in every pass. An embedding alone has one only if the caption contains it.
         keep = [*plan.trainables.values(), *session.modules.read_later()]
         host.group.shard(host.denoiser.module, keep, needs_input_grad=not METHODS[recipe.method].trains_model)
         host.denoiser.make_room(weights=True)
     elif recipe.shard == "on":
-        log.info("Graft: shard is on, but one process trains: it holds all weights.")
+        log.info("Graft: shard is on, but only one process trains: it holds all weights.")
 
 
 def _export_finished(session: _Session, state: State) -> Result:

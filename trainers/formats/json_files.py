@@ -19,10 +19,10 @@ _CHECKSUM = "checksum"
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Build a JSON object and refuse duplicate names, because readers differ in which of them they take."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a name stands twice in its header")
-    return found
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        raise ValueError("a name occurs twice in its header")
+    return value
 
 
 def parse_json(text: str | bytes, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None):
@@ -88,11 +88,11 @@ def read_own_json(path: str) -> Any:
     value = read_json(path)
     if not isinstance(value, dict) or _CHECKSUM not in value:
         return value
-    given = value.pop(_CHECKSUM)
-    if given != _json_sum(value):
+    checksum = value.pop(_CHECKSUM)
+    if checksum != _json_sum(value):
         raise RunError(
-            f"The file '{path}' is not as it was written: it is damaged, or was edited.",
-            f"Restore it or remove it. If you edited it on purpose, remove its entry {_CHECKSUM}.",
+            f"The file '{path}' does not match its checksum: it is damaged, or was edited.",
+            f"Restore it or remove it. If you edited it on purpose, remove its entry '{_CHECKSUM}'.",
         )
     return value
 

@@ -52,7 +52,7 @@ def _read(path: str) -> dict[str, str]:
     try:
         value = json_files.read_own_json(path)
     except RunError as error:
-        log.warning("Graft: %s It is written anew.", error)
+        log.warning("Graft: %s Graft writes it again.", error)
         return {}
     return {name: one for name, one in value.items() if isinstance(one, str)} if isinstance(value, dict) else {}
 

@@ -33,7 +33,7 @@ def parse_notes(title, note) -> Notes:
     """
     for name, value, limit in (("title", title, TITLE_LIMIT), ("note", note, NOTE_LIMIT)):
         if not isinstance(value, str):
-            raise SettingsError(f"The {name} is no text.", "Send a string.", name)
+            raise SettingsError(f"The {name} is not a text.", "Send a string.", name)
         check_text(value, name, limit)
     # Put the title on one line.
     return Notes(" ".join(title.split()), note.strip())

@@ -29,14 +29,14 @@ def list_saves(folders: Folders, run: Run) -> dict[int, list[str]]:
     """
     places = ((run.adapters, run.folder), (run.embeddings, run.folder))
     earlier = ((os.path.join(root, run.name), root) for root in (folders.adapters, folders.embeddings))
-    found: dict[int, list[str]] = {}
+    saves: dict[int, list[str]] = {}
     for folder, root in places if run.fact(SAVES_IN_FOLDER) is True else (*places, *earlier):
         for name in os.listdir(folder) if os.path.isdir(folder) else []:
             match = _SAVE.fullmatch(name)
             path = os.path.join(folder, name)
             if match and is_below(path, root) and os.path.isfile(path):
-                found.setdefault(int(match.group(1)), []).append(path)
-    return dict(sorted(found.items()))
+                saves.setdefault(int(match.group(1)), []).append(path)
+    return dict(sorted(saves.items()))
 
 
 def pick_save(folders: Folders, run: Run, step: int) -> dict[str, str]:

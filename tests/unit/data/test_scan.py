@@ -146,7 +146,7 @@ def test_hugging_face_folders(tmp_path):
         "other/2.png": ('two, and "more"',),
         "other/3.png": ("beside",),
     }
-    assert "names 1 pictures that are not there: gone.png" in reasons(dataset)["other/metadata.csv"]
+    assert "names 1 missing pictures: gone.png" in reasons(dataset)["other/metadata.csv"]
 
 
 @pytest.mark.parametrize("wanted", ["../outside.png", "/etc/passwd", "..\\outside.png", "sub/../../outside.png"])
@@ -250,7 +250,7 @@ def test_captions_are_found_by_whole_and_by_folded_names(tmp_path):
     assert reasons(dataset) == {
         "gone.txt": lonely,
         "gone.json": lonely,
-        "b.jxl": "this format is not read; save it as PNG or JPEG",
+        "b.jxl": "Graft cannot read this format; save it as PNG or JPEG",
     }
 
 
@@ -516,7 +516,7 @@ def test_pipes_and_locked_folders_stop_nobody(tmp_path):
     (tmp_path / "loop").symlink_to(tmp_path, target_is_directory=True)
     dataset = read(tmp_path)
     assert texts_of(dataset) == {"a.png": ("",)}
-    assert "no regular file" in reasons(dataset)["pipe.png"]
+    assert "not a regular file" in reasons(dataset)["pipe.png"]
     assert "links to folders" in reasons(dataset)["loop"]
 
 
