@@ -385,7 +385,7 @@ def test_a_folder_of_masks_inside_the_dataset_is_not_trained_on(tmp_path, kind):
     dataset = read(tmp_path, mask_folder=str(tmp_path / "alphas"), masks=kind)
     assert set(by_name(dataset)) == {"a.png", "b.png"}
     assert masks_of(dataset) == {"a.png": "a.png" if kind == "auto" else None, "b.png": None}
-    named = ["c.arw", "nobody.png"] if kind == "auto" else []
+    named = ["a.txt", "c.arw", "nobody.png"] if kind == "auto" else []
     assert sorted(row.name for row in dataset.left_out) == named
 
 
