@@ -77,5 +77,5 @@ class PeerLostError(GraftError):
     def __init__(self):
         super().__init__(
             "Another process of this training has ended.",
-            "What was saved stays: start it again, with as many processes as there are, to go on.",
+            "Graft has kept the saves: start the training again, with any number of processes, to resume.",
         )

@@ -141,7 +141,8 @@ class Patterns:
                 break
             if work > _MOST_LIVE * (len(text) + 1) or self._budget.left < 0:
                 raise PatternError(
-                    "The patterns can match in too many ways at once.", "Use fewer, or some without repeats."
+                    "The patterns can match in too many ways at once.",
+                    "Use fewer patterns, or patterns without repeats.",
                 )
         return found
 
@@ -198,7 +199,7 @@ class Patterns:
             _check_flags(flags)
             return self._sequence(tree, end, flags)
         except (re.error, OverflowError, RecursionError) as error:
-            raise PatternError(f"is no regular expression ({error})") from error
+            raise PatternError(f"is not a regular expression ({error})") from error
 
     def _state(self, test=None, condition=None, edges: Sequence[int] = ()) -> int:
         self._count()
@@ -211,7 +212,7 @@ class Patterns:
     def _count(self) -> None:
         self._room -= 1
         if self._room < 0:
-            raise PatternError(f"repeats too much: laid out it has more than {_MOST_STATES} states")
+            raise PatternError(f"repeats too much: it expands to more than {_MOST_STATES} states")
         if len(self._tests) > _MOST_TOGETHER:
             raise PatternError("is one pattern too many")
 
@@ -229,7 +230,7 @@ class Patterns:
         if op is ops.LITERAL and not flags & _IGNORECASE:
             return self._state(test=chr(value), edges=[after])
         if op.name in _UNSUPPORTED:
-            raise PatternError(f"holds {_UNSUPPORTED[op.name]}, which is not supported")
+            raise PatternError(f"contains {_UNSUPPORTED[op.name]}, which Graft does not support")
         if op is ops.SUBPATTERN:
             _, add, remove, items = value
             _check_flags(add | remove)
@@ -260,7 +261,7 @@ class Patterns:
 
 def _check_flags(flags: int) -> None:
     if flags & _OTHER_FLAGS:
-        raise PatternError("sets a flag other than i, s and x, which is not supported")
+        raise PatternError("sets a flag other than i, s and x, which Graft does not support")
 
 
 def _letters(text: str) -> Iterator[str]:

@@ -70,12 +70,12 @@ def check_text(text: str, input: str, most: int) -> None:
         SettingsError: the text is refused; the error names the input.
     """
     if len(text) > most:
-        raise SettingsError(f"The text has {len(text)} characters.", f"At most {most} are taken: shorten it.", input)
+        raise SettingsError(f"The text has {len(text)} characters.", f"Shorten it to at most {most}.", input)
     match = _NO_TEXT.search(text)
     if match is not None:
         raise SettingsError(
-            f"The text holds the control character {match.group()!r} at place {match.start() + 1}.",
-            "Remove it, or write the text anew.",
+            f"The text contains the control character {match.group()!r} at position {match.start() + 1}.",
+            "Remove it, or write the text again.",
             input,
         )
 
@@ -97,13 +97,13 @@ def check_file_name(name: str, input: str) -> None:
         raise _unusable(name, "has too many folders", input)
     for part in parts:
         if _NO_NAME.search(part):
-            raise _unusable(name, f"holds {_NO_NAME.search(part).group()}", input)
+            raise _unusable(name, f"contains {_NO_NAME.search(part).group()}", input)
         if part in ("", ".."):
             raise _unusable(name, f"leads elsewhere or has an empty part ('{part}')", input)
         if part != part.strip() or part.endswith("."):
-            raise _unusable(name, f"has a part with a point or a space at an end ('{part}')", input)
+            raise _unusable(name, f"has a part that ends with a dot, or begins or ends with a space ('{part}')", input)
         if is_windows_reserved(part):
-            raise _unusable(name, f"holds '{part}', which Windows keeps for a device", input)
+            raise _unusable(name, f"contains '{part}', which Windows reserves for a device", input)
         if len(part.encode()) > _LONGEST_PART:
             raise _unusable(name, f"has a part of more than {_LONGEST_PART} bytes", input)
 

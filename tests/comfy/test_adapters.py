@@ -411,7 +411,7 @@ def test_training_goes_on_from_a_file(kind, tmp_path):
         save_adapter(str(path), first.adapter, "first", format)
         more = {**fields, "start_from": str(path), "steps": 1, "learning_rate": 1e-12}
         if format == "kohya" and kind in ("DoRA", "LoKr", "OFT", "BOFT", "IA3"):
-            with pytest.raises(ModelError, match=f"does not hold what {kind} trains.*peft folder"):
+            with pytest.raises(ModelError, match=f"does not have the tensors that {kind} trains.*peft folder"):
                 run_session(tmp_path, **more)
             continue
         second = run_session(tmp_path, **more)
@@ -439,8 +439,8 @@ def test_another_alpha_starts_with_the_same_effect(tmp_path):
 @pytest.mark.parametrize(
     "fields, named",
     [
-        ({"method": "rsLoRA"}, "of the type LoRA, this run of rsLoRA"),
-        ({"method": "LoHa"}, "of the type LoRA, this run of LoHa"),
+        ({"method": "rsLoRA"}, "has the type LoRA, but this run trains rsLoRA"),
+        ({"method": "LoHa"}, "has the type LoRA, but this run trains LoHa"),
         ({"rank": 4}, "Set rank"),
         ({"targets": "all linear"}, "nothing for"),
         ({"targets": "patterns", "target_patterns": ("attn1",)}, "other layers"),
@@ -534,7 +534,7 @@ def test_patterns_choose_layers_of_any_kind(model):
 
 @pytest.mark.parametrize("kind", ["PiSSA", "OFT", "BOFT", "IA3"])
 def test_kinds_of_layers_without_a_right_file_are_refused_by_name(kind, model):
-    with pytest.raises(SettingsError, match=f"{kind} is not offered on a convolution such as input_blocks") as caught:
+    with pytest.raises(SettingsError, match=f"{kind} does not support a convolution such as input_blocks") as caught:
         targets_of(model, kind, targets="linear + conv")
     assert caught.value.input == "targets"
     assert "LoRA with conv" in caught.value.cure
@@ -570,7 +570,7 @@ def test_boft_takes_the_largest_block_that_divides_all_layers(model):
         sizes = {parameter.shape[-1] for name, parameter in training.plan.trainables.items() if "boft_R" in name}
     assert sizes == {4}
     layers = {"a": torch.nn.Linear(9, 2), "b": torch.nn.Linear(4, 2)}
-    with pytest.raises(SettingsError, match="No block of 2 to 5 inputs divides the widths of all layers .4, 9."):
+    with pytest.raises(SettingsError, match="a block of 2 to 5 inputs that divides the widths of all layers .4, 9."):
         METHODS["BOFT"].config(models.recipe("SD1", method="BOFT", rank=5), layers, {})
 
 

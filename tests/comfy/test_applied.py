@@ -168,7 +168,7 @@ def test_a_transformers_file_of_diffusers_own_training_is_not_taken_for_one_laye
         back = load_adapter(path)
         back.native.tensors["transformer_blocks.0.attn.to_k.lora_A.weight"] += 1
         parts = TrainableModules(METHODS["LoRA"], training.plan.recipe, training.host)
-        with pytest.raises(ModelError, match=r"several parts of its own for joint_blocks\.0\.x_block\.attn\.qkv"):
+        with pytest.raises(ModelError, match=r"separate parts for joint_blocks\.0\.x_block\.attn\.qkv"):
             parts.start(training.plan.trainables, back)
 
 

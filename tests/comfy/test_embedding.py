@@ -199,7 +199,7 @@ def test_a_word_that_exists_is_refused(name):
     from graft_pack.nodes.host.model.text_encoder import ComfyText
 
     settings = models.recipe("SD1", embedding_name=name, embedding_init="dog", embedding_vectors=1)
-    with pytest.raises(SettingsError, match="is a word of the text encoder already"):
+    with pytest.raises(SettingsError, match="is already a word of the text encoder"):
         textual_inversion.check_word(settings, ComfyText(models.text("SD1")))
 
 

@@ -233,7 +233,7 @@ def test_quantized_weights_are_refused():
 
     layer = torch.nn.Linear(4, 4)
     layer._parameters["weight"] = torch.nn.Parameter(torch.zeros(4, 4).as_subclass(Packed), requires_grad=False)
-    with pytest.raises(ModelError, match="inner.weight is quantised.*original"):
+    with pytest.raises(ModelError, match="inner.weight is quantized.*original"):
         METHODS["all weights"].targets(
             torch.nn.ModuleDict({"inner": layer}), family_of("SD1"), models.recipe("SD1", **FULL)
         )
@@ -290,14 +290,16 @@ def test_it_goes_on_from_a_file(tmp_path):
         found = raw(models.trained_denoised(training, *probe("SD1")), probe("SD1"))
         assert models.distance(found, output) <= 1e-5
         text = {**start, "text_encoders.clip_l.x.diff": torch.zeros(1)}
-        with pytest.raises(ModelError, match="holds other layers .*text_encoders.clip_l.x.diff"):
+        with pytest.raises(
+            ModelError, match="layers that this run does not train, such as text_encoders.clip_l.x.diff"
+        ):
             begin(training, type(start)(text))
     other = {"targets": "attention"}
     lora = {"diffusion_model.middle_block.0.lora_up.weight": torch.zeros(1)}
     with models.in_training(model, "SD1", **{**FULL, **other}) as training:
         for tensors, metadata, words in (
-            (start, {}, "holds other layers"),
-            (lora, {}, "has nothing for"),
+            (start, {}, "has layers that this run does not train"),
+            (lora, {}, "has no keys such as"),
             ({}, {}, "has nothing for"),
             (start, {"graft_recipe": '{"method": "LoRA"}'}, "of the type LoRA"),
         ):

@@ -95,7 +95,7 @@ def test_what_is_not_a_blocks_own_plain_weight_stays_whole():
 
 
 def test_a_model_without_blocks_is_named():
-    with pytest.raises(ModelError, match="Linear. has no blocks whose weights could be shared out. Set shard"):
+    with pytest.raises(ModelError, match="Linear. has no blocks to shard. Set shard"):
         ShardedWeights(torch.nn.Linear(8, 8), [], Lone(), needs_input_grad=False)
 
 

@@ -95,7 +95,7 @@ def dataset_for(name, masks=True):
     pictures, texts = [grain(1), grain(2)], ["one", "two"]
     if TAKES[name] == HOLE:
         return from_arrays(pictures, texts, "", 64, [half()] * 2 if masks else [])
-    return from_arrays(pictures, texts, "", 64, controls=[grain(11), grain(12)])
+    return from_arrays(pictures, texts, "", 64, source_images=[grain(11), grain(12)])
 
 
 def host_of(training, name):
@@ -239,7 +239,7 @@ def test_holes_are_drawn_where_there_is_no_mask_and_differ_from_turn_to_turn(tmp
 
 def test_source_pictures_on_a_model_that_takes_none_are_refused(tmp_path):
     with models.in_training(models.patcher("SD1"), "SD1") as training:
-        with pytest.raises(DatasetError, match=r"source pictures, and this model \(SD1\) takes none.*Kontext"):
+        with pytest.raises(DatasetError, match=r"source pictures, but this model \(SD1\) takes none.*Kontext"):
             planned(training, "SD1", tmp_path, dataset_for("Flux"))
 
 

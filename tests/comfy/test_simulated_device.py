@@ -283,7 +283,9 @@ def test_validation_measures_as_on_the_cpu(tmp_path):
             yield replace(training, plan=replace(training.plan, validation=training.plan.train[:1]))
 
     check_as_on_the_cpu(tmp_path, validating)
-    found = [[json.loads(line) for line in path.read_text().splitlines()] for path in tmp_path.glob("*/run/metrics.jsonl")]
+    found = [
+        [json.loads(line) for line in path.read_text().splitlines()] for path in tmp_path.glob("*/run/metrics.jsonl")
+    ]
     losses = [[one["loss"] for one in events if one["event"] == "validation"] for events in found]
     assert len(losses) == 2 and len(losses[0]) == STEPS and losses[0] == pytest.approx(losses[1], rel=ROUNDING)
 
@@ -402,7 +404,7 @@ def test_a_step_waits_for_the_device_twice(tmp_path):
 
     with training_on(device.device, report=report) as training, device.measured():
         finish(training, tmp_path, steps=4)
-    print(reads[2][len(reads[1]):])
+    print(reads[2][len(reads[1]) :])
     assert len(reads[2]) - len(reads[1]) <= READS
 
 

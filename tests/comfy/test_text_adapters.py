@@ -349,7 +349,7 @@ def test_training_goes_on_from_a_file(format, tmp_path):
     for name, value in first.adapter.items():
         assert models.distance(second.adapter[name], value) <= 1e-5
     off = {"text_encoder": False, "text_encoder_rank": 0, "text_encoder_learning_rate": 0.0}
-    with pytest.raises(ModelError, match="holds other layers than this run trains, such as .*text.*") as caught:
+    with pytest.raises(ModelError, match="has layers that this run does not train, such as .*text.*") as caught:
         run_session(tmp_path, start_from=str(path), **off)
     assert "text_encoder" in caught.value.cure
     without = run_session(tmp_path / "without", **off)

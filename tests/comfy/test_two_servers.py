@@ -46,7 +46,8 @@ def test_two_servers_train_and_delete_one_run_one_after_the_other(pair):
     queued = begin(first, graph)
     run = runs.find_run(first, "shared")
     for other in (graph, over):
-        with pytest.raises(PromptError, match=f"'{run.name}' is in use .*process {first.process.pid} ") as caught:
+        held = f"Another training uses the run '{run.name}': process {first.process.pid} "
+        with pytest.raises(PromptError, match=held) as caught:
             second.run(other)
         assert "disk" not in str(caught.value)
     code, text = refusal(second, f"/graft/runs/{run.name}/delete")
@@ -86,7 +87,7 @@ def test_processes_of_a_graph_hold_the_run_together(pair):
     graph["3"]["inputs"]["batch_size"] = 2
     begin(first, graph)
     run = runs.find_run(first, "processes")
-    with pytest.raises(PromptError, match=f"'{run.name}' is in use"):
+    with pytest.raises(PromptError, match=f"Another training uses the run '{run.name}'"):
         second.run(graph)
     first.kill()
     queued = begin(second, graph)

@@ -46,7 +46,7 @@ def test_what_is_left_out_is_named_by_inspection_and_by_training(server, tiny_ba
     Image.new("RGB", (3, 3)).save(folder / "tiny.png")
     text = server.run(graphs.training(folder.name, 2, trigger="sks"))["outputs"]["3"]["text"][0]
     report = report_of(server, inspection(folder.name, trigger="sks"))
-    for name, reason in (("03.png", "no known picture format"), ("04.png", "UTF-8"), ("tiny.png", "too small")):
+    for name, reason in (("03.png", "picture format is unknown"), ("04.png", "UTF-8"), ("tiny.png", "too small")):
         for said in (text, report):
             assert name in said, said
             assert reason in said, said
@@ -80,7 +80,7 @@ def test_files_of_every_kind_are_trained_on_or_named(server, tiny_base, folder):
     for said in (text, report):
         assert "2 left out" in said or "Left out" in said
         assert "gone.txt: a caption without its picture" in said
-        assert "a.arw: this format is not read" in said
+        assert "a.arw: Graft cannot read this format" in said
 
 
 def test_inspection_finds_what_there_is_to_find(server, tiny_base, folder):
@@ -95,14 +95,15 @@ def test_inspection_finds_what_there_is_to_find(server, tiny_base, folder):
     for words in (
         "copy.jpg like 00.png",
         "cropped by more than a fifth: long.png (loses",
-        "beyond 75 tokens (encoded in parts, none is cut): long.png",
-        "caption does not hold the trigger (it is put in front)",
+        "more than 75 tokens (encoded in parts, not cut): long.png",
+        "with a caption without the trigger (Graft puts it in front)",
         "1 with a mask",
         "without a caption of their own: copy.jpg",
         "tags shuffled, the first 1 kept, half mirrored",
-        "versions of a caption are encoded",
+        "Graft encodes up to ",
+        " versions of a caption.",
         "word (2)",
-        "MB; they may be deleted at any time",
+        "MB; you can delete them at any time",
     ):
         assert words in report, report
     (picture,) = entry["outputs"]["4"]["images"]

@@ -243,7 +243,7 @@ def test_prior_preservation_for_any_trainer_and_in_the_report(server, tiny_base,
     entry = server.run(graph)
     report = text_of(entry, "7")
     assert "6 pictures, 6 in an epoch" in report
-    assert "3 class images besides, weight 0.5; an epoch shows 6 of them, all in turn" in report
+    assert "Plus 3 class images, weight 0.5; an epoch shows 6 of them, in turn" in report
     assert "2 steps trained" in text_of(entry)
     graph["6"]["inputs"]["weight"] = 0.0
     graph["3"]["inputs"]["dataset"] = ["2", 0]

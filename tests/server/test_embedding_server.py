@@ -133,10 +133,10 @@ def test_a_word_beside_a_lora(server, tiny_base, dataset):
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"name": "dog"}, "input 'name'.*is a word of the text encoder already"),
-        ({"name": "two words"}, "input 'name'.*cannot be addressed"),
-        ({"name": "../up"}, "input 'name'.*cannot be addressed"),
-        ({"init_text": ""}, "input 'init_text'.*holds no word"),
+        ({"name": "dog"}, "input 'name'.*is already a word of the text encoder"),
+        ({"name": "two words"}, "input 'name': A prompt cannot use the embedding name"),
+        ({"name": "../up"}, "input 'name': A prompt cannot use the embedding name"),
+        ({"init_text": ""}, "input 'init_text'.*gives no token"),
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else None,
 )
@@ -148,13 +148,13 @@ def test_what_cannot_be_learnt_is_said(server, tiny_base, dataset, fields, messa
 def test_pivotal_options_are_named_where_they_arrive(server, tiny_base, dataset):
     defaults = graphs.defaults_of(server.object_info("GraftPivotalOptions")["GraftPivotalOptions"])
     pivotal = {"50": graphs.options("GraftPivotalOptions", defaults, name="dog", init_text="toy")}
-    with pytest.raises(PromptError, match=r"Graft Train LoRA \(node 3\), input 'options': 'dog' is a word"):
+    with pytest.raises(PromptError, match=r"Graft Train LoRA \(node 3\), input 'options': 'dog' is already a word"):
         server.run(graphs.training(dataset.name, 2, option_nodes=pivotal))
 
 
 def test_captions_without_the_word_are_named(server, tiny_base, dataset):
     (dataset / "00.txt").write_text("a photo of nothing in particular")
-    with pytest.raises(PromptError, match="input 'dataset'.*do not hold the word 'my-word': 00.png"):
+    with pytest.raises(PromptError, match="input 'dataset'.*do not contain the embedding 'my-word': 00.png"):
         server.run(learning(dataset.name, 1))
 
 

@@ -345,11 +345,11 @@ def names(rng, defaults, trained):
         yield Trial("prefix", what, act, "input 'filename_prefix': .*(?:Cannot use|leads out of)")
     for what, value in WORDS.items():
         act = _queueing(defaults, "GraftSaveEmbedding", {"name": value})
-        yield Trial("word", f"saved {what}", act, "input 'name': The embedding name .*cannot be addressed")
+        yield Trial("word", f"saved {what}", act, "input 'name': A prompt cannot use the embedding name")
         act = _queueing(defaults, "GraftTrainEmbedding", {"name": value})
-        yield Trial("word", f"trained {what}", act, "input 'name': The embedding name .*cannot be addressed")
+        yield Trial("word", f"trained {what}", act, "input 'name': A prompt cannot use the embedding name")
         act = _queueing(defaults, "GraftPivotalOptions", {"name": value})
-        yield Trial("word", f"pivotal {what}", act, "input 'name': The embedding name .*cannot be addressed")
+        yield Trial("word", f"pivotal {what}", act, "input 'name': A prompt cannot use the embedding name")
     for what, value in RUN_NAMES.items():
         act = _queueing(defaults, "GraftRunOptions", {"name": value})
         yield Trial("run name", what, act, "input 'name': The run name .*cannot be a folder name")
@@ -365,12 +365,12 @@ def names(rng, defaults, trained):
             ("GraftAdapterOptions", "block_ranks", "=4"),
             ("GraftApplyAdapter", "block_strengths", "=0.5"),
         ):
-            says = f"input '{input}': .*(?:is not supported|repeats too much|no regular expression|longer than)"
+            says = f"input '{input}': .*(?:does not support|repeats too much|not a regular expression|longer than)"
             act = _queueing(defaults, node, {input: f"{value}{ending}"})
             yield Trial("pattern", f"{input} {what}", act, says)
     for value in ("512, -1", "1e9", "NaN", "9" * 400, "<b>", "\u0665\u0661\u0662x"):
         act = _queueing(defaults, "GraftLoadDataset", {"more_resolutions": value})
-        yield Trial("text of numbers", f"{value[:9]!a}", act, "input 'more_resolutions': .*is no resolution")
+        yield Trial("text of numbers", f"{value[:9]!a}", act, "input 'more_resolutions': .*is not a resolution")
     for value in ("attn2=nan", "attn2=inf", "=4", "attn2", "attn2=4=", "a=-1"):
         act = _queueing(defaults, "GraftAdapterOptions", {"block_learning_rates": value})
         yield Trial("text of numbers", value, act, "input 'block_learning_rates': .*not pattern=value")
@@ -431,22 +431,22 @@ def lying():
     return {
         "nothing": (b"", f"{none} .*ends after 0 of 8 bytes"),
         "four bytes": (b"abcd", f"{none} .*ends after 4 of 8 bytes"),
-        "a text": (b"dear diary, this is no file of tensors at all", f"{none} .*a header of"),
-        "a pickle": (b"\x80\x04\x95cos\nsystem\n" * 20, f"{none} .*a header of"),
-        "a page": (b"<!doctype html><html><script>alert(1)</script></html>", f"{none} .*a header of"),
-        "header beyond the file": (safetensors(good, size=10**6), f"{none} .*ends after .* of its head"),
-        "header of 2^63": (safetensors(good, size=2**63), f"{none} .*a header of 9223372036854775808 bytes"),
-        "header of 2^64-1": (safetensors(good, size=2**64 - 1), f"{none} .*a header of"),
+        "a text": (b"dear diary, this is no file of tensors at all", f"{none} .*its header has"),
+        "a pickle": (b"\x80\x04\x95cos\nsystem\n" * 20, f"{none} .*its header has"),
+        "a page": (b"<!doctype html><html><script>alert(1)</script></html>", f"{none} .*its header has"),
+        "header beyond the file": (safetensors(good, size=10**6), f"{none} .*ends after .* of its header"),
+        "header of 2^63": (safetensors(good, size=2**63), f"{none} .*its header has 9223372036854775808 bytes"),
+        "header of 2^64-1": (safetensors(good, size=2**64 - 1), f"{none} .*its header has"),
         "empty header": (safetensors(header=b""), none),
         "no JSON": (safetensors(header=b"{'a': 1}"), none),
-        "a list": (safetensors(header=b"[]"), f"{none} .*no object"),
-        "a number": (safetensors(header=b"5"), f"{none} .*no object"),
+        "a list": (safetensors(header=b"[]"), f"{none} .*not a JSON object"),
+        "a number": (safetensors(header=b"5"), f"{none} .*not a JSON object"),
         "nested": (safetensors(header=deep), f"{none} .*(?:nested too deeply|recursion)"),
         "nested objects": (safetensors(header=b'{"a":' * 100_000), f"{none} .*(?:nested too deeply|recursion)"),
         "not UTF-8": (safetensors(header=b'{"\xff\xfe": 1}'), f"{none} .*utf-8"),
         "UTF-16": (safetensors(header='{"a": 1}'.encode("utf-16")), none),
-        "cut off": (whole[:-7], f"{none} .*bytes of data where"),
-        "too long": (whole + b"\0" * 8, f"{none} .*bytes of data where"),
+        "cut off": (whole[:-7], f"{none} .*bytes of data, but"),
+        "too long": (whole + b"\0" * 8, f"{none} .*bytes of data, but"),
         "offsets beyond": (safetensors(rows={"a": row([4], 0, 16)}, data=b"\0" * 8), f"{none} .*bytes of data"),
         "offsets overlap": (
             safetensors(rows={"a": row([2], 0, 8), "b": row([2], 4, 12)}, data=b"\0" * 12),
@@ -454,24 +454,27 @@ def lying():
         ),
         "a gap": (safetensors(rows={"a": row([2], 0, 8), "b": row([2], 12, 20)}, data=b"\0" * 20), f"{none} .*gap"),
         "offsets back": (safetensors(rows={"a": row([2], 8, 0)}, data=b"\0" * 8), f"{none} .*has -8 bytes"),
-        "offsets below 0": (safetensors(rows={"a": row([2], -8, 0)}, data=b""), f"{none} .*not whole"),
+        "offsets below 0": (safetensors(rows={"a": row([2], -8, 0)}, data=b""), f"{none} .*is incomplete"),
         "one offset": (
             safetensors(rows={"a": {"dtype": "F32", "shape": [2], "data_offsets": [0]}}, data=b""),
-            f"{none} .*not whole",
+            f"{none} .*is incomplete",
         ),
-        "offsets of text": (safetensors(rows={"a": row([2], "0", "8")}, data=b"\0" * 8), f"{none} .*not whole"),
-        "offsets of floats": (safetensors(rows={"a": row([2], 0.0, 8.0)}, data=b"\0" * 8), f"{none} .*not whole"),
+        "offsets of text": (safetensors(rows={"a": row([2], "0", "8")}, data=b"\0" * 8), f"{none} .*is incomplete"),
+        "offsets of floats": (safetensors(rows={"a": row([2], 0.0, 8.0)}, data=b"\0" * 8), f"{none} .*is incomplete"),
         "shape and bytes": (
             safetensors(rows={"a": row([3], 0, 8)}, data=b"\0" * 8),
             f"{none} .*shape and dtype need 12",
         ),
         "enormous shape": (safetensors(rows={"a": row([2**40, 2**20], 0, 8)}, data=b"\0" * 8), f"{none} .*need"),
         "shape that wraps": (safetensors(rows={"a": row([2**62, 4, 2], 0, 8)}, data=b"\0" * 8), f"{none} .*need"),
-        "shape below 0": (safetensors(rows={"a": row([-2, -1], 0, 8)}, data=b"\0" * 8), f"{none} .*not whole"),
-        "shape of 10^400": (safetensors(rows={"a": row([10**400], 0, 8)}, data=b"\0" * 8), f"{none} .*not whole"),
-        "many dimensions": (safetensors(rows={"a": row([1] * 100_000, 0, 4)}, data=b"\0" * 4), f"{none} .*not whole"),
-        "no shape": (safetensors(rows={"a": {"dtype": "F32"}}), f"{none} .*not whole"),
-        "a text for a row": (safetensors(rows={"a": "F32"}), f"{none} .*not whole"),
+        "shape below 0": (safetensors(rows={"a": row([-2, -1], 0, 8)}, data=b"\0" * 8), f"{none} .*is incomplete"),
+        "shape of 10^400": (safetensors(rows={"a": row([10**400], 0, 8)}, data=b"\0" * 8), f"{none} .*is incomplete"),
+        "many dimensions": (
+            safetensors(rows={"a": row([1] * 100_000, 0, 4)}, data=b"\0" * 4),
+            f"{none} .*is incomplete",
+        ),
+        "no shape": (safetensors(rows={"a": {"dtype": "F32"}}), f"{none} .*is incomplete"),
+        "a text for a row": (safetensors(rows={"a": "F32"}), f"{none} .*is incomplete"),
         "unknown dtype": (
             safetensors(rows={"a": row([2], 0, 8, "F33")}, data=b"\0" * 8),
             f"{none} .*unknown dtype F33",
@@ -479,11 +482,11 @@ def lying():
         "dtype of HTML": (safetensors(rows={"a": row([2], 0, 8, HTML)}, data=b"\0" * 8), f"{none} .*unknown dtype"),
         "twice a name": (
             safetensors(header=b'{"a":%b,"a":%b}' % ((json.dumps(row([1], 0, 4)).encode(),) * 2), data=b"\0" * 4),
-            f"{none} .*stands twice",
+            f"{none} .*occurs twice",
         ),
-        "metadata of numbers": (safetensors(good, {"a": 1}), f"{none} .*metadata are no texts"),
-        "metadata of lists": (safetensors(good, {"a": ["b"]}), f"{none} .*metadata are no texts"),
-        "metadata a list": (safetensors(good, [1]), f"{none} .*metadata are no texts"),
+        "metadata of numbers": (safetensors(good, {"a": 1}), f"{none} .*metadata does not map names to texts"),
+        "metadata of lists": (safetensors(good, {"a": ["b"]}), f"{none} .*metadata does not map names to texts"),
+        "metadata a list": (safetensors(good, [1]), f"{none} .*metadata does not map names to texts"),
     }
 
 
@@ -499,32 +502,38 @@ def adapters(rng, defaults, trained):
     bare = {"base_model.model.a.lora_A.weight": np.ones((4, 8)), "base_model.model.a.lora_B.weight": np.ones((8, 4))}
     broken = {
         "no tensors": (safetensors(), "holds no tensors"),
-        "an endless name": (safetensors(lora(name="lora_unet_" + "a" * 60_000)), "name of 60027 characters"),
-        "NaN": (safetensors(nan), "holds numbers that are not finite"),
-        "infinite": (safetensors(inf), "holds numbers that are not finite"),
+        "an endless name": (safetensors(lora(name="lora_unet_" + "a" * 60_000)), "key of 60027 characters"),
+        "NaN": (safetensors(nan), "has values that are not finite"),
+        "infinite": (safetensors(inf), "has values that are not finite"),
         "ranks apart": (safetensors(lora((32, 5), (4, 32))), "do not fit each other"),
         "up alone": (safetensors({f"{LAYER}.lora_up.weight": np.ones((32, 4))}), "factors is missing"),
         "down alone": (safetensors(no_up), "factors is missing"),
         "zero size": (safetensors(lora((32, 0), (0, 32))), "is empty"),
         "flat": (safetensors(lora((32,), (32,))), "do not fit each other"),
         "a number for a factor": (safetensors(lora((), (4, 32))), "do not fit each other"),
-        "alpha of many": (safetensors({**lora(), f"{LAYER}.alpha": np.ones(9)}), "alpha is .* no number"),
+        "alpha of many": (
+            safetensors({**lora(), f"{LAYER}.alpha": np.ones(9)}),
+            "alpha has the shape .* is not a number",
+        ),
         "hada apart": (
             safetensors({f"{LAYER}.hada_w1_a": np.ones((8, 4)), f"{LAYER}.hada_w1_b": np.ones((5, 8))}),
             "do not fit each other",
         ),
         "lokr alone": (safetensors({f"{LAYER}.lokr_w1_a": np.ones((8, 4))}), "is missing"),
-        "peft's without its configuration": (safetensors(bare), "lies without its adapter_config.json"),
+        "peft's without its configuration": (
+            safetensors(bare),
+            "its adapter_config.json, which holds the alpha, is missing",
+        ),
         "configuration no JSON": (safetensors(unet, config("{")), "metadata of .* is damaged"),
         "configuration nested": (safetensors(unet, config("[" * 100_000)), "metadata of .* is damaged"),
         "configuration a list": (safetensors(unet, config("[1]")), "metadata of .* is damaged"),
-        "r a text": (safetensors(unet, config('{"unet.r": "four", "unet.lora_alpha": 4}')), "not peft's .r is 'four'"),
+        "r a text": (safetensors(unet, config('{"unet.r": "four", "unet.lora_alpha": 4}')), "is invalid .r is 'four'"),
         "r of nothing": (safetensors(unet, config('{"unet.r": 0, "unet.lora_alpha": 4}')), "no r or no alpha"),
         "alpha NaN": (safetensors(unet, config('{"unet.r": 4, "unet.lora_alpha": NaN}')), "lora_alpha is nan"),
         "no alpha": (safetensors(unet, config('{"unet.r": 4}')), "no r or no alpha"),
         "a pattern with look-around": (
             safetensors(unet, config('{"unet.r": 4, "unet.lora_alpha": 4, "unet.rank_pattern": {"(?!a)b": 4}}')),
-            "rank_pattern .*holds look-around",
+            "rank_pattern .*contains look-around",
         ),
         "rank 0 by a pattern": (
             safetensors(unet, config('{"unet.r": 4, "unet.lora_alpha": 4, "unet.rank_pattern": {"a": 0}}')),
@@ -536,7 +545,7 @@ def adapters(rng, defaults, trained):
         ),
         "DoRA of peft's": (
             safetensors({**unet, "unet.a.to_q.lora_magnitude_vector": np.ones(8)}),
-            "DoRA whose magnitude needs",
+            "DoRA in peft's form",
         ),
     }
     for what, (data, says) in {**lying(), **broken}.items():
@@ -628,7 +637,7 @@ def embeddings(rng, defaults, trained):
         ),
         "whole numbers": (
             safetensors(rows={"emb_params": row([1, width], 0, 8 * width, "I64")}, data=b"\0" * 8 * width),
-            "no sound embedding",
+            "no valid embedding",
         ),
         "endless": (safetensors({"emb_params": np.zeros((1001, width))}), "1001 vectors, more than"),
     }
@@ -673,10 +682,10 @@ def pictures(rng, defaults, trained):
         yield _odd_picture(number)
     for what, (data, says) in {
         "bomb": (odd_files.bomb(), "more than 178956970 pixels"),
-        "gzip": (b"\x1f\x8b" * 4000, "no known picture format"),
-        "svg": (b"<svg onload='alert(1)'/>", "no known picture format"),
+        "gzip": (b"\x1f\x8b" * 4000, "picture format is unknown"),
+        "svg": (b"<svg onload='alert(1)'/>", "picture format is unknown"),
         "polyglot": (b"GIF89a/*" + b"<script>alert(1)</script>" * 40, "cannot be read|too small"),
-        "zeros": (bytes(4000), "no known picture format"),
+        "zeros": (bytes(4000), "picture format is unknown"),
         "wide head": (odd_files._png(2**31 - 1, 2**31 - 1, 8, 2, b""), "pixels|cannot be read"),
         "no data": (odd_files._png(64, 64, 8, 2, b""), "cannot be read"),
     }.items():
@@ -752,16 +761,16 @@ def captions(rng, defaults, trained):
         "latin-1": ("sound.txt", b"gr\xfcn", "not UTF-8"),
         "UTF-16 cut": ("sound.txt", b"\xff\xfea", "not UTF-8"),
         "binary": ("sound.txt", bytes(range(256)), "not UTF-8"),
-        "nested JSON": ("sound.json", b"[" * 100_000, "no JSON"),
-        "JSON with half a character": ("sound.json", b'{"caption": "\\ud800"}', "half a character"),
-        "endless caption": ("sound.txt", b"word " * 100_000, "characters. At most|499999 characters|characters"),
-        "endless JSON number": ("sound.json", b"1" * 10_000, "no JSON"),
+        "nested JSON": ("sound.json", b"[" * 100_000, "not JSON"),
+        "JSON with half a character": ("sound.json", b'{"caption": "\\ud800"}', "half of a character"),
+        "endless caption": ("sound.txt", b"word " * 100_000, "499999 characters"),
+        "endless JSON number": ("sound.json", b"1" * 10_000, "not JSON"),
     }.items():
         # The only picture cannot be trained on, so the folder is refused and the reason stated.
         folder = f"caption {what}"
         yield _looked_at(
             folder,
-            f"input 'folder': .*no picture that can be trained on: .*{says}",
+            f"input 'folder': .*no picture to train on: .*{says}",
             _one_beside(folder, name, data),
             False,
             "caption",
@@ -770,18 +779,22 @@ def captions(rng, defaults, trained):
         "metadata that leads out": (
             "metadata.jsonl",
             b'{"file_name": "../../../etc/passwd", "text": "x"}\n{"file_name": "/etc/passwd", "text": "x"}',
-            "names 2 pictures that are not there",
+            "names 2 missing pictures",
         ),
-        "metadata of numbers": ("metadata.jsonl", b"5\n", "no JSON object"),
-        "metadata without names": ("metadata.jsonl", b'{"text": "x"}\n', "names no file_name"),
-        "metadata nested": ("metadata.jsonl", b'{"a":' * 50_000, "no JSON"),
+        "metadata of numbers": ("metadata.jsonl", b"5\n", "not a JSON object"),
+        "metadata without names": ("metadata.jsonl", b'{"text": "x"}\n', "has no file_name"),
+        "metadata nested": ("metadata.jsonl", b'{"a":' * 50_000, "not JSON"),
         "metadata with half a character": (
             "metadata.jsonl",
             b'{"file_name": "sound.png", "text": "\\udfff"}',
-            "half a char",
+            "half of a character",
         ),
-        "a table of NUL": ("metadata.csv", b"file_name,text\n\0,\0\n", "no CSV|not there|names no|holds NUL"),
-        "a field without end": ("metadata.csv", b'file_name,text\nsound.png,"' + b"a" * 300_000, "no CSV|characters"),
+        "a table of NUL": (
+            "metadata.csv",
+            b"file_name,text\n\0,\0\n",
+            "not CSV|missing pictures|has no file_name|contains NUL",
+        ),
+        "a field without end": ("metadata.csv", b'file_name,text\nsound.png,"' + b"a" * 300_000, "not CSV|characters"),
     }.items():
         folder = f"caption {what}"
         yield _looked_at(folder, says, _one_beside(folder, name, data), kind="caption")
@@ -872,14 +885,14 @@ def _other_names(path):
 SPOILT_STATES = {
     "version 2": (_with(lambda plain: plain.update(version=2)), "version 2"),
     "no version": (_with(lambda plain: plain.pop("version") and None), "damaged"),
-    "version of HTML": (_with(lambda plain: plain.update(version=HTML)), "is of version"),
+    "version of HTML": (_with(lambda plain: plain.update(version=HTML)), "has the unknown version"),
     "another step": (_with(lambda plain: plain.update(step=7)), "its step is 7"),
     "step below 0": (_with(lambda plain: plain.update(step=-1)), "its step is -1"),
     "step a text": (_with(lambda plain: plain.update(step="2")), "its step is '2'"),
     "step 2.5": (_with(lambda plain: plain.update(step=2.5)), "its step is 2.5"),
     "no batches": (_with(lambda plain: plain.pop("batches") and None), "damaged"),
     "batches endless": (_with(lambda plain: plain.update(batches=math.inf)), "batches"),
-    "a field too many": (_with(lambda plain: plain.update(evil=1)), "holds evil"),
+    "a field too many": (_with(lambda plain: plain.update(evil=1)), "unknown field evil"),
     "losses a text": (_with(lambda plain: plain.update(losses="many")), "damaged"),
     "losses nested": (_with(lambda plain: plain.update(losses=[[1]])), "damaged"),
     "optimiser a list": (_with(lambda plain: plain.update(optimizer=[1])), "damaged"),
@@ -890,7 +903,7 @@ SPOILT_STATES = {
     "nothing": (_with(lambda plain: ""), "damaged"),
     "nested": (_with(lambda plain: "[" * 100_000), "damaged"),
     "NaN weights": (_nan_weights, "is not finite"),
-    "other names": (_other_names, "nothing of a state's"),
+    "other names": (_other_names, "does not belong to a state"),
     "empty": (lambda path: path.write_bytes(b""), "cannot be read"),
     "cut off": (lambda path: path.write_bytes(path.read_bytes()[:-40]), "cannot be read"),
     "lying head": (lambda path: path.write_bytes(b"\xff" * 8 + path.read_bytes()[8:]), "cannot be read"),
@@ -930,9 +943,9 @@ def states(rng, defaults, trained):
     for what, (data, says) in {
         "no JSON": (b"{", "recipe.json' cannot be read as JSON"),
         "nested": (b"[" * 100_000, "recipe.json' cannot be read as JSON"),
-        "a list": (b"[]", "recipe.json' is no recipe"),
+        "a list": (b"[]", "recipe.json' is not a recipe"),
         "of another": (b'{"identity": "0123"}', "belongs to another run"),
-        "identity a number": (b'{"identity": 5}', "recipe.json' is no recipe"),
+        "identity a number": (b'{"identity": 5}', "recipe.json' is not a recipe"),
     }.items():
         spoil = lambda path, data=data: path.write_bytes(data)  # noqa: E731
         yield _resuming(f"recipe {what}", spoil, trained, says, ["recipe.json"], False)
@@ -965,7 +978,7 @@ def _caches(trained):
     """Write malformed entries into the caches of the whole server."""
     foreign = safetensors({"k/mean": np.ones(4)}, {"format": "graft cache 99", "sums": "{}"})
     for what, (data, logged) in {
-        "another format": (foreign, "left aside: it is of the format 'graft cache 99'"),
+        "another format": (foreign, "ignored the cache shard .*: its format is 'graft cache 99'"),
         "no sums": (safetensors({"k/mean": np.ones(4)}, {"format": "graft cache 1"}), "is damaged"),
         "sums nested": (safetensors({"k/mean": np.ones(4)}, {"sums": "[" * 100_000}), "is damaged"),
         "sums of texts": (safetensors({"k/mean": np.ones(4)}, {"sums": '{"k/mean": "x"}'}), "is damaged"),

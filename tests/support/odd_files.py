@@ -185,8 +185,8 @@ def _damaged(folder, outside, number):
         yield name, Odd(None, "cannot be read")
     for name, content, reason in (
         (f"nothing-{number}.png", b"", "it is empty"),
-        (f"a text-{number}.png", b"dear diary, this is no picture", "no known picture format"),
-        (f"page-{number}.jpg", b"<!doctype html><html>404</html>", "no known picture format"),
+        (f"a text-{number}.png", b"dear diary, this is no picture", "picture format is unknown"),
+        (f"page-{number}.jpg", b"<!doctype html><html>404</html>", "picture format is unknown"),
         (f"phone-{number}.heic", b"\x00\x00\x00\x18ftypheic", "Pillow does not read HEIC by itself"),
         (f"half a head-{number}.png", b"\x89PNG\r\n\x1a\n\x00\x00", "cannot be read"),
     ):
@@ -198,10 +198,10 @@ def _damaged(folder, outside, number):
 def _sizes(folder, outside, number):
     name = f"dot-{number}.png"
     _save(folder, name, Image.new("RGB", (1, 1), "red"))
-    yield name, Odd(None, "1x1: too small")
+    yield name, Odd(None, "too small (1x1)")
     name = f"thread-{number}.png"
     _save(folder, name, Image.new("RGB", (20000, 10), "red"))
-    yield name, Odd(None, "20000x10: too small")
+    yield name, Odd(None, "too small (20000x10)")
     name = f"bomb-{number}.png"
     with open(os.path.join(folder, name), "wb") as file:
         file.write(bomb())

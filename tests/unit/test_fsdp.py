@@ -106,7 +106,7 @@ def test_memory_that_runs_out_where_one_works_alone_is_found(straight, tmp_path,
 @pytest.mark.parametrize(
     "fields, said",
     [
-        ({"method": "all weights", "rank": 0, "alpha": 0.0}, "all weights are trained.*only frozen ones"),
+        ({"method": "all weights", "rank": 0, "alpha": 0.0}, "trains all weights.*only frozen weights"),
         ({"offload": "on"}, "shard and offload are both on"),
     ],
     ids=["all weights", "offload"],
@@ -118,7 +118,7 @@ def test_what_does_not_go_with_shares_is_named(fields, said):
 
 def test_a_pytorch_that_cannot_do_it_is_named(monkeypatch):
     monkeypatch.delattr("torch.distributed.fsdp.FSDPModule.reset_iter_state")
-    with pytest.raises(SettingsError, match="Set shard .* to off, or take a newer PyTorch"):
+    with pytest.raises(SettingsError, match="Set shard .* to off, or install a newer PyTorch"):
         fsdp.check_shards()
 
 

@@ -208,4 +208,4 @@ def test_a_broken_connection_is_said_alike_wherever_it_is_found(spread_alone, mo
 
 
 def test_what_ends_an_attempt_says_what_to_do():
-    assert "start it again" in str(PeerLostError()).lower()
+    assert "start the training again" in str(PeerLostError()).lower()

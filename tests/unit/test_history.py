@@ -161,7 +161,7 @@ def test_what_could_not_be_removed_is_not_listed_and_goes_with_the_next(folders,
 @pytest.mark.parametrize("text", ["[]", "{", '{"prompt": 3}'])
 def test_a_graph_that_is_none_is_not_given(write, text):
     run = write()
-    with pytest.raises(RunError, match="No workflow"):
+    with pytest.raises(RunError, match="no saved workflow"):
         records.read_graph(run)
     with open(run.graph_path, "w") as file:
         file.write(text)

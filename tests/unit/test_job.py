@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from graft_pack.trainers.data.examples import Anchor, Augmentation
+from graft_pack.trainers.data.examples import Augmentation, PriorTarget
 from graft_pack.trainers.data.scan import ScanOptions, scan_folder
 from graft_pack.trainers.engine import job as jobs
 from graft_pack.trainers.engine.session import run_recipe
@@ -38,7 +38,7 @@ def varied():
     handling = Augmentation(shuffle_tags=True, caption_dropout=0.2, flip=True, resolutions=(48,), mask_minimum=0.1)
     first, second, *others = dataset.examples
     first = replace(first, handling=handling, mask=second.source, captions=("a, b, c", "d \u00e9"), repeats=2)
-    second = replace(second, weight=0.5, anchor=Anchor("a picture", 0.3))
+    second = replace(second, weight=0.5, anchor=PriorTarget("a picture", 0.3))
     return replace(dataset, examples=(first, second, *others))
 
 
@@ -167,7 +167,7 @@ def test_a_missing_latent_is_named_and_none_is_left_out(tmp_path):
     sums = {name: total for name, total in json.loads(metadata["sums"]).items() if name in tensors}
     files.write_tensors(shard, tensors, {**metadata, "sums": json.dumps(sums)})
     job = jobs.read_job(path)
-    with pytest.raises(RunError, match=r"the picture 'image \d+' is missing or damaged, and a job holds no pictures"):
+    with pytest.raises(RunError, match=r"the picture 'image \d+' is missing or damaged, and a job has no pictures"):
         run_recipe(job.recipe, job.dataset, make_host(), job.folders(folders_of(tmp_path / "there")))
 
 
@@ -228,7 +228,7 @@ def test_accelerates_cpu_is_comfyuis_and_starts_one_process(
 
 
 def test_a_folder_without_a_job_is_said_to_be_none(tmp_path):
-    with pytest.raises(RunError, match=r"no job in .* Give the folder"):
+    with pytest.raises(RunError, match=r"no job in .* Use the folder"):
         jobs.read_job(str(tmp_path))
 
 
@@ -371,7 +371,7 @@ def test_a_hostile_job_removes_no_models(way, tmp_path):
         # Folders exist only for files that a picture needs.
         shutil.rmtree(inner, ignore_errors=True)
         os.symlink(models_folder, inner)
-    with pytest.raises(RunError, match="leads out of its folder"):
+    with pytest.raises(RunError, match="uses a file outside its folder"):
         run_job(path, tmp_path / "there")
     assert contents(models_folder) == before
 
@@ -381,7 +381,7 @@ def test_a_job_starts_from_no_file_outside_it(name, tmp_path):
     path = export(tmp_path)
     value = json.loads((tmp_path / "jobs" / os.path.basename(path) / "job.json").read_text())
     edited(os.path.join(path, "job.json"), recipe={**value["recipe"], "start_from": name})
-    with pytest.raises(RunError, match="leads out of its folder"):
+    with pytest.raises(RunError, match="uses a file outside its folder"):
         jobs.read_job(path)
 
 
@@ -389,7 +389,7 @@ def test_an_export_replaces_nothing_but_jobs(tmp_path):
     path = export(tmp_path)
     shutil.rmtree(path)
     before = put_models(tmp_path / "jobs" / os.path.basename(path))
-    with pytest.raises(RunError, match="is no job itself"):
+    with pytest.raises(RunError, match="exists and is not a job"):
         export(tmp_path)
     assert contents(tmp_path / "jobs" / os.path.basename(path)) == before
     for ending in ("new", "old"):
@@ -415,14 +415,14 @@ def test_a_job_that_was_changed_on_its_way_is_refused(tmp_path):
         text = file.read()
     with open(told, "w", encoding="utf-8") as file:
         file.write(text.replace('"repeats": 1', '"repeats": 9', 1))
-    with pytest.raises(RunError, match="not as it was written"):
+    with pytest.raises(RunError, match="does not match its checksum"):
         jobs.read_job(path)
     with open(told, "w", encoding="utf-8") as file:
         file.write(text)
     with open(start, "r+b") as file:
         file.seek(-3, os.SEEK_END)
         file.write(b"\x55")
-    with pytest.raises(RunError, match="not the one that was exported"):
+    with pytest.raises(RunError, match="has changed since the export"):
         jobs.read_job(path)
     # The file as an earlier version wrote it.
     value = json_files.read_own_json(told)

@@ -83,7 +83,7 @@ SOUND = {"span": 1, "sums": [[0.5] * BUCKETS], "counts": [[1] * BUCKETS]}
 )
 def test_anything_else_is_refused(value):
     assert LossByTimestep.of_json(SOUND).means(0, 0) == [0.5] * BUCKETS
-    with pytest.raises(ValueError, match="losses by noise level"):
+    with pytest.raises(ValueError, match="losses by timestep"):
         LossByTimestep.of_json(value)
 
 

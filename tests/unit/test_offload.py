@@ -171,7 +171,7 @@ def test_what_is_trained_goes_to_the_device_and_the_rest_comes_when_needed(tmp_p
     assert len(offload.list_frozen(trees, [trained])) == 5
     late = nn.Parameter(torch.zeros(4))
     tree.blocks[0].register_parameter("late", late)
-    with pytest.raises(RunError, match="cannot be moved"):
+    with pytest.raises(RunError, match="cannot move trained weights"):
         offload.place(tree, META)
     del tree.blocks[0].late
     count, size = offload.offload_trees(trees, [trained], str(tmp_path), lambda one: locked.append(one) or True)

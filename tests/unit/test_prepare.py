@@ -244,7 +244,7 @@ def test_everything_still_varies_when_everything_is_cached(folder, tmp_path, tol
 def test_what_is_encoded_is_counted_up_to_its_total_and_not_beyond(tmp_path, takes):
     pictures = [grain(number) for number in range(3)]
     beside = [grain(number) for number in range(10, 13)] if takes == SOURCE else []
-    dataset = from_arrays(pictures, ["one", "two", "three"], "", 64, controls=beside)
+    dataset = from_arrays(pictures, ["one", "two", "three"], "", 64, source_images=beside)
     told = []
     host = replace(make_host(lambda event, payload: event == "cache" and told.append(payload)), codec=PosteriorCodec())
     host.denoiser.conditioning_kind = takes
@@ -377,7 +377,7 @@ def test_a_mask_that_leaves_nothing_is_named(tmp_path):
     dataset = from_arrays([grain(1), grain(2)], ["x"], "", 64, masks)
     prepared, *_ = made(tmp_path / "a", dataset)
     assert [item.name for item in prepared.training] == ["image 2"]
-    assert "mask leaves nothing" in str(prepared.left_out)
+    assert "mask excludes the whole crop" in str(prepared.left_out)
     lifted = from_arrays([grain(1), grain(2)], ["x"], "", 64, masks, Augmentation(mask_minimum=0.1))
     assert len(made(tmp_path / "b", lifted)[0].training) == 2
 
@@ -451,7 +451,7 @@ def test_odd_files_train_and_are_named_in_one_report(tmp_path):
 
 
 def test_pictures_that_are_all_too_small_are_refused_by_name(tmp_path):
-    with pytest.raises(DatasetError, match=r"None of the 2 pictures.*image 1.*too small"):
+    with pytest.raises(DatasetError, match=r"Graft cannot train on any of the 2 pictures.*image 1.*too small"):
         made(tmp_path, from_arrays([grain(1, (4, 4)), grain(2, (300, 5))], ["x"], "", 64))
 
 

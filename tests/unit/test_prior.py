@@ -123,7 +123,10 @@ def test_a_method_with_nothing_to_switch_off_is_refused():
     """Its target would be its own prediction, the loss would be 0, and nothing would be preserved."""
     method = Method()
     method.name = "bare"
-    with pytest.raises(SettingsError, match="while bare is trained"), method.switched_off(torch.nn.Linear(2, 2)):
+    with (
+        pytest.raises(SettingsError, match="bare cannot give the prediction of the frozen base"),
+        method.switched_off(torch.nn.Linear(2, 2)),
+    ):
         pass
 
 

@@ -102,7 +102,7 @@ def test_work_grows_with_the_text_alone(pattern):
 @pytest.mark.parametrize(
     "pattern, reason",
     [
-        ("(", "no regular expression"),
+        ("(", "not a regular expression"),
         ("a" * 301, "longer than 300"),
         ("attn(?!2)", "look-around"),
         ("(?<=a)b", "look-around"),
@@ -134,7 +134,7 @@ def test_first_pair_that_fits_counts():
     assert value_for(PATH.replace("to_q", "to_k"), pairs, 9) == 3
     assert value_for("out.2", pairs, 9) == 9
     assert value_for(PATH, (), 9) == 9
-    with pytest.raises(SettingsError, match="'middle' of block_ranks is in no layer's path"):
+    with pytest.raises(SettingsError, match="'middle' of block_ranks matches no layer's path"):
         check_pairs(pairs, [PATH], "block_ranks")
 
 
@@ -211,7 +211,7 @@ def test_key_for_each_layer_is_read(tmp_path):
 @pytest.mark.parametrize(
     "keys, says",
     [
-        ({"(?!a)b": 2}, r"rank_pattern of the adapter '.*' cannot be used. The key '\(\?!a\)b' holds look-around"),
+        ({"(?!a)b": 2}, r"rank_pattern of the adapter '.*' cannot be used. The key '\(\?!a\)b' contains look-around"),
         ({".?" * 90 + f"!{number}": 2 for number in range(20)}, "too many ways at once"),
         ({"a" * 290 + f"{number}": 2 for number in range(300)}, "is one pattern too many"),
     ],

@@ -215,7 +215,7 @@ def test_a_flipped_bit_anywhere_in_a_state_is_noticed(run, trials, caplog):
             unnoticed.append((place, data[max(0, place - 20) : place + 20]))
     assert not unnoticed, unnoticed[:5]
     assert [row["state"] for row in run.damaged] == [7]
-    assert "is damaged" in run.damaged[0]["reason"] and "Trying an earlier state" in caplog.text
+    assert "is damaged" in run.damaged[0]["reason"] and "tries an earlier state" in caplog.text
 
 
 def test_a_state_without_checksums_is_still_loaded(run):
@@ -239,7 +239,7 @@ def test_a_flipped_bit_in_a_runs_json_is_noticed(run, name, trials, caplog):
     def read():
         caplog.clear()
         run.check_identity("0123456789abcdef")
-        return run.halt(), read_graph(run), "not as it was written" in caplog.text
+        return run.halt(), read_graph(run), "does not match its checksum" in caplog.text
 
     expected = read()
     assert expected == (Halt("stopped", 7, 9), {"prompt": {"1": {"inputs": {"seed": 20}}}}, False)

@@ -83,7 +83,8 @@ def write_record(run, seconds_ago=0.0, **other):
 
 def test_a_run_is_held_by_one_process_at_a_time(run, holder):
     other = holder()
-    with pytest.raises(RunHeldError, match=f"'{NAME}' is in use .* process {other.pid} on the computer"):
+    held = f"Another training uses the run '{NAME}': process {other.pid} on the computer"
+    with pytest.raises(RunHeldError, match=held):
         with run.held():
             pass
     assert run_lock.find_holder(run.folder).process == other.pid
@@ -205,7 +206,7 @@ def test_who_lost_a_run_writes_nothing_more(run, monkeypatch, act):
     with run.held():
         write_record(run)
         monkeypatch.setattr(run._lock, "_beaten", time.time() - 3600)
-        with pytest.raises(RunHeldError, match="took the run"):
+        with pytest.raises(RunHeldError, match="took over the run"):
             acts[act]()
     assert not [name for _, _, names in os.walk(run.folder) for name in names]
     assert run_lock.find_holder(run.folder).host == "studio", "the other one's lock stays"

@@ -57,6 +57,14 @@ def test_saves_are_not_listed_until_one_is_picked(folders, run):
     assert saves.pick_save(folders, run, 4) == picked and len(listed(folders)) == 2
 
 
+def test_a_run_that_started_over_does_not_offer_the_saves_of_before(folders, run):
+    with open(run.recipe_path, "w") as file:
+        json.dump({"recipe": {"steps": 9}, saves.SAVES_IN_FOLDER: True}, file)
+    assert list(saves.list_saves(folders, run)) == [2, 4]
+    with pytest.raises(RunError, match="no save of step 1"):
+        saves.pick_save(folders, run, 1)
+
+
 def test_a_picked_save_has_the_runs_title(folders, run):
     notes.write_notes(run, notes.Notes("My cat: red"))
     theirs = os.path.join(folders.adapters, "My-cat-red-step-2.safetensors")

@@ -63,7 +63,7 @@ def test_the_word_stands_where_the_thing_is_named(caption, trigger, expected):
 
 
 def test_a_caption_without_the_word_is_named():
-    with pytest.raises(DatasetError, match="1 of 3 captions do not hold the word 'my-word': image 2"):
+    with pytest.raises(DatasetError, match="1 of 3 captions do not contain the embedding 'my-word': image 2"):
         addressed(["my-word", "something else", "a my-word"])
 
 
@@ -98,7 +98,7 @@ def test_the_word_is_neither_dropped_nor_shuffled_away():
     "name", ["", "my word", "a/b", "..", "../x", "x,", "x:y", "(x)", "x.", "x.safetensors", "\u00e4", "a\nb", "x" * 101]
 )
 def test_names_that_no_prompt_could_address_are_refused(name):
-    with pytest.raises(SettingsError, match="cannot be addressed") as error:
+    with pytest.raises(SettingsError, match="A prompt cannot use the embedding name") as error:
         textual_inversion.check_name(name)
     assert error.value.input == "name"
 
@@ -241,9 +241,9 @@ def test_class_images_beside_a_word_alone_are_refused(tmp_path):
         (
             "optimizer",
             {"optimizer": "AdamWScheduleFree"},
-            "AdamWScheduleFree .* of a word, whose vectors are kept at their length",
+            "AdamWScheduleFree .*keeps the length of an embedding's vectors",
         ),
-        ("adapter", {"dropout": 0.1}, "dropout is set, but no adapter is trained"),
+        ("adapter", {"dropout": 0.1}, "dropout is set, but this node trains no adapter"),
         ("adapter", {"target_patterns": "attn"}, "target_patterns is set"),
         ("adapter", {"start_from": "a.safetensors"}, "start_from is set"),
         ("adapter", {"alpha": 2.0}, "alpha is set"),
@@ -292,7 +292,7 @@ def test_pivotal_options_say_which_word(tmp_path):
         resolve(
             options, family_of("SD1"), RecipeInputs("embedding", 10, 0.0, 0, 1, 0, 64, "", EmbeddingSpec("w", "dog", 1))
         )
-    with pytest.raises(SettingsError, match="cannot be addressed"):
+    with pytest.raises(SettingsError, match="A prompt cannot use the embedding name"):
         Options().adding("pivotal", {"name": "two words"})
 
 

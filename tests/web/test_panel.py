@@ -338,8 +338,8 @@ def test_an_error_is_shown_with_its_cure(opened, page, server):
     [
         (
             "memory",
-            {"done": "checkpointing is on for 5 blocks"},
-            "ran out in step 3: checkpointing is on for 5 blocks.",
+            {"done": "turned on checkpointing for 5 blocks"},
+            "ran out in step 3: turned on checkpointing for 5 blocks.",
         ),
         (
             "estimate",
@@ -381,12 +381,14 @@ def test_warnings_are_shown_and_leave_room_for_buttons(opened, page):
         {"kind": "of later", "text": "Something that came later."},
     ]
     panel.simulate("warnings", warnings=rows)
+    panel.simulate("damaged state", step=4, states=[8, 6])
     panel.simulate("step", step=1, steps=9, epoch=0, loss=0.1, lr=1e-4, seconds=1.0)
     time.sleep(0.25)
     assert panel.text(".graft-note").splitlines() == [
         "2 of 4 files skipped: a.png: broken; b.png: too small",
         "batch_size 8 is larger than the dataset: a step uses at most all 2 pictures.",
         "Something that came later.",
+        "The save of step 8, 6 is damaged. Training resumed from step 4.",
     ]
     assert panel.list_cramped() == []
 

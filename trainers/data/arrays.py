@@ -8,7 +8,7 @@ from ..errors import DatasetError
 from . import captions
 from .examples import Augmentation, Dataset, Example
 from .pictures import ArraySource
-from .source_images import control_of
+from .source_images import source_image_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,7 +22,7 @@ def from_arrays(
     masks: list[np.ndarray] = (),
     handling: Augmentation | None = None,
     lines_are_variants: bool = False,
-    controls: list[np.ndarray] = (),
+    source_images: list[np.ndarray] = (),
 ) -> Dataset:
     """Make a dataset from pictures that arrive at a node's inputs.
 
@@ -30,12 +30,12 @@ def from_arrays(
         images: each [H, W, 3] uint8.
         texts: one caption for all, or one for each picture.
         masks: none, one for all, or one for each picture, [H, W] uint8; white counts in the loss, black does not.
-        controls: none, or one source picture for each picture.
+        source_images: none, or one source picture for each picture.
 
     Raises:
         DatasetError: there is no picture, or the number of captions, masks or source pictures does not match.
     """
-    _check_counts(len(images), len(texts), len(masks), len(controls))
+    _check_counts(len(images), len(texts), len(masks), len(source_images))
     trigger = trigger.strip()
     handling = handling or Augmentation()
     examples = []
@@ -51,13 +51,13 @@ def from_arrays(
             trigger=trigger,
             mask=mask,
             handling=handling,
-            control=_source_image(controls[index], index) if controls else None,
+            control=_source_image(source_images[index], index) if source_images else None,
         )
         examples.append(example)
     return Dataset(tuple(examples), trigger, resolution, "images")
 
 
-def _check_counts(images: int, texts: int, masks: int, controls: int) -> None:
+def _check_counts(images: int, texts: int, masks: int, source_images: int) -> None:
     """Raise DatasetError if there is no picture, or if a number does not match the number of pictures."""
     if not images:
         raise DatasetError("No picture arrived.", "Connect an IMAGE output with at least one picture.", "images")
@@ -73,17 +73,17 @@ def _check_counts(images: int, texts: int, masks: int, controls: int) -> None:
             "Give one mask for all pictures, or exactly one for each.",
             "masks",
         )
-    if controls and controls != images:
+    if source_images and source_images != images:
         raise DatasetError(
-            f"{controls} source pictures arrived for {images} pictures.",
-            "Give each picture the one that it is made of.",
+            f"{source_images} source pictures arrived for {images} pictures.",
+            "Connect exactly one source picture for each picture.",
             "control_images",
         )
 
 
 def _source_image(image: np.ndarray, index: int) -> Example:
     height, width = image.shape[:2]
-    return control_of(ArraySource(image, f"source image {index + 1}"), (width, height))
+    return source_image_of(ArraySource(image, f"source image {index + 1}"), (width, height))
 
 
 def _mask_source(mask: np.ndarray, shape: tuple[int, int], index: int) -> ArraySource:

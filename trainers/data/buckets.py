@@ -96,8 +96,8 @@ def choose_crop(size: tuple[int, int], geometry: Geometry, name: str, upscale: b
     width, height = size
     if min(size) < geometry.step and not upscale:
         raise DatasetError(
-            f"The picture '{name}' is {width}x{height}: too small, this model needs {geometry.step} pixels a side.",
-            "Take a larger picture, let pictures be enlarged (upscale), or take it out of the dataset.",
+            f"The picture '{name}' is too small ({width}x{height}): this model needs {geometry.step} pixels per side.",
+            "Use a larger picture, turn on upscale, or remove the picture from the dataset.",
             "dataset",
         )
     bucket = _nearest_bucket(width / height, geometry)

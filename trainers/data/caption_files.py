@@ -84,7 +84,7 @@ class CaptionFiles:
             self.left_out.append(LeftOut(name, reason_of(error, name)))
         if missing:
             examples = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
-            self.left_out.append(LeftOut(name, f"it names {len(missing)} pictures that are not there: {examples}"))
+            self.left_out.append(LeftOut(name, f"it names {len(missing)} missing pictures: {examples}"))
 
 
 class _SidecarOwners:

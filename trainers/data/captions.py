@@ -60,7 +60,7 @@ def read_sidecar(path: str, name: str, lines_are_variants: bool) -> tuple[str, .
     try:
         value = parse_json(text)
     except ValueError as error:
-        raise _unreadable(name, f"it is no JSON: {error}", "Correct it, or remove it.") from error
+        raise _unreadable(name, f"it is not JSON: {error}", "Correct it, or remove it.") from error
     return _from_json(value, lines_are_variants)
 
 
@@ -79,7 +79,7 @@ def read_metadata(path: str, name: str, lines_are_variants: bool) -> Iterator[tu
         file = row.get("file_name")
         file = file.strip() if isinstance(file, str) else file
         if not isinstance(file, str) or not file:
-            raise _unreadable(name, f"line {number} names no file_name", "Correct it, or remove the file.")
+            raise _unreadable(name, f"line {number} has no file_name", "Correct it, or remove the file.")
         yield file, _from_json(row, lines_are_variants)
 
 
@@ -97,7 +97,7 @@ def _csv_rows(text: str, name: str) -> Iterator[tuple[int, dict]]:
         for row in reader:
             yield reader.line_num, row
     except csv.Error as error:
-        raise _unreadable(name, f"line {reader.line_num} is no CSV: {error}", "Correct it.") from error
+        raise _unreadable(name, f"line {reader.line_num} is not CSV: {error}", "Correct the line.") from error
 
 
 def _jsonl_rows(text: str, name: str) -> Iterator[tuple[int, dict]]:
@@ -108,9 +108,9 @@ def _jsonl_rows(text: str, name: str) -> Iterator[tuple[int, dict]]:
         try:
             row = parse_json(line)
         except ValueError as error:
-            raise _unreadable(name, f"line {number} is no JSON: {error}", "Correct it.") from error
+            raise _unreadable(name, f"line {number} is not JSON: {error}", "Correct the line.") from error
         if not isinstance(row, dict):
-            raise _unreadable(name, f"line {number} is no JSON object", "Correct it.")
+            raise _unreadable(name, f"line {number} is not a JSON object", "Correct the line.")
         yield number, row
 
 
@@ -120,14 +120,14 @@ def _from_json(value, lines_are_variants: bool) -> tuple[str, ...]:
         return variants_of(value, lines_are_variants)
     if isinstance(value, list):
         texts = [text for text in value if isinstance(text, str)]
-        return tuple(found for text in texts for found in variants_of(text, lines_are_variants))
+        return tuple(variant for text in texts for variant in variants_of(text, lines_are_variants))
     if isinstance(value, dict):
         value = _named_alike(value)
         for field in _FIELDS:
-            found = value.get(field)
-            if field == "tags" and isinstance(found, list):
-                found = ", ".join(tag for tag in found if isinstance(tag, str))
-            captions = _from_json(found, lines_are_variants) if isinstance(found, (str, list)) else ()
+            content = value.get(field)
+            if field == "tags" and isinstance(content, list):
+                content = ", ".join(tag for tag in content if isinstance(tag, str))
+            captions = _from_json(content, lines_are_variants) if isinstance(content, (str, list)) else ()
             if captions:
                 return captions
     return ()
@@ -140,17 +140,17 @@ def variants_of(text: str, lines_are_variants: bool) -> tuple[str, ...]:
         DatasetError: the text holds an invalid character, or a caption is too long.
     """
     if not is_text(text):
-        raise DatasetError("A caption holds half a character.", "Write it anew, as UTF-8 text.", "captions")
-    if "\0" in text:
-        raise DatasetError("A caption holds NUL characters.", "Write it anew, as UTF-8 text.", "captions")
-    parts = text.splitlines() if lines_are_variants else [text]
-    found = tuple(joined for joined in (" ".join(part.split()) for part in parts) if joined)
-    longest = max(map(len, found), default=0)
-    if longest > _LONGEST:
         raise DatasetError(
-            f"A caption has {longest} characters.", f"At most {_LONGEST} are taken: shorten it.", "captions"
+            "A caption contains half of a character (a lone surrogate).", "Write it again as UTF-8 text.", "captions"
         )
-    return found
+    if "\0" in text:
+        raise DatasetError("A caption contains NUL characters.", "Write it again as UTF-8 text.", "captions")
+    parts = text.splitlines() if lines_are_variants else [text]
+    variants = tuple(joined for joined in (" ".join(part.split()) for part in parts) if joined)
+    longest = max(map(len, variants), default=0)
+    if longest > _LONGEST:
+        raise DatasetError(f"A caption has {longest} characters.", f"Shorten it to at most {_LONGEST}.", "captions")
+    return variants
 
 
 def _read_text(path: str, name: str) -> str:
@@ -168,7 +168,7 @@ def _read_text(path: str, name: str) -> str:
     except UnicodeDecodeError as error:
         raise _unreadable(name, f"it is not UTF-8 text: {error}", "Save it with the encoding UTF-8.") from error
     if "\0" in text:
-        raise _unreadable(name, "it holds NUL characters, which no text has", "Save it with the encoding UTF-8.")
+        raise _unreadable(name, "it contains NUL characters, so it is not text", "Save it with the encoding UTF-8.")
     return text
 
 
@@ -307,10 +307,12 @@ def _resolve(caption: str, draw: np.random.RandomState | None) -> str:
     """Replace each `{a|b}` by one of its parts, inner ones first; take the first part if `draw` is None."""
     tokens = _MARKS.split(caption)
     sizes = {}
-    _join_wildcards(tokens, lambda one: sizes.setdefault((one.level, one.start), len(one.parts)) and 0)
+    _join_wildcards(
+        tokens, lambda wildcard: sizes.setdefault((wildcard.level, wildcard.start), len(wildcard.parts)) and 0
+    )
     # The order of the draws decides the caption: innermost first, from left to right, then the enclosing ones.
     chosen = {start: draw.randint(sizes[level, start]) if draw is not None else 0 for level, start in sorted(sizes)}
-    return " ".join(_join_wildcards(tokens, lambda one: chosen[one.start]).split())
+    return " ".join(_join_wildcards(tokens, lambda wildcard: chosen[wildcard.start]).split())
 
 
 def _join_wildcards(tokens: list[str], choose: Callable[[_Wildcard], int]) -> str:
@@ -321,16 +323,16 @@ def _join_wildcards(tokens: list[str], choose: Callable[[_Wildcard], int]) -> st
         choose: returns the index of a wildcard's part.
     """
     whole = _Wildcard(-1)
-    open_ones = [whole]
+    open_wildcards = [whole]
     for place, token in enumerate(tokens):
-        inner = open_ones[-1]
+        inner = open_wildcards[-1]
         if token == "{":
-            open_ones.append(_Wildcard(place))
+            open_wildcards.append(_Wildcard(place))
         elif token == "|" and inner is not whole:
             inner.parts.append([])
         elif token == "}" and inner is not whole:
-            open_ones.pop()
-            outer = open_ones[-1]
+            open_wildcards.pop()
+            outer = open_wildcards[-1]
             if inner.plain and len(inner.parts) > 1:
                 outer.level = max(outer.level, inner.level + 1)
                 outer.parts[-1].append(inner.parts[choose(inner)])
@@ -340,13 +342,13 @@ def _join_wildcards(tokens: list[str], choose: Callable[[_Wildcard], int]) -> st
         else:
             inner.parts[-1].append(token)
     return "".join(
-        _texts([_as_written(unclosed) if unclosed is not whole else whole.parts[0] for unclosed in open_ones])
+        _texts([_as_written(unclosed) if unclosed is not whole else whole.parts[0] for unclosed in open_wildcards])
     )
 
 
-def _as_written(given: _Wildcard) -> list:
-    pieces = ["{", given.parts[0]]
-    for part in given.parts[1:]:
+def _as_written(wildcard: _Wildcard) -> list:
+    pieces = ["{", wildcard.parts[0]]
+    for part in wildcard.parts[1:]:
         pieces += ["|", part]
     return pieces
 
@@ -364,7 +366,7 @@ def _texts(pieces: list) -> Iterator[str]:
             pending.append(iter(piece))
 
 
-def variant_of_turn(example: Example, count: int, seed: int, place: int, turn: int) -> int | None:
+def variant_of_visit(example: Example, count: int, seed: int, place: int, visit: int) -> int | None:
     """Return the number of the caption version for a visit, or None if the caption is dropped.
 
     Every version is used once before one is used again.
@@ -373,14 +375,14 @@ def variant_of_turn(example: Example, count: int, seed: int, place: int, turn: i
         count: number of versions, from `variant_count`.
         seed: the run's.
         place: identifies the picture's stream of random numbers.
-        turn: number of earlier visits.
+        visit: number of earlier visits.
     """
     import numpy as np
 
-    draw = np.random.RandomState(stream_seed("dropout", seed, place, turn) % (2**32))
+    draw = np.random.RandomState(stream_seed("dropout", seed, place, visit) % (2**32))
     if draw.random_sample() < example.handling.caption_dropout:
         return None
     if count == 1:
         return 0
-    cycle = np.random.RandomState(stream_seed("variants", seed, place, turn // count) % (2**32))
-    return int(cycle.permutation(count)[turn % count])
+    cycle = np.random.RandomState(stream_seed("variants", seed, place, visit // count) % (2**32))
+    return int(cycle.permutation(count)[visit % count])

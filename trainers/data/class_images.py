@@ -69,8 +69,10 @@ class ClassImages:
 
     def __init__(self, root: str, drawing: Drawing, earlier: Drawing | None = None):
         self.drawing = drawing
-        described = [drawing] if earlier is None else [drawing, earlier]
-        folders = [os.path.join(root, f"{safe_name(one.prompt)}-{one.digest()[:16]}") for one in described]
+        drawings = [drawing] if earlier is None else [drawing, earlier]
+        folders = [
+            os.path.join(root, f"{safe_name(described.prompt)}-{described.digest()[:16]}") for described in drawings
+        ]
         self.folder = next((folder for folder in folders if os.path.isdir(folder)), folders[0])
 
     def path(self, number: int) -> str:
@@ -122,7 +124,9 @@ class ClassImages:
         for number in numbers:
             digest = self._measured(number)
             if digest is None:
-                raise RunError(f"The class image '{self.path(number)}' is gone.", "Queue again; it will be drawn anew.")
+                raise RunError(
+                    f"The class image '{self.path(number)}' is missing.", "Queue the graph again to draw it."
+                )
             source = FileSource(self.path(number), f"{name}/{number:05}.png", self.folder, digest)
             examples.append(Example(source, (self.drawing.prompt,), self.drawing.size, digest))
         return Dataset(tuple(examples), "", resolution, safe_name(self.drawing.prompt))

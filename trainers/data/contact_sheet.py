@@ -43,9 +43,9 @@ def contact_sheet(findings: Findings) -> np.ndarray:
     """
     from PIL import Image, ImageDraw
 
-    shown = chosen(findings)
-    columns = max(3, min(_COLUMNS, len(shown)))
-    rows = -(-len(shown) // columns)
+    selected = chosen(findings)
+    columns = max(3, min(_COLUMNS, len(selected)))
+    rows = -(-len(selected) // columns)
     left, right = _bucket_bars(findings), _tag_bars(findings)
     head = (max(len(left[1]), len(right[1])) + 3) * _LINE + 16
     sheet = Image.new("RGB", (columns * _CELL, head + rows * (_CELL + _TEXT)), _GREY)
@@ -54,8 +54,8 @@ def contact_sheet(findings: Findings) -> np.ndarray:
     half = sheet.width // 2
     _draw_bars(draw, *left, 8, half - 16)
     _draw_bars(draw, *right, half + 8, half - 16)
-    _draw_legend(draw, head - _LINE - 8, any(finding.example.control is not None for finding in shown))
-    for index, finding in enumerate(shown):
+    _draw_legend(draw, head - _LINE - 8, any(finding.example.control is not None for finding in selected))
+    for index, finding in enumerate(selected):
         corner = (index % columns * _CELL, head + index // columns * (_CELL + _TEXT))
         _draw_cell(sheet, draw, finding, corner)
     return np.asarray(sheet, dtype=np.float32) / 255.0
@@ -111,7 +111,7 @@ def _counted(number: int, what: str) -> str:
 
 def _draw_legend(draw: ImageDraw.ImageDraw, top: int, paired: bool) -> None:
     left = 8
-    marks = [("dark: cut away", _FAINT), ("red: masked out", _RED), ("amber frame: look after", _AMBER)]
+    marks = [("dark: cropped", _FAINT), ("red: masked out", _RED), ("amber frame: check it", _AMBER)]
     if paired:
         marks.append(("blue corner: source picture", _BAR))
     for text, color in marks:
@@ -143,24 +143,24 @@ def _draw_cell(sheet: Image.Image, draw, finding: Finding, corner: tuple[int, in
         draw.rectangle(frame, outline=_AMBER, width=2)
     width = _CELL - 12
     example = finding.example
-    cuts = " ".join(f"{one.bucket[0]}x{one.bucket[1]}" for one in finding.crops)
+    cuts = " ".join(f"{crop.bucket[0]}x{crop.bucket[1]}" for crop in finding.crops)
     repeats = f" x{example.repeats}" if example.repeats > 1 else ""
-    held = "  validation" if example.held_out else "  class image" if example.prior else ""
+    role = "  validation" if example.held_out else "  class image" if example.prior else ""
     caption = _wrapped(draw, finding.caption or "(no caption)", width, _CAPTION_LINES)
     # The end of a long name says more than the folder at its beginning.
     lines = [(_fitting(draw, example.source.name, width, keep_end=True), _INK)]
-    lines.append((_fitting(draw, f"{cuts}{repeats}{held}", width), _FAINT))
+    lines.append((_fitting(draw, f"{cuts}{repeats}{role}", width), _FAINT))
     lines += [(line, _INK) for line in caption]
     lines.append((_fitting(draw, ", ".join(finding.flags), width), _AMBER))
     for number, (line, color) in enumerate(lines):
         draw.text((corner[0] + 6, corner[1] + _CELL + _LINE * number), line, fill=color)
 
 
-def _draw_source(sheet: Image.Image, draw, control: Example, corner: tuple[int, int]) -> None:
+def _draw_source(sheet: Image.Image, draw, source_image: Example, corner: tuple[int, int]) -> None:
     """Paste the source picture, whole and framed in blue, into the lower left of its picture's cell."""
     from PIL import Image
 
-    small = control.source.open()
+    small = source_image.source.open()
     small.thumbnail((_CELL * 2 // 5, _CELL * 2 // 5), Image.LANCZOS)
     left, bottom = corner[0] + 4, corner[1] + _CELL - 4
     sheet.paste(small, (left, bottom - small.height))
@@ -171,7 +171,7 @@ def _overlaid(finding: Finding) -> Image.Image:
     """Return the whole picture, scaled to a cell: dark outside its worst crop, red where its mask excludes it."""
     from PIL import Image, ImageDraw
 
-    crop = min(finding.crops, key=lambda one: one.kept)
+    crop = min(finding.crops, key=lambda candidate: candidate.kept)
     picture = finding.example.source.open()
     factor = (_CELL - 8) / max(picture.size)
     size = tuple(max(1, round(side * factor)) for side in picture.size)

@@ -13,7 +13,7 @@ from ..families import GENERAL, family_of
 
 if TYPE_CHECKING:
     from .buckets import Crop
-    from .examples import Example, LeftOut
+    from .examples import Dataset, Example, LeftOut
 
 # Number of names in one warning; the text counts the others.
 _NAMED = 8
@@ -30,6 +30,11 @@ def warn_of_skipped(left_out: Sequence[LeftOut], total: int) -> dict[str, Any] |
     names = _join([str(row) for row in left_out])
     text = f"{len(left_out)} of {total} files skipped: {names}."
     return {"kind": "skipped", "text": text, "count": len(left_out), "total": total, "names": names}
+
+
+def warn_of_scan(dataset: Dataset) -> list[dict[str, Any]]:
+    """Pass on the warnings of the folder's scan, such as of folder names that repeat their pictures very often."""
+    return [{"kind": "scan", "text": text} for text in dataset.warnings]
 
 
 def warn_of_enlarged(pictures: Sequence[tuple[Example, Crop]]) -> dict[str, Any] | None:

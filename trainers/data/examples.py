@@ -56,18 +56,20 @@ def read_resolutions(text: str) -> tuple[int, ...]:
     Raises:
         DatasetError: a part is not a number, or the number is not a resolution.
     """
-    found = set()
+    resolutions = set()
     for part in text.replace(",", " ").split():
         if not part.isdecimal() or not 8 <= int(part) <= 16384:
             raise DatasetError(
-                f"'{part}' is no resolution.", "Write numbers of pixels between commas: 512, 768.", "more_resolutions"
+                f"'{part}' is not a resolution.",
+                "Write numbers of pixels, separated by commas: 512, 768.",
+                "more_resolutions",
             )
-        found.add(int(part))
-    return tuple(sorted(found))
+        resolutions.add(int(part))
+    return tuple(sorted(resolutions))
 
 
 @dataclass(frozen=True)
-class Anchor:
+class PriorTarget:
     """Prior target of an example: the frozen base's own prediction for a class prompt. It needs no class images.
 
     Attributes:
@@ -112,7 +114,7 @@ class Example:
     held_out: bool = False
     weight: float = 1.0
     prior: bool = False
-    anchor: Anchor | None = None
+    anchor: PriorTarget | None = None
     control: Example | None = None
     left_out: LeftOut | None = None
 
@@ -174,14 +176,22 @@ class Dataset:
 
     def fingerprint(self) -> str:
         """Return a hash of everything in the dataset that affects training."""
-        ways: dict[Augmentation, str] = {}
+        serialized: dict[Augmentation, str] = {}
         rows = []
         for example in self.examples:
-            way = ways.get(example.handling)
-            if way is None:
-                way = ways[example.handling] = json.dumps(asdict(example.handling), sort_keys=True)
+            augmentation = serialized.get(example.handling)
+            if augmentation is None:
+                augmentation = serialized[example.handling] = json.dumps(asdict(example.handling), sort_keys=True)
             mask = example.mask.digest if example.mask else ""
-            row = [example.digest, example.captions, example.trigger, example.repeats, mask, way, example.held_out]
+            row = [
+                example.digest,
+                example.captions,
+                example.trigger,
+                example.repeats,
+                mask,
+                augmentation,
+                example.held_out,
+            ]
             rows.append(row + _later_marks(example))
         text = json.dumps([rows, self.resolution])
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
@@ -207,7 +217,7 @@ def combine(a: Dataset, b: Dataset) -> Dataset:
     """
     if a.resolution and b.resolution and a.resolution != b.resolution:
         raise DatasetError(
-            f"The datasets '{a.name}' and '{b.name}' want different resolutions, {a.resolution} and {b.resolution}.",
+            f"The datasets '{a.name}' and '{b.name}' have different resolutions, {a.resolution} and {b.resolution}.",
             "Give both the same resolution, or 0.",
             "dataset_b",
         )

@@ -42,7 +42,7 @@ class Index:
         try:
             value = json_files.read_own_json(self._path)
         except RunError as error:
-            log.warning("Graft: %s The folder will be read anew.", error)
+            log.warning("Graft: %s Graft reads the whole folder again.", error)
             return {}
         sound = isinstance(value, dict) and value.get("version") == _VERSION and isinstance(value.get("files"), dict)
         return {name: row for name, row in value["files"].items() if _is_row(row)} if sound else {}
@@ -81,7 +81,7 @@ class Index:
         try:
             json_files.write_own_json(self._path, {"version": _VERSION, "files": kept})
         except RunError as error:
-            log.warning("Graft: %s The folder will be read anew next time.", error)
+            log.warning("Graft: %s The next scan reads the whole folder again.", error)
 
 
 def _is_row(row) -> bool:

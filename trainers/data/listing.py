@@ -54,6 +54,24 @@ def fold(name: str) -> str:
     return unicodedata.normalize("NFC", unicodedata.normalize("NFD", name).casefold())
 
 
+def path_inside(listing: Listing, root: str) -> str:
+    """Return a folder's path relative to a listing's root: "./" for the root itself, empty for a folder outside.
+
+    Args:
+        root: the folder, links resolved.
+    """
+    if not is_below(root, listing.root):
+        return ""
+    return posixpath.relpath(root.replace("\\", "/"), listing.root.replace("\\", "/")) + "/"
+
+
+def without_folder(listing: Listing, inside: str) -> Listing:
+    """Return a listing without the files in one of its folders, and without the skipped files in it."""
+    files = {name: file for name, file in listing.files.items() if not name.startswith(inside)}
+    left_out = [row for row in listing.left_out if not row.name.startswith(inside)]
+    return Listing(listing.root, files, left_out)
+
+
 class Owners:
     """Pictures by stem, matched exactly, or else with case and Unicode form folded.
 
@@ -83,8 +101,8 @@ def list_folder(folder: str) -> Listing:
     while pending:
         prefix, directory = pending.pop()
         try:
-            with os.scandir(directory) as found:
-                entries = sorted(found, key=lambda entry: entry.name)
+            with os.scandir(directory) as scan:
+                entries = sorted(scan, key=lambda entry: entry.name)
         except OSError as error:
             listing.left_out.append(LeftOut(prefix or ".", f"the folder cannot be read ({error})"))
             continue
@@ -108,10 +126,10 @@ def _take(listing: Listing, entry: os.DirEntry, name: str) -> None:
     if entry.is_symlink() and not is_below(entry.path, listing.root):
         listing.left_out.append(LeftOut(name, "a link that leads out of the folder"))
         return
-    found = entry.stat()
-    if stat.S_ISREG(found.st_mode):
-        listing.files[name] = File(entry.path, name, found)
-    elif entry.is_symlink() and stat.S_ISDIR(found.st_mode):
+    status = entry.stat()
+    if stat.S_ISREG(status.st_mode):
+        listing.files[name] = File(entry.path, name, status)
+    elif entry.is_symlink() and stat.S_ISDIR(status.st_mode):
         listing.left_out.append(LeftOut(name, "a link to a folder; links to folders are not followed"))
     elif is_picture(name):
-        listing.left_out.append(LeftOut(name, "no regular file"))
+        listing.left_out.append(LeftOut(name, "not a regular file"))

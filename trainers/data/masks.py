@@ -32,7 +32,7 @@ def own_masks(listing: Listing) -> OwnMasks:
     `a/name-masklabel.png` is the mask of the picture `a/name`, and `a/masks/b/name.png` that of `a/b/name`.
     """
     owners = Owners(stem_of(name) for name in listing.files if is_picture(name))
-    found: dict[str, File] = {}
+    by_stem: dict[str, File] = {}
     files: set[str] = set()
     folders: dict[str, list[tuple[str, str]]] = {}
     lonely = []
@@ -43,7 +43,7 @@ def own_masks(listing: Listing) -> OwnMasks:
         if stem.lower().endswith(_SUFFIX):
             files.add(name)
             of = owners.of(mask_owner(name))
-            found.update(dict.fromkeys(of, listing.files[name]))
+            by_stem.update(dict.fromkeys(of, listing.files[name]))
             if not of:
                 lonely.append(name)
             continue
@@ -61,10 +61,10 @@ def own_masks(listing: Listing) -> OwnMasks:
             files.add(name)
             of = owners.of(owner)
             for stem in of:
-                found.setdefault(stem, listing.files[name])
+                by_stem.setdefault(stem, listing.files[name])
             if not of:
                 lonely.append(name)
-    return OwnMasks(found, files, lonely)
+    return OwnMasks(by_stem, files, lonely)
 
 
 def mask_owner(name: str) -> str:

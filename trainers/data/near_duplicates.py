@@ -49,7 +49,7 @@ def signatures(
     path = os.path.join(folder, "likeness.json") if folder else None
     known = _read(path)
     before = len(known)
-    found: list[bytes | None] = []
+    computed: list[bytes | None] = []
     broken = []
     try:
         for number, example in enumerate(examples):
@@ -57,15 +57,15 @@ def signatures(
             try:
                 if example.digest not in known:
                     known[example.digest] = signature(example.source.open()).hex()
-                found.append(bytes.fromhex(known[example.digest]))
+                computed.append(bytes.fromhex(known[example.digest]))
             except DatasetError as error:
                 broken.append(LeftOut(example.source.name, reason_of(error, example.source.name)))
-                found.append(None)
+                computed.append(None)
     finally:
         if path and len(known) > before:
             _write(path, known)
     tick(len(examples), len(examples))
-    return found, broken
+    return computed, broken
 
 
 def _read(path: str | None) -> dict[str, str]:
@@ -74,7 +74,7 @@ def _read(path: str | None) -> dict[str, str]:
     try:
         value = json_files.read_own_json(path)
     except RunError as error:
-        log.warning("Graft: %s It will be made anew.", error)
+        log.warning("Graft: %s Graft computes the signatures again.", error)
         return {}
     if not isinstance(value, dict):
         return {}
@@ -89,14 +89,14 @@ def _write(path: str, known: dict[str, str]) -> None:
         log.warning("Graft: %s", error)
 
 
-def find_near_duplicates(found: Sequence[bytes | None]) -> list[tuple[int, int]]:
+def find_near_duplicates(marks: Sequence[bytes | None]) -> list[tuple[int, int]]:
     """Return pairs (i, j), i < j, of signatures that differ little; for each j only the first i."""
-    rows = [index for index, one in enumerate(found) if one is not None]
+    rows = [index for index, mark in enumerate(marks) if mark is not None]
     if len(rows) < 2:
         return []
-    hashes = np.array([np.frombuffer(found[index][:8], dtype=np.uint8) for index in rows])
+    hashes = np.array([np.frombuffer(marks[index][:8], dtype=np.uint8) for index in rows])
     hashes = np.ascontiguousarray(hashes).view(np.uint64).ravel()
-    thumbs = np.array([np.frombuffer(found[index][8:], dtype=np.uint8) for index in rows]).astype(np.int16)
+    thumbs = np.array([np.frombuffer(marks[index][8:], dtype=np.uint8) for index in rows]).astype(np.int16)
     pairs = []
     for place in range(1, len(rows)):
         near = np.flatnonzero(_bits(hashes[:place] ^ hashes[place]) <= _BITS)

@@ -91,7 +91,7 @@ class FileSource(Source):
             raise OSError("it is a link that leads out of the folder")
         data = read_bytes(self.path)
         if self.digest and hashlib.sha256(data).hexdigest() != self.digest:
-            raise OSError("it was changed after the dataset was read; queue again")
+            raise OSError("it changed after Graft read the dataset; queue the graph again")
         image = _opened(data)
         _check_size(image)
         return turn_upright(image)
@@ -159,7 +159,7 @@ def read_bytes(path: str) -> bytes:
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size > BYTE_LIMIT:
-            raise OSError(f"it has {size} bytes, too many for a picture")
+            raise OSError(f"it is too large for a picture ({size} bytes)")
         return file.read()
 
 
@@ -244,7 +244,7 @@ class reading:
         if error is None or isinstance(error, DatasetError) or not isinstance(error, Exception):
             return False
         if isinstance(error, UnidentifiedImageError):
-            reason = "it is in no known picture format"
+            reason = "its picture format is unknown"
         elif isinstance(error, Image.DecompressionBombError):
             reason = f"it has more than {PIXEL_LIMIT} pixels; scale it down"
         elif isinstance(error, MemoryError):
@@ -253,7 +253,7 @@ class reading:
             reason = error
         raise DatasetError(
             f"The picture '{self.name}' cannot be read ({reason}).",
-            "Save it again as PNG or JPEG, or take it out of the folder.",
+            "Save it again as PNG or JPEG, or remove it from the folder.",
             "folder",
         ) from error
 
@@ -264,7 +264,7 @@ def why_unread(name: str) -> str:
     if suffix in SUFFIXES or suffix in _QUIET:
         return ""
     if suffix in _UNREAD:
-        return "this format is not read; save it as PNG or JPEG"
+        return "Graft cannot read this format; save it as PNG or JPEG"
     if suffix in _VIDEOS:
         return "a video; save frames of it as PNG or JPEG"
     return "neither a picture nor a caption"

@@ -68,10 +68,10 @@ def _by_strips(image: Image.Image, mode: str, convert: Callable[[tuple], Image.I
     from PIL import Image
 
     split = _splitter(image)
-    made = Image.new(mode, image.size)
+    converted = Image.new(mode, image.size)
     for box in _strips(image):
-        made.paste(convert(split(image.crop(box))), box)
-    return made
+        converted.paste(convert(split(image.crop(box))), box)
+    return converted
 
 
 def _strips(image: Image.Image) -> Iterator[tuple[int, int, int, int]]:

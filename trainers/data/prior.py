@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import DatasetError, SettingsError
 from . import captions
-from .examples import Anchor, Dataset, combine
+from .examples import Dataset, PriorTarget, combine
 from .scan import shortened
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def add_class_images(dataset: Dataset, class_dataset: Dataset, weight: float) ->
     if not chosen:
         raise DatasetError(
             f"The class dataset '{class_dataset.name}' has no picture to train on.",
-            "Connect one that has, or Graft Class Images.",
+            "Connect a dataset with pictures to train on, or Graft Class Images.",
             "class_dataset",
         )
     _refuse_subject(dataset, chosen)
@@ -59,14 +59,14 @@ def _refuse_subject(dataset: Dataset, classes: Sequence[Example]) -> None:
     """Raise DatasetError if a class image's caption holds a trigger of the dataset: both would mean the subject."""
     triggers = {example.trigger for example in dataset.examples if example.trigger and not example.prior}
     for example in classes:
-        said = captions.plain(example)
+        caption = captions.plain(example)
         for trigger in sorted(triggers):
-            if captions.holds_words(said, trigger):
+            if captions.holds_words(caption, trigger):
                 raise DatasetError(
-                    f"The class image '{example.source.name}' has the caption '{said}', which holds the trigger "
-                    f"'{trigger}' of what is to be learnt.",
-                    "Caption class images with the class alone, such as 'a photo of a dog', and give their dataset no "
-                    "trigger or another.",
+                    f"The caption '{caption}' of the class image '{example.source.name}' contains the subject's "
+                    f"trigger '{trigger}'.",
+                    "Caption class images with the class alone, such as 'a photo of a dog'. Remove the trigger of "
+                    "their dataset, or choose another.",
                     "class_dataset",
                 )
 
@@ -84,8 +84,8 @@ def add_prior_target(dataset: Dataset, class_prompt: str, weight: float) -> Data
     if weight == 0.0:
         return dataset
     prompt = checked_prompt(class_prompt, "class_prompt")
-    held = Anchor(prompt, weight)
-    rows = (example if example.prior else replace(example, anchor=held) for example in dataset.examples)
+    target = PriorTarget(prompt, weight)
+    rows = (example if example.prior else replace(example, anchor=target) for example in dataset.examples)
     return replace(dataset, examples=tuple(rows))
 
 
@@ -99,7 +99,7 @@ def checked_prompt(prompt: str, input: str) -> str:
     if not joined:
         what = "subject" if input == "instance_prompt" else "class"
         example = "a photo of sks dog" if what == "subject" else "a photo of a dog"
-        raise SettingsError(f"The {input} is empty.", f"Write what the {what} is called, such as '{example}'.", input)
+        raise SettingsError(f"The {input} is empty.", f"Name the {what}, such as '{example}'.", input)
     return joined
 
 
@@ -114,8 +114,8 @@ def captioned(dataset: Dataset, prompt: str, input: str) -> Dataset:
     """
     if all(any(example.captions) for example in dataset.examples):
         return dataset
-    words = (checked_prompt(prompt, input),)
-    named = (example if any(example.captions) else replace(example, captions=words) for example in dataset.examples)
+    caption = (checked_prompt(prompt, input),)
+    named = (example if any(example.captions) else replace(example, captions=caption) for example in dataset.examples)
     return replace(dataset, examples=tuple(named))
 
 
@@ -125,7 +125,7 @@ def refuse_if_one_sided(dataset: Dataset, usable: Sequence[Example], left_out: S
         count = sum(example.prior == prior for example in dataset.examples)
         if count and not any(example.prior == prior for example in usable):
             raise DatasetError(
-                f"None of the {count} {name} of '{dataset.name}' can be trained on: {shortened(left_out)}.",
-                "Take larger or sound pictures, or let small ones be enlarged (upscale).",
+                f"Graft cannot train on any of the {count} {name} of '{dataset.name}': {shortened(left_out)}.",
+                "Replace damaged pictures. Replace small ones, or turn on upscale.",
                 "dataset",
             )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import DatasetError
 from . import captions
 from .buckets import Crop, bucket_sizes, choose_crops
-from .dataset_warnings import warn_of_enlarged, warn_of_resolution, warn_of_skipped
+from .dataset_warnings import warn_of_enlarged, warn_of_resolution, warn_of_scan, warn_of_skipped
 from .examples import LeftOut
 from .near_duplicates import find_near_duplicates, signatures
 from .scan import reason_of, shortened
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _SHAPE = "source of another shape"
 _CHUNK = 75
 _KEPT = 0.8
-_SHOWN = 8
+_LISTED = 8
 _TAGS = 20
 
 
@@ -142,12 +142,12 @@ def _other_shape(example: Example) -> bool:
 
 
 def _tags(rows: Sequence[Finding]) -> Counter:
-    found: Counter = Counter()
+    counts: Counter = Counter()
     for row in rows:
         for text in row.example.captions:
             # Count a tag once per caption, in the caption's order, so that every report has the same order.
-            found.update(dict.fromkeys(tag.strip() for tag in text.split(",") if tag.strip()).keys())
-    return found
+            counts.update(dict.fromkeys(tag.strip() for tag in text.split(",") if tag.strip()).keys())
+    return counts
 
 
 def common_tags(findings: Findings, most: int) -> list[tuple[str, int]]:
@@ -164,11 +164,11 @@ def report(findings: Findings, cache_bytes: int = -1) -> str:
     dataset = findings.dataset
     rows = findings.rows
     own = [row for row in rows if not row.example.prior]
-    held = sum(row.example.held_out for row in own)
+    held_out = sum(row.example.held_out for row in own)
     epoch = sum(row.example.repeats * len(row.crops) for row in own if not row.example.held_out)
     lines = [
         f"Dataset '{dataset.name}': {len(own)} pictures, {epoch} in an epoch"
-        + (f", {held} held out for validation." if held else "."),
+        + (f", {held_out} held out for validation." if held_out else "."),
         *_prior_lines(rows, epoch),
         f"Resolution {findings.geometry.resolution}, buckets in steps of {findings.geometry.step} pixels.",
     ]
@@ -180,31 +180,31 @@ def report(findings: Findings, cache_bytes: int = -1) -> str:
         lines.append(f"{len(findings.left_out)} left out: {shortened(findings.left_out, 20)}")
     lines += _trigger_lines(findings)
     lines += _named("without a caption of their own", [row for row in rows if not any(row.example.captions)])
-    lines += _named("with neither caption nor trigger (training will refuse)", [r for r in rows if not r.caption])
+    lines += _named("with neither caption nor trigger (training refuses them)", [r for r in rows if not r.caption])
     lines += _named("smaller than their bucket's usual size", [row for row in rows if "small" in row.flags])
     lines += _named("enlarged", [row for row in rows if "enlarged" in row.flags])
     worst = sorted((row for row in rows if row.kept < _KEPT), key=lambda row: row.kept)
     lines += _named("cropped by more than a fifth", worst, lambda row: f" (loses {1 - row.kept:.0%})")
     if findings.pairs:
-        shown = ", ".join(f"{second} like {first}" for first, second in findings.pairs[:_SHOWN])
-        more = " ..." if len(findings.pairs) > _SHOWN else ""
-        lines.append(f"{len(findings.pairs)} look like another picture: {shown}{more}")
+        listed = ", ".join(f"{second} like {first}" for first, second in findings.pairs[:_LISTED])
+        more = " ..." if len(findings.pairs) > _LISTED else ""
+        lines.append(f"{len(findings.pairs)} look like another picture: {listed}{more}")
     paired = [row for row in rows if row.example.control is not None]
     if paired:
-        lines.append(f"{len(paired)} of {len(rows)} with a source picture, small in their corner.")
+        lines.append(f"{len(paired)} of {len(rows)} with a source picture, drawn small in the corner.")
         lines += _named("with a source picture of another shape", [row for row in paired if _SHAPE in row.flags])
     masked = [row for row in rows if row.example.mask is not None]
     if masked:
-        lines.append(f"{len(masked)} with a mask; red in the picture is not learnt.")
+        lines.append(f"{len(masked)} with a mask; training ignores the red parts.")
         lines += _named("with a mask of another shape", [row for row in rows if "mask of another shape" in row.flags])
     lines += _token_lines(rows)
-    lines += _way_lines(findings)
+    lines += _augmentation_lines(findings)
     common = common_tags(findings, _TAGS)
     if common:
-        shown = ", ".join(f"{tag} ({number})" for tag, number in common)
-        lines.append(f"Most frequent of {len(findings.tags)} tags: {shown}")
+        listed = ", ".join(f"{tag} ({number})" for tag, number in common)
+        lines.append(f"Most frequent of {len(findings.tags)} tags: {listed}")
     if cache_bytes >= 0:
-        lines.append(f"All cached latents and texts take {cache_bytes / 1e6:.0f} MB; they may be deleted at any time.")
+        lines.append(f"All cached latents and texts take {cache_bytes / 1e6:.0f} MB; you can delete them at any time.")
     # Format as a list: a node that renders Markdown would join plain lines.
     return "\n".join(f"- {line}" for line in lines)
 
@@ -216,12 +216,13 @@ def warnings(findings: Findings, family: str) -> list[dict[str, Any]]:
         family: name of the model's family, empty without a model.
     """
     dataset = findings.dataset
-    found = [
+    candidates = [
         warn_of_skipped(findings.left_out, len(dataset.examples) + len(dataset.left_out)),
+        *warn_of_scan(dataset),
         warn_of_enlarged([(row.example, crop) for row in findings.rows for crop in row.crops]),
         warn_of_resolution(findings.geometry.resolution, family),
     ]
-    return [warning for warning in found if warning]
+    return [warning for warning in candidates if warning]
 
 
 def _prior_lines(rows: Sequence[Finding], epoch: int) -> list[str]:
@@ -230,14 +231,16 @@ def _prior_lines(rows: Sequence[Finding], epoch: int) -> list[str]:
     lines = []
     if classes:
         weights = ", ".join(f"{weight:g}" for weight in sorted({row.example.weight for row in classes}))
-        said = sorted({row.caption for row in classes})
-        shown = ", ".join(f"'{caption}'" for caption in said[:_SHOWN]) + (" ..." if len(said) > _SHOWN else "")
+        texts = sorted({row.caption for row in classes})
+        listed = ", ".join(f"'{caption}'" for caption in texts[:_LISTED]) + (" ..." if len(texts) > _LISTED else "")
         lines.append(
-            f"{len(classes)} class images besides, weight {weights}; an epoch shows {epoch} of them, all in turn. "
-            f"Their captions: {shown}"
+            f"Plus {len(classes)} class images, weight {weights}; an epoch shows {epoch} of them, in turn. "
+            f"Their captions: {listed}"
         )
-    anchors = sorted({(a.prompt, a.weight) for row in rows if (a := row.example.anchor) is not None})
-    lines += [f"Held to what the model predicts for '{prompt}', weight {weight:g}." for prompt, weight in anchors]
+    targets = sorted({(a.prompt, a.weight) for row in rows if (a := row.example.anchor) is not None})
+    lines += [
+        f"Prior target: the model's own prediction for '{prompt}', weight {weight:g}." for prompt, weight in targets
+    ]
     return lines
 
 
@@ -252,50 +255,54 @@ def _trigger_lines(findings: Findings) -> list[str]:
     triggers = sorted({row.example.trigger for row in findings.rows if row.example.trigger})
     lines = [f"Trigger: {', '.join(triggers) or 'none'}"]
     lacking = [row for row in findings.rows if any(row.example.captions) and _lacks_trigger(row.example)]
-    return lines + _named("whose caption does not hold the trigger (it is put in front)", lacking)
+    return lines + _named("with a caption without the trigger (Graft puts it in front)", lacking)
 
 
 def _lacks_trigger(example: Example) -> bool:
-    word = example.trigger
-    return bool(word) and not any(captions.holds_words(t, word) or "[trigger]" in t for t in example.captions)
+    trigger = example.trigger
+    return bool(trigger) and not any(captions.holds_words(t, trigger) or "[trigger]" in t for t in example.captions)
 
 
 def _token_lines(rows: Sequence[Finding]) -> list[str]:
     if not rows or rows[0].tokens < 0:
-        return ["Captions' tokens: connect clip to count them."]
+        return ["Connect clip to count the tokens of the captions."]
     lines = [f"Longest caption: {max(row.tokens for row in rows)} tokens."]
     long = sorted((row for row in rows if row.tokens > _CHUNK), key=lambda row: -row.tokens)
-    what = f"with a caption beyond {_CHUNK} tokens (encoded in parts, none is cut)"
+    what = f"with a caption of more than {_CHUNK} tokens (encoded in parts, not cut)"
     return lines + _named(what, long, lambda row: f" ({row.tokens})")
 
 
-def _way_lines(findings: Findings) -> list[str]:
+def _augmentation_lines(findings: Findings) -> list[str]:
     """Describe the variation between visits."""
     lines = []
-    for way in dict.fromkeys(row.example.handling for row in findings.rows):
+    for augmentation in dict.fromkeys(row.example.handling for row in findings.rows):
         parts = []
-        if way.shuffle_tags:
-            parts.append(f"tags shuffled, the first {way.keep_tokens} kept" if way.keep_tokens else "tags shuffled")
-        if way.tag_dropout:
-            parts.append(f"{way.tag_dropout:.0%} of tags dropped")
-        if way.caption_dropout:
-            parts.append(f"{way.caption_dropout:.0%} of captions dropped")
-        if way.wildcards:
+        if augmentation.shuffle_tags:
+            parts.append(
+                f"tags shuffled, the first {augmentation.keep_tokens} kept"
+                if augmentation.keep_tokens
+                else "tags shuffled"
+            )
+        if augmentation.tag_dropout:
+            parts.append(f"{augmentation.tag_dropout:.0%} of tags dropped")
+        if augmentation.caption_dropout:
+            parts.append(f"{augmentation.caption_dropout:.0%} of captions dropped")
+        if augmentation.wildcards:
             parts.append("wildcards")
-        if way.flip:
+        if augmentation.flip:
             parts.append("half mirrored")
-        if way.resolutions:
-            parts.append(f"also at {', '.join(str(side) for side in way.resolutions)}")
+        if augmentation.resolutions:
+            parts.append(f"also at {', '.join(str(side) for side in augmentation.resolutions)}")
         if parts:
             lines.append("Varied: " + ", ".join(parts) + ".")
     versions = [captions.variant_count(row.example, len(findings.dataset.examples)) for row in findings.rows]
     if versions and max(versions) > 1:
-        lines.append(f"Up to {max(versions)} versions of a caption are encoded.")
+        lines.append(f"Graft encodes up to {max(versions)} versions of a caption.")
     return lines
 
 
 def _named(what: str, rows: Sequence[Finding], more: Callable[[Finding], str] = lambda row: "") -> list[str]:
     if not rows:
         return []
-    names = ", ".join(f"{row.example.source.name}{more(row)}" for row in rows[:_SHOWN])
-    return [f"{len(rows)} {what}: {names}{' ...' if len(rows) > _SHOWN else ''}"]
+    names = ", ".join(f"{row.example.source.name}{more(row)}" for row in rows[:_LISTED])
+    return [f"{len(rows)} {what}: {names}{' ...' if len(rows) > _LISTED else ''}"]

@@ -14,7 +14,7 @@ from . import captions
 from .caption_files import CaptionFiles
 from .examples import Augmentation, Dataset, Example, LeftOut, reason_of
 from .index import Index, mark_of
-from .listing import File, Listing, Owners, list_folder, stem_of
+from .listing import File, Listing, Owners, list_folder, path_inside, stem_of, without_folder
 from .masks import mask_owner, own_masks
 from .pictures import AlphaSource, FileSource, MaskSource, is_clear, is_picture, measure_file, why_unread
 from .source_images import SourceImages
@@ -80,15 +80,15 @@ def scan_folder(
         tick: called with (done, total) pictures; may raise to interrupt. The index keeps the pictures read so far.
 
     Raises:
-        DatasetError: the folder does not exist, it holds no picture to train on, or the validation folder holds none
-            or all of the pictures.
+        DatasetError: the folder does not exist, it holds no picture to train on, the validation folder holds none or
+            all of the pictures, or the folder of masks or of source pictures is the folder itself.
     """
     if not os.path.isdir(folder):
         raise DatasetError(f"There is no folder '{folder}'.", "Choose a folder below ComfyUI's input folder.", "folder")
     options = reading or ScanOptions()
     listing = list_folder(folder)
     sources = SourceImages(options.control_folder, listing)
-    listing = sources.outside(listing)
+    listing = _without_masks(sources.outside(listing), options.mask_folder)
     captions_of = CaptionFiles(listing, options.lines_are_variants)
     masks = _Masks(listing, options)
     shared = _Shared(trigger.strip(), repeats, handling or Augmentation(), options.held_out_prefix)
@@ -113,6 +113,18 @@ def scan_folder(
     return Dataset(tuple(examples), shared.trigger, resolution, name, left_out, reader.warnings())
 
 
+def _without_masks(listing: Listing, mask_folder: str) -> Listing:
+    """Return a listing without the folder of masks, whose pictures must not be trained on even if masks are off."""
+    inside = path_inside(listing, os.path.realpath(mask_folder)) if mask_folder else ""
+    if inside == "./":
+        raise DatasetError(
+            "The folder of masks is the dataset's own, so every picture would be its own mask.",
+            "Put the masks into a folder of their own, under the names of their pictures.",
+            "mask_folder",
+        )
+    return without_folder(listing, inside) if inside else listing
+
+
 def _unread(listing: Listing) -> list[LeftOut]:
     """List the files that are neither pictures nor captions, with their reasons."""
     return [
@@ -128,7 +140,7 @@ def _refuse_if_empty(folder: str, examples: list[Example], left_out: Sequence[Le
     if not left_out:
         raise DatasetError(f"The folder '{folder}' holds no picture.", "Put PNG, JPEG or WebP files into it.", "folder")
     raise DatasetError(
-        f"The folder '{folder}' holds no picture that can be trained on: {shortened(left_out)}.",
+        f"The folder '{folder}' holds no picture to train on: {shortened(left_out)}.",
         "Save the pictures again as PNG or JPEG, or choose another folder.",
         "folder",
     )
@@ -137,12 +149,12 @@ def _refuse_if_empty(folder: str, examples: list[Example], left_out: Sequence[Le
 def _refuse_if_nothing_held_out(examples: list[Example], options: ScanOptions) -> None:
     if not options.validation_folder.strip():
         return
-    held = sum(example.held_out for example in examples)
-    if held in (0, len(examples)):
-        what = "holds no picture" if held == 0 else "holds all pictures"
+    count = sum(example.held_out for example in examples)
+    if count in (0, len(examples)):
+        what = "holds no picture" if count == 0 else "holds all pictures"
         raise DatasetError(
             f"The validation folder '{options.validation_folder}' {what} of the dataset.",
-            "Name a folder inside the dataset's folder, such as 'validation', and leave pictures to train on outside.",
+            "Name a folder inside the dataset's folder, such as 'validation'. Keep pictures to train on outside it.",
             "validation_folder",
         )
 
@@ -266,8 +278,8 @@ class _Reader:
     def warnings(self) -> tuple[str, ...]:
         """Return questions about folder names whose repeats are probably not intended."""
         return tuple(
-            f"The name of the folder '{folder}' says that an epoch shows each of its {_counted(count)} {times} times. "
-            f"If {times} is a date or a number, rename it, such as to '{folder.replace('_', '-', 1)}'."
+            f"The folder name '{folder}' repeats its {_counted(count)} {times} times in an epoch. "
+            f"If {times} is a date or a number, rename the folder, such as to '{folder.replace('_', '-', 1)}'."
             for folder, (times, count) in self._unusual.items()
         )
 
@@ -334,9 +346,9 @@ def check_captions(dataset: Dataset) -> None:
     """Raise DatasetError if an example has neither a caption nor a trigger."""
     bare = [example.source.name for example in dataset.examples if not captions.plain(example)]
     if bare:
-        shown = ", ".join(bare[:5]) + (" ..." if len(bare) > 5 else "")
+        listed = ", ".join(bare[:5]) + (" ..." if len(bare) > 5 else "")
         raise DatasetError(
-            f"{len(bare)} of {len(dataset.examples)} pictures have neither a caption nor a trigger: {shown}.",
-            "Write a caption into a .txt file beside each picture, or set the dataset's trigger.",
+            f"{len(bare)} of {len(dataset.examples)} pictures have neither a caption nor a trigger: {listed}.",
+            "Write a caption into a .txt file next to each picture, or set the dataset's trigger.",
             "dataset",
         )

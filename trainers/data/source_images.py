@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..errors import DatasetError
-from ..text import is_below
 from .examples import Example, LeftOut
-from .listing import File, Listing, fold, list_folder, stem_of
+from .listing import File, Listing, fold, list_folder, path_inside, stem_of, without_folder
 from .pictures import FileSource, is_picture, why_unread
 
 if TYPE_CHECKING:
@@ -30,7 +28,7 @@ class SourceImages:
 
     def __init__(self, folder: str, listing: Listing):
         self.wanted = bool(folder)
-        self._found: dict[str, File] = {}
+        self._by_stem: dict[str, File] = {}
         self._folded: dict[str, File] = {}
         self._used: set[str] = set()
         self._left_out: list[LeftOut] = []
@@ -40,28 +38,24 @@ class SourceImages:
             return
         files = list_folder(folder)
         self._root = files.root
-        if is_below(files.root, listing.root):
-            self._inside = posixpath.relpath(files.root.replace("\\", "/"), listing.root.replace("\\", "/")) + "/"
+        self._inside = path_inside(listing, files.root)
         if self._inside == "./":
             raise DatasetError(
-                "The folder of source pictures is the dataset's own.",
-                "Put the source pictures into a folder of their own, under the names of the pictures they become.",
+                "The folder of source pictures is the dataset's own folder.",
+                "Put the source pictures into another folder, each under the name of the picture it becomes.",
                 "control_folder",
             )
         for name, file in files.files.items():
             if is_picture(name):
-                self._found.setdefault(stem_of(name), file)
+                self._by_stem.setdefault(stem_of(name), file)
                 self._folded.setdefault(fold(stem_of(name)), file)
         unread = (LeftOut(name, reason) for name in files.files if (reason := why_unread(name)))
-        self._left_out += [*(() if self._inside else files.left_out), *unread]
+        self._left_out += [*files.left_out, *unread]
         self._stems = {stem_of(name) for name in self.outside(listing).files if is_picture(name)}
 
     def outside(self, listing: Listing) -> Listing:
         """Return the listing of the dataset's folder without the source pictures in it."""
-        if not self._inside:
-            return listing
-        files = {name: file for name, file in listing.files.items() if not name.startswith(self._inside)}
-        return replace(listing, files=files)
+        return without_folder(listing, self._inside) if self._inside else listing
 
     def of(self, name: str, measure: Callable[[File], dict]) -> Example | None:
         """Return the source picture of a picture, by its relative name; None if no folder of them was chosen.
@@ -76,17 +70,17 @@ class SourceImages:
             return None
         stem = stem_of(name)
         # Match the bare name too, in any folder, as other trainers do.
-        found = self._found.get(stem) or self._found.get(posixpath.basename(stem)) or self._by_folded_name(stem)
-        if found is None:
-            raise DatasetError("it has no source picture of its name", "Add it, or take the picture out.", "folder")
-        self._used.add(found.name)
+        file = self._by_stem.get(stem) or self._by_stem.get(posixpath.basename(stem)) or self._by_folded_name(stem)
+        if file is None:
+            raise DatasetError("it has no source picture of its name", "Add one, or remove the picture.", "folder")
+        self._used.add(file.name)
         try:
-            facts = measure(found)
+            facts = measure(file)
         except DatasetError as error:
-            reason = f"its source picture {found.name}: {error.message}"
+            reason = f"its source picture {file.name}: {error.message}"
             raise DatasetError(reason, "Save it again.", "control_folder") from error
-        source = FileSource(found.path, f"{found.name} (source)", self._root, facts["digest"])
-        return control_of(source, tuple(facts["size"]))
+        source = FileSource(file.path, f"{file.name} (source)", self._root, facts["digest"])
+        return source_image_of(source, tuple(facts["size"]))
 
     def _by_folded_name(self, stem: str) -> File | None:
         """Return the source picture whose name differs only in case or Unicode form, unless it is another's own."""
@@ -98,15 +92,15 @@ class SourceImages:
 
     def lonely(self) -> list[LeftOut]:
         """Return the source pictures without a picture, and the files that are not source pictures."""
-        names = sorted(file.name for file in self._found.values() if file.name not in self._used)
+        names = sorted(file.name for file in self._by_stem.values() if file.name not in self._used)
         return self._left_out + [LeftOut(name, "a source picture without the picture it becomes") for name in names]
 
 
-def control_of(source: Source, size: tuple[int, int]) -> Example:
+def source_image_of(source: Source, size: tuple[int, int]) -> Example:
     """Return a source picture as an example with an empty caption."""
     return Example(source, ("",), size, source.digest)
 
 
-def is_alike(one: tuple[int, int], other: tuple[int, int]) -> bool:
+def is_alike(first: tuple[int, int], second: tuple[int, int]) -> bool:
     """Return True if pictures of two sizes (width, height) have the same shape."""
-    return abs(one[0] / one[1] - other[0] / other[1]) <= _ALIKE * one[0] / one[1]
+    return abs(first[0] / first[1] - second[0] / second[1]) <= _ALIKE * first[0] / first[1]

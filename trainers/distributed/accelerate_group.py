@@ -168,13 +168,13 @@ class AccelerateGroup(Group):
         from .fsdp import ShardedWeights
 
         self.all_reduce()
-        self._shards = made = ShardedWeights(tree, keep, self, needs_input_grad)
+        self._shards = shards = ShardedWeights(tree, keep, self, needs_input_grad)
         log.info(
-            "Graft: the frozen weights of %d blocks (%.1f MB) are shared out over %d processes%s.",
-            made.blocks,
-            made.divided / 1e6,
+            "Graft: sharded the frozen weights of %d blocks (%.1f MB) over %d processes%s.",
+            shards.blocks,
+            shards.divided / 1e6,
             self.world_size,
-            f"; {made.whole / 1e6:.1f} MB of them stay whole in each" if made.whole else "",
+            f"; {shards.whole / 1e6:.1f} MB of them are whole in each" if shards.whole else "",
         )
 
     @property
@@ -239,11 +239,11 @@ def _shortage(parameters: Sequence[torch.nn.Parameter], device: torch.device) ->
     return ""
 
 
-def _no_room(said: str) -> OutOfMemory:
+def _no_room(reason: str) -> OutOfMemory:
     return OutOfMemory(
-        f"Memory ran out before the gradients were summed ({said.splitlines()[0][:200]}).",
-        "Lower the resolution of the dataset, or set checkpointing to on (Graft Memory Options). What was saved stays: "
-        "queue the graph again to go on.",
+        f"Memory ran out before the processes summed their gradients ({reason.splitlines()[0][:200]}).",
+        "Lower the resolution of the dataset, or set checkpointing to on (Graft Memory Options). Graft has kept the "
+        "saves: queue the graph again to resume.",
         "dataset",
     )
 

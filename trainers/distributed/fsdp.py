@@ -46,8 +46,8 @@ def check_shards() -> None:
         is_supported = is_supported and all(hasattr(FSDPModule, name) for name in methods)
     if not is_supported:
         raise SettingsError(
-            f"shard is on, and PyTorch {torch.__version__} cannot do what it needs.",
-            "Set shard in Graft Memory Options to off, or take a newer PyTorch: 2.14 is known to do.",
+            f"shard is on, but PyTorch {torch.__version__} does not support it.",
+            "Set shard in Graft Memory Options to off, or install a newer PyTorch: 2.14 works.",
             "options",
         )
 
@@ -84,7 +84,7 @@ class ShardedWeights:
         self._blocks = [block for block in candidates if any(weight in sharded for weight in block.parameters())]
         if not self._blocks:
             raise ModelError(
-                f"The model ({type(tree).__name__}) has no blocks whose weights could be shared out.",
+                f"The model ({type(tree).__name__}) has no blocks to shard.",
                 "Set shard in Graft Memory Options to off.",
                 "options",
             )

@@ -42,7 +42,7 @@ def report_idle(group: Group, pictures: int) -> None:
     """Log a warning if there are more processes than pictures in a step."""
     if group.is_main and group.world_size > pictures:
         log.warning(
-            "Graft: %d processes, but %d pictures a step: some have nothing to do. Raise batch_size, or start fewer.",
+            "Graft: %d processes train only %d pictures per step, so some idle. Raise batch_size, or start fewer.",
             group.world_size,
             pictures,
         )

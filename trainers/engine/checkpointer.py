@@ -63,7 +63,8 @@ class Checkpointer:
             self._restore_optimizer(state)
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise GraftError(
-                f"The saved state of step {state.step} is not this optimiser's ({error!r:.200}).", "Start the run over."
+                f"The saved state of step {state.step} does not fit this optimizer ({error!r:.200}).",
+                "Start the run over.",
             ) from error
 
     def _restore_optimizer(self, state: State) -> None:
@@ -96,7 +97,7 @@ class Checkpointer:
         try:
             self.save(state)
         except Exception:
-            log.exception("Graft: what was trained so far could not be saved.")
+            log.exception("Graft: cannot save the progress after an error.")
 
     def _capture(self, state: State) -> None:
         """Put the live tensors into the state. They are not copied: full fine-tuning has no memory for a copy."""

@@ -99,22 +99,22 @@ def estimate(plan: Plan, host: Host, updater: ParameterUpdater, position: int, s
         return _Dry(plan, host, updater, batches).estimate()
     except (RuntimeError, MemoryError, TypeError, GraftError) as error:
         # If something is wrong, the steps raise a better error.
-        log.warning("Graft: what a step takes could not be measured: %s", in_one_line(error))
+        log.warning("Graft: cannot measure the memory and the time of a step: %s", in_one_line(error))
         return None
 
 
 def say(found: Estimate, steps: int) -> str:
     """Describe an estimate in one sentence for the log."""
     if found.memory is None:
-        parts = ["a step takes more memory than the device has"]
+        parts = ["a step needs more memory than the device has"]
     else:
-        parts = [f"a step takes about {found.memory / 1e9:.2f} GB on the device"]
+        parts = [f"a step needs about {found.memory / 1e9:.2f} GB on the device"]
     if found.seconds is not None:
         parts.append(f"{found.seconds:.2f} s, all {steps} about {_in_minutes(found.seconds * steps)}")
     if found.missing is not None and not found.fits:
-        parts.append(f"{found.missing / 1e9:.2f} GB more than now are needed and {found.free / 1e9:.2f} free")
+        parts.append(f"it needs {found.missing / 1e9:.2f} GB more than now, and {found.free / 1e9:.2f} GB are free")
     if not found.fits:
-        parts.append(f"it would fit with {' and '.join(found.cures)}" if found.cures else "no option is known to help")
+        parts.append(f"it would fit with {' and '.join(found.cures)}" if found.cures else "no known option helps")
     return "; ".join(parts)
 
 

@@ -144,9 +144,9 @@ def check_gradient(
     except RuntimeError as broken:
         if any(part in str(broken) for part in _NO_GRADIENT):
             raise ModelError(
-                "No gradient can be had through this model: it changes what it has computed before it is needed again, "
+                "This model has no gradient: it overwrites values that the backward pass needs, "
                 f"or runs an operation without a backward ({str(broken).splitlines()[0]}).",
-                "It cannot be trained yet. Please report the model's name.",
+                "Graft cannot train it yet. Please report the model's name.",
                 "model",
             ) from broken
         raise
@@ -166,7 +166,7 @@ def _check(loss: Callable, trainables: dict[str, nn.Parameter], tolerance: float
         apart = abs(float(loss()) - value) / max(abs(value), 1e-12)
     if not apart <= TOLERANCE_RECORDED:
         raise ModelError(
-            f"This model computes something else while gradients are recorded: its loss differs by {apart:.1%}.",
+            f"This model computes something else while torch records gradients: its loss differs by {apart:.1%}.",
             "Training it would not learn what the pictures show. Please report the model's name.",
             "model",
         )
@@ -179,7 +179,7 @@ def _check(loss: Callable, trainables: dict[str, nn.Parameter], tolerance: float
         share, is_off = _compare(loss, inside, [gradients[name] for name in names], tolerance, value, quick=True)
         if is_off:
             off[block] = share
-    log.info("Graft: gradient check, block by block: %d of %d are off", len(off), len(blocks))
+    log.info("Graft: gradient check, block by block: %d of %d blocks are wrong", len(off), len(blocks))
     if off or wrong:
         worst = sorted(off, key=off.get, reverse=True)[:3]
         where = "".join(f", {off[block]:.1%} in {block}" for block in worst)

@@ -165,9 +165,7 @@ def _replaced(path: str):
 def _check_replaceable(path: str) -> None:
     """Raise RunError if `path` exists and is not a job."""
     if os.path.exists(path) and not _is_job(path):
-        raise RunError(
-            f"'{path}' takes the place of the job and is no job itself.", "Move it away, or give the run another name."
-        )
+        raise RunError(f"'{path}' exists and is not a job.", "Move it away, or give the run another name.")
 
 
 def _remove_job(folder: str) -> None:
@@ -231,7 +229,7 @@ def read_job(folder: str, is_local: bool = False) -> Job:
     path = os.path.join(folder, _FILE)
     if not os.path.isfile(path):
         raise RunError(
-            f"There is no job in '{folder}': it holds no {_FILE}.", "Give the folder that Graft Export Job wrote."
+            f"There is no job in '{folder}': it holds no {_FILE}.", "Use the folder that Graft Export Job wrote."
         )
     if os.path.getsize(path) > _LIMIT:
         raise RunError(f"The file '{path}' is too large to be a job.", "Export it again.")
@@ -239,7 +237,8 @@ def read_job(folder: str, is_local: bool = False) -> Job:
     try:
         if value["format"] != _FORMAT:
             raise RunError(
-                f"The job '{path}' is of the format {value['format']!r:.40}.", "Export it again with this version."
+                f"The job '{path}' has the unknown format {value['format']!r:.40}.",
+                "Export it again with this version.",
             )
         recipe = decode_recipe(value["recipe"])
         dataset = decode_dataset(value["dataset"])
@@ -249,11 +248,11 @@ def read_job(folder: str, is_local: bool = False) -> Job:
             _check_own(path, cache, "" if os.path.isfile(start) else recipe.start_from)
         base = value["base"]
         if not isinstance(base, dict):
-            raise ValueError("its base is no object")
+            raise ValueError("its base is not an object")
         # Verify the checksum last: the other errors say more.
         json_files.read_own_json(path)
         if "start" in value and (not os.path.isfile(start) or atomic.file_hash(start) != value["start"]):
-            raise RunError(f"The file '{start}' is not the one that was exported.", "Export the job again.")
+            raise RunError(f"The file '{start}' has changed since the export.", "Export the job again.")
         cache = cache or os.path.join(folder, _CACHE)
         embedded = check_text_field(value["embedded"]) if "embedded" in value else None
         return Job(recipe, dataset, base, cache, start if os.path.isfile(start) else "", embedded)
@@ -281,6 +280,6 @@ def _check_own(job: str, cache: str, start_from: str) -> None:
     path = link or cache or (start_from if leaves else "")
     if path:
         raise RunError(
-            f"The job '{job}' leads out of its folder: {'the link ' if link else ''}'{path:.200}'.",
+            f"The job '{job}' uses a file outside its folder: {'the link ' if link else ''}'{path:.200}'.",
             "Copy the whole folder that Graft Export Job wrote, without links, or export the job again.",
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, fields
 from typing import Any
 
-from ..data.examples import Anchor, Augmentation, Dataset, Example, LeftOut, Source
+from ..data.examples import Augmentation, Dataset, Example, LeftOut, PriorTarget, Source
 from ..errors import RunError
 from ..objective.options import Objective
 from ..recipe.recipe import Recipe
@@ -19,6 +19,7 @@ def dataset_as_json(dataset: Dataset) -> dict[str, Any]:
         "resolution": dataset.resolution,
         "name": dataset.name,
         "left_out": [asdict(one) for one in dataset.left_out],
+        "warnings": list(dataset.warnings),
     }
 
 
@@ -52,7 +53,9 @@ def decode_dataset(value: dict[str, Any]) -> Dataset:
     examples = tuple(_example_of(row) for row in value["examples"])
     left_out = tuple(_decode(LeftOut, row) for row in value["left_out"])
     plain = {name: value[name] for name in ("trigger", "resolution", "name")}
-    return _decode(Dataset, {**plain, "examples": examples, "left_out": left_out})
+    # Jobs of earlier versions lack the warnings.
+    warnings = value.get("warnings", [])
+    return _decode(Dataset, {**plain, "examples": examples, "left_out": left_out, "warnings": warnings})
 
 
 def _example_of(row: dict[str, Any]) -> Example:
@@ -68,7 +71,7 @@ def _example_of(row: dict[str, Any]) -> Example:
         "source": _Absent(check_text_field(row["name"]), check_text_field(row["digest"])),
         "handling": _decode(Augmentation, row["handling"]),
         "mask": None if mask is None else _Absent(check_text_field(mask[0]), check_text_field(mask[1])),
-        "anchor": None if anchor is None else _decode(Anchor, anchor),
+        "anchor": None if anchor is None else _decode(PriorTarget, anchor),
         "control": None if control is None else _example_of(control),
         "left_out": None if left_out is None else _decode(LeftOut, left_out),
     }
@@ -85,7 +88,7 @@ class _Absent(Source):
     def open(self):
         """Raise RunError. Another error type would leave the picture out of training, and so train another run."""
         raise RunError(
-            f"What was encoded of the picture '{self.name}' is missing or damaged, and a job holds no pictures.",
+            f"The encoded data of the picture '{self.name}' is missing or damaged, and a job has no pictures.",
             "Export the job again.",
         )
 
@@ -113,5 +116,5 @@ def _tuples(value: Any) -> Any:
 
 def check_text_field(value: Any) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{value!r:.80} is no text")
+        raise ValueError(f"{value!r:.80} is not a text")
     return value

@@ -345,7 +345,7 @@ def _warn_of_rate(warning: str, plan: Plan, run: Run, host: Host, step: int) -> 
 def _report_spike(run: Run, host: Host, step: int, losses: StepLosses, limit: float) -> None:
     pictures = sorted(set(losses.names))
     log.warning(
-        "Graft: step %d is left out: its loss %.4g is above %.4g (%s).", step, losses.mean, limit, ", ".join(pictures)
+        "Graft: skipped step %d: its loss %.4g is above %.4g (%s).", step, losses.mean, limit, ", ".join(pictures)
     )
     event = {"event": "spike", "step": step, "loss": losses.mean, "highest": limit, "pictures": pictures}
     run.log(event)
@@ -364,8 +364,8 @@ def _not_finite(losses: StepLosses, step: int) -> NumbersError:
     what = "gradient" if math.isfinite(losses.mean) else "loss"
     return NumbersError(
         f"The {what} of step {step + 1} is not finite (pictures: {', '.join(sorted(set(losses.names)))}).",
-        "Nothing of that step was kept. Lower learning_rate, compute in fp32 or bf16 (Graft Memory Options), "
-        "or take those pictures out.",
+        "Graft discarded that step. Lower learning_rate, compute in fp32 or bf16 (Graft Memory Options), or remove "
+        "those pictures.",
         "learning_rate",
     )
 

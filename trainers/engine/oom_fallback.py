@@ -53,7 +53,7 @@ def offload_blocks(plan: Plan, run: Run, host: Host) -> str | None:
     if not count:
         return None
     host.denoiser.make_room(weights=True)
-    return f"frozen weights of {count} blocks ({size / 1e6:.0f} MB) are kept off the device"
+    return f"offloaded the frozen weights of {count} blocks ({size / 1e6:.0f} MB)"
 
 
 class OOMFallback:
@@ -116,7 +116,7 @@ class OOMFallback:
         raise self._refusal(message, step)
 
     def _report(self, message: str, description: str, step: int) -> None:
-        log.warning("Graft: memory ran out in step %d (%s): %s. The step is repeated.", step, message, description)
+        log.warning("Graft: memory ran out in step %d (%s). Graft %s and repeats the step.", step, message, description)
         event = {"event": "memory", "step": step, "done": description, "said": message}
         self._run.log(event)
         self._host.report("memory", event)
@@ -126,18 +126,18 @@ class OOMFallback:
             return None
         self._has_made_room = True
         self._host.denoiser.make_room()
-        return "other models and caches were taken off the device"
+        return "moved other models and caches off the device"
 
     def _checkpoint(self) -> str | None:
         blocks = [block for block in self._blocks() if not is_checkpointed(block)]
         if not blocks:
             return None
         checkpoint_blocks(blocks, self.plan.recipe.keeps_attention)
-        return f"checkpointing is on for {len(blocks)} blocks"
+        return f"turned on checkpointing for {len(blocks)} blocks"
 
     def _recompute_attention(self) -> str | None:
         count = forget_attention(self._blocks())
-        return f"attention is computed again in {count} blocks" if count else None
+        return f"turned on the recomputation of attention in {count} blocks" if count else None
 
     def _halve_micro_batch(self) -> str | None:
         recipe = self.plan.recipe
@@ -145,7 +145,7 @@ class OOMFallback:
         if not size or not self._can_split:
             return None
         self.plan = replace(self.plan, recipe=replace(recipe, micro_batch=size))
-        return f"{size} of {recipe.batch_size} pictures of a batch are computed at a time"
+        return f"limited the micro-batch to {size} of {recipe.batch_size} pictures"
 
     def _offload(self) -> str | None:
         if self._host.group.sharded or not list_frozen(placed_trees(self.plan, self._host), self._trainables()):
@@ -160,7 +160,7 @@ class OOMFallback:
 
     def _refusal(self, message: str, step: int) -> OutOfMemory:
         recipe = self.plan.recipe
-        tried = f", although {'; '.join(self._applied)}" if self._applied else ""
+        tried = f", although Graft {', '.join(self._applied)}" if self._applied else ""
         cures = ["lower the resolution of the dataset"]
         if self._host.group.sharded:
             cures.append("start more processes")
@@ -169,13 +169,13 @@ class OOMFallback:
             elif any(keeps_attention(block) for block in self._blocks()):
                 cures.append("set recompute to everything (Graft Memory Options)")
         if METHODS[recipe.method].in_backward:
-            cures.append("train a LoRA, or all weights by Adafactor in bf16")
+            cures.append("train a LoRA, or all weights with Adafactor in bf16")
         elif recipe.rank:
             cures.append("choose a lower rank or fewer layers (targets of Graft Adapter Options)")
         return OutOfMemory(
             f"Memory ran out in step {step} ({message}){tried}.",
-            f"{self._what_fits()}To train with what there is, {', or '.join(cures)}. "
-            "What was saved stays: queue the graph again to go on.",
+            f"{self._what_fits()}To train with this memory, {', or '.join(cures)}. Graft has kept the saves: queue the "
+            "graph again to resume.",
             "dataset",
         )
 
@@ -190,7 +190,7 @@ class OOMFallback:
             self._host.denoiser.make_room()
             size = self._size_if_fits(largest, fraction)
             if size is not None:
-                return f"Pictures of {size[0]} x {size[1]} do fit. "
+                return f"Pictures of {size[0]} x {size[1]} fit. "
         return ""
 
     def _size_if_fits(self, item: DatasetItem, fraction: float) -> tuple[int, int] | None:

@@ -71,7 +71,7 @@ def check_keys(plan: Plan, host: Host) -> None:
     unread = host.denoiser.check_adapter(adapter)
     if unread:
         raise ModelError(
-            f"The host would not read {len(unread)} keys of this model's adapter, such as {unread[0]}.",
-            "This model cannot be trained yet. Please report its name.",
+            f"ComfyUI would not read {len(unread)} keys of this model's adapter, such as {unread[0]}.",
+            "Graft cannot train this model yet. Please report its name.",
             "model",
         )

@@ -53,8 +53,8 @@ def _preview(plan: Plan, run: Run, host: Host, step: int) -> None:
         if not is_out_of_memory(error):
             raise
         said = in_one_line(error)
-        log.warning("Graft: memory ran out while previews of step %d were drawn (%s): left out.", step, said)
-        run.log({"event": "memory", "step": step, "done": "previews left out", "said": said})
+        log.warning("Graft: memory ran out in the previews of step %d (%s). Graft skipped them.", step, said)
+        run.log({"event": "memory", "step": step, "done": "skipped the previews", "said": said})
         return
     paths = run.save_samples(step, pictures)
     run.log({"event": "sample", "step": step, "files": [os.path.basename(path) for path in paths]})

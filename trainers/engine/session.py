@@ -19,8 +19,8 @@ from ..protocols import base_digest, embedded_digest
 from ..runs import earlier, run_lock, tensorboard
 from ..runs.checkpoint import State
 from ..runs.folders import Products
-from ..runs.notes import Notes, read_notes, write_notes
 from ..runs.run import PAUSED, STOPPED, Run
+from ..runs.saves import SAVES_IN_FOLDER
 from .export import Exporter
 from .plan import Plan
 from .summary import summarize
@@ -324,14 +324,12 @@ def _write_run(session: _Session, plan: Plan, step: int, facts: dict[str, Any]) 
     """Write the run's record before the first step. Delete the old run if the recipe starts over."""
     recipe, run = session.recipe, session.run
     run.check_room(sum(value.nbytes for value in plan.trainables.values()), OPTIMIZERS[recipe.optimizer].slots)
-    notes = Notes()
     if recipe.on_existing == "start over" and step == 0:
-        # This deletes the old run. Do it only after all checks that can fail.
-        notes = read_notes(run)
+        # This deletes the old run, except the user's notes. Do it only after all checks that can fail.
         run.clear()
+    # Earlier versions saved elsewhere. A run that started with this version has none of those saves.
+    facts[SAVES_IN_FOLDER] = step == 0 or run.fact(SAVES_IN_FOLDER) is True
     run.write_recipe(recipe, session.task.identity, facts)
-    if notes != Notes():
-        write_notes(run, notes)
     if session.host.graph is not None:
         run.write_graph(session.host.graph)
     run.forget_after(step)
@@ -342,9 +340,9 @@ def _write_run(session: _Session, plan: Plan, step: int, facts: dict[str, Any]) 
 def _report_damaged(run: Run, host: Host, step: int) -> None:
     """Report the damaged saved states that were skipped to find the one to resume from."""
     for row in run.damaged:
-        event = {"event": "damaged state", "step": step, **row}
-        run.log(event)
-        host.report("damaged state", event)
+        run.log({"event": "damaged state", "step": step, **row})
+    if run.damaged:
+        host.report("damaged state", {"step": step, "states": [row["state"] for row in run.damaged]})
 
 
 def _place_weights(session: _Session, plan: Plan) -> None:
@@ -355,14 +353,14 @@ def _place_weights(session: _Session, plan: Plan) -> None:
     if recipe.offload == "on":
         # Offload before the first forward: until now, the blocks' weights are not on the device.
         description = offload_blocks(plan, session.run, host)
-        log.info("Graft: %s.", description or "nothing is frozen that could be kept off the device")
+        log.info("Graft: %s.", description or "offload is on, but no weights are frozen")
     if session.is_sharded:
         # An adapter has a gradient in every pass. An embedding alone has one only if the caption contains it.
         keep = [*plan.trainables.values(), *session.modules.read_later()]
         host.group.shard(host.denoiser.module, keep, needs_input_grad=not METHODS[recipe.method].trains_model)
         host.denoiser.make_room(weights=True)
     elif recipe.shard == "on":
-        log.info("Graft: shard is on, but one process trains: it holds all weights.")
+        log.info("Graft: shard is on, but only one process trains: it holds all weights.")
 
 
 def _export_finished(session: _Session, state: State) -> Result:

@@ -179,8 +179,8 @@ class TrainableModules:
         if left:
             first = min(left).strip()
             raise ModelError(
-                f"The adapter to start from holds other layers than this run trains, such as {first}.",
-                "Choose its targets, and text_encoder as it was trained.",
+                f"The adapter to start from has layers that this run does not train, such as {first}.",
+                "Use the targets and the text_encoder setting it was trained with.",
                 "start_from",
             )
 
@@ -227,8 +227,8 @@ def _adapter_of(adapter: Adapter, component: str) -> Adapter:
     native = adapter.native.by_component().get(component)
     if native is None:
         raise ModelError(
-            "The adapter to start from has nothing for the text encoder.",
-            "Set text_encoder to off, or choose another.",
+            "The adapter to start from has no layers for the text encoder.",
+            "Set text_encoder to off, or choose another adapter.",
             "start_from",
         )
     return Adapter({}, adapter.metadata, native)

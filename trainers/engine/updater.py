@@ -50,7 +50,7 @@ class ParameterUpdater:
         self._scaler = _loss_scaler(host)
         # With several processes, the gradient is known only after the all-reduce.
         alone = host.group.world_size == 1
-        self.in_backward = alone and kind.apart and not self._scaler.is_enabled() and _is_one_backward(plan)
+        self.in_backward = alone and kind.per_parameter and not self._scaler.is_enabled() and _is_one_backward(plan)
         half = any(parameter.dtype.itemsize < 4 for parameter in self._parameters)
         groups = parameter_groups(plan.all_groups(), plan.trainables, recipe)
         if self.in_backward or half:
@@ -89,9 +89,9 @@ class ParameterUpdater:
         """
         if self.step_in_progress:
             raise OutOfMemory(
-                "Memory ran out in the midst of a step, when some weights had moved already.",
-                "It goes on from the last save: set checkpointing to on (Graft Memory Options), lower the dataset's "
-                "resolution, or choose Adafactor, and queue the graph again.",
+                "Memory ran out in a step that had already updated some weights.",
+                "Set checkpointing to on (Graft Memory Options), lower the dataset's resolution, or choose Adafactor. "
+                "Then queue the graph again: it resumes from the last save.",
                 "dataset",
             )
         self._norms = {}
@@ -181,7 +181,7 @@ class ParameterUpdater:
         if self._rests:
             parameter.grad = None
             return
-        assert parameter not in self._norms, "a second backward in a step of one"
+        assert parameter not in self._norms, "a parameter had a second backward in one step"
         self._norms[parameter] = parameter.grad.float().norm()
         self.step_in_progress = True
         self.optimizer.move(parameter)

@@ -130,7 +130,7 @@ def _check_precision(recipe: Recipe) -> None:
             "Leave weight_dtype unset in Graft Adapter Options: it is for training all weights.",
             "weight_dtype",
         )
-    if not OPTIMIZERS[recipe.optimizer].apart:
+    if not OPTIMIZERS[recipe.optimizer].per_parameter:
         raise SettingsError(
             f"weight_dtype is {recipe.weight_dtype}, so Graft updates the weights one by one, but "
             f"{recipe.optimizer} needs all of them at once.",

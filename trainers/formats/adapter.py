@@ -108,14 +108,14 @@ def load_adapter(path: str) -> Adapter:
     longest = max(tensors, key=len)
     if len(longest) > _LONGEST_KEY:
         raise ModelError(
-            f"The file '{path}' is no adapter: it holds a name of {len(longest)} characters.",
+            f"The file '{path}' is not an adapter: it has a key of {len(longest)} characters.",
             "Choose another adapter.",
             "adapter_name",
         )
     for name, tensor in tensors.items():
         if not files.is_finite(tensor):
             raise ModelError(
-                f"The file '{path}' is damaged: its {name} holds numbers that are not finite.",
+                f"The file '{path}' is damaged: its tensor {name} has values that are not finite.",
                 "Restore it, or choose another adapter.",
                 "adapter_name",
             )
@@ -144,7 +144,7 @@ def save_adapter(path: str, adapter: Mapping[str, torch.Tensor], title: str, for
     native = None if format == "kohya" else getattr(adapter, "native", None)
     if format != "kohya" and native is None:
         raise ModelError(
-            f"The adapter carries nothing that could be saved as '{format}': it came from a file or another node.",
+            f"Graft cannot save this adapter as '{format}': it came from a file or another node.",
             "Connect the training node itself, or choose 'kohya'.",
             "format",
         )
@@ -160,16 +160,16 @@ def save_adapter(path: str, adapter: Mapping[str, torch.Tensor], title: str, for
         write_diffusers(path, native, metadata)
     else:
         files.write_tensors(path, tensors, metadata)
-    written = sum(len(files.read_header(one).keys() - {"__metadata__"}) for one in paths)
+    written = sum(len(files.read_header(file).keys() - {"__metadata__"}) for file in paths)
     if written != len(tensors):
         raise RunError(f"The file '{path}' holds {written} of {len(tensors)} tensors.", "Save it again.")
 
 
 def _check_whole(tensors: Mapping[str, torch.Tensor]) -> None:
     if not tensors:
-        raise ModelError("The adapter is empty.", "Connect one that was trained.", "adapter")
+        raise ModelError("The adapter is empty.", "Connect a trained adapter.", "adapter")
     for name, tensor in tensors.items():
         if not files.is_finite(tensor):
             raise ModelError(
-                f"The adapter's {name} is not finite.", "Train it again at a lower learning rate.", "adapter"
+                f"The adapter's tensor {name} is not finite.", "Train it again at a lower learning rate.", "adapter"
             )

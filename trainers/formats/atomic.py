@@ -46,8 +46,8 @@ def refuse_links(root: str, path: str) -> None:
         part = os.path.join(part, name)
         if is_link(part):
             raise RunError(
-                f"'{part}' is a link. Graft reads and writes through no link inside '{root}'.",
-                "Remove the link, or put the folder in its place. To use another disk, move the whole output folder "
+                f"'{part}' is a link. Graft follows no links inside '{root}'.",
+                "Remove the link, or replace it with the folder. To use another disk, move the whole output folder "
                 "(--output-directory).",
             )
 
@@ -111,7 +111,7 @@ def check_room(folder: str, needed: int) -> None:
         raise RunError(f"The folder '{present}' cannot be written ({error}).", "Make it writable.") from error
     if free < needed:
         raise RunError(
-            f"The disk of '{folder}' has {free / 1e6:.0f} MB left, of which a save takes {needed / 1e6:.0f} MB.",
+            f"The disk of '{folder}' has {free / 1e6:.0f} MB left, but a save takes {needed / 1e6:.0f} MB.",
             "Free space on that disk.",
         )
 

@@ -53,19 +53,19 @@ def host_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     Raises:
         ModelError: the file holds a DoRA in peft's form, which the host cannot read.
     """
-    found = {}
+    renamed = {}
     for name, tensor in tensors.items():
         if "lora_magnitude_vector" in name:
             raise ModelError(
-                "The file holds a DoRA whose magnitude needs the model's weights before the host can read it.",
+                "The file holds a DoRA in peft's form, which ComfyUI cannot read without the model's weights.",
                 "Load it with diffusers or peft, or use the kohya file of that training.",
                 "adapter_name",
             )
         if name.startswith(_BUNDLED):
-            log.warning("Graft: the adapter file carries an embedding, %s, which is left aside.", name)
+            log.warning("Graft: ignored the embedding %s in the adapter file.", name)
             continue
-        found[_host_name(name)] = tensor
-    return found
+        renamed[_host_name(name)] = tensor
+    return renamed
 
 
 def _host_name(name: str) -> str:
@@ -85,21 +85,20 @@ def host_tensors(native: PeftAdapter) -> dict[str, torch.Tensor]:
     Raises:
         ModelError: the configuration has no scale for a layer.
     """
-    found = {}
-    for component, one in native.by_component().items():
-        lacking = sorted({name.split(".lora_")[0] for name in one.tensors if ".lora_A." in name} - one.scales.keys())
+    tensors = {}
+    for component, part in native.by_component().items():
+        lacking = sorted({name.split(".lora_")[0] for name in part.tensors if ".lora_A." in name} - part.scales.keys())
         if lacking:
             raise ModelError(
-                f"The adapter's configuration does not say how strong its layer {lacking[0][:200]} is: it has no r or "
-                "no alpha.",
-                "Put the configuration it came with beside it.",
+                f"The adapter's configuration has no r or no alpha for its layer {lacking[0][:200]}.",
+                "Put the configuration that belongs to the file next to it.",
                 "adapter_name",
             )
-        made = _host_tensors(one, _TEXT.get(component, "") if len(native.text) > 1 else "lora_te_")
-        if not made:
+        converted = _host_tensors(part, _TEXT.get(component, "") if len(native.text) > 1 else "lora_te_")
+        if not converted:
             return {}
-        found.update(made)
-    return found
+        tensors.update(converted)
+    return tensors
 
 
 def _host_tensors(native: PeftAdapter, text: str) -> dict[str, torch.Tensor]:
@@ -111,7 +110,7 @@ def _host_tensors(native: PeftAdapter, text: str) -> dict[str, torch.Tensor]:
     """
     import torch
 
-    found = {}
+    converted = {}
     for name, tensor in native.tensors.items():
         match = _END.search(name)
         # The host expects the three factors of a decomposed convolution in another order.
@@ -124,9 +123,9 @@ def _host_tensors(native: PeftAdapter, text: str) -> dict[str, torch.Tensor]:
             # Readers ignore alpha if both factors are full matrices, so put the scale into the first.
             tensor = tensor * native.scales[place]
         elif end in ("lora_down.weight", "hada_w1_b"):
-            found[f"{layer}.alpha"] = torch.tensor(float(native.scales[place] * tensor.shape[0]))
-        found[f"{layer}.{end}"] = tensor
-    return found
+            converted[f"{layer}.alpha"] = torch.tensor(float(native.scales[place] * tensor.shape[0]))
+        converted[f"{layer}.{end}"] = tensor
+    return converted
 
 
 def _host_layer(place: str, text: str) -> str:

@@ -64,7 +64,7 @@ def joined(native: PeftAdapter, paths: Iterable[str], splits_of: SplitsOf) -> Pe
         names = [[name for name in left if _split(name)[0] == part.name] for part in splits]
         if not splits or not all(names):
             continue
-        _refuse_if_apart(path, splits, native)
+        _refuse_separate_factors(path, splits, native)
         for name in names[0]:
             end = _split(name)[1]
             parts = [left.pop(f"{part.name}.{end}") for part in splits]
@@ -79,12 +79,15 @@ def joined(native: PeftAdapter, paths: Iterable[str], splits_of: SplitsOf) -> Pe
     return replace(native, tensors={**left, **tensors}, scales=scales, is_split=False)
 
 
-def _refuse_if_apart(path: str, splits: tuple[LayerSplit, ...], native: PeftAdapter) -> None:
+def _refuse_separate_factors(path: str, splits: tuple[LayerSplit, ...], native: PeftAdapter) -> None:
     firsts = [native.tensors.get(f"{part.name}.lora_A.weight") for part in splits]
-    alike = all(one is not None and one.shape == firsts[0].shape and bool((one == firsts[0]).all()) for one in firsts)
+    alike = all(
+        factor is not None and factor.shape == firsts[0].shape and bool((factor == firsts[0]).all())
+        for factor in firsts
+    )
     if not alike or len({native.scales.get(part.name) for part in splits}) > 1:
         raise ModelError(
-            f"The adapter to start from has several parts of its own for {path}, which here is one layer.",
+            f"The adapter to start from has separate parts for {path}, which is one layer in this model.",
             "It was trained in diffusers. Apply it with Graft Apply Adapter before the training node instead.",
             "start_from",
         )
@@ -98,10 +101,10 @@ def _split(name: str) -> tuple[str, str]:
 
 def _renamed(config: dict[str, Any], splits: dict[str, tuple[LayerSplit, ...]]) -> dict[str, Any]:
     """Return peft's configuration with diffusers' names of the layers."""
-    made = dict(config)
+    renamed = dict(config)
     for name in _LISTS:
-        made[name] = sorted(part.name for path in config[name] for part in splits[path])
+        renamed[name] = sorted(part.name for path in config[name] for part in splits[path])
     for name in _PATTERNS:
         if config.get(name):
-            made[name] = {part.name: value for path, value in config[name].items() for part in splits[path]}
-    return made
+            renamed[name] = {part.name: value for path, value in config[name].items() for part in splits[path]}
+    return renamed

@@ -66,29 +66,29 @@ def load_embedding(path: str, name: str) -> Embedding:
         RunError: the file cannot be read.
     """
     tensors, metadata = files.read_tensors(path)
-    found = {key: value for key, value in tensors.items() if key in WIDTHS}
-    if not found and len(tensors) == 1:
+    by_encoder = {key: value for key, value in tensors.items() if key in WIDTHS}
+    if not by_encoder and len(tensors) == 1:
         value = next(iter(tensors.values()))
         keys = [key for key, width in WIDTHS.items() if value.ndim in (1, 2) and value.shape[-1] == width]
-        found = dict.fromkeys(keys, value)
-    sound = found and all(value.ndim in (1, 2) and value.numel() for value in found.values())
-    if not sound or any(value.shape[-1] != WIDTHS[key] for key, value in found.items()):
+        by_encoder = dict.fromkeys(keys, value)
+    sound = by_encoder and all(value.ndim in (1, 2) and value.numel() for value in by_encoder.values())
+    if not sound or any(value.shape[-1] != WIDTHS[key] for key, value in by_encoder.items()):
         shapes = ", ".join(f"{key} {tuple(value.shape)}" for key, value in list(tensors.items())[:4]) or "nothing"
         raise ModelError(
             f"The file '{path}' holds no embedding for CLIP ({shapes}).",
             "Choose a textual-inversion file for SD1, SD2 or SDXL.",
             "embedding_name",
         )
-    vectors = {key: value.reshape(-1, value.shape[-1]) for key, value in found.items()}
+    vectors = {key: value.reshape(-1, value.shape[-1]) for key, value in by_encoder.items()}
     for key, value in vectors.items():
         why = "" if len(value) <= _MOST_VECTORS else f"has {len(value)} vectors, more than {_MOST_VECTORS}"
         if not value.is_floating_point():
-            why = f"is of {value.dtype} and no vectors"
+            why = f"has the dtype {value.dtype}, which cannot hold vectors"
         elif not files.is_finite(value):
-            why = "holds numbers that are not finite"
+            why = "has values that are not finite"
         if why:
             raise ModelError(
-                f"The file '{path}' holds no sound embedding: its {key} {why}.",
+                f"The file '{path}' holds no valid embedding: its {key} {why}.",
                 "Restore it, or choose another file.",
                 "embedding_name",
             )

@@ -126,7 +126,7 @@ def is_finite(tensor: torch.Tensor) -> bool:
 def _dtype_name(tensor: torch.Tensor) -> str:
     kind = str(tensor.dtype).removeprefix("torch.")
     if kind not in _DTYPES:
-        raise RunError(f"Numbers of the kind {kind} have no place in a safetensors file.", "Please report this.")
+        raise RunError(f"Graft cannot write the dtype {kind} into a safetensors file.", "Please report this.")
     return _DTYPES[kind]
 
 
@@ -209,13 +209,13 @@ def _sums(path: str, raw: bytes, header: dict[str, dict], entry: str, strict: bo
     if not same or own != f"{zlib.crc32(_blanked(raw, entry)):08x}:":
         if strict:
             raise _changed(path, "its header")
-        log.warning("Graft: the header of %s is not as it was written: it was edited, or is damaged.", path)
+        log.warning("Graft: the header of %s does not match its checksum: it was edited, or is damaged.", path)
     return {name: digits[8 * place :][:8] for place, name in enumerate(sorted(header))} if same else {}
 
 
 def _changed(path: str, what: str) -> RunError:
     return RunError(
-        f"The file '{path}' is damaged: {what} is not as it was written, by its checksum.",
+        f"The file '{path}' is damaged: {what} does not match its checksum.",
         "Restore it from a copy or choose another file. If a program changed it on purpose, remove the entry "
         f"{CHECKSUMS} from its metadata.",
     )
@@ -236,7 +236,7 @@ def _read_header(path: str) -> tuple[bytes, dict[str, dict]]:
         with open(path, "rb") as file:
             size = struct.unpack("<Q", _exactly(file, 8))[0]
             if size > _HEADER_LIMIT:
-                raise ValueError(f"a header of {size} bytes")
+                raise ValueError(f"its header has {size} bytes")
             raw = _exactly(file, size)
             header = parse_json(raw.decode("utf-8"), unique_keys)
             present = os.fstat(file.fileno()).st_size - 8 - size
@@ -249,14 +249,14 @@ def _read_header(path: str) -> tuple[bytes, dict[str, dict]]:
 def _unreadable(path: str, error: Exception) -> RunError:
     return RunError(
         f"The file '{path}' cannot be read as safetensors ({error}).",
-        "It is missing, damaged, or of another format; restore it or choose another.",
+        "It is missing, damaged, or in another format. Restore it, or choose another.",
     )
 
 
 def _exactly(file: BinaryIO, size: int) -> bytes:
     data = file.read(size)
     if len(data) < size:
-        raise ValueError(f"it ends after {len(data)} of {size} bytes of its head")
+        raise ValueError(f"it ends after {len(data)} of {size} bytes of its header")
     return data
 
 
@@ -271,10 +271,10 @@ def _check_header(header: Any, present: int) -> None:
         ValueError: the header is invalid or does not match the number of bytes.
     """
     if not isinstance(header, dict):
-        raise ValueError("its header is no object")
+        raise ValueError("its header is not a JSON object")
     metadata = header.get("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError("its metadata are no texts by name")
+        raise ValueError("its metadata does not map names to texts")
     spans = sorted(_span(name, row) for name, row in header.items() if name != "__metadata__")
     end = 0
     for start, stop in spans:
@@ -282,23 +282,23 @@ def _check_header(header: Any, present: int) -> None:
             raise ValueError(f"tensors overlap or leave a gap at byte {min(start, end)}")
         end = stop
     if end != present:
-        raise ValueError(f"{present} bytes of data where its header says {end}")
+        raise ValueError(f"it has {present} bytes of data, but its header says {end}")
 
 
 def _span(name: str, row: Any) -> tuple[int, int]:
     """Return start and end of a tensor's bytes. Raise ValueError if the entry is invalid or the size is wrong."""
-    shown = name[:80]
+    label = name[:80]
     try:
         dtype, shape, (start, stop) = row["dtype"], row["shape"], row["data_offsets"]
-        whole = len(shape) <= _MOST_DIMENSIONS and isinstance(shape, list)
-        whole = whole and all(type(number) is int and 0 <= number < 2**63 for number in (*shape, start, stop))
+        complete = len(shape) <= _MOST_DIMENSIONS and isinstance(shape, list)
+        complete = complete and all(type(number) is int and 0 <= number < 2**63 for number in (*shape, start, stop))
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"what its header says of {shown} is not whole") from error
-    if not whole or not isinstance(dtype, str):
-        raise ValueError(f"what its header says of {shown} is not whole")
+        raise ValueError(f"its header entry for {label} is incomplete") from error
+    if not complete or not isinstance(dtype, str):
+        raise ValueError(f"its header entry for {label} is incomplete")
     if dtype not in _BYTES:
-        raise ValueError(f"{shown} is of the unknown dtype {dtype[:20]}")
+        raise ValueError(f"{label} has the unknown dtype {dtype[:20]}")
     needed = _BYTES[dtype] * math.prod(shape)
     if needed != stop - start:
-        raise ValueError(f"{shown} has {stop - start} bytes where its shape and dtype need {needed}")
+        raise ValueError(f"{label} has {stop - start} bytes, but its shape and dtype need {needed}")
     return start, stop

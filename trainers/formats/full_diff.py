@@ -54,19 +54,19 @@ class FullDiff(Mapping):
 
     def taken(self) -> dict[str, torch.Tensor]:
         """Compute all differences. They overwrite the trained values, except where those need a copy first."""
-        made: dict[str, torch.Tensor] = {}
+        differences: dict[str, torch.Tensor] = {}
         first: dict[int, str] = {}
         for key, (trained, base) in self._pairs.items():
             if id(trained) in first:
                 # Two layers share this weight. The file holds it under both names.
-                made[key] = made[first[id(trained)]].clone()
+                differences[key] = differences[first[id(trained)]].clone()
                 continue
             first[id(trained)] = key
             values = _plain(trained)
             if not values.is_contiguous():
                 values = values.contiguous()
-            made[key] = values.sub_(_plain(base))
-        return made
+            differences[key] = values.sub_(_plain(base))
+        return differences
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:

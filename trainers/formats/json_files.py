@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -10,15 +12,17 @@ from typing import Any
 from ..errors import RunError
 from .atomic import replacing
 
+log = logging.getLogger(__name__)
+
 _CHECKSUM = "checksum"
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Build a JSON object and refuse duplicate names, because readers differ in which of them they take."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a name stands twice in its header")
-    return found
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        raise ValueError("a name occurs twice in its header")
+    return value
 
 
 def parse_json(text: str | bytes, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None):
@@ -58,6 +62,18 @@ def read_json(path: str):
         raise RunError(f"The file '{path}' cannot be read as JSON ({error}).", "Remove or restore it.") from error
 
 
+def read_object(path: str) -> dict[str, Any]:
+    """Return the JSON object in a file, empty if the file is missing, unreadable or holds something else."""
+    if not os.path.exists(path):
+        return {}
+    try:
+        value = read_json(path)
+    except RunError as error:
+        log.warning("Graft: %s", error)
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
 def write_own_json(path: str, value: dict[str, Any]) -> None:
     """Write a JSON object atomically, with a checksum that `read_own_json` compares."""
     write_json(path, {**value, _CHECKSUM: _json_sum(value)})
@@ -72,11 +88,11 @@ def read_own_json(path: str) -> Any:
     value = read_json(path)
     if not isinstance(value, dict) or _CHECKSUM not in value:
         return value
-    given = value.pop(_CHECKSUM)
-    if given != _json_sum(value):
+    checksum = value.pop(_CHECKSUM)
+    if checksum != _json_sum(value):
         raise RunError(
-            f"The file '{path}' is not as it was written: it is damaged, or was edited.",
-            f"Restore it or remove it. If you edited it on purpose, remove its entry {_CHECKSUM}.",
+            f"The file '{path}' does not match its checksum: it is damaged, or was edited.",
+            f"Restore it or remove it. If you edited it on purpose, remove its entry '{_CHECKSUM}'.",
         )
     return value
 

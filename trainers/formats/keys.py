@@ -101,15 +101,15 @@ def split(tensors: dict[str, torch.Tensor]) -> tuple[Layers, list[str]]:
     Returns:
         (tensors by layer name and key suffix, keys that belong to no layer).
     """
-    found: Layers = {}
+    layers: Layers = {}
     others = []
     for key, tensor in tensors.items():
         name, end = _parted(key)
         if end is None:
             others.append(key)
         else:
-            found.setdefault(name, {})[end] = tensor
-    return found, others
+            layers.setdefault(name, {})[end] = tensor
+    return layers, others
 
 
 # (first factor, second factor, core). Without a core, the first has as many columns as the second has rows. With a
@@ -138,7 +138,7 @@ def check_parts(tensors: dict[str, torch.Tensor], whose: str, input: str) -> Non
         why = _misfit(held)
         if why:
             raise ModelError(
-                f"{whose} is no sound adapter: of its layer {name[:200]} {why}.", "Take another copy of it.", input
+                f"{whose} is not a valid adapter: in its layer {name[:200]}, {why}.", "Get another copy of it.", input
             )
 
 
@@ -146,11 +146,11 @@ def _misfit(held: dict[str, torch.Tensor]) -> str:
     """Return the reason why a layer's tensors do not fit each other, empty if they do."""
     for end, tensor in held.items():
         if end == ALPHA and tensor.numel() != 1:
-            return f"alpha is {list(tensor.shape)} and no number"
+            return f"alpha has the shape {list(tensor.shape)} and is not a number"
         if not tensor.numel():
             return f"{end} is empty"
     if DORA in held and held[DORA].dim() < 2:
-        return f"{DORA} is {list(held[DORA].shape)} and no [out, 1] or [1, in]"
+        return f"{DORA} has the shape {list(held[DORA].shape)} instead of [out, 1] or [1, in]"
     if UP in held or DOWN in held:
         return _misfit_of_lora(held)
     for first, second, core in _FACTORS:
@@ -187,20 +187,20 @@ def _misfit_of_pairs(held: dict[str, torch.Tensor]) -> str:
             if whole not in held and factor not in held:
                 return f"{whole} is missing"
             if whole in held and held[whole].dim() < 2:
-                return f"{whole} is {list(held[whole].shape)} and no matrix"
+                return f"{whole} has the shape {list(held[whole].shape)} and is not a matrix"
         if "lokr_w1" in held and held["lokr_w1"].dim() != 2:
-            return f"lokr_w1 is {list(held['lokr_w1'].shape)} and no matrix"
+            return f"lokr_w1 has the shape {list(held['lokr_w1'].shape)} and is not a matrix"
     if "oft_blocks" in held:
         shape = held["oft_blocks"].shape
         if len(shape) not in (3, 4) or shape[-1] != shape[-2]:
-            return f"oft_blocks is {list(shape)}, where it has square blocks"
+            return f"oft_blocks has the shape {list(shape)}, but its blocks must be square"
     elif "rescale" in held:
         return "oft_blocks is missing"
     missing = [name for name in _GLORA if name not in held]
     if missing and len(missing) < len(_GLORA):
         return f"{missing[0]} is missing"
     if not missing and any(held[name].dim() < 2 for name in _GLORA):
-        return "a factor is no matrix"
+        return "a factor is not a matrix"
     return ""
 
 
@@ -252,17 +252,17 @@ def misfit_of_layer(held: dict[str, torch.Tensor], shape: tuple[int, ...]) -> st
         # ComfyUI copies the values into the weight, which would also spread a single number over it.
         is_alike = tuple(held["set_weight"].shape) == tuple(shape)
         return "" if is_alike else f"set_weight {list(held['set_weight'].shape)}, {layer}"
-    found = shape_of(held)
-    if found is not None and WHOLE in held:
-        if found != tuple(shape):
-            return f"the shape {list(found)}, {layer}"
-    elif found is not None and (found[0] != shape[0] or math.prod(found[1:]) != inner):
-        return f"the shape {list(found)}, {layer}"
+    own_shape = shape_of(held)
+    if own_shape is not None and WHOLE in held:
+        if own_shape != tuple(shape):
+            return f"the shape {list(own_shape)}, {layer}"
+    elif own_shape is not None and (own_shape[0] != shape[0] or math.prod(own_shape[1:]) != inner):
+        return f"the shape {list(own_shape)}, {layer}"
     if "oft_blocks" in held:
         *steps, count, size, _ = held["oft_blocks"].shape
         # Each step of BOFT combines rows that lie twice as far apart as in the step before.
-        apart = steps and (size % 2 or shape[0] % (size * 2 ** (min(steps[0], 32) - 1)))
-        if count * size != shape[0] or apart:
+        misaligned = steps and (size % 2 or shape[0] % (size * 2 ** (min(steps[0], 32) - 1)))
+        if count * size != shape[0] or misaligned:
             return f"oft_blocks {list(held['oft_blocks'].shape)} for {count * size} rows, {layer}"
     if "rescale" in held and "oft_blocks" in held and held["rescale"].numel() not in (1, shape[0]):
         return f"rescale {list(held['rescale'].shape)}, {layer}"
@@ -272,7 +272,7 @@ def misfit_of_layer(held: dict[str, torch.Tensor], shape: tuple[int, ...]) -> st
         inputs = shape[1] if len(shape) > 1 else 1
         new = a1[1] == a2[0] and b1[1] == b2[0] and (a1[0], a2[1], b1[0], b2[1]) == (inputs, inputs, shape[0], inner)
         if not old and not new:
-            return f"the factors {', '.join(str(list(one)) for one in (a1, a2, b1, b2))}, {layer}"
+            return f"the factors {', '.join(str(list(size)) for size in (a1, a2, b1, b2))}, {layer}"
     if DORA in held:
         ones = [1] * (len(shape) - 2)
         if len(shape) < 2 or list(held[DORA].shape) not in ([shape[0], 1, *ones], [1, shape[1], *ones]):

@@ -86,24 +86,24 @@ _OWN = (
 _TRIGGER = "modelspec.trigger_phrase"
 
 
-def derived(made: dict, sources: list[dict[str, str]], rank: int | None) -> dict[str, str]:
+def derived(origin: dict, sources: list[dict[str, str]], rank: int | None) -> dict[str, str]:
     """Return the metadata of an adapter made from others: the fields they agree on, their triggers and its origin.
 
     Args:
-        made: description of the operation, JSON-compatible.
+        origin: description of the operation, JSON-compatible.
         sources: metadata of the source adapters.
         rank: rank of all layers; None if they differ or have none.
     """
     first = sources[0] if sources else {}
     alike = {name for name in first if all(other.get(name) == first[name] for other in sources)}
     fields = {name: first[name] for name in alike if name not in _OWN}
-    triggers = list(dict.fromkeys(one[_TRIGGER] for one in sources if one.get(_TRIGGER)))
+    triggers = list(dict.fromkeys(source[_TRIGGER] for source in sources if source.get(_TRIGGER)))
     if triggers:
         fields[_TRIGGER] = ", ".join(triggers)
     if rank is not None:
         fields.update(ss_network_module="networks.lora", ss_network_dim=str(rank), ss_network_alpha=str(float(rank)))
-    history = [_history(one) for one in sources]
-    fields[MADE] = json.dumps({**made, "of": history} if history else made, sort_keys=True)
+    history = [_history(source) for source in sources]
+    fields[MADE] = json.dumps({**origin, "of": history} if history else origin, sort_keys=True)
     return fields
 
 
@@ -113,10 +113,10 @@ def title_of(metadata: dict[str, str]) -> str:
 
 
 def _history(metadata: dict[str, str]) -> dict:
-    told = {"title": title_of(metadata), "trained": metadata.get(IDENTITY, "")[:8]}
+    entry = {"title": title_of(metadata), "trained": metadata.get(IDENTITY, "")[:8]}
     with contextlib.suppress(ValueError):
-        told["made"] = parse_json(metadata.get(MADE, ""))
-    return {name: value for name, value in told.items() if value}
+        entry["made"] = parse_json(metadata.get(MADE, ""))
+    return {name: value for name, value in entry.items() if value}
 
 
 def stamped(metadata: dict[str, str], tensors: Mapping[str, torch.Tensor], title: str) -> dict[str, str]:
@@ -139,9 +139,9 @@ def data_uri(path: str) -> str:
     with Image.open(path) as picture:
         small = picture.convert("RGB")
         small.thumbnail((256, 256))
-        held = io.BytesIO()
-        small.save(held, format="JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(held.getvalue()).decode()
+        buffer = io.BytesIO()
+        small.save(buffer, format="JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def tensors_hash(tensors: Mapping[str, torch.Tensor]) -> str:

@@ -67,7 +67,7 @@ class PeftAdapter:
     def all_tensors(self) -> dict[str, torch.Tensor]:
         """Return the tensors of all components, with names `<component> <name>` for text encoders."""
         parts = self.by_component().items()
-        return {f"{of} {name}".lstrip(): tensor for of, one in parts for name, tensor in one.tensors.items()}
+        return {f"{of} {name}".lstrip(): tensor for of, part in parts for name, tensor in part.tensors.items()}
 
 
 def write_peft(folder: str, native: PeftAdapter, metadata: dict[str, str]) -> list[str]:
@@ -77,10 +77,10 @@ def write_peft(folder: str, native: PeftAdapter, metadata: dict[str, str]) -> li
         Paths of the weight files.
     """
     with atomic.new_folder(folder) as temporary:
-        for component, one in native.by_component().items():
-            tensors = {_PEFT + _as_saved(name): tensor for name, tensor in one.tensors.items()}
+        for component, part in native.by_component().items():
+            tensors = {_PEFT + _as_saved(name): tensor for name, tensor in part.tensors.items()}
             files.write_tensors(os.path.join(temporary, component, WEIGHTS), tensors, metadata)
-            json_files.write_json(os.path.join(temporary, component, CONFIG), one.config)
+            json_files.write_json(os.path.join(temporary, component, CONFIG), part.config)
     return [os.path.join(folder, component, WEIGHTS) for component in native.by_component()]
 
 
@@ -93,14 +93,14 @@ def diffusers_form(native: PeftAdapter) -> PeftAdapter:
     if native.config["peft_type"] not in _DIFFUSERS_TYPES:
         raise ModelError(
             f"diffusers' loader does not know the adapter type {native.method}.",
-            "Save it as 'peft' and load it by peft onto the pipeline's UNet.",
+            "Save it as 'peft' and load it with peft onto the pipeline's UNet.",
             "format",
         )
     if native.published or native.is_split:
         return native
     if not native.splits:
         raise ModelError(
-            "This model's layers have other names, or are cut otherwise, in diffusers.",
+            "diffusers names or splits this model's layers in an unknown way.",
             "Save it as 'kohya' or as 'peft'.",
             "format",
         )
@@ -116,14 +116,14 @@ def write_diffusers(path: str, native: PeftAdapter, metadata: dict[str, str]) ->
         metadata: metadata of the file.
     """
     tensors, described = {}, {}
-    for component, one in native.by_component().items():
-        prefix = _TRANSFORMER if one.is_split else _PREFIXES[component]
-        for name, tensor in one.tensors.items():
+    for component, part in native.by_component().items():
+        prefix = _TRANSFORMER if part.is_split else _PREFIXES[component]
+        for name, tensor in part.tensors.items():
             place = name.split(".lora_")[0]
-            scaled = tensor * one.scales[place] if ".lora_B." in name else tensor
+            scaled = tensor * part.scales[place] if ".lora_B." in name else tensor
             wrapped = _WRAPPER + name.removeprefix(_WRAPPER) if component else name
             tensors[prefix + _as_saved(wrapped)] = scaled
-        config = {name: _unwrapped(one.config[name]) for name in _LORA_CONFIG if name in one.config}
+        config = {name: _unwrapped(part.config[name]) for name in _LORA_CONFIG if name in part.config}
         config.update(lora_alpha=config["r"], alpha_pattern=config["rank_pattern"])
         described.update({prefix + name: value for name, value in config.items()})
     text = json.dumps(described, sort_keys=True)
@@ -155,8 +155,8 @@ def read_native(path: str, tensors: dict[str, torch.Tensor], metadata: dict[str,
     """
     budget = Budget()
     if all(name.startswith(_PEFT) for name in tensors):
-        found = _native(path, _peft_config(path), tensors, _PEFT, budget)
-        return replace(found, text=_peft_text(os.path.dirname(path), budget))
+        adapter = _native(path, _peft_config(path), tensors, _PEFT, budget)
+        return replace(adapter, text=_peft_text(os.path.dirname(path), budget))
     prefixes = [("", _TRANSFORMER), *_PREFIXES.items()]
     if "lora_adapter_metadata" not in metadata or not all(
         name.startswith(tuple(prefix for _, prefix in prefixes)) for name in tensors
@@ -166,23 +166,23 @@ def read_native(path: str, tensors: dict[str, torch.Tensor], metadata: dict[str,
     for component, prefix in prefixes:
         own = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         if own:
-            found = _native(path, _diffusers_config(path, metadata, prefix), own, prefix, budget)
-            found = replace(found, is_split=prefix == _TRANSFORMER)
-            parts[component] = _as_published(component, found)
+            adapter = _native(path, _diffusers_config(path, metadata, prefix), own, prefix, budget)
+            adapter = replace(adapter, is_split=prefix == _TRANSFORMER)
+            parts[component] = _as_published(component, adapter)
     # If the file has only text encoder layers, the host reads it as it is.
     return replace(parts.pop(""), text=parts) if "" in parts else None
 
 
 def _peft_text(folder: str, budget: Budget) -> dict[str, PeftAdapter]:
     """Read the text encoders' adapters from the subfolders of peft's folder."""
-    found = {}
+    adapters = {}
     for component in _PREFIXES:
         path = os.path.join(folder, component, WEIGHTS)
         if component and os.path.exists(path):
             tensors, _ = files.read_tensors(path)
             native = _native(path, _peft_config(path), tensors, _PEFT, budget)
-            found[component] = _as_published(component, native)
-    return found
+            adapters[component] = _as_published(component, native)
+    return adapters
 
 
 def _as_published(component: str, native: PeftAdapter) -> PeftAdapter:
@@ -210,24 +210,24 @@ def _place_of(name: str) -> str:
 
 
 def _peft_config(path: str) -> dict[str, Any]:
-    beside = os.path.join(os.path.dirname(path), CONFIG)
-    if not os.path.exists(beside):
+    config_path = os.path.join(os.path.dirname(path), CONFIG)
+    if not os.path.exists(config_path):
         raise ModelError(
-            f"The file '{path}' is peft's and lies without its {CONFIG}, which holds its alpha.",
-            f"Put the {CONFIG} it came with beside it.",
+            f"The file '{path}' has peft's layout, but its {CONFIG}, which holds the alpha, is missing.",
+            f"Put the {CONFIG} that belongs to it into the same folder.",
             "adapter_name",
         )
-    return _checked(json_files.read_json(beside), beside)
+    return _checked(json_files.read_json(config_path), config_path)
 
 
 def _diffusers_config(path: str, metadata: dict[str, str], prefix: str) -> dict[str, Any]:
     try:
-        found = json_files.parse_json(metadata["lora_adapter_metadata"])
+        fields = json_files.parse_json(metadata["lora_adapter_metadata"])
     except ValueError as error:
         raise RunError(f"The metadata of '{path}' is damaged ({error}).", "Restore the file.") from error
-    if not isinstance(found, dict):
-        raise RunError(f"The metadata of '{path}' is damaged (no object).", "Restore the file.")
-    config = {name[len(prefix) :]: value for name, value in found.items() if name.startswith(prefix)}
+    if not isinstance(fields, dict):
+        raise RunError(f"The metadata of '{path}' is damaged (it is not an object).", "Restore the file.")
+    config = {name[len(prefix) :]: value for name, value in fields.items() if name.startswith(prefix)}
     return _checked({"peft_type": "LORA", **config}, path)
 
 
@@ -238,23 +238,23 @@ def _checked(config: Any, path: str) -> dict[str, Any]:
         ModelError: a field that Graft reads has an invalid value.
     """
     if not isinstance(config, dict):
-        raise _strange(path, "no object")
+        raise _invalid_config(path, "it is not an object")
     if not isinstance(config.get("peft_type", ""), str):
-        raise _strange(path, f"peft_type is {config['peft_type']!r:.40}")
+        raise _invalid_config(path, f"peft_type is {config['peft_type']!r:.40}")
     rank = config.get("r")
     if rank is not None and (type(rank) is not int or not 0 <= rank <= 2**20):
-        raise _strange(path, f"r is {rank!r:.40}")
+        raise _invalid_config(path, f"r is {rank!r:.40}")
     for name in ("lora_alpha", "alpha"):
         if config.get(name) is not None and not _is_number(config[name]):
-            raise _strange(path, f"{name} is {config[name]!r:.40}")
+            raise _invalid_config(path, f"{name} is {config[name]!r:.40}")
     for name in ("rank_pattern", "alpha_pattern"):
         pattern = config.get(name)
         if pattern is not None and not isinstance(pattern, dict):
-            raise _strange(path, f"{name} is no object")
+            raise _invalid_config(path, f"{name} is not an object")
         for key, value in (pattern or {}).items():
             # A rank is a divisor, so it must be positive.
             if not _is_number(value) or (name == "rank_pattern" and value <= 0):
-                raise _strange(path, f"the {name} of {key[:80]} is {value!r:.40}")
+                raise _invalid_config(path, f"the {name} of {key[:80]} is {value!r:.40}")
     return config
 
 
@@ -262,9 +262,9 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST
 
 
-def _strange(path: str, why: str) -> ModelError:
+def _invalid_config(path: str, why: str) -> ModelError:
     return ModelError(
-        f"The configuration of the adapter '{path}' is not peft's ({why}).",
+        f"The configuration of the adapter '{path}' is invalid ({why}).",
         "Restore it, or choose another adapter.",
         "adapter_name",
     )
@@ -277,8 +277,8 @@ def _method_of(config: dict[str, Any], path: str) -> str:
     known = {"LOHA": "LoHa", "LOKR": "LoKr", "OFT": "OFT", "BOFT": "BOFT", "IA3": "IA3"}
     if kind not in known:
         raise ModelError(
-            f"The adapter '{path}' is of peft's type {kind}.",
-            f"Known are LORA, {', '.join(known)}; load others with peft itself.",
+            f"The adapter '{path}' has peft's type {kind}, which Graft does not support.",
+            f"Graft supports LORA, {', '.join(known)}. Load others with peft itself.",
             "adapter_name",
         )
     return known[kind]
@@ -309,12 +309,12 @@ def _by_pattern(
     values = list(pattern.values())
     try:
         keys = Patterns(list(pattern), whole=True, budget=budget)
-        found = {place: keys.first(place) for place in places}
+        matches = {place: keys.first(place) for place in places}
     except PatternError as error:
         key = f"The key {error.pattern[:80]!r} {error.message}." if error.pattern else error.message
         raise ModelError(
             f"The {name} of the adapter '{path}' cannot be used. {key}",
-            "Save it anew with the layers' whole paths as keys, or choose another adapter.",
+            "Save it again with the layers' full paths as keys, or choose another adapter.",
             "adapter_name",
         ) from error
-    return {place: default if number is None else values[number] for place, number in found.items()}
+    return {place: default if number is None else values[number] for place, number in matches.items()}

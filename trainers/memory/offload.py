@@ -147,8 +147,8 @@ def _move(owner: nn.Module, name: str, data: torch.Tensor, replaced: _Replaced) 
     except RuntimeError as error:
         if parameter.requires_grad:
             raise RunError(
-                f"What is trained cannot be moved from {parameter.device} to {data.device} ({error}).",
-                "Leave offload of Graft Memory Options alone on this device.",
+                f"Graft cannot move trained weights from {parameter.device} to {data.device} ({error}).",
+                "Leave offload unset in Graft Memory Options on this device.",
                 "options",
             ) from error
         pair = parameter, torch.nn.Parameter(data, requires_grad=False)
@@ -286,7 +286,7 @@ class BlockPrefetcher:
             self._incoming = (number, self._transfer.start(self._homes_of(number)))
         except torch.OutOfMemoryError:
             # Continue without prefetching: the block that runs may still fit.
-            log.info("Graft: there is no room for a second block: each is waited for from now on.")
+            log.info("Graft: no memory for prefetching the next block. From now on, each block waits for its weights.")
             self._has_room = False
 
 

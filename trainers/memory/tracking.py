@@ -89,7 +89,7 @@ class ProcessMemory:
         self.before = _status("VmRSS")
         self.restart()
         if self.most > _NOTHING:
-            raise OSError("this system does not forget the largest so far")
+            raise OSError("this system cannot reset the peak memory")
 
     def restart(self) -> None:
         """Reset the peak to the present size."""
@@ -105,7 +105,7 @@ def _status(field: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
-    raise OSError(f"this system does not tell {field}")
+    raise OSError(f"this system does not report {field}")
 
 
 class DevicePeakMemory:

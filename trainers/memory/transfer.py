@@ -181,7 +181,7 @@ def map_weights(weights: Sequence[torch.Tensor], folder: str) -> tuple[list[torc
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     except OSError as error:
         raise RunError(
-            f"The frozen weights cannot be put into a file in '{folder}' ({error}).", "Free space on that disk."
+            f"Graft cannot write the frozen weights to a file in '{folder}' ({error}).", "Free space on that disk."
         ) from error
     numbers = torch.frombuffer(mapped, dtype=torch.uint8)
     found = []

@@ -39,7 +39,7 @@ class StartValues:
     ):
         made_by = adapter.made_by()
         if made_by is not None and not _has_same_files(method, made_by):
-            raise _mismatch(f"is of the type {made_by}, this run of {method.name}", f"Choose the type {made_by}.")
+            raise _mismatch(f"has the type {made_by}, but this run trains {method.name}", f"Choose the type {made_by}.")
         self._method = method
         self._adapter = adapter
         self._recipe = recipe
@@ -58,9 +58,9 @@ class StartValues:
             for name, parameter in trainables.items():
                 if values[name].shape != parameter.shape:
                     raise _mismatch(
-                        f"has {parse_name(name).path} with {tuple(values[name].shape)} where this run has "
+                        f"has the shape {tuple(values[name].shape)} for {parse_name(name).path}, but this run has "
                         f"{tuple(parameter.shape)}",
-                        "Set rank and block_ranks to those it was trained with.",
+                        "Use the rank and block_ranks it was trained with.",
                     )
                 parameter.copy_(values[name])
         return used
@@ -80,7 +80,7 @@ class StartValues:
             values.update({name: layer.get(parse_name(name).stem) for name in by_path[path]})
         missing = [name for name, value in values.items() if value is None]
         if missing:
-            raise _mismatch(f"lacks {missing[0]}", "Choose the targets it was trained with.")
+            raise _mismatch(f"lacks {missing[0]}", "Use the targets it was trained with.")
         return values, used
 
     def _tensors_of(self, path: str) -> tuple[str | None, dict[str, torch.Tensor]]:
@@ -94,7 +94,7 @@ class StartValues:
         start = f"{place}."
         selected = {key[len(start) :]: value for key, value in tensors.items() if key.startswith(start)}
         if not selected:
-            raise _mismatch(f"has nothing for {path}", "Choose the targets it was trained with.")
+            raise _mismatch(f"has no tensors for {path}", "Use the targets it was trained with.")
         return place, selected
 
     def _layer_values(
@@ -107,7 +107,7 @@ class StartValues:
         values = self._method.values_of_host(tensors)
         if values is None:
             raise _mismatch(
-                f"does not hold what {self._method.name} trains",
+                f"does not have the tensors that {self._method.name} trains",
                 "Start from the peft folder that Graft Save Adapter writes.",
             )
         return values

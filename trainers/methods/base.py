@@ -94,8 +94,8 @@ class Method:
         layers = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
         if not layers:
             raise SettingsError(
-                f"The frozen base cannot be asked while {self.name} is trained.",
-                "Preserve the class by class images instead.",
+                f"{self.name} cannot give the prediction of the frozen base during training.",
+                "Use class images for prior preservation instead.",
                 "prior",
             )
         before = [layer.disable_adapters for layer in layers]

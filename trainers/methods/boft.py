@@ -44,9 +44,9 @@ class BOFT(Rotation):
         size = largest_divisor(recipe.rank, *widths)
         if size < 2:
             raise SettingsError(
-                f"No block of 2 to {recipe.rank} inputs divides the widths of all layers "
-                f"({', '.join(map(str, sorted(widths)))}) for BOFT.",
-                "Set another rank, fewer targets, or the type OFT.",
+                f"BOFT needs a block of 2 to {recipe.rank} inputs that divides the widths of all layers "
+                f"({', '.join(map(str, sorted(widths)))}), and there is none.",
+                "Set another rank, choose fewer targets, or use the type OFT.",
                 "rank",
             )
         return BOFTConfig(boft_block_size=size, boft_n_butterfly_factor=1)

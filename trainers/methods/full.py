@@ -54,9 +54,9 @@ class FullFineTune(Method):
         for name, refused in asked.items():
             if refused:
                 raise SettingsError(
-                    f"{name} is set, but all weights are trained and no adapter: it would have no effect.",
-                    f"Leave {name} of Graft Adapter Options alone. What is trained is chosen by targets, "
-                    "target_patterns and block_learning_rates, where 0 leaves out.",
+                    f"{name} is set, but this node trains all weights, not an adapter: it would have no effect.",
+                    f"Leave {name} unset in Graft Adapter Options. Choose the weights with targets, target_patterns "
+                    "and block_learning_rates, where 0 excludes.",
                     name,
                 )
 
@@ -85,9 +85,9 @@ class FullFineTune(Method):
         chosen = [path for path in meant if value_for(path, recipe.block_learning_rates, 1.0) > 0]
         if not chosen:
             raise ModelError(
-                f"No weights of the kind '{recipe.targets}' were found in the model ({type(module).__name__}).",
-                "Choose other targets or rates. Quantised formats that hide their weights (GGUF, Nunchaku) cannot be "
-                "trained; load the original.",
+                f"The model ({type(module).__name__}) has no weights of the kind '{recipe.targets}'.",
+                "Choose other targets or rates. Graft cannot train quantized formats that hide their weights (GGUF, "
+                "Nunchaku): load the original checkpoint.",
                 "model",
             )
         for path in chosen:
@@ -157,17 +157,17 @@ class FullFineTune(Method):
 
         made_by = adapter.made_by()
         if made_by not in (None, self.name):
-            raise _unlike(f"is of the type {made_by}, no difference of whole weights", "Apply it to the model instead.")
+            raise _unlike(f"has the type {made_by}, not whole weights", "Apply it to the model instead.")
         name_of, _ = names
         places = _places(module, name_of)
         found = places.keys() & adapter.keys()
         if not found:
-            raise _unlike(f"has nothing for {next(iter(places))} and its like", "Choose its targets.")
+            raise _unlike(f"has no keys such as {next(iter(places))}", "Use the targets it was trained with.")
         with torch.no_grad():
             for key in sorted(found):
                 name, frozen = places[key]
                 if adapter[key].numel() != frozen.numel():
-                    raise _unlike(f"has {key} in another size", "Choose one that was made for this model.")
+                    raise _unlike(f"has {key} in another size", "Choose an adapter for this model.")
                 difference = adapter[key].to(frozen.device, torch.float32).view_as(frozen)
                 trainables[name].copy_(frozen.float() + difference)
         return set(found)
@@ -209,7 +209,7 @@ def _check_plain(path: str, layer: nn.Module) -> None:
     for leaf, parameter in _own(layer):
         if type(parameter.data) is not torch.Tensor:
             raise ModelError(
-                f"{_joined(path, leaf)} is quantised ({type(parameter.data).__name__}): it cannot be moved.",
+                f"{_joined(path, leaf)} is quantized ({type(parameter.data).__name__}): Graft cannot train it.",
                 "Load the original model, or train a LoRA.",
                 "model",
             )

@@ -31,8 +31,8 @@ class NoMethod(Method):
         for field, unset in _OF_ADAPTERS.items():
             if getattr(recipe, field) != unset:
                 raise SettingsError(
-                    f"{field} is set, but no adapter is trained: it would have no effect.",
-                    "Take Graft Adapter Options out of this node's options.",
+                    f"{field} is set, but this node trains no adapter: it would have no effect.",
+                    "Remove Graft Adapter Options from this node's options.",
                     "options",
                 )
 

@@ -62,7 +62,7 @@ def check_pairs(pairs: Iterable[tuple], paths: list[str], input: str) -> None:
             raise SettingsError(error.message, error.cure, input) from error
         if not is_used:
             raise SettingsError(
-                f"The pattern '{pattern}' of {input} is in no layer's path.",
+                f"The pattern '{pattern}' of {input} matches no layer's path.",
                 f"The paths look like {paths[0]}." if paths else "",
                 input,
             )

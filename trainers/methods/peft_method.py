@@ -143,15 +143,15 @@ class PeftMethod(Method):
         kinds = {path: kind for path, kind in meant_layers(module, family, recipe).items() if rank_of(path, recipe) > 0}
         if not kinds:
             raise ModelError(
-                f"No trainable layer of the kind '{recipe.targets}' was found in the model ({type(module).__name__}).",
-                "Choose other targets. Quantised formats that hide their layers (GGUF, Nunchaku) cannot be trained; "
-                "load the original.",
+                f"The model ({type(module).__name__}) has no trainable layer of the kind '{recipe.targets}'.",
+                "Choose other targets. Graft cannot train quantized formats that hide their layers (GGUF, Nunchaku): "
+                "load the original checkpoint.",
                 "model",
             )
         for path, kind in kinds.items():
             if kind not in self.kinds:
                 raise SettingsError(
-                    f"The adapter type {self.name} is not offered on a {kind} such as {path}.",
+                    f"The adapter type {self.name} does not support a {kind} such as {path}.",
                     f"Choose targets of the kinds {' and '.join(sorted(self.kinds))}, or the type LoRA with conv.",
                     "targets",
                 )
@@ -186,8 +186,8 @@ class PeftMethod(Method):
             except NotImplementedError as error:
                 # The type reads the base's weights, and these are quantized in a way that only ComfyUI can read.
                 raise ModelError(
-                    f"{recipe.method} reads the base's weights, and this ComfyUI does not give peft the numbers of "
-                    f"quantised ones ({error}).",
+                    f"{recipe.method} reads the base's weights, and this ComfyUI does not give peft the values of "
+                    f"quantized weights ({error}).",
                     "Choose the type LoRA, or load the base in 16 or 32 bits.",
                     "options",
                 ) from error

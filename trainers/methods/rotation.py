@@ -32,7 +32,7 @@ class Rotation(PeftMethod):
         super().check(recipe)
         if recipe.rank < 2:
             raise SettingsError(
-                f"{self.name} rotates blocks of `rank` inputs, and rank is {recipe.rank}.",
+                f"{self.name} rotates blocks of `rank` inputs, but rank is {recipe.rank}.",
                 "Set rank to 2 or more.",
                 "rank",
             )

@@ -82,9 +82,9 @@ def check_name(name: str, input: str = "name") -> None:
     if sound and not name.lower().endswith(_ENDINGS):
         return
     raise SettingsError(
-        f"The embedding name '{name}' cannot be addressed in a prompt.",
-        "Use letters, digits, '-', '_' and '.', no spaces, no folders, no file ending and no name that Windows keeps "
-        "for a device; in prompts write embedding:NAME with a space before and after it.",
+        f"A prompt cannot use the embedding name '{name}'.",
+        "Use letters, digits, '-', '_' and '.', no spaces, no folders, no file ending and no name that Windows "
+        "reserves for a device. In prompts write embedding:NAME with a space before and after it.",
         input,
     )
 
@@ -101,15 +101,15 @@ def check_word(recipe: Recipe, text: TextEncoder) -> None:
     check_name(recipe.embedding_name, "name" if own else "options")
     if text.is_word(recipe.embedding_name):
         raise SettingsError(
-            f"'{recipe.embedding_name}' is a word of the text encoder already.",
-            "Choose a name that is none, such as my-dog: the old word would be taken for the new one elsewhere.",
+            f"'{recipe.embedding_name}' is already a word of the text encoder.",
+            "Choose another name, such as my-dog: other prompts would use the existing embedding.",
             "name" if own else "options",
         )
     for key, rows in text.start_vectors(recipe.embedding_init).items():
         if not len(rows):
             raise SettingsError(
-                f"init_text '{recipe.embedding_init}' holds no word for the text encoder {key}.",
-                "Write what the thing is in a word or two, such as 'dog' or 'oil painting'.",
+                f"init_text '{recipe.embedding_init}' gives no token for the text encoder {key}.",
+                "Name the subject in a word or two, such as 'dog' or 'oil painting'.",
                 "init_text" if own else "options",
             )
 
@@ -144,8 +144,8 @@ def insert_placeholder(dataset: Dataset, name: str, templates: str) -> Dataset:
     if lacking:
         shown = ", ".join(lacking[:5]) + (" ..." if len(lacking) > 5 else "")
         raise DatasetError(
-            f"{len(lacking)} of {len(dataset.examples)} captions do not hold the word '{name}': {shown}.",
-            f"Write {name} into them where the thing is named, or set the dataset's trigger.",
+            f"{len(lacking)} of {len(dataset.examples)} captions do not contain the embedding '{name}': {shown}.",
+            f"Write {name} into them in place of the subject's name, or set the dataset's trigger.",
             "dataset",
         )
     return replace(dataset, examples=tuple(found), trigger=word)
@@ -173,7 +173,7 @@ def refuse_preservation(dataset: Dataset) -> None:
     """
     if any(example.prior or example.anchor is not None for example in dataset.examples):
         raise DatasetError(
-            "The dataset comes with prior preservation, and a word that is trained alone changes no weight.",
+            "The dataset has prior preservation, but training an embedding alone changes no weights.",
             "Connect the dataset without Graft Prior Preservation.",
             "dataset",
         )
@@ -232,6 +232,6 @@ def made_of(values: dict[str, torch.Tensor], recipe: Recipe, metadata: dict[str,
     """
     vectors = {name[len(PREFIX) :]: value for name, value in values.items() if name.startswith(PREFIX)}
     if not vectors:
-        raise ModelError("The run holds no embedding.", "Start it over (Graft Run Options).")
+        raise ModelError("The run has no embedding.", "Start the run over (on_existing in Graft Run Options).")
     ready = {key: value.detach().to("cpu").float().clone() for key, value in vectors.items()}
     return Embedding(ready, recipe.embedding_name, metadata)

@@ -31,9 +31,9 @@ class Group:
 
 def parameter_groups(groups: Sequence[Group], trainables: dict[str, torch.nn.Parameter], recipe: Recipe) -> list[dict]:
     """Return the groups as torch's optimizers take them."""
-    made = []
+    rows = []
     for group in groups:
         decay = recipe.weight_decay if group.weight_decay is None else group.weight_decay
         parameters = [trainables[name] for name in group.names]
-        made.append({"params": parameters, "lr": group.learning_rate, "weight_decay": decay})
-    return made
+        rows.append({"params": parameters, "lr": group.learning_rate, "weight_decay": decay})
+    return rows

@@ -26,8 +26,8 @@ class Optimizer:
         learning_rate: its own default. None for the default of family and method times `rate_factor`.
         rate_factor: factor on the default of family and method.
         weight_decay, beta1, beta2: defaults. 0 for a beta that the optimizer does not have.
-        apart: whether the update of a parameter depends on that parameter's gradient alone, so that it can run before
-            the next gradient is ready.
+        per_parameter: whether the update of a parameter depends on that parameter's gradient alone, so that it can run
+            before the next gradient is ready.
         slots: minimum number of state values per trained number.
         averages: whether the optimizer itself keeps an average of the parameters.
     """
@@ -37,7 +37,7 @@ class Optimizer:
     weight_decay = 0.01
     beta1 = 0.9
     beta2 = 0.999
-    apart = True
+    per_parameter = True
     slots = 0
     averages = False
 
@@ -142,7 +142,7 @@ class Adafactor(Optimizer):
         if recipe.beta2:
             raise SettingsError(
                 "beta2 is set, but Adafactor has none: its second moment's decay follows the step.",
-                "In Graft Optimizer Options leave beta2 alone, or choose another optimizer.",
+                "In Graft Optimizer Options leave beta2 unset, or choose another optimizer.",
                 "beta2",
             )
 
@@ -152,7 +152,7 @@ class Prodigy(Optimizer):
 
     learning_rate = 1.0
     # Prodigy finds one rate for all parameters.
-    apart = False
+    per_parameter = False
     # The range of factors that its users set, with a margin.
     least, most = 0.1, 10.0
 
@@ -165,8 +165,8 @@ class Prodigy(Optimizer):
         others = {recipe.embedding_learning_rate, recipe.text_encoder_learning_rate} - {0.0, recipe.learning_rate}
         if recipe.lora_plus_ratio != 1 or recipe.block_learning_rates or others:
             raise SettingsError(
-                "Prodigy finds one learning rate for all that is trained; here parts of it have rates of their own.",
-                "Leave the other learning rates alone, or choose another optimizer.",
+                "Prodigy finds one learning rate for all parameters, but here some have their own learning rates.",
+                "Leave the other learning rates unset, or choose another optimizer.",
                 "optimizer",
             )
 
@@ -174,7 +174,7 @@ class Prodigy(Optimizer):
         if self.least <= rate <= self.most:
             return ""
         return (
-            f"learning_rate is {rate:g}, but Prodigy finds the rate itself and multiplies it by that. "
+            f"learning_rate is {rate:g}, but Prodigy finds the rate itself and multiplies it by this value. "
             "Set learning_rate to 1, or to 0 for the default."
         )
 
@@ -228,7 +228,7 @@ class AdamWScheduleFree(Optimizer):
     """AdamW that averages the weights instead of lowering the rate (Defazio et al. 2024), from schedulefree."""
 
     # `average` reads the state of one optimizer for all parameters.
-    apart = False
+    per_parameter = False
     averages = True
 
     def load(self):
@@ -237,15 +237,15 @@ class AdamWScheduleFree(Optimizer):
         return AdamWScheduleFree
 
     def make(self, groups, recipe):
-        made = super().make(groups, recipe)
-        made.train()
-        return made
+        optimizer = super().make(groups, recipe)
+        optimizer.train()
+        return optimizer
 
     def check(self, recipe):
-        name = "AdamWScheduleFree averages the weights in place of a falling learning rate"
+        name = "AdamWScheduleFree averages the weights instead of lowering the learning rate"
         if recipe.schedule != "constant":
             raise SettingsError(
-                f"{name}; the schedule '{recipe.schedule}' would undo that.",
+                f"{name}; the schedule '{recipe.schedule}' would undo this.",
                 "In Graft Optimizer Options set schedule to constant; warmup_steps may stay.",
                 "schedule",
             )
@@ -257,13 +257,13 @@ class AdamWScheduleFree(Optimizer):
             )
         if recipe.embedding_name:
             raise SettingsError(
-                f"{name}; of a word, whose vectors are kept at their length, that makes another vector.",
+                f"{name}. Graft keeps the length of an embedding's vectors, so an average would be another vector.",
                 "Choose another optimizer in Graft Optimizer Options, such as AdamW.",
                 "optimizer",
             )
         if not recipe.beta1:
             raise SettingsError(
-                "AdamWScheduleFree needs a beta1 above 0.", "In Graft Optimizer Options leave beta1 alone.", "beta1"
+                "AdamWScheduleFree needs a beta1 above 0.", "In Graft Optimizer Options leave beta1 unset.", "beta1"
             )
 
     def average(self, optimizer, parameters):

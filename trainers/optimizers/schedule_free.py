@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 class ScheduleFreeAverage:
     """The point x of schedule-free, for saves and previews. The gradient is taken at another point, y.
 
-    The trainables hold y throughout. The library's own conversions, eval() and train(), round: the result of a run
+    The trainables hold y throughout. The library's own conversions between x and y round: the result of a run
     would depend on how often it is previewed. So this class computes x separately and puts the unchanged y back.
     """
 
@@ -24,14 +24,14 @@ class ScheduleFreeAverage:
     @property
     def shadow_params(self) -> list[torch.Tensor]:
         """Return x of every parameter."""
-        found = []
+        averages = []
         for parameter in self._parameters:
             y = parameter.detach()
             # Look it up each time: restoring a saved state replaces the dict.
             z = self._optimizer.state.get(parameter, {}).get("z")
             # A parameter without an update has no z. Then x, y and z are equal.
-            found.append(y.clone() if z is None else y.lerp(z, 1 - 1 / self._beta1))
-        return found
+            averages.append(y.clone() if z is None else y.lerp(z, 1 - 1 / self._beta1))
+        return averages
 
     def step(self, parameters: list) -> None:
         """Do nothing: the optimizer's own step updates the average."""

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     import torch
 
 # Fields that the recipe and the schedule set at each start.
-_GIVEN = {"params", "lr", "weight_decay"}
+_SET_AT_START = {"params", "lr", "weight_decay"}
 
 
 def state_of(optimizer: torch.optim.Optimizer) -> tuple[dict[int, dict[str, Any]], list[dict[str, Any]]]:
@@ -31,7 +31,7 @@ def state_of(optimizer: torch.optim.Optimizer) -> tuple[dict[int, dict[str, Any]
 
 
 def _changed(name: str, value: Any, defaults: dict[str, Any]) -> bool:
-    if name in _GIVEN or not isinstance(value, (bool, int, float)):
+    if name in _SET_AT_START or not isinstance(value, (bool, int, float)):
         return False
     return name not in defaults or value != defaults[name]
 
@@ -45,7 +45,7 @@ def restore_optimizer(
         slots: state per parameter.
         groups: empty in old files, written when AdamW was the only optimizer, which needs none.
     """
-    made = optimizer.state_dict()["param_groups"]
-    for group, kept in zip(made, groups, strict=False):
+    param_groups = optimizer.state_dict()["param_groups"]
+    for group, kept in zip(param_groups, groups, strict=False):
         group.update(kept)
-    optimizer.load_state_dict({"state": slots, "param_groups": made})
+    optimizer.load_state_dict({"state": slots, "param_groups": param_groups})

@@ -57,7 +57,7 @@ class Cache:
 
     def __init__(self, folder: str):
         self.folder = folder
-        self._asked: dict[str, None] = {}
+        self._requested: dict[str, None] = {}
         self._places: dict[str, _Place] = {}
         self._pending: dict[str, dict[str, torch.Tensor]] = {}
         self._since = 0.0
@@ -70,9 +70,9 @@ class Cache:
                     key, _, tensor = name.partition("/")
                     self._places.setdefault(key, _Place(path, key, {})).sums[tensor] = total
             except _Foreign as other:
-                log.warning("Graft: the cache shard %s is left aside: %s", path, other)
+                log.warning("Graft: ignored the cache shard %s: %s", path, other)
             except (RunError, ValueError) as error:
-                log.warning("Graft: the cache shard %s is damaged; what it held will be made again. %s", path, error)
+                log.warning("Graft: the cache shard %s is damaged. Graft computes its entries again. %s", path, error)
                 _remove_own(path)
 
     def missing(self, keys: Iterable[str]) -> set[str]:
@@ -82,7 +82,7 @@ class Cache:
         the keys as used now.
         """
         wanted = dict.fromkeys(keys)
-        self._asked.update(wanted)
+        self._requested.update(wanted)
         by_path: dict[str, list[str]] = {}
         for key in wanted:
             if key not in self._pending and key in self._places:
@@ -96,7 +96,7 @@ class Cache:
         return {key for key in wanted if key not in self._places and key not in self._pending}
 
     def _drop_shard(self, path: str, damaged: int) -> None:
-        log.warning("Graft: %d entries of the cache shard %s are damaged and will be made again.", damaged, path)
+        log.warning("Graft: %d entries of the cache shard %s are damaged. Graft computes them again.", damaged, path)
         for key in [key for key, place in self._places.items() if place.path == path]:
             tensors = self._sound(path, [key]).get(key)
             del self._places[key]
@@ -113,8 +113,8 @@ class Cache:
             tensors, _ = files.read_tensors(path, [full for names in stored.values() for full in names.values()])
         except RunError:
             return {}
-        found = {key: {name: tensors[full] for name, full in names.items()} for key, names in stored.items()}
-        return {key: entry for key, entry in found.items() if _sums_of(entry) == self._places[key].sums}
+        entries = {key: {name: tensors[full] for name, full in names.items()} for key, names in stored.items()}
+        return {key: entry for key, entry in entries.items() if _sums_of(entry) == self._places[key].sums}
 
     def find_as(self, key: str, earlier: str) -> None:
         """Make an entry with an earlier version's key available under its key of today."""
@@ -134,12 +134,12 @@ class Cache:
             RunError: an entry is gone, or the folder cannot be written.
         """
         other = Cache(folder)
-        for key in self._asked:
+        for key in self._requested:
             if key not in self._pending and key not in self._places:
                 continue
             tensors = self.get(key)
             if tensors is None:
-                raise RunError(f"The cached entry {key} is gone.", "Queue again; it will be made anew.")
+                raise RunError(f"The cached entry {key} is missing.", "Queue the graph again to compute it.")
             other.put(key, tensors)
         other.flush()
 
@@ -182,9 +182,9 @@ def _sums(path: str) -> dict[str, int]:
         raise _Foreign(f"its format is {metadata.get('format', 'not given')[:40]!r}.")
     sums = json_files.parse_json(metadata.get("sums", ""))
     if not isinstance(sums, dict) or sums.keys() != header.keys():
-        raise ValueError("its checksums are not those of its tensors")
+        raise ValueError("its checksums belong to other tensors")
     if not all(type(total) is int for total in sums.values()):
-        raise ValueError("its checksums are no numbers")
+        raise ValueError("its checksums are not numbers")
     return sums
 
 
@@ -219,7 +219,7 @@ def _touch(path: str) -> None:
 def _remove_own(path: str) -> bool:
     """Remove a file that identifies itself as a cache file, and report whether it is gone; leave other files alone."""
     if not _is_own(path):
-        log.warning("Graft: %s does not say that it is a cache file of Graft's, and stays. Remove it yourself.", path)
+        log.warning("Graft: %s is not marked as Graft's cache file, so Graft keeps it. Remove it yourself.", path)
         return False
     try:
         os.remove(path)
@@ -273,7 +273,7 @@ def prune(folder: str, limit: int, since: float) -> int:
 
 def _cache_files(folder: str) -> list[tuple[float, int, str]]:
     """List (last use, bytes, path) of each cache file."""
-    found = []
+    rows = []
     for directory, _, names in os.walk(folder):
         for name in names:
             path = os.path.join(directory, name)
@@ -283,8 +283,8 @@ def _cache_files(folder: str) -> list[tuple[float, int, str]]:
                 # Another process has pruned it meanwhile.
                 continue
             if _NAME.fullmatch(name) and not atomic.is_link(path):
-                found.append((status.st_mtime, status.st_size, path))
-    return found
+                rows.append((status.st_mtime, status.st_size, path))
+    return rows
 
 
 def key_of(*parts) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..data import captions
 from ..data.examples import LeftOut
-from .sampler import turns_within
+from .sampler import visits_within
 
 if TYPE_CHECKING:
     from ..data.buckets import Crop
@@ -49,7 +49,7 @@ class CacheFiller:
         for (cropped, row), problem in zip(rows, masks.fill([row for _, row in rows]), strict=True):
             example = cropped.example
             if problem is None and not example.handling.mask_minimum and not masks.get(masks.key(*row)).any():
-                problem = LeftOut(example.source.name, "its mask leaves nothing of the part that is trained on")
+                problem = LeftOut(example.source.name, "its mask excludes the whole crop")
             if problem is not None:
                 problems.setdefault(cropped.place, problem)
         left_out.extend(problems.values())
@@ -93,7 +93,7 @@ class CacheFiller:
 
     def _visits(self, crops: list[tuple[CroppedExample, Crop]]) -> list[int]:
         """Return an upper bound of the number of visits of each crop in the run."""
-        return turns_within(
+        return visits_within(
             self._recipe.steps * self._recipe.accumulation,
             [crop.bucket for _, crop in crops],
             [cropped.example.repeats for cropped, _ in crops],

@@ -43,7 +43,7 @@ class CroppedExample:
             seed: the run's.
             visit: number of earlier visits of the crop.
         """
-        return captions.variant_of_turn(self.example, count, seed, self.stream(crop), visit)
+        return captions.variant_of_visit(self.example, count, seed, self.stream(crop), visit)
 
 
 def crop_examples(dataset: Dataset, geometries: dict[int, Geometry]) -> tuple[list[CroppedExample], list[LeftOut]]:

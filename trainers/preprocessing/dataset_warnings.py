@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..data.dataset_warnings import warn_of_enlarged, warn_of_resolution, warn_of_skipped
+from ..data.dataset_warnings import warn_of_enlarged, warn_of_resolution, warn_of_scan, warn_of_skipped
 
 if TYPE_CHECKING:
     from ..data.examples import Dataset, LeftOut
@@ -25,6 +25,7 @@ def list_warnings(
     pictures = [(cropped.example, crop) for cropped in training for crop in cropped.crops]
     warnings = [
         warn_of_skipped(left_out, len(dataset.examples) + len(dataset.left_out)),
+        *warn_of_scan(dataset),
         warn_of_enlarged(pictures),
         _warn_of_batch(recipe, [cropped for cropped in training if not cropped.example.prior]),
         warn_of_resolution(recipe.resolution, recipe.family),

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Given = TypeVar("Given")
-Made = TypeVar("Made")
+Item = TypeVar("Item")
+Encoded = TypeVar("Encoded")
 
 # Captions per batch. The CPU gains nothing above 4, and an interruption loses the batch.
 _CAPTIONS = 8
@@ -83,16 +83,16 @@ class LatentCache:
 
     def _batches(self, owners: dict[str, list[tuple[int, Crop]]], missing: set[str]) -> list[list[str]]:
         """Group keys of crops of one size, in list order, up to the codec's limit; return groups with a missing key."""
-        found: list[list[str]] = []
-        open_ones: dict[tuple[int, int], list[str]] = {}
+        batches: list[list[str]] = []
+        open_batches: dict[tuple[int, int], list[str]] = {}
         for key, ((_, crop), *_) in owners.items():
             width, height = crop.bucket
-            batch = open_ones.get(crop.bucket)
+            batch = open_batches.get(crop.bucket)
             if batch is None or len(batch) >= self._codec.pixels_at_once // (width * height):
-                batch = open_ones[crop.bucket] = []
-                found.append(batch)
+                batch = open_batches[crop.bucket] = []
+                batches.append(batch)
             batch.append(key)
-        return [batch for batch in found if not missing.isdisjoint(batch)]
+        return [batch for batch in batches if not missing.isdisjoint(batch)]
 
     def _encode(self, batch: dict[str, tuple[int, Crop]], missing: set[str], pictures: _Pictures) -> None:
         """Encode a batch, and store its missing entries."""
@@ -102,16 +102,18 @@ class LatentCache:
         keys = [key for key, array in arrays.items() if array is not None]
         if missing.isdisjoint(keys):
             return
-        for key, found in zip(keys, self._together.make([arrays[key] for key in keys], self._posteriors), strict=True):
+        for key, tensors in zip(
+            keys, self._together.make([arrays[key] for key in keys], self._posteriors), strict=True
+        ):
             if key not in missing:
                 continue
-            if not all(torch.isfinite(value).all() for value in found.values()):
+            if not all(torch.isfinite(value).all() for value in tensors.values()):
                 raise DatasetError(
                     f"The VAE gives no finite latent for the picture '{pictures.name(batch[key][0])}'.",
-                    "Use a VAE that runs in float32 (start ComfyUI with --fp32-vae), or take the picture out.",
+                    "Use a VAE that runs in float32 (start ComfyUI with --fp32-vae), or remove the picture.",
                     "vae",
                 )
-            self._cache.put(key, found)
+            self._cache.put(key, tensors)
             missing.discard(key)
 
     def _posteriors(self, arrays: Sequence[np.ndarray]) -> list[dict[str, torch.Tensor]]:
@@ -120,16 +122,16 @@ class LatentCache:
 
         mean, spread = self._codec.encode(torch.from_numpy(np.stack(arrays)))
         # Clone: an entry waits in memory until a shard is full, and must not keep the whole batch alive.
-        found = [{"mean": row.float().cpu().clone()} for row in mean.split(1)]
-        for row, one in zip(() if spread is None else spread.split(1), found, strict=spread is not None):
-            one["logvar"] = row.float().cpu().clone()
-        return found
+        posteriors = [{"mean": row.float().cpu().clone()} for row in mean.split(1)]
+        for row, posterior in zip(() if spread is None else spread.split(1), posteriors, strict=spread is not None):
+            posterior["logvar"] = row.float().cpu().clone()
+        return posteriors
 
     def get(self, key: str) -> dict[str, torch.Tensor]:
         """Return `mean` [1, C, ...] and, if there is a posterior, `logvar` of a key that was filled."""
         tensors = self._cache.get(key)
         if tensors is None:
-            raise RunError(f"The cached latent {key} is gone.", "Queue again; it will be made anew.")
+            raise RunError(f"The cached latent {key} is missing.", "Queue the graph again to compute it.")
         return tensors
 
 
@@ -156,7 +158,7 @@ class _Pictures:
         self.problems: dict[int, LeftOut] = {}
         self._examples = examples
         self._tick = tick
-        self._told: set[int] = set()
+        self._reported: set[int] = set()
         self._last: tuple[int, Image.Image] | None = None
 
     def name(self, place: int) -> str:
@@ -167,8 +169,8 @@ class _Pictures:
         """Return [H, W, 3] of a picture, None if it cannot be read; call `tick` before the first needed crop."""
         if place in self.problems:
             return None
-        if is_needed and place not in self._told:
-            self._told.add(place)
+        if is_needed and place not in self._reported:
+            self._reported.add(place)
             self._tick(self.name(place))
         try:
             return to_array(cut(self._opened(place), crop))
@@ -184,7 +186,9 @@ class _Pictures:
             self._last = None
             picture = opened(example.source)
             if picture.size != example.size:
-                raise Unreadable(LeftOut(self.name(place), f"it is {picture.size} when decoded, not {example.size}"))
+                raise Unreadable(
+                    LeftOut(self.name(place), f"its size is {picture.size} when decoded, not {example.size}")
+                )
             self._last = place, picture
         return self._last[1]
 
@@ -217,8 +221,8 @@ class TextCache:
                 for key in batch:
                     if key in missing:
                         tick(wanted[key])
-                made = self._together.make([wanted[key] for key in batch], self._encode)
-                for key, tensors in zip(batch, made, strict=True):
+                encoded = self._together.make([wanted[key] for key in batch], self._encode)
+                for key, tensors in zip(batch, encoded, strict=True):
                     if key in missing:
                         self._cache.put(key, _finite(wanted[key], tensors))
         finally:
@@ -247,7 +251,9 @@ class TextCache:
         """Return the tensors of a caption that was filled."""
         tensors = self._cache.get(self._key(caption))
         if tensors is None:
-            raise RunError(f"The cached conditioning of '{caption}' is gone.", "Queue again; it will be made anew.")
+            raise RunError(
+                f"The cached conditioning of '{caption}' is missing.", "Queue the graph again to compute it."
+            )
         return tensors
 
     def _key(self, caption: str) -> str:
@@ -279,7 +285,7 @@ class _Together:
     def __init__(self):
         self._most = 0
 
-    def make(self, given: Sequence[Given], make: Callable[[Sequence[Given]], list[Made]]) -> list[Made]:
+    def make(self, items: Sequence[Item], make: Callable[[Sequence[Item]], list[Encoded]]) -> list[Encoded]:
         """Return the results of all items, in order.
 
         Raises:
@@ -288,21 +294,21 @@ class _Together:
         # Import it here: it imports torch, which callers that only describe datasets do not need.
         from ..memory.oom import is_out_of_memory
 
-        found: list[Made] = []
-        size = min(len(given), self._most or len(given))
-        while len(found) < len(given):
-            some = given[len(found) : len(found) + size]
+        encoded: list[Encoded] = []
+        size = min(len(items), self._most or len(items))
+        while len(encoded) < len(items):
+            batch = items[len(encoded) : len(encoded) + size]
             try:
-                found += make(some)
+                encoded += make(batch)
                 continue
             except (RuntimeError, MemoryError) as error:
-                if len(some) == 1:
+                if len(batch) == 1:
                     raise
-                log.warning("Graft: %d could not be encoded at once; fewer are tried. %s", len(some), error)
-                size = len(some) // 2
+                log.warning("Graft: cannot encode %d inputs at once. Graft tries fewer. %s", len(batch), error)
+                size = len(batch) // 2
                 if is_out_of_memory(error):
                     self._most = size
-        return found
+        return encoded
 
 
 class Unreadable(Exception):

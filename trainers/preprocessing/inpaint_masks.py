@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..protocols import ImageCodec
 
 # Number of drawn masks for a picture without a mask; each needs a latent of its own.
-HOLES = 4
+DRAWN_MASKS = 4
 _GREY = 0.5
 
 # Names on disk of what `Conditioning` takes.
@@ -44,12 +44,12 @@ class InpaintMaskCache:
 
     def key(self, example: Example, crop: Crop, number: int) -> str:
         """Return the key of a mask and its latent: content, crop, codec, and the mask or the number of a drawn one."""
-        return _hole_key(self._base, example, crop, number)
+        return _mask_key(self._base, example, crop, number)
 
     @staticmethod
     def count(example: Example) -> int:
         """Return the number of inpaint masks of an example: one if it has a mask, else the number of drawn masks."""
-        return HOLES if example.mask is None else 1
+        return DRAWN_MASKS if example.mask is None else 1
 
     def fill(self, rows: Iterable[tuple[Example, list[Crop]]], tick: Callable[[str], None]) -> list[LeftOut | None]:
         """Encode missing latents; return for each example None, or the reason for not training on it.
@@ -63,7 +63,7 @@ class InpaintMaskCache:
         places = [(row, crop, number) for row in rows for crop in row[1] for number in range(self.count(row[0]))]
         if self._earlier:
             for row, crop, number in places:
-                earlier = _hole_key(self._earlier, row[0], crop, number)
+                earlier = _mask_key(self._earlier, row[0], crop, number)
                 self._cache.find_as(self.key(row[0], crop, number), earlier)
         missing = self._cache.missing(self.key(row[0], crop, number) for row, crop, number in places)
         outcome: list[LeftOut | None] = []
@@ -93,10 +93,10 @@ class InpaintMaskCache:
         mask = None if example.mask is None else as_weight(example.mask.open())
         for crop, number in wanted:
             if mask is None:
-                hole = random_hole(crop.bucket, f"{example.digest} {crop} {number}", number)
+                inpaint_mask = random_inpaint_mask(crop.bucket, f"{example.digest} {crop} {number}", number)
             else:
-                hole = cut(mask, crop)
-            within = torch.from_numpy(to_array(hole)[..., 0]).round()[None, None]
+                inpaint_mask = cut(mask, crop)
+            within = torch.from_numpy(to_array(inpaint_mask)[..., 0]).round()[None, None]
             pixels = torch.from_numpy(to_array(cut(picture, crop)))[None]
             around = (pixels - _GREY) * (1 - within[0, ..., None]) + _GREY
             mean, _ = self._codec.encode(around)
@@ -113,11 +113,11 @@ class InpaintMaskCache:
         `masked_image_latent` [1, C, ...]."""
         tensors = self._cache.get(key)
         if tensors is None:
-            raise RunError(f"The cached inpaint mask {key} is gone.", "Queue again; it will be made anew.")
+            raise RunError(f"The cached inpaint mask {key} is missing.", "Queue the graph again to compute it.")
         return {name: tensors[stored] for name, stored in _STORED_NAMES.items()}
 
 
-def random_hole(size: tuple[int, int], seed: str, number: int) -> Image.Image:
+def random_inpaint_mask(size: tuple[int, int], seed: str, number: int) -> Image.Image:
     """Draw a mask as inpainting models are trained on: strokes, boxes, both, or the whole picture.
 
     Source: Suvorov et al. 2022.
@@ -131,19 +131,19 @@ def random_hole(size: tuple[int, int], seed: str, number: int) -> Image.Image:
     """
     from PIL import Image, ImageDraw
 
-    kind = number % HOLES
-    if kind == HOLES - 1:
+    kind = number % DRAWN_MASKS
+    if kind == DRAWN_MASKS - 1:
         return Image.new("L", size, 255)
     source = random.Random(seed)
-    hole = Image.new("L", size, 0)
-    draw = ImageDraw.Draw(hole)
+    mask = Image.new("L", size, 0)
+    draw = ImageDraw.Draw(mask)
     if kind != 1:
         for _ in range(source.randint(1, 3)):
             _draw_stroke(draw, size, source)
     if kind != 0:
         for _ in range(source.randint(1, 3)):
             _draw_box(draw, size, source)
-    return hole
+    return mask
 
 
 def _draw_box(draw, size: tuple[int, int], source: random.Random) -> None:
@@ -161,6 +161,6 @@ def _draw_stroke(draw, size: tuple[int, int], source: random.Random) -> None:
         draw.ellipse((x - half, y - half, x + half, y + half), fill=255)
 
 
-def _hole_key(base: str, example: Example, crop: Crop, number: int) -> str:
-    hole = number if example.mask is None else example.mask.digest
-    return key_of("hole 1", base, example.digest, crop.scaled, crop.offset, crop.bucket, crop.flip, hole)
+def _mask_key(base: str, example: Example, crop: Crop, number: int) -> str:
+    mask = number if example.mask is None else example.mask.digest
+    return key_of("hole 1", base, example.digest, crop.scaled, crop.offset, crop.bucket, crop.flip, mask)

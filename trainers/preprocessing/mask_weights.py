@@ -51,7 +51,7 @@ class MaskCache:
         """Return the weights of a key that was filled."""
         tensors = self._cache.get(key)
         if tensors is None:
-            raise RunError(f"The cached mask {key} is gone.", "Queue again; it will be made anew.")
+            raise RunError(f"The cached mask {key} is missing.", "Queue the graph again to compute it.")
         return tensors["weight"]
 
 

@@ -41,15 +41,15 @@ class Prefetcher:
         """
         held, self._held = self._held, None
         if held is not None and held[0] is batch:
-            found = held[1].result()
+            samples = held[1].result()
         else:
-            found = self._samples(batch)
+            samples = self._samples(batch)
         if self._pool is not None:
-            places = [place for place, one in enumerate(self._coming) if one is batch]
+            places = [place for place, upcoming in enumerate(self._coming) if upcoming is batch]
             rest = self._coming[places[0] + 1 :] if places else []
             if rest:
                 self._held = rest[0], self._pool.submit(self._samples, rest[0])
-        return found
+        return samples
 
     def close(self) -> None:
         """Wait for a fetch in progress, and discard its result."""

@@ -92,7 +92,7 @@ def prepare(
         caches.copy_used(copy)
     removed = prune(cache_folder, cache_limit, started)
     if removed:
-        log.info("Graft: %.1f GB of the oldest cached latents and texts were removed.", removed / 1e9)
+        log.info("Graft: removed %.1f GB of the oldest cached latents and texts.", removed / 1e9)
     left_out = (*dataset.left_out, *unusable)
     _report_warnings(dataset, recipe, host, training, left_out)
     facts = {
@@ -114,8 +114,8 @@ def prepare(
 def _refuse_sources(dataset: Dataset, host: Host) -> None:
     if host.denoiser.conditioning_kind != SOURCE and any(example.control is not None for example in dataset.examples):
         raise DatasetError(
-            f"The dataset has source pictures, and this model ({host.denoiser.family}) takes none.",
-            "Leave control_folder empty, or take a model that edits pictures, such as Flux Kontext or Qwen-Image-Edit.",
+            f"The dataset has source pictures, but this model ({host.denoiser.family}) takes none.",
+            "Leave control_folder empty, or use a model that edits pictures, such as Flux Kontext or Qwen-Image-Edit.",
             "dataset",
         )
 
@@ -123,9 +123,9 @@ def _refuse_sources(dataset: Dataset, host: Host) -> None:
 def _refuse_if_empty(dataset: Dataset, examples: list[CroppedExample], left_out: list[LeftOut]) -> None:
     if not examples:
         raise DatasetError(
-            f"None of the {len(dataset.examples)} pictures of '{dataset.name}' can be trained on: "
+            f"Graft cannot train on any of the {len(dataset.examples)} pictures of '{dataset.name}': "
             f"{shortened(left_out)}.",
-            "Take larger or sound pictures, or let small ones be enlarged (upscale).",
+            "Replace damaged pictures. Replace small ones, or turn on upscale.",
             "dataset",
         )
 
@@ -134,10 +134,8 @@ def _report_warnings(
     dataset: Dataset, recipe: Recipe, host: Host, training: list[CroppedExample], left_out: tuple[LeftOut, ...]
 ) -> None:
     """Report files that are not trained on, and what looks unintended in the dataset."""
-    for text in dataset.warnings:
-        log.warning("Graft: %s", text)
     if left_out:
-        log.warning("Graft: %d files are not trained on: %s", len(left_out), shortened(left_out, 50))
+        log.warning("Graft: skipped %d files: %s", len(left_out), shortened(left_out, 50))
     warnings = list_warnings(dataset, recipe, training, left_out)
     for warning in warnings:
         if warning["kind"] != "skipped":
@@ -162,5 +160,5 @@ def _describe_latents(cropped: CroppedExample, caches: DatasetCaches) -> str:
     """Describe the cached latents: posteriors to sample from, or means alone."""
     if "logvar" in caches.latents.get(caches.latents.key(cropped.example, cropped.crops[0])):
         return "mean and log-variance, sampled anew at every showing"
-    log.info("Graft: this VAE has no posterior that can be sampled; the mean of each picture is trained on.")
+    log.info("Graft: this VAE has no posterior to sample; training uses the mean of each picture.")
     return "mean alone: the VAE has no posterior"

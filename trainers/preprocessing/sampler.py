@@ -63,13 +63,13 @@ class _Layout:
 
     def sizes(self, epoch: int, number: int) -> dict:
         """Count the visits in each bucket of a round."""
-        shown = self.own.of(number)
+        visits = self.own.of(number)
         if self.classes.total:
-            shown = shown + self._class_counts(epoch, number)
-        found: dict = {}
-        for index in np.flatnonzero(shown).tolist():
-            found[self.buckets[index]] = found.get(self.buckets[index], 0) + int(shown[index])
-        return found
+            visits = visits + self._class_counts(epoch, number)
+        sizes: dict = {}
+        for index in np.flatnonzero(visits).tolist():
+            sizes[self.buckets[index]] = sizes.get(self.buckets[index], 0) + int(visits[index])
+        return sizes
 
     def batch_count(self, epoch: int, number: int) -> int:
         """Count the batches of a round."""
@@ -79,7 +79,7 @@ class _Layout:
         """Return the batches of a round, each an array of example indices."""
         seed = stream_seed("order", self.seed, epoch, number) if number else stream_seed("order", self.seed, epoch)
         rng = np.random.RandomState(seed % (2**32))
-        shown = self.own.of(number)
+        visits = self.own.of(number)
         groups: dict = {}
         for index in np.flatnonzero(self.own.repeats).tolist():
             groups.setdefault(self.buckets[index], []).append(index)
@@ -88,7 +88,7 @@ class _Layout:
         starts: list[np.ndarray] = []
         for bucket in sorted({**groups, **classes}):
             places = np.array(groups.get(bucket, []), dtype=np.int32)
-            members = np.repeat(places, shown[places])
+            members = np.repeat(places, visits[places])
             rng.shuffle(members)
             members = _spread(members, classes.get(bucket))
             begin = sum(map(len, rows))
@@ -102,12 +102,12 @@ class _Layout:
         rng.shuffle(order)
         return (members[first[place] : ends[place]] for place in order)
 
-    def shown_before(self, epoch: int, number: int) -> np.ndarray:
+    def visits_before(self, epoch: int, number: int) -> np.ndarray:
         """Count the visits of each example before a round."""
-        shown = epoch * self.own.repeats + self.own.before(number)
+        visits = epoch * self.own.repeats + self.own.before(number)
         if self.classes.total:
-            shown = shown + self._class_shown(self._class_start(epoch, number))
-        return shown
+            visits = visits + self._class_visits(self._class_start(epoch, number))
+        return visits
 
     def _class_start(self, epoch: int, number: int) -> int:
         """Count the visits of class images before a round: as many as of the other examples."""
@@ -122,30 +122,30 @@ class _Layout:
         if not self.classes.total:
             return {}
         dealt = self._deal(self._class_start(epoch, number), int(self.own.of(number).sum()))
-        found: dict = {}
+        by_bucket: dict = {}
         kinds = {bucket: kind for kind, bucket in enumerate(dict.fromkeys(self.buckets))}
         kind_of = np.array([kinds[bucket] for bucket in self.buckets])[dealt]
         for bucket, kind in kinds.items():
             members = dealt[kind_of == kind]
             if len(members):
-                found[bucket] = members
-        return found
+                by_bucket[bucket] = members
+        return by_bucket
 
     def _class_counts(self, epoch: int, number: int) -> np.ndarray:
         """Count the visits of each class image in a round."""
         start = self._class_start(epoch, number)
-        return self._class_shown(start + int(self.own.of(number).sum())) - self._class_shown(start)
+        return self._class_visits(start + int(self.own.of(number).sum())) - self._class_visits(start)
 
-    def _class_shown(self, count: int) -> np.ndarray:
+    def _class_visits(self, count: int) -> np.ndarray:
         """Count each class image among the first `count` visits of class images."""
         decks, rest = divmod(count, self.classes.total)
         number = self._round_at(rest)
         before = self.classes.before(number)
         left = rest - int(before.sum())
-        shown = decks * self.classes.repeats + before
+        visits = decks * self.classes.repeats + before
         if left:
-            shown = shown + np.bincount(self._deck(decks, number)[:left], minlength=len(shown))
-        return shown
+            visits = visits + np.bincount(self._deck(decks, number)[:left], minlength=len(visits))
+        return visits
 
     def _round_at(self, rest: int) -> int:
         """Return the round of a deck that holds the deck's visit number `rest`."""
@@ -167,14 +167,14 @@ class _Layout:
         deck, rest = divmod(start, self.classes.total)
         number = self._round_at(rest)
         skipped = rest - int(self.classes.before(number).sum())
-        found = [np.zeros(0, dtype=np.int32)]
+        dealt = [np.zeros(0, dtype=np.int32)]
         while count > 0:
             cards = self._deck(deck, number)[skipped : skipped + count]
-            found.append(cards)
+            dealt.append(cards)
             count -= len(cards)
             skipped = 0
             deck, number = (deck, number + 1) if number + 1 < self.classes.count else (deck + 1, 0)
-        return np.concatenate(found)
+        return np.concatenate(dealt)
 
 
 def epoch_batches(
@@ -237,19 +237,19 @@ def batches_from(
             if position >= count:
                 position -= count
                 continue
-            shown = layout.shown_before(epoch, number)
+            visits = layout.visits_before(epoch, number)
             for place, batch in enumerate(layout.batches(epoch, number)):
                 members = []
                 for index in batch.tolist():
-                    members.append((index, int(shown[index])))
-                    shown[index] += 1
+                    members.append((index, int(visits[index])))
+                    visits[index] += 1
                 if place >= position:
                     yield epoch, members
             position = 0
         epoch += 1
 
 
-def turns_within(
+def visits_within(
     batches: int, buckets: Sequence, repeats: Sequence[int], batch_size: int, prior: Sequence[bool] = ()
 ) -> list[int]:
     """Return an upper bound of the number of visits of each example in `batches` batches."""

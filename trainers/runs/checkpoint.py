@@ -103,10 +103,12 @@ def read_state(path: str, step: int) -> State:
     try:
         if metadata.keys() != {"state"}:
             # An unknown key may be the checksums under a damaged name.
-            raise ValueError(f"its metadata hold {sorted(metadata)!r:.100}")
+            raise ValueError(f"its metadata has the keys {sorted(metadata)!r:.100}")
         plain = json_files.parse_json(metadata["state"])
         if plain["version"] != _VERSION:
-            raise RunError(f"The state '{path}' is of version {plain['version']!r:.40}.", "Start the run over.")
+            raise RunError(
+                f"The state '{path}' has the unknown version {plain['version']!r:.40}.", "Start the run over."
+            )
         _check_plain(plain, step)
         state = State(
             step=plain["step"],
@@ -130,7 +132,7 @@ def read_state(path: str, step: int) -> State:
                     raise ValueError(f"{name} is not finite")
                 getattr(state, group)[rest] = tensor
             else:
-                raise ValueError(f"{name} is nothing of a state's")
+                raise ValueError(f"{name} does not belong to a state")
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         if isinstance(error, RunError):
             raise
@@ -142,11 +144,11 @@ def _check_plain(plain: dict, step: int) -> None:
     """Raise ValueError if the JSON fields of a state are invalid or belong to another step."""
     unknown = plain.keys() - _FIELDS
     if unknown:
-        raise ValueError(f"it holds {min(unknown)}, which this version does not know")
+        raise ValueError(f"it has the unknown field {min(unknown)}")
     if type(plain["step"]) is not int or plain["step"] != step:
         raise ValueError(f"its step is {plain['step']!r:.40}")
     if type(plain["batches"]) is not int or plain["batches"] < 0:
-        raise ValueError("its batches are no number")
+        raise ValueError("its 'batches' is not a number")
     updates = plain.get("ema_updates", 0)
     if type(updates) is not int or not 0 <= updates <= step:
         raise ValueError(f"its ema_updates is {updates!r:.40}")
@@ -156,5 +158,5 @@ def _numbers_in(values: dict[str, Any]) -> dict[str, Any]:
     """Return a copy of a dict of numbers. Raise ValueError for other values and for keys that only the recipe sets."""
     plain = all(value is None or isinstance(value, (bool, int, float)) for value in values.values())
     if not plain or values.keys() & {"params", "lr"}:
-        raise ValueError("it holds something else where numbers by name are kept")
+        raise ValueError("a field with other values than numbers by name")
     return dict(values)

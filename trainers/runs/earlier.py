@@ -39,7 +39,7 @@ def claim(folder: str, sampled: str, whole: str) -> bool:
     if sampled not in known:
         known[sampled] = whole
         try:
-            json_files.write_json(path, known)
+            json_files.write_own_json(path, known)
         except RunError as error:
             # Continue without the record: an unwritable folder cannot be overwritten either.
             log.debug("Graft: %s", error)
@@ -50,9 +50,9 @@ def _read(path: str) -> dict[str, str]:
     if not os.path.exists(path):
         return {}
     try:
-        value = json_files.read_json(path)
+        value = json_files.read_own_json(path)
     except RunError as error:
-        log.warning("Graft: %s It is written anew.", error)
+        log.warning("Graft: %s Graft writes it again.", error)
         return {}
     return {name: one for name, one in value.items() if isinstance(one, str)} if isinstance(value, dict) else {}
 

@@ -96,15 +96,15 @@ def list_summaries(folders: Folders, text: str, first: int, count: int) -> tuple
         first: index of the page's first run.
         count: maximum number of runs on the page.
     """
-    names = [one.name for one in list_records(folders, MOST_RUNS) if _holds(folders, one.name, text.lower())]
-    found = []
+    names = [record.name for record in list_records(folders, MOST_RUNS) if _holds(folders, record.name, text.lower())]
+    summaries = []
     for name in names[first : first + count]:
         try:
-            found.append(summary_of(folders, find_run(folders, name)))
+            summaries.append(summary_of(folders, find_run(folders, name)))
         except (RunError, OSError):
             # The run was removed meanwhile.
             continue
-    return found, len(names)
+    return summaries, len(names)
 
 
 def _holds(folders: Folders, name: str, text: str) -> bool:
@@ -226,10 +226,10 @@ def smoothed(values: Sequence[float], smoothing: float) -> list[float]:
     The average starts at the first value, not at 0. It skips NaN and infinite values.
     """
     total = weight = 0.0
-    found = []
+    averages = []
     for value in values:
         if math.isfinite(value):
             total = smoothing * total + value
             weight = smoothing * weight + 1.0
-        found.append(total / weight if weight else math.nan)
-    return found
+        averages.append(total / weight if weight else math.nan)
+    return averages

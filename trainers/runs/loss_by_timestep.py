@@ -62,12 +62,12 @@ class LossByTimestep:
 
     def means(self, first: int, last: int) -> list[float]:
         """Return the mean loss per bucket over the spans `first` to `last` (inclusive), NaN for empty buckets."""
-        found = []
+        means = []
         for bucket in range(BUCKETS):
             total = sum(row[bucket] for row in self.sums[first : last + 1])
             count = sum(row[bucket] for row in self.counts[first : last + 1])
-            found.append(total / count if count else math.nan)
-        return found
+            means.append(total / count if count else math.nan)
+        return means
 
     def as_json(self) -> dict[str, Any]:
         """Return JSON-compatible values. `of_json` restores them to the same bits."""
@@ -77,13 +77,13 @@ class LossByTimestep:
     def of_json(cls, value: Any) -> LossByTimestep:
         """Restore losses from the values of `as_json`. Raise ValueError for anything else."""
         if not isinstance(value, Mapping) or value.keys() != {"span", "sums", "counts"}:
-            raise ValueError("no losses by noise level")
+            raise ValueError("its levels are not losses by timestep")
         span, sums, counts = value["span"], value["sums"], value["counts"]
         if type(span) is not int or span < 1 or not _is_table(sums, (int, float)) or not _is_table(counts, (int,)):
-            raise ValueError("losses by noise level that are no numbers")
-        if len(sums) != len(counts) or len(sums) > _MOST or any(one < 0 for row in counts for one in row):
-            raise ValueError("losses by noise level that do not go with their counts")
-        return cls(span, [[float(one) for one in row] for row in sums], [list(row) for row in counts])
+            raise ValueError("its losses by timestep are not numbers")
+        if len(sums) != len(counts) or len(sums) > _MOST or any(number < 0 for row in counts for number in row):
+            raise ValueError("its losses by timestep do not match their counts")
+        return cls(span, [[float(number) for number in row] for row in sums], [list(row) for row in counts])
 
 
 def times_of(denoiser: Denoiser, sigma: torch.Tensor) -> list[float]:
@@ -102,9 +102,9 @@ def _halved(rows: list[list]) -> list[list]:
 
 
 def _is_table(rows: Any, kinds: tuple[type, ...]) -> bool:
-    def is_number(one: Any) -> bool:
+    def is_number(value: Any) -> bool:
         # An integer may be too large for a float.
-        return type(one) in kinds and abs(one) <= sys.float_info.max
+        return type(value) in kinds and abs(value) <= sys.float_info.max
 
     return isinstance(rows, list) and all(
         isinstance(row, list) and len(row) == BUCKETS and all(map(is_number, row)) for row in rows

@@ -33,7 +33,7 @@ def parse_notes(title, note) -> Notes:
     """
     for name, value, limit in (("title", title, TITLE_LIMIT), ("note", note, NOTE_LIMIT)):
         if not isinstance(value, str):
-            raise SettingsError(f"The {name} is no text.", "Send a string.", name)
+            raise SettingsError(f"The {name} is not a text.", "Send a string.", name)
         check_text(value, name, limit)
     # Put the title on one line.
     return Notes(" ".join(title.split()), note.strip())
@@ -45,7 +45,7 @@ def read_notes(run: Run) -> Notes:
     try:
         if not os.path.isfile(path) or not is_below(path, run.folder) or os.path.getsize(path) > _FILE_LIMIT:
             return Notes()
-        value = json_files.read_json(path)
+        value = json_files.read_own_json(path)
         return parse_notes(value["title"], value["note"])
     except (OSError, RunError, SettingsError, KeyError, TypeError):
         return Notes()
@@ -58,7 +58,7 @@ def write_notes(run: Run, notes: Notes) -> None:
         RunError: the folder cannot be written.
     """
     before = os.stat(run.folder)
-    json_files.write_json(_path(run), asdict(notes))
+    json_files.write_own_json(_path(run), asdict(notes))
     os.utime(run.folder, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 

@@ -55,20 +55,20 @@ def find_run(folders: Folders, name: str) -> Run:
         same = os.path.realpath(run.folder) == direct and is_below(run.recipe_path, run.folder)
         if same and os.path.isfile(run.recipe_path):
             return run
-    raise RunError("There is no such run.", "GET /graft/runs lists those there are.")
+    raise RunError("There is no such run.", "GET /graft/runs lists the existing runs.")
 
 
 def list_records(folders: Folders, most: int) -> list[Record]:
     """Return the records of at most `most` runs, newest change first, without damaged runs."""
     names = os.listdir(folders.runs) if os.path.isdir(folders.runs) else []
-    found = []
+    records = []
     for name in names:
         try:
-            found.append(record_of(find_run(folders, name)))
+            records.append(record_of(find_run(folders, name)))
         except (RunError, OSError):
             # OSError: the run was removed after the folder was listed, or this user may not read it.
             continue
-    return sorted(found, key=lambda one: (-one.changed, one.name))[:most]
+    return sorted(records, key=lambda record: (-record.changed, record.name))[:most]
 
 
 def record_of(run: Run) -> Record:
@@ -95,11 +95,11 @@ def read_recipe(run: Run) -> dict[str, Any]:
             raise ValueError("it is too large")
         value = read_own_json(path)
         if type(value["recipe"]["steps"]) is not int:
-            raise ValueError("its steps are no number")
+            raise ValueError("its 'steps' is not a number")
     except (OSError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, RunError):
             raise
-        raise RunError(f"The file '{path}' is no recipe ({error}).", "Remove or restore it.") from error
+        raise RunError(f"The file '{path}' is not a recipe ({error}).", "Remove or restore it.") from error
     return value
 
 
@@ -107,12 +107,10 @@ def read_graph(run: Run) -> dict[str, Any]:
     """Return a run's queued prompt and workflow, {"prompt", "workflow"}. Raise RunError if they were not saved."""
     path = run.graph_path
     if not has_graph(run) or os.path.getsize(path) > _GRAPH_LIMIT:
-        raise RunError(
-            "No workflow is kept with this run.", "Runs that were made before workflows were kept have none."
-        )
+        raise RunError("This run has no saved workflow.", "Early versions of Graft did not save it.")
     value = read_own_json(path)
     if not isinstance(value, dict):
-        raise RunError(f"The file '{path}' is no workflow.", "Remove it.")
+        raise RunError(f"The file '{path}' is not a workflow.", "Remove it.")
     return {name: value[name] for name in ("prompt", "workflow") if isinstance(value.get(name), dict)}
 
 

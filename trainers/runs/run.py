@@ -124,13 +124,11 @@ class Run:
 
     def identity(self) -> str:
         """Return the identity in the run's recipe file, empty if there is none."""
-        try:
-            value = json_files.read_json(self.recipe_path) if os.path.exists(self.recipe_path) else {}
-        except RunError as error:
-            log.warning("Graft: %s", error)
-            return ""
-        found = value.get("identity") if isinstance(value, dict) else None
-        return found if isinstance(found, str) else ""
+        return str(self.fact("identity") or "")
+
+    def fact(self, name: str) -> Any:
+        """Return a value in the run's recipe file, None if there is none."""
+        return json_files.read_object(self.recipe_path).get(name)
 
     def check_identity(self, identity: str) -> None:
         """Raise RunError if the folder belongs to another run. Hashes of eight digits can collide."""
@@ -139,7 +137,7 @@ class Run:
             return
         value = json_files.read_json(path)
         if not isinstance(value, dict) or not isinstance(value.get("identity"), str):
-            raise RunError(f"The file '{path}' is no recipe.", "Restore it, or remove the run's folder.")
+            raise RunError(f"The file '{path}' is not a recipe.", "Restore it, or remove the run's folder.")
         try:
             json_files.read_own_json(path)
             damaged = ""
@@ -148,10 +146,10 @@ class Run:
         if value["identity"] != identity:
             raise RunError(
                 f"The run folder '{self.folder}' belongs to another run{', or its recipe is damaged' * bool(damaged)}.",
-                f"Give this run a name of its own.{f' To go on with it, remove {path}.' * bool(damaged)}",
+                f"Give this run another name.{f' To resume the run of that folder, remove {path}.' * bool(damaged)}",
             )
         if damaged:
-            log.warning("Graft: %s It will be written anew.", damaged)
+            log.warning("Graft: %s Graft writes it again.", damaged)
 
     def clear(self) -> None:
         """Remove the files that an earlier run with the same identity wrote, and the folders that become empty.
@@ -249,10 +247,10 @@ class Run:
             value = json_files.read_own_json(path)
             halt = Halt(value["how"], value["step"], value["steps"])
             if halt.how not in (STOPPED, PAUSED) or type(halt.step) is not int or type(halt.steps) is not int:
-                raise ValueError("no such values")
+                raise ValueError("invalid values")
             return halt
         except (RunError, KeyError, TypeError, ValueError) as error:
-            log.warning("Graft: %s is damaged (%s) and counts for nothing.", path, error)
+            log.warning("Graft: ignored %s, which is damaged (%s).", path, error)
             return None
 
     def forget_halt(self) -> None:
@@ -307,7 +305,7 @@ class Run:
             try:
                 return read_state(self.state_path(step), step)
             except RunError as error:
-                log.warning("Graft: %s Trying an earlier state.", error)
+                log.warning("Graft: %s Graft tries an earlier state.", error)
                 self.damaged.append({"state": step, "reason": error.message})
         return None
 

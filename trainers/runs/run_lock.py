@@ -106,8 +106,8 @@ class RunLock:
             self._beat()
         if self._lost:
             raise RunHeldError(
-                f"Another ComfyUI took the run '{self._name}' over: this one gave no sign of life for {LIMIT:g} s.",
-                "Let the other one finish. What was saved before stays.",
+                f"Another ComfyUI took over the run '{self._name}', because this one did not respond for {LIMIT:g} s.",
+                "Let the other one finish. Graft has kept the earlier saves.",
             )
 
     def release(self) -> None:
@@ -124,8 +124,8 @@ class RunLock:
 
     def _remove_own(self) -> None:
         with suppress(OSError):
-            found = read_holder(self._path)
-            if found is not None and found.token == self.holder.token:
+            holder = read_holder(self._path)
+            if holder is not None and holder.token == self.holder.token:
                 _remove(self._path)
 
     def _beat_until_end(self) -> None:
@@ -138,16 +138,16 @@ class RunLock:
             if self._ended.is_set() or self._lost:
                 return
             try:
-                found = read_holder(self._path)
-                if found is not None and found.token != self.holder.token:
+                holder = read_holder(self._path)
+                if holder is not None and holder.token != self.holder.token:
                     self._lost = True
                     return
                 # If the file was removed, by hand or with its folder, nobody else holds the lock.
-                if found is not None:
+                if holder is not None:
                     os.utime(self._path)
             except OSError as error:
                 # A network share may be unavailable for a moment. `check` tries again later.
-                log.debug("Graft: the lock %s cannot be touched: %s", self._path, error)
+                log.debug("Graft: cannot update the lock %s: %s", self._path, error)
                 return
             self._beaten = time.time()
 
@@ -179,7 +179,7 @@ def acquire(folder: str) -> RunLock:
                 return lock
             # Another process removed or replaced the file meanwhile.
             os.close(descriptor)
-        raise OSError("it changes all the time, or cannot be removed")
+        raise OSError("other processes keep changing it, or nobody can remove it")
     except OSError as error:
         raise RunError(
             f"The file '{path}' cannot be written ({error}).",
@@ -199,9 +199,9 @@ def _take(path: str, name: str, descriptor: int) -> RunLock | None:
     holder = _parse(os.pread(descriptor, _RECORD_LIMIT, 0) if hasattr(os, "pread") else _read_all(descriptor))
     if not _is_left_behind(path, holder, locked):
         raise RunHeldError(
-            f"The run '{name}' is in use by another training: {holder or 'a process that does not say its name'}.",
-            "Wait until it ends, or stop it there. To train beside it, give this run a name of its own in Graft Run "
-            f"Options. If that computer was switched off, the run is free {LIMIT:g} s after its last sign of life.",
+            f"Another training uses the run '{name}': {holder or 'an unknown process'}.",
+            "Wait until it ends, or stop it there. To train at the same time, give this run another name in Graft Run "
+            f"Options. If that computer was switched off, the run is free {LIMIT:g} s after its last heartbeat.",
         )
     if locked is False:
         # The holder is gone, but its child process or a network share's server still keeps the old file locked.
@@ -277,7 +277,7 @@ def _parse(data: bytes) -> Holder | None:
     except (ValueError, TypeError):
         return None
     kinds = {"process": (int,), "since": (int, float)}
-    sound = all(type(getattr(holder, one.name)) in kinds.get(one.name, (str,)) for one in fields(Holder))
+    sound = all(type(getattr(holder, field.name)) in kinds.get(field.name, (str,)) for field in fields(Holder))
     return holder if sound else None
 
 

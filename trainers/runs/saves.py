@@ -17,22 +17,26 @@ from .run import Run
 _SAVE = re.compile(r"step-(\d{8})\.safetensors")
 _MOST_NAMES = 100
 
+# Fact in the recipe file of a run whose saves are all in its own folder. Earlier versions saved elsewhere.
+SAVES_IN_FOLDER = "saves_in_folder"
+
 
 def list_saves(folders: Folders, run: Run) -> dict[int, list[str]]:
     """Return the paths of a run's saves by step, in ascending order: its adapter, its embedding or both.
 
-    Earlier versions put them into subfolders of the folders that the host's loaders read.
+    Earlier versions put them into subfolders of the folders that the host's loaders read. Such a subfolder may hold the
+    saves of a run that was started over since; they are not this run's.
     """
     places = ((run.adapters, run.folder), (run.embeddings, run.folder))
     earlier = ((os.path.join(root, run.name), root) for root in (folders.adapters, folders.embeddings))
-    found: dict[int, list[str]] = {}
-    for folder, root in (*places, *earlier):
+    saves: dict[int, list[str]] = {}
+    for folder, root in places if run.fact(SAVES_IN_FOLDER) is True else (*places, *earlier):
         for name in os.listdir(folder) if os.path.isdir(folder) else []:
             match = _SAVE.fullmatch(name)
             path = os.path.join(folder, name)
             if match and is_below(path, root) and os.path.isfile(path):
-                found.setdefault(int(match.group(1)), []).append(path)
-    return dict(sorted(found.items()))
+                saves.setdefault(int(match.group(1)), []).append(path)
+    return dict(sorted(saves.items()))
 
 
 def pick_save(folders: Folders, run: Run, step: int) -> dict[str, str]:

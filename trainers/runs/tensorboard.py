@@ -75,13 +75,13 @@ def writing(run: Run, step: int) -> Iterator[None]:
             writer.close()
         except OSError as error:
             # Only log this error, so that it does not hide the one that ended the training.
-            log.warning("Graft: the last of TensorBoard's events could not be written to '%s': %s", folder, error)
+            log.warning("Graft: cannot write the last TensorBoard events to '%s': %s", folder, error)
 
 
 def _write(writer: SummaryWriter, run: Run, event: dict[str, Any]) -> None:
     step = event.get("step", 0)
-    for shown, name in _SCALARS.get(event["event"], {}).items():
-        writer.add_scalar(shown, event[name], step)
+    for tag, name in _SCALARS.get(event["event"], {}).items():
+        writer.add_scalar(tag, event[name], step)
     if event["event"] == "sample":
         import numpy as np
         from PIL import Image

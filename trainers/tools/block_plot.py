@@ -22,12 +22,12 @@ _MOST = 36
 def picture(findings: Findings) -> np.ndarray:
     """Draw one bar per block with its norm, text encoders in another color, as [H, W, 3] float32 in 0..1."""
     rows = joined(block_norms(findings), _MOST)
-    made = figure.blank(_WIDTH, _HEAD + _ROW * max(4, len(rows)))
-    height = made.get_figheight()
-    axes = made.add_axes((0.34, 0.12 / height, 0.53, 1 - (_HEAD + 0.05) / height), facecolor=figure.BACK)
-    made.text(0.03, 1 - 0.24 / height, headline(findings), color=figure.INK, fontsize=figure.LETTERS + 2)
-    made.text(
-        0.03, 1 - 0.47 / height, "norm of what is added to each block", color=figure.FAINT, fontsize=figure.LETTERS
+    canvas = figure.blank(_WIDTH, _HEAD + _ROW * max(4, len(rows)))
+    height = canvas.get_figheight()
+    axes = canvas.add_axes((0.34, 0.12 / height, 0.53, 1 - (_HEAD + 0.05) / height), facecolor=figure.BACK)
+    canvas.text(0.03, 1 - 0.24 / height, headline(findings), color=figure.INK, fontsize=figure.LETTERS + 2)
+    canvas.text(
+        0.03, 1 - 0.47 / height, "norm of the change of each block", color=figure.FAINT, fontsize=figure.LETTERS
     )
     finite = [value if math.isfinite(value) else 0.0 for _, value in rows]
     colors = [figure.SECOND if _is_text(block) else figure.FIRST for block, _ in rows]
@@ -44,8 +44,8 @@ def picture(findings: Findings) -> np.ndarray:
     for side in axes.spines.values():
         side.set_visible(False)
     if not rows:
-        axes.text(0, 1, "nothing that could be measured", fontsize=figure.LETTERS, color=figure.FAINT)
-    return figure.as_array(made)
+        axes.text(0, 1, "no norms to show", fontsize=figure.LETTERS, color=figure.FAINT)
+    return figure.as_array(canvas)
 
 
 def _number(value: float) -> str:

@@ -42,9 +42,9 @@ def check_size(shape: Iterable[int], name: str = "", input: str = "adapter") -> 
     if numbers > _MOST_NUMBERS:
         layer = f"layer {name[:200]}" if name else "layer"
         raise ModelError(
-            f"The adapter's {layer} is {shape}: multiplied out it would take {numbers * 4 / 1e9:.1f} GB, and at most "
-            f"{_MOST_NUMBERS * 4 / 1e9:.1f} GB are taken.",
-            "Use an adapter whose layers have the size of a model's; weighted sum and SVD leave a LoRA in factors.",
+            f"The adapter's {layer} has the shape {shape}: its difference would take {numbers * 4 / 1e9:.1f} GB, more "
+            f"than {_MOST_NUMBERS * 4 / 1e9:.1f} GB.",
+            "Use an adapter with layers of a model's size; weighted sum and SVD keep the factors of a LoRA.",
             input,
         )
 
@@ -103,15 +103,15 @@ def differences(adapter: dict[str, torch.Tensor], input: str) -> dict[str, Diffe
     """
     if not adapter:
         raise ModelError(
-            "The adapter is empty, or nothing without the model's weights.",
-            "Connect one that was trained, or its kohya file.",
+            "The adapter is empty, or needs the model's weights.",
+            "Connect a trained adapter, or its kohya file.",
             input,
         )
     layers, others = split(adapter)
     if others:
         raise ModelError(
-            f"It is not known what the adapter's {others[0]} means ({len(others)} such keys).",
-            "Save the adapter as 'kohya', or take the file of another layout.",
+            f"The adapter has unknown keys, such as {others[0]} (number of such keys: {len(others)}).",
+            "Save the adapter as 'kohya', or use a file with another layout.",
             input,
         )
     return {name: difference(name, tensors, input) for name, tensors in layers.items()}
@@ -129,9 +129,9 @@ def difference(name: str, tensors: dict[str, torch.Tensor], input: str) -> Diffe
     for end, what in _RELATIVE.items():
         if end in tensors:
             raise ModelError(
-                f"The layer {name} holds {what}, whose difference is not known without the model's weights.",
-                "Put the adapters on the model with Graft Apply Adapter, one after the other, and take the difference "
-                "with Graft Extract Adapter.",
+                f"The layer {name} holds {what}: Graft cannot compute its difference without the model's weights.",
+                "Apply the adapters to the model with Graft Apply Adapter, one after the other, and extract the "
+                "difference with Graft Extract Adapter.",
                 input,
             )
     held = {end: tensor.float() for end, tensor in tensors.items()}
@@ -148,8 +148,8 @@ def difference(name: str, tensors: dict[str, torch.Tensor], input: str) -> Diffe
             raise KeyError(UP)
     except (KeyError, RuntimeError) as error:
         raise ModelError(
-            f"The adapter's layer {name} is not whole, or its parts do not fit each other.",
-            "Take another copy of the file.",
+            f"The adapter's layer {name} is incomplete, or its tensors do not fit each other.",
+            "Get another copy of the file.",
             input,
         ) from error
     return Difference(whole=held.get(WHOLE), bias=bias)
@@ -222,11 +222,11 @@ def file_tensors(given: Difference) -> dict[str, torch.Tensor]:
     if given.up is None and not given.certain:
         # Factors fit a convolution as well, whatever its kernel size.
         given = limited(given, 0, 1.0, trim=True)
-    found = {} if given.bias is None else {BIAS: given.bias}
+    tensors = {} if given.bias is None else {BIAS: given.bias}
     if given.up is not None:
         up = given.up.view(*given.up.shape, *[1] * (given.down.dim() - 2))
-        return {**lora_tensors(given.down, up, given.rank), **found}
-    return found if given.whole is None else {WHOLE: given.whole, **found}
+        return {**lora_tensors(given.down, up, given.rank), **tensors}
+    return tensors if given.whole is None else {WHOLE: given.whole, **tensors}
 
 
 def fitted(given: Difference, shape: tuple[int, ...]) -> Difference:

@@ -22,7 +22,7 @@ LOW, FULL, NONE = "low-rank", "whole", "leave out"
 # The options that the node offers.
 CONV = (LOW, FULL, NONE)
 REST = (FULL, NONE)
-_SHOWN = 5
+_LISTED = 5
 
 
 @dataclass(frozen=True)
@@ -78,29 +78,29 @@ def extract(weights: Iterable[Weight], how: Extraction, metadata: list[dict[str,
         ModelError: all weights are equal, or the options exclude everything that differs.
     """
     tally = Tally()
-    found: dict[str, dict[str, torch.Tensor]] = {}
+    layers: dict[str, dict[str, torch.Tensor]] = {}
     for weight in weights:
         for end, tensor in _kept(weight, how, tally).items():
-            found.setdefault(weight.name, {})[end] = tensor.cpu()
-    if not found:
+            layers.setdefault(weight.name, {})[end] = tensor.cpu()
+    if not layers:
         _refuse(tally)
-    tensors = to_kohya(found, str)
+    tensors = to_kohya(layers, str)
     ranks = {tensors[key].shape[0] for key in tensors if key.endswith(".lora_down.weight")}
     whole = any(key.endswith((f".{WHOLE}", f".{BIAS}")) for key in tensors)
-    made = {"tool": "extract", "rank": how.rank, "energy": how.energy, "conv": how.conv, "rest": how.rest}
+    origin = {"tool": "extract", "rank": how.rank, "energy": how.energy, "conv": how.conv, "rest": how.rest}
     common = ranks.pop() if len(ranks) == 1 and not whole else None
-    return Adapter(tensors, derived(made, metadata, common)), _report(tally, tensors)
+    return Adapter(tensors, derived(origin, metadata, common)), _report(tally, tensors)
 
 
 def _refuse(tally: Tally) -> None:
     if not tally.left_out:
         raise ModelError(
             "The two models have the same weights: there is nothing to extract.",
-            "Connect the trained model, or the one with the adapter applied, as model_tuned.",
+            "Connect the trained model, or the model with the adapter, as model_tuned.",
             "model_tuned",
         )
     raise ModelError(
-        f"All that differs is left out, such as {tally.left_out[0]}.",
+        f"The options leave out all differences, such as {tally.left_out[0]}.",
         "Set conv to 'low-rank' or norms_and_biases to 'whole'.",
         "norms_and_biases",
     )
@@ -145,12 +145,12 @@ def _low(change: torch.Tensor, how: Extraction) -> Difference:
 
 def _report(tally: Tally, tensors: dict[str, torch.Tensor]) -> str:
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    share = tally.held / tally.total
+    kept = tally.held / tally.total
     lines = [
         f"Weights that differ: {tally.layers + len(tally.left_out)}; the same in both: {tally.unchanged}",
-        f"Kept: {share:.4%} of the squared difference, {size / 1e6:.1f} MB",
+        f"Kept: {kept:.4%} of the squared difference, {size / 1e6:.1f} MB",
     ]
     if tally.left_out:
-        more = " ..." if len(tally.left_out) > _SHOWN else ""
-        lines.append(f"Left out though it differs: {', '.join(tally.left_out[:_SHOWN])}{more}")
+        more = " ..." if len(tally.left_out) > _LISTED else ""
+        lines.append(f"Differences left out: {', '.join(tally.left_out[:_LISTED])}{more}")
     return "\n".join(lines)

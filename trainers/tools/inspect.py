@@ -18,7 +18,7 @@ from .difference import Difference, difference
 if TYPE_CHECKING:
     import torch
 
-_SHOWN = 5
+_LISTED = 5
 
 
 class Fit(Protocol):
@@ -159,14 +159,14 @@ def headline(findings: Findings) -> str:
     """Return types, ranks and number of layers in one line."""
     ranks = sorted({row.rank for row in findings.rows if row.rank is not None})
     kinds = " + ".join(kind for kind, _ in Counter(row.kind for row in findings.rows).most_common())
-    told = f", rank {_span(ranks)}" if ranks else ""
-    return f"{kinds or 'nothing'}{told}, {_counted(len(findings.rows), 'layer')}"
+    rank = f", rank {_span(ranks)}" if ranks else ""
+    return f"{kinds or 'nothing'}{rank}, {_counted(len(findings.rows), 'layer')}"
 
 
 def _described(findings: Findings) -> list[str]:
     if not findings.rows and not findings.others:
-        kind = findings.method or "type that is not known here"
-        return [f"Nothing that could be applied: a {kind} in peft's form needs the model's weights."]
+        method = findings.method or "an unknown type"
+        return [f"No layers to apply: {method} in peft's form needs the model's weights."]
     kinds = Counter(row.kind for row in findings.rows)
     named = ", ".join(f"{kind} ({_counted(number, 'layer')})" for kind, number in kinds.most_common())
     lines = [f"Type: {named}" + (f"; trained as {findings.method}" if findings.method else "")]
@@ -187,22 +187,22 @@ def _described(findings: Findings) -> list[str]:
         whole = math.sqrt(sum(norm**2 for norm in norms))
         lines.append(f"Norm of all differences: {whole:.4g}; the largest {most.norm:.4g}, at {most.name}")
         if not math.isfinite(whole):
-            lines.append("NOT FINITE: it will draw black pictures. Train it again at a lower learning rate.")
+            lines.append("NOT FINITE: it gives black pictures. Train it again at a lower learning rate.")
         elif whole == 0:
             lines.append("It changes nothing: all differences are zero.")
     if any(row.kind == "DoRA" for row in findings.rows):
-        lines.append("Of DoRA the norms are those of the low-rank part alone; the magnitudes need the model's weights.")
+        lines.append("The norms of DoRA cover only the low-rank part; the magnitudes need the model's weights.")
     unknown = [row.name for row in findings.rows if row.norm is None]
     return (
         lines
-        + _named("layers whose norm is not known without the model's weights", unknown)
-        + _named("keys that belong to no layer", findings.others)
+        + _named("layers need the model's weights for their norm", unknown)
+        + _named("keys belong to no layer", findings.others)
     )
 
 
 def _origin(metadata: dict[str, str]) -> list[str]:
     """Return the lines about the file's own metadata."""
-    told = {
+    fields = {
         "Title": title_of(metadata),
         "Trigger": metadata.get("modelspec.trigger_phrase"),
         "Made for": metadata.get("modelspec.architecture"),
@@ -213,17 +213,17 @@ def _origin(metadata: dict[str, str]) -> list[str]:
         "Description": metadata.get("modelspec.description"),
         "Licence": metadata.get("modelspec.license"),
     }
-    lines = [f"{name}: {' '.join(str(value).split())[:300]}" for name, value in told.items() if value]
+    lines = [f"{name}: {' '.join(str(value).split())[:300]}" for name, value in fields.items() if value]
     # The metadata of a file can hold anything.
     with contextlib.suppress(KeyError, ValueError, TypeError, AttributeError):
-        lines.append("Made by " + _made(parse_json(metadata[MADE])))
-    return lines or ["It carries no metadata."]
+        lines.append("Made by " + _describe_origin(parse_json(metadata[MADE])))
+    return lines or ["It has no metadata."]
 
 
-def _made(made: dict) -> str:
-    how = ", ".join(f"{name} {value}" for name, value in made.items() if name not in ("tool", "of"))
-    sources = [one.get("title") or one.get("trained") or "an adapter without title" for one in made.get("of", [])]
-    return f"{made.get('tool')} ({how})" + (f" of {' and '.join(map(str, sources))}" if sources else "")
+def _describe_origin(origin: dict) -> str:
+    how = ", ".join(f"{name} {value}" for name, value in origin.items() if name not in ("tool", "of"))
+    sources = [source.get("title") or source.get("trained") or "an untitled adapter" for source in origin.get("of", [])]
+    return f"{origin.get('tool')} ({how})" + (f" of {' and '.join(map(str, sources))}" if sources else "")
 
 
 def _fitting(fit: Fit | None) -> list[str]:
@@ -231,7 +231,10 @@ def _fitting(fit: Fit | None) -> list[str]:
         return ["Connect a model to see whether it fits."]
     total = fit.read + len(fit.unread)
     if not fit.read:
-        return [f"DOES NOT FIT the connected model ({fit.model}): none of its {total} keys. It was made for another."]
+        return [
+            f"DOES NOT FIT the connected model ({fit.model}): it has none of the adapter's {total} keys. "
+            "The adapter is for another model."
+        ]
     lines = [f"Fits the connected model ({fit.model}): {fit.read} of {total} keys."]
     lines += _named("keys fit no layer", fit.unread)
     if fit.misfits:
@@ -243,7 +246,7 @@ def _fitting(fit: Fit | None) -> list[str]:
 def _named(what: str, names: list[str]) -> list[str]:
     if not names:
         return []
-    return [f"{len(names)} {what}: {', '.join(names[:_SHOWN])}{' ...' if len(names) > _SHOWN else ''}"]
+    return [f"{len(names)} {what}: {', '.join(names[:_LISTED])}{' ...' if len(names) > _LISTED else ''}"]
 
 
 def _span(values: list) -> str:

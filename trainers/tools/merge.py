@@ -48,7 +48,7 @@ class Merging:
             raise SettingsError("Both weights are 0: nothing is left.", "Set weight_a or weight_b.", "weight_a")
         if self.method not in (SUM, SVD) and not 0 < self.density <= 1:
             raise SettingsError(
-                f"density is {self.density:g}; it is the part that is kept, above 0 and at most 1.",
+                f"density is {self.density:g}; it is the fraction to keep, above 0 and at most 1.",
                 "Set 0.5, or 1 to keep all.",
                 "density",
             )
@@ -80,23 +80,23 @@ def merge(
     for index, layers in enumerate(given):
         for name in layers:
             names.setdefault(common_name(name), {})[index] = name
-    found = {}
+    merged_layers = {}
     for place, (common, held) in enumerate(names.items()):
         tick(place, len(names))
         parts = [(given[index][name].to(device), how.weights[index]) for index, name in held.items()]
         name = next(iter(held.values()))
         merged = _merged(name, parts, how, stream_seed("merge", how.seed, *common))
         if merged.shape is not None or merged.bias is not None:
-            found[name] = merged
+            merged_layers[name] = merged
     tick(len(names), len(names))
-    tensors = to_kohya({name: file_tensors(one) for name, one in found.items()}, str)
+    tensors = to_kohya({name: file_tensors(layer) for name, layer in merged_layers.items()}, str)
     ranks = {tensors[key].shape[0] for key in tensors if key.endswith(".lora_down.weight")}
     whole = any(key.endswith((".diff", ".diff_b")) for key in tensors)
-    made = {"tool": "merge", "method": how.method, "weights": list(how.weights), "rank": how.rank}
+    origin = {"tool": "merge", "method": how.method, "weights": list(how.weights), "rank": how.rank}
     if how.method not in (SUM, SVD):
-        made.update(density=how.density, seed=how.seed)
+        origin.update(density=how.density, seed=how.seed)
     rank = ranks.pop() if len(ranks) == 1 and not whole else None
-    return Adapter(tensors, derived(made, sources, rank))
+    return Adapter(tensors, derived(origin, sources, rank))
 
 
 def _check_related(given: list[dict[str, Difference]], sources: list[dict[str, str]]) -> None:
@@ -107,61 +107,61 @@ def _check_related(given: list[dict[str, Difference]], sources: list[dict[str, s
             "Merge adapters of the same model family.",
             "adapter_b",
         )
-    ways = [layouts(layers) for layers in given]
-    if all(ways) and not ways[0] & ways[1]:
+    schemes = [layouts(layers) for layers in given]
+    if all(schemes) and not schemes[0] & schemes[1]:
         raise ModelError(
-            f"The adapters name their layers in different ways (adapter_a as {_listed(ways[0])}, adapter_b as "
-            f"{_listed(ways[1])}): they are for different models, or which layer is which is not known.",
-            "If both fit one model, put them on it with Graft Apply Adapter, one after the other, and take the "
+            f"The adapters name their layers in different ways (adapter_a as {_listed(schemes[0])}, adapter_b as "
+            f"{_listed(schemes[1])}): they are for different models, or Graft cannot match their layers.",
+            "If both fit one model, apply them to it with Graft Apply Adapter, one after the other, and extract the "
             "difference with Graft Extract Adapter.",
             "adapter_b",
         )
 
 
-def _listed(ways: set[str]) -> str:
-    return " and ".join(sorted(ways))
+def _listed(schemes: set[str]) -> str:
+    return " and ".join(sorted(schemes))
 
 
 def _merged(name: str, parts: list[tuple[Difference, float]], how: Merging, seed: int) -> Difference:
     parts = _of_one_shape(name, parts)
-    bias = _mixed([(one.bias, weight) for one, weight in parts if one.bias is not None], how, seed)
-    parts = [(one, weight) for one, weight in parts if one.shape is not None]
+    bias = _mixed([(part.bias, weight) for part, weight in parts if part.bias is not None], how, seed)
+    parts = [(part, weight) for part, weight in parts if part.shape is not None]
     if how.method in (SUM, SVD):
-        parts = [(one, weight) for one, weight in parts if weight != 0]
+        parts = [(part, weight) for part, weight in parts if weight != 0]
     if not parts:
         return Difference(bias=bias)
-    certain = any(one.certain for one, _ in parts)
-    if how.method in (SUM, SVD) and all(one.up is not None for one, _ in parts):
+    certain = any(part.certain for part, _ in parts)
+    if how.method in (SUM, SVD) and all(part.up is not None for part, _ in parts):
         import torch
 
-        up = torch.cat([one.up * weight for one, weight in parts], dim=1)
-        made = Difference(up, torch.cat([one.down for one, _ in parts]), bias=bias, certain=certain)
+        up = torch.cat([part.up * weight for part, weight in parts], dim=1)
+        result = Difference(up, torch.cat([part.down for part, _ in parts]), bias=bias, certain=certain)
     else:
-        for one, _ in parts:
-            check_size(one.shape, name, _INPUTS[0])
-        whole = _mixed([(one.value(), weight) for one, weight in parts], how, seed)
-        made = Difference(whole=whole, bias=bias, certain=certain)
+        for part, _ in parts:
+            check_size(part.shape, name, _INPUTS[0])
+        whole = _mixed([(part.value(), weight) for part, weight in parts], how, seed)
+        result = Difference(whole=whole, bias=bias, certain=certain)
     if how.method == SVD or how.rank:
-        return limited(made, how.rank, 1.0, trim=how.method == SVD)
-    return made
+        return limited(result, how.rank, 1.0, trim=how.method == SVD)
+    return result
 
 
 def _of_one_shape(name: str, parts: list[tuple[Difference, float]]) -> list[tuple[Difference, float]]:
-    shapes = [one.shape for one, _ in parts if one.shape is not None]
-    biases = [tuple(one.bias.shape) for one, _ in parts if one.bias is not None]
-    for found in (shapes, biases):
-        if len(found) == 2 and not alike(*found):
+    shapes = [part.shape for part, _ in parts if part.shape is not None]
+    biases = [tuple(part.bias.shape) for part, _ in parts if part.bias is not None]
+    for pair in (shapes, biases):
+        if len(pair) == 2 and not alike(*pair):
             raise ModelError(
-                f"The adapters were made for different models: adapter_a's layer {name} is {list(found[0])}, "
-                f"adapter_b's {list(found[1])}.",
+                f"The adapters are for different models: the layer {name} has the shape {list(pair[0])} in adapter_a "
+                f"and {list(pair[1])} in adapter_b.",
                 "Merge adapters of the same model.",
                 "adapter_b",
             )
     # A flat difference takes the shape of the other.
-    shape = max((one.shape for one, _ in parts if one.shape is not None and one.certain), key=len, default=None)
+    shape = max((part.shape for part, _ in parts if part.shape is not None and part.certain), key=len, default=None)
     if shape is None:
         return parts
-    return [(one if one.shape is None else fitted(one, shape), weight) for one, weight in parts]
+    return [(part if part.shape is None else fitted(part, shape), weight) for part, weight in parts]
 
 
 def _mixed(parts: list[tuple[torch.Tensor, float]], how: Merging, seed: int) -> torch.Tensor | None:

@@ -30,8 +30,8 @@ def plot(losses: Mapping[str, Sequence[float]], smoothing: float, logarithmic: b
         smoothing: as for `smoothed`. 0 draws the unsmoothed losses alone.
         logarithmic: whether the loss axis is logarithmic.
     """
-    made = figure.blank(_WIDTH, _HEIGHT)
-    axes = _axes(made, "step", "loss", logarithmic)
+    canvas = figure.blank(_WIDTH, _HEIGHT)
+    axes = _axes(canvas, "step", "loss", logarithmic)
     for color, (label, values) in zip((figure.FIRST, figure.SECOND), losses.items(), strict=False):
         steps = range(1, len(values) + 1)
         axes.plot(steps, values, color=color, linewidth=0.8, alpha=_RAW if smoothing else 1.0)
@@ -41,7 +41,7 @@ def plot(losses: Mapping[str, Sequence[float]], smoothing: float, logarithmic: b
         axes.plot([], [], color=color, linewidth=2.0, label=label)
     if len(losses) > 1:
         _legend(axes)
-    return figure.as_array(made)
+    return figure.as_array(canvas)
 
 
 def plot_levels(runs: Mapping[str, tuple[LossByTimestep, int]], logarithmic: bool) -> np.ndarray:
@@ -51,33 +51,33 @@ def plot_levels(runs: Mapping[str, tuple[LossByTimestep, int]], logarithmic: boo
         runs: (losses by timestep, number of steps), by the run's label. At most two runs.
         logarithmic: whether the loss axis is logarithmic.
     """
-    made = figure.blank(_WIDTH, _HEIGHT)
-    axes = _axes(made, "timestep: 0 picture, 1000 noise", "loss, not weighted", logarithmic)
+    canvas = figure.blank(_WIDTH, _HEIGHT)
+    axes = _axes(canvas, "timestep: 0 picture, 1000 noise", "loss, not weighted", logarithmic)
     for color, (label, (levels, steps)) in zip((figure.FIRST, figure.SECOND), runs.items(), strict=False):
         begin = f"{label}: " if len(runs) > 1 else ""
         quarters = _quarters(levels)
         for (first, last), look in zip(quarters, _LOOKS[-len(quarters) :], strict=True):
             means = levels.means(first, last)
             points = [(1000 * (place + 0.5) / len(means), mean) for place, mean in enumerate(means) if mean == mean]
-            told = f"{begin}steps {first * levels.span + 1} to {min(steps, (last + 1) * levels.span)}"
+            name = f"{begin}steps {first * levels.span + 1} to {min(steps, (last + 1) * levels.span)}"
             axes.plot(
-                *zip(*points, strict=True), color=color, linewidth=1.6, marker="o", markersize=4, label=told, **look
+                *zip(*points, strict=True), color=color, linewidth=1.6, marker="o", markersize=4, label=name, **look
             )
     axes.set_xlim(0, 1000)
     _legend(axes)
-    return figure.as_array(made)
+    return figure.as_array(canvas)
 
 
 def _quarters(levels: LossByTimestep) -> list[tuple[int, int]]:
     """Return (first, last) span of the first quarter and of the last quarter. One pair if there is only one span."""
-    told = [place for place, counts in enumerate(levels.counts) if any(counts)]
-    most = max(1, len(told) // 4)
-    found = [(told[0], told[most - 1]), (told[-most], told[-1])]
-    return found if len(told) > 1 else found[:1]
+    spans = [place for place, counts in enumerate(levels.counts) if any(counts)]
+    most = max(1, len(spans) // 4)
+    quarters = [(spans[0], spans[most - 1]), (spans[-most], spans[-1])]
+    return quarters if len(spans) > 1 else quarters[:1]
 
 
-def _axes(made: Figure, across: str, up: str, logarithmic: bool) -> Axes:
-    axes = made.add_axes((0.08, 0.1, 0.89, 0.86), facecolor=figure.BACK)
+def _axes(canvas: Figure, across: str, up: str, logarithmic: bool) -> Axes:
+    axes = canvas.add_axes((0.08, 0.1, 0.89, 0.86), facecolor=figure.BACK)
     if logarithmic:
         axes.set_yscale("log")
     axes.set_xlabel(across, color=figure.FAINT, fontsize=figure.LETTERS)

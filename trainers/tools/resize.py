@@ -37,19 +37,19 @@ def resize(
     check(energy)
     given = differences(adapter, "adapter")
     layers, _ = split(adapter)
-    found = {}
-    for place, (name, one) in enumerate(given.items()):
+    resized = {}
+    for place, (name, change) in enumerate(given.items()):
         tick(place, len(given))
-        if _is_small(one, rank, energy):
-            found[name] = layers[name]
+        if _is_small(change, rank, energy):
+            resized[name] = layers[name]
         else:
-            found[name] = file_tensors(limited(one.to(device), rank, energy))
+            resized[name] = file_tensors(limited(change.to(device), rank, energy))
     tick(len(given), len(given))
-    tensors = to_kohya(found, str)
+    tensors = to_kohya(resized, str)
     ranks = {tensors[key].shape[0] for key in tensors if key.endswith(".lora_down.weight")}
-    made = {"tool": "resize", "rank": rank, "energy": energy}
+    origin = {"tool": "resize", "rank": rank, "energy": energy}
     common = ranks.pop() if len(ranks) == 1 else None
-    return Adapter(tensors, derived(made, [getattr(adapter, "metadata", {})], common))
+    return Adapter(tensors, derived(origin, [getattr(adapter, "metadata", {})], common))
 
 
 def check(energy: float) -> None:
@@ -60,7 +60,7 @@ def check(energy: float) -> None:
     """
     if not 0 < energy <= 1:
         raise SettingsError(
-            f"energy is {energy:g}; it is the part that is kept, above 0 and at most 1.",
+            f"energy is {energy:g}; it is the fraction to keep, above 0 and at most 1.",
             "Set 1 to keep all that the rank allows, or 0.95.",
             "energy",
         )

@@ -21,6 +21,11 @@ const HANDLERS = {
     training.work = name === "training" ? "" : name;
     if (training.phase !== "training") training.phase = name === "training" ? "training" : "working";
   },
+  // Saves that could not be read; the training resumed from an earlier one.
+  "damaged state"(training, { step, states }) {
+    const warning = { kind: "damaged", step, states: states.join(", ") };
+    training.warnings = [...training.warnings, warning];
+  },
   drawing(training, { done, total }) {
     Object.assign(training, { phase: "drawing", done, total });
   },

@@ -56,6 +56,7 @@ const WARNINGS = {
   skipped: text("$count of $total files skipped: $names"),
   enlarged: text("Enlarged pictures, the smallest from $smallest to $side pixels: $names"),
   batch: text("batch_size $batch is larger than the dataset: a step uses at most all $count pictures."),
+  damaged: text("The save of step $states is damaged. Training resumed from step $step."),
   resolution: text("resolution $resolution is far from the $usual pixels that $family was made for."),
 };
 

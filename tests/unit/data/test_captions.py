@@ -138,7 +138,7 @@ def test_a_tag_with_the_trigger_is_never_dropped():
 @pytest.mark.parametrize("rate", [0.0, 0.2, 1.0])
 def test_captions_are_dropped_as_often_as_asked(rate):
     made = example(["one", "two"], caption_dropout=rate)
-    drawn = [captions.variant_of_turn(made, 2, 7, "0", turn) for turn in range(3000)]
+    drawn = [captions.variant_of_visit(made, 2, 7, "0", turn) for turn in range(3000)]
     low, high = bounds(3000, rate)
     assert low <= drawn.count(None) <= high
     kept = [number for number in drawn if number is not None]
@@ -150,7 +150,7 @@ def test_every_version_is_shown_once_before_one_is_shown_again(count, seed):
     made = example("x")
     for cycle in range(3):
         turns = range(cycle * count, (cycle + 1) * count)
-        assert sorted(captions.variant_of_turn(made, count, seed, "0", turn) for turn in turns) == list(range(count))
+        assert sorted(captions.variant_of_visit(made, count, seed, "0", turn) for turn in turns) == list(range(count))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from graft_pack.trainers.data.arrays import from_arrays
 from graft_pack.trainers.data.captions import plain
 from graft_pack.trainers.data.examples import combine
 from graft_pack.trainers.errors import DatasetError, SettingsError
-from graft_pack.trainers.preprocessing.sampler import batches_from, epoch_batches, turns_within
+from graft_pack.trainers.preprocessing.sampler import batches_from, epoch_batches, visits_within
 from graft_pack.trainers.protocols import Geometry
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -80,7 +80,7 @@ def test_going_on_from_any_place_is_the_same_and_turns_count_showings(groups, ba
         for index, turn in batch:
             assert turn == shown[index]
             shown[index] += 1
-    bound = turns_within(len(straight), buckets, repeats, batch_size, marks)
+    bound = visits_within(len(straight), buckets, repeats, batch_size, marks)
     assert all(shown[index] <= bound[index] for index in range(len(buckets)))
 
 
@@ -114,7 +114,7 @@ def test_class_images_keep_their_captions_and_never_get_the_trigger():
     "others", [classes(trigger="sks"), classes(caption="a photo of an SKS toy")], ids=["trigger", "caption"]
 )
 def test_a_class_image_that_calls_the_subject_up_is_refused(others):
-    with pytest.raises(DatasetError, match="holds the trigger 'sks'") as caught:
+    with pytest.raises(DatasetError, match="contains the subject's trigger 'sks'") as caught:
         prior.add_class_images(subject(), others, 1.0)
     assert caught.value.input == "class_dataset"
 
@@ -189,8 +189,8 @@ def test_inspection_shows_class_images_as_such():
     findings = inspect.inspect(dataset, {0: Geometry(64, 16)}, None)
     report = inspect.report(findings)
     assert "3 pictures, 3 in an epoch" in report
-    assert "5 class images besides, weight 0.5; an epoch shows 3 of them, all in turn" in report
+    assert "Plus 5 class images, weight 0.5; an epoch shows 3 of them, in turn" in report
     assert "'a toy on a table'" in report
-    assert "Held to what the model predicts for 'a toy', weight 2." in report
+    assert "Prior target: the model's own prediction for 'a toy', weight 2." in report
     assert [row.example.prior for row in contact_sheet.chosen(findings)] == [False] * 3 + [True] * 5
     assert contact_sheet.contact_sheet(findings).ndim == 3

@@ -146,7 +146,7 @@ def test_hugging_face_folders(tmp_path):
         "other/2.png": ('two, and "more"',),
         "other/3.png": ("beside",),
     }
-    assert "names 1 pictures that are not there: gone.png" in reasons(dataset)["other/metadata.csv"]
+    assert "names 1 missing pictures: gone.png" in reasons(dataset)["other/metadata.csv"]
 
 
 @pytest.mark.parametrize("wanted", ["../outside.png", "/etc/passwd", "..\\outside.png", "sub/../../outside.png"])
@@ -250,7 +250,7 @@ def test_captions_are_found_by_whole_and_by_folded_names(tmp_path):
     assert reasons(dataset) == {
         "gone.txt": lonely,
         "gone.json": lonely,
-        "b.jxl": "this format is not read; save it as PNG or JPEG",
+        "b.jxl": "Graft cannot read this format; save it as PNG or JPEG",
     }
 
 
@@ -376,6 +376,26 @@ def test_masks_may_lie_in_a_folder_of_their_own(tmp_path):
     assert masks_of(read(tmp_path / "d", mask_folder=str(tmp_path / "m"))) == {"sub/a.jpg": "sub/a.png"}
 
 
+@pytest.mark.parametrize("kind", ["auto", "off"])
+def test_a_folder_of_masks_inside_the_dataset_is_not_trained_on(tmp_path, kind):
+    for name in ("a.png", "b.png", "alphas/a.png", "alphas/nobody.png"):
+        draw(tmp_path / name)
+    (tmp_path / "alphas" / "c.arw").write_bytes(b"raw")
+    (tmp_path / "alphas" / "a.txt").write_text("no caption of a picture")
+    dataset = read(tmp_path, mask_folder=str(tmp_path / "alphas"), masks=kind)
+    assert set(by_name(dataset)) == {"a.png", "b.png"}
+    assert masks_of(dataset) == {"a.png": "a.png" if kind == "auto" else None, "b.png": None}
+    named = ["c.arw", "nobody.png"] if kind == "auto" else []
+    assert sorted(row.name for row in dataset.left_out) == named
+
+
+def test_the_datasets_own_folder_is_no_folder_of_masks(tmp_path):
+    draw(tmp_path / "a.png")
+    with pytest.raises(DatasetError, match="every picture would be its own mask") as error:
+        read(tmp_path, mask_folder=str(tmp_path / "."))
+    assert error.value.input == "mask_folder"
+
+
 def test_a_folder_inside_may_be_held_out(tmp_path):
     for name in ("a.png", "b.png", "check/c.png"):
         draw(tmp_path / name)
@@ -496,7 +516,7 @@ def test_pipes_and_locked_folders_stop_nobody(tmp_path):
     (tmp_path / "loop").symlink_to(tmp_path, target_is_directory=True)
     dataset = read(tmp_path)
     assert texts_of(dataset) == {"a.png": ("",)}
-    assert "no regular file" in reasons(dataset)["pipe.png"]
+    assert "not a regular file" in reasons(dataset)["pipe.png"]
     assert "links to folders" in reasons(dataset)["loop"]
 
 

@@ -80,7 +80,7 @@ def test_a_source_is_cut_as_its_picture_or_in_its_own_shape(flip):
     crop = choose_crop(size, Geometry(64, 16), "x")
     crop = crop.mirrored() if flip else crop
     picture = np.zeros((100, 200, 3), np.uint8)
-    one = from_arrays([picture] * 3, ["x"], "", 0, controls=[picture, picture[::2, ::2], picture[:, 50:150]])
+    one = from_arrays([picture] * 3, ["x"], "", 0, source_images=[picture, picture[::2, ::2], picture[:, 50:150]])
     same, smaller, square = (example.control for example in one.examples)
     assert crops.source_crop(same, size, crop, 16) == crop
     assert crops.source_crop(smaller, size, crop, 16) == crop
@@ -93,13 +93,13 @@ def test_a_source_is_cut_as_its_picture_or_in_its_own_shape(flip):
 def test_as_many_source_pictures_as_pictures():
     picture = np.zeros((64, 64, 3), np.uint8)
     with pytest.raises(DatasetError, match="1 source pictures arrived for 2 pictures"):
-        from_arrays([picture] * 2, ["x"], "", 0, controls=[picture])
+        from_arrays([picture] * 2, ["x"], "", 0, source_images=[picture])
 
 
 def test_the_sheet_shows_the_source_in_the_corner():
     white, blue = np.full((128, 128, 3), 255, np.uint8), np.zeros((128, 64, 3), np.uint8)
     blue[..., 2] = 255
-    findings = inspect(from_arrays([white], ["x"], "", 0, controls=[blue]), {0: Geometry(128, 16)}, None)
+    findings = inspect(from_arrays([white], ["x"], "", 0, source_images=[blue]), {0: Geometry(128, 16)}, None)
     assert findings.rows[0].flags == ["source of another shape"]
     assert "1 of 1 with a source picture" in report(findings)
     picture = np.round(contact_sheet.contact_sheet(findings) * 255).astype(np.uint8)
@@ -111,8 +111,8 @@ def test_the_sheet_shows_the_source_in_the_corner():
 def test_holes_are_of_four_kinds_and_always_the_same():
     shares = []
     for number in range(4):
-        drawn = [np.asarray(inpaint_masks.random_hole((96, 64), f"seed {seed}", number)) for seed in range(20)]
-        again = np.asarray(inpaint_masks.random_hole((96, 64), "seed 3", number))
+        drawn = [np.asarray(inpaint_masks.random_inpaint_mask((96, 64), f"seed {seed}", number)) for seed in range(20)]
+        again = np.asarray(inpaint_masks.random_inpaint_mask((96, 64), "seed 3", number))
         assert np.array_equal(drawn[3], again)
         assert all(set(np.unique(one)) <= {0, 255} for one in drawn)
         shares.append([float((one > 0).mean()) for one in drawn])

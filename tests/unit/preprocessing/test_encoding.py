@@ -174,7 +174,7 @@ def test_where_all_do_not_fit_fewer_are_taken(tmp_path, caplog, error, most):
     with caplog.at_level(logging.WARNING):
         assert LatentCache(Cache(str(tmp_path)), codec).fill(rows, lambda name: None) == [None] * 8
     assert [batch[0] for batch in codec.batches] == [min(most, 2)] * (8 // min(most, 2))
-    assert "fewer are tried" in caplog.text
+    assert "Graft tries fewer" in caplog.text
     assert failed == [4, 2][: 2 if most == 1 else 1], "what did not fit is not tried again"
     assert [found[0] for found in latents(tmp_path, rows)] == pytest.approx(range(1, 9), abs=0.1)
 

@@ -9,7 +9,7 @@ from itertools import islice
 import numpy as np
 import pytest
 from graft_pack.trainers.preprocessing import sampler as order
-from graft_pack.trainers.preprocessing.sampler import batches_from, epoch_batches, turns_within
+from graft_pack.trainers.preprocessing.sampler import batches_from, epoch_batches, visits_within
 from graft_pack.trainers.rng import stream_seed
 from hypothesis import given
 from hypothesis import strategies as st
@@ -42,7 +42,7 @@ def test_a_turn_counts_how_often_an_example_was_shown(batch_size, position):
             assert turn == shown[index]
             shown[index] += 1
         if number == position - 1:
-            bound = turns_within(position, BUCKETS, REPEATS, batch_size)
+            bound = visits_within(position, BUCKETS, REPEATS, batch_size)
             assert all(shown[index] <= bound[index] for index in range(len(BUCKETS)))
 
 
@@ -105,7 +105,7 @@ def test_memory_does_not_grow_with_the_repeats(prior):
         assert tracemalloc.get_traced_memory()[1] < 250e6
     finally:
         tracemalloc.stop()
-    assert turns_within(100, [(64, 64)] * 40, [10**6] * 40, 2, prior)[0] == 10**6
+    assert visits_within(100, [(64, 64)] * 40, [10**6] * 40, 2, prior)[0] == 10**6
 
 
 def test_seeds_of_streams_differ_and_fit():

@@ -200,9 +200,9 @@ def layer(name, out, inputs):
         (
             layer("lora_unet_x", 4, 3),
             layer("lora_unet_x", 4, 5),
-            r"layer lora_unet_x is \[4, 3\], adapter_b's \[4, 5\]",
+            r"layer lora_unet_x has the shape \[4, 3\] in adapter_a and \[4, 5\] in adapter_b",
         ),
-        ({"x.diff_b": torch.ones(3)}, {"x.diff_b": torch.ones(4)}, r"layer x is \[3\]"),
+        ({"x.diff_b": torch.ones(3)}, {"x.diff_b": torch.ones(4)}, r"layer x has the shape \[3\] in adapter_a"),
         (layer("lora_unet_input_blocks_1_q", 4, 3), layer("lora_unet_double_blocks_1_q", 4, 3), "Flux's own"),
         (
             layer("lora_unet_input_blocks_1_q", 4, 3),
@@ -211,9 +211,9 @@ def layer(name, out, inputs):
         ),
         ({**layer("x", 4, 3), "x.dora_scale": torch.ones(4, 1)}, layer("x", 4, 3), "layer x holds DoRA magnitudes"),
         (layer("x", 4, 3), {"x.oft_blocks": torch.ones(2, 2, 2)}, "x holds rotations.*Graft Extract Adapter"),
-        (layer("x", 4, 3), {"x.lora_down.weight": torch.ones(2, 2)}, "layer x is not whole"),
-        (layer("x", 4, 3), {**layer("x", 4, 3), "x.lora_up.weight": torch.ones(4, 3)}, "layer x is not whole"),
-        (layer("x", 4, 3), {"x.what": torch.ones(2)}, "not known what the adapter's x.what means"),
+        (layer("x", 4, 3), {"x.lora_down.weight": torch.ones(2, 2)}, "layer x is incomplete"),
+        (layer("x", 4, 3), {**layer("x", 4, 3), "x.lora_up.weight": torch.ones(4, 3)}, "layer x is incomplete"),
+        (layer("x", 4, 3), {"x.what": torch.ones(2)}, "has unknown keys, such as x.what"),
         (layer("x", 4, 3), {}, "The adapter is empty"),
     ],
     ids=["size", "bias", "family", "layout", "DoRA", "OFT", "half", "torn", "key", "empty"],
@@ -266,7 +266,7 @@ LARGE = 60_000
 @pytest.mark.parametrize("method", [merge.TIES, merge.DARE, merge.DARE_TIES, merge.PRUNE])
 def test_products_larger_than_any_layer_are_refused(method):
     given = Adapter({"x.lora_up.weight": torch.ones(LARGE, 1), "x.lora_down.weight": torch.ones(1, LARGE)})
-    with pytest.raises(ModelError, match=r"layer x is \[60000, 60000\]: multiplied out it would take 14.4 GB"):
+    with pytest.raises(ModelError, match=r"layer x has the shape \[60000, 60000\]: its difference would take 14.4 GB"):
         merge.merge(given, given, merge.Merging((1.0, 1.0), method))
 
 
@@ -300,7 +300,7 @@ def test_products_larger_than_any_layer_are_refused(method):
 )
 def test_large_products_of_every_layout_are_refused(tensors):
     given = {f"x.{end}": torch.ones(shape) for end, shape in tensors.items()}
-    with pytest.raises(ModelError, match=r"\[60000, 60000.*\]: multiplied out it would take 14.4 GB"):
+    with pytest.raises(ModelError, match=r"\[60000, 60000.*\]: its difference would take 14.4 GB"):
         differences(given, "adapter")
 
 
