@@ -83,7 +83,7 @@ class Objective:
         return {
             name: value
             for name, value in asdict(self).items()
-            if value != OBJECTIVE_OPTIONS[name].before or (OBJECTIVE_OPTIONS[name].needs and self._uses(name))
+            if value != OBJECTIVE_OPTIONS[name].before or self._has(OBJECTIVE_OPTIONS[name].needs)
         }
 
     def kohya_metadata(self) -> dict[str, Any]:
@@ -100,10 +100,9 @@ class Objective:
             "huber_schedule": self.huber_schedule if huber else None,
         }
 
-    def _uses(self, name: str) -> bool:
-        """Return True if the field that `name` depends on has one of the required values."""
-        other, choices = OBJECTIVE_OPTIONS[name].needs
-        return getattr(self, other) in choices
+    def _has(self, needs: tuple[str, tuple[str, ...]] | None) -> bool:
+        """Return True if a field, on which another one depends, has one of the required values."""
+        return needs is not None and getattr(self, needs[0]) in needs[1]
 
     def check(self, parameterization: str) -> None:
         """Refuse options that have no meaning for a model of that parameterization.
@@ -143,7 +142,7 @@ def objective_of(chosen: Mapping[str, Any]) -> Objective:
     """
     objective = Objective(**chosen)
     for name, declared in OBJECTIVE_OPTIONS.items():
-        if declared.needs and name in chosen and not objective._uses(name):
+        if declared.needs and name in chosen and not objective._has(declared.needs):
             other, choices = declared.needs
             raise SettingsError(
                 f"{name} is set, but {other} is {getattr(objective, other)}: it would have no effect.",

@@ -65,7 +65,8 @@ class Basis:
     settled: Mapping[str, Any]
 
 
-@dataclass(frozen=True, kw_only=True)
+# `Recipe` has the methods: to build those of so many fields twice would delay ComfyUI's start.
+@dataclass(frozen=True, kw_only=True, init=False, repr=False, eq=False)
 class RecipeOptions:
     """Fields of a recipe, with the declarations of the options that set them.
 
