@@ -11,7 +11,8 @@ from graft_pack.trainers.option import option, options_of
 from graft_pack.trainers.recipe.options import RECIPE_OPTIONS, RecipeOptions
 from graft_pack.trainers.recipe.recipe import Recipe
 
-from tests.support import make_options, models
+from docs.build import make_options
+from tests.support import models
 
 CHOICES = [name for name, entry in RECIPE_OPTIONS.items() if entry.choices]
 

@@ -1,12 +1,12 @@
 """Table of all options in docs/options.md, from their declarations.
 
-    python -m tests.support.make_options
+    python -m docs.build.make_options
 
 A test compares the page with the declarations.
 """
 
-from . import pack
-from .host import ROOT
+from tests.support import pack
+from tests.support.host import ROOT
 
 PAGE = ROOT / "docs" / "options.md"
 HEAD = "| option | node | values | default | identity |"
@@ -16,7 +16,7 @@ _INTRODUCTION = """## Every option
 The defaults are those of a LoRA of rank 16 on SD1.5 with AdamW. With `*` they depend on the model, the method, the
 optimizer or another option. Identity: with *yes*, another value is another run; with *no*, the run continues. The
 content of `start_from` counts as part of the base model. `name` and `on_existing` choose the run.
-`python -m tests.support.make_options` writes this table from `trainers/recipe/options.py`.
+`python -m docs.build.make_options` writes this table from `trainers/recipe/options.py`.
 
 """
 
