@@ -26,11 +26,18 @@ HEAVY = [
     "comfy.sample",
     "comfy.samplers",
     "comfy.sd",
+    "diffusers.training_utils",
     "graft_pack.nodes.host.actions.train",
     "graft_pack.trainers.engine.session",
-    "peft",
+    "peft.tuners.lora",
+    "prodigyopt",
+    "pytest",
+    "tests.support.diffusers_host",
+    "tests.support.models",
+    "tests.toy.host",
     "torch._dynamo",
     "torch.utils.checkpoint",
+    "transformers.optimization",
 ]
 SECONDS = 240
 
