@@ -242,7 +242,7 @@ def test_options_train_as_on_the_cpu(name, tmp_path):
 @pytest.mark.parametrize("fields", [{}, {"weight_dtype": "bf16", "optimizer": "Adafactor"}], ids=["fp32", "bf16"])
 @forked
 def test_all_weights_train_as_on_the_cpu(fields, tmp_path):
-    check_as_on_the_cpu(tmp_path, lambda device: training_on(device, **FULL, **fields), learning_rate=1e-4)
+    check_as_on_the_cpu(tmp_path, lambda device: training_on(device, "Flux", **FULL, **fields), learning_rate=1e-4)
 
 
 @forked
@@ -275,11 +275,11 @@ def test_without_video_memory_offload_is_needed(tmp_path):
 def test_prior_targets_train_as_on_the_cpu(tmp_path):
     @contextmanager
     def anchored(device):
-        with training_on(device) as training:
+        with training_on(device, "Flux") as training:
             items = []
             for one in training.plan.train:
                 show = one.show
-                other = models.conditioning("SD1", 7)
+                other = models.conditioning("Flux", 7)
 
                 def shown(visit, show=show, other=other):
                     sample = show(visit)
@@ -295,7 +295,7 @@ def test_prior_targets_train_as_on_the_cpu(tmp_path):
 def test_validation_measures_as_on_the_cpu(tmp_path):
     @contextmanager
     def validating(device):
-        with training_on(device, validate_every=1) as training:
+        with training_on(device, "Flux", validate_every=1) as training:
             yield replace(training, plan=replace(training.plan, validation=training.plan.train[:1]))
 
     check_as_on_the_cpu(tmp_path, validating)
@@ -312,7 +312,7 @@ def test_resume_is_bit_identical(tmp_path):
     found = []
     for parts in ((4,), (2, 4)):
         for steps in parts:
-            with training_on(gpu().device, **fields, save_every=2) as training:
+            with training_on(gpu().device, "Flux", **fields, save_every=2) as training:
                 done = finish(training, tmp_path / str(parts), resume=steps != parts[0], **{**fields, "steps": steps})
         found.append(done)
     assert found[0][0] == found[1][0] and torch.equal(found[0][1], found[1][1])
@@ -368,7 +368,7 @@ def memory_of(folder, limit=None, **fields):
         gpu().device, "Flux", report=lambda *event: told.append(event), examples=4, batch_size=4, **fields
     ) as training:
         with gpu().measured(limit) as usage:
-            _, values, _ = finish(training, folder, offload=fields.get("offload", "auto"))
+            _, values, _ = finish(training, folder, steps=1, offload=fields.get("offload", "auto"))
     return usage.peak, [payload["done"] for event, payload in told if event == "memory"], values
 
 
@@ -413,8 +413,8 @@ def test_a_step_waits_for_the_device_twice(tmp_path):
         if event == "step":
             reads.append(list(device.usage.reads))
 
-    with training_on(device.device, report=report) as training, device.measured():
-        finish(training, tmp_path, steps=4)
+    with training_on(device.device, "Flux", report=report) as training, device.measured():
+        finish(training, tmp_path, steps=3)
     assert len(reads[2]) - len(reads[1]) == READS, reads[2][len(reads[1]) :]
 
 
