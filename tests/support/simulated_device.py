@@ -107,8 +107,10 @@ _pointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
 class _Memory(np.ndarray):
     """Bytes of a storage, which torch owns. Python keeps a set error while it calls `__del__`, but not a C callback."""
 
+    block: _Block | None = None
+
     def __del__(self):
-        if _SIMULATED is not None and getattr(self, "block", None) is not None:
+        if _SIMULATED is not None and self.block is not None:
             _SIMULATED.release(self.block)
 
 
@@ -116,6 +118,8 @@ class Stream(torch.Stream):
     """A queue of work. Work of two streams has no order unless an event or `wait_stream` makes one."""
 
     count = 0
+    known: dict[int, int]
+    tick: int
 
     def __new__(cls, device=None, priority=0):
         cls.count += 1
@@ -515,7 +519,7 @@ class _Module:
         return max(0, total - _SIMULATED.live), total
 
 
-_SIMULATED: SimulatedDevice = None
+_SIMULATED: SimulatedDevice | None = None
 _LIBRARIES = []
 
 
