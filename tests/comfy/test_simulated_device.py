@@ -3,19 +3,33 @@
 Each test runs in a process of its own, because the device stays registered.
 """
 
+import gc
 import json
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from graft_pack.trainers.engine import estimate
+from graft_pack.trainers.engine.oom_fallback import offload_blocks
+from graft_pack.trainers.errors import ModelError
 from graft_pack.trainers.memory import autograd, offload
 from graft_pack.trainers.methods import ADAPTERS
+from torch.utils import backend_registration
 
 from tests.support import models, simulated_device
+from tests.support.base import get_tiny_base
+from tests.support.diffusers_host import make_dataset
 from tests.support.forked import forked
+from tests.support.pack import use_comfy
+from tests.toy import host as toy
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
+    reason="this version of torch registers no device from Python",
+)
 
 STEPS = 2
 CPU = torch.device("cpu")
@@ -58,9 +72,7 @@ def finish(training, folder, **fields):
     """Train to the end; return (losses, trained values on the CPU, state)."""
     state = models.train(training, folder, **{"steps": STEPS, "learning_rate": 1e-3, **fields})
     device = training.denoiser.device.type
-    # ComfyUI may compute text on the CPU.
-    assert {one.device.type for one in state.trainables.values()} <= {device, "cpu"}
-    assert device in {one.device.type for one in training.denoiser.module.buffers()} or device == "cpu" or True
+    assert {one.device.type for one in state.trainables.values()} == {device}
     return state.losses, models.joined(one.cpu() for one in state.trainables.values()), state
 
 
@@ -208,10 +220,10 @@ def test_work_of_two_streams_needs_an_order():
 @pytest.mark.parametrize("method", ADAPTERS)
 @forked
 def test_adapter_types_train_as_on_the_cpu(method, tmp_path):
-    check_as_on_the_cpu(tmp_path, lambda device: training_on(device, method=method, rank=4))
+    check_as_on_the_cpu(tmp_path, lambda device: training_on(device, "Flux", method=method, rank=4))
 
 
-@pytest.mark.parametrize("family", ["SDXL", "SD3", "Flux"])
+@pytest.mark.parametrize("family", ["SD1", "SDXL", "SD3"])
 @forked
 def test_families_train_as_on_the_cpu(family, tmp_path):
     check_as_on_the_cpu(tmp_path, lambda device: training_on(device, family))
@@ -223,20 +235,20 @@ OPTIONS = {
     "EMA and accumulation": {"ema_decay": 0.9, "accumulation": 2},
     "Prodigy": {"optimizer": "Prodigy"},
     "Adafactor": {"optimizer": "Adafactor"},
-    "dropout": {"dropout": 0.0, "max_grad_norm": 0.5},
+    "clipping": {"max_grad_norm": 1e-3},
 }
 
 
 @pytest.mark.parametrize("name", OPTIONS)
 @forked
 def test_options_train_as_on_the_cpu(name, tmp_path):
-    check_as_on_the_cpu(tmp_path, lambda device: training_on(device, **OPTIONS[name]))
+    check_as_on_the_cpu(tmp_path, lambda device: training_on(device, "Flux", **OPTIONS[name]))
 
 
 @pytest.mark.parametrize("fields", [{}, {"weight_dtype": "bf16", "optimizer": "Adafactor"}], ids=["fp32", "bf16"])
 @forked
 def test_all_weights_train_as_on_the_cpu(fields, tmp_path):
-    check_as_on_the_cpu(tmp_path, lambda device: training_on(device, **FULL, **fields), learning_rate=1e-4)
+    check_as_on_the_cpu(tmp_path, lambda device: training_on(device, "Flux", **FULL, **fields), learning_rate=1e-4)
 
 
 @forked
@@ -249,21 +261,31 @@ def test_text_encoders_train_as_on_the_cpu(tmp_path):
     check_as_on_the_cpu(tmp_path, text_on)
 
 
-@pytest.mark.parametrize("state", ["LOW_VRAM", "NO_VRAM", "HIGH_VRAM"])
+@pytest.mark.parametrize("state", ["LOW_VRAM", "HIGH_VRAM"])
 @forked
 def test_states_of_comfyui_train_as_on_the_cpu(state, tmp_path):
-    check_as_on_the_cpu(tmp_path, lambda device: training_on(device, state=state))
+    check_as_on_the_cpu(tmp_path, lambda device: training_on(device, "Flux", state))
+
+
+@forked
+def test_without_video_memory_offload_is_needed(tmp_path):
+    def train(**fields):
+        return check_as_on_the_cpu(tmp_path, lambda device: training_on(device, "Flux", "NO_VRAM", **fields), **fields)
+
+    with pytest.raises(ModelError, match="Switch offload on"):
+        train()
+    train(offload="on")
 
 
 @forked
 def test_prior_targets_train_as_on_the_cpu(tmp_path):
     @contextmanager
     def anchored(device):
-        with training_on(device) as training:
+        with training_on(device, "Flux") as training:
             items = []
             for one in training.plan.train:
                 show = one.show
-                other = models.conditioning("SD1", 7)
+                other = models.conditioning("Flux", 7)
 
                 def shown(visit, show=show, other=other):
                     sample = show(visit)
@@ -279,7 +301,7 @@ def test_prior_targets_train_as_on_the_cpu(tmp_path):
 def test_validation_measures_as_on_the_cpu(tmp_path):
     @contextmanager
     def validating(device):
-        with training_on(device, validate_every=1) as training:
+        with training_on(device, "Flux", validate_every=1) as training:
             yield replace(training, plan=replace(training.plan, validation=training.plan.train[:1]))
 
     check_as_on_the_cpu(tmp_path, validating)
@@ -296,7 +318,7 @@ def test_resume_is_bit_identical(tmp_path):
     found = []
     for parts in ((4,), (2, 4)):
         for steps in parts:
-            with training_on(gpu().device, **fields, save_every=2) as training:
+            with training_on(gpu().device, "Flux", **fields, save_every=2) as training:
                 done = finish(training, tmp_path / str(parts), resume=steps != parts[0], **{**fields, "steps": steps})
         found.append(done)
     assert found[0][0] == found[1][0] and torch.equal(found[0][1], found[1][1])
@@ -305,79 +327,75 @@ def test_resume_is_bit_identical(tmp_path):
 # Memory.
 
 
-@pytest.mark.parametrize("family", ["SD1", "Flux"])
 @forked
-def test_offload_trains_as_on_the_cpu_with_two_blocks_at_most(family, tmp_path):
+def test_offload_trains_as_on_the_cpu(tmp_path):
     device = gpu()
     with device.measured() as usage:
-        check_as_on_the_cpu(
-            tmp_path, lambda where: training_on(where, family, checkpointing=True, offload="on"), offload="on"
-        )
+        check_as_on_the_cpu(tmp_path, lambda where: training_on(where, "SDXL", offload="on"), offload="on")
     assert not usage.hazards
     assert {kind for kind, _, _ in device.events} == {"record", "wait"}
+    # From memory that other work of the host may use, the copy would wait.
+    assert not [place for kind, place in usage.reads if kind == "synchronize"]
 
 
 @forked
-def test_offloaded_blocks_are_on_the_device_in_pairs_at_most():
-    from graft_pack.trainers.engine.oom_fallback import offload_blocks
-
+def test_two_offloaded_blocks_at_most_are_on_the_device():
     device = gpu()
     with training_on(device.device, "Flux", offload="on") as training:
         offload_blocks(training.plan, SimpleNamespace(folder=""), training.host)
-        tree = training.denoiser.module
-        blocks = autograd.blocks_of(tree)
-        sizes = sorted(sum(one.nbytes for one in block.parameters() if offload.is_offloaded(one)) for block in blocks)
-        frozen = sum(sizes)
-        assert all(one.device.type == "cpu" for one in tree.parameters() if offload.is_offloaded(one))
-        peak = []
-        start = offload.BlockPrefetcher.enter
+        blocks = autograd.blocks_of(training.denoiser.module)
+        weights = [[one for one in block.parameters() if offload.is_offloaded(one)] for block in blocks]
+        sizes = sorted(sum(one.nbytes for one in held) for held in weights)
+        assert all(one.device == CPU for held in weights for one in held)
+        training.gradients()
+        most = 0
+        enter = offload.BlockPrefetcher.enter
 
-        def enter(self, number):
-            here = start(self, number)
-            peak.append(sum(1 for one in device._blocks.values() if one.nbytes))
+        def watched(self, number):
+            nonlocal most
+            here = enter(self, number)
+            coming = self._coming[1]._there if self._coming else []
+            most = max(most, sum(one.nbytes for one in (*here, *coming)))
             return here
 
-        offload.BlockPrefetcher.enter = enter
-        before = device.live
-        training.gradients()
+        offload.BlockPrefetcher.enter = watched
         with device.measured() as usage:
             training.gradients()
+        assert 0 < most <= sum(sizes[-2:])
         assert not usage.hazards
-        assert sum(usage.uploads) <= 2 * frozen + 200_000
-        assert device.live - before <= sizes[-1] + sizes[-2]
 
 
 def memory_of(folder, limit=None, **fields):
     """Train on the device with so much memory; return (peak, fallbacks in order, trained values)."""
     told = []
-    device = gpu()
-    fields = {"batch_size": 4, "examples": 4, **fields}
-    with training_on(device.device, "Flux", report=lambda *event: told.append(event), **fields) as training:
-        with device.measured(limit) as usage:
-            _, values, _ = finish(training, folder)
-    done = [payload["done"] for event, payload in told if event == "memory"]
-    return usage.peak, done, values
+    # What an earlier training left in cycles of references counts too.
+    gc.collect()
+    with training_on(
+        gpu().device, "Flux", report=lambda *event: told.append(event), examples=4, batch_size=4, **fields
+    ) as training:
+        with gpu().measured(limit) as usage:
+            _, values, _ = finish(training, folder, steps=1, offload=fields.get("offload", "auto"))
+    return usage.peak, [payload["done"] for event, payload in told if event == "memory"], values
 
 
 @forked
 def test_fallbacks_are_tried_in_order_at_real_limits(tmp_path):
-    """Each limit is a little above the peak with one more saving, so that exactly those before it do not suffice."""
-    peak, done, values = memory_of(tmp_path / "enough")
-    assert not done
-    reached = []
-    for share in (0.95, 0.6, 0.4, 0.3, 0.25, 0.2):
-        try:
-            _, done, other = memory_of(tmp_path / str(share), int(peak * share))
-        except Exception as error:
-            print(share, type(error), str(error)[:600])
-            break
-        print(share, done)
-        climbed = [next(index for index, rung in enumerate(RUNGS) if rung in one) for one in done]
-        assert climbed == sorted(climbed)
-        assert models.distance(other, values) <= 1e-5
-        reached.append(climbed)
-    print(peak, reached)
-    assert reached == [0]
+    """With a limit between the peaks of two fallbacks, all up to the second are tried, and none after it."""
+    ways = [{}, {"checkpointing": True}, {"micro_batch": 1}, {"offload": "on"}]
+    peaks = []
+    fields = {}
+    for number, way in enumerate(ways):
+        fields |= way
+        peak, done, values = memory_of(tmp_path / f"measured {number}", **fields)
+        assert not done
+        peaks.append(peak)
+    assert peaks == sorted(peaks, reverse=True)
+    for number in range(1, len(ways)):
+        limit = (peaks[number - 1] + peaks[number]) // 2
+        _, done, others = memory_of(tmp_path / f"limited {number}", limit)
+        tried = [next(index for index, rung in enumerate(RUNGS) if rung in one) for one in done]
+        assert list(dict.fromkeys(tried)) == list(range(number + 1)), (peaks, limit, done)
+        assert models.distance(others, values) <= 1e-5
 
 
 @forked
@@ -385,11 +403,10 @@ def test_estimate_predicts_the_peak(tmp_path):
     estimate._LEAST_STEPS = 1
     told = []
     device = gpu()
-    with training_on(device.device, report=lambda *event: told.append(event), batch_size=2) as training:
+    with training_on(device.device, "Flux", report=lambda *event: told.append(event), batch_size=2) as training:
         with device.measured() as usage:
             finish(training, tmp_path)
     (found,) = [payload for event, payload in told if event == "estimate"]
-    print(found, usage.peak)
     assert found["memory"] == pytest.approx(usage.peak, rel=0.1)
 
 
@@ -402,52 +419,39 @@ def test_a_step_waits_for_the_device_twice(tmp_path):
         if event == "step":
             reads.append(list(device.usage.reads))
 
-    with training_on(device.device, report=report) as training, device.measured():
-        finish(training, tmp_path, steps=4)
-    print(reads[2][len(reads[1]) :])
-    assert len(reads[2]) - len(reads[1]) <= READS
+    with training_on(device.device, "Flux", report=report) as training, device.measured():
+        finish(training, tmp_path, steps=3)
+    assert len(reads[2]) - len(reads[1]) == READS, reads[2][len(reads[1]) :]
 
 
 # A whole run from nodes.
 
 
-@pytest.mark.parametrize("kind", ["LoRA", "embedding", "text encoder"])
 @forked
-def test_a_run_from_nodes_equals_that_of_the_cpu(kind, tmp_path):
-    """Pictures are encoded by the VAE, and previews drawn by ComfyUI's sampler."""
-    import comfy_execution.graph_utils  # noqa: F401
+def test_a_run_from_nodes_equals_that_of_the_cpu():
+    """ComfyUI's VAE encodes the pictures, and its sampler draws the previews."""
     from graft_pack.nodes.host.actions.train import TrainInputs, train
     from graft_pack.nodes.host.model.denoiser import ComfyDenoiser
     from graft_pack.trainers.engine.resolve import Options
-    from graft_pack.trainers.recipe.recipe import EmbeddingSpec
-
-    from tests.support.base import get_tiny_base
-    from tests.support.diffusers_host import make_dataset
-    from tests.support.pack import use_comfy
-    from tests.toy import host as toy
 
     drawn = []
     real = ComfyDenoiser.preview
 
     def preview(self, request):
         pictures = real(self, request)
-        drawn.append([torch.frombuffer(bytearray(one.tobytes()), dtype=torch.uint8).float() for one in pictures])
+        drawn.append([torch.from_numpy(np.array(one)).float() for one in pictures])
         return pictures
 
     ComfyDenoiser.preview = preview
-    fields = {("preview", "prompts"): "red", ("preview", "steps"): 2, ("preview", "every"): 1}
-    if kind == "text encoder":
-        fields[("adapter", "text_encoder")] = "on"
+    fields = {("preview", "prompts"): "red", ("preview", "steps"): 2, ("preview", "every"): STEPS}
     losses = []
     for device in (CPU, gpu().device):
         with simulated_device.comfy_on(device), torch.inference_mode():
             graph = toy.load(get_tiny_base(), use_comfy().path)
             options = Options({**fields, ("run", "name"): f"drawn on {device.type}"})
-            word = EmbeddingSpec("my-word", "red", 2) if kind == "embedding" else None
-            inputs = TrainInputs("embedding" if word else "LoRA", STEPS, 1e-3, 0 if word else 4, 1, 0, word)
-            done = train(*graph, make_dataset(4), inputs, options, "7")
+            done = train(*graph, make_dataset(2), TrainInputs("LoRA", STEPS, 1e-3, 4, 1, 0), options, "7")
             losses.append(done.loss["loss"])
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
-    assert len(drawn) == 2 * (STEPS + 1)
-    for one, other in zip(drawn[: STEPS + 1], drawn[STEPS + 1 :], strict=True):
+    assert len(drawn) == 4 and drawn[0][0].std() > 1
+    for one, other in zip(drawn[:2], drawn[2:], strict=True):
         assert all((a - b).abs().mean() <= 1 for a, b in zip(one, other, strict=True))

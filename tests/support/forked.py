@@ -17,6 +17,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import traceback
 
 from .host import ROOT
@@ -26,11 +27,18 @@ HEAVY = [
     "comfy.sample",
     "comfy.samplers",
     "comfy.sd",
+    "diffusers.training_utils",
     "graft_pack.nodes.host.actions.train",
     "graft_pack.trainers.engine.session",
-    "peft",
+    "peft.tuners.lora",
+    "prodigyopt",
+    "pytest",
+    "tests.support.diffusers_host",
+    "tests.support.models",
+    "tests.toy.host",
     "torch._dynamo",
     "torch.utils.checkpoint",
+    "transformers.optimization",
 ]
 SECONDS = 240
 
@@ -60,12 +68,13 @@ class Origin:
     def __init__(self):
         # One thread, because threads do not survive a fork.
         names = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         command = [sys.executable, "-m", "tests.support.forked"]
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=self._errors,
             text=True,
             cwd=ROOT,
             env={**os.environ, **names},
@@ -77,7 +86,10 @@ class Origin:
         self._process.stdin.write(json.dumps(asked) + "\n")
         self._process.stdin.flush()
         answer = self._process.stdout.readline()
-        return json.loads(answer)["report"] if answer else "the process that forks has ended"
+        if not answer:
+            self._errors.seek(0)
+            return f"the process that forks has ended:\n{self._errors.read()[-20_000:]}"
+        return json.loads(answer)["report"]
 
     def close(self):
         """End the process."""

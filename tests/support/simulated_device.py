@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 
 NAME = "simgpu"
@@ -66,12 +67,13 @@ class _Block:
         on: streams that `record_stream` named.
     """
 
-    __slots__ = ("managed", "memory", "nbytes", "on", "reads", "shape", "writes")
+    __slots__ = ("memory", "nbytes", "on", "place", "reads", "writes")
 
-    def __init__(self, memory):
+    def __init__(self, memory, nbytes, writes):
         self.memory = memory
-        self.nbytes = memory.nbytes()
-        self.writes = (0, 0)
+        self.nbytes = nbytes
+        self.place = memory.data_ptr()
+        self.writes = writes
         self.reads = {}
         self.on = set()
 
@@ -96,23 +98,28 @@ class _DLTensor(ctypes.Structure):
     ]
 
 
-class _DLManagedTensor(ctypes.Structure):
-    pass
-
-
-_Deleter = ctypes.CFUNCTYPE(None, ctypes.POINTER(_DLManagedTensor))
-_DLManagedTensor._fields_ = [("tensor", _DLTensor), ("context", ctypes.c_void_p), ("deleter", _Deleter)]
 _EXTERNAL = 12  # kDLExtDev: torch takes it for its device of out-of-tree backends
-_UINT = 1
-_capsule = ctypes.pythonapi.PyCapsule_New
-_capsule.restype = ctypes.py_object
-_capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+_pointer = ctypes.pythonapi.PyCapsule_GetPointer
+_pointer.restype = ctypes.POINTER(_DLTensor)
+_pointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
+
+
+class _Memory(np.ndarray):
+    """Bytes of a storage, which torch owns. Python keeps a set error while it calls `__del__`, but not a C callback."""
+
+    block: _Block | None = None
+
+    def __del__(self):
+        if _SIMULATED is not None and self.block is not None:
+            _SIMULATED.release(self.block)
 
 
 class Stream(torch.Stream):
     """A queue of work. Work of two streams has no order unless an event or `wait_stream` makes one."""
 
     count = 0
+    known: dict[int, int]
+    tick: int
 
     def __new__(cls, device=None, priority=0):
         cls.count += 1
@@ -184,6 +191,23 @@ def stream(chosen):
         _STREAMS.now = before
 
 
+class _DeviceGenerator(torch._C.Generator):
+    """A generator of the device; the CPU draws its numbers."""
+
+
+class _AnyGenerator(type):
+    def __instancecheck__(cls, value):
+        return isinstance(value, torch._C.Generator)
+
+    def __call__(cls, device="cpu"):
+        own = torch.device(device).type == NAME
+        return _DeviceGenerator("cpu") if own else torch._C.Generator(device)
+
+
+class Generator(metaclass=_AnyGenerator):
+    """The type of all generators. torch makes those of out-of-tree devices by C++ code alone."""
+
+
 class SimulatedDevice:
     """The device of this process.
 
@@ -203,9 +227,7 @@ class SimulatedDevice:
         self.events = []
         self.failure = None
         self._blocks = {}
-        self._managed = {}
-        self._free = _Deleter(self._release)
-        self._writes = {}
+        self._known_roles = {}
         # Released by another thread in the middle of an allocation otherwise.
         self._lock = threading.RLock()
 
@@ -241,29 +263,21 @@ class SimulatedDevice:
     def adopt(self, values: torch.Tensor) -> torch.Tensor:
         """Return a device tensor over the memory of a CPU tensor."""
         memory = values.untyped_storage()
-        if not memory.nbytes():
-            # Each storage has an address of its own.
-            memory = torch.empty(1, dtype=torch.uint8, device="cpu").untyped_storage()
-        size = values.untyped_storage().nbytes()
+        size = memory.nbytes()
+        # Each storage has an address of its own, even an empty one.
+        memory = memory if size else torch.empty(1, dtype=torch.uint8, device="cpu").untyped_storage()
         self._reserve(size)
-        block = _Block(memory)
-        block.nbytes = size
         now = current_stream()
-        block.writes = (now.stream_id, now.tick)
-        managed = _DLManagedTensor()
-        block.shape = (ctypes.c_int64 * 1)(size)
-        managed.tensor.data = memory.data_ptr()
-        managed.tensor.device = _DLDevice(_EXTERNAL, 0)
-        managed.tensor.ndim = 1
-        managed.tensor.dtype = _DLDataType(_UINT, 8, 1)
-        managed.tensor.shape = block.shape
-        managed.deleter = self._free
-        block.managed = managed
+        block = _Block(memory, size, (now.stream_id, now.tick))
+        owner = torch.empty(0, dtype=torch.uint8, device="cpu").set_(memory).numpy().view(_Memory)
+        owner.block = block
         with self._lock:
-            self._blocks[memory.data_ptr()] = block
-            self._managed[ctypes.addressof(managed)] = memory.data_ptr()
-        flat = torch._C._from_dlpack(_capsule(ctypes.addressof(managed), b"dltensor", None))
-        return _alias(flat, values)
+            self._blocks[block.place] = block
+        capsule = owner.__dlpack__()
+        tensor = _pointer(capsule, b"dltensor").contents
+        tensor.device = _DLDevice(_EXTERNAL, 0)
+        tensor.shape[0] = size
+        return _alias(torch._C._from_dlpack(capsule), values)
 
     def _reserve(self, size):
         usage = self.usage
@@ -277,9 +291,10 @@ class SimulatedDevice:
             self.peak = max(self.peak, self.live)
             usage.peak = max(usage.peak, self.live)
 
-    def _release(self, managed):
+    def release(self, block):
+        """Count a block as free."""
         with self._lock:
-            block = self._blocks.pop(self._managed.pop(ctypes.addressof(managed.contents)))
+            del self._blocks[block.place]
             self.live -= block.nbytes
         for number, tick in (block.writes, *block.reads.items()):
             # The allocator gives this memory to the main stream at once.
@@ -317,8 +332,13 @@ class SimulatedDevice:
 
     def _run(self, operator, args, kwargs):
         self.check()
-        written = self._written(operator)
+        written, tensors = self._roles(operator)
         known = {}
+        # torch passes a number where the operation takes a tensor of no dimensions.
+        args = [
+            torch.tensor(value, device="cpu") if index in tensors and isinstance(value, (int, float)) else value
+            for index, value in enumerate(args)
+        ]
         here = [self._here(value, index in written, known) for index, value in enumerate(args)]
         more = {name: self._here(value, name in written, known) for name, value in kwargs.items()}
         found = operator(*here, **more)
@@ -331,13 +351,14 @@ class SimulatedDevice:
             self.wait("value")
         return self._there(found, known)
 
-    def _written(self, operator):
-        """Return positions and names of the arguments that an operation changes."""
-        if operator not in self._writes:
-            arguments = enumerate(operator._schema.arguments)
+    def _roles(self, operator):
+        """Return (positions and names of the arguments that an operation changes, positions of single tensors)."""
+        if operator not in self._known_roles:
+            arguments = list(enumerate(operator._schema.arguments))
             changed = [(i, one.name) for i, one in arguments if one.alias_info and one.alias_info.is_write]
-            self._writes[operator] = {key for pair in changed for key in pair}
-        return self._writes[operator]
+            tensors = {i for i, one in arguments if str(one.type) == "Tensor"}
+            self._known_roles[operator] = {key for pair in changed for key in pair}, tensors
+        return self._known_roles[operator]
 
     def _here(self, value, written, known):
         if isinstance(value, torch.Tensor):
@@ -355,7 +376,7 @@ class SimulatedDevice:
             return type(value)([self._here(one, written, known) for one in value])
         if isinstance(value, torch.device) and value.type == NAME:
             return torch.device("cpu")
-        if isinstance(value, torch.Generator) and value.device.type != NAME:
+        if isinstance(value, torch._C.Generator) and not isinstance(value, _DeviceGenerator):
             raise RuntimeError(f"Expected a '{NAME}' device type for generator but found '{value.device.type}'")
         return value
 
@@ -498,7 +519,7 @@ class _Module:
         return max(0, total - _SIMULATED.live), total
 
 
-_SIMULATED: SimulatedDevice = None
+_SIMULATED: SimulatedDevice | None = None
 _LIBRARIES = []
 
 
@@ -526,6 +547,7 @@ def register() -> SimulatedDevice:
     aten.impl("convolution_overrideable", _convolution, "PrivateUse1")
     aten.impl("convolution_backward_overrideable", _convolution_backward, "PrivateUse1")
     _LIBRARIES.extend((every, aten))
+    torch.Generator = Generator
     _share_parameters()
     _guard_hooks(device)
     return device

@@ -68,6 +68,7 @@ class ComfyDenoiser:
         self.device = self._model.load_device
         self.compute_dtype = torch.float32
         self.module: torch.nn.Module | None = None
+        self._levels: tuple[torch.nn.Module, torch.Tensor] | None = None
         self._casting: list[torch.nn.Module] = []
         self._pins: placement.Pins | None = None
         self._base = None
@@ -105,7 +106,10 @@ class ComfyDenoiser:
 
     def sigmas(self) -> torch.Tensor:
         """Return the noise levels of the model's own sampling object, ModelSampling nodes included."""
-        return self._sampling.sigmas.detach().to("cpu", torch.float32).clone()
+        if self._levels is None or self._levels[0] is not self._sampling:
+            # Copy them once: each copy from a device waits until the device has finished its queued work.
+            self._levels = self._sampling, self._sampling.sigmas.detach().to("cpu", torch.float32)
+        return self._levels[1].clone()
 
     def scale_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """Scale latents by the model's own latent format."""
