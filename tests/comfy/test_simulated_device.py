@@ -38,7 +38,13 @@ ROUNDING = 2e-5
 FULL = {"method": "all weights", "rank": 0, "alpha": 0.0, "targets": "all weights", "max_grad_norm": 0.0}
 # Reads for which the host waits in a step: of the losses, and of the gradient's norm.
 READS = 2
-RUNGS = ("caches were taken off", "checkpointing is on", "of a batch are computed at a time", "kept off the device")
+# A part of the message for each fallback, in their order.
+FALLBACKS = (
+    "moved other models and caches off",
+    "turned on checkpointing",
+    "limited the micro-batch",
+    "offloaded the frozen weights",
+)
 
 
 def gpu():
@@ -280,7 +286,7 @@ def test_without_video_memory_offload_is_needed(tmp_path):
 @forked
 def test_prior_targets_train_as_on_the_cpu(tmp_path):
     @contextmanager
-    def anchored(device):
+    def with_prior_targets(device):
         with training_on(device, "Flux") as training:
             items = []
             for one in training.plan.train:
@@ -289,12 +295,12 @@ def test_prior_targets_train_as_on_the_cpu(tmp_path):
 
                 def shown(visit, show=show, other=other):
                     sample = show(visit)
-                    return replace(sample, anchor=replace(sample, conditioning=other, factor=0.5))
+                    return replace(sample, prior_target=replace(sample, conditioning=other, factor=0.5))
 
-                items.append(replace(one, show=shown, anchored=True))
+                items.append(replace(one, show=shown, has_prior_target=True))
             yield replace(training, plan=replace(training.plan, train=items))
 
-    check_as_on_the_cpu(tmp_path, anchored)
+    check_as_on_the_cpu(tmp_path, with_prior_targets)
 
 
 @forked
@@ -354,7 +360,7 @@ def test_two_offloaded_blocks_at_most_are_on_the_device():
         def watched(self, number):
             nonlocal most
             here = enter(self, number)
-            coming = self._coming[1]._there if self._coming else []
+            coming = self._incoming[1]._there if self._incoming else []
             most = max(most, sum(one.nbytes for one in (*here, *coming)))
             return here
 
@@ -393,7 +399,7 @@ def test_fallbacks_are_tried_in_order_at_real_limits(tmp_path):
     for number in range(1, len(ways)):
         limit = (peaks[number - 1] + peaks[number]) // 2
         _, done, others = memory_of(tmp_path / f"limited {number}", limit)
-        tried = [next(index for index, rung in enumerate(RUNGS) if rung in one) for one in done]
+        tried = [next(index for index, part in enumerate(FALLBACKS) if part in text) for text in done]
         assert list(dict.fromkeys(tried)) == list(range(number + 1)), (peaks, limit, done)
         assert models.distance(others, values) <= 1e-5
 
