@@ -377,7 +377,7 @@ def memory_of(folder, limit=None, **fields):
     # What an earlier training left in cycles of references counts too.
     gc.collect()
     with training_on(
-        gpu().device, "Flux", report=lambda *event: told.append(event), examples=4, batch_size=4, **fields
+        gpu().device, "Flux", report=lambda *event: told.append(event), batch_size=2, **fields
     ) as training:
         with gpu().measured(limit) as usage:
             _, values, _ = finish(training, folder, steps=1, offload=fields.get("offload", "auto"))
