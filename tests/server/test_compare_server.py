@@ -112,7 +112,7 @@ def test_adapters_by_wire_and_a_run_that_has_made_more(server, run):
         ({"files": "nosuch*"}, "input 'files': No LoRA file matches 'nosuch*'"),
         ({"strengths": "1, strong"}, "input 'strengths': 'strong' is not a strength"),
         ({"strengths": "nan"}, "input 'strengths': 'nan' is not a strength"),
-        ({"files": "*", "prompts": "x\n" * 300}, "pictures, 300 prompts"),
+        ({"files": "*", "prompts": "x\n" * 300}, "300 prompts with"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused_with_input_and_cure(server, run, fields, said):

@@ -77,7 +77,7 @@ def test_runs_are_found_by_name(history, made):
     history.page.wait_for("return document.querySelectorAll('.graft-card').length === 1;")
     assert history.names() == [made[SECOND]]
     history.search("no such run")
-    history.page.wait_for("return document.querySelector('.graft-empty').textContent.startsWith(\"No run's name\");")
+    history.page.wait_for("return document.querySelector('.graft-empty').textContent.startsWith(\"No run has this\");")
     history.search("")
     history.page.wait_for("return document.querySelectorAll('.graft-card').length >= 3;")
 
