@@ -298,7 +298,7 @@ def load_named_adapter(name: str) -> Adapter:
         raise ModelError(error.message, error.cure, "adapter_name") from error
     if not adapter:
         raise ModelError(
-            f"Cannot apply '{name}': a {adapter.made_by()} in peft's format depends on the model's weights.",
+            f"Cannot apply '{name}': in peft's format, {adapter.made_by()} depends on the model's weights.",
             "Load the kohya file of that training, or continue training from this file (start_from in Graft Adapter "
             "Options).",
             "adapter_name",
