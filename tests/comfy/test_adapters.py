@@ -441,8 +441,8 @@ def test_another_alpha_starts_with_the_same_effect(tmp_path):
     [
         ({"method": "rsLoRA"}, "has the type LoRA, but this run trains rsLoRA"),
         ({"method": "LoHa"}, "has the type LoRA, but this run trains LoHa"),
-        ({"rank": 4}, "Set rank"),
-        ({"targets": "all linear"}, "nothing for"),
+        ({"rank": 4}, "Use the rank and block_ranks"),
+        ({"targets": "all linear"}, "no tensors for"),
         ({"targets": "patterns", "target_patterns": ("attn1",)}, "other layers"),
     ],
     ids=str,
@@ -684,7 +684,7 @@ def test_a_peft_file_without_its_configuration_is_refused(model, tmp_path):
 def test_a_dora_of_diffusers_is_refused_and_not_applied_without_its_magnitude(tmp_path):
     tensors = {f"unet.x.{end}": torch.ones(2, 2) for end in ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")}
     files.write_tensors(str(tmp_path / "a.safetensors"), tensors, {})
-    with pytest.raises(ModelError, match="magnitude"):
+    with pytest.raises(ModelError, match="holds a DoRA in peft's form, which ComfyUI cannot read"):
         load_adapter(str(tmp_path / "a.safetensors"))
 
 
