@@ -443,7 +443,7 @@ def test_another_alpha_starts_with_the_same_effect(tmp_path):
         ({"method": "LoHa"}, "has the type LoRA, but this run trains LoHa"),
         ({"rank": 4}, "Use the rank and block_ranks"),
         ({"targets": "all linear"}, "no tensors for"),
-        ({"targets": "patterns", "target_patterns": ("attn1",)}, "other layers"),
+        ({"targets": "patterns", "target_patterns": ("attn1",)}, "has layers that this run does not train"),
     ],
     ids=str,
 )
