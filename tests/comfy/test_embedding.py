@@ -207,7 +207,7 @@ def test_start_words_that_are_none_are_refused():
     from graft_pack.nodes.host.model.text_encoder import ComfyText
 
     settings = models.recipe("SD1", method="embedding", embedding_name="my-dog", embedding_init=" ")
-    with pytest.raises(SettingsError, match="holds no word") as error:
+    with pytest.raises(SettingsError, match="gives no token for the text encoder") as error:
         textual_inversion.check_word(settings, ComfyText(models.text("SD1")))
     assert error.value.input == "init_text"
 

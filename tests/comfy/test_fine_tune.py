@@ -300,8 +300,8 @@ def test_it_goes_on_from_a_file(tmp_path):
         for tensors, metadata, words in (
             (start, {}, "has layers that this run does not train"),
             (lora, {}, "has no keys such as"),
-            ({}, {}, "has nothing for"),
-            (start, {"graft_recipe": '{"method": "LoRA"}'}, "of the type LoRA"),
+            ({}, {}, "has no keys such as"),
+            (start, {"graft_recipe": '{"method": "LoRA"}'}, "has the type LoRA, not whole weights"),
         ):
             with pytest.raises(ModelError, match=words) as caught:
                 begin(training, type(start)(tensors, metadata))
