@@ -776,7 +776,7 @@ def test_the_nodes_save_each_format_and_load_it_again(done, case, model, base, c
         assert GraftAdapterOptions.fingerprint_inputs(name) == GraftLoadAdapter.fingerprint_inputs(name)
         assert load_adapter(path).metadata["modelspec.title"] == f"{os.path.basename(prefix)}_00001"
         if case == "OFT" and format == "peft":
-            with pytest.raises(ModelError, match="Graft Load Adapter.*in peft's format, OFT depends on the model's weights"):
+            with pytest.raises(ModelError, match="Graft Load Adapter.*OFT depends on the model's weights"):
                 GraftLoadAdapter.execute(name)
             continue
         back = GraftLoadAdapter.execute(name).args[0]

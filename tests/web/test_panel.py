@@ -305,7 +305,8 @@ def test_a_live_run_of_changed_values_keeps_its_buttons(opened, page, server):
     panel.wait_for_step(2)
     panels.set_values(page, seed=3)
     page.js("api.dispatchCustomEvent('graphChanged');")
-    page.wait_for("return document.querySelector('.graft-panel .graft-note').textContent.startsWith('This training was queued');")
+    note = "document.querySelector('.graft-panel .graft-note').textContent"
+    page.wait_for(f"return {note}.startsWith('This training was queued');")
     panel.press("Stop and keep")
     panel.wait("stopped")
 
