@@ -111,7 +111,7 @@ def check_file_name(name: str, input: str) -> None:
 def _unusable(name: str, why: str, input: str) -> SettingsError:
     shown = name if len(name) <= 80 else f"{name[:77]}..."
     return SettingsError(
-        f"The file name '{shown}' cannot be used: it {why}.",
+        f"Cannot use the file name '{shown}': it {why}.",
         "Use a name, or subfolders and a name with / between them, of letters, digits, spaces, dashes and underscores.",
         input,
     )

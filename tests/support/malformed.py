@@ -342,7 +342,7 @@ def names(rng, defaults, trained):
         yield Trial("file name", f"pickle {value}", act, "is not a .safetensors file.*hide programs", prepare=_pickles)
     for what, value in FILE_NAMES.items():
         act = _queueing(defaults, "GraftSaveAdapter", {"filename_prefix": value})
-        yield Trial("prefix", what, act, "input 'filename_prefix': .*(?:Cannot use|cannot be used|leads out of)")
+        yield Trial("prefix", what, act, "input 'filename_prefix': .*(?:Cannot use|leads out of)")
     for what, value in WORDS.items():
         act = _queueing(defaults, "GraftSaveEmbedding", {"name": value})
         yield Trial("word", f"saved {what}", act, "input 'name': A prompt cannot use the embedding name")
