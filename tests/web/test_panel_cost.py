@@ -13,10 +13,11 @@ pytestmark = [pytest.mark.browser, pytest.mark.server]
 
 POINTS = 5000
 PICTURES = 100
-LONGEST = 50  # milliseconds of the page's main thread
-TRIES = 5
+LONGEST = 50  # milliseconds of the page's main thread; browsers report longer tasks only
+SORTS = 5  # the same bound on a slow machine, as a multiple of the time to sort 20,000 numbers there (10 ms)
+TRIES = 10
 
-# Messages at their usual rate, with time for their effects; returns the longest task. Browsers report tasks over 50 ms.
+# Messages at their usual rate, with time for their effects; returns the longest task.
 FEED = """
     const [where, messages] = args;
     let longest = 0;
@@ -28,6 +29,17 @@ FEED = """
     await new Promise(resolve => setTimeout(resolve, 160));
     observer.disconnect();
     return longest;"""
+
+# Returns the least milliseconds to sort 20,000 numbers.
+SORT = """
+    const numbers = Array.from({length: 20000}, (_, place) => Math.sin(place * 12.9898));
+    let least = Infinity;
+    for (let turn = 0; turn < 5; turn += 1) {
+        const began = performance.now();
+        numbers.slice().sort((left, right) => left - right);
+        least = Math.min(least, performance.now() - began);
+    }
+    return least;"""
 
 # The messages of twenty minutes, ten per second, sent in large groups.
 CROWD = """
@@ -99,16 +111,17 @@ def test_five_thousand_points_and_a_hundred_pictures_keep_the_page_quick(panel):
     turns = [[*begin, steps_until(POINTS, POINTS)]]
     turns += [[sample_of(number) for number in range(first, first + 10)] for first in range(0, PICTURES, 10)]
     turns += [[steps_until(POINTS + turn)] for turn in range(1, 21)]
-    tries = []
+    tries, sorts = [], []
     for _ in range(TRIES):
+        sorts.append(panel.page.js(SORT))
         tries.append([thread.longest(where, messages) for messages in turns])
         assert len(panel.points()) == POINTS + 20
         assert panel.page.js("return document.querySelectorAll('.graft-thumb').length;") == PICTURES
         # Each turn does the same work in each try; other load on the machine only adds time.
         least = [min(costs) for costs in zip(*tries, strict=True)]
-        if max(least) < LONGEST:
+        if max(least) < max(LONGEST, SORTS * min(sorts)):
             return
-    raise AssertionError(f"milliseconds, turn by turn: {[round(one) for one in least]}")
+    raise AssertionError(f"milliseconds, turn by turn: {[round(one) for one in least]}, to sort: {min(sorts):.1f}")
 
 
 @pytest.mark.soak
