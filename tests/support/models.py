@@ -319,6 +319,7 @@ def in_training(
         side: side of the latents, 0 for the family's.
         fields: fields of the recipe.
     """
+    import torch
     from graft_pack.nodes.host.model.denoiser import ComfyDenoiser
     from graft_pack.trainers.engine.plan import Plan
     from graft_pack.trainers.families import family_of
@@ -337,7 +338,7 @@ def in_training(
         targets = method.targets(denoiser.module, family_of(denoiser.family), settings)
         trainables = method.inject(denoiser.module, targets, settings)
         if spread:
-            scatter(trainables, spread, settings.seed, dtype)
+            scatter(trainables, spread, settings.seed, torch.promote_types(dtype, torch.float32))
         items = [item(name, seed, dtype, side) for seed in range(examples)]
         export = exporter(method, settings, method.names(denoiser)[0], denoiser)
         plan = Plan(

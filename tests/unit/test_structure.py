@@ -48,7 +48,7 @@ def relative(path):
 LAYERS = (
     {"trainers.errors", "trainers.text", "trainers.regex", "trainers.rng", "trainers.families"},
     {"trainers.protocols", "trainers.option"},
-    {"trainers.formats", "trainers.objective", "trainers.data"},
+    {"trainers.formats", "trainers.objective", "trainers.data", "trainers.lowrank"},
     {"trainers.recipe"},
     {"trainers.optimizers"},
     {"trainers.preprocessing", "trainers.methods", "trainers.memory", "trainers.runs"},

@@ -26,6 +26,7 @@ from .checkpointer import Checkpointer
 from .estimate import estimate, say
 from .oom_fallback import OOMFallback, trees_of
 from .plan import Plan, Window
+from .preflight import share_inputs
 from .previews import preview
 from .step import fixed_losses, forward_passes, loss_terms
 from .updater import ParameterUpdater, loss_limit
@@ -133,6 +134,7 @@ class _Trainer:
         group.all_reduce()
         group.broadcast([*self._parameters, *plan.constants.values()])
         self._checkpointer.restore(state)
+        share_inputs(plan, host)
         self._lr_factor = lr_factor(recipe.schedule, recipe.warmup_steps, recipe.steps, recipe.num_cycles, recipe.power)
         self._batches = plan.batches(state.batches)
         self._upcoming = self._take_batches(state.step)

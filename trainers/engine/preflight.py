@@ -1,4 +1,4 @@
-"""Checks that run before training starts."""
+"""Checks and observations that run before training starts."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..errors import ModelError
+from ..lowrank.layers import grouping, low_rank_layers
 from ..methods import METHODS
 from .gradient_check import TOLERANCE, TOLERANCE_HALF, check_gradient
-from .step import batch_loss
+from .oom_fallback import trees_of
+from .step import batch_loss, losses_of, micro_batches
 
 if TYPE_CHECKING:
     from ..protocols import Host
@@ -56,6 +58,20 @@ def _teaching(plan: Plan, host: Host) -> int:
         return 0
     coming = min(_TRIED, plan.recipe.steps * plan.recipe.accumulation)
     return next((number for number in range(coming) if batch_loss(plan, host, number).requires_grad), 0)
+
+
+def share_inputs(plan: Plan, host: Host) -> None:
+    """Find the adapted layers that read the same tensor, by a forward without gradients. They share products then.
+
+    It runs before the first step and before the first resumed one, because shared products round in another way.
+    """
+    trees = trees_of(plan, host)
+    if not any(low_rank_layers(tree) for tree in trees):
+        return
+    sample = plan.train[0].show(None)
+    with grouping(trees), torch.no_grad():
+        for batch in micro_batches([sample], plan.recipe, host):
+            losses_of(host, batch)
 
 
 def check_keys(plan: Plan, host: Host) -> None:

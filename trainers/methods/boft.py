@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,25 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..recipe.recipe import Recipe
+
+
+def _forward(layer: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return a forward that computes s W R x + b.
+
+    peft subtracts the bias from the output and adds it again, which rounds the output even where s is one.
+    """
+    base = layer.base_layer
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        rotation, scale = layer.get_delta_weight("default")
+        scale = scale.flatten()
+        out = base(x @ rotation.to(x.dtype))
+        changed = out * scale
+        if base.bias is not None:
+            changed = changed + (1 - scale) * base.bias
+        return changed.to(out.dtype)
+
+    return forward
 
 
 class BOFT(Rotation):
@@ -50,6 +69,10 @@ class BOFT(Rotation):
                 "rank",
             )
         return BOFTConfig(boft_block_size=size, boft_n_butterfly_factor=1)
+
+    def finish(self, layer: nn.Module, recipe: Recipe) -> None:
+        """Replace the forward of peft's layer. The layer belongs to the private module."""
+        layer.forward = _forward(layer)
 
     def changed(self, layer: nn.Module, weight: torch.Tensor) -> torch.Tensor:
         """Return the weight as peft merges it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from .lora import LoRA, parts_of
+from .lora import LoRA, in_dtype_of, parts_of
 from .targets import Layer
 
 if TYPE_CHECKING:
@@ -45,13 +45,16 @@ def _forward(layer: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
         out = base(x)
         a = down.weight.flatten(1)
         b = up.weight.flatten(1)
-        crossed = (b * (base.weight.flatten(1).to(a.dtype) @ a.t())).sum(1)
+        weight = base.weight.flatten(1)
+        # In the dtype of the step, where the weight has it: autograd would keep a copy of the weight in float32.
+        common = x.dtype if weight.dtype == x.dtype else a.dtype
+        crossed = (b * (weight.to(common) @ a.to(common).t()).to(b.dtype)).sum(1)
         added = ((b @ (a @ a.t())) * b).sum(1)
         norm = (getattr(layer, _SQUARES) + 2 * scale * crossed + scale**2 * added).clamp_min(_LEAST).sqrt()
         shape = (-1, *[1] * (base.weight.dim() - 2))
         share = (magnitude.weight.flatten() / norm).view(shape)
         plain = out if base.bias is None else out - base.bias.view(shape).to(out.dtype)
-        delta = up(down(drop(x.to(a.dtype))) * scale)
+        delta = in_dtype_of(in_dtype_of(drop(x), down) * scale, up)
         return (out + ((share - 1) * plain + share * delta)).to(out.dtype)
 
     return forward

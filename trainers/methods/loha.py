@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .peft_method import PeftMethod
+from .peft_method import PeftMethod, difference_forward
 from .targets import CONV, LINEAR, POINT, Layer, alphas_of
 
 if TYPE_CHECKING:
@@ -30,6 +30,10 @@ class LoHa(PeftMethod):
         from peft import LoHaConfig
 
         return LoHaConfig(r=recipe.rank, alpha=recipe.alpha, rank_pattern=ranks, alpha_pattern=alphas_of(ranks, recipe))
+
+    def finish(self, layer: nn.Module, recipe: Recipe) -> None:
+        """Replace the forward of peft's layer. The layer belongs to the private module."""
+        layer.forward = difference_forward(layer)
 
     def export_layer(self, layer: Layer) -> dict[str, torch.Tensor]:
         """Return LyCORIS's tensors, with alpha."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ..formats.kohya import lora_tensors
@@ -27,56 +26,12 @@ def parts_of(layer: nn.Module) -> tuple:
     )
 
 
-def _linear(layer: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return a forward for a linear layer that uses peft's parameters and takes less time.
+def in_dtype_of(x: torch.Tensor, module: nn.Module) -> torch.Tensor:
+    """Return what A or B makes of x, computed in the dtype of x."""
+    from torch.nn.functional import linear
 
-    peft scales the adapter's output and adds it in separate passes over the whole activation, forward and backward.
-    This forward scales the narrow middle activation and adds within the matrix product. On a CPU, a product whose last
-    size is the rank takes up to five times as long as its transpose. So the middle activation is [r, rows] and B is
-    transposed: autograd's own products then have the fast orientation as well.
-    """
-    from torch import nn
-
-    base, down, up, drop, scale = parts_of(layer)
-    drops = not isinstance(drop, nn.Identity)
-
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        # One view serves both products. The narrow product comes before the wide one, so that the gradient of the wide
-        # one is ready first and autograd adds the other to it in place.
-        rows = x.flatten(0, -2)
-        narrow = rows.to(down.weight.dtype)
-        # Use the factors: a call of their modules takes longer than a narrow product.
-        middle = down.weight.mm((drop(narrow) if drops else narrow).t())
-        out = base(rows)
-        if scale != 1.0:
-            middle = middle * scale
-        turned = up.weight.t().contiguous()
-        if middle.dtype != out.dtype:
-            return (out + middle.t().mm(turned).to(out.dtype)).view(*x.shape[:-1], out.shape[-1])
-        return out.addmm(middle.t(), turned).view(*x.shape[:-1], out.shape[-1])
-
-    return forward
-
-
-def _convolution(layer: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return a forward for a convolution, which computes B as a matrix product over the channels.
-
-    The frozen convolution runs last and the adapter's output is added to it. Checkpointing recomputes a block up to the
-    last tensor that the backward pass needs. In a block that ends with a convolution, such as a U-Net's, it can then
-    skip that convolution.
-    """
-    base, down, up, drop, scale = parts_of(layer)
-
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        middle = down(drop(x.to(down.weight.dtype)))
-        if scale != 1.0:
-            middle = middle * scale
-        over_channels = up.weight.flatten(1).expand(len(middle), -1, -1)
-        change = over_channels.bmm(middle.flatten(2)).unflatten(2, middle.shape[2:])
-        out = base(x)
-        return out + change.to(out.dtype)
-
-    return forward
+    weight = module.weight.to(x.dtype)
+    return linear(x, weight) if weight.dim() == 2 else module._conv_forward(x, weight, None)
 
 
 class LoRA(PeftMethod):
@@ -89,6 +44,16 @@ class LoRA(PeftMethod):
     scale_param = "lora_B"
     has_dropout = True
     variant: dict[str, Any] = {}
+
+    def inject(self, module: nn.Module, targets: list[str], recipe: Recipe) -> dict[str, nn.Parameter]:
+        """Inject as every peft type does. Each forward of the module casts the trainables to the dtype of its input."""
+        from ..lowrank.layers import StepWeights, low_rank_layers
+
+        trainables = super().inject(module, targets, recipe)
+        layers = list(low_rank_layers(module).values())
+        if layers:
+            module.register_forward_pre_hook(StepWeights(layers))
+        return trainables
 
     def config(self, recipe: Recipe, layers: dict[str, nn.Module], ranks: dict[str, int]) -> Any:
         """Return peft's LoRA configuration, in this type's variant."""
@@ -104,8 +69,11 @@ class LoRA(PeftMethod):
         )
 
     def finish(self, layer: nn.Module, recipe: Recipe) -> None:
-        """Replace the forward of peft's layer by the faster one. The layer belongs to the private module."""
-        layer.forward = (_linear if layer.lora_A["default"].weight.dim() == 2 else _convolution)(layer)
+        """Replace the forward of peft's layer by one of fewer operations. The layer belongs to the private module."""
+        from ..lowrank.layers import LowRankLayer
+
+        layer.low_rank = LowRankLayer(*parts_of(layer))
+        layer.forward = layer.low_rank
 
     def export_layer(self, layer: Layer) -> dict[str, torch.Tensor]:
         """Return kohya's tensors, with the alpha that gives this layer's scale as alpha / rank."""

@@ -43,6 +43,27 @@ def _switchable(layer: nn.Module, forward: Callable) -> Callable:
     return switched
 
 
+def difference_forward(layer: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return a forward that multiplies by peft's difference of the weight in the dtype of the input.
+
+    peft casts the input to the dtype of the trainables instead, and so computes and keeps activations in float32.
+    """
+    from torch.nn.functional import conv2d, linear
+
+    base = layer.base_layer
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        difference = layer.get_delta_weight("default").to(x.dtype)
+        out = base(x)
+        if difference.dim() == 2:
+            change = linear(x, difference)
+        else:
+            change = conv2d(x, difference, None, base.stride, base.padding, base.dilation)
+        return out + change.to(out.dtype)
+
+    return forward
+
+
 class PeftMethod(Method):
     """An adapter type of peft.
 

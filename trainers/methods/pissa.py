@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..formats.kohya import own
 from ..rng import generator
-from .lora import LoRA, parts_of
+from .lora import LoRA, in_dtype_of, parts_of
 from .targets import LINEAR, Layer
 
 if TYPE_CHECKING:
@@ -31,9 +31,9 @@ def _forward(layer: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
         from torch.nn.functional import linear
 
         out = base(x)
-        x = drop(x.to(down.weight.dtype))
+        x = drop(x)
         before = linear(linear(x, layer.start_A.to(x.dtype)) * scale, layer.start_B.to(x.dtype))
-        return out + (up(down(x) * scale) - before).to(out.dtype)
+        return out + (in_dtype_of(in_dtype_of(x, down) * scale, up) - before).to(out.dtype)
 
     return forward
 

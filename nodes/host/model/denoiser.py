@@ -7,18 +7,20 @@ import functools
 import gc
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 import comfy.ldm.modules.attention
 import comfy.model_base
 import comfy.model_management
+import comfy.ops
 import comfy.patcher_extension
 import comfy.utils
 import torch
 
 from ....trainers.errors import ModelError
 from ....trainers.families import GENERAL, family_of
+from ....trainers.lowrank.layers import PLAIN
 from ....trainers.memory.autograd import own_weights, private_tree
 from ....trainers.memory.offload import mark_offloaded, place
 from ....trainers.protocols import HOLE, SOURCE, Conditioning, Geometry, PreviewRequest
@@ -181,19 +183,13 @@ class ComfyDenoiser:
         if hasattr(self.module, "clear_kv_cache"):
             # The network's text cache holds results of an earlier step's weights.
             self.module.clear_kv_cache()
-        with self._autocast():
-            options = self._step_options(sigma, context)
-            output = self.module(x.to(dtype), t, context=context, control=None, transformer_options=options, **extra)
+        options = self._step_options(sigma, context)
+        output = self.module(x.to(dtype), t, context=context, control=None, transformer_options=options, **extra)
         if isinstance(output, (list, tuple)):
             raise ModelError(
                 "Cannot train a model that returns several latents at once.", "Use another model.", "model"
             )
         return output.to(torch.promote_types(output.dtype, torch.float32))
-
-    def _autocast(self):
-        if self.compute_dtype not in (torch.bfloat16, torch.float16):
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=self.compute_dtype)
 
     def _step_options(self, sigma: torch.Tensor, context: torch.Tensor | None) -> dict:
         options = comfy.model_patcher.create_model_options_clone({"transformer_options": self._options})
@@ -224,6 +220,7 @@ class ComfyDenoiser:
             self.compute_dtype = _DTYPES.get(compute_dtype) or _inference_dtype(base)
             self.module = private_tree(base.diffusion_model)
             quantized.as_linears(self.module)
+            _mark_plain(self.module)
             if offloaded:
                 mark_offloaded(self.module, self.device)
             # List the layers once: searching the tree takes longer than checking their dtypes.
@@ -362,6 +359,15 @@ def _cast_where_needed(layers: list[torch.nn.Module], dtype: torch.dtype) -> Non
         weight = getattr(layer, "weight", None)
         if weight is not None and weight.dtype != dtype:
             layer.comfy_cast_weights = True
+
+
+def _mark_plain(tree: torch.nn.Module) -> None:
+    """Mark the layers whose class computes as torch's does where the weight has the dtype and device of the input."""
+    both = comfy.ops.disable_weight_init, comfy.ops.manual_cast
+    kinds = [kind for operations in both for kind in (operations.Linear, operations.Conv2d)]
+    for layer in tree.modules():
+        if type(layer) in kinds and not layer.weight_function and not layer.bias_function:
+            setattr(layer, PLAIN, True)
 
 
 def _over(base, tree: torch.nn.Module):

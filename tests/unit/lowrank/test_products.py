@@ -1,0 +1,179 @@
+"""Tests of the products of a frozen layer and its adapter, against autograd's own operations and finite differences."""
+
+import pytest
+import torch
+from graft_pack.trainers.lowrank import products
+from graft_pack.trainers.lowrank.layers import LowRankLayer, StepWeights, grouping, low_rank_layers
+from torch import nn
+from torch.nn import functional
+
+SOURCE = torch.Generator()
+DEVICES = pytest.mark.parametrize("on_cpu", [True, False], ids=["CPU's way", "GPU's way"])
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    SOURCE.manual_seed(0)
+
+
+def random(*shape, grad=True):
+    return torch.randn(shape, generator=SOURCE, dtype=torch.float64).requires_grad_(grad)
+
+
+def frozen(kind, *args, **fields):
+    return kind(*args, **fields).double().requires_grad_(False)
+
+
+@DEVICES
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("needs_x", [True, False])
+def test_gradients_of_linear_layers_are_those_of_finite_differences(count, needs_x, on_cpu, monkeypatch):
+    monkeypatch.setattr(products, "is_on_cpu", lambda tensor: on_cpu)
+    layers = [frozen(nn.Linear, 6, 4 + number, bias=number != 1) for number in range(count)]
+    x, down = random(2, 3, 6, grad=needs_x), random(2 * count, 6)
+    ups = [random(4 + number, 2) for number in range(count)]
+    scales = [0.5 + number for number in range(count)]
+
+    def call(x, down, *ups):
+        return tuple(products.linear(x, down, ups, scales, layers))
+
+    for out, layer, a, b, scale in zip(call(x, down, *ups), layers, down.split(2), ups, scales, strict=True):
+        assert torch.allclose(out, layer(x) + scale * functional.linear(functional.linear(x, a), b), rtol=1e-12)
+    assert torch.autograd.gradcheck(call, (x, down, *ups))
+
+
+def test_an_output_that_is_not_used_adds_no_gradient():
+    layers = [frozen(nn.Linear, 6, 4) for _ in range(2)]
+    x, down, ups = random(3, 6), random(4, 6), [random(4, 2), random(4, 2)]
+    first, _ = products.linear(x, down, ups, [1.0, 1.0], layers)
+    first.square().sum().backward()
+    alone = [one.detach().clone().requires_grad_() for one in (x, down[:2], ups[0])]
+    (layers[0](alone[0]) + functional.linear(functional.linear(alone[0], alone[1]), alone[2])).square().sum().backward()
+    assert torch.allclose(x.grad, alone[0].grad, rtol=1e-12)
+    assert torch.allclose(down.grad[:2], alone[1].grad, rtol=1e-12)
+    assert not down.grad[2:].any()
+    assert ups[1].grad is None
+
+
+@pytest.mark.parametrize("needs_x", [True, False])
+@pytest.mark.parametrize("kernel, stride, padding", [(1, 1, 0), (3, 1, 1), (3, 2, 1)])
+def test_gradients_of_a_convolution_are_those_of_finite_differences(kernel, stride, padding, needs_x):
+    layer = frozen(nn.Conv2d, 3, 4, kernel, stride, padding)
+    x, down, up = random(2, 3, 5, 5, grad=needs_x), random(2, 3, kernel, kernel), random(4, 2, 1, 1)
+
+    def call(x, down, up):
+        return products.convolution(x, down, up, 0.5, layer)
+
+    expected = layer(x) + 0.5 * functional.conv2d(functional.conv2d(x, down, None, stride, padding), up)
+    assert torch.allclose(call(x, down, up), expected, rtol=1e-12)
+    assert torch.autograd.gradcheck(call, (x, down, up))
+
+
+class Block(nn.Module):
+    """Attention's projections as networks call them: q, k and v of one tensor, or k and v of another."""
+
+    def __init__(self, rank=2, drop=0.0):
+        super().__init__()
+        for name in ("q", "k", "v", "out"):
+            layer = nn.Module()
+            base, down, up = (frozen(nn.Linear, *sizes) for sizes in ((6, 6), (6, rank), (rank, 6)))
+            down.weight.requires_grad_(True)
+            up.weight.requires_grad_(True)
+            layer.low_rank = LowRankLayer(base, down, up, nn.Dropout(drop) if drop else nn.Identity(), 0.5)
+            layer.forward = layer.low_rank
+            setattr(self, name, layer)
+
+    def forward(self, x, context=None):
+        context = x if context is None else context
+        q, k, v = self.q(x), self.k(context), self.v(context)
+        return self.out(q * k + v)
+
+    def groups(self):
+        layers = {vars(layer)["low_rank"]: name for name, layer in self.named_children()}
+        return sorted("".join(layers[one] for one in group.layers) for group in {one.group for one in layers})
+
+
+def gradients(block, *inputs):
+    weights = [part.weight for layer in low_rank_layers(block).values() for part in (layer.down, layer.up)]
+    return torch.autograd.grad(block(*inputs).square().sum(), weights)
+
+
+def test_layers_that_read_the_same_tensor_share_products():
+    block, x, context = Block(), random(3, 6), random(5, 6)[:3]
+    before = gradients(block, x), gradients(block, x, context)
+    with grouping([block]), torch.no_grad():
+        block(x)
+    assert block.groups() == ["out", "qkv"]
+    assert all(torch.allclose(a, b, rtol=1e-12) for a, b in zip(gradients(block, x), before[0], strict=True))
+    # A network that calls them otherwise than observed gets the same values.
+    assert all(torch.allclose(a, b, rtol=1e-12) for a, b in zip(gradients(block, x, context), before[1], strict=True))
+
+
+def test_only_layers_without_dropout_that_are_called_once_share_products():
+    block = Block()
+    with grouping([block]), torch.no_grad():
+        block(random(3, 6), random(5, 6)[:3])
+    assert block.groups() == ["kv", "out", "q"]
+    dropping = Block(drop=0.5)
+    with grouping([dropping]), torch.no_grad():
+        dropping(random(3, 6))
+    assert dropping.groups() == ["k", "out", "q", "v"]
+    twice = Block()
+    with grouping([twice]), torch.no_grad():
+        twice(random(3, 6))
+        twice(random(3, 6))
+    assert twice.groups() == ["k", "out", "q", "v"]
+
+
+def test_an_input_changed_in_place_is_read_again():
+    block, x = Block(), random(3, 6, grad=False)
+    with grouping([block]), torch.no_grad():
+        block(x)
+    block.q(x)
+    x.add_(1.0)
+    expected = block.k.low_rank.apart(x)
+    assert torch.allclose(block.k(x), expected, rtol=1e-12)
+
+
+def test_weights_are_cast_once_a_forward_and_gradients_back():
+    block = Block()
+    for layer in low_rank_layers(block).values():
+        layer.base.float()
+    block.register_forward_pre_hook(StepWeights(list(low_rank_layers(block).values())))
+    x = random(3, 6).detach().float()
+    with grouping([block]), torch.no_grad():
+        block(x)
+    found = gradients(block, x)
+    down, ups = block.q.low_rank.group.copies
+    assert down.shape == (6, 6) and down.dtype is torch.float32 and len(ups) == 3
+    assert all(gradient.dtype is torch.float64 for gradient in found)
+    exact = Block()
+    exact.load_state_dict(block.state_dict())
+    for mine, theirs in zip(low_rank_layers(exact).values(), low_rank_layers(block).values(), strict=True):
+        for part in ("base", "down", "up"):
+            getattr(mine, part).load_state_dict(getattr(theirs, part).state_dict())
+    for a, b in zip(found, gradients(exact, x.double()), strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+@DEVICES
+def test_a_checkpointed_block_is_recomputed_without_its_last_frozen_product(on_cpu, monkeypatch):
+    from torch.utils.checkpoint import checkpoint
+    from torch.utils.flop_counter import FlopCounterMode
+
+    monkeypatch.setattr(products, "is_on_cpu", lambda tensor: on_cpu)
+    block, x = Block(rank=1), random(3, 6)
+    with grouping([block]), torch.no_grad():
+        block(x)
+    weights = [part.weight for layer in low_rank_layers(block).values() for part in (layer.down, layer.up)]
+    counts, found = [], []
+    for run in (lambda: block(x), lambda: checkpoint(block, x, use_reentrant=False)):
+        with FlopCounterMode(display=False) as counter:
+            loss = run().square().sum()
+            for _ in range(2):
+                found.append(torch.autograd.grad(loss, weights, retain_graph=True))
+        counts.append(counter.get_total_flops())
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+    frozen_product, narrow = 2 * 3 * 6 * 6, 2 * 3 * 6
+    # In each of the two backwards q, k and v with their A, and A of the last layer. Products in place are not counted.
+    assert counts[1] - counts[0] == 2 * (3 * frozen_product + 4 * narrow)

@@ -1,0 +1,1 @@
+"""Layers with a low-rank adapter, computed in few operations."""

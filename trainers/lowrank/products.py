@@ -1,0 +1,244 @@
+"""Products of a frozen layer and its low-rank adapter, y = W x + b + s B A x, with their gradients (Hu et al. 2021).
+
+Each product is two autograd functions. The narrow one computes A x and saves all that the backward needs; the wide one
+adds B (A x) to the frozen layer's output in place. Checkpointing recomputes a block up to the last saved tensor. So a
+block that ends with an adapted layer is recomputed without that layer's frozen product.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import nn
+
+
+class Geometry(NamedTuple):
+    """Stride, padding and dilation of a convolution over two axes."""
+
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+
+
+def linear(
+    x: torch.Tensor,
+    down: torch.Tensor,
+    ups: Sequence[torch.Tensor],
+    scales: Sequence[float],
+    layers: Sequence[nn.Linear],
+) -> list[torch.Tensor]:
+    """Return the outputs of linear layers that share their input.
+
+    Args:
+        x: [..., in].
+        down: all A, [sum of the ranks, in].
+        ups: B of each layer, [out, r].
+        scales: s of each layer.
+        layers: the frozen layers. x, A and B have the dtype and device of their weights.
+
+    Returns:
+        [..., out] for each layer.
+    """
+    weights = [layer.weight for layer in layers]
+    biases = [layer.bias for layer in layers]
+    if not _is_recorded(x, down):
+        return _wide(x, _narrow(x, down), ups, scales, weights, biases)
+    contexts: list = []
+    middle = _Narrow.apply(contexts, x, down, *ups, *weights)
+    # In a tuple, autograd sees neither x nor the frozen weights: their gradients are the narrow function's.
+    outputs = _Wide.apply(contexts.pop(), (x, scales, weights, biases), middle, *ups)
+    return list(outputs)
+
+
+def convolution(x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, scale: float, layer: nn.Conv2d) -> torch.Tensor:
+    """Return the output of a convolution.
+
+    Args:
+        x: [N, in, H, W].
+        down: A, [r, in, kh, kw].
+        up: B, [out, r, 1, 1].
+        scale: s.
+        layer: the frozen layer, with one group. x, A and B have the dtype and device of its weight.
+
+    Returns:
+        [N, out, H', W'].
+    """
+    geometry = Geometry(layer.stride, layer.padding, layer.dilation)
+    if not _is_recorded(x, down):
+        return _wide_convolution(x, _convolve(x, down, None, geometry), up, scale, layer, geometry)
+    contexts: list = []
+    middle = _NarrowConvolution.apply(contexts, geometry, x, down, up, layer.weight)
+    return _WideConvolution.apply(contexts.pop(), (x, scale, layer, geometry), middle, up)
+
+
+def turned(up: torch.Tensor) -> torch.Tensor:
+    """Return B transposed, [r, out]."""
+    return up.t().contiguous() if is_on_cpu(up) else up.t()
+
+
+def is_on_cpu(tensor: torch.Tensor) -> bool:
+    """Report whether a tensor is on a CPU, where a product whose last size is the rank takes up to five times as long.
+
+    Its transpose takes a copy of B more.
+    """
+    return tensor.device.type == "cpu"
+
+
+def _is_recorded(x: torch.Tensor, down: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and (x.requires_grad or down.requires_grad)
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _narrow(x: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    """Return A x, [r, rows]."""
+    return down.mm(_rows(x).t())
+
+
+def _wide(x, middle, ups, scales, weights, biases) -> list[torch.Tensor]:
+    """Return W x + b + s B (A x) of each layer."""
+    outputs = []
+    parts = middle.split([up.shape[1] for up in ups])
+    for part, up, scale, weight, bias in zip(parts, ups, scales, weights, biases, strict=True):
+        # The input's own shape gives the bits that the frozen layer alone would give.
+        output = functional.linear(x, weight, bias)
+        output = output if output.is_contiguous() else output.contiguous()
+        _rows(output).addmm_(part.t(), turned(up), alpha=scale)
+        outputs.append(output)
+    return outputs
+
+
+class _Narrow(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, contexts, x, down, *frozen):
+        middle = _narrow(x, down)
+        ctx.save_for_backward(x, down, middle, *frozen)
+        ctx.count = len(frozen)
+        contexts.append(ctx)
+        return middle
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, middle_grad):
+        (x, down), x_grad = ctx.left
+        ctx.left = None
+        down_grad = middle_grad.mm(_rows(x)) if ctx.needs_input_grad[2] else None
+        if x_grad is not None:
+            _rows(x_grad).addmm_(middle_grad.t(), down)
+        return None, x_grad, down_grad, *[None] * ctx.count
+
+
+class _Wide(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, narrow, frozen, middle, *ups):
+        ctx.narrow, ctx.scales = narrow, frozen[1]
+        ctx.set_materialize_grads(False)
+        x, scales, weights, biases = frozen
+        return tuple(_wide(x, middle, ups, scales, weights, biases))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        count = len(grads)
+        # Unpack once: under checkpointing, this recomputes the block.
+        x, down, middle, *frozen = ctx.narrow.saved_tensors
+        ups, weights = frozen[:count], frozen[count:]
+        ranks = [up.shape[1] for up in ups]
+        middle_grad = torch.empty_like(middle)
+        up_grads: list[torch.Tensor | None] = []
+        x_grad = None
+        rows = zip(middle.split(ranks), middle_grad.split(ranks), ups, ctx.scales, weights, grads, strict=True)
+        for number, (part, part_grad, up, scale, weight, grad) in enumerate(rows):
+            if grad is None:
+                part_grad.zero_()
+                up_grads.append(None)
+                continue
+            grad = _rows(grad)
+            torch.addmm(part_grad, turned(up), grad.t(), beta=0, alpha=scale, out=part_grad)
+            up_grads.append(_up_grad(part, grad, scale) if ctx.needs_input_grad[3 + number] else None)
+            if ctx.narrow.needs_input_grad[1]:
+                x_grad = grad.mm(weight) if x_grad is None else x_grad.addmm_(grad, weight)
+        ctx.narrow.left = (x, down), None if x_grad is None else x_grad.view(x.shape)
+        return None, None, middle_grad, *up_grads
+
+
+def _up_grad(middle: torch.Tensor, grad: torch.Tensor, scale: float) -> torch.Tensor:
+    """Return the gradient of B, [out, r], from A x [r, rows] and the output's gradient [rows, out]."""
+    if is_on_cpu(grad):
+        return torch.addmm(middle.new_empty(1), middle, grad, beta=0, alpha=scale).t()
+    return torch.addmm(middle.new_empty(1), grad.t(), middle.t(), beta=0, alpha=scale)
+
+
+def _convolve(x, weight, bias, geometry: Geometry) -> torch.Tensor:
+    return functional.conv2d(x, weight, bias, geometry.stride, geometry.padding, geometry.dilation)
+
+
+def _wide_convolution(x, middle, up, scale, layer, geometry: Geometry) -> torch.Tensor:
+    """Return W x + b + s B (A x)."""
+    output = _convolve(x, layer.weight, layer.bias, geometry)
+    output = output if output.is_contiguous() else output.contiguous()
+    over_channels = up.flatten(1).expand(len(middle), -1, -1)
+    output.flatten(2).baddbmm_(over_channels, middle.flatten(2), alpha=scale)
+    return output
+
+
+class _NarrowConvolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, contexts, geometry, x, down, up, weight):
+        middle = _convolve(x, down, None, geometry)
+        ctx.save_for_backward(x, down, middle, up, weight)
+        ctx.geometry = geometry
+        contexts.append(ctx)
+        return middle
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, middle_grad):
+        (x, down), x_grad = ctx.left
+        ctx.left = None
+        needs = (x_grad is not None, ctx.needs_input_grad[3])
+        added, down_grad = _convolution_backward(middle_grad, x, down, ctx.geometry, needs)
+        return None, None, None if x_grad is None else x_grad.add_(added), down_grad, None, None
+
+
+class _WideConvolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, narrow, frozen, middle, up):
+        x, ctx.scale, layer, geometry = frozen
+        ctx.narrow = narrow
+        return _wide_convolution(x, middle, up, ctx.scale, layer, geometry)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, down, middle, up, weight = ctx.narrow.saved_tensors
+        flat, narrow = grad.flatten(2), middle.flatten(2)
+        up_grad = None
+        if ctx.needs_input_grad[3]:
+            products = torch.baddbmm(flat.new_empty(1), flat, narrow.mT, beta=0, alpha=ctx.scale)
+            up_grad = (products[0] if len(products) == 1 else products.sum(0)).view(up.shape)
+        over_channels = up.flatten(1).t().expand(len(flat), -1, -1)
+        middle_grad = torch.baddbmm(narrow.new_empty(1), over_channels, flat, beta=0, alpha=ctx.scale)
+        x_grad = None
+        if ctx.narrow.needs_input_grad[2]:
+            x_grad, _ = _convolution_backward(grad, x, weight, ctx.narrow.geometry, (True, False))
+        ctx.narrow.left = (x, down), x_grad
+        return None, None, middle_grad.view(middle.shape), up_grad
+
+
+def _convolution_backward(grad, x, weight, geometry: Geometry, needs: tuple[bool, bool]):
+    """Return the gradients of x and the weight, each None if it is not needed."""
+    stride, padding, dilation = geometry
+    x_grad, weight_grad, _ = torch.ops.aten.convolution_backward(
+        grad, x, weight, None, stride, padding, dilation, False, (0, 0), 1, (*needs, False)
+    )
+    return x_grad, weight_grad
