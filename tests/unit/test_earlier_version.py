@@ -155,3 +155,22 @@ def test_a_job_of_the_version_before_is_the_run_of_its_pictures(host_of, tmp_pat
     job = read_job(path)
     result = run_recipe(job.recipe, job.dataset, host_of(), job.folders(folders_of(tmp_path / "there")))
     assert_same(result.adapter, "job_result", has_same_kernels)
+
+
+def begun_with(run):
+    """Return what the log of a run says about the rounding of its first steps."""
+    with open(os.path.join(run.folder, "metrics.jsonl")) as file:
+        lines = [json.loads(line) for line in file]
+    return [line["begun"] for line in lines if line["event"] == "arithmetic"]
+
+
+def test_a_run_of_the_version_before_says_that_its_bits_change(tmp_path, caplog):
+    run = run_recipe(make.lora_recipe(), make.scan(), make.portable_host(), copy_run(tmp_path / "earlier")).run
+    assert "rounds in another way" in caplog.text
+    assert begun_with(run) == [None]
+    caplog.clear()
+    recipe = replace(make.lora_recipe(), steps=make.lora_recipe().steps + 1)
+    run_recipe(recipe, make.scan(), make.portable_host(), folders_of(tmp_path / "earlier"))
+    assert "rounds in another way" in caplog.text, "it is said again: the run's first steps stay what they are"
+    new = run_recipe(make.lora_recipe(), make.scan(), make.portable_host(), folders_of(tmp_path / "new")).run
+    assert begun_with(new) == []

@@ -329,6 +329,7 @@ def _write_run(session: _Session, plan: Plan, step: int, facts: dict[str, Any]) 
         run.clear()
     # Earlier versions saved elsewhere. A run that started with this version has none of those saves.
     facts[SAVES_IN_FOLDER] = step == 0 or run.fact(SAVES_IN_FOLDER) is True
+    facts |= earlier.arithmetic(run, step)
     run.write_recipe(recipe, session.task.identity, facts)
     if session.host.graph is not None:
         run.write_graph(session.host.graph)

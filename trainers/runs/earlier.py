@@ -18,10 +18,14 @@ from ..protocols import HOLE, base_digest, earlier_fingerprint
 if TYPE_CHECKING:
     from ..formats.adapter import Adapter
     from ..protocols import Host
+    from .run import Run
 
 log = logging.getLogger(__name__)
 
 _FILE = "bases.json"
+# Fact of a run: the rounding that it was begun with. Raise the number when a step's bits change.
+_ARITHMETIC = "arithmetic"
+ARITHMETIC = 2
 
 
 def claim(folder: str, sampled: str, whole: str) -> bool:
@@ -69,3 +73,16 @@ def base_digests(host: Host, start: Adapter | None) -> tuple[str, str]:
     fingerprints = [part.fingerprint() for part in parts]
     earlier_fingerprints = [earlier_fingerprint(part) for part in parts]
     return base_digest(*fingerprints, *additions), base_digest(*earlier_fingerprints, *additions)
+
+
+def arithmetic(run: Run, step: int) -> dict[str, int | None]:
+    """Return the fact that says how the run's steps are rounded. Warn if a run that resumes was begun otherwise."""
+    begun = ARITHMETIC if step == 0 else run.fact(_ARITHMETIC)
+    if begun != ARITHMETIC:
+        log.warning(
+            "Graft: run %s was begun with a version of Graft that rounds in another way. It resumes from its last "
+            "save. The result will differ in the last digits from that of a run without the interruption.",
+            run.name,
+        )
+        run.log({"event": "arithmetic", "step": step, "begun": begun, "now": ARITHMETIC})
+    return {_ARITHMETIC: begun}
