@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -30,7 +31,8 @@ GPUS = {"H100": (800e12, 3.35e12, 4e-6), "4090": (150e12, 1.0e12, 4e-6), "3060":
 VIEWS = frozenset(
     [
         *("_reshape_alias", "_unsafe_view", "alias", "as_strided", "chunk", "detach", "device", "expand", "flatten"),
-        *("empty", "empty_like", "empty_strided", "is_same_size", "lift_fresh", "new_empty_strided", "permute"),
+        *("empty", "empty_like", "empty_strided", "is_same_size", "lift_fresh", "new_empty", "new_empty_strided"),
+        "permute",
         *("reshape", "select", "slice", "split", "split_with_sizes", "squeeze", "t", "transpose", "unbind"),
         *("unflatten", "unsqueeze", "view"),
     ]
@@ -47,6 +49,7 @@ class Work(TorchDispatchMode):
 
     Attributes:
         names: launches by operation.
+        moved: bytes by operation.
         seconds: roofline by GPU.
     """
 
@@ -54,6 +57,7 @@ class Work(TorchDispatchMode):
     bytes: int = 0
     flops: int = 0
     names: Counter = field(default_factory=Counter)
+    moved: Counter = field(default_factory=Counter)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(GPUS, 0.0))
 
     def __post_init__(self) -> None:
@@ -76,6 +80,7 @@ class Work(TorchDispatchMode):
         self.bytes += moved
         self.flops += flops
         self.names[name] += 1
+        self.moved[name] += moved
         for gpu, (peak, bandwidth, launch) in GPUS.items():
             self.seconds[gpu] += max(flops / peak, moved / bandwidth, launch)
         return result
@@ -185,10 +190,8 @@ def count(module: torch.nn.Module, name: str, side: int, bare: bool) -> Work:
     args, keywords = inputs(name, side)
     if bare:
         args[0].requires_grad_(True)
-    # Training runs the network under autocast.
-    casting = nullcontext() if bare else torch.autocast("cpu", dtype=torch.bfloat16)
     with Work() as work:
-        with casting, OutOfPlace():
+        with OutOfPlace():
             output = module(*args, **keywords, transformer_options={})
         output.float().square().mean().backward()
     return work
@@ -197,6 +200,7 @@ def count(module: torch.nn.Module, name: str, side: int, bare: bool) -> Work:
 def rows(name: str, side: int, rank: int, targets: list[str]) -> list[tuple[str, Work]]:
     """Return (label, work) of the bare network and of a LoRA on each kind of target."""
     from graft_pack.trainers.families import family_of
+    from graft_pack.trainers.lowrank.layers import PLAIN, grouping, low_rank_layers
     from graft_pack.trainers.memory.autograd import blocks_of
     from graft_pack.trainers.memory.checkpointing import checkpoint_blocks
     from graft_pack.trainers.methods import METHODS
@@ -208,6 +212,7 @@ def rows(name: str, side: int, rank: int, targets: list[str]) -> list[tuple[str,
     with ExitStack() as stack:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(_fixed_parameters())
+        stack.enter_context(mock.patch("graft_pack.trainers.lowrank.products.is_on_cpu", lambda tensor: False))
         for kind in ["", *targets]:
             module = network(name)
             label = "bare"
@@ -215,6 +220,11 @@ def rows(name: str, side: int, rank: int, targets: list[str]) -> list[tuple[str,
                 recipe = models.recipe(name, rank=rank, alpha=float(rank), targets=kind)
                 paths = METHODS["LoRA"].targets(module, family_of(name), recipe)
                 METHODS["LoRA"].inject(module, paths, recipe)
+                for layer in low_rank_layers(module).values():
+                    setattr(layer.base, PLAIN, True)
+                args, keywords = inputs(name, side)
+                with grouping([module]), torch.no_grad():
+                    module(*args, **keywords, transformer_options={})
                 label = f"{kind} ({len(paths)} layers)"
             if name in CHECKPOINTED:
                 checkpoint_blocks(blocks_of(module))
@@ -264,7 +274,7 @@ def main() -> None:
                 figures = [f"{mine / theirs:.2f}" for mine, theirs in pairs]
             print(f"| {title} | {label} | {' | '.join(figures)} |", flush=True)
             if options.operations:
-                print(f"<!-- {work.names.most_common(12)} -->", flush=True)
+                print(f"<!-- {work.bytes / bare.bytes:.4f} {work.moved.most_common(14)} -->", flush=True)
 
 
 if __name__ == "__main__":
