@@ -106,7 +106,7 @@ def planned(training, name, folder, dataset=None):
     """Return the training with a dataset's items in place of random ones."""
     host = host_of(training, name)
     recipe = replace(training.plan.recipe, resolution=64)
-    prepared = prepare(dataset or dataset_for(name), recipe, host, str(folder), 10**9)
+    prepared = prepare(dataset or dataset_for(name), recipe, host, Folders("", str(folder), "", ""))
     return models.Training(training.denoiser, host, replace(training.plan, recipe=recipe, train=prepared.training))
 
 
@@ -292,7 +292,7 @@ def test_previews_are_drawn_beside_the_first_examples(name, tmp_path):
     run = SimpleNamespace(save_samples=lambda step, pictures: [], log=lambda event: None)
     with denoiser.training("auto"), torch.no_grad():
         host = Host(denoiser, Words(name), Codec(name))
-        items = prepare(dataset_for(name), recipe, host, str(tmp_path), 10**9).training
+        items = prepare(dataset_for(name), recipe, host, Folders("", str(tmp_path), "", "")).training
         usual = Counter(item.bucket for item in items).most_common(1)[0][0]
         first = [item.show(None).conditioning for item in items if item.bucket == usual]
         assert len(first) == 2

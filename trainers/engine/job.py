@@ -21,7 +21,6 @@ from ..formats import atomic, json_files
 from ..preprocessing.prepare import Prepared, prepare
 from ..protocols import Host
 from ..recipe.recipe import Recipe
-from ..runs import run_lock
 from ..runs.folders import Folders
 from ..text import safe_name
 from .job_json import check_text_field, dataset_as_json, decode_dataset, decode_recipe
@@ -84,8 +83,7 @@ def export_job(
     _check_replaceable(path)
     with _replaced(path) as temporary:
         copy = os.path.join(temporary, _CACHE)
-        since = run_lock.earliest_start(folders.runs)
-        prepared = prepare(task.dataset, recipe, host, folders.cache, folders.cache_limit, copy, since)
+        prepared = prepare(task.dataset, recipe, host, folders, copy)
         if recipe.start_from:
             _copy(folders.adapter_of(recipe.start_from), os.path.join(temporary, _START))
         _write(temporary, recipe, _marked(dataset, prepared), base, "", task.embedded)
@@ -101,8 +99,7 @@ def write_local_job(
         GraftError: as in `export_job`.
     """
     task = task_of(recipe, dataset, host, folders)
-    since = run_lock.earliest_start(folders.runs)
-    prepared = prepare(task.dataset, recipe, host, folders.cache, folders.cache_limit, used_since=since)
+    prepared = prepare(task.dataset, recipe, host, folders)
     _write(path, recipe, _marked(dataset, prepared), base, os.path.abspath(folders.cache), task.embedded)
 
 
