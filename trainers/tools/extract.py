@@ -12,7 +12,7 @@ from ..formats.adapter import Adapter
 from ..formats.keys import BIAS, WHOLE
 from ..formats.kohya import to_kohya
 from ..formats.metadata import derived
-from .difference import Difference, file_tensors, limited
+from .difference import Difference, common_rank, file_tensors, limited
 from .resize import check
 
 if TYPE_CHECKING:
@@ -85,11 +85,8 @@ def extract(weights: Iterable[Weight], how: Extraction, metadata: list[dict[str,
     if not layers:
         _refuse(tally)
     tensors = to_kohya(layers, str)
-    ranks = {tensors[key].shape[0] for key in tensors if key.endswith(".lora_down.weight")}
-    whole = any(key.endswith((f".{WHOLE}", f".{BIAS}")) for key in tensors)
     origin = {"tool": "extract", "rank": how.rank, "energy": how.energy, "conv": how.conv, "rest": how.rest}
-    common = ranks.pop() if len(ranks) == 1 and not whole else None
-    return Adapter(tensors, derived(origin, metadata, common)), _report(tally, tensors)
+    return Adapter(tensors, derived(origin, metadata, common_rank(tensors))), _report(tally, tensors)
 
 
 def _refuse(tally: Tally) -> None:
