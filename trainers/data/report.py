@@ -171,11 +171,10 @@ def report(findings: Findings, cache_bytes: int = -1) -> str:
         + (f", {held_out} held out for validation." if held_out else "."),
         *_prior_lines(rows, epoch),
         f"Resolution {findings.geometry.resolution}, buckets in steps of {findings.geometry.step} pixels.",
+        *(f"bucket {bucket[0]}x{bucket[1]}: {number}" for bucket, number in sorted(findings.buckets.items())),
+        *_repeats(rows),
+        *dataset.warnings,
     ]
-    for bucket, number in sorted(findings.buckets.items()):
-        lines.append(f"bucket {bucket[0]}x{bucket[1]}: {number}")
-    lines += _repeats(rows)
-    lines += dataset.warnings
     if findings.left_out:
         lines.append(f"{len(findings.left_out)} left out: {shortened(findings.left_out, 20)}")
     lines += _trigger_lines(findings)
@@ -186,22 +185,11 @@ def report(findings: Findings, cache_bytes: int = -1) -> str:
     worst = sorted((row for row in rows if row.kept < _KEPT), key=lambda row: row.kept)
     lines += _named("cropped by more than a fifth", worst, lambda row: f" (loses {1 - row.kept:.0%})")
     if findings.pairs:
-        listed = ", ".join(f"{second} like {first}" for first, second in findings.pairs[:_LISTED])
-        more = " ..." if len(findings.pairs) > _LISTED else ""
-        lines.append(f"{len(findings.pairs)} look like another picture: {listed}{more}")
-    paired = [row for row in rows if row.example.control is not None]
-    if paired:
-        lines.append(f"{len(paired)} of {len(rows)} with a source picture, drawn small in the corner.")
-        lines += _named("with a source picture of another shape", [row for row in paired if _SHAPE in row.flags])
-    masked = [row for row in rows if row.example.mask is not None]
-    if masked:
-        lines.append(f"{len(masked)} with a mask; training ignores the red parts.")
-        lines += _named("with a mask of another shape", [row for row in rows if "mask of another shape" in row.flags])
-    lines += _token_lines(rows)
-    lines += _augmentation_lines(findings)
-    common = common_tags(findings, _TAGS)
-    if common:
-        listed = ", ".join(f"{tag} ({number})" for tag, number in common)
+        listed = _first_of([f"{second} like {first}" for first, second in findings.pairs])
+        lines.append(f"{len(findings.pairs)} look like another picture: {listed}")
+    lines += _source_and_mask_lines(rows) + _token_lines(rows) + _augmentation_lines(findings)
+    listed = ", ".join(f"{tag} ({number})" for tag, number in common_tags(findings, _TAGS))
+    if listed:
         lines.append(f"Most frequent of {len(findings.tags)} tags: {listed}")
     if cache_bytes >= 0:
         lines.append(f"All cached latents and texts take {cache_bytes / 1e6:.0f} MB; you can delete them at any time.")
@@ -263,6 +251,19 @@ def _lacks_trigger(example: Example) -> bool:
     return bool(trigger) and not any(captions.holds_words(t, trigger) or "[trigger]" in t for t in example.captions)
 
 
+def _source_and_mask_lines(rows: Sequence[Finding]) -> list[str]:
+    lines = []
+    paired = [row for row in rows if row.example.control is not None]
+    if paired:
+        lines.append(f"{len(paired)} of {len(rows)} with a source picture, drawn small in the corner.")
+        lines += _named("with a source picture of another shape", [row for row in paired if _SHAPE in row.flags])
+    masked = [row for row in rows if row.example.mask is not None]
+    if masked:
+        lines.append(f"{len(masked)} with a mask; training ignores the red parts.")
+        lines += _named("with a mask of another shape", [row for row in rows if "mask of another shape" in row.flags])
+    return lines
+
+
 def _token_lines(rows: Sequence[Finding]) -> list[str]:
     if not rows or rows[0].tokens < 0:
         return ["Connect clip to count the tokens of the captions."]
@@ -302,7 +303,9 @@ def _augmentation_lines(findings: Findings) -> list[str]:
 
 
 def _named(what: str, rows: Sequence[Finding], more: Callable[[Finding], str] = lambda row: "") -> list[str]:
-    if not rows:
-        return []
-    names = ", ".join(f"{row.example.source.name}{more(row)}" for row in rows[:_LISTED])
-    return [f"{len(rows)} {what}: {names}{' ...' if len(rows) > _LISTED else ''}"]
+    names = [f"{row.example.source.name}{more(row)}" for row in rows]
+    return [f"{len(rows)} {what}: {_first_of(names)}"] if rows else []
+
+
+def _first_of(names: list[str]) -> str:
+    return ", ".join(names[:_LISTED]) + (" ..." if len(names) > _LISTED else "")

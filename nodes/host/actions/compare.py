@@ -90,22 +90,13 @@ def compare(
     from ..model.sampling import PromptSampler
 
     check_sockets(model, clip, vae)
-    prompts = tuple(line.strip() for line in request.prompts.splitlines() if line.strip())
-    if not prompts:
-        raise SettingsError("There is no prompt to draw.", "Write one or more prompts, one per line.", "prompts")
+    prompts = _prompts_of(request.prompts)
     columns = columns_of(request, adapters)
-    total = len(prompts) * len(columns)
-    if total > _MOST_PICTURES:
-        raise SettingsError(
-            f"{len(prompts)} prompts with {len(columns)} columns each make {total} pictures; the limit is "
-            f"{_MOST_PICTURES}.",
-            "Write fewer prompts, files or strengths.",
-            "prompts",
-        )
+    _check_count(len(prompts), len(columns))
     # Record the embedding files that the prompts call, so that the node runs again if one is replaced.
     ComfyText(clip).embedded_digest((*prompts, request.negative))
     preview = _preview_request(model, vae, request, prompts)
-    tick = gallery(node, total)
+    tick = gallery(node, len(prompts) * len(columns))
     drawn = []
     for column in columns:
         tick(len(drawn) * len(prompts))
@@ -118,6 +109,24 @@ def compare(
     image = grid(prompts, [column.label for column in columns], rows)
     batch = torch.stack([torch.from_numpy(to_array(picture)) for row in rows for picture in row])
     return torch.from_numpy(image)[None], batch
+
+
+def _prompts_of(text: str) -> tuple[str, ...]:
+    """Return the lines of a text that are not empty. Raises SettingsError if there is none."""
+    prompts = tuple(line.strip() for line in text.splitlines() if line.strip())
+    if not prompts:
+        raise SettingsError("There is no prompt to draw.", "Write one or more prompts, one per line.", "prompts")
+    return prompts
+
+
+def _check_count(prompts: int, columns: int) -> None:
+    total = prompts * columns
+    if total > _MOST_PICTURES:
+        raise SettingsError(
+            f"{prompts} prompts with {columns} columns each make {total} pictures; the limit is {_MOST_PICTURES}.",
+            "Write fewer prompts, files or strengths.",
+            "prompts",
+        )
 
 
 def _preview_request(
