@@ -4,12 +4,12 @@ import re
 
 import pytest
 import torch
-from graft_pack.trainers.engine.gradient_check import directional_error
 from graft_pack.trainers.errors import ModelError, SettingsError
 from graft_pack.trainers.formats.embedding import Embedding, load_embedding, save_embedding
 from graft_pack.trainers.methods import textual_inversion
 
 from tests.support import models
+from tests.support.gradients import directional_error
 
 pytestmark = pytest.mark.usefixtures("comfy")
 

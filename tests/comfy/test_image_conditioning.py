@@ -10,7 +10,6 @@ import torch
 from graft_pack.trainers.data.arrays import from_arrays
 from graft_pack.trainers.data.scan import ScanOptions, scan_folder
 from graft_pack.trainers.engine import step
-from graft_pack.trainers.engine.gradient_check import directional_error
 from graft_pack.trainers.engine.plan import Plan
 from graft_pack.trainers.engine.session import run_recipe
 from graft_pack.trainers.errors import DatasetError
@@ -21,6 +20,7 @@ from graft_pack.trainers.runs.folders import Folders
 from PIL import Image
 
 from tests.support import models
+from tests.support.gradients import directional_error
 
 pytestmark = pytest.mark.usefixtures("comfy")
 
