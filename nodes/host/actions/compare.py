@@ -15,6 +15,7 @@ from ....trainers.errors import SettingsError
 from ....trainers.families import family_of
 from ....trainers.preprocessing.pixels import to_array
 from ....trainers.protocols import PreviewRequest
+from ....trainers.recipe.parsing import parse_lines
 from ....trainers.tools.compare import grid
 from .. import paths
 from ..model import families
@@ -90,7 +91,9 @@ def compare(
     from ..model.sampling import PromptSampler
 
     check_sockets(model, clip, vae)
-    prompts = _prompts_of(request.prompts)
+    prompts = parse_lines(request.prompts)
+    if not prompts:
+        raise SettingsError("There is no prompt to draw.", "Write one or more prompts, one per line.", "prompts")
     columns = columns_of(request, adapters)
     _check_count(len(prompts), len(columns))
     # Record the embedding files that the prompts call, so that the node runs again if one is replaced.
@@ -106,17 +109,8 @@ def compare(
         drawn.append(PromptSampler(given, ComfyText(text), vae).draw(preview))
         tick(len(drawn) * len(prompts), drawn[-1][0])
     rows = list(zip(*drawn, strict=True))
-    image = grid(prompts, [column.label for column in columns], rows)
     batch = torch.stack([torch.from_numpy(to_array(picture)) for row in rows for picture in row])
-    return torch.from_numpy(image)[None], batch
-
-
-def _prompts_of(text: str) -> tuple[str, ...]:
-    """Return the lines of a text that are not empty. Raises SettingsError if there is none."""
-    prompts = tuple(line.strip() for line in text.splitlines() if line.strip())
-    if not prompts:
-        raise SettingsError("There is no prompt to draw.", "Write one or more prompts, one per line.", "prompts")
-    return prompts
+    return torch.from_numpy(grid(prompts, [column.label for column in columns], rows))[None], batch
 
 
 def _check_count(prompts: int, columns: int) -> None:
@@ -196,10 +190,8 @@ def files_of(text: str) -> list[str]:
     # On Windows, ComfyUI's list has backslashes.
     plain = {name.replace(os.sep, "/"): name for name in choices}
     found: list[str] = []
-    for line in text.splitlines():
-        wanted = line.strip().replace("\\", "/")
-        if not wanted:
-            continue
+    for line in parse_lines(text):
+        wanted = line.replace("\\", "/")
         fitting = [wanted] if wanted in plain else sorted(fnmatch.filter(plain, wanted))
         if not fitting:
             raise SettingsError(
