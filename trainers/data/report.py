@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DatasetError
+from ..text import join_first
 from . import captions
 from .buckets import Crop, bucket_sizes, choose_crops
 from .dataset_warnings import warn_of_enlarged, warn_of_resolution, warn_of_scan, warn_of_skipped
-from .examples import LeftOut
+from .examples import LeftOut, reason_of
 from .near_duplicates import find_near_duplicates, signatures
-from .scan import reason_of, shortened
+from .scan import shortened
 from .source_images import is_alike
 
 if TYPE_CHECKING:
@@ -185,8 +186,8 @@ def report(findings: Findings, cache_bytes: int = -1) -> str:
     worst = sorted((row for row in rows if row.kept < _KEPT), key=lambda row: row.kept)
     lines += _named("cropped by more than a fifth", worst, lambda row: f" (loses {1 - row.kept:.0%})")
     if findings.pairs:
-        listed = _first_of([f"{second} like {first}" for first, second in findings.pairs])
-        lines.append(f"{len(findings.pairs)} look like another picture: {listed}")
+        pairs = [f"{second} like {first}" for first, second in findings.pairs]
+        lines.append(f"{len(pairs)} look like another picture: {join_first(pairs, _LISTED)}")
     lines += _source_and_mask_lines(rows) + _token_lines(rows) + _augmentation_lines(findings)
     listed = ", ".join(f"{tag} ({number})" for tag, number in common_tags(findings, _TAGS))
     if listed:
@@ -219,11 +220,10 @@ def _prior_lines(rows: Sequence[Finding], epoch: int) -> list[str]:
     lines = []
     if classes:
         weights = ", ".join(f"{weight:g}" for weight in sorted({row.example.weight for row in classes}))
-        texts = sorted({row.caption for row in classes})
-        listed = ", ".join(f"'{caption}'" for caption in texts[:_LISTED]) + (" ..." if len(texts) > _LISTED else "")
+        texts = [f"'{caption}'" for caption in sorted({row.caption for row in classes})]
         lines.append(
             f"Plus {len(classes)} class images, weight {weights}; an epoch shows {epoch} of them, in turn. "
-            f"Their captions: {listed}"
+            f"Their captions: {join_first(texts, _LISTED)}"
         )
     targets = sorted({(a.prompt, a.weight) for row in rows if (a := row.example.anchor) is not None})
     lines += [
@@ -304,8 +304,4 @@ def _augmentation_lines(findings: Findings) -> list[str]:
 
 def _named(what: str, rows: Sequence[Finding], more: Callable[[Finding], str] = lambda row: "") -> list[str]:
     names = [f"{row.example.source.name}{more(row)}" for row in rows]
-    return [f"{len(rows)} {what}: {_first_of(names)}"] if rows else []
-
-
-def _first_of(names: list[str]) -> str:
-    return ", ".join(names[:_LISTED]) + (" ..." if len(names) > _LISTED else "")
+    return [f"{len(rows)} {what}: {join_first(names, _LISTED)}"] if rows else []

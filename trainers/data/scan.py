@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..errors import DatasetError
+from ..text import join_first
 from . import captions
 from .caption_files import CaptionFiles
 from .examples import Augmentation, Dataset, Example, LeftOut, reason_of
@@ -341,9 +342,9 @@ def check_captions(dataset: Dataset) -> None:
     """Raise DatasetError if an example has neither a caption nor a trigger."""
     bare = [example.source.name for example in dataset.examples if not captions.plain(example)]
     if bare:
-        listed = ", ".join(bare[:5]) + (" ..." if len(bare) > 5 else "")
         raise DatasetError(
-            f"{len(bare)} of {len(dataset.examples)} pictures have neither a caption nor a trigger: {listed}.",
+            f"{len(bare)} of {len(dataset.examples)} pictures have neither a caption nor a trigger: "
+            f"{join_first(bare, 5)}.",
             "Write a caption into a .txt file next to each picture, or set the dataset's trigger.",
             "dataset",
         )

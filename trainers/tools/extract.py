@@ -12,6 +12,7 @@ from ..formats.adapter import Adapter
 from ..formats.keys import BIAS, WHOLE
 from ..formats.kohya import to_kohya
 from ..formats.metadata import derived
+from ..text import join_first
 from .difference import Difference, common_rank, file_tensors, limited
 from .resize import check
 
@@ -148,6 +149,5 @@ def _report(tally: Tally, tensors: dict[str, torch.Tensor]) -> str:
         f"Kept: {kept:.4%} of the squared difference, {size / 1e6:.1f} MB",
     ]
     if tally.left_out:
-        more = " ..." if len(tally.left_out) > _LISTED else ""
-        lines.append(f"Differences left out: {', '.join(tally.left_out[:_LISTED])}{more}")
+        lines.append(f"Differences left out: {join_first(tally.left_out, _LISTED)}")
     return "\n".join(lines)
