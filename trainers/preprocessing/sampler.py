@@ -197,14 +197,12 @@ def batches_from(
     """Yield (epoch, batch) without end, starting after `position` batches.
 
     Each member of a batch is (example index, number of earlier visits of that example in the run). A bucket's last
-    batch in an epoch may be smaller than `batch_size`, since no example is dropped. With class images, an epoch holds
-    as many of them as of the others, and spreads them evenly over each bucket's batches. Memory does not grow with the
-    repeats: more visits than `_LAID_OUT` are laid out round by round.
+    batch may be smaller, since no example is dropped. With class images, an epoch has as many of them as of the others,
+    spread evenly over each bucket's batches. Memory does not grow with the repeats.
 
     Args:
         buckets: the bucket of each example, anything hashable.
         repeats: visits of each example in an epoch; of a class image, visits in a deck of all class images.
-        seed: decides the order, the same on every machine.
         prior: whether each example is a class image; empty for none.
     """
     layout = _Layout.make(buckets, repeats, batch_size, seed, prior)
