@@ -33,12 +33,14 @@ class Case:
         batch: samples per step.
         checkpointing: True to checkpoint the activations of each block.
         side: side of the latents; 0 for the model's own.
+        rank: rank of the adapters.
     """
 
     model: str
     batch: int
     checkpointing: bool = False
     side: int = 0
+    rank: int = RANK
 
     def patcher(self):
         """Return a new MODEL with ordinary weights, as core's node needs them on a CPU."""
@@ -131,7 +133,7 @@ def ours(case: Case, stand: Callable[[], None], targets: str = "attention", **mo
         if event == "step":
             stand()
 
-    fields = {"steps": MANY, "batch_size": case.batch, "rank": RANK, "alpha": float(RANK), "save_every": MANY}
+    fields = {"steps": MANY, "batch_size": case.batch, "rank": case.rank, "alpha": float(case.rank), "save_every": MANY}
     fields |= {"learning_rate": LEARNING_RATE, "targets": targets, **more}
     made = models.in_training(
         case.patcher(), case.model, case.checkpointing, 0.0, case.batch, case.side, report, **fields
@@ -152,7 +154,7 @@ def core(case: Case, stand: Callable[[], None], bypass: bool = False) -> None:
         "grad_accumulation_steps": 1,
         "steps": MANY,
         "learning_rate": LEARNING_RATE,
-        "rank": RANK,
+        "rank": case.rank,
         "optimizer": "AdamW",
         "loss_function": "MSE",
         "seed": 0,
@@ -214,7 +216,7 @@ def diffusers_step(case: Case, stand: Callable[[], None]) -> None:
     from peft import LoraConfig
 
     network, call = _published(case)
-    config = LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=ATTENTION)
+    config = LoraConfig(r=case.rank, lora_alpha=case.rank, init_lora_weights="gaussian", target_modules=ATTENTION)
     network.add_adapter(config)
     network.train()
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]

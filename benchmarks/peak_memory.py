@@ -63,7 +63,7 @@ def _adapters(case: Case, name: str) -> int:
 
     if name not in ("attention", "linear + conv"):
         return 0
-    rank = contestants.RANK
-    with models.in_training(case.patcher(), case.model, rank=rank, alpha=float(rank), targets=name) as training:
+    ranks = {"rank": case.rank, "alpha": float(case.rank)}
+    with models.in_training(case.patcher(), case.model, **ranks, targets=name) as training:
         # Values and two moments; gradients share memory with them.
         return 4 * sum(one.nbytes for one in training.plan.trainables.values())

@@ -9,86 +9,44 @@ from .schema import advanced
 
 
 def widgets() -> list:
-    """Return the augmentation inputs, in the order of the parameters of `augmentation`.
+    """Return the augmentation inputs, in their order on a node.
 
     All are optional, and their defaults change nothing.
     """
     return [
-        io.Boolean.Input(
-            "shuffle_tags",
-            default=False,
-            optional=True,
-            tooltip="Shuffles the comma-separated parts of a caption at each visit.",
-        ),
-        io.Int.Input(
+        _switch("shuffle_tags", "Shuffles the comma-separated parts of a caption at each visit."),
+        _number(
             "keep_tokens",
-            default=0,
-            min=0,
-            max=1000,
-            optional=True,
-            tooltip="Number of parts at the start of a caption that are neither moved nor dropped. A trigger put in "
-            "front does not count.",
+            1000,
+            "Number of parts at the start of a caption that are neither moved nor dropped. A trigger put in front does "
+            "not count.",
         ),
-        io.Float.Input(
-            "tag_dropout",
-            default=0.0,
-            min=0.0,
-            max=1.0,
-            step=0.01,
-            optional=True,
-            tooltip="Chance of dropping each comma-separated part at a visit. Typical: 0.1.",
-        ),
-        io.Float.Input(
+        _fraction("tag_dropout", "Chance of dropping each comma-separated part at a visit. Typical: 0.1."),
+        _fraction(
             "caption_dropout",
-            default=0.0,
-            min=0.0,
-            max=1.0,
-            step=0.01,
-            optional=True,
-            tooltip="Chance of a visit with no caption at all, not even the trigger. Typical: 0.05 to 0.1.",
+            "Chance of a visit with no caption at all, not even the trigger. Typical: 0.05 to 0.1.",
         ),
         advanced(
-            io.Boolean.Input(
-                "wildcards",
-                default=False,
-                optional=True,
-                tooltip="Chooses one of several words in braces, separated by bars. Off: braces are text.",
-            )
+            _switch("wildcards", "Chooses one of several words in braces, separated by bars. Off: braces are text.")
         ),
         advanced(
-            io.Boolean.Input(
+            _switch(
                 "lines_are_variants",
-                default=False,
-                optional=True,
-                tooltip="Each line of a caption is a separate caption, and they take turns. Off: all lines are one "
-                "caption.",
+                "Each line of a caption is a separate caption, and they take turns. Off: all lines are one caption.",
             )
         ),
         advanced(
-            io.Int.Input(
+            _number(
                 "caption_variants",
-                default=0,
-                min=0,
-                max=10000,
-                optional=True,
-                tooltip="Number of encoded versions of a varying caption. 0: 4 to 64, fewer with more pictures.",
+                10000,
+                "Number of encoded versions of a varying caption. 0: 4 to 64, fewer with more pictures.",
             )
         ),
-        io.Boolean.Input(
+        _switch(
             "flip",
-            default=False,
-            optional=True,
-            tooltip="Mirrors the picture at half of the visits. Not for faces, text, or anything with a left and a "
-            "right.",
+            "Mirrors the picture at half of the visits. Not for faces, text, or anything with a left and a right.",
         ),
-        advanced(
-            io.Boolean.Input(
-                "upscale",
-                default=False,
-                optional=True,
-                tooltip="Enlarges small pictures to the resolution. Off: they train at their own size.",
-            )
-        ),
+        advanced(_switch("upscale", "Enlarges small pictures to the resolution. Off: they train at their own size.")),
         advanced(
             io.String.Input(
                 "more_resolutions",
@@ -98,18 +56,20 @@ def widgets() -> list:
                 "for.",
             )
         ),
-        advanced(
-            io.Float.Input(
-                "mask_minimum",
-                default=0.0,
-                min=0.0,
-                max=1.0,
-                step=0.01,
-                optional=True,
-                tooltip="Smallest weight in the loss where a mask is black. Typical: 0 to 0.1.",
-            )
-        ),
+        advanced(_fraction("mask_minimum", "Smallest weight in the loss where a mask is black. Typical: 0 to 0.1.")),
     ]
+
+
+def _switch(name: str, tooltip: str) -> io.Boolean.Input:
+    return io.Boolean.Input(name, default=False, optional=True, tooltip=tooltip)
+
+
+def _number(name: str, most: int, tooltip: str) -> io.Int.Input:
+    return io.Int.Input(name, default=0, min=0, max=most, optional=True, tooltip=tooltip)
+
+
+def _fraction(name: str, tooltip: str) -> io.Float.Input:
+    return io.Float.Input(name, default=0.0, min=0.0, max=1.0, step=0.01, optional=True, tooltip=tooltip)
 
 
 # Rules for these inputs, for `checked`.
@@ -121,33 +81,11 @@ CHECKED = {
 }
 
 
-def augmentation(
-    shuffle_tags=False,
-    keep_tokens=0,
-    tag_dropout=0.0,
-    caption_dropout=0.0,
-    wildcards=False,
-    lines_are_variants=False,
-    caption_variants=0,
-    flip=False,
-    upscale=False,
-    more_resolutions="",
-    mask_minimum=0.0,
-) -> Augmentation:
+def augmentation(lines_are_variants: bool = False, more_resolutions: str = "", **values) -> Augmentation:
     """Build the augmentation from the inputs.
 
-    It ignores `lines_are_variants`, which applies when captions are read. It accepts it so that callers can pass all
-    inputs.
+    Args:
+        lines_are_variants: has no effect here: it applies when captions are read.
+        values: other inputs, which have the names of the augmentation's fields.
     """
-    return Augmentation(
-        shuffle_tags=shuffle_tags,
-        keep_tokens=keep_tokens,
-        tag_dropout=tag_dropout,
-        caption_dropout=caption_dropout,
-        wildcards=wildcards,
-        caption_variants=caption_variants,
-        flip=flip,
-        upscale=upscale,
-        resolutions=read_resolutions(more_resolutions),
-        mask_minimum=mask_minimum,
-    )
+    return Augmentation(resolutions=read_resolutions(more_resolutions), **values)

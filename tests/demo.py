@@ -147,18 +147,18 @@ def find_lora(workflow, entry):
     return Path(entry["outputs"][str(node["id"])]["text"][0])
 
 
-def main():
+def main(folder=FOLDER):
     hide_root()
     line = Line()
     started = time.monotonic()
     try:
-        server = prepare(FOLDER, line)
+        server = prepare(folder, line)
         line.show("Starting ComfyUI ...")
         with server:
             line.show(f"ComfyUI runs at {server.url}")
             line.end()
             workflow, entry = run(server, line)
-            picture = draw_comparison(server, workflow, entry, FOLDER / "before_after.png")
+            picture = draw_comparison(server, workflow, entry, folder / "before_after.png")
     except (HostError, ServerError, PromptError, WorkflowError, OSError) as error:
         line.end()
         return f"error: {error}"

@@ -44,8 +44,7 @@ def test_demo_leaves_a_picture_and_a_lora(server, tmp_path):
 
 
 def test_a_failure_is_one_readable_message(monkeypatch, tmp_path):
-    monkeypatch.setattr(demo, "FOLDER", tmp_path / "demo")
     monkeypatch.setenv("COMFYUI_PATH", str(tmp_path))
-    message = demo.main()
+    message = demo.main(tmp_path / "demo")
     assert message.startswith("error: ")
     assert "COMFYUI_PATH" in message

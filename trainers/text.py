@@ -1,10 +1,11 @@
-"""Checks of texts and file names from users and files, with the same result on every operating system."""
+"""Checks of texts and file names, with the same result on every operating system, and short texts of lists."""
 
 from __future__ import annotations
 
 import os
 import re
 import unicodedata
+from collections.abc import Sequence
 
 from .errors import SettingsError
 
@@ -121,6 +122,16 @@ def safe_name(text: str) -> str:
     """Return a valid folder name made from any text."""
     name = re.sub(r"[^\w.-]+", "-", text).strip("-. ")[:60] or "run"
     return f"run-{name}" if is_windows_reserved(name) else name
+
+
+def counted(number: int, what: str) -> str:
+    """Return a number with its noun, in the plural unless it is 1."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def join_first(names: Sequence[str], most: int) -> str:
+    """Join the first `most` names with commas; dots stand for the others."""
+    return ", ".join(names[:most]) + (" ..." if len(names) > most else "")
 
 
 def is_below(path: str, root: str) -> bool:

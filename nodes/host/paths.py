@@ -154,10 +154,7 @@ def dataset_path(choice: str, input: str = "folder") -> str:
         raise DatasetError(
             "No folder is chosen.", "Put a folder of pictures into ComfyUI's input folder and choose it.", input
         )
-    candidates = [os.path.join(root, wanted) for root in _roots().values()]
-    for name, root in _roots().items():
-        if name and (wanted == name or wanted.startswith(f"{name}/")):
-            candidates.append(os.path.join(root, wanted[len(name) + 1 :]))
+    candidates = _candidates(wanted)
     allowed = [path for path in candidates if _is_allowed(path)]
     for path in allowed:
         if os.path.isdir(path):
@@ -176,6 +173,16 @@ def dataset_path(choice: str, input: str = "folder") -> str:
         "Create it and put pictures into it, or choose another.",
         input,
     )
+
+
+def _candidates(choice: str) -> list[str]:
+    """Return the paths that a choice may stand for: below each root, with or without the root's own prefix."""
+    roots = _roots()
+    paths = [os.path.join(root, choice) for root in roots.values()]
+    for name, root in roots.items():
+        if name and (choice == name or choice.startswith(f"{name}/")):
+            paths.append(os.path.join(root, choice[len(name) + 1 :]))
+    return paths
 
 
 def control_path(folder: str, choice: str) -> str:

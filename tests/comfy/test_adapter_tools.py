@@ -6,6 +6,7 @@ import pytest
 import torch
 from graft_pack.trainers.errors import ModelError, SettingsError
 from graft_pack.trainers.formats.adapter import Adapter, save_adapter
+from graft_pack.trainers.memory.tracking import TensorTracker
 
 from tests.support import models
 from tests.support.adapters import added, differences, make_adapter, make_model
@@ -358,24 +359,14 @@ def test_energy_says_how_much_is_kept(model):
     assert 0.6 <= share < 0.8
 
 
-def test_only_one_layer_is_held_at_a_time(model, monkeypatch):
+def test_only_one_layer_is_held_at_a_time(model):
     """Besides the result, there is no whole copy of either model."""
-    import weakref
-
-    from graft_pack.nodes.host.actions import adapter_tools
-
-    held, most = weakref.WeakSet(), [0]
-    value = adapter_tools._value
-
-    def watched(*args):
-        made = value(*args)
-        held.add(made)
-        most[0] = max(most[0], len(held))
-        return made
-
-    monkeypatch.setattr(adapter_tools, "_value", watched)
-    extract(apply(model, adapter_of("LoRA")), model, rank=2)
-    assert 0 < most[0] <= 4
+    adapter = adapter_of("LoRA")
+    tuned = apply(model, adapter)
+    weights = list(model.model.parameters())
+    with TensorTracker(passed_over=[*weights, *adapter.values()]) as live:
+        extract(tuned, model, rank=2)
+    assert live.peak < 0.5 * sum(weight.nbytes for weight in weights)
 
 
 def test_what_cannot_be_extracted_is_refused_by_name(model, flux):

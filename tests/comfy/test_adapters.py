@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from graft_pack.trainers.engine.gradient_check import check_gradient, directional_error
+from graft_pack.trainers.engine.gradient_check import check_gradient
 from graft_pack.trainers.errors import ModelError, SettingsError
 from graft_pack.trainers.families import family_of
 from graft_pack.trainers.formats import files
@@ -16,6 +16,7 @@ from graft_pack.trainers.methods import ADAPTERS, METHODS
 from graft_pack.trainers.recipe.options import TARGETS
 
 from tests.support import diffusers_host, models
+from tests.support.gradients import directional_error
 
 pytestmark = pytest.mark.usefixtures("comfy")
 

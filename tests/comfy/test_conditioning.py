@@ -10,6 +10,7 @@ from graft_pack.trainers.engine import step as forward
 from graft_pack.trainers.engine.plan import Plan
 from graft_pack.trainers.memory.autograd import OutOfPlace
 from graft_pack.trainers.preprocessing.prepare import prepare
+from graft_pack.trainers.runs.folders import Folders
 from PIL import Image
 
 from tests.support import models
@@ -79,7 +80,7 @@ def test_sdxl_pictures_of_three_shapes_bring_their_own_sizes(tmp_path):
     dataset = scan_folder(str(tmp_path), "", 64, 1)
     with models.in_training(models.patcher("SDXL"), "SDXL", batch_size=2, resolution=64) as training:
         host = replace(training.host, codec=TinyCodec(), text=Wide())
-        prepared = prepare(dataset, training.plan.recipe, host, str(tmp_path / "cache"), 10**9)
+        prepared = prepare(dataset, training.plan.recipe, host, Folders("", str(tmp_path / "cache"), "", ""))
         plan = Plan(recipe=training.plan.recipe, train=prepared.training, trainables={}, export=dict)
         with models.inputs_of(training.denoiser.module) as calls:
             for step, (_, batch) in zip(range(6), plan.batches(0), strict=False):

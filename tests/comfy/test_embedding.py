@@ -4,12 +4,12 @@ import re
 
 import pytest
 import torch
-from graft_pack.trainers.engine.gradient_check import directional_error
 from graft_pack.trainers.errors import ModelError, SettingsError
 from graft_pack.trainers.formats.embedding import Embedding, load_embedding, save_embedding
 from graft_pack.trainers.methods import textual_inversion
 
 from tests.support import models
+from tests.support.gradients import directional_error
 
 pytestmark = pytest.mark.usefixtures("comfy")
 
@@ -312,12 +312,13 @@ def test_a_file_of_something_else_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["my word (1)", "a:2", "word,"])
-def test_files_that_no_prompt_can_call_are_refused(name, monkeypatch, tmp_path):
+def test_files_that_no_prompt_can_call_are_refused(comfy, name):
     from graft_pack.nodes.host import paths
 
-    path = tmp_path / "x.safetensors"
-    save_embedding(str(path), Embedding({"clip_l": torch.ones(1, 768)}, "x"), "x")
-    monkeypatch.setattr(paths, "embedding_path", lambda name, *rest: str(path))
+    for file in (f"{name}.safetensors", "folder/x.safetensors"):
+        path = comfy.base / "models" / "embeddings" / file
+        path.parent.mkdir(exist_ok=True, parents=True)
+        save_embedding(str(path), Embedding({"clip_l": torch.ones(1, 768)}, "x"), "x")
     with pytest.raises(ModelError, match=f"No prompt can call the embedding '{re.escape(name)}.safetensors'.*such as"):
         paths.load_named_embedding(f"{name}.safetensors")
     assert paths.load_named_embedding("folder/x.safetensors").name == "folder/x"

@@ -6,7 +6,6 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from graft_pack.trainers.engine.gradient_check import directional_error
 from graft_pack.trainers.engine.resolve import Options, RecipeInputs, resolve
 from graft_pack.trainers.engine.summary import summarize
 from graft_pack.trainers.engine.trainable_modules import TrainableModules
@@ -17,6 +16,7 @@ from graft_pack.trainers.formats.adapter import LazyAdapter, load_adapter, save_
 from graft_pack.trainers.methods import METHODS
 
 from tests.support import models
+from tests.support.gradients import directional_error
 
 pytestmark = pytest.mark.usefixtures("comfy")
 

@@ -68,11 +68,12 @@ def loss_on(base, shown, folder):
     """Return the model's mean loss on pictures at fixed noise and noise levels."""
     from graft_pack.trainers.engine.step import fixed_losses
     from graft_pack.trainers.preprocessing.prepare import prepare
+    from graft_pack.trainers.runs.folders import Folders
 
     recipe = recipe_of(0)
     with torch.inference_mode(False):
         host = make_host(*base)
-        prepared = prepare(shown.dataset(), recipe, host, str(folder), 10**9)
+        prepared = prepare(shown.dataset(), recipe, host, Folders("", str(folder), "", ""))
         with host.denoiser.training("auto"):
             return float(fixed_losses(prepared.training, recipe, host).mean())
 

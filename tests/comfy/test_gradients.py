@@ -6,7 +6,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from graft_pack.trainers.engine import step as forward
-from graft_pack.trainers.engine.gradient_check import check_gradient, directional_error
+from graft_pack.trainers.engine.gradient_check import check_gradient
 from graft_pack.trainers.errors import ModelError
 from graft_pack.trainers.memory import checkpointing as blocks
 from graft_pack.trainers.recipe.options import ALL_BUT_ATTENTION, RECOMPUTED
@@ -14,6 +14,7 @@ from graft_pack.trainers.rng import generator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support import models
+from tests.support.gradients import directional_error
 
 pytestmark = pytest.mark.usefixtures("comfy")
 

@@ -10,7 +10,6 @@ import torch
 from graft_pack.trainers.data.arrays import from_arrays
 from graft_pack.trainers.data.scan import ScanOptions, scan_folder
 from graft_pack.trainers.engine import step
-from graft_pack.trainers.engine.gradient_check import directional_error
 from graft_pack.trainers.engine.plan import Plan
 from graft_pack.trainers.engine.session import run_recipe
 from graft_pack.trainers.errors import DatasetError
@@ -21,6 +20,7 @@ from graft_pack.trainers.runs.folders import Folders
 from PIL import Image
 
 from tests.support import models
+from tests.support.gradients import directional_error
 
 pytestmark = pytest.mark.usefixtures("comfy")
 
@@ -106,7 +106,7 @@ def planned(training, name, folder, dataset=None):
     """Return the training with a dataset's items in place of random ones."""
     host = host_of(training, name)
     recipe = replace(training.plan.recipe, resolution=64)
-    prepared = prepare(dataset or dataset_for(name), recipe, host, str(folder), 10**9)
+    prepared = prepare(dataset or dataset_for(name), recipe, host, Folders("", str(folder), "", ""))
     return models.Training(training.denoiser, host, replace(training.plan, recipe=recipe, train=prepared.training))
 
 
@@ -292,7 +292,7 @@ def test_previews_are_drawn_beside_the_first_examples(name, tmp_path):
     run = SimpleNamespace(save_samples=lambda step, pictures: [], log=lambda event: None)
     with denoiser.training("auto"), torch.no_grad():
         host = Host(denoiser, Words(name), Codec(name))
-        items = prepare(dataset_for(name), recipe, host, str(tmp_path), 10**9).training
+        items = prepare(dataset_for(name), recipe, host, Folders("", str(tmp_path), "", "")).training
         usual = Counter(item.bucket for item in items).most_common(1)[0][0]
         first = [item.show(None).conditioning for item in items if item.bucket == usual]
         assert len(first) == 2

@@ -21,11 +21,6 @@ RANK = 1
 MODELS = ["SD1", "Flux as in diffusers"]
 
 
-@pytest.fixture
-def narrow(monkeypatch):
-    monkeypatch.setattr(contestants, "RANK", RANK)
-
-
 def counted(case, name, counter, at=3):
     """Run a contestant's step under a counter; at the third step all optimizer state exists."""
     steps = 0
@@ -53,9 +48,9 @@ def work(case, name):
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
 @pytest.mark.parametrize("model", MODELS)
-def test_nothing_is_computed_that_the_bare_model_does_not_need(model, checkpointing, narrow):
+def test_nothing_is_computed_that_the_bare_model_does_not_need(model, checkpointing):
     """Gradients for the frozen weights of the adapted layers alone would exceed this bound."""
-    case = Case(model, 2, checkpointing)
+    case = Case(model, 2, checkpointing, rank=RANK)
     bare = work(case, "limit")
     assert work(case, "attention") <= 1.01 * bare
     if checkpointing:
@@ -64,9 +59,9 @@ def test_nothing_is_computed_that_the_bare_model_does_not_need(model, checkpoint
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_memory_is_the_bare_models_and_the_adapters(model, narrow, monkeypatch):
+def test_memory_is_the_bare_models_and_the_adapters(model, monkeypatch):
     """Peak bytes of live tensors, with 5 % for the input of each layer, which the gradient of its A needs."""
-    case = Case(model, 2)
+    case = Case(model, 2, rank=RANK)
     patcher = case.patcher()
     monkeypatch.setattr(Case, "patcher", lambda self: patcher)
     # Everything that the MODEL holds, also what a bare forward does not read, such as its table of noise levels.
@@ -112,21 +107,20 @@ class Products(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_no_product_of_an_adapter_is_made_the_slow_way_round(model, monkeypatch):
+def test_no_product_of_an_adapter_is_made_the_slow_way_round(model):
     """A product whose last size is the rank takes a CPU two to five times as long as its transpose."""
     rank = 5
-    monkeypatch.setattr(contestants, "RANK", rank)
-    bare, step = (counted(Case(model, 2), name, Products()).shapes for name in ("limit", "attention"))
+    bare, step = (counted(Case(model, 2, rank=rank), name, Products()).shapes for name in ("limit", "attention"))
     assert not any(rank in shape for shape in bare), "a size that is the rank's alone"
     made = step - bare
     assert any(shape[0] == rank for shape in made)
     assert not any(shape[-1] == rank for shape in made)
 
 
-def test_a_block_that_ends_with_an_adapted_convolution_is_not_computed_again_to_its_end(narrow):
+def test_a_block_that_ends_with_an_adapted_convolution_is_not_computed_again_to_its_end():
     """No gradient needs its frozen convolution's output, so recomputation skips it; a narrow adapter adds little."""
     again = []
     for name in ("attention", "linear + conv"):
-        plain, checkpointed = (work(Case("SD1", 2, on), name) for on in (False, True))
+        plain, checkpointed = (work(Case("SD1", 2, on, rank=RANK), name) for on in (False, True))
         again.append(checkpointed - plain)
     assert again[0] <= again[1] <= 1.1 * again[0]

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from graft_pack.trainers.engine.gradient_check import directional_error
 from graft_pack.trainers.errors import ModelError, SettingsError
 from graft_pack.trainers.formats.adapter import load_adapter, save_adapter
 from graft_pack.trainers.methods import ADAPTERS
 from graft_pack.trainers.methods.targets import LINEAR
 
 from tests.support import diffusers_host, models
+from tests.support.gradients import directional_error
 
 pytestmark = pytest.mark.usefixtures("comfy")
 

@@ -89,15 +89,18 @@ def learning_rate(plan, seen):
     return plan.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, fall)))
 
 
-def train(name, model, plan, loss_of):
+def train(name, model, plan, loss_of, folder=CACHE, pause=SAVE_EVERY_SECONDS):
     """Train model by plan; loss_of(generator) -> scalar. Return the averaged (EMA) parameters.
 
-    Resumes from .cache/toy/<name>_progress.safetensors if it exists.
+    Resumes from <name>_progress.safetensors in the folder if it exists.
+
+    Args:
+        pause: seconds between saves.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=plan.learning_rate, weight_decay=1e-3, foreach=True)
     average = {k: v.detach().clone() for k, v in model.state_dict().items()}
     generator = torch.Generator().manual_seed(plan.seed)
-    progress = CACHE / f"{name}_progress.safetensors"
+    progress = folder / f"{name}_progress.safetensors"
     seen = restore(progress, model, optimizer, generator, average) if progress.exists() else 0
     losses = []
     saved = time.monotonic()
@@ -115,9 +118,9 @@ def train(name, model, plan, loss_of):
         if len(losses) == LOG_EVERY_STEPS:
             log.info("%s %d/%d loss %.5f", name, seen, plan.samples, np.mean(losses))
             losses = []
-        if time.monotonic() - saved > SAVE_EVERY_SECONDS or seen >= plan.samples:
+        if time.monotonic() - saved > pause or seen >= plan.samples:
             keep(progress, model, optimizer, generator, average, seen)
-            save_weights(CACHE / f"{name}.safetensors", average)
+            save_weights(folder / f"{name}.safetensors", average)
             saved = time.monotonic()
     return average
 

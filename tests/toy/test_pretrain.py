@@ -12,30 +12,25 @@ class Stop(Exception):
     pass
 
 
-def run():
+def run(folder, batches=100):
+    """Train with a save after each batch. Raise Stop after so many batches."""
     torch.manual_seed(0)
     model = torch.nn.Linear(4, 4)
-    return pretrain.train("linear", model, PLAN, lambda g: model(torch.randn(2, 4, generator=g)).square().mean())
+    left = iter(range(batches))
 
-
-def test_stopped_and_resumed(monkeypatch, tmp_path):
-    monkeypatch.setattr(pretrain, "SAVE_EVERY_SECONDS", -1)
-    monkeypatch.setattr(pretrain, "CACHE", tmp_path / "whole")
-    whole = run()
-
-    keep = pretrain.keep
-
-    def keep_and_stop(*arguments):
-        keep(*arguments)
-        if arguments[-1] == 20:
+    def loss_of(generator):
+        if next(left, None) is None:
             raise Stop
+        return model(torch.randn(2, 4, generator=generator)).square().mean()
 
-    monkeypatch.setattr(pretrain, "CACHE", tmp_path / "halves")
-    monkeypatch.setattr(pretrain, "keep", keep_and_stop)
+    return pretrain.train("linear", model, PLAN, loss_of, folder, pause=-1)
+
+
+def test_stopped_and_resumed(tmp_path):
+    whole = run(tmp_path / "whole")
     with pytest.raises(Stop):
-        run()
-    monkeypatch.setattr(pretrain, "keep", keep)
-    resumed = run()
+        run(tmp_path / "halves", batches=10)
+    resumed = run(tmp_path / "halves", batches=10)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 

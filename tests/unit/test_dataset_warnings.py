@@ -7,12 +7,11 @@ from graft_pack.trainers.data.examples import Augmentation
 from graft_pack.trainers.data.scan import scan_folder
 from graft_pack.trainers.preprocessing.prepare import prepare
 from graft_pack.trainers.protocols import Geometry
+from graft_pack.trainers.runs.folders import Folders
 from PIL import Image
 
 from tests.support import models
 from tests.support.diffusers_host import make_host, run_session
-
-LIMIT = 10**12
 
 
 def draw(path, size):
@@ -35,7 +34,7 @@ def warnings_of(folder, tmp_path, resolution=64, upscale=False, **fields):
     host = make_host(lambda event, payload: told.append((event, payload)))
     dataset = scan_folder(str(folder), "", resolution, 1, Augmentation(upscale=upscale))
     values = {"batch_size": 1, "steps": 2, "resolution": resolution, **fields}
-    prepare(dataset, models.recipe("SD1", **values), host, str(tmp_path / "cache"), LIMIT)
+    prepare(dataset, models.recipe("SD1", **values), host, Folders("", str(tmp_path / "cache"), "", ""))
     rows = [row for event, payload in told if event == "warnings" for row in payload["warnings"]]
     return {row["kind"]: row for row in rows}
 

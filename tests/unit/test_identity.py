@@ -114,7 +114,7 @@ def chain(nodes):
 
 
 def build(family, method, word, widgets, nodes):
-    return resolve(chain(nodes), family_of(family), RecipeInputs(method, **{**WIDGETS, **widgets}, embedding=word))
+    return resolve(chain(nodes), family_of(family), RecipeInputs(method, **{**WIDGETS, **widgets}, embedding_spec=word))
 
 
 def recipe_with(kind, name):

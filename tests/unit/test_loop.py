@@ -171,19 +171,24 @@ def test_validation_does_not_change_the_training(tmp_path):
     assert state_of(often).validation[-1:] == state_of(once).validation
 
 
-def test_what_is_held_out_is_not_trained_on(tmp_path, monkeypatch):
-    seen = []
-    losses = forward.losses_of
+class Recording(DiffusersDenoiser):
+    """A denoiser that records the captions it saw; each picture has a caption of its own."""
 
-    def watched(host, batch, *rest):
-        # This codec has no posterior, so a picture has the same latent on every visit.
-        seen.append((torch.is_grad_enabled(), {sample.latent.numpy().tobytes() for sample in batch.samples}))
-        return losses(host, batch, *rest)
+    def __init__(self):
+        super().__init__(make_unet())
+        self.seen = []
 
-    monkeypatch.setattr(forward, "losses_of", watched)
-    run_session(tmp_path, steps=12, validation_fraction=0.3)
-    trained = set().union(*(latents for with_grad, latents in seen if with_grad))
-    measured = set().union(*(latents for with_grad, latents in seen if not with_grad))
+    def predict(self, x_t, sigma, conditioning):
+        captions = {one.tensors["cross_attn"].numpy().tobytes() for one in conditioning}
+        self.seen.append((torch.is_grad_enabled(), captions))
+        return super().predict(x_t, sigma, conditioning)
+
+
+def test_what_is_held_out_is_not_trained_on(tmp_path):
+    host = replace(make_host(), denoiser=Recording())
+    run_session(tmp_path, host=host, steps=12, validation_fraction=0.3)
+    trained = set().union(*(captions for with_grad, captions in host.denoiser.seen if with_grad))
+    measured = set().union(*(captions for with_grad, captions in host.denoiser.seen if not with_grad))
     assert len(trained) == 4
     assert len(measured) == 2
     assert not trained & measured

@@ -30,8 +30,6 @@ from tests.support import models, odd_files
 from tests.support.diffusers_host import PosteriorCodec, WordEncoder, make_dataset, make_host, run_session
 from tests.support.host import ROOT
 
-LIMIT = 10**12
-
 
 class Counting(WordEncoder):
     """A text encoder that records the captions it encoded; another `name` makes it a different encoder."""
@@ -64,7 +62,7 @@ def made(folder, dataset, seed=5, text="words", **fields):
     """Return (Prepared, host, number of encoded pictures, encoded captions) with caches in a folder."""
     host = replace(make_host(), codec=Seeing(seed), text=Counting(text))
     recipe = models.recipe("SD1", **{"batch_size": 1, "steps": 20, "resolution": dataset.resolution, **fields})
-    prepared = prepare(dataset, recipe, host, str(folder), LIMIT)
+    prepared = prepare(dataset, recipe, host, Folders("", str(folder), "", ""))
     return prepared, host, len(host.codec.seen), sorted(host.text.captions)
 
 
@@ -161,7 +159,7 @@ def test_other_runs_share_the_entries(folder, tmp_path):
     # Another seed visits the same variants in another order.
     other = models.recipe("SD1", seed=9, steps=100, batch_size=1)
     host = replace(make_host(), codec=Seeing(), text=Counting())
-    prepare(read(folder, **ways), other, host, str(tmp_path / "cache"), LIMIT)
+    prepare(read(folder, **ways), other, host, Folders("", str(tmp_path / "cache"), "", ""))
     assert (host.codec.seen, host.text.captions) == ([], [])
 
 
@@ -248,7 +246,7 @@ def test_what_is_encoded_is_counted_up_to_its_total_and_not_beyond(tmp_path, tak
     told = []
     host = replace(make_host(lambda event, payload: event == "cache" and told.append(payload)), codec=PosteriorCodec())
     host.denoiser.conditioning_kind = takes
-    prepare(dataset, models.recipe("SD1"), host, str(tmp_path), 10**9)
+    prepare(dataset, models.recipe("SD1"), host, Folders("", str(tmp_path), "", ""))
     assert [one["done"] for one in told] == list(range(1, len(told) + 1))
     assert all(one["done"] <= one["total"] for one in told) and told[-1]["done"] == told[-1]["total"]
 
@@ -465,6 +463,7 @@ from tests.support import models
 from dataclasses import replace
 from graft_pack.trainers.data.scan import scan_folder
 from graft_pack.trainers.preprocessing.prepare import prepare
+from graft_pack.trainers.runs.folders import Folders
 
 class Slow(PosteriorCodec):
     def encode(self, pixels):
@@ -476,7 +475,7 @@ def report(event, payload):
         print("tick", payload["name"], flush=True)
 
 host = replace(make_host(report), codec=Slow())
-prepare(scan_folder({folder!r}, "sks", 64, 1), models.recipe("SD1", steps=1), host, {cache!r}, 10**12)
+prepare(scan_folder({folder!r}, "sks", 64, 1), models.recipe("SD1", steps=1), host, Folders("", {cache!r}, "", ""))
 print("done", flush=True)
 """
 

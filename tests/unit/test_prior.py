@@ -13,6 +13,7 @@ from graft_pack.trainers.methods import Method
 from graft_pack.trainers.preprocessing.items import DatasetItem, Sample
 from graft_pack.trainers.preprocessing.prepare import prepare
 from graft_pack.trainers.protocols import Conditioning
+from graft_pack.trainers.runs.folders import Folders
 
 from tests.support import models
 from tests.support.diffusers_host import (
@@ -180,7 +181,7 @@ def with_classes(weight=WEIGHT, count=6, others=9):
 def test_class_images_reach_the_loop_with_weight_and_without_trigger(tmp_path):
     host = make_host()
     dataset = prior.add_prior_target(with_classes(), "a picture of it", 0.25)
-    prepared = prepare(dataset, models.recipe("SD1", resolution=64), host, str(tmp_path), 10**12)
+    prepared = prepare(dataset, models.recipe("SD1", resolution=64), host, Folders("", str(tmp_path), "", ""))
     assert [item.prior for item in prepared.training] == [False] * 6 + [True] * 9
     encoder = WordEncoder()
     for place, item in enumerate(prepared.training):
@@ -199,7 +200,7 @@ def test_class_images_reach_the_loop_with_weight_and_without_trigger(tmp_path):
 
 def test_validation_holds_no_class_image_out(tmp_path):
     recipe = models.recipe("SD1", resolution=64, validation_fraction=0.5)
-    prepared = prepare(with_classes(), recipe, make_host(), str(tmp_path), 10**12)
+    prepared = prepare(with_classes(), recipe, make_host(), Folders("", str(tmp_path), "", ""))
     assert len(prepared.validation) == 3
     assert not any(item.prior for item in prepared.validation)
     assert sum(item.prior for item in prepared.training) == 9
@@ -213,7 +214,7 @@ def test_a_side_of_which_nothing_is_left_is_named(tmp_path, small, words):
     pair = (make_dataset(), few) if small else (few, make_dataset())
     dataset = prior.add_class_images(replace(pair[0], trigger=""), pair[1], 1.0)
     with pytest.raises(DatasetError, match=words):
-        prepare(dataset, models.recipe("SD1", resolution=64), make_host(), str(tmp_path), 10**12)
+        prepare(dataset, models.recipe("SD1", resolution=64), make_host(), Folders("", str(tmp_path), "", ""))
 
 
 @pytest.mark.parametrize("kind", ["class images", "anchor"])

@@ -36,25 +36,24 @@ def from_arrays(
         DatasetError: there is no picture, or the number of captions, masks or source pictures does not match.
     """
     _check_counts(len(images), len(texts), len(masks), len(source_images))
-    trigger = trigger.strip()
-    handling = handling or Augmentation()
     examples = []
     for index, image in enumerate(images):
         source = ArraySource(image, f"image {index + 1}")
         text = texts[index if len(texts) > 1 else 0]
         mask = _mask_source(masks[index if len(masks) > 1 else 0], image.shape[:2], index) if masks else None
-        example = Example(
-            source=source,
-            captions=captions.variants_of(text, lines_are_variants) or ("",),
-            size=(image.shape[1], image.shape[0]),
-            digest=source.digest,
-            trigger=trigger,
-            mask=mask,
-            handling=handling,
-            control=_source_image(source_images[index], index) if source_images else None,
+        examples.append(
+            Example(
+                source=source,
+                captions=captions.variants_of(text, lines_are_variants) or ("",),
+                size=(image.shape[1], image.shape[0]),
+                digest=source.digest,
+                trigger=trigger.strip(),
+                mask=mask,
+                handling=handling or Augmentation(),
+                control=_source_image(source_images[index], index) if source_images else None,
+            )
         )
-        examples.append(example)
-    return Dataset(tuple(examples), trigger, resolution, "images")
+    return Dataset(tuple(examples), trigger.strip(), resolution, "images")
 
 
 def _check_counts(images: int, texts: int, masks: int, source_images: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import posixpath
 
 from ..errors import DatasetError
+from ..text import join_first
 from . import captions
 from .examples import LeftOut, reason_of
 from .listing import File, Listing, Owners, stem_of
@@ -83,8 +84,8 @@ class CaptionFiles:
         except DatasetError as error:
             self.left_out.append(LeftOut(name, reason_of(error, name)))
         if missing:
-            examples = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
-            self.left_out.append(LeftOut(name, f"it names {len(missing)} missing pictures: {examples}"))
+            reason = f"it names {len(missing)} missing pictures: {join_first(missing, 3)}"
+            self.left_out.append(LeftOut(name, reason))
 
 
 class _SidecarOwners:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..text import counted
 from .pixel_formats import as_weight
 from .report import common_tags
 
@@ -91,10 +92,10 @@ def letters(size: int = _LETTERS) -> ImageFont.ImageFont:
 
 def _bucket_bars(findings: Findings) -> tuple[str, list[tuple[str, int]]]:
     classes = sum(row.example.prior for row in findings.rows)
-    title = f"{findings.dataset.name}: {_counted(len(findings.rows) - classes, 'picture')}"
-    title += f", {_counted(len(findings.buckets), 'bucket')}"
+    title = f"{findings.dataset.name}: {counted(len(findings.rows) - classes, 'picture')}"
+    title += f", {counted(len(findings.buckets), 'bucket')}"
     if classes:
-        title += f", {_counted(classes, 'class image')}"
+        title += f", {counted(classes, 'class image')}"
     if findings.left_out:
         title += f", {len(findings.left_out)} left out"
     return title, [(f"{size[0]}x{size[1]}", number) for size, number in findings.buckets.most_common(_BARS)]
@@ -102,11 +103,7 @@ def _bucket_bars(findings: Findings) -> tuple[str, list[tuple[str, int]]]:
 
 def _tag_bars(findings: Findings) -> tuple[str, list[tuple[str, int]]]:
     common = common_tags(findings, _BARS)
-    return (_counted(len(findings.tags), "tag") if common else "no tag occurs twice"), common
-
-
-def _counted(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
+    return (counted(len(findings.tags), "tag") if common else "no tag occurs twice"), common
 
 
 def _draw_legend(draw: ImageDraw.ImageDraw, top: int, paired: bool) -> None:

@@ -37,14 +37,8 @@ class Index:
             self._known = self._read()
 
     def _read(self) -> dict[str, list]:
-        if not os.path.exists(self._path):
-            return {}
-        try:
-            value = json_files.read_own_json(self._path)
-        except RunError as error:
-            log.warning("Graft: %s Graft reads the whole folder again.", error)
-            return {}
-        sound = isinstance(value, dict) and value.get("version") == _VERSION and isinstance(value.get("files"), dict)
+        value = json_files.read_own_object(self._path, "Graft reads the whole folder again.")
+        sound = value.get("version") == _VERSION and isinstance(value.get("files"), dict)
         return {name: row for name, row in value["files"].items() if _is_row(row)} if sound else {}
 
     def facts(

@@ -11,8 +11,7 @@ import numpy as np
 
 from ..errors import DatasetError, RunError
 from ..formats import json_files
-from .examples import Example, LeftOut
-from .scan import reason_of
+from .examples import Example, LeftOut, reason_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -47,7 +46,7 @@ def signatures(
         tick: called with (done, total); may raise to interrupt. The folder keeps the signatures made so far.
     """
     path = os.path.join(folder, "likeness.json") if folder else None
-    known = _read(path)
+    known = {} if path is None else _read(path)
     before = len(known)
     computed: list[bytes | None] = []
     broken = []
@@ -68,16 +67,8 @@ def signatures(
     return computed, broken
 
 
-def _read(path: str | None) -> dict[str, str]:
-    if path is None or not os.path.exists(path):
-        return {}
-    try:
-        value = json_files.read_own_json(path)
-    except RunError as error:
-        log.warning("Graft: %s Graft computes the signatures again.", error)
-        return {}
-    if not isinstance(value, dict):
-        return {}
+def _read(path: str) -> dict[str, str]:
+    value = json_files.read_own_object(path, "Graft computes the signatures again.")
     size = 2 * (_LOW * _LOW // 8 + 3 * _LOW * _LOW)
     return {name: text for name, text in value.items() if isinstance(text, str) and len(text) == size}
 

@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DatasetError
+from ..text import join_first
 from . import captions
 from .buckets import Crop, bucket_sizes, choose_crops
 from .dataset_warnings import warn_of_enlarged, warn_of_resolution, warn_of_scan, warn_of_skipped
-from .examples import LeftOut
+from .examples import LeftOut, reason_of
 from .near_duplicates import find_near_duplicates, signatures
-from .scan import reason_of, shortened
+from .scan import shortened
 from .source_images import is_alike
 
 if TYPE_CHECKING:
@@ -171,11 +172,10 @@ def report(findings: Findings, cache_bytes: int = -1) -> str:
         + (f", {held_out} held out for validation." if held_out else "."),
         *_prior_lines(rows, epoch),
         f"Resolution {findings.geometry.resolution}, buckets in steps of {findings.geometry.step} pixels.",
+        *(f"bucket {bucket[0]}x{bucket[1]}: {number}" for bucket, number in sorted(findings.buckets.items())),
+        *_repeats(rows),
+        *dataset.warnings,
     ]
-    for bucket, number in sorted(findings.buckets.items()):
-        lines.append(f"bucket {bucket[0]}x{bucket[1]}: {number}")
-    lines += _repeats(rows)
-    lines += dataset.warnings
     if findings.left_out:
         lines.append(f"{len(findings.left_out)} left out: {shortened(findings.left_out, 20)}")
     lines += _trigger_lines(findings)
@@ -186,22 +186,11 @@ def report(findings: Findings, cache_bytes: int = -1) -> str:
     worst = sorted((row for row in rows if row.kept < _KEPT), key=lambda row: row.kept)
     lines += _named("cropped by more than a fifth", worst, lambda row: f" (loses {1 - row.kept:.0%})")
     if findings.pairs:
-        listed = ", ".join(f"{second} like {first}" for first, second in findings.pairs[:_LISTED])
-        more = " ..." if len(findings.pairs) > _LISTED else ""
-        lines.append(f"{len(findings.pairs)} look like another picture: {listed}{more}")
-    paired = [row for row in rows if row.example.control is not None]
-    if paired:
-        lines.append(f"{len(paired)} of {len(rows)} with a source picture, drawn small in the corner.")
-        lines += _named("with a source picture of another shape", [row for row in paired if _SHAPE in row.flags])
-    masked = [row for row in rows if row.example.mask is not None]
-    if masked:
-        lines.append(f"{len(masked)} with a mask; training ignores the red parts.")
-        lines += _named("with a mask of another shape", [row for row in rows if "mask of another shape" in row.flags])
-    lines += _token_lines(rows)
-    lines += _augmentation_lines(findings)
-    common = common_tags(findings, _TAGS)
-    if common:
-        listed = ", ".join(f"{tag} ({number})" for tag, number in common)
+        pairs = [f"{second} like {first}" for first, second in findings.pairs]
+        lines.append(f"{len(pairs)} look like another picture: {join_first(pairs, _LISTED)}")
+    lines += _source_and_mask_lines(rows) + _token_lines(rows) + _augmentation_lines(findings)
+    listed = ", ".join(f"{tag} ({number})" for tag, number in common_tags(findings, _TAGS))
+    if listed:
         lines.append(f"Most frequent of {len(findings.tags)} tags: {listed}")
     if cache_bytes >= 0:
         lines.append(f"All cached latents and texts take {cache_bytes / 1e6:.0f} MB; you can delete them at any time.")
@@ -231,11 +220,10 @@ def _prior_lines(rows: Sequence[Finding], epoch: int) -> list[str]:
     lines = []
     if classes:
         weights = ", ".join(f"{weight:g}" for weight in sorted({row.example.weight for row in classes}))
-        texts = sorted({row.caption for row in classes})
-        listed = ", ".join(f"'{caption}'" for caption in texts[:_LISTED]) + (" ..." if len(texts) > _LISTED else "")
+        texts = [f"'{caption}'" for caption in sorted({row.caption for row in classes})]
         lines.append(
             f"Plus {len(classes)} class images, weight {weights}; an epoch shows {epoch} of them, in turn. "
-            f"Their captions: {listed}"
+            f"Their captions: {join_first(texts, _LISTED)}"
         )
     targets = sorted({(a.prompt, a.weight) for row in rows if (a := row.example.anchor) is not None})
     lines += [
@@ -261,6 +249,19 @@ def _trigger_lines(findings: Findings) -> list[str]:
 def _lacks_trigger(example: Example) -> bool:
     trigger = example.trigger
     return bool(trigger) and not any(captions.holds_words(t, trigger) or "[trigger]" in t for t in example.captions)
+
+
+def _source_and_mask_lines(rows: Sequence[Finding]) -> list[str]:
+    lines = []
+    paired = [row for row in rows if row.example.control is not None]
+    if paired:
+        lines.append(f"{len(paired)} of {len(rows)} with a source picture, drawn small in the corner.")
+        lines += _named("with a source picture of another shape", [row for row in paired if _SHAPE in row.flags])
+    masked = [row for row in rows if row.example.mask is not None]
+    if masked:
+        lines.append(f"{len(masked)} with a mask; training ignores the red parts.")
+        lines += _named("with a mask of another shape", [row for row in rows if "mask of another shape" in row.flags])
+    return lines
 
 
 def _token_lines(rows: Sequence[Finding]) -> list[str]:
@@ -302,7 +303,5 @@ def _augmentation_lines(findings: Findings) -> list[str]:
 
 
 def _named(what: str, rows: Sequence[Finding], more: Callable[[Finding], str] = lambda row: "") -> list[str]:
-    if not rows:
-        return []
-    names = ", ".join(f"{row.example.source.name}{more(row)}" for row in rows[:_LISTED])
-    return [f"{len(rows)} {what}: {names}{' ...' if len(rows) > _LISTED else ''}"]
+    names = [f"{row.example.source.name}{more(row)}" for row in rows]
+    return [f"{len(rows)} {what}: {join_first(names, _LISTED)}"] if rows else []

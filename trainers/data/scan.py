@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..errors import DatasetError
+from ..text import join_first
 from . import captions
 from .caption_files import CaptionFiles
 from .examples import Augmentation, Dataset, Example, LeftOut, reason_of
@@ -86,27 +87,14 @@ def scan_folder(
     if not os.path.isdir(folder):
         raise DatasetError(f"There is no folder '{folder}'.", "Choose a folder below ComfyUI's input folder.", "folder")
     options = reading or ScanOptions()
-    listing = list_folder(folder)
-    sources = SourceImages(options.control_folder, listing)
-    listing = _without_masks(sources.outside(listing), options.mask_folder)
-    captions_of = CaptionFiles(listing, options.lines_are_variants)
-    masks = _Masks(listing, options)
     shared = _Shared(trigger.strip(), repeats, handling or Augmentation(), options.held_out_prefix)
-    reader = _Reader(listing, shared, captions_of, masks, sources)
+    reader = _Reader(folder, options, shared)
     index = Index(index_folder, folder)
     try:
-        examples = reader.read(masks.pictures, index, tick)
+        examples = reader.read(index, tick)
     finally:
         index.save()
-    left_out = (
-        *listing.left_out,
-        *masks.without_picture,
-        *_unread(listing),
-        *captions_of.left_out,
-        *masks.left_out,
-        *reader.left_out,
-        *sources.lonely(),
-    )
+    left_out = reader.left_out()
     _refuse_if_empty(folder, examples, left_out)
     _refuse_if_nothing_held_out(examples, options)
     name = os.path.basename(os.path.normpath(folder))
@@ -223,40 +211,48 @@ class _Masks:
 
 
 class _Reader:
-    """Reader of the examples of a folder.
+    """Reader of the examples of a folder."""
 
-    Attributes:
-        left_out: pictures that are not trained on, with their reasons.
-    """
-
-    def __init__(
-        self, listing: Listing, shared: _Shared, caption_files: CaptionFiles, masks: _Masks, sources: SourceImages
-    ):
-        self.left_out: list[LeftOut] = []
-        self._root = listing.root
+    def __init__(self, folder: str, options: ScanOptions, shared: _Shared):
+        listing = list_folder(folder)
+        self._sources = SourceImages(options.control_folder, listing)
+        self._listing = _without_masks(self._sources.outside(listing), options.mask_folder)
+        self._caption_files = CaptionFiles(self._listing, options.lines_are_variants)
+        self._masks = _Masks(self._listing, options)
         self._shared = shared
-        self._caption_files = caption_files
-        self._masks = masks
-        self._sources = sources
+        self._unusable: list[LeftOut] = []
         # (repeats, pictures) of folders with unusually many repeats.
         self._unusual: dict[str, tuple[int, int]] = {}
 
-    def read(self, pictures: list[File], index: Index, tick: Callable[[int, int], None]) -> list[Example]:
-        """Return the pictures as examples; add unusable ones to `left_out`."""
+    def read(self, index: Index, tick: Callable[[int, int], None]) -> list[Example]:
+        """Return the usable pictures as examples."""
+        pictures = self._masks.pictures
         examples = []
         for number, file in enumerate(pictures):
             tick(number, len(pictures))
             try:
                 examples.append(self._example(file, index))
             except DatasetError as error:
-                self.left_out.append(LeftOut(file.name, reason_of(error, file.name)))
+                self._unusable.append(LeftOut(file.name, reason_of(error, file.name)))
         tick(len(pictures), len(pictures))
         return examples
+
+    def left_out(self) -> tuple[LeftOut, ...]:
+        """Return the files that are not trained on, with their reasons. Call it after `read`."""
+        return (
+            *self._listing.left_out,
+            *self._masks.without_picture,
+            *_unread(self._listing),
+            *self._caption_files.left_out,
+            *self._masks.left_out,
+            *self._unusable,
+            *self._sources.lonely(),
+        )
 
     def _example(self, file: File, index: Index) -> Example:
         shared = self._shared
         facts = _measured(file, index)
-        source = FileSource(file.path, file.name, self._root, facts["digest"])
+        source = FileSource(file.path, file.name, self._listing.root, facts["digest"])
         repeats, class_tokens, folder = self._of_folder(file.name)
         if repeats > _USUAL_REPEATS:
             self._unusual[folder] = (repeats, self._unusual.get(folder, (repeats, 0))[1] + 1)
@@ -285,7 +281,7 @@ class _Reader:
 
     def _of_folder(self, name: str) -> tuple[int, str, str]:
         """Return repeats, class tokens and name of the nearest folder that has repeats in its name."""
-        folders = [os.path.basename(self._root), *name.split("/")[:-1]]
+        folders = [os.path.basename(self._listing.root), *name.split("/")[:-1]]
         for folder in reversed(folders):
             match = _REPEAT_FOLDER.fullmatch(folder)
             if match:
@@ -346,9 +342,9 @@ def check_captions(dataset: Dataset) -> None:
     """Raise DatasetError if an example has neither a caption nor a trigger."""
     bare = [example.source.name for example in dataset.examples if not captions.plain(example)]
     if bare:
-        listed = ", ".join(bare[:5]) + (" ..." if len(bare) > 5 else "")
         raise DatasetError(
-            f"{len(bare)} of {len(dataset.examples)} pictures have neither a caption nor a trigger: {listed}.",
+            f"{len(bare)} of {len(dataset.examples)} pictures have neither a caption nor a trigger: "
+            f"{join_first(bare, 5)}.",
             "Write a caption into a .txt file next to each picture, or set the dataset's trigger.",
             "dataset",
         )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -49,45 +50,41 @@ _NO_GRADIENT = (
 _BLOCK = re.compile(r"^.*?\.\d+(?=\.)")
 
 
-def directional_error(
-    loss: Callable[[], torch.Tensor], parameters: list[nn.Parameter], step: float = 1e-2, seed: int = 0
+def gradients_of(loss: torch.Tensor, parameters: list[nn.Parameter]) -> list[torch.Tensor]:
+    """Return autograd's gradients, zeros for parameters that the loss does not use."""
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True)]
+
+
+def slope_of(parameters: list[nn.Parameter], gradients: list[torch.Tensor]) -> tuple[float, list[torch.Tensor]]:
+    """Return autograd's derivative along a direction of length one, and the direction.
+
+    The direction is half random, half the gradient's. Among many parameters, a purely random direction has almost no
+    slope, and the difference would vanish in the loss's rounding.
+    """
+    source = generator("direction", 0)
+    noise = [torch.randn(p.shape, generator=source, dtype=torch.float32).to(p) for p in parameters]
+    directions = _unit([a + b for a, b in zip(_unit(noise), _unit(gradients), strict=True)])
+    return sum(float((_exact(g) * _exact(d)).sum()) for g, d in zip(gradients, directions, strict=True)), directions
+
+
+def slope_error(
+    loss: Callable[[], torch.Tensor], parameters: list[nn.Parameter], slope: float, directions: list, step: float
 ) -> tuple[float, float]:
-    """Compare autograd with a Richardson-refined central difference along one direction.
+    """Compare a slope with a Richardson-refined central difference.
 
     Args:
-        loss: returns the scalar loss; called once with and four times without gradients.
+        loss: returns the scalar loss; called four times without gradients.
         parameters: the parameters to vary, at the point to check.
         step: length of the longer difference; the refinement also uses half of it.
 
     Returns:
         (relative error, finite difference).
     """
-    exact, directions = _slope(parameters, _gradients(loss(), parameters), seed)
-    return _refined(loss, parameters, exact, directions, step)
-
-
-def _gradients(loss: torch.Tensor, parameters: list) -> list[torch.Tensor]:
-    found = torch.autograd.grad(loss, parameters, allow_unused=True)
-    return [torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True)]
-
-
-def _slope(parameters: list, gradients: list, seed: int) -> tuple[float, list]:
-    """Return autograd's derivative along a direction of length one, and the direction.
-
-    The direction is half random, half the gradient's. Among many parameters, a purely random direction has almost no
-    slope, and the difference would vanish in the loss's rounding.
-    """
-    source = generator("direction", seed)
-    noise = [torch.randn(p.shape, generator=source, dtype=torch.float32).to(p) for p in parameters]
-    directions = _unit([a + b for a, b in zip(_unit(noise), _unit(gradients), strict=True)])
-    return sum(float((_exact(g) * _exact(d)).sum()) for g, d in zip(gradients, directions, strict=True)), directions
-
-
-def _refined(loss: Callable, parameters: list, exact: float, directions: list, step: float) -> tuple[float, float]:
     coarse = _central(loss, parameters, directions, step)
     fine = _central(loss, parameters, directions, step / 2)
     reference = (4 * fine - coarse) / 3
-    return abs(exact - reference) / max(abs(reference), 1e-12), reference
+    return abs(slope - reference) / max(abs(reference), 1e-12), reference
 
 
 def _exact(tensor: torch.Tensor) -> torch.Tensor:
@@ -130,28 +127,42 @@ def check_gradient(
     Raises:
         ModelError: the model has no gradient, or its error is above the tolerance. The error names the wrong blocks.
     """
-    parameters = list(trainables.values())
+    try:
+        with _without_tf32(), _shifted(list(trainables.values())):
+            return _check(loss, trainables, tolerance)
+    except RuntimeError as broken:
+        if not any(part in str(broken) for part in _NO_GRADIENT):
+            raise
+        raise ModelError(
+            "This model has no gradient: it overwrites values that the backward pass needs, "
+            f"or runs an operation without a backward ({str(broken).splitlines()[0]}).",
+            "Graft cannot train it yet. Please report the model's name.",
+            "model",
+        ) from broken
+
+
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    """Turn off TF32 within the block: it rounds more than the loss differences that are compared."""
+    flags = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = flags
+
+
+@contextmanager
+def _shifted(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Change parameters by small random numbers within the block."""
     kept = [parameter.detach().clone() for parameter in parameters]
     source = generator("check", 0)
-    rounded = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    # TF32 rounds more than the loss differences that are compared.
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     try:
         with torch.no_grad():
             for parameter in parameters:
                 parameter.add_(torch.randn(parameter.shape, generator=source).to(parameter) * 0.02)
-        return _check(loss, trainables, tolerance)
-    except RuntimeError as broken:
-        if any(part in str(broken) for part in _NO_GRADIENT):
-            raise ModelError(
-                "This model has no gradient: it overwrites values that the backward pass needs, "
-                f"or runs an operation without a backward ({str(broken).splitlines()[0]}).",
-                "Graft cannot train it yet. Please report the model's name.",
-                "model",
-            ) from broken
-        raise
+        yield
     finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = rounded
         with torch.no_grad():
             for parameter, value in zip(parameters, kept, strict=True):
                 parameter.copy_(value)
@@ -160,7 +171,7 @@ def check_gradient(
 def _check(loss: Callable, trainables: dict[str, nn.Parameter], tolerance: float) -> float:
     parameters = list(trainables.values())
     recorded = loss()
-    gradients = dict(zip(trainables, _gradients(recorded, parameters), strict=True))
+    gradients = dict(zip(trainables, gradients_of(recorded, parameters), strict=True))
     value = float(recorded.detach())
     with torch.no_grad():
         apart = abs(float(loss()) - value) / max(abs(value), 1e-12)
@@ -204,7 +215,7 @@ def _compare(
         value: the loss, which determines the rounding of the difference.
         quick: try half the evaluations first; for most blocks they suffice.
     """
-    slope, directions = _slope(parameters, gradients, 0)
+    slope, directions = slope_of(parameters, gradients)
     noise = _ROUNDING * abs(value)
     first = _STEP
     while noise / first > _EXCUSED * abs(slope) and first < _LONGEST:
@@ -224,7 +235,7 @@ def _compare(
     share = math.inf
     shorter = [step for step in _SHORTER if noise / step <= _DROWNED * abs(slope)]
     for step in (*(step for step in longer if step <= first), _STEP, *shorter):
-        share, difference = _refined(loss, parameters, slope, directions, step)
+        share, difference = slope_error(loss, parameters, slope, directions, step)
         if passes(difference, step):
             return share, False
     return share, True

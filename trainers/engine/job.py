@@ -21,7 +21,6 @@ from ..formats import atomic, json_files
 from ..preprocessing.prepare import Prepared, prepare
 from ..protocols import Host
 from ..recipe.recipe import Recipe
-from ..runs import run_lock
 from ..runs.folders import Folders
 from ..text import safe_name
 from .job_json import check_text_field, dataset_as_json, decode_dataset, decode_recipe
@@ -49,7 +48,7 @@ class Job:
 
     Attributes:
         base: JSON object that the host needs to find its model again.
-        cache: folder of the latents and conditionings.
+        cache: folder of the latents and conditionings; in a file, empty for the job's own.
         start: path of the adapter file in the job to start from; empty if there is none, or if the recipe names one of
             the host's list.
         embedded: hash of the embedding files that the captions use; None in jobs of earlier versions.
@@ -58,8 +57,8 @@ class Job:
     recipe: Recipe
     dataset: Dataset
     base: dict[str, Any]
-    cache: str
-    start: str
+    cache: str = ""
+    start: str = ""
     embedded: str | None = None
 
     def folders(self, host: Folders) -> Folders:
@@ -84,11 +83,10 @@ def export_job(
     _check_replaceable(path)
     with _replaced(path) as temporary:
         copy = os.path.join(temporary, _CACHE)
-        since = run_lock.earliest_start(folders.runs)
-        prepared = prepare(task.dataset, recipe, host, folders.cache, folders.cache_limit, copy, since)
+        prepared = prepare(task.dataset, recipe, host, folders, copy)
         if recipe.start_from:
             _copy(folders.adapter_of(recipe.start_from), os.path.join(temporary, _START))
-        _write(temporary, recipe, _marked(dataset, prepared), base, "", task.embedded)
+        _write(temporary, Job(recipe, _marked(dataset, prepared), base, embedded=task.embedded))
     return path
 
 
@@ -101,9 +99,8 @@ def write_local_job(
         GraftError: as in `export_job`.
     """
     task = task_of(recipe, dataset, host, folders)
-    since = run_lock.earliest_start(folders.runs)
-    prepared = prepare(task.dataset, recipe, host, folders.cache, folders.cache_limit, used_since=since)
-    _write(path, recipe, _marked(dataset, prepared), base, os.path.abspath(folders.cache), task.embedded)
+    prepared = prepare(task.dataset, recipe, host, folders)
+    _write(path, Job(recipe, _marked(dataset, prepared), base, os.path.abspath(folders.cache), "", task.embedded))
 
 
 def _marked(dataset: Dataset, prepared: Prepared) -> Dataset:
@@ -119,14 +116,15 @@ def _marked(dataset: Dataset, prepared: Prepared) -> Dataset:
     return replace(dataset, examples=examples)
 
 
-def _write(folder: str, recipe: Recipe, dataset: Dataset, base: dict, cache: str, embedded: str) -> None:
+def _write(folder: str, job: Job) -> None:
+    """Write the job.json of a folder that already has the adapter to start from, if any."""
     value = {
         "format": _FORMAT,
-        "recipe": recipe.as_json(),
-        "dataset": dataset_as_json(dataset),
-        "base": base,
-        "cache": cache,
-        "embedded": embedded,
+        "recipe": job.recipe.as_json(),
+        "dataset": dataset_as_json(job.dataset),
+        "base": job.base,
+        "cache": job.cache,
+        "embedded": job.embedded,
     }
     start = os.path.join(folder, _START)
     if os.path.isfile(start):
@@ -235,32 +233,37 @@ def read_job(folder: str, is_local: bool = False) -> Job:
         raise RunError(f"The file '{path}' is too large to be a job.", "Export it again.")
     value = json_files.read_json(path)
     try:
-        if value["format"] != _FORMAT:
-            raise RunError(
-                f"The job '{path}' has the unknown format {value['format']!r:.40}.",
-                "Export it again with this version.",
-            )
-        recipe = decode_recipe(value["recipe"])
-        dataset = decode_dataset(value["dataset"])
-        cache = check_text_field(value["cache"])
-        start = os.path.join(folder, _START)
-        if not is_local:
-            _check_own(path, cache, "" if os.path.isfile(start) else recipe.start_from)
-        base = value["base"]
-        if not isinstance(base, dict):
-            raise ValueError("its base is not an object")
-        # Verify the checksum last: the other errors say more.
-        json_files.read_own_json(path)
-        if "start" in value and (not os.path.isfile(start) or atomic.file_hash(start) != value["start"]):
-            raise RunError(f"The file '{start}' has changed since the export.", "Export the job again.")
-        cache = cache or os.path.join(folder, _CACHE)
-        embedded = check_text_field(value["embedded"]) if "embedded" in value else None
-        return Job(recipe, dataset, base, cache, start if os.path.isfile(start) else "", embedded)
+        return _decode_job(path, value, is_local)
     except RunError:
         raise
     except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         reason = error.message if isinstance(error, GraftError) else f"{error!r:.200}"
         raise RunError(f"The job '{path}' is damaged ({reason}).", "Export it again.") from error
+
+
+def _decode_job(path: str, value: Any, is_local: bool) -> Job:
+    """Return the job of a job.json. Raise RunError or the errors of wrong keys and types."""
+    if value["format"] != _FORMAT:
+        raise RunError(
+            f"The job '{path}' has the unknown format {value['format']!r:.40}.", "Export it again with this version."
+        )
+    recipe = decode_recipe(value["recipe"])
+    dataset = decode_dataset(value["dataset"])
+    cache = check_text_field(value["cache"])
+    start = os.path.join(os.path.dirname(path), _START)
+    has_start = os.path.isfile(start)
+    if not is_local:
+        _check_own(path, cache, "" if has_start else recipe.start_from)
+    base = value["base"]
+    if not isinstance(base, dict):
+        raise ValueError("its base is not an object")
+    # Verify the checksum last: the other errors say more.
+    json_files.read_own_json(path)
+    if "start" in value and (not has_start or atomic.file_hash(start) != value["start"]):
+        raise RunError(f"The file '{start}' has changed since the export.", "Export the job again.")
+    cache = cache or os.path.join(os.path.dirname(path), _CACHE)
+    embedded = check_text_field(value["embedded"]) if "embedded" in value else None
+    return Job(recipe, dataset, base, cache, start if has_start else "", embedded)
 
 
 def _check_own(job: str, cache: str, start_from: str) -> None:

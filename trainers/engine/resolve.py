@@ -54,7 +54,7 @@ class RecipeInputs:
         learning_rate: 0 for the default of family, method and optimizer.
         rank: ignored if the method has no rank.
         resolution: 0 for the family's default.
-        embedding: the embedding that the node itself trains; None for the embedding of the pivotal options, if any.
+        embedding_spec: the node's own embedding; None for the embedding of the pivotal options, if any.
     """
 
     method: str
@@ -65,7 +65,7 @@ class RecipeInputs:
     seed: int
     resolution: int
     trigger: str
-    embedding: EmbeddingSpec | None = None
+    embedding_spec: EmbeddingSpec | None = None
 
 
 # Fields of a recipe by those of an EmbeddingSpec.
@@ -92,14 +92,14 @@ def resolve(options: Options, family: Family, inputs: RecipeInputs) -> Recipe:
     _check_text_encoder(options)
     fields = {
         **_option_fields(options),
-        **_embedding_fields(options, inputs.embedding),
+        **_embedding_fields(options, inputs.embedding_spec),
         **_input_fields(inputs),
         "method": name,
         "rank": inputs.rank if method.ranked else 0,
         "family": family.name,
         "objective": objective_of(options.values_of("objective")),
     }
-    recipe = Recipe(**_with_defaults(fields, family, method, alone=inputs.embedding is not None))
+    recipe = Recipe(**_with_defaults(fields, family, method, alone=inputs.embedding_spec is not None))
     check_recipe(recipe)
     return recipe
 

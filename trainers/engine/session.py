@@ -16,7 +16,7 @@ from ..methods import METHODS, textual_inversion
 from ..optimizers import OPTIMIZERS
 from ..preprocessing.prepare import Prepared, prepare
 from ..protocols import base_digest, embedded_digest
-from ..runs import earlier, run_lock, tensorboard
+from ..runs import earlier, tensorboard
 from ..runs.checkpoint import State
 from ..runs.folders import Products
 from ..runs.run import PAUSED, STOPPED, Run
@@ -253,11 +253,10 @@ def _train(session: _Session, state: State) -> Result:
     from .loop import train
     from .preflight import check_gradients, check_keys
 
-    recipe, host, run, folders = session.recipe, session.host, session.run, session.folders
+    recipe, host, run = session.recipe, session.host, session.run
     _check_packages(session)
     resumed_from = state.step
-    since = run_lock.earliest_start(folders.runs)
-    prepared = prepare(session.task.dataset, recipe, host, folders.cache, folders.cache_limit, used_since=since)
+    prepared = prepare(session.task.dataset, recipe, host, session.folders)
     host.report_phase("loading")
     with session.modules.training(recipe.offload == "on" or session.is_sharded):
         block_count = session.modules.checkpoint()

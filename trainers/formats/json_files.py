@@ -97,6 +97,22 @@ def read_own_json(path: str) -> Any:
     return value
 
 
+def read_own_object(path: str, remedy: str) -> dict[str, Any]:
+    """Return the JSON object in a file of Graft's, empty if the file is missing, damaged or holds something else.
+
+    Args:
+        remedy: sentence for the log: what Graft does without a damaged file.
+    """
+    if not os.path.exists(path):
+        return {}
+    try:
+        value = read_own_json(path)
+    except RunError as error:
+        log.warning("Graft: %s %s", error, remedy)
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
 def _json_sum(value: dict[str, Any]) -> str:
     # Convert to JSON and back first: integer keys become strings, which sort differently.
     text = json.dumps(json.loads(json.dumps(value)), sort_keys=True)

@@ -245,7 +245,6 @@ def misfit_of_layer(held: dict[str, torch.Tensor], shape: tuple[int, ...]) -> st
         shape: shape of the weight, [out, in, ...].
     """
     layer = f"the layer {list(shape)}"
-    inner = math.prod(shape[1:])
     if "reshape_weight" in held:
         return ""
     if "set_weight" in held:
@@ -256,28 +255,39 @@ def misfit_of_layer(held: dict[str, torch.Tensor], shape: tuple[int, ...]) -> st
     if own_shape is not None and WHOLE in held:
         if own_shape != tuple(shape):
             return f"the shape {list(own_shape)}, {layer}"
-    elif own_shape is not None and (own_shape[0] != shape[0] or math.prod(own_shape[1:]) != inner):
+    elif own_shape is not None and (own_shape[0] != shape[0] or math.prod(own_shape[1:]) != math.prod(shape[1:])):
         return f"the shape {list(own_shape)}, {layer}"
-    if "oft_blocks" in held:
-        *steps, count, size, _ = held["oft_blocks"].shape
-        # Each step of BOFT combines rows that lie twice as far apart as in the step before.
-        misaligned = steps and (size % 2 or shape[0] % (size * 2 ** (min(steps[0], 32) - 1)))
-        if count * size != shape[0] or misaligned:
-            return f"oft_blocks {list(held['oft_blocks'].shape)} for {count * size} rows, {layer}"
-    if "rescale" in held and "oft_blocks" in held and held["rescale"].numel() not in (1, shape[0]):
-        return f"rescale {list(held['rescale'].shape)}, {layer}"
-    if all(name in held for name in _GLORA):
-        a1, a2, b1, b2 = (held[name].flatten(1).shape for name in _GLORA)
-        old = a2[1] == a1[0] and b2[1] == b1[0] and (b2[0], b1[1], a2[0], a1[1]) == (shape[0], inner, inner, inner)
-        inputs = shape[1] if len(shape) > 1 else 1
-        new = a1[1] == a2[0] and b1[1] == b2[0] and (a1[0], a2[1], b1[0], b2[1]) == (inputs, inputs, shape[0], inner)
-        if not old and not new:
-            return f"the factors {', '.join(str(list(size)) for size in (a1, a2, b1, b2))}, {layer}"
+    if "oft_blocks" in held and (reason := _misfit_of_rotation(held, shape[0])):
+        return f"{reason}, {layer}"
+    if all(name in held for name in _GLORA) and not _is_glora_of(held, shape):
+        sizes = (str(list(held[name].flatten(1).shape)) for name in _GLORA)
+        return f"the factors {', '.join(sizes)}, {layer}"
     if DORA in held:
         ones = [1] * (len(shape) - 2)
         if len(shape) < 2 or list(held[DORA].shape) not in ([shape[0], 1, *ones], [1, shape[1], *ones]):
             return f"{DORA} {list(held[DORA].shape)}, {layer}"
     return ""
+
+
+def _misfit_of_rotation(held: dict[str, torch.Tensor], rows: int) -> str:
+    """Return the reason why the blocks of OFT or BOFT do not rotate so many rows, empty if they do."""
+    *steps, count, size, _ = held["oft_blocks"].shape
+    # Each step of BOFT combines rows that lie twice as far apart as in the step before.
+    is_misaligned = steps and (size % 2 or rows % (size * 2 ** (min(steps[0], 32) - 1)))
+    if count * size != rows or is_misaligned:
+        return f"oft_blocks {list(held['oft_blocks'].shape)} for {count * size} rows"
+    if "rescale" in held and held["rescale"].numel() not in (1, rows):
+        return f"rescale {list(held['rescale'].shape)}"
+    return ""
+
+
+def _is_glora_of(held: dict[str, torch.Tensor], shape: tuple[int, ...]) -> bool:
+    """Report whether the factors of GLoRA, in either order of the formats, fit a weight of a shape."""
+    a1, a2, b1, b2 = (held[name].flatten(1).shape for name in _GLORA)
+    inner, inputs = math.prod(shape[1:]), shape[1] if len(shape) > 1 else 1
+    if a2[1] == a1[0] and b2[1] == b1[0] and (b2[0], b1[1], a2[0], a1[1]) == (shape[0], inner, inner, inner):
+        return True
+    return a1[1] == a2[0] and b1[1] == b2[0] and (a1[0], a2[1], b1[0], b2[1]) == (inputs, inputs, shape[0], inner)
 
 
 def _misfit_of_lora(held: dict[str, torch.Tensor]) -> str:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +11,7 @@ from ..data.prior import refuse_if_one_sided
 from ..data.scan import shortened
 from ..errors import DatasetError
 from ..protocols import SOURCE
+from ..runs import run_lock
 from .cache import cache_size, prune
 from .cache_filler import CacheFiller
 from .crops import CroppedExample, all_resolutions, crop_examples, held_out
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from ..data.examples import Dataset
     from ..protocols import Host
     from ..recipe.recipe import Recipe
+    from ..runs.folders import Folders
     from .items import DatasetItem
 
 log = logging.getLogger(__name__)
@@ -55,30 +55,50 @@ class Prepared:
         return {**counts, "class_images": len(class_images)} if class_images else counts
 
 
-def prepare(
-    dataset: Dataset,
-    recipe: Recipe,
-    host: Host,
-    cache_folder: str,
-    cache_limit: int,
-    copy: str = "",
-    used_since: float = math.inf,
-) -> Prepared:
+def prepare(dataset: Dataset, recipe: Recipe, host: Host, folders: Folders, copy: str = "") -> Prepared:
     """Encode uncached pictures and captions, and return the examples as dataset items.
 
     Args:
         copy: folder for a cache of only what this training needs; empty for none.
-        used_since: keep cache files used after this time (seconds since the epoch); other running trainings need them.
 
     Raises:
         DatasetError: nothing is left to train on, or something cannot be encoded.
         SettingsError: the validation split leaves nothing to train on.
     """
-    started = min(time.time(), used_since)
+    # Other running trainings still need the cache files that they used.
+    used_since = run_lock.earliest_start(folders.runs)
     _refuse_sources(dataset, host)
+    caches = DatasetCaches(folders.cache, recipe, host)
+    training, validation, unusable = _encode(dataset, recipe, host, caches)
+    if copy:
+        caches.copy_used(copy)
+    removed = prune(folders.cache, folders.cache_limit, used_since)
+    if removed:
+        log.info("Graft: removed %.1f GB of the oldest cached latents and texts.", removed / 1e9)
+    left_out = (*dataset.left_out, *unusable)
+    _report_warnings(dataset, recipe, host, training, left_out)
+    examples = [*training, *validation]
+    reader = SampleReader(caches, recipe, host.denoiser, len(dataset.examples))
+    return Prepared(
+        training=reader.items(training),
+        validation=reader.items(validation),
+        places=frozenset(cropped.place for cropped in examples),
+        left_out=left_out,
+        facts={
+            "left_out": [str(row) for row in left_out],
+            **_count_image_conditionings(examples, caches),
+            "latents": _describe_latents(examples[0], caches),
+            "cache_bytes": cache_size(folders.cache),
+        },
+    )
+
+
+def _encode(
+    dataset: Dataset, recipe: Recipe, host: Host, caches: DatasetCaches
+) -> tuple[list[CroppedExample], list[CroppedExample], list[LeftOut]]:
+    """Fill the caches, and return (training examples, validation examples, pictures that cannot be used)."""
     geometries = {side: host.denoiser.geometry(side or recipe.resolution) for side in all_resolutions(dataset)}
     examples, unusable = crop_examples(dataset, geometries)
-    caches = DatasetCaches(cache_folder, recipe, host)
     filler = CacheFiller(caches, recipe, host)
     examples = filler.fill_pictures(examples, unusable)
     _refuse_if_empty(dataset, examples, unusable)
@@ -88,27 +108,7 @@ def prepare(
     validation = [cropped for cropped in examples if cropped.place in places]
     filler.fill_captions(training, validation, len(dataset.examples))
     filler.check_inputs(examples[0])
-    if copy:
-        caches.copy_used(copy)
-    removed = prune(cache_folder, cache_limit, started)
-    if removed:
-        log.info("Graft: removed %.1f GB of the oldest cached latents and texts.", removed / 1e9)
-    left_out = (*dataset.left_out, *unusable)
-    _report_warnings(dataset, recipe, host, training, left_out)
-    facts = {
-        "left_out": [str(row) for row in left_out],
-        **_count_image_conditionings(examples, caches),
-        "latents": _describe_latents(examples[0], caches),
-        "cache_bytes": cache_size(cache_folder),
-    }
-    reader = SampleReader(caches, recipe, host.denoiser, len(dataset.examples))
-    return Prepared(
-        training=reader.items(training),
-        validation=reader.items(validation),
-        places=frozenset(cropped.place for cropped in examples),
-        left_out=left_out,
-        facts=facts,
-    )
+    return training, validation, unusable
 
 
 def _refuse_sources(dataset: Dataset, host: Host) -> None:

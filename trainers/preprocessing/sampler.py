@@ -46,7 +46,7 @@ class _Rounds:
 
 @dataclass(frozen=True)
 class _Layout:
-    """Order of a dataset's visits; the arguments are those of `epoch_batches`."""
+    """Order of a dataset's visits; the arguments are those of `batches_from`."""
 
     buckets: list
     own: _Rounds
@@ -177,32 +177,6 @@ class _Layout:
         return np.concatenate(dealt)
 
 
-def epoch_batches(
-    buckets: Sequence,
-    repeats: Sequence[int],
-    batch_size: int,
-    seed: int,
-    epoch: int,
-    prior: Sequence[bool] = (),
-) -> list[list[int]]:
-    """Return the batches of one epoch: every example as often as its repeats say, each batch from one bucket.
-
-    A bucket's last batch may be smaller than `batch_size`, since no example is dropped. With class images, an epoch
-    holds as many of them as of the others, and spreads them evenly over each bucket's batches.
-
-    Args:
-        buckets: the bucket of each example, anything hashable.
-        repeats: visits of each example in an epoch; of a class image, visits in a deck of all class images.
-        seed, epoch: decide the order, the same on every machine.
-        prior: whether each example is a class image; empty for none.
-
-    Returns:
-        Lists of example indices.
-    """
-    layout = _Layout.make(buckets, repeats, batch_size, seed, prior)
-    return [batch.tolist() for number in range(layout.own.count) for batch in layout.batches(epoch, number)]
-
-
 def _spread(members: np.ndarray, classes: np.ndarray | None) -> np.ndarray:
     """Merge both, each in its order, the second evenly among the first: every stretch is as mixed as the whole."""
     if classes is None:
@@ -222,8 +196,14 @@ def batches_from(
 ) -> Iterator[tuple[int, list[tuple[int, int]]]]:
     """Yield (epoch, batch) without end, starting after `position` batches.
 
-    Each member of a batch is (example index, number of earlier visits of that example in the run). Memory does not
-    grow with the repeats: more visits than `_LAID_OUT` are laid out round by round.
+    Each member of a batch is (example index, number of earlier visits of that example in the run). A bucket's last
+    batch may be smaller, since no example is dropped. With class images, an epoch has as many of them as of the others,
+    spread evenly over each bucket's batches. Memory does not grow with the repeats.
+
+    Args:
+        buckets: the bucket of each example, anything hashable.
+        repeats: visits of each example in an epoch; of a class image, visits in a deck of all class images.
+        prior: whether each example is a class image; empty for none.
     """
     layout = _Layout.make(buckets, repeats, batch_size, seed, prior)
     epoch = 0

@@ -110,34 +110,44 @@ def read_state(path: str, step: int) -> State:
                 f"The state '{path}' has the unknown version {plain['version']!r:.40}.", "Start the run over."
             )
         _check_plain(plain, step)
-        state = State(
-            step=plain["step"],
-            batches=plain["batches"],
-            losses=[float(loss) for loss in plain["losses"]],
-            validation=[(int(step), float(loss)) for step, loss in plain["validation"]],
-            optimizer={int(index): _numbers_in(slots) for index, slots in plain["optimiser"].items()},
-            groups=[_numbers_in(group) for group in plain.get("groups", [])],
-            scaler=_numbers_in(plain["scaler"]),
-            frozen=[str(name) for name in plain.get("frozen", [])],
-            loss_by_timestep=LossByTimestep.of_json(plain["levels"]) if "levels" in plain else LossByTimestep(),
-            ema_updates=plain.get("ema_updates"),
-        )
-        for name, tensor in tensors.items():
-            group, _, rest = name.partition("/")
-            if group == "optimiser":
-                index, _, slot = rest.partition("/")
-                state.optimizer.setdefault(int(index), {})[slot] = tensor
-            elif group in ("trainables", "ema", "constants"):
-                if not files.is_finite(tensor):
-                    raise ValueError(f"{name} is not finite")
-                getattr(state, group)[rest] = tensor
-            else:
-                raise ValueError(f"{name} does not belong to a state")
+        state = _state_of(plain)
+        _add_tensors(state, tensors)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         if isinstance(error, RunError):
             raise
         raise RunError(f"The state '{path}' is damaged ({error!r:.200}).", "Remove it.") from error
     return state
+
+
+def _state_of(plain: dict) -> State:
+    """Return a state without its tensors from its JSON fields."""
+    return State(
+        step=plain["step"],
+        batches=plain["batches"],
+        losses=[float(loss) for loss in plain["losses"]],
+        validation=[(int(step), float(loss)) for step, loss in plain["validation"]],
+        optimizer={int(index): _numbers_in(slots) for index, slots in plain["optimiser"].items()},
+        groups=[_numbers_in(group) for group in plain.get("groups", [])],
+        scaler=_numbers_in(plain["scaler"]),
+        frozen=[str(name) for name in plain.get("frozen", [])],
+        loss_by_timestep=LossByTimestep.of_json(plain["levels"]) if "levels" in plain else LossByTimestep(),
+        ema_updates=plain.get("ema_updates"),
+    )
+
+
+def _add_tensors(state: State, tensors: dict[str, torch.Tensor]) -> None:
+    """Put a file's tensors where their names say. Raise ValueError for values that are not finite and other names."""
+    for name, tensor in tensors.items():
+        group, _, rest = name.partition("/")
+        if group == "optimiser":
+            index, _, slot = rest.partition("/")
+            state.optimizer.setdefault(int(index), {})[slot] = tensor
+        elif group in ("trainables", "ema", "constants"):
+            if not files.is_finite(tensor):
+                raise ValueError(f"{name} is not finite")
+            getattr(state, group)[rest] = tensor
+        else:
+            raise ValueError(f"{name} does not belong to a state")
 
 
 def _check_plain(plain: dict, step: int) -> None:

@@ -51,14 +51,8 @@ def claim(folder: str, sampled: str, whole: str) -> bool:
 
 
 def _read(path: str) -> dict[str, str]:
-    if not os.path.exists(path):
-        return {}
-    try:
-        value = json_files.read_own_json(path)
-    except RunError as error:
-        log.warning("Graft: %s Graft writes it again.", error)
-        return {}
-    return {name: one for name, one in value.items() if isinstance(one, str)} if isinstance(value, dict) else {}
+    value = json_files.read_own_object(path, "Graft writes it again.")
+    return {name: digest for name, digest in value.items() if isinstance(digest, str)}
 
 
 def base_digests(host: Host, start: Adapter | None) -> tuple[str, str]:

@@ -229,6 +229,13 @@ def file_tensors(given: Difference) -> dict[str, torch.Tensor]:
     return tensors if given.whole is None else {WHOLE: given.whole, **tensors}
 
 
+def common_rank(tensors: dict[str, torch.Tensor]) -> int | None:
+    """Return the rank of all layers in kohya's file, None if ranks differ or a difference is not in factors."""
+    ranks = {tensor.shape[0] for key, tensor in tensors.items() if key.endswith(f".{DOWN}")}
+    is_whole = any(key.endswith((f".{WHOLE}", f".{BIAS}")) for key in tensors)
+    return ranks.pop() if len(ranks) == 1 and not is_whole else None
+
+
 def fitted(given: Difference, shape: tuple[int, ...]) -> Difference:
     """Return the difference in another shape with the same number of elements."""
     if given.shape == shape:

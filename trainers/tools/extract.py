@@ -12,7 +12,8 @@ from ..formats.adapter import Adapter
 from ..formats.keys import BIAS, WHOLE
 from ..formats.kohya import to_kohya
 from ..formats.metadata import derived
-from .difference import Difference, file_tensors, limited
+from ..text import join_first
+from .difference import Difference, common_rank, file_tensors, limited
 from .resize import check
 
 if TYPE_CHECKING:
@@ -85,11 +86,8 @@ def extract(weights: Iterable[Weight], how: Extraction, metadata: list[dict[str,
     if not layers:
         _refuse(tally)
     tensors = to_kohya(layers, str)
-    ranks = {tensors[key].shape[0] for key in tensors if key.endswith(".lora_down.weight")}
-    whole = any(key.endswith((f".{WHOLE}", f".{BIAS}")) for key in tensors)
     origin = {"tool": "extract", "rank": how.rank, "energy": how.energy, "conv": how.conv, "rest": how.rest}
-    common = ranks.pop() if len(ranks) == 1 and not whole else None
-    return Adapter(tensors, derived(origin, metadata, common)), _report(tally, tensors)
+    return Adapter(tensors, derived(origin, metadata, common_rank(tensors))), _report(tally, tensors)
 
 
 def _refuse(tally: Tally) -> None:
@@ -151,6 +149,5 @@ def _report(tally: Tally, tensors: dict[str, torch.Tensor]) -> str:
         f"Kept: {kept:.4%} of the squared difference, {size / 1e6:.1f} MB",
     ]
     if tally.left_out:
-        more = " ..." if len(tally.left_out) > _LISTED else ""
-        lines.append(f"Differences left out: {', '.join(tally.left_out[:_LISTED])}{more}")
+        lines.append(f"Differences left out: {join_first(tally.left_out, _LISTED)}")
     return "\n".join(lines)

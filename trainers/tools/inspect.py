@@ -13,6 +13,7 @@ from ..errors import ModelError
 from ..formats.json_files import parse_json
 from ..formats.keys import ALPHA, DORA, DOWN, block_of, is_text, split, type_of
 from ..formats.metadata import MADE, title_of
+from ..text import counted, join_first
 from .difference import Difference, difference
 
 if TYPE_CHECKING:
@@ -160,7 +161,7 @@ def headline(findings: Findings) -> str:
     ranks = sorted({row.rank for row in findings.rows if row.rank is not None})
     kinds = " + ".join(kind for kind, _ in Counter(row.kind for row in findings.rows).most_common())
     rank = f", rank {_span(ranks)}" if ranks else ""
-    return f"{kinds or 'nothing'}{rank}, {_counted(len(findings.rows), 'layer')}"
+    return f"{kinds or 'nothing'}{rank}, {counted(len(findings.rows), 'layer')}"
 
 
 def _described(findings: Findings) -> list[str]:
@@ -168,13 +169,13 @@ def _described(findings: Findings) -> list[str]:
         method = findings.method or "an unknown type"
         return [f"No layers to apply: {method} in peft's form needs the model's weights."]
     kinds = Counter(row.kind for row in findings.rows)
-    named = ", ".join(f"{kind} ({_counted(number, 'layer')})" for kind, number in kinds.most_common())
+    named = ", ".join(f"{kind} ({counted(number, 'layer')})" for kind, number in kinds.most_common())
     lines = [f"Type: {named}" + (f"; trained as {findings.method}" if findings.method else "")]
     ranks = Counter(row.rank for row in findings.rows if row.rank is not None)
     if len(ranks) == 1:
         lines.append(f"Rank: {next(iter(ranks))}")
     elif ranks:
-        lines.append("Ranks: " + ", ".join(f"{rank} ({_counted(ranks[rank], 'layer')})" for rank in sorted(ranks)))
+        lines.append("Ranks: " + ", ".join(f"{rank} ({counted(ranks[rank], 'layer')})" for rank in sorted(ranks)))
     scales = sorted({round(row.scale, 6) for row in findings.rows if row.scale is not None})
     if scales:
         lines.append(f"Effective scale (alpha / rank): {_span(scales)}")
@@ -244,14 +245,8 @@ def _fitting(fit: Fit | None) -> list[str]:
 
 
 def _named(what: str, names: list[str]) -> list[str]:
-    if not names:
-        return []
-    return [f"{len(names)} {what}: {', '.join(names[:_LISTED])}{' ...' if len(names) > _LISTED else ''}"]
+    return [f"{len(names)} {what}: {join_first(names, _LISTED)}"] if names else []
 
 
 def _span(values: list) -> str:
     return f"{values[0]:g}" if len(values) == 1 else f"{values[0]:g} to {values[-1]:g}"
-
-
-def _counted(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"

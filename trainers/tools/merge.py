@@ -13,7 +13,7 @@ from ..formats.keys import common_name, layouts
 from ..formats.kohya import to_kohya
 from ..formats.metadata import derived
 from ..rng import stream_seed
-from .difference import Difference, alike, check_size, differences, file_tensors, fitted, limited
+from .difference import Difference, alike, check_size, common_rank, differences, file_tensors, fitted, limited
 
 if TYPE_CHECKING:
     import torch
@@ -76,10 +76,7 @@ def merge(
     given = [differences(adapter, input) for adapter, input in zip((a, b), _INPUTS, strict=True)]
     sources = [getattr(adapter, "metadata", {}) for adapter in (a, b)]
     _check_related(given, sources)
-    names: dict[tuple[str, str], dict[int, str]] = {}
-    for index, layers in enumerate(given):
-        for name in layers:
-            names.setdefault(common_name(name), {})[index] = name
+    names = _names(given)
     merged_layers = {}
     for place, (common, held) in enumerate(names.items()):
         tick(place, len(names))
@@ -90,13 +87,19 @@ def merge(
             merged_layers[name] = merged
     tick(len(names), len(names))
     tensors = to_kohya({name: file_tensors(layer) for name, layer in merged_layers.items()}, str)
-    ranks = {tensors[key].shape[0] for key in tensors if key.endswith(".lora_down.weight")}
-    whole = any(key.endswith((".diff", ".diff_b")) for key in tensors)
     origin = {"tool": "merge", "method": how.method, "weights": list(how.weights), "rank": how.rank}
     if how.method not in (SUM, SVD):
         origin.update(density=how.density, seed=how.seed)
-    rank = ranks.pop() if len(ranks) == 1 and not whole else None
-    return Adapter(tensors, derived(origin, sources, rank))
+    return Adapter(tensors, derived(origin, sources, common_rank(tensors)))
+
+
+def _names(given: list[dict[str, Difference]]) -> dict[tuple[str, str], dict[int, str]]:
+    """Return each layer's name in the adapters that have it, by its common name and the adapter's position."""
+    names: dict[tuple[str, str], dict[int, str]] = {}
+    for index, layers in enumerate(given):
+        for name in layers:
+            names.setdefault(common_name(name), {})[index] = name
+    return names
 
 
 def _check_related(given: list[dict[str, Difference]], sources: list[dict[str, str]]) -> None:

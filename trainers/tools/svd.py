@@ -35,6 +35,7 @@ def factor(matrix: torch.Tensor, rank: int, energy: float, trim: bool = False) -
     """Return the best factors (up [out, k], down [k, in]) of a matrix [out, in] (Eckart and Young 1936).
 
     Both factors have the square roots of the singular values.
+
     Args:
         trim: whether to drop singular values that are only rounding errors too.
     """

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from comfy.sd import CLIP, VAE
 
     from ....trainers.data.examples import Dataset
+    from ..model.sampling import ClassSampler
 
 log = logging.getLogger(__name__)
 
@@ -111,17 +112,18 @@ def make(model: ModelPatcher, clip: CLIP, vae: VAE, request: ClassImageRequest, 
     images = ClassImages(paths.class_images_folder(), drawing, before if is_ours else None)
     numbers = range(request.first, request.count)
     missing = images.missing(numbers)
-    _draw(images, missing, request, model, clip, vae, node)
+    if missing:
+        # Import late: ComfyUI's samplers are not needed if all images exist.
+        from ..model.sampling import ClassSampler
+
+        _draw(images, missing, request, ClassSampler(model, text, vae), node)
     previews = [paths.ui_image(images.path(number)) for number in numbers]
     return ClassImageSet(images.dataset(numbers, geometry.resolution), len(missing), images.folder, previews)
 
 
-def _draw(images: ClassImages, missing: list[int], request: ClassImageRequest, model, clip, vae, node: str) -> None:
-    if not missing:
-        return
-    # Import late: ComfyUI's samplers are not needed if all images exist.
-    from ..model.sampling import ClassSampler
-
+def _draw(
+    images: ClassImages, missing: list[int], request: ClassImageRequest, sampler: ClassSampler, node: str
+) -> None:
     drawing = images.drawing
     log.info("Graft: drawing %d of %d class images for '%s'.", len(missing), request.count, drawing.prompt)
     preview = PreviewRequest(
@@ -134,7 +136,6 @@ def _draw(images: ClassImages, missing: list[int], request: ClassImageRequest, m
         drawing.seed,
         drawing.negative,
     )
-    sampler = ClassSampler(model, ComfyText(clip), vae)
     tick = gallery(node, request.count)
     done = request.count - len(missing)
     for start in range(0, len(missing), request.batch_size):

@@ -15,6 +15,7 @@ from ....trainers.errors import SettingsError
 from ....trainers.families import family_of
 from ....trainers.preprocessing.pixels import to_array
 from ....trainers.protocols import PreviewRequest
+from ....trainers.recipe.parsing import parse_lines
 from ....trainers.tools.compare import grid
 from .. import paths
 from ..model import families
@@ -90,22 +91,15 @@ def compare(
     from ..model.sampling import PromptSampler
 
     check_sockets(model, clip, vae)
-    prompts = tuple(line.strip() for line in request.prompts.splitlines() if line.strip())
+    prompts = parse_lines(request.prompts)
     if not prompts:
         raise SettingsError("There is no prompt to draw.", "Write one or more prompts, one per line.", "prompts")
     columns = columns_of(request, adapters)
-    total = len(prompts) * len(columns)
-    if total > _MOST_PICTURES:
-        raise SettingsError(
-            f"{len(prompts)} prompts with {len(columns)} columns each make {total} pictures; the limit is "
-            f"{_MOST_PICTURES}.",
-            "Write fewer prompts, files or strengths.",
-            "prompts",
-        )
+    _check_count(len(prompts), len(columns))
     # Record the embedding files that the prompts call, so that the node runs again if one is replaced.
     ComfyText(clip).embedded_digest((*prompts, request.negative))
     preview = _preview_request(model, vae, request, prompts)
-    tick = gallery(node, total)
+    tick = gallery(node, len(prompts) * len(columns))
     drawn = []
     for column in columns:
         tick(len(drawn) * len(prompts))
@@ -115,9 +109,18 @@ def compare(
         drawn.append(PromptSampler(given, ComfyText(text), vae).draw(preview))
         tick(len(drawn) * len(prompts), drawn[-1][0])
     rows = list(zip(*drawn, strict=True))
-    image = grid(prompts, [column.label for column in columns], rows)
     batch = torch.stack([torch.from_numpy(to_array(picture)) for row in rows for picture in row])
-    return torch.from_numpy(image)[None], batch
+    return torch.from_numpy(grid(prompts, [column.label for column in columns], rows))[None], batch
+
+
+def _check_count(prompts: int, columns: int) -> None:
+    total = prompts * columns
+    if total > _MOST_PICTURES:
+        raise SettingsError(
+            f"{prompts} prompts with {columns} columns each make {total} pictures; the limit is {_MOST_PICTURES}.",
+            "Write fewer prompts, files or strengths.",
+            "prompts",
+        )
 
 
 def _preview_request(
@@ -187,10 +190,8 @@ def files_of(text: str) -> list[str]:
     # On Windows, ComfyUI's list has backslashes.
     plain = {name.replace(os.sep, "/"): name for name in choices}
     found: list[str] = []
-    for line in text.splitlines():
-        wanted = line.strip().replace("\\", "/")
-        if not wanted:
-            continue
+    for line in parse_lines(text):
+        wanted = line.replace("\\", "/")
         fitting = [wanted] if wanted in plain else sorted(fnmatch.filter(plain, wanted))
         if not fitting:
             raise SettingsError(

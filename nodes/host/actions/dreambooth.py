@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from ....trainers.data.examples import Dataset
     from ....trainers.engine.resolve import Options
 
+    _Draw = Callable[[class_images.ClassImageRequest], class_images.ClassImageSet]
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -31,6 +34,7 @@ class Subject:
         class_images: requested number; 0 for none.
         prior_weight: weight of the class in the loss; 0 preserves nothing.
         prior: one of trainers.data.prior.PRIORS.
+        class_dataset: the user's own class images; None for none.
     """
 
     instance_prompt: str
@@ -38,6 +42,7 @@ class Subject:
     class_images: int
     prior_weight: float
     prior: str
+    class_dataset: Dataset | None = None
 
 
 def train(
@@ -46,7 +51,6 @@ def train(
     vae: VAE,
     dataset: Dataset,
     subject: Subject,
-    class_dataset: Dataset | None,
     widgets: training.TrainInputs,
     options: Options | None,
     node: str,
@@ -57,19 +61,17 @@ def train(
         GraftError: names the input and the cure.
         InterruptProcessingException: ComfyUI's interruption, after progress was saved.
     """
-    return run_controlled(
-        node, lambda _: _train(model, clip, vae, dataset, subject, class_dataset, widgets, options, node)
-    )
+    return run_controlled(node, lambda _: _train(model, clip, vae, dataset, subject, widgets, options, node))
 
 
-def _train(model, clip, vae, dataset, subject, class_dataset, widgets, options, node: str) -> training.TrainOutput:
+def _train(model, clip, vae, dataset, subject, widgets, options, node: str) -> training.TrainOutput:
     checks.check_sockets(model, clip, vae)
     _check_method(widgets.method)
     instance = prior.captioned(dataset, subject.instance_prompt, "instance_prompt")
     instance = replace(instance, trigger=dataset.trigger or " ".join(subject.instance_prompt.split()))
     # Fail here, before hundreds of images are drawn in vain.
     OPTIMIZERS[training.build_recipe(model, instance, widgets, options).optimizer].load()
-    preserved, note = _preserved(model, clip, vae, instance, subject, class_dataset, node)
+    preserved, note = _preserved(instance, subject, lambda request: class_images.make(model, clip, vae, request, node))
     done = training.train(model, clip, vae, preserved, widgets, options, node)
     return replace(done, ui={"text": tuple(f"{text} {note}" for text in done.ui["text"])})
 
@@ -79,7 +81,7 @@ def _check_method(name: str) -> None:
         raise SettingsError(f"Cannot train '{name}'.", "Choose 'LoRA'.", "train")
 
 
-def _preserved(model, clip, vae, dataset: Dataset, subject: Subject, given: Dataset | None, node: str):
+def _preserved(dataset: Dataset, subject: Subject, draw: _Draw) -> tuple[Dataset, str]:
     """Return (dataset with the data that preserves the class, note for the user)."""
     if subject.prior_weight == 0:
         return dataset, "The class is not preserved: prior_weight is 0."
@@ -91,13 +93,13 @@ def _preserved(model, clip, vae, dataset: Dataset, subject: Subject, given: Data
         )
     if subject.class_images == 0:
         return dataset, "The class is not preserved: class_images is 0."
-    classes, note = _classes(model, clip, vae, dataset, subject, given, node)
+    classes, note = _classes(dataset, subject, draw)
     return prior.add_class_images(dataset, classes, subject.prior_weight), note
 
 
-def _classes(model, clip, vae, dataset: Dataset, subject: Subject, given: Dataset | None, node: str):
+def _classes(dataset: Dataset, subject: Subject, draw: _Draw) -> tuple[Dataset, str]:
     """Return (class images, both given and drawn, note for the user)."""
-    usable = 0
+    given, usable = subject.class_dataset, 0
     if given is not None:
         given = prior.captioned(given, subject.class_prompt, "class_prompt")
         usable = sum(not example.held_out for example in given.examples)
@@ -107,7 +109,7 @@ def _classes(model, clip, vae, dataset: Dataset, subject: Subject, given: Datase
     # Number the drawn images after the given ones, which may be the first images of the same drawing.
     count = subject.class_images
     request = class_images.ClassImageRequest(subject.class_prompt, count, resolution=dataset.resolution, first=usable)
-    made = class_images.make(model, clip, vae, request, node)
+    made = draw(request)
     classes = made.dataset if given is None else combine(given, replace(made.dataset, resolution=given.resolution))
     kept = len(made.dataset.examples) - made.drawn
     return classes, f"Class images: {usable} from class_dataset, {kept} reused and {made.drawn} drawn in {made.folder}."

@@ -183,17 +183,7 @@ def build_recipe(model: ModelPatcher, dataset: Dataset, widgets: TrainInputs, op
     Raises:
         SettingsError: a value is out of range, or two values contradict each other.
     """
-    inputs = RecipeInputs(
-        widgets.method,
-        widgets.steps,
-        widgets.learning_rate,
-        widgets.rank,
-        widgets.batch_size,
-        widgets.seed,
-        dataset.resolution,
-        dataset.trigger,
-        widgets.embedding_spec,
-    )
+    inputs = RecipeInputs(**vars(widgets), resolution=dataset.resolution, trigger=dataset.trigger)
     return resolve(options or Options(), family_of(families.family_name(model)), inputs)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import comfy.lora
 import comfy.lora_convert
@@ -44,41 +44,37 @@ def apply_adapter(
         ModelError: the adapter is for another architecture, or for a larger or smaller model.
         SettingsError: a pattern matches no layer's path, or the range is empty.
     """
-    start, end = span
+    _check_span(*span)
+    patches, read = _load(model, clip, adapter)
+    _check_fit(model, clip, adapter, patches)
+    check_pairs(blocks, [path_of(key) for key in patches], "block_strengths")
+    parts = _by_strength(patches, strength_model, blocks)
+    if parts and span != lora_schedule.WHOLE:
+        out_model, used = lora_schedule.add_in_range(classic(model), parts, span)
+    else:
+        out_model, used = _patched(model, parts)
+    out_clip, used_by_clip = _patched(clip, _by_strength(patches, strength_clip, blocks))
+    unread = _unread(adapter, read, clip)
+    if unread and (used or used_by_clip):
+        log.warning("Graft: %d keys of the adapter fit no layer, such as %s.", len(unread), unread[0])
+    return out_model, out_clip
+
+
+def _check_span(start: float, end: float) -> None:
     if start >= end:
         raise SettingsError(
             f"start_percent {start:g} is not less than end_percent {end:g}, so the adapter would never act.",
             "Set a smaller start_percent, or strength_model 0 to switch it off.",
             "start_percent",
         )
-    patches, _ = _load(model, clip, adapter)
-    _check_shapes(model, clip, adapter, patches)
-    if not patches:
-        raise ModelError(
-            f"The adapter fits no layer of the connected model ({type(model.model).__name__}).",
-            "Connect a model of the family that it was trained on, or choose another adapter.",
-            "adapter",
-        )
-    check_pairs(blocks, [path_of(key) for key in patches], "block_strengths")
-    out_model, out_clip = model, clip
-    used = set()
-    parts = _by_strength(patches, strength_model, blocks)
-    if parts and (start, end) == lora_schedule.WHOLE:
-        out_model = model.clone()
-        for part, strength in parts:
-            used.update(out_model.add_patches(part, strength))
-    elif parts:
-        out_model, used = lora_schedule.add_in_range(classic(model), parts, (start, end))
-    parts = _by_strength(patches, strength_clip, blocks)
-    if clip is not None and parts:
-        out_clip = clip.clone()
-        for part, strength in parts:
-            used.update(out_clip.add_patches(part, strength))
-    if used:
-        unread = [key for key in unread_keys(model, clip, adapter) if clip is not None or not _is_text(key)]
-        if unread:
-            log.warning("Graft: %d keys of the adapter fit no layer, such as %s.", len(unread), unread[0])
-    return out_model, out_clip
+
+
+def _patched(patcher, parts: list[tuple[dict, float]]) -> tuple[Any, set]:
+    """Return (clone of a MODEL or CLIP with patches added, keys that they patch); without patches, the input itself."""
+    if patcher is None or not parts:
+        return patcher, set()
+    out = patcher.clone()
+    return out, {key for part, strength in parts for key in out.add_patches(part, strength)}
 
 
 def path_of(key) -> str:
@@ -140,18 +136,17 @@ class Fit:
 def fit(model: ModelPatcher, clip: CLIP | None, adapter: dict[str, torch.Tensor]) -> Fit:
     """Return the use that ComfyUI would make of an adapter."""
     patches, read = _load(model, clip, adapter)
-    unread = [key for key in sorted(adapter) if key not in read and (clip is not None or not _is_text(key))]
     misfits = _misfits(model, clip, adapter, patches)
     # ComfyUI renames the keys of some formats first; their names are unknown here.
     paths = {name: path_of(key) for name, key in _names(model, clip).items()}
-    return Fit(type(model.model.model_config).__name__, len(read), unread, misfits, paths)
+    return Fit(type(model.model.model_config).__name__, len(read), _unread(adapter, read, clip), misfits, paths)
 
 
-def _check_shapes(model: ModelPatcher, clip: CLIP | None, adapter: dict[str, torch.Tensor], patches: dict) -> None:
-    """Refuse an adapter whose layers have another size, which ComfyUI would only log and skip.
+def _check_fit(model: ModelPatcher, clip: CLIP | None, adapter: dict[str, torch.Tensor], patches: dict) -> None:
+    """Refuse an adapter without a layer of the model, or with layers of another size, which ComfyUI would only skip.
 
     Raises:
-        ModelError: a layer does not fit; the message names it.
+        ModelError: no layer fits, or one does not; the message names it.
     """
     for key, what in _misfits(model, clip, adapter, patches):
         text = clip is not None and key in dict(clip.cond_stage_model.named_parameters())
@@ -159,6 +154,12 @@ def _check_shapes(model: ModelPatcher, clip: CLIP | None, adapter: dict[str, tor
         raise ModelError(
             f"The adapter was made for another model: its part for {key} has {what} in the connected "
             f"{type(owner).__name__}.",
+            "Connect a model of the family that it was trained on, or choose another adapter.",
+            "adapter",
+        )
+    if not patches:
+        raise ModelError(
+            f"The adapter fits no layer of the connected model ({type(model.model).__name__}).",
             "Connect a model of the family that it was trained on, or choose another adapter.",
             "adapter",
         )
@@ -258,5 +259,8 @@ class _Watched(dict):
         return super().get(key, default)
 
 
-def _is_text(key: str) -> bool:
-    return key.startswith(_TEXT_PREFIXES)
+def _unread(adapter: dict[str, torch.Tensor], read: set[str], clip: CLIP | None) -> list[str]:
+    """Return the keys that ComfyUI ignores, without a text encoder's keys if none is connected."""
+    return [
+        key for key in sorted(adapter) if key not in read and (clip is not None or not key.startswith(_TEXT_PREFIXES))
+    ]

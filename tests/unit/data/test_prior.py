@@ -2,7 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
-from itertools import islice
+from itertools import islice, takewhile
 
 import numpy as np
 import pytest
@@ -12,10 +12,12 @@ from graft_pack.trainers.data.arrays import from_arrays
 from graft_pack.trainers.data.captions import plain
 from graft_pack.trainers.data.examples import combine
 from graft_pack.trainers.errors import DatasetError, SettingsError
-from graft_pack.trainers.preprocessing.sampler import batches_from, epoch_batches, visits_within
+from graft_pack.trainers.preprocessing.sampler import batches_from, visits_within
 from graft_pack.trainers.protocols import Geometry
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from tests.support.batches import epoch_batches
 
 
 def pictures(count, first=0):
@@ -59,9 +61,8 @@ def test_an_epoch_has_as_many_class_images_as_others_and_drops_none(groups, batc
 def test_class_images_are_taken_in_turn_over_the_epochs(groups, batch_size, seed, epochs):
     """No class image repeats before all others were visited, repeats counted."""
     buckets, repeats, marks = columns(groups)
-    shown = Counter()
-    for epoch in range(epochs):
-        shown.update(i for batch in epoch_batches(buckets, repeats, batch_size, seed, epoch, marks) for i in batch)
+    batches = batches_from(0, buckets, repeats, batch_size, seed, marks)
+    shown = Counter(index for _, batch in takewhile(lambda row: row[0] < epochs, batches) for index, _ in batch)
     deck = [index for index, mark in enumerate(marks) if mark]
     own = sum(times for times, mark in zip(repeats, marks, strict=True) if not mark)
     rounds = epochs * own // sum(repeats[index] for index in deck)

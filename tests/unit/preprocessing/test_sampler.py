@@ -9,10 +9,12 @@ from itertools import islice
 import numpy as np
 import pytest
 from graft_pack.trainers.preprocessing import sampler as order
-from graft_pack.trainers.preprocessing.sampler import batches_from, epoch_batches, visits_within
+from graft_pack.trainers.preprocessing.sampler import batches_from, visits_within
 from graft_pack.trainers.rng import stream_seed
 from hypothesis import given
 from hypothesis import strategies as st
+
+from tests.support.batches import epoch_batches
 
 BUCKETS = [(64, 64), (64, 64), (96, 48), (64, 64), (96, 48), (48, 96), (64, 64)]
 REPEATS = [1, 2, 1, 3, 1, 1, 1]

@@ -8,6 +8,7 @@ import torch
 from graft_pack.trainers.errors import ModelError, SettingsError
 from graft_pack.trainers.formats.adapter import Adapter
 from graft_pack.trainers.formats.keys import common_name, split
+from graft_pack.trainers.rng import stream_seed
 from graft_pack.trainers.tools import merge
 from graft_pack.trainers.tools.difference import difference, differences
 from graft_pack.trainers.tools.inspect import look
@@ -64,24 +65,23 @@ def value_of(adapter, name):
 
 
 @pytest.mark.parametrize("method", PEFT)
-def test_it_is_what_peft_makes(trained, method, monkeypatch):
+def test_it_is_what_peft_makes(trained, method):
     """At full rank, peft's factors hold its whole merged matrix; DARE gets the same draws."""
     net, (a, b) = trained
-    monkeypatch.setattr(merge, "stream_seed", lambda *parts: 7)
     how = merge.Merging((0.7, -0.4), method, 0, 0.4)
     found = merge.merge(a, b, how)
     for place, module in NAMES.items():
         layer = net.base_model.model.get_submodule(module)
         rank = min(layer.weight.shape[0], layer.weight[0].numel())
         with torch.no_grad():
+            torch.manual_seed(stream_seed("merge", how.seed, *common_name(place)))
             up, down = layer_merged(net, layer, PEFT[method], rank)
         expected = (down.flatten(1) @ up.flatten(1)).view(layer.weight.shape)
         assert models.distance(value_of(found, place), expected) <= 1e-5, place
 
 
 def layer_merged(net, layer, kind, rank):
-    """Return a layer's (A, B) by the function behind `LoraModel.add_weighted_adapter`, drawn from the test's seed."""
-    torch.manual_seed(7)
+    """Return a layer's (A, B) by the function behind `LoraModel.add_weighted_adapter`."""
     shape = layer.weight.shape
     # peft elects signs before it weights: the negative weight is folded into the second adapter here.
     folded = copy.deepcopy(layer)
