@@ -5,7 +5,7 @@ import { api } from "../../scripts/api.js";
 import { makeCommands, TAB } from "./commands.js";
 import { followLinks } from "./help.js";
 import { History } from "./history/tab.js";
-import { allNodes, hasSources, pathOf } from "./panel/graph.js";
+import { allNodes, dropQuarantine, hasSources, keepEdits, pathOf } from "./panel/graph.js";
 import { Routes } from "./panel/routes.js";
 import { Store } from "./panel/store.js";
 import { throttled } from "./panel/throttle.js";
@@ -152,7 +152,10 @@ function addPanel(node) {
     setValue: () => {},
   });
   widget.serialize = false; // and from the workflow
-  if (node.subgraph) leaveOut(node);
+  if (node.subgraph) {
+    leaveOut(node);
+    dropQuarantine(node.properties);
+  }
   // The panel shows the sample pictures: ComfyUI's own preview would make the node longer (see panel.css too).
   node.onDrawBackground = () => {};
   node.setSize([Math.max(node.size[0], WIDTH), node.computeSize()[1]]);
@@ -194,6 +197,9 @@ app.registerExtension({
     showUnset(node);
     if (TRAINERS.has(node.comfyClass)) addPanel(node);
     if (node.comfyClass === INSPECTOR) addReport(node);
+  },
+  beforeConfigureGraph(workflow) {
+    keepEdits(workflow, TRAINERS);
   },
   afterConfigureGraph() {
     prompt = {};

@@ -217,6 +217,48 @@ def test_the_node_of_a_blueprint_shows_its_training(opened, page, server, folder
     panel.wait("stopped")
     server.wait(queued)
     assert panel.buttons() == ["Resume"]
+    saved = page.serialize()
+    page.open()
+    page.load(saved)
+    panel = look_at_outer(page)
+    panel.wait("stopped")
+    assert values.items() <= list_widgets(page).items(), "the edits are there after a reload"
+
+
+# A linked widget in `proxyWidgets`, as frontends up to 1.32 save it; newer ones quarantine it with its value.
+ENTRY = ["-1", "rank"]
+QUARANTINE = {"originalEntry": ENTRY, "reason": "missingSourceNode", "hostValue": 16, "attemptedAtVersion": 1}
+
+
+@pytest.mark.parametrize(
+    "properties",
+    [{"proxyWidgets": [ENTRY]}, {"proxyWidgetErrorQuarantine": [QUARANTINE]}],
+    ids=["frontend 1.32", "frontend 1.49"],
+)
+def test_edits_of_an_older_blueprint_survive_a_reload(opened, page, properties):
+    """Workflows that earlier versions of the frontend or of the pack saved keep their edits."""
+    opened(2)
+    workflow = json.loads((make_blueprint.FOLDER / f"{make_blueprint.NAME}.json").read_text())
+    (node,) = workflow["nodes"]
+    names = [slot["name"] for slot in node["inputs"] if "widget" in slot]
+    node["widgets_values"][names.index("rank")] = 32
+    if "proxyWidgets" in properties:
+        properties = {"proxyWidgets": [["-1", name] for name in names]}
+    page.load({**workflow, "nodes": [{**node, "properties": properties}]})
+    look_at_outer(page)
+    assert list_widgets(page)["rank"] == 32, "the last edit"
+    page.set_widget(node["id"], "rank", 8)
+    saved = page.serialize()
+    assert "proxyWidgetErrorQuarantine" not in json.dumps(saved)
+    page.load(saved)
+    look_at_outer(page)
+    assert list_widgets(page)["rank"] == 8
+
+
+def list_widgets(page):
+    """Return the widgets of the subgraph's node as {name: value}."""
+    (widgets,) = [node["widgets"] for node in page.list_nodes() if "trigger" in node["widgets"]]
+    return widgets
 
 
 def look_at_outer(page):

@@ -1,4 +1,4 @@
-// Lookup of a training's nodes in the page's graph, and comparison of their inputs.
+// Lookup of a training's nodes in the page's graph, comparison of their inputs, and repair of saved subgraph nodes.
 
 // Return the nodes on the path to an execution id, "12" or "1:2:3" for a node inside subgraphs: outermost first, the
 // node itself last; empty if there is no such node.
@@ -48,4 +48,25 @@ export function hasSources(prompt, id, sources, node) {
 // Return a value that links to another node's output, [id, slot], else null.
 function linkOf(value, prompt) {
   return Array.isArray(value) && value.length === 2 && Object.hasOwn(prompt, value[0]) ? value : null;
+}
+
+// Keep the edits of subgraph nodes in a saved workflow whose subgraph holds a node of these kinds.
+export function keepEdits({ nodes, definitions }, kinds) {
+  const subgraphs = definitions?.subgraphs ?? [];
+  const inner = new Map(subgraphs.map((subgraph) => [subgraph.id, subgraph.nodes ?? []]));
+  const holds = (id, seen = []) =>
+    !seen.includes(id) && (inner.get(id) ?? []).some(({ type }) => kinds.has(type) || holds(type, [...seen, id]));
+  for (const node of [nodes ?? [], ...inner.values()].flat()) {
+    if (node.properties && holds(node.type)) dropQuarantine(node.properties);
+  }
+}
+
+// Remove the values that newer frontends quarantine for a linked widget ("-1"): at the next load they would replace
+// the user's edits in widgets_values.
+export function dropQuarantine(properties) {
+  const entries = properties.proxyWidgetErrorQuarantine;
+  if (!Array.isArray(entries)) return;
+  const kept = entries.filter(({ originalEntry }) => originalEntry?.[0] !== "-1");
+  if (kept.length) properties.proxyWidgetErrorQuarantine = kept;
+  else delete properties.proxyWidgetErrorQuarantine;
 }
