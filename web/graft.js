@@ -126,7 +126,7 @@ function showAll() {
 function choose(trainings, id) {
   const isHere = (training) => training.node === id && training.workflow !== "" && training.workflow === rootGraph()?.id;
   const isSame = (training) =>
-    training.sources ? hasSources(prompt, id, training.sources, training.node) : isHere(training);
+    training.sources ? hasSources(prompt, id, training.sources, training.node, inputsOf) : isHere(training);
   const live = trainings.findLast((training) => training.isLive && isHere(training));
   if (live) return [live, isSame(live)];
   const same = trainings.findLast(isSame);
@@ -134,6 +134,12 @@ function choose(trainings, id) {
   const node = pathOf(rootGraph(), id).at(-1);
   const kept = panels.get(node)?.training;
   return kept && trainings.includes(kept) ? [kept, false] : [null, false];
+}
+
+// Return the inputs that a node type declares.
+function inputsOf(kind) {
+  const { required, optional } = LiteGraph.registered_node_types[kind]?.nodeData?.input ?? {};
+  return { ...required, ...optional };
 }
 
 function offerPanel(node) {

@@ -341,6 +341,34 @@ def test_values_changed_after_a_run_are_said(opened, page, server):
         assert panel.phase() == "finished" and panel.points() == [1, 2]
 
 
+def test_an_untouched_option_node_changes_nothing(opened, page, server):
+    """The panel compares the values that decide the result, not the number of option nodes."""
+    panel = opened(2)
+    server.wait(page.queue())
+    panel.wait("finished")
+    nodes = {node["type"]: node["id"] for node in page.list_nodes()}
+    added = page.add_node("GraftAdapterOptions", 400, 900)
+    changed = f"You changed values since. Run trains with the new values.\n{WARNING}"
+    page.connect(nodes["GraftObjectiveOptions"], 0, added, "options")
+    page.connect(added, 0, nodes["GraftTrainLoRA"], "options")
+    assert read_note_of_change(page) == WARNING
+    page.set_widget(added, "dropout", 0.1)
+    assert read_note_of_change(page) == changed
+    page.set_widget(added, "dropout", 0.0)
+    assert read_note_of_change(page) == WARNING
+    # Without the three nodes that set nothing; the preview's prompts do not affect the result.
+    page.connect(nodes["GraftRunOptions"], 0, nodes["GraftTrainLoRA"], "options")
+    assert read_note_of_change(page) == WARNING
+    assert panel.phase() == "finished"
+
+
+def read_note_of_change(page):
+    """Return the panel's note after the page has read the changed graph."""
+    page.js("api.dispatchCustomEvent('graphChanged');")
+    time.sleep(1)
+    return page.js("return document.querySelector('.graft-panel .graft-note').textContent;")
+
+
 def test_a_live_run_of_changed_values_keeps_its_buttons(opened, page, server):
     panel = opened(LONG)
     page.queue()
