@@ -11,11 +11,13 @@ from comfy_api.latest import io
 
 from ..trainers.errors import DatasetError, GraftError
 from .checks import check_arrived, title_of
+from .host.server.messages import neutral_inputs
 
 CATEGORY = "graft"
 
-# Key under which an input tells the web page the meaning of its unset value.
+# Keys under which an input tells the web page the meaning of its unset value, and that it does not affect a run.
 _UNSET = "graft_unset"
+_NEUTRAL = "graft_neutral"
 
 Dataset = io.Custom("GRAFT_DATASET")
 Embedding = io.Custom("GRAFT_EMBEDDING")
@@ -55,6 +57,8 @@ def describe(aliases: list[str], words: str = "", **given) -> io.Schema:
         given["search_aliases"] = aliases
     for built in given["inputs"]:
         _mark_unset(built)
+        if built.id in neutral_inputs(given["node_id"]):
+            built.extra_dict = {**(built.extra_dict or {}), _NEUTRAL: True}
     return io.Schema(**given)
 
 

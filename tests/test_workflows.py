@@ -2,6 +2,7 @@
 
 import copy
 import io
+import json
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from docs.build import make_blueprint
 from docs.build.make_workflows import (
     TINY,
     TINY_DREAMBOOTH,
@@ -56,6 +58,14 @@ def test_nodes_and_groups_do_not_overlap(path):
     frames = [(group["title"], group["bounding"]) for group in workflow["groups"]]
     for (a, (x, y, w, h)), (b, (u, v, s, t)) in list_pairs(frames):
         assert not overlap((x, y, x + w, y + h), (u, v, u + s, v + t)), (a, b)
+
+
+def test_the_blueprint_lists_its_widgets_once():
+    """The inputs list them. ComfyUI 0.33 quarantines `proxyWidgets` of linked widgets, and edits would be lost."""
+    blueprint = json.loads((make_blueprint.FOLDER / f"{make_blueprint.NAME}.json").read_text(encoding="utf-8"))
+    (node,) = blueprint["nodes"]
+    assert "proxyWidgets" not in node["properties"]
+    assert len(node["widgets_values"]) == len([slot for slot in node["inputs"] if "widget" in slot])
 
 
 LOOKING = [LORA, ROOT / "example_workflows" / "Fine-tune a checkpoint.json"]

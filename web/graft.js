@@ -5,7 +5,7 @@ import { api } from "../../scripts/api.js";
 import { makeCommands, TAB } from "./commands.js";
 import { followLinks } from "./help.js";
 import { History } from "./history/tab.js";
-import { allNodes, hasSources, pathOf } from "./panel/graph.js";
+import { allNodes, dropQuarantine, hasSources, keepEdits, pathOf } from "./panel/graph.js";
 import { Routes } from "./panel/routes.js";
 import { Store } from "./panel/store.js";
 import { throttled } from "./panel/throttle.js";
@@ -126,7 +126,7 @@ function showAll() {
 function choose(trainings, id) {
   const isHere = (training) => training.node === id && training.workflow !== "" && training.workflow === rootGraph()?.id;
   const isSame = (training) =>
-    training.sources ? hasSources(prompt, id, training.sources, training.node) : isHere(training);
+    training.sources ? hasSources(prompt, id, training.sources, training.node, inputsOf) : isHere(training);
   const live = trainings.findLast((training) => training.isLive && isHere(training));
   if (live) return [live, isSame(live)];
   const same = trainings.findLast(isSame);
@@ -134,6 +134,12 @@ function choose(trainings, id) {
   const node = pathOf(rootGraph(), id).at(-1);
   const kept = panels.get(node)?.training;
   return kept && trainings.includes(kept) ? [kept, false] : [null, false];
+}
+
+// Return the inputs that a node type declares.
+function inputsOf(kind) {
+  const { required, optional } = LiteGraph.registered_node_types[kind]?.nodeData?.input ?? {};
+  return { ...required, ...optional };
 }
 
 function offerPanel(node) {
@@ -152,7 +158,10 @@ function addPanel(node) {
     setValue: () => {},
   });
   widget.serialize = false; // and from the workflow
-  if (node.subgraph) leaveOut(node);
+  if (node.subgraph) {
+    leaveOut(node);
+    dropQuarantine(node.properties);
+  }
   // The panel shows the sample pictures: ComfyUI's own preview would make the node longer (see panel.css too).
   node.onDrawBackground = () => {};
   node.setSize([Math.max(node.size[0], WIDTH), node.computeSize()[1]]);
@@ -194,6 +203,9 @@ app.registerExtension({
     showUnset(node);
     if (TRAINERS.has(node.comfyClass)) addPanel(node);
     if (node.comfyClass === INSPECTOR) addReport(node);
+  },
+  beforeConfigureGraph(workflow) {
+    keepEdits(workflow, TRAINERS);
   },
   afterConfigureGraph() {
     prompt = {};

@@ -75,9 +75,9 @@ def settle(workflow):
         fixed = fixed.replace(identity, str(uuid.uuid5(uuid.NAMESPACE_URL, f"graft/{NAME}/{place}")))
     workflow = json.loads(fixed)
     for node in workflow["nodes"]:
-        # The frontend shows a seed by itself, and here the seed is already shown.
-        shown = node["properties"]["proxyWidgets"]
-        node["properties"]["proxyWidgets"] = [[origin, name] for origin, name in shown if origin == "-1"]
+        # The inputs list the shown widgets already. Frontends from ComfyUI 0.33 on quarantine these entries with their
+        # values, and then prefer these values over the user's edits.
+        del node["properties"]["proxyWidgets"]
     workflow["revision"] = 0
     workflow["extra"] = {}
     return workflow

@@ -32,8 +32,8 @@ Set three things, then press **Run**:
 2. **Photos** - put 8 to 30 into a folder below ComfyUI's input folder
    (beside each name.png a name.txt with its caption, if you like),
    press **R**, and choose the folder.
-3. **Trigger and prompt** - the word that calls up the learned subject
-   (*ohwx dog*), and a prompt that contains it, in *Prompt* and *Previews*.
+3. **Trigger and prompt** - in *Photos* the word that calls up the learned
+   subject (*ohwx dog*); in *Prompt* and *Previews* a prompt that contains it.
 
 *What training will see* comes first: **Cancel** if pictures or captions
 are not right. *Before* and *After* draw the same prompt with the same seed, without and
@@ -171,8 +171,8 @@ its own**.
 2. **Pictures** - 40 and more in one style, each name.png with its
    caption in name.txt, in a folder below ComfyUI's input folder; press
    **R** and choose it.
-3. **Trigger and prompt** - words for the style (*ohwx style*), and a
-   prompt that contains them, in *Prompt* and *Previews*.
+3. **Trigger and prompt** - in *Pictures* words for the style (*ohwx
+   style*); in *Prompt* and *Previews* a prompt that contains them.
 
 *The new checkpoint* is ComfyUI's own node: it writes model, text
 encoder and VAE to output/checkpoints, where every checkpoint loader

@@ -115,14 +115,50 @@ def test_the_sources_of_a_training_decide_its_run(browser, monkeypatch):
     assert found == {
         "1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "a"}},
         "2": {"class_type": "GraftRunOptions", "inputs": {"name": "n", "validation_fraction": 0.1}},
-        "3": {"class_type": "GraftPreviewOptions", "inputs": {"options": ["2", 0]}},
-        "4": {"class_type": "GraftTrainLoRA", "inputs": {"model": ["1", 0], "rank": 4, "options": ["3", 0]}},
+        "4": {"class_type": "GraftTrainLoRA", "inputs": {"model": ["1", 0], "rank": 4, "options": ["2", 0]}},
     }
     assert browser.sources_of("p", "5")["5"]["inputs"]["steps"] == 20, "another node's steps decide"
     assert browser.sources_of("p", "9") is None and browser.sources_of("other", "4") is None
     assert len({browser.digest_of(browser.sources_of("p", node)) for node in ("1", "4", "9")}) == 3
     monkeypatch.setattr(browser, "_SOURCES_LIMIT", 100)
     assert browser.sources_of("p", "4") is None
+
+
+UNSET = {
+    "GraftRunOptions": {"name": "", "on_existing": "auto", "save_every": 7, "validation_fraction": 0.0},
+    "GraftPreviewOptions": {"prompts": ["1", 0], "every": 5},
+    "GraftMemoryOptions": {"micro_batch": 2},
+    "GraftOptimizerOptions": {"optimizer": "auto", "beta1": -1},
+    "GraftObjectiveOptions": {"loss": "auto"},
+    "GraftAdapterOptions": {"start_from": "auto", "alpha": 0.0},
+    "GraftPivotalOptions": {"name": ""},
+}
+
+
+@pytest.mark.parametrize("kind", UNSET)
+def test_an_option_node_that_sets_nothing_is_no_source(browser, monkeypatch, kind):
+    """Neither at the end of a chain nor within it; a set value makes it one."""
+
+    def sources(*chain):
+        options = {f"o{place}": {"class_type": name, "inputs": dict(inputs)} for place, (name, inputs) in chain}
+        for place in list(range(len(options)))[1:]:
+            options[f"o{place}"]["inputs"]["options"] = [f"o{place - 1}", 0]
+        train = {**GRAPH["4"]["inputs"], "options": [f"o{len(options) - 1}", 0]} if options else {"model": ["1", 0]}
+        graph = {**GRAPH, **options, "4": {"class_type": "GraftTrainLoRA", "inputs": train}}
+        running = {1: (1, "p", graph, {}, [])}
+        server = SimpleNamespace(prompt_queue=SimpleNamespace(currently_running=running))
+        monkeypatch.setattr(browser, "prompt_server", lambda: server)
+        return browser.sources_of("p", "4")
+
+    unset, other = (kind, UNSET[kind]), ("GraftOptimizerOptions", {"optimizer": "Lion"})
+    assert "options" not in sources((0, unset))["4"]["inputs"]
+    for chain in ([unset, other], [other, unset], [unset, other, unset]):
+        found = sources(*enumerate(chain))
+        assert [entry["inputs"] for entry in found.values() if entry["class_type"].endswith("Options")] == [other[1]]
+    if kind in ("GraftPreviewOptions", "GraftMemoryOptions"):
+        return
+    name = next(iter(UNSET[kind]))
+    assert sources((0, (kind, {**UNSET[kind], name: "else"})))["4"]["inputs"]["options"] == ["o0", 0]
 
 
 def test_inputs_that_choose_no_run_are_the_recipes_own(browser):

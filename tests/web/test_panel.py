@@ -217,6 +217,48 @@ def test_the_node_of_a_blueprint_shows_its_training(opened, page, server, folder
     panel.wait("stopped")
     server.wait(queued)
     assert panel.buttons() == ["Resume"]
+    saved = page.serialize()
+    page.open()
+    page.load(saved)
+    panel = look_at_outer(page)
+    panel.wait("stopped")
+    assert values.items() <= list_widgets(page).items(), "the edits are there after a reload"
+
+
+# A linked widget in `proxyWidgets`, as frontends up to 1.32 save it; newer ones quarantine it with its value.
+ENTRY = ["-1", "rank"]
+QUARANTINE = {"originalEntry": ENTRY, "reason": "missingSourceNode", "hostValue": 16, "attemptedAtVersion": 1}
+
+
+@pytest.mark.parametrize(
+    "properties",
+    [{"proxyWidgets": [ENTRY]}, {"proxyWidgetErrorQuarantine": [QUARANTINE]}],
+    ids=["frontend 1.32", "frontend 1.49"],
+)
+def test_edits_of_an_older_blueprint_survive_a_reload(opened, page, properties):
+    """Workflows that earlier versions of the frontend or of the pack saved keep their edits."""
+    opened(2)
+    workflow = json.loads((make_blueprint.FOLDER / f"{make_blueprint.NAME}.json").read_text())
+    (node,) = workflow["nodes"]
+    names = [slot["name"] for slot in node["inputs"] if "widget" in slot]
+    node["widgets_values"][names.index("rank")] = 32
+    if "proxyWidgets" in properties:
+        properties = {"proxyWidgets": [["-1", name] for name in names]}
+    page.load({**workflow, "nodes": [{**node, "properties": properties}]})
+    look_at_outer(page)
+    assert list_widgets(page)["rank"] == 32, "the last edit"
+    page.set_widget(node["id"], "rank", 8)
+    saved = page.serialize()
+    assert "proxyWidgetErrorQuarantine" not in json.dumps(saved)
+    page.load(saved)
+    look_at_outer(page)
+    assert list_widgets(page)["rank"] == 8
+
+
+def list_widgets(page):
+    """Return the widgets of the subgraph's node as {name: value}."""
+    (widgets,) = [node["widgets"] for node in page.list_nodes() if "trigger" in node["widgets"]]
+    return widgets
 
 
 def look_at_outer(page):
@@ -297,6 +339,34 @@ def test_values_changed_after_a_run_are_said(opened, page, server):
         note = json.dumps("\n".join([said, WARNING] if said else [WARNING]))
         page.wait_for(f"return document.querySelector('.graft-panel .graft-note').textContent === {note};")
         assert panel.phase() == "finished" and panel.points() == [1, 2]
+
+
+def test_an_untouched_option_node_changes_nothing(opened, page, server):
+    """The panel compares the values that decide the result, not the number of option nodes."""
+    panel = opened(2)
+    server.wait(page.queue())
+    panel.wait("finished")
+    nodes = {node["type"]: node["id"] for node in page.list_nodes()}
+    added = page.add_node("GraftAdapterOptions", 400, 900)
+    changed = f"You changed values since. Run trains with the new values.\n{WARNING}"
+    page.connect(nodes["GraftObjectiveOptions"], 0, added, "options")
+    page.connect(added, 0, nodes["GraftTrainLoRA"], "options")
+    assert read_note_of_change(page) == WARNING
+    page.set_widget(added, "dropout", 0.1)
+    assert read_note_of_change(page) == changed
+    page.set_widget(added, "dropout", 0.0)
+    assert read_note_of_change(page) == WARNING
+    # Without the three nodes that set nothing; the preview's prompts do not affect the result.
+    page.connect(nodes["GraftRunOptions"], 0, nodes["GraftTrainLoRA"], "options")
+    assert read_note_of_change(page) == WARNING
+    assert panel.phase() == "finished"
+
+
+def read_note_of_change(page):
+    """Return the panel's note after the page has read the changed graph."""
+    page.js("api.dispatchCustomEvent('graphChanged');")
+    time.sleep(1)
+    return page.js("return document.querySelector('.graft-panel .graft-note').textContent;")
 
 
 def test_a_live_run_of_changed_values_keeps_its_buttons(opened, page, server):

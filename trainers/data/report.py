@@ -193,7 +193,8 @@ def report(findings: Findings, cache_bytes: int = -1) -> str:
     if listed:
         lines.append(f"Most frequent of {len(findings.tags)} tags: {listed}")
     if cache_bytes >= 0:
-        lines.append(f"All cached latents and texts take {cache_bytes / 1e6:.0f} MB; you can delete them at any time.")
+        size = f"{cache_bytes / 1e6:.0f} MB" if cache_bytes >= 1e6 else "less than 1 MB"
+        lines.append(f"All cached latents and texts take {size}; you can delete them at any time.")
     # Format as a list: a node that renders Markdown would join plain lines.
     return "\n".join(f"- {line}" for line in lines)
 

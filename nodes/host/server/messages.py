@@ -20,15 +20,17 @@ _ID_LIMIT = 64
 _MOST_SOURCES = 500
 _SOURCES_LIMIT = 256 * 1024
 
-# Widgets that do not affect a run's identity, by node class; None for all widgets of a class. A run resumes with other
-# values of them. `name` and `on_existing` do not affect the identity either, but they choose the run.
 _TRAINERS = ("GraftTrainLoRA", "GraftTrainEmbedding", "GraftTrainDreamBooth", "GraftFineTune")
-_RUN_FIELDS = {name for name, option in OPTIONS["run"].items() if not option.decides} - {"name", "on_existing"}
-_NEUTRAL: dict[str, set[str] | None] = {
+# The options of each option node, by node class and input.
+_OPTIONS = {f"Graft{kind.title()}Options": declared for kind, declared in OPTIONS.items()}
+# Inputs that do not affect a run's identity, by node class. A run resumes with other values of them. `name` and
+# `on_existing` do not affect the identity either, but they choose the run.
+_NEUTRAL: dict[str, set[str]] = {
     **{trainer: {"steps"} for trainer in _TRAINERS},
-    "GraftRunOptions": _RUN_FIELDS,
-    "GraftPreviewOptions": None,
-    "GraftMemoryOptions": None,
+    **{
+        node: {name for name, option in _OPTIONS[node].items() if not option.decides} - {"name", "on_existing"}
+        for node in ("GraftRunOptions", "GraftPreviewOptions", "GraftMemoryOptions")
+    },
 }
 
 
@@ -104,11 +106,16 @@ def running_prompt(prompt: str) -> dict[str, Any] | None:
     return item[2] if item is not None else None
 
 
+def neutral_inputs(kind: str) -> set[str]:
+    """Return the inputs of a node class that do not affect the run of a training."""
+    return _NEUTRAL.get(kind, set())
+
+
 def sources_of(prompt: str, node: str) -> dict[str, dict[str, Any]] | None:
     """Collect the inputs that decide a node's result in a running prompt: the node and those before it, by id.
 
-    Each is {"class_type", "inputs"} without the widgets that do not affect the run. Return None if the prompt does not
-    run here, or is too large for the pages.
+    Each is {"class_type", "inputs"} without the inputs that do not affect the run. Links lead past option nodes that
+    set nothing. Return None if the prompt does not run here, or is too large for the pages.
     """
     nodes = running_prompt(prompt) or {}
     found: dict[str, dict[str, Any]] = {}
@@ -118,19 +125,39 @@ def sources_of(prompt: str, node: str) -> dict[str, dict[str, Any]] | None:
         entry = nodes.get(name)
         if name in found or not isinstance(entry, dict):
             continue
-        kind, inputs = entry.get("class_type"), entry.get("inputs", {})
-        links = [value[0] for value in inputs.values() if _is_link(value, nodes)]
-        neutral = _NEUTRAL.get(kind, set())
-        kept = {
-            field: value
-            for field, value in inputs.items()
-            if _is_link(value, nodes) or (neutral is not None and field not in neutral)
-        }
-        found[name] = {"class_type": kind, "inputs": kept}
-        pending += links
+        inputs = _deciding_inputs(entry, nodes)
+        found[name] = {"class_type": entry.get("class_type"), "inputs": inputs}
+        pending += [value[0] for value in inputs.values() if _is_link(value, nodes)]
     if not found or len(found) > _MOST_SOURCES or len(json.dumps(found)) > _SOURCES_LIMIT:
         return None
     return found
+
+
+def _deciding_inputs(entry: dict[str, Any], nodes: dict[str, Any]) -> dict[str, Any]:
+    """Return the inputs of a prompt's node that affect the run."""
+    neutral = neutral_inputs(entry.get("class_type", ""))
+    inputs = {name: value for name, value in entry.get("inputs", {}).items() if name not in neutral}
+    links = {name: _past_unset_options(value, nodes) for name, value in inputs.items() if _is_link(value, nodes)}
+    return {name: value for name, value in {**inputs, **links}.items() if value is not None or name not in links}
+
+
+def _past_unset_options(link: list, nodes: dict[str, Any]) -> list | None:
+    """Return the source of a link past option nodes that set nothing; None if nothing precedes them."""
+    seen = set()
+    while _is_link(link, nodes) and link[0] not in seen and _sets_nothing(nodes[link[0]]):
+        seen.add(link[0])
+        link = nodes[link[0]]["inputs"].get("options")
+    return link
+
+
+def _sets_nothing(entry: Any) -> bool:
+    """Report whether a prompt's node is an option node without a set input that affects the run."""
+    if not isinstance(entry, dict) or entry.get("class_type") not in _OPTIONS:
+        return False
+    declared = _OPTIONS[entry["class_type"]]
+    ignored = neutral_inputs(entry["class_type"]) | {"options"}
+    rest = {name: value for name, value in entry.get("inputs", {}).items() if name not in ignored}
+    return all(name in declared and value == declared[name].unset for name, value in rest.items())
 
 
 def _is_link(value: Any, nodes: dict[str, Any]) -> bool:

@@ -49,6 +49,11 @@ def test_each_thing_to_look_after_is_flagged_and_reported():
         assert words in said, (words, said)
 
 
+def test_a_small_cache_is_less_than_a_megabyte():
+    findings = look(from_arrays([grain(0)], [""], "", 0))
+    assert "take less than 1 MB;" in report(findings, 300_000)
+
+
 def test_the_report_counts_what_an_epoch_shows(tmp_path):
     for name in ("3_sks dog/a.png", "b.png", "check/c.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
