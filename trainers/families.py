@@ -42,6 +42,7 @@ class Family:
         among: patterns for all modules that may be trained, matched in the same way. Empty: every module.
         diffusers_names: True if its LoRA files use diffusers' module names (SD1, SD2), False if they use the model's.
         preview_cfg, preview_scheduler: defaults for sample pictures.
+        adds_in_place: True if the network changes activations in place that autograd has saved.
     """
 
     name: str
@@ -54,9 +55,8 @@ class Family:
     diffusers_names: bool = False
     preview_cfg: float = 7.0
     preview_scheduler: str = "normal"
+    adds_in_place: bool = True
 
-
-_UNET_ATTENTION = (r"\.attn[12]\.to_(q|k|v|out\.0)$",)
 
 GENERAL = Family("general")
 
@@ -69,6 +69,10 @@ TEXT_ENCODER = Family(
 )
 
 
+def _unet(name: str, resolution: int, **more) -> Family:
+    return Family(name, resolution, attention=(r"\.attn[12]\.to_(q|k|v|out\.0)$",), adds_in_place=False, **more)
+
+
 def _transformer(name: str, attention: tuple[str, ...], feed_forward: tuple[str, ...], **more) -> Family:
     return Family(name, attention=attention, feed_forward=feed_forward, **{"preview_scheduler": "simple", **more})
 
@@ -76,11 +80,11 @@ def _transformer(name: str, attention: tuple[str, ...], feed_forward: tuple[str,
 FAMILIES = {
     family.name: family
     for family in (
-        Family("SD1", 512, full_learning_rate=5e-6, attention=_UNET_ATTENTION, diffusers_names=True),
-        Family("SD2", 512, full_learning_rate=5e-6, attention=_UNET_ATTENTION, diffusers_names=True),
-        Family("SD2 v", 768, full_learning_rate=5e-6, attention=_UNET_ATTENTION, diffusers_names=True),
-        Family("SDXL", 1024, attention=_UNET_ATTENTION),
-        Family("SDXL refiner", 1024, attention=_UNET_ATTENTION),
+        _unet("SD1", 512, full_learning_rate=5e-6, diffusers_names=True),
+        _unet("SD2", 512, full_learning_rate=5e-6, diffusers_names=True),
+        _unet("SD2 v", 768, full_learning_rate=5e-6, diffusers_names=True),
+        _unet("SDXL", 1024),
+        _unet("SDXL refiner", 1024),
         *(
             Family(
                 name,

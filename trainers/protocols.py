@@ -266,6 +266,7 @@ class Denoiser(Protocol):
 
     Attributes:
         conditioning_kind: the extra conditioning besides text: HOLE, SOURCE, or empty for none.
+        adds_in_place: True if the module or a patch of it may change activations in place that autograd has saved.
     """
 
     module: torch.nn.Module
@@ -274,6 +275,7 @@ class Denoiser(Protocol):
     noise_scale: float
     family: str
     conditioning_kind: str
+    adds_in_place: bool
     device: torch.device
     compute_dtype: torch.dtype
 

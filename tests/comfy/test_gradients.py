@@ -188,3 +188,19 @@ def test_the_self_check_lets_no_more_than_five_per_cent_pass(name):
                 check_gradient(training.losses, training.plan.trainables)
             for hook in hooks:
                 hook.remove()
+
+
+def test_a_patch_that_adds_in_place_is_trained_through_exactly():
+    """SD1's network adds nothing in place and computes without the cure, unless a node upstream patches it."""
+
+    def patch(query, key, value, options):
+        changed = query.sigmoid()
+        changed *= 2.0
+        return changed, key, value
+
+    plain, patched = make_model("SD1", torch.float64), make_model("SD1", torch.float64)
+    patched.set_model_attn1_patch(patch)
+    for model, adds in ((plain, False), (patched, True)):
+        with models.in_training(model, "SD1", spread=0.1) as training, models.float64_throughout(training):
+            assert training.denoiser.adds_in_place == adds
+            assert error_of(training, "A", 0.005) <= 1e-5

@@ -21,6 +21,7 @@ class DiffusersDenoiser:
     sigma_data = 1.0
     family = "SD1"
     conditioning_kind = ""
+    adds_in_place = False
 
     def __init__(self, unet, prediction_type="epsilon"):
         self._unet = unet.requires_grad_(False).eval()

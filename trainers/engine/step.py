@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -153,8 +154,7 @@ def losses_of(host: Host, batch: MicroBatch, watch: Watch | None = None) -> torc
     x_t = denoiser.add_noise(x0, noise if custom is None else custom.added.to(denoiser.device), sigma)
     kind = parameterization(denoiser.parameterization, denoiser.sigma_data, denoiser.noise_scale)
     target = kind.target(x0, noise, sigma.view(-1, *[1] * (x0.ndim - 1)))
-    with OutOfPlace():
-        prediction = denoiser.predict(x_t, sigma, _conditionings(host, batch.samples))
+    prediction = _predict(host, x_t, sigma, batch.samples)
     weights = _weights(batch.samples, x0)
     if custom is not None:
         losses = custom.losses(denoiser, prediction, target, sigma, weights)
@@ -175,12 +175,20 @@ def prior_losses(plan: Plan, host: Host, batch: MicroBatch) -> torch.Tensor:
     denoiser = host.denoiser
     x0, noise, sigma = (values.to(denoiser.device) for values in (batch.x0, batch.noise, batch.sigma))
     x_t = denoiser.add_noise(x0, noise, sigma)
-    with OutOfPlace():
-        # Encode the prompts with and without the trainables: the text encoder may be trained too.
-        with torch.no_grad(), plan.switched_off():
-            target = denoiser.predict(x_t, sigma, _conditionings(host, batch.samples))
-        prediction = denoiser.predict(x_t, sigma, _conditionings(host, batch.samples))
+    # Encode the prompts with and without the trainables: the text encoder may be trained too.
+    with torch.no_grad(), plan.switched_off():
+        target = _predict(host, x_t, sigma, batch.samples)
+    prediction = _predict(host, x_t, sigma, batch.samples)
     return example_losses(prediction, target, _weights(batch.samples, x0)) * _factors(batch.samples, x0)
+
+
+def _predict(host: Host, x_t: torch.Tensor, sigma: torch.Tensor, samples: list[Sample]) -> torch.Tensor:
+    """Return the network's output for samples. Text encoders always add in place; their output is encoded here."""
+    with OutOfPlace():
+        conditionings = _conditionings(host, samples)
+    # Every operation passes through the mode: networks that do not need it compute without it.
+    with OutOfPlace() if host.denoiser.adds_in_place else nullcontext():
+        return host.denoiser.predict(x_t, sigma, conditionings)
 
 
 def _conditionings(host: Host, samples: list[Sample]) -> list[Conditioning]:

@@ -34,6 +34,8 @@ class LowRankLayer:
 
     def __init__(self, base: nn.Module, down: nn.Module, up: nn.Module, drop: nn.Module, scale: float):
         self.base, self.down, self.up, self.drop, self.scale = base, down, up, drop, scale
+        # Without torch's search for the attribute, which takes longer than a small product.
+        self._frozen = base._parameters
         self.is_linear = down.weight.dim() == 2
         self.group = SharedInput([self])
         self.calls: _Calls | None = None
@@ -47,26 +49,27 @@ class LowRankLayer:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if self.calls is not None:
             self.calls.append(self, x)
-        if self._drops or not self.is_plain(x):
-            return self.apart(x)
-        if self.is_linear:
-            return self.group.output(self, x)
-        down, (up,) = self.group.weights(x.dtype)
-        return products.convolution(x, down, up, self.scale, self.base)
+        if not self._drops:
+            # A function mode such as OutOfPlace changes nothing here, and would see every operation.
+            with torch._C.DisableTorchFunction():
+                if self.is_plain(x):
+                    return self.group.output(self, x) if self.is_linear else self._fused_convolution(x)
+        return self.apart(x)
 
     def is_plain(self, x: torch.Tensor) -> bool:
         """Report whether the frozen layer is a product of x and its weight, in their common dtype and device."""
-        base = self.base
-        weight = base.weight
-        if weight.dtype != x.dtype or weight.device != x.device:
+        base, weight, bias = self.base, self._frozen["weight"], self._frozen["bias"]
+        if weight.dtype != x.dtype or weight.device != x.device or (bias is not None and bias.dtype != x.dtype):
             return False
         if base._forward_hooks or base._forward_pre_hooks or "forward" in vars(base):
             return False
         if not self.is_linear and not (x.dim() == 4 and x.is_contiguous() and weight.is_contiguous()):
             return False
-        if base.bias is not None and base.bias.dtype != x.dtype:
-            return False
-        return type(base).forward in _FORWARDS or getattr(base, PLAIN, False)
+        return type(base).forward in _FORWARDS or PLAIN in vars(base)
+
+    def _fused_convolution(self, x: torch.Tensor) -> torch.Tensor:
+        down, (up,) = self.group.weights(x.dtype)
+        return products.convolution(x, down, up, self.scale, self.base)
 
     def apart(self, x: torch.Tensor) -> torch.Tensor:
         """Call the frozen layer, and add the adapter to its output."""
@@ -110,6 +113,8 @@ class SharedInput:
         self.copies: tuple[torch.Tensor, list[torch.Tensor]] | None = None
         self._input: tuple[torch.Tensor, int] | None = None
         self._outputs: dict[int, torch.Tensor] = {}
+        self._scales = [layer.scale for layer in layers]
+        self._frozen = [layer.base._parameters for layer in layers]
         for layer in layers:
             layer.group = self
 
@@ -117,8 +122,9 @@ class SharedInput:
         """Return all A, [sum of the ranks, in, ...], and B of each layer, [out, r, ...]."""
         if self.copies is not None and self.copies[0].dtype == dtype:
             return self.copies
-        downs = [layer.down.weight.to(dtype) for layer in self.layers]
-        return downs[0] if len(downs) == 1 else torch.cat(downs), [layer.up.weight.to(dtype) for layer in self.layers]
+        downs = [layer.down._parameters["weight"].to(dtype) for layer in self.layers]
+        ups = [layer.up._parameters["weight"].to(dtype) for layer in self.layers]
+        return downs[0] if len(downs) == 1 else torch.cat(downs), ups
 
     def weights_of(self, layer: LowRankLayer, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Return A and B of a layer."""
@@ -149,7 +155,7 @@ class SharedInput:
 
     def _compute(self, x: torch.Tensor) -> list[torch.Tensor]:
         down, ups = self.weights(x.dtype)
-        return products.linear(x, down, ups, [one.scale for one in self.layers], [one.base for one in self.layers])
+        return products.linear(x, down, ups, self._scales, self._frozen)
 
 
 def _version(x: torch.Tensor) -> int:

@@ -10,11 +10,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import nn
 
@@ -32,7 +31,7 @@ def linear(
     down: torch.Tensor,
     ups: Sequence[torch.Tensor],
     scales: Sequence[float],
-    layers: Sequence[nn.Linear],
+    layers: Sequence[Mapping[str, torch.Tensor | None]],
 ) -> list[torch.Tensor]:
     """Return the outputs of linear layers that share their input.
 
@@ -41,13 +40,14 @@ def linear(
         down: all A, [sum of the ranks, in].
         ups: B of each layer, [out, r].
         scales: s of each layer.
-        layers: the frozen layers. x, A and B have the dtype and device of their weights.
+        layers: parameters of the frozen layers, `weight` [out, in] and `bias` [out] or None. x, A and B have their
+            dtype and device.
 
     Returns:
         [..., out] for each layer.
     """
-    weights = [layer.weight for layer in layers]
-    biases = [layer.bias for layer in layers]
+    weights = [layer["weight"] for layer in layers]
+    biases = [layer["bias"] for layer in layers]
     if not _is_recorded(x, down):
         return _wide(x, _narrow(x, down), ups, scales, weights, biases)
     contexts: list = []
@@ -95,6 +95,12 @@ def _is_recorded(x: torch.Tensor, down: torch.Tensor) -> bool:
     return torch.is_grad_enabled() and (x.requires_grad or down.requires_grad)
 
 
+def _refuse_second_derivative() -> None:
+    """Raise RuntimeError if the backward is recorded: it adds in place, and has no derivative of its own."""
+    if torch.is_grad_enabled():
+        raise RuntimeError("The product of an adapted layer has no second derivative.")
+
+
 def _rows(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(-1, x.shape[-1])
 
@@ -107,7 +113,7 @@ def _narrow(x: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
 def _wide(x, middle, ups, scales, weights, biases) -> list[torch.Tensor]:
     """Return W x + b + s B (A x) of each layer."""
     outputs = []
-    parts = middle.split([up.shape[1] for up in ups])
+    parts = middle.split_with_sizes([up.shape[1] for up in ups])
     for part, up, scale, weight, bias in zip(parts, ups, scales, weights, biases, strict=True):
         # The input's own shape gives the bits that the frozen layer alone would give.
         output = functional.linear(x, weight, bias)
@@ -127,7 +133,6 @@ class _Narrow(torch.autograd.Function):
         return middle
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, middle_grad):
         (x, down), x_grad = ctx.left
         ctx.left = None
@@ -146,8 +151,8 @@ class _Wide(torch.autograd.Function):
         return tuple(_wide(x, middle, ups, scales, weights, biases))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *grads):
+        _refuse_second_derivative()
         count = len(grads)
         # Unpack once: under checkpointing, this recomputes the block.
         x, down, middle, *frozen = ctx.narrow.saved_tensors
@@ -156,7 +161,15 @@ class _Wide(torch.autograd.Function):
         middle_grad = torch.empty_like(middle)
         up_grads: list[torch.Tensor | None] = []
         x_grad = None
-        rows = zip(middle.split(ranks), middle_grad.split(ranks), ups, ctx.scales, weights, grads, strict=True)
+        rows = zip(
+            middle.split_with_sizes(ranks),
+            middle_grad.split_with_sizes(ranks),
+            ups,
+            ctx.scales,
+            weights,
+            grads,
+            strict=True,
+        )
         for number, (part, part_grad, up, scale, weight, grad) in enumerate(rows):
             if grad is None:
                 part_grad.zero_()
@@ -201,7 +214,6 @@ class _NarrowConvolution(torch.autograd.Function):
         return middle
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, middle_grad):
         (x, down), x_grad = ctx.left
         ctx.left = None
@@ -218,8 +230,8 @@ class _WideConvolution(torch.autograd.Function):
         return _wide_convolution(x, middle, up, ctx.scale, layer, geometry)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
+        _refuse_second_derivative()
         x, down, middle, up, weight = ctx.narrow.saved_tensors
         flat, narrow = grad.flatten(2), middle.flatten(2)
         up_grad = None

@@ -50,6 +50,7 @@ class ComfyDenoiser:
     Attributes:
         module: the private tree; only within `training`.
         compute_dtype: dtype of activations; only within `training`.
+        adds_in_place: as the protocol says; only within `training`.
     """
 
     def __init__(self, model: ModelPatcher, text: ComfyText, vae: VAE):
@@ -68,6 +69,7 @@ class ComfyDenoiser:
         self.noise_scale = float(getattr(self._sampling, "noise_scale", 1.0))
         self._guidance = families.guidance(self._model)
         self.device = self._model.load_device
+        self.adds_in_place = True
         self.compute_dtype = torch.float32
         self.module: torch.nn.Module | None = None
         self._levels: tuple[torch.nn.Module, torch.Tensor] | None = None
@@ -227,6 +229,7 @@ class ComfyDenoiser:
             self._casting = [layer for layer in self.module.modules() if hasattr(layer, "comfy_cast_weights")]
             self._base = _over(base, self.module)
             self._options = _transformer_options(self._model)
+            self.adds_in_place = family_of(self.family).adds_in_place or _is_patched(self._model)
             self._sampler = sampling.PreviewSampler(
                 self._model, self._base, self._text, self._vae, self._image_conditioning
             )
@@ -387,6 +390,14 @@ def _transformer_options(model: ModelPatcher) -> dict:
     options["wrappers"] = wrappers
     options["optimized_attention_override"] = _pytorch_attention
     return options
+
+
+def _is_patched(model: ModelPatcher) -> bool:
+    """Report whether nodes upstream run code of their own within the network."""
+    options = model.model_options.get("transformer_options", {})
+    wrappers = [*options.get("wrappers", {}).values(), *model.wrappers.values()]
+    replaced = [name for name in model.object_patches if name.startswith("diffusion_model")]
+    return bool(options.get("patches") or options.get("patches_replace") or any(wrappers) or replaced)
 
 
 def _pytorch_attention(function, *args, **kwargs):

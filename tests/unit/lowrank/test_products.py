@@ -35,7 +35,7 @@ def test_gradients_of_linear_layers_are_those_of_finite_differences(count, needs
     scales = [0.5 + number for number in range(count)]
 
     def call(x, down, *ups):
-        return tuple(products.linear(x, down, ups, scales, layers))
+        return tuple(products.linear(x, down, ups, scales, [layer._parameters for layer in layers]))
 
     for out, layer, a, b, scale in zip(call(x, down, *ups), layers, down.split(2), ups, scales, strict=True):
         assert torch.allclose(out, layer(x) + scale * functional.linear(functional.linear(x, a), b), rtol=1e-12)
@@ -45,7 +45,7 @@ def test_gradients_of_linear_layers_are_those_of_finite_differences(count, needs
 def test_an_output_that_is_not_used_adds_no_gradient():
     layers = [frozen(nn.Linear, 6, 4) for _ in range(2)]
     x, down, ups = random(3, 6), random(4, 6), [random(4, 2), random(4, 2)]
-    first, _ = products.linear(x, down, ups, [1.0, 1.0], layers)
+    first, _ = products.linear(x, down, ups, [1.0, 1.0], [layer._parameters for layer in layers])
     first.square().sum().backward()
     alone = [one.detach().clone().requires_grad_() for one in (x, down[:2], ups[0])]
     (layers[0](alone[0]) + functional.linear(functional.linear(alone[0], alone[1]), alone[2])).square().sum().backward()
@@ -53,6 +53,13 @@ def test_an_output_that_is_not_used_adds_no_gradient():
     assert torch.allclose(down.grad[:2], alone[1].grad, rtol=1e-12)
     assert not down.grad[2:].any()
     assert ups[1].grad is None
+
+
+def test_a_second_derivative_is_refused():
+    x, down, up = random(3, 6), random(2, 6), random(4, 2)
+    (out,) = products.linear(x, down, [up], [1.0], [frozen(nn.Linear, 6, 4)._parameters])
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(out.square().sum(), x, create_graph=True)
 
 
 @pytest.mark.parametrize("needs_x", [True, False])
