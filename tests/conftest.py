@@ -1,5 +1,7 @@
 """Fixtures shared by all tests. A test that uses none of them starts no server and no browser."""
 
+import contextlib
+import gc
 import random
 
 import numpy as np
@@ -10,7 +12,7 @@ from hypothesis import HealthCheck, settings
 from tests.support import pack
 from tests.support.base import get_tiny_base
 from tests.support.collection import Collection
-from tests.support.server import ComfyServer, link
+from tests.support.server import ComfyServer, ServerError, link
 
 pack.hide_root()
 pack.load_pack()
@@ -32,6 +34,25 @@ def pytest_configure(config):
         from tests.support.margins import Margins
 
         config.pluginmanager.register(Margins())
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Empty the queue of a failed test's server: a training that the test left would delay all later tests."""
+    report = yield
+    server = item.funcargs.get("server") if call.when == "call" and report.failed else None
+    if isinstance(server, ComfyServer) and server.is_running():
+        with contextlib.suppress(OSError, ServerError):
+            server.clear_queue()
+            server.interrupt()
+    return report
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen_objects():
+    """Exclude all present objects from garbage collection: those of the imports alone cost half a second each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -255,12 +255,18 @@ class Page:
 
     def add_node(self, type, x=100, y=100):
         """Add a node and return its id."""
+        return self.add_nodes([(type, x, y)])[0]
+
+    def add_nodes(self, rows):
+        """Add nodes, given as (type, x, y), and return their ids. One call: the page then draws its nodes once."""
         return self.js("""
-            const node = LiteGraph.createNode(args[0]);
-            if (!node) throw new Error(`no node type ${args[0]}`);
-            node.pos = [args[1], args[2]];
-            app.graph.add(node);
-            return node.id;""", type, x, y)  # fmt: skip
+            return args[0].map(([type, x, y]) => {
+                const node = LiteGraph.createNode(type);
+                if (!node) throw new Error(`no node type ${type}`);
+                node.pos = [x, y];
+                app.graph.add(node);
+                return node.id;
+            });""", rows)  # fmt: skip
 
     def connect(self, source, slot, target, name):
         """Link an output, given by its index, with an input, given by its name."""
@@ -275,12 +281,18 @@ class Page:
 
     def set_widget(self, node, widget, value):
         """Set a widget's value as a user does, with its callback."""
+        self.set_widgets([(node, widget, value)])
+
+    def set_widgets(self, rows):
+        """Set widgets, given as (node, widget, value), in order. One call: the page then draws its nodes once."""
         self.js("""
-            const node = app.graph.getNodeById(args[0]);
-            const widget = node?.widgets?.find(widget => widget.name === args[1]);
-            if (!widget) throw new Error(`node ${args[0]} has no widget ${args[1]}`);
-            widget.value = args[2];
-            widget.callback?.(args[2], app.canvas, node);""", node, widget, value)  # fmt: skip
+            for (const [id, name, value] of args[0]) {
+                const node = app.graph.getNodeById(id);
+                const widget = node?.widgets?.find(widget => widget.name === name);
+                if (!widget) throw new Error(`node ${id} has no widget ${name}`);
+                widget.value = value;
+                widget.callback?.(value, app.canvas, node);
+            }""", rows)  # fmt: skip
 
     def set_setting(self, name, value):
         """Change a setting in the open page, such as Comfy.VueNodes.Enabled."""

@@ -9,6 +9,7 @@ process to fork from, which takes as long as ComfyUI's imports; every test takes
 
 import atexit
 import functools
+import gc
 import importlib
 import json
 import os
@@ -109,6 +110,9 @@ def serve():
     for name in HEAVY:
         importlib.import_module(name)
     simulated_device.register()
+    # A collection in a fork would visit, and so copy, all memory that the forks share.
+    gc.collect()
+    gc.freeze()
     for line in sys.stdin:
         answers.write(json.dumps({"report": fork(json.loads(line))}) + "\n")
         answers.flush()

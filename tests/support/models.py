@@ -105,10 +105,32 @@ def text(name: str, seed: int = 0, dtype=None):
     options = {"dtype": torch.float32, **{f"{key}_model_config": config for key, config in TEXT[name].items()}}
     target = SIZES[name].build().clip_target({})
     folders = folder_paths.get_folder_paths("embeddings")
-    made = comfy.sd.CLIP(target, embedding_directory=folders, model_options=options)
+    with _tokenizers_kept():
+        made = comfy.sd.CLIP(target, embedding_directory=folders, model_options=options)
     randomise(made.cond_stage_model, seed)
     made.cond_stage_model.to(dtype or torch.float32)
     return made
+
+
+@contextmanager
+def _tokenizers_kept():
+    """Read a tokenizer's files once in the process: they take longer than the encoder, and no test changes one."""
+    from unittest.mock import patch
+
+    from transformers import PreTrainedTokenizerBase
+
+    read = PreTrainedTokenizerBase.from_pretrained.__func__
+
+    def from_pretrained(kind, *args, **kwargs):
+        return _tokenizer(read, kind, args, tuple(sorted(kwargs.items())))
+
+    with patch.object(PreTrainedTokenizerBase, "from_pretrained", classmethod(from_pretrained)):
+        yield
+
+
+@functools.cache
+def _tokenizer(read, kind, args, kwargs):
+    return read(kind, *args, **dict(kwargs))
 
 
 WORD = "my-word"

@@ -54,20 +54,18 @@ PLACES = {
 def draw_graph(page, folder):
     """Draw the graph in an empty page; return the workflow as saving gives it."""
     page.load(EMPTY)
-    ids = {title: page.add_node(kind, *place) for title, (kind, place) in NODES.items()}
+    ids = dict(zip(NODES, page.add_nodes([(kind, *place) for kind, place in NODES.values()]), strict=True))
     for source, slot, target, name in LINKS:
         page.connect(ids[source], slot, ids[target], name)
-    for title, values in {**VALUES, "Photos": {**VALUES["Photos"], "folder": folder}}.items():
-        for name, value in values.items():
-            page.set_widget(ids[title], name, value)
+    filled = {**VALUES, "Photos": {**VALUES["Photos"], "folder": folder}}
+    page.set_widgets([(ids[title], name, value) for title, values in filled.items() for name, value in values.items()])
     return page.serialize()
 
 
 def set_values(page, **fields):
     """Set widgets of the graph in the page, by the names in PLACES."""
     nodes = {node["type"]: node["id"] for node in page.list_nodes()}
-    for name, value in fields.items():
-        page.set_widget(nodes[NODES[PLACES[name]][0]], name, value)
+    page.set_widgets([(nodes[NODES[PLACES[name]][0]], name, value) for name, value in fields.items()])
 
 
 def look_at(page, scale=1.0):

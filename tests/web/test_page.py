@@ -59,8 +59,7 @@ def list_inputs(info):
 def add_every_node(page, schemas):
     """Add one node of each kind to an empty graph; return {node id: its row of list_nodes}."""
     page.load(EMPTY)
-    for place, name in enumerate(schemas):
-        page.add_node(name, 400 * (place % 4), 500 * (place // 4))
+    page.add_nodes([(name, 400 * (place % 4), 500 * (place // 4)) for place, name in enumerate(schemas)])
     return {node["type"]: node for node in page.list_nodes()}
 
 
@@ -161,7 +160,7 @@ def test_saving_and_loading_keeps_what_was_set(page, schemas, renderer):
             if given in nodes[name]["widgets"]:
                 options = {**(rest[0] if rest else {}), **({"options": kind} if isinstance(kind, list) else {})}
                 wanted[name, given] = change(nodes[name]["widgets"][given], options)
-                page.set_widget(nodes[name]["id"], given, wanted[name, given])
+    page.set_widgets([(nodes[name]["id"], given, value) for (name, given), value in wanted.items()])
     saved = page.serialize()
     for node in saved["nodes"]:
         # Files from before panel and report existed do not contain them among the values.
