@@ -33,7 +33,7 @@ def of_host(patcher, name):
 
 def of_training(training, name):
     """Return the x0 that a training step computes."""
-    share_inputs(training.plan, training.host)
+    share_inputs(training.plan, training.host, 0)
     level = torch.full((1,), SIGMA)
     with OutOfPlace():
         raw = training.denoiser.predict(x_of(name), level, [models.conditioning(name)])
@@ -71,7 +71,7 @@ def test_gradients_reach_the_masters_in_float32(name, dtype):
     for compute in (dtype, torch.float32):
         with models.in_training(models.patcher(name, dtype), name, spread=0.1) as training:
             training.denoiser.compute_dtype = compute
-            share_inputs(training.plan, training.host)
+            share_inputs(training.plan, training.host, 0)
             found[compute] = models.joined(training.gradients())
             assert all(one.grad is None or one.grad.dtype is torch.float32 for one in training.plan.trainables.values())
             copied = [layer.group.copies for layer in low_rank_layers(training.denoiser.module).values()]

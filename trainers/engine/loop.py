@@ -134,7 +134,7 @@ class _Trainer:
         group.all_reduce()
         group.broadcast([*self._parameters, *plan.constants.values()])
         self._checkpointer.restore(state)
-        share_inputs(plan, host)
+        share_inputs(plan, host, state.batches)
         self._lr_factor = lr_factor(recipe.schedule, recipe.warmup_steps, recipe.steps, recipe.num_cycles, recipe.power)
         self._batches = plan.batches(state.batches)
         self._upcoming = self._take_batches(state.step)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 import torch
 
 from ..errors import ModelError
 from ..lowrank.layers import grouping, low_rank_layers
+from ..memory.oom import in_one_line, is_out_of_memory
 from ..methods import METHODS
 from .gradient_check import TOLERANCE, TOLERANCE_HALF, check_gradient
 from .oom_fallback import trees_of
@@ -16,6 +18,8 @@ from .step import batch_loss, losses_of, micro_batches
 if TYPE_CHECKING:
     from ..protocols import Host
     from .plan import Plan
+
+log = logging.getLogger(__name__)
 
 # Number of batches to search for one whose loss depends on the trainables.
 _TRIED = 64
@@ -60,18 +64,30 @@ def _teaching(plan: Plan, host: Host) -> int:
     return next((number for number in range(coming) if batch_loss(plan, host, number).requires_grad), 0)
 
 
-def share_inputs(plan: Plan, host: Host) -> None:
+def share_inputs(plan: Plan, host: Host, number: int) -> None:
     """Find the adapted layers that read the same tensor, by a forward without gradients. They share products then.
 
     It runs before the first step and before the first resumed one, because shared products round in another way.
+
+    Args:
+        number: index of the run's next batch.
     """
     trees = trees_of(plan, host)
     if not any(low_rank_layers(tree) for tree in trees):
         return
-    sample = plan.train[0].show(None)
-    with grouping(trees), torch.no_grad():
-        for batch in micro_batches([sample], plan.recipe, host):
-            losses_of(host, batch)
+    _, members = next(plan.batches(number))
+    sample = plan.samples(members[:1])[0]
+    for _ in range(2):
+        try:
+            with grouping(trees), torch.no_grad():
+                for batch in micro_batches([sample], plan.recipe, host):
+                    losses_of(host, batch)
+            return
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            log.info("Graft: no memory to find layers that share an input: %s", in_one_line(error))
+        host.denoiser.make_room()
 
 
 def check_keys(plan: Plan, host: Host) -> None:
