@@ -58,7 +58,7 @@ def list_classes() -> list[str]:
 
 def error_of(training, part: str, step: float) -> float:
     """Return the relative error of the derivative along one direction of all A or all B."""
-    from graft_pack.trainers.engine.gradient_check import directional_error
+    from tests.support.gradients import directional_error
 
     parameters = [value for name, value in training.plan.trainables.items() if f"lora_{part}" in name]
     return directional_error(training.losses, parameters, step=step)[0]
