@@ -118,6 +118,9 @@ def _wide(x, middle, ups, scales, weights, biases) -> list[torch.Tensor]:
         # The input's own shape gives the bits that the frozen layer alone would give.
         output = functional.linear(x, weight, bias)
         output = output if output.is_contiguous() else output.contiguous()
+        if output._is_view():
+            # Autograd forbids changes in place of a view that was made here. Some networks write into their outputs.
+            output = torch.ops.aten._unsafe_view(output, output.shape)
         _rows(output).addmm_(part.t(), turned(up), alpha=scale)
         outputs.append(output)
     return outputs

@@ -55,6 +55,37 @@ def test_an_output_that_is_not_used_adds_no_gradient():
     assert ups[1].grad is None
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_outputs_may_be_written_into(count):
+    layers = [frozen(nn.Linear, 6, 4) for _ in range(count)]
+    x, down, ups = random(2, 3, 6), random(2 * count, 6), [random(4, 2) for _ in layers]
+
+    def call(x, down, *ups):
+        outputs = products.linear(x, down, ups, [1.0] * count, [layer._parameters for layer in layers])
+        for output in outputs:
+            output[0, :2] = output[0, :2] * 2
+        return tuple(outputs)
+
+    assert torch.autograd.gradcheck(call, (x, down, *ups))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_convolutions_output_may_be_written_into(count):
+    layer, x, down, up = (
+        frozen(nn.Conv2d, 3, 4, 3, 1, 1),
+        random(count, 3, 4, 4),
+        random(2, 3, 3, 3),
+        random(4, 2, 1, 1),
+    )
+
+    def call(x, down, up):
+        output = products.convolution(x, down, up, 1.0, layer)
+        output[0, :2] = output[0, :2] * 2
+        return output
+
+    assert torch.autograd.gradcheck(call, (x, down, up))
+
+
 def test_a_second_derivative_is_refused():
     x, down, up = random(3, 6), random(2, 6), random(4, 2)
     (out,) = products.linear(x, down, [up], [1.0], [frozen(nn.Linear, 6, 4)._parameters])
