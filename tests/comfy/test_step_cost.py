@@ -3,6 +3,7 @@
 `make bench` measures seconds, and other trainers.
 """
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -90,6 +91,30 @@ def test_a_step_of_many_pictures_has_no_more_operations_than_one():
 def test_a_late_step_has_the_operations_of_an_early_one():
     early, late = (counted(Case("SD1", 1), "attention", counting.Counter(), at).operations for at in (3, 9))
     assert late == early
+
+
+class Calls:
+    """Counter of calls of Python functions within its block."""
+
+    def __init__(self):
+        self.count = 0
+
+    def __enter__(self):
+        sys.setprofile(self._note)
+
+    def __exit__(self, *error):
+        sys.setprofile(None)
+
+    def _note(self, frame, event, argument):
+        self.count += event == "call"
+
+
+@pytest.mark.parametrize("model", ["SD1", "SDXL"])
+def test_a_step_makes_at_most_twice_the_bare_models_python_calls(model):
+    """On small shapes a step waits for Python. Data, loss, clipping, AdamW and log are counted too."""
+    bare, step = (counted(Case(model, 1), name, Calls()).count for name in ("limit", "attention"))
+    print(f"{model}: {step} Python calls, the bare model {bare}, {step / bare:.2f} times")
+    assert step <= 2.0 * bare
 
 
 class Products(TorchDispatchMode):

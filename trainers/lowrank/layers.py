@@ -56,6 +56,10 @@ class LowRankLayer:
                     return self.group.output(self, x) if self.is_linear else self._fused_convolution(x)
         return self.apart(x)
 
+    def parameters(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return A and B in a dtype: the parameters themselves if they have it."""
+        return self.down._parameters["weight"].to(dtype), self.up._parameters["weight"].to(dtype)
+
     def is_plain(self, x: torch.Tensor) -> bool:
         """Report whether the frozen layer is a product of x and its weight, in their common dtype and device."""
         base, weight, bias = self.base, self._frozen["weight"], self._frozen["bias"]
@@ -120,17 +124,22 @@ class SharedInput:
 
     def weights(self, dtype: torch.dtype) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Return all A, [sum of the ranks, in, ...], and B of each layer, [out, r, ...]."""
-        if self.copies is not None and self.copies[0].dtype == dtype:
+        if self._has_copies(dtype):
             return self.copies
-        downs = [layer.down._parameters["weight"].to(dtype) for layer in self.layers]
-        ups = [layer.up._parameters["weight"].to(dtype) for layer in self.layers]
+        pairs = [layer.parameters(dtype) for layer in self.layers]
+        downs, ups = [down for down, _ in pairs], [up for _, up in pairs]
         return downs[0] if len(downs) == 1 else torch.cat(downs), ups
 
     def weights_of(self, layer: LowRankLayer, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Return A and B of a layer."""
-        down, ups = self.weights(dtype)
+        if not self._has_copies(dtype):
+            return layer.parameters(dtype)
+        down, ups = self.copies
         place = self.layers.index(layer)
         return down.split([up.shape[1] for up in ups])[place], ups[place]
+
+    def _has_copies(self, dtype: torch.dtype) -> bool:
+        return self.copies is not None and self.copies[0].dtype == dtype
 
     def output(self, layer: LowRankLayer, x: torch.Tensor) -> torch.Tensor:
         """Return a linear layer's output, [..., out]."""
@@ -179,10 +188,10 @@ class StepWeights:
             group.forget()
             group.copies = None
         dtype = inputs[0].dtype
+        if not dtype.is_floating_point or self._layers[0].down.weight.dtype == dtype:
+            return
         downs = [layer.down.weight for group in groups for layer in group.layers]
         ups = [layer.up.weight for group in groups for layer in group.layers]
-        if not dtype.is_floating_point or downs[0].dtype == dtype:
-            return
         # With gradients even where none are taken: a block may be recomputed after such a forward.
         with torch.enable_grad():
             copies = iter(_Cast.apply(dtype, [len(group.layers) for group in groups], *downs, *ups))

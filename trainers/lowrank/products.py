@@ -164,15 +164,8 @@ class _Wide(torch.autograd.Function):
         middle_grad = torch.empty_like(middle)
         up_grads: list[torch.Tensor | None] = []
         x_grad = None
-        rows = zip(
-            middle.split_with_sizes(ranks),
-            middle_grad.split_with_sizes(ranks),
-            ups,
-            ctx.scales,
-            weights,
-            grads,
-            strict=True,
-        )
+        parts, part_grads = middle.split_with_sizes(ranks), middle_grad.split_with_sizes(ranks)
+        rows = zip(parts, part_grads, ups, ctx.scales, weights, grads, strict=True)
         for number, (part, part_grad, up, scale, weight, grad) in enumerate(rows):
             if grad is None:
                 part_grad.zero_()
