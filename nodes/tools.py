@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 from comfy_api.latest import io, ui
 
 from ..trainers.errors import SettingsError
-from ..trainers.tools import extract, merge
+from ..trainers.tools import average, extract, merge
 from . import inputs
 from .checks import checked
-from .schema import CATEGORY, Adapter, LossMap, describe, execution_id, named
+from .schema import CATEGORY, Adapter, LossMap, advanced, describe, execution_id, named
 
 if TYPE_CHECKING:
     from ..trainers.runs.loss_by_timestep import LossByTimestep
@@ -36,8 +36,20 @@ def _energy() -> io.Float.Input:
     )
 
 
+def _model() -> io.Model.Input:
+    return io.Model.Input(
+        "model",
+        optional=True,
+        tooltip="The model. Types such as DoRA, OFT, BOFT, GLoRA and IA3 need its weights.",
+    )
+
+
 def _weight(name: str, of: str) -> io.Float.Input:
     return io.Float.Input(name, default=1.0, min=-_TOP_WEIGHT, max=_TOP_WEIGHT, step=0.01, tooltip=f"Weight of {of}.")
+
+
+def _clip() -> io.Clip.Input:
+    return advanced(io.Clip.Input("clip", optional=True, tooltip="The text encoder, if the adapter has a part for it."))
 
 
 class GraftMergeAdapters(io.ComfyNode):
@@ -51,7 +63,7 @@ class GraftMergeAdapters(io.ComfyNode):
             words="LoRA",
             aliases=["merge lora", "lora merge", "ties", "dare", "svd"],
             category=_CATEGORY,
-            description="Merges two adapters into one. Refuses types that need the model's weights.",
+            description="Merges two adapters into one.",
             inputs=[
                 Adapter.Input("adapter_a", tooltip="The first adapter."),
                 Adapter.Input("adapter_b", tooltip="The second, for the same model."),
@@ -59,10 +71,11 @@ class GraftMergeAdapters(io.ComfyNode):
                 _weight("weight_b", "the second adapter"),
                 io.Combo.Input(
                     "method",
-                    options=list(merge.METHODS),
+                    options=[*merge.METHODS, average.AVERAGE],
                     default=merge.SUM,
                     tooltip="weighted sum: the same as applying both. SVD: the same in the smallest rank. The others "
-                    "keep a part of each, so that two subjects or styles disturb each other less.",
+                    "keep a part of each, so that two subjects or styles disturb each other less. average of saves: "
+                    "of adapter_a's run; connect the same adapter twice.",
                 ),
                 _rank("Maximum rank per layer of the result. 0: large enough to lose nothing."),
                 io.Float.Input(
@@ -74,20 +87,55 @@ class GraftMergeAdapters(io.ComfyNode):
                     tooltip="Fraction of each adapter's values that TIES, DARE and magnitude prune keep.",
                 ),
                 inputs.seed("Determines the values that DARE drops."),
+                _model(),
+                _clip(),
+                advanced(
+                    io.Float.Input(
+                        "average_width",
+                        default=0.0,
+                        min=0.0,
+                        max=round(average.WIDEST - 0.005, 2),
+                        step=0.01,
+                        optional=True,
+                        tooltip="Width of the average of saves, in parts of all steps. 0: 0.1.",
+                    )
+                ),
             ],
             outputs=[Adapter.Output("adapter", display_name="adapter")],
             hidden=[io.Hidden.unique_id],
         )
 
-    validate_inputs = checked(weight_a=None, weight_b=None, method=None, density=None)
+    validate_inputs = checked(weight_a=None, weight_b=None, method=None, density=None, average_width=None)
 
     @classmethod
-    def execute(cls, adapter_a, adapter_b, weight_a, weight_b, method, rank, density, seed) -> io.NodeOutput:
-        from .host.actions.adapter_tools import merge_adapters
+    def execute(
+        cls,
+        adapter_a,
+        adapter_b,
+        weight_a,
+        weight_b,
+        method,
+        rank,
+        density,
+        seed,
+        model=None,
+        clip=None,
+        average_width=0.0,
+    ) -> io.NodeOutput:
+        from .host.actions.adapter_tools import average_run, merge_adapters
 
-        with named(cls, adapter_a=adapter_a, adapter_b=adapter_b, weight_a=weight_a, weight_b=weight_b):
+        sockets = {"adapter_a": adapter_a, "adapter_b": adapter_b, "model": model, "clip": clip}
+        with named(cls, **sockets, weight_a=weight_a, weight_b=weight_b, average_width=average_width):
+            if method == average.AVERAGE:
+                return io.NodeOutput(average_run(adapter_a, adapter_b, average_width or average.WIDTH))
+            if average_width:
+                raise SettingsError(
+                    f"average_width is set, but method is {method}: it would have no effect.",
+                    f"Choose {average.AVERAGE}, or set average_width to 0.",
+                    "average_width",
+                )
             how = merge.Merging((weight_a, weight_b), method, rank, density, seed)
-            return io.NodeOutput(merge_adapters(adapter_a, adapter_b, how, execution_id(cls)))
+            return io.NodeOutput(merge_adapters(adapter_a, adapter_b, how, execution_id(cls), model, clip))
 
 
 class GraftResizeAdapter(io.ComfyNode):
@@ -106,6 +154,8 @@ class GraftResizeAdapter(io.ComfyNode):
                 Adapter.Input("adapter", tooltip="The adapter. Other types become a LoRA."),
                 _rank("Maximum rank per layer. 0: no limit.", 16),
                 _energy(),
+                _model(),
+                _clip(),
             ],
             outputs=[Adapter.Output("resized", display_name="adapter")],
             hidden=[io.Hidden.unique_id],
@@ -114,11 +164,11 @@ class GraftResizeAdapter(io.ComfyNode):
     validate_inputs = checked(energy=None)
 
     @classmethod
-    def execute(cls, adapter, rank, energy) -> io.NodeOutput:
+    def execute(cls, adapter, rank, energy, model=None, clip=None) -> io.NodeOutput:
         from .host.actions.adapter_tools import resize_adapter
 
-        with named(cls, adapter=adapter, energy=energy):
-            return io.NodeOutput(resize_adapter(adapter, rank, energy, execution_id(cls)))
+        with named(cls, adapter=adapter, energy=energy, model=model, clip=clip):
+            return io.NodeOutput(resize_adapter(adapter, rank, energy, execution_id(cls), model, clip))
 
 
 class GraftExtractAdapter(io.ComfyNode):
@@ -205,13 +255,16 @@ class GraftInspectAdapter(io.ComfyNode):
     def execute(cls, adapter, model=None, clip=None) -> io.NodeOutput:
         import torch
 
+        from ..trainers.families import family_of
         from ..trainers.tools import block_plot, inspect
+        from .host.model.families import family_name
         from .host.model.lora import fit
 
         with named(cls, adapter=adapter, model=model, clip=clip):
             fitting = None if model is None else fit(model, clip, adapter)
             findings = inspect.look(adapter, None if fitting is None else fitting.paths)
-            report = inspect.report(findings, fitting)
+            family = None if model is None else family_of(family_name(model))
+            report = inspect.report(findings, fitting, family)
             image = torch.from_numpy(block_plot.picture(findings))[None]
             return io.NodeOutput(image, report, ui={**ui.PreviewImage(image, cls=cls).as_dict(), "text": (report,)})
 
@@ -265,11 +318,11 @@ class GraftPlotLoss(io.ComfyNode):
 
         with named(cls, loss=loss, loss_b=loss_b, smoothing=smoothing):
             given = {"loss": loss, "loss_b": loss_b}
-            given = {name: one for name, one in given.items() if one is not None}
+            given = {name: curve for name, curve in given.items() if curve is not None}
             if plot == _BY_TIMESTEP:
-                drawn = plots.plot_levels({name: _levels_of(name, one) for name, one in given.items()}, log_scale)
+                drawn = plots.plot_levels({name: _levels_of(name, curve) for name, curve in given.items()}, log_scale)
             else:
-                losses = {name: one["loss"] for name, one in given.items()}
+                losses = {name: curve["loss"] for name, curve in given.items()}
                 drawn = plots.plot(losses, smoothing, log_scale)
             image = torch.from_numpy(drawn)[None]
             return io.NodeOutput(image, ui=ui.PreviewImage(image, cls=cls))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -25,6 +25,11 @@ class LayerSplit:
     rows: Callable[[torch.Tensor], torch.Tensor]
 
 
+# Choices of `targets` that only some families have.
+SINGLE, DOUBLE, NO_CONTEXT = "single blocks", "double blocks", "no context blocks"
+CONTENT, STYLE = "content", "style"
+TARGET_PRESETS = (SINGLE, DOUBLE, NO_CONTEXT, CONTENT, STYLE)
+
 SplitsOf = Callable[[str], tuple[LayerSplit, ...]]
 
 
@@ -42,6 +47,7 @@ class Family:
         among: patterns for all modules that may be trained, matched in the same way. Empty: every module.
         diffusers_names: True if its LoRA files use diffusers' module names (SD1, SD2), False if they use the model's.
         preview_cfg, preview_scheduler: defaults for sample pictures.
+        presets: regular expressions for the attention and feed-forward layers of TARGET_PRESETS, by preset.
         adds_in_place: True if the network changes activations in place that autograd has saved.
     """
 
@@ -55,6 +61,7 @@ class Family:
     diffusers_names: bool = False
     preview_cfg: float = 7.0
     preview_scheduler: str = "normal"
+    presets: Mapping[str, str] = field(default_factory=dict)
     adds_in_place: bool = True
 
 
@@ -83,7 +90,12 @@ FAMILIES = {
         _unet("SD1", 512, full_learning_rate=5e-6, diffusers_names=True),
         _unet("SD2", 512, full_learning_rate=5e-6, diffusers_names=True),
         _unet("SD2 v", 768, full_learning_rate=5e-6, diffusers_names=True),
-        _unet("SDXL", 1024),
+        # B-LoRA (Frenkel et al. 2024): attention of up_blocks.0.attentions.0 and .1, by diffusers' names.
+        _unet(
+            "SDXL",
+            1024,
+            presets={CONTENT: r"^output_blocks\.0\.1\..*\.attn", STYLE: r"^output_blocks\.1\.1\..*\.attn"},
+        ),
         _unet("SDXL refiner", 1024),
         *(
             Family(
@@ -93,6 +105,11 @@ FAMILIES = {
                 # The two linear layers of a single-stream block also contain its feed-forward layers.
                 attention=(r"_attn\.(qkv|proj)$", r"single_blocks\.\d+\.linear[12]$"),
                 feed_forward=(r"_mlp\.[02]$",),
+                presets={
+                    SINGLE: r"^single_blocks\.",
+                    DOUBLE: r"^double_blocks\.",
+                    NO_CONTEXT: r"^(single_blocks\.|double_blocks\.\d+\.img_)",
+                },
                 preview_cfg=cfg,
                 preview_scheduler="simple",
             )
@@ -100,7 +117,12 @@ FAMILIES = {
             for name, cfg in (("Flux", 1.0), ("Flux 2", 1.0), ("Chroma", 4.0))
         ),
         _transformer(
-            "SD3", (r"\.attn2?\.(qkv|proj)$",), (r"_block\.mlp\.fc[12]$",), preview_cfg=4.5, full_learning_rate=5e-6
+            "SD3",
+            (r"\.attn2?\.(qkv|proj)$",),
+            (r"_block\.mlp\.fc[12]$",),
+            presets={NO_CONTEXT: r"\.x_block\."},
+            preview_cfg=4.5,
+            full_learning_rate=5e-6,
         ),
         *(
             _transformer(name, (r"\.attention\.(qkv|out)$",), (r"\.feed_forward\.w[123]$",), preview_cfg=cfg)
@@ -110,10 +132,21 @@ FAMILIES = {
             "Qwen-Image",
             (r"\.attn\.(to_(q|k|v|out\.0|add_out)|add_[qkv]_proj)$",),
             (r"_mlp\.net\.(0\.proj|2)$",),
+            presets={NO_CONTEXT: r"\.(attn\.to_(q|k|v|out\.0)|img_mlp\..*)$"},
             resolution=1328,
             preview_cfg=4.0,
         ),
-        _transformer("HiDream", (r"\.attn1\.to_(q|k|v|out)(_t)?$",), (r"\.ff_[it]\.(.*\.)?w[123]$",), preview_cfg=5.0),
+        _transformer(
+            "HiDream",
+            (r"\.attn1\.to_(q|k|v|out)(_t)?$",),
+            (r"\.ff_[it]\.(.*\.)?w[123]$",),
+            presets={
+                SINGLE: r"^single_stream_blocks\.",
+                DOUBLE: r"^double_stream_blocks\.",
+                NO_CONTEXT: r"\.(attn1\.to_(q|k|v|out)|ff_i\..*)$",
+            },
+            preview_cfg=5.0,
+        ),
         _transformer(
             "PixArt",
             (r"\.attn\.(qkv|proj)$", r"\.cross_attn\.(q_linear|kv_linear|proj)$"),
@@ -128,7 +161,13 @@ FAMILIES = {
             preview_cfg=6.0,
             preview_scheduler="normal",
         ),
-        _transformer("AuraFlow", (r"\.attn\.w[12][qkvo]$",), (r"\.mlp[CX]?\.c_(fc1|fc2|proj)$",), preview_cfg=3.5),
+        _transformer(
+            "AuraFlow",
+            (r"\.attn\.w[12][qkvo]$",),
+            (r"\.mlp[CX]?\.c_(fc1|fc2|proj)$",),
+            presets={SINGLE: r"^single_layers\.", DOUBLE: r"^double_layers\."},
+            preview_cfg=3.5,
+        ),
         # Wan was made for video of 832 x 480 and 1280 x 720. A square of side 640 has about the area of the first.
         _transformer("Wan", (r"\.(self|cross)_attn\.[qkvo]$",), (r"\.ffn\.[02]$",), resolution=640, preview_cfg=6.0),
         *(
@@ -165,3 +204,10 @@ def is_attention(path: str, family: Family) -> bool:
 def is_feed_forward(path: str, family: Family) -> bool:
     """Report whether a module is a projection in a feed-forward layer of the family, by its path."""
     return any(re.search(pattern, path) for pattern in family.feed_forward)
+
+
+def is_preset(path: str, family: Family, preset: str) -> bool:
+    """Report whether a module is a layer of one of the family's presets, by its path."""
+    return bool(re.search(family.presets[preset], path)) and (
+        is_attention(path, family) or is_feed_forward(path, family)
+    )

@@ -8,10 +8,14 @@ from typing import TYPE_CHECKING
 
 from ..errors import ModelError, RunError
 from . import files, json_files
+from .bundled import take_bundled
 from .convert import host_names, host_tensors
-from .keys import check_parts
+from .forms import file_form, native_form
+from .keys import DORA, check_parts
+from .kohya import host_form
 from .metadata import stamped
-from .peft_format import PeftAdapter, diffusers_form, read_native, write_diffusers, write_peft
+from .network import as_dora
+from .peft_format import DIFFUSERS_CONFIG, PeftAdapter, peft_files, read_native, write_diffusers, write_peft
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +23,7 @@ if TYPE_CHECKING:
     from .full_diff import FullDiff
 
 # Values of the node's `format` input.
-FORMATS = ("kohya", "diffusers", "peft")
+FORMATS = ("kohya", "diffusers", "peft", "LyCORIS")
 # Maximum length of a key in characters. A layer's path has about a hundred.
 _LONGEST_KEY = 1000
 
@@ -32,9 +36,11 @@ class Adapter(dict):
         metadata: metadata of the file.
         native: the adapter in peft's form, or a function that creates it on first access. Importing peft takes a
             second, and few callers need this form.
+        bundled: tensors of embeddings that the file carries along, by their keys.
 
     Attributes:
         metadata: metadata of the file.
+        bundled: those tensors; they are no part of the dict.
         native: the adapter in peft's form. None if it is unknown; lost if another node copies the dict.
     """
 
@@ -43,10 +49,27 @@ class Adapter(dict):
         tensors: dict[str, torch.Tensor],
         metadata: dict[str, str] | None = None,
         native: PeftAdapter | Callable[[], PeftAdapter | None] | None = None,
+        bundled: dict[str, torch.Tensor] | None = None,
     ):
         super().__init__(tensors)
         self.metadata = dict(metadata or {})
+        self.bundled = dict(bundled or {})
         self._native = native
+
+    def __contains__(self, key: object) -> bool:
+        """Report whether there is a tensor of this name. ComfyUI's loader asks that first.
+
+        Raises:
+            ModelError: the adapter has only peft's form, of which ComfyUI's loader would use nothing.
+        """
+        if not len(self) and self.native is not None:
+            raise ModelError(
+                f"Only Graft's nodes can apply this adapter: {self.native.method} in peft's form needs the model's "
+                "weights.",
+                "Connect it to Graft Apply Adapter.",
+                "adapter",
+            )
+        return super().__contains__(key)
 
     @property
     def native(self) -> PeftAdapter | None:
@@ -88,6 +111,10 @@ class LazyAdapter(Mapping):
     def __len__(self) -> int:
         return len(self._tensors)
 
+    def on_meta(self) -> dict[str, torch.Tensor]:
+        """Return tensors of its names and shapes without values, for checks that need no more."""
+        return self._tensors.on_meta()
+
     def taken(self) -> Adapter:
         """Compute all tensors and return them as an Adapter. The trained weights are overwritten."""
         return Adapter(self._tensors.taken(), self.metadata)
@@ -119,10 +146,33 @@ def load_adapter(path: str) -> Adapter:
                 "Restore it, or choose another adapter.",
                 "adapter_name",
             )
+    tensors, bundled = take_bundled(tensors)
+    if not tensors:
+        raise ModelError(f"The file '{path}' holds embeddings only.", "Choose another adapter.", "adapter_name")
     native = read_native(path, tensors, metadata)
+    check_parts(tensors, f"The file '{path}'", "adapter_name")
     named = host_names(tensors) if native is None else host_tensors(native)
     check_parts(named, f"The file '{path}'", "adapter_name")
-    return Adapter(named, metadata, native)
+    return Adapter(host_form(named, metadata), metadata, native, bundled)
+
+
+def as_adapter(tensors: Mapping[str, torch.Tensor]) -> Adapter:
+    """Return an adapter from a connection as it is, or tensors of another node with the host's keys.
+
+    Raises:
+        ModelError: it has no tensors, or values that are not finite.
+    """
+    if isinstance(tensors, Adapter):
+        adapter = tensors
+    else:
+        held = host_names(dict(tensors))
+        # Magnitudes in another node's dict are for ComfyUI's formula, as Apply Adapter reads them.
+        is_dora = any(key.endswith(DORA) for key in held)
+        adapter = Adapter(host_form(held, {}), as_dora({}) if is_dora else {})
+    if not adapter and adapter.native is None:
+        raise ModelError("The adapter is empty.", "Connect a trained adapter.", "adapter")
+    _check_finite(adapter)
+    return adapter
 
 
 def save_adapter(path: str, adapter: Mapping[str, torch.Tensor], title: str, format: str = "kohya") -> None:
@@ -140,34 +190,35 @@ def save_adapter(path: str, adapter: Mapping[str, torch.Tensor], title: str, for
         ModelError: the adapter has no such form, is empty or is not finite.
         RunError: the file cannot be written, or does not hold all tensors afterwards.
     """
-    # Do not access `native` for "kohya": the access may have to create it.
-    native = None if format == "kohya" else getattr(adapter, "native", None)
-    if format != "kohya" and native is None:
-        raise ModelError(
-            f"Graft cannot save this adapter as '{format}': it came from a file or another node.",
-            "Connect the training node itself, or choose 'kohya'.",
-            "format",
-        )
-    if format == "diffusers":
-        native = diffusers_form(native)
-    tensors = adapter if format == "kohya" else native.all_tensors()
-    _check_whole(tensors)
-    metadata = stamped(getattr(adapter, "metadata", {}), tensors, title)
-    paths = [path]
+    if not adapter and getattr(adapter, "native", None) is None:
+        raise ModelError("The adapter is empty.", "Connect a trained adapter.", "adapter")
+    known = {name: value for name, value in getattr(adapter, "metadata", {}).items() if name != DIFFUSERS_CONFIG}
+    if format in ("kohya", "LyCORIS"):
+        tensors, fields = file_form(adapter, format)
+        _check_finite(tensors)
+        metadata = stamped({**known, **fields}, tensors, title)
+        files.write_tensors(path, tensors, metadata)
+        _check_written([path], len(tensors))
+        return
+    native = native_form(adapter, format)
+    tensors = native.all_tensors()
+    _check_finite(tensors)
+    metadata = stamped(known, tensors, title)
     if format == "peft":
         paths = write_peft(os.path.dirname(path), native, metadata)
-    elif format == "diffusers":
-        write_diffusers(path, native, metadata)
+        _check_written(paths, sum(map(len, peft_files(native).values())))
     else:
-        files.write_tensors(path, tensors, metadata)
+        write_diffusers(path, native, metadata)
+        _check_written([path], len(tensors))
+
+
+def _check_written(paths: list[str], count: int) -> None:
     written = sum(len(files.read_header(file).keys() - {"__metadata__"}) for file in paths)
-    if written != len(tensors):
-        raise RunError(f"The file '{path}' holds {written} of {len(tensors)} tensors.", "Save it again.")
+    if written != count:
+        raise RunError(f"The file '{paths[0]}' holds {written} of {count} tensors.", "Save it again.")
 
 
-def _check_whole(tensors: Mapping[str, torch.Tensor]) -> None:
-    if not tensors:
-        raise ModelError("The adapter is empty.", "Connect a trained adapter.", "adapter")
+def _check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
     for name, tensor in tensors.items():
         if not files.is_finite(tensor):
             raise ModelError(

@@ -31,12 +31,19 @@ def is_link(path: str) -> bool:
     return os.path.islink(path) or (is_junction is not None and is_junction(path))
 
 
-def refuse_links(root: str, path: str) -> None:
+_LINK_CURE = (
+    "Remove the link, or replace it with the folder. To use another disk, move the whole output folder "
+    "(--output-directory)."
+)
+
+
+def refuse_links(root: str, path: str, cure: str = _LINK_CURE) -> None:
     """Check that no part of a path below a folder is a link. The folder itself may be a link.
 
     Args:
         root: the folder; `path` starts with it.
         path: the path to check.
+        cure: the fix, for the error.
 
     Raises:
         RunError: a part is a link; the error names it.
@@ -45,11 +52,7 @@ def refuse_links(root: str, path: str) -> None:
     for name in os.path.relpath(path, root).split(os.sep):
         part = os.path.join(part, name)
         if is_link(part):
-            raise RunError(
-                f"'{part}' is a link. Graft follows no links inside '{root}'.",
-                "Remove the link, or replace it with the folder. To use another disk, move the whole output folder "
-                "(--output-directory).",
-            )
+            raise RunError(f"'{part}' is a link. Graft follows no links inside '{root}'.", cure)
 
 
 def find_link(folder: str) -> str | None:
@@ -86,6 +89,19 @@ def replacing(path: str) -> Iterator[str]:
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
+
+
+def write_bytes(path: str, data: bytes) -> bool:
+    """Write a file atomically. Return False if it holds these bytes already. Raise RunError as `replacing` does."""
+    with suppress(OSError):
+        if os.path.isfile(path) and os.path.getsize(path) == len(data):
+            with open(path, "rb") as file:
+                if file.read() == data:
+                    return False
+    with replacing(path) as temporary:
+        with open(temporary, "wb") as file:
+            file.write(data)
+    return True
 
 
 def check_room(folder: str, needed: int) -> None:

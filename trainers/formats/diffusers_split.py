@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError
 from ..families import LayerSplit, SplitsOf
+from .peft_config import place_of
 
 if TYPE_CHECKING:
+    import torch
+
     from .peft_format import PeftAdapter
+
+_SAVED_MAGNITUDE = "lora_magnitude_vector"
+_DOWN, _UP, _MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector.weight"
 
 # peft's tensors with one row per output. A is not among them.
 _BY_OUTPUT = ("lora_B.", "lora_magnitude_vector")
@@ -44,53 +50,101 @@ def split_layers(native: PeftAdapter) -> PeftAdapter:
     return replace(native, config=_renamed(native.config, native.splits), tensors=tensors, scales=scales, is_split=True)
 
 
-def joined(native: PeftAdapter, paths: Iterable[str], splits_of: SplitsOf) -> PeftAdapter:
-    """Convert an adapter from diffusers' layers to a checkpoint's layers: the inverse of `split`.
+def joined(native: PeftAdapter, rows: Mapping[str, int], splits_of: SplitsOf) -> PeftAdapter:
+    """Convert an adapter from diffusers' layers to a checkpoint's layers: the inverse of `split_layers`.
+
+    Parts of a layer with one A give a LoRA of their rank, others one of the sum of their ranks. Both are exact.
 
     Args:
         native: the adapter, on diffusers' layers.
-        paths: paths of the checkpoint's layers to convert to. Tensors of other layers stay as they are.
+        rows: numbers of outputs of the checkpoint's layers to convert to, by path. Tensors of other layers stay.
         splits_of: returns diffusers' layers for a path in the checkpoint.
 
     Raises:
-        ModelError: the parts of a layer were trained separately, each with its own A or scale.
+        ModelError: the parts of a layer have no such form together.
+    """
+    layers: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in native.tensors.items():
+        place = place_of(name)
+        end = name[len(place) + 1 :]
+        # peft's files have another name for it than its modules.
+        layers.setdefault(place, {})[_MAGNITUDE if end == _SAVED_MAGNITUDE else end] = tensor
+    scales = dict(native.scales)
+    for path, count in rows.items():
+        splits = splits_of(path)
+        parts = [(part, layers.pop(part.name)) for part in splits if part.name in layers]
+        if parts:
+            joint = _joint(path, count, len(splits), parts, native.scales)
+            layers[path], scales[path] = joint if joint is not None else _renamed_part(path, count, parts, scales)
+    tensors = {f"{place}.{end}": tensor for place, held in layers.items() for end, tensor in held.items()}
+    return replace(native, tensors=tensors, scales=scales, is_split=False)
+
+
+_Part = tuple[LayerSplit, "dict[str, torch.Tensor]"]
+
+
+def _joint(
+    path: str, count: int, whole: int, parts: list[_Part], scales: dict[str, float]
+) -> tuple[dict[str, torch.Tensor], float] | None:
+    """Return (tensors of a layer, its scale) from LoRAs of its parts, None if the only part is of another type.
+
+    Args:
+        count: number of the layer's outputs.
+        whole: number of all of its parts.
     """
     import torch
 
-    left = dict(native.tensors)
-    tensors, scales = {}, dict(native.scales)
-    for path in paths:
-        splits = splits_of(path)
-        names = [[name for name in left if _split(name)[0] == part.name] for part in splits]
-        if not splits or not all(names):
-            continue
-        _refuse_separate_factors(path, splits, native)
-        for name in names[0]:
-            end = _split(name)[1]
-            parts = [left.pop(f"{part.name}.{end}") for part in splits]
-            if not end.startswith(_BY_OUTPUT):
-                tensors[f"{path}.{end}"] = parts[0]
-                continue
-            whole = torch.empty(sum(map(len, parts)), *parts[0].shape[1:], dtype=parts[0].dtype)
-            for part, values in zip(splits, parts, strict=True):
-                whole[part.rows(torch.arange(len(whole)))] = values
-            tensors[f"{path}.{end}"] = whole
-        scales[path] = native.scales.get(splits[0].name)
-    return replace(native, tensors={**left, **tensors}, scales=scales, is_split=False)
+    ends = {end for _, held in parts for end in held}
+    is_lora = {_DOWN, _UP} <= ends <= {_DOWN, _UP, _MAGNITUDE} and all(held.keys() == ends for _, held in parts)
+    if not is_lora and whole == 1:
+        return None
+    if not is_lora or (_MAGNITUDE in ends and len(parts) < whole):
+        raise refuse_parts(path)
+    held = [values for _, values in parts]
+    factors = [scales[part.name] for part, _ in parts]
+    shares_a = len(set(factors)) == 1 and all(torch.equal(values[_DOWN], held[0][_DOWN]) for values in held)
+    if not shares_a:
+        held = [{**values, _UP: values[_UP] * factor} for values, factor in zip(held, factors, strict=True)]
+    ranks = [0 if shares_a else len(values[_DOWN]) for values in held]
+    down = held[0][_DOWN] if shares_a else torch.cat([values[_DOWN] for values in held])
+    joint = {_DOWN: down, _UP: held[0][_UP].new_zeros(count, len(down), *held[0][_UP].shape[2:])}
+    if _MAGNITUDE in ends:
+        joint[_MAGNITUDE] = held[0][_MAGNITUDE].new_zeros(count)
+    for index, ((part, _), values) in enumerate(zip(parts, held, strict=True)):
+        own = part.rows(torch.arange(count))
+        if len(own) != len(values[_UP]):
+            raise ModelError(
+                f"The adapter to start from has {len(values[_UP])} rows for {part.name}, not {len(own)}.",
+                "Choose an adapter for this model.",
+                "start_from",
+            )
+        start = sum(ranks[:index])
+        joint[_UP][own, start : start + values[_UP].shape[1]] = values[_UP]
+        if _MAGNITUDE in ends:
+            joint[_MAGNITUDE][own] = values[_MAGNITUDE].flatten()
+    return joint, factors[0] if shares_a else 1.0
 
 
-def _refuse_separate_factors(path: str, splits: tuple[LayerSplit, ...], native: PeftAdapter) -> None:
-    firsts = [native.tensors.get(f"{part.name}.lora_A.weight") for part in splits]
-    alike = all(
-        factor is not None and factor.shape == firsts[0].shape and bool((factor == firsts[0]).all())
-        for factor in firsts
+def _renamed_part(
+    path: str, count: int, parts: list[_Part], scales: dict[str, float]
+) -> tuple[dict[str, torch.Tensor], float | None]:
+    """Return (tensors of a layer, its scale) from its only part of any type, if it has the same order of rows."""
+    import torch
+
+    part, held = parts[0]
+    if not torch.equal(part.rows(torch.arange(count)), torch.arange(count)):
+        raise refuse_parts(path)
+    return held, scales.get(part.name)
+
+
+def refuse_parts(path: str) -> ModelError:
+    """Return the error about parts of a layer that no adapter of the whole layer equals."""
+    return ModelError(
+        f"The adapter to start from has separate parts for {path}, which is one layer in this model. Graft can join "
+        "LoRAs without biases, and DoRAs of all parts.",
+        "Apply it with Graft Apply Adapter before the training node instead.",
+        "start_from",
     )
-    if not alike or len({native.scales.get(part.name) for part in splits}) > 1:
-        raise ModelError(
-            f"The adapter to start from has separate parts for {path}, which is one layer in this model.",
-            "It was trained in diffusers. Apply it with Graft Apply Adapter before the training node instead.",
-            "start_from",
-        )
 
 
 def _split(name: str) -> tuple[str, str]:

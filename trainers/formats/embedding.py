@@ -6,16 +6,23 @@ a single tensor `emb_params`; for several encoders, one tensor each, `clip_l` an
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
-from ..errors import ModelError
+from ..errors import ModelError, RunError
 from . import files
 
 if TYPE_CHECKING:
     import torch
 
-SINGLE = "emb_params"
+log = logging.getLogger(__name__)
 
+SINGLE = "emb_params"
+# Prefix of embeddings that OneTrainer bundles with an adapter.
+BUNDLED = "bundle_emb."
+
+# Endings of the files that torch.save writes.
+_PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 # A prompt has 75 tokens per chunk.
 _MOST_VECTORS = 1000
 
@@ -62,10 +69,22 @@ def load_embedding(path: str, name: str) -> Embedding:
     """Load an embedding from a safetensors file.
 
     Raises:
-        ModelError: the file's tensors are not a valid embedding for CLIP.
+        ModelError: the file's tensors are not a valid embedding for CLIP, or torch.save wrote it.
         RunError: the file cannot be read.
     """
-    tensors, metadata = files.read_tensors(path)
+    try:
+        tensors, metadata = files.read_tensors(path)
+    except RunError as error:
+        if not path.lower().endswith(_PICKLES):
+            raise
+        # torch's weights_only runs programs before torch 2.6, corrupts memory before 2.10, and does not limit memory.
+        raise ModelError(
+            f"Graft does not read '{path}': a file that torch.save wrote can run a program while it is read.",
+            f"Write embedding:{name} in a prompt, where ComfyUI reads it. Or convert the file as the help page of this "
+            "node says.",
+            "embedding_name",
+        ) from error
+    tensors = _without_outputs(_unbundled(tensors, path, name), path)
     by_encoder = {key: value for key, value in tensors.items() if key in WIDTHS}
     if not by_encoder and len(tensors) == 1:
         value = next(iter(tensors.values()))
@@ -93,3 +112,34 @@ def load_embedding(path: str, name: str) -> Embedding:
                 "embedding_name",
             )
     return Embedding({key: value.float() for key, value in vectors.items()}, name, metadata)
+
+
+def _unbundled(tensors: dict[str, torch.Tensor], path: str, name: str) -> dict[str, torch.Tensor]:
+    """Return the tensors of an embedding that OneTrainer bundled with an adapter; a file without one as it is.
+
+    Raises:
+        ModelError: the file bundles several, and none has the name of the file.
+    """
+    words: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        if key.startswith(BUNDLED):
+            word, _, end = key.removeprefix(BUNDLED).rpartition(".")
+            # A1111's name of the vectors has a dot itself.
+            words.setdefault(word.removesuffix(".string_to_param"), {})[end] = tensor
+    if not words:
+        return tensors
+    if len(words) > 1 and name not in words:
+        raise ModelError(
+            f"The file '{path}' bundles several embeddings: {', '.join(sorted(words))[:300]}.",
+            "Give a copy of the file the name of one of them.",
+            "embedding_name",
+        )
+    return words[name] if name in words else next(iter(words.values()))
+
+
+def _without_outputs(tensors: dict[str, torch.Tensor], path: str) -> dict[str, torch.Tensor]:
+    """Leave out OneTrainer's vectors for the outputs of a text encoder, which ComfyUI does not use."""
+    outputs = [key for key in tensors if key.endswith("_out") and key.removesuffix("_out") in tensors]
+    if outputs:
+        log.warning("Graft: %s is not used; ComfyUI reads no vectors for outputs of %s.", ", ".join(outputs), path)
+    return {key: tensor for key, tensor in tensors.items() if key not in outputs}

@@ -52,6 +52,14 @@ class FullDiff(Mapping):
     def __len__(self) -> int:
         return len(self._pairs)
 
+    def on_meta(self) -> dict[str, torch.Tensor]:
+        """Return tensors of the differences' shapes without values."""
+        import torch
+
+        return {
+            key: torch.empty(base.shape, dtype=torch.float32, device="meta") for key, (_, base) in self._pairs.items()
+        }
+
     def taken(self) -> dict[str, torch.Tensor]:
         """Compute all differences. They overwrite the trained values, except where those need a copy first."""
         differences: dict[str, torch.Tensor] = {}

@@ -76,7 +76,8 @@ def read_object(path: str) -> dict[str, Any]:
 
 def write_own_json(path: str, value: dict[str, Any]) -> None:
     """Write a JSON object atomically, with a checksum that `read_own_json` compares."""
-    write_json(path, {**value, _CHECKSUM: _json_sum(value)})
+    # Convert to JSON and back first: integer keys become strings, which sort differently.
+    write_json(path, {**value, _CHECKSUM: _json_sum(json.loads(json.dumps(value)))})
 
 
 def read_own_json(path: str) -> Any:
@@ -114,6 +115,4 @@ def read_own_object(path: str, remedy: str) -> dict[str, Any]:
 
 
 def _json_sum(value: dict[str, Any]) -> str:
-    # Convert to JSON and back first: integer keys become strings, which sort differently.
-    text = json.dumps(json.loads(json.dumps(value)), sort_keys=True)
-    return f"{zlib.crc32(text.encode()):08x}"
+    return f"{zlib.crc32(json.dumps(value, sort_keys=True).encode()):08x}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from ..errors import ModelError
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 UP, DOWN, MID, ALPHA = "lora_up.weight", "lora_down.weight", "lora_mid.weight", "alpha"
 DORA = "dora_scale"
 WHOLE, BIAS = "diff", "diff_b"
+# LyCORIS' IA3: factors minus one, and whether they are for inputs.
+IA3, ON_INPUT = "weight", "on_input"
 
 # Key suffixes that the host's loaders know (comfy/weight_adapter, comfy/lora.py). The longest match applies.
 _ENDS = {
@@ -37,7 +40,7 @@ _ENDS = {
     ".b_norm": BIAS,
 }
 _SAME = re.compile(
-    r"\.(alpha|dora_scale|diff|diff_b|set_weight|reshape_weight|oft_blocks|rescale"
+    r"\.(alpha|dora_scale|diff|diff_b|set_weight|reshape_weight|oft_blocks|rescale|on_input"
     r"|hada_(?:w1_a|w1_b|w2_a|w2_b|t1|t2)|lokr_(?:w1|w2|w1_a|w1_b|w2_a|w2_b|t2)|(?:a1|a2|b1|b2)\.weight)$"
 )
 
@@ -70,6 +73,8 @@ _PREFIXES = {
     "lycoris_": _UNET,
 }
 
+_T5_PATHS = ("encoder_block_", "encoder_final_layer_norm", "encoder_embed_tokens", "shared")
+
 # Layouts by the first part of a layer's path: files name the layers of one model in different ways.
 _LAYOUTS = {
     "input_blocks": "the UNet's own",
@@ -101,14 +106,22 @@ def split(tensors: dict[str, torch.Tensor]) -> tuple[Layers, list[str]]:
     Returns:
         (tensors by layer name and key suffix, keys that belong to no layer).
     """
-    layers: Layers = {}
+    keys, others = layer_keys(tensors)
+    return {name: {end: tensors[key] for end, key in ends.items()} for name, ends in keys.items()}, others
+
+
+def layer_keys(tensors: Collection[str]) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """Return (keys by layer name and key suffix, keys that belong to no layer)."""
+    layers: dict[str, dict[str, str]] = {}
     others = []
-    for key, tensor in tensors.items():
+    for key in tensors:
         name, end = _parted(key)
+        if end is None and key.endswith(f".{IA3}") and f"{key.removesuffix(IA3)}{ON_INPUT}" in tensors:
+            name, end = key.removesuffix(f".{IA3}"), IA3
         if end is None:
             others.append(key)
         else:
-            layers.setdefault(name, {})[end] = tensor
+            layers.setdefault(name, {})[end] = key
     return layers, others
 
 
@@ -135,20 +148,22 @@ def check_parts(tensors: dict[str, torch.Tensor], whose: str, input: str) -> Non
         ModelError: the tensors of a layer do not fit; the error names the layer.
     """
     for name, held in split(tensors)[0].items():
-        why = _misfit(held)
+        why = misfit_of_parts(held)
         if why:
             raise ModelError(
                 f"{whose} is not a valid adapter: in its layer {name[:200]}, {why}.", "Get another copy of it.", input
             )
 
 
-def _misfit(held: dict[str, torch.Tensor]) -> str:
+def misfit_of_parts(held: dict[str, torch.Tensor]) -> str:
     """Return the reason why a layer's tensors do not fit each other, empty if they do."""
     for end, tensor in held.items():
         if end == ALPHA and tensor.numel() != 1:
             return f"alpha has the shape {list(tensor.shape)} and is not a number"
         if not tensor.numel():
             return f"{end} is empty"
+    if ON_INPUT in held and (IA3 not in held or held[ON_INPUT].numel() != 1):
+        return f"{IA3} is missing" if IA3 not in held else f"{ON_INPUT} has the shape {list(held[ON_INPUT].shape)}"
     if DORA in held and held[DORA].dim() < 2:
         return f"{DORA} has the shape {list(held[DORA].shape)} instead of [out, 1] or [1, in]"
     if UP in held or DOWN in held:
@@ -262,6 +277,8 @@ def misfit_of_layer(held: dict[str, torch.Tensor], shape: tuple[int, ...]) -> st
     if all(name in held for name in _GLORA) and not _is_glora_of(held, shape):
         sizes = (str(list(held[name].flatten(1).shape)) for name in _GLORA)
         return f"the factors {', '.join(sizes)}, {layer}"
+    if ON_INPUT in held and (len(shape) < 2 or held[IA3].numel() != shape[1 if held[ON_INPUT] else 0]):
+        return f"{held[IA3].numel()} factors, {layer}"
     if DORA in held:
         ones = [1] * (len(shape) - 2)
         if len(shape) < 2 or list(held[DORA].shape) not in ([shape[0], 1, *ones], [1, shape[1], *ones]):
@@ -321,7 +338,15 @@ def common_name(name: str) -> tuple[str, str]:
         path = path.replace(".processor.", ".")
         # The oldest files of diffusers name an attention's output without its index.
         path += ".0" if path.endswith(".to_out") else ""
-    return _PREFIXES.get(prefix, ""), path.replace(".", "_")
+    network, path = _PREFIXES.get(prefix, ""), path.replace(".", "_")
+    # OneTrainer numbers T5 by its place among the text encoders of the model.
+    return _T5 if network in (_TEXT, _SECOND) and path.startswith(_T5_PATHS) else network, path
+
+
+def common_place(name: str) -> tuple[str, str]:
+    """Return `common_name` of a layer. A name without a known prefix is the denoiser's."""
+    network, path = common_name(name)
+    return network or _UNET, path
 
 
 def is_text(name: str) -> bool:
@@ -346,6 +371,10 @@ def block_of(name: str) -> str:
     return block if network in (_UNET, "") else f"{network} {block}"
 
 
+# Adapter types by the start of a key suffix.
+_KINDS = {"hada_": "LoHa", "lokr_": "LoKr", "oft_": "OFT", "a1.": "GLoRA", "on_": "IA3", "set_": "weights"}
+
+
 def type_of(tensors: dict[str, torch.Tensor]) -> str:
     """Return the adapter type of a layer, derived from the key suffixes of its tensors."""
     ends = tensors.keys()
@@ -353,7 +382,7 @@ def type_of(tensors: dict[str, torch.Tensor]) -> str:
         return "DoRA"
     if UP in ends:
         return "LoRA" if tensors[DOWN].dim() < 4 else "LoRA on convolutions"
-    for start, kind in (("hada_", "LoHa"), ("lokr_", "LoKr"), ("oft_", "OFT"), ("a1.", "GLoRA"), ("set_", "weights")):
+    for start, kind in _KINDS.items():
         if any(end.startswith(start) for end in ends):
             return kind
     return "whole difference"

@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
+
+from .keys import ALPHA, BIAS, DORA, DOWN, MID, UP, WHOLE, layer_keys, misfit_of_parts, shape_of, split
+from .layers.paths import LayerPath, family_of_layers, place_of
+from .layers.published import is_swapped, joint_path
+from .layers.unets import original_path
 
 if TYPE_CHECKING:
     import torch
+
+    from .keys import Layers
+
+_KOHYA = ("lora_unet_", "lora_te")
+# Prefixes of files that name the layers of transformers as diffusers does.
+_PUBLISHED = ("transformer.", "lora_transformer_", "lycoris_", "base_model.model.", "lora_unet_", "unet.")
+_PUBLISHED += ("diffusion_model.",)
+_WRAPPER = "text_model."
+# First parts of a joint layer: query, key and value.
+_ATTENTION = 3
+# Rows per input of the part with Flux's feed-forward layer.
+_MLP_RATIO = 4
 
 
 def to_kohya(layers: dict[str, dict[str, torch.Tensor]], name_of: Callable[[str], str]) -> dict[str, torch.Tensor]:
@@ -40,8 +57,217 @@ def lora_tensors(down: torch.Tensor, up: torch.Tensor, alpha: float) -> dict[str
     return {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(float(alpha))}
 
 
+def plain_factors(held: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Return (A, B, scale) of a LoRA layer, float32. A Tucker core becomes a part of A, which keeps the rank.
+
+    Args:
+        held: tensors of the layer by kohya's key suffix.
+    """
+    import torch
+
+    down, up = held[DOWN].float(), held[UP].float()
+    scale = float(held[ALPHA]) / len(down) if ALPHA in held else 1.0
+    if MID in held:
+        down = torch.einsum("mn...,ni->mi...", held[MID].float(), down.flatten(1))
+    return down, up, scale
+
+
 def own(tensor: torch.Tensor) -> torch.Tensor:
     """Return a contiguous float32 copy on the CPU that shares no memory with the tensor."""
     import torch
 
     return tensor.detach().to("cpu", torch.float32).contiguous().clone()
+
+
+def kohya_form(tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> dict[str, torch.Tensor]:
+    """Return an adapter under kohya's names, and diffusers' parts of a checkpoint's layer as one layer.
+
+    Keeps names that kohya's trainers have no other name for. LoRA parts with one A give a layer of their rank, others
+    a layer of the sum of their ranks; both are exact.
+
+    Args:
+        tensors: tensors with the host's names.
+        metadata: metadata of the file.
+    """
+    keys, others = layer_keys(tensors)
+    layers = {name: {end: tensors[key] for end, key in ends.items()} for name, ends in keys.items()}
+    renamed, kept = _renamed(layers, family_of_layers(layers, metadata))
+    flat = {f"{name}.{end}": tensor for name, held in renamed.items() for end, tensor in held.items()}
+    # Kept layers keep their suffixes, too: LyCORIS has its own for norms.
+    same = [*others, *(key for name in kept for key in keys[name].values())]
+    return {**{key: tensors[key] for key in same}, **flat}
+
+
+def _renamed(layers: Layers, family: str) -> tuple[Layers, Iterable[str]]:
+    """Return (layers under kohya's names, names of the layers that keep theirs)."""
+    places = {name: place_of(name) for name in layers}
+    if len({*places.values()}) < len(places):
+        # Two layers would get one name.
+        return {}, layers
+    wholes = {name: joint_path(family, places[name].path) for name in layers if _is_published(name, places[name])}
+    renamed: Layers = {}
+    kept: list[str] = []
+    parts: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for name, held in layers.items():
+        whole = wholes.get(name)
+        if whole is not None and len(whole[1]) > 1:
+            parts.setdefault(whole, []).append(name)
+        elif whole is not None and (unswapped := _unswapped(family, whole[0], held)):
+            renamed[_kohya_name(LayerPath("", whole[0]), family)] = unswapped
+        elif whole is not None or _keeps_name(name, held, family) or _other_name(name, places[name], family) == name:
+            kept.append(name)
+        else:
+            renamed[_other_name(name, places[name], family)] = held
+    for (path, rows), names in parts.items():
+        joint = _joined(rows, {places[name].path: layers[name] for name in names})
+        if joint is None:
+            kept += names
+        else:
+            renamed[_kohya_name(LayerPath("", path), family)] = joint
+    published = [name for name, whole in wholes.items() if whole is not None]
+    has_parts = any(name in kept for names in parts.values() for name in names)
+    if has_parts and not any(UP in layers[name] for name in published):
+        # Only LyCORIS has a name for a part that is no LoRA: that of its own wrapper, for diffusers' layers.
+        renamed = {f"lycoris_{places[name].path.replace('.', '_')}": layers[name] for name in published}
+        kept = [name for name in layers if name not in published]
+    return renamed, kept
+
+
+def host_form(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> dict[str, torch.Tensor]:
+    """Return an adapter under names that the host reads. It has none for diffusers' layers of Wan and Z-Image."""
+    layers = split(tensors)[0]
+    family = family_of_layers(layers, metadata)
+    paths = [place_of(name).path for name in layers]
+    if family not in ("Wan", "Z-Image") or all((joint_path(family, path) or (path,))[0] == path for path in paths):
+        return tensors
+    named = kohya_form(tensors, metadata)
+    # The host has no such name for all of these layers.
+    has_wrapper = any(name.startswith("lycoris_") for name in named.keys() - tensors.keys())
+    return tensors if has_wrapper else named
+
+
+def with_alphas(tensors: dict[str, torch.Tensor], ends: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """Add the alphas that a file leaves out because they are the ranks. LyCORIS cannot load a layer without one.
+
+    Args:
+        tensors: tensors with kohya's key suffixes.
+        ends: suffixes of the factors whose first dimension is the rank; the first that a layer has counts.
+    """
+    import torch
+
+    complete = dict(tensors)
+    for name, held in split(tensors)[0].items():
+        rank = next((len(held[end]) for end in ends if end in held), None)
+        if rank is not None and ALPHA not in held:
+            complete[f"{name}.{ALPHA}"] = torch.tensor(float(rank))
+    return complete
+
+
+def with_unit_scales(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Move the scales of LoHa and LoKr into their first factors. LyCORIS 4.1 applies them twice when it merges."""
+    import torch
+
+    scaled = dict(tensors)
+    for name, held in split(tensors)[0].items():
+        rank = next((len(held[end]) for end in ("hada_w1_b", "lokr_w2_b", "lokr_w1_b") if end in held), None)
+        if rank is None or float(held.get(ALPHA, rank)) == rank:
+            continue
+        first = next(end for end in ("hada_w1_a", "lokr_w1", "lokr_w1_a") if end in held)
+        scaled[f"{name}.{first}"] = held[first].float() * (float(held[ALPHA]) / rank)
+        scaled[f"{name}.{ALPHA}"] = torch.tensor(float(rank))
+    return scaled
+
+
+def _is_published(name: str, place: LayerPath) -> bool:
+    return not place.component and name.startswith(_PUBLISHED)
+
+
+def _keeps_name(name: str, held: dict[str, torch.Tensor], family: str) -> bool:
+    """Report whether a layer's name is kohya's already, or the host's own of a difference of bare parameters."""
+    if {WHOLE, "set_weight"} & held.keys():
+        return True
+    # Trainers of these families number the first text encoder, and those of SDXL name the checkpoint's layers.
+    is_other = name.startswith("lora_te_") if family in ("Flux", "SD3") else family == "SDXL"
+    return name.startswith(_KOHYA) and not is_other
+
+
+def _other_name(name: str, place: LayerPath, family: str) -> str:
+    """Return kohya's name of a layer that a file of another layout names, or that name if kohya has none."""
+    is_known = place.component or family in ("SD1", "SDXL") or (family and name.startswith("diffusion_model."))
+    return _kohya_name(place, family) if is_known and not name.startswith("text_encoders.") else name
+
+
+def _kohya_name(place: LayerPath, family: str) -> str:
+    path = place.path
+    if place.component:
+        number = {"text_encoder": "" if family == "SD1" else "1"}.get(place.component, place.component[-1:])
+        is_clip = path.startswith(("encoder.layers.", _WRAPPER))
+        path = _WRAPPER + path.removeprefix(_WRAPPER) if is_clip else path
+        return f"lora_te{number}_" + path.replace(".", "_")
+    if family == "SDXL":
+        path = original_path(path) or path
+    return "lora_unet_" + path.replace(".", "_")
+
+
+def _unswapped(family: str, path: str, held: dict[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
+    """Return a layer with the halves of its rows in the checkpoint's order, None if it is no LoRA and has another."""
+    import torch
+
+    is_lora = UP in held and not misfit_of_parts(held)
+    # A layer without a shape counts as one with two halves.
+    rows, inputs = shape_of(held)[:2] if is_lora else (2, 1)
+    if not is_swapped(family, path, rows, inputs):
+        return held
+    if not is_lora:
+        return None
+    return {end: torch.cat(value.chunk(2)[::-1]) if end in (UP, DORA, BIAS) else value for end, value in held.items()}
+
+
+def _joined(names: tuple[str, ...], parts: Layers) -> dict[str, torch.Tensor] | None:
+    """Return the LoRA of a checkpoint's layer from those of its parts, None if they do not determine it.
+
+    Args:
+        names: all parts in the order of the layer's rows.
+        parts: tensors of the present parts by kohya's key suffix.
+    """
+    import torch
+
+    if not _can_join(names, parts):
+        return None
+    held = list(parts.values())
+    inputs = held[0][DOWN].shape[1]
+    ranks = [part[DOWN].shape[0] for part in held]
+    scales = [float(part.get(ALPHA, torch.tensor(float(rank)))) / rank for part, rank in zip(held, ranks, strict=True)]
+    shares_a = len(set(scales)) == 1 and all(torch.equal(part[DOWN], held[0][DOWN]) for part in held)
+    down = held[0][DOWN] if shares_a else torch.cat([part[DOWN] for part in held])
+    starts = {name: 0 if shares_a else sum(ranks[:index]) for index, name in enumerate(parts)}
+    blocks = []
+    for index, name in enumerate(names):
+        part = parts.get(name)
+        rows = inputs * (1 if index < _ATTENTION else _MLP_RATIO)
+        block = torch.zeros(rows if part is None else part[UP].shape[0], down.shape[0])
+        if part is not None:
+            values = part[UP] if shares_a else part[UP] * scales[list(parts).index(name)]
+            block[:, starts[name] : starts[name] + values.shape[1]] = values
+        blocks.append(block)
+    alpha = scales[0] * ranks[0] if shares_a else float(sum(ranks))
+    joint = lora_tensors(down, torch.cat(blocks), alpha)
+    return {**joint, DORA: torch.cat([parts[name][DORA] for name in names])} if DORA in held[0] else joint
+
+
+def _can_join(names: tuple[str, ...], parts: Layers) -> bool:
+    """Report whether parts are LoRAs of the sizes that those of one layer have."""
+    held = list(parts.values())
+    if not all({UP, DOWN} <= part.keys() <= {UP, DOWN, ALPHA, DORA} for part in held):
+        return False
+    if any(misfit_of_parts(part) or part[UP].dim() != 2 or part[DOWN].dim() != 2 for part in held):
+        return False
+    inputs = held[0][DOWN].shape[1]
+    for name, part in parts.items():
+        rows = len(part[UP])
+        # Query, key and value have as many rows as inputs. A limit on the others keeps the joint layer small.
+        fits = rows == inputs if name in names[:_ATTENTION] else rows <= _MLP_RATIO * inputs
+        if not fits or part[DOWN].shape[1] != inputs or (DORA in part and part[DORA].shape != (rows, 1)):
+            return False
+    magnitudes = sum(DORA in part for part in held)
+    return magnitudes in (0, len(names))

@@ -30,8 +30,17 @@ _ARCHITECTURES = {
 }
 
 
-# Field with the identity of the run that made a file.
-IDENTITY = "graft_identity"
+# Field with the family of the model.
+ARCHITECTURE = "modelspec.architecture"
+# Fields with the identity and the folder's name of the run that made a file.
+IDENTITY, RUN = "graft_identity", "graft_run"
+# Field with the validation loss, in the files that a run keeps as its best.
+VALIDATION_LOSS = "graft_validation_loss"
+
+
+def architecture_of(family: str, kind: str) -> str:
+    """Return ModelSpec's name of a family and a kind of file."""
+    return f"{_ARCHITECTURES.get(family, family)}/{kind}"
 
 
 def describe_training(given: dict, kind: str) -> dict[str, str]:
@@ -39,11 +48,12 @@ def describe_training(given: dict, kind: str) -> dict[str, str]:
 
     Args:
         given: `ss_*` fields without that prefix, and `family`, `parameterisation`, `resolution` (pixels), `trigger`,
-            `recipe` (JSON-compatible), `identity` (of the run) and `thumbnail` (data URI).
+            `recipe` (JSON-compatible), `identity` and `run` (of the run) and `thumbnail` (data URI).
         kind: ModelSpec's name of the kind of file: "lora" or "textual-inversion".
     """
     facts = dict(given)
     identity = facts.pop("identity")
+    run = facts.pop("run")
     thumbnail = facts.pop("thumbnail")
     family = facts.pop("family")
     recipe = facts.pop("recipe")
@@ -51,7 +61,7 @@ def describe_training(given: dict, kind: str) -> dict[str, str]:
     prediction = facts.pop("parameterisation")
     fields = {f"ss_{name}": _text(value) for name, value in facts.items() if value is not None}
     fields["modelspec.sai_model_spec"] = "1.0.1"
-    fields["modelspec.architecture"] = f"{_ARCHITECTURES.get(family, family)}/{kind}"
+    fields[ARCHITECTURE] = architecture_of(family, kind)
     fields["modelspec.implementation"] = "https://github.com/comfyanonymous/ComfyUI"
     fields["modelspec.prediction_type"] = {"eps": "epsilon", "v": "v"}.get(prediction, prediction)
     fields["modelspec.resolution"] = f"{facts['resolution']}x{facts['resolution']}"
@@ -60,6 +70,7 @@ def describe_training(given: dict, kind: str) -> dict[str, str]:
     if thumbnail:
         fields["modelspec.thumbnail"] = thumbnail
     fields[IDENTITY] = identity
+    fields[RUN] = run
     fields["graft_recipe"] = json.dumps(recipe, sort_keys=True)
     return fields
 
@@ -69,6 +80,7 @@ MADE = "graft_made"
 # Fields that belong to a single training or file, so that derived files do not inherit them.
 _OWN = (
     IDENTITY,
+    VALIDATION_LOSS,
     "graft_recipe",
     "lora_adapter_metadata",
     "modelspec.title",
@@ -110,6 +122,14 @@ def derived(origin: dict, sources: list[dict[str, str]], rank: int | None) -> di
 def title_of(metadata: dict[str, str]) -> str:
     """Return an adapter's title from its metadata, empty if it has none."""
     return metadata.get("modelspec.title") or metadata.get("ss_output_name") or ""
+
+
+def source_of(metadata: dict[str, str]) -> str:
+    """Return the name of the run that made an adapter or embedding, or its title; empty if its metadata has neither.
+
+    A derived adapter has the run of its sources, if it is one run.
+    """
+    return metadata.get(RUN) or title_of(metadata) or metadata.get(IDENTITY, "")[:8]
 
 
 def _history(metadata: dict[str, str]) -> dict:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,14 +14,16 @@ from ..families import LayerSplit
 from ..regex import Budget, PatternError, Patterns
 from . import atomic, files, json_files
 from .diffusers_split import split_layers
+from .peft_config import check_config, check_kind, is_of_peft, place_of, starts_at_weight
 
 if TYPE_CHECKING:
     import torch
 
-# Limit on ranks and alphas: far beyond useful values, and safe to multiply in float32.
-_LARGEST = 1e9
-
+# Types with a difference that depends on the base's weight.
+_RELATIVE = ("DoRA", "OFT", "BOFT", "IA3")
 CONFIG = "adapter_config.json"
+# Metadata field of a diffusers file with peft's configuration.
+DIFFUSERS_CONFIG = "lora_adapter_metadata"
 WEIGHTS = "adapter_model.safetensors"
 
 _PEFT = "base_model.model."
@@ -31,9 +34,15 @@ _TRANSFORMER = "transformer."
 _WRAPPER = "text_model."
 # Top-level modules of UNets in diffusers.
 _PUBLISHED = re.compile(r"(down_blocks|mid_block|up_blocks|conv_in|conv_out|time_embedding|add_embedding)\b")
+# Blocks of SD3 and PixArt in diffusers, and of HunyuanDiT.
+_SINGLE = re.compile(
+    r"transformer_blocks\.\d+\.|blocks\.\d+\.(attn1\.(Wqkv|out_proj)|attn2\.(q_proj|kv_proj|out_proj))\."
+)
 # peft types that diffusers' own loader accepts.
 _DIFFUSERS_TYPES = ("LORA",)
-_LORA_CONFIG = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "use_dora", "bias")
+# Fields of a configuration with names of layers.
+_NAMED = ("target_modules", "feedforward_modules", "rank_pattern", "alpha_pattern")
+_LORA_CONFIG = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "use_dora", "bias", "lora_bias")
 
 
 @dataclass(frozen=True)
@@ -61,13 +70,19 @@ class PeftAdapter:
     is_split: bool = False
 
     def by_component(self) -> dict[str, PeftAdapter]:
-        """Return the adapters by component name. The denoiser has the empty name."""
-        return {"": self, **self.text}
+        """Return the adapters by component name. The denoiser has the empty name, and is absent without tensors."""
+        return {"": self, **self.text} if self.tensors else dict(self.text)
+
+    @property
+    def is_relative(self) -> bool:
+        """Report whether the difference of a component depends on the base's weights."""
+        parts = self.by_component().values()
+        return any(part.method in _RELATIVE or starts_at_weight(part.config) for part in parts)
 
     def all_tensors(self) -> dict[str, torch.Tensor]:
-        """Return the tensors of all components, with names `<component> <name>` for text encoders."""
+        """Return the tensors of all components by their names in files, `<component> <name>` for text encoders."""
         parts = self.by_component().items()
-        return {f"{of} {name}".lstrip(): tensor for of, part in parts for name, tensor in part.tensors.items()}
+        return {f"{of} {_as_saved(name)}".lstrip(): value for of, part in parts for name, value in part.tensors.items()}
 
 
 def write_peft(folder: str, native: PeftAdapter, metadata: dict[str, str]) -> list[str]:
@@ -76,12 +91,33 @@ def write_peft(folder: str, native: PeftAdapter, metadata: dict[str, str]) -> li
     Returns:
         Paths of the weight files.
     """
+    written = peft_files(native)
     with atomic.new_folder(folder) as temporary:
         for component, part in native.by_component().items():
-            tensors = {_PEFT + _as_saved(name): tensor for name, tensor in part.tensors.items()}
-            files.write_tensors(os.path.join(temporary, component, WEIGHTS), tensors, metadata)
-            json_files.write_json(os.path.join(temporary, component, CONFIG), part.config)
-    return [os.path.join(folder, component, WEIGHTS) for component in native.by_component()]
+            files.write_tensors(os.path.join(temporary, component, WEIGHTS), written[component], metadata)
+            config = part.config
+            if component:
+                # peft matches the ends of names, and so these in both generations.
+                config = {**config, **{name: _unwrapped(config[name]) for name in _NAMED if name in config}}
+            json_files.write_json(os.path.join(temporary, component, CONFIG), config)
+    return [os.path.join(folder, component, WEIGHTS) for component in written]
+
+
+def peft_files(native: PeftAdapter) -> dict[str, dict[str, torch.Tensor]]:
+    """Return the tensors of each component's weight file in peft's folder.
+
+    Those of a text encoder are there twice: transformers named CLIP's layers with a wrapper up to 4.57, and names them
+    without since. peft ignores the names that its model does not have.
+    """
+    written = {}
+    for component, part in native.by_component().items():
+        names = {name: (name,) for name in part.tensors}
+        if component:
+            names = {name: (_WRAPPER + name.removeprefix(_WRAPPER), name.removeprefix(_WRAPPER)) for name in names}
+        written[component] = {
+            _PEFT + _as_saved(other): part.tensors[name] for name, others in names.items() for other in others
+        }
+    return written
 
 
 def diffusers_form(native: PeftAdapter) -> PeftAdapter:
@@ -124,10 +160,11 @@ def write_diffusers(path: str, native: PeftAdapter, metadata: dict[str, str]) ->
             wrapped = _WRAPPER + name.removeprefix(_WRAPPER) if component else name
             tensors[prefix + _as_saved(wrapped)] = scaled
         config = {name: _unwrapped(part.config[name]) for name in _LORA_CONFIG if name in part.config}
+        config["rank_pattern"] = config.get("rank_pattern") or {}
         config.update(lora_alpha=config["r"], alpha_pattern=config["rank_pattern"])
         described.update({prefix + name: value for name, value in config.items()})
     text = json.dumps(described, sort_keys=True)
-    files.write_tensors(path, tensors, {**metadata, "lora_adapter_metadata": text})
+    files.write_tensors(path, tensors, {**metadata, DIFFUSERS_CONFIG: text})
 
 
 def _unwrapped(value: Any) -> Any:
@@ -155,12 +192,21 @@ def read_native(path: str, tensors: dict[str, torch.Tensor], metadata: dict[str,
     """
     budget = Budget()
     if all(name.startswith(_PEFT) for name in tensors):
+        folder = os.path.dirname(path)
+        has_config = os.path.basename(path) == WEIGHTS or os.path.exists(os.path.join(folder, CONFIG))
+        if not has_config and _is_single_file(tensors):
+            return None
         adapter = _native(path, _peft_config(path), tensors, _PEFT, budget)
-        return replace(adapter, text=_peft_text(os.path.dirname(path), budget))
+        return replace(adapter, text=_peft_text(folder, budget), is_split=_is_transformer(adapter))
+    if DIFFUSERS_CONFIG not in metadata or not any(is_of_peft(_named_by_peft(name)) for name in tensors):
+        # Earlier versions of Graft kept the metadata in kohya's files.
+        return None
     prefixes = [("", _TRANSFORMER), *_PREFIXES.items()]
-    if "lora_adapter_metadata" not in metadata or not all(
-        name.startswith(tuple(prefix for _, prefix in prefixes)) for name in tensors
-    ):
+    if not any(name.startswith(prefix) for name in tensors for _, prefix in prefixes):
+        # diffusers' save_lora_adapter writes the names and the configuration of one network without a prefix.
+        adapter = _native(path, _diffusers_config(path, metadata, ""), tensors, "", budget)
+        return replace(adapter, is_split=_is_transformer(adapter))
+    if not all(name.startswith(tuple(prefix for _, prefix in prefixes)) for name in tensors):
         return None
     parts = {}
     for component, prefix in prefixes:
@@ -168,9 +214,23 @@ def read_native(path: str, tensors: dict[str, torch.Tensor], metadata: dict[str,
         if own:
             adapter = _native(path, _diffusers_config(path, metadata, prefix), own, prefix, budget)
             adapter = replace(adapter, is_split=prefix == _TRANSFORMER)
-            parts[component] = _as_published(component, adapter)
-    # If the file has only text encoder layers, the host reads it as it is.
-    return replace(parts.pop(""), text=parts) if "" in parts else None
+            parts[component] = as_published(component, adapter)
+    if "" in parts:
+        return replace(parts.pop(""), text=parts)
+    first = next(iter(parts.values()))
+    return replace(first, tensors={}, scales={}, published=True, text=parts)
+
+
+def _is_single_file(names: Collection[str]) -> bool:
+    """Report whether ComfyUI reads these names of peft's without a configuration. It takes the rank as alpha."""
+    paths = [name.removeprefix(_PEFT) for name in names]
+    is_plain = all(path.endswith((".lora_A.weight", ".lora_B.weight")) for path in paths)
+    return is_plain and any(map(_SINGLE.match, paths)) and not any(path.startswith("single_") for path in paths)
+
+
+def _is_transformer(native: PeftAdapter) -> bool:
+    """Report whether the layers are those of a transformer in diffusers."""
+    return any(name.startswith(("transformer_blocks.", "single_transformer_blocks.")) for name in native.tensors)
 
 
 def _peft_text(folder: str, budget: Budget) -> dict[str, PeftAdapter]:
@@ -181,32 +241,42 @@ def _peft_text(folder: str, budget: Budget) -> dict[str, PeftAdapter]:
         if component and os.path.exists(path):
             tensors, _ = files.read_tensors(path)
             native = _native(path, _peft_config(path), tensors, _PEFT, budget)
-            adapters[component] = _as_published(component, native)
+            adapters[component] = as_published(component, native)
     return adapters
 
 
-def _as_published(component: str, native: PeftAdapter) -> PeftAdapter:
+def as_published(component: str, native: PeftAdapter) -> PeftAdapter:
     """Return a text encoder's adapter with layer names of present transformers versions, others unchanged."""
     if not component:
         return native
-    cut = len(_WRAPPER) if component == "text_encoder" else 0
-    tensors = {name[cut:] if name.startswith(_WRAPPER) else name: value for name, value in native.tensors.items()}
-    scales = {name[cut:] if name.startswith(_WRAPPER) else name: value for name, value in native.scales.items()}
+    # The encoder with a projection still wraps its layers. Files may hold both names of each.
+    wrapper = "" if component == "text_encoder" else _WRAPPER
+    tensors = {wrapper + name.removeprefix(_WRAPPER): value for name, value in native.tensors.items()}
+    scales = {wrapper + name.removeprefix(_WRAPPER): value for name, value in native.scales.items()}
     return replace(native, tensors=tensors, scales=scales, published=True)
 
 
 def _native(
     path: str, config: dict[str, Any], tensors: dict[str, torch.Tensor], prefix: str, budget: Budget
 ) -> PeftAdapter:
-    held = {name[len(prefix) :].replace(".default.", "."): tensor for name, tensor in tensors.items()}
-    places = {_place_of(name) for name in held}
+    method = _method_of(config, path)
+    held = {_named_by_peft(name[len(prefix) :]): tensor for name, tensor in tensors.items()}
+    places = {place_of(name) for name in held}
     scales = _scales_of(places, config, path, budget)
-    published = all(_PUBLISHED.match(place) for place in places)
-    return PeftAdapter(_method_of(config, path), config, held, published, scales)
+    published = all(map(is_published, places))
+    check_kind(config, held, path)
+    return PeftAdapter(method, config, held, published, scales)
 
 
-def _place_of(name: str) -> str:
-    return re.split(r"\.(?:lora_|hada_|lokr_|oft_|boft_|ia3_)", name)[0]
+def _named_by_peft(name: str) -> str:
+    """Return peft's name of a tensor. diffusers' training scripts have another for those of UNets."""
+    name = name.replace(".default.", ".")
+    return name.replace(".lora.down.weight", ".lora_A.weight").replace(".lora.up.weight", ".lora_B.weight")
+
+
+def is_published(place: str) -> bool:
+    """Report whether a path begins with a module of diffusers' UNets."""
+    return bool(_PUBLISHED.match(place))
 
 
 def _peft_config(path: str) -> dict[str, Any]:
@@ -217,57 +287,18 @@ def _peft_config(path: str) -> dict[str, Any]:
             f"Put the {CONFIG} that belongs to it into the same folder.",
             "adapter_name",
         )
-    return _checked(json_files.read_json(config_path), config_path)
+    return check_config(json_files.read_json(config_path), config_path)
 
 
 def _diffusers_config(path: str, metadata: dict[str, str], prefix: str) -> dict[str, Any]:
     try:
-        fields = json_files.parse_json(metadata["lora_adapter_metadata"])
+        fields = json_files.parse_json(metadata[DIFFUSERS_CONFIG])
     except ValueError as error:
         raise RunError(f"The metadata of '{path}' is damaged ({error}).", "Restore the file.") from error
     if not isinstance(fields, dict):
         raise RunError(f"The metadata of '{path}' is damaged (it is not an object).", "Restore the file.")
     config = {name[len(prefix) :]: value for name, value in fields.items() if name.startswith(prefix)}
-    return _checked({"peft_type": "LORA", **config}, path)
-
-
-def _checked(config: Any, path: str) -> dict[str, Any]:
-    """Check a peft configuration from a file and return it.
-
-    Raises:
-        ModelError: a field that Graft reads has an invalid value.
-    """
-    if not isinstance(config, dict):
-        raise _invalid_config(path, "it is not an object")
-    if not isinstance(config.get("peft_type", ""), str):
-        raise _invalid_config(path, f"peft_type is {config['peft_type']!r:.40}")
-    rank = config.get("r")
-    if rank is not None and (type(rank) is not int or not 0 <= rank <= 2**20):
-        raise _invalid_config(path, f"r is {rank!r:.40}")
-    for name in ("lora_alpha", "alpha"):
-        if config.get(name) is not None and not _is_number(config[name]):
-            raise _invalid_config(path, f"{name} is {config[name]!r:.40}")
-    for name in ("rank_pattern", "alpha_pattern"):
-        pattern = config.get(name)
-        if pattern is not None and not isinstance(pattern, dict):
-            raise _invalid_config(path, f"{name} is not an object")
-        for key, value in (pattern or {}).items():
-            # A rank is a divisor, so it must be positive.
-            if not _is_number(value) or (name == "rank_pattern" and value <= 0):
-                raise _invalid_config(path, f"the {name} of {key[:80]} is {value!r:.40}")
-    return config
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST
-
-
-def _invalid_config(path: str, why: str) -> ModelError:
-    return ModelError(
-        f"The configuration of the adapter '{path}' is invalid ({why}).",
-        "Restore it, or choose another adapter.",
-        "adapter_name",
-    )
+    return check_config({"peft_type": "LORA", **config}, path)
 
 
 def _method_of(config: dict[str, Any], path: str) -> str:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..data.contact_sheet import letters
+from ..inspection.contact_sheet import letters
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

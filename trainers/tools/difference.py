@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..errors import ModelError
-from ..formats.keys import ALPHA, BIAS, DORA, DOWN, MID, UP, WHOLE, shape_of, split
+from ..formats.keys import ALPHA, BIAS, DORA, DOWN, MID, ON_INPUT, UP, WHOLE, shape_of
 from ..formats.kohya import lora_tensors
 from . import svd
 
@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 
 _HADA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 # Tensors that change a weight relative to its value, so that the difference depends on the weight.
-_RELATIVE = {
+RELATIVE = {
     DORA: "DoRA magnitudes (dora_scale)",
     "oft_blocks": "rotations (oft_blocks)",
+    ON_INPUT: "IA3 factors",
     "a1.weight": "GLoRA factors",
     "set_weight": "whole weights (set_weight)",
     "reshape_weight": "a change of the layer's shape (reshape_weight)",
@@ -92,49 +93,27 @@ class Difference:
         return (self.up @ self.down.flatten(1)).view(self.shape)
 
 
-def differences(adapter: dict[str, torch.Tensor], input: str) -> dict[str, Difference]:
-    """Return the difference of each layer of an adapter, by the layer's name.
-
-    Args:
-        input: the node's input, for errors.
-
-    Raises:
-        ModelError: the difference depends on the model's weights, or a key is unknown.
-    """
-    if not adapter:
-        raise ModelError(
-            "The adapter is empty, or needs the model's weights.",
-            "Connect a trained adapter, or its kohya file.",
-            input,
-        )
-    layers, others = split(adapter)
-    if others:
-        raise ModelError(
-            f"The adapter has unknown keys, such as {others[0]} (number of such keys: {len(others)}).",
-            "Save the adapter as 'kohya', or use a file with another layout.",
-            input,
-        )
-    return {name: difference(name, tensors, input) for name, tensors in layers.items()}
-
-
-def difference(name: str, tensors: dict[str, torch.Tensor], input: str) -> Difference:
+def difference(name: str, tensors: dict[str, torch.Tensor], input: str, dtype: torch.dtype | None = None) -> Difference:
     """Return the difference of one layer.
 
     Args:
         tensors: by the end of their keys, in kohya's names.
+        dtype: dtype of the computation, float32 by default.
 
     Raises:
         ModelError: the difference depends on the weight, or the tensors do not fit. The message names the layer.
     """
-    for end, what in _RELATIVE.items():
+    for end, what in RELATIVE.items():
         if end in tensors:
             raise ModelError(
                 f"The layer {name} holds {what}: Graft cannot compute its difference without the model's weights.",
-                "Apply the adapters to the model with Graft Apply Adapter, one after the other, and extract the "
-                "difference with Graft Extract Adapter.",
+                "Connect the model that it was trained on as model. Or apply the adapters to it with Graft Apply "
+                "Adapter, one after the other, and extract the difference with Graft Extract Adapter.",
                 input,
             )
-    held = {end: tensor.float() for end, tensor in tensors.items()}
+    import torch
+
+    held = {end: tensor.to(dtype or torch.float32) for end, tensor in tensors.items()}
     bias = held.get(BIAS)
     try:
         if UP in held:
@@ -203,7 +182,8 @@ def _kronecker(held, bias) -> Difference:
     # Readers ignore alpha beside two whole factors.
     scale = float(held[ALPHA]) / dim if ALPHA in held and dim is not None else 1.0
     first = first.view(*first.shape, *[1] * (second.dim() - 2))
-    return Difference(whole=torch.kron(first, second) * scale, bias=bias, certain=second.dim() > 2)
+    # kron cannot multiply by a transposed view, which the product with a core is.
+    return Difference(whole=torch.kron(first, second.contiguous()) * scale, bias=bias, certain=second.dim() > 2)
 
 
 def limited(given: Difference, rank: int, energy: float, trim: bool = False) -> Difference:

@@ -10,16 +10,23 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from ..errors import ModelError
+from ..formats.convert import host_places
 from ..formats.json_files import parse_json
 from ..formats.keys import ALPHA, DORA, DOWN, block_of, is_text, split, type_of
 from ..formats.metadata import MADE, title_of
 from ..text import counted, join_first
 from .difference import Difference, difference
+from .foreign import GUESS, has_guessed_alpha, kind_of
 
 if TYPE_CHECKING:
     import torch
 
+    from ..families import Family
+    from ..formats.peft_format import PeftAdapter
+
 _LISTED = 5
+# More keys than this part of an adapter that fit no layer are an error.
+MOST_UNREAD = 0.1
 
 
 class Fit(Protocol):
@@ -85,9 +92,14 @@ def look(adapter: dict[str, torch.Tensor], paths: dict[str, str] | None = None) 
         paths: the paths of the connected model's weights by layer name. Blocks then get the model's names.
     """
     layers, others = split(adapter)
+    held = adapter
     rows = [_row(name, tensors, (paths or {}).get(name, name)) for name, tensors in layers.items()]
-    numbers = sum(tensor.numel() for tensor in adapter.values())
-    size = sum(tensor.numel() * tensor.element_size() for tensor in adapter.values())
+    native = getattr(adapter, "native", None) if not len(adapter) else None
+    if native is not None:
+        held = native.all_tensors()
+        rows = [_native_row(name, *place, (paths or {}).get(name, name)) for name, place in host_places(native).items()]
+    numbers = sum(tensor.numel() for tensor in held.values())
+    size = sum(tensor.numel() * tensor.element_size() for tensor in held.values())
     method = adapter.made_by() if hasattr(adapter, "made_by") else None
     return Findings(sorted(rows, key=_order), others, numbers, size, getattr(adapter, "metadata", {}), method)
 
@@ -105,6 +117,13 @@ def _row(name: str, tensors: dict[str, torch.Tensor], path: str) -> Row:
     except ModelError:
         norm = None
     return Row(name, block_of(path), type_of(tensors), rank, scale, norm)
+
+
+def _native_row(name: str, part: PeftAdapter, place: str, path: str) -> Row:
+    """Return the row of a layer that only peft's form can hold. Its norm depends on the weight."""
+    down = part.tensors.get(f"{place}.lora_A.weight")
+    rank = None if down is None else down.shape[0]
+    return Row(name, block_of(path), part.method, rank, part.scales.get(place), None)
 
 
 def _norm(given: Difference) -> float:
@@ -150,9 +169,15 @@ def block_norms(findings: Findings) -> list[tuple[str, float]]:
     return [(block, math.sqrt(value)) for block, value in squares.items()]
 
 
-def report(findings: Findings, fit: Fit | None) -> str:
-    """Return a report as text."""
+def report(findings: Findings, fit: Fit | None, family: Family | None = None) -> str:
+    """Return a report as text.
+
+    Args:
+        family: of the connected model; its presets of `targets` are listed.
+    """
     lines = [*_described(findings), *_origin(findings.metadata), *_fitting(fit)]
+    if family is not None and family.presets:
+        lines.append(f"Presets of targets for {family.name}: {', '.join(family.presets)}")
     return "\n".join(lines)
 
 
@@ -166,8 +191,7 @@ def headline(findings: Findings) -> str:
 
 def _described(findings: Findings) -> list[str]:
     if not findings.rows and not findings.others:
-        method = findings.method or "an unknown type"
-        return [f"No layers to apply: {method} in peft's form needs the model's weights."]
+        return ["No layers to apply: the adapter is empty."]
     kinds = Counter(row.kind for row in findings.rows)
     named = ", ".join(f"{kind} ({counted(number, 'layer')})" for kind, number in kinds.most_common())
     lines = [f"Type: {named}" + (f"; trained as {findings.method}" if findings.method else "")]
@@ -191,13 +215,16 @@ def _described(findings: Findings) -> list[str]:
             lines.append("NOT FINITE: it gives black pictures. Train it again at a lower learning rate.")
         elif whole == 0:
             lines.append("It changes nothing: all differences are zero.")
-    if any(row.kind == "DoRA" for row in findings.rows):
+    if any(row.kind == "DoRA" and row.norm is not None for row in findings.rows):
         lines.append("The norms of DoRA cover only the low-rank part; the magnitudes need the model's weights.")
+    if has_guessed_alpha(row.name for row in findings.rows):
+        lines.append(f"{GUESS[0].upper()}{GUESS[1:]}.")
     unknown = [row.name for row in findings.rows if row.norm is None]
     return (
         lines
         + _named("layers need the model's weights for their norm", unknown)
         + _named("keys belong to no layer", findings.others)
+        + ([f"It is {kind.name}. {kind.cure}"] if (kind := kind_of(findings.others)) else [])
     )
 
 
@@ -238,6 +265,8 @@ def _fitting(fit: Fit | None) -> list[str]:
         ]
     lines = [f"Fits the connected model ({fit.model}): {fit.read} of {total} keys."]
     lines += _named("keys fit no layer", fit.unread)
+    if len(fit.unread) > MOST_UNREAD * total:
+        lines[0] = f"DOES NOT FIT the connected model ({fit.model}): it has only {fit.read} of {total} keys."
     if fit.misfits:
         lines[0] = f"DOES NOT FIT the connected model ({fit.model}), which has the same layers in another size."
         lines += _named("parts of another size", [f"{key} has {what}" for key, what in fit.misfits])

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..errors import ModelError, SettingsError
 from ..formats.adapter import Adapter
-from ..formats.keys import common_name, layouts
-from ..formats.kohya import to_kohya
-from ..formats.metadata import derived
+from ..formats.keys import common_name, layer_keys, layouts
+from ..formats.kohya import kohya_form, to_kohya
+from ..formats.metadata import ARCHITECTURE, derived
 from ..rng import stream_seed
-from .difference import Difference, alike, check_size, common_rank, differences, file_tensors, fitted, limited
+from .difference import Difference, alike, check_size, common_rank, file_tensors, fitted, limited
+from .naming import on_one_naming
+from .relative import Weights, differences
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +24,6 @@ SUM, SVD = "weighted sum", "SVD"
 TIES, DARE, DARE_TIES, PRUNE = "TIES", "DARE", "DARE + TIES", "magnitude prune"
 METHODS = (SUM, SVD, TIES, DARE, DARE_TIES, PRUNE)
 _INPUTS = ("adapter_a", "adapter_b")
-_ARCHITECTURE = "modelspec.architecture"
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ def merge(
     how: Merging,
     device: str | torch.device = "cpu",
     tick: Callable[[int, int], None] = lambda done, total: None,
+    weights: Weights | None = None,
 ) -> Adapter:
     """Merge two adapters. A layer that only one of them has comes from that one.
 
@@ -69,13 +71,20 @@ def merge(
     Args:
         device: computes the singular values.
         tick: called with (layers done, layers in total).
+        weights: returns the layers' values in the model; None if no model is connected.
 
     Raises:
-        ModelError: a layer's difference depends on the model's weights, or the adapters are for different models.
+        ModelError: a layer's difference depends on the model's weights and no model is connected, or the adapters are
+            for different models.
     """
-    given = [differences(adapter, input) for adapter, input in zip((a, b), _INPUTS, strict=True)]
     sources = [getattr(adapter, "metadata", {}) for adapter in (a, b)]
-    _check_related(given, sources)
+    _check_families(sources)
+    if weights is None and _schemes_of([layer_keys(adapter)[0] for adapter in (a, b)]) is not None:
+        a, b = _in_kohyas_names(a, b)
+    given = [differences(adapter, input, weights) for adapter, input in zip((a, b), _INPUTS, strict=True)]
+    if weights is not None and _schemes_of(given) is not None:
+        given = on_one_naming(given, weights)
+    _check_related(given)
     names = _names(given)
     merged_layers = {}
     for place, (common, held) in enumerate(names.items()):
@@ -102,21 +111,41 @@ def _names(given: list[dict[str, Difference]]) -> dict[tuple[str, str], dict[int
     return names
 
 
-def _check_related(given: list[dict[str, Difference]], sources: list[dict[str, str]]) -> None:
-    kinds = [source.get(_ARCHITECTURE, "").partition("/")[0] for source in sources]
+def _check_families(sources: list[dict[str, str]]) -> None:
+    kinds = [source.get(ARCHITECTURE, "").partition("/")[0] for source in sources]
     if all(kinds) and kinds[0] != kinds[1]:
         raise ModelError(
             f"adapter_a was made for {kinds[0]}, adapter_b for {kinds[1]}.",
             "Merge adapters of the same model family.",
             "adapter_b",
         )
+
+
+def _schemes_of(given: Sequence[Collection[str]]) -> list[set[str]] | None:
+    """Return the layouts of the adapters' layer names if they have none in common, else None."""
     schemes = [layouts(layers) for layers in given]
-    if all(schemes) and not schemes[0] & schemes[1]:
+    return schemes if all(schemes) and not schemes[0] & schemes[1] else None
+
+
+def _in_kohyas_names(*adapters: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    """Return adapters with the names of kohya, if the files alone tell them, else as they are."""
+    renamed = [kohya_form(adapter, getattr(adapter, "metadata", {})) for adapter in adapters]
+    schemes = set().union(*(layouts(layer_keys(tensors)[0]) for tensors in renamed))
+    if len(schemes) > 1:
+        return list(adapters)
+    return [
+        Adapter(tensors, getattr(adapter, "metadata", {})) for tensors, adapter in zip(renamed, adapters, strict=True)
+    ]
+
+
+def _check_related(given: list[dict[str, Difference]]) -> None:
+    schemes = _schemes_of(given)
+    if schemes is not None:
         raise ModelError(
             f"The adapters name their layers in different ways (adapter_a as {_listed(schemes[0])}, adapter_b as "
             f"{_listed(schemes[1])}): they are for different models, or Graft cannot match their layers.",
-            "If both fit one model, apply them to it with Graft Apply Adapter, one after the other, and extract the "
-            "difference with Graft Extract Adapter.",
+            "If both fit one model, connect it as model. Or apply them to it with Graft Apply Adapter, one after the "
+            "other, and extract the difference with Graft Extract Adapter.",
             "adapter_b",
         )
 

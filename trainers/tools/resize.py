@@ -10,7 +10,8 @@ from ..formats.adapter import Adapter
 from ..formats.keys import split
 from ..formats.kohya import to_kohya
 from ..formats.metadata import derived
-from .difference import Difference, differences, file_tensors, limited
+from .difference import RELATIVE, Difference, file_tensors, limited
+from .relative import Weights, differences
 
 if TYPE_CHECKING:
     import torch
@@ -22,6 +23,7 @@ def resize(
     energy: float,
     device: str | torch.device = "cpu",
     tick: Callable[[int, int], None] = lambda done, total: None,
+    weights: Weights | None = None,
 ) -> Adapter:
     """Turn every layer into a LoRA of limited rank. Layers that are small enough stay unchanged.
 
@@ -30,20 +32,23 @@ def resize(
         energy: fraction of the squared singular values that each layer keeps, in 0..1 (kohya's sv_fro is its root).
         device: computes the singular values.
         tick: called with (layers done, layers in total).
+        weights: returns the layers' values in the model; None if no model is connected.
 
     Raises:
-        ModelError: a layer's difference depends on the model's weights.
+        ModelError: a layer's difference depends on the model's weights, and no model is connected.
     """
     check(energy)
-    given = differences(adapter, "adapter")
+    given = differences(adapter, "adapter", weights)
     layers, _ = split(adapter)
     resized = {}
     for place, (name, change) in enumerate(given.items()):
         tick(place, len(given))
-        if _is_small(change, rank, energy):
+        if not _is_small(change, rank, energy):
+            resized[name] = file_tensors(limited(change.to(device), rank, energy))
+        elif name in layers and not RELATIVE.keys() & layers[name].keys():
             resized[name] = layers[name]
         else:
-            resized[name] = file_tensors(limited(change.to(device), rank, energy))
+            resized[name] = file_tensors(change)
     tick(len(given), len(given))
     tensors = to_kohya(resized, str)
     ranks = {tensors[key].shape[0] for key in tensors if key.endswith(".lora_down.weight")}

@@ -1,0 +1,1 @@
+"""Layers of adapter files: their paths, and their counterparts in diffusers."""
