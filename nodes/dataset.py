@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
 from comfy_api.latest import io, ui
 
 from ..trainers.data import arrays, examples, scan
-from ..trainers.errors import DatasetError
+from ..trainers.data.pairs import WORSE_FOLDER
+from ..trainers.errors import DatasetError, SettingsError
 from . import inputs, variation
 from .checks import checked
-from .host import paths
-from .schema import CATEGORY, Dataset, advanced, describe, named
+from .host import dataset_folders, paths
+from .schema import CATEGORY, Dataset, LossMap, advanced, describe, named
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _CATEGORY = f"{CATEGORY}/dataset"
 
 
-def _resolution() -> io.Int.Input:
+def resolution_input() -> io.Int.Input:
     return inputs.resolution(
         "Side in pixels of a square; pictures are scaled to its area. 0: the model's own resolution."
     )
 
 
-def _trigger() -> io.String.Input:
+def trigger_input() -> io.String.Input:
     return io.String.Input(
         "trigger",
         default="",
@@ -28,9 +37,21 @@ def _trigger() -> io.String.Input:
     )
 
 
+def _control_folder_input(name: str, ordinal: str) -> io.String.Input:
+    return advanced(
+        io.String.Input(
+            name,
+            default="",
+            optional=True,
+            tooltip=f"For models that take several source pictures: the folder of the {ordinal} source pictures, like "
+            "control_folder. A picture may lack one.",
+        )
+    )
+
+
 def _mask_folder(choice: str) -> str:
     """Return the absolute path of the mask folder, empty if none is set. Raises DatasetError as `dataset_path` does."""
-    return paths.dataset_path(choice, "mask_folder") if not isinstance(choice, str) or choice.strip() else ""
+    return dataset_folders.dataset_path(choice, "mask_folder") if not isinstance(choice, str) or choice.strip() else ""
 
 
 class GraftLoadDataset(io.ComfyNode):
@@ -38,7 +59,7 @@ class GraftLoadDataset(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        choices = paths.dataset_choices()
+        choices = dataset_folders.dataset_choices()
         return describe(
             node_id="GraftLoadDataset",
             display_name="Graft Load Dataset",
@@ -54,8 +75,8 @@ class GraftLoadDataset(io.ComfyNode):
                     tooltip="A folder below ComfyUI's input folder, below a 'datasets' entry of "
                     "extra_model_paths.yaml, or below a folder that ComfyUI's settings allow.",
                 ),
-                _trigger(),
-                _resolution(),
+                trigger_input(),
+                resolution_input(),
                 io.Int.Input(
                     "repeats", default=1, min=1, max=10000, tooltip="Number of times that an epoch visits each picture."
                 ),
@@ -93,28 +114,61 @@ class GraftLoadDataset(io.ComfyNode):
                     tooltip="For models that edit pictures: the folder of source pictures, inside the dataset's "
                     "folder or elsewhere. Each has the name of its result picture.",
                 ),
+                _control_folder_input("control_folder_2", "second"),
+                _control_folder_input("control_folder_3", "third"),
+                advanced(
+                    io.Boolean.Input(
+                        "sources_optional",
+                        default=False,
+                        optional=True,
+                        tooltip="Train on pictures without a source picture too. Off: Graft skips them.",
+                    )
+                ),
+                advanced(
+                    io.String.Input(
+                        "worse_folder",
+                        default="",
+                        optional=True,
+                        tooltip="For Graft Train Preference: the folder of worse pictures, inside the dataset's folder "
+                        "or elsewhere. Each has the name of its better picture.",
+                    )
+                ),
             ],
             outputs=[Dataset.Output("dataset", display_name="dataset")],
             hidden=[io.Hidden.unique_id],
         )
 
     validate_inputs = checked(
-        folder=paths.dataset_path,
+        folder=dataset_folders.dataset_path,
         trigger=None,
         **variation.CHECKED,
         masks=None,
         mask_folder=_mask_folder,
         validation_folder=None,
         control_folder=None,
+        control_folder_2=None,
+        control_folder_3=None,
+        worse_folder=None,
     )
 
     @classmethod
-    def fingerprint_inputs(cls, folder, mask_folder="", control_folder="", **others) -> str | float:
+    def fingerprint_inputs(
+        cls,
+        folder,
+        mask_folder="",
+        control_folder="",
+        control_folder_2="",
+        control_folder_3="",
+        worse_folder="",
+        **others,
+    ) -> str | float:
         """Return a value that changes with any file in the folders. A folder from a link is not known yet."""
-        if not all(isinstance(name, str) for name in (folder, mask_folder, control_folder)):
+        controls = control_folder, control_folder_2, control_folder_3
+        if not all(isinstance(name, str) for name in (folder, mask_folder, *controls, worse_folder)):
             return float("nan")
-        sources = paths.control_path(folder, control_folder)
-        return scan.folder_fingerprint(paths.dataset_path(folder), _mask_folder(mask_folder), sources)
+        worse = dataset_folders.control_path(folder, worse_folder, WORSE_FOLDER)
+        paired = *dataset_folders.control_paths(folder, controls), worse
+        return scan.folder_fingerprint(dataset_folders.dataset_path(folder), _mask_folder(mask_folder), *paired)
 
     @classmethod
     def execute(
@@ -127,20 +181,29 @@ class GraftLoadDataset(io.ComfyNode):
         mask_folder="",
         validation_folder="",
         control_folder="",
+        control_folder_2="",
+        control_folder_3="",
+        sources_optional=False,
+        worse_folder="",
         **varying,
     ) -> io.NodeOutput:
         from .host.server.progress import counter
 
         with named(cls):
+            controls = control_folder, control_folder_2, control_folder_3
+            control, *more_controls = dataset_folders.control_paths(folder, controls)
             reading = scan.ScanOptions(
                 varying.get("lines_are_variants", False),
                 masks,
                 _mask_folder(mask_folder),
                 validation_folder,
-                paths.control_path(folder, control_folder),
+                control,
+                tuple(more_controls),
+                sources_optional,
+                dataset_folders.control_path(folder, worse_folder, WORSE_FOLDER),
             )
             dataset = scan.scan_folder(
-                paths.dataset_path(folder),
+                dataset_folders.dataset_path(folder),
                 trigger,
                 resolution,
                 repeats,
@@ -173,14 +236,25 @@ class GraftDatasetFromImages(io.ComfyNode):
                     default="",
                     tooltip="One caption for all pictures, or a list with one for each.",
                 ),
-                _trigger(),
-                _resolution(),
+                trigger_input(),
+                resolution_input(),
                 io.Mask.Input("masks", optional=True, tooltip="Masks: white is learned, black is not."),
                 *variation.widgets(),
                 io.Image.Input(
                     "control_images",
                     optional=True,
                     tooltip="For models that edit pictures: the source pictures, one for each picture in images.",
+                ),
+                io.Conditioning.Input(
+                    "conditioning",
+                    optional=True,
+                    tooltip="Trains in place of captions, as ComfyUI's sampler would use it: one for all pictures, or "
+                    "a list with one for each.",
+                ),
+                io.Image.Input(
+                    "worse_images",
+                    optional=True,
+                    tooltip="For Graft Train Preference: the worse pictures, one for each picture in images.",
                 ),
             ],
             outputs=[Dataset.Output("dataset", display_name="dataset")],
@@ -191,38 +265,56 @@ class GraftDatasetFromImages(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, images, captions, trigger, resolution, masks=None, control_images=None, **varying
+        cls,
+        images,
+        captions,
+        trigger,
+        resolution,
+        masks=None,
+        control_images=None,
+        conditioning=None,
+        worse_images=None,
+        **varying,
     ) -> io.NodeOutput:
-        with named(cls, images=images, masks=masks, control_images=control_images):
-            pictures = _eight_bits(images, "images")
-            weights = _eight_bits(masks or [], "masks")
-            sources = _eight_bits(control_images or [], "control_images")
+        from .host.model.encoded_prompts import encoded_prompts
+
+        arrived = {"images": images, "masks": masks, "control_images": control_images, "conditioning": conditioning}
+        with named(cls, **arrived, worse_images=worse_images):
+            pictures = list(eight_bits(images, "images"))
+            weights = list(eight_bits(masks or [], "masks"))
+            sources = list(eight_bits(control_images or [], "control_images"))
+            worse = list(eight_bits(worse_images or [], "worse_images"))
+            prompts = encoded_prompts(conditioning or [])
             ways = {name: values[0] for name, values in varying.items()}
             lines = ways.get("lines_are_variants", False)
             augmentation = variation.augmentation(**ways)
             return io.NodeOutput(
-                arrays.from_arrays(pictures, captions, trigger[0], resolution[0], weights, augmentation, lines, sources)
+                arrays.from_arrays(
+                    pictures, captions, trigger[0], resolution[0], weights, augmentation, lines, sources, prompts, worse
+                )
             )
 
 
-def _eight_bits(batches, input: str) -> list:
-    """Convert the images of float batches in 0..1, or single masks, to uint8 arrays without alpha.
+def eight_bits(batches, input: str, channels: int = 3) -> Iterator[np.ndarray]:
+    """Convert the images of float batches in 0..1, or single masks, to uint8 arrays, one by one.
+
+    Args:
+        input: name of the node's input, for the error.
+        channels: 3 drops an alpha channel, 4 leaves it.
 
     Raises:
-        DatasetError: a number is not finite. The error names the input.
+        DatasetError: a number is not finite.
     """
-    return [_picture(one, input) for batch in batches for one in (batch if batch.ndim > 2 else batch[None])]
-
-
-def _picture(values, input: str):
-    if not values.isfinite().all():
-        raise DatasetError(
-            "A picture or mask contains numbers that are not finite.",
-            "Check the node that made it. A VAE in half precision can give such pictures.",
-            input,
-        )
-    array = (values[..., :3] if values.ndim == 3 else values).clamp(0, 1) * 255.0
-    return array.round().byte().cpu().numpy()
+    for batch in batches:
+        for values in batch if batch.ndim > 2 else batch[None]:
+            if not values.isfinite().all():
+                raise DatasetError(
+                    "A picture or mask contains numbers that are not finite.",
+                    "Check the node that made it. A VAE in half precision can give such pictures.",
+                    input,
+                )
+            array = (values[..., :channels] if values.ndim == 3 else values).clamp(0, 1) * 255.0
+            yield array.round().byte().cpu().numpy()
 
 
 class GraftCombineDatasets(io.ComfyNode):
@@ -271,6 +363,17 @@ class GraftInspectDataset(io.ComfyNode):
                 ),
                 io.Clip.Input("clip", optional=True, tooltip="Counts the captions' tokens."),
                 io.Vae.Input("vae", optional=True, tooltip="Gives the size of a latent."),
+                LossMap.Input(
+                    "loss",
+                    optional=True,
+                    tooltip="From a training node: shows which pictures it found hard, and which it has memorized.",
+                ),
+                io.String.Input(
+                    "run",
+                    default="",
+                    optional=True,
+                    tooltip="The same for a run on disk: the name of its folder in output/graft. Empty: none.",
+                ),
             ],
             outputs=[
                 io.Image.Output("image", display_name="image"),
@@ -281,23 +384,33 @@ class GraftInspectDataset(io.ComfyNode):
             is_output_node=True,
         )
 
+    validate_inputs = checked(run=lambda name: not name.strip() or paths.named_run(name))
+
     @classmethod
-    def execute(cls, dataset, model=None, clip=None, vae=None) -> io.NodeOutput:
+    def fingerprint_inputs(cls, run="", **others) -> str | float:
+        """Return a value that changes with each save of the named run. A name from a link is not known yet."""
+        if not isinstance(run, str):
+            return float("nan")
+        return os.stat(paths.named_run(run).folder).st_mtime_ns if run.strip() else ""
+
+    @classmethod
+    def execute(cls, dataset, model=None, clip=None, vae=None, loss=None, run="") -> io.NodeOutput:
         import torch
 
-        from ..trainers.data import contact_sheet
-        from ..trainers.data import report as inspect
+        from ..trainers.inspection import contact_sheet
+        from ..trainers.inspection import report as inspect
         from ..trainers.preprocessing.cache import cache_size
         from .host.actions import train
         from .host.server.progress import counter
 
-        with named(cls, dataset=dataset, model=model, clip=clip, vae=vae):
+        with named(cls, dataset=dataset, model=model, clip=clip, vae=vae, loss=loss):
             findings = inspect.inspect(
                 dataset,
                 train.geometries(dataset, model, vae),
                 train.token_counter(clip),
                 paths.index_folder(),
                 counter(cls.hidden.unique_id),
+                _marked(loss, run),
             )
             picture = contact_sheet.contact_sheet(findings)
             report = inspect.report(findings, cache_size(paths.folders().cache))
@@ -305,6 +418,29 @@ class GraftInspectDataset(io.ComfyNode):
             image = torch.from_numpy(picture)[None]
             ui_output = {**ui.PreviewImage(image, cls=cls).as_dict(), "text": (report,), "warnings": warnings}
             return io.NodeOutput(image, report, dataset, ui=ui_output)
+
+
+def _marked(loss: dict | None, run: str) -> dict[str, tuple[float, str]]:
+    """Return loss and mark of each picture by name, from a loss map or else from a named run; empty without both.
+
+    Raises:
+        GraftError: there is no such run, or no loss by picture. The error names the input.
+    """
+    from ..trainers.runs.loss_by_picture import BY_PICTURE, LossByPicture
+    from ..trainers.runs.records import read_loss_by_picture
+
+    if loss is not None:
+        with contextlib.suppress(ValueError):
+            losses = LossByPicture.of_json(loss.get(BY_PICTURE))
+            if losses.rows:
+                return losses.marked()
+        raise SettingsError(
+            "The connected loss has no loss by picture: its run finished before Graft kept it, or another node made "
+            "it.",
+            "Train that run for more steps.",
+            "loss",
+        )
+    return read_loss_by_picture(paths.named_run(run)).marked() if run.strip() else {}
 
 
 NODES = [GraftLoadDataset, GraftDatasetFromImages, GraftCombineDatasets, GraftInspectDataset]

@@ -1,1 +1,1 @@
-"""Datasets: folder scans, captions, masks, buckets, class images and reports."""
+"""Datasets: folder scans, captions, masks, buckets and class images."""

@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING
 
 from ..errors import DatasetError
 from . import captions
-from .examples import Augmentation, Dataset, Example
+from .examples import Augmentation, Dataset, EncodedPrompt, Example
+from .pairs import check_pair
 from .pictures import ArraySource
 from .source_images import source_image_of
 
 if TYPE_CHECKING:
     import numpy as np
+    from PIL import Image
 
 
 def from_arrays(
@@ -23,6 +25,8 @@ def from_arrays(
     handling: Augmentation | None = None,
     lines_are_variants: bool = False,
     source_images: list[np.ndarray] = (),
+    encoded: list[EncodedPrompt] = (),
+    worse_images: list[np.ndarray] = (),
 ) -> Dataset:
     """Make a dataset from pictures that arrive at a node's inputs.
 
@@ -31,11 +35,18 @@ def from_arrays(
         texts: one caption for all, or one for each picture.
         masks: none, one for all, or one for each picture, [H, W] uint8; white counts in the loss, black does not.
         source_images: none, or one source picture for each picture.
+        encoded: none, one for all, or one for each picture; they take the place of captions.
+        worse_images: none, or one worse picture for each picture.
 
     Raises:
-        DatasetError: there is no picture, or the number of captions, masks or source pictures does not match.
+        DatasetError: there is no picture, or the number of captions, masks, source pictures, encoded prompts or worse
+            pictures does not match; a worse picture has another shape; or an encoded prompt contradicts another input.
     """
-    _check_counts(len(images), len(texts), len(masks), len(source_images))
+    handling = handling or Augmentation()
+    check_counts(len(images), len(texts), len(masks), len(source_images), len(encoded), len(worse_images))
+    if encoded:
+        lines = {"captions": any(text.strip() for text in texts), "trigger": trigger.strip()}
+        _check_encoded(encoded, {**lines, "lines_are_variants": lines_are_variants}, handling, bool(source_images))
     examples = []
     for index, image in enumerate(images):
         source = ArraySource(image, f"image {index + 1}")
@@ -49,14 +60,20 @@ def from_arrays(
                 digest=source.digest,
                 trigger=trigger.strip(),
                 mask=mask,
-                handling=handling or Augmentation(),
-                control=_source_image(source_images[index], index) if source_images else None,
+                handling=handling,
+                control=_array_example(source_images[index], f"source image {index + 1}") if source_images else None,
+                encoded=encoded[index if len(encoded) > 1 else 0] if encoded else None,
+                paired=_array_example(worse_images[index], f"worse image {index + 1}") if worse_images else None,
             )
         )
+        if worse_images:
+            check_pair(examples[-1].paired, examples[-1].size, "worse_images")
     return Dataset(tuple(examples), trigger.strip(), resolution, "images")
 
 
-def _check_counts(images: int, texts: int, masks: int, source_images: int) -> None:
+def check_counts(
+    images: int, texts: int, masks: int, source_images: int = 0, encoded: int = 0, worse_images: int = 0
+) -> None:
     """Raise DatasetError if there is no picture, or if a number does not match the number of pictures."""
     if not images:
         raise DatasetError("No picture arrived.", "Connect an IMAGE output with at least one picture.", "images")
@@ -78,16 +95,60 @@ def _check_counts(images: int, texts: int, masks: int, source_images: int) -> No
             "Connect exactly one source picture for each picture.",
             "control_images",
         )
+    if encoded and encoded not in (1, images):
+        raise DatasetError(
+            f"{encoded} conditionings arrived for {images} pictures.",
+            "Connect one conditioning for all pictures, or a list with exactly one for each.",
+            "conditioning",
+        )
+    if worse_images and worse_images != images:
+        raise DatasetError(
+            f"{worse_images} worse pictures arrived for {images} pictures.",
+            "Connect exactly one worse picture for each picture.",
+            "worse_images",
+        )
 
 
-def _source_image(image: np.ndarray, index: int) -> Example:
+def _check_encoded(
+    encoded: list[EncodedPrompt], lines: dict[str, object], handling: Augmentation, has_sources: bool
+) -> None:
+    """Raise DatasetError if an input would have no effect on encoded prompts, or would contradict them.
+
+    Args:
+        lines: inputs about captions that are not part of `handling`, by name.
+    """
+    varied = ("shuffle_tags", "keep_tokens", "tag_dropout", "caption_dropout", "wildcards", "caption_variants")
+    used = [name for name, value in {**lines, **{name: getattr(handling, name) for name in varied}}.items() if value]
+    if used:
+        raise DatasetError(
+            f"The connected conditioning trains in place of captions, so {used[0]} has no effect.",
+            f"Clear {used[0]}, or disconnect conditioning.",
+            used[0],
+        )
+    if any(prompt.holds_pictures for prompt in encoded) and (handling.flip or has_sources):
+        name = "flip" if handling.flip else "control_images"
+        why = "flip would mirror only its result" if handling.flip else "control_images bring another one"
+        raise DatasetError(
+            f"The connected conditioning holds a source picture, and {why}.",
+            f"{'Turn off' if handling.flip else 'Disconnect'} {name}, or remove ReferenceLatent from the conditioning.",
+            name,
+        )
+
+
+def _array_example(image: np.ndarray, name: str) -> Example:
+    """Return a source or worse picture as an example."""
     height, width = image.shape[:2]
-    return source_image_of(ArraySource(image, f"source image {index + 1}"), (width, height))
+    return source_image_of(ArraySource(image, name), (width, height))
 
 
 def _mask_source(mask: np.ndarray, shape: tuple[int, int], index: int) -> ArraySource:
     import numpy as np
+
+    return ArraySource(np.asarray(fit_mask(mask, shape).convert("RGB")), f"mask {index + 1}")
+
+
+def fit_mask(mask: np.ndarray, shape: tuple[int, int]) -> Image.Image:
+    """Return a mask, [H, W] uint8, stretched to a picture's (height, width)."""
     from PIL import Image
 
-    picture = Image.fromarray(mask).resize((shape[1], shape[0]), Image.BILINEAR)
-    return ArraySource(np.asarray(picture.convert("RGB")), f"mask {index + 1}")
+    return Image.fromarray(mask).resize((shape[1], shape[0]), Image.BILINEAR)

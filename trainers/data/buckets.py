@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..errors import DatasetError
+from ..families import family_of
 from ..protocols import Geometry
 
 
@@ -39,6 +40,12 @@ class Crop:
         left = self.scaled[0] - self.bucket[0] - self.offset[0]
         return Crop(self.scaled, (left, self.offset[1]), self.bucket, not self.flip)
 
+    def centered_on(self, center: tuple[float, float]) -> Crop:
+        """Return the crop of the same size whose middle is nearest to a point, in fractions of width and height."""
+        rows = zip(center, self.scaled, self.bucket, strict=True)
+        offset = tuple(min(max(0, round(point * whole - part / 2)), whole - part) for point, whole, part in rows)
+        return replace(self, offset=offset)
+
 
 @functools.lru_cache(maxsize=64)
 def bucket_sizes(geometry: Geometry) -> tuple[tuple[int, int], ...]:
@@ -58,10 +65,25 @@ def bucket_sizes(geometry: Geometry) -> tuple[tuple[int, int], ...]:
     return tuple(sorted(sizes))
 
 
-def choose_crops(size: tuple[int, int], geometries: Sequence[Geometry], name: str, upscale: bool = False) -> list[Crop]:
+def geometry_without_model(resolution: int) -> Geometry:
+    """Return the picture sizes for a resolution, 0 for SD1's, while the model is unknown."""
+    resolution = resolution or family_of("SD1").resolution
+    return Geometry(resolution, min(64, max(8, resolution // 8)))
+
+
+def choose_crops(
+    size: tuple[int, int],
+    geometries: Sequence[Geometry],
+    name: str,
+    upscale: bool = False,
+    center: tuple[float, float] | None = None,
+) -> list[Crop]:
     """Choose the crops of a picture for one or several resolutions, without duplicates.
 
     Without `upscale`, a picture gets a crop for each resolution that it reaches; one crop if it reaches none.
+
+    Args:
+        center: point to center the crops on, in fractions of width and height; None for the picture's middle.
 
     Raises:
         DatasetError: a side is shorter than the step, and `upscale` is off.
@@ -70,6 +92,8 @@ def choose_crops(size: tuple[int, int], geometries: Sequence[Geometry], name: st
     usual = []
     for geometry in sorted(geometries, key=_by_resolution):
         crop = choose_crop(size, geometry, name, upscale)
+        if center is not None:
+            crop = crop.centered_on(center)
         first = first or crop
         if crop.bucket in bucket_sizes(geometry):
             usual.append(crop)
@@ -108,6 +132,11 @@ def choose_crop(size: tuple[int, int], geometry: Geometry, name: str, upscale: b
     scaled = (max(bucket[0], round(width * factor)), max(bucket[1], round(height * factor)))
     offset = ((scaled[0] - bucket[0]) // 2, (scaled[1] - bucket[1]) // 2)
     return Crop(scaled, offset, bucket)
+
+
+def usual_bucket(buckets: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Return the most common bucket, the smallest of equals."""
+    return max(sorted(set(buckets)), key=buckets.count)
 
 
 @functools.lru_cache(maxsize=4096)

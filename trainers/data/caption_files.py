@@ -8,19 +8,27 @@ from ..errors import DatasetError
 from ..text import join_first
 from . import captions
 from .examples import LeftOut, reason_of
+from .index import Index
 from .listing import File, Listing, Owners, stem_of
 from .pictures import is_picture
+
+# Bytes of a caption file whose text the index keeps; longer ones are rare, and would make the index large.
+_MOST_KEPT = 4096
 
 
 class CaptionFiles:
     """Captions of a folder's pictures, from caption files beside them and from metadata tables.
 
+    Args:
+        index: keeps the texts; None to read them each time.
+
     Attributes:
         left_out: caption files without a picture, and tables that cannot be used.
     """
 
-    def __init__(self, listing: Listing, lines_are_variants: bool):
+    def __init__(self, listing: Listing, lines_are_variants: bool, index: Index | None = None):
         self._listing = listing
+        self._index = index
         self._lines_are_variants = lines_are_variants
         self.left_out: list[LeftOut] = []
         self._sidecars = self._find_sidecars()
@@ -28,11 +36,29 @@ class CaptionFiles:
 
     def of(self, name: str) -> tuple[str, ...]:
         """Return the captions of a picture: those of its first caption file with any, else of a table; may be empty."""
-        for file in self._sidecars.get(name, ()):
-            texts = captions.read_sidecar(file.path, file.name, self._lines_are_variants)
-            if texts:
-                return texts
-        return self._metadata.get(name, ())
+        read = (self._read(file) for file in self.files_of(name))
+        return next((texts for texts in read if texts), self._metadata.get(name, ()))
+
+    def file_of(self, name: str) -> File | None:
+        """Return a picture's first caption file with any caption, or else its first one; None if it has no file."""
+        files = self.files_of(name)
+        if len(files) < 2:
+            return files[0] if files else None
+        return next((file for file in files if self._read(file)), files[0])
+
+    def files_of(self, name: str) -> list[File]:
+        """Return all caption files of a picture, in the order to try them."""
+        return self._sidecars.get(name, [])
+
+    def read_text(self, file: File) -> str:
+        """Return a caption file's text. Raise DatasetError if it cannot be read."""
+        if self._index is None or file.stat.st_size > _MOST_KEPT:
+            return captions.read_text(file.path, file.name)
+        make = lambda: {"text": captions.read_text(file.path, file.name)}  # noqa: E731
+        return self._index.get_or_make(file.path, file.stat, make, _is_text)["text"]
+
+    def _read(self, file: File) -> tuple[str, ...]:
+        return captions.parse_sidecar(self.read_text(file), file.name, self._lines_are_variants)
 
     def _find_sidecars(self) -> dict[str, list[File]]:
         """Return the caption files of each picture, by its name, in the order to try them.
@@ -88,6 +114,10 @@ class CaptionFiles:
             self.left_out.append(LeftOut(name, reason))
 
 
+def _is_text(facts: dict) -> bool:
+    return isinstance(facts.get("text"), str)
+
+
 class _SidecarOwners:
     """Pictures that a caption file belongs to, by the file's stem."""
 
@@ -99,9 +129,11 @@ class _SidecarOwners:
 
     def of(self, stem: str) -> tuple[int, list[str]]:
         """Return the distance of a caption file's name to its pictures' names (0 is nearest), and these names."""
+        if stem in self._by_stem:
+            return 0, self._by_stem[stem]
         same_name = self._names.of(stem)
         kinds = (
-            self._by_stem.get(stem, ()),
+            (),
             same_name if (stem,) == same_name else (),
             [name for owner in self._stems.of(stem) for name in self._by_stem[owner]],
             same_name,

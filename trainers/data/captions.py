@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import os
 import posixpath
@@ -15,6 +16,7 @@ from ..errors import DatasetError
 from ..formats.json_files import parse_json
 from ..rng import stream_seed
 from ..text import composed, ends_word, is_text, starts_word
+from .pictures import NAMES
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,30 +34,29 @@ _LIMIT = 16 * 1024 * 1024
 # In characters: some hundred times what a text encoder takes at once. The cost of encoding grows with it.
 _LONGEST = 10_000
 
-# Number of captions worth encoding for a whole varying dataset, and the bounds for one picture.
+# Most caption variants to encode for a dataset; then the fewest and most for one picture.
 _BUDGET = 2048
 _FEWEST = 4
 _MOST = 64
 
 
+@functools.lru_cache(maxsize=NAMES)
 def is_caption_file(name: str) -> bool:
     """Return True if a file's name marks it as a caption file."""
     return posixpath.splitext(name)[1].lower() in SUFFIXES or posixpath.basename(name).lower() in METADATA
 
 
-def read_sidecar(path: str, name: str, lines_are_variants: bool) -> tuple[str, ...]:
-    """Read the captions from a file beside a picture; return none if it holds none.
+def parse_sidecar(text: str, name: str, lines_are_variants: bool) -> tuple[str, ...]:
+    """Return the captions in the text of a file beside a picture; none if it holds none.
 
     Args:
-        path: ends in one of SUFFIXES.
-        name: file name for the error.
+        name: of the file, which ends in one of SUFFIXES.
         lines_are_variants: whether each line of a text is a separate caption.
 
     Raises:
-        DatasetError: the file cannot be read as text or JSON. The error names the file.
+        DatasetError: the text is not JSON, though the name says so. The error names the file.
     """
-    text = _read_text(path, name)
-    if not path.lower().endswith(".json"):
+    if not name.lower().endswith(".json"):
         return variants_of(text, lines_are_variants)
     try:
         value = parse_json(text)
@@ -72,7 +73,7 @@ def read_metadata(path: str, name: str, lines_are_variants: bool) -> Iterator[tu
     Raises:
         DatasetError: a line cannot be read. The error names the file and the line.
     """
-    text = _read_text(path, name)
+    text = read_text(path, name)
     rows = _csv_rows(text, name) if path.lower().endswith(".csv") else _jsonl_rows(text, name)
     for number, row in rows:
         row = _named_alike(row)
@@ -153,7 +154,7 @@ def variants_of(text: str, lines_are_variants: bool) -> tuple[str, ...]:
     return variants
 
 
-def _read_text(path: str, name: str) -> str:
+def read_text(path: str, name: str) -> str:
     try:
         with open(path, "rb") as file:
             # Check the size first: a read with a limit would allocate the whole limit for every short caption.
@@ -214,7 +215,7 @@ def holds_words(caption: str, words: str) -> bool:
     return re.search(pattern, composed(caption), re.IGNORECASE) is not None
 
 
-def plain(example: Example) -> str:
+def unvaried_caption(example: Example) -> str:
     """Return the unvaried caption with its trigger: the first variant and alternatives, nothing moved or dropped."""
     caption = example.captions[0]
     if example.handling.wildcards:
@@ -242,7 +243,7 @@ def _varies(example: Example) -> bool:
     return (handling.shuffle_tags or handling.tag_dropout > 0) and any("," in text for text in example.captions)
 
 
-def variant(example: Example, number: int) -> str:
+def make_variant(example: Example, number: int) -> str:
     """Return version `number` of a caption, the same for every run and seed, so that runs share cached encodings.
 
     Take a line of the caption file, in rotation. Replace each `{a|b}` by one of its parts, drawn at random. Put in the

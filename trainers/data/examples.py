@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import DatasetError
 
@@ -81,6 +82,24 @@ class PriorTarget:
     weight: float
 
 
+@dataclass(frozen=True, eq=False)
+class EncodedPrompt:
+    """Prompt that arrives encoded. It trains in place of captions.
+
+    Attributes:
+        digest: hash of its content.
+        tensors: conditioning by the host's own names, on the CPU; None in a job, whose cache holds it.
+        holds_pictures: whether latents of pictures are part of it, such as reference latents.
+    """
+
+    digest: str
+    tensors: dict[str, Any] | None = None
+    holds_pictures: bool = False
+
+    def __str__(self) -> str:
+        return "encoded prompt"
+
+
 @dataclass(frozen=True)
 class Example:
     """One picture and its captions.
@@ -99,8 +118,12 @@ class Example:
         prior: whether it is a class image; batches draw class images one to one with the others.
         anchor: None, or its prior target.
         control: None, or the source picture that it is made of, as an example with an empty caption.
+        more_controls: its second and third source pictures, likewise.
+        center: None, or the (x, y) that the crop is centered on, in fractions of width and height.
         left_out: None, or the reason for not training on it, if known before any file is opened. The example keeps its
             place, and the dataset keeps its fingerprint.
+        encoded: None, or the prompt that trains in place of the captions.
+        paired: None, or the worse picture for the same caption, as an example with an empty caption.
     """
 
     source: Source
@@ -116,7 +139,16 @@ class Example:
     prior: bool = False
     anchor: PriorTarget | None = None
     control: Example | None = None
+    center: tuple[float, float] | None = None
     left_out: LeftOut | None = None
+    encoded: EncodedPrompt | None = None
+    more_controls: tuple[Example, ...] = ()
+    paired: Example | None = None
+
+    @property
+    def sources(self) -> tuple[Example, ...]:
+        """Return all its source pictures, in their order."""
+        return () if self.control is None else (self.control, *self.more_controls)
 
 
 class Source:
@@ -144,6 +176,12 @@ class LeftOut:
 
     def __str__(self) -> str:
         return f"{self.name}: {self.reason}"
+
+
+def shortened(left_out: Iterable[LeftOut], most: int = 5) -> str:
+    """Join the first `most` files in one line, and add the number of the others."""
+    rows = [str(row) for row in left_out]
+    return "; ".join(rows[:most]) + (f"; and {len(rows) - most} more" if len(rows) > most else "")
 
 
 def reason_of(error: DatasetError, name: str) -> str:
@@ -205,7 +243,13 @@ def _later_marks(example: Example) -> list:
     if example.anchor is not None:
         marks.append(["anchor", example.anchor.prompt, example.anchor.weight])
     if example.control is not None:
-        marks.append(["control", example.control.digest])
+        marks.append(["control", *(source.digest for source in example.sources)])
+    if example.center is not None:
+        marks.append(["center", *example.center])
+    if example.encoded is not None:
+        marks.append(["encoded", example.encoded.digest])
+    if example.paired is not None:
+        marks.append(["paired", example.paired.digest])
     return marks
 
 

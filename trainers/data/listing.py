@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import posixpath
 import stat
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 
 from ..text import is_below
 from .examples import LeftOut
-from .pictures import is_picture
+from .pictures import NAMES, is_picture
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Listing:
     left_out: list[LeftOut]
 
 
+@functools.lru_cache(maxsize=NAMES)
 def stem_of(name: str) -> str:
     """Return a relative name without its suffix."""
     return posixpath.splitext(name)[0]
@@ -80,9 +82,13 @@ class Owners:
 
     def __init__(self, stems: Iterable[str]):
         self._exact = set(stems)
-        self._folded: dict[str, list[str]] = {}
+
+    @functools.cached_property
+    def _folded(self) -> dict[str, list[str]]:
+        folded: dict[str, list[str]] = {}
         for stem in sorted(self._exact):
-            self._folded.setdefault(fold(stem), []).append(stem)
+            folded.setdefault(fold(stem), []).append(stem)
+        return folded
 
     def of(self, stem: str) -> tuple[str, ...]:
         """Return the stems of the pictures that a file with this stem belongs to."""

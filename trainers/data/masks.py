@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from ..errors import DatasetError
 from .listing import File, Listing, Owners, stem_of
 from .pictures import is_picture
 
+if TYPE_CHECKING:
+    from .examples import Dataset
+
 _FOLDERS = ("masks", "mask")
-_SUFFIX = "-masklabel"
+SUFFIX = "-masklabel"
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,7 @@ def own_masks(listing: Listing) -> OwnMasks:
         if not is_picture(name):
             continue
         stem = stem_of(name)
-        if stem.lower().endswith(_SUFFIX):
+        if stem.lower().endswith(SUFFIX):
             files.add(name)
             of = owners.of(mask_owner(name))
             by_stem.update(dict.fromkeys(of, listing.files[name]))
@@ -70,4 +75,14 @@ def own_masks(listing: Listing) -> OwnMasks:
 def mask_owner(name: str) -> str:
     """Return the stem of the picture that a file in a folder of masks belongs to."""
     stem = stem_of(name)
-    return stem[: -len(_SUFFIX)] if stem.lower().endswith(_SUFFIX) else stem
+    return stem[: -len(SUFFIX)] if stem.lower().endswith(SUFFIX) else stem
+
+
+def check_masks(dataset: Dataset, prior_weight: float) -> None:
+    """Raise DatasetError if training preserves the base's prediction outside masks, but no picture has a mask."""
+    if prior_weight and all(example.mask is None for example in dataset.examples):
+        raise DatasetError(
+            "masked_prior_weight is set, but no picture of the dataset has a mask: it would have no effect.",
+            "Add masks to the dataset, or leave masked_prior_weight in Graft Objective Options unset.",
+            "dataset",
+        )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import os
+import threading
 import warnings
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,6 +22,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
+# Names whose parts are kept: a scan asks for those of each name many times.
+NAMES = 65_536
 # File name suffixes of the formats that Pillow reads. Pillow itself recognizes a format by the file's content.
 SUFFIXES = (
     *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".mpo", ".webp"),
@@ -36,7 +41,7 @@ _VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".wmv", ".mpg", ".mp
 # Files that systems and other programs leave beside pictures. The report does not name them.
 _QUIET = (
     *(".npz", ".npy", ".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".db", ".ini", ".log", ".tmp", ".lnk", ".url"),
-    *(".md", ".py", ".sh", ".bat", ".yaml", ".yml", ".toml", ".html"),
+    *(".bak", ".md", ".py", ".sh", ".bat", ".yaml", ".yml", ".toml", ".html"),
 )
 
 # Decoding takes at most BYTES_PER_PIXEL, beside the file's own bytes. A file above PIXEL_LIMIT counts as a bomb.
@@ -73,20 +78,20 @@ class FileSource(Source):
     def open(self) -> Image.Image:
         """Decode the file. Raise DatasetError with its name if it is not a picture or has changed since the scan."""
         with reading(self.name):
-            return upright_rgb(self._decoded())
+            return upright_rgb(self.decoded())
 
     def alpha(self) -> Image.Image:
         """Return the picture's opacity, upright, one channel; white if it has no transparency. Raise as `open`."""
         with reading(self.name):
-            return read_alpha(self._decoded())
+            return read_alpha(self.decoded())
 
     def weight(self) -> Image.Image:
         """Return the picture as a mask, upright, one channel: black where black or transparent. Raise as `open`."""
         with reading(self.name):
-            return mask_weight(self._decoded())
+            return mask_weight(self.decoded())
 
-    def _decoded(self) -> Image.Image:
-        """Decode the picture, upright, in the file's own mode."""
+    def decoded(self) -> Image.Image:
+        """Return the picture upright, in the file's own mode. Raise OSError or Pillow's errors."""
         if not is_below(self.path, self.root):
             raise OSError("it is a link that leads out of the folder")
         data = read_bytes(self.path)
@@ -143,8 +148,7 @@ class ArraySource(Source):
         Image.fromarray(array).save(buffer, format="PNG", compress_level=1)
         self._png = buffer.getvalue()
         self.name = name
-        # Hash the pixels, not the compressed bytes, which change with the library that compresses.
-        self.digest = hashlib.sha256(f"{array.shape}".encode() + array.tobytes()).hexdigest()
+        self.digest = pixel_digest(array)
 
     def open(self) -> Image.Image:
         """Return the picture in RGB."""
@@ -152,6 +156,11 @@ class ArraySource(Source):
 
         with Image.open(io.BytesIO(self._png)) as image:
             return upright_rgb(turn_upright(image))
+
+
+def pixel_digest(array: np.ndarray) -> str:
+    """Hash a picture's pixels, not its compressed bytes, which change with the library that compresses."""
+    return hashlib.sha256(f"{array.shape}".encode() + array.tobytes()).hexdigest()
 
 
 def read_bytes(path: str) -> bytes:
@@ -223,23 +232,41 @@ def _check_size(image: Image.Image) -> None:
         raise OSError(f"{image.width}x{image.height} has a side of more than {SIDE_LIMIT} pixels; crop it")
 
 
+class _ReadingThreads(threading.local):
+    """Pattern of a warnings filter: matches every warning of a thread that reads a picture, and none of others.
+
+    `warnings.catch_warnings` is not thread-safe: with two threads it can leave its filter behind.
+    """
+
+    depth = 0
+
+    def match(self, text: str) -> bool:
+        return self.depth > 0
+
+
+_reading = _ReadingThreads()
+_QUIET_WHILE_READING = ("ignore", _reading, Warning, None, 0)
+
+
 class reading:
     """Context that turns any error of Pillow or the file system into an error that names the file."""
 
     def __init__(self, name: str):
         self.name = name
-        self._quiet = warnings.catch_warnings()
 
     def __enter__(self):
-        self._quiet.__enter__()
         # `_check_size` refuses large pictures; warnings about odd but readable files would only alarm.
-        warnings.simplefilter("ignore")
+        if warnings.filters[:1] != [_QUIET_WHILE_READING]:
+            with suppress(ValueError):
+                warnings.filters.remove(_QUIET_WHILE_READING)
+            warnings.filters.insert(0, _QUIET_WHILE_READING)
+        _reading.depth += 1
         return self
 
     def __exit__(self, kind, error, trace):
         from PIL import Image, UnidentifiedImageError
 
-        self._quiet.__exit__(kind, error, trace)
+        _reading.depth -= 1
         # Decoders raise many kinds of errors for a damaged file, so convert all but interruptions and DatasetError.
         if error is None or isinstance(error, DatasetError) or not isinstance(error, Exception):
             return False
@@ -270,6 +297,7 @@ def why_unread(name: str) -> str:
     return "neither a picture nor a caption"
 
 
+@functools.lru_cache(maxsize=NAMES)
 def is_picture(path: str) -> bool:
     """Return True if a file's name has a picture's suffix."""
     return os.path.splitext(path)[1].lower() in SUFFIXES

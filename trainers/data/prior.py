@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import DatasetError, SettingsError
 from . import captions
-from .examples import Dataset, PriorTarget, combine
-from .scan import shortened
+from .examples import Dataset, PriorTarget, combine, shortened
 
 if TYPE_CHECKING:
     from .examples import Example, LeftOut
@@ -59,7 +58,7 @@ def _refuse_subject(dataset: Dataset, classes: Sequence[Example]) -> None:
     """Raise DatasetError if a class image's caption holds a trigger of the dataset: both would mean the subject."""
     triggers = {example.trigger for example in dataset.examples if example.trigger and not example.prior}
     for example in classes:
-        caption = captions.plain(example)
+        caption = captions.unvaried_caption(example)
         for trigger in sorted(triggers):
             if captions.holds_words(caption, trigger):
                 raise DatasetError(
@@ -104,7 +103,7 @@ def checked_prompt(prompt: str, input: str) -> str:
 
 
 def captioned(dataset: Dataset, prompt: str, input: str) -> Dataset:
-    """Use a prompt as the caption of each image that has no caption of its own.
+    """Use a prompt as the caption of each image that has neither a caption nor an encoded prompt of its own.
 
     Args:
         input: name of the prompt's input, for the error.
@@ -112,11 +111,14 @@ def captioned(dataset: Dataset, prompt: str, input: str) -> Dataset:
     Raises:
         SettingsError: images have no caption, and the prompt is empty.
     """
-    if all(any(example.captions) for example in dataset.examples):
+    bare = [not any(example.captions) and example.encoded is None for example in dataset.examples]
+    if not any(bare):
         return dataset
     caption = (checked_prompt(prompt, input),)
-    named = (example if any(example.captions) else replace(example, captions=caption) for example in dataset.examples)
-    return replace(dataset, examples=tuple(named))
+    rows = zip(dataset.examples, bare, strict=True)
+    return replace(
+        dataset, examples=tuple(replace(example, captions=caption) if lacks else example for example, lacks in rows)
+    )
 
 
 def refuse_if_one_sided(dataset: Dataset, usable: Sequence[Example], left_out: Sequence[LeftOut]) -> None:

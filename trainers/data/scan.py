@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 from ..errors import DatasetError
 from ..text import join_first
 from . import captions
 from .caption_files import CaptionFiles
-from .examples import Augmentation, Dataset, Example, LeftOut, reason_of
-from .index import Index, mark_of
+from .dataset_file import EXCLUDED, NAME, read_dataset_file
+from .examples import Augmentation, Dataset, Example, LeftOut, Source, reason_of, shortened
+from .index import Index, listing_fingerprint
 from .listing import File, Listing, Owners, list_folder, path_inside, stem_of, without_folder
 from .masks import mask_owner, own_masks
+from .pairs import WorsePictures
 from .pictures import AlphaSource, FileSource, MaskSource, is_clear, is_picture, measure_file, why_unread
-from .source_images import SourceImages
-
-if TYPE_CHECKING:
-    from .examples import Source
+from .source_images import SourceFolders
 
 MASKS = ("auto", "alpha", "off")
 _MOST_REPEATS = 1_000_000
@@ -42,6 +40,10 @@ class ScanOptions:
         mask_folder: absolute path of a folder of masks; empty for a folder named 'masks' in the dataset's folder.
         validation_folder: relative name of a folder inside, whose pictures are held out; empty for none.
         control_folder: absolute path of a folder of source pictures; empty for none.
+        more_control_folders: those of the second and the third source pictures; empty for none.
+        sources_optional: train on pictures without any source picture too.
+        worse_folder: absolute path of a folder of worse pictures; empty for none.
+        with_excluded: read also the pictures that the user excluded.
     """
 
     lines_are_variants: bool = False
@@ -49,6 +51,10 @@ class ScanOptions:
     mask_folder: str = ""
     validation_folder: str = ""
     control_folder: str = ""
+    more_control_folders: tuple[str, ...] = ()
+    sources_optional: bool = False
+    worse_folder: str = ""
+    with_excluded: bool = False
 
     @property
     def held_out_prefix(self) -> str:
@@ -82,18 +88,30 @@ def scan_folder(
 
     Raises:
         DatasetError: the folder does not exist, it holds no picture to train on, the validation folder holds none or
-            all of the pictures, or the folder of masks or of source pictures is the folder itself.
+            all of the pictures, or the folder of masks, source or worse pictures is the folder itself.
     """
+    with Index(index_folder, folder) as index:
+        return scan_listing(folder, list_folder(folder), index, trigger, resolution, repeats, handling, reading, tick)
+
+
+def scan_listing(
+    folder: str,
+    listing: Listing,
+    index: Index,
+    trigger: str,
+    resolution: int,
+    repeats: int,
+    handling: Augmentation | None = None,
+    reading: ScanOptions | None = None,
+    tick: Callable[[int, int], None] = lambda done, total: None,
+) -> Dataset:
+    """Read a listed folder as `scan_folder` does; the caller saves the index."""
     if not os.path.isdir(folder):
         raise DatasetError(f"There is no folder '{folder}'.", "Choose a folder below ComfyUI's input folder.", "folder")
     options = reading or ScanOptions()
-    shared = _Shared(trigger.strip(), repeats, handling or Augmentation(), options.held_out_prefix)
-    reader = _Reader(folder, options, shared)
-    index = Index(index_folder, folder)
-    try:
-        examples = reader.read(index, tick)
-    finally:
-        index.save()
+    shared = _FolderSettings(trigger.strip(), repeats, handling or Augmentation(), options.held_out_prefix)
+    reader = _Reader(listing, options, shared, index)
+    examples = reader.read(tick)
     left_out = reader.left_out()
     _refuse_if_empty(folder, examples, left_out)
     _refuse_if_nothing_held_out(examples, options)
@@ -147,14 +165,8 @@ def _refuse_if_nothing_held_out(examples: list[Example], options: ScanOptions) -
         )
 
 
-def shortened(left_out: Iterable[LeftOut], most: int = 5) -> str:
-    """Join the first `most` files in one line, and add the number of the others."""
-    rows = [str(row) for row in left_out]
-    return "; ".join(rows[:most]) + (f"; and {len(rows) - most} more" if len(rows) > most else "")
-
-
 @dataclass(frozen=True)
-class _Shared:
+class _FolderSettings:
     """Settings that all examples of a folder share."""
 
     trigger: str
@@ -163,11 +175,12 @@ class _Shared:
     held_out_prefix: str
 
 
-class _Masks:
+class Masks:
     """Masks of a folder's pictures, from the folder itself or from a folder of masks.
 
     Attributes:
         pictures: the folder's pictures that are no masks.
+        by_stem: mask files by the stems of their pictures.
         without_picture: masks in the folder that belong to no picture.
         left_out: files in the folder of masks that are not used.
     """
@@ -178,12 +191,12 @@ class _Masks:
         self.without_picture = [LeftOut(name, "a mask without its picture") for name in own.lonely]
         self.left_out: list[LeftOut] = []
         self._use_alpha = options.masks == "alpha"
-        self._by_stem = {} if options.masks == "off" else own.by_stem
+        self.by_stem = {} if options.masks == "off" else own.by_stem
         self._root = listing.root
         if options.masks != "off" and options.mask_folder:
             folder = list_folder(options.mask_folder)
             self._root = folder.root
-            self._by_stem = self._match(folder, listing)
+            self.by_stem = self._match(folder, listing)
 
     def _match(self, folder: Listing, listing: Listing) -> dict[str, File]:
         """Return the masks of a folder of masks by the stems of their pictures."""
@@ -200,7 +213,7 @@ class _Masks:
 
     def of(self, source: FileSource, has_alpha: bool, index: Index) -> Source | None:
         """Return the mask of a picture. Raise DatasetError if it cannot be read."""
-        file = self._by_stem.get(stem_of(source.name))
+        file = self.by_stem.get(stem_of(source.name))
         if file is not None:
             try:
                 return _mask_source(file, self._root, index)
@@ -213,25 +226,33 @@ class _Masks:
 class _Reader:
     """Reader of the examples of a folder."""
 
-    def __init__(self, folder: str, options: ScanOptions, shared: _Shared):
-        listing = list_folder(folder)
-        self._sources = SourceImages(options.control_folder, listing)
-        self._listing = _without_masks(self._sources.outside(listing), options.mask_folder)
-        self._caption_files = CaptionFiles(self._listing, options.lines_are_variants)
-        self._masks = _Masks(self._listing, options)
+    def __init__(self, listing: Listing, options: ScanOptions, shared: _FolderSettings, index: Index):
+        listing.files.pop(NAME, None)
+        self._index = index
+        self._choices = read_dataset_file(listing.root)
+        self._with_excluded = options.with_excluded
+        folders = (options.control_folder, *options.more_control_folders)
+        self._sources = SourceFolders(folders, listing, options.sources_optional)
+        self._worse = WorsePictures(options.worse_folder, listing)
+        self._listing = _without_masks(self._worse.outside(self._sources.outside(listing)), options.mask_folder)
+        self._caption_files = CaptionFiles(self._listing, options.lines_are_variants, index)
+        self._masks = Masks(self._listing, options)
         self._shared = shared
         self._unusable: list[LeftOut] = []
         # (repeats, pictures) of folders with unusually many repeats.
         self._unusual: dict[str, tuple[int, int]] = {}
 
-    def read(self, index: Index, tick: Callable[[int, int], None]) -> list[Example]:
+    def read(self, tick: Callable[[int, int], None]) -> list[Example]:
         """Return the usable pictures as examples."""
         pictures = self._masks.pictures
         examples = []
         for number, file in enumerate(pictures):
             tick(number, len(pictures))
+            if file.name in self._choices.excluded and not self._with_excluded:
+                self._unusable.append(LeftOut(file.name, EXCLUDED))
+                continue
             try:
-                examples.append(self._example(file, index))
+                examples.append(self._example(file))
             except DatasetError as error:
                 self._unusable.append(LeftOut(file.name, reason_of(error, file.name)))
         tick(len(pictures), len(pictures))
@@ -247,18 +268,19 @@ class _Reader:
             *self._masks.left_out,
             *self._unusable,
             *self._sources.lonely(),
+            *self._worse.lonely(),
         )
 
-    def _example(self, file: File, index: Index) -> Example:
-        shared = self._shared
+    def _example(self, file: File) -> Example:
+        shared, index = self._shared, self._index
         facts = _measured(file, index)
         source = FileSource(file.path, file.name, self._listing.root, facts["digest"])
-        repeats, class_tokens, folder = self._of_folder(file.name)
-        if repeats > _USUAL_REPEATS:
+        repeats, class_tokens, folder = self._repeats_of(file.name)
+        if repeats > _USUAL_REPEATS and folder.startswith(f"{repeats}_"):
             self._unusual[folder] = (repeats, self._unusual.get(folder, (repeats, 0))[1] + 1)
         if repeats == 0:
             raise DatasetError("its folder's name repeats it 0 times", "Rename the folder.", "folder")
-        return Example(
+        example = Example(
             source=source,
             captions=self._caption_files.of(file.name) or captions.variants_of(class_tokens, False) or ("",),
             size=tuple(facts["size"]),
@@ -268,8 +290,12 @@ class _Reader:
             mask=self._masks.of(source, facts["alpha"], index),
             handling=shared.handling,
             held_out=bool(shared.held_out_prefix) and file.name.startswith(shared.held_out_prefix),
-            control=self._sources.of(file.name, lambda source_file: _measured(source_file, index)),
+            center=self._choices.centers.get(file.name),
         )
+        measure = partial(_measured, index=index)
+        example = replace(example, paired=self._worse.of(file.name, example.size, measure))
+        sources = self._sources.of(file.name, measure)
+        return replace(example, control=sources[0], more_controls=sources[1:]) if sources else example
 
     def warnings(self) -> tuple[str, ...]:
         """Return questions about folder names whose repeats are probably not intended."""
@@ -279,14 +305,18 @@ class _Reader:
             for folder, (times, count) in self._unusual.items()
         )
 
-    def _of_folder(self, name: str) -> tuple[int, str, str]:
-        """Return repeats, class tokens and name of the nearest folder that has repeats in its name."""
-        folders = [os.path.basename(self._listing.root), *name.split("/")[:-1]]
-        for folder in reversed(folders):
+    def _repeats_of(self, name: str) -> tuple[int, str, str]:
+        """Return repeats, class tokens and name of the nearest folder that has repeats, in its name or by choice."""
+        parts = name.split("/")[:-1]
+        chosen = None
+        for depth in range(len(parts), -1, -1):
+            folder = parts[depth - 1] if depth else os.path.basename(self._listing.root)
             match = _REPEAT_FOLDER.fullmatch(folder)
+            if chosen is None:
+                chosen = self._choices.repeats.get("/".join(parts[:depth]))
             if match:
-                return int(match.group(1)), match.group(2).strip(), folder
-        return 1, "", ""
+                return int(match.group(1)) if chosen is None else chosen, match.group(2).strip(), folder
+        return 1 if chosen is None else chosen, "", ""
 
 
 def _counted(pictures: int) -> str:
@@ -294,7 +324,7 @@ def _counted(pictures: int) -> str:
 
 
 def _measured(file: File, index: Index) -> dict:
-    return index.facts(file.path, file.stat, lambda: _measure(file), _are_facts)
+    return index.get_or_make(file.path, file.stat, lambda: _measure(file), _are_facts)
 
 
 def _measure(file: File) -> dict:
@@ -311,7 +341,7 @@ def _mask_source(file: File, root: str, index: Index) -> MaskSource:
         clear = facts["alpha"] and is_clear(FileSource(file.path, file.name, root, facts["digest"]))
         return {**facts, "clear": clear}
 
-    facts = index.facts(file.path, file.stat, measure, _are_mask_facts)
+    facts = index.get_or_make(file.path, file.stat, measure, _are_mask_facts)
     return MaskSource(FileSource(file.path, file.name, root, facts["digest"]), facts.get("clear", False))
 
 
@@ -330,17 +360,28 @@ def _are_facts(facts: dict) -> bool:
 
 def folder_fingerprint(folder: str, *others: str) -> str:
     """Hash names, sizes and times of all files in folders, to detect cheaply that one may have changed."""
-    total = hashlib.sha256()
-    for place in (folder, *others):
-        if place:
-            for name, file in list_folder(place).files.items():
-                total.update(f"{name!r} {mark_of(file.stat)}\n".encode("utf-8", "surrogateescape"))
-    return total.hexdigest()
+    return listing_fingerprint(list_folder(place) for place in (folder, *others) if place)
 
 
-def check_captions(dataset: Dataset) -> None:
-    """Raise DatasetError if an example has neither a caption nor a trigger."""
-    bare = [example.source.name for example in dataset.examples if not captions.plain(example)]
+def check_captions(dataset: Dataset, live_text: bool = False) -> None:
+    """Raise DatasetError if an example has neither a caption nor a trigger nor an encoded prompt.
+
+    Args:
+        live_text: training encodes captions at every step, so an encoded prompt is an error.
+    """
+    encoded = [example.source.name for example in dataset.examples if example.encoded is not None]
+    if encoded and live_text:
+        raise DatasetError(
+            f"The conditionings of {len(encoded)} pictures are encoded already, so no embedding and no text encoder "
+            "can learn from them.",
+            "Connect captions to the dataset, not conditioning. Or train the model alone.",
+            "dataset",
+        )
+    bare = [
+        example.source.name
+        for example in dataset.examples
+        if example.encoded is None and not captions.unvaried_caption(example)
+    ]
     if bare:
         raise DatasetError(
             f"{len(bare)} of {len(dataset.examples)} pictures have neither a caption nor a trigger: "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from ..errors import DatasetError
@@ -18,32 +18,104 @@ if TYPE_CHECKING:
 _ALIKE = 0.02
 
 
-class SourceImages:
-    """Source pictures in a folder, each named like the picture that it becomes.
+# The inputs that name the folders of a picture's first, second and third source picture.
+CONTROL_FOLDERS = ("control_folder", "control_folder_2", "control_folder_3")
+
+
+class SourceFolders:
+    """Folders of the first, second and third source pictures of a dataset.
 
     Args:
-        folder: absolute path; empty for no source pictures.
-        listing: of the dataset's folder, which may contain the folder of source pictures.
+        folders: absolute paths in the order of CONTROL_FOLDERS; empty for none.
+        listing: of the dataset's folder, which may contain them.
+        are_optional: train on pictures without any source picture too.
+
+    Raises:
+        DatasetError: a folder is the dataset's own, or one is set while an earlier one is not.
     """
 
-    def __init__(self, folder: str, listing: Listing):
-        self.wanted = bool(folder)
+    def __init__(self, folders: Sequence[str], listing: Listing, are_optional: bool = False):
+        chosen = [folder for folder in folders if folder]
+        if chosen != list(folders[: len(chosen)]):
+            gap = folders.index("")
+            later = next(name for name, folder in zip(CONTROL_FOLDERS[gap:], folders[gap:], strict=True) if folder)
+            raise DatasetError(
+                f"{CONTROL_FOLDERS[gap]} is empty, but {later} is set.",
+                f"Set {CONTROL_FOLDERS[gap]} first.",
+                CONTROL_FOLDERS[gap],
+            )
+        roles = ("source", "source 2", "source 3")
+        self._folders = [
+            MatchingFolder(folder, *names, "source", listing)
+            for folder, *names in zip(chosen, CONTROL_FOLDERS, roles, strict=False)
+        ]
+        self._are_optional = are_optional
+
+    def outside(self, listing: Listing) -> Listing:
+        """Return the listing of the dataset's folder without the source pictures in it."""
+        for folder in self._folders:
+            listing = folder.outside(listing)
+        return listing
+
+    def of(self, name: str, measure: Callable[[File], dict]) -> tuple[Example, ...]:
+        """Return the source pictures of a picture, by its relative name.
+
+        Args:
+            measure: returns the size and digest of a file.
+
+        Raises:
+            DatasetError: the picture needs a source picture and has none, has a later one without an earlier one, or
+                one of them cannot be read.
+        """
+        by_folder = [folder.of(name, measure) for folder in self._folders]
+        sources = tuple(source for source in by_folder if source is not None)
+        if None in by_folder[: len(sources)]:
+            raise DatasetError(
+                f"it has no source picture in {CONTROL_FOLDERS[by_folder.index(None)]}, but one in a later folder",
+                "Add one, or rename the other.",
+                "folder",
+            )
+        if by_folder and not sources and not self._are_optional:
+            raise DatasetError("it has no source picture of its name", "Add one, or remove the picture.", "folder")
+        return sources
+
+    def lonely(self) -> list[LeftOut]:
+        """Return the source pictures without a picture, and the files that are not source pictures."""
+        return [row for folder in self._folders for row in folder.lonely()]
+
+
+# Reasons for not using a picture that matches no picture of the dataset.
+_LONELY = {
+    "source": "a source picture without the picture it becomes",
+    "worse": "a worse picture without the better one",
+}
+
+
+class MatchingFolder:
+    """Pictures in a folder, each named like its picture of the dataset.
+
+    Args:
+        folder: absolute path.
+        input: name of the node's input, for errors.
+        role: stands behind the names of its pictures in reports.
+        kind: "source" or "worse".
+        listing: of the dataset's folder, which may contain this folder.
+    """
+
+    def __init__(self, folder: str, input: str, role: str, kind: str, listing: Listing):
+        self._input, self._role, self._kind = input, role, kind
         self._by_stem: dict[str, File] = {}
         self._folded: dict[str, File] = {}
         self._used: set[str] = set()
         self._left_out: list[LeftOut] = []
-        self._root = listing.root
-        self._inside = ""
-        if not folder:
-            return
         files = list_folder(folder)
         self._root = files.root
         self._inside = path_inside(listing, files.root)
         if self._inside == "./":
             raise DatasetError(
-                "The folder of source pictures is the dataset's own folder.",
-                "Put the source pictures into another folder, each under the name of the picture it becomes.",
-                "control_folder",
+                f"The folder of {kind} pictures is the dataset's own folder.",
+                f"Put the {kind} pictures into another folder, each under the name of its picture.",
+                self._input,
             )
         for name, file in files.files.items():
             if is_picture(name):
@@ -54,36 +126,34 @@ class SourceImages:
         self._stems = {stem_of(name) for name in self.outside(listing).files if is_picture(name)}
 
     def outside(self, listing: Listing) -> Listing:
-        """Return the listing of the dataset's folder without the source pictures in it."""
+        """Return the listing of the dataset's folder without this folder."""
         return without_folder(listing, self._inside) if self._inside else listing
 
     def of(self, name: str, measure: Callable[[File], dict]) -> Example | None:
-        """Return the source picture of a picture, by its relative name; None if no folder of them was chosen.
+        """Return the picture that matches a picture of the dataset, by its relative name; None for none.
 
         Args:
             measure: returns the size and digest of a file.
 
         Raises:
-            DatasetError: the picture has no source picture, or its source picture cannot be read.
+            DatasetError: it cannot be read.
         """
-        if not self.wanted:
-            return None
         stem = stem_of(name)
         # Match the bare name too, in any folder, as other trainers do.
         file = self._by_stem.get(stem) or self._by_stem.get(posixpath.basename(stem)) or self._by_folded_name(stem)
         if file is None:
-            raise DatasetError("it has no source picture of its name", "Add one, or remove the picture.", "folder")
+            return None
         self._used.add(file.name)
         try:
             facts = measure(file)
         except DatasetError as error:
-            reason = f"its source picture {file.name}: {error.message}"
-            raise DatasetError(reason, "Save it again.", "control_folder") from error
-        source = FileSource(file.path, f"{file.name} (source)", self._root, facts["digest"])
+            reason = f"its {self._kind} picture {file.name}: {error.message}"
+            raise DatasetError(reason, "Save it again.", self._input) from error
+        source = FileSource(file.path, f"{file.name} ({self._role})", self._root, facts["digest"])
         return source_image_of(source, tuple(facts["size"]))
 
     def _by_folded_name(self, stem: str) -> File | None:
-        """Return the source picture whose name differs only in case or Unicode form, unless it is another's own."""
+        """Return the file whose name differs only in case or Unicode form, unless it is another picture's own."""
         for wanted in (stem, posixpath.basename(stem)):
             file = self._folded.get(fold(wanted))
             if file is not None and stem_of(file.name) not in self._stems:
@@ -91,13 +161,13 @@ class SourceImages:
         return None
 
     def lonely(self) -> list[LeftOut]:
-        """Return the source pictures without a picture, and the files that are not source pictures."""
+        """Return the pictures that match none of the dataset, and the files that are not pictures."""
         names = sorted(file.name for file in self._by_stem.values() if file.name not in self._used)
-        return self._left_out + [LeftOut(name, "a source picture without the picture it becomes") for name in names]
+        return self._left_out + [LeftOut(name, _LONELY[self._kind]) for name in names]
 
 
 def source_image_of(source: Source, size: tuple[int, int]) -> Example:
-    """Return a source picture as an example with an empty caption."""
+    """Return a source picture, or a worse one, as an example with an empty caption."""
     return Example(source, ("",), size, source.digest)
 
 

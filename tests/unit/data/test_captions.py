@@ -48,8 +48,8 @@ def bounds(n, p):
 )
 def test_the_trigger_is_put_in_front_of_what_lacks_it(caption, trigger, expected):
     assert captions.with_trigger(caption, trigger) == expected
-    assert captions.plain(example(caption, trigger)) == expected
-    assert captions.variant(example(caption, trigger), 0) == expected
+    assert captions.unvaried_caption(example(caption, trigger)) == expected
+    assert captions.make_variant(example(caption, trigger), 0) == expected
 
 
 HOLDS = [
@@ -97,7 +97,7 @@ def test_part_of_a_word_is_no_trigger(caption, trigger):
 )
 def test_shuffling_keeps_every_tag_the_first_ones_in_place(tags, keep, trigger, number):
     caption = ", ".join(tags)
-    found = captions.variant(example(caption, trigger, shuffle_tags=True, keep_tokens=keep), number).split(", ")
+    found = captions.make_variant(example(caption, trigger, shuffle_tags=True, keep_tokens=keep), number).split(", ")
     added = [trigger] if trigger and trigger not in tags else []
     assert found[: len(added)] == added, "the trigger stays in front"
     rest = found[len(added) :]
@@ -106,7 +106,7 @@ def test_shuffling_keeps_every_tag_the_first_ones_in_place(tags, keep, trigger, 
 
 
 def test_shuffling_reaches_every_order_about_equally_often():
-    seen = Counter(captions.variant(example("a, b, c", shuffle_tags=True), number) for number in range(3000))
+    seen = Counter(captions.make_variant(example("a, b, c", shuffle_tags=True), number) for number in range(3000))
     assert len(seen) == 6
     low, high = bounds(3000, 1 / 6)
     assert all(low <= count <= high for count in seen.values()), seen
@@ -118,21 +118,21 @@ def test_tags_are_dropped_as_often_as_asked_and_kept_ones_never(rate):
     made = example(caption, "sks", tag_dropout=rate, keep_tokens=3)
     gone = Counter()
     for number in range(2000):
-        found = captions.variant(made, number).split(", ")
+        found = captions.make_variant(made, number).split(", ")
         assert found[:4] == ["sks", *TAGS[:3]]
         assert found[4:] == [tag for tag in TAGS[3:] if tag in found], "those that stay keep their order"
         gone.update(set(TAGS) - set(found))
     low, high = bounds(2000, rate)
     assert all(low <= gone[tag] <= high for tag in TAGS[3:]), gone
     # Tags are dropped independently: two of them are dropped together as often as chance predicts.
-    pairs = sum(not {TAGS[3], TAGS[4]} & set(captions.variant(made, number).split(", ")) for number in range(2000))
+    pairs = sum(not {TAGS[3], TAGS[4]} & set(captions.make_variant(made, number).split(", ")) for number in range(2000))
     low, high = bounds(2000, rate**2)
     assert low <= pairs <= high
 
 
 def test_a_tag_with_the_trigger_is_never_dropped():
     made = example("1girl, sks dog, hat", "sks", tag_dropout=1.0, shuffle_tags=True)
-    assert {captions.variant(made, number) for number in range(20)} == {"sks dog"}
+    assert {captions.make_variant(made, number) for number in range(20)} == {"sks dog"}
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.2, 1.0])
@@ -164,8 +164,8 @@ def test_every_version_is_shown_once_before_one_is_shown_again(count, seed):
 )
 def test_wildcards_become_one_of_their_parts(caption, expected):
     made = example(caption, wildcards=True)
-    assert {captions.variant(made, number) for number in range(100)} == expected
-    assert captions.variant(example(caption), 3) == caption, "only where they are switched on"
+    assert {captions.make_variant(made, number) for number in range(100)} == expected
+    assert captions.make_variant(example(caption), 3) == caption, "only where they are switched on"
 
 
 def reference_of_wildcards(caption, draw):
@@ -184,10 +184,10 @@ def reference_of_wildcards(caption, draw):
 @case("{a|{b}|c} {d|}", 1)
 def test_wildcards_are_drawn_innermost_first_from_left_to_right(caption, number):
     made = example(caption, wildcards=True)
-    assert captions.plain(made) == reference_of_wildcards(caption, None)
+    assert captions.unvaried_caption(made) == reference_of_wildcards(caption, None)
     # Runs share the encodings of captions, so the draw must stay the same from version to version.
     draw = np.random.RandomState(stream_seed("caption", made.digest, made.captions, number) % 2**32)
-    assert captions.variant(made, number) == reference_of_wildcards(caption, draw)
+    assert captions.make_variant(made, number) == reference_of_wildcards(caption, draw)
 
 
 @pytest.mark.parametrize(
@@ -204,14 +204,14 @@ def test_wildcards_are_drawn_innermost_first_from_left_to_right(caption, number)
 def test_wildcards_without_end_are_read_soon(caption):
     """Such captions once took minutes; now they take a tenth of a second."""
     started = time.process_time()
-    captions.variant(example(caption, wildcards=True), 0)
+    captions.make_variant(example(caption, wildcards=True), 0)
     assert time.process_time() - started < 10
 
 
 def test_lines_take_turns():
     made = example(["one", "two", "three"], "sks")
     assert captions.variant_count(made, 1) == 3
-    assert [captions.variant(made, number) for number in range(3)] == ["sks, one", "sks, two", "sks, three"]
+    assert [captions.make_variant(made, number) for number in range(3)] == ["sks, one", "sks, two", "sks, three"]
 
 
 def test_a_small_dataset_gets_many_versions_and_a_large_one_few():

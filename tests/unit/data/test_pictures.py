@@ -5,13 +5,15 @@ import os
 import struct
 import subprocess
 import sys
+import threading
 import types
+import warnings
 import zlib
 
 import numpy as np
 import pytest
 from graft_pack.trainers.data import pictures, pixel_formats
-from graft_pack.trainers.data.pictures import FileSource, MaskSource, measure_file
+from graft_pack.trainers.data.pictures import FileSource, MaskSource, measure_file, reading
 from graft_pack.trainers.errors import DatasetError
 from PIL import Image, PngImagePlugin
 
@@ -179,7 +181,8 @@ import json, sys, types
 package = types.ModuleType("graft_pack")
 package.__path__ = [sys.argv[1]]
 sys.modules["graft_pack"] = package
-from graft_pack.trainers.data import near_duplicates, pictures
+from graft_pack.trainers.data import pictures
+from graft_pack.trainers.inspection import near_duplicates
 from PIL import Image, ImageCms
 
 def memory(key):
@@ -275,3 +278,29 @@ def test_heic_is_read_where_pillow_heif_is_installed(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     with pytest.raises(DatasetError, match=r"a\.heic.*install pillow-heif"):
         measure_file(str(path), path.name)
+
+
+def test_reading_silences_its_own_thread_only(tmp_path):
+    """Two threads whose readings overlap: the later one must not leave warnings silenced."""
+    began, warned, ended = (threading.Barrier(2, timeout=10) for _ in range(3))
+
+    def read_early():
+        with reading("early"):
+            warnings.warn("not heard", stacklevel=1)
+            began.wait()
+            warned.wait()
+        ended.wait()
+
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        thread = threading.Thread(target=read_early)
+        thread.start()
+        began.wait()
+        warnings.warn("heard meanwhile", stacklevel=1)
+        with reading("late"):
+            warned.wait()
+            ended.wait()
+            warnings.warn("not heard", stacklevel=1)
+        thread.join()
+        warnings.warn("heard later", stacklevel=1)
+    assert [str(row.message) for row in heard] == ["heard meanwhile", "heard later"]

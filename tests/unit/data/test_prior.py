@@ -6,12 +6,13 @@ from itertools import islice, takewhile
 
 import numpy as np
 import pytest
-from graft_pack.trainers.data import contact_sheet, prior
-from graft_pack.trainers.data import report as inspect
+from graft_pack.trainers.data import prior
 from graft_pack.trainers.data.arrays import from_arrays
-from graft_pack.trainers.data.captions import plain
+from graft_pack.trainers.data.captions import unvaried_caption
 from graft_pack.trainers.data.examples import combine
 from graft_pack.trainers.errors import DatasetError, SettingsError
+from graft_pack.trainers.inspection import contact_sheet
+from graft_pack.trainers.inspection import report as inspect
 from graft_pack.trainers.preprocessing.sampler import batches_from, visits_within
 from graft_pack.trainers.protocols import Geometry
 from hypothesis import given, settings
@@ -104,8 +105,8 @@ def test_without_class_images_the_order_is_the_old_one(batch_size, epoch):
 def test_class_images_keep_their_captions_and_never_get_the_trigger():
     joined = prior.add_class_images(subject(), classes(), 0.5)
     own, others = joined.examples[:3], joined.examples[3:]
-    assert [plain(example) for example in own] == ["sks, a toy"] * 3
-    assert [plain(example) for example in others] == ["a toy on a table"] * 5
+    assert [unvaried_caption(example) for example in own] == ["sks, a toy"] * 3
+    assert [unvaried_caption(example) for example in others] == ["a toy on a table"] * 5
     assert [(one.prior, one.weight) for one in own] == [(False, 1.0)] * 3
     assert [(one.prior, one.weight) for one in others] == [(True, 0.5)] * 5
     assert (joined.trigger, joined.name, joined.resolution) == ("sks", "images", 64)
@@ -177,7 +178,11 @@ def test_two_subjects_with_class_images_of_their_own_can_be_combined():
 def test_only_bare_images_are_captioned_with_the_instance_prompt():
     bare = from_arrays(pictures(3), ["", "my own words", ""], "", 64)
     named = prior.captioned(bare, "a photo  of\nsks toy", "instance_prompt")
-    assert [plain(one) for one in named.examples] == ["a photo of sks toy", "my own words", "a photo of sks toy"]
+    assert [unvaried_caption(one) for one in named.examples] == [
+        "a photo of sks toy",
+        "my own words",
+        "a photo of sks toy",
+    ]
     with pytest.raises(SettingsError, match="is empty") as caught:
         prior.captioned(bare, "  ", "instance_prompt")
     assert caught.value.input == "instance_prompt"

@@ -448,7 +448,7 @@ def test_the_fingerprint_follows_the_widgets(folder, other):
 
 def test_a_second_look_reads_no_picture(folder, tmp_path, monkeypatch):
     index = str(tmp_path / "index")
-    monkeypatch.setattr("graft_pack.trainers.data.index._SETTLED", 0)
+    monkeypatch.setattr("graft_pack.trainers.data.index._TIMESTAMP_GRACE_NS", 0)
     first = read(folder, index=index)
     measured = []
     real = scan.measure_file
@@ -501,7 +501,10 @@ def test_an_empty_folder_and_one_of_ruins_are_refused(tmp_path):
 def test_combined_datasets_keep_triggers_repeats_and_ways(folder, tmp_path):
     first = read(folder, "one", 64, handling=Augmentation(flip=True))
     both = combine(first, read(folder, "two", 0, 3))
-    assert [captions.plain(example) for example in both.examples[::3]] == ["one, a red picture", "two, a red picture"]
+    assert [captions.unvaried_caption(example) for example in both.examples[::3]] == [
+        "one, a red picture",
+        "two, a red picture",
+    ]
     assert [example.handling.flip for example in both.examples] == [True] * 3 + [False] * 3
     assert [example.repeats for example in both.examples] == [1] * 3 + [3] * 3
     assert (both.resolution, both.trigger) == (64, "")

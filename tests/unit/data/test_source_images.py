@@ -1,14 +1,20 @@
 """Tests of source images: found by file name, cropped with their picture, fingerprinted, and shown in its corner."""
 
+import hashlib
+import json
+from dataclasses import asdict
+
 import numpy as np
 import pytest
-from graft_pack.trainers.data import contact_sheet, scan
+from graft_pack.trainers.data import scan
 from graft_pack.trainers.data.arrays import from_arrays
 from graft_pack.trainers.data.buckets import choose_crop
-from graft_pack.trainers.data.report import inspect, report
 from graft_pack.trainers.data.scan import ScanOptions, scan_folder
 from graft_pack.trainers.errors import DatasetError
+from graft_pack.trainers.inspection import contact_sheet
+from graft_pack.trainers.inspection.report import inspect, report
 from graft_pack.trainers.preprocessing import crops, inpaint_masks
+from graft_pack.trainers.preprocessing.pixels import cut, cut_unscaled
 from graft_pack.trainers.protocols import Geometry
 from PIL import Image
 
@@ -65,6 +71,64 @@ def test_what_has_no_partner_is_named(folder, tmp_path):
         read(folder, folder)
 
 
+def several(folder, *controls, optional=False):
+    """Read a folder with source pictures in the folders of the given names inside it; empty for a folder not set."""
+    first, *others = (str(folder / name) if name else "" for name in controls)
+    options = ScanOptions(control_folder=first, more_control_folders=tuple(others), sources_optional=optional)
+    return scan_folder(str(folder), "", 0, 1, None, options)
+
+
+@pytest.fixture
+def trios(folder):
+    """Create the folder of pairs with a second source picture for two pictures, and a third one for one."""
+    draw(folder / "second" / "a.png", color="green")
+    draw(folder / "second" / "b.png", color="green")
+    draw(folder / "third" / "sub" / "b.png", color="white")
+    return folder
+
+
+def test_a_picture_has_up_to_three_sources_in_the_order_of_their_folders(trios):
+    dataset = several(trios, "before", "second", "third")
+    sources = {one.source.name: [source.source.name for source in one.sources] for one in dataset.examples}
+    assert sources == {
+        "a.png": ["a.jpg (source)", "a.png (source 2)"],
+        "sub/b.png": ["sub/b.png (source)", "b.png (source 2)", "sub/b.png (source 3)"],
+        "sub/c.png": ["c.png (source)"],
+    }
+    assert dataset.left_out == ()
+    assert several(trios, "before", "", "").fingerprint() != dataset.fingerprint()
+    draw(trios / "third" / "sub" / "b.png", color="black")
+    assert several(trios, "before", "second", "third").fingerprint() != dataset.fingerprint()
+
+
+def test_one_folder_of_sources_gives_the_fingerprint_of_earlier_versions(folder):
+    dataset = read(folder, folder / "before")
+    rows = [
+        [one.digest, ["" for _ in one.captions], "", 1, "", json.dumps(asdict(one.handling), sort_keys=True), False]
+        + [["control", one.control.digest]]
+        for one in dataset.examples
+    ]
+    assert several(folder, "before", "", "").fingerprint() == dataset.fingerprint()
+    assert dataset.fingerprint() == hashlib.sha256(json.dumps([rows, 0]).encode()).hexdigest()
+
+
+def test_pictures_without_a_source_train_alone_only_if_that_is_wanted(trios):
+    (trios / "before" / "c.png").unlink()
+    assert [one.source.name for one in several(trios, "before", "second", "third").examples] == ["a.png", "sub/b.png"]
+    dataset = several(trios, "before", "second", "third", optional=True)
+    assert [len(one.sources) for one in dataset.examples] == [2, 3, 0]
+
+
+def test_a_later_source_without_an_earlier_one_is_named(trios):
+    (trios / "before" / "a.jpg").unlink()
+    dataset = several(trios, "before", "second", "third", optional=True)
+    reasons = {row.name: row.reason for row in dataset.left_out}
+    assert reasons == {"a.png": "it has no source picture in control_folder, but one in a later folder"}
+    with pytest.raises(DatasetError, match="control_folder_2 is empty, but control_folder_3 is set") as caught:
+        several(trios, "before", "", "third")
+    assert caught.value.input == "control_folder_2"
+
+
 def test_another_source_is_another_dataset(folder):
     prints = {read(folder).fingerprint(), read(folder, folder / "before").fingerprint()}
     before = scan.folder_fingerprint(str(folder), str(folder / "before"))
@@ -88,6 +152,17 @@ def test_a_source_is_cut_as_its_picture_or_in_its_own_shape(flip):
     assert own.bucket[0] == own.bucket[1]
     assert own.flip == flip
     assert own.bucket[0] * own.bucket[1] <= crop.bucket[0] * crop.bucket[1] * 1.1
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_cut_at_its_own_scale_shows_what_the_scaled_cut_shows(flip):
+    pixels = np.random.RandomState(1).randint(0, 255, (100, 200, 3)).astype(np.uint8)
+    crop = choose_crop((200, 100), Geometry(64, 16), "x")
+    crop = crop.mirrored() if flip else crop
+    own = cut_unscaled(Image.fromarray(pixels), crop)
+    assert own.size[1] == 100 and own.size[0] / 200 == pytest.approx(crop.bucket[0] / crop.scaled[0], abs=0.01)
+    shown = np.asarray(own.resize(crop.bucket, Image.LANCZOS), np.float32)
+    assert np.abs(shown - np.asarray(cut(Image.fromarray(pixels), crop), np.float32)).mean() < 10
 
 
 def test_as_many_source_pictures_as_pictures():

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..data.pixel_formats import as_weight
 from ..text import counted
-from .pixel_formats import as_weight
 from .report import common_tags
 
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw, ImageFont
 
-    from .examples import Example
+    from ..data.examples import Example
     from .report import Finding, Findings
 
 _CELL = 208
@@ -39,8 +40,8 @@ def contact_sheet(findings: Findings) -> np.ndarray:
     """Draw a dataset's contact sheet, [H, W, 3] float32 in 0..1.
 
     The buckets and the tags are at the top with their numbers, the pictures below. Each picture is shown whole: dark
-    outside its worst crop, red where a mask excludes it, and with its source picture small in its corner. Pictures
-    with flags come first and have an amber frame.
+    outside its worst crop, red where a mask excludes it, and with its source or worse picture small in its corner.
+    Pictures with flags come first and have an amber frame.
     """
     from PIL import Image, ImageDraw
 
@@ -55,7 +56,7 @@ def contact_sheet(findings: Findings) -> np.ndarray:
     half = sheet.width // 2
     _draw_bars(draw, *left, 8, half - 16)
     _draw_bars(draw, *right, half + 8, half - 16)
-    _draw_legend(draw, head - _LINE - 8, any(finding.example.control is not None for finding in selected))
+    _draw_legend(draw, head - _LINE - 8, any(_beside(finding.example) for finding in selected))
     for index, finding in enumerate(selected):
         corner = (index % columns * _CELL, head + index // columns * (_CELL + _TEXT))
         _draw_cell(sheet, draw, finding, corner)
@@ -106,11 +107,11 @@ def _tag_bars(findings: Findings) -> tuple[str, list[tuple[str, int]]]:
     return (counted(len(findings.tags), "tag") if common else "no tag occurs twice"), common
 
 
-def _draw_legend(draw: ImageDraw.ImageDraw, top: int, paired: bool) -> None:
+def _draw_legend(draw: ImageDraw.ImageDraw, top: int, beside: bool) -> None:
     left = 8
     marks = [("dark: cropped", _FAINT), ("red: masked out", _RED), ("amber frame: check it", _AMBER)]
-    if paired:
-        marks.append(("blue corner: source picture", _BAR))
+    if beside:
+        marks.append(("blue corner: source or worse picture", _BAR))
     for text, color in marks:
         draw.text((left, top), text, fill=color)
         left += int(draw.textlength(text)) + 20
@@ -133,8 +134,7 @@ def _draw_cell(sheet: Image.Image, draw, finding: Finding, corner: tuple[int, in
     left = corner[0] + (_CELL - picture.width) // 2
     top = corner[1] + (_CELL - picture.height) // 2
     sheet.paste(picture, (left, top))
-    if finding.example.control is not None:
-        _draw_source(sheet, draw, finding.example.control, corner)
+    _draw_beside(sheet, draw, _beside(finding.example), corner)
     if finding.flags:
         frame = (corner[0] + 1, corner[1] + 1, corner[0] + _CELL - 2, corner[1] + _CELL + _TEXT - 3)
         draw.rectangle(frame, outline=_AMBER, width=2)
@@ -142,26 +142,35 @@ def _draw_cell(sheet: Image.Image, draw, finding: Finding, corner: tuple[int, in
     example = finding.example
     cuts = " ".join(f"{crop.bucket[0]}x{crop.bucket[1]}" for crop in finding.crops)
     repeats = f" x{example.repeats}" if example.repeats > 1 else ""
+    loss = "" if finding.loss is None else f"  loss {finding.loss:.2f}"
     role = "  validation" if example.held_out else "  class image" if example.prior else ""
     caption = _wrapped(draw, finding.caption or "(no caption)", width, _CAPTION_LINES)
     # The end of a long name says more than the folder at its beginning.
     lines = [(_fitting(draw, example.source.name, width, keep_end=True), _INK)]
-    lines.append((_fitting(draw, f"{cuts}{repeats}{role}", width), _FAINT))
+    lines.append((_fitting(draw, f"{cuts}{repeats}{role}{loss}", width), _FAINT))
     lines += [(line, _INK) for line in caption]
     lines.append((_fitting(draw, ", ".join(finding.flags), width), _AMBER))
     for number, (line, color) in enumerate(lines):
         draw.text((corner[0] + 6, corner[1] + _CELL + _LINE * number), line, fill=color)
 
 
-def _draw_source(sheet: Image.Image, draw, source_image: Example, corner: tuple[int, int]) -> None:
-    """Paste the source picture, whole and framed in blue, into the lower left of its picture's cell."""
+def _beside(example: Example) -> list[Example]:
+    """List an example's source pictures and its worse picture."""
+    return [*example.sources, *[example.paired] * (example.paired is not None)]
+
+
+def _draw_beside(sheet: Image.Image, draw, pictures: Sequence[Example], corner: tuple[int, int]) -> None:
+    """Paste pictures, whole and framed in blue, side by side into the lower left of their picture's cell."""
     from PIL import Image
 
-    small = source_image.source.open()
-    small.thumbnail((_CELL * 2 // 5, _CELL * 2 // 5), Image.LANCZOS)
     left, bottom = corner[0] + 4, corner[1] + _CELL - 4
-    sheet.paste(small, (left, bottom - small.height))
-    draw.rectangle((left - 2, bottom - small.height - 2, left + small.width + 1, bottom + 1), outline=_BAR, width=2)
+    side = min(_CELL * 2 // 5, _CELL // max(1, len(pictures)) - 6)
+    for picture in pictures:
+        small = picture.source.open()
+        small.thumbnail((side, side), Image.LANCZOS)
+        sheet.paste(small, (left, bottom - small.height))
+        draw.rectangle((left - 2, bottom - small.height - 2, left + small.width + 1, bottom + 1), outline=_BAR, width=2)
+        left += small.width + 4
 
 
 def _overlaid(finding: Finding) -> Image.Image:

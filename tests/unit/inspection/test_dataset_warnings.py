@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from graft_pack.trainers.data import report as inspect
 from graft_pack.trainers.data.examples import Augmentation
 from graft_pack.trainers.data.scan import scan_folder
+from graft_pack.trainers.inspection import report as inspect
 from graft_pack.trainers.preprocessing.prepare import prepare
 from graft_pack.trainers.protocols import Geometry
 from graft_pack.trainers.runs.folders import Folders

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from graft_pack.trainers.data import contact_sheet
 from graft_pack.trainers.data.arrays import from_arrays
-from graft_pack.trainers.data.report import inspect, report
+from graft_pack.trainers.inspection import contact_sheet
+from graft_pack.trainers.inspection.report import inspect, report
 from graft_pack.trainers.protocols import Geometry
 
 GEOMETRIES = {0: Geometry(128, 16)}

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from graft_pack.trainers.data.arrays import from_arrays
-from graft_pack.trainers.data.near_duplicates import find_near_duplicates, signatures
+from graft_pack.trainers.inspection.near_duplicates import find_near_duplicates, signatures
 from PIL import Image
 
 

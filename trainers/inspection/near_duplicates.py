@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..data.examples import Example, LeftOut, reason_of
 from ..errors import DatasetError, RunError
 from ..formats import json_files
-from .examples import Example, LeftOut, reason_of
 
 if TYPE_CHECKING:
     from PIL import Image

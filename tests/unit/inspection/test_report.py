@@ -3,8 +3,8 @@
 import numpy as np
 from graft_pack.trainers.data.arrays import from_arrays
 from graft_pack.trainers.data.examples import Augmentation
-from graft_pack.trainers.data.report import common_tags, inspect, report
 from graft_pack.trainers.data.scan import ScanOptions, scan_folder
+from graft_pack.trainers.inspection.report import common_tags, inspect, report
 from graft_pack.trainers.protocols import Geometry
 from PIL import Image
 
@@ -83,3 +83,21 @@ def test_tags_are_those_that_come_again_in_a_stable_order():
     prose = look(from_arrays(pictures, ["one dog", "two dogs", "a red dog, at sea"], "", 0))
     assert common_tags(prose, 3) == []
     assert "tags" not in report(prose)
+
+
+def test_the_loss_of_a_run_is_reported_by_picture():
+    dataset = from_arrays([grain(number) for number in range(4)], ["a"] * 4, "sks", 0)
+    losses = {
+        "image 2": (2.5, "hardest"),
+        "image 1": (1.0, ""),
+        "image 3": (0.4, "memorized"),
+        "other": (9.0, "hardest"),
+    }
+    findings = look(dataset, losses=losses)
+    assert [row.loss for row in findings.rows] == [1.0, 2.5, 0.4, None]
+    assert flags(findings) == {"image 1": [], "image 2": ["hardest"], "image 3": ["memorized"], "image 4": []}
+    said = report(findings)
+    assert "Loss of 3 pictures at equal noise, 1 for the median picture: 0.40 to 2.50." in said
+    assert "1 hardest (a loss that stays high means a wrong caption or an odd picture): image 2 (2.50)" in said
+    assert "1 memorized (a loss far below the others means learned by heart: lower its repeats): image 3 (0.40)" in said
+    assert "at equal noise" not in report(look(dataset))

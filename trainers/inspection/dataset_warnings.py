@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..data.dataset_file import EXCLUDED
 from ..families import GENERAL, family_of
 
 if TYPE_CHECKING:
-    from .buckets import Crop
-    from .examples import Dataset, Example, LeftOut
+    from ..data.buckets import Crop
+    from ..data.examples import Dataset, Example, LeftOut
 
 # Number of names in one warning; the text counts the others.
 _NAMED = 8
@@ -24,7 +25,8 @@ _UNUSUAL = 1.5
 
 
 def warn_of_skipped(left_out: Sequence[LeftOut], total: int) -> dict[str, Any] | None:
-    """Warn of files that are not trained on, with their names and reasons."""
+    """Warn of files that are not trained on, with their names and reasons; not of those that the user excluded."""
+    left_out = [row for row in left_out if row.reason != EXCLUDED]
     if not left_out:
         return None
     names = _join([str(row) for row in left_out])

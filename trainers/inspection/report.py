@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ..data import captions
+from ..data.buckets import Crop, bucket_sizes, choose_crops
+from ..data.examples import LeftOut, reason_of, shortened
+from ..data.source_images import is_alike
 from ..errors import DatasetError
 from ..text import join_first
-from . import captions
-from .buckets import Crop, bucket_sizes, choose_crops
 from .dataset_warnings import warn_of_enlarged, warn_of_resolution, warn_of_scan, warn_of_skipped
-from .examples import LeftOut, reason_of
 from .near_duplicates import find_near_duplicates, signatures
-from .scan import shortened
-from .source_images import is_alike
 
 if TYPE_CHECKING:
+    from ..data.examples import Dataset, Example
     from ..protocols import Geometry
-    from .examples import Dataset, Example
 
-_SHAPE = "source of another shape"
+_SOURCE_SHAPE = "source of another shape"
 _CHUNK = 75
 _KEPT = 0.8
 _LISTED = 8
@@ -34,9 +33,11 @@ class Finding:
 
     Attributes:
         crops: one crop for each resolution that the picture reaches.
-        caption: the plain caption with its trigger.
+        caption: the plain caption with its trigger; for an encoded prompt, a note.
         tokens: tokens of the longest caption; -1 if not counted.
         flags: problems to look at, in a few words each.
+        loss: the loss of a run on the picture, relative to its median picture; None if unknown.
+        mark: "hardest" or "memorized" if the loss differs much from the others, else empty.
     """
 
     example: Example
@@ -44,6 +45,8 @@ class Finding:
     caption: str
     tokens: int = -1
     flags: list[str] = field(default_factory=list)
+    loss: float | None = None
+    mark: str = ""
 
     @property
     def kept(self) -> float:
@@ -78,6 +81,7 @@ def inspect(
     count_tokens: Callable[[str], int] | None,
     signatures_folder: str | None = None,
     tick: Callable[[int, int], None] = lambda done, total: None,
+    losses: Mapping[str, tuple[float, str]] | None = None,
 ) -> Findings:
     """Inspect every picture and caption of a dataset.
 
@@ -86,7 +90,9 @@ def inspect(
         count_tokens: returns the number of tokens of a caption; None if no text encoder is connected.
         signatures_folder: folder that keeps the pictures' signatures between calls; None to keep none.
         tick: called with (done, total); may raise to interrupt.
+        losses: `loss` and `mark` of the pictures that a run was trained on, by name.
     """
+    losses = losses or {}
     marks, broken = signatures(dataset.examples, signatures_folder, tick)
     left_out = [*dataset.left_out, *broken]
     rows: list[Finding] = []
@@ -94,14 +100,14 @@ def inspect(
     for place, example in enumerate(dataset.examples):
         if marks[place] is None:
             continue
-        wanted = [geometries[side] for side in (0, *example.handling.resolutions)]
         try:
-            crops = choose_crops(example.size, wanted, example.source.name, example.handling.upscale)
+            finding = inspect_example(example, geometries, count_tokens)
         except DatasetError as error:
             left_out.append(LeftOut(example.source.name, reason_of(error, example.source.name)))
             continue
-        finding = Finding(example, crops, captions.plain(example))
-        _flag(finding, wanted, count_tokens)
+        if example.source.name in losses and not example.prior:
+            finding.loss, finding.mark = losses[example.source.name]
+            finding.flags += [finding.mark] * bool(finding.mark)
         rows.append(finding)
         places[place] = finding
     pairs = []
@@ -112,6 +118,26 @@ def inspect(
             places[second].flags.append(f"like {names[0]}")
     buckets = Counter(crop.bucket for row in rows for crop in row.crops)
     return Findings(dataset, geometries[0], rows, left_out, pairs, buckets, _tags(rows))
+
+
+def inspect_example(
+    example: Example, geometries: dict[int, Geometry], count_tokens: Callable[[str], int] | None
+) -> Finding:
+    """Inspect one picture and its captions, without decoding the picture.
+
+    Args:
+        geometries, count_tokens: as in `inspect`.
+
+    Raises:
+        DatasetError: the picture is too small.
+    """
+    wanted = [geometries[side] for side in (0, *example.handling.resolutions)]
+    name, upscale = example.source.name, example.handling.upscale
+    crops = choose_crops(example.size, wanted, name, upscale, example.center)
+    caption = captions.unvaried_caption(example) if example.encoded is None else "(conditioning from the graph)"
+    finding = Finding(example, crops, caption)
+    _flag(finding, wanted, count_tokens)
+    return finding
 
 
 def _flag(finding: Finding, geometries: Sequence[Geometry], count_tokens: Callable[[str], int] | None) -> None:
@@ -126,13 +152,13 @@ def _flag(finding: Finding, geometries: Sequence[Geometry], count_tokens: Callab
     if not finding.caption:
         finding.flags.append("no caption")
     if count_tokens is not None:
-        finding.tokens = max(count_tokens(text) for text in {finding.caption, *example.captions})
+        finding.tokens = max(count_tokens(text) for text in {captions.unvaried_caption(example), *example.captions})
         if finding.tokens > _CHUNK:
             finding.flags.append(f"{finding.tokens} tokens")
     if example.mask is not None and _other_shape(example):
         finding.flags.append("mask of another shape")
-    if example.control is not None and not is_alike(example.control.size, example.size):
-        finding.flags.append(_SHAPE)
+    if not all(is_alike(source.size, example.size) for source in example.sources):
+        finding.flags.append(_SOURCE_SHAPE)
 
 
 def _other_shape(example: Example) -> bool:
@@ -179,7 +205,8 @@ def report(findings: Findings, cache_bytes: int = -1) -> str:
     if findings.left_out:
         lines.append(f"{len(findings.left_out)} left out: {shortened(findings.left_out, 20)}")
     lines += _trigger_lines(findings)
-    lines += _named("without a caption of their own", [row for row in rows if not any(row.example.captions)])
+    bare = [row for row in rows if not any(row.example.captions) and row.example.encoded is None]
+    lines += _named("without a caption of their own", bare)
     lines += _named("with neither caption nor trigger (training refuses them)", [r for r in rows if not r.caption])
     lines += _named("smaller than their bucket's usual size", [row for row in rows if "small" in row.flags])
     lines += _named("enlarged", [row for row in rows if "enlarged" in row.flags])
@@ -188,6 +215,7 @@ def report(findings: Findings, cache_bytes: int = -1) -> str:
     if findings.pairs:
         pairs = [f"{second} like {first}" for first, second in findings.pairs]
         lines.append(f"{len(pairs)} look like another picture: {join_first(pairs, _LISTED)}")
+    lines += _loss_lines(rows)
     lines += _source_and_mask_lines(rows) + _token_lines(rows) + _augmentation_lines(findings)
     listed = ", ".join(f"{tag} ({number})" for tag, number in common_tags(findings, _TAGS))
     if listed:
@@ -243,21 +271,46 @@ def _repeats(rows: Sequence[Finding]) -> list[str]:
 def _trigger_lines(findings: Findings) -> list[str]:
     triggers = sorted({row.example.trigger for row in findings.rows if row.example.trigger})
     lines = [f"Trigger: {', '.join(triggers) or 'none'}"]
-    lacking = [row for row in findings.rows if any(row.example.captions) and _lacks_trigger(row.example)]
+    lacking = [row for row in findings.rows if any(row.example.captions) and lacks_trigger(row.example)]
     return lines + _named("with a caption without the trigger (Graft puts it in front)", lacking)
 
 
-def _lacks_trigger(example: Example) -> bool:
+def lacks_trigger(example: Example) -> bool:
+    """Report whether an example has a trigger that none of its captions contains."""
     trigger = example.trigger
     return bool(trigger) and not any(captions.holds_words(t, trigger) or "[trigger]" in t for t in example.captions)
 
 
+def _loss_lines(rows: Sequence[Finding]) -> list[str]:
+    """Describe the loss of a run by picture, if there is one."""
+    known = sorted((row for row in rows if row.loss is not None), key=lambda row: -row.loss)
+    if not known:
+        return []
+
+    def loss_of(row: Finding) -> str:
+        return f" ({row.loss:.2f})"
+
+    hard = "hardest (a loss that stays high means a wrong caption or an odd picture)"
+    easy = "memorized (a loss far below the others means learned by heart: lower its repeats)"
+    return [
+        f"Loss of {len(known)} pictures at equal noise, 1 for the median picture: {known[-1].loss:.2f} to "
+        f"{known[0].loss:.2f}.",
+        *_named(hard, [row for row in known if row.mark == "hardest"], loss_of),
+        *_named(easy, [row for row in reversed(known) if row.mark == "memorized"], loss_of),
+    ]
+
+
 def _source_and_mask_lines(rows: Sequence[Finding]) -> list[str]:
     lines = []
-    paired = [row for row in rows if row.example.control is not None]
-    if paired:
-        lines.append(f"{len(paired)} of {len(rows)} with a source picture, drawn small in the corner.")
-        lines += _named("with a source picture of another shape", [row for row in paired if _SHAPE in row.flags])
+    edited = [row for row in rows if row.example.sources]
+    if edited:
+        lines.append(f"{len(edited)} of {len(rows)} with a source picture, drawn small in the corner.")
+        several = sum(len(row.example.sources) > 1 for row in edited)
+        lines += [f"{several} with several source pictures."] if several else []
+        lines += _named("with a source picture of another shape", [row for row in edited if _SOURCE_SHAPE in row.flags])
+    pairs = sum(row.example.paired is not None for row in rows)
+    if pairs:
+        lines.append(f"{pairs} of {len(rows)} with a worse picture, drawn small in the corner.")
     masked = [row for row in rows if row.example.mask is not None]
     if masked:
         lines.append(f"{len(masked)} with a mask; training ignores the red parts.")

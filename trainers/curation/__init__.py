@@ -1,0 +1,1 @@
+"""Edits of a dataset's folder: captions, masks, choices, pictures; what a page shows of it."""

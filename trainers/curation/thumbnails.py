@@ -1,0 +1,55 @@
+"""Small copies of a dataset's pictures, made once and kept in the cache."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+
+from ..data.index import mark_of
+from ..data.pictures import FileSource
+from ..formats.atomic import refuse_links, write_bytes
+
+SIDE = 256
+
+
+def thumbnail(source: FileSource, cache: str) -> bytes:
+    """Return a picture as WebP, at most SIDE pixels a side, from the cache if it is there.
+
+    Args:
+        cache: folder of all caches; its folder "thumbnails" may be removed at any time.
+
+    Raises:
+        DatasetError: the picture cannot be read.
+    """
+    state = f"{os.path.realpath(source.path)!r} {mark_of(os.stat(source.path))}"
+    key = hashlib.sha256(state.encode("utf-8", "surrogateescape")).hexdigest()
+    path = os.path.join(cache, "thumbnails", key[:2], f"{key[2:34]}.webp")
+    refuse_links(cache, path)
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except FileNotFoundError:
+        content = draw_thumbnail(source)
+    write_bytes(path, content)
+    return content
+
+
+def draw_thumbnail(source: FileSource) -> bytes:
+    """Return a picture as WebP, at most SIDE pixels a side. Raise DatasetError if it cannot be read."""
+    from PIL import Image
+
+    image = source.open()
+    image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    return _encoded(image, "WEBP", quality=80)
+
+
+def full_picture(source: FileSource) -> bytes:
+    """Return a picture as JPEG at its full size. Raise DatasetError if it cannot be read."""
+    return _encoded(source.open(), "JPEG", quality=92)
+
+
+def _encoded(image, format: str, **saving) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format=format, **saving)
+    return buffer.getvalue()

@@ -1,0 +1,1 @@
+"""Reports on a dataset before training: findings, contact sheet, near duplicates, warnings."""

@@ -1,0 +1,247 @@
+// The dataset page: the pictures and captions of a folder in a dialog, to look at and to edit.
+import { button, make, openDialog, say } from "../panel/make.js";
+import { throttled } from "../panel/throttle.js";
+import { ABOUT_LOSS } from "../panel/words.js";
+import { t } from "../texts.js";
+import { Actions } from "./actions.js";
+import { openBulkEdit } from "./bulk.js";
+import { openConflict, openUnsaved } from "./conflict.js";
+import { Dataset } from "./dataset.js";
+import { takeDrops } from "./files.js";
+import { Grid } from "./grid.js";
+import { handleKey } from "./keys.js";
+import { openPicture } from "./picture.js";
+import { Saver } from "./saver.js";
+import { SideBar } from "./side.js";
+import { Tile } from "./tile.js";
+import { Toolbar } from "./toolbar.js";
+import { UndoStack } from "./undo.js";
+
+const PAUSE = 1000; // minimum milliseconds between two counts of tags and flags
+
+export class DatasetPage {
+  // values: the node's inputs, {name: text}; add: opens the dialog that adds pictures, called with files or none.
+  constructor({ routes, folder, values, add }) {
+    this._routes = routes;
+    this.values = values;
+    this._isByLine = values.lines_are_variants === "1";
+    this.dataset = new Dataset(folder);
+    this.stack = new UndoStack(() => this._toolbar.update(), (error) => this.note(error.message, true));
+    this.saver = new Saver(routes, this.dataset, this._isByLine, (pictures) => this._show(pictures));
+    this.actions = new Actions({
+      routes,
+      dataset: this.dataset,
+      saver: this.saver,
+      stack: this.stack,
+      values,
+      changed: (pictures) => this._show(pictures),
+      arranged: () => this._arrange(),
+      reread: () => this.read(),
+      note: (line, isError) => this.note(line, isError),
+    });
+    this._build(add);
+  }
+
+  // Open the dialog and read the folder.
+  async open() {
+    openDialog(this.dialog, true);
+    window.addEventListener("beforeunload", this._warn);
+    this.note(t("Getting ready"));
+    await this.read();
+    this.grid.goTo(0)?.element.focus();
+    this.readLosses();
+    this.findAlike();
+  }
+
+  // Read the folder again. Edits that are not saved yet stay.
+  async read() {
+    try {
+      const { edits } = this.dataset;
+      const answer = await this._routes.readDataset(this.dataset.folder, this.values);
+      this.dataset.take(answer, edits);
+      const training = answer.training ? [t("This dataset is being trained. The run keeps what it encoded.")] : [];
+      this.note([...training, ...answer.warnings].join(" "));
+    } catch (error) {
+      this.note(`${t("That did not work")}: ${error.message}`, true);
+    }
+    this._arrange();
+  }
+
+  // Read the folder again, for pictures that were added.
+  async reread() {
+    await this.read();
+    this.findAlike();
+  }
+
+  // Read the loss of the pictures in the last run.
+  async readLosses() {
+    try {
+      this.dataset.takeLosses(await this._routes.readLosses(this.dataset.folder));
+      this._show([...this.dataset.pictures.values()]);
+    } catch (error) {
+      console.warn("Graft: cannot read the loss of the pictures:", error.message);
+    }
+  }
+
+  // Look for pictures that look alike, in the background.
+  async findAlike() {
+    try {
+      this.dataset.takeAlike(await this._routes.findAlike(this.dataset.folder, this.values));
+      this._show([...this.dataset.pictures.values()]);
+    } catch (error) {
+      console.warn("Graft: cannot compare the pictures:", error.message);
+    }
+  }
+
+  _build(add) {
+    const { dataset, actions } = this;
+    const selected = () => [...dataset.selected].map((name) => dataset.pictures.get(name));
+    this.grid = new Grid((picture) => this._makeTile(picture));
+    this._toolbar = new Toolbar(dataset, this.stack, {
+      filtered: () => this._arrange(),
+      undo: () => this.undo(),
+      redo: () => this.redo(),
+      selectAll: () => this.select(dataset.shown),
+      selectNone: () => this.select([]),
+      editCaptions: () => openBulkEdit({ dataset, actions, trigger: this.values.trigger, isByLine: this._isByLine }),
+      exclude: (isExcluded) => actions.exclude(selected(), isExcluded),
+      rotate: (degrees) => actions.rotate(selected(), degrees),
+      trash: () => actions.trash(selected()),
+      add: () => add([]),
+      close: () => this.close(),
+    });
+    this._side = new SideBar(dataset, {
+      filtered: () => {
+        this._arrange();
+        this._side.update();
+      },
+      setRepeats: (folder, repeats) => actions.setRepeats(folder, repeats),
+    });
+    this._status = make("p", { class: "graft-dataset-note", role: "status" });
+    this._trouble = make("div", { class: "graft-dataset-note graft-trouble", role: "alert" });
+    const body = make("div", { class: "graft-dataset-body" }, this._side.element, this.grid.element);
+    const name = t("Dataset $folder", { folder: dataset.folder });
+    const parts = [this._toolbar.element, this._status, this._trouble, body];
+    this.dialog = make("dialog", { class: "graft-dataset", "aria-label": name }, ...parts);
+    this._count = throttled(() => this._side.update(), PAUSE);
+    this._listen(add);
+  }
+
+  _listen(add) {
+    this._warn = (event) => this.saver.isBehind && event.preventDefault();
+    this.dialog.addEventListener("keydown", (event) => handleKey(this, event));
+    this.dialog.addEventListener("cancel", (event) => {
+      // A file chooser inside the dialog sends this event too.
+      if (event.target !== this.dialog) return;
+      event.preventDefault();
+      this.close();
+    });
+    this.dialog.addEventListener("close", () => window.removeEventListener("beforeunload", this._warn));
+    takeDrops(this.dialog, add);
+  }
+
+  // Close the dialog once everything is saved.
+  async close() {
+    this.actions.endTyping();
+    await this.saver.flush();
+    if (!this.saver.isBehind) this.dialog.close();
+    else openUnsaved(t("Some captions are not saved"), () => this.dialog.close());
+  }
+
+  undo() {
+    this.actions.endTyping();
+    return this.stack.undo();
+  }
+
+  redo() {
+    this.actions.endTyping();
+    return this.stack.redo();
+  }
+
+  // Select exactly these pictures.
+  select(pictures) {
+    const { selected } = this.dataset;
+    selected.clear();
+    for (const { name } of pictures) selected.add(name);
+    for (const tile of this.grid.tiles) tile.update();
+    this._toolbar.update();
+  }
+
+  // Select or deselect a picture; with the shift key, all from the last one to this.
+  toggle(picture, { shiftKey = false } = {}) {
+    const { selected, shown } = this.dataset;
+    const isSelected = !selected.has(picture.name);
+    const [from, to] = [this.grid.placeOf(shiftKey ? this._anchor : picture.name), this.grid.placeOf(picture.name)];
+    const range = from < 0 ? [picture] : shown.slice(Math.min(from, to), Math.max(from, to) + 1);
+    for (const { name } of range) {
+      if (isSelected) selected.add(name);
+      else selected.delete(name);
+    }
+    this._anchor = picture.name;
+    this.select([...selected].map((name) => ({ name })));
+  }
+
+  openSearch() {
+    this._toolbar.search.focus();
+  }
+
+  _makeTile(picture) {
+    const { actions } = this;
+    return new Tile(picture, {
+      url: () => this._routes.thumbnailUrl(this.dataset.folder, picture),
+      aboutLoss: () => `${this.dataset.run}: ${t(ABOUT_LOSS)}`,
+      isSelected: () => this.dataset.selected.has(picture.name),
+      select: (event) => this.toggle(picture, event),
+      type: (text) => actions.type(picture, text),
+      leave: () => {
+        actions.endTyping();
+        this.saver.flush();
+      },
+      open: () => openPicture({ page: this, routes: this._routes, name: picture.name }),
+      settle: () => this._settle(picture),
+      retry: () => this.saver.retry(),
+    });
+  }
+
+  _arrange() {
+    this.dataset.arrange();
+    this.grid.show(this.dataset.shown);
+    this._show([...this.dataset.pictures.values()]);
+  }
+
+  // Show the current state of pictures, wherever they appear.
+  _show(pictures) {
+    this.grid.update(pictures);
+    this._toolbar.update();
+    this._count();
+    this._showTrouble();
+    this.shown?.();
+  }
+
+  get _conflicts() {
+    return [...this.dataset.pictures.values()].filter(({ state }) => state === "conflict");
+  }
+
+  _showTrouble() {
+    const count = this._conflicts.length;
+    this._trouble.hidden = !count;
+    if (this._trouble.dataset.count === String(count)) return;
+    this._trouble.dataset.count = count;
+    const line = t("Captions that were changed elsewhere meanwhile: $count. Nothing was overwritten.", { count });
+    const compare = button(t("Compare"), () => this._settle(this._conflicts[0]));
+    this._trouble.replaceChildren(...(count ? [line, compare] : []));
+  }
+
+  _settle(picture) {
+    openConflict(picture, (text) => this.actions.settle(picture, text));
+  }
+
+  // Show a line above the pictures, and an error in the view of a picture too.
+  note(line, isError = false) {
+    this.problem = isError ? line : "";
+    this.shown?.();
+    say(this._status, line);
+    this._status.hidden = !line;
+    this._status.classList.toggle("graft-trouble", isError);
+  }
+}
