@@ -64,6 +64,7 @@ def look(folder: Path, base: Path) -> dict[str, float]:
     """Return the seconds of each thing that ComfyUI does with the node, in this process."""
     import folder_paths
     from graft_pack.nodes.dataset import GraftLoadDataset
+    from graft_pack.trainers.curation.page import PageOptions, read_page
     from graft_pack.trainers.data.scan import scan_folder
 
     folder_paths.set_input_directory(str(folder.parent))
@@ -80,6 +81,10 @@ def look(folder: Path, base: Path) -> dict[str, float]:
     assert valid is True
     _, found["has it changed"] = timed(lambda: GraftLoadDataset.fingerprint_inputs(folder.name))
     second, found["second look"] = timed(scan)
+    read = lambda: read_page(str(folder), PageOptions("sks"), None, index)  # noqa: E731
+    page, found["opening its page"] = timed(read)
+    _, found["opening it again"] = timed(read)
+    assert len(page.pictures) == len(first.examples)
     assert second.fingerprint() == first.fingerprint()
     return found
 

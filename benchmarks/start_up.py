@@ -1,4 +1,4 @@
-"""Waiting time of a user: for the first step, for a finished run, and for the encoding before either.
+"""Waiting time of a user: for the first step, for a finished run, for a pause, and for the encoding before a run.
 
     python -m benchmarks.start_up [--repeats N] [--docs]
 
@@ -17,6 +17,7 @@ import contextlib
 import functools
 import json
 import os
+import random
 import re
 import shutil
 import statistics
@@ -38,6 +39,8 @@ NAMES = {
     "first step, just started": "the same, just started",
     "finished": "a finished run queued again",
     "finished, just started": "the same, just started",
+    "pause": "a pause for another prompt, to its start",
+    "return": "the return after it, to the next step",
 }
 _RATE = 1e-3
 # Picture sides, and how many at once: the count that a CPU encodes together, and for comparison one that it does not.
@@ -57,10 +60,10 @@ def measure(repeats: int) -> str:
 def _waiting(server: dict[str, list[float]], engine: dict[str, list[float]]) -> str:
     lines = ["| seconds of processor time | small base, in a server | SD1 middling | bar |", "|---|---|---|---|"]
     for name, words in NAMES.items():
-        bar = BARS[name.partition(",")[0]]
+        bar = BARS.get(name.partition(",")[0])
         cells = [f"{statistics.median(found[name]):.2f}" if name in found else "-" for found in (server, engine)]
-        missed = any(name in found and statistics.median(found[name]) > bar for found in (server, engine))
-        lines.append(f"| {words} | {' | '.join(cells)} | {bar:g}{', missed' if missed else ''} |")
+        missed = any(name in found and bar and statistics.median(found[name]) > bar for found in (server, engine))
+        lines.append(f"| {words} | {' | '.join(cells)} | {f'{bar:g}' if bar else '-'}{', missed' if missed else ''} |")
     return "\n".join(lines)
 
 
@@ -112,7 +115,34 @@ def _server(repeats: int) -> dict[str, list[float]]:
                 other["3"] = graphs.node("GraftTrainLoRA", **{**done["3"]["inputs"], "steps": 2})
                 other["2"] = graphs.node("GraftLoadDataset", **{**done["2"]["inputs"], "flip": False})
                 found["finished"].append(_until(server, other, "done"))
+                for name, seconds in _give_way(server, next(rates)).items():
+                    found[name].append(seconds)
     return found
+
+
+def _give_way(server, rate: float) -> dict[str, float]:
+    """Return the server's processor seconds from queueing a prompt to its start, and from its end to the next step."""
+    from tests.support import graphs, runs
+
+    server.post("/settings/Graft.GiveWayAfter", 0)
+    chain = runs.option_nodes(server, GraftRunOptions={"give_way": "to everything"})
+    graph = graphs.training("toy", 3000, learning_rate=rate, option_nodes=chain)
+    image = graphs.node("EmptyImage", width=8, height=8, batch_size=1, color=0)
+    other = {"1": image, "2": graphs.node("PreviewImage", images=["1", 0])}
+    with server.listen() as events:
+        server.queue(graph, client_id=events.client_id)
+        events.wait_for("graft.progress", timeout=300, event="step")
+        queued = _used(server.process.pid)
+        prompt = server.queue(other, client_id=events.client_id)
+        events.wait_for("execution_start", timeout=300, prompt_id=prompt)
+        began = _used(server.process.pid)
+        events.wait_for("execution_success", timeout=300, prompt_id=prompt)
+        ended = _used(server.process.pid)
+        events.wait_for("graft.progress", timeout=300, event="step")
+        returned = _used(server.process.pid)
+    server.interrupt()
+    server.poll(server.is_idle, 60, "the queue")
+    return {"pause": began - queued, "return": returned - ended}
 
 
 def _until(server, prompt: dict, event: str) -> float:
@@ -147,8 +177,9 @@ def _engine(repeats: int) -> dict[str, list[float]]:
             for name, seconds in _apart(kind="engine", folder=folder, number=number).items():
                 found.setdefault(name, []).append(seconds)
         for _ in range(repeats):
-            for name, seconds in _apart(kind="finished", folder=folder).items():
-                found.setdefault(name, []).append(seconds)
+            for kind in ("finished", "pause"):
+                for name, seconds in _apart(kind=kind, folder=folder).items():
+                    found.setdefault(name, []).append(seconds)
     return found
 
 
@@ -165,6 +196,13 @@ def _finished(folder: str) -> dict[str, float]:
         first = _training(folder, parts, _RATE, None)
         second = _training(folder, parts, _RATE, None)
     return {"finished, just started": first, "finished": second}
+
+
+def _pause(folder: str) -> dict[str, float]:
+    with _graph() as parts:
+        rate = _RATE * (1 + random.random())
+        paused = _training(folder, parts, rate, "step", pauses=True)
+        return {"pause": paused, "return": _training(folder, parts, rate, "step")}
 
 
 @contextlib.contextmanager
@@ -194,8 +232,11 @@ def _clip(width: int, heads: int):
     return made
 
 
-def _training(folder: str, parts: tuple, rate: float, event: str | None) -> float:
-    """Return the seconds until a training of two steps sends an event, or until it ends if the event is None."""
+def _training(folder: str, parts: tuple, rate: float, event: str | None, pauses: bool = False) -> float:
+    """Return the seconds until a training of two steps sends an event, or until it ends if the event is None.
+
+    With `pauses`, the event interrupts it; the seconds are those from there to its end.
+    """
     from graft_pack.nodes.host.model.denoiser import ComfyDenoiser
     from graft_pack.nodes.host.model.text_encoder import ComfyText
     from graft_pack.nodes.host.model.vae import ComfyCodec
@@ -212,6 +253,8 @@ def _training(folder: str, parts: tuple, rate: float, event: str | None) -> floa
 
     def hear(name: str, payload: dict) -> None:
         told.setdefault(name, time.process_time() - started)
+        if pauses and name == event:
+            raise KeyboardInterrupt
 
     model, clip, vae = parts
     text = ComfyText(clip)
@@ -219,7 +262,10 @@ def _training(folder: str, parts: tuple, rate: float, event: str | None) -> floa
     dataset = scan_folder(str(world.CONCEPT_FOLDER / "toy"), "", 64, 1)
     fields = {"steps": 2, "learning_rate": rate, "batch_size": 1, "resolution": 64}
     places = Folders(*(str(Path(folder) / name) for name in ("runs", "cache", "loras", "embeddings")))
-    run_recipe(models.recipe("SD1", **fields), dataset, host, places)
+    try:
+        run_recipe(models.recipe("SD1", **fields), dataset, host, places)
+    except KeyboardInterrupt:
+        return time.process_time() - started - told[event]
     return told[event] if event else time.process_time() - started
 
 
@@ -272,7 +318,7 @@ def _turns(count: int, repeats: int, **ways: Callable[[], object]) -> dict:
     return {"count": count, **rounds(turns, repeats, _WARM_UP)}
 
 
-_KINDS = {"engine": _first_steps, "finished": _finished, "encoding": _encoded}
+_KINDS = {"engine": _first_steps, "finished": _finished, "pause": _pause, "encoding": _encoded}
 
 
 def _one(kind: str, **more) -> dict:

@@ -29,7 +29,7 @@ class LowRankLayer:
         base: the frozen layer.
         down, up: modules whose weights are A and B.
         drop: dropout on the adapter's input, or Identity.
-        scale: s.
+        scale: s; a slider changes it within a step.
     """
 
     def __init__(self, base: nn.Module, down: nn.Module, up: nn.Module, drop: nn.Module, scale: float):
@@ -49,7 +49,8 @@ class LowRankLayer:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if self.calls is not None:
             self.calls.append(self, x)
-        if not self._drops:
+        # torch.compile fuses operations by itself, and can trace no function that keeps its tensors in Python objects.
+        if not self._drops and not torch.compiler.is_dynamo_compiling():
             # A function mode such as OutOfPlace changes nothing here, and would see every operation.
             with torch._C.DisableTorchFunction():
                 if self.is_plain(x):
@@ -62,8 +63,14 @@ class LowRankLayer:
 
     def is_plain(self, x: torch.Tensor) -> bool:
         """Report whether the frozen layer is a product of x and its weight, in their common dtype and device."""
-        base, weight, bias = self.base, self._frozen["weight"], self._frozen["bias"]
-        if weight.dtype != x.dtype or weight.device != x.device or (bias is not None and bias.dtype != x.dtype):
+        base, weight, bias = self.base, self._frozen.get("weight"), self._frozen["bias"]
+        # A quantized layer has parts in its place.
+        if (
+            weight is None
+            or weight.dtype != x.dtype
+            or weight.device != x.device
+            or (bias is not None and bias.dtype != x.dtype)
+        ):
             return False
         if base._forward_hooks or base._forward_pre_hooks or "forward" in vars(base):
             return False
@@ -117,14 +124,13 @@ class SharedInput:
         self.copies: tuple[torch.Tensor, list[torch.Tensor]] | None = None
         self._input: tuple[torch.Tensor, int] | None = None
         self._outputs: dict[int, torch.Tensor] = {}
-        self._scales = [layer.scale for layer in layers]
         self._frozen = [layer.base._parameters for layer in layers]
         for layer in layers:
             layer.group = self
 
     def weights(self, dtype: torch.dtype) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Return all A, [sum of the ranks, in, ...], and B of each layer, [out, r, ...]."""
-        if self._has_copies(dtype):
+        if self.copies is not None and self.copies[0].dtype == dtype:
             return self.copies
         pairs = [layer.parameters(dtype) for layer in self.layers]
         downs, ups = [down for down, _ in pairs], [up for _, up in pairs]
@@ -132,14 +138,11 @@ class SharedInput:
 
     def weights_of(self, layer: LowRankLayer, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Return A and B of a layer."""
-        if not self._has_copies(dtype):
+        if self.copies is None or self.copies[0].dtype != dtype:
             return layer.parameters(dtype)
         down, ups = self.copies
         place = self.layers.index(layer)
         return down.split([up.shape[1] for up in ups])[place], ups[place]
-
-    def _has_copies(self, dtype: torch.dtype) -> bool:
-        return self.copies is not None and self.copies[0].dtype == dtype
 
     def output(self, layer: LowRankLayer, x: torch.Tensor) -> torch.Tensor:
         """Return a linear layer's output, [..., out]."""
@@ -164,7 +167,7 @@ class SharedInput:
 
     def _compute(self, x: torch.Tensor) -> list[torch.Tensor]:
         down, ups = self.weights(x.dtype)
-        return products.linear(x, down, ups, self._scales, self._frozen)
+        return products.linear(x, down, ups, [layer.scale for layer in self.layers], self._frozen)
 
 
 def _version(x: torch.Tensor) -> int:
@@ -223,16 +226,16 @@ class _Cast(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *grads):
         count = len(ctx.ranks)
-        found = []
+        pieces = []
         for grad, ranks in zip(grads[:count], ctx.ranks, strict=True):
-            found += [None] * len(ranks) if grad is None else grad.split(ranks)
-        found += grads[count:]
-        given = [grad for grad in found if grad is not None]
+            pieces += [None] * len(ranks) if grad is None else grad.split(ranks)
+        pieces += grads[count:]
+        given = [grad for grad in pieces if grad is not None]
         copies = [torch.empty(grad.shape, dtype=ctx.dtype, device=grad.device) for grad in given]
         if copies:
             torch._foreach_copy_(copies, given)
         copies = iter(copies)
-        return None, None, *[None if grad is None else next(copies) for grad in found]
+        return None, None, *[None if grad is None else next(copies) for grad in pieces]
 
 
 def low_rank_layers(tree: nn.Module) -> dict[str, LowRankLayer]:

@@ -7,15 +7,20 @@ block that ends with an adapted layer is recomputed without that layer's frozen 
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch.nn import functional
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import nn
+
+
+# A checkpointed block keeps A x if x is at least so many times larger; the rank does not bound its memory otherwise.
+_LEAST_RATIO = 8
 
 
 class Geometry(NamedTuple):
@@ -24,6 +29,48 @@ class Geometry(NamedTuple):
     stride: tuple[int, int]
     padding: tuple[int, int]
     dilation: tuple[int, int]
+
+    @property
+    def is_pointwise(self) -> bool:
+        """Report whether a 1x1 kernel computes each position of the output from the same position of the input."""
+        return self.stride == (1, 1) and self.padding == (0, 0)
+
+
+class KeepingProducts:
+    """Context of one run of a checkpointed block, which computes A x once: later runs read the first run's.
+
+    For a rank far below the layer's width, A x is small, and computing it reads all of x.
+
+    Args:
+        kept: A x of the layers with such a rank, in the order of their calls; empty before the first run.
+    """
+
+    def __init__(self, kept: list[torch.Tensor]):
+        self._kept = kept
+        self._place = 0
+
+    def __enter__(self) -> None:
+        self._before, _running.context = _running.context, self
+
+    def __exit__(self, *error) -> None:
+        _running.context = self._before
+
+    def product(self, compute: Callable[..., torch.Tensor], *args) -> torch.Tensor:
+        """Return the A x of the next layer."""
+        if self._place == len(self._kept):
+            self._kept.append(compute(*args))
+        self._place += 1
+        # Autograd sets the graph on the tensor object that a function returns.
+        return self._kept[self._place - 1].detach()
+
+
+class _Running(threading.local):
+    """The context that a thread computes in. Autograd may run a recomputation in its own thread."""
+
+    context: KeepingProducts | None = None
+
+
+_running = _Running()
 
 
 def linear(
@@ -91,6 +138,14 @@ def is_on_cpu(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
+def _once(compute: Callable[..., torch.Tensor], x: torch.Tensor, down: torch.Tensor, *args) -> torch.Tensor:
+    """Return A x, computed once if the block is checkpointed and A x is small beside x."""
+    rank, width = down.shape[:2]
+    if torch.compiler.is_compiling() or _running.context is None or rank * _LEAST_RATIO > width:
+        return compute(x, down, *args)
+    return _running.context.product(compute, x, down, *args)
+
+
 def _is_recorded(x: torch.Tensor, down: torch.Tensor) -> bool:
     return torch.is_grad_enabled() and (x.requires_grad or down.requires_grad)
 
@@ -129,7 +184,7 @@ def _wide(x, middle, ups, scales, weights, biases) -> list[torch.Tensor]:
 class _Narrow(torch.autograd.Function):
     @staticmethod
     def forward(ctx, contexts, x, down, *frozen):
-        middle = _narrow(x, down)
+        middle = _once(_narrow, x, down)
         ctx.save_for_backward(x, down, middle, *frozen)
         ctx.count = len(frozen)
         contexts.append(ctx)
@@ -203,7 +258,7 @@ def _wide_convolution(x, middle, up, scale, layer, geometry: Geometry) -> torch.
 class _NarrowConvolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx, contexts, geometry, x, down, up, weight):
-        middle = _convolve(x, down, None, geometry)
+        middle = _once(_convolve, x, down, None, geometry)
         ctx.save_for_backward(x, down, middle, up, weight)
         ctx.geometry = geometry
         contexts.append(ctx)
@@ -213,9 +268,16 @@ class _NarrowConvolution(torch.autograd.Function):
     def backward(ctx, middle_grad):
         (x, down), x_grad = ctx.left
         ctx.left = None
-        needs = (x_grad is not None, ctx.needs_input_grad[3])
+        # The product of a 1x1 convolution adds in place.
+        is_point = (
+            x_grad is not None and down[0, 0].numel() == 1 and ctx.geometry.is_pointwise and x_grad.is_contiguous()
+        )
+        if is_point:
+            over_inputs = down.flatten(1).t().expand(len(x), -1, -1)
+            x_grad.flatten(2).baddbmm_(over_inputs, middle_grad.flatten(2))
+        needs = (x_grad is not None and not is_point, ctx.needs_input_grad[3])
         added, down_grad = _convolution_backward(middle_grad, x, down, ctx.geometry, needs)
-        return None, None, None if x_grad is None else x_grad.add_(added), down_grad, None, None
+        return None, None, x_grad if added is None else x_grad.add_(added), down_grad, None, None
 
 
 class _WideConvolution(torch.autograd.Function):

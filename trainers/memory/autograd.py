@@ -7,10 +7,12 @@ Training must not change the module that the ComfyUI graph holds.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 import torch
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode_temporarily
 
 if TYPE_CHECKING:
     from torch import nn
@@ -47,6 +49,15 @@ class OutOfPlace(TorchFunctionMode):
         result = plain(*args, **(kwargs or {}))
         # The in-place operation keeps the dtype. Without this cast, activations would grow under half precision.
         return result if result.dtype == args[0].dtype else result.to(args[0].dtype)
+
+
+@contextmanager
+def out_of_place_suspended() -> Iterator[None]:
+    """Suspend the innermost `OutOfPlace` modes in the block."""
+    with ExitStack() as stack:
+        while isinstance(_get_current_function_mode(), OutOfPlace):
+            stack.enter_context(_pop_mode_temporarily())
+        yield
 
 
 def _recorded(args) -> bool:
@@ -102,16 +113,16 @@ def blocks_of(module: nn.Module) -> list[nn.Module]:
     """
     from torch import nn
 
-    found = []
+    blocks = []
     for child in module.children():
         if isinstance(child, (nn.ModuleList, nn.Sequential)):
             for member in child.children():
-                found.extend(_callable_members(member))
+                blocks.extend(_callable_members(member))
         elif isinstance(child, nn.ModuleDict):
-            found.extend(child.children())
+            blocks.extend(child.children())
         elif any(isinstance(inner, nn.ModuleList) for inner in child.modules()):
-            found.extend(blocks_of(child))
-    return [block for block in found if any(True for _ in block.parameters())]
+            blocks.extend(blocks_of(child))
+    return [block for block in blocks if any(True for _ in block.parameters())]
 
 
 def _callable_members(member: nn.Module) -> list[nn.Module]:

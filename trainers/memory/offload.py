@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -90,6 +91,29 @@ def onload(tree: nn.Module, device: torch.device) -> None:
     place(tree, device)
 
 
+@contextmanager
+def fetched(tree: nn.Module, device: torch.device) -> Iterator[None]:
+    """Let a tree compute without gradients while its blocks' weights are marked, in the block of code."""
+    prefetcher = BlockPrefetcher(transfer_to(device))
+    forwards = {}
+    for block in blocks_of(tree) if device.type != "cpu" else ():
+        rows = [
+            (owner, name)
+            for owner in block.modules()
+            for name in owner._parameters
+            if is_offloaded(owner._parameters[name])
+        ]
+        forwards[block] = vars(block).get("forward")
+        block.forward = OffloadedForward(rows, prefetcher, block.forward)
+    try:
+        yield
+    finally:
+        for block, forward in forwards.items():
+            del block.forward
+            if forward is not None:
+                block.forward = forward
+
+
 def is_on_other_device(tree: nn.Module) -> bool:
     """Report whether some weights of a tree are offloaded."""
     return any(is_offloaded(parameter) for parameter in tree.parameters())
@@ -119,7 +143,7 @@ def place(tree: nn.Module, device: torch.device) -> None:
             if type(parameter.data) is torch.Tensor:
                 _move(owner, name, parameter.data.to(home), replaced)
             else:
-                # Quantized weights are never offloaded. They implement their own move to a device.
+                # Such a tensor is more than its data, and implements its own move to a device.
                 owner.to(home)
         for name, tensor in owner._buffers.items():
             if tensor is None or tensor.device == device:
@@ -176,7 +200,7 @@ def _frozen(block: nn.Module, kept: set[int]) -> list[_Row]:
         for name, parameter in owner._parameters.items():
             if parameter is None or parameter.requires_grad or id(parameter) in kept:
                 continue
-            # Quantized weights hold more than their data, so they stay.
+            # Other tensors hold more than their data, so they stay.
             if type(parameter) is torch.nn.Parameter and type(parameter.data) is torch.Tensor:
                 rows.append((owner, name))
     return rows

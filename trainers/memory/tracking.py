@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import gc
+import weakref
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # Growth up to this many bytes is noise: for example, modules that are imported on first use.
@@ -40,40 +41,41 @@ class TensorTracker(TorchDispatchMode):
         self.peak = 0
         self._device = device
         self._bytes = 0
-        self._live: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._live: dict[int, weakref.ref] = {}
         self._passed_over = {tensor.untyped_storage()._cdata for tensor in passed_over}
         for tensor in held:
             self._see(tensor)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        found = func(*args, **(kwargs or {}))
-        for value in (*args, found):
+        result = func(*args, **(kwargs or {}))
+        for value in (*args, result):
             # Foreach operations take and return lists of tensors.
             for tensor in value if isinstance(value, (list, tuple)) else (value,):
                 if torch.is_tensor(tensor):
                     self._see(tensor)
-        return found
+        return result
 
     def _see(self, tensor: torch.Tensor) -> None:
         if self._device is not None and tensor.device.type != self._device.type:
             return
         storage = tensor.untyped_storage()
         key = storage._cdata
-        known = self._live.get(key)
-        if (known is not None and not known[0].expired()) or key in self._passed_over:
+        if key in self._live or key in self._passed_over:
             return
-        self._bytes += storage.nbytes() - (known[1] if known else 0)
-        self._live[key] = StorageWeakRef(storage), storage.nbytes()
-        if self._bytes > self.peak:
-            # Look for freed storages only when the count exceeds the peak: only then can they change the result.
-            self._live = {key: row for key, row in self._live.items() if not row[0].expired()}
-            self._bytes = sum(size for _, size in self._live.values())
-            self.peak = max(self.peak, self._bytes)
+        size = storage.nbytes()
+        # torch keeps a storage's Python object as long as the storage, so this is called when the memory is freed.
+        self._live[key] = weakref.ref(storage, functools.partial(self._forget, key, size))
+        self._bytes += size
+        self.peak = max(self.peak, self._bytes)
+
+    def _forget(self, key: int, size: int, _) -> None:
+        del self._live[key]
+        self._bytes -= size
 
 
 def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
     """Return the bytes of the tensors' storages, counting each storage once."""
-    return sum({one.untyped_storage()._cdata: one.untyped_storage().nbytes() for one in tensors}.values())
+    return sum({tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 
 
 class ProcessMemory:

@@ -1,7 +1,8 @@
-"""Transfers of offloaded weights to the device: in advance if the device has streams, otherwise on demand."""
+"""Transfers between host and device: offloaded weights, uploads of a step's inputs, and numbers that the host reads."""
 
 from __future__ import annotations
 
+import functools
 import mmap
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -9,6 +10,7 @@ from types import ModuleType
 from typing import Any, Protocol
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from ..errors import RunError
 from ..formats.files import bytes_of
@@ -18,6 +20,88 @@ _ALIGNMENT = 64
 
 # Functions that a device's torch module needs for copies during computation; MPS and DirectML lack them.
 _STREAMS = ("Stream", "stream", "current_stream")
+
+
+@functools.cache
+def copies_in_queue(device: torch.device) -> bool:
+    """Report whether a device copies from and to pinned memory in its queue, while the program queues more work."""
+    api = getattr(torch, device.type, None)
+    if device.type == "cpu" or not all(hasattr(api, name) for name in (*_STREAMS, "Event")):
+        return False
+    try:
+        torch.empty(1, device="cpu").pin_memory()
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True
+
+
+def pinned(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a tensor for `upload` in pinned memory; the tensor itself if it is pinned or cannot or need not be."""
+    if tensor.device.type != "cpu" or tensor.requires_grad or not copies_in_queue(device):
+        return tensor
+    try:
+        # torch pins with the tensor's strides, and cannot write to an expanded tensor.
+        return tensor.contiguous().pin_memory()
+    except RuntimeError:
+        # The system limits pinned memory. A copy from other memory only takes longer.
+        return tensor
+
+
+def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return `tensor.to(device)`. Copy from pinned memory: otherwise the host waits until the device is idle."""
+    if tensor.device == device or tensor.requires_grad:
+        return tensor.to(device)
+    source = pinned(tensor, device)
+    return source.to(device, non_blocking=copies_in_queue(device) and source.is_pinned())
+
+
+class PinnedConstants(TorchFunctionMode):
+    """Mode in which `torch.tensor` and indexing by lists copy to a device from pinned memory, for code of others."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        # A copy to the device would be no leaf of the graph.
+        is_constant = func is torch.tensor and not kwargs.get("requires_grad")
+        if is_constant and kwargs.get("device") is not None:
+            return upload(func(*args, **{**kwargs, "device": "cpu"}), torch.device(kwargs["device"]))
+        if func is torch.Tensor.__getitem__ and isinstance(args[1], tuple):
+            tensor, index = args
+            places = (upload(_index(place), tensor.device) if isinstance(place, list) else place for place in index)
+            return func(tensor, tuple(places))
+        return func(*args, **kwargs)
+
+
+def _index(places: list) -> torch.Tensor:
+    """Return a list of indices as a tensor. An empty one has no elements to tell its dtype."""
+    return torch.tensor(places) if places else torch.tensor(places, dtype=torch.long)
+
+
+class HostCopy:
+    """Copy of a device's numbers for the host. Where the device can, it copies them in its queue.
+
+    Args:
+        values: 1-D, on the device.
+        later: whether `read` may come later; see `copies_in_queue`.
+    """
+
+    def __init__(self, values: torch.Tensor, later: bool):
+        self._values = values
+        self._done: Any = None
+        if not later:
+            return
+        host = pinned(torch.empty(values.shape, dtype=values.dtype, device="cpu"), values.device)
+        self._values = host.copy_(values, non_blocking=host.is_pinned())
+        if host.is_pinned():
+            api = getattr(torch, values.device.type)
+            self._done = api.Event()
+            # Another device may be the current one.
+            self._done.record(api.current_stream(values.device))
+
+    def read(self) -> list[float]:
+        """Return the numbers, after the device has copied them."""
+        if self._done is not None:
+            self._done.synchronize()
+        return self._values.tolist()
 
 
 class WeightTransfer(Protocol):
@@ -184,7 +268,7 @@ def map_weights(weights: Sequence[torch.Tensor], folder: str) -> tuple[list[torc
             f"Graft cannot write the frozen weights to a file in '{folder}' ({error}).", "Free space on that disk."
         ) from error
     numbers = torch.frombuffer(mapped, dtype=torch.uint8)
-    found = []
+    tensors = []
     for start, weight in zip(starts, weights, strict=True):
-        found.append(numbers[start : start + weight.nbytes].view(weight.dtype).view(weight.shape))
-    return found, MmapTransfer(mapped, numbers)
+        tensors.append(numbers[start : start + weight.nbytes].view(weight.dtype).view(weight.shape))
+    return tensors, MmapTransfer(mapped, numbers)

@@ -1,0 +1,1 @@
+"""Layers of ComfyUI and of other packs whose weights are quantized."""

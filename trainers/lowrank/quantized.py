@@ -1,0 +1,175 @@
+"""Frozen layers with quantized weights, which each use dequantizes and none keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+from torch.utils._pytree import tree_map
+
+from . import PART
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Returns the weight [out, in, ...] in a dtype from a layer's parts.
+Dequantize = Callable[[Sequence["Tensor"], torch.dtype], "Tensor"]
+
+
+def store_quantized(
+    layer: nn.Module,
+    parts: Sequence[Tensor],
+    dequantize: Dequantize,
+    dtype: torch.dtype,
+    shape: torch.Size | None = None,
+) -> None:
+    """Turn a layer of any class into a quantized one with these parts in the place of its weight.
+
+    Args:
+        layer: a layer of a private tree: a convolution, an embedding, or a linear layer with `in_features`,
+            `out_features` and `bias`.
+        dtype: dtype of the weight for code that reads it whole.
+        shape: the weight's shape; None for that of the layer's parameter.
+    """
+    shape = layer.weight.shape if shape is None else shape
+    for name in [name for name in layer._parameters if name != "bias"]:
+        del layer._parameters[name]
+    layer.__class__ = next((ours for theirs, ours in _KINDS.items() if isinstance(layer, theirs)), QuantizedLinear)
+    layer.weight_dtype = dtype
+    layer.form = _Form([part.dtype for part in parts], shape, dequantize)
+    for number, part in enumerate(parts):
+        # As integers: casts of a module's floating-point parameters pass them over.
+        data = part.detach().view(torch.uint8) if part.is_floating_point() and part.itemsize == 1 else part.detach()
+        layer.register_parameter(f"{PART}{number}", nn.Parameter(data, requires_grad=False))
+
+
+class Quantized(nn.Module):
+    """A frozen layer that computes with the dequantized weight, and whose gradient is that of this weight.
+
+    The parts of the weight, such as codes and scales, are ordinary parameters: offloading, sharding and the count of
+    memory see the bytes that there are.
+    """
+
+    weight_dtype: torch.dtype
+    form: _Form
+
+    @property
+    def parts(self) -> list[nn.Parameter]:
+        """Return the parameters that hold the weight."""
+        return [self._parameters[f"{PART}{number}"] for number in range(len(self.form.dtypes))]
+
+    @property
+    def weight(self) -> Tensor:
+        """Return the weight. Its shape, dtype and device cost nothing; any operation on it dequantizes."""
+        return _Weight(self)
+
+    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return x W' + b, for W as a matrix. Autograd keeps the parts of W, and no dequantized copy."""
+        return Product.apply(x, bias, self.form, *self.parts)
+
+
+class QuantizedLinear(Quantized, nn.Linear):
+    """A quantized linear layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [..., in] to [..., out]."""
+        return self.product(x, self.bias)
+
+
+class QuantizedConv2d(Quantized, nn.Conv2d):
+    """A quantized convolution, with zeros around its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [N, in, H, W] to [N, out, H', W']."""
+        return _Convolution.apply(x, self.bias, self, *self.parts)
+
+
+class QuantizedEmbedding(Quantized, nn.Embedding):
+    """A quantized embedding."""
+
+    def forward(self, tokens: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+        """Map [...] to [..., width]."""
+        return functional.embedding(tokens, self.form.weight(self.parts, out_dtype or self.weight_dtype))
+
+
+_KINDS = {nn.Conv2d: QuantizedConv2d, nn.Embedding: QuantizedEmbedding}
+
+
+class _Form:
+    """Form of a quantized weight: the dtypes of its parts, its shape, and the function that makes it of them."""
+
+    def __init__(self, dtypes: list[torch.dtype], shape: torch.Size, dequantize: Dequantize):
+        self.dtypes = dtypes
+        self.shape = shape
+        self._dequantize = dequantize
+
+    def weight(self, parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """Return the dequantized weight, [out, in, ...]."""
+        views = [part.detach().view(own) for part, own in zip(parts, self.dtypes, strict=True)]
+        return self._dequantize(views, dtype)
+
+
+class Product(torch.autograd.Function):
+    """x W' + b that dequantizes W again in the backward."""
+
+    @staticmethod
+    def forward(ctx, x, bias, form, *parts):
+        ctx.save_for_backward(*parts)
+        ctx.form = form
+        weight = form.weight(parts, x.dtype).flatten(1)
+        return functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        """Return the gradient of x alone: weight and bias are frozen."""
+        parts = ctx.saved_tensors
+        return grad @ ctx.form.weight(parts, grad.dtype).flatten(1), None, None, *[None] * len(parts)
+
+
+class _Convolution(torch.autograd.Function):
+    """A convolution that dequantizes its weight again in the backward."""
+
+    @staticmethod
+    def forward(ctx, x, bias, layer, *parts):
+        ctx.save_for_backward(*parts)
+        ctx.form, ctx.shape = layer.form, x.shape
+        ctx.geometry = layer.stride, layer.padding, layer.dilation, layer.groups
+        bias = None if bias is None else bias.to(x.dtype)
+        return functional.conv2d(x, layer.form.weight(parts, x.dtype), bias, *ctx.geometry)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        """Return the gradient of x alone."""
+        parts = ctx.saved_tensors
+        weight = ctx.form.weight(parts, grad.dtype)
+        return nn.grad.conv2d_input(ctx.shape, weight, grad, *ctx.geometry), None, None, *[None] * len(parts)
+
+
+class _Weight(torch.Tensor):
+    """A weight without its numbers: operations on it get the dequantized weight."""
+
+    @staticmethod
+    def __new__(cls, layer: Quantized):
+        shape = layer.form.shape
+        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=layer.weight_dtype, device=layer.parts[0].device)
+
+    def __init__(self, layer: Quantized):
+        # Not the layer: an offloaded one has its parts on the device only while its block runs.
+        self._form, self._parts = layer.form, layer.parts
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        args, kwargs = tree_map(_dequantized, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def _dequantized(value):
+    return value._form.weight(value._parts, value.dtype) if isinstance(value, _Weight) else value
