@@ -1,1 +1,1 @@
-"""One training from recipe to adapter: session, loop, step, updater, checks, fallbacks."""
+"""One training from recipe to adapter: session, loop, updater, checks, fallbacks."""

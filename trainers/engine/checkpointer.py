@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..errors import GraftError
 from ..runs.checkpoint import State
-from ..runs.run import Run
+from ..runs.reports import early_stop_of
+from ..runs.run import STOPPED, Run
+from ..runs.saves import read_best, save_best
 from .updater import ParameterUpdater, loss_limit
 
 if TYPE_CHECKING:
     from ..protocols import Host
-    from .plan import Plan
+    from ..steps.plan import Plan
 
 log = logging.getLogger(__name__)
 
@@ -87,29 +90,55 @@ class Checkpointer:
         self.saved_step = state.step
         self._host.report("saved", {"step": state.step, "path": path})
 
-    def save_after_error(self, state: State) -> None:
+    def save_best(self, state: State) -> dict[str, Any] | None:
+        """Keep the files of this step as the best ones if no kept step has a lower validation loss.
+
+        Returns:
+            The logged event; None if an earlier step remains the best.
+        """
+        step, loss = state.validation[-1]
+        kept_step, kept_loss = read_best(self._run) or (0, math.inf)
+        # A resumed run has forgotten the event of a step that it repeats, so it writes that step again.
+        if not loss < kept_loss and step != kept_step:
+            return None
+        save_best(self._run, self._plan.export(self._averages() or self._trainables(), step), step, loss)
+        event = {"event": "best", "step": step, "loss": loss}
+        self._run.log(event)
+        return event
+
+    def save_after_error(self, state: State, has_ended: bool) -> None:
         """Save before an error ends the run. Log a failure to save, so that the user sees the first error.
 
         If the step has updated only some of the weights, keep the last save: such weights belong to no step.
+
+        Args:
+            has_ended: an early stop was due after this step, so the run must not go on when it is resumed.
         """
         if state.step <= self.saved_step or self._updater.step_in_progress or not self._host.group.is_main:
             return
         try:
             self.save(state)
+            if has_ended and state.step < self._plan.recipe.steps:
+                self._run.note_halt(STOPPED, state.step, self._plan.recipe.steps)
+                self._run.log(early_stop_of(state))
         except Exception:
             log.exception("Graft: cannot save the progress after an error.")
 
     def _capture(self, state: State) -> None:
         """Put the live tensors into the state. They are not copied: full fine-tuning has no memory for a copy."""
-        plan, average = self._plan, self._average
-        state.trainables = {name: parameter.detach() for name, parameter in plan.trainables.items()}
+        plan = self._plan
+        state.trainables, state.ema = self._trainables(), self._averages()
         state.constants = {name: tensor.detach() for name, tensor in plan.constants.items()}
         state.optimizer, state.groups, state.scaler = self._updater.state_of()
-        state.ema = {}
-        if average is not None:
-            state.ema = dict(zip(plan.trainables, average.shadow_params, strict=True))
         if plan.recipe.ema_decay:
-            state.ema_updates = average.updates
+            state.ema_updates = self._average.updates
+
+    def _trainables(self) -> dict[str, torch.Tensor]:
+        return {name: parameter.detach() for name, parameter in self._plan.trainables.items()}
+
+    def _averages(self) -> dict[str, torch.Tensor]:
+        average = self._average
+        return {} if average is None else dict(zip(self._plan.trainables, average.shadow_params, strict=True))
 
 
 def _ema_updates(state: State, factor: float) -> int:

@@ -14,6 +14,7 @@ import math
 import statistics
 import time
 from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -24,13 +25,15 @@ from ..memory.autograd import blocks_of
 from ..memory.checkpointing import checkpointed, is_checkpointed, keeps_attention
 from ..memory.offload import is_offloaded, list_frozen
 from ..memory.oom import in_one_line, is_out_of_memory
+from ..memory.quantization import saved_by_nf4
 from ..memory.tracking import DevicePeakMemory, bytes_of
+from ..methods import METHODS
 from ..methods.dropout import dropping_out
 from ..optimizers import OPTIMIZERS
 from ..optimizers.per_parameter import PerParameterOptimizer
-from ..recipe.options import ALL_BUT_ATTENTION, EVERYTHING
+from ..recipe.options import ALL_BUT_ATTENTION, EVERYTHING, NF4
+from ..steps.step import loss_terms, micro_batches
 from .oom_fallback import placed_trees, trees_of
-from .step import loss_terms, micro_batches
 
 if TYPE_CHECKING:
     from torch import nn
@@ -38,7 +41,7 @@ if TYPE_CHECKING:
     from ..preprocessing.items import DatasetItem
     from ..preprocessing.prefetch import Batch
     from ..protocols import Host
-    from .plan import Plan
+    from ..steps.plan import Plan
     from .updater import ParameterUpdater
 
 log = logging.getLogger(__name__)
@@ -103,18 +106,18 @@ def estimate(plan: Plan, host: Host, updater: ParameterUpdater, position: int, s
         return None
 
 
-def say(found: Estimate, steps: int) -> str:
+def say(result: Estimate, steps: int) -> str:
     """Describe an estimate in one sentence for the log."""
-    if found.memory is None:
+    if result.memory is None:
         parts = ["a step needs more memory than the device has"]
     else:
-        parts = [f"a step needs about {found.memory / 1e9:.2f} GB on the device"]
-    if found.seconds is not None:
-        parts.append(f"{found.seconds:.2f} s, all {steps} about {_in_minutes(found.seconds * steps)}")
-    if found.missing is not None and not found.fits:
-        parts.append(f"it needs {found.missing / 1e9:.2f} GB more than now, and {found.free / 1e9:.2f} GB are free")
-    if not found.fits:
-        parts.append(f"it would fit with {' and '.join(found.cures)}" if found.cures else "no known option helps")
+        parts = [f"a step needs about {result.memory / 1e9:.2f} GB on the device"]
+    if result.seconds is not None:
+        parts.append(f"{result.seconds:.2f} s, all {steps} about {_in_minutes(result.seconds * steps)}")
+    if result.missing is not None and not result.fits:
+        parts.append(f"it needs {result.missing / 1e9:.2f} GB more than now, and {result.free / 1e9:.2f} GB are free")
+    if not result.fits:
+        parts.append(f"it would fit with {' and '.join(result.cures)}" if result.cures else "no known option helps")
     return "; ".join(parts)
 
 
@@ -147,8 +150,8 @@ class _Dry:
         self._size = len(self._batch)
         self._several = recipe.accumulation > 1 or any(len(batch) > most for batch in batches)
         self._pictures = recipe.accumulation * sum(len(batch) for batch in batches) / len(batches)
-        trained = [torch.empty_like(one, dtype=_full(one.dtype), device="meta") for one in self._trained]
-        self._average = sum(one.nbytes for one in trained) if recipe.ema_decay else 0
+        trained = [torch.empty_like(weight, dtype=_full(weight.dtype), device="meta") for weight in self._trained]
+        self._average = sum(weight.nbytes for weight in trained) if recipe.ema_decay else 0
         self._moves = self._measure_moves()
         self._account = DevicePeakMemory(self._device)
 
@@ -156,33 +159,33 @@ class _Dry:
         """Estimate the plan as it is. If it does not fit, search for settings that would help."""
         free = self._host.denoiser.free_memory()
         there = bytes_of(self._held()) + bytes_of(self._mover.tensors()) + self._average
-        one, more = self._line()
-        memory = self._whole(one, more, self._size)
+        single, more = self._line()
+        memory = self._whole(single, more, self._size)
         room = math.inf if free is None else free
         if math.isinf(memory):
-            return Estimate(None, None, free, None, self._cures(there + room, one, more))
+            return Estimate(None, None, free, None, self._cures(there + room, single, more))
         if memory - there > room:
-            return Estimate(int(memory), int(memory) - there, free, None, self._cures(there + room, one, more))
+            return Estimate(int(memory), int(memory) - there, free, None, self._cures(there + room, single, more))
         seconds, measured = self._try()
         if measured:
-            memory = self._whole(max(measured, one), 0, 1)
+            memory = self._whole(max(measured, single), 0, 1)
         return Estimate(int(memory), int(memory) - there, free, seconds)
 
     def _held(self) -> list[torch.Tensor]:
         """Return the weights and buffers that stay on the device between steps."""
-        weights = [one for tree in self._trees for one in (*tree.parameters(), *tree.buffers())]
-        return [one for one in weights if not is_offloaded(one) and one.device.type == self._device.type]
+        weights = [tensor for tree in self._trees for tensor in (*tree.parameters(), *tree.buffers())]
+        return [weight for weight in weights if not is_offloaded(weight) and weight.device.type == self._device.type]
 
-    def _whole(self, one: float, more: float, size: int) -> float:
+    def _whole(self, single: float, more: float, size: int) -> float:
         """Return the peak bytes of a step.
 
         Args:
-            one: peak bytes of a pass with one picture.
+            single: peak bytes of a pass with one picture.
             more: bytes that each further picture adds.
             size: number of pictures in a pass.
         """
         trained = bytes_of(self._trained)
-        a_pass = one if size == 1 else one + (size - 1) * more
+        a_pass = single if size == 1 else single + (size - 1) * more
         if self._mover.in_backward:
             # The optimizer steps while activations are still in memory.
             most = a_pass + self._moves.passing
@@ -195,10 +198,10 @@ class _Dry:
 
         The first is infinite if not even one picture fits.
         """
-        one = self._peak(1)
-        if self._size == 1 or math.isinf(one):
-            return one, 0.0
-        return one, self._peak(2) - one
+        single = self._peak(1)
+        if self._size == 1 or math.isinf(single):
+            return single, 0.0
+        return single, self._peak(2) - single
 
     def _peak(self, size: int) -> float:
         """Return the peak bytes of a pass with `size` pictures, weights included; infinite if it does not fit."""
@@ -214,7 +217,7 @@ class _Dry:
         return math.inf
 
     def _away(self) -> list[torch.Tensor]:
-        return [one for tree in self._trees for one in tree.parameters() if is_offloaded(one)]
+        return [weight for tree in self._trees for weight in tree.parameters() if is_offloaded(weight)]
 
     def _try(self) -> tuple[float, int]:
         """Time the plan as it is. Return (seconds per step, peak bytes of a pass).
@@ -224,6 +227,9 @@ class _Dry:
         work = functools.partial(self._passes, self._size, 1)
         took: list[float] = []
         most = 0
+        if self._plan.recipe.compile == "on":
+            # The first pass compiles.
+            work()
         while len(took) < _TRIES and sum(took) < _LONG:
             self._host.check_interrupt()
             _wait(self._device)
@@ -255,9 +261,10 @@ class _Dry:
             ):
                 for _ in range(times):
                     for batch in micro_batches(samples, recipe, host):
-                        for losses in loss_terms(plan, host, batch):
-                            if losses.requires_grad:
-                                losses.sum().backward()
+                        with closing(loss_terms(plan, host, batch)) as terms:
+                            for losses in terms:
+                                if losses.requires_grad:
+                                    losses.sum().backward()
         finally:
             for parameter in plan.trainables.values():
                 parameter.grad = None
@@ -267,17 +274,17 @@ class _Dry:
         parameters = self._trained
         recipe = self._plan.recipe
         apart = isinstance(self._mover.optimizer, PerParameterOptimizer)
-        some = _some_of(parameters, apart)
-        share = sum(one.numel() for one in parameters) / sum(one.numel() for one in some)
+        chosen = _some_of(parameters, apart)
+        share = sum(parameter.numel() for parameter in parameters) / sum(parameter.numel() for parameter in chosen)
         # Copy the values too: some optimizers keep less state for zeros.
-        copies = [torch.nn.Parameter(one.detach().to(_full(one.dtype), copy=True)) for one in some]
+        copies = [torch.nn.Parameter(parameter.detach().to(_full(parameter.dtype), copy=True)) for parameter in chosen]
         group = {"params": copies, "lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
         optimizer = OPTIMIZERS[recipe.optimizer].make([group], recipe)
         work = _Move(optimizer, copies)
         # The first step creates the optimizer state.
         work()
         kept = bytes_of(_tensors_in(optimizer.state.values()))
-        held = [*copies, *(one.grad for one in copies), *_tensors_in(optimizer.state.values())]
+        held = [*copies, *(copy.grad for copy in copies), *_tensors_in(optimizer.state.values())]
         with self._mover.small_work(self._device):
             passing = DevicePeakMemory(self._device).peak_of(work, held) - bytes_of(held)
             _wait(self._device)
@@ -287,31 +294,38 @@ class _Dry:
         seconds = time.perf_counter() - began
         return _Moves(int(kept * share), int(passing if apart else passing * share), seconds * share)
 
-    def _cures(self, there_is: float, one: float, more: float) -> tuple[str, ...]:
+    def _cures(self, there_is: float, single: float, more: float) -> tuple[str, ...]:
         """Find settings with which a step fits into `there_is` bytes, cheapest in time first."""
-        found = []
+        cures = []
         size = self._size
         blocks = [block for tree in self._trees for block in blocks_of(tree)]
-        for keep, found in self._ways_to_forget(blocks):
+        for keep, cures in self._ways_to_forget(blocks):
             with checkpointed(blocks, keep):
-                one, more = self._line()
-            if self._fits(one, more, size, there_is):
-                return tuple(found)
+                single, more = self._line()
+            if self._fits(single, more, size, there_is):
+                return tuple(cures)
         if size > 1 and not self._several:
             # With micro-batches, the gradients of the first stay in memory while the others are computed.
-            one += bytes_of(self._trained)
+            single += bytes_of(self._trained)
         while size > 1 and not self._mover.in_backward:
             size //= 2
-            if self._fits(one, more, size, there_is):
-                return (*found, f"micro_batch {size}")
+            if self._fits(single, more, size, there_is):
+                return (*cures, f"micro_batch {size}")
         if size < self._size:
-            found.append(f"micro_batch {size}")
+            cures.append(f"micro_batch {size}")
         # Offloading keeps two blocks on the device: the running block, and the next block during its transfer.
         frozen = {id(weight) for weight in list_frozen(placed_trees(self._plan, self._host), self._trained)}
-        sizes = [bytes_of(one for one in block.parameters() if id(one) in frozen) for block in blocks]
-        offloaded = sum(sizes) - 2 * max(sizes, default=0)
-        if offloaded > 0 and self._fits(one, more, size, there_is + offloaded):
-            return (*found, "offload")
+        sizes = [bytes_of(weight for weight in block.parameters() if id(weight) in frozen) for block in blocks]
+        saved = sum(sizes) - 2 * max(sizes, default=0)
+        if saved > 0 and self._fits(single, more, size, there_is + saved):
+            return (*cures, "offload")
+        # Only a frozen denoiser is quantized.
+        own = () if METHODS[self._plan.recipe.method].in_backward else set(blocks_of(self._trees[0]))
+        quantized = [saved_by_nf4(block, frozen if block in own else ()) for block in blocks]
+        rest = [before - less for before, (less, _) in zip(sizes, quantized, strict=True)]
+        saved = sum(sizes) - 2 * max(rest, default=0) - max((largest for _, largest in quantized), default=0)
+        if any(less > 0 for less, _ in quantized) and self._fits(single, more, size, there_is + saved):
+            return (*cures, "offload", f"base_dtype {NF4}")
         return ()
 
     def _ways_to_forget(self, blocks: list[nn.Module]) -> list[tuple[bool, list[str]]]:
@@ -328,8 +342,8 @@ class _Dry:
             for keep, name in ways
         ]
 
-    def _fits(self, one: float, more: float, size: int, there_is: float) -> bool:
-        memory = self._whole(one, more, size)
+    def _fits(self, single: float, more: float, size: int, there_is: float) -> bool:
+        memory = self._whole(single, more, size)
         # If free memory is unknown, `there_is` is infinite: it fits if the trial pass has run.
         return math.isfinite(memory) and memory <= there_is
 
@@ -348,8 +362,8 @@ class _Move:
 
 def _largest(plan: Plan, batches: list[Batch], size: int) -> Batch:
     """Return up to `size` members of the batch with the largest pictures; among equals, of a full batch."""
-    found = max(batches, key=lambda batch: (_area(plan.train[batch[0][0]]), min(len(batch), size)))
-    return found[:size]
+    largest = max(batches, key=lambda batch: (_area(plan.train[batch[0][0]]), min(len(batch), size)))
+    return largest[:size]
 
 
 def _area(item: DatasetItem) -> int:
@@ -359,15 +373,15 @@ def _area(item: DatasetItem) -> int:
 def _some_of(parameters: list[nn.Parameter], apart: bool) -> list[nn.Parameter]:
     """Choose trainables to measure: the largest if each is updated alone, else the first ones up to _SCRATCH bytes."""
     if apart:
-        return [max(parameters, key=lambda one: one.numel())]
-    found = []
+        return [max(parameters, key=lambda parameter: parameter.numel())]
+    chosen = []
     size = 0
-    for one in parameters:
-        if found and size + one.nbytes > _SCRATCH:
+    for parameter in parameters:
+        if chosen and size + parameter.nbytes > _SCRATCH:
             break
-        found.append(one)
-        size += one.nbytes
-    return found
+        chosen.append(parameter)
+        size += parameter.nbytes
+    return chosen
 
 
 def _full(dtype: torch.dtype) -> torch.dtype:

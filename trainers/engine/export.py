@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..data.tag_frequency import count_tags
 from ..formats.adapter import Adapter, LazyAdapter
 from ..formats.full_diff import FullDiff
 from ..formats.metadata import describe_training
-from ..methods import METHODS, textual_inversion
+from ..formats.network import network_fields
+from ..methods import textual_inversion
 from ..runs.folders import Products
 from ..runs.run import Run
 from .trainable_modules import TrainableModules
@@ -51,12 +54,19 @@ class Exporter:
 
     def _adapter(self, weights: dict[str, torch.Tensor], facts: dict[str, Any]) -> Adapter:
         tensors = self.modules.export(weights)
-        metadata = describe_training(facts, "lora" if METHODS[self.recipe.method].ranked else "difference")
         if isinstance(tensors, FullDiff):
-            return LazyAdapter(tensors, metadata)
+            return LazyAdapter(tensors, describe_training(facts, "difference"))
+        metadata = describe_training({**facts, **self._network(tensors)}, "lora")
         # Convert at once while the modules are loaded, since the conversion may read them; else on demand.
         native = functools.partial(self.modules.native, weights)
         return Adapter(tensors, metadata, native() if self.modules.are_there else native)
+
+    def _network(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        """Return kohya's metadata of the network. A file without factors has the recipe's rank and alpha."""
+        fields = network_fields(tensors)
+        if fields["network_dim"] is None:
+            fields.update(network_dim=self.recipe.rank, network_alpha=self.recipe.alpha)
+        return fields
 
     def _facts(self, step: int) -> dict[str, Any]:
         """Return the facts that `describe_training` turns into metadata."""
@@ -66,11 +76,11 @@ class Exporter:
             "parameterisation": self.host.denoiser.parameterization,
             "recipe": recipe.as_json(),
             "identity": self.identity,
+            "run": self.run.name,
             "thumbnail": self.run.thumbnail(step),
             "trigger": self.dataset.trigger,
             "resolution": recipe.resolution,
             "base_model_version": "sd_v1" if family == "SD1" else family,
-            **_network(recipe),
             "learning_rate": recipe.learning_rate,
             "unet_lr": recipe.learning_rate,
             "text_encoder_lr": recipe.text_encoder_learning_rate if recipe.text_encoder else None,
@@ -86,19 +96,6 @@ class Exporter:
             "max_train_steps": recipe.steps,
             "seed": recipe.seed,
             "v2": family.startswith("SD2"),
+            "tag_frequency": count_tags(self.dataset) if recipe.tag_frequency == "on" else None,
             **recipe.objective.kohya_metadata(),
         }
-
-
-def _network(recipe: Recipe) -> dict[str, Any]:
-    """Return kohya's metadata for the adapter's type; empty for a method without ranks."""
-    method = METHODS[recipe.method]
-    if not method.ranked:
-        return {}
-    module, args = method.network
-    return {
-        "network_module": module,
-        "network_args": args,
-        "network_dim": recipe.rank,
-        "network_alpha": recipe.alpha,
-    }

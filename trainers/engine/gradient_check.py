@@ -52,8 +52,8 @@ _BLOCK = re.compile(r"^.*?\.\d+(?=\.)")
 
 def gradients_of(loss: torch.Tensor, parameters: list[nn.Parameter]) -> list[torch.Tensor]:
     """Return autograd's gradients, zeros for parameters that the loss does not use."""
-    found = torch.autograd.grad(loss, parameters, allow_unused=True)
-    return [torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True)]
+    grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for g, p in zip(grads, parameters, strict=True)]
 
 
 def slope_of(parameters: list[nn.Parameter], gradients: list[torch.Tensor]) -> tuple[float, list[torch.Tensor]]:
@@ -243,8 +243,8 @@ def _compare(
 
 def _by_block(trainables: dict[str, nn.Parameter]) -> dict[str, list[str]]:
     """Group the trainables' names by block. Names outside any block form the block "the rest"."""
-    found: dict[str, list[str]] = {}
+    by_block: dict[str, list[str]] = {}
     for name in trainables:
         match = _BLOCK.match(name)
-        found.setdefault(match.group(0) if match else "the rest", []).append(name)
-    return found
+        by_block.setdefault(match.group(0) if match else "the rest", []).append(name)
+    return by_block

@@ -6,31 +6,46 @@ as untrusted input.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import secrets
 import shutil
 import time
+from collections.abc import Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..data.examples import Dataset, Example
 from ..errors import GraftError, RunError
-from ..formats import atomic, json_files
+from ..formats import atomic, files, json_files
+from ..formats.adapter import Adapter, load_adapter
+from ..formats.embedding import Embedding
+from ..formats.peft_format import WEIGHTS, write_peft
+from ..methods import METHODS
 from ..preprocessing.prepare import Prepared, prepare
 from ..protocols import Host
 from ..recipe.recipe import Recipe
 from ..runs.folders import Folders
 from ..text import safe_name
-from .job_json import check_text_field, dataset_as_json, decode_dataset, decode_recipe
+from .job_json import (
+    check_text_field,
+    dataset_as_json,
+    decode_dataset,
+    decode_pictures,
+    decode_recipe,
+    pictures_as_json,
+)
 from .session import task_of
 
 _FORMAT = "graft job 1"
 _FORMATS = "graft job "
 _FILE = "job.json"
 _CACHE = "cache"
+# The tensors to start from, or peft's folder of an adapter in peft's form.
 _START = "start.safetensors"
+_PEFT_START = "start"
 
 # Temporary names of new and replaced job folders, of this and of earlier versions.
 _TEMPORARY = re.compile(r"\..+-[0-9a-f]{8}\.(?:(?:[0-9a-f]{8}\.)?(?:new|old)|(?:[0-9a-f]{8}\.)?new\.[0-9a-f]{8}\.tmp)")
@@ -49,8 +64,9 @@ class Job:
     Attributes:
         base: JSON object that the host needs to find its model again.
         cache: folder of the latents and conditionings; in a file, empty for the job's own.
-        start: path of the adapter file in the job to start from; empty if there is none, or if the recipe names one of
-            the host's list.
+        start: path of the adapter or embedding file in the job to start from; empty if there is none, or if the recipe
+            names one of the host's list.
+        pictures: source pictures that the prompts of sample pictures name, by these names.
         embedded: hash of the embedding files that the captions use; None in jobs of earlier versions.
     """
 
@@ -60,11 +76,21 @@ class Job:
     cache: str = ""
     start: str = ""
     embedded: str | None = None
+    pictures: Mapping[str, Example] = field(default_factory=dict)
+
+    def host(self, host: Host) -> Host:
+        """Return the host with what was connected to the trainer to start from, if anything."""
+        if not self.start or self.recipe.start_from:
+            return host
+        if METHODS[self.recipe.method].trains_model:
+            return replace(host, start=load_adapter(self.start))
+        tensors, metadata = files.read_tensors(self.start)
+        return replace(host, start=Embedding(tensors, self.recipe.embedding_name, metadata))
 
     def folders(self, host: Folders) -> Folders:
         """Return the host's folders, with the job's own cache and start adapter."""
         adapter_of = (lambda name: self.start) if self.start else host.adapter_of
-        return replace(host, cache=self.cache, cache_limit=_NO_LIMIT, adapter_of=adapter_of)
+        return replace(host, cache=self.cache, cache_limit=_NO_LIMIT, adapter_of=adapter_of, pictures=self.pictures)
 
 
 def export_job(
@@ -84,9 +110,11 @@ def export_job(
     with _replaced(path) as temporary:
         copy = os.path.join(temporary, _CACHE)
         prepared = prepare(task.dataset, recipe, host, folders, copy)
-        if recipe.start_from:
-            _copy(folders.adapter_of(recipe.start_from), os.path.join(temporary, _START))
-        _write(temporary, Job(recipe, _marked(dataset, prepared), base, embedded=task.embedded))
+        start = task.start if recipe.start_from else host.start
+        if start is not None:
+            _write_start(temporary, start)
+        dataset = _marked(dataset, prepared)
+        _write(temporary, Job(recipe, dataset, base, embedded=task.embedded, pictures=prepared.named))
     return path
 
 
@@ -100,7 +128,35 @@ def write_local_job(
     """
     task = task_of(recipe, dataset, host, folders)
     prepared = prepare(task.dataset, recipe, host, folders)
-    _write(path, Job(recipe, _marked(dataset, prepared), base, os.path.abspath(folders.cache), "", task.embedded))
+    if host.start is not None and not recipe.start_from:
+        _write_start(path, host.start)
+    cache = os.path.abspath(folders.cache)
+    _write(path, Job(recipe, _marked(dataset, prepared), base, cache, "", task.embedded, prepared.named))
+
+
+def _write_start(folder: str, start: Adapter | Embedding) -> None:
+    """Write an adapter or embedding so that a job reads the same tensors, and thus has the same identity."""
+    native = getattr(start, "native", None)
+    if native is None:
+        files.write_tensors(os.path.join(folder, _START), start, start.metadata)
+    else:
+        write_peft(os.path.join(folder, _PEFT_START), native, start.metadata)
+
+
+def _find_start(folder: str) -> str:
+    """Return the path of the file to start from in a job's folder, empty if there is none."""
+    paths = (os.path.join(folder, _START), os.path.join(folder, _PEFT_START, WEIGHTS))
+    return next((path for path in paths if os.path.isfile(path)), "")
+
+
+def _hash_of_start(path: str) -> str:
+    """Return the hash of a file to start from, and of the files beside it in peft's folder."""
+    folder, name = os.path.split(path)
+    if name == _START:
+        return atomic.file_hash(path)
+    held = sorted(os.path.join(at, file) for at, _, names in os.walk(folder) for file in names)
+    rows = [f"{os.path.relpath(file, folder).replace(os.sep, '/')} {atomic.file_hash(file)}" for file in held]
+    return hashlib.sha256("\n".join(rows).encode()).hexdigest()
 
 
 def _marked(dataset: Dataset, prepared: Prepared) -> Dataset:
@@ -108,16 +164,17 @@ def _marked(dataset: Dataset, prepared: Prepared) -> Dataset:
     reasons = {row.name: row for row in prepared.left_out}
 
     def marked(example: Example) -> Example:
-        names = [one.source.name for one in (example, example.control) if one is not None]
+        worse = () if example.paired is None else (example.paired,)
+        names = [picture.source.name for picture in (example, *example.sources, *worse)]
         return replace(example, left_out=next(reasons[name] for name in names if name in reasons))
 
     rows = enumerate(dataset.examples)
-    examples = tuple(one if place in prepared.places else marked(one) for place, one in rows)
+    examples = tuple(example if place in prepared.places else marked(example) for place, example in rows)
     return replace(dataset, examples=examples)
 
 
 def _write(folder: str, job: Job) -> None:
-    """Write the job.json of a folder that already has the adapter to start from, if any."""
+    """Write the job.json of a folder that already has the file to start from, if any."""
     value = {
         "format": _FORMAT,
         "recipe": job.recipe.as_json(),
@@ -125,17 +182,12 @@ def _write(folder: str, job: Job) -> None:
         "base": job.base,
         "cache": job.cache,
         "embedded": job.embedded,
+        "pictures": pictures_as_json(job.pictures),
     }
-    start = os.path.join(folder, _START)
-    if os.path.isfile(start):
-        value["start"] = atomic.file_hash(start)
+    start = _find_start(folder)
+    if start:
+        value["start"] = _hash_of_start(start)
     json_files.write_own_json(os.path.join(folder, _FILE), value)
-
-
-def _copy(source: str, target: str) -> None:
-    """Copy a file. Raise RunError if that fails."""
-    with atomic.replacing(target) as temporary:
-        shutil.copyfile(source, temporary)
 
 
 @contextmanager
@@ -187,7 +239,7 @@ def _is_job(folder: str) -> bool:
 
 def _is_part_of_job(folder: str) -> bool:
     """Report whether a folder is a job, or holds nothing but what a half-written job holds."""
-    return _is_job(folder) or set(os.listdir(folder)) <= {_CACHE, _START, _FILE}
+    return _is_job(folder) or set(os.listdir(folder)) <= {_CACHE, _START, _PEFT_START, _FILE}
 
 
 def _sweep_folders(parent: str) -> None:
@@ -195,7 +247,7 @@ def _sweep_folders(parent: str) -> None:
     for entry in os.scandir(parent) if os.path.isdir(parent) else ():
         if _TEMPORARY.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False) and _is_part_of_job(entry.path):
             try:
-                times = [os.lstat(os.path.join(at, one)).st_mtime for at, _, held in os.walk(entry) for one in held]
+                times = [os.lstat(os.path.join(at, file)).st_mtime for at, _, held in os.walk(entry) for file in held]
                 newest = max(times, default=entry.stat(follow_symlinks=False).st_mtime)
             except FileNotFoundError:
                 # Another process is writing it.
@@ -250,20 +302,21 @@ def _decode_job(path: str, value: Any, is_local: bool) -> Job:
     recipe = decode_recipe(value["recipe"])
     dataset = decode_dataset(value["dataset"])
     cache = check_text_field(value["cache"])
-    start = os.path.join(os.path.dirname(path), _START)
-    has_start = os.path.isfile(start)
+    start = _find_start(os.path.dirname(path))
     if not is_local:
-        _check_own(path, cache, "" if has_start else recipe.start_from)
+        _check_own(path, cache, "" if start else recipe.start_from)
     base = value["base"]
     if not isinstance(base, dict):
         raise ValueError("its base is not an object")
     # Verify the checksum last: the other errors say more.
     json_files.read_own_json(path)
-    if "start" in value and (not has_start or atomic.file_hash(start) != value["start"]):
-        raise RunError(f"The file '{start}' has changed since the export.", "Export the job again.")
+    if "start" in value and (not start or _hash_of_start(start) != value["start"]):
+        changed = start or os.path.join(os.path.dirname(path), _START)
+        raise RunError(f"The file '{changed}' has changed since the export.", "Export the job again.")
     cache = cache or os.path.join(os.path.dirname(path), _CACHE)
     embedded = check_text_field(value["embedded"]) if "embedded" in value else None
-    return Job(recipe, dataset, base, cache, start if has_start else "", embedded)
+    # Jobs of earlier versions lack this field: they look for the files here.
+    return Job(recipe, dataset, base, cache, start, embedded, decode_pictures(value.get("pictures", {})))
 
 
 def _check_own(job: str, cache: str, start_from: str) -> None:

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
-from ..data.examples import Augmentation, Dataset, Example, LeftOut, PriorTarget, Source
+from ..data.examples import Augmentation, Dataset, EncodedPrompt, Example, LeftOut, PriorTarget, Source
 from ..errors import RunError
 from ..objective.options import Objective
 from ..recipe.recipe import Recipe
 from .validation import check_recipe
+
+
+def pictures_as_json(pictures: Mapping[str, Example]) -> dict[str, Any]:
+    """Return the source pictures of prompts, by their names there, without their pixels."""
+    return {name: _example_as_json(example) for name, example in pictures.items()}
+
+
+def decode_pictures(value: dict[str, Any]) -> dict[str, Example]:
+    return {check_text_field(name): _example_of(row) for name, row in value.items()}
 
 
 def dataset_as_json(dataset: Dataset) -> dict[str, Any]:
@@ -18,7 +28,7 @@ def dataset_as_json(dataset: Dataset) -> dict[str, Any]:
         "trigger": dataset.trigger,
         "resolution": dataset.resolution,
         "name": dataset.name,
-        "left_out": [asdict(one) for one in dataset.left_out],
+        "left_out": [asdict(row) for row in dataset.left_out],
         "warnings": list(dataset.warnings),
     }
 
@@ -31,6 +41,15 @@ def _example_as_json(example: Example) -> dict[str, Any]:
     row["anchor"] = asdict(example.anchor) if example.anchor is not None else None
     row["control"] = _example_as_json(example.control) if example.control is not None else None
     row["left_out"] = asdict(example.left_out) if example.left_out is not None else None
+    # Only where there is one, so that earlier versions read other jobs.
+    if example.center is not None:
+        row["center"] = example.center
+    if example.encoded is not None:
+        row["encoded"] = example.encoded.digest
+    if example.more_controls:
+        row["more_controls"] = [_example_as_json(source) for source in example.more_controls]
+    if example.paired is not None:
+        row["paired"] = _example_as_json(example.paired)
     return row
 
 
@@ -38,7 +57,7 @@ def _example_as_json(example: Example) -> dict[str, Any]:
 _PLAIN = ("captions", "size", "digest", "trigger", "repeats", "held_out", "weight", "prior")
 
 
-_BESIDE = ("handling", "name", "mask", "anchor", "control", "left_out")
+_BESIDE = ("handling", "name", "mask", "anchor", "control", "left_out", "center", "encoded", "more_controls", "paired")
 
 
 def decode_recipe(values: dict[str, Any]) -> Recipe:
@@ -65,17 +84,22 @@ def _example_of(row: dict[str, Any]) -> Example:
         raise ValueError(f"{min(unknown)} is unknown")
     plain = {name: row[name] for name in _PLAIN}
     mask, anchor, control = row["mask"], row["anchor"], row["control"]
-    # Jobs of earlier versions lack this field.
-    left_out = row.get("left_out")
-    made = {
+    # Jobs of earlier versions lack these fields.
+    left_out, center = row.get("left_out"), row.get("center")
+    decoded = {
         "source": _Absent(check_text_field(row["name"]), check_text_field(row["digest"])),
         "handling": _decode(Augmentation, row["handling"]),
         "mask": None if mask is None else _Absent(check_text_field(mask[0]), check_text_field(mask[1])),
         "anchor": None if anchor is None else _decode(PriorTarget, anchor),
         "control": None if control is None else _example_of(control),
         "left_out": None if left_out is None else _decode(LeftOut, left_out),
+        "more_controls": tuple(_example_of(source) for source in row.get("more_controls", [])),
+        "center": center,
+        "paired": _example_of(row["paired"]) if "paired" in row else None,
+        # Only rows with a prompt that arrived encoded have this field.
+        "encoded": EncodedPrompt(check_text_field(row["encoded"])) if "encoded" in row else None,
     }
-    return _decode(Example, {**plain, **made})
+    return _decode(Example, {**plain, **decoded})
 
 
 class _Absent(Source):

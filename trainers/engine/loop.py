@@ -4,31 +4,33 @@ from __future__ import annotations
 
 import itertools
 import logging
-import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING
+from contextlib import closing
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..distributed.group import report_idle
-from ..errors import NumbersError
 from ..methods.dropout import dropping_out
-from ..optimizers import OPTIMIZERS, lr_factor
+from ..optimizers import OPTIMIZERS, ScheduleShape, lr_factor
 from ..optimizers.ema import MovingAverage, averaged
 from ..preprocessing.prefetch import Prefetcher
 from ..protocols import Command
+from ..recipe.options import STOPS_FALLING
 from ..runs.checkpoint import State
+from ..runs.early_stopping import has_stopped_falling
 from ..runs.loss_by_timestep import times_of
+from ..runs.reports import report_early_stop, report_pictures, report_spike
 from ..runs.run import STOPPED, Run
+from ..steps.pending_step import PendingStep, StepLosses, StepNumbers
+from ..steps.plan import Plan, Window
+from ..steps.preference import accuracy_of
+from ..steps.step import fixed_losses, forward_passes, loss_terms, pin_samples, sample_losses
 from .checkpointer import Checkpointer
-from .estimate import estimate, say
 from .oom_fallback import OOMFallback, trees_of
-from .plan import Plan, Window
-from .preflight import share_inputs
+from .preflight import report_estimate, share_inputs, warn_of_rate
 from .previews import preview
-from .step import fixed_losses, forward_passes, loss_terms
 from .updater import ParameterUpdater, loss_limit
 
 if TYPE_CHECKING:
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
     from ..protocols import Host
 
 log = logging.getLogger(__name__)
+
+_PICTURES_EVERY = 50  # steps between reports of the loss by picture
 
 
 def train(plan: Plan, run: Run, host: Host, state: State) -> State:
@@ -56,37 +60,20 @@ def train(plan: Plan, run: Run, host: Host, state: State) -> State:
     trainer = _Trainer(plan, run, host, state)
     try:
         trainer.report_before_start()
-        while state.step < plan.recipe.steps:
-            started = time.perf_counter()
-            lr_scale, learning_rate = trainer.set_learning_rates()
-            window = trainer.next_window()
+        for step in range(state.step + 1, plan.recipe.steps + 1):
+            trainer.begin_step()
+            trainer.forward_backward()
+            # The step before: its numbers arrive while the device computes this one.
+            trainer.complete_step()
+            trainer.update()
+            if trainer.must_complete(step):
+                trainer.complete_step()
+            trainer.preview(step)
 
-            limit = loss_limit(state.losses, plan.recipe.loss_spike_factor)
-            losses = trainer.forward_backward(window, limit)
-            is_spike = limit < losses.mean < math.inf
-            grad_norm = trainer.skip_update() if is_spike else trainer.update(losses, lr_scale)
-            trainer.advance(window, losses)
-
-            event = {
-                "event": "step",
-                "step": state.step,
-                "steps": plan.recipe.steps,
-                "epoch": window.epoch,
-                "loss": losses.mean,
-                "lr": learning_rate,
-                "grad_norm": grad_norm,
-                "seconds": time.perf_counter() - started,
-            }
-            run.log(event)
-            if is_spike:
-                _report_spike(run, host, state.step, losses, limit)
-            # Validate before `host.report`, which may interrupt: a resumed run would not validate this step again.
-            trainer.validate()
-            host.report("step", event)
-            trainer.preview()
-
-            command = _next_command(host)
-            trainer.save_if_due(command)
+            command = _next_command(host, trainer.has_learned_enough(step))
+            if command is not None:
+                trainer.complete_step()
+            trainer.save_if_due(step, command)
             if command is Command.STOP:
                 break
         trainer.finish()
@@ -97,23 +84,6 @@ def train(plan: Plan, run: Run, host: Host, state: State) -> State:
     finally:
         trainer.close()
     return state
-
-
-@dataclass(frozen=True)
-class StepLosses:
-    """Losses of one optimizer step.
-
-    Attributes:
-        mean: over all samples of the window, each times its factor. Before the sum over the processes, it is this
-            process's part of the sum.
-        names: of all samples in the window.
-        t, native: timestep and native loss of each of this process's samples; after `gather`, of all samples.
-    """
-
-    mean: float
-    names: list[str]
-    t: list[float]
-    native: list[float]
 
 
 class _Trainer:
@@ -135,52 +105,55 @@ class _Trainer:
         group.broadcast([*self._parameters, *plan.constants.values()])
         self._checkpointer.restore(state)
         share_inputs(plan, host, state.batches)
-        self._lr_factor = lr_factor(recipe.schedule, recipe.warmup_steps, recipe.steps, recipe.num_cycles, recipe.power)
+        self._lr_factor = lr_factor(recipe.schedule, ScheduleShape.of(recipe))
         self._batches = plan.batches(state.batches)
         self._upcoming = self._take_batches(state.step)
-        self._prefetcher = Prefetcher(plan.samples, plan.prefetch)
+        device = host.denoiser.device
+        self._prefetcher = Prefetcher(lambda batch: pin_samples(plan.samples(batch), device), plan.prefetch)
+        self._step: PendingStep | None = None
+        # The step whose numbers the host has not read, and the time at which it read the last ones.
+        self._pending: PendingStep | None = None
+        self._completed = 0.0
 
     def report_before_start(self) -> None:
         """Warn of an unsuitable learning rate, estimate memory and time, and sample the first previews."""
         recipe, step = self._plan.recipe, self._state.step
-        _warn_of_rate(self._optimizer.mistaken_rate(recipe.learning_rate), self._plan, self._run, self._host, step)
-        self._estimate()
+        warn_of_rate(self._optimizer.mistaken_rate(recipe.learning_rate), self._plan, self._run, self._host, step)
+        report_estimate(self._oom.plan, self._run, self._host, self._updater, self._state)
         self._host.report_phase("training")
         if step == 0 and recipe.preview_every:
             preview(self._plan, self._run, self._host, step)
 
-    def _estimate(self) -> None:
-        """Report the memory and time that the remaining steps will take."""
-        state = self._state
-        steps = self._plan.recipe.steps - state.step
-        estimated = estimate(self._oom.plan, self._host, self._updater, state.batches, steps)
-        if estimated is None:
-            return
-        log.log(logging.INFO if estimated.fits else logging.WARNING, "Graft: %s.", say(estimated, steps))
-        event = {"event": "estimate", "step": state.step, **asdict(estimated), "fits": estimated.fits}
-        self._run.log(event)
-        self._host.report("estimate", event)
+    def begin_step(self) -> None:
+        """Take the batches of the next step, one per gradient accumulation, and set its learning rates."""
+        started = time.perf_counter()
+        lr_scale, learning_rate = self._set_learning_rates(self._upcoming.step)
+        self._step = PendingStep(self._next_window(), lr_scale, learning_rate, started)
 
-    def set_learning_rates(self) -> tuple[float, float]:
-        """Set the step's learning rates. Return the schedule's factor, and the effective rate for the log.
+    def _set_learning_rates(self, step: int) -> tuple[float, float]:
+        """Set the rates of step `step` (from 0). Return the schedule's factor, and the effective rate for the log.
 
         Freeze the groups that have reached their last step, to save their backward. A frozen group stays frozen even if
         a resumed run has more steps, and so a later end for the group: the other trainables have adapted to it since.
         """
         plan, state = self._plan, self._state
-        scale = self._lr_factor(state.step)
+        scale = self._lr_factor(step)
         for param_group, group in zip(self._updater.optimizer.param_groups, plan.all_groups(), strict=True):
             param_group["lr"] = group.learning_rate * scale
             if group.until is not None:
-                is_over = state.step >= group.until or set(group.names) <= set(state.frozen)
+                was_over = set(group.names) <= set(state.frozen)
+                is_over = step >= group.until or was_over
+                if is_over and not was_over:
+                    # The step before still trained this group.
+                    self.complete_step()
                 for name in group.names:
                     plan.trainables[name].requires_grad_(not is_over)
                 if is_over:
                     state.frozen = sorted({*state.frozen, *group.names})
         return scale, self._optimizer.effective_rate(self._updater.optimizer, plan.recipe.learning_rate * scale)
 
-    def next_window(self) -> Window:
-        """Take the batches of this step, one per gradient accumulation. Prefetch those of the next step."""
+    def _next_window(self) -> Window:
+        """Return the upcoming batches. Prefetch those of the step after them."""
         window = self._upcoming
         self._upcoming = self._take_batches(window.step + 1)
         rows = (*window.rows, *self._upcoming.rows)
@@ -191,81 +164,156 @@ class _Trainer:
         count = self._plan.recipe.accumulation if step < self._plan.recipe.steps else 0
         return Window.of(step, list(itertools.islice(self._batches, count)), self._host.group)
 
-    def forward_backward(self, window: Window, limit: float) -> StepLosses:
-        """Compute the losses and gradients of a window, and sum them over the processes.
+    def forward_backward(self) -> None:
+        """Compute the losses and gradients of the step, and sum them over the processes.
 
         After an out-of-memory error the fallback repeats the step with less memory. The sum comes before any process
         updates: if one fails, none of them takes the step.
         """
-        group, updater = self._host.group, self._updater
-        updater.begin(window.step, limit)
+        group, updater, window = self._host.group, self._updater, self._step.window
+        updater.begin(window.step, self._loss_limit())
         losses = self._oom.run(
             accumulate_gradients,
-            updater.discard_gradients,
+            self._discard_gradients,
             window.step + 1,
             self._host,
             window,
             updater,
             self._prefetcher.get,
         )
-        losses = replace(
-            losses,
-            mean=group.all_reduce(losses.mean),
-            t=group.gather(losses.t, window.size),
-            native=group.gather(losses.native, window.size),
-        )
+        self._step.losses = losses.over_group(group)
         group.all_reduce_gradients(self._parameters)
-        return losses
 
-    def skip_update(self) -> float:
-        """Discard the gradients of a step whose loss spikes. Return 0, its gradient norm in the log."""
+    def _loss_limit(self) -> float:
+        return loss_limit(self._state.losses, self._plan.recipe.loss_spike_factor)
+
+    def _discard_gradients(self) -> None:
+        # The fallbacks report events of this step: those of the step before come first.
+        self.complete_step()
         self._updater.discard_gradients()
-        return 0.0
 
-    def update(self, losses: StepLosses, lr_scale: float) -> float:
-        """Clip the gradient and update the parameters and their moving average. Return the gradient's norm.
+    def update(self) -> None:
+        """Clip the gradient and update the parameters and their moving average, unless the loss spikes.
+
+        The step is pending until `complete_step`. If the device masks updates, nothing waits for its numbers here.
 
         Raises:
             NumbersError: the loss or the gradient is not finite.
         """
-        with self._updater.small_work(self._host.denoiser.device):
-            norm = self._updater.norm()
-            if self._updater.should_abort(losses.mean, norm):
-                raise _not_finite(losses, self._state.step)
-            self._updater.step()
-            self._plan.renormalize(lr_scale)
-            if self._average is not None:
-                self._average.step(self._parameters)
-        return norm
+        step, updater = self._step, self._updater
+        with updater.small_work(self._host.denoiser.device):
+            step.numbers = updater.clip_gradients(step.losses, self._loss_limit())
+            skip = step.numbers.skip
+            if skip is None and step.checked().is_spike:
+                updater.skip()
+            else:
+                updater.step(skip)
+                self._plan.renormalize(step.lr_scale if skip is None else step.lr_scale * (1 - skip))
+                if self._average is not None:
+                    self._average.step(self._parameters, skip)
+        self._pending = step
 
-    def advance(self, window: Window, losses: StepLosses) -> None:
+    def must_complete(self, step: int) -> bool:
+        """Report whether a step cannot be pending during the next one, because something follows it or it is read."""
+        recipe = self._plan.recipe
+        previews = bool(recipe.preview_prompts) and _is_due(step, recipe.preview_every, recipe.steps)
+        saves = _is_due(step, recipe.save_every, recipe.steps)
+        return not self._updater.masks or previews or saves or self._must_validate(step)
+
+    def _must_validate(self, step: int) -> bool:
+        recipe = self._plan.recipe
+        return bool(self._plan.validation) and _is_due(step, recipe.validate_every, recipe.steps)
+
+    def complete_step(self) -> None:
+        """Read the numbers of the pending step, and log and report them. Do nothing if no step is pending.
+
+        Raises:
+            NumbersError: the loss or the gradient is not finite. The device has skipped the update.
+        """
+        step = self._pending
+        if step is None:
+            return
+        numbers = step.numbers.read()
+        # Not earlier: after an interrupt of the read, `save_after_error` reads again.
+        self._pending = None
+        if self._updater.masks and self._average is not None and (numbers.is_spike or numbers.is_refused):
+            self._average.uncount()
+        if numbers.is_refused:
+            # The device has masked the update, so the weights belong to the step before.
+            self._updater.done()
+        step.checked()
+        self._advance(step, numbers)
+        event = self._step_event(step, numbers)
+        self._run.log(event)
+        if numbers.is_spike:
+            report_spike(self._run, self._host, event["step"], event["loss"], step.numbers.limit, step.losses.names)
+        # Validate before `host.report`, which may interrupt: a resumed run would not validate this step again.
+        self._validate()
+        if _is_due(event["step"], _PICTURES_EVERY, event["steps"]) and self._plan.recipe.learns_pictures:
+            report_pictures(self._run, self._host, self._state)
+        self._host.report("step", event)
+
+    def _advance(self, step: PendingStep, numbers: StepNumbers) -> None:
         """Advance the state by a step."""
         state = self._state
         state.step += 1
-        state.batches += len(window.batches)
-        state.losses.append(losses.mean)
-        state.loss_by_timestep.add(state.step, losses.t, losses.native)
+        state.batches += len(step.window.batches)
+        state.losses.append(numbers.loss)
+        pictures = self._plan.picture_names(step.window)
+        state.loss_by_picture.add(pictures, step.losses.t, numbers.native, state.loss_by_timestep)
+        state.loss_by_timestep.add(state.step, step.losses.t, numbers.native)
         self._updater.done()
 
-    def validate(self) -> None:
-        """Measure the validation loss if it is due."""
-        recipe, group, state = self._plan.recipe, self._host.group, self._state
-        if not self._plan.validation or not _is_due(state.step, recipe.validate_every, recipe.steps):
+    def _step_event(self, step: PendingStep, numbers: StepNumbers) -> dict[str, Any]:
+        now, before = time.perf_counter(), self._completed
+        self._completed = now
+        return {
+            "event": "step",
+            "step": self._state.step,
+            "steps": self._plan.recipe.steps,
+            "epoch": step.window.epoch,
+            "loss": numbers.loss,
+            "lr": step.learning_rate,
+            "grad_norm": 0.0 if numbers.is_spike else numbers.norm,
+            # A pending step ends when the device has computed it, and begins where the step before ended.
+            "seconds": now - max(step.started, before),
+            **accuracy_of(self._plan, numbers.native),
+        }
+
+    def _validate(self) -> None:
+        """Measure the validation loss if it is due. If the recipe asks for it, keep the files of the lowest."""
+        group, state = self._host.group, self._state
+        if not self._must_validate(state.step):
             return
         with averaged(self._average, self._parameters), group.main_process_only() as is_main:
             if is_main:
-                self._oom.run(_validate, group.reset_after_failure, state.step, self._run, self._host, state)
+                losses = self._oom.run(_validation_losses, group.reset_after_failure, state.step, self._host)
+        if not group.is_main:
+            return
+        loss, accuracy = float(losses.mean()), accuracy_of(self._plan, losses.flatten().tolist())
+        state.validation.append((state.step, loss))
+        events = [{"event": "validation", "step": state.step, "loss": loss, **accuracy}]
+        self._run.log(events[0])
+        if self._plan.recipe.keep_best == "on":
+            events += filter(None, [self._checkpointer.save_best(state)])
+        for event in events:
+            self._host.report(event["event"], event)
 
-    def preview(self) -> None:
-        """Sample previews if they are due."""
-        recipe, step = self._plan.recipe, self._state.step
+    def has_learned_enough(self, step: int) -> bool:
+        """Report whether the run ends after this step because its validation loss has stopped falling."""
+        recipe, state = self._plan.recipe, self._state
+        return recipe.stop_when == STOPS_FALLING and has_stopped_falling(state.validation, step, recipe.patience)
+
+    def preview(self, step: int) -> None:
+        """Sample previews after a step if they are due."""
+        recipe = self._plan.recipe
         if _is_due(step, recipe.preview_every, recipe.steps):
             with averaged(self._average, self._parameters):
                 preview(self._plan, self._run, self._host, step)
 
-    def save_if_due(self, command: Command | None) -> None:
+    def save_if_due(self, step: int, command: Command | None) -> None:
         """Save every `save_every` steps, or when the user asks for it. `finish` saves the last step."""
-        recipe, step = self._plan.recipe, self._state.step
+        recipe = self._plan.recipe
         if (step % recipe.save_every == 0 or command is Command.SAVE) and step < recipe.steps:
             self._checkpointer.save(self._state)
 
@@ -276,13 +324,19 @@ class _Trainer:
             self._checkpointer.save(state)
         if state.step < steps:
             run.note_halt(STOPPED, state.step, steps)
+            if self.has_learned_enough(state.step):
+                report_early_stop(run, host, state)
             host.report("stopped", {"step": state.step, "steps": steps})
         # Wait until the main process has written its files.
         host.group.all_reduce()
 
     def save_after_error(self) -> None:
-        """Save what was trained, unless the last save has it already."""
-        self._checkpointer.save_after_error(self._state)
+        """Save what was trained, unless the last save has it already. Only log errors: the user sees the first one."""
+        try:
+            self.complete_step()
+        except BaseException:
+            log.exception("Graft: cannot complete the last step after an error.")
+        self._checkpointer.save_after_error(self._state, self.has_learned_enough(self._state.step))
 
     def close(self) -> None:
         """End the prefetching thread, and remove the gradient hooks."""
@@ -300,6 +354,8 @@ def accumulate_gradients(
     """Run forward and backward over a window. The loss is the mean over all its samples, each times its factor.
 
     Each process computes its rows of the window. The sum of the gradients over all processes is the whole gradient.
+    Unless the device masks the update, the host waits for the losses here, so that errors of the device's queue are
+    raised here too.
 
     Args:
         samples_of: returns the samples of a batch; `plan.samples` by default.
@@ -311,65 +367,33 @@ def accumulate_gradients(
     with dropping_out(trees_of(plan, host), host.denoiser.device, plan.recipe, window.step, host.group.rank):
         for batch in forward_passes(plan, host, window, samples_of):
             host.check_interrupt()
-            for losses in loss_terms(plan, host, batch, watch=None if batch.is_padding else seen.append):
-                # If only an embedding is trained, a caption without it (a dropped one) has no gradient.
-                if losses.requires_grad:
-                    updater.backward(losses.sum() / window.size)
-                sums.append(losses.detach().sum())
+            with closing(loss_terms(plan, host, batch, watch=None if batch.is_padding else seen.append)) as terms:
+                for losses in terms:
+                    # If only an embedding is trained, a caption without it (a dropped one) has no gradient.
+                    if losses.requires_grad:
+                        updater.backward(losses.sum() / window.size)
+                    sums.append(losses.detach().sum())
     if not seen:
         # This process has no sample: there are more processes than samples.
-        return StepLosses(0.0, names, [], [])
+        return StepLosses(names, [], torch.zeros(0), torch.zeros(0), window.size)
     sigmas, native = (torch.cat(parts) for parts in zip(*seen, strict=True))
-    # Copy all losses from the device at once: each copy would make the device wait for the next micro-batch.
-    values = torch.cat([torch.stack(sums), native]).tolist()
-    t = times_of(host.denoiser, sigmas)
-    return StepLosses(sum(values[: len(sums)]) / window.size, names, t, values[len(sums) :])
+    losses = StepLosses(names, times_of(host.denoiser, sigmas), torch.stack(sums), native, window.size)
+    return losses if updater.masks else losses.on_host()
 
 
-def _next_command(host: Host) -> Command | None:
-    """Return the user's command, which the main process receives and shares with all processes."""
+def _next_command(host: Host, ends: bool) -> Command | None:
+    """Return the user's command, which the main process receives and shares with all processes.
+
+    Args:
+        ends: the main process stops the run, whatever the user asks for.
+    """
     kinds = [None, *Command]
-    command = host.next_command() if host.group.is_main else None
+    command = (Command.STOP if ends else host.next_command()) if host.group.is_main else None
     return kinds[round(host.group.all_reduce(kinds.index(command)))]
 
 
-def _warn_of_rate(warning: str, plan: Plan, run: Run, host: Host, step: int) -> None:
-    """Warn in the log, the run and the page about a learning rate that does not suit the optimizer."""
-    if not warning or not host.group.is_main:
-        return
-    log.warning("Graft: %s", warning)
-    recipe = plan.recipe
-    event = {"event": "rate", "step": step, "optimizer": recipe.optimizer, "learning_rate": recipe.learning_rate}
-    run.log(event)
-    host.report("rate", event)
-
-
-def _report_spike(run: Run, host: Host, step: int, losses: StepLosses, limit: float) -> None:
-    pictures = sorted(set(losses.names))
-    log.warning(
-        "Graft: skipped step %d: its loss %.4g is above %.4g (%s).", step, losses.mean, limit, ", ".join(pictures)
-    )
-    event = {"event": "spike", "step": step, "loss": losses.mean, "highest": limit, "pictures": pictures}
-    run.log(event)
-    host.report("spike", event)
-
-
-def _validate(plan: Plan, run: Run, host: Host, state: State) -> None:
-    loss = float(fixed_losses(plan.validation, plan.recipe, host).mean())
-    state.validation.append((state.step, loss))
-    event = {"event": "validation", "step": state.step, "loss": loss}
-    run.log(event)
-    host.report("validation", event)
-
-
-def _not_finite(losses: StepLosses, step: int) -> NumbersError:
-    what = "gradient" if math.isfinite(losses.mean) else "loss"
-    return NumbersError(
-        f"The {what} of step {step + 1} is not finite (pictures: {', '.join(sorted(set(losses.names)))}).",
-        "Graft discarded that step. Lower learning_rate, compute in fp32 or bf16 (Graft Memory Options), or remove "
-        "those pictures.",
-        "learning_rate",
-    )
+def _validation_losses(plan: Plan, host: Host) -> torch.Tensor:
+    return fixed_losses(plan.validation, plan.recipe, host, sample_losses(plan))
 
 
 def _is_due(step: int, every: int, last: int) -> bool:

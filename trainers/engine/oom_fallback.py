@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
@@ -14,8 +15,10 @@ from ..memory.autograd import blocks_of
 from ..memory.checkpointing import checkpoint_blocks, forget_attention, is_checkpointed, keeps_attention
 from ..memory.offload import Tree, list_frozen, offload_trees
 from ..memory.oom import in_one_line, is_out_of_memory
+from ..memory.quantization import saved_by_nf4
 from ..methods import METHODS
-from .step import crop_sample, loss_terms, micro_batches
+from ..recipe.options import AS_IT_IS, NF4
+from ..steps.step import crop_sample, loss_terms, micro_batches
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,7 +26,7 @@ if TYPE_CHECKING:
     from ..preprocessing.items import DatasetItem
     from ..protocols import Host
     from ..runs.run import Run
-    from .plan import Plan
+    from ..steps.plan import Plan
 
 log = logging.getLogger(__name__)
 
@@ -170,7 +173,9 @@ class OOMFallback:
                 cures.append("set recompute to everything (Graft Memory Options)")
         if METHODS[recipe.method].in_backward:
             cures.append("train a LoRA, or all weights with Adafactor in bf16")
-        elif recipe.rank:
+        elif recipe.base_dtype == AS_IT_IS and self._is_smaller_in_nf4():
+            cures.append(f"set base_dtype to {NF4} (Graft Memory Options), which makes another run")
+        if recipe.rank:
             cures.append("choose a lower rank or fewer layers (targets of Graft Adapter Options)")
         return OutOfMemory(
             f"Memory ran out in step {step} ({message}){tried}.",
@@ -178,6 +183,11 @@ class OOMFallback:
             "graph again to resume.",
             "dataset",
         )
+
+    def _is_smaller_in_nf4(self) -> bool:
+        blocks = blocks_of(self._host.denoiser.module)
+        frozen = {id(weight) for block in blocks for weight in block.parameters() if not weight.requires_grad}
+        return any(saved_by_nf4(block, frozen)[0] > 0 for block in blocks)
 
     def _what_fits(self) -> str:
         """Measure a picture size that fits in memory. Return a sentence that names it; empty if none fits."""
@@ -200,8 +210,9 @@ class OOMFallback:
         trainables = [parameter for parameter in self._trainables() if parameter.requires_grad]
         try:
             for batch in micro_batches([cropped], self.plan.recipe, self._host):
-                for losses in loss_terms(self.plan, self._host, batch):
-                    torch.autograd.grad(losses.sum(), trainables, allow_unused=True)
+                with closing(loss_terms(self.plan, self._host, batch)) as terms:
+                    for losses in terms:
+                        torch.autograd.grad(losses.sum(), trainables, allow_unused=True)
         except (RuntimeError, ValueError, MemoryError) as error:
             # Only log it: the user sees the error that led here.
             log.info("Graft: pictures of %d %% of the sides do not fit: %s", round(100 * fraction), in_one_line(error))

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from ..errors import ModelError
+from ..formats.adapter import LazyAdapter
 from ..lowrank.layers import grouping, low_rank_layers
 from ..memory.oom import in_one_line, is_out_of_memory
 from ..methods import METHODS
+from ..steps.step import batch_loss, losses_of, micro_batches
+from .estimate import estimate, say
 from .gradient_check import TOLERANCE, TOLERANCE_HALF, check_gradient
 from .oom_fallback import trees_of
-from .step import batch_loss, losses_of, micro_batches
 
 if TYPE_CHECKING:
     from ..protocols import Host
-    from .plan import Plan
+    from ..runs.checkpoint import State
+    from ..runs.run import Run
+    from ..steps.plan import Plan
+    from .updater import ParameterUpdater
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +49,9 @@ def check_gradients(plan: Plan, host: Host) -> None:
 def _check_gradients(plan: Plan, host: Host) -> None:
     denoiser = host.denoiser
     before = denoiser.compute_dtype
+    # A finite difference cannot follow the steep loss of a preference, and a slider changes the adapter's scale between
+    # its losses. The model's own loss has the same graph.
+    plan = replace(plan, recipe=replace(plan.recipe, preference_beta=0.0, slider_strength=0.0))
     half = any(parameter.dtype.itemsize < 4 for parameter in plan.trainables.values())
     # In half precision, rounding would hide the finite difference.
     denoiser.compute_dtype = torch.promote_types(before, torch.float32)
@@ -91,15 +100,17 @@ def share_inputs(plan: Plan, host: Host, number: int) -> None:
 
 
 def check_keys(plan: Plan, host: Host) -> None:
-    """Check that the host reads all keys of the exported adapter.
+    """Check that the host reads all keys of the exported adapter, and that the adapter fits the preview model.
 
     Raises:
-        ModelError: the host does not read a key. The error names it.
+        ModelError: the host does not read a key. The error names it. Or the adapter does not fit.
     """
-    values = {name: parameter.detach() for name, parameter in plan.trainables.items()}
-    adapter = plan.export(values, 0).adapter
+    adapter = plan.products(0).adapter
     if adapter is None:
         return
+    if isinstance(adapter, LazyAdapter):
+        # All its tensors together are as large as the model.
+        adapter = adapter.on_meta()
     unread = host.denoiser.check_adapter(adapter)
     if unread:
         raise ModelError(
@@ -107,3 +118,28 @@ def check_keys(plan: Plan, host: Host) -> None:
             "Graft cannot train this model yet. Please report its name.",
             "model",
         )
+    if host.preview_model is not None:
+        host.preview_model.check(adapter)
+
+
+def warn_of_rate(warning: str, plan: Plan, run: Run, host: Host, step: int) -> None:
+    """Warn in the log, the run and the page about a learning rate that does not suit the optimizer."""
+    if not warning or not host.group.is_main:
+        return
+    log.warning("Graft: %s", warning)
+    recipe = plan.recipe
+    event = {"event": "rate", "step": step, "optimizer": recipe.optimizer, "learning_rate": recipe.learning_rate}
+    run.log(event)
+    host.report("rate", event)
+
+
+def report_estimate(plan: Plan, run: Run, host: Host, updater: ParameterUpdater, state: State) -> None:
+    """Report the memory and time that the remaining steps will take."""
+    steps = plan.recipe.steps - state.step
+    estimated = estimate(plan, host, updater, state.batches, steps)
+    if estimated is None:
+        return
+    log.log(logging.INFO if estimated.fits else logging.WARNING, "Graft: %s.", say(estimated, steps))
+    event = {"event": "estimate", "step": state.step, **asdict(estimated), "fits": estimated.fits}
+    run.log(event)
+    host.report("estimate", event)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..errors import SettingsError
@@ -11,7 +12,7 @@ from ..methods.textual_inversion import EMBEDDING_RATE
 from ..objective.options import objective_of
 from ..optimizers import OPTIMIZERS, default_learning_rate, finds_its_rate
 from ..recipe.options import OPTIONS, RECIPE_OPTIONS, Basis
-from ..recipe.recipe import EmbeddingSpec, Recipe
+from ..recipe.recipe import EmbeddingSpec, Recipe, SliderSpec
 from .validation import check_option, check_recipe
 
 if TYPE_CHECKING:
@@ -19,7 +20,13 @@ if TYPE_CHECKING:
 
 
 class Options(dict):
-    """Options that the user has set, as {(node, input): value}. Option nodes chain them."""
+    """Options that the user has set, as {(node, input): value}. Option nodes chain them.
+
+    Attributes:
+        preview_model: the host's model for sample pictures, which no recipe holds; None to draw on the trained one.
+    """
+
+    preview_model: Any = None
 
     def adding(self, node: str, values: dict[str, Any]) -> Options:
         """Return these options with a node's set inputs on top. The node nearest the trainer wins.
@@ -28,6 +35,7 @@ class Options(dict):
             SettingsError: the node has no such input, or a value is out of range.
         """
         merged = Options(self)
+        merged.preview_model = self.preview_model
         known = OPTIONS[node]
         for name, value in values.items():
             if name not in known:
@@ -52,9 +60,12 @@ class RecipeInputs:
 
     Attributes:
         learning_rate: 0 for the default of family, method and optimizer.
-        rank: ignored if the method has no rank.
+        rank: 0 for that of the adapter to start from; ignored if the method has no rank.
         resolution: 0 for the family's default.
         embedding_spec: the node's own embedding; None for the embedding of the pivotal options, if any.
+        preference_beta: 0 for no preference.
+        slider: the node's slider; None for none.
+        ranks: `rank`, `alpha` and `block_ranks` of the adapter to start from (`ranks_of`); empty without one.
     """
 
     method: str
@@ -66,7 +77,13 @@ class RecipeInputs:
     resolution: int
     trigger: str
     embedding_spec: EmbeddingSpec | None = None
+    preference_beta: float = 0.0
+    slider: SliderSpec | None = None
+    ranks: Mapping[str, Any] = field(default_factory=dict)
 
+
+# Default learning rate of a preference, as a factor on the method's usual one; 1e-5 for a LoRA, as in diffusers.
+PREFERENCE_RATE = 0.1
 
 # Fields of a recipe by those of an EmbeddingSpec.
 _EMBEDDING = {
@@ -91,17 +108,30 @@ def resolve(options: Options, family: Family, inputs: RecipeInputs) -> Recipe:
     _check_adapter_type(options, method)
     _check_text_encoder(options)
     fields = {
+        **(_ranks_of_start(inputs) if method.ranked and not inputs.rank else {}),
         **_option_fields(options),
         **_embedding_fields(options, inputs.embedding_spec),
         **_input_fields(inputs),
+        **({f"slider_{name}": value for name, value in vars(inputs.slider).items()} if inputs.slider else {}),
         "method": name,
-        "rank": inputs.rank if method.ranked else 0,
+        "rank": (inputs.rank or inputs.ranks["rank"]) if method.ranked else 0,
         "family": family.name,
         "objective": objective_of(options.values_of("objective")),
     }
     recipe = Recipe(**_with_defaults(fields, family, method, alone=inputs.embedding_spec is not None))
     check_recipe(recipe)
     return recipe
+
+
+def _ranks_of_start(inputs: RecipeInputs) -> Mapping[str, Any]:
+    """Return the ranks of the adapter to start from. Raise SettingsError if there is none, or if it has no rank."""
+    if not inputs.ranks:
+        raise SettingsError(
+            "rank is 0, which stands for the rank of the adapter to start from, and there is no adapter with a rank.",
+            "Set rank to at least 1, or connect an adapter.",
+            "rank",
+        )
+    return {name: RECIPE_OPTIONS[name].value_of(value) for name, value in inputs.ranks.items()}
 
 
 def _method_name(options: Options, inputs: RecipeInputs) -> str:
@@ -164,7 +194,7 @@ def _embedding_fields(options: Options, embedding: EmbeddingSpec | None) -> dict
 
 def _input_fields(inputs: RecipeInputs) -> dict[str, Any]:
     """Return the recipe's fields that the training node's own widgets and the dataset set."""
-    names = ("steps", "learning_rate", "batch_size", "seed", "resolution", "trigger")
+    names = ("steps", "learning_rate", "batch_size", "seed", "resolution", "trigger", "preference_beta")
     return _without_unset({name: getattr(inputs, name) for name in names}, "learning_rate", "resolution")
 
 
@@ -180,15 +210,55 @@ def _with_defaults(fields: dict[str, Any], family: Family, method: Method, alone
         alone: the node trains an embedding, and nothing else.
     """
     optimizer = fields.get("optimizer", RECIPE_OPTIONS["optimizer"].default)
-    rate = default_learning_rate(optimizer, EMBEDDING_RATE if alone else method.usual_rate(family))
+    usual = method.usual_rate(family) * (PREFERENCE_RATE if fields["preference_beta"] else 1)
+    rate = default_learning_rate(optimizer, EMBEDDING_RATE if alone else usual)
     embedding_rate = default_learning_rate(optimizer, EMBEDDING_RATE)
     if alone or finds_its_rate(optimizer):
         # One rate serves everything that is trained.
         embedding_rate = fields.get("learning_rate", rate)
     settled: dict[str, Any] = {}
     # `check_recipe` refuses an unknown optimizer.
-    usual = OPTIMIZERS.get(optimizer, OPTIMIZERS["AdamW"])
-    basis = Basis(family, method, usual, rate, embedding_rate, settled)
+    defaults = OPTIMIZERS.get(optimizer, OPTIMIZERS["AdamW"])
+    basis = Basis(family, method, defaults, rate, embedding_rate, settled)
     for name, declared in RECIPE_OPTIONS.items():
         settled[name] = fields[name] if name in fields else declared.default_of(basis)
     return settled
+
+
+def summarize(recipe: Recipe) -> str:
+    """Summarize the options of a recipe in one line."""
+    scale = METHODS[recipe.method].scale(recipe.rank, recipe.alpha)
+    strength = "" if scale is None else f"alpha {recipe.alpha:g} (effective scale {scale:g}), "
+    size = f"rank {recipe.rank}, {strength}on {recipe.targets}, " if recipe.rank else ""
+    if METHODS[recipe.method].in_backward:
+        size = f"on {recipe.targets} in {recipe.weight_dtype}, "
+    word = ""
+    if recipe.embedding_name:
+        start = f"{recipe.embedding_vectors} vectors from '{recipe.embedding_init}'"
+        word = f"embedding:{recipe.embedding_name} ({start}, learning rate {recipe.embedding_learning_rate:g}), "
+    return (
+        f"{recipe.method} for {recipe.family}, {recipe.optimizer}, "
+        f"learning rate {recipe.learning_rate:g} {recipe.schedule}, "
+        f"{size}{_summarize_text_encoder(recipe)}{word}{_summarize_preference(recipe)}{_summarize_slider(recipe)}"
+        f"batch {recipe.batch_size} x {recipe.accumulation}, resolution {recipe.resolution}, seed {recipe.seed}"
+        + "".join(f", {name} {value}" for name, value in recipe.objective.set_fields().items())
+    )
+
+
+def _summarize_text_encoder(recipe: Recipe) -> str:
+    if not recipe.text_encoder:
+        return ""
+    rank = f"rank {recipe.text_encoder_rank}, " if recipe.text_encoder_rank else ""
+    return f"text encoder too ({rank}learning rate {recipe.text_encoder_learning_rate:g}), "
+
+
+def _summarize_preference(recipe: Recipe) -> str:
+    return f"preference with beta {recipe.preference_beta:g}, " if recipe.preference_beta else ""
+
+
+def _summarize_slider(recipe: Recipe) -> str:
+    if not recipe.slider_strength:
+        return ""
+    prompts = "".join(f"'{positive}' - '{negative}' on '{on}', " for on, positive, negative in recipe.slider_prompts)
+    anchors = f"{len(recipe.slider_anchors)} anchors, " if recipe.slider_anchors else ""
+    return f"slider at strength {recipe.slider_strength:g}, {prompts}{anchors}"

@@ -8,22 +8,25 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from ..data.masks import check_masks
 from ..data.scan import check_captions
 from ..distributed.follower import follow, lead
 from ..errors import RunError
+from ..fingerprints import base_digest, embedded_digest
 from ..formats.adapter import Adapter, LazyAdapter, load_adapter
+from ..formats.metadata import source_of
 from ..methods import METHODS, textual_inversion
 from ..optimizers import OPTIMIZERS
 from ..preprocessing.prepare import Prepared, prepare
-from ..protocols import base_digest, embedded_digest
 from ..runs import earlier, tensorboard
 from ..runs.checkpoint import State
 from ..runs.folders import Products
+from ..runs.reports import report_damaged
 from ..runs.run import PAUSED, STOPPED, Run
 from ..runs.saves import SAVES_IN_FOLDER
+from ..steps.plan import Plan
 from .export import Exporter
-from .plan import Plan
-from .summary import summarize
+from .resolve import summarize
 from .trainable_modules import TrainableModules
 
 if TYPE_CHECKING:
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
     from ..protocols import Host
     from ..recipe.recipe import Recipe
     from ..runs.folders import Folders
+    from ..runs.loss_by_picture import LossByPicture
     from ..runs.loss_by_timestep import LossByTimestep
 
 log = logging.getLogger(__name__)
@@ -45,7 +49,7 @@ class Result:
         adapter: with the host's key names; None if no weight of the model was trained.
         embedding: None if no embedding was trained.
         losses: one per step.
-        loss_by_timestep: the loss per timestep bucket.
+        loss_by_timestep, loss_by_picture: the loss per timestep bucket, and that of each picture.
         run: the run on disk.
         resumed_from: the step from which training resumed; equal to `step` if the run was already finished.
         step: the last step; below the recipe's `steps` if the user stopped the run.
@@ -56,6 +60,7 @@ class Result:
     embedding: Embedding | None
     losses: list[float]
     loss_by_timestep: LossByTimestep
+    loss_by_picture: LossByPicture
     run: Run
     resumed_from: int
     step: int
@@ -68,16 +73,16 @@ class Task:
 
     Attributes:
         dataset: with the embedding's placeholder inserted into the captions, if an embedding is trained.
-        start: the adapter to start from; None for none.
+        start: the adapter or embedding to start from; None for none.
         identity: hash that names the run.
         earlier: the identity that earlier versions gave the run; empty if their runs belong to another base.
         embedded: hash of the embedding files that the captions use; empty if they use none.
         label: name of the run's folder if the user gave none.
-        made_from: the dataset's name, and digests of the dataset and the base, to tell runs apart.
+        made_from: names of the dataset and of what it starts from, and digests, to tell runs apart.
     """
 
     dataset: Dataset
-    start: Adapter | None
+    start: Adapter | Embedding | None
     identity: str
     earlier: str
     embedded: str
@@ -92,28 +97,30 @@ def task_of(recipe: Recipe, dataset: Dataset, host: Host, folders: Folders) -> T
         GraftError: they do not fit. The error names the input and the cure.
     """
     if recipe.embedding_name:
-        textual_inversion.check_word(recipe, host.text)
+        textual_inversion.check_word(recipe, host.text, host.start)
         dataset = textual_inversion.insert_placeholder(dataset, recipe.embedding_name, recipe.embedding_templates)
     method = METHODS[recipe.method]
     if not method.trains_model:
         textual_inversion.refuse_preservation(dataset)
-    check_captions(dataset)
+    check_captions(dataset, recipe.live_text)
     recipe.objective.check(host.denoiser.parameterization)
-    start = load_adapter(folders.adapter_of(recipe.start_from)) if recipe.start_from else None
+    check_masks(dataset, recipe.objective.masked_prior_weight)
+    name = recipe.start_from
+    start = load_adapter(folders.adapter_of(name)) if name and host.start is None else host.start
     pictures, embedded = dataset.fingerprint(), _embedded(recipe, dataset, host)
     base, earlier_base = earlier.base_digests(host, start)
     may_be_ours = earlier.claim(folders.runs, earlier_base, base)
     if embedded:
         base = base_digest(base, f"embeddings {embedded}")
-    label = dataset.name if method.trains_model else recipe.embedding_name
-    made_from = {"dataset": dataset.name, "dataset_digest": pictures, "base_digest": base}
+    source = {} if start is None else {"start": source_of(start.metadata)}
+    made_from = {"dataset": dataset.name, "dataset_digest": pictures, "base_digest": base, **source}
     return Task(
         dataset=dataset,
         start=start,
         identity=recipe.identity(pictures, base),
         earlier=recipe.identity(pictures, earlier_base) if may_be_ours else "",
         embedded=embedded,
-        label=label,
+        label=dataset.name if method.trains_model else recipe.embedding_name,
         made_from=made_from,
     )
 
@@ -125,7 +132,7 @@ def _embedded(recipe: Recipe, dataset: Dataset, host: Host) -> str:
     texts = dict.fromkeys(text for example in examples for text in (*example.captions, example.trigger))
     # The trained embedding is not a file, even if an earlier training has left a file of its name.
     own = (recipe.embedding_name,) if recipe.embedding_name else ()
-    used = embedded_digest(host.text, (*texts, *class_prompts), own)
+    used = embedded_digest(host.text, (*texts, *class_prompts, *recipe.slider_texts), own)
     start = embedded_digest(host.text, (recipe.embedding_init,)) if recipe.embedding_name else ""
     return f"{used} from {start}" if start else used
 
@@ -231,16 +238,8 @@ class _Session:
 def _run(session: _Session, state: State, finished: bool) -> Result:
     """Train the session's run from a state, or export it if it is finished."""
     recipe, run = session.recipe, session.run
-    session.host.report(
-        "run",
-        {
-            "name": run.name,
-            "folder": run.folder,
-            "step": state.step,
-            "steps": recipe.steps,
-            "settings": recipe.as_json(),
-        },
-    )
+    progress = {"name": run.name, "folder": run.folder, "step": state.step, "steps": recipe.steps}
+    session.host.report("run", {**progress, "settings": recipe.as_json()})
     if finished:
         log.info("Graft: run %s is already finished at step %d.", run.name, state.step)
         return _export_finished(session, state)
@@ -258,14 +257,16 @@ def _train(session: _Session, state: State) -> Result:
     resumed_from = state.step
     prepared = prepare(session.task.dataset, recipe, host, session.folders)
     host.report_phase("loading")
-    with session.modules.training(recipe.offload == "on" or session.is_sharded):
+    with session.modules.training(recipe.offload == "on" or session.is_sharded, prepared.training[: not state.step]):
+        session.modules.compile()
         block_count = session.modules.checkpoint()
         plan = _make_plan(session, prepared, state.step)
+        # Before a run that starts over is cleared.
+        check_keys(plan, host)
         _write_run(session, plan, state.step, _facts(session, prepared, block_count))
         _place_weights(session, plan)
         if state.step == 0:
             check_gradients(plan, host)
-        check_keys(plan, host)
         writes_events = recipe.tensorboard == "on" and host.group.is_main
         with tensorboard.writing(run, state.step) if writes_events else nullcontext():
             state = train(plan, run, host, state)
@@ -277,7 +278,7 @@ def _check_packages(session: _Session) -> None:
     """Fail on a missing package before anything is encoded."""
     from ..distributed.fsdp import check_shards
 
-    OPTIMIZERS[session.recipe.optimizer].load()
+    OPTIMIZERS[session.recipe.optimizer].load(session.recipe)
     if session.is_sharded:
         check_shards()
     if session.recipe.tensorboard == "on":
@@ -285,38 +286,39 @@ def _check_packages(session: _Session) -> None:
 
 
 def _make_plan(session: _Session, prepared: Prepared, step: int) -> Plan:
-    """Add the trainables to the models, and return the loop's plan. At step 0 load the adapter to start from."""
-    modules, start = session.modules, session.task.start
+    """Add the trainables to the models, and return the loop's plan. At step 0 load the values to start from."""
+    modules, start, method = session.modules, session.task.start, METHODS[session.recipe.method]
     trainables = modules.inject()
     constants = modules.constants()
-    if start is not None and step == 0:
+    if start is not None and step == 0 and method.trains_model:
         modules.start(trainables, start)
     plan = Plan(
         recipe=session.recipe,
         train=prepared.training,
         validation=prepared.validation,
+        previews=prepared.previews,
         trainables=trainables,
         export=session.export,
         groups=modules.groups(trainables),
         switched_off=modules.switched_off,
+        scaled=modules.scaled,
         constants=constants,
-        in_backward=METHODS[session.recipe.method].in_backward,
+        in_backward=method.in_backward,
     )
-    return plan.with_embedding(session.host) if session.recipe.embedding_name else plan
+    return plan.with_embedding(session.host, None if method.trains_model else start)
 
 
 def _facts(session: _Session, prepared: Prepared, block_count: int) -> dict[str, Any]:
     """Return the facts of the run's record, JSON-serializable."""
-    facts = {
+    count = session.host.group.world_size
+    return {
         "layers": session.modules.layers,
         "checkpointed_blocks": block_count,
         **prepared.counts(),
         **prepared.facts,
         "made_from": session.task.made_from,
+        **({"processes": count} if count > 1 else {}),
     }
-    if session.host.group.world_size > 1:
-        facts["processes"] = session.host.group.world_size
-    return facts
 
 
 def _write_run(session: _Session, plan: Plan, step: int, facts: dict[str, Any]) -> None:
@@ -333,16 +335,8 @@ def _write_run(session: _Session, plan: Plan, step: int, facts: dict[str, Any]) 
     if session.host.graph is not None:
         run.write_graph(session.host.graph)
     run.forget_after(step)
-    _report_damaged(run, session.host, step)
+    report_damaged(run, session.host, step)
     run.forget_halt()
-
-
-def _report_damaged(run: Run, host: Host, step: int) -> None:
-    """Report the damaged saved states that were skipped to find the one to resume from."""
-    for row in run.damaged:
-        run.log({"event": "damaged state", "step": step, **row})
-    if run.damaged:
-        host.report("damaged state", {"step": step, "states": [row["state"] for row in run.damaged]})
 
 
 def _place_weights(session: _Session, plan: Plan) -> None:
@@ -388,6 +382,7 @@ def _result(session: _Session, state: State, resumed_from: int, left_out: tuple[
         embedding=products.embedding,
         losses=state.losses,
         loss_by_timestep=state.loss_by_timestep,
+        loss_by_picture=state.loss_by_picture,
         run=session.run,
         resumed_from=resumed_from,
         step=state.step,

@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import OutOfMemory
+from ..memory.transfer import copies_in_queue
 from ..optimizers.groups import parameter_groups
 from ..optimizers.per_parameter import PerParameterOptimizer
 from ..optimizers.registry import OPTIMIZERS
 from ..optimizers.state import restore_optimizer, state_of
+from ..steps.pending_step import PendingNumbers, StepLosses
 
 if TYPE_CHECKING:
     from ..protocols import Host
-    from .plan import Plan
+    from ..steps.plan import Plan
 
 # Mean size of a trainable up to which one CPU thread is fastest: it is done before a second thread wakes up.
 _SMALL = 1 << 16
@@ -38,6 +40,8 @@ class ParameterUpdater:
         step_in_progress: some trainables are updated by a step that is not done. They must not be saved then.
         optimizer: a torch optimizer, or a `PerParameterOptimizer`.
         in_backward: updates happen within the backward.
+        masks: the device itself skips an update whose loss or gradient is not finite or whose loss spikes, so that the
+            host may read them later.
     """
 
     def __init__(self, plan: Plan, host: Host):
@@ -47,6 +51,8 @@ class ParameterUpdater:
         self._limit = recipe.max_grad_norm
         self._trainables = plan.trainables
         self._parameters = list(plan.trainables.values())
+        numbers = sum(parameter.numel() for parameter in self._parameters)
+        self._are_small = numbers <= _SMALL * len(self._parameters)
         self._scaler = _loss_scaler(host)
         # With several processes, the gradient is known only after the all-reduce.
         alone = host.group.world_size == 1
@@ -58,12 +64,20 @@ class ParameterUpdater:
             self.optimizer = PerParameterOptimizer(kind, groups, names, recipe)
         else:
             self.optimizer = kind.make(groups, recipe)
+        self.masks = self._can_mask(host)
         self._norms: dict[torch.nn.Parameter, torch.Tensor] = {}
         self._highest = math.inf
         self._rests = False
         self._hooks = []
         if self.in_backward:
-            self._hooks = [one.register_post_accumulate_grad_hook(self._move) for one in self._parameters]
+            self._hooks = [parameter.register_post_accumulate_grad_hook(self._move) for parameter in self._parameters]
+
+    def _can_mask(self, host: Host) -> bool:
+        """Report whether the optimizer takes a mask (torch's fused ones do), all on one device that can read later."""
+        device = host.denoiser.device
+        is_there = all(parameter.device == device for parameter in self._parameters)
+        takes_mask = getattr(self.optimizer, "_step_supports_amp_scaling", False)
+        return takes_mask and is_there and host.group.world_size == 1 and copies_in_queue(device)
 
     def begin(self, step: int, highest: float = math.inf) -> None:
         """Start a step, before its backward. A loss above `highest` updates nothing."""
@@ -98,31 +112,61 @@ class ParameterUpdater:
         for parameter in self._parameters:
             parameter.grad = None
 
-    def norm(self) -> float:
-        """Return the norm of the whole gradient, and clip the gradient to the recipe's `max_grad_norm` (0: no clip)."""
+    def clip_gradients(self, losses: StepLosses, limit: float) -> PendingNumbers:
+        """Clip the gradients to the recipe's `max_grad_norm` (0: no clip). Return the step's numbers.
+
+        Args:
+            limit: a loss above it is a spike.
+        """
+        # With fp16 loss scaling, an infinite gradient is normal: the scaler skips the step and lowers its factor.
+        return PendingNumbers(losses, self._clip(), limit, self.masks, self._scaler.is_enabled())
+
+    def _clip(self) -> torch.Tensor:
+        """Return the norm of the gradient, or the norms of its parts if they were used within the backward."""
         if self.in_backward:
-            parts = [self._norms[one] for one in self._parameters if one in self._norms]
-            return float(torch.stack([part.cpu() for part in parts]).double().norm()) if parts else 0.0
+            parts = [self._norms[parameter] for parameter in self._parameters if parameter in self._norms]
+            return torch.stack([part.to(parts[0].device) for part in parts]) if parts else torch.zeros(0)
         self._scaler.unscale_(self.optimizer)
         limit = self._limit if self._limit > 0 else math.inf
-        return float(torch.nn.utils.clip_grad_norm_(self._parameters, limit))
+        return torch.nn.utils.clip_grad_norm_(self._parameters, limit).reshape(1)
 
-    def should_abort(self, loss: float, norm: float) -> bool:
-        """Report whether training must end, because the loss or the gradient norm is not finite.
+    def skip(self) -> None:
+        """Discard the gradients of a step that updates nothing."""
+        if self._scaler.is_enabled():
+            # Otherwise it would refuse to unscale the next step's gradients.
+            self._scaler._per_optimizer_states.clear()
+        self.discard_gradients()
 
-        With fp16 loss scaling, an infinite gradient is normal: the scaler skips the step and lowers its factor.
+    def step(self, skip: torch.Tensor | None = None) -> None:
+        """Update all trainables that were not updated within the backward. The step is in progress until `done`.
+
+        Args:
+            skip: 1.0 on the device to leave trainables, optimizer and loss scaler as they are; see `masks`.
         """
-        return not (math.isfinite(loss) and (math.isfinite(norm) or self._scaler.is_enabled()))
-
-    def step(self) -> None:
-        """Update all trainables that were not updated within the backward. The step is in progress until `done`."""
         self.step_in_progress = True
         if self.in_backward:
             return
-        self._scaler.step(self.optimizer)
-        self._scaler.update()
+        if skip is None:
+            self._scaler.step(self.optimizer)
+            self._scaler.update()
+        elif self._scaler.is_enabled():
+            self._scaled_step(skip)
+        else:
+            self.optimizer.found_inf = skip
+            self.optimizer.step()
         for parameter in self._parameters:
             parameter.grad = None
+
+    def _scaled_step(self, skip: torch.Tensor) -> None:
+        scaler = self._scaler
+        for found_inf in scaler._found_inf_per_device(self.optimizer).values():
+            found_inf.copy_(torch.maximum(found_inf, skip))
+        state = scaler._scale, scaler._growth_tracker
+        before = [value.clone() for value in state]
+        scaler.step(self.optimizer)
+        scaler.update()
+        for value, old in zip(state, before, strict=True):
+            value.copy_(torch.where(skip.bool(), old, value))
 
     def done(self) -> None:
         """Mark the step as done. Call it after everything else that belongs to the step, such as the EMA update."""
@@ -135,10 +179,10 @@ class ParameterUpdater:
 
     def state_of(self) -> tuple[dict[int, dict[str, Any]], list[dict[str, Any]], dict[str, float]]:
         """Return the state of the optimizer's parameters by index, of its groups, and of the loss scaler."""
-        found = (
+        state = (
             self.optimizer.state_of() if isinstance(self.optimizer, PerParameterOptimizer) else state_of(self.optimizer)
         )
-        return *found, dict(self._scaler.state_dict())
+        return *state, dict(self._scaler.state_dict())
 
     def restore(self, slots: dict[int, dict[str, Any]], groups: list[dict[str, Any]], scaler: dict[str, float]) -> None:
         """Restore what `state_of` returned."""
@@ -153,8 +197,7 @@ class ParameterUpdater:
     def small_work(self, device: torch.device) -> Iterator[None]:
         """Use one CPU thread in the block if the trainables are on average small, as those of an adapter are."""
         threads = torch.get_num_threads()
-        numbers = sum(parameter.numel() for parameter in self._parameters)
-        if device.type != "cpu" or threads == 1 or numbers > _SMALL * len(self._parameters):
+        if device.type != "cpu" or threads == 1 or not self._are_small:
             yield
             return
         torch.set_num_threads(1)

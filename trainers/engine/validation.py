@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import SettingsError
+from ..families import TARGET_PRESETS, family_of
 from ..methods import ADAPTERS, METHODS, textual_inversion
 from ..optimizers import OPTIMIZERS, SCHEDULES
-from ..recipe.options import OPTIONS, RECIPE_OPTIONS
+from ..recipe.options import AS_IT_IS, OPTIONS, RECIPE_OPTIONS, TEXT_ALONE
 
 if TYPE_CHECKING:
     from ..option import Option
@@ -49,13 +50,21 @@ def check_recipe(recipe: Recipe) -> None:
         if declared.check is not None:
             declared.check(getattr(recipe, declared.name))
     OPTIMIZERS[recipe.optimizer].check(recipe)
+    OPTIMIZERS[recipe.optimizer].check_arguments(recipe)
     for declared in RECIPE_OPTIONS.values():
         _check_effect(recipe, declared)
     _check_patterns(recipe)
+    _check_preset(recipe)
     _check_spikes(recipe)
+    _check_schedule(recipe)
     METHODS[recipe.method].check(recipe)
     _check_precision(recipe)
     _check_shard(recipe)
+    _check_base_dtype(recipe)
+    _check_prompt_node(recipe)
+    _check_preference(recipe)
+    _check_slider(recipe)
+    _check_objective(recipe)
 
 
 def _is_used(recipe: Recipe, declared: Option) -> bool:
@@ -81,7 +90,7 @@ def _check_effect(recipe: Recipe, declared: Option) -> None:
     if getattr(recipe, other) not in choices:
         raise SettingsError(
             f"{field} is set, but {other} is {getattr(recipe, other)}: it would have no effect.",
-            f"In Graft Optimizer Options set {other} to {' or '.join(choices)}, or leave {field} unset.",
+            f"In Graft {declared.node.title()} Options set {other} to {' or '.join(choices)}, or leave {field} unset.",
             field,
         )
 
@@ -95,12 +104,128 @@ def _check_patterns(recipe: Recipe) -> None:
         )
 
 
+def _check_preset(recipe: Recipe) -> None:
+    presets = family_of(recipe.family).presets
+    if recipe.targets in TARGET_PRESETS and recipe.targets not in presets:
+        known = f"{', '.join(presets)}, or " if presets else ""
+        raise SettingsError(
+            f"targets is '{recipe.targets}', but Graft knows no such layers in {recipe.family} models.",
+            f"In Graft Adapter Options choose {known}attention, or name layers with target_patterns.",
+            "targets",
+        )
+
+
 def _check_spikes(recipe: Recipe) -> None:
     if 0 < recipe.loss_spike_factor <= 1:
         raise SettingsError(
             f"loss_spike_factor is {recipe.loss_spike_factor:g}: it would skip ordinary steps too.",
             "Set it above 1, such as 10, or to 0 for none.",
             "loss_spike_factor",
+        )
+
+
+def _check_prompt_node(recipe: Recipe) -> None:
+    if recipe.prompt_node != TEXT_ALONE and recipe.live_text:
+        raise SettingsError(
+            f"prompt_node is {recipe.prompt_node}, but this training changes the text encoder or an embedding: Graft "
+            "can encode pictures only once, before the first step.",
+            "Leave prompt_node in Graft Run Options unset, or train neither text encoder nor embedding.",
+            "prompt_node",
+        )
+
+
+def _check_preference(recipe: Recipe) -> None:
+    if not recipe.preference_beta:
+        return
+    for name in ("weighting", "loss", "masked_prior_weight"):
+        if name in recipe.objective.set_fields():
+            raise SettingsError(
+                f"{name} is {getattr(recipe.objective, name)}, but a preference has a loss of its own.",
+                f"Leave {name} in Graft Objective Options unset.",
+                name,
+            )
+    if recipe.embedding_name:
+        raise SettingsError(
+            "A preference compares with the frozen base, which does not know the embedding of Graft Pivotal Options.",
+            "Remove Graft Pivotal Options from the options.",
+            "options",
+        )
+
+
+def _check_slider(recipe: Recipe) -> None:
+    if not recipe.slider_strength:
+        return
+    if not METHODS[recipe.method].is_linear:
+        raise SettingsError(
+            f"The effect of {recipe.method} is not proportional to its strength, so a slider cannot use it.",
+            f"In Graft Adapter Options set type to {', '.join(name for name in ADAPTERS if METHODS[name].is_linear)}.",
+            "options",
+        )
+    if recipe.embedding_name:
+        raise SettingsError(
+            "Graft Pivotal Options add an embedding, which has no strength to slide.",
+            "Remove them from this node's options.",
+            "options",
+        )
+    # From prompts, the base draws what the network sees.
+    for name in ("masked_prior_weight", *(("input_perturbation",) if recipe.slider_prompts else ())):
+        if name in recipe.objective.set_fields():
+            raise SettingsError(
+                f"{name} is set, but a slider does not use it.",
+                f"Leave {name} in Graft Objective Options unset.",
+                name,
+            )
+    if recipe.validation_fraction and len(recipe.slider_anchors) > 1:
+        raise SettingsError(
+            "validation_fraction is set, but a slider repeats its pictures for each anchor: they cannot be held out.",
+            "Leave validation_fraction in Graft Run Options unset, or write one anchor.",
+            "validation_fraction",
+        )
+    if not recipe.slider_prompts:
+        return
+    if recipe.prompt_node != TEXT_ALONE:
+        raise SettingsError(
+            f"prompt_node is {recipe.prompt_node}, but a slider without pictures has none to show to it.",
+            "Leave prompt_node in Graft Run Options unset.",
+            "options",
+        )
+    if recipe.validation_fraction or recipe.keep_best == "on" or recipe.stop_when != "off":
+        raise SettingsError(
+            "validation_fraction, keep_best or stop_when is set, but there are no pictures to measure a validation "
+            "loss with.",
+            "Leave all three in Graft Run Options unset.",
+            "options",
+        )
+
+
+def _check_objective(recipe: Recipe) -> None:
+    if recipe.objective.stratified == "on" and recipe.batch_size == 1:
+        raise SettingsError(
+            "stratified is on, but batch_size is 1: it would have no effect.",
+            "Leave stratified in Graft Objective Options unset"
+            + ("." if recipe.slider_strength else ", or raise batch_size."),
+            "stratified",
+        )
+    if recipe.objective.masked_prior_weight and not METHODS[recipe.method].trains_model:
+        raise SettingsError(
+            "masked_prior_weight is set, but training an embedding alone changes no weights.",
+            "Leave masked_prior_weight in Graft Objective Options unset.",
+            "masked_prior_weight",
+        )
+
+
+def _check_schedule(recipe: Recipe) -> None:
+    if recipe.schedule == "points" and not recipe.schedule_points:
+        raise SettingsError(
+            "schedule is 'points', but schedule_points is empty.",
+            "In Graft Optimizer Options write points, such as 0:1, 500:0.5, 1000:0.1, or choose another schedule.",
+            "schedule_points",
+        )
+    if recipe.warmup_ratio and recipe.warmup_steps:
+        raise SettingsError(
+            f"warmup_steps is {recipe.warmup_steps} and warmup_ratio is {recipe.warmup_ratio:g}: both set the warm-up.",
+            "In Graft Optimizer Options leave one of them unset.",
+            "warmup_ratio",
         )
 
 
@@ -118,6 +243,16 @@ def _check_shard(recipe: Recipe) -> None:
             "shard and offload are both on, but Graft can only do one of them with frozen weights.",
             "Set one of them in Graft Memory Options to off.",
             "options",
+        )
+
+
+def _check_base_dtype(recipe: Recipe) -> None:
+    if recipe.base_dtype != AS_IT_IS and METHODS[recipe.method].in_backward:
+        raise SettingsError(
+            f"base_dtype is {recipe.base_dtype}, but this node trains all weights, and quantized ones have no "
+            "gradient.",
+            "Leave base_dtype in Graft Memory Options unset, or train a LoRA.",
+            "base_dtype",
         )
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError
+from ..formats.keys import ALPHA, BIAS, DORA, DOWN, UP, common_place, layer_keys, layouts, type_of
 from ..formats.kohya import own
+from ..formats.network import has_host_magnitudes
+from ..formats.peft_config import starts_at_weight
 from ..formats.peft_format import PeftAdapter
 from .patterns import rank_of
 from .targets import Layer, alpha_of, parse_name
@@ -18,6 +22,10 @@ if TYPE_CHECKING:
     from ..formats.adapter import Adapter
     from ..recipe.recipe import Recipe
     from .peft_method import PeftMethod
+
+
+APPLY = "Apply it with Graft Apply Adapter before the training node instead."
+_RANKS = "Use the rank and block_ranks it was trained with. A LoRA fits into larger ones, too."
 
 
 class StartValues:
@@ -39,7 +47,19 @@ class StartValues:
     ):
         made_by = adapter.made_by()
         if made_by is not None and not _has_same_files(method, made_by):
-            raise _mismatch(f"has the type {made_by}, but this run trains {method.name}", f"Choose the type {made_by}.")
+            raise mismatch(f"has the type {made_by}, but this run trains {method.name}", f"Choose the type {made_by}.")
+        if adapter.native is None and any(name.startswith("base_model.model.") for name in adapter):
+            raise mismatch(
+                "has peft's names, but no configuration, which holds its alpha",
+                "Put the adapter_config.json that belongs to it into the same folder.",
+            )
+        if adapter.native is not None and starts_at_weight(adapter.native.config):
+            raise mismatch(
+                f"starts at a part of the model's weights (init_lora_weights is "
+                f"{adapter.native.config['init_lora_weights']!r})",
+                "Turn it into a LoRA of twice its rank first, with Graft Resize Adapter and the model. Save that, and "
+                "start from it.",
+            )
         self._method = method
         self._adapter = adapter
         self._recipe = recipe
@@ -56,13 +76,11 @@ class StartValues:
         values, used = self._values(trainables, module)
         with torch.no_grad():
             for name, parameter in trainables.items():
-                if values[name].shape != parameter.shape:
-                    raise _mismatch(
-                        f"has the shape {tuple(values[name].shape)} for {parse_name(name).path}, but this run has "
-                        f"{tuple(parameter.shape)}",
-                        "Use the rank and block_ranks it was trained with.",
-                    )
-                parameter.copy_(values[name])
+                value = values[name]
+                if value.shape[:1] != parameter.shape[:1] or value.numel() != parameter.numel():
+                    raise _misshapen(name, value.shape, parameter.shape, self._recipe)
+                # Files hold a linear layer and a 1x1 convolution in either form.
+                parameter.copy_(value.view(parameter.shape))
         return used
 
     def _values(self, trainables: dict[str, Any], module: nn.Module) -> tuple[dict[str, torch.Tensor], set[str]]:
@@ -73,44 +91,97 @@ class StartValues:
         for name in trainables:
             by_path.setdefault(parse_name(name).path, []).append(name)
         for path in sorted(by_path):
-            place, tensors = self._tensors_of(path)
-            used |= {f"{place}.{end}" for end in tensors}
-            layer = self._rescaled(path, *self._layer_values(place, tensors))
-            layer = self._method.load_layer(layer, module.get_submodule(path))
-            values.update({name: layer.get(parse_name(name).stem) for name in by_path[path]})
+            place, tensors, keys = self._tensors_of(path)
+            used |= keys
+            adapted = module.get_submodule(path)
+            layer = self._rescaled(path, *self._layer_values(path, place, tensors, adapted))
+            layer = self._method.load_layer(layer, adapted)
+            stems = {name: parse_name(name).stem for name in by_path[path]}
+            values.update({name: layer.get(stem) for name, stem in stems.items()})
+            extra = layer.keys() - set(stems.values())
+            if extra:
+                raise mismatch(
+                    f"has {min(extra)} for {path}, for which this run has {', '.join(sorted(stems.values()))}",
+                    _RANKS,
+                )
         missing = [name for name, value in values.items() if value is None]
         if missing:
-            raise _mismatch(f"lacks {missing[0]}", "Use the targets it was trained with.")
+            raise mismatch(f"lacks {missing[0]}", "Use the targets it was trained with.")
         return values, used
 
-    def _tensors_of(self, path: str) -> tuple[str | None, dict[str, torch.Tensor]]:
-        """Return a layer's name in the file and its tensors there."""
-        name_of, published_name = self._names
+    def _tensors_of(self, path: str) -> tuple[str | None, dict[str, torch.Tensor], set[str]]:
+        """Return a layer's name in the file, its tensors by kohya's or peft's names, and their keys in the file."""
+        published_name = self._names[1]
         native = self._adapter.native
         if native is None:
-            place, tensors = name_of(path), self._adapter
-        else:
-            place, tensors = published_name(path) if native.published else path, native.tensors
+            keys = next((self._keys[place] for place in host_places(path, self._names) if place in self._keys), None)
+            if keys is None:
+                raise self._lacking(path)
+            return None, {end: self._adapter[key] for end, key in keys.items()}, set(keys.values())
+        place = published_name(path) if native.published else path
         start = f"{place}."
-        selected = {key[len(start) :]: value for key, value in tensors.items() if key.startswith(start)}
+        selected = {key[len(start) :]: value for key, value in native.tensors.items() if key.startswith(start)}
         if not selected:
-            raise _mismatch(f"has no tensors for {path}", "Use the targets it was trained with.")
-        return place, selected
+            raise self._lacking(path)
+        return place, selected, {start + end for end in selected}
+
+    @functools.cached_property
+    def _keys(self) -> dict[tuple[str, str], dict[str, str]]:
+        """Keys of the file by (network, path with underscores) of their layer and by kohya's suffix."""
+        return {common_place(name): keys for name, keys in layer_keys(self._adapter)[0].items()}
+
+    def _lacking(self, path: str) -> ModelError:
+        first = min(self._adapter, default="") if self._adapter.native is None else ""
+        kinds = layouts(layer_keys(self._adapter)[0]) if first else {"peft's"}
+        if first and not kinds:
+            return mismatch(
+                f"names its layers in a way that Graft does not know, such as {first[:200]}",
+                "Choose another adapter, or apply this one with Graft Apply Adapter before the training node.",
+            )
+        return mismatch(f"has no tensors for {path}", "Use the targets it was trained with.")
 
     def _layer_values(
-        self, place: str | None, tensors: dict[str, torch.Tensor]
+        self, path: str, place: str | None, tensors: dict[str, torch.Tensor], adapted: nn.Module
     ) -> tuple[dict[str, torch.Tensor], float | None]:
         """Return a layer's tensors by peft's names for them, and their scale."""
         native = self._adapter.native
+        if "lora_B.bias" in tensors or {UP, BIAS} <= tensors.keys() <= {UP, DOWN, BIAS, ALPHA}:
+            raise mismatch(
+                f"changes the bias of {self._method.name} layers, which this run cannot train",
+                APPLY,
+            )
         if native is not None:
-            return {end.removesuffix(".weight"): tensor for end, tensor in tensors.items()}, native.scales.get(place)
-        values = self._method.values_of_host(tensors)
+            values = {end.removesuffix(".weight"): tensor for end, tensor in tensors.items()}
+            return self._method.values_of_peft(values, native.config, adapted), native.scales.get(place)
+        if "oft_blocks" in tensors:
+            raise mismatch(
+                f"rotates the outputs of layers, as LyCORIS does, and {self._method.name} here rotates their inputs",
+                APPLY,
+            )
+        is_readable = DORA not in tensors or not has_host_magnitudes(self._adapter)
+        values = self._method.values_of_host(tensors) if is_readable else None
         if values is None:
-            raise _mismatch(
-                f"does not have the tensors that {self._method.name} trains",
+            raise self._unlike(path, tensors)
+        return values
+
+    def _unlike(self, path: str, tensors: dict[str, torch.Tensor]) -> ModelError:
+        """Return the error about a layer of another type."""
+        from . import METHODS
+
+        own, kind = self._method.name, type_of(tensors)
+        if self._adapter.made_by() == own:
+            return mismatch(
+                f"does not have the tensors that {own} trains",
                 "Start from the peft folder that Graft Save Adapter writes.",
             )
-        return values
+        ends = ", ".join(sorted(tensors.keys() - {ALPHA}))
+        fits_other = kind in METHODS and METHODS[kind].values_of_host(tensors) is not None
+        choice = f"Choose the type {kind}. Or a" if fits_other else "A"
+        return mismatch(
+            f"has the tensors {ends} for {path}, which {own} does not train",
+            f"{choice}pply it with Graft Apply Adapter before the training node, or turn it into a LoRA with Graft "
+            "Resize Adapter and its model.",
+        )
 
     def _rescaled(
         self, path: str, values: dict[str, torch.Tensor], file_scale: float | None
@@ -124,6 +195,14 @@ class StartValues:
         return {**values, param: values[param] * (file_scale / scale)}
 
 
+def host_places(path: str, names: tuple[Callable[[str], str], Callable[[str], str | None]]) -> list[tuple[str, str]]:
+    """Return all places of a layer in files with the host's names, as `common_place` returns them."""
+    name_of, published_name = names
+    network, own = common_place(name_of(path))
+    published = published_name(path) or path
+    return [(network, name) for name in dict.fromkeys((own, path.replace(".", "_"), published.replace(".", "_")))]
+
+
 def _has_same_files(method: PeftMethod, other: str) -> bool:
     """Return True if a file of another type also fits this type: the two differ only in their default targets."""
     from . import METHODS
@@ -133,8 +212,26 @@ def _has_same_files(method: PeftMethod, other: str) -> bool:
     return all(getattr(kind, hook, None) is getattr(type(method), hook) for hook in hooks)
 
 
-def _mismatch(problem: str, cure: str) -> ModelError:
+def mismatch(problem: str, cure: str) -> ModelError:
+    """Return the error about an adapter that a run cannot start from."""
     return ModelError(f"The adapter to start from {problem}.", cure, "start_from")
+
+
+def _misshapen(name: str, given: torch.Size, own: torch.Size, recipe: Recipe) -> ModelError:
+    """Return the error about a tensor of another shape, which names the ranks if only they differ."""
+    path = parse_name(name).path
+    differing = [(size, other) for size, other in zip(given, own, strict=False) if size != other]
+    if len(given) == len(own) and [other for _, other in differing] == [rank_of(path, recipe)]:
+        rank = differing[0][0]
+        return mismatch(
+            f"has rank {rank} in {path}, but this run has rank {rank_of(path, recipe)}",
+            f"Use the rank and block_ranks it was trained with: set rank to {rank}, or to 0, which takes the "
+            "adapter's. Or change its rank with Graft Resize Adapter.",
+        )
+    return mismatch(
+        f"has the shape {tuple(given)} for {path}, but this run has {tuple(own)}",
+        "Use an adapter that was trained on this model, with the rank and block_ranks it was trained with.",
+    )
 
 
 def list_layers(

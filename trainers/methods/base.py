@@ -32,7 +32,8 @@ class Method:
         max_grad_norm, ema_decay: defaults if the user sets none.
         in_backward: whether all gradients together would take much memory. If so, the optimizer updates each parameter
             as soon as its gradient is ready, wherever that gives the same result.
-        network: (`ss_network_module`, `ss_network_args`) of kohya's metadata.
+        is_linear: whether the difference is proportional to the strength at which an adapter is applied, and its layers
+            can scale it, see `scaled`.
     """
 
     name: str
@@ -43,7 +44,7 @@ class Method:
     max_grad_norm = 1.0
     ema_decay = 0.0
     in_backward = False
-    network: tuple[str, dict[str, str]] = ("networks.lora", {})
+    is_linear = False
 
     def check(self, recipe: Recipe) -> None:
         """Raise SettingsError if the recipe sets an option that this method does not have."""
@@ -106,6 +107,29 @@ class Method:
         finally:
             for layer, off in zip(layers, before, strict=True):
                 layer._disable_adapters = off
+
+    @contextmanager
+    def scaled(self, module: nn.Module, factor: float) -> Iterator[None]:
+        """Multiply the difference of the module that `inject` changed by a factor within the block.
+
+        Use it only if `is_linear` is set. The backward must run within the block too: checkpointed blocks are
+        recomputed there.
+        """
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        layers = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
+        before = [layer.scaling["default"] for layer in layers]
+        try:
+            for layer, scale in zip(layers, before, strict=True):
+                self.set_scale(layer, scale * factor)
+            yield
+        finally:
+            for layer, scale in zip(layers, before, strict=True):
+                self.set_scale(layer, scale)
+
+    def set_scale(self, layer: nn.Module, scale: float) -> None:
+        """Set the scale of the difference that peft's layer adds."""
+        layer.scaling["default"] = scale
 
     def constants(self, module: nn.Module) -> dict[str, torch.Tensor]:
         """Return the tensors that `inject` added but does not train. A resumed run needs the same bits."""

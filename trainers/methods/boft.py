@@ -48,11 +48,10 @@ class BOFT(Rotation):
     kinds = frozenset({LINEAR})
     zero_init = frozenset({"boft_R"})
     one_init = frozenset({"boft_s"})
-    network = ("lycoris.kohya", {"algo": "boft"})
 
     def inject(self, module: nn.Module, targets: list[str], recipe: Recipe) -> dict[str, nn.Parameter]:
         """Inject as every peft type does, but compile no extension."""
-        with _without_compile():
+        with without_compile():
             return super().inject(module, targets, recipe)
 
     def config(self, recipe: Recipe, layers: dict[str, nn.Module], ranks: dict[str, int]) -> Any:
@@ -81,7 +80,7 @@ class BOFT(Rotation):
 
 
 @contextmanager
-def _without_compile() -> Iterator[None]:
+def without_compile() -> Iterator[None]:
     """Keep peft from building a CUDA extension, which computes the same with one butterfly factor."""
     from peft.tuners.boft import layer
 

@@ -45,13 +45,10 @@ def _forward(layer: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
         out = base(x)
         a = down.weight.flatten(1)
         b = up.weight.flatten(1)
-        weight = base.weight.flatten(1)
-        # In the dtype of the step, where the weight has it: autograd would keep a copy of the weight in float32.
-        common = x.dtype if weight.dtype == x.dtype else a.dtype
-        crossed = (b * (weight.to(common) @ a.to(common).t()).to(b.dtype)).sum(1)
+        crossed = (b * _weight_times(base, a, x.dtype).to(b.dtype)).sum(1)
         added = ((b @ (a @ a.t())) * b).sum(1)
         norm = (getattr(layer, _SQUARES) + 2 * scale * crossed + scale**2 * added).clamp_min(_LEAST).sqrt()
-        shape = (-1, *[1] * (base.weight.dim() - 2))
+        shape = (-1, *[1] * (up.weight.dim() - 2))
         share = (magnitude.weight.flatten() / norm).view(shape)
         plain = out if base.bias is None else out - base.bias.view(shape).to(out.dtype)
         delta = in_dtype_of(in_dtype_of(drop(x), down) * scale, up)
@@ -60,11 +57,23 @@ def _forward(layer: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     return forward
 
 
+def _weight_times(base: nn.Module, a: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return W A', [out, r]. Autograd keeps W itself, no copy in another dtype and no dequantized one."""
+    from ..lowrank.quantized import Quantized
+
+    if isinstance(base, Quantized):
+        return base.product(a.to(dtype)).t()
+    weight = base.weight.flatten(1)
+    common = dtype if weight.dtype == dtype else a.dtype
+    return weight.to(common) @ a.to(common).t()
+
+
 class DoRA(LoRA):
     """m (W + s B A) / |W + s B A|, where m starts as the norms of the rows of W."""
 
     name = "DoRA"
     needs_base = True
+    is_linear = False
     variant = {"use_dora": True}
 
     def start_value(self, stem: str, layer: nn.Module, shape: torch.Size, seed: int, name: str) -> torch.Tensor:
@@ -89,3 +98,20 @@ class DoRA(LoRA):
         magnitude = layer.values[_MAGNITUDE].flatten() * weight.norm(dim=1) / norm
         shape = (-1, *[1] * (layer.weight().dim() - 1))
         return {**super().export_layer(layer), "dora_scale": magnitude.view(shape)}
+
+    def values_of_host(self, tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], float] | None:
+        """Return A, B, the magnitudes of rows and the scale of A and B."""
+        magnitude = tensors.get("dora_scale")
+        plain = super().values_of_host({end: tensor for end, tensor in tensors.items() if end != "dora_scale"})
+        if plain is None or magnitude is None or magnitude.shape[0] != len(plain[0]["lora_B"]):
+            return None
+        return {**plain[0], _MAGNITUDE: magnitude.float()}, plain[1]
+
+    def load_layer(self, values: dict[str, torch.Tensor], layer: nn.Module) -> dict[str, torch.Tensor]:
+        """Give the magnitudes peft's shape, and fill up a smaller rank as LoRA does."""
+        values = super().load_layer(values, layer)
+        own = layer.lora_magnitude_vector["default"].weight
+        magnitude = values.get(_MAGNITUDE)
+        if magnitude is None or magnitude.numel() != own.numel():
+            return values
+        return {**values, _MAGNITUDE: magnitude.view(own.shape)}

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from ..errors import ModelError, SettingsError
 from ..families import is_trained
 from ..formats.full_diff import FullDiff, difference_key
+from ..formats.keys import BIAS, WHOLE
+from ..lowrank import PART
 from ..optimizers import Group
 from .base import Method
 from .patterns import matches, value_for
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 # Prefix of the buffer that keeps a parameter's frozen value beside the trained one. A buffer moves with its module.
 _FROZEN = "frozen_"
+_APPLY = "Apply it to the model with Graft Apply Adapter instead: it then counts as part of the base."
 
 
 class FullFineTune(Method):
@@ -44,14 +47,14 @@ class FullFineTune(Method):
 
     def check(self, recipe: Recipe) -> None:
         """Raise SettingsError if the recipe sets an option of adapters."""
-        asked = {
+        options = {
             "alpha": recipe.alpha != 0,
             "dropout": recipe.dropout != 0,
             "block_ranks": bool(recipe.block_ranks),
             "lora_plus_ratio": recipe.lora_plus_ratio != 1,
             "text_encoder_rank": recipe.text_encoder_rank != 0,
         }
-        for name, refused in asked.items():
+        for name, refused in options.items():
             if refused:
                 raise SettingsError(
                     f"{name} is set, but this node trains all weights, not an adapter: it would have no effect.",
@@ -81,13 +84,13 @@ class FullFineTune(Method):
         Raises:
             ModelError: no module matches, or the weights of one have a form that cannot be trained.
         """
-        meant = self.matching(module, family, recipe)
-        chosen = [path for path in meant if value_for(path, recipe.block_learning_rates, 1.0) > 0]
+        matched = self.matching(module, family, recipe)
+        chosen = [path for path in matched if value_for(path, recipe.block_learning_rates, 1.0) > 0]
         if not chosen:
             raise ModelError(
                 f"The model ({type(module).__name__}) has no weights of the kind '{recipe.targets}'.",
-                "Choose other targets or rates. Graft cannot train quantized formats that hide their weights (GGUF, "
-                "Nunchaku): load the original checkpoint.",
+                "Choose other targets or rates. Graft cannot train all weights of quantized formats (GGUF, Nunchaku): "
+                "load the original checkpoint.",
                 "model",
             )
         for path in chosen:
@@ -157,20 +160,22 @@ class FullFineTune(Method):
 
         made_by = adapter.made_by()
         if made_by not in (None, self.name):
-            raise _unlike(f"has the type {made_by}, not whole weights", "Apply it to the model instead.")
+            raise _unlike(f"has the type {made_by}, not whole weights", _APPLY)
+        if not any(key.endswith((f".{WHOLE}", f".{BIAS}")) for key in adapter):
+            raise _unlike("has no differences of whole weights, as Graft Fine-tune makes them", _APPLY)
         name_of, _ = names
         places = _places(module, name_of)
-        found = places.keys() & adapter.keys()
-        if not found:
+        keys = places.keys() & adapter.keys()
+        if not keys:
             raise _unlike(f"has no keys such as {next(iter(places))}", "Use the targets it was trained with.")
         with torch.no_grad():
-            for key in sorted(found):
+            for key in sorted(keys):
                 name, frozen = places[key]
                 if adapter[key].numel() != frozen.numel():
                     raise _unlike(f"has {key} in another size", "Choose an adapter for this model.")
                 difference = adapter[key].to(frozen.device, torch.float32).view_as(frozen)
                 trainables[name].copy_(frozen.float() + difference)
-        return set(found)
+        return set(keys)
 
     def export(
         self,
@@ -207,9 +212,9 @@ def _check_plain(path: str, layer: nn.Module) -> None:
     import torch
 
     for leaf, parameter in _own(layer):
-        if type(parameter.data) is not torch.Tensor:
+        if type(parameter.data) is not torch.Tensor or leaf.startswith(PART):
             raise ModelError(
-                f"{_joined(path, leaf)} is quantized ({type(parameter.data).__name__}): Graft cannot train it.",
+                f"{_joined(path, 'weight')} is quantized: Graft cannot train it.",
                 "Load the original model, or train a LoRA.",
                 "model",
             )
@@ -231,12 +236,12 @@ def _places(module: nn.Module, name_of: Callable[[str], str]) -> dict[str, tuple
     """Map ComfyUI's key to (name of the trainable, frozen values). Layers that share a weight have one key each."""
     names = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     first: dict[int, str] = {}
-    found = {}
+    places = {}
     for path, owner, leaf, frozen in _frozen_of(module):
         name = _joined(path, leaf)
         trained = first.setdefault(id(owner._parameters[leaf]), name)
-        found[difference_key(name, names, name_of)] = trained, frozen
-    return found
+        places[difference_key(name, names, name_of)] = trained, frozen
+    return places
 
 
 def _unlike(how: str, cure: str) -> ModelError:

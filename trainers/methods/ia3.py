@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
+from ..formats.keys import IA3 as IA3_FACTORS
+from ..formats.keys import ON_INPUT
 from ..formats.kohya import lora_tensors
+from .adapter_files import APPLY, mismatch
 from .peft_method import PeftMethod
 from .targets import LINEAR, Layer
 
@@ -27,7 +30,6 @@ class IA3(PeftMethod):
     one_init = frozenset({"ia3_l"})
     needs_base = True
     has_rank = False
-    network = ("lycoris.kohya", {"algo": "ia3"})
 
     def config(self, recipe: Recipe, layers: dict[str, nn.Module], ranks: dict[str, int]) -> Any:
         """Return peft's IA3 configuration."""
@@ -49,6 +51,31 @@ class IA3(PeftMethod):
         if layer.adapted.is_feedforward:
             return {"diff": weight * (factors - 1)}
         nothing = lora_tensors(torch.zeros(1, weight.shape[1]), torch.zeros(weight.shape[0], 1), 1.0)
-        found = {**nothing, "dora_scale": factors * weight.norm(dim=1, keepdim=True)}
+        tensors = {**nothing, "dora_scale": factors * weight.norm(dim=1, keepdim=True)}
         bias = layer.bias()
-        return found if bias is None else {**found, "diff_b": bias * (factors.flatten() - 1)}
+        return tensors if bias is None else {**tensors, "diff_b": bias * (factors.flatten() - 1)}
+
+    def values_of_host(self, tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], None] | None:
+        """Return the factors of LyCORIS' IA3, which holds them minus one, and whether they are for inputs."""
+        if tensors.keys() != {IA3_FACTORS, ON_INPUT}:
+            return None
+        return {"ia3_l": tensors[IA3_FACTORS].float() + 1, ON_INPUT: tensors[ON_INPUT]}, None
+
+    def load_layer(self, values: dict[str, torch.Tensor], layer: nn.Module) -> dict[str, torch.Tensor]:
+        """Give LyCORIS' factors peft's shape.
+
+        Raises:
+            ModelError: this run trains factors of the other side, or of a bias too, which LyCORIS leaves unchanged.
+        """
+        if ON_INPUT not in values:
+            return values
+        by_input = bool(values[ON_INPUT])
+        if by_input != layer.is_feedforward or not by_input and layer.base_layer.bias is not None:
+            raise mismatch(
+                f"has factors of {'inputs' if by_input else 'outputs without the bias'}, but this run trains factors "
+                f"of {'inputs' if layer.is_feedforward else 'outputs with the bias'}",
+                APPLY,
+            )
+        own = layer.ia3_l["default"]
+        factors = values["ia3_l"]
+        return {"ia3_l": factors.view(own.shape) if factors.numel() == own.numel() else factors}

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ..recipe.recipe import Recipe
 
 _FACTORS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+_CORES = ("hada_t1", "hada_t2")
 
 
 class LoHa(PeftMethod):
@@ -23,7 +24,7 @@ class LoHa(PeftMethod):
     kinds = frozenset({LINEAR, POINT, CONV})
     scale_param = "hada_w2_b"
     zero_init = frozenset({"hada_w2_b"})
-    network = ("lycoris.kohya", {"algo": "loha"})
+    is_linear = True
 
     def config(self, recipe: Recipe, layers: dict[str, nn.Module], ranks: dict[str, int]) -> Any:
         """Return peft's LoHa configuration. Convolutions become flat matrices, which all readers rebuild alike."""
@@ -43,8 +44,26 @@ class LoHa(PeftMethod):
 
     def values_of_host(self, tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], float] | None:
         """Return the factors and the scale that the file's alpha gives them."""
-        if not {*_FACTORS} <= tensors.keys() <= {*_FACTORS, "alpha"}:
+        if not {*_FACTORS} <= tensors.keys() <= {*_FACTORS, *_CORES, "alpha"}:
             return None
-        values = {name: tensors[name].float() for name in _FACTORS}
+        values = _without_cores({name: tensor.float() for name, tensor in tensors.items() if name != "alpha"})
         strength = float(tensors["alpha"]) / values["hada_w1_b"].shape[0] if "alpha" in tensors else 1.0
         return values, strength
+
+    def values_of_peft(
+        self, values: dict[str, torch.Tensor], config: dict[str, Any], layer: nn.Module
+    ) -> dict[str, torch.Tensor]:
+        """Return flat factors, also of an adapter with `use_effective_conv2d`."""
+        return _without_cores(values)
+
+
+def _without_cores(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return flat factors of the same rank: a Tucker core [r, r, kh, kw] becomes a part of the second factor."""
+    import torch
+
+    flat = {name: values[name] for name in _FACTORS if name in values}
+    for core, first, second in zip(_CORES, _FACTORS[::2], _FACTORS[1::2], strict=True):
+        if core in values:
+            flat[first] = values[first].t()
+            flat[second] = torch.einsum("mn...,ni->mi...", values[core], values[second]).flatten(1)
+    return flat

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..formats.kohya import lora_tensors
+from ..formats.keys import ALPHA, DOWN, MID, UP
+from ..formats.kohya import lora_tensors, plain_factors
 from .peft_method import PeftMethod
 from .targets import CONV, LINEAR, POINT, Layer, alphas_of
 
@@ -43,6 +44,7 @@ class LoRA(PeftMethod):
     lora_plus_params = frozenset({"lora_B"})
     scale_param = "lora_B"
     has_dropout = True
+    is_linear = True
     variant: dict[str, Any] = {}
 
     def inject(self, module: nn.Module, targets: list[str], recipe: Recipe) -> dict[str, nn.Parameter]:
@@ -75,17 +77,34 @@ class LoRA(PeftMethod):
         layer.low_rank = LowRankLayer(*parts_of(layer))
         layer.forward = layer.low_rank
 
+    def set_scale(self, layer: nn.Module, scale: float) -> None:
+        """Set the scale for peft and for the forward that replaces peft's."""
+        super().set_scale(layer, scale)
+        if hasattr(layer, "low_rank"):
+            layer.low_rank.scale = scale
+
     def export_layer(self, layer: Layer) -> dict[str, torch.Tensor]:
         """Return kohya's tensors, with the alpha that gives this layer's scale as alpha / rank."""
         return lora_tensors(layer.values["lora_A"], layer.values["lora_B"], layer.scale * layer.rank)
 
     def values_of_host(self, tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], float] | None:
         """Return A and B, and the scale that the file's alpha gives them."""
-        if not {"lora_down.weight", "lora_up.weight"} <= tensors.keys() <= {*lora_tensors(None, None, 1.0)}:
+        if not {UP, DOWN} <= tensors.keys() <= {UP, DOWN, MID, ALPHA}:
             return None
-        down = tensors["lora_down.weight"]
-        strength = float(tensors["alpha"]) / down.shape[0] if "alpha" in tensors else 1.0
-        return {"lora_A": down.float(), "lora_B": tensors["lora_up.weight"].float()}, strength
+        down, up, scale = plain_factors(tensors)
+        return {"lora_A": down, "lora_B": up}, scale
+
+    def load_layer(self, values: dict[str, torch.Tensor], layer: nn.Module) -> dict[str, torch.Tensor]:
+        """Fill up a smaller rank: with the start values of A, and with zeros of B."""
+        import torch
+
+        own_a, a, b = layer.lora_A["default"].weight, values["lora_A"], values["lora_B"]
+        rank = len(a)
+        if rank >= len(own_a) or a[0].numel() != own_a[0].numel():
+            return values
+        a = torch.cat([a.view(rank, *own_a.shape[1:]).to(own_a), own_a[rank:].detach()])
+        more = b.new_zeros(len(b), len(own_a) - rank, *b.shape[2:])
+        return {**values, "lora_A": a, "lora_B": torch.cat([b, more], dim=1)}
 
 
 class LoCon(LoRA):

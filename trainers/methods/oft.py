@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .adapter_files import APPLY, mismatch
 from .rotation import Rotation
 from .targets import LINEAR, POINT
 
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
 
     from ..recipe.recipe import Recipe
 
+# Largest error of approximate rotations, relative to what they change.
+_MOST_DRIFT = 1e-3
+
 
 class OFT(Rotation):
     """W R, where R has Cayley's form and is the identity at the start."""
@@ -21,7 +25,6 @@ class OFT(Rotation):
     # On larger kernels, peft's OFT is not the identity at the start.
     kinds = frozenset({LINEAR, POINT})
     zero_init = frozenset({"oft_R"})
-    network = ("lycoris.kohya", {"algo": "diag-oft"})
 
     def config(self, recipe: Recipe, layers: dict[str, nn.Module], ranks: dict[str, int]) -> Any:
         """Return peft's OFT configuration with exact orthogonality.
@@ -32,6 +35,35 @@ class OFT(Rotation):
         from peft import OFTConfig
 
         return OFTConfig(r=0, oft_block_size=recipe.rank, use_cayley_neumann=False)
+
+    def values_of_peft(
+        self, values: dict[str, torch.Tensor], config: dict[str, Any], layer: nn.Module
+    ) -> dict[str, torch.Tensor]:
+        """Return the rotation of each block, also of an adapter that limits its rotations or shares one of them.
+
+        Raises:
+            ModelError: the adapter approximates its rotations, and this run's exact ones differ.
+        """
+        rotation, angles = layer.oft_R["default"], values.get("oft_R")
+        count, size = rotation.weight.shape
+        if angles is None or angles.shape[-1:] != (size,):
+            return values
+        if config.get("coft"):
+            angles = rotation._project_batch(angles, eps=config["eps"])
+        if config.get("use_cayley_neumann"):
+            terms = config.get("num_cayley_neumann_terms", 5)
+            approximate = rotation._cayley_batch(angles, rotation.block_size, True, terms)
+            # peft's series rotates the other way than its exact form.
+            angles = -angles
+            exact = rotation._cayley_batch(angles, rotation.block_size, False)
+            drift = approximate - exact
+            if drift.norm() > _MOST_DRIFT * (exact - exact.new_ones(rotation.block_size).diag()).norm():
+                raise mismatch(
+                    f"approximates its rotations by a series of {terms} terms (use_cayley_neumann), and the exact ones "
+                    "of this run differ",
+                    APPLY,
+                )
+        return {"oft_R": angles.expand(count, size) if len(angles) == 1 else angles}
 
     def changed(self, layer: nn.Module, weight: torch.Tensor) -> torch.Tensor:
         """Return the weight as peft merges it."""

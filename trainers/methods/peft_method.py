@@ -124,6 +124,20 @@ class PeftMethod(Method):
         """Return (tensors of `peft_layer`, their scale) from a file's layer, or None if the file does not fix them."""
         return None
 
+    def values_of_peft(
+        self, values: dict[str, torch.Tensor], config: dict[str, Any], layer: nn.Module
+    ) -> dict[str, torch.Tensor]:
+        """Return the tensors of `peft_layer` from those of a layer in another adapter of peft.
+
+        Args:
+            config: peft's configuration of that adapter.
+            layer: peft's layer in this run.
+
+        Raises:
+            ModelError: this run computes something else from them.
+        """
+        return values
+
     def load_layer(self, values: dict[str, torch.Tensor], layer: nn.Module) -> dict[str, torch.Tensor]:
         """Convert the tensors of `peft_layer` back into trainables. May also set the layer's constants."""
         return values
@@ -165,7 +179,7 @@ class PeftMethod(Method):
         if not kinds:
             raise ModelError(
                 f"The model ({type(module).__name__}) has no trainable layer of the kind '{recipe.targets}'.",
-                "Choose other targets. Graft cannot train quantized formats that hide their layers (GGUF, Nunchaku): "
+                "Choose other targets. Graft cannot train quantized formats that hide their layers (Nunchaku): "
                 "load the original checkpoint.",
                 "model",
             )
@@ -205,11 +219,10 @@ class PeftMethod(Method):
             try:
                 inject_adapter_in_model(config, module)
             except NotImplementedError as error:
-                # The type reads the base's weights, and these are quantized in a way that only ComfyUI can read.
+                # The type reads the base's weights, and torch does not compute with plain fp8.
                 raise ModelError(
-                    f"{recipe.method} reads the base's weights, and this ComfyUI does not give peft the values of "
-                    f"quantized weights ({error}).",
-                    "Choose the type LoRA, or load the base in 16 or 32 bits.",
+                    f"{recipe.method} reads the base's weights, and PyTorch cannot compute with their dtype ({error}).",
+                    "Choose the type LoRA, set base_dtype in Graft Memory Options, or load the base in 16 or 32 bits.",
                     "options",
                 ) from error
 

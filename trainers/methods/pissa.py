@@ -25,12 +25,12 @@ def _forward(layer: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
 
     peft subtracts B0 A0 from the weight instead, which would copy and round every targeted weight.
     """
-    base, down, up, drop, scale = parts_of(layer)
+    base, down, up, drop, _ = parts_of(layer)
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         from torch.nn.functional import linear
 
-        out = base(x)
+        out, scale = base(x), layer.scaling["default"]
         x = drop(x)
         before = linear(linear(x, layer.start_A.to(x.dtype)) * scale, layer.start_B.to(x.dtype))
         return out + (in_dtype_of(in_dtype_of(x, down) * scale, up) - before).to(out.dtype)
@@ -50,20 +50,21 @@ class PiSSA(LoRA):
     needs_base = True
 
     def finish(self, layer: nn.Module, recipe: Recipe) -> None:
-        """Let peft compute its start values, then restore the weight that peft changes for them."""
+        """Let peft compute its start values on a copy of the weight, because peft changes it for them."""
         import torch
 
-        weight = layer.base_layer.weight
-        kept = weight.data
+        base = layer.base_layer
+        kept = base.weight.detach()
         scale = layer.scaling["default"]
         for factor in (layer.lora_A, layer.lora_B):
             factor["default"].weight.data = factor["default"].weight.data.float()
         # peft's randomized SVD draws from torch's global generator.
         with torch.random.fork_rng(devices=[kept.device] if kept.device.type != "cpu" else []):
+            layer.base_layer = torch.nn.Linear(1, 1, bias=False)
+            layer.base_layer.weight = torch.nn.Parameter(kept.float(), requires_grad=False)
             torch.manual_seed(generator("pissa", recipe.seed, *kept.shape).initial_seed())
-            weight.data = kept.float()
             layer.pissa_init("default", "pissa_niter_16")
-        weight.data = kept
+            layer.base_layer = base
         assert layer.scaling["default"] == scale
         for name, factor in zip(_START, (layer.lora_A, layer.lora_B), strict=True):
             parameter = factor["default"].weight

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..families import is_attention, is_feed_forward, is_trained
+from ..families import is_attention, is_feed_forward, is_preset, is_trained
 from ..formats.kohya import own
 from .patterns import matches
 
@@ -111,6 +111,8 @@ def is_target(path: str, kind: str, family: Family, recipe: Recipe) -> bool:
         return False
     if recipe.targets == "all linear":
         return True
+    if recipe.targets in family.presets:
+        return is_preset(path, family, recipe.targets)
     if recipe.targets == "attention + feed-forward" and is_feed_forward(path, family):
         return True
     return is_attention(path, family)

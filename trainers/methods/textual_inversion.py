@@ -6,7 +6,7 @@ Captions that reach the text encoder name the embedding as ComfyUI does, `embedd
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -89,12 +89,15 @@ def check_name(name: str, input: str = "name") -> None:
     )
 
 
-def check_word(recipe: Recipe, text: TextEncoder) -> None:
-    """Refuse a name that already has a meaning, and an init text without tokens.
+def check_word(recipe: Recipe, text: TextEncoder, given: Mapping[str, torch.Tensor] | None = None) -> None:
+    """Refuse a name that already has a meaning, and start values that do not exist or do not fit.
+
+    Args:
+        given: what the graph gives to start from; an embedding if the recipe trains no model.
 
     Raises:
         SettingsError: the name or the init text is invalid. The error names the input.
-        ModelError: the text encoder cannot take new embeddings.
+        ModelError: the text encoder cannot take new embeddings, or the given embedding does not fit.
     """
     # An embedding beside an adapter is set on an option node, so errors name the input `options`.
     own = not METHODS[recipe.method].trains_model
@@ -105,13 +108,48 @@ def check_word(recipe: Recipe, text: TextEncoder) -> None:
             "Choose another name, such as my-dog: other prompts would use the existing embedding.",
             "name" if own else "options",
         )
-    for key, rows in text.start_vectors(recipe.embedding_init).items():
+    vectors = text.start_vectors(recipe.embedding_init)
+    if own and given is not None:
+        _check_given(recipe, vectors, given)
+        return
+    for key, rows in vectors.items():
         if not len(rows):
             raise SettingsError(
                 f"init_text '{recipe.embedding_init}' gives no token for the text encoder {key}.",
                 "Name the subject in a word or two, such as 'dog' or 'oil painting'.",
                 "init_text" if own else "options",
             )
+
+
+def _check_given(recipe: Recipe, vectors: dict[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> None:
+    """Refuse an embedding to start from that has other encoders, widths or numbers of vectors than the run.
+
+    Args:
+        vectors: those of the init text, [tokens, width] by encoder.
+    """
+    if recipe.embedding_init:
+        raise SettingsError(
+            f"init_text is '{recipe.embedding_init}', but training starts from the connected embedding: it would have "
+            "no effect.",
+            "Leave init_text empty, or disconnect embedding.",
+            "init_text",
+        )
+    widths, own = ({key: rows.shape[-1] for key, rows in by_key.items()} for by_key in (given, vectors))
+    if widths != own:
+        there, here = (", ".join(f"{key} ({width} wide)" for key, width in by_key.items()) for by_key in (widths, own))
+        raise ModelError(
+            f"The embedding to start from is for the encoders {there}, and this text encoder has {here}.",
+            "Connect an embedding that was trained for this model's family.",
+            "embedding",
+        )
+    counts = {len(rows) for rows in given.values()}
+    if counts != {recipe.embedding_vectors}:
+        count = " and ".join(map(str, sorted(counts)))
+        raise ModelError(
+            f"The embedding to start from has {count} vectors, but this run trains {recipe.embedding_vectors}.",
+            f"Set vectors to {count}, or connect another embedding.",
+            "embedding",
+        )
 
 
 def insert_placeholder(dataset: Dataset, name: str, templates: str) -> Dataset:
@@ -128,19 +166,19 @@ def insert_placeholder(dataset: Dataset, name: str, templates: str) -> Dataset:
         DatasetError: captions lack the embedding in a dataset without a trigger. The message names their files.
     """
     word = _IDENTIFIER + name
-    found = []
+    examples = []
     lacking = []
     for example in dataset.examples:
         if example.prior:
             # A class image shows the class, not the subject.
-            found.append(example)
+            examples.append(example)
             continue
         texts = tuple(_renamed(text, example, name) for text in example.captions if text)
         if not texts:
             texts = tuple(template.format(word) for template in TEMPLATES[templates])
         elif not example.trigger and not all(word in text for text in texts):
             lacking.append(example.source.name)
-        found.append(replace(example, captions=texts, trigger=word))
+        examples.append(replace(example, captions=texts, trigger=word))
     if lacking:
         shown = ", ".join(lacking[:5]) + (" ..." if len(lacking) > 5 else "")
         raise DatasetError(
@@ -148,14 +186,14 @@ def insert_placeholder(dataset: Dataset, name: str, templates: str) -> Dataset:
             f"Write {name} into them in place of the subject's name, or set the dataset's trigger.",
             "dataset",
         )
-    return replace(dataset, examples=tuple(found), trigger=word)
+    return replace(dataset, examples=tuple(examples), trigger=word)
 
 
 def _renamed(caption: str, example: Example, name: str) -> str:
     names = {name, example.trigger, composed(example.trigger), "[trigger]"} - {""}
     longest = sorted(names, key=len, reverse=True)
     prefixed = starts_word(_IDENTIFIER) + _IDENTIFIER
-    words = (f"(?:{prefixed}|{starts_word(one)}){re.escape(one)}{ends_word(one)}" for one in longest)
+    words = (f"(?:{prefixed}|{starts_word(alias)}){re.escape(alias)}{ends_word(alias)}" for alias in longest)
     # Names may contain '-' and '.': without the space, `my-word-style` would name another embedding.
     pattern = re.compile(rf"(?<!:)(?:{'|'.join(words)})(?=([\w.-]?))", re.IGNORECASE)
     if not pattern.search(caption):
@@ -179,21 +217,26 @@ def refuse_preservation(dataset: Dataset) -> None:
         )
 
 
-def start(text: TextEncoder, recipe: Recipe) -> dict[str, nn.Parameter]:
-    """Create the embedding vectors from the vectors of the init text, repeated if it has fewer tokens.
+def start(
+    text: TextEncoder, recipe: Recipe, given: Mapping[str, torch.Tensor] | None = None
+) -> dict[str, nn.Parameter]:
+    """Create the embedding vectors from an embedding's, or from those of the init text, repeated if it has fewer.
+
+    Args:
+        given: the embedding, which `check_word` has accepted; None for the init text.
 
     Returns:
         `embedding/<encoder>`: [vectors, width] float32, added to the training copy of the text encoder.
     """
     import torch
 
-    found = {}
-    for key, rows in sorted(text.start_vectors(recipe.embedding_init).items()):
+    trainables = {}
+    for key, rows in sorted((given or text.start_vectors(recipe.embedding_init)).items()):
         chosen = [rows[number % len(rows)] for number in range(recipe.embedding_vectors)]
         vectors = torch.stack(chosen).to(text.device, torch.float32)
-        found[PREFIX + key] = torch.nn.Parameter(vectors)
-    text.attach(recipe.embedding_name, {name[len(PREFIX) :]: value for name, value in found.items()})
-    return found
+        trainables[PREFIX + key] = torch.nn.Parameter(vectors)
+    text.attach(recipe.embedding_name, {name[len(PREFIX) :]: value for name, value in trainables.items()})
+    return trainables
 
 
 def group(vectors: dict[str, nn.Parameter], recipe: Recipe) -> Group:
@@ -202,7 +245,9 @@ def group(vectors: dict[str, nn.Parameter], recipe: Recipe) -> Group:
     return Group(tuple(vectors), recipe.embedding_learning_rate, 0.0, until)
 
 
-def renormalizing(vectors: dict[str, nn.Parameter], text: TextEncoder, recipe: Recipe) -> Callable[[float], None]:
+def renormalizing(
+    vectors: dict[str, nn.Parameter], text: TextEncoder, recipe: Recipe
+) -> Callable[[float | torch.Tensor], None]:
     """Return a function that pulls the norms of the vectors towards the vocabulary's median after each step.
 
     Without it the norms grow until the embedding drowns out the rest of a prompt. The pull is 100 times the learning
@@ -213,8 +258,9 @@ def renormalizing(vectors: dict[str, nn.Parameter], text: TextEncoder, recipe: R
     medians = {PREFIX + key: value for key, value in text.median_norms().items()}
     rate = EMBEDDING_RATE if finds_its_rate(recipe.optimizer) else recipe.embedding_learning_rate
 
-    def renormalize(factor: float) -> None:
-        pull = min(1.0, 100.0 * rate * factor)
+    def renormalize(factor: float | torch.Tensor) -> None:
+        pull = 100.0 * rate * factor
+        pull = pull.clamp(max=1.0) if torch.is_tensor(pull) else min(1.0, pull)
         with torch.no_grad():
             for name, value in vectors.items():
                 if value.requires_grad:

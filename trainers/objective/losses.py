@@ -58,8 +58,39 @@ def pseudo_huber(error: torch.Tensor, width: torch.Tensor) -> torch.Tensor:
     return 2 * width * error**2 / ((error**2 + width**2).sqrt() + width)
 
 
-# The losses that the widget offers. Huber also takes a width, which follows the noise level.
-LOSSES: dict[str, Callable] = {"MSE": squared, "Huber": pseudo_huber, "L1": absolute}
+def smooth_l1(error: torch.Tensor, width: torch.Tensor) -> torch.Tensor:
+    """Return 2 (sqrt(e^2 + c^2) - c), kohya sd-scripts' smooth L1: Huber over c, so large errors weigh the same.
+
+    Args:
+        error, width: as for `pseudo_huber`.
+    """
+    return pseudo_huber(error, width) / width.view(-1, *[1] * (error.ndim - 1))
+
+
+def log_cosh(error: torch.Tensor) -> torch.Tensor:
+    """Return log(cosh(e)): e^2 / 2 for small errors, |e| - log(2) for large ones (Chen et al. 2019)."""
+    import torch
+
+    size = error.abs()
+    # cosh(e) overflows for large errors.
+    return size + torch.log1p(torch.expm1(-2 * size) / 2)
+
+
+def mixed(error: torch.Tensor, l1_fraction: float) -> torch.Tensor:
+    """Return (1 - w) e^2 + w |e|, as OneTrainer's MSE and MAE strengths give it."""
+    return (1 - l1_fraction) * squared(error) + l1_fraction * absolute(error)
+
+
+# The losses that the widget offers. Huber and smooth L1 also take a width, which follows the noise level.
+LOSSES: dict[str, Callable] = {
+    "MSE": squared,
+    "Huber": pseudo_huber,
+    "L1": absolute,
+    "smooth L1": smooth_l1,
+    "log-cosh": log_cosh,
+    "MSE + L1": mixed,
+}
+HUBER = ("Huber", "smooth L1")
 
 
 def _by_snr(c: float, sigma: torch.Tensor, t: torch.Tensor) -> torch.Tensor:

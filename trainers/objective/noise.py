@@ -32,11 +32,17 @@ def draw_noise(shape: tuple[int, ...], source: torch.Generator) -> torch.Tensor:
     return torch.randn(shape, generator=source)
 
 
-def add_offset(noise: torch.Tensor, strength: float, source: torch.Generator) -> torch.Tensor:
-    """Add one normal number to each channel of noise [B, C, ...], so that brightness is trained (Guttenberg 2023)."""
+def add_offset(noise: torch.Tensor, strength: float | torch.Tensor, source: torch.Generator) -> torch.Tensor:
+    """Add one normal number to each channel of noise [B, C, ...], so that brightness is trained (Guttenberg 2023).
+
+    Args:
+        strength: standard deviation, or one for each channel [B, C] or sample [B, 1].
+    """
     import torch
 
     shape = (*noise.shape[:2], *[1] * (noise.ndim - 2))
+    if isinstance(strength, torch.Tensor):
+        strength = strength.view(*strength.shape, *shape[2:])
     return noise + strength * torch.randn(shape, generator=source)
 
 

@@ -8,20 +8,23 @@ from typing import Any
 
 from ..errors import SettingsError
 from ..option import Option, option, options_of
-from .losses import HUBER_SCHEDULES, LOSSES
+from .losses import HUBER, HUBER_SCHEDULES, LOSSES
 from .timesteps import TIMESTEPS
 from .weighting import WEIGHTINGS
 
 _NORMAL = ("timesteps", ("logit-normal", "shifted", "resolution-shifted"))
-_HUBER = ("loss", ("Huber",))
+_BETA = ("timesteps", ("beta",))
+_HUBER = ("loss", HUBER)
 
 
 def _choice(default: str, choices: Mapping[str, Any] | tuple[str, ...], **more: Any) -> Any:
-    return option("objective", unset="auto", choices=tuple(choices), default=default, before=default, **more)
+    more = {"before": default, **more}
+    return option("objective", unset="auto", choices=tuple(choices), default=default, **more)
 
 
 def _number(default: float, low: float, high: float, **more: Any) -> Any:
-    return option("objective", unset=type(low)(0), range=(low, high), default=default, before=default, **more)
+    more = {"before": default, **more}
+    return option("objective", unset=type(low)(0), range=(low, high), default=default, **more)
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,15 @@ class Objective:
         noise_offset: standard deviation of a value that is added to a whole channel (Guttenberg 2023).
         pyramid_discount: factor on each coarser noise (Whitaker 2023), 0 for none.
         input_perturbation: standard deviation of noise that the target does not contain (Ning et al. 2023).
+        timestep_mode_scale: for "mode", from more at the ends to more in the middle.
+        timestep_alpha, timestep_beta: exponents plus 1 of t and 1 - t in the density, for "beta".
+        stratified: "on" to draw each of a batch's B timesteps from another B-th of the distribution.
+        p2_gamma: exponent, for "P2".
+        l1_fraction: part of the absolute error, for "MSE + L1".
+        noise_offset_random_strength: "on" to draw each sample's offset strength between 0 and noise_offset, as kohya's
+            sd-scripts do for each batch.
+        adaptive_noise_scale: factor on the size of a channel's mean, which is added to noise_offset (sd-scripts).
+        masked_prior_weight: weight of the distance from the frozen base's prediction outside the mask (OneTrainer).
 
     Raises:
         SettingsError: a value is out of range, or two values contradict each other.
@@ -47,7 +59,7 @@ class Objective:
     min_timestep: int = _number(0, 0, 1000)
     max_timestep: int = _number(1000, 1, 1000)
     weighting: str = _choice("native", WEIGHTINGS)
-    min_snr_gamma: float = _number(5.0, 0.0, 1000.0, needs=("weighting", ("min-SNR",)))
+    min_snr_gamma: float = _number(5.0, 0.0, 1000.0, needs=("weighting", ("min-SNR", "soft min-SNR")))
     loss: str = _choice("MSE", LOSSES)
     noise_offset: float = _number(0.0, 0.0, 1.0)
     input_perturbation: float = _number(0.0, 0.0, 1.0)
@@ -57,6 +69,15 @@ class Objective:
     timestep_shift: float = _number(3.0, 0.01, 100.0, needs=("timesteps", ("shifted",)))
     huber_c: float = _number(0.1, 1e-4, 1.0, needs=_HUBER)
     huber_schedule: str = _choice("auto", HUBER_SCHEDULES, needs=_HUBER)
+    timestep_mode_scale: float = _number(1.29, -1.0, 1.75, needs=("timesteps", ("mode",)))
+    timestep_alpha: float = _number(2.0, 0.01, 100.0, needs=_BETA)
+    timestep_beta: float = _number(2.0, 0.01, 100.0, needs=_BETA)
+    stratified: str = _choice("off", ("on", "off"))
+    p2_gamma: float = _number(1.0, 0.01, 10.0, needs=("weighting", ("P2",)))
+    l1_fraction: float = _number(0.5, 0.0, 1.0, needs=("loss", ("MSE + L1",)))
+    noise_offset_random_strength: str = _choice("off", ("on", "off"))
+    adaptive_noise_scale: float = _number(0.0, -10.0, 10.0)
+    masked_prior_weight: float = _number(0.0, 0.0, 100.0)
 
     def __post_init__(self):
         for name, declared in OBJECTIVE_OPTIONS.items():
@@ -71,6 +92,13 @@ class Objective:
                 "Widen the range in Graft Objective Options; 0 and 0 select all of it.",
                 "min_timestep",
             )
+        for name in ("noise_offset_random_strength", "adaptive_noise_scale"):
+            if getattr(self, name) not in (0.0, "off") and not self.noise_offset:
+                raise SettingsError(
+                    f"{name} is set, but noise_offset is 0: it would have no effect.",
+                    f"In Graft Objective Options set noise_offset, or leave {name} unset.",
+                    name,
+                )
         if self.pyramid_discount and self.noise_offset:
             raise SettingsError(
                 "pyramid_discount and noise_offset are both set.",
@@ -88,14 +116,16 @@ class Objective:
 
     def kohya_metadata(self) -> dict[str, Any]:
         """Return the fields that kohya's metadata has, by its names without `ss_`. Fields not in use are None."""
-        huber = self.loss == "Huber"
+        huber = self.loss in HUBER
         return {
             "noise_offset": self.noise_offset or None,
+            "noise_offset_random_strength": True if self.noise_offset_random_strength == "on" else None,
+            "adaptive_noise_scale": self.adaptive_noise_scale or None,
             "multires_noise_discount": self.pyramid_discount or None,
             "ip_noise_gamma": self.input_perturbation or None,
             "min_snr_gamma": self.min_snr_gamma if self.weighting == "min-SNR" else None,
             "debiased_estimation": True if self.weighting == "debiased" else None,
-            "loss_type": {"MSE": "l2", "L1": "l1", "Huber": "huber"}[self.loss],
+            "loss_type": {"MSE": "l2", "L1": "l1", "Huber": "huber", "smooth L1": "smooth_l1"}.get(self.loss),
             "huber_c": self.huber_c if huber else None,
             "huber_schedule": self.huber_schedule if huber else None,
         }

@@ -4,7 +4,8 @@ t runs from 0 (image) to 1 (noise), or 0 to 1000 in the widgets. On models that 
 index of a level divided by the number of levels. On flow models, t is the fraction of noise, which the shifts are
 made for.
 
-Sources: Esser et al. 2024 (logit-normal, shift); Black Forest Labs' Flux (shift by the number of tokens).
+Sources: Esser et al. 2024 (logit-normal, shift, mode, cosmap); Black Forest Labs' Flux (shift by the number of tokens);
+Mou et al. 2023, section 3.4, as ai-toolkit has it (content, style); SimpleTuner (beta); k-diffusion (stratified).
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
     from .options import Objective
 
 
-class Uniform:
-    """Uniform over the model's own levels."""
+class Distribution:
+    """Distribution of noise levels, given by its quantile function."""
 
     def draw(
         self, times: torch.Tensor, count: int, source: torch.Generator, objective: Objective, tokens: float
@@ -32,30 +33,69 @@ class Uniform:
             times: t of the available levels, [N] rising.
             count: number of draws.
             source: generator.
-            objective: gives mean, standard deviation and shift.
+            objective: gives the parameters of the distribution.
             tokens: number of patches of the latent, for distributions that depend on its size.
 
         Returns:
             [count] of 0..N-1.
         """
+        if objective.stratified == "on":
+            places = self.quantile(strata(count, source), objective, tokens)
+        else:
+            places = self.places(count, source, objective, tokens)
+        return self.indices(times, places)
+
+    def places(self, count: int, source: torch.Generator, objective: Objective, tokens: float) -> torch.Tensor:
+        """Draw `count` places between the first level and the last, [count] in 0..1."""
         import torch
 
+        return self.quantile(torch.rand(count, generator=source), objective, tokens)
+
+    def quantile(self, u: torch.Tensor, objective: Objective, tokens: float) -> torch.Tensor:
+        """Return the places below which the parts `u` of all draws lie, [count] in 0..1."""
+        return u
+
+    def indices(self, times: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """Return the indices of the levels at these places. A place is a relative index."""
+        return (places * len(times)).long().clamp_(max=len(times) - 1)
+
+
+class Uniform(Distribution):
+    """Uniform over the model's own levels."""
+
+    def draw(self, times, count, source, objective, tokens):
+        import torch
+
+        if objective.stratified == "on":
+            return super().draw(times, count, source, objective, tokens)
         return torch.randint(len(times), (count,), generator=source)
 
 
-class LogitNormal(Uniform):
+class LogitNormal(Distribution):
     """Logit-normal: the relative index among the model's own levels is the sigmoid of a normal number."""
 
-    def draw(self, times, count, source, objective, tokens):
-        place = sigmoids(count, objective.timestep_mean, objective.timestep_std, source)
-        return (place * len(times)).long().clamp_(max=len(times) - 1)
+    def places(self, count, source, objective, tokens):
+        import torch
+
+        return self.squashed(torch.randn(count, generator=source), objective, tokens)
+
+    def quantile(self, u, objective, tokens):
+        import torch
+
+        return self.squashed(torch.special.ndtri(u), objective, tokens)
+
+    def squashed(self, normal: torch.Tensor, objective: Objective, tokens: float) -> torch.Tensor:
+        """Return the places of unit normal numbers."""
+        import torch
+
+        return torch.sigmoid(objective.timestep_mean + objective.timestep_std * normal)
 
 
 class Sigmoid(LogitNormal):
     """Logit-normal with mean 0 and standard deviation 1, under the name that kohya and ai-toolkit use."""
 
 
-class Shifted(Uniform):
+class Shifted(LogitNormal):
     """Logit-normal t, shifted towards noise by a factor on its odds.
 
     On flow models this replaces the model's own shift, so the numbers mean the same as in other trainers.
@@ -65,13 +105,14 @@ class Shifted(Uniform):
         """Return the factor on the odds t / (1 - t)."""
         return objective.timestep_shift
 
-    def draw(self, times, count, source, objective, tokens):
+    def squashed(self, normal, objective, tokens):
+        return shift(super().squashed(normal, objective, tokens), self.factor(objective, tokens))
+
+    def indices(self, times, places):
         import torch
 
-        t = sigmoids(count, objective.timestep_mean, objective.timestep_std, source)
-        t = shift(t, self.factor(objective, tokens))
         # Scale into the bounds instead of clamping, as kohya does.
-        t = times[0] + t * (times[-1] - times[0])
+        t = times[0] + places * (times[-1] - times[0])
         return torch.bucketize(t, (times[1:] + times[:-1]) / 2)
 
 
@@ -83,12 +124,58 @@ class ResolutionShifted(Shifted):
         return math.exp(0.5 + slope * (tokens - 256))
 
 
+class Mode(Distribution):
+    """Mode sampling with heavy tails: more levels in the middle for a scale above 0, more at the ends below 0."""
+
+    def quantile(self, u, objective, tokens):
+        u = 1 - u
+        return 1 - u - objective.timestep_mode_scale * ((math.pi / 2 * u).cos() ** 2 - 1 + u)
+
+
+class CosMap(Distribution):
+    """The distribution that gives a flow model the signal-to-noise ratios of a cosine schedule."""
+
+    def quantile(self, u, objective, tokens):
+        return 1 - 1 / ((math.pi / 2 * u).tan() + 1)
+
+
+class Beta(Distribution):
+    """The beta distribution. Alpha above beta gives more noise."""
+
+    def quantile(self, u, objective, tokens):
+        import torch
+
+        # ComfyUI requires scipy.
+        from scipy.special import betaincinv
+
+        return torch.from_numpy(betaincinv(objective.timestep_alpha, objective.timestep_beta, u.double().numpy()))
+
+
+class Content(Distribution):
+    """More of the noisy levels, which decide the composition: t is 1 - u^3."""
+
+    def quantile(self, u, objective, tokens):
+        return 1 - (1 - u) ** 3
+
+
+class Style(Distribution):
+    """More of the levels with little noise, which decide texture and color: t is u^3."""
+
+    def quantile(self, u, objective, tokens):
+        return u**3
+
+
 TIMESTEPS = {
     "uniform": Uniform(),
     "logit-normal": LogitNormal(),
     "sigmoid": Sigmoid(),
     "shifted": Shifted(),
     "resolution-shifted": ResolutionShifted(),
+    "mode": Mode(),
+    "cosmap": CosMap(),
+    "beta": Beta(),
+    "content": Content(),
+    "style": Style(),
 }
 
 
@@ -138,11 +225,11 @@ def level_times(levels: torch.Tensor, parameterization: str) -> torch.Tensor:
     return levels if float(levels[-1]) <= 1.0 else levels / (1 + levels)
 
 
-def sigmoids(count: int, mean: float, std: float, source: torch.Generator) -> torch.Tensor:
-    """Draw sigmoids of normal numbers, [count] float32 in 0..1."""
+def strata(count: int, source: torch.Generator) -> torch.Tensor:
+    """Draw one number from each of `count` equal parts of 0..1, in random order, [count]."""
     import torch
 
-    return torch.sigmoid(mean + std * torch.randn(count, generator=source))
+    return (torch.randperm(count, generator=source) + torch.rand(count, generator=source)) / count
 
 
 def shift(t: torch.Tensor, factor: float) -> torch.Tensor:

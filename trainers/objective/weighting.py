@@ -5,7 +5,8 @@ The loss of each parameterization is that error times a factor, so the weight is
 
     loss of x0 = error,  of eps = error * snr,  of v and EDM = error * (snr + 1)
 
-Sources: Hang et al. 2023 (min-SNR); Yu et al. 2024 (debiased); Esser et al. 2024, appendix (sigma_sqrt, cosmap).
+Sources: Hang et al. 2023 (min-SNR); Yu et al. 2024 (debiased); Esser et al. 2024, appendix (sigma_sqrt, cosmap);
+Choi et al. 2022 (P2); Crowson et al. 2024 (soft min-SNR); Karras et al. 2022 (EDM).
 """
 
 from __future__ import annotations
@@ -41,22 +42,52 @@ class Native:
         return t**0
 
 
-class MinSNR(Native):
-    """The ratio, clamped at gamma so that nearly clean levels do not outweigh all others."""
+class BySNR(Native):
+    """Weight of the latent's error as a function of the signal-to-noise ratio, which flow models do not have."""
 
     def fits(self, parameterization):
         return parameterization != "flow"
 
     def weights(self, sigma, t, kind, objective):
         snr = sigma**-2.0
-        return snr.clamp(max=objective.min_snr_gamma) / loss_factor(snr, kind)
+        return self.of_latent(snr, objective) / loss_factor(snr, kind)
+
+    def of_latent(self, snr: torch.Tensor, objective: Objective) -> torch.Tensor:
+        """Return the weights of the squared error of the latent, [B]."""
+        raise NotImplementedError
 
 
-class Debiased(Native):
+class MinSNR(BySNR):
+    """The ratio, clamped at gamma so that nearly clean levels do not outweigh all others."""
+
+    def of_latent(self, snr, objective):
+        return snr.clamp(max=objective.min_snr_gamma)
+
+
+class SoftMinSNR(BySNR):
+    """Min-SNR without the edge: snr gamma / (snr + gamma)."""
+
+    def of_latent(self, snr, objective):
+        # This form stays finite where the ratio is 0.
+        return snr / (snr / objective.min_snr_gamma + 1)
+
+
+class P2(BySNR):
+    """The loss of the noise over (1 + snr)^gamma, so that perceptually rich levels count more."""
+
+    def of_latent(self, snr, objective):
+        return snr / (1 + snr) ** objective.p2_gamma
+
+
+class EDM(BySNR):
+    """The weight of EDM, (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 up to a constant: 1 for v and EDM models."""
+
+    def of_latent(self, snr, objective):
+        return snr + 1
+
+
+class Debiased(BySNR):
     """The root of the ratio: 1 / sqrt(snr) for eps. (For v other trainers differ: kohya takes 1 / (snr + 1).)"""
-
-    def fits(self, parameterization):
-        return parameterization != "flow"
 
     def weights(self, sigma, t, kind, objective):
         snr = (sigma**-2.0).clamp(max=_DEBIASED_TOP)
@@ -89,6 +120,9 @@ WEIGHTINGS = {
     "debiased": Debiased(),
     "sigma_sqrt": SigmaSqrt(),
     "cosmap": CosMap(),
+    "soft min-SNR": SoftMinSNR(),
+    "P2": P2(),
+    "EDM": EDM(),
 }
 
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from ..data import captions
 from ..data.examples import LeftOut
+from ..errors import SettingsError
 from .sampler import visits_within
 
 if TYPE_CHECKING:
     from ..data.buckets import Crop
+    from ..data.examples import EncodedPrompt
     from ..protocols import Host
     from ..recipe.recipe import Recipe
     from .crops import CroppedExample
     from .dataset_caches import DatasetCaches
+    from .preview_sources import PreviewSources
+    from .source_prompts import Prompt, Sources
 
 
 class CacheFiller:
@@ -25,7 +29,7 @@ class CacheFiller:
         self._recipe = recipe
         self._host = host
         self._done = 0
-        self._some_caption = ""
+        self._some_prompt: Prompt = ""
 
     def fill_pictures(self, examples: list[CroppedExample], left_out: list[LeftOut]) -> list[CroppedExample]:
         """Encode the pictures, and what belongs to them. Return the usable ones; add the others to `left_out`."""
@@ -33,9 +37,17 @@ class CacheFiller:
         tick = self._reporting(2 * len(examples))
         problems = self._caches.latents.fill([(cropped.example, cropped.all_crops()) for cropped in examples], tick)
         examples = _without_problems(examples, problems, left_out)
-        for fill in (self._fill_masks, self._fill_sources, self._fill_inpaint_masks):
+        for fill in (self._fill_pairs, self._fill_masks, self._fill_sources, self._fill_inpaint_masks):
             examples = fill(examples, left_out)
         return examples
+
+    def _fill_pairs(self, examples: list[CroppedExample], left_out: list[LeftOut]) -> list[CroppedExample]:
+        rows = [cropped for cropped in examples if cropped.example.paired is not None]
+        pictures = [(cropped.example.paired, cropped.all_crops()) for cropped in rows]
+        problems = self._caches.latents.fill(pictures, self._reporting(len(rows) + len(examples)))
+        unusable = {cropped.place: row for cropped, row in zip(rows, problems, strict=True) if row is not None}
+        left_out.extend(unusable.values())
+        return [cropped for cropped in examples if cropped.place not in unusable]
 
     def _fill_masks(self, examples: list[CroppedExample], left_out: list[LeftOut]) -> list[CroppedExample]:
         masks = self._caches.masks
@@ -56,14 +68,41 @@ class CacheFiller:
         return [cropped for cropped in examples if cropped.place not in problems]
 
     def _fill_sources(self, examples: list[CroppedExample], left_out: list[LeftOut]) -> list[CroppedExample]:
-        paired = [cropped for cropped in examples if cropped.example.control is not None]
         rows = [
-            (cropped.example.control, [self._caches.source_crop(cropped, crop) for crop in cropped.all_crops()])
-            for cropped in paired
+            (cropped, [(self._caches.sources_of(cropped, crop), crop.bucket) for crop in cropped.all_crops()])
+            for cropped in examples
+            if cropped.example.sources
         ]
-        problems = self._caches.latents.fill(rows, self._reporting(len(paired) + len(examples)))
-        usable = {cropped.place for cropped in _without_problems(paired, problems, left_out)}
-        return [cropped for cropped in examples if cropped.example.control is None or cropped.place in usable]
+        problems = self._source_latents([parts for _, parts in rows], len(examples))
+        failed = {
+            cropped.place: problem for (cropped, _), problem in zip(rows, problems, strict=True) if problem is not None
+        }
+        left_out.extend(failed.values())
+        return [cropped for cropped in examples if cropped.place not in failed]
+
+    def _source_latents(
+        self, rows: list[list[tuple[Sources, tuple[int, int]]]], remaining: int
+    ) -> list[LeftOut | None]:
+        """Encode the source pictures of each row; return for each None, or the reason for not training on it.
+
+        Args:
+            rows: for each crop of an example, its source pictures and its size.
+            remaining: number of entries of other kinds that are still to be encoded.
+        """
+        caches = self._caches
+        if caches.references is not None:
+            return caches.references.fill(rows, self._reporting(len(rows) + remaining))
+        given, places = [], []
+        for place, row in enumerate(rows):
+            # Each source picture with all its crops.
+            for column in zip(*(sources for sources, _ in row), strict=True):
+                given.append((column[0][0], [crop for _, crop in column]))
+                places.append(place)
+        problems: list[LeftOut | None] = [None] * len(rows)
+        reasons = caches.latents.fill(given, self._reporting(len(given) + remaining))
+        for place, reason in zip(places, reasons, strict=True):
+            problems[place] = problems[place] or reason
+        return problems
 
     def _fill_inpaint_masks(self, examples: list[CroppedExample], left_out: list[LeftOut]) -> list[CroppedExample]:
         if self._caches.inpaint_masks is None:
@@ -82,14 +121,55 @@ class CacheFiller:
         """
         if self._caches.texts is None:
             return
-        texts = dict.fromkeys(captions.plain(cropped.example) for cropped in validation)
-        anchors = [cropped.example.anchor for cropped in training if cropped.example.anchor is not None]
-        texts.update(dict.fromkeys(anchor.prompt for anchor in anchors))
+        caches = self._caches
+        prompts: dict[str, Prompt] = {}
+        for text, cropped, crop in self._texts(training, validation, picture_count):
+            prompt = caches.with_sources(text, cropped, crop)
+            prompts.setdefault(caches.texts.key(prompt), prompt)
+        self._some_prompt = next(iter(prompts.values()))
+        caches.texts.fill(prompts.values(), self._reporting(len(prompts)))
+
+    def fill_prompts(self, texts: Sequence[str]) -> None:
+        """Encode prompts that belong to no picture."""
+        if self._caches.texts is not None:
+            self._caches.texts.fill(texts, self._reporting(len(texts)))
+
+    def _texts(
+        self, training: list[CroppedExample], validation: list[CroppedExample], picture_count: int
+    ) -> Iterator[tuple[str | EncodedPrompt, CroppedExample, Crop]]:
+        """Yield each text or encoded prompt that is used with a crop of an example."""
+        for cropped in validation:
+            for crop in cropped.crops:
+                yield cropped.unvaried_prompt(), cropped, crop
+        for cropped in training:
+            if cropped.example.anchor is not None:
+                for crop in cropped.all_crops():
+                    yield cropped.example.anchor.prompt, cropped, crop
         crops = [(cropped, crop) for cropped in training for crop in cropped.crops]
         for (cropped, crop), visits in zip(crops, self._visits(crops), strict=True):
-            texts.update(dict.fromkeys(self._captions_of(cropped, crop, visits, picture_count)))
-        self._some_caption = next(iter(texts))
-        self._caches.texts.fill(texts, self._reporting(len(texts)))
+            for text in self._captions_of(cropped, crop, visits, picture_count):
+                yield text, cropped, crop
+                if cropped.example.handling.flip:
+                    yield text, cropped, crop.mirrored()
+
+    def fill_previews(self, previews: list[PreviewSources | None]) -> None:
+        """Encode the source pictures of the sample pictures, and the prompts that the text encoder sees with them.
+
+        Raises:
+            SettingsError: a source picture cannot be read.
+        """
+        wanted = [preview for preview in previews if preview is not None]
+        rows = [[(preview.sources, preview.size)] for preview in wanted if preview.sources]
+        for problem in self._source_latents(rows, 0):
+            if problem is not None:
+                raise SettingsError(
+                    f"Cannot draw a sample picture from the source picture {problem}.",
+                    "Save the picture again, or name another with --c.",
+                    "prompts",
+                )
+        if self._caches.references is not None:
+            prompts = [prompt for preview in wanted for prompt in preview.texts]
+            self._caches.texts.fill(prompts, self._reporting(len(prompts)))
 
     def _visits(self, crops: list[tuple[CroppedExample, Crop]]) -> list[int]:
         """Return an upper bound of the number of visits of each crop in the run."""
@@ -101,9 +181,13 @@ class CacheFiller:
             [cropped.example.prior for cropped, _ in crops],
         )
 
-    def _captions_of(self, cropped: CroppedExample, crop: Crop, visits: int, picture_count: int) -> list[str]:
+    def _captions_of(
+        self, cropped: CroppedExample, crop: Crop, visits: int, picture_count: int
+    ) -> list[str | EncodedPrompt]:
         """List the captions that so many visits of a crop need; the empty one stands for a dropped caption."""
         example = cropped.example
+        if example.encoded is not None:
+            return [example.encoded]
         count = captions.variant_count(example, picture_count)
         dropped = [""] if example.handling.caption_dropout else []
         if visits >= count or (count == 1 and not dropped):
@@ -111,13 +195,13 @@ class CacheFiller:
         else:
             drawn = {cropped.caption_number(crop, count, self._recipe.seed, visit) for visit in range(visits)}
             numbers = sorted(drawn - {None})
-        return dropped + [captions.variant(example, number) for number in numbers]
+        return dropped + [captions.make_variant(example, number) for number in numbers]
 
     def check_inputs(self, cropped: CroppedExample) -> None:
         """Let the denoiser refuse a codec or an encoder that does not belong to it."""
         latents, texts = self._caches.latents, self._caches.texts
         latent = latents.get(latents.key(cropped.example, cropped.crops[0]))["mean"]
-        text = self._host.text.encode("") if texts is None else texts.get(self._some_caption)
+        text = self._host.text.encode("") if texts is None else texts.get(self._some_prompt)
         self._host.denoiser.check_inputs(latent, text)
 
     def _reporting(self, remaining: int) -> Callable[[str], None]:

@@ -14,7 +14,7 @@ from ..errors import DatasetError, SettingsError
 from ..protocols import Geometry
 
 if TYPE_CHECKING:
-    from ..data.examples import Dataset, Example
+    from ..data.examples import Dataset, EncodedPrompt, Example
     from ..recipe.recipe import Recipe
 
 
@@ -30,6 +30,10 @@ class CroppedExample:
         """Return the crops, and their mirror images if the example is flipped."""
         mirrored = [crop.mirrored() for crop in self.crops] if self.example.handling.flip else []
         return [*self.crops, *mirrored]
+
+    def unvaried_prompt(self) -> str | EncodedPrompt:
+        """Return the encoded prompt, or the unvaried caption without one."""
+        return self.example.encoded or captions.unvaried_caption(self.example)
 
     def stream(self, crop: Crop) -> str:
         """Name the stream of random numbers of one of the crops."""
@@ -60,7 +64,8 @@ def crop_examples(dataset: Dataset, geometries: dict[int, Geometry]) -> tuple[li
             continue
         sizes = [geometries[resolution] for resolution in (0, *example.handling.resolutions)]
         try:
-            crops = choose_crops(example.size, sizes, example.source.name, example.handling.upscale)
+            name, upscale = example.source.name, example.handling.upscale
+            crops = choose_crops(example.size, sizes, name, upscale, example.center)
         except DatasetError as error:
             left_out.append(LeftOut(example.source.name, reason_of(error, example.source.name)))
             continue

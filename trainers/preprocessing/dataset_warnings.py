@@ -5,16 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..data.dataset_warnings import warn_of_enlarged, warn_of_resolution, warn_of_scan, warn_of_skipped
+from ..inspection.dataset_warnings import warn_of_enlarged, warn_of_resolution, warn_of_scan, warn_of_skipped
+from ..recipe.options import TEXT_ALONE
 
 if TYPE_CHECKING:
     from ..data.examples import Dataset, LeftOut
+    from ..protocols import TextEncoder
     from ..recipe.recipe import Recipe
     from .crops import CroppedExample
 
 
 def list_warnings(
-    dataset: Dataset, recipe: Recipe, training: Sequence[CroppedExample], left_out: Sequence[LeftOut]
+    dataset: Dataset,
+    recipe: Recipe,
+    training: Sequence[CroppedExample],
+    left_out: Sequence[LeftOut],
+    text_encoder: TextEncoder,
 ) -> list[dict[str, Any]]:
     """List the warnings that a user should read before a long training.
 
@@ -29,8 +35,23 @@ def list_warnings(
         warn_of_enlarged(pictures),
         _warn_of_batch(recipe, [cropped for cropped in training if not cropped.example.prior]),
         warn_of_resolution(recipe.resolution, recipe.family),
+        _warn_of_unseen_sources(recipe, training, text_encoder),
     ]
     return [warning for warning in warnings if warning]
+
+
+def _warn_of_unseen_sources(
+    recipe: Recipe, training: Sequence[CroppedExample], text_encoder: TextEncoder
+) -> dict[str, Any] | None:
+    """Warn of source pictures that the text encoder could see but does not."""
+    has_sources = any(cropped.example.sources for cropped in training)
+    if recipe.prompt_node != TEXT_ALONE or not has_sources or not text_encoder.sees_pictures:
+        return None
+    text = (
+        "This text encoder can see source pictures, but training encodes the captions alone. If a node such as "
+        "TextEncodeQwenImageEditPlus encodes your prompts, choose it as prompt_node in Graft Run Options."
+    )
+    return {"kind": "sources", "text": text}
 
 
 def _warn_of_batch(recipe: Recipe, subject: Sequence[CroppedExample]) -> dict[str, Any] | None:

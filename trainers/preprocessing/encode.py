@@ -11,9 +11,9 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
-from ..data.examples import LeftOut, reason_of
+from ..data.examples import EncodedPrompt, LeftOut, reason_of
 from ..errors import DatasetError, RunError
-from ..protocols import earlier_fingerprint, embedded_digest
+from ..fingerprints import earlier_fingerprint, embedded_digest
 from ..runs import earlier
 from .cache import Cache, key_of
 from .pixels import cut, to_array
@@ -181,20 +181,14 @@ class _Pictures:
 
     def _opened(self, place: int) -> Image.Image:
         if self._last is None or self._last[0] != place:
-            example = self._examples[place]
             # Release it before decoding the next one, so that two large pictures are never held at once.
             self._last = None
-            picture = opened(example.source)
-            if picture.size != example.size:
-                raise Unreadable(
-                    LeftOut(self.name(place), f"its size is {picture.size} when decoded, not {example.size}")
-                )
-            self._last = place, picture
+            self._last = place, open_picture(self._examples[place])
         return self._last[1]
 
 
 class TextCache:
-    """Conditioning tensors of each caption."""
+    """Conditioning tensors of each caption and of each prompt that arrived encoded."""
 
     def __init__(self, cache: Cache, encoder: TextEncoder):
         self._cache = cache
@@ -204,13 +198,16 @@ class TextCache:
         self._embedded: dict[str, str] = {}
         self._together = _Together()
 
-    def fill(self, captions: Iterable[str], tick: Callable[[str], None]) -> None:
-        """Encode the missing captions.
+    def fill(self, prompts: Iterable[str | EncodedPrompt], tick: Callable[[str], None]) -> None:
+        """Encode the missing captions, and store the missing encoded prompts.
 
         Raises:
             DatasetError: a conditioning is not finite. The error names the caption.
+            RunError: an encoded prompt of a job is missing.
         """
-        wanted = {self._key(caption): caption for caption in captions}
+        prompts = list(prompts)
+        self._store([prompt for prompt in prompts if isinstance(prompt, EncodedPrompt)], tick)
+        wanted = {self.key(caption): caption for caption in prompts if isinstance(caption, str)}
         for key, caption in wanted.items():
             # Earlier keys do not include the embedding files that a caption was encoded with.
             if self._earlier and not self._embedded[caption]:
@@ -224,9 +221,20 @@ class TextCache:
                 encoded = self._together.make([wanted[key] for key in batch], self._encode)
                 for key, tensors in zip(batch, encoded, strict=True):
                     if key in missing:
-                        self._cache.put(key, _finite(wanted[key], tensors))
+                        self._cache.put(key, check_finite(wanted[key], tensors))
         finally:
             self._cache.flush()
+
+    def _store(self, prompts: Sequence[EncodedPrompt], tick: Callable[[str], None]) -> None:
+        by_key = {self.key(prompt): prompt for prompt in prompts}
+        for key in self._cache.missing(by_key):
+            tick(str(by_key[key]))
+            if by_key[key].tensors is None:
+                raise RunError(
+                    "A conditioning is missing or damaged, and a job cannot make it again.", "Export the job again."
+                )
+            self._cache.put(key, by_key[key].tensors)
+        self._cache.flush()
 
     def _batches(self, wanted: dict[str, str], missing: set[str]) -> Iterator[list[str]]:
         """Yield groups of keys that the encoder takes together, from `_CAPTIONS` in a row, each with a missing key."""
@@ -247,16 +255,18 @@ class TextCache:
             return [self._encoder.encode(captions[0])]
         return self._encoder.encode_all(captions)
 
-    def get(self, caption: str) -> dict[str, torch.Tensor]:
-        """Return the tensors of a caption that was filled."""
-        tensors = self._cache.get(self._key(caption))
+    def get(self, prompt: str | EncodedPrompt) -> dict[str, torch.Tensor]:
+        """Return the tensors of a prompt that was filled."""
+        tensors = self._cache.get(self.key(prompt))
         if tensors is None:
-            raise RunError(
-                f"The cached conditioning of '{caption}' is missing.", "Queue the graph again to compute it."
-            )
+            raise RunError(f"The cached conditioning of '{prompt}' is missing.", "Queue the graph again to compute it.")
         return tensors
 
-    def _key(self, caption: str) -> str:
+    def key(self, prompt: str | EncodedPrompt) -> str:
+        """Return the key of a prompt's conditioning: its text, encoder and embedding files, or what arrived encoded."""
+        if isinstance(prompt, EncodedPrompt):
+            return key_of("encoded 1", prompt.digest)
+        caption = prompt
         if caption not in self._embedded:
             # Compute it once: a file that is replaced later must not change the key that was filled.
             self._embedded[caption] = embedded_digest(self._encoder, (caption,))
@@ -264,7 +274,8 @@ class TextCache:
         return key_of("text 1", self._base, caption, *([embedded] if embedded else []))
 
 
-def _finite(caption: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def check_finite(caption: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return a caption's conditioning. Raise DatasetError if it is not finite."""
     import torch
 
     if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
@@ -317,6 +328,14 @@ class Unreadable(Exception):
     def __init__(self, row: LeftOut):
         super().__init__(str(row))
         self.row = row
+
+
+def open_picture(example: Example) -> Image.Image:
+    """Open an example's picture. Raise Unreadable if that fails, or if its size has changed."""
+    picture = opened(example.source)
+    if picture.size != example.size:
+        raise Unreadable(LeftOut(example.source.name, f"its size is {picture.size} when decoded, not {example.size}"))
+    return picture
 
 
 def opened(source: Source) -> Image.Image:

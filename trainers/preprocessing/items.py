@@ -13,6 +13,20 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Poles:
+    """Prompts beside a slider's own, as samples; only their conditioning counts.
+
+    Attributes:
+        positive, negative: the ends of the slider; None for an anchor.
+        unconditional: the empty prompt.
+    """
+
+    positive: Sample | None
+    negative: Sample | None
+    unconditional: Sample
+
+
+@dataclass(frozen=True)
 class Sample:
     """One visit of an example.
 
@@ -24,6 +38,8 @@ class Sample:
         factor: factor on the sample's loss; the prior weight for a class image.
         prior_target: None, or the same latent conditioned on the class prompt. Training preserves the frozen base's
             prediction for it.
+        paired: None, or the scaled latent of the worse picture, in the same crop.
+        poles: None, or the prompts of a slider that is trained without pictures. Its prior target is an anchor.
     """
 
     latent: torch.Tensor
@@ -32,6 +48,8 @@ class Sample:
     caption: str | None = None
     factor: float = 1.0
     prior_target: Sample | None = None
+    paired: torch.Tensor | None = None
+    poles: Poles | None = None
 
 
 @dataclass(frozen=True)
@@ -39,7 +57,7 @@ class DatasetItem:
     """One crop of an example; it fetches its latent and its conditioning when needed.
 
     Attributes:
-        name: for errors.
+        name: the picture's name, for errors and the loss by picture.
         bucket: (width, height) in pixels; items of one bucket can be batched.
         repeats: visits in an epoch.
         show: returns the sample of a visit, by the number of earlier visits in the run; by None, the unvaried sample.

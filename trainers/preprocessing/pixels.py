@@ -23,10 +23,25 @@ def cut(image: Image.Image, crop: Crop) -> Image.Image:
     if image.size == crop.scaled:
         return image.crop((left, top, left + width, top + height))
     # Resize only the part that stays: the whole of a very long picture, enlarged, would fill the memory.
+    return image.resize(crop.bucket, Image.LANCZOS, box=_box(image, crop))
+
+
+def cut_unscaled(image: Image.Image, crop: Crop) -> Image.Image:
+    """Return the part of the picture that `crop` keeps, mirrored as it says, but at the picture's own scale."""
+    from PIL import Image
+
+    if crop.flip:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return image.crop(tuple(round(side) for side in _box(image, crop)))
+
+
+def _box(image: Image.Image, crop: Crop) -> tuple[float, float, float, float]:
+    """Return the crop (left, top, right, bottom) in the picture's own pixels."""
+    left, top = crop.offset
+    width, height = crop.bucket
     x = image.width / crop.scaled[0]
     y = image.height / crop.scaled[1]
-    right, bottom = min(image.width, (left + width) * x), min(image.height, (top + height) * y)
-    return image.resize(crop.bucket, Image.LANCZOS, box=(left * x, top * y, right, bottom))
+    return left * x, top * y, min(image.width, (left + width) * x), min(image.height, (top + height) * y)
 
 
 def to_array(image: Image.Image) -> np.ndarray:

@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..data.examples import LeftOut
+from ..data.examples import LeftOut, shortened
 from ..data.prior import refuse_if_one_sided
-from ..data.scan import shortened
-from ..errors import DatasetError
-from ..protocols import SOURCE
+from ..errors import DatasetError, SettingsError
+from ..protocols import HOLE, MAX_SOURCES, SOURCE
+from ..recipe.options import PROMPT_NODES, TEXT_ALONE
+from ..recipe.prompts import read_prompts
 from ..runs import run_lock
+from ..text import join_first
 from .cache import cache_size, prune
 from .cache_filler import CacheFiller
 from .crops import CroppedExample, all_resolutions, crop_examples, held_out
 from .dataset_caches import DatasetCaches
 from .dataset_warnings import list_warnings
+from .preview_sources import named_sources, preview_sources
 from .samples import SampleReader
+from .slider_items import slider_items
 
 if TYPE_CHECKING:
-    from ..data.examples import Dataset
+    from ..data.examples import Dataset, Example
     from ..protocols import Host
     from ..recipe.recipe import Recipe
     from ..runs.folders import Folders
     from .items import DatasetItem
+    from .preview_sources import PreviewInput
 
 log = logging.getLogger(__name__)
 
@@ -35,16 +41,20 @@ class Prepared:
 
     Attributes:
         training, validation: items.
+        previews: for each prompt of a sample picture, a function that reads its encoded source pictures, or None.
         places: places in the dataset of the examples that are in either.
         left_out: files that are not trained on.
         facts: for the run's record, JSON-serializable.
+        named: source pictures that prompts of sample pictures name, by these names.
     """
 
     training: list[DatasetItem]
     validation: list[DatasetItem]
+    previews: list[Callable[[], PreviewInput] | None]
     places: frozenset[int]
     left_out: tuple[LeftOut, ...]
     facts: dict[str, Any]
+    named: dict[str, Example]
 
     def counts(self) -> dict[str, int]:
         """Count the pictures for the run's record; class images only if there are some."""
@@ -67,9 +77,20 @@ def prepare(dataset: Dataset, recipe: Recipe, host: Host, folders: Folders, copy
     """
     # Other running trainings still need the cache files that they used.
     used_since = run_lock.earliest_start(folders.runs)
-    _refuse_sources(dataset, host)
+    _refuse_sources(dataset, recipe, host)
+    _refuse_pairs(dataset, recipe, host)
+    _refuse_without_validation(dataset, recipe)
     caches = DatasetCaches(folders.cache, recipe, host)
-    training, validation, unusable = _encode(dataset, recipe, host, caches)
+    filler = CacheFiller(caches, recipe, host)
+    if recipe.slider_prompts:
+        items = slider_items(recipe, host, caches, filler)
+        if copy:
+            caches.copy_used(copy)
+        return Prepared(items, [], [], frozenset(), (), {"images": 0}, {})
+    training, validation, unusable = _encode(dataset, recipe, host, filler)
+    named = named_sources(recipe, folders)
+    previews = preview_sources(training, validation, recipe, caches, named)
+    filler.fill_previews(previews)
     if copy:
         caches.copy_used(copy)
     removed = prune(folders.cache, folders.cache_limit, used_since)
@@ -82,6 +103,7 @@ def prepare(dataset: Dataset, recipe: Recipe, host: Host, folders: Folders, copy
     return Prepared(
         training=reader.items(training),
         validation=reader.items(validation),
+        previews=[None if preview is None else reader.preview_input(preview) for preview in previews],
         places=frozenset(cropped.place for cropped in examples),
         left_out=left_out,
         facts={
@@ -90,16 +112,16 @@ def prepare(dataset: Dataset, recipe: Recipe, host: Host, folders: Folders, copy
             "latents": _describe_latents(examples[0], caches),
             "cache_bytes": cache_size(folders.cache),
         },
+        named=named,
     )
 
 
 def _encode(
-    dataset: Dataset, recipe: Recipe, host: Host, caches: DatasetCaches
+    dataset: Dataset, recipe: Recipe, host: Host, filler: CacheFiller
 ) -> tuple[list[CroppedExample], list[CroppedExample], list[LeftOut]]:
     """Fill the caches, and return (training examples, validation examples, pictures that cannot be used)."""
     geometries = {side: host.denoiser.geometry(side or recipe.resolution) for side in all_resolutions(dataset)}
     examples, unusable = crop_examples(dataset, geometries)
-    filler = CacheFiller(caches, recipe, host)
     examples = filler.fill_pictures(examples, unusable)
     _refuse_if_empty(dataset, examples, unusable)
     refuse_if_one_sided(dataset, [cropped.example for cropped in examples], unusable)
@@ -111,13 +133,73 @@ def _encode(
     return training, validation, unusable
 
 
-def _refuse_sources(dataset: Dataset, host: Host) -> None:
-    if host.denoiser.conditioning_kind != SOURCE and any(example.control is not None for example in dataset.examples):
+def _refuse_sources(dataset: Dataset, recipe: Recipe, host: Host) -> None:
+    """Refuse source pictures that the model, or the node that encodes the prompts, does not take."""
+    denoiser, node = host.denoiser, recipe.prompt_node
+    most = max((len(example.sources) for example in dataset.examples), default=0)
+    named = max((len(prompt.sources) for prompt in read_prompts(recipe.preview_prompts)), default=0)
+    if denoiser.conditioning_kind != SOURCE and (most or named):
+        what = "The dataset has source pictures" if most else "A prompt of a sample picture has a --c"
+        cure = "Leave control_folder empty" if most else "Remove --c"
+        kind = DatasetError if most else SettingsError
+        raise kind(
+            f"{what}, but this model ({denoiser.family}) takes none.",
+            f"{cure}, or use a model that edits pictures, such as Flux Kontext or Qwen-Image-Edit.",
+            "dataset" if most else "prompts",
+        )
+    if node != TEXT_ALONE:
+        host.text.check_prompt_node(node)
+    limit = PROMPT_NODES.get(node, MAX_SOURCES)
+    if max(most, named) > 1 and (limit == 1 or denoiser.max_sources == 1):
+        taker = node if limit == 1 else f"this model ({denoiser.family})"
+        if most > 1:
+            raise DatasetError(
+                f"A picture has {most} source pictures, but {taker} takes one.",
+                "Leave control_folder_2 and control_folder_3 empty.",
+                "dataset",
+            )
+        raise SettingsError(
+            f"A prompt of a sample picture has {named} --c, but {taker} takes one.", "Write one --c.", "prompts"
+        )
+
+
+def _refuse_pairs(dataset: Dataset, recipe: Recipe, host: Host) -> None:
+    """Refuse pictures without a worse one if training compares pairs, and worse pictures if it does not."""
+    alone = [example.source.name for example in dataset.examples if example.paired is None]
+    if recipe.takes_pairs and alone:
         raise DatasetError(
-            f"The dataset has source pictures, but this model ({host.denoiser.family}) takes none.",
-            "Leave control_folder empty, or use a model that edits pictures, such as Flux Kontext or Qwen-Image-Edit.",
+            f"{len(alone)} of {len(dataset.examples)} pictures have no worse picture to compare with: "
+            f"{join_first(alone, 5)}.",
+            "Set worse_folder in Graft Load Dataset, or connect worse_images. Use no class images.",
             "dataset",
         )
+    if recipe.takes_pairs and host.denoiser.conditioning_kind == HOLE:
+        raise DatasetError(
+            f"This inpainting model ({host.denoiser.family}) sees the better picture around the hole, so the worse one "
+            "would not fit.",
+            "Use a model that is not made for inpainting.",
+            "dataset",
+        )
+    if not recipe.takes_pairs and len(alone) < len(dataset.examples):
+        raise DatasetError(
+            "The dataset has worse pictures, but this training does not compare pictures.",
+            "Use Graft Train Preference, or leave worse_folder empty and worse_images unconnected.",
+            "dataset",
+        )
+
+
+def _refuse_without_validation(dataset: Dataset, recipe: Recipe) -> None:
+    """Raise SettingsError for an option that needs the validation loss if no picture is held out."""
+    if recipe.validation_fraction or any(example.held_out for example in dataset.examples):
+        return
+    for name in ("keep_best", "stop_when"):
+        if getattr(recipe, name) != "off":
+            raise SettingsError(
+                f"{name} is set, but no pictures are held out to measure a validation loss with.",
+                "Set validation_fraction in Graft Run Options or validation_folder in Graft Load Dataset, or leave "
+                f"{name} unset.",
+                name,
+            )
 
 
 def _refuse_if_empty(dataset: Dataset, examples: list[CroppedExample], left_out: list[LeftOut]) -> None:
@@ -136,7 +218,7 @@ def _report_warnings(
     """Report files that are not trained on, and what looks unintended in the dataset."""
     if left_out:
         log.warning("Graft: skipped %d files: %s", len(left_out), shortened(left_out, 50))
-    warnings = list_warnings(dataset, recipe, training, left_out)
+    warnings = list_warnings(dataset, recipe, training, left_out, host.text)
     for warning in warnings:
         if warning["kind"] != "skipped":
             log.warning("Graft: %s", warning["text"])
@@ -145,11 +227,14 @@ def _report_warnings(
 
 
 def _count_image_conditionings(examples: list[CroppedExample], caches: DatasetCaches) -> dict[str, int]:
-    """Count the pictures with a source image or an inpaint mask; leave out the kinds that are not used."""
+    """Count the pictures with a source image, a worse picture or an inpaint mask; leave out unused kinds."""
     counts = {}
-    paired = sum(cropped.example.control is not None for cropped in examples)
-    if paired:
-        counts["source_pictures"] = paired
+    edited = sum(bool(cropped.example.sources) for cropped in examples)
+    if edited:
+        counts["source_pictures"] = edited
+    pairs = sum(cropped.example.paired is not None for cropped in examples)
+    if pairs:
+        counts["pairs"] = pairs
     if caches.inpaint_masks is not None:
         masked = sum(cropped.example.mask is not None for cropped in examples)
         counts.update(holes_by_mask=masked, holes_drawn=len(examples) - masked)

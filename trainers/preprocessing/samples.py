@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -11,16 +12,19 @@ from ..protocols import Conditioning
 from ..rng import generator, stream_seed
 from .items import DatasetItem, Sample
 from .lru_cache import LRUCache
+from .preview_sources import PreviewInput
 
 if TYPE_CHECKING:
     import torch
 
     from ..data.buckets import Crop
-    from ..data.examples import Example
+    from ..data.examples import EncodedPrompt, Example
     from ..protocols import Denoiser
     from ..recipe.recipe import Recipe
     from .crops import CroppedExample
     from .dataset_caches import DatasetCaches
+    from .preview_sources import PreviewSources
+    from .source_prompts import Prompt, Sources
 
 
 class SampleReader:
@@ -46,6 +50,16 @@ class SampleReader:
         """Return every crop of every example as a dataset item."""
         return [self._item(cropped, crop) for cropped in examples for crop in cropped.crops]
 
+    def preview_input(self, preview: PreviewSources) -> Callable[[], PreviewInput]:
+        """Return a function that reads what is encoded for a sample picture."""
+
+        def read() -> PreviewInput:
+            with self._lock:
+                encoded = None if self._caches.references is None else tuple(map(self._text, preview.texts))
+                return PreviewInput(self._source_latents(preview.sources, preview.size), encoded)
+
+        return read
+
     def _item(self, cropped: CroppedExample, crop: Crop) -> DatasetItem:
         def show(visit: int | None) -> Sample:
             with self._lock:
@@ -67,25 +81,40 @@ class SampleReader:
         key = self._caches.latents.key(example, drawn)
         latent = self._denoiser.scale_latents(self._latent(key, source))
         images = self._image_conditioning(cropped, crop, drawn, visit)
-        conditioning = self._conditioning(caption, example, drawn, images)
+        conditioning = self._conditioning(caption, cropped, drawn, images)
         weight = self._weight(example, drawn, latent)
         prior_target = None
         if visit is not None and example.anchor is not None:
             prompt = example.anchor.prompt
-            target_conditioning = self._conditioning(prompt, example, drawn, images)
+            target_conditioning = self._conditioning(prompt, cropped, drawn, images)
             prior_target = Sample(latent, target_conditioning, weight, self._live(prompt), example.anchor.weight)
-        return Sample(latent, conditioning, weight, self._live(caption), example.weight, prior_target)
+        paired = self._paired_latent(cropped, crop, drawn, visit)
+        return Sample(latent, conditioning, weight, self._live(caption), example.weight, prior_target, paired)
 
-    def _draw(self, cropped: CroppedExample, crop: Crop, visit: int | None) -> tuple[str, Crop, torch.Generator | None]:
-        """Return (caption, crop, generator of the latent's noise) of a visit."""
+    def _paired_latent(
+        self, cropped: CroppedExample, crop: Crop, drawn: Crop, visit: int | None
+    ) -> torch.Tensor | None:
+        """Return the scaled latent of a visit's worse picture; None without one."""
+        if cropped.example.paired is None:
+            return None
+        source = None if visit is None else generator("worse", self._recipe.seed, cropped.stream(crop), visit)
+        key = self._caches.latents.key(cropped.example.paired, drawn)
+        return self._denoiser.scale_latents(self._latent(key, source))
+
+    def _draw(
+        self, cropped: CroppedExample, crop: Crop, visit: int | None
+    ) -> tuple[str | EncodedPrompt, Crop, torch.Generator | None]:
+        """Return (caption or encoded prompt, crop, generator of the latent's noise) of a visit."""
         example, seed, stream = cropped.example, self._recipe.seed, cropped.stream(crop)
         if visit is None:
-            return captions.plain(example), crop, None
-        count = captions.variant_count(example, self._picture_count)
-        number = cropped.caption_number(crop, count, seed, visit)
-        caption = "" if number is None else captions.variant(example, number)
+            return cropped.unvaried_prompt(), crop, None
+        prompt = example.encoded
+        if prompt is None:
+            count = captions.variant_count(example, self._picture_count)
+            number = cropped.caption_number(crop, count, seed, visit)
+            prompt = "" if number is None else captions.make_variant(example, number)
         is_flipped = example.handling.flip and stream_seed("flip", seed, stream, visit) % 2 == 1
-        return caption, crop.mirrored() if is_flipped else crop, generator("posterior", seed, stream, visit)
+        return prompt, crop.mirrored() if is_flipped else crop, generator("posterior", seed, stream, visit)
 
     def _latent(self, key: str, source: torch.Generator | None) -> torch.Tensor:
         """Return the posterior's mean, or a sample of the posterior if a generator is given."""
@@ -99,29 +128,38 @@ class SampleReader:
         return mean + torch.exp(0.5 * posterior["logvar"]) * noise
 
     def _conditioning(
-        self, caption: str, example: Example, crop: Crop, images: dict[str, torch.Tensor]
+        self, prompt: str | EncodedPrompt, cropped: CroppedExample, crop: Crop, images: dict[str, torch.Tensor]
     ) -> Conditioning:
         """Return the conditioning of a visit; it has no tensors if the text encoder runs at every step."""
+        tensors = self._text(self._caches.with_sources(prompt, cropped, crop))
+        return replace(Conditioning(tensors, cropped.example.size, crop.offset, crop.bucket), **images)
+
+    def _text(self, prompt: Prompt) -> dict[str, torch.Tensor]:
         texts = self._caches.texts
-        tensors = {} if texts is None else self._memory.get(f"text {caption}", lambda: texts.get(caption))
-        return replace(Conditioning(tensors, example.size, crop.offset, crop.bucket), **images)
+        return {} if texts is None else self._memory.get(f"text {texts.key(prompt)}", lambda: texts.get(prompt))
 
     def _image_conditioning(
         self, cropped: CroppedExample, crop: Crop, drawn: Crop, visit: int | None
-    ) -> dict[str, torch.Tensor]:
-        """Return the source image's latent or the inpaint mask of a visit, by `Conditioning`'s names.
+    ) -> dict[str, torch.Tensor | tuple[torch.Tensor, ...]]:
+        """Return the source images' latents or the inpaint mask of a visit, by `Conditioning`'s names.
 
         Latents are means of the posterior, as ComfyUI's own nodes give them.
         """
         example, masks = cropped.example, self._caches.inpaint_masks
-        if example.control is not None:
-            key = self._caches.latents.key(example.control, self._caches.source_crop(cropped, drawn))
-            return {"source": self._latent(key, None)}
+        if example.sources:
+            return {"sources": self._source_latents(self._caches.sources_of(cropped, drawn), drawn.bucket)}
         if masks is None:
             return {}
         seed = stream_seed("hole", self._recipe.seed, cropped.stream(crop), visit) if visit is not None else 0
         key = masks.key(example, drawn, seed % masks.count(example))
         return self._memory.get(f"hole {key}", lambda: masks.get(key))
+
+    def _source_latents(self, sources: Sources, size: tuple[int, int]) -> tuple[torch.Tensor, ...]:
+        references = self._caches.references
+        if references is None or not sources:
+            return tuple(self._latent(self._caches.latents.key(*source), None) for source in sources)
+        latents = self._memory.get(f"references {references.key(sources, size)}", lambda: references.get(sources, size))
+        return tuple(latents[str(place)] for place in range(len(latents)))
 
     def _weight(self, example: Example, crop: Crop, latent: torch.Tensor) -> torch.Tensor | None:
         """Return the loss weights [1, 1, ...] of a latent's positions; None without a mask."""

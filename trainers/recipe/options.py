@@ -10,9 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ..families import TARGET_PRESETS
 from ..objective.options import NATIVE, OBJECTIVE_OPTIONS, Objective
 from ..option import Option, option, options_of
-from .parsing import check_run_name, is_on, parse_lines, parse_pairs, parse_patterns
+from .parsing import check_run_name, is_on, parse_arguments, parse_pairs, parse_patterns, parse_points
+from .prompts import parse_prompts
 
 if TYPE_CHECKING:
     from ..families import Family
@@ -22,9 +24,39 @@ EVERYTHING = "everything"
 ALL_BUT_ATTENTION = "all but attention"
 RECOMPUTED = (EVERYTHING, ALL_BUT_ATTENTION)
 
+# Values of `base_dtype`.
+AS_IT_IS = "as it is"
+FP8, INT8, NF4 = BASE_DTYPES = ("fp8 (scaled)", "int8", "nf4")
+
+# Values of `prompt_node`: ComfyUI's node that reads the text alone, and the nodes that show source pictures to the text
+# encoder, with the largest number of pictures that each takes.
+TEXT_ALONE = "CLIPTextEncode"
+PROMPT_NODES = {
+    "TextEncodeQwenImageEdit": 1,
+    "TextEncodeQwenImageEditPlus": 3,
+    "TextEncodeBooguEdit": 16,
+    "TextEncodeJoyImageEdit": 6,
+    "TextEncodeMageFlowEdit": 16,
+}
+
 # The layers that get an adapter. Full fine-tuning also knows ALL_WEIGHTS, its default.
-TARGETS = ("attention", "attention + feed-forward", "all linear", "linear + conv", "patterns")
+TARGETS = ("attention", "attention + feed-forward", "all linear", "linear + conv", "patterns", *TARGET_PRESETS)
 ALL_WEIGHTS = "all weights"
+
+# Value of `stop_when`.
+STOPS_FALLING = "validation stops falling"
+
+# Values of `give_way`.
+GIVE_WAY_OFF = "off"
+GIVE_WAY_EVERYTHING = "to everything"
+GIVE_WAY_SHORT = "to short prompts"
+GIVE_WAY = (GIVE_WAY_OFF, GIVE_WAY_EVERYTHING, GIVE_WAY_SHORT)
+
+# Schedules that fall, and so may end above 0.
+FALLING = (
+    *("linear", "cosine", "cosine with restarts", "polynomial", "REX", "warmup-stable-decay"),
+    "inverse square root",
+)
 
 _STEPS = (1, 10_000_000)
 _RATE = (1e-12, 100.0)
@@ -79,11 +111,24 @@ class RecipeOptions:
         loss_spike_factor: skip a step whose loss is this many times the usual loss; 0 skips none.
         offload: "on" to offload frozen weights from the start.
         tensorboard: "on" to write TensorBoard event files next to the log.
+        tag_frequency: "on" to write the captions' tags into the metadata of the saved files.
         preview_every: steps between previews; 0 draws them only after the last step.
+        preview_strength: strength of the adapter in previews on another model.
         start_from: an adapter in the host's list, empty for none. Its weights become part of the base model.
         processes: number of processes on one machine that train together.
+        preference_beta: how far a preference may lead away from the base (less for higher values); 0 for no preference.
+        slider_prompts: (target, positive, negative) of a slider that is trained without pictures.
+        slider_anchors: prompts whose predictions a slider keeps.
+        slider_strength: strength s of the adapter at which a slider is trained, at +s and -s; 0 for no slider.
+        prompt_node: the host's node that encodes the captions, TEXT_ALONE or one of PROMPT_NODES.
         shard: "on" to shard the frozen weights of blocks over the processes.
         recompute: part of checkpointed blocks that the backward recomputes, one of RECOMPUTED.
+        compile: "on" to compile the denoiser's repeated blocks.
+        base_dtype: format to which the denoiser's linear weights are quantized, AS_IT_IS or one of BASE_DTYPES.
+        keep_best: "on" to keep the files of the step with the lowest validation loss.
+        stop_when: STOPS_FALLING to end the run early, "off" to train all steps.
+        patience: number of validations without a new lowest loss after which the run ends.
+        give_way: prompts for which the host pauses the training, one of GIVE_WAY; "auto" for the host's setting.
     """
 
     method: str = option("adapter", input="type", unset="auto", choices="methods", offered="adapters", default="LoRA")
@@ -197,8 +242,34 @@ class RecipeOptions:
     power: float = option(
         "optimizer", unset=0.0, range=(0.01, 100.0), default=1.0, before=1.0, needs=("schedule", ("polynomial",))
     )
+    warmup_ratio: float = option("optimizer", unset=0.0, range=(0.0, 1.0), default=0.0, before=0.0)
+    min_lr_ratio: float = option(
+        "optimizer", unset=0.0, range=(0.0, 1.0), default=0.0, before=0.0, needs=("schedule", FALLING)
+    )
+    decay_ratio: float = option(
+        "optimizer",
+        unset=0.0,
+        range=(0.0, 1.0),
+        default=0.2,
+        before=0.2,
+        needs=("schedule", ("warmup-stable-decay",)),
+    )
+    schedule_points: tuple[tuple[int, float], ...] = option(
+        "optimizer", unset="", parse=parse_points, default=(), before=(), needs=("schedule", ("points",))
+    )
+    optimizer_args: tuple[tuple[str, Any], ...] = option(
+        "optimizer", unset="", parse=parse_arguments, default=(), before=()
+    )
     weight_dtype: str = option("adapter", unset="auto", choices=("fp32", "bf16"), default="fp32", before="fp32")
     loss_spike_factor: float = option("optimizer", unset=0.0, range=(0.0, 1e6), default=0.0, before=0.0)
+    preference_beta: float = option(range=(0.0, 1e6), default=0.0, before=0.0, trainer_input="beta")
+    slider_prompts: tuple[tuple[str, str, str], ...] = option(default=(), before=())
+    slider_anchors: tuple[str, ...] = option(default=(), before=())
+    slider_strength: float = option(range=(0.0, 10.0), default=0.0, before=0.0, trainer_input="strength")
+    prompt_node: str = option("run", unset="auto", choices=tuple(PROMPT_NODES), default=TEXT_ALONE, before=TEXT_ALONE)
+    base_dtype: str = option(
+        "memory", unset="auto", choices=(AS_IT_IS, *BASE_DTYPES), default=AS_IT_IS, before=AS_IT_IS
+    )
 
     # The fields below do not affect the result: a run may continue with other values.
     steps: int = option(range=_STEPS, decides=False)
@@ -211,7 +282,7 @@ class RecipeOptions:
     validate_every: int = option("run", unset=0, range=_STEPS, default=50, decides=False)
     gradient_check: str = option("run", unset="auto", choices=("on", "off"), default="auto", decides=False)
     preview_prompts: tuple[str, ...] = option(
-        "preview", input="prompts", unset="", parse=parse_lines, default=(), decides=False
+        "preview", input="prompts", unset="", parse=parse_prompts, default=(), decides=False
     )
     preview_every: int = option("preview", input="every", unset=0, range=(0, 10_000_000), default=100, decides=False)
     preview_steps: int = option("preview", input="steps", unset=0, range=(1, 1000), default=20, decides=False)
@@ -246,6 +317,28 @@ class RecipeOptions:
     recompute: str = option(
         "memory", unset="auto", choices=RECOMPUTED, default=EVERYTHING, before=EVERYTHING, decides=False
     )
+    preview_negative: str = option(
+        "preview", input="negative_prompt", unset="", parse=str.strip, default="", before="", decides=False
+    )
+    compile: str = option("memory", unset="auto", choices=("on", "off"), default="off", before="off", decides=False)
+    keep_best: str = option("run", unset="auto", choices=("on", "off"), default="off", before="off", decides=False)
+    stop_when: str = option(
+        "run", unset="auto", choices=("off", STOPS_FALLING), default="off", before="off", decides=False
+    )
+    patience: int = option(
+        "run",
+        unset=0,
+        range=(1, 10_000),
+        default=5,
+        before=5,
+        decides=False,
+        needs=("stop_when", (STOPS_FALLING,)),
+    )
+    tag_frequency: str = option("run", unset="auto", choices=("on", "off"), default="off", before="off", decides=False)
+    preview_strength: float = option(
+        "preview", input="strength", unset=1.0, range=(-100.0, 100.0), default=1.0, before=1.0, decides=False
+    )
+    give_way: str = option("run", unset="auto", choices=GIVE_WAY, default="auto", before="auto", decides=False)
 
 
 # Options by the recipe's field.

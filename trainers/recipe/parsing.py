@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
-from typing import TypeVar
+from contextlib import suppress
+from typing import Any, TypeVar
 
 from ..errors import SettingsError
 from ..regex import regex_problem
 
 Value = TypeVar("Value", int, float)
+
+_LONGEST_ARGUMENT = 200
+_CONSTANTS = {"true": True, "false": False, "none": None}
 
 # Each pattern is searched for in the path of each layer, so their number is limited.
 _MOST = 256
@@ -25,6 +30,64 @@ def parse_patterns(text: str, input: str) -> tuple[str, ...]:
     for pattern in patterns:
         _check_pattern(pattern, input)
     return patterns
+
+
+def parse_points(text: str) -> tuple[tuple[int, float], ...]:
+    """Parse a text such as "0:1, 500:0.5, 1000:0.1" into (step, factor) pairs, ascending by step.
+
+    Raises:
+        SettingsError: a part is not a step and a factor, or a step occurs twice.
+    """
+    points: dict[int, float] = {}
+    for part in text.replace("\n", ",").split(","):
+        if not part.strip():
+            continue
+        step, colon, factor = (piece.strip() for piece in part.partition(":"))
+        try:
+            value = float(factor)
+        except ValueError:
+            value = -1.0
+        if not (colon and step.isdecimal() and len(step) <= 9 and 0.0 <= value <= 1000.0) or int(step) in points:
+            raise SettingsError(
+                f"'{part.strip()[:80]}' is not a point of the schedule.",
+                "Write a step and a factor of learning_rate for each point: 0:1, 500:0.5, 1000:0.1.",
+                "schedule_points",
+            )
+        points[int(step)] = value
+    return tuple(sorted(points.items()))
+
+
+def parse_arguments(text: str) -> tuple[tuple[str, Any], ...]:
+    """Parse a text such as "d_coef=2 betas=0.9,0.99" into (name, value) pairs.
+
+    A value is a number, a switch, none, a text, or a tuple of these.
+
+    Raises:
+        SettingsError: a part is not a name with a value, or a name occurs twice.
+    """
+    arguments: dict[str, Any] = {}
+    for word in _words(text, "optimizer_args"):
+        name, equals, value = word.partition("=")
+        if not equals or not name.isidentifier() or not value or name in arguments or len(word) > _LONGEST_ARGUMENT:
+            raise SettingsError(
+                f"'{word[:80]}' is not an argument of an optimizer.",
+                "Write each name once with its value, separated by spaces: d_coef=2 betas=0.9,0.99.",
+                "optimizer_args",
+            )
+        parts = [_argument(part) for part in value.strip("()[]").split(",")]
+        arguments[name] = parts[0] if len(parts) == 1 else tuple(parts)
+    return tuple(sorted(arguments.items()))
+
+
+def _argument(text: str) -> Any:
+    """Return a number, a switch, None, or the text itself."""
+    if text.lower() in _CONSTANTS:
+        return _CONSTANTS[text.lower()]
+    for kind in (int, float):
+        with suppress(ValueError):
+            number = kind(text)
+            return number if math.isfinite(number) else text
+    return text
 
 
 def parse_pairs(text: str, kind: Callable[[str], Value], low: Value, high: Value, input: str) -> tuple:

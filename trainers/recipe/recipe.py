@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -31,6 +32,21 @@ class EmbeddingSpec:
     templates: str = "object"
 
 
+@dataclass(frozen=True)
+class SliderSpec:
+    """Settings of a slider to train.
+
+    Attributes:
+        prompts: (target, positive, negative) texts; empty if a dataset of pairs takes their place.
+        anchors: prompts whose predictions stay.
+        strength: strength of the adapter at which it is trained, in both directions.
+    """
+
+    prompts: tuple[tuple[str, str, str], ...]
+    anchors: tuple[str, ...]
+    strength: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe(RecipeOptions):
     """All settings of a run. Fields that affect its result make up `identity`; the others may change on resume.
@@ -42,6 +58,21 @@ class Recipe(RecipeOptions):
     def live_text(self) -> bool:
         """Return True if training changes the text encoder's output, so that every step must encode its captions."""
         return bool(self.embedding_name) or self.text_encoder
+
+    @property
+    def learns_pictures(self) -> bool:
+        """Return True if a low loss of a picture means that it was learned well."""
+        return not (self.preference_beta or self.slider_strength)
+
+    @property
+    def takes_pairs(self) -> bool:
+        """Return True if training compares each picture with a worse one, or with the other side of a slider."""
+        return self.preference_beta > 0 or (self.slider_strength > 0 and not self.slider_prompts)
+
+    @property
+    def slider_texts(self) -> tuple[str, ...]:
+        """Return all prompts of a slider, each once."""
+        return tuple(dict.fromkeys(("", *itertools.chain(*self.slider_prompts), *self.slider_anchors)))
 
     @property
     def keeps_attention(self) -> bool:

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 from ....trainers.data.class_images import STEPS, ClassImages, Drawing
 from ....trainers.data.prior import checked_prompt
 from ....trainers.families import family_of
+from ....trainers.fingerprints import base_digest
 from ....trainers.preprocessing.pixels import to_array
-from ....trainers.protocols import PreviewRequest, base_digest
+from ....trainers.protocols import PictureRequest
 from ....trainers.runs.earlier import claim
 from .. import paths
 from ..model import families
 from ..model.checks import check_sockets
-from ..model.fingerprint import patcher_digest, sampled_patcher_digest
+from ..model.identity.fingerprint import patcher_digest, sampled_patcher_digest
 from ..model.text_encoder import ComfyText
 from ..model.vae import ComfyCodec
 from ..server.progress import gallery
@@ -76,7 +77,7 @@ class ClassImageSet:
         """Return the images as [N, H, W, 3] float32 in 0..1."""
         import torch
 
-        return torch.stack([torch.from_numpy(to_array(one.source.open())) for one in self.dataset.examples])
+        return torch.stack([torch.from_numpy(to_array(example.source.open())) for example in self.dataset.examples])
 
 
 def make(model: ModelPatcher, clip: CLIP, vae: VAE, request: ClassImageRequest, node: str) -> ClassImageSet:
@@ -126,8 +127,8 @@ def _draw(
 ) -> None:
     drawing = images.drawing
     log.info("Graft: drawing %d of %d class images for '%s'.", len(missing), request.count, drawing.prompt)
-    preview = PreviewRequest(
-        (drawing.prompt,),
+    sample = PictureRequest(
+        drawing.prompt,
         drawing.size,
         drawing.steps,
         drawing.cfg,
@@ -141,7 +142,7 @@ def _draw(
     for start in range(0, len(missing), request.batch_size):
         numbers = missing[start : start + request.batch_size]
         tick(done)
-        for number, picture in zip(numbers, sampler.draw(preview, numbers), strict=True):
+        for number, picture in zip(numbers, sampler.draw(sample, numbers), strict=True):
             images.write(number, picture)
             done += 1
             tick(done, picture)

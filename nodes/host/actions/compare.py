@@ -14,7 +14,7 @@ import torch
 from ....trainers.errors import SettingsError
 from ....trainers.families import family_of
 from ....trainers.preprocessing.pixels import to_array
-from ....trainers.protocols import PreviewRequest
+from ....trainers.protocols import PictureRequest
 from ....trainers.recipe.parsing import parse_lines
 from ....trainers.tools.compare import grid
 from .. import paths
@@ -98,7 +98,7 @@ def compare(
     _check_count(len(prompts), len(columns))
     # Record the embedding files that the prompts call, so that the node runs again if one is replaced.
     ComfyText(clip).embedded_digest((*prompts, request.negative))
-    preview = _preview_request(model, vae, request, prompts)
+    requests = _picture_requests(model, vae, request, prompts)
     tick = gallery(node, len(prompts) * len(columns))
     drawn = []
     for column in columns:
@@ -106,7 +106,7 @@ def compare(
         given, text = model, clip
         if column.adapter is not None:
             given, text = apply_adapter(model, clip, column.open(), column.strength, column.strength)
-        drawn.append(PromptSampler(given, ComfyText(text), vae).draw(preview))
+        drawn.append(PromptSampler(given, ComfyText(text), vae).draw(requests))
         tick(len(drawn) * len(prompts), drawn[-1][0])
     rows = list(zip(*drawn, strict=True))
     batch = torch.stack([torch.from_numpy(to_array(picture)) for row in rows for picture in row])
@@ -123,14 +123,18 @@ def _check_count(prompts: int, columns: int) -> None:
         )
 
 
-def _preview_request(
+def _picture_requests(
     model: ModelPatcher, vae: VAE, request: CompareRequest, prompts: tuple[str, ...]
-) -> PreviewRequest:
+) -> list[PictureRequest]:
     family = family_of(families.family_name(model))
     geometry = families.geometry(model, int(vae.spacial_compression_encode()), request.resolution)
     cfg, sampler_name, scheduler = families.drawing(family, request.cfg, request.sampler_name, request.scheduler)
     size = (geometry.side, geometry.side)
-    return PreviewRequest(prompts, size, request.steps, cfg, sampler_name, scheduler, request.seed, request.negative)
+    drawing = (size, request.steps, cfg, sampler_name, scheduler)
+    return [
+        PictureRequest(prompt, *drawing, (request.seed + index) % 2**64, request.negative)
+        for index, prompt in enumerate(prompts)
+    ]
 
 
 def columns_of(request: CompareRequest, adapters: Mapping[str, Mapping | None]) -> list[Column]:
@@ -141,7 +145,7 @@ def columns_of(request: CompareRequest, adapters: Mapping[str, Mapping | None]) 
         ModelError: a file does not exist.
     """
     strengths = strengths_of(request.strengths)
-    sources: dict[str, Mapping | str] = {label: one for label, one in adapters.items() if one is not None}
+    sources: dict[str, Mapping | str] = {label: adapter for label, adapter in adapters.items() if adapter is not None}
     names = files_of(request.files)
     sources.update(zip(_labels(names), names, strict=True))
     if not sources:
@@ -150,18 +154,22 @@ def columns_of(request: CompareRequest, adapters: Mapping[str, Mapping | None]) 
             "Connect an adapter, or write names of LoRA files, such as my_run-1a2b3c4d/*.",
             "files",
         )
-    columns = [Column(BASE, None, 0.0)] if 0.0 in strengths else []
+    base = Column(BASE, None, 0.0)
+    # Beside several adapters the model comes first; of one adapter, such as a slider, it has its place in the row.
+    columns = [base] if 0.0 in strengths and len(sources) > 1 else []
     for label, source in sources.items():
         for strength in strengths:
             if strength:
-                label_at = f"{label} at {strength:g}" if len([one for one in strengths if one]) > 1 else label
+                label_at = f"{label} at {strength:g}" if len([value for value in strengths if value]) > 1 else label
                 columns.append(Column(label_at, source, strength))
+            elif len(sources) == 1:
+                columns.append(base)
     return columns
 
 
 def strengths_of(text: str) -> list[float]:
     """Return the numbers in a text, each once. Raises SettingsError if it holds none, or anything else."""
-    found: list[float] = []
+    numbers: list[float] = []
     for word in re.split(r"[\s,;]+", text.strip()):
         try:
             number = float(word)
@@ -173,11 +181,11 @@ def strengths_of(text: str) -> list[float]:
                 f"Write numbers from -{_TOP_STRENGTH:g} to {_TOP_STRENGTH:g}, separated by commas, such as 0, 0.5, 1.",
                 "strengths",
             )
-        if number not in found:
-            found.append(number)
-    if len(found) > _MOST_STRENGTHS:
-        raise SettingsError(f"{len(found)} strengths are too many.", f"Write at most {_MOST_STRENGTHS}.", "strengths")
-    return found
+        if number not in numbers:
+            numbers.append(number)
+    if len(numbers) > _MOST_STRENGTHS:
+        raise SettingsError(f"{len(numbers)} strengths are too many.", f"Write at most {_MOST_STRENGTHS}.", "strengths")
+    return numbers
 
 
 def files_of(text: str) -> list[str]:
@@ -189,7 +197,7 @@ def files_of(text: str) -> list[str]:
     choices = paths.adapter_choices() + (paths.save_choices() if "/" in text.replace("\\", "/") else [])
     # On Windows, ComfyUI's list has backslashes.
     plain = {name.replace(os.sep, "/"): name for name in choices}
-    found: list[str] = []
+    files: list[str] = []
     for line in parse_lines(text):
         wanted = line.replace("\\", "/")
         fitting = [wanted] if wanted in plain else sorted(fnmatch.filter(plain, wanted))
@@ -199,8 +207,8 @@ def files_of(text: str) -> list[str]:
                 "Write a name as Graft Load Adapter lists it. * matches anything, as in my_run-1a2b3c4d/*.",
                 "files",
             )
-        found += [plain[name] for name in fitting if plain[name] not in found]
-    return found
+        files += [plain[name] for name in fitting if plain[name] not in files]
+    return files
 
 
 def states_of(text: str) -> list:
@@ -215,7 +223,7 @@ def _labels(names: list[str]) -> list[str]:
     """Return distinct labels of files: their names, with the folder for duplicates; a save is labeled by its step."""
     short = [_short_label(os.path.splitext(os.path.basename(name))[0]) for name in names]
     whole = [f"{os.path.dirname(name)} {label}".strip() for name, label in zip(names, short, strict=True)]
-    return [one if short.count(one) == 1 else other for one, other in zip(short, whole, strict=True)]
+    return [label if short.count(label) == 1 else other for label, other in zip(short, whole, strict=True)]
 
 
 def _short_label(name: str) -> str:

@@ -61,16 +61,19 @@ def train(
         GraftError: names the input and the cure.
         InterruptProcessingException: ComfyUI's interruption, after progress was saved.
     """
-    return run_controlled(node, lambda _: _train(model, clip, vae, dataset, subject, widgets, options, node))
+    give_way = training.give_way(options)
+    return run_controlled(node, give_way, lambda _: _train(model, clip, vae, dataset, subject, widgets, options, node))
 
 
 def _train(model, clip, vae, dataset, subject, widgets, options, node: str) -> training.TrainOutput:
     checks.check_sockets(model, clip, vae)
+    checks.check_not_applied(model, clip, widgets.start)
     _check_method(widgets.method)
     instance = prior.captioned(dataset, subject.instance_prompt, "instance_prompt")
     instance = replace(instance, trigger=dataset.trigger or " ".join(subject.instance_prompt.split()))
     # Fail here, before hundreds of images are drawn in vain.
-    OPTIMIZERS[training.build_recipe(model, instance, widgets, options).optimizer].load()
+    recipe = training.build_recipe(model, instance, training.with_named_start(widgets, options), options)
+    OPTIMIZERS[recipe.optimizer].load(recipe)
     preserved, note = _preserved(instance, subject, lambda request: class_images.make(model, clip, vae, request, node))
     done = training.train(model, clip, vae, preserved, widgets, options, node)
     return replace(done, ui={"text": tuple(f"{text} {note}" for text in done.ui["text"])})
@@ -109,10 +112,11 @@ def _classes(dataset: Dataset, subject: Subject, draw: _Draw) -> tuple[Dataset, 
     # Number the drawn images after the given ones, which may be the first images of the same drawing.
     count = subject.class_images
     request = class_images.ClassImageRequest(subject.class_prompt, count, resolution=dataset.resolution, first=usable)
-    made = draw(request)
-    classes = made.dataset if given is None else combine(given, replace(made.dataset, resolution=given.resolution))
-    kept = len(made.dataset.examples) - made.drawn
-    return classes, f"Class images: {usable} from class_dataset, {kept} reused and {made.drawn} drawn in {made.folder}."
+    images = draw(request)
+    classes = images.dataset if given is None else combine(given, replace(images.dataset, resolution=given.resolution))
+    kept = len(images.dataset.examples) - images.drawn
+    drawn = f"{kept} reused and {images.drawn} drawn in {images.folder}"
+    return classes, f"Class images: {usable} from class_dataset, {drawn}."
 
 
 def _check_class(dataset: Dataset, subject: Subject) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,25 +10,31 @@ import torch
 from comfy.cli_args import args
 from comfy_execution.graph_utils import ExecutionBlocker
 
-from ....trainers.data.scan import shortened
+from ....trainers.data.buckets import geometry_without_model
+from ....trainers.data.examples import shortened
 from ....trainers.engine.job import export_job
-from ....trainers.engine.resolve import Options, RecipeInputs, resolve
+from ....trainers.engine.resolve import Options, RecipeInputs, resolve, summarize
 from ....trainers.engine.session import is_finished, run_recipe
-from ....trainers.engine.summary import summarize
-from ....trainers.errors import OutOfMemory
+from ....trainers.errors import OutOfMemory, SettingsError
 from ....trainers.families import family_of
+from ....trainers.formats.adapter import Adapter, as_adapter
+from ....trainers.formats.network import ranks_of
 from ....trainers.memory.oom import in_one_line, is_out_of_memory
 from ....trainers.preprocessing.crops import all_resolutions
 from ....trainers.protocols import Geometry, Host
-from ....trainers.recipe.recipe import EmbeddingSpec
+from ....trainers.recipe.options import AS_IT_IS
+from ....trainers.recipe.prompts import text_of
+from ....trainers.recipe.recipe import EmbeddingSpec, SliderSpec
+from ....trainers.runs.loss_by_picture import BY_PICTURE
 from ....trainers.runs.loss_by_timestep import BY_TIMESTEP
 from .. import paths
 from ..jobs import launcher, provenance
 from ..model import families
-from ..model.checks import check_sockets
+from ..model.checks import check_not_applied, check_sockets
 from ..model.denoiser import ComfyDenoiser
 from ..model.embeddings import apply_embedding
 from ..model.lora import apply_adapter
+from ..model.preview_model import ComfyPreviewModel, PreviewChoice
 from ..model.text_encoder import ComfyText
 from ..model.vae import ComfyCodec
 from ..server.control import Training, check_interrupt, run_controlled
@@ -41,14 +47,21 @@ if TYPE_CHECKING:
 
     from ....trainers.data.examples import Dataset
     from ....trainers.engine.session import Result
-    from ....trainers.formats.adapter import Adapter
     from ....trainers.formats.embedding import Embedding
     from ....trainers.recipe.recipe import Recipe
 
 
 @dataclass(frozen=True)
 class TrainInputs:
-    """The values on a training node; rank is 0 and `embedding_spec` is set if only an embedding is trained."""
+    """The values on a training node, and what it starts from.
+
+    Attributes:
+        rank: 0 for that of the adapter to start from, and if only an embedding is trained.
+        embedding_spec: set if only an embedding is trained.
+        preference_beta: 0 for no preference.
+        slider: set if a slider is trained.
+        start: the connected adapter (`as_start`) or embedding; None for none.
+    """
 
     method: str
     steps: int
@@ -57,6 +70,9 @@ class TrainInputs:
     batch_size: int
     seed: int
     embedding_spec: EmbeddingSpec | None = None
+    slider: SliderSpec | None = None
+    start: Adapter | Embedding | None = None
+    preference_beta: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -86,20 +102,43 @@ def train(
         GraftError: names the input and the cure.
         InterruptProcessingException: ComfyUI's interruption, after progress was saved.
     """
-    return run_controlled(node, lambda training: _train(model, clip, vae, dataset, widgets, options, training))
+    way = give_way(options)
+    return run_controlled(node, way, lambda training: _train(model, clip, vae, dataset, widgets, options, training))
+
+
+def give_way(options: Options | None) -> str:
+    """Return the option's value for the prompts that a training gives way to."""
+    return "auto" if options is None else options.value("run", "give_way", "auto")
+
+
+def as_start(adapter: Mapping[str, torch.Tensor] | None) -> Adapter | None:
+    """Return the adapter that a node starts from, None if none is connected. Raise ModelError if it is damaged."""
+    return None if adapter is None else as_adapter(adapter)
 
 
 def _train(model, clip, vae, dataset, widgets, options, training: Training) -> TrainOutput:
-    check_sockets(model, clip, vae)
+    check_sockets(model, clip, vae, widgets.method)
+    check_not_applied(model, clip, widgets.start)
     with torch.inference_mode(False):
         text = ComfyText(clip)
         denoiser = ComfyDenoiser(model, text, vae)
+        widgets = with_named_start(widgets, options)
         recipe = build_recipe(model, dataset, widgets, options)
         if training.workflow:
             recipe = with_picture(recipe, dataset)
         progress = Progress(training, recipe.steps)
-        graph = _graph(training)
-        host = Host(denoiser, text, ComfyCodec(vae), progress, training.next_command, check_interrupt, graph=graph)
+        preview_model = _preview_model(recipe, denoiser, model, clip, vae, options, training.node)
+        host = Host(
+            denoiser,
+            text,
+            ComfyCodec(vae),
+            progress,
+            training.next_command,
+            check_interrupt,
+            preview_model=preview_model,
+            graph=_graph(training),
+            start=widgets.start,
+        )
         try:
             result = _result_of(recipe, dataset, host, training.node)
         except (RuntimeError, MemoryError) as error:
@@ -114,7 +153,11 @@ def _train(model, clip, vae, dataset, widgets, options, training: Training) -> T
     done = {"run": result.run.name, "step": result.step, "steps": recipe.steps}
     training.send("done", {**done, "cached": result.resumed_from == result.step})
     summary = _summary(result, recipe)
-    loss = {"loss": result.losses, BY_TIMESTEP: result.loss_by_timestep.as_json()}
+    loss = {
+        "loss": result.losses,
+        BY_TIMESTEP: result.loss_by_timestep.as_json(),
+        BY_PICTURE: result.loss_by_picture.as_json(),
+    }
     return TrainOutput(trained_model, trained_clip, result.adapter, result.embedding, loss, {"text": (summary,)})
 
 
@@ -161,7 +204,8 @@ def export(
         GraftError: names the input and the cure.
         InterruptProcessingException: ComfyUI's interruption; the job's files are then removed.
     """
-    check_sockets(model, clip, vae)
+    check_sockets(model, clip, vae, widgets.method)
+    check_not_applied(model, clip, widgets.start)
     tick = counter(node)
 
     def report(event: str, payload: dict) -> None:
@@ -171,8 +215,10 @@ def export(
     with torch.inference_mode(False):
         text = ComfyText(clip)
         denoiser = ComfyDenoiser(model, text, vae)
+        widgets = with_named_start(widgets, options)
         recipe = build_recipe(model, dataset, widgets, options)
-        host = Host(denoiser, text, ComfyCodec(vae), report)
+        preview_model = _preview_model(recipe, denoiser, model, clip, vae, options, node)
+        host = Host(denoiser, text, ComfyCodec(vae), report, preview_model=preview_model, start=widgets.start)
         base = provenance.describe(node, host, files=True)
         return export_job(paths.jobs_folder(), recipe, dataset, host, paths.folders(), base)
 
@@ -182,20 +228,67 @@ def build_recipe(model: ModelPatcher, dataset: Dataset, widgets: TrainInputs, op
 
     Raises:
         SettingsError: a value is out of range, or two values contradict each other.
+        ModelError: the model for sample pictures is of another family.
     """
-    inputs = RecipeInputs(**vars(widgets), resolution=dataset.resolution, trigger=dataset.trigger)
-    return resolve(options or Options(), family_of(families.family_name(model)), inputs)
+    options = options or Options()
+    if options.preview_model is not None:
+        options.preview_model.check_family(model)
+    values = {name: value for name, value in vars(widgets).items() if name != "start"}
+    is_needed = isinstance(widgets.start, Adapter) and not widgets.rank
+    ranks = ranks_of(widgets.start) if is_needed else {}
+    inputs = RecipeInputs(**values, resolution=dataset.resolution, trigger=dataset.trigger, ranks=ranks)
+    return resolve(options, family_of(families.family_name(model)), inputs)
+
+
+def with_named_start(widgets: TrainInputs, options: Options | None) -> TrainInputs:
+    """Return the inputs with the adapter that start_from names, if its ranks are needed. The training reads it too.
+
+    Raises:
+        SettingsError: an adapter is connected as well.
+        ModelError: the list has no such name, or the file cannot be read.
+    """
+    name = options.value("adapter", "start_from", "") if options is not None else ""
+    if name and isinstance(widgets.start, Adapter):
+        raise SettingsError(
+            f"An adapter is connected, and start_from in Graft Adapter Options is '{name}', too.",
+            "Disconnect adapter, or set start_from to auto.",
+            "adapter",
+        )
+    return replace(widgets, start=paths.load_named_adapter(name)) if name and not widgets.rank else widgets
+
+
+def _preview_model(
+    recipe: Recipe,
+    denoiser: ComfyDenoiser,
+    model: ModelPatcher,
+    clip: CLIP,
+    vae: VAE,
+    options: Options | None,
+    node: str,
+) -> ComfyPreviewModel | None:
+    """Return the model for sample pictures if pictures are drawn, and not on the trained weights.
+
+    Without a choice of the user, pictures of a run with a quantized base show the node's MODEL with the adapter.
+    """
+    choice = None if options is None else options.preview_model
+    if choice is None and recipe.base_dtype != AS_IT_IS:
+        choice = PreviewChoice(model, node)
+    if choice is None or not recipe.preview_prompts:
+        return None
+    return ComfyPreviewModel(choice, denoiser, clip, vae, recipe.preview_strength)
 
 
 def with_picture(recipe: Recipe, dataset: Dataset) -> Recipe:
     """Draw one sample picture after the last step if no previews are set, for the page's history of runs.
 
-    Its prompt is the trained embedding, the dataset's trigger, or the first caption.
+    Its prompt is the trained embedding, the slider's target, the dataset's trigger, or the first caption.
     """
     if recipe.preview_prompts:
         return recipe
     captions = (caption for example in dataset.examples if not example.prior for caption in example.captions)
-    prompt = dataset.trigger or next((line.strip() for line in captions if line.strip()), "")
+    prompt = text_of(dataset.trigger or next((line for line in captions if line.strip()), ""))
+    if recipe.slider_prompts:
+        prompt = text_of(recipe.slider_prompts[0][0])
     if recipe.embedding_name:
         prompt = f"embedding:{recipe.embedding_name}"
     return replace(recipe, preview_prompts=(prompt,), preview_every=0) if prompt else recipe
@@ -220,15 +313,14 @@ def _missing(result) -> str:
 def geometries(dataset: Dataset, model: ModelPatcher | None, vae: VAE | None) -> dict[int, Geometry]:
     """Return the geometry of a model's crops by resolution, 0 for the dataset's own; without a model, that of SD1."""
     factor = int(vae.spacial_compression_encode()) if vae is not None else 8
-    found = {}
+    by_side = {}
     for side in all_resolutions(dataset):
         wanted = side or dataset.resolution
         if model is not None:
-            found[side] = families.geometry(model, factor, wanted)
+            by_side[side] = families.geometry(model, factor, wanted)
         else:
-            resolution = wanted or family_of("SD1").resolution
-            found[side] = Geometry(resolution, min(64, max(8, resolution // 8)))
-    return found
+            by_side[side] = geometry_without_model(wanted)
+    return by_side
 
 
 def family_name(model: ModelPatcher | None) -> str:

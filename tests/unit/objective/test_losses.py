@@ -1,15 +1,21 @@
 """Tests of losses, noise and native targets as pure mathematics."""
 
+import functools
+
 import pytest
 import torch
 from graft_pack.trainers.errors import ModelError
 from graft_pack.trainers.objective.losses import (
+    HUBER,
     HUBER_SCHEDULES,
     LOSSES,
     absolute,
     example_losses,
     huber_width,
+    log_cosh,
+    mixed,
     pseudo_huber,
+    smooth_l1,
 )
 from graft_pack.trainers.objective.noise import add_offset, add_pyramid, draw_noise, draw_sigmas, spread_sigmas
 from graft_pack.trainers.objective.targets import parameterization
@@ -108,10 +114,42 @@ def test_huber_is_the_square_of_small_errors_and_the_size_of_large_ones():
     assert float(2 * ((small**2 + 1).sqrt() - 1)) != pytest.approx(1e-8, rel=0.1)
 
 
+@pytest.mark.parametrize("c", [0.01, 0.1, 1.0])
+def test_smooth_l1_is_the_formula_that_kohya_has(c):
+    """2 (sqrt(e^2 + c^2) - c), of which large errors do not depend on c."""
+    error = torch.randn(3, 4, 5, 5, dtype=torch.float64) * torch.tensor([1e-2, 1.0, 100.0]).view(3, 1, 1, 1)
+    width = c * torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    wide = width.view(3, 1, 1, 1)
+    assert torch.allclose(smooth_l1(error, width), 2 * ((error**2 + wide**2).sqrt() - wide), rtol=1e-9)
+
+
+def test_log_cosh_is_its_formula_and_finite_for_large_errors():
+    error = torch.linspace(-20, 20, 101, dtype=torch.float64)
+    assert torch.allclose(log_cosh(error), error.cosh().log(), rtol=1e-9, atol=1e-15)
+    error = torch.tensor([-1e4, -0.01, 0.0, 0.01, 1e4], requires_grad=True)
+    log_cosh(error).sum().backward()
+    assert torch.allclose(log_cosh(error)[[1, 3]], torch.full((2,), 5e-5), rtol=1e-3)
+    assert torch.allclose(error.grad, error.detach().tanh(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.3, 1.0])
+def test_a_mix_is_the_sum_of_torchs_losses(fraction):
+    prediction, target = torch.randn(2, 3, 4, 8, 8, dtype=torch.float64)
+    losses = example_losses(prediction, target, penalty=functools.partial(mixed, l1_fraction=fraction))
+    for row in range(3):
+        pair = (prediction[row], target[row])
+        expected = (1 - fraction) * torch.nn.functional.mse_loss(*pair) + fraction * torch.nn.functional.l1_loss(*pair)
+        assert torch.allclose(losses[row], expected)
+
+
 @pytest.mark.parametrize("penalty", LOSSES)
 def test_a_mask_is_normalized_by_its_area_for_every_loss(penalty):
     prediction, target = torch.randn(2, 3, 4, 8, 8)
-    penalise = LOSSES[penalty] if penalty != "Huber" else lambda error: pseudo_huber(error, torch.ones(len(error)))
+    penalise = LOSSES[penalty]
+    if penalty in HUBER:
+        penalise = functools.partial(penalise, width=torch.ones(3))
+    if penalise is mixed:
+        penalise = functools.partial(mixed, l1_fraction=0.3)
     half = torch.zeros(3, 1, 8, 8)
     half[..., :4] = 1.0
     expected = example_losses(prediction[..., :4], target[..., :4], penalty=penalise)

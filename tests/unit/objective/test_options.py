@@ -1,11 +1,16 @@
 """Tests of the options of an objective, and of refusals that name the input."""
 
+import re
 from dataclasses import fields
 
 import pytest
 from graft_pack.trainers.errors import SettingsError
+from graft_pack.trainers.objective.losses import LOSSES
 from graft_pack.trainers.objective.options import NATIVE, OBJECTIVE_OPTIONS, Objective, objective_of
+from graft_pack.trainers.objective.timesteps import TIMESTEPS
 from graft_pack.trainers.objective.weighting import WEIGHTINGS
+
+from tests.support.host import ROOT
 
 
 def test_nothing_chosen_is_native():
@@ -30,7 +35,7 @@ def test_what_is_out_of_range_is_refused_by_name(name):
         assert caught.value.input == name
 
 
-@pytest.mark.parametrize("name", ["timesteps", "weighting", "loss", "huber_schedule"])
+@pytest.mark.parametrize("name", ["timesteps", "weighting", "loss", "huber_schedule", "stratified"])
 def test_unknown_choices_are_refused(name):
     with pytest.raises(SettingsError, match=f"Unknown {name} 'odd'") as caught:
         Objective(**{name: "odd"})
@@ -48,7 +53,15 @@ def test_a_pyramid_with_an_offset_is_refused():
     assert caught.value.input == "noise_offset"
 
 
-@pytest.mark.parametrize("weighting", ["min-SNR", "debiased"])
+@pytest.mark.parametrize("field", [{"noise_offset_random_strength": "on"}, {"adaptive_noise_scale": 0.1}])
+def test_a_change_of_an_offset_that_is_not_there_is_refused(field):
+    with pytest.raises(SettingsError, match="noise_offset is 0: it would have no effect") as caught:
+        objective_of(field)
+    assert caught.value.input == next(iter(field))
+    assert objective_of({**field, "noise_offset": 0.05}).set_fields() == {**field, "noise_offset": 0.05}
+
+
+@pytest.mark.parametrize("weighting", ["min-SNR", "debiased", "soft min-SNR", "P2", "EDM"])
 def test_signal_to_noise_weights_are_refused_on_flow_and_right_on_the_rest(weighting):
     objective = Objective(weighting=weighting)
     for kind in ("eps", "v", "edm", "x0"):
@@ -75,3 +88,15 @@ def test_hubers_width_by_signal_to_noise_is_refused_on_flow():
     with pytest.raises(SettingsError, match="which flow models do not have") as caught:
         Objective(loss="Huber", huber_schedule="snr").check("flow")
     assert caught.value.input == "huber_schedule"
+
+
+def test_the_page_of_sources_has_a_test_for_every_choice():
+    page = (ROOT / "docs" / "sources.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`.+?) \| .+? \| `(\w+\.py)`: `(\w+)` \|$", page, re.M)
+    named = [name for entry, _, _ in rows for name in re.findall(r"`(.+?)`", entry)]
+    # cosmap is a distribution and a weighting.
+    for registry in (TIMESTEPS, WEIGHTINGS, LOSSES):
+        assert not [name for name in registry if name not in named]
+    assert len(named) == len(set(named)) + 1
+    for _, file, name in rows:
+        assert f"def {name}(" in (ROOT / "tests/unit/objective" / file).read_text(encoding="utf-8"), name

@@ -7,7 +7,7 @@ import torch
 from graft_pack.trainers.errors import SettingsError
 from graft_pack.trainers.objective.noise import draw_sigmas
 from graft_pack.trainers.objective.options import Objective
-from graft_pack.trainers.objective.timesteps import TIMESTEPS, draw_levels, level_times, shift, sigmoids
+from graft_pack.trainers.objective.timesteps import TIMESTEPS, draw_levels, level_times, shift
 from graft_pack.trainers.rng import generator
 
 COUNT = 40_000
@@ -71,7 +71,8 @@ def test_logit_normal_numbers_are_those_of_diffusers(mean, std):
     from diffusers.training_utils import compute_density_for_timestep_sampling
 
     theirs = compute_density_for_timestep_sampling("logit_normal", 64, mean, std, generator=generator("b"))
-    assert torch.allclose(sigmoids(64, mean, std, generator("b")), theirs, atol=1e-7)
+    ours = TIMESTEPS["logit-normal"].places(64, generator("b"), Objective(timestep_mean=mean, timestep_std=std), 0)
+    assert torch.allclose(ours, theirs, atol=1e-7)
 
 
 @pytest.mark.parametrize("mean, std", [(0.0, 1.0), (-0.8, 0.5), (1.0, 2.0)])
@@ -176,3 +177,74 @@ def test_bounds_without_a_level_between_are_refused():
     with pytest.raises(SettingsError, match="min_timestep 1 and max_timestep 2") as caught:
         drawn(torch.tensor([0.1, 0.5, 1.0]), "flow", min_timestep=1, max_timestep=2)
     assert caught.value.input == "max_timestep"
+
+
+def by_integration(density, count=200_000):
+    """Return the distribution function of a density on 0..1, by the midpoint rule in float64."""
+    middles = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    total = density(middles).cumsum(0)
+    return lambda t: (total / total[-1])[(t * count).long().clamp(max=count - 1)]
+
+
+@pytest.mark.parametrize("scale", [-1.0, 0.5, 1.29, 1.75])
+def test_mode_is_the_one_of_diffusers(scale):
+    """The same numbers mirrored, because we map small random numbers to little noise; the distribution is even."""
+    from diffusers.training_utils import compute_density_for_timestep_sampling
+
+    theirs = compute_density_for_timestep_sampling("mode", COUNT, mode_scale=scale, generator=generator("b"))
+    objective = Objective(timesteps="mode", timestep_mode_scale=scale)
+    ours = TIMESTEPS["mode"].places(COUNT, generator("b"), objective, 0)
+    assert torch.allclose(ours, 1 - theirs, atol=1e-6)
+    assert statistic(ours, lambda t: torch.searchsorted(theirs.double().sort()[0], t) / COUNT) <= NEAR
+    # The middle half has more than half of the draws if the scale is positive.
+    assert (float(((ours - 0.5).abs() < 0.25).float().mean()) > 0.5) == (scale > 0)
+
+
+def test_cosmap_has_the_density_of_the_paper():
+    """The density is diffusers' weighting of the same name."""
+    from diffusers.training_utils import compute_loss_weighting_for_sd3
+
+    _, t = drawn(flow_levels(1.0, 10_000), "flow", timesteps="cosmap")
+    expected = by_integration(lambda t: compute_loss_weighting_for_sd3("cosmap", t))
+    assert statistic(t, expected) <= NEAR
+
+
+@pytest.mark.parametrize("alpha, beta", [(2.0, 2.0), (0.6, 0.6), (5.0, 1.5)])
+def test_beta_has_its_density(alpha, beta):
+    _, t = drawn(eps_levels(), "eps", timesteps="beta", timestep_alpha=alpha, timestep_beta=beta)
+    expected = by_integration(lambda t: t ** (alpha - 1) * (1 - t) ** (beta - 1))
+    assert statistic(t + 5e-4, expected) <= NEAR + 3e-3
+
+
+@pytest.mark.parametrize("name", ["content", "style"])
+def test_content_and_style_are_those_of_ai_toolkit(name):
+    """Its indices point into timesteps that fall from the most noise."""
+    u = torch.rand(COUNT, generator=generator("c"), dtype=torch.float64)
+    place = u**3 if name == "content" else 1 - u**3
+    theirs = torch.arange(999, -1, -1)[(place * 1000).long().clamp(max=999)]
+    levels = torch.arange(1000) / 1000
+    known = TIMESTEPS[name]
+    ours = known.indices(levels, known.quantile(1 - u if name == "content" else u, Objective(), 0))
+    # A place that is a whole number may round to the level before it.
+    assert float((ours != theirs).float().mean()) <= 1e-3
+    _, t = drawn(eps_levels(), "eps", timesteps=name)
+    assert float(t.mean()) == pytest.approx(0.75 if name == "content" else 0.25, abs=0.01)
+
+
+@pytest.mark.parametrize("name", TIMESTEPS)
+@pytest.mark.parametrize("kind", ["eps", "flow"])
+def test_a_stratified_batch_has_one_draw_in_each_part(name, kind):
+    """A batch of 8 has one draw below each eighth of many independent draws; their order is random."""
+    levels = eps_levels() if kind == "eps" else flow_levels()
+    plain = drawn(levels, kind, (COUNT, 4, 64, 64), timesteps=name)[1].sort()[0]
+    batches = torch.stack(
+        [drawn(levels, kind, (8, 4, 64, 64), str(seed), timesteps=name, stratified="on")[1] for seed in range(400)]
+    )
+    batch = batches.sort(dim=1)[0]
+    # The middle of the ranks of equal levels: style draws one level in ten times.
+    rank = (torch.searchsorted(plain, batch) + torch.searchsorted(plain, batch, right=True)) / 2 / COUNT
+    middles = (torch.arange(8) + 0.5) / 8
+    # Half a part, and what the ranks of the independent draws are off by.
+    assert float((rank - middles).abs().max()) <= 0.5 / 8 + 3 * NEAR
+    assert torch.allclose(rank.mean(0), middles, atol=0.02)
+    assert float((batches[:, 0] > plain[COUNT // 2]).float().mean()) == pytest.approx(0.5, abs=0.15)

@@ -7,7 +7,7 @@ from graft_pack.trainers.objective.weighting import WEIGHTINGS
 
 from .test_timesteps import eps_levels
 
-SNR_WEIGHTS = ("min-SNR", "debiased")
+SNR_WEIGHTS = ("min-SNR", "debiased", "soft min-SNR", "P2", "EDM")
 
 
 def weights(name, sigma, kind, **fields):
@@ -76,3 +76,31 @@ def test_weights_of_flow_are_those_of_diffusers(name):
 
 def test_native_is_one():
     assert torch.equal(weights("native", torch.tensor([0.0, 3.0]), "eps"), torch.ones(2))
+
+
+@pytest.mark.parametrize("gamma", [0.5, 1.0])
+def test_p2_is_the_one_of_the_paper(gamma):
+    """1 / (k + snr)^gamma on the loss of the noise, with k = 1."""
+    snr = snr_of_diffusers()
+    ours = weights("P2", eps_levels(), "eps", weighting="P2", p2_gamma=gamma)
+    assert torch.allclose(ours, (1 + snr) ** -gamma, rtol=1e-4)
+
+
+def test_soft_min_snr_is_the_one_of_k_diffusion():
+    """(sigma sigma_data)^2 / (sigma^2 + sigma_data^2)^2 on EDM's loss, with gamma 1; below gamma it is the ratio."""
+    sigma = eps_levels().double()
+    ours = weights("soft min-SNR", sigma, "edm", weighting="soft min-SNR", min_snr_gamma=1.0)
+    assert torch.allclose(ours, sigma**2 / (sigma**2 + 1) ** 2, rtol=1e-9)
+    soft = weights("soft min-SNR", sigma, "x0", weighting="soft min-SNR", min_snr_gamma=5.0)
+    assert torch.allclose(soft, 1 / (sigma**2 + 1 / 5), rtol=1e-9)
+    assert (soft <= weights("min-SNR", sigma, "x0", weighting="min-SNR", min_snr_gamma=5.0)).all()
+
+
+@pytest.mark.parametrize("sigma_data", [0.5, 1.0])
+def test_edm_is_the_one_of_diffusers_training_scripts(sigma_data):
+    """(sigma^2 + sigma_data^2) / (sigma sigma_data)^2 for the latent, up to a constant; 1 for EDM's own residual."""
+    sigma = eps_levels().double()
+    theirs = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
+    ours = weights("EDM", sigma / sigma_data, "x0", weighting="EDM")
+    assert torch.allclose(ours, theirs * sigma_data**2, rtol=1e-9)
+    assert torch.allclose(weights("EDM", sigma, "edm", weighting="EDM"), torch.ones_like(sigma), rtol=1e-9)

@@ -3,50 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
-from ..memory.autograd import OutOfPlace
-from ..objective.custom import CustomDraw, draw_custom
+from ..memory.transfer import pinned, upload
+from ..objective.custom import draw_custom
 from ..objective.losses import example_losses
 from ..objective.noise import draw_noise, draw_sigmas, spread_sigmas
 from ..objective.options import NATIVE
 from ..objective.targets import parameterization
 from ..rng import generator
+from .micro_batch import MicroBatch, Watch
+from .predict import factors_of, predict, weights_of
+from .preference import pair_losses
+from .slider import both_sides, slider_losses
 
 if TYPE_CHECKING:
     from ..preprocessing.items import DatasetItem, Sample
     from ..preprocessing.prefetch import Batch
-    from ..protocols import Conditioning, Host
+    from ..protocols import Host
     from ..recipe.recipe import Recipe
     from .plan import Plan, Window
 
 _VALIDATION_LEVELS = 4
-
-# Called with sigma [B] and the native losses [B] without factors, both on the device.
-Watch = Callable[[tuple[torch.Tensor, torch.Tensor]], None]
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """The samples of one forward pass, with their draws.
-
-    Attributes:
-        x0, noise: [B, C, ...].
-        sigma: [B].
-        custom: the draws of a custom objective, which then replaces the model's native loss; None for the native loss.
-        is_padding: a repeated sample with loss factor 0, which only keeps the processes in lockstep.
-    """
-
-    samples: list[Sample]
-    x0: torch.Tensor
-    noise: torch.Tensor
-    sigma: torch.Tensor
-    custom: CustomDraw | None = None
-    is_padding: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,7 +65,7 @@ def micro_batches(
         sigma = draw_sigmas(host.denoiser.sigmas(), shape[0], source)
         noise = draw_noise(shape, source)
     else:
-        sigma, noise, custom = draw_custom(recipe.objective, host.denoiser, shape, source)
+        sigma, noise, custom = draw_custom(recipe.objective, host.denoiser, shape, source, latents, rows.first)
     size = recipe.micro_batch or len(samples)
     for start in range(0, len(samples), size):
         stop = min(start + size, len(samples))
@@ -135,36 +117,74 @@ def _with_prior_targets(samples: list[Sample]) -> list[Sample]:
 
 
 def loss_terms(plan: Plan, host: Host, batch: MicroBatch, watch: Watch | None = None) -> Iterator[torch.Tensor]:
-    """Yield the losses of the samples, then those of their prior targets. Each is [B] float32 with its own graph."""
-    yield losses_of(host, batch, watch)
+    """Yield the losses of the samples, then those of their prior targets. Each is [B] float32 with its own graph.
+
+    Run the backward of each before the next one, and close the iterator after an error: a slider changes the scale of
+    the adapter between its losses.
+    """
+    if plan.recipe.slider_strength:
+        yield from slider_losses(plan, host, batch, watch)
+        return
+    base = _base_prediction(plan, host, batch)
+    yield sample_losses(plan)(host, batch, watch) if base is None else losses_of(host, batch, watch, base)
     rows = [row for row, sample in enumerate(batch.samples) if sample.prior_target is not None]
     if rows:
         targets = [batch.samples[row].prior_target for row in rows]
         yield prior_losses(plan, host, MicroBatch(targets, batch.x0[rows], batch.noise[rows], batch.sigma[rows]))
 
 
-def losses_of(host: Host, batch: MicroBatch, watch: Watch | None = None) -> torch.Tensor:
+def sample_losses(plan: Plan) -> Callable[..., torch.Tensor]:
+    """Return the function for the losses of a micro-batch's samples: `losses_of`, or that of a preference or slider."""
+    if plan.recipe.slider_strength:
+        return partial(both_sides, plan)
+    return partial(pair_losses, plan) if plan.recipe.preference_beta else losses_of
+
+
+def _base_prediction(plan: Plan, host: Host, batch: MicroBatch) -> torch.Tensor | None:
+    """Predict as the frozen base, if the objective preserves its prediction outside masks."""
+    if batch.custom is None or not batch.custom.objective.masked_prior_weight:
+        return None
+    # Also without a mask: with sharded weights, all processes must run the same forward passes.
+    _, _, sigma, x_t = _add_noise(host, batch)
+    with torch.no_grad(), plan.switched_off():
+        return predict(host, x_t, sigma, batch.samples)
+
+
+def _add_noise(host: Host, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return (x0, noise, sigma, noisy latents) on the device."""
+    denoiser, custom = host.denoiser, batch.custom
+    x0, noise, sigma = (upload(values, denoiser.device) for values in (batch.x0, batch.noise, batch.sigma))
+    added = noise if custom is None else upload(custom.added, denoiser.device)
+    return x0, noise, sigma, denoiser.add_noise(x0, added, sigma)
+
+
+def losses_of(
+    host: Host, batch: MicroBatch, watch: Watch | None = None, base: torch.Tensor | None = None
+) -> torch.Tensor:
     """Return the loss of each sample, [B] float32, with its graph.
 
     Args:
         watch: called with the micro-batch's sigma as it is, and the native losses.
+        base: the frozen base's prediction, which the loss preserves outside masks.
     """
     denoiser, custom = host.denoiser, batch.custom
-    x0, noise, sigma = (values.to(denoiser.device) for values in (batch.x0, batch.noise, batch.sigma))
-    x_t = denoiser.add_noise(x0, noise if custom is None else custom.added.to(denoiser.device), sigma)
+    x0, noise, sigma, x_t = _add_noise(host, batch)
     kind = parameterization(denoiser.parameterization, denoiser.sigma_data, denoiser.noise_scale)
     target = kind.target(x0, noise, sigma.view(-1, *[1] * (x0.ndim - 1)))
-    prediction = _predict(host, x_t, sigma, batch.samples)
-    weights = _weights(batch.samples, x0)
+    prediction = predict(host, x_t, sigma, batch.samples)
+    weights = weights_of(batch.samples, x0)
     if custom is not None:
         losses = custom.losses(denoiser, prediction, target, sigma, weights)
+        if base is not None and weights is not None:
+            outside = custom.losses(denoiser, prediction, base, sigma, 1 - weights)
+            losses = losses + custom.objective.masked_prior_weight * outside
     else:
         losses = example_losses(prediction, target, weights)
     if watch is not None:
         with torch.no_grad():
             native = losses.detach() if custom is None else example_losses(prediction, target, weights)
         watch((batch.sigma, native))
-    return losses * _factors(batch.samples, x0)
+    return losses * factors_of(batch.samples, x0)
 
 
 def prior_losses(plan: Plan, host: Host, batch: MicroBatch) -> torch.Tensor:
@@ -172,46 +192,38 @@ def prior_losses(plan: Plan, host: Host, batch: MicroBatch) -> torch.Tensor:
 
     [B] float32, with its graph through the prediction with the trainables.
     """
-    denoiser = host.denoiser
-    x0, noise, sigma = (values.to(denoiser.device) for values in (batch.x0, batch.noise, batch.sigma))
-    x_t = denoiser.add_noise(x0, noise, sigma)
+    x0, _, sigma, x_t = _add_noise(host, batch)
     # Encode the prompts with and without the trainables: the text encoder may be trained too.
     with torch.no_grad(), plan.switched_off():
-        target = _predict(host, x_t, sigma, batch.samples)
-    prediction = _predict(host, x_t, sigma, batch.samples)
-    return example_losses(prediction, target, _weights(batch.samples, x0)) * _factors(batch.samples, x0)
+        target = predict(host, x_t, sigma, batch.samples)
+    prediction = predict(host, x_t, sigma, batch.samples)
+    return example_losses(prediction, target, weights_of(batch.samples, x0)) * factors_of(batch.samples, x0)
 
 
-def _predict(host: Host, x_t: torch.Tensor, sigma: torch.Tensor, samples: list[Sample]) -> torch.Tensor:
-    """Return the network's output for samples. Text encoders always add in place; their output is encoded here."""
-    with OutOfPlace():
-        conditionings = _conditionings(host, samples)
-    # Every operation passes through the mode: networks that do not need it compute without it.
-    with OutOfPlace() if host.denoiser.adds_in_place else nullcontext():
-        return host.denoiser.predict(x_t, sigma, conditionings)
+def predict_sample(sample: Sample, recipe: Recipe, host: Host) -> torch.Tensor:
+    """Return the network's output for a sample at the middle noise level, without gradients."""
+    denoiser = host.denoiser
+    sigma = spread_sigmas(denoiser.sigmas(), 1)
+    noise = draw_noise(sample.latent.shape, generator("validation", recipe.seed, 0))
+    with torch.no_grad():
+        x0, noise, sigma = (upload(values, denoiser.device) for values in (sample.latent, noise, sigma))
+        return predict(host, denoiser.add_noise(x0, noise, sigma), sigma, [sample])
 
 
-def _conditionings(host: Host, samples: list[Sample]) -> list[Conditioning]:
-    """Return the conditioning of each sample. Encode each distinct caption once if the text encoder runs live."""
-    captions = list(dict.fromkeys(sample.caption for sample in samples if sample.caption is not None))
-    encoded = dict(zip(captions, host.text.encode_live(captions), strict=True)) if captions else {}
-    return [
-        sample.conditioning if sample.caption is None else replace(sample.conditioning, tensors=encoded[sample.caption])
-        for sample in samples
-    ]
+def pin_samples(samples: list[Sample], device: torch.device) -> list[Sample]:
+    """Return the samples with their conditionings in pinned memory, if the device uploads from it faster."""
+    return [_pinned(sample, device) for sample in samples] if device.type != "cpu" else samples
 
 
-def _weights(samples: list[Sample], x0: torch.Tensor) -> torch.Tensor | None:
-    if all(sample.weight is None for sample in samples):
-        return None
-    ones = torch.ones_like(x0[:1, :1])
-    return torch.cat([ones if sample.weight is None else sample.weight.to(ones) for sample in samples])
-
-
-def _factors(samples: list[Sample], x0: torch.Tensor) -> torch.Tensor | float:
-    if all(sample.factor == 1.0 for sample in samples):
-        return 1.0
-    return torch.tensor([sample.factor for sample in samples], device=x0.device)
+def _pinned(sample: Sample, device: torch.device) -> Sample:
+    tensors = {name: pinned(tensor, device) for name, tensor in sample.conditioning.tensors.items()}
+    target = None if sample.prior_target is None else _pinned(sample.prior_target, device)
+    poles = sample.poles
+    if poles is not None:
+        pins = {name: None if pole is None else _pinned(pole, device) for name, pole in vars(poles).items()}
+        poles = replace(poles, **pins)
+    conditioning = replace(sample.conditioning, tensors=tensors)
+    return replace(sample, conditioning=conditioning, prior_target=target, poles=poles)
 
 
 def batch_loss(plan: Plan, host: Host, number: int = 0) -> torch.Tensor:
@@ -233,14 +245,18 @@ def crop_sample(sample: Sample, fraction: float) -> Sample:
         return None if tensor is None else tensor[..., : sides[0], : sides[1]]
 
     target = None if sample.prior_target is None else crop_sample(sample.prior_target, fraction)
-    return replace(sample, latent=crop(sample.latent), weight=crop(sample.weight), prior_target=target)
+    cropped = {name: crop(getattr(sample, name)) for name in ("latent", "weight", "paired")}
+    return replace(sample, **cropped, prior_target=target)
 
 
-def fixed_losses(items: Sequence[DatasetItem], recipe: Recipe, host: Host) -> torch.Tensor:
+def fixed_losses(
+    items: Sequence[DatasetItem], recipe: Recipe, host: Host, measure: Callable[..., torch.Tensor] = losses_of
+) -> torch.Tensor:
     """Return losses of items at fixed noise and evenly spread noise levels, [items, levels] float32, no gradients.
 
-    This is the model's native loss even if the run trains another objective. So runs with other loss weights, noise or
-    penalties can be compared.
+    Args:
+        measure: as `sample_losses` returns it. By default it is the model's native loss even if the run trains another
+            objective. So runs with other loss weights, noise or penalties can be compared.
     """
     rows = []
     with torch.no_grad():
@@ -253,6 +269,6 @@ def fixed_losses(items: Sequence[DatasetItem], recipe: Recipe, host: Host) -> to
             parts = []
             for levels, drawn in zip(sigma.split(size), noise.split(size), strict=True):
                 x0 = sample.latent.expand(len(levels), *sample.latent.shape[1:])
-                parts.append(losses_of(host, MicroBatch([sample] * len(levels), x0, drawn, levels)).cpu())
+                parts.append(measure(host, MicroBatch([sample] * len(levels), x0, drawn, levels)).cpu())
             rows.append(torch.cat(parts))
     return torch.stack(rows)

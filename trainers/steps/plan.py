@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from .. import protocols
+    from ..formats.embedding import Embedding
     from ..preprocessing.prefetch import Batch
+    from ..preprocessing.preview_sources import PreviewInput
     from ..recipe.recipe import Recipe
     from ..runs.folders import Products
 
@@ -73,8 +75,10 @@ class Plan:
         export: makes the adapter and the embedding from the trainables' values and the step.
         groups: parameter groups that cover all trainables; empty for one group with the recipe's learning rate.
         renormalize: called after every optimizer step with the schedule's factor on the learning rates. It pulls the
-            vectors of an embedding back to the usual norm.
+            vectors of an embedding back to the usual norm. A tensor of 0 leaves them as they are.
         switched_off: returns a context in which the denoiser predicts as the frozen base, without the trainables.
+        scaled: returns a context in which the trainables' difference counts times a factor; only for linear methods.
+        previews: see `Prepared.previews`.
         constants: tensors of the tree that are not trained, but that a resumed run must restore.
         in_backward: step the optimizer within the backward if the result is the same.
         prefetch: fetch the next batch while the device computes this one. Two threads then call `DatasetItem.show`.
@@ -86,8 +90,10 @@ class Plan:
     export: Callable[[dict[str, torch.Tensor], int], Products]
     validation: Sequence[DatasetItem] = ()
     groups: Sequence[Group] = ()
-    renormalize: Callable[[float], None] = lambda factor: None
+    renormalize: Callable[[float | torch.Tensor], None] = lambda factor: None
     switched_off: Callable[[], AbstractContextManager] = nullcontext
+    scaled: Callable[[float], AbstractContextManager] = nullcontext
+    previews: Sequence[Callable[[], PreviewInput] | None] = ()
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
     in_backward: bool = False
     prefetch: bool = True
@@ -96,9 +102,15 @@ class Plan:
         """Return the parameter groups: `groups`, or one group of all trainables if `groups` is empty."""
         return self.groups or (Group(tuple(self.trainables), self.recipe.learning_rate),)
 
-    def with_embedding(self, host: protocols.Host) -> Plan:
-        """Return the plan with the vectors of the recipe's embedding among its trainables."""
-        vectors = textual_inversion.start(host.text, self.recipe)
+    def with_embedding(self, host: protocols.Host, start: Embedding | None = None) -> Plan:
+        """Return the plan with the vectors of the recipe's embedding among its trainables, if it has one.
+
+        Args:
+            start: an embedding with their start values; None for those of the init text.
+        """
+        if not self.recipe.embedding_name:
+            return self
+        vectors = textual_inversion.start(host.text, self.recipe, start)
         return replace(
             self,
             trainables=self.trainables | vectors,
@@ -113,6 +125,15 @@ class Plan:
         repeats = [item.repeats for item in items]
         prior = [item.prior for item in items]
         return batches_from(position, buckets, repeats, self.recipe.batch_size, self.recipe.seed, prior)
+
+    def picture_names(self, window: Window) -> list[str | None]:
+        """Return the name of each sample's picture, over all processes; None for a class image."""
+        items = (self.train[index] for _, members in window.batches for index, _ in members)
+        return [None if item.prior else item.name for item in items]
+
+    def products(self, step: int) -> Products:
+        """Export the trainables as they are now."""
+        return self.export({name: parameter.detach() for name, parameter in self.trainables.items()}, step)
 
     def samples(self, batch: Batch) -> list[Sample]:
         """Return the samples of a batch."""

@@ -1,0 +1,1 @@
+"""A training step: its plan, its batches, its loss."""

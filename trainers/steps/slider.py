@@ -1,0 +1,144 @@
+"""Losses of a concept slider: the adapter at +s leads to one side, at -s to the other, and anchors stay."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from ..families import family_of
+from ..memory.transfer import upload
+from ..objective.losses import example_losses
+from ..objective.slider import GUIDANCE, draw_path, euler_step, guided, led
+from ..objective.targets import parameterization
+from .predict import encode_live, factors_of, predict, weights_of
+
+if TYPE_CHECKING:
+    from ..preprocessing.items import Sample
+    from ..protocols import Host
+    from .micro_batch import MicroBatch, Watch
+    from .plan import Plan
+
+
+class _Side(NamedTuple):
+    """One direction of a slider: the adapter's strength, x_t [B, C, ...] and the target of the raw output."""
+
+    strength: float
+    x_t: torch.Tensor
+    target: torch.Tensor
+
+
+def slider_losses(plan: Plan, host: Host, batch: MicroBatch, watch: Watch | None = None) -> Iterator[torch.Tensor]:
+    """Yield half the losses of the samples at +s and at -s, each followed by half those of their anchors.
+
+    Each is [B] float32 with its own graph. Its backward must run before the next one is taken: until then the adapter
+    keeps its scale, which blocks that are recomputed read again.
+    """
+    denoiser, samples = host.denoiser, batch.samples
+    anchors = [sample.prior_target for sample in samples if sample.prior_target is not None]
+    read = _from_pictures if samples[0].poles is None else _from_prompts
+    with torch.no_grad(), plan.switched_off():
+        sides, kept = read(host, batch, anchors, plan.recipe.slider_strength)
+    sigma = upload(batch.sigma, denoiser.device)
+    weights, factors = weights_of(samples, sides[0].x_t), factors_of(samples, sigma)
+    native = []
+    for side in sides:
+        with plan.scaled(side.strength):
+            prediction = predict(host, side.x_t, sigma, samples)
+            losses = plain = example_losses(prediction, side.target, weights)
+            if batch.custom is not None:
+                losses = batch.custom.losses(denoiser, prediction, side.target, sigma, weights)
+            native.append(plain.detach())
+            yield 0.5 * losses * factors
+            if anchors:
+                losses = example_losses(predict(host, kept.x_t, sigma, anchors), kept.target)
+                yield 0.5 * losses * factors_of(anchors, sigma)
+    if watch is not None:
+        watch((batch.sigma, sum(native) / len(native)))
+
+
+def both_sides(plan: Plan, host: Host, batch: MicroBatch, watch: Watch | None = None) -> torch.Tensor:
+    """Return the mean loss of the samples at +s and -s, [B] float32 without a graph, such as for validation."""
+    samples = [replace(sample, prior_target=None) for sample in batch.samples]
+    with torch.no_grad():
+        return sum(slider_losses(plan, host, replace(batch, samples=samples), watch))
+
+
+def _from_prompts(
+    host: Host, batch: MicroBatch, anchors: list[Sample], strength: float
+) -> tuple[list[_Side], _Side | None]:
+    """Let the base draw and predict. Return the sides, and x_t and target of the anchors if there are some."""
+    count = len(batch.samples)
+    samples = encode_live(host, [*batch.samples, *anchors])
+    drawn = _draw(host, samples, batch)
+    poles = [getattr(sample.poles, name) for name in ("positive", "negative") for sample in samples[:count]]
+    rows = [*samples, *encode_live(host, poles)]
+    x_t = torch.cat([drawn, drawn[:count], drawn[:count]])
+    outputs = _predict_rows(host, x_t, _repeated(host, batch.sigma, len(rows)), rows)
+    target, (positive, negative) = outputs[: len(samples)], outputs[len(samples) :].chunk(2)
+    sides = [_Side(s, drawn[:count], led(target[:count], positive, negative, s)) for s in (strength, -strength)]
+    return sides, _Side(0.0, drawn[count:], target[count:]) if anchors else None
+
+
+def _from_pictures(
+    host: Host, batch: MicroBatch, anchors: list[Sample], strength: float
+) -> tuple[list[_Side], _Side | None]:
+    """Return one side for each picture of the pairs, under the same noise, and the anchors at the first picture."""
+    denoiser = host.denoiser
+    kind = parameterization(denoiser.parameterization, denoiser.sigma_data, denoiser.noise_scale)
+    added = batch.noise if batch.custom is None else batch.custom.added
+    noise, added, sigma = (upload(values, denoiser.device) for values in (batch.noise, added, batch.sigma))
+    paired = torch.cat([sample.paired for sample in batch.samples])
+    sides = []
+    for s, x0 in ((strength, batch.x0), (-strength, paired)):
+        x0 = upload(x0, denoiser.device)
+        target = kind.target(x0, noise, sigma.view(-1, *[1] * (x0.ndim - 1)))
+        sides.append(_Side(s, denoiser.add_noise(x0, added, sigma), target))
+    if not anchors:
+        return sides, None
+    x_t = sides[0].x_t
+    return sides, _Side(0.0, x_t, _predict_rows(host, x_t, sigma, anchors))
+
+
+def _draw(host: Host, samples: list[Sample], batch: MicroBatch) -> torch.Tensor:
+    """Return x_t [rows, C, ...] at the micro-batch's noise levels, drawn from its noise for the prompts of samples.
+
+    Args:
+        samples: those of the micro-batch, and their anchors behind them.
+    """
+    denoiser, rows = host.denoiser, len(samples)
+    # Models that were distilled with guidance draw without it.
+    is_guided = family_of(denoiser.family).preview_cfg > 1
+    prompts = [*samples, *encode_live(host, [sample.poles.unconditional for sample in samples])]
+    prompts = prompts if is_guided else samples
+    path = draw_path(denoiser.sigmas(), batch.sigma)
+    x0, noise = (_repeated(host, values, rows) for values in (batch.x0, batch.noise))
+    x_t = denoiser.add_noise(x0, noise, _repeated(host, path[0], rows))
+    for sigma, following in itertools.pairwise(path):
+        if torch.equal(sigma, following) and not host.group.lockstep:
+            break
+        host.check_interrupt()
+        sigma, following = (_repeated(host, level, rows) for level in (sigma, following))
+        copies = len(prompts) // rows
+        outputs = _predict_rows(host, torch.cat([x_t] * copies), sigma.repeat(copies), prompts)
+        if is_guided:
+            outputs = guided(*outputs.chunk(2), GUIDANCE)
+        levels = (level.view(-1, *[1] * (x_t.ndim - 1)) for level in (sigma, following))
+        x_t = euler_step(denoiser.denoised(outputs, x_t, sigma), x_t, *levels)
+    return x_t
+
+
+def _repeated(host: Host, values: torch.Tensor, rows: int) -> torch.Tensor:
+    """Return a micro-batch's values on the device, repeated to a number of rows."""
+    return upload(torch.cat([values] * (rows // len(values))), host.denoiser.device)
+
+
+def _predict_rows(host: Host, x_t: torch.Tensor, sigma: torch.Tensor, samples: list[Sample]) -> torch.Tensor:
+    """Predict samples, one by one if all processes must run the same passes: prompts may not fit into one batch."""
+    if not host.group.lockstep:
+        return predict(host, x_t, sigma, samples)
+    rows = [predict(host, x_t[row : row + 1], sigma[row : row + 1], [sample]) for row, sample in enumerate(samples)]
+    return torch.cat(rows)
