@@ -17,20 +17,25 @@ pytestmark = [pytest.mark.browser, pytest.mark.server]
 
 LONG = 3000
 STEPS = 6
-FIRST, SECOND, BARE = "history-first", "history-second", "history-bare"
+FIRST, SECOND, BARE, NEXT = "history-first", "history-second", "history-bare", "history-next"
 
 
 @pytest.fixture(scope="module")
 def made(server, page, graph, folder):
-    """Create runs from the page, and one without a page; return {given name: name of its run}."""
+    """Create runs from the page, and two without a page, one from the other; return {given name: name of its run}."""
     page.load(graph)
     common = {"steps": STEPS, "every": 3, "validation_fraction": 0.2, "validate_every": 2}
     panels.set_values(page, name=FIRST, **common)
     server.wait(page.queue())
     panels.set_values(page, name=SECOND, seed=7, prompts="a large sks toy\na small sks toy")
     server.wait(page.queue())
-    server.run(runs.graph_of(server, folder, BARE, 2))
-    return {name: runs.find_run(server, name).name for name in (FIRST, SECOND, BARE)}
+    bare = runs.graph_of(server, folder, BARE, 2)
+    server.run(bare)
+    (bare["60"],) = runs.option_nodes(server, GraftRunOptions={"name": NEXT}).values()
+    again = {"steps": 1, "adapter": ["3", 2], "options": ["60", 0]}
+    bare["5"] = {**bare["3"], "inputs": {**bare["3"]["inputs"], **again}}
+    server.run(bare)
+    return {name: runs.find_run(server, name).name for name in (FIRST, SECOND, BARE, NEXT)}
 
 
 @pytest.fixture
@@ -58,7 +63,8 @@ def copied(server, made):
 
 
 def test_the_runs_are_listed_the_last_one_first(history, server, made):
-    assert [name for name in history.names() if name in made.values()] == [made[BARE], made[SECOND], made[FIRST]]
+    listed = [made[name] for name in (NEXT, BARE, SECOND, FIRST)]
+    assert [name for name in history.names() if name in made.values()] == listed
     card = history.card(made[FIRST])
     history.wait_for_card(made[FIRST], "card.querySelector('img').naturalWidth > 0")
     assert (card["status"], card["curve"], card["open"], card["remove"]) == ("finished", True, True, True)
@@ -70,6 +76,11 @@ def test_the_runs_are_listed_the_last_one_first(history, server, made):
     assert f"Loss {losses[-1]:#.3g}, best {min(losses):#.3g}" in card["text"]
     assert (listed["best"], listed["best_step"]) == (min(losses), losses.index(min(losses)) + 1)
     assert not history.card(made[BARE])["picture"]
+
+
+def test_a_run_says_from_which_it_started(history, made):
+    assert f"Started from {made[BARE]}" in history.card(made[NEXT])["text"]
+    assert "Started from" not in history.card(made[BARE])["text"]
 
 
 def test_runs_are_found_by_name(history, made):
@@ -296,3 +307,38 @@ def test_the_history_is_accessible(history, page, made, theme):
     page.driver.switch_to.active_element.send_keys(Keys.ESCAPE)
     history.press("Clear the selection")
     page.set_setting("Comfy.ColorPalette", "dark")
+
+
+def test_progress_in_the_queue_keeps_the_focus(page):
+    shown = page.js("""
+        const { Queue } = await import('/extensions/graft/history/queue.js');
+        const queue = new Queue(() => {});
+        const training = (step) => ({ node: '3', name: 'mine', run: null, step, steps: 9 });
+        const row = (prompt_id, running, step) => ({ prompt_id, running, trainings: [training(step)] });
+        const other = { prompt_id: 'c', running: false, trainings: [] };
+        document.body.append(queue.element);
+        try {
+            queue.show([row('a', true, 1), row('b', false, 0), other]);
+            queue.element.querySelector('button').focus();
+            queue.show([row('a', true, 3), row('b', false, 0), other, other]);
+            return [document.activeElement.ariaLabel, queue.element.innerText];
+        } finally { queue.element.remove(); }""")  # fmt: skip
+    focused, text = shown
+    assert focused == "Remove from queue: mine" and "Training, 3 of 9 steps" in text and "Other prompts: 2" in text
+
+
+def test_resuming_a_run_without_its_prompt_does_not_queue_the_open_graph(page):
+    queued, error = page.js("""
+        const { Routes } = await import('/extensions/graft/panel/routes.js');
+        const queued = [];
+        const answer = { ok: true, json: async () => ({ prompt: null }) };
+        const requests = { fetchApi: async () => answer, queuePrompt: (...given) => queued.push(given) };
+        const routes = new Routes(requests, { queuePrompt: (...given) => queued.push(given) });
+        const problem = await routes.resume({ run: 'r' }).catch(({ message }) => message);
+        await routes.resume({ run: 'r', node: '3' });
+        answer.json = async () => ({ prompt: {} });
+        await routes.resume({ run: 'r' });
+        return [queued, problem];""")  # fmt: skip
+    assert error == "This run has no saved workflow"
+    # The open graph for a node; a prompt without a workflow for a card.
+    assert queued[0] == [0, 1] and queued[1][1].get("workflow") is None and len(queued) == 2

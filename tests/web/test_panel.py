@@ -13,6 +13,7 @@ from docs.build import make_blueprint, make_panel_pictures
 from tests.support import graphs
 from tests.support import panel as panels
 from tests.support.browser import EMPTY, Browser
+from tests.support.history import HistoryView
 from tests.support.host import ROOT
 from tests.support.server import PromptInterrupted
 
@@ -169,6 +170,113 @@ def test_save_pause_and_resume_by_the_buttons(opened, page, server):
     panel.wait("stopped")
 
 
+@pytest.fixture
+def least(server):
+    """Let trainings give way without a least training time."""
+    server.post("/settings/Graft.GiveWayAfter", 0)
+    yield
+    server.post("/settings/Graft.GiveWayAfter", 60)
+
+
+def queue_picture(server, seed):
+    """Queue a prompt that draws until it is interrupted; return its id."""
+    graph = {"1": graphs.node("CheckpointLoaderSimple", ckpt_name=graphs.CHECKPOINT)}
+    graphs.sampling(graph, "a large red circle", ["1", 0], ["1", 1], "other", seed=seed, steps=3000)
+    return server.queue(graph)
+
+
+def test_it_gives_way_and_says_why_it_waits(opened, page, server, least, other_browser, new_renderer):
+    panel = opened(LONG)
+    prompt = page.queue()
+    panel.wait_for_step(2)
+    assert panel.gives_way() == [False, "Other prompts wait until the training ends."]
+    page.driver.find_element(By.CSS_SELECTOR, ".graft-way").click()
+    page.wait_for("return document.querySelector('.graft-way').ariaPressed === 'true';")
+    assert "pauses for prompts without a training" in panel.gives_way()[1] and panel.list_cramped() == []
+    drawn = queue_picture(server, 1)
+    panel.wait("waiting")
+    page.wait_for("return document.querySelector('.graft-note').textContent.includes('run first: 1. Training contin');")
+    assert panel.text(".graft-state") == f"Waiting for other prompts at step {panel.state()['step']}"
+    assert panel.buttons() == ["Remove from queue"] and panel.gives_way() is None and panel.list_cramped() == []
+    # The sidebar lists the queue; another browser sees the same.
+    history = HistoryView(page).open()
+    page.wait_for("""
+        const queue = document.querySelector('.graft-queue');
+        return /running now[^]*Waiting for other prompts, .* left/.test(queue?.innerText);""")
+    title, first, run, state = history.queue()
+    assert title.startswith("Queue: ") and first == "Other prompts, running now: 1"
+    assert run == panel.state()["run"] and state.startswith("Waiting for other prompts, ") and state.endswith(" left")
+    history.wait_for_card(run, "card.dataset.status === 'waiting'")
+    other = other_browser.open(server.url, {"Comfy.VueNodes.Enabled": new_renderer})
+    other.load(page.serialize())
+    panels.look_at(other)
+    theirs = panels.PanelView(other)
+    theirs.wait("waiting")
+    server.interrupt()
+    with pytest.raises(PromptInterrupted):
+        server.wait(drawn)
+    for view in (panel, theirs):
+        view.wait("training")
+        assert view.gives_way()[0] and "Training, resumed at step" in view.text(".graft-state")
+    # Removed from the queue by one browser: both say so, and it can be resumed.
+    queue_picture(server, 2)
+    for view in (panel, theirs):
+        view.wait("waiting")
+    panel.press("Remove from queue")
+    for view in (panel, theirs):
+        view.wait("removed")
+        assert view.buttons() == ["Resume"] and "Its prompt was removed" in view.text(".graft-note")
+    history.wait_for_card(run, "card.dataset.status === 'paused'")
+    server.interrupt()
+    history.press(f"Resume: {run}")
+    panel.wait("training")
+    assert prompt not in [item[1] for item in server.get("/queue")["queue_running"]]
+    panel.press("Stop and keep")
+    panel.wait("stopped")
+    history.close()
+    assert other.read_errors() == []
+
+
+def marks_of(page):
+    """Return the steps that the chart marks, best save and early end, and the last step."""
+    return page.js("""
+        const { curve, step } = document.querySelector('.graft-panel').graftTraining;
+        return [curve.best, curve.end, step];""")
+
+
+def test_the_chart_marks_the_best_save_and_the_early_end(opened, page, server):
+    checks = {"validation_fraction": 0.2, "validate_every": 2, "keep_best": "on", "patience": 2}
+    panel = opened(LONG, every=LONG, stop_when="validation stops falling", **checks)
+    server.wait(page.queue())
+    panel.wait("stopped")
+    best, end, step = marks_of(page)
+    assert end == step == best + 2 * 2 < LONG
+    losses = dict(panel.state()["validation"])
+    assert losses[best] == min(losses.values())
+    assert f"has not fallen since step {best}. Run returns the saved result." in panel.text(".graft-note")
+    assert f"Best at step {best}." in panel.label("canvas")
+    assert panel.buttons() == ["Resume"] and panel.list_cramped() == []
+    saved = page.serialize()
+    page.open()
+    page.load(saved)
+    panels.look_at(page)
+    panel.wait("stopped")
+    panel.wait_for_past()
+    assert marks_of(page) == [best, end, step], "after a reload too"
+
+
+def test_the_panel_names_the_hardest_and_the_memorized_pictures(opened):
+    panel = opened(SHORT)
+    panel.simulate("begin")
+    panel.simulate("step", step=50, steps=90, epoch=0, loss=0.1, lr=1e-4, seconds=1.0)
+    assert not panel.page.js("return document.querySelector('.graft-pictures').checkVisibility();")
+    hardest = [["<b>a</b>.png", 2.5], ["b.png", 1.4]]
+    panel.simulate("pictures", step=50, hardest=hardest, memorized=[["c.png", 0.3]])
+    said = panel.page.wait_for("return document.querySelector('.graft-pictures').textContent;")
+    assert said == "Hardest pictures: <b>a</b>.png 2.50, b.png 1.40\nMemorized pictures: c.png 0.30"
+    assert panel.list_cramped() == []
+
+
 def test_a_training_inside_a_subgraph(opened, page, server):
     opened(2)
     outer = page.js("""
@@ -253,6 +361,26 @@ def test_edits_of_an_older_blueprint_survive_a_reload(opened, page, properties):
     page.load(saved)
     look_at_outer(page)
     assert list_widgets(page)["rank"] == 8
+
+
+@pytest.mark.parametrize("kind, name, later", [("GraftSaveAdapter", "filename_prefix", "model")])
+def test_a_subgraph_saved_before_an_input_was_added_keeps_its_links(opened, page, kind, name, later):
+    """A new socket moves a node's widgets one place on; a link in a subgraph names its input by the place."""
+    opened(2)
+    workflow = json.loads((make_blueprint.FOLDER / f"{make_blueprint.NAME}.json").read_text())
+    (subgraph,) = workflow["definitions"]["subgraphs"]
+    (node,) = [node for node in subgraph["nodes"] if node["type"] == kind]
+    place = [slot["name"] for slot in node["inputs"]].index(later)
+    del node["inputs"][place]
+    for link in subgraph["links"]:
+        if link["target_id"] == node["id"] and link["target_slot"] > place:
+            link["target_slot"] -= 1
+    page.load(workflow)
+    look_at_outer(page)
+    page.set_widget(workflow["nodes"][0]["id"], name, "as I wrote it")
+    assert name in list_widgets(page)
+    (inner,) = [node["inputs"] for node in page.to_prompt().values() if node["class_type"] == kind]
+    assert inner[name] == "as I wrote it"
 
 
 def list_widgets(page):
@@ -442,6 +570,19 @@ def test_what_a_run_did_to_help_itself_is_said(opened, event, fields, said):
     assert said in panel.text(".graft-note")
 
 
+def test_the_preferred_share_is_shown_for_pairs_alone(opened):
+    panel = opened(SHORT)
+    panel.simulate("begin")
+    shown = "return document.querySelector('.graft-panel [data-name=\"Accuracy\"]').checkVisibility();"
+    step = {"steps": 9, "epoch": 0, "loss": 0.1, "lr": 1e-4, "seconds": 1.0}
+    for number, fields in enumerate(({}, {"accuracy": 0.625}), 1):
+        panel.simulate("step", step=number, **step, **fields)
+        time.sleep(0.25)
+        assert panel.page.js(shown) == bool(fields)
+    assert panel.facts()["Accuracy"] == "63 %"
+    assert panel.list_cramped() == []
+
+
 def test_warnings_are_shown_and_leave_room_for_buttons(opened, page):
     """For an unknown kind the page shows the server's own text."""
     panel = opened(SHORT)
@@ -452,6 +593,9 @@ def test_warnings_are_shown_and_leave_room_for_buttons(opened, page):
         {"kind": "of later", "text": "Something that came later."},
     ]
     panel.simulate("warnings", warnings=rows)
+    panel.simulate(
+        "adapter warnings", warnings=[{"kind": "unread", "count": 2, "total": 40, "names": "a, b", "text": "..."}]
+    )
     panel.simulate("damaged state", step=4, states=[8, 6])
     panel.simulate("step", step=1, steps=9, epoch=0, loss=0.1, lr=1e-4, seconds=1.0)
     time.sleep(0.25)
@@ -459,6 +603,7 @@ def test_warnings_are_shown_and_leave_room_for_buttons(opened, page):
         "2 of 4 files skipped: a.png: broken; b.png: too small",
         "batch_size 8 is larger than the dataset: a step uses at most all 2 pictures.",
         "Something that came later.",
+        "2 of 40 keys of the adapter to start from fit no layer and have no effect: a, b",
         "The save of step 8, 6 is damaged. Training resumed from step 4.",
     ]
     assert panel.list_cramped() == []

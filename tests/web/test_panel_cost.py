@@ -131,17 +131,10 @@ def test_memory_is_stable(panel, trials):
     sizes = []
     for turn in range(4):
         panel.page.js(CROWD, panel.where(), 1 + turn * count, count, at_once)
-        sizes.append(measure_heap(panel.page))
+        sizes.append(panel.page.measure_heap())
     # Only the points themselves grow: about a hundred bytes each until they are thinned.
     assert sizes[-1] - sizes[1] < 2 * count * 150 + 500_000, sizes
     assert len(panel.points()) <= 16384
-
-
-def measure_heap(page):
-    """Return the bytes in use after garbage collection."""
-    for _ in range(3):
-        page.driver.execute_cdp_cmd("HeapProfiler.collectGarbage", {})
-    return page.driver.execute_cdp_cmd("Runtime.getHeapUsage", {})["usedSize"]
 
 
 STATES = {

@@ -10,6 +10,7 @@ const STATES = {
   finished: text("Finished"),
   stopped: text("Stopped"),
   paused: text("Paused"),
+  waiting: text("Waiting"),
   unfinished: text("Unfinished"),
 };
 
@@ -38,7 +39,7 @@ export function titleOf({ title, name }) {
 }
 
 export class Card {
-  // acts: {imageUrl, choose, show, use, edit, open, remove}, the actions of its parts.
+  // acts: {imageUrl, choose, show, use, edit, open, resume, remove}, the actions of its parts.
   constructor(run, acts) {
     this.run = run;
     this._acts = acts;
@@ -48,6 +49,7 @@ export class Card {
     this._name.addEventListener("click", () => acts.show(run.name));
     this._state = make("span", { class: "graft-quiet" });
     this._facts = make("div", { class: "graft-quiet" });
+    this._start = make("div", { class: "graft-quiet" });
     this._date = make("time", { class: "graft-quiet" });
     this._note = make("div", { class: "graft-text" });
     const meaning = t("The mean of the last tenth of the steps, and the lowest mean of any tenth.");
@@ -57,6 +59,7 @@ export class Card {
     this._use = iconButton("pi-plus-circle", this._named(t("Use this LoRA")), () => acts.use(this.run));
     this._edit = iconButton("pi-pencil", this._named(t("Name and note")), () => acts.edit(this.run));
     this._open = iconButton("pi-folder-open", this._named(t("Open workflow")), () => acts.open(run.name));
+    this._resume = iconButton("pi-play", this._named(t("Resume")), () => acts.resume(run.name));
     this._remove = iconButton("pi-trash", this._named(t("Delete")), () => acts.remove(this.run));
     this.element = make(
       "li",
@@ -68,11 +71,12 @@ export class Card {
         make("div", { class: "graft-title" }, this._name),
         make("div", { class: "graft-line" }, make("span", { class: "graft-dot", "aria-hidden": "true" }), this._state),
         this._facts,
+        this._start,
         this._date,
         this._note,
         this._spark,
         this._loss,
-        make("div", { class: "graft-line" }, this._use, this._edit, this._open, this._remove),
+        make("div", { class: "graft-line" }, this._use, this._edit, this._open, this._resume, this._remove),
       ),
     );
     this.update(run);
@@ -85,6 +89,9 @@ export class Card {
     this.element.dataset.status = run.status;
     this.progress(run.step, run.steps);
     say(this._facts, shortly(run));
+    const start = run.facts.made_from?.start;
+    say(this._start, start ? t("Started from $run", { run: start }) : "");
+    this._start.hidden = !start;
     const [final, best] = [formatLoss(run.final), formatLoss(run.best)];
     say(this._loss, run.final === null ? t("Loss: no step done yet.") : t("Loss $final, best $best", { final, best }));
     say(this._name, titleOf(run));
@@ -99,7 +106,8 @@ export class Card {
     this._showPicture(run);
     this._open.disabled = !run.has_graph;
     mark(this._open, "title", run.has_graph ? t("Open workflow") : t("This run has no saved workflow"));
-    this._remove.disabled = run.status === "running";
+    this._resume.hidden = !["paused", "unfinished"].includes(run.status) || !run.has_graph;
+    this._remove.disabled = ["running", "waiting"].includes(run.status);
   }
 
   // Show the progress only, without the data from the run's folder.

@@ -64,20 +64,20 @@ function makeLegend(runs, open) {
 function makeChart(runs) {
   const place = make("div", { class: "graft-plot" });
   const legend = t("Lines: smoothed loss. Dots: validation loss.");
-  const said = make("p", { class: "graft-quiet" }, legend);
-  const point = (step) => say(said, step === null ? legend : pointed(runs, step));
+  const caption = make("p", { class: "graft-quiet" }, legend);
+  const point = (step) => say(caption, step === null ? legend : pointed(runs, step));
   const label = `${t("Loss")}: ${runs.map((run) => `${run.name} ${lossesOf(run)}`).join("; ")}`;
   const sized = new ResizeObserver(([{ contentRect }]) => {
     if (contentRect.width) place.replaceChildren(drawCurves(runs, Math.floor(contentRect.width), label, point));
   });
   sized.observe(place);
-  return make("div", {}, place, said);
+  return make("div", {}, place, caption);
 }
 
 // Return the losses at a step in words.
 function pointed(runs, step) {
   const losses = runs.map(({ name, title, curve }) => {
-    const [, loss] = curve.findLast(([one]) => one <= step) ?? [];
+    const [, loss] = curve.findLast(([earlier]) => earlier <= step) ?? [];
     return `${title || name} ${formatLoss(loss)}`;
   });
   return t("Step $step: $losses", { step, losses: losses.join(", ") });
@@ -86,7 +86,7 @@ function pointed(runs, step) {
 // Return a row of pictures per run and a column per step of any run; nothing if no run has pictures.
 function makeSamples(runs, acts) {
   const known = runs.map((run) => samplesByStep(run.samples));
-  const steps = [...new Set(known.flatMap((one) => [...one.keys()]))].sort((a, b) => a - b);
+  const steps = [...new Set(known.flatMap((byStep) => [...byStep.keys()]))].sort((a, b) => a - b);
   if (!steps.length) return [];
   const body = make("tbody");
   const show = (prompt) => {
@@ -95,12 +95,12 @@ function makeSamples(runs, acts) {
         const url = acts.imageUrl(known[place].get(step)[prompt], run.changed);
         return { step, url, name: `${run.name}: ${nameOf(step)}` };
       });
-      const cells = steps.map((step) => makeCell(pictures, pictures.findIndex((one) => one.step === step)));
+      const cells = steps.map((step) => makeCell(pictures, pictures.findIndex((picture) => picture.step === step)));
       return make("tr", {}, make("th", { scope: "row", title: run.name }, titleOf(run)), ...cells);
     });
     body.replaceChildren(...rows);
   };
-  const count = Math.max(...known.flatMap((one) => [...one.values()].map((samples) => samples.length)));
+  const count = Math.max(...known.flatMap((byStep) => [...byStep.values()].map((samples) => samples.length)));
   show(0);
   const table = make("table", { class: "graft-samples" }, makeHead(t("Run"), ...steps.map(nameOf)), body);
   const heading = make("div", { class: "graft-heading" }, make("h3", {}, t("Sample pictures")));

@@ -32,9 +32,9 @@ function textOf(value) {
 // Return [name, texts by run, whether they differ] of every setting, sorted by name.
 export function compare(runs) {
   const rows = runs.map(flatten);
-  const names = [...new Set(rows.flatMap((one) => Object.keys(one)))].sort();
+  const names = [...new Set(rows.flatMap((row) => Object.keys(row)))].sort();
   return names.map((name) => {
-    const values = rows.map((one) => one[name] ?? "");
+    const values = rows.map((row) => row[name] ?? "");
     return [name, values, values.some((value) => value !== values[0])];
   });
 }

@@ -5,15 +5,17 @@ import { t } from "../texts.js";
 import { Card, iconButton } from "./card.js";
 import { openComparison } from "./comparison.js";
 import { openNotes } from "./notes.js";
+import { Queue } from "./queue.js";
 import { addLoader } from "./use.js";
 
 const PAGE = 50;
 const PAUSE = 300; // milliseconds from the last key to the search
 
 export class History {
-  constructor(routes, app, toasts) {
+  constructor(routes, app, toasts, openDataset) {
     this._routes = routes;
     this._app = app;
+    this._openDataset = openDataset;
     this._toasts = toasts;
     this._cards = new Map();
     this._chosen = new Map(); // name -> run; kept during a search for other names
@@ -39,6 +41,11 @@ export class History {
     await this._read(0, Math.max(PAGE, this._cards.size));
   }
 
+  // Show the prompts of ComfyUI's queue.
+  showQueue(prompts) {
+    this._queue.show(prompts);
+  }
+
   // Show the progress of a training that sent a message.
   progress({ run, step, steps, isLive }) {
     if (isLive && this.isSeen) this._cards.get(run)?.progress(step, steps);
@@ -50,6 +57,7 @@ export class History {
   }
 
   _build() {
+    const dataset = iconButton("pi-images", t("Open dataset"), () => this._openDataset());
     const refresh = iconButton("pi-refresh", t("Refresh"), () => this.refresh());
     this._search = make("input", { type: "search", "aria-label": t("Filter by name or note") });
     this._search.placeholder = t("Filter by name or note");
@@ -57,6 +65,7 @@ export class History {
       clearTimeout(this._waiting);
       this._waiting = setTimeout(() => this._read(0, PAGE), PAUSE);
     });
+    this._queue = new Queue((prompt) => this._try(() => this._routes.removePrompt(prompt)));
     this._note = make("div", { class: "graft-empty", role: "status" });
     this._list = make("ul", { class: "graft-cards", "aria-label": t("Training runs") });
     this._more = this._button(t("Show more"), () => this._read(this._cards.size, PAGE));
@@ -67,7 +76,8 @@ export class History {
     this.element = make(
       "section",
       { class: "graft-history", "aria-label": t("Graft runs") },
-      make("header", {}, make("h2", {}, t("Training runs")), refresh),
+      make("header", {}, make("h2", {}, t("Training runs")), dataset, refresh),
+      this._queue.element,
       make("div", { class: "graft-search" }, this._search),
       this._note,
       this._list,
@@ -86,19 +96,19 @@ export class History {
   }
 
   async _read(from, count) {
-    const asked = (this._asked += 1);
+    const request = (this._asked += 1);
     const searched = this._search.value.trim();
     try {
       const { runs, total } = await this._routes.listHistory(searched, from, count);
       // A later search replaces this answer.
-      if (asked !== this._asked) return;
+      if (request !== this._asked) return;
       if (from === 0) this._dropAllBut(new Set(runs.map(({ name }) => name)));
       runs.forEach((run, place) => this._place(run, from + place));
       this._more.hidden = this._cards.size >= total;
       const nothing = searched ? t("No run has this in its name or note.") : t("No runs yet. Your trainings appear here.");
       this._say(this._cards.size ? "" : nothing);
     } catch (error) {
-      if (asked === this._asked) this._say(t("Cannot read the runs: $problem", { problem: error.message }));
+      if (request === this._asked) this._say(t("Cannot read the runs: $problem", { problem: error.message }));
     }
     this._showFoot();
   }
@@ -125,10 +135,11 @@ export class History {
         imageUrl: (picture, version) => this._routes.imageUrl(picture, version),
         choose: (name, isChosen) => this._choose(name, isChosen),
         show: (name) => this._show([this._cards.get(name).run]),
-        use: (one) => this._use(one, one.saves.at(-1)),
-        edit: (one) => this._edit(one),
+        use: (current) => this._use(current, current.saves.at(-1)),
+        edit: (current) => this._edit(current),
         open: (name) => this._open(name),
-        remove: (one) => this._remove(one),
+        resume: (name) => this._try(() => this._routes.resume({ run: name })),
+        remove: (current) => this._remove(current),
       });
       this._cards.set(run.name, card);
     }

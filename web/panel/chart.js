@@ -1,4 +1,6 @@
-// The loss chart: thin line for each step, thick line smoothed, dots for the validation loss.
+// The loss chart: thin line for each step, thick line smoothed, dots for the validation loss, with the marks of the
+// best save and of an early end.
+import { t } from "../texts.js";
 
 const SCALE = 2; // canvas pixels per page pixel, since users zoom into the graph
 const FONT = "10px system-ui, sans-serif";
@@ -40,6 +42,9 @@ export class Chart {
     drawRaw(pen, curve, frame, colours.raw);
     drawLine(pen, columnsOf(curve, curve.smooth, frame).map(({ x, last }) => [x, last]), frame, colours.smooth);
     drawChecked(pen, curve, frame, colours.checked);
+    if (curve.best !== null) drawMark(pen, curve.best, t("Best"), frame.bottom - 4, frame, colours.checked);
+    // A resumed run has left its early end behind.
+    if (curve.end === curve.steps.at(-1)) drawMark(pen, curve.end, t("Early end"), TOP + 9, frame, colours.text);
     if (pointed !== null) drawPointed(pen, curve, pointed, frame, colours);
     pen.restore();
   }
@@ -83,7 +88,7 @@ export function widen(low, high) {
 export function ticksOf(low, high, count = 4) {
   const rough = (high - low) / count;
   const power = 10 ** Math.floor(Math.log10(rough));
-  const gap = [1, 2, 5, 10].map((one) => one * power).find((one) => one >= rough);
+  const gap = [1, 2, 5, 10].map((factor) => factor * power).find((size) => size >= rough);
   const digits = Math.max(0, -Math.floor(Math.log10(gap)));
   const [first, last] = [Math.ceil(low / gap), Math.floor(high / gap)];
   return Array.from({ length: last - first + 1 }, (_, place) => {
@@ -161,6 +166,23 @@ function drawChecked(pen, curve, frame, colour) {
   if (points.length > 60) return;
   pen.fillStyle = colour;
   for (const [x, loss] of points) dot(pen, x, frame.y(loss), 2.5);
+}
+
+// Draw a named vertical line at a step; the name, at height y, is on the side that has more room.
+function drawMark(pen, step, name, y, frame, colour) {
+  const x = Math.round(frame.x(step)) + 0.5;
+  pen.strokeStyle = colour;
+  pen.lineWidth = 1;
+  pen.setLineDash([3, 3]);
+  pen.beginPath();
+  pen.moveTo(x, TOP);
+  pen.lineTo(x, frame.bottom);
+  pen.stroke();
+  pen.setLineDash([]);
+  const isRight = x > (LEFT + frame.right) / 2;
+  pen.fillStyle = colour;
+  pen.textAlign = isRight ? "right" : "left";
+  pen.fillText(name, isRight ? x - 4 : x + 4, y);
 }
 
 function drawPointed(pen, curve, pointed, frame, colours) {

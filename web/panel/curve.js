@@ -9,6 +9,8 @@ export class Curve {
     this.losses = [];
     this.smooth = [];
     this.validation = []; // [step, loss]
+    this.best = null; // step of the kept save with the lowest validation loss
+    this.end = null; // step at which the validation loss ended the run
     this._mean = 0;
     this._weight = 0;
   }
@@ -35,8 +37,8 @@ export class Curve {
 
   // Insert earlier points before the existing ones: pairs of step and loss, rising.
   prepend(points, validation) {
-    const [steps, losses, later] = [this.steps, this.losses, this.validation];
-    Object.assign(this, new Curve());
+    const { steps, losses, validation: later, best, end } = this;
+    Object.assign(this, new Curve(), { best, end });
     for (const [step, loss] of points) if (step < (steps[0] ?? Infinity)) this.add(step, loss);
     steps.forEach((step, place) => this.add(step, losses[place]));
     for (const [step, loss] of validation) if (step < (later[0]?.[0] ?? Infinity)) this.addValidation(step, loss);

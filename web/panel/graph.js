@@ -40,7 +40,9 @@ export function hasSources(prompt, id, sources, node, declare) {
     const declared = declare(ours.class_type);
     const names = new Set([...Object.keys(known.inputs), ...Object.keys(ours.inputs)]);
     return [...names].every((name) => {
-      if (isNeutral(declared[name])) return true;
+      // The steps of a trainer before this one decide what the run starts from.
+      const decides = name === "steps" && mine !== id && "dataset" in declared;
+      if (isNeutral(declared[name]) && !decides) return true;
       const [value, wanted] = [ours.inputs[name], known.inputs[name]];
       const [from, wantedFrom] = [sourceOf(value, prompt, declare), linkOf(wanted, sources)];
       if (from || wantedFrom) return Boolean(from && wantedFrom && from[1] === wantedFrom[1] && isSame(from[0], wantedFrom[0]));
@@ -87,6 +89,20 @@ export function keepEdits({ nodes, definitions }, kinds) {
     !seen.includes(id) && (inner.get(id) ?? []).some(({ type }) => kinds.has(type) || holds(type, [...seen, id]));
   for (const node of [nodes ?? [], ...inner.values()].flat()) {
     if (node.properties && holds(node.type)) dropQuarantine(node.properties);
+  }
+}
+
+// Let the links in the subgraphs of a saved workflow end at the inputs they ended at. The frontend finds an input by its
+// place in this version of a node, and a later version may have a new one in front.
+export function keepLinks({ definitions }, namesOf) {
+  for (const { nodes = [], links = [] } of definitions?.subgraphs ?? []) {
+    for (const { id, type, inputs = [] } of nodes) {
+      const names = namesOf(type, inputs);
+      for (const link of links) {
+        const place = link.target_id === id ? names.indexOf(inputs[link.target_slot]?.name) : -1;
+        if (place >= 0) link.target_slot = place;
+      }
+    }
   }
 }
 

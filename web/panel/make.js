@@ -15,12 +15,20 @@ export function keepKeys(element) {
   });
 }
 
-// Open a modal dialog that is removed once closed: by its own close(), by Escape or by a press beside it.
-export function openDialog(dialog) {
+// Return a button with a text.
+export function button(label, act) {
+  const element = make("button", { type: "button" }, label);
+  element.addEventListener("click", act);
+  return element;
+}
+
+// Open a modal dialog that is removed once closed: by its own close(), by Escape, or by a press beside it unless it holds
+// work that a careless press must not end.
+export function openDialog(dialog, holdsWork = false) {
   // Keep all keys from the graph's shortcuts meanwhile.
   dialog.addEventListener("keydown", (event) => event.stopPropagation());
   dialog.addEventListener("click", (event) => {
-    if (event.target === dialog) dialog.close();
+    if (event.target === dialog && !holdsWork) dialog.close();
   });
   dialog.addEventListener("close", () => dialog.remove());
   document.body.append(dialog);

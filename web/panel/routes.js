@@ -1,10 +1,12 @@
 // The server routes that the panel and the history call.
+import { t } from "../texts.js";
+import { Server } from "./server.js";
 
 const MOST_EVENTS = 5000;
 
-export class Routes {
+export class Routes extends Server {
   constructor(api, app) {
-    this._api = api;
+    super(api);
     this._app = app;
   }
 
@@ -47,29 +49,34 @@ export class Routes {
     return this._post(`/graft/nodes/${encodeURIComponent(training.node)}/${wish}`);
   }
 
-  // Queue a training's original prompt again; if the server has forgotten it, queue the current graph.
-  async resume(training) {
-    const answer = training.run ? await this._post(`/graft/runs/${encodeURIComponent(training.run)}/resume`) : {};
+  // Choose the prompts that a training gives way to: "off", "to everything" or "to short prompts".
+  setGiveWay(training, to) {
+    return this._post(`/graft/nodes/${encodeURIComponent(training.node)}/give_way`, { to });
+  }
+
+  // Return the running and the waiting prompts in order, with their trainings.
+  listQueue() {
+    return this._json("/graft/queue");
+  }
+
+  // Remove a waiting prompt from ComfyUI's queue.
+  removePrompt(prompt) {
+    return this._post("/queue", { delete: [prompt] });
+  }
+
+  // Queue a training's original prompt again. If the server has forgotten it, queue the open graph, which a node's training
+  // comes from; a card of the history has no node.
+  async resume({ run, node }) {
+    const answer = run ? await this._post(`/graft/runs/${encodeURIComponent(run)}/resume`) : {};
+    if (!answer.prompt && !node) throw new Error(t("This run has no saved workflow"));
     if (!answer.prompt) return this._app.queuePrompt(0, 1);
-    const workflow = (this._app.rootGraph ?? this._app.graph).serialize();
-    return this._api.queuePrompt(0, { output: answer.prompt, workflow });
+    const open = node ? (this._app.rootGraph ?? this._app.graph).serialize() : undefined;
+    return this._api.queuePrompt(0, { output: answer.prompt, workflow: answer.workflow ?? open });
   }
 
   // Return the URL of a sample picture; `version` changes if another picture may have the same name.
   imageUrl(sample, version) {
     const query = new URLSearchParams({ ...sample, version });
     return this._api.apiURL(`/view?${query}`);
-  }
-
-  _post(path, body = {}) {
-    const headers = { "Content-Type": "application/json" };
-    return this._json(path, { method: "POST", headers, body: JSON.stringify(body) });
-  }
-
-  async _json(path, options) {
-    const answer = await this._api.fetchApi(path, options);
-    const value = await answer.json().catch(() => ({}));
-    if (!answer.ok) throw new Error(value.error ?? `The server answered ${answer.status}.`);
-    return value;
   }
 }

@@ -35,15 +35,15 @@ export class Store {
   async restore() {
     if (this._waiting) return;
     this._waiting = [];
-    let found = null;
+    let answer = null;
     try {
-      found = await this._routes.listTold();
+      answer = await this._routes.listTold();
     } catch (error) {
       console.warn("Graft: cannot read the running trainings:", error.message);
     }
     const waiting = this._waiting;
     this._waiting = null;
-    if (found) this._replay(found);
+    if (answer) this._replay(answer);
     for (const message of waiting) this.take(message);
     this._changed();
   }
@@ -59,8 +59,8 @@ export class Store {
     return training;
   }
 
-  _replay({ told, running, runs }) {
-    const trainings = new Set(told.map((message) => this._apply(message)));
+  _replay({ told: messages, running, runs }) {
+    const trainings = new Set(messages.map((message) => this._apply(message)));
     this._loseAllBut(new Set(running.map(keyOf)));
     const names = new Set(runs.map(({ name }) => name));
     for (const training of trainings) training.hasPast = names.has(training.run);
@@ -68,6 +68,18 @@ export class Store {
 
   _loseAllBut(running) {
     for (const [key, training] of this._trainings) if (training.isLive && !running.has(key)) training.lose();
+  }
+
+  // Return the trainings that gave way, whose prompts wait in ComfyUI's queue.
+  get waiting() {
+    return this.list().filter(({ phase }) => phase === "waiting");
+  }
+
+  // Tell the waiting trainings of the prompts of ComfyUI's queue, in order.
+  settle(prompts) {
+    const ids = prompts.map((prompt) => prompt.prompt_id);
+    for (const training of this.waiting) training.settle(ids.indexOf(training.prompt));
+    this._changed();
   }
 
   // Fetch the steps before this page listened, once, for a visible training.

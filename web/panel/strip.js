@@ -74,8 +74,8 @@ export class Strip {
   }
 
   _open(step) {
-    const steps = [...this._training.samples.keys()].sort((a, b) => a - b).filter((one) => this._sample(one));
-    const pictures = steps.map((one) => ({ name: nameOf(one), url: this._address(this._sample(one), this._training) }));
+    const steps = [...this._training.samples.keys()].sort((a, b) => a - b).filter((key) => this._sample(key));
+    const pictures = steps.map((key) => ({ name: nameOf(key), url: this._address(this._sample(key), this._training) }));
     openViewer(pictures, steps.indexOf(step));
   }
 }

@@ -5,7 +5,8 @@ import { formatBytes, formatRate } from "./words.js";
 
 const LIVE = new Set(["preparing", "drawing", "caching", "working", "training"]);
 const PACES = 15; // number of recent steps whose median duration predicts the next
-const RESUMABLE = new Set(["stopped", "paused", "cancelled"]);
+const RESUMABLE = new Set(["stopped", "paused", "removed", "cancelled"]);
+const RECALLED = new Set(["best", "early stop", "pictures"]); // events that are read again from the run's log
 const SAMPLE = /^step-(\d+)-(\d+)\.png$/;
 
 // State changes by event. Unknown events change nothing.
@@ -15,6 +16,10 @@ const HANDLERS = {
   },
   warnings(training, { warnings }) {
     training.warnings = warnings;
+  },
+  // About the adapter that the run starts from.
+  "adapter warnings"(training, { warnings }) {
+    training.warnings = [...training.warnings, ...warnings];
   },
   // Work between two steps or before the first, by name; "training" when the steps continue.
   phase(training, { name }) {
@@ -32,22 +37,22 @@ const HANDLERS = {
   cache(training, { name, done, total }) {
     Object.assign(training, { phase: "caching", file: name, done, total });
   },
-  step(training, { step, steps, epoch, loss, lr, seconds, losses, memory }) {
-    Object.assign(training, { phase: "training", work: "", step, steps, epoch, lr, memory });
+  step(training, { step, steps, epoch, loss, lr, seconds, losses, memory, accuracy = null }) {
+    Object.assign(training, { phase: "training", work: "", step, steps, epoch, lr, memory, accuracy });
     training.addPace(seconds);
-    const told = losses?.length ? losses : [loss];
-    told.forEach((one, place) => training.curve.add(step - told.length + 1 + place, one));
+    const values = losses?.length ? losses : [loss];
+    values.forEach((value, place) => training.curve.add(step - values.length + 1 + place, value));
   },
   estimate(training, { seconds, missing, free, fits, cures }) {
     training.measured = seconds;
     if (fits) return;
     const figures = { missing: formatBytes(missing ?? 0), free: formatBytes(free ?? 0) };
     // missing is null if memory ran out before it could be measured.
-    const said = missing === null
+    const problem = missing === null
       ? t("A step needs more memory than the device has.")
       : t("A step needs $missing more memory than is in use now, but only $free are free.", figures);
     const cure = cures.length ? t("It would fit with these Graft Memory Options: $cures.", { cures: cures.join(", ") }) : "";
-    training.note = `${said} ${cure}`.trim();
+    training.note = `${problem} ${cure}`.trim();
   },
   memory(training, { step, done }) {
     training.note = t("Memory ran out in step $step: $done.", { step, done });
@@ -61,6 +66,17 @@ const HANDLERS = {
   },
   validation(training, { step, loss }) {
     training.curve.addValidation(step, loss);
+  },
+  best(training, { step }) {
+    training.curve.best = step;
+  },
+  "early stop"(training, { step, best }) {
+    training.curve.end = step;
+    training.lowest = best;
+  },
+  // The pictures with the highest and the lowest loss, each [name, loss relative to the median picture].
+  pictures(training, { hardest, memorized }) {
+    Object.assign(training, { hardest, memorized });
   },
   sample(training, { step, samples }) {
     training.samples.set(step, samples);
@@ -83,6 +99,13 @@ const HANDLERS = {
   paused(training, { run, step }) {
     Object.assign(training, { phase: "paused", run: run || training.run, step, saved: step });
   },
+  // Paused for other prompts; the server queues it again.
+  waiting(training, { run, step }) {
+    Object.assign(training, { phase: "waiting", run: run || training.run, step, saved: step });
+  },
+  "give way"(training, { to }) {
+    training.giveWay = to;
+  },
   cancelled(training, { step, saved, nothing }) {
     Object.assign(training, { phase: "cancelled", step, saved, isNothing: nothing });
   },
@@ -93,12 +116,12 @@ const HANDLERS = {
 
 // Return a Map from step to the sample pictures of that step.
 export function samplesByStep(samples) {
-  const found = new Map();
+  const byStep = new Map();
   for (const sample of samples) {
     const [, digits] = SAMPLE.exec(sample.filename) ?? [];
-    if (digits !== undefined) found.set(Number(digits), [...(found.get(Number(digits)) ?? []), sample]);
+    if (digits !== undefined) byStep.set(Number(digits), [...(byStep.get(Number(digits)) ?? []), sample]);
   }
-  return found;
+  return byStep;
 }
 
 function median(values) {
@@ -109,11 +132,14 @@ function median(values) {
 export class Training {
   // node: execution id; workflow: id of the workflow that queued it, "" if unknown;
   // sources: the nodes of its prompt that decide its result, if known.
-  constructor({ node, workflow, prompt_id, sources = null }) {
+  // give_way: the prompts that it gives way to.
+  constructor({ node, workflow, prompt_id, sources = null, give_way: giveWay = "off" }) {
     this.node = node;
     this.workflow = workflow;
     this.sources = sources;
     this.prompt = prompt_id;
+    this.giveWay = giveWay;
+    this.ahead = null; // number of prompts before a waiting one, null if unknown
     this.phase = "preparing";
     this.run = "";
     this.step = 0;
@@ -125,6 +151,7 @@ export class Training {
     this.file = "";
     this.epoch = null;
     this.lr = null;
+    this.accuracy = null; // share of the last pairs whose better picture the model prefers
     this.measured = null; // seconds per step, measured before the first step
     this.paces = []; // seconds of the last steps, without the first, which warms up
     this.warmUp = null; // seconds of the first step
@@ -136,6 +163,9 @@ export class Training {
     this.message = "";
     this.cure = "";
     this.note = ""; // the last notable event
+    this.lowest = 0; // step of the lowest validation loss, if that ended the run
+    this.hardest = []; // [name, relative loss]
+    this.memorized = []; // likewise
     this.work = ""; // name of the work between steps, "" during the steps
     this.warnings = []; // about the dataset and the settings
     this.settings = null; // the run's settings, by the recipe's names
@@ -174,6 +204,14 @@ export class Training {
     this.version += 1;
   }
 
+  // Note how many prompts are before a waiting one; -1: its prompt is no longer in the queue.
+  settle(ahead) {
+    if (ahead === this.ahead) return;
+    if (ahead < 0) this.phase = "removed";
+    this.ahead = ahead;
+    this.version += 1;
+  }
+
   // Mark the training as lost: the server was restarted or crashed.
   lose() {
     this.phase = "lost";
@@ -184,13 +222,14 @@ export class Training {
   remember({ events, samples }) {
     // Skip later steps of a resumed run: its log may hold steps that it will repeat.
     const isOld = ({ step }) => step <= (this.isLive ? Math.max(this.step, this.resumedFrom) : this.steps);
-    const of = (kind) => events.filter((one) => one.event === kind && isOld(one)).map(({ step, loss }) => [step, loss]);
+    const of = (kind) => events.filter((row) => row.event === kind && isOld(row)).map(({ step, loss }) => [step, loss]);
     this.curve.prepend(of("step"), of("validation"));
-    for (const [step, found] of samplesByStep(samples)) {
+    for (const event of events) if (RECALLED.has(event.event) && isOld(event)) HANDLERS[event.event](this, event);
+    for (const [step, loaded] of samplesByStep(samples)) {
       if (!isOld({ step })) continue;
       const known = this.samples.get(step) ?? [];
-      const isNew = ({ filename }) => !known.some((one) => one.filename === filename);
-      this.samples.set(step, [...known, ...found.filter(isNew)]);
+      const isNew = ({ filename }) => !known.some((sample) => sample.filename === filename);
+      this.samples.set(step, [...known, ...loaded.filter(isNew)]);
     }
     this.shown += 1;
     this.version += 1;

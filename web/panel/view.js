@@ -1,6 +1,6 @@
 // The panel of one training node.
 import { Chart } from "./chart.js";
-import { keepKeys, make, mark, say } from "./make.js";
+import { button, keepKeys, make, mark, say } from "./make.js";
 import { Strip } from "./strip.js";
 import { t, text } from "../texts.js";
 import * as words from "./words.js";
@@ -18,8 +18,10 @@ const FACTS = [
   [text("Learning rate"), (training) => words.formatRate(training.lr)],
   [text("Epoch"), (training) => words.formatEpoch(training.epoch)],
   [text("Speed"), (training) => words.formatPace(training.pace)],
-  [text("Time left"), (training) => words.formatTime(training.isLive ? training.secondsLeft : NaN)],
+  [text("Time left"), (training) => words.formatTime(words.isGoingOn(training) ? training.secondsLeft : NaN)],
   [text("Memory"), (training) => words.formatMemory(training.isLive ? training.memory : null)],
+  // Hidden for trainings without pairs.
+  [text("Accuracy"), (training) => `${Math.round(100 * training.accuracy)} %`],
 ];
 
 export class Panel {
@@ -31,6 +33,7 @@ export class Panel {
     this._problem = "";
     this._remark = "";
     this._announced = "";
+    this._lastWay = "to short prompts";
     this._build();
     this._listen();
     this._showReady();
@@ -57,6 +60,8 @@ export class Panel {
   _build() {
     this._state = make("span", { class: "graft-state" });
     this._count = make("span", { class: "graft-count" });
+    this._way = button(t("Give way"), () => this._act(() => this._toggleWay()));
+    this._way.classList.add("graft-way");
     this._bar = make("div", { class: "graft-bar", role: "progressbar", "aria-label": t("Progress"), "aria-valuemin": 0 });
     this._fill = make("div");
     this._bar.append(this._fill);
@@ -66,23 +71,26 @@ export class Panel {
     this._chart = new Chart(this._canvas, () => this._readColours());
     this._facts = FACTS.map(([name, , swatch]) => makeFact(name, swatch));
     this._figures = make("dl", { class: "graft-facts" }, ...this._facts.map(({ element }) => element));
+    this._pictures = make("div", { class: "graft-pictures", title: t(words.ABOUT_LOSS) });
     this._strip = new Strip((sample, training) => this._routes.imageUrl(sample, training.prompt));
     this._buttons = make("div", { class: "graft-buttons" });
     this._stop = this._addButton(t("Stop and keep"), () => this._routes.ask(this._training, "stop"));
     this._save = this._addButton(t("Save now"), () => this._routes.ask(this._training, "save"));
     this._pause = this._addButton(t("Pause"), () => this._routes.ask(this._training, "pause"));
     this._resume = this._addButton(t("Resume"), () => this._routes.resume(this._training));
+    this._dequeue = this._addButton(t("Remove from queue"), () => this._routes.removePrompt(this._training.prompt));
     this._saved = make("span", { class: "graft-saved" });
     this._buttons.append(this._saved);
     this._live = make("div", { class: "graft-live", role: "status", "aria-live": "polite" });
     this.element = make(
       "section",
       { class: "graft-panel widget-expands", "aria-label": t("Training") },
-      make("div", { class: "graft-head" }, make("span", { class: "graft-dot" }), this._state, this._count),
+      make("div", { class: "graft-head" }, make("span", { class: "graft-dot" }), this._state, this._way, this._count),
       this._bar,
       this._note,
       make("div", { class: "graft-chart" }, this._canvas, this._hint),
       this._figures,
+      this._pictures,
       this._strip.element,
       this._buttons,
       this._live,
@@ -91,18 +99,27 @@ export class Panel {
   }
 
   _addButton(text, act) {
-    const button = make("button", { type: "button" }, text);
-    button.addEventListener("click", async () => {
-      this._problem = "";
-      try {
-        await act();
-      } catch (error) {
-        this._problem = error.message;
-      }
-      if (this._training) this._render();
-    });
-    this._buttons.append(button);
-    return button;
+    const added = button(text, () => this._act(act));
+    this._buttons.append(added);
+    return added;
+  }
+
+  // Do what a button says, and show its error.
+  async _act(act) {
+    this._problem = "";
+    try {
+      await act();
+    } catch (error) {
+      this._problem = error.message;
+    }
+    if (this._training) this._render();
+  }
+
+  // Switch giving way off, or on as it was, at first to short prompts.
+  async _toggleWay() {
+    const { giveWay } = this._training;
+    if (giveWay !== "off") this._lastWay = giveWay;
+    await this._routes.setGiveWay(this._training, giveWay === "off" ? this._lastWay : "off");
   }
 
   _listen() {
@@ -134,7 +151,8 @@ export class Panel {
     mark(this._canvas, "aria-label", t("Loss: not trained yet."));
     mark(this._bar, "aria-valuemax", 1);
     mark(this._bar, "aria-valuenow", 0);
-    for (const part of [this._bar, this._note, this._figures, this._strip.element, this._buttons]) part.hidden = true;
+    const parts = [this._way, this._bar, this._note, this._figures, this._pictures, this._strip.element, this._buttons];
+    for (const part of parts) part.hidden = true;
   }
 
   _render() {
@@ -148,6 +166,9 @@ export class Panel {
     this._showNote();
     say(this._hint, training.curve.length ? "" : this._waitingFor());
     this._showFacts();
+    const pictures = words.listPictures(training).join("\n");
+    this._pictures.hidden = !pictures;
+    say(this._pictures, pictures);
     this._strip.show(training);
     this._showButtons();
     this._announce();
@@ -170,9 +191,9 @@ export class Panel {
   }
 
   _showNote() {
-    const said = this._training.phase === "failed" ? this._training.message : "";
+    const error = this._training.phase === "failed" ? this._training.message : "";
     const warnings = this._training.phase === "failed" ? [] : words.listWarnings(this._training);
-    const text = [this._problem, said, words.advise(this._training), this._remark, ...warnings].filter(Boolean).join("\n");
+    const text = [this._problem, error, words.advise(this._training), this._remark, ...warnings].filter(Boolean).join("\n");
     this._note.hidden = !text;
     say(this._note, text);
   }
@@ -181,13 +202,20 @@ export class Panel {
     const { curve } = this._training;
     const place = this._pointed === null ? curve.length - 1 : curve.find(this._pointed);
     FACTS.forEach(([, read], number) => say(this._facts[number].value, read(this._training, place)));
+    this._facts.at(-1).element.hidden = this._training.accuracy === null;
     const step = this._pointed === null || !curve.length ? "" : t("at step $step", { step: curve.steps[place] });
     say(this._facts[0].where, step);
   }
 
   _showButtons() {
-    const { phase, isLive, isResumable, asked, isSaving, saved, run } = this._training;
-    this._buttons.hidden = !isLive && !isResumable && !saved;
+    const { phase, isLive, isResumable, asked, isSaving, saved, run, giveWay, ahead } = this._training;
+    const isWaiting = phase === "waiting";
+    this._buttons.hidden = !isLive && !isResumable && !isWaiting && !saved;
+    // With no prompt before it, its own one runs.
+    this._dequeue.hidden = !isWaiting || ahead === 0;
+    this._way.hidden = !isLive;
+    mark(this._way, "aria-pressed", giveWay !== "off");
+    mark(this._way, "title", words.describeWay(giveWay));
     this._resume.hidden = !isResumable;
     for (const button of [this._stop, this._save, this._pause]) button.hidden = !isLive;
     this._stop.disabled = asked === "stop";
@@ -216,12 +244,12 @@ export class Panel {
 
   // Return the swatches' current colors, which follow the theme.
   _readColours() {
-    const found = {};
+    const colors = {};
     for (const { swatch } of this._facts) {
-      if (swatch) found[swatch.dataset.line] = getComputedStyle(swatch).backgroundColor;
+      if (swatch) colors[swatch.dataset.line] = getComputedStyle(swatch).backgroundColor;
     }
     const { color, borderTopColor } = getComputedStyle(this._canvas);
-    return { ...found, text: color, line: borderTopColor };
+    return { ...colors, text: color, line: borderTopColor };
   }
 }
 

@@ -56,13 +56,30 @@ const WARNINGS = {
   skipped: text("$count of $total files skipped: $names"),
   enlarged: text("Enlarged pictures, the smallest from $smallest to $side pixels: $names"),
   batch: text("batch_size $batch is larger than the dataset: a step uses at most all $count pictures."),
+  unread: text("$count of $total keys of the adapter to start from fit no layer and have no effect: $names"),
+  alpha: text("The adapter to start from has no adapter_config.json of peft, so its rank counts as alpha."),
   damaged: text("The save of step $states is damaged. Training resumed from step $step."),
+  sources: text("The text encoder does not see the source pictures; see prompt_node in Graft Run Options."),
   resolution: text("resolution $resolution is far from the $usual pixels that $family was made for."),
 };
 
 // Return a training's warnings, one line each.
 export function listWarnings(training) {
   return training.warnings.map((warning) => (WARNINGS[warning.kind] ? t(WARNINGS[warning.kind], warning) : warning.text));
+}
+
+// Meaning of the loss by picture.
+export const ABOUT_LOSS = text(
+  "Loss at equal noise, 1 for the median. Staying high: a wrong caption or an odd picture. Far below: learned by heart.",
+);
+
+// Return the pictures that the training finds hard and those that it has memorized, one line each.
+export function listPictures({ hardest, memorized }) {
+  const join = (pictures) => pictures.map(([name, loss]) => `${name} ${loss.toFixed(2)}`).join(", ");
+  return [
+    hardest.length ? t("Hardest pictures: $names", { names: join(hardest) }) : "",
+    memorized.length ? t("Memorized pictures: $names", { names: join(memorized) }) : "",
+  ].filter(Boolean);
 }
 
 // Return the training's current activity in one line.
@@ -72,7 +89,7 @@ export function describe(training) {
     return training.asked === "stop" ? t("Stopping after this step") : t("Pausing after this step");
   }
   if (training.isLive && training.work) return t(WORK[training.work] ?? "Getting ready");
-  const said = {
+  const texts = {
     preparing: t("Getting ready"),
     drawing: t("Drawing class images: $done of $total", { done, total }),
     caching: t("Encoding the dataset: $done of $total", { done, total }),
@@ -82,20 +99,33 @@ export function describe(training) {
     finished: t("Finished"),
     returned: t("Already finished: returned the saved result"),
     stopped: t("Stopped and kept at step $step", { step }),
+    waiting: t("Waiting for other prompts at step $step", { step }),
+    removed: t("No longer queued, at step $step", { step }),
     paused: saved ? t("Paused at step $step", { step: saved }) : t("Paused before the first step"),
     cancelled: training.isNothing ? t("Stopped before the first step") : t("Cancelled at step $step", { step }),
     failed: t("Failed"),
     lost: t("The server was restarted at step $step", { step }),
   };
-  return said[training.phase];
+  return texts[training.phase];
 }
 
 // Return advice about the training's state; empty if there is none.
 export function advise(training) {
-  const { phase, saved } = training;
+  const { phase, saved, curve, lowest } = training;
   if (phase === "training") return training.note;
   if (phase === "failed") return training.cure;
-  if (phase === "stopped") return t("Run returns the saved result. Resume continues to the last step.");
+  if (phase === "stopped") {
+    const isEarly = curve.end === training.step;
+    const why = isEarly ? t("The validation loss has not fallen since step $step.", { step: lowest }) : "";
+    return `${why} ${t("Run returns the saved result. Resume continues to the last step.")}`.trim();
+  }
+  if (phase === "waiting") {
+    const first = training.ahead ? t("Prompts that run first: $count.", { count: training.ahead }) : "";
+    return `${first} ${t("Training continues behind them by itself.")}`.trim();
+  }
+  if (phase === "removed") {
+    return t("Its prompt was removed from the queue, or the server was restarted. Press Resume or Run to continue.");
+  }
   if (phase === "paused") return t("Press Resume or Run to continue. The pause does not change the result.");
   if (phase === "cancelled") {
     if (training.isNothing) return t("There was no result to keep yet. Press Run to start again.");
@@ -104,6 +134,23 @@ export function advise(training) {
   }
   if (phase === "lost") return t("Press Run to continue from the last save.");
   return "";
+}
+
+// Report whether a training runs or continues by itself.
+export function isGoingOn({ isLive, phase }) {
+  return isLive || phase === "waiting";
+}
+
+// The waiting prompts for which a training pauses, by the server's name for them.
+const WAYS = {
+  off: text("Other prompts wait until the training ends."),
+  "to everything": text("The training pauses for every other prompt and continues behind it by itself."),
+  "to short prompts": text("The training pauses for prompts without a training and continues behind them by itself."),
+};
+
+// Return a training's way with other prompts in one sentence.
+export function describeWay(giveWay) {
+  return t(WAYS[giveWay]);
 }
 
 // Return the difference between a training and what Run would train; empty if there is none.
@@ -123,7 +170,8 @@ export function describeCurve(training) {
   if (!curve.length) return t("Loss: no step done yet.");
   const [first, last] = [formatLoss(curve.smooth[0]), formatLoss(curve.smooth.at(-1))];
   const range = { from: curve.steps[0], to: curve.steps.at(-1), steps: training.steps, first, last };
-  const said = t("Loss from step $from to $to of $steps: smoothed $first at first, $last now.", range);
-  if (!curve.validation.length) return said;
-  return `${said} ${t("Validation loss $loss.", { loss: formatLoss(curve.validation.at(-1)[1]) })}`;
+  const trend = t("Loss from step $from to $to of $steps: smoothed $first at first, $last now.", range);
+  if (!curve.validation.length) return trend;
+  const checked = t("Validation loss $loss.", { loss: formatLoss(curve.validation.at(-1)[1]) });
+  return [trend, checked, curve.best === null ? "" : t("Best at step $step.", { step: curve.best })].join(" ").trim();
 }

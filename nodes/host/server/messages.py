@@ -20,18 +20,27 @@ _ID_LIMIT = 64
 _MOST_SOURCES = 500
 _SOURCES_LIMIT = 256 * 1024
 
-_TRAINERS = ("GraftTrainLoRA", "GraftTrainEmbedding", "GraftTrainDreamBooth", "GraftFineTune")
+TRAINERS = (
+    "GraftTrainLoRA",
+    "GraftTrainEmbedding",
+    "GraftTrainDreamBooth",
+    "GraftFineTune",
+    "GraftTrainPreference",
+    "GraftTrainSlider",
+)
 # The options of each option node, by node class and input.
 _OPTIONS = {f"Graft{kind.title()}Options": declared for kind, declared in OPTIONS.items()}
 # Inputs that do not affect a run's identity, by node class. A run resumes with other values of them. `name` and
 # `on_existing` do not affect the identity either, but they choose the run.
 _NEUTRAL: dict[str, set[str]] = {
-    **{trainer: {"steps"} for trainer in _TRAINERS},
+    **{trainer: {"steps"} for trainer in TRAINERS},
     **{
         node: {name for name, option in _OPTIONS[node].items() if not option.decides} - {"name", "on_existing"}
         for node in ("GraftRunOptions", "GraftPreviewOptions", "GraftMemoryOptions")
     },
 }
+# Its model is no option of a recipe.
+_NEUTRAL["GraftPreviewOptions"].add("model")
 
 
 class MessageStore:
@@ -85,18 +94,18 @@ def _running(prompt: str) -> tuple | None:
 
 def workflow_of(prompt: str) -> str:
     """Return the id of the workflow that a running prompt was queued from; empty if no page queued it."""
-    found = graph_of(prompt).get("workflow", {}).get("id")
-    return found if isinstance(found, str) and len(found) <= _ID_LIMIT else ""
+    workflow_id = graph_of(prompt).get("workflow", {}).get("id")
+    return workflow_id if isinstance(workflow_id, str) and len(workflow_id) <= _ID_LIMIT else ""
 
 
 def graph_of(prompt: str) -> dict[str, dict[str, Any]]:
     """Return a running prompt under ComfyUI's own names: `prompt`, and `workflow` if a page queued it."""
     item = _running(prompt)
     # The extra data is untrusted.
-    found: Any = item[3] if item is not None else None
+    extra: Any = item[3] if item is not None else None
     for name in ("extra_pnginfo", "workflow"):
-        found = found.get(name) if isinstance(found, dict) else None
-    graph = {"prompt": running_prompt(prompt), "workflow": found}
+        extra = extra.get(name) if isinstance(extra, dict) else None
+    graph = {"prompt": running_prompt(prompt), "workflow": extra}
     return {name: value for name, value in graph.items() if isinstance(value, dict)}
 
 
@@ -118,24 +127,29 @@ def sources_of(prompt: str, node: str) -> dict[str, dict[str, Any]] | None:
     set nothing. Return None if the prompt does not run here, or is too large for the pages.
     """
     nodes = running_prompt(prompt) or {}
-    found: dict[str, dict[str, Any]] = {}
+    sources: dict[str, dict[str, Any]] = {}
     pending = [node]
-    while pending and len(found) <= _MOST_SOURCES:
+    while pending and len(sources) <= _MOST_SOURCES:
         name = pending.pop()
         entry = nodes.get(name)
-        if name in found or not isinstance(entry, dict):
+        if name in sources or not isinstance(entry, dict):
             continue
-        inputs = _deciding_inputs(entry, nodes)
-        found[name] = {"class_type": entry.get("class_type"), "inputs": inputs}
+        inputs = _deciding_inputs(entry, nodes, is_asked=name == node)
+        sources[name] = {"class_type": entry.get("class_type"), "inputs": inputs}
         pending += [value[0] for value in inputs.values() if _is_link(value, nodes)]
-    if not found or len(found) > _MOST_SOURCES or len(json.dumps(found)) > _SOURCES_LIMIT:
+    if not sources or len(sources) > _MOST_SOURCES or len(json.dumps(sources)) > _SOURCES_LIMIT:
         return None
-    return found
+    return sources
 
 
-def _deciding_inputs(entry: dict[str, Any], nodes: dict[str, Any]) -> dict[str, Any]:
-    """Return the inputs of a prompt's node that affect the run."""
-    neutral = neutral_inputs(entry.get("class_type", ""))
+def _deciding_inputs(entry: dict[str, Any], nodes: dict[str, Any], is_asked: bool) -> dict[str, Any]:
+    """Return the inputs of a prompt's node that affect the run.
+
+    Args:
+        is_asked: the run is this node's. The steps of a trainer before it decide what the run starts from.
+    """
+    kind = entry.get("class_type", "")
+    neutral = neutral_inputs(kind) if is_asked or kind not in TRAINERS else set()
     inputs = {name: value for name, value in entry.get("inputs", {}).items() if name not in neutral}
     links = {name: _past_unset_options(value, nodes) for name, value in inputs.items() if _is_link(value, nodes)}
     return {name: value for name, value in {**inputs, **links}.items() if value is not None or name not in links}

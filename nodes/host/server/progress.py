@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import statistics
 import time
+from collections import deque
 
 import comfy.model_management
 import comfy.utils
@@ -16,6 +18,7 @@ log = logging.getLogger(__name__)
 
 _PAUSE = 0.1
 _PREVIEW_SIDE = 512
+_ACCURACIES = 50  # steps whose implicit accuracies are averaged
 
 # Events sent at most once in _PAUSE seconds, with the payload keys whose equality marks the last one.
 _OFTEN = {"step": ("step", "steps"), "cache": ("done", "total")}
@@ -34,15 +37,21 @@ class Progress:
         self._bar = comfy.utils.ProgressBar(steps, node_id=training.node)
         self._sent = 0.0
         self._losses: list[float] = []
+        self._accuracies: deque[float] = deque(maxlen=_ACCURACIES)
 
     def __call__(self, event: str, payload: dict) -> None:
         """Send one event; pictures also go to the node's preview, and frequent events at most ten times a second."""
         if event == "run":
             self._training.opened(Run.named(paths.folders(), payload["name"]), payload["step"], payload["steps"])
             REGISTRY.remember(payload["name"], self._training.prompt)
+        if event == "phase" and payload["name"] == "training":
+            self._training.note_start()
+        if event == "cache":
+            self._training.note_work()
         if event == "step":
-            self._training.step = payload["step"]
+            self._training.note_step(payload["step"], payload["seconds"])
             self._losses.append(payload["loss"])
+            payload = self._with_mean_accuracy(payload)
         if event == "saved":
             self._training.saved = payload["step"]
         check_interrupt()
@@ -58,6 +67,13 @@ class Progress:
                 return
             self._sent = time.monotonic()
         self._training.send(event, self._page_payload(event, payload))
+
+    def _with_mean_accuracy(self, payload: dict) -> dict:
+        """Replace a step's implicit accuracy, if it has one, by the mean over the last steps."""
+        if "accuracy" not in payload:
+            return payload
+        self._accuracies.append(payload["accuracy"])
+        return {**payload, "accuracy": statistics.fmean(self._accuracies)}
 
     def _page_payload(self, event: str, payload: dict) -> dict:
         """Return an event as the pages get it: paths in place of pictures, and the losses of all unsent steps."""
@@ -81,12 +97,13 @@ def log_step(payload: dict) -> None:
     every = max(1, payload["steps"] // 20)
     if payload["step"] % every == 0 or payload["step"] == payload["steps"]:
         log.info(
-            "Graft: step %d of %d, loss %.4f, lr %.2e, %.2f s a step",
+            "Graft: step %d of %d, loss %.4f, lr %.2e, %.2f s a step%s",
             payload["step"],
             payload["steps"],
             payload["loss"],
             payload["lr"],
             payload["seconds"],
+            f", {payload['accuracy']:.0%} of pairs preferred" if "accuracy" in payload else "",
         )
 
 
@@ -110,6 +127,8 @@ def gallery(node: str, total: int):
     bar = comfy.utils.ProgressBar(total, node_id=node)
 
     def tick(done: int, picture=None) -> None:
+        if REGISTRY.current is not None and picture is not None:
+            REGISTRY.current.note_work()
         check_interrupt()
         if REGISTRY.current is not None:
             REGISTRY.current.send("drawing", {"done": done, "total": total})

@@ -1,0 +1,170 @@
+"""ComfyUI's queue of prompts: what a training gives way to, and the return of its prompt behind that."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.model_management
+
+from ....trainers.recipe.options import GIVE_WAY_EVERYTHING, GIVE_WAY_SHORT
+from .messages import TRAINERS, prompt_server
+
+log = logging.getLogger(__name__)
+
+_MARK = "graft_returns"
+
+# Limit of the numbers of renumbered prompts. A program may queue a prompt with any number, also infinity.
+_LIMIT = 1e300
+
+
+@dataclass(frozen=True)
+class Returning:
+    """A training that gave way. Its prompt is queued again by itself.
+
+    Attributes:
+        give_way: the value of the option that it had when it gave way.
+        name: its run's name, empty if the run was not open yet.
+        seconds: usual seconds of a step, None if unknown.
+    """
+
+    prompt: str
+    node: str
+    give_way: str
+    name: str
+    step: int
+    steps: int
+    seconds: float | None
+
+
+class ReturningPrompts:
+    """The trainings that gave way, by prompt. The lock of ComfyUI's queue guards every change."""
+
+    def __init__(self):
+        # Prompts that have not ended yet, and those that are back in the queue or run again.
+        self._leaving: dict[str, Returning] = {}
+        self._returned: dict[str, Returning] = {}
+
+    def leave(self, training: Returning) -> None:
+        """Queue the training's running prompt again once it has ended, unless the user cancels it before that."""
+        queue = prompt_server().prompt_queue
+        with queue.mutex:
+            if not hasattr(queue.task_done, _MARK):
+                queue.task_done = self._wrap(queue, queue.task_done)
+            self._leaving[training.prompt] = training
+
+    def find(self, prompt: str) -> Returning | None:
+        """Return the training of a prompt that gave way and is back in the queue or runs again; None for others."""
+        return self._returned.get(prompt)
+
+    def of_run(self, name: str) -> Returning | None:
+        """Return the training of a run that gave way, and whose prompt waits, or runs and has not reached it yet."""
+        queue = getattr(prompt_server(), "prompt_queue", None)
+        if queue is None:
+            return None
+        with queue.mutex:
+            prompts = {item[1] for items in list_prompts() for item in items}
+            known = [self._leaving.get(prompt) or self._returned.get(prompt) for prompt in prompts]
+        return next((training for training in known if training is not None and training.name == name), None)
+
+    def end(self, training: Returning) -> None:
+        """Forget a training that returned and has ended, though its prompt may still run."""
+        self._returned.pop(training.prompt, None)
+
+    def goes_first(self, item: tuple, give_way: str) -> bool:
+        """Report whether a training with this value of the option gives way to a waiting prompt.
+
+        A training that gave way itself does not count: two of them would stop each other by turns.
+        """
+        if give_way == GIVE_WAY_SHORT:
+            return not list_trainers(item[2])
+        return give_way == GIVE_WAY_EVERYTHING and self.find(item[1]) is None
+
+    def _wrap(self, queue, task_done):
+        """Wrap the queue's `task_done`, which ends a prompt, to put one back that gave way.
+
+        The queue's lock covers both, so programs see the prompt either running or waiting. The history has no entry of
+        it, and the program that queued it is not told of its end, until the training ends.
+        """
+
+        @functools.wraps(task_done)
+        def wrapped(item_id, *more, **named):
+            with queue.mutex:
+                item = queue.currently_running[item_id]
+                task_done(item_id, *more, **named)
+                training = self._leaving.pop(item[1], None)
+                self._returned.pop(item[1], None)
+                # The user may cancel the prompt while its progress is being saved.
+                if training is None or comfy.model_management.processing_interrupted():
+                    return
+                # It may have ended otherwise meanwhile, such as by an error.
+                messages = (queue.history[item[1]]["status"] or {}).get("messages")
+                if not messages or messages[-1][0] != "execution_interrupted":
+                    return
+                del queue.history[item[1]]
+                queue.server.client_id = None
+                try:
+                    item = self._renumber(queue, item, training)
+                except Exception:
+                    # An error here would end the thread that executes ComfyUI's prompts.
+                    log.exception("Graft: prompt %s returns to its old place in the queue.", item[1])
+                queue.put(item)
+
+        setattr(wrapped, _MARK, True)
+        return wrapped
+
+    def _renumber(self, queue, item: tuple, training: Returning) -> tuple:
+        """Return a prompt with a number behind those that it gives way to and before all others, also later ones."""
+        waiting = sorted(queue.queue, key=_place)
+        first = [other for other in waiting if self.goes_first(other, training.give_way)]
+        later = [other for other in waiting if not self.goes_first(other, training.give_way)]
+        known = {other[1] for other in waiting}
+        self._returned = {prompt: returning for prompt, returning in self._returned.items() if prompt in known}
+        self._returned[training.prompt] = training
+        # Without a first one, because the user removed them meanwhile, the prompt keeps its number.
+        if not first:
+            return item
+        # A number grows only as far as it must: later prompts have higher whole numbers.
+        ordered, number = [], -math.inf
+        for other in [*first, item, *later]:
+            number = max(_place(other)[0], math.nextafter(number, math.inf))
+            ordered.append((number, *other[1:]))
+        item = ordered.pop(len(first))
+        # A sorted list is a heap.
+        queue.queue[:] = ordered
+        return item
+
+
+# The trainings and the routes of the one server share it.
+RETURNING = ReturningPrompts()
+
+
+def list_prompts() -> tuple[list[tuple], list[tuple]]:
+    """Return the running prompts and the waiting ones in order: (number, id, nodes, extra data, outputs, ...)."""
+    queue = getattr(prompt_server(), "prompt_queue", None)
+    if queue is None:
+        return [], []
+    with queue.mutex:
+        return list(queue.currently_running.values()), sorted(queue.queue, key=_place)
+
+
+def must_give_way(give_way: str) -> bool:
+    """Report whether a prompt waits that a running training gives way to."""
+    queue = getattr(prompt_server(), "prompt_queue", None)
+    # This runs after each step.
+    if queue is None or not queue.queue:
+        return False
+    return any(RETURNING.goes_first(item, give_way) for item in list_prompts()[1])
+
+
+def list_trainers(nodes: dict[str, Any]) -> list[str]:
+    """Return the ids of a prompt's training nodes."""
+    return [name for name, node in nodes.items() if node.get("class_type") in TRAINERS]
+
+
+def _place(item: tuple) -> tuple:
+    """Return a waiting prompt's key in the order of the queue. Not a number, and infinity, count as the last."""
+    return max(-_LIMIT, min(_LIMIT, item[0])), item[1]
