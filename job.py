@@ -23,10 +23,10 @@ WORKER = "graft_job"
 
 def find_comfyui():
     """Return the folder of ComfyUI's main.py. End the program if there is none."""
-    found = os.environ.get("COMFYUI_PATH") or os.path.dirname(os.path.dirname(HERE))
-    if not os.path.isfile(os.path.join(found, "main.py")) or not os.path.isdir(os.path.join(found, "comfy")):
-        sys.exit(f"There is no ComfyUI in '{found}'. Set COMFYUI_PATH to the folder that contains its main.py.")
-    return os.path.abspath(found)
+    folder = os.environ.get("COMFYUI_PATH") or os.path.dirname(os.path.dirname(HERE))
+    if not os.path.isfile(os.path.join(folder, "main.py")) or not os.path.isdir(os.path.join(folder, "comfy")):
+        sys.exit(f"There is no ComfyUI in '{folder}'. Set COMFYUI_PATH to the folder that contains its main.py.")
+    return os.path.abspath(folder)
 
 
 def search_path(folder, entries):

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension
 
-from . import adapter, compare, dataset, dreambooth, embedding, job, options, tools, train
+from . import adapter, compare, dataset, dreambooth, embedding, job, options, preference, save, tools, train
 from .checks import find_faults
 from .host import paths
 from .host.server import routes, validation
 
 NODES = [
     *dataset.NODES,
+    *save.NODES,
     *train.NODES,
     *dreambooth.NODES,
+    *preference.NODES,
     *job.NODES,
     *adapter.NODES,
     *tools.NODES,

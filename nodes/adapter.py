@@ -5,11 +5,13 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..trainers.formats.adapter import FORMATS, save_adapter
+from ..trainers.formats.bundled import first_embedding
 from ..trainers.methods.patterns import Pairs
 from ..trainers.recipe.parsing import parse_pairs
 from .checks import checked
+from .dataset import eight_bits
 from .host import paths
-from .schema import CATEGORY, Adapter, advanced, describe, named
+from .schema import CATEGORY, Adapter, Embedding, advanced, describe, named
 
 _CATEGORY = f"{CATEGORY}/adapter"
 _TOP_STRENGTH = 100.0
@@ -101,13 +103,16 @@ class GraftApplyAdapter(io.ComfyNode):
         start_percent=0.0,
         end_percent=1.0,
     ) -> io.NodeOutput:
-        from .host.model.lora import apply_adapter
+        from .host.model.lora import apply_with_remarks
 
-        strengths = {"strength_model": strength_model, "strength_clip": strength_clip}
-        with named(cls, model=model, adapter=adapter, clip=clip, **strengths):
+        numbers = {"strength_model": strength_model, "strength_clip": strength_clip}
+        with named(cls, model=model, adapter=adapter, clip=clip, **numbers):
             blocks = _block_strengths(block_strengths)
             span = (start_percent, end_percent)
-            return io.NodeOutput(*apply_adapter(model, clip, adapter, strength_model, strength_clip, blocks, span))
+            strengths = (strength_model, strength_clip)
+            *applied, remarks = apply_with_remarks(model, clip, adapter, strengths, blocks, span)
+            # Without a text, the page would go on to show that of the last run.
+            return io.NodeOutput(*applied, ui={"text": ("\n".join(remarks),)})
 
 
 class GraftLoadAdapter(io.ComfyNode):
@@ -125,7 +130,10 @@ class GraftLoadAdapter(io.ComfyNode):
             inputs=[
                 io.Combo.Input("adapter_name", options=paths.adapter_choices(), tooltip="A .safetensors LoRA file."),
             ],
-            outputs=[Adapter.Output("adapter", display_name="adapter")],
+            outputs=[
+                Adapter.Output("adapter", display_name="adapter"),
+                Embedding.Output("embedding", display_name="embedding"),
+            ],
             hidden=[io.Hidden.unique_id],
         )
 
@@ -139,7 +147,8 @@ class GraftLoadAdapter(io.ComfyNode):
     @classmethod
     def execute(cls, adapter_name) -> io.NodeOutput:
         with named(cls):
-            return io.NodeOutput(paths.load_named_adapter(adapter_name))
+            adapter = paths.load_named_adapter(adapter_name)
+            return io.NodeOutput(adapter, first_embedding(adapter.bundled))
 
 
 class GraftSaveAdapter(io.ComfyNode):
@@ -161,8 +170,19 @@ class GraftSaveAdapter(io.ComfyNode):
                     "format",
                     options=list(FORMATS),
                     default="kohya",
-                    tooltip="kohya: read by nearly everything. diffusers and peft: for those libraries.",
+                    tooltip="kohya: read by nearly everything. diffusers and peft: for those libraries. LyCORIS: for "
+                    "DoRA, LoHa and LoKr outside ComfyUI.",
                 ),
+                advanced(
+                    io.Model.Input(
+                        "model",
+                        optional=True,
+                        tooltip="The model that the adapter was trained on. Needed to save a loaded DoRA or IA3 for "
+                        "other programs, a DoRA of peft or diffusers as kohya, and to tell families of the same layers "
+                        "apart.",
+                    )
+                ),
+                io.Image.Input("preview", optional=True, tooltip="Picture to save beside it, as NAME.preview.png."),
             ],
             outputs=[io.String.Output("path", display_name="path")],
             hidden=[io.Hidden.unique_id],
@@ -172,10 +192,17 @@ class GraftSaveAdapter(io.ComfyNode):
     validate_inputs = checked(filename_prefix=paths.check_prefix, format=None)
 
     @classmethod
-    def execute(cls, adapter, filename_prefix, format) -> io.NodeOutput:
-        with named(cls, adapter=adapter):
+    def execute(cls, adapter, filename_prefix, format, model=None, preview=None) -> io.NodeOutput:
+        from .host.actions.adapter_tools import restore_magnitudes, save_preview, with_family
+
+        with named(cls, adapter=adapter, model=model, preview=preview):
+            picture = next(eight_bits([] if preview is None else [preview], "preview"), None)
+            if model is not None:
+                adapter = restore_magnitudes(with_family(adapter, model), model, format)
             path = paths.new_adapter_path(filename_prefix, format)
             save_adapter(path, adapter, paths.title_of(path), format)
+            if picture is not None:
+                save_preview(path, picture)
             return io.NodeOutput(path, ui={"text": (path,)})
 
 

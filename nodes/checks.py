@@ -128,11 +128,11 @@ def check_arrived(node, values: Mapping[str, Any]) -> None:
         if value is None and given.optional:
             continue
         what, fits = _KINDS[kind]
-        for one in value if schema.is_input_list else [value]:
-            if not fits(one):
-                _refuse(one, what, given.id)
+        for item in value if schema.is_input_list else [value]:
+            if not fits(item):
+                _refuse(item, what, given.id)
             if kind == "LORA_MODEL":
-                check_parts(one, "The connected adapter", given.id)
+                check_parts(item, "The connected adapter", given.id)
 
 
 def _refuse(value: Any, what: str, input: str) -> None:
@@ -145,13 +145,25 @@ def _refuse(value: Any, what: str, input: str) -> None:
     raise ModelError(f"The connected value is of type {type(value).__name__}, not {what}.", f"Connect {what}.", input)
 
 
+def _is_conditioning(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(
+        isinstance(entry, (list, tuple))
+        and len(entry) == 2
+        and (entry[0] is None or _is_tensor(entry[0]))
+        and isinstance(entry[1], dict)
+        for entry in value
+    )
+
+
 def _is_adapter(value: Any) -> bool:
-    return isinstance(value, Mapping) and all(isinstance(key, str) and _is_tensor(one) for key, one in value.items())
+    return isinstance(value, Mapping) and all(
+        isinstance(key, str) and _is_tensor(tensor) for key, tensor in value.items()
+    )
 
 
 def _is_loss(value: Any) -> bool:
     losses = value.get("loss") if isinstance(value, Mapping) else None
-    return isinstance(losses, (list, tuple)) and all(isinstance(one, (int, float)) for one in losses)
+    return isinstance(losses, (list, tuple)) and all(isinstance(loss, (int, float)) for loss in losses)
 
 
 def _is_tensor(value: Any, *dimensions: int) -> bool:
@@ -167,6 +179,7 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "VAE": ("a VAE", lambda value: hasattr(value, "encode") and hasattr(value, "decode")),
     "IMAGE": ("pictures", lambda value: _is_tensor(value, 4) and value.shape[-1] in (3, 4)),
     "MASK": ("masks", lambda value: _is_tensor(value, 2, 3)),
+    "CONDITIONING": ("a conditioning", _is_conditioning),
     "LORA_MODEL": ("an adapter", _is_adapter),
     "LOSS_MAP": ("the loss of a training", _is_loss),
     "GRAFT_DATASET": ("a dataset", lambda value: isinstance(value, Dataset)),

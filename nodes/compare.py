@@ -21,7 +21,7 @@ class GraftCompare(io.ComfyNode):
             aliases=["xy plot", "xyz plot", "grid", "lora comparison", "checkpoint comparison"],
             category=f"{CATEGORY}/adapter",
             description="Draws the same prompts with several adapters, with the saves of a run, and at several "
-            "strengths, as one labelled picture. All pictures of a row start from the same noise.",
+            "strengths, as one labeled picture. All pictures of a row start from the same noise.",
             inputs=[
                 *inputs.base("The model, without the adapters that you compare."),
                 io.String.Input(

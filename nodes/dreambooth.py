@@ -212,6 +212,7 @@ class GraftTrainDreamBooth(Trainer):
                         "to its predictions for class_prompt before training. A step takes about twice as long.",
                     )
                 ),
+                inputs.start_adapter(),
             ],
             outputs=inputs.trained(),
             hidden=[io.Hidden.unique_id],
@@ -242,19 +243,20 @@ class GraftTrainDreamBooth(Trainer):
         class_dataset=None,
         options=None,
         prior="class images",
+        adapter=None,
     ) -> io.NodeOutput:
         from .host.actions import dreambooth
-        from .host.actions.train import TrainInputs
+        from .host.actions.train import TrainInputs, as_start
 
         sockets = {"model": model, "clip": clip, "vae": vae, "dataset": dataset}
-        with named(cls, **sockets, class_dataset=class_dataset, options=options):
+        with named(cls, **sockets, class_dataset=class_dataset, options=options, adapter=adapter):
             done = dreambooth.train(
                 model,
                 clip,
                 vae,
                 dataset,
                 dreambooth.Subject(instance_prompt, class_prompt, class_images, prior_weight, prior, class_dataset),
-                TrainInputs(train, steps, learning_rate, rank, batch_size, seed),
+                TrainInputs(train, steps, learning_rate, rank, batch_size, seed, start=as_start(adapter)),
                 options,
                 cls.hidden.unique_id,
             )

@@ -40,14 +40,24 @@ def learning_rate(tooltip: str) -> io.Float.Input:
 
 
 def rank() -> io.Int.Input:
-    """Return the input for the rank of a LoRA."""
+    """Return the input for the rank of a LoRA. 0 stands for the rank of the adapter to start from."""
     return io.Int.Input(
         "rank",
         default=16,
-        min=1,
+        min=0,
         max=1024,
         tooltip="Size of the LoRA. Alpha equals the rank, so the effective scale is 1, unless options set another "
-        "alpha.",
+        "alpha. 0: rank and alpha of the connected adapter.",
+    )
+
+
+def start_adapter():
+    """Return the optional input for an adapter to start from."""
+    return Adapter.Input(
+        "adapter",
+        optional=True,
+        tooltip="Adapter to start from, such as an earlier training's. The result replaces it. Connect a model without "
+        "it.",
     )
 
 
@@ -105,6 +115,6 @@ def trained() -> list:
     return [
         io.Model.Output("trained_model", display_name="model"),
         io.Clip.Output("trained_clip", display_name="clip"),
-        Adapter.Output("adapter", display_name="adapter"),
+        Adapter.Output("trained_adapter", display_name="adapter"),
         LossMap.Output("loss", display_name="loss"),
     ]

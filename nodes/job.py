@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from . import inputs
 from .checks import checked
-from .schema import CATEGORY, Dataset, describe, named, options_input, usually
+from .schema import CATEGORY, Dataset, advanced, describe, named, options_input, usually
 
 
 class GraftExportJob(io.ComfyNode):
@@ -45,13 +45,24 @@ class GraftExportJob(io.ComfyNode):
                     optional=True,
                     tooltip="Train a LoRA, or all weights of the model. rank has no effect on all weights.",
                 ),
+                inputs.start_adapter(),
+                advanced(
+                    io.Float.Input(
+                        "beta",
+                        default=0.0,
+                        min=0.0,
+                        max=1e6,
+                        optional=True,
+                        tooltip="For pairs, as in Graft Train Preference. 0: no preference is trained.",
+                    )
+                ),
             ],
             outputs=[io.String.Output("path", display_name="path")],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
 
-    validate_inputs = checked(learning_rate=None, train=None)
+    validate_inputs = checked(learning_rate=None, train=None, beta=None)
 
     @classmethod
     def fingerprint_inputs(cls, **values) -> float:
@@ -63,12 +74,28 @@ class GraftExportJob(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, clip, vae, dataset, steps, learning_rate, rank, batch_size, seed, options=None, train="LoRA"
+        cls,
+        model,
+        clip,
+        vae,
+        dataset,
+        steps,
+        learning_rate,
+        rank,
+        batch_size,
+        seed,
+        options=None,
+        train="LoRA",
+        adapter=None,
+        beta=0.0,
     ) -> io.NodeOutput:
         from .host.actions import train as training
 
-        with named(cls, model=model, clip=clip, vae=vae, dataset=dataset, options=options):
-            widgets = training.TrainInputs(train, steps, learning_rate, rank, batch_size, seed)
+        with named(cls, model=model, clip=clip, vae=vae, dataset=dataset, options=options, adapter=adapter):
+            start = training.as_start(adapter)
+            widgets = training.TrainInputs(
+                train, steps, learning_rate, rank, batch_size, seed, start=start, preference_beta=beta
+            )
             path = training.export(model, clip, vae, dataset, widgets, options, cls.hidden.unique_id)
             return io.NodeOutput(path, ui={"text": (f"Job: {path}",)})
 

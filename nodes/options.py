@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..trainers.engine.resolve import Options
 from .checks import checked
 from .host import paths
 from .host.model.sampling import SAMPLERS, SCHEDULERS
 from .option_fields import OptionNode, option_schema, rules
-from .schema import advanced
+from .schema import advanced, execution_id, named
 
 
 class GraftRunOptions(OptionNode):
@@ -57,6 +58,30 @@ class GraftRunOptions(OptionNode):
                         "together. 0: 1.",
                     )
                 ),
+                cls.widget(
+                    "keep_best", "Also keep the step with the lowest validation loss, as best.safetensors. auto: off."
+                ),
+                cls.widget("stop_when", "When to stop and keep before the last step. auto: off."),
+                cls.widget(
+                    "patience", "Validations in a row without a new lowest loss, after which stop_when stops. 0: 5."
+                ),
+                cls.widget(
+                    "prompt_node",
+                    "For models that edit pictures: the node that encodes your prompts. Training encodes captions and "
+                    "source pictures as it does. auto: CLIPTextEncode, which reads the text alone.",
+                ),
+                advanced(
+                    cls.widget(
+                        "tag_frequency",
+                        "Write the captions' tags into the saved files, for LoRA managers. Captions may be private. "
+                        "auto: off.",
+                    )
+                ),
+                cls.widget(
+                    "give_way",
+                    "Waiting prompts for which the training pauses; it continues behind them by itself. Short prompts "
+                    "have no training. auto: as in the settings, at first off.",
+                ),
             ),
         )
 
@@ -77,7 +102,12 @@ class GraftPreviewOptions(OptionNode):
             "Draws sample pictures during training, the first ones before step 1. Without prompts it draws "
             "none during training.",
             [
-                cls.widget("prompts", "One prompt per line.", multiline=True),
+                cls.widget(
+                    "prompts",
+                    "One prompt per line. Settings of its own: --n negative --w width --h height --s steps --l cfg "
+                    "--g guidance --d seed --c source picture. # begins a comment.",
+                    multiline=True,
+                ),
                 cls.widget("every", "Steps between drawings. 0: 100."),
                 cls.widget("steps", "Sampling steps. 0: 20."),
                 cls.widget("cfg", "Guidance. 0: the default of the model's family.", step=0.1),
@@ -85,10 +115,27 @@ class GraftPreviewOptions(OptionNode):
                 cls.widget("scheduler", "auto: the default of the model's family.", options=list(SCHEDULERS)),
                 cls.widget("seed", "Noise of the first picture. -1: 0.", control_after_generate=False),
             ],
+            later=[
+                cls.widget("negative_prompt", "Negative prompt of all pictures without --n.", multiline=True),
+                io.Model.Input(
+                    "model", tooltip="Draw on this model instead of the trained one, such as its turbo version."
+                ),
+                cls.widget("strength", "Strength of the adapter on that model.", step=0.01),
+            ],
             words="Samples",
         )
 
     validate_inputs = checked(**rules("preview"))
+
+    @classmethod
+    def execute(cls, options=None, model=None, **values) -> io.NodeOutput:
+        from .host.model.preview_model import PreviewChoice
+
+        with named(cls, options=options, model=model):
+            chosen = (options or Options()).adding(cls.kind, values)
+            if model is not None:
+                chosen.preview_model = PreviewChoice(model, execution_id(cls))
+            return io.NodeOutput(chosen)
 
 
 class GraftOptimizerOptions(OptionNode):
@@ -137,6 +184,34 @@ class GraftOptimizerOptions(OptionNode):
                         step=1.0,
                     )
                 ),
+                advanced(
+                    cls.widget(
+                        "warmup_ratio", "Warm-up as a part of all steps, in place of warmup_steps. 0: none.", step=0.01
+                    )
+                ),
+                advanced(
+                    cls.widget("min_lr_ratio", "Part of the learning rate at which a schedule ends. 0: 0.", step=0.01)
+                ),
+                advanced(
+                    cls.widget(
+                        "decay_ratio",
+                        "Part of all steps in which the schedule warmup-stable-decay falls. 0: 0.2.",
+                        step=0.01,
+                    )
+                ),
+                advanced(
+                    cls.widget(
+                        "optimizer_args",
+                        "Further arguments of the optimizer, such as d_coef=2 betas=0.9,0.99. The optimizer "
+                        "pytorch-optimizer needs name=, such as name=ADOPT.",
+                    )
+                ),
+                advanced(
+                    cls.widget(
+                        "schedule_points",
+                        "Steps and factors of the schedule points, such as 0:1, 500:0.5, 1000:0.1.",
+                    )
+                ),
             ),
         )
 
@@ -154,7 +229,8 @@ class GraftMemoryOptions(OptionNode):
             "GraftMemoryOptions",
             "Graft Memory Options",
             ["vram", "gradient checkpointing", "block swap", "low vram", "offload"],
-            "Trades time for memory. A run can continue with other values. Untouched fields change nothing.",
+            "Trades time for memory. A run can continue with other values, except of base_dtype. Untouched fields "
+            "change nothing.",
             [
                 cls.widget(
                     "checkpointing",
@@ -176,6 +252,16 @@ class GraftMemoryOptions(OptionNode):
                     "shard", "With several processes: each keeps only a shard of the blocks' frozen weights. auto: off."
                 ),
                 cls.widget("recompute", "The part that checkpointing recomputes. auto: everything."),
+                cls.widget(
+                    "compile",
+                    "Compile the model's blocks with torch.compile, for GPUs. The first step takes minutes; a CPU gets "
+                    "slower. auto: off.",
+                ),
+                cls.widget(
+                    "base_dtype",
+                    "Quantize the frozen linear weights for less memory. Changes the result, so it makes another run. "
+                    "auto: as it is.",
+                ),
             ),
             words="VRAM",
         )
@@ -312,6 +398,28 @@ class GraftObjectiveOptions(OptionNode):
                     )
                 ),
             ],
+            later=map(
+                advanced,
+                (
+                    cls.widget("timestep_mode_scale", "Scale of the timesteps mode. 0: 1.29.", step=0.1),
+                    cls.widget("timestep_alpha", "Alpha of the timesteps beta. 0: 2.", step=0.1),
+                    cls.widget("timestep_beta", "Beta of the timesteps beta. 0: 2.", step=0.1),
+                    cls.widget("stratified", "Spread each batch's timesteps over all noise levels. auto: off."),
+                    cls.widget("p2_gamma", "Gamma of P2. 0: 1.", step=0.1),
+                    cls.widget("l1_fraction", "Part of L1 in MSE + L1. 0: 0.5.", step=0.1),
+                    cls.widget(
+                        "noise_offset_random_strength", "Draw the offset between 0 and noise_offset. auto: off."
+                    ),
+                    cls.widget(
+                        "adaptive_noise_scale", "Part of each channel's mean to add to noise_offset.", step=0.01
+                    ),
+                    cls.widget(
+                        "masked_prior_weight",
+                        "Keeps what the model predicted outside masks, such as 1.",
+                        step=0.1,
+                    ),
+                ),
+            ),
         )
 
     validate_inputs = checked(**rules("objective"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from comfy_api.latest import io
 
 from ..trainers.methods.textual_inversion import TEMPLATES, check_name
@@ -11,6 +13,7 @@ from .checks import checked
 from .schema import CATEGORY, Dataset, Embedding, LossMap, Trainer, describe, named, options_input, usually
 
 _CATEGORY = f"{CATEGORY}/train"
+_AS_JOB = "as a job"
 
 
 class GraftTrainLoRA(Trainer):
@@ -41,6 +44,7 @@ class GraftTrainLoRA(Trainer):
                 inputs.batch_size(),
                 inputs.seed(),
                 options_input(),
+                inputs.start_adapter(),
             ],
             outputs=[
                 *inputs.trained(),
@@ -54,12 +58,13 @@ class GraftTrainLoRA(Trainer):
 
     @classmethod
     def execute(
-        cls, model, clip, vae, dataset, steps, learning_rate, rank, batch_size, seed, options=None
+        cls, model, clip, vae, dataset, steps, learning_rate, rank, batch_size, seed, options=None, adapter=None
     ) -> io.NodeOutput:
         from .host.actions import train
 
-        with named(cls, model=model, clip=clip, vae=vae, dataset=dataset, options=options):
-            widgets = train.TrainInputs("LoRA", steps, learning_rate, rank, batch_size, seed)
+        with named(cls, model=model, clip=clip, vae=vae, dataset=dataset, options=options, adapter=adapter):
+            start = train.as_start(adapter)
+            widgets = train.TrainInputs("LoRA", steps, learning_rate, rank, batch_size, seed, start=start)
             done = train.train(model, clip, vae, dataset, widgets, options, cls.hidden.unique_id)
             embedding = done.embedding
             if embedding is None:
@@ -124,10 +129,15 @@ class GraftTrainEmbedding(Trainer):
                     optional=True,
                     tooltip="Captions for pictures without one. object: a photo of it; style: something in its style.",
                 ),
+                Embedding.Input(
+                    "embedding",
+                    optional=True,
+                    tooltip="Embedding to start from, instead of init_text, which must then be empty.",
+                ),
             ],
             outputs=[
                 io.Clip.Output("trained_clip", display_name="clip"),
-                Embedding.Output("embedding", display_name="embedding"),
+                Embedding.Output("trained_embedding", display_name="embedding"),
                 LossMap.Output("loss", display_name="loss"),
             ],
             hidden=[io.Hidden.unique_id],
@@ -154,12 +164,13 @@ class GraftTrainEmbedding(Trainer):
         seed,
         options=None,
         templates="object",
+        embedding=None,
     ) -> io.NodeOutput:
         from .host.actions import train
 
-        with named(cls, model=model, clip=clip, vae=vae, dataset=dataset, options=options):
+        with named(cls, model=model, clip=clip, vae=vae, dataset=dataset, options=options, embedding=embedding):
             spec = EmbeddingSpec(name.strip(), init_text.strip(), vectors, templates=templates)
-            widgets = train.TrainInputs("embedding", steps, learning_rate, 0, batch_size, seed, spec)
+            widgets = train.TrainInputs("embedding", steps, learning_rate, 0, batch_size, seed, spec, start=embedding)
             done = train.train(model, clip, vae, dataset, widgets, options, cls.hidden.unique_id)
             return io.NodeOutput(done.clip, done.embedding, done.loss, ui=done.ui)
 
@@ -190,6 +201,7 @@ class GraftFineTune(Trainer):
                 inputs.batch_size(),
                 inputs.seed("Determines the order of the pictures and the noise. Another seed makes another run."),
                 options_input(),
+                inputs.start_adapter(),
             ],
             outputs=inputs.trained(),
             hidden=[io.Hidden.unique_id],
@@ -199,13 +211,139 @@ class GraftFineTune(Trainer):
     validate_inputs = checked(learning_rate=None)
 
     @classmethod
-    def execute(cls, model, clip, vae, dataset, steps, learning_rate, batch_size, seed, options=None) -> io.NodeOutput:
+    def execute(
+        cls, model, clip, vae, dataset, steps, learning_rate, batch_size, seed, options=None, adapter=None
+    ) -> io.NodeOutput:
         from .host.actions import train
 
-        with named(cls, model=model, clip=clip, vae=vae, dataset=dataset, options=options):
-            widgets = train.TrainInputs("all weights", steps, learning_rate, 0, batch_size, seed)
+        with named(cls, model=model, clip=clip, vae=vae, dataset=dataset, options=options, adapter=adapter):
+            start = train.as_start(adapter)
+            widgets = train.TrainInputs("all weights", steps, learning_rate, 0, batch_size, seed, start=start)
             done = train.train(model, clip, vae, dataset, widgets, options, cls.hidden.unique_id)
             return io.NodeOutput(done.model, done.clip, done.adapter, done.loss, ui=done.ui)
 
 
-NODES = [GraftTrainLoRA, GraftTrainEmbedding, GraftFineTune]
+class GraftTrainSlider(Trainer):
+    """Node that trains a slider from prompts, or from pairs of pictures."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return describe(
+            node_id="GraftTrainSlider",
+            display_name="Graft Train Slider",
+            words="Training",
+            aliases=["concept slider", "slider lora", "lora training", "without pictures", "train"],
+            category=_CATEGORY,
+            description="Trains a LoRA that moves one property, such as age or light: up at positive strengths, down "
+            "at negative ones. It needs no pictures. Queued again, it resumes, or returns the finished run.",
+            inputs=[
+                *inputs.base("The model to train on. LoRAs applied before it count as part of it."),
+                io.String.Input(
+                    "target",
+                    default="",
+                    multiline=True,
+                    tooltip="What the slider changes, such as: a person. Several lines make several rows of prompts.",
+                ),
+                io.String.Input(
+                    "positive",
+                    default="",
+                    multiline=True,
+                    tooltip="Where positive strengths lead, such as: a very old person. One line for each target.",
+                ),
+                io.String.Input(
+                    "negative",
+                    default="",
+                    multiline=True,
+                    tooltip="Where negative strengths lead, such as: a very young person. One line for each target.",
+                ),
+                io.String.Input(
+                    "anchors",
+                    default="",
+                    multiline=True,
+                    tooltip="Prompts whose pictures must stay the same, one per line, such as: a house.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=0.1,
+                    max=10.0,
+                    step=0.1,
+                    tooltip="Strength at which the slider is trained, in both directions.",
+                ),
+                inputs.steps(500),
+                usually(
+                    inputs.learning_rate(
+                        "0: the default of the model's family (1e-4). If it is too high, pictures look burnt."
+                    ),
+                    "1e-4",
+                    optimizer="auto",
+                ),
+                inputs.rank(),
+                inputs.seed("Determines the start, the noise and the anchors. Another seed makes another run."),
+                Dataset.Input(
+                    "dataset",
+                    optional=True,
+                    tooltip="Pairs of pictures in place of positive and negative: pictures of the positive side, and "
+                    "those of the negative side in control_folder.",
+                ),
+                options_input(),
+                inputs.resolution("Side in pixels. 0: the model's own resolution."),
+                io.Combo.Input(
+                    "run",
+                    options=["here", _AS_JOB],
+                    default="here",
+                    optional=True,
+                    tooltip="as a job: writes a folder for several GPUs or machines, as Graft Export Job does, and "
+                    "trains nothing.",
+                ),
+            ],
+            outputs=inputs.trained(),
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+        )
+
+    validate_inputs = checked(
+        target=None, positive=None, negative=None, anchors=None, strength=None, learning_rate=None, run=None
+    )
+
+    @classmethod
+    def fingerprint_inputs(cls, run="here", **values) -> list | float:
+        """Return a value that changes when ComfyUI must not use its cached outputs; a job is always written."""
+        return float("nan") if run == _AS_JOB else super().fingerprint_inputs(**values)
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        clip,
+        vae,
+        target,
+        positive,
+        negative,
+        anchors,
+        strength,
+        steps,
+        learning_rate,
+        rank,
+        seed,
+        dataset=None,
+        options=None,
+        resolution=0,
+        run="here",
+    ) -> io.NodeOutput:
+        from .host.actions import slider, train
+
+        with named(cls, model=model, clip=clip, vae=vae, dataset=dataset, options=options):
+            texts = target, positive, negative, anchors, strength
+            spec, dataset = slider.from_pairs(dataset, *texts) if dataset else slider.from_prompts(*texts)
+            dataset = replace(dataset, resolution=resolution or dataset.resolution)
+            widgets = train.TrainInputs("LoRA", steps, learning_rate, rank, 1, seed, slider=spec)
+            if run == _AS_JOB:
+                path = train.export(model, clip, vae, dataset, widgets, options, cls.hidden.unique_id)
+                outputs = [train.nothing("Train the job first: this node has only written it.")] * 4
+                return io.NodeOutput(*outputs, ui={"text": (f"Job: {path}",)})
+            done = train.train(model, clip, vae, dataset, widgets, options, cls.hidden.unique_id)
+            return io.NodeOutput(done.model, done.clip, done.adapter, done.loss, ui=done.ui)
+
+
+NODES = [GraftTrainLoRA, GraftTrainEmbedding, GraftFineTune, GraftTrainSlider]

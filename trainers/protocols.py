@@ -5,90 +5,19 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Protocol
 
+from .process_group import ALONE, Group
+
 if TYPE_CHECKING:
     import torch
     from PIL import Image
-    from torch import nn
 
     from .families import LayerSplit
-
-
-class Group:
-    """Process group of a training, as one process sees it. This base class is a group of one process.
-
-    Attributes:
-        rank: index of this process, from 0.
-        world_size: number of processes.
-        sharded: the denoiser's frozen weights are sharded over the processes.
-        lockstep: all processes must run the same forward passes of the denoiser now.
-    """
-
-    rank = 0
-    world_size = 1
-    sharded = False
-    lockstep = False
-
-    @property
-    def is_main(self) -> bool:
-        """Report whether this is the main process, which opens the run, saves, and reports to the host."""
-        return self.rank == 0
-
-    def all_reduce(self, number: float = 0.0) -> float:
-        """Wait for all processes and return the sum of their numbers, the same to the bit in each process.
-
-        Raises:
-            PeerLostError: another process has ended.
-        """
-        return number
-
-    def abort(self) -> None:
-        """Tell the other processes that this one ends, so that their next `all_reduce` raises PeerLostError."""
-
-    def all_reduce_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        """Replace each gradient by its sum over all processes. If no process has a gradient, it stays None."""
-
-    def broadcast(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Copy the main process's values into the tensors of all processes."""
-
-    def gather(self, values: list[float], whole: int) -> list[float]:
-        """Gather one number per sample of a step from all processes.
-
-        Args:
-            values: the numbers of this process's samples.
-            whole: number of samples over all processes.
-        """
-        return values
-
-    def broadcast_text(self, text: str) -> str:
-        """Return the main process's text in all processes. Raise PeerLostError as `all_reduce` does."""
-        return text
-
-    def shard(self, tree: nn.Module, keep: Iterable[torch.Tensor], needs_input_grad: bool) -> None:
-        """Shard the frozen weights of a tree's blocks, see `fsdp.ShardedWeights`. Do nothing with one process."""
-
-    @contextmanager
-    def main_process_only(self) -> Iterator[bool]:
-        """Let only the main process work in the block: it gets True, the others get False.
-
-        All processes must enter the block, because the main process may need their shards of the weights.
-
-        Raises:
-            PeerLostError: another process has ended.
-        """
-        yield self.is_main
-
-    def reset_after_failure(self) -> None:
-        """Reset the denoiser after an interrupted forward pass."""
-
-
-ALONE = Group()
 
 
 @dataclass(frozen=True)
@@ -96,11 +25,12 @@ class Conditioning:
     """Conditioning of one sample.
 
     Attributes:
-        tensors: the text encoder's output by the host's own names, each [1, ...].
+        tensors: the text encoder's output by the host's own names, each [1, ...]; or an encoded prompt's tensors, which
+            the host has packed.
         original_size: (width, height) of the picture before scaling, pixels.
         crop: (left, top) of the crop in the scaled picture, pixels.
         target_size: (width, height) of the crop that is trained on, pixels.
-        source: unscaled latent [1, C, ...] of the source image for an edit model; None for none.
+        sources: unscaled latents [1, C, ...] of the source images for an edit model.
         inpaint_mask: [1, 1, H, W] in pixels, 1 where an inpainting model fills the picture; None for none.
         masked_image_latent: with an inpaint mask, the unscaled latent [1, C, ...] of the picture with the masked area
             grey.
@@ -110,7 +40,7 @@ class Conditioning:
     original_size: tuple[int, int] = (0, 0)
     crop: tuple[int, int] = (0, 0)
     target_size: tuple[int, int] = (0, 0)
-    source: torch.Tensor | None = None
+    sources: tuple[torch.Tensor, ...] = ()
     inpaint_mask: torch.Tensor | None = None
     masked_image_latent: torch.Tensor | None = None
 
@@ -118,6 +48,8 @@ class Conditioning:
 # Kinds of extra conditioning that a denoiser takes besides text: an inpaint mask, or a source image.
 HOLE = "hole"
 SOURCE = "source"
+# Most source images of a picture.
+MAX_SOURCES = 3
 
 
 @dataclass(frozen=True)
@@ -139,18 +71,19 @@ class Geometry:
 
 
 @dataclass(frozen=True)
-class PreviewRequest:
-    """Request to sample preview pictures with the host's own sampler.
+class PictureRequest:
+    """Request to sample one picture with the host's own sampler.
 
     Attributes:
-        prompts: one picture per prompt.
+        prompt, negative: texts with the host's prompt syntax, such as weights.
         size: (width, height) in pixels.
-        seed: noise seed of the first picture; picture i uses seed + i.
-        negative: the negative prompt of all pictures.
-        beside: conditionings with the source image or inpaint mask for the pictures, used in turn; empty for none.
+        seed: of the noise, 0 to 2 ** 64 - 1.
+        guidance: for models that were distilled with guidance; None for the host's default.
+        beside: conditioning with the source images or inpaint mask, if the model takes one.
+        encoded: conditioning tensors of prompt and negative, if they were encoded together with the source images.
     """
 
-    prompts: tuple[str, ...]
+    prompt: str
     size: tuple[int, int]
     steps: int
     cfg: float
@@ -158,7 +91,9 @@ class PreviewRequest:
     scheduler: str
     seed: int
     negative: str = ""
-    beside: tuple[Conditioning, ...] = ()
+    guidance: float | None = None
+    beside: Conditioning | None = None
+    encoded: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] | None = None
 
 
 class Command(Enum):
@@ -173,7 +108,13 @@ class PreviewSkipped(Exception):
 
 
 class TextEncoder(Protocol):
-    """Text encoder: turns captions, as literal text, into conditioning tensors."""
+    """Text encoder: turns captions, as literal text, into conditioning tensors.
+
+    Attributes:
+        sees_pictures: it can read source pictures beside the text.
+    """
+
+    sees_pictures: bool
 
     def encode(self, caption: str) -> dict[str, torch.Tensor]:
         """Encode one caption. Return its conditioning tensors, each [1, ...] on the CPU, no inference tensors."""
@@ -186,6 +127,16 @@ class TextEncoder(Protocol):
 
     def count_tokens(self, caption: str) -> int:
         """Return the number of tokens of the caption, without start, end and padding."""
+
+    # Training uses the two methods below only if the recipe's `prompt_node` shows source pictures to the encoder.
+
+    def check_prompt_node(self, node: str) -> None:
+        """Raise ModelError if the host lacks the node, or if this encoder does not see pictures."""
+
+    def encode_with_sources(
+        self, node: str, text: str, pictures: Sequence[torch.Tensor], negative: bool = False
+    ) -> dict[str, torch.Tensor]:
+        """Encode a text and pictures [1, H, W, 3] in 0..1 as the host's node does. Return tensors as `encode` does."""
 
     def fingerprint(self) -> str:
         """Return a hash of the weights, the pending patches and the clip skip."""
@@ -257,6 +208,15 @@ class ImageCodec(Protocol):
         Each is [B, C, (T,) h, w], float32 on the CPU. The log-variance is None if the codec has no posterior.
         """
 
+    def encode_sources(self, node: str, pictures: Sequence[torch.Tensor], size: tuple[int, int]) -> list[torch.Tensor]:
+        """Encode source pictures [1, H, W, 3] in 0..1 to unscaled latents as the host's node does.
+
+        Training uses it only if the recipe's `prompt_node` shows source pictures to the text encoder.
+
+        Args:
+            size: (width, height) of the picture that they become, pixels.
+        """
+
     def fingerprint(self) -> str:
         """Return a hash of the weights and their dtype."""
 
@@ -266,7 +226,10 @@ class Denoiser(Protocol):
 
     Attributes:
         conditioning_kind: the extra conditioning besides text: HOLE, SOURCE, or empty for none.
+        max_sources: with SOURCE, the largest number of source images of a picture.
         adds_in_place: True if the module or a patch of it may change activations in place that autograd has saved.
+        position_options: entries of the blocks' option dicts that tell patches which block runs. The module itself
+            does not read them. Empty if there may be patches.
     """
 
     module: torch.nn.Module
@@ -275,12 +238,17 @@ class Denoiser(Protocol):
     noise_scale: float
     family: str
     conditioning_kind: str
+    max_sources: int
     adds_in_place: bool
+    position_options: Collection[str]
     device: torch.device
     compute_dtype: torch.dtype
 
     def geometry(self, resolution: int) -> Geometry:
         """Return the picture sizes for a resolution; 0 for the model's own resolution."""
+
+    def empty_latent(self, size: tuple[int, int]) -> torch.Tensor:
+        """Return zeros [1, C, ...] in the shape of the latent of a picture of (width, height) pixels."""
 
     def check_inputs(self, latent: torch.Tensor, conditioning: dict[str, torch.Tensor]) -> None:
         """Raise ModelError if the codec's latent or the text encoder's output does not fit this model."""
@@ -294,11 +262,14 @@ class Denoiser(Protocol):
     def add_noise(self, x0: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         """Return x_t for x0 and noise [B, C, ...] at sigma [B]."""
 
+    def denoised(self, output: torch.Tensor, x_t: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        """Return the x0 that a raw output stands for at x_t and sigma [B]."""
+
     def predict(self, x_t: torch.Tensor, sigma: torch.Tensor, conditioning: Sequence[Conditioning]) -> torch.Tensor:
         """Return the network's raw output for x_t [B, C, ...] at sigma [B], each sample with its own conditioning."""
 
-    def preview(self, request: PreviewRequest) -> list[Image.Image]:
-        """Sample pictures with the model as trained so far. May raise PreviewSkipped."""
+    def preview(self, requests: Sequence[PictureRequest]) -> list[Image.Image]:
+        """Sample a picture for each request with the model as trained so far. May raise PreviewSkipped."""
 
     def make_room(self, weights: bool = False) -> None:
         """Free device memory that training does not use, such as other models and caches.
@@ -344,23 +315,25 @@ class Denoiser(Protocol):
         """Return a hash of the base: keys, shapes, dtypes, weights, pending patches."""
 
 
-def earlier_fingerprint(part: Denoiser | TextEncoder | ImageCodec) -> str:
-    """Return the fingerprint that earlier versions gave a part of a base, to find the files that they made.
+class PreviewModel(Protocol):
+    """Another model of the host, to draw sample pictures on with the trained adapter applied."""
 
-    A host without earlier versions has no method `earlier_fingerprint`; then return the current fingerprint.
-    """
-    return getattr(part, "earlier_fingerprint", part.fingerprint)()
+    def check(self, adapter: Mapping[str, torch.Tensor]) -> None:
+        """Raise ModelError if the adapter does not fit the model."""
 
+    def draw(
+        self,
+        requests: Sequence[PictureRequest],
+        adapter: Mapping[str, torch.Tensor] | None,
+        embedding: Mapping[str, torch.Tensor] | None,
+        factor: float = 1.0,
+    ) -> list[Image.Image]:
+        """Sample a picture for each request. Use it only within the denoiser's `training`. May raise PreviewSkipped.
 
-def embedded_digest(text: TextEncoder, texts: Sequence[str], without: Sequence[str] = ()) -> str:
-    """Return `text.embedded_digest(texts, without)`; empty for a host without embedding files."""
-    given = getattr(text, "embedded_digest", None)
-    return given(texts, without) if given is not None else ""
-
-
-def base_digest(*fingerprints: str) -> str:
-    """Hash the fingerprints of a base's parts: denoiser, text encoder, codec, and the adapter to start from."""
-    return hashlib.sha256("|".join(fingerprints).encode()).hexdigest()
+        Args:
+            adapter, embedding: as they are saved, with the host's names; None if none is trained.
+            factor: on the adapter's strength.
+        """
 
 
 @dataclass(frozen=True)
@@ -372,8 +345,10 @@ class Host:
         next_command: called after each step; returns the user's next command, None for none.
         check_interrupt: called within a step wherever the step can be abandoned; may raise to interrupt.
         group: the process group.
+        preview_model: the model to draw sample pictures on; None for the trained one.
         graph: the ComfyUI graph that queued the run, JSON-able, saved next to the recipe; None for none. It has no
             effect on training.
+        start: an `Adapter` to start from, or an `Embedding` if nothing else is trained; None for none.
     """
 
     denoiser: Denoiser
@@ -383,7 +358,9 @@ class Host:
     next_command: Callable[[], Command | None] = field(default=lambda: None)
     check_interrupt: Callable[[], None] = field(default=lambda: None)
     group: Group = ALONE
+    preview_model: PreviewModel | None = None
     graph: dict[str, Any] | None = None
+    start: Mapping[str, torch.Tensor] | None = None
 
     def report_phase(self, name: str) -> None:
         """Report a phase of work before the first step or between steps. May raise to interrupt, as `report` does.

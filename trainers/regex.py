@@ -128,23 +128,23 @@ class Patterns:
         Raises:
             PatternError: the search visits too many states.
         """
-        found = None
+        first = None
         key = (frozenset([self._start]), "")
         work = 0
         for letter in _letters(text):
             known = self._sets.get(key, {}).get(letter) or self._step(key, letter)
             key, end, cost = known
             work += cost
-            if end is not None and (found is None or end < found):
-                found = end
-            if found == 0 or not key[0]:
+            if end is not None and (first is None or end < first):
+                first = end
+            if first == 0 or not key[0]:
                 break
             if work > _MOST_LIVE * (len(text) + 1) or self._budget.left < 0:
                 raise PatternError(
                     "The patterns can match in too many ways at once.",
                     "Use fewer patterns, or patterns without repeats.",
                 )
-        return found
+        return first
 
     def _step(self, key: tuple[frozenset[int], str], letter: str) -> tuple:
         """Compute one transition of a set of states.
@@ -161,14 +161,14 @@ class Patterns:
                 after.update(self._edges[state])
         if self._anywhere and letter:
             after.add(self._start)
-        made = ((frozenset(after), letter[:1]), min(ends, default=None), len(live))
+        transition = ((frozenset(after), letter[:1]), min(ends, default=None), len(live))
         self._budget.left -= len(live)
         self._kept += len(after) + 1
         if self._kept > _KEPT:
             self._sets.clear()
             self._kept = len(after) + 1
-        self._sets.setdefault(key, {})[letter] = made
-        return made
+        self._sets.setdefault(key, {})[letter] = transition
+        return transition
 
     def _closure(self, states: frozenset[int], before: str, letter: str) -> set[int]:
         """Return the given states and those reachable without a character, at a position between two characters."""

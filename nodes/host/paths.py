@@ -1,4 +1,4 @@
-"""Paths of datasets and of the pack's output, all below ComfyUI's own folders or folders that the user allowed."""
+"""Paths of the pack's output, of adapters and of embeddings, all below ComfyUI's own folders."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from collections.abc import Callable
 
 import folder_paths
 
-from ...trainers.data.pictures import is_picture
-from ...trainers.errors import DatasetError, ModelError, RunError, SettingsError
+from ...trainers.errors import ModelError, RunError, SettingsError
 from ...trainers.formats.adapter import Adapter, load_adapter
 from ...trainers.formats.atomic import refuse_links
 from ...trainers.formats.embedding import Embedding, file_tensors, load_embedding, save_embedding
@@ -22,15 +21,13 @@ from ...trainers.runs.records import MOST_RUNS, find_run, list_records
 from ...trainers.runs.run import Run
 from ...trainers.text import check_file_name, is_below
 from . import settings
+from .dataset_folders import is_possible, picture_path, printable
 
 _EMBEDDINGS = "embeddings"
 _USUAL_PREFIX = "adapter"
 
-# No dataset root holds more folders than this, and the browser waits for the list.
-_MOST_FOLDERS = 20_000
-_SAVE = re.compile(r"step-\d{8}\.safetensors")
-_SAVE_NAME = re.compile(r"([^/\\]+)[/\\](step-\d{8}\.safetensors)")
-_LONGEST_PATH = 4096
+_SAVE = re.compile(r"(?:step-\d{8}|best)\.safetensors")
+_SAVE_NAME = re.compile(rf"([^/\\]+)[/\\]({_SAVE.pattern})")
 
 
 def register() -> None:
@@ -49,6 +46,7 @@ def folders() -> Folders:
         os.path.join(output, _EMBEDDINGS),
         settings.cache_limit(),
         adapter_path,
+        picture_path,
     )
 
 
@@ -75,148 +73,6 @@ def ui_image(path: str) -> dict[str, str]:
     return {"filename": filename, "subfolder": folder.replace(os.sep, "/"), "type": "output"}
 
 
-def _roots() -> dict[str, str]:
-    """Return the allowed roots of datasets by the prefix of their choices. The input folder has an empty prefix."""
-    roots = {"": folder_paths.get_input_directory()}
-    if "datasets" in folder_paths.folder_names_and_paths:
-        for path in folder_paths.get_folder_paths("datasets"):
-            roots.setdefault(os.path.basename(os.path.normpath(path)), path)
-    return roots
-
-
-def dataset_choices() -> list[str]:
-    """Return the names of all folders below the roots that hold pictures at any depth.
-
-    Names are relative and have forward slashes. Folders below the roots from the user's settings have absolute paths.
-    """
-    found = set()
-    for name, root in _roots().items():
-        for relative in _picture_folders(root):
-            if relative != ".":
-                found.add(f"{name}/{relative}" if name else relative)
-    for root in settings.dataset_roots():
-        for relative in _picture_folders(root):
-            found.add(root if relative == "." else f"{root}/{relative}")
-    return sorted(found)
-
-
-def _picture_folders(root: str) -> set[str]:
-    """Return the relative names of the folders at and below a root that hold pictures at any depth; '.' is the root."""
-    found = set()
-    pending = [(".", root)]
-    visited = 0
-    while pending and visited < _MOST_FOLDERS:
-        relative, directory = pending.pop()
-        visited += 1
-        holds = False
-        try:
-            with os.scandir(directory) as entries:
-                for entry in entries:
-                    # Ask for the kind of an entry only if its name does not tell: a folder may be large.
-                    if not holds and is_picture(entry.name):
-                        holds = True
-                    elif not is_picture(entry.name) and not entry.name.startswith(".") and _is_folder(entry):
-                        below = entry.name if relative == "." else f"{relative}/{entry.name}"
-                        pending.append((below, entry.path))
-        except OSError:
-            # This user cannot read the folder, or it was removed meanwhile.
-            continue
-        if holds:
-            parts = relative.split("/")
-            found.update("/".join(parts[:depth]) for depth in range(1, len(parts) + 1))
-    return found
-
-
-def _is_folder(entry: os.DirEntry) -> bool:
-    try:
-        return entry.is_dir(follow_symlinks=False)
-    except OSError:
-        return False
-
-
-def dataset_path(choice: str, input: str = "folder") -> str:
-    """Return the absolute path of a choice.
-
-    Args:
-        input: name of the node's input, for errors.
-
-    Raises:
-        DatasetError: the path lies outside the roots, or is not a folder.
-    """
-    if not _is_possible(choice):
-        raise DatasetError(
-            f"'{_printable(choice)}' is not a valid folder name.",
-            "Choose a folder below ComfyUI's input folder.",
-            input,
-        )
-    wanted = choice.strip()
-    if not wanted:
-        raise DatasetError(
-            "No folder is chosen.", "Put a folder of pictures into ComfyUI's input folder and choose it.", input
-        )
-    candidates = _candidates(wanted)
-    allowed = [path for path in candidates if _is_allowed(path)]
-    for path in allowed:
-        if os.path.isdir(path):
-            return os.path.realpath(path)
-    if len(allowed) < len(candidates):
-        # For example, a link in one root leads elsewhere and the other roots have no such folder.
-        raise DatasetError(
-            f"The folder '{_printable(choice)}' lies outside the folders that datasets may come from.",
-            "Put it below ComfyUI's input folder (a link that leads elsewhere does not count), add its parent as "
-            "'datasets' in extra_model_paths.yaml, or allow it in ComfyUI's settings under Graft.",
-            input,
-        )
-    raise DatasetError(
-        f"There is no folder '{_printable(choice)}' below ComfyUI's input folder "
-        f"({folder_paths.get_input_directory()}).",
-        "Create it and put pictures into it, or choose another.",
-        input,
-    )
-
-
-def _candidates(choice: str) -> list[str]:
-    """Return the paths that a choice may stand for: below each root, with or without the root's own prefix."""
-    roots = _roots()
-    paths = [os.path.join(root, choice) for root in roots.values()]
-    for name, root in roots.items():
-        if name and (choice == name or choice.startswith(f"{name}/")):
-            paths.append(os.path.join(root, choice[len(name) + 1 :]))
-    return paths
-
-
-def control_path(folder: str, choice: str) -> str:
-    """Return the absolute path of a folder of source images, or an empty string if none is chosen.
-
-    The folder lies inside the dataset's folder, or is a choice of its own.
-
-    Raises:
-        DatasetError: neither place has a folder of that name.
-    """
-    wanted = choice.strip() if isinstance(choice, str) else choice
-    if wanted == "":
-        return ""
-    inside = os.path.join(dataset_path(folder), wanted) if _is_possible(wanted) else ""
-    if inside and os.path.isdir(inside) and _is_allowed(inside):
-        return os.path.realpath(inside)
-    return dataset_path(wanted, "control_folder")
-
-
-def _is_possible(name: str) -> bool:
-    """Report whether a name can be passed to the file system. Prompts sent without a browser may hold anything."""
-    return isinstance(name, str) and "\0" not in name and len(name) <= _LONGEST_PATH
-
-
-def _printable(name: str) -> str:
-    """Return a name in a printable, shortened form for an error message."""
-    name = str(name)
-    return name if name.isprintable() and len(name) <= 200 else ascii(name[:200])[1:-1]
-
-
-def _is_allowed(path: str) -> bool:
-    return any(is_below(path, root) for root in (*_roots().values(), *settings.dataset_roots()))
-
-
 def adapter_choices() -> list[str]:
     """Return ComfyUI's list of LoRA files."""
     return folder_paths.get_filename_list("loras")
@@ -233,17 +89,17 @@ def adapter_path(name: str) -> str:
 def save_choices() -> list[str]:
     """Return the saves of all runs, named as `adapter_path` takes them. ComfyUI's list does not hold these files."""
     places = folders()
-    found = []
+    saves = []
     for record in list_records(places, MOST_RUNS):
         run = Run.named(places, record.name)
         if os.path.isdir(run.adapters):
-            found += [f"{run.name}/{name}" for name in sorted(os.listdir(run.adapters)) if _SAVE.fullmatch(name)]
-    return found
+            saves += [f"{run.name}/{name}" for name in sorted(os.listdir(run.adapters)) if _SAVE.fullmatch(name)]
+    return saves
 
 
 def _save_path(name: str) -> str | None:
     """Return the path of a run's save, or None if the name is not a save's or ComfyUI lists a file of that name."""
-    match = _SAVE_NAME.fullmatch(name) if _is_possible(name) else None
+    match = _SAVE_NAME.fullmatch(name) if is_possible(name) else None
     if match is None or folder_paths.get_full_path("loras", name) is not None:
         return None
     try:
@@ -265,10 +121,10 @@ def _listed(kind: str, name: str, what: str, input: str) -> str:
     Raises:
         ModelError: the list has no such name, or the file's format is not supported.
     """
-    path = folder_paths.get_full_path(kind, name) if _is_possible(name) else None
+    path = folder_paths.get_full_path(kind, name) if is_possible(name) else None
     if path is None:
         raise ModelError(
-            f"There is no {what} '{_printable(name)}' in ComfyUI's {kind} folders.",
+            f"There is no {what} '{printable(name)}' in ComfyUI's {kind} folders.",
             "Choose one from the list. Press R to refresh it.",
             input,
         )
@@ -293,6 +149,18 @@ def file_state(name: str, find: Callable[[str], str]) -> str | float:
     return f"{status.st_size}-{status.st_mtime_ns}"
 
 
+def named_run(name: str) -> Run:
+    """Return the run with a name. Raise RunError if there is none."""
+    try:
+        return find_run(folders(), name.strip())
+    except RunError as error:
+        raise RunError(
+            f"There is no run '{printable(name)}' in output/graft.",
+            "Write the name of the run's folder, as the history of runs shows it.",
+            "run",
+        ) from error
+
+
 def load_named_adapter(name: str) -> Adapter:
     """Return the adapter of a LoRA file in ComfyUI's list.
 
@@ -300,17 +168,9 @@ def load_named_adapter(name: str) -> Adapter:
         ModelError: the list has no such name, or the file cannot be read.
     """
     try:
-        adapter = load_adapter(adapter_path(name))
+        return load_adapter(adapter_path(name))
     except RunError as error:
         raise ModelError(error.message, error.cure, "adapter_name") from error
-    if not adapter:
-        raise ModelError(
-            f"Cannot apply '{name}': in peft's format, {adapter.made_by()} depends on the model's weights.",
-            "Load the kohya file of that training, or continue training from this file (start_from in Graft Adapter "
-            "Options).",
-            "adapter_name",
-        )
-    return adapter
 
 
 def embedding_choices() -> list[str]:
@@ -368,10 +228,10 @@ def save_named_embedding(embedding: Embedding, name: str) -> str:
 
 def _files_called(folder: str, name: str) -> list[str]:
     names = {f"{name}{ending}".lower() for ending in (".safetensors", ".pt", ".bin")}
-    found = []
+    paths = []
     for directory, _, files in os.walk(folder):
-        found += [os.path.join(directory, file) for file in files if file.lower() in names]
-    return found
+        paths += [os.path.join(directory, file) for file in files if file.lower() in names]
+    return paths
 
 
 def _same_run(path: str, embedding: Embedding) -> bool:

@@ -10,6 +10,7 @@ import folder_paths
 
 from ...trainers.errors import RunError
 from ...trainers.formats.json_files import read_json
+from ...trainers.recipe.options import GIVE_WAY, GIVE_WAY_OFF
 
 log = logging.getLogger(__name__)
 
@@ -19,6 +20,8 @@ _FILE = "comfy.settings.json"
 
 DATASET_ROOTS = "Graft.DatasetRoots"
 CACHE_LIMIT = "Graft.CacheLimit"
+GIVE_WAY_TO = "Graft.GiveWay"
+GIVE_WAY_AFTER = "Graft.GiveWayAfter"
 
 
 def preference(name: str, default: Any) -> Any:
@@ -52,3 +55,14 @@ def dataset_roots() -> list[str]:
 def cache_limit() -> int:
     """Return the limit of the latent and text cache in bytes."""
     return int(max(0.0, float(preference(CACHE_LIMIT, 50.0))) * 1024**3)
+
+
+def give_way() -> str:
+    """Return the prompts that trainings give way to, one of GIVE_WAY."""
+    value = preference(GIVE_WAY_TO, GIVE_WAY_OFF)
+    return value if value in GIVE_WAY else GIVE_WAY_OFF
+
+
+def give_way_after() -> float:
+    """Return the seconds that a training has at least between two pauses."""
+    return max(0.0, float(preference(GIVE_WAY_AFTER, 60.0)))

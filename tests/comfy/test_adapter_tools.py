@@ -5,8 +5,9 @@ import logging
 import pytest
 import torch
 from graft_pack.trainers.errors import ModelError, SettingsError
-from graft_pack.trainers.formats.adapter import Adapter, save_adapter
+from graft_pack.trainers.formats.adapter import Adapter, load_adapter, save_adapter
 from graft_pack.trainers.memory.tracking import TensorTracker
+from graft_pack.trainers.tools.average import weights_of
 
 from tests.support import models
 from tests.support.adapters import added, differences, make_adapter, make_model
@@ -229,12 +230,13 @@ def test_half_the_rank_is_the_best_of_half_the_rank(name, model, flux):
     assert sum(value.numel() for value in found.values()) < 0.6 * sum(value.numel() for value in given.values())
 
 
-def test_a_resized_adapter_is_saved_and_trained_on(model, comfy):
+def test_a_resized_adapter_is_saved_and_trained_on(model, comfy, tmp_path):
     found = resize(adapter_of("LoRA"), 2)
     assert_same(through_a_file(comfy, found, model, "resized"), added(model, found))
     assert {float(value) for name, value in found.items() if name.endswith("alpha")} == {2.0}
-    with pytest.raises(ModelError, match="'diffusers'.*training node"):
-        save_adapter("unused.safetensors", found, "x", "diffusers")
+    path = str(tmp_path / "a.safetensors")
+    save_adapter(path, found, "x", "diffusers")
+    assert_same(added(model, load_adapter(path)), added(model, found))
 
 
 def test_magnitudes_are_not_resized():
@@ -642,3 +644,63 @@ def test_half_layers_are_refused_by_every_tool(model, ends, says):
     ):
         with pytest.raises(ModelError, match=f"layer {NAME}, .*{says}"):
             act()
+
+
+def average(a, b, width=0.0):
+    return execute("GraftMergeAdapters", a, b, 1.0, 1.0, "average of saves", 0, 0.5, 0, average_width=width)[0]
+
+
+def test_the_node_averages_the_saves_of_a_run(model, monkeypatch, tmp_path):
+    """The widget's method reads the run's folder, and the host applies the result."""
+    import folder_paths
+
+    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
+    folder = tmp_path / "graft" / "toy-00000001"
+    (folder / "adapters").mkdir(parents=True)
+    (folder / "recipe.json").write_text('{"recipe": {"steps": 4}, "saves_in_folder": true}')
+    saves = [adapter_of("LoRA"), adapter_of("LoRA", seed=1)]
+    for step, save in zip((2, 4), saves, strict=True):
+        save_adapter(str(folder / "adapters" / f"step-{step:08d}.safetensors"), Adapter(dict(save)), "toy", "kohya")
+    last = Adapter(dict(saves[1]), {"graft_run": "toy-00000001", "ss_steps": "4"})
+    found = average(last, last, 0.28)
+    share = weights_of([2, 4], 0.28)[0]
+    for name, tensor in found.items():
+        expected = share * saves[0][name] + (1 - share) * saves[1][name]
+        assert torch.allclose(tensor, expected, atol=1e-6), name
+    assert added(model, found).keys() == added(model, last).keys()
+    with pytest.raises(ModelError, match="adapter_b is another adapter"):
+        average(last, saves[0])
+    with pytest.raises(ModelError, match="adapter_a is not from a run of Graft"):
+        average(Adapter({}, {}), last)
+    with pytest.raises(SettingsError, match="average_width is set, but method is SVD"):
+        execute("GraftMergeAdapters", last, last, 1.0, 1.0, "SVD", 0, 0.5, 0, average_width=0.1)
+
+
+@pytest.mark.parametrize("format", ["kohya", "peft"])
+def test_a_preview_is_saved_beside_the_adapter(monkeypatch, tmp_path, format):
+    import folder_paths
+    from graft_pack.nodes.adapter import GraftSaveAdapter
+    from graft_pack.trainers.errors import DatasetError
+    from PIL import Image
+
+    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
+    picture = torch.zeros(2, 4, 6, 3)
+    picture[0, ..., 1] = 0.2
+    adapter = adapter_of("LoRA")
+    GraftSaveAdapter.execute(adapter, "one", format, preview=picture)
+    saved = tmp_path / "loras" / "one_00001_.preview.png"
+    with Image.open(saved) as image:
+        assert image.size == (6, 4) and image.getpixel((0, 0)) == (0, 51, 0)
+    GraftSaveAdapter.execute(adapter, "two", format)
+    assert [path.name for path in tmp_path.rglob("*.png")] == [saved.name]
+    with pytest.raises(DatasetError, match="input 'preview': .*numbers that are not finite"):
+        GraftSaveAdapter.execute(adapter, "three", format, preview=picture / 0)
+    assert not list(tmp_path.rglob("three*")), "nothing is written"
+
+
+def test_a_report_lists_the_presets_of_the_models_family(flux, model):
+    from graft_pack.nodes.tools import GraftInspectAdapter
+
+    report = GraftInspectAdapter.execute(adapter_of("LoRA", "Flux"), flux).args[1]
+    assert "Presets of targets for Flux: single blocks, double blocks, no context blocks" in report
+    assert "Presets of targets" not in GraftInspectAdapter.execute(adapter_of("LoRA"), model).args[1]

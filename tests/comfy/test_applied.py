@@ -118,13 +118,15 @@ PIPELINES = {
 }
 
 
+@pytest.mark.parametrize("format", ["diffusers", "peft"])
 @pytest.mark.parametrize("family", PIPELINES)
-def test_a_transformers_file_in_diffusers_pipeline_and_back(family, tmp_path):
+def test_a_transformers_file_in_diffusers_pipeline_and_back(family, format, tmp_path):
     """On every Linear layer: some are several in diffusers, some have their rows reordered."""
     import diffusers
     from graft_pack.nodes.host.model.lora import apply_adapter, unread_keys
     from graft_pack.trainers.engine.trainable_modules import TrainableModules
     from graft_pack.trainers.methods import METHODS
+    from peft import PeftModel
 
     from tests.support.published import PUBLISHED
 
@@ -133,15 +135,17 @@ def test_a_transformers_file_in_diffusers_pipeline_and_back(family, tmp_path):
     network, _ = published.network(model)
     x, sigma, one = probe(published.name)
     point = network, x, torch.tensor([sigma]), [one]
-    path = str(tmp_path / "a.safetensors")
+    path = str(tmp_path / "a" / "adapter_model.safetensors")
     fields = {"targets": "all linear", "block_ranks": ((r"blocks\.1\.", 2),), "alpha": 2.0}
     with models.in_training(model, published.name, spread=0.1, **fields) as training, torch.no_grad():
         adapter = training.plan.export(training.plan.trainables, 0).adapter
         output = training.denoiser.predict(*point[1:])
         before = published.run(*point)
-        save_adapter(path, adapter, family, "diffusers")
-        pipe = PIPELINES[family](diffusers, network)
-        pipe.load_lora_weights(path)
+        save_adapter(path, adapter, family, format)
+        if format == "diffusers":
+            PIPELINES[family](diffusers, network).load_lora_weights(path)
+        else:
+            PeftModel.from_pretrained(network, str(tmp_path / "a"))
         assert (published.run(*point) - output).norm() <= 1e-3 * (output - before).norm()
         assert (output - before).norm() >= 1e-2 * before.norm()
         back = load_adapter(path)
@@ -155,8 +159,8 @@ def test_a_transformers_file_in_diffusers_pipeline_and_back(family, tmp_path):
     assert models.distance(raw(models.denoised(applied, x, sigma, one), (x, sigma, one)), output) <= 1e-4
 
 
-def test_a_transformers_file_of_diffusers_own_training_is_not_taken_for_one_layer(tmp_path):
-    """In diffusers q, k and v have an A each, and no low rank of our joint layer can express that."""
+def test_a_transformers_file_of_diffusers_own_training_needs_the_rank_of_all_parts(tmp_path):
+    """In diffusers q, k and v have an A each. Our joint layer expresses that only with the sum of their ranks."""
     from graft_pack.trainers.engine.trainable_modules import TrainableModules
     from graft_pack.trainers.errors import ModelError
     from graft_pack.trainers.methods import METHODS
@@ -168,7 +172,8 @@ def test_a_transformers_file_of_diffusers_own_training_is_not_taken_for_one_laye
         back = load_adapter(path)
         back.native.tensors["transformer_blocks.0.attn.to_k.lora_A.weight"] += 1
         parts = TrainableModules(METHODS["LoRA"], training.plan.recipe, training.host)
-        with pytest.raises(ModelError, match=r"separate parts for joint_blocks\.0\.x_block\.attn\.qkv"):
+        words = r"has rank 12 in joint_blocks\.0\.x_block\.attn\.qkv, but this run has rank 4"
+        with pytest.raises(ModelError, match=words):
             parts.start(training.plan.trainables, back)
 
 

@@ -66,7 +66,8 @@ def test_every_number_text_and_choice_is_checked(name, given):
 @pytest.mark.parametrize("kind", OPTIONS)
 def test_an_option_node_has_a_widget_for_each_of_its_options(kind):
     schema = NODES[f"Graft{kind.capitalize()}Options"].define_schema()
-    defaults = {given.id: given.default for given in schema.inputs if given.id != "options"}
+    sockets = {"options", "model"}
+    defaults = {given.id: given.default for given in schema.inputs if given.id not in sockets}
     assert defaults == {name: option.unset for name, option in OPTIONS[kind].items()}
 
 
@@ -145,9 +146,9 @@ def test_what_is_no_such_thing_is_named_by_its_input(name, given, value, comfy):
     others |= {one.id: None for one in schema.inputs if not hasattr(one, "default")}
     if schema.is_input_list:
         others = {one: [held] for one, held in others.items()}
-        others |= {"masks": None, "control_images": None}
-        if given.id != "images":
-            others["images"] = [torch.zeros(1, 8, 8, 3)]
+        absent = {"masks": None, "control_images": None, "conditioning": None}
+        pictures = {**absent, "images": [torch.zeros(1, 8, 8, 3)]}
+        others |= {one: held for one, held in pictures.items() if one in others}
         value = [value]
     else:
         others |= stand_ins(schema)

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 from graft_pack.trainers.data.scan import scan_folder
-from graft_pack.trainers.engine import step as forward
-from graft_pack.trainers.engine.plan import Plan
 from graft_pack.trainers.memory.autograd import OutOfPlace
 from graft_pack.trainers.preprocessing.prepare import prepare
 from graft_pack.trainers.runs.folders import Folders
+from graft_pack.trainers.steps import step as forward
+from graft_pack.trainers.steps.plan import Plan
 from PIL import Image
 
 from tests.support import models

@@ -61,9 +61,9 @@ def test_gradients_of_the_vectors_are_exact(name):
 def test_without_the_cure_the_text_encoder_raises(monkeypatch):
     from contextlib import nullcontext
 
-    from graft_pack.trainers.engine import step
+    from graft_pack.trainers.steps import predict
 
-    monkeypatch.setattr(step, "OutOfPlace", nullcontext)
+    monkeypatch.setattr(predict, "OutOfPlace", nullcontext)
     with models.learning_word("SD1") as training:
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             training.gradients()
@@ -244,7 +244,7 @@ def test_weights_are_the_same_bits_after_training(name, tmp_path):
 
 
 def test_learning_a_word_lowers_the_loss(tmp_path):
-    from graft_pack.trainers.engine import step
+    from graft_pack.trainers.steps import step
 
     with models.learning_word("SD1", captions=[f"embedding:{models.WORD}"]) as training:
         plan = training.plan

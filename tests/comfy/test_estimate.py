@@ -90,8 +90,11 @@ def test_memory_is_told_within_15_percent(kind, tmp_path):
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_what_an_optimizer_keeps_is_in_it(optimizer, tmp_path):
-    betas = {"beta1": 0.0, "beta2": 0.0} if optimizer == "Adafactor" else {}
-    with lora("SD3", batch_size=1, rank=256, alpha=32.0, spread=0.01, optimizer=optimizer, **betas) as training:
+    kind = OPTIMIZERS[optimizer]
+    fields = {"optimizer": optimizer, "beta1": kind.beta1, "beta2": kind.beta2}
+    if optimizer == "pytorch-optimizer":
+        fields["optimizer_args"] = (("name", "Yogi"),)
+    with lora("SD3", batch_size=1, rank=256, alpha=32.0, spread=0.01, **fields) as training:
         (told,), peak = observed(training, tmp_path)
     assert told["memory"] == pytest.approx(peak, rel=0.05)
 
@@ -146,9 +149,23 @@ def test_what_would_fit_is_told_in_the_order_of_its_cost(tmp_path):
             free = needed - 1
         last = asked(training, free, tmp_path)
         assert last["cures"] == ("checkpointing", "micro_batch 1", "offload")
+        told = [last["cures"]]
+        while told[-1]:
+            free -= 20_000
+            told.append(asked(training, free, tmp_path)["cures"])
+        assert list(dict.fromkeys(told)) == [last["cures"], (*last["cures"], "base_dtype nf4"), ()]
         assert asked(training, -(1 << 40), tmp_path)["cures"] == ()
         # The search leaves nothing behind.
         assert not any(checkpointing.is_checkpointed(block) for block in autograd.blocks_of(training.denoiser.module))
+
+
+@pytest.mark.parametrize("fields, is_cure", [({}, True), ({**FULL, "targets": "attention"}, False)])
+def test_nf4_is_no_cure_where_all_weights_are_trained(fields, is_cure, tmp_path, monkeypatch):
+    """Such a run refuses base_dtype, even if it leaves most weights frozen."""
+    monkeypatch.setattr(estimates, "saved_by_nf4", lambda block, frozen: ((1 << 42) * bool(frozen), 0))
+    with lora("SD1", batch_size=1, **fields) as training:
+        cures = asked(training, -(1 << 40), tmp_path)["cures"]
+    assert ("base_dtype nf4" in cures) == is_cure
 
 
 def asked(training, free, folder):

@@ -8,7 +8,16 @@ import pytest
 import torch
 from graft_pack.trainers.engine.gradient_check import check_gradient
 from graft_pack.trainers.errors import ModelError
-from graft_pack.trainers.families import FAMILIES, GENERAL, family_of
+from graft_pack.trainers.families import (
+    CONTENT,
+    DOUBLE,
+    FAMILIES,
+    GENERAL,
+    NO_CONTEXT,
+    SINGLE,
+    STYLE,
+    family_of,
+)
 from graft_pack.trainers.memory import autograd, checkpointing
 from graft_pack.trainers.methods import METHODS
 
@@ -196,7 +205,7 @@ def test_the_self_check_finds_the_cure_missing_in_one_block(name):
     """The cure is removed from each block's recomputation in turn; the check reports exactly the wrong gradients."""
 
     class Uncured(checkpointing._Checkpointed):
-        def _run(self, modes, *args, **kwargs):
+        def _run(self, modes, products, *args, **kwargs):
             return self.forward(*args, **kwargs)
 
     with one_block(name, spread=0.02) as (training, *_):
@@ -216,7 +225,7 @@ def test_the_self_check_finds_the_cure_missing_in_one_block(name):
         assert found
 
 
-@pytest.mark.parametrize("word, said", [("GGMLOps", "GGUF"), ("NunchakuFluxTransformer", "Nunchaku")])
+@pytest.mark.parametrize("word, said", [("SVDQW4A4Linear", "Nunchaku"), ("NunchakuFluxTransformer", "Nunchaku")])
 def test_formats_that_hide_their_weights_are_refused_by_name(word, said):
     from graft_pack.nodes.host.model.checks import check_sockets
 
@@ -252,11 +261,16 @@ def quantized(name, scaled):
 
 
 @pytest.mark.parametrize("scaled", [False, True], ids=["fp8", "scaled fp8"])
-@pytest.mark.parametrize("name", ["SD1", "Flux"])
-def test_an_adapter_on_fp8_weights_is_trained_as_on_the_same_numbers_in_fp32(name, scaled):
+@pytest.mark.parametrize("name, method", [("SD1", "LoRA"), ("Flux", "LoRA"), ("SD1", "DoRA")])
+def test_an_adapter_on_fp8_weights_is_trained_as_on_the_same_numbers_in_fp32(name, method, scaled):
+    if method == "DoRA" and not scaled:
+        refused = pytest.raises(ModelError, match="DoRA reads the base's weights")
+        with refused, models.in_training(quantized(name, scaled)[0], name, method=method):
+            pass
+        return
     found = []
     for model in quantized(name, scaled):
-        with models.in_training(model, name, spread=0.1) as training:
+        with models.in_training(model, name, spread=0.1, method=method) as training:
             found.append((training.losses().detach(), models.joined(training.gradients())))
         dtypes = {value.dtype for value in training.plan.trainables.values()}
         assert dtypes == {torch.float32}
@@ -280,3 +294,34 @@ def test_models_page_lists_exactly_these_classes():
     assert list(make_families.read_rows(page)) == list(networks.CLASSES)
     for name in (*networks.ALIKE, *networks.LEFT_OUT):
         assert f"`{name}`" in page, name
+
+
+# Parts of the paths of layers that see the text alone.
+CONTEXT = re.compile(r"txt_|context_block|\.add_[qkv]_proj|to_add_out|_t$|\.ff_t\.")
+
+
+@pytest.mark.parametrize("name", ["Flux", "Flux2", "Chroma", "SD3", "QwenImage", "HiDream", "AuraFlow", "SDXL"])
+def test_presets_select_the_named_blocks_of_attention_and_feed_forward(name, comfy):
+    if name not in make_families.list_classes():
+        pytest.skip("this ComfyUI has no such class")
+    _, family, whole = chosen(name, "attention + feed-forward")
+    paths = {preset: chosen(name, preset)[2] for preset in family.presets}
+    assert paths
+    assert all(layers and layers < whole for layers in paths.values())
+    for preset in {SINGLE, DOUBLE} & set(paths):
+        assert paths[preset] == {path for path in whole if path.startswith(preset.partition(" ")[0])}
+    if NO_CONTEXT in paths:
+        assert paths[NO_CONTEXT] == {path for path in whole if not CONTEXT.search(path)}
+
+
+def test_content_and_style_are_the_layers_of_b_lora(comfy):
+    """By diffusers' names they are the attention of up_blocks.0.attentions.0 and .1."""
+    import comfy.utils
+
+    names = comfy.utils.unet_to_diffusers(models.patcher("SDXL").model.model_config.unet_config)
+    published = {ours.removesuffix(".weight"): theirs for theirs, ours in names.items()}
+    attention = chosen("SDXL", "attention")[2]
+    for place, preset in enumerate((CONTENT, STYLE)):
+        wanted = {path for path in attention if published[path].startswith(f"up_blocks.0.attentions.{place}.")}
+        assert wanted
+        assert chosen("SDXL", preset)[2] == wanted

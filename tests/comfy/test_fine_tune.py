@@ -6,8 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from graft_pack.trainers.engine.resolve import Options, RecipeInputs, resolve
-from graft_pack.trainers.engine.summary import summarize
+from graft_pack.trainers.engine.resolve import Options, RecipeInputs, resolve, summarize
 from graft_pack.trainers.engine.trainable_modules import TrainableModules
 from graft_pack.trainers.errors import ModelError, SettingsError
 from graft_pack.trainers.families import family_of
@@ -294,13 +293,14 @@ def test_it_goes_on_from_a_file(tmp_path):
             ModelError, match="layers that this run does not train, such as text_encoders.clip_l.x.diff"
         ):
             begin(training, type(start)(text))
-    other = {"targets": "attention"}
+    other = {"targets": "attention", "start_from": "a.safetensors"}
     lora = {"diffusion_model.middle_block.0.lora_up.weight": torch.zeros(1)}
     with models.in_training(model, "SD1", **{**FULL, **other}) as training:
         for tensors, metadata, words in (
             (start, {}, "has layers that this run does not train"),
-            (lora, {}, "has no keys such as"),
-            ({}, {}, "has no keys such as"),
+            (lora, {}, "has no differences of whole weights"),
+            ({}, {}, "has no differences of whole weights"),
+            ({"diffusion_model.x.diff": torch.zeros(1)}, {}, "has no keys such as"),
             (start, {"graft_recipe": '{"method": "LoRA"}'}, "has the type LoRA, not whole weights"),
         ):
             with pytest.raises(ModelError, match=words) as caught:

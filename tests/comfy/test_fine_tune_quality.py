@@ -66,9 +66,9 @@ def recipe_of(seed, **options):
 
 def loss_on(base, shown, folder):
     """Return the model's mean loss on pictures at fixed noise and noise levels."""
-    from graft_pack.trainers.engine.step import fixed_losses
     from graft_pack.trainers.preprocessing.prepare import prepare
     from graft_pack.trainers.runs.folders import Folders
+    from graft_pack.trainers.steps.step import fixed_losses
 
     recipe = recipe_of(0)
     with torch.inference_mode(False):

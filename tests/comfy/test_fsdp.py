@@ -4,6 +4,7 @@ import pytest
 import torch
 from graft_pack.trainers.distributed.fsdp import ShardedWeights
 from graft_pack.trainers.errors import ModelError
+from graft_pack.trainers.recipe.options import BASE_DTYPES
 from torch import distributed
 
 from docs.build import make_families
@@ -107,6 +108,17 @@ def test_weights_in_half_precision_or_eight_bits_are_shared_out_as_they_are(dtyp
         if one.dim() > 1:
             one.data = one.data.to(dtype)
     with models.in_training(model, "Flux", spread=0.05, examples=1, compute_dtype="fp32") as training:
+        whole = models.joined(training.gradients())
+        shards = ShardedWeights(
+            training.denoiser.module, training.plan.trainables.values(), Lone(), needs_input_grad=False
+        )
+        assert shards.divided > 0 == shards.whole
+        assert models.distance(models.joined(training.gradients()), whole) <= 1e-6
+
+
+@pytest.mark.parametrize("base_dtype", BASE_DTYPES)
+def test_quantized_weights_are_shared_out_as_they_are(base_dtype):
+    with models.in_training(models.patcher("SD3"), "SD3", spread=0.05, examples=1, base_dtype=base_dtype) as training:
         whole = models.joined(training.gradients())
         shards = ShardedWeights(
             training.denoiser.module, training.plan.trainables.values(), Lone(), needs_input_grad=False

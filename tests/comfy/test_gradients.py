@@ -5,12 +5,12 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from graft_pack.trainers.engine import step as forward
 from graft_pack.trainers.engine.gradient_check import check_gradient
 from graft_pack.trainers.errors import ModelError
 from graft_pack.trainers.memory import checkpointing as blocks
 from graft_pack.trainers.recipe.options import ALL_BUT_ATTENTION, RECOMPUTED
 from graft_pack.trainers.rng import generator
+from graft_pack.trainers.steps import predict
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support import models
@@ -115,7 +115,7 @@ def test_a_graph_may_be_gone_back_through_twice(recompute):
 @pytest.fixture
 def no_cure(monkeypatch):
     """Disable the engine's rule for in-place residuals."""
-    monkeypatch.setattr(forward, "OutOfPlace", nullcontext)
+    monkeypatch.setattr(predict, "OutOfPlace", nullcontext)
     monkeypatch.setattr(blocks, "OutOfPlace", nullcontext)
 
 

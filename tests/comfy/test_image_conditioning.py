@@ -9,14 +9,14 @@ import pytest
 import torch
 from graft_pack.trainers.data.arrays import from_arrays
 from graft_pack.trainers.data.scan import ScanOptions, scan_folder
-from graft_pack.trainers.engine import step
-from graft_pack.trainers.engine.plan import Plan
 from graft_pack.trainers.engine.session import run_recipe
 from graft_pack.trainers.errors import DatasetError
 from graft_pack.trainers.formats.adapter import Adapter, save_adapter
 from graft_pack.trainers.preprocessing.prepare import prepare
 from graft_pack.trainers.protocols import HOLE, SOURCE
 from graft_pack.trainers.runs.folders import Folders
+from graft_pack.trainers.steps import step
+from graft_pack.trainers.steps.plan import Plan
 from PIL import Image
 
 from tests.support import models
@@ -61,25 +61,6 @@ class Codec:
         return f"convolution {len(self._weight)}"
 
 
-class Words:
-    """A text encoder of a family; a caption's number is its seed."""
-
-    def __init__(self, name):
-        self._name = name
-
-    def encode(self, caption):
-        return models.conditioning(self._name, sum(map(ord, caption))).tensors
-
-    def form(self, caption):
-        return None
-
-    def count_tokens(self, caption):
-        return len(caption.split())
-
-    def fingerprint(self):
-        return "words"
-
-
 def grain(number, size=(64, 64)):
     return np.random.RandomState(number).randint(0, 255, (size[1], size[0], 3)).astype(np.uint8)
 
@@ -99,7 +80,7 @@ def dataset_for(name, masks=True):
 
 
 def host_of(training, name):
-    return replace(training.host, codec=Codec(name), text=Words(name))
+    return replace(training.host, codec=Codec(name), text=models.Words(name))
 
 
 def planned(training, name, folder, dataset=None):
@@ -208,7 +189,7 @@ def test_it_learns_and_core_applies_what_was_trained(name, comfy, tmp_path):
         adapter = Adapter(made.plan.export(state.trainables, 0).adapter)
         # The extra conditioning matters: with another mask or source, the same noise gives another prediction.
         other = made.plan.train[1].show(None).conditioning
-        moved = replace(one, source=other.source, masked_image_latent=other.masked_image_latent)
+        moved = replace(one, sources=other.sources, masked_image_latent=other.masked_image_latent)
         assert models.distance(models.trained_denoised(made, x, 0.6, moved), output) > 1e-3
         beside = from_core(name, made.host.codec, grain(11), grain(1), half())
     path = comfy.base / "models" / "loras" / f"beside-{name}.safetensors"
@@ -261,7 +242,7 @@ def test_a_run_is_known_by_its_source_pictures(tmp_path):
         dataset = scan_folder(str(root), "", 64, 1, None, ScanOptions(control_folder=str(root / "before")))
         assert [one.source.name for one in dataset.examples] == ["1.png", "2.png"]
         denoiser = ComfyDenoiser(models.patcher("Flux"), None, models.SmallVae())
-        host = Host(denoiser, Words("Flux"), Codec("Flux"))
+        host = Host(denoiser, models.Words("Flux"), Codec("Flux"))
         places = (str(tmp_path / part) for part in ("runs", "cache", "loras", "emb"))
         recipe = models.recipe("Flux", steps=2, resolution=64, batch_size=2)
         runs.append(run_recipe(recipe, dataset, host, Folders(*places)))
@@ -291,17 +272,31 @@ def test_previews_are_drawn_beside_the_first_examples(name, tmp_path):
     recipe = models.recipe(denoiser.family, resolution=64, preview_prompts=("a", "b", "c"), **drawing)
     run = SimpleNamespace(save_samples=lambda step, pictures: [], log=lambda event: None)
     with denoiser.training("auto"), torch.no_grad():
-        host = Host(denoiser, Words(name), Codec(name))
-        items = prepare(dataset_for(name), recipe, host, Folders("", str(tmp_path), "", "")).training
+        host = Host(denoiser, models.Words(name), Codec(name))
+        prepared = prepare(dataset_for(name), recipe, host, Folders("", str(tmp_path), "", ""))
+        items = prepared.training
         usual = Counter(item.bucket for item in items).most_common(1)[0][0]
         first = [item.show(None).conditioning for item in items if item.bucket == usual]
         assert len(first) == 2
         with models.inputs_of(denoiser.module) as calls:
-            preview(Plan(recipe=recipe, train=items, trainables={}, export=dict), run, host, 0)
+            plan = Plan(recipe=recipe, train=items, trainables={}, export=dict, previews=prepared.previews)
+            preview(plan, run, host, 0)
     assert len(calls) == 3
     for place, (given, more) in enumerate(calls):
         one = first[place % 2]
         if name == "Flux":
-            assert models.distance(more["ref_latents"][0], denoiser.scale_latents(one.source)) <= 1e-6
+            assert models.distance(more["ref_latents"][0], denoiser.scale_latents(one.sources[0])) <= 1e-6
         else:
             assert models.distance(given[0][:, 5:], denoiser.scale_latents(one.masked_image_latent)) <= 1e-6
+
+
+@pytest.mark.parametrize("guidance, expected", [(2.5, 2.5), (None, 3.5)])
+def test_the_guidance_of_a_picture_reaches_the_model(guidance, expected):
+    from graft_pack.nodes.host.model.denoiser import ComfyDenoiser
+    from graft_pack.nodes.host.model.text_encoder import ComfyText
+    from graft_pack.trainers.protocols import PictureRequest
+
+    denoiser = ComfyDenoiser(models.patcher("Flux"), ComfyText(models.text("Flux")), DrawingVae())
+    with denoiser.training("auto"), torch.no_grad(), models.inputs_of(denoiser.module) as calls:
+        denoiser.preview([PictureRequest("a", (64, 64), 1, 1.0, "euler", "simple", 0, guidance=guidance)])
+    assert [float(more["guidance"][0]) for _, more in calls] == [expected]

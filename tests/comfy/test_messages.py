@@ -124,6 +124,17 @@ def test_the_sources_of_a_training_decide_its_run(browser, monkeypatch):
     assert browser.sources_of("p", "4") is None
 
 
+def test_the_steps_of_a_trainer_before_this_one_decide(browser, monkeypatch):
+    """It starts from what they made. Its own steps do not decide its run."""
+    later = {"class_type": "GraftTrainLoRA", "inputs": {"model": ["1", 0], "steps": 9, "adapter": ["4", 2]}}
+    graph = {**GRAPH, "7": later}
+    server = SimpleNamespace(prompt_queue=SimpleNamespace(currently_running={1: (1, "p", graph, {}, [])}))
+    monkeypatch.setattr(browser, "prompt_server", lambda: server)
+    found = browser.sources_of("p", "7")
+    assert "steps" not in found["7"]["inputs"]
+    assert found["4"]["inputs"]["steps"] == GRAPH["4"]["inputs"]["steps"]
+
+
 UNSET = {
     "GraftRunOptions": {"name": "", "on_existing": "auto", "save_every": 7, "validation_fraction": 0.0},
     "GraftPreviewOptions": {"prompts": ["1", 0], "every": 5},
@@ -167,6 +178,7 @@ def test_inputs_that_choose_no_run_are_the_recipes_own(browser):
 
     free = {name for name, option in RECIPE_OPTIONS.items() if not option.decides}
     skipped = {"save_every", "keep_last", "validate_every", "gradient_check", "tensorboard", "processes"}
+    skipped |= {"keep_best", "stop_when", "patience", "tag_frequency", "give_way"}
     assert browser._NEUTRAL["GraftRunOptions"] == skipped
     assert skipped | {"steps"} < free
     assert free - skipped >= {"name", "on_existing", "start_from"}
@@ -205,3 +217,17 @@ def test_steps_that_come_fast_are_told_together_and_none_is_lost(comfy, monkeypa
     assert told[-1][1]["step"] == 40
     used, there_is = told[-1][1]["memory"]
     assert 0 < used < there_is
+
+
+def test_the_page_gets_the_accuracy_of_the_last_fifty_steps(comfy, monkeypatch):
+    from graft_pack.nodes.host.server import control, progress
+
+    told = []
+    training = control.Training("3", "p")
+    monkeypatch.setattr(training, "send", lambda event, payload: told.append(payload))
+    monkeypatch.setattr(progress, "_PAUSE", 0.0)
+    report = progress.Progress(training, 60)
+    event = {"event": "step", "steps": 60, "loss": 0.5, "lr": 1.0, "seconds": 0.03}
+    for step in range(1, 61):
+        report("step", {**event, "step": step, "accuracy": float(step > 30)})
+    assert [told[step - 1]["accuracy"] for step in (30, 40, 60)] == [0.0, 0.25, 0.6]

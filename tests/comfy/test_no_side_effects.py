@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from graft_pack.trainers.memory import compilation
 from graft_pack.trainers.memory.tracking import bytes_of
 from torch._subclasses import FakeTensor
 from torch.overrides import _get_current_function_mode_stack
@@ -28,6 +29,7 @@ METHODS = {
             ("pivotal", "init_text"): "red",
         },
     ),
+    "LoRA, compiled": ("LoRA", {("memory", "compile"): "on"}),
     "DoRA, checkpointed": ("LoRA", {("adapter", "type"): "DoRA", ("memory", "checkpointing"): "on"}),
     "all weights": ("all weights", {("optimizer", "max_grad_norm"): 0.0}),
 }
@@ -58,6 +60,9 @@ def faulty(monkeypatch):
     def arrange(outcome):
         real = loop.accumulate_gradients
 
+        # Without a C++ compiler.
+        monkeypatch.setattr(compilation, "BACKEND", "aot_eager")
+
         def gradients(plan, host, window, updater, samples_of):
             if window.step == 1:
                 if outcome == "raised":
@@ -67,7 +72,11 @@ def faulty(monkeypatch):
                 if outcome in ("stopped", "paused"):
                     REGISTRY.of_node("7").submit(UserCommand.STOP if outcome == "stopped" else UserCommand.PAUSE)
             losses = real(plan, host, window, updater, samples_of)
-            return replace(losses, mean=float("nan")) if outcome == "not a number" and window.step == 1 else losses
+            return (
+                replace(losses, sums=losses.sums * float("nan"))
+                if outcome == "not a number" and window.step == 1
+                else losses
+            )
 
         def predict(self, x_t, sigma, conditioning):
             short = outcome == "memory ran out" or not any(
@@ -157,6 +166,7 @@ def held_bytes():
 # Every outcome with LoRA, and every other method with some of them.
 CASES = [("LoRA", outcome) for outcome in OUTCOMES]
 CASES += [("LoRA, text encoder and a word", outcome) for outcome in ("paused", "raised")]
+CASES += [("LoRA, compiled", "raised")]
 CASES += [("DoRA, checkpointed", outcome) for outcome in ("finished", "cancelled", "offloaded")]
 CASES += [("all weights", outcome) for outcome in ("finished", "stopped", "not a number", "memory ran out")]
 

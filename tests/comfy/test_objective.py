@@ -96,6 +96,7 @@ def test_the_target_is_what_the_host_turns_into_the_latent(case):
     x_t = denoiser.add_noise(x0, noise, sigma)
     target = kind_of(denoiser).target(x0, noise, sigma.view(-1, 1, 1, 1))
     found = denoiser._sampling.calculate_denoised(sigma, target, x_t)
+    assert torch.equal(denoiser.denoised(target, x_t, sigma), found)
     for row in range(7):
         assert models.distance(found[row], x0[row]) <= 1e-5
 
@@ -115,7 +116,7 @@ def test_the_prediction_is_the_one_that_the_host_samples_with(case):
 @pytest.mark.parametrize("case", NODES, ids=name_of)
 def test_the_loss_is_measured_against_that_target(case):
     """The loop's loss, rebuilt from the parts that the tests above compare with the host."""
-    from graft_pack.trainers.engine import step
+    from graft_pack.trainers.steps import step
 
     with models.in_training(made_by(case), case[2], spread=0.05) as training:
         plan, denoiser = training.plan, training.denoiser
@@ -136,10 +137,10 @@ def test_the_loss_is_measured_against_that_target(case):
 @pytest.mark.parametrize("case", NODES, ids=name_of)
 def test_other_objectives_follow_the_model_too(case):
     """Levels are the model's own, weightings without a meaning are refused, and losses equal the formulas."""
-    from graft_pack.trainers.engine import step
     from graft_pack.trainers.errors import SettingsError
     from graft_pack.trainers.objective.options import Objective
     from graft_pack.trainers.objective.timesteps import level_times
+    from graft_pack.trainers.steps import step
 
     kind = case[3]
     snr = Objective(timesteps="shifted", timestep_shift=2.0, weighting="min-SNR", input_perturbation=0.1)
@@ -213,7 +214,7 @@ def test_training_on_zero_terminal_snr_follows_v_and_not_eps(assumed, tmp_path):
 
 def noisiest(items, training):
     """Return the model's own loss on items at its highest noise level, at fixed noise."""
-    from graft_pack.trainers.engine import step
+    from graft_pack.trainers.steps import step
 
     return step.fixed_losses(items, training.plan.recipe, training.host)[:, -1].mean()
 
@@ -297,7 +298,7 @@ def test_a_lora_from_upstream_is_part_of_the_base():
 
 
 def test_the_fingerprint_tells_bases_apart():
-    from graft_pack.nodes.host.model.fingerprint import patcher_digest
+    from graft_pack.nodes.host.model.identity.fingerprint import patcher_digest
 
     base = base_of("SD1")
     lora = random_lora(base)
@@ -319,7 +320,7 @@ def test_the_fingerprint_tells_bases_apart():
 
 def test_the_fingerprint_does_not_depend_on_what_is_loaded():
     """For the same MODEL, before the host loads it and while its patches are in the weights."""
-    from graft_pack.nodes.host.model.fingerprint import patcher_digest
+    from graft_pack.nodes.host.model.identity.fingerprint import patcher_digest
 
     base = base_of("SD1")
     patched = with_lora(base, random_lora(base), 0.7)
@@ -335,7 +336,7 @@ def test_the_fingerprint_does_not_depend_on_what_is_loaded():
 
 def test_the_fingerprint_sees_through_a_clone_that_is_loaded():
     """A sampling node replaces an object on the model that all clones share while its clone is loaded."""
-    from graft_pack.nodes.host.model.fingerprint import patcher_digest
+    from graft_pack.nodes.host.model.identity.fingerprint import patcher_digest
 
     base = base_of("SD1")
     v = through("ModelSamplingDiscrete", {"sampling": "v_prediction", "zsnr": False}, base)
@@ -352,7 +353,7 @@ def scaling(factor):
 
 @pytest.mark.parametrize("where", ["transformer patch", "wrapper", "weight wrapper"])
 def test_the_fingerprint_tells_what_a_patch_was_made_with(where):
-    from graft_pack.nodes.host.model.fingerprint import patcher_digest
+    from graft_pack.nodes.host.model.identity.fingerprint import patcher_digest
 
     digests = []
     for factor in (1.1, 1.5, 1.1):

@@ -188,9 +188,9 @@ def test_what_the_host_keeps_off_the_device_is_trained_with_offload_alone(monkey
     from graft_pack.nodes.host.model import denoiser as nodes_model
     from graft_pack.trainers.errors import ModelError
 
-    real = nodes_model._check_trainable
+    real = nodes_model.check_trainable
     meta = torch.device("meta")
-    monkeypatch.setattr(nodes_model, "_check_trainable", lambda base, device: real(base, device and meta))
+    monkeypatch.setattr(nodes_model, "check_trainable", lambda base, device: real(base, device and meta))
     with pytest.raises(ModelError, match="Switch offload on"):
         with models.in_training(models.patcher("SD1"), "SD1"):
             pass

@@ -11,7 +11,7 @@ from graft_pack.trainers.engine.oom_fallback import OOMFallback
 from graft_pack.trainers.errors import OutOfMemory
 from graft_pack.trainers.memory import autograd, checkpointing
 from graft_pack.trainers.memory.oom import is_out_of_memory
-from graft_pack.trainers.recipe.options import ALL_BUT_ATTENTION, EVERYTHING
+from graft_pack.trainers.recipe.options import ALL_BUT_ATTENTION, AS_IT_IS, EVERYTHING, FP8, NF4
 
 from tests.support import models
 
@@ -220,7 +220,7 @@ def test_nothing_left_says_what_fits_and_keeps_what_there_is(tmp_path, enough):
         assert said in text
     # Half of 64 x 64.
     assert "Pictures of 32 x 32 fit" in text
-    assert "resolution" in text
+    assert "resolution" in text and "set base_dtype to nf4" in text
     with KINDS["SD1"]() as training:
         state = models.train(training, tmp_path, resume=True, steps=STEPS, learning_rate=1e-3)
         assert torch.equal(models.joined(state.trainables.values()), enough("SD1"))
@@ -240,8 +240,19 @@ def test_with_weights_in_shares_the_error_names_what_takes_less(checkpointing, r
         host = replace(training.host, group=SimpleNamespace(sharded=True, lockstep=True))
         with pytest.raises(OutOfMemory, match="start more processes") as error:
             OOMFallback(training.plan, None, host, False).run(short, lambda: None, 1)
-    assert ("Graft Memory Options" in str(error.value)) == (cure is not None)
-    assert (cure or "") in str(error.value)
+    named = [text for text in ("set checkpointing to on", "set recompute to everything") if text in str(error.value)]
+    assert named == ([cure] if cure else [])
+
+
+@pytest.mark.parametrize("base_dtype, is_cure", [(FP8, True), (NF4, False)])
+def test_nf4_is_a_cure_only_for_larger_weights(base_dtype, is_cure):
+    """Here Graft has quantized them; the host's quantized layers are of the same class."""
+    with lora("SD1", base_dtype=base_dtype) as training:
+        plan = replace(training.plan, recipe=replace(training.plan.recipe, base_dtype=AS_IT_IS))
+        host = replace(training.host, group=SimpleNamespace(sharded=False, lockstep=True))
+        with pytest.raises(OutOfMemory) as error:
+            OOMFallback(plan, None, host, False).run(short, lambda: None, 1)
+    assert ("set base_dtype to nf4" in str(error.value)) == is_cure
 
 
 def short(plan):

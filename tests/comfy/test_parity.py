@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from graft_pack.trainers.engine import step
-from graft_pack.trainers.engine.plan import Plan
+from graft_pack.trainers.steps import step
+from graft_pack.trainers.steps.plan import Plan
 
 from tests.support import models
 

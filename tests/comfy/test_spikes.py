@@ -17,6 +17,7 @@ SPIKE = 23
 STEPS = 24
 KINDS = {
     "LoRA": {},
+    "fp16": {"compute_dtype": "fp16"},
     "moved within the backward": {"method": "all weights", "rank": 0, "max_grad_norm": 0.0},
     "all gradients first": {"method": "all weights", "rank": 0, "max_grad_norm": 1.0},
 }

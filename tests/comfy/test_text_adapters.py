@@ -78,9 +78,9 @@ def test_captions_that_are_encoded_at_once_get_what_is_their_own(name):
 def test_without_the_cure_it_raises(monkeypatch):
     from contextlib import nullcontext
 
-    from graft_pack.trainers.engine import step
+    from graft_pack.trainers.steps import predict
 
-    monkeypatch.setattr(step, "OutOfPlace", nullcontext)
+    monkeypatch.setattr(predict, "OutOfPlace", nullcontext)
     with models.with_text("SD1", spread=0.1) as training:
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             training.gradients()

@@ -143,6 +143,13 @@ def test_a_loss_that_tells_of_no_timesteps_is_refused_with_input_and_cure(comfy)
     assert "Set plot to loss" in caught.value.cure
 
 
+def test_the_plain_model_has_its_place_in_the_row_of_one_adapter(compare):
+    request = compare.CompareRequest("x", "-2, -1, 0, 1, 2", "", "", 1, 0.0, "auto", "auto", 0, 0)
+    columns = compare.columns_of(request, {"adapter": {"key": None}, "adapter b": None})
+    assert [column.strength for column in columns] == [-2, -1, 0, 1, 2]
+    assert (columns[2].label, columns[2].adapter) == ("base", None)
+
+
 def test_columns_have_names_that_tell_them_apart(compare, monkeypatch):
     names = ["a-00000001/step-00000003.safetensors", "b/step-00000003.safetensors", "other.safetensors"]
     monkeypatch.setattr(compare.paths, "adapter_choices", lambda: names)

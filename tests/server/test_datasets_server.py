@@ -113,6 +113,38 @@ def test_inspection_finds_what_there_is_to_find(server, tiny_base, folder):
     assert "copy.jpg like 00.png" in again
 
 
+def test_inspection_shows_how_well_a_run_learned_each_picture(server, tiny_base, folder):
+    """From the trainer's wire, and by the run's name once it is on disk."""
+    (folder / "03.txt").write_text("a large black ring on a white background")
+    wired = graphs.training(folder.name, 30)
+    wired["4"] = graphs.node("GraftInspectDataset", dataset=["2", 0], loss=["3", 3])
+    (first,) = [line for line in report_of(server, wired).splitlines() if "hardest" in line]
+    assert "means a wrong caption or an odd picture): 03.png (" in first
+    (run,) = server.path("output", "graft").glob(f"{folder.name}-*")
+    named = inspection(folder.name)
+    named["4"]["inputs"]["run"] = run.name
+    assert first in report_of(server, named)
+    named["4"]["inputs"]["run"] = "../x"
+    with pytest.raises(PromptRefused, match="There is no run '../x' in output/graft"):
+        server.run(named)
+    without = graphs.training(folder.name, 1)
+    without["4"] = graphs.node("GraftInspectDataset", dataset=["2", 0], loss=["3", 3])
+    with pytest.raises(PromptError, match="input 'loss': The connected loss has no loss by picture"):
+        server.run(without)
+
+
+def test_a_picture_may_have_none_one_or_two_source_pictures(server, tiny_base, folder):
+    pictures = sorted(folder.glob("*.png"))
+    for name, count in (("before", 3), ("second", 1)):
+        (folder / name).mkdir()
+        for path in pictures[:count]:
+            shutil.copy(path, folder / name)
+    controls = {"control_folder": "before", "control_folder_2": "second"}
+    report = report_of(server, inspection(folder.name, sources_optional=True, **controls))
+    assert f"3 of {len(pictures)} with a source picture" in report and "1 with several source pictures" in report
+    assert "3 of 3 with a source picture" in report_of(server, inspection(folder.name, **controls))
+
+
 def test_cores_own_dataset_loader_feeds_ours(server, tiny_base, folder):
     """It gives pictures and texts as lists; its N_name folders repeat."""
     if "LoadImageTextDataSetFromFolder" not in server.object_info():
@@ -132,6 +164,32 @@ def test_cores_own_dataset_loader_feeds_ours(server, tiny_base, folder):
     assert f"{count + 2} pictures" in entry["outputs"]["4"]["text"][0]
     assert "half mirrored" in entry["outputs"]["4"]["text"][0]
     assert "2 steps trained" in entry["outputs"]["3"]["text"][0]
+
+
+def test_prompts_that_the_graph_encodes_train(server, tiny_base, folder):
+    """An encoder node gives a list for a list of texts; the run is found again and exported."""
+    if "LoadImageTextDataSetFromFolder" not in server.object_info():
+        pytest.skip("this host has no such node")
+    prompt = graphs.training(folder.name, 2)
+    prompt["5"] = graphs.node("LoadImageTextDataSetFromFolder", folder=folder.name)
+    prompt["6"] = graphs.node("CLIPTextEncode", clip=["1", 1], text=["5", 1])
+    fields = {"captions": "", "trigger": "", "resolution": 64}
+    prompt["2"] = graphs.node("GraftDatasetFromImages", images=["5", 0], conditioning=["6", 0], **fields)
+    prompt["4"] = graphs.node("GraftInspectDataset", dataset=["2", 0], clip=["1", 1])
+    prompt["9"] = graphs.node("GraftExportJob", **{**prompt["3"]["inputs"], "train": "LoRA"})
+    entry = server.run(prompt)
+    assert "2 steps trained" in entry["outputs"]["3"]["text"][0]
+    report = entry["outputs"]["4"]["text"][0]
+    assert "caption of their own" not in report and "neither caption" not in report
+    prompt["3"]["inputs"]["options"] = ["7", 0]
+    prompt["7"] = graphs.options("GraftRunOptions", graphs.defaults_of(server.object_info()["GraftRunOptions"]))
+    assert "returned without training" in server.run(prompt)["outputs"]["3"]["text"][0]
+    prompt["8"] = graphs.node("ConditioningCombine", conditioning_1=["6", 0], conditioning_2=["6", 0])
+    prompt["2"]["inputs"]["conditioning"] = ["8", 0]
+    with pytest.raises(PromptError) as caught:
+        server.run(prompt)
+    message = caught.value.error["exception_message"]
+    assert "Graft Dataset from Images" in message and "'conditioning': A conditioning has 2 entries" in message
 
 
 def test_combined_datasets_train_together(server, tiny_base, folder):
@@ -241,23 +299,23 @@ def test_a_folder_elsewhere_needs_the_users_leave(server, tiny_base, folder, tmp
 def test_a_datasets_entry_of_the_host_is_a_root(comfy, tmp_path, monkeypatch):
     """The folder that extra_model_paths.yaml calls 'datasets' appears under its folder's name."""
     import folder_paths
-    from graft_pack.nodes.host import paths
+    from graft_pack.nodes.host import dataset_folders
     from graft_pack.trainers.errors import DatasetError
 
     root, outside = tmp_path / "collection", tmp_path / "outside"
     for inner in (root / "cats" / "2_old", root / "empty", outside):
         inner.mkdir(parents=True)
     Image.new("RGB", (8, 8)).save(root / "cats" / "2_old" / "a.png")
-    before = paths.dataset_choices()
+    before = dataset_folders.dataset_choices()
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "datasets", ([str(root)], set()))
-    assert sorted(set(paths.dataset_choices()) - set(before)) == ["collection/cats", "collection/cats/2_old"]
-    assert paths.dataset_path("collection/cats") == str((root / "cats").resolve())
+    assert sorted(set(dataset_folders.dataset_choices()) - set(before)) == ["collection/cats", "collection/cats/2_old"]
+    assert dataset_folders.dataset_path("collection/cats") == str((root / "cats").resolve())
     for elsewhere in ("collection/../outside", str(outside), "collection/cats/../../outside"):
         with pytest.raises(DatasetError, match="lies outside|There is no folder"):
-            paths.dataset_path(elsewhere)
+            dataset_folders.dataset_path(elsewhere)
     (root / "link").symlink_to(outside, target_is_directory=True)
     with pytest.raises(DatasetError, match="a link that leads elsewhere does not count"):
-        paths.dataset_path("collection/link")
+        dataset_folders.dataset_path("collection/link")
 
 
 def test_a_cache_beyond_its_limit_makes_room(server, tiny_base, folder):

@@ -175,6 +175,36 @@ def test_with_weights_in_shares_a_job_and_the_graph_train_the_same(server, datas
         assert drawn == [0, 2, 3]
 
 
+def test_jobs_and_processes_draw_on_the_model_of_the_preview_options(server, dataset):
+    """Its nodes run again there, with their values. The first picture shows that model alone."""
+
+    def graph(name, source="8", **more):
+        previews = {"prompts": "a toy --w 64 --h 64", "steps": 2, "cfg": 7.0, "every": 2, "model": [source, 0]}
+        found = graph_of(server, dataset, name, 1, more={"GraftPreviewOptions": previews}, **more)
+        found["8"] = graphs.node("RescaleCFG", model=["1", 0], multiplier=0.9)
+        return found
+
+    job = exported(server, graph("preview job", kind="GraftExportJob"))
+    done = launch(server, job, HELP[1], "--cpu")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name, more in {"preview here": {}, "preview both": {"processes": 2}, "preview plain": {"source": "1"}}.items():
+        server.run(graph(name, **more))
+    names = ("preview-job", "preview-here", "preview-both", "preview-plain")
+    drawn = [runs.find_run(server, name) / "samples" / "step-00000000-1.png" for name in names]
+    job, here, both, plain = [np.asarray(Image.open(path)).astype(int) for path in drawn]
+    # Processes have other numbers of threads, and so other roundings.
+    assert max(abs(job - here).max(), abs(both - here).max()) <= 1
+    assert abs(plain - here).max() > 5
+    refused = graph("preview refused", "9", kind="GraftExportJob")
+    saved = f"{runs.find_run(server, names[1]).name}/step-00000001.safetensors"
+    refused["7"] = graphs.node("GraftLoadAdapter", adapter_name=saved)
+    refused["9"] = graphs.node(
+        "GraftApplyAdapter", model=["1", 0], adapter=["7", 0], strength_model=1.0, strength_clip=1
+    )
+    with pytest.raises(PromptError, match="The preview model comes through a GraftApplyAdapter .node 9"):
+        server.run(refused)
+
+
 def applied_in_the_graph(server, dataset, run):
     """Check that the trainer's graph finds the finished run, and that ComfyUI's own loader draws the same from it."""
     graph = graph_of(server, dataset, "spread", STEPS)

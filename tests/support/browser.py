@@ -302,15 +302,36 @@ class Page:
         return self.js("return app.extensionManager.setting.get(args[0]);", name)
 
     def fit(self):
-        """Zoom until the whole graph is visible."""
-        self.js("await app.extensionManager.command.execute('Comfy.Canvas.FitView');")
-        time.sleep(0.6)
+        """Zoom until the whole graph is visible, and wait for the end of the zoom, however slowly the page draws."""
+        self.js("""
+            await app.extensionManager.command.execute('Comfy.Canvas.FitView');
+            const {ds} = app.canvas;
+            const place = () => [ds.scale, ...ds.offset].join();
+            let last = '';
+            for (let still = 0; still < 20; still = place() === last ? still + 1 : 0) {
+                last = place();
+                await new Promise(requestAnimationFrame);
+            }""")
 
     # Output
 
     def shoot(self):
         """Return a screenshot of the page, RGB."""
         return Image.open(io.BytesIO(self.driver.get_screenshot_as_png())).convert("RGB")
+
+    def measure_heap(self):
+        """Return the bytes that the page's scripts hold after garbage collection."""
+        for _ in range(3):
+            self.driver.execute_cdp_cmd("HeapProfiler.collectGarbage", {})
+        return self.driver.execute_cdp_cmd("Runtime.getHeapUsage", {})["usedSize"]
+
+    def measure_work(self):
+        """Return the page's counts of layouts and of style calculations so far, and the seconds of its main thread."""
+        self.driver.execute_cdp_cmd("Performance.enable", {})
+        rows = {
+            row["name"]: row["value"] for row in self.driver.execute_cdp_cmd("Performance.getMetrics", {})["metrics"]
+        }
+        return rows["LayoutCount"], rows["RecalcStyleCount"], rows["TaskDuration"]
 
     def read_text(self):
         """Return the text that the page shows, toasts and dialogs included."""

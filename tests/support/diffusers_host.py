@@ -22,6 +22,7 @@ class DiffusersDenoiser:
     family = "SD1"
     conditioning_kind = ""
     adds_in_place = False
+    position_options = ()
 
     def __init__(self, unet, prediction_type="epsilon"):
         self._unet = unet.requires_grad_(False).eval()
@@ -34,6 +35,9 @@ class DiffusersDenoiser:
 
     def geometry(self, resolution):
         return Geometry(resolution or 64, 16)
+
+    def empty_latent(self, size):
+        return torch.zeros(1, 4, size[1] // 8, size[0] // 8)
 
     def check_inputs(self, latent, conditioning):
         """Accept everything, because both parts were made for each other here."""
@@ -48,6 +52,13 @@ class DiffusersDenoiser:
     def add_noise(self, x0, noise, sigma):
         return x0 + sigma.view(-1, 1, 1, 1) * noise
 
+    def denoised(self, output, x_t, sigma):
+        sigma = sigma.view(-1, 1, 1, 1)
+        if self.parameterization == "eps":
+            return x_t - sigma * output
+        norm = (sigma**2 + 1).sqrt()
+        return (x_t / norm - sigma * output) / norm
+
     def predict(self, x_t, sigma, conditioning):
         self.calls += 1
         scaled = x_t / (sigma.view(-1, 1, 1, 1) ** 2 + 1).sqrt()
@@ -56,23 +67,24 @@ class DiffusersDenoiser:
 
     def _run(self, x, t, context):
         # Like ComfyUI's layers: weights in another dtype than the activations are cast during the forward.
-        halves = {name: weight.float() for name, weight in self._unet.named_parameters() if weight.dtype != x.dtype}
+        weights = {name: weight for name, weight in self._unet.named_parameters() if weight.is_floating_point()}
+        halves = {name: weight.float() for name, weight in weights.items() if weight.dtype != x.dtype}
         return torch.func.functional_call(self._unet, halves, (x, t, context)).sample
 
     def timestep(self, sigma):
         """Return the index of the nearest level, [B]."""
         return (self.sigmas()[None] - sigma[:, None]).abs().argmin(1)
 
-    def preview(self, request):
+    def preview(self, requests):
         scheduler = EulerDiscreteScheduler(prediction_type=self.scheduler.config.prediction_type, **SCHEDULE)
-        return [self._draw(request, scheduler, index) for index in range(len(request.prompts))]
+        return [self._draw(request, scheduler) for request in requests]
 
-    def _draw(self, request, scheduler, index):
+    def _draw(self, request, scheduler):
         scheduler.set_timesteps(request.steps)
-        source = torch.Generator().manual_seed(request.seed + index)
+        source = torch.Generator().manual_seed(request.seed)
         x = torch.randn(1, 4, request.size[1] // 8, request.size[0] // 8, generator=source)
         x = x * scheduler.init_noise_sigma
-        context = WordEncoder().encode(request.prompts[index])["cross_attn"]
+        context = WordEncoder().encode(request.prompt)["cross_attn"]
         for t in scheduler.timesteps:
             x = scheduler.step(self._run(scheduler.scale_model_input(x, t), t, context), t, x).prev_sample
         return picture(x[0, :3].permute(1, 2, 0))
@@ -119,6 +131,8 @@ class DiffusersDenoiser:
 
 class WordEncoder:
     """A text encoder with a random vector for every word: captions differ, and nothing needs a download."""
+
+    sees_pictures = False
 
     def encode(self, caption):
         rows = [self._vector(word, place) for place, word in enumerate(caption.split()[:TOKENS])]
@@ -388,9 +402,9 @@ def make_item(index, weight=None):
 @contextmanager
 def planned(items, spread=0.1, **fields):
     """Return (plan, host) of a LoRA on random trainable parameters; spread 0 leaves their initial values."""
-    from graft_pack.trainers.engine.plan import Plan
     from graft_pack.trainers.families import family_of
     from graft_pack.trainers.methods import METHODS
+    from graft_pack.trainers.steps.plan import Plan
 
     from tests.support import models
 
@@ -416,8 +430,8 @@ def planned(items, spread=0.1, **fields):
 def gradient_of(plan, host, batches, step=0):
     """Return (loss, gradient as one vector, names) of a step's batches."""
     from graft_pack.trainers.engine import loop
-    from graft_pack.trainers.engine.plan import Window
     from graft_pack.trainers.engine.updater import ParameterUpdater
+    from graft_pack.trainers.steps.plan import Window
 
     from tests.support import models
 
@@ -435,7 +449,7 @@ def state_of(result):
 
 def same_state(a, b):
     """Report whether two states are bit-identical, optimizer and average included."""
-    plain = ("step", "batches", "losses", "validation", "scaler", "groups", "loss_by_timestep")
+    plain = ("step", "batches", "losses", "validation", "scaler", "groups", "loss_by_timestep", "loss_by_picture")
     if any(getattr(a, name) != getattr(b, name) for name in plain):
         return False
     slots = [(a.trainables, b.trainables), (a.ema, b.ema)]

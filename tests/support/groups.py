@@ -68,6 +68,10 @@ def assert_close(folder, other):
     a, b = state_in(folder, last), state_in(other, last)
     assert (a.step, a.batches) == (b.step, b.batches)
     assert a.losses == pytest.approx(b.losses, rel=1e-4)
+    pictures = a.loss_by_picture.rows
+    assert pictures.keys() == b.loss_by_picture.rows.keys()
+    for name, row in b.loss_by_picture.rows.items():
+        assert pictures[name] == pytest.approx(row, rel=1e-3), name
     for values, others in ((a.trainables, b.trainables), (a.ema, b.ema)):
         assert values.keys() == others.keys()
         if not values:

@@ -27,6 +27,12 @@ class HistoryView:
     def names(self):
         return self.page.js("return [...document.querySelectorAll('.graft-card')].map(card => card.dataset.run);")
 
+    def queue(self):
+        """Return the lines of the queue above the runs, its heading first; none while it is hidden."""
+        return self.page.js("""
+            const queue = document.querySelector('.graft-queue');
+            return queue.checkVisibility() ? queue.innerText.split(String.fromCharCode(10)).filter(Boolean) : [];""")
+
     def card(self, name):
         """Return {status, text, picture: True if loaded, open, remove: True if enabled}."""
         return self.page.js("""

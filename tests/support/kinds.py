@@ -23,6 +23,9 @@ FIELDS = {
     "text encoder": TEXT,
     "all weights": ALL,
     "all weights, differential": ALL,
+    # Its gradients are differences of nearly equal ones. Adam would enlarge their rounding.
+    "preference": {"preference_beta": 100.0, "optimizer": "SGD", "validation_fraction": 0.2, "validate_every": 2},
+    "all weights, preference": {**ALL, "preference_beta": 100.0},
 }
 
 
@@ -45,12 +48,21 @@ def dataset_of(kind):
         # Every other picture has a prior target.
         rows = [one if number % 2 else two for number, (one, two) in enumerate(_pairs(dataset, anchored))]
         return replace(anchored, examples=tuple(rows))
+    if "preference" in kind:
+        return in_pairs(dataset)
     if kind == "embedding":
         # Every other text lacks the embedding, the only trained part, so one of two processes has no gradient.
         rows = enumerate(dataset.examples)
         rows = (replace(one, handling=Augmentation(caption_dropout=float(number % 2))) for number, one in rows)
         return replace(dataset, examples=tuple(rows))
     return dataset
+
+
+def in_pairs(dataset):
+    """Return the dataset of `make_dataset` with the picture of equal shape, three places further, as each worse one."""
+    examples = dataset.examples
+    rows = (replace(one, paired=examples[(place + 3) % len(examples)]) for place, one in enumerate(examples))
+    return replace(dataset, examples=tuple(rows))
 
 
 def text_of(kind):

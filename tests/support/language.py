@@ -1,4 +1,4 @@
-"""House rules of language: first lines of docstrings, and names that were replaced.
+"""House rules of language: first lines of docstrings, names that were replaced, and filler variables.
 
     python -m tests.support.language    list what breaks them; exit status 1 if anything does
 
@@ -14,6 +14,7 @@ import tokenize
 from .host import ROOT
 
 FOLDERS = ("trainers", "nodes", "tests", "benchmarks", "docs")
+SHIPPED = ("trainers/**/*.py", "nodes/**/*.py", "job.py")
 # A first line is a noun phrase or an imperative.
 OPENINGS = re.compile(r"(What|Which|How|Where|Who|Whoever|Whether|That)\b")
 # Names that were replaced by the field's own; as identifiers they are not to come back.
@@ -60,6 +61,8 @@ REPLACED = {
     "why_costly": "regex_problem",
     "with_word": "with_embedding",
 }
+# A variable of such a name does not say what it holds: its reader has to look up each assignment.
+FILLERS = {"found", "made", "one", "said", "some", "things", "told"}
 BRITISH = re.compile(r"optimis|quantis|normalis|parameteris|colour|neighbour|initialis|serialis", re.IGNORECASE)
 
 
@@ -79,15 +82,33 @@ def problems_in(text, path):
             yield f"{path}:{token.start[0]}: {token.string}: American spelling in identifiers"
 
 
+def fillers_in(text, path):
+    """Yield one line for each variable or parameter of a Python file that has a filler name."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            name = node.id
+        elif isinstance(node, ast.arg):
+            name = node.arg
+        elif isinstance(node, (ast.ExceptHandler, ast.MatchAs, ast.MatchStar)):
+            name = node.name
+        else:
+            continue
+        if name in FILLERS:
+            yield f"{path}:{node.lineno}: {name} is a filler: name what the variable holds"
+
+
 def list_problems():
     """All broken rules in the tree, one line each."""
-    found = []
+    lines = []
     for folder in FOLDERS:
         for path in sorted((ROOT / folder).rglob("*.py")):
             name = path.relative_to(ROOT).as_posix()
             if name != "tests/support/language.py":
-                found += problems_in(path.read_text(encoding="utf-8"), name)
-    return found
+                lines += problems_in(path.read_text(encoding="utf-8"), name)
+    for pattern in SHIPPED:
+        for path in sorted(ROOT.glob(pattern)):
+            lines += fillers_in(path.read_text(encoding="utf-8"), path.relative_to(ROOT).as_posix())
+    return lines
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def graph_of(defaults, kind, **values):
         return _needed(prompt, "5")
     place = {"GRAFT_DATASET": ("GraftInspectDataset", "dataset"), "LORA_MODEL": ("GraftInspectAdapter", "adapter")}
     place |= {"GRAFT_EMBEDDING": ("GraftSaveEmbedding", "embedding"), "MODEL": ("GraftInspectAdapter", "model")}
-    place |= {"CLIP": ("GraftInspectAdapter", "clip")}
+    place |= {"CLIP": ("GraftInspectAdapter", "clip"), "IMAGE": ("PreviewImage", "images")}
     end, name = place[outputs[0]]
     prompt["6"] = graphs.node(end, **{name: ["5", 0]})
     if end == "GraftInspectAdapter":
@@ -343,6 +343,8 @@ def names(rng, defaults, trained):
     for what, value in FILE_NAMES.items():
         act = _queueing(defaults, "GraftSaveAdapter", {"filename_prefix": value})
         yield Trial("prefix", what, act, "input 'filename_prefix': .*(?:Cannot use|leads out of)")
+        act = _queueing(defaults, "GraftSaveDataset", {"folder": value})
+        yield Trial("prefix", f"dataset {what}", act, "input 'folder': .*(?:Cannot use|is a link)")
     for what, value in WORDS.items():
         act = _queueing(defaults, "GraftSaveEmbedding", {"name": value})
         yield Trial("word", f"saved {what}", act, "input 'name': A prompt cannot use the embedding name")
@@ -542,10 +544,6 @@ def adapters(rng, defaults, trained):
         "an unknown kind of peft's": (
             safetensors(unet, config('{"unet.r": 4, "unet.peft_type": "EVIL"}')),
             "peft's type",
-        ),
-        "DoRA of peft's": (
-            safetensors({**unet, "unet.a.to_q.lora_magnitude_vector": np.ones(8)}),
-            "DoRA in peft's form",
         ),
     }
     for what, (data, says) in {**lying(), **broken}.items():

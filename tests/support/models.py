@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -81,6 +81,7 @@ def _clip_config(width: int, layers: int) -> dict:
     }
 
 
+_QWEN_CONFIG = {**_clip_config(48, 2), "num_key_value_heads": 2}
 _T5_CONFIG = {"d_model": 48, "d_ff": 64, "d_kv": 8, "num_heads": 2, "num_layers": 2}
 
 # Small text encoders by the host's own keys; together they fit the networks above.
@@ -90,26 +91,64 @@ TEXT = {
     "SDXL with text": {"clip_l": _clip_config(24, 3), "clip_g": _clip_config(24, 4)},
     "Flux": {"clip_l": _clip_config(32, 3), "t5xxl": _T5_CONFIG},
 }
+# Those that see pictures.
+SEEING = {
+    "QwenImage": {"qwen25_7b": _QWEN_CONFIG},
+    "LongCatImage": {"qwen25_7b": _QWEN_CONFIG},
+    "Boogu": {"qwen3vl_8b": _QWEN_CONFIG},
+    "JoyImage": {"qwen3vl_8b": _QWEN_CONFIG},
+    "MageFlow": {"qwen3vl_4b": _QWEN_CONFIG},
+}
 
 
-def text(name: str, seed: int = 0, dtype=None):
+def text(name: str, seed: int = 0, dtype=None, operations=None):
     """Return a CLIP of a family with random weights, with the host's own tokenizer and its embedding folders.
 
     Args:
         dtype: dtype of the weights, None for float32.
+        operations: classes of the layers, None for the host's. Those of other classes get no weights.
     """
     import comfy.sd
     import folder_paths
     import torch
 
-    options = {"dtype": torch.float32, **{f"{key}_model_config": config for key, config in TEXT[name].items()}}
+    options = {
+        "dtype": torch.float32,
+        **{f"{key}_model_config": config for key, config in {**TEXT, **SEEING}[name].items()},
+    }
+    if operations is not None:
+        options["custom_operations"] = operations
     target = SIZES[name].build().clip_target({})
     folders = folder_paths.get_folder_paths("embeddings")
-    with _tokenizers_kept():
+    with _tokenizers_kept(), _small_eyes():
         made = comfy.sd.CLIP(target, embedding_directory=folders, model_options=options)
-    randomise(made.cond_stage_model, seed)
-    made.cond_stage_model.to(dtype or torch.float32)
+    if operations is None:
+        randomise(made.cond_stage_model, seed)
+        made.cond_stage_model.to(dtype or torch.float32)
     return made
+
+
+@contextmanager
+def _small_eyes():
+    """Let the host build the parts of text encoders that see pictures, which have one size each, in a small size."""
+    from unittest.mock import patch
+
+    from comfy.text_encoders import qwen_vl
+
+    small = {"hidden_size": 32, "num_heads": 2, "num_layers": 1, "intermediate_size": 32}
+    real = qwen_vl.Qwen2VLVisionTransformer
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(qwen_vl, real.__name__, lambda **fields: real(**{**fields, **small})))
+        try:
+            from comfy.text_encoders import qwen3vl
+        except ImportError:
+            pass
+        else:
+            sizes = {"hidden_size": 32, "intermediate_size": 32, "depth": 2, "deepstack_visual_indexes": [0]}
+            kinds = dict.fromkeys(qwen3vl.QWEN3VL_VISION, sizes)
+            stack.enter_context(patch.object(qwen3vl, "QWEN3VL_VISION", kinds))
+            stack.enter_context(patch.dict(qwen3vl.QWEN3VL_VISION_COMMON, num_heads=2))
+        yield
 
 
 @contextmanager
@@ -141,13 +180,13 @@ def learning_word(name: str, checkpointing: bool = False, model=None, clip=None,
     """Yield a Training of the vectors of `my-word` on a family of TEXT, two for each encoder."""
     from graft_pack.nodes.host.model.denoiser import ComfyDenoiser
     from graft_pack.nodes.host.model.text_encoder import ComfyText
-    from graft_pack.trainers.engine.plan import Plan
     from graft_pack.trainers.memory import autograd
     from graft_pack.trainers.memory.checkpointing import checkpoint_blocks
     from graft_pack.trainers.methods import textual_inversion
     from graft_pack.trainers.preprocessing.items import DatasetItem
     from graft_pack.trainers.protocols import Host
     from graft_pack.trainers.runs.folders import Products
+    from graft_pack.trainers.steps.plan import Plan
 
     encoder = ComfyText(clip or text(name))
     denoiser = ComfyDenoiser(model or patcher(name), encoder, SmallVae())
@@ -183,7 +222,6 @@ def with_text(name: str, checkpointing: bool = False, model=None, clip=None, spr
     """Yield a Training of adapters on the network and on the text encoders of a family of TEXT."""
     from graft_pack.nodes.host.model.denoiser import ComfyDenoiser
     from graft_pack.nodes.host.model.text_encoder import ComfyText
-    from graft_pack.trainers.engine.plan import Plan
     from graft_pack.trainers.engine.trainable_modules import TrainableModules
     from graft_pack.trainers.formats.adapter import Adapter
     from graft_pack.trainers.memory import autograd
@@ -192,6 +230,7 @@ def with_text(name: str, checkpointing: bool = False, model=None, clip=None, spr
     from graft_pack.trainers.preprocessing.items import DatasetItem
     from graft_pack.trainers.protocols import Host
     from graft_pack.trainers.runs.folders import Products
+    from graft_pack.trainers.steps.plan import Plan
 
     encoder = ComfyText(clip or text(name))
     denoiser = ComfyDenoiser(model or patcher(name), encoder, SmallVae())
@@ -283,7 +322,7 @@ class Training:
 
     def losses(self):
         """Return the mean loss of the first batch, with its graph."""
-        from graft_pack.trainers.engine.step import batch_loss
+        from graft_pack.trainers.steps.step import batch_loss
 
         return batch_loss(self.plan, self.host)
 
@@ -343,18 +382,26 @@ def in_training(
     """
     import torch
     from graft_pack.nodes.host.model.denoiser import ComfyDenoiser
-    from graft_pack.trainers.engine.plan import Plan
+    from graft_pack.trainers.engine.base_dtype import quantize_base
     from graft_pack.trainers.families import family_of
     from graft_pack.trainers.memory import autograd
     from graft_pack.trainers.memory.checkpointing import checkpoint_blocks
+    from graft_pack.trainers.memory.compilation import compile_blocks
     from graft_pack.trainers.methods import METHODS
     from graft_pack.trainers.protocols import Host
+    from graft_pack.trainers.recipe.options import AS_IT_IS
+    from graft_pack.trainers.steps.plan import Plan
 
     denoiser = ComfyDenoiser(model, None, SmallVae())
+    host = Host(denoiser, None, None, report or (lambda event, payload: None))
     settings = recipe(denoiser.family, **fields)
     method = METHODS[settings.method]
-    with denoiser.training(settings.compute_dtype, settings.offload == "on"):
+    offloaded = settings.offload == "on"
+    with denoiser.training(settings.compute_dtype, offloaded or settings.base_dtype != AS_IT_IS):
         dtype = denoiser.compute_dtype
+        quantize_base(settings, host, (), offloaded)
+        if settings.compile == "on":
+            compile_blocks(denoiser.module, denoiser.position_options)
         if checkpointing:
             checkpoint_blocks(autograd.blocks_of(denoiser.module), settings.keeps_attention)
         targets = method.targets(denoiser.module, family_of(denoiser.family), settings)
@@ -369,10 +416,10 @@ def in_training(
             trainables=trainables,
             export=export,
             switched_off=functools.partial(method.switched_off, denoiser.module),
+            scaled=functools.partial(method.scaled, denoiser.module),
             constants=method.constants(denoiser.module),
             in_backward=method.in_backward,
         )
-        host = Host(denoiser, None, None, report or (lambda event, payload: None))
         yield Training(denoiser, host, plan)
 
 
@@ -524,3 +571,24 @@ def train(training: Training, folder, resume: bool = False, **fields):
         # A session does the same.
         offload_blocks(plan, run, training.host)
     return loop.train(plan, run, training.host, state)
+
+
+class Words:
+    """A text encoder of a family; a caption's number is its seed."""
+
+    sees_pictures = False
+
+    def __init__(self, name):
+        self._name = name
+
+    def encode(self, caption):
+        return conditioning(self._name, sum(map(ord, caption))).tensors
+
+    def form(self, caption):
+        return None
+
+    def count_tokens(self, caption):
+        return len(caption.split())
+
+    def fingerprint(self):
+        return "words"

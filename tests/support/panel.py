@@ -44,6 +44,9 @@ PLACES = {
     "save_every": "Run",
     "validation_fraction": "Run",
     "validate_every": "Run",
+    "keep_best": "Run",
+    "stop_when": "Run",
+    "patience": "Run",
     "every": "Previews",
     "prompts": "Previews",
     "min_timestep": "Noise",
@@ -99,6 +102,12 @@ class PanelView:
 
     def announced(self):
         return self.text("[role=status]")
+
+    def gives_way(self):
+        """Return the switch's state and tooltip, None while it is hidden."""
+        return self.page.js("""
+            const way = document.querySelector('.graft-panel .graft-way');
+            return way.checkVisibility() ? [way.ariaPressed === 'true', way.title] : null;""")
 
     def buttons(self):
         """Return the names of the visible buttons below the pictures."""

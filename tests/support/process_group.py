@@ -208,10 +208,10 @@ def gradients(group, fields, windows):
     each step.
     """
     from graft_pack.trainers.engine import loop
-    from graft_pack.trainers.engine.plan import Window
     from graft_pack.trainers.engine.updater import ParameterUpdater
     from graft_pack.trainers.memory.autograd import blocks_of
     from graft_pack.trainers.memory.checkpointing import checkpoint_blocks
+    from graft_pack.trainers.steps.plan import Window
 
     from tests.support import models
     from tests.support.diffusers_host import make_item, planned

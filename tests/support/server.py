@@ -72,6 +72,10 @@ class ComfyServer:
         if style != "base-directory":
             self.comfy = copy_comfyui(self.comfy, self.base)
         make_base(self.base)
+        # The picture that ComfyUI brings along, which workflows name.
+        picture = self.base / "input" / "example.png"
+        if not picture.exists() and (self.comfy / "input" / "example.png").exists():
+            shutil.copy(self.comfy / "input" / "example.png", picture)
         self.arguments = list(arguments)
         self.env = dict(env or {})
         self.port = None

@@ -41,7 +41,9 @@ class Usage:
         limit: bytes that fit on the device; None for no limit.
         peak: most bytes that were alive at once.
         reads: (kind, "file:line" of the product's line) of each read for which the host waits.
+        lags: operations that were queued behind the copy, for each read of kind "event".
         uploads: bytes of each copy from the host.
+        blocking: "file:line" of each copy from the host for which the host waits, as it does without pinned memory.
         short: allocations that did not fit.
         hazards: descriptions of accesses that two streams made without order.
     """
@@ -49,7 +51,9 @@ class Usage:
     limit: int | None = None
     peak: int = 0
     reads: list[tuple[str, str]] = field(default_factory=list)
+    lags: list[int] = field(default_factory=list)
     uploads: list[int] = field(default_factory=list)
+    blocking: list[str] = field(default_factory=list)
     short: int = 0
     hazards: list[str] = field(default_factory=list)
 
@@ -164,7 +168,8 @@ class Event:
         (stream or current_stream()).wait_event(self)
 
     def synchronize(self):
-        _SIMULATED.wait("synchronize")
+        """Wait for the work before the mark; work that was queued since may go on."""
+        _SIMULATED.wait("event", self.known)
 
     def query(self):
         return True
@@ -227,6 +232,8 @@ class SimulatedDevice:
         self.events = []
         self.failure = None
         self._blocks = {}
+        self._pinned = {}
+        self._copies = []
         self._known_roles = {}
         # Released by another thread in the middle of an allocation otherwise.
         self._lock = threading.RLock()
@@ -254,9 +261,29 @@ class SimulatedDevice:
         if failure is not None:
             raise failure
 
-    def wait(self, kind):
-        """Count a read for which the host waits until the device has finished all work."""
+    def wait(self, kind, until=None):
+        """Count a read for which the host waits: for all work of the device, or for that up to an event."""
         self.usage.reads.append((kind, _place()))
+        if until is not None:
+            now = current_stream()
+            self.usage.lags.append(now.tick - until.get(now.stream_id, 0))
+        waiting, self._copies = self._copies, []
+        for row in waiting:
+            target, values, number, tick = row
+            if until is None or until.get(number, 0) >= tick:
+                target.copy_(values)
+            else:
+                self._copies.append(row)
+
+    # Pinned memory of the host.
+
+    def pin(self, tensor):
+        """Pin a CPU tensor's memory in place, until the process ends."""
+        self._pinned[tensor.untyped_storage().data_ptr()] = tensor
+
+    def is_pinned(self, tensor):
+        """Report whether a CPU tensor's memory is pinned."""
+        return tensor.untyped_storage().data_ptr() in self._pinned
 
     # Memory.
 
@@ -407,17 +434,21 @@ class SimulatedDevice:
         """Copy within the device, from the host, or to it."""
         self.check()
         with torch._C._AutoDispatchBelowADInplaceOrView():
-            if target.device.type == NAME:
-                there = self.values(target, True)
-            else:
-                there = target
-                self.wait("copy")
-            if source.device.type == NAME:
-                here = self.values(source)
-            else:
-                here = source
+            here = self.values(source) if source.device.type == NAME else source
+            if source.device.type != NAME:
                 self.usage.uploads.append(source.nbytes)
-            there.copy_(here)
+                if not (non_blocking and self.is_pinned(source)):
+                    self.usage.blocking.append(_place())
+            if target.device.type == NAME:
+                self.values(target, True).copy_(here)
+            elif non_blocking and self.is_pinned(target):
+                # Until the host waits for it, the target holds other numbers.
+                now = current_stream()
+                self._copies.append((target.detach(), here.clone(), now.stream_id, now.tick))
+                target.fill_(float("nan") if target.is_floating_point() else 0)
+            else:
+                self.wait("copy")
+                target.copy_(here)
             return target
 
     def item(self, tensor):
@@ -550,7 +581,22 @@ def register() -> SimulatedDevice:
     torch.Generator = Generator
     _share_parameters()
     _guard_hooks(device)
+    torch.Tensor.pin_memory = _pin_memory
+    torch.Tensor.is_pinned = lambda tensor: device.is_pinned(tensor)
     return device
+
+
+def _pin_memory(tensor):
+    """Return a copy in pinned memory; the tensor itself if it is pinned."""
+    if tensor.device.type != "cpu":
+        raise RuntimeError(f"cannot pin '{tensor.device}' tensors: only dense CPU tensors can be pinned")
+    if _SIMULATED.is_pinned(tensor):
+        return tensor
+    # As torch: with the tensor's strides, so that pinning an expanded tensor raises.
+    copied = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="cpu")
+    copied.copy_(tensor.detach())
+    _SIMULATED.pin(copied)
+    return copied
 
 
 def _operator(name):
@@ -680,6 +726,11 @@ def _with_guard(register, guard):
     return lambda tensor, hook: register(tensor, guard(hook))
 
 
+def _pin_for_comfy(tensor):
+    _SIMULATED.pin(tensor)
+    return True
+
+
 @contextmanager
 def comfy_on(device: torch.device, state: str = "NORMAL_VRAM"):
     """Let ComfyUI compute on a device in the block, in a state of its memory management such as LOW_VRAM."""
@@ -706,6 +757,7 @@ def comfy_on(device: torch.device, state: str = "NORMAL_VRAM"):
         values |= {"should_use_fp16": lambda device=None, *args, **kwargs: device is None}
         values |= {"should_use_bf16": lambda *args, **kwargs: False}
         values |= {"cpu_state": management.CPUState.GPU, "vram_state": management.VRAMState[state]}
+        values |= {"pin_memory": _pin_for_comfy, "unpin_memory": lambda tensor: True}
     before = {name: getattr(management, name) for name in values}
     management.current_loaded_models.clear()
     vars(management).update(values)

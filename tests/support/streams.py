@@ -9,6 +9,9 @@ import torch
 from graft_pack.trainers.memory.transfer import StreamTransfer
 from torch.multiprocessing.reductions import StorageWeakRef
 
+# Bytes of quantized weights that are NaN where their scales are.
+_INVALID = {torch.uint8: 255}
+
 
 class Streams:
     """The stream functions of torch.cuda, on a device that does everything at once.
@@ -59,7 +62,7 @@ class Far(StreamTransfer):
 
     def __init__(self, weights):
         super().__init__(torch.device("cpu"), Streams())
-        self.homes = [torch.full_like(weight, float("nan")) for weight in weights]
+        self.homes = [torch.full_like(weight, _INVALID.get(weight.dtype, float("nan"))) for weight in weights]
         pairs = zip(self.homes, weights, strict=True)
         self._numbers = {home.data_ptr(): weight.detach().clone() for home, weight in pairs}
         self._alive: list[tuple[StorageWeakRef, int]] = []

@@ -7,10 +7,10 @@ import pytest
 import torch
 from graft_pack.trainers.data.class_images import ClassImages, Drawing
 from graft_pack.trainers.engine import session
+from graft_pack.trainers.fingerprints import earlier_fingerprint, embedded_digest
 from graft_pack.trainers.formats import json_files
 from graft_pack.trainers.preprocessing.cache import Cache, key_of
 from graft_pack.trainers.preprocessing.encode import TextCache
-from graft_pack.trainers.protocols import earlier_fingerprint, embedded_digest
 from graft_pack.trainers.runs.earlier import claim
 from graft_pack.trainers.runs.folders import Folders
 

@@ -166,7 +166,7 @@ def test_beside_anchors_and_under_loss_scaling_all_move_together(updaters, tmp_p
 def test_differential_preservation_asks_the_frozen_base(tmp_path, monkeypatch):
     """Before the first step the drift is exactly zero; later it is not, and the prior loss limits it."""
     from graft_pack.trainers.data import prior
-    from graft_pack.trainers.engine import step as forward
+    from graft_pack.trainers.steps import step as forward
 
     drifts = []
     real = forward.prior_losses

@@ -96,9 +96,11 @@ RECIPES = {
         None,
         {"steps": 99},
         {
-            "memory": SET["memory"] | {"shard": "on", "offload": "off"},
+            "memory": SET["memory"] | {"shard": "on", "offload": "off", "base_dtype": "as it is"},
             "preview": SET["preview"],
-            "run": {name: value for name, value in SET["run"].items() if name != "validation_fraction"},
+            "run": {
+                name: value for name, value in SET["run"].items() if name not in ("validation_fraction", "prompt_node")
+            },
             "adapter": {"start_from": "a.safetensors"},
         },
     ),
@@ -124,7 +126,8 @@ def recipe_with(kind, name):
     optimizer = {"optimizer": "CAME"} if name == "optimizer" else {}
     nodes = {other: needed}
     nodes[kind] = {**nodes.get(kind, {}), name: SET[kind][name], **optimizer}
-    return build("SD1", method, None, {}, nodes)
+    # One picture cannot be stratified.
+    return build("SD1", method, None, {"batch_size": 2} if name == "stratified" else {}, nodes)
 
 
 # Identities of these recipes for the dataset `d` and the base `b`.
@@ -150,6 +153,7 @@ FIRST = IDENTITIES["SD1 LoRA"]
 # Identities of the recipes that have one option set; options that are missing here leave the first identity.
 SINGLE = {
     "run.validation_fraction": "9775f21408e97ebec5b4d79f13a398187f6930c4c0b1b464d0ad4d18686f8e93",
+    "run.prompt_node": "a7e93612d3a86225582c750ac49c73927092f0fae19b88eba4bef983d83d3415",
     "optimizer.optimizer": "b1b401187aa16bd4dd5c0f454a08d6ba3440b64bca51335edd9601d378925272",
     "optimizer.weight_decay": "1f762f19a67b2654009193d186db432fa9826f43971704395dc446b50d42f158",
     "optimizer.schedule": "42cceca6576361f88bea787411d3d8d51bb800981b863fd959d14bba3a197f8b",
@@ -162,6 +166,11 @@ SINGLE = {
     "optimizer.num_cycles": "a15e82ecb97abf452030727f99f75b53c5c0f88b6dcdc981f0673b28f2ffccf7",
     "optimizer.power": "34629e500984821bf1d1912cd34a73578c36d4cddd83a18c5b860c212d8bbe38",
     "optimizer.loss_spike_factor": "164d4468d3ca2f56f65db8cb31fa8b5e758f081941a09a97bf20b729ac5e3c49",
+    "optimizer.warmup_ratio": "a2e26b8ccce87c4a065ea106d6bb5331fac80465c3906f4e9b031e6844b375f8",
+    "optimizer.min_lr_ratio": "23a9f46ba19fb9167931b475539b6c2096ed5e5e03b1baa0fcb678d2b11e58fa",
+    "optimizer.decay_ratio": "123790c76fa2155bc644482c091704bf377ce2ee7f4ba7ee0f8da60116461543",
+    "optimizer.optimizer_args": "ea5c1265971976e1f7af61adf9505366c706efb25cbca991629b5fe32cd9efdb",
+    "optimizer.schedule_points": "0407974d419ed08a3653197ca7fd282a82385c95d0d70ceb22108fc4a03a2912",
     "pivotal.name": "88c839798cd556c5cb9d686b41afc269fec0c9f395b591a801aca9b83bb892a9",
     "pivotal.init_text": "f68c64d86cb9c513ec85f084c140dd5b4a6ed4c02c17ae26642a09ce222f7d74",
     "pivotal.vectors": "ada6485e0e10a94d59b10d8411cc6def5bc2577259e3f5fc0baa3392ba4306f7",
@@ -181,6 +190,15 @@ SINGLE = {
     "objective.timestep_shift": "391c462daef1e827db4845ca6131bc51daad04b556601d7e9677362feb88a897",
     "objective.huber_c": "f0bf4b0aee56b7a2f0f497ba05c327ed548a755ed5b958769321307616cbb79a",
     "objective.huber_schedule": "39d0d2aa374fc514a0f814739a78a4df6f168a894a2fecfed55fcc7ecdad1a57",
+    "objective.timestep_mode_scale": "6c1f76a53cf163e702f1d7724627e3ccfcf47afcc8125fe57e2595e4724d901b",
+    "objective.timestep_alpha": "cecd49883eaf80484de6c3c0eb7806dba87259cac9abbcc26c5d649bdc51ff1c",
+    "objective.timestep_beta": "d87e47d2bf6e1474de6da2fbacb002bafddc3da4c456b61712c119e951c71be5",
+    "objective.stratified": "4821f2b2934db9c01a6de19880f80feddc6bed51da9af43042ec1688808e05a2",
+    "objective.p2_gamma": "529a34d5d0940659f947a4300a82e2980979762cb801bb1162ff5d9ab5bf8f7d",
+    "objective.l1_fraction": "221c6682034ba1068c69e108b91df6e64de97f859cc4b4496ee77fb68a332a32",
+    "objective.noise_offset_random_strength": "2f50e2451e0236a377e6eea4eba4aadf58aaa658af9aca8013271b8e39adc958",
+    "objective.adaptive_noise_scale": "484b60f7aa6ebf54b5c3afdd3f8a50c3cc730329b4bd3d405425225700d089b6",
+    "objective.masked_prior_weight": "2486d165be211fb519721cfb4c332a37aab083d61b8944f286979303e4ba8559",
     "adapter.type": "eba0ad97de6b576ae85b0af69c0371d7fc7efde7253a80755a463f2c6264bbb9",
     "adapter.alpha": "350325ddc529d1543e0e07656922ea333bc6609020fc50a7f39aa757218ff5bf",
     "adapter.targets": "fc372de353ac01087a259d24fe7d68e754445fc3cb85074208e6733fc28a0f4c",
@@ -192,6 +210,7 @@ SINGLE = {
     "adapter.block_ranks": "912990571ceafcc38211288aede73cebc42a18c4d4d4707aaa12b434b125c3cb",
     "adapter.block_learning_rates": "f9a470a00fd6e9b97e9d442d94d6455fa34b4f51a215c330a08f4e2331ba527a",
     "adapter.lora_plus_ratio": "1280b4c3069d7c66e333f1182f6eee8662e5e86287a60869b038f76e1af2c742",
+    "memory.base_dtype": "88ff04c6c18d1924b2834dbd114bdaab72f3081fac7e0ae38919585a4b0427bd",
     "adapter.weight_dtype": "016daffd5014ffde094a6b496ed4eb1d3073a0442fd8b6ef6bcf7a9957207aa1",
 }
 
@@ -213,5 +232,7 @@ def test_alpha_is_a_float_in_an_identity():
 
 def test_fields_that_decide_nothing_may_change():
     recipe = build(*RECIPES["SD1 LoRA"])
-    changed = replace(recipe, steps=99, name="x", micro_batch=2, processes=4, recompute="all but attention")
+    changed = replace(
+        recipe, steps=99, name="x", micro_batch=2, processes=4, recompute="all but attention", compile="on"
+    )
     assert changed.identity("d", "b") == FIRST

@@ -8,15 +8,17 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from graft_pack.trainers.data.examples import Augmentation, PriorTarget
+from graft_pack.trainers.data.examples import Augmentation, EncodedPrompt, PriorTarget
 from graft_pack.trainers.data.scan import ScanOptions, scan_folder
 from graft_pack.trainers.engine import job as jobs
 from graft_pack.trainers.engine.session import run_recipe
 from graft_pack.trainers.errors import RunError
-from graft_pack.trainers.formats import files, json_files
+from graft_pack.trainers.formats import atomic, files, json_files
+from graft_pack.trainers.formats.adapter import load_adapter, save_adapter
 from graft_pack.trainers.protocols import SOURCE
 from graft_pack.trainers.runs.folders import Folders
 
@@ -36,10 +38,11 @@ def varied():
     """Return a dataset whose samples use every field."""
     dataset = make_dataset()
     handling = Augmentation(shuffle_tags=True, caption_dropout=0.2, flip=True, resolutions=(48,), mask_minimum=0.1)
-    first, second, *others = dataset.examples
+    first, second, third, *others = dataset.examples
     first = replace(first, handling=handling, mask=second.source, captions=("a, b, c", "d \u00e9"), repeats=2)
     second = replace(second, weight=0.5, anchor=PriorTarget("a picture", 0.3))
-    return replace(dataset, examples=(first, second, *others))
+    third = replace(third, encoded=EncodedPrompt("a digest", make_host().text.encode("a blue dog")))
+    return replace(dataset, examples=(first, second, third, *others))
 
 
 def export(folder, dataset=None, base=BASE, **fields):
@@ -97,6 +100,52 @@ def test_what_cannot_be_read_is_left_out_of_a_job_as_it_is_here(tmp_path):
         assert there.run.name == direct.run.name
         assert sorted(map(str, there.left_out)) == sorted(map(str, direct.left_out))
         assert same_state(state_of(there), state_of(direct))
+
+
+def test_several_source_pictures_come_along(tmp_path):
+    dataset = make_dataset()
+    first, second, third, *others = dataset.examples
+    first = replace(first, control=second, more_controls=(third, *others[:1]))
+    dataset = replace(dataset, examples=(first, replace(second, control=third), third, *others))
+    folders = folders_of(tmp_path / "here")
+    recipe = models.recipe("SD1", **FIELDS)
+
+    def host():
+        made = editing_host()
+        made.denoiser.max_sources = 3
+        return made
+
+    path = jobs.export_job(str(tmp_path / "jobs"), recipe, dataset, host(), folders, BASE)
+    job = jobs.read_job(path)
+    assert job.dataset.fingerprint() == dataset.fingerprint()
+    there = run_recipe(job.recipe, job.dataset, host(), job.folders(folders_of(tmp_path / "there")))
+    assert there.run.name == os.path.basename(path)
+
+
+def test_pictures_that_prompts_name_come_along_encoded(tmp_path):
+    """The other machine has another file of that name, or none."""
+    dataset = make_dataset()
+    first, second, *others = dataset.examples
+    dataset = replace(dataset, examples=(replace(first, control=second), second, *others))
+    for place, example in (("here", first), ("there", second)):
+        (tmp_path / place).mkdir()
+        example.source.open().save(tmp_path / place / "ref.png")
+
+    def folders(place):
+        return replace(folders_of(tmp_path / place), picture_of=lambda name: str(tmp_path / place / name))
+
+    prompts = ("a dog --c ref.png --w 64 --h 64 --s 2 --d 3",)
+    recipe = models.recipe("SD1", **FIELDS, preview_prompts=prompts, preview_every=3)
+    direct = run_recipe(recipe, dataset, editing_host(), folders("here"))
+    path = jobs.export_job(str(tmp_path / "jobs"), recipe, dataset, editing_host(), folders("here"), BASE)
+    shutil.rmtree(tmp_path / "here" / "cache")
+    job = jobs.read_job(path)
+    there = run_recipe(job.recipe, job.dataset, editing_host(), job.folders(folders("there")))
+    assert there.run.name == direct.run.name and same_state(state_of(there), state_of(direct))
+    pictures = [sorted(Path(run.folder, "samples").glob("*.png")) for run in (direct.run, there.run)]
+    assert pictures[0] and [path.read_bytes() for path in pictures[0]] == [path.read_bytes() for path in pictures[1]]
+    row = json_files.read_json(os.path.join(path, "job.json"))["pictures"]["ref.png"]
+    assert (row["size"], row["digest"]) == (list(first.size), atomic.file_hash(str(tmp_path / "here" / "ref.png")))
 
 
 def test_what_it_starts_from_comes_along(tmp_path):
@@ -429,3 +478,18 @@ def test_a_job_that_was_changed_on_its_way_is_refused(tmp_path):
     del value["start"]
     json_files.write_json(told, value)
     jobs.read_job(path)
+
+
+def test_a_job_brings_the_configuration_of_a_peft_folder_along(tmp_path):
+    """It holds the alpha, which the weights alone do not tell."""
+    first = run_recipe(models.recipe("SD1", **FIELDS), make_dataset(), make_host(), folders_of(tmp_path / "first"))
+    folder = tmp_path / "peft"
+    save_adapter(str(folder / "adapter_model.safetensors"), first.adapter, "first", "peft")
+    config = json_files.read_json(str(folder / "adapter_config.json"))
+    json_files.write_json(str(folder / "adapter_config.json"), {**config, "lora_alpha": 7.0})
+    path = export(tmp_path, start_from=str(folder / "adapter_model.safetensors"))
+    scales = load_adapter(jobs.read_job(path).start).native.scales
+    assert set(scales.values()) == {7.0 / config["r"]}
+    os.remove(os.path.join(path, "start", "adapter_config.json"))
+    with pytest.raises(RunError, match="has changed since the export"):
+        jobs.read_job(path)

@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from graft_pack.trainers.engine import step as forward
 from graft_pack.trainers.errors import NumbersError
 from graft_pack.trainers.memory import autograd
 from graft_pack.trainers.memory.checkpointing import is_checkpointed, keeps_attention
 from graft_pack.trainers.recipe.options import ALL_BUT_ATTENTION, RECOMPUTED
+from graft_pack.trainers.steps import step as forward
 
 from tests.support import models
 from tests.support.diffusers_host import (

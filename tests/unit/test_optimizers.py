@@ -1,7 +1,7 @@
 """Tests of schedules and optimizers: equal to diffusers and their own libraries, converging, saved and resumed."""
 
-import builtins
 import json
+import sys
 
 import pytest
 import torch
@@ -13,12 +13,18 @@ from graft_pack.trainers.optimizers import (
     OPTIMIZERS,
     SCHEDULES,
     Group,
+    ScheduleShape,
     default_learning_rate,
+    finds_its_rate,
     lr_factor,
     parameter_groups,
+    restore_optimizer,
     state_of,
 )
 from graft_pack.trainers.optimizers.ema import MovingAverage
+from graft_pack.trainers.optimizers.libraries import PYTORCH_OPTIMIZER
+from graft_pack.trainers.recipe.options import FALLING
+from graft_pack.trainers.recipe.parsing import parse_arguments, parse_points
 
 from tests.support import models
 from tests.support.diffusers_host import make_host, run_session, same_state, same_tensors
@@ -34,8 +40,14 @@ OF_DIFFUSERS = {
 }
 
 
+def factor_of(schedule, warmup_steps, steps, **shape):
+    """Return the factor of a schedule with a shape of its own."""
+    return lr_factor(schedule, ScheduleShape(warmup_steps, steps, **shape))
+
+
 def test_every_schedule_is_tried_here():
-    assert set(SCHEDULES) == {*OF_DIFFUSERS, "REX"}
+    assert set(SCHEDULES) == {*OF_DIFFUSERS, "REX", "warmup-stable-decay", "inverse square root", "points"}
+    assert set(FALLING) == SCHEDULES.keys() - {"constant", "points"}
 
 
 @pytest.mark.parametrize("more", [{}, {"num_cycles": 3, "power": 2.0}], ids=["plain", "more"])
@@ -47,7 +59,7 @@ def test_schedules_are_those_of_diffusers(schedule, warmup, more):
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], lr=0.3)
     reference = get_scheduler(OF_DIFFUSERS[schedule], optimizer, num_warmup_steps=warmup, num_training_steps=30, **more)
-    factor = lr_factor(schedule, warmup, 30, **more)
+    factor = factor_of(schedule, warmup, 30, **more)
     for step in range(30):
         assert 0.3 * factor(step) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-6, abs=1e-7)
         optimizer.step()
@@ -65,14 +77,14 @@ def test_schedules_equal_diffusers_to_the_last_bit(schedule, warmup, steps, more
     reference = get_scheduler(
         OF_DIFFUSERS[schedule], optimizer, num_warmup_steps=warmup, num_training_steps=steps, **more
     )
-    factor = lr_factor(schedule, warmup, steps, **more)
+    factor = factor_of(schedule, warmup, steps, **more)
     assert [factor(step) for step in range(steps)] == [reference.lr_lambdas[0](step) for step in range(steps)]
 
 
 @pytest.mark.parametrize("warmup", [0, 5])
 def test_rex_is_the_one_of_its_paper(warmup):
     """The formula is (1 - p) / (1/2 + (1 - p) / 2) at progress p after the warm-up."""
-    factor = lr_factor("REX", warmup, 45)
+    factor = factor_of("REX", warmup, 45)
     assert [factor(step) for step in range(warmup)] == [step / 5 for step in range(warmup)]
     for step in range(warmup, 45):
         left = 1 - (step - warmup) / (45 - warmup)
@@ -80,14 +92,65 @@ def test_rex_is_the_one_of_its_paper(warmup):
     assert factor(warmup) == 1.0
 
 
+@pytest.mark.parametrize("warmup, steps, ratio, least", [(0, 100, 0.2, 0.0), (7, 90, 0.5, 0.1), (10, 40, 1.0, 0.0)])
+def test_warmup_stable_decay_is_that_of_transformers(warmup, steps, ratio, least):
+    from transformers.optimization import get_wsd_schedule
+
+    decay = min(round(ratio * steps), steps - warmup)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    stable = {"num_stable_steps": steps - warmup - decay, "min_lr_ratio": least}
+    reference = get_wsd_schedule(optimizer, warmup, decay, **stable).lr_lambdas[0]
+    factor = factor_of("warmup-stable-decay", warmup, steps, decay_ratio=decay / steps, min_lr_ratio=least)
+    for step in range(steps):
+        # transformers rises from the minimum, as none of its other schedules does.
+        expected = step / warmup if step < warmup else reference(step)
+        assert factor(step) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("warmup", [0, 5, 300])
+def test_inverse_square_root_is_that_of_transformers(warmup):
+    from transformers.optimization import get_inverse_sqrt_schedule
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    reference = get_inverse_sqrt_schedule(optimizer, warmup).lr_lambdas[0]
+    factor = factor_of("inverse square root", warmup, 400)
+    assert [factor(step) for step in range(400)] == [reference(step) for step in range(400)]
+
+
+@pytest.mark.parametrize("schedule", FALLING)
+def test_a_schedule_ends_at_its_minimum(schedule):
+    """The fall from 1 to 0 becomes the same fall from 1 to the minimum."""
+    plain, raised = factor_of(schedule, 5, 100), factor_of(schedule, 5, 100, min_lr_ratio=0.25)
+    assert [raised(step) for step in range(5)] == [plain(step) for step in range(5)]
+    for step in range(5, 100):
+        assert raised(step) == pytest.approx(0.25 + 0.75 * plain(step))
+
+
+def test_points_are_joined_by_lines():
+    points = parse_points("500:0.5, 0:1,\n1000:0.1")
+    assert points == ((0, 1.0), (500, 0.5), (1000, 0.1))
+    factor = factor_of("points", 0, 2000, points=points)
+    found = [factor(step) for step in (0, 250, 500, 750, 1000, 1999)]
+    assert found == pytest.approx([1.0, 0.75, 0.5, 0.3, 0.1, 0.1])
+    late = factor_of("points", 10, 200, points=((50, 0.5), (100, 1.0)))
+    assert [late(step) for step in (5, 10, 50, 75, 199)] == pytest.approx([0.5, 0.5, 0.5, 0.75, 1.0])
+    assert factor_of("points", 0, 10, points=((3, 0.2),))(7) == 0.2
+
+
+@pytest.mark.parametrize("text", ["1", "a:1", "1:", "1:x", "-1:1", "1.5:1", "1:-1", "1:nan", "1:1, 1:2", "0:1e9"])
+def test_a_text_that_is_no_list_of_points_is_refused(text):
+    with pytest.raises(SettingsError, match="point"):
+        parse_points(text)
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_past_its_end_a_schedule_stays_where_it_was(schedule):
-    factor = lr_factor(schedule, 2, 10)
+    factor = factor_of(schedule, 2, 10, points=((0, 1.0), (20, 0.0)))
     assert factor(10) == factor(9) == factor(10_000)
 
 
 def test_warm_up_rises_from_zero_and_constant_stays():
-    factor = lr_factor("constant", 4, 10)
+    factor = factor_of("constant", 4, 10)
     assert [factor(step) for step in range(6)] == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
 
 
@@ -121,6 +184,7 @@ def recipe_of(name, **fields):
         "weight_decay": kind.weight_decay,
         "beta1": kind.beta1,
         "beta2": kind.beta2,
+        "optimizer_args": (("name", "Yogi"),) if name == "pytorch-optimizer" else (),
     }
     return models.recipe("SD1", optimizer=name, **{**values, **fields})
 
@@ -147,11 +211,12 @@ def test_adamw_is_the_one_of_torch():
 
 def references(parameter):
     """Return each optimizer as its library's documentation makes it, with the settings of `test_each_is...`."""
-    from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
+    import pytorch_optimizer
+    from bitsandbytes.optim import AdamW8bit, AdEMAMix8bit, Lion8bit, PagedAdamW8bit
     from came_pytorch import CAME
     from lion_pytorch import Lion
     from prodigyopt import Prodigy
-    from schedulefree import AdamWScheduleFree
+    from schedulefree import AdamWScheduleFree, RAdamScheduleFree
     from transformers.optimization import Adafactor
 
     common = {"lr": 0.02, "weight_decay": 0.1}
@@ -167,6 +232,17 @@ def references(parameter):
         "Lion": lambda: Lion([parameter], betas=betas, **common),
         "CAME": lambda: CAME([parameter], betas=(*betas, 0.9999), **common),
         "AdamWScheduleFree": lambda: AdamWScheduleFree([parameter], betas=betas, **common),
+        "RAdamScheduleFree": lambda: RAdamScheduleFree([parameter], betas=betas, **common),
+        "RAdam": lambda: torch.optim.RAdam([parameter], betas=betas, **common),
+        "SGD": lambda: torch.optim.SGD([parameter], **common),
+        "Lion8bit": lambda: Lion8bit([parameter], betas=betas, **common),
+        "AdEMAMix8bit": lambda: AdEMAMix8bit([parameter], betas=(*betas, 0.9999), **common),
+        "ADOPT": lambda: pytorch_optimizer.ADOPT([parameter], betas=betas, **common),
+        "AdEMAMix": lambda: pytorch_optimizer.AdEMAMix([parameter], betas=(*betas, 0.9999), **common),
+        "Adan": lambda: pytorch_optimizer.Adan([parameter], betas=(*betas, 0.99), **common),
+        "Lamb": lambda: pytorch_optimizer.Lamb([parameter], betas=betas, **common),
+        "Tiger": lambda: pytorch_optimizer.Tiger([parameter], **common),
+        "pytorch-optimizer": lambda: pytorch_optimizer.Yogi([parameter], **common),
     }
 
 
@@ -175,10 +251,11 @@ def test_each_is_the_one_of_its_library(name):
     """The recipe's rate, decay and betas arrive: the bits equal those of the library used directly."""
     start = torch.randn(64, 80, generator=torch.Generator().manual_seed(1))
     ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    beta1 = 0.8 if OPTIMIZERS[name].beta1 or name == "Adafactor" else 0.0
     beta2 = 0.95 if OPTIMIZERS[name].beta2 else 0.0
-    optimizer = made(name, [ours], learning_rate=0.02, weight_decay=0.1, beta1=0.8, beta2=beta2)
+    optimizer = made(name, [ours], learning_rate=0.02, weight_decay=0.1, beta1=beta1, beta2=beta2)
     reference = references(theirs)[name]()
-    if name == "AdamWScheduleFree":
+    if OPTIMIZERS[name].averages:
         reference.train()
     for step in range(5):
         gradient = torch.randn(start.shape, generator=torch.Generator().manual_seed(10 + step))
@@ -187,6 +264,60 @@ def test_each_is_the_one_of_its_library(name):
             one.step()
     assert torch.equal(ours, theirs)
     assert not torch.equal(ours, start)
+
+
+def test_arguments_of_the_user_reach_the_optimizer():
+    arguments = (("d_coef", 2.0), ("use_bias_correction", False), ("betas", (0.5, 0.6)))
+    optimizer = made("Prodigy", [torch.nn.Parameter(torch.zeros(3))], optimizer_args=arguments)
+    group = optimizer.param_groups[0]
+    assert (group["d_coef"], group["use_bias_correction"], group["betas"]) == (2.0, False, (0.5, 0.6))
+    assert group["safeguard_warmup"] is True
+
+
+@pytest.mark.parametrize(
+    "text, parsed",
+    [
+        ("", ()),
+        ("d_coef=2 betas=0.9,0.99", (("betas", (0.9, 0.99)), ("d_coef", 2))),
+        (
+            "a=(1,2.5)\nb=True c=none d=text e=1e-3",
+            (("a", (1, 2.5)), ("b", True), ("c", None), ("d", "text"), ("e", 1e-3)),
+        ),
+    ],
+)
+def test_arguments_are_parsed(text, parsed):
+    assert parse_arguments(text) == parsed
+
+
+@pytest.mark.parametrize("text", ["d_coef", "=2", "a=", "a=1 a=2", "a-b=1", "a=" + "x" * 300, "__import__('os')"])
+def test_a_text_that_is_no_list_of_arguments_is_refused(text):
+    with pytest.raises(SettingsError, match="argument"):
+        parse_arguments(text)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", PYTORCH_OPTIMIZER)
+def test_each_of_pytorch_optimizer_continues_from_its_state(name):
+    """Six steps, or three, a new optimizer with the state of the first, and three more: the same bits."""
+    start = [torch.randn(shape, generator=torch.Generator().manual_seed(1)) for shape in ((64, 80), (8, 4, 3, 3), (5,))]
+    ends = []
+    for is_resumed in (False, True):
+        torch.manual_seed(0)
+        parameters = [torch.nn.Parameter(value.clone()) for value in start]
+        arguments = {"learning_rate": 1e-3, "optimizer_args": (("name", name),)}
+        optimizer = made("pytorch-optimizer", parameters, **arguments)
+        for step in range(6):
+            if is_resumed and step == 3:
+                kept = state_of(optimizer)
+                optimizer = made("pytorch-optimizer", parameters, **arguments)
+                restore_optimizer(optimizer, *kept)
+            torch.manual_seed(step)
+            for parameter in parameters:
+                parameter.grad = torch.randn_like(parameter) * 0.1
+            optimizer.step()
+        ends.append(parameters)
+    assert all(torch.equal(*pair) for pair in zip(*ends, strict=True))
+    assert not all(torch.equal(*pair) for pair in zip(ends[0], start, strict=True))
 
 
 # Learning rates for convergence in the steps below; Prodigy finds its own.
@@ -202,7 +333,7 @@ def test_each_reaches_the_minimum_of_a_quadratic(name):
     parameter = torch.nn.Parameter(torch.zeros(64, 80))
     optimizer = made(name, [parameter], learning_rate=RATES.get(name, 2e-2), weight_decay=0.0)
     average = OPTIMIZERS[name].average(optimizer, [parameter])
-    factor = lr_factor("constant" if average else "cosine", 0, 1500)
+    factor = factor_of("constant" if average else "cosine", 0, 1500)
     rate = optimizer.param_groups[0]["lr"]
     for step in range(1500):
         optimizer.param_groups[0]["lr"] = rate * factor(step)
@@ -225,9 +356,9 @@ RESUMED = {
 
 
 def fields_of(name, **more):
-    # Prodigy's estimate changes within these few steps only if they are large.
-    recipe = recipe_of(name, learning_rate=30.0) if name == "Prodigy" else recipe_of(name)
-    same = ("optimizer", "learning_rate", "weight_decay", "beta1", "beta2")
+    # An optimizer's estimate of the rate changes within these few steps only if they are large.
+    recipe = recipe_of(name, learning_rate=30.0) if finds_its_rate(name) else recipe_of(name)
+    same = ("optimizer", "learning_rate", "weight_decay", "beta1", "beta2", "optimizer_args")
     # Large enough for matrices that bitsandbytes keeps in eight bits.
     rank = 128 if name.endswith("8bit") else 4
     return {**RESUMED, "rank": rank, **{field: getattr(recipe, field) for field in same}, **more}
@@ -293,7 +424,7 @@ def test_states_from_before_some_of_it_was_kept_load(tmp_path):
     path = first.run.state_path(2)
     tensors, metadata = files.read_tensors(path)
     plain = json.loads(metadata["state"])
-    for later in ("groups", "frozen", "levels"):
+    for later in ("groups", "frozen", "levels", "pictures"):
         del plain[later]
     files.write_tensors(path, tensors, {"state": json.dumps(plain)})
     resumed = run_session(tmp_path, steps=4)
@@ -355,19 +486,18 @@ def test_a_schedule_free_run_validates_and_exports_its_average(tmp_path):
         ("Lion", "lion_pytorch", "lion-pytorch"),
         ("CAME", "came_pytorch", "came-pytorch"),
         ("AdamWScheduleFree", "schedulefree", "schedulefree"),
+        ("RAdamScheduleFree", "schedulefree", "schedulefree"),
+        ("Lion8bit", "bitsandbytes", "bitsandbytes"),
+        ("ADOPT", "pytorch_optimizer", "pytorch-optimizer"),
+        ("pytorch-optimizer", "pytorch_optimizer", "pytorch-optimizer"),
     ],
 )
 def test_one_that_is_not_installed_says_what_to_install(name, module, package, tmp_path, monkeypatch):
     """The error comes before any picture is encoded."""
-    real = builtins.__import__
-
-    def absent(wanted, *args, **kwargs):
-        if wanted.split(".")[0] == module:
-            raise ModuleNotFoundError(f"No module named '{module}'")
-        return real(wanted, *args, **kwargs)
-
     host = make_host()
-    monkeypatch.setattr(builtins, "__import__", absent)
+    # None stands for a module that cannot be imported.
+    for known in [*(known for known in sys.modules if known.split(".")[0] == module), module]:
+        monkeypatch.setitem(sys.modules, known, None)
     with pytest.raises(SettingsError, match=f"needs the package {package}, .*pip install {package}\\)") as caught:
         run_session(tmp_path, host=host, **fields_of(name))
     monkeypatch.undo()
@@ -410,7 +540,7 @@ def test_prodigy_logs_the_rate_it_found_times_its_factor(tmp_path):
     assert rates[4] == pytest.approx(fields["learning_rate"] * before / 3)
 
 
-@pytest.mark.parametrize("name", sorted(set(OPTIMIZERS) - {"Prodigy"}))
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if not finds_its_rate(name)])
 def test_other_optimizers_move_at_the_rate_they_are_given(name):
     optimizer = made(name, [torch.nn.Parameter(torch.ones(64, 80))])
     assert OPTIMIZERS[name].effective_rate(optimizer, 0.25) == 0.25

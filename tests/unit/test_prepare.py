@@ -16,14 +16,14 @@ import torch
 from graft_pack.trainers.data.arrays import from_arrays
 from graft_pack.trainers.data.examples import Augmentation, combine
 from graft_pack.trainers.data.scan import ScanOptions, scan_folder
-from graft_pack.trainers.engine import step as forward
-from graft_pack.trainers.engine.plan import Plan
 from graft_pack.trainers.engine.session import run_recipe
 from graft_pack.trainers.errors import DatasetError, SettingsError
 from graft_pack.trainers.preprocessing.lru_cache import LRUCache
 from graft_pack.trainers.preprocessing.prepare import prepare
 from graft_pack.trainers.protocols import HOLE, SOURCE
 from graft_pack.trainers.runs.folders import Folders
+from graft_pack.trainers.steps import step as forward
+from graft_pack.trainers.steps.plan import Plan
 from PIL import Image
 
 from tests.support import models, odd_files

@@ -7,13 +7,14 @@ import pytest
 import torch
 from graft_pack.trainers.data import prior
 from graft_pack.trainers.data.arrays import from_arrays
-from graft_pack.trainers.engine import gradient_check, step
+from graft_pack.trainers.engine import gradient_check
 from graft_pack.trainers.errors import DatasetError, SettingsError
 from graft_pack.trainers.methods import Method
 from graft_pack.trainers.preprocessing.items import DatasetItem, Sample
 from graft_pack.trainers.preprocessing.prepare import prepare
 from graft_pack.trainers.protocols import Conditioning
 from graft_pack.trainers.runs.folders import Folders
+from graft_pack.trainers.steps import step
 
 from tests.support import models
 from tests.support.diffusers_host import (

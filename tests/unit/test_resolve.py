@@ -3,11 +3,10 @@
 from dataclasses import fields, replace
 
 import pytest
-from graft_pack.trainers.engine.resolve import Options, RecipeInputs, resolve
-from graft_pack.trainers.engine.summary import summarize
+from graft_pack.trainers.engine.resolve import Options, RecipeInputs, resolve, summarize
 from graft_pack.trainers.errors import SettingsError
 from graft_pack.trainers.families import FAMILIES, family_of, is_attention
-from graft_pack.trainers.recipe.options import OPTIONS
+from graft_pack.trainers.recipe.options import OPTIONS, STOPS_FALLING
 from graft_pack.trainers.recipe.recipe import Recipe
 
 from tests.support import models
@@ -33,10 +32,16 @@ SET = {
         "save_every": 7,
         "keep_last": 3,
         "validation_fraction": 0.1,
+        "prompt_node": "TextEncodeQwenImageEditPlus",
         "validate_every": 9,
         "gradient_check": "on",
         "tensorboard": "on",
         "processes": 2,
+        "keep_best": "on",
+        "stop_when": STOPS_FALLING,
+        "patience": 3,
+        "tag_frequency": "on",
+        "give_way": "to everything",
     },
     "preview": {
         "prompts": "a\nb",
@@ -46,6 +51,8 @@ SET = {
         "sampler_name": "ddim",
         "scheduler": "karras",
         "seed": 5,
+        "negative_prompt": "blurry",
+        "strength": 0.8,
     },
     "optimizer": {
         "optimizer": "AdamW",
@@ -60,6 +67,11 @@ SET = {
         "num_cycles": 3,
         "power": 2.0,
         "loss_spike_factor": 20.0,
+        "warmup_ratio": 0.1,
+        "min_lr_ratio": 0.1,
+        "decay_ratio": 0.5,
+        "optimizer_args": "eps=1e-6 betas=0.8,0.9",
+        "schedule_points": "0:1, 50:0.5",
     },
     "memory": {
         "checkpointing": "on",
@@ -68,6 +80,8 @@ SET = {
         "offload": "on",
         "shard": "off",
         "recompute": "all but attention",
+        "compile": "on",
+        "base_dtype": "nf4",
     },
     "pivotal": {"name": "w", "init_text": "dog", "vectors": 3, "learning_rate": 0.1, "stop_fraction": 0.3},
     "objective": {
@@ -85,6 +99,15 @@ SET = {
         "timestep_shift": 2.0,
         "huber_c": 0.2,
         "huber_schedule": "constant",
+        "timestep_mode_scale": 0.5,
+        "timestep_alpha": 3.0,
+        "timestep_beta": 3.0,
+        "stratified": "on",
+        "p2_gamma": 0.5,
+        "l1_fraction": 0.3,
+        "noise_offset_random_strength": "on",
+        "adaptive_noise_scale": 0.1,
+        "masked_prior_weight": 1.0,
     },
     "adapter": {
         "type": "LoHa",
@@ -106,6 +129,10 @@ SET = {
 BESIDE = {
     "num_cycles": ("optimizer", {"schedule": "cosine with restarts"}),
     "power": ("optimizer", {"schedule": "polynomial"}),
+    "patience": ("run", {"stop_when": STOPS_FALLING}),
+    "min_lr_ratio": ("optimizer", {"schedule": "cosine"}),
+    "decay_ratio": ("optimizer", {"schedule": "warmup-stable-decay"}),
+    "schedule_points": ("optimizer", {"schedule": "points", "schedule_points": "0:1"}),
     "text_encoder_rank": ("adapter", {"text_encoder": "on"}),
     "text_encoder_learning_rate": ("adapter", {"text_encoder": "on"}),
     "min_snr_gamma": ("objective", {"weighting": "min-SNR"}),
@@ -114,6 +141,13 @@ BESIDE = {
     "timestep_shift": ("objective", {"timesteps": "shifted"}),
     "huber_c": ("objective", {"loss": "Huber"}),
     "huber_schedule": ("objective", {"loss": "Huber"}),
+    "timestep_mode_scale": ("objective", {"timesteps": "mode"}),
+    "timestep_alpha": ("objective", {"timesteps": "beta"}),
+    "timestep_beta": ("objective", {"timesteps": "beta"}),
+    "p2_gamma": ("objective", {"weighting": "P2"}),
+    "l1_fraction": ("objective", {"loss": "MSE + L1"}),
+    "noise_offset_random_strength": ("objective", {"noise_offset": 0.05}),
+    "adaptive_noise_scale": ("objective", {"noise_offset": 0.05}),
 }
 # Fields that may change in a finished run; a change of any other field starts a new run.
 FREE = {"run", "preview", "memory"}
@@ -134,13 +168,25 @@ def test_every_field_arrives_in_the_recipe(kind, name):
     # An embedding needs a name before any of its other fields is allowed.
     word = {"name": "w"} if kind == "pivotal" and name != "name" else {}
     without = Options().adding(*BESIDE.get(name, (kind, word)))
-    recipe = resolved(without.adding(kind, {name: SET[kind][name]}))
+    widgets = {"batch_size": 2} if name == "stratified" else {}
+    recipe = resolved(without.adding(kind, {name: SET[kind][name]}), **widgets)
     if name != "optimizer":
-        assert recipe != resolved(without)
+        assert recipe != resolved(without, **widgets)
     # The content of the starting adapter counts as part of the base; its file name does not.
-    same_run = kind in FREE and name != "validation_fraction" or name == "start_from"
+    same_run = kind in FREE and name not in ("validation_fraction", "prompt_node", "base_dtype") or name == "start_from"
     if name != "optimizer":
-        assert (recipe.identity("d", "b") == resolved(without).identity("d", "b")) == same_run
+        assert (recipe.identity("d", "b") == resolved(without, **widgets).identity("d", "b")) == same_run
+
+
+def test_settings_of_a_schedule_that_contradict_each_other_are_refused():
+    for values, name in (
+        ({"schedule": "points"}, "schedule_points"),
+        ({"schedule": "cosine", "schedule_points": "0:1"}, "schedule_points"),
+        ({"warmup_steps": 5, "warmup_ratio": 0.1}, "warmup_ratio"),
+    ):
+        with pytest.raises(SettingsError) as caught:
+            resolved(Options().adding("optimizer", values))
+        assert caught.value.input == name
 
 
 @pytest.mark.parametrize("name", BESIDE)
@@ -179,6 +225,9 @@ def test_a_default_of_the_objective_that_is_in_use_is_part_of_a_run():
         ("Lion", 1e-4 / 3, 0.03, (0.9, 0.99)),
         ("CAME", 1e-4, 0.0, (0.9, 0.999)),
         ("AdamWScheduleFree", 1e-4, 0.01, (0.9, 0.999)),
+        ("SGD", 0.1, 0.0, (0.0, 0.0)),
+        ("ADOPT", 1e-4, 0.0, (0.9, 0.9999)),
+        ("Lamb", 1e-3, 0.0, (0.9, 0.999)),
     ],
 )
 def test_defaults_depend_on_the_optimizer(optimizer, learning_rate, weight_decay, betas):
@@ -197,6 +246,13 @@ def test_defaults_depend_on_the_optimizer(optimizer, learning_rate, weight_decay
         ("AdamWScheduleFree", "ema_decay", 0.9),
         ("AdamWScheduleFree", "beta1", 0.0),
         ("Adafactor", "beta2", 0.9),
+        ("SGD", "beta1", 0.9),
+        ("AdamW", "optimizer_args", "momentum=0.9"),
+        ("AdamW", "optimizer_args", "lr=1"),
+        ("AdamW", "optimizer_args", "weight_decay=1"),
+        ("pytorch-optimizer", "optimizer_args", "eps=1e-6"),
+        ("pytorch-optimizer", "optimizer_args", "name=LBFGS"),
+        ("pytorch-optimizer", "optimizer_args", "name=ADOPT hat=1"),
     ],
 )
 def test_what_an_optimizer_cannot_go_with_is_refused(optimizer, field, value):
@@ -367,3 +423,13 @@ def test_which_layers_are_attention(family, path, attention):
 
 def test_every_family_has_a_name_of_its_own():
     assert all(name == family.name for name, family in FAMILIES.items())
+
+
+def test_a_preset_of_layers_that_the_family_lacks_is_refused():
+    with pytest.raises(SettingsError, match="targets is 'style', but Graft knows no such layers in SD1") as caught:
+        resolved(Options().adding("adapter", {"targets": "style"}))
+    assert caught.value.input == "targets"
+    inputs = RecipeInputs("LoRA", 10, 0.0, 4, 1, 0, 0, "")
+    assert resolve(Options().adding("adapter", {"targets": "style"}), family_of("SDXL"), inputs).targets == "style"
+    with pytest.raises(SettingsError, match="choose content, style, or attention"):
+        resolve(Options().adding("adapter", {"targets": "single blocks"}), family_of("SDXL"), inputs)

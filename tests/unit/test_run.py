@@ -15,6 +15,7 @@ from graft_pack.trainers.formats.adapter import Adapter
 from graft_pack.trainers.formats.embedding import Embedding
 from graft_pack.trainers.runs.checkpoint import State
 from graft_pack.trainers.runs.folders import Halt, Products
+from graft_pack.trainers.runs.loss_by_picture import LossByPicture
 from graft_pack.trainers.runs.loss_by_timestep import BUCKETS, LossByTimestep
 from graft_pack.trainers.runs.records import read_events, read_graph
 from graft_pack.trainers.runs.run import Run
@@ -38,6 +39,7 @@ def make_state(step=7):
         optimizer={0: {"step": torch.tensor(7.0), "exp_avg": torch.randn(3, 2)}, 1: {"d": 0.5, "k": 3}},
         scaler={"scale": 65536.0, "_growth_tracker": 3},
         loss_by_timestep=LossByTimestep(2, [[1 / 3] * BUCKETS], [[1] * BUCKETS]),
+        loss_by_picture=LossByPicture({"a.png": (3, 1 / 3)}),
     )
 
 
@@ -132,7 +134,7 @@ def test_starting_over_removes_what_a_run_writes_and_nothing_else(run):
     run.write_graph({})
     run.log({"event": "step", "step": 1})
     run.save_samples(1, [Image.new("RGB", (8, 8))])
-    theirs = [os.path.join(folder, "best.safetensors") for folder in (run.folder, run.adapters)]
+    theirs = [os.path.join(folder, "mine.safetensors") for folder in (run.folder, run.adapters)]
     theirs.append(os.path.join(run.folder, "samples", "notes.txt"))
     for path in theirs:
         with open(path, "w") as file:

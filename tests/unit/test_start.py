@@ -7,7 +7,7 @@ import pytest
 from graft_pack.trainers.formats import files
 from graft_pack.trainers.formats.adapter import save_adapter
 from graft_pack.trainers.formats.files import read_header
-from graft_pack.trainers.optimizers import SCHEDULES, lr_factor
+from graft_pack.trainers.optimizers import SCHEDULES, ScheduleShape, lr_factor
 from graft_pack.trainers.preprocessing import cache as caches
 from graft_pack.trainers.preprocessing.cache import Cache
 
@@ -64,7 +64,7 @@ def test_a_finished_run_is_returned_without_libraries_pictures_or_weights(tmp_pa
 def test_a_schedule_needs_no_library(schedule, monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers.optimization", None)
     for warmup in (0, 2):
-        factor = lr_factor(schedule, warmup, 5)
+        factor = lr_factor(schedule, ScheduleShape(warmup, 5, points=((0, 1.0),)))
         assert factor(warmup) == 1.0
         if schedule == "constant":
             assert [factor(step) for step in range(warmup, 7)] == [1.0] * (7 - warmup)

@@ -47,14 +47,15 @@ def relative(path):
 # Packages from the bottom up. A package imports from rows below its own; within a row there is no cycle.
 LAYERS = (
     {"trainers.errors", "trainers.text", "trainers.regex", "trainers.rng", "trainers.families"},
-    {"trainers.protocols", "trainers.option"},
+    {"trainers.protocols", "trainers.process_group", "trainers.fingerprints", "trainers.option"},
     {"trainers.formats", "trainers.objective", "trainers.data", "trainers.lowrank"},
-    {"trainers.recipe"},
+    {"trainers.recipe", "trainers.inspection"},
     {"trainers.optimizers"},
     {"trainers.preprocessing", "trainers.methods", "trainers.memory", "trainers.runs"},
-    {"trainers.distributed", "trainers.tools"},
+    {"trainers.distributed", "trainers.tools", "trainers.curation"},
+    {"trainers.steps"},
     {"trainers.engine"},
-    {"nodes.host.settings", "nodes.host.paths"},
+    {"nodes.host.settings", "nodes.host.dataset_folders", "nodes.host.paths"},
     {"nodes.host.server"},
     {"nodes.host.model"},
     {"nodes.host.jobs"},
@@ -134,8 +135,34 @@ def test_modules_and_packages_stay_small():
 
 
 def test_language_is_plain():
-    """Check the rules that a program can: first lines of docstrings, replaced names, American spelling."""
+    """Check the rules that a program can: first lines of docstrings, replaced and filler names, American spelling."""
     assert language.list_problems() == []
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "found = 1",
+        "for one in rows: pass",
+        "[one for one in rows]",
+        "key, (some, rest) = row",
+        "told: list = []",
+        "if made := read(): pass",
+        "with open(path) as things: pass",
+        "def say(said): pass",
+        "async def run(*, told): pass",
+        "lambda one: one",
+        "try: run()\nexcept OSError as found: pass",
+    ],
+)
+def test_filler_variables_are_reported(code):
+    (problem,) = language.fillers_in(code, "file.py")
+    assert problem.startswith("file.py:")
+
+
+@pytest.mark.parametrize("code", ["row.found = 1", "row['said'] = 1", "run(made=1)", "print(one)", "is_found = 1"])
+def test_attributes_keys_and_keywords_are_no_fillers(code):
+    assert list(language.fillers_in(code, "file.py")) == []
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=relative)
@@ -193,7 +220,7 @@ def test_importing_the_trainers_needs_no_host_and_no_heavy_library():
         f"spec = importlib.util.spec_from_file_location('p', {str(ROOT / '__init__.py')!r}, "
         f"submodule_search_locations=[{str(ROOT)!r}])\n"
         "m = importlib.util.module_from_spec(spec); sys.modules['p'] = m; spec.loader.exec_module(m)\n"
-        "import p.trainers.engine.session, p.trainers.engine.resolve, p.trainers.data.contact_sheet\n"
+        "import p.trainers.engine.session, p.trainers.engine.resolve, p.trainers.inspection.contact_sheet\n"
         "import p.trainers.formats.adapter\n"
         "print(sorted(set(sys.modules) & {'comfy', 'torch', 'diffusers', 'peft', 'matplotlib', 'transformers'}))"
     )

@@ -34,7 +34,7 @@ def addressed(texts, trigger="", **handling):
     pictures = [np.zeros((64, 64, 3), np.uint8)] * len(texts)
     dataset = from_arrays(pictures, list(texts), trigger, 64, (), Augmentation(**handling))
     found = textual_inversion.insert_placeholder(dataset, "my-word", "object")
-    return [captions.plain(example) for example in found.examples], found
+    return [captions.unvaried_caption(example) for example in found.examples], found
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_a_caption_without_the_word_is_named():
 def test_pictures_without_captions_get_the_templates_in_turn():
     _, dataset = addressed([""])
     [example] = dataset.examples
-    shown = {captions.variant(example, number) for number in range(captions.variant_count(example, 1))}
+    shown = {captions.make_variant(example, number) for number in range(captions.variant_count(example, 1))}
     assert len(shown) == len(textual_inversion.TEMPLATES["object"])
     assert all("embedding:my-word" in text for text in shown)
     style = textual_inversion.insert_placeholder(dataset, "my-word", "style").examples[0]
@@ -91,7 +91,7 @@ def test_the_word_is_neither_dropped_nor_shuffled_away():
     _, dataset = addressed(["red, big, my-word, old"], shuffle_tags=True, tag_dropout=0.9)
     [example] = dataset.examples
     for number in range(50):
-        assert "embedding:my-word" in captions.variant(example, number)
+        assert "embedding:my-word" in captions.make_variant(example, number)
 
 
 @pytest.mark.parametrize(

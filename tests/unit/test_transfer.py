@@ -60,6 +60,21 @@ def test_room_of_copies_that_nobody_waited_for_is_not_given_to_others(kept):
     assert not any(name == "computing" for name, _ in streams.calls)
 
 
+@pytest.mark.parametrize("index", [(0, []), ([1, 0], [2, 2]), ([True, False],), (0, slice(1, 3))])
+def test_constants_index_as_lists_do(index):
+    x = torch.arange(6.0).view(2, 3)
+    with transfer.PinnedConstants():
+        found = x[index]
+    assert torch.equal(found, x[index])
+
+
+def test_constants_that_are_trained_stay_leaves():
+    with transfer.PinnedConstants():
+        trained = torch.tensor([1.0, 2.0], device="meta", requires_grad=True)
+        assert torch.tensor([1.0], device="meta").device.type == "meta"
+    assert trained.is_leaf and trained.requires_grad and trained.device.type == "meta"
+
+
 @pytest.mark.parametrize(
     "module, kind",
     [

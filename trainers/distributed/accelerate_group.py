@@ -123,7 +123,7 @@ class AccelerateGroup(Group):
         from accelerate.utils import reduce
 
         short = _shortage(parameters, self.device)
-        present = [float(one.grad is not None) for one in parameters]
+        present = [float(parameter.grad is not None) for parameter in parameters]
         with self._connected():
             *present, lacking = reduce(torch.tensor([*present, float(bool(short))], device=self.device), "sum").tolist()
         if lacking:
@@ -131,10 +131,10 @@ class AccelerateGroup(Group):
             self._left = True
             raise PeerLostError() if not short else _no_room(short)
         with self._connected():
-            wanted = [one for one, count in zip(parameters, present, strict=True) if count]
-            for some in _messages(wanted):
-                flat = torch.cat([_gradient(one).reshape(-1) for one in some])
-                _spread_out(reduce(flat, "sum"), some)
+            wanted = [parameter for parameter, count in zip(parameters, present, strict=True) if count]
+            for bucket in _messages(wanted):
+                flat = torch.cat([_gradient(parameter).reshape(-1) for parameter in bucket])
+                _spread_out(reduce(flat, "sum"), bucket)
 
     def broadcast(self, tensors: Iterable[torch.Tensor]) -> None:
         """Overwrite the tensors with the main process's values, in place."""
@@ -231,7 +231,7 @@ def _shortage(parameters: Sequence[torch.nn.Parameter], device: torch.device) ->
     """Return the error message if memory cannot hold a gradient bucket and its sum, else an empty string."""
     import torch
 
-    largest = max((sum(one.nbytes for one in some) for some in _messages(parameters)), default=0)
+    largest = max((sum(parameter.nbytes for parameter in bucket) for bucket in _messages(parameters)), default=0)
     try:
         torch.empty(2 * largest, dtype=torch.uint8, device=device)
     except (RuntimeError, MemoryError) as error:
@@ -258,21 +258,21 @@ def _messages(parameters: Sequence[torch.nn.Parameter]) -> Iterable[list[torch.n
     """Yield the parameters in order, in buckets of at most `_BYTES`, each with one dtype and one device."""
     held: list[torch.nn.Parameter] = []
     size = 0
-    for one in parameters:
-        other = held and (one.dtype, one.device) != (held[0].dtype, held[0].device)
-        if held and (other or size + one.nbytes > _BYTES):
+    for parameter in parameters:
+        other = held and (parameter.dtype, parameter.device) != (held[0].dtype, held[0].device)
+        if held and (other or size + parameter.nbytes > _BYTES):
             yield held
             held, size = [], 0
-        held.append(one)
-        size += one.nbytes
+        held.append(parameter)
+        size += parameter.nbytes
     if held:
         yield held
 
 
 def _spread_out(flat: torch.Tensor, parameters: list[torch.nn.Parameter]) -> None:
-    parts = flat.split([one.numel() for one in parameters])
-    for one, part in zip(parameters, parts, strict=True):
-        if one.grad is None:
-            one.grad = part.view_as(one).clone()
+    parts = flat.split([parameter.numel() for parameter in parameters])
+    for parameter, part in zip(parameters, parts, strict=True):
+        if parameter.grad is None:
+            parameter.grad = part.view_as(parameter).clone()
         else:
-            one.grad.copy_(part.view_as(one))
+            parameter.grad.copy_(part.view_as(parameter))

@@ -1,7 +1,7 @@
 """Frozen weights of blocks, sharded over the processes with PyTorch's FSDP2, which gathers a block while it runs.
 
 Gathering a block needs the shards of all processes, so all of them must reach the same blocks in the same order, in the
-forward and the backward. Within a step they therefore make the same passes (`engine.step.forward_passes`). If the main
+forward and the backward. Within a step they therefore make the same passes (`steps.step.forward_passes`). If the main
 process works alone (`main_process_only`), the others serve the shards that it asks for. Trained weights are not
 sharded: each process has all of them.
 """

@@ -31,11 +31,11 @@ def rows_of(sizes: Sequence[int], rank: int, world_size: int) -> list[slice]:
     """
     total = sum(sizes)
     first, last = total * rank // world_size, total * (rank + 1) // world_size
-    found = []
+    rows = []
     for size in sizes:
-        found.append(slice(min(max(first, 0), size), min(max(last, 0), size)))
+        rows.append(slice(min(max(first, 0), size), min(max(last, 0), size)))
         first, last = first - size, last - size
-    return found
+    return rows
 
 
 def report_idle(group: Group, pictures: int) -> None:

@@ -2,13 +2,14 @@
 
 from .groups import Group, parameter_groups
 from .registry import OPTIMIZERS, default_learning_rate, finds_its_rate
-from .schedules import SCHEDULES, lr_factor
+from .schedules import SCHEDULES, ScheduleShape, lr_factor
 from .state import restore_optimizer, state_of
 
 __all__ = [
     "OPTIMIZERS",
     "SCHEDULES",
     "Group",
+    "ScheduleShape",
     "default_learning_rate",
     "finds_its_rate",
     "lr_factor",

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+# Bytes of averages that one operation updates: it holds a copy of them.
+_CHUNK = 64 * 1024 * 1024
+
 
 class MovingAverage:
     """Exponential moving average, in float32 whatever the dtype of the trainables.
@@ -27,20 +30,36 @@ class MovingAverage:
         self._decay = decay
         self._kept: list[torch.Tensor] = []
 
-    def step(self, parameters: list) -> None:
-        """Update the averages with the current trainables. A frozen trainable's average is the trainable itself."""
+    def step(self, parameters: list, skip: torch.Tensor | None = None) -> None:
+        """Update the averages with the current trainables. A frozen trainable's average is the trainable itself.
+
+        Args:
+            skip: 1.0 on the device to leave the averages as they are; the update counts until `uncount`.
+        """
         import torch
 
         # The first update replaces the start.
         decay = min(self._decay, (1 + self.updates) / (10 + self.updates)) if self.updates else 0.0
         self.updates += 1
         with torch.no_grad():
+            trained = []
             for average, parameter in zip(self.shadow_params, parameters, strict=True):
                 if parameter.requires_grad:
-                    # Not `lerp_`: it rounds differently from the runs of earlier versions and refuses bfloat16.
-                    average.sub_((average - parameter).mul_(1 - decay))
+                    trained.append((average, parameter))
                 else:
                     average.copy_(parameter)
+            for rows in _chunks(trained):
+                averages, live = (list(column) for column in zip(*rows, strict=True))
+                # Not `lerp`: it rounds differently from the runs of earlier versions and refuses bfloat16.
+                changes = torch._foreach_sub(averages, live)
+                torch._foreach_mul_(changes, 1 - decay)
+                if skip is not None:
+                    torch._foreach_mul_(changes, 1 - skip)
+                torch._foreach_sub_(averages, changes)
+
+    def uncount(self) -> None:
+        """Subtract an update that the device has skipped."""
+        self.updates -= 1
 
     def start(self, parameters: list) -> None:
         """Start the averages at the current trainables, in float32: in bfloat16 an average would not change."""
@@ -65,6 +84,20 @@ class MovingAverage:
         for parameter, kept in zip(parameters, self._kept, strict=True):
             parameter.data = kept.to(parameter.device)
         self._kept = []
+
+
+def _chunks(rows: list[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Yield (average, trainable) in chunks of some megabytes, for which the memory of an update suffices."""
+    held: list[tuple[torch.Tensor, torch.Tensor]] = []
+    size = 0
+    for row in rows:
+        if held and size + row[0].nbytes > _CHUNK:
+            yield held
+            held, size = [], 0
+        held.append(row)
+        size += row[0].nbytes
+    if held:
+        yield held
 
 
 @contextmanager

@@ -2,76 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
-
-from ..errors import SettingsError, needing
+from ..errors import SettingsError
+from .libraries import ByName, LibraryOptimizer, of_pytorch_optimizer
+from .optimizer import Optimizer, needs
 from .schedule_free import ScheduleFreeAverage
-
-if TYPE_CHECKING:
-    import torch
-
-    from ..recipe.recipe import Recipe
-
-
-def needs(package: str) -> AbstractContextManager[None]:
-    """Turn an ImportError in the block into a SettingsError that names the missing package."""
-    return needing(package, "This optimizer", "or choose another optimizer in Graft Optimizer Options", "optimizer")
-
-
-class Optimizer:
-    """An optimizer, as the recipe and the loop use it.
-
-    Attributes:
-        learning_rate: its own default. None for the default of family and method times `rate_factor`.
-        rate_factor: factor on the default of family and method.
-        weight_decay, beta1, beta2: defaults. 0 for a beta that the optimizer does not have.
-        per_parameter: whether the update of a parameter depends on that parameter's gradient alone, so that it can run
-            before the next gradient is ready.
-        slots: minimum number of state values per trained number.
-        averages: whether the optimizer itself keeps an average of the parameters.
-    """
-
-    learning_rate: float | None = None
-    rate_factor = 1.0
-    weight_decay = 0.01
-    beta1 = 0.9
-    beta2 = 0.999
-    per_parameter = True
-    slots = 0
-    averages = False
-
-    def load(self) -> type[torch.optim.Optimizer]:
-        """Return the optimizer's class.
-
-        Raises:
-            SettingsError: the package is not installed. The message names it.
-        """
-        raise NotImplementedError
-
-    def make(self, groups: list[dict], recipe: Recipe) -> torch.optim.Optimizer:
-        """Build an optimizer for the groups of `parameter_groups`."""
-        return self.load()(groups, lr=recipe.learning_rate, betas=(recipe.beta1, recipe.beta2))
-
-    def check(self, recipe: Recipe) -> None:
-        """Raise SettingsError if the recipe has settings that this optimizer cannot use."""
-
-    def mistaken_rate(self, rate: float) -> str:
-        """Return a warning if the recipe's learning rate is far from this optimizer's range, else an empty string."""
-        return ""
-
-    def effective_rate(self, optimizer: torch.optim.Optimizer, rate: float) -> float:
-        """Return the learning rate of the next step.
-
-        Args:
-            optimizer: made by `make`.
-            rate: the recipe's times the schedule's factor.
-        """
-        return rate
-
-    def average(self, optimizer: torch.optim.Optimizer, parameters: list) -> ScheduleFreeAverage | None:
-        """Return the average that the optimizer itself keeps, or None if it keeps none."""
-        return None
 
 
 class AdamW(Optimizer):
@@ -79,29 +13,25 @@ class AdamW(Optimizer):
 
     slots = 2
 
-    def load(self):
+    def load(self, recipe):
         import torch
 
         return torch.optim.AdamW
 
     def make(self, groups, recipe):
-        values = {
-            "lr": recipe.learning_rate,
-            "betas": (recipe.beta1, recipe.beta2),
-            "weight_decay": recipe.weight_decay,
-        }
+        values = {"betas": (recipe.beta1, recipe.beta2), "weight_decay": recipe.weight_decay}
         try:
             # One kernel for all parameters instead of a dozen for each.
-            return self.load()(groups, **values, fused=True)
+            return self.build(groups, recipe, **values, fused=True)
         except RuntimeError:
             # Some devices and versions of torch have no fused kernel.
-            return self.load()(groups, **values)
+            return self.build(groups, recipe, **values)
 
 
 class AdamW8bit(Optimizer):
     """AdamW with moments in eight bits (Dettmers et al. 2022), from bitsandbytes."""
 
-    def load(self):
+    def load(self, recipe):
         with needs("bitsandbytes"):
             from bitsandbytes.optim import AdamW8bit
         return AdamW8bit
@@ -110,7 +40,7 @@ class AdamW8bit(Optimizer):
 class PagedAdamW8bit(Optimizer):
     """AdamW8bit with moments that leave the GPU when its memory runs short."""
 
-    def load(self):
+    def load(self, recipe):
         with needs("bitsandbytes"):
             from bitsandbytes.optim import PagedAdamW8bit
         return PagedAdamW8bit
@@ -123,15 +53,15 @@ class Adafactor(Optimizer):
     beta1 = 0.0
     beta2 = 0.0
 
-    def load(self):
+    def load(self, recipe):
         with needs("transformers"):
             from transformers.optimization import Adafactor
         return Adafactor
 
     def make(self, groups, recipe):
-        return self.load()(
+        return self.build(
             groups,
-            lr=recipe.learning_rate,
+            recipe,
             beta1=recipe.beta1 or None,
             relative_step=False,
             scale_parameter=False,
@@ -156,7 +86,7 @@ class Prodigy(Optimizer):
     # The range of factors that its users set, with a margin.
     least, most = 0.1, 10.0
 
-    def load(self):
+    def load(self, recipe):
         with needs("prodigyopt"):
             from prodigyopt import Prodigy
         return Prodigy
@@ -183,12 +113,8 @@ class Prodigy(Optimizer):
 
     def make(self, groups, recipe):
         # Its authors recommend these for diffusion models. The groups hold the weight decay.
-        return self.load()(
-            groups,
-            lr=recipe.learning_rate,
-            betas=(recipe.beta1, recipe.beta2),
-            use_bias_correction=True,
-            safeguard_warmup=True,
+        return self.build(
+            groups, recipe, betas=(recipe.beta1, recipe.beta2), use_bias_correction=True, safeguard_warmup=True
         )
 
 
@@ -203,7 +129,7 @@ class Lion(Optimizer):
     weight_decay = 0.03
     beta2 = 0.99
 
-    def load(self):
+    def load(self, recipe):
         with needs("lion-pytorch"):
             from lion_pytorch import Lion
         return Lion
@@ -214,14 +140,14 @@ class CAME(Optimizer):
 
     weight_decay = 0.0
 
-    def load(self):
+    def load(self, recipe):
         with needs("came-pytorch"):
             from came_pytorch import CAME
         return CAME
 
     def make(self, groups, recipe):
         # The third beta belongs to the confidence. The value is the authors'.
-        return self.load()(groups, lr=recipe.learning_rate, betas=(recipe.beta1, recipe.beta2, 0.9999))
+        return self.build(groups, recipe, betas=(recipe.beta1, recipe.beta2, 0.9999))
 
 
 class AdamWScheduleFree(Optimizer):
@@ -231,7 +157,7 @@ class AdamWScheduleFree(Optimizer):
     per_parameter = False
     averages = True
 
-    def load(self):
+    def load(self, recipe):
         with needs("schedulefree"):
             from schedulefree import AdamWScheduleFree
         return AdamWScheduleFree
@@ -242,7 +168,7 @@ class AdamWScheduleFree(Optimizer):
         return optimizer
 
     def check(self, recipe):
-        name = "AdamWScheduleFree averages the weights instead of lowering the learning rate"
+        name = f"{recipe.optimizer} averages the weights instead of lowering the learning rate"
         if recipe.schedule != "constant":
             raise SettingsError(
                 f"{name}; the schedule '{recipe.schedule}' would undo this.",
@@ -263,11 +189,20 @@ class AdamWScheduleFree(Optimizer):
             )
         if not recipe.beta1:
             raise SettingsError(
-                "AdamWScheduleFree needs a beta1 above 0.", "In Graft Optimizer Options leave beta1 unset.", "beta1"
+                f"{recipe.optimizer} needs a beta1 above 0.", "In Graft Optimizer Options leave beta1 unset.", "beta1"
             )
 
     def average(self, optimizer, parameters):
         return ScheduleFreeAverage(optimizer, parameters)
+
+
+class RAdamScheduleFree(AdamWScheduleFree):
+    """RAdam that averages the weights instead of lowering the rate, without a warm-up, from schedulefree."""
+
+    def load(self, recipe):
+        with needs("schedulefree"):
+            from schedulefree import RAdamScheduleFree
+        return RAdamScheduleFree
 
 
 OPTIMIZERS: dict[str, Optimizer] = {
@@ -279,6 +214,19 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "Lion": Lion(),
     "CAME": CAME(),
     "AdamWScheduleFree": AdamWScheduleFree(),
+    "RAdamScheduleFree": RAdamScheduleFree(),
+    "RAdam": LibraryOptimizer("torch", "torch.optim", "RAdam"),
+    "SGD": LibraryOptimizer("torch", "torch.optim", "SGD", betas=(), rate_factor=1000.0),
+    "Lion8bit": LibraryOptimizer(
+        "bitsandbytes", "bitsandbytes.optim", "Lion8bit", betas=(0.9, 0.99), rate_factor=1 / 3
+    ),
+    "AdEMAMix8bit": LibraryOptimizer("bitsandbytes", "bitsandbytes.optim", "AdEMAMix8bit", betas=(0.9, 0.999, 0.9999)),
+    "ADOPT": of_pytorch_optimizer("ADOPT", betas=(0.9, 0.9999)),
+    "AdEMAMix": of_pytorch_optimizer("AdEMAMix", betas=(0.9, 0.999, 0.9999)),
+    "Adan": of_pytorch_optimizer("Adan", betas=(0.98, 0.92, 0.99)),
+    "Lamb": of_pytorch_optimizer("Lamb", rate_factor=10.0),
+    "Tiger": of_pytorch_optimizer("Tiger", betas=(), rate_factor=1 / 3),
+    "pytorch-optimizer": ByName(),
 }
 
 

@@ -33,7 +33,7 @@ class ScheduleFreeAverage:
             averages.append(y.clone() if z is None else y.lerp(z, 1 - 1 / self._beta1))
         return averages
 
-    def step(self, parameters: list) -> None:
+    def step(self, parameters: list, skip: torch.Tensor | None = None) -> None:
         """Do nothing: the optimizer's own step updates the average."""
 
     def store(self, parameters: list) -> None:

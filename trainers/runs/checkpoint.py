@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import RunError
 from ..formats import files, json_files
+from .loss_by_picture import LossByPicture
 from .loss_by_timestep import LossByTimestep
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ _VERSION = 1
 
 # JSON fields of a state file. Code below must write and read every field that is listed here.
 _FIELDS = {"version", "step", "batches", "losses", "validation", "optimiser", "groups", "scaler", "frozen", "levels"}
-_FIELDS |= {"ema_updates"}
+_FIELDS |= {"ema_updates", "pictures"}
 
 
 @dataclass
@@ -40,6 +41,7 @@ class State:
         scaler: state of the fp16 loss scaler, empty without fp16.
         frozen: names of trainables that were frozen before the end of the run.
         loss_by_timestep: loss by timestep; it lacks the steps that older files did not record.
+        loss_by_picture: loss by picture; likewise.
     """
 
     step: int = 0
@@ -55,6 +57,7 @@ class State:
     frozen: list[str] = field(default_factory=list)
     loss_by_timestep: LossByTimestep = field(default_factory=LossByTimestep)
     ema_updates: int | None = None
+    loss_by_picture: LossByPicture = field(default_factory=LossByPicture)
 
 
 def write_state(path: str, state: State) -> None:
@@ -83,6 +86,7 @@ def write_state(path: str, state: State) -> None:
         "scaler": state.scaler,
         "frozen": state.frozen,
         "levels": state.loss_by_timestep.as_json(),
+        "pictures": state.loss_by_picture.as_json(),
     }
     if state.ema_updates is not None:
         plain["ema_updates"] = state.ema_updates
@@ -132,6 +136,7 @@ def _state_of(plain: dict) -> State:
         frozen=[str(name) for name in plain.get("frozen", [])],
         loss_by_timestep=LossByTimestep.of_json(plain["levels"]) if "levels" in plain else LossByTimestep(),
         ema_updates=plain.get("ema_updates"),
+        loss_by_picture=LossByPicture.of_json(plain.get("pictures", {})),
     )
 
 

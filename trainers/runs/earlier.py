@@ -11,12 +11,14 @@ import os
 from typing import TYPE_CHECKING
 
 from ..errors import RunError
+from ..fingerprints import base_digest, earlier_fingerprint
 from ..formats import json_files
 from ..formats.metadata import tensors_hash
-from ..protocols import HOLE, base_digest, earlier_fingerprint
+from ..protocols import HOLE
 
 if TYPE_CHECKING:
     from ..formats.adapter import Adapter
+    from ..formats.embedding import Embedding
     from ..protocols import Host
     from .run import Run
 
@@ -25,7 +27,7 @@ log = logging.getLogger(__name__)
 _FILE = "bases.json"
 # Fact of a run: the rounding that it was begun with. Raise the number when a step's bits change.
 _ARITHMETIC = "arithmetic"
-ARITHMETIC = 2
+ARITHMETIC = 3
 
 
 def claim(folder: str, sampled: str, whole: str) -> bool:
@@ -55,14 +57,15 @@ def _read(path: str) -> dict[str, str]:
     return {name: digest for name, digest in value.items() if isinstance(digest, str)}
 
 
-def base_digests(host: Host, start: Adapter | None) -> tuple[str, str]:
-    """Return the hash of the base and the adapter to start from, and the same hash as earlier versions computed it."""
+def base_digests(host: Host, start: Adapter | Embedding | None) -> tuple[str, str]:
+    """Return the hash of the base and the values to start from, and the same hash as earlier versions computed it."""
     additions = []
     if host.denoiser.conditioning_kind == HOLE:
         # Earlier versions gave inpainting models no inpaint mask. Such a run must not be resumed.
         additions.append("holes")
     if start is not None:
-        additions.append(tensors_hash(start if start.native is None else start.native.all_tensors()))
+        native = getattr(start, "native", None)
+        additions.append(tensors_hash(start if native is None else native.all_tensors()))
     parts = (host.denoiser, host.text, host.codec)
     fingerprints = [part.fingerprint() for part in parts]
     earlier_fingerprints = [earlier_fingerprint(part) for part in parts]

@@ -14,6 +14,7 @@ log = logging.getLogger(__name__)
 STATE_FILE = re.compile(r"state-(\d{8})\.safetensors")
 SAMPLE_FILE = re.compile(r"step-(\d{8})-\d+\.png")
 SAVE_FILE = re.compile(r"step-(\d{8})\.safetensors")
+BEST_FILE = "best.safetensors"  # the step with the lowest validation loss
 EVENT_FILE = re.compile(r"events\.out\.tfevents\..+")
 
 

@@ -56,9 +56,15 @@ class LossByTimestep:
             self.counts.append([0] * BUCKETS)
         for t, loss in zip(times, losses, strict=True):
             if math.isfinite(loss):
-                bucket = min(BUCKETS - 1, max(0, int(t * BUCKETS)))
+                bucket = _bucket_of(t)
                 self.sums[(step - 1) // self.span][bucket] += loss
                 self.counts[(step - 1) // self.span][bucket] += 1
+
+    def expected(self, t: float) -> float:
+        """Return the mean of all losses in the bucket of t; NaN if it is empty."""
+        bucket = _bucket_of(t)
+        count = sum(row[bucket] for row in self.counts)
+        return sum(row[bucket] for row in self.sums) / count if count else math.nan
 
     def means(self, first: int, last: int) -> list[float]:
         """Return the mean loss per bucket over the spans `first` to `last` (inclusive), NaN for empty buckets."""
@@ -93,6 +99,10 @@ def times_of(denoiser: Denoiser, sigma: torch.Tensor) -> list[float]:
     levels = denoiser.sigmas()
     places = torch.searchsorted(levels, sigma.to(levels)).clamp_(max=len(levels) - 1)
     return level_times(levels, denoiser.parameterization)[places].tolist()
+
+
+def _bucket_of(t: float) -> int:
+    return min(BUCKETS - 1, max(0, int(t * BUCKETS)))
 
 
 def _halved(rows: list[list]) -> list[list]:

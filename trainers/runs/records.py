@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import RunError
+from ..formats.files import read_metadata
 from ..formats.json_files import parse_json, read_own_json
 from ..text import is_below
 from .file_names import is_name
 from .folders import Folders
+from .loss_by_picture import LossByPicture
 from .run import STOPPED, Run
 
 # Maximum number of runs to list, newest change first.
@@ -117,6 +119,43 @@ def read_graph(run: Run) -> dict[str, Any]:
 def has_graph(run: Run) -> bool:
     """Report whether a run's folder holds the workflow that it was queued with."""
     return os.path.isfile(run.graph_path) and is_below(run.graph_path, run.folder)
+
+
+def read_loss_by_picture(run: Run) -> LossByPicture:
+    """Return the loss by picture in a run's last valid state. Raise RunError if no state has one."""
+    for step in reversed(run.states()):
+        path = run.state_path(step)
+        try:
+            if is_below(path, run.folder):
+                losses = LossByPicture.of_json(parse_json(read_metadata(path)["state"])["pictures"])
+                if losses.rows:
+                    return losses
+        except (RunError, KeyError, TypeError, ValueError):
+            continue
+    raise RunError(
+        f"The run {run.name} has no loss by picture.", "Train it for more steps with this version of Graft.", "run"
+    )
+
+
+def last_loss_by_picture(folders: Folders, dataset: str) -> tuple[str, LossByPicture]:
+    """Return the run that was changed last among those on a dataset with a loss by picture, by name, and that loss.
+
+    Args:
+        dataset: its name. A run on several datasets counts for each of them.
+
+    Returns:
+        An empty name and no losses if there is no such run.
+    """
+    for record in list_records(folders, MOST_RUNS):
+        try:
+            run = find_run(folders, record.name)
+            trained = str(read_recipe(run).get("made_from", {}).get("dataset", ""))
+            if dataset == trained or dataset in trained.split("+"):
+                return record.name, read_loss_by_picture(run)
+        except (RunError, OSError, AttributeError):
+            # No loss by picture yet, or the run was removed, or its made_from was edited.
+            continue
+    return "", LossByPicture()
 
 
 def log_path(run: Run) -> str | None:

@@ -15,7 +15,17 @@ from ..formats.metadata import data_uri
 from ..text import safe_name
 from . import run_lock
 from .checkpoint import State, read_state, write_state
-from .file_names import EVENT_FILE, SAMPLE_FILE, SAVE_FILE, STATE_FILE, list_names, list_steps, prune, step_of
+from .file_names import (
+    BEST_FILE,
+    EVENT_FILE,
+    SAMPLE_FILE,
+    SAVE_FILE,
+    STATE_FILE,
+    list_names,
+    list_steps,
+    prune,
+    step_of,
+)
 from .folders import Folders, Halt, Products
 
 if TYPE_CHECKING:
@@ -185,7 +195,8 @@ class Run:
             folder = os.path.join(self.folder, inner)
             yield from (os.path.join(folder, name) for name in list_names(folder) if pattern.fullmatch(name))
         for folder in (self.adapters, self.embeddings):
-            yield from (os.path.join(folder, name) for name in list_names(folder) if SAVE_FILE.fullmatch(name))
+            names = (name for name in list_names(folder) if name == BEST_FILE or SAVE_FILE.fullmatch(name))
+            yield from (os.path.join(folder, name) for name in names)
 
     def refuse_links(self) -> None:
         """Check that no folder of the run is a link and that its main folder contains no link.
@@ -277,19 +288,8 @@ class Run:
             Path of the first product.
         """
         self._check_held()
-        from ..formats.adapter import save_adapter
-        from ..formats.embedding import save_embedding
-
         self._check_folders()
-        title = f"{self.name}-{state.step}"
-        paths = []
-        for folder, product, write in (
-            (self.adapters, products.adapter, save_adapter),
-            (self.embeddings, products.embedding, save_embedding),
-        ):
-            if product is not None:
-                paths.append(os.path.join(folder, f"step-{state.step:08d}.safetensors"))
-                write(paths[-1], product, title)
+        paths = products.write(self.adapters, self.embeddings, f"step-{state.step:08d}", f"{self.name}-{state.step}")
         write_state(self.state_path(state.step), state)
         prune(self.folder, STATE_FILE, keep_last, state.step)
         for path in paths:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import filecmp
+import math
 import os
-import re
 import shutil
 
 from ..errors import RunError
-from ..formats import atomic
+from ..formats import atomic, files
+from ..formats.metadata import VALIDATION_LOSS
 from ..text import is_below, safe_name
-from .folders import Folders
+from .file_names import BEST_FILE, SAVE_FILE
+from .folders import Folders, Products
 from .notes import read_notes
 from .run import Run
 
-_SAVE = re.compile(r"step-(\d{8})\.safetensors")
 _MOST_NAMES = 100
 
 # Fact in the recipe file of a run whose saves are all in its own folder. Earlier versions saved elsewhere.
@@ -32,11 +33,45 @@ def list_saves(folders: Folders, run: Run) -> dict[int, list[str]]:
     saves: dict[int, list[str]] = {}
     for folder, root in places if run.fact(SAVES_IN_FOLDER) is True else (*places, *earlier):
         for name in os.listdir(folder) if os.path.isdir(folder) else []:
-            match = _SAVE.fullmatch(name)
+            match = SAVE_FILE.fullmatch(name)
             path = os.path.join(folder, name)
             if match and is_below(path, root) and os.path.isfile(path):
                 saves.setdefault(int(match.group(1)), []).append(path)
+    best = read_best(run)
+    if best is not None and best[0] not in saves:
+        saves[best[0]] = _best_files(run)
     return dict(sorted(saves.items()))
+
+
+def _best_files(run: Run) -> list[str]:
+    paths = (os.path.join(folder, BEST_FILE) for folder in (run.adapters, run.embeddings))
+    return [path for path in paths if os.path.isfile(path) and is_below(path, run.folder)]
+
+
+def save_best(run: Run, products: Products, step: int, loss: float) -> None:
+    """Write the files of the step with the lowest validation loss. Later saves do not remove them.
+
+    Raises:
+        RunError: a file or folder of the run is a link, or a file cannot be written.
+    """
+    run.refuse_links()
+    for product in (products.adapter, products.embedding):
+        if product is not None:
+            product.metadata[VALIDATION_LOSS] = repr(loss)
+    products.write(run.adapters, run.embeddings, BEST_FILE.removesuffix(".safetensors"), f"{run.name}-{step}")
+
+
+def read_best(run: Run) -> tuple[int, float] | None:
+    """Return step and validation loss of the files that a run keeps as its best; None without them, or if damaged."""
+    for path in _best_files(run):
+        try:
+            metadata = files.read_metadata(path)
+            step, loss = int(metadata["ss_steps"]), float(metadata[VALIDATION_LOSS])
+        except (RunError, KeyError, ValueError):
+            continue
+        if step > 0 and math.isfinite(loss):
+            return step, loss
+    return None
 
 
 def pick_save(folders: Folders, run: Run, step: int) -> dict[str, str]:

@@ -26,8 +26,9 @@ _SCALARS = {
         "training/learning rate": "lr",
         "training/gradient norm": "grad_norm",
         "training/seconds a step": "seconds",
+        "accuracy/training": "accuracy",
     },
-    "validation": {"loss/validation": "loss"},
+    "validation": {"loss/validation": "loss", "accuracy/validation": "accuracy"},
 }
 
 
@@ -81,7 +82,8 @@ def writing(run: Run, step: int) -> Iterator[None]:
 def _write(writer: SummaryWriter, run: Run, event: dict[str, Any]) -> None:
     step = event.get("step", 0)
     for tag, name in _SCALARS.get(event["event"], {}).items():
-        writer.add_scalar(tag, event[name], step)
+        if name in event:
+            writer.add_scalar(tag, event[name], step)
     if event["event"] == "sample":
         import numpy as np
         from PIL import Image

@@ -31,6 +31,7 @@ from ....trainers.engine.job import write_local_job
 from ....trainers.errors import PeerLostError, RunError, SettingsError
 from ....trainers.protocols import Command
 from .. import paths
+from ..server.control import REGISTRY, UserCommand
 from . import provenance
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ log = logging.getLogger(__name__)
 _JOB = str(Path(__file__).resolve().parents[3] / "job.py")
 _WORKER = "graft_job"
 
-# Seconds: of one wait, for processes to save and exit after the user cancelled, and for the same after one failed.
+# Seconds: of one wait, for processes to save and exit after the user cancelled, and after a pause or a failure.
 _PAUSE = 0.05
 _GRACE = 4.5
 _LONG_GRACE = 60.0
@@ -218,7 +219,7 @@ class WorkerGroup:
         report(event, payload)
 
     def _leave(self, host: Host) -> None:
-        """Let all processes save and end within a few seconds."""
+        """Let all processes save and end, after a cancel within a few seconds."""
         for worker in self._workers:
             worker.send("leave")
 
@@ -230,7 +231,9 @@ class WorkerGroup:
                     # The user cancelled twice.
                     return
 
-        until = time.monotonic() + _GRACE
+        training = REGISTRY.current
+        is_paused = training is not None and training.end is UserCommand.PAUSE
+        until = time.monotonic() + (_LONG_GRACE if is_paused else _GRACE)
         while self._runs() and time.monotonic() < until:
             self._forward_messages(note)
         self._forward_messages(note)
@@ -249,7 +252,7 @@ class WorkerGroup:
                 )
         for kind, error in (
             ("interrupted", comfy.model_management.InterruptProcessingException),
-            ("parted", PeerLostError),
+            ("peer_lost", PeerLostError),
         ):
             if any(message[0] == kind for message in final):
                 raise error()
@@ -267,8 +270,8 @@ class WorkerGroup:
 
 
 def _error_of(kind: str, message: str, cure: str, given: str) -> Exception:
-    made = getattr(errors, kind, None)
-    return RuntimeError(message) if made is None else made(message, cure, given)
+    error_class = getattr(errors, kind, None)
+    return RuntimeError(message) if error_class is None else error_class(message, cure, given)
 
 
 def _opened(path: str) -> Image.Image:
@@ -279,7 +282,7 @@ def _opened(path: str) -> Image.Image:
 
 def _environment(rank: int, count: int, port: int) -> dict[str, str]:
     """Return the environment variables that torch expects in the processes of a launcher."""
-    found = {
+    variables = {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "RANK": str(rank),
@@ -291,8 +294,8 @@ def _environment(rank: int, count: int, port: int) -> dict[str, str]:
         "TORCHELASTIC_RESTART_COUNT": "0",
     }
     if "OMP_NUM_THREADS" not in os.environ:
-        found["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // count))
-    return found
+        variables["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // count))
+    return variables
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import os
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import folder_paths
@@ -18,14 +19,15 @@ from comfy_execution.utils import get_executing_context
 import nodes
 
 from ....trainers.errors import ModelError
+from ....trainers.fingerprints import earlier_fingerprint
 from ....trainers.formats.atomic import file_hash
-from ....trainers.protocols import earlier_fingerprint
 from ..server.messages import running_prompt
 
 if TYPE_CHECKING:
     from ....trainers.protocols import Host
 
 SOCKETS = ("model", "clip", "vae")
+PREVIEW = "preview model"
 
 _CORE = ("nodes", "comfy_extras.")
 # Limit of the nodes between a loader and a trainer; no user makes more.
@@ -33,7 +35,7 @@ _MOST_NODES = 500
 
 
 def describe(node: str, host: Host, files: bool) -> dict[str, Any]:
-    """Return the nodes that lead to the model, text encoder and VAE of the executing node; JSON-able.
+    """Return the nodes that lead to the models, text encoder and VAE of the executing node; JSON-able.
 
     Args:
         host: the node's inputs. Their fingerprints are compared with those of the inputs that are loaded again.
@@ -46,17 +48,19 @@ def describe(node: str, host: Host, files: bool) -> dict[str, Any]:
     prompt = running_prompt(context.prompt_id) if context is not None else None
     inputs = (prompt or {}).get(node, {}).get("inputs", {})
     links = {socket: inputs.get(socket) for socket in SOCKETS}
+    if host.preview_model is not None:
+        links[PREVIEW] = (prompt or {}).get(host.preview_model.node, {}).get("inputs", {}).get("model")
     if not all(_is_link(link) for link in links.values()):
         raise ModelError(
             "Cannot find out which files the model comes from: this node is not in the prompt that is running.",
             "Put the loaders and this node into the graph itself, not behind nodes that create others while they run.",
             "model",
         )
-    found: dict[str, dict] = {}
+    collected: dict[str, dict] = {}
     for socket, link in links.items():
-        _collect(prompt, link[0], socket, found)
-    listed = _files_of(found) if files else []
-    return {"nodes": found, "sockets": links, "files": listed, "fingerprints": fingerprints(host)}
+        _collect(prompt, link[0], socket, collected)
+    listed = _files_of(collected) if files else []
+    return {"nodes": collected, "sockets": links, "files": listed, "fingerprints": fingerprints(host)}
 
 
 def fingerprints(host: Host) -> dict[str, str]:
@@ -78,14 +82,14 @@ def _is_link(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and type(value[1]) is int
 
 
-def _collect(prompt: dict, start: str, socket: str, found: dict[str, dict]) -> None:
+def _collect(prompt: dict, start: str, socket: str, collected: dict[str, dict]) -> None:
     """Add a node and all nodes that lead to it. Raises ModelError as `describe` does."""
     pending = [start]
     while pending:
         identity = pending.pop()
-        if identity in found:
+        if identity in collected:
             continue
-        if identity not in prompt or len(found) >= _MOST_NODES:
+        if identity not in prompt or len(collected) >= _MOST_NODES:
             raise ModelError(f"Node {identity}, which leads to the {socket}, is not in the prompt.", "", socket)
         kind, inputs = prompt[identity]["class_type"], prompt[identity]["inputs"]
         if not _is_core(kind):
@@ -96,7 +100,7 @@ def _collect(prompt: dict, start: str, socket: str, found: dict[str, dict]) -> N
                 socket,
             )
         _refuse_writer(kind, socket)
-        found[identity] = {"class_type": kind, "inputs": inputs}
+        collected[identity] = {"class_type": kind, "inputs": inputs}
         pending += [value[0] for value in inputs.values() if _is_link(value)]
 
 
@@ -111,14 +115,14 @@ def _refuse_writer(kind: str, socket: str = "") -> None:
 
 
 def _is_core(kind: str) -> bool:
-    made = nodes.NODE_CLASS_MAPPINGS.get(kind)
-    return made is not None and getattr(made, "RELATIVE_PYTHON_MODULE", "nodes").startswith(_CORE)
+    node_class = nodes.NODE_CLASS_MAPPINGS.get(kind)
+    return node_class is not None and getattr(node_class, "RELATIVE_PYTHON_MODULE", "nodes").startswith(_CORE)
 
 
-def _files_of(found: dict[str, dict]) -> list[dict[str, Any]]:
+def _files_of(graph: dict[str, dict]) -> list[dict[str, Any]]:
     """Return the files that the nodes' widgets name, each with its ComfyUI list, its size and its hash."""
     rows = {}
-    for node in found.values():
+    for node in graph.values():
         for name, value in node["inputs"].items():
             kind = _list_of(node["class_type"], name, value)
             if kind is not None:
@@ -139,8 +143,8 @@ def _list_of(kind: str, name: str, value: Any) -> str | None:
         choices = given[1].get("options")
     if not choices or value not in choices:
         return None
-    holding = [one for one in folder_paths.folder_names_and_paths if folder_paths.get_full_path(one, value)]
-    whole = [one for one in holding if set(folder_paths.get_filename_list(one)) <= set(choices)]
+    holding = [folder for folder in folder_paths.folder_names_and_paths if folder_paths.get_full_path(folder, value)]
+    whole = [folder for folder in holding if set(folder_paths.get_filename_list(folder)) <= set(choices)]
     return (whole or [None])[0]
 
 
@@ -165,8 +169,8 @@ def check_files(base: dict[str, Any]) -> None:
             )
 
 
-def load(base: dict[str, Any]) -> dict[str, Any]:
-    """Return the model, text encoder and VAE of a base, by socket.
+def load(base: dict[str, Any], sockets: Iterable[str] = SOCKETS) -> dict[str, Any]:
+    """Return the model, text encoder and VAE of a base, by socket; or those of other sockets, as far as it has them.
 
     Raises:
         ModelError: the base names a node that is missing from it, or that this ComfyUI does not have as its own.
@@ -174,7 +178,8 @@ def load(base: dict[str, Any]) -> dict[str, Any]:
     if any(node["class_type"] not in nodes.NODE_CLASS_MAPPINGS for node in base["nodes"].values()):
         asyncio.run(nodes.init_builtin_extra_nodes())
     done: dict[str, tuple] = {}
-    return {socket: _output(base["nodes"], link, done, ()) for socket, link in base["sockets"].items()}
+    links = {socket: base["sockets"][socket] for socket in sockets if socket in base["sockets"]}
+    return {socket: _output(base["nodes"], link, done, ()) for socket, link in links.items()}
 
 
 def _output(graph: dict[str, dict], link: list, done: dict[str, tuple], path: tuple[str, ...]) -> Any:
@@ -186,21 +191,21 @@ def _output(graph: dict[str, dict], link: list, done: dict[str, tuple], path: tu
         if not _is_core(kind):
             raise ModelError(f"This ComfyUI has no node {kind} of its own.", "Update ComfyUI.")
         _refuse_writer(kind)
-        made = nodes.NODE_CLASS_MAPPINGS[kind]
-        declared = made.INPUT_TYPES()
+        node_class = nodes.NODE_CLASS_MAPPINGS[kind]
+        declared = node_class.INPUT_TYPES()
         values = {
             name: _output(graph, value, done, (*path, identity)) if _is_link(value) else value
             for name, value in inputs.items()
             # ComfyUI also ignores inputs that a node does not declare.
             if any(name in declared.get(group, {}) for group in ("required", "optional"))
         }
-        done[identity] = _executed(made, values)
+        done[identity] = _executed(node_class, values)
     return done[identity][place]
 
 
-def _executed(made: type, values: dict[str, Any]) -> tuple:
+def _executed(node_class: type, values: dict[str, Any]) -> tuple:
     """Return a node's outputs, for both of ComfyUI's kinds of node classes."""
-    runs = getattr(made if hasattr(made, "define_schema") else made(), made.FUNCTION)
+    runs = getattr(node_class if hasattr(node_class, "define_schema") else node_class(), node_class.FUNCTION)
     result = runs(**values)
     if inspect.isawaitable(result):
         result = asyncio.run(_waited(result))

@@ -24,6 +24,7 @@ from ....trainers.protocols import Host
 from .. import paths
 from ..model.checks import check_sockets
 from ..model.denoiser import ComfyDenoiser
+from ..model.preview_model import ComfyPreviewModel, PreviewChoice
 from ..model.text_encoder import ComfyText
 from ..model.vae import ComfyCodec
 from ..server.control import REGISTRY, Training, UserCommand, check_interrupt
@@ -70,7 +71,7 @@ def _run(folder: str, group: AccelerateGroup, report: Report, training: Training
         with torch.inference_mode(False), torch.enable_grad():
             if group.local_rank <= 0:
                 provenance.check_files(job.base)
-            host = _host(job, group, report, training)
+            host = job.host(_host(job, group, report, training))
             folders = job.folders(paths.folders())
             _check_embeddings(job, task_of(job.recipe, job.dataset, host, folders).embedded)
             return run_recipe(job.recipe, job.dataset, host, folders)
@@ -84,15 +85,22 @@ def _run(folder: str, group: AccelerateGroup, report: Report, training: Training
 
 def _host(job: Job, group: AccelerateGroup, report: Report, training: Training) -> Host:
     """Return the host with the job's base, after a check of its fingerprints."""
-    base = provenance.load(job.base)
-    check_sockets(**base)
-    text = ComfyText(base["clip"])
-    denoiser = ComfyDenoiser(base["model"], text, base["vae"])
-    host = Host(denoiser, text, ComfyCodec(base["vae"]), report, training.next_command, check_interrupt, group)
+    # The main process draws the pictures.
+    sockets = (*provenance.SOCKETS, provenance.PREVIEW) if group.is_main else provenance.SOCKETS
+    base = provenance.load(job.base, sockets)
+    model, clip, vae = (base.get(socket) for socket in provenance.SOCKETS)
+    check_sockets(model, clip, vae)
+    text = ComfyText(clip)
+    denoiser = ComfyDenoiser(model, text, vae)
+    preview_model = None
+    if provenance.PREVIEW in base:
+        choice = PreviewChoice(base[provenance.PREVIEW], "")
+        preview_model = ComfyPreviewModel(choice, denoiser, clip, vae, job.recipe.preview_strength)
+    host = Host(denoiser, text, ComfyCodec(vae), report, training.next_command, check_interrupt, group, preview_model)
     # Jobs of earlier versions have fingerprints of another kind.
     before = provenance.earlier_fingerprints(host)
-    for socket, found in provenance.fingerprints(host).items():
-        if job.base["fingerprints"].get(socket) not in (found, before[socket]):
+    for socket, fingerprint in provenance.fingerprints(host).items():
+        if job.base["fingerprints"].get(socket) not in (fingerprint, before[socket]):
             raise ModelError(
                 f"The loaded {socket} differs from the one that the job was made with.",
                 "Use the same options of ComfyUI as then (such as --fp32-vae) and the same version, or export the job "
@@ -143,12 +151,12 @@ def _interruptible(pipe, training: Training):
     def interrupt(number, frame) -> None:
         comfy.model_management.interrupt_current_processing()
 
-    before = {one: signal.signal(one, interrupt) for one in (signal.SIGINT, signal.SIGTERM)}
+    before = {signum: signal.signal(signum, interrupt) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        for one, handler in before.items():
-            signal.signal(one, handler)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 def _listen(pipe, training: Training) -> None:
@@ -224,7 +232,7 @@ class _Relay:
 
     def failed(self, error: Exception) -> int:
         if isinstance(error, PeerLostError):
-            self._pipe.send(("parted",))
+            self._pipe.send(("peer_lost",))
         elif isinstance(error, GraftError):
             self._pipe.send(("failed", type(error).__name__, error.message, error.cure, error.input))
         else:

@@ -46,32 +46,32 @@ def form_of(clip: CLIP, tokens: dict) -> Hashable:
 
     That is so if a place holds vectors instead of a number, or if no encoder is known to compute row by row.
     """
-    found = []
+    form = []
     for key, _ in _inner(clip, [tokens]):
         sections = _sections(tokens, key)
         if not all(isinstance(place, numbers.Integral) for section in sections for place in section):
             return None
-        found.append((key, *(len(section) for section in sections)))
-    return tuple(found) if any(key in _ROW_BY_ROW for key, *_ in found) else None
+        form.append((key, *(len(section) for section in sections)))
+    return tuple(form) if any(key in _ROW_BY_ROW for key, *_ in form) else None
 
 
 def _each(clip: CLIP, tokens: Sequence[dict], keys: Collection[str], keep: LRUCache | None) -> list[dict]:
     """Encode each set of tokens; the encoders in `keys` run once for all."""
     together = {key: _Rows(inner, tokens, key) for key, inner in _inner(clip, tokens) if key in keys}
-    found = []
-    for number, one in enumerate(tokens):
+    encodings = []
+    for number, token_set in enumerate(tokens):
         with _answered(clip, tokens, number, together, keep):
-            found.append(encoded(clip, one))
-    return found
+            encodings.append(encoded(clip, token_set))
+    return encodings
 
 
 def encoded(clip: CLIP, tokens: dict) -> dict[str, torch.Tensor]:
     """Return ComfyUI's encoding of tokens, under the names that its conditioning nodes use."""
     import torch
 
-    found = clip.encode_from_tokens(tokens, return_pooled=True, return_dict=True)
-    found["cross_attn"] = found.pop("cond")
-    return {name: value for name, value in found.items() if torch.is_tensor(value)}
+    encoding = clip.encode_from_tokens(tokens, return_pooled=True, return_dict=True)
+    encoding["cross_attn"] = encoding.pop("cond")
+    return {name: value for name, value in encoding.items() if torch.is_tensor(value)}
 
 
 def _inner(clip: CLIP, tokens: Sequence[dict]) -> Iterator[tuple[str, torch.nn.Module]]:
@@ -100,9 +100,9 @@ class _Rows:
 
     def __init__(self, inner: torch.nn.Module, tokens: Sequence[dict], key: str):
         self._encode = inner.encode
-        sections = [_sections(one, key) for one in tokens]
-        self._rows = [section for one in sections for section in one]
-        self._spans = list(itertools.pairwise([0, *itertools.accumulate(len(one) for one in sections)]))
+        sections = [_sections(token_set, key) for token_set in tokens]
+        self._rows = [section for rows in sections for section in rows]
+        self._spans = list(itertools.pairwise([0, *itertools.accumulate(len(rows) for rows in sections)]))
         self._together = len({len(row) for row in self._rows}) == 1 and len(tokens) > 1
         self._found: tuple | None = None
 

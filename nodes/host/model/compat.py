@@ -1,4 +1,4 @@
-"""Patches of newer ComfyUI versions for training: no kernels without a backward, and the training flag."""
+"""Patches of ComfyUI for training: no kernels without a backward, the training flag, outputs that stay in place."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import comfy.model_management
+import torch
 
 _KITCHEN = "comfy_kitchen"
 _PLAIN = "comfy_kitchen.backends.eager.rope"
@@ -16,7 +17,7 @@ _NAMES = tuple(
 
 
 @contextmanager
-def differentiable() -> Iterator[None]:
+def differentiable_rope() -> Iterator[None]:
     """Replace ComfyUI's kernels for rotary embeddings by their PyTorch reference, which autograd can record.
 
     Some models of ComfyUI check `model_management.in_training` before they use a kernel; others do not.
@@ -26,13 +27,13 @@ def differentiable() -> Iterator[None]:
     except ImportError:
         yield
         return
-    before = {name: getattr(kitchen, name) for name in _NAMES if hasattr(kitchen, name) and hasattr(plain, name)}
-    for name in before:
+    originals = {name: getattr(kitchen, name) for name in _NAMES if hasattr(kitchen, name) and hasattr(plain, name)}
+    for name in originals:
         setattr(kitchen, name, getattr(plain, name))
     try:
         yield
     finally:
-        for name, kernel in before.items():
+        for name, kernel in originals.items():
             setattr(kitchen, name, kernel)
 
 
@@ -49,3 +50,15 @@ def training_flag(value: bool) -> Iterator[None]:
         yield
     finally:
         management.in_training = before
+
+
+@contextmanager
+def outputs_on(device: torch.device) -> Iterator[None]:
+    """Keep the outputs of text encoders on the device that computes them; ComfyUI moves them to the CPU."""
+    management = comfy.model_management
+    before = management.intermediate_device
+    management.intermediate_device = lambda: device
+    try:
+        yield
+    finally:
+        management.intermediate_device = before

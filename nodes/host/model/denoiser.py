@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import gc
-import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
-import comfy.ldm.modules.attention
 import comfy.model_base
 import comfy.model_management
-import comfy.ops
-import comfy.patcher_extension
 import comfy.utils
 import torch
 
 from ....trainers.errors import ModelError
-from ....trainers.families import GENERAL, family_of
-from ....trainers.lowrank.layers import PLAIN
+from ....trainers.families import family_of
 from ....trainers.memory.autograd import own_weights, private_tree
 from ....trainers.memory.offload import mark_offloaded, place
-from ....trainers.protocols import HOLE, SOURCE, Conditioning, Geometry, PreviewRequest
-from . import compat, families, placement, quantized, sampling
-from .fingerprint import patcher_digest, sampled_patcher_digest
+from ....trainers.memory.transfer import upload
+from ....trainers.protocols import HOLE, MAX_SOURCES, SOURCE, Conditioning, Geometry, PictureRequest
+from . import compat, encoded_prompts, families, placement, private_base, sampling
+from .checks import check_trainable, warn_of_model
+from .identity.fingerprint import patcher_digest, sampled_patcher_digest
 from .lora import classic, unread_keys
-from .lora_schedule import refuse_ranged
+from .lora_schedule import refuse_scheduled_lora
+from .quantization import gguf, quantized
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -37,10 +34,10 @@ if TYPE_CHECKING:
     from ....trainers.families import LayerSplit
     from .text_encoder import ComfyText
 
-log = logging.getLogger(__name__)
-
 # The engine's kind of conditioning by image, for the kinds in `families`; all others take a source image.
 _KINDS = {"": "", families.HOLE: HOLE}
+# Entries of transformer options by which patches of a UNet tell the blocks apart.
+_POSITION_OPTIONS = ("block", "block_index")
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -50,11 +47,11 @@ class ComfyDenoiser:
     Attributes:
         module: the private tree; only within `training`.
         compute_dtype: dtype of activations; only within `training`.
-        adds_in_place: as the protocol says; only within `training`.
+        adds_in_place, position_options: as the protocol says; only within `training`.
     """
 
     def __init__(self, model: ModelPatcher, text: ComfyText, vae: VAE):
-        refuse_ranged(model, "model", "training")
+        refuse_scheduled_lora(model, "model", "training")
         self._model = model.clone()
         self._fingerprint = patcher_digest(model)
         self._earlier_fingerprint = sampled_patcher_digest(model)
@@ -64,12 +61,14 @@ class ComfyDenoiser:
         self.family = families.family_name(self._model)
         self._image_conditioning = families.image_conditioning(self._model)
         self.conditioning_kind = _KINDS.get(self._image_conditioning, SOURCE)
+        self.max_sources = 1 if self._image_conditioning == families.CONCAT else MAX_SOURCES
         self.parameterization = families.parameterization_name(self._model)
         self.sigma_data = float(getattr(self._sampling, "sigma_data", 1.0))
         self.noise_scale = float(getattr(self._sampling, "noise_scale", 1.0))
         self._guidance = families.guidance(self._model)
         self.device = self._model.load_device
         self.adds_in_place = True
+        self.position_options: Collection[str] = ()
         self.compute_dtype = torch.float32
         self.module: torch.nn.Module | None = None
         self._levels: tuple[torch.nn.Module, torch.Tensor] | None = None
@@ -83,6 +82,10 @@ class ComfyDenoiser:
         """Return the geometry. Its bucket sides are multiples that suit both VAE and network."""
         factor = int(self._vae.spacial_compression_encode())
         return families.geometry(self._model, factor, resolution)
+
+    def empty_latent(self, size: tuple[int, int]) -> torch.Tensor:
+        """Return an empty latent as ComfyUI's samplers start from it."""
+        return sampling.empty_latent(self._model, self._vae, size)
 
     def check_inputs(self, latent: torch.Tensor, conditioning: dict[str, torch.Tensor]) -> None:
         """Detect a VAE or text encoder of another family before the network fails inside.
@@ -126,59 +129,55 @@ class ComfyDenoiser:
         with torch.no_grad():
             return self._sampling.noise_scaling(sigma.view(-1, *[1] * (x0.ndim - 1)), noise, x0)
 
+    def denoised(self, output: torch.Tensor, x_t: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        """Turn a raw output into x0 by the model's own sampling object."""
+        return self._sampling.calculate_denoised(sigma, output, x_t)
+
     def predict(self, x_t: torch.Tensor, sigma: torch.Tensor, conditioning: Sequence[Conditioning]) -> torch.Tensor:
         """Return the raw output. Samples whose conditionings ComfyUI would not batch run one after the other."""
-        conds = [self._conds(x_t[index : index + 1], one) for index, one in enumerate(conditioning)]
+        conds = [self._conds(x_t[index : index + 1], condition) for index, condition in enumerate(conditioning)]
         groups = _joinable(conds)
         if len(groups) == 1:
             return self._forward(x_t, sigma, conds)
         parts = {}
         for group in groups:
-            rows = torch.tensor(group, device=x_t.device)
+            rows = upload(torch.tensor(group), x_t.device)
             output = self._forward(x_t[rows], sigma[rows], [conds[index] for index in group])
             parts.update(zip(group, output.split(1), strict=True))
         return torch.cat([parts[index] for index in range(len(conds))])
 
     def _conds(self, x_t: torch.Tensor, conditioning: Conditioning) -> dict:
         """Return one sample's inputs besides x_t and timestep, as ComfyUI's own sampler makes them."""
-        width, height = conditioning.original_size
-        target_width, target_height = conditioning.target_size
+        values = encoded_prompts.values_of(conditioning.tensors, self.device)
         facts = {
-            "width": width,
-            "height": height,
-            "crop_w": conditioning.crop[0],
-            "crop_h": conditioning.crop[1],
-            "target_width": target_width,
-            "target_height": target_height,
+            # A prompt that the graph has encoded may bring sizes of its own, then all of them.
+            **({} if "width" in values else _sizes(conditioning)),
             **self._guidance,
             **families.image_conditioning_values(self._image_conditioning, conditioning, self.device),
             # ComfyUI passes None for text encoders without a pooled output; some models look the name up.
             "pooled_output": None,
-            "noise": x_t,
             "latent_image": torch.zeros_like(x_t),
-            "device": self.device,
             "prompt_type": "positive",
         }
-        tensors = {name: tensor.to(self.device) for name, tensor in conditioning.tensors.items()}
         # Text that was encoded with an autograd graph keeps its graph.
-        with torch.set_grad_enabled(torch.is_grad_enabled() and _trained(tensors.values())):
-            found = self._base.extra_conds(**{**facts, **tensors})
-            return {name: cond.process_cond(batch_size=1, area=None) for name, cond in found.items()}
+        with torch.set_grad_enabled(torch.is_grad_enabled() and _trained(values.values())):
+            conds = self._base.extra_conds(**{**facts, **values, "noise": x_t, "device": self.device})
+            return {name: cond.process_cond(batch_size=1, area=None) for name, cond in conds.items()}
 
     def _forward(self, x_t: torch.Tensor, sigma: torch.Tensor, conds: list[dict]) -> torch.Tensor:
         dtype = self.compute_dtype
         # Check at each call: a method may have put weights of another dtype into the tree.
         _cast_where_needed(self._casting, dtype)
-        trained = _trained(cond.cond for one in conds for cond in one.values())
+        trained = _trained(cond.cond for sample_conds in conds for cond in sample_conds.values())
         with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
             joined = {name: conds[0][name].concat([other[name] for other in conds[1:]]) for name in conds[0]}
             x = self._sampling.calculate_input(sigma, x_t)
             concat = joined.pop("c_concat", None)
             if concat is not None:
-                x = torch.cat([x, concat.to(x)], dim=1)
+                x = torch.cat([x, upload(concat, x.device).to(x.dtype)], dim=1)
             context = joined.pop("c_crossattn", None)
             if context is not None:
-                context = context.to(self.device, dtype)
+                context = upload(context, self.device).to(dtype)
             extra = {name: _cast(value, self.device, dtype) for name, value in joined.items()}
             t = self._sampling.timestep(sigma).float()
             t = self._base.process_timestep(t, x=x_t, **extra)
@@ -214,27 +213,28 @@ class ComfyDenoiser:
             self._model = classic(self._model)
             self._sampling = self._model.get_model_object("model_sampling")
             stack.enter_context(placement.placed(self._model, offloaded))
-            self._pins = stack.enter_context(placement.pinning())
+            self._pins = stack.enter_context(placement.pinning(self.device))
             base = self._model.model
-            _check_trainable(base, None if offloaded else self.device)
-            _warn(self._model, self.family)
+            check_trainable(base, None if offloaded else self.device)
+            warn_of_model(self._model, self.family)
             own_weights(base.diffusion_model)
             self.compute_dtype = _DTYPES.get(compute_dtype) or _inference_dtype(base)
             self.module = private_tree(base.diffusion_model)
-            quantized.as_linears(self.module)
-            _mark_plain(self.module)
+            gguf.as_plain_layers(self.module)
+            quantized.as_linears(self.module, base.diffusion_model)
+            private_base.mark_plain(self.module)
             if offloaded:
                 mark_offloaded(self.module, self.device)
             # List the layers once: searching the tree takes longer than checking their dtypes.
             self._casting = [layer for layer in self.module.modules() if hasattr(layer, "comfy_cast_weights")]
-            self._base = _over(base, self.module)
-            self._options = _transformer_options(self._model)
-            self.adds_in_place = family_of(self.family).adds_in_place or _is_patched(self._model)
-            self._sampler = sampling.PreviewSampler(
-                self._model, self._base, self._text, self._vae, self._image_conditioning
-            )
+            self._base = private_base.over(base, self.module, self.device)
+            self._options = private_base.transformer_options(self._model)
+            is_patched = private_base.is_patched(self._model)
+            self.adds_in_place = family_of(self.family).adds_in_place or is_patched
+            self.position_options = () if is_patched else _POSITION_OPTIONS
+            self._sampler = sampling.PreviewSampler(self._model, self._base, self._text, self._vae)
             try:
-                with compat.training_flag(True), compat.differentiable():
+                with compat.training_flag(True), compat.differentiable_rope():
                     yield
             finally:
                 self._sampler = None
@@ -243,15 +243,44 @@ class ComfyDenoiser:
                 self.module = None
                 comfy.model_management.soft_empty_cache()
 
-    def preview(self, request: PreviewRequest) -> list[Image.Image]:
+    def preview(self, requests: Sequence[PictureRequest]) -> list[Image.Image]:
         """Draw with ComfyUI's own sampler on the tree as trained so far."""
         _cast_where_needed(self._casting, _inference_dtype(self._base))
         try:
             with compat.training_flag(False):
-                return self._sampler.draw(request)
+                return self._sampler.draw(requests)
         finally:
             # ComfyUI may have moved the tree to make room while it sampled.
             place(self.module, self.device)
+
+    @contextmanager
+    def sharing_device(self, size: int) -> Iterator[None]:
+        """Let another model use the device within the block. Keep the tree off the device if both do not fit.
+
+        Args:
+            size: bytes that the other model needs.
+        """
+        is_moved = self._is_in_the_way(size)
+        if is_moved:
+            self.make_room(weights=True)
+            place(self.module, torch.device("cpu"))
+        try:
+            yield
+        finally:
+            self.make_room()
+            if is_moved:
+                place(self.module, self.device)
+
+    def _is_in_the_way(self, size: int) -> bool:
+        """Report whether a model of this size does not fit beside the tree, and the tree can be moved."""
+        # The weights of several processes (torch's DTensor) stay: the other processes hold shards of them.
+        if self.device.type == "cpu" or any(hasattr(weight, "device_mesh") for weight in self.module.parameters()):
+            return False
+        free = self.free_memory()
+        if free is None or free >= size:
+            return False
+        self.make_room()
+        return self.free_memory() < size
 
     def make_room(self, weights: bool = False) -> None:
         """Free device memory through ComfyUI. With `weights`, free also the graph's weights that the tree gave up."""
@@ -288,7 +317,9 @@ class ComfyDenoiser:
     @functools.cached_property
     def _diffusers_names(self) -> dict[str, str]:
         names = comfy.utils.unet_to_diffusers(self._model.model.model_config.unet_config)
-        return {ours: theirs for theirs, ours in names.items()}
+        # ComfyUI's map has two names for one layer, in no certain order. diffusers' UNets have either one or the other.
+        other = "class_embedding." if self.family.startswith("SDXL") else "add_embedding."
+        return {ours: theirs for theirs, ours in names.items() if not theirs.startswith(other)}
 
     def published_splits(self, path: str) -> tuple[LayerSplit, ...]:
         """Return the splits of a layer in ComfyUI's diffusers map of a transformer; none for other families."""
@@ -311,45 +342,18 @@ class ComfyDenoiser:
         return self._earlier_fingerprint
 
 
-def _check_trainable(base, device: torch.device | None) -> None:
-    """Refuse a model that would train wrongly or fail halfway.
-
-    Args:
-        device: device that must hold all weights; None if weights may be offloaded.
-
-    Raises:
-        ModelError: weights lie off the device, or the model does more around its network than training reproduces.
-    """
-    if not families.is_reproduced(base):
-        raise ModelError(
-            f"Cannot train a {type(base).__name__} yet: ComfyUI does more around its network than training reproduces.",
-            "Use another model. Please report the name of this one.",
-            "model",
-        )
-    elsewhere = {parameter.device.type for parameter in base.diffusion_model.parameters()}
-    if device is not None and elsewhere - {device.type}:
-        raise ModelError(
-            f"ComfyUI keeps a part of the model off {device}.",
-            "Switch offload on (Graft Memory Options), or start ComfyUI without --novram and --lowvram.",
-            "model",
-        )
-
-
-def _warn(model: ModelPatcher, family: str) -> None:
-    if family == GENERAL.name:
-        log.info(
-            "Graft: no description of the model class %s. Graft adapts every linear layer, and checks the gradient "
-            "before step 1.",
-            type(model.model.model_config).__name__,
-        )
-    distilled = families.few_steps(model)
-    if distilled:
-        log.warning(
-            "Graft: this model was distilled to draw in a few steps (%s). Training with its usual loss gradually "
-            "undoes that: it will need more steps to draw. Train on the model that it was made from and apply the LoRA "
-            "here, or keep training short, with a low learning rate.",
-            distilled,
-        )
+def _sizes(conditioning: Conditioning) -> dict[str, int]:
+    """Return the sizes of a sample's picture, in pixels, by the names that ComfyUI's SDXL nodes use."""
+    width, height = conditioning.original_size
+    target_width, target_height = conditioning.target_size
+    return {
+        "width": width,
+        "height": height,
+        "crop_w": conditioning.crop[0],
+        "crop_h": conditioning.crop[1],
+        "target_width": target_width,
+        "target_height": target_height,
+    }
 
 
 def _inference_dtype(base) -> torch.dtype:
@@ -359,49 +363,9 @@ def _inference_dtype(base) -> torch.dtype:
 def _cast_where_needed(layers: list[torch.nn.Module], dtype: torch.dtype) -> None:
     """Let ComfyUI's layers cast weights that are stored in another dtype; on the private tree only."""
     for layer in layers:
-        weight = getattr(layer, "weight", None)
+        weight = layer._parameters.get("weight")
         if weight is not None and weight.dtype != dtype:
             layer.comfy_cast_weights = True
-
-
-def _mark_plain(tree: torch.nn.Module) -> None:
-    """Mark the layers whose class computes as torch's does where the weight has the dtype and device of the input."""
-    both = comfy.ops.disable_weight_init, comfy.ops.manual_cast
-    kinds = [kind for operations in both for kind in (operations.Linear, operations.Conv2d)]
-    for layer in tree.modules():
-        if type(layer) in kinds and not layer.weight_function and not layer.bias_function:
-            setattr(layer, PLAIN, True)
-
-
-def _over(base, tree: torch.nn.Module):
-    """Return a copy of ComfyUI's BaseModel with the private tree as its network; everything else is shared."""
-    other = copy.copy(base)
-    other._modules = dict(base._modules)
-    other._modules["diffusion_model"] = tree
-    return other
-
-
-def _transformer_options(model: ModelPatcher) -> dict:
-    """Return the MODEL's transformer options with PyTorch's attention, whose backward is exact and repeatable."""
-    options = dict(model.model_options.get("transformer_options", {}))
-    wrappers = {}
-    comfy.patcher_extension.merge_nested_dicts(wrappers, options.get("wrappers", {}), copy_dict1=False)
-    comfy.patcher_extension.merge_nested_dicts(wrappers, model.wrappers, copy_dict1=False)
-    options["wrappers"] = wrappers
-    options["optimized_attention_override"] = _pytorch_attention
-    return options
-
-
-def _is_patched(model: ModelPatcher) -> bool:
-    """Report whether nodes upstream run code of their own within the network."""
-    options = model.model_options.get("transformer_options", {})
-    wrappers = [*options.get("wrappers", {}).values(), *model.wrappers.values()]
-    replaced = [name for name in model.object_patches if name.startswith("diffusion_model")]
-    return bool(options.get("patches") or options.get("patches_replace") or any(wrappers) or replaced)
-
-
-def _pytorch_attention(function, *args, **kwargs):
-    return comfy.ldm.modules.attention.attention_pytorch(*args, **kwargs)
 
 
 def _trained(values: Iterable) -> bool:
@@ -415,7 +379,8 @@ def _cast(value, device, dtype):
         return [_cast(part, device, dtype) for part in value]
     if torch.is_tensor(value):
         # As in ComfyUI: integers keep their dtype, all other tensors get the dtype of the activations.
-        return value.to(device) if value.dtype in (torch.int, torch.long) else value.to(device, dtype)
+        there = upload(value, device)
+        return there if value.dtype in (torch.int, torch.long) else there.to(dtype)
     return value
 
 

@@ -40,14 +40,14 @@ def encoders(clip: CLIP) -> list[str]:
     Raises:
         ModelError: no encoder can.
     """
-    found = [key for key in WIDTHS if hasattr(clip.tokenizer, key) and hasattr(clip.cond_stage_model, key)]
-    if not found:
+    keys = [key for key in WIDTHS if hasattr(clip.tokenizer, key) and hasattr(clip.cond_stage_model, key)]
+    if not keys:
         raise ModelError(
             f"The text encoder ({type(clip.cond_stage_model).__name__}) has no CLIP part, which an embedding needs.",
             "Embeddings work for SD1, SD2, SDXL, SD3 and Flux. Train a LoRA for this model instead.",
             "clip",
         )
-    return found
+    return keys
 
 
 def apply_embedding(clip: CLIP, embedding: Embedding) -> CLIP:
@@ -59,10 +59,10 @@ def apply_embedding(clip: CLIP, embedding: Embedding) -> CLIP:
     for key in encoders(clip):
         width = getattr(clip.cond_stage_model, key).transformer.get_input_embeddings().weight.shape[1]
         if key not in embedding or embedding[key].shape[-1] != width:
-            made = ", ".join(f"{name} ({value.shape[-1]} wide)" for name, value in embedding.items())
+            widths = ", ".join(f"{name} ({value.shape[-1]} wide)" for name, value in embedding.items())
             raise ModelError(
-                f"The embedding '{embedding.name}' is for other text encoders: it contains {made}, and this CLIP needs "
-                f"{key} ({width} wide).",
+                f"The embedding '{embedding.name}' is for other text encoders: it contains {widths}, and this CLIP "
+                f"needs {key} ({width} wide).",
                 "Connect the CLIP of the model family it was trained on, or choose another embedding.",
                 "embedding",
             )
@@ -94,7 +94,7 @@ def _answering(ask: Callable, name: str, vectors: torch.Tensor | None, width: in
     """Return ComfyUI's look-up with one more name. An encoder without vectors for the name reads no tokens there."""
     import torch
 
-    found = vectors if vectors is not None else torch.zeros(0, width)
+    rows = vectors if vectors is not None else torch.zeros(0, width)
     # Newer ComfyUI versions return the name too. An unknown name shows how many values this version returns.
     named = len(ask("graft-is-asking-for-nothing")) == 3
 
@@ -105,7 +105,7 @@ def _answering(ask: Callable, name: str, vectors: torch.Tensor | None, width: in
         if stripped != name:
             return ask(wanted)
         leftover = " ".join([word[len(stripped) :], *rest]).strip()
-        return (found, name, leftover) if named else (found, leftover)
+        return (rows, name, leftover) if named else (rows, leftover)
 
     return answer
 
@@ -159,15 +159,15 @@ def file_states() -> list[tuple]:
     import folder_paths
     from comfy.sd1_clip import expand_directory_list
 
-    found = []
+    states = []
     folders = expand_directory_list(folder_paths.get_folder_paths("embeddings"))
     for name in sorted(_CALLED):
         paths = (os.path.join(folder, name.strip(",") + ending) for folder in sorted(folders) for ending in _ENDINGS)
         path = next((path for path in paths if os.path.isfile(path)), None)
         if path is not None:
             status = os.stat(path)
-            found.append((name, path, status.st_size, status.st_mtime_ns, status.st_ino))
-    return found
+            states.append((name, path, status.st_size, status.st_mtime_ns, status.st_ino))
+    return states
 
 
 def names_of(tokenizer) -> list[str]:

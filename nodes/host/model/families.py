@@ -9,6 +9,7 @@ import comfy.utils
 from comfy.model_base import BaseModel
 
 from ....trainers.families import Family, LayerSplit, family_of
+from ....trainers.memory.transfer import upload
 from ....trainers.protocols import HOLE, Geometry
 
 if TYPE_CHECKING:
@@ -43,13 +44,13 @@ CONCAT = "concat"
 REFERENCE = "reference"
 
 # Models whose class tells the network that the image tokens come after the text.
-_PLACED_BEHIND = {"LongCatImage"}
+_IMAGE_AFTER_TEXT = {"LongCatImage"}
 
 # ComfyUI's maps of diffusers' names, for families whose layers diffusers splits otherwise in LoRA files.
 _DIFFUSERS_MAPS = {"SD3": "mmdit_to_diffusers", "Flux": "flux_to_diffusers"}
 
-# Words in the class or module names of the packs that load these formats (ComfyUI-GGUF, ComfyUI-nunchaku).
-_FORMATS = {"ggml": "GGUF", "gguf": "GGUF", "nunchaku": "Nunchaku", "svdq": "Nunchaku"}
+# Words in the class or module names of the pack that loads this format, ComfyUI-nunchaku. Its layers have no backward.
+_FORMATS = {"nunchaku": "Nunchaku", "svdq": "Nunchaku"}
 
 # Keys are names of the class that defines noising, network input and output. LCM's network predicts the noise.
 _OBJECTIVE = ("noise_scaling", "calculate_input", "calculate_denoised")
@@ -87,26 +88,25 @@ def diffusers_splits(model: ModelPatcher) -> dict[str, tuple[LayerSplit, ...]]:
     known = _DIFFUSERS_MAPS.get(family_name(model))
     if known is None:
         return {}
-    found: dict[str, list[LayerSplit]] = {}
-    for theirs, place in getattr(comfy.utils, known)(model.model.model_config.unet_config).items():
-        if not theirs.endswith(".weight"):
+    splits: dict[str, list[LayerSplit]] = {}
+    for diffusers_name, entry in getattr(comfy.utils, known)(model.model.model_config.unet_config).items():
+        if not diffusers_name.endswith(".weight"):
             continue
-        ours, rows = (place, None) if isinstance(place, str) else place[:2]
+        name, rows = (entry, None) if isinstance(entry, str) else entry[:2]
         # Newer ComfyUI maps hold other models' names for the same weight; the family's own names come first.
-        if rows is not None or ours not in found:
-            found.setdefault(ours, []).append(
-                LayerSplit(theirs.removesuffix(".weight"), functools.partial(_rows_of, place))
-            )
-    return {ours: tuple(splits) for ours, splits in found.items()}
+        if rows is not None or name not in splits:
+            rows_of = functools.partial(_rows_of, entry)
+            splits.setdefault(name, []).append(LayerSplit(diffusers_name.removesuffix(".weight"), rows_of))
+    return {name: tuple(layers) for name, layers in splits.items()}
 
 
-def _rows_of(place: str | tuple, values: torch.Tensor) -> torch.Tensor:
+def _rows_of(entry: str | tuple, values: torch.Tensor) -> torch.Tensor:
     """Return the rows of a weight that an entry of ComfyUI's map refers to: all, a range, or all reordered."""
-    if isinstance(place, str):
+    if isinstance(entry, str):
         return values
-    if place[1] is not None:
-        values = values.narrow(*place[1])
-    return place[2](values) if len(place) > 2 else values
+    if entry[1] is not None:
+        values = values.narrow(*entry[1])
+    return entry[2](values) if len(entry) > 2 else values
 
 
 def image_conditioning(model: ModelPatcher) -> str:
@@ -128,12 +128,14 @@ def image_conditioning(model: ModelPatcher) -> str:
     network = type(base.diffusion_model)
     requests_reference = _mentions(type(base), "extra_conds", "reference_latents")
     accepts_reference = any(_mentions(network, name, "ref_latents") for name in ("forward", "_forward"))
+    # Lumina 2 has Z-Image's class, but not the padding tokens with which that class joins pictures.
+    accepts_reference &= getattr(base.diffusion_model, "pad_tokens_multiple", 1) is not None
     return REFERENCE if requests_reference and accepts_reference else ""
 
 
 def _mentions(kind: type, method: str, name: str) -> bool:
     """Report whether a class's method, or a base's, has a word as a constant or a variable name."""
-    codes = [vars(one)[method].__code__ for one in kind.__mro__ if hasattr(vars(one).get(method), "__code__")]
+    codes = [vars(base)[method].__code__ for base in kind.__mro__ if hasattr(vars(base).get(method), "__code__")]
     return any(name in code.co_consts or name in code.co_varnames for code in codes)
 
 
@@ -144,27 +146,27 @@ def image_conditioning_values(kind: str, conditioning: Conditioning, device: tor
         kind: result of `image_conditioning`.
         device: target device; None to leave the tensors where they are.
     """
-    found = {}
+    values = {}
     if kind == HOLE and conditioning.inpaint_mask is not None:
-        found = {
+        values = {
             "concat_mask": conditioning.inpaint_mask.float(),
             "concat_latent_image": conditioning.masked_image_latent,
         }
-    elif kind == CONCAT and conditioning.source is not None:
-        found = {"concat_latent_image": conditioning.source}
-    elif kind == REFERENCE and conditioning.source is not None:
-        found = {"reference_latents": [conditioning.source]}
+    elif kind == CONCAT and conditioning.sources:
+        values = {"concat_latent_image": conditioning.sources[0]}
+    elif kind == REFERENCE and conditioning.sources:
+        values = {"reference_latents": list(conditioning.sources)}
     if device is None:
-        return found
+        return values
     return {
-        name: [one.to(device) for one in value] if isinstance(value, list) else value.to(device)
-        for name, value in found.items()
+        name: [upload(latent, device) for latent in value] if isinstance(value, list) else upload(value, device)
+        for name, value in values.items()
     }
 
 
 def is_reproduced(base) -> bool:
     """Report whether training reproduces all that ComfyUI's class does around the network."""
-    return type(base)._apply_model is BaseModel._apply_model or type(base).__name__ in _PLACED_BEHIND
+    return type(base)._apply_model is BaseModel._apply_model or type(base).__name__ in _IMAGE_AFTER_TEXT
 
 
 def token_positions(base, context: torch.Tensor | None) -> dict[str, dict[str, float]]:
@@ -175,7 +177,7 @@ def token_positions(base, context: torch.Tensor | None) -> dict[str, dict[str, f
     Args:
         context: [B, tokens, width].
     """
-    if type(base).__name__ not in _PLACED_BEHIND:
+    if type(base).__name__ not in _IMAGE_AFTER_TEXT:
         return {}
     length = 512.0 if context is None else float(context.shape[1])
     return {"rope_options": {"shift_t": 1.0, "shift_y": length, "shift_x": length}}
@@ -191,7 +193,7 @@ def guidance(model: ModelPatcher) -> dict[str, float]:
     return {} if unguided else {"guidance": 1.0}
 
 
-def few_steps(model: ModelPatcher) -> str:
+def few_step_evidence(model: ModelPatcher) -> str:
     """Return the evidence that a model was distilled to draw in a few steps, or an empty string.
 
     SDXL Turbo, SDXL Lightning and Z-Image-Turbo look like the models they were made from, so they are not recognized.

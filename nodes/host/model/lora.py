@@ -5,15 +5,21 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import comfy.lora
 import comfy.lora_convert
 
 from ....trainers.errors import ModelError, SettingsError
-from ....trainers.formats.keys import misfit_of_layer, split
+from ....trainers.formats.keys import BIAS, IA3, ON_INPUT, common_place, misfit_of_layer, split
 from ....trainers.methods.patterns import Pairs, check_pairs, value_for
+from ....trainers.text import counted, join_first
+from ....trainers.tools.foreign import GUESS, has_guessed_alpha, kind_of
+from ....trainers.tools.inspect import MOST_UNREAD
+from ....trainers.tools.relative import layer_names
 from . import lora_schedule
+from .own_patches import OwnPatch, Weights, bias_key, own_misfits, own_patches
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +29,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _TEXT_PREFIXES = ("lora_te", "text_encoder", "lora_prior_te", "clip_")
+_LISTED = 5
 
 
 def apply_adapter(
@@ -44,8 +51,27 @@ def apply_adapter(
         ModelError: the adapter is for another architecture, or for a larger or smaller model.
         SettingsError: a pattern matches no layer's path, or the range is empty.
     """
+    return apply_with_remarks(model, clip, adapter, (strength_model, strength_clip), blocks, span)[:2]
+
+
+def apply_with_remarks(
+    model: ModelPatcher,
+    clip: CLIP | None,
+    adapter: dict[str, torch.Tensor],
+    strengths: tuple[float, float],
+    blocks: Pairs = (),
+    span: tuple[float, float] = lora_schedule.WHOLE,
+) -> tuple[ModelPatcher, CLIP | None, list[str]]:
+    """Apply an adapter as `apply_adapter` does, and also return remarks on it for the user.
+
+    Args:
+        strengths: on the model and on the text encoder.
+    """
     _check_span(*span)
-    patches, read = _load(model, clip, adapter)
+    strength_model, strength_clip = strengths
+    # Compute the tensors of a lazy adapter once.
+    adapter = adapter if isinstance(adapter, dict) else dict(adapter)
+    patches, read = _load(model, clip, adapter, is_applied=True)
     _check_fit(model, clip, adapter, patches)
     check_pairs(blocks, [path_of(key) for key in patches], "block_strengths")
     parts = _by_strength(patches, strength_model, blocks)
@@ -54,10 +80,18 @@ def apply_adapter(
     else:
         out_model, used = _patched(model, parts)
     out_clip, used_by_clip = _patched(clip, _by_strength(patches, strength_clip, blocks))
-    unread = _unread(adapter, read, clip)
-    if unread and (used or used_by_clip):
-        log.warning("Graft: %d keys of the adapter fit no layer, such as %s.", len(unread), unread[0])
-    return out_model, out_clip
+    if not used and not used_by_clip:
+        return out_model, out_clip, []
+    own = sum(isinstance(patch, OwnPatch) for patch in patches.values())
+    remarks = [
+        check_unread(_unread(adapter, read, clip), len(read)),
+        GUESS if has_guessed_alpha(adapter) else "",
+        f"{counted(own, 'weight')} changed by the formula of the adapter's maker, not by ComfyUI's" if own else "",
+    ]
+    remarks = [remark for remark in remarks if remark]
+    for remark in remarks:
+        log.info("Graft: %s.", remark)
+    return out_model, out_clip, remarks
 
 
 def _check_span(start: float, end: float) -> None:
@@ -85,12 +119,12 @@ def path_of(key) -> str:
 
 def _by_strength(patches: dict, strength: float, blocks: Pairs) -> list[tuple[dict, float]]:
     """Return (patches, strength) for each strength other than 0."""
-    found: dict[float, dict] = {}
+    by_strength: dict[float, dict] = {}
     for key, patch in patches.items():
         wanted = strength * value_for(path_of(key), blocks, 1.0)
         if wanted != 0:
-            found.setdefault(wanted, {})[key] = patch
-    return [(part, wanted) for wanted, part in found.items()]
+            by_strength.setdefault(wanted, {})[key] = patch
+    return [(part, wanted) for wanted, part in by_strength.items()]
 
 
 def classic(model: ModelPatcher, input: str = "model") -> ModelPatcher:
@@ -134,11 +168,11 @@ class Fit:
 
 
 def fit(model: ModelPatcher, clip: CLIP | None, adapter: dict[str, torch.Tensor]) -> Fit:
-    """Return the use that ComfyUI would make of an adapter."""
+    """Return the use that Graft Apply Adapter would make of an adapter."""
     patches, read = _load(model, clip, adapter)
     misfits = _misfits(model, clip, adapter, patches)
     # ComfyUI renames the keys of some formats first; their names are unknown here.
-    paths = {name: path_of(key) for name, key in _names(model, clip).items()}
+    paths = {name: path_of(key) for name, key in _names(model, clip, adapter).items()}
     return Fit(type(model.model.model_config).__name__, len(read), _unread(adapter, read, clip), misfits, paths)
 
 
@@ -158,8 +192,20 @@ def _check_fit(model: ModelPatcher, clip: CLIP | None, adapter: dict[str, torch.
             "adapter",
         )
     if not patches:
+        kind = kind_of(adapter)
+        if kind is not None:
+            raise ModelError(f"The file is {kind.name}.", kind.cure, "adapter")
+        names = layer_names(adapter)
+        if not names:
+            raise ModelError(
+                "The adapter has no layers: its keys have no name that a loader knows"
+                + (f", such as {min(adapter)[:200]}." if adapter else "."),
+                "Choose another adapter.",
+                "adapter",
+            )
         raise ModelError(
-            f"The adapter fits no layer of the connected model ({type(model.model).__name__}).",
+            f"The adapter fits no layer of the connected model ({type(model.model).__name__}). Its first layer is "
+            f"{min(names)[:200]}.",
             "Connect a model of the family that it was trained on, or choose another adapter.",
             "adapter",
         )
@@ -172,8 +218,8 @@ def _misfits(
     weights = dict(model.model.named_parameters())
     if clip is not None:
         weights.update(clip.cond_stage_model.named_parameters())
-    names = _names(model, clip)
-    found = {}
+    names = _names(model, clip, adapter)
+    misfits = dict(own_misfits(adapter, names, weights))
     for name, held in split(adapter)[0].items():
         key = names.get(name)
         key, span = (key[0], key[1]) if isinstance(key, tuple) else (key, None)
@@ -185,23 +231,23 @@ def _misfits(
             shape[span[0]] = span[2]
         what = misfit_of_layer(held, tuple(shape))
         if what:
-            found[key] = what
+            misfits[key] = what
     # ComfyUI renames the keys of some formats first; their names are unknown here.
     for key, what in _misfits_of_patches(weights, patches):
-        found.setdefault(key, what)
-    return list(found.items())
+        misfits.setdefault(key, what)
+    return list(misfits.items())
 
 
 def _misfits_of_patches(weights: dict[str, torch.Tensor], patches: dict) -> Iterator[tuple[str, str]]:
     """Yield (weight's key, reason) of ComfyUI's patches that do not fit."""
     for key, patch in patches.items():
-        # Use the live parameter: a quantized weight is stored with another number of elements.
+        # Use the live parameter's shape: a quantized weight is stored with another number of elements.
         weight = weights.get(key) if isinstance(key, str) else None
         if weight is None:
             continue
-        size = _size_of(patch)
-        if size is not None and size != weight.numel():
-            yield key, f"{size} numbers, the layer {weight.numel()}"
+        size, wanted = _size_of(patch), prod(weight.shape)
+        if size is not None and size != wanted:
+            yield key, f"{size} numbers, the layer {wanted}"
         elif isinstance(patch, tuple) and size is not None and patch[1][0].shape != weight.shape:
             yield key, f"the shape {list(patch[1][0].shape)}, the layer {list(weight.shape)}"
 
@@ -218,28 +264,57 @@ def _size_of(patch) -> int | None:
     return up.shape[0] * down[0].numel()
 
 
+def layer_weights(model: ModelPatcher, clip: CLIP | None, *adapters: dict[str, torch.Tensor]) -> Weights:
+    """Return a function from the names of adapters' layers to the unpatched values of the model and the text encoder.
+
+    Without a text encoder its layers have no values.
+    """
+    names = {}
+    for adapter in adapters:
+        names.update(_names(model, clip, adapter))
+    return Weights(names, classic(model), *([] if clip is None else [classic(clip.patcher, "clip")]))
+
+
 def unread_keys(model: ModelPatcher, clip: CLIP | None, adapter: dict[str, torch.Tensor]) -> list[str]:
     """Return the keys of an adapter that ComfyUI's own loader would ignore."""
     _, read = _load(model, clip, adapter)
     return sorted(key for key in adapter if key not in read)
 
 
-def _load(model: ModelPatcher, clip: CLIP | None, adapter: dict[str, torch.Tensor]) -> tuple[dict, set[str]]:
-    """Return ComfyUI's patches by weight key, and the adapter keys that it used for them."""
-    names = _names(model, clip)
+def _load(
+    model: ModelPatcher, clip: CLIP | None, adapter: dict[str, torch.Tensor], is_applied: bool = False
+) -> tuple[dict, set[str]]:
+    """Return patches by weight key, and the adapter keys that they use: ComfyUI's, or the maker's formula instead."""
+    layers = split(adapter)[0]
+    names = _names(model, clip, adapter)
     converted = _Watched(comfy.lora_convert.convert_lora(dict(adapter)))
     patches = comfy.lora.load_lora(converted, names, log_missing=False)
     read = converted.read
     if set(converted) != set(adapter):
         # ComfyUI renamed the keys of a format that it converts, so the origin of each key is unknown.
-        read = set(adapter) if patches else set()
-    return patches, read
+        return patches, set(adapter) if patches else set()
+    for name, held in layers.items():
+        if BIAS in held and isinstance(names.get(name), tuple):
+            # ComfyUI reads the bias of a whole weight only.
+            patches[bias_key(names[name])] = ("diff", (held[BIAS],))
+    own, used = own_patches(adapter, names, model, clip, is_applied)
+    patches.update(own)
+    read.update(f"{name}.{end}" for name in used for end in (IA3, ON_INPUT) if ON_INPUT in layers.get(name, ()))
+    return patches, read if layers else set(used)
 
 
-def _names(model: ModelPatcher, clip: CLIP | None) -> dict:
-    """Return ComfyUI's weight keys by all the names under which it reads them."""
+def _names(model: ModelPatcher, clip: CLIP | None, adapter: dict[str, torch.Tensor] | None = None) -> dict:
+    """Return ComfyUI's weight keys by all the names under which it reads them, and by the adapter's own names."""
     names = comfy.lora.model_lora_keys_unet(model.model, {})
-    return names if clip is None else comfy.lora.model_lora_keys_clip(clip.cond_stage_model, names)
+    names = names if clip is None else comfy.lora.model_lora_keys_clip(clip.cond_stage_model, names)
+    known: dict = {}
+    for name, key in names.items():
+        known.setdefault(common_place(name), key)
+    for name in {} if adapter is None else layer_names(adapter):
+        # ComfyUI reads peft's names of some models only. For others, the scale is unknown.
+        if name not in names and common_place(name) in known and not has_guessed_alpha([name]):
+            names[name] = known[common_place(name)]
+    return names
 
 
 class _Watched(dict):
@@ -260,7 +335,29 @@ class _Watched(dict):
 
 
 def _unread(adapter: dict[str, torch.Tensor], read: set[str], clip: CLIP | None) -> list[str]:
-    """Return the keys that ComfyUI ignores, without a text encoder's keys if none is connected."""
-    return [
-        key for key in sorted(adapter) if key not in read and (clip is not None or not key.startswith(_TEXT_PREFIXES))
-    ]
+    """Return the keys that nothing uses, without a text encoder's keys if none is connected."""
+    keys = adapter if len(adapter) else layer_names(adapter)
+    return [key for key in sorted(keys) if key not in read and (clip is not None or not key.startswith(_TEXT_PREFIXES))]
+
+
+def check_unread(unread: list[str], read: int) -> str:
+    """Return a remark about keys that fit no layer, empty without them.
+
+    Args:
+        unread: the keys.
+        read: number of keys that fit.
+
+    Raises:
+        ModelError: they are more than a tenth.
+    """
+    if not unread:
+        return ""
+    count = f"{counted(len(unread), 'key')} of {len(unread) + read}"
+    if len(unread) > MOST_UNREAD * (len(unread) + read):
+        raise ModelError(
+            f"The adapter does not fit the connected model: {count} fit no layer, such as "
+            f"{join_first(unread, _LISTED)}.",
+            "Connect the model that it was trained on. Graft Inspect Adapter lists its layers.",
+            "adapter",
+        )
+    return f"{count} fit no layer and have no effect: {join_first(unread, _LISTED)}"

@@ -15,6 +15,7 @@ import comfy.hooks
 from comfy.patcher_extension import WrappersMP
 
 from ....trainers.errors import ModelError
+from .quantization.gguf import is_gguf
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +35,16 @@ def add_in_range(
         model: classic patcher, with its weights in place.
         parts: (patches by weight key, strength).
         span: (start, end) in 0..1 of sampling, as ComfyUI's percent_to_sigma takes them.
+
+    Raises:
+        ModelError: it is a GGUF model.
     """
+    if is_gguf(model):
+        raise ModelError(
+            "ComfyUI cannot switch an adapter on and off during sampling on a GGUF model.",
+            "Set start_percent to 0 and end_percent to 1, or load the original checkpoint.",
+            "start_percent",
+        )
     hook = comfy.hooks.WeightHook(1.0, 0.0)
     # The weights are set below, so ComfyUI need not load them when sampling starts.
     hook.need_weight_init = False
@@ -49,12 +59,12 @@ def add_in_range(
     return out, used
 
 
-def refuse_ranged(model: ModelPatcher, input: str, what: str) -> None:
+def refuse_scheduled_lora(model: ModelPatcher, input: str, operation: str) -> None:
     """Refuse a model that carries an adapter for a part of sampling only.
 
     Args:
         input: name of the node's input.
-        what: the operation that cannot use such a model.
+        operation: cannot use such a model; the subject of the error's sentence.
 
     Raises:
         ModelError: the model carries such an adapter.
@@ -62,7 +72,7 @@ def refuse_ranged(model: ModelPatcher, input: str, what: str) -> None:
     keys = model.wrappers.get(WrappersMP.CALC_COND_BATCH, {})
     if any(isinstance(key, str) and key.startswith(_KEY) for key in keys):
         raise ModelError(
-            f"The model has an adapter that acts in a part of sampling only; {what} cannot include it.",
+            f"The model has an adapter that acts in a part of sampling only; {operation} cannot include it.",
             "In the Graft Apply Adapter before this node, set start_percent to 0 and end_percent to 1.",
             input,
         )
@@ -81,7 +91,7 @@ class _Within:
     def __call__(self, executor, model, conds: list, x: torch.Tensor, timestep: torch.Tensor, model_options: dict):
         if self._holds(model.model_sampling, float(timestep[0])):
             conds = [
-                cond if cond is None else [{**one, "hooks": self._group(one.get("hooks"))} for one in cond]
+                cond if cond is None else [{**entry, "hooks": self._group(entry.get("hooks"))} for entry in cond]
                 for cond in conds
             ]
         return executor(model, conds, x, timestep, model_options)
@@ -100,9 +110,9 @@ class _Within:
 
 
 def _with_hook(given: comfy.hooks.HookGroup | None, hook: comfy.hooks.WeightHook) -> comfy.hooks.HookGroup:
-    made = comfy.hooks.HookGroup()
-    for one in given.hooks if given is not None else ():
+    group = comfy.hooks.HookGroup()
+    for existing in given.hooks if given is not None else ():
         # Add the same hooks, not clones: ComfyUI advances their keyframes during sampling.
-        made.add(one)
-    made.add(hook)
-    return made
+        group.add(existing)
+    group.add(hook)
+    return group

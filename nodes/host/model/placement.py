@@ -47,9 +47,14 @@ def placed(model: ModelPatcher, offloaded: bool) -> Iterator[None]:
 
 
 class Pins:
-    """Weights whose memory is pinned."""
+    """Weights whose memory is pinned.
 
-    def __init__(self):
+    Args:
+        device: the device that reads them.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = device
         self._weights: list[torch.Tensor] = []
 
     def add(self, weight: torch.Tensor) -> bool:
@@ -65,17 +70,17 @@ class Pins:
         """Unpin all weights."""
         try:
             if self._weights:
-                # The device may still be reading. ComfyUI pins memory for CUDA only.
-                torch.cuda.synchronize()
+                # The device may still be reading.
+                getattr(torch, self._device.type).synchronize(self._device)
         finally:
             while self._weights:
                 comfy.model_management.unpin_memory(self._weights.pop())
 
 
 @contextmanager
-def pinning() -> Iterator[Pins]:
+def pinning(device: torch.device) -> Iterator[Pins]:
     """Provide pins that are released at the end in any case."""
-    pins = Pins()
+    pins = Pins(device)
     try:
         yield pins
     finally:

@@ -11,7 +11,7 @@ import comfy.samplers
 import torch
 
 from ....trainers.memory.offload import bytes_here, is_on_other_device
-from ....trainers.protocols import PreviewRequest, PreviewSkipped
+from ....trainers.protocols import PictureRequest, PreviewSkipped
 from ..server import control
 from . import families
 from .text_encoder import ComfyText
@@ -62,28 +62,34 @@ class _Sampler:
         self._text = text
         self._vae = vae
 
-    def _latents(self, request: PreviewRequest) -> list[torch.Tensor]:
-        """Return latents [1, C, ...], one for each prompt of the request; picture i has the seed + i."""
-        negative = self._text.prompt(request.negative)
+    def _latents(self, requests: Sequence[PictureRequest]) -> list[torch.Tensor]:
+        """Return latents [1, C, ...], one for each request."""
         # Encode all texts first, so that the text encoder need not make room in between.
-        positives = [self._text.prompt(prompt) for prompt in request.prompts]
-        found = []
-        for index, positive in enumerate(positives):
-            more = self._values(request, index)
-            conditionings = [[[text, {**values, **more}] for text, values in one] for one in (positive, negative)]
-            found.append(self._sample(*conditionings, request, [(request.seed + index) % 2**64]))
-        return found
+        plain = [request for request in requests if request.encoded is None]
+        texts = dict.fromkeys(text for request in plain for text in (request.prompt, request.negative))
+        encoded = {text: self._text.prompt(text) for text in texts}
+        latents = []
+        for request in requests:
+            more = self._values(request)
+            if request.encoded is None:
+                pair = encoded[request.prompt], encoded[request.negative]
+            else:
+                pair = [[[values["cross_attn"], _without_cross_attn(values)]] for values in request.encoded]
+            conditionings = [[[text, {**values, **more}] for text, values in prompt] for prompt in pair]
+            latents.append(self._sample(*conditionings, request, [request.seed]))
+        return latents
 
-    def _values(self, request: PreviewRequest, index: int) -> dict:
-        """Return the conditioning values of a prompt other than its text."""
-        return {}
+    def _values(self, request: PictureRequest) -> dict:
+        """Return the conditioning values of a request other than its texts."""
+        values = {} if request.guidance is None else {"guidance": request.guidance}
+        if request.beside is None:
+            return values
+        kind = families.image_conditioning(self._patcher)
+        return {**values, **families.image_conditioning_values(kind, request.beside)}
 
-    def _sample(self, positive: list, negative: list, request: PreviewRequest, seeds: Sequence[int]) -> torch.Tensor:
+    def _sample(self, positive: list, negative: list, request: PictureRequest, seeds: Sequence[int]) -> torch.Tensor:
         """Return latents [len(seeds), C, ...] of one prompt. The noise of each depends on its own seed alone."""
-        factor = int(self._vae.spacial_compression_encode())
-        channels = self._patcher.get_model_object("latent_format").latent_channels
-        latent = torch.zeros(len(seeds), channels, request.size[1] // factor, request.size[0] // factor)
-        latent = comfy.sample.fix_empty_latent_channels(self._patcher, latent)
+        latent = empty_latent(self._patcher, self._vae, request.size, len(seeds))
         return comfy.sample.sample(
             self._patcher,
             torch.cat([comfy.sample.prepare_noise(latent[:1], seed) for seed in seeds]),
@@ -100,6 +106,14 @@ class _Sampler:
         )
 
 
+def empty_latent(patcher: ModelPatcher, vae: VAE, size: tuple[int, int], count: int = 1) -> torch.Tensor:
+    """Return zeros [count, C, ...] in the shape of the latents of pictures of (width, height) pixels."""
+    factor = int(vae.spacial_compression_encode())
+    channels = patcher.get_model_object("latent_format").latent_channels
+    latent = torch.zeros(count, channels, size[1] // factor, size[0] // factor)
+    return comfy.sample.fix_empty_latent_channels(patcher, latent)
+
+
 class ClassSampler(_Sampler):
     """A sampler of class images with the graph's model. It batches images only where that changes none of them."""
 
@@ -107,9 +121,9 @@ class ClassSampler(_Sampler):
         super().__init__(patcher, text, vae)
         self._literal: dict[str, list] = {}
 
-    def draw(self, request: PreviewRequest, numbers: Sequence[int]) -> list[Image.Image]:
-        """Return pictures of the request's one prompt, read literally as captions are; picture i has the seed + i."""
-        (prompt,) = request.prompts
+    def draw(self, request: PictureRequest, numbers: Sequence[int]) -> list[Image.Image]:
+        """Return pictures of a prompt that is read literally, as captions are; picture i has the seed + i."""
+        prompt = request.prompt
         with torch.no_grad():
             if prompt not in self._literal:
                 self._literal[prompt] = self._text.encode_for_sampling(prompt)
@@ -123,39 +137,33 @@ class ClassSampler(_Sampler):
 class PromptSampler(_Sampler):
     """A sampler that draws with one of the graph's models, including the patches that wait on it."""
 
-    def draw(self, request: PreviewRequest) -> list[Image.Image]:
-        """Return one picture for each prompt."""
+    def draw(self, requests: Sequence[PictureRequest]) -> list[Image.Image]:
+        """Return a picture for each request."""
         with torch.no_grad():
-            return [_picture(self._vae.decode(latent)) for latent in self._latents(request)]
+            return [_picture(self._vae.decode(latent)) for latent in self._latents(requests)]
 
 
 class PreviewSampler(_Sampler):
     """A sampler that draws with the private tree itself, so that no second copy of the weights is patched."""
 
-    def __init__(self, model: ModelPatcher, base, text: ComfyText, vae: VAE, image_conditioning: str = ""):
+    def __init__(self, model: ModelPatcher, base, text: ComfyText, vae: VAE):
         super().__init__(model.clone(), text, vae)
-        self._image_conditioning = image_conditioning
         self._patcher.model = base
         for name in _BAKED:
             if hasattr(self._patcher, name):
                 setattr(self._patcher, name, type(getattr(self._patcher, name))())
         base.current_weight_patches_uuid = self._patcher.patches_uuid
 
-    def draw(self, request: PreviewRequest) -> list[Image.Image]:
-        """Return one picture for each prompt."""
+    def draw(self, requests: Sequence[PictureRequest]) -> list[Image.Image]:
+        """Return a picture for each request."""
         with torch.no_grad():
             if is_on_other_device(self._patcher.model.diffusion_model):
                 self._call_loaded()
             try:
-                latents = self._latents(request)
+                latents = self._latents(requests)
             finally:
                 self._forget()
             return [_picture(self._vae.decode(latent)) for latent in latents]
-
-    def _values(self, request: PreviewRequest, index: int) -> dict:
-        if not request.beside:
-            return {}
-        return families.image_conditioning_values(self._image_conditioning, request.beside[index % len(request.beside)])
 
     def _call_loaded(self) -> None:
         """Mark the tree as loaded, so that ComfyUI moves nothing: offloaded blocks fetch their weights themselves."""
@@ -174,6 +182,11 @@ class PreviewSampler(_Sampler):
                 loaded.remove(entry)
                 if entry.model_finalizer is not None:
                     entry.model_finalizer.detach()
+
+
+def _without_cross_attn(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return a conditioning's values in the form of ComfyUI's nodes, which give `pooled_output` in any case."""
+    return {"pooled_output": None, **{name: value for name, value in values.items() if name != "cross_attn"}}
 
 
 def _check_interrupt(step: int, x0, x, total: int) -> None:

@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from ....trainers.formats.embedding import WIDTHS
+from ....trainers.memory.transfer import PinnedConstants
 from ....trainers.preprocessing.lru_cache import LRUCache
-from . import embeddings
+from . import compat, embeddings, prompt_nodes
 from .clip_batching import encode_alike, encode_together, encoded, form_of
-from .fingerprint import patcher_digest, sampled_patcher_digest
+from .identity.fingerprint import patcher_digest, sampled_patcher_digest
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +47,24 @@ class ComfyText:
         """Return ComfyUI's conditioning of a literal caption: `cross_attn`, `pooled_output` and any other tensors."""
         return self._with_finite_pooled(conditioning_tensors(self.clip, _literal_tokens(self.clip, caption)))
 
+    @property
+    def sees_pictures(self) -> bool:
+        """Report whether the encoder can read source pictures beside the text."""
+        return prompt_nodes.sees_pictures(self.clip)
+
+    def check_prompt_node(self, node: str) -> None:
+        """Raise ModelError if this ComfyUI lacks the node, or if this encoder does not see pictures."""
+        prompt_nodes.check(node, self.clip)
+
+    def encode_with_sources(
+        self, node: str, text: str, pictures: Sequence[torch.Tensor], negative: bool = False
+    ) -> dict[str, torch.Tensor]:
+        """Return the conditioning that one of ComfyUI's nodes makes of a text and pictures, without their latents."""
+        import torch
+
+        with torch.no_grad():
+            return _on_cpu(prompt_nodes.encode_text(node, self.clip, text, pictures, negative))
+
     def form(self, caption: str) -> Hashable:
         """Return the shape of a caption's tokens; None if it holds vectors, or no encoder is known to batch safely."""
         return form_of(self.clip, _literal_tokens(self.clip, caption))
@@ -55,28 +74,31 @@ class ComfyText:
         import torch
 
         with torch.no_grad():
-            found = encode_alike(self.clip, [_literal_tokens(self.clip, caption) for caption in captions])
-        return [self._with_finite_pooled(_on_cpu(one)) for one in found]
+            encodings = encode_alike(self.clip, [_literal_tokens(self.clip, caption) for caption in captions])
+        return [self._with_finite_pooled(_on_cpu(encoding)) for encoding in encodings]
 
-    def _with_finite_pooled(self, found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _with_finite_pooled(self, encoding: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Replace a pooled output that an uninitialized, unused projection made non-finite."""
         import torch
 
-        pooled = found.get("pooled_output")
+        pooled = encoding.get("pooled_output")
         if pooled is not None and self._idle() and not pooled.isfinite().all():
             # No model with such an encoder alone reads it.
-            found["pooled_output"] = torch.zeros_like(pooled)
-        return found
+            encoding["pooled_output"] = torch.zeros_like(pooled)
+        return encoding
 
     def encode_live(self, captions: Sequence[str]) -> list[dict[str, torch.Tensor]]:
         """Encode captions as `encode` does, through the private tree, with gradients if something is trained."""
         names = embeddings.names_of(self._live.tokenizer)
         tokens = [_literal_tokens(self._live, embeddings.spaced(caption, names)) for caption in captions]
         if any(part.requires_grad for part in (*self._trained, *self.module.parameters())):
-            return encode_together(self._live, tokens, self._keep)
+            with compat.outputs_on(self.device), PinnedConstants():
+                return encode_together(self._live, tokens, self._keep)
         # Nothing in the encoder is trained, so encode each caption once.
         pairs = zip(captions, tokens, strict=True)
-        return [self._keep.get(caption, functools.partial(encoded, self._live, one)) for caption, one in pairs]
+        return [
+            self._keep.get(caption, functools.partial(encoded, self._live, token_set)) for caption, token_set in pairs
+        ]
 
     def prompt(self, prompt: str) -> list:
         """Return a prompt's conditioning as a CLIPTextEncode node does; in training, by the tree as trained so far."""
@@ -105,15 +127,15 @@ class ComfyText:
         """Return [tokens, width] float32 on the CPU by encoder. `embedding:NAME` in the text gives its own vectors."""
         import torch
 
-        found = {}
+        vectors = {}
         for key in self.encoders():
             table = self._table(key)
             rows = [
                 token if torch.is_tensor(token) else table[token] for token in _ids(self._tokenizer(key), text.strip())
             ]
             rows = [row.detach().to("cpu", torch.float32).clone() for row in rows if _fits(row, table.shape[1])]
-            found[key] = torch.stack(rows) if rows else torch.zeros(0, table.shape[1])
-        return found
+            vectors[key] = torch.stack(rows) if rows else torch.zeros(0, table.shape[1])
+        return vectors
 
     def median_norms(self) -> dict[str, float]:
         """Return the median norm of the vocabulary's vectors by encoder."""
@@ -132,6 +154,8 @@ class ComfyText:
 
         from ....trainers.memory.autograd import own_weights, private_tree
         from .lora import classic
+        from .quantization.gguf import as_plain_layers
+        from .quantization.quantized import as_linears
 
         with torch.inference_mode(False), torch.enable_grad():
             clip = self.clip.clone()
@@ -139,6 +163,8 @@ class ComfyText:
             comfy.model_management.load_models_gpu([clip.patcher], force_full_load=True)
             own_weights(clip.patcher.model)
             self.module = private_tree(clip.patcher.model)
+            as_plain_layers(self.module, "clip")
+            as_linears(self.module, clip.patcher.model, "clip")
             for key in WIDTHS:
                 # ComfyUI computes CLIP in float32. It would cast the weights at every pass, and autograd would keep
                 # each copy until the backward. Casting once takes no more memory, and saves the time.
@@ -175,12 +201,12 @@ class ComfyText:
     def embedded_digest(self, texts: Sequence[str], without: Sequence[str] = ()) -> str:
         """Return a hash of the embedding files that texts call, in each encoder; `fingerprint` covers attached ones."""
         skipped = {*without, *embeddings.names_of(self.clip.tokenizer)}
-        found = []
+        digests = []
         for name in sorted({name for text in texts for name in embeddings.called_names(text)} - skipped):
             if name not in self._embedded:
                 self._embedded[name] = embeddings.file_digest(self.clip.tokenizer, name)
-            found.append(f"{name}:{self._embedded[name]}" if self._embedded[name] else "")
-        return hashlib.sha256("|".join(filter(None, found)).encode()).hexdigest() if any(found) else ""
+            digests.append(f"{name}:{self._embedded[name]}" if self._embedded[name] else "")
+        return hashlib.sha256("|".join(filter(None, digests)).encode()).hexdigest() if any(digests) else ""
 
     def _idle(self) -> tuple[str, ...]:
         """Return the weights without effect: CLIP-L's projection matters only beside an encoder that is not CLIP."""
@@ -240,5 +266,5 @@ def conditioning_tensors(clip: CLIP, tokens: dict) -> dict[str, torch.Tensor]:
         return _on_cpu(encoded(clip, tokens))
 
 
-def _on_cpu(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: value.detach().to("cpu").clone() for name, value in found.items()}
+def _on_cpu(encoding: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value.detach().to("cpu").clone() for name, value in encoding.items()}

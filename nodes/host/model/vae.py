@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from .fingerprint import module_digest, sampled_module_digest
+from . import prompt_nodes
+from .identity.fingerprint import module_digest, sampled_module_digest
 
 if TYPE_CHECKING:
     import torch
@@ -61,6 +63,14 @@ class ComfyCodec:
             raise RuntimeError("Not enough memory: the VAE encoded in tiles.")
         return mean, _log_variance(caught, mean)
 
+    def encode_sources(self, node: str, pictures: Sequence[torch.Tensor], size: tuple[int, int]) -> list[torch.Tensor]:
+        """Encode source pictures as one of ComfyUI's nodes does; float32 on the CPU, unscaled."""
+        import torch
+
+        with torch.inference_mode():
+            latents = prompt_nodes.encode_sources(node, self._vae, pictures, size)
+        return [latent.float().cpu().clone() for latent in latents]
+
     def fingerprint(self) -> str:
         """Return a fingerprint that changes with weights and dtype."""
         return f"{module_digest(self._vae.first_stage_model)}|{self._vae.vae_dtype}"
@@ -80,8 +90,8 @@ def _pixels_at_once(vae: VAE) -> int:
 
 def _is_whole(caught: list[torch.Tensor], mean: torch.Tensor) -> bool:
     """Report whether the recorded moments, of one pass or several, cover exactly the pictures of the mean."""
-    rows = sum(len(one) for one in caught)
-    return rows == len(mean) and all(one.shape[2:] == mean.shape[2:] for one in caught)
+    rows = sum(len(recorded) for recorded in caught)
+    return rows == len(mean) and all(recorded.shape[2:] == mean.shape[2:] for recorded in caught)
 
 
 def _log_variance(caught: list[torch.Tensor], mean: torch.Tensor) -> torch.Tensor | None:
@@ -93,7 +103,7 @@ def _log_variance(caught: list[torch.Tensor], mean: torch.Tensor) -> torch.Tenso
 
     if not caught or not _is_whole(caught, mean):
         return None
-    moments = torch.cat([one.detach().float().cpu() for one in caught])
+    moments = torch.cat([recorded.detach().float().cpu() for recorded in caught])
     if moments.ndim != mean.ndim or moments.shape[1] != 2 * mean.shape[1]:
         return None
     first, second = moments.chunk(2, dim=1)

@@ -4,10 +4,12 @@ import pytest
 import torch
 from graft_pack.trainers.lowrank import products
 from graft_pack.trainers.lowrank.layers import LowRankLayer, StepWeights, grouping, low_rank_layers
+from graft_pack.trainers.memory.checkpointing import checkpoint_blocks
 from torch import nn
 from torch.nn import functional
 
 SOURCE = torch.Generator()
+convolve = products._convolve
 DEVICES = pytest.mark.parametrize("on_cpu", [True, False], ids=["CPU's way", "GPU's way"])
 
 
@@ -195,17 +197,27 @@ def test_weights_are_cast_once_a_forward_and_gradients_back():
 
 
 @DEVICES
-def test_a_checkpointed_block_is_recomputed_without_its_last_frozen_product(on_cpu, monkeypatch):
+@pytest.mark.parametrize("keeps", [True, False], ids=["checkpoint_blocks", "torch's checkpoint"])
+def test_a_checkpointed_block_is_recomputed_without_its_last_frozen_product(keeps, on_cpu, monkeypatch):
     from torch.utils.checkpoint import checkpoint
     from torch.utils.flop_counter import FlopCounterMode
 
     monkeypatch.setattr(products, "is_on_cpu", lambda tensor: on_cpu)
+    # The block is narrow: q, k and v have half of its width as their ranks.
+    monkeypatch.setattr(products, "_LEAST_RATIO", 2)
     block, x = Block(rank=1), random(3, 6)
     with grouping([block]), torch.no_grad():
         block(x)
     weights = [part.weight for layer in low_rank_layers(block).values() for part in (layer.down, layer.up)]
     counts, found = [], []
-    for run in (lambda: block(x), lambda: checkpoint(block, x, use_reentrant=False)):
+
+    def checkpointed():
+        if not keeps:
+            return checkpoint(block, x, use_reentrant=False)
+        checkpoint_blocks([block])
+        return block(x)
+
+    for run in (lambda: block(x), checkpointed):
         with FlopCounterMode(display=False) as counter:
             loss = run().square().sum()
             for _ in range(2):
@@ -213,5 +225,26 @@ def test_a_checkpointed_block_is_recomputed_without_its_last_frozen_product(on_c
         counts.append(counter.get_total_flops())
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
     frozen_product, narrow = 2 * 3 * 6 * 6, 2 * 3 * 6
-    # In each of the two backwards q, k and v with their A, and A of the last layer. Products in place are not counted.
-    assert counts[1] - counts[0] == 2 * (3 * frozen_product + 4 * narrow)
+    # In each of the two backwards q, k and v. `checkpoint_blocks` keeps A x; otherwise also their A, and A of the last
+    # layer. Products in place are not counted.
+    assert counts[1] - counts[0] == 2 * (3 * frozen_product + (0 if keeps else 4) * narrow)
+
+
+@pytest.mark.parametrize("width, count", [(16, 1), (15, 2)], ids=["low rank", "high rank"])
+def test_a_checkpointed_convolution_computes_the_narrow_product_once(width, count, monkeypatch):
+    """Unless A x would take more than an eighth of x's memory."""
+    calls = []
+    monkeypatch.setattr(
+        products, "_convolve", lambda x, weight, *rest: calls.append(weight) or convolve(x, weight, *rest)
+    )
+    layer = frozen(nn.Conv2d, width, 4, 3, 1, 1)
+    down, up = random(2, width, 3, 3), random(4, 2, 1, 1)
+    block = nn.Module()
+    block.forward = lambda x: products.convolution(x, down, up, 0.5, layer)
+    x = random(1, width, 5, 5)
+    expected = torch.autograd.grad(block(x).square().sum(), (x, down, up))
+    checkpoint_blocks([block])
+    calls.clear()
+    found = torch.autograd.grad(block(x).square().sum(), (x, down, up))
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    assert len([weight for weight in calls if weight is down]) == count

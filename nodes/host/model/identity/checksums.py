@@ -80,7 +80,7 @@ def _holds(known: _Known | None, tensor: torch.Tensor) -> bool:
     mark = _mark(tensor, parts)
     if mark == known.mark and not known.memory.expired():
         return True
-    places = [[where for where, _ in one[1:]] for one in (mark, known.mark)]
+    places = [[where for where, _ in state[1:]] for state in (mark, known.mark)]
     is_written_to = not known.memory.expired() and places[0] == places[1]
     # After a write, read the tensor again: a sum misses swapped rows. A sum suffices for a tensor that was moved, or
     # restored after a patch.
@@ -111,7 +111,9 @@ def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _shapes(tensor: torch.Tensor, parts: list[torch.Tensor]) -> tuple:
-    return (tuple(tensor.shape), str(tensor.dtype), *((tuple(part.shape), str(part.dtype)) for part in parts))
+    shapes = (tuple(tensor.shape), str(tensor.dtype), *((tuple(part.shape), str(part.dtype)) for part in parts))
+    # Two types of GGUF may give the same bytes other values.
+    return (*shapes, str(tensor.tensor_type)) if hasattr(tensor, "tensor_type") else shapes
 
 
 def _mark(tensor: torch.Tensor, parts: list[torch.Tensor]) -> tuple:
@@ -132,11 +134,11 @@ def _bytes(part: torch.Tensor) -> torch.Tensor:
 
 def _sums(parts: list[torch.Tensor]) -> tuple[int, ...]:
     """Return the sum of each part's bytes, read as 64-bit words."""
-    found = []
+    sums = []
     for part in parts:
         flat = _bytes(part)
         words = flat.numel() // 8 * 8
         # A view may start at an address that is not a multiple of 8.
         whole = flat[:words] if flat.data_ptr() % 8 == 0 else flat[:words].clone()
-        found.append(int(whole.view(torch.int64).sum()) + int(flat[words:].sum()) if flat.numel() else 0)
-    return tuple(found)
+        sums.append(int(whole.view(torch.int64).sum()) + int(flat[words:].sum()) if flat.numel() else 0)
+    return tuple(sums)

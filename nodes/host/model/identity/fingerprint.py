@@ -101,7 +101,10 @@ def _module_digest(module: torch.nn.Module, reading: _Reading) -> str:
 def _base_weights(patcher: ModelPatcher) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield name and value of each weight as loaded, even while a clone's patches are applied in place."""
     backup = patcher.backup
-    for name, weight in sorted(patcher.model.state_dict().items()):
+    weights = patcher.model.state_dict()
+    # A GGUF model's state dict has empty tensors in the place of quantized weights.
+    weights.update({name: value for name, value in patcher.model.named_parameters() if hasattr(value, "tensor_type")})
+    for name, weight in sorted(weights.items()):
         # ComfyUI swaps the sampling object on the shared model while it has loaded a clone that patches it.
         if name.startswith(f"{_SAMPLING}."):
             continue
@@ -181,14 +184,14 @@ def _parts(value: Any, reading: _Reading) -> list:
 
 
 def _closure(function) -> list:
-    found = []
+    values = []
     for cell in function.__closure__ or ():
         try:
-            found.append(cell.cell_contents)
+            values.append(cell.cell_contents)
         except ValueError:
             # The name is bound later.
             continue
-    return found
+    return values
 
 
 def _fields(value: Any) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Identity of weights: fingerprints of models, text encoders and VAEs."""
