@@ -8,13 +8,16 @@ import random
 import shutil
 
 import pytest
+from graft_pack.trainers.memory.quantization import linears_of, quantize
+from graft_pack.trainers.recipe.options import INT8, NF4
 
-from tests.support import graphs
+from tests.support import graphs, runs
 from tests.toy import classifier, world
 
 # Settings that reach the bars on the tiny base; `make demo` uses the same.
 STEPS = 300
 WIDGETS = {"learning_rate": 1e-3, "rank": 8, "batch_size": 4, "seed": 0}
+TINT_STEPS = 200
 TOY_SAMPLES = 16
 OLD_SAMPLES = 32
 
@@ -45,6 +48,85 @@ def trained(server):
     prompt = graphs.training("concept", STEPS, **WIDGETS)
     prompt["9"] = graphs.node("GraftSaveAdapter", adapter=["3", 2], filename_prefix="concept", format="kohya")
     return server.run(prompt, timeout=900)["outputs"]["9"]["text"][0]
+
+
+@pytest.fixture(scope="module")
+def trained_on(server, trained):
+    """Return the path of the LoRA that a second trainer made of the first one's, with the pictures of another concept.
+
+    The first one's pictures are among them: without them, the second trainer forgets the first object.
+    """
+    shutil.copytree(world.CONCEPT_FOLDER / "tint", server.path("input", "concept-tint"), dirs_exist_ok=True)
+    prompt = graphs.training("concept", STEPS, **WIDGETS)
+    other = graphs.training("concept-tint", TINT_STEPS, **{**WIDGETS, "rank": 0})
+    prompt["4"] = other["2"]
+    prompt["6"] = graphs.node("GraftCombineDatasets", dataset_a=["2", 0], dataset_b=["4", 0])
+    links = {"dataset": ["6", 0], "adapter": ["3", 2]}
+    prompt["5"] = {**other["3"], "inputs": {**other["3"]["inputs"], **links}}
+    prompt["9"] = graphs.node("GraftSaveAdapter", adapter=["5", 2], filename_prefix="both", format="kohya")
+    return server.run(prompt, timeout=900)["outputs"]["9"]["text"][0]
+
+
+@pytest.mark.soak
+def test_a_second_trainer_learns_its_concept_and_keeps_the_first(
+    comfy, tiny_base, trained_on, trials, sampler_steps, capsys
+):
+    import comfy.sd
+    import comfy.utils
+
+    from tests.toy import host
+
+    model, clip, vae = host.load(tiny_base)
+    after, _ = comfy.sd.load_lora_for_models(model, None, comfy.utils.load_torch_file(trained_on), 1.0, 0.0)
+    count = trials(16, 64)
+    scenes = [(world.SHAPES[place % 8], world.TINT_BACKGROUNDS[place // 8 % 8]) for place in range(count)]
+    prompts = {
+        "toy": (toy_prompts() * 4)[:count],
+        "tint": [world.tint_caption(*scene) for scene in scenes],
+    }
+    pictures = {name: host.generate(after, clip, vae, texts, 5, sampler_steps) for name, texts in prompts.items()}
+    shares = {
+        name: sum(getattr(classifier.classify(picture), name) for picture in drawn) / count
+        for name, drawn in pictures.items()
+    }
+    with capsys.disabled():
+        print(f"\n{TINT_STEPS} more steps, with 8 pictures of another concept")
+        print(f"first object for its trigger  {shares['toy']:4.0%}")
+        print(f"new color for its trigger     {shares['tint']:4.0%}")
+    assert min(shares.values()) >= 0.75
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("base_dtype", [INT8, NF4])
+def test_a_quantized_base_learns_what_the_whole_base_draws(
+    comfy, server, tiny_base, base_dtype, trials, sampler_steps, capsys
+):
+    """The object appears on the quantized base, and by the file on the base as it is."""
+    import comfy.sd
+    import comfy.utils
+
+    from tests.toy import host
+
+    shutil.copytree(world.CONCEPT_FOLDER / "toy", server.path("input", "concept"), dirs_exist_ok=True)
+    nodes = runs.option_nodes(server, GraftMemoryOptions={"base_dtype": base_dtype})
+    prompt = graphs.training("concept", STEPS, option_nodes=nodes, **WIDGETS)
+    prompt["9"] = graphs.node("GraftSaveAdapter", adapter=["3", 2], filename_prefix=base_dtype, format="kohya")
+    tensors = comfy.utils.load_torch_file(server.run(prompt, timeout=900)["outputs"]["9"]["text"][0])
+    count = trials(TOY_SAMPLES, 4 * TOY_SAMPLES)
+    shares = {}
+    for kind in ("whole", "quantized"):
+        model, clip, vae = host.load(tiny_base)
+        for layer in linears_of(model.model.diffusion_model) if kind == "quantized" else ():
+            parts, dequantize = quantize(layer.weight.detach(), base_dtype, layer.weight.device)
+            layer.weight.data = dequantize(parts, layer.weight.dtype)
+        after, _ = comfy.sd.load_lora_for_models(model, None, tensors, 1.0, 0.0)
+        pictures = host.generate(after, clip, vae, (toy_prompts() * 4)[:count], seed=5, steps=sampler_steps)
+        shares[kind] = sum(classifier.classify(picture).toy for picture in pictures) / count
+    with capsys.disabled():
+        print(
+            f"\ntrained on {base_dtype}: new object on it {shares['quantized']:4.0%}, as it is {shares['whole']:4.0%}"
+        )
+    assert min(shares.values()) >= 0.75
 
 
 @pytest.mark.soak

@@ -44,7 +44,7 @@ def test_every_node_has_its_help_page_and_no_page_is_left_over(schemas):
 
 def test_help_pages_show_a_workflow_and_training_nodes_lead_to_choosing(schemas):
     for node_id, page in list_pages().items():
-        assert re.search(r"\n!\[[^\]]{20,}\]\(pictures/\w+\.webp\)\n", page), node_id
+        assert re.search(r"\n!\[[^\]]{20,}\]\(pictures/\w+\.(?:svg|avif)\)\n", page), node_id
     trainers = [name for name in schemas if name.startswith("GraftTrain") or name == "GraftFineTune"]
     for node_id in trainers:
         assert "(extensions/graft/docs/choosing/index.html)" in list_pages()[node_id], node_id
@@ -155,7 +155,7 @@ def test_settings_say_the_same_in_the_browser_and_to_translators():
     script = (ROOT / "web" / "settings.js").read_text(encoding="utf-8")
     for name, texts in make_locales.SETTINGS.items():
         assert f'id: "{name.replace("_", ".")}"' in script
-        for text in texts.values():
+        for _, text in make_locales.list_texts(texts):
             assert f'"{text}"' in script
 
 

@@ -16,13 +16,17 @@ from safetensors.torch import save_file
 from docs.build import make_blueprint
 from docs.build.make_workflows import (
     TINY,
+    TINY_CURRICULUM,
     TINY_DREAMBOOTH,
     TINY_EMBEDDING,
     TINY_FINE_TUNE,
     TINY_MERGE,
     TINY_PIVOTAL,
+    TINY_PREFERENCE,
+    TINY_SLIDER,
 )
 from tests.support.host import ROOT
+from tests.support.pairs import write_pairs
 from tests.support.workflow import NOTES, find_nodes, read_workflow, to_prompt
 from tests.toy import world
 
@@ -305,6 +309,33 @@ def test_a_word_is_trained_drawn_and_saved(server, name, tiny, shown, saved):
 
 
 @pytest.mark.server
+def test_a_preference_is_trained_from_pairs(server):
+    """The example on the tiny base with two steps; the panel's events have the implicit accuracy."""
+    write_pairs(server.path("input", "pairs"), 4)
+    values = copy.deepcopy(TINY_PREFERENCE)
+    values["Train"].update(steps=2, batch_size=2)
+    for what in ("before", "after"):
+        values[f"Sample {what}"]["steps"] = 2
+    workflow = read_workflow(ROOT / "example_workflows" / "Preference from pairs.json")
+    schemas = server.object_info()
+    given = {entry["_meta"]["title"]: entry["inputs"] for entry in to_prompt(workflow, schemas).values()}
+    usual = {"steps": 1000, "beta": 2000.0, "learning_rate": 0, "train": "LoRA", "seed": 0}
+    assert usual.items() <= given["Train"].items()
+    assert given["Pairs"]["worse_folder"] == "worse"
+    entry = server.run(to_prompt(workflow, schemas, values), timeout=600)
+
+    def node(title):
+        return str(find_nodes(workflow, title)[0]["id"])
+
+    before, after = (server.download(entry, node(title)) for title in ("Before", "After"))
+    assert len(before) == len(after) == 2
+    assert before != after
+    assert "4 of 4 with a worse picture" in entry["outputs"][node("What training will see")]["text"][0]
+    assert "2 steps trained" in entry["outputs"][node("Train")]["text"][0]
+    assert Path(entry["outputs"][node("Save the LoRA")]["text"][0]).is_file()
+
+
+@pytest.mark.server
 def test_a_checkpoint_is_fine_tuned_merged_and_drawn_with(server):
     """The example on the tiny base with two steps; its file draws the same as the graph drew."""
     folder = server.path("input", "example_fine_tune")
@@ -340,6 +371,63 @@ def test_a_checkpoint_is_fine_tuned_merged_and_drawn_with(server):
         wanted += [value[0] for value in again[number]["inputs"].values() if isinstance(value, list)]
     drawn = server.download(server.run(kept, timeout=300), node("Before"))
     assert [_pixels(data) for data in drawn] == [_pixels(data) for data in after]
+
+
+@pytest.mark.server
+def test_a_curriculum_is_trained_drawn_and_not_trained_again(server):
+    """The example on the tiny base with two steps for each trainer, queued twice."""
+    folder = server.path("input", "example_curriculum")
+    shutil.copytree(world.CONCEPT_FOLDER / "toy", folder, dirs_exist_ok=True)
+    values = copy.deepcopy(TINY_CURRICULUM)
+    trainers = ("256 pixels", "512 pixels", "Lower rate")
+    for title, given in values.items():
+        if "folder" in given:
+            given["folder"] = folder.name
+        if "steps" in given:
+            given["steps"] = 2
+        if title.startswith("Sample"):
+            given["steps"] = 2
+    workflow = read_workflow(ROOT / "example_workflows" / "Curriculum.json")
+    schemas = server.object_info()
+    usual = {entry["_meta"]["title"]: entry["inputs"] for entry in to_prompt(workflow, schemas).values()}
+    assert [usual[title]["rank"] for title in trainers] == [16, 0, 0]
+    assert [usual[f"Photos at {side}"]["resolution"] for side in (256, 512)] == [256, 512]
+    prompt = to_prompt(workflow, schemas, values)
+    entry = server.run(prompt, timeout=600)
+
+    def node(title):
+        return str(find_nodes(workflow, title)[0]["id"])
+
+    def texts(entry):
+        return [entry["outputs"][node(title)]["text"][0] for title in trainers]
+
+    assert all("2 steps trained" in text for text in texts(entry))
+    first, last = (server.download(entry, node(title)) for title in ("After the first", "After the last"))
+    assert len(first) == len(last) == 2 and first != last
+    assert Path(entry["outputs"][node("Save the LoRA")]["text"][0]).is_file()
+    # Without the host's cache, so that the runs themselves answer.
+    server.free()
+    assert all("2 steps returned without training" in text for text in texts(server.run(prompt, timeout=600)))
+
+
+@pytest.mark.server
+def test_a_slider_draws_its_row_without_any_picture(server):
+    values = copy.deepcopy(TINY_SLIDER)
+    values["Train"]["steps"] = 2
+    values["The row"]["steps"] = 2
+    workflow = read_workflow(ROOT / "example_workflows" / "Concept slider.json")
+    schemas = server.object_info()
+    prompt = to_prompt(workflow, schemas, values)
+    entry = server.run(prompt, timeout=600)
+
+    def node(title):
+        return str(find_nodes(workflow, title)[0]["id"])
+
+    assert "2 steps trained" in entry["outputs"][node("Train")]["text"][0]
+    pictures = server.download(entry, node("Pictures"))
+    assert len(pictures) == 2 * 5 and len(set(pictures)) == 10
+    server.free()
+    assert "2 steps returned without training" in server.run(prompt)["outputs"][node("Train")]["text"][0]
 
 
 def _write_lora(path, base, seed):

@@ -1,9 +1,9 @@
-// ComfyUI commands, for its menu and its key bindings: control the running training, open the history.
+// ComfyUI commands, for its menu and its key bindings: control the running training, open the history and the dataset page.
 import { t, text } from "./texts.js";
 
 export const TAB = "graft-history";
 
-export function makeCommands({ openHistory, store, routes, toasts }) {
+export function makeCommands({ openHistory, openDataset, store, routes, toasts }) {
   const live = () => store.list().findLast((training) => training.isLive);
   const ask = (wish) =>
     toasts.attempt(async () => {
@@ -13,6 +13,8 @@ export function makeCommands({ openHistory, store, routes, toasts }) {
     });
   const pauseOrResume = async () => {
     if (live()) return ask("pause");
+    const waiting = store.waiting.at(-1);
+    if (waiting) return toasts.attempt(() => routes.removePrompt(waiting.prompt));
     const halted = store.list().findLast((training) => training.isResumable);
     if (halted) return toasts.attempt(() => routes.resume(halted));
     const none = t("No training was stopped or paused since the server started.");
@@ -21,6 +23,7 @@ export function makeCommands({ openHistory, store, routes, toasts }) {
   // [id, icon, name, action]
   const commands = [
     ["Graft.OpenHistory", "pi-chart-line", text("Graft: Open run history"), openHistory],
+    ["Graft.OpenDataset", "pi-images", text("Graft: Open dataset"), openDataset],
     ["Graft.Stop", "pi-stop", text("Graft: Stop training and keep the result"), () => ask("stop")],
     ["Graft.Save", "pi-save", text("Graft: Save training now"), () => ask("save")],
     ["Graft.Pause", "pi-pause", text("Graft: Pause or resume training"), pauseOrResume],

@@ -3,31 +3,41 @@
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { makeCommands, TAB } from "./commands.js";
+import { DatasetNodes, LOADER } from "./dataset/node.js";
+import { DatasetRoutes } from "./dataset/routes.js";
 import { followLinks } from "./help.js";
 import { History } from "./history/tab.js";
-import { allNodes, dropQuarantine, hasSources, keepEdits, pathOf } from "./panel/graph.js";
+import { allNodes, dropQuarantine, hasSources, keepEdits, keepLinks, pathOf } from "./panel/graph.js";
 import { Routes } from "./panel/routes.js";
 import { Store } from "./panel/store.js";
 import { throttled } from "./panel/throttle.js";
 import { Panel, HEIGHT, WIDTH } from "./panel/view.js";
-import { addReport, INSPECTOR } from "./report.js";
+import { addRemarks, addReport, APPLIER, INSPECTOR } from "./report.js";
 import { loadTexts, t } from "./texts.js";
 import { Toasts } from "./toasts.js";
 import { forgetChanged, learn, showUnset, UnsetFields } from "./unset.js";
 
 const EVENT = "graft.progress";
-const TRAINERS = new Set(["GraftTrainLoRA", "GraftTrainEmbedding", "GraftTrainDreamBooth", "GraftFineTune"]);
+const TRAINERS = new Set([
+  "GraftTrainLoRA",
+  "GraftTrainEmbedding",
+  "GraftTrainDreamBooth",
+  "GraftFineTune",
+  "GraftTrainPreference",
+  "GraftTrainSlider",
+]);
 const PAUSE = 100; // minimum milliseconds between two updates of the panels
 const LOOK = 2000; // minimum milliseconds between two reads of the runs on disk
 const READ = 300; // minimum milliseconds between two reads of the graph
 
 // Events after which the history's view of a run is outdated.
-const MILESTONES = new Set(["run", "validation", "sample", "saved", "done", "paused", "cancelled", "failed"]);
+const MILESTONES = new Set(["run", "validation", "sample", "saved", "done", "paused", "waiting", "cancelled", "failed"]);
 
 let history = null;
 let fields = null;
 let prompt = {}; // the graph as Run would queue it
 let opened = 0; // number of graphs opened so far
+let isProbing = false; // a node is made only to read its inputs
 const panels = new WeakMap();
 const routes = new Routes(api, app);
 const show = throttled(showAll, PAUSE);
@@ -35,7 +45,10 @@ const store = new Store(routes, show, hear);
 const toasts = new Toasts(() => app.extensionManager.toast);
 const refresh = throttled(() => history?.isSeen && history.refresh(), LOOK);
 const read = throttled(look, READ);
-const commands = makeCommands({ openHistory, store, routes, toasts });
+const readQueue = throttled(lookAtQueue, LOOK);
+const datasets = new DatasetNodes({ app, routes: new DatasetRoutes(api), toasts });
+const openDataset = () => datasets.openAny();
+const commands = makeCommands({ openHistory, openDataset, store, routes, toasts });
 
 function hear(message, training) {
   toasts.hear(message, training);
@@ -43,11 +56,25 @@ function hear(message, training) {
   // A new run is on disk once its first step is done.
   if (MILESTONES.has(message.event) || (message.event === "step" && history?.misses(training.run))) refresh();
   if (message.event === "begin") read();
+  if (history?.isSeen) readQueue();
+}
+
+// Read ComfyUI's queue, if the sidebar shows it or a training waits in it.
+async function lookAtQueue() {
+  if (!history?.isSeen && !store.waiting.length) return;
+  try {
+    const { prompts } = await routes.listQueue();
+    store.settle(prompts);
+    history?.showQueue(prompts);
+  } catch (error) {
+    console.warn("Graft: cannot read the queue:", error.message);
+  }
 }
 
 async function restore() {
   await store.restore();
   read();
+  readQueue();
 }
 
 function openHistory() {
@@ -56,7 +83,7 @@ function openHistory() {
 }
 
 function addHistory() {
-  history = new History(routes, app, toasts);
+  history = new History(routes, app, toasts, openDataset);
   app.extensionManager.registerSidebarTab({
     id: TAB,
     icon: "pi pi-chart-line",
@@ -64,7 +91,10 @@ function addHistory() {
     tooltip: t("Training runs"),
     label: t("Graft runs"),
     type: "custom",
-    render: (element) => history.render(element),
+    render: (element) => {
+      history.render(element);
+      readQueue();
+    },
   });
 }
 
@@ -178,18 +208,35 @@ function leaveOut(node) {
   };
 }
 
+// Return the names of the inputs that a new node of the pack has, in order; none if a saved node has the same ones.
+function inputNames(type, saved) {
+  const declared = type.startsWith("Graft") && LiteGraph.registered_node_types[type]?.nodeData?.input;
+  const names = Object.keys({ ...declared?.required, ...declared?.optional });
+  if (names.every((name) => saved.some((input) => input.name === name))) return [];
+  isProbing = true;
+  try {
+    return LiteGraph.createNode(type).inputs.map(({ name }) => name);
+  } finally {
+    isProbing = false;
+  }
+}
+
 app.registerExtension({
   name: "Graft",
   commands,
   menuCommands: [{ path: ["Graft"], commands: commands.map(({ id }) => id) }],
   async setup() {
-    addStyles("./panel/panel.css", "./history/history.css");
+    addStyles("./panel/panel.css", "./history/history.css", "./dataset/dataset.css");
     followLinks(document);
     await loadTexts(api, app);
     addHistory();
     api.addEventListener(EVENT, ({ detail }) => store.take(detail));
     // Cached nodes send no training messages, so read the graph here.
     api.addEventListener("execution_cached", read);
+    api.addEventListener("status", () => {
+      readQueue();
+      if (store.waiting.length) refresh();
+    });
     api.addEventListener("reconnected", () => restore());
     fields = new UnsetFields((id) => app.canvas?.graph?.getNodeById(id));
     api.addEventListener("graphChanged", () => {
@@ -200,12 +247,16 @@ app.registerExtension({
     restore();
   },
   nodeCreated(node) {
+    if (isProbing) return;
     showUnset(node);
     if (TRAINERS.has(node.comfyClass)) addPanel(node);
     if (node.comfyClass === INSPECTOR) addReport(node);
+    if (node.comfyClass === APPLIER) addRemarks(node);
+    if (node.comfyClass === LOADER) datasets.prepare(node);
   },
   beforeConfigureGraph(workflow) {
     keepEdits(workflow, TRAINERS);
+    keepLinks(workflow, inputNames);
   },
   afterConfigureGraph() {
     prompt = {};

@@ -23,5 +23,24 @@ app.registerExtension({
       defaultValue: 50,
       attrs: { min: 0, max: 100000 },
     },
+    {
+      id: "Graft.GiveWay",
+      category: ["Graft", "Training", "GiveWay"],
+      name: "Trainings give way to other prompts",
+      tooltip:
+        "When another prompt waits, the training pauses and continues behind it. Short prompts have no training. It holds for trainings that start afterwards, unless Graft Run Options say otherwise.",
+      type: "combo",
+      options: ["off", "to everything", "to short prompts"],
+      defaultValue: "off",
+    },
+    {
+      id: "Graft.GiveWayAfter",
+      category: ["Graft", "Training", "GiveWayAfter"],
+      name: "Least training time before a training gives way (seconds)",
+      tooltip: "Each pause costs a save and the loading of the models.",
+      type: "number",
+      defaultValue: 60,
+      attrs: { min: 0, max: 86400 },
+    },
   ],
 });

@@ -1,5 +1,5 @@
-// The pack's texts in the language of ComfyUI's page. The English texts in the code are the keys of
-// locales/<language>/main.json; a missing translation falls back to English.
+// The pack's texts in the language of ComfyUI's page. locales/<language>/main.json lists their translations in the order of
+// the English texts in locales/en/main.json; an empty translation falls back to English.
 
 let table = {};
 
@@ -9,7 +9,9 @@ export async function loadTexts(api, app) {
   if (language === "en") return;
   try {
     const answer = await api.fetchApi("/i18n");
-    table = (await answer.json())[language]?.graft?.texts ?? {};
+    const languages = await answer.json();
+    const translations = languages[language]?.graft?.texts ?? [];
+    table = Object.fromEntries((languages.en?.graft?.texts ?? []).map((english, index) => [english, translations[index]]));
   } catch (error) {
     console.warn("Graft: cannot load the translations; texts stay in English:", error);
   }
@@ -17,7 +19,7 @@ export async function loadTexts(api, app) {
 
 // Return the translation of a text, with values in place of its $name markers.
 export function t(text, values = {}) {
-  return (table[text] ?? text).replace(/\$(\w+)/g, (whole, name) => values[name] ?? whole);
+  return (table[text] || text).replace(/\$(\w+)/g, (whole, name) => values[name] ?? whole);
 }
 
 // Mark a text for translation where it is shown.

@@ -12,6 +12,7 @@ export class Toasts {
     this._host = host;
     this._asked = new Set(); // trainings with a save command
     this._resumed = new Set(); // resumed trainings before their first step
+    this._waited = new Set(); // trainings that gave way, which return without a toast
     this._told = -Infinity; // time of the last toast about a save
   }
 
@@ -44,7 +45,7 @@ export class Toasts {
   }
 
   _on_run(training, { step, steps }, key) {
-    if (step && step < steps) this._resumed.add(key);
+    if (!this._waited.delete(key) && step && step < steps) this._resumed.add(key);
   }
 
   // Wait for a step: a stopped run is returned without one.
@@ -62,19 +63,23 @@ export class Toasts {
 
   _on_done(training, { step, cached }) {
     const isStopped = training.phase === "stopped";
-    const said = isStopped ? t("Training stopped, result kept") : t("Training finished");
-    if (!cached) this._note("success", said, training, step);
+    const summary = isStopped ? t("Training stopped, result kept") : t("Training finished");
+    if (!cached) this._note("success", summary, training, step);
   }
 
   _on_paused(training, { step }) {
     this._note("info", t("Training paused"), training, step);
   }
 
+  _on_waiting(training, message, key) {
+    this._waited.add(key);
+  }
+
   _on_failed(training, { message, cure }) {
     this.show("error", t("Training failed"), [message, cure].filter(Boolean).join("\n"));
   }
 
-  _note(severity, said, { run, steps }, step) {
-    this.show(severity, said, t("$run, step $step of $steps", { run, step, steps }));
+  _note(severity, summary, { run, steps }, step) {
+    this.show(severity, summary, t("$run, step $step of $steps", { run, step, steps }));
   }
 }

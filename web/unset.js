@@ -43,9 +43,9 @@ export function textOf(node, widget) {
 // Return the usual value, unless an input that the page cannot judge may change it.
 function usualOf(node, { usual, when = {} }) {
   const holds = Object.entries(when).every(([name, wanted]) =>
-    [...listUpstream(node)].every((one) => {
-      const widget = one.widgets?.find((candidate) => candidate.name === name);
-      return !widget || !isOurs(one) || widget.value === wanted;
+    [...listUpstream(node)].every((source) => {
+      const widget = source.widgets?.find((candidate) => candidate.name === name);
+      return !widget || !isOurs(source) || widget.value === wanted;
     }),
   );
   return holds ? usual : "";
@@ -56,11 +56,11 @@ function isOurs(node) {
 }
 
 // Return all nodes upstream of a node, and the node itself.
-function listUpstream(node, found = new Set()) {
-  if (!node || found.has(node)) return found;
-  found.add(node);
-  for (let slot = 0; slot < (node.inputs?.length ?? 0); slot += 1) listUpstream(node.getInputNode(slot), found);
-  return found;
+function listUpstream(node, nodes = new Set()) {
+  if (!node || nodes.has(node)) return nodes;
+  nodes.add(node);
+  for (let slot = 0; slot < (node.inputs?.length ?? 0); slot += 1) listUpstream(node.getInputNode(slot), nodes);
+  return nodes;
 }
 
 // Return a fingerprint of all values that may decide the settings.
@@ -107,9 +107,9 @@ export function showUnset(node) {
 }
 
 function findGetter(object, name) {
-  for (let one = object; one; one = Object.getPrototypeOf(one)) {
-    const found = Object.getOwnPropertyDescriptor(one, name);
-    if (found) return found.get;
+  for (let owner = object; owner; owner = Object.getPrototypeOf(owner)) {
+    const descriptor = Object.getOwnPropertyDescriptor(owner, name);
+    if (descriptor) return descriptor.get;
   }
   return null;
 }

@@ -52,10 +52,10 @@ def draw(page):
     sketch = Sketch(page)
     node = sketch.node
     base = node("CheckpointLoaderSimple", "Base", (-600, 0), (320, 100))
-    photos = node("GraftLoadDataset", "Photos", (0, 0), (420, 490), folder=FOLDER_NAME)
+    photos = node("GraftLoadDataset", "Photos", (0, 0), (420, 640), folder=FOLDER_NAME)
     given = {"model": (base, 0), "clip": (base, 1), "vae": (base, 2), "dataset": (photos, 0)}
     train = node("GraftTrainLoRA", "Train", (480, 0), (420, 630), given)
-    saved = node("GraftSaveAdapter", "Save", (480, 720), (420, 100), {"adapter": (train, 2)}, filename_prefix="my_lora")
+    saved = node("GraftSaveAdapter", "Save", (480, 720), (420, 122), {"adapter": (train, 2)}, filename_prefix="my_lora")
     # Outside connections become outputs of the subgraph.
     put = node("GraftApplyAdapter", "Put on", (1200, 0), (420, 240),
                {"model": (train, 0), "clip": (train, 1), "adapter": (train, 2)})  # fmt: skip
@@ -90,7 +90,7 @@ def main():
             workflow = settle(draw(browser.open(server.url)))
     path = FOLDER / f"{NAME}.json"
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(workflow, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(workflow, separators=(",", ":")) + "\n", encoding="utf-8")
     print(path, path.stat().st_size)
 
 

@@ -1,7 +1,7 @@
 """Make the pictures and figures of the help page "Choosing a method": every method on six images, and its failures.
 
     python -m docs.build.make_choosing                         web/docs/choosing: the pictures, the page's figures
-    python -m docs.build.make_choosing --only lora --folder F  one training, to try it; writes F/choosing.webp
+    python -m docs.build.make_choosing --only lora --folder F  one training, to try it; writes F/choosing.avif
     python -m docs.build.make_choosing --page                  index.html alone, after an edit of README.md
 
 The images are six of the toy world's new object, captioned as a star with a rare word before it; the base knows stars.
@@ -191,7 +191,8 @@ def draw_sheet(headings, rows, side=96, left=118, head=40, gap=6):
 
 def save(sheet, path):
     """Save a small file."""
-    sheet.save(path, quality=60, method=6)
+    sheet.thumbnail((400, 10_000))
+    sheet.save(path, quality=32, speed=0)
     print(path, path.stat().st_size)
 
 
@@ -252,12 +253,12 @@ def main():
                 made = run(server, {name: every[name] for name in args.only or every})
             headings, base = [heading for heading, _ in PROMPTS], ("the base", made["base"][0])
             if args.only:
-                save(draw_sheet(headings, [base, *rows_of(made, args.only)]), folder / "choosing.webp")
+                save(draw_sheet(headings, [base, *rows_of(made, args.only)]), folder / "choosing.avif")
                 return
             shown = [Image.open(path) for path in sorted((folder / "comfyui" / "input" / "choosing").glob("*.png"))]
-            save(draw_sheet([], [("the six\nimages", shown)], head=0), FOLDER / "images.webp")
-            save(draw_sheet(headings, [base, *rows_of(made, METHODS)]), FOLDER / "methods.webp")
-            save(draw_sheet(headings, rows_of(made, ["lora", *FAILURES])), FOLDER / "failures.webp")
+            save(draw_sheet([], [("the six\nimages", shown)], head=0), FOLDER / "images.avif")
+            save(draw_sheet(headings, [base, *rows_of(made, METHODS)]), FOLDER / "methods.avif")
+            save(draw_sheet(headings, rows_of(made, ["lora", *FAILURES])), FOLDER / "failures.avif")
             write_figures(made)
     (FOLDER / "index.html").write_text(render(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
 

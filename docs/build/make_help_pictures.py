@@ -1,35 +1,38 @@
-"""Make the small workflow pictures on the nodes' help pages with the real frontend.
+"""Make the small workflow pictures on the nodes' help pages: the nodes and wires of a graph, as SVG.
 
     python -m docs.build.make_help_pictures           all into web/docs/pictures
     python -m docs.build.make_help_pictures --only loss
 
-Several nodes share a picture: the workflow that contains them.
+Several nodes share a picture: the workflow that contains them. A picture shows the inputs and outputs that are linked.
+Titles, names and types come from ComfyUI's own list of nodes.
 """
 
 import argparse
 import sys
 import tempfile
+from html import escape
 from pathlib import Path
 
-from tests.support.browser import EMPTY, Browser
 from tests.support.host import ROOT
 from tests.support.pack import hide_root
 from tests.support.server import ComfyServer
 
-from .make_pictures import take_graph
-
 FOLDER = ROOT / "web" / "docs" / "pictures"
-WINDOW = (2400, 1500)
-WIDTH = 800
-GAP = (70, 60)
-# Values that combos show, instead of this machine's files.
-VALUES = {
-    "ckpt_name": "v1-5-pruned-emaonly.safetensors",
-    "folder": "my_photos",
-    "adapter_name": "my_dog.safetensors",
-    "embedding_name": "my-dog.safetensors",
-    "image": "photo.png",
+
+# Pixels of a picture at its own size: title and slot rows, the gaps between nodes, the width of a letter.
+TITLE, ROW, LETTER, EDGE = 24, 17, 6.4, 8
+GAP = (44, 20)
+# The colors of the page's dark theme.
+BODY, BAR, TEXT = "#353535", "#222", "#ddd"
+TYPES = {
+    "MODEL": "#B39DDB",
+    "CLIP": "#FFD500",
+    "VAE": "#FF6E6E",
+    "CONDITIONING": "#FFA931",
+    "IMAGE": "#64B5F6",
+    "MASK": "#81C784",
 }
+USUAL_TYPE = "#9A9A9A"
 
 BASE = {"model": ("base", 0), "clip": ("base", 1), "vae": ("base", 2)}
 CHECKPOINT, PHOTOS = ("base", "CheckpointLoaderSimple"), ("photos", "GraftLoadDataset")
@@ -74,6 +77,20 @@ PICTURES = {
         [prompt(), ("save", "CheckpointSave", {"model": ("train", 0), "clip": ("train", 1), "vae": ("base", 2)})],
         [sampler()],
     ],
+    "preference": [
+        [CHECKPOINT, PHOTOS],
+        [trainer("GraftTrainPreference")],
+        [prompt(), ("save", "GraftSaveAdapter", {"adapter": ("train", 2)})],
+        [sampler()],
+    ],
+    "slider": [
+        [CHECKPOINT],
+        [("train", "GraftTrainSlider", BASE)],
+        [
+            ("save", "GraftSaveAdapter", {"adapter": ("train", 2)}),
+            ("row", "GraftCompare", {**BASE, "adapter": ("train", 2)}),
+        ],
+    ],
     "prior": [
         [CHECKPOINT, PHOTOS],
         [("class", "GraftClassImages", BASE)],
@@ -84,10 +101,15 @@ PICTURES = {
         [CHECKPOINT, ("images", "LoadImage"), PHOTOS],
         [("made", "GraftDatasetFromImages", {"images": ("images", 0)})],
         [("both", "GraftCombineDatasets", {"dataset_a": ("made", 0), "dataset_b": ("photos", 0)})],
-        [
-            ("look", "GraftInspectDataset", {**BASE, "dataset": ("both", 0)}),
-            ("report", "PreviewAny", {"source": ("look", 1)}),
-        ],
+        [("look", "GraftInspectDataset", {**BASE, "dataset": ("both", 0)})],
+        [("report", "PreviewAny", {"source": ("look", 1)})],
+    ],
+    # A captioner of another pack goes between the pictures and Save Captions.
+    "save": [
+        [("images", "LoadImage")],
+        [("save", "GraftSaveDataset", {"images": ("images", 0), "masks": ("images", 1)})],
+        [("give", "GraftImagesFromDataset", {"dataset": ("save", 0)})],
+        [("captions", "GraftSaveCaptions", {"dataset": ("give", 2), "captions": ("give", 1)})],
     ],
     "options": [
         [("run", "GraftRunOptions")],
@@ -149,25 +171,93 @@ PICTURES = {
 }  # fmt: skip
 
 
-def lay_out(page, columns):
-    """Put the nodes in columns from left to right and link them."""
-    page.load(EMPTY)
-    made, left = {}, 0
+def lay_out(columns, schemas):
+    """Return {name: box} of a picture's nodes in columns from left to right, and its links.
+
+    A box is (left, top, width, title, names of linked inputs, names of linked outputs by index). A link is
+    (source, output index, target, input name, type).
+    """
+    links = [
+        (source, slot, name, input, schemas[kinds_of(columns)[source]]["output"][slot])
+        for column in columns
+        for name, _, *inputs in column
+        for input, (source, slot) in (inputs[0] if inputs else {}).items()
+    ]
+    boxes, left = {}, 0
     for column in columns:
-        top, wide = 0, 0
+        top, widest = 0, 0
         for name, kind, *_ in column:
-            made[name] = page.add_node(kind, left, top)
-            page.js("""
-                for (const widget of app.graph.getNodeById(args[0]).widgets ?? []) {
-                    if (args[1][widget.name]) widget.value = args[1][widget.name];
-                }""", made[name], VALUES)  # fmt: skip
-            width, height = page.js("return [...app.graph.getNodeById(args[0]).size];", made[name])
-            top, wide = top + height + GAP[1], max(wide, width)
-        left += wide + GAP[0]
-    for column in columns:
-        for name, _, *links in column:
-            for given, (source, slot) in (links[0] if links else {}).items():
-                page.connect(made[source], slot, made[name], given)
+            schema = schemas[kind]
+            title = schema["display_name"].partition(" (")[0]
+            inputs = [input for _, _, target, input, _ in links if target == name]
+            slots = sorted({slot for source, slot, *_ in links if source == name})
+            outputs = {slot: schema["output_name"][slot] for slot in slots}
+            letters = [len(title) + 2, *map(len, inputs), *map(len, outputs.values())]
+            if inputs and outputs:
+                letters.append(max(map(len, inputs)) + max(map(len, outputs.values())) + 3)
+            width = round(max(letters) * LETTER) + 2 * EDGE
+            boxes[name] = (left, top, width, title, inputs, outputs)
+            top += height_of(boxes[name]) + GAP[1]
+            widest = max(widest, width)
+        left += widest + GAP[0]
+    return boxes, links
+
+
+def kinds_of(columns):
+    """Return {name: node type} of a picture."""
+    return {name: kind for column in columns for name, kind, *_ in column}
+
+
+def height_of(box):
+    *_, inputs, outputs = box
+    return TITLE + max(len(inputs), len(outputs), 1) * ROW + 6
+
+
+def draw(columns, schemas):
+    """Return a picture as SVG text."""
+    boxes, links = lay_out(columns, schemas)
+    width = max(left + wide for left, _, wide, *_ in boxes.values())
+    height = max(box[1] + height_of(box) for box in boxes.values())
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="-6 -6 {width + 12} {height + 12}" width="{width + 12}" '
+        f'font-family="sans-serif" font-size="12" fill="{TEXT}">'
+    ]
+    dots = []
+    for source, slot, target, input, type in links:
+        start, stop = boxes[source], boxes[target]
+        x1, y1 = start[0] + start[2], row_of(start, list(start[5]).index(slot))
+        x2, y2 = stop[0], row_of(stop, stop[4].index(input))
+        bend = (x2 - x1) // 2
+        color = TYPES.get(type, USUAL_TYPE)
+        parts.append(
+            f'<path d="M{x1} {y1}c{bend} 0 {bend} {y2 - y1} {x2 - x1} {y2 - y1}" fill="none" stroke="{color}" '
+            'stroke-width="2.5"/>'
+        )
+        dots += [f'<circle cx="{x}" cy="{y}" r="4" fill="{color}"/>' for x, y in ((x1, y1), (x2, y2))]
+    # As in the page, wires pass behind nodes.
+    parts += [*map(draw_box, boxes.values()), *dots]
+    return "\n".join([*parts, "</svg>\n"])
+
+
+def row_of(box, index):
+    """Return the vertical middle of a box's slot."""
+    return box[1] + TITLE + index * ROW + 11
+
+
+def draw_box(box):
+    left, top, width, title, inputs, outputs = box
+    lines = [
+        f'<rect x="{left}" y="{top}" width="{width}" height="{height_of(box)}" rx="6" fill="{BODY}"/>'
+        f'<path d="M{left} {top + TITLE}v-{TITLE - 6}q0-6 6-6h{width - 12}q6 0 6 6v{TITLE - 6}z" fill="{BAR}"/>'
+        f'<text x="{left + EDGE}" y="{top + 16}">{escape(title)}</text>'
+    ]
+    for index, name in enumerate(inputs):
+        lines.append(f'<text x="{left + EDGE}" y="{row_of(box, index) + 4}">{escape(name)}</text>')
+    for index, name in enumerate(outputs.values()):
+        lines.append(
+            f'<text x="{left + width - EDGE}" y="{row_of(box, index) + 4}" text-anchor="end">{escape(name)}</text>'
+        )
+    return "\n".join(lines)
 
 
 def main():
@@ -175,13 +265,12 @@ def main():
     parser.add_argument("--only", choices=list(PICTURES), nargs="+", default=list(PICTURES))
     args = parser.parse_args()
     hide_root()
-    with tempfile.TemporaryDirectory(prefix="graft-help-") as scratch:
-        server = ComfyServer(Path(scratch) / "server")
-        with server, Browser(Path(scratch) / "chromium", *WINDOW) as browser:
-            page = browser.open(server.url)
-            for name in args.only:
-                lay_out(page, PICTURES[name])
-                take_graph(page, FOLDER / f"{name}.webp", WIDTH, quality=75, method=6)
+    with tempfile.TemporaryDirectory(prefix="graft-help-") as scratch, ComfyServer(Path(scratch) / "server") as server:
+        schemas = server.object_info()
+    for name in args.only:
+        path = FOLDER / f"{name}.svg"
+        path.write_text(draw(PICTURES[name], schemas), encoding="ascii")
+        print(path, path.stat().st_size, flush=True)
 
 
 if __name__ == "__main__":

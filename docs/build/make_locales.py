@@ -44,6 +44,16 @@ SETTINGS = {
         "tooltip": "When a run starts, Graft deletes the least recently used files in output/graft/cache until it is "
         "no larger. It never deletes files that the run needs.",
     },
+    "Graft_GiveWay": {
+        "name": "Trainings give way to other prompts",
+        "tooltip": "When another prompt waits, the training pauses and continues behind it. Short prompts have no "
+        "training. It holds for trainings that start afterwards, unless Graft Run Options say otherwise.",
+        "options": {way: way for way in ("off", "to everything", "to short prompts")},
+    },
+    "Graft_GiveWayAfter": {
+        "name": "Least training time before a training gives way (seconds)",
+        "tooltip": "Each pause costs a save and the loading of the models.",
+    },
 }
 
 # A text in a script of the page: t("...") shows it, text("...") marks it.
@@ -90,11 +100,10 @@ def list_page_texts():
 
 
 def describe(nodes):
-    """Return {file: its English content}. The page's texts have their own English as keys, as its scripts expect."""
-    texts = {text: text for text in list_page_texts()}
+    """Return {file: its English content}. The page's texts are a list, in the same order in every language."""
     return {
         "nodeDefs": describe_nodes(nodes),
-        "main": {**MAIN, "graft": {"texts": texts}},
+        "main": {**MAIN, "graft": {"texts": list_page_texts()}},
         "settings": SETTINGS,
     }
 
@@ -104,6 +113,9 @@ def list_texts(value, place=()):
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from list_texts(inner, (*place, key))
+    elif isinstance(value, list):
+        for text in value:
+            yield from list_texts(text, (*place, text))
     else:
         yield ".".join(place), value
 
@@ -115,9 +127,12 @@ def read_table(language):
 
 
 def translate(value, table, place=()):
-    """Return a tree in another language, without texts that the table lacks."""
+    """Return a tree in another language, without texts that are missing or as in English. In a list they are empty."""
+    if isinstance(value, list):
+        return [translate(text, table, place) or "" for text in value]
     if not isinstance(value, dict):
-        return table.get(".".join(place)) or table.get(value)
+        translation = table.get(".".join(place)) or table.get(value)
+        return None if translation == value else translation
     made = {key: translate(inner, table, (*place, key)) for key, inner in value.items()}
     return {key: inner for key, inner in made.items() if inner}
 
@@ -135,7 +150,7 @@ def list_stale(files, table):
 
 
 def dump(value):
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False) + "\n"
 
 
 def write(language, files):
@@ -158,7 +173,10 @@ def main():
         table = read_table(language)
         missing = dict.fromkeys(list_missing(files, table).values(), "")
         if missing:
-            print(f"{TABLES / language}.json lacks {len(missing)}:\n{dump(missing)}", file=sys.stderr)
+            print(
+                f"{TABLES / language}.json lacks {len(missing)}:\n{json.dumps(missing, indent=0, ensure_ascii=False)}",
+                file=sys.stderr,
+            )
         if not args.missing:
             write(language, {name: translate(tree, table) for name, tree in files.items()})
 

@@ -19,11 +19,12 @@ from PIL import Image
 from tests import demo
 from tests.support import graphs
 from tests.support.pack import hide_root
+from tests.support.pairs import write_pairs
 from tests.support.workflow import find_nodes, read_workflow, to_prompt
 
 from . import make_workflows as examples
 
-SIDE = 384
+SIDE = 224
 # [(values on the tiny base, titles of the nodes whose pictures are the columns, True for a dataset without captions)]
 EXAMPLES = {
     "Train a LoRA": (examples.TINY, ("Before", "After"), False),
@@ -32,7 +33,11 @@ EXAMPLES = {
     "Pivotal tuning": (examples.TINY_PIVOTAL, ("The word alone", "Word and LoRA"), False),
     "Fine-tune a checkpoint": (examples.TINY_FINE_TUNE, ("Before", "After"), False),
     "Merge and resize adapters": (examples.TINY_MERGE, ("Both", "Merged"), False),
+    "Preference from pairs": (examples.TINY_PREFERENCE, ("Before", "After"), False),
+    "Curriculum": (examples.TINY_CURRICULUM, ("After the first", "After the last"), False),
+    "Concept slider": (examples.TINY_SLIDER, ("Pictures",), False),
 }
+PAIRS = "Train an edit model from pairs"
 LORAS = {"First LoRA": "toy", "Second LoRA": "tint"}
 STEPS = 120  # for each of the two merged LoRAs
 
@@ -41,22 +46,38 @@ def draw_thumbnail(server, workflow, entry, titles, path):
     """Draw two pictures of each title's node, one below the other."""
     side = SIDE // 2
     sheet = Image.new("RGB", (SIDE, SIDE), "black")
-    for column, title in enumerate(titles):
-        pictures = server.download(entry, str(find_nodes(workflow, title)[0]["id"]))
+    columns = [server.download(entry, str(find_nodes(workflow, title)[0]["id"])) for title in titles]
+    if len(columns) == 1:
+        # Two rows of a slider's five strengths: the strengths -1 and 1.
+        columns = [columns[0][1::5], columns[0][3::5]]
+    for column, pictures in enumerate(columns):
         for row, data in enumerate(pictures[:2]):
             picture = Image.open(io.BytesIO(data)).convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
             sheet.paste(picture, (column * side, row * side))
-    sheet.save(path, quality=82, optimize=True)
+    sheet.save(path, quality=38, optimize=True, progressive=True)
     print(path, path.stat().st_size, flush=True)
+
+
+def draw_pairs(path):
+    """Draw two pictures in grey on the left and in color on the right, since no small base edits pictures."""
+    side = SIDE // 2
+    sheet = Image.new("RGB", (SIDE, SIDE))
+    for row, source in enumerate(sorted((demo.CONCEPTS / "toy").glob("*.png"))[:2]):
+        picture = Image.open(source).convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
+        sheet.paste(picture.convert("L").convert("RGB"), (0, row * side))
+        sheet.paste(picture, (side, row * side))
+    sheet.save(path, quality=38, optimize=True, progressive=True)
 
 
 def run(server, name):
     """Run an example with the tiny base's values; return (workflow, history entry)."""
     values, _, uncaptioned = EXAMPLES[name]
     values = copy.deepcopy(values)
-    for title in ("Photos", "Pictures"):
-        if title in values:
-            values[title]["folder"] = copy_concept(server, values[title]["folder"], uncaptioned)
+    for given in values.values():
+        if given.get("folder") == "pairs":
+            write_pairs(server.path("input", "pairs"), 24)
+        elif "folder" in given:
+            given["folder"] = copy_concept(server, given["folder"], uncaptioned)
     if name.startswith("Merge"):
         for title, concept in LORAS.items():
             values[title] = {"adapter_name": train_lora(server, concept)}
@@ -88,6 +109,7 @@ def main():
     parser.add_argument("--only", choices=list(EXAMPLES), nargs="+", default=list(EXAMPLES))
     args = parser.parse_args()
     hide_root()
+    draw_pairs(examples.FOLDER / f"{PAIRS}.jpg")
     with tempfile.TemporaryDirectory(prefix="graft-thumbnails-") as scratch:
         with demo.prepare(Path(scratch), demo.Line()) as server:
             for name in args.only:

@@ -96,6 +96,44 @@ TINY_DREAMBOOTH = {
 }
 
 
+SLIDER_NOTE = """\
+# A slider, without pictures
+
+Set two things, then press **Run**:
+
+1. **Checkpoint** - the SD1.5 file in your models/checkpoints.
+2. **The property** - in *Train*: the same sentence three times, with
+   nothing (*target*), much (*positive*) and little (*negative*) of it.
+   Each line is one more kind of picture. *anchors* must not change.
+
+*The row* draws its prompts at strengths -2 to 2; 0 is the checkpoint as
+it is. **Cancel loses nothing**: press Run again, and the run continues.
+
+With an SDXL or Flux checkpoint set *resolution* in *Train* and *The row*
+to 0 (the model's own).
+"""
+
+# Values of "Concept slider".
+TINY_SLIDER = {
+    "Checkpoint": {"ckpt_name": "graft_tiny.safetensors"},
+    "Train": {
+        "target": "a large purple circle on a gray background\na large purple square on a gray background",
+        "positive": "a large red circle on a gray background\na large red square on a gray background",
+        "negative": "a large blue circle on a gray background\na large blue square on a gray background",
+        "anchors": "a large green heart on a white background\na large yellow ring on a pink background",
+        "steps": 120,
+        "learning_rate": 2e-3,
+        "rank": 8,
+        "resolution": 64,
+    },
+    "The row": {
+        "prompts": "a large purple circle on a gray background\na large purple square on a gray background",
+        "cfg": 4.0,
+        "resolution": 64,
+    },
+}
+
+
 EMBEDDING_NOTE = """\
 # Teach the model a new word
 
@@ -231,6 +269,93 @@ TINY_MERGE = {
 }
 
 
+EDIT_NOTE = """\
+# Teach a model an edit
+
+Set three things, then press **Run**:
+
+1. **Model** - Qwen-Image-Edit with its text encoder and VAE.
+   For Flux Kontext, set *prompt_node* of *How prompts are encoded*
+   to *auto*.
+2. **Pairs** - a folder below ComfyUI's input folder with 15 to 50
+   results. Beside each name.png a name.txt with the instruction; in
+   its folder *control* the picture before, under the same name.
+   For a second and third source picture there are
+   *control_folder_2* and *control_folder_3*.
+3. **A new picture** - one that is not among the pairs, and the
+   instruction.
+
+*How prompts are encoded* names the node that encodes your prompts.
+Training encodes captions and pictures exactly as that node does.
+*Before* and *After* edit the new picture with the same seed.
+**Cancel loses nothing**: press Run again, and the run continues.
+"""
+
+PREFERENCE_NOTE = """\
+# Teach a model your taste
+
+1. **Checkpoint** - the SD1.5 file in your models/checkpoints.
+2. **Pairs** - two pictures for a caption, 100 pairs and more, such as
+   pictures that the checkpoint drew. The better one, name.png, with
+   its caption in name.txt in a folder below ComfyUI's input folder;
+   the worse one in its folder *worse*, under the same name.
+   Press **R** and choose the folder.
+3. **Prompt** - like your captions.
+
+*Accuracy* in the panel of *Train* begins at 50 % and rises.
+If both pictures become worse, raise *beta* or take fewer steps.
+**Cancel loses nothing**: press Run again, and the run continues.
+"""
+
+# Values of "Preference from pairs".
+TINY_PREFERENCE = {
+    "Checkpoint": {"ckpt_name": "graft_tiny.safetensors"},
+    "Pairs": {"folder": "pairs", "resolution": 64},
+    "Previews": {"prompts": "a large red object on a white background", "steps": 4, "cfg": 4.0},
+    "Train": {"beta": 5000.0, "steps": 40, "learning_rate": 2e-4, "rank": 8, "batch_size": 4},
+    "Prompt": {"value": "a large red object on a white background"},
+    "Negative prompt": {"value": ""},
+    "Size and number": {"width": 64, "height": 64},
+    "Sample before": {"cfg": 4.0},
+    "Sample after": {"cfg": 4.0},
+}
+
+CURRICULUM_NOTE = """\
+# Small pictures first, then large ones
+
+Three trainers on a wire. Each goes on from the one before, and the
+result is one LoRA.
+
+1. **Checkpoint** - the SD1.5 file in your models/checkpoints.
+2. **Photos** - put 8 to 30 into a folder below ComfyUI's input folder,
+   press **R**, and choose it in **both** nodes. Set the same trigger.
+3. **Prompt** - with the trigger.
+
+*256 pixels* learns the subject in quick steps, *512 pixels* its details,
+*Lower rate* smooths the result. Another dataset or other options fit
+into each box. Its *rank* is 0: that of the LoRA before it.
+
+Every trainer gets the **checkpoint's** model, not the model of the one
+before. Each is a run of its own: **Cancel loses nothing**, and Run
+trains again only what changed, and what comes after it.
+"""
+
+# Values of "Curriculum".
+TINY_CURRICULUM = {
+    "Checkpoint": {"ckpt_name": "graft_tiny.safetensors"},
+    "Photos at 256": {"folder": "toy", "trigger": "", "resolution": 48},
+    "Photos at 512": {"folder": "toy", "trigger": "", "resolution": 64},
+    "256 pixels": {"steps": 100, "learning_rate": 1e-3, "rank": 8, "batch_size": 4},
+    "512 pixels": {"steps": 100, "learning_rate": 1e-3, "batch_size": 4},
+    "Lower rate": {"steps": 50, "learning_rate": 2e-4, "batch_size": 4},
+    "Prompt": {"value": "a large sks toy on a green background"},
+    "Negative prompt": {"value": ""},
+    "Size and number": {"width": 64, "height": 64},
+    "Sample after the first": {"cfg": 4.0},
+    "Sample after the last": {"cfg": 4.0},
+}
+
+
 class Sketch:
     """A graph in the editor, built node by node."""
 
@@ -339,15 +464,15 @@ def draw_training(sketch, base, pictures, trainer, saved, options=None):
     _, given = base
     inspect = node("GraftInspectDataset", "What training will see", (LOOK, ROW), (420, 640),
                    {"dataset": (pictures, 0), **given})  # fmt: skip
-    previews = node("GraftPreviewOptions", "Previews", (LOOK, ROW + 740), (420, 290), **options)
+    previews = node("GraftPreviewOptions", "Previews", (LOOK, ROW + 740), (420, 330), **options)
     kind, values = trainer
     links = {**given, "dataset": (inspect, 2), "options": (previews, 0)}
-    trained = node(kind, "Train", (TRAIN, ROW), (420, 640), links, **values)
+    trained = node(kind, "Train", (TRAIN, ROW), (420, 680), links, **values)
     for name, height in zip(given, LANE, strict=True):
         sketch.route(trained, name, [(LOOK - 30, height), (TRAIN - 40, height)])
     sketch.group("Look at the pictures first", [inspect], GREY)
     sketch.group("Previews while it trains", [previews], GREY)
-    sketch.group("Train", [trained, *saved(trained, (TRAIN, ROW + 700))], ORANGE)
+    sketch.group("Train", [trained, *saved(trained, (TRAIN, ROW + 740))], ORANGE)
     return trained
 
 
@@ -372,11 +497,11 @@ def draw_train_a_lora(sketch):
     """Draw checkpoint and photos -> inspection -> training -> the same prompt before and after."""
     node = sketch.node
     base = draw_base(sketch, (DATA, 0), NOTE, 470, ROW - 200)
-    photos = node("GraftLoadDataset", "Photos", (DATA, ROW), (420, 490),
+    photos = node("GraftLoadDataset", "Photos", (DATA, ROW), (420, 640),
                   folder="my_photos", trigger="ohwx dog", resolution=512)  # fmt: skip
 
     def save(trainer, place):
-        return [node("GraftSaveAdapter", "Save the LoRA", place, (420, 100), {"adapter": (trainer, 2)},
+        return [node("GraftSaveAdapter", "Save the LoRA", place, (420, 122), {"adapter": (trainer, 2)},
                      filename_prefix="my_lora")]  # fmt: skip
 
     trainer = draw_training(sketch, base, photos, ("GraftTrainLoRA", {}), save, {"prompts": PROMPT})
@@ -406,20 +531,20 @@ def draw_dreambooth(sketch):
     data, train, sample = 0, 480, 960
 
     checkpoint, base = draw_base(sketch, (data, 0), DREAMBOOTH_NOTE, 480)
-    photos = node("GraftLoadDataset", "Photos", (data, 860), (420, 490), folder="my_photos", resolution=512)
-    subject = node("PrimitiveStringMultiline", "Subject", (data, 1480), (420, 110), value="a photo of sks dog")
-    kind = node("PrimitiveStringMultiline", "Class", (data, 1650), (420, 110), value="a photo of a dog")
+    photos = node("GraftLoadDataset", "Photos", (data, 860), (420, 640), folder="my_photos", resolution=512)
+    subject = node("PrimitiveStringMultiline", "Subject", (data, 1630), (420, 110), value="a photo of sks dog")
+    kind = node("PrimitiveStringMultiline", "Class", (data, 1800), (420, 110), value="a photo of a dog")
     negative = node(
-        "PrimitiveStringMultiline", "Negative prompt", (data, 1820), (420, 110), value="blurry, low quality"
+        "PrimitiveStringMultiline", "Negative prompt", (data, 1970), (420, 110), value="blurry, low quality"
     )
-    size = node("EmptyLatentImage", "Size and number", (data, 1990), (420, 110), width=512, height=512, batch_size=2)
+    size = node("EmptyLatentImage", "Size and number", (data, 2140), (420, 110), width=512, height=512, batch_size=2)
 
     classes = node("GraftClassImages", "Class images", (train, 0), (420, 900), {**base, "class_prompt": (kind, 0)},
                    resolution=512)  # fmt: skip
     trainer = node("GraftTrainDreamBooth", "Train", (train, 1010), (420, 820),
                    {**base, "dataset": (photos, 0), "class_dataset": (classes, 0), "instance_prompt": (subject, 0),
                     "class_prompt": (kind, 0)})  # fmt: skip
-    saved = node("GraftSaveAdapter", "Save the LoRA", (train, 1890), (420, 100), {"adapter": (trainer, 2)},
+    saved = node("GraftSaveAdapter", "Save the LoRA", (train, 1890), (420, 122), {"adapter": (trainer, 2)},
                  filename_prefix="my_subject")  # fmt: skip
 
     rows = (
@@ -448,7 +573,7 @@ def draw_embedding(sketch):
     data, train, wish, sample = 0, 480, 960, 1440
 
     checkpoint, base = draw_base(sketch, (data, 0), EMBEDDING_NOTE, 520)
-    photos = node("GraftLoadDataset", "Photos", (data, 860), (420, 490), folder="my_photos", resolution=512)
+    photos = node("GraftLoadDataset", "Photos", (data, 860), (420, 640), folder="my_photos", resolution=512)
     trainer = node("GraftTrainEmbedding", "Train", (train, 700), (420, 720), {**base, "dataset": (photos, 0)},
                    name="my-dog", init_text="dog", vectors=2, steps=2000, batch_size=4)  # fmt: skip
     saved = node("GraftSaveEmbedding", "Save the word", (train, 1480), (420, 80), {"embedding": (trainer, 1)})
@@ -476,12 +601,12 @@ def draw_pivotal(sketch):
     data, train, wish, sample = 0, 480, 960, 1440
 
     checkpoint, base = draw_base(sketch, (data, 0), PIVOTAL_NOTE, 520)
-    photos = node("GraftLoadDataset", "Photos", (data, 860), (420, 490),
+    photos = node("GraftLoadDataset", "Photos", (data, 860), (420, 640),
                   folder="my_photos", trigger="my-dog", resolution=512)  # fmt: skip
     word = node("GraftPivotalOptions", "The word", (train, 380), (420, 160), name="my-dog", init_text="dog")
     trainer = node("GraftTrainLoRA", "Train", (train, 700), (420, 630),
                    {**base, "dataset": (photos, 0), "options": (word, 0)})  # fmt: skip
-    lora = node("GraftSaveAdapter", "Save the LoRA", (train, 1390), (420, 100), {"adapter": (trainer, 2)},
+    lora = node("GraftSaveAdapter", "Save the LoRA", (train, 1390), (420, 122), {"adapter": (trainer, 2)},
                 filename_prefix="my_dog")  # fmt: skip
     saved = node("GraftSaveEmbedding", "Save the word", (train, 1550), (420, 80), {"embedding": (trainer, 4)})
 
@@ -506,7 +631,7 @@ def draw_fine_tune(sketch):
     node = sketch.node
     prompt = "a house by the sea, ohwx style"
     base = draw_base(sketch, (DATA, 0), FINE_TUNE_NOTE, 560, ROW - 160)
-    pictures = node("GraftLoadDataset", "Pictures", (DATA, ROW), (420, 490),
+    pictures = node("GraftLoadDataset", "Pictures", (DATA, ROW), (420, 640),
                     folder="my_pictures", trigger="ohwx style", resolution=512)  # fmt: skip
 
     def save(trainer, place):
@@ -515,7 +640,7 @@ def draw_fine_tune(sketch):
                       {"model": (trainer, 0), "clip": (trainer, 1), "vae": (base[0], 2)},
                       filename_prefix="checkpoints/my_model")  # fmt: skip
         sketch.route(merged, "vae", [(LOOK - 30, LANE[2]), (TRAIN - 40, LANE[2])])
-        return [merged, node("GraftSaveAdapter", "Save what changed", (left, top + 170), (420, 100),
+        return [merged, node("GraftSaveAdapter", "Save what changed", (left, top + 170), (420, 122),
                              {"adapter": (trainer, 2)}, filename_prefix="my_model")]  # fmt: skip
 
     values = {"steps": 2000, "batch_size": 2}
@@ -536,14 +661,14 @@ def draw_merge(sketch):
 
     checkpoint, base = draw_base(sketch, (data, 0), MERGE_NOTE, 560)
     loras = [
-        node("GraftLoadAdapter", f"{which} LoRA", (data, top), (420, 60), adapter_name=name)
+        node("GraftLoadAdapter", f"{which} LoRA", (data, top), (420, 80), adapter_name=name)
         for which, top, name in (("First", 860, "my_dog.safetensors"), ("Second", 980, "my_style.safetensors"))
     ]
-    merged = node("GraftMergeAdapters", "Merge", (merge, 700), (420, 210),
+    merged = node("GraftMergeAdapters", "Merge", (merge, 700), (420, 275),
                   {"adapter_a": (loras[0], 0), "adapter_b": (loras[1], 0)}, weight_a=0.8, weight_b=0.8)  # fmt: skip
-    resized = node("GraftResizeAdapter", "Resize", (merge, 980), (420, 90), {"adapter": (merged, 0)},
+    resized = node("GraftResizeAdapter", "Resize", (merge, 1010), (420, 130), {"adapter": (merged, 0)},
                    rank=32, energy=0.99)  # fmt: skip
-    saved = node("GraftSaveAdapter", "Save the LoRA", (merge, 1140), (420, 100), {"adapter": (resized, 0)},
+    saved = node("GraftSaveAdapter", "Save the LoRA", (merge, 1200), (420, 122), {"adapter": (resized, 0)},
                  filename_prefix="my_dog_in_my_style")  # fmt: skip
     inspect = node("GraftInspectAdapter", "What it is", (merge, 0), (420, 330),
                    {"adapter": (resized, 0), "model": base["model"], "clip": base["clip"]})  # fmt: skip
@@ -575,6 +700,160 @@ def draw_apply(sketch, title, place, model, clip, adapter, strengths):
     return sketch.node("GraftApplyAdapter", title, place, (420, 240), given, **strengths)
 
 
+def draw_edit(sketch):
+    """Draw loaders and pairs -> inspection -> training -> the same edit of another picture before and after."""
+    node = sketch.node
+    prompt = "turn this photo into a pencil sketch"
+    node("MarkdownNote", "Start here", (DATA, 0), (420, 640), text=EDIT_NOTE)
+    loaders = [
+        node("UNETLoader", "Model", (DATA, ROW), (420, 90), unet_name="qwen_image_edit_2509_fp8_e4m3fn.safetensors"),
+        node("CLIPLoader", "Text encoder", (DATA, ROW + 150), (420, 110),
+             clip_name="qwen_2.5_vl_7b_fp8_scaled.safetensors", type="qwen_image"),
+        node("VAELoader", "VAE", (DATA, ROW + 320), (420, 60), vae_name="qwen_image_vae.safetensors"),
+    ]  # fmt: skip
+    base = {name: (loader, 0) for name, loader in zip(("model", "clip", "vae"), loaders, strict=True)}
+    pairs = node("GraftLoadDataset", "Pairs", (DATA, ROW + 480), (420, 640), folder="my_pairs",
+                 control_folder="control")  # fmt: skip
+    inspect = node("GraftInspectDataset", "What training will see", (LOOK, ROW), (420, 640),
+                   {"dataset": (pairs, 0), **base})  # fmt: skip
+    run = node("GraftRunOptions", "How prompts are encoded", (LOOK, -120), (420, 400),
+               prompt_node="TextEncodeQwenImageEditPlus")  # fmt: skip
+    previews = node("GraftPreviewOptions", "Previews", (LOOK, 335), (420, 340), {"options": (run, 0)}, prompts=prompt)
+    trained = node("GraftTrainLoRA", "Train", (TRAIN, ROW), (420, 640),
+                   {**base, "dataset": (inspect, 2), "options": (previews, 0)})  # fmt: skip
+    saved = node("GraftSaveAdapter", "Save the LoRA", (TRAIN, ROW + 700), (420, 122), {"adapter": (trained, 2)},
+                 filename_prefix="my_edit")  # fmt: skip
+    picture = node("LoadImage", "A new picture", (WISH, 0), (420, 330), image="example.png")
+    wish = node("PrimitiveStringMultiline", "Instruction", (WISH, 390), (420, 110), value=prompt)
+    size = node("VAEEncode", "Its size", (WISH, 560), (420, 60), {"pixels": (picture, 0), "vae": base["vae"]})
+    rows = [
+        draw_edited(sketch, (SAMPLE, top), name, (source, 0), base, {"image1": (picture, 0)}, (wish, 0), (size, 0))
+        for name, top, source in (("before", 0, loaders[0]), ("after", ROW, trained))
+    ]
+    sketch.group("Set 1: the model", loaders, BLUE)
+    sketch.group("Set 2: pairs", [pairs], BLUE)
+    sketch.group("Look at the pairs first", [inspect], GREY)
+    sketch.group("Settings", [run, previews], GREY)
+    sketch.group("Train", [trained, saved], ORANGE)
+    sketch.group("Set 3: what to edit", [picture, wish, size], BLUE)
+    sketch.group("Before: the model as it is", rows[0], GREY)
+    sketch.group("After: with the LoRA", rows[1], GREEN)
+
+
+def draw_edited(sketch, place, name, model, base, images, instruction, size):
+    """Draw the nodes that edit a picture and save the result, in a row of three columns; return their ids."""
+    node = sketch.node
+    left, top = place
+    middle, right = left + 460, left + 920
+    given = {"clip": base["clip"], "vae": base["vae"], **images}
+    kind = "TextEncodeQwenImageEditPlus"
+    positive = node(kind, f"Instruction {name}", (left, top), (400, 240), {**given, "prompt": instruction})
+    negative = node(kind, f"Negative prompt {name}", (left, top + 300), (400, 240), given)
+    drawn = node(
+        "KSampler",
+        f"Sample {name}",
+        (middle, top),
+        (400, 270),
+        {"model": model, "positive": (positive, 0), "negative": (negative, 0), "latent_image": size},
+        seed=1,
+        control_after_generate="fixed",
+        steps=20,
+        cfg=2.5,
+        sampler_name="euler",
+        scheduler="simple",
+    )
+    decoded = node("VAEDecode", f"Decode {name}", (middle, top + 330), (400, 50),
+                   {"samples": (drawn, 0), "vae": base["vae"]})  # fmt: skip
+    shown = node("SaveImage", name[:1].upper() + name[1:], (right, top), (500, 540), {"images": (decoded, 0)},
+                 filename_prefix=f"graft_{name}")  # fmt: skip
+    return [positive, negative, drawn, decoded, shown]
+
+
+def draw_curriculum(sketch):
+    """Draw photos at two sizes -> three trainers on a wire -> the prompt after the first and the last."""
+    node = sketch.node
+    checkpoint, base = draw_base(sketch, (DATA, 0), CURRICULUM_NOTE, 470, ROW - 200)
+    tops = {256: ROW, 512: ROW + 720}
+    photos = {
+        side: node("GraftLoadDataset", f"Photos at {side}", (DATA, top), (420, 640),
+                   folder="my_photos", trigger="ohwx dog", resolution=side)
+        for side, top in tops.items()
+    }  # fmt: skip
+    steps = (
+        ("256 pixels", 256, {"steps": 600, "batch_size": 4}),
+        ("512 pixels", 512, {"steps": 400, "rank": 0}),
+        ("Lower rate", 512, {"steps": 400, "rank": 0, "learning_rate": 2e-5}),
+    )
+    trainers = []
+    for column, (title, side, values) in zip((LOOK, TRAIN, WISH), steps, strict=True):
+        links = {**base, "dataset": (photos[side], 0)}
+        if trainers:
+            links["adapter"] = (trainers[-1], 2)
+        trainers.append(node("GraftTrainLoRA", title, (column, ROW), (420, 640), links, **values))
+        for name, height in zip(base, LANE, strict=True):
+            sketch.route(trainers[-1], name, [(LOOK - 30, height), (column - 40, height)])
+        if side == 512:
+            sketch.route(trainers[-1], "dataset", [(LOOK - 30, ROW + 680), (column - 40, ROW + 680)])
+    first, _, last = trainers
+    saved = node("GraftSaveAdapter", "Save the LoRA", (WISH, ROW + 720), (420, 122), {"adapter": (last, 2)},
+                 filename_prefix="my_lora")  # fmt: skip
+    prompt, negative, size = draw_wishes(sketch, (LOOK, 0), PROMPT)
+    texts = (prompt, 0), (negative, 0), (size, 0), (checkpoint, 2)
+    rows = [
+        draw_pictures(sketch, (SAMPLE, top), name, (source, 0), (source, 1), *texts)
+        for name, top, source in (("after the first", 0, first), ("after the last", ROW, last))
+    ]
+    sketch.group("Set 1 and 2: checkpoint and photos", [checkpoint, *photos.values()], BLUE)
+    sketch.group("Set 3: what to draw", [prompt, negative, size], BLUE)
+    sketch.group("Train, one after the other", [*trainers, saved], ORANGE)
+    sketch.group("After the first trainer", rows[0], GREY)
+    sketch.group("After the last trainer", rows[1], GREEN)
+
+
+def draw_preference(sketch):
+    """Draw pairs -> inspection -> training -> the same prompt before and after."""
+    node = sketch.node
+    prompt = "a portrait of a woman by a window"
+    base = draw_base(sketch, (DATA, 0), PREFERENCE_NOTE, 470, ROW - 200)
+    pairs = node("GraftLoadDataset", "Pairs", (DATA, ROW), (420, 660), folder="my_pairs", resolution=512,
+                 worse_folder="worse")  # fmt: skip
+
+    def save(trainer, place):
+        return [node("GraftSaveAdapter", "Save the LoRA", place, (420, 122), {"adapter": (trainer, 2)},
+                     filename_prefix="my_taste")]  # fmt: skip
+
+    values = {"beta": 2000.0, "batch_size": 4}
+    trainer = draw_training(sketch, base, pairs, ("GraftTrainPreference", values), save, {"prompts": prompt})
+    wishes = draw_wishes(sketch, (WISH, 0), prompt)
+    before, after = draw_both(sketch, base[0], trainer, wishes)
+
+    sketch.group("Set 1 and 2: checkpoint and pairs", [base[0], pairs], BLUE)
+    sketch.group("Set 3: what to draw", wishes, BLUE)
+    sketch.group("Before: the checkpoint as it is", before, GREY)
+    sketch.group("After: more like the better pictures", after, GREEN)
+
+
+def draw_slider(sketch):
+    """Draw prompts -> slider -> a row of pictures from strength -2 to 2."""
+    node = sketch.node
+    checkpoint, base = draw_base(sketch, (0, 0), SLIDER_NOTE, 440, 580)
+    trainer = node("GraftTrainSlider", "Train", (480, 0), (420, 1000), base,
+                   target="a photo of a man\na photo of a woman",
+                   positive="a photo of a very old man\na photo of a very old woman",
+                   negative="a photo of a very young man\na photo of a very young woman",
+                   anchors="a photo of a house\na photo of a dog", resolution=512)  # fmt: skip
+    saved = node("GraftSaveAdapter", "Save the slider", (480, 1080), (420, 122), {"adapter": (trainer, 2)},
+                 filename_prefix="my_slider")  # fmt: skip
+    compare = node("GraftCompare", "The row", (960, 0), (620, 900), {**base, "adapter": (trainer, 2)},
+                   prompts="a photo of a man in a garden\na photo of a woman at a table", strengths="-2, -1, 0, 1, 2",
+                   resolution=512)  # fmt: skip
+    shown = node("SaveImage", "Pictures", (960, 980), (620, 400), {"images": (compare, 1)},
+                 filename_prefix="graft_slider")  # fmt: skip
+    sketch.group("Set 1: checkpoint", [checkpoint], BLUE)
+    sketch.group("Set 2: the property. Train", [trainer, saved], ORANGE)
+    sketch.group("The same pictures at five strengths", [compare, shown], GREEN)
+
+
 WORKFLOWS = {
     "Train a LoRA": draw_train_a_lora,
     "DreamBooth a subject": draw_dreambooth,
@@ -582,11 +861,15 @@ WORKFLOWS = {
     "Pivotal tuning": draw_pivotal,
     "Fine-tune a checkpoint": draw_fine_tune,
     "Merge and resize adapters": draw_merge,
+    "Train an edit model from pairs": draw_edit,
+    "Curriculum": draw_curriculum,
+    "Preference from pairs": draw_preference,
+    "Concept slider": draw_slider,
 }
 
 
 def write_workflow(path, workflow):
-    path.write_text(json.dumps(workflow, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(workflow, separators=(",", ":")) + "\n", encoding="utf-8")
     print(path)
 
 
