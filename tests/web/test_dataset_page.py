@@ -12,7 +12,7 @@ from selenium.webdriver.common.keys import Keys
 
 from tests.support import panel as panels
 from tests.support import runs
-from tests.support.browser import EMPTY
+from tests.support.browser import EMPTY, Browser
 from tests.support.dataset_page import DatasetView, drop_files
 
 pytestmark = [pytest.mark.browser, pytest.mark.server]
@@ -598,11 +598,17 @@ def many(server):
     return folder.name
 
 
-def test_ten_thousand_pictures_cost_what_is_in_view(page, view, many):
+@pytest.fixture
+def fresh_page(server, tmp_path):
+    """Return a page of a browser of its own: the shared one holds memory of the pages that other tests opened."""
+    with Browser(tmp_path / "chromium") as browser:
+        yield browser.open(server.url)
+
+
+def test_ten_thousand_pictures_cost_what_is_in_view(fresh_page, many):
+    page, view = fresh_page, DatasetView(fresh_page)
     requests = "performance.getEntriesByType('resource').filter(entry => entry.name.includes('/thumbnail')).length"
     tiles = "document.querySelectorAll('.graft-tile').length"
-    # What the page of earlier tests holds is not this page's.
-    page.open()
     page.js("performance.setResourceTimingBufferSize(100000); performance.clearResourceTimings(); window.began = 0;")
     page.load(EMPTY)
     node = page.add_node("GraftLoadDataset")
@@ -652,6 +658,8 @@ def test_ten_thousand_pictures_cost_what_is_in_view(page, view, many):
     heap = page.measure_heap()
     print(f"heap {heap / 1e6:.0f} MB")
     assert heap < 300e6
+    view.close()
+    assert page.read_errors() == []
 
 
 @pytest.mark.parametrize("theme", ["dark", "light"])
