@@ -1,9 +1,11 @@
 """Run a job folder written by Graft Export Job, without a graph, on all processes that accelerate starts.
 
     accelerate launch [its options] <this file> <job folder> [ComfyUI's options, such as --cpu]
+    python <this file> --check <job folder> [ComfyUI's options]
 
-The job uses the ComfyUI folder that contains this pack; COMFYUI_PATH can name another one. Start the job again to
-resume it, also with more or fewer processes.
+The second command prints what this machine lacks for the job, and starts nothing. The job uses the ComfyUI folder that
+contains this pack; COMFYUI_PATH can name another one. Start the job again to resume it, also with more or fewer
+processes.
 """
 
 import contextlib
@@ -97,12 +99,20 @@ def reporting(given):
         raise
 
 
+def check(folder, arguments):
+    """Print what this machine lacks to run the job. Return the exit status: 0 if it lacks nothing, else 1."""
+    enter_comfyui(find_comfyui(), arguments)
+    return importlib.import_module(f"{load_pack()}.nodes.host.jobs.check").main(folder)
+
+
 def main(given=None):
     """Run the job. Return the exit status: 0 if the job is done, 1 for an error, 130 if it was interrupted."""
     if given is not None:
         threading.Thread(target=end_with_parent, daemon=True).start()
         os.environ.update(given["environment"])
         folder, arguments, comfyui = given["folder"], sys.argv[1:], given["comfyui"]
+    elif sys.argv[1:2] == ["--check"] and len(sys.argv) > 2:
+        return check(os.path.abspath(sys.argv[2]), sys.argv[3:])
     elif len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         sys.exit(__doc__)
     else:

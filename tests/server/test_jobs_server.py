@@ -137,7 +137,7 @@ def events_of(run):
 
 def test_documented_job_command_trains_what_the_graph_would(server, dataset, alone):
     job = exported(server, graph_of(server, dataset, "spread", STEPS, kind="GraftExportJob"))
-    assert sorted(os.listdir(job)) == ["cache", "job.json"]
+    assert sorted(os.listdir(job)) == ["README.md", "cache", "job.json"]
     assert runs.list_runs(server, "spread") == []
     done = launch(server, job, GUIDE[0], "--cpu")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -154,6 +154,44 @@ def test_documented_job_command_trains_what_the_graph_would(server, dataset, alo
     losses = [[line["loss"] for line in events_of(one) if line["event"] == "step"] for one in (run, alone_run(server))]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     applied_in_the_graph(server, dataset, run)
+
+
+def commands_of(job):
+    """Return the commands in a job's README, by the program that they start."""
+    lines = re.findall(r"^    ((\w+) .*)$", (job / "README.md").read_text(encoding="utf-8"), re.M)
+    return {"check" if "--check" in line else program: line for line, program in reversed(lines)}
+
+
+def test_a_jobs_readme_starts_it_and_its_check_names_what_is_missing(server, dataset, alone, tiny_base):
+    job = exported(server, graph_of(server, dataset, "told", STEPS, kind="GraftExportJob"))
+    commands = commands_of(job)
+    assert commands.keys() == {"check", "python", "accelerate", "torchrun", "sbatch"}
+    assert str(job.relative_to(server.comfy)) in commands["torchrun"]
+    done = launch(server, job, commands["check"], "--cpu")
+    assert done.returncode == 0 and "nothing is missing" in done.stderr, done.stdout + done.stderr
+    done = launch(server, job, commands["torchrun"], "--cpu")
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = runs.find_run(server, "told")
+    assert json.loads((run / "recipe.json").read_text())["processes"] == 2
+    assert distance(runs.adapter_of(server, run, STEPS), alone) <= 1e-4
+    # All that is missing is named, and nothing is repaired or removed.
+    first, *others = sorted((job / "cache").rglob("*.safetensors"))
+    first.unlink()
+    for other in others[:1]:
+        data = bytearray(other.read_bytes())
+        data[-1] ^= 1
+        other.write_bytes(data)
+    model = server.path("models", "checkpoints", tiny_base.name)
+    model.rename(model.with_suffix(".away"))
+    try:
+        done = launch(server, job, commands["check"], "--cpu")
+    finally:
+        model.with_suffix(".away").rename(model)
+    assert done.returncode == 1
+    missing = [line for line in done.stderr.splitlines() if line.startswith("MISSING")]
+    for name in (tiny_base.name, first.name, *(other.name for other in others[:1])):
+        assert sum(name in line for line in missing) == 1, done.stderr
+    assert len(missing) == 2 + len(others[:1]) and all(other.exists() for other in others)
 
 
 SHARED = {"GraftMemoryOptions": {"shard": "on"}, "GraftPreviewOptions": {"prompts": "a toy", "steps": 1, "every": 2}}

@@ -12,7 +12,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -24,6 +24,7 @@ from ..formats.adapter import Adapter, load_adapter
 from ..formats.embedding import Embedding
 from ..formats.peft_format import WEIGHTS, write_peft
 from ..methods import METHODS
+from ..preprocessing.cache import is_sound
 from ..preprocessing.prepare import Prepared, prepare
 from ..protocols import Host
 from ..recipe.recipe import Recipe
@@ -43,6 +44,7 @@ _FORMAT = "graft job 1"
 _FORMATS = "graft job "
 _FILE = "job.json"
 _CACHE = "cache"
+_README = "README.md"
 # The tensors to start from, or peft's folder of an adapter in peft's form.
 _START = "start.safetensors"
 _PEFT_START = "start"
@@ -67,6 +69,7 @@ class Job:
         start: path of the adapter or embedding file in the job to start from; empty if there is none, or if the recipe
             names one of the host's list.
         pictures: source pictures that the prompts of sample pictures name, by these names.
+        cached: sizes in bytes of the files in the job's own cache, by path; None in jobs of earlier versions.
         embedded: hash of the embedding files that the captions use; None in jobs of earlier versions.
     """
 
@@ -77,6 +80,7 @@ class Job:
     start: str = ""
     embedded: str | None = None
     pictures: Mapping[str, Example] = field(default_factory=dict)
+    cached: Mapping[str, int] | None = None
 
     def host(self, host: Host) -> Host:
         """Return the host with what was connected to the trainer to start from, if anything."""
@@ -94,11 +98,20 @@ class Job:
 
 
 def export_job(
-    parent: str, recipe: Recipe, dataset: Dataset, host: Host, folders: Folders, base: dict[str, Any]
+    parent: str,
+    recipe: Recipe,
+    dataset: Dataset,
+    host: Host,
+    folders: Folders,
+    base: dict[str, Any],
+    readme: Callable[[str], str] | None = None,
 ) -> str:
     """Encode what is not cached yet, write a job into a new folder in `parent`, and return the folder's path.
 
     The folder gets the name of the run. An existing job of that name is replaced after the new one is complete.
+
+    Args:
+        readme: returns the text of the folder's README from the folder's name.
 
     Raises:
         GraftError: recipe, dataset and base do not fit together, or something cannot be encoded or written.
@@ -114,7 +127,9 @@ def export_job(
         if start is not None:
             _write_start(temporary, start)
         dataset = _marked(dataset, prepared)
-        _write(temporary, Job(recipe, dataset, base, embedded=task.embedded, pictures=prepared.named))
+        if readme is not None:
+            atomic.write_bytes(os.path.join(temporary, _README), readme(os.path.basename(path)).encode())
+        _write(temporary, Job(recipe, dataset, base, "", "", task.embedded, prepared.named, _sizes_of(copy)))
     return path
 
 
@@ -173,6 +188,12 @@ def _marked(dataset: Dataset, prepared: Prepared) -> Dataset:
     return replace(dataset, examples=examples)
 
 
+def _sizes_of(cache: str) -> dict[str, int]:
+    """Return the sizes in bytes of a job's cached files, by their paths in its cache with slashes."""
+    paths = [os.path.join(at, name) for at, _, names in os.walk(cache) for name in names]
+    return {os.path.relpath(path, cache).replace(os.sep, "/"): os.path.getsize(path) for path in sorted(paths)}
+
+
 def _write(folder: str, job: Job) -> None:
     """Write the job.json of a folder that already has the file to start from, if any."""
     value = {
@@ -184,6 +205,8 @@ def _write(folder: str, job: Job) -> None:
         "embedded": job.embedded,
         "pictures": pictures_as_json(job.pictures),
     }
+    if job.cached is not None:
+        value["cached"] = dict(job.cached)
     start = _find_start(folder)
     if start:
         value["start"] = _hash_of_start(start)
@@ -239,7 +262,7 @@ def _is_job(folder: str) -> bool:
 
 def _is_part_of_job(folder: str) -> bool:
     """Report whether a folder is a job, or holds nothing but what a half-written job holds."""
-    return _is_job(folder) or set(os.listdir(folder)) <= {_CACHE, _START, _PEFT_START, _FILE}
+    return _is_job(folder) or set(os.listdir(folder)) <= {_CACHE, _START, _PEFT_START, _README, _FILE}
 
 
 def _sweep_folders(parent: str) -> None:
@@ -316,7 +339,23 @@ def _decode_job(path: str, value: Any, is_local: bool) -> Job:
     cache = cache or os.path.join(os.path.dirname(path), _CACHE)
     embedded = check_text_field(value["embedded"]) if "embedded" in value else None
     # Jobs of earlier versions lack this field: they look for the files here.
-    return Job(recipe, dataset, base, cache, start, embedded, decode_pictures(value.get("pictures", {})))
+    pictures = decode_pictures(value.get("pictures", {}))
+    cached = value.get("cached")
+    if cached is not None and not all(type(size) is int for size in cached.values()):
+        raise ValueError("the sizes of its cached files are not numbers")
+    return Job(recipe, dataset, base, cache, start, embedded, pictures, cached)
+
+
+def cache_problems(folder: str, job: Job) -> Iterator[RunError]:
+    """Yield an error for each cached file of a job folder that is missing, has another size, or is damaged."""
+    cache = os.path.join(folder, _CACHE)
+    here = _sizes_of(cache)
+    wanted = here if job.cached is None else job.cached
+    for name, size in wanted.items():
+        path = os.path.join(cache, name)
+        if here.get(name) != size or not is_sound(path):
+            what = "is damaged" if name in here else "is missing"
+            yield RunError(f"The job's file '{path}' {what}.", "Copy the whole folder that Graft Export Job wrote.")
 
 
 def _check_own(job: str, cache: str, start_from: str) -> None:

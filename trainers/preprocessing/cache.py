@@ -246,6 +246,16 @@ def _is_own(path: str) -> bool:
     return metadata.get("format", "").startswith(_FORMATS) or metadata.get("key") == stem
 
 
+def is_sound(path: str) -> bool:
+    """Report whether a shard can be read and all its tensors match their checksums."""
+    try:
+        sums = _sums(path)
+        tensors, _ = files.read_tensors(path, list(sums))
+    except (_Foreign, RunError, ValueError):
+        return False
+    return _sums_of(tensors) == sums
+
+
 def cache_size(folder: str) -> int:
     """Return the bytes of all cache files in a folder and below it."""
     return sum(size for _, size, _ in _cache_files(folder))

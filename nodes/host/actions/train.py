@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +30,7 @@ from ....trainers.runs.loss_by_picture import BY_PICTURE
 from ....trainers.runs.loss_by_timestep import BY_TIMESTEP
 from .. import paths
 from ..jobs import launcher, provenance
+from ..jobs.readme import job_readme
 from ..model import families
 from ..model.checks import check_not_applied, check_sockets
 from ..model.denoiser import ComfyDenoiser
@@ -220,7 +222,8 @@ def export(
         preview_model = _preview_model(recipe, denoiser, model, clip, vae, options, node)
         host = Host(denoiser, text, ComfyCodec(vae), report, preview_model=preview_model, start=widgets.start)
         base = provenance.describe(node, host, files=True)
-        return export_job(paths.jobs_folder(), recipe, dataset, host, paths.folders(), base)
+        readme = partial(job_readme, base=base)
+        return export_job(paths.jobs_folder(), recipe, dataset, host, paths.folders(), base, readme)
 
 
 def build_recipe(model: ModelPatcher, dataset: Dataset, widgets: TrainInputs, options: Options | None) -> Recipe:

@@ -62,9 +62,7 @@ def check_count(count: int) -> None:
     device = comfy.model_management.get_torch_device()
     if device.type == "cpu":
         return
-    # Use the device type's own module: ComfyUI runs with versions of torch that lack torch.accelerator.
-    kind = getattr(torch, device.type, None)
-    there = 1 if kind is None else kind.device_count()
+    there = count_devices(device)
     if count > there:
         raise SettingsError(
             f"processes is {count}, but PyTorch sees {there} GPUs here.",
@@ -78,6 +76,13 @@ def check_count(count: int) -> None:
             "Set processes in Graft Run Options to 1, or run the job on Linux (Graft Export Job).",
             "options",
         )
+
+
+def count_devices(device: torch.device) -> int:
+    """Return the number of devices of a device's type."""
+    # Use the device type's own module: ComfyUI runs with versions of torch that lack torch.accelerator.
+    kind = getattr(torch, device.type, None)
+    return 1 if device.type == "cpu" or kind is None else kind.device_count()
 
 
 def train(recipe: Recipe, dataset: Dataset, host: Host, node: str) -> tuple[str, int]:

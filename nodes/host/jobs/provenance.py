@@ -10,10 +10,12 @@ from __future__ import annotations
 import asyncio
 import inspect
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+import comfyui_version
 import folder_paths
+import torch
 from comfy_execution.utils import get_executing_context
 
 import nodes
@@ -60,7 +62,18 @@ def describe(node: str, host: Host, files: bool) -> dict[str, Any]:
     for socket, link in links.items():
         _collect(prompt, link[0], socket, collected)
     listed = _files_of(collected) if files else []
-    return {"nodes": collected, "sockets": links, "files": listed, "fingerprints": fingerprints(host)}
+    return {
+        "nodes": collected,
+        "sockets": links,
+        "files": listed,
+        "fingerprints": fingerprints(host),
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that decide a training's last digits."""
+    return {"ComfyUI": comfyui_version.__version__, "PyTorch": torch.__version__}
 
 
 def fingerprints(host: Host) -> dict[str, str]:
@@ -154,19 +167,43 @@ def check_files(base: dict[str, Any]) -> None:
     Raises:
         ModelError: a file is missing or differs; the message gives its name and the expected hash.
     """
+    for error in _file_problems(base):
+        raise error
+
+
+def problems(base: dict[str, Any]) -> Iterator[ModelError]:
+    """Yield an error for each file and each node of a base that this ComfyUI lacks, or has another one of."""
+    yield from _file_problems(base)
+    _load_core_nodes(base)
+    for kind in sorted({node["class_type"] for node in base["nodes"].values()}):
+        if not _is_core(kind):
+            yield _no_node(kind)
+
+
+def _file_problems(base: dict[str, Any]) -> Iterator[ModelError]:
     for row in base["files"]:
         name, kind, wanted = row["name"], row["list"], row["sha256"]
         path = folder_paths.get_full_path(kind, name) if kind in folder_paths.folder_names_and_paths else None
         if path is None:
-            raise ModelError(
+            yield ModelError(
                 f"ComfyUI's {kind} folders do not contain '{name}' ({row['bytes'] / 1e6:.0f} MB, SHA-256 {wanted}).",
                 "Copy the file there, under this name.",
             )
-        if os.path.getsize(path) != row["bytes"] or file_hash(path) != wanted:
-            raise ModelError(
+        elif os.path.getsize(path) != row["bytes"] or file_hash(path) != wanted:
+            yield ModelError(
                 f"The file '{path}' differs from the one that the job was made with (SHA-256 {wanted}).",
                 "Copy the job's file there, or export the job again.",
             )
+
+
+def _load_core_nodes(base: dict[str, Any]) -> None:
+    """Load those of ComfyUI's own nodes that it loads late, if the base names nodes that are not there yet."""
+    if any(node["class_type"] not in nodes.NODE_CLASS_MAPPINGS for node in base["nodes"].values()):
+        asyncio.run(nodes.init_builtin_extra_nodes())
+
+
+def _no_node(kind: str) -> ModelError:
+    return ModelError(f"This ComfyUI has no node {kind} of its own.", "Update ComfyUI.")
 
 
 def load(base: dict[str, Any], sockets: Iterable[str] = SOCKETS) -> dict[str, Any]:
@@ -175,8 +212,7 @@ def load(base: dict[str, Any], sockets: Iterable[str] = SOCKETS) -> dict[str, An
     Raises:
         ModelError: the base names a node that is missing from it, or that this ComfyUI does not have as its own.
     """
-    if any(node["class_type"] not in nodes.NODE_CLASS_MAPPINGS for node in base["nodes"].values()):
-        asyncio.run(nodes.init_builtin_extra_nodes())
+    _load_core_nodes(base)
     done: dict[str, tuple] = {}
     links = {socket: base["sockets"][socket] for socket in sockets if socket in base["sockets"]}
     return {socket: _output(base["nodes"], link, done, ()) for socket, link in links.items()}
@@ -189,7 +225,7 @@ def _output(graph: dict[str, dict], link: list, done: dict[str, tuple], path: tu
     if identity not in done:
         kind, inputs = graph[identity]["class_type"], graph[identity]["inputs"]
         if not _is_core(kind):
-            raise ModelError(f"This ComfyUI has no node {kind} of its own.", "Update ComfyUI.")
+            raise _no_node(kind)
         _refuse_writer(kind)
         node_class = nodes.NODE_CLASS_MAPPINGS[kind]
         declared = node_class.INPUT_TYPES()

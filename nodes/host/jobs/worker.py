@@ -66,7 +66,7 @@ def main(folder: str, group: AccelerateGroup, given: dict[str, Any] | None) -> i
 
 def _run(folder: str, group: AccelerateGroup, report: Report, training: Training, is_local: bool) -> Result:
     try:
-        _set_paths()
+        set_paths()
         job = read_job(folder, is_local)
         with torch.inference_mode(False), torch.enable_grad():
             if group.local_rank <= 0:
@@ -121,7 +121,7 @@ def _check_embeddings(job: Job, embedded: str) -> None:
         )
 
 
-def _set_paths() -> None:
+def set_paths() -> None:
     """Set ComfyUI's paths from its options and files, as its main.py does before it starts the server."""
     root = os.path.dirname(os.path.abspath(folder_paths.__file__))
     usual = os.path.join(root, "extra_model_paths.yaml")
