@@ -400,7 +400,18 @@ class Sketch:
         routes = {key: workflow["extra"][key] for key in ("reroutes", "linkExtensions") if key in workflow["extra"]}
         # The page's sidebar and its tab bar cover the graph's left and upper edge.
         workflow["extra"] = {"ds": {"scale": 0.6, "offset": [200, 240]}, **routes}
-        return omit_restored(workflow)
+        return omit_widget_slots(omit_restored(workflow))
+
+
+def omit_widget_slots(workflow):
+    """Omit the slots of widgets without a link, as the frontend does in a picture's workflow; return it."""
+    links = {link[0]: link for link in workflow["links"]}
+    for node in workflow["nodes"]:
+        node["inputs"] = [slot for slot in node["inputs"] if "widget" not in slot or slot["link"] is not None]
+        for place, slot in enumerate(node["inputs"]):
+            if slot["link"] is not None:
+                links[slot["link"]][4] = place
+    return workflow
 
 
 def omit_restored(graph):
