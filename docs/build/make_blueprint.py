@@ -14,7 +14,7 @@ from tests.support.host import ROOT
 from tests.support.pack import hide_root
 from tests.support.server import ComfyServer
 
-from .make_workflows import Sketch
+from .make_workflows import Sketch, omit_restored
 
 FOLDER = ROOT / "subgraphs"
 NAME = "Train a LoRA from a folder"
@@ -80,7 +80,7 @@ def settle(workflow):
         del node["properties"]["proxyWidgets"]
     workflow["revision"] = 0
     workflow["extra"] = {}
-    return workflow
+    return omit_restored(workflow)
 
 
 def main():

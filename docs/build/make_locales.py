@@ -70,10 +70,12 @@ def list_nodes():
 
 
 def describe_nodes(nodes):
-    """Return the nodes' texts in the frontend's nodeDefs format."""
+    """Return the nodes' texts in the frontend's nodeDefs format.
+
+    Nodes whose ids end alike have like texts. They are near each other, since deflate looks back only 32 kB.
+    """
     found = {}
-    for node in sorted(nodes, key=lambda node: node.define_schema().node_id):
-        schema = node.define_schema()
+    for schema in sorted((node.define_schema() for node in nodes), key=lambda schema: schema.node_id[::-1]):
         found[schema.node_id] = {
             "display_name": schema.display_name,
             "description": schema.description,

@@ -400,7 +400,35 @@ class Sketch:
         routes = {key: workflow["extra"][key] for key in ("reroutes", "linkExtensions") if key in workflow["extra"]}
         # The page's sidebar and its tab bar cover the graph's left and upper edge.
         workflow["extra"] = {"ds": {"scale": 0.6, "offset": [200, 240]}, **routes}
-        return workflow
+        return omit_widget_slots(omit_restored(workflow))
+
+
+def omit_widget_slots(workflow):
+    """Omit the slots of widgets without a link, as the frontend does in a picture's workflow; return it."""
+    links = {link[0]: link for link in workflow["links"]}
+    for node in workflow["nodes"]:
+        node["inputs"] = [slot for slot in node["inputs"] if "widget" not in slot or slot["link"] is not None]
+        for place, slot in enumerate(node["inputs"]):
+            if slot["link"] is not None:
+                links[slot["link"]][4] = place
+    return workflow
+
+
+def omit_restored(graph):
+    """Omit what the frontend sets itself when it opens a graph; return the graph.
+
+    It takes a node's "Node name for S&R" from the type when it makes the node, and a slot's localized_name from the
+    schema when it configures it. Without one it shows the slot's name.
+    """
+    for inner in graph.get("definitions", {}).get("subgraphs", []):
+        omit_restored(inner)
+    for part in [graph, *graph["nodes"]]:
+        for slot in [*part.get("inputs", []), *part.get("outputs", [])]:
+            if slot.get("localized_name") == slot["name"]:
+                del slot["localized_name"]
+        if part.get("properties", {}).get("Node name for S&R") == part.get("type", ""):
+            del part["properties"]["Node name for S&R"]
+    return graph
 
 
 def draw_base(sketch, place, note, height, top=700):
