@@ -400,6 +400,10 @@ class Sketch:
         routes = {key: workflow["extra"][key] for key in ("reroutes", "linkExtensions") if key in workflow["extra"]}
         # The page's sidebar and its tab bar cover the graph's left and upper edge.
         workflow["extra"] = {"ds": {"scale": 0.6, "offset": [200, 240]}, **routes}
+        for node in workflow["nodes"]:
+            for slot in (*node.get("inputs", ()), *node.get("outputs", ())):
+                # The frontend names slots in its own language when it loads the graph.
+                slot.pop("localized_name", None)
         return workflow
 
 
