@@ -324,14 +324,14 @@ class PreviewModel(Protocol):
     def draw(
         self,
         requests: Sequence[PictureRequest],
-        adapter: Mapping[str, torch.Tensor] | None,
-        embedding: Mapping[str, torch.Tensor] | None,
+        export: Callable[[], tuple[Mapping[str, torch.Tensor] | None, Mapping[str, torch.Tensor] | None]],
         factor: float = 1.0,
     ) -> list[Image.Image]:
         """Sample a picture for each request. Use it only within the denoiser's `training`. May raise PreviewSkipped.
 
         Args:
-            adapter, embedding: as they are saved, with the host's names; None if none is trained.
+            export: returns the adapter and the embedding as they are saved, with the host's names; None if none is
+                trained. Called once the trained model has made way, whose weights they may refer to.
             factor: on the adapter's strength.
         """
 

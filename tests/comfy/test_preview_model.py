@@ -2,6 +2,7 @@
 
 import gc
 import re
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -159,6 +160,24 @@ def test_the_check_of_a_full_fine_tune_computes_no_difference(graphs, monkeypatc
     monkeypatch.setattr(preflight, "check_keys", checked)
     train((model, clip, vae), "all weights", "preview-check", other, every=0)
     assert during == [0] and computed
+
+
+def test_pictures_of_a_full_fine_tune_hold_one_difference_at_a_time(graphs, monkeypatch):
+    from graft_pack.trainers.formats.full_diff import FullDiff
+
+    (model, clip, vae), (other, _, _) = graphs
+    compute, computed, most = FullDiff.__getitem__, [], []
+
+    def counted(self, key):
+        difference = compute(self, key)
+        most.append(sum(reference() is not None for reference in computed))
+        computed.append(weakref.ref(difference))
+        return difference
+
+    monkeypatch.setattr(FullDiff, "__getitem__", counted)
+    _, pictures = train((model, clip, vae), "all weights", "preview-memory", other)
+    assert len(pictures) == 3 and len(computed) > 100
+    assert max(most) <= 1
 
 
 @pytest.mark.parametrize("swapped", [False, True], ids=["SDXL on SD1", "SD1 on SDXL"])

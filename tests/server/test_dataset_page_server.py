@@ -149,6 +149,8 @@ WRONG = [
     ("trash", {"names": [["00.png"]]}),
     ("rotate", {"name": "00.png", "degrees": 90, "mask_folder": "../models"}),
     ("rotate", {"name": "00.png", "degrees": 90, "mask_folder": 7}),
+    ("rotate", {"name": "00.png", "degrees": 90, "control_folder": "../models"}),
+    ("rotate", {"name": "00.png", "degrees": 90, "worse_folder": 7}),
 ]
 # Settings of the node with which training ignores a painted mask.
 IGNORED = [{"masks": "off"}, {"mask_folder": "elsewhere"}]

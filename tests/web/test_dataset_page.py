@@ -208,6 +208,10 @@ def test_the_page_reads_and_writes_as_the_node_does(page, view, make_folder):
     expected = {**values, "sources_optional": "1", "lines_are_variants": "1", "upscale": "0"}
     assert {name: query[name] for name in expected} == expected
     assert page.js("return bodies.map(body => body.lines_are_variants);") == [True]
+    view.select("00.png")
+    view.press("Rotate right")
+    view.wait_for("00.png", "tile.innerText.includes('80 \\u00d7 96')")
+    assert all(Image.open(folder / name / "00.png").size == (80, 96) for name in (".", "sources", "bad"))
 
 
 def test_a_caption_changed_in_another_tab_is_not_overwritten(page, view, server, make_folder):

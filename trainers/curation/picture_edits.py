@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ from ..data.listing import Listing, fold, list_folder, path_inside, stem_of
 from ..data.masks import SUFFIX, own_masks
 from ..data.pictures import is_picture, measure_file, reading
 from ..data.scan import Masks, ScanOptions
+from ..data.source_images import MatchingFolder
 from ..errors import DatasetError, GraftError
 from ..formats.atomic import refuse_links, replacing, write_bytes
 from .caption_edits import BACKUP
@@ -182,20 +183,26 @@ def _move(root: str, name: str, target: str) -> None:
     os.rename(path_to_write(root, name), target)
 
 
-def rotate(folder: str, name: str, degrees: int, mask_folder: str = "") -> None:
-    """Rotate a picture clockwise, with its masks and its crop's center. The files as they were go to the trash.
+def rotate(
+    folder: str, name: str, degrees: int, mask_folder: str = "", paired: Mapping[str, str] | None = None
+) -> None:
+    """Rotate a picture clockwise, with its masks, its source and worse pictures and its crop's center.
+
+    The files as they were go to the trash.
 
     Args:
         degrees: 90, 180 or 270.
         mask_folder: absolute path of a folder of masks; empty for none.
+        paired: absolute paths of the folders of source and worse pictures, by the node's inputs; empty for none.
 
     Raises:
-        DatasetError: the picture cannot be read, its format cannot be written without visible loss, or its mask is
-            outside the dataset's folder.
+        DatasetError: a picture cannot be read, its format cannot be written without visible loss, a mask or picture
+            that belongs to it is outside the dataset's folder, or another picture has the same source.
     """
     with EDITING:
         listing = list_pictures(folder, name)
-        parts = (name, *_masks_of(listing, name, mask_folder))
+        pairs = (_pair_of(listing, name, path, input) for input, path in (paired or {}).items() if path)
+        parts = dict.fromkeys((name, *_masks_of(listing, name, mask_folder), *(pair for pair in pairs if pair)))
         rotated = {part: _rotated(listing, part, degrees) for part in parts}
         for part, content in rotated.items():
             _keep(listing.root, part)
@@ -222,6 +229,26 @@ def _masks_of(listing: Listing, name: str, mask_folder: str) -> list[str]:
             )
         names.append(inside + other.name)
     return list(dict.fromkeys(names))
+
+
+def _pair_of(listing: Listing, name: str, folder: str, input: str) -> str:
+    """Return the name of the picture that a folder of source or worse pictures has for a picture; empty for none."""
+    matching = MatchingFolder(folder, input, "", "source", listing)
+    file = matching.find(name)
+    if file is None:
+        return ""
+    if not matching.inside:
+        raise DatasetError(
+            f"The picture of '{name}' in {input} is in another folder, to which the page does not write.",
+            "Move that folder into the dataset's, or rotate both in another program.",
+            input,
+        )
+    others = (other for other in matching.outside(listing).files if is_picture(other) and other != name)
+    if shared := next((other for other in others if matching.find(other) is file), ""):
+        raise DatasetError(
+            f"'{name}' and '{shared}' have the same picture in {input}.", "Rotate them in another program.", input
+        )
+    return matching.inside + file.name
 
 
 def _rotated(listing: Listing, name: str, degrees: int) -> bytes:

@@ -100,6 +100,9 @@ class MatchingFolder:
         role: stands behind the names of its pictures in reports.
         kind: "source" or "worse".
         listing: of the dataset's folder, which may contain this folder.
+
+    Attributes:
+        inside: prefix of its files' names in the listing; empty if it lies elsewhere.
     """
 
     def __init__(self, folder: str, input: str, role: str, kind: str, listing: Listing):
@@ -110,8 +113,8 @@ class MatchingFolder:
         self._left_out: list[LeftOut] = []
         files = list_folder(folder)
         self._root = files.root
-        self._inside = path_inside(listing, files.root)
-        if self._inside == "./":
+        self.inside = path_inside(listing, files.root)
+        if self.inside == "./":
             raise DatasetError(
                 f"The folder of {kind} pictures is the dataset's own folder.",
                 f"Put the {kind} pictures into another folder, each under the name of its picture.",
@@ -127,7 +130,7 @@ class MatchingFolder:
 
     def outside(self, listing: Listing) -> Listing:
         """Return the listing of the dataset's folder without this folder."""
-        return without_folder(listing, self._inside) if self._inside else listing
+        return without_folder(listing, self.inside) if self.inside else listing
 
     def of(self, name: str, measure: Callable[[File], dict]) -> Example | None:
         """Return the picture that matches a picture of the dataset, by its relative name; None for none.
@@ -138,9 +141,7 @@ class MatchingFolder:
         Raises:
             DatasetError: it cannot be read.
         """
-        stem = stem_of(name)
-        # Match the bare name too, in any folder, as other trainers do.
-        file = self._by_stem.get(stem) or self._by_stem.get(posixpath.basename(stem)) or self._by_folded_name(stem)
+        file = self.find(name)
         if file is None:
             return None
         self._used.add(file.name)
@@ -151,6 +152,12 @@ class MatchingFolder:
             raise DatasetError(reason, "Save it again.", self._input) from error
         source = FileSource(file.path, f"{file.name} ({self._role})", self._root, facts["digest"])
         return source_image_of(source, tuple(facts["size"]))
+
+    def find(self, name: str) -> File | None:
+        """Return the file that matches a picture of the dataset, by its relative name; None for none."""
+        stem = stem_of(name)
+        # Match the bare name too, in any folder, as other trainers do.
+        return self._by_stem.get(stem) or self._by_stem.get(posixpath.basename(stem)) or self._by_folded_name(stem)
 
     def _by_folded_name(self, stem: str) -> File | None:
         """Return the file whose name differs only in case or Unicode form, unless it is another picture's own."""

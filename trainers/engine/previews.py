@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -104,8 +104,12 @@ def _drawing(plan: Plan, host: Host, step: int) -> Callable[[], list[Image.Image
     if host.preview_model is None:
         draw = partial(host.denoiser.preview, requests)
         return partial(_drawn_rows, plan, draw) if plan.recipe.slider_strength else draw
-    products = plan.products(step)
-    draw = partial(host.preview_model.draw, requests, products.adapter, products.embedding)
+
+    def export() -> tuple[Mapping[str, torch.Tensor] | None, Mapping[str, torch.Tensor] | None]:
+        products = plan.products(step)
+        return products.adapter, products.embedding
+
+    draw = partial(host.preview_model.draw, requests, export)
     return (lambda: _in_rows(draw(factor) for factor in _STRENGTHS)) if plan.recipe.slider_strength else draw
 
 

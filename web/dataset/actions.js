@@ -125,7 +125,7 @@ export class Actions {
       const failed = [];
       for (const name of names) {
         const fail = ({ message }) => failed.push({ name, error: message });
-        await this._routes.rotate(this._dataset.folder, name, turn, this._values.mask_folder).catch(fail);
+        await this._routes.rotate(this._dataset.folder, name, turn, this._values).catch(fail);
       }
       // Only those that were turned are turned back.
       names = names.filter((name) => !failed.some((row) => row.name === name));

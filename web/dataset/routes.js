@@ -1,6 +1,9 @@
 // The server routes that the dataset page calls. A folder is a choice of Graft Load Dataset, a name a picture inside.
 import { Server } from "../panel/server.js";
 
+// Inputs that name folders of pictures that belong to those of the dataset.
+const PAIRED = /^(mask|control|worse)_folder/;
+
 export class DatasetRoutes extends Server {
   // Return the pictures of a folder as training reads them; values: the node's inputs, {name: value}.
   readDataset(folder, values) {
@@ -73,9 +76,11 @@ export class DatasetRoutes extends Server {
     return this._post("/graft/dataset/restore", { folder, names });
   }
 
-  // Turn a picture and its mask clockwise by 90, 180 or 270 degrees.
-  rotate(folder, name, degrees, maskFolder) {
-    return this._post("/graft/dataset/rotate", { folder, name, degrees, mask_folder: maskFolder.trim() });
+  // Turn a picture and all that belongs to it clockwise by 90, 180 or 270 degrees; values: as for readDataset.
+  rotate(folder, name, degrees, values) {
+    const folders = Object.entries(values).filter(([input]) => PAIRED.test(input));
+    const paired = Object.fromEntries(folders.map(([input, choice]) => [input, choice.trim()]));
+    return this._post("/graft/dataset/rotate", { folder, name, degrees, ...paired });
   }
 
   // Upload a file into a folder of ComfyUI's input folder, and return its name there.

@@ -72,7 +72,8 @@ def _train(model, clip, vae, dataset, subject, widgets, options, node: str) -> t
     instance = prior.captioned(dataset, subject.instance_prompt, "instance_prompt")
     instance = replace(instance, trigger=dataset.trigger or " ".join(subject.instance_prompt.split()))
     # Fail here, before hundreds of images are drawn in vain.
-    recipe = training.build_recipe(model, instance, training.with_named_start(widgets, options), options)
+    widgets = training.with_named_start(widgets, options)
+    recipe = training.build_recipe(model, instance, widgets, options)
     OPTIMIZERS[recipe.optimizer].load(recipe)
     preserved, note = _preserved(instance, subject, lambda request: class_images.make(model, clip, vae, request, node))
     done = training.train(model, clip, vae, preserved, widgets, options, node)

@@ -63,6 +63,7 @@ class TrainInputs:
         preference_beta: 0 for no preference.
         slider: set if a slider is trained.
         start: the connected adapter (`as_start`) or embedding; None for none.
+        start_name: name of the adapter file that `start` was read from, empty if it was not.
     """
 
     method: str
@@ -75,6 +76,7 @@ class TrainInputs:
     slider: SliderSpec | None = None
     start: Adapter | Embedding | None = None
     preference_beta: float = 0.0
+    start_name: str = ""
 
 
 @dataclass(frozen=True)
@@ -236,7 +238,7 @@ def build_recipe(model: ModelPatcher, dataset: Dataset, widgets: TrainInputs, op
     options = options or Options()
     if options.preview_model is not None:
         options.preview_model.check_family(model)
-    values = {name: value for name, value in vars(widgets).items() if name != "start"}
+    values = {name: value for name, value in vars(widgets).items() if name not in ("start", "start_name")}
     is_needed = isinstance(widgets.start, Adapter) and not widgets.rank
     ranks = ranks_of(widgets.start) if is_needed else {}
     inputs = RecipeInputs(**values, resolution=dataset.resolution, trigger=dataset.trigger, ranks=ranks)
@@ -244,20 +246,22 @@ def build_recipe(model: ModelPatcher, dataset: Dataset, widgets: TrainInputs, op
 
 
 def with_named_start(widgets: TrainInputs, options: Options | None) -> TrainInputs:
-    """Return the inputs with the adapter that start_from names, if its ranks are needed. The training reads it too.
+    """Return the inputs with the adapter that start_from names, read once, if its ranks are needed.
 
     Raises:
         SettingsError: an adapter is connected as well.
         ModelError: the list has no such name, or the file cannot be read.
     """
     name = options.value("adapter", "start_from", "") if options is not None else ""
-    if name and isinstance(widgets.start, Adapter):
+    if not name or widgets.start_name:
+        return widgets
+    if isinstance(widgets.start, Adapter):
         raise SettingsError(
             f"An adapter is connected, and start_from in Graft Adapter Options is '{name}', too.",
             "Disconnect adapter, or set start_from to auto.",
             "adapter",
         )
-    return replace(widgets, start=paths.load_named_adapter(name)) if name and not widgets.rank else widgets
+    return widgets if widgets.rank else replace(widgets, start=paths.load_named_adapter(name), start_name=name)
 
 
 def _preview_model(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ import comfy.lora
 import comfy.lora_convert
 
 from ....trainers.errors import ModelError, SettingsError
+from ....trainers.formats.adapter import LazyAdapter
 from ....trainers.formats.keys import BIAS, IA3, ON_INPUT, common_place, misfit_of_layer, split
 from ....trainers.methods.patterns import Pairs, check_pairs, value_for
 from ....trainers.text import counted, join_first
@@ -19,7 +20,7 @@ from ....trainers.tools.foreign import GUESS, has_guessed_alpha, kind_of
 from ....trainers.tools.inspect import MOST_UNREAD
 from ....trainers.tools.relative import layer_names
 from . import lora_schedule
-from .own_patches import OwnPatch, Weights, bias_key, own_misfits, own_patches
+from .own_patches import OwnPatch, Weights, bias_key, lazy_patches, own_misfits, own_patches
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +36,7 @@ _LISTED = 5
 def apply_adapter(
     model: ModelPatcher,
     clip: CLIP | None,
-    adapter: dict[str, torch.Tensor],
+    adapter: Mapping[str, torch.Tensor],
     strength_model: float,
     strength_clip: float,
     blocks: Pairs = (),
@@ -57,7 +58,7 @@ def apply_adapter(
 def apply_with_remarks(
     model: ModelPatcher,
     clip: CLIP | None,
-    adapter: dict[str, torch.Tensor],
+    adapter: Mapping[str, torch.Tensor],
     strengths: tuple[float, float],
     blocks: Pairs = (),
     span: tuple[float, float] = lora_schedule.WHOLE,
@@ -65,14 +66,17 @@ def apply_with_remarks(
     """Apply an adapter as `apply_adapter` does, and also return remarks on it for the user.
 
     Args:
+        adapter: a dict, or a LazyAdapter: each of its tensors is then computed where ComfyUI patches the weight.
         strengths: on the model and on the text encoder.
     """
     _check_span(*span)
     strength_model, strength_clip = strengths
-    # Compute the tensors of a lazy adapter once.
-    adapter = adapter if isinstance(adapter, dict) else dict(adapter)
+    lazy = adapter if isinstance(adapter, LazyAdapter) else None
+    adapter = adapter if lazy is None else lazy.on_meta()
     patches, read = _load(model, clip, adapter, is_applied=True)
     _check_fit(model, clip, adapter, patches)
+    if lazy is not None:
+        patches = lazy_patches(patches, adapter, lazy)
     check_pairs(blocks, [path_of(key) for key in patches], "block_strengths")
     parts = _by_strength(patches, strength_model, blocks)
     if parts and span != lora_schedule.WHOLE:
@@ -82,7 +86,7 @@ def apply_with_remarks(
     out_clip, used_by_clip = _patched(clip, _by_strength(patches, strength_clip, blocks))
     if not used and not used_by_clip:
         return out_model, out_clip, []
-    own = sum(isinstance(patch, OwnPatch) for patch in patches.values())
+    own = sum(type(patch) is OwnPatch for patch in patches.values())
     remarks = [
         check_unread(_unread(adapter, read, clip), len(read)),
         GUESS if has_guessed_alpha(adapter) else "",

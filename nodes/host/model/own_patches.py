@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
 import comfy.model_management
@@ -16,6 +17,8 @@ from .quantization import gguf
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
     from comfy.sd import CLIP
+
+    from ....trainers.formats.adapter import LazyAdapter
 
 
 class OwnPatch(WeightAdapterBase):
@@ -47,6 +50,43 @@ class OwnPatch(WeightAdapterBase):
         plain = function(weight.to(torch.promote_types(weight.dtype, torch.float32)))
         weight += function((strength * self.weights[0](plain)).to(weight.dtype))
         return weight
+
+
+class LazyPatch(OwnPatch):
+    """ComfyUI's patch of a weight with a full difference, which is computed whenever ComfyUI adds it.
+
+    Args:
+        weights: (function that returns the difference, ).
+    """
+
+    def calculate_weight(
+        self,
+        weight,
+        key,
+        strength,
+        strength_model,
+        offset,
+        function,
+        intermediate_dtype=torch.float32,
+        original_weight=None,
+    ):
+        """Add the difference to the weight in place, with the operations of ComfyUI's own difference."""
+        difference = comfy.model_management.cast_to_device(self.weights[0](), weight.device, weight.dtype)
+        weight += function(strength * difference)
+        return weight
+
+
+def lazy_patches(patches: dict, tensors: dict[str, torch.Tensor], adapter: LazyAdapter) -> dict:
+    """Return ComfyUI's patches with an adapter's tensors in place of stand-ins without values.
+
+    Args:
+        patches: patches by weight key, made of `tensors`.
+        tensors: `adapter.on_meta()`.
+    """
+    names = {id(tensor): name for name, tensor in tensors.items()}
+    return {
+        key: LazyPatch(set(), (partial(adapter.__getitem__, names[id(patch[1][0])]),)) for key, patch in patches.items()
+    }
 
 
 def own_patches(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -87,20 +87,22 @@ class ComfyPreviewModel:
     def draw(
         self,
         requests: Sequence[PictureRequest],
-        adapter: Mapping[str, torch.Tensor] | None,
-        embedding: Embedding | None,
+        export: Callable[[], tuple[Mapping[str, torch.Tensor] | None, Embedding | None]],
         factor: float = 1.0,
     ) -> list[Image.Image]:
-        """Return a picture for each request, drawn with the adapter and the embedding applied."""
+        """Return a picture for each request, drawn with the exported adapter and embedding applied."""
+        size = self._model.model_size() - self._model.loaded_size() + minimum_inference_memory()
+        with self._denoiser.sharing_device(int(size)), compat.training_flag(False):
+            model, text = self._applied(*export(), self._strength * factor)
+            return PromptSampler(model, text, self._vae).draw(requests)
+
+    def _applied(
+        self, adapter: Mapping[str, torch.Tensor] | None, embedding: Embedding | None, strength: float
+    ) -> tuple[ModelPatcher, ComfyText]:
         model, text = self._model, self._text
         clip = text.clip
-        strength = self._strength * factor
         if adapter is not None and strength:
             model, clip = apply_adapter(model, clip, adapter, strength, strength)
         if embedding is not None:
             clip = apply_embedding(clip, embedding)
-        if clip is not text.clip:
-            text = ComfyText(clip)
-        size = model.model_size() - model.loaded_size() + minimum_inference_memory()
-        with self._denoiser.sharing_device(int(size)), compat.training_flag(False):
-            return PromptSampler(model, text, self._vae).draw(requests)
+        return model, text if clip is text.clip else ComfyText(clip)

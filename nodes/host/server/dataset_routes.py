@@ -16,7 +16,7 @@ POST /graft/dataset/center         {folder, name, center: [x, y] or null}, in fr
 POST /graft/dataset/repeats        {folder, subfolder, repeats: N or null}
 POST /graft/dataset/trash          {folder, names}: move to FOLDER/.trash, with captions and masks
 POST /graft/dataset/restore        {folder, names}: move back
-POST /graft/dataset/rotate         {folder, name, degrees: 90, 180 or 270, mask_folder}, clockwise
+POST /graft/dataset/rotate         {folder, name, degrees: 90, 180 or 270, mask_folder, control_folder, ...}, clockwise
 POST /graft/dataset/added          {folder, names}: remove new files that the folder holds already, name unreadable ones
 POST /graft/dataset/mask?folder=F&name=N&masks=&mask_folder=   body: PNG of the picture's size; empty: remove the mask
 
@@ -271,7 +271,9 @@ def _rotate(folder: str, body: dict[str, Any]) -> dict[str, Any]:
         raise Refusal(400, "degrees is none of 90, 180, 270.")
     masks = body.get("mask_folder", "")
     mask_folder = dataset_folders.dataset_path(masks, "mask_folder") if masks != "" else ""
-    picture_edits.rotate(folder, _name(body), body["degrees"], mask_folder)
+    inputs = (*CONTROL_FOLDERS, WORSE_FOLDER)
+    paired = {input: dataset_folders.control_path(body["folder"], body.get(input, ""), input) for input in inputs}
+    picture_edits.rotate(folder, _name(body), body["degrees"], mask_folder, paired)
     return {"name": body["name"]}
 
 

@@ -269,6 +269,36 @@ def test_a_mask_in_a_folder_of_masks_is_rotated_too(folder, place):
     assert Image.open(folder / "a.png").size == (64, 96)
 
 
+@pytest.mark.parametrize("kind", ["control_folder", "control_folder_2", "worse_folder"])
+@pytest.mark.parametrize("place", ["before", "../before"])
+def test_a_picture_that_is_paired_with_it_is_rotated_too(folder, place, kind):
+    sources = (folder / place).resolve()
+    draw(sources / "a.jpg", 9, (96, 64))
+    before = files(folder)
+    paired = {"control_folder_3": "", kind: str(sources)}
+    if ".." in place:
+        with pytest.raises(DatasetError, match=f"picture of 'a.png' in {kind} is in another folder") as caught:
+            picture_edits.rotate(str(folder), "a.png", 90, paired=paired)
+        assert caught.value.cure and caught.value.input == kind and files(folder) == before
+        # Only that of this picture matters.
+        picture_edits.rotate(str(folder), "b.png", 90, paired=paired)
+        return
+    picture_edits.rotate(str(folder), "a.png", 90, paired=paired)
+    assert Image.open(sources / "a.jpg").size == Image.open(folder / "a.png").size == (64, 96)
+    assert before["before/a.jpg"] in files(folder / ".trash").values()
+    picture_edits.rotate(str(folder), "a.png", 270, paired=paired)
+    assert Image.open(sources / "a.jpg").size == (96, 64)
+
+
+def test_a_source_of_two_pictures_is_not_rotated(folder):
+    draw(folder / "more" / "a.png", 3, (96, 64))
+    draw(folder / "before" / "a.png", 9, (96, 64))
+    before = files(folder)
+    with pytest.raises(DatasetError, match="'a.png' and 'more/a.png' have the same picture in control_folder"):
+        picture_edits.rotate(str(folder), "a.png", 90, paired={"control_folder": str(folder / "before")})
+    assert files(folder) == before
+
+
 def test_a_format_that_cannot_be_written_is_not_rotated(folder):
     Image.new("RGB", (64, 64)).save(folder / "e.gif")
     before = files(folder)
