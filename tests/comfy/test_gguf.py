@@ -9,6 +9,7 @@ import torch
 from graft_pack.trainers.engine.oom_fallback import offload_blocks
 from graft_pack.trainers.errors import ModelError, SettingsError
 from graft_pack.trainers.memory import offload
+from graft_pack.trainers.memory.tracking import TensorTracker
 from graft_pack.trainers.methods import ADAPTERS
 
 from tests.support import gguf_models, models
@@ -161,6 +162,25 @@ def test_convolutions_embeddings_and_vectors_compute_with_their_values(layers):
         found.append((result.detach(), torch.autograd.grad(result, x)[0]))
     assert torch.allclose(found[0][0], found[1][0], rtol=1e-5)
     assert models.distance(found[0][1], found[1][1]) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_K", "IQ1_S"])
+def test_an_embedding_dequantizes_the_rows_it_looks_up(kind):
+    from graft_pack.nodes.host.model.quantization import gguf
+
+    like = gguf_models.like_the_pack()
+    values = torch.randn(2000, 256, generator=torch.Generator().manual_seed(0))
+    numbers = torch.from_numpy(gguf_models.packed(values, kind))
+    weight = like.Tensor(numbers, tensor_type=gguf_models.type_of(kind), tensor_shape=values.shape)
+    layer = like.Operations.Embedding(2000, 256)
+    layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+    wanted = gguf.dequantized(weight).view(2000, 256)
+    gguf.as_plain_layers(torch.nn.Sequential(layer))
+    tokens = torch.tensor([[5, 1999, 5], [0, 7, 1999]])
+    with TensorTracker() as tracker:
+        found = layer(tokens)
+    assert torch.equal(found, wanted[tokens])
+    assert tracker.peak <= numbers.nbytes + 0.05 * wanted.nbytes
 
 
 DAMAGES = {

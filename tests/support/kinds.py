@@ -11,6 +11,9 @@ ALL = {"method": "all weights", "rank": 0, "alpha": 0.0, "targets": "all weights
 ALL |= {"learning_rate": 1e-4, "optimizer": "Adafactor"}
 TEXT = {"text_encoder": True, "text_encoder_rank": 2, "text_encoder_learning_rate": 1e-2}
 
+SLIDER = {"slider_strength": 1.0, "slider_anchors": ("a green house", "a white cup")}
+PROMPTS = (("a shape", "a red shape", "a blue shape"), ("a dog", "a red dog", "a blue dog"), ("", "big", "small"))
+
 FIELDS = {
     "LoRA": {"validation_fraction": 0.2, "validate_every": 2, "preview_prompts": ("a red picture",), "preview_every": 2}
     | {"gradient_check": "on"},
@@ -23,9 +26,11 @@ FIELDS = {
     "text encoder": TEXT,
     "all weights": ALL,
     "all weights, differential": ALL,
-    # Its gradients are differences of nearly equal ones. Adam would enlarge their rounding.
+    # Their gradients are differences of nearly equal ones. Adam would enlarge their rounding.
     "preference": {"preference_beta": 100.0, "optimizer": "SGD", "validation_fraction": 0.2, "validate_every": 2},
     "all weights, preference": {**ALL, "preference_beta": 100.0},
+    "slider": {**SLIDER, "slider_prompts": PROMPTS, "preview_prompts": ("a red shape",), "preview_every": 2},
+    "slider of pairs": {**SLIDER, "optimizer": "SGD", "validation_fraction": 0.2, "validate_every": 2},
 }
 
 
@@ -48,8 +53,15 @@ def dataset_of(kind):
         # Every other picture has a prior target.
         rows = [one if number % 2 else two for number, (one, two) in enumerate(_pairs(dataset, anchored))]
         return replace(anchored, examples=tuple(rows))
+    if kind == "slider":
+        return replace(dataset, examples=())
     if "preference" in kind:
         return in_pairs(dataset)
+    if kind == "slider of pairs":
+        anchors = (prior.PriorTarget(text, 1.0) for text in SLIDER["slider_anchors"])
+        examples = in_pairs(dataset).examples
+        rows = (replace(example, anchor=anchor) for anchor in anchors for example in examples)
+        return replace(dataset, examples=tuple(rows))
     if kind == "embedding":
         # Every other text lacks the embedding, the only trained part, so one of two processes has no gradient.
         rows = enumerate(dataset.examples)

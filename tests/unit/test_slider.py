@@ -81,6 +81,41 @@ def test_a_killed_slider_resumes_to_the_same_bits(tmp_path, more):
     assert len(set(straight.losses)) == 4
 
 
+@pytest.mark.parametrize("pictures", [False, True], ids=["text", "pairs"])
+def test_no_pass_has_more_rows_than_a_micro_batch(tmp_path, pictures):
+    """Neither of the trained model nor of the base; the losses and the adapter stay the same."""
+    trained, most = [], []
+    fields = {**SLIDER, "batch_size": 2, "steps": 2, "optimizer": "SGD"} | ({"slider_prompts": ()} if pictures else {})
+    for size in (0, 1):
+        host, rows = make_host(), []
+        predict = host.denoiser.predict
+        host.denoiser.predict = lambda x, *more, own=predict, rows=rows: rows.append(len(x)) or own(x, *more)
+        dataset = paired() if pictures else EMPTY
+        trained.append(run_session(tmp_path / str(size), host=host, dataset=dataset, micro_batch=size, **fields))
+        most.append(max(rows))
+    assert most == [2 if pictures else 8, 1]
+    assert trained[1].losses == pytest.approx(trained[0].losses, rel=1e-3)
+    first, second = (models.joined(one.adapter[name] for name in sorted(one.adapter)) for one in trained)
+    assert models.distance(first, second) <= 1e-4
+
+
+def test_memory_for_one_row_is_enough(tmp_path):
+    """A slider's base predicts several prompts at once, until memory runs out, although its batch is one sample."""
+    fields = {**SLIDER, "steps": 2, "optimizer": "SGD"}
+    host = make_host()
+    predict = host.denoiser.predict
+
+    def limited(x, *more):
+        if len(x) > 1:
+            raise RuntimeError("out of memory")
+        return predict(x, *more)
+
+    host.denoiser.predict = limited
+    found = run_session(tmp_path / "low", host=host, dataset=EMPTY, **fields)
+    wanted = run_session(tmp_path / "high", dataset=EMPTY, **fields)
+    assert found.losses == pytest.approx(wanted.losses, rel=1e-3)
+
+
 def test_previews_draw_five_strengths_in_a_row(tmp_path):
     rows = []
 

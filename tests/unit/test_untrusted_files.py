@@ -316,7 +316,8 @@ def test_caption_files_of_any_bytes(folder, data):
         for lines in (False, True):
             try:
                 if is_table:
-                    texts = [text for _, row in captions.read_metadata(str(path), name, lines) for text in row]
+                    rows = captions.metadata_rows(str(path), name)
+                    texts = [text for _, row in rows for text in captions.from_json(row, lines)]
                 else:
                     texts = captions.parse_sidecar(captions.read_text(str(path), name), name, lines)
             except DatasetError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import posixpath
+from collections.abc import Collection
 
 from ..errors import DatasetError
 from ..text import join_first
@@ -10,6 +11,7 @@ from . import captions
 from .examples import LeftOut, reason_of
 from .index import Index
 from .listing import File, Listing, Owners, stem_of
+from .picture_columns import COLUMNS
 from .pictures import is_picture
 
 # Bytes of a caption file whose text the index keeps; longer ones are rare, and would make the index large.
@@ -21,13 +23,17 @@ class CaptionFiles:
 
     Args:
         index: keeps the texts; None to read them each time.
+        others: names of the folder's further pictures, which tables may name too.
 
     Attributes:
         left_out: caption files without a picture, and tables that cannot be used.
     """
 
-    def __init__(self, listing: Listing, lines_are_variants: bool, index: Index | None = None):
+    def __init__(
+        self, listing: Listing, lines_are_variants: bool, index: Index | None = None, others: Collection[str] = ()
+    ):
         self._listing = listing
+        self._others = others
         self._index = index
         self._lines_are_variants = lines_are_variants
         self.left_out: list[LeftOut] = []
@@ -94,18 +100,19 @@ class CaptionFiles:
         """Add a table's captions to `texts`, except for pictures that have some already."""
         name = file.name
         missing = []
-        has_caption = False
+        has_use = False
         try:
-            for picture, variants in captions.read_metadata(file.path, name, self._lines_are_variants):
+            for picture, row in captions.metadata_rows(file.path, name):
+                variants = captions.from_json(row, self._lines_are_variants)
                 # Look up only among listed files, so that no row leads out of the folder.
                 target = posixpath.normpath(posixpath.join(posixpath.dirname(name), picture.replace("\\", "/")))
                 pictures = owners.of(target)
-                if not pictures:
+                if not pictures and target not in self._others:
                     missing.append(picture)
                 for owner in pictures if variants else ():
                     texts.setdefault(owner, variants)
-                has_caption = has_caption or bool(variants)
-            if not has_caption:
+                has_use = has_use or bool(variants) or not COLUMNS.isdisjoint(row)
+            if not has_use:
                 self.left_out.append(LeftOut(name, f"no row has a caption under {captions.FIELDS_IN_WORDS}"))
         except DatasetError as error:
             self.left_out.append(LeftOut(name, reason_of(error, name)))

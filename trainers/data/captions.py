@@ -62,11 +62,11 @@ def parse_sidecar(text: str, name: str, lines_are_variants: bool) -> tuple[str, 
         value = parse_json(text)
     except ValueError as error:
         raise _unreadable(name, f"it is not JSON: {error}", "Correct it, or remove it.") from error
-    return _from_json(value, lines_are_variants)
+    return from_json(value, lines_are_variants)
 
 
-def read_metadata(path: str, name: str, lines_are_variants: bool) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Yield (file_name, captions) for each row of a Hugging Face metadata file; a row without a caption has none.
+def metadata_rows(path: str, name: str) -> Iterator[tuple[str, dict]]:
+    """Yield (file_name, row) for each row of a Hugging Face metadata file, with its field names in lower case.
 
     Source: Hugging Face datasets, "Create an image dataset" (imagefolder).
 
@@ -81,7 +81,7 @@ def read_metadata(path: str, name: str, lines_are_variants: bool) -> Iterator[tu
         file = file.strip() if isinstance(file, str) else file
         if not isinstance(file, str) or not file:
             raise _unreadable(name, f"line {number} has no file_name", "Correct it, or remove the file.")
-        yield file, _from_json(row, lines_are_variants)
+        yield file, row
 
 
 def _named_alike(row: dict) -> dict:
@@ -115,7 +115,7 @@ def _jsonl_rows(text: str, name: str) -> Iterator[tuple[int, dict]]:
         yield number, row
 
 
-def _from_json(value, lines_are_variants: bool) -> tuple[str, ...]:
+def from_json(value, lines_are_variants: bool) -> tuple[str, ...]:
     """Return the captions in a JSON value: a string, a list of strings, or an object with one of the known fields."""
     if isinstance(value, str):
         return variants_of(value, lines_are_variants)
@@ -128,7 +128,7 @@ def _from_json(value, lines_are_variants: bool) -> tuple[str, ...]:
             content = value.get(field)
             if field == "tags" and isinstance(content, list):
                 content = ", ".join(tag for tag in content if isinstance(tag, str))
-            captions = _from_json(content, lines_are_variants) if isinstance(content, (str, list)) else ()
+            captions = from_json(content, lines_are_variants) if isinstance(content, (str, list)) else ()
             if captions:
                 return captions
     return ()

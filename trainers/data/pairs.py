@@ -6,25 +6,26 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ..errors import DatasetError
-from .source_images import MatchingFolder, is_alike
+from .source_images import is_alike, matching
 
 if TYPE_CHECKING:
     from .examples import Example, LeftOut
     from .listing import File, Listing
+    from .picture_columns import PictureColumns
 
 WORSE_FOLDER = "worse_folder"
 
 
 class WorsePictures:
-    """Worse pictures in a folder, each named like the better picture in the dataset's folder.
+    """Worse pictures in a folder, each named like its better picture, or named by a metadata table.
 
     Args:
-        folder: absolute path; empty if the dataset has no pairs.
+        folder: absolute path; empty to take those that a table names, if any.
         listing: of the dataset's folder, which may contain the folder.
     """
 
-    def __init__(self, folder: str, listing: Listing):
-        self._folder = MatchingFolder(folder, WORSE_FOLDER, "worse", "worse", listing) if folder else None
+    def __init__(self, folder: str, listing: Listing, columns: PictureColumns):
+        self._folder = matching(folder, WORSE_FOLDER, "worse", "worse", listing, columns)
 
     def outside(self, listing: Listing) -> Listing:
         """Return the listing of the dataset's folder without the worse pictures in it."""
@@ -38,13 +39,13 @@ class WorsePictures:
             measure: returns the size and digest of a file.
 
         Raises:
-            DatasetError: there is none of its name, it has another shape, or it cannot be read.
+            DatasetError: there is none, it has another shape, or it cannot be read.
         """
         if self._folder is None:
             return None
         worse = self._folder.of(name, measure)
         if worse is None:
-            raise DatasetError("it has no worse picture of its name", "Add one, or remove the picture.", WORSE_FOLDER)
+            raise DatasetError(self._folder.lacking, "Add one, or remove the picture.", WORSE_FOLDER)
         check_pair(worse, size, WORSE_FOLDER)
         return worse
 

@@ -18,6 +18,7 @@ from .index import Index, listing_fingerprint
 from .listing import File, Listing, Owners, list_folder, path_inside, stem_of, without_folder
 from .masks import mask_owner, own_masks
 from .pairs import WorsePictures
+from .picture_columns import PictureColumns
 from .pictures import AlphaSource, FileSource, MaskSource, is_clear, is_picture, measure_file, why_unread
 from .source_images import SourceFolders
 
@@ -232,10 +233,13 @@ class _Reader:
         self._choices = read_dataset_file(listing.root)
         self._with_excluded = options.with_excluded
         folders = (options.control_folder, *options.more_control_folders)
-        self._sources = SourceFolders(folders, listing, options.sources_optional)
-        self._worse = WorsePictures(options.worse_folder, listing)
+        columns = PictureColumns(listing)
+        self._sources = SourceFolders(folders, listing, columns, options.sources_optional)
+        self._worse = WorsePictures(options.worse_folder, listing, columns)
         self._listing = _without_masks(self._worse.outside(self._sources.outside(listing)), options.mask_folder)
-        self._caption_files = CaptionFiles(self._listing, options.lines_are_variants, index)
+        self._caption_files = CaptionFiles(
+            self._listing, options.lines_are_variants, index, listing.files.keys() - self._listing.files.keys()
+        )
         self._masks = Masks(self._listing, options)
         self._shared = shared
         self._unusable: list[LeftOut] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 from ..errors import DatasetError
@@ -13,6 +14,7 @@ from .pictures import FileSource, is_picture, why_unread
 
 if TYPE_CHECKING:
     from .examples import Source
+    from .picture_columns import PictureColumn, PictureColumns
 
 # Two pictures have the same shape, so that positions match, if their aspect ratios differ by at most this fraction.
 _ALIKE = 0.02
@@ -23,32 +25,30 @@ CONTROL_FOLDERS = ("control_folder", "control_folder_2", "control_folder_3")
 
 
 class SourceFolders:
-    """Folders of the first, second and third source pictures of a dataset.
+    """First, second and third source pictures of a dataset, in folders or named by a metadata table.
 
     Args:
-        folders: absolute paths in the order of CONTROL_FOLDERS; empty for none.
+        folders: absolute paths in the order of CONTROL_FOLDERS; empty to take those that a table names.
         listing: of the dataset's folder, which may contain them.
         are_optional: train on pictures without any source picture too.
 
     Raises:
-        DatasetError: a folder is the dataset's own, or one is set while an earlier one is not.
+        DatasetError: a folder is the dataset's own, or there are later source pictures without earlier ones.
     """
 
-    def __init__(self, folders: Sequence[str], listing: Listing, are_optional: bool = False):
-        chosen = [folder for folder in folders if folder]
-        if chosen != list(folders[: len(chosen)]):
-            gap = folders.index("")
-            later = next(name for name, folder in zip(CONTROL_FOLDERS[gap:], folders[gap:], strict=True) if folder)
+    def __init__(self, folders: Sequence[str], listing: Listing, columns: PictureColumns, are_optional: bool = False):
+        roles = ("source", "source 2", "source 3")
+        rows = zip_longest(folders, CONTROL_FOLDERS, roles, fillvalue="")
+        found = [matching(folder, input, role, "source", listing, columns) for folder, input, role in rows]
+        self._folders = [folder for folder in found if folder]
+        if None in found[: len(self._folders)]:
+            gap = found.index(None)
+            later = next(name for name, folder in zip(CONTROL_FOLDERS[gap:], found[gap:], strict=False) if folder)
             raise DatasetError(
                 f"{CONTROL_FOLDERS[gap]} is empty, but {later} is set.",
                 f"Set {CONTROL_FOLDERS[gap]} first.",
                 CONTROL_FOLDERS[gap],
             )
-        roles = ("source", "source 2", "source 3")
-        self._folders = [
-            MatchingFolder(folder, *names, "source", listing)
-            for folder, *names in zip(chosen, CONTROL_FOLDERS, roles, strict=False)
-        ]
         self._are_optional = are_optional
 
     def outside(self, listing: Listing) -> Listing:
@@ -76,7 +76,7 @@ class SourceFolders:
                 "folder",
             )
         if by_folder and not sources and not self._are_optional:
-            raise DatasetError("it has no source picture of its name", "Add one, or remove the picture.", "folder")
+            raise DatasetError(self._folders[0].lacking, "Add one, or remove the picture.", "folder")
         return sources
 
     def lonely(self) -> list[LeftOut]:
@@ -91,6 +91,15 @@ _LONELY = {
 }
 
 
+def matching(
+    folder: str, input: str, role: str, kind: str, listing: Listing, columns: PictureColumns
+) -> MatchingFolder | PictureColumn | None:
+    """Return the further pictures of an input's folder, or else of the column of its name; None for neither."""
+    if folder:
+        return MatchingFolder(folder, input, role, kind, listing)
+    return columns.of(input, role, kind)
+
+
 class MatchingFolder:
     """Pictures in a folder, each named like its picture of the dataset.
 
@@ -103,9 +112,11 @@ class MatchingFolder:
 
     Attributes:
         inside: prefix of its files' names in the listing; empty if it lies elsewhere.
+        lacking: reason for not using a picture without a match.
     """
 
     def __init__(self, folder: str, input: str, role: str, kind: str, listing: Listing):
+        self.lacking = f"it has no {kind} picture of its name"
         self._input, self._role, self._kind = input, role, kind
         self._by_stem: dict[str, File] = {}
         self._folded: dict[str, File] = {}
@@ -145,13 +156,7 @@ class MatchingFolder:
         if file is None:
             return None
         self._used.add(file.name)
-        try:
-            facts = measure(file)
-        except DatasetError as error:
-            reason = f"its {self._kind} picture {file.name}: {error.message}"
-            raise DatasetError(reason, "Save it again.", self._input) from error
-        source = FileSource(file.path, f"{file.name} ({self._role})", self._root, facts["digest"])
-        return source_image_of(source, tuple(facts["size"]))
+        return read_match(file, self._root, self._role, self._kind, self._input, measure)
 
     def find(self, name: str) -> File | None:
         """Return the file that matches a picture of the dataset, by its relative name; None for none."""
@@ -171,6 +176,16 @@ class MatchingFolder:
         """Return the pictures that match none of the dataset, and the files that are not pictures."""
         names = sorted(file.name for file in self._by_stem.values() if file.name not in self._used)
         return self._left_out + [LeftOut(name, _LONELY[self._kind]) for name in names]
+
+
+def read_match(file: File, root: str, role: str, kind: str, input: str, measure: Callable[[File], dict]) -> Example:
+    """Return a file as a source picture, or a worse one. Raise DatasetError if it cannot be read."""
+    try:
+        facts = measure(file)
+    except DatasetError as error:
+        reason = f"its {kind} picture {file.name}: {error.message}"
+        raise DatasetError(reason, "Save it again.", input) from error
+    return source_image_of(FileSource(file.path, f"{file.name} ({role})", root, facts["digest"]), tuple(facts["size"]))
 
 
 def source_image_of(source: Source, size: tuple[int, int]) -> Example:

@@ -145,6 +145,9 @@ class OOMFallback:
     def _halve_micro_batch(self) -> str | None:
         recipe = self.plan.recipe
         size = min(recipe.micro_batch or recipe.batch_size, recipe.batch_size) // 2
+        if not size and recipe.slider_prompts and recipe.micro_batch != 1:
+            # The base predicts several prompts for one sample.
+            size = 1
         if not size or not self._can_split:
             return None
         self.plan = replace(self.plan, recipe=replace(recipe, micro_batch=size))

@@ -43,10 +43,11 @@ def warn_of_enlarged(pictures: Sequence[tuple[Example, Crop]]) -> dict[str, Any]
     """Warn of pictures that are enlarged so far that they look blurred; give the smallest side.
 
     Args:
-        pictures: each example with one of its crops.
+        pictures: each example with one of its crops, which its worse picture gets too.
     """
     sizes: dict[str, tuple[int, int]] = {}
-    for example, crop in pictures:
+    worse = [(example.paired, crop) for example, crop in pictures if example.paired is not None]
+    for example, crop in [*pictures, *worse]:
         if crop.scaled[0] > _BLURRED * example.size[0]:
             side = min(example.size), min(crop.scaled)
             sizes[example.source.name] = max(side, sizes.get(example.source.name, side), key=lambda sides: sides[1])

@@ -147,7 +147,7 @@ def _flag(finding: Finding, geometries: Sequence[Geometry], count_tokens: Callab
     smallest = min(geometries, key=lambda geometry: geometry.resolution)
     if finding.crops[0].bucket not in bucket_sizes(smallest):
         finding.flags.append("small")
-    if any(crop.scaled[0] > example.size[0] for crop in finding.crops):
+    if _is_enlarged(example, finding.crops) or _is_enlarged(example.paired, finding.crops):
         finding.flags.append("enlarged")
     if not finding.caption:
         finding.flags.append("no caption")
@@ -159,6 +159,10 @@ def _flag(finding: Finding, geometries: Sequence[Geometry], count_tokens: Callab
         finding.flags.append("mask of another shape")
     if not all(is_alike(source.size, example.size) for source in example.sources):
         finding.flags.append(_SOURCE_SHAPE)
+
+
+def _is_enlarged(picture: Example | None, crops: Sequence[Crop]) -> bool:
+    return picture is not None and any(crop.scaled[0] > picture.size[0] for crop in crops)
 
 
 def _other_shape(example: Example) -> bool:
@@ -209,7 +213,10 @@ def report(findings: Findings, cache_bytes: int = -1) -> str:
     lines += _named("without a caption of their own", bare)
     lines += _named("with neither caption nor trigger (training refuses them)", [r for r in rows if not r.caption])
     lines += _named("smaller than their bucket's usual size", [row for row in rows if "small" in row.flags])
-    lines += _named("enlarged", [row for row in rows if "enlarged" in row.flags])
+    lines += _named("enlarged", [row for row in rows if _is_enlarged(row.example, row.crops)])
+    lines += _named(
+        "with an enlarged worse picture", [row for row in rows if _is_enlarged(row.example.paired, row.crops)]
+    )
     worst = sorted((row for row in rows if row.kept < _KEPT), key=lambda row: row.kept)
     lines += _named("cropped by more than a fifth", worst, lambda row: f" (loses {1 - row.kept:.0%})")
     if findings.pairs:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 # Returns the weight [out, in, ...] in a dtype from a layer's parts.
 Dequantize = Callable[[Sequence["Tensor"], torch.dtype], "Tensor"]
+# Returns some of its rows, whose indices stand before the dtype.
+DequantizeRows = Callable[[Sequence["Tensor"], "Tensor", torch.dtype], "Tensor"]
 
 
 def store_quantized(
@@ -26,6 +28,7 @@ def store_quantized(
     dequantize: Dequantize,
     dtype: torch.dtype,
     shape: torch.Size | None = None,
+    rows: DequantizeRows | None = None,
 ) -> None:
     """Turn a layer of any class into a quantized one with these parts in the place of its weight.
 
@@ -34,13 +37,14 @@ def store_quantized(
             `out_features` and `bias`.
         dtype: dtype of the weight for code that reads it whole.
         shape: the weight's shape; None for that of the layer's parameter.
+        rows: None to dequantize the whole weight of an embedding for some of its rows.
     """
     shape = layer.weight.shape if shape is None else shape
     for name in [name for name in layer._parameters if name != "bias"]:
         del layer._parameters[name]
     layer.__class__ = next((ours for theirs, ours in _KINDS.items() if isinstance(layer, theirs)), QuantizedLinear)
     layer.weight_dtype = dtype
-    layer.form = _Form([part.dtype for part in parts], shape, dequantize)
+    layer.form = _Form([part.dtype for part in parts], shape, dequantize, rows)
     for number, part in enumerate(parts):
         # As integers: casts of a module's floating-point parameters pass them over.
         data = part.detach().view(torch.uint8) if part.is_floating_point() and part.itemsize == 1 else part.detach()
@@ -92,25 +96,35 @@ class QuantizedEmbedding(Quantized, nn.Embedding):
     """A quantized embedding."""
 
     def forward(self, tokens: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
-        """Map [...] to [..., width]."""
-        return functional.embedding(tokens, self.form.weight(self.parts, out_dtype or self.weight_dtype))
+        """Map [...] to [..., width]. Dequantize each row that is used once."""
+        rows, places = tokens.unique(return_inverse=True)
+        return functional.embedding(places, self.form.rows(self.parts, rows, out_dtype or self.weight_dtype))
 
 
 _KINDS = {nn.Conv2d: QuantizedConv2d, nn.Embedding: QuantizedEmbedding}
 
 
 class _Form:
-    """Form of a quantized weight: the dtypes of its parts, its shape, and the function that makes it of them."""
+    """Form of a quantized weight: the dtypes of its parts, its shape, and the functions that make it of them."""
 
-    def __init__(self, dtypes: list[torch.dtype], shape: torch.Size, dequantize: Dequantize):
+    def __init__(
+        self, dtypes: list[torch.dtype], shape: torch.Size, dequantize: Dequantize, rows: DequantizeRows | None
+    ):
         self.dtypes = dtypes
         self.shape = shape
         self._dequantize = dequantize
+        self._rows = rows
 
     def weight(self, parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """Return the dequantized weight, [out, in, ...]."""
-        views = [part.detach().view(own) for part, own in zip(parts, self.dtypes, strict=True)]
-        return self._dequantize(views, dtype)
+        return self._dequantize(self._views(parts), dtype)
+
+    def rows(self, parts: Sequence[Tensor], rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return dequantized rows of the weight, by their indices."""
+        return self._rows(self._views(parts), rows, dtype) if self._rows else self.weight(parts, dtype)[rows]
+
+    def _views(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        return [part.detach().view(own) for part, own in zip(parts, self.dtypes, strict=True)]
 
 
 class Product(torch.autograd.Function):

@@ -170,7 +170,8 @@ def _refuse_pairs(dataset: Dataset, recipe: Recipe, host: Host) -> None:
         raise DatasetError(
             f"{len(alone)} of {len(dataset.examples)} pictures have no worse picture to compare with: "
             f"{join_first(alone, 5)}.",
-            "Set worse_folder in Graft Load Dataset, or connect worse_images. Use no class images.",
+            "Set worse_folder in Graft Load Dataset, write worse_file_name into metadata.jsonl, or connect "
+            "worse_images. Use no class images.",
             "dataset",
         )
     if recipe.takes_pairs and host.denoiser.conditioning_kind == HOLE:
@@ -183,7 +184,7 @@ def _refuse_pairs(dataset: Dataset, recipe: Recipe, host: Host) -> None:
     if not recipe.takes_pairs and len(alone) < len(dataset.examples):
         raise DatasetError(
             "The dataset has worse pictures, but this training does not compare pictures.",
-            "Use Graft Train Preference, or leave worse_folder empty and worse_images unconnected.",
+            "Use Graft Train Preference, or leave out worse_folder, worse_file_name and worse_images.",
             "dataset",
         )
 

@@ -41,7 +41,7 @@ def slider_losses(plan: Plan, host: Host, batch: MicroBatch, watch: Watch | None
     anchors = [sample.prior_target for sample in samples if sample.prior_target is not None]
     read = _from_pictures if samples[0].poles is None else _from_prompts
     with torch.no_grad(), plan.switched_off():
-        sides, kept = read(host, batch, anchors, plan.recipe.slider_strength)
+        sides, kept = read(plan, host, batch, anchors)
     sigma = upload(batch.sigma, denoiser.device)
     weights, factors = weights_of(samples, sides[0].x_t), factors_of(samples, sigma)
     native = []
@@ -67,27 +67,25 @@ def both_sides(plan: Plan, host: Host, batch: MicroBatch, watch: Watch | None = 
         return sum(slider_losses(plan, host, replace(batch, samples=samples), watch))
 
 
-def _from_prompts(
-    host: Host, batch: MicroBatch, anchors: list[Sample], strength: float
-) -> tuple[list[_Side], _Side | None]:
+def _from_prompts(plan: Plan, host: Host, batch: MicroBatch, anchors: list[Sample]) -> tuple[list[_Side], _Side | None]:
     """Let the base draw and predict. Return the sides, and x_t and target of the anchors if there are some."""
-    count = len(batch.samples)
+    count, strength = len(batch.samples), plan.recipe.slider_strength
     samples = encode_live(host, [*batch.samples, *anchors])
-    drawn = _draw(host, samples, batch)
+    drawn = _draw(plan, host, samples, batch)
     poles = [getattr(sample.poles, name) for name in ("positive", "negative") for sample in samples[:count]]
     rows = [*samples, *encode_live(host, poles)]
     x_t = torch.cat([drawn, drawn[:count], drawn[:count]])
-    outputs = _predict_rows(host, x_t, _repeated(host, batch.sigma, len(rows)), rows)
+    outputs = _predict_rows(plan, host, x_t, _repeated(host, batch.sigma, len(rows)), rows)
     target, (positive, negative) = outputs[: len(samples)], outputs[len(samples) :].chunk(2)
     sides = [_Side(s, drawn[:count], led(target[:count], positive, negative, s)) for s in (strength, -strength)]
     return sides, _Side(0.0, drawn[count:], target[count:]) if anchors else None
 
 
 def _from_pictures(
-    host: Host, batch: MicroBatch, anchors: list[Sample], strength: float
+    plan: Plan, host: Host, batch: MicroBatch, anchors: list[Sample]
 ) -> tuple[list[_Side], _Side | None]:
     """Return one side for each picture of the pairs, under the same noise, and the anchors at the first picture."""
-    denoiser = host.denoiser
+    denoiser, strength = host.denoiser, plan.recipe.slider_strength
     kind = parameterization(denoiser.parameterization, denoiser.sigma_data, denoiser.noise_scale)
     added = batch.noise if batch.custom is None else batch.custom.added
     noise, added, sigma = (upload(values, denoiser.device) for values in (batch.noise, added, batch.sigma))
@@ -100,10 +98,10 @@ def _from_pictures(
     if not anchors:
         return sides, None
     x_t = sides[0].x_t
-    return sides, _Side(0.0, x_t, _predict_rows(host, x_t, sigma, anchors))
+    return sides, _Side(0.0, x_t, _predict_rows(plan, host, x_t, sigma, anchors))
 
 
-def _draw(host: Host, samples: list[Sample], batch: MicroBatch) -> torch.Tensor:
+def _draw(plan: Plan, host: Host, samples: list[Sample], batch: MicroBatch) -> torch.Tensor:
     """Return x_t [rows, C, ...] at the micro-batch's noise levels, drawn from its noise for the prompts of samples.
 
     Args:
@@ -123,7 +121,7 @@ def _draw(host: Host, samples: list[Sample], batch: MicroBatch) -> torch.Tensor:
         host.check_interrupt()
         sigma, following = (_repeated(host, level, rows) for level in (sigma, following))
         copies = len(prompts) // rows
-        outputs = _predict_rows(host, torch.cat([x_t] * copies), sigma.repeat(copies), prompts)
+        outputs = _predict_rows(plan, host, torch.cat([x_t] * copies), sigma.repeat(copies), prompts)
         if is_guided:
             outputs = guided(*outputs.chunk(2), GUIDANCE)
         levels = (level.view(-1, *[1] * (x_t.ndim - 1)) for level in (sigma, following))
@@ -136,9 +134,13 @@ def _repeated(host: Host, values: torch.Tensor, rows: int) -> torch.Tensor:
     return upload(torch.cat([values] * (rows // len(values))), host.denoiser.device)
 
 
-def _predict_rows(host: Host, x_t: torch.Tensor, sigma: torch.Tensor, samples: list[Sample]) -> torch.Tensor:
-    """Predict samples, one by one if all processes must run the same passes: prompts may not fit into one batch."""
-    if not host.group.lockstep:
-        return predict(host, x_t, sigma, samples)
-    rows = [predict(host, x_t[row : row + 1], sigma[row : row + 1], [sample]) for row, sample in enumerate(samples)]
-    return torch.cat(rows)
+def _predict_rows(
+    plan: Plan, host: Host, x_t: torch.Tensor, sigma: torch.Tensor, samples: list[Sample]
+) -> torch.Tensor:
+    """Predict samples in passes of `micro_batch` rows.
+
+    If all processes must run the same passes, each has one row: prompts may not fit into one batch.
+    """
+    size = 1 if host.group.lockstep else plan.recipe.micro_batch or len(samples)
+    parts = [slice(first, first + size) for first in range(0, len(samples), size)]
+    return torch.cat([predict(host, x_t[part], sigma[part], samples[part]) for part in parts])

@@ -11,7 +11,7 @@ from graft_pack.trainers.data.scan import ScanOptions, scan_folder
 from graft_pack.trainers.engine.job_json import dataset_as_json, decode_dataset
 from graft_pack.trainers.errors import DatasetError
 from graft_pack.trainers.inspection import contact_sheet
-from graft_pack.trainers.inspection.report import inspect, report
+from graft_pack.trainers.inspection.report import inspect, report, warnings
 from graft_pack.trainers.preprocessing.prepare import prepare
 from graft_pack.trainers.protocols import Geometry
 from graft_pack.trainers.runs.folders import Folders
@@ -93,6 +93,20 @@ def test_the_report_counts_the_pairs(folder):
     assert "worse" not in report(plain)
     cells = [contact_sheet.contact_sheet(part)[-300:] for part in (findings, plain)]
     assert not np.array_equal(*cells)
+
+
+def test_an_enlarged_worse_picture_is_told(folder, caplog):
+    """Training does so in the log, and Inspect in its report and its warnings."""
+    before = inspect(read(folder), {0: Geometry(64, 8)}, None)
+    assert "enlarged" not in report(before)
+    save(folder / "worse" / "a.png", 5, (40, 40))
+    findings = inspect(read(folder), {0: Geometry(64, 8)}, None)
+    assert "1 with an enlarged worse picture: a.png" in report(findings)
+    assert [row.example.source.name for row in findings.rows if "enlarged" in row.flags] == ["a.png"]
+    said = "Enlarged pictures, the smallest from 40 to 64 pixels: a.png (worse)."
+    assert said in [row["text"] for row in warnings(findings, "SD1")]
+    prepared(folder, read(folder))
+    assert said in caplog.text
 
 
 def test_both_pictures_get_the_same_crop_and_flip(folder):

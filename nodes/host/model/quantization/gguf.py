@@ -121,8 +121,14 @@ def as_plain_layers(tree: nn.Module, input: str = "model") -> None:
         if packing is not None and packing.is_quantized and len(packing.shape) > 1:
             if not isinstance(layer, _KINDS):
                 raise _damaged(f"{path}.weight", f"a {type(layer).__name__} cannot be quantized", input)
-            dequantize = functools.partial(_values, type(layer), packing)
-            store_quantized(layer, [layer.weight], dequantize, torch.float32, torch.Size(packing.shape))
+            store_quantized(
+                layer,
+                [layer.weight],
+                functools.partial(_values, type(layer), packing),
+                torch.float32,
+                torch.Size(packing.shape),
+                functools.partial(_rows, type(layer), packing),
+            )
         else:
             # ComfyUI's class, which the pack's class extends: training computes it in fewer operations.
             layer.__class__ = next(kind for kind in type(layer).__mro__ if kind.__module__ == "comfy.ops")
@@ -226,3 +232,16 @@ def _values(kind: type, packing: _Packing, parts: Sequence[torch.Tensor], dtype:
     for patches, key in packing.patches:
         values = comfy.lora.calculate_weight(patches, values, key)
     return values
+
+
+def _rows(
+    kind: type, packing: _Packing, parts: Sequence[torch.Tensor], rows: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """Return rows of a weight as `_values` does, without dequantizing the others if it has no patches."""
+    import gguf
+
+    count, *width = packing.shape
+    if packing.patches or prod(width) % gguf.GGML_QUANT_SIZES[packing.type][0]:
+        return _values(kind, packing, parts, dtype)[rows]
+    stored = parts[0].reshape(count, -1)[rows]
+    return _values(kind, packing._replace(shape=(len(rows), *width)), [stored], dtype)
