@@ -263,6 +263,33 @@ def test_the_queue_is_listed_with_its_trainings(server, straight, dataset, name)
         assert theirs == {"node": "3", **expected}
 
 
+def test_queued_trainings_are_reordered_and_removed(server, straight, dataset, name):
+    with server.listen() as events:
+        running = queue_training(server, events, runs.graph_of(server, dataset, f"{name}0", 3000))
+        first, second, third = (
+            server.queue(runs.graph_of(server, dataset, f"{name}{number}", STEPS)) for number in (1, 2, 3)
+        )
+        server.post("/graft/queue/move", {"prompt_id": third, "before": first})
+        assert pending(server) == [third, first, second]
+        server.post("/graft/queue/move", {"prompt_id": first, "before": None})
+        server.post("/graft/queue/remove", {"prompt_id": second})
+        assert pending(server) == [third, first]
+        for route, body in [
+            ("move", {"prompt_id": running, "before": first}),
+            ("move", {"prompt_id": first, "before": second}),
+            ("remove", {"prompt_id": running}),
+            ("remove", {"prompt_id": 3}),
+            ("move", {"prompt_id": first, "before": 3}),
+        ]:
+            with pytest.raises(urllib.error.HTTPError) as caught:
+                server.post(f"/graft/queue/{route}", body)
+            assert caught.value.code == (400 if 3 in body.values() else 409)
+        server.interrupt()
+        assert order(server, first, third) == [third, first]
+    assert runs.list_runs(server, f"{name}2") == []
+    assert_same(runs.find_run(server, f"{name}1"), straight)
+
+
 def test_a_changed_folder_fails_at_the_return_instead_of_starting_over(server, dataset, name):
     folder = server.path("input", name)
     shutil.copytree(world.CONCEPT_FOLDER / "toy", folder)

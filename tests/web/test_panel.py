@@ -186,7 +186,8 @@ def queue_picture(server, seed):
 
 
 def test_it_gives_way_and_says_why_it_waits(opened, page, server, least, other_browser, new_renderer):
-    panel = opened(LONG)
+    # Without sample pictures on the way: the panel says so while it draws them.
+    panel = opened(LONG, every=LONG)
     prompt = page.queue()
     panel.wait_for_step(2)
     assert panel.gives_way() == [False, "Other prompts wait until the training ends."]
@@ -218,10 +219,19 @@ def test_it_gives_way_and_says_why_it_waits(opened, page, server, least, other_b
     for view in (panel, theirs):
         view.wait("training")
         assert view.gives_way()[0] and "Training, resumed at step" in view.text(".graft-state")
+    # Trainings of the queue are named in order.
+    later = server.queue(server.get(f"/graft/runs/{run}/workflow")["prompt"])
+    for view in (panel, theirs):
+        view.page.wait_for("return /Queue: .* 1\\. .*, 2\\. /.test(document.querySelector('.graft-note').textContent);")
+    server.post("/graft/queue/remove", {"prompt_id": later})
+    for view in (panel, theirs):
+        view.page.wait_for("return !document.querySelector('.graft-note').textContent.includes('Queue: ');")
     # Removed from the queue by one browser: both say so, and it can be resumed.
     queue_picture(server, 2)
     for view in (panel, theirs):
         view.wait("waiting")
+        # Before this its own prompt may still be ending: no prompt is before it.
+        view.page.wait_for("return document.querySelector('.graft-note').textContent.includes('run first: 1.');")
     panel.press("Remove from queue")
     for view in (panel, theirs):
         view.wait("removed")

@@ -59,9 +59,14 @@ export class Routes extends Server {
     return this._json("/graft/queue");
   }
 
-  // Remove a waiting prompt from ComfyUI's queue.
+  // Remove a waiting prompt from ComfyUI's queue, also one that is ending to give way.
   removePrompt(prompt) {
-    return this._post("/queue", { delete: [prompt] });
+    return this._post("/graft/queue/remove", { prompt_id: prompt });
+  }
+
+  // Move a waiting prompt before another one, or behind all others with null.
+  movePrompt(prompt, before) {
+    return this._post("/graft/queue/move", { prompt_id: prompt, before });
   }
 
   // Queue a training's original prompt again. If the server has forgotten it, queue the open graph, which a node's training

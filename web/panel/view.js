@@ -32,6 +32,7 @@ export class Panel {
     this._pointed = null;
     this._problem = "";
     this._remark = "";
+    this._queue = "";
     this._announced = "";
     this._lastWay = "to short prompts";
     this._build();
@@ -55,6 +56,13 @@ export class Panel {
     this.element.graftTraining = training;
     this._seen = training.version;
     this._render();
+  }
+
+  // Show the trainings of ComfyUI's queue, one line; empty to show none.
+  showQueue(line) {
+    if (line === this._queue) return;
+    this._queue = line;
+    this._showNote();
   }
 
   _build() {
@@ -191,11 +199,18 @@ export class Panel {
   }
 
   _showNote() {
-    const error = this._training.phase === "failed" ? this._training.message : "";
-    const warnings = this._training.phase === "failed" ? [] : words.listWarnings(this._training);
-    const text = [this._problem, error, words.advise(this._training), this._remark, ...warnings].filter(Boolean).join("\n");
+    const text = [...this._notes(), this._queue].filter(Boolean).join("\n");
     this._note.hidden = !text;
     say(this._note, text);
+  }
+
+  _notes() {
+    const training = this._training;
+    if (!training) return [];
+    const hasFailed = training.phase === "failed";
+    const rest = hasFailed ? [training.message] : words.listWarnings(training);
+    const [first, last] = hasFailed ? [rest, []] : [[], rest];
+    return [this._problem, ...first, words.advise(training), this._remark, ...last];
   }
 
   _showFacts() {

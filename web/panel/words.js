@@ -136,6 +136,27 @@ export function advise(training) {
   return "";
 }
 
+// Return the heading of the queue's trainings: the time left of all of them, as far as it is known.
+export function describeQueue(trainings) {
+  const known = trainings.map((training) => training.seconds_left).filter(Number.isFinite);
+  if (!known.length) return t("Queue");
+  const time = formatTime(known.reduce((sum, seconds) => sum + seconds, 0));
+  return known.length === trainings.length ? t("Queue: $time left", { time }) : t("Queue: more than $time left", { time });
+}
+
+// Return a training's name in the queue.
+export function nameOf({ run, name }) {
+  return run ?? (name || t("Training"));
+}
+
+// Return the queue's trainings in order in one line; empty for a single one.
+export function listQueue(prompts) {
+  const trainings = prompts.flatMap((prompt) => prompt.trainings);
+  if (trainings.length < 2) return "";
+  const names = trainings.map((training, place) => `${place + 1}. ${nameOf(training)}`);
+  return `${describeQueue(trainings)}. ${names.join(", ")}`;
+}
+
 // Report whether a training runs or continues by itself.
 export function isGoingOn({ isLive, phase }) {
   return isLive || phase === "waiting";

@@ -74,6 +74,13 @@ class ReturningPrompts:
         """Forget a training that returned and has ended, though its prompt may still run."""
         self._returned.pop(training.prompt, None)
 
+    def remove(self, prompt: str) -> bool:
+        """Remove a prompt that waits, or keep one that is ending to give way from returning. Report whether it was one."""
+        queue = prompt_server().prompt_queue
+        with queue.mutex:
+            is_leaving = self._leaving.pop(prompt, None) is not None
+            return queue.delete_queue_item(lambda item: item[1] == prompt) or is_leaving
+
     def goes_first(self, item: tuple, give_way: str) -> bool:
         """Report whether a training with this value of the option gives way to a waiting prompt.
 
@@ -127,13 +134,8 @@ class ReturningPrompts:
         # Without a first one, because the user removed them meanwhile, the prompt keeps its number.
         if not first:
             return item
-        # A number grows only as far as it must: later prompts have higher whole numbers.
-        ordered, number = [], -math.inf
-        for other in [*first, item, *later]:
-            number = max(_place(other)[0], math.nextafter(number, math.inf))
-            ordered.append((number, *other[1:]))
+        ordered = _renumbered([*first, item, *later])
         item = ordered.pop(len(first))
-        # A sorted list is a heap.
         queue.queue[:] = ordered
         return item
 
@@ -151,6 +153,21 @@ def list_prompts() -> tuple[list[tuple], list[tuple]]:
         return list(queue.currently_running.values()), sorted(queue.queue, key=_place)
 
 
+def move_prompt(prompt: str, before: str | None) -> bool:
+    """Move a waiting prompt before another one, or behind all. Report whether both wait."""
+    queue = prompt_server().prompt_queue
+    with queue.mutex:
+        waiting = {item[1]: item for item in sorted(queue.queue, key=_place)}
+        item = waiting.pop(prompt, None)
+        if item is None or (before is not None and before not in waiting):
+            return False
+        place = len(waiting) if before is None else list(waiting).index(before)
+        others = list(waiting.values())
+        queue.queue[:] = _renumbered([*others[:place], item, *others[place:]])
+        queue.server.queue_updated()
+    return True
+
+
 def must_give_way(give_way: str) -> bool:
     """Report whether a prompt waits that a running training gives way to."""
     queue = getattr(prompt_server(), "prompt_queue", None)
@@ -163,6 +180,16 @@ def must_give_way(give_way: str) -> bool:
 def list_trainers(nodes: dict[str, Any]) -> list[str]:
     """Return the ids of a prompt's training nodes."""
     return [name for name, node in nodes.items() if node.get("class_type") in TRAINERS]
+
+
+def _renumbered(items: list[tuple]) -> list[tuple]:
+    """Return waiting prompts with rising numbers. A sorted list is a heap, as the queue needs it."""
+    # A number grows only as far as it must: later prompts have higher whole numbers.
+    ordered, number = [], -math.inf
+    for item in items:
+        number = max(_place(item)[0], math.nextafter(number, math.inf))
+        ordered.append((number, *item[1:]))
+    return ordered
 
 
 def _place(item: tuple) -> tuple:

@@ -12,6 +12,8 @@ POST /graft/runs/RUN/resume      let a stopped run continue, and return the prom
 POST /graft/runs/RUN/delete      remove its folder with its saves, unless a server trains it; picked saves stay
 POST /graft/runs/RUN/describe    {"title", "note"}: the user's name and note for it
 POST /graft/runs/RUN/pick        {"step"}: copy a save to where loaders list it; return the name there, by kind
+POST /graft/queue/move           {"prompt_id", "before"}: move a waiting prompt before another, or behind all with null
+POST /graft/queue/remove         {"prompt_id"}: remove a waiting prompt, also one that is ending to give way
 POST /graft/nodes/NODE/stop      as for a run, by the node's execution id; save and pause likewise
 POST /graft/nodes/NODE/give_way  {"to"}: the prompts that its training gives way to, one of GIVE_WAY
 
@@ -39,7 +41,7 @@ from . import dataset_routes
 from .control import REGISTRY, Training, UserCommand
 from .http import BODY, Refusal, answering, in_thread, read_number
 from .messages import MESSAGES, prompt_server
-from .prompt_queue import RETURNING, list_prompts, list_trainers
+from .prompt_queue import RETURNING, list_prompts, list_trainers, move_prompt
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +69,8 @@ def register() -> None:
     routes.post(f"{_PREFIX}runs/{{run}}/delete")(answering(_delete_run))
     routes.post(f"{_PREFIX}runs/{{run}}/describe")(answering(_describe_run))
     routes.post(f"{_PREFIX}runs/{{run}}/pick")(answering(_pick_save))
+    routes.post(f"{_PREFIX}queue/move")(answering(_move_prompt))
+    routes.post(f"{_PREFIX}queue/remove")(answering(_remove_prompt))
     routes.post(f"{_PREFIX}nodes/{{node}}/{{command:{_COMMANDS}}}")(answering(_command_node))
     routes.post(f"{_PREFIX}nodes/{{node}}/give_way")(answering(_set_give_way))
 
@@ -89,6 +93,24 @@ async def _list_queue(request: web.Request) -> dict[str, Any]:
             for item in items
         ]
     }
+
+
+async def _move_prompt(request: web.Request) -> dict[str, Any]:
+    prompt, before = request[BODY].get("prompt_id"), request[BODY].get("before")
+    if not isinstance(prompt, str) or not isinstance(before, str | None):
+        raise Refusal(400, "'prompt_id' must be a text, and 'before' a text or null.")
+    if not move_prompt(prompt, before):
+        raise Refusal(409, "The prompt does not wait any more.")
+    return {"prompt_id": prompt, "before": before}
+
+
+async def _remove_prompt(request: web.Request) -> dict[str, Any]:
+    prompt = request[BODY].get("prompt_id")
+    if not isinstance(prompt, str):
+        raise Refusal(400, "'prompt_id' must be a text.")
+    if not RETURNING.remove(prompt):
+        raise Refusal(409, "The prompt does not wait any more.")
+    return {"prompt_id": prompt}
 
 
 def _trainings_of(item: tuple) -> list[dict[str, Any]]:
