@@ -65,8 +65,9 @@ async function lookAtQueue() {
   const shown = [...allNodes(rootGraph())].map((node) => panels.get(node)).filter(Boolean);
   if (!history?.isSeen && !store.waiting.length && !shown.length) return;
   try {
-    const { prompts } = await routes.listQueue();
-    store.settle(prompts);
+    const queue = await routes.listQueue();
+    const { prompts } = queue;
+    store.settle(queue);
     history?.showQueue(prompts);
     for (const panel of shown) panel.showQueue(listQueue(prompts));
   } catch (error) {

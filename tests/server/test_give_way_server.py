@@ -290,6 +290,34 @@ def test_queued_trainings_are_reordered_and_removed(server, straight, dataset, n
     assert_same(runs.find_run(server, f"{name}1"), straight)
 
 
+def test_outside_its_hours_a_training_waits_and_returns_to_the_same_bits(server, straight, dataset, name):
+    """The hour is the next one on the server's clock, so it is at least a minute away."""
+    with server.listen() as events:
+        prompt = queue_training(server, events, runs.graph_of(server, dataset, name, STEPS))
+        clock = server.get("/graft/queue")["clock"]
+        later = f"{(int(clock[:2]) + 2) % 24:02d}:00"
+        hours = server.post("/graft/queue/schedule", {"prompt_id": prompt, "not_before": later})
+        assert (hours["not_before"], hours["starts"], hours["pause"]) == (later, later, ["", ""])
+        waiting = events.wait_for("graft.progress", timeout=60, event="waiting").data
+        assert waiting["starts"] == later
+        server.poll(lambda: pending(server) == [prompt], 30, "the training's return to the queue")
+        drawn = server.queue(picture(90))
+        server.wait(drawn)
+        (row,) = server.get("/graft/queue")["prompts"]
+        assert not row["running"] and row["starts"] == later
+        assert server.get(f"/graft/runs/{runs.find_run(server, name).name}")["status"] == "waiting"
+        for body in ({"not_before": "25:00"}, {"pause": ["08:00"]}, {"pause": 3}, {"not_before": 3}, {"prompt_id": 1}):
+            with pytest.raises(urllib.error.HTTPError) as caught:
+                server.post("/graft/queue/schedule", {"prompt_id": prompt, **body})
+            assert caught.value.code == 400
+        server.post("/graft/queue/schedule", {"prompt_id": prompt})
+        server.wait(prompt)
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            server.post("/graft/queue/schedule", {"prompt_id": prompt})
+        assert caught.value.code == 409
+    assert_same(runs.find_run(server, name), straight)
+
+
 def test_a_changed_folder_fails_at_the_return_instead_of_starting_over(server, dataset, name):
     folder = server.path("input", name)
     shutil.copytree(world.CONCEPT_FOLDER / "toy", folder)

@@ -247,6 +247,45 @@ def test_it_gives_way_and_says_why_it_waits(opened, page, server, least, other_b
     assert other.read_errors() == []
 
 
+def test_hours_hold_a_training_in_both_browsers(opened, page, server, other_browser, new_renderer):
+    panel = opened(LONG, every=LONG)
+    prompt = page.queue()
+    panel.wait_for_step(2)
+    clock = server.get("/graft/queue")["clock"]
+    later = f"{(int(clock[:2]) + 2) % 24:02d}:00"
+    page.driver.find_element(By.CSS_SELECTOR, ".graft-clock").click()
+    page.wait_for("return document.querySelector('.graft-hours').checkVisibility();")
+    assert panel.list_cramped() == []
+    page.wait_for(
+        "return /^The server's time, now ..:..$/.test(document.querySelector('.graft-hours span').textContent);"
+    )
+    page.js("""
+        const [input] = document.querySelectorAll('.graft-hours input');
+        input.value = args[0];
+        input.dispatchEvent(new Event('change'));""", later)  # fmt: skip
+    other = other_browser.open(server.url, {"Comfy.VueNodes.Enabled": new_renderer})
+    other.load(page.serialize())
+    panels.look_at(other)
+    theirs = panels.PanelView(other)
+    for view in (panel, theirs):
+        view.wait("waiting")
+        view.page.wait_for(
+            f"return document.querySelector('.graft-state').textContent.startsWith('Waiting until {later} at');"
+        )
+        assert "continues then by itself" in view.text(".graft-note") and view.buttons() == ["Remove from queue"]
+        assert view.list_cramped() == []
+    other.driver.find_element(By.CSS_SELECTOR, ".graft-clock").click()
+    assert other.wait_for("return document.querySelector('.graft-hours input').value;") == later
+    other.js("""
+        const [input] = document.querySelectorAll('.graft-hours input');
+        input.value = '';
+        input.dispatchEvent(new Event('change'));""")
+    for view in (panel, theirs):
+        view.wait("training")
+    assert prompt in [item[1] for item in server.get("/queue")["queue_running"]]
+    assert other.read_errors() == []
+
+
 def marks_of(page):
     """Return the steps that the chart marks, best save and early end, and the last step."""
     return page.js("""

@@ -55,9 +55,9 @@ export class Queue {
 // Return a row for each training, and one for each series of other prompts, with the prompts in it.
 function rowsOf(queued) {
   const rows = [];
-  for (const { prompt_id: prompt, running, trainings } of queued) {
+  for (const { prompt_id: prompt, running, trainings, starts } of queued) {
     trainings.forEach((training, place) => {
-      rows.push({ prompts: [prompt], training, running, name: nameOf(training), isFirst: place === 0 });
+      rows.push({ prompts: [prompt], training, running, starts, name: nameOf(training), isFirst: place === 0 });
     });
     if (trainings.length) continue;
     const last = rows.at(-1);
@@ -67,11 +67,12 @@ function rowsOf(queued) {
   return rows;
 }
 
-function stateOf({ prompts, training, running }) {
+function stateOf({ prompts, training, running, starts }) {
   const { length: count } = prompts;
   if (!training) return running ? t("Other prompts, running now: $count", { count }) : t("Other prompts: $count", { count });
   const { step, steps, seconds_left: left, gave_way: gaveWay } = training;
-  const state = running ? t("Training") : gaveWay ? t("Waiting for other prompts") : t("Waiting");
+  const waiting = starts ? t("Waiting until $time", { time: starts }) : t(gaveWay ? "Waiting for other prompts" : "Waiting");
+  const state = running ? t("Training") : waiting;
   const parts = [state];
   if (steps) parts.push(t("$step of $steps steps", { step, steps }));
   if (Number.isFinite(left)) parts.push(t("$time left", { time: formatTime(left) }));

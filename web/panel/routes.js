@@ -69,6 +69,11 @@ export class Routes extends Server {
     return this._post("/graft/queue/move", { prompt_id: prompt, before });
   }
 
+  // Set the hours of a prompt in the server's time: {not_before: "22:00", pause: ["08:00", "18:00"]}, "" for none.
+  setHours(prompt, hours) {
+    return this._post("/graft/queue/schedule", { prompt_id: prompt, ...hours });
+  }
+
   // Queue a training's original prompt again. If the server has forgotten it, queue the open graph, which a node's training
   // comes from; a card of the history has no node.
   async resume({ run, node }) {

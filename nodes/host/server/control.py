@@ -151,16 +151,22 @@ class Training:
         self._paces.append(seconds)
 
     def note_work(self) -> None:
-        """Record that work was done that a pause keeps. After the least training time, pause if a prompt must go first.
+        """Record that work was done that a pause keeps. Pause outside the hours, or for a prompt that goes first.
 
-        The pause takes effect at the next `check_interrupt`.
+        For a prompt, it trains at least the time of the settings before. The pause takes effect at the next
+        `check_interrupt`.
         """
         if self._since is None:
             self._since = time.monotonic()
-        if self._end is None and time.monotonic() - self._since >= self._least and must_give_way(self.give_way):
+        if self._end is None and self._must_pause():
             with self._lock:
                 if self._end is None:
                     self._end, self.gives_way = UserCommand.PAUSE, True
+
+    def _must_pause(self) -> bool:
+        if RETURNING.is_held(self.prompt):
+            return True
+        return time.monotonic() - self._since >= self._least and must_give_way(self.give_way)
 
     def cancel(self) -> None:
         """Record that the user cancelled the prompt: it must not return by itself."""
@@ -377,7 +383,8 @@ def _give_way(training: Training) -> None:
             training.seconds,
         )
     )
-    training.send("waiting", {"run": training.name, "step": training.saved, "steps": training.steps})
+    place = {"run": training.name, "step": training.saved, "steps": training.steps}
+    training.send("waiting", {**place, "starts": RETURNING.schedule_of(training.prompt).shown_start})
 
 
 def _note_pause(training: Training) -> None:

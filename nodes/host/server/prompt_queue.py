@@ -1,8 +1,9 @@
-"""ComfyUI's queue of prompts: what a training gives way to, and the return of its prompt behind that."""
+"""ComfyUI's queue of prompts: what a training gives way to, the return of its prompt behind that, and its hours."""
 
 from __future__ import annotations
 
 import functools
+import heapq
 import logging
 import math
 from dataclasses import dataclass
@@ -11,11 +12,15 @@ from typing import Any
 import comfy.model_management
 
 from ....trainers.recipe.options import GIVE_WAY_EVERYTHING, GIVE_WAY_SHORT
+from . import schedule
 from .messages import TRAINERS, prompt_server
 
 log = logging.getLogger(__name__)
 
 _MARK = "graft_returns"
+
+# Least seconds between two looks at prompts that all must wait.
+_MINIMUM_WAIT = 0.05
 
 # Limit of the numbers of renumbered prompts. A program may queue a prompt with any number, also infinity.
 _LIMIT = 1e300
@@ -47,14 +52,37 @@ class ReturningPrompts:
         # Prompts that have not ended yet, and those that are back in the queue or run again.
         self._leaving: dict[str, Returning] = {}
         self._returned: dict[str, Returning] = {}
+        self._schedules: dict[str, schedule.Schedule] = {}
 
     def leave(self, training: Returning) -> None:
         """Queue the training's running prompt again once it has ended, unless the user cancels it before that."""
         queue = prompt_server().prompt_queue
         with queue.mutex:
-            if not hasattr(queue.task_done, _MARK):
-                queue.task_done = self._wrap(queue, queue.task_done)
+            self._attach(queue)
             self._leaving[training.prompt] = training
+
+    def schedule(self, prompt: str, hours: schedule.Schedule) -> bool:
+        """Set the hours of a prompt that runs or waits. Report whether it does."""
+        queue = prompt_server().prompt_queue
+        with queue.mutex:
+            known = {item[1] for items in list_prompts() for item in items}
+            if prompt not in known:
+                return False
+            self._attach(queue)
+            kept = {name: value for name, value in self._schedules.items() if name in known}
+            self._schedules = {**kept, prompt: hours}
+            # The thread that executes prompts must look again.
+            queue.not_empty.notify_all()
+            queue.server.queue_updated()
+        return True
+
+    def schedule_of(self, prompt: str) -> schedule.Schedule:
+        """Return the hours of a prompt; those of a prompt without any exclude nothing."""
+        return self._schedules.get(prompt, schedule.Schedule())
+
+    def is_held(self, prompt: str) -> bool:
+        """Report whether a prompt must not run now."""
+        return prompt in self._schedules and not self._schedules[prompt].is_due
 
     def find(self, prompt: str) -> Returning | None:
         """Return the training of a prompt that gave way and is back in the queue or runs again; None for others."""
@@ -75,7 +103,7 @@ class ReturningPrompts:
         self._returned.pop(training.prompt, None)
 
     def remove(self, prompt: str) -> bool:
-        """Remove a prompt that waits, or keep one that is ending to give way from returning. Report whether it was one."""
+        """Remove a prompt that waits, or keep one that gives way from returning. Report whether it was one."""
         queue = prompt_server().prompt_queue
         with queue.mutex:
             is_leaving = self._leaving.pop(prompt, None) is not None
@@ -89,6 +117,39 @@ class ReturningPrompts:
         if give_way == GIVE_WAY_SHORT:
             return not list_trainers(item[2])
         return give_way == GIVE_WAY_EVERYTHING and self.find(item[1]) is None
+
+    def _attach(self, queue) -> None:
+        """Wrap the queue's methods that take a prompt and that end one, once."""
+        if not hasattr(queue.task_done, _MARK):
+            queue.task_done, queue.get = self._wrap(queue, queue.task_done), self._wrap_get(queue, queue.get)
+
+    def _wrap_get(self, queue, get):
+        """Wrap the queue's `get` to pass over prompts that must not run yet. They keep their places in the queue."""
+
+        @functools.wraps(get)
+        def wrapped(timeout=None):
+            with queue.not_empty:
+                held, free = [], []
+                for item in queue.queue:
+                    (held if self.is_held(item[1]) else free).append(item)
+                if not held:
+                    return get(timeout)
+                if not free:
+                    starts = [self.schedule_of(item[1]).next_start() for item in held]
+                    rest = max(_MINIMUM_WAIT, min(starts) - schedule.now())
+                    # ComfyUI asks again after the time that it gave.
+                    queue.not_empty.wait(rest if timeout is None else min(rest, timeout))
+                    return None
+                queue.queue[:] = free
+                heapq.heapify(queue.queue)
+                try:
+                    return get(timeout)
+                finally:
+                    queue.queue += held
+                    heapq.heapify(queue.queue)
+                    queue.server.queue_updated()
+
+        return wrapped
 
     def _wrap(self, queue, task_done):
         """Wrap the queue's `task_done`, which ends a prompt, to put one back that gave way.
@@ -174,7 +235,8 @@ def must_give_way(give_way: str) -> bool:
     # This runs after each step.
     if queue is None or not queue.queue:
         return False
-    return any(RETURNING.goes_first(item, give_way) for item in list_prompts()[1])
+    waiting = list_prompts()[1]
+    return any(RETURNING.goes_first(item, give_way) and not RETURNING.is_held(item[1]) for item in waiting)
 
 
 def list_trainers(nodes: dict[str, Any]) -> list[str]:
