@@ -13,6 +13,8 @@ from tests.toy import world
 
 STEPS = 40
 EVERYTHING, SHORT = "to everything", "to short prompts"
+# The log's words for a return without building the training again.
+IN_ITS_TREE = "continues in the tree that was kept"
 
 
 def add_pictures(server):
@@ -99,17 +101,24 @@ def order(server, *prompts):
     return sorted(prompts, key=ends.get)
 
 
-def assert_same(run, straight):
+def assert_same(run, straight, steps=STEPS):
     """Check that a run ended with the bits of the uninterrupted one, and did each step once."""
-    assert runs.same(runs.state_of(run, STEPS), runs.state_of(straight, STEPS))
-    assert runs.steps_logged(run) == list(range(1, STEPS + 1))
+    assert runs.same(runs.state_of(run, steps), runs.state_of(straight, steps))
+    assert runs.steps_logged(run) == list(range(1, steps + 1))
 
 
-def test_others_run_first_and_the_run_ends_with_the_same_bits(server, straight, dataset, name):
-    graph = runs.graph_of(server, dataset, name, STEPS, give_way=EVERYTHING)
+@pytest.mark.soak
+def test_others_run_first_and_the_run_ends_with_the_same_bits(server, straight, dataset, name, trials):
+    """Each other prompt waits for one step. The training returns in the tree that was kept."""
+    count, steps = trials(3, 5), trials(STEPS, 200)
+    if steps != STEPS:
+        server.run(runs.graph_of(server, dataset, f"straight{steps}", steps))
+        straight = runs.find_run(server, f"straight{steps}")
+    graph = runs.graph_of(server, dataset, name, steps, give_way=EVERYTHING)
+    returned = server.read_log().count(IN_ITS_TREE)
     with server.listen() as events, server.listen() as other:
         prompt = queue_training(server, events, graph)
-        for number in range(3):
+        for number in range(count):
             time.sleep(random.uniform(0, 0.3))
             drawn = server.queue(picture(number))
             (running,) = server.get("/graft/runs")["running"]
@@ -124,9 +133,10 @@ def test_others_run_first_and_the_run_ends_with_the_same_bits(server, straight, 
         ends = [event.data for event in read_all(events) if event.type == "executing" and event.data["node"] is None]
         # A program that waits for the end of its prompt is told of one end.
         assert [end["prompt_id"] for end in ends] == [prompt]
-        assert len(told(events, "waiting", prompt)) == 3 == len(told(other, "waiting", prompt))
-    assert entry["status"]["status_str"] == "success" and f"{STEPS} steps" in entry["outputs"]["3"]["text"][0]
-    assert_same(runs.find_run(server, name), straight)
+        assert len(told(events, "waiting", prompt)) == count == len(told(other, "waiting", prompt))
+    assert entry["status"]["status_str"] == "success" and f"{steps} steps" in entry["outputs"]["3"]["text"][0]
+    assert_same(runs.find_run(server, name), straight, steps)
+    assert server.read_log().count(IN_ITS_TREE) == returned + count
 
 
 @pytest.mark.parametrize("option, setting", [("auto", "off"), ("off", EVERYTHING), ("auto", EVERYTHING)])

@@ -62,6 +62,8 @@ class Training:
         give_way: the waiting prompts that it gives way to, one of GIVE_WAY.
         gives_way: whether it pauses for them now, and not for the user.
         is_leaving: whether it saves its progress to end; commands come too late.
+        has_fallback: whether memory ran out, so that it trains with less of it.
+        stays_prepared: whether its tree is kept for its return.
     """
 
     def __init__(
@@ -84,6 +86,8 @@ class Training:
         self.give_way = give_way
         self.gives_way = False
         self.is_leaving = False
+        self.has_fallback = False
+        self.stays_prepared = False
         self._returning = returning
         self._least = settings.give_way_after()
         self._since: float | None = None
@@ -163,8 +167,13 @@ class Training:
                 if self._end is None:
                     self._end, self.gives_way = UserCommand.PAUSE, True
 
+    @property
+    def is_held(self) -> bool:
+        """Report whether it must not train now, by its hours."""
+        return RETURNING.is_held(self.prompt)
+
     def _must_pause(self) -> bool:
-        if RETURNING.is_held(self.prompt):
+        if self.is_held:
             return True
         return time.monotonic() - self._since >= self._least and must_give_way(self.give_way)
 
@@ -346,7 +355,7 @@ def run_controlled(node: str, give_way: str, work: Callable[[Training], Outcome]
             )
             _report_failed(training, error)
             raise error
-        _free_device()
+        _free_device(keep=training.gives_way and training.stays_prepared)
         if training.gives_way:
             _give_way(training)
         else:
@@ -400,7 +409,9 @@ def _note_pause(training: Training) -> None:
             log.exception("Graft: cannot record that run %s is paused.", training.name)
 
 
-def _free_device() -> None:
+def _free_device(keep: bool) -> None:
+    """Free the device of all models, or of what the training leaves besides them."""
     gc.collect()
-    comfy.model_management.unload_all_models()
+    if not keep:
+        comfy.model_management.unload_all_models()
     comfy.model_management.soft_empty_cache()
