@@ -25,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 from . import report
 from .interleaved import Turn, repeat, rounds
@@ -41,6 +42,7 @@ NAMES = {
     "finished, just started": "the same, just started",
     "pause": "a pause for another prompt, to its start",
     "return": "the return after it, to the next step",
+    "return, kept": "the same, kept in memory",
 }
 _RATE = 1e-3
 # Picture sides, and how many at once: the count that a CPU encodes together, and for comparison one that it does not.
@@ -115,20 +117,24 @@ def _server(repeats: int) -> dict[str, list[float]]:
                 other["3"] = graphs.node("GraftTrainLoRA", **{**done["3"]["inputs"], "steps": 2})
                 other["2"] = graphs.node("GraftLoadDataset", **{**done["2"]["inputs"], "flip": False})
                 found["finished"].append(_until(server, other, "done"))
-                for name, seconds in _give_way(server, next(rates)).items():
-                    found[name].append(seconds)
+                for minutes in (0, 10):
+                    server.post("/settings/Graft.GiveWayKeep", minutes)
+                    pause, back = _give_way(server, next(rates))
+                    found["pause"].append(pause)
+                    found["return, kept" if minutes else "return"].append(back)
     return found
 
 
-def _give_way(server, rate: float) -> dict[str, float]:
+def _give_way(server, rate: float) -> tuple[float, float]:
     """Return the server's processor seconds from queueing a prompt to its start, and from its end to the next step."""
     from tests.support import graphs, runs
 
     server.post("/settings/Graft.GiveWayAfter", 0)
     chain = runs.option_nodes(server, GraftRunOptions={"give_way": "to everything"})
     graph = graphs.training("toy", 3000, learning_rate=rate, option_nodes=chain)
-    image = graphs.node("EmptyImage", width=8, height=8, batch_size=1, color=0)
-    other = {"1": image, "2": graphs.node("PreviewImage", images=["1", 0])}
+    # Another seed for each, so that ComfyUI's cache does not answer. It keeps the loader of the training.
+    other = {"1": graph["1"]}
+    graphs.sampling(other, "a red circle", ["1", 0], ["1", 1], "other", seed=round(rate * 1e6), steps=1)
     with server.listen() as events:
         server.queue(graph, client_id=events.client_id)
         events.wait_for("graft.progress", timeout=300, event="step")
@@ -142,7 +148,7 @@ def _give_way(server, rate: float) -> dict[str, float]:
         returned = _used(server.process.pid)
     server.interrupt()
     server.poll(server.is_idle, 60, "the queue")
-    return {"pause": began - queued, "return": returned - ended}
+    return began - queued, returned - ended
 
 
 def _until(server, prompt: dict, event: str) -> float:
@@ -202,7 +208,10 @@ def _pause(folder: str) -> dict[str, float]:
     with _graph() as parts:
         rate = _RATE * (1 + random.random())
         paused = _training(folder, parts, rate, "step", pauses=True)
-        return {"pause": paused, "return": _training(folder, parts, rate, "step")}
+        found = {"pause": paused, "return": _training(folder, parts, rate, "step")}
+        rate *= 1.5
+        _training(folder, parts, rate, "step", pauses=True, keeps=True)
+        return {**found, "return, kept": _training(folder, parts, rate, "step", keeps=True)}
 
 
 @contextlib.contextmanager
@@ -232,12 +241,16 @@ def _clip(width: int, heads: int):
     return made
 
 
-def _training(folder: str, parts: tuple, rate: float, event: str | None, pauses: bool = False) -> float:
+def _training(
+    folder: str, parts: tuple, rate: float, event: str | None, pauses: bool = False, keeps: bool = False
+) -> float:
     """Return the seconds until a training of two steps sends an event, or until it ends if the event is None.
 
-    With `pauses`, the event interrupts it; the seconds are those from there to its end.
+    With `pauses`, the event interrupts it; the seconds are those from there to its end. With `keeps`, its tree stays.
     """
+    from graft_pack.nodes.host import settings
     from graft_pack.nodes.host.model.denoiser import ComfyDenoiser
+    from graft_pack.nodes.host.model.kept_tree import TreeKeeper
     from graft_pack.nodes.host.model.text_encoder import ComfyText
     from graft_pack.nodes.host.model.vae import ComfyCodec
     from graft_pack.trainers.data.scan import scan_folder
@@ -258,7 +271,10 @@ def _training(folder: str, parts: tuple, rate: float, event: str | None, pauses:
 
     model, clip, vae = parts
     text = ComfyText(clip)
-    host = Host(ComfyDenoiser(model, text, vae), text, ComfyCodec(vae), hear)
+    denoiser = ComfyDenoiser(model, text, vae)
+    state = SimpleNamespace(gives_way=pauses, is_held=False, has_fallback=False)
+    settings.give_way_keep = lambda: 600.0 * keeps
+    host = Host(denoiser, text, ComfyCodec(vae), hear, keeper=TreeKeeper(denoiser, state))
     dataset = scan_folder(str(world.CONCEPT_FOLDER / "toy"), "", 64, 1)
     fields = {"steps": 2, "learning_rate": rate, "batch_size": 1, "resolution": 64}
     places = Folders(*(str(Path(folder) / name) for name in ("runs", "cache", "loras", "embeddings")))

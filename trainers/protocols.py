@@ -336,6 +336,19 @@ class PreviewModel(Protocol):
         """
 
 
+class Keeper(Protocol):
+    """Keeper of the denoiser's tree from one training of a run to the next, as long as the host has memory for it."""
+
+    def keep(self, key: Any, rest: Any) -> None:
+        """Keep the denoiser's tree when its training ends now, and `rest` with it, or do nothing."""
+
+    def take(self, key: Any) -> Any:
+        """Replace the denoiser's tree by the one kept under an equal key, and return what was kept with it.
+
+        Return None without one, or if the weights of the base have changed. Use it only within `training`.
+        """
+
+
 @dataclass(frozen=True)
 class Host:
     """The host's three models, and its callbacks during training.
@@ -349,6 +362,7 @@ class Host:
         graph: the ComfyUI graph that queued the run, JSON-able, saved next to the recipe; None for none. It has no
             effect on training.
         start: an `Adapter` to start from, or an `Embedding` if nothing else is trained; None for none.
+        keeper: keeps the tree while the run is paused; None to build it each time.
     """
 
     denoiser: Denoiser
@@ -361,6 +375,7 @@ class Host:
     preview_model: PreviewModel | None = None
     graph: dict[str, Any] | None = None
     start: Mapping[str, torch.Tensor] | None = None
+    keeper: Keeper | None = None
 
     def report_phase(self, name: str) -> None:
         """Report a phase of work before the first step or between steps. May raise to interrupt, as `report` does.

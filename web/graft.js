@@ -12,6 +12,7 @@ import { Routes } from "./panel/routes.js";
 import { Store } from "./panel/store.js";
 import { throttled } from "./panel/throttle.js";
 import { Panel, HEIGHT, WIDTH } from "./panel/view.js";
+import { listQueue } from "./panel/words.js";
 import { addRemarks, addReport, APPLIER, INSPECTOR } from "./report.js";
 import { loadTexts, t } from "./texts.js";
 import { Toasts } from "./toasts.js";
@@ -56,16 +57,19 @@ function hear(message, training) {
   // A new run is on disk once its first step is done.
   if (MILESTONES.has(message.event) || (message.event === "step" && history?.misses(training.run))) refresh();
   if (message.event === "begin") read();
-  if (history?.isSeen) readQueue();
+  if (history?.isSeen || MILESTONES.has(message.event)) readQueue();
 }
 
-// Read ComfyUI's queue, if the sidebar shows it or a training waits in it.
+// Read ComfyUI's queue, if the sidebar or a panel shows it or a training waits in it.
 async function lookAtQueue() {
-  if (!history?.isSeen && !store.waiting.length) return;
+  const shown = [...allNodes(rootGraph())].map((node) => panels.get(node)).filter(Boolean);
+  if (!history?.isSeen && !store.waiting.length && !shown.length) return;
   try {
-    const { prompts } = await routes.listQueue();
-    store.settle(prompts);
+    const queue = await routes.listQueue();
+    const { prompts } = queue;
+    store.settle(queue);
     history?.showQueue(prompts);
+    for (const panel of shown) panel.showQueue(listQueue(prompts));
   } catch (error) {
     console.warn("Graft: cannot read the queue:", error.message);
   }

@@ -42,5 +42,14 @@ app.registerExtension({
       defaultValue: 60,
       attrs: { min: 0, max: 86400 },
     },
+    {
+      id: "Graft.GiveWayKeep",
+      category: ["Graft", "Training", "GiveWayKeep"],
+      name: "Time that a training that gave way stays prepared in memory (minutes)",
+      tooltip: "Its return is faster then. ComfyUI frees this memory when it needs it. 0: not at all.",
+      type: "number",
+      defaultValue: 10,
+      attrs: { min: 0, max: 1440 },
+    },
   ],
 });

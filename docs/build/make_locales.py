@@ -54,6 +54,10 @@ SETTINGS = {
         "name": "Least training time before a training gives way (seconds)",
         "tooltip": "Each pause costs a save and the loading of the models.",
     },
+    "Graft_GiveWayKeep": {
+        "name": "Time that a training that gave way stays prepared in memory (minutes)",
+        "tooltip": "Its return is faster then. ComfyUI frees this memory when it needs it. 0: not at all.",
+    },
 }
 
 # A text in a script of the page: t("...") shows it, text("...") marks it.

@@ -22,6 +22,7 @@ DATASET_ROOTS = "Graft.DatasetRoots"
 CACHE_LIMIT = "Graft.CacheLimit"
 GIVE_WAY_TO = "Graft.GiveWay"
 GIVE_WAY_AFTER = "Graft.GiveWayAfter"
+GIVE_WAY_KEEP = "Graft.GiveWayKeep"
 
 
 def preference(name: str, default: Any) -> Any:
@@ -66,3 +67,8 @@ def give_way() -> str:
 def give_way_after() -> float:
     """Return the seconds that a training has at least between two pauses."""
     return max(0.0, float(preference(GIVE_WAY_AFTER, 60.0)))
+
+
+def give_way_keep() -> float:
+    """Return the seconds for which a training that gave way stays prepared in memory, 0 for not at all."""
+    return 60 * max(0.0, float(preference(GIVE_WAY_KEEP, 10.0)))

@@ -104,3 +104,16 @@ def test_it_does_not_continue_in_another_run(control, run):
             training.opened(run, 2, STEPS)
     with pytest.raises(RunError, match="run earlier.*now run"):
         training.opened(run, 0, STEPS)
+
+
+def test_outside_its_hours_it_pauses_at_once_whatever_waits(control, run, interruption, monkeypatch):
+    monkeypatch.setattr(control.settings, "give_way_after", lambda: 3600.0)
+    for is_held in (False, True):
+        monkeypatch.setattr(control.RETURNING, "is_held", lambda prompt, held=is_held: held and prompt == "p")
+        training = control.Training("3", "p")
+        step(training, run, 2)
+        if not is_held:
+            assert training.next_command() is None
+    with pytest.raises(interruption):
+        training.next_command()
+    assert training.gives_way

@@ -68,6 +68,40 @@ def test_others_keep_their_order_and_later_ones_come_last(queue):
     assert queue.drain() == ["x", "first", "second", "third", "later"]
 
 
+ORDERS = [("c", "a", "cab"), ("c", "b", "acb"), ("a", "c", "bac"), ("a", None, "bca"), ("c", None, "abc")]
+
+
+@pytest.mark.parametrize("numbers", [(0, 1, 2), (0, 0, 0), (-2, 5, 1e308), (3, float("inf"), float("inf"))])
+@pytest.mark.parametrize("prompt, before, order", ORDERS)
+def test_a_prompt_moves_and_later_ones_come_last(queue, numbers, prompt, before, order):
+    for number, name in zip(numbers, "abc", strict=True):
+        queue.put(number, name)
+    assert queue.module.move_prompt(prompt, before)
+    if max(numbers) < 1e300:
+        queue.put(6, "later")
+        order = (*order, "later")
+    assert queue.drain() == list(order)
+
+
+def test_a_prompt_that_does_not_wait_cannot_be_moved(queue):
+    queue.put(0, "a")
+    for prompt, before in (("b", None), ("b", "a"), ("a", "b"), ("a", "a")):
+        assert not queue.module.move_prompt(prompt, before)
+    assert queue.drain() == ["a"]
+
+
+def test_removed_while_it_ends_to_give_way_it_does_not_return(queue):
+    queue.put(0, "a training", TRAINING)
+    remove = queue.returning.remove
+    _, item_id = queue.queue.get()
+    queue.put(1, "x")
+    queue.returning.leave(queue.module.Returning("a training", "3", "to everything", "run", 5, 10, 1.0))
+    assert remove("a training")
+    queue.queue.task_done(item_id, {}, queue.status("error", False, INTERRUPTED), process_item=lambda item: item[:5])
+    assert not remove("a training") and remove("x") and not remove("x")
+    assert queue.drain() == [] and list(queue.queue.history) == ["a training"]
+
+
 @pytest.mark.parametrize("messages", [[("execution_start", {}), ("execution_error", {})], []])
 def test_a_prompt_that_ended_otherwise_does_not_return(queue, messages):
     queue.put(0, "a training", TRAINING)

@@ -13,6 +13,8 @@ from tests.toy import world
 
 STEPS = 40
 EVERYTHING, SHORT = "to everything", "to short prompts"
+# The log's words for a return without building the training again.
+IN_ITS_TREE = "continues in the tree that was kept"
 
 
 def add_pictures(server):
@@ -99,17 +101,24 @@ def order(server, *prompts):
     return sorted(prompts, key=ends.get)
 
 
-def assert_same(run, straight):
+def assert_same(run, straight, steps=STEPS):
     """Check that a run ended with the bits of the uninterrupted one, and did each step once."""
-    assert runs.same(runs.state_of(run, STEPS), runs.state_of(straight, STEPS))
-    assert runs.steps_logged(run) == list(range(1, STEPS + 1))
+    assert runs.same(runs.state_of(run, steps), runs.state_of(straight, steps))
+    assert runs.steps_logged(run) == list(range(1, steps + 1))
 
 
-def test_others_run_first_and_the_run_ends_with_the_same_bits(server, straight, dataset, name):
-    graph = runs.graph_of(server, dataset, name, STEPS, give_way=EVERYTHING)
+@pytest.mark.soak
+def test_others_run_first_and_the_run_ends_with_the_same_bits(server, straight, dataset, name, trials):
+    """Each other prompt waits for one step. The training returns in the tree that was kept."""
+    count, steps = trials(3, 5), trials(STEPS, 200)
+    if steps != STEPS:
+        server.run(runs.graph_of(server, dataset, f"straight{steps}", steps))
+        straight = runs.find_run(server, f"straight{steps}")
+    graph = runs.graph_of(server, dataset, name, steps, give_way=EVERYTHING)
+    returned = server.read_log().count(IN_ITS_TREE)
     with server.listen() as events, server.listen() as other:
         prompt = queue_training(server, events, graph)
-        for number in range(3):
+        for number in range(count):
             time.sleep(random.uniform(0, 0.3))
             drawn = server.queue(picture(number))
             (running,) = server.get("/graft/runs")["running"]
@@ -124,9 +133,10 @@ def test_others_run_first_and_the_run_ends_with_the_same_bits(server, straight, 
         ends = [event.data for event in read_all(events) if event.type == "executing" and event.data["node"] is None]
         # A program that waits for the end of its prompt is told of one end.
         assert [end["prompt_id"] for end in ends] == [prompt]
-        assert len(told(events, "waiting", prompt)) == 3 == len(told(other, "waiting", prompt))
-    assert entry["status"]["status_str"] == "success" and f"{STEPS} steps" in entry["outputs"]["3"]["text"][0]
-    assert_same(runs.find_run(server, name), straight)
+        assert len(told(events, "waiting", prompt)) == count == len(told(other, "waiting", prompt))
+    assert entry["status"]["status_str"] == "success" and f"{steps} steps" in entry["outputs"]["3"]["text"][0]
+    assert_same(runs.find_run(server, name), straight, steps)
+    assert server.read_log().count(IN_ITS_TREE) == returned + count
 
 
 @pytest.mark.parametrize("option, setting", [("auto", "off"), ("off", EVERYTHING), ("auto", EVERYTHING)])
@@ -261,6 +271,61 @@ def test_the_queue_is_listed_with_its_trainings(server, straight, dataset, name)
         assert mine["gave_way"] and 0 < mine["step"] < mine["steps"] == 3000 and mine["seconds_left"] > 0
         expected = {"run": None, "name": f"{name}2", "step": 0, "steps": 7, "seconds_left": None, "gave_way": False}
         assert theirs == {"node": "3", **expected}
+
+
+def test_queued_trainings_are_reordered_and_removed(server, straight, dataset, name):
+    with server.listen() as events:
+        running = queue_training(server, events, runs.graph_of(server, dataset, f"{name}0", 3000))
+        first, second, third = (
+            server.queue(runs.graph_of(server, dataset, f"{name}{number}", STEPS)) for number in (1, 2, 3)
+        )
+        server.post("/graft/queue/move", {"prompt_id": third, "before": first})
+        assert pending(server) == [third, first, second]
+        server.post("/graft/queue/move", {"prompt_id": first, "before": None})
+        server.post("/graft/queue/remove", {"prompt_id": second})
+        assert pending(server) == [third, first]
+        for route, body in [
+            ("move", {"prompt_id": running, "before": first}),
+            ("move", {"prompt_id": first, "before": second}),
+            ("remove", {"prompt_id": running}),
+            ("remove", {"prompt_id": 3}),
+            ("move", {"prompt_id": first, "before": 3}),
+        ]:
+            with pytest.raises(urllib.error.HTTPError) as caught:
+                server.post(f"/graft/queue/{route}", body)
+            assert caught.value.code == (400 if 3 in body.values() else 409)
+        server.interrupt()
+        assert order(server, first, third) == [third, first]
+    assert runs.list_runs(server, f"{name}2") == []
+    assert_same(runs.find_run(server, f"{name}1"), straight)
+
+
+def test_outside_its_hours_a_training_waits_and_returns_to_the_same_bits(server, straight, dataset, name):
+    """The hour is the next one on the server's clock, so it is at least a minute away."""
+    with server.listen() as events:
+        prompt = queue_training(server, events, runs.graph_of(server, dataset, name, STEPS))
+        clock = server.get("/graft/queue")["clock"]
+        later = f"{(int(clock[:2]) + 2) % 24:02d}:00"
+        hours = server.post("/graft/queue/schedule", {"prompt_id": prompt, "not_before": later})
+        assert (hours["not_before"], hours["starts"], hours["pause"]) == (later, later, ["", ""])
+        waiting = events.wait_for("graft.progress", timeout=60, event="waiting").data
+        assert waiting["starts"] == later
+        server.poll(lambda: pending(server) == [prompt], 30, "the training's return to the queue")
+        drawn = server.queue(picture(90))
+        server.wait(drawn)
+        (row,) = server.get("/graft/queue")["prompts"]
+        assert not row["running"] and row["starts"] == later
+        assert server.get(f"/graft/runs/{runs.find_run(server, name).name}")["status"] == "waiting"
+        for body in ({"not_before": "25:00"}, {"pause": ["08:00"]}, {"pause": 3}, {"not_before": 3}, {"prompt_id": 1}):
+            with pytest.raises(urllib.error.HTTPError) as caught:
+                server.post("/graft/queue/schedule", {"prompt_id": prompt, **body})
+            assert caught.value.code == 400
+        server.post("/graft/queue/schedule", {"prompt_id": prompt})
+        server.wait(prompt)
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            server.post("/graft/queue/schedule", {"prompt_id": prompt})
+        assert caught.value.code == 409
+    assert_same(runs.find_run(server, name), straight)
 
 
 def test_a_changed_folder_fails_at_the_return_instead_of_starting_over(server, dataset, name):

@@ -309,22 +309,39 @@ def test_the_history_is_accessible(history, page, made, theme):
     page.set_setting("Comfy.ColorPalette", "dark")
 
 
-def test_progress_in_the_queue_keeps_the_focus(page):
-    shown = page.js("""
-        const { Queue } = await import('/extensions/graft/history/queue.js');
-        const queue = new Queue(() => {});
-        const training = (step) => ({ node: '3', name: 'mine', run: null, step, steps: 9 });
-        const row = (prompt_id, running, step) => ({ prompt_id, running, trainings: [training(step)] });
-        const other = { prompt_id: 'c', running: false, trainings: [] };
-        document.body.append(queue.element);
-        try {
-            queue.show([row('a', true, 1), row('b', false, 0), other]);
-            queue.element.querySelector('button').focus();
-            queue.show([row('a', true, 3), row('b', false, 0), other, other]);
-            return [document.activeElement.ariaLabel, queue.element.innerText];
-        } finally { queue.element.remove(); }""")  # fmt: skip
-    focused, text = shown
-    assert focused == "Remove from queue: mine" and "Training, 3 of 9 steps" in text and "Other prompts: 2" in text
+QUEUE = """
+    const { Queue } = await import('/extensions/graft/history/queue.js');
+    const acts = [];
+    const queue = new Queue({ remove: (...given) => acts.push(given), move: (...given) => acts.push(given) });
+    const training = (name, step) => ({ node: '3', name, run: null, step, steps: 9 });
+    const row = (name, running, step) => ({ prompt_id: name, running, trainings: [training(name, step)] });
+    const other = (prompt_id) => ({ prompt_id, running: false, trainings: [] });
+    const press = (label) => queue.element.querySelector(`[aria-label="${label}"]`).click();
+    document.body.append(queue.element);
+    try {%s} finally { queue.element.remove(); }"""
+
+
+def test_progress_and_moves_in_the_queue_keep_the_focus(page):
+    focused, text, moved = page.js(QUEUE % """
+        queue.show([row('mine', true, 1), row('next', false, 0), other('c')]);
+        queue.element.querySelector('button').focus();
+        queue.show([row('mine', true, 3), row('next', false, 0), other('c'), other('d')]);
+        const first = [document.activeElement.ariaLabel, queue.element.innerText];
+        queue.show([row('mine', true, 3), other('c'), other('d'), row('next', false, 0), row('last', false, 0)]);
+        return [...first, document.activeElement.ariaLabel];""")  # fmt: skip
+    assert focused == moved == "Move down: next"
+    assert "Training, 3 of 9 steps" in text and "Other prompts: 2" in text
+
+
+def test_the_queue_moves_a_training_past_whole_rows(page):
+    acts, labels = page.js(QUEUE % """
+        const second = { ...row('b', false, 0), trainings: [training('b', 0), training('b2', 0)] };
+        queue.show([row('a', true, 1), other('x'), other('y'), second, other('z'), row('c', false, 0)]);
+        for (const name of ['Move up: b', 'Move down: b', 'Move up: c', 'Remove from queue: c']) press(name);
+        return [acts, [...queue.element.querySelectorAll('button')].map(button => button.ariaLabel)];""")  # fmt: skip
+    assert acts == [["b", "x"], ["b", "c"], ["c", "z"], ["c"]]
+    moves = ["Move up: b", "Move down: b", "Remove from queue: b"]
+    assert labels == [*moves, "Move up: c", "Remove from queue: c"]
 
 
 def test_resuming_a_run_without_its_prompt_does_not_queue_the_open_graph(page):

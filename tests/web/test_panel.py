@@ -186,7 +186,8 @@ def queue_picture(server, seed):
 
 
 def test_it_gives_way_and_says_why_it_waits(opened, page, server, least, other_browser, new_renderer):
-    panel = opened(LONG)
+    # Without sample pictures on the way: the panel says so while it draws them.
+    panel = opened(LONG, every=LONG)
     prompt = page.queue()
     panel.wait_for_step(2)
     assert panel.gives_way() == [False, "Other prompts wait until the training ends."]
@@ -218,10 +219,19 @@ def test_it_gives_way_and_says_why_it_waits(opened, page, server, least, other_b
     for view in (panel, theirs):
         view.wait("training")
         assert view.gives_way()[0] and "Training, resumed at step" in view.text(".graft-state")
+    # Trainings of the queue are named in order.
+    later = server.queue(server.get(f"/graft/runs/{run}/workflow")["prompt"])
+    for view in (panel, theirs):
+        view.page.wait_for("return /Queue: .* 1\\. .*, 2\\. /.test(document.querySelector('.graft-note').textContent);")
+    server.post("/graft/queue/remove", {"prompt_id": later})
+    for view in (panel, theirs):
+        view.page.wait_for("return !document.querySelector('.graft-note').textContent.includes('Queue: ');")
     # Removed from the queue by one browser: both say so, and it can be resumed.
     queue_picture(server, 2)
     for view in (panel, theirs):
         view.wait("waiting")
+        # Before this its own prompt may still be ending: no prompt is before it.
+        view.page.wait_for("return document.querySelector('.graft-note').textContent.includes('run first: 1.');")
     panel.press("Remove from queue")
     for view in (panel, theirs):
         view.wait("removed")
@@ -234,6 +244,45 @@ def test_it_gives_way_and_says_why_it_waits(opened, page, server, least, other_b
     panel.press("Stop and keep")
     panel.wait("stopped")
     history.close()
+    assert other.read_errors() == []
+
+
+def test_hours_hold_a_training_in_both_browsers(opened, page, server, other_browser, new_renderer):
+    panel = opened(LONG, every=LONG)
+    prompt = page.queue()
+    panel.wait_for_step(2)
+    clock = server.get("/graft/queue")["clock"]
+    later = f"{(int(clock[:2]) + 2) % 24:02d}:00"
+    page.driver.find_element(By.CSS_SELECTOR, ".graft-clock").click()
+    page.wait_for("return document.querySelector('.graft-hours').checkVisibility();")
+    assert panel.list_cramped() == []
+    page.wait_for(
+        "return /^The server's time, now ..:..$/.test(document.querySelector('.graft-hours span').textContent);"
+    )
+    page.js("""
+        const [input] = document.querySelectorAll('.graft-hours input');
+        input.value = args[0];
+        input.dispatchEvent(new Event('change'));""", later)  # fmt: skip
+    other = other_browser.open(server.url, {"Comfy.VueNodes.Enabled": new_renderer})
+    other.load(page.serialize())
+    panels.look_at(other)
+    theirs = panels.PanelView(other)
+    for view in (panel, theirs):
+        view.wait("waiting")
+        view.page.wait_for(
+            f"return document.querySelector('.graft-state').textContent.startsWith('Waiting until {later} at');"
+        )
+        assert "continues then by itself" in view.text(".graft-note") and view.buttons() == ["Remove from queue"]
+        assert view.list_cramped() == []
+    other.driver.find_element(By.CSS_SELECTOR, ".graft-clock").click()
+    assert other.wait_for("return document.querySelector('.graft-hours input').value;") == later
+    other.js("""
+        const [input] = document.querySelectorAll('.graft-hours input');
+        input.value = '';
+        input.dispatchEvent(new Event('change'));""")
+    for view in (panel, theirs):
+        view.wait("training")
+    assert prompt in [item[1] for item in server.get("/queue")["queue_running"]]
     assert other.read_errors() == []
 
 

@@ -26,6 +26,7 @@ from ..runs.run import PAUSED, STOPPED, Run
 from ..runs.saves import SAVES_IN_FOLDER
 from ..steps.plan import Plan
 from .export import Exporter
+from .kept import Kept, keep_tree, take_tree
 from .resolve import summarize
 from .trainable_modules import TrainableModules
 
@@ -255,21 +256,29 @@ def _train(session: _Session, state: State) -> Result:
     recipe, host, run = session.recipe, session.host, session.run
     _check_packages(session)
     resumed_from = state.step
+    key = run.name, session.task.identity, recipe
     prepared = prepare(session.task.dataset, recipe, host, session.folders)
     host.report_phase("loading")
     with session.modules.training(recipe.offload == "on" or session.is_sharded, prepared.training[: not state.step]):
-        session.modules.compile()
-        block_count = session.modules.checkpoint()
-        plan = _make_plan(session, prepared, state.step)
-        # Before a run that starts over is cleared.
-        check_keys(plan, host)
+        kept = take_tree(host, key, state.step)
+        if kept is None:
+            session.modules.compile()
+        block_count = session.modules.checkpoint() if kept is None else kept.block_count
+        plan = _make_plan(session, prepared, state.step, kept)
+        if kept is None:
+            # Before a run that starts over is cleared.
+            check_keys(plan, host)
         _write_run(session, plan, state.step, _facts(session, prepared, block_count))
         _place_weights(session, plan)
         if state.step == 0:
             check_gradients(plan, host)
         writes_events = recipe.tensorboard == "on" and host.group.is_main
         with tensorboard.writing(run, state.step) if writes_events else nullcontext():
-            state = train(plan, run, host, state)
+            try:
+                state = train(plan, run, host, state)
+            except BaseException:
+                keep_tree(host, plan, key, Kept(plan.trainables, session.modules.layers, block_count))
+                raise
         # Export inside the context: the files of some adapter types need the base weights.
         return _result(session, state, resumed_from, prepared.left_out)
 
@@ -285,10 +294,10 @@ def _check_packages(session: _Session) -> None:
         tensorboard.load()
 
 
-def _make_plan(session: _Session, prepared: Prepared, step: int) -> Plan:
+def _make_plan(session: _Session, prepared: Prepared, step: int, kept: Kept | None) -> Plan:
     """Add the trainables to the models, and return the loop's plan. At step 0 load the values to start from."""
     modules, start, method = session.modules, session.task.start, METHODS[session.recipe.method]
-    trainables = modules.inject()
+    trainables = modules.inject() if kept is None else modules.adopt(kept.trainables, kept.layers)
     constants = modules.constants()
     if start is not None and step == 0 and method.trains_model:
         modules.start(trainables, start)

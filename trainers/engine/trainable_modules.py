@@ -162,6 +162,11 @@ class TrainableModules:
             self.layers += len(targets)
         return trainables
 
+    def adopt(self, trainables: dict[str, nn.Parameter], layers: int) -> dict[str, nn.Parameter]:
+        """Return the trainables that `inject` has added to the trees before, to this number of layers."""
+        self.layers = layers
+        return trainables
+
     def _choice(self, part: TrainableModule) -> Recipe:
         """Return the recipe that selects a tree's layers.
 

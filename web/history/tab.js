@@ -65,7 +65,10 @@ export class History {
       clearTimeout(this._waiting);
       this._waiting = setTimeout(() => this._read(0, PAGE), PAUSE);
     });
-    this._queue = new Queue((prompt) => this._try(() => this._routes.removePrompt(prompt)));
+    this._queue = new Queue({
+      remove: (prompt) => this._try(() => this._routes.removePrompt(prompt)),
+      move: (prompt, before) => this._try(() => this._routes.movePrompt(prompt, before)),
+    });
     this._note = make("div", { class: "graft-empty", role: "status" });
     this._list = make("ul", { class: "graft-cards", "aria-label": t("Training runs") });
     this._more = this._button(t("Show more"), () => this._read(this._cards.size, PAGE));

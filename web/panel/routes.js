@@ -59,9 +59,19 @@ export class Routes extends Server {
     return this._json("/graft/queue");
   }
 
-  // Remove a waiting prompt from ComfyUI's queue.
+  // Remove a waiting prompt from ComfyUI's queue, also one that is ending to give way.
   removePrompt(prompt) {
-    return this._post("/queue", { delete: [prompt] });
+    return this._post("/graft/queue/remove", { prompt_id: prompt });
+  }
+
+  // Move a waiting prompt before another one, or behind all others with null.
+  movePrompt(prompt, before) {
+    return this._post("/graft/queue/move", { prompt_id: prompt, before });
+  }
+
+  // Set the hours of a prompt in the server's time: {not_before: "22:00", pause: ["08:00", "18:00"]}, "" for none.
+  setHours(prompt, hours) {
+    return this._post("/graft/queue/schedule", { prompt_id: prompt, ...hours });
   }
 
   // Queue a training's original prompt again. If the server has forgotten it, queue the open graph, which a node's training

@@ -75,10 +75,14 @@ export class Store {
     return this.list().filter(({ phase }) => phase === "waiting");
   }
 
-  // Tell the waiting trainings of the prompts of ComfyUI's queue, in order.
-  settle(prompts) {
+  // Tell the trainings of the prompts of ComfyUI's queue, in order, and of the server's clock.
+  settle({ prompts, clock }) {
     const ids = prompts.map((prompt) => prompt.prompt_id);
     for (const training of this.waiting) training.settle(ids.indexOf(training.prompt));
+    for (const { prompt_id: id, not_before, pause, starts } of prompts) {
+      const trainings = this.list().filter((training) => training.prompt === id);
+      for (const training of trainings) training.keepHours({ not_before, pause, starts, clock });
+    }
     this._changed();
   }
 

@@ -99,9 +99,10 @@ const HANDLERS = {
   paused(training, { run, step }) {
     Object.assign(training, { phase: "paused", run: run || training.run, step, saved: step });
   },
-  // Paused for other prompts; the server queues it again.
-  waiting(training, { run, step }) {
-    Object.assign(training, { phase: "waiting", run: run || training.run, step, saved: step });
+  // Paused for other prompts or until its hours; the server queues it again.
+  waiting(training, { run, step, starts = "" }) {
+    const hours = { ...training.hours, starts };
+    Object.assign(training, { phase: "waiting", run: run || training.run, step, saved: step, hours });
   },
   "give way"(training, { to }) {
     training.giveWay = to;
@@ -140,6 +141,8 @@ export class Training {
     this.prompt = prompt_id;
     this.giveWay = giveWay;
     this.ahead = null; // number of prompts before a waiting one, null if unknown
+    // Its hours, as the server's clock shows them, the clock itself, and the time at which it starts if it must not run now.
+    this.hours = { not_before: "", pause: ["", ""], starts: "", clock: "" };
     this.phase = "preparing";
     this.run = "";
     this.step = 0;
@@ -209,6 +212,13 @@ export class Training {
     if (ahead === this.ahead) return;
     if (ahead < 0) this.phase = "removed";
     this.ahead = ahead;
+    this.version += 1;
+  }
+
+  // Note the hours of its prompt.
+  keepHours(hours) {
+    if (JSON.stringify(hours) === JSON.stringify(this.hours)) return;
+    this.hours = hours;
     this.version += 1;
   }
 

@@ -1,5 +1,6 @@
 // The panel of one training node.
 import { Chart } from "./chart.js";
+import { Hours } from "./hours.js";
 import { button, keepKeys, make, mark, say } from "./make.js";
 import { Strip } from "./strip.js";
 import { t, text } from "../texts.js";
@@ -32,6 +33,7 @@ export class Panel {
     this._pointed = null;
     this._problem = "";
     this._remark = "";
+    this._queue = "";
     this._announced = "";
     this._lastWay = "to short prompts";
     this._build();
@@ -57,11 +59,23 @@ export class Panel {
     this._render();
   }
 
+  // Show the trainings of ComfyUI's queue, one line; empty to show none.
+  showQueue(line) {
+    if (line === this._queue) return;
+    this._queue = line;
+    this._showNote();
+  }
+
   _build() {
     this._state = make("span", { class: "graft-state" });
     this._count = make("span", { class: "graft-count" });
     this._way = button(t("Give way"), () => this._act(() => this._toggleWay()));
     this._way.classList.add("graft-way");
+    this._clock = button("", () => this._toggleHours());
+    this._clock.append(make("i", { class: "pi pi-clock", "aria-hidden": "true" }));
+    this._clock.classList.add("graft-clock");
+    for (const name of ["aria-label", "title"]) mark(this._clock, name, t("Hours of training"));
+    this._hours = new Hours((hours) => this._act(() => this._routes.setHours(this._training.prompt, hours)));
     this._bar = make("div", { class: "graft-bar", role: "progressbar", "aria-label": t("Progress"), "aria-valuemin": 0 });
     this._fill = make("div");
     this._bar.append(this._fill);
@@ -85,8 +99,9 @@ export class Panel {
     this.element = make(
       "section",
       { class: "graft-panel widget-expands", "aria-label": t("Training") },
-      make("div", { class: "graft-head" }, make("span", { class: "graft-dot" }), this._state, this._way, this._count),
+      make("div", { class: "graft-head" }, make("span", { class: "graft-dot" }), this._state, this._way, this._clock, this._count),
       this._bar,
+      this._hours.element,
       this._note,
       make("div", { class: "graft-chart" }, this._canvas, this._hint),
       this._figures,
@@ -122,6 +137,12 @@ export class Panel {
     await this._routes.setGiveWay(this._training, giveWay === "off" ? this._lastWay : "off");
   }
 
+  _toggleHours() {
+    const { element } = this._hours;
+    element.hidden = !element.hidden;
+    mark(this._clock, "aria-expanded", !element.hidden);
+  }
+
   _listen() {
     keepKeys(this.element);
     this._canvas.addEventListener("pointermove", (event) => {
@@ -151,7 +172,7 @@ export class Panel {
     mark(this._canvas, "aria-label", t("Loss: not trained yet."));
     mark(this._bar, "aria-valuemax", 1);
     mark(this._bar, "aria-valuenow", 0);
-    const parts = [this._way, this._bar, this._note, this._figures, this._pictures, this._strip.element, this._buttons];
+    const parts = [this._way, this._clock, this._hours.element, this._bar, this._note, this._figures, this._pictures, this._strip.element, this._buttons];
     for (const part of parts) part.hidden = true;
   }
 
@@ -191,11 +212,18 @@ export class Panel {
   }
 
   _showNote() {
-    const error = this._training.phase === "failed" ? this._training.message : "";
-    const warnings = this._training.phase === "failed" ? [] : words.listWarnings(this._training);
-    const text = [this._problem, error, words.advise(this._training), this._remark, ...warnings].filter(Boolean).join("\n");
+    const text = [...this._notes(), this._queue].filter(Boolean).join("\n");
     this._note.hidden = !text;
     say(this._note, text);
+  }
+
+  _notes() {
+    const training = this._training;
+    if (!training) return [];
+    const hasFailed = training.phase === "failed";
+    const rest = hasFailed ? [training.message] : words.listWarnings(training);
+    const [first, last] = hasFailed ? [rest, []] : [[], rest];
+    return [this._problem, ...first, words.advise(training), this._remark, ...last];
   }
 
   _showFacts() {
@@ -208,12 +236,16 @@ export class Panel {
   }
 
   _showButtons() {
-    const { phase, isLive, isResumable, asked, isSaving, saved, run, giveWay, ahead } = this._training;
+    const { phase, isLive, isResumable, asked, isSaving, saved, run, giveWay, ahead, hours } = this._training;
     const isWaiting = phase === "waiting";
     this._buttons.hidden = !isLive && !isResumable && !isWaiting && !saved;
     // With no prompt before it, its own one runs.
-    this._dequeue.hidden = !isWaiting || ahead === 0;
+    this._dequeue.hidden = !isWaiting || (ahead === 0 && !hours.starts);
     this._way.hidden = !isLive;
+    this._clock.hidden = !isLive && !isWaiting;
+    if (this._clock.hidden) this._hours.element.hidden = true;
+    mark(this._clock, "aria-expanded", !this._hours.element.hidden);
+    this._hours.show(hours);
     mark(this._way, "aria-pressed", giveWay !== "off");
     mark(this._way, "title", words.describeWay(giveWay));
     this._resume.hidden = !isResumable;

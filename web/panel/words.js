@@ -84,7 +84,7 @@ export function listPictures({ hardest, memorized }) {
 
 // Return the training's current activity in one line.
 export function describe(training) {
-  const { step, steps, saved, done, total } = training;
+  const { step, saved, done, total, hours } = training;
   if (training.isLive && training.asked) {
     return training.asked === "stop" ? t("Stopping after this step") : t("Pausing after this step");
   }
@@ -99,7 +99,9 @@ export function describe(training) {
     finished: t("Finished"),
     returned: t("Already finished: returned the saved result"),
     stopped: t("Stopped and kept at step $step", { step }),
-    waiting: t("Waiting for other prompts at step $step", { step }),
+    waiting: hours.starts
+      ? t("Waiting until $time at step $step", { time: hours.starts, step })
+      : t("Waiting for other prompts at step $step", { step }),
     removed: t("No longer queued, at step $step", { step }),
     paused: saved ? t("Paused at step $step", { step: saved }) : t("Paused before the first step"),
     cancelled: training.isNothing ? t("Stopped before the first step") : t("Cancelled at step $step", { step }),
@@ -119,6 +121,7 @@ export function advise(training) {
     const why = isEarly ? t("The validation loss has not fallen since step $step.", { step: lowest }) : "";
     return `${why} ${t("Run returns the saved result. Resume continues to the last step.")}`.trim();
   }
+  if (phase === "waiting" && training.hours.starts) return t("Training continues then by itself. It is the server's time.");
   if (phase === "waiting") {
     const first = training.ahead ? t("Prompts that run first: $count.", { count: training.ahead }) : "";
     return `${first} ${t("Training continues behind them by itself.")}`.trim();
@@ -134,6 +137,27 @@ export function advise(training) {
   }
   if (phase === "lost") return t("Press Run to continue from the last save.");
   return "";
+}
+
+// Return the heading of the queue's trainings: the time left of all of them, as far as it is known.
+export function describeQueue(trainings) {
+  const known = trainings.map((training) => training.seconds_left).filter(Number.isFinite);
+  if (!known.length) return t("Queue");
+  const time = formatTime(known.reduce((sum, seconds) => sum + seconds, 0));
+  return known.length === trainings.length ? t("Queue: $time left", { time }) : t("Queue: more than $time left", { time });
+}
+
+// Return a training's name in the queue.
+export function nameOf({ run, name }) {
+  return run ?? (name || t("Training"));
+}
+
+// Return the queue's trainings in order in one line; empty for a single one.
+export function listQueue(prompts) {
+  const trainings = prompts.flatMap((prompt) => prompt.trainings);
+  if (trainings.length < 2) return "";
+  const names = trainings.map((training, place) => `${place + 1}. ${nameOf(training)}`);
+  return `${describeQueue(trainings)}. ${names.join(", ")}`;
 }
 
 // Report whether a training runs or continues by itself.

@@ -35,6 +35,7 @@ from ..model import families
 from ..model.checks import check_not_applied, check_sockets
 from ..model.denoiser import ComfyDenoiser
 from ..model.embeddings import apply_embedding
+from ..model.kept_tree import TreeKeeper
 from ..model.lora import apply_adapter
 from ..model.preview_model import ComfyPreviewModel, PreviewChoice
 from ..model.text_encoder import ComfyText
@@ -142,6 +143,7 @@ def _train(model, clip, vae, dataset, widgets, options, training: Training) -> T
             preview_model=preview_model,
             graph=_graph(training),
             start=widgets.start,
+            keeper=TreeKeeper(denoiser, training),
         )
         try:
             result = _result_of(recipe, dataset, host, training.node)

@@ -219,20 +219,17 @@ class ComfyDenoiser:
             warn_of_model(self._model, self.family)
             own_weights(base.diffusion_model)
             self.compute_dtype = _DTYPES.get(compute_dtype) or _inference_dtype(base)
-            self.module = private_tree(base.diffusion_model)
-            gguf.as_plain_layers(self.module)
-            quantized.as_linears(self.module, base.diffusion_model)
-            private_base.mark_plain(self.module)
+            tree = private_tree(base.diffusion_model)
+            gguf.as_plain_layers(tree)
+            quantized.as_linears(tree, base.diffusion_model)
+            private_base.mark_plain(tree)
             if offloaded:
-                mark_offloaded(self.module, self.device)
-            # List the layers once: searching the tree takes longer than checking their dtypes.
-            self._casting = [layer for layer in self.module.modules() if hasattr(layer, "comfy_cast_weights")]
-            self._base = private_base.over(base, self.module, self.device)
+                mark_offloaded(tree, self.device)
+            self.use_tree(tree)
             self._options = private_base.transformer_options(self._model)
             is_patched = private_base.is_patched(self._model)
             self.adds_in_place = family_of(self.family).adds_in_place or is_patched
             self.position_options = () if is_patched else _POSITION_OPTIONS
-            self._sampler = sampling.PreviewSampler(self._model, self._base, self._text, self._vae)
             try:
                 with compat.training_flag(True), compat.differentiable_rope():
                     yield
@@ -242,6 +239,19 @@ class ComfyDenoiser:
                 self._casting = []
                 self.module = None
                 comfy.model_management.soft_empty_cache()
+
+    @property
+    def original(self) -> torch.nn.Module:
+        """The graph's network, whose weights the private tree shares."""
+        return self._model.model.diffusion_model
+
+    def use_tree(self, tree: torch.nn.Module) -> None:
+        """Train this tree over the graph's weights. Use it only within `training`."""
+        self.module = tree
+        # List the layers once: searching the tree takes longer than checking their dtypes.
+        self._casting = [layer for layer in tree.modules() if hasattr(layer, "comfy_cast_weights")]
+        self._base = private_base.over(self._model.model, tree, self.device)
+        self._sampler = sampling.PreviewSampler(self._model, self._base, self._text, self._vae)
 
     def preview(self, requests: Sequence[PictureRequest]) -> list[Image.Image]:
         """Draw with ComfyUI's own sampler on the tree as trained so far."""

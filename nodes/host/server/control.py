@@ -62,6 +62,8 @@ class Training:
         give_way: the waiting prompts that it gives way to, one of GIVE_WAY.
         gives_way: whether it pauses for them now, and not for the user.
         is_leaving: whether it saves its progress to end; commands come too late.
+        has_fallback: whether memory ran out, so that it trains with less of it.
+        stays_prepared: whether its tree is kept for its return.
     """
 
     def __init__(
@@ -84,6 +86,8 @@ class Training:
         self.give_way = give_way
         self.gives_way = False
         self.is_leaving = False
+        self.has_fallback = False
+        self.stays_prepared = False
         self._returning = returning
         self._least = settings.give_way_after()
         self._since: float | None = None
@@ -151,16 +155,27 @@ class Training:
         self._paces.append(seconds)
 
     def note_work(self) -> None:
-        """Record that work was done that a pause keeps. After the least training time, pause if a prompt must go first.
+        """Record that work was done that a pause keeps. Pause outside the hours, or for a prompt that goes first.
 
-        The pause takes effect at the next `check_interrupt`.
+        For a prompt, it trains at least the time of the settings before. The pause takes effect at the next
+        `check_interrupt`.
         """
         if self._since is None:
             self._since = time.monotonic()
-        if self._end is None and time.monotonic() - self._since >= self._least and must_give_way(self.give_way):
+        if self._end is None and self._must_pause():
             with self._lock:
                 if self._end is None:
                     self._end, self.gives_way = UserCommand.PAUSE, True
+
+    @property
+    def is_held(self) -> bool:
+        """Report whether it must not train now, by its hours."""
+        return RETURNING.is_held(self.prompt)
+
+    def _must_pause(self) -> bool:
+        if self.is_held:
+            return True
+        return time.monotonic() - self._since >= self._least and must_give_way(self.give_way)
 
     def cancel(self) -> None:
         """Record that the user cancelled the prompt: it must not return by itself."""
@@ -340,7 +355,7 @@ def run_controlled(node: str, give_way: str, work: Callable[[Training], Outcome]
             )
             _report_failed(training, error)
             raise error
-        _free_device()
+        _free_device(keep=training.gives_way and training.stays_prepared)
         if training.gives_way:
             _give_way(training)
         else:
@@ -377,7 +392,8 @@ def _give_way(training: Training) -> None:
             training.seconds,
         )
     )
-    training.send("waiting", {"run": training.name, "step": training.saved, "steps": training.steps})
+    place = {"run": training.name, "step": training.saved, "steps": training.steps}
+    training.send("waiting", {**place, "starts": RETURNING.schedule_of(training.prompt).shown_start})
 
 
 def _note_pause(training: Training) -> None:
@@ -393,7 +409,9 @@ def _note_pause(training: Training) -> None:
             log.exception("Graft: cannot record that run %s is paused.", training.name)
 
 
-def _free_device() -> None:
+def _free_device(keep: bool) -> None:
+    """Free the device of all models, or of what the training leaves besides them."""
     gc.collect()
-    comfy.model_management.unload_all_models()
+    if not keep:
+        comfy.model_management.unload_all_models()
     comfy.model_management.soft_empty_cache()

@@ -52,6 +52,8 @@ class Progress:
             self._training.note_step(payload["step"], payload["seconds"])
             self._losses.append(payload["loss"])
             payload = self._with_mean_accuracy(payload)
+        if event == "memory":
+            self._training.has_fallback = True
         if event == "saved":
             self._training.saved = payload["step"]
         check_interrupt()

@@ -12,6 +12,9 @@ POST /graft/runs/RUN/resume      let a stopped run continue, and return the prom
 POST /graft/runs/RUN/delete      remove its folder with its saves, unless a server trains it; picked saves stay
 POST /graft/runs/RUN/describe    {"title", "note"}: the user's name and note for it
 POST /graft/runs/RUN/pick        {"step"}: copy a save to where loaders list it; return the name there, by kind
+POST /graft/queue/move           {"prompt_id", "before"}: move a waiting prompt before another, or behind all with null
+POST /graft/queue/remove         {"prompt_id"}: remove a waiting prompt, also one that is ending to give way
+POST /graft/queue/schedule       {"prompt_id", "not_before", "pause"}: the hours of a prompt's trainings
 POST /graft/nodes/NODE/stop      as for a run, by the node's execution id; save and pause likewise
 POST /graft/nodes/NODE/give_way  {"to"}: the prompts that its training gives way to, one of GIVE_WAY
 
@@ -35,11 +38,11 @@ from ....trainers.runs.notes import parse_notes, read_notes, write_notes
 from ....trainers.runs.run import STOPPED
 from ....trainers.runs.saves import list_saves, pick_save
 from .. import paths
-from . import dataset_routes
+from . import dataset_routes, schedule
 from .control import REGISTRY, Training, UserCommand
 from .http import BODY, Refusal, answering, in_thread, read_number
 from .messages import MESSAGES, prompt_server
-from .prompt_queue import RETURNING, list_prompts, list_trainers
+from .prompt_queue import RETURNING, list_prompts, list_trainers, move_prompt
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +70,9 @@ def register() -> None:
     routes.post(f"{_PREFIX}runs/{{run}}/delete")(answering(_delete_run))
     routes.post(f"{_PREFIX}runs/{{run}}/describe")(answering(_describe_run))
     routes.post(f"{_PREFIX}runs/{{run}}/pick")(answering(_pick_save))
+    routes.post(f"{_PREFIX}queue/move")(answering(_move_prompt))
+    routes.post(f"{_PREFIX}queue/schedule")(answering(_schedule_prompt))
+    routes.post(f"{_PREFIX}queue/remove")(answering(_remove_prompt))
     routes.post(f"{_PREFIX}nodes/{{node}}/{{command:{_COMMANDS}}}")(answering(_command_node))
     routes.post(f"{_PREFIX}nodes/{{node}}/give_way")(answering(_set_give_way))
 
@@ -83,11 +89,57 @@ async def _list_runs(request: web.Request) -> dict[str, Any]:
 async def _list_queue(request: web.Request) -> dict[str, Any]:
     running, waiting = list_prompts()
     return {
+        "clock": schedule.show_clock(schedule.now()),
         "prompts": [
-            {"prompt_id": item[1], "running": is_running, "trainings": _trainings_of(item)}
+            {"prompt_id": item[1], "running": is_running, "trainings": _trainings_of(item), **_hours_of(item[1])}
             for items, is_running in ((running, True), (waiting, False))
             for item in items
-        ]
+        ],
+    }
+
+
+async def _move_prompt(request: web.Request) -> dict[str, Any]:
+    prompt, before = request[BODY].get("prompt_id"), request[BODY].get("before")
+    if not isinstance(prompt, str) or not isinstance(before, str | None):
+        raise Refusal(400, "'prompt_id' must be a text, and 'before' a text or null.")
+    if not move_prompt(prompt, before):
+        raise Refusal(409, "The prompt does not wait any more.")
+    return {"prompt_id": prompt, "before": before}
+
+
+async def _remove_prompt(request: web.Request) -> dict[str, Any]:
+    prompt = request[BODY].get("prompt_id")
+    if not isinstance(prompt, str):
+        raise Refusal(400, "'prompt_id' must be a text.")
+    if not RETURNING.remove(prompt):
+        raise Refusal(409, "The prompt does not wait any more.")
+    return {"prompt_id": prompt}
+
+
+async def _schedule_prompt(request: web.Request) -> dict[str, Any]:
+    body = request[BODY]
+    prompt, start, pause = body.get("prompt_id"), body.get("not_before", ""), body.get("pause", ["", ""])
+    try:
+        if not isinstance(prompt, str):
+            raise ValueError(prompt)
+        first, last = (schedule.parse_clock(text) if text else None for text in pause)
+        not_before = schedule.next_time(schedule.parse_clock(start), schedule.now()) if start else 0.0
+    except (TypeError, ValueError) as error:
+        raise Refusal(400, "'not_before' and both ends of 'pause' must be times such as 22:30, or empty.") from error
+    hours = schedule.Schedule(not_before, None if first is None or last is None else (first, last))
+    if not RETURNING.schedule(prompt, hours):
+        raise Refusal(409, "The prompt is no longer in the queue.")
+    return {"prompt_id": prompt, **_hours_of(prompt)}
+
+
+def _hours_of(prompt: str) -> dict[str, Any]:
+    """Return the hours of a prompt as texts of the server's clock; `starts` is empty if it may run now."""
+    hours = RETURNING.schedule_of(prompt)
+    pause = [schedule.show_minute(minute) for minute in hours.pause or ()] or ["", ""]
+    return {
+        "not_before": schedule.show_clock(hours.not_before) if hours.not_before > schedule.now() else "",
+        "pause": pause,
+        "starts": hours.shown_start,
     }
 
 

@@ -1,0 +1,152 @@
+"""Trees of trainings that gave way, kept with their adapters until their prompts return or ComfyUI needs the memory."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import threading
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import comfy.model_management
+import comfy.model_patcher
+import torch
+
+from ....trainers.memory.tracking import bytes_of
+from .. import settings
+
+if TYPE_CHECKING:
+    from ..server.control import Training
+    from .denoiser import ComfyDenoiser
+
+log = logging.getLogger(__name__)
+
+
+class _Entry(comfy.model_patcher.ModelPatcher):
+    """A kept tree in ComfyUI's list of loaded models. ComfyUI frees memory by unloading it, which drops the tree.
+
+    Its weights are those of the graph's MODEL, which has an entry of its own: while the tree is there, unloading the
+    MODEL frees nothing. ComfyUI then unloads this entry too.
+
+    Args:
+        size: bytes that the tree needs besides the MODEL's.
+    """
+
+    def __init__(self, tree: torch.nn.Module, size: int, device: torch.device):
+        super().__init__(torch.nn.Module(), device, device, max(1, size))
+        self.model.model_loaded_weight_memory = max(1, size)
+        self.tree: torch.nn.Module | None = tree
+        loaded = comfy.model_management.LoadedModel(self)
+        # As `model_load` does, which would move weights.
+        loaded.real_model = weakref.ref(self.model)
+        loaded.model_finalizer = weakref.finalize(self.model, comfy.model_management.cleanup_models)
+        loaded.model_finalizer.atexit = False
+        loaded.currently_used = False
+        comfy.model_management.current_loaded_models.append(loaded)
+
+    def drop(self) -> int:
+        """Drop the tree. Return the bytes freed."""
+        if self.tree is None:
+            return 0
+        size, self.tree = self.model.model_loaded_weight_memory, None
+        self.size, self.model.model_loaded_weight_memory = 1, 0
+        # Modules refer to each other in cycles.
+        gc.collect()
+        log.info("Graft: dropped the tree of the training that gave way.")
+        return size
+
+    def remove(self) -> None:
+        """Remove the entry from ComfyUI's list."""
+        models = comfy.model_management.current_loaded_models
+        for loaded in [loaded for loaded in models if loaded.model is self]:
+            models.remove(loaded)
+            loaded.model_finalizer.detach()
+
+    def partially_unload(self, *args: Any, **named: Any) -> int:
+        return self.drop()
+
+    def detach(self, unpatch_all: bool = True) -> torch.nn.Module:
+        self.drop()
+        return self.model
+
+
+class _Kept:
+    """The one kept tree, what the engine keeps with it, and the state of the MODEL's weights at that time."""
+
+    def __init__(self, key: Any, rest: Any, tree: torch.nn.Module, original: torch.nn.Module, device: torch.device):
+        self.key, self.rest = key, rest
+        self._original = weakref.ref(original)
+        self._weights = _state_of(original)
+        shared = _tensors_of(original)
+        self.entry = _Entry(tree, bytes_of([*_tensors_of(tree), *shared]) - bytes_of(shared), device)
+        self._timer: threading.Timer | None = None
+
+    def drop_after(self, seconds: float) -> None:
+        """Drop the tree after a time. The entry stays in ComfyUI's list, which another thread may be reading."""
+        self._timer = threading.Timer(seconds, self.entry.drop)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def take(self, original: torch.nn.Module) -> torch.nn.Module | None:
+        """Return the tree and end keeping it; None if it was dropped or the MODEL's weights are not those it shares."""
+        self._timer.cancel()
+        self.entry.remove()
+        tree, self.entry.tree = self.entry.tree, None
+        is_same = self._original() is original and _state_of(original) == self._weights
+        return tree if is_same else None
+
+
+_slot: list[_Kept] = []
+
+
+class TreeKeeper:
+    """Keeper of a training's tree, as `protocols.Keeper` says."""
+
+    def __init__(self, denoiser: ComfyDenoiser, training: Training):
+        self._denoiser = denoiser
+        self._training = training
+
+    def keep(self, key: Any, rest: Any) -> None:
+        """Keep the tree if the training gives way to prompts now, and the device could hold its weights twice.
+
+        Another prompt may patch the MODEL's weights, which then exist twice while the tree holds them.
+        """
+        seconds, training, denoiser = settings.give_way_keep(), self._training, self._denoiser
+        if not training.gives_way or training.is_held or training.has_fallback or not seconds:
+            return
+        original, free = denoiser.original, denoiser.free_memory()
+        needed = comfy.model_management.module_size(original) + comfy.model_management.minimum_inference_memory()
+        if free is None or free < needed:
+            return
+        self.clear()
+        kept = _Kept(key, rest, denoiser.module, original, denoiser.device)
+        kept.drop_after(seconds)
+        _slot.append(kept)
+        training.stays_prepared = True
+
+    def take(self, key: Any) -> Any:
+        """Put the tree kept under the key in place of the denoiser's. Return what was kept with it; None without."""
+        if not _slot or _slot[0].key != key:
+            return None
+        kept = _slot.pop()
+        tree = kept.take(self._denoiser.original)
+        if tree is None:
+            return None
+        self._denoiser.use_tree(tree)
+        log.info("Graft: the training continues in the tree that was kept.")
+        return kept.rest
+
+    @staticmethod
+    def clear() -> None:
+        """Drop the kept tree, if there is one."""
+        while _slot:
+            _slot.pop().take(torch.nn.Module())
+
+
+def _tensors_of(module: torch.nn.Module) -> list[torch.Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def _state_of(module: torch.nn.Module) -> list[tuple[int, int]]:
+    """Return (address, number of changes in place) of each weight."""
+    return [(weight.data_ptr(), weight._version) for weight in _tensors_of(module)]
