@@ -14,6 +14,7 @@ from graft_pack.trainers.formats import files
 from graft_pack.trainers.formats.adapter import FORMATS, Adapter, load_adapter, save_adapter
 from graft_pack.trainers.methods import ADAPTERS, METHODS
 from graft_pack.trainers.recipe.options import TARGETS
+from graft_pack.trainers.recipe.parsing import parse_arguments
 
 from tests.support import diffusers_host, models
 from tests.support.gradients import directional_error
@@ -45,11 +46,30 @@ CASES = {
     "OFT conv": POINTS,
     "BOFT": LINEARS,
     "IA3": LINEARS,
+    "GLoRA": LINEARS,
+    "GLoRA conv": ALL,
+}
+# adapter_args of further cases: a type, a space and a name.
+VARIANTS = {
+    "LoRA tucker": "use_tucker=true",
+    "LoRA fa": "lora_fa=true",
+    "LoRA norm": "scale_weight_norms=0.3",
+    "LoRA dropouts": "rank_dropout=0.3 module_dropout=0.2",
+    "LoHa tucker": "use_tucker=true",
+    "LoHa wd": "dora_wd=true",
+    "LoHa dropouts": "rank_dropout=0.2 module_dropout=0.2",
+    "LoKr both": "decompose_both=true",
+    "LoKr factor": "factor=2 full_matrix=true",
+    "LoKr tucker": "use_tucker=true decompose_both=true factor=4",
+    "LoKr wd": "dora_wd=true",
+}
+CASES |= {
+    case: {**ALL, "rank": 2, "alpha": 3.0, "adapter_args": parse_arguments(text)} for case, text in VARIANTS.items()
 }
 
 
 def type_of(case):
-    return case if case in METHODS else case.removesuffix(" conv")
+    return case.partition(" ")[0] if case in VARIANTS else case if case in METHODS else case.removesuffix(" conv")
 
 
 def fields_of(case, **more):
