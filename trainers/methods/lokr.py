@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
     from ..recipe.recipe import Recipe
 
-# Factor on the rank with which peft decomposes no factor.
-_WHOLE = 2**20
+# Factor on the rank with which peft decomposes no factor; a power of two, for the scale's bits.
+_WHOLE = 2**12
 # Largest part of a factor beyond the run's rank that is only rounding.
 _ROUNDING = 1e-5
 
