@@ -474,7 +474,7 @@ def test_a_norm_is_limited_as_sd_scripts_limits_it(tmp_path):
     """Its formula: B and A times the root of min(1, limit / |s B A|)."""
     fields = {**RESUMED, "alpha": 4.0, "learning_rate": 0.05}
     pairs = []
-    for arguments in ("", "scale_weight_norms=0.2"):
+    for arguments in ("", "scale_weight_norms=0.45"):
         more = {"steps": 1, "adapter_args": parse_arguments(arguments)}
         adapter = run_session(tmp_path / str(len(pairs)), **{**fields, **more}).adapter
         parts = {name: value.flatten(1).double() for name, value in adapter.items() if name.endswith("weight")}
@@ -484,10 +484,10 @@ def test_a_norm_is_limited_as_sd_scripts_limits_it(tmp_path):
     for up in ups:
         down = up.replace("_up.", "_down.")
         norms.append(float((2 * pairs[0][up] @ pairs[0][down]).norm()))
-        ratio = min(1.0, 0.2 / norms[-1]) ** 0.5
+        ratio = min(1.0, 0.45 / norms[-1]) ** 0.5
         for name in (up, down):
             assert models.distance(pairs[1][name], pairs[0][name] * ratio) <= 1e-5
-    assert min(norms) < 0.2 < max(norms)
+    assert min(norms) < 0.45 < max(norms)
 
 
 def test_ranks_rows_and_modules_are_dropped_with_their_probability():
@@ -500,7 +500,7 @@ def test_ranks_rows_and_modules_are_dropped_with_their_probability():
         assert torch.equal(
             kept, kept.mean([axis for axis in (1, 2, 3)[: len(shape) - 1] if ranks[axis] == 1], True).expand(shape)
         )
-        assert set(kept.unique().tolist()) == {0.0, pytest.approx(4 / 3)}
+        assert kept.unique().tolist() == pytest.approx([0.0, 4 / 3])
         assert float((kept == 0).float().mean()) == pytest.approx(0.25, abs=0.02)
     rows = dropout.rows(torch.ones(40000, 2))
     assert set(rows.unique().tolist()) == {0.0, 1.0} and torch.equal(rows[:, 0], rows[:, 1])

@@ -44,6 +44,14 @@ class LoHa(LycorisMethod):
         factors = {name: tensor.contiguous() for name, tensor in _without_cores(layer.values).items()}
         return {**factors, "alpha": torch.tensor(layer.alpha), **self.host_magnitudes(layer)}
 
+    def delta(self, layer: nn.Module) -> torch.Tensor:
+        """Return the difference. With cores it is not peft's, whose gradients of hada_w1_a and hada_w2_a are wrong."""
+        if "default" not in layer.hada_t1:
+            return super().delta(layer)
+        factors = {name: getattr(layer, name)["default"] for name in (*_FACTORS, *_CORES)}
+        w1_a, w1_b, w2_a, w2_b = _without_cores(factors).values()
+        return (layer.scaling["default"] * (w1_a @ w1_b) * (w2_a @ w2_b)).view(layer.base_layer.weight.shape)
+
     def difference(self, layer: Layer) -> torch.Tensor:
         """Return the difference of a layer's weight, [out, in * kh * kw]."""
         w1_a, w1_b, w2_a, w2_b = (_without_cores(layer.values)[name].double() for name in _FACTORS)

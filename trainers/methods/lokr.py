@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
     from ..recipe.recipe import Recipe
 
-# Factor on the rank with which peft decomposes no factor; a power of two, for the scale's bits.
-_WHOLE = 2**12
+# Bits of a rank with which peft decomposes no factor. Configurations have no larger one.
+_WHOLE = 20
 # Largest part of a factor beyond the run's rank that is only rounding.
 _ROUNDING = 1e-5
 
@@ -34,8 +34,9 @@ class LoKr(LycorisMethod):
         """Return peft's LoKr configuration."""
         from peft import LoKrConfig
 
-        # Factors of at least half a layer's width are whole ones.
-        times = _WHOLE if value_of(recipe, "full_matrix") else 1
+        # A power of two keeps the scale's bits.
+        largest = max([recipe.rank, *ranks.values()])
+        times = 1 << (_WHOLE - largest.bit_length()) if value_of(recipe, "full_matrix") else 1
         return LoKrConfig(
             r=times * recipe.rank,
             alpha=times * recipe.alpha,

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from ...recipe.recipe import Recipe
 
 
-def _forward(layer: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return a forward that multiplies by peft's difference of the weight in the dtype of the input.
+def _forward(layer: nn.Module, delta: Callable[[nn.Module], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return a forward that multiplies by the difference of the weight in the dtype of the input.
 
     peft casts the input to the dtype of the trainables instead, and so computes and keeps activations in float32.
     """
@@ -31,7 +31,7 @@ def _forward(layer: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     base, dropout, magnitude = layer.base_layer, getattr(layer, NAME, None), getattr(layer, DORA, None)
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        difference = layer.get_delta_weight("default")
+        difference = delta(layer)
         if dropout is not None:
             difference = dropout.rows(difference)
         out = base(x)
@@ -97,7 +97,11 @@ class LycorisMethod(PeftMethod):
         dropout = structure_dropout(recipe)
         if dropout is not None:
             layer.add_module(NAME, dropout)
-        layer.forward = _forward(layer)
+        layer.forward = _forward(layer, self.delta)
+
+    def delta(self, layer: nn.Module) -> torch.Tensor:
+        """Return the difference of peft's layer for training, [out, in, ...]."""
+        return layer.get_delta_weight("default")
 
     def difference(self, layer: Layer) -> torch.Tensor:
         """Return the difference of a layer's weight, [out, in, ...]."""
