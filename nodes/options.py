@@ -330,6 +330,9 @@ class GraftAdapterOptions(OptionNode):
                         "Precision of the weights in full fine-tuning; bf16 uses stochastic rounding. auto: fp32.",
                     )
                 ),
+                advanced(
+                    cls.widget("adapter_args", "Further arguments of the type, such as factor=8 decompose_both=true.")
+                ),
             ),
             words="LoRA",
         )

@@ -897,6 +897,11 @@ WORKFLOWS = {
 
 
 def write_workflow(path, workflow):
+    """Write a workflow without what the frontend adds itself: slots' names in its language, widgets without a link."""
+    for node in workflow["nodes"]:
+        for slot in (*node["inputs"], *node["outputs"]):
+            slot.pop("localized_name", None)
+        node["inputs"] = [slot for slot in node["inputs"] if "widget" not in slot or slot["link"] is not None]
     path.write_text(json.dumps(workflow, separators=(",", ":")) + "\n", encoding="utf-8")
     print(path)
 

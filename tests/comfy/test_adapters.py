@@ -1,5 +1,6 @@
 """Tests that every adapter type passes on every kind of layer that supports it."""
 
+import json
 import os
 import warnings
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from graft_pack.trainers.formats import files
 from graft_pack.trainers.formats.adapter import FORMATS, Adapter, load_adapter, save_adapter
 from graft_pack.trainers.methods import ADAPTERS, METHODS
 from graft_pack.trainers.recipe.options import TARGETS
+from graft_pack.trainers.recipe.parsing import parse_arguments
 
 from tests.support import diffusers_host, models
 from tests.support.gradients import directional_error
@@ -45,11 +47,30 @@ CASES = {
     "OFT conv": POINTS,
     "BOFT": LINEARS,
     "IA3": LINEARS,
+    "GLoRA": LINEARS,
+    "GLoRA conv": ALL,
+}
+# adapter_args of further cases: a type, a space and a name.
+VARIANTS = {
+    "LoRA tucker": "use_tucker=true",
+    "LoRA fa": "lora_fa=true",
+    "LoRA norm": "scale_weight_norms=0.3",
+    "LoRA dropouts": "rank_dropout=0.3 module_dropout=0.2",
+    "LoHa tucker": "use_tucker=true",
+    "LoHa wd": "dora_wd=true",
+    "LoHa dropouts": "rank_dropout=0.2 module_dropout=0.2",
+    "LoKr both": "decompose_both=true",
+    "LoKr factor": "factor=2 full_matrix=true",
+    "LoKr tucker": "use_tucker=true decompose_both=true factor=4",
+    "LoKr wd": "dora_wd=true",
+}
+CASES |= {
+    case: {**ALL, "rank": 2, "alpha": 3.0, "adapter_args": parse_arguments(text)} for case, text in VARIANTS.items()
 }
 
 
 def type_of(case):
-    return case if case in METHODS else case.removesuffix(" conv")
+    return case.partition(" ")[0] if case in VARIANTS else case if case in METHODS else case.removesuffix(" conv")
 
 
 def fields_of(case, **more):
@@ -123,6 +144,9 @@ def train(model, case, folder, **more):
         output = trained_output(training)
         adapter = training.plan.export(state.trainables, 0).adapter
         recipe = training.plan.recipe
+        if adapter.native is None:
+            # The file of a run names its recipe.
+            adapter = Adapter(adapter, {"graft_recipe": json.dumps({"method": recipe.method})})
     after = weights(model)
     same = before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     return Trained(recipe, adapter, state.trainables, output, same)
@@ -246,6 +270,11 @@ def test_peft_loads_the_folder_onto_the_model_as_published(case, done, base, une
     from peft import PeftModel
 
     folder = tmp_path / "adapter"
+    if done.adapter.native is None:
+        for format in ("peft", "diffusers"):
+            with pytest.raises(ModelError, match=f"cannot save this adapter as '{format}'"):
+                save_adapter(str(folder / "adapter_model.safetensors"), done.adapter, case, format)
+        return
     save_adapter(str(folder / "adapter_model.safetensors"), done.adapter, case, "peft")
     assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     network = unet()
@@ -261,6 +290,8 @@ def test_diffusers_loads_the_types_it_knows_and_the_others_are_refused(case, don
     from diffusers import DDPMScheduler, StableDiffusionPipeline
 
     path = tmp_path / "adapter.safetensors"
+    if done.adapter.native is None:
+        return
     if done.adapter.native.config["peft_type"] != "LORA":
         with pytest.raises(ModelError, match=f"does not know the adapter type {type_of(case)}"):
             save_adapter(str(path), done.adapter, case, "diffusers")
@@ -279,6 +310,8 @@ def test_a_peft_folder_comes_back_in_the_hosts_names(case, done, model, base, tm
     from graft_pack.nodes.host.model.lora import apply_adapter
 
     path = str(tmp_path / "adapter" / "adapter_model.safetensors")
+    if done.adapter.native is None:
+        return
     save_adapter(path, done.adapter, case, "peft")
     back = load_adapter(path)
     assert torch.equal(joined(back.native.tensors), joined(done.adapter.native.tensors))
@@ -299,12 +332,14 @@ EXACT = [case for case in CASES if CASES[case] is not LINEARS or f"{case} conv" 
 @pytest.mark.parametrize("case", EXACT)
 def test_gradients_are_those_of_finite_differences(case, exact):
     """At values away from the start, in fp64, where rounding hides no error."""
+    # A core is one more factor.
+    spread = 0.2 if "tucker" in case else 0.05
     with models.in_training(exact, "SD1", examples=1, **fields_of(case, batch_size=1)) as training:
         with torch.no_grad():
             source = torch.Generator().manual_seed(1)
             for parameter in training.plan.trainables.values():
                 parameter.data = parameter.data.double()
-                parameter.add_(torch.randn(parameter.shape, generator=source, dtype=torch.float64) * 0.05)
+                parameter.add_(torch.randn(parameter.shape, generator=source, dtype=torch.float64) * spread)
         for stem, parameters in by_stem(training.plan.trainables).items():
             error, slope = directional_error(training.losses, parameters, step=0.02)
             assert slope > 1e-4, stem
@@ -336,10 +371,15 @@ def stop_at_two(event, payload):
         raise Stopped
 
 
-@pytest.mark.parametrize("kind", ADAPTERS)
+def short_fields(kind):
+    """Return the method and the arguments of a type or a variant."""
+    return {"method": type_of(kind), "adapter_args": parse_arguments(VARIANTS.get(kind, ""))}
+
+
+@pytest.mark.parametrize("kind", [*ADAPTERS, *VARIANTS])
 def test_a_resumed_run_ends_with_the_same_bits(kind, tmp_path):
     """A finished run also returns the same adapter when it is queued again."""
-    fields = {**RESUMED, "method": kind}
+    fields = {**RESUMED, **short_fields(kind)}
     straight = run_session(tmp_path / "straight", **fields)
     with pytest.raises(Stopped):
         run_session(tmp_path / "parts", stop_at_two, **fields)
@@ -349,7 +389,8 @@ def test_a_resumed_run_ends_with_the_same_bits(kind, tmp_path):
     again = run_session(tmp_path / "parts", **fields)
     for one in (resumed, again):
         assert diffusers_host.same_tensors(one.adapter, straight.adapter)
-        assert diffusers_host.same_tensors(one.adapter.native.tensors, straight.adapter.native.tensors)
+        if straight.adapter.native is not None:
+            assert diffusers_host.same_tensors(one.adapter.native.tensors, straight.adapter.native.tensors)
 
 
 def test_what_pissa_drew_is_part_of_the_state(tmp_path, monkeypatch):
@@ -386,37 +427,111 @@ def test_dropout_is_repeated_by_a_resumed_run(tmp_path):
     assert not diffusers_host.same_tensors(without.adapter, straight.adapter)
 
 
-@pytest.mark.parametrize("kind", ["DoRA"])
+@pytest.mark.parametrize("kind", ["DoRA", "LoRA dropouts", "LoHa dropouts"])
 def test_dropout_is_the_same_when_blocks_are_computed_again(kind, model):
     """The recomputation must use the forward's mask, or the gradient belongs to another network."""
+    fields = short_fields(kind)
+    dropped = fields if kind in VARIANTS else {**fields, "dropout": 0.5}
+    fields = {**fields, "adapter_args": ()}
     from graft_pack.trainers.methods.dropout import dropping_out
 
     found = []
     for checkpointing in (False, True):
-        with models.in_training(model, "SD1", checkpointing, spread=0.1, method=kind, dropout=0.5) as training:
+        with models.in_training(model, "SD1", checkpointing, spread=0.1, **dropped) as training:
             with dropping_out([training.denoiser.module], training.denoiser.device, training.plan.recipe, 0):
                 found.append(models.joined(training.gradients()))
-        with models.in_training(model, "SD1", checkpointing, spread=0.1, method=kind) as training:
+        with models.in_training(model, "SD1", checkpointing, spread=0.1, **fields) as training:
             assert models.distance(models.joined(training.gradients()), found[-1]) > 1e-2
     assert models.distance(found[1], found[0]) <= 1e-5
 
 
-@pytest.mark.parametrize("kind", ADAPTERS)
+@pytest.mark.parametrize("kind", [*ADAPTERS, "LoRA fa", "LoKr both", "LoKr factor", "LoKr wd", "LoHa wd"])
 def test_training_goes_on_from_a_file(kind, tmp_path):
     """Training starts from the file's effect; types that a kohya file cannot hold are refused by name."""
-    fields = {"rank": 2, "alpha": 2.0, "batch_size": 2, "method": kind}
+    fields = {"rank": 2, "alpha": 2.0, "batch_size": 2, **short_fields(kind)}
     first = run_session(tmp_path, **fields, steps=2)
-    for format in ("kohya", "peft"):
+    for format in ("kohya", "peft") if first.adapter.native else ("kohya",):
         path = tmp_path / format / "adapter_model.safetensors"
         save_adapter(str(path), first.adapter, "first", format)
         more = {**fields, "start_from": str(path), "steps": 1, "learning_rate": 1e-12}
-        if format == "kohya" and kind in ("DoRA", "OFT", "BOFT", "IA3"):
-            with pytest.raises(ModelError, match=f"does not have the tensors that {kind} trains.*peft folder"):
+        if format == "kohya" and kind in ("DoRA", "OFT", "BOFT", "IA3", "LoHa wd", "LoKr wd"):
+            with pytest.raises(ModelError, match=f"does not have the tensors that {type_of(kind)} trains.*peft folder"):
                 run_session(tmp_path, **more)
             continue
         second = run_session(tmp_path, **more)
         assert second.run.name != first.run.name
         assert models.distance(joined(second.adapter), joined(first.adapter)) <= 1e-5
+
+
+def test_lora_fa_trains_b_alone(tmp_path):
+    fields = {**RESUMED, **short_fields("LoRA fa")}
+    start, end = (run_session(tmp_path / str(steps), **{**fields, "steps": steps}).adapter for steps in (1, 3))
+    for name in start:
+        assert torch.equal(start[name], end[name]) == (not name.endswith("lora_up.weight")), name
+
+
+def test_a_norm_is_limited_as_sd_scripts_limits_it(tmp_path):
+    """Its formula: B and A times the root of min(1, limit / |s B A|)."""
+    fields = {**RESUMED, "alpha": 4.0, "learning_rate": 0.05}
+    pairs = []
+    for arguments in ("", "scale_weight_norms=0.45"):
+        more = {"steps": 1, "adapter_args": parse_arguments(arguments)}
+        adapter = run_session(tmp_path / str(len(pairs)), **{**fields, **more}).adapter
+        parts = {name: value.flatten(1).double() for name, value in adapter.items() if name.endswith("weight")}
+        pairs.append(parts)
+    ups = [name for name in pairs[0] if name.endswith("lora_up.weight")]
+    norms = []
+    for up in ups:
+        down = up.replace("_up.", "_down.")
+        norms.append(float((2 * pairs[0][up] @ pairs[0][down]).norm()))
+        ratio = min(1.0, 0.45 / norms[-1]) ** 0.5
+        for name in (up, down):
+            assert models.distance(pairs[1][name], pairs[0][name] * ratio) <= 1e-5
+    assert min(norms) < 0.45 < max(norms)
+
+
+def test_ranks_rows_and_modules_are_dropped_with_their_probability():
+    from graft_pack.trainers.methods.variants.dropouts import StructureDropout
+
+    torch.manual_seed(0)
+    dropout = StructureDropout(0.25, 0.0)
+    for shape, ranks in (((4000, 3, 8), (4000, 1, 8)), ((4000, 8, 2, 2), (4000, 8, 1, 1))):
+        kept = dropout.ranks(torch.ones(shape))
+        assert torch.equal(
+            kept, kept.mean([axis for axis in (1, 2, 3)[: len(shape) - 1] if ranks[axis] == 1], True).expand(shape)
+        )
+        assert kept.unique().tolist() == pytest.approx([0.0, 4 / 3])
+        assert float((kept == 0).float().mean()) == pytest.approx(0.25, abs=0.02)
+    rows = dropout.rows(torch.ones(40000, 2))
+    assert set(rows.unique().tolist()) == {0.0, 1.0} and torch.equal(rows[:, 0], rows[:, 1])
+    assert float(rows.mean()) == pytest.approx(0.75, abs=0.02)
+    module = StructureDropout(0.0, 0.5)
+    whole = [float(module.ranks(torch.ones(2, 3)).mean()) for _ in range(200)]
+    assert set(whole) == {0.0, 1.0} and 60 < sum(whole) < 140
+    assert torch.equal(dropout.eval().ranks(rows), rows) and torch.equal(dropout.rows(rows), rows)
+
+
+@pytest.mark.parametrize(
+    "kind, text, named",
+    [
+        ("LoKr", "factors=8", "has 'factors'.*It takes factor, full_matrix, decompose_both, dora_wd"),
+        ("LoRA", "factor=8", "which LoRA does not take.*It takes rank_dropout"),
+        ("LoRA", "t_lora=true", "T-LoRA's rank depends on the timestep"),
+        ("LoRA", "eva=true", "EVA needs the layers' inputs"),
+        ("LoKr", "factor=0", "factor is 0. Write factor= and a whole number from 1 to 4096"),
+        ("LoKr", "factor=2.5", "a whole number"),
+        ("LoKr", "full_matrix=1", "Write full_matrix= and true or false"),
+        ("LoRA", "rank_dropout=1", "a number from 0 to 0.95"),
+        ("LoRA", "rank_dropout=true", "a number from 0 to 0.95"),
+        ("OFT", "factor=8", "It takes none"),
+        ("DoRA", "lora_fa=true", "It takes none"),
+    ],
+)
+def test_arguments_that_a_type_does_not_take_are_refused_by_name(kind, text, named):
+    recipe = models.recipe("SD1", method=kind, rank=2, alpha=2.0, adapter_args=parse_arguments(text, "adapter_args"))
+    with pytest.raises(SettingsError, match=named) as caught:
+        METHODS[kind].check(recipe)
+    assert caught.value.input == "adapter_args"
 
 
 def test_another_alpha_starts_with_the_same_effect(tmp_path):
@@ -687,9 +802,14 @@ def test_what_lost_its_form_on_the_way_is_converted_or_refused(done, case, model
 
     plain = Adapter(dict(done.adapter), {"graft_recipe": f'{{"method": "{type_of(case)}"}}'})
     path = tmp_path / "x" / "adapter_model.safetensors"
-    if type_of(case) in ("DoRA", "OFT", "BOFT", "IA3"):
+    if case == "LoKr tucker":
+        # peft decomposes the first factor of all layers or of none.
+        with pytest.raises(ModelError, match="has another type than .*connect the training node itself"):
+            save_adapter(str(path), plain, case, "peft")
+        return
+    if type_of(case) in ("DoRA", "OFT", "BOFT", "IA3") or done.adapter.native is None:
         for format in ("diffusers", "peft"):
-            with pytest.raises(ModelError, match=f"'{format}'.*(ComfyUI's formula.*Connect the model|no form for)"):
+            with pytest.raises(ModelError, match=f"'{format}'.*(ComfyUI's formula.*the model|no form for)"):
                 save_adapter(str(path), plain, case, format)
         assert list(tmp_path.iterdir()) == []
         return

@@ -7,6 +7,7 @@ import pytest
 import torch
 from graft_pack.trainers.engine.checkpointer import Checkpointer
 from graft_pack.trainers.engine.resolve import Options, RecipeInputs, resolve
+from graft_pack.trainers.engine.validation import check_recipe
 from graft_pack.trainers.errors import SettingsError
 from graft_pack.trainers.families import family_of
 from graft_pack.trainers.optimizers import (
@@ -214,6 +215,7 @@ def references(parameter):
     import pytorch_optimizer
     from bitsandbytes.optim import AdamW8bit, AdEMAMix8bit, Lion8bit, PagedAdamW8bit
     from came_pytorch import CAME
+    from dadaptation import DAdaptAdam, DAdaptLion
     from lion_pytorch import Lion
     from prodigyopt import Prodigy
     from schedulefree import AdamWScheduleFree, RAdamScheduleFree
@@ -242,6 +244,12 @@ def references(parameter):
         "Adan": lambda: pytorch_optimizer.Adan([parameter], betas=(*betas, 0.99), **common),
         "Lamb": lambda: pytorch_optimizer.Lamb([parameter], betas=betas, **common),
         "Tiger": lambda: pytorch_optimizer.Tiger([parameter], **common),
+        "SOAP": lambda: pytorch_optimizer.SOAP([parameter], betas=betas, **common),
+        "Muon": lambda: pytorch_optimizer.Muon(
+            [{"params": [parameter], "use_muon": True}], use_adjusted_lr=True, **common
+        ),
+        "DAdaptAdam": lambda: DAdaptAdam([parameter], betas=betas, **common),
+        "DAdaptLion": lambda: DAdaptLion([parameter], betas=betas, **common),
         "pytorch-optimizer": lambda: pytorch_optimizer.Yogi([parameter], **common),
     }
 
@@ -321,7 +329,7 @@ def test_each_of_pytorch_optimizer_continues_from_its_state(name):
 
 
 # Learning rates for convergence in the steps below; Prodigy finds its own.
-RATES = {"Lion": 8e-3, "Prodigy": 1.0, "AdamWScheduleFree": 5e-2}
+RATES = {"Lion": 8e-3, "Prodigy": 1.0, "DAdaptAdam": 1.0, "DAdaptLion": 1.0, "AdamWScheduleFree": 5e-2}
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -402,6 +410,20 @@ def test_what_resuming_needs_beyond_the_parameters_own_state(name, kept, tmp_pat
     state = kept_state(run_session(tmp_path, **fields_of(name, steps=4)))
     assert kept <= set(state.groups[0])
     assert not {"lr", "params", "weight_decay", "betas"} & set(state.groups[0])
+
+
+def test_muon_refuses_vectors_among_matrices_and_updates_them_alone_as_adamw():
+    matrix, vector = torch.nn.Parameter(torch.ones(4, 4)), torch.nn.Parameter(torch.ones(4))
+    with pytest.raises(SettingsError, match="Muon updates matrices"):
+        made("Muon", [matrix, vector])
+    assert not made("Muon", [vector]).param_groups[0]["use_muon"]
+
+
+@pytest.mark.parametrize("name", ["SOAP", "Muon", "DAdaptAdam", "DAdaptLion"])
+def test_what_needs_all_parameters_refuses_bf16(name):
+    recipe = recipe_of(name, method="all weights", rank=0, alpha=0.0, targets="all weights", weight_dtype="bf16")
+    with pytest.raises(SettingsError, match=f"{name} needs all of them at once"):
+        check_recipe(recipe)
 
 
 def test_adamw_keeps_nothing_of_its_groups():

@@ -6,6 +6,7 @@ import logging
 import os
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..data.masks import check_masks
@@ -312,6 +313,7 @@ def _make_plan(session: _Session, prepared: Prepared, step: int, kept: Kept | No
         switched_off=modules.switched_off,
         scaled=modules.scaled,
         constants=constants,
+        after_step=partial(modules.after_step, trainables),
         in_backward=method.in_backward,
     )
     return plan.with_embedding(session.host, None if method.trains_model else start)
@@ -369,7 +371,7 @@ def _place_weights(session: _Session, plan: Plan) -> None:
 def _export_finished(session: _Session, state: State) -> Result:
     """Return the result of a finished run."""
     recipe, modules = session.recipe, session.modules
-    if not METHODS[recipe.method].needs_base:
+    if not METHODS[recipe.method].reads_base(recipe):
         return _result(session, state, state.step)
     # Keep the weights off the device if training did: nothing is computed here, and they may not fit.
     with modules.training(recipe.offload == "on" or recipe.shard == "on"):

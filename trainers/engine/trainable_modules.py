@@ -190,6 +190,11 @@ class TrainableModules:
         """Return the frozen weights that `export` reads."""
         return [weight for part in self._parts for weight in self._method.read_later(part.tree())]
 
+    def after_step(self, trainables: dict[str, nn.Parameter]) -> None:
+        """Apply the method's limits after an optimizer step."""
+        for part in self._parts:
+            self._method.after_step(part.select(trainables), part.tree(), part.recipe)
+
     def groups(self, trainables: dict[str, nn.Parameter]) -> list[Group]:
         """Return the parameter groups: trainables that share a learning rate."""
         groups = []

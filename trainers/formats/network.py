@@ -47,8 +47,11 @@ def network_fields(tensors: Mapping[str, torch.Tensor], by_lycoris: bool = False
     algorithm = _algorithm_of(layers)
     args = {"algo": algorithm}
     module = _LYCORIS
+    has_magnitudes = any(DORA in held for held in layers.values())
+    if has_magnitudes and not by_lycoris and algorithm in ("loha", "lokr"):
+        # LyCORIS would read them by its own formula.
+        module = _SD_SCRIPTS
     if algorithm == "lora":
-        has_magnitudes = any(DORA in held for held in layers.values())
         is_beyond = any(_OUTSIDE.match(common_name(name)[1]) for name in layers) and not has_magnitudes
         if not (by_lycoris or is_beyond):
             module, args = _SD_SCRIPTS, {}
@@ -83,7 +86,9 @@ def has_host_magnitudes(adapter: Mapping[str, torch.Tensor]) -> bool:
     """Report whether magnitudes are for ComfyUI's formula: in Graft's kohya files, and in dicts of other nodes."""
     if not hasattr(adapter, "made_by"):
         return True
-    return adapter.made_by() in ("DoRA", "IA3") and adapter.metadata.get("ss_network_module") != _LYCORIS
+    return (
+        adapter.made_by() in ("DoRA", "IA3", "LoHa", "LoKr") and adapter.metadata.get("ss_network_module") != _LYCORIS
+    )
 
 
 def as_dora(metadata: dict[str, str]) -> dict[str, str]:

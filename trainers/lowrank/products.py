@@ -95,7 +95,7 @@ def linear(
     """
     weights = [layer["weight"] for layer in layers]
     biases = [layer["bias"] for layer in layers]
-    if not _is_recorded(x, down):
+    if not _is_recorded(x, down, *ups):
         return _wide(x, _narrow(x, down), ups, scales, weights, biases)
     contexts: list = []
     middle = _Narrow.apply(contexts, x, down, *ups, *weights)
@@ -118,7 +118,7 @@ def convolution(x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, scale: fl
         [N, out, H', W'].
     """
     geometry = Geometry(layer.stride, layer.padding, layer.dilation)
-    if not _is_recorded(x, down):
+    if not _is_recorded(x, down, up):
         return _wide_convolution(x, _convolve(x, down, None, geometry), up, scale, layer, geometry)
     contexts: list = []
     middle = _NarrowConvolution.apply(contexts, geometry, x, down, up, layer.weight)
@@ -146,8 +146,8 @@ def _once(compute: Callable[..., torch.Tensor], x: torch.Tensor, down: torch.Ten
     return _running.context.product(compute, x, down, *args)
 
 
-def _is_recorded(x: torch.Tensor, down: torch.Tensor) -> bool:
-    return torch.is_grad_enabled() and (x.requires_grad or down.requires_grad)
+def _is_recorded(*inputs: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
 
 
 def _refuse_second_derivative() -> None:

@@ -13,12 +13,14 @@ from .lora import LoCon, LoRA, RsLoRA
 from .none import NoMethod
 from .oft import OFT
 from .pissa import PiSSA
+from .variants.glora import GLoRA
 
 __all__ = ["ADAPTERS", "METHODS", "Method"]
 
 # The adapter types that the widget offers.
 ADAPTERS: dict[str, Method] = {
-    method.name: method for method in (LoRA(), LoCon(), DoRA(), RsLoRA(), PiSSA(), LoHa(), LoKr(), OFT(), BOFT(), IA3())
+    method.name: method
+    for method in (LoRA(), LoCon(), DoRA(), RsLoRA(), PiSSA(), LoHa(), LoKr(), OFT(), BOFT(), IA3(), GLoRA())
 }
 
 METHODS: dict[str, Method] = {**ADAPTERS, FullFineTune.name: FullFineTune(), NoMethod.name: NoMethod()}

@@ -189,10 +189,9 @@ class StartValues:
         """Return a layer's values with which the run's scale gives the same weight difference as the file's scale."""
         rank = rank_of(path, self._recipe)
         scale = self._method.scale(rank, alpha_of(rank, self._recipe))
-        param = self._method.scale_param
-        if not param or file_scale == scale:
+        if None in (file_scale, scale) or file_scale == scale:
             return values
-        return {**values, param: values[param] * (file_scale / scale)}
+        return self._method.rescaled(values, file_scale / scale)
 
 
 def host_places(path: str, names: tuple[Callable[[str], str], Callable[[str], str | None]]) -> list[tuple[str, str]]:

@@ -49,6 +49,10 @@ class Method:
     def check(self, recipe: Recipe) -> None:
         """Raise SettingsError if the recipe sets an option that this method does not have."""
 
+    def reads_base(self, recipe: Recipe) -> bool:
+        """Return True if an export needs the weights that the method was trained on."""
+        return self.needs_base
+
     def scale(self, rank: int, alpha: float) -> float | None:
         """Return the effective scale of the difference, or None if the method has no alpha."""
         return None
@@ -143,6 +147,9 @@ class Method:
 
         layers = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
         return [weight for layer in layers for weight in layer.get_base_layer().parameters()]
+
+    def after_step(self, trainables: dict[str, nn.Parameter], module: nn.Module, recipe: Recipe) -> None:
+        """Change the trainables after an optimizer step."""
 
     def groups(self, trainables: dict[str, nn.Parameter], recipe: Recipe) -> list[Group]:
         """Group the trainables by learning rate. By default they form one group."""

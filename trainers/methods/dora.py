@@ -20,7 +20,7 @@ _SQUARES = "row_squares"
 _LEAST = 1e-20
 
 
-def _row_squares(layer: nn.Module) -> torch.Tensor:
+def row_squares(layer: nn.Module) -> torch.Tensor:
     """Return |W|^2 of each row of the frozen weight, [out], in float32 or better."""
     import torch
 
@@ -39,7 +39,7 @@ def _forward(layer: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     base, down, up, drop, scale = parts_of(layer)
     magnitude = layer.lora_magnitude_vector["default"]
     # A buffer moves with the layer between devices.
-    layer.register_buffer(_SQUARES, _row_squares(layer), persistent=False)
+    layer.register_buffer(_SQUARES, row_squares(layer), persistent=False)
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         out = base(x)
@@ -47,14 +47,42 @@ def _forward(layer: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
         b = up.weight.flatten(1)
         crossed = (b * _weight_times(base, a, x.dtype).to(b.dtype)).sum(1)
         added = ((b @ (a @ a.t())) * b).sum(1)
-        norm = (getattr(layer, _SQUARES) + 2 * scale * crossed + scale**2 * added).clamp_min(_LEAST).sqrt()
-        shape = (-1, *[1] * (up.weight.dim() - 2))
-        share = (magnitude.weight.flatten() / norm).view(shape)
-        plain = out if base.bias is None else out - base.bias.view(shape).to(out.dtype)
+        squares = getattr(layer, _SQUARES) + 2 * scale * crossed + scale**2 * added
         delta = in_dtype_of(in_dtype_of(drop(x), down) * scale, up)
-        return (out + ((share - 1) * plain + share * delta)).to(out.dtype)
+        return decomposed(base, out, delta, magnitude.weight, squares)
 
     return forward
+
+
+def decomposed(
+    base: nn.Module, out: torch.Tensor, delta: torch.Tensor, magnitude: torch.Tensor, squares: torch.Tensor
+) -> torch.Tensor:
+    """Return m (W + D) x / |W + D| by row, plus the bias.
+
+    Args:
+        base: the frozen layer, [out, in, ...].
+        out: its output W x + b.
+        delta: D x, of the same shape.
+        magnitude: m, [out, ...].
+        squares: |W + D|^2 of each row, [out].
+    """
+    norm = squares.clamp_min(_LEAST).sqrt()
+    shape = (-1, *[1] * (2 if magnitude.dim() == 4 else 0))
+    share = (magnitude.flatten() / norm).view(shape)
+    plain = out if base.bias is None else out - base.bias.view(shape).to(out.dtype)
+    return (out + ((share - 1) * plain + share * delta)).to(out.dtype)
+
+
+def host_magnitude(layer: Layer, magnitude: torch.Tensor, difference: torch.Tensor) -> torch.Tensor:
+    """Return magnitudes [out, 1, ...] for ComfyUI's formula, which divides by |W| where training divides by |W + D|.
+
+    Args:
+        difference: D, [out, ...] in float64.
+    """
+    weight = layer.weight().flatten(1).double()
+    norm = (weight + difference.flatten(1)).norm(dim=1).clamp_min(_LEAST)
+    magnitude = magnitude.flatten() * weight.norm(dim=1) / norm
+    return magnitude.view(-1, *[1] * (layer.weight().dim() - 1))
 
 
 def _weight_times(base: nn.Module, a: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -74,12 +102,13 @@ class DoRA(LoRA):
     name = "DoRA"
     needs_base = True
     is_linear = False
+    arguments = ()
     variant = {"use_dora": True}
 
     def start_value(self, stem: str, layer: nn.Module, shape: torch.Size, seed: int, name: str) -> torch.Tensor:
         """Start the magnitude at the norms of the rows, and the other trainables as LoRA does."""
         if stem == _MAGNITUDE:
-            return _row_squares(layer).sqrt().view(shape)
+            return row_squares(layer).sqrt().view(shape)
         return super().start_value(stem, layer, shape, seed, name)
 
     def finish(self, layer: nn.Module, recipe: Recipe) -> None:
@@ -87,17 +116,11 @@ class DoRA(LoRA):
         layer.forward = _forward(layer)
 
     def export_layer(self, layer: Layer) -> dict[str, torch.Tensor]:
-        """Return LoRA's tensors and a magnitude that is corrected for ComfyUI's norm.
-
-        ComfyUI divides by |W|, training by |W + s B A|.
-        """
-        weight = layer.weight().flatten(1).double()
+        """Return LoRA's tensors and a magnitude that is corrected for ComfyUI's norm."""
         a = layer.values["lora_A"].flatten(1).double()
         b = layer.values["lora_B"].flatten(1).double()
-        norm = (weight + layer.scale * b @ a).norm(dim=1).clamp_min(_LEAST)
-        magnitude = layer.values[_MAGNITUDE].flatten() * weight.norm(dim=1) / norm
-        shape = (-1, *[1] * (layer.weight().dim() - 1))
-        return {**super().export_layer(layer), "dora_scale": magnitude.view(shape)}
+        magnitude = host_magnitude(layer, layer.values[_MAGNITUDE], layer.scale * b @ a)
+        return {**super().export_layer(layer), "dora_scale": magnitude}
 
     def values_of_host(self, tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], float] | None:
         """Return A, B, the magnitudes of rows and the scale of A and B."""

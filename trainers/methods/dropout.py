@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from ..rng import stream_seed
+from .variants import NAME
 
 if TYPE_CHECKING:
     import torch
@@ -28,13 +29,13 @@ def dropping_out(
         rank: rank of the process. Each process draws its own masks: otherwise all samples of a step would lose the
             same inputs.
     """
-    if not recipe.dropout:
+    if not (recipe.dropout or {"rank_dropout", "module_dropout"} & dict(recipe.adapter_args).keys()):
         yield
         return
     import torch
 
     named = [pair for tree in trees for pair in tree.named_modules()]
-    layers = [layer for name, layer in named if name.endswith(".lora_dropout.default")]
+    layers = [layer for name, layer in named if name.endswith((".lora_dropout.default", f".{NAME}"))]
     # torch's dropout draws from torch's global generator. Checkpointing restores that generator before it recomputes.
     with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type=device.type):
         torch.manual_seed(stream_seed("dropout", recipe.seed, step, *([rank] if rank else [])))

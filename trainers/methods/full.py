@@ -52,6 +52,7 @@ class FullFineTune(Method):
             "dropout": recipe.dropout != 0,
             "block_ranks": bool(recipe.block_ranks),
             "lora_plus_ratio": recipe.lora_plus_ratio != 1,
+            "adapter_args": bool(recipe.adapter_args),
             "text_encoder_rank": recipe.text_encoder_rank != 0,
         }
         for name, refused in options.items():

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ..formats.keys import ALPHA, DOWN, MID, UP
+from ..formats.keys import ALPHA, DOWN, UP
+from ..formats.keys import MID as FILE_MID
 from ..formats.kohya import lora_tensors, plain_factors
+from ..optimizers import Group
 from .peft_method import PeftMethod
-from .targets import CONV, LINEAR, POINT, Layer, alphas_of
+from .targets import CONV, LINEAR, POINT, Layer, alphas_of, parse_name
+from .variants.arguments import value_of
+from .variants.low_rank import MID, add_core, has_other_forward, limit_norm, make_forward, plain_down
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +49,7 @@ class LoRA(PeftMethod):
     lora_plus_params = frozenset({"lora_B"})
     scale_param = "lora_B"
     has_dropout = True
+    arguments = ("rank_dropout", "module_dropout", "scale_weight_norms", "use_tucker", "lora_fa")
     is_linear = True
     variant: dict[str, Any] = {}
 
@@ -70,12 +76,39 @@ class LoRA(PeftMethod):
             **self.variant,
         )
 
+    def prepare(self, layer: nn.Module, recipe: Recipe) -> None:
+        """Add the core of use_tucker."""
+        if value_of(recipe, "use_tucker"):
+            add_core(layer)
+
     def finish(self, layer: nn.Module, recipe: Recipe) -> None:
         """Replace the forward of peft's layer by one of fewer operations. The layer belongs to the private module."""
+        if has_other_forward(layer, recipe):
+            layer.forward = make_forward(layer, recipe)
+            return
         from ..lowrank.layers import LowRankLayer
 
         layer.low_rank = LowRankLayer(*parts_of(layer))
         layer.forward = layer.low_rank
+
+    def groups(self, trainables: dict[str, nn.Parameter], recipe: Recipe) -> list[Group]:
+        """Group as all types do. With lora_fa, A is frozen from the first step (Zhang et al. 2023)."""
+        groups = super().groups(trainables, recipe)
+        if not value_of(recipe, "lora_fa"):
+            return groups
+        split = []
+        for group in groups:
+            frozen = tuple(name for name in group.names if parse_name(name).stem == "lora_A")
+            others = tuple(name for name in group.names if name not in frozen)
+            split += [replace(group, names=others)] * bool(others)
+            split += [replace(group, names=frozen, until=0)] * bool(frozen)
+        return split
+
+    def after_step(self, trainables: dict[str, nn.Parameter], module: nn.Module, recipe: Recipe) -> None:
+        """Limit the norm of each layer's difference with scale_weight_norms."""
+        most = value_of(recipe, "scale_weight_norms")
+        for path in dict.fromkeys(parse_name(name).path for name in trainables) if most else ():
+            limit_norm(module.get_submodule(path), most)
 
     def set_scale(self, layer: nn.Module, scale: float) -> None:
         """Set the scale for peft and for the forward that replaces peft's."""
@@ -85,11 +118,19 @@ class LoRA(PeftMethod):
 
     def export_layer(self, layer: Layer) -> dict[str, torch.Tensor]:
         """Return kohya's tensors, with the alpha that gives this layer's scale as alpha / rank."""
-        return lora_tensors(layer.values["lora_A"], layer.values["lora_B"], layer.scale * layer.rank)
+        values = self.peft_layer(layer)
+        return lora_tensors(values["lora_A"], values["lora_B"], layer.scale * layer.rank)
+
+    def peft_layer(self, layer: Layer) -> dict[str, torch.Tensor]:
+        """Return the trainables, with a Tucker core as a part of A, because readers rebuild cores differently."""
+        if MID not in layer.values:
+            return layer.values
+        down = plain_down(layer.values["lora_A"], layer.values[MID])
+        return {"lora_A": down, "lora_B": layer.values["lora_B"]}
 
     def values_of_host(self, tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], float] | None:
         """Return A and B, and the scale that the file's alpha gives them."""
-        if not {UP, DOWN} <= tensors.keys() <= {UP, DOWN, MID, ALPHA}:
+        if not {UP, DOWN} <= tensors.keys() <= {UP, DOWN, FILE_MID, ALPHA}:
             return None
         down, up, scale = plain_factors(tensors)
         return {"lora_A": down, "lora_B": up}, scale

@@ -14,6 +14,7 @@ _OF_ADAPTERS = {
     "block_ranks": (),
     "block_learning_rates": (),
     "lora_plus_ratio": 1.0,
+    "adapter_args": (),
     "text_encoder": False,
     "start_from": "",
 }

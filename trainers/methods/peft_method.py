@@ -15,6 +15,7 @@ from .adapter_files import StartValues, list_layers, to_peft
 from .base import Method
 from .patterns import rank_of, value_for
 from .targets import Layer, meant_layers, parse_name
+from .variants.arguments import check_arguments
 
 if TYPE_CHECKING:
     import torch
@@ -43,27 +44,6 @@ def _switchable(layer: nn.Module, forward: Callable) -> Callable:
     return switched
 
 
-def difference_forward(layer: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return a forward that multiplies by peft's difference of the weight in the dtype of the input.
-
-    peft casts the input to the dtype of the trainables instead, and so computes and keeps activations in float32.
-    """
-    from torch.nn.functional import conv2d, linear
-
-    base = layer.base_layer
-
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        difference = layer.get_delta_weight("default").to(x.dtype)
-        out = base(x)
-        if difference.dim() == 2:
-            change = linear(x, difference)
-        else:
-            change = conv2d(x, difference, None, base.stride, base.padding, base.dilation)
-        return out + change.to(out.dtype)
-
-    return forward
-
-
 class PeftMethod(Method):
     """An adapter type of peft.
 
@@ -74,6 +54,7 @@ class PeftMethod(Method):
         has_rank: whether the type uses alpha and ranks by block.
         has_dropout: whether the type uses dropout.
         scale_param: the trainable that can absorb a scale. Empty if the type has no scale.
+        arguments: names of the type's arguments, of those in `variants.arguments`.
     """
 
     kinds: frozenset[str] = frozenset()
@@ -83,6 +64,7 @@ class PeftMethod(Method):
     has_rank = True
     has_dropout = False
     scale_param = ""
+    arguments: tuple[str, ...] = ()
 
     # Overridden by each adapter type.
 
@@ -94,6 +76,9 @@ class PeftMethod(Method):
             ranks: by path, the ranks that differ from the recipe's.
         """
         raise NotImplementedError
+
+    def prepare(self, layer: nn.Module, recipe: Recipe) -> None:
+        """Add trainables to peft's layer, each in a `ParameterDict` or `ModuleDict` under "default"."""
 
     def finish(self, layer: nn.Module, recipe: Recipe) -> None:
         """Change peft's layer after its trainables have their start values."""
@@ -138,6 +123,11 @@ class PeftMethod(Method):
         """
         return values
 
+    def rescaled(self, values: dict[str, torch.Tensor], factor: float) -> dict[str, torch.Tensor]:
+        """Return the tensors of `peft_layer` with a factor on their difference; unchanged if the type has no scale."""
+        param = self.scale_param
+        return {**values, param: values[param] * factor} if param else values
+
     def load_layer(self, values: dict[str, torch.Tensor], layer: nn.Module) -> dict[str, torch.Tensor]:
         """Convert the tensors of `peft_layer` back into trainables. May also set the layer's constants."""
         return values
@@ -159,6 +149,7 @@ class PeftMethod(Method):
                     f"Leave {name} unset, or choose the type LoRA.",
                     name,
                 )
+        check_arguments(recipe, self.arguments)
 
     def scale(self, rank: int, alpha: float) -> float | None:
         """Return alpha / rank, or None if the type has no rank."""
@@ -195,6 +186,8 @@ class PeftMethod(Method):
     def inject(self, module: nn.Module, targets: list[str], recipe: Recipe) -> dict[str, nn.Parameter]:
         """Put peft's layers at the targets, with random values drawn from the recipe's seed."""
         self._add_layers(module, targets, recipe)
+        for path in targets:
+            self.prepare(module.get_submodule(path), recipe)
         trainables = self._start_trainables(module, set(targets), recipe.seed)
         for path in targets:
             layer = module.get_submodule(path)

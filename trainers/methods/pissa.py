@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ..formats.kohya import own
+from ..formats.kohya import lora_tensors, own
 from ..rng import generator
 from .lora import LoRA, in_dtype_of, parts_of
 from .targets import LINEAR, Layer
@@ -48,6 +48,7 @@ class PiSSA(LoRA):
     kinds = frozenset({LINEAR})
     zero_init = frozenset({"lora_A", "lora_B"})
     needs_base = True
+    arguments = ()
 
     def finish(self, layer: nn.Module, recipe: Recipe) -> None:
         """Let peft compute its start values on a copy of the weight, because peft changes it for them."""
@@ -79,8 +80,7 @@ class PiSSA(LoRA):
     def export_layer(self, layer: Layer) -> dict[str, torch.Tensor]:
         """Return [A; A0] and [B, -B0] at the same scale."""
         doubled = self.peft_layer(layer)
-        values = {"lora_A": doubled["lora_A"], "lora_B": doubled["lora_B"]}
-        return super().export_layer(replace(layer, values=values, rank=2 * layer.rank))
+        return lora_tensors(doubled["lora_A"], doubled["lora_B"], layer.scale * 2 * layer.rank)
 
     def peft_layer(self, layer: Layer) -> dict[str, torch.Tensor]:
         """Return a LoRA of twice the rank."""

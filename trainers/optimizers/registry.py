@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..errors import SettingsError
-from .libraries import ByName, LibraryOptimizer, of_pytorch_optimizer
+from .libraries import PACKAGE, ByName, LibraryOptimizer, of_pytorch_optimizer
 from .optimizer import Optimizer, needs
 from .schedule_free import ScheduleFreeAverage
 
@@ -77,25 +77,21 @@ class Adafactor(Optimizer):
             )
 
 
-class Prodigy(Optimizer):
-    """Prodigy: finds the learning rate itself. The recipe's rate is a factor on it (Mishchenko & Defazio 2023)."""
+class FindsRate(Optimizer):
+    """An optimizer that finds the learning rate itself. The recipe's rate is a factor on it."""
 
     learning_rate = 1.0
-    # Prodigy finds one rate for all parameters.
+    # It finds one rate for all parameters.
     per_parameter = False
-    # The range of factors that its users set, with a margin.
+    # The range of factors that users set, with a margin.
     least, most = 0.1, 10.0
-
-    def load(self, recipe):
-        with needs("prodigyopt"):
-            from prodigyopt import Prodigy
-        return Prodigy
 
     def check(self, recipe):
         others = {recipe.embedding_learning_rate, recipe.text_encoder_learning_rate} - {0.0, recipe.learning_rate}
         if recipe.lora_plus_ratio != 1 or recipe.block_learning_rates or others:
             raise SettingsError(
-                "Prodigy finds one learning rate for all parameters, but here some have their own learning rates.",
+                f"{recipe.optimizer} finds one learning rate for all parameters, but here some have their own learning "
+                "rates.",
                 "Leave the other learning rates unset, or choose another optimizer.",
                 "optimizer",
             )
@@ -104,18 +100,63 @@ class Prodigy(Optimizer):
         if self.least <= rate <= self.most:
             return ""
         return (
-            f"learning_rate is {rate:g}, but Prodigy finds the rate itself and multiplies it by this value. "
-            "Set learning_rate to 1, or to 0 for the default."
+            f"learning_rate is {rate:g}, but {type(self).__name__} finds the rate itself and multiplies it by this "
+            "value. Set learning_rate to 1, or to 0 for the default."
         )
 
     def effective_rate(self, optimizer, rate):
         return rate * float(optimizer.param_groups[0]["d"])
+
+
+class Prodigy(FindsRate):
+    """Prodigy (Mishchenko & Defazio 2023), from prodigyopt."""
+
+    def load(self, recipe):
+        with needs("prodigyopt"):
+            from prodigyopt import Prodigy
+        return Prodigy
 
     def make(self, groups, recipe):
         # Its authors recommend these for diffusion models. The groups hold the weight decay.
         return self.build(
             groups, recipe, betas=(recipe.beta1, recipe.beta2), use_bias_correction=True, safeguard_warmup=True
         )
+
+
+class DAdaptAdam(FindsRate):
+    """Adam with D-Adaptation (Defazio & Mishchenko 2023), from dadaptation. Its weight decay is not decoupled."""
+
+    weight_decay = 0.0
+
+    def load(self, recipe):
+        with needs("dadaptation"):
+            import dadaptation
+        return getattr(dadaptation, type(self).__name__)
+
+
+class DAdaptLion(DAdaptAdam):
+    """Lion with D-Adaptation, from dadaptation."""
+
+    beta2 = 0.99
+
+
+class Muon(LibraryOptimizer):
+    """Muon: orthogonal updates of matrices (Jordan 2024), scaled to those of AdamW (Liu et al. 2025)."""
+
+    def __init__(self):
+        super().__init__(PACKAGE, "pytorch_optimizer", "Muon", betas=(), per_parameter=False)
+
+    def make(self, groups, recipe):
+        for group in groups:
+            sizes = {min(parameter.dim(), 2) for parameter in group["params"]}
+            if sizes == {1, 2}:
+                raise SettingsError(
+                    "Muon updates matrices, but this training also has vectors with the same learning rate.",
+                    "Choose another optimizer in Graft Optimizer Options, such as AdamW, or the type LoRA.",
+                    "optimizer",
+                )
+            group["use_muon"] = sizes == {2}
+        return self.build(groups, recipe, use_adjusted_lr=True)
 
 
 class Lion(Optimizer):
@@ -227,6 +268,10 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "Lamb": of_pytorch_optimizer("Lamb", rate_factor=10.0),
     "Tiger": of_pytorch_optimizer("Tiger", betas=(), rate_factor=1 / 3),
     "pytorch-optimizer": ByName(),
+    "SOAP": of_pytorch_optimizer("SOAP", betas=(0.95, 0.95)),
+    "Muon": Muon(),
+    "DAdaptAdam": DAdaptAdam(),
+    "DAdaptLion": DAdaptLion(),
 }
 
 

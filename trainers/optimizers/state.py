@@ -23,11 +23,31 @@ def state_of(optimizer: torch.optim.Optimizer) -> tuple[dict[int, dict[str, Any]
     slots = {}
     for place, parameter in enumerate(parameters):
         if optimizer.state.get(parameter):
-            slots[place] = dict(optimizer.state[parameter])
+            slots[place] = _flat(optimizer.state[parameter])
     groups = []
     for group in optimizer.param_groups:
         groups.append({name: value for name, value in group.items() if _changed(name, value, optimizer.defaults)})
     return slots, groups
+
+
+def _flat(state: dict[str, Any]) -> dict[str, Any]:
+    """Return a state with each list of tensors (SOAP) as `name/count` and `name/index`; empty entries are left out."""
+    flat = {}
+    for name, value in state.items():
+        if isinstance(value, list):
+            flat[f"{name}/count"] = len(value)
+            flat.update({f"{name}/{place}": entry for place, entry in enumerate(value) if len(entry)})
+        else:
+            flat[name] = value
+    return flat
+
+
+def _nested(flat: dict[str, Any]) -> dict[str, Any]:
+    """Return the state that `_flat` was made of."""
+    state = {name: value for name, value in flat.items() if "/" not in name}
+    for name in [name.removesuffix("/count") for name in flat if name.endswith("/count")]:
+        state[name] = [flat.get(f"{name}/{place}", []) for place in range(flat[f"{name}/count"])]
+    return state
 
 
 def _changed(name: str, value: Any, defaults: dict[str, Any]) -> bool:
@@ -48,4 +68,5 @@ def restore_optimizer(
     param_groups = optimizer.state_dict()["param_groups"]
     for group, kept in zip(param_groups, groups, strict=False):
         group.update(kept)
-    optimizer.load_state_dict({"state": slots, "param_groups": param_groups})
+    state = {place: _nested(held) for place, held in slots.items()}
+    optimizer.load_state_dict({"state": state, "param_groups": param_groups})

@@ -57,8 +57,8 @@ def parse_points(text: str) -> tuple[tuple[int, float], ...]:
     return tuple(sorted(points.items()))
 
 
-def parse_arguments(text: str) -> tuple[tuple[str, Any], ...]:
-    """Parse a text such as "d_coef=2 betas=0.9,0.99" into (name, value) pairs.
+def parse_arguments(text: str, input: str = "optimizer_args") -> tuple[tuple[str, Any], ...]:
+    """Parse a text such as "d_coef=2 betas=0.9,0.99" into (name, value) pairs, sorted by name.
 
     A value is a number, a switch, none, a text, or a tuple of these.
 
@@ -66,13 +66,13 @@ def parse_arguments(text: str) -> tuple[tuple[str, Any], ...]:
         SettingsError: a part is not a name with a value, or a name occurs twice.
     """
     arguments: dict[str, Any] = {}
-    for word in _words(text, "optimizer_args"):
+    for word in _words(text, input):
         name, equals, value = word.partition("=")
         if not equals or not name.isidentifier() or not value or name in arguments or len(word) > _LONGEST_ARGUMENT:
             raise SettingsError(
-                f"'{word[:80]}' is not an argument of an optimizer.",
+                f"'{word[:80]}' is not an argument of {input}.",
                 "Write each name once with its value, separated by spaces: d_coef=2 betas=0.9,0.99.",
-                "optimizer_args",
+                input,
             )
         parts = [_argument(part) for part in value.strip("()[]").split(",")]
         arguments[name] = parts[0] if len(parts) == 1 else tuple(parts)

@@ -80,6 +80,7 @@ class Plan:
         scaled: returns a context in which the trainables' difference counts times a factor; only for linear methods.
         previews: see `Prepared.previews`.
         constants: tensors of the tree that are not trained, but that a resumed run must restore.
+        after_step: called after every optimizer step that was not left out; applies the method's limits.
         in_backward: step the optimizer within the backward if the result is the same.
         prefetch: fetch the next batch while the device computes this one. Two threads then call `DatasetItem.show`.
     """
@@ -95,6 +96,7 @@ class Plan:
     scaled: Callable[[float], AbstractContextManager] = nullcontext
     previews: Sequence[Callable[[], PreviewInput] | None] = ()
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
+    after_step: Callable[[], None] = lambda: None
     in_backward: bool = False
     prefetch: bool = True
 
