@@ -61,7 +61,7 @@ def count_at_rate(last: float, frames: int, rate: float) -> int:
 def frames_at_rate(times: np.ndarray | Sequence[float], rate: float, start: int, count: int) -> np.ndarray:
     """Return the indices of the file's frames that stand for `count` frames from `start` on at a frame rate.
 
-    Frame k is the first one at or after k / rate seconds; a slow file repeats frames.
+    Frame k is the first one from k / rate seconds on and before the time of frame k + 1, else the one shown until then.
 
     Args:
         times: of the file's frames after the first one, seconds, ascending.
@@ -70,4 +70,7 @@ def frames_at_rate(times: np.ndarray | Sequence[float], rate: float, start: int,
     wanted = np.arange(start, start + count)
     if not rate:
         return wanted
-    return np.minimum(np.searchsorted(times, wanted / rate - _ROUNDING), len(times) - 1)
+    times = np.asarray(times)
+    following = np.minimum(np.searchsorted(times, wanted / rate - _ROUNDING), len(times) - 1)
+    is_late = times[following] >= (wanted + 1) / rate - _ROUNDING
+    return following - is_late

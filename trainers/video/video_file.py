@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,8 +27,7 @@ class VideoFile:
         times: of the frames in the order of display, seconds after the first one, [frames] float64.
 
     Raises:
-        OSError: the file has no picture track, or PyAV is missing.
-        Exception: errors of PyAV for a damaged file.
+        OSError: the file has no picture track or is damaged, or PyAV is missing.
     """
 
     def __init__(self, path: str):
@@ -74,13 +74,19 @@ class VideoFile:
                     yield index, _upright(frame)
 
 
-def _opened(path: str) -> av.container.InputContainer:
+@contextmanager
+def _opened(path: str) -> Iterator[av.container.InputContainer]:
+    """Open a file for reading; turn PyAV's errors, which repeat the path, into an OSError."""
     try:
         import av
     except ImportError as error:
         raise OSError("reading videos needs PyAV; install av into ComfyUI's Python") from error
     options = {"protocol_whitelist": "file", "format_whitelist": _DEMUXERS}
-    return av.open(path, options=options, metadata_errors="ignore")
+    try:
+        with av.open(path, options=options, metadata_errors="ignore") as container:
+            yield container
+    except av.FFmpegError as error:
+        raise OSError(f"it is damaged, or no video: {error.strerror}") from error
 
 
 def _video_stream(container: av.container.InputContainer) -> av.VideoStream:
