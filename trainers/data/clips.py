@@ -216,7 +216,7 @@ class ClipFiles:
     """
 
     def __init__(self, frames: int, rate: float, pieces: str, index: Index):
-        self._frames, self._rate, self._pieces = frames, rate, pieces
+        self._frames, self._rate, self._pieces = frames, float(rate), pieces
         self._index = index
         self._folders: dict[str, list[File]] = {}
 
