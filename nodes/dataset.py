@@ -12,6 +12,7 @@ from comfy_api.latest import io, ui
 from ..trainers.data import arrays, examples, scan
 from ..trainers.data.pairs import WORSE_FOLDER
 from ..trainers.errors import DatasetError, SettingsError
+from ..trainers.video.pieces import PIECES
 from . import inputs, variation
 from .checks import checked
 from .host import dataset_folders, paths
@@ -133,6 +134,31 @@ class GraftLoadDataset(io.ComfyNode):
                         "or elsewhere. Each has the name of its better picture.",
                     )
                 ),
+                io.Int.Input(
+                    "frames",
+                    default=0,
+                    min=0,
+                    max=10000,
+                    optional=True,
+                    tooltip="For video models: frames of a clip, rounded down to what the VAE takes. 0: stills alone.",
+                ),
+                io.Float.Input(
+                    "frame_rate",
+                    default=0.0,
+                    min=0.0,
+                    max=1000.0,
+                    step=0.001,
+                    optional=True,
+                    tooltip="Frames per second that the model was made for. 0: all frames of each file.",
+                ),
+                io.Combo.Input(
+                    "clips",
+                    options=list(PIECES),
+                    default=PIECES[0],
+                    optional=True,
+                    tooltip="first: the first frames. uniform: four clips at even distances. random: four random ones "
+                    "take turns. whole: all frames, in clips one after another.",
+                ),
             ],
             outputs=[Dataset.Output("dataset", display_name="dataset")],
             hidden=[io.Hidden.unique_id],
@@ -149,6 +175,8 @@ class GraftLoadDataset(io.ComfyNode):
         control_folder_2=None,
         control_folder_3=None,
         worse_folder=None,
+        frame_rate=None,
+        clips=None,
     )
 
     @classmethod
@@ -185,6 +213,9 @@ class GraftLoadDataset(io.ComfyNode):
         control_folder_3="",
         sources_optional=False,
         worse_folder="",
+        frames=0,
+        frame_rate=0.0,
+        clips=PIECES[0],
         **varying,
     ) -> io.NodeOutput:
         from .host.server.progress import counter
@@ -201,6 +232,9 @@ class GraftLoadDataset(io.ComfyNode):
                 tuple(more_controls),
                 sources_optional,
                 dataset_folders.control_path(folder, worse_folder, WORSE_FOLDER),
+                frames=frames,
+                frame_rate=frame_rate,
+                pieces=clips,
             )
             dataset = scan.scan_folder(
                 dataset_folders.dataset_path(folder),
@@ -256,6 +290,14 @@ class GraftDatasetFromImages(io.ComfyNode):
                     optional=True,
                     tooltip="For Graft Train Preference: the worse pictures, one for each picture in images.",
                 ),
+                io.Int.Input(
+                    "clips",
+                    default=0,
+                    min=0,
+                    max=10000,
+                    optional=True,
+                    tooltip="For video models: splits each batch into so many clips of equal length. 0: pictures.",
+                ),
             ],
             outputs=[Dataset.Output("dataset", display_name="dataset")],
             hidden=[io.Hidden.unique_id],
@@ -274,13 +316,14 @@ class GraftDatasetFromImages(io.ComfyNode):
         control_images=None,
         conditioning=None,
         worse_images=None,
+        clips=(0,),
         **varying,
     ) -> io.NodeOutput:
         from .host.model.encoded_prompts import encoded_prompts
 
         arrived = {"images": images, "masks": masks, "control_images": control_images, "conditioning": conditioning}
         with named(cls, **arrived, worse_images=worse_images):
-            pictures = list(eight_bits(images, "images"))
+            pictures = _pictures(images, clips[0])
             weights = list(eight_bits(masks or [], "masks"))
             sources = list(eight_bits(control_images or [], "control_images"))
             worse = list(eight_bits(worse_images or [], "worse_images"))
@@ -293,6 +336,13 @@ class GraftDatasetFromImages(io.ComfyNode):
                     pictures, captions, trigger[0], resolution[0], weights, augmentation, lines, sources, prompts, worse
                 )
             )
+
+
+def _pictures(batches, clips: int) -> list:
+    """Return the images of batches as pictures, or each batch split into so many clips if `clips` is not 0."""
+    if not clips:
+        return list(eight_bits(batches, "images"))
+    return [clip for batch in batches for clip in arrays.split_clips(list(eight_bits([batch], "images")), clips)]
 
 
 def eight_bits(batches, input: str, channels: int = 3) -> Iterator[np.ndarray]:

@@ -208,6 +208,14 @@ class ImageCodec(Protocol):
         Each is [B, C, (T,) h, w], float32 on the CPU. The log-variance is None if the codec has no posterior.
         """
 
+    # Training uses the two methods below only for clips.
+
+    def snap_frames(self, frames: int) -> int:
+        """Return the largest number of frames, up to `frames`, that the codec takes; 0 if it encodes stills alone."""
+
+    def encode_clip(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Encode the frames of one clip [T, H, W, 3] as `encode` does, to [1, C, latent frames, h, w]."""
+
     def encode_sources(self, node: str, pictures: Sequence[torch.Tensor], size: tuple[int, int]) -> list[torch.Tensor]:
         """Encode source pictures [1, H, W, 3] in 0..1 to unscaled latents as the host's node does.
 

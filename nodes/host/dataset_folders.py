@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import folder_paths
 
-from ...trainers.data.pictures import is_picture
+from ...trainers.data.clips import is_media
 from ...trainers.data.source_images import CONTROL_FOLDERS
 from ...trainers.errors import DatasetError, SettingsError
 from ...trainers.formats.atomic import refuse_links
@@ -63,9 +63,9 @@ def _picture_folders(root: str) -> set[str]:
             with os.scandir(directory) as entries:
                 for entry in entries:
                     # Ask for the kind of an entry only if its name does not tell: a folder may be large.
-                    if not holds and is_picture(entry.name):
+                    if not holds and is_media(entry.name):
                         holds = True
-                    elif not is_picture(entry.name) and not entry.name.startswith(".") and _is_folder(entry):
+                    elif not is_media(entry.name) and not entry.name.startswith(".") and _is_folder(entry):
                         below = entry.name if relative == "." else f"{relative}/{entry.name}"
                         pending.append((below, entry.path))
         except OSError:

@@ -300,6 +300,17 @@ def kl_vae(channels: int):
     return comfy.sd.VAE(sd=network.state_dict(), device=torch.device("cpu"), dtype=torch.float32)
 
 
+def wan_vae():
+    """Return Wan 2.1's VAE of the host's own class, narrow, with random weights."""
+    import comfy.sd
+    import torch
+    from comfy.ldm.wan.vae import WanVAE
+
+    network = WanVAE(dim=8, z_dim=16, dim_mult=[1, 2, 4, 4], temperal_downsample=[False, True, True])
+    randomise(network, 0)
+    return comfy.sd.VAE(sd=network.state_dict(), device=torch.device("cpu"), dtype=torch.float32)
+
+
 class SmallVae:
     """The part of a VAE that the denoiser uses when it encodes no picture."""
 

@@ -47,7 +47,7 @@ def relative(path):
 # Packages from the bottom up. A package imports from rows below its own; within a row there is no cycle.
 LAYERS = (
     {"trainers.errors", "trainers.text", "trainers.regex", "trainers.rng", "trainers.families"},
-    {"trainers.protocols", "trainers.process_group", "trainers.fingerprints", "trainers.option"},
+    {"trainers.protocols", "trainers.process_group", "trainers.fingerprints", "trainers.option", "trainers.video"},
     {"trainers.formats", "trainers.objective", "trainers.data", "trainers.lowrank"},
     {"trainers.recipe", "trainers.inspection"},
     {"trainers.optimizers"},

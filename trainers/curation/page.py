@@ -14,8 +14,9 @@ from ..data.dataset_file import DatasetFile, read_dataset_file
 from ..data.examples import Augmentation, Dataset, Example, LeftOut, reason_of
 from ..data.index import Index, is_settled, listing_fingerprint
 from ..data.listing import Listing, list_folder
+from ..data.masks import Masks
 from ..data.pictures import is_picture, measure_file
-from ..data.scan import Masks, ScanOptions, scan_listing
+from ..data.scan import ScanOptions, scan_listing
 from ..errors import DatasetError
 from ..inspection.near_duplicates import find_near_duplicates, signatures
 from ..inspection.report import Finding, inspect_example, lacks_trigger

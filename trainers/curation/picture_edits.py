@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 from ..data.caption_files import CaptionFiles
 from ..data.dataset_file import DatasetFile, encode, path_of, read_dataset_file
 from ..data.listing import Listing, fold, list_folder, path_inside, stem_of
-from ..data.masks import SUFFIX, own_masks
+from ..data.masks import SUFFIX, Masks, own_masks
 from ..data.pictures import is_picture, measure_file, reading
-from ..data.scan import Masks, ScanOptions
+from ..data.scan import ScanOptions
 from ..data.source_images import MatchingFolder
 from ..errors import DatasetError, GraftError
 from ..formats.atomic import refuse_links, replacing, write_bytes

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from ..errors import DatasetError
 from . import captions
-from .examples import Augmentation, Dataset, EncodedPrompt, Example
+from .clips import FramesSource
+from .examples import Augmentation, Clip, Dataset, EncodedPrompt, Example
 from .pairs import check_pair
 from .pictures import ArraySource
 from .source_images import source_image_of
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def from_arrays(
-    images: list[np.ndarray],
+    images: list[np.ndarray | list[np.ndarray]],
     texts: list[str],
     trigger: str,
     resolution: int,
@@ -31,7 +32,7 @@ def from_arrays(
     """Make a dataset from pictures that arrive at a node's inputs.
 
     Args:
-        images: each [H, W, 3] uint8.
+        images: each [H, W, 3] uint8, or a list of such, the frames of a clip.
         texts: one caption for all, or one for each picture.
         masks: none, one for all, or one for each picture, [H, W] uint8; white counts in the loss, black does not.
         source_images: none, or one source picture for each picture.
@@ -43,13 +44,21 @@ def from_arrays(
             pictures does not match; a worse picture has another shape; or an encoded prompt contradicts another input.
     """
     handling = handling or Augmentation()
-    check_counts(len(images), len(texts), len(masks), len(source_images), len(encoded), len(worse_images))
+    counts = (len(rows) for rows in (images, texts, masks, source_images, encoded, worse_images))
+    check_counts(*counts, any(isinstance(image, list) for image in images))
     if encoded:
         lines = {"captions": any(text.strip() for text in texts), "trigger": trigger.strip()}
         _check_encoded(encoded, {**lines, "lines_are_variants": lines_are_variants}, handling, bool(source_images))
     examples = []
     for index, image in enumerate(images):
-        source = ArraySource(image, f"image {index + 1}")
+        clip = None
+        if isinstance(image, list):
+            name = f"clip {index + 1}"
+            clip = Clip(len(image), frames=len(image))
+            source = FramesSource([ArraySource(frame, name) for frame in image], name)
+            image = image[0]
+        else:
+            source = ArraySource(image, f"image {index + 1}")
         text = texts[index if len(texts) > 1 else 0]
         mask = _mask_source(masks[index if len(masks) > 1 else 0], image.shape[:2], index) if masks else None
         examples.append(
@@ -64,6 +73,7 @@ def from_arrays(
                 control=_array_example(source_images[index], f"source image {index + 1}") if source_images else None,
                 encoded=encoded[index if len(encoded) > 1 else 0] if encoded else None,
                 paired=_array_example(worse_images[index], f"worse image {index + 1}") if worse_images else None,
+                clip=clip,
             )
         )
         if worse_images:
@@ -71,10 +81,32 @@ def from_arrays(
     return Dataset(tuple(examples), trigger.strip(), resolution, "images")
 
 
+def split_clips(batch: list[np.ndarray], clips: int) -> list[list[np.ndarray]]:
+    """Split the frames of a batch into clips of equal length; drop the frames that are left over.
+
+    Raises:
+        DatasetError: the batch has fewer frames than clips.
+    """
+    length = len(batch) // clips
+    if not length:
+        raise DatasetError(
+            f"A batch of {len(batch)} images cannot be split into {clips} clips.",
+            "Lower clips, or connect more images.",
+            "clips",
+        )
+    return [batch[number * length : (number + 1) * length] for number in range(clips)]
+
+
 def check_counts(
-    images: int, texts: int, masks: int, source_images: int = 0, encoded: int = 0, worse_images: int = 0
+    images: int,
+    texts: int,
+    masks: int,
+    source_images: int = 0,
+    encoded: int = 0,
+    worse_images: int = 0,
+    clips: bool = False,
 ) -> None:
-    """Raise DatasetError if there is no picture, or if a number does not match the number of pictures."""
+    """Raise DatasetError if there is no picture, or if a number does not match the number of pictures or clips."""
     if not images:
         raise DatasetError("No picture arrived.", "Connect an IMAGE output with at least one picture.", "images")
     if texts not in (1, images):
@@ -100,6 +132,10 @@ def check_counts(
             f"{encoded} conditionings arrived for {images} pictures.",
             "Connect one conditioning for all pictures, or a list with exactly one for each.",
             "conditioning",
+        )
+    if worse_images and clips:
+        raise DatasetError(
+            "A clip cannot have a worse picture.", "Disconnect worse_images, or set clips to 0.", "clips"
         )
     if worse_images and worse_images != images:
         raise DatasetError(

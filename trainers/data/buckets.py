@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from ..errors import DatasetError
 from ..families import family_of
@@ -23,12 +23,25 @@ class Crop:
         offset: (left, top) of the crop in the scaled picture.
         bucket: (width, height) of the crop.
         flip: whether the picture is mirrored first; the offset then refers to the mirrored picture.
+        piece: None for a still, or the (first frame, number of frames) of a clip, at its frame rate.
     """
 
     scaled: tuple[int, int]
     offset: tuple[int, int]
     bucket: tuple[int, int]
     flip: bool = False
+    # Hidden: masks are drawn from the text of a still's crop.
+    piece: tuple[int, int] | None = field(default=None, repr=False)
+
+    @property
+    def frames(self) -> int:
+        """Number of frames, 1 for a still."""
+        return 1 if self.piece is None else self.piece[1]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Key of crops that fit into one batch: (width, height) for one frame, else (width, height, frames)."""
+        return batch_shape(self.bucket, self.frames)
 
     @property
     def kept(self) -> float:
@@ -38,13 +51,18 @@ class Crop:
     def mirrored(self) -> Crop:
         """Return the crop that shows the same part of the picture mirrored."""
         left = self.scaled[0] - self.bucket[0] - self.offset[0]
-        return Crop(self.scaled, (left, self.offset[1]), self.bucket, not self.flip)
+        return replace(self, offset=(left, self.offset[1]), flip=not self.flip)
 
     def centered_on(self, center: tuple[float, float]) -> Crop:
         """Return the crop of the same size whose middle is nearest to a point, in fractions of width and height."""
         rows = zip(center, self.scaled, self.bucket, strict=True)
         offset = tuple(min(max(0, round(point * whole - part / 2)), whole - part) for point, whole, part in rows)
         return replace(self, offset=offset)
+
+
+def batch_shape(bucket: tuple[int, int], frames: int) -> tuple[int, ...]:
+    """Return the key of crops that fit into one batch, see `Crop.shape`."""
+    return bucket if frames == 1 else (*bucket, frames)
 
 
 @functools.lru_cache(maxsize=64)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from ..errors import DatasetError
 from ..text import join_first
@@ -24,16 +24,23 @@ class CaptionFiles:
     Args:
         index: keeps the texts; None to read them each time.
         others: names of the folder's further pictures, which tables may name too.
+        takes: reports whether a file of a name can be trained on.
 
     Attributes:
         left_out: caption files without a picture, and tables that cannot be used.
     """
 
     def __init__(
-        self, listing: Listing, lines_are_variants: bool, index: Index | None = None, others: Collection[str] = ()
+        self,
+        listing: Listing,
+        lines_are_variants: bool,
+        index: Index | None = None,
+        others: Collection[str] = (),
+        takes: Callable[[str], bool] = is_picture,
     ):
         self._listing = listing
         self._others = others
+        self._takes = takes
         self._index = index
         self._lines_are_variants = lines_are_variants
         self.left_out: list[LeftOut] = []
@@ -90,7 +97,7 @@ class CaptionFiles:
     def _read_tables(self) -> dict[str, tuple[str, ...]]:
         """Return the captions that metadata tables give, by the picture's name."""
         texts: dict[str, tuple[str, ...]] = {}
-        owners = Owners(name for name in self._listing.files if is_picture(name))
+        owners = Owners(name for name in self._listing.files if self._takes(name))
         for name, file in self._listing.files.items():
             if posixpath.basename(name).lower() in captions.METADATA:
                 self._read_table(file, owners, texts)

@@ -101,11 +101,30 @@ class EncodedPrompt:
 
 
 @dataclass(frozen=True)
-class Example:
-    """One picture and its captions.
+class Clip:
+    """Length of a moving picture, and the pieces of it that are trained on.
 
     Attributes:
-        source: source of the pixels; `.name`, `.open()` -> PIL RGB upright.
+        count: number of frames at `rate`.
+        rate: frames per second, 0 for all frames that the file holds.
+        frames: requested frames of a piece.
+        pieces: one of `video.pieces.PIECES`.
+        shown: frames per second of the file, for reports; 0 if unknown.
+    """
+
+    count: int
+    rate: float = 0.0
+    frames: int = 1
+    pieces: str = "first"
+    shown: float = 0.0
+
+
+@dataclass(frozen=True)
+class Example:
+    """One picture or clip, and its captions.
+
+    Attributes:
+        source: source of the pixels; `.name`, `.open()` -> PIL RGB upright; of a clip, a `clips.ClipSource`.
         captions: literal texts without the trigger, variants of each other; at least one, which may be empty.
         size: (width, height) upright, pixels.
         digest: hash of the picture's content.
@@ -124,6 +143,7 @@ class Example:
             place, and the dataset keeps its fingerprint.
         encoded: None, or the prompt that trains in place of the captions.
         paired: None, or the worse picture for the same caption, as an example with an empty caption.
+        clip: None for a still.
     """
 
     source: Source
@@ -144,6 +164,7 @@ class Example:
     encoded: EncodedPrompt | None = None
     more_controls: tuple[Example, ...] = ()
     paired: Example | None = None
+    clip: Clip | None = None
 
     @property
     def sources(self) -> tuple[Example, ...]:
@@ -186,7 +207,7 @@ def shortened(left_out: Iterable[LeftOut], most: int = 5) -> str:
 
 def reason_of(error: DatasetError, name: str) -> str:
     """Return an error's message without the file's name, for a list whose rows begin with that name."""
-    for opening in (f"The picture '{name}' ", f"The caption file '{name}' "):
+    for opening in (f"The picture '{name}' ", f"The clip '{name}' ", f"The caption file '{name}' "):
         if error.message.startswith(opening):
             return error.message[len(opening) :].rstrip(".")
     return error.message.rstrip(".")
@@ -250,6 +271,8 @@ def _later_marks(example: Example) -> list:
         marks.append(["encoded", example.encoded.digest])
     if example.paired is not None:
         marks.append(["paired", example.paired.digest])
+    if example.clip is not None:
+        marks.append(["clip", example.clip.count, example.clip.rate, example.clip.frames, example.clip.pieces])
     return marks
 
 

@@ -15,12 +15,15 @@ import numpy as np
 
 from ..errors import DatasetError
 from ..text import is_below
+from ..video.video_file import SUFFIXES as VIDEOS
 from .examples import Source
 from .pixel_formats import has_alpha, mask_weight, read_alpha, turn_upright, upright_rgb
 
 if TYPE_CHECKING:
     from PIL import Image
 
+    from .index import Index
+    from .listing import File
 
 # Names whose parts are kept: a scan asks for those of each name many times.
 NAMES = 65_536
@@ -37,7 +40,6 @@ _UNREAD = (
     *(".rw2", ".pef", ".srw", ".x3f", ".3fr", ".erf", ".kdc", ".dcr", ".mef", ".mos", ".mrw", ".iiq", ".rwl", ".gpr"),
     *(".ico", ".icns", ".cur", ".pcx", ".ppm", ".pgm", ".pbm", ".pnm", ".dds", ".qoi", ".wmf", ".emf", ".ktx", ".wdp"),
 )
-_VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".wmv", ".mpg", ".mpeg", ".flv", ".3gp", ".gifv")
 # Files that systems and other programs leave beside pictures. The report does not name them.
 _QUIET = (
     *(".npz", ".npy", ".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".db", ".ini", ".log", ".tmp", ".lnk", ".url"),
@@ -97,7 +99,7 @@ class FileSource(Source):
         data = read_bytes(self.path)
         if self.digest and hashlib.sha256(data).hexdigest() != self.digest:
             raise OSError("it changed after Graft read the dataset; queue the graph again")
-        image = _opened(data)
+        image = open_bytes(data)
         _check_size(image)
         return turn_upright(image)
 
@@ -183,7 +185,7 @@ def measure_file(path: str, name: str) -> tuple[tuple[int, int], str, bool]:
         data = read_bytes(path)
         if not data:
             raise OSError("it is empty")
-        with _opened(data) as image:
+        with open_bytes(data) as image:
             _check_size(image)
             size = _stored_size(image)
             # For a PNG, Pillow decodes the whole file to look for an orientation, which hardly any PNG has.
@@ -192,6 +194,25 @@ def measure_file(path: str, name: str) -> tuple[tuple[int, int], str, bool]:
                 size = (size[1], size[0])
             transparent = has_alpha(image)
     return size, hashlib.sha256(data).hexdigest(), transparent
+
+
+def measured(file: File, index: Index) -> dict:
+    """Return `measure_facts` of a file, from the index if it knows them."""
+    return index.get_or_make(file.path, file.stat, lambda: measure_facts(file), are_facts)
+
+
+def measure_facts(file: File) -> dict:
+    """Return the facts about a picture's file that an index keeps. Raise as `measure_file`."""
+    size, digest, transparent = measure_file(file.path, file.name)
+    return {"size": list(size), "digest": digest, "alpha": transparent}
+
+
+def are_facts(facts: dict) -> bool:
+    """Return True if facts from an index have the form of `measure_facts`."""
+    size = facts.get("size")
+    if not isinstance(size, list) or len(size) != 2 or not all(type(side) is int and side > 0 for side in size):
+        return False
+    return isinstance(facts.get("digest"), str) and isinstance(facts.get("alpha"), bool)
 
 
 def is_clear(source: FileSource) -> bool:
@@ -210,7 +231,7 @@ def _stored_size(image: Image.Image) -> tuple[int, int]:
 _HEIF = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 
-def _opened(data: bytes) -> Image.Image:
+def open_bytes(data: bytes) -> Image.Image:
     """Open the picture in a file's bytes without decoding it. Raise OSError or Pillow's errors."""
     from PIL import Image
 
@@ -251,8 +272,9 @@ _QUIET_WHILE_READING = ("ignore", _reading, Warning, None, 0)
 class reading:
     """Context that turns any error of Pillow or the file system into an error that names the file."""
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, kind: str = "picture"):
         self.name = name
+        self.kind = kind
 
     def __enter__(self):
         # `_check_size` refuses large pictures; warnings about odd but readable files would only alarm.
@@ -278,9 +300,10 @@ class reading:
             reason = "there is not enough memory to decode it"
         else:
             reason = error
+        formats = "PNG or JPEG" if self.kind == "picture" else "MP4"
         raise DatasetError(
-            f"The picture '{self.name}' cannot be read ({reason}).",
-            "Save it again as PNG or JPEG, or remove it from the folder.",
+            f"The {self.kind} '{self.name}' cannot be read ({reason}).",
+            f"Save it again as {formats}, or remove it from the folder.",
             "folder",
         ) from error
 
@@ -292,8 +315,8 @@ def why_unread(name: str) -> str:
         return ""
     if suffix in _UNREAD:
         return "Graft cannot read this format; save it as PNG or JPEG"
-    if suffix in _VIDEOS:
-        return "a video; save frames of it as PNG or JPEG"
+    if suffix in VIDEOS:
+        return "a video; set frames to train on it, or save frames of it as PNG or JPEG"
     return "neither a picture nor a caption"
 
 

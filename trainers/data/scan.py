@@ -10,16 +10,18 @@ from functools import partial
 
 from ..errors import DatasetError
 from ..text import join_first
+from ..video.pieces import PIECES
 from . import captions
 from .caption_files import CaptionFiles
+from .clips import ClipFiles, check_frames, is_media
 from .dataset_file import EXCLUDED, NAME, read_dataset_file
-from .examples import Augmentation, Dataset, Example, LeftOut, Source, reason_of, shortened
+from .examples import Augmentation, Dataset, Example, LeftOut, reason_of, shortened
 from .index import Index, listing_fingerprint
-from .listing import File, Listing, Owners, list_folder, path_inside, stem_of, without_folder
-from .masks import mask_owner, own_masks
+from .listing import File, Listing, list_folder, path_inside, without_folder
+from .masks import Masks
 from .pairs import WorsePictures
 from .picture_columns import PictureColumns
-from .pictures import AlphaSource, FileSource, MaskSource, is_clear, is_picture, measure_file, why_unread
+from .pictures import FileSource, is_picture, measured, why_unread
 from .source_images import SourceFolders
 
 MASKS = ("auto", "alpha", "off")
@@ -45,6 +47,9 @@ class ScanOptions:
         sources_optional: train on pictures without any source picture too.
         worse_folder: absolute path of a folder of worse pictures; empty for none.
         with_excluded: read also the pictures that the user excluded.
+        frames: frames of a piece of a clip; 0 for stills alone.
+        frame_rate: frames per second to train at, 0 for each file's own frames.
+        pieces: one of `video.pieces.PIECES`.
     """
 
     lines_are_variants: bool = False
@@ -56,6 +61,13 @@ class ScanOptions:
     sources_optional: bool = False
     worse_folder: str = ""
     with_excluded: bool = False
+    frames: int = 0
+    frame_rate: float = 0.0
+    pieces: str = PIECES[0]
+
+    def takes(self, name: str) -> bool:
+        """Report whether a file of a name can be trained on."""
+        return is_media(name) if self.frames else is_picture(name)
 
     @property
     def held_out_prefix(self) -> str:
@@ -110,6 +122,7 @@ def scan_listing(
     if not os.path.isdir(folder):
         raise DatasetError(f"There is no folder '{folder}'.", "Choose a folder below ComfyUI's input folder.", "folder")
     options = reading or ScanOptions()
+    check_frames(options.frames, options.frame_rate)
     shared = _FolderSettings(trigger.strip(), repeats, handling or Augmentation(), options.held_out_prefix)
     reader = _Reader(listing, options, shared, index)
     examples = reader.read(tick)
@@ -132,12 +145,12 @@ def _without_masks(listing: Listing, mask_folder: str) -> Listing:
     return without_folder(listing, inside) if inside else listing
 
 
-def _unread(listing: Listing) -> list[LeftOut]:
-    """List the files that are neither pictures nor captions, with their reasons."""
+def _unread(listing: Listing, takes: Callable[[str], bool]) -> list[LeftOut]:
+    """List the files that can neither be trained on nor are captions, with their reasons."""
     return [
         LeftOut(name, reason)
         for name in listing.files
-        if not captions.is_caption_file(name) and (reason := why_unread(name))
+        if not captions.is_caption_file(name) and not takes(name) and (reason := why_unread(name))
     ]
 
 
@@ -176,59 +189,14 @@ class _FolderSettings:
     held_out_prefix: str
 
 
-class Masks:
-    """Masks of a folder's pictures, from the folder itself or from a folder of masks.
-
-    Attributes:
-        pictures: the folder's pictures that are no masks.
-        by_stem: mask files by the stems of their pictures.
-        without_picture: masks in the folder that belong to no picture.
-        left_out: files in the folder of masks that are not used.
-    """
-
-    def __init__(self, listing: Listing, options: ScanOptions):
-        own = own_masks(listing)
-        self.pictures = [file for name, file in listing.files.items() if is_picture(name) and name not in own.files]
-        self.without_picture = [LeftOut(name, "a mask without its picture") for name in own.lonely]
-        self.left_out: list[LeftOut] = []
-        self._use_alpha = options.masks == "alpha"
-        self.by_stem = {} if options.masks == "off" else own.by_stem
-        self._root = listing.root
-        if options.masks != "off" and options.mask_folder:
-            folder = list_folder(options.mask_folder)
-            self._root = folder.root
-            self.by_stem = self._match(folder, listing)
-
-    def _match(self, folder: Listing, listing: Listing) -> dict[str, File]:
-        """Return the masks of a folder of masks by the stems of their pictures."""
-        owners = Owners(stem_of(name) for name in listing.files if is_picture(name))
-        by_stem: dict[str, File] = {}
-        self.left_out += folder.left_out
-        for name, file in folder.files.items():
-            stems = owners.of(mask_owner(name)) if is_picture(name) else ()
-            by_stem.update(dict.fromkeys(stems, file))
-            reason = "a mask without its picture" if is_picture(name) else why_unread(name)
-            if not stems and reason:
-                self.left_out.append(LeftOut(name, reason))
-        return by_stem
-
-    def of(self, source: FileSource, has_alpha: bool, index: Index) -> Source | None:
-        """Return the mask of a picture. Raise DatasetError if it cannot be read."""
-        file = self.by_stem.get(stem_of(source.name))
-        if file is not None:
-            try:
-                return _mask_source(file, self._root, index)
-            except DatasetError as error:
-                reason = f"its mask {file.name} {reason_of(error, file.name)}"
-                raise DatasetError(reason, "Save the mask again, or remove it.") from error
-        return AlphaSource(source) if self._use_alpha and has_alpha else None
-
-
 class _Reader:
     """Reader of the examples of a folder."""
 
     def __init__(self, listing: Listing, options: ScanOptions, shared: _FolderSettings, index: Index):
         listing.files.pop(NAME, None)
+        self._options = options
+        self._clips = ClipFiles(options.frames, options.frame_rate, options.pieces, index)
+        listing = self._clips.join_frames(listing, captions.is_caption_file)
         self._index = index
         self._choices = read_dataset_file(listing.root)
         self._with_excluded = options.with_excluded
@@ -237,9 +205,8 @@ class _Reader:
         self._sources = SourceFolders(folders, listing, columns, options.sources_optional)
         self._worse = WorsePictures(options.worse_folder, listing, columns)
         self._listing = _without_masks(self._worse.outside(self._sources.outside(listing)), options.mask_folder)
-        self._caption_files = CaptionFiles(
-            self._listing, options.lines_are_variants, index, listing.files.keys() - self._listing.files.keys()
-        )
+        others = listing.files.keys() - self._listing.files.keys()
+        self._caption_files = CaptionFiles(self._listing, options.lines_are_variants, index, others, options.takes)
         self._masks = Masks(self._listing, options)
         self._shared = shared
         self._unusable: list[LeftOut] = []
@@ -267,7 +234,7 @@ class _Reader:
         return (
             *self._listing.left_out,
             *self._masks.without_picture,
-            *_unread(self._listing),
+            *_unread(self._listing, self._options.takes),
             *self._caption_files.left_out,
             *self._masks.left_out,
             *self._unusable,
@@ -277,26 +244,30 @@ class _Reader:
 
     def _example(self, file: File) -> Example:
         shared, index = self._shared, self._index
-        facts = _measured(file, index)
-        source = FileSource(file.path, file.name, self._listing.root, facts["digest"])
+        clip = self._clips.of(file, self._listing.root)
+        facts = measured(file, index) if clip is None else clip.facts
+        source = clip.source if clip else FileSource(file.path, file.name, self._listing.root, facts["digest"])
         repeats, class_tokens, folder = self._repeats_of(file.name)
         if repeats > _USUAL_REPEATS and folder.startswith(f"{repeats}_"):
             self._unusual[folder] = (repeats, self._unusual.get(folder, (repeats, 0))[1] + 1)
         if repeats == 0:
             raise DatasetError("its folder's name repeats it 0 times", "Rename the folder.", "folder")
+        if clip is not None and self._options.worse_folder:
+            raise DatasetError("a clip cannot have a worse picture", "Leave worse_folder empty.", "worse_folder")
         example = Example(
             source=source,
             captions=self._caption_files.of(file.name) or captions.variants_of(class_tokens, False) or ("",),
             size=tuple(facts["size"]),
-            digest=facts["digest"],
+            digest=source.digest,
             trigger=shared.trigger,
             repeats=min(_MOST_REPEATS, shared.repeats * repeats),
-            mask=self._masks.of(source, facts["alpha"], index),
+            mask=self._masks.of(source, facts["alpha"] and clip is None, index),
             handling=shared.handling,
             held_out=bool(shared.held_out_prefix) and file.name.startswith(shared.held_out_prefix),
             center=self._choices.centers.get(file.name),
+            clip=clip and clip.length,
         )
-        measure = partial(_measured, index=index)
+        measure = partial(measured, index=index)
         example = replace(example, paired=self._worse.of(file.name, example.size, measure))
         sources = self._sources.of(file.name, measure)
         return replace(example, control=sources[0], more_controls=sources[1:]) if sources else example
@@ -325,41 +296,6 @@ class _Reader:
 
 def _counted(pictures: int) -> str:
     return f"{pictures} pictures" if pictures != 1 else "picture"
-
-
-def _measured(file: File, index: Index) -> dict:
-    return index.get_or_make(file.path, file.stat, lambda: _measure(file), _are_facts)
-
-
-def _measure(file: File) -> dict:
-    size, digest, transparent = measure_file(file.path, file.name)
-    return {"size": list(size), "digest": digest, "alpha": transparent}
-
-
-def _mask_source(file: File, root: str, index: Index) -> MaskSource:
-    """Return a mask file as a source. Raise DatasetError if it cannot be read."""
-
-    def measure() -> dict:
-        facts = _measure(file)
-        # The file's head says only that a mask may be transparent. Check the pixels, since most masks are opaque.
-        clear = facts["alpha"] and is_clear(FileSource(file.path, file.name, root, facts["digest"]))
-        return {**facts, "clear": clear}
-
-    facts = index.get_or_make(file.path, file.stat, measure, _are_mask_facts)
-    return MaskSource(FileSource(file.path, file.name, root, facts["digest"]), facts.get("clear", False))
-
-
-def _are_mask_facts(facts: dict) -> bool:
-    """Return True if facts are those of a mask; earlier versions did not store `clear`."""
-    return _are_facts(facts) and (not facts["alpha"] or isinstance(facts.get("clear"), bool))
-
-
-def _are_facts(facts: dict) -> bool:
-    """Return True if facts from a file have the form that `_measured` stores."""
-    size = facts.get("size")
-    if not isinstance(size, list) or len(size) != 2 or not all(type(side) is int and side > 0 for side in size):
-        return False
-    return isinstance(facts.get("digest"), str) and isinstance(facts.get("alpha"), bool)
 
 
 def folder_fingerprint(folder: str, *others: str) -> str:

@@ -38,7 +38,6 @@ from .oom_fallback import placed_trees, trees_of
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..preprocessing.items import DatasetItem
     from ..preprocessing.prefetch import Batch
     from ..protocols import Host
     from ..steps.plan import Plan
@@ -244,9 +243,9 @@ class _Dry:
 
     def _usual_share(self) -> float:
         """Return the mean area of the dataset's pictures, divided by the area of the measured ones."""
-        areas = [(_area(item), item.repeats) for item in self._plan.train]
+        areas = [(item.volume, item.repeats) for item in self._plan.train]
         usual = sum(area * repeats for area, repeats in areas) / sum(repeats for _, repeats in areas)
-        return usual / _area(self._plan.train[self._batch[0][0]])
+        return usual / self._plan.train[self._batch[0][0]].volume
 
     def _passes(self, size: int, times: int) -> None:
         """Run forward and backward of `size` pictures at once, `times` times. Discard the gradients."""
@@ -362,12 +361,8 @@ class _Move:
 
 def _largest(plan: Plan, batches: list[Batch], size: int) -> Batch:
     """Return up to `size` members of the batch with the largest pictures; among equals, of a full batch."""
-    largest = max(batches, key=lambda batch: (_area(plan.train[batch[0][0]]), min(len(batch), size)))
+    largest = max(batches, key=lambda batch: (plan.train[batch[0][0]].volume, min(len(batch), size)))
     return largest[:size]
-
-
-def _area(item: DatasetItem) -> int:
-    return item.bucket[0] * item.bucket[1]
 
 
 def _some_of(parameters: list[nn.Parameter], apart: bool) -> list[nn.Parameter]:

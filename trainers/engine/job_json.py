@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
-from ..data.examples import Augmentation, Dataset, EncodedPrompt, Example, LeftOut, PriorTarget, Source
+from ..data.examples import Augmentation, Clip, Dataset, EncodedPrompt, Example, LeftOut, PriorTarget, Source
 from ..errors import RunError
 from ..objective.options import Objective
 from ..recipe.recipe import Recipe
@@ -50,6 +50,8 @@ def _example_as_json(example: Example) -> dict[str, Any]:
         row["more_controls"] = [_example_as_json(source) for source in example.more_controls]
     if example.paired is not None:
         row["paired"] = _example_as_json(example.paired)
+    if example.clip is not None:
+        row["clip"] = asdict(example.clip)
     return row
 
 
@@ -57,7 +59,19 @@ def _example_as_json(example: Example) -> dict[str, Any]:
 _PLAIN = ("captions", "size", "digest", "trigger", "repeats", "held_out", "weight", "prior")
 
 
-_BESIDE = ("handling", "name", "mask", "anchor", "control", "left_out", "center", "encoded", "more_controls", "paired")
+_BESIDE = (
+    "handling",
+    "name",
+    "mask",
+    "anchor",
+    "control",
+    "left_out",
+    "center",
+    "encoded",
+    "more_controls",
+    "paired",
+    "clip",
+)
 
 
 def decode_recipe(values: dict[str, Any]) -> Recipe:
@@ -96,6 +110,7 @@ def _example_of(row: dict[str, Any]) -> Example:
         "more_controls": tuple(_example_of(source) for source in row.get("more_controls", [])),
         "center": center,
         "paired": _example_of(row["paired"]) if "paired" in row else None,
+        "clip": _decode(Clip, row["clip"]) if "clip" in row else None,
         # Only rows with a prompt that arrived encoded have this field.
         "encoded": EncodedPrompt(check_text_field(row["encoded"])) if "encoded" in row else None,
     }

@@ -198,7 +198,7 @@ class OOMFallback:
             # Updates in the backward need less memory than this trial, which holds all gradients at once. And with
             # sharded weights, one process alone cannot run a forward pass.
             return ""
-        largest = max(self.plan.train, key=lambda item: item.bucket[0] * item.bucket[1])
+        largest = max(self.plan.train, key=lambda item: item.volume)
         for fraction in _FRACTIONS:
             self._host.denoiser.make_room()
             size = self._size_if_fits(largest, fraction)

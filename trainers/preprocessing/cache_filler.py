@@ -175,7 +175,7 @@ class CacheFiller:
         """Return an upper bound of the number of visits of each crop in the run."""
         return visits_within(
             self._recipe.steps * self._recipe.accumulation,
-            [crop.bucket for _, crop in crops],
+            [crop.shape for _, crop in crops],
             [cropped.example.repeats for cropped, _ in crops],
             self._recipe.batch_size,
             [cropped.example.prior for cropped, _ in crops],

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ..data import captions
@@ -12,6 +13,8 @@ from ..data.examples import LeftOut, reason_of
 from ..data.source_images import is_alike
 from ..errors import DatasetError, SettingsError
 from ..protocols import Geometry
+from ..rng import stream_seed
+from ..video.pieces import RANDOM, Piece, choose_pieces
 
 if TYPE_CHECKING:
     from ..data.examples import Dataset, EncodedPrompt, Example
@@ -20,16 +23,30 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CroppedExample:
-    """Example with its place in the dataset and its crops, one for each resolution."""
+    """Example with its place in the dataset and its crops, one for each resolution and each piece of a clip.
+
+    Attributes:
+        drawn: pieces of a clip that take turns at random in the place of its one piece; empty for none.
+    """
 
     place: int
     example: Example
     crops: tuple[Crop, ...]
+    drawn: tuple[Piece, ...] = ()
 
     def all_crops(self) -> list[Crop]:
         """Return the crops, and their mirror images if the example is flipped."""
-        mirrored = [crop.mirrored() for crop in self.crops] if self.example.handling.flip else []
-        return [*self.crops, *mirrored]
+        crops = [replace(crop, piece=piece) for crop in self.crops for piece in self.drawn or (crop.piece,)]
+        mirrored = [crop.mirrored() for crop in crops] if self.example.handling.flip else []
+        return [*crops, *mirrored]
+
+    def crop_of_visit(self, crop: Crop, seed: int, visit: int) -> Crop:
+        """Return a crop as a visit shows it: with a random one of the pieces that take turns, mirrored or not."""
+        stream = self.stream(crop)
+        if self.drawn:
+            crop = replace(crop, piece=self.drawn[stream_seed("piece", seed, stream, visit) % len(self.drawn)])
+        is_flipped = self.example.handling.flip and stream_seed("flip", seed, stream, visit) % 2 == 1
+        return crop.mirrored() if is_flipped else crop
 
     def unvaried_prompt(self) -> str | EncodedPrompt:
         """Return the encoded prompt, or the unvaried caption without one."""
@@ -37,7 +54,8 @@ class CroppedExample:
 
     def stream(self, crop: Crop) -> str:
         """Name the stream of random numbers of one of the crops."""
-        return f"{self.place}/{crop.bucket[0]}x{crop.bucket[1]}"
+        piece = "" if crop.piece is None else f"/{crop.piece[0]}+{crop.piece[1]}"
+        return f"{self.place}/{crop.bucket[0]}x{crop.bucket[1]}{piece}"
 
     def caption_number(self, crop: Crop, count: int, seed: int, visit: int) -> int | None:
         """Return the number of the caption version for a visit of a crop, or None if the caption is dropped.
@@ -50,11 +68,15 @@ class CroppedExample:
         return captions.variant_of_visit(self.example, count, seed, self.stream(crop), visit)
 
 
-def crop_examples(dataset: Dataset, geometries: dict[int, Geometry]) -> tuple[list[CroppedExample], list[LeftOut]]:
+def crop_examples(
+    dataset: Dataset, geometries: dict[int, Geometry], snap: Callable[[int], int] = lambda frames: frames, seed: int = 0
+) -> tuple[list[CroppedExample], list[LeftOut]]:
     """Crop each example; return the cropped examples, and the examples that cannot be cropped.
 
     Args:
         geometries: by resolution; 0 is the dataset's own.
+        snap: returns the largest number of frames, up to a number, that the codec takes.
+        seed: for the random pieces of clips.
     """
     examples = []
     left_out = []
@@ -69,8 +91,20 @@ def crop_examples(dataset: Dataset, geometries: dict[int, Geometry]) -> tuple[li
         except DatasetError as error:
             left_out.append(LeftOut(example.source.name, reason_of(error, example.source.name)))
             continue
-        examples.append(CroppedExample(place, example, tuple(crops)))
+        examples.append(_with_pieces(CroppedExample(place, example, tuple(crops)), snap, seed))
     return examples, left_out
+
+
+def _with_pieces(cropped: CroppedExample, snap: Callable[[int], int], seed: int) -> CroppedExample:
+    """Return an example with the pieces of its clip; a still as it is."""
+    clip = cropped.example.clip
+    if clip is None:
+        return cropped
+    pieces = choose_pieces(clip.count, clip.frames, clip.pieces, snap, f"{seed} {cropped.example.digest}")
+    is_random = clip.pieces == RANDOM and len(pieces) > 1
+    shown = pieces[:1] if is_random else pieces
+    crops = tuple(replace(crop, piece=piece) for crop in cropped.crops for piece in shown)
+    return replace(cropped, crops=crops, drawn=tuple(pieces) if is_random else ())
 
 
 def all_resolutions(dataset: Dataset) -> list[int]:

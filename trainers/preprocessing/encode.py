@@ -16,7 +16,7 @@ from ..errors import DatasetError, RunError
 from ..fingerprints import earlier_fingerprint, embedded_digest
 from ..runs import earlier
 from .cache import Cache, key_of
-from .pixels import cut, to_array
+from .pixels import clip_array, cut, to_array
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,7 +37,10 @@ _CAPTIONS = 8
 
 
 class LatentCache:
-    """Posterior of each example's crop, as the codec gives it: mean and log-variance, or the mean alone."""
+    """Posterior of each example's crop, as the codec gives it: mean and log-variance, or the mean alone.
+
+    Each piece of a clip is an entry of its own.
+    """
 
     def __init__(self, cache: Cache, codec: ImageCodec):
         self._cache = cache
@@ -88,6 +91,10 @@ class LatentCache:
         for key, ((_, crop), *_) in owners.items():
             width, height = crop.bucket
             batch = open_batches.get(crop.bucket)
+            if crop.piece is not None:
+                # Alone, so that one piece of a clip is decoded at a time.
+                batches.append([key])
+                continue
             if batch is None or len(batch) >= self._codec.pixels_at_once // (width * height):
                 batch = open_batches[crop.bucket] = []
                 batches.append(batch)
@@ -120,7 +127,10 @@ class LatentCache:
         import numpy as np
         import torch
 
-        mean, spread = self._codec.encode(torch.from_numpy(np.stack(arrays)))
+        if arrays[0].ndim == 4:
+            mean, spread = self._codec.encode_clip(torch.from_numpy(arrays[0]))
+        else:
+            mean, spread = self._codec.encode(torch.from_numpy(np.stack(arrays)))
         # Clone: an entry waits in memory until a shard is full, and must not keep the whole batch alive.
         posteriors = [{"mean": row.float().cpu().clone()} for row in mean.split(1)]
         for row, posterior in zip(() if spread is None else spread.split(1), posteriors, strict=spread is not None):
@@ -136,7 +146,10 @@ class LatentCache:
 
 
 def _latent_key(base: str, example: Example, crop: Crop) -> str:
-    return key_of("latent 2", base, example.digest, crop.scaled, crop.offset, crop.bucket, crop.flip)
+    cut_out = base, example.digest, crop.scaled, crop.offset, crop.bucket, crop.flip
+    if crop.piece is None:
+        return key_of("latent 2", *cut_out)
+    return key_of("clip 1", *cut_out, crop.piece, example.clip.rate)
 
 
 def earlier_base(cache: Cache, part: ImageCodec | TextEncoder) -> str:
@@ -166,14 +179,18 @@ class _Pictures:
         return self._examples[place].source.name
 
     def cut(self, place: int, crop: Crop, is_needed: bool) -> np.ndarray | None:
-        """Return [H, W, 3] of a picture, None if it cannot be read; call `tick` before the first needed crop."""
+        """Return [(frames,) H, W, 3] of a picture or clip, None if it cannot be read.
+
+        Call `tick` before the first needed crop.
+        """
         if place in self.problems:
             return None
         if is_needed and place not in self._reported:
             self._reported.add(place)
             self._tick(self.name(place))
+        example = self._examples[place]
         try:
-            return to_array(cut(self._opened(place), crop))
+            return _clip(example, crop) if crop.piece else to_array(cut(self._opened(place), crop))
         except Unreadable as error:
             if is_needed:
                 self.problems[place] = error.row
@@ -336,6 +353,14 @@ def open_picture(example: Example) -> Image.Image:
     if picture.size != example.size:
         raise Unreadable(LeftOut(example.source.name, f"its size is {picture.size} when decoded, not {example.size}"))
     return picture
+
+
+def _clip(example: Example, crop: Crop) -> np.ndarray:
+    """Return a piece of a clip. Raise Unreadable if that fails."""
+    try:
+        return clip_array(example, crop)
+    except DatasetError as error:
+        raise Unreadable(LeftOut(example.source.name, reason_of(error, example.source.name))) from error
 
 
 def opened(source: Source) -> Image.Image:

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ..data.buckets import batch_shape
+
 if TYPE_CHECKING:
     import torch
 
@@ -58,11 +60,12 @@ class DatasetItem:
 
     Attributes:
         name: the picture's name, for errors and the loss by picture.
-        bucket: (width, height) in pixels; items of one bucket can be batched.
+        bucket: (width, height) in pixels.
         repeats: visits in an epoch.
         show: returns the sample of a visit, by the number of earlier visits in the run; by None, the unvaried sample.
         prior: whether it is a class image.
         has_prior_target: whether it has a prior target.
+        frames: number of frames, 1 for a still.
     """
 
     name: str
@@ -71,3 +74,14 @@ class DatasetItem:
     show: Callable[[int | None], Sample]
     prior: bool = False
     has_prior_target: bool = False
+    frames: int = 1
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Key of items that can be batched, see `Crop.shape`."""
+        return batch_shape(self.bucket, self.frames)
+
+    @property
+    def volume(self) -> int:
+        """Number of pixels in all frames."""
+        return self.bucket[0] * self.bucket[1] * self.frames

@@ -6,10 +6,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..errors import DatasetError
+
 if TYPE_CHECKING:
     from PIL import Image
 
     from ..data.buckets import Crop
+    from ..data.examples import Example
 
 
 def cut(image: Image.Image, crop: Crop) -> Image.Image:
@@ -42,6 +45,26 @@ def _box(image: Image.Image, crop: Crop) -> tuple[float, float, float, float]:
     x = image.width / crop.scaled[0]
     y = image.height / crop.scaled[1]
     return left * x, top * y, min(image.width, (left + width) * x), min(image.height, (top + height) * y)
+
+
+def clip_array(example: Example, crop: Crop) -> np.ndarray:
+    """Return a piece of a clip as [frames, H, W, 3] float32 in 0..1. Hold one whole frame at a time.
+
+    Raises:
+        DatasetError: the piece cannot be decoded, or a frame has another size than the first one.
+    """
+    start, count = crop.piece
+    width, height = crop.bucket
+    pixels = np.empty((count, height, width, 3), dtype=np.float32)
+    for number, frame in enumerate(example.source.frames(start, count, example.clip.rate)):
+        if frame.size != example.size:
+            raise DatasetError(
+                f"The clip '{example.source.name}' has frames of {frame.size} and of {example.size} pixels.",
+                "Save it again in one size.",
+                "folder",
+            )
+        pixels[number] = to_array(cut(frame, crop))
+    return pixels
 
 
 def to_array(image: Image.Image) -> np.ndarray:

@@ -79,6 +79,7 @@ def prepare(dataset: Dataset, recipe: Recipe, host: Host, folders: Folders, copy
     used_since = run_lock.earliest_start(folders.runs)
     _refuse_sources(dataset, recipe, host)
     _refuse_pairs(dataset, recipe, host)
+    _refuse_clips(dataset, host)
     _refuse_without_validation(dataset, recipe)
     caches = DatasetCaches(folders.cache, recipe, host)
     filler = CacheFiller(caches, recipe, host)
@@ -121,7 +122,8 @@ def _encode(
 ) -> tuple[list[CroppedExample], list[CroppedExample], list[LeftOut]]:
     """Fill the caches, and return (training examples, validation examples, pictures that cannot be used)."""
     geometries = {side: host.denoiser.geometry(side or recipe.resolution) for side in all_resolutions(dataset)}
-    examples, unusable = crop_examples(dataset, geometries)
+    snap = host.codec.snap_frames if any(example.clip for example in dataset.examples) else lambda frames: frames
+    examples, unusable = crop_examples(dataset, geometries, snap, recipe.seed)
     examples = filler.fill_pictures(examples, unusable)
     _refuse_if_empty(dataset, examples, unusable)
     refuse_if_one_sided(dataset, [cropped.example for cropped in examples], unusable)
@@ -189,6 +191,17 @@ def _refuse_pairs(dataset: Dataset, recipe: Recipe, host: Host) -> None:
         )
 
 
+def _refuse_clips(dataset: Dataset, host: Host) -> None:
+    """Refuse clips if the codec encodes stills alone, or if the model sees the picture around a mask."""
+    clips = sum(example.clip is not None for example in dataset.examples)
+    if clips and (host.denoiser.conditioning_kind == HOLE or host.codec.snap_frames(1) == 0):
+        raise DatasetError(
+            f"The dataset has {clips} clips, but this model ({host.denoiser.family}) or its VAE takes stills alone.",
+            "Set frames of the dataset to 0, or use a video model with its VAE.",
+            "dataset",
+        )
+
+
 def _refuse_without_validation(dataset: Dataset, recipe: Recipe) -> None:
     """Raise SettingsError for an option that needs the validation loss if no picture is held out."""
     if recipe.validation_fraction or any(example.held_out for example in dataset.examples):
@@ -230,6 +243,9 @@ def _report_warnings(
 def _count_image_conditionings(examples: list[CroppedExample], caches: DatasetCaches) -> dict[str, int]:
     """Count the pictures with a source image, a worse picture or an inpaint mask; leave out unused kinds."""
     counts = {}
+    clips = sum(cropped.example.clip is not None for cropped in examples)
+    if clips:
+        counts["clips"] = clips
     edited = sum(bool(cropped.example.sources) for cropped in examples)
     if edited:
         counts["source_pictures"] = edited

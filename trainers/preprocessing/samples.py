@@ -73,6 +73,7 @@ class SampleReader:
             show=show,
             prior=example.prior,
             has_prior_target=example.anchor is not None,
+            frames=crop.frames,
         )
 
     def _sample(self, cropped: CroppedExample, crop: Crop, visit: int | None) -> Sample:
@@ -113,8 +114,7 @@ class SampleReader:
             count = captions.variant_count(example, self._picture_count)
             number = cropped.caption_number(crop, count, seed, visit)
             prompt = "" if number is None else captions.make_variant(example, number)
-        is_flipped = example.handling.flip and stream_seed("flip", seed, stream, visit) % 2 == 1
-        return prompt, crop.mirrored() if is_flipped else crop, generator("posterior", seed, stream, visit)
+        return prompt, cropped.crop_of_visit(crop, seed, visit), generator("posterior", seed, stream, visit)
 
     def _latent(self, key: str, source: torch.Generator | None) -> torch.Tensor:
         """Return the posterior's mean, or a sample of the posterior if a generator is given."""

@@ -123,7 +123,7 @@ class Plan:
     def batches(self, position: int) -> Iterator[tuple[int, Batch]]:
         """Yield (epoch, members) of each batch without end, after skipping `position` batches."""
         items = self.train
-        buckets = [item.bucket for item in items]
+        buckets = [item.shape for item in items]
         repeats = [item.repeats for item in items]
         prior = [item.prior for item in items]
         return batches_from(position, buckets, repeats, self.recipe.batch_size, self.recipe.seed, prior)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from ....trainers.memory.oom import is_out_of_memory
 from . import prompt_nodes
 from .identity.fingerprint import module_digest, sampled_module_digest
 
@@ -12,11 +14,14 @@ if TYPE_CHECKING:
     import torch
     from comfy.sd import VAE
 
+log = logging.getLogger(__name__)
 
 # Pixels of the pictures that are encoded together. Larger batches are slower on a CPU: every layer gets a tensor from
 # the system anew if it exceeds the CPU's caches and the memory that the C library keeps.
 _PIXELS_ON_CPU = 4 * 64 * 64
 _PIXELS = 2 * 1024 * 1024
+# Pixels and frames of a tile of a clip, and the frames that tiles share.
+_TILE, _TILE_T, _OVERLAP_T = 256, 16, 4
 
 
 class ComfyCodec:
@@ -44,6 +49,41 @@ class ComfyCodec:
         Raises:
             RuntimeError: memory sufficed for tiles only, with several pictures; fewer pictures may need no tiles.
         """
+        mean, caught = self._encode(lambda: self._vae.encode(pixels))
+        if len(pixels) > 1 and caught and not _is_whole(caught, mean):
+            raise RuntimeError("Not enough memory: the VAE encoded in tiles.")
+        return mean, _log_variance(caught, mean)
+
+    def snap_frames(self, frames: int) -> int:
+        """Return the largest number of frames that survives ComfyUI's encoding and decoding; 0 for a VAE of stills."""
+        vae = self._vae
+        if vae.latent_dim != 3 or vae.not_video:
+            return 0
+        down, up = vae.downscale_ratio, vae.upscale_ratio
+        if not (isinstance(down, tuple) and isinstance(up, tuple)):
+            return frames
+        return next((count for count in range(frames, 1, -1) if up[0](down[0](count)) == count), 1)
+
+    def encode_clip(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Encode the frames [T, H, W, 3] of one clip as `encode` does, to [1, C, latent frames, h, w].
+
+        If ComfyUI's own fallback, tiles of all frames, takes too much memory, encode in tiles of few frames.
+        """
+        try:
+            mean, caught = self._encode(lambda: self._vae.encode(pixels))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            log.warning(
+                "Graft: a clip of %d frames does not fit. Graft encodes it in tiles of %d.", len(pixels), _TILE_T
+            )
+            tiles = {"tile_x": _TILE, "tile_y": _TILE, "overlap": _TILE // 4}
+            in_time = {"tile_t": _TILE_T, "overlap_t": _OVERLAP_T}
+            mean, caught = self._encode(lambda: self._vae.encode_tiled(pixels, **tiles, **in_time))
+        return mean, _log_variance(caught, mean)
+
+    def _encode(self, encode: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Return the latent of ComfyUI's encoding, float32 on the CPU, and the recorded moments."""
         import torch
 
         caught = []
@@ -54,14 +94,11 @@ class ComfyCodec:
         try:
             # As in a graph: ComfyUI's tiles change inference tensors in place, which torch forbids outside this mode.
             with torch.inference_mode():
-                mean = self._vae.encode(pixels)
+                mean = encode()
         finally:
             if hook is not None:
                 hook.remove()
-        mean = mean.float().cpu().clone()
-        if len(pixels) > 1 and caught and not _is_whole(caught, mean):
-            raise RuntimeError("Not enough memory: the VAE encoded in tiles.")
-        return mean, _log_variance(caught, mean)
+        return mean.float().cpu().clone(), caught
 
     def encode_sources(self, node: str, pictures: Sequence[torch.Tensor], size: tuple[int, int]) -> list[torch.Tensor]:
         """Encode source pictures as one of ComfyUI's nodes does; float32 on the CPU, unscaled."""

@@ -5,7 +5,7 @@ import os
 
 import numpy as np
 import pytest
-from graft_pack.trainers.data import captions, scan
+from graft_pack.trainers.data import captions, pictures, scan
 from graft_pack.trainers.data.arrays import from_arrays
 from graft_pack.trainers.data.buckets import choose_crop
 from graft_pack.trainers.data.examples import Augmentation, combine
@@ -451,8 +451,8 @@ def test_a_second_look_reads_no_picture(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("graft_pack.trainers.data.index._TIMESTAMP_GRACE_NS", 0)
     first = read(folder, index=index)
     measured = []
-    real = scan.measure_file
-    monkeypatch.setattr(scan, "measure_file", lambda path, name: measured.append(name) or real(path, name))
+    real = pictures.measure_file
+    monkeypatch.setattr(pictures, "measure_file", lambda path, name: measured.append(name) or real(path, name))
     assert read(folder, index=index).fingerprint() == first.fingerprint()
     assert measured == []
     draw(folder / "a.png", (20, 30), "blue")

@@ -1,0 +1,1 @@
+"""Frames of video files, and the pieces of clips that are trained on."""
