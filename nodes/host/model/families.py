@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import comfy.utils
 from comfy.model_base import BaseModel
 
-from ....trainers.families import Family, LayerSplit, family_of
+from ....trainers.families import GENERAL, Family, LayerSplit, family_of
 from ....trainers.memory.transfer import upload
 from ....trainers.protocols import HOLE, Geometry
 
@@ -37,6 +37,18 @@ _FAMILIES = {
     "WAN21_T2V": "Wan",
     "CosmosT2IPredict2": "Cosmos-Predict2",
     "Anima": "Anima",
+    # Subclasses that were trained without a description before their base class had one.
+    "HunyuanImage21": GENERAL.name,
+    "HunyuanImage21Refiner": GENERAL.name,
+    "Kandinsky5Image": GENERAL.name,
+    "HunyuanVideo15": "HunyuanVideo 1.5",
+    "HunyuanVideo15_SR_Distilled": GENERAL.name,
+    "HunyuanVideo": "HunyuanVideo",
+    "LTXV": "LTX-Video",
+    "CosmosT2V": "Cosmos",
+    "GenmoMochi": "Mochi",
+    "CogVideoX_T2V": "CogVideoX",
+    "Kandinsky5": "Kandinsky 5",
 }
 
 # Kinds of conditioning on an image, besides HOLE.
@@ -62,6 +74,7 @@ _PARAMETERIZATIONS = {
     "CONST": "flow",
     "COSMOS_RFLOW": "flow",
     "LCM": "eps",
+    "V_PREDICTION_DDPM": "v",
 }
 
 
@@ -76,11 +89,25 @@ def family_name(model: ModelPatcher) -> str:
 
 def parameterization_name(model: ModelPatcher) -> str:
     """Return the name in `trainers.objective`, or the name of an unknown class, which is refused there."""
+    name = _objective_name(model)
+    return _PARAMETERIZATIONS.get(name, name)
+
+
+def _objective_name(model: ModelPatcher) -> str:
+    """Return the name of the class that defines the model's noising, network input and output."""
     sampling = model.get_model_object("model_sampling")
     for kind in type(sampling).__mro__:
         if any(name in vars(kind) for name in _OBJECTIVE):
-            return _PARAMETERIZATIONS.get(kind.__name__, kind.__name__)
+            return kind.__name__
     return type(sampling).__name__
+
+
+def preserves_variance(model: ModelPatcher) -> bool:
+    """Report whether the network and ComfyUI's formula for x0 expect x_t / sqrt(sigma^2 + 1), as CogVideoX does.
+
+    ComfyUI's own sampler for such models, of the VOID nodes, never scales the noise.
+    """
+    return _objective_name(model) == "V_PREDICTION_DDPM"
 
 
 def diffusers_splits(model: ModelPatcher) -> dict[str, tuple[LayerSplit, ...]]:
