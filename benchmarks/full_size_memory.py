@@ -24,7 +24,7 @@ import torch
 
 from . import contestants
 from .peak_memory import peak_of_work
-from .real_networks import CLIPS, LABELS, MIDDLING, NAMES, adapt, family_name, fake_tensors, inputs, network
+from .real_networks import CLIPS, LABELS, MIDDLING, NAMES, adapt, fake_tensors, family_name, inputs, network
 from .subprocess_run import OPTION, subprocess_run
 
 DOCS = Path(__file__).parents[1] / "docs" / "memory.md"

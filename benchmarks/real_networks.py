@@ -136,7 +136,7 @@ def family_name(name: str) -> str:
 
 
 def inputs(name: str, side: int, dtype: torch.dtype, batch: int = 1) -> tuple[tuple, dict[str, Any]]:
-    """Return the positional and keyword inputs of a network for pictures of `side` pixels, or clips of `side` frames."""
+    """Return the positional and keyword inputs of a network for pictures of `side` pixels or clips of `side` frames."""
 
     def of(*shape: int) -> torch.Tensor:
         return torch.empty(batch, *shape, dtype=dtype)

@@ -44,8 +44,7 @@ def describe(node: str, host: Host, files: bool) -> dict[str, Any]:
     Raises:
         ModelError: the provenance is unknown, or includes nodes of other packs.
     """
-    context = get_executing_context()
-    prompt = running_prompt(context.prompt_id) if context is not None else None
+    prompt = _executing_prompt()
     inputs = (prompt or {}).get(node, {}).get("inputs", {})
     links = {socket: inputs.get(socket) for socket in SOCKETS}
     if host.preview_model is not None:
@@ -61,6 +60,25 @@ def describe(node: str, host: Host, files: bool) -> dict[str, Any]:
         _collect(prompt, link[0], socket, collected)
     listed = _files_of(collected) if files else []
     return {"nodes": collected, "sockets": links, "files": listed, "fingerprints": fingerprints(host)}
+
+
+def _executing_prompt() -> dict[str, Any] | None:
+    context = get_executing_context()
+    return running_prompt(context.prompt_id) if context is not None else None
+
+
+def loader_texts(node: str) -> list[str]:
+    """Return the texts on the loader that a node's `model` comes from, such as the file's name; none if unknown."""
+    prompt = _executing_prompt() or {}
+    seen: set[str] = set()
+    while node in prompt and node not in seen:
+        seen.add(node)
+        inputs = prompt[node]["inputs"]
+        link = inputs.get("model")
+        if not _is_link(link):
+            return [value for value in inputs.values() if isinstance(value, str)] if len(seen) > 1 else []
+        node = link[0]
+    return []
 
 
 def fingerprints(host: Host) -> dict[str, str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import re
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import comfy.utils
@@ -63,6 +65,10 @@ _DIFFUSERS_MAPS = {"SD3": "mmdit_to_diffusers", "Flux": "flux_to_diffusers"}
 
 # Words in the class or module names of the pack that loads this format, ComfyUI-nunchaku. Its layers have no backward.
 _FORMATS = {"nunchaku": "Nunchaku", "svdq": "Nunchaku"}
+
+# By channels of the input: latents alone, or with a mask and a picture beside them.
+_BOUNDARIES = {16: 875, 36: 900}
+_EXPERT = re.compile(r"(high|low)[ _-]?noise", re.IGNORECASE)
 
 # Keys are names of the class that defines noising, network input and output. LCM's network predicts the noise.
 _OBJECTIVE = ("noise_scaling", "calculate_input", "calculate_denoised")
@@ -232,6 +238,22 @@ def few_step_evidence(model: ModelPatcher) -> str:
     if model.model.model_config.unet_config.get("meanflow"):
         return "a mean-flow model"
     return ""
+
+
+def expert_range(model: ModelPatcher, texts: Iterable[str]) -> tuple[int, int] | None:
+    """Return the bounds of t * 1000 for which an expert of Wan 2.2 14B was made; None for other models.
+
+    Both experts have the same layers, so the loader's file name tells which one it is. The boundary is that of Wan's
+    own configurations: 0.875 for text to video, 0.9 for image to video.
+    """
+    config = model.model.model_config
+    boundary = _BOUNDARIES.get(config.unet_config.get("in_dim"))
+    if type(config).__name__ not in ("WAN21_T2V", "WAN21_I2V") or boundary is None:
+        return None
+    experts = {match.group(1).lower() for match in map(_EXPERT.search, texts) if match}
+    if len(experts) != 1:
+        return None
+    return (boundary, 1000) if experts == {"high"} else (0, boundary)
 
 
 def hidden_format(model: ModelPatcher) -> str:

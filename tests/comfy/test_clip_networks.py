@@ -162,3 +162,50 @@ def test_a_clip_is_predicted_beside_its_first_frame_as_by_the_host(name):
         for _ in range(2):
             for one, host in zip(conditionings, wanted, strict=True):
                 assert models.distance(models.trained_denoised(training, x, 0.6, one), host) <= 1e-5
+
+
+def graph_with(file_name):
+    """Return a graph in which node 4 trains on a loader's model, through a ModelSampling and a LoRA node."""
+    return {
+        "1": {"class_type": "UNETLoader", "inputs": {"unet_name": file_name, "weight_dtype": "default"}},
+        "2": {"class_type": "ModelSamplingSD3", "inputs": {"model": ["1", 0], "shift": 8.0}},
+        "3": {"class_type": "LoraLoaderModelOnly", "inputs": {"model": ["2", 0], "lora_name": "low_noise.safetensors"}},
+        "4": {"class_type": "GraftTrainLoRA", "inputs": {"model": ["3", 0], "method": "LoRA"}},
+    }
+
+
+@pytest.mark.parametrize(
+    "name, file_name, bounds",
+    [
+        (WAN, "wan2.2_t2v_high_noise_14B_fp8_scaled.safetensors", (875, 1000)),
+        (WAN, "wan2.2_t2v_low_noise_14B_fp8_scaled.safetensors", (0, 875)),
+        (WAN, "Wan2.2-T2V-A14B-LowNoise-Q4_K_M.gguf", (0, 875)),
+        ("WAN21_I2V", "wan2.2_i2v_high_noise_14B_fp16.safetensors", (900, 1000)),
+        (WAN, "wan2.1_t2v_1.3B_fp16.safetensors", (0, 1000)),
+        ("WAN22_T2V", "high_noise.safetensors", (0, 1000)),
+        ("Flux", "high_noise.safetensors", (0, 1000)),
+    ],
+)
+def test_an_expert_of_wan_is_trained_on_its_own_timesteps(name, file_name, bounds, monkeypatch):
+    from graft_pack.nodes.host.actions import train
+    from graft_pack.nodes.host.jobs import provenance
+
+    monkeypatch.setattr(provenance, "_executing_prompt", lambda: graph_with(file_name))
+    model = models.patcher(name)
+    recipe = train.with_expert_range(models.recipe("Wan"), model, "4")
+    assert (recipe.objective.min_timestep, recipe.objective.max_timestep) == bounds
+    chosen = models.recipe("Wan", objective=Objective(min_timestep=100))
+    assert train.with_expert_range(chosen, model, "4") is chosen
+
+
+def test_every_draw_of_an_expert_lies_in_its_range():
+    from graft_pack.trainers.objective.timesteps import draw_levels
+
+    with models.in_training(models.patcher(WAN), WAN) as training:
+        for least, most in ((875, 1000), (0, 875)):
+            objective = Objective(min_timestep=least, max_timestep=most)
+            source = torch.Generator().manual_seed(0)
+            shape = (200, *networks.CLASSES[WAN].latent)
+            levels = (objective, training.denoiser.sigmas(), "flow", shape, source)
+            sigma, _ = draw_levels(*levels)
+            assert least <= 1000 * sigma.min() and 1000 * sigma.max() <= most
