@@ -1,6 +1,7 @@
 """Peak memory of a training step on networks of their published size, counted without their weights and without a GPU.
 
     python -m benchmarks.full_size_memory [NAME ...] [--sides 512 768 1024] [--targets attention] [--quantized] [--docs]
+    python -m benchmarks.full_size_memory --clips [33 81] [--docs]
     python -m benchmarks.full_size_memory --check
 
 A step is the product's own: its LoRA layers, its checkpointing and offloading, its loss, clipping and AdamW. It runs on
@@ -23,7 +24,7 @@ import torch
 
 from . import contestants
 from .peak_memory import peak_of_work
-from .real_networks import LABELS, MIDDLING, NAMES, adapt, fake_tensors, inputs, network
+from .real_networks import CLIPS, LABELS, MIDDLING, NAMES, adapt, fake_tensors, family_name, inputs, network
 from .subprocess_run import OPTION, subprocess_run
 
 DOCS = Path(__file__).parents[1] / "docs" / "memory.md"
@@ -158,8 +159,7 @@ class Training:
         from graft_pack.trainers.objective.losses import example_losses
 
         args, keywords = inputs(self._name, side, self._dtype, batch)
-        family = "SD1" if self._name == MIDDLING else self._name
-        with OutOfPlace() if family_of(family).adds_in_place else nullcontext():
+        with OutOfPlace() if family_of(family_name(self._name)).adds_in_place else nullcontext():
             prediction = self._module(*args, **keywords, transformer_options={})
         example_losses(prediction, torch.empty(prediction.shape)).sum().backward()
         del prediction
@@ -217,17 +217,14 @@ def count(name: str, sides: Sequence[int], targets: str, ways: dict[str, Way]) -
     return [[*first, str(side), *(f"{found[way, side] / GIGABYTE:.1f}" for way in ways)] for side in sides]
 
 
-def _heads(ways: dict[str, Way]) -> tuple[str, ...]:
-    return "model", "weights", "pictures of", *ways
-
-
-def tables(rows: Sequence[Sequence[str]], ways: dict[str, Way]) -> str:
+def tables(rows: Sequence[Sequence[str]], ways: dict[str, Way], clips: bool = False) -> str:
     """Return the peaks as Markdown; of WAYS also the fastest settings that fit into each card."""
-    peaks = _table(_heads(ways), rows)
+    what = "frames" if clips else "pictures of"
+    peaks = _table(("model", "weights", what, *ways), rows)
     if ways is not WAYS:
         return peaks
     fitting = [[*cells[:1], cells[2], *(_fastest(cells[_KEYS:], card) for card in CARDS)] for cells in rows]
-    heads = ["model", "pictures of", *(f"{card} GB" for card in CARDS)]
+    heads = ["model", what, *(f"{card} GB" for card in CARDS)]
     return f"{_table(heads, fitting)}\n\nPeaks in GB:\n\n{peaks}"
 
 
@@ -239,19 +236,19 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [heads, ["---"] * len(heads), *rows])
 
 
-def put_into_docs(rows: Sequence[Sequence[str]], ways: dict[str, Way]) -> None:
+def put_into_docs(rows: Sequence[Sequence[str]], ways: dict[str, Way], clips: bool) -> None:
     """Replace these rows in docs/memory.md; those of other networks stay."""
-    name = "counted" if ways is WAYS else "quantized"
+    name = "clips" if clips else "counted" if ways is WAYS else "quantized"
     begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
     head, rest = DOCS.read_text(encoding="utf-8").split(begin)
     known, tail = rest.split(end)
     lines = [line.strip("| ").split(" | ") for line in known.splitlines() if line.startswith("| ")]
-    size = len(_heads(ways))
+    size = _KEYS + len(ways)
     merged = {tuple(cells[:_KEYS]): cells for cells in lines if len(cells) == size and cells[2].isdigit()}
     merged.update({tuple(cells[:_KEYS]): list(cells) for cells in rows})
-    order = [LABELS.get(name, name) for name in NAMES]
+    order = [LABELS.get(name, name) for name in (*NAMES, *CLIPS)]
     whole = sorted(merged.values(), key=lambda cells: (order.index(cells[0]), int(cells[2])))
-    DOCS.write_text(f"{head}{begin}\n{tables(whole, ways)}\n{end}{tail}", encoding="utf-8")
+    DOCS.write_text(f"{head}{begin}\n{tables(whole, ways, clips)}\n{end}{tail}", encoding="utf-8")
 
 
 # The check against the measured process
@@ -307,6 +304,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", default=list(NAMES), metavar="NAME", help=", ".join(NAMES))
     parser.add_argument("--sides", type=int, nargs="*", default=[512, 768, 1024], help="of the picture, in pixels")
+    parser.add_argument("--clips", type=int, nargs="*", help=f"frames of clips instead: of {', '.join(CLIPS)}")
     parser.add_argument("--targets", default="attention")
     parser.add_argument("--quantized", action="store_true", help="with the base quantized instead")
     parser.add_argument("--docs", action="store_true", help="puts the rows into docs/memory.md")
@@ -321,10 +319,12 @@ def main() -> None:
         print(check())
         return
     ways = QUANTIZED if args.quantized else WAYS
-    rows = [row for name in args.names for row in count(name, args.sides, args.targets, ways)]
-    print(tables(rows, ways))
+    clips = args.clips is not None
+    names, sizes = (CLIPS, args.clips or [33, 81]) if clips else (args.names, args.sides)
+    rows = [row for name in names for row in count(name, sizes, args.targets, ways)]
+    print(tables(rows, ways, clips))
     if args.docs:
-        put_into_docs(rows, ways)
+        put_into_docs(rows, ways, clips)
 
 
 if __name__ == "__main__":

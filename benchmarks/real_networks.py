@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -97,6 +98,13 @@ def _qwen_image(options: dict[str, Any]) -> torch.nn.Module:
     return QwenImageTransformer2DModel(**options)
 
 
+def _wan(dim: int, feed_forward: int, blocks: int, options: dict[str, Any]) -> torch.nn.Module:
+    from comfy.ldm.wan.model import WanModel
+
+    sizes = {"dim": dim, "ffn_dim": feed_forward, "num_heads": dim // 128, "num_layers": blocks}
+    return WanModel(model_type="t2v", in_dim=16, out_dim=16, text_dim=4096, **sizes, **options)
+
+
 def _middling(options: dict[str, Any]) -> torch.nn.Module:
     from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
@@ -113,13 +121,22 @@ _BUILDERS = {
     "Flux": _flux,
     "Lumina 2": _z_image,
     "Qwen-Image": _qwen_image,
+    "Wan 1.3B": partial(_wan, 1536, 8960, 30),
+    "Wan 14B": partial(_wan, 5120, 13824, 40),
 }
 NAMES = ("SD1", "SDXL", "SD3", "Flux", "Lumina 2", "Qwen-Image")
-LABELS = {"SD1": "SD1.5", "SD3": "SD3.5 large", "Lumina 2": "Z-Image"}
+# Networks of clips of 832 x 480 pixels.
+CLIPS = ("Wan 1.3B", "Wan 14B")
+LABELS = {"SD1": "SD1.5", "SD3": "SD3.5 large", "Lumina 2": "Z-Image", **{name: f"Wan 2.1{name[3:]}" for name in CLIPS}}
+
+
+def family_name(name: str) -> str:
+    """Return the name in `trainers.families` of a network's family."""
+    return {MIDDLING: "SD1", **dict.fromkeys(CLIPS, "Wan")}.get(name, name)
 
 
 def inputs(name: str, side: int, dtype: torch.dtype, batch: int = 1) -> tuple[tuple, dict[str, Any]]:
-    """Return the positional and keyword inputs of a network for pictures of `side` pixels."""
+    """Return the positional and keyword inputs of a network for pictures of `side` pixels or clips of `side` frames."""
 
     def of(*shape: int) -> torch.Tensor:
         return torch.empty(batch, *shape, dtype=dtype)
@@ -130,6 +147,8 @@ def inputs(name: str, side: int, dtype: torch.dtype, batch: int = 1) -> tuple[tu
         context = {MIDDLING: 512, "SD1": 768, "SDXL": 2048}[name]
         keywords = {"context": of(_TOKENS, context)} | ({"y": of(2816)} if name == "SDXL" else {})
         return (of(4, latent, latent), timestep), keywords
+    if name in CLIPS:
+        return (of(16, (side + 3) // 4, 60, 104), timestep), {"context": of(_LONG, 4096)}
     x = of(16, latent, latent)
     if name == "SD3":
         return (x, timestep), {"context": of(154, 4096), "y": of(2048)}
@@ -153,12 +172,12 @@ def adapt(module: torch.nn.Module, name: str, targets: str, rank: int, dtype: to
 
     from tests.support import models
 
-    family = "SD1" if name == MIDDLING else name
+    family = family_name(name)
     recipe = models.recipe(family, rank=rank, alpha=float(rank), targets=targets)
     mark_plain(module)
     paths = METHODS["LoRA"].targets(module, family_of(family), recipe)
     trainables = METHODS["LoRA"].inject(module, paths, recipe)
-    args, keywords = inputs(name, 256, dtype)
+    args, keywords = inputs(name, 1 if name in CLIPS else 256, dtype)
     with grouping([module]), torch.no_grad():
         module(*args, **keywords, transformer_options={})
     return trainables

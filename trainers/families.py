@@ -169,7 +169,13 @@ FAMILIES = {
             preview_cfg=3.5,
         ),
         # Wan was made for video of 832 x 480 and 1280 x 720. A square of side 640 has about the area of the first.
-        _transformer("Wan", (r"\.(self|cross)_attn\.[qkvo]$",), (r"\.ffn\.[02]$",), resolution=640, preview_cfg=6.0),
+        _transformer(
+            "Wan",
+            (r"\.(self|cross)_attn\.([qkvo]|[kv]_img)$",),
+            (r"\.ffn\.[02]$",),
+            resolution=640,
+            preview_cfg=6.0,
+        ),
         *(
             _transformer(
                 name,
@@ -179,6 +185,56 @@ FAMILIES = {
                 preview_cfg=4.0,
             )
             for name in ("Cosmos-Predict2", "Anima")
+        ),
+        *(
+            _transformer(
+                name,
+                (r"_attn\.(qkv|proj)$", r"single_blocks\.\d+\.linear[12]$"),
+                (r"_mlp\.[02]$", r"refiner\.blocks\.\d+\.mlp\.[02]$"),
+                presets={SINGLE: r"^single_blocks\.", DOUBLE: r"^double_blocks\."},
+                resolution=720,  # the area of 960 x 544
+                preview_cfg=cfg,
+            )
+            # The first is distilled to sample without an unconditional pass.
+            for name, cfg in (("HunyuanVideo", 1.0), ("HunyuanVideo 1.5", 6.0))
+        ),
+        _transformer(
+            "LTX-Video",
+            (r"\.attn[12]\.to_(q|k|v|out\.0)$",),
+            (r"\.ff\.net\.(0\.proj|2)$",),
+            # Of LTX-2, exclude the layers of sound, and the connectors, which process the text once.
+            among=(r"^(?!.*(audio|_connector|av_ca_))",),
+            resolution=640,
+            preview_cfg=3.0,
+        ),
+        _transformer(
+            "Cosmos",
+            (r"\.attn\.to_(q\.0|k\.0|v\.0|out\.0)$",),
+            (r"\.block\.layer[12]$",),
+            resolution=960,  # the area of 1280 x 704
+        ),
+        _transformer(
+            "Mochi",
+            (r"\.attn\.(qkv|proj)_[xy]$",),
+            (r"\.mlp_[xy]\.w[12]$",),
+            resolution=640,
+            preview_cfg=4.5,
+            adds_in_place=False,  # it keeps views of what it changes
+        ),
+        _transformer(
+            "CogVideoX",
+            (r"^blocks\.\d+\.(q|k|v|attn_out)$",),
+            (r"^blocks\.\d+\.ff_(proj|out)$",),
+            resolution=592,  # the area of 720 x 480
+            preview_cfg=6.0,
+            preview_scheduler="normal",
+        ),
+        _transformer(
+            "Kandinsky 5",
+            (r"attention\.(to_query|to_key|to_value|out_layer)$",),
+            (r"\.feed_forward\.(in|out)_layer$",),
+            resolution=640,
+            preview_cfg=5.0,
         ),
     )
 }

@@ -99,8 +99,10 @@ def chosen(name, targets):
 
 
 # Attention classes outside the network's blocks, and attention under other class names.
-NOT_IN_BLOCKS = re.compile(r"^(pooler|llm_adapter)\.")
-IN_ONE = re.compile(r"single_blocks\.\d+\.linear[12]$")
+NOT_IN_BLOCKS = re.compile(
+    r"^(pooler|llm_adapter|t5_y_embedder|(video|audio)_embeddings_connector)\.|\.audio_|_to_audio_"
+)
+IN_ONE = re.compile(r"single_blocks\.\d+\.linear[12]$|^blocks\.\d+\.(q|k|v|attn_out)$")
 
 
 @every_class

@@ -18,7 +18,7 @@ from tests.toy import host as toy
 
 pytestmark = pytest.mark.usefixtures("comfy")
 
-FAMILIES = ("SD1", "SDXL", "Flux as in diffusers", "SD3")
+FAMILIES = ("SD1", "SDXL", "Flux as in diffusers", "SD3", "WAN21_T2V")
 ON = {"offload": "on"}
 
 

@@ -69,6 +69,10 @@ def conditioning(name: str, seed: int = 0):
         tensors["pooled_output"] = torch.randn(1, tiny.pooled, generator=source)
     if tiny.more:
         tensors |= tiny.more(source)
+    if not all(map(torch.is_tensor, tensors.values())):
+        from graft_pack.nodes.host.model.encoded_prompts import encoded_prompts
+
+        tensors = encoded_prompts([[[tensors.pop("cross_attn"), tensors]]])[0].tensors
     return Conditioning(tensors, (640 + seed, 480), (seed, 0), (512, 512))
 
 
@@ -489,7 +493,15 @@ def float64_throughout(training):
 
     for parameter in training.plan.trainables.values():
         parameter.data = parameter.data.double()
-    with patch.object(torch.Tensor, "float", torch.Tensor.double), patch.object(torch.Tensor, "to", to):
+    norm = torch.linalg.vector_norm
+
+    def vector_norm(tensor, *args, dtype=None, **kwargs):
+        return norm(tensor, *args, dtype=widened(dtype), **kwargs)
+
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(torch.Tensor, "float", torch.Tensor.double))
+        stack.enter_context(patch.object(torch.Tensor, "to", to))
+        stack.enter_context(patch.object(torch.linalg, "vector_norm", vector_norm))
         yield
 
 
@@ -499,7 +511,7 @@ def denoised(model, x, sigma: float, one):
     import comfy.sampler_helpers
     import comfy.samplers
     import torch
-    from graft_pack.nodes.host.model import families
+    from graft_pack.nodes.host.model import encoded_prompts, families
 
     network = model.model.diffusion_model
     if hasattr(network, "clear_kv_cache"):
@@ -517,9 +529,10 @@ def denoised(model, x, sigma: float, one):
             **families.guidance(model),
             "pooled_output": None,
         }
-        tensors = dict(one.tensors)
+        tensors = encoded_prompts.values_of(one.tensors, x.device)
         conds = comfy.sampler_helpers.convert_cond([[tensors.pop("cross_attn"), {**facts, **tensors}]])
-        conds = comfy.samplers.encode_model_conds(model.model.extra_conds, conds, x, x.device, "positive")
+        shapes = {"latent_shapes": [x.shape]}
+        conds = comfy.samplers.encode_model_conds(model.model.extra_conds, conds, x, x.device, "positive", **shapes)
         level = torch.full((1,), sigma)
         model.pre_run()
         found = comfy.samplers.calc_cond_batch(model.model, [conds], x, level, model.model_options)

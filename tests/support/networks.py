@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Tiny:
         latent: [C, h, w] of a sample, or [C, frames, h, w].
         context: (tokens, width) of its text conditioning.
         pooled: width of its pooled conditioning, 0 for none.
-        more: further outputs of its text encoder, by the host's name, drawn from a generator.
+        more: further values of its conditioning, by the host's name, drawn from a generator.
         shrink: shrinks parts that the host builds at one size only, before the network has weights.
         norms: typical value of norm weights; 0 if the network adds the one itself.
     """
@@ -214,6 +214,7 @@ _HUNYUAN_DIT = dict(
     text_len_t5=9,
     attn_precision=None,
 )
+_HUNYUAN_PARAMS = "hunyuan_video.model.HunyuanVideoParams"
 _HUNYUAN_IMAGE = dict(
     image_model="hunyuan_video",
     in_channels=64,
@@ -467,6 +468,92 @@ _HIDREAM_O1 = dict(
 )
 
 
+_HUNYUAN_VIDEO = {
+    **_HUNYUAN_IMAGE,
+    "in_channels": 16,
+    "out_channels": 16,
+    "vec_in_dim": 32,
+    "hidden_size": 64,
+    "axes_dim": [4, 6, 6],
+    "patch_size": [1, 2, 2],
+    "guidance_embed": True,
+}
+_HUNYUAN_VIDEO_15 = {
+    **_HUNYUAN_VIDEO,
+    "in_channels": 65,
+    "out_channels": 32,
+    "vec_in_dim": None,
+    "patch_size": [1, 1, 1],
+    "guidance_embed": False,
+    "use_cond_type_embedding": True,
+    "vision_in_dim": 24,
+    "meanflow_sum": True,
+}
+_MOCHI = dict(
+    image_model="mochi_preview",
+    depth=2,
+    patch_size=2,
+    num_heads=2,
+    hidden_size_x=64,
+    hidden_size_y=48,
+    mlp_ratio_x=192.0,  # the host allows no other width than 12288
+    mlp_ratio_y=2.0,
+    learn_sigma=False,
+    in_channels=12,
+    qk_norm=True,
+    qkv_bias=False,
+    out_bias=True,
+    attn_drop=0.0,
+    patch_embed_bias=True,
+    posenc_preserve_area=True,
+    timestep_mlp_bias=True,
+    attend_to_padding=False,
+    timestep_scale=1000.0,
+    use_t5=True,
+    t5_feat_dim=48,
+    t5_token_length=7,
+    rope_theta=10000.0,
+)
+_LTXV = dict(
+    image_model="ltxv",
+    num_layers=2,
+    num_attention_heads=2,
+    attention_head_dim=32,
+    cross_attention_dim=64,
+    caption_channels=48,
+)
+_LTXAV = {
+    **_LTXV,
+    "image_model": "ltxav",
+    "audio_cross_attention_dim": 32,
+    "audio_attention_head_dim": 16,
+    "audio_num_attention_heads": 2,
+    "connector_attention_head_dim": 24,
+    "connector_num_attention_heads": 2,
+    "connector_num_layers": 1,
+}
+_COSMOS_VIDEO = {
+    **{name: value for name, value in _COSMOS.items() if name not in ("image_model", "rope_enable_fps_modulation")},
+    "image_model": "cosmos",
+    "concat_padding_mask": True,
+    "block_x_format": "THWBD",
+    "affline_emb_norm": True,
+    "pos_emb_learnable": False,
+    "extra_per_block_abs_pos_emb": True,
+    "extra_per_block_abs_pos_emb_type": "learnable",
+}
+_COGVIDEO = dict(
+    image_model="cogvideox",
+    num_attention_heads=2,
+    attention_head_dim=32,
+    in_channels=16,
+    time_embed_dim=32,
+    text_embed_dim=48,
+    num_layers=2,
+    use_rotary_positional_embeddings=True,
+)
+
+
 def _mask(source) -> dict:
     import torch
 
@@ -499,6 +586,26 @@ def _written(source) -> dict:
     import torch
 
     return {"text_input_ids": torch.randint(0, 64, (1, 9), generator=source)}
+
+
+def _picture(channels: int, frames: int, side: int, vision: int = 0, mask: bool = True) -> Callable:
+    """Return `more` of a class that animates a picture: what the host's nodes make of a first frame."""
+    return functools.partial(_picture_values, channels, frames, side, vision, mask)
+
+
+def _picture_values(channels, frames, side, vision, mask, source) -> dict:
+    import comfy.clip_vision
+    import torch
+
+    values = {"concat_latent_image": torch.randn(1, channels, frames, side, side, generator=source)}
+    if mask:
+        values["concat_mask"] = torch.ones(1, 1, 3, side, side)
+        values["concat_mask"][:, :, :1] = 0.0
+    if vision:
+        values["clip_vision_output"] = comfy.clip_vision.Output()
+        for name in ("penultimate_hidden_states", "last_hidden_state"):
+            values["clip_vision_output"][name] = torch.randn(1, 5, vision, generator=source)
+    return values
 
 
 def _small_adapter(network) -> None:
@@ -566,12 +673,41 @@ CLASSES = {
     ),
     "Lumina2": ARCHITECTURES["Lumina 2"],
     "ZImage": Tiny(_of("ZImage", **_Z_IMAGE), (16, 8, 8), (7, 48)),
-    "HunyuanImage21": Tiny(
-        _by_params("HunyuanImage21", "hunyuan_video.model.HunyuanVideoParams", **_HUNYUAN_IMAGE), (64, 8, 8), (7, 48)
-    ),
+    "HunyuanImage21": Tiny(_by_params("HunyuanImage21", _HUNYUAN_PARAMS, **_HUNYUAN_IMAGE), (64, 8, 8), (7, 48)),
     "CosmosT2IPredict2": Tiny(_of("CosmosT2IPredict2", **_COSMOS), (16, 1, 8, 8), (7, 48)),
-    "WAN21_T2V": Tiny(_of("WAN21_T2V", **_WAN), (16, 1, 8, 8), (7, 48)),
-    "WAN22_T2V": Tiny(_of("WAN22_T2V", **{**_WAN, "in_dim": 48, "out_dim": 48}), (48, 1, 8, 8), (7, 48)),
+    "WAN21_T2V": Tiny(_of("WAN21_T2V", **_WAN), (16, 3, 8, 8), (7, 48)),
+    "WAN22_T2V": Tiny(_of("WAN22_T2V", **{**_WAN, "in_dim": 48, "out_dim": 48}), (48, 3, 8, 8), (7, 48)),
+    "HunyuanVideo": Tiny(_by_params("HunyuanVideo", _HUNYUAN_PARAMS, **_HUNYUAN_VIDEO), (16, 3, 8, 8), (7, 48), 32),
+    "HunyuanVideo15": Tiny(_by_params("HunyuanVideo15", _HUNYUAN_PARAMS, **_HUNYUAN_VIDEO_15), (32, 3, 4, 4), (7, 48)),
+    "GenmoMochi": Tiny(_of("GenmoMochi", **_MOCHI), (12, 3, 8, 8), (7, 48), more=_mask),
+    "LTXV": Tiny(_of("LTXV", **_LTXV), (128, 3, 4, 4), (7, 48), more=_mask),
+    "LTXAV": Tiny(_of("LTXAV", **_LTXAV), (128, 3, 4, 4), (7, 96)),
+    "CosmosT2V": Tiny(_of("CosmosT2V", **_COSMOS_VIDEO), (16, 3, 8, 8), (7, 48), more=_mask),
+    "Kandinsky5": Tiny(_of("Kandinsky5", **{**_KANDINSKY5, "visual_embed_dim": 132}), (16, 3, 8, 8), (7, 48), 32),
+    "CogVideoX_T2V": Tiny(_of("CogVideoX_T2V", **_COGVIDEO), (16, 3, 8, 8), (7, 48)),
+    "WAN21_I2V": Tiny(
+        _of("WAN21_I2V", **{**_WAN, "model_type": "i2v", "in_dim": 36}),
+        (16, 3, 8, 8),
+        (7, 48),
+        more=_picture(16, 3, 8, 1280),
+    ),
+    "HunyuanVideoI2V": Tiny(
+        _by_params("HunyuanVideoI2V", _HUNYUAN_PARAMS, **{**_HUNYUAN_VIDEO, "in_channels": 33}),
+        (16, 3, 8, 8),
+        (7, 48),
+        32,
+        more=_picture(16, 1, 8),
+    ),
+    "HunyuanVideoSkyreelsI2V": Tiny(
+        _by_params("HunyuanVideoSkyreelsI2V", _HUNYUAN_PARAMS, **{**_HUNYUAN_VIDEO, "in_channels": 32}),
+        (16, 3, 8, 8),
+        (7, 48),
+        32,
+        more=_picture(16, 1, 8, mask=False),
+    ),
+    "CogVideoX_I2V": Tiny(
+        _of("CogVideoX_I2V", **{**_COGVIDEO, "in_channels": 32}), (16, 3, 8, 8), (7, 48), more=_picture(16, 1, 8)
+    ),
     "HiDream": Tiny(_of("HiDream", **_HIDREAM), (16, 8, 8), (7, 48), 32, more=_llama),
     "Omnigen2": Tiny(_of("Omnigen2", **_OMNIGEN2), (16, 8, 8), (7, 48), more=_mask),
     "QwenImage": Tiny(_of("QwenImage", **_QWEN), (16, 1, 8, 8), (7, 48)),
@@ -607,7 +743,7 @@ REFUSED = {
     "LotusD": Tiny(_of("LotusD", **{**_UNCLIP, "adm_in_channels": 4}), (4, 8, 8), (77, 48)),
     "PixelDiTT2I": Tiny(_of("PixelDiTT2I", **_PIXEL_DIT), (3, 16, 16), (7, 48)),
 }
-_VIDEO = "draws video"
+_VIDEO = "draws video from inputs that no dataset holds"
 _AUDIO = "makes sound"
 _SHAPES = "makes three-dimensional shapes"
 _SEES = "finds things in pictures and draws none"
@@ -621,13 +757,13 @@ LEFT_OUT = {
     "HunyuanImage21Refiner": "refines a picture that another model has drawn",
     "PiD": "decodes and enlarges the latent of another model",
     "SeedVR2": "enlarges video",
-    **dict.fromkeys(("SVD_img2vid", "SV3D_u", "SV3D_p", "GenmoMochi", "LTXV", "LTXAV", "MiniMaxH3"), _VIDEO),
-    **dict.fromkeys(("HunyuanVideo", "HunyuanVideoI2V", "HunyuanVideoSkyreelsI2V", "HunyuanVideo15"), _VIDEO),
-    **dict.fromkeys(("HunyuanVideo15_SR_Distilled", "CosmosT2V", "CosmosI2V", "CosmosI2VPredict2"), _VIDEO),
-    **dict.fromkeys(("WAN21_I2V", "WAN21_FunControl2V", "WAN21_Vace", "WAN21_Camera", "WAN22_Camera"), _VIDEO),
+    **dict.fromkeys(("SVD_img2vid", "SV3D_u", "SV3D_p", "MiniMaxH3"), _VIDEO),
+    "HunyuanVideo15_SR_Distilled": "enlarges video",
+    **dict.fromkeys(("CosmosI2V", "CosmosI2VPredict2"), "continues a video that the sampler's mask keeps"),
+    **dict.fromkeys(("WAN21_FunControl2V", "WAN21_Vace", "WAN21_Camera", "WAN22_Camera"), _VIDEO),
     **dict.fromkeys(("WAN22_S2V", "WAN21_HuMo", "WAN22_Animate", "WAN_Animate2", "WAN21_CausalAR_T2V"), _VIDEO),
-    **dict.fromkeys(("WAN21_FlowRVS", "WAN21_SCAIL", "WAN21_SCAIL2", "WAN22_WanDancer", "Kandinsky5"), _VIDEO),
-    **dict.fromkeys(("CogVideoX_T2V", "CogVideoX_I2V", "CogVideoX_Inpaint"), _VIDEO),
+    **dict.fromkeys(("WAN21_FlowRVS", "WAN21_SCAIL", "WAN21_SCAIL2", "WAN22_WanDancer"), _VIDEO),
+    "CogVideoX_Inpaint": _VIDEO,
     **dict.fromkeys(("StableAudio", "StableAudio3", "ACEStep", "ACEStep15", "MiniMaxMusic3"), _AUDIO),
     **dict.fromkeys(("Hunyuan3Dv2", "Hunyuan3Dv2_1", "Hunyuan3Dv2mini", "TripoSplat", "Trellis2"), _SHAPES),
     **dict.fromkeys(("RT_DETR_v4", "SAM3", "SAM31", "DepthAnything3"), _SEES),
@@ -638,6 +774,7 @@ SIZES = {
     **REFUSED,
     **ARCHITECTURES,
     "SD2": CLASSES["SD20"],
+    "HunyuanVideo15 I2V": replace(CLASSES["HunyuanVideo15"], more=_picture(32, 3, 4, 24)),
     "SD1 inpaint": Tiny(_of("SD15", **{**_SD1, "in_channels": 9}), (4, 8, 8), (77, 48)),
     "SDXL with text": Tiny(_of("SDXL", **_sdxl(24)), (4, 8, 8), (77, 48), 24),
     # With the feed-forward width of diffusers' Flux.

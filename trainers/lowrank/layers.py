@@ -190,7 +190,9 @@ class StepWeights:
         for group in groups:
             group.forget()
             group.copies = None
-        dtype = inputs[0].dtype
+        # Networks that can draw with sound take a list of latents.
+        latent = inputs[0][0] if isinstance(inputs[0], (list, tuple)) else inputs[0]
+        dtype = latent.dtype
         if not dtype.is_floating_point or self._layers[0].down.weight.dtype == dtype:
             return
         downs = [layer.down.weight for group in groups for layer in group.layers]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,6 +22,7 @@ from ....trainers.families import family_of
 from ....trainers.formats.adapter import Adapter, as_adapter
 from ....trainers.formats.network import ranks_of
 from ....trainers.memory.oom import in_one_line, is_out_of_memory
+from ....trainers.objective.options import NATIVE
 from ....trainers.preprocessing.crops import all_resolutions
 from ....trainers.protocols import Geometry, Host
 from ....trainers.recipe.options import AS_IT_IS
@@ -52,6 +54,9 @@ if TYPE_CHECKING:
     from ....trainers.engine.session import Result
     from ....trainers.formats.embedding import Embedding
     from ....trainers.recipe.recipe import Recipe
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -128,7 +133,7 @@ def _train(model, clip, vae, dataset, widgets, options, training: Training) -> T
         text = ComfyText(clip)
         denoiser = ComfyDenoiser(model, text, vae)
         widgets = with_named_start(widgets, options)
-        recipe = build_recipe(model, dataset, widgets, options)
+        recipe = with_expert_range(build_recipe(model, dataset, widgets, options), model, training.node)
         if training.workflow:
             recipe = with_picture(recipe, dataset)
         progress = Progress(training, recipe.steps)
@@ -222,7 +227,7 @@ def export(
         text = ComfyText(clip)
         denoiser = ComfyDenoiser(model, text, vae)
         widgets = with_named_start(widgets, options)
-        recipe = build_recipe(model, dataset, widgets, options)
+        recipe = with_expert_range(build_recipe(model, dataset, widgets, options), model, node)
         preview_model = _preview_model(recipe, denoiser, model, clip, vae, options, node)
         host = Host(denoiser, text, ComfyCodec(vae), report, preview_model=preview_model, start=widgets.start)
         base = provenance.describe(node, host, files=True)
@@ -245,6 +250,17 @@ def build_recipe(model: ModelPatcher, dataset: Dataset, widgets: TrainInputs, op
     ranks = ranks_of(widgets.start) if is_needed else {}
     inputs = RecipeInputs(**values, resolution=dataset.resolution, trigger=dataset.trigger, ranks=ranks)
     return resolve(options, family_of(families.family_name(model)), inputs)
+
+
+def with_expert_range(recipe: Recipe, model: ModelPatcher, node: str) -> Recipe:
+    """Train an expert of Wan 2.2 on its own timesteps if the user sets none."""
+    objective = recipe.objective
+    is_set = (objective.min_timestep, objective.max_timestep) != (NATIVE.min_timestep, NATIVE.max_timestep)
+    bounds = families.expert_range(model, provenance.loader_texts(node))
+    if bounds is None or is_set or recipe.slider_prompts:
+        return recipe
+    log.info("Graft: this model is an expert of Wan 2.2, so it is trained on timesteps %d to %d.", *bounds)
+    return replace(recipe, objective=replace(objective, min_timestep=bounds[0], max_timestep=bounds[1]))
 
 
 def with_named_start(widgets: TrainInputs, options: Options | None) -> TrainInputs:

@@ -46,8 +46,7 @@ def describe(node: str, host: Host, files: bool) -> dict[str, Any]:
     Raises:
         ModelError: the provenance is unknown, or includes nodes of other packs.
     """
-    context = get_executing_context()
-    prompt = running_prompt(context.prompt_id) if context is not None else None
+    prompt = _executing_prompt()
     inputs = (prompt or {}).get(node, {}).get("inputs", {})
     links = {socket: inputs.get(socket) for socket in SOCKETS}
     if host.preview_model is not None:
@@ -74,6 +73,25 @@ def describe(node: str, host: Host, files: bool) -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """Return the versions that decide a training's last digits."""
     return {"ComfyUI": comfyui_version.__version__, "PyTorch": torch.__version__}
+
+
+def _executing_prompt() -> dict[str, Any] | None:
+    context = get_executing_context()
+    return running_prompt(context.prompt_id) if context is not None else None
+
+
+def loader_texts(node: str) -> list[str]:
+    """Return the texts on the loader that a node's `model` comes from, such as the file's name; none if unknown."""
+    prompt = _executing_prompt() or {}
+    seen: set[str] = set()
+    while node in prompt and node not in seen:
+        seen.add(node)
+        inputs = prompt[node]["inputs"]
+        link = inputs.get("model")
+        if not _is_link(link):
+            return [value for value in inputs.values() if isinstance(value, str)] if len(seen) > 1 else []
+        node = link[0]
+    return []
 
 
 def fingerprints(host: Host) -> dict[str, str]:

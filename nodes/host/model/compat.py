@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import comfy.ldm.common_dit
 import comfy.model_management
 import torch
 
+from ....trainers.memory.autograd import out_of_place_suspended
+
+_LIGHTRICKS = "comfy.ldm.lightricks."
+_IN_PLACE_BLOCK = "BasicAVTransformerBlock"
 _KITCHEN = "comfy_kitchen"
 _PLAIN = "comfy_kitchen.backends.eager.rope"
 _NAMES = tuple(
@@ -35,6 +42,40 @@ def differentiable_rope() -> Iterator[None]:
     finally:
         for name, kernel in originals.items():
             setattr(kitchen, name, kernel)
+
+
+@contextmanager
+def recorded_blocks(network: torch.nn.Module) -> Iterator[None]:
+    """Let autograd record the blocks of Lightricks' networks, which add in place without binding the result.
+
+    Norms save copies of their inputs, which `addcmul_` changes. Blocks for picture and sound add in place for good, to
+    copies of their inputs: a recomputation needs the inputs as they were.
+
+    Args:
+        network: a private tree.
+    """
+    if not type(network).__module__.startswith(_LIGHTRICKS):
+        yield
+        return
+    for block in network.modules():
+        if type(block).__name__ == _IN_PLACE_BLOCK:
+            block.forward = functools.partial(_forward_in_place, block.forward)
+    original = comfy.ldm.common_dit.rms_norm
+
+    def rms_norm(values: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        copied = values.clone() if torch.is_grad_enabled() and values.requires_grad else values
+        return original(copied, *args, **kwargs)
+
+    comfy.ldm.common_dit.rms_norm = rms_norm
+    try:
+        yield
+    finally:
+        comfy.ldm.common_dit.rms_norm = original
+
+
+def _forward_in_place(forward: Callable, latents: tuple[torch.Tensor, ...], *args, **kwargs) -> Any:
+    with out_of_place_suspended():
+        return forward(tuple(latent.clone() for latent in latents), *args, **kwargs)
 
 
 @contextmanager

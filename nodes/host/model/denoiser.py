@@ -63,6 +63,7 @@ class ComfyDenoiser:
         self.conditioning_kind = _KINDS.get(self._image_conditioning, SOURCE)
         self.max_sources = 1 if self._image_conditioning == families.CONCAT else MAX_SOURCES
         self.parameterization = families.parameterization_name(self._model)
+        self._preserves_variance = families.preserves_variance(self._model)
         self.sigma_data = float(getattr(self._sampling, "sigma_data", 1.0))
         self.noise_scale = float(getattr(self._sampling, "noise_scale", 1.0))
         self._guidance = families.guidance(self._model)
@@ -127,7 +128,9 @@ class ComfyDenoiser:
     def add_noise(self, x0: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         """Add noise by the model's own sampling object."""
         with torch.no_grad():
-            return self._sampling.noise_scaling(sigma.view(-1, *[1] * (x0.ndim - 1)), noise, x0)
+            sigma = sigma.view(-1, *[1] * (x0.ndim - 1))
+            x_t = self._sampling.noise_scaling(sigma, noise, x0)
+            return x_t / (sigma**2 + 1) ** 0.5 if self._preserves_variance else x_t
 
     def denoised(self, output: torch.Tensor, x_t: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         """Turn a raw output into x0 by the model's own sampling object."""
@@ -157,6 +160,7 @@ class ComfyDenoiser:
             # ComfyUI passes None for text encoders without a pooled output; some models look the name up.
             "pooled_output": None,
             "latent_image": torch.zeros_like(x_t),
+            "latent_shapes": [x_t.shape],
             "prompt_type": "positive",
         }
         # Text that was encoded with an autograd graph keeps its graph.
@@ -181,11 +185,15 @@ class ComfyDenoiser:
             extra = {name: _cast(value, self.device, dtype) for name, value in joined.items()}
             t = self._sampling.timestep(sigma).float()
             t = self._base.process_timestep(t, x=x_t, **extra)
+            shapes = extra.pop("latent_shapes", None)
         if hasattr(self.module, "clear_kv_cache"):
             # The network's text cache holds results of an earlier step's weights.
             self.module.clear_kv_cache()
         options = self._step_options(sigma, context)
-        output = self.module(x.to(dtype), t, context=context, control=None, transformer_options=options, **extra)
+        x = x.to(dtype)
+        if shapes is not None:
+            x = comfy.utils.unpack_latents(x, shapes)
+        output = self.module(x, t, context=context, control=None, transformer_options=options, **extra)
         if isinstance(output, (list, tuple)):
             raise ModelError(
                 "Cannot train a model that returns several latents at once.", "Use another model.", "model"
@@ -231,7 +239,7 @@ class ComfyDenoiser:
             self.adds_in_place = family_of(self.family).adds_in_place or is_patched
             self.position_options = () if is_patched else _POSITION_OPTIONS
             try:
-                with compat.training_flag(True), compat.differentiable_rope():
+                with compat.training_flag(True), compat.differentiable_rope(), compat.recorded_blocks(self.module):
                     yield
             finally:
                 self._sampler = None

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import re
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import comfy.utils
 from comfy.model_base import BaseModel
 
-from ....trainers.families import Family, LayerSplit, family_of
+from ....trainers.families import GENERAL, Family, LayerSplit, family_of
 from ....trainers.memory.transfer import upload
 from ....trainers.protocols import HOLE, Geometry
 
@@ -37,6 +39,18 @@ _FAMILIES = {
     "WAN21_T2V": "Wan",
     "CosmosT2IPredict2": "Cosmos-Predict2",
     "Anima": "Anima",
+    # Subclasses that were trained without a description before their base class had one.
+    "HunyuanImage21": GENERAL.name,
+    "HunyuanImage21Refiner": GENERAL.name,
+    "Kandinsky5Image": GENERAL.name,
+    "HunyuanVideo15": "HunyuanVideo 1.5",
+    "HunyuanVideo15_SR_Distilled": GENERAL.name,
+    "HunyuanVideo": "HunyuanVideo",
+    "LTXV": "LTX-Video",
+    "CosmosT2V": "Cosmos",
+    "GenmoMochi": "Mochi",
+    "CogVideoX_T2V": "CogVideoX",
+    "Kandinsky5": "Kandinsky 5",
 }
 
 # Kinds of conditioning on an image, besides HOLE.
@@ -52,6 +66,10 @@ _DIFFUSERS_MAPS = {"SD3": "mmdit_to_diffusers", "Flux": "flux_to_diffusers"}
 # Words in the class or module names of the pack that loads this format, ComfyUI-nunchaku. Its layers have no backward.
 _FORMATS = {"nunchaku": "Nunchaku", "svdq": "Nunchaku"}
 
+# By channels of the input: latents alone, or with a mask and a picture beside them.
+_BOUNDARIES = {16: 875, 36: 900}
+_EXPERT = re.compile(r"(high|low)[ _-]?noise", re.IGNORECASE)
+
 # Keys are names of the class that defines noising, network input and output. LCM's network predicts the noise.
 _OBJECTIVE = ("noise_scaling", "calculate_input", "calculate_denoised")
 _PARAMETERIZATIONS = {
@@ -62,6 +80,7 @@ _PARAMETERIZATIONS = {
     "CONST": "flow",
     "COSMOS_RFLOW": "flow",
     "LCM": "eps",
+    "V_PREDICTION_DDPM": "v",
 }
 
 
@@ -76,11 +95,25 @@ def family_name(model: ModelPatcher) -> str:
 
 def parameterization_name(model: ModelPatcher) -> str:
     """Return the name in `trainers.objective`, or the name of an unknown class, which is refused there."""
+    name = _objective_name(model)
+    return _PARAMETERIZATIONS.get(name, name)
+
+
+def _objective_name(model: ModelPatcher) -> str:
+    """Return the name of the class that defines the model's noising, network input and output."""
     sampling = model.get_model_object("model_sampling")
     for kind in type(sampling).__mro__:
         if any(name in vars(kind) for name in _OBJECTIVE):
-            return _PARAMETERIZATIONS.get(kind.__name__, kind.__name__)
+            return kind.__name__
     return type(sampling).__name__
+
+
+def preserves_variance(model: ModelPatcher) -> bool:
+    """Report whether the network and ComfyUI's formula for x0 expect x_t / sqrt(sigma^2 + 1), as CogVideoX does.
+
+    ComfyUI's own sampler for such models, of the VOID nodes, never scales the noise.
+    """
+    return _objective_name(model) == "V_PREDICTION_DDPM"
 
 
 def diffusers_splits(model: ModelPatcher) -> dict[str, tuple[LayerSplit, ...]]:
@@ -205,6 +238,22 @@ def few_step_evidence(model: ModelPatcher) -> str:
     if model.model.model_config.unet_config.get("meanflow"):
         return "a mean-flow model"
     return ""
+
+
+def expert_range(model: ModelPatcher, texts: Iterable[str]) -> tuple[int, int] | None:
+    """Return the bounds of t * 1000 for which an expert of Wan 2.2 14B was made; None for other models.
+
+    Both experts have the same layers, so the loader's file name tells which one it is. The boundary is that of Wan's
+    own configurations: 0.875 for text to video, 0.9 for image to video.
+    """
+    config = model.model.model_config
+    boundary = _BOUNDARIES.get(config.unet_config.get("in_dim"))
+    if type(config).__name__ not in ("WAN21_T2V", "WAN21_I2V") or boundary is None:
+        return None
+    experts = {match.group(1).lower() for match in map(_EXPERT.search, texts) if match}
+    if len(experts) != 1:
+        return None
+    return (boundary, 1000) if experts == {"high"} else (0, boundary)
 
 
 def hidden_format(model: ModelPatcher) -> str:
