@@ -258,6 +258,47 @@ def gradients(group, fields, windows):
     return found, sizes, buckets
 
 
+SIZES = [(7, 3), (40,), (5, 50), (1,), (300,), (900,), (2, 2), (64, 3)]
+
+
+def own_gradients(rank):
+    """Return a process's gradient of each parameter of SIZES, of which nobody has the third, and rank 0 the fourth."""
+    import torch
+
+    source = torch.Generator().manual_seed(rank)
+    grads = [torch.randn(size, generator=source) for size in SIZES]
+    return [grad for number, grad in enumerate(grads) if number != 2 and (number != 3 or not rank)]
+
+
+def reduce(group, half=False):
+    """Return the sums of `own_gradients` as (list, strides), and of each of two steps (buckets, those overlapped).
+
+    Each process has its gradients in two backwards, which come to the parameters in an order of its own.
+    """
+    import torch
+
+    parameters = [torch.nn.Parameter(torch.zeros(size)) for size in SIZES]
+    parameters[0] = torch.nn.Parameter(torch.zeros(3, 7).t())
+    reducer = group.reducer(parameters, half)
+    counts = []
+    for _ in range(2):
+        held = [
+            parameter for number, parameter in enumerate(parameters) if number != 2 and (number != 3 or not group.rank)
+        ]
+        pairs = list(zip(held, own_gradients(group.rank), strict=True))
+        pairs = pairs[group.rank :] + pairs[: group.rank]
+        reducer.begin()
+        sum((parameter * grad / 2).sum() for parameter, grad in pairs).backward()
+        with reducer.last_backward():
+            sum((parameter * grad / 2).sum() for parameter, grad in pairs).backward()
+        counts.append((reducer.buckets, reducer.overlapped))
+        reducer.finish()
+        found = [None if one.grad is None else (one.grad.tolist(), one.grad.stride()) for one in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+    return found, counts
+
+
 def held_by(blocks):
     """Return the bytes of storages of the blocks' frozen weights in this process."""
     held = [one for block in blocks for one in block.parameters() if not one.requires_grad]
@@ -265,7 +306,7 @@ def held_by(blocks):
     return sum({one.data_ptr(): one.nbytes() for one in storages}.values())
 
 
-TASKS = {"train": train, "train_kinds": train_kinds, "gradients": gradients, "fail": fail}
+TASKS = {"train": train, "train_kinds": train_kinds, "gradients": gradients, "fail": fail, "reduce": reduce}
 
 
 if __name__ == WORKER:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.support import kinds
 from tests.support.diffusers_host import make_host, run_session, same_state
 from tests.support.groups import FULL, WINDOWS, assert_close, gradients_of, log_of, state_in, state_steps
-from tests.support.process_group import ProcessGroup
+from tests.support.process_group import ProcessGroup, own_gradients
 
 
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=6), st.integers(1, 70))
@@ -65,6 +65,27 @@ def test_gradients_of_a_global_batch_are_those_of_one_process(fields, trials):
                 is_idle = all(part.start == part.stop for part in rows)
                 assert number > 5
                 assert overlapped == (0 if is_idle else number)
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["exact", "bf16"])
+def test_sums_of_any_gradients_in_any_order_of_arrival(half, trials):
+    for world in trials([3], [2, 3, 4]):
+        answers = ProcessGroup(world).run("reduce", half=half)
+        again = ProcessGroup(world).run("reduce", half=half)
+        assert all(answer[0] == answers[0][0] for answer in (*answers, *again))
+        sums = answers[0][0]
+        assert sums.pop(2) is None
+        parts = [own_gradients(rank) for rank in range(world)]
+        for rank in range(1, world):
+            parts[rank].insert(2, torch.zeros(1))
+        for number, (values, strides) in enumerate(sums):
+            own = torch.stack([part[number] for part in parts])
+            # Each of N roundings to 8 bits.
+            bound = own.abs().sum(0) * (world * 2**-8 if half else 1e-6)
+            assert ((torch.tensor(values) - own.sum(0)).abs() <= bound).all()
+            assert strides == ((1, 3) if number == 0 else tuple(own[0].contiguous().stride()))
+        # A gradient that nobody has holds up the buckets behind it.
+        assert all(0 < overlapped < number for _, counts in answers for number, overlapped in counts)
 
 
 @pytest.fixture(scope="module")

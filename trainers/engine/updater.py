@@ -16,6 +16,7 @@ from ..optimizers.groups import parameter_groups
 from ..optimizers.per_parameter import PerParameterOptimizer
 from ..optimizers.registry import OPTIMIZERS
 from ..optimizers.state import restore_optimizer, state_of
+from ..recipe.options import HALF
 from ..steps.pending_step import PendingNumbers, StepLosses
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class ParameterUpdater:
         else:
             self.optimizer = kind.make(groups, recipe)
         self.masks = self._can_mask(host)
-        self._reducer = host.group.reducer(self._in_forward_order(host))
+        self._reducer = host.group.reducer(self._in_forward_order(host), recipe.communication == HALF)
         self._norms: dict[torch.nn.Parameter, torch.Tensor] = {}
         self._highest = math.inf
         self._rests = False
