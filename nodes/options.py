@@ -82,6 +82,13 @@ class GraftRunOptions(OptionNode):
                     "Waiting prompts for which the training pauses; it continues behind them by itself. Short prompts "
                     "have no training. auto: as in the settings, at first off.",
                 ),
+                advanced(
+                    cls.widget(
+                        "communication",
+                        "Gradients between processes: exact, or rounded to bf16, which halves what is sent and makes "
+                        "another run. auto: exact.",
+                    )
+                ),
             ),
         )
 

@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+
+class GradientReducer:
+    """Sum of the gradients over a group, step by step. This base class is that of one process: nothing to sum."""
+
+    def begin(self) -> None:
+        """Start a step, before its first backward. Raise PeerLostError as `Group.all_reduce` does."""
+
+    def last_backward(self) -> AbstractContextManager:
+        """Return a context for the last backward of the step: gradients may be sent while it runs."""
+        return nullcontext()
+
+    def finish(self) -> None:
+        """Replace each gradient by its sum over all processes. If no process has a gradient, it stays None."""
+
+    def close(self) -> None:
+        """Remove the hooks from the parameters."""
 
 
 class Group:
@@ -42,8 +59,14 @@ class Group:
     def abort(self) -> None:
         """Tell the other processes that this one ends, so that their next `all_reduce` raises PeerLostError."""
 
-    def all_reduce_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        """Replace each gradient by its sum over all processes. If no process has a gradient, it stays None."""
+    def reducer(self, parameters: Sequence[nn.Parameter], half: bool = False) -> GradientReducer:
+        """Return the sum of the parameters' gradients over all processes.
+
+        Args:
+            parameters: in the order in which the forward uses them.
+            half: send float32 gradients as bfloat16.
+        """
+        return GradientReducer()
 
     def broadcast(self, tensors: Iterable[torch.Tensor]) -> None:
         """Copy the main process's values into the tensors of all processes."""

@@ -37,15 +37,15 @@ WINDOWS = [
 
 
 def gradients_of(world, fields):
-    """Return the byte counts per process, after checking that its gradients equal one process's."""
+    """Return byte and bucket counts per process, after checking that its gradients equal one process's."""
     with planned([make_item(index) for index in range(8)]) as (plan, host):
         alone = [gradient_of(plan, host, window, step)[:2] for step, window in enumerate(WINDOWS)]
     answers = ProcessGroup(world).run("gradients", fields=fields, windows=WINDOWS)
-    assert all(found == answers[0][0] for found, _ in answers)
+    assert all(found == answers[0][0] for found, *_ in answers)
     for (loss, gradient), (expected, whole) in zip(answers[0][0], alone, strict=True):
         assert loss == pytest.approx(expected, rel=1e-6)
         assert models.distance(torch.tensor(gradient), whole) <= 1e-6
-    return [sizes for _, sizes in answers]
+    return [counts for _, *counts in answers]
 
 
 def state_in(folder, step=6):

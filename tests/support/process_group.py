@@ -82,8 +82,11 @@ def join(given):
     import torch
 
     torch.set_num_threads(1)
+    from graft_pack.trainers.distributed import gradient_reducer
     from graft_pack.trainers.distributed.accelerate_group import AccelerateGroup
 
+    # The networks of tests are small, but have several buckets.
+    gradient_reducer._FIRST_BYTES, gradient_reducer._BYTES = 1000, 4000
     group = AccelerateGroup(cpu=True)
     given["pipe"].send(TASKS[given["task"]](group, **given["arguments"]))
     group.close()
@@ -94,8 +97,10 @@ def train(group, folder, fields, death=None):
 
     Args:
         death: (rank, where, count): that process dies as by kill -9 when it comes to `where` for the count-th time;
-            `where` is "part" (of a gradient), "sum" (before the gradients are summed), "summed" or "report".
+            `where` is "part" (of a gradient), "bucket" (before it is sent), "sum" (before the sums are awaited),
+            "summed" or "report".
     """
+    from graft_pack.trainers.distributed import gradient_reducer
     from graft_pack.trainers.errors import PeerLostError
 
     from tests.support.diffusers_host import make_host, run_session
@@ -107,14 +112,20 @@ def train(group, folder, fields, death=None):
                 os.kill(os.getpid(), signal.SIGKILL)
 
     counts = {}
-    whole = group.all_reduce_gradients
+    whole = gradient_reducer.BucketReducer.finish
+    sent = gradient_reducer.BucketReducer._send
 
-    def all_reduce_gradients(parameters):
+    def finish(reducer):
         reached("sum")
-        whole(parameters)
+        whole(reducer)
         reached("summed")
 
-    group.all_reduce_gradients = all_reduce_gradients
+    def send(reducer, bucket):
+        reached("bucket")
+        sent(reducer, bucket)
+
+    gradient_reducer.BucketReducer.finish = finish
+    gradient_reducer.BucketReducer._send = send
     host = make_host(lambda event, payload: reached("report"))
     host = replace(host, check_interrupt=lambda: reached("part"), group=group)
     try:
@@ -141,16 +152,16 @@ def train_kinds(group, folder, names, fields):
     return found
 
 
-def fail(group, folder, fields, rank, where="part", memory=0):
+def fail(group, folder, fields, rank, where="part", memory=0, after=0):
     """Run a training that fails in one process; return the error that ended each process, or its losses.
 
     Args:
-        where: "part" (of a gradient), "validation" or "preview": in the middle of its first forward; or "sum": before
-            the
-            gradients are summed, for memory only.
+        where: "part" (of a gradient), "validation" or "preview": in the middle of its first forward; or "bucket": in
+            the backward, when it is sent.
         memory: number of out-of-memory errors there; 0 for one error of that process's own.
+        after: number of times that it gets through there before.
     """
-    from graft_pack.trainers.distributed import accelerate_group
+    from graft_pack.trainers.distributed import gradient_reducer
     from graft_pack.trainers.engine import loop
     from graft_pack.trainers.memory.autograd import blocks_of
 
@@ -158,8 +169,9 @@ def fail(group, folder, fields, rank, where="part", memory=0):
 
     def trouble(done):
         def troubled(*args, **kwargs):
-            if group.rank == rank and len(over) < max(1, memory):
+            if group.rank == rank:
                 over.append(True)
+            if group.rank == rank and after < len(over) <= after + max(1, memory):
                 raise RuntimeError("out of memory") if memory else KeyError("of this process")
             return done(*args, **kwargs)
 
@@ -169,9 +181,8 @@ def fail(group, folder, fields, rank, where="part", memory=0):
     host = replace(make_host(), group=group)
     if where == "part":
         host = replace(host, check_interrupt=trouble(host.check_interrupt))
-    if where == "sum":
-        found = "out of memory" if group.rank == rank else ""
-        accelerate_group._shortage = lambda *given: found
+    if where == "bucket":
+        gradient_reducer.BucketReducer._message = trouble(gradient_reducer.BucketReducer._message)
     if where == "preview":
         drawn = host.denoiser.preview
 
@@ -202,10 +213,10 @@ def in_a_pass(tree):
 
 
 def gradients(group, fields, windows):
-    """Return ((loss, gradient as a list) of all processes together per window of batches, bytes of frozen weights).
+    """Return ((loss, gradient as a list) of all processes together per window, bytes of frozen weights, buckets).
 
     The bytes are those of the blocks before sharding, and those that this process holds after each forward and after
-    each step.
+    each step. The buckets of each window: (number, number of those sent before the last backward ended).
     """
     from graft_pack.trainers.engine import loop
     from graft_pack.trainers.engine.updater import ParameterUpdater
@@ -216,16 +227,16 @@ def gradients(group, fields, windows):
     from tests.support import models
     from tests.support.diffusers_host import make_item, planned
 
-    found = []
+    found, buckets = [], []
     with planned([make_item(index) for index in range(8)], **fields) as (plan, host):
         host = replace(host, group=group)
         blocks = blocks_of(host.denoiser.module)
         sizes = [held_by(blocks)]
 
         class Watched(ParameterUpdater):
-            def backward(self, loss):
+            def backward(self, loss, is_last=False):
                 sizes.append(held_by(blocks))
-                super().backward(loss)
+                super().backward(loss, is_last)
 
         if plan.recipe.checkpointing == "on":
             checkpoint_blocks(blocks, plan.recipe.keeps_attention)
@@ -235,12 +246,57 @@ def gradients(group, fields, windows):
             for parameter in plan.trainables.values():
                 parameter.grad = None
             window = Window.of(step, batches, group)
-            losses = loop.accumulate_gradients(plan, host, window, Watched(plan, host))
+            updater = Watched(plan, host)
+            updater.begin(step)
+            losses = loop.accumulate_gradients(plan, host, window, updater)
+            updater.sum_gradients()
+            updater.close()
+            buckets.append((updater._reducer.buckets, updater._reducer.overlapped))
             loss = group.all_reduce(losses.mean)
-            group.all_reduce_gradients(list(plan.trainables.values()))
             found.append((loss, models.joined(one.grad for one in plan.trainables.values()).tolist()))
             sizes.append(held_by(blocks))
-    return found, sizes
+    return found, sizes, buckets
+
+
+SIZES = [(7, 3), (40,), (5, 50), (1,), (300,), (900,), (2, 2), (64, 3)]
+
+
+def own_gradients(rank):
+    """Return a process's gradient of each parameter of SIZES, of which nobody has the third, and rank 0 the fourth."""
+    import torch
+
+    source = torch.Generator().manual_seed(rank)
+    grads = [torch.randn(size, generator=source) for size in SIZES]
+    return [grad for number, grad in enumerate(grads) if number != 2 and (number != 3 or not rank)]
+
+
+def reduce(group, half=False):
+    """Return the sums of `own_gradients` as (list, strides), and of each of two steps (buckets, those overlapped).
+
+    Each process has its gradients in two backwards, which come to the parameters in an order of its own.
+    """
+    import torch
+
+    parameters = [torch.nn.Parameter(torch.zeros(size)) for size in SIZES]
+    parameters[0] = torch.nn.Parameter(torch.zeros(3, 7).t())
+    reducer = group.reducer(parameters, half)
+    counts = []
+    for _ in range(2):
+        held = [
+            parameter for number, parameter in enumerate(parameters) if number != 2 and (number != 3 or not group.rank)
+        ]
+        pairs = list(zip(held, own_gradients(group.rank), strict=True))
+        pairs = pairs[group.rank :] + pairs[: group.rank]
+        reducer.begin()
+        sum((parameter * grad / 2).sum() for parameter, grad in pairs).backward()
+        with reducer.last_backward():
+            sum((parameter * grad / 2).sum() for parameter, grad in pairs).backward()
+        counts.append((reducer.buckets, reducer.overlapped))
+        reducer.finish()
+        found = [None if one.grad is None else (one.grad.tolist(), one.grad.stride()) for one in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+    return found, counts
 
 
 def held_by(blocks):
@@ -250,7 +306,7 @@ def held_by(blocks):
     return sum({one.data_ptr(): one.nbytes() for one in storages}.values())
 
 
-TASKS = {"train": train, "train_kinds": train_kinds, "gradients": gradients, "fail": fail}
+TASKS = {"train": train, "train_kinds": train_kinds, "gradients": gradients, "fail": fail, "reduce": reduce}
 
 
 if __name__ == WORKER:

@@ -23,7 +23,7 @@ def test_each_holds_its_share_and_the_gradient_is_that_of_one_process(checkpoint
     """Also if a step has fewer pictures than processes: the others show a picture that counts for nothing."""
     fields = {"shard": "on", "checkpointing": checkpointing, "recompute": recompute}
     for world in trials(worlds, [2, 3, 4]):
-        for whole, *held in gradients_of(world, fields):
+        for (whole, *held), _ in gradients_of(world, fields):
             # Padding fills up sizes that do not divide evenly.
             most = 1.01 * whole / world + 4096
             assert all(whole / world <= size <= most for size in held)

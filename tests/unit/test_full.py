@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from graft_pack.trainers.engine import loop, updater
+from graft_pack.trainers.engine import accumulation, updater
 from graft_pack.trainers.errors import NumbersError, OutOfMemory
 from graft_pack.trainers.optimizers import OPTIMIZERS, per_parameter
 from graft_pack.trainers.optimizers.stochastic_rounding import round_stochastically
@@ -254,10 +254,10 @@ def test_numbers_that_are_none_move_nothing_that_is_kept(what, kept, straight, t
         for losses in loop_terms(*args, **kwargs):
             yield losses * float("nan") if what == "loss" and steps[-1] == 3 else losses
 
-    loop_terms = loop.loss_terms
+    loop_terms = accumulation.loss_terms
     with monkeypatch.context() as patch:
         patch.setattr(updater.ParameterUpdater, "begin", spoiling)
-        patch.setattr(loop, "loss_terms", terms)
+        patch.setattr(accumulation, "loss_terms", terms)
         with pytest.raises(NumbersError, match=f"{what} of step 4 is not finite .pictures: .*image"):
             run_session(tmp_path, **fields)
     resumed = run_session(tmp_path, **fields)

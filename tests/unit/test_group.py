@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from tests.support import kinds
 from tests.support.diffusers_host import make_host, run_session, same_state
-from tests.support.groups import FULL, assert_close, gradients_of, log_of, state_in, state_steps
-from tests.support.process_group import ProcessGroup
+from tests.support.groups import FULL, WINDOWS, assert_close, gradients_of, log_of, state_in, state_steps
+from tests.support.process_group import ProcessGroup, own_gradients
 
 
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=6), st.integers(1, 70))
@@ -59,7 +59,33 @@ def test_an_epoch_shows_each_picture_as_often_as_it_should_whoever_shows_it(
 @pytest.mark.parametrize("fields", [{}, {"micro_batch": 1}], ids=["whole", "micro"])
 def test_gradients_of_a_global_batch_are_those_of_one_process(fields, trials):
     for world in trials([2], [2, 3, 4]):
-        gradients_of(world, fields)
+        for rank, (_, buckets) in enumerate(gradients_of(world, fields)):
+            for window, (number, overlapped) in zip(WINDOWS, buckets, strict=True):
+                rows = rows_of([len(members) for _, members in window], rank, world)
+                is_idle = all(part.start == part.stop for part in rows)
+                assert number > 5
+                assert overlapped == (0 if is_idle else number)
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["exact", "bf16"])
+def test_sums_of_any_gradients_in_any_order_of_arrival(half, trials):
+    for world in trials([3], [2, 3, 4]):
+        answers = ProcessGroup(world).run("reduce", half=half)
+        again = ProcessGroup(world).run("reduce", half=half)
+        assert all(answer[0] == answers[0][0] for answer in (*answers, *again))
+        sums = answers[0][0]
+        assert sums.pop(2) is None
+        parts = [own_gradients(rank) for rank in range(world)]
+        for rank in range(1, world):
+            parts[rank].insert(2, torch.zeros(1))
+        for number, (values, strides) in enumerate(sums):
+            own = torch.stack([part[number] for part in parts])
+            # Each of N roundings to 8 bits.
+            bound = own.abs().sum(0) * (world * 2**-8 if half else 1e-6)
+            assert ((torch.tensor(values) - own.sum(0)).abs() <= bound).all()
+            assert strides == ((1, 3) if number == 0 else tuple(own[0].contiguous().stride()))
+        # A gradient that nobody has holds up the buckets behind it.
+        assert all(0 < overlapped < number for _, counts in answers for number, overlapped in counts)
 
 
 @pytest.fixture(scope="module")
@@ -106,8 +132,9 @@ def test_every_kind_of_training_gives_what_one_process_gives(fields, each_kind, 
         assert_close(tmp_path / name, each_kind / name)
 
 
-# (killed rank, place, event number): within a gradient, before and after the all-reduce, and between steps.
-DEATHS = [(1, "part", 5), (0, "summed", 4), (1, "sum", 3), (0, "report", 6), (0, "part", 4), (1, "summed", 1)]
+# (killed rank, place, event number): within a gradient, between two buckets, before and after the sums arrive, between
+# steps.
+DEATHS = [(1, "bucket", 50), (0, "summed", 4), (1, "sum", 3), (0, "report", 6), (0, "part", 4), (1, "summed", 1)]
 
 
 @pytest.mark.soak
@@ -146,11 +173,27 @@ def test_an_error_of_one_ends_all_and_none_waits(tmp_path):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_who_has_no_room_for_the_messages_says_so_before_any_is_sent(tmp_path, rank):
+def test_who_has_no_room_for_the_messages_ends_all_and_none_waits(tmp_path, rank):
     fields = {**FULL, "preview_prompts": ()}
-    failing = {"fields": fields, "rank": rank, "where": "sum", "memory": 1}
+    failing = {"fields": fields, "rank": rank, "where": "bucket", "memory": 1000, "after": 3}
     answers = ProcessGroup(2).run("fail", timeout=60, folder=str(tmp_path), **failing)
     assert (answers[rank], answers[1 - rank]) == ("OutOfMemory", "PeerLostError")
+
+
+@pytest.mark.parametrize("world, after", [(2, 0), (3, 4)])
+def test_memory_that_runs_out_between_two_buckets_costs_no_step(straight, tmp_path, world, after):
+    """The process computes the step again. The sums of the buckets that it has sent stay."""
+    failing = {"fields": FULL, "rank": 1, "where": "bucket", "memory": 2, "after": after}
+    answers = ProcessGroup(world).run("fail", timeout=60, folder=str(tmp_path), **failing)
+    assert answers[0] == answers[1]
+    assert_close(tmp_path, straight)
+
+
+@pytest.mark.parametrize("after", [0, 3])
+def test_an_error_between_two_buckets_ends_all_and_none_waits(tmp_path, after):
+    failing = {"fields": {**FULL, "preview_prompts": ()}, "rank": 1, "where": "bucket", "after": after}
+    answers = ProcessGroup(3).run("fail", timeout=60, folder=str(tmp_path), **failing)
+    assert answers == ["PeerLostError", "KeyError", "PeerLostError"]
 
 
 @pytest.fixture
@@ -192,7 +235,7 @@ def test_who_leaves_shows_why_where_the_others_are_gone_already(spread_alone, mo
         lambda group: group.gather([1.0], 2),
         lambda group: group.broadcast_text(""),
         lambda group: group.broadcast([torch.zeros(1)]),
-        lambda group: group.all_reduce_gradients([torch.nn.Parameter(torch.zeros(1))]),
+        lambda group: group.reducer([torch.nn.Parameter(torch.zeros(1))]).begin(),
     ],
     ids=["meet", "gather", "tell", "share", "sum_gradients"],
 )

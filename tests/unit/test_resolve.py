@@ -42,6 +42,7 @@ SET = {
         "patience": 3,
         "tag_frequency": "on",
         "give_way": "to everything",
+        "communication": "bf16",
     },
     "preview": {
         "prompts": "a\nb",

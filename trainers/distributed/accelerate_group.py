@@ -9,19 +9,17 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from ..errors import OutOfMemory, PeerLostError
-from ..protocols import Group
+from ..errors import PeerLostError
+from ..process_group import GradientReducer, Group
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
     from .fsdp import ShardedWeights
+    from .gradient_reducer import BucketReducer
 
 log = logging.getLogger(__name__)
-
-# Bytes of one gradient bucket: large enough to use the network's bandwidth, small compared with a model.
-_BYTES = 64 * 1024 * 1024
 
 # Timeout of collectives: the main process may be drawing previews or saving a large state meanwhile.
 _WAIT = timedelta(hours=2)
@@ -33,6 +31,7 @@ class AccelerateGroup(Group):
     Attributes:
         local_rank: index of this process among those on its machine.
         device: device of the tensors that it communicates.
+        bucket_group: torch's group for gradients; None for the one that serves everything else too.
     """
 
     def __init__(self, cpu: bool):
@@ -47,12 +46,14 @@ class AccelerateGroup(Group):
         self.world_size = self._state.num_processes
         self.local_rank = self._state.local_process_index
         self.device = self._state.device
+        self.bucket_group = None
         self._left = False
         self._shards: ShardedWeights | None = None
+        self._reducer: BucketReducer | None = None
 
     def all_reduce(self, number: float = 0.0) -> float:
         """Wait for all processes and return the sum of their numbers; raise PeerLostError if one has aborted."""
-        total, left = self._sum(number, 0.0)
+        total, left = self.sum_numbers(number, 0.0)
         if left:
             self._left = True
             raise PeerLostError()
@@ -69,7 +70,18 @@ class AccelerateGroup(Group):
             return
         # If the others are gone too, keep the error that made this process leave.
         with suppress(PeerLostError):
-            self._sum(0.0, 1.0)
+            if self._reducer is not None:
+                self._release(self._reducer)
+            self.sum_numbers(0.0, 1.0)
+
+    def _release(self, reducer: BucketReducer) -> None:
+        """Send what the others wait for, or close the connection if this process has no memory for it."""
+        try:
+            reducer.release()
+        except (RuntimeError, MemoryError):
+            log.exception("Graft: cannot tell the other processes that this one ends.")
+            self._break()
+            raise PeerLostError() from None
 
     def _break(self) -> None:
         """Close the connection, so that the other processes fail wherever they wait.
@@ -79,14 +91,15 @@ class AccelerateGroup(Group):
         if self.device.type == "cpu":
             self._state.destroy_process_group()
 
-    def _sum(self, *numbers: float) -> list[float]:
+    def sum_numbers(self, *numbers: float) -> list[float]:
+        """Return the sum of each number over all processes. Raise PeerLostError if a connection is broken."""
         if self.world_size == 1:
             # Some devices have no float64. A single process does not need them to.
             return list(numbers)
         import torch
         from accelerate.utils import reduce
 
-        with self._connected():
+        with self.connected():
             return reduce(torch.tensor(numbers, dtype=torch.float64, device=self.device), "sum").tolist()
 
     def gather(self, values: list[float], whole: int) -> list[float]:
@@ -95,10 +108,10 @@ class AccelerateGroup(Group):
         first = whole * self.rank // self.world_size
         mine = [0.0] * whole
         mine[first : first + len(values)] = values
-        return self._sum(*mine)
+        return self.sum_numbers(*mine)
 
     @contextmanager
-    def _connected(self) -> Iterator[None]:
+    def connected(self) -> Iterator[None]:
         """Raise PeerLostError for torch's errors about a broken connection: another process is gone."""
         try:
             yield
@@ -110,31 +123,14 @@ class AccelerateGroup(Group):
                 raise
             raise PeerLostError() from error
 
-    def all_reduce_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        """Replace each gradient by its sum over all processes, in buckets of some megabytes.
-
-        Raises:
-            OutOfMemory: this process has no memory for the buckets.
-            PeerLostError: another process has no memory for them, or has left.
-        """
+    def reducer(self, parameters: Sequence[nn.Parameter], half: bool = False) -> GradientReducer:
+        """Return a `BucketReducer`, which `abort` releases."""
         if self.world_size == 1:
-            return
-        import torch
-        from accelerate.utils import reduce
+            return GradientReducer()
+        from .gradient_reducer import BucketReducer
 
-        short = _shortage(parameters, self.device)
-        present = [float(parameter.grad is not None) for parameter in parameters]
-        with self._connected():
-            *present, lacking = reduce(torch.tensor([*present, float(bool(short))], device=self.device), "sum").tolist()
-        if lacking:
-            # All processes learn it here, before any of them sends a bucket that another has no memory for.
-            self._left = True
-            raise PeerLostError() if not short else _no_room(short)
-        with self._connected():
-            wanted = [parameter for parameter, count in zip(parameters, present, strict=True) if count]
-            for bucket in _messages(wanted):
-                flat = torch.cat([_gradient(parameter).reshape(-1) for parameter in bucket])
-                _spread_out(reduce(flat, "sum"), bucket)
+        self._reducer = BucketReducer(parameters, self, half)
+        return self._reducer
 
     def broadcast(self, tensors: Iterable[torch.Tensor]) -> None:
         """Overwrite the tensors with the main process's values, in place."""
@@ -144,7 +140,7 @@ class AccelerateGroup(Group):
         from accelerate.utils import broadcast
 
         for tensor in tensors:
-            with torch.no_grad(), self._connected():
+            with torch.no_grad(), self.connected():
                 tensor.copy_(broadcast(tensor.detach().to(self.device).contiguous()))
 
     def broadcast_text(self, text: str) -> str:
@@ -156,7 +152,7 @@ class AccelerateGroup(Group):
         from accelerate.utils import broadcast
 
         data = list(text.encode())
-        with self._connected():
+        with self.connected():
             length = int(broadcast(torch.tensor([len(data)], device=self.device)))
             sent = torch.tensor(data if self.is_main else [0] * length, dtype=torch.uint8, device=self.device)
             return bytes(broadcast(sent).tolist()).decode()
@@ -165,9 +161,13 @@ class AccelerateGroup(Group):
         """Shard the frozen weights of a tree's blocks with `ShardedWeights`. A single process keeps them whole."""
         if self.world_size == 1:
             return
+        from torch import distributed
+
         from .fsdp import ShardedWeights
 
         self.all_reduce()
+        # Messages of one group keep their order, but gradients and shards of weights do not wait for each other.
+        self.bucket_group = distributed.new_group(timeout=_WAIT)
         self._shards = shards = ShardedWeights(tree, keep, self, needs_input_grad)
         log.info(
             "Graft: sharded the frozen weights of %d blocks (%.1f MB) over %d processes%s.",
@@ -206,7 +206,7 @@ class AccelerateGroup(Group):
         import torch
         from accelerate.utils import broadcast
 
-        with self._connected():
+        with self.connected():
             return int(broadcast(torch.tensor([number], device=self.device)))
 
     def gather_shares(self, whole: torch.Tensor, share: torch.Tensor, asynchronous: bool):
@@ -219,60 +219,9 @@ class AccelerateGroup(Group):
 
         # Newer versions of torch renamed the function.
         gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
-        with self._connected():
+        with self.connected():
             return gather(whole, share, async_op=asynchronous)
 
     def close(self) -> None:
         """Destroy the process group."""
         self._state.destroy_process_group()
-
-
-def _shortage(parameters: Sequence[torch.nn.Parameter], device: torch.device) -> str:
-    """Return the error message if memory cannot hold a gradient bucket and its sum, else an empty string."""
-    import torch
-
-    largest = max((sum(parameter.nbytes for parameter in bucket) for bucket in _messages(parameters)), default=0)
-    try:
-        torch.empty(2 * largest, dtype=torch.uint8, device=device)
-    except (RuntimeError, MemoryError) as error:
-        return str(error).strip() or type(error).__name__
-    return ""
-
-
-def _no_room(reason: str) -> OutOfMemory:
-    return OutOfMemory(
-        f"Memory ran out before the processes summed their gradients ({reason.splitlines()[0][:200]}).",
-        "Lower the resolution of the dataset, or set checkpointing to on (Graft Memory Options). Graft has kept the "
-        "saves: queue the graph again to resume.",
-        "dataset",
-    )
-
-
-def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
-    import torch
-
-    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-
-
-def _messages(parameters: Sequence[torch.nn.Parameter]) -> Iterable[list[torch.nn.Parameter]]:
-    """Yield the parameters in order, in buckets of at most `_BYTES`, each with one dtype and one device."""
-    held: list[torch.nn.Parameter] = []
-    size = 0
-    for parameter in parameters:
-        other = held and (parameter.dtype, parameter.device) != (held[0].dtype, held[0].device)
-        if held and (other or size + parameter.nbytes > _BYTES):
-            yield held
-            held, size = [], 0
-        held.append(parameter)
-        size += parameter.nbytes
-    if held:
-        yield held
-
-
-def _spread_out(flat: torch.Tensor, parameters: list[torch.nn.Parameter]) -> None:
-    parts = flat.split([parameter.numel() for parameter in parameters])
-    for parameter, part in zip(parameters, parts, strict=True):
-        if parameter.grad is None:
-            parameter.grad = part.view_as(parameter).clone()
-        else:
-            parameter.grad.copy_(part.view_as(parameter))

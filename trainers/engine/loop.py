@@ -5,14 +5,11 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Callable
-from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..distributed.group import report_idle
-from ..methods.dropout import dropping_out
 from ..optimizers import OPTIMIZERS, ScheduleShape, lr_factor
 from ..optimizers.ema import MovingAverage, averaged
 from ..preprocessing.prefetch import Prefetcher
@@ -20,22 +17,20 @@ from ..protocols import Command
 from ..recipe.options import STOPS_FALLING
 from ..runs.checkpoint import State
 from ..runs.early_stopping import has_stopped_falling
-from ..runs.loss_by_timestep import times_of
 from ..runs.reports import report_early_stop, report_pictures, report_spike
 from ..runs.run import STOPPED, Run
-from ..steps.pending_step import PendingStep, StepLosses, StepNumbers
+from ..steps.pending_step import PendingStep, StepNumbers
 from ..steps.plan import Plan, Window
 from ..steps.preference import accuracy_of
-from ..steps.step import fixed_losses, forward_passes, loss_terms, pin_samples, sample_losses
+from ..steps.step import fixed_losses, pin_samples, sample_losses
+from .accumulation import accumulate_gradients
 from .checkpointer import Checkpointer
-from .oom_fallback import OOMFallback, trees_of
+from .oom_fallback import OOMFallback
 from .preflight import report_estimate, share_inputs, warn_of_rate
 from .previews import preview
 from .updater import ParameterUpdater, loss_limit
 
 if TYPE_CHECKING:
-    from ..preprocessing.items import Sample
-    from ..preprocessing.prefetch import Batch
     from ..protocols import Host
 
 log = logging.getLogger(__name__)
@@ -170,7 +165,7 @@ class _Trainer:
         After an out-of-memory error the fallback repeats the step with less memory. The sum comes before any process
         updates: if one fails, none of them takes the step.
         """
-        group, updater, window = self._host.group, self._updater, self._step.window
+        updater, window = self._updater, self._step.window
         updater.begin(window.step, self._loss_limit())
         losses = self._oom.run(
             accumulate_gradients,
@@ -181,8 +176,8 @@ class _Trainer:
             updater,
             self._prefetcher.get,
         )
-        self._step.losses = losses.over_group(group)
-        group.all_reduce_gradients(self._parameters)
+        updater.sum_gradients()
+        self._step.losses = losses.over_group(self._host.group)
 
     def _loss_limit(self) -> float:
         return loss_limit(self._state.losses, self._plan.recipe.loss_spike_factor)
@@ -343,43 +338,6 @@ class _Trainer:
         """End the prefetching thread, and remove the gradient hooks."""
         self._prefetcher.close()
         self._updater.close()
-
-
-def accumulate_gradients(
-    plan: Plan,
-    host: Host,
-    window: Window,
-    updater: ParameterUpdater,
-    samples_of: Callable[[Batch], list[Sample]] | None = None,
-) -> StepLosses:
-    """Run forward and backward over a window. The loss is the mean over all its samples, each times its factor.
-
-    Each process computes its rows of the window. The sum of the gradients over all processes is the whole gradient.
-    Unless the device masks the update, the host waits for the losses here, so that errors of the device's queue are
-    raised here too.
-
-    Args:
-        samples_of: returns the samples of a batch; `plan.samples` by default.
-    """
-    samples_of = samples_of or plan.samples
-    names = [plan.train[index].name for _, members in window.batches for index, _ in members]
-    sums: list[torch.Tensor] = []
-    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-    with dropping_out(trees_of(plan, host), host.denoiser.device, plan.recipe, window.step, host.group.rank):
-        for batch in forward_passes(plan, host, window, samples_of):
-            host.check_interrupt()
-            with closing(loss_terms(plan, host, batch, watch=None if batch.is_padding else seen.append)) as terms:
-                for losses in terms:
-                    # If only an embedding is trained, a caption without it (a dropped one) has no gradient.
-                    if losses.requires_grad:
-                        updater.backward(losses.sum() / window.size)
-                    sums.append(losses.detach().sum())
-    if not seen:
-        # This process has no sample: there are more processes than samples.
-        return StepLosses(names, [], torch.zeros(0), torch.zeros(0), window.size)
-    sigmas, native = (torch.cat(parts) for parts in zip(*seen, strict=True))
-    losses = StepLosses(names, times_of(host.denoiser, sigmas), torch.stack(sums), native, window.size)
-    return losses if updater.masks else losses.on_host()
 
 
 def _next_command(host: Host, ends: bool) -> Command | None:

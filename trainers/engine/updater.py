@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +16,7 @@ from ..optimizers.groups import parameter_groups
 from ..optimizers.per_parameter import PerParameterOptimizer
 from ..optimizers.registry import OPTIMIZERS
 from ..optimizers.state import restore_optimizer, state_of
+from ..recipe.options import HALF
 from ..steps.pending_step import PendingNumbers, StepLosses
 
 if TYPE_CHECKING:
@@ -65,12 +66,19 @@ class ParameterUpdater:
         else:
             self.optimizer = kind.make(groups, recipe)
         self.masks = self._can_mask(host)
+        self._reducer = host.group.reducer(self._in_forward_order(host), recipe.communication == HALF)
         self._norms: dict[torch.nn.Parameter, torch.Tensor] = {}
         self._highest = math.inf
         self._rests = False
         self._hooks = []
         if self.in_backward:
             self._hooks = [parameter.register_post_accumulate_grad_hook(self._move) for parameter in self._parameters]
+
+    def _in_forward_order(self, host: Host) -> list[torch.nn.Parameter]:
+        """Return the trainables with those of the denoiser last: it runs after the text encoder and its embeddings."""
+        module = host.denoiser.module
+        late = set() if module is None else {*module.parameters()}
+        return sorted(self._parameters, key=lambda parameter: parameter in late)
 
     def _can_mask(self, host: Host) -> bool:
         """Report whether the optimizer takes a mask (torch's fused ones do), all on one device that can read later."""
@@ -80,20 +88,30 @@ class ParameterUpdater:
         return takes_mask and is_there and host.group.world_size == 1 and copies_in_queue(device)
 
     def begin(self, step: int, highest: float = math.inf) -> None:
-        """Start a step, before its backward. A loss above `highest` updates nothing."""
+        """Start a step of all processes, before its backward. A loss above `highest` updates nothing."""
+        self._reducer.begin()
         self._norms = {}
         self._highest = highest
         if isinstance(self.optimizer, PerParameterOptimizer):
             self.optimizer.begin(step)
 
-    def backward(self, loss: torch.Tensor) -> None:
-        """Run the backward: accumulate gradients, or update the parameters at once if `in_backward` is set."""
+    def backward(self, loss: torch.Tensor, is_last: bool = False) -> None:
+        """Run the backward: accumulate gradients, or update the parameters at once if `in_backward` is set.
+
+        Args:
+            is_last: no other backward of the step follows, so gradients may be sent to other processes meanwhile.
+        """
         # A loss that is not finite or too high must not update anything. The loop rejects or skips the step later.
         if self.in_backward:
             value = float(loss.detach())
             if not math.isfinite(value) or value > self._highest:
                 return
-        self._scaler.scale(loss).backward()
+        with self._reducer.last_backward() if is_last else nullcontext():
+            self._scaler.scale(loss).backward()
+
+    def sum_gradients(self) -> None:
+        """Sum the gradients over the processes, after the last backward; see `GradientReducer.finish`."""
+        self._reducer.finish()
 
     def discard_gradients(self) -> None:
         """Discard the gradients of an unfinished step.
@@ -174,6 +192,7 @@ class ParameterUpdater:
 
     def close(self) -> None:
         """Remove the gradient hooks."""
+        self._reducer.close()
         for hook in self._hooks:
             hook.remove()
 

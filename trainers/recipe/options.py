@@ -39,6 +39,10 @@ PROMPT_NODES = {
     "TextEncodeMageFlowEdit": 16,
 }
 
+# Values of `communication`.
+EXACT = "exact"
+HALF = "bf16"
+
 # The layers that get an adapter. Full fine-tuning also knows ALL_WEIGHTS, its default.
 TARGETS = ("attention", "attention + feed-forward", "all linear", "linear + conv", "patterns", *TARGET_PRESETS)
 ALL_WEIGHTS = "all weights"
@@ -129,6 +133,7 @@ class RecipeOptions:
         keep_best: "on" to keep the files of the step with the lowest validation loss.
         stop_when: STOPS_FALLING to end the run early, "off" to train all steps.
         patience: number of validations without a new lowest loss after which the run ends.
+        communication: how several processes send gradients: EXACT, or HALF for bfloat16.
         give_way: prompts for which the host pauses the training, one of GIVE_WAY; "auto" for the host's setting.
     """
 
@@ -274,6 +279,7 @@ class RecipeOptions:
     base_dtype: str = option(
         "memory", unset="auto", choices=(AS_IT_IS, *BASE_DTYPES), default=AS_IT_IS, before=AS_IT_IS
     )
+    communication: str = option("run", unset="auto", choices=(EXACT, HALF), default=EXACT, before=EXACT)
 
     # The fields below do not affect the result: a run may continue with other values.
     steps: int = option(range=_STEPS, decides=False)

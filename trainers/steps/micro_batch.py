@@ -25,6 +25,7 @@ class MicroBatch:
         sigma: [B].
         custom: the draws of a custom objective, which then replaces the model's native loss; None for the native loss.
         is_padding: a repeated sample with loss factor 0, which only keeps the processes in lockstep.
+        is_last: no other micro-batch of the batch follows; in a window, none of the window.
     """
 
     samples: list[Sample]
@@ -33,3 +34,4 @@ class MicroBatch:
     sigma: torch.Tensor
     custom: CustomDraw | None = None
     is_padding: bool = False
+    is_last: bool = False

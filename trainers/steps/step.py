@@ -71,7 +71,8 @@ def micro_batches(
         stop = min(start + size, len(samples))
         drawn = slice(rows.first + start, rows.first + stop)
         part = None if custom is None else custom.part(drawn.start, drawn.stop)
-        yield MicroBatch(samples[start:stop], latents[start:stop], noise[drawn], sigma[drawn], part)
+        is_last = stop == len(samples)
+        yield MicroBatch(samples[start:stop], latents[start:stop], noise[drawn], sigma[drawn], part, is_last=is_last)
 
 
 def forward_passes(
@@ -90,12 +91,15 @@ def forward_passes(
     recipe = replace(plan.recipe, micro_batch=1) if lockstep else plan.recipe
     fill = _with_prior_targets if lockstep and any(item.has_prior_target for item in plan.train) else list
     sizes = window.sizes
+    counts = [len(members) for _, members in window.rows]
+    pads = lockstep and sum(counts) < -(-sum(sizes) // host.group.world_size)
     for number, (first, members) in enumerate(window.rows):
         if members:
+            is_last = not pads and not any(counts[number + 1 :])
             rows = BatchRows(window.step, number, first, sizes[number])
-            yield from micro_batches(fill(samples_of(members)), recipe, host, rows)
-    most = -(-sum(sizes) // host.group.world_size)
-    if lockstep and sum(len(members) for _, members in window.rows) < most:
+            for batch in micro_batches(fill(samples_of(members)), recipe, host, rows):
+                yield replace(batch, is_last=batch.is_last and is_last)
+    if pads:
         # Not `samples_of`: the prefetcher would discard the batch that it has fetched ahead.
         padding = [_without_loss(sample) for sample in plan.samples(window.batches[0][1][:1])]
         for batch in micro_batches(fill(padding), recipe, host, BatchRows(window.step, 0, 0, sizes[0])):
@@ -131,6 +135,12 @@ def loss_terms(plan: Plan, host: Host, batch: MicroBatch, watch: Watch | None = 
     if rows:
         targets = [batch.samples[row].prior_target for row in rows]
         yield prior_losses(plan, host, MicroBatch(targets, batch.x0[rows], batch.noise[rows], batch.sigma[rows]))
+
+
+def count_terms(plan: Plan, batch: MicroBatch) -> int:
+    """Return the number of losses that `loss_terms` yields."""
+    sides = 2 if plan.recipe.slider_strength else 1
+    return sides * (1 + any(sample.prior_target is not None for sample in batch.samples))
 
 
 def sample_losses(plan: Plan) -> Callable[..., torch.Tensor]:
