@@ -109,17 +109,26 @@ GUIDE = documented("docs/multi-gpu.md")
 HELP = documented("web/docs/GraftExportJob.md")
 
 
-def launch(server, job, command, *more):
-    """Run a documented command in ComfyUI's folder, in a shell whose environment has little but the path to Python."""
+def start(server, job, command, *more):
+    """Start a documented command in ComfyUI's folder, in a shell whose environment has little but Python's path."""
     folder = str(job.relative_to(server.comfy))
     line = " ".join([re.sub(r"FOLDER|output/graft/jobs/\S+", folder, command), *more])
     environment = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "HOME": str(server.path("temp"))}
     environment["OMP_NUM_THREADS"] = "1"
     # PYTHONPATH may hold packages that this ComfyUI needs.
     environment |= {name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ}
-    return subprocess.run(
-        ["sh", "-c", f"exec {line}"], capture_output=True, text=True, timeout=600, env=environment, cwd=server.comfy
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(["sh", "-c", f"exec {line}"], env=environment, cwd=server.comfy, **pipes)
+
+
+def finished(process):
+    """Wait for the end of a started command and return its result."""
+    output, errors = process.communicate(timeout=600)
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+
+def launch(server, job, command, *more):
+    return finished(start(server, job, command, *more))
 
 
 def test_guide_and_help_give_the_same_commands():
@@ -192,6 +201,69 @@ def test_a_jobs_readme_starts_it_and_its_check_names_what_is_missing(server, dat
     for name in (tiny_base.name, first.name, *(other.name for other in others[:1])):
         assert sum(name in line for line in missing) == 1, done.stderr
     assert len(missing) == 2 + len(others[:1]) and all(other.exists() for other in others)
+
+
+def step_reached(process, log, step):
+    """Wait until a started job has logged a step after `step`."""
+    deadline = time.monotonic() + 400
+    while not (log.exists() and any(line.get("step", 0) > step for line in events_of(log.parent))):
+        assert process.poll() is None and time.monotonic() < deadline, finished(process)
+        time.sleep(0.1)
+
+
+def workers_of(process):
+    """Return the processes of a started job, by their RANK."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    return {child.environ()["RANK"]: child for child in children if "RANK" in child.environ()}
+
+
+def test_torchrun_starts_the_others_again_when_a_process_is_lost(server, dataset):
+    steps, saved = 12, 4
+    job = exported(server, graph_of(server, dataset, "lost", steps, kind="GraftExportJob", save_every=saved))
+    log = server.path("output", "graft", job.name, "metrics.jsonl")
+    process = start(server, job, commands_of(job)["torchrun"], "--cpu")
+    try:
+        step_reached(process, log, saved)
+        workers_of(process)["1"].kill()
+        done = finished(process)
+    finally:
+        process.kill()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"from step {saved}" in done.stderr or f"from step {saved + 1}" in done.stderr, done.stderr
+    assert [line["step"] for line in events_of(log.parent) if line["event"] == "step"][-1] == steps
+
+
+def listens(process, port):
+    """Report whether a started command itself waits for connections at a port."""
+    connections = psutil.Process(process.pid).net_connections("tcp")
+    return any(one.laddr.port == port and one.status == psutil.CONN_LISTEN for one in connections)
+
+
+@pytest.mark.soak
+def test_a_machine_is_lost_and_the_other_goes_on_alone(server, dataset, trials):
+    """Two launchers on this machine stand for two machines; one is killed with its process."""
+    if trials(True, False):
+        pytest.skip("the launchers notice it after a minute; `make soak` waits")
+    steps, saved = 40, 4
+    job = exported(server, graph_of(server, dataset, "machines", steps, kind="GraftExportJob", save_every=saved))
+    log = server.path("output", "graft", job.name, "metrics.jsonl")
+    line = next(line for line in (job / "README.md").read_text(encoding="utf-8").splitlines() if "--nnodes 1:2" in line)
+    line = line.strip().replace("HOST", "127.0.0.1").replace("--nproc_per_node 4", "--nproc_per_node 1")
+    machines = [start(server, job, line, "--cpu") for _ in range(2)]
+    try:
+        step_reached(machines[0], log, saved)
+        assert json.loads((log.parent / "recipe.json").read_text())["processes"] == 2
+        # The launcher that hosts the meeting point stays.
+        first, second = sorted(machines, key=lambda machine: not listens(machine, 29500))
+        for child in (*psutil.Process(second.pid).children(recursive=True), second):
+            child.kill()
+        done = finished(first)
+    finally:
+        for process in machines:
+            process.kill()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Graft: 1 processes" in done.stderr, done.stderr
+    assert [line["step"] for line in events_of(log.parent) if line["event"] == "step"][-1] == steps
 
 
 SHARED = {"GraftMemoryOptions": {"shard": "on"}, "GraftPreviewOptions": {"prompts": "a toy", "steps": 1, "every": 2}}

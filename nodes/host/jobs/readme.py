@@ -24,13 +24,16 @@ One GPU, or the CPU with --cpu at the end:
 Two GPUs, with accelerate or with torchrun:
 
     accelerate launch --multi_gpu --num_processes 2 {job} {folder}
-    torchrun --nproc_per_node 2 {job} {folder}
+    torchrun --standalone --max-restarts 3 --nproc_per_node 2 {job} {folder}
 
-Two machines of four GPUs, on each of them. HOST is the first one's address, and all see one `output` folder:
+One or two machines of four GPUs, on each of them. HOST is the first one's address, and all see one `output` folder:
 
-    torchrun --nnodes 2 --nproc_per_node 4 --rdzv_backend c10d --rdzv_endpoint HOST:29500 {job} {folder}
+    torchrun --max-restarts 3 --nnodes 1:2 --nproc_per_node 4 \
+--rdzv_backend c10d --rdzv_endpoint HOST:29500 {job} {folder}
 
-The same with SLURM, from its login machine:
+If a process or a machine other than HOST is lost, or a machine joins, torchrun starts all again from the last save.
+
+Two machines with SLURM, from its login machine:
 
     sbatch --nodes 2 --ntasks-per-node 1 --gpus-per-node 4 --wrap "srun torchrun --nnodes 2 --nproc_per_node 4 \
 --rdzv_backend c10d --rdzv_endpoint \\$(scontrol show hostnames \\$SLURM_JOB_NODELIST | head -n 1):29500 {job} {folder}"

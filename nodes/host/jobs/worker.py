@@ -172,6 +172,12 @@ def _listen(pipe, training: Training) -> None:
             training.submit(UserCommand(message))
 
 
+def _check_interrupt_after(event: str) -> None:
+    """Raise ComfyUI's interruption, but not after a save: behind an error, the save would seem to have failed."""
+    if event != "saved":
+        check_interrupt()
+
+
 class _Terminal:
     """The output of a job that was started by hand, printed by the main process."""
 
@@ -183,7 +189,7 @@ class _Terminal:
         """Handle one event; raise ComfyUI's interruption after a signal."""
         if event == "step":
             self._step = payload["step"]
-        check_interrupt()
+        _check_interrupt_after(event)
         if not self._group.is_main:
             return
         if event == "step":
@@ -224,7 +230,7 @@ class _Relay:
             self._training.step = payload["step"]
         if self._group.is_main:
             self._pipe.send(("event", event, {name: payload[name] for name in payload if name != "pictures"}))
-        check_interrupt()
+        _check_interrupt_after(event)
 
     def interrupted(self) -> int:
         self._pipe.send(("interrupted",))
