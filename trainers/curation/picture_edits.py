@@ -72,7 +72,6 @@ def set_repeats(folder: str, subfolder: str, repeats: int | None) -> None:
 
 
 def _change(folder: str, change: Callable[[Listing, DatasetFile], DatasetFile]) -> DatasetFile:
-    """Replace the choices in a folder's file."""
     with EDITING:
         listing = list_folder(folder)
         choices = change(listing, read_dataset_file(listing.root))
@@ -174,7 +173,6 @@ def move_to_trash(root: str, name: str) -> None:
 
 
 def _move(root: str, name: str, target: str) -> None:
-    """Move a file within the dataset's folder. Raise DatasetError if the target exists."""
     refuse_links(root, target)
     if os.path.lexists(target):
         raise DatasetError(f"The file '{target}' exists.", "Rename or move it first.", "name")
@@ -225,7 +223,6 @@ def _masks_of(listing: Listing, name: str, mask_folder: str) -> list[str]:
 
 
 def _rotated(listing: Listing, name: str, degrees: int) -> bytes:
-    """Return the content of a picture's file with the picture rotated clockwise, in the file's own format."""
     from PIL import Image
 
     turns = {90: Image.Transpose.ROTATE_270, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_90}

@@ -24,7 +24,7 @@ def read_captions(values: Sequence, pictures: int) -> list[tuple[str, ...]]:
         pictures: number of pictures, which tells the two apart.
 
     Raises:
-        DatasetError: a value is no text, or a caption cannot be saved. The error names its number.
+        DatasetError: a value is no text, or a caption cannot be saved.
     """
     if len(values) != pictures:
         values = [text for value in values for text in (value if isinstance(value, (list, tuple)) else (value,))]

@@ -97,8 +97,6 @@ def save_pictures(
 
 
 class _NumberedFiles:
-    """Numbered files of a folder."""
-
     def __init__(self, folder: str, existing: str):
         atomic.sweep(folder)
         self._folder = folder
@@ -159,7 +157,6 @@ class _NumberedFiles:
         return names
 
     def _stem(self, number: int, pixels: str, beside: _Beside) -> str:
-        """Return the name without suffix under which to save a picture."""
         if self._existing != "add":
             return f"{number:05}"
         if pixels in self._by_pixels:
@@ -203,7 +200,6 @@ def _holds(path: str, content: bytes) -> bool:
 
 
 def _png(image: Image.Image, pixels: str = "") -> bytes:
-    """Return a picture as a PNG file, with the hash of its pixels if there is one."""
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()

@@ -132,7 +132,6 @@ def _without_masks(listing: Listing, mask_folder: str) -> Listing:
 
 
 def _unread(listing: Listing) -> list[LeftOut]:
-    """List the files that are neither pictures nor captions, with their reasons."""
     return [
         LeftOut(name, reason)
         for name in listing.files
@@ -167,8 +166,6 @@ def _refuse_if_nothing_held_out(examples: list[Example], options: ScanOptions) -
 
 @dataclass(frozen=True)
 class _FolderSettings:
-    """Settings that all examples of a folder share."""
-
     trigger: str
     repeats: int
     handling: Augmentation
@@ -199,7 +196,6 @@ class Masks:
             self.by_stem = self._match(folder, listing)
 
     def _match(self, folder: Listing, listing: Listing) -> dict[str, File]:
-        """Return the masks of a folder of masks by the stems of their pictures."""
         owners = Owners(stem_of(name) for name in listing.files if is_picture(name))
         by_stem: dict[str, File] = {}
         self.left_out += folder.left_out
@@ -224,8 +220,6 @@ class Masks:
 
 
 class _Reader:
-    """Reader of the examples of a folder."""
-
     def __init__(self, listing: Listing, options: ScanOptions, shared: _FolderSettings, index: Index):
         listing.files.pop(NAME, None)
         self._index = index
@@ -333,8 +327,6 @@ def _measure(file: File) -> dict:
 
 
 def _mask_source(file: File, root: str, index: Index) -> MaskSource:
-    """Return a mask file as a source. Raise DatasetError if it cannot be read."""
-
     def measure() -> dict:
         facts = _measure(file)
         # The file's head says only that a mask may be transparent. Check the pixels, since most masks are opaque.
@@ -351,7 +343,6 @@ def _are_mask_facts(facts: dict) -> bool:
 
 
 def _are_facts(facts: dict) -> bool:
-    """Return True if facts from a file have the form that `_measured` stores."""
     size = facts.get("size")
     if not isinstance(size, list) or len(size) != 2 or not all(type(side) is int and side > 0 for side in size):
         return False

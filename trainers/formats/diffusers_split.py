@@ -154,7 +154,6 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _renamed(config: dict[str, Any], splits: dict[str, tuple[LayerSplit, ...]]) -> dict[str, Any]:
-    """Return peft's configuration with diffusers' names of the layers."""
     renamed = dict(config)
     for name in _LISTS:
         renamed[name] = sorted(part.name for path in config[name] for part in splits[path])

@@ -35,7 +35,6 @@ class Embedding(dict):
 
     Attributes:
         name: name after `embedding:` in prompts.
-        metadata: metadata of its file.
     """
 
     def __init__(self, vectors: dict[str, torch.Tensor], name: str, metadata: dict[str, str] | None = None):

@@ -87,7 +87,6 @@ def kohya_form(tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) ->
 
     Args:
         tensors: tensors with the host's names.
-        metadata: metadata of the file.
     """
     keys, others = layer_keys(tensors)
     layers = {name: {end: tensors[key] for end, key in ends.items()} for name, ends in keys.items()}
@@ -256,7 +255,6 @@ def _joined(names: tuple[str, ...], parts: Layers) -> dict[str, torch.Tensor] | 
 
 
 def _can_join(names: tuple[str, ...], parts: Layers) -> bool:
-    """Report whether parts are LoRAs of the sizes that those of one layer have."""
     held = list(parts.values())
     if not all({UP, DOWN} <= part.keys() <= {UP, DOWN, ALPHA, DORA} for part in held):
         return False

@@ -53,11 +53,10 @@ def peft_form(tensors: Mapping[str, torch.Tensor], metadata: dict[str, str], for
 
     Args:
         tensors: tensors with the host's names. A `dora_scale` has its maker's own value.
-        metadata: metadata of the file.
         format: the format to save, for errors and for the names: "diffusers" has no others.
 
     Raises:
-        ModelError: peft or diffusers has no form for a layer; the error names it.
+        ModelError: peft or diffusers has no form for a layer.
     """
     held, others = split(dict(tensors))
     if others:
@@ -206,7 +205,6 @@ def _same(values: torch.Tensor) -> torch.Tensor:
 
 
 def _adapter(layers: dict[str, _Layer], splits: dict[str, tuple[LayerSplit, ...]], published: bool) -> PeftAdapter:
-    """Return one component's adapter on diffusers' layers."""
     tensors, ranks, scales = {}, {}, {}
     for path, layer in layers.items():
         for part in splits[path]:
@@ -228,7 +226,6 @@ def _rows(end: str, tensor: torch.Tensor, part: LayerSplit) -> torch.Tensor:
 
 
 def _config(layers: dict[str, _Layer], ranks: dict[str, int], scales: dict[str, float]) -> dict[str, Any]:
-    """Return peft's configuration as JSON-able values."""
     import peft
 
     first = next(iter(layers.values()))

@@ -40,7 +40,6 @@ class Prepared:
     """Dataset that is ready for the training loop.
 
     Attributes:
-        training, validation: items.
         previews: for each prompt of a sample picture, a function that reads its encoded source pictures, or None.
         places: places in the dataset of the examples that are in either.
         left_out: files that are not trained on.
@@ -134,7 +133,6 @@ def _encode(
 
 
 def _refuse_sources(dataset: Dataset, recipe: Recipe, host: Host) -> None:
-    """Refuse source pictures that the model, or the node that encodes the prompts, does not take."""
     denoiser, node = host.denoiser, recipe.prompt_node
     most = max((len(example.sources) for example in dataset.examples), default=0)
     named = max((len(prompt.sources) for prompt in read_prompts(recipe.preview_prompts)), default=0)
@@ -189,7 +187,6 @@ def _refuse_pairs(dataset: Dataset, recipe: Recipe, host: Host) -> None:
 
 
 def _refuse_without_validation(dataset: Dataset, recipe: Recipe) -> None:
-    """Raise SettingsError for an option that needs the validation loss if no picture is held out."""
     if recipe.validation_fraction or any(example.held_out for example in dataset.examples):
         return
     for name in ("keep_best", "stop_when"):
@@ -215,7 +212,6 @@ def _refuse_if_empty(dataset: Dataset, examples: list[CroppedExample], left_out:
 def _report_warnings(
     dataset: Dataset, recipe: Recipe, host: Host, training: list[CroppedExample], left_out: tuple[LeftOut, ...]
 ) -> None:
-    """Report files that are not trained on, and what looks unintended in the dataset."""
     if left_out:
         log.warning("Graft: skipped %d files: %s", len(left_out), shortened(left_out, 50))
     warnings = list_warnings(dataset, recipe, training, left_out, host.text)

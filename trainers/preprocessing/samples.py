@@ -117,7 +117,6 @@ class SampleReader:
         return prompt, crop.mirrored() if is_flipped else crop, generator("posterior", seed, stream, visit)
 
     def _latent(self, key: str, source: torch.Generator | None) -> torch.Tensor:
-        """Return the posterior's mean, or a sample of the posterior if a generator is given."""
         import torch
 
         posterior = self._memory.get(f"latent {key}", lambda: self._caches.latents.get(key))
@@ -172,5 +171,4 @@ class SampleReader:
         return weight.view(1, 1, *[1] * (latent.ndim - 4), *shape)
 
     def _live(self, caption: str) -> str | None:
-        """Return the caption if the text encoder runs at every step."""
         return caption if self._caches.texts is None else None

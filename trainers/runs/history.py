@@ -69,10 +69,8 @@ class Summary:
 
     Attributes:
         picture: path of its last sample picture, None if it has none.
-        recipe: all settings.
         facts: further facts from recipe.json: numbers of pictures and layers, and what the run was made from.
         has_graph: whether the run's folder holds the queued workflow.
-        size: bytes of its folder.
         notes: title and note from the user.
         saves: steps with a save, in ascending order.
     """

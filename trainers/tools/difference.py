@@ -36,7 +36,7 @@ def check_size(shape: Iterable[int], name: str = "", input: str = "adapter") -> 
     """Refuse to multiply out a difference that is larger than any known layer.
 
     Raises:
-        ModelError: it is too large. The message names the layer and the size.
+        ModelError: it is too large.
     """
     shape = list(shape)
     numbers = math.prod(shape)
@@ -101,7 +101,7 @@ def difference(name: str, tensors: dict[str, torch.Tensor], input: str, dtype: t
         dtype: dtype of the computation, float32 by default.
 
     Raises:
-        ModelError: the difference depends on the weight, or the tensors do not fit. The message names the layer.
+        ModelError: the difference depends on the weight, or the tensors do not fit.
     """
     for end, what in RELATIVE.items():
         if end in tensors:

@@ -31,7 +31,6 @@ class Merging:
     """Options of a merge.
 
     Attributes:
-        weights: of the two adapters.
         method: one of METHODS.
         rank: maximum rank of the result, 0 for the rank that loses nothing.
         density: fraction of the numbers that TIES, DARE and pruning keep, in 0..1.

@@ -76,8 +76,6 @@ def _by_key(layers: dict[str, Difference], places: Places) -> dict[str, Differen
 
 
 def _in_whole(layer: Difference, place: WeightSlice) -> Difference:
-    """Return the difference of the whole weight."""
-
     def placed(tensor: torch.Tensor | None) -> torch.Tensor | None:
         if tensor is None:
             return None
@@ -93,7 +91,6 @@ def _in_whole(layer: Difference, place: WeightSlice) -> Difference:
 
 
 def _summed(layers: list[Difference]) -> Difference:
-    """Return the sum of differences of one weight, in factors if all are."""
     import torch
 
     if len(layers) == 1:

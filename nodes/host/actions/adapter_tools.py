@@ -103,7 +103,6 @@ def restore_magnitudes(adapter: dict, model: ModelPatcher, format: str) -> dict:
 
     Args:
         model: the model that the adapter was trained on. Its other adapters do not count.
-        format: the format to save.
 
     Raises:
         ModelError: the model has no such layer, or the adapter has layers of text encoders.

@@ -83,10 +83,6 @@ def compare(
 
     Args:
         adapters: connected adapters by their label, None for an input without one.
-
-    Raises:
-        GraftError: names the input and the cure.
-        InterruptProcessingException: ComfyUI's interruption.
     """
     from ..model.sampling import PromptSampler
 
