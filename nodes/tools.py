@@ -256,7 +256,7 @@ class GraftInspectAdapter(io.ComfyNode):
         import torch
 
         from ..trainers.families import family_of
-        from ..trainers.tools import block_plot, inspect
+        from ..trainers.tools import inspect, plots
         from .host.model.families import family_name
         from .host.model.lora import fit
 
@@ -265,7 +265,7 @@ class GraftInspectAdapter(io.ComfyNode):
             findings = inspect.look(adapter, None if fitting is None else fitting.paths)
             family = None if model is None else family_of(family_name(model))
             report = inspect.report(findings, fitting, family)
-            image = torch.from_numpy(block_plot.picture(findings))[None]
+            image = torch.from_numpy(plots.plot_blocks(findings))[None]
             return io.NodeOutput(image, report, ui={**ui.PreviewImage(image, cls=cls).as_dict(), "text": (report,)})
 
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from ..errors import ModelError, RunError
 from . import files, json_files
-from .bundled import take_bundled
 from .convert import host_names, host_tensors
+from .embedding import take_bundled
 from .forms import file_form, native_form
 from .keys import DORA, check_parts
 from .kohya import host_form

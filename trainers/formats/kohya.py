@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 from .keys import ALPHA, BIAS, DORA, DOWN, MID, UP, WHOLE, layer_keys, misfit_of_parts, shape_of, split
 from .layers.paths import LayerPath, family_of_layers, place_of
-from .layers.published import is_swapped, joint_path
-from .layers.unets import original_path
+from .layers.published import is_swapped, joint_path, original_path
 
 if TYPE_CHECKING:
     import torch

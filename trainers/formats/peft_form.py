@@ -12,8 +12,7 @@ from ..families import LayerSplit
 from .keys import ALPHA, BIAS, DORA, DOWN, MID, UP, split
 from .kohya import plain_factors
 from .layers.paths import LayerPath, family_of_layers, place_of
-from .layers.published import has_layer, is_swapped, joint_path, splits_of
-from .layers.unets import diffusers_path
+from .layers.published import diffusers_path, has_layer, is_swapped, joint_path, splits_of
 from .peft_format import PeftAdapter
 
 if TYPE_CHECKING:
