@@ -24,7 +24,7 @@ from tests.support.workflow import find_nodes, read_workflow, to_prompt
 
 from . import make_workflows as examples
 
-SIDE = 144
+SIDE = 128
 # [(values on the tiny base, titles of the nodes whose pictures are the columns, True for a dataset without captions)]
 EXAMPLES = {
     "Train a LoRA": (examples.TINY, ("Before", "After"), False),
