@@ -7,7 +7,7 @@ import torch
 from graft_pack.trainers.errors import ModelError, SettingsError
 from graft_pack.trainers.formats.adapter import Adapter, load_adapter, save_adapter
 from graft_pack.trainers.memory.tracking import TensorTracker
-from graft_pack.trainers.tools.average import weights_of
+from graft_pack.trainers.tools.merge import weights_of
 
 from tests.support import models
 from tests.support.adapters import added, differences, make_adapter, make_model
