@@ -154,7 +154,6 @@ def _below(folder: str, name: str) -> str:
 
 
 def _places(root: str) -> Iterable[str]:
-    """Yield the numbered folders in the trash, the last one first."""
     trash = os.path.join(root, TRASH)
     numbers = [name for name in os.listdir(trash) if _NUMBER.fullmatch(name)] if os.path.isdir(trash) else []
     return [os.path.join(trash, number) for number in sorted(numbers, key=int, reverse=True)]
@@ -284,7 +283,6 @@ def _keep(root: str, name: str) -> None:
 
 
 def _mask_file(listing: Listing, name: str, content: bytes) -> bytes:
-    """Return a mask's content as a PNG of one channel. Raise DatasetError if it does not fit its picture."""
     from PIL import Image
 
     mask_name = f"mask of {name}"

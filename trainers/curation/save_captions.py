@@ -130,7 +130,6 @@ def _caption_path(example: Example) -> str:
 
 
 def _shares_stem(path: str) -> bool:
-    """Report whether the folder of a picture holds another picture of its name with another suffix."""
     folder, own = os.path.split(path)
     names = (name for name in os.listdir(folder) if name != own and is_picture(name))
     return any(fold(stem_of(name)) == fold(stem_of(own)) for name in names)

@@ -167,7 +167,6 @@ class _NumberedFiles:
         return f"{self._last:05}"
 
     def _write(self, name: str, keeps: bool, encode: Callable[[], bytes]) -> bool:
-        """Write a file unless an existing one is to be kept or is the same. Return whether it was written."""
         path = os.path.join(self._folder, name)
         return not (keeps and os.path.lexists(path)) and atomic.write_bytes(path, encode())
 

@@ -85,7 +85,6 @@ def read_metadata(path: str, name: str, lines_are_variants: bool) -> Iterator[tu
 
 
 def _named_alike(row: dict) -> dict:
-    """Return a row with stripped, lower-case field names; of two equal names, the first one counts."""
     return {key.strip().lower() if isinstance(key, str) else key: value for key, value in reversed(row.items())}
 
 

@@ -210,7 +210,6 @@ _HEIF = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 
 def _opened(data: bytes) -> Image.Image:
-    """Open the picture in a file's bytes without decoding it. Raise OSError or Pillow's errors."""
     from PIL import Image
 
     if data[4:8] == b"ftyp" and data[8:12] in _HEIF and b"avif" not in data[8:64]:

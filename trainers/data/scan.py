@@ -300,7 +300,6 @@ class _Reader:
         )
 
     def _repeats_of(self, name: str) -> tuple[int, str, str]:
-        """Return repeats, class tokens and name of the nearest folder that has repeats, in its name or by choice."""
         parts = name.split("/")[:-1]
         chosen = None
         for depth in range(len(parts), -1, -1):

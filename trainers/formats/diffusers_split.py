@@ -148,7 +148,6 @@ def refuse_parts(path: str) -> ModelError:
 
 
 def _split(name: str) -> tuple[str, str]:
-    """Split a tensor's name into (layer, rest): `a.b.lora_A.weight` gives (`a.b`, `lora_A.weight`)."""
     place, _, end = name.partition(".lora_")
     return place, f"lora_{end}"
 

@@ -257,7 +257,6 @@ def _check_header(header: Any, present: int) -> None:
 
 
 def _span(name: str, row: Any) -> tuple[int, int]:
-    """Return start and end of a tensor's bytes. Raise ValueError if the entry is invalid or the size is wrong."""
     label = name[:80]
     try:
         dtype, shape, (start, stop) = row["dtype"], row["shape"], row["data_offsets"]

@@ -296,7 +296,6 @@ def _misfit_of_rotation(held: dict[str, torch.Tensor], rows: int) -> str:
 
 
 def _is_glora_of(held: dict[str, torch.Tensor], shape: tuple[int, ...]) -> bool:
-    """Report whether the factors of GLoRA, in either order of the formats, fit a weight of a shape."""
     a1, a2, b1, b2 = (held[name].flatten(1).shape for name in _GLORA)
     inner, inputs = math.prod(shape[1:]), shape[1] if len(shape) > 1 else 1
     if a2[1] == a1[0] and b2[1] == b1[0] and (b2[0], b1[1], a2[0], a1[1]) == (shape[0], inner, inner, inner):

@@ -97,7 +97,6 @@ def kohya_form(tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) ->
 
 
 def _renamed(layers: Layers, family: str) -> tuple[Layers, Iterable[str]]:
-    """Return (layers under kohya's names, names of the layers that keep theirs)."""
     places = {name: place_of(name) for name in layers}
     if len({*places.values()}) < len(places):
         # Two layers would get one name.

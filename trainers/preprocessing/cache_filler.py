@@ -216,6 +216,5 @@ class CacheFiller:
 def _without_problems(
     examples: list[CroppedExample], problems: list[LeftOut | None], left_out: list[LeftOut]
 ) -> list[CroppedExample]:
-    """Return the examples without a problem; add the problems of the others to `left_out`."""
     left_out.extend(problem for problem in problems if problem is not None)
     return [cropped for cropped, problem in zip(examples, problems, strict=True) if problem is None]

@@ -238,7 +238,6 @@ def _count_image_conditionings(examples: list[CroppedExample], caches: DatasetCa
 
 
 def _describe_latents(cropped: CroppedExample, caches: DatasetCaches) -> str:
-    """Describe the cached latents: posteriors to sample from, or means alone."""
     if "logvar" in caches.latents.get(caches.latents.key(cropped.example, cropped.crops[0])):
         return "mean and log-variance, sampled anew at every showing"
     log.info("Graft: this VAE has no posterior to sample; training uses the mean of each picture.")

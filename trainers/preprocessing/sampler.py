@@ -110,7 +110,6 @@ class _Layout:
         return visits
 
     def _class_start(self, epoch: int, number: int) -> int:
-        """Count the visits of class images before a round: as many as of the other examples."""
         return epoch * self.own.total + int(self.own.before(number).sum())
 
     def _class_members(self, epoch: int, number: int) -> dict:
@@ -136,7 +135,6 @@ class _Layout:
         return self._class_visits(start + int(self.own.of(number).sum())) - self._class_visits(start)
 
     def _class_visits(self, count: int) -> np.ndarray:
-        """Count each class image among the first `count` visits of class images."""
         decks, rest = divmod(count, self.classes.total)
         number = self._round_at(rest)
         before = self.classes.before(number)

@@ -104,7 +104,6 @@ class SampleReader:
     def _draw(
         self, cropped: CroppedExample, crop: Crop, visit: int | None
     ) -> tuple[str | EncodedPrompt, Crop, torch.Generator | None]:
-        """Return (caption or encoded prompt, crop, generator of the latent's noise) of a visit."""
         example, seed, stream = cropped.example, self._recipe.seed, cropped.stream(crop)
         if visit is None:
             return cropped.unvaried_prompt(), crop, None

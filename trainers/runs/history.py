@@ -175,7 +175,6 @@ def _describe(steps: Iterable[tuple[int, float]], checked: Iterable[tuple[int, f
 
 
 def _thinned(points: list[tuple[int, float]]) -> tuple[tuple[int, float], ...]:
-    """Return at most _MOST_POINTS points, evenly spaced and including the last."""
     every = -(-len(points) // _MOST_POINTS) or 1
     return tuple(point for place, point in enumerate(points) if (len(points) - 1 - place) % every == 0)
 

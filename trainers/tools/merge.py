@@ -135,7 +135,6 @@ def _check_families(sources: list[dict[str, str]]) -> None:
 
 
 def _schemes_of(given: Sequence[Collection[str]]) -> list[set[str]] | None:
-    """Return the layouts of the adapters' layer names if they have none in common, else None."""
     schemes = [layouts(layers) for layers in given]
     return schemes if all(schemes) and not schemes[0] & schemes[1] else None
 

@@ -65,7 +65,6 @@ def _name(key: str, own: dict[str, str], sample: str, places: Places) -> str:
 
 
 def _by_key(layers: dict[str, Difference], places: Places) -> dict[str, Difference]:
-    """Return the differences by weight key. Layers that are unknown keep their names."""
     parts: dict[str, list[Difference]] = {}
     for name, layer in layers.items():
         place = places.place(name)

@@ -163,7 +163,6 @@ def _tensor(layer: PeftLayer, stem: str, weight: torch.Tensor) -> torch.Tensor:
 
 
 def _injected(layer: PeftLayer, weight: torch.Tensor) -> nn.Module:
-    """Return peft's layer around a layer with this weight, with start values."""
     import torch
     from peft import inject_adapter_in_model
     from torch import nn

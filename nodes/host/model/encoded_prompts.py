@@ -129,7 +129,6 @@ def _encoded_prompt(values: dict[str, Any]) -> EncodedPrompt:
 
 
 def _packed(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
-    """Return a value as JSON, and move its tensors into `tensors`."""
     import comfy.clip_vision
 
     if isinstance(value, torch.Tensor):
@@ -165,7 +164,6 @@ def values_of(tensors: dict[str, torch.Tensor], device: torch.device) -> dict[st
 
 
 def _restored(value: Any, tensors: dict[str, Any]) -> Any:
-    """Return a packed value, and take its tensors out of `tensors`."""
     import comfy.clip_vision
 
     if isinstance(value, list):

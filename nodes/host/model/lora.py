@@ -118,7 +118,6 @@ def path_of(key) -> str:
 
 
 def _by_strength(patches: dict, strength: float, blocks: Pairs) -> list[tuple[dict, float]]:
-    """Return (patches, strength) for each strength other than 0."""
     by_strength: dict[float, dict] = {}
     for key, patch in patches.items():
         wanted = strength * value_for(path_of(key), blocks, 1.0)

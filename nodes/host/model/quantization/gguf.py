@@ -138,7 +138,6 @@ def _bytes_of(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _plain(weight: torch.Tensor, packing: _Packing, name: str, input: str) -> torch.Tensor:
-    """Return a weight's bytes, or its values if these are plain numbers or a vector."""
     numbers = _bytes_of(weight)
     if not packing.is_quantized:
         return numbers
