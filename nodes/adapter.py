@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..trainers.formats.adapter import FORMATS, save_adapter
-from ..trainers.formats.bundled import first_embedding
+from ..trainers.formats.embedding import first_embedding
 from ..trainers.methods.patterns import Pairs
 from ..trainers.recipe.parsing import parse_pairs
 from .checks import checked

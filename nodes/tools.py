@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from comfy_api.latest import io, ui
 
 from ..trainers.errors import SettingsError
-from ..trainers.tools import average, extract, merge
+from ..trainers.tools import extract, merge
 from . import inputs
 from .checks import checked
 from .schema import CATEGORY, Adapter, LossMap, advanced, describe, execution_id, named
@@ -71,7 +71,7 @@ class GraftMergeAdapters(io.ComfyNode):
                 _weight("weight_b", "the second adapter"),
                 io.Combo.Input(
                     "method",
-                    options=[*merge.METHODS, average.AVERAGE],
+                    options=[*merge.METHODS, merge.AVERAGE],
                     default=merge.SUM,
                     tooltip="weighted sum: the same as applying both. SVD: the same in the smallest rank. The others "
                     "keep a part of each, so that two subjects or styles disturb each other less. average of saves: "
@@ -94,7 +94,7 @@ class GraftMergeAdapters(io.ComfyNode):
                         "average_width",
                         default=0.0,
                         min=0.0,
-                        max=round(average.WIDEST - 0.005, 2),
+                        max=round(merge.WIDEST - 0.005, 2),
                         step=0.01,
                         optional=True,
                         tooltip="Width of the average of saves, in parts of all steps. 0: 0.1.",
@@ -126,12 +126,12 @@ class GraftMergeAdapters(io.ComfyNode):
 
         sockets = {"adapter_a": adapter_a, "adapter_b": adapter_b, "model": model, "clip": clip}
         with named(cls, **sockets, weight_a=weight_a, weight_b=weight_b, average_width=average_width):
-            if method == average.AVERAGE:
-                return io.NodeOutput(average_run(adapter_a, adapter_b, average_width or average.WIDTH))
+            if method == merge.AVERAGE:
+                return io.NodeOutput(average_run(adapter_a, adapter_b, average_width or merge.WIDTH))
             if average_width:
                 raise SettingsError(
                     f"average_width is set, but method is {method}: it would have no effect.",
-                    f"Choose {average.AVERAGE}, or set average_width to 0.",
+                    f"Choose {merge.AVERAGE}, or set average_width to 0.",
                     "average_width",
                 )
             how = merge.Merging((weight_a, weight_b), method, rank, density, seed)
@@ -256,7 +256,7 @@ class GraftInspectAdapter(io.ComfyNode):
         import torch
 
         from ..trainers.families import family_of
-        from ..trainers.tools import block_plot, inspect
+        from ..trainers.tools import inspect, plots
         from .host.model.families import family_name
         from .host.model.lora import fit
 
@@ -265,7 +265,7 @@ class GraftInspectAdapter(io.ComfyNode):
             findings = inspect.look(adapter, None if fitting is None else fitting.paths)
             family = None if model is None else family_of(family_name(model))
             report = inspect.report(findings, fitting, family)
-            image = torch.from_numpy(block_plot.picture(findings))[None]
+            image = torch.from_numpy(plots.plot_blocks(findings))[None]
             return io.NodeOutput(image, report, ui={**ui.PreviewImage(image, cls=cls).as_dict(), "text": (report,)})
 
 

@@ -287,7 +287,6 @@ _AT: dict[object, Callable[[str, str], bool]] = {
 
 
 def _test_of(op, value, flags: int) -> Callable[[str], bool]:
-    """Return the test of a parser item that consumes one character."""
     if op is ops.ANY:
         return (lambda letter: True) if flags & _DOTALL else (lambda letter: letter != "\n")
     if op is ops.NOT_LITERAL:

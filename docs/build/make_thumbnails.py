@@ -24,7 +24,7 @@ from tests.support.workflow import find_nodes, read_workflow, to_prompt
 
 from . import make_workflows as examples
 
-SIDE = 144
+SIDE = 128
 # [(values on the tiny base, titles of the nodes whose pictures are the columns, True for a dataset without captions)]
 EXAMPLES = {
     "Train a LoRA": (examples.TINY, ("Before", "After"), False),
@@ -54,7 +54,7 @@ def draw_thumbnail(server, workflow, entry, titles, path):
         for row, data in enumerate(pictures[:2]):
             picture = Image.open(io.BytesIO(data)).convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
             sheet.paste(picture, (column * side, row * side))
-    sheet.save(path, quality=38, optimize=True, progressive=True)
+    sheet.save(path, quality=38, optimize=True)
     print(path, path.stat().st_size, flush=True)
 
 
@@ -66,7 +66,7 @@ def draw_pairs(path):
         picture = Image.open(source).convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
         sheet.paste(picture.convert("L").convert("RGB"), (0, row * side))
         sheet.paste(picture, (side, row * side))
-    sheet.save(path, quality=38, optimize=True, progressive=True)
+    sheet.save(path, quality=38, optimize=True)
 
 
 def run(server, name):

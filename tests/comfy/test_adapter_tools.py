@@ -7,7 +7,7 @@ import torch
 from graft_pack.trainers.errors import ModelError, SettingsError
 from graft_pack.trainers.formats.adapter import Adapter, load_adapter, save_adapter
 from graft_pack.trainers.memory.tracking import TensorTracker
-from graft_pack.trainers.tools.average import weights_of
+from graft_pack.trainers.tools.merge import weights_of
 
 from tests.support import models
 from tests.support.adapters import added, differences, make_adapter, make_model
@@ -512,15 +512,15 @@ def test_metadata_is_told_and_oddities_do_not_stop_it():
 
 
 def test_the_picture_stays_small_for_large_models():
-    from graft_pack.trainers.tools import block_plot
+    from graft_pack.trainers.tools import plots
 
     rows = [(f"double_blocks.{index}", 1.0) for index in range(19)]
     rows += [(f"single_blocks.{index}", 2.0) for index in range(38)]
-    found = block_plot.joined(rows, 36)
+    found = plots.joined(rows, 36)
     assert len(found) <= 36
     assert found[0] == ("double_blocks.0-1", pytest.approx(2**0.5))
     assert sum(value**2 for _, value in found) == pytest.approx(19 + 4 * 38)
-    assert block_plot.joined(rows[:5], 36) == rows[:5]
+    assert plots.joined(rows[:5], 36) == rows[:5]
 
 
 NAME = "lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_q"

@@ -413,7 +413,7 @@ BLOCKS = st.lists(st.tuples(st.text(alphabet="ab", max_size=2), st.integers(0, 3
 @example([(f"l{number}", 0) for number in range(3000)])
 @example([("l", number) for number in range(3000)])
 def test_an_adapter_of_any_layers_has_a_picture_of_some_rows(blocks):
-    from graft_pack.trainers.tools.block_plot import joined
+    from graft_pack.trainers.tools.plots import joined
 
     rows = [(f"{kind}.{number}", 1.0) for kind, number in blocks]
     found = joined(rows, 36)

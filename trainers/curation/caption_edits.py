@@ -41,8 +41,6 @@ class CaptionEdit:
     """Edit of a caption.
 
     Attributes:
-        name: the picture's.
-        text: the new text.
         was: the text that the page showed before the edit.
     """
 
@@ -58,8 +56,6 @@ class EditResult:
     Attributes:
         status: "saved"; "conflict" if another page or program has changed the caption; "failed".
         text: the caption that the folder now holds.
-        file: name of its file.
-        error: reason of a failure.
     """
 
     name: str

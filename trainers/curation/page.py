@@ -174,8 +174,6 @@ def _scan(folder: str, listing: Listing, index: Index, options: PageOptions) -> 
 
 
 class _Rows:
-    """Rows of a folder's pictures."""
-
     def __init__(self, listing: Listing, index: Index, count_tokens: Callable[[str], int] | None, geometries: dict):
         self._captions = CaptionReader(listing, index)
         self._choices: DatasetFile = read_dataset_file(listing.root)

@@ -73,7 +73,6 @@ def set_repeats(folder: str, subfolder: str, repeats: int | None) -> None:
 
 
 def _change(folder: str, change: Callable[[Listing, DatasetFile], DatasetFile]) -> DatasetFile:
-    """Replace the choices in a folder's file."""
     with EDITING:
         listing = list_folder(folder)
         choices = change(listing, read_dataset_file(listing.root))
@@ -156,7 +155,6 @@ def _below(folder: str, name: str) -> str:
 
 
 def _places(root: str) -> Iterable[str]:
-    """Yield the numbered folders in the trash, the last one first."""
     trash = os.path.join(root, TRASH)
     numbers = [name for name in os.listdir(trash) if _NUMBER.fullmatch(name)] if os.path.isdir(trash) else []
     return [os.path.join(trash, number) for number in sorted(numbers, key=int, reverse=True)]
@@ -175,7 +173,6 @@ def move_to_trash(root: str, name: str) -> None:
 
 
 def _move(root: str, name: str, target: str) -> None:
-    """Move a file within the dataset's folder. Raise DatasetError if the target exists."""
     refuse_links(root, target)
     if os.path.lexists(target):
         raise DatasetError(f"The file '{target}' exists.", "Rename or move it first.", "name")
@@ -252,7 +249,6 @@ def _pair_of(listing: Listing, name: str, folder: str, input: str) -> str:
 
 
 def _rotated(listing: Listing, name: str, degrees: int) -> bytes:
-    """Return the content of a picture's file with the picture rotated clockwise, in the file's own format."""
     from PIL import Image
 
     turns = {90: Image.Transpose.ROTATE_270, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_90}
@@ -314,7 +310,6 @@ def _keep(root: str, name: str) -> None:
 
 
 def _mask_file(listing: Listing, name: str, content: bytes) -> bytes:
-    """Return a mask's content as a PNG of one channel. Raise DatasetError if it does not fit its picture."""
     from PIL import Image
 
     mask_name = f"mask of {name}"

@@ -24,7 +24,7 @@ def read_captions(values: Sequence, pictures: int) -> list[tuple[str, ...]]:
         pictures: number of pictures, which tells the two apart.
 
     Raises:
-        DatasetError: a value is no text, or a caption cannot be saved. The error names its number.
+        DatasetError: a value is no text, or a caption cannot be saved.
     """
     if len(values) != pictures:
         values = [text for value in values for text in (value if isinstance(value, (list, tuple)) else (value,))]
@@ -130,7 +130,6 @@ def _caption_path(example: Example) -> str:
 
 
 def _shares_stem(path: str) -> bool:
-    """Report whether the folder of a picture holds another picture of its name with another suffix."""
     folder, own = os.path.split(path)
     names = (name for name in os.listdir(folder) if name != own and is_picture(name))
     return any(fold(stem_of(name)) == fold(stem_of(own)) for name in names)

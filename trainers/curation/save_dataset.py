@@ -97,8 +97,6 @@ def save_pictures(
 
 
 class _NumberedFiles:
-    """Numbered files of a folder."""
-
     def __init__(self, folder: str, existing: str):
         atomic.sweep(folder)
         self._folder = folder
@@ -159,7 +157,6 @@ class _NumberedFiles:
         return names
 
     def _stem(self, number: int, pixels: str, beside: _Beside) -> str:
-        """Return the name without suffix under which to save a picture."""
         if self._existing != "add":
             return f"{number:05}"
         if pixels in self._by_pixels:
@@ -170,7 +167,6 @@ class _NumberedFiles:
         return f"{self._last:05}"
 
     def _write(self, name: str, keeps: bool, encode: Callable[[], bytes]) -> bool:
-        """Write a file unless an existing one is to be kept or is the same. Return whether it was written."""
         path = os.path.join(self._folder, name)
         return not (keeps and os.path.lexists(path)) and atomic.write_bytes(path, encode())
 
@@ -203,7 +199,6 @@ def _holds(path: str, content: bytes) -> bool:
 
 
 def _png(image: Image.Image, pixels: str = "") -> bytes:
-    """Return a picture as a PNG file, with the hash of its pixels if there is one."""
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()

@@ -172,7 +172,6 @@ def _check_encoded(
 
 
 def _array_example(image: np.ndarray, name: str) -> Example:
-    """Return a source or worse picture as an example."""
     height, width = image.shape[:2]
     return source_image_of(ArraySource(image, name), (width, height))
 

@@ -95,7 +95,6 @@ class CaptionFiles:
         return {name: [file for _, file in sorted(rows, key=lambda row: row[0])] for name, rows in ranked.items()}
 
     def _read_tables(self) -> dict[str, tuple[str, ...]]:
-        """Return the captions that metadata tables give, by the picture's name."""
         texts: dict[str, tuple[str, ...]] = {}
         owners = Owners(name for name in self._listing.files if self._takes(name))
         for name, file in self._listing.files.items():
@@ -104,7 +103,6 @@ class CaptionFiles:
         return texts
 
     def _read_table(self, file: File, owners: Owners, texts: dict[str, tuple[str, ...]]) -> None:
-        """Add a table's captions to `texts`, except for pictures that have some already."""
         name = file.name
         missing = []
         has_use = False

@@ -54,7 +54,7 @@ def parse_sidecar(text: str, name: str, lines_are_variants: bool) -> tuple[str, 
         lines_are_variants: whether each line of a text is a separate caption.
 
     Raises:
-        DatasetError: the text is not JSON, though the name says so. The error names the file.
+        DatasetError: the text is not JSON, though the name says so.
     """
     if not name.lower().endswith(".json"):
         return variants_of(text, lines_are_variants)
@@ -71,7 +71,7 @@ def metadata_rows(path: str, name: str) -> Iterator[tuple[str, dict]]:
     Source: Hugging Face datasets, "Create an image dataset" (imagefolder).
 
     Raises:
-        DatasetError: a line cannot be read. The error names the file and the line.
+        DatasetError: a line cannot be read.
     """
     text = read_text(path, name)
     rows = _csv_rows(text, name) if path.lower().endswith(".csv") else _jsonl_rows(text, name)
@@ -85,7 +85,6 @@ def metadata_rows(path: str, name: str) -> Iterator[tuple[str, dict]]:
 
 
 def _named_alike(row: dict) -> dict:
-    """Return a row with stripped, lower-case field names; of two equal names, the first one counts."""
     return {key.strip().lower() if isinstance(key, str) else key: value for key, value in reversed(row.items())}
 
 
@@ -374,7 +373,6 @@ def variant_of_visit(example: Example, count: int, seed: int, place: int, visit:
 
     Args:
         count: number of versions, from `variant_count`.
-        seed: the run's.
         place: identifies the picture's stream of random numbers.
         visit: number of earlier visits.
     """

@@ -92,7 +92,6 @@ def is_settled(stat: os.stat_result) -> bool:
 
 
 def _is_row(row) -> bool:
-    """Return True if a row is [mark, facts] as `get_or_make` stores them."""
     if not isinstance(row, list) or len(row) != 2 or not isinstance(row[0], list) or not isinstance(row[1], dict):
         return False
     return all(type(number) is int for number in row[0])

@@ -63,7 +63,6 @@ class FileSource(Source):
     """Picture file, opened on demand.
 
     Args:
-        path: of the file.
         name: for reports and errors.
         root: the folder that must contain the file, links resolved, at every opening.
         digest: expected hash of the content; empty to accept any content.
@@ -178,7 +177,7 @@ def measure_file(path: str, name: str) -> tuple[tuple[int, int], str, bool]:
     """Return a file's upright (width, height) in pixels, content hash and transparency, without decoding its pixels.
 
     Raises:
-        DatasetError: the file cannot be a picture. The error names the file. Success does not prove that its pixels
+        DatasetError: the file cannot be a picture. Success does not prove that its pixels
             can be decoded.
     """
     with reading(name):

@@ -92,7 +92,7 @@ def checked_prompt(prompt: str, input: str) -> str:
     """Return a prompt in one line.
 
     Raises:
-        SettingsError: the prompt is empty. The error names the input.
+        SettingsError: the prompt is empty.
     """
     joined = " ".join(prompt.split())
     if not joined:

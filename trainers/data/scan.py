@@ -181,8 +181,6 @@ def _refuse_if_nothing_held_out(examples: list[Example], options: ScanOptions) -
 
 @dataclass(frozen=True)
 class _FolderSettings:
-    """Settings that all examples of a folder share."""
-
     trigger: str
     repeats: int
     handling: Augmentation
@@ -190,8 +188,6 @@ class _FolderSettings:
 
 
 class _Reader:
-    """Reader of the examples of a folder."""
-
     def __init__(self, listing: Listing, options: ScanOptions, shared: _FolderSettings, index: Index):
         listing.files.pop(NAME, None)
         self._options = options
@@ -281,7 +277,6 @@ class _Reader:
         )
 
     def _repeats_of(self, name: str) -> tuple[int, str, str]:
-        """Return repeats, class tokens and name of the nearest folder that has repeats, in its name or by choice."""
         parts = name.split("/")[:-1]
         chosen = None
         for depth in range(len(parts), -1, -1):

@@ -105,7 +105,6 @@ class MatchingFolder:
 
     Args:
         folder: absolute path.
-        input: name of the node's input, for errors.
         role: stands behind the names of its pictures in reports.
         kind: "source" or "worse".
         listing: of the dataset's folder, which may contain this folder.

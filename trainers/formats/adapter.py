@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from ..errors import ModelError, RunError
 from . import files, json_files
-from .bundled import take_bundled
 from .convert import host_names, host_tensors
+from .embedding import take_bundled
 from .forms import file_form, native_form
 from .keys import DORA, check_parts
 from .kohya import host_form
@@ -33,13 +33,11 @@ class Adapter(dict):
 
     Args:
         tensors: tensors under the host's keys.
-        metadata: metadata of the file.
         native: the adapter in peft's form, or a function that creates it on first access. Importing peft takes a
             second, and few callers need this form.
         bundled: tensors of embeddings that the file carries along, by their keys.
 
     Attributes:
-        metadata: metadata of the file.
         bundled: those tensors; they are no part of the dict.
         native: the adapter in peft's form. None if it is unknown; lost if another node copies the dict.
     """
@@ -92,7 +90,6 @@ class LazyAdapter(Mapping):
     """Adapter that computes each tensor on access and never holds two of them at once.
 
     Attributes:
-        metadata: metadata of the file.
         native: always None, because it has no peft form.
     """
 

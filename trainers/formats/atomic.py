@@ -42,11 +42,10 @@ def refuse_links(root: str, path: str, cure: str = _LINK_CURE) -> None:
 
     Args:
         root: the folder; `path` starts with it.
-        path: the path to check.
         cure: the fix, for the error.
 
     Raises:
-        RunError: a part is a link; the error names it.
+        RunError: a part is a link.
     """
     part = root
     for name in os.path.relpath(path, root).split(os.sep):
@@ -108,7 +107,6 @@ def check_room(folder: str, needed: int) -> None:
     """Check in advance that a folder, which need not exist yet, is writable and has enough free space.
 
     Args:
-        folder: path of the folder.
         needed: bytes that will be written.
 
     Raises:

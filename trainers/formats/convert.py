@@ -198,12 +198,7 @@ def _text_prefix(native: PeftAdapter, component: str) -> str:
 
 
 def _host_tensors(native: PeftAdapter, text: str) -> dict[str, torch.Tensor]:
-    """Convert the tensors of one component.
-
-    Args:
-        native: the component's adapter.
-        text: kohya's prefix if the component is a text encoder.
-    """
+    """Convert the tensors of one component; `text` is kohya's prefix of a text encoder."""
     import torch
 
     converted = {}

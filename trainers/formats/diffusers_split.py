@@ -148,13 +148,11 @@ def refuse_parts(path: str) -> ModelError:
 
 
 def _split(name: str) -> tuple[str, str]:
-    """Split a tensor's name into (layer, rest): `a.b.lora_A.weight` gives (`a.b`, `lora_A.weight`)."""
     place, _, end = name.partition(".lora_")
     return place, f"lora_{end}"
 
 
 def _renamed(config: dict[str, Any], splits: dict[str, tuple[LayerSplit, ...]]) -> dict[str, Any]:
-    """Return peft's configuration with diffusers' names of the layers."""
     renamed = dict(config)
     for name in _LISTS:
         renamed[name] = sorted(part.name for path in config[name] for part in splits[path])

@@ -7,6 +7,7 @@ a single tensor `emb_params`; for several encoders, one tensor each, `clip_l` an
 from __future__ import annotations
 
 import logging
+import re
 from typing import TYPE_CHECKING
 
 from ..errors import ModelError, RunError
@@ -18,8 +19,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SINGLE = "emb_params"
-# Prefix of embeddings that OneTrainer bundles with an adapter.
+# Embeddings that OneTrainer and kohya's trainers bundle with an adapter have this prefix, and these keys.
 BUNDLED = "bundle_emb."
+_BUNDLED_KEY = re.compile(r"bundle_emb\.(?P<name>.+)\.(?P<key>clip_[lgh]|string_to_param\.\*)")
 
 # Endings of the files that torch.save writes.
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt")
@@ -35,7 +37,6 @@ class Embedding(dict):
 
     Attributes:
         name: name after `embedding:` in prompts.
-        metadata: metadata of its file.
     """
 
     def __init__(self, vectors: dict[str, torch.Tensor], name: str, metadata: dict[str, str] | None = None):
@@ -143,3 +144,33 @@ def _without_outputs(tensors: dict[str, torch.Tensor], path: str) -> dict[str, t
     if outputs:
         log.warning("Graft: %s is not used; ComfyUI reads no vectors for outputs of %s.", ", ".join(outputs), path)
     return {key: tensor for key, tensor in tensors.items() if key not in outputs}
+
+
+def take_bundled(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Return (tensors of the adapter, tensors of bundled embeddings) of a file."""
+    own = {key: tensor for key, tensor in tensors.items() if not key.startswith(BUNDLED)}
+    return own, {key: tensor for key, tensor in tensors.items() if key.startswith(BUNDLED)}
+
+
+def embeddings_of(bundled: dict[str, torch.Tensor]) -> list[Embedding]:
+    """Return the embeddings for CLIP among bundled tensors, in the order of the file."""
+    words: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in bundled.items():
+        match = _BUNDLED_KEY.fullmatch(key)
+        if match is None or tensor.dim() not in (1, 2) or not tensor.is_floating_point():
+            continue
+        vectors = tensor.float().reshape(-1, tensor.shape[-1])
+        is_one = match["key"].startswith("string_to_param")
+        encoders = [match["key"]] if not is_one else [name for name, width in WIDTHS.items() if width == len(vectors.T)]
+        fitting = {name: vectors for name in encoders if WIDTHS[name] == vectors.shape[1]}
+        if fitting:
+            words.setdefault(match["name"], {}).update(fitting)
+    return [Embedding(vectors, name) for name, vectors in words.items()]
+
+
+def first_embedding(bundled: dict[str, torch.Tensor]) -> Embedding | None:
+    """Return the first bundled embedding, None if there is none. Log the names of any others."""
+    words = embeddings_of(bundled)
+    for other in words[1:]:
+        log.warning("Graft: the adapter file also holds the embedding %s. Only the first is put out.", other.name)
+    return words[0] if words else None

@@ -57,7 +57,6 @@ def write_tensors(
     Source of the format: github.com/huggingface/safetensors, "Format".
 
     Args:
-        path: path of the file.
         tensors: tensors by name; each is accessed several times.
         metadata: texts by name.
         checksums: whether to add checksums to the metadata, for `read_tensors` to compare.
@@ -91,15 +90,7 @@ def write_tensors(
 def _header(
     rows: dict[str, dict], metadata: dict[str, str], size: int, sums: dict[str, int], own: int = 0
 ) -> tuple[bytes, str]:
-    """Return the header of a file, and the metadata entry with the checksums.
-
-    Args:
-        rows: header entry of each tensor.
-        metadata: texts by name.
-        size: bytes of all tensors.
-        sums: checksums of the tensors by name, sorted by name.
-        own: checksum of the header itself, computed with zeros in place of the checksum entry.
-    """
+    """Return the header of a file, and the metadata entry with the checksums; `own` is the checksum of the header."""
     entry = f"1:{len(sums)}:{size}:{own:08x}:" + "".join(f"{total:08x}" for total in sums.values())
     plain = {name: text for name, text in metadata.items() if name != CHECKSUMS}
     marked = {**plain, CHECKSUMS: entry} if sums else plain
@@ -108,12 +99,10 @@ def _header(
 
 
 def _blanked(header: bytes, entry: str) -> bytes:
-    """Return a header with zeros in place of its checksum entry."""
     return header.replace(entry.encode(), b"0" * len(entry), 1)
 
 
 def _checksum(name: str, row: dict, data: memoryview) -> int:
-    """Return the CRC-32 of a tensor's name, dtype, shape and bytes."""
     return zlib.crc32(data, zlib.crc32(f"{name}|{row['dtype']}|{row['shape']}".encode("utf-8", "surrogatepass")))
 
 
@@ -146,12 +135,11 @@ def read_tensors(
     Compares the tensors with the checksums that `write_tensors` wrote. Other programs' files have none.
 
     Args:
-        path: path of the file.
         names: names of the tensors to read, None for all.
         strict: whether to refuse a changed header too. Otherwise it is only logged, because users edit metadata.
 
     Raises:
-        RunError: the file is missing, invalid or damaged, or lacks one of the names. The error names the file.
+        RunError: the file is missing, invalid or damaged, or lacks one of the names.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -181,7 +169,7 @@ def read_metadata(path: str) -> dict[str, str]:
     """Return the metadata of a safetensors file without its checksums, empty if it has none. Do not read tensors.
 
     Raises:
-        RunError: the file is missing or invalid; the error names it.
+        RunError: the file is missing or invalid.
     """
     metadata = read_header(path).get("__metadata__", {})
     return {name: text for name, text in metadata.items() if name != CHECKSUMS}
@@ -190,15 +178,7 @@ def read_metadata(path: str) -> dict[str, str]:
 def _sums(path: str, raw: bytes, header: dict[str, dict], entry: str, strict: bool) -> dict[str, str]:
     """Return the checksums of a file's tensors by name, empty if it has none or they belong to other tensors.
 
-    Args:
-        path: path of the file.
-        raw: the header's bytes.
-        header: entries of the tensors by name.
-        entry: checksum entry of the metadata, empty in files of other programs and of earlier versions.
-        strict: whether to refuse a changed header.
-
-    Raises:
-        RunError: the header was changed and `strict` is set.
+    Files of other programs and of earlier versions have no entry. Raise RunError for a changed header if `strict`.
     """
     if not entry:
         return {}
@@ -225,13 +205,12 @@ def read_header(path: str) -> dict[str, dict]:
     """Return the header of a safetensors file: an entry per tensor, and `__metadata__` if the file has metadata.
 
     Raises:
-        RunError: the file is missing or not safetensors, or its header does not match its size. The error names it.
+        RunError: the file is missing or not safetensors, or its header does not match its size.
     """
     return _read_header(path)[1]
 
 
 def _read_header(path: str) -> tuple[bytes, dict[str, dict]]:
-    """Return the header of a file as bytes and as parsed JSON. Raise RunError as `read_header` does."""
     try:
         with open(path, "rb") as file:
             size = struct.unpack("<Q", _exactly(file, 8))[0]
@@ -261,15 +240,7 @@ def _exactly(file: BinaryIO, size: int) -> bytes:
 
 
 def _check_header(header: Any, present: int) -> None:
-    """Check a header before any memory is allocated for the tensors that it describes.
-
-    Args:
-        header: the parsed header.
-        present: number of bytes that follow the header.
-
-    Raises:
-        ValueError: the header is invalid or does not match the number of bytes.
-    """
+    """Raise ValueError, before any memory is allocated, unless the header is valid and describes `present` bytes."""
     if not isinstance(header, dict):
         raise ValueError("its header is not a JSON object")
     metadata = header.get("__metadata__", {})
@@ -286,7 +257,6 @@ def _check_header(header: Any, present: int) -> None:
 
 
 def _span(name: str, row: Any) -> tuple[int, int]:
-    """Return start and end of a tensor's bytes. Raise ValueError if the entry is invalid or the size is wrong."""
     label = name[:80]
     try:
         dtype, shape, (start, stop) = row["dtype"], row["shape"], row["data_offsets"]

@@ -29,7 +29,6 @@ def parse_json(text: str | bytes, pairs: Callable[[list[tuple[str, Any]]], Any] 
     """Parse JSON from an untrusted source.
 
     Args:
-        text: the JSON text.
         pairs: builds the value of an object from its pairs; may raise ValueError.
 
     Raises:
@@ -53,7 +52,7 @@ def read_json(path: str):
     """Return the value in a JSON file.
 
     Raises:
-        RunError: the file cannot be read or is not JSON; the error names it.
+        RunError: the file cannot be read or is not JSON.
     """
     try:
         with open(path, encoding="utf-8") as file:
@@ -84,7 +83,7 @@ def read_own_json(path: str) -> Any:
     """Return the value in a JSON file without its checksum. Files of earlier versions have no checksum.
 
     Raises:
-        RunError: the file is not JSON or does not match its checksum; the error names it.
+        RunError: the file is not JSON or does not match its checksum.
     """
     value = read_json(path)
     if not isinstance(value, dict) or _CHECKSUM not in value:

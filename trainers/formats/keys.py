@@ -140,12 +140,10 @@ def check_parts(tensors: dict[str, torch.Tensor], whose: str, input: str) -> Non
     """Check that the tensors of each layer fit each other. The host would skip a wrong layer and only log a line.
 
     Args:
-        tensors: tensors of the adapter.
         whose: name of the adapter at the start of the error message.
-        input: name of the node's input, for the error.
 
     Raises:
-        ModelError: the tensors of a layer do not fit; the error names the layer.
+        ModelError: the tensors of a layer do not fit.
     """
     for name, held in split(tensors)[0].items():
         why = misfit_of_parts(held)
@@ -220,7 +218,6 @@ def _misfit_of_pairs(held: dict[str, torch.Tensor]) -> str:
 
 
 def _product_shape(held: dict[str, torch.Tensor], first: str, second: str, core: str) -> tuple[int, ...]:
-    """Return the shape of the product of two factors, with the core's kernel size if there is a core."""
     if core in held:
         return (held[first].shape[1], held[second].shape[1], *held[core].shape[2:])
     return (held[first].shape[0], held[second][0].numel())
@@ -299,7 +296,6 @@ def _misfit_of_rotation(held: dict[str, torch.Tensor], rows: int) -> str:
 
 
 def _is_glora_of(held: dict[str, torch.Tensor], shape: tuple[int, ...]) -> bool:
-    """Report whether the factors of GLoRA, in either order of the formats, fit a weight of a shape."""
     a1, a2, b1, b2 = (held[name].flatten(1).shape for name in _GLORA)
     inner, inputs = math.prod(shape[1:]), shape[1] if len(shape) > 1 else 1
     if a2[1] == a1[0] and b2[1] == b1[0] and (b2[0], b1[1], a2[0], a1[1]) == (shape[0], inner, inner, inner):

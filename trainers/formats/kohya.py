@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 from .keys import ALPHA, BIAS, DORA, DOWN, MID, UP, WHOLE, layer_keys, misfit_of_parts, shape_of, split
 from .layers.paths import LayerPath, family_of_layers, place_of
-from .layers.published import is_swapped, joint_path
-from .layers.unets import original_path
+from .layers.published import is_swapped, joint_path, original_path
 
 if TYPE_CHECKING:
     import torch
@@ -87,7 +86,6 @@ def kohya_form(tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) ->
 
     Args:
         tensors: tensors with the host's names.
-        metadata: metadata of the file.
     """
     keys, others = layer_keys(tensors)
     layers = {name: {end: tensors[key] for end, key in ends.items()} for name, ends in keys.items()}
@@ -99,7 +97,6 @@ def kohya_form(tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) ->
 
 
 def _renamed(layers: Layers, family: str) -> tuple[Layers, Iterable[str]]:
-    """Return (layers under kohya's names, names of the layers that keep theirs)."""
     places = {name: place_of(name) for name in layers}
     if len({*places.values()}) < len(places):
         # Two layers would get one name.
@@ -256,7 +253,6 @@ def _joined(names: tuple[str, ...], parts: Layers) -> dict[str, torch.Tensor] | 
 
 
 def _can_join(names: tuple[str, ...], parts: Layers) -> bool:
-    """Report whether parts are LoRAs of the sizes that those of one layer have."""
     held = list(parts.values())
     if not all({UP, DOWN} <= part.keys() <= {UP, DOWN, ALPHA, DORA} for part in held):
         return False

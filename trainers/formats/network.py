@@ -106,13 +106,11 @@ def _algorithm_of(layers) -> str:
 
 
 def _is_spatial(held: dict[str, torch.Tensor]) -> bool:
-    """Report whether a layer is a LoRA of a convolution larger than 1x1."""
     down = held.get(DOWN)
     return down is not None and ("lora_mid.weight" in held or (down.dim() == 4 and down.shape[2:].numel() > 1))
 
 
 def _common_rank(layers) -> tuple[int, float] | None:
-    """Return the most common (rank, alpha), None if no layer has a rank."""
     pairs: Counter = Counter()
     for held in layers:
         factor = next((held[end] for end in RANKED if end in held), None)

@@ -12,8 +12,7 @@ from ..families import LayerSplit
 from .keys import ALPHA, BIAS, DORA, DOWN, MID, UP, split
 from .kohya import plain_factors
 from .layers.paths import LayerPath, family_of_layers, place_of
-from .layers.published import has_layer, is_swapped, joint_path, splits_of
-from .layers.unets import diffusers_path
+from .layers.published import diffusers_path, has_layer, is_swapped, joint_path, splits_of
 from .peft_format import PeftAdapter
 
 if TYPE_CHECKING:
@@ -53,11 +52,10 @@ def peft_form(tensors: Mapping[str, torch.Tensor], metadata: dict[str, str], for
 
     Args:
         tensors: tensors with the host's names. A `dora_scale` has its maker's own value.
-        metadata: metadata of the file.
         format: the format to save, for errors and for the names: "diffusers" has no others.
 
     Raises:
-        ModelError: peft or diffusers has no form for a layer; the error names it.
+        ModelError: peft or diffusers has no form for a layer.
     """
     held, others = split(dict(tensors))
     if others:
@@ -206,7 +204,6 @@ def _same(values: torch.Tensor) -> torch.Tensor:
 
 
 def _adapter(layers: dict[str, _Layer], splits: dict[str, tuple[LayerSplit, ...]], published: bool) -> PeftAdapter:
-    """Return one component's adapter on diffusers' layers."""
     tensors, ranks, scales = {}, {}, {}
     for path, layer in layers.items():
         for part in splits[path]:
@@ -228,7 +225,6 @@ def _rows(end: str, tensor: torch.Tensor, part: LayerSplit) -> torch.Tensor:
 
 
 def _config(layers: dict[str, _Layer], ranks: dict[str, int], scales: dict[str, float]) -> dict[str, Any]:
-    """Return peft's configuration as JSON-able values."""
     import peft
 
     first = next(iter(layers.values()))

@@ -147,9 +147,7 @@ def write_diffusers(path: str, native: PeftAdapter, metadata: dict[str, str]) ->
     """Write a file for diffusers' `load_lora_weights`. It multiplies B by the scale, so that no reader can miss it.
 
     Args:
-        path: path of the file.
         native: adapter from `diffusers_form`.
-        metadata: metadata of the file.
     """
     tensors, described = {}, {}
     for component, part in native.by_component().items():
@@ -184,8 +182,6 @@ def read_native(path: str, tensors: dict[str, torch.Tensor], metadata: dict[str,
 
     Args:
         path: path of the file; peft's configuration is in the same folder.
-        tensors: tensors of the file.
-        metadata: metadata of the file.
 
     Raises:
         ModelError: peft's configuration is missing or names an unknown adapter type.
@@ -229,12 +225,10 @@ def _is_single_file(names: Collection[str]) -> bool:
 
 
 def _is_transformer(native: PeftAdapter) -> bool:
-    """Report whether the layers are those of a transformer in diffusers."""
     return any(name.startswith(("transformer_blocks.", "single_transformer_blocks.")) for name in native.tensors)
 
 
 def _peft_text(folder: str, budget: Budget) -> dict[str, PeftAdapter]:
-    """Read the text encoders' adapters from the subfolders of peft's folder."""
     adapters = {}
     for component in _PREFIXES:
         path = os.path.join(folder, component, WEIGHTS)

@@ -282,7 +282,6 @@ def prune(folder: str, limit: int, since: float) -> int:
 
 
 def _cache_files(folder: str) -> list[tuple[float, int, str]]:
-    """List (last use, bytes, path) of each cache file."""
     rows = []
     for directory, _, names in os.walk(folder):
         for name in names:

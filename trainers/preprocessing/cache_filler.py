@@ -137,7 +137,6 @@ class CacheFiller:
     def _texts(
         self, training: list[CroppedExample], validation: list[CroppedExample], picture_count: int
     ) -> Iterator[tuple[str | EncodedPrompt, CroppedExample, Crop]]:
-        """Yield each text or encoded prompt that is used with a crop of an example."""
         for cropped in validation:
             for crop in cropped.crops:
                 yield cropped.unvaried_prompt(), cropped, crop
@@ -172,7 +171,6 @@ class CacheFiller:
             self._caches.texts.fill(prompts, self._reporting(len(prompts)))
 
     def _visits(self, crops: list[tuple[CroppedExample, Crop]]) -> list[int]:
-        """Return an upper bound of the number of visits of each crop in the run."""
         return visits_within(
             self._recipe.steps * self._recipe.accumulation,
             [crop.shape for _, crop in crops],
@@ -218,6 +216,5 @@ class CacheFiller:
 def _without_problems(
     examples: list[CroppedExample], problems: list[LeftOut | None], left_out: list[LeftOut]
 ) -> list[CroppedExample]:
-    """Return the examples without a problem; add the problems of the others to `left_out`."""
     left_out.extend(problem for problem in problems if problem is not None)
     return [cropped for cropped, problem in zip(examples, problems, strict=True) if problem is None]

@@ -62,7 +62,6 @@ class CroppedExample:
 
         Args:
             count: number of versions, from `captions.variant_count`.
-            seed: the run's.
             visit: number of earlier visits of the crop.
         """
         return captions.variant_of_visit(self.example, count, seed, self.stream(crop), visit)

@@ -43,7 +43,6 @@ def list_warnings(
 def _warn_of_unseen_sources(
     recipe: Recipe, training: Sequence[CroppedExample], text_encoder: TextEncoder
 ) -> dict[str, Any] | None:
-    """Warn of source pictures that the text encoder could see but does not."""
     has_sources = any(cropped.example.sources for cropped in training)
     if recipe.prompt_node != TEXT_ALONE or not has_sources or not text_encoder.sees_pictures:
         return None
@@ -55,7 +54,6 @@ def _warn_of_unseen_sources(
 
 
 def _warn_of_batch(recipe: Recipe, subject: Sequence[CroppedExample]) -> dict[str, Any] | None:
-    """Warn of a batch that is larger than the dataset."""
     showings = sum(cropped.example.repeats * len(cropped.crops) for cropped in subject)
     if recipe.batch_size <= showings:
         return None

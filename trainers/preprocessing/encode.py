@@ -62,7 +62,7 @@ class LatentCache:
                 finished entries.
 
         Raises:
-            DatasetError: a latent is not finite. The error names the picture.
+            DatasetError: a latent is not finite.
         """
         rows = list(rows)
         owners: dict[str, list[tuple[int, Crop]]] = {}
@@ -102,7 +102,6 @@ class LatentCache:
         return [batch for batch in batches if not missing.isdisjoint(batch)]
 
     def _encode(self, batch: dict[str, tuple[int, Crop]], missing: set[str], pictures: _Pictures) -> None:
-        """Encode a batch, and store its missing entries."""
         import torch
 
         arrays = {key: pictures.cut(place, crop, key in missing) for key, (place, crop) in batch.items()}
@@ -161,11 +160,7 @@ def earlier_base(cache: Cache, part: ImageCodec | TextEncoder) -> str:
 
 
 class _Pictures:
-    """Pictures of one `fill`; keeps the last opened one for its next crop.
-
-    Attributes:
-        problems: by place, the reason for not training on a needed picture.
-    """
+    """Pictures of one `fill`; keeps the last opened one for its next crop, and problems by place."""
 
     def __init__(self, examples: Sequence[Example], tick: Callable[[str], None]):
         self.problems: dict[int, LeftOut] = {}
@@ -219,7 +214,7 @@ class TextCache:
         """Encode the missing captions, and store the missing encoded prompts.
 
         Raises:
-            DatasetError: a conditioning is not finite. The error names the caption.
+            DatasetError: a conditioning is not finite.
             RunError: an encoded prompt of a job is missing.
         """
         prompts = list(prompts)

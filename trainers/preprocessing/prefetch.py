@@ -19,7 +19,6 @@ class Prefetcher:
     the thread and the time of the fetch. No more than one batch is held, since many accumulated batches may be large.
 
     Args:
-        samples: returns the samples of a batch.
         threaded: prefetch in a thread; if False, `get` fetches each batch.
     """
 

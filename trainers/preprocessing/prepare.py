@@ -40,7 +40,6 @@ class Prepared:
     """Dataset that is ready for the training loop.
 
     Attributes:
-        training, validation: items.
         previews: for each prompt of a sample picture, a function that reads its encoded source pictures, or None.
         places: places in the dataset of the examples that are in either.
         left_out: files that are not trained on.
@@ -136,7 +135,6 @@ def _encode(
 
 
 def _refuse_sources(dataset: Dataset, recipe: Recipe, host: Host) -> None:
-    """Refuse source pictures that the model, or the node that encodes the prompts, does not take."""
     denoiser, node = host.denoiser, recipe.prompt_node
     most = max((len(example.sources) for example in dataset.examples), default=0)
     named = max((len(prompt.sources) for prompt in read_prompts(recipe.preview_prompts)), default=0)
@@ -203,7 +201,6 @@ def _refuse_clips(dataset: Dataset, host: Host) -> None:
 
 
 def _refuse_without_validation(dataset: Dataset, recipe: Recipe) -> None:
-    """Raise SettingsError for an option that needs the validation loss if no picture is held out."""
     if recipe.validation_fraction or any(example.held_out for example in dataset.examples):
         return
     for name in ("keep_best", "stop_when"):
@@ -229,7 +226,6 @@ def _refuse_if_empty(dataset: Dataset, examples: list[CroppedExample], left_out:
 def _report_warnings(
     dataset: Dataset, recipe: Recipe, host: Host, training: list[CroppedExample], left_out: tuple[LeftOut, ...]
 ) -> None:
-    """Report files that are not trained on, and what looks unintended in the dataset."""
     if left_out:
         log.warning("Graft: skipped %d files: %s", len(left_out), shortened(left_out, 50))
     warnings = list_warnings(dataset, recipe, training, left_out, host.text)
@@ -259,7 +255,6 @@ def _count_image_conditionings(examples: list[CroppedExample], caches: DatasetCa
 
 
 def _describe_latents(cropped: CroppedExample, caches: DatasetCaches) -> str:
-    """Describe the cached latents: posteriors to sample from, or means alone."""
     if "logvar" in caches.latents.get(caches.latents.key(cropped.example, cropped.crops[0])):
         return "mean and log-variance, sampled anew at every showing"
     log.info("Graft: this VAE has no posterior to sample; training uses the mean of each picture.")

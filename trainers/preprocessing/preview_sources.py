@@ -46,7 +46,6 @@ class PreviewSources:
 
     Attributes:
         size: (width, height) of the sample picture, pixels.
-        prompt, negative: texts.
     """
 
     sources: Sources

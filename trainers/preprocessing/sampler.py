@@ -110,7 +110,6 @@ class _Layout:
         return visits
 
     def _class_start(self, epoch: int, number: int) -> int:
-        """Count the visits of class images before a round: as many as of the other examples."""
         return epoch * self.own.total + int(self.own.before(number).sum())
 
     def _class_members(self, epoch: int, number: int) -> dict:
@@ -132,12 +131,10 @@ class _Layout:
         return by_bucket
 
     def _class_counts(self, epoch: int, number: int) -> np.ndarray:
-        """Count the visits of each class image in a round."""
         start = self._class_start(epoch, number)
         return self._class_visits(start + int(self.own.of(number).sum())) - self._class_visits(start)
 
     def _class_visits(self, count: int) -> np.ndarray:
-        """Count each class image among the first `count` visits of class images."""
         decks, rest = divmod(count, self.classes.total)
         number = self._round_at(rest)
         before = self.classes.before(number)
@@ -148,7 +145,6 @@ class _Layout:
         return visits
 
     def _round_at(self, rest: int) -> int:
-        """Return the round of a deck that holds the deck's visit number `rest`."""
         low, high = 0, self.classes.count - 1
         while low < high:
             middle = (low + high + 1) // 2
@@ -156,14 +152,12 @@ class _Layout:
         return low
 
     def _deck(self, deck: int, number: int) -> np.ndarray:
-        """Return a round of a deck of class images, shuffled."""
         seed = stream_seed("prior", self.seed, deck, number) if number else stream_seed("prior", self.seed, deck)
         rng = np.random.RandomState(seed % (2**32))
         places = np.arange(len(self.classes.repeats), dtype=np.int32)
         return rng.permutation(np.repeat(places, self.classes.of(number)))
 
     def _deal(self, start: int, count: int) -> np.ndarray:
-        """Return `count` class images, from visit number `start` of class images on."""
         deck, rest = divmod(start, self.classes.total)
         number = self._round_at(rest)
         skipped = rest - int(self.classes.before(number).sum())

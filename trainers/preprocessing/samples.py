@@ -105,7 +105,6 @@ class SampleReader:
     def _draw(
         self, cropped: CroppedExample, crop: Crop, visit: int | None
     ) -> tuple[str | EncodedPrompt, Crop, torch.Generator | None]:
-        """Return (caption or encoded prompt, crop, generator of the latent's noise) of a visit."""
         example, seed, stream = cropped.example, self._recipe.seed, cropped.stream(crop)
         if visit is None:
             return cropped.unvaried_prompt(), crop, None
@@ -117,7 +116,6 @@ class SampleReader:
         return prompt, cropped.crop_of_visit(crop, seed, visit), generator("posterior", seed, stream, visit)
 
     def _latent(self, key: str, source: torch.Generator | None) -> torch.Tensor:
-        """Return the posterior's mean, or a sample of the posterior if a generator is given."""
         import torch
 
         posterior = self._memory.get(f"latent {key}", lambda: self._caches.latents.get(key))
@@ -172,5 +170,4 @@ class SampleReader:
         return weight.view(1, 1, *[1] * (latent.ndim - 4), *shape)
 
     def _live(self, caption: str) -> str | None:
-        """Return the caption if the text encoder runs at every step."""
         return caption if self._caches.texts is None else None

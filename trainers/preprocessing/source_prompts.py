@@ -154,7 +154,6 @@ def _marks(sources: Sources) -> list:
 
 
 def _pixels(sources: Sources) -> list[torch.Tensor]:
-    """Return the cropped source pictures at their own scale, each [1, H, W, 3] in 0..1, as a loader gives them."""
     import torch
 
     return [torch.from_numpy(to_array(cut_unscaled(open_picture(source), crop)))[None] for source, crop in sources]

@@ -28,9 +28,7 @@ class State:
     Noise, sample order and timesteps are functions of seed and step, so the state does not hold them.
 
     Attributes:
-        step: number of optimizer steps done.
         batches: number of batches drawn so far.
-        losses: loss of each step.
         validation: (step, loss) of each validation.
         trainables: values of trained tensors by name.
         ema: their exponential moving averages by name; empty without EMA.
@@ -97,7 +95,6 @@ def read_state(path: str, step: int) -> State:
     """Read a state from a file.
 
     Args:
-        path: path of the file.
         step: the step in the file's name.
 
     Raises:
@@ -124,7 +121,6 @@ def read_state(path: str, step: int) -> State:
 
 
 def _state_of(plain: dict) -> State:
-    """Return a state without its tensors from its JSON fields."""
     return State(
         step=plain["step"],
         batches=plain["batches"],
@@ -156,7 +152,6 @@ def _add_tensors(state: State, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def _check_plain(plain: dict, step: int) -> None:
-    """Raise ValueError if the JSON fields of a state are invalid or belong to another step."""
     unknown = plain.keys() - _FIELDS
     if unknown:
         raise ValueError(f"it has the unknown field {min(unknown)}")

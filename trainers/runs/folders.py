@@ -72,8 +72,6 @@ class Halt:
 
     Attributes:
         how: STOPPED or PAUSED.
-        step: last step that was done.
-        steps: number of steps that the run was to have.
     """
 
     how: str

@@ -69,10 +69,8 @@ class Summary:
 
     Attributes:
         picture: path of its last sample picture, None if it has none.
-        recipe: all settings.
         facts: further facts from recipe.json: numbers of pictures and layers, and what the run was made from.
         has_graph: whether the run's folder holds the queued workflow.
-        size: bytes of its folder.
         notes: title and note from the user.
         saves: steps with a save, in ascending order.
     """
@@ -177,7 +175,6 @@ def _describe(steps: Iterable[tuple[int, float]], checked: Iterable[tuple[int, f
 
 
 def _thinned(points: list[tuple[int, float]]) -> tuple[tuple[int, float], ...]:
-    """Return at most _MOST_POINTS points, evenly spaced and including the last."""
     every = -(-len(points) // _MOST_POINTS) or 1
     return tuple(point for place, point in enumerate(points) if (len(points) - 1 - place) % every == 0)
 

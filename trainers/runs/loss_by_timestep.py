@@ -106,7 +106,6 @@ def _bucket_of(t: float) -> int:
 
 
 def _halved(rows: list[list]) -> list[list]:
-    """Add up pairs of adjacent rows; an odd last row stays as it is."""
     pairs = [rows[place : place + 2] for place in range(0, len(rows), 2)]
     return [[sum(column) for column in zip(*pair, strict=True)] for pair in pairs]
 

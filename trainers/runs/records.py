@@ -31,7 +31,6 @@ class Record:
     """Progress of a run, from its folder.
 
     Attributes:
-        name: name of its folder.
         step: step of its last state.
         steps: number of steps in its recipe.
         status: "finished", "stopped", "paused" or "unfinished".

@@ -82,7 +82,6 @@ class Run:
             lock.release()
 
     def _check_held(self) -> None:
-        """Raise RunHeldError if another process has taken the run over."""
         if self._lock is not None:
             self._lock.check()
 
@@ -100,7 +99,6 @@ class Run:
         """Return the run with an identity. If `on_existing` is "new", return a new run or an interrupted new one.
 
         Args:
-            folders: the folders to search.
             recipe: supplies the name, the number of steps and `on_existing`.
             identity: the recipe's identity; its first eight digits are part of the folder's name.
             label: name of the run if the recipe has none.
@@ -186,7 +184,6 @@ class Run:
                 os.rmdir(folder)
 
     def _written(self) -> Iterator[str]:
-        """Yield the paths of existing files whose names a run writes."""
         plain = {_RECIPE, _GRAPH, _HALT, _LOG}
         for name in list_names(self.folder):
             if name in plain or STATE_FILE.fullmatch(name):
@@ -202,7 +199,7 @@ class Run:
         """Check that no folder of the run is a link and that its main folder contains no link.
 
         Raises:
-            RunError: there is a link; the error names it.
+            RunError: there is a link.
         """
         self._check_folders()
         link = atomic.find_link(self.folder)
@@ -238,8 +235,6 @@ class Run:
 
         Args:
             how: STOPPED or PAUSED.
-            step: last step that was done.
-            steps: number of steps that the run was to have.
         """
         self._check_held()
         json_files.write_own_json(os.path.join(self.folder, _HALT), {"how": how, "step": step, "steps": steps})
@@ -317,7 +312,7 @@ class Run:
             slots: minimum number of values that the optimizer keeps per trained value.
 
         Raises:
-            RunError: the space is too small; the error names the folder.
+            RunError: the space is too small.
         """
         atomic.check_room(self.folder, values * (1 + slots))
         for folder in (self.adapters, self.embeddings):

@@ -40,10 +40,8 @@ class Holder:
     """Process that holds a lock.
 
     Attributes:
-        host: name of its computer.
         system: changes with every boot of the computer; processes with the same value share a kernel.
         space: namespace of its process id; ids of different containers cannot be compared.
-        process: process id.
         started: start time of the process in the kernel's units; empty if unknown.
         since: time when it took the lock, seconds since the epoch.
         token: unique for each time that a lock is taken.
@@ -77,11 +75,7 @@ class Holder:
 
 
 class RunLock:
-    """Lock that this process holds. Call `acquire` to create one.
-
-    Attributes:
-        holder: record of this process.
-    """
+    """Lock that this process holds. Call `acquire` to create one."""
 
     def __init__(self, path: str, name: str, descriptor: int, holder: Holder):
         self.holder = holder
@@ -219,7 +213,6 @@ def _is_left_behind(path: str, holder: Holder | None, locked: bool | None) -> bo
     """Report whether a lock is stale, so that nobody holds it.
 
     Args:
-        path: path of the lock file.
         holder: the record in it, None if it has none.
         locked: whether this process could lock the file; None if the file system has no locks.
     """
@@ -270,7 +263,6 @@ def earliest_start(parent: str) -> float:
 
 
 def _parse(data: bytes) -> Holder | None:
-    """Parse the bytes of a lock file. Return None if they are not a valid record."""
     try:
         value = parse_json(data)
         holder = Holder(**value)
@@ -313,11 +305,7 @@ _BINARY = getattr(os, "O_BINARY", 0)
 
 
 def _lock_file(descriptor: int) -> bool | None:
-    """Take the operating system's lock on an open file.
-
-    Returns:
-        True if taken, False if another process has it, None if the file system has no locks.
-    """
+    """Take the system's lock. Return False if another process has it, None if the file system has no locks."""
     try:
         if os.name == "nt":
             import msvcrt

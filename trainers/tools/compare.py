@@ -27,8 +27,6 @@ def grid(rows: Sequence[str], columns: Sequence[str], pictures: Sequence[Sequenc
     """Draw the grid as [H, W, 3] float32 in 0..1.
 
     Args:
-        rows: labels on the left.
-        columns: labels above.
         pictures: images by row and column, all of one size.
     """
     from PIL import Image, ImageDraw

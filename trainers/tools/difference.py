@@ -1,4 +1,4 @@
-"""The difference that an adapter adds to a layer's weight, as two factors or in full."""
+"""The difference that an adapter adds to a layer's weight, as two factors or in full; low-rank approximation by SVD."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 from ..errors import ModelError
 from ..formats.keys import ALPHA, BIAS, DORA, DOWN, MID, ON_INPUT, UP, WHOLE, shape_of
 from ..formats.kohya import lora_tensors
-from . import svd
 
 if TYPE_CHECKING:
     import torch
 
+# Singular values below this fraction of the largest are rounding errors.
+_ROUNDING = 1e-6
 _HADA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 # Tensors that change a weight relative to its value, so that the difference depends on the weight.
 RELATIVE = {
@@ -36,7 +37,7 @@ def check_size(shape: Iterable[int], name: str = "", input: str = "adapter") -> 
     """Refuse to multiply out a difference that is larger than any known layer.
 
     Raises:
-        ModelError: it is too large. The message names the layer and the size.
+        ModelError: it is too large.
     """
     shape = list(shape)
     numbers = math.prod(shape)
@@ -101,7 +102,7 @@ def difference(name: str, tensors: dict[str, torch.Tensor], input: str, dtype: t
         dtype: dtype of the computation, float32 by default.
 
     Raises:
-        ModelError: the difference depends on the weight, or the tensors do not fit. The message names the layer.
+        ModelError: the difference depends on the weight, or the tensors do not fit.
     """
     for end, what in RELATIVE.items():
         if end in tensors:
@@ -191,9 +192,9 @@ def limited(given: Difference, rank: int, energy: float, trim: bool = False) -> 
     if given.shape is None or len(given.shape) < 2:
         return given
     if given.up is not None:
-        up, down = svd.refactor(given.up, given.down.flatten(1), rank, energy, trim)
+        up, down = refactor(given.up, given.down.flatten(1), rank, energy, trim)
     else:
-        up, down = svd.factor(given.whole.flatten(1), rank, energy, trim)
+        up, down = factor(given.whole.flatten(1), rank, energy, trim)
     return Difference(up, down.reshape(-1, *given.shape[1:]), bias=given.bias, certain=given.certain)
 
 
@@ -228,3 +229,60 @@ def fitted(given: Difference, shape: tuple[int, ...]) -> Difference:
 def alike(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
     """Return True if two shapes can belong to one layer: they are equal, or one of them is the flat form."""
     return a == b or (a[0] == b[0] and math.prod(a) == math.prod(b) and 2 in (len(a), len(b)))
+
+
+def kept(values: torch.Tensor, rank: int, energy: float) -> int:
+    """Return the number of singular values to keep, at least one.
+
+    Args:
+        values: [n], the largest first.
+        rank: maximum number, 0 for all.
+        energy: fraction of the sum of their squares to keep, in 0..1 (kohya's sv_fro is its root). 1 for all.
+    """
+    count = len(values)
+    if energy < 1:
+        squares = values.double().square().cumsum(0)
+        count = int((squares < energy * squares[-1]).sum()) + 1
+    return max(1, min(count, rank or count, len(values)))
+
+
+def significant(values: torch.Tensor) -> int:
+    """Return the number of singular values that exceed rounding errors, at least one."""
+    return max(1, int((values > _ROUNDING * values[0]).sum()))
+
+
+def factor(matrix: torch.Tensor, rank: int, energy: float, trim: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the best factors (up [out, k], down [k, in]) of a matrix [out, in] (Eckart and Young 1936).
+
+    Both factors have the square roots of the singular values.
+
+    Args:
+        trim: whether to drop singular values that are only rounding errors too.
+    """
+    import torch
+
+    u, s, v = torch.linalg.svd(matrix.float(), full_matrices=False)
+    return _balanced(u, s, v, rank, energy, trim)
+
+
+def refactor(
+    up: torch.Tensor, down: torch.Tensor, rank: int, energy: float, trim: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the same for up @ down of [out, r] and [r, in], at the cost of the factors: no [out, in] is built."""
+    import torch
+
+    if up.shape[1] >= min(up.shape[0], down.shape[1]):
+        return factor(up @ down, rank, energy, trim)
+    # Double precision separates shared directions of two adapters from rounding errors.
+    left, upper = torch.linalg.qr(up.double())
+    right, lower = torch.linalg.qr(down.double().t())
+    u, s, v = torch.linalg.svd(upper @ lower.t())
+    return _balanced(left @ u, s, v @ right.t(), rank, energy, trim)
+
+
+def _balanced(u, s, v, rank: int, energy: float, trim: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    count = kept(s, rank, energy)
+    if trim:
+        count = min(count, significant(s))
+    root = s[:count].sqrt()
+    return (u[:, :count] * root).float(), (root[:, None] * v[:count]).float()

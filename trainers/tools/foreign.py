@@ -12,7 +12,6 @@ class Kind:
     """A kind of file.
 
     Attributes:
-        name: of the kind.
         cure: what the user can do with it.
     """
 

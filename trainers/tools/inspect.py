@@ -33,7 +33,6 @@ class Fit(Protocol):
     """The fit of an adapter to a model.
 
     Attributes:
-        model: the kind of the model.
         read, unread: number of keys that the model uses, and the keys that it does not use.
         misfits: (weight's key, mismatch) of tensors of another size.
         paths: the paths of the model's weights by layer name.
@@ -51,7 +50,6 @@ class Row:
     """One layer of an adapter.
 
     Attributes:
-        name, block: of the layer.
         kind: adapter type.
         rank, scale: of its factors, None if it has none.
         norm: Frobenius norm of its difference, None if that depends on the weight.
@@ -70,10 +68,7 @@ class Findings:
     """The facts about an adapter.
 
     Attributes:
-        rows: its layers.
-        others: keys that belong to no layer.
         numbers, size: count of numbers in its tensors, and their bytes.
-        metadata: of its file.
         method: the type it was trained as, None if unknown.
     """
 
@@ -229,7 +224,6 @@ def _described(findings: Findings) -> list[str]:
 
 
 def _origin(metadata: dict[str, str]) -> list[str]:
-    """Return the lines about the file's own metadata."""
     fields = {
         "Title": title_of(metadata),
         "Trigger": metadata.get("modelspec.trigger_phrase"),

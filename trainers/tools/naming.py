@@ -65,7 +65,6 @@ def _name(key: str, own: dict[str, str], sample: str, places: Places) -> str:
 
 
 def _by_key(layers: dict[str, Difference], places: Places) -> dict[str, Difference]:
-    """Return the differences by weight key. Layers that are unknown keep their names."""
     parts: dict[str, list[Difference]] = {}
     for name, layer in layers.items():
         place = places.place(name)
@@ -76,8 +75,6 @@ def _by_key(layers: dict[str, Difference], places: Places) -> dict[str, Differen
 
 
 def _in_whole(layer: Difference, place: WeightSlice) -> Difference:
-    """Return the difference of the whole weight."""
-
     def placed(tensor: torch.Tensor | None) -> torch.Tensor | None:
         if tensor is None:
             return None
@@ -93,7 +90,6 @@ def _in_whole(layer: Difference, place: WeightSlice) -> Difference:
 
 
 def _summed(layers: list[Difference]) -> Difference:
-    """Return the sum of differences of one weight, in factors if all are."""
     import torch
 
     if len(layers) == 1:

@@ -38,8 +38,6 @@ class PeftLayer:
     """A layer of an adapter in peft's form.
 
     Attributes:
-        native: the adapter.
-        place: path of the layer.
         values: its tensors by peft's names, without `.weight`.
         is_by_input: whether its factors of IA3 are for inputs.
     """
@@ -86,7 +84,6 @@ def start_factors(layer: PeftLayer, weight: torch.Tensor) -> tuple[torch.Tensor,
     peft subtracts the start values from the weight: W - s B0 A0 + s B A. The factors have twice the rank.
 
     Args:
-        layer: the layer.
         weight: [out, in] float32.
     """
     import torch
@@ -128,11 +125,10 @@ def peft_difference(layer: PeftLayer, weight: torch.Tensor) -> torch.Tensor:
     """Return the difference [out, in, ...] of a DoRA, OFT, BOFT or IA3 layer.
 
     Args:
-        layer: the layer.
         weight: [out, in, ...] float32.
 
     Raises:
-        ModelError: peft cannot compute it. The error names the layer.
+        ModelError: peft cannot compute it.
     """
     with _outside_inference():
         wrapped = _injected(layer, weight)
@@ -167,7 +163,6 @@ def _tensor(layer: PeftLayer, stem: str, weight: torch.Tensor) -> torch.Tensor:
 
 
 def _injected(layer: PeftLayer, weight: torch.Tensor) -> nn.Module:
-    """Return peft's layer around a layer with this weight, with start values."""
     import torch
     from peft import inject_adapter_in_model
     from torch import nn

@@ -119,7 +119,6 @@ def differences(
     """Return the difference of each layer of an adapter, by the layer's name.
 
     Args:
-        input: the node's input, for errors.
         weights: returns the layers' values in the model; None if no model is connected.
 
     Raises:
@@ -182,7 +181,6 @@ def changed_by(
     """Return the difference of a weight by the maker's formula.
 
     Args:
-        name: the layer, for errors.
         held: tensors of the layer by kohya's key suffix.
         weight: [out, in, ...], float32 or float64.
         is_for_host: whether magnitudes of outputs and the limits of rotations are for ComfyUI's formulas: it divides by

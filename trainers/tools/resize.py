@@ -72,7 +72,6 @@ def check(energy: float) -> None:
 
 
 def _is_small(given: Difference, rank: int, energy: float) -> bool:
-    """Return True if the limits remove nothing from this layer."""
     if given.shape is None or len(given.shape) < 2:
         return True
     fits = given.rank is not None and given.rank <= rank

@@ -23,9 +23,8 @@ from ....trainers.formats.metadata import ARCHITECTURE, RUN, architecture_of
 from ....trainers.formats.network import LYCORIS_NETWORK, as_dora, has_host_magnitudes
 from ....trainers.formats.peft_format import WEIGHTS
 from ....trainers.runs.records import find_run
-from ....trainers.tools.average import AVERAGE, average_saves
 from ....trainers.tools.extract import Extraction, Weight, extract
-from ....trainers.tools.merge import Merging, merge
+from ....trainers.tools.merge import AVERAGE, Merging, average_saves, merge
 from ....trainers.tools.resize import resize
 from .. import paths
 from ..model import families
@@ -103,7 +102,6 @@ def restore_magnitudes(adapter: dict, model: ModelPatcher, format: str) -> dict:
 
     Args:
         model: the model that the adapter was trained on. Its other adapters do not count.
-        format: the format to save.
 
     Raises:
         ModelError: the model has no such layer, or the adapter has layers of text encoders.

@@ -64,7 +64,6 @@ class ClassImageSet:
     Attributes:
         dataset: exactly the requested images.
         drawn: number of images that were missing before.
-        folder: folder of the images.
         shown: descriptions for the node's `ui`.
     """
 
@@ -81,12 +80,7 @@ class ClassImageSet:
 
 
 def make(model: ModelPatcher, clip: CLIP, vae: VAE, request: ClassImageRequest, node: str) -> ClassImageSet:
-    """Make the requested class images. Each is saved as soon as it is drawn, so an interruption loses nothing.
-
-    Raises:
-        GraftError: names the input and the cure.
-        InterruptProcessingException: ComfyUI's interruption.
-    """
+    """Make the requested class images. Each is saved as soon as it is drawn, so an interruption loses nothing."""
     check_sockets(model, clip, vae)
     family = family_of(families.family_name(model))
     geometry = families.geometry(model, int(vae.spacial_compression_encode()), request.resolution)

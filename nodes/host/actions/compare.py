@@ -83,10 +83,6 @@ def compare(
 
     Args:
         adapters: connected adapters by their label, None for an input without one.
-
-    Raises:
-        GraftError: names the input and the cure.
-        InterruptProcessingException: ComfyUI's interruption.
     """
     from ..model.sampling import PromptSampler
 
@@ -220,7 +216,6 @@ def states_of(text: str) -> list:
 
 
 def _labels(names: list[str]) -> list[str]:
-    """Return distinct labels of files: their names, with the folder for duplicates; a save is labeled by its step."""
     short = [_short_label(os.path.splitext(os.path.basename(name))[0]) for name in names]
     whole = [f"{os.path.dirname(name)} {label}".strip() for name, label in zip(names, short, strict=True)]
     return [label if short.count(label) == 1 else other for label, other in zip(short, whole, strict=True)]

@@ -58,7 +58,6 @@ def train(
     """Draw the missing class images, then train as every other method does.
 
     Raises:
-        GraftError: names the input and the cure.
         InterruptProcessingException: ComfyUI's interruption, after progress was saved.
     """
     give_way = training.give_way(options)

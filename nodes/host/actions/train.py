@@ -109,7 +109,6 @@ def train(
     """Train or resume a run, or return a finished one. The returned model and clip have the result applied.
 
     Raises:
-        GraftError: names the input and the cure.
         InterruptProcessingException: ComfyUI's interruption, after progress was saved.
     """
     way = give_way(options)
@@ -178,7 +177,6 @@ def _graph(training: Training) -> dict[str, Any] | None:
 
 
 def _result_of(recipe: Recipe, dataset: Dataset, host: Host, node: str) -> Result:
-    """Train here, or in separate processes, and return the result of the finished run."""
     folders = paths.folders()
     if recipe.processes == 1 or is_finished(recipe, dataset, host, folders):
         return run_recipe(recipe, dataset, host, folders)
@@ -212,7 +210,6 @@ def export(
     """Write the training that `train` would run as a job for other machines, and return its folder.
 
     Raises:
-        GraftError: names the input and the cure.
         InterruptProcessingException: ComfyUI's interruption; the job's files are then removed.
     """
     check_sockets(model, clip, vae, widgets.method)

@@ -74,7 +74,6 @@ def check_not_applied(model: ModelPatcher, clip: CLIP, start: Mapping[str, torch
 
 
 def _tensors_of(patch) -> Iterator[torch.Tensor]:
-    """Yield the tensors of one of ComfyUI's patches: an adapter with weights, or (kind, tensors)."""
     parts = patch[1] if isinstance(patch, tuple) and len(patch) > 1 else getattr(patch, "weights", ())
     for part in parts if isinstance(parts, (tuple, list)) else ():
         if hasattr(part, "data_ptr"):

@@ -75,7 +75,6 @@ def encoded(clip: CLIP, tokens: dict) -> dict[str, torch.Tensor]:
 
 
 def _inner(clip: CLIP, tokens: Sequence[dict]) -> Iterator[tuple[str, torch.nn.Module]]:
-    """Yield (key, encoder) of each part of a CLIP that has tokens."""
     for name in tokens[0]:
         for key in (name, f"clip_{name}"):
             inner = getattr(clip.cond_stage_model, key, None)
@@ -88,7 +87,6 @@ def _name(key: str, tokens: dict) -> str:
 
 
 def _sections(tokens: dict, key: str) -> list[list]:
-    """Return the chunks as lists of tokens, as ComfyUI passes them to an encoder."""
     return [[place[0] for place in chunk] for chunk in tokens[_name(key, tokens)]]
 
 
@@ -145,7 +143,6 @@ def _answer(inner, key: str, number: int, rows: _Rows | None, keep: LRUCache | N
 
 
 def _slice(value, start: int, stop: int):
-    """Return a range of rows of an encoder's output: a tuple of tensors, dicts of tensors, or None."""
     if isinstance(value, tuple):
         return tuple(_slice(part, start, stop) for part in value)
     if isinstance(value, dict):

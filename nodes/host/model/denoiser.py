@@ -361,7 +361,6 @@ class ComfyDenoiser:
 
 
 def _sizes(conditioning: Conditioning) -> dict[str, int]:
-    """Return the sizes of a sample's picture, in pixels, by the names that ComfyUI's SDXL nodes use."""
     width, height = conditioning.original_size
     target_width, target_height = conditioning.target_size
     return {
@@ -387,7 +386,6 @@ def _cast_where_needed(layers: list[torch.nn.Module], dtype: torch.dtype) -> Non
 
 
 def _trained(values: Iterable) -> bool:
-    """Report whether a value, or a tensor in a list among the values, requires a gradient."""
     parts = (part for value in values for part in (value if isinstance(value, list) else [value]))
     return any(torch.is_tensor(part) and part.requires_grad for part in parts)
 

@@ -58,13 +58,12 @@ def encoded_prompts(arrived: Sequence[Arrived]) -> list[EncodedPrompt]:
     """Return an encoded prompt for each CONDITIONING.
 
     Raises:
-        DatasetError: training cannot use all of it as ComfyUI's sampler does. The error names the reason.
+        DatasetError: training cannot use all of it as ComfyUI's sampler does.
     """
     return [_encoded_prompt(_values_of(conditioning)) for conditioning in arrived]
 
 
 def _values_of(conditioning: Arrived) -> dict[str, Any]:
-    """Return the values of a CONDITIONING's only entry by ComfyUI's names."""
     if len(conditioning) != 1:
         raise DatasetError(
             f"A conditioning has {len(conditioning)} entries. ComfyUI's sampler draws one picture with all of them.",
@@ -130,7 +129,6 @@ def _encoded_prompt(values: dict[str, Any]) -> EncodedPrompt:
 
 
 def _packed(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
-    """Return a value as JSON, and move its tensors into `tensors`."""
     import comfy.clip_vision
 
     if isinstance(value, torch.Tensor):
@@ -166,7 +164,6 @@ def values_of(tensors: dict[str, torch.Tensor], device: torch.device) -> dict[st
 
 
 def _restored(value: Any, tensors: dict[str, Any]) -> Any:
-    """Return a packed value, and take its tensors out of `tensors`."""
     import comfy.clip_vision
 
     if isinstance(value, list):

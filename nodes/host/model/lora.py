@@ -122,7 +122,6 @@ def path_of(key) -> str:
 
 
 def _by_strength(patches: dict, strength: float, blocks: Pairs) -> list[tuple[dict, float]]:
-    """Return (patches, strength) for each strength other than 0."""
     by_strength: dict[float, dict] = {}
     for key, patch in patches.items():
         wanted = strength * value_for(path_of(key), blocks, 1.0)
@@ -133,9 +132,6 @@ def _by_strength(patches: dict, strength: float, blocks: Pairs) -> list[tuple[di
 
 def classic(model: ModelPatcher, input: str = "model") -> ModelPatcher:
     """Return a patcher that keeps the model's weights in place. Newer ComfyUI versions load them only as layers run.
-
-    Args:
-        input: name of the node's input, for the error.
 
     Raises:
         ModelError: the node that loaded the model does not support it.
@@ -184,7 +180,7 @@ def _check_fit(model: ModelPatcher, clip: CLIP | None, adapter: dict[str, torch.
     """Refuse an adapter without a layer of the model, or with layers of another size, which ComfyUI would only skip.
 
     Raises:
-        ModelError: no layer fits, or one does not; the message names it.
+        ModelError: no layer fits, or one does not.
     """
     for key, what in _misfits(model, clip, adapter, patches):
         text = clip is not None and key in dict(clip.cond_stage_model.named_parameters())
@@ -218,7 +214,6 @@ def _check_fit(model: ModelPatcher, clip: CLIP | None, adapter: dict[str, torch.
 def _misfits(
     model: ModelPatcher, clip: CLIP | None, adapter: dict[str, torch.Tensor], patches: dict
 ) -> list[tuple[str, str]]:
-    """Return (weight's key, reason) of parts of another size, in the model and the text encoder."""
     weights = dict(model.model.named_parameters())
     if clip is not None:
         weights.update(clip.cond_stage_model.named_parameters())
@@ -243,7 +238,6 @@ def _misfits(
 
 
 def _misfits_of_patches(weights: dict[str, torch.Tensor], patches: dict) -> Iterator[tuple[str, str]]:
-    """Yield (weight's key, reason) of ComfyUI's patches that do not fit."""
     for key, patch in patches.items():
         # Use the live parameter's shape: a quantized weight is stored with another number of elements.
         weight = weights.get(key) if isinstance(key, str) else None
@@ -346,10 +340,6 @@ def _unread(adapter: dict[str, torch.Tensor], read: set[str], clip: CLIP | None)
 
 def check_unread(unread: list[str], read: int) -> str:
     """Return a remark about keys that fit no layer, empty without them.
-
-    Args:
-        unread: the keys.
-        read: number of keys that fit.
 
     Raises:
         ModelError: they are more than a tenth.

@@ -63,7 +63,6 @@ def refuse_scheduled_lora(model: ModelPatcher, input: str, operation: str) -> No
     """Refuse a model that carries an adapter for a part of sampling only.
 
     Args:
-        input: name of the node's input.
         operation: cannot use such a model; the subject of the error's sentence.
 
     Raises:

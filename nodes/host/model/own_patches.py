@@ -95,7 +95,6 @@ def own_patches(
     """Return patches by weight key.
 
     Args:
-        adapter: the adapter.
         names: ComfyUI's weight keys by the names of layers.
         is_applied: whether to compute factors now, by an SVD of each layer. Reports need none.
 

@@ -50,7 +50,6 @@ class PreviewChoice:
 
 
 def _family(model: ModelPatcher) -> str:
-    """Return a model's family, or its class if Graft has no description of it."""
     name = families.family_name(model)
     return type(model.model.model_config).__name__ if name == GENERAL.name else name
 

@@ -80,7 +80,6 @@ class _Sampler:
         return latents
 
     def _values(self, request: PictureRequest) -> dict:
-        """Return the conditioning values of a request other than its texts."""
         values = {} if request.guidance is None else {"guidance": request.guidance}
         if request.beside is None:
             return values

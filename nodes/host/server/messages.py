@@ -175,7 +175,6 @@ def _sets_nothing(entry: Any) -> bool:
 
 
 def _is_link(value: Any, nodes: dict[str, Any]) -> bool:
-    """Report whether an input's value is another node's output, [id, slot]."""
     return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and value[0] in nodes
 
 

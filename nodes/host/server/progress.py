@@ -28,7 +28,6 @@ class Progress:
     """A callable that sends a run's events to the page and raises ComfyUI's interruption on cancel or pause.
 
     Args:
-        training: the registered training.
         steps: steps of the whole run.
     """
 

@@ -144,7 +144,6 @@ def _hours_of(prompt: str) -> dict[str, Any]:
 
 
 def _trainings_of(item: tuple) -> list[dict[str, Any]]:
-    """Return the trainings of a prompt of the queue: their runs and progress, as far as they are known."""
     _, prompt, nodes = item[:3]
     rows = []
     for node in list_trainers(nodes):
@@ -319,7 +318,6 @@ def _prompt(prompt_id: str) -> dict[str, Any] | None:
 
 
 def _saved_graph(run) -> dict[str, Any]:
-    """Return the graph that a run was queued with last, empty if it was not saved."""
     try:
         return records.read_graph(run)
     except RunError:

@@ -9,7 +9,7 @@ from graft_pack.trainers.errors import RunError
 from graft_pack.trainers.formats.metadata import MADE
 from graft_pack.trainers.runs.folders import Folders
 from graft_pack.trainers.runs.saves import list_saves
-from graft_pack.trainers.tools.average import WIDEST, average_saves, exponent_of, weights_of
+from graft_pack.trainers.tools.merge import WIDEST, average_saves, exponent_of, weights_of
 from safetensors.torch import load_file, save_file
 
 from tests.support.diffusers_host import run_session

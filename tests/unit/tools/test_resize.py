@@ -8,8 +8,7 @@ from graft_pack.trainers.errors import ModelError, SettingsError
 from graft_pack.trainers.formats.adapter import Adapter
 from graft_pack.trainers.formats.keys import split
 from graft_pack.trainers.memory.tracking import TensorTracker
-from graft_pack.trainers.tools import svd
-from graft_pack.trainers.tools.difference import difference
+from graft_pack.trainers.tools.difference import difference, refactor
 from graft_pack.trainers.tools.resize import resize
 
 from tests.support import models
@@ -102,7 +101,7 @@ def test_factors_are_never_multiplied_out():
     """The cost is that of the factors: a layer of ten million weights creates no matrix of its size."""
     up, down = torch.randn(3000, 8), torch.randn(8, 3000)
     with TensorTracker() as live:
-        svd.refactor(up, down, 4, 1.0)
+        refactor(up, down, 4, 1.0)
     assert live.peak < 20 * (up.nbytes + down.nbytes) < 0.2 * 3000 * 3000 * 4
 
 

@@ -163,7 +163,6 @@ def _feed(total, value: Any, seen: dict[int, Any], reading: _Reading) -> None:
 
 
 def _kind(value: Any) -> str:
-    """Return the qualified name of a function or class, or the names of the classes of any other value."""
     own = getattr(value, "__qualname__", None)
     if own is not None:
         return f"{getattr(value, '__module__', '')}.{own}"

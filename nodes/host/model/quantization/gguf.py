@@ -93,11 +93,8 @@ def as_plain_layers(tree: nn.Module, input: str = "model") -> None:
     A quantized weight becomes the tensor of its bytes, so it moves between devices as it is. A quantized vector, such
     as a bias, is dequantized here: it has few numbers.
 
-    Args:
-        input: name of the node's input, for errors.
-
     Raises:
-        ModelError: a weight is missing or damaged, or its type or layer is unknown; names it.
+        ModelError: a weight is missing or damaged, or its type or layer is unknown.
         SettingsError: the package gguf is missing.
     """
     plain: dict[int, nn.Parameter] = {}
@@ -147,7 +144,6 @@ def _bytes_of(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _plain(weight: torch.Tensor, packing: _Packing, name: str, input: str) -> torch.Tensor:
-    """Return a weight's bytes, or its values if these are plain numbers or a vector."""
     numbers = _bytes_of(weight)
     if not packing.is_quantized:
         return numbers
@@ -162,7 +158,6 @@ def _plain(weight: torch.Tensor, packing: _Packing, name: str, input: str) -> to
 
 
 def _check_type(packing: _Packing, name: str, input: str) -> None:
-    """Raise ModelError if the gguf library cannot dequantize a type."""
     import numpy as np
 
     with needing("gguf", "Training a GGUF model", "or load another file of the model", input):
@@ -179,7 +174,6 @@ def _check_type(packing: _Packing, name: str, input: str) -> None:
 
 
 def _check_shape(path: str, layer: nn.Module, packing: _Packing | None, input: str) -> None:
-    """Raise ModelError if a layer's weight is missing or has another layer's shape."""
     if isinstance(layer, nn.Linear):
         wanted = (layer.out_features, layer.in_features)
     elif isinstance(layer, nn.Conv2d):
@@ -204,7 +198,6 @@ def _damaged(name: str, how: str, input: str) -> ModelError:
 
 
 def _by_library(stored: torch.Tensor, type: Any) -> torch.Tensor:
-    """Return a weight's values by the gguf library, float32 on the weight's device."""
     import gguf
 
     rows = stored.detach().cpu().view(torch.uint8)
@@ -214,12 +207,7 @@ def _by_library(stored: torch.Tensor, type: Any) -> torch.Tensor:
 
 
 def _values(kind: type, packing: _Packing, parts: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """Return a weight's values, patches included.
-
-    Args:
-        kind: the pack's class of the layer.
-        parts: the weight's bytes.
-    """
+    """Return a weight's values from its bytes, patches included; `kind` is the pack's class of the layer."""
     (stored,) = parts
     if packing.type_name in _ON_DEVICE and hasattr(kind, "get_weight"):
         # The pack's own values, which draw the pictures: it computes them in 16 bits.

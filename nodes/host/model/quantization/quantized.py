@@ -20,7 +20,6 @@ def as_linears(tree: torch.nn.Module, source: torch.nn.Module, input: str = "mod
 
     Args:
         source: the tree that the private one was made of.
-        input: name of the node's input, for errors.
 
     Raises:
         ModelError: a layer scales its input, which an adapter beside it would not see.
