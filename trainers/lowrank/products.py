@@ -266,16 +266,14 @@ class _NarrowConvolution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, middle_grad):
-        (x, down), x_grad = ctx.left
+        (x, down), x_grad, is_whole = ctx.left
         ctx.left = None
-        # The product of a 1x1 convolution adds in place.
-        is_point = (
-            x_grad is not None and down[0, 0].numel() == 1 and ctx.geometry.is_pointwise and x_grad.is_contiguous()
-        )
-        if is_point:
+        if x_grad is not None and not is_whole and _is_point(down, ctx.geometry) and x_grad.is_contiguous():
+            # The product of a 1x1 convolution adds in place.
             over_inputs = down.flatten(1).t().expand(len(x), -1, -1)
             x_grad.flatten(2).baddbmm_(over_inputs, middle_grad.flatten(2))
-        needs = (x_grad is not None and not is_point, ctx.needs_input_grad[3])
+            is_whole = True
+        needs = (x_grad is not None and not is_whole, ctx.needs_input_grad[3])
         added, down_grad = _convolution_backward(middle_grad, x, down, ctx.geometry, needs)
         return None, None, x_grad if added is None else x_grad.add_(added), down_grad, None, None
 
@@ -298,11 +296,26 @@ class _WideConvolution(torch.autograd.Function):
             up_grad = (products[0] if len(products) == 1 else products.sum(0)).view(up.shape)
         over_channels = up.flatten(1).t().expand(len(flat), -1, -1)
         middle_grad = torch.baddbmm(narrow.new_empty(1), over_channels, flat, beta=0, alpha=ctx.scale)
-        x_grad = None
+        middle_grad = middle_grad.view(middle.shape)
+        x_grad, is_whole, geometry = None, False, ctx.narrow.geometry
         if ctx.narrow.needs_input_grad[2]:
-            x_grad, _ = _convolution_backward(grad, x, weight, ctx.narrow.geometry, (True, False))
-        ctx.narrow.left = (x, down), x_grad
-        return None, None, middle_grad.view(middle.shape), up_grad
+            is_whole = not _is_point(down, geometry) and _is_joined(x, grad, weight)
+            pair = (torch.cat([grad, middle_grad], 1), torch.cat([weight, down])) if is_whole else (grad, weight)
+            x_grad, _ = _convolution_backward(pair[0], x, pair[1], geometry, (True, False))
+        ctx.narrow.left = (x, down), x_grad, is_whole
+        return None, None, middle_grad, up_grad
+
+
+def _is_point(down: torch.Tensor, geometry: Geometry) -> bool:
+    return down[0, 0].numel() == 1 and geometry.is_pointwise
+
+
+def _is_joined(x: torch.Tensor, grad: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Report whether one product for the gradient of x moves fewer bytes than that of W, that of A and their sum.
+
+    The one product needs copies: of the output's gradient beside that of A x, and of W beside A.
+    """
+    return not is_on_cpu(grad) and grad.numel() + weight.numel() < 2 * x.numel()
 
 
 def _convolution_backward(grad, x, weight, geometry: Geometry, needs: tuple[bool, bool]):

@@ -95,11 +95,15 @@ def test_a_second_derivative_is_refused():
         torch.autograd.grad(out.square().sum(), x, create_graph=True)
 
 
+@DEVICES
 @pytest.mark.parametrize("needs_x", [True, False])
-@pytest.mark.parametrize("kernel, stride, padding", [(1, 1, 0), (3, 1, 1), (3, 2, 1)])
-def test_gradients_of_a_convolution_are_those_of_finite_differences(kernel, stride, padding, needs_x):
-    layer = frozen(nn.Conv2d, 3, 4, kernel, stride, padding)
-    x, down, up = random(2, 3, 5, 5, grad=needs_x), random(2, 3, kernel, kernel), random(4, 2, 1, 1)
+@pytest.mark.parametrize("width, kernel, stride, padding", [(3, 1, 1, 0), (3, 3, 1, 1), (3, 3, 2, 1), (6, 3, 1, 1)])
+def test_gradients_of_a_convolution_are_those_of_finite_differences(
+    width, kernel, stride, padding, needs_x, on_cpu, monkeypatch
+):
+    monkeypatch.setattr(products, "is_on_cpu", lambda tensor: on_cpu)
+    layer = frozen(nn.Conv2d, width, 4, kernel, stride, padding)
+    x, down, up = random(2, width, 5, 5, grad=needs_x), random(2, width, kernel, kernel), random(4, 2, 1, 1)
 
     def call(x, down, up):
         return products.convolution(x, down, up, 0.5, layer)
