@@ -29,6 +29,9 @@ METHODS = {
     "LoKr": {"method": "LoKr"},
     "all weights": {"method": "all weights", "targets": "all weights", "rank": 0},
     "offloaded": {"offload": "on"},
+    "fp8 (scaled)": {"base_dtype": "fp8 (scaled)"},
+    "int8": {"base_dtype": "int8"},
+    "nf4": {"base_dtype": "nf4"},
 }
 # Largest relative difference of the gradient, fp32.
 BAR = 1e-5

@@ -150,6 +150,23 @@ def test_layers_that_scale_their_inputs_are_refused():
         results(low, "Flux")
 
 
+@pytest.mark.parametrize("damage", ["missing", "not finite"])
+def test_weights_with_damaged_scales_are_refused_by_name(damage):
+    """Of one layer among sound ones, as in a file that is put together of two."""
+    with torch.inference_mode():
+        low, _, chosen = quantized("Flux")
+        weight = low.model.diffusion_model.get_submodule(chosen[1]).weight
+        params = getattr(weight, "_layout_params", None)
+        if damage == "not finite":
+            getattr(weight, weight.__tensor_flatten__()[0][1]).fill_(torch.nan)
+        elif params is not None and isinstance(params, dict):
+            params["scale"] = None
+        else:
+            pytest.skip("this ComfyUI refuses the file itself")
+    with pytest.raises(ModelError, match=f"{chosen[1]}.weight has no scale.*Download"):
+        results(low, "Flux")
+
+
 def test_full_fine_tuning_refuses_the_layers_by_name(pair):
     low, _, chosen = pair("Flux", "float8_e4m3fn")
     with pytest.raises(ModelError, match="weight is quantized.*Load the original model"):

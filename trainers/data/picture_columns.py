@@ -24,7 +24,7 @@ COLUMNS = frozenset(_BY_INPUT.values())
 
 
 class PictureColumns:
-    """Columns such as `worse_file_name` of the metadata tables in a folder."""
+    """Those columns of the metadata tables in a folder."""
 
     def __init__(self, listing: Listing):
         # By column and picture: the table, and the name of the file that its row names.

@@ -257,7 +257,7 @@ def _train(session: _Session, state: State) -> Result:
     recipe, host, run = session.recipe, session.host, session.run
     _check_packages(session)
     resumed_from = state.step
-    key = run.name, session.task.identity, recipe
+    key = run.folder, session.task.identity, recipe
     prepared = prepare(session.task.dataset, recipe, host, session.folders)
     host.report_phase("loading")
     with session.modules.training(recipe.offload == "on" or session.is_sharded, prepared.training[: not state.step]):

@@ -73,7 +73,7 @@ class Quantized(nn.Module):
 
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return x W' + b, for W as a matrix. Autograd keeps the parts of W, and no dequantized copy."""
-        return Product.apply(x, bias, self.form, *self.parts)
+        return product(x, bias, self.form, *self.parts)
 
 
 class QuantizedLinear(Quantized, nn.Linear):
@@ -89,7 +89,7 @@ class QuantizedConv2d(Quantized, nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [N, in, H, W] to [N, out, H', W']."""
-        return _Convolution.apply(x, self.bias, self, *self.parts)
+        return (_Convolution.apply if x.requires_grad else _convolution)(x, self.bias, self, *self.parts)
 
 
 class QuantizedEmbedding(Quantized, nn.Embedding):
@@ -127,15 +127,25 @@ class _Form:
         return [part.detach().view(own) for part, own in zip(parts, self.dtypes, strict=True)]
 
 
-class Product(torch.autograd.Function):
+def product(x: Tensor, bias: Tensor | None, form: _Form, *parts: Tensor) -> Tensor:
+    """Return x W' + b, whose backward dequantizes W again."""
+    # torch.compile fails at a function of which no input needs a gradient.
+    return (_Product.apply if x.requires_grad else _linear)(x, bias, form, *parts)
+
+
+def _linear(x: Tensor, bias: Tensor | None, form: _Form, *parts: Tensor) -> Tensor:
+    weight = form.weight(parts, x.dtype).flatten(1)
+    return functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+
+class _Product(torch.autograd.Function):
     """x W' + b that dequantizes W again in the backward."""
 
     @staticmethod
     def forward(ctx, x, bias, form, *parts):
         ctx.save_for_backward(*parts)
         ctx.form = form
-        weight = form.weight(parts, x.dtype).flatten(1)
-        return functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+        return _linear(x, bias, form, *parts)
 
     @staticmethod
     @once_differentiable
@@ -143,6 +153,12 @@ class Product(torch.autograd.Function):
         """Return the gradient of x alone: weight and bias are frozen."""
         parts = ctx.saved_tensors
         return grad @ ctx.form.weight(parts, grad.dtype).flatten(1), None, None, *[None] * len(parts)
+
+
+def _convolution(x: Tensor, bias: Tensor | None, layer: QuantizedConv2d, *parts: Tensor) -> Tensor:
+    bias = None if bias is None else bias.to(x.dtype)
+    geometry = layer.stride, layer.padding, layer.dilation, layer.groups
+    return functional.conv2d(x, layer.form.weight(parts, x.dtype), bias, *geometry)
 
 
 class _Convolution(torch.autograd.Function):
@@ -153,8 +169,7 @@ class _Convolution(torch.autograd.Function):
         ctx.save_for_backward(*parts)
         ctx.form, ctx.shape = layer.form, x.shape
         ctx.geometry = layer.stride, layer.padding, layer.dilation, layer.groups
-        bias = None if bias is None else bias.to(x.dtype)
-        return functional.conv2d(x, layer.form.weight(parts, x.dtype), bias, *ctx.geometry)
+        return _convolution(x, bias, layer, *parts)
 
     @staticmethod
     @once_differentiable

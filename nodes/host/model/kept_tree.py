@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import threading
 import weakref
@@ -29,13 +28,15 @@ class _Entry(comfy.model_patcher.ModelPatcher):
     MODEL frees nothing. ComfyUI then unloads this entry too.
 
     Args:
+        rest: what the engine keeps with the tree.
         size: bytes that the tree needs besides the MODEL's.
     """
 
-    def __init__(self, tree: torch.nn.Module, size: int, device: torch.device):
+    def __init__(self, tree: torch.nn.Module, rest: Any, size: int, device: torch.device):
         super().__init__(torch.nn.Module(), device, device, max(1, size))
         self.model.model_loaded_weight_memory = max(1, size)
         self.tree: torch.nn.Module | None = tree
+        self.rest = rest
         loaded = comfy.model_management.LoadedModel(self)
         # As `model_load` does, which would move weights.
         loaded.real_model = weakref.ref(self.model)
@@ -48,10 +49,14 @@ class _Entry(comfy.model_patcher.ModelPatcher):
         """Drop the tree. Return the bytes freed."""
         if self.tree is None:
             return 0
-        size, self.tree = self.model.model_loaded_weight_memory, None
+        tree, size = self.tree, self.model.model_loaded_weight_memory
+        self.tree = self.rest = None
         self.size, self.model.model_loaded_weight_memory = 1, 0
-        # Modules refer to each other in cycles.
-        gc.collect()
+        # Layers refer to each other in cycles. Python's collector would free them later, and if it ran here, it might
+        # end other models, whose entries ComfyUI then removes from the list that it is going through.
+        for module in tree.modules():
+            module._parameters.clear()
+            module._buffers.clear()
         log.info("Graft: dropped the tree of the training that gave way.")
         return size
 
@@ -71,14 +76,14 @@ class _Entry(comfy.model_patcher.ModelPatcher):
 
 
 class _Kept:
-    """The one kept tree, what the engine keeps with it, and the state of the MODEL's weights at that time."""
+    """The one kept tree, and the state of the MODEL's weights at that time."""
 
     def __init__(self, key: Any, rest: Any, tree: torch.nn.Module, original: torch.nn.Module, device: torch.device):
-        self.key, self.rest = key, rest
+        self.key = key
         self._original = weakref.ref(original)
         self._weights = _state_of(original)
         shared = _tensors_of(original)
-        self.entry = _Entry(tree, bytes_of([*_tensors_of(tree), *shared]) - bytes_of(shared), device)
+        self.entry = _Entry(tree, rest, bytes_of([*_tensors_of(tree), *shared]) - bytes_of(shared), device)
         self._timer: threading.Timer | None = None
 
     def drop_after(self, seconds: float) -> None:
@@ -87,13 +92,16 @@ class _Kept:
         self._timer.daemon = True
         self._timer.start()
 
-    def take(self, original: torch.nn.Module) -> torch.nn.Module | None:
-        """Return the tree and end keeping it; None if it was dropped or the MODEL's weights are not those it shares."""
+    def take(self, original: torch.nn.Module) -> tuple[torch.nn.Module, Any] | None:
+        """Return tree and rest, and end keeping them; None if the MODEL's weights are not those that they share."""
         self._timer.cancel()
         self.entry.remove()
-        tree, self.entry.tree = self.entry.tree, None
-        is_same = self._original() is original and _state_of(original) == self._weights
-        return tree if is_same else None
+        tree, rest = self.entry.tree, self.entry.rest
+        if tree is None or self._original() is not original or _state_of(original) != self._weights:
+            self.entry.drop()
+            return None
+        self.entry.tree = self.entry.rest = None
+        return tree, rest
 
 
 _slot: list[_Kept] = []
@@ -128,13 +136,13 @@ class TreeKeeper:
         """Put the tree kept under the key in place of the denoiser's. Return what was kept with it; None without."""
         if not _slot or _slot[0].key != key:
             return None
-        kept = _slot.pop()
-        tree = kept.take(self._denoiser.original)
-        if tree is None:
+        taken = _slot.pop().take(self._denoiser.original)
+        if taken is None:
             return None
+        tree, rest = taken
         self._denoiser.use_tree(tree)
         log.info("Graft: the training continues in the tree that was kept.")
-        return kept.rest
+        return rest
 
     @staticmethod
     def clear() -> None:
