@@ -48,6 +48,7 @@ class Family:
         diffusers_names: True if its LoRA files use diffusers' module names (SD1, SD2), False if they use the model's.
         preview_cfg, preview_scheduler: defaults for sample pictures.
         presets: regular expressions for the attention and feed-forward layers of TARGET_PRESETS, by preset.
+        frame_rate: frames per second of its clips.
         adds_in_place: True if the network changes activations in place that autograd has saved.
     """
 
@@ -62,6 +63,7 @@ class Family:
     preview_cfg: float = 7.0
     preview_scheduler: str = "normal"
     presets: Mapping[str, str] = field(default_factory=dict)
+    frame_rate: int = 24
     adds_in_place: bool = True
 
 
@@ -175,6 +177,7 @@ FAMILIES = {
             (r"\.ffn\.[02]$",),
             resolution=640,
             preview_cfg=6.0,
+            frame_rate=16,
         ),
         *(
             _transformer(
@@ -206,6 +209,7 @@ FAMILIES = {
             among=(r"^(?!.*(audio|_connector|av_ca_))",),
             resolution=640,
             preview_cfg=3.0,
+            frame_rate=25,
         ),
         _transformer(
             "Cosmos",
@@ -228,6 +232,7 @@ FAMILIES = {
             resolution=592,  # the area of 720 x 480
             preview_cfg=6.0,
             preview_scheduler="normal",
+            frame_rate=8,
         ),
         _transformer(
             "Kandinsky 5",

@@ -79,6 +79,7 @@ class PictureRequest:
         size: (width, height) in pixels.
         seed: of the noise, 0 to 2 ** 64 - 1.
         guidance: for models that were distilled with guidance; None for the host's default.
+        frames: of a clip; 1 for a picture.
         beside: conditioning with the source images or inpaint mask, if the model takes one.
         encoded: conditioning tensors of prompt and negative, if they were encoded together with the source images.
     """
@@ -94,6 +95,7 @@ class PictureRequest:
     guidance: float | None = None
     beside: Conditioning | None = None
     encoded: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] | None = None
+    frames: int = 1
 
 
 class Command(Enum):
@@ -234,6 +236,7 @@ class Denoiser(Protocol):
 
     Attributes:
         conditioning_kind: the extra conditioning besides text: HOLE, SOURCE, or empty for none.
+        takes_clips: it was made for latents with several frames.
         max_sources: with SOURCE, the largest number of source images of a picture.
         adds_in_place: True if the module or a patch of it may change activations in place that autograd has saved.
         position_options: entries of the blocks' option dicts that tell patches which block runs. The module itself
@@ -246,6 +249,7 @@ class Denoiser(Protocol):
     noise_scale: float
     family: str
     conditioning_kind: str
+    takes_clips: bool
     max_sources: int
     adds_in_place: bool
     position_options: Collection[str]
@@ -276,8 +280,11 @@ class Denoiser(Protocol):
     def predict(self, x_t: torch.Tensor, sigma: torch.Tensor, conditioning: Sequence[Conditioning]) -> torch.Tensor:
         """Return the network's raw output for x_t [B, C, ...] at sigma [B], each sample with its own conditioning."""
 
-    def preview(self, requests: Sequence[PictureRequest]) -> list[Image.Image]:
-        """Sample a picture for each request with the model as trained so far. May raise PreviewSkipped."""
+    def preview(self, requests: Sequence[PictureRequest]) -> list[Image.Image | list[Image.Image]]:
+        """Sample a picture, or the frames of a clip, for each request with the model as trained so far.
+
+        May raise PreviewSkipped.
+        """
 
     def make_room(self, weights: bool = False) -> None:
         """Free device memory that training does not use, such as other models and caches.
@@ -334,8 +341,8 @@ class PreviewModel(Protocol):
         requests: Sequence[PictureRequest],
         export: Callable[[], tuple[Mapping[str, torch.Tensor] | None, Mapping[str, torch.Tensor] | None]],
         factor: float = 1.0,
-    ) -> list[Image.Image]:
-        """Sample a picture for each request. Use it only within the denoiser's `training`. May raise PreviewSkipped.
+    ) -> list[Image.Image | list[Image.Image]]:
+        """Sample as `Denoiser.preview` does. Use it only within the denoiser's `training`. May raise PreviewSkipped.
 
         Args:
             export: returns the adapter and the embedding as they are saved, with the host's names; None if none is

@@ -209,3 +209,44 @@ def test_every_draw_of_an_expert_lies_in_its_range():
             levels = (objective, training.denoiser.sigmas(), "flow", shape, source)
             sigma, _ = draw_levels(*levels)
             assert least <= 1000 * sigma.min() and 1000 * sigma.max() <= most
+
+
+class Prompts:
+    """A text encoder for drawing: every prompt is the conditioning of its seed."""
+
+    def prompt(self, text):
+        return [[models.conditioning(WAN, len(text)).tensors["cross_attn"], {}]]
+
+
+def test_a_preview_has_the_frames_that_the_host_draws_and_decodes():
+    import comfy.sample
+    from graft_pack.nodes.host.model.denoiser import ComfyDenoiser
+    from graft_pack.trainers.protocols import PictureRequest
+
+    model, vae, text = models.patcher(WAN), models.wan_vae(), Prompts()
+    request = PictureRequest("a dog", (32, 48), 2, 1.0, "euler", "simple", 5, frames=9)
+    denoiser = ComfyDenoiser(model, text, vae)
+    with denoiser.training("fp32"):
+        still, clip = denoiser.preview([replace(request, frames=1), request])
+    assert still.size == (32, 48)
+    assert [frame.size for frame in clip] == [(32, 48)] * 9
+    latent = torch.zeros(1, 16, 3, 6, 4)
+    noise = comfy.sample.prepare_noise(latent, 5)
+    prompts = text.prompt("a dog"), text.prompt("")
+    with torch.inference_mode():
+        drawn = comfy.sample.sample(
+            model, noise, 2, 1.0, "euler", "simple", *prompts, latent, disable_pbar=True, seed=5
+        )
+        frames = vae.decode(drawn)[0]
+    for frame, wanted in zip(clip, frames, strict=True):
+        assert abs(torch.tensor(list(frame.getdata())).float() / 255 - wanted.reshape(-1, 3)).max() <= 0.5 / 255 + 1e-3
+
+
+def test_classes_that_take_clips_are_told_from_those_of_pictures():
+    from graft_pack.nodes.host.model import families
+
+    taking = set()
+    for name in networks.CLASSES:
+        if name in make_families.list_classes() and families.takes_clips(models.patcher(name)):
+            taking.add(name)
+    assert taking == set(VIDEO) & set(make_families.list_classes())

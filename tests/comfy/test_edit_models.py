@@ -252,7 +252,7 @@ def drawn(name, prompts, dataset, folder, **fields):
     denoiser = ComfyDenoiser(patcher(name), text, vae)
     drawing = {"preview_steps": 1, "preview_cfg": 1.0, "preview_scheduler": "simple"}
     recipe = models.recipe(denoiser.family, resolution=64, preview_prompts=prompts, **drawing, **fields)
-    run = SimpleNamespace(save_samples=lambda step, pictures: [], log=lambda event: None)
+    run = SimpleNamespace(save_samples=lambda *given: [], log=lambda event: None)
     host = Host(denoiser, text, ComfyCodec(vae))
     with denoiser.training("auto"), torch.no_grad():
         made = prepare(dataset, recipe, host, Folders("", str(folder), "", ""))

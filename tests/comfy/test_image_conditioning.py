@@ -270,7 +270,7 @@ def test_previews_are_drawn_beside_the_first_examples(name, tmp_path):
     denoiser = ComfyDenoiser(models.patcher(name), ComfyText(encoder), DrawingVae())
     drawing = {"preview_steps": 1, "preview_cfg": 1.0, "preview_scheduler": "simple"}
     recipe = models.recipe(denoiser.family, resolution=64, preview_prompts=("a", "b", "c"), **drawing)
-    run = SimpleNamespace(save_samples=lambda step, pictures: [], log=lambda event: None)
+    run = SimpleNamespace(save_samples=lambda *given: [], log=lambda event: None)
     with denoiser.training("auto"), torch.no_grad():
         host = Host(denoiser, models.Words(name), Codec(name))
         prepared = prepare(dataset_for(name), recipe, host, Folders("", str(tmp_path), "", ""))

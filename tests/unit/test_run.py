@@ -133,7 +133,7 @@ def test_starting_over_removes_what_a_run_writes_and_nothing_else(run):
     run.note_halt("stopped", 7, 9)
     run.write_graph({})
     run.log({"event": "step", "step": 1})
-    run.save_samples(1, [Image.new("RGB", (8, 8))])
+    run.save_samples(1, [Image.new("RGB", (8, 8)), [Image.new("RGB", (8, 8), (shade, 0, 0)) for shade in (0, 255)]])
     theirs = [os.path.join(folder, "mine.safetensors") for folder in (run.folder, run.adapters)]
     theirs.append(os.path.join(run.folder, "samples", "notes.txt"))
     for path in theirs:
@@ -257,3 +257,17 @@ def test_a_flipped_bit_in_a_runs_json_is_noticed(run, name, trials, caplog):
             or json_files.read_json(str(path)) | {"checksum": 0} == json.loads(data) | {"checksum": 0}
             or ("checksum" not in json_files.read_json(str(path)))
         ), (place, spoilt)
+
+
+def test_a_clip_is_saved_as_animated_webp_and_listed_beside_pictures(run):
+    frames = [Image.new("RGB", (16, 8), (shade, 0, 0)) for shade in (0, 120, 250)]
+    paths = run.save_samples(3, [frames, frames[0]], rate=8)
+    assert [os.path.basename(path) for path in paths] == ["step-00000003-1.webp", "step-00000003-2.png"]
+    assert run.samples() == paths and run.last_sample(9) == paths[0]
+    with Image.open(paths[0]) as saved:
+        assert (saved.format, saved.n_frames, saved.size) == ("WEBP", 3, (16, 8))
+        for number, frame in enumerate(frames):
+            saved.seek(number)
+            assert abs(saved.convert("RGB").getpixel((4, 4))[0] - frame.getpixel((4, 4))[0]) <= 8
+            assert saved.info["duration"] == 125
+    assert run.thumbnail(9).startswith("data:image/jpeg")

@@ -44,7 +44,7 @@ class Follower(Run):
     def forget_after(self, step) -> None:
         """Do nothing: the main process does it."""
 
-    def save_samples(self, step, pictures) -> list[str]:
+    def save_samples(self, step, pictures, rate=24) -> list[str]:
         """Do nothing: the main process does it."""
         return []
 

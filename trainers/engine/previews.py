@@ -6,21 +6,28 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from statistics import median_low
 from typing import TYPE_CHECKING
 
 import torch
 
 from ..data.buckets import usual_bucket
+from ..families import family_of
 from ..memory.oom import in_one_line, is_out_of_memory
 from ..protocols import Conditioning, PictureRequest, PreviewSkipped
 from ..recipe.prompts import read_prompts
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from PIL import Image
 
     from ..protocols import Host
     from ..runs.run import Run
     from ..steps.plan import Plan
+
+    # A clip is the list of its frames.
+    Picture = Image.Image | list[Image.Image]
 
 log = logging.getLogger(__name__)
 
@@ -52,15 +59,17 @@ def _preview(plan: Plan, run: Run, host: Host, step: int) -> None:
         log.warning("Graft: memory ran out in the previews of step %d (%s). Graft skipped them.", step, message)
         run.log({"event": "memory", "step": step, "done": "skipped the previews", "said": message})
         return
-    paths = run.save_samples(step, pictures)
+    paths = run.save_samples(step, pictures, family_of(host.denoiser.family).frame_rate)
     run.log({"event": "sample", "step": step, "files": [os.path.basename(path) for path in paths]})
-    host.report("sample", {"step": step, "paths": paths, "pictures": pictures})
+    firsts = [picture[0] if isinstance(picture, list) else picture for picture in pictures]
+    host.report("sample", {"step": step, "paths": paths, "pictures": firsts})
 
 
 def _requests(plan: Plan) -> list[PictureRequest]:
     """Return a request for each prompt: its own settings, and those of the recipe for the others."""
     recipe = plan.recipe
     usual, masks = _usual_bucket(plan), _inpaint_masks(plan)
+    frames = median_low([item.frames for item in plan.train if not item.prior] or [1])
     requests = []
     for index, prompt in enumerate(read_prompts(recipe.preview_prompts)):
         read = plan.previews[index] if plan.previews else None
@@ -79,12 +88,13 @@ def _requests(plan: Plan) -> list[PictureRequest]:
                 seed=(recipe.preview_seed + index) % 2**64 if prompt.seed is None else prompt.seed,
                 beside=beside,
                 encoded=given.encoded if given else None,
+                frames=frames,
             )
         )
     return requests
 
 
-def _drawn(plan: Plan, host: Host, step: int) -> list[Image.Image]:
+def _drawn(plan: Plan, host: Host, step: int) -> list[Picture]:
     """Sample the pictures. After an out-of-memory error, move everything else off the device and try once more."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         draw = _drawing(plan, host, step)
@@ -98,7 +108,7 @@ def _drawn(plan: Plan, host: Host, step: int) -> list[Image.Image]:
         return draw()
 
 
-def _drawing(plan: Plan, host: Host, step: int) -> Callable[[], list[Image.Image]]:
+def _drawing(plan: Plan, host: Host, step: int) -> Callable[[], list[Picture]]:
     """Return the function that samples the pictures, on the trained model or on the preview model."""
     requests = _requests(plan)
     if host.preview_model is None:
@@ -113,7 +123,7 @@ def _drawing(plan: Plan, host: Host, step: int) -> Callable[[], list[Image.Image
     return (lambda: _in_rows(draw(factor) for factor in _STRENGTHS)) if plan.recipe.slider_strength else draw
 
 
-def _drawn_rows(plan: Plan, draw: Callable[[], list[Image.Image]]) -> list[Image.Image]:
+def _drawn_rows(plan: Plan, draw: Callable[[], list[Picture]]) -> list[Picture]:
     """Draw each picture of a slider at several strengths on the trained model, in a row."""
     columns = []
     for strength in _STRENGTHS:
@@ -122,18 +132,22 @@ def _drawn_rows(plan: Plan, draw: Callable[[], list[Image.Image]]) -> list[Image
     return _in_rows(columns)
 
 
-def _in_rows(columns: Iterable[list[Image.Image]]) -> list[Image.Image]:
-    """Join the pictures of the columns, row by row."""
+def _in_rows(columns: Iterable[list[Picture]]) -> list[Picture]:
+    """Join the pictures of the columns row by row, clips frame by frame."""
+    return [
+        [_row(frames) for frames in zip(*pictures, strict=True)] if isinstance(pictures[0], list) else _row(pictures)
+        for pictures in zip(*columns, strict=True)
+    ]
+
+
+def _row(pictures: Sequence[Image.Image]) -> Image.Image:
     from PIL import Image
 
-    rows = []
-    for pictures in zip(*columns, strict=True):
-        width, height = pictures[0].size
-        row = Image.new("RGB", (len(pictures) * width, height))
-        for place, picture in enumerate(pictures):
-            row.paste(picture, (place * width, 0))
-        rows.append(row)
-    return rows
+    width, height = pictures[0].size
+    row = Image.new("RGB", (len(pictures) * width, height))
+    for place, picture in enumerate(pictures):
+        row.paste(picture, (place * width, 0))
+    return row
 
 
 def _inpaint_masks(plan: Plan) -> tuple[Conditioning, ...]:

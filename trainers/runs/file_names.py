@@ -12,7 +12,7 @@ from ..text import is_windows_reserved
 log = logging.getLogger(__name__)
 
 STATE_FILE = re.compile(r"state-(\d{8})\.safetensors")
-SAMPLE_FILE = re.compile(r"step-(\d{8})-\d+\.png")
+SAMPLE_FILE = re.compile(r"step-(\d{8})-\d+\.(?:png|webp)")
 SAVE_FILE = re.compile(r"step-(\d{8})\.safetensors")
 BEST_FILE = "best.safetensors"  # the step with the lowest validation loss
 EVENT_FILE = re.compile(r"events\.out\.tfevents\..+")

@@ -353,16 +353,23 @@ class Run:
             with open(temporary, "wb") as file:
                 file.writelines(lines)
 
-    def save_samples(self, step: int, pictures: list[Image.Image]) -> list[str]:
-        """Write sample pictures as PNG and return their paths."""
+    def save_samples(self, step: int, pictures: list[Image.Image | list[Image.Image]], rate: int = 24) -> list[str]:
+        """Write sample pictures as PNG, and clips as animated WebP. Return their paths.
+
+        Args:
+            pictures: a clip is the list of its frames.
+            rate: frames per second.
+        """
         self._check_held()
         paths = []
         folder = os.path.join(self.folder, "samples")
         atomic.refuse_links(os.path.dirname(self.folder), folder)
         for index, picture in enumerate(pictures):
-            path = os.path.join(folder, f"step-{step:08d}-{index + 1}.png")
+            first, *more = picture if isinstance(picture, list) else [picture]
+            path = os.path.join(folder, f"step-{step:08d}-{index + 1}.{'webp' if more else 'png'}")
+            moving = {"save_all": True, "append_images": more, "duration": round(1000 / rate), "loop": 0, "quality": 85}
             with atomic.replacing(path) as temporary:
-                picture.save(temporary, format="PNG")
+                first.save(temporary, format="WEBP" if more else "PNG", **(moving if more else {}))
             paths.append(path)
         return paths
 
@@ -379,7 +386,7 @@ class Run:
         if not names:
             return None
         last = max(name.rpartition("-")[0] for name in names)
-        return os.path.join(folder, f"{last}-1.png")
+        return os.path.join(folder, min(name for name in names if name.startswith(f"{last}-1.")))
 
     def thumbnail(self, step: int) -> str | None:
         """Return the last sample picture up to a step as a small data URI, None if there is none."""

@@ -7,7 +7,7 @@ const LIVE = new Set(["preparing", "drawing", "caching", "working", "training"])
 const PACES = 15; // number of recent steps whose median duration predicts the next
 const RESUMABLE = new Set(["stopped", "paused", "removed", "cancelled"]);
 const RECALLED = new Set(["best", "early stop", "pictures"]); // events that are read again from the run's log
-const SAMPLE = /^step-(\d+)-(\d+)\.png$/;
+const SAMPLE = /^step-(\d+)-(\d+)\.(?:png|webp)$/;
 
 // State changes by event. Unknown events change nothing.
 const HANDLERS = {

@@ -61,6 +61,7 @@ class ComfyDenoiser:
         self.family = families.family_name(self._model)
         self._image_conditioning = families.image_conditioning(self._model)
         self.conditioning_kind = _KINDS.get(self._image_conditioning, SOURCE)
+        self.takes_clips = families.takes_clips(self._model)
         self.max_sources = 1 if self._image_conditioning == families.CONCAT else MAX_SOURCES
         self.parameterization = families.parameterization_name(self._model)
         self._preserves_variance = families.preserves_variance(self._model)
@@ -248,6 +249,7 @@ class ComfyDenoiser:
                 self.module = None
                 comfy.model_management.soft_empty_cache()
 
+<<<<<<< HEAD
     @property
     def original(self) -> torch.nn.Module:
         """The graph's network, whose weights the private tree shares."""
@@ -262,6 +264,9 @@ class ComfyDenoiser:
         self._sampler = sampling.PreviewSampler(self._model, self._base, self._text, self._vae)
 
     def preview(self, requests: Sequence[PictureRequest]) -> list[Image.Image]:
+=======
+    def preview(self, requests: Sequence[PictureRequest]) -> list[Image.Image | list[Image.Image]]:
+>>>>>>> 6f7356d (Draw sample clips and save them as animated WebP)
         """Draw with ComfyUI's own sampler on the tree as trained so far."""
         _cast_where_needed(self._casting, _inference_dtype(self._base))
         try:

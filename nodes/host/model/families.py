@@ -66,6 +66,13 @@ _DIFFUSERS_MAPS = {"SD3": "mmdit_to_diffusers", "Flux": "flux_to_diffusers"}
 # Words in the class or module names of the pack that loads this format, ComfyUI-nunchaku. Its layers have no backward.
 _FORMATS = {"nunchaku": "Nunchaku", "svdq": "Nunchaku"}
 
+# Classes that draw video, and their subclasses that draw pictures.
+_VIDEO = (
+    *("WAN21_T2V", "HunyuanVideo", "LTXV", "CosmosT2V", "CosmosI2VPredict2", "GenmoMochi", "CogVideoX_T2V"),
+    "Kandinsky5",
+)
+_STILLS = ("HunyuanImage21", "HunyuanImage21Refiner", "Kandinsky5Image")
+
 # By channels of the input: latents alone, or with a mask and a picture beside them.
 _BOUNDARIES = {16: 875, 36: 900}
 _EXPERT = re.compile(r"(high|low)[ _-]?noise", re.IGNORECASE)
@@ -238,6 +245,12 @@ def few_step_evidence(model: ModelPatcher) -> str:
     if model.model.model_config.unet_config.get("meanflow"):
         return "a mean-flow model"
     return ""
+
+
+def takes_clips(model: ModelPatcher) -> bool:
+    """Report whether the model was made for latents with several frames."""
+    kinds = [kind.__name__ for kind in type(model.model.model_config).__mro__]
+    return next((name in _VIDEO for name in kinds if name in (*_VIDEO, *_STILLS)), False)
 
 
 def expert_range(model: ModelPatcher, texts: Iterable[str]) -> tuple[int, int] | None:

@@ -79,6 +79,11 @@ class _Sampler:
             latents.append(self._sample(*conditionings, request, [request.seed]))
         return latents
 
+    def _decode(self, latent: torch.Tensor) -> Image.Image | list[Image.Image]:
+        """Return a picture, or all frames if the latent [1, C, T, h, w] has several."""
+        frames = _pictures(self._vae.decode(latent))
+        return frames if latent.ndim == 5 and latent.shape[2] > 1 else frames[0]
+
     def _values(self, request: PictureRequest) -> dict:
         values = {} if request.guidance is None else {"guidance": request.guidance}
         if request.beside is None:
@@ -88,7 +93,7 @@ class _Sampler:
 
     def _sample(self, positive: list, negative: list, request: PictureRequest, seeds: Sequence[int]) -> torch.Tensor:
         """Return latents [len(seeds), C, ...] of one prompt. The noise of each depends on its own seed alone."""
-        latent = empty_latent(self._patcher, self._vae, request.size, len(seeds))
+        latent = empty_latent(self._patcher, self._vae, request.size, len(seeds), request.frames)
         return comfy.sample.sample(
             self._patcher,
             torch.cat([comfy.sample.prepare_noise(latent[:1], seed) for seed in seeds]),
@@ -105,11 +110,16 @@ class _Sampler:
         )
 
 
-def empty_latent(patcher: ModelPatcher, vae: VAE, size: tuple[int, int], count: int = 1) -> torch.Tensor:
-    """Return zeros [count, C, ...] in the shape of the latents of pictures of (width, height) pixels."""
+def empty_latent(
+    patcher: ModelPatcher, vae: VAE, size: tuple[int, int], count: int = 1, frames: int = 1
+) -> torch.Tensor:
+    """Return zeros [count, C, ...] in the shape of the latents of pictures of (width, height) pixels, or of clips."""
     factor = int(vae.spacial_compression_encode())
     channels = patcher.get_model_object("latent_format").latent_channels
     latent = torch.zeros(count, channels, size[1] // factor, size[0] // factor)
+    ratio = getattr(vae, "downscale_ratio", None)
+    if frames > 1 and isinstance(ratio, tuple):
+        latent = latent.unsqueeze(2).repeat(1, 1, ratio[0](frames), 1, 1)
     return comfy.sample.fix_empty_latent_channels(patcher, latent)
 
 
@@ -130,16 +140,16 @@ class ClassSampler(_Sampler):
             positive, negative = self._literal[prompt], self._text.prompt(request.negative)
             groups = [seeds] if request.sampler_name in _NOISELESS else [[seed] for seed in seeds]
             latents = torch.cat([self._sample(positive, negative, request, group) for group in groups])
-            return [_picture(self._vae.decode(latent)) for latent in latents.split(1)]
+            return [_pictures(self._vae.decode(latent))[0] for latent in latents.split(1)]
 
 
 class PromptSampler(_Sampler):
     """A sampler that draws with one of the graph's models, including the patches that wait on it."""
 
-    def draw(self, requests: Sequence[PictureRequest]) -> list[Image.Image]:
-        """Return a picture for each request."""
+    def draw(self, requests: Sequence[PictureRequest]) -> list[Image.Image | list[Image.Image]]:
+        """Return a picture, or the frames of a clip, for each request."""
         with torch.no_grad():
-            return [_picture(self._vae.decode(latent)) for latent in self._latents(requests)]
+            return [self._decode(latent) for latent in self._latents(requests)]
 
 
 class PreviewSampler(_Sampler):
@@ -153,8 +163,8 @@ class PreviewSampler(_Sampler):
                 setattr(self._patcher, name, type(getattr(self._patcher, name))())
         base.current_weight_patches_uuid = self._patcher.patches_uuid
 
-    def draw(self, requests: Sequence[PictureRequest]) -> list[Image.Image]:
-        """Return a picture for each request."""
+    def draw(self, requests: Sequence[PictureRequest]) -> list[Image.Image | list[Image.Image]]:
+        """Return a picture, or the frames of a clip, for each request."""
         with torch.no_grad():
             if is_on_other_device(self._patcher.model.diffusion_model):
                 self._call_loaded()
@@ -162,7 +172,7 @@ class PreviewSampler(_Sampler):
                 latents = self._latents(requests)
             finally:
                 self._forget()
-            return [_picture(self._vae.decode(latent)) for latent in latents]
+            return [self._decode(latent) for latent in latents]
 
     def _call_loaded(self) -> None:
         """Mark the tree as loaded, so that ComfyUI moves nothing: offloaded blocks fetch their weights themselves."""
@@ -195,9 +205,9 @@ def _check_interrupt(step: int, x0, x, total: int) -> None:
         raise PreviewSkipped
 
 
-def _picture(pixels: torch.Tensor) -> Image.Image:
-    """Convert the first frame of [1, (T,) H, W, 3] in 0..1 to a PIL image."""
+def _pictures(pixels: torch.Tensor) -> list[Image.Image]:
+    """Convert the frames of [1, (T,) H, W, 3] in 0..1 to PIL images."""
     from PIL import Image
 
-    frame = pixels.reshape(-1, *pixels.shape[-3:])[0]
-    return Image.fromarray((frame.clamp(0, 1) * 255.0).round().to("cpu", torch.uint8).numpy())
+    frames = (pixels.reshape(-1, *pixels.shape[-3:]).clamp(0, 1) * 255.0).round().to("cpu", torch.uint8)
+    return [Image.fromarray(frame.numpy()) for frame in frames]
