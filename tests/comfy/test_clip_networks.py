@@ -250,3 +250,19 @@ def test_classes_that_take_clips_are_told_from_those_of_pictures():
         if name in make_families.list_classes() and families.takes_clips(models.patcher(name)):
             taking.add(name)
     assert taking == set(VIDEO) & set(make_families.list_classes())
+
+
+def test_cogvideox_is_drawn_at_the_scale_it_was_made_for():
+    """The network sees latents of about unit size; ComfyUI's usual samplers start at several thousands."""
+    from graft_pack.nodes.host.model.sampling import PromptSampler
+    from graft_pack.trainers.protocols import PictureRequest
+
+    if "CogVideoX_T2V" not in make_families.list_classes():
+        pytest.skip("this ComfyUI has no such class")
+    model = models.patcher("CogVideoX_T2V")
+    request = PictureRequest("a dog", (32, 48), 3, 1.0, "euler", "simple", 5, frames=9)
+    with models.inputs_of(model.model.diffusion_model) as calls, torch.inference_mode():
+        (latent,) = PromptSampler(model, Prompts(), models.wan_vae())._latents([request])
+    assert latent.shape == (1, 16, 3, 6, 4)
+    assert len(calls) == 3
+    assert all(0.2 < args[0].std() < 5 for args, _ in calls)

@@ -94,20 +94,18 @@ class _Sampler:
     def _sample(self, positive: list, negative: list, request: PictureRequest, seeds: Sequence[int]) -> torch.Tensor:
         """Return latents [len(seeds), C, ...] of one prompt. The noise of each depends on its own seed alone."""
         latent = empty_latent(self._patcher, self._vae, request.size, len(seeds), request.frames)
-        return comfy.sample.sample(
-            self._patcher,
-            torch.cat([comfy.sample.prepare_noise(latent[:1], seed) for seed in seeds]),
-            request.steps,
-            request.cfg,
-            request.sampler_name,
-            request.scheduler,
-            positive,
-            negative,
-            latent,
-            callback=_check_interrupt,
-            disable_pbar=True,
-            seed=seeds[0],
-        )
+        noise = torch.cat([comfy.sample.prepare_noise(latent[:1], seed) for seed in seeds])
+        prompts = (positive, negative, latent)
+        more = {"callback": _check_interrupt, "disable_pbar": True, "seed": seeds[0]}
+        if families.preserves_variance(self._patcher):
+            from comfy_extras.nodes_void import VOID_DDIM
+
+            # The only sampler of ComfyUI whose latents have the scale that CogVideoX was made for.
+            levels = self._patcher.get_model_object("model_sampling")
+            sigmas = comfy.samplers.calculate_sigmas(levels, request.scheduler, request.steps)
+            return comfy.sample.sample_custom(self._patcher, noise, request.cfg, VOID_DDIM(), sigmas, *prompts, **more)
+        drawing = (request.steps, request.cfg, request.sampler_name, request.scheduler)
+        return comfy.sample.sample(self._patcher, noise, *drawing, *prompts, **more)
 
 
 def empty_latent(
