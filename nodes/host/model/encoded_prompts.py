@@ -36,6 +36,9 @@ _REFUSED = {
     "default": "a default for the areas of other prompts",
     "model_conds": "inputs of a model",
     "additional_models": "another model",
+    "guiding_frame_index": "a first frame in the sampler's latent (v2)",
+    "time_dim_replace": "a first frame in the sampler's latent",
+    "keyframe_idxs": "guide frames in the sampler's latent",
 }
 # The same for numbers, with the one that changes nothing.
 _NEUTRAL = {
