@@ -291,6 +291,23 @@ Training encodes captions and pictures exactly as that node does.
 **Cancel loses nothing**: press Run again, and the run continues.
 """
 
+WAN_NOTE = """\
+# Train both experts of Wan 2.2
+
+Wan 2.2 14B is two models. One draws the noisy steps, the other
+the rest. Each gets a LoRA of its own.
+
+1. **High noise**, **Low noise**, **Text encoder**, **VAE** - Wan 2.2's
+   files for text to video.
+2. **Dataset** - a folder below ComfyUI's input folder, with captions.
+3. **Prompt** - what to draw.
+
+*From 875* and *To 875* split the timesteps where Wan's makers did.
+Image to video splits at 900. Train one after the other, on a card
+that holds one model: the other waits in the computer's memory.
+**Cancel loses nothing**: press Run again, and the runs continue.
+"""
+
 PREFERENCE_NOTE = """\
 # Teach a model your taste
 
@@ -882,6 +899,55 @@ def draw_slider(sketch):
     sketch.group("The same pictures at five strengths", [compare, shown], GREEN)
 
 
+def draw_wan(sketch):
+    """Draw two models -> a LoRA for each -> a clip that both draw, one after the other."""
+    node = sketch.node
+    node("MarkdownNote", "Start here", (DATA, 0), (420, 560), text=WAN_NOTE)
+    experts = [
+        node("UNETLoader", f"{name} noise", (DATA, ROW + place * 150), (420, 90),
+             unet_name=f"wan2.2_t2v_{name.lower()}_noise_14B_fp8_scaled.safetensors")
+        for place, name in enumerate(("High", "Low"))
+    ]  # fmt: skip
+    clip = node("CLIPLoader", "Text encoder", (DATA, ROW + 300), (420, 110),
+                clip_name="umt5_xxl_fp8_e4m3fn_scaled.safetensors", type="wan")  # fmt: skip
+    vae = node("VAELoader", "VAE", (DATA, ROW + 470), (420, 60), vae_name="wan_2.1_vae.safetensors")
+    dataset = node("GraftLoadDataset", "Dataset", (DATA, ROW + 630), (420, 640), folder="my_clips", resolution=640)
+    ranges = [
+        node("GraftObjectiveOptions", "From 875", (LOOK, 0), (420, 700), min_timestep=875),
+        node("GraftObjectiveOptions", "To 875", (LOOK, ROW + 100), (420, 700), max_timestep=875),
+    ]
+    trained, saved = [], []
+    for place, (name, expert, options) in enumerate(zip(("high", "low"), experts, ranges, strict=True)):
+        top = place * (ROW + 100)
+        links = {"model": (expert, 0), "clip": (clip, 0), "vae": (vae, 0), "dataset": (dataset, 0)}
+        trained.append(node("GraftTrainLoRA", f"Train {name} noise", (TRAIN, top), (420, 640),
+                            {**links, "options": (options, 0)}))  # fmt: skip
+        saved.append(node("GraftSaveAdapter", f"Save {name} noise", (TRAIN, top + 690), (420, 122),
+                          {"adapter": (trained[-1], 2)}, filename_prefix=f"my_wan_{name}_noise"))  # fmt: skip
+    texts = [
+        node("CLIPTextEncode", title, (WISH, top), (420, 110), {"clip": (clip, 0)}, text=text)
+        for title, top, text in (("Prompt", 0, "ohwx, a dog runs over a beach"), ("Negative prompt", 170, ""))
+    ]
+    size = node("EmptyHunyuanLatentVideo", "Size and length", (WISH, 340), (420, 150), width=832, height=480, length=33)
+    steps = {"steps": 20, "cfg": 3.5, "sampler_name": "euler", "scheduler": "simple", "noise_seed": 1}
+    prompts = {"positive": (texts[0], 0), "negative": (texts[1], 0)}
+    high = node("KSamplerAdvanced", "Draw the noisy steps", (SAMPLE - 60, 0), (400, 340),
+                {"model": (trained[0], 0), **prompts, "latent_image": (size, 0)}, **steps,
+                control_after_generate="fixed", end_at_step=10, return_with_leftover_noise="enable")  # fmt: skip
+    low = node("KSamplerAdvanced", "Draw the rest", (SAMPLE - 60, 400), (400, 340),
+               {"model": (trained[1], 0), **prompts, "latent_image": (high, 0)}, **steps,
+               control_after_generate="fixed", add_noise="disable", start_at_step=10)  # fmt: skip
+    decoded = node("VAEDecode", "Decode", (SAMPLE + 400, 0), (500, 50), {"samples": (low, 0), "vae": (vae, 0)})
+    shown = node("SaveAnimatedWEBP", "The clip", (SAMPLE + 400, 110), (500, 560), {"images": (decoded, 0)},
+                 filename_prefix="graft_wan", fps=16.0)  # fmt: skip
+    sketch.group("Set 1: the models", [*experts, clip, vae], BLUE)
+    sketch.group("Set 2: dataset", [dataset], BLUE)
+    sketch.group("Timesteps", ranges, GREY)
+    sketch.group("Train", [*trained, *saved], ORANGE)
+    sketch.group("Set 3: what to draw", [*texts, size], BLUE)
+    sketch.group("Draw with both LoRAs", [high, low, decoded, shown], GREEN)
+
+
 WORKFLOWS = {
     "Train a LoRA": draw_train_a_lora,
     "DreamBooth a subject": draw_dreambooth,
@@ -890,6 +956,7 @@ WORKFLOWS = {
     "Fine-tune a checkpoint": draw_fine_tune,
     "Merge and resize adapters": draw_merge,
     "Train an edit model from pairs": draw_edit,
+    "Train both experts of Wan 2.2": draw_wan,
     "Curriculum": draw_curriculum,
     "Preference from pairs": draw_preference,
     "Concept slider": draw_slider,

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import comfy.ldm.common_dit
+import comfy.ldm.lightricks.model
 import comfy.model_management
 import torch
 
@@ -16,6 +17,7 @@ from ....trainers.memory.autograd import out_of_place_suspended
 
 _LIGHTRICKS = "comfy.ldm.lightricks."
 _IN_PLACE_BLOCK = "BasicAVTransformerBlock"
+_ROTARY = ("apply_rotary_emb", "apply_rotary_emb_qk")
 _KITCHEN = "comfy_kitchen"
 _PLAIN = "comfy_kitchen.backends.eager.rope"
 _NAMES = tuple(
@@ -49,7 +51,7 @@ def recorded_blocks(network: torch.nn.Module) -> Iterator[None]:
     """Let autograd record the blocks of Lightricks' networks, which add in place without binding the result.
 
     Norms save copies of their inputs, which `addcmul_` changes. Blocks for picture and sound add in place for good, to
-    copies of their inputs: a recomputation needs the inputs as they were.
+    copies of their inputs: a recomputation needs the inputs as they were. Rotary embeddings round as at inference.
 
     Args:
         network: a private tree.
@@ -60,17 +62,27 @@ def recorded_blocks(network: torch.nn.Module) -> Iterator[None]:
     for block in network.modules():
         if type(block).__name__ == _IN_PLACE_BLOCK:
             block.forward = functools.partial(_forward_in_place, block.forward)
-    original = comfy.ldm.common_dit.rms_norm
-
-    def rms_norm(values: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        copied = values.clone() if torch.is_grad_enabled() and values.requires_grad else values
-        return original(copied, *args, **kwargs)
-
-    comfy.ldm.common_dit.rms_norm = rms_norm
+    common, lightricks = comfy.ldm.common_dit, comfy.ldm.lightricks.model
+    patches = [(common, "rms_norm", _norm_of_copy)]
+    patches += [(lightricks, name, _as_at_inference) for name in _ROTARY if hasattr(lightricks, name)]
+    originals = [(owner, name, getattr(owner, name)) for owner, name, _ in patches]
+    for (owner, name, original), (_, _, patch) in zip(originals, patches, strict=True):
+        setattr(owner, name, functools.partial(patch, original))
     try:
         yield
     finally:
-        comfy.ldm.common_dit.rms_norm = original
+        for owner, name, original in originals:
+            setattr(owner, name, original)
+
+
+def _norm_of_copy(norm: Callable, values: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+    copied = values.clone() if torch.is_grad_enabled() and values.requires_grad else values
+    return norm(copied, *args, **kwargs)
+
+
+def _as_at_inference(function: Callable, *args) -> Any:
+    with training_flag(False):
+        return function(*args)
 
 
 def _forward_in_place(forward: Callable, latents: tuple[torch.Tensor, ...], *args, **kwargs) -> Any:
