@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageChops
 
 from tests import demo
 from tests.support import graphs
@@ -38,6 +38,7 @@ EXAMPLES = {
     "Concept slider": (examples.TINY_SLIDER, ("Pictures",), False),
 }
 PAIRS = "Train an edit model from pairs"
+CLIP = "Train both experts of Wan 2.2"
 LORAS = {"First LoRA": "toy", "Second LoRA": "tint"}
 STEPS = 120  # for each of the two merged LoRAs
 
@@ -67,6 +68,18 @@ def draw_pairs(path):
         sheet.paste(picture.convert("L").convert("RGB"), (0, row * side))
         sheet.paste(picture, (side, row * side))
     sheet.save(path, quality=38, optimize=True)
+
+
+def draw_clip(path):
+    """Draw four frames of a picture that moves to the right, since no small base draws clips."""
+    side = SIDE // 2
+    sheet = Image.new("RGB", (SIDE, SIDE))
+    source = min((demo.CONCEPTS / "toy").glob("*.png"))
+    picture = Image.open(source).convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
+    for place in range(4):
+        frame = ImageChops.offset(picture, (place - 1) * side // 8, 0)
+        sheet.paste(frame, (place % 2 * side, place // 2 * side))
+    sheet.save(path, quality=38, optimize=True, progressive=True)
 
 
 def run(server, name):
@@ -110,6 +123,7 @@ def main():
     args = parser.parse_args()
     hide_root()
     draw_pairs(examples.FOLDER / f"{PAIRS}.jpg")
+    draw_clip(examples.FOLDER / f"{CLIP}.jpg")
     with tempfile.TemporaryDirectory(prefix="graft-thumbnails-") as scratch:
         with demo.prepare(Path(scratch), demo.Line()) as server:
             for name in args.only:
