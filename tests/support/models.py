@@ -305,21 +305,13 @@ def kl_vae(channels: int):
 
 
 def wan_vae():
-<<<<<<< HEAD
-    """Return Wan 2.1's VAE of the host's own class, narrow, with random weights."""
-=======
     """Return a small VAE of Wan's class with random weights, 8 channels wide: it encodes and decodes clips."""
->>>>>>> 6f7356d (Draw sample clips and save them as animated WebP)
     import comfy.sd
     import torch
     from comfy.ldm.wan.vae import WanVAE
 
-<<<<<<< HEAD
-    network = WanVAE(dim=8, z_dim=16, dim_mult=[1, 2, 4, 4], temperal_downsample=[False, True, True])
-=======
     shape = {"dim_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_scales": [], "dropout": 0.0}
     network = WanVAE(dim=8, z_dim=16, temperal_downsample=[False, True, True], **shape)
->>>>>>> 6f7356d (Draw sample clips and save them as animated WebP)
     randomise(network, 0)
     return comfy.sd.VAE(sd=network.state_dict(), device=torch.device("cpu"), dtype=torch.float32)
 

@@ -65,11 +65,7 @@ class DatasetItem:
         show: returns the sample of a visit, by the number of earlier visits in the run; by None, the unvaried sample.
         prior: whether it is a class image.
         has_prior_target: whether it has a prior target.
-<<<<<<< HEAD
         frames: number of frames, 1 for a still.
-=======
-        frames: of a clip, as pictures; 1 for a picture.
->>>>>>> 6f7356d (Draw sample clips and save them as animated WebP)
     """
 
     name: str
@@ -79,7 +75,6 @@ class DatasetItem:
     prior: bool = False
     has_prior_target: bool = False
     frames: int = 1
-<<<<<<< HEAD
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -90,5 +85,3 @@ class DatasetItem:
     def volume(self) -> int:
         """Number of pixels in all frames."""
         return self.bucket[0] * self.bucket[1] * self.frames
-=======
->>>>>>> 6f7356d (Draw sample clips and save them as animated WebP)

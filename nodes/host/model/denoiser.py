@@ -249,7 +249,6 @@ class ComfyDenoiser:
                 self.module = None
                 comfy.model_management.soft_empty_cache()
 
-<<<<<<< HEAD
     @property
     def original(self) -> torch.nn.Module:
         """The graph's network, whose weights the private tree shares."""
@@ -263,10 +262,7 @@ class ComfyDenoiser:
         self._base = private_base.over(self._model.model, tree, self.device)
         self._sampler = sampling.PreviewSampler(self._model, self._base, self._text, self._vae)
 
-    def preview(self, requests: Sequence[PictureRequest]) -> list[Image.Image]:
-=======
     def preview(self, requests: Sequence[PictureRequest]) -> list[Image.Image | list[Image.Image]]:
->>>>>>> 6f7356d (Draw sample clips and save them as animated WebP)
         """Draw with ComfyUI's own sampler on the tree as trained so far."""
         _cast_where_needed(self._casting, _inference_dtype(self._base))
         try:

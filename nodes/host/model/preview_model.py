@@ -88,8 +88,7 @@ class ComfyPreviewModel:
         requests: Sequence[PictureRequest],
         export: Callable[[], tuple[Mapping[str, torch.Tensor] | None, Embedding | None]],
         factor: float = 1.0,
-<<<<<<< HEAD
-    ) -> list[Image.Image]:
+    ) -> list[Image.Image | list[Image.Image]]:
         """Return a picture for each request, drawn with the exported adapter and embedding applied."""
         size = self._model.model_size() - self._model.loaded_size() + minimum_inference_memory()
         with self._denoiser.sharing_device(int(size)), compat.training_flag(False):
@@ -99,10 +98,6 @@ class ComfyPreviewModel:
     def _applied(
         self, adapter: Mapping[str, torch.Tensor] | None, embedding: Embedding | None, strength: float
     ) -> tuple[ModelPatcher, ComfyText]:
-=======
-    ) -> list[Image.Image | list[Image.Image]]:
-        """Return a picture for each request, drawn with the adapter and the embedding applied."""
->>>>>>> 6f7356d (Draw sample clips and save them as animated WebP)
         model, text = self._model, self._text
         clip = text.clip
         if adapter is not None and strength:
