@@ -340,6 +340,7 @@ class GraftAdapterOptions(OptionNode):
                 advanced(
                     cls.widget("adapter_args", "Further arguments of the type, such as factor=8 decompose_both=true.")
                 ),
+                cls.widget("preset", "Fills the unset fields of all options. auto: none."),
             ),
             words="LoRA",
         )

@@ -964,11 +964,16 @@ WORKFLOWS = {
 
 
 def write_workflow(path, workflow):
-    """Write a workflow without what the frontend adds itself: slots' names in its language, widgets without a link."""
+    """Write a workflow without what the frontend adds itself: slots' names and shapes, and widgets without a link."""
+    links = {link[0]: link for link in workflow["links"]}
     for node in workflow["nodes"]:
         for slot in (*node["inputs"], *node["outputs"]):
             slot.pop("localized_name", None)
+            slot.pop("shape", None)
         node["inputs"] = [slot for slot in node["inputs"] if "widget" not in slot or slot["link"] is not None]
+        for place, slot in enumerate(node["inputs"]):
+            if slot["link"] is not None:
+                links[slot["link"]][4] = place
     path.write_text(json.dumps(workflow, separators=(",", ":")) + "\n", encoding="utf-8")
     print(path)
 

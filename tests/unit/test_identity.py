@@ -148,6 +148,7 @@ IDENTITIES = {
     "Flux objective": "dbb9418b6a1fad78e8ac5d130468c15f3a727595248166fc15f585af9c4c1a72",
     "SD1, all that decides nothing": "45051b1be5a096ba30ca2ce6d9560ff4ea45014124abf0e74612040080c2d4e4",
 }
+
 FIRST = IDENTITIES["SD1 LoRA"]
 
 # Identities of the recipes that have one option set; options that are missing here leave the first identity.
@@ -210,6 +211,8 @@ SINGLE = {
     "adapter.block_ranks": "912990571ceafcc38211288aede73cebc42a18c4d4d4707aaa12b434b125c3cb",
     "adapter.block_learning_rates": "f9a470a00fd6e9b97e9d442d94d6455fa34b4f51a215c330a08f4e2331ba527a",
     "adapter.lora_plus_ratio": "1280b4c3069d7c66e333f1182f6eee8662e5e86287a60869b038f76e1af2c742",
+    "adapter.adapter_args": "a9e102671b39659748e039fd2a010c23eed94d90d31a2eb7c25161f2b5f6f77c",
+    "adapter.preset": "b3aac5edd99e73ae5825bb72cfdb443ef7fd64402af125c4ad90e534f986f0eb",
     "memory.base_dtype": "88ff04c6c18d1924b2834dbd114bdaab72f3081fac7e0ae38919585a4b0427bd",
     "adapter.weight_dtype": "016daffd5014ffde094a6b496ed4eb1d3073a0442fd8b6ef6bcf7a9957207aa1",
 }

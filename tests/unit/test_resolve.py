@@ -3,18 +3,19 @@
 from dataclasses import fields, replace
 
 import pytest
-from graft_pack.trainers.engine.resolve import Options, RecipeInputs, resolve, summarize
+from graft_pack.trainers.engine.resolve import Options, RecipeInputs, describe_preset, resolve, summarize
 from graft_pack.trainers.errors import SettingsError
 from graft_pack.trainers.families import FAMILIES, family_of, is_attention
 from graft_pack.trainers.recipe.options import OPTIONS, STOPS_FALLING
+from graft_pack.trainers.recipe.presets import PRESETS
 from graft_pack.trainers.recipe.recipe import Recipe
 
 from tests.support import models
 
 
-def resolved(options=None, method="LoRA", **widgets):
+def resolved(options=None, method="LoRA", family="SD1", **widgets):
     values = {"steps": 10, "learning_rate": 0.0, "rank": 4, "batch_size": 1, "seed": 0, "resolution": 0, "trigger": ""}
-    return resolve(options or Options(), family_of("SD1"), RecipeInputs(method, **{**values, **widgets}))
+    return resolve(options or Options(), family_of(family), RecipeInputs(method, **{**values, **widgets}))
 
 
 @pytest.mark.parametrize("kind", OPTIONS)
@@ -118,6 +119,8 @@ SET = {
         "text_encoder": "on",
         "text_encoder_rank": 2,
         "text_encoder_learning_rate": 1e-5,
+        "adapter_args": "rank_dropout=0.1",
+        "preset": "Flux character",
         "start_from": "a.safetensors",
         "target_patterns": "attn1",
         "block_ranks": "middle_block=2",
@@ -169,6 +172,10 @@ def test_every_field_arrives_in_the_recipe(kind, name):
     # An embedding needs a name before any of its other fields is allowed.
     word = {"name": "w"} if kind == "pivotal" and name != "name" else {}
     without = Options().adding(*BESIDE.get(name, (kind, word)))
+    if name == "preset":
+        # It decides by the fields that it fills.
+        assert resolved(without.adding(kind, {name: "Flux character"})).ema_decay == 0.99
+        return
     widgets = {"batch_size": 2} if name == "stratified" else {}
     recipe = resolved(without.adding(kind, {name: SET[kind][name]}), **widgets)
     if name != "optimizer":
@@ -177,6 +184,29 @@ def test_every_field_arrives_in_the_recipe(kind, name):
     same_run = kind in FREE and name not in ("validation_fraction", "prompt_node", "base_dtype") or name == "start_from"
     if name != "optimizer":
         assert (recipe.identity("d", "b") == resolved(without, **widgets).identity("d", "b")) == same_run
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_fills_what_the_user_leaves_unset(name):
+    """The run is the one of the same fields without a preset; what the user sets stays, on either side of the chain."""
+    preset, own = {"preset": name}, Options()
+    for (node, input), value in PRESETS[name].items():
+        own = own.adding(node, {input: value})
+    model = {"family": "SDXL" if name.startswith("SDXL") else "SD1"}
+    filled = resolved(Options().adding("adapter", preset), **model)
+    assert filled.identity("d", "b") == resolved(own, **model).identity("d", "b")
+    assert filled == replace(resolved(own, **model), preset=name)
+    assert describe_preset(filled).startswith(f"Preset {name}: ")
+    assert all(f"{input} {value}" in describe_preset(filled) for (_, input), value in PRESETS[name].items())
+    mine = Options().adding("adapter", {"targets": "all linear"}).adding("adapter", preset)
+    mine = mine.adding("optimizer", {"optimizer": "Lion", "ema_decay": 0.5})
+    recipe = resolved(mine, **model)
+    assert (recipe.targets, recipe.optimizer, recipe.ema_decay) == ("all linear", "Lion", 0.5)
+    assert "Prodigy" not in describe_preset(recipe) and "Adafactor" not in describe_preset(recipe)
+
+
+def test_without_a_preset_nothing_is_told():
+    assert describe_preset(resolved()) == ""
 
 
 def test_settings_of_a_schedule_that_contradict_each_other_are_refused():

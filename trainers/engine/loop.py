@@ -203,7 +203,6 @@ class _Trainer:
                 updater.skip()
             else:
                 updater.step(skip)
-                self._plan.after_step()
                 self._plan.renormalize(step.lr_scale if skip is None else step.lr_scale * (1 - skip))
                 if self._average is not None:
                     self._average.step(self._parameters, skip)

@@ -12,6 +12,7 @@ from ..methods.textual_inversion import EMBEDDING_RATE
 from ..objective.options import objective_of
 from ..optimizers import OPTIMIZERS, default_learning_rate, finds_its_rate
 from ..recipe.options import OPTIONS, RECIPE_OPTIONS, Basis
+from ..recipe.presets import PRESETS
 from ..recipe.recipe import EmbeddingSpec, Recipe, SliderSpec
 from .validation import check_option, check_recipe
 
@@ -102,6 +103,7 @@ def resolve(options: Options, family: Family, inputs: RecipeInputs) -> Recipe:
     Raises:
         SettingsError: a value is out of range, or two values contradict each other.
     """
+    options = _with_preset(options)
     name = _method_name(options, inputs)
     # `check_recipe` refuses an unknown method and lists the known ones.
     method = METHODS.get(name, Method())
@@ -121,6 +123,24 @@ def resolve(options: Options, family: Family, inputs: RecipeInputs) -> Recipe:
     recipe = Recipe(**_with_defaults(fields, family, method, alone=inputs.embedding_spec is not None))
     check_recipe(recipe)
     return recipe
+
+
+def _with_preset(options: Options) -> Options:
+    """Return options with the fields that their preset sets and the user does not."""
+    filled = Options(PRESETS.get(options.value("adapter", "preset", ""), {}))
+    filled.update(options)
+    filled.preview_model = options.preview_model
+    return filled
+
+
+def describe_preset(recipe: Recipe) -> str:
+    """Name a recipe's preset and the values of the recipe that are the preset's; empty without one."""
+    values = []
+    for (node, input), value in PRESETS.get(recipe.preset, {}).items():
+        declared = OPTIONS[node][input]
+        if getattr(recipe.objective if node == "objective" else recipe, declared.name) == declared.value_of(value):
+            values.append(f"{input} {value}")
+    return f"Preset {recipe.preset}: {', '.join(values) or 'nothing to fill'}" if recipe.preset else ""
 
 
 def _ranks_of_start(inputs: RecipeInputs) -> Mapping[str, Any]:

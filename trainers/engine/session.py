@@ -28,7 +28,7 @@ from ..runs.saves import SAVES_IN_FOLDER
 from ..steps.plan import Plan
 from .export import Exporter
 from .kept import Kept, keep_tree, take_tree
-from .resolve import summarize
+from .resolve import describe_preset, summarize
 from .trainable_modules import TrainableModules
 
 if TYPE_CHECKING:
@@ -245,6 +245,9 @@ def _run(session: _Session, state: State, finished: bool) -> Result:
     if finished:
         log.info("Graft: run %s is already finished at step %d.", run.name, state.step)
         return _export_finished(session, state)
+    if text := describe_preset(recipe):
+        log.info("Graft: %s.", text)
+        session.host.report("adapter warnings", {"warnings": [{"kind": "preset", "text": text}]})
     log.info("Graft: run %s, from step %d to %d: %s", run.name, state.step, recipe.steps, summarize(recipe))
     return _train(session, state)
 

@@ -162,8 +162,11 @@ class ParameterUpdater:
             skip: 1.0 on the device to leave trainables, optimizer and loss scaler as they are; see `masks`.
         """
         self.step_in_progress = True
-        if self.in_backward:
-            return
+        if not self.in_backward:
+            self._step_optimizer(skip)
+        self._plan.after_step()
+
+    def _step_optimizer(self, skip: torch.Tensor | None) -> None:
         if skip is None:
             self._scaler.step(self.optimizer)
             self._scaler.update()

@@ -14,6 +14,7 @@ from ..families import TARGET_PRESETS
 from ..objective.options import NATIVE, OBJECTIVE_OPTIONS, Objective
 from ..option import Option, option, options_of
 from .parsing import check_run_name, is_on, parse_arguments, parse_pairs, parse_patterns, parse_points
+from .presets import PRESETS
 from .prompts import parse_prompts
 
 if TYPE_CHECKING:
@@ -134,6 +135,7 @@ class RecipeOptions:
         stop_when: STOPS_FALLING to end the run early, "off" to train all steps.
         patience: number of validations without a new lowest loss after which the run ends.
         communication: how several processes send gradients: EXACT, or HALF for bfloat16.
+        preset: the preset that has filled unset fields, see `presets`; empty for none.
         give_way: prompts for which the host pauses the training, one of GIVE_WAY; "auto" for the host's setting.
     """
 
@@ -348,6 +350,7 @@ class RecipeOptions:
     preview_strength: float = option(
         "preview", input="strength", unset=1.0, range=(-100.0, 100.0), default=1.0, before=1.0, decides=False
     )
+    preset: str = option("adapter", unset="auto", choices=tuple(PRESETS), default="", before="", decides=False)
     give_way: str = option("run", unset="auto", choices=GIVE_WAY, default="auto", before="auto", decides=False)
 
 
