@@ -145,20 +145,25 @@ _SPREADS = {"LoHa": 0.25, "LoKr": 0.15, "OFT": 0.05, "BOFT": 0.05, "IA3": 0.1, "
 
 
 @functools.cache
-def train(family: str, method: str, targets: str = "", spread: float = 0.0) -> Trained:
+def train(
+    family: str, method: str, targets: str = "", spread: float = 0.0, adapter_args: str = "", rank: int = 4
+) -> Trained:
     """Return an adapter with random values, and its exact effect.
 
     Args:
         method: Graft's name of the type; "LoRA with conv" has convolutions too.
         targets: choice of the targets, empty for the type's default.
+        adapter_args: as in the node.
     """
     from graft_pack.trainers.formats.adapter import Adapter
     from graft_pack.trainers.methods import METHODS
+    from graft_pack.trainers.recipe.parsing import parse_arguments
 
     known = FAMILIES[family]
     model = known.model()
-    fields = {"method": method, "rank": 4, "alpha": 8.0 if METHODS[method].has_rank else 4.0}
+    fields = {"method": method, "rank": rank, "alpha": 8.0 if METHODS[method].has_rank else 4.0}
     fields["targets"] = targets or METHODS[method].default_targets
+    fields["adapter_args"] = parse_arguments(adapter_args)
     with models.in_training(model, known.size, **fields) as training, torch.no_grad():
         source = torch.Generator().manual_seed(3)
         for parameter in training.plan.trainables.values():

@@ -51,6 +51,7 @@ class ParameterUpdater:
         self.step_in_progress = False
         self._limit = recipe.max_grad_norm
         self._trainables = plan.trainables
+        self._after_step = plan.after_step
         self._parameters = list(plan.trainables.values())
         numbers = sum(parameter.numel() for parameter in self._parameters)
         self._are_small = numbers <= _SMALL * len(self._parameters)
@@ -164,7 +165,7 @@ class ParameterUpdater:
         self.step_in_progress = True
         if not self.in_backward:
             self._step_optimizer(skip)
-        self._plan.after_step()
+        self._after_step()
 
     def _step_optimizer(self, skip: torch.Tensor | None) -> None:
         if skip is None:

@@ -23,6 +23,7 @@ from ....trainers.formats.metadata import ARCHITECTURE, RUN, architecture_of
 from ....trainers.formats.network import LYCORIS_NETWORK, as_dora, has_host_magnitudes
 from ....trainers.formats.peft_format import WEIGHTS
 from ....trainers.runs.records import find_run
+from ....trainers.tools.difference import difference
 from ....trainers.tools.extract import Extraction, Weight, extract
 from ....trainers.tools.merge import AVERAGE, Merging, average_saves, merge
 from ....trainers.tools.resize import resize
@@ -195,8 +196,13 @@ def _restored(held: dict[str, torch.Tensor], weight: torch.Tensor) -> dict[str, 
 
 def _changed(held: dict[str, torch.Tensor], weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (weight with a layer's difference, norms of the frozen weight's rows), the weight as a matrix."""
-    scale = float(held.get(ALPHA, len(held[DOWN]))) / len(held[DOWN])
-    changed = weight.flatten(1) + scale * held[UP].float().flatten(1) @ held[DOWN].float().flatten(1)
+    if DOWN in held:
+        scale = float(held.get(ALPHA, len(held[DOWN]))) / len(held[DOWN])
+        added = scale * held[UP].float().flatten(1) @ held[DOWN].float().flatten(1)
+    else:
+        factors = {end: tensor for end, tensor in held.items() if end not in (DORA, BIAS)}
+        added = difference("", factors, "adapter").value().reshape(weight.shape).flatten(1)
+    changed = weight.flatten(1) + added
     # A row of zeros has no direction, and stays zero.
     return changed, weight.flatten(1).norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
 
