@@ -7,14 +7,14 @@ import os
 import posixpath
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..errors import DatasetError
 from ..text import is_below
-from ..video.pieces import count_at_rate, frames_at_rate
+from ..video.pieces import RANDOM, choose_pieces, count_at_rate, frames_at_rate
 from ..video.video_file import SUFFIXES, VideoFile
 from .examples import Clip, Source
 from .index import mark_of
@@ -25,6 +25,9 @@ from .pixel_formats import turn_upright, upright_rgb
 if TYPE_CHECKING:
     from PIL import Image
 
+    from ..video.pieces import Piece
+    from .buckets import Crop
+    from .examples import Example
     from .index import Index
 
 # Formats that Pillow reads and that may hold several pictures.
@@ -184,6 +187,25 @@ def is_clip(name: str) -> bool:
 def is_media(name: str) -> bool:
     """Return True if a name has the suffix of a picture or is a clip's."""
     return is_picture(name) or is_clip(name)
+
+
+def with_pieces(
+    example: Example, crops: Sequence[Crop], snap: Callable[[int], int] = lambda frames: frames, seed: int = 0
+) -> tuple[tuple[Crop, ...], tuple[Piece, ...]]:
+    """Return crops of an example with the pieces of its clip, and the pieces that take turns at random, if any.
+
+    Args:
+        snap: returns the largest number of frames, up to a number, that the codec takes.
+        seed: for random pieces.
+    """
+    clip = example.clip
+    if clip is None:
+        return tuple(crops), ()
+    pieces = choose_pieces(clip.count, clip.frames, clip.pieces, snap, f"{seed} {example.digest}")
+    is_random = clip.pieces == RANDOM and len(pieces) > 1
+    shown = pieces[:1] if is_random else pieces
+    cut = tuple(replace(crop, piece=piece) for crop in crops for piece in shown)
+    return cut, tuple(pieces) if is_random else ()
 
 
 def hash_file(path: str) -> str:
