@@ -18,7 +18,7 @@ from ..video.pieces import RANDOM, choose_pieces, count_at_rate, frames_at_rate
 from ..video.video_file import SUFFIXES, VideoFile
 from .examples import Clip, Source
 from .index import mark_of
-from .listing import File, Listing, stem_of
+from .listing import File, Listing, list_folder, stem_of
 from .pictures import FileSource, are_facts, is_picture, measure_facts, measured, open_bytes, read_bytes, reading
 from .pixel_formats import turn_upright, upright_rgb
 
@@ -310,6 +310,12 @@ def _measure(file: File, root: str) -> dict:
 def _are_facts(facts: dict) -> bool:
     frames, last = facts.get("frames"), facts.get("last")
     return are_facts(facts) and type(frames) is int and frames > 0 and type(last) is float and last >= 0
+
+
+def list_frames(folder: str) -> list[str]:
+    """Return the paths of the frames in a folder, in order; none if it is no folder of frames."""
+    listing = list_folder(folder)
+    return [file.path for file in _in_order(list(listing.files.values())) or ()]
 
 
 def _in_order(files: Sequence[File]) -> list[File] | None:
