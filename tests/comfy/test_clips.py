@@ -117,21 +117,12 @@ def test_a_folder_of_clips_and_stills_trains_on_the_hosts_latents(wan, tmp_path)
         assert torch.equal(latents.get(latents.key(row.example, crop))["mean"], expected)
 
 
-def test_the_nodes_make_datasets_of_clips(comfy, wan, tmp_path, monkeypatch):
-    from graft_pack.nodes import dataset as nodes
-    from graft_pack.nodes.host import dataset_folders
+def test_a_node_splits_batches_into_clips(comfy):
+    from graft_pack.nodes.dataset import GraftDatasetFromImages
 
-    write_video(tmp_path / "a.mp4", 20)
-    monkeypatch.setattr(dataset_folders, "dataset_path", lambda *given: str(tmp_path))
-    with_clips = {"frames": 9, "frame_rate": 4.0, "clips": "uniform"}
-    (loaded,) = nodes.GraftLoadDataset.execute(str(tmp_path), "sks", 64, 1, **with_clips).result
-    (example,) = loaded.examples
-    assert (example.clip.frames, example.clip.rate, example.clip.pieces) == (9, 4.0, "uniform")
     images = [torch.rand(11, 24, 32, 3), torch.rand(6, 24, 32, 3)]
     given = {"captions": ["a dog"], "trigger": [""], "resolution": [64]}
-    (split,) = nodes.GraftDatasetFromImages.execute(images, **given, clips=[2]).result
+    (split,) = GraftDatasetFromImages.execute(images, **given, clips=[2]).result
     assert [row.clip.count for row in split.examples] == [5, 5, 3, 3]
-    (stills,) = nodes.GraftDatasetFromImages.execute(images, **given).result
+    (stills,) = GraftDatasetFromImages.execute(images, **given).result
     assert len(stills.examples) == 17 and stills.examples[0].clip is None
-    _, report, *_ = nodes.GraftInspectDataset.execute(split, vae=wan).result
-    assert "4 clips of 3 to 5 frames." in report and "x 5 frames: 2" in report
