@@ -461,6 +461,7 @@ class GraftInspectDataset(io.ComfyNode):
                 paths.index_folder(),
                 counter(cls.hidden.unique_id),
                 _marked(loss, run),
+                train.snapping(vae),
             )
             picture = contact_sheet.contact_sheet(findings)
             report = inspect.report(findings, cache_size(paths.folders().cache))

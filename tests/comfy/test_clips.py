@@ -115,3 +115,14 @@ def test_a_folder_of_clips_and_stills_trains_on_the_hosts_latents(wan, tmp_path)
         pixels = np.array(frames)[:, top : top + height, left : left + width]
         expected = host_latent(wan, torch.from_numpy(pixels.astype(np.float32) / 255))
         assert torch.equal(latents.get(latents.key(row.example, crop))["mean"], expected)
+
+
+def test_a_node_splits_batches_into_clips(comfy):
+    from graft_pack.nodes.dataset import GraftDatasetFromImages
+
+    images = [torch.rand(11, 24, 32, 3), torch.rand(6, 24, 32, 3)]
+    given = {"captions": ["a dog"], "trigger": [""], "resolution": [64]}
+    (split,) = GraftDatasetFromImages.execute(images, **given, clips=[2]).result
+    assert [row.clip.count for row in split.examples] == [5, 5, 3, 3]
+    (stills,) = GraftDatasetFromImages.execute(images, **given).result
+    assert len(stills.examples) == 17 and stills.examples[0].clip is None

@@ -11,6 +11,7 @@ from PIL import Image
 
 from tests.support import graphs, models
 from tests.support.server import PromptError, PromptRefused
+from tests.support.videos import write_video
 from tests.toy import world
 
 
@@ -384,3 +385,19 @@ def test_a_vae_without_a_posterior_gives_its_mean(comfy, tiny_base):
     mean, logvar = ComfyCodec(vae).encode(pixels)
     assert torch.equal(mean, vae.encode(pixels))
     assert logvar is None
+
+
+def test_clips_are_inspected_and_refused_by_a_model_of_stills(server, tiny_base, folder):
+    write_video(folder / "walk.mp4", 12, size=(64, 64))
+    (folder / "broken.mp4").write_bytes(b"no video")
+    widgets = {"frames": 9, "frame_rate": 4.0, "clips": "whole", "trigger": "sks"}
+    report = report_of(server, inspection(folder.name, **widgets))
+    assert "1 clips of 6 to 6 frames." in report and "Frames per second of the files: 8 (1)." in report
+    assert "1 clips that this VAE cannot encode: walk.mp4" in report
+    assert "broken.mp4: cannot be read (it is damaged, or no video" in report
+    prompt = graphs.training(folder.name, 2)
+    prompt["2"]["inputs"].update(widgets)
+    with pytest.raises(PromptError, match="The dataset has 1 clips, but this model"):
+        server.run(prompt)
+    # Without frames, the folder is one of stills as before.
+    assert "walk.mp4: a video; " in report_of(server, inspection(folder.name, trigger="sks"))

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 from ..data import captions
 from ..data.caption_files import CaptionFiles
+from ..data.clips import is_media
 from ..data.index import Index
 from ..data.listing import Listing, list_folder, stem_of
 from ..data.masks import own_masks
-from ..data.pictures import is_picture
 from ..errors import GraftError
 from ..formats.atomic import replacing, write_bytes
 from .folder import EDITING, find_picture, path_to_write
@@ -69,9 +69,9 @@ class CaptionReader:
     """Reader of the captions in a listing, as texts to edit; an index keeps the texts."""
 
     def __init__(self, listing: Listing, index: Index | None = None):
-        self._files = CaptionFiles(listing, False, index)
-        masks = own_masks(listing).files
-        self._stems = Counter(stem_of(name) for name in listing.files if is_picture(name) and name not in masks)
+        self._files = CaptionFiles(listing, False, index, is_media)
+        masks = own_masks(listing, is_media).files
+        self._stems = Counter(stem_of(name) for name in listing.files if is_media(name) and name not in masks)
 
     def read(self, name: str) -> Caption:
         """Return a picture's caption. Raise DatasetError if its file cannot be read."""

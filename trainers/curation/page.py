@@ -10,18 +10,19 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..data.buckets import Crop, geometry_without_model
+from ..data.captions import is_caption_file
+from ..data.clips import ClipFiles
 from ..data.dataset_file import DatasetFile, read_dataset_file
 from ..data.examples import Augmentation, Dataset, Example, LeftOut, reason_of
 from ..data.index import Index, is_settled, listing_fingerprint
 from ..data.listing import Listing, list_folder
 from ..data.masks import Masks
-from ..data.pictures import is_picture, measure_file
 from ..data.scan import ScanOptions, scan_listing
 from ..errors import DatasetError
 from ..inspection.near_duplicates import find_near_duplicates, signatures
 from ..inspection.report import Finding, inspect_example, lacks_trigger
 from .caption_edits import Caption, CaptionReader
-from .folder import list_pictures, source_of
+from .folder import list_pictures, measure_source, source_of
 
 NO_CAPTION = Caption("", "none", "")
 _MOST_KEPT = 4
@@ -47,6 +48,8 @@ class PictureRow:
         repeats: visits in an epoch, by its folder.
         flags: things to look at, in a few words each.
         problem: reason why it cannot be trained on; empty if it can.
+        frames: number of frames of a clip, 0 for a still.
+        frame_rate: frames per second of its file, 0 if unknown.
     """
 
     name: str
@@ -64,6 +67,8 @@ class PictureRow:
     excluded: bool = False
     flags: tuple[str, ...] = ()
     problem: str = ""
+    frames: int = 0
+    frame_rate: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -152,9 +157,12 @@ def _read(
     with Index(index_folder, folder) as index:
         dataset = _scan(folder, listing, index, options)
         geometry = geometry_without_model(options.resolution)
+        reading = options.reading
+        clips = ClipFiles(reading.frames, reading.frame_rate, reading.pieces, index)
+        listing = clips.join_frames(listing, is_caption_file)
         rows = _Rows(listing, index, count_tokens, {0: geometry})
         pictures = [rows.of(example) for example in dataset.examples]
-    problems = [row for row in dataset.left_out if is_picture(row.name) and row.name in listing.files]
+    problems = [row for row in dataset.left_out if options.reading.takes(row.name) and row.name in listing.files]
     pictures += [rows.of_unusable(row) for row in problems]
     return DatasetPage(
         name=dataset.name,
@@ -189,6 +197,8 @@ class _Rows:
             "repeats": example.repeats,
             "mask": example.mask is not None,
             "held_out": example.held_out,
+            "frames": example.clip.count if example.clip is not None else 0,
+            "frame_rate": example.clip.shown if example.clip is not None else 0.0,
         }
         try:
             finding = inspect_example(example, self._geometries, self._count_tokens)
@@ -255,7 +265,7 @@ def read_mask(folder: str, name: str, reading: ScanOptions) -> bytes:
 
     listing = list_pictures(folder, name)
     source = source_of(listing, name)
-    size, _, has_alpha = measure_file(source.path, name)
+    size, has_alpha = measure_source(source)
     mask = Masks(listing, reading).of(source, has_alpha, Index(None, folder))
     if mask is None:
         raise DatasetError(f"The picture '{name}' has no mask.", "Paint one.", "name")

@@ -12,16 +12,17 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..data.caption_files import CaptionFiles
+from ..data.clips import VideoSource, is_media
 from ..data.dataset_file import DatasetFile, encode, path_of, read_dataset_file
 from ..data.listing import Listing, fold, list_folder, path_inside, stem_of
 from ..data.masks import SUFFIX, Masks, own_masks
-from ..data.pictures import is_picture, measure_file, reading
+from ..data.pictures import reading
 from ..data.scan import ScanOptions
 from ..data.source_images import MatchingFolder
 from ..errors import DatasetError, GraftError
 from ..formats.atomic import refuse_links, replacing, write_bytes
 from .caption_edits import BACKUP
-from .folder import EDITING, TRASH, find_picture, list_pictures, path_to_write, source_of
+from .folder import EDITING, TRASH, find_picture, list_pictures, measure_source, path_to_write, source_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -110,11 +111,11 @@ class _Companions:
     """The files that belong to a picture of a listing and to no other: its captions, their backups and its mask."""
 
     def __init__(self, listing: Listing):
-        masks = own_masks(listing)
+        masks = own_masks(listing, is_media)
         self._files = listing.files
         self._masks = masks.by_stem
         self._captions = CaptionFiles(listing, lines_are_variants=False)
-        self._stems = Counter(stem_of(name) for name in listing.files if is_picture(name) and name not in masks.files)
+        self._stems = Counter(stem_of(name) for name in listing.files if is_media(name) and name not in masks.files)
 
     def of(self, name: str) -> list[str]:
         """Return the names of a picture's files; none if another picture shares them."""
@@ -253,6 +254,8 @@ def _rotated(listing: Listing, name: str, degrees: int) -> bytes:
 
     turns = {90: Image.Transpose.ROTATE_270, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_90}
     source = source_of(listing, name)
+    if isinstance(source, VideoSource):
+        raise DatasetError(f"The clip '{name}' cannot be rotated here.", "Rotate it in another program.", "name")
     with reading(name):
         with Image.open(source.path) as opened:
             format = "JPEG" if opened.format == "MPO" else opened.format
@@ -286,7 +289,7 @@ def write_mask(folder: str, name: str, content: bytes) -> bool:
     """
     with EDITING:
         listing = list_pictures(folder, name)
-        before = own_masks(listing).by_stem.get(stem_of(name))
+        before = own_masks(listing, is_media).by_stem.get(stem_of(name))
         target = f"{stem_of(name)}{SUFFIX}.png"
         if content:
             encoded = _mask_file(listing, name, content)
@@ -297,7 +300,7 @@ def write_mask(folder: str, name: str, content: bytes) -> bool:
         is_rival = is_other and stem_of(before.name).lower().endswith(SUFFIX)
         if before is not None and (not content or is_rival):
             move_to_trash(listing.root, before.name)
-        return stem_of(name) in own_masks(list_folder(folder)).by_stem
+        return stem_of(name) in own_masks(list_folder(folder), is_media).by_stem
 
 
 def _keep(root: str, name: str) -> None:
@@ -313,7 +316,7 @@ def _mask_file(listing: Listing, name: str, content: bytes) -> bytes:
     from PIL import Image
 
     mask_name = f"mask of {name}"
-    size = measure_file(find_picture(listing, name).path, name)[0]
+    size = measure_source(source_of(listing, name))[0]
     with reading(mask_name):
         with Image.open(io.BytesIO(content), formats=("PNG",)) as opened:
             if opened.size != size:

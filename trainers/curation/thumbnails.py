@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 
+from ..data.clips import VideoSource
 from ..data.index import mark_of
 from ..data.pictures import FileSource
 from ..formats.atomic import refuse_links, write_bytes
@@ -13,8 +14,8 @@ from ..formats.atomic import refuse_links, write_bytes
 SIDE = 256
 
 
-def thumbnail(source: FileSource, cache: str) -> bytes:
-    """Return a picture as WebP, at most SIDE pixels a side, from the cache if it is there.
+def thumbnail(source: FileSource | VideoSource, cache: str) -> bytes:
+    """Return a picture, or a clip's first frame, as WebP of at most SIDE pixels a side; from the cache if it is there.
 
     Args:
         cache: folder of all caches; its folder "thumbnails" may be removed at any time.
@@ -35,7 +36,7 @@ def thumbnail(source: FileSource, cache: str) -> bytes:
     return content
 
 
-def draw_thumbnail(source: FileSource) -> bytes:
+def draw_thumbnail(source: FileSource | VideoSource) -> bytes:
     """Return a picture as WebP, at most SIDE pixels a side. Raise DatasetError if it cannot be read."""
     from PIL import Image
 
@@ -44,7 +45,7 @@ def draw_thumbnail(source: FileSource) -> bytes:
     return _encoded(image, "WEBP", quality=80)
 
 
-def full_picture(source: FileSource) -> bytes:
+def full_picture(source: FileSource | VideoSource) -> bytes:
     """Return a picture as JPEG at its full size. Raise DatasetError if it cannot be read."""
     return _encoded(source.open(), "JPEG", quality=92)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from ..data.caption_files import CaptionFiles
 from ..data.captions import is_caption_file
+from ..data.clips import VideoSource, is_clip
 from ..data.examples import LeftOut, reason_of
 from ..data.listing import File, Listing, list_folder, stem_of
 from ..data.masks import own_masks
@@ -58,9 +59,11 @@ def check_added(folder: str, names: Sequence[str]) -> Added:
                 continue
             kept.append(name)
             try:
-                reason = "" if is_caption_file(name) else why_unread(name)
+                reason = "" if is_caption_file(name) or is_clip(name) else why_unread(name)
                 if is_picture(name):
                     measure_file(file.path, name)
+                elif is_clip(name):
+                    VideoSource(file.path, name, listing.root).measure()
             except DatasetError as error:
                 reason = reason_of(error, name)
             if reason:

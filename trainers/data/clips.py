@@ -7,24 +7,27 @@ import os
 import posixpath
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..errors import DatasetError
 from ..text import is_below
-from ..video.pieces import count_at_rate, frames_at_rate
+from ..video.pieces import RANDOM, choose_pieces, count_at_rate, frames_at_rate
 from ..video.video_file import SUFFIXES, VideoFile
 from .examples import Clip, Source
 from .index import mark_of
-from .listing import File, Listing, stem_of
+from .listing import File, Listing, list_folder, stem_of
 from .pictures import FileSource, are_facts, is_picture, measure_facts, measured, open_bytes, read_bytes, reading
 from .pixel_formats import turn_upright, upright_rgb
 
 if TYPE_CHECKING:
     from PIL import Image
 
+    from ..video.pieces import Piece
+    from .buckets import Crop
+    from .examples import Example
     from .index import Index
 
 # Formats that Pillow reads and that may hold several pictures.
@@ -186,6 +189,25 @@ def is_media(name: str) -> bool:
     return is_picture(name) or is_clip(name)
 
 
+def with_pieces(
+    example: Example, crops: Sequence[Crop], snap: Callable[[int], int] = lambda frames: frames, seed: int = 0
+) -> tuple[tuple[Crop, ...], tuple[Piece, ...]]:
+    """Return crops of an example with the pieces of its clip, and the pieces that take turns at random, if any.
+
+    Args:
+        snap: returns the largest number of frames, up to a number, that the codec takes.
+        seed: for random pieces.
+    """
+    clip = example.clip
+    if clip is None:
+        return tuple(crops), ()
+    pieces = choose_pieces(clip.count, clip.frames, clip.pieces, snap, f"{seed} {example.digest}")
+    is_random = clip.pieces == RANDOM and len(pieces) > 1
+    shown = pieces[:1] if is_random else pieces
+    cut = tuple(replace(crop, piece=piece) for crop in crops for piece in shown)
+    return cut, tuple(pieces) if is_random else ()
+
+
 def hash_file(path: str) -> str:
     """Return the SHA-256 of a file of any size."""
     total = hashlib.sha256()
@@ -288,6 +310,12 @@ def _measure(file: File, root: str) -> dict:
 def _are_facts(facts: dict) -> bool:
     frames, last = facts.get("frames"), facts.get("last")
     return are_facts(facts) and type(frames) is int and frames > 0 and type(last) is float and last >= 0
+
+
+def list_frames(folder: str) -> list[str]:
+    """Return the paths of the frames in a folder, in order; none if it is no folder of frames."""
+    listing = list_folder(folder)
+    return [file.path for file in _in_order(list(listing.files.values())) or ()]
 
 
 def _in_order(files: Sequence[File]) -> list[File] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections.abc import Sequence
@@ -10,8 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..data.pixel_formats import as_weight
+from ..errors import DatasetError
 from ..text import counted
-from .report import common_tags
+from .report import bucket_name, common_tags
 
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw, ImageFont
@@ -99,7 +101,7 @@ def _bucket_bars(findings: Findings) -> tuple[str, list[tuple[str, int]]]:
         title += f", {counted(classes, 'class image')}"
     if findings.left_out:
         title += f", {len(findings.left_out)} left out"
-    return title, [(f"{size[0]}x{size[1]}", number) for size, number in findings.buckets.most_common(_BARS)]
+    return title, [(bucket_name(size), number) for size, number in findings.buckets.most_common(_BARS)]
 
 
 def _tag_bars(findings: Findings) -> tuple[str, list[tuple[str, int]]]:
@@ -130,7 +132,7 @@ def _draw_bars(draw, title: str, rows: list[tuple[str, int]], left: int, width: 
 
 
 def _draw_cell(sheet: Image.Image, draw, finding: Finding, corner: tuple[int, int]) -> None:
-    picture = _overlaid(finding)
+    picture = _whole(finding)
     left = corner[0] + (_CELL - picture.width) // 2
     top = corner[1] + (_CELL - picture.height) // 2
     sheet.paste(picture, (left, top))
@@ -140,7 +142,7 @@ def _draw_cell(sheet: Image.Image, draw, finding: Finding, corner: tuple[int, in
         draw.rectangle(frame, outline=_AMBER, width=2)
     width = _CELL - 12
     example = finding.example
-    cuts = " ".join(f"{crop.bucket[0]}x{crop.bucket[1]}" for crop in finding.crops)
+    cuts = " ".join(dict.fromkeys(bucket_name(crop.shape) for crop in finding.crops)) + _length_of(example)
     repeats = f" x{example.repeats}" if example.repeats > 1 else ""
     loss = "" if finding.loss is None else f"  loss {finding.loss:.2f}"
     role = "  validation" if example.held_out else "  class image" if example.prior else ""
@@ -173,13 +175,48 @@ def _draw_beside(sheet: Image.Image, draw, pictures: Sequence[Example], corner: 
         left += small.width + 4
 
 
-def _overlaid(finding: Finding) -> Image.Image:
-    """Return the whole picture, scaled to a cell: dark outside its worst crop, red where its mask excludes it."""
+def _length_of(example: Example) -> str:
+    """Return a clip's length and rate for its cell; empty for a still."""
+    clip = example.clip
+    if clip is None:
+        return ""
+    return f" of {clip.count}" + (f", {clip.shown:.4g}/s" if clip.shown else "")
+
+
+def _whole(finding: Finding) -> Image.Image:
+    """Return the picture, scaled to a cell; of a clip the first, the middle and the last frame."""
+    from PIL import Image
+
+    example, side = finding.example, _CELL - 8
+    if example.clip is None:
+        return _overlaid(example.source.open(), finding, side / max(example.size))
+    width, height = example.size
+    across = height > width
+    factor = min(side / max(width, height), (side - 4) / 3 / min(width, height))
+    frames = [_overlaid(frame, finding, factor) for frame in _three_frames(example)]
+    step = (frames[0].width + 2, 0) if across else (0, frames[0].height + 2)
+    last = len(frames) - 1
+    strip = Image.new("RGB", (frames[0].width + last * step[0], frames[0].height + last * step[1]), _GREY)
+    for number, frame in enumerate(frames):
+        strip.paste(frame, (number * step[0], number * step[1]))
+    return strip
+
+
+def _three_frames(example: Example) -> list[Image.Image]:
+    """Decode the first, the middle and the last frame of a clip; leave out those that cannot be decoded."""
+    clip = example.clip
+    frames = [example.source.open()]
+    for place in dict.fromkeys((clip.count // 2, clip.count - 1)):
+        with contextlib.suppress(DatasetError):
+            frames += example.source.frames(place, 1, clip.rate) if place else ()
+    return frames
+
+
+def _overlaid(picture: Image.Image, finding: Finding, factor: float) -> Image.Image:
+    """Return a whole picture, scaled: dark outside its worst crop, red where its mask excludes it."""
     from PIL import Image, ImageDraw
 
     crop = min(finding.crops, key=lambda candidate: candidate.kept)
-    picture = finding.example.source.open()
-    factor = (_CELL - 8) / max(picture.size)
     size = tuple(max(1, round(side * factor)) for side in picture.size)
     picture = picture.resize(size, Image.LANCZOS if factor < 1 else Image.NEAREST)
     if finding.example.mask is not None:

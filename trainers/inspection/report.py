@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..data import captions
 from ..data.buckets import Crop, bucket_sizes, choose_crops
+from ..data.clips import with_pieces
 from ..data.examples import LeftOut, reason_of, shortened
 from ..data.source_images import is_alike
 from ..errors import DatasetError
@@ -82,6 +83,7 @@ def inspect(
     signatures_folder: str | None = None,
     tick: Callable[[int, int], None] = lambda done, total: None,
     losses: Mapping[str, tuple[float, str]] | None = None,
+    snap: Callable[[int], int] = lambda frames: frames,
 ) -> Findings:
     """Inspect every picture and caption of a dataset.
 
@@ -91,6 +93,7 @@ def inspect(
         signatures_folder: folder that keeps the pictures' signatures between calls; None to keep none.
         tick: called with (done, total); may raise to interrupt.
         losses: `loss` and `mark` of the pictures that a run was trained on, by name.
+        snap: as `ImageCodec.snap_frames`.
     """
     losses = losses or {}
     marks, broken = signatures(dataset.examples, signatures_folder, tick)
@@ -101,7 +104,7 @@ def inspect(
         if marks[place] is None:
             continue
         try:
-            finding = inspect_example(example, geometries, count_tokens)
+            finding = inspect_example(example, geometries, count_tokens, snap)
         except DatasetError as error:
             left_out.append(LeftOut(example.source.name, reason_of(error, example.source.name)))
             continue
@@ -116,17 +119,20 @@ def inspect(
             names = places[first].example.source.name, places[second].example.source.name
             pairs.append(names)
             places[second].flags.append(f"like {names[0]}")
-    buckets = Counter(crop.bucket for row in rows for crop in row.crops)
+    buckets = Counter(crop.shape for row in rows for crop in row.crops)
     return Findings(dataset, geometries[0], rows, left_out, pairs, buckets, _tags(rows))
 
 
 def inspect_example(
-    example: Example, geometries: dict[int, Geometry], count_tokens: Callable[[str], int] | None
+    example: Example,
+    geometries: dict[int, Geometry],
+    count_tokens: Callable[[str], int] | None,
+    snap: Callable[[int], int] = lambda frames: frames,
 ) -> Finding:
     """Inspect one picture and its captions, without decoding the picture.
 
     Args:
-        geometries, count_tokens: as in `inspect`.
+        geometries, count_tokens, snap: as in `inspect`.
 
     Raises:
         DatasetError: the picture is too small.
@@ -135,7 +141,10 @@ def inspect_example(
     name, upscale = example.source.name, example.handling.upscale
     crops = choose_crops(example.size, wanted, name, upscale, example.center)
     caption = captions.unvaried_caption(example) if example.encoded is None else "(conditioning from the graph)"
-    finding = Finding(example, crops, caption)
+    finding = Finding(example, list(with_pieces(example, crops, snap)[0]), caption)
+    if example.clip is not None:
+        finding.flags += ["short clip"] * (example.clip.count < example.clip.frames)
+        finding.flags += ["needs a video VAE"] * (snap(1) == 0)
     _flag(finding, wanted, count_tokens)
     return finding
 
@@ -202,7 +211,8 @@ def report(findings: Findings, cache_bytes: int = -1) -> str:
         + (f", {held_out} held out for validation." if held_out else "."),
         *_prior_lines(rows, epoch),
         f"Resolution {findings.geometry.resolution}, buckets in steps of {findings.geometry.step} pixels.",
-        *(f"bucket {bucket[0]}x{bucket[1]}: {number}" for bucket, number in sorted(findings.buckets.items())),
+        *(f"bucket {bucket_name(bucket)}: {number}" for bucket, number in sorted(findings.buckets.items())),
+        *_clip_lines(rows),
         *_repeats(rows),
         *dataset.warnings,
     ]
@@ -266,6 +276,28 @@ def _prior_lines(rows: Sequence[Finding], epoch: int) -> list[str]:
         f"Prior target: the model's own prediction for '{prompt}', weight {weight:g}." for prompt, weight in targets
     ]
     return lines
+
+
+def bucket_name(shape: tuple[int, ...]) -> str:
+    """Return a bucket's name in reports: 512x512, or 512x512 x 17 frames."""
+    frames = f" x {shape[2]} frames" if len(shape) > 2 else ""
+    return f"{shape[0]}x{shape[1]}{frames}"
+
+
+def _clip_lines(rows: Sequence[Finding]) -> list[str]:
+    """Describe the lengths and rates of clips."""
+    clips = [row for row in rows if row.example.clip is not None]
+    if not clips:
+        return []
+    counts = [row.example.clip.count for row in clips]
+    rates = Counter(f"{row.example.clip.shown:.4g}" for row in clips if row.example.clip.shown)
+    listed = ", ".join(f"{rate} ({number})" for rate, number in sorted(rates.items(), key=lambda row: float(row[0])))
+    lines = [f"{len(clips)} clips of {min(counts)} to {max(counts)} frames."]
+    lines += [f"Frames per second of the files: {listed}."] if listed else []
+    lines += _named("shorter than frames", [row for row in clips if "short clip" in row.flags])
+    return lines + _named(
+        "clips that this VAE cannot encode", [row for row in clips if "needs a video VAE" in row.flags]
+    )
 
 
 def _repeats(rows: Sequence[Finding]) -> list[str]:

@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING
 
 from ..data import captions
 from ..data.buckets import Crop, choose_crop, choose_crops
+from ..data.clips import with_pieces
 from ..data.examples import LeftOut, reason_of
 from ..data.source_images import is_alike
 from ..errors import DatasetError, SettingsError
 from ..protocols import Geometry
 from ..rng import stream_seed
-from ..video.pieces import RANDOM, Piece, choose_pieces
 
 if TYPE_CHECKING:
     from ..data.examples import Dataset, EncodedPrompt, Example
     from ..recipe.recipe import Recipe
+    from ..video.pieces import Piece
 
 
 @dataclass(frozen=True)
@@ -90,20 +91,8 @@ def crop_examples(
         except DatasetError as error:
             left_out.append(LeftOut(example.source.name, reason_of(error, example.source.name)))
             continue
-        examples.append(_with_pieces(CroppedExample(place, example, tuple(crops)), snap, seed))
+        examples.append(CroppedExample(place, example, *with_pieces(example, crops, snap, seed)))
     return examples, left_out
-
-
-def _with_pieces(cropped: CroppedExample, snap: Callable[[int], int], seed: int) -> CroppedExample:
-    """Return an example with the pieces of its clip; a still as it is."""
-    clip = cropped.example.clip
-    if clip is None:
-        return cropped
-    pieces = choose_pieces(clip.count, clip.frames, clip.pieces, snap, f"{seed} {cropped.example.digest}")
-    is_random = clip.pieces == RANDOM and len(pieces) > 1
-    shown = pieces[:1] if is_random else pieces
-    crops = tuple(replace(crop, piece=piece) for crop in cropped.crops for piece in shown)
-    return replace(cropped, crops=crops, drawn=tuple(pieces) if is_random else ())
 
 
 def all_resolutions(dataset: Dataset) -> list[int]:

@@ -34,7 +34,7 @@ def choose_pieces(count: int, frames: int, pieces: str, snap: Callable[[int], in
         snap: returns the largest number of frames, up to a number, that the codec takes.
         seed: for "random".
     """
-    length = snap(min(frames, count))
+    length = max(1, snap(min(frames, count)))
     last = count - length
     if pieces == FIRST or not last:
         starts = [0]

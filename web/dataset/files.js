@@ -1,6 +1,6 @@
 // Files that the user drops or chooses for a dataset, sorted by what they are.
 
-const PICTURE = /\.(png|apng|jpe?g|jfif|mpo|webp|bmp|gif|avif|tiff?|hei[cf]|jxl)$/i;
+const PICTURE = /\.(png|apng|jpe?g|jfif|mpo|webp|bmp|gif|avif|tiff?|hei[cf]|jxl|mp4|m4v|mov|mkv|webm|avi)$/i;
 const CAPTION = /\.(txt|caption)$/i;
 const TABLE = /\.(json|jsonl|csv)$/i;
 

@@ -11,6 +11,7 @@ const FLAGS = [
   [/^loses (.*)$/, text("Much cropped")],
   [/^small$/, text("Small")],
   [/^enlarged$/, text("Enlarged")],
+  [/^short clip$/, text("Short clip")],
   [/^hardest$/, text("Hardest")],
   [/^memorized$/, text("Memorized")],
 ];

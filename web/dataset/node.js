@@ -21,6 +21,9 @@ const READ = [
   "control_folder_3",
   "sources_optional",
   "worse_folder",
+  "frames",
+  "frame_rate",
+  "clips",
 ];
 
 export class DatasetNodes {

@@ -108,8 +108,10 @@ export class Tile {
   }
 }
 
-// Return a picture's size and the one that it is trained at.
-export function describeFacts({ size, bucket }) {
+// Return a picture's size and the one that it is trained at, and a clip's length and frames per second.
+export function describeFacts({ size, bucket, frames, frame_rate: rate }) {
   const say = (sides) => sides.join(" \u00d7 ");
-  return [size, bucket].filter(Boolean).map(say).join(" \u2192 ");
+  const sizes = [size, bucket].filter(Boolean).map(say).join(" \u2192 ");
+  if (!frames) return sizes;
+  return [sizes, t("$count frames", { count: frames }), rate && `${Number(rate.toFixed(2))}/s`].filter(Boolean).join(", ");
 }

@@ -345,6 +345,11 @@ def geometries(dataset: Dataset, model: ModelPatcher | None, vae: VAE | None) ->
     return by_side
 
 
+def snapping(vae: VAE | None) -> Callable[[int], int]:
+    """Return the function that rounds frames to what a VAE takes; without a VAE, one that leaves them as they are."""
+    return ComfyCodec(vae).snap_frames if vae is not None else lambda frames: frames
+
+
 def family_name(model: ModelPatcher | None) -> str:
     """Return the name of a model's family, empty without a model."""
     return families.family_name(model) if model is not None else ""

@@ -4,6 +4,7 @@
 
 GET  /graft/dataset?folder=F&trigger=T&resolution=N&upscale=0|1&masks=&mask_folder=&validation_folder=
          &control_folder=&control_folder_2=&control_folder_3=&sources_optional=0|1&worse_folder=
+         &frames=&frame_rate=&clips=
 GET  /graft/dataset/alike?...      as above: pairs of pictures that look alike; decodes new pictures, which takes time
 GET  /graft/dataset/losses?folder=F   the loss of its pictures in the last run on it
 GET  /graft/dataset/folders        the folders that the node can name, and those that take uploads
@@ -29,6 +30,7 @@ import asyncio
 import functools
 import itertools
 import os
+import re
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -44,6 +46,7 @@ from ....trainers.data.scan import MASKS, ScanOptions
 from ....trainers.data.source_images import CONTROL_FOLDERS
 from ....trainers.errors import DatasetError, GraftError
 from ....trainers.runs.records import last_loss_by_picture
+from ....trainers.video.pieces import PIECES
 from .. import dataset_folders, paths
 from .control import REGISTRY
 from .http import BODY, Refusal, answering, in_thread, read_number
@@ -129,6 +132,9 @@ def _asked(query) -> tuple[str, PageOptions]:
     masks = query.get("masks", MASKS[0])
     if masks not in MASKS:
         raise Refusal(400, f"masks is none of {', '.join(MASKS)}.")
+    pieces = query.get("clips") or PIECES[0]
+    if pieces not in PIECES:
+        raise Refusal(400, f"clips is none of {', '.join(PIECES)}.")
     mask_folder = query.get("mask_folder", "").strip()
     control, *more_controls = dataset_folders.control_paths(folder, [query.get(name, "") for name in CONTROL_FOLDERS])
     reading = ScanOptions(
@@ -140,11 +146,20 @@ def _asked(query) -> tuple[str, PageOptions]:
         more_control_folders=tuple(more_controls),
         sources_optional=query.get("sources_optional") == "1",
         worse_folder=dataset_folders.control_path(folder, query.get(WORSE_FOLDER, ""), WORSE_FOLDER),
+        frames=read_number(query.get("frames") or "0", 10_000),
+        frame_rate=_read_rate(query.get("frame_rate") or "0"),
+        pieces=pieces,
     )
     resolution = read_number(query.get("resolution", "0"), 16384)
     return dataset_folders.dataset_path(folder), PageOptions(
         query.get("trigger", ""), resolution, query.get("upscale") == "1", reading
     )
+
+
+def _read_rate(text: str) -> float:
+    if not re.fullmatch(r"[0-9]{1,4}(\.[0-9]{1,9})?", text):
+        raise Refusal(400, "frame_rate is not a number.")
+    return float(text)
 
 
 @functools.lru_cache(maxsize=1)

@@ -9,7 +9,7 @@ import weakref
 
 import numpy as np
 import pytest
-from graft_pack.trainers.data import clips
+from graft_pack.trainers.data import arrays, clips
 from graft_pack.trainers.data.examples import Augmentation
 from graft_pack.trainers.data.scan import ScanOptions, scan_folder
 from graft_pack.trainers.errors import DatasetError
@@ -355,3 +355,36 @@ def test_of_three_hours_few_frames_are_decoded_and_held(tmp_path, monkeypatch):
     # To each piece belong at most the frames from the key frame before it on.
     assert decoded <= 1 + pieces.SAMPLES * (17 + 12)
     assert most <= 3
+
+
+def images_of(count):
+    return [shade(number) for number in range(count)]
+
+
+@pytest.mark.parametrize("parts, lengths", [(1, [11]), (2, [5, 5]), (11, [1] * 11)])
+def test_a_batch_is_split_into_clips_of_equal_length(parts, lengths):
+    split = arrays.split_clips(images_of(11), parts)
+    dataset = arrays.from_arrays(split, ["a dog"], "sks", 64)
+    assert [example.clip.count for example in dataset.examples] == lengths
+    drawn = [number for example in dataset.examples for number in numbers(example)]
+    assert drawn == list(range(sum(lengths)))
+
+
+def test_clips_of_a_batch_have_captions_masks_and_identities_of_their_own():
+    split = arrays.split_clips(images_of(10), 2)
+    masks = [np.full((24, 32), level, np.uint8) for level in (0, 255)]
+    first, second = arrays.from_arrays(split, ["a dog", "a cat"], "", 64, masks).examples
+    assert (first.captions, second.captions) == (("a dog",), ("a cat",))
+    assert first.mask.digest != second.mask.digest and first.digest != second.digest
+    (again, _) = arrays.from_arrays(arrays.split_clips(images_of(10), 2), [""], "", 64).examples
+    assert again.digest == first.digest
+
+
+def test_what_does_not_fit_a_split_batch_is_named():
+    with pytest.raises(DatasetError, match="3 images cannot be split into 4 clips"):
+        arrays.split_clips(images_of(3), 4)
+    with pytest.raises(DatasetError, match="5 captions arrived for 2"):
+        arrays.from_arrays(arrays.split_clips(images_of(10), 2), [""] * 5, "", 64)
+    with pytest.raises(DatasetError, match="A clip cannot have a worse picture"):
+        split = arrays.split_clips(images_of(4), 2)
+        arrays.from_arrays(split, [""], "", 64, worse_images=images_of(2))

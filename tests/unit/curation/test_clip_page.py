@@ -1,0 +1,85 @@
+"""Tests of the dataset page with clips: rows, posters, and the edits of their captions, masks and places."""
+
+import io
+import os
+
+import pytest
+from graft_pack.trainers.curation import caption_edits, picture_edits, thumbnails, uploads
+from graft_pack.trainers.curation.caption_edits import CaptionEdit
+from graft_pack.trainers.curation.folder import one_picture
+from graft_pack.trainers.curation.page import PageOptions, read_mask, read_page
+from graft_pack.trainers.data.scan import ScanOptions
+from graft_pack.trainers.errors import DatasetError
+from PIL import Image
+
+from tests.support.videos import number_of, shade, write_video
+
+CLIPS = ScanOptions(frames=5)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    root = tmp_path / "clips"
+    (root / "walk").mkdir(parents=True)
+    write_video(root / "a.mp4", 8, size=(64, 64))
+    (root / "a.txt").write_text("a dog runs")
+    write_video(root / "two.webm", 2, size=(64, 64), codec="libvpx")
+    for number in range(6):
+        Image.fromarray(shade(number + 4, (64, 64))).save(root / "walk" / f"{number + 8}.png")
+    (root / "walk.txt").write_text("a walk")
+    return root
+
+
+def rows(folder, reading=CLIPS):
+    shown = read_page(str(folder), PageOptions(reading=reading), None, None)
+    return {row.name: row for row in shown.pictures}, {row.name: row.reason for row in shown.left_out}
+
+
+def test_clips_are_shown_with_captions_lengths_and_rates(folder):
+    pictures, left_out = rows(folder)
+    assert not left_out and pictures.keys() == {"a.mp4", "two.webm", "walk.frames"}
+    a, two, walk = (pictures[name] for name in sorted(pictures))
+    assert (a.caption, a.file, a.frames, a.frame_rate, a.size) == ("a dog runs", "a.txt", 8, 8.0, (64, 64))
+    assert a.bucket and "short clip" in two.flags and (walk.caption, walk.frames) == ("a walk", 6)
+    pictures, left_out = rows(folder, ScanOptions())
+    assert "a.mp4" in left_out and "walk/8.png" in pictures
+
+
+@pytest.mark.parametrize("name, first", [("a.mp4", 0), ("two.webm", 0), ("walk.frames", 4)])
+def test_the_poster_of_a_clip_is_its_first_frame(folder, tmp_path, name, first):
+    content = thumbnails.thumbnail(one_picture(str(folder), name), str(tmp_path / "cache"))
+    assert number_of(Image.open(io.BytesIO(content)).convert("RGB")) == first
+
+
+@pytest.mark.parametrize("name", ["../a.mp4", ".a.mp4", "none.mp4", "none.frames", "../clips/walk.frames", "walk"])
+def test_no_poster_of_other_files(folder, name):
+    with pytest.raises(DatasetError, match="no picture"):
+        one_picture(str(folder), name)
+
+
+def test_captions_masks_and_places_of_clips_are_edited(folder):
+    (result,) = caption_edits.edit_captions(str(folder), [CaptionEdit("a.mp4", "a cat", "a dog runs")])
+    assert (result.status, (folder / "a.txt").read_text()) == ("saved", "a cat")
+    mask = io.BytesIO()
+    Image.new("L", (64, 64), 255).save(mask, format="PNG")
+    assert picture_edits.write_mask(str(folder), "a.mp4", mask.getvalue())
+    assert rows(folder)[0]["a.mp4"].mask
+    assert Image.open(io.BytesIO(read_mask(str(folder), "a.mp4", CLIPS))).size == (64, 64)
+    assert picture_edits.exclude(str(folder), ["a.mp4"], True) == ["a.mp4"]
+    assert rows(folder)[0]["a.mp4"].excluded
+    moved, failed = picture_edits.discard(str(folder), ["a.mp4"])
+    assert moved == ["a.mp4"] and not failed
+    assert not {"a.mp4", "a.txt", "a-masklabel.png"} & set(os.listdir(folder))
+    assert picture_edits.restore(str(folder), ["a.mp4"]) == (["a.mp4"], [])
+    assert {"a.mp4", "a.txt", "a-masklabel.png"} <= set(os.listdir(folder))
+
+
+def test_a_clip_is_not_rotated(folder):
+    with pytest.raises(DatasetError, match="'a.mp4' cannot be rotated here"):
+        picture_edits.rotate(str(folder), "a.mp4", 90)
+
+
+def test_damaged_uploads_are_named(folder):
+    (folder / "broken.mp4").write_bytes(b"no video")
+    added = uploads.check_added(str(folder), ["a.mp4", "broken.mp4"])
+    assert [row.name for row in added.unreadable] == ["broken.mp4"]
