@@ -134,7 +134,7 @@ def test_every_kind_of_training_gives_what_one_process_gives(fields, each_kind, 
 
 # (killed rank, place, event number): within a gradient, between two buckets, before and after the sums arrive, between
 # steps.
-DEATHS = [(1, "bucket", 50), (0, "summed", 4), (1, "sum", 3), (0, "report", 6), (0, "part", 4), (1, "summed", 1)]
+DEATHS = [(1, "bucket", 20), (0, "summed", 4), (1, "sum", 3), (0, "report", 6), (0, "part", 4), (1, "summed", 1)]
 
 
 @pytest.mark.soak
