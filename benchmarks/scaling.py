@@ -1,9 +1,9 @@
-"""Estimate how adapters of SDXL and Flux scale over processes, computed and simulated: `python -m benchmarks.scaling`.
+"""Estimate how adapters of SDXL and Flux scale over processes, counted and simulated: `python -m benchmarks.scaling`.
 
-Counted: the data that a step synchronizes, from the real networks (built without weights) and the pack's own choice of
-layers, and the block weights that `shard` gathers for every picture. Measured here: drawing the noise of a whole batch,
-which each process does. Assumed, and stated in the table: arithmetic, networks, and how much processes differ from step
-to step. Nothing here was measured on GPUs.
+Counted on the real networks without weights: operations of forward and backward, how much of the backward each bucket
+of gradients waits for, what a step synchronizes, and the block weights that `shard` gathers for every picture. Measured
+here: drawing the noise of a whole batch, which each process does. Assumed, and stated in the table: arithmetic,
+networks, and how much processes differ from step to step. Nothing here was measured on GPUs.
 """
 
 from __future__ import annotations
@@ -11,8 +11,14 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from unittest import mock
 
 import numpy as np
+import torch
+
+from .full_size import CHECKPOINTED
+from .full_size import Work as Counts
+from .real_networks import adapt, fake_tensors, inputs, network
 
 RANK = 16
 WORLDS = (1, 2, 4, 8, 16, 32, 64)
@@ -30,10 +36,10 @@ OVERHEAD = 0.015
 
 @dataclass(frozen=True)
 class Network:
-    """The network between processes.
+    """The network between processes or machines.
 
     Attributes:
-        rate: bytes per second that each process can send and receive in a ring.
+        rate: bytes per second that each process, or each machine, can send and receive.
         latency: seconds per message.
     """
 
@@ -47,89 +53,79 @@ BETWEEN = (Network("25 Gbit/s Ethernet", 25e9 / 8, 3e-5), Network("200 Gbit/s In
 A_MACHINE = 8
 
 
+# Small sums of a step that nothing overlaps: start, end, loss, timesteps, losses by picture, command.
+SMALL_SUMS = 6
+
+
 @dataclass(frozen=True)
 class Work:
     """The work of one step.
 
     Attributes:
-        numbers: parameters of the adapter.
+        buckets: (bytes of float32 gradients, part of the backward after which they are complete), in sending order.
         blocks: number of blocks in the network.
         weights: bytes of the frozen weights of all blocks, in bf16.
-        seconds: per picture, forward and backward.
+        forward, backward: seconds per picture.
         latent: shape of the latent.
     """
 
     name: str
-    numbers: int
+    buckets: list[tuple[int, float]]
     blocks: int
     weights: int
-    seconds: float
+    forward: float
+    backward: float
     latent: tuple[int, ...]
+
+    @property
+    def seconds(self) -> float:
+        """Return the seconds of a picture."""
+        return self.forward + self.backward
+
+    @property
+    def bytes(self) -> int:
+        """Return the bytes of all gradients."""
+        return sum(size for size, _ in self.buckets)
 
 
 def works() -> list[Work]:
-    """Return the work of SDXL and Flux at 1024 x 1024, with a LoRA of rank 16 on attention.
-
-    Operations of a forward, two for each multiply and add: SDXL 6.0e12 (the network of Podell et al. 2023); Flux two
-    for each of 11.9e9 weights and 4608 tokens, plus attention's. A backward without weight gradients costs as much
-    again. Flux is checkpointed, which adds one more forward.
-    """
-    flux = 2 * 11.9e9 * 4608 + 57 * 4 * 4608**2 * 3072
-    return [
-        _work("SDXL", 2 * 6.0e12 / FLOPS, (4, 128, 128)),
-        _work("Flux", 3 * flux / FLOPS, (16, 128, 128)),
-    ]
+    """Return the work of SDXL and Flux at 1024 x 1024, with a LoRA of rank 16 on attention; Flux is checkpointed."""
+    return [_work("SDXL", (4, 128, 128)), _work("Flux", (16, 128, 128))]
 
 
-def _work(name: str, seconds: float, latent: tuple[int, ...]) -> Work:
-    """Return the work with a LoRA on the layers that the pack chooses in the real network."""
-    from graft_pack.trainers.families import family_of
+def _work(name: str, latent: tuple[int, ...]) -> Work:
+    """Count a picture's forward and backward in bf16, as a process of several runs them."""
+    from graft_pack.trainers.distributed.gradient_reducer import buckets
+    from graft_pack.trainers.lowrank.layers import cast_by_block
     from graft_pack.trainers.memory.autograd import blocks_of
-    from graft_pack.trainers.methods import METHODS
+    from graft_pack.trainers.memory.checkpointing import checkpoint_blocks
 
-    from tests.support import models
-
-    module = network(name)
-    recipe = models.recipe(name, rank=RANK)
-    found = METHODS["LoRA"].targets(module, family_of(name), recipe)
-    layers = [module.get_submodule(path) for path in found]
-    blocks = blocks_of(module)
-    return Work(
-        name,
-        sum(RANK * (layer.in_features + layer.out_features) for layer in layers),
-        len(blocks),
-        2 * sum(weight.numel() for block in blocks for weight in block.parameters()),
-        seconds,
-        latent,
-    )
-
-
-def network(name: str):
-    """Return the network in its published size, without weights."""
-    import comfy.ops
-    import comfy.supported_models
-
-    options = {"device": "meta", "operations": comfy.ops.disable_weight_init}
-    if name == "SDXL":
-        from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
-
-        config = {**comfy.supported_models.SDXL.unet_config}
-        config |= {"image_size": 32, "in_channels": 4, "out_channels": 4, "num_res_blocks": [2, 2, 2]}
-        config |= {"channel_mult": [1, 2, 4], "num_head_channels": 64, "use_spatial_transformer": True, "legacy": False}
-        config |= {"transformer_depth_middle": 10, "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10]}
-        config |= {"num_classes": "sequential", "model_channels": 320}
-        return UNetModel(**config, **options)
-    from comfy.ldm.flux.model import Flux
-
-    sizes = {"in_channels": 16, "vec_in_dim": 768, "context_in_dim": 4096, "hidden_size": 3072, "mlp_ratio": 4.0}
-    sizes |= {"num_heads": 24, "depth": 19, "depth_single_blocks": 38, "axes_dim": [16, 56, 56], "theta": 10000}
-    return Flux(**sizes, patch_size=2, out_channels=16, qkv_bias=True, guidance_embed=True, **options)
+    reached = {}
+    with fake_tensors(), mock.patch("graft_pack.trainers.lowrank.products.is_on_cpu", lambda tensor: False):
+        module = network(name, torch.bfloat16)
+        frozen = [weight for block in blocks_of(module) for weight in block.parameters()]
+        weights = 2 * sum(weight.numel() for weight in frozen)
+        trainables = list(adapt(module, name, "attention", RANK, torch.bfloat16).values())
+        if name in CHECKPOINTED:
+            checkpoint_blocks(blocks_of(module))
+        cast_by_block([module], blocks_of)
+        args, keywords = inputs(name, 1024, torch.bfloat16)
+        with Counts() as counts:
+            for parameter in trainables:
+                parameter.register_post_accumulate_grad_hook(lambda weight: reached.update({weight: counts.flops}))
+            output = module(*args, **keywords, transformer_options={})
+            forward = counts.flops
+            output.float().square().mean().backward()
+    backward = counts.flops - forward
+    rows = [
+        (sum(weight.nbytes for weight in bucket), (max(reached[weight] for weight in bucket) - forward) / backward)
+        for bucket in buckets(trainables[::-1])
+    ]
+    return Work(name, rows, len(blocks_of(module)), weights, forward / FLOPS, backward / FLOPS, latent)
 
 
 def noise_seconds(shape: tuple[int, ...]) -> float:
     """Return the seconds to draw the noise of one picture on this machine's CPU."""
-    import torch
-
     source = torch.Generator().manual_seed(0)
     torch.randn((8, *shape), generator=source)
     best = min(_timed(lambda: torch.randn((32, *shape), generator=source)) for _ in range(5))
@@ -142,16 +138,33 @@ def _timed(work) -> float:
     return time.process_time() - before
 
 
-def sync_seconds(work: Work, world: int, between: Network) -> float:
-    """Return the seconds of one step's messages: a ring over the slowest link, and three tree sums of a few numbers.
+def message_seconds(size: float, world: int, between: Network) -> float:
+    """Return the seconds to sum `size` bytes over the processes.
 
-    The ring sends 2 (N-1)/N of the gradients (Patarasuk & Yuan 2009).
+    Within a machine a ring sends 2 (N-1)/N of them (Patarasuk & Yuan 2009). Between machines NCCL's double binary trees
+    (Sanders et al. 2009) send each machine's sum twice over its network card; two machines exchange it once.
     """
     if world == 1:
         return 0.0
+    local, machines = min(world, A_MACHINE), math.ceil(world / A_MACHINE)
+    inside = 2 * (local - 1) / local * size / INSIDE.rate + 2 * (local - 1) * INSIDE.latency
+    if machines == 1:
+        return inside
+    return inside + min(2, machines - 1) * size / between.rate + 2 * math.log2(machines) * between.latency
+
+
+def small_seconds(world: int, between: Network) -> float:
+    """Return the seconds of a step's sums of a few numbers, by trees."""
     link = between if world > A_MACHINE else INSIDE
-    ring = 2 * (world - 1) / world * 4 * work.numbers / link.rate + 2 * (world - 1) * link.latency
-    return ring + 3 * 2 * math.log2(world) * link.latency
+    return SMALL_SUMS * 2 * math.log2(world) * link.latency
+
+
+def end_of_messages(ready: list[float], costs: list[float]) -> float:
+    """Return when the last message has arrived. Each is sent when it is ready and the one before has arrived."""
+    end = 0.0
+    for start, cost in zip(ready, costs, strict=True):
+        end = max(end, start) + cost
+    return end
 
 
 def gather_seconds(work: Work, world: int, between: Network) -> float:
@@ -174,21 +187,37 @@ def picture_seconds(work: Work, world: int, between: Network, shares: bool) -> f
     return max(work.seconds, gathering) + gathering / work.blocks
 
 
-def step_seconds(work: Work, world: int, pictures: int, between: Network, noise: float, shares: bool = False) -> float:
-    """Return the mean over simulated steps; each lasts as long as its slowest process, because all wait for it."""
+def step_seconds(
+    work: Work,
+    world: int,
+    pictures: int,
+    between: Network,
+    noise: float,
+    shares: bool = False,
+    half: bool = False,
+    overlaps: bool = True,
+) -> float:
+    """Return the mean over simulated steps; each lasts as long as its slowest process, because all wait for it.
+
+    Each picture is one pass, so only the last picture's backward overlaps.
+    """
     source = np.random.RandomState(world)
     a_picture = picture_seconds(work, world, between, shares)
-    own = OVERHEAD + noise * pictures + a_picture * math.ceil(pictures / world)
-    slowest = (own * np.exp(JITTER * source.randn(STEPS, world))).max(1)
-    return float(slowest.mean()) + sync_seconds(work, world, between)
+    computing = noise * pictures + a_picture * math.ceil(pictures / world)
+    slowest = np.exp(JITTER * source.randn(STEPS, world)).max(1)
+    costs = [message_seconds(size / (2 if half else 1), world, between) for size, _ in work.buckets]
+    last = work.backward * a_picture / work.seconds
+    ready = [computing - last * (1 - part) if overlaps else computing for _, part in work.buckets]
+    steps = [max(factor * computing, end_of_messages([factor * at for at in ready], costs)) for factor in slowest]
+    return float(np.mean(steps) + OVERHEAD * slowest.mean()) + small_seconds(world, between)
 
 
-def rows(work: Work, between: Network, batch: int) -> list[tuple[int, float, float]]:
+def rows(work: Work, between: Network, batch: int, **how: bool) -> list[tuple[int, float, float]]:
     """Return (processes, efficiency with a picture for each, efficiency with so many in all) per world size."""
     noise = noise_seconds(work.latent)
 
     def rate(world: int, pictures: int) -> float:
-        return pictures / step_seconds(work, world, pictures, between, noise)
+        return pictures / step_seconds(work, world, pictures, between, noise, **how)
 
     return [
         (world, rate(world, world) / world / rate(1, 1), rate(world, batch) / world / rate(1, batch))
@@ -208,21 +237,24 @@ def main() -> None:
 
     pack.use_comfy()
     pack.load_pack()
+    ways = {"after the backward": {"overlaps": False}, "exact": {}, "bf16": {"half": True}}
     for work in works():
-        size = 4 * work.numbers / 1e6
         drawn = noise_seconds(work.latent) * 1e3
-        print(f"\n{work.name}: {work.numbers / 1e6:.1f} M numbers, {size:.0f} MB of gradients a step; ", end="")
-        print(f"{work.seconds * 1e3:.0f} ms a picture (assumed), noise {drawn:.2f} ms a picture (measured)\n")
-        titles = ["sync ms", "one each", "64 in all"]
-        print(f"| {' | '.join(['processes', 'MB sent by each', *titles, *titles])} |")
-        print("|---|---|---|---|---|---|---|---|")
-        tables = [rows(work, between, 64) for between in BETWEEN]
-        for (world, *slow), (_, *fast) in zip(*tables, strict=True):
-            sent = 2 * (world - 1) / world * size
-            cells = [f"{world}", f"{sent:.0f}"]
-            for between, shares in zip(BETWEEN, (slow, fast), strict=True):
-                cells += [f"{sync_seconds(work, world, between) * 1e3:.1f}", *(f"{share:.0%}" for share in shares)]
-            print(f"| {' | '.join(cells)} |")
+        print(f"\n{work.name}: {work.bytes / 1e6:.0f} MB of gradients a step in {len(work.buckets)} buckets; ", end="")
+        print(f"forward {work.forward * 1e3:.0f} ms, backward {work.backward * 1e3:.0f} ms a picture; ", end="")
+        print(f"noise {drawn:.2f} ms a picture (measured)\n")
+        print("| MB | of the backward |\n|---|---|")
+        print("\n".join(f"| {size / 1e6:.1f} | {part:.0%} |" for size, part in work.buckets))
+        for between in BETWEEN:
+            print(f"\n{between.name}, one picture each and 64 in all:\n")
+            print(f"| processes | alone ms | {' | '.join(f'{way} | 64 in all' for way in ways)} |")
+            print("|---" * (2 + 2 * len(ways)) + "|")
+            tables = [rows(work, between, 64, **how) for how in ways.values()]
+            for row in zip(*tables, strict=True):
+                world = row[0][0]
+                alone = sum(message_seconds(size, world, between) for size, _ in work.buckets)
+                cells = [f"{world}", f"{alone * 1e3:.1f}", *(f"{part:.1%}" for _, *parts in row for part in parts)]
+                print(f"| {' | '.join(cells)} |")
         print(f"\nWith weights in shares, {work.weights / 1e9:.1f} GB of blocks in bf16:\n")
         titles = ["gathered in, ms", "one each"]
         print(f"| {' | '.join(['processes', 'GB held by each', 'GB gathered a picture', *titles, *titles])} |")

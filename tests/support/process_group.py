@@ -136,19 +136,28 @@ def train(group, folder, fields, death=None):
 
 
 def train_kinds(group, folder, names, fields):
-    """Run a whole training of each given kind, one after the other; return {kind: losses}.
+    """Run a whole training of each kind; return {kind: (losses, buckets sent before each last backward ended)}.
 
     Args:
         fields: replacements for the kind's own fields.
     """
+    from graft_pack.trainers.distributed import gradient_reducer
+
     from tests.support import kinds
     from tests.support.diffusers_host import make_host, run_session
 
-    found = {}
+    def finish(reducer):
+        overlapped.append(reducer.overlapped)
+        whole(reducer)
+
+    whole, found = gradient_reducer.BucketReducer.finish, {}
+    gradient_reducer.BucketReducer.finish = finish
     for name in names:
+        overlapped = []
         host = replace(make_host(text=kinds.text_of(name)), group=group)
         own = {**kinds.fields_of(name), **fields}
-        found[name] = run_session(Path(folder) / name, host=host, dataset=kinds.dataset_of(name), **own).losses
+        losses = run_session(Path(folder) / name, host=host, dataset=kinds.dataset_of(name), **own).losses
+        found[name] = losses, overlapped
     return found
 
 

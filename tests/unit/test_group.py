@@ -130,11 +130,13 @@ def test_every_kind_of_training_gives_what_one_process_gives(fields, each_kind, 
     assert None not in answers
     for name in names:
         assert_close(tmp_path / name, each_kind / name)
+        # A text without the trained embedding has no gradient.
+        assert name == "embedding" or all(all(answer[name][1]) for answer in answers), name
 
 
 # (killed rank, place, event number): within a gradient, between two buckets, before and after the sums arrive, between
 # steps.
-DEATHS = [(1, "bucket", 50), (0, "summed", 4), (1, "sum", 3), (0, "report", 6), (0, "part", 4), (1, "summed", 1)]
+DEATHS = [(1, "bucket", 20), (0, "summed", 4), (1, "sum", 3), (0, "report", 6), (0, "part", 4), (1, "summed", 1)]
 
 
 @pytest.mark.soak

@@ -6,6 +6,7 @@ import pytest
 from graft_pack.trainers.data.examples import Dataset, PriorTarget
 from graft_pack.trainers.engine.job import export_job, read_job
 from graft_pack.trainers.engine.session import run_recipe
+from graft_pack.trainers.engine.updater import ParameterUpdater
 from graft_pack.trainers.engine.validation import check_recipe
 from graft_pack.trainers.errors import ModelError, SettingsError
 from graft_pack.trainers.objective.options import Objective
@@ -114,6 +115,25 @@ def test_memory_for_one_row_is_enough(tmp_path):
     found = run_session(tmp_path / "low", host=host, dataset=EMPTY, **fields)
     wanted = run_session(tmp_path / "high", dataset=EMPTY, **fields)
     assert found.losses == pytest.approx(wanted.losses, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "more, terms",
+    [({"batch_size": 2}, 4), ({"batch_size": 2, "micro_batch": 1}, 8), ({"slider_anchors": ()}, 2)],
+    ids=["anchors", "micro-batches", "no anchors"],
+)
+def test_the_last_backward_of_a_step_is_known(more, terms, tmp_path, monkeypatch):
+    """Several processes send their gradients in it."""
+    lasts = []
+    real = ParameterUpdater.backward
+
+    def backward(self, loss, is_last):
+        lasts.append(is_last)
+        real(self, loss, is_last)
+
+    monkeypatch.setattr(ParameterUpdater, "backward", backward)
+    run_session(tmp_path, dataset=EMPTY, **{**SLIDER, "steps": 2, "accumulation": 2, **more})
+    assert lasts == 2 * [*(2 * terms - 1) * [False], True]
 
 
 def test_previews_draw_five_strengths_in_a_row(tmp_path):

@@ -16,7 +16,7 @@ from ..data.clips import VideoSource, is_media
 from ..data.dataset_file import DatasetFile, encode, path_of, read_dataset_file
 from ..data.listing import Listing, fold, list_folder, path_inside, stem_of
 from ..data.masks import SUFFIX, Masks, own_masks
-from ..data.pictures import reading
+from ..data.pictures import is_picture, reading
 from ..data.scan import ScanOptions
 from ..data.source_images import MatchingFolder
 from ..errors import DatasetError, GraftError

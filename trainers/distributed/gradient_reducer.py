@@ -7,7 +7,7 @@ order, whatever arrives first, so that sums do not change from run to run.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from .accelerate_group import AccelerateGroup
 
-# Bytes of the first bucket, which starts the network early, and of the others: those of DistributedDataParallel.
+# Bytes of the first bucket, which starts the network early, and of the largest: those of DistributedDataParallel.
 _FIRST_BYTES = 1024 * 1024
 _BYTES = 25 * 1024 * 1024
 
@@ -203,15 +203,20 @@ class BucketReducer(GradientReducer):
             hook.remove()
 
 
-def buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """Yield the parameters in order, in buckets of limited size, each with one dtype and one device."""
+def buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Yield the parameters in order, in buckets of limited size, each with one dtype and one device.
+
+    No bucket has more than half of what is left: the last one, which nothing hides, is small.
+    """
+    left = sum(parameter.nbytes for parameter in parameters)
     held: list[nn.Parameter] = []
     size, limit = 0, _FIRST_BYTES
     for parameter in parameters:
         other = held and (parameter.dtype, parameter.device) != (held[0].dtype, held[0].device)
         if held and (other or size + parameter.nbytes > limit):
             yield held
-            held, size, limit = [], 0, _BYTES
+            left -= size
+            held, size, limit = [], 0, min(_BYTES, max(_FIRST_BYTES, left // 2))
         held.append(parameter)
         size += parameter.nbytes
     if held:

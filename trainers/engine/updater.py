@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import OutOfMemory
+from ..lowrank.layers import cast_by_block
+from ..memory.autograd import blocks_of
 from ..memory.transfer import copies_in_queue
 from ..optimizers.groups import parameter_groups
 from ..optimizers.per_parameter import PerParameterOptimizer
@@ -18,6 +20,7 @@ from ..optimizers.registry import OPTIMIZERS
 from ..optimizers.state import restore_optimizer, state_of
 from ..recipe.options import HALF
 from ..steps.pending_step import PendingNumbers, StepLosses
+from .oom_fallback import trees_of
 
 if TYPE_CHECKING:
     from ..protocols import Host
@@ -72,6 +75,9 @@ class ParameterUpdater:
         self._highest = math.inf
         self._rests = False
         self._hooks = []
+        if not alone and recipe.compile == "off":
+            # Compiled blocks take no hooks.
+            self._hooks = cast_by_block(trees_of(plan, host), blocks_of)
         if self.in_backward:
             self._hooks = [parameter.register_post_accumulate_grad_hook(self._move) for parameter in self._parameters]
 

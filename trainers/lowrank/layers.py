@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -12,6 +14,12 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from . import products
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+
+# Bytes of the weights that `StepWeights.split` casts at once: each cast starts two kernels.
+_PART_BYTES = 4 * 1024 * 1024
 
 # Name of an attribute that a host sets on layers whose class overrides torch's forward and computes the same.
 PLAIN = "computes_as_torch"
@@ -184,25 +192,72 @@ class StepWeights:
 
     def __init__(self, layers: list[LowRankLayer]):
         self._layers = layers
+        # The first part is cast when the network begins, the others when one of their blocks does.
+        self._parts = [layers]
+        self._waiting: set[int] = set()
+        self._dtype = torch.float32
+
+    def split(self, blocks: Iterable[nn.Module]) -> Iterator[RemovableHandle]:
+        """Cast the weights of blocks when these begin, some megabytes at once, and yield the handles of the hooks.
+
+        Autograd runs backwards in the reverse order of the forward. The gradients of weights that are cast at the start
+        of the forward would arrive at the very end, too late to be sent to other processes meanwhile.
+        """
+        self._parts = [[]]
+        rest, size = dict.fromkeys(self._layers), _PART_BYTES
+        for block in blocks:
+            own = [layer for layer in low_rank_layers(block).values() if layer in rest]
+            if not own:
+                continue
+            if size >= _PART_BYTES:
+                self._parts.append([])
+                size = 0
+            self._parts[-1] += own
+            size += sum(layer.down.weight.nbytes + layer.up.weight.nbytes for layer in own)
+            for layer in own:
+                del rest[layer]
+            yield block.register_forward_pre_hook(partial(self._begin, len(self._parts) - 1))
+        self._parts[0] = list(rest)
 
     def __call__(self, network: nn.Module, inputs: tuple) -> None:
-        groups = list(dict.fromkeys(layer.group for layer in self._layers))
-        for group in groups:
+        for group in _groups(self._layers):
             group.forget()
             group.copies = None
         # Networks that can draw with sound take a list of latents.
         latent = inputs[0][0] if isinstance(inputs[0], (list, tuple)) else inputs[0]
-        dtype = latent.dtype
-        if not dtype.is_floating_point or self._layers[0].down.weight.dtype == dtype:
+        self._dtype = latent.dtype
+        self._waiting = set()
+        if not self._dtype.is_floating_point or self._layers[0].down.weight.dtype == self._dtype:
+            return
+        self._waiting = {*range(len(self._parts))}
+        self._begin(0)
+
+    def _begin(self, number: int, *call) -> None:
+        """Cast a part, unless this forward has cast it."""
+        if number not in self._waiting:
+            return
+        self._waiting.remove(number)
+        groups = _groups(self._parts[number])
+        if not groups:
             return
         downs = [layer.down.weight for group in groups for layer in group.layers]
         ups = [layer.up.weight for group in groups for layer in group.layers]
         # With gradients even where none are taken: a block may be recomputed after such a forward.
         with torch.enable_grad():
-            copies = iter(_Cast.apply(dtype, [len(group.layers) for group in groups], *downs, *ups))
+            copies = iter(_Cast.apply(self._dtype, [len(group.layers) for group in groups], *downs, *ups))
         joined = [next(copies) for _ in groups]
         for group, down in zip(groups, joined, strict=True):
             group.copies = down, [next(copies) for _ in group.layers]
+
+
+def _groups(layers: Iterable[LowRankLayer]) -> list[SharedInput]:
+    return list(dict.fromkeys(layer.group for layer in layers))
+
+
+def cast_by_block(trees: Iterable[nn.Module], blocks_of: Callable[[nn.Module], Iterable[nn.Module]]) -> list:
+    """Split the `StepWeights` of trees by their blocks, see there. Return the handles of the hooks."""
+    hooks = [(tree, hook) for tree in trees for hook in tree._forward_pre_hooks.values()]
+    return [handle for tree, hook in hooks if isinstance(hook, StepWeights) for handle in hook.split(blocks_of(tree))]
 
 
 class _Cast(torch.autograd.Function):

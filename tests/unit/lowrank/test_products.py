@@ -3,7 +3,8 @@
 import pytest
 import torch
 from graft_pack.trainers.lowrank import products
-from graft_pack.trainers.lowrank.layers import LowRankLayer, StepWeights, grouping, low_rank_layers
+from graft_pack.trainers.lowrank.layers import LowRankLayer, StepWeights, cast_by_block, grouping, low_rank_layers
+from graft_pack.trainers.memory.autograd import blocks_of
 from graft_pack.trainers.memory.checkpointing import checkpoint_blocks
 from torch import nn
 from torch.nn import functional
@@ -198,6 +199,51 @@ def test_weights_are_cast_once_a_forward_and_gradients_back():
             getattr(mine, part).load_state_dict(getattr(theirs, part).state_dict())
     for a, b in zip(found, gradients(exact, x.double()), strict=True):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+class Network(nn.Module):
+    """Blocks in a row, adapters in float64 over a network in float32, and an adapter behind the blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(), Block(), Block()])
+        self.last = Block()
+        for layer in low_rank_layers(self).values():
+            layer.base.float()
+        self.register_forward_pre_hook(StepWeights(list(low_rank_layers(self).values())))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return self.last(x)
+
+
+@pytest.mark.parametrize("checkpoints", [False, True], ids=["whole", "checkpointed"])
+def test_weights_cast_by_block_have_their_gradients_with_its_backward(checkpoints, monkeypatch):
+    """Other processes wait for them. The values are those of one cast for all."""
+    monkeypatch.setattr("graft_pack.trainers.lowrank.layers._PART_BYTES", 1)
+    network, x = Network(), random(3, 6).detach().float()
+    if checkpoints:
+        checkpoint_blocks(network.blocks)
+    expected = gradients(network, x)
+    events = []
+    for number, block in enumerate(network.blocks):
+        block.register_full_backward_pre_hook(lambda *given, number=number: events.append(number))
+        weight = block.q.low_rank.down.weight
+        weight.register_post_accumulate_grad_hook(lambda weight, number=number: events.append(f"of {number}"))
+    handles = cast_by_block([network], blocks_of)
+    weights = [part.weight for layer in low_rank_layers(network).values() for part in (layer.down, layer.up)]
+    for _ in range(2):
+        events.clear()
+        network(x).square().sum().backward()
+        assert events == [2, "of 2", 1, "of 1", 0, "of 0"]
+        assert all(torch.equal(weight.grad, other) for weight, other in zip(weights, expected, strict=True))
+        for weight in weights:
+            weight.grad = None
+    for handle in handles:
+        handle.remove()
+    for found, other in zip(gradients(network, x), expected, strict=True):
+        assert torch.allclose(found, other, rtol=1e-4, atol=1e-6)
 
 
 @DEVICES
