@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -292,3 +293,14 @@ def combine(a: Dataset, b: Dataset) -> Dataset:
     name = f"{a.name}+{b.name}"
     left_out, warnings = a.left_out + b.left_out, a.warnings + b.warnings
     return Dataset(a.examples + b.examples, trigger, a.resolution or b.resolution, name, left_out, warnings)
+
+
+def count_tags(dataset: Dataset) -> dict[str, dict[str, int]]:
+    """Return {dataset's name: {tag: captions with it}} of the trained pictures, as sd-scripts writes it to metadata."""
+    tags: Counter[str] = Counter()
+    for example in dataset.examples:
+        if not example.prior and not example.held_out:
+            for caption in example.captions:
+                parts = (part.strip().lower() for part in f"{example.trigger},{caption}".split(","))
+                tags.update(part for part in parts if part)
+    return {dataset.name: dict(tags)}

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..data.tag_frequency import count_tags
+from ..data.examples import count_tags
 from ..formats.adapter import Adapter, LazyAdapter
 from ..formats.full_diff import FullDiff
 from ..formats.metadata import describe_training

@@ -13,6 +13,8 @@ from ..formats.adapter import LazyAdapter
 from ..lowrank.layers import grouping, low_rank_layers
 from ..memory.oom import in_one_line, is_out_of_memory
 from ..methods import METHODS
+from ..optimizers import OPTIMIZERS
+from ..runs import tensorboard
 from ..steps.step import batch_loss, losses_of, micro_batches
 from .estimate import estimate, say
 from .gradient_check import TOLERANCE, TOLERANCE_HALF, check_gradient
@@ -20,6 +22,7 @@ from .oom_fallback import trees_of
 
 if TYPE_CHECKING:
     from ..protocols import Host
+    from ..recipe.recipe import Recipe
     from ..runs.checkpoint import State
     from ..runs.run import Run
     from ..steps.plan import Plan
@@ -97,6 +100,17 @@ def share_inputs(plan: Plan, host: Host, number: int) -> None:
                 raise
             log.info("Graft: no memory to find layers that share an input: %s", in_one_line(error))
         host.denoiser.make_room()
+
+
+def check_packages(recipe: Recipe, is_sharded: bool) -> None:
+    """Fail on a missing package before anything is encoded."""
+    from ..distributed.fsdp import check_shards
+
+    OPTIMIZERS[recipe.optimizer].load(recipe)
+    if is_sharded:
+        check_shards()
+    if recipe.tensorboard == "on":
+        tensorboard.load()
 
 
 def check_keys(plan: Plan, host: Host) -> None:

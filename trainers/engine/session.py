@@ -255,10 +255,10 @@ def _run(session: _Session, state: State, finished: bool) -> Result:
 def _train(session: _Session, state: State) -> Result:
     # Import here: the loop imports torch, which nodes that only describe datasets do not need.
     from .loop import train
-    from .preflight import check_gradients, check_keys
+    from .preflight import check_gradients, check_keys, check_packages
 
     recipe, host, run = session.recipe, session.host, session.run
-    _check_packages(session)
+    check_packages(recipe, session.is_sharded)
     resumed_from = state.step
     key = run.folder, session.task.identity, recipe
     prepared = prepare(session.task.dataset, recipe, host, session.folders)
@@ -285,17 +285,6 @@ def _train(session: _Session, state: State) -> Result:
                 raise
         # Export inside the context: the files of some adapter types need the base weights.
         return _result(session, state, resumed_from, prepared.left_out)
-
-
-def _check_packages(session: _Session) -> None:
-    """Fail on a missing package before anything is encoded."""
-    from ..distributed.fsdp import check_shards
-
-    OPTIMIZERS[session.recipe.optimizer].load(session.recipe)
-    if session.is_sharded:
-        check_shards()
-    if session.recipe.tensorboard == "on":
-        tensorboard.load()
 
 
 def _make_plan(session: _Session, prepared: Prepared, step: int, kept: Kept | None) -> Plan:

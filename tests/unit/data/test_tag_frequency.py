@@ -3,7 +3,7 @@
 import json
 from dataclasses import replace
 
-from graft_pack.trainers.data.tag_frequency import count_tags
+from graft_pack.trainers.data.examples import count_tags
 
 from tests.support.diffusers_host import make_dataset, run_session
 
