@@ -7,7 +7,7 @@ from itertools import repeat
 
 from comfy_api.latest import io
 
-from ..trainers.curation import dataset_pictures, save_captions, save_dataset
+from ..trainers.curation import captioning, save_dataset
 from ..trainers.data import arrays, scan
 from .checks import checked
 from .dataset import eight_bits, resolution_input, trigger_input
@@ -72,7 +72,7 @@ class GraftSaveDataset(io.ComfyNode):
         with named(cls, images=images, masks=masks):
             path = dataset_folders.new_dataset_path(folder[0])
             count = _count(images)
-            texts = save_captions.read_captions(captions, count)
+            texts = captioning.read_captions(captions, count)
             arrays.check_counts(count, len(texts), _count(masks or []))
             saved = save_dataset.save_pictures(
                 path,
@@ -140,7 +140,7 @@ class GraftImagesFromDataset(io.ComfyNode):
         from .host.server.progress import counter
 
         with named(cls, dataset=dataset):
-            pictures, chosen = dataset_pictures.decode_pictures(
+            pictures, chosen = captioning.decode_pictures(
                 dataset, only_without_caption, most, counter(execution_id(cls))
             )
             images = [torch.tensor(picture)[None].float() / 255.0 for picture in pictures]
@@ -183,7 +183,7 @@ class GraftSaveCaptions(io.ComfyNode):
         from .host.server.progress import counter
 
         with named(cls, dataset=dataset):
-            captioned, written = save_captions.save_captions(dataset[0], captions, counter(execution_id(cls)))
+            captioned, written = captioning.save_captions(dataset[0], captions, counter(execution_id(cls)))
             report = f"{written} of {len(captioned.examples)} captions written."
             return io.NodeOutput(captioned, ui={"text": (report,)})
 

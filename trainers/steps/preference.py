@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..memory.transfer import upload
-from ..objective import preference
-from ..objective.losses import example_losses
+from ..objective.losses import example_losses, implicit_accuracy, noise_error_weights, preference_losses
 from ..objective.targets import parameterization
 from .predict import factors_of, predict, weights_of
 
@@ -41,10 +40,10 @@ def pair_losses(plan: Plan, host: Host, batch: MicroBatch, watch: Watch | None =
         base_errors = example_losses(predict(host, x_t, sigma, samples), target, weights)
     errors = example_losses(predict(host, x_t, sigma, samples), target, weights)
     levels = sigma[: len(batch.samples)] / denoiser.sigma_data
-    losses = preference.pair_losses(
+    losses = preference_losses(
         errors.view(2, -1),
         base_errors.view(2, -1),
-        preference.noise_error_weights(denoiser.parameterization, levels),
+        noise_error_weights(denoiser.parameterization, levels),
         plan.recipe.preference_beta,
     )
     if watch is not None:
@@ -54,4 +53,4 @@ def pair_losses(plan: Plan, host: Host, batch: MicroBatch, watch: Watch | None =
 
 def accuracy_of(plan: Plan, losses: Sequence[float]) -> dict[str, float]:
     """Return the implicit accuracy of pairs for an event; empty if the plan trains no preference, or without pairs."""
-    return {"accuracy": preference.implicit_accuracy(losses)} if plan.recipe.preference_beta and losses else {}
+    return {"accuracy": implicit_accuracy(losses)} if plan.recipe.preference_beta and losses else {}

@@ -6,8 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from graft_pack.trainers.curation.dataset_pictures import decode_pictures
-from graft_pack.trainers.curation.save_captions import read_captions, save_captions
+from graft_pack.trainers.curation.captioning import decode_pictures, read_captions, save_captions
 from graft_pack.trainers.data.arrays import from_arrays
 from graft_pack.trainers.data.examples import combine
 from graft_pack.trainers.data.prior import add_class_images

@@ -10,7 +10,7 @@ import torch
 from graft_pack.trainers.engine.resolve import Options, RecipeInputs, resolve, summarize
 from graft_pack.trainers.errors import DatasetError, SettingsError
 from graft_pack.trainers.families import family_of
-from graft_pack.trainers.objective import preference
+from graft_pack.trainers.objective import losses as equations
 from graft_pack.trainers.objective.options import NATIVE, Objective
 from graft_pack.trainers.preprocessing.items import DatasetItem, Sample
 from graft_pack.trainers.protocols import HOLE, Conditioning
@@ -84,7 +84,7 @@ def test_losses_and_gradients_are_the_papers(kind):
     }[kind]
     targets = torch.stack([target(clean) for clean in x0])
     errors, base_errors = ((targets - raw).square().flatten(2).mean(2) for raw in (outputs, base))
-    losses = preference.pair_losses(errors, base_errors, preference.noise_error_weights(kind, LEVELS), BETA)
+    losses = equations.preference_losses(errors, base_errors, equations.noise_error_weights(kind, LEVELS), BETA)
     assert torch.allclose(losses, wanted, rtol=1e-6, atol=0)
     (slope,), (wanted_slope,) = (torch.autograd.grad(one.sum(), outputs) for one in (losses, wanted))
     assert models.distance(slope, wanted_slope) <= 1e-6
@@ -161,8 +161,8 @@ def test_a_mask_limits_both_pictures():
 
 def test_implicit_accuracy_counts_half_of_the_ties():
     z = torch.tensor([2.0, 1e-3, 0.0, -1e-3])
-    losses = preference.pair_losses(torch.stack([-z, 0 * z]), torch.zeros(2, 4), torch.ones(4), 2.0)
-    assert preference.implicit_accuracy(losses.tolist()) == 2.5 / 4
+    losses = equations.preference_losses(torch.stack([-z, 0 * z]), torch.zeros(2, 4), torch.ones(4), 2.0)
+    assert equations.implicit_accuracy(losses.tolist()) == 2.5 / 4
 
 
 def events_of(result):
