@@ -170,7 +170,6 @@ function choose(trainings, id) {
   return kept && trainings.includes(kept) ? [kept, false] : [null, false];
 }
 
-// Return the inputs that a node type declares.
 function inputsOf(kind) {
   const { required, optional } = LiteGraph.registered_node_types[kind]?.nodeData?.input ?? {};
   return { ...required, ...optional };

@@ -20,7 +20,6 @@ export class Toasts {
     this._host().add({ severity, summary, detail, life: severity === "error" ? LONG_LIFE : LIFE });
   }
 
-  // Run work that may fail, and show its error.
   async attempt(work) {
     try {
       await work();

@@ -55,7 +55,6 @@ function isOurs(node) {
   return node.comfyClass?.startsWith("Graft");
 }
 
-// Return all nodes upstream of a node, and the node itself.
 function listUpstream(node, nodes = new Set()) {
   if (!node || nodes.has(node)) return nodes;
   nodes.add(node);
@@ -89,7 +88,6 @@ export function forgetChanged(nodes) {
   }
 }
 
-// Show the unset numbers of a new node on the canvas.
 export function showUnset(node) {
   for (const widget of node.widgets ?? []) {
     if (!unsetOf(node, widget.name)) continue;

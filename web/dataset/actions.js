@@ -20,8 +20,6 @@ export class Actions {
     this._typing = null;
   }
 
-  // Captions
-
   // Take a text that the user is writing. One edit lasts until a pause, or until another caption is edited.
   type(picture, text) {
     if (this._typing?.picture !== picture) this.endTyping();
@@ -32,7 +30,6 @@ export class Actions {
     this._changed([picture]);
   }
 
-  // End the edit in progress, so that it can be undone.
   endTyping() {
     clearTimeout(this._timer);
     const { picture, before } = this._typing ?? {};
@@ -83,8 +80,6 @@ export class Actions {
     picture.flags = flagsAfterEdit(picture, this._values.trigger);
     this._saver.queue(picture);
   }
-
-  // Pictures
 
   exclude(pictures, isExcluded) {
     const names = pictures.filter(({ excluded }) => excluded !== isExcluded).map(({ name }) => name);

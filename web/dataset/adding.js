@@ -27,7 +27,6 @@ class Adding {
     openDialog(this.dialog, true);
   }
 
-  // Add files to those that will be uploaded.
   async take(files) {
     try {
       this._files.push(...(await files));

@@ -47,7 +47,6 @@ export class Dataset {
     this.run = ""; // name of the run that they are from
   }
 
-  // Note that a picture's caption was edited or saved.
   noteEdit(picture) {
     this.edits += 1;
     picture.edited = this.edits;
@@ -67,7 +66,6 @@ export class Dataset {
     this.arrange();
   }
 
-  // Take the loss of the pictures in a run.
   takeLosses({ run, losses }) {
     this.run = run;
     this._losses = losses;
@@ -81,7 +79,6 @@ export class Dataset {
     }
   }
 
-  // Take the pictures that look like another, and those that turned out to be damaged.
   takeAlike({ pairs, broken }) {
     this._alike = pairs;
     for (const { name, reason } of broken) Object.assign(this.pictures.get(name) ?? {}, { problem: reason });

@@ -4,7 +4,6 @@ const PICTURE = /\.(png|apng|jpe?g|jfif|mpo|webp|bmp|gif|avif|tiff?|hei[cf]|jxl|
 const CAPTION = /\.(txt|caption)$/i;
 const TABLE = /\.(json|jsonl|csv)$/i;
 
-// Report whether a drag carries files.
 export function hasFiles({ dataTransfer }) {
   return Boolean(dataTransfer?.types.includes("Files"));
 }
@@ -71,7 +70,6 @@ export function sortFiles(files) {
   };
 }
 
-// Return a path without its ending.
 export function stemOf(path) {
   return path.replace(/\.[^./]*$/, "");
 }

@@ -25,7 +25,6 @@ const STATES = [
   [text("Not saved"), ({ state }) => state === "conflict" || state === "failed"],
 ];
 
-// Return a flag as the picture shows it.
 export function describeFlag(flag) {
   for (const [pattern, name] of FLAGS) {
     const match = pattern.exec(flag);
@@ -38,7 +37,6 @@ function filterOf(flag) {
   return FLAGS.find(([pattern]) => pattern.test(flag))?.[1] ?? flag;
 }
 
-// Return the states of a picture that it shows itself.
 export function describeStates(picture) {
   return STATES.slice(1, -1)
     .filter(([, test]) => test(picture))

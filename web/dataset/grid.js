@@ -26,7 +26,6 @@ export class Grid {
     return [...this._tiles.values()];
   }
 
-  // Show these pictures, in this order.
   show(pictures) {
     this._pictures = pictures;
     this._places = new Map(pictures.map(({ name }, place) => [name, place]));
@@ -34,7 +33,6 @@ export class Grid {
     this._draw();
   }
 
-  // Show the current state of pictures.
   update(pictures) {
     for (const { name } of pictures) this._tiles.get(name)?.update();
   }
@@ -56,7 +54,6 @@ export class Grid {
     return this._tiles.get(picture.name);
   }
 
-  // Return the place that an arrow key leads to from another place.
   placeAfter(place, key) {
     const page = this._columns * Math.max(1, Math.floor(this.element.clientHeight / (TILE_HEIGHT + GAP)));
     const last = this._pictures.length - 1;

@@ -1,6 +1,5 @@
 // Keys of the dataset page: arrows move, Enter edits the caption, Tab goes to the next one, Ctrl+Z takes an edit back.
 
-// Handle a key in the page's dialog.
 export function handleKey(page, event) {
   const { target } = event;
   const tile = page.grid.tiles.find(({ element }) => element.contains(target));

@@ -52,7 +52,6 @@ export class MaskCanvas {
     this._keep({ x: left, y: top, pixels });
   }
 
-  // Let training learn everything.
   fill() {
     this._changeAll(() => this._pen.clearRect(0, 0, this.element.width, this.element.height));
   }
@@ -62,7 +61,6 @@ export class MaskCanvas {
     this._changeAll(() => this._compose("source-out", () => this._pen.fillRect(0, 0, width, height)));
   }
 
-  // Soften the edges over some pixels.
   soften(pixels) {
     const { width, height } = this.element;
     const copy = this._copy();

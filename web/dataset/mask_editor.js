@@ -6,7 +6,6 @@ import { MaskCanvas } from "./mask_canvas.js";
 
 const ZOOMS = [0.1, 0.25, 0.5, 1, 2, 4];
 
-// Open the editor for a picture of the page.
 export async function openMaskEditor({ page, routes, picture }) {
   try {
     const before = picture.mask ? await routes.readMask(page.dataset.folder, picture.name, page.values) : null;

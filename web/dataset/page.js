@@ -42,7 +42,6 @@ export class DatasetPage {
     this._build(add);
   }
 
-  // Open the dialog and read the folder.
   async open() {
     openDialog(this.dialog, true);
     window.addEventListener("beforeunload", this._warn);
@@ -67,13 +66,11 @@ export class DatasetPage {
     this._arrange();
   }
 
-  // Read the folder again, for pictures that were added.
   async reread() {
     await this.read();
     this.findAlike();
   }
 
-  // Read the loss of the pictures in the last run.
   async readLosses() {
     try {
       this.dataset.takeLosses(await this._routes.readLosses(this.dataset.folder));
@@ -83,7 +80,6 @@ export class DatasetPage {
     }
   }
 
-  // Look for pictures that look alike, in the background.
   async findAlike() {
     try {
       this.dataset.takeAlike(await this._routes.findAlike(this.dataset.folder, this.values));
@@ -140,7 +136,6 @@ export class DatasetPage {
     takeDrops(this.dialog, add);
   }
 
-  // Close the dialog once everything is saved.
   async close() {
     this.actions.endTyping();
     await this.saver.flush();
@@ -158,7 +153,6 @@ export class DatasetPage {
     return this.stack.redo();
   }
 
-  // Select exactly these pictures.
   select(pictures) {
     const { selected } = this.dataset;
     selected.clear();

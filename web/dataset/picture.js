@@ -63,7 +63,6 @@ class PictureView {
     return this._page.dataset.pictures.get(this.name);
   }
 
-  // Show the picture's current state.
   update() {
     const picture = this._picture;
     if (!picture) {

@@ -30,14 +30,12 @@ export class Saver {
     this._timer = setTimeout(() => this.flush(), PAUSE);
   }
 
-  // Save all waiting captions now.
   flush() {
     clearTimeout(this._timer);
     this._work = this._work.then(() => this._save());
     return this._work;
   }
 
-  // Try the captions again that could not be saved.
   retry() {
     for (const picture of this._dataset.pictures.values()) if (picture.state === "failed") this.queue(picture);
     return this.flush();

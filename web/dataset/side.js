@@ -30,7 +30,6 @@ export class SideBar {
     );
   }
 
-  // Show the dataset's current counts.
   update() {
     const { filter } = this._dataset;
     const flags = this._dataset.countFlags();

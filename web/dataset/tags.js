@@ -1,6 +1,5 @@
 // Captions as comma-separated tags. Each function returns the same text if nothing changes.
 
-// Return the tags of a caption in order.
 export function splitTags(caption) {
   return caption
     .split(/[,\n]/)
@@ -52,7 +51,6 @@ export function sortTags(caption, trigger = "") {
   return sorted.every((tag, place) => tag === tags[place]) ? caption : joinTags(sorted);
 }
 
-// Put the trigger in front of a caption that does not contain it.
 export function addTrigger(caption, trigger) {
   if (!trigger || hasWord(caption, trigger) || caption.includes("[trigger]")) return caption;
   return caption.trim() ? `${trigger}, ${caption}` : trigger;

@@ -45,7 +45,6 @@ export async function uploadAll(routes, folder, { pictures, captions, tables, ot
   return { added: added.length, problems };
 }
 
-// Return the names of the pictures in a folder, none if it is new.
 async function listPictures(routes, folder) {
   const { uploads } = await routes.listFolders();
   if (!uploads.includes(folder)) return new Set();
@@ -86,7 +85,6 @@ async function saveCaptions(routes, folder, captions, known, problems, progress)
   }
 }
 
-// Run async work over a list, a few at a time.
 async function forEach(list, atOnce, work) {
   const rest = list.values();
   const run = async () => {

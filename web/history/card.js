@@ -14,12 +14,10 @@ const STATES = {
   unfinished: text("Unfinished"),
 };
 
-// Return a run's state and progress in words.
 export function stateOf({ status, step, steps }) {
   return `${t(STATES[status])}, ${t("$step of $steps steps", { step, steps })}`;
 }
 
-// Return a run's losses in words.
 export function lossesOf({ final, best, best_step: step }) {
   if (final === null) return t("Loss: no step done yet.");
   return t("$final, best $best at step $step", { final: formatLoss(final), best: formatLoss(best), step });
@@ -82,7 +80,6 @@ export class Card {
     this.update(run);
   }
 
-  // Show the run in its current state.
   update(run) {
     this.run = run;
     this.element.dataset.run = run.name;

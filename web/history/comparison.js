@@ -74,7 +74,6 @@ function makeChart(runs) {
   return make("div", {}, place, caption);
 }
 
-// Return the losses at a step in words.
 function pointed(runs, step) {
   const losses = runs.map(({ name, title, curve }) => {
     const [, loss] = curve.findLast(([earlier]) => earlier <= step) ?? [];

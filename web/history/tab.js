@@ -36,22 +36,18 @@ export class History {
     return this.element.isConnected;
   }
 
-  // Read the shown runs again.
   async refresh() {
     await this._read(0, Math.max(PAGE, this._cards.size));
   }
 
-  // Show the prompts of ComfyUI's queue.
   showQueue(prompts) {
     this._queue.show(prompts);
   }
 
-  // Show the progress of a training that sent a message.
   progress({ run, step, steps, isLive }) {
     if (isLive && this.isSeen) this._cards.get(run)?.progress(step, steps);
   }
 
-  // Report whether a run is missing from the visible list.
   misses(name) {
     return this.isSeen && !this._search.value && !this._cards.has(name);
   }

@@ -14,7 +14,6 @@ export function pathOf(root, id) {
   return path;
 }
 
-// Yield every node of a graph and of its subgraphs.
 export function* allNodes(graph, seen = new Set()) {
   if (!graph || seen.has(graph)) return;
   seen.add(graph);

@@ -15,7 +15,6 @@ export function keepKeys(element) {
   });
 }
 
-// Return a button with a text.
 export function button(label, act) {
   const element = make("button", { type: "button" }, label);
   element.addEventListener("click", act);
@@ -40,7 +39,6 @@ export function say(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
 
-// Set an attribute if it changed.
 export function mark(element, name, value) {
   if (element.getAttribute(name) !== String(value)) element.setAttribute(name, value);
 }

@@ -35,7 +35,6 @@ export class Routes extends Server {
     return this._json(`/graft/history?${new URLSearchParams({ text, from, count })}`);
   }
 
-  // Return the graph that a run was queued with.
   readWorkflow(name) {
     return this._json(`/graft/runs/${encodeURIComponent(name)}/workflow`);
   }

@@ -80,7 +80,6 @@ export class Strip {
   }
 }
 
-// Return the name of a step's picture.
 export function nameOf(step) {
   return step === 0 ? t("Base") : t("Step $step", { step });
 }

@@ -41,7 +41,6 @@ export class Panel {
     this._showReady();
   }
 
-  // The shown training, or null.
   get training() {
     return this._training;
   }
@@ -119,7 +118,6 @@ export class Panel {
     return added;
   }
 
-  // Do what a button says, and show its error.
   async _act(act) {
     this._problem = "";
     try {
@@ -274,7 +272,6 @@ export class Panel {
     if (this._training) this._chart.draw(this._training.curve, this._pointed);
   }
 
-  // Return the swatches' current colors, which follow the theme.
   _readColours() {
     const colors = {};
     for (const { swatch } of this._facts) {

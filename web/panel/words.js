@@ -63,12 +63,10 @@ const WARNINGS = {
   resolution: text("resolution $resolution is far from the $usual pixels that $family was made for."),
 };
 
-// Return a training's warnings, one line each.
 export function listWarnings(training) {
   return training.warnings.map((warning) => (WARNINGS[warning.kind] ? t(WARNINGS[warning.kind], warning) : warning.text));
 }
 
-// Meaning of the loss by picture.
 export const ABOUT_LOSS = text(
   "Loss at equal noise, 1 for the median. Staying high: a wrong caption or an odd picture. Far below: learned by heart.",
 );
@@ -82,7 +80,6 @@ export function listPictures({ hardest, memorized }) {
   ].filter(Boolean);
 }
 
-// Return the training's current activity in one line.
 export function describe(training) {
   const { step, saved, done, total, hours } = training;
   if (training.isLive && training.asked) {
@@ -147,7 +144,6 @@ export function describeQueue(trainings) {
   return known.length === trainings.length ? t("Queue: $time left", { time }) : t("Queue: more than $time left", { time });
 }
 
-// Return a training's name in the queue.
 export function nameOf({ run, name }) {
   return run ?? (name || t("Training"));
 }
@@ -160,7 +156,6 @@ export function listQueue(prompts) {
   return `${describeQueue(trainings)}. ${names.join(", ")}`;
 }
 
-// Report whether a training runs or continues by itself.
 export function isGoingOn({ isLive, phase }) {
   return isLive || phase === "waiting";
 }
@@ -172,7 +167,6 @@ const WAYS = {
   "to short prompts": text("The training pauses for prompts without a training and continues behind them by itself."),
 };
 
-// Return a training's way with other prompts in one sentence.
 export function describeWay(giveWay) {
   return t(WAYS[giveWay]);
 }
