@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
-# Choices for pictures whose number the folder holds already.
 EXISTING = ("keep", "replace", "add")
 
 # Key of a PNG's text with the hash of its pixels, which tells at once whether a file holds a picture.

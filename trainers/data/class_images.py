@@ -21,7 +21,6 @@ from .pictures import FileSource, measure_file, reading
 if TYPE_CHECKING:
     from PIL import Image
 
-# Default number of sampling steps.
 STEPS = 20
 
 _SETTINGS = "settings.json"

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from .examples import Example, LeftOut
 
 
-# Methods of prior preservation, the usual one first.
 PRIORS = ("class images", "differential")
 
 

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from .full_diff import FullDiff
 
-# Values of the node's `format` input.
 FORMATS = ("kohya", "diffusers", "peft", "LyCORIS")
 # Maximum length of a key in characters. A layer's path has about a hundred.
 _LONGEST_KEY = 1000

@@ -20,7 +20,6 @@ OLD = 3600.0
 _CHUNK = 1 << 20
 
 
-# Names of temporary files: see `replacing`.
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{1,8}\.tmp", re.DOTALL)
 
 

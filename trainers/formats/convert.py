@@ -45,7 +45,6 @@ _KOHYA = {
     "lora.up.weight": "lora_up.weight",
     "lora_B.bias": "diff_b",
 }
-# Blocks of transformers in diffusers.
 _TRANSFORMER = re.compile(r"(?:single_)?transformer_blocks\.")
 # Tensors of a layer that take the scale, if readers would not know it.
 _SCALED = ("lokr_w1", "lokr_w1_a", "lora_B.bias")
@@ -93,7 +92,6 @@ def _factor(tensors: dict[str, torch.Tensor], layer: str) -> torch.Tensor | None
 def _host_name(name: str) -> str:
     prefix = next((prefix for prefix in _DOTTED if prefix and name.startswith(prefix)), None)
     if prefix is None and is_published(name):
-        # The layers of a UNet without a prefix.
         prefix = ""
     match = _END.search(name)
     # The host itself reads attention processors of older diffusers versions, and peft's names after a prefix.

@@ -23,12 +23,10 @@ SINGLE = "emb_params"
 BUNDLED = "bundle_emb."
 _BUNDLED_KEY = re.compile(r"bundle_emb\.(?P<name>.+)\.(?P<key>clip_[lgh]|string_to_param\.\*)")
 
-# Endings of the files that torch.save writes.
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 # A prompt has 75 tokens per chunk.
 _MOST_VECTORS = 1000
 
-# Width of a vector by the encoder's key.
 WIDTHS = {"clip_l": 768, "clip_g": 1280, "clip_h": 1024}
 
 

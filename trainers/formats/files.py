@@ -23,7 +23,6 @@ log = logging.getLogger(__name__)
 # Key of the checksums in a safetensors file's metadata, and of the checksum in a JSON object.
 CHECKSUMS = "graft_checksums"
 
-# safetensors' names of torch's dtypes.
 _DTYPES = {
     "float64": "F64",
     "float32": "F32",

@@ -367,7 +367,6 @@ def block_of(name: str) -> str:
     return block if network in (_UNET, "") else f"{network} {block}"
 
 
-# Adapter types by the start of a key suffix.
 _KINDS = {"hada_": "LoHa", "lokr_": "LoKr", "oft_": "OFT", "a1.": "GLoRA", "on_": "IA3", "set_": "weights"}
 
 

@@ -19,7 +19,6 @@ _KOHYA = ("lora_unet_", "lora_te")
 _PUBLISHED = ("transformer.", "lora_transformer_", "lycoris_", "base_model.model.", "lora_unet_", "unet.")
 _PUBLISHED += ("diffusion_model.",)
 _WRAPPER = "text_model."
-# First parts of a joint layer: query, key and value.
 _ATTENTION = 3
 # Rows per input of the part with Flux's feed-forward layer.
 _MLP_RATIO = 4

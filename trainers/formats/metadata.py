@@ -30,7 +30,6 @@ _ARCHITECTURES = {
 }
 
 
-# Field with the family of the model.
 ARCHITECTURE = "modelspec.architecture"
 # Fields with the identity and the folder's name of the run that made a file.
 IDENTITY, RUN = "graft_identity", "graft_run"

@@ -22,11 +22,8 @@ if TYPE_CHECKING:
     from .adapter import Adapter
 
 _SD_SCRIPTS, _LYCORIS = "networks.lora", "lycoris.kohya"
-# Metadata of a file with LyCORIS' formulas.
 LYCORIS_NETWORK = {"ss_network_module": _LYCORIS}
-# LyCORIS' algorithms by the start of a key suffix.
 _ALGORITHMS = {"hada_": "loha", "lokr_": "lokr", "oft_": "diag-oft", "a1.": "glora"}
-# Factors whose first dimension is the rank.
 RANKED = (DOWN, "hada_w1_b", "lokr_w2_b", "lokr_w1_b", "b2.weight")
 # Layers outside the blocks, which sd-scripts' networks.lora has no place for.
 _OUTSIDE = re.compile(

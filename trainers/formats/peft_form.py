@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 _LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 _LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
 _METHODS = {"LORA": "LoRA", "LOHA": "LoHa", "LOKR": "LoKr"}
-# peft's tensors with one row per output.
 _BY_OUTPUT = ("lora_B.weight", "lora_B.bias", "lora_magnitude_vector.weight", "hada_w1_a", "hada_w2_a")
 _WRAPPER = "text_model."
 

@@ -22,25 +22,20 @@ if TYPE_CHECKING:
 # Types with a difference that depends on the base's weight.
 _RELATIVE = ("DoRA", "OFT", "BOFT", "IA3")
 CONFIG = "adapter_config.json"
-# Metadata field of a diffusers file with peft's configuration.
 DIFFUSERS_CONFIG = "lora_adapter_metadata"
 WEIGHTS = "adapter_model.safetensors"
 
 _PEFT = "base_model.model."
-# Key prefixes in a diffusers file, by component.
 _PREFIXES = {"": "unet.", "text_encoder": "text_encoder.", "text_encoder_2": "text_encoder_2."}
 _TRANSFORMER = "transformer."
 # Wrapper of CLIP's text transformer, in transformers up to 5.5, in encoders with a projection and in diffusers' files.
 _WRAPPER = "text_model."
-# Top-level modules of UNets in diffusers.
 _PUBLISHED = re.compile(r"(down_blocks|mid_block|up_blocks|conv_in|conv_out|time_embedding|add_embedding)\b")
 # Blocks of SD3 and PixArt in diffusers, and of HunyuanDiT.
 _SINGLE = re.compile(
     r"transformer_blocks\.\d+\.|blocks\.\d+\.(attn1\.(Wqkv|out_proj)|attn2\.(q_proj|kv_proj|out_proj))\."
 )
-# peft types that diffusers' own loader accepts.
 _DIFFUSERS_TYPES = ("LORA",)
-# Fields of a configuration with names of layers.
 _NAMED = ("target_modules", "feedforward_modules", "rank_pattern", "alpha_pattern")
 _LORA_CONFIG = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "use_dora", "bias", "lora_bias")
 

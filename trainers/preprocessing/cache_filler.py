@@ -94,7 +94,6 @@ class CacheFiller:
             return caches.references.fill(rows, self._reporting(len(rows) + remaining))
         given, places = [], []
         for place, row in enumerate(rows):
-            # Each source picture with all its crops.
             for column in zip(*(sources for sources, _ in row), strict=True):
                 given.append((column[0][0], [crop for _, crop in column]))
                 places.append(place)

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from ..recipe.recipe import Recipe
     from .crops import CroppedExample
 
-# Names of the folders.
 _NAMES = ("latents", "text", "masks", "holes")
 
 

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from ..data.examples import Example
     from ..protocols import ImageCodec, TextEncoder
 
-# Source pictures, each with its crop.
 Sources = tuple[tuple["Example", "Crop"], ...]
 
 
@@ -40,7 +39,6 @@ class SourcePrompt:
         return self.text
 
 
-# Prompts of the caches of texts.
 Prompt = str | EncodedPrompt | SourcePrompt
 
 

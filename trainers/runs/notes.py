@@ -35,7 +35,6 @@ def parse_notes(title, note) -> Notes:
         if not isinstance(value, str):
             raise SettingsError(f"The {name} is not a text.", "Send a string.", name)
         check_text(value, name, limit)
-    # Put the title on one line.
     return Notes(" ".join(title.split()), note.strip())
 
 

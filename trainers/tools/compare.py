@@ -60,7 +60,6 @@ def _wrapped(pen: ImageDraw.ImageDraw, text: str, width: int, font, most: int = 
     """Wrap a text into at most `most` lines of `width` pixels. "..." marks a shortened text."""
     lines = [""]
     for word in text.split():
-        # Split a word that is longer than a line.
         for part in _cut(pen, word, width, font):
             longer = f"{lines[-1]} {part}".strip()
             if pen.textlength(longer, font=font) <= width:

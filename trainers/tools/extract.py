@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     import torch
 
 LOW, FULL, NONE = "low-rank", "whole", "leave out"
-# The options that the node offers.
 CONV = (LOW, FULL, NONE)
 REST = (FULL, NONE)
 _LISTED = 5

@@ -20,7 +20,6 @@ class Kind:
 
 
 _PEFT = "Load it with peft onto the pipeline's model."
-# The first match applies.
 _KINDS = {
     r"lllite_|\.conditioning1\.": Kind("a ControlNet-LLLite", "Use a node for ControlNet-LLLite."),
     r"\bcontrol_model\.|\binput_hint_block|lora_controlnet": Kind("a ControlNet", "Use ComfyUI's Load ControlNet."),

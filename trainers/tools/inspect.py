@@ -139,7 +139,6 @@ def _norm(given: Difference) -> float:
     return math.sqrt(squares) if not squares < 0 else 0.0
 
 
-# The order of blocks in a model, from input to output.
 _FIRST = ("input", "down", "double", "middle", "mid", "transformer", "joint", "output", "up", "single")
 
 

@@ -22,11 +22,9 @@ if TYPE_CHECKING:
 _DPI = 100
 _LETTERS = 8
 _BACK, _INK, _FAINT = "#28282c", "#ebebeb", "#96969b"
-# Colors of the first and the second series.
 _FIRST, _SECOND = "#6096d6", "#f0b040"
 _WIDTH, _HEIGHT = 9.0, 5.0
 _RAW = 0.3  # opacity of unsmoothed losses
-# Line styles of the first quarter of the steps and of the last.
 _LOOKS = ({"alpha": 0.55, "linestyle": "--"}, {})
 _BLOCKS_WIDTH = 4.8
 _BAR = 0.17

@@ -19,7 +19,6 @@ from ....trainers.memory.transfer import upload
 from .identity.checksums import tensor_checksum
 
 if TYPE_CHECKING:
-    # A CONDITIONING: a list of (tensor or None, values) pairs.
     Arrived = list[tuple[torch.Tensor | None, dict[str, Any]]]
 
 _INPUT = "conditioning"
@@ -50,9 +49,7 @@ _NEUTRAL = {
 }
 # Companions of a refused value, without effect alone.
 _IDLE = {"mask_strength", "set_area_to_bounds", "control_apply_to_uncond", "uuid"}
-# Latents of pictures.
 _PICTURES = ("reference_latents", "concat_latent_image")
-# Width of the only text encoder of SD1.
 _SD1_WIDTH = 768
 _OUTPUT = "clip_vision_output"
 

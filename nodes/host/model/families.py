@@ -53,7 +53,6 @@ _FAMILIES = {
     "Kandinsky5": "Kandinsky 5",
 }
 
-# Kinds of conditioning on an image, besides HOLE.
 CONCAT = "concat"
 REFERENCE = "reference"
 

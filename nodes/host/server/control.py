@@ -29,13 +29,11 @@ log = logging.getLogger(__name__)
 
 Outcome = TypeVar("Outcome")
 
-# Limit of the runs whose last prompt is remembered.
 _MOST_PROMPTS = 256
 
 # Number of recent steps whose median duration is the usual one.
 _PACES = 15
 
-# Limit of characters in the message of an unexpected error.
 _MESSAGE_LIMIT = 2000
 
 

@@ -21,7 +21,6 @@ from ....trainers.runs import records
 
 Handler = Callable[[web.Request], Awaitable[web.Response]]
 
-# Key of a request's parsed body.
 BODY = "graft_body"
 _BODY_LIMIT = 16 * 1024
 # Most bytes of the bodies of all requests that are not answered yet, and those of each, by the request's id.

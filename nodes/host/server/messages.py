@@ -28,7 +28,6 @@ TRAINERS = (
     "GraftTrainPreference",
     "GraftTrainSlider",
 )
-# The options of each option node, by node class and input.
 _OPTIONS = {f"Graft{kind.title()}Options": declared for kind, declared in OPTIONS.items()}
 # Inputs that do not affect a run's identity, by node class. A run resumes with other values of them. `name` and
 # `on_existing` do not affect the identity either, but they choose the run.

@@ -129,7 +129,6 @@ _TABLES: dict[str, dict[str, tuple[str, ...]]] = {
         "head.head": ("proj_out",),
     },
 }
-# Lists of blocks, which a number follows.
 _LISTS = {path.partition(".{}")[0] for table in _TABLES.values() for own in table for path in (own, *table[own])}
 # Layers whose halves, shift and scale, diffusers stores in the other order.
 _SWAPPED = re.compile(r"final_layer\.adaLN_modulation\.1|joint_blocks\.\d+\.context_block\.adaLN_modulation\.1")

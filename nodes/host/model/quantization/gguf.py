@@ -21,12 +21,10 @@ from .....trainers.lowrank.quantized import store_quantized
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
 
-# Types whose tensors hold plain numbers.
 _PLAIN = ("None", "F32", "F16")
 # Types that the pack's layers dequantize on the device. The gguf library dequantizes all others, on the CPU.
 _ON_DEVICE = {"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"}
 _ON_DEVICE |= {"BF16", "IQ4_NL", "IQ4_XS"}
-# Kinds of layers whose weight may be quantized.
 _KINDS = (nn.Linear, nn.Conv2d, nn.Embedding)
 
 
