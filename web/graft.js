@@ -38,6 +38,7 @@ let history = null;
 let fields = null;
 let prompt = {}; // the graph as Run would queue it
 let opened = 0; // number of graphs opened so far
+let queued = ""; // the trainings of ComfyUI's queue, as the panels name them
 let isProbing = false; // a node is made only to read its inputs
 const panels = new WeakMap();
 const routes = new Routes(api, app);
@@ -57,7 +58,7 @@ function hear(message, training) {
   // A new run is on disk once its first step is done.
   if (MILESTONES.has(message.event) || (message.event === "step" && history?.misses(training.run))) refresh();
   if (message.event === "begin") read();
-  if (history?.isSeen || MILESTONES.has(message.event)) readQueue();
+  if (history?.isSeen || queued || MILESTONES.has(message.event)) readQueue();
 }
 
 // Read ComfyUI's queue, if the sidebar or a panel shows it or a training waits in it.
@@ -69,7 +70,8 @@ async function lookAtQueue() {
     const { prompts } = queue;
     store.settle(queue);
     history?.showQueue(prompts);
-    for (const panel of shown) panel.showQueue(listQueue(prompts));
+    queued = listQueue(prompts);
+    for (const panel of shown) panel.showQueue(queued);
   } catch (error) {
     console.warn("Graft: cannot read the queue:", error.message);
   }
