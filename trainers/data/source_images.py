@@ -39,11 +39,11 @@ class SourceFolders:
     def __init__(self, folders: Sequence[str], listing: Listing, columns: PictureColumns, are_optional: bool = False):
         roles = ("source", "source 2", "source 3")
         rows = zip_longest(folders, CONTROL_FOLDERS, roles, fillvalue="")
-        found = [matching(folder, input, role, "source", listing, columns) for folder, input, role in rows]
-        self._folders = [folder for folder in found if folder]
-        if None in found[: len(self._folders)]:
-            gap = found.index(None)
-            later = next(name for name, folder in zip(CONTROL_FOLDERS[gap:], found[gap:], strict=False) if folder)
+        matches = [matching(folder, input, role, "source", listing, columns) for folder, input, role in rows]
+        self._folders = [folder for folder in matches if folder]
+        if None in matches[: len(self._folders)]:
+            gap = matches.index(None)
+            later = next(name for name, folder in zip(CONTROL_FOLDERS[gap:], matches[gap:], strict=False) if folder)
             raise DatasetError(
                 f"{CONTROL_FOLDERS[gap]} is empty, but {later} is set.",
                 f"Set {CONTROL_FOLDERS[gap]} first.",

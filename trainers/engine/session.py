@@ -27,7 +27,6 @@ from ..runs.run import PAUSED, STOPPED, Run
 from ..runs.saves import SAVES_IN_FOLDER
 from ..steps.plan import Plan
 from .export import Exporter
-from .kept import Kept, keep_tree, take_tree
 from .resolve import describe_preset, summarize
 from .trainable_modules import TrainableModules
 
@@ -39,6 +38,7 @@ if TYPE_CHECKING:
     from ..runs.folders import Folders
     from ..runs.loss_by_picture import LossByPicture
     from ..runs.loss_by_timestep import LossByTimestep
+    from .kept import Kept
 
 log = logging.getLogger(__name__)
 
@@ -254,6 +254,7 @@ def _run(session: _Session, state: State, finished: bool) -> Result:
 
 def _train(session: _Session, state: State) -> Result:
     # Import here: the loop imports torch, which nodes that only describe datasets do not need.
+    from .kept import Kept, keep_tree, take_tree
     from .loop import train
     from .preflight import check_gradients, check_keys, check_packages
 
