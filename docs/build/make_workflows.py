@@ -421,11 +421,15 @@ class Sketch:
 
 
 def omit_widget_slots(workflow):
-    """Omit the slots of widgets without a link, as the frontend does in a picture's workflow; return it."""
+    """Omit the slots of widgets without a link, as the frontend does in a picture's workflow; return it.
+
+    It takes the shapes of all other slots from the nodes' schemas.
+    """
     links = {link[0]: link for link in workflow["links"]}
     for node in workflow["nodes"]:
         node["inputs"] = [slot for slot in node["inputs"] if "widget" not in slot or slot["link"] is not None]
         for place, slot in enumerate(node["inputs"]):
+            slot.pop("shape", None)
             if slot["link"] is not None:
                 links[slot["link"]][4] = place
     return workflow

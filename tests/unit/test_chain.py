@@ -15,7 +15,7 @@ from graft_pack.trainers.formats.adapter import Adapter, as_adapter, load_adapte
 from graft_pack.trainers.formats.network import ranks_of
 from graft_pack.trainers.runs.folders import Folders
 from graft_pack.trainers.runs.records import read_recipe
-from graft_pack.trainers.tools.resize import resize
+from graft_pack.trainers.tools.extract import resize
 
 from tests.support import diffusers_host, models
 from tests.support.diffusers_host import LayeredEncoder, make_dataset, make_host, run_session, same_state, state_of

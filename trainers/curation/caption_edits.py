@@ -92,7 +92,6 @@ def edit_captions(folder: str, edits: Sequence[CaptionEdit], lines_are_variants:
 
     Args:
         folder: absolute path.
-        lines_are_variants: each line is a caption.
     """
     with EDITING:
         listing = list_folder(folder)

@@ -150,7 +150,6 @@ def decode_pictures(
     Class images are left out, and so is a picture that cannot be decoded: the dataset lists it among its `left_out`.
 
     Args:
-        only_without_caption: leave out pictures with a caption.
         most: number of pictures to decode, 0 for all.
         tick: called with (done, total) pictures; may raise to interrupt.
 

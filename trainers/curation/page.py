@@ -99,7 +99,6 @@ class PageOptions:
 
     Attributes:
         trigger, resolution, reading: as in `scan_folder`.
-        upscale: small pictures are enlarged.
     """
 
     trigger: str = ""

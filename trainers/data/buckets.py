@@ -129,7 +129,6 @@ def choose_crop(size: tuple[int, int], geometry: Geometry, name: str, upscale: b
 
     Args:
         size: (width, height) of the picture, pixels.
-        upscale: whether a small picture is enlarged to fill its bucket.
 
     Raises:
         DatasetError: a side is shorter than the step, and `upscale` is off.

@@ -32,7 +32,6 @@ class Drawing:
 
     Attributes:
         prompt: the class prompt, literal.
-        negative: the negative prompt.
         base: hash of model, text encoder and VAE.
         size: (width, height) in pixels.
         seed: of image 0; image i has seed + i.

@@ -20,9 +20,7 @@ class File:
     """Regular file in a listing.
 
     Attributes:
-        path: path to open it by.
         name: relative to the listed folder, with forward slashes.
-        stat: status when it was listed.
     """
 
     path: str

@@ -26,7 +26,6 @@ class OwnMasks:
 
     Attributes:
         by_stem: the mask of each picture, by the picture's stem.
-        files: names of all mask files.
         lonely: names of masks without a picture.
     """
 

@@ -41,7 +41,6 @@ def refuse_links(root: str, path: str, cure: str = _LINK_CURE) -> None:
 
     Args:
         root: the folder; `path` starts with it.
-        cure: the fix, for the error.
 
     Raises:
         RunError: a part is a link.
@@ -104,9 +103,6 @@ def write_bytes(path: str, data: bytes) -> bool:
 
 def check_room(folder: str, needed: int) -> None:
     """Check in advance that a folder, which need not exist yet, is writable and has enough free space.
-
-    Args:
-        needed: bytes that will be written.
 
     Raises:
         RunError: the folder is not writable or has less free space.

@@ -17,7 +17,6 @@ def difference_key(name: str, names: Collection[str], name_of: Callable[[str], s
 
     Args:
         name: name of the parameter in its module tree.
-        names: names of all parameters in the tree.
         name_of: returns the name of a path in the file.
     """
     path, _, leaf = name.rpartition(".")

@@ -174,7 +174,6 @@ def _check_alike(layers: dict[LayerPath, _Layer], format: str) -> None:
 
 
 def _splits(family: str, place: LayerPath, layer: _Layer) -> tuple[LayerSplit, ...]:
-    """Return diffusers' layers for a layer, empty if they are unknown or its factors cannot be split."""
     if place.component:
         inner = place.path.removeprefix(_WRAPPER)
         return (LayerSplit(inner if place.component == "text_encoder" else _WRAPPER + inner, _same),)

@@ -29,7 +29,6 @@ class DatasetCaches:
     """The caches on disk for the training of one dataset.
 
     Attributes:
-        latents: latents of pictures and source images.
         texts: conditionings of prompts, see `with_sources`; None if the text encoder runs at every step.
         references: latents of source pictures by the recipe's `prompt_node`; None if that is ComfyUI's plain one.
         masks: loss weights of pictures with a mask.

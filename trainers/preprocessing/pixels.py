@@ -39,7 +39,6 @@ def cut_unscaled(image: Image.Image, crop: Crop) -> Image.Image:
 
 
 def _box(image: Image.Image, crop: Crop) -> tuple[float, float, float, float]:
-    """Return the crop (left, top, right, bottom) in the picture's own pixels."""
     left, top = crop.offset
     width, height = crop.bucket
     x = image.width / crop.scaled[0]

@@ -164,7 +164,6 @@ def _refuse_sources(dataset: Dataset, recipe: Recipe, host: Host) -> None:
 
 
 def _refuse_pairs(dataset: Dataset, recipe: Recipe, host: Host) -> None:
-    """Refuse pictures without a worse one if training compares pairs, and worse pictures if it does not."""
     alone = [example.source.name for example in dataset.examples if example.paired is None]
     if recipe.takes_pairs and alone:
         raise DatasetError(
@@ -237,7 +236,6 @@ def _report_warnings(
 
 
 def _count_image_conditionings(examples: list[CroppedExample], caches: DatasetCaches) -> dict[str, int]:
-    """Count the pictures with a source image, a worse picture or an inpaint mask; leave out unused kinds."""
     counts = {}
     clips = sum(cropped.example.clip is not None for cropped in examples)
     if clips:

@@ -46,8 +46,6 @@ class _Rounds:
 
 @dataclass(frozen=True)
 class _Layout:
-    """Order of a dataset's visits; the arguments are those of `batches_from`."""
-
     buckets: list
     own: _Rounds
     classes: _Rounds

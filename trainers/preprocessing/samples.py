@@ -95,7 +95,6 @@ class SampleReader:
     def _paired_latent(
         self, cropped: CroppedExample, crop: Crop, drawn: Crop, visit: int | None
     ) -> torch.Tensor | None:
-        """Return the scaled latent of a visit's worse picture; None without one."""
         if cropped.example.paired is None:
             return None
         source = None if visit is None else generator("worse", self._recipe.seed, cropped.stream(crop), visit)
@@ -128,7 +127,6 @@ class SampleReader:
     def _conditioning(
         self, prompt: str | EncodedPrompt, cropped: CroppedExample, crop: Crop, images: dict[str, torch.Tensor]
     ) -> Conditioning:
-        """Return the conditioning of a visit; it has no tensors if the text encoder runs at every step."""
         tensors = self._text(self._caches.with_sources(prompt, cropped, crop))
         return replace(Conditioning(tensors, cropped.example.size, crop.offset, crop.bucket), **images)
 

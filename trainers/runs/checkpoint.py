@@ -29,7 +29,6 @@ class State:
 
     Attributes:
         batches: number of batches drawn so far.
-        validation: (step, loss) of each validation.
         trainables: values of trained tensors by name.
         ema: their exponential moving averages by name; empty without EMA.
         ema_updates: number of updates of the average; None without EMA and in files of earlier versions.

@@ -92,7 +92,6 @@ def list_summaries(folders: Folders, text: str, first: int, count: int) -> tuple
     Args:
         text: text to find in a run's name, title or note, ignoring case; empty matches every run.
         first: index of the page's first run.
-        count: maximum number of runs on the page.
     """
     names = [record.name for record in list_records(folders, MOST_RUNS) if _holds(folders, record.name, text.lower())]
     summaries = []

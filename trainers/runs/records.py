@@ -32,7 +32,6 @@ class Record:
 
     Attributes:
         step: step of its last state.
-        steps: number of steps in its recipe.
         status: "finished", "stopped", "paused" or "unfinished".
         changed: modification time of its folder, seconds since the epoch.
     """

@@ -48,7 +48,6 @@ class Run:
     """One run on disk.
 
     Attributes:
-        folder: folder for recipe, log, states and pictures.
         adapters, embeddings: folders for its saves, which the host's loaders do not list (see saves.py).
         damaged: damaged states that the last `load` skipped, each {"state": step, "reason": text}.
         followers: functions that `log` calls with each event after writing it.

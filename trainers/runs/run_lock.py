@@ -127,7 +127,6 @@ class RunLock:
             self._beat()
 
     def _beat(self) -> None:
-        """Touch the lock file if this process still holds the lock."""
         with self._mutex:
             if self._ended.is_set() or self._lost:
                 return

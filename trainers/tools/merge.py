@@ -140,7 +140,6 @@ def _schemes_of(given: Sequence[Collection[str]]) -> list[set[str]] | None:
 
 
 def _in_kohyas_names(*adapters: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
-    """Return adapters with the names of kohya, if the files alone tell them, else as they are."""
     renamed = [kohya_form(adapter, getattr(adapter, "metadata", {})) for adapter in adapters]
     schemes = set().union(*(layouts(layer_keys(tensors)[0]) for tensors in renamed))
     if len(schemes) > 1:

@@ -55,7 +55,6 @@ def _is_whole(layers: dict[str, Difference], places: Places) -> bool:
 
 
 def _name(key: str, own: dict[str, str], sample: str, places: Places) -> str:
-    """Return the name of a weight's layer, if possible in the layout of a sample."""
     if key in own:
         return own[key]
     names = places.names(key) or [key]

@@ -38,7 +38,6 @@ def plot(losses: Mapping[str, Sequence[float]], smoothing: float, logarithmic: b
     Args:
         losses: loss of each step, by the run's label. At most two runs.
         smoothing: as for `smoothed`. 0 draws the unsmoothed losses alone.
-        logarithmic: whether the loss axis is logarithmic.
     """
     canvas = _blank(_WIDTH, _HEIGHT)
     axes = _axes(canvas, "step", "loss", logarithmic)
@@ -59,7 +58,6 @@ def plot_levels(runs: Mapping[str, tuple[LossByTimestep, int]], logarithmic: boo
 
     Args:
         runs: (losses by timestep, number of steps), by the run's label. At most two runs.
-        logarithmic: whether the loss axis is logarithmic.
     """
     canvas = _blank(_WIDTH, _HEIGHT)
     axes = _axes(canvas, "timestep: 0 picture, 1000 noise", "loss, not weighted", logarithmic)

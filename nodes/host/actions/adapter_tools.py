@@ -24,9 +24,8 @@ from ....trainers.formats.network import LYCORIS_NETWORK, as_dora, has_host_magn
 from ....trainers.formats.peft_format import WEIGHTS
 from ....trainers.runs.records import find_run
 from ....trainers.tools.difference import difference
-from ....trainers.tools.extract import Extraction, Weight, extract
+from ....trainers.tools.extract import Extraction, Weight, extract, resize
 from ....trainers.tools.merge import AVERAGE, Merging, average_saves, merge
-from ....trainers.tools.resize import resize
 from .. import paths
 from ..model import families
 from ..model.lora import classic, layer_weights

@@ -37,8 +37,6 @@ class ClassImageRequest:
     """A node's request for class images; unset values are the family's own.
 
     Attributes:
-        cfg: 0 for the family's.
-        resolution: 0 for the family's.
         sampler_name, scheduler: "auto" for euler and the family's.
         batch_size: images drawn at once; it does not affect any image.
         first: number of the first image; `count` is one past the last.

@@ -56,7 +56,6 @@ def form_of(clip: CLIP, tokens: dict) -> Hashable:
 
 
 def _each(clip: CLIP, tokens: Sequence[dict], keys: Collection[str], keep: LRUCache | None) -> list[dict]:
-    """Encode each set of tokens; the encoders in `keys` run once for all."""
     together = {key: _Rows(inner, tokens, key) for key, inner in _inner(clip, tokens) if key in keys}
     encodings = []
     for number, token_set in enumerate(tokens):

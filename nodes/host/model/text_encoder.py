@@ -28,7 +28,6 @@ class ComfyText:
     """The graph's CLIP, trained through a private tree over its own weights. The graph's CLIP does not change.
 
     Attributes:
-        clip: the graph's CLIP.
         module: the private tree; only within `training`.
         device: device that computes; only within `training`.
     """
@@ -245,7 +244,6 @@ def _fits(row: torch.Tensor, width: int) -> bool:
 
 
 def _ids(tokenizer, text: str) -> list:
-    """Return a literal text's tokens without start, end and padding: numbers, or an embedding's vectors."""
     chunks = tokenizer.tokenize_with_weights(text, return_word_ids=True, disable_weights=True) if text else []
     return [token for chunk in chunks for token, _, word_id in chunk if word_id > 0]
 

@@ -55,7 +55,6 @@ class Training:
         sources: the inputs that decide its result, as `sources_of` collects them; None if unknown.
         inputs: digest of the sources, which distinguishes it from others of the same node.
         run: the run, None until it is open.
-        step, steps: steps done, and steps of the whole run.
         saved: last step with a saved state.
         give_way: the waiting prompts that it gives way to, one of GIVE_WAY.
         gives_way: whether it pauses for them now, and not for the user.

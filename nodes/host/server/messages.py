@@ -164,7 +164,6 @@ def _past_unset_options(link: list, nodes: dict[str, Any]) -> list | None:
 
 
 def _sets_nothing(entry: Any) -> bool:
-    """Report whether a prompt's node is an option node without a set input that affects the run."""
     if not isinstance(entry, dict) or entry.get("class_type") not in _OPTIONS:
         return False
     declared = _OPTIONS[entry["class_type"]]

@@ -25,11 +25,7 @@ _OFTEN = {"step": ("step", "steps"), "cache": ("done", "total")}
 
 
 class Progress:
-    """A callable that sends a run's events to the page and raises ComfyUI's interruption on cancel or pause.
-
-    Args:
-        steps: steps of the whole run.
-    """
+    """A callable that sends a run's events to the page and raises ComfyUI's interruption on cancel or pause."""
 
     def __init__(self, training: Training, steps: int):
         self._training = training

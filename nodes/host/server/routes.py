@@ -305,7 +305,6 @@ async def _pick_save(request: web.Request) -> dict[str, Any]:
 
 
 def _prompt(prompt_id: str) -> dict[str, Any] | None:
-    """Return a prompt as it was queued, for POST /prompt; None if ComfyUI has forgotten it."""
     queue = getattr(prompt_server(), "prompt_queue", None)
     if queue is None or not prompt_id:
         return None

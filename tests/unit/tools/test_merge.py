@@ -11,9 +11,9 @@ from graft_pack.trainers.formats.keys import common_name, split
 from graft_pack.trainers.rng import stream_seed
 from graft_pack.trainers.tools import merge
 from graft_pack.trainers.tools.difference import difference
+from graft_pack.trainers.tools.extract import resize
 from graft_pack.trainers.tools.inspect import look
 from graft_pack.trainers.tools.relative import differences
-from graft_pack.trainers.tools.resize import resize
 from peft import LoraConfig, get_peft_model
 from torch import nn
 

@@ -9,7 +9,7 @@ from graft_pack.trainers.formats.adapter import Adapter
 from graft_pack.trainers.formats.keys import split
 from graft_pack.trainers.memory.tracking import TensorTracker
 from graft_pack.trainers.tools.difference import difference, refactor
-from graft_pack.trainers.tools.resize import resize
+from graft_pack.trainers.tools.extract import resize
 
 from tests.support import models
 

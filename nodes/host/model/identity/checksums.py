@@ -102,7 +102,6 @@ def _compute(tensor: torch.Tensor) -> _Known:
 
 
 def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """Return the plain tensors inside a tensor: a quantized one holds numbers and scales."""
     if hasattr(tensor, "__tensor_flatten__"):
         names, _ = tensor.__tensor_flatten__()
         return [part for name in names for part in _parts(getattr(tensor, name))]
