@@ -67,7 +67,7 @@ def of_family(server, family, file=None, **widgets):
     """Return a prompt that trains on a family's file, with previews and offloading."""
     previews = {"prompts": "a large red circle", "every": 2, "steps": 2}
     kinds = {"GraftPreviewOptions": previews, "GraftMemoryOptions": {"offload": "on"}}
-    name = f"gguf {file or family}"
+    name = f"gguf-{file or family}".replace(" ", "")
     nodes = runs.option_nodes(server, GraftRunOptions={"name": name}, **kinds)
     prompt = graphs.training("toy", 2, option_nodes=nodes, batch_size=1, **widgets)
     prompt["10"] = graphs.node("UnetLoaderGGUF", unet_name=f"{file or family}.gguf")

@@ -30,7 +30,13 @@ FIELDS = {
     "preference": {"preference_beta": 100.0, "optimizer": "SGD", "validation_fraction": 0.2, "validate_every": 2},
     "all weights, preference": {**ALL, "preference_beta": 100.0},
     "slider": {**SLIDER, "slider_prompts": PROMPTS, "preview_prompts": ("a red shape",), "preview_every": 2},
-    "slider of pairs": {**SLIDER, "optimizer": "SGD", "validation_fraction": 0.2, "validate_every": 2},
+    "slider of pairs": {
+        **SLIDER,
+        "optimizer": "SGD",
+        "learning_rate": 10.0,
+        "validation_fraction": 0.2,
+        "validate_every": 2,
+    },
 }
 
 
