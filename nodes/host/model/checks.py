@@ -11,6 +11,7 @@ from ....trainers.families import GENERAL
 from ....trainers.methods.full import FullFineTune
 from . import families
 from .quantization import gguf
+from .quantization.quantized import check_scales
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +28,8 @@ def check_sockets(model, clip, vae, method: str = "") -> None:
         method: name of the training method, if the node trains.
 
     Raises:
-        ModelError: the checkpoint lacks a text encoder or VAE, or the model's format has no gradients.
+        ModelError: the checkpoint lacks a text encoder or VAE, the model's format has no gradients, or a quantized weight
+            is damaged.
     """
     for name, value in (("model", model), ("clip", clip), ("vae", vae)):
         if value is None:
@@ -51,6 +53,7 @@ def check_sockets(model, clip, vae, method: str = "") -> None:
             "Train a LoRA on it, or load the original checkpoint with ComfyUI's own loader.",
             "model",
         )
+    check_scales(model.model, "model")
 
 
 def check_not_applied(model: ModelPatcher, clip: CLIP, start: Mapping[str, torch.Tensor] | None) -> None:

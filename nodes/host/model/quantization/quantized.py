@@ -22,7 +22,7 @@ def as_linears(tree: torch.nn.Module, source: torch.nn.Module, input: str = "mod
         source: the tree that the private one was made of.
 
     Raises:
-        ModelError: a layer scales its input, which an adapter beside it would not see; or a weight is damaged.
+        ModelError: a layer scales its input, which an adapter beside it would not see.
     """
     for path, layer in tree.named_modules():
         if _is_made_by(type(layer), "scaled_fp8_ops"):
@@ -41,9 +41,7 @@ def as_linears(tree: torch.nn.Module, source: torch.nn.Module, input: str = "mod
         if type(layer.weight.data) is torch.Tensor:
             layer.__class__ = comfy.ops.manual_cast.Linear
         else:
-            weight = source.get_submodule(path).weight
-            _check_scales(weight, f"{path}.weight", input)
-            _store_parts(layer, weight)
+            _store_parts(layer, source.get_submodule(path).weight)
 
 
 def _is_made_by(kind: type, function: str) -> bool:
@@ -66,13 +64,16 @@ class _ScaledLinear(QuantizedLinear):
         return product(x * scale.to(x.dtype), bias, self.form, weight, torch.ones_like(scale))
 
 
-def _check_scales(weight: torch.Tensor, name: str, input: str) -> None:
-    """Raise ModelError if the scales of a quantized weight are missing or not finite."""
-    parts = [getattr(weight, part) for part in weight.__tensor_flatten__()[0]]
-    if len(parts) < 2 or not all(part.float().isfinite().all() for part in parts[1:]):
-        raise ModelError(
-            f"{name} has no scale to read its quantized numbers with.", "Download the model's file again.", input
-        )
+def check_scales(tree: torch.nn.Module, input: str) -> None:
+    """Raise ModelError if the scales of a quantized weight of ComfyUI's are missing or not finite."""
+    for name, weight in tree.named_parameters():
+        if not hasattr(weight, "__tensor_flatten__"):
+            continue
+        parts = [getattr(weight, part) for part in weight.__tensor_flatten__()[0]]
+        if len(parts) < 2 or not all(part.float().isfinite().all() for part in parts[1:]):
+            raise ModelError(
+                f"{name} has no scale to read its quantized numbers with.", "Download the model's file again.", input
+            )
 
 
 def _store_parts(layer: torch.nn.Module, weight: torch.Tensor) -> None:
