@@ -28,8 +28,8 @@ def check_sockets(model, clip, vae, method: str = "") -> None:
         method: name of the training method, if the node trains.
 
     Raises:
-        ModelError: the checkpoint lacks a text encoder or VAE, the model's format has no gradients, or a quantized weight
-            is damaged.
+        ModelError: the checkpoint lacks a text encoder or VAE, the model's format has no gradients, or a quantized
+            weight is damaged.
     """
     for name, value in (("model", model), ("clip", clip), ("vae", vae)):
         if value is None:

@@ -70,7 +70,8 @@ def check_scales(tree: torch.nn.Module, input: str) -> None:
         if not hasattr(weight, "__tensor_flatten__"):
             continue
         parts = [getattr(weight, part) for part in weight.__tensor_flatten__()[0]]
-        if len(parts) < 2 or not all(part.float().isfinite().all() for part in parts[1:]):
+        # ComfyUI may not have read a weight yet: it is then a meta tensor.
+        if len(parts) < 2 or not all(part.is_meta or part.float().isfinite().all() for part in parts[1:]):
             raise ModelError(
                 f"{name} has no scale to read its quantized numbers with.", "Download the model's file again.", input
             )
