@@ -8,6 +8,7 @@ from graft_pack.trainers.engine.preflight import share_inputs
 from graft_pack.trainers.lowrank.layers import low_rank_layers
 from graft_pack.trainers.memory.autograd import OutOfPlace
 from graft_pack.trainers.methods import METHODS
+from graft_pack.trainers.recipe.parsing import parse_arguments
 
 from docs.build import make_families
 from tests.support import models, networks
@@ -17,6 +18,12 @@ pytestmark = pytest.mark.usefixtures("comfy")
 HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 SIGMA = 0.7
 # Types whose adapter is zero at the start. PiSSA starts as a difference of two equal products.
+VARIANTS = (
+    ("LoRA", "use_tucker=true"),
+    ("LoRA", "rank_dropout=0.5 module_dropout=0.5"),
+    ("LoHa", "dora_wd=true"),
+    ("LoKr", "dora_wd=true use_tucker=true factor=2"),
+)
 ADAPTERS = [name for name, method in METHODS.items() if method.trains_model and name != "all weights"]
 
 
@@ -56,11 +63,12 @@ def test_training_computes_what_inference_computes(name, dtype):
 
 
 @HALF
-@pytest.mark.parametrize("method", ADAPTERS)
-def test_every_adapter_type_starts_as_the_host(method, dtype):
+@pytest.mark.parametrize("method, arguments", [*((name, "") for name in ADAPTERS), *VARIANTS])
+def test_every_adapter_type_starts_as_the_host(method, arguments, dtype):
     patcher = models.patcher("SD1", dtype)
     expected = of_host(patcher, "SD1")
-    fields = {"method": method, "targets": METHODS[method].default_targets}
+    targets = "linear + conv" if arguments else METHODS[method].default_targets
+    fields = {"method": method, "targets": targets, "adapter_args": parse_arguments(arguments)}
     with models.in_training(patcher, "SD1", **fields) as training:
         assert torch.equal(of_training(training, "SD1"), expected)
 

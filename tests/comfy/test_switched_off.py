@@ -3,6 +3,7 @@
 import pytest
 import torch
 from graft_pack.trainers.methods import ADAPTERS, METHODS
+from graft_pack.trainers.recipe.parsing import parse_arguments
 
 from tests.support import models
 
@@ -34,14 +35,18 @@ def test_the_frozen_base_is_the_graphs_own_model(name, checkpointing):
     assert models.distance(own, models.denoised(model, x, 0.6, one)) <= 1e-5
 
 
-@pytest.mark.parametrize("kind", ADAPTERS)
-def test_every_type_can_be_switched_off(kind):
+@pytest.mark.parametrize(
+    "kind, arguments",
+    [*((kind, "") for kind in ADAPTERS), ("LoHa", "dora_wd=true"), ("LoRA", "use_tucker=true rank_dropout=0.5")],
+)
+def test_every_type_can_be_switched_off(kind, arguments):
     """Also types whose layers have their own forward."""
     x, one = drawn("SD1")
     sigma = torch.tensor([0.6])
     with torch.inference_mode():
         model = models.patcher("SD1")
-    fields = {"method": kind, "targets": ADAPTERS[kind].default_targets}
+    targets = "linear + conv" if arguments else ADAPTERS[kind].default_targets
+    fields = {"method": kind, "targets": targets, "adapter_args": parse_arguments(arguments)}
     with models.in_training(model, "SD1", spread=0.1, **fields) as training, torch.no_grad():
         trained = training.denoiser.predict(x, sigma, [one])
         with ADAPTERS[kind].switched_off(training.denoiser.module):
