@@ -534,6 +534,14 @@ def test_arguments_that_a_type_does_not_take_are_refused_by_name(kind, text, nam
     assert caught.value.input == "adapter_args"
 
 
+@pytest.mark.parametrize("kind", ["LoHa", "LoKr"])
+def test_a_slider_refuses_magnitudes(kind):
+    fields = {"method": kind, "rank": 2, "alpha": 2.0, "slider_strength": 1.0}
+    METHODS[kind].check(models.recipe("SD1", **fields))
+    with pytest.raises(SettingsError, match="dora_wd is set, but its effect is not proportional"):
+        METHODS[kind].check(models.recipe("SD1", **fields, adapter_args=(("dora_wd", True),)))
+
+
 def test_another_alpha_starts_with_the_same_effect(tmp_path):
     first = run_session(tmp_path / "first", rank=2, alpha=2.0, steps=2)
     path = tmp_path / "a.safetensors"
