@@ -67,7 +67,7 @@ class VideoFile:
             stream = _video_stream(container)
             if stamp:
                 container.seek(stamp, stream=stream)
-            for number, frame in enumerate(container.decode(stream)):
+            for number, frame in enumerate(_decode(container, stream)):
                 known = self._stamps is not None and frame.pts is not None
                 index = int(np.searchsorted(self._stamps, frame.pts)) if known else number
                 if index >= first:
@@ -97,6 +97,10 @@ def _video_stream(container: av.container.InputContainer) -> av.VideoStream:
     if not streams:
         raise OSError("it has no pictures, only sound" if container.streams.audio else "it has no pictures")
     return streams[0]
+
+
+def _decode(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
+    return container.decode(stream)
 
 
 def _upright(frame: av.VideoFrame) -> Image.Image:

@@ -334,17 +334,23 @@ def test_of_three_hours_few_frames_are_decoded_and_held(tmp_path, monkeypatch):
     write_video(tmp_path / "a.mp4", count, size=(16, 16), rate=1, keyframes=12, options=QUICK)
     held: list = []
     most, decoded = 0, 0
-    real = video_file._upright
+    real, decode = video_file._upright, video_file._decode
+
+    def counting(container, stream):
+        nonlocal decoded
+        for frame in decode(container, stream):
+            decoded += 1
+            yield frame
 
     def counted(frame):
-        nonlocal most, decoded
+        nonlocal most
         image = real(frame)
-        decoded += 1
         held.append(weakref.ref(image))
         most = max(most, sum(reference() is not None for reference in held))
         return image
 
     monkeypatch.setattr(video_file, "_upright", counted)
+    monkeypatch.setattr(video_file, "_decode", counting)
     example = one(tmp_path, pieces="uniform", frames=17)
     assert example.clip.count == count and decoded == 1
     for start, length in pieces.choose_pieces(count, 17, "uniform", by_four):
