@@ -257,9 +257,10 @@ class ClipFiles:
         for folder, members in by_folder.items():
             frames = _in_order(members) if folder in captioned else None
             if frames is not None:
+                for frame in frames:
+                    del files[frame.name]
                 name = folder + FRAMES
                 self._folders[name] = frames
-                files = {other: file for other, file in files.items() if file not in frames}
                 files[name] = File(posixpath.dirname(frames[0].path), name, frames[0].stat)
         return Listing(listing.root, files, listing.left_out)
 
