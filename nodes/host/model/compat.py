@@ -16,7 +16,7 @@ import torch
 from ....trainers.memory.autograd import out_of_place_suspended
 
 _LIGHTRICKS = "comfy.ldm.lightricks."
-_IN_PLACE_BLOCK = "BasicAVTransformerBlock"
+_BLOCKS = ("BasicTransformerBlock", "BasicAVTransformerBlock")
 _ROTARY = ("apply_rotary_emb", "apply_rotary_emb_qk")
 _KITCHEN = "comfy_kitchen"
 _PLAIN = "comfy_kitchen.backends.eager.rope"
@@ -50,8 +50,9 @@ def differentiable_rope() -> Iterator[None]:
 def recorded_blocks(network: torch.nn.Module) -> Iterator[None]:
     """Let autograd record the blocks of Lightricks' networks, which add in place without binding the result.
 
-    Norms save copies of their inputs, which `addcmul_` changes. Blocks for picture and sound add in place for good, to
-    copies of their inputs: a recomputation needs the inputs as they were. Rotary embeddings round as at inference.
+    Norms save copies of their inputs, which `addcmul_` changes. Blocks start with copies of their inputs: a
+    recomputation needs the inputs as they were. Blocks for picture and sound bind no result of `add_` either, so they
+    really add in place. Rotary embeddings round as at inference.
 
     Args:
         network: a private tree.
@@ -60,8 +61,8 @@ def recorded_blocks(network: torch.nn.Module) -> Iterator[None]:
         yield
         return
     for block in network.modules():
-        if type(block).__name__ == _IN_PLACE_BLOCK:
-            block.forward = functools.partial(_forward_in_place, block.forward)
+        if type(block).__name__ in _BLOCKS:
+            block.forward = functools.partial(_forward_of_copy, block.forward)
     common, lightricks = comfy.ldm.common_dit, comfy.ldm.lightricks.model
     patches = [(common, "rms_norm", _norm_of_copy)]
     patches += [(lightricks, name, _as_at_inference) for name in _ROTARY if hasattr(lightricks, name)]
@@ -85,7 +86,9 @@ def _as_at_inference(function: Callable, *args) -> Any:
         return function(*args)
 
 
-def _forward_in_place(forward: Callable, latents: tuple[torch.Tensor, ...], *args, **kwargs) -> Any:
+def _forward_of_copy(forward: Callable, latents: torch.Tensor | tuple[torch.Tensor, ...], *args, **kwargs) -> Any:
+    if torch.is_tensor(latents):
+        return forward(latents.clone(), *args, **kwargs)
     with out_of_place_suspended():
         return forward(tuple(latent.clone() for latent in latents), *args, **kwargs)
 
