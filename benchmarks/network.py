@@ -30,17 +30,17 @@ WAYS = {"after the backward": (False, False), "exact": (True, False), "bf16": (T
 
 
 class _Sleep(torch.autograd.Function):
-    """A layer whose backward takes a time of its own."""
+    """A layer whose backward ends at a time of its own, however late this process wakes up."""
 
     @staticmethod
-    def forward(ctx, x, weight, seconds):
-        ctx.seconds, ctx.size = seconds, weight.numel()
+    def forward(ctx, x, weight, ends):
+        ctx.size, ctx.ends = weight.numel(), ends
         return x.clone()
 
     @staticmethod
     def backward(ctx, grad):
-        time.sleep(ctx.seconds)
-        return grad, torch.full((ctx.size,), 1.0), None
+        time.sleep(max(0.0, ctx.ends.pop(0) - time.perf_counter()))
+        return grad, torch.ones(ctx.size), None
 
 
 def work(link: str) -> None:
@@ -64,10 +64,11 @@ def work(link: str) -> None:
             reducer.begin()
             if step == 1:
                 before = int(sent.read_text())
-            started = time.perf_counter()
-            x = torch.zeros(1, requires_grad=True)
+            x, ends = torch.zeros(1, requires_grad=True), []
             for weight in weights:
-                x = _Sleep.apply(x, weight, SLEEP[link])
+                x = _Sleep.apply(x, weight, ends)
+            started = time.perf_counter()
+            ends += [started + number * SLEEP[link] for number in range(1, LAYERS + 1)]
             if overlaps:
                 with reducer.last_backward():
                     x.sum().backward()
