@@ -204,16 +204,17 @@ class StepWeights:
         of the forward would arrive at the very end, too late to be sent to other processes meanwhile.
         """
         self._parts = [[]]
-        rest, size = dict.fromkeys(self._layers), _PART_BYTES
+        rest, left = dict.fromkeys(self._layers), 0
         for block in blocks:
             own = [layer for layer in low_rank_layers(block).values() if layer in rest]
             if not own:
                 continue
-            if size >= _PART_BYTES:
+            size = sum(layer.down.weight.nbytes + layer.up.weight.nbytes for layer in own)
+            if size > left:
                 self._parts.append([])
-                size = 0
+                left = _PART_BYTES
             self._parts[-1] += own
-            size += sum(layer.down.weight.nbytes + layer.up.weight.nbytes for layer in own)
+            left -= size
             for layer in own:
                 del rest[layer]
             yield block.register_forward_pre_hook(partial(self._begin, len(self._parts) - 1))

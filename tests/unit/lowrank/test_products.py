@@ -4,7 +4,6 @@ import pytest
 import torch
 from graft_pack.trainers.lowrank import products
 from graft_pack.trainers.lowrank.layers import LowRankLayer, StepWeights, cast_by_block, grouping, low_rank_layers
-from graft_pack.trainers.memory.autograd import blocks_of
 from graft_pack.trainers.memory.checkpointing import checkpoint_blocks
 from torch import nn
 from torch.nn import functional
@@ -231,7 +230,7 @@ def test_weights_cast_by_block_have_their_gradients_with_its_backward(checkpoint
         block.register_full_backward_pre_hook(lambda *given, number=number: events.append(number))
         weight = block.q.low_rank.down.weight
         weight.register_post_accumulate_grad_hook(lambda weight, number=number: events.append(f"of {number}"))
-    handles = cast_by_block([network], blocks_of)
+    handles = cast_by_block([network], lambda tree: tree.blocks)
     weights = [part.weight for layer in low_rank_layers(network).values() for part in (layer.down, layer.up)]
     for _ in range(2):
         events.clear()
