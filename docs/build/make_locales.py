@@ -106,7 +106,7 @@ def list_page_texts():
 
 
 def describe(nodes):
-    """Return {file: its English content}. The page's texts are a list, in the same order in every language."""
+    """Return {part: its English content}. The page's texts are a list, in the same order in every language."""
     return {
         "nodeDefs": describe_nodes(nodes),
         "main": {**MAIN, "graft": {"texts": list_page_texts()}},
@@ -143,16 +143,28 @@ def translate(value, table, place=()):
     return {key: inner for key, inner in made.items() if inner}
 
 
-def list_missing(files, table):
+def list_missing(parts, table):
     """Return {place: English text} of texts that a table does not translate."""
-    texts = (row for tree in files.values() for row in list_texts(tree))
+    texts = (row for tree in parts.values() for row in list_texts(tree))
     return {place: text for place, text in texts if not (table.get(place) or table.get(text))}
 
 
-def list_stale(files, table):
+def list_stale(parts, table):
     """Return the entries of a translation table that no text uses any more."""
-    rows = [row for tree in files.values() for row in list_texts(tree)]
+    rows = [row for tree in parts.values() for row in list_texts(tree)]
     return sorted(set(table) - {place for place, _ in rows} - {text for _, text in rows})
+
+
+def files_of(language, parts, table):
+    """Return {file: its content} of a language, without parts that have no text.
+
+    ComfyUI takes the parts from files of their own, or by their names from main.json: one file is smaller.
+    """
+    if language == "en":
+        # The nodes have their English texts themselves: the file is for translators.
+        return {"main": {**parts["main"], "settings": parts["settings"]}, "nodeDefs": parts["nodeDefs"]}
+    said = {name: translate(tree, table) for name, tree in parts.items()}
+    return {"main": {**said.pop("main"), **said}}
 
 
 def dump(value):
@@ -163,6 +175,9 @@ def write(language, files):
     """Write the files of one language."""
     folder = LOCALES / language
     folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.glob("*.json"):
+        if path.stem not in files:
+            path.unlink()
     for name, value in files.items():
         (folder / f"{name}.json").write_text(dump(value), encoding="utf-8")
     print(folder)
@@ -172,19 +187,19 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--missing", action="store_true", help="write nothing")
     args = parser.parse_args()
-    files = describe(list_nodes())
+    parts = describe(list_nodes())
     if not args.missing:
-        write("en", files)
+        write("en", files_of("en", parts, {}))
     for language in LANGUAGES:
         table = read_table(language)
-        missing = dict.fromkeys(list_missing(files, table).values(), "")
+        missing = dict.fromkeys(list_missing(parts, table).values(), "")
         if missing:
             print(
                 f"{TABLES / language}.json lacks {len(missing)}:\n{json.dumps(missing, indent=0, ensure_ascii=False)}",
                 file=sys.stderr,
             )
         if not args.missing:
-            write(language, {name: translate(tree, table) for name, tree in files.items()})
+            write(language, files_of(language, parts, table))
 
 
 if __name__ == "__main__":

@@ -129,7 +129,9 @@ def test_every_node_has_its_help_page_where_the_browser_looks(page, schemas):
 def test_texts_for_translators_arrive(page, schemas):
     languages = page.js("return await (await fetch('/api/i18n')).json();")
     arrived = languages["en"]
-    assert set(schemas) <= set(arrived["nodeDefs"])
+    for language in ("en", *make_locales.LANGUAGES):
+        assert set(schemas) <= set(languages[language]["nodeDefs"]), language
+        assert set(make_locales.SETTINGS) <= set(languages[language]["settings"]), language
     assert make_locales.MAIN["dataTypes"].items() <= arrived["dataTypes"].items()
     for language in ("en", *make_locales.LANGUAGES):
         assert set(languages[language]["settings"]["Graft_GiveWay"]["options"]) == set(GIVE_WAY)
