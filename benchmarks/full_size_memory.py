@@ -24,7 +24,7 @@ import torch
 
 from . import contestants
 from .peak_memory import peak_of_work
-from .real_networks import CLIPS, LABELS, MIDDLING, NAMES, adapt, fake_tensors, family_name, inputs, network
+from .real_networks import BLOCKS, CLIPS, LABELS, MIDDLING, NAMES, adapt, fake_tensors, family_name, inputs, network
 from .subprocess_run import OPTION, subprocess_run
 
 DOCS = Path(__file__).parents[1] / "docs" / "memory.md"
@@ -198,6 +198,17 @@ def peaks(name: str, sides: Sequence[int], targets: str, ways: dict[str, Way]) -
     return found
 
 
+def clip_peaks(name: str, frames: Sequence[int], targets: str, ways: dict[str, Way]) -> dict[tuple[str, int], int]:
+    """Return what `peaks` does, from counts with three and four blocks: each further block adds the same."""
+    few, more = (_peaks_with(blocks, name, frames, targets, ways) for blocks in (3, 4))
+    return {key: few[key] + (BLOCKS[name] - 3) * (more[key] - few[key]) for key in few}
+
+
+def _peaks_with(blocks: int, name: str, *given) -> dict[tuple[str, int], int]:
+    with mock.patch.dict(BLOCKS, {name: blocks}):
+        return peaks(name, *given)
+
+
 def weights_of(name: str) -> int:
     """Return the bytes of a network's weights in 16 bits."""
     with fake_tensors():
@@ -212,7 +223,7 @@ _KEYS = 3
 
 def count(name: str, sides: Sequence[int], targets: str, ways: dict[str, Way]) -> list[list[str]]:
     """Return a network's rows: its peaks in GB."""
-    found = peaks(name, sides, targets, ways)
+    found = (clip_peaks if name in CLIPS else peaks)(name, sides, targets, ways)
     first = [LABELS.get(name, name), f"{weights_of(name) / GIGABYTE:.1f} GB"]
     return [[*first, str(side), *(f"{found[way, side] / GIGABYTE:.1f}" for way in ways)] for side in sides]
 

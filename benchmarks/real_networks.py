@@ -98,10 +98,10 @@ def _qwen_image(options: dict[str, Any]) -> torch.nn.Module:
     return QwenImageTransformer2DModel(**options)
 
 
-def _wan(dim: int, feed_forward: int, blocks: int, options: dict[str, Any]) -> torch.nn.Module:
+def _wan(name: str, dim: int, feed_forward: int, options: dict[str, Any]) -> torch.nn.Module:
     from comfy.ldm.wan.model import WanModel
 
-    sizes = {"dim": dim, "ffn_dim": feed_forward, "num_heads": dim // 128, "num_layers": blocks}
+    sizes = {"dim": dim, "ffn_dim": feed_forward, "num_heads": dim // 128, "num_layers": BLOCKS[name]}
     return WanModel(model_type="t2v", in_dim=16, out_dim=16, text_dim=4096, **sizes, **options)
 
 
@@ -121,12 +121,13 @@ _BUILDERS = {
     "Flux": _flux,
     "Lumina 2": _z_image,
     "Qwen-Image": _qwen_image,
-    "Wan 1.3B": partial(_wan, 1536, 8960, 30),
-    "Wan 14B": partial(_wan, 5120, 13824, 40),
+    "Wan 1.3B": partial(_wan, "Wan 1.3B", 1536, 8960),
+    "Wan 14B": partial(_wan, "Wan 14B", 5120, 13824),
 }
 NAMES = ("SD1", "SDXL", "SD3", "Flux", "Lumina 2", "Qwen-Image")
 # Networks of clips of 832 x 480 pixels.
-CLIPS = ("Wan 1.3B", "Wan 14B")
+BLOCKS = {"Wan 1.3B": 30, "Wan 14B": 40}
+CLIPS = tuple(BLOCKS)
 LABELS = {"SD1": "SD1.5", "SD3": "SD3.5 large", "Lumina 2": "Z-Image", **{name: f"Wan 2.1{name[3:]}" for name in CLIPS}}
 
 
