@@ -9,8 +9,8 @@ import torch
 from graft_pack.trainers.errors import SettingsError
 from graft_pack.trainers.formats.adapter import load_adapter
 from graft_pack.trainers.recipe.options import STOPS_FALLING
-from graft_pack.trainers.runs.early_stopping import has_stopped_falling, lowest
 from graft_pack.trainers.runs.folders import Folders, Halt
+from graft_pack.trainers.runs.reports import has_stopped_falling, lowest
 from graft_pack.trainers.runs.run import STOPPED, Run
 from graft_pack.trainers.runs.saves import list_saves, pick_save, read_best
 

@@ -8,7 +8,7 @@ import torch
 from graft_pack.trainers.engine import accumulation, updater
 from graft_pack.trainers.errors import NumbersError, OutOfMemory
 from graft_pack.trainers.optimizers import OPTIMIZERS, per_parameter
-from graft_pack.trainers.optimizers.stochastic_rounding import round_stochastically
+from graft_pack.trainers.optimizers.per_parameter import round_stochastically
 
 from tests.support import models
 from tests.support.diffusers_host import make_dataset, make_host, make_unet, run_session, same_state, same_tensors

@@ -16,8 +16,7 @@ from ..preprocessing.prefetch import Prefetcher
 from ..protocols import Command
 from ..recipe.options import STOPS_FALLING
 from ..runs.checkpoint import State
-from ..runs.early_stopping import has_stopped_falling
-from ..runs.reports import report_early_stop, report_pictures, report_spike
+from ..runs.reports import has_stopped_falling, report_early_stop, report_pictures, report_spike
 from ..runs.run import STOPPED, Run
 from ..steps.pending_step import PendingStep, StepNumbers
 from ..steps.plan import Plan, Window

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from ..errors import SettingsError
 from .libraries import PACKAGE, ByName, LibraryOptimizer, of_pytorch_optimizer
-from .optimizer import Optimizer, needs
-from .schedule_free import ScheduleFreeAverage
+from .optimizer import Optimizer, ScheduleFreeAverage, needs
 
 
 class AdamW(Optimizer):

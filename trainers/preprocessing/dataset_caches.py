@@ -12,8 +12,7 @@ from ..recipe.options import TEXT_ALONE
 from .cache import Cache
 from .crops import source_crop
 from .encode import LatentCache, TextCache
-from .inpaint_masks import InpaintMaskCache
-from .mask_weights import MaskCache
+from .inpaint_masks import InpaintMaskCache, MaskCache
 from .source_prompts import Prompt, ReferenceCache, SourcePrompt, Sources, SourceTextCache
 
 if TYPE_CHECKING:

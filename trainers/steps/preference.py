@@ -14,8 +14,8 @@ from .predict import factors_of, predict, weights_of
 
 if TYPE_CHECKING:
     from ..protocols import Host
-    from .micro_batch import MicroBatch, Watch
     from .plan import Plan
+    from .predict import MicroBatch, Watch
 
 
 def pair_losses(plan: Plan, host: Host, batch: MicroBatch, watch: Watch | None = None) -> torch.Tensor:

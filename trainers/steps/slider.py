@@ -19,8 +19,8 @@ from .predict import encode_live, factors_of, predict, weights_of
 if TYPE_CHECKING:
     from ..preprocessing.items import Sample
     from ..protocols import Host
-    from .micro_batch import MicroBatch, Watch
     from .plan import Plan
+    from .predict import MicroBatch, Watch
 
 
 class _Side(NamedTuple):

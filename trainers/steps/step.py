@@ -16,8 +16,7 @@ from ..objective.noise import draw_noise, draw_sigmas, spread_sigmas
 from ..objective.options import NATIVE
 from ..objective.targets import parameterization
 from ..rng import generator
-from .micro_batch import MicroBatch, Watch
-from .predict import factors_of, predict, weights_of
+from .predict import MicroBatch, Watch, factors_of, predict, weights_of
 from .preference import pair_losses
 from .slider import both_sides, slider_losses
 
