@@ -181,7 +181,8 @@ def test_every_field_arrives_in_the_recipe(kind, name):
     if name != "optimizer":
         assert recipe != resolved(without, **widgets)
     # The content of the starting adapter counts as part of the base; its file name does not.
-    same_run = kind in FREE and name not in ("validation_fraction", "prompt_node", "base_dtype") or name == "start_from"
+    deciding = ("validation_fraction", "prompt_node", "communication", "base_dtype")
+    same_run = kind in FREE and name not in deciding or name == "start_from"
     if name != "optimizer":
         assert (recipe.identity("d", "b") == resolved(without, **widgets).identity("d", "b")) == same_run
 
