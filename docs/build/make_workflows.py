@@ -546,7 +546,7 @@ def draw_train_a_lora(sketch):
     """Draw checkpoint and photos -> inspection -> training -> the same prompt before and after."""
     node = sketch.node
     base = draw_base(sketch, (DATA, 0), NOTE, 470, ROW - 200)
-    photos = node("GraftLoadDataset", "Photos", (DATA, ROW), (420, 640),
+    photos = node("GraftLoadDataset", "Photos", (DATA, ROW), (420, 710),
                   folder="my_photos", trigger="ohwx dog", resolution=512)  # fmt: skip
 
     def save(trainer, place):
@@ -580,7 +580,7 @@ def draw_dreambooth(sketch):
     data, train, sample = 0, 480, 960
 
     checkpoint, base = draw_base(sketch, (data, 0), DREAMBOOTH_NOTE, 480)
-    photos = node("GraftLoadDataset", "Photos", (data, 860), (420, 640), folder="my_photos", resolution=512)
+    photos = node("GraftLoadDataset", "Photos", (data, 860), (420, 710), folder="my_photos", resolution=512)
     subject = node("PrimitiveStringMultiline", "Subject", (data, 1630), (420, 110), value="a photo of sks dog")
     kind = node("PrimitiveStringMultiline", "Class", (data, 1800), (420, 110), value="a photo of a dog")
     negative = node(
@@ -622,7 +622,7 @@ def draw_embedding(sketch):
     data, train, wish, sample = 0, 480, 960, 1440
 
     checkpoint, base = draw_base(sketch, (data, 0), EMBEDDING_NOTE, 520)
-    photos = node("GraftLoadDataset", "Photos", (data, 860), (420, 640), folder="my_photos", resolution=512)
+    photos = node("GraftLoadDataset", "Photos", (data, 860), (420, 710), folder="my_photos", resolution=512)
     trainer = node("GraftTrainEmbedding", "Train", (train, 700), (420, 720), {**base, "dataset": (photos, 0)},
                    name="my-dog", init_text="dog", vectors=2, steps=2000, batch_size=4)  # fmt: skip
     saved = node("GraftSaveEmbedding", "Save the word", (train, 1480), (420, 80), {"embedding": (trainer, 1)})
@@ -650,7 +650,7 @@ def draw_pivotal(sketch):
     data, train, wish, sample = 0, 480, 960, 1440
 
     checkpoint, base = draw_base(sketch, (data, 0), PIVOTAL_NOTE, 520)
-    photos = node("GraftLoadDataset", "Photos", (data, 860), (420, 640),
+    photos = node("GraftLoadDataset", "Photos", (data, 860), (420, 710),
                   folder="my_photos", trigger="my-dog", resolution=512)  # fmt: skip
     word = node("GraftPivotalOptions", "The word", (train, 380), (420, 160), name="my-dog", init_text="dog")
     trainer = node("GraftTrainLoRA", "Train", (train, 700), (420, 630),
@@ -680,7 +680,7 @@ def draw_fine_tune(sketch):
     node = sketch.node
     prompt = "a house by the sea, ohwx style"
     base = draw_base(sketch, (DATA, 0), FINE_TUNE_NOTE, 560, ROW - 160)
-    pictures = node("GraftLoadDataset", "Pictures", (DATA, ROW), (420, 640),
+    pictures = node("GraftLoadDataset", "Pictures", (DATA, ROW), (420, 710),
                     folder="my_pictures", trigger="ohwx style", resolution=512)  # fmt: skip
 
     def save(trainer, place):
@@ -761,11 +761,11 @@ def draw_edit(sketch):
         node("VAELoader", "VAE", (DATA, ROW + 320), (420, 60), vae_name="qwen_image_vae.safetensors"),
     ]  # fmt: skip
     base = {name: (loader, 0) for name, loader in zip(("model", "clip", "vae"), loaders, strict=True)}
-    pairs = node("GraftLoadDataset", "Pairs", (DATA, ROW + 480), (420, 640), folder="my_pairs",
+    pairs = node("GraftLoadDataset", "Pairs", (DATA, ROW + 480), (420, 710), folder="my_pairs",
                  control_folder="control")  # fmt: skip
     inspect = node("GraftInspectDataset", "What training will see", (LOOK, ROW), (420, 640),
                    {"dataset": (pairs, 0), **base})  # fmt: skip
-    run = node("GraftRunOptions", "How prompts are encoded", (LOOK, -120), (420, 400),
+    run = node("GraftRunOptions", "How prompts are encoded", (LOOK, -140), (420, 420),
                prompt_node="TextEncodeQwenImageEditPlus")  # fmt: skip
     previews = node("GraftPreviewOptions", "Previews", (LOOK, 335), (420, 340), {"options": (run, 0)}, prompts=prompt)
     trained = node("GraftTrainLoRA", "Train", (TRAIN, ROW), (420, 640),
@@ -822,9 +822,9 @@ def draw_curriculum(sketch):
     """Draw photos at two sizes -> three trainers on a wire -> the prompt after the first and the last."""
     node = sketch.node
     checkpoint, base = draw_base(sketch, (DATA, 0), CURRICULUM_NOTE, 470, ROW - 200)
-    tops = {256: ROW, 512: ROW + 720}
+    tops = {256: ROW, 512: ROW + 790}
     photos = {
-        side: node("GraftLoadDataset", f"Photos at {side}", (DATA, top), (420, 640),
+        side: node("GraftLoadDataset", f"Photos at {side}", (DATA, top), (420, 710),
                    folder="my_photos", trigger="ohwx dog", resolution=side)
         for side, top in tops.items()
     }  # fmt: skip
@@ -842,7 +842,7 @@ def draw_curriculum(sketch):
         for name, height in zip(base, LANE, strict=True):
             sketch.route(trainers[-1], name, [(LOOK - 30, height), (column - 40, height)])
         if side == 512:
-            sketch.route(trainers[-1], "dataset", [(LOOK - 30, ROW + 680), (column - 40, ROW + 680)])
+            sketch.route(trainers[-1], "dataset", [(LOOK - 30, ROW + 750), (column - 40, ROW + 750)])
     first, _, last = trainers
     saved = node("GraftSaveAdapter", "Save the LoRA", (WISH, ROW + 720), (420, 122), {"adapter": (last, 2)},
                  filename_prefix="my_lora")  # fmt: skip
@@ -864,7 +864,7 @@ def draw_preference(sketch):
     node = sketch.node
     prompt = "a portrait of a woman by a window"
     base = draw_base(sketch, (DATA, 0), PREFERENCE_NOTE, 470, ROW - 200)
-    pairs = node("GraftLoadDataset", "Pairs", (DATA, ROW), (420, 660), folder="my_pairs", resolution=512,
+    pairs = node("GraftLoadDataset", "Pairs", (DATA, ROW), (420, 710), folder="my_pairs", resolution=512,
                  worse_folder="worse")  # fmt: skip
 
     def save(trainer, place):
@@ -915,7 +915,7 @@ def draw_wan(sketch):
     clip = node("CLIPLoader", "Text encoder", (DATA, ROW + 300), (420, 110),
                 clip_name="umt5_xxl_fp8_e4m3fn_scaled.safetensors", type="wan")  # fmt: skip
     vae = node("VAELoader", "VAE", (DATA, ROW + 470), (420, 60), vae_name="wan_2.1_vae.safetensors")
-    dataset = node("GraftLoadDataset", "Dataset", (DATA, ROW + 630), (420, 640), folder="my_clips", resolution=640)
+    dataset = node("GraftLoadDataset", "Dataset", (DATA, ROW + 630), (420, 710), folder="my_clips", resolution=640)
     ranges = [
         node("GraftObjectiveOptions", "From 875", (LOOK, 0), (420, 700), min_timestep=875),
         node("GraftObjectiveOptions", "To 875", (LOOK, ROW + 100), (420, 700), max_timestep=875),
