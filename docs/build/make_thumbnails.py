@@ -55,7 +55,7 @@ def draw_thumbnail(server, workflow, entry, titles, path):
         for row, data in enumerate(pictures[:2]):
             picture = Image.open(io.BytesIO(data)).convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
             sheet.paste(picture, (column * side, row * side))
-    sheet.save(path, quality=38, optimize=True)
+    sheet.save(path, quality=30, optimize=True)
     print(path, path.stat().st_size, flush=True)
 
 
@@ -67,7 +67,7 @@ def draw_pairs(path):
         picture = Image.open(source).convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
         sheet.paste(picture.convert("L").convert("RGB"), (0, row * side))
         sheet.paste(picture, (side, row * side))
-    sheet.save(path, quality=38, optimize=True)
+    sheet.save(path, quality=30, optimize=True)
 
 
 def draw_clip(path):
@@ -79,7 +79,7 @@ def draw_clip(path):
     for place in range(4):
         frame = ImageChops.offset(picture, (place - 1) * side // 8, 0)
         sheet.paste(frame, (place % 2 * side, place // 2 * side))
-    sheet.save(path, quality=38, optimize=True, progressive=True)
+    sheet.save(path, quality=30, optimize=True, progressive=True)
 
 
 def run(server, name):

@@ -143,7 +143,7 @@ def test_a_picture_that_is_uploaded_again_stays(page, make_folder, tmp_path):
         for path in (folder / "00.png", tmp_path / "new.png")
     ]
     answer = page.js("""
-        const { uploadAll } = await import('/extensions/graft/dataset/upload.js');
+        const { uploadAll } = await import('/extensions/graft/dataset/adding.js');
         const { DatasetRoutes } = await import('/extensions/graft/dataset/routes.js');
         const read = text => Uint8Array.from(atob(text), letter => letter.charCodeAt(0));
         const pictures = args[1].map(({path, bytes}) => ({path, file: new File([read(bytes)], path)}));
@@ -523,7 +523,7 @@ def test_changes_of_captions(page):
 @pytest.mark.parametrize(("fails", "steps"), [(False, ["first", "typed"]), (True, ["first", "slow", "typed"])])
 def test_an_edit_during_an_undo_stays(page, fails, steps):
     past = page.js("""
-        const { UndoStack } = await import('/extensions/graft/dataset/undo.js');
+        const { UndoStack } = await import('/extensions/graft/dataset/saver.js');
         const stack = new UndoStack(() => {}, () => {});
         const push = (label, undo) => stack.push({label, undo});
         let end;

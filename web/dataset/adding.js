@@ -1,8 +1,180 @@
-// Dialog that adds pictures to a dataset: choose files or a folder, name the dataset's folder, follow the upload.
+// Pictures and captions that are dropped on a node or chosen, and their upload.
+
 import { button, make, mark, openDialog, say } from "../panel/make.js";
 import { t } from "../texts.js";
-import { collectFiles, sortFiles, takeDrops } from "./files.js";
-import { uploadAll } from "./upload.js";
+
+const PICTURE = /\.(png|apng|jpe?g|jfif|mpo|webp|bmp|gif|avif|tiff?|hei[cf]|jxl|mp4|m4v|mov|mkv|webm|avi)$/i;
+const CAPTION = /\.(txt|caption)$/i;
+const TABLE = /\.(json|jsonl|csv)$/i;
+
+export function hasFiles({ dataTransfer }) {
+  return Boolean(dataTransfer?.types.includes("Files"));
+}
+
+// Call a function with the data of each drop of files on an element.
+export function takeDrops(element, take) {
+  element.addEventListener("dragover", (event) => hasFiles(event) && event.preventDefault());
+  element.addEventListener("drop", (event) => {
+    if (!hasFiles(event)) return;
+    event.preventDefault();
+    event.stopPropagation();
+    take(event.dataTransfer);
+  });
+}
+
+// Collect the files of a drop, or of a file field, those inside folders included; a promise of [{file, path}]. A drop's
+// entries must be taken during its event, so call this at once.
+export function collectFiles(given) {
+  if (!given.items) {
+    return Promise.resolve([...given].map((file) => ({ file, path: file.webkitRelativePath || file.name })));
+  }
+  const items = [...given.items].filter(({ kind }) => kind === "file");
+  const entries = items.map((item) => item.webkitGetAsEntry?.() ?? item.getAsFile());
+  return Promise.all(entries.map(readEntry)).then((lists) => lists.flat());
+}
+
+async function readEntry(entry) {
+  if (entry instanceof File) return [{ file: entry, path: entry.name }];
+  if (entry.isFile) {
+    const file = await new Promise((take, fail) => entry.file(take, fail));
+    return [{ file, path: entry.fullPath.replace(/^\//, "") }];
+  }
+  const inside = await readFolder(entry.createReader());
+  return (await Promise.all(inside.map(readEntry))).flat();
+}
+
+async function readFolder(reader) {
+  const entries = [];
+  for (;;) {
+    // A reader gives a hundred entries at a time.
+    const batch = await new Promise((take, fail) => reader.readEntries(take, fail));
+    if (!batch.length) return entries;
+    entries.push(...batch);
+  }
+}
+
+// Sort files into {pictures, captions, tables, others}: [{file, path}], each path relative to the dropped folder, whose
+// name is `folder`; "" if no folder was dropped alone.
+export function sortFiles(files) {
+  const isHidden = ({ path }) => path.split("/").some((part) => part.startsWith("."));
+  const all = files.filter((row) => !isHidden(row)).sort((a, b) => (a.path < b.path ? -1 : 1));
+  const roots = new Set(all.map(({ path }) => (path.includes("/") ? path.slice(0, path.indexOf("/")) : "")));
+  const [root] = roots;
+  const folder = roots.size === 1 && root ? root : "";
+  const rows = folder ? all.map(({ file, path }) => ({ file, path: path.slice(folder.length + 1) })) : all;
+  const take = (pattern) => rows.filter(({ path }) => pattern.test(path));
+  const isKnown = ({ path }) => [PICTURE, CAPTION, TABLE].some((pattern) => pattern.test(path));
+  return {
+    folder,
+    pictures: take(PICTURE),
+    captions: take(CAPTION),
+    tables: take(TABLE),
+    others: rows.filter((row) => !isKnown(row)),
+  };
+}
+
+export function stemOf(path) {
+  return path.replace(/\.[^./]*$/, "");
+}
+
+// Return the text of a caption file: UTF-8, or UTF-16 with a byte order mark.
+export async function readText(file) {
+  const bytes = new Uint8Array(await file.arrayBuffer());
+  const mark = (bytes[0] << 8) | bytes[1];
+  const encoding = { 0xfffe: "utf-16le", 0xfeff: "utf-16be" }[mark] ?? "utf-8";
+  return new TextDecoder(encoding, { fatal: true }).decode(bytes);
+}
+
+const AT_ONCE = 3;
+const MOST_CAPTIONS = 100; // captions in one request
+
+// Upload sorted files into a folder. progress: called with (done, total). Return {added: number of new
+// pictures, problems: lines about files that were not taken}.
+export async function uploadAll(routes, folder, { pictures, captions, tables, others }, progress) {
+  const rows = [...pictures, ...tables];
+  const problems = others.map(({ path }) => `${path}: ${t("neither a picture nor a caption")}`);
+  const names = new Map(); // path -> name in the folder
+  const total = rows.length + captions.length;
+  let done = 0;
+  progress(done, total);
+  const before = await listPictures(routes, folder);
+  await forEach(rows, AT_ONCE, async ({ file, path }) => {
+    try {
+      const inside = path.includes("/") ? path.slice(0, path.lastIndexOf("/") + 1) : "";
+      const name = await routes.upload(file, `${folder}/${inside}`.replace(/\/$/, ""));
+      names.set(path, inside + name);
+    } catch (error) {
+      problems.push(`${path}: ${error.message}`);
+    }
+    progress((done += 1), total);
+  });
+  if (!names.size && !captions.length) return { added: 0, problems };
+  const existed = ({ path }) => before.has(names.get(path));
+  const taken = rows.filter(({ path }) => names.has(path));
+  // Of two equal files, the first one stays.
+  const uploaded = taken.filter((row) => !existed(row)).map(({ path }) => names.get(path));
+  const answer = await routes.added(folder, uploaded);
+  // ComfyUI writes no file that is there already, and gives its name.
+  for (const { path } of taken.filter(existed)) {
+    problems.push(t("$name: skipped, a copy of $other", { name: path, other: names.get(path) }));
+  }
+  problems.push(...answer.duplicates.map(({ name, of }) => t("$name: skipped, a copy of $other", { name, other: of })));
+  problems.push(...answer.unreadable.map(({ name, reason }) => `${name}: ${reason}`));
+  const kept = new Set(answer.kept);
+  const added = pictures.filter(({ path }) => kept.has(names.get(path)));
+  const present = [...added, ...pictures.filter(existed)];
+  const known = new Map(present.map(({ path }) => [stemOf(path), names.get(path)]));
+  await saveCaptions(routes, folder, captions, known, problems, (count) => progress((done += count), total));
+  return { added: added.length, problems };
+}
+
+async function listPictures(routes, folder) {
+  const { uploads } = await routes.listFolders();
+  if (!uploads.includes(folder)) return new Set();
+  const { pictures, left_out: leftOut } = await routes.readDataset(folder, {});
+  return new Set([...pictures, ...leftOut].map(({ name }) => name));
+}
+
+// Save caption files as the captions of the pictures with their names. A caption that a picture has is not overwritten.
+async function saveCaptions(routes, folder, captions, known, problems, progress) {
+  if (!captions.length) return;
+  const { pictures } = await routes.readDataset(folder, {});
+  const held = new Map(pictures.map((picture) => [picture.name, picture]));
+  const edits = [];
+  for (const { file, path } of captions) {
+    // 01.txt or 01.jpg.txt for 01.jpg; a caption without a new picture is for one that is there.
+    const stem = stemOf(path);
+    const isOf = ({ name }) => stemOf(name) === stem || name === stem;
+    const picture = held.get(known.get(stem) ?? known.get(stemOf(stem))) ?? pictures.find(isOf);
+    try {
+      if (!picture) throw new Error(t("no picture of this name"));
+      const was = picture.origin === "file" ? "" : picture.caption;
+      edits.push({ name: picture.name, text: await readText(file), was });
+    } catch (error) {
+      problems.push(`${path}: ${error.message}`);
+    }
+  }
+  progress(captions.length - edits.length);
+  for (let place = 0; place < edits.length; place += MOST_CAPTIONS) {
+    const batch = edits.slice(place, place + MOST_CAPTIONS);
+    const { results } = await routes.saveCaptions(folder, batch);
+    const sent = new Map(batch.map(({ name, text }) => [name, text]));
+    for (const { name, status, text, error } of results) {
+      const isOther = status === "conflict" && text !== sent.get(name);
+      if (isOther) problems.push(t("$name: has a caption already, which was kept", { name }));
+      if (status === "failed") problems.push(`${name}: ${error}`);
+    }
+    progress(batch.length);
+  }
+}
+
+async function forEach(list, atOnce, work) {
+  const rest = list.values();
+  const run = async () => {
+    for (const item of rest) await work(item);
+  };
+  await Promise.all(Array.from({ length: atOnce }, run));
+}
 
 const ACCEPT = "image/*,.heic,.heif,.avif,.txt,.caption,.json,.jsonl,.csv";
 // Names that every file system takes, with folders inside folders.

@@ -1,8 +1,7 @@
 // Graft Load Dataset in the graph: buttons, drag and drop, and the pages that they open.
 import { allNodes } from "../panel/graph.js";
 import { t } from "../texts.js";
-import { openAdding } from "./adding.js";
-import { collectFiles, hasFiles } from "./files.js";
+import { collectFiles, hasFiles, openAdding } from "./adding.js";
 import { DatasetPage } from "./page.js";
 
 export const LOADER = "GraftLoadDataset";

@@ -4,18 +4,17 @@ import { throttled } from "../panel/throttle.js";
 import { ABOUT_LOSS } from "../panel/words.js";
 import { t } from "../texts.js";
 import { Actions } from "./actions.js";
+import { takeDrops } from "./adding.js";
 import { openBulkEdit } from "./bulk.js";
 import { openConflict, openUnsaved } from "./conflict.js";
 import { Dataset } from "./dataset.js";
-import { takeDrops } from "./files.js";
 import { Grid } from "./grid.js";
 import { handleKey } from "./keys.js";
 import { openPicture } from "./picture.js";
-import { Saver } from "./saver.js";
+import { Saver, UndoStack } from "./saver.js";
 import { SideBar } from "./side.js";
 import { Tile } from "./tile.js";
 import { Toolbar } from "./toolbar.js";
-import { UndoStack } from "./undo.js";
 
 const PAUSE = 1000; // minimum milliseconds between two counts of tags and flags
 

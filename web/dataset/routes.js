@@ -1,5 +1,5 @@
 // The server routes that the dataset page calls. A folder is a choice of Graft Load Dataset, a name a picture inside.
-import { Server } from "../panel/server.js";
+import { Server } from "../panel/routes.js";
 
 // Inputs that name folders of pictures that belong to those of the dataset.
 const PAIRED = /^(mask|control|worse)_folder/;

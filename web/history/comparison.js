@@ -1,8 +1,7 @@
 // Details of one run, or several runs side by side: curves, sample pictures, recipes.
 import { make, openDialog, say } from "../panel/make.js";
-import { makeChoice, makePick, makeThumb, markPicked, nameOf } from "../panel/strip.js";
+import { makeChoice, makePick, makeThumb, markPicked, nameOf, openViewer } from "../panel/strip.js";
 import { samplesByStep } from "../panel/training.js";
-import { openViewer } from "../panel/viewer.js";
 import { formatLoss } from "../panel/words.js";
 import { t } from "../texts.js";
 import { iconButton, lossesOf, stateOf, titleOf } from "./card.js";

@@ -71,7 +71,7 @@ function stateOf({ prompts, training, running, starts }) {
   const { length: count } = prompts;
   if (!training) return running ? t("Other prompts, running now: $count", { count }) : t("Other prompts: $count", { count });
   const { step, steps, seconds_left: left, gave_way: gaveWay } = training;
-  const waiting = starts ? t("Waiting until $time", { time: starts }) : t(gaveWay ? "Waiting for other prompts" : "Waiting");
+  const waiting = starts ? t("Waiting until $time", { time: starts }) : gaveWay ? t("Waiting for other prompts") : t("Waiting");
   const state = running ? t("Training") : waiting;
   const parts = [state];
   if (steps) parts.push(t("$step of $steps steps", { step, steps }));

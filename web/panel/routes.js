@@ -1,6 +1,24 @@
-// The server routes that the panel and the history call.
+// Requests to the server, and the pack's routes.
+
 import { t } from "../texts.js";
-import { Server } from "./server.js";
+
+export class Server {
+  constructor(api) {
+    this._api = api;
+  }
+
+  _post(path, body = {}) {
+    const headers = { "Content-Type": "application/json" };
+    return this._json(path, { method: "POST", headers, body: JSON.stringify(body) });
+  }
+
+  async _json(path, options) {
+    const answer = await this._api.fetchApi(path, options);
+    const value = await answer.json().catch(() => ({}));
+    if (!answer.ok) throw new Error(value.error ?? `The server answered ${answer.status}.`);
+    return value;
+  }
+}
 
 const MOST_EVENTS = 5000;
 
