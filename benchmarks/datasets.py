@@ -210,7 +210,7 @@ def main():
     pack.hide_root()
     pack.load_pack()
     pack.use_comfy()
-    from graft_pack.trainers.preprocessing.lru_cache import BUDGET
+    from graft_pack.trainers.preprocessing.prefetch import BUDGET
 
     with tempfile.TemporaryDirectory() as place:
         root = Path(place)

@@ -18,7 +18,7 @@ from graft_pack.trainers.data.examples import Augmentation, combine
 from graft_pack.trainers.data.scan import ScanOptions, scan_folder
 from graft_pack.trainers.engine.session import run_recipe
 from graft_pack.trainers.errors import DatasetError, SettingsError
-from graft_pack.trainers.preprocessing.lru_cache import LRUCache
+from graft_pack.trainers.preprocessing.prefetch import LRUCache
 from graft_pack.trainers.preprocessing.prepare import prepare
 from graft_pack.trainers.protocols import HOLE, SOURCE
 from graft_pack.trainers.runs.folders import Folders

@@ -14,10 +14,9 @@ from ..errors import OutOfMemory
 from ..lowrank.layers import cast_by_block
 from ..memory.autograd import blocks_of
 from ..memory.transfer import copies_in_queue
-from ..optimizers.groups import parameter_groups
 from ..optimizers.per_parameter import PerParameterOptimizer
 from ..optimizers.registry import OPTIMIZERS
-from ..optimizers.state import restore_optimizer, state_of
+from ..optimizers.state import parameter_groups, restore_optimizer, state_of
 from ..recipe.options import HALF
 from ..steps.pending_step import PendingNumbers, StepLosses
 from .oom_fallback import trees_of

@@ -1,9 +1,8 @@
 """Optimizers, parameter groups, learning-rate schedules, averages and saved optimizer state."""
 
-from .groups import Group, parameter_groups
 from .registry import OPTIMIZERS, default_learning_rate, finds_its_rate
 from .schedules import SCHEDULES, ScheduleShape, lr_factor
-from .state import restore_optimizer, state_of
+from .state import Group, parameter_groups, restore_optimizer, state_of
 
 __all__ = [
     "OPTIMIZERS",

@@ -11,7 +11,7 @@ from ..data import captions
 from ..protocols import Conditioning
 from ..rng import generator, stream_seed
 from .items import DatasetItem, Sample
-from .lru_cache import LRUCache
+from .prefetch import LRUCache
 from .preview_sources import PreviewInput
 
 if TYPE_CHECKING:

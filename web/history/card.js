@@ -2,8 +2,8 @@
 import { make, mark, say } from "../panel/make.js";
 import { formatLoss } from "../panel/words.js";
 import { t, text } from "../texts.js";
+import { shortly } from "./comparison.js";
 import { drawSpark } from "./plot.js";
-import { shortly } from "./recipes.js";
 
 const STATES = {
   running: text("Training"),

@@ -4,9 +4,8 @@ import { formatBytes } from "../panel/words.js";
 import { t } from "../texts.js";
 import { Card, iconButton } from "./card.js";
 import { openComparison } from "./comparison.js";
-import { openNotes } from "./notes.js";
+import { addLoader, openNotes } from "./notes.js";
 import { Queue } from "./queue.js";
-import { addLoader } from "./use.js";
 
 const PAGE = 50;
 const PAUSE = 300; // milliseconds from the last key to the search

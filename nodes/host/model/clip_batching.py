@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
     from comfy.sd import CLIP
 
-    from ....trainers.preprocessing.lru_cache import LRUCache
+    from ....trainers.preprocessing.prefetch import LRUCache
 
 # Encoders whose rows do not depend on the rest of the batch; tests check it.
 _ROW_BY_ROW = (*WIDTHS, "t5xxl")

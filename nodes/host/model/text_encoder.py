@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ....trainers.formats.embedding import WIDTHS
 from ....trainers.memory.transfer import PinnedConstants
-from ....trainers.preprocessing.lru_cache import LRUCache
+from ....trainers.preprocessing.prefetch import LRUCache
 from . import compat, embeddings, prompt_nodes
 from .clip_batching import encode_alike, encode_together, encoded, form_of
 from .identity.fingerprint import patcher_digest, sampled_patcher_digest

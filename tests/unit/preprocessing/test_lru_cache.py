@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 import torch
-from graft_pack.trainers.preprocessing.lru_cache import LRUCache
+from graft_pack.trainers.preprocessing.prefetch import LRUCache
 from hypothesis import given
 from hypothesis import strategies as st
 
