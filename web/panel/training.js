@@ -1,6 +1,6 @@
 // The state of one training, built from its messages.
 import { t } from "../texts.js";
-import { Curve } from "./curve.js";
+import { Curve } from "./chart.js";
 import { formatBytes, formatRate } from "./words.js";
 
 const LIVE = new Set(["preparing", "drawing", "caching", "working", "training"]);

@@ -1,10 +1,39 @@
 // The panel of one training node.
+
+import { t, text } from "../texts.js";
 import { Chart } from "./chart.js";
-import { Hours } from "./hours.js";
 import { button, keepKeys, make, mark, say } from "./make.js";
 import { Strip } from "./strip.js";
-import { t, text } from "../texts.js";
 import * as words from "./words.js";
+
+export class Hours {
+  // changed: called with {not_before, pause: [from, to]}, each a time such as "22:00" or "".
+  constructor(changed) {
+    this._fields = [t("Not before"), t("Pause from"), t("to")].map((label) => {
+      const input = make("input", { type: "time" });
+      input.addEventListener("change", () => changed(this._values()));
+      return { input, element: make("label", {}, label, " ", input) };
+    });
+    this._clock = make("span", { class: "graft-quiet" });
+    this.element = make("div", { class: "graft-hours" }, ...this._fields.map(({ element }) => element), this._clock);
+    this.element.hidden = true;
+    // The graph has shortcuts for digits.
+    this.element.addEventListener("keydown", (event) => event.stopPropagation());
+  }
+
+  show({ not_before: start, pause, clock }) {
+    [start, ...pause].forEach((value, place) => {
+      const { input } = this._fields[place];
+      if (input !== document.activeElement && input.value !== value) input.value = value;
+    });
+    say(this._clock, t("The server's time, now $time", { time: clock }));
+  }
+
+  _values() {
+    const [start, ...pause] = this._fields.map(({ input }) => input.value);
+    return { not_before: start, pause };
+  }
+}
 
 export const HEIGHT = 370;
 export const WIDTH = 380;
