@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ..errors import SettingsError
-from .rotation import Rotation
+from .oft import Rotation
 from .targets import LINEAR, largest_divisor
 
 if TYPE_CHECKING:

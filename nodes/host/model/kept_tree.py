@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# The timer's thread drops a tree while another may take it.
+_lock = threading.Lock()
+
 
 class _Entry(comfy.model_patcher.ModelPatcher):
     """A kept tree in ComfyUI's list of loaded models. ComfyUI frees memory by unloading it, which drops the tree.
@@ -47,10 +50,11 @@ class _Entry(comfy.model_patcher.ModelPatcher):
 
     def drop(self) -> int:
         """Drop the tree. Return the bytes freed."""
-        if self.tree is None:
+        with _lock:
+            tree, self.tree = self.tree, None
+        if tree is None:
             return 0
-        tree, size = self.tree, self.model.model_loaded_weight_memory
-        self.tree = self.rest = None
+        self.rest, size = None, self.model.model_loaded_weight_memory
         self.size, self.model.model_loaded_weight_memory = 1, 0
         # Layers refer to each other in cycles. Python's collector would free them later, and if it ran here, it might
         # end other models, whose entries ComfyUI then removes from the list that it is going through.
@@ -96,12 +100,12 @@ class _Kept:
         """Return tree and rest, and end keeping them; None if the MODEL's weights are not those that they share."""
         self._timer.cancel()
         self.entry.remove()
-        tree, rest = self.entry.tree, self.entry.rest
-        if tree is None or self._original() is not original or _state_of(original) != self._weights:
+        if self._original() is not original or _state_of(original) != self._weights:
             self.entry.drop()
-            return None
-        self.entry.tree = self.entry.rest = None
-        return tree, rest
+        rest = self.entry.rest
+        with _lock:
+            tree, self.entry.tree = self.entry.tree, None
+        return None if tree is None else (tree, rest)
 
 
 _slot: list[_Kept] = []
