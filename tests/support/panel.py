@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 
 from .browser import EMPTY
@@ -221,6 +222,13 @@ class PanelView:
             f"""
             const training = document.querySelector('.graft-panel')?.graftTraining;
             return training?.step >= {step} && training.step;""",
+            timeout,
+        )
+
+    def wait_for_text(self, selector, text, timeout=90):
+        """Wait until a part of the panel shows a text."""
+        self.page.wait_for(
+            f"return document.querySelector('.graft-panel {selector}')?.textContent.includes({json.dumps(text)});",
             timeout,
         )
 

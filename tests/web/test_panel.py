@@ -163,7 +163,7 @@ def test_save_pause_and_resume_by_the_buttons(opened, page, server):
     reached = panel.state()["step"]
     panel.press("Resume")
     panel.wait("training")
-    assert f"resumed at step {reached}" in panel.text(".graft-state")
+    panel.wait_for_text(".graft-state", f"resumed at step {reached}")
     # The chart shows the steps before the pause.
     panel.wait_for_past()
     panel.press("Stop and keep")
@@ -218,24 +218,29 @@ def test_it_gives_way_and_says_why_it_waits(opened, page, server, least, other_b
         server.wait(drawn)
     for view in (panel, theirs):
         view.wait("training")
-        assert view.gives_way()[0] and "Training, resumed at step" in view.text(".graft-state")
+        # Until its first step, the panel names the work before it.
+        view.wait_for_text(".graft-state", "Training, resumed at step")
+        assert view.gives_way()[0]
     # Trainings of the queue are named in order.
     later = server.queue(server.get(f"/graft/runs/{run}/workflow")["prompt"])
     for view in (panel, theirs):
-        view.page.wait_for("return /Queue: .* 1\\. .*, 2\\. /.test(document.querySelector('.graft-note').textContent);")
+        view.page.wait_for(
+            "return /Queue: .* 1\\. .*, 2\\. /.test(document.querySelector('.graft-note').textContent);", 90
+        )
     server.post("/graft/queue/remove", {"prompt_id": later})
     for view in (panel, theirs):
-        view.page.wait_for("return !document.querySelector('.graft-note').textContent.includes('Queue: ');")
+        view.page.wait_for("return !document.querySelector('.graft-note').textContent.includes('Queue: ');", 90)
     # Removed from the queue by one browser: both say so, and it can be resumed.
     queue_picture(server, 2)
     for view in (panel, theirs):
         view.wait("waiting")
         # Before this its own prompt may still be ending: no prompt is before it.
-        view.page.wait_for("return document.querySelector('.graft-note').textContent.includes('run first: 1.');")
+        view.wait_for_text(".graft-note", "run first: 1.")
     panel.press("Remove from queue")
     for view in (panel, theirs):
         view.wait("removed")
-        assert view.buttons() == ["Resume"] and "Its prompt was removed" in view.text(".graft-note")
+        view.wait_for_text(".graft-note", "Its prompt was removed")
+        assert view.buttons() == ["Resume"]
     history.wait_for_card(run, "card.dataset.status === 'paused'")
     server.interrupt()
     history.press(f"Resume: {run}")
