@@ -199,7 +199,13 @@ def rotate(
     """
     with EDITING:
         listing = list_pictures(folder, name)
-        pairs = (_pair_of(listing, name, path, input) for input, path in (paired or {}).items() if path)
+        matches = {
+            input: MatchingFolder(path, input, "", "source", listing) for input, path in (paired or {}).items() if path
+        }
+        own = listing
+        for matching in matches.values():
+            own = matching.outside(own)
+        pairs = (_pair_of(own, name, *match) for match in matches.items())
         parts = dict.fromkeys((name, *_masks_of(listing, name, mask_folder), *(pair for pair in pairs if pair)))
         rotated = {part: _rotated(listing, part, degrees) for part in parts}
         for part, content in rotated.items():
@@ -229,9 +235,12 @@ def _masks_of(listing: Listing, name: str, mask_folder: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _pair_of(listing: Listing, name: str, folder: str, input: str) -> str:
-    """Return the name of the picture that a folder of source or worse pictures has for a picture; empty for none."""
-    matching = MatchingFolder(folder, input, "", "source", listing)
+def _pair_of(own: Listing, name: str, input: str, matching: MatchingFolder) -> str:
+    """Return the name of the picture that a folder of source or worse pictures has for a picture; empty for none.
+
+    Args:
+        own: the dataset's folder without all such folders.
+    """
     file = matching.find(name)
     if file is None:
         return ""
@@ -241,7 +250,7 @@ def _pair_of(listing: Listing, name: str, folder: str, input: str) -> str:
             "Move that folder into the dataset's, or rotate both in another program.",
             input,
         )
-    others = (other for other in matching.outside(listing).files if is_picture(other) and other != name)
+    others = (other for other in own.files if is_picture(other) and other != name)
     if shared := next((other for other in others if matching.find(other) is file), ""):
         raise DatasetError(
             f"'{name}' and '{shared}' have the same picture in {input}.", "Rotate them in another program.", input

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -288,6 +289,14 @@ def test_a_picture_that_is_paired_with_it_is_rotated_too(folder, place, kind):
     assert before["before/a.jpg"] in files(folder / ".trash").values()
     picture_edits.rotate(str(folder), "a.png", 270, paired=paired)
     assert Image.open(sources / "a.jpg").size == (96, 64)
+
+
+def test_folders_of_paired_pictures_may_lie_beside_each_other(folder):
+    paired = {"control_folder": str(folder / "before"), "worse_folder": str(folder / "worse")}
+    for number, place in enumerate(paired.values()):
+        draw(Path(place) / "a.png", number, (96, 64))
+    picture_edits.rotate(str(folder), "a.png", 90, paired=paired)
+    assert all(Image.open(Path(place) / "a.png").size == (64, 96) for place in (folder, *paired.values()))
 
 
 def test_a_source_of_two_pictures_is_not_rotated(folder):
