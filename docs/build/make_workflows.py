@@ -581,12 +581,12 @@ def draw_dreambooth(sketch):
 
     checkpoint, base = draw_base(sketch, (data, 0), DREAMBOOTH_NOTE, 480)
     photos = node("GraftLoadDataset", "Photos", (data, 860), (420, 710), folder="my_photos", resolution=512)
-    subject = node("PrimitiveStringMultiline", "Subject", (data, 1630), (420, 110), value="a photo of sks dog")
-    kind = node("PrimitiveStringMultiline", "Class", (data, 1800), (420, 110), value="a photo of a dog")
+    subject = node("PrimitiveStringMultiline", "Subject", (data, 1700), (420, 110), value="a photo of sks dog")
+    kind = node("PrimitiveStringMultiline", "Class", (data, 1870), (420, 110), value="a photo of a dog")
     negative = node(
-        "PrimitiveStringMultiline", "Negative prompt", (data, 1970), (420, 110), value="blurry, low quality"
+        "PrimitiveStringMultiline", "Negative prompt", (data, 2040), (420, 110), value="blurry, low quality"
     )
-    size = node("EmptyLatentImage", "Size and number", (data, 2140), (420, 110), width=512, height=512, batch_size=2)
+    size = node("EmptyLatentImage", "Size and number", (data, 2210), (420, 110), width=512, height=512, batch_size=2)
 
     classes = node("GraftClassImages", "Class images", (train, 0), (420, 900), {**base, "class_prompt": (kind, 0)},
                    resolution=512)  # fmt: skip
