@@ -132,7 +132,7 @@ def test_a_skipped_fp16_step_leaves_the_loss_scale(refused, log):
     optimizer = torch.optim.AdamW([parameter], fused=True)
     own = object.__new__(updater.ParameterUpdater)
     own.in_backward, own.masks, own._limit = False, True, 1.0
-    own.optimizer, own._parameters = optimizer, [parameter]
+    own.optimizer, own._parameters, own._after_step = optimizer, [parameter], lambda: None
     own._scaler = torch.amp.GradScaler("cpu", growth_interval=1)
     states = []
     for loss, limit in ((1.0, 2.0), (float("nan") if refused else 3.0, 2.0), (1.0, 2.0)):
