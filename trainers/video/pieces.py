@@ -36,7 +36,7 @@ def choose_pieces(count: int, frames: int, pieces: str, snap: Callable[[int], in
     """
     length = max(1, snap(min(frames, count)))
     last = count - length
-    if pieces == FIRST or not last:
+    if pieces == FIRST or length < snap(frames):
         starts = [0]
     elif pieces == UNIFORM:
         starts = np.linspace(0, last, SAMPLES, dtype=int).tolist()
