@@ -18,6 +18,7 @@ from graft_pack.trainers.errors import ModelError, NumbersError
 from graft_pack.trainers.memory import autograd, offload, transfer
 from graft_pack.trainers.methods import ADAPTERS
 from graft_pack.trainers.recipe.options import BASE_DTYPES
+from graft_pack.trainers.recipe.parsing import parse_arguments
 from graft_pack.trainers.runs.run import Run
 from graft_pack.trainers.steps.step import predict_sample
 from torch.utils import backend_registration
@@ -245,6 +246,13 @@ def test_without_pinned_memory_copies_wait():
 @forked
 def test_adapter_types_train_as_on_the_cpu(method, tmp_path):
     check_as_on_the_cpu(tmp_path, lambda device: training_on(device, "Flux", method=method, rank=4))
+
+
+@pytest.mark.parametrize("method", ["LoRA", "LoHa", "LoKr"])
+@forked
+def test_variants_train_as_on_the_cpu(method, tmp_path):
+    fields = {"adapter_args": parse_arguments("use_tucker=true"), "targets": "linear + conv", "rank": 4}
+    check_as_on_the_cpu(tmp_path, lambda device: training_on(device, "SD1", method=method, **fields))
 
 
 @pytest.mark.parametrize("family", ["SD1", "SDXL", "SD3"])

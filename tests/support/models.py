@@ -530,7 +530,10 @@ def denoised(model, x, sigma: float, one):
             **families.guidance(model),
             "pooled_output": None,
         }
-        tensors = encoded_prompts.values_of(one.tensors, x.device)
+        # A host's own conditioning may hold lists, such as of reference latents.
+        lists = {name: value for name, value in one.tensors.items() if isinstance(value, list)}
+        others = {name: value for name, value in one.tensors.items() if name not in lists}
+        tensors = {**encoded_prompts.values_of(others, x.device), **lists}
         conds = comfy.sampler_helpers.convert_cond([[tensors.pop("cross_attn"), {**facts, **tensors}]])
         shapes = {"latent_shapes": [x.shape]}
         conds = comfy.samplers.encode_model_conds(model.model.extra_conds, conds, x, x.device, "positive", **shapes)

@@ -39,10 +39,12 @@ class GLoRA(PeftMethod):
         import torch
         from torch import nn
 
-        rank, inputs, *kernel = layer.lora_A["default"].weight.shape
+        down = layer.lora_A["default"].weight
+        rank, inputs, *kernel = down.shape
         ones = [1] * len(kernel)
         for name, shape in (("glora_a1", (inputs, rank)), ("glora_a2", (rank, inputs))):
-            setattr(layer, name, nn.ParameterDict({"default": nn.Parameter(torch.empty(*shape, *ones))}))
+            value = nn.Parameter(torch.empty(*shape, *ones, device=down.device))
+            setattr(layer, name, nn.ParameterDict({"default": value}))
 
     def finish(self, layer: nn.Module, recipe: Recipe) -> None:
         """Replace the forward of peft's layer by W (x + s a1 a2 x) + b + s b1 b2 x."""

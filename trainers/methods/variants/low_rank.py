@@ -27,11 +27,12 @@ def add_core(layer: nn.Module) -> None:
     import torch
     from torch import nn
 
-    down = layer.lora_A["default"]
-    rank, inputs, *kernel = down.weight.shape
+    down = layer.lora_A["default"].weight
+    rank, inputs, *kernel = down.shape
     if kernel and kernel != [1, 1]:
-        layer.lora_A["default"] = nn.Conv2d(inputs, rank, 1, bias=False)
-        setattr(layer, MID, nn.ParameterDict({"default": nn.Parameter(torch.empty(rank, rank, *kernel))}))
+        layer.lora_A["default"] = nn.Conv2d(inputs, rank, 1, bias=False, device=down.device)
+        core = nn.Parameter(torch.empty(rank, rank, *kernel, device=down.device))
+        setattr(layer, MID, nn.ParameterDict({"default": core}))
 
 
 def plain_down(down: torch.Tensor, core: torch.Tensor) -> torch.Tensor:
