@@ -89,7 +89,7 @@ class QuantizedConv2d(Quantized, nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [N, in, H, W] to [N, out, H', W']."""
-        return (_Convolution.apply if x.requires_grad else _convolution)(x, self.bias, self, *self.parts)
+        return (_convolution if _is_plain(x) else _Convolution.apply)(x, self.bias, self, *self.parts)
 
 
 class QuantizedEmbedding(Quantized, nn.Embedding):
@@ -129,8 +129,12 @@ class _Form:
 
 def product(x: Tensor, bias: Tensor | None, form: _Form, *parts: Tensor) -> Tensor:
     """Return x W' + b, whose backward dequantizes W again."""
+    return (_linear if _is_plain(x) else _Product.apply)(x, bias, form, *parts)
+
+
+def _is_plain(x: Tensor) -> bool:
     # torch.compile fails at a function of which no input needs a gradient.
-    return (_Product.apply if x.requires_grad else _linear)(x, bias, form, *parts)
+    return torch.compiler.is_compiling() and not x.requires_grad
 
 
 def _linear(x: Tensor, bias: Tensor | None, form: _Form, *parts: Tensor) -> Tensor:
