@@ -284,13 +284,13 @@ def replaced():
     return [[text_of("SD1")[0][0], {"guiding_frame_index": 0}]]
 
 
-def guided():
+def framed():
     return [[text_of("SD1")[0][0], {"keyframe_idxs": torch.zeros(1, 3, 8, 2)}]]
 
 
 REFUSED = {
     replaced: "a first frame in the sampler's latent \\(v2\\)",
-    guided: "guide frames",
+    framed: "guide frames",
     combined: "has 2 entries.*Conditioning \\(Concat\\)",
     ranged: "a range of timesteps",
     placed: "an area",

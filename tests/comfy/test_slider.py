@@ -183,7 +183,7 @@ def test_memory_options_change_no_slider(fields, tmp_path, monkeypatch):
 
 
 def test_an_error_within_a_step_leaves_the_adapter_at_its_strength():
-    def fail(losses):
+    def fail(losses, is_last):
         raise RuntimeError("stop")
 
     with training("SD1", torch.float32) as made:
