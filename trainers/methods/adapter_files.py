@@ -160,7 +160,7 @@ class StartValues:
             )
         is_readable = DORA not in tensors or not has_host_magnitudes(self._adapter)
         values = self._method.values_of_host(tensors) if is_readable else None
-        if values is None:
+        if values is None or (DORA in values[0] and not hasattr(adapted, DORA)):
             raise self._unlike(path, tensors)
         return values
 
