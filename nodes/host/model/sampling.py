@@ -10,11 +10,9 @@ import comfy.sample
 import comfy.samplers
 import torch
 
-from ....trainers.memory.offload import bytes_here, is_on_other_device
 from ....trainers.protocols import PictureRequest, PreviewSkipped
 from ..server import control
 from . import families
-from .text_encoder import ComfyText
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -164,6 +162,8 @@ class PreviewSampler(_Sampler):
     def draw(self, requests: Sequence[PictureRequest]) -> list[Image.Image | list[Image.Image]]:
         """Return a picture, or the frames of a clip, for each request."""
         with torch.no_grad():
+            from ....trainers.memory.offload import is_on_other_device
+
             if is_on_other_device(self._patcher.model.diffusion_model):
                 self._call_loaded()
             try:
@@ -179,6 +179,8 @@ class PreviewSampler(_Sampler):
         base.device = self._patcher.load_device
         base.model_lowvram = False
         base.current_weight_patches_uuid = self._patcher.patches_uuid
+        from ....trainers.memory.offload import bytes_here
+
         base.model_loaded_weight_memory = self._patcher.size = max(1, bytes_here(tree))
 
     def _forget(self) -> None:
