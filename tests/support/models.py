@@ -462,6 +462,19 @@ def exporter(method, settings, name_of, denoiser=None):
     return export
 
 
+def exported(training, values):
+    """Return the adapter of the values with what a file of a run says about it: its recipe."""
+    import json
+
+    from graft_pack.trainers.formats.adapter import Adapter
+
+    adapter = training.plan.export(values, 0).adapter
+    if isinstance(adapter, Adapter):
+        metadata = {"graft_recipe": json.dumps({"method": training.plan.recipe.method})}
+        adapter = Adapter(adapter, metadata, adapter.native)
+    return adapter
+
+
 def scatter(trainables: dict, spread: float, seed: int = 0, dtype=None) -> None:
     """Set random values, for A and B alike, so that neither gradient vanishes."""
     import torch
